@@ -1,0 +1,583 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = []
+# ///
+"""aiclient-api: a local gateway that offers GitHub Copilot as the OpenAI and the Anthropic API.
+
+One file, Python 3.11 or newer, standard library only.  Start it with
+
+    python3 aiclient_api.py start --foreground
+
+and point an OpenAI client at http://127.0.0.1:9090/v1 or an Anthropic client at
+http://127.0.0.1:9090.  README.md tells the rest.
+
+Map
+---
+    1  Numbers          every limit, timeout, margin and default, with its reason
+    2  Errors           one tree; each error has a status, a kind and a hint
+    3  Small tools      typed JSON fields, compact JSON, redaction
+    4  Configuration    TOML tables as dataclasses
+    5  HTTP wire        message heads and body framing: bytes in, values out
+    6  Stream framing   server-sent events
+    7  Conversation     Chat, events, usage, the invariant checker, token estimate
+    8  Dialects         the contract; OpenAI chat; Anthropic messages; the flow of one answer
+    9  Upstream rules   what Copilot refuses, adds and means: the pure half of the provider
+   10  Routing          model names, rate limit, usage counters
+   ==  the I/O line: above it no socket, file, clock, randomness or await
+   11  Ticker           one coarse clock for every deadline
+   12  HTTP client      connection pool, TLS, proxies, streamed bodies
+   13  HTTP server      accept, keep-alive, slow-client limits, drain
+   14  State on disk    XDG paths, config file, token files
+   15  Providers        the contract; Copilot; Echo
+   16  Gateway          the story of one request; layers; the route table
+   17  Command line     argparse, serve() where every object is made, main
+
+One request
+-----------
+    HTTP server -> layers -> route table -> Gateway.converse -> dialect.read_request -> Router
+    -> provider.open -> HTTP client;   then upstream bytes -> Flow.feed -> client bytes.
+
+Glossary
+--------
+    caller      the program that talks to this gateway
+    upstream    the service this gateway talks to
+    dialect     one wire format: "chat" (OpenAI chat completions), "messages" (Anthropic messages)
+    Chat        what was asked, in the one form that every dialect is read into and written from
+    event       one step of an answer, in the one form between all dialects
+    frame       one server-sent event of a dialect, as decoded JSON
+    native      the upstream speaks the caller's dialect: frames are relayed, not converted
+    whole       an answer that is not streamed
+
+Hosts contacted
+---------------
+    https://api.github.com, or the configured github_api_url: token exchange
+    the host named in that answer, under githubcopilot.com or ghe.com: models and answers
+
+Files read and written
+----------------------
+    $XDG_CONFIG_HOME/aiclient-api/config.toml           read
+    $XDG_CONFIG_HOME/aiclient-api/<provider>/token.json  read, written (0600)
+    $XDG_STATE_HOME/aiclient-api/machine.json            read, written (0600): random ids
+"""
+
+from __future__ import annotations
+
+import sys
+
+if sys.version_info < (3, 11):
+    raise SystemExit(
+        f"aiclient-api needs Python 3.11 or newer; this is Python {sys.version.split()[0]}."
+    )
+
+import importlib.util
+import json
+import os
+import re
+import zlib
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+
+
+def lazy_module(name: str) -> Any:
+    """The module `name`, imported when one of its attributes is first used."""
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.loader is None:
+        raise ModuleNotFoundError(name)
+    spec.loader = importlib.util.LazyLoader(spec.loader)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+# The modules that cost a start dearly (asyncio alone 70 ms) are loaded on first use, so that
+# `--version` and the other small verbs never pay for them.  This is the only such place.
+if TYPE_CHECKING:
+    import argparse
+    import asyncio
+    import base64
+    import difflib
+    import hashlib
+    import hmac
+    import ipaddress
+    import logging
+    import signal
+    import socket
+    import ssl
+    import tempfile
+    import time
+    import tomllib
+    import urllib.parse
+    import urllib.request
+    import uuid
+else:
+    argparse = lazy_module("argparse")
+    asyncio = lazy_module("asyncio")
+    base64 = lazy_module("base64")
+    difflib = lazy_module("difflib")
+    hashlib = lazy_module("hashlib")
+    hmac = lazy_module("hmac")
+    ipaddress = lazy_module("ipaddress")
+    logging = lazy_module("logging")
+    signal = lazy_module("signal")
+    socket = lazy_module("socket")
+    ssl = lazy_module("ssl")
+    tempfile = lazy_module("tempfile")
+    time = lazy_module("time")
+    tomllib = lazy_module("tomllib")
+    uuid = lazy_module("uuid")
+    import urllib
+
+    urllib.parse = lazy_module("urllib.parse")
+    urllib.request = lazy_module("urllib.request")
+
+__version__ = "0.1.0"
+
+Json = dict[str, Any]
+T = TypeVar("T")
+
+
+# ---- 1. Numbers --------------------------------------------------------------------------------
+
+KIB = 1024
+MIB = 1024 * KIB
+
+# HTTP heads.  h11 and uvicorn allow 16 KiB, nginx 32, waitress 256; agents send long headers.
+MAX_HEAD_BYTES = 64 * KIB
+MAX_REQUEST_LINE_BYTES = 16 * KIB  # RFC 9112 section 3: at least 8,000 octets
+MAX_FIELDS = 128  # hyper and Envoy: 100
+MAX_CHUNK_LINE_BYTES = 8 * KIB
+MAX_TRAILER_BYTES = 8 * KIB
+MAX_EMPTY_LINES = 8  # before a request line: RFC 9112 section 2.2 says "at least one"
+MAX_LENGTH_DIGITS = 19  # 2**63 has 19 digits
+# A JSON body is parsed while every stream waits: 30 MiB of tiny values took 7 s, so their number
+# is bounded before parsing.
+MAX_JSON_COMMAS = 400_000
+MAX_ERROR_BODY_BYTES = 64 * KIB  # of an upstream's error answer; the rest is not read
+MAX_WHOLE_ANSWER_BYTES = 64 * MIB  # of an upstream's JSON answer
+MAX_FRAME_BYTES = 16 * MIB  # one server-sent event: images come as one frame
+
+# One read takes everything the kernel and the stream reader hold: both stay far below this.
+READ_BYTES = MIB
+STREAM_BUFFER_BYTES = 64 * KIB
+# A slow client holds its upstream back when this much waits for it.
+WRITE_HIGH_WATER_BYTES = 128 * KIB
+
+TICK_SECONDS = 0.25  # the coarse clock that all deadlines are read from
+WRITE_STALL_SECONDS = 60.0  # no byte accepted by the client for so long: it is gone
+LINGER_SECONDS = 1.0  # after an error answer, so that a reset does not eat it
+PING_SECONDS = 15.0  # Codex and Claude Code give up on silence after minutes, proxies after 30-60 s
+# The status waits for the first upstream event, so that upstream errors become real statuses,
+# but no longer than a caller's patience for a response head.
+HOLD_STATUS_SECONDS = 25.0
+
+POOL_IDLE_SECONDS = 30.0  # below the 60 s at which common load balancers close
+POOL_IDLE_PER_HOST = 32
+
+# Upstream attempts (facts: VS Code, gh-aw-firewall; 2026-08).
+MAX_ATTEMPTS = 3
+MAX_WAIT_SECONDS = 10.0  # a longer Retry-After is the caller's to wait, not ours
+MAX_RETRY_AFTER_SECONDS = 60.0  # anthropic 2.x sleeps for whatever it is told, even for days
+BACKOFF_SECONDS = (0.5, 1.5)
+UNSUPPORTED_MODEL_WAITS = (1.0, 2.0)  # Copilot's catalogue wobbles: seen in gh-aw-firewall, 2026-08
+
+COPILOT_REFRESH_MARGIN_SECONDS = 300.0  # VS Code refreshes when less than 5 minutes are left
+COPILOT_REFRESH_EARLY_SECONDS = 60.0  # the background timer: refresh_in minus this
+COPILOT_DEFAULT_LIFE_SECONDS = 1500.0
+COPILOT_FORCED_EXCHANGE_GAP_SECONDS = 60.0  # a lasting 403 must not become an exchange storm
+COPILOT_REFRESH_RETRY_MAX_SECONDS = 300.0
+EXCHANGE_SECONDS = 15.0
+MODELS_SECONDS = 30.0
+MODELS_FRESH_SECONDS = 900.0  # VS Code 10 min, opencode 1 h
+MODELS_KEPT_SECONDS = 24 * 3600.0  # an entitled model may be missing from one answer
+MODELS_MISS_SECONDS = 30.0  # an unknown name may refresh the list, but not more often
+MAX_TOOLS = 128  # VS Code cuts there
+MAX_CACHE_MARKS = 4  # Anthropic and Copilot
+MAX_CHAT_STOPS = 4  # OpenAI
+REASONING_MEMORY_ENTRIES = 500
+DEFAULT_MAX_TOKENS = 32_000  # when a caller names none and the catalogue has no limit
+NONSTREAM_FALLBACK_TOKENS = 16_000
+MIN_THINKING_BUDGET = 1024
+
+GITHUB_URL = "https://github.com"
+GITHUB_API_URL = "https://api.github.com"
+COPILOT_HOSTS = {
+    "individual": "https://api.individual.githubcopilot.com",
+    "business": "https://api.business.githubcopilot.com",
+    "enterprise": "https://api.enterprise.githubcopilot.com",
+}
+# Where a token may be sent: a token answer naming another host is refused.
+COPILOT_HOST_SUFFIXES = (".githubcopilot.com", ".ghe.com")
+# The four version values are one set in a real editor build (seen in Floway, 2026-09).  When GitHub
+# retires them it answers 466.
+EDITOR_VERSION = "vscode/1.124.2"
+EDITOR_PLUGIN_VERSION = "copilot-chat/0.52.0"
+COPILOT_USER_AGENT = "GitHubCopilotChat/0.52.0"
+COPILOT_API_VERSION = "2026-06-01"
+GITHUB_API_VERSION = "2025-04-01"
+COPILOT_INTEGRATION_ID = "vscode-chat"
+
+
+# ---- 2. Errors ---------------------------------------------------------------------------------
+#
+#   ProgramError                 what the command line reports and exits with
+#     ConfigError                the configuration file, a flag or a variable is wrong
+#   ApiError                     what a caller is answered with, in its own dialect
+#     InvalidRequest  400        ContextTooLong, UnsupportedFeature
+#     InvalidKey 401  Forbidden 403  ModelNotFound 404  UnknownUrl 404  MethodNotAllowed 405
+#     RequestTimeout 408  BodyTooLarge 413  UnsupportedMediaType 415  UnsupportedEncoding 415
+#     RateLimited 429  QuotaExceeded 429
+#     UpstreamError 502          Unreachable
+#     NotSignedIn 503  Overloaded 503  UpstreamTimeout 504
+#   WireError                    a peer broke HTTP: never shown to a caller as it is
+#
+# `str(error)` is always safe to show: no token, key, prompt or answer is ever put into one.
+
+
+class ProgramError(Exception):
+    """What stops a command; `str()` is one line for a person."""
+
+
+class ConfigError(ProgramError):
+    """`where: key: what is wrong`."""
+
+
+class ApiError(Exception):
+    """What a caller is answered with.
+
+    `kind` names what happened (each dialect has a table from kinds to its vendor's types), `hint`
+    says what to do next, `param` is the path of the field at fault, `retry_after` is in seconds,
+    `retry` False tells the vendors' SDKs not to try again.
+    """
+
+    status = 500
+    kind = "internal"
+    retry: bool | None = None
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str = "",
+        param: str | None = None,
+        retry_after: float | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.param = param
+        self.retry_after = retry_after
+        self.headers = headers or {}
+
+    def text(self) -> str:
+        """The message with its hint."""
+        return f"{self.message} {self.hint}".strip()
+
+
+class InvalidRequest(ApiError):
+    """The request cannot be served as it is."""
+
+    status = 400
+    kind = "invalid_request"
+
+
+class UnsupportedFeature(InvalidRequest):
+    """A field asks for something this model or gateway cannot do without losing it."""
+
+
+class ContextTooLong(InvalidRequest):
+    """The prompt does not fit; clients compact when they recognise the vendor's words."""
+
+    kind = "context_too_long"
+
+    def __init__(self, used: int | None = None, limit: int | None = None) -> None:
+        if used is not None and limit is not None:
+            super().__init__(f"prompt is too long: {used} tokens > {limit} maximum")
+        else:
+            super().__init__("prompt is too long for the context window of this model")
+
+
+class InvalidKey(ApiError):
+    """The gateway's own key is missing or wrong."""
+
+    status = 401
+    kind = "invalid_key"
+
+
+class Forbidden(ApiError):
+    """The shield, or the account's plan or policy, does not allow it."""
+
+    status = 403
+    kind = "forbidden"
+
+
+class ModelNotFound(ApiError):
+    """No enabled provider has a model of that name."""
+
+    status = 404
+    kind = "model_not_found"
+
+
+class UnknownUrl(ApiError):
+    """No such endpoint."""
+
+    status = 404
+    kind = "unknown_url"
+
+
+class MethodNotAllowed(ApiError):
+    """The endpoint exists, with other methods."""
+
+    status = 405
+    kind = "method_not_allowed"
+
+
+class RequestTimeout(ApiError):
+    """The caller took too long to send its request."""
+
+    status = 408
+    kind = "request_timeout"
+
+
+class BodyTooLarge(ApiError):
+    """More bytes, or more values, than this gateway or the upstream takes."""
+
+    status = 413
+    kind = "body_too_large"
+
+
+class UnsupportedMediaType(ApiError):
+    """The body is not JSON."""
+
+    status = 415
+    kind = "unsupported_media_type"
+
+
+class UnsupportedEncoding(ApiError):
+    """The body is compressed in a way the standard library cannot read."""
+
+    status = 415
+    kind = "unsupported_encoding"
+
+
+class RateLimited(ApiError):
+    """Too many requests, here or upstream."""
+
+    status = 429
+    kind = "rate_limited"
+
+
+class QuotaExceeded(ApiError):
+    """The subscription has nothing left: trying again does not help."""
+
+    status = 429
+    kind = "quota_exceeded"
+    retry = False
+
+
+class UpstreamError(ApiError):
+    """The upstream failed, or answered something that makes no sense."""
+
+    status = 502
+    kind = "upstream_error"
+
+
+class Unreachable(UpstreamError):
+    """No connection came about, or it ended before anything was sent: trying again is safe."""
+
+
+class NotSignedIn(ApiError):
+    """The account has no usable sign-in.  503, because clients retry a 401 (seen in 2026-10)."""
+
+    status = 503
+    kind = "not_signed_in"
+    retry = False
+
+
+class Overloaded(ApiError):
+    """The upstream is busy."""
+
+    status = 503
+    kind = "overloaded"
+
+
+class UpstreamTimeout(ApiError):
+    """The upstream did not answer in time."""
+
+    status = 504
+    kind = "upstream_timeout"
+
+
+class WireError(Exception):
+    """A peer broke HTTP; `status` is what a server answers to it."""
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+# ---- 3. Small tools ----------------------------------------------------------------------------
+
+json_encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def dump_json(value: Any) -> bytes:
+    """`value` as compact UTF-8 JSON, key order kept: prompt caches depend on stable bytes.
+
+    JavaScript clients cut emoji in half; vendors refuse the lone surrogate that is left (seen in
+    2026-09), and a conversation that holds one would be stuck for ever: it becomes U+FFFD.
+    """
+    try:
+        text = json_encoder.encode(value)
+    except RecursionError:
+        raise InvalidRequest("The request is nested too deeply.") from None
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        whole_pairs = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        return whole_pairs.encode()
+
+
+def refuse_constant(name: str) -> Any:
+    """For `json.loads`: NaN and Infinity are not JSON."""
+    raise ValueError(f"{name} is not JSON")
+
+
+def load_json(data: bytes | str) -> Any:
+    """Strict JSON; raises ValueError for whatever is not, however it is broken."""
+    try:
+        return json.loads(data, parse_constant=refuse_constant)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def load_object(data: bytes | str) -> Json | None:
+    """The JSON object in `data`, or None where there is none: for an upstream's words."""
+    try:
+        value = load_json(data)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def top_level_keys(data: bytes) -> list[str]:
+    """The keys of the outermost object as written, repeats included."""
+    last: list[tuple[str, Any]] = []
+
+    def remember(pairs: list[tuple[str, Any]]) -> None:
+        nonlocal last
+        last = pairs  # the outermost object is completed last
+
+    json.loads(data, object_pairs_hook=remember)
+    return [key for key, _ in last]
+
+
+def join_path(path: str, key: str | int) -> str:
+    """`messages`, 3 -> `messages.3`: the way Anthropic writes a path."""
+    return f"{path}.{key}" if path else str(key)
+
+
+def wrong_type(path: str, wanted: str) -> InvalidRequest:
+    """The 400 for a field of the wrong type."""
+    return InvalidRequest(f"{path}: must be {wanted}.", param=path)
+
+
+def str_field(obj: Json, key: str, path: str = "") -> str | None:
+    """The string at `key`; None where it is absent or null."""
+    value = obj.get(key)
+    if value is None or isinstance(value, str):
+        return value
+    raise wrong_type(join_path(path, key), "a string")
+
+
+def int_field(obj: Json, key: str, path: str = "") -> int | None:
+    """The integer at `key`; a float without fraction counts."""
+    value = obj.get(key)
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    raise wrong_type(join_path(path, key), "an integer")
+
+
+def number_field(obj: Json, key: str, path: str = "") -> float | None:
+    """The number at `key`."""
+    value = obj.get(key)
+    if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+        return value
+    raise wrong_type(join_path(path, key), "a number")
+
+
+def bool_field(obj: Json, key: str, path: str = "") -> bool | None:
+    """The boolean at `key`."""
+    value = obj.get(key)
+    if value is None or isinstance(value, bool):
+        return value
+    raise wrong_type(join_path(path, key), "true or false")
+
+
+def list_field(obj: Json, key: str, path: str = "") -> list[Any]:
+    """The list at `key`; empty where it is absent or null."""
+    value = obj.get(key)
+    if value is None:
+        return []
+    if isinstance(value, list):
+        return value
+    raise wrong_type(join_path(path, key), "a list")
+
+
+def dict_field(obj: Json, key: str, path: str = "") -> Json:
+    """The object at `key`; empty where it is absent or null."""
+    value = obj.get(key)
+    if value is None:
+        return {}
+    if isinstance(value, dict):
+        return value
+    raise wrong_type(join_path(path, key), "an object")
+
+
+def need_dict(value: Any, path: str) -> Json:
+    """`value` itself, which must be an object."""
+    if isinstance(value, dict):
+        return value
+    raise wrong_type(path, "an object")
+
+
+def need_str(obj: Json, key: str, path: str = "") -> str:
+    """The string at `key`, which must be there."""
+    value = str_field(obj, key, path)
+    if value is None:
+        where = join_path(path, key)
+        raise InvalidRequest(f"{where}: is required.", param=where)
+    return value
+
+
+def short_hash(text: str, length: int) -> str:
+    """The first `length` hex digits of SHA-256."""
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:length]
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
+    """The names most like `name`, best first."""
+    by_lower = {item.lower(): item for item in known}
+    found = difflib.get_close_matches(name.lower(), by_lower, count, 0.5)
+    return [by_lower[item] for item in found]
+
+
+SECRET_SHAPES = re.compile(
+    r"gh[opsur]_[A-Za-z0-9_]{4,}|github_pat_\w{4,}|tid=[^\s\"']+|(?i:bearer|token)\s+[\w.~+/=-]{8,}"
+    r"|aoa[A-Za-z0-9_.:-]{8,}|aor[A-Za-z0-9_.:-]{8,}|eyJ[\w-]{8,}\.[\w-]+\.[\w-]*|sk-[\w-]{8,}"
+)
+
+
+def redact(text: str, live: Iterable[str] = ()) -> str:
+    """`text` without anything that looks like, or is known to be, a secret."""
+    for secret in live:
+        if secret:
+            text = text.replace(secret, "[secret]")
+    return SECRET_SHAPES.sub("[secret]", text)
