@@ -581,3 +581,355 @@ def redact(text: str, live: Iterable[str] = ()) -> str:
         if secret:
             text = text.replace(secret, "[secret]")
     return SECRET_SHAPES.sub("[secret]", text)
+
+
+# ---- 4. Configuration --------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class ServerConfig:
+    """`[server]`: where the gateway listens and how much it takes."""
+
+    host: str = "127.0.0.1"
+    port: int = 9090
+    #: minimum gap between two requests of one client IP; 0 = off
+    rate_limit_seconds: float = 0.0
+    allowed_hosts: list[str] = field(default_factory=list)
+    cors_origins: list[str] = field(default_factory=list)
+    max_body_mib: int = 64
+    max_connections: int = 1024
+    #: from the first byte to the end of the head
+    head_seconds: float = 10.0
+    body_seconds: float = 60.0
+    #: between two requests on one connection
+    idle_seconds: float = 75.0
+    drain_seconds: float = 30.0
+
+
+@dataclass(slots=True)
+class NetworkConfig:
+    """`[network]`: how upstreams are reached."""
+
+    #: "" = the environment's HTTPS_PROXY and NO_PROXY
+    proxy: str = ""
+    #: an extra PEM bundle, beside the system's
+    ca_file: str = ""
+    connect_seconds: float = 10.0
+    #: until the head of the upstream's answer
+    first_byte_seconds: float = 120.0
+    #: between two bytes of an upstream's stream
+    stream_idle_seconds: float = 300.0
+
+
+@dataclass(slots=True)
+class CopilotConfig:
+    """`[providers.NAME]` with `type = "copilot"`."""
+
+    type: str = "copilot"
+    enabled: bool = True
+    #: individual, business or enterprise: the host when the token answer names none
+    account_type: str = "individual"
+    github_url: str = GITHUB_URL
+    github_api_url: str = GITHUB_API_URL
+    #: set: always used; empty: endpoints.api of the token answer
+    api_url: str = ""
+
+
+@dataclass(slots=True)
+class EchoConfig:
+    """`[providers.NAME]` with `type = "echo"`."""
+
+    type: str = "echo"
+    enabled: bool = True
+
+
+@dataclass(slots=True)
+class LoggingConfig:
+    """`[logging]`."""
+
+    level: str = "info"
+
+
+ProviderConfig = CopilotConfig | EchoConfig
+PROVIDER_CONFIGS: dict[str, type[ProviderConfig]] = {"copilot": CopilotConfig, "echo": EchoConfig}
+
+
+def default_providers() -> dict[str, ProviderConfig]:
+    """The providers of a machine without a configuration file."""
+    return {"copilot": CopilotConfig(), "echo": EchoConfig()}
+
+
+@dataclass(slots=True)
+class Config:
+    """The whole configuration, checked.  `repr` shows no secret."""
+
+    #: shape of what no endpoint decides: openai or anthropic
+    default_format: str = "openai"
+    default_provider: str = "copilot"
+    #: "" = no key is asked
+    api_key: str = field(default="", repr=False)
+    server: ServerConfig = field(default_factory=ServerConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    providers: dict[str, ProviderConfig] = field(default_factory=default_providers)
+    #: alias -> provider/model
+    models: dict[str, str] = field(default_factory=dict)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+SETTING_CHOICES = {
+    "default_format": ("openai", "anthropic"),
+    "account_type": ("individual", "business", "enterprise"),
+    "level": ("debug", "info", "warning", "error"),
+}
+SETTING_RANGES: dict[str, tuple[float, float]] = {
+    "port": (0, 65535),
+    "rate_limit_seconds": (0, 3600),
+    "max_body_mib": (1, 1024),
+    "max_connections": (1, 65536),
+    "drain_seconds": (0, 3600),
+}
+SECONDS_RANGE = (0.05, 86400.0)
+TYPE_WORDS = {
+    "str": "a string",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "list[str]": "a list of strings",
+}
+PROVIDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+LOOPBACK_NAMES = ("localhost", "localhost.localdomain", "ip6-localhost")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host`, a name or an address, can only be this machine."""
+    host = host.strip("[]").lower()
+    if host in LOOPBACK_NAMES:
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def has_type(value: object, kind: str) -> bool:
+    """Whether a TOML value fits the annotation `kind` of a settings field."""
+    if kind == "bool":
+        return isinstance(value, bool)
+    if isinstance(value, bool):
+        return False
+    if kind == "list[str]":
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    kinds: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float)}
+    return isinstance(value, kinds[kind])
+
+
+def check_url(value: str) -> str:
+    """What is wrong with an upstream URL, or ""."""
+    try:
+        parts = urllib.parse.urlsplit(value)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        return "is not a URL"
+    if parts.username or parts.query or parts.fragment or not host:
+        return "must be like https://host[:port]"
+    if parts.scheme == "http" and not is_loopback(host):
+        return "plain http is accepted for loopback only; write https://"
+    if parts.scheme not in ("http", "https"):
+        return "must begin with https://"
+    return ""
+
+
+def check_proxy(value: str) -> str:
+    """What is wrong with a proxy URL, or "".  Never repeats the value: it may hold a password."""
+    try:
+        parts = urllib.parse.urlsplit(value)
+        usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
+    except ValueError:
+        usable = False
+    return "" if usable else "must be like http://[user:password@]host:port"
+
+
+def check_setting(key: str, value: Any, kind: str) -> str:
+    """What is wrong with one setting of the right name, or ""."""
+    if not has_type(value, kind):
+        return f"must be {TYPE_WORDS[kind]}"
+    if key in SETTING_CHOICES and value not in SETTING_CHOICES[key]:
+        return "must be one of " + ", ".join(SETTING_CHOICES[key])
+    low, high = SETTING_RANGES.get(key, SECONDS_RANGE)
+    if kind in ("int", "float") and not low <= value <= high:
+        return f"must be between {low:g} and {high:g}"
+    if key.endswith("_url") and value:
+        return check_url(value)
+    if key == "proxy" and value:
+        return check_proxy(value)
+    if kind == "str" and any(ord(letter) < 32 or ord(letter) == 127 for letter in value):
+        return "must not hold control characters"
+    return ""
+
+
+def dotted(path: str, key: str) -> str:
+    """`server`, `port` -> `server.port`."""
+    return f"{path}.{key}" if path else key
+
+
+class ConfigReader:
+    """Reads TOML tables into the dataclasses above; every error is `where: key: what is wrong`."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def error(self, key: str, problem: str) -> ConfigError:
+        """The error for one key."""
+        return ConfigError(f"{self.where}: {key}: {problem}")
+
+    def unknown(self, key: str, name: str, known: Iterable[str]) -> ConfigError:
+        """The error for a key nobody knows, with the nearest one."""
+        known = sorted(known)
+        close = nearest(name, known, 1)
+        advice = f"did you mean {close[0]!r}?" if close else "known here: " + ", ".join(known)
+        return self.error(key, f"is not a known key; {advice}")
+
+    def read_config(self, table: Json) -> Config:
+        """The whole file."""
+        config = Config()
+        self.fill(config, table, "")
+        if config.default_provider not in config.providers:
+            have = ", ".join(config.providers)
+            raise self.error("default_provider", f"no such provider; there are: {have}")
+        return config
+
+    def fill(self, target: Any, table: Json, path: str) -> None:
+        """Puts every key of `table` into the dataclass `target`."""
+        known = {item.name: str(item.type) for item in fields(target)}
+        for name, value in table.items():
+            key = dotted(path, name)
+            if name not in known:
+                raise self.unknown(key, name, known)
+            if name == "providers":
+                value = self.read_providers(self.table(value, key))
+            elif name == "models":
+                value = self.read_aliases(self.table(value, key))
+            elif is_dataclass(getattr(target, name)):
+                self.fill(getattr(target, name), self.table(value, key), key)
+                continue
+            else:
+                value = self.setting(key, name, value, known[name])
+            setattr(target, name, value)
+
+    def setting(self, key: str, name: str, value: Any, kind: str) -> Any:
+        """One checked value; whole numbers are welcome where fractions are allowed."""
+        problem = check_setting(name, value, kind)
+        if problem:
+            raise self.error(key, problem)
+        return float(value) if kind == "float" else value
+
+    def table(self, value: Any, key: str) -> Json:
+        """`value`, which must be a TOML table."""
+        if not isinstance(value, dict):
+            raise self.error(key, "must be a table")
+        return value
+
+    def read_providers(self, table: Json) -> dict[str, ProviderConfig]:
+        """`[providers.*]`; the built-in ones stay unless the file names them."""
+        providers = default_providers()
+        for name, value in table.items():
+            key = f"providers.{name}"
+            if not PROVIDER_NAME.fullmatch(name):
+                raise self.error(key, "a name is letters, digits, '-' and '_'")
+            entry = self.table(value, key)
+            default = providers[name].type if name in providers else name
+            kind = entry.get("type", default)
+            if not isinstance(kind, str) or kind not in PROVIDER_CONFIGS:
+                have = ", ".join(sorted(PROVIDER_CONFIGS))
+                raise self.error(f"{key}.type", f"must be one of {have}")
+            providers[name] = PROVIDER_CONFIGS[kind]()
+            self.fill(providers[name], entry, key)
+        return providers
+
+    def read_aliases(self, table: Json) -> dict[str, str]:
+        """`[models]`: alias = "provider/model"."""
+        for alias, target in table.items():
+            if not isinstance(target, str) or not target.strip("/"):
+                raise self.error(f'models."{alias}"', 'must be like "copilot/gpt-4.1"')
+        return dict(table)
+
+
+def read_config_text(text: str, where: str) -> Config:
+    """The configuration in TOML `text`; raises ConfigError."""
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{where}: is not valid TOML: {error}") from None
+    return ConfigReader(where).read_config(table)
+
+
+ENV_PREFIX = "AICLIENT_API_"
+# Not settings: where the configuration is, and a hint that comes from the shell.
+ENV_SHORT = {"HOST": "SERVER_HOST", "PORT": "SERVER_PORT", "KEY": "API_KEY"}
+
+
+def setting_slots(target: Any, path: str = "") -> Iterator[tuple[str, Any, str, str]]:
+    """Every simple setting below `target`: (dotted key, owner, field name, type)."""
+    for item in fields(target):
+        value = getattr(target, item.name)
+        key = dotted(path, item.name)
+        if is_dataclass(value):
+            yield from setting_slots(value, key)
+        elif item.name == "providers":
+            for name, entry in value.items():
+                yield from setting_slots(entry, f"{key}.{name}")
+        elif str(item.type) in TYPE_WORDS and item.name != "type":
+            yield key, target, item.name, str(item.type)
+
+
+def parse_setting(text: str, kind: str) -> Any:
+    """A value given as text in a flag or a variable; itself where it does not fit `kind`."""
+    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if kind == "bool":
+        return words.get(text.strip().lower(), text)
+    if kind == "list[str]":
+        return [part.strip() for part in text.split(",") if part.strip()]
+    if kind in ("int", "float"):
+        try:
+            return int(text) if kind == "int" else float(text)
+        except ValueError:
+            return text
+    return text
+
+
+def apply_environment(config: Config, environ: dict[str, str]) -> None:
+    """`AICLIENT_API_SERVER_PORT=8080` overrides `server.port`; short: HOST, PORT, KEY."""
+    slots = {
+        key.upper().replace(".", "_").replace("-", "_"): (owner, name, kind)
+        for key, owner, name, kind in setting_slots(config)
+    }
+    for variable, text in sorted(environ.items()):
+        if not variable.startswith(ENV_PREFIX):
+            continue
+        key = variable[len(ENV_PREFIX) :]
+        key = ENV_SHORT.get(key, key)
+        reader = ConfigReader("environment")
+        if key not in slots:
+            raise reader.unknown(variable, key, slots)
+        owner, name, kind = slots[key]
+        setattr(owner, name, reader.setting(variable, name, parse_setting(text, kind), kind))
+
+
+def apply_flags(config: Config, flags: dict[str, str | None]) -> None:
+    """Flags that were given override everything; None is a flag that was not given."""
+    slots = {key: (owner, name, kind) for key, owner, name, kind in setting_slots(config)}
+    reader = ConfigReader("command line")
+    for key, text in flags.items():
+        if text is not None:
+            owner, name, kind = slots[key]
+            flag = "--" + name.replace("_", "-")
+            setattr(owner, name, reader.setting(flag, name, parse_setting(text, kind), kind))
+
+
+def check_exposure(config: Config) -> None:
+    """Beyond loopback a key is a must: anyone on the network could spend the subscription."""
+    if not config.api_key and not is_loopback(config.server.host):
+        raise ConfigError(
+            f"server.host: {config.server.host} can be reached from other machines; "
+            "set api_key (or --api-key) first, or listen on 127.0.0.1"
+        )
