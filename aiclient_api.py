@@ -933,3 +933,503 @@ def check_exposure(config: Config) -> None:
             f"server.host: {config.server.host} can be reached from other machines; "
             "set api_key (or --api-key) first, or listen on 127.0.0.1"
         )
+
+
+# ---- 5. HTTP wire ------------------------------------------------------------------------------
+#
+# One strict grammar for both sides (RFC 9110, RFC 9112).  What is read twice differently by two
+# programs in a row is how requests are smuggled, so anything doubtful is refused.
+
+TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+TARGET = re.compile(r"[!-~]+")
+# CTLs other than HTAB (RFC 9110 section 5.5); CR and LF are counted against the line ends.
+FORBIDDEN_CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+HOST_VALUE = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%!$&'()*+,;=-]+)(?::[0-9]{0,5})?")
+DIGITS = re.compile(rf"[0-9]{{1,{MAX_LENGTH_DIGITS}}}")
+CHUNK_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+CHUNK_STRING = rb'"(?:[^"\\\x00-\x08\x0a-\x1f\x7f]|\\[\t -~])*"'
+CHUNK_LINE = re.compile(
+    rb"([0-9A-Fa-f]{1,16})((?:[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?)*)"
+    % (CHUNK_TOKEN, CHUNK_TOKEN, CHUNK_STRING)
+)
+STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) ([1-5][0-9][0-9])(?: ([^\r\n]*))?")
+NO_BODY_STATUSES = (204, 304)
+REASONS = {
+    100: "Continue",
+    200: "OK",
+    204: "No Content",
+    400: "Bad Request",
+    401: "Unauthorized",
+    402: "Payment Required",
+    403: "Forbidden",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    408: "Request Timeout",
+    413: "Content Too Large",
+    414: "URI Too Long",
+    415: "Unsupported Media Type",
+    417: "Expectation Failed",
+    421: "Misdirected Request",
+    422: "Unprocessable Content",
+    426: "Upgrade Required",
+    429: "Too Many Requests",
+    431: "Request Header Fields Too Large",
+    500: "Internal Server Error",
+    501: "Not Implemented",
+    502: "Bad Gateway",
+    503: "Service Unavailable",
+    504: "Gateway Timeout",
+    505: "HTTP Version Not Supported",
+    529: "Overloaded",
+}
+
+
+class Headers(dict[str, str]):
+    """Fields by lower-case name; repeated ones are joined by ", " and named in `repeated`."""
+
+    repeated: frozenset[str] = frozenset()
+
+    def has_token(self, name: str, token: str) -> bool:
+        """Whether the comma list in field `name` holds `token`, in any case."""
+        value = self.get(name)
+        if value is None:
+            return False
+        return any(item.strip(" \t").lower() == token for item in value.split(","))
+
+
+@dataclass(slots=True)
+class RequestHead:
+    """A request line and its fields."""
+
+    method: str
+    target: str
+    #: percent-decoded, without the query
+    path: str
+    query: str
+    #: 0 for HTTP/1.0, 1 for HTTP/1.1
+    minor: int
+    headers: Headers
+
+
+@dataclass(slots=True)
+class ResponseHead:
+    """A status line and its fields."""
+
+    status: int
+    minor: int
+    headers: Headers
+
+
+def head_end(buffer: bytes | bytearray, start: int = 0) -> int:
+    """The offset behind the empty line that ends a head, or -1 while it has not come.
+
+    An empty line made of bare LFs ends it as well, so that it is refused at once, not waited for.
+    """
+    start = max(0, start - 3)
+    bare, full = buffer.find(b"\n\n", start), buffer.find(b"\n\r\n", start)
+    if bare < 0:
+        return full + 3 if full >= 0 else -1
+    return bare + 2 if full < 0 or bare < full else full + 3
+
+
+def head_lines(data: bytes) -> list[str]:
+    """The lines of a head that ends with an empty line; raises WireError on stray CR, LF, NUL."""
+    text = data.decode("latin-1")
+    lines = text.split("\r\n")
+    if text.count("\n") != len(lines) - 1 or text.count("\r") != len(lines) - 1:
+        raise WireError("bare CR or LF in the head")
+    if FORBIDDEN_CONTROLS.search(text):
+        raise WireError("control character in the head")
+    return lines[:-2]
+
+
+def parse_fields(lines: list[str]) -> Headers:
+    """Header or trailer fields; raises WireError."""
+    if len(lines) > MAX_FIELDS:
+        raise WireError(f"more than {MAX_FIELDS} header fields", 431)
+    headers = Headers()
+    repeated = set()
+    for line in lines:
+        name, colon, value = line.partition(":")
+        # Also refuses white space before the colon and a line folded under the one before it.
+        if not colon or not TOKEN.fullmatch(name):
+            raise WireError("malformed header field")
+        name = name.lower()
+        value = value.strip(" \t")
+        if name in headers:
+            repeated.add(name)
+            value = f"{headers[name]}, {value}"
+        headers[name] = value
+    headers.repeated = frozenset(repeated)
+    return headers
+
+
+def parse_target(method: str, target: str) -> tuple[str, str, str]:
+    """(path, query, host) of a request target; host is "" unless it is in absolute form."""
+    if not TARGET.fullmatch(target) or "#" in target:
+        raise WireError("malformed request target")
+    host = ""
+    if target[0] != "/":
+        if target == "*" and method == "OPTIONS":
+            return "*", "", ""
+        scheme, _, rest = target.partition("://")
+        if scheme.lower() not in ("http", "https") or not rest:
+            raise WireError("malformed request target")
+        host, slash, rest = rest.partition("/")
+        if not slash and "?" in host:
+            host, _, query = host.partition("?")
+            return "/", query, host
+        target = "/" + rest
+        if not host:
+            raise WireError("malformed request target")
+    path, _, query = target.partition("?")
+    if "%" in path:
+        path = urllib.parse.unquote(path, errors="replace")
+    return path, query, host
+
+
+def parse_request_head(data: bytes) -> RequestHead:
+    """A request head with its final empty line; raises WireError."""
+    lines = head_lines(data)
+    if len(lines[0]) > MAX_REQUEST_LINE_BYTES:
+        raise WireError("request line too long", 414)
+    parts = lines[0].split(" ")
+    if len(parts) != 3 or not TOKEN.fullmatch(parts[0]):
+        raise WireError("malformed request line")
+    method, target, version = parts
+    if version not in ("HTTP/1.1", "HTTP/1.0"):
+        if re.fullmatch(r"HTTP/[0-9]\.[0-9]", version):
+            raise WireError("this server speaks HTTP/1.1", 505)
+        raise WireError("malformed request line")
+    minor = int(version[-1])
+    path, query, host = parse_target(method, target)
+    headers = parse_fields(lines[1:])
+    if "host" in headers.repeated or ("host" not in headers and minor):
+        raise WireError("exactly one Host field is needed")
+    if "host" in headers and not HOST_VALUE.fullmatch(headers["host"]):
+        raise WireError("malformed Host field")
+    if host:
+        if not HOST_VALUE.fullmatch(host):
+            raise WireError("malformed request target")
+        headers["host"] = host  # RFC 9112 section 3.2.2: the target's host replaces the field's
+    return RequestHead(method, target, path, query, minor, headers)
+
+
+def parse_response_head(data: bytes) -> ResponseHead:
+    """A response head with its final empty line; raises WireError."""
+    lines = head_lines(data)
+    match = STATUS_LINE.fullmatch(lines[0])
+    if match is None:
+        raise WireError("malformed status line")
+    return ResponseHead(int(match[2]), int(match[1]), parse_fields(lines[1:]))
+
+
+def parse_length(headers: Headers) -> int | None:
+    """Content-Length; RFC 9112 section 6.3 makes every doubt unrecoverable."""
+    value = headers.get("content-length")
+    if value is None:
+        return None
+    if "content-length" in headers.repeated or not DIGITS.fullmatch(value):
+        raise WireError("malformed Content-Length")
+    return int(value)
+
+
+class Body:
+    """A message body on its way in: `feed` gives the payload, `rest` what came behind the end."""
+
+    def __init__(self) -> None:
+        self.done = False
+        self.rest = b""
+
+    def feed(self, data: bytes) -> bytes:
+        """The payload in `data`; raises WireError."""
+        raise NotImplementedError
+
+    def end(self) -> None:
+        """The connection ended; raises WireError when the body is not complete."""
+        if not self.done:
+            raise WireError("the connection ended inside a message body")
+
+
+class LengthBody(Body):
+    """A body of known length."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.left = length
+        self.done = length == 0
+
+    def feed(self, data: bytes) -> bytes:
+        """The payload in `data`."""
+        if len(data) > self.left:
+            self.rest += data[self.left :]
+            data = data[: self.left]
+        self.left -= len(data)
+        self.done = self.left == 0
+        return data
+
+
+class UntilCloseBody(Body):
+    """A body that the end of the connection ends."""
+
+    def feed(self, data: bytes) -> bytes:
+        """The payload in `data`: all of it."""
+        return data
+
+    def end(self) -> None:
+        """The connection's end is the body's."""
+        self.done = True
+
+
+class ChunkedBody(Body):
+    """The chunked coding (RFC 9112 section 7.1): extensions and trailers are checked, not kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buffer = b""
+        self.left = 0  # bytes of the chunk in hand, its CRLF not counted
+        self.in_chunk = False
+        self.in_trailers = False
+
+    def feed(self, data: bytes) -> bytes:
+        """The payload in `data`."""
+        if self.buffer:
+            data = self.buffer + data
+        payload: list[bytes] = []
+        at = 0
+        while not self.done:
+            if self.in_chunk:
+                moved = self.take_chunk(data, at, payload)
+            elif self.in_trailers:
+                moved = self.take_trailers(data, at)
+            else:
+                moved = self.take_size(data, at)
+            if moved < 0:
+                break
+            at = moved
+        self.buffer = b"" if self.done else data[at:]
+        if self.done:
+            self.rest = data[at:]
+        return payload[0] if len(payload) == 1 else b"".join(payload)
+
+    def take_chunk(self, data: bytes, at: int, payload: list[bytes]) -> int:
+        """Takes chunk data from offset `at`; the new offset, or -1 when more is needed."""
+        end = at + self.left
+        if len(data) >= end + 2:
+            if data[end : end + 2] != b"\r\n":
+                raise WireError("chunk data is not followed by CRLF")
+            payload.append(data[at:end])
+            self.in_chunk = False
+            return end + 2
+        if self.left and len(data) > at:
+            part = data[at:end]
+            payload.append(part)
+            self.left -= len(part)
+            return at + len(part)
+        if not self.left and data[at : at + 1] not in (b"", b"\r"):
+            raise WireError("chunk data is not followed by CRLF")
+        return -1
+
+    def take_size(self, data: bytes, at: int) -> int:
+        """Takes a chunk-size line from offset `at`; the new offset, or -1."""
+        end = data.find(b"\n", at)
+        if end < 0:
+            if len(data) - at > MAX_CHUNK_LINE_BYTES:
+                raise WireError("chunk size line too long")
+            return -1
+        line = data[at : end + 1]
+        if len(line) > MAX_CHUNK_LINE_BYTES:
+            raise WireError("chunk size line too long")
+        match = CHUNK_LINE.fullmatch(line, 0, len(line) - 2)
+        if match is None or not line.endswith(b"\r\n"):
+            raise WireError("malformed chunk size line")
+        self.left = int(match[1], 16)
+        self.in_chunk = self.left > 0
+        self.in_trailers = self.left == 0
+        return end + 1
+
+    def take_trailers(self, data: bytes, at: int) -> int:
+        """Takes the trailer section from offset `at`; the new offset, or -1."""
+        if data.startswith(b"\r\n", at):
+            self.done = True
+            return at + 2
+        end = head_end(data[at:])
+        if end < 0:
+            if len(data) - at > MAX_TRAILER_BYTES:
+                raise WireError("trailers too long", 431)
+            if data[at : at + 1] == b"\n":
+                raise WireError("bare LF after the last chunk")
+            return -1
+        if end > MAX_TRAILER_BYTES:
+            raise WireError("trailers too long", 431)
+        parse_fields(head_lines(data[at : at + end]))
+        self.done = True
+        return at + end
+
+
+def request_body(head: RequestHead) -> Body:
+    """The body that follows a request head; raises WireError where two programs could disagree."""
+    headers = head.headers
+    length = parse_length(headers)
+    coding = headers.get("transfer-encoding")
+    if coding is None:
+        return LengthBody(length or 0)
+    if length is not None:
+        raise WireError("both Content-Length and Transfer-Encoding")
+    if head.minor == 0:
+        raise WireError("Transfer-Encoding in HTTP/1.0")
+    if coding.lower() != "chunked":
+        last = coding.lower().split(",")[-1].strip(" \t")
+        doubled = coding.lower().count("chunked") > 1
+        raise WireError("unknown transfer coding", 400 if last != "chunked" or doubled else 501)
+    return ChunkedBody()
+
+
+def response_body(head: ResponseHead, method: str) -> Body:
+    """The body that follows a response head (RFC 9112 section 6.3)."""
+    if method == "HEAD" or head.status in NO_BODY_STATUSES or head.status < 200:
+        return LengthBody(0)
+    coding = head.headers.get("transfer-encoding")
+    if coding is not None:
+        if coding.lower() != "chunked" or "content-length" in head.headers:
+            raise WireError("unusable framing of the answer")
+        return ChunkedBody()
+    length = parse_length(head.headers)
+    return UntilCloseBody() if length is None else LengthBody(length)
+
+
+def write_head(first_line: str, headers: Iterable[tuple[str, str]]) -> bytes:
+    """A request or response head.  Values come from tables, checked names and numbers only."""
+    lines = [first_line]
+    for name, value in headers:
+        if "\r" in value or "\n" in value:
+            raise ValueError(f"line break in header {name}")
+        lines.append(f"{name}: {value}")
+    lines.append("\r\n")
+    return "\r\n".join(lines).encode("latin-1")
+
+
+def status_line(status: int) -> str:
+    """`HTTP/1.1 200 OK`."""
+    return f"HTTP/1.1 {status} {REASONS.get(status, 'Unknown')}"
+
+
+def write_chunk(data: bytes) -> bytes:
+    """`data` as one chunk; empty data would end the body, so it is nothing."""
+    return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
+
+
+LAST_CHUNK = b"0\r\n\r\n"
+
+
+def inflate(data: bytes, coding: str, limit: int) -> bytes:
+    """A gzip or deflate body, decoded; raises ApiError for a bomb, a torn or a foreign one."""
+    # 47: zlib or gzip by its own header; raw deflate is tried second, as some clients send it.
+    for window in (47, -15) if coding == "deflate" else (31,):
+        unpacker = zlib.decompressobj(window)
+        try:
+            text = unpacker.decompress(data, limit + 1)
+        except zlib.error:
+            continue
+        if len(text) > limit:
+            raise BodyTooLarge(f"The decoded body is larger than {limit // MIB} MiB.")
+        if not unpacker.eof or unpacker.unused_data:
+            break
+        return text
+    raise InvalidRequest(f"The body is not valid {coding}.")
+
+
+# ---- 6. Stream framing -------------------------------------------------------------------------
+
+
+class SseReader:
+    """Server-sent events in, `(event name, data)` out, wherever the bytes are cut.
+
+    Takes LF, CRLF and CR as line ends, `data:` with and without the space, several data lines,
+    comments, a byte order mark, a last event without its empty line, and a bare JSON object where
+    an event should be (Copilot appends errors like that, seen in 2026-08).
+    """
+
+    def __init__(self) -> None:
+        self.tail = b""
+        self.begun = False
+
+    def feed(self, data: bytes) -> list[tuple[bytes, bytes]]:
+        """The events that `data` completes; raises UpstreamError over MAX_FRAME_BYTES."""
+        if self.tail:
+            data = self.tail + data
+        if not self.begun and data:
+            if len(data) < 3 and b"\xef\xbb\xbf".startswith(data):
+                self.tail = data
+                return []
+            self.begun = True
+            data = data.removeprefix(b"\xef\xbb\xbf")
+        if b"\r" in data:
+            held = b"\r" if data.endswith(b"\r") else b""  # its LF may be in the next read
+            data = data[: len(data) - len(held)].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+            blocks = data.split(b"\n\n")
+            self.tail = blocks.pop() + held
+        else:
+            blocks = data.split(b"\n\n")
+            self.tail = blocks.pop()
+        if len(self.tail) > MAX_FRAME_BYTES:
+            raise UpstreamError("The upstream sent an endless event.")
+        return [event for block in blocks if (event := self.parse(block))]
+
+    def end(self) -> list[tuple[bytes, bytes]]:
+        """The last event, where the stream ended without an empty line."""
+        block, self.tail = self.tail.rstrip(b"\r\n"), b""
+        event = self.parse(block) if block else None
+        return [event] if event else []
+
+    @staticmethod
+    def parse(block: bytes) -> tuple[bytes, bytes] | None:
+        """One block of lines; None for comments and other nothings."""
+        if b"\n" not in block and block.startswith(b"data: "):
+            return b"", block[6:]
+        name, data = b"", []
+        for line in block.split(b"\n"):
+            if line.startswith(b"data:"):
+                data.append(line[6:] if line[5:6] == b" " else line[5:])
+            elif line.startswith(b"event:"):
+                name = line[6:].strip()
+            elif line.startswith(b"{"):
+                data.append(line)
+        return (name, b"\n".join(data)) if data else None
+
+
+def load_frames(events: list[tuple[bytes, bytes]]) -> list[Json]:
+    """The events' data as JSON objects, in one parse; raises UpstreamError when one is not JSON.
+
+    An object without a `type` takes it from the event's name, and `[DONE]` becomes
+    `{"type": "[DONE]"}`.
+    """
+    texts = [data for _, data in events if data != b"[DONE]"]
+    try:
+        objects = json.loads(b"[" + b",".join(texts) + b"]")
+    except (ValueError, RecursionError):
+        objects = None
+    if objects is None or len(objects) != len(texts):
+        objects = [load_object(data) for data in texts]
+    if len(texts) == len(events) and all(type(item) is dict for item in objects):
+        frames: list[Json] = objects
+    else:
+        queue = iter(objects)
+        frames = [{"type": "[DONE]"} if data == b"[DONE]" else next(queue) for _, data in events]
+    for (name, _), frame in zip(events, frames, strict=True):
+        if not isinstance(frame, dict):
+            raise UpstreamError("The upstream sent an event that is not a JSON object.")
+        if name and "type" not in frame:
+            frame["type"] = name.decode("utf-8", "replace")
+    return frames
+
+
+def write_sse(frame: Json, name: str = "") -> bytes:
+    """One event."""
+    if name:
+        return b"event: %b\ndata: %b\n\n" % (name.encode(), dump_json(frame))
+    return b"data: %b\n\n" % dump_json(frame)
+
+
+SSE_DONE = b"data: [DONE]\n\n"
+SSE_COMMENT_PING = b": ping\n\n"
