@@ -2079,3 +2079,1582 @@ def estimate_request(body: Json) -> int:
     if body.get("tools"):
         total += 346  # what Claude adds around tools (seen in copilot-api, 2026-01)
     return max(2, int(total) + 1)
+
+
+# ---- 8. Dialects -------------------------------------------------------------------------------
+#
+# 8.1 what all dialects share
+
+
+@dataclass(slots=True)
+class Outline:
+    """What routing and billing need to know of a request body, without converting it."""
+
+    model: str
+    stream: bool
+    include_usage: bool
+    #: X-Initiator: "user" when a person spoke last, "agent" in a tool loop
+    initiator: str
+    #: a stable key of the conversation, "" where the caller sends none
+    session: str
+    #: the words that open the conversation: they tell conversations without a key apart
+    opening: str
+
+
+@dataclass(slots=True)
+class Terms:
+    """How one answer is to be written for its caller."""
+
+    id: str
+    #: Unix seconds
+    created: int
+    #: the model name the caller used
+    model: str
+    include_usage: bool = False
+    #: upstream tool name -> the caller's
+    names: dict[str, str] = field(default_factory=dict)
+    #: answer in the `function_call` shape of 2023
+    legacy_functions: bool = False
+    #: the caller wants thinking blocks without their text
+    hide_thinking: bool = False
+    #: stop strings to be cut here, as the upstream has no field for them
+    cut: list[str] = field(default_factory=list)
+    #: several choices were asked for: none may be folded into another
+    many: bool = False
+    #: the body the upstream was asked with: its tokens are estimated where it counts none
+    asked: Json = field(default_factory=dict)
+    #: takes (call ids, reasoning text, signature) that the caller's dialect cannot carry
+    keep: Callable[[list[str], str, str], None] | None = None
+
+
+class Reader(Protocol):
+    """Frames of a dialect in, events out."""
+
+    def read(self, frame: Json) -> list[Event]:
+        """The events in one frame."""
+
+    def end(self) -> list[Event]:
+        """What was held back until the upstream ended."""
+
+
+class Writer(Protocol):
+    """Events in, frames of a dialect out."""
+
+    def write(self, event: Event) -> list[Json]:
+        """The frames for one event."""
+
+
+class Relay(Protocol):
+    """Native frames in, native frames out: repaired, and read for their usage."""
+
+    usage: Usage
+
+    @property
+    def finished(self) -> bool:
+        """Whether the answer is complete."""
+
+    def quick(self, data: bytes) -> bytes | None:
+        """A whole read as it goes on, when nothing in it needs a look; else None."""
+
+    def mend(self, frame: Json) -> list[Json]:
+        """The frames that take the place of one frame; raises ApiError when it is an error."""
+
+    def end(self) -> list[Json]:
+        """What closes the answer; raises UpstreamError when it had not finished."""
+
+
+class Dialect(Protocol):
+    """One wire format, both ways.  Dialects never see each other."""
+
+    name: str
+    #: what ends every stream
+    tail: bytes
+    #: what the ids of its answers begin with
+    id_prefix: str
+
+    def outline(self, body: Json) -> Outline:
+        """The few facts routing needs; raises InvalidRequest."""
+
+    def read_request(self, body: Json) -> Chat:
+        """The request; raises InvalidRequest for what cannot be carried over."""
+
+    def write_request(self, chat: Chat, model: Model) -> Json:
+        """The body that asks `model` for a streamed answer."""
+
+    def has_image(self, body: Json) -> bool:
+        """Whether any message holds an image."""
+
+    def reader(self) -> Reader:
+        """A reader for one answer."""
+
+    def writer(self, terms: Terms) -> Writer:
+        """A writer for one answer."""
+
+    def relay(self, terms: Terms) -> Relay:
+        """A relay for one native answer."""
+
+    def fold(self, frames: list[Json]) -> Json:
+        """The whole answer that a finished stream of frames amounts to."""
+
+    def unfold(self, whole: Json) -> list[Json]:
+        """The frames that a whole answer stands for."""
+
+    def encode(self, frame: Json) -> bytes:
+        """One frame on the wire."""
+
+    def error_body(self, error: ApiError, request_id: str) -> Json:
+        """An error answer's body, or the frame that ends a stream."""
+
+    def error_status(self, error: ApiError) -> int:
+        """The status this dialect's clients know for `error`."""
+
+    def ping(self, begun: bool) -> bytes:
+        """A sign of life that its clients take for one."""
+
+
+def dump_text(value: Any) -> str:
+    """Compact JSON text."""
+    return dump_json(value).decode()
+
+
+def take_bool(body: Json, key: str) -> bool:
+    """A boolean field that is false when absent."""
+    return bool_field(body, key) or False
+
+
+def text_of(content: Any) -> str:
+    """The words in a message's content, whatever its shape."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        return ""
+    parts = (item.get("text") for item in content if isinstance(item, dict))
+    return "\n".join(part for part in parts if isinstance(part, str))
+
+
+def is_reminder(text: str) -> bool:
+    """Whether an agent put the text into a user turn, not a person."""
+    return text.lstrip().startswith("<system-reminder>")
+
+
+def message_list(body: Json) -> list[Json]:
+    """The `messages` of a body, each an object; raises InvalidRequest."""
+    if "messages" not in body:
+        raise InvalidRequest("messages: is required.", param="messages")
+    messages: list[Json] = list_field(body, "messages")
+    if not messages:
+        raise InvalidRequest("messages: must not be empty.", param="messages")
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise wrong_type(f"messages.{index}", "an object")
+    return messages
+
+
+def opening_words(system: Any, messages: list[Json]) -> str:
+    """System prompt and first user message: the same in every request of one conversation."""
+    first = next((m.get("content") for m in messages if m.get("role") == "user"), "")
+    return text_of(system) + "\0" + text_of(first)
+
+
+# Content parts.  Clients mix the vendors' shapes (Cursor and Zed send Anthropic's to OpenAI's
+# endpoint, seen in 2026-07), so one table reads them all, for every dialect.
+
+
+def read_text_part(part: Json, path: str) -> list[Block]:
+    """`{"type": "text", "text": "..."}` under any of its names."""
+    return [Text(need_str(part, "text", path))]
+
+
+def read_image_url_part(part: Json, path: str) -> list[Block]:
+    """OpenAI's image part: the URL stands in an object or by itself."""
+    value = part.get("image_url")
+    url = need_str(value, "url", f"{path}.image_url") if isinstance(value, dict) else value
+    if not isinstance(url, str):
+        if part.get("file_id"):
+            raise UnsupportedFeature(f"{path}.file_id: files are not stored here.", param=path)
+        raise wrong_type(f"{path}.image_url", "an object with a url")
+    return [read_image_url(url, f"{path}.image_url")]
+
+
+def read_image_part(part: Json, path: str) -> list[Block]:
+    """Anthropic's image block."""
+    source = dict_field(part, "source", path)
+    kind = source.get("type")
+    if kind == "base64":
+        data = need_str(source, "data", f"{path}.source")
+        claimed = str_field(source, "media_type", f"{path}.source") or ""
+        return [Image(image_type(data, claimed, path), data)]
+    if kind == "url":
+        return [read_image_url(need_str(source, "url", f"{path}.source"), f"{path}.source.url")]
+    raise UnsupportedFeature(f"{path}.source: must be base64 or an https url.", param=path)
+
+
+def read_file_part(part: Json, path: str) -> list[Block]:
+    """OpenAI's file part: a data URL, or text."""
+    entry = dict_field(part, "file", path) or part
+    data = str_field(entry, "file_data", path)
+    title = str_field(entry, "filename", path) or ""
+    if not data:
+        raise UnsupportedFeature(
+            f"{path}: files must come as file_data; nothing is stored or fetched here.", param=path
+        )
+    if not data.startswith("data:"):
+        data = "data:application/pdf;base64," + data
+    media_type, payload = read_data_url(data, path)
+    if media_type.startswith("text/"):
+        text = base64.b64decode(payload).decode("utf-8", "replace")
+        return [Document(media_type, text=text, title=title, path=path)]
+    if media_type != "application/pdf":
+        raise UnsupportedFeature(f"{path}: files must be PDF or text.", param=path)
+    return [Document(media_type, payload, title=title, path=path)]
+
+
+def read_document_part(part: Json, path: str) -> list[Block]:
+    """Anthropic's document block."""
+    source = dict_field(part, "source", path)
+    title = str_field(part, "title", path) or ""
+    kind = source.get("type")
+    if kind == "base64":
+        data = need_str(source, "data", f"{path}.source")
+        media_type = str_field(source, "media_type", path) or "application/pdf"
+        return [Document(media_type, data, title=title, path=path)]
+    if kind == "text":
+        text = need_str(source, "data", f"{path}.source")
+        return [Document("text/plain", text=text, title=title, path=path)]
+    if kind == "content":
+        blocks = read_parts(source.get("content"), f"{path}.source.content")
+        return [Text(f"[{title}]"), *blocks] if title else blocks
+    raise UnsupportedFeature(
+        f"{path}.source: must be base64, text or content; nothing is stored or fetched here.",
+        param=path,
+    )
+
+
+def read_search_result_part(part: Json, path: str) -> list[Block]:
+    """A search result as words: title, source, body."""
+    lines = [str_field(part, "title", path) or "", str_field(part, "source", path) or ""]
+    return [Text("\n".join([*filter(None, lines), text_of(part.get("content"))]))]
+
+
+def read_tool_use_part(part: Json, path: str) -> list[Block]:
+    """Anthropic's tool call."""
+    arguments = dump_text(part.get("input") if part.get("input") is not None else {})
+    return [ToolCall(need_str(part, "id", path), need_str(part, "name", path), arguments)]
+
+
+def read_tool_result_part(part: Json, path: str) -> list[Block]:
+    """Anthropic's tool result."""
+    blocks = read_parts(part.get("content"), f"{path}.content")
+    is_error = bool_field(part, "is_error", path) or False
+    return [ToolResult(need_str(part, "tool_use_id", path), blocks, is_error)]
+
+
+def read_thinking_part(part: Json, path: str) -> list[Block]:
+    """Anthropic's thinking, readable or redacted."""
+    text = str_field(part, "thinking", path) or ""
+    signature = str_field(part, "signature", path) or ""
+    return [Thinking(text, signature, str_field(part, "data", path) or "")]
+
+
+def read_refusal_part(part: Json, path: str) -> list[Block]:
+    """OpenAI's refusal."""
+    return [Refusal(need_str(part, "refusal", path))]
+
+
+def read_tool_reference_part(part: Json, path: str) -> list[Block]:
+    """A tool that a search found: the tools themselves are always all sent."""
+    return [Text("Tool available: " + need_str(part, "tool_name", path))]
+
+
+def read_hosted_part(part: Json, path: str) -> list[Block]:
+    """A tool the vendor ran, as a line of words: other vendors cannot check the original."""
+    if part.get("type") == "server_tool_use":
+        return [Text(f"[{part.get('name')}: {dump_text(part.get('input'))}]")]
+    content = part.get("content")
+    rows = content if isinstance(content, list) else [content]
+    lines = []
+    for row in rows:
+        if isinstance(row, dict):
+            said = (row.get(key) for key in ("title", "url", "text", "error_code", "tool_name"))
+            lines.append(" ".join(item for item in said if isinstance(item, str)))
+    return [Text("[" + "\n".join(filter(None, lines)) + "]")]
+
+
+def read_compaction_part(part: Json, path: str) -> list[Block]:
+    """A summary that stands for earlier turns: only its words can go elsewhere."""
+    return [Text(need_str(part, "content", path))]
+
+
+def read_nothing_part(part: Json, path: str) -> list[Block]:
+    """A marker without content."""
+    return []
+
+
+def refuse_part(part: Json, path: str) -> list[Block]:
+    """What no model here takes."""
+    raise UnsupportedFeature(f"{path}.type: {part['type']} is not supported here.", param=path)
+
+
+PART_READERS: dict[str, Callable[[Json, str], list[Block]]] = {
+    "compaction": read_compaction_part,
+    "container_upload": refuse_part,
+    "document": read_document_part,
+    "fallback": read_nothing_part,
+    "file": read_file_part,
+    "image": read_image_part,
+    "image_url": read_image_url_part,
+    "input_audio": refuse_part,
+    "input_file": read_file_part,
+    "input_image": read_image_url_part,
+    "input_text": read_text_part,
+    "output_text": read_text_part,
+    "redacted_thinking": read_thinking_part,
+    "refusal": read_refusal_part,
+    "search_result": read_search_result_part,
+    "server_tool_use": read_hosted_part,
+    "text": read_text_part,
+    "thinking": read_thinking_part,
+    "tool_reference": read_tool_reference_part,
+    "tool_result": read_tool_result_part,
+    "tool_use": read_tool_use_part,
+}
+
+
+def read_parts(content: Any, path: str) -> list[Block]:
+    """The blocks of a message's content: null, a string, or a list of parts of any vendor."""
+    if content is None:
+        return []
+    if isinstance(content, str):
+        return [Text(content)]
+    if not isinstance(content, list):
+        raise wrong_type(path, "a string or a list of parts")
+    blocks: list[Block] = []
+    for index, item in enumerate(content):
+        where = f"{path}.{index}"
+        if isinstance(item, str):
+            blocks.append(Text(item))
+            continue
+        part = need_dict(item, where)
+        kind = part.get("type")
+        reader = PART_READERS.get(kind) if isinstance(kind, str) else None
+        if reader is None and isinstance(kind, str) and kind.endswith("_tool_result"):
+            reader = read_hosted_part
+        if reader is None:
+            if not isinstance(part.get("text"), str):
+                raise InvalidRequest(f"{where}.type: is not a known part type.", param=where)
+            reader = read_text_part
+        blocks.extend(reader(part, where))
+    return blocks
+
+
+def plain_text(blocks: Iterable[Block]) -> str:
+    """The words of blocks, paragraphs apart."""
+    return "\n\n".join(block.text for block in blocks if isinstance(block, (Text, Refusal)))
+
+
+# Tools of Anthropic that the client runs but sends without a schema (formats seen in 2026-09).
+
+EDITOR_SCHEMA: Json = {
+    "type": "object",
+    "properties": {
+        "command": {"type": "string", "enum": ["view", "create", "str_replace", "insert"]},
+        "path": {"type": "string"},
+        "file_text": {"type": "string"},
+        "old_str": {"type": "string"},
+        "new_str": {"type": "string"},
+        "insert_line": {"type": "integer"},
+        "insert_text": {"type": "string"},
+        "view_range": {"type": "array", "items": {"type": "integer"}},
+    },
+    "required": ["command", "path"],
+}
+CLIENT_TOOL_SCHEMAS: dict[str, Json] = {
+    "bash": {
+        "type": "object",
+        "properties": {"command": {"type": "string"}, "restart": {"type": "boolean"}},
+    },
+    "text_editor": EDITOR_SCHEMA,
+    "memory": {
+        "type": "object",
+        "properties": {
+            "command": {"type": "string"},
+            "path": {"type": "string"},
+            "file_text": {"type": "string"},
+            "old_str": {"type": "string"},
+            "new_str": {"type": "string"},
+            "insert_line": {"type": "integer"},
+            "insert_text": {"type": "string"},
+            "old_path": {"type": "string"},
+            "new_path": {"type": "string"},
+        },
+        "required": ["command"],
+    },
+    "computer": {
+        "type": "object",
+        "properties": {
+            "action": {"type": "string"},
+            "coordinate": {"type": "array", "items": {"type": "integer"}},
+            "text": {"type": "string"},
+        },
+        "required": ["action"],
+    },
+}
+
+
+def client_tool_schema(kind: str) -> Json | None:
+    """The schema of `bash_20250124` and its like; None for tools the vendor runs itself."""
+    for family, schema in CLIENT_TOOL_SCHEMAS.items():
+        if kind.startswith(family + "_2"):
+            return schema
+    return None
+
+
+def drop_hosted(hosted: list[str], left: int, forced: str, dropped: list[str]) -> None:
+    """Tools that only the vendor can run: left out beside others, refused when they matter.
+
+    A client that forces one, or offers nothing else, must hear that it is not there.
+    """
+    for name in hosted:
+        if name == forced or not left:
+            raise UnsupportedFeature(f"{name} is not available on this model.", param="tools")
+        dropped.append(f"tools.{name}")
+
+
+def tool_names(body: Json) -> list[str]:
+    """The names of the tools a native body offers."""
+    names = []
+    for tool in body.get("tools") or ():
+        entry = details(tool, "function") or tool if isinstance(tool, dict) else {}
+        if isinstance(entry.get("name"), str):
+            names.append(entry["name"])
+    return names
+
+
+def check_tool_names(chat: Chat) -> None:
+    """Refuses tool names that become one name upstream."""
+    wire_names(tool.name for tool in chat.tools)
+
+
+# Usage, as each vendor writes it.  An absent figure keeps what an earlier frame said.
+
+
+def count(obj: Json, key: str, before: int) -> int:
+    """The figure at `key`, or `before`."""
+    value = obj.get(key)
+    return value if isinstance(value, int) and not isinstance(value, bool) else before
+
+
+def details(obj: Json, key: str) -> Json:
+    """The object at `key`, or an empty one."""
+    value = obj.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def read_copilot_usage(frame: Json, usage: Usage) -> None:
+    """Copilot's own bill beside the usage: the true split of the prompt, and the price.
+
+    `{"total_nano_aiu": 120000, "token_details": [{"token_type": "input", "token_count": 9}]}`,
+    1e9 nano-AIU = 1 AI credit = 0.01 USD (seen in gh-aw-firewall, 2026-08).
+    """
+    bill = details(frame, "copilot_usage")
+    if not bill:
+        return
+    usage.nano_credits = count(bill, "total_nano_aiu", usage.nano_credits)
+    rows = bill.get("token_details")
+    amounts: dict[str, int] = {}
+    for row in rows if isinstance(rows, list) else ():
+        if isinstance(row, dict) and isinstance(row.get("token_type"), str):
+            amounts[row["token_type"]] = count(row, "token_count", 0)
+    if "input" in amounts:
+        usage.input = amounts["input"]
+        usage.cache_read = amounts.get("cache_read", usage.cache_read)
+        usage.cache_write = amounts.get("cache_write", usage.cache_write)
+
+
+def read_chat_usage(frame: Json, usage: Usage) -> bool:
+    """Takes OpenAI's `usage` of a frame into `usage`; False where there is none."""
+    said = details(frame, "usage")
+    if not said:
+        return False
+    prompt_details = details(said, "prompt_tokens_details")
+    usage.cache_read = count(prompt_details, "cached_tokens", usage.cache_read)
+    usage.cache_write = count(prompt_details, "cache_write_tokens", usage.cache_write)
+    prompt = count(said, "prompt_tokens", usage.prompt)
+    usage.input = max(0, prompt - usage.cache_read - usage.cache_write)
+    usage.output = count(said, "completion_tokens", usage.output)
+    reasoning = details(said, "completion_tokens_details")
+    usage.reasoning = count(reasoning, "reasoning_tokens", usage.reasoning)
+    usage.reported = True
+    read_copilot_usage(frame, usage)
+    return True
+
+
+def read_messages_usage(said: Json, usage: Usage) -> None:
+    """Takes Anthropic's usage object into `usage`."""
+    if not said:
+        return
+    usage.input = count(said, "input_tokens", usage.input)
+    usage.cache_read = count(said, "cache_read_input_tokens", usage.cache_read)
+    usage.cache_write = count(said, "cache_creation_input_tokens", usage.cache_write)
+    usage.output = count(said, "output_tokens", usage.output)
+    thinking = details(said, "output_tokens_details")
+    usage.reasoning = count(thinking, "thinking_tokens", usage.reasoning)
+    usage.reported = True
+
+
+# Errors inside a stream, in any vendor's shape.
+
+STREAM_ERRORS: dict[str, type[ApiError]] = {
+    "overloaded_error": Overloaded,
+    "server_is_overloaded": Overloaded,
+    "model_overloaded": Overloaded,
+    "rate_limit_error": RateLimited,
+    "rate_limit_exceeded": RateLimited,
+    "rate_limited": RateLimited,
+    "insufficient_quota": QuotaExceeded,
+    "quota_exceeded": QuotaExceeded,
+    "timeout_error": UpstreamTimeout,
+    "invalid_request_error": InvalidRequest,
+    "content_filter": InvalidRequest,
+}
+
+
+def read_stream_error(value: Any) -> ApiError:
+    """The error in an error frame: an object with message, type and code, or a string."""
+    said = value if isinstance(value, dict) else {"message": value}
+    message = said.get("message")
+    words = redact(message)[:2000] if isinstance(message, str) and message else "no reason given"
+    for key in (said.get("code"), said.get("type")):
+        if isinstance(key, str) and key.partition(":")[0] in STREAM_ERRORS:
+            return STREAM_ERRORS[key.partition(":")[0]](words)
+    return UpstreamError(f"The upstream failed while it answered: {words}")
+
+
+# 8.2 OpenAI chat completions
+
+OPENAI_ERRORS: dict[str, tuple[str, str | None]] = {
+    "invalid_request": ("invalid_request_error", None),
+    "context_too_long": ("invalid_request_error", "context_length_exceeded"),
+    "invalid_key": ("invalid_request_error", "invalid_api_key"),
+    "forbidden": ("invalid_request_error", "forbidden"),
+    "model_not_found": ("invalid_request_error", "model_not_found"),
+    "unknown_url": ("invalid_request_error", "unknown_url"),
+    "method_not_allowed": ("invalid_request_error", "method_not_allowed"),
+    "request_timeout": ("invalid_request_error", "request_timeout"),
+    "body_too_large": ("invalid_request_error", "request_too_large"),
+    "unsupported_media_type": ("invalid_request_error", "unsupported_media_type"),
+    "unsupported_encoding": ("invalid_request_error", "unsupported_content_encoding"),
+    "rate_limited": ("requests", "rate_limit_exceeded"),
+    "quota_exceeded": ("insufficient_quota", "insufficient_quota"),
+    "upstream_error": ("server_error", "upstream_error"),
+    "not_signed_in": ("server_error", "provider_not_authenticated"),
+    "overloaded": ("server_error", "server_is_overloaded"),
+    "upstream_timeout": ("server_error", "upstream_timeout"),
+    "internal": ("server_error", "internal_error"),
+}
+
+CHAT_FINISHES = {
+    "stop": "end",
+    "length": "length",
+    "tool_calls": "tool",
+    "function_call": "tool",
+    "content_filter": "filter",
+}
+CHAT_FINISH_WORDS = {
+    "end": "stop",
+    "stop": "stop",
+    "tool": "tool_calls",
+    "length": "length",
+    "context": "length",
+    "filter": "content_filter",
+    "pause": "stop",
+}
+# Where a readable chain of thought stands in a delta: Copilot's name first, then what others use.
+REASONING_FIELDS = ("reasoning_text", "reasoning_content", "reasoning", "cot_summary")
+# Our mark on a chat upstream's signature while an Anthropic client carries it.
+CHAT_ENVELOPE = "gw1.c."
+FOREIGN_SIGNATURES = ("gw1.", "litellm_encrypted_reasoning:")
+
+
+class ChatRequestReader:
+    """Reads one chat completions body into a Chat."""
+
+    def __init__(self, body: Json) -> None:
+        self.body = body
+        self.chat = Chat()
+        self.pending: list[str] = []  # calls whose results have not come: for results without id
+        names = {m.get("name") for m in message_list(body) if m.get("role") == "user"}
+        self.named = len(names - {None}) > 1
+
+    def read(self) -> Chat:
+        """The Chat; raises InvalidRequest."""
+        self.refuse_lossy()
+        for index, message in enumerate(message_list(self.body)):
+            self.read_message(message, f"messages.{index}")
+        self.chat.turns = settle_turns(self.chat.turns)
+        self.read_tools()
+        self.read_settings()
+        check_tool_names(self.chat)
+        return self.chat
+
+    def refuse_lossy(self) -> None:
+        """Refuses what a converted answer could not hold."""
+        body = self.body
+        if (int_field(body, "n") or 1) > 1:
+            raise UnsupportedFeature("n: only one choice is offered on this model.", param="n")
+        for key in ("logit_bias", "audio"):
+            if body.get(key):
+                raise UnsupportedFeature(f"{key}: is not supported on this model.", param=key)
+        if body.get("logprobs") or body.get("top_logprobs"):
+            raise UnsupportedFeature("logprobs: is not supported on this model.", param="logprobs")
+        if "audio" in list_field(body, "modalities"):
+            raise UnsupportedFeature("modalities: audio is not supported.", param="modalities")
+        for key in ("frequency_penalty", "presence_penalty", "seed", "prediction", "verbosity"):
+            if body.get(key):
+                self.chat.dropped.append(key)
+
+    def read_message(self, message: Json, path: str) -> None:
+        """One message, by its role."""
+        role = need_str(message, "role", path)
+        content = message.get("content")
+        if role in ("system", "developer"):
+            blocks = read_parts(content, f"{path}.content")
+            texts = [block for block in blocks if isinstance(block, Text)]
+            if self.chat.turns:
+                self.chat.turns.append(Turn("system", [*texts]))
+            else:
+                self.chat.system.extend(texts)
+        elif role == "user":
+            blocks = read_parts(content, f"{path}.content")
+            name = str_field(message, "name", path)
+            if self.named and name and blocks and isinstance(blocks[0], Text):
+                blocks[0] = Text(f"{name}: {blocks[0].text}")
+            self.chat.turns.append(Turn("user", blocks))
+        elif role == "assistant":
+            self.chat.turns.append(Turn("assistant", self.read_assistant(message, path)))
+        elif role in ("tool", "function"):
+            call = str_field(message, "tool_call_id", path) or ""
+            if not call and self.pending:
+                call = self.pending[0]
+            if call in self.pending:
+                self.pending.remove(call)
+            result = ToolResult(call, read_parts(content, f"{path}.content"))
+            self.chat.turns.append(Turn("user", [result]))
+        else:
+            raise InvalidRequest(f"{path}.role: {role!r} is not a known role.", param=path)
+
+    def read_assistant(self, message: Json, path: str) -> list[Block]:
+        """Reasoning, words, refusal and calls, in that order."""
+        blocks: list[Block] = []
+        for key in REASONING_FIELDS:
+            if isinstance(message.get(key), str):
+                opaque = str_field(message, "reasoning_opaque", path) or ""
+                blocks.append(Thinking(message[key], CHAT_ENVELOPE + opaque if opaque else ""))
+                break
+        blocks.extend(read_parts(message.get("content"), f"{path}.content"))
+        refusal = str_field(message, "refusal", path)
+        if refusal:
+            blocks.append(Refusal(refusal))
+        calls = list_field(message, "tool_calls", path)
+        if message.get("function_call"):
+            calls = [*calls, {"function": message["function_call"]}]
+        for index, item in enumerate(calls):
+            blocks.append(self.read_call(item, f"{path}.tool_calls.{index}"))
+        self.pending.extend(block.id for block in blocks if isinstance(block, ToolCall))
+        return blocks
+
+    def read_call(self, item: Any, path: str) -> ToolCall:
+        """One entry of `tool_calls`."""
+        call = need_dict(item, path)
+        function = dict_field(call, "function", path) or dict_field(call, "custom", path)
+        arguments = function.get("arguments", function.get("input", ""))
+        if not isinstance(arguments, str):
+            arguments = dump_text(arguments if arguments is not None else {})
+        call_id = str_field(call, "id", path) or "call_" + short_hash(path, 16)
+        return ToolCall(call_id, need_str(function, "name", f"{path}.function"), arguments)
+
+    def read_tools(self) -> None:
+        """`tools`, the older `functions`, and the choice among them."""
+        body, chat = self.body, self.chat
+        hosted = ["web_search"] if body.get("web_search_options") is not None else []
+        for index, item in enumerate([*list_field(body, "tools"), *list_field(body, "functions")]):
+            path = f"tools.{index}"
+            tool = need_dict(item, path)
+            function = tool.get("function") or tool.get("custom") or tool
+            function = need_dict(function, f"{path}.function")
+            if "name" not in function and isinstance(tool.get("type"), str):
+                hosted.append(tool["type"])
+                continue
+            name = need_str(function, "name", f"{path}.function")
+            schema = function.get("parameters", function.get("input_schema"))
+            if "custom" in tool:
+                schema = {
+                    "type": "object",
+                    "properties": {"input": {"type": "string"}},
+                    "required": ["input"],
+                }
+            description = str_field(function, "description", path) or ""
+            strict = bool_field(function, "strict", path)
+            chat.tools.append(Tool(name, description, object_schema(schema, name), strict))
+        self.read_choice()
+        drop_hosted(hosted, len(chat.tools), "", chat.dropped)
+        chat.parallel = bool_field(body, "parallel_tool_calls")
+
+    def read_choice(self) -> None:
+        """`tool_choice`, or the older `function_call`."""
+        chat = self.chat
+        choice = self.body.get("tool_choice", self.body.get("function_call"))
+        if choice is None:
+            return
+        if isinstance(choice, str):
+            if choice not in ("none", "auto", "required"):
+                raise InvalidRequest("tool_choice: is not a known choice.", param="tool_choice")
+            chat.choice = ToolChoice(choice)
+            return
+        choice = need_dict(choice, "tool_choice")
+        if choice.get("type") == "allowed_tools":
+            allowed = dict_field(choice, "allowed_tools", "tool_choice")
+            tools = list_field(allowed, "tools", "tool_choice.allowed_tools")
+            names = {(t.get("function") or t).get("name") for t in tools if isinstance(t, dict)}
+            chat.tools = [tool for tool in chat.tools if tool.name in names]
+            chat.choice = ToolChoice("required" if allowed.get("mode") == "required" else "auto")
+            return
+        entry = choice.get("function") or choice.get("custom") or choice
+        name = need_str(need_dict(entry, "tool_choice.function"), "name", "tool_choice.function")
+        chat.choice = ToolChoice("named", name)
+
+    def read_settings(self) -> None:
+        """Sampling, limits, structured output, effort."""
+        body, chat = self.body, self.chat
+        chat.model = need_str(body, "model")
+        chat.max_tokens = int_field(body, "max_completion_tokens")
+        if chat.max_tokens is None:
+            chat.max_tokens = int_field(body, "max_tokens")
+        chat.temperature = number_field(body, "temperature")
+        chat.top_p = number_field(body, "top_p")
+        chat.top_k = int_field(body, "top_k")
+        stop = body.get("stop")
+        stops = [stop] if isinstance(stop, str) else list_field(body, "stop")
+        chat.stop = [item for item in stops if isinstance(item, str) and item]
+        chat.effort = self.read_effort()
+        chat.thinking_budget = int_field(dict_field(body, "thinking"), "budget_tokens", "thinking")
+        chat.output = self.read_output()
+        for key in ("prompt_cache_key", "safety_identifier", "user"):
+            chat.session = chat.session or str_field(body, key) or ""
+
+    def read_effort(self) -> str | None:
+        """`reasoning_effort`, or what other clients send for it."""
+        effort = str_field(self.body, "reasoning_effort")
+        if effort is None:
+            effort = str_field(dict_field(self.body, "reasoning"), "effort", "reasoning")
+        if dict_field(self.body, "thinking").get("type") == "disabled":
+            effort = "none"
+        if effort is not None and effort not in EFFORTS:
+            known = ", ".join(EFFORTS)
+            raise InvalidRequest(
+                f"reasoning_effort: must be one of {known}.", param="reasoning_effort"
+            )
+        return effort
+
+    def read_output(self) -> OutputFormat | None:
+        """`response_format`."""
+        wanted = dict_field(self.body, "response_format")
+        kind = wanted.get("type")
+        if kind in (None, "text"):
+            return None
+        if kind == "json_object":
+            return OutputFormat(None)
+        if kind != "json_schema":
+            raise InvalidRequest("response_format.type: is not known.", param="response_format")
+        path = "response_format.json_schema"
+        entry = dict_field(wanted, "json_schema", "response_format")
+        return OutputFormat(
+            dict_field(entry, "schema", path),
+            str_field(entry, "name", path) or "structured_output",
+            bool_field(entry, "strict", path),
+            str_field(entry, "description", path) or "",
+        )
+
+
+def write_chat_image(image: Image) -> Json:
+    """An image as a chat part."""
+    url = image.url or f"data:{image.media_type};base64,{image.data}"
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def write_chat_document(document: Document, model: Model) -> Json:
+    """A file as a chat part; raises UnsupportedFeature where the model takes none."""
+    if document.text:
+        head = f"[{document.title}]\n" if document.title else ""
+        return {"type": "text", "text": head + document.text}
+    if not model.files:
+        raise UnsupportedFeature(
+            f"{document.path}: {model.id} does not take PDF documents.", param=document.path
+        )
+    name = document.title or "document.pdf"
+    data = f"data:{document.media_type};base64,{document.data}"
+    return {"type": "file", "file": {"filename": name, "file_data": data}}
+
+
+class ChatRequestWriter:
+    """Writes a Chat as a chat completions body for one model."""
+
+    def __init__(self, chat: Chat, model: Model) -> None:
+        self.chat = chat
+        self.model = model
+
+    def write(self) -> Json:
+        """The body, streamed, with usage."""
+        chat = self.chat
+        body: Json = {"model": self.model.id, "messages": self.write_messages()}
+        if chat.tools:
+            body["tools"] = [self.write_tool(tool) for tool in chat.tools]
+            if chat.choice:
+                body["tool_choice"] = self.write_choice(chat.choice)
+            if chat.parallel is not None:
+                body["parallel_tool_calls"] = chat.parallel
+        settings = {
+            "max_tokens": chat.max_tokens,
+            "temperature": chat.temperature,
+            "top_p": chat.top_p,
+            "stop": chat.stop or None,
+            "reasoning_effort": self.write_effort(),
+            "response_format": self.write_output(),
+            "prompt_cache_key": short_hash(chat.session, 32) if chat.session else None,
+        }
+        body.update({key: value for key, value in settings.items() if value is not None})
+        if chat.top_k is not None:
+            chat.dropped.append("top_k")
+        body["stream"] = True
+        body["stream_options"] = {"include_usage": True}
+        return body
+
+    def write_messages(self) -> list[Json]:
+        """System prompt and turns, each in its place."""
+        messages: list[Json] = []
+        if self.chat.system:
+            messages.append({"role": "system", "content": plain_text(self.chat.system)})
+        for turn in self.chat.turns:
+            if turn.role == "system":
+                messages.append({"role": "system", "content": plain_text(turn.blocks)})
+            elif turn.role == "assistant":
+                messages.append(self.write_assistant(turn.blocks))
+            else:
+                messages.extend(self.write_user(turn.blocks))
+        return messages
+
+    def write_assistant(self, blocks: list[Block]) -> Json:
+        """One assistant message."""
+        message: Json = {"role": "assistant", "content": plain_text(blocks) or None}
+        for block in blocks:
+            opaque = block.signature or block.redacted if isinstance(block, Thinking) else ""
+            if opaque.startswith(CHAT_ENVELOPE) and isinstance(block, Thinking):
+                if block.text:
+                    message["reasoning_text"] = block.text
+                message["reasoning_opaque"] = opaque.removeprefix(CHAT_ENVELOPE)
+        calls = [block for block in blocks if isinstance(block, ToolCall)]
+        if calls:
+            message["tool_calls"] = [
+                {
+                    "id": wire_id(call.id),
+                    "type": "function",
+                    "function": {
+                        "name": wire_name(call.name),
+                        "arguments": call.arguments.strip() or "{}",
+                    },
+                }
+                for call in calls
+            ]
+        elif message["content"] is None:
+            message["content"] = "(no content)"
+        return message
+
+    def write_user(self, blocks: list[Block]) -> list[Json]:
+        """Tool messages first, then one user message with the rest and with results' images."""
+        messages: list[Json] = []
+        parts: list[Json] = []
+        for block in blocks:
+            if isinstance(block, ToolResult):
+                messages.append(self.write_result(block, parts))
+        for block in blocks:
+            if isinstance(block, (Text, Refusal)):
+                parts.append({"type": "text", "text": block.text})
+            elif isinstance(block, Image):
+                parts.append(write_chat_image(block))
+            elif isinstance(block, Document):
+                parts.append(write_chat_document(block, self.model))
+        if len(parts) == 1 and parts[0]["type"] == "text":
+            messages.append({"role": "user", "content": parts[0]["text"]})
+        elif parts:
+            messages.append({"role": "user", "content": parts})
+        return messages
+
+    def write_result(self, result: ToolResult, later: list[Json]) -> Json:
+        """A tool message; its images go into `later`, as tool messages take none."""
+        text = plain_text(result.blocks)
+        shown: list[Json] = []
+        for block in result.blocks:
+            if isinstance(block, Image):
+                shown.append(write_chat_image(block))
+            elif isinstance(block, Document):
+                part = write_chat_document(block, self.model)
+                if part["type"] == "text":
+                    text = f"{text}\n\n{part['text']}".strip()
+                else:
+                    shown.append(part)
+        call = wire_id(result.id)
+        if shown:
+            word = "Image" if shown[0]["type"] == "image_url" else "File"
+            later.append({"type": "text", "text": f"{word} from tool call {call}:"})
+            later.extend(shown)
+            text = text or f"[{word.lower()} in next message]"
+        if result.is_error and not text.startswith("Error"):
+            text = f"Error: {text}"
+        return {"role": "tool", "tool_call_id": call, "content": text or "(no output)"}
+
+    def write_tool(self, tool: Tool) -> Json:
+        """One function."""
+        function: Json = {"name": wire_name(tool.name)}
+        if tool.description:
+            function["description"] = tool.description
+        function["parameters"] = tool.schema
+        if tool.strict is not None:
+            function["strict"] = tool.strict
+        return {"type": "function", "function": function}
+
+    @staticmethod
+    def write_choice(choice: ToolChoice) -> Any:
+        """`tool_choice`."""
+        if choice.mode == "named":
+            return {"type": "function", "function": {"name": wire_name(choice.name)}}
+        return choice.mode
+
+    def write_effort(self) -> str | None:
+        """`reasoning_effort` as the model lists it."""
+        effort = self.chat.effort
+        if effort is None and self.chat.thinking_budget:
+            effort = effort_of_budget(self.chat.thinking_budget)
+        return clamp_effort(effort, self.model.efforts) if effort else None
+
+    def write_output(self) -> Json | None:
+        """`response_format`."""
+        output = self.chat.output
+        if output is None:
+            return None
+        if output.schema is None:
+            return {"type": "json_object"}
+        entry: Json = {"name": output.name, "schema": output.schema}
+        if output.description:
+            entry["description"] = output.description
+        closed = output.schema.get("additionalProperties") is False
+        entry["strict"] = closed if output.strict is None else output.strict
+        return {"type": "json_schema", "json_schema": entry}
+
+
+@dataclass(slots=True)
+class StreamedCall:
+    """A tool call while its fragments come in."""
+
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+    #: how many characters of `arguments` have been passed on
+    sent: int = 0
+    closed: bool = False
+
+
+class ChatReader:
+    """Chat chunks -> events.
+
+    Chunks may interleave calls and words; events may not.  One block is live, what comes for
+    another is kept until the live one is complete.
+    """
+
+    def __init__(self) -> None:
+        self.usage = Usage()
+        self.live = ""  # kind of the open block
+        self.live_call: StreamedCall | None = None
+        self.calls: dict[tuple[int, int], StreamedCall] = {}
+        self.waiting = ""  # words that came while a call was incomplete
+        self.opaque = ""
+        self.finish = ""
+        self.started = False
+
+    def read(self, frame: Json) -> list[Event]:
+        """The events in one chunk."""
+        if frame.get("error"):
+            return [Failed(read_stream_error(frame["error"]))]
+        if frame.get("type") == "[DONE]":
+            return self.end()
+        events: list[Event] = []
+        choices = frame.get("choices")
+        choices = choices if isinstance(choices, list) else []
+        if not self.started and (choices or frame.get("usage")):
+            self.started = True
+            events.append(Started(str(frame.get("id") or ""), str(frame.get("model") or "")))
+        for choice in choices:
+            if isinstance(choice, dict):
+                self.read_choice(choice, events)
+        read_chat_usage(frame, self.usage)
+        return events
+
+    def read_choice(self, choice: Json, events: list[Event]) -> None:
+        """One choice: Copilot's Claude spreads one answer over several (seen in 2026-08)."""
+        delta = details(choice, "delta") or details(choice, "message")
+        for key in REASONING_FIELDS:
+            if isinstance(delta.get(key), str) and delta[key]:
+                self.add("thinking", delta[key], events)
+                break
+        if isinstance(delta.get("reasoning_opaque"), str):
+            self.opaque = delta["reasoning_opaque"]
+        if isinstance(delta.get("content"), str) and delta["content"]:
+            self.add("text", delta["content"], events)
+        if isinstance(delta.get("refusal"), str) and delta["refusal"]:
+            self.add("refusal", delta["refusal"], events)
+        index = choice.get("index")
+        fragments = delta.get("tool_calls")
+        if details(delta, "function_call"):
+            fragments = [{"function": delta["function_call"]}]
+        for order, fragment in enumerate(fragments if isinstance(fragments, list) else ()):
+            if isinstance(fragment, dict):
+                at = fragment.get("index")
+                key_of_call = (index if isinstance(index, int) else 0, order)
+                if isinstance(at, int):
+                    key_of_call = (key_of_call[0], at)
+                self.read_fragment(key_of_call, fragment, events)
+        finish = choice.get("finish_reason")
+        if isinstance(finish, str) and finish and self.finish != "tool_calls":
+            self.finish = finish
+
+    def read_fragment(self, key: tuple[int, int], fragment: Json, events: list[Event]) -> None:
+        """One fragment of one call; ids and names that are repeated count once."""
+        call = self.calls.setdefault(key, StreamedCall())
+        function = details(fragment, "function")
+        if isinstance(fragment.get("id"), str) and not call.id:
+            call.id = fragment["id"]
+        if isinstance(function.get("name"), str) and not call.name:
+            call.name = function["name"]
+        arguments = function.get("arguments")
+        if isinstance(arguments, dict):
+            arguments = dump_text(arguments)
+        if isinstance(arguments, str):
+            call.arguments += arguments
+        live = self.live_call
+        if live is None or (live is not call and is_complete_object(live.arguments)):
+            if call.name and not call.closed:
+                self.open_call(call, events)
+        elif live is call:
+            self.send_arguments(call, events)
+
+    def open_call(self, call: StreamedCall, events: list[Event]) -> None:
+        """Makes `call` the live block."""
+        self.close(events)
+        if not call.id:
+            position = next(key for key, value in self.calls.items() if value is call)
+            call.id = f"call_{short_hash(f'{call.name}{position}', 16)}"
+        self.live, self.live_call = "tool", call
+        events.append(Opened("tool", call.id, call.name))
+        self.send_arguments(call, events)
+
+    @staticmethod
+    def send_arguments(call: StreamedCall, events: list[Event]) -> None:
+        """Passes on what is new of a call's arguments."""
+        if len(call.arguments) > call.sent:
+            events.append(Added("arguments", call.arguments[call.sent :]))
+            call.sent = len(call.arguments)
+
+    def add(self, kind: str, words: str, events: list[Event]) -> None:
+        """Words for a block of `kind`, at once or when the live call is complete."""
+        if self.live_call is not None:
+            if not is_complete_object(self.live_call.arguments):
+                if kind == "text":
+                    self.waiting += words
+                return
+            self.close(events)
+        if self.live != kind:
+            self.close(events)
+            self.live = kind
+            events.append(Opened(kind))
+        events.append(Added("text", words))
+
+    def close(self, events: list[Event]) -> None:
+        """Closes the live block."""
+        if not self.live:
+            return
+        if self.live == "thinking" and self.opaque:
+            events.append(Added("signature", CHAT_ENVELOPE + self.opaque))
+            self.opaque = ""
+        if self.live_call is not None:
+            self.live_call.closed = True
+        events.append(Closed())
+        self.live, self.live_call = "", None
+
+    def end(self) -> list[Event]:
+        """Calls and words that had to wait, the usage, the finish."""
+        events: list[Event] = []
+        if not self.finish or not self.started:
+            return events
+        self.close(events)
+        for call in list(self.calls.values()):
+            if not call.closed and call.name:
+                self.open_call(call, events)
+                self.close(events)
+        if self.waiting:
+            events += [Opened("text"), Added("text", self.waiting), Closed()]
+        if self.opaque:
+            # The signature came after the thinking block, or without one.
+            events += [Opened("redacted", raw={"data": CHAT_ENVELOPE + self.opaque}), Closed()]
+        if self.usage.reported:
+            events.append(Counted(self.usage))
+        reason = "tool" if self.calls else CHAT_FINISHES.get(self.finish, "")
+        if self.finish == "length":
+            reason = "length"
+        if reason:
+            events.append(Finished(reason))
+        else:
+            events.append(Failed(UpstreamError(f"The upstream ended with {self.finish!r}.")))
+        self.finish = ""
+        return events
+
+
+class ChatWriter:
+    """Events -> chat chunks."""
+
+    def __init__(self, terms: Terms) -> None:
+        self.terms = terms
+        self.usage = Usage()
+        self.calls = -1
+        self.kind = ""
+        self.empty_call = False
+
+    def chunk(self, delta: Json, finish: str | None = None) -> Json:
+        """One chunk with one choice."""
+        return {
+            "id": self.terms.id,
+            "object": "chat.completion.chunk",
+            "created": self.terms.created,
+            "model": self.terms.model,
+            "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}],
+        }
+
+    def write(self, event: Event) -> list[Json]:
+        """The chunks for one event."""
+        if isinstance(event, Added):
+            return self.write_added(event)
+        if isinstance(event, Started):
+            return [self.chunk({"role": "assistant", "content": ""})]
+        if isinstance(event, Opened):
+            self.kind = event.kind
+            if event.kind != "tool":
+                return []
+            self.calls += 1
+            self.empty_call = True
+            return [self.write_call(event)]
+        if isinstance(event, Closed):
+            if self.kind == "tool" and self.empty_call:
+                return [self.chunk(self.arguments_delta("{}"))]
+            return []
+        if isinstance(event, Counted):
+            self.usage = event.usage
+            return []
+        if isinstance(event, Finished):
+            return self.write_finish(event)
+        raise event.error
+
+    def write_added(self, event: Added) -> list[Json]:
+        """More words or arguments; signatures have no place in this dialect."""
+        if event.part == "arguments":
+            if not event.text:
+                return []
+            self.empty_call = False
+            return [self.chunk(self.arguments_delta(event.text))]
+        if event.part != "text" or self.kind not in ("text", "thinking", "refusal"):
+            return []
+        if self.kind == "thinking":
+            return [self.chunk({"reasoning_content": event.text})]
+        key = "content" if self.kind == "text" else "refusal"
+        return [self.chunk({key: event.text})]
+
+    def write_call(self, event: Opened) -> Json:
+        """A call's first fragment: the only one with id, type and name."""
+        function = {"name": event.name, "arguments": ""}
+        if self.terms.legacy_functions:
+            return self.chunk({"function_call": function})
+        call = {"index": self.calls, "id": event.id, "type": "function", "function": function}
+        return self.chunk({"tool_calls": [call]})
+
+    def arguments_delta(self, text: str) -> Json:
+        """A later fragment of the live call."""
+        if self.terms.legacy_functions:
+            return {"function_call": {"arguments": text}}
+        return {"tool_calls": [{"index": self.calls, "function": {"arguments": text}}]}
+
+    def write_finish(self, event: Finished) -> list[Json]:
+        """The finish chunk, and the usage chunk for whoever asked."""
+        word = CHAT_FINISH_WORDS[event.reason]
+        if word == "tool_calls" and self.terms.legacy_functions:
+            word = "function_call"
+        frames = [self.chunk({}, word)]
+        explanation = (event.details or {}).get("explanation")
+        if event.reason == "filter" and isinstance(explanation, str) and explanation:
+            frames.insert(0, self.chunk({"refusal": explanation}))
+        if self.terms.include_usage:
+            usage_chunk = self.chunk({})
+            usage_chunk["choices"] = []
+            usage_chunk["usage"] = write_chat_usage(self.usage)
+            frames.append(usage_chunk)
+        return frames
+
+
+def write_chat_usage(usage: Usage) -> Json:
+    """OpenAI's `usage`."""
+    return {
+        "prompt_tokens": usage.prompt,
+        "completion_tokens": usage.output,
+        "total_tokens": usage.prompt + usage.output,
+        "prompt_tokens_details": {
+            "cached_tokens": usage.cache_read,
+            "cache_write_tokens": usage.cache_write,
+        },
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning},
+    }
+
+
+# What sends a read of native chunks through the slow path.  Inside a JSON string every quote is
+# escaped, so none of these can be a model's words.
+CHAT_NEEDLES = (
+    b'"tool_calls":',
+    b'"function_call":',
+    b'"usage":{',
+    b'"usage": {',
+    b'"finish_reason":"',
+    b'"finish_reason": "',
+    b'"error":',
+    b'"reasoning_',
+    b'"role":',
+    b'"choices":[]',
+    b'"choices": [',
+    b'"choices":null',
+    b'"index": ',
+    b"[DONE]",
+    b"\r",
+    b"\n:",
+    b"\nevent",
+)
+
+
+class ChatRelay:
+    """Native chat chunks, repaired.
+
+    Copilot leaves out `object`, `created` or `id`, sends a first chunk without choices, spreads
+    Claude's answers over several choices, and repeats or forgets what only the first fragment of a
+    call may have (seen in 2026-08).  Finish and usage are held until the end, so that each comes
+    once and in its place.
+    """
+
+    def __init__(self, terms: Terms) -> None:
+        self.terms = terms
+        self.usage = Usage()
+        self.finished = False
+        self.id = ""
+        self.begun = False
+        self.finish: dict[int, str] = {}  # per choice
+        self.calls: dict[tuple[int, int], int] = {}
+        self.usage_frame: Json | None = None
+        self.graft: bytes | None = None  # what plain chunks of this stream lack, as JSON members
+        self.lacks: tuple[bytes, ...] = ()
+        self.model = b""  # the upstream's `"model":"..."`, to be replaced
+        self.called: list[str] = []
+        self.reasoning = ""
+        self.opaque = ""
+
+    def quick(self, data: bytes) -> bytes | None:
+        """A read of plain text chunks: only the known gaps are filled, without parsing it."""
+        if self.graft is None or not data.endswith(b"\n\n") or not data.startswith(b"data: {"):
+            return None
+        for needle in CHAT_NEEDLES:
+            if needle in data:
+                return None
+        frames = data.count(b"\n\n")
+        if data.count(b'"index":0') != frames or data.count(b"\n\ndata: {") != frames - 1:
+            return None
+        for key in (b'"id":', b'"object":', b'"created":', b'"model":'):
+            if data.count(key) != (0 if key in self.lacks else frames):
+                return None
+        if self.model and data.count(self.model) == frames:
+            data = data.replace(self.model, self.shown_model)
+        elif self.model:
+            return None
+        if self.graft:
+            data = data[7:].replace(b"\n\ndata: {", b"\n\ndata: {" + self.graft)
+            data = b"data: {" + self.graft + data
+        return data
+
+    @property
+    def shown_model(self) -> bytes:
+        """The model member the caller sees."""
+        return b'"model":' + dump_json(self.terms.model)
+
+    def learn(self, frame: Json) -> None:
+        """Remembers what plain chunks of this stream lack, for `quick`."""
+        members = {
+            "id": self.id,
+            "object": "chat.completion.chunk",
+            "created": self.terms.created,
+            "model": self.terms.model,
+        }
+        if any(key in frame and not frame[key] for key in members):
+            return
+        missing = {key: value for key, value in members.items() if key not in frame}
+        self.lacks = tuple(b'"%b":' % key.encode() for key in missing)
+        self.graft = dump_json(missing)[1:-1] + b"," if missing else b""
+        model = frame.get("model")
+        self.model = b'"model":' + dump_json(model) if isinstance(model, str) else b""
+
+    def mend(self, frame: Json) -> list[Json]:
+        """The chunks that take the place of one chunk."""
+        if frame.get("error"):
+            raise read_stream_error(frame["error"])
+        if self.finished or frame.get("type") == "[DONE]":
+            return []
+        if read_chat_usage(frame, self.usage):
+            self.usage_frame = frame["usage"]
+        frame.pop("usage", None)
+        choices = frame.get("choices")
+        choices = [item for item in choices if isinstance(item, dict)] if choices else []
+        if not choices:
+            return []  # prompt filter results, copilot_references, the usage chunk
+        self.id = self.id or str(frame.get("id") or self.terms.id)
+        if self.begun and self.graft is None:
+            self.learn(frame)
+        frame.update(
+            id=self.id,
+            object="chat.completion.chunk",
+            created=frame.get("created") or self.terms.created,
+            model=self.terms.model,
+        )
+        frame["choices"] = [mended for item in choices if (mended := self.mend_choice(item))]
+        if not frame["choices"]:
+            return []
+        first = [] if self.begun else [self.role_chunk(frame)]
+        self.begun = True
+        return [*filter(None, first), frame]
+
+    def role_chunk(self, frame: Json) -> Json:
+        """The chunk that must come first, where the upstream's first one has no role."""
+        if any("role" in choice["delta"] for choice in frame["choices"]):
+            return {}
+        opening = {"role": "assistant", "content": ""}
+        choices = [{"index": 0, "delta": opening, "logprobs": None, "finish_reason": None}]
+        return {**frame, "choices": choices}
+
+    def mend_choice(self, choice: Json) -> Json | None:
+        """One choice as strict clients want it; None when nothing is left of it."""
+        said = choice.get("index")
+        index = said if isinstance(said, int) else 0
+        shown = index if self.terms.many else 0
+        delta = details(choice, "delta")
+        finish = choice.get("finish_reason")
+        if isinstance(finish, str) and finish and self.finish.get(shown) != "tool_calls":
+            self.finish[shown] = finish
+        if isinstance(delta.get("reasoning_text"), str):
+            # Copilot's name for it; clients read `reasoning_content`.
+            delta.setdefault("reasoning_content", delta["reasoning_text"])
+            self.reasoning += delta["reasoning_text"]
+        if isinstance(delta.get("reasoning_opaque"), str):
+            self.opaque = delta["reasoning_opaque"]
+        calls = delta.get("tool_calls")
+        if isinstance(calls, list):
+            mended = [
+                self.mend_call(index, order, call)
+                for order, call in enumerate(calls)
+                if isinstance(call, dict)
+            ]
+            delta["tool_calls"] = mended
+        if finish and not any(value for key, value in delta.items() if key != "role"):
+            return None
+        if self.begun:
+            delta.pop("role", None)
+        return {**choice, "index": shown, "delta": delta, "finish_reason": None}
+
+    def mend_call(self, index: int, order: int, call: Json) -> Json:
+        """A fragment with a dense index; id, type and name in the first one of each call only."""
+        at = call.get("index")
+        key = (index, at if isinstance(at, int) else order)
+        function = details(call, "function")
+        fragment: Json = {"arguments": function.get("arguments") or ""}
+        if isinstance(fragment["arguments"], dict):
+            fragment["arguments"] = dump_text(fragment["arguments"])
+        if key in self.calls:
+            return {"index": self.calls[key], "function": fragment}
+        self.calls[key] = len(self.calls)
+        name = str(function.get("name") or "")
+        fragment = {"name": self.terms.names.get(name, name), **fragment}
+        call_id = call.get("id") or f"call_{short_hash(f'{self.terms.id}{key}', 16)}"
+        self.called.append(str(call_id))
+        first = {"index": self.calls[key], "id": call_id, "type": "function", "function": fragment}
+        return {**{k: v for k, v in call.items() if k not in first}, **first}
+
+    def end(self) -> list[Json]:
+        """The finish chunk of each choice and the usage chunk."""
+        if self.finished:
+            return []
+        if not self.finish:
+            raise UpstreamError(BROKEN_OFF)
+        self.finished = True
+        if self.opaque and self.terms.keep:
+            self.terms.keep(self.called, self.reasoning, self.opaque)
+        frames = []
+        base = {
+            "id": self.id,
+            "object": "chat.completion.chunk",
+            "created": self.terms.created,
+            "model": self.terms.model,
+        }
+        for index, finish in sorted(self.finish.items()):
+            if finish not in CHAT_FINISHES:
+                raise UpstreamError(f"The upstream ended with {finish!r}.")
+            if self.calls and finish == "stop":
+                finish = "tool_calls"
+            choice = {"index": index, "delta": {}, "logprobs": None, "finish_reason": finish}
+            frames.append({**base, "choices": [choice]})
+        if self.terms.include_usage:
+            usage = self.usage_frame or write_chat_usage(self.usage)
+            frames.append({**base, "choices": [], "usage": usage})
+        return frames
+
+
+def merge_delta(message: Json, delta: Json) -> None:
+    """Adds a delta to the message so far: strings grow, calls grow by index, the rest is set."""
+    for key, value in delta.items():
+        if key == "tool_calls" and isinstance(value, list):
+            calls = message.setdefault("tool_calls", [])
+            for fragment in value:
+                while len(calls) <= fragment["index"]:
+                    calls.append({})
+                merge_delta(calls[fragment["index"]], fragment)
+        elif key in ("role", "index", "type", "id"):
+            message[key] = value
+        elif isinstance(value, str) and isinstance(message.get(key), str):
+            message[key] += value
+        elif isinstance(value, dict) and isinstance(message.get(key), dict):
+            merge_delta(message[key], value)
+        elif isinstance(value, list) and isinstance(message.get(key), list):
+            message[key] = [*message[key], *value]
+        elif value is not None or key not in message:
+            message[key] = value
+
+
+class ChatDialect:
+    """OpenAI chat completions."""
+
+    name = "chat"
+    tail = SSE_DONE
+    id_prefix = "chatcmpl-"
+
+    def outline(self, body: Json) -> Outline:
+        """The few facts routing needs."""
+        messages = message_list(body)
+        last = messages[-1].get("role")
+        session = body.get("prompt_cache_key") or body.get("user") or ""
+        system = next((m.get("content") for m in messages if m.get("role") == "system"), "")
+        options = dict_field(body, "stream_options")
+        return Outline(
+            model=need_str(body, "model"),
+            stream=take_bool(body, "stream"),
+            include_usage=bool_field(options, "include_usage", "stream_options") or False,
+            initiator="agent" if last in ("tool", "function", "assistant") else "user",
+            session=session if isinstance(session, str) else "",
+            opening=opening_words(system, messages),
+        )
+
+    def read_request(self, body: Json) -> Chat:
+        """The request."""
+        return ChatRequestReader(body).read()
+
+    def write_request(self, chat: Chat, model: Model) -> Json:
+        """The body that asks `model`."""
+        return ChatRequestWriter(chat, model).write()
+
+    def has_image(self, body: Json) -> bool:
+        """Whether any message holds an image."""
+        return any(
+            isinstance(part, dict) and part.get("type") == "image_url"
+            for message in body["messages"]
+            if isinstance(message.get("content"), list)
+            for part in message["content"]
+        )
+
+    def reader(self) -> Reader:
+        """A reader for one answer."""
+        return ChatReader()
+
+    def writer(self, terms: Terms) -> Writer:
+        """A writer for one answer."""
+        return ChatWriter(terms)
+
+    def relay(self, terms: Terms) -> Relay:
+        """A relay for one native answer."""
+        return ChatRelay(terms)
+
+    def fold(self, frames: list[Json]) -> Json:
+        """The completion that chunks amount to."""
+        whole: Json = {"id": "", "object": "chat.completion", "created": 0, "model": ""}
+        choices: dict[int, Json] = {}
+        usage = None
+        for frame in frames:
+            usage = frame.get("usage") or usage
+            extra = {key: value for key, value in frame.items() if key not in ("choices", "usage")}
+            whole.update({**extra, "object": "chat.completion"})
+            for delta in frame["choices"]:
+                index = delta["index"]
+                choice = choices.setdefault(index, {"index": index, "message": {}})
+                merge_delta(choice["message"], delta["delta"])
+                choice["finish_reason"] = delta.get("finish_reason")
+                if delta.get("logprobs"):
+                    merge_delta(choice.setdefault("logprobs", {}), delta["logprobs"])
+        for choice in choices.values():
+            message = choice["message"]
+            for call in message.get("tool_calls", ()):
+                call.pop("index", None)
+            message["content"] = message.get("content") or None
+            if not (message["content"] or "tool_calls" in message or "function_call" in message):
+                message["content"] = ""
+            message.setdefault("refusal", None)
+            choice.setdefault("logprobs", None)
+        whole["choices"] = [choices[index] for index in sorted(choices)]
+        whole["usage"] = usage
+        return whole
+
+    def unfold(self, whole: Json) -> list[Json]:
+        """The chunks that a completion stands for."""
+        base = {key: value for key, value in whole.items() if key not in ("choices", "usage")}
+        base["object"] = "chat.completion.chunk"
+        choices = []
+        for choice in whole.get("choices") or ():
+            if isinstance(choice, dict):
+                rest = {key: value for key, value in choice.items() if key != "message"}
+                choices.append({**rest, "delta": details(choice, "message")})
+        frames: list[Json] = [{**base, "choices": choices}]
+        if whole.get("usage"):
+            bill = {"usage": whole["usage"], "copilot_usage": whole.get("copilot_usage")}
+            frames.append({**base, "choices": [], **bill})
+        return frames
+
+    def encode(self, frame: Json) -> bytes:
+        """One chunk on the wire."""
+        return write_sse(frame)
+
+    def error_body(self, error: ApiError, request_id: str) -> Json:
+        """`{"error": {"message", "type", "param", "code"}}`."""
+        kind, code = OPENAI_ERRORS[error.kind]
+        said = {"message": error.text(), "type": kind, "param": error.param, "code": code}
+        return {"error": said}
+
+    def error_status(self, error: ApiError) -> int:
+        """The error's own status."""
+        return error.status
+
+    def ping(self, begun: bool) -> bytes:
+        """A comment."""
+        return SSE_COMMENT_PING
