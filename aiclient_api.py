@@ -3658,3 +3658,988 @@ class ChatDialect:
     def ping(self, begun: bool) -> bytes:
         """A comment."""
         return SSE_COMMENT_PING
+
+
+# 8.3 Anthropic messages
+
+ANTHROPIC_ERRORS = {
+    "invalid_request": "invalid_request_error",
+    "context_too_long": "invalid_request_error",
+    "invalid_key": "authentication_error",
+    "forbidden": "permission_error",
+    "model_not_found": "not_found_error",
+    "unknown_url": "not_found_error",
+    "method_not_allowed": "invalid_request_error",
+    "request_timeout": "timeout_error",
+    "body_too_large": "request_too_large",
+    "unsupported_media_type": "invalid_request_error",
+    "unsupported_encoding": "invalid_request_error",
+    "rate_limited": "rate_limit_error",
+    "quota_exceeded": "rate_limit_error",
+    "upstream_error": "api_error",
+    "not_signed_in": "api_error",
+    "overloaded": "overloaded_error",
+    "upstream_timeout": "timeout_error",
+    "internal": "api_error",
+}
+MESSAGES_FINISHES = {
+    "end_turn": "end",
+    "stop_sequence": "stop",
+    "tool_use": "tool",
+    "max_tokens": "length",
+    "model_context_window_exceeded": "context",
+    "refusal": "filter",
+    "pause_turn": "pause",
+    "compaction": "pause",
+}
+MESSAGES_FINISH_WORDS = {
+    "end": "end_turn",
+    "stop": "stop_sequence",
+    "tool": "tool_use",
+    "length": "max_tokens",
+    "context": "model_context_window_exceeded",
+    "filter": "refusal",
+    "pause": "pause_turn",
+}
+# Fields that say nothing to another vendor and whose loss changes nothing in the answer.
+MESSAGES_SILENT = ("cache_control", "diagnostics", "fallbacks", "inference_geo", "metadata")
+MESSAGES_KNOWN = (
+    "max_tokens",
+    "messages",
+    "model",
+    "output_config",
+    "output_format",
+    "stop_sequences",
+    "stream",
+    "system",
+    "temperature",
+    "thinking",
+    "tool_choice",
+    "tools",
+    "top_k",
+    "top_p",
+)
+BILLING_HEADER = "x-anthropic-billing-header:"
+
+
+def is_billing_header(block: Any) -> bool:
+    """Claude Code's first system block: it changes per request and defeats every prompt cache."""
+    text = block.get("text") if isinstance(block, dict) else None
+    return isinstance(text, str) and text.startswith(BILLING_HEADER)
+
+
+SESSION_MARK = re.compile(r"_session_([0-9a-fA-F-]{8,64})\Z")
+
+
+def session_of_user_id(user_id: Any) -> str:
+    """The session in Claude Code's `metadata.user_id`: JSON today, underscores before."""
+    if not isinstance(user_id, str):
+        return ""
+    session = (load_object(user_id) or {}).get("session_id")
+    if isinstance(session, str):
+        return session
+    match = SESSION_MARK.search(user_id)
+    return match[1] if match else user_id
+
+
+class MessagesRequestReader:
+    """Reads one messages body into a Chat."""
+
+    def __init__(self, body: Json) -> None:
+        self.body = body
+        self.chat = Chat()
+
+    def read(self) -> Chat:
+        """The Chat; raises InvalidRequest."""
+        body, chat = self.body, self.chat
+        chat.model = need_str(body, "model")
+        if body.get("mcp_servers") or body.get("container"):
+            raise UnsupportedFeature("mcp_servers, container: nothing runs on this side.")
+        chat.system = self.read_system()
+        for index, message in enumerate(message_list(body)):
+            role = need_str(message, "role", f"messages.{index}")
+            if role not in ("user", "assistant", "system"):
+                raise InvalidRequest(
+                    f"messages.{index}.role: {role!r} is not a known role.",
+                    param=f"messages.{index}.role",
+                )
+            blocks = read_parts(message.get("content"), f"messages.{index}.content")
+            chat.turns.append(Turn(role, blocks))
+        chat.turns = settle_turns(chat.turns)
+        if chat.turns and chat.turns[-1].role == "assistant":
+            raise UnsupportedFeature(
+                "messages: the last message must be the user's; this model takes no prefill.",
+                param="messages",
+            )
+        self.read_tools()
+        self.read_settings()
+        check_tool_names(chat)
+        return chat
+
+    def read_system(self) -> list[Text]:
+        """The system prompt without the billing line."""
+        system = self.body.get("system")
+        if isinstance(system, list):
+            system = [block for block in system if not is_billing_header(block)]
+        blocks = read_parts(system, "system")
+        return [block for block in blocks if isinstance(block, Text) and block.text.strip()]
+
+    def read_tools(self) -> None:
+        """`tools` and `tool_choice`."""
+        body, chat = self.body, self.chat
+        choice = dict_field(body, "tool_choice")
+        kind, forced = choice.get("type"), str_field(choice, "name", "tool_choice") or ""
+        hosted = []
+        for index, item in enumerate(list_field(body, "tools")):
+            path = f"tools.{index}"
+            tool = need_dict(item, path)
+            typed = str_field(tool, "type", path) or "custom"
+            name = str_field(tool, "name", path) or typed
+            schema = tool.get("input_schema")
+            if typed != "custom":
+                schema = client_tool_schema(typed)
+                if schema is None:
+                    hosted.append(name)
+                    continue
+            description = str_field(tool, "description", path) or ""
+            strict = bool_field(tool, "strict", path)
+            chat.tools.append(Tool(name, description, object_schema(schema, name), strict))
+        drop_hosted(hosted, len(chat.tools), forced, chat.dropped)
+        modes = {"auto": "auto", "any": "required", "none": "none", "tool": "named"}
+        if isinstance(kind, str):
+            if kind not in modes:
+                raise InvalidRequest("tool_choice.type: is not known.", param="tool_choice.type")
+            chat.choice = ToolChoice(modes[kind], forced)
+        if bool_field(choice, "disable_parallel_tool_use", "tool_choice"):
+            chat.parallel = False
+
+    def read_settings(self) -> None:
+        """Sampling, limits, thinking, structured output; the rest is named as dropped."""
+        body, chat = self.body, self.chat
+        chat.max_tokens = int_field(body, "max_tokens")
+        if chat.max_tokens is not None and chat.max_tokens < 1:
+            raise UnsupportedFeature("max_tokens: must be at least 1.", param="max_tokens")
+        chat.temperature = number_field(body, "temperature")
+        chat.top_p = number_field(body, "top_p")
+        chat.top_k = int_field(body, "top_k")
+        stops = list_field(body, "stop_sequences")
+        chat.stop = [item for item in stops if isinstance(item, str) and item]
+        chat.session = session_of_user_id(dict_field(body, "metadata").get("user_id"))
+        self.read_thinking()
+        settings = dict_field(body, "output_config")
+        wanted = settings.get("format") or body.get("output_format")
+        if wanted is not None:
+            entry = need_dict(wanted, "output_config.format")
+            chat.output = OutputFormat(dict_field(entry, "schema", "output_config.format"))
+        chat.dropped += [
+            key
+            for key in body
+            if key not in MESSAGES_KNOWN and key not in MESSAGES_SILENT and body[key] is not None
+        ]
+
+    def read_thinking(self) -> None:
+        """`thinking` and `output_config.effort`."""
+        thinking = dict_field(self.body, "thinking")
+        kind = thinking.get("type")
+        effort = str_field(dict_field(self.body, "output_config"), "effort", "output_config")
+        budget = int_field(thinking, "budget_tokens", "thinking")
+        if effort is not None and effort not in EFFORTS:
+            raise InvalidRequest(
+                "output_config.effort: must be one of " + ", ".join(EFFORTS),
+                param="output_config.effort",
+            )
+        if kind == "disabled":
+            self.chat.effort = "none"
+        elif kind == "enabled" and budget is not None and budget > 0:
+            self.chat.thinking_budget = budget
+            self.chat.effort = effort or effort_of_budget(budget)
+        else:
+            self.chat.effort = effort
+
+
+def is_forced(choice: Json) -> bool:
+    """Whether a tool choice excludes thinking."""
+    return choice.get("type") in ("any", "tool")
+
+
+def needs_signed_turn(messages: list[Json]) -> bool:
+    """Whether the last assistant message calls tools without a thinking block before them.
+
+    With a thinking budget Anthropic refuses that; a model switch or an OpenAI client causes it.
+    """
+    for message in reversed(messages):
+        if message.get("role") == "assistant":
+            content = message.get("content")
+            kinds = [part.get("type") for part in content] if isinstance(content, list) else []
+            return "tool_use" in kinds and kinds[0] not in ("thinking", "redacted_thinking")
+    return False
+
+
+def write_thinking(effort: str | None, budget: int | None, model: Model, body: Json) -> Json:
+    """`thinking` and `output_config` as the model takes them, for a body otherwise complete."""
+    if effort is None and budget is None:
+        return {}
+    if effort == "none":
+        return {"thinking": {"type": "disabled"}} if model.adaptive else {}
+    if is_forced(body.get("tool_choice") or {}):
+        return {}
+    if model.adaptive:
+        fields_: Json = {"thinking": {"type": "adaptive", "display": "summarized"}}
+        level = clamp_effort(effort or effort_of_budget(budget or 0), model.efforts)
+        return {**fields_, "output_config": {"effort": level}} if level else fields_
+    if model.budget is None or needs_signed_turn(body["messages"]):
+        return {}
+    wanted = budget or EFFORT_BUDGETS[effort or "high"]
+    tokens = clamp_budget(wanted, model.budget, body["max_tokens"])
+    return {"thinking": {"type": "enabled", "budget_tokens": tokens}} if tokens else {}
+
+
+class MessagesRequestWriter:
+    """Writes a Chat as a messages body for one model."""
+
+    def __init__(self, chat: Chat, model: Model) -> None:
+        self.chat = chat
+        self.model = model
+
+    def write(self) -> Json:
+        """The body, streamed."""
+        chat, model = self.chat, self.model
+        limit = model.max_output or DEFAULT_MAX_TOKENS
+        body: Json = {
+            "model": model.id,
+            "max_tokens": min(chat.max_tokens or min(limit, DEFAULT_MAX_TOKENS), limit),
+            "messages": self.write_messages(),
+        }
+        system = [{"type": "text", "text": block.text} for block in chat.system]
+        if chat.output:
+            system.append({"type": "text", "text": output_instruction(chat.output)})
+        if system:
+            body["system"] = system
+        stops = [stop for stop in chat.stop if stop.strip()]
+        if stops:
+            body["stop_sequences"] = stops
+        if chat.tools:
+            body["tools"] = [self.write_tool(tool) for tool in chat.tools]
+            choice = self.write_choice()
+            if choice:
+                body["tool_choice"] = choice
+        if chat.session:
+            body["metadata"] = {"user_id": short_hash(chat.session, 32)}
+        body.update(write_thinking(chat.effort, chat.thinking_budget, model, body))
+        if "enabled" not in (body.get("thinking") or {}).values() and not model.adaptive:
+            self.write_sampling(body)
+        body["stream"] = True
+        return body
+
+    def write_sampling(self, body: Json) -> None:
+        """Temperature or top_p: Claude takes one of them, and none beside thinking."""
+        chat = self.chat
+        if chat.temperature is not None:
+            body["temperature"] = min(chat.temperature, 1)
+        elif chat.top_p is not None:
+            body["top_p"] = chat.top_p
+        if chat.top_k is not None:
+            body["top_k"] = chat.top_k
+
+    def write_messages(self) -> list[Json]:
+        """The turns; what a system turn says stays in its place."""
+        messages = []
+        for turn in downgrade_system_turns(self.chat.turns):
+            content = [part for block in turn.blocks if (part := self.write_block(block))]
+            if content:
+                messages.append({"role": turn.role, "content": content})
+        return messages
+
+    def write_block(self, block: Block) -> Json | None:
+        """One content block; None for thinking that Anthropic would not recognise as its own."""
+        if isinstance(block, (Text, Refusal)):
+            return {"type": "text", "text": block.text}
+        if isinstance(block, Image):
+            source = {"type": "base64", "media_type": block.media_type, "data": block.data}
+            if block.url:
+                source = {"type": "url", "url": block.url}
+            return {"type": "image", "source": source}
+        if isinstance(block, Document):
+            return self.write_document(block)
+        if isinstance(block, ToolCall):
+            arguments = parse_arguments(block.arguments)
+            name = wire_name(block.name)
+            return {"type": "tool_use", "id": wire_id(block.id), "name": name, "input": arguments}
+        if isinstance(block, ToolResult):
+            result: Json = {"type": "tool_result", "tool_use_id": wire_id(block.id)}
+            content = [part for item in block.blocks if (part := self.write_block(item))]
+            if len(content) == 1 and content[0]["type"] == "text":
+                result["content"] = content[0]["text"]
+            elif content:
+                result["content"] = content
+            if block.is_error:
+                result["is_error"] = True
+            return result
+        return self.write_thinking_block(block)
+
+    @staticmethod
+    def write_document(document: Document) -> Json:
+        """A document block."""
+        source = {"type": "base64", "media_type": document.media_type, "data": document.data}
+        if document.text:
+            source = {"type": "text", "media_type": "text/plain", "data": document.text}
+        block: Json = {"type": "document", "source": source}
+        if document.title:
+            block["title"] = document.title
+        return block
+
+    @staticmethod
+    def write_thinking_block(block: Thinking) -> Json | None:
+        """Thinking with the signature of its maker, or nothing."""
+        if block.redacted and not block.redacted.startswith(FOREIGN_SIGNATURES):
+            return {"type": "redacted_thinking", "data": block.redacted}
+        if block.signature and not block.signature.startswith(FOREIGN_SIGNATURES):
+            return {"type": "thinking", "thinking": block.text, "signature": block.signature}
+        return None
+
+    @staticmethod
+    def write_tool(tool: Tool) -> Json:
+        """One custom tool."""
+        entry: Json = {"name": wire_name(tool.name)}
+        if tool.description:
+            entry["description"] = tool.description
+        entry["input_schema"] = tool.schema
+        return entry
+
+    def write_choice(self) -> Json:
+        """`tool_choice` with the say on parallel calls."""
+        chat = self.chat
+        mode = chat.choice.mode if chat.choice else "auto"
+        words = {"auto": "auto", "none": "none", "required": "any", "named": "tool"}
+        choice: Json = {"type": words[mode]}
+        if chat.choice and mode == "named":
+            choice["name"] = wire_name(chat.choice.name)
+        if chat.parallel is False and mode != "none":
+            choice["disable_parallel_tool_use"] = True
+        return choice if chat.choice or chat.parallel is False else {}
+
+
+class MessagesReader:
+    """Anthropic stream events -> events."""
+
+    def __init__(self) -> None:
+        self.usage = Usage()
+        self.finish: Finished | None = None
+
+    def read(self, frame: Json) -> list[Event]:
+        """The events in one frame; types nobody knows are passed over."""
+        kind = frame.get("type")
+        if kind == "content_block_delta":
+            return self.read_delta(details(frame, "delta"))
+        if kind == "content_block_start":
+            return self.read_block(details(frame, "content_block"))
+        if kind == "content_block_stop":
+            return [Closed()]
+        if kind == "message_start":
+            message = details(frame, "message")
+            read_messages_usage(details(message, "usage"), self.usage)
+            return [Started(str(message.get("id") or ""), str(message.get("model") or ""))]
+        if kind == "message_delta":
+            self.read_finish(frame)
+        elif kind == "message_stop":
+            return self.end()
+        elif kind == "error" or "error" in frame:
+            return [Failed(read_stream_error(frame.get("error")))]
+        return []
+
+    def read_finish(self, frame: Json) -> None:
+        """The stop reason and the usage; they come before `message_stop`."""
+        read_messages_usage(details(frame, "usage"), self.usage)
+        read_copilot_usage(frame, self.usage)
+        delta = details(frame, "delta")
+        reason = delta.get("stop_reason")
+        if isinstance(reason, str) and reason:
+            stop_text = delta.get("stop_sequence")
+            self.finish = Finished(
+                MESSAGES_FINISHES.get(reason, "end"),
+                stop_text if isinstance(stop_text, str) else None,
+                details(delta, "stop_details") or None,
+            )
+
+    @staticmethod
+    def read_block(block: Json) -> list[Event]:
+        """A block's start, with content that came with it."""
+        kind = block.get("type")
+        if kind in ("text", "thinking"):
+            words = block.get(str(kind))
+            opened: list[Event] = [Opened(str(kind))]
+            if isinstance(words, str) and words:
+                opened.append(Added("text", words))
+            return opened
+        if kind == "tool_use":
+            opened = [Opened("tool", str(block.get("id") or ""), str(block.get("name") or ""))]
+            if block.get("input"):
+                opened.append(Added("arguments", dump_text(block["input"])))
+            return opened
+        return [Opened("redacted" if kind == "redacted_thinking" else "opaque", raw=block)]
+
+    @staticmethod
+    def read_delta(delta: Json) -> list[Event]:
+        """A block's growth."""
+        kind = delta.get("type")
+        if kind == "text_delta":
+            return [Added("text", str(delta.get("text") or ""))]
+        if kind == "input_json_delta":
+            return [Added("arguments", str(delta.get("partial_json") or ""))]
+        if kind == "thinking_delta":
+            return [Added("text", str(delta.get("thinking") or ""))]
+        if kind == "signature_delta":
+            return [Added("signature", str(delta.get("signature") or ""))]
+        return [Added("citation", "", delta)]
+
+    def end(self) -> list[Event]:
+        """The usage and the finish."""
+        if self.finish is None:
+            return []
+        finish, self.finish = self.finish, None
+        counted: list[Event] = [Counted(self.usage)] if self.usage.reported else []
+        return [*counted, finish]
+
+
+def write_messages_usage(usage: Usage) -> Json:
+    """Anthropic's `usage`."""
+    said: Json = {
+        "input_tokens": usage.input,
+        "cache_creation_input_tokens": usage.cache_write,
+        "cache_read_input_tokens": usage.cache_read,
+        "output_tokens": usage.output,
+    }
+    if usage.reasoning:
+        said["output_tokens_details"] = {"thinking_tokens": usage.reasoning}
+    return said
+
+
+BLOCK_STARTS: dict[str, Json] = {
+    "text": {"type": "text", "text": ""},
+    "refusal": {"type": "text", "text": ""},
+    "thinking": {"type": "thinking", "thinking": "", "signature": ""},
+}
+
+
+class MessagesWriter:
+    """Events -> Anthropic stream events."""
+
+    def __init__(self, terms: Terms) -> None:
+        self.terms = terms
+        self.usage = Usage()
+        self.index = -1
+        self.kind = ""
+        self.refused = False
+
+    def write(self, event: Event) -> list[Json]:
+        """The frames for one event."""
+        if isinstance(event, Added):
+            delta = self.write_delta(event)
+            if delta is None:
+                return []
+            return [{"type": "content_block_delta", "index": self.index, "delta": delta}]
+        if isinstance(event, Started):
+            return [self.write_start()]
+        if isinstance(event, Opened):
+            self.index += 1
+            self.kind = event.kind
+            self.refused = self.refused or event.kind == "refusal"
+            block = self.write_block(event)
+            return [{"type": "content_block_start", "index": self.index, "content_block": block}]
+        if isinstance(event, Closed):
+            return [{"type": "content_block_stop", "index": self.index}]
+        if isinstance(event, Counted):
+            self.usage = event.usage
+            return []
+        if isinstance(event, Finished):
+            return self.write_finish(event)
+        raise event.error
+
+    def write_start(self) -> Json:
+        """`message_start`: clients show the context as empty unless its input is estimated."""
+        usage = Usage(input=estimate_request(self.terms.asked))
+        message: Json = {
+            "id": self.terms.id,
+            "type": "message",
+            "role": "assistant",
+            "model": self.terms.model,
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
+            "usage": write_messages_usage(usage),
+        }
+        return {"type": "message_start", "message": message}
+
+    @staticmethod
+    def write_block(event: Opened) -> Json:
+        """The empty block at its start."""
+        if event.kind == "tool":
+            return {"type": "tool_use", "id": event.id, "name": event.name, "input": {}}
+        if event.kind == "redacted":
+            return {"type": "redacted_thinking", "data": (event.raw or {}).get("data", "")}
+        if event.kind == "opaque":
+            return event.raw or {"type": "text", "text": ""}
+        return dict(BLOCK_STARTS[event.kind])
+
+    def write_delta(self, event: Added) -> Json | None:
+        """One delta; None where there is nothing to say."""
+        if event.part == "arguments":
+            return {"type": "input_json_delta", "partial_json": event.text}
+        if event.part == "signature":
+            return {"type": "signature_delta", "signature": event.text}
+        if event.part == "citation":
+            return event.raw
+        if self.kind == "thinking":
+            if self.terms.hide_thinking:
+                return None
+            return {"type": "thinking_delta", "thinking": event.text}
+        return {"type": "text_delta", "text": event.text}
+
+    def write_finish(self, event: Finished) -> list[Json]:
+        """`message_delta` and `message_stop`."""
+        reason = "filter" if self.refused and event.reason == "end" else event.reason
+        word = MESSAGES_FINISH_WORDS[reason]
+        if reason == "stop" and event.stop_text is None:
+            word = "end_turn"
+        delta: Json = {"stop_reason": word, "stop_sequence": event.stop_text}
+        if event.details:
+            delta["stop_details"] = event.details
+        usage = write_messages_usage(self.usage)
+        return [
+            {"type": "message_delta", "delta": delta, "usage": usage},
+            {"type": "message_stop"},
+        ]
+
+
+MESSAGES_EVENTS = (
+    "message_start",
+    "content_block_start",
+    "content_block_delta",
+    "content_block_stop",
+    "message_delta",
+    "message_stop",
+    "ping",
+)
+
+
+class MessagesRelay:
+    """Native Anthropic frames, repaired: the model's name, strays, a missing end."""
+
+    def __init__(self, terms: Terms) -> None:
+        self.terms = terms
+        self.usage = Usage()
+        self.finished = False
+        self.begun = False
+        self.stopped = False  # the stop reason has come
+        self.called = False
+
+    def quick(self, data: bytes) -> bytes | None:
+        """A read that holds only growing blocks goes on as it is."""
+        if not data.endswith(b"\n\n") or not data.startswith(b"event: ") or b"\r" in data:
+            return None
+        frames = data.count(b"\n\n")
+        known = data.count(b"event: content_block_") + data.count(b"event: ping\n")
+        if known != frames or data.count(b"\ndata: {") != frames or not self.begun:
+            return None
+        if b'"tool_use"' in data:
+            if self.terms.names:
+                return None
+            self.called = True
+        return data
+
+    def mend(self, frame: Json) -> list[Json]:
+        """The frames that take the place of one frame."""
+        kind = frame.get("type")
+        if kind == "error" or "error" in frame:
+            raise read_stream_error(frame.get("error"))
+        # AI SDK clients fail on event types they do not know, so those stop here.
+        if self.finished or kind not in MESSAGES_EVENTS or (not self.begun and kind == "ping"):
+            return []
+        if kind == "message_start":
+            self.begun = True
+            self.mend_start(details(frame, "message"))
+        elif not self.begun:
+            raise UpstreamError("The upstream's answer does not follow its own protocol.")
+        elif kind == "content_block_start":
+            self.mend_block(details(frame, "content_block"))
+        elif kind == "message_delta":
+            self.mend_finish(frame)
+        elif kind == "message_stop":
+            if not self.stopped:
+                raise UpstreamError(BROKEN_OFF)
+            self.finished = True
+        return [frame]
+
+    def mend_start(self, message: Json) -> None:
+        """The caller's model name, and an input count that is never nothing."""
+        message["model"] = self.terms.model
+        usage = message.setdefault("usage", {})
+        read_messages_usage(usage, self.usage)
+        usage.setdefault("output_tokens", 0)
+        if not (self.usage.prompt or usage.get("input_tokens")):
+            usage["input_tokens"] = estimate_request(self.terms.asked)
+
+    def mend_block(self, block: Json) -> None:
+        """The caller's tool names."""
+        if block.get("type") == "tool_use":
+            self.called = True
+            name = block.get("name")
+            if isinstance(name, str):
+                block["name"] = self.terms.names.get(name, name)
+
+    def mend_finish(self, frame: Json) -> None:
+        """Usage, and a stop reason that agrees with the blocks."""
+        delta = details(frame, "delta")
+        if delta.get("stop_reason"):
+            self.stopped = True
+            if self.called and delta["stop_reason"] == "end_turn":
+                delta["stop_reason"] = "tool_use"
+        usage = frame.setdefault("usage", {})
+        read_messages_usage(usage, self.usage)
+        read_copilot_usage(frame, self.usage)
+        usage.setdefault("output_tokens", self.usage.output)
+
+    def end(self) -> list[Json]:
+        """`message_stop`, where only that is missing."""
+        if self.finished:
+            return []
+        if not self.stopped:
+            raise UpstreamError(BROKEN_OFF)
+        self.finished = True
+        return [{"type": "message_stop"}]
+
+
+class MessagesFold:
+    """Anthropic frames -> the message they amount to."""
+
+    def __init__(self) -> None:
+        self.message: Json = {}
+        self.inputs: dict[int, str] = {}
+
+    def take(self, frame: Json) -> None:
+        """One frame."""
+        kind = frame["type"]
+        if kind == "message_start":
+            self.message = dict(frame["message"])
+            self.message["content"] = []
+        elif kind == "content_block_start":
+            self.message["content"].append(dict(frame["content_block"]))
+        elif kind == "content_block_delta":
+            self.grow(frame["index"], frame["delta"])
+        elif kind == "message_delta":
+            extra = {k: v for k, v in frame.items() if k not in ("type", "delta", "usage")}
+            self.message.update({**extra, **frame["delta"]})
+            said = {k: v for k, v in frame["usage"].items() if v is not None}
+            self.message["usage"] = {**self.message["usage"], **said}
+
+    def grow(self, index: int, delta: Json) -> None:
+        """One delta."""
+        block = self.message["content"][index]
+        kind = delta.get("type")
+        if kind == "input_json_delta":
+            self.inputs[index] = self.inputs.get(index, "") + delta["partial_json"]
+        elif kind == "citations_delta":
+            block["citations"] = [*(block.get("citations") or ()), delta["citation"]]
+        else:
+            for key, value in delta.items():
+                if key != "type" and isinstance(value, str):
+                    block[key] = (block.get(key) or "") + value
+
+    def whole(self) -> Json:
+        """The message."""
+        for index, text in self.inputs.items():
+            if text:
+                self.message["content"][index]["input"] = parse_arguments(text)
+        return self.message
+
+
+class MessagesDialect:
+    """Anthropic messages."""
+
+    name = "messages"
+    tail = b""
+    id_prefix = "msg_"
+
+    def outline(self, body: Json) -> Outline:
+        """The few facts routing needs."""
+        messages = message_list(body)
+        return Outline(
+            model=need_str(body, "model"),
+            stream=take_bool(body, "stream"),
+            include_usage=True,
+            initiator=self.initiator(messages),
+            session=session_of_user_id(dict_field(body, "metadata").get("user_id")),
+            opening=opening_words(
+                [b for b in body["system"] if not is_billing_header(b)]
+                if isinstance(body.get("system"), list)
+                else body.get("system"),
+                messages,
+            ),
+        )
+
+    @staticmethod
+    def initiator(messages: list[Json]) -> str:
+        """`agent` where the last word is a tool's or the model's own, not a person's."""
+        last = next((m for m in reversed(messages) if m.get("role") != "system"), messages[-1])
+        if last.get("role") == "assistant":
+            return "agent"
+        content = last.get("content")
+        parts = [p for p in content if isinstance(p, dict)] if isinstance(content, list) else []
+        if not any(part.get("type") == "tool_result" for part in parts):
+            return "user"
+        words = [part.get("text") for part in parts if part.get("type") == "text"]
+        spoken = any(isinstance(text, str) and not is_reminder(text) for text in words)
+        return "user" if spoken else "agent"
+
+    def read_request(self, body: Json) -> Chat:
+        """The request."""
+        return MessagesRequestReader(body).read()
+
+    def write_request(self, chat: Chat, model: Model) -> Json:
+        """The body that asks `model`."""
+        return MessagesRequestWriter(chat, model).write()
+
+    def has_image(self, body: Json) -> bool:
+        """Whether any message holds an image, in a tool result as well."""
+        return any(has_image_block(message.get("content")) for message in body["messages"])
+
+    def reader(self) -> Reader:
+        """A reader for one answer."""
+        return MessagesReader()
+
+    def writer(self, terms: Terms) -> Writer:
+        """A writer for one answer."""
+        return MessagesWriter(terms)
+
+    def relay(self, terms: Terms) -> Relay:
+        """A relay for one native answer."""
+        return MessagesRelay(terms)
+
+    def fold(self, frames: list[Json]) -> Json:
+        """The message that frames amount to."""
+        fold = MessagesFold()
+        for frame in frames:
+            fold.take(frame)
+        return fold.whole()
+
+    def unfold(self, whole: Json) -> list[Json]:
+        """The frames that a message stands for."""
+        content = whole.get("content")
+        usage = details(whole, "usage")
+        frames: list[Json] = [
+            {"type": "message_start", "message": {**whole, "content": [], "stop_reason": None}}
+        ]
+        for index, block in enumerate(content if isinstance(content, list) else ()):
+            start = {"type": "content_block_start", "index": index, "content_block": block}
+            frames += [start, {"type": "content_block_stop", "index": index}]
+        delta = {key: whole.get(key) for key in ("stop_reason", "stop_sequence")}
+        last: Json = {"type": "message_delta", "delta": delta, "usage": dict(usage)}
+        if "copilot_usage" in whole:
+            last["copilot_usage"] = whole["copilot_usage"]
+        return [*frames, last, {"type": "message_stop"}]
+
+    def encode(self, frame: Json) -> bytes:
+        """One event on the wire; clients throw away what has no `event:` line."""
+        return write_sse(frame, frame["type"])
+
+    def error_body(self, error: ApiError, request_id: str) -> Json:
+        """`{"type": "error", "error": {"type", "message"}, "request_id"}`."""
+        said = {"type": ANTHROPIC_ERRORS[error.kind], "message": error.text()}
+        return {"type": "error", "error": said, "request_id": request_id}
+
+    def error_status(self, error: ApiError) -> int:
+        """The error's own status; Anthropic's for an overload is 529."""
+        return 529 if isinstance(error, Overloaded) else error.status
+
+    def ping(self, begun: bool) -> bytes:
+        """`ping` inside a message, a comment before it."""
+        return b'event: ping\ndata: {"type":"ping"}\n\n' if begun else SSE_COMMENT_PING
+
+
+def has_image_block(content: Any) -> bool:
+    """Whether a content list holds an image, however deep."""
+    if not isinstance(content, list):
+        return False
+    return any(
+        isinstance(part, dict)
+        and (part.get("type") == "image" or has_image_block(part.get("content")))
+        for part in content
+    )
+
+
+CHAT = ChatDialect()
+MESSAGES = MessagesDialect()
+DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in (CHAT, MESSAGES)}
+# The vendors' names, as `X-Output-Format` and `default_format` use them.
+FORMATS: dict[str, Dialect] = {"openai": CHAT, "anthropic": MESSAGES}
+
+
+# 8.4 the flow of one answer
+
+
+class Converter:
+    """A Relay between two dialects: frames -> events -> checks and filters -> frames."""
+
+    def __init__(self, reader: Reader, writer: Writer, terms: Terms) -> None:
+        self.reader = reader
+        self.writer = writer
+        self.terms = terms
+        self.checker = Checker()
+        self.cutter = StopCutter(terms.cut) if terms.cut else None
+        self.usage = Usage()
+        self.said = 0.0  # tokens of the answer so far, estimated
+
+    @property
+    def finished(self) -> bool:
+        """Whether the answer is complete."""
+        return self.checker.state == "over"
+
+    def quick(self, data: bytes) -> bytes | None:
+        """Conversion needs every frame."""
+        return None
+
+    def mend(self, frame: Json) -> list[Json]:
+        """The caller's frames for one of the upstream's."""
+        return self.write(self.reader.read(frame))
+
+    def end(self) -> list[Json]:
+        """The caller's frames for what the reader held back."""
+        frames = [] if self.finished else self.write(self.reader.end())
+        self.checker.end()
+        return frames
+
+    def write(self, events: list[Event]) -> list[Json]:
+        """Checked, filtered, written."""
+        frames = []
+        for event in events:
+            if self.finished:
+                break
+            for kept in self.cutter.take(event) if self.cutter else (event,):
+                frames.extend(self.write_event(kept))
+        return frames
+
+    def write_event(self, event: Event) -> list[Json]:
+        """One event, checked; an answer that nobody counted is estimated before it finishes."""
+        if isinstance(event, Failed):
+            raise event.error
+        event = self.checker.check(event)
+        if isinstance(event, Added):
+            self.said += estimate_text(event.text)
+        elif isinstance(event, Opened) and event.kind == "tool":
+            event.name = self.terms.names.get(event.name, event.name)
+        elif isinstance(event, Counted):
+            self.usage = event.usage
+        elif isinstance(event, Finished) and not self.usage.reported:
+            output = max(1, int(self.said))
+            self.usage = Usage(input=estimate_request(self.terms.asked), output=output)
+            return [*self.writer.write(Counted(self.usage)), *self.writer.write(event)]
+        return self.writer.write(event)
+
+
+class Flow:
+    """One answer on its way: the upstream's bytes in, the caller's bytes out.
+
+    Without `stream` everything is kept, and `whole` is the answer at the end.  An error before the
+    first byte went out stands in `error`, so that it can become a status; after that it is a frame.
+    """
+
+    def __init__(
+        self, upstream: Dialect, caller: Dialect, terms: Terms, stream: bool, request_id: str
+    ) -> None:
+        self.caller = caller
+        self.upstream = upstream
+        self.stream = stream
+        self.request_id = request_id
+        self.sse = SseReader()
+        native = upstream is caller and not terms.cut and not terms.legacy_functions
+        self.relay: Relay = (
+            caller.relay(terms)
+            if native
+            else Converter(upstream.reader(), caller.writer(terms), terms)
+        )
+        self.frames: list[Json] = []
+        self.begun = False
+        self.over = False
+        self.error: ApiError | None = None
+
+    @property
+    def usage(self) -> Usage:
+        """What is known of the tokens so far."""
+        return self.relay.usage
+
+    def feed(self, data: bytes) -> bytes:
+        """The caller's bytes for a read of the upstream's."""
+        if self.over:
+            return b""
+        if self.stream and not self.sse.tail:
+            passed = self.relay.quick(data)
+            if passed is not None:
+                return passed
+        try:
+            return self.pass_on(load_frames(self.sse.feed(data)))
+        except ApiError as error:
+            return self.fail(error)
+
+    def feed_whole(self, data: bytes) -> bytes:
+        """The caller's bytes for an upstream's answer that is not a stream."""
+        whole = load_object(data)
+        if whole is None:
+            return self.fail(UpstreamError("The upstream's answer is not JSON."))
+        try:
+            if whole.get("error"):
+                raise read_stream_error(whole["error"])
+            return self.pass_on(self.upstream.unfold(whole)) + self.end()
+        except ApiError as error:
+            return self.fail(error)
+
+    def pass_on(self, frames: list[Json]) -> bytes:
+        """Frames through the relay; what came before an error still goes out."""
+        written: list[bytes] = []
+        try:
+            for frame in frames:
+                written += self.write(self.relay.mend(frame))
+        except ApiError as error:
+            written.append(self.fail(error))
+        if self.relay.finished and not self.over:
+            self.over = True
+            written.append(self.caller.tail if self.stream else b"")
+        return b"".join(written)
+
+    def write(self, frames: list[Json]) -> list[bytes]:
+        """Frames as bytes for a stream, kept for a whole answer."""
+        if frames and self.stream:
+            self.begun = True
+            return [self.caller.encode(frame) for frame in frames]
+        self.frames += frames
+        return []
+
+    def end(self, error: ApiError | None = None) -> bytes:
+        """The last bytes, when the upstream has ended or `error` has ended it."""
+        if self.over:
+            return b""
+        if error is not None:
+            return self.fail(error)
+        written = b""
+        try:
+            written = self.pass_on(load_frames(self.sse.end()))
+            if self.over:
+                return written
+            last = b"".join(self.write(self.relay.end()))
+        except ApiError as broken:
+            return written + self.fail(broken)
+        self.over = True
+        return written + last + (self.caller.tail if self.stream else b"")
+
+    def fail(self, error: ApiError) -> bytes:
+        """Ends the answer: with a frame if it has begun, else only with `self.error`."""
+        self.over = True
+        self.error = error
+        if not self.begun:
+            return b""
+        return self.caller.encode(self.caller.error_body(error, self.request_id))
+
+    def whole(self) -> Json:
+        """The whole answer; raises the error that ended it."""
+        if self.error:
+            raise self.error
+        return self.caller.fold(self.frames)
