@@ -4643,3 +4643,1240 @@ class Flow:
         if self.error:
             raise self.error
         return self.caller.fold(self.frames)
+
+
+# ---- 9. Upstream rules -------------------------------------------------------------------------
+#
+# What the Copilot API refuses, adds and means, as plain functions.  Unless said otherwise the facts
+# were seen in VS Code, gh-aw-firewall and Floway between 2026-04 and 2026-09.
+
+# 9.1 models
+
+ENDPOINT_DIALECTS = {
+    "/chat/completions": "chat",
+    "/v1/messages": "messages",
+    "/responses": "responses",
+}
+DIALECT_PATHS = {"chat": "/chat/completions", "messages": "/v1/messages"}
+REASONING_GPT = re.compile(r"(?:gpt-[5-9]|o[1-9](?:-|$))")
+CLAUDE_VERSION = re.compile(r"claude-[a-z]+-(\d+)(?:[.-](\d)(?!\d))?")
+
+
+def claude_version(model_id: str) -> tuple[int, int] | None:
+    """(4, 8) for `claude-opus-4.8`; None for what is not a Claude of that naming."""
+    match = CLAUDE_VERSION.match(model_id)
+    return (int(match[1]), int(match[2] or 0)) if match else None
+
+
+def positive(value: Any) -> int | None:
+    """A limit: a positive integer, or unknown."""
+    usable = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return value if usable else None
+
+
+def read_copilot_model(entry: Json, provider: str) -> Model | None:
+    """One entry of the catalogue; None for what is no model that answers."""
+    model_id = entry.get("id")
+    capabilities = details(entry, "capabilities")
+    if not isinstance(model_id, str) or not model_id:
+        return None
+    if capabilities.get("type", "chat") != "chat":
+        return None
+    limits, supports = details(capabilities, "limits"), details(capabilities, "supports")
+    endpoints = entry.get("supported_endpoints")
+    if not isinstance(endpoints, list):
+        endpoints = ["/chat/completions"]  # absent on older models
+    efforts = supports.get("reasoning_effort")
+    low, high = positive(supports.get("min_thinking_budget")), supports.get("max_thinking_budget")
+    most = positive(high)
+    state = details(entry, "policy").get("state", "enabled")
+    headers = details(entry, "request_headers")
+    return Model(
+        id=model_id,
+        provider=provider,
+        dialects=tuple(ENDPOINT_DIALECTS[e] for e in endpoints if e in ENDPOINT_DIALECTS),
+        name=str(entry.get("name") or model_id),
+        vendor=str(entry.get("vendor") or ""),
+        max_output=positive(limits.get("max_output_tokens")),
+        max_prompt=positive(limits.get("max_prompt_tokens")),
+        context=positive(limits.get("max_context_window_tokens")),
+        efforts=tuple(e for e in efforts if e in EFFORTS) if isinstance(efforts, list) else (),
+        adaptive=bool(supports.get("adaptive_thinking")),
+        budget=(low or MIN_THINKING_BUDGET, most) if most else None,
+        stops=0 if REASONING_GPT.match(model_id) else None,
+        vision=supports.get("vision", True) is True,
+        streaming=supports.get("streaming", True) is not False,
+        listed=entry.get("model_picker_enabled", True) is not False and state == "enabled",
+        headers={k: v for k, v in headers.items() if isinstance(v, str) and TOKEN.fullmatch(k)},
+        raw=entry,
+    )
+
+
+def read_copilot_models(body: Json, provider: str) -> dict[str, Model]:
+    """The catalogue by id: odd entries are skipped, of doubled ids the first counts."""
+    models: dict[str, Model] = {}
+    entries = body.get("data")
+    for entry in entries if isinstance(entries, list) else ():
+        model = read_copilot_model(entry, provider) if isinstance(entry, dict) else None
+        if model is not None:
+            models.setdefault(model.id, model)
+    return models
+
+
+def guess_copilot_model(model_id: str, provider: str) -> Model:
+    """A model the catalogue does not list: it wobbles, so an exact name is tried all the same."""
+    claude = model_id.startswith("claude")
+    return Model(
+        id=model_id,
+        provider=provider,
+        dialects=("messages", "chat") if claude else ("chat",),
+        vendor="Anthropic" if claude else "",
+        stops=0 if REASONING_GPT.match(model_id) else None,
+        guessed=True,
+    )
+
+
+DATED = re.compile(r"-(?:20\d{6}|latest)$")
+DASHED_VERSION = re.compile(r"(?<=-)(\d)-(\d)(?=-|$)")
+
+
+def model_spellings(name: str) -> list[str]:
+    """The spellings of a model name, best first: as it is, undated, with a dot in its version.
+
+    Anthropic clients write `claude-sonnet-4-5-20250929`, Copilot lists `claude-sonnet-4.5`.
+    """
+    name = name.lower()
+    spellings = []
+    if name.endswith("[1m]"):
+        name = name[:-4]
+        spellings = [spelling + "-1m" for spelling in model_spellings(name)]
+    undated = DATED.sub("", name)
+    for spelling in (name, undated):
+        spellings += [spelling, DASHED_VERSION.sub(r"\1.\2", spelling)]
+    return list(dict.fromkeys(spellings))
+
+
+def find_model(name: str, models: dict[str, Model]) -> Model | None:
+    """The model that `name` means, in any usual spelling."""
+    if name in models:
+        return models[name]
+    by_lower = {model_id.lower(): model for model_id, model in models.items()}
+    return next((by_lower[s] for s in model_spellings(name) if s in by_lower), None)
+
+
+# 9.2 headers
+
+
+def copilot_identity(token: str, session_id: str, machine_id: str, device_id: str) -> Json:
+    """The headers that are the same for every call with one token."""
+    return {
+        "Authorization": f"Bearer {token}",
+        "Accept-Encoding": "identity",
+        "Copilot-Integration-Id": COPILOT_INTEGRATION_ID,
+        "Editor-Version": EDITOR_VERSION,
+        "Editor-Plugin-Version": EDITOR_PLUGIN_VERSION,
+        "User-Agent": COPILOT_USER_AGENT,
+        "X-GitHub-Api-Version": COPILOT_API_VERSION,
+        "X-VSCode-User-Agent-Library-Version": "electron-fetch",
+        "VScode-SessionId": session_id,
+        "VScode-MachineId": machine_id,
+        "Editor-Device-Id": device_id,
+    }
+
+
+def exchange_headers(github_token: str) -> Json:
+    """The headers of a token exchange: without the editor's GitHub answers 403."""
+    return {
+        "Authorization": f"token {github_token}",
+        "Accept": "application/json",
+        "Accept-Encoding": "identity",
+        "Editor-Version": EDITOR_VERSION,
+        "Editor-Plugin-Version": EDITOR_PLUGIN_VERSION,
+        "User-Agent": COPILOT_USER_AGENT,
+        "X-GitHub-Api-Version": GITHUB_API_VERSION,
+        "X-VSCode-User-Agent-Library-Version": "electron-fetch",
+    }
+
+
+def hash_uuid(text: str) -> str:
+    """A UUID that is the same for the same text: X-Interaction-Id is the prompt cache's key."""
+    return str(uuid.UUID(short_hash(text, 32), version=4))
+
+
+def allowed_api_host(url: str, config: CopilotConfig) -> bool:
+    """Whether a token may be sent to the host that a token answer names."""
+    parts = urllib.parse.urlsplit(url)
+    host = parts.hostname or ""
+    if parts.scheme == "https" and host.endswith(COPILOT_HOST_SUFFIXES):
+        return True
+    # A whole imitation on this machine: for tests.
+    return is_loopback(host) and is_loopback(
+        urllib.parse.urlsplit(config.github_api_url).hostname or ""
+    )
+
+
+PASSED_BETAS = (
+    "interleaved-thinking-2025-05-14",
+    "context-management-2025-06-27",
+)
+
+
+def messages_betas(body: Json, asked: str, refused: set[str], model: Model) -> str:
+    """`anthropic-beta` for a scrubbed messages body: the caller's, as far as Copilot knows them."""
+    wanted = [item.strip() for item in asked.split(",")]
+    betas = [beta for beta in PASSED_BETAS if beta in wanted]
+    thinking = details(body, "thinking").get("type")
+    if model.adaptive and PASSED_BETAS[0] in betas:
+        betas.remove(PASSED_BETAS[0])
+    if thinking == "enabled" and PASSED_BETAS[0] not in betas and not model.adaptive:
+        betas.append(PASSED_BETAS[0])
+    if "context_management" in body:
+        betas.append(PASSED_BETAS[1])
+    elif PASSED_BETAS[1] in betas:
+        betas.remove(PASSED_BETAS[1])
+    return ",".join(beta for beta in dict.fromkeys(betas) if beta not in refused)
+
+
+# 9.3 what is taken out of bodies
+
+
+@dataclass(slots=True)
+class Learned:
+    """What the upstream refused once: left out from then on, for the life of the process."""
+
+    #: model -> dotted field paths, `*` for any list index
+    fields: dict[str, set[str]] = field(default_factory=dict)
+    betas: set[str] = field(default_factory=set)
+    #: models that take only adaptive thinking
+    adaptive: set[str] = field(default_factory=set)
+    no_effort: set[str] = field(default_factory=set)
+    #: models without the system role inside messages
+    no_system_turns: set[str] = field(default_factory=set)
+    #: model -> dialects it does not speak, whatever the catalogue says
+    not_spoken: dict[str, set[str]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Scrub:
+    """One body on its way through the rules."""
+
+    body: Json
+    model: Model
+    learned: Learned
+    #: names of what was left out
+    dropped: list[str]
+
+
+# Tool names: OpenAI takes 64 characters, Anthropic 128.
+NATIVE_NAME_LIMITS = {"chat": 64, "messages": 128}
+
+
+class RawPart(NamedTuple):
+    """A native content part that the rules for turns need not understand."""
+
+    raw: Json
+
+
+@dataclass(slots=True)
+class RawCall(ToolCall):
+    """A native tool_use."""
+
+    raw: Json = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class RawResult(ToolResult):
+    """A native tool_result."""
+
+    raw: Json = field(default_factory=dict)
+
+
+def read_raw_part(part: Any) -> list[Any]:
+    """A native part as a block that keeps its bytes; blank text is nothing."""
+    if not isinstance(part, dict):
+        return []
+    kind = part.get("type")
+    if kind == "tool_use":
+        return [RawCall(str(part.get("id")), str(part.get("name")), "", part)]
+    if kind == "tool_result":
+        inner = part.get("content")
+        rows = [text_part(inner)] if isinstance(inner, str) else inner or ()
+        blocks: list[Any] = [RawPart(row) for row in rows if isinstance(row, dict)]
+        return [RawResult(str(part.get("tool_use_id")), blocks, raw=part)]
+    if kind == "text" and not str(part.get("text") or "").strip():
+        return []
+    return [RawPart(part)]
+
+
+def write_raw_block(block: Any) -> Json:
+    """A block of `read_raw_part`, or one that settling the turns made."""
+    if isinstance(block, RawCall):
+        name = wire_name(block.name, NATIVE_NAME_LIMITS["messages"])
+        return {**block.raw, "id": wire_id(block.id), "name": name}
+    if isinstance(block, RawResult):
+        return {**block.raw, "tool_use_id": wire_id(block.id)}
+    if isinstance(block, RawPart):
+        return block.raw
+    if isinstance(block, ToolResult):
+        said = {"is_error": True, "content": plain_text(block.blocks)}
+        return {"type": "tool_result", "tool_use_id": wire_id(block.id), **said}
+    return {"type": "text", "text": block.text}
+
+
+def settle_messages(scrub: Scrub) -> None:
+    """Roles alternate, each call has its result in the next message, nothing is empty."""
+    turns = []
+    for message in scrub.body["messages"]:
+        content = message.get("content")
+        if isinstance(content, str):
+            blocks: list[Any] = [Text(content)]
+        else:
+            blocks = [block for part in content or () for block in read_raw_part(part)]
+        turns.append(Turn(str(message.get("role")), blocks))
+    turns = settle_turns(turns)
+    if scrub.model.id in scrub.learned.no_system_turns or not takes_system_turns(scrub.model.id):
+        turns = downgrade_native_system(turns, every=True)
+    else:
+        turns = downgrade_native_system(turns, every=False)
+    scrub.body["messages"] = [
+        {
+            "role": turn.role,
+            "content": turn.blocks[0].text
+            if len(turn.blocks) == 1 and isinstance(turn.blocks[0], Text)
+            else [write_raw_block(block) for block in turn.blocks],
+        }
+        for turn in turns
+    ]
+
+
+def takes_system_turns(model_id: str) -> bool:
+    """Whether a Claude takes role system inside messages: 4.8 and later."""
+    version = claude_version(model_id)
+    return version is not None and version >= (4, 8)
+
+
+def downgrade_native_system(turns: list[Turn], every: bool) -> list[Turn]:
+    """System turns as reminders, in place: every one, or those at a place where none is legal.
+
+    Legal is behind a user turn, and last or before an assistant turn.
+    """
+    plain = []
+    for index, turn in enumerate(turns):
+        before = turns[index - 1].role if index else ""
+        after = turns[index + 1].role if index + 1 < len(turns) else "assistant"
+        legal = before == "user" and after == "assistant" and not every
+        if turn.role != "system" or legal:
+            plain.append(turn)
+            continue
+        rows: list[Any] = turn.blocks
+        texts = [b.raw.get("text") if isinstance(b, RawPart) else b.text for b in rows]
+        reminders: list[Block] = [Text(as_reminder(text)) for text in texts if text]
+        plain.append(Turn("user", reminders))
+    return merge_turns(plain)
+
+
+def parts_of(messages: list[Json]) -> Iterator[Json]:
+    """Every content part of every message, in order."""
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list):
+            yield from (part for part in content if isinstance(part, dict))
+
+
+MESSAGES_KEYS = (
+    "model",
+    "messages",
+    "system",
+    "max_tokens",
+    "stream",
+    "stop_sequences",
+    "temperature",
+    "top_p",
+    "top_k",
+    "tools",
+    "tool_choice",
+    "thinking",
+    "output_config",
+    "output_format",
+    "context_management",
+    "cache_control",
+)
+
+
+def keep_messages_keys(scrub: Scrub) -> None:
+    """Validation is strict: unknown keys are 400.  `metadata` holds ids of the user's device."""
+    for key in [key for key in scrub.body if key not in MESSAGES_KEYS]:
+        value = scrub.body.pop(key)
+        if value is not None and key != "metadata":
+            scrub.dropped.append(key)
+
+
+def limit_max_tokens(scrub: Scrub) -> None:
+    """`max_tokens` is required and at most what the model gives."""
+    limit = scrub.model.max_output or DEFAULT_MAX_TOKENS
+    wanted = int_field(scrub.body, "max_tokens")
+    scrub.body["max_tokens"] = min(wanted or limit, limit)
+
+
+def drop_billing_line(scrub: Scrub) -> None:
+    """Claude Code's billing line changes per request and defeats the prompt cache."""
+    system = scrub.body.get("system")
+    if isinstance(system, list):
+        kept = [
+            block
+            for block in system
+            if not is_billing_header(block)
+            and isinstance(block, dict)
+            and str(block.get("text") or "").strip()
+        ]
+        scrub.body["system"] = kept
+    if not scrub.body.get("system"):
+        scrub.body.pop("system", None)
+
+
+def keep_own_thinking(scrub: Scrub) -> None:
+    """Thinking goes back only with the signature of its maker; anything else is a 400."""
+    for message in scrub.body["messages"]:
+        content = message.get("content")
+        if isinstance(content, list):
+            message["content"] = [part for part in content if not is_foreign_thinking(part)]
+
+
+def is_foreign_thinking(part: Any) -> bool:
+    """Whether a part is thinking that Anthropic did not sign."""
+    if not isinstance(part, dict) or part.get("type") not in ("thinking", "redacted_thinking"):
+        return False
+    mark = part.get("signature") if part["type"] == "thinking" else part.get("data")
+    return not isinstance(mark, str) or not mark or mark.startswith(FOREIGN_SIGNATURES)
+
+
+def plain_documents(scrub: Scrub) -> None:
+    """Text documents and tool references become text: only PDFs and words are known to work."""
+    for message in scrub.body["messages"]:
+        simplify_parts(message)
+
+
+def simplify_parts(holder: Json) -> None:
+    """Rewrites the parts in `holder["content"]`, tool results included."""
+    content = holder.get("content")
+    if not isinstance(content, list):
+        return
+    rows: list[Any] = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "tool_result":
+            simplify_parts(part)
+        if kind == "document" and details(part, "source").get("type") in ("text", "content"):
+            rows += [text_part(block.text) for block in as_texts(part)]
+        elif kind == "tool_reference":
+            rows.append(text_part(f"Tool available: {part.get('tool_name')}"))
+        else:
+            rows.append(part)
+    holder["content"] = rows
+
+
+def text_part(text: str) -> Json:
+    """`{"type": "text", "text": ...}`."""
+    return {"type": "text", "text": text}
+
+
+def as_texts(part: Json) -> list[Text]:
+    """A text document's words, its title first."""
+    texts = []
+    for block in read_document_part(part, "document"):
+        if isinstance(block, Document):
+            head = f"[{block.title}]\n" if block.title else ""
+            texts.append(Text(head + block.text))
+        elif isinstance(block, Text):
+            texts.append(block)
+    return texts
+
+
+TOOL_KEYS = ("name", "description", "input_schema", "cache_control")
+
+
+def plain_tools(scrub: Scrub) -> None:
+    """Custom tools with the keys every backend takes; tools the vendor runs are not served."""
+    body = scrub.body
+    choice = dict_field(body, "tool_choice")
+    tools, hosted = [], []
+    for index, item in enumerate(list_field(body, "tools")):
+        tool = need_dict(item, f"tools.{index}")
+        kind = tool.get("type") or "custom"
+        name = str(tool.get("name") or kind)
+        schema = tool.get("input_schema")
+        if kind != "custom":
+            schema = client_tool_schema(str(kind))
+            if schema is None:
+                hosted.append(name)
+                continue
+        plain = {key: tool[key] for key in TOOL_KEYS if tool.get(key) is not None}
+        plain["name"] = wire_name(name, NATIVE_NAME_LIMITS["messages"])
+        plain["input_schema"] = clean_schema(object_schema(schema, name))
+        tools.append(plain)
+    drop_hosted(hosted, len(tools), str(choice.get("name") or ""), scrub.dropped)
+    if not tools and any(part.get("type") == "tool_use" for part in parts_of(body["messages"])):
+        tools = [{"name": "none", "description": "Do not call.", "input_schema": EMPTY_SCHEMA}]
+    if tools:
+        body["tools"] = tools
+        if choice.get("name"):
+            name = wire_name(str(choice["name"]), NATIVE_NAME_LIMITS["messages"])
+            body["tool_choice"] = {**choice, "name": name}
+    else:
+        body.pop("tools", None)
+        body.pop("tool_choice", None)
+
+
+EMPTY_SCHEMA: Json = {"type": "object", "properties": {}}
+
+
+def clean_schema(schema: Json) -> Json:
+    """A tool's schema without what Vertex refuses at its top."""
+    return {key: value for key, value in schema.items() if key not in ("$schema", "$id")}
+
+
+def word_output_format(scrub: Scrub) -> None:
+    """A JSON schema for the answer goes into the prompt: Vertex backends refuse the field."""
+    body = scrub.body
+    settings = dict_field(body, "output_config")
+    wanted = settings.pop("format", None) or body.get("output_format")
+    body.pop("output_format", None)
+    if not settings:
+        body.pop("output_config", None)
+    if not wanted:
+        return
+    schema = dict_field(need_dict(wanted, "output_config.format"), "schema", "output_config.format")
+    system = body.get("system") or []
+    rows = [text_part(system)] if isinstance(system, str) else [*system]
+    body["system"] = [*rows, text_part(output_instruction(OutputFormat(schema)))]
+    scrub.dropped.append("output_config.format")
+
+
+def fit_thinking(scrub: Scrub) -> None:
+    """`thinking`, effort and sampling in the combination that this model takes."""
+    body, model = scrub.body, scrub.model
+    thinking = dict_field(body, "thinking")
+    settings = dict_field(body, "output_config")
+    effort = settings.get("effort")
+    kind = thinking.get("type")
+    adaptive = model.adaptive or model.id in scrub.learned.adaptive
+    if is_forced(body.get("tool_choice") or {}):
+        body.pop("thinking", None)
+        kind = None
+    elif kind == "enabled":
+        fit_budget(scrub, thinking, adaptive)
+    elif kind == "adaptive" and not adaptive:
+        body.pop("thinking")
+        wanted = effort if effort in EFFORT_BUDGETS else "high"
+        body.update(write_thinking(wanted, None, model, body) if model.budget else {})
+    elif kind not in ("adaptive", "disabled"):
+        body.pop("thinking", None)
+    if body.get("thinking", {}).get("type") == "disabled" and not adaptive:
+        body.pop("thinking")
+    fit_effort(scrub)
+    fit_sampling(scrub, adaptive)
+
+
+def fit_budget(scrub: Scrub, thinking: Json, adaptive: bool) -> None:
+    """A thinking budget within the model's limits; nothing where it leaves no room."""
+    body, model = scrub.body, scrub.model
+    budget = int_field(thinking, "budget_tokens", "thinking") or 0
+    body.pop("thinking")
+    if budget <= 0:
+        return
+    if adaptive and (model.budget is None or model.id in scrub.learned.adaptive):
+        body["thinking"] = {"type": "adaptive", "display": thinking.get("display", "summarized")}
+        body.setdefault("output_config", {}).setdefault("effort", effort_of_budget(budget))
+        return
+    if needs_signed_turn(body["messages"]) or (model.budget is None and not model.guessed):
+        return
+    tokens = clamp_budget(budget, model.budget, body["max_tokens"])
+    if tokens is not None:
+        body["thinking"] = {**thinking, "budget_tokens": tokens}
+
+
+def fit_effort(scrub: Scrub) -> None:
+    """`output_config.effort` as the model lists it, or none."""
+    body, model = scrub.body, scrub.model
+    settings = dict_field(body, "output_config")
+    effort = settings.pop("effort", None)
+    if isinstance(effort, str) and effort in EFFORTS and model.id not in scrub.learned.no_effort:
+        listed = model.efforts
+        if details(body, "thinking").get("type") == "disabled":
+            listed = tuple(item for item in listed if item not in ("xhigh", "max"))
+        level = clamp_effort(effort, listed)
+        if level:
+            settings["effort"] = level
+    # What remains (task_budget) is known to no backend.
+    body["output_config"] = {key: value for key, value in settings.items() if key == "effort"}
+    if not body["output_config"]:
+        body.pop("output_config")
+
+
+def fit_sampling(scrub: Scrub, adaptive: bool) -> None:
+    """Sampling parameters: none beside thinking or on newer models, else one of the two."""
+    body = scrub.body
+    version = claude_version(scrub.model.id) or (0, 0)
+    thinks = details(body, "thinking").get("type") in ("enabled", "adaptive")
+    if thinks or adaptive or version >= (4, 7):
+        for key in ("temperature", "top_p", "top_k"):
+            if body.pop(key, None) is not None:
+                scrub.dropped.append(key)
+    elif "temperature" in body and "top_p" in body:
+        body.pop("top_p")
+        scrub.dropped.append("top_p")
+
+
+def limit_cache_marks(scrub: Scrub) -> None:
+    """At most four plain marks, none on thinking: the last of the messages count most."""
+    body = scrub.body
+    holders = list(parts_of([{"content": body.get("tools")}, {"content": body.get("system")}]))
+    spread = list(parts_of(body["messages"]))
+    if body.pop("cache_control", None) and spread:
+        spread[-1].setdefault("cache_control", {"type": "ephemeral"})
+    for part in spread:
+        holders += [inner for inner in parts_of([part]) if part.get("type") == "tool_result"]
+        holders.append(part)
+    marked = []
+    for holder in holders:
+        if holder.pop("cache_control", None) is None:
+            continue
+        if holder.get("type") not in ("thinking", "redacted_thinking"):
+            marked.append(holder)
+    for holder in marked[-MAX_CACHE_MARKS:]:
+        holder["cache_control"] = {"type": "ephemeral"}
+
+
+def end_with_user(scrub: Scrub) -> None:
+    """The service refuses a trailing assistant message: the official client asks it to go on."""
+    if not scrub.body["messages"]:
+        raise InvalidRequest("messages: all messages are empty.", param="messages")
+    last = [m for m in scrub.body["messages"] if m["role"] != "system"][-1:]
+    if last and last[0]["role"] == "assistant":
+        scrub.body["messages"].append({"role": "user", "content": [text_part("Please continue.")]})
+
+
+def fit_context_management(scrub: Scrub) -> None:
+    """Context edits are known to Claude without the 1m window."""
+    if "1m" in scrub.model.id.split("-") and scrub.body.pop("context_management", None):
+        scrub.dropped.append("context_management")
+
+
+def strip_learned(scrub: Scrub) -> None:
+    """Fields this model refused before."""
+    for path in sorted(scrub.learned.fields.get(scrub.model.id, ())):
+        if strip_path(scrub.body, path.split(".")):
+            scrub.dropped.append(path)
+
+
+def strip_path(value: Any, path: list[str]) -> bool:
+    """Removes the field at `path`, at any list index; whether there was one."""
+    if isinstance(value, list):
+        rest = path[1:] if path[0] == "*" else path
+        return sum(strip_path(item, rest) for item in value) > 0 if rest else False
+    if not isinstance(value, dict):
+        return False
+    if len(path) == 1:
+        return value.pop(path[0], None) is not None
+    return strip_path(value.get(path[0]), path[1:])
+
+
+MESSAGES_RULES: tuple[Callable[[Scrub], None], ...] = (
+    keep_messages_keys,
+    limit_max_tokens,
+    drop_billing_line,
+    settle_messages,
+    keep_own_thinking,
+    plain_documents,
+    plain_tools,
+    word_output_format,
+    fit_thinking,
+    fit_context_management,
+    end_with_user,
+    limit_cache_marks,
+    strip_learned,
+)
+
+CHAT_REFUSED_KEYS = ("service_tier", "store", "metadata", "prompt_cache_options", "moderation")
+CHAT_OPENAI_ONLY = (
+    "logit_bias",
+    "logprobs",
+    "n",
+    "parallel_tool_calls",
+    "prediction",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "seed",
+    "top_logprobs",
+    "user",
+    "verbosity",
+    "web_search_options",
+)
+CHAT_FOREIGN_KEYS = (
+    "cache_control",
+    "chat_template_kwargs",
+    "enable_thinking",
+    "input",
+    "max_output_tokens",
+    "reasoning",
+    "thinking",
+    "top_k",
+)
+# Parts of an earlier answer that clients echo and the upstream has no use for.
+CHAT_ECHOES = ("reasoning_content", "reasoning", "reasoning_details", "annotations", "audio")
+
+
+def is_openai(model: Model) -> bool:
+    """Whether OpenAI made the model, as far as is known."""
+    return "OpenAI" in model.vendor or (not model.vendor and not model.id.startswith("gemini"))
+
+
+def keep_chat_keys(scrub: Scrub) -> None:
+    """Takes out what the service refuses or only OpenAI's models know."""
+    refused = [*CHAT_REFUSED_KEYS, *CHAT_FOREIGN_KEYS]
+    if not is_openai(scrub.model):
+        refused += CHAT_OPENAI_ONLY
+    for key in refused:
+        value = scrub.body.pop(key, None)
+        if value not in (None, False, 1, {}, []):
+            scrub.dropped.append(key)
+    for key in [key for key, value in scrub.body.items() if value is None]:
+        del scrub.body[key]
+
+
+def fit_chat_limits(scrub: Scrub) -> None:
+    """The output limit under the name and below the number that the model takes."""
+    body, model = scrub.body, scrub.model
+    wanted = int_field(body, "max_completion_tokens") or int_field(body, "max_tokens")
+    body.pop("max_tokens", None)
+    body.pop("max_completion_tokens", None)
+    limit = model.max_output
+    if limit:
+        wanted = min(wanted or limit, limit)
+    if wanted:
+        key = "max_completion_tokens" if REASONING_GPT.match(model.id) else "max_tokens"
+        body[key] = wanted
+
+
+def fit_chat_sampling(scrub: Scrub) -> None:
+    """Sampling and effort in the combination that the model takes."""
+    body, model = scrub.body, scrub.model
+    effort = body.pop("reasoning_effort", None)
+    if isinstance(effort, str) and effort in EFFORTS and model.id not in scrub.learned.no_effort:
+        level = clamp_effort(effort, model.efforts)
+        if level:
+            body["reasoning_effort"] = level
+        elif model.budget and effort != "none":
+            limit = body.get("max_tokens") or DEFAULT_MAX_TOKENS
+            tokens = clamp_budget(EFFORT_BUDGETS[effort], model.budget, limit)
+            if tokens:
+                body["thinking_budget"] = tokens
+    reasons = REASONING_GPT.match(model.id) and body.get("reasoning_effort") != "none"
+    version = claude_version(model.id)
+    for key in ("temperature", "top_p"):
+        both = version is not None and key == "top_p" and "temperature" in body
+        if (reasons or both or (version or (0, 0)) >= (4, 7)) and body.pop(key, None) is not None:
+            scrub.dropped.append(key)
+    if REASONING_GPT.match(model.id):
+        body.pop("stop", None)  # cut by the gateway instead
+
+
+def fit_chat_tools(scrub: Scrub) -> None:
+    """Function tools with schemas that the model's vendor accepts."""
+    body = scrub.body
+    tools = list_field(body, "tools")
+    if len(tools) > MAX_TOOLS:
+        raise UnsupportedFeature(
+            f"tools: {len(tools)} are too many, Copilot takes {MAX_TOOLS}; switch some off.",
+            param="tools",
+        )
+    plain = []
+    for index, item in enumerate(tools):
+        tool = need_dict(item, f"tools.{index}")
+        function = dict_field(tool, "function", f"tools.{index}") or tool
+        name = wire_name(need_str(function, "name", f"tools.{index}.function"))
+        schema = function.get("parameters", function.get("input_schema"))
+        schema = fit_schema(object_schema(schema, name), scrub.model.vendor == "Google")
+        entry = {"name": name, "description": function.get("description"), "parameters": schema}
+        if isinstance(function.get("strict"), bool) and is_openai(scrub.model):
+            entry["strict"] = function["strict"]
+        plain.append({"type": "function", "function": {k: v for k, v in entry.items() if v}})
+    called = any(message.get("tool_calls") for message in body["messages"])
+    if not plain and called and not is_openai(scrub.model):
+        empty = {"name": "none", "description": "Do not call.", "parameters": EMPTY_SCHEMA}
+        plain = [{"type": "function", "function": empty}]
+    for key in ("tools", "tool_choice", "parallel_tool_calls"):
+        if not plain:
+            body.pop(key, None)
+    if plain:
+        body["tools"] = plain
+        choice = body.get("tool_choice")
+        if isinstance(choice, dict) and isinstance(choice.get("function"), dict):
+            named = {"name": wire_name(str(choice["function"].get("name")))}
+            body["tool_choice"] = {"type": "function", "function": named}
+
+
+GOOGLE_UNKNOWN = ("additionalProperties", "$schema", "$id", "$defs", "examples", "default")
+
+
+def fit_schema(schema: Any, google: bool) -> Any:
+    """A schema without `$schema` and `$id`, arrays with items; Gemini takes a smaller subset."""
+    if isinstance(schema, list):
+        return [fit_schema(item, google) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    unknown = GOOGLE_UNKNOWN if google else ("$schema", "$id")
+    fitted: Json = {}
+    for key, value in schema.items():
+        if key == "properties" and isinstance(value, dict):
+            fitted[key] = {name: fit_schema(item, google) for name, item in value.items()}
+        elif key == "format" and google and value not in ("enum", "date-time"):
+            continue
+        elif key not in unknown:
+            fitted[key] = value if key in ("enum", "const") else fit_schema(value, google)
+    if fitted.get("type") == "array":
+        fitted.setdefault("items", {})
+    return fitted
+
+
+def fit_chat_messages(scrub: Scrub) -> None:
+    """Messages without echoes, blanks, and images where none may be."""
+    model = scrub.model
+    messages: list[Json] = []
+    moved: list[Json] = []
+    for message in scrub.body["messages"]:
+        role = message.get("role")
+        fitted = {k: v for k, v in message.items() if v is not None and k not in CHAT_ECHOES}
+        if role == "developer" and not REASONING_GPT.match(model.id):
+            fitted["role"] = "system"
+        if role != "tool" and moved:
+            messages.append({"role": "user", "content": moved})
+            moved = []
+        fit_chat_content(fitted, model, moved)
+        if fitted.get("tool_calls"):
+            fitted["tool_calls"] = [fit_call(call) for call in fitted["tool_calls"]]
+        else:
+            fitted.pop("tool_calls", None)
+        if role == "assistant" and not fitted.get("content") and "tool_calls" not in fitted:
+            continue
+        messages.append(fitted)
+    if moved:
+        messages.append({"role": "user", "content": moved})
+    if not messages:
+        raise InvalidRequest("messages: all messages are empty.", param="messages")
+    scrub.body["messages"] = messages
+
+
+def fit_chat_content(message: Json, model: Model, moved: list[Json]) -> None:
+    """One message's content: no blank parts; a tool's images go into `moved`."""
+    content = message.get("content")
+    role = message["role"]
+    if isinstance(content, list):
+        parts = [p for p in content if isinstance(p, dict)]
+        parts = [p for p in parts if p.get("type") != "text" or str(p.get("text") or "").strip()]
+        pictures = [part for part in parts if part.get("type") == "image_url"]
+        if role == "tool" and pictures:
+            call = message.get("tool_call_id")
+            moved += [text_part(f"Image from tool call {call}:"), *pictures]
+            parts = [part for part in parts if part.get("type") != "image_url"]
+            parts = parts or [text_part("[image in next message]")]
+        # Claude answers its own earlier turn again when that comes as a list (seen in pi, 2026).
+        if role == "tool" or (role == "assistant" and not is_openai(model)):
+            message["content"] = text_of(parts)
+        else:
+            message["content"] = parts
+    if not message.get("content") or not text_or_parts(message["content"]):
+        if message.get("tool_calls"):
+            message["content"] = None
+        elif role != "assistant":
+            message["content"] = "(no output)" if role == "tool" else "(empty message)"
+        else:
+            message.pop("content", None)
+
+
+def text_or_parts(content: Any) -> bool:
+    """Whether content says anything."""
+    return bool(content.strip()) if isinstance(content, str) else bool(content)
+
+
+def fit_call(call: Any) -> Json:
+    """A call of the history: typed, with arguments that are a JSON text."""
+    entry = need_dict(call, "tool_calls")
+    function = dict_field(entry, "function", "tool_calls")
+    arguments = function.get("arguments")
+    text = arguments if isinstance(arguments, str) else dump_text(arguments or {})
+    if load_object(text) is None:
+        text = dump_text(parse_arguments(text))
+    name = wire_name(str(function.get("name")))
+    fitted = {**entry, "type": "function", "function": {"name": name, "arguments": text}}
+    return {key: value for key, value in fitted.items() if value is not None}
+
+
+def word_response_format(scrub: Scrub) -> None:
+    """Structured output in words, for models that are not OpenAI's."""
+    wanted = scrub.body.get("response_format")
+    if not wanted or is_openai(scrub.model):
+        return
+    scrub.body.pop("response_format")
+    entry = details(need_dict(wanted, "response_format"), "json_schema")
+    if wanted.get("type") == "text":
+        return
+    schema = entry.get("schema") if wanted.get("type") == "json_schema" else None
+    words = output_instruction(OutputFormat(schema if isinstance(schema, dict) else None))
+    messages = scrub.body["messages"]
+    system = {"role": "system", "content": words}
+    if messages[0].get("role") == "system" and isinstance(messages[0].get("content"), str):
+        system["content"] = f"{messages[0]['content']}\n\n{words}"
+        messages = messages[1:]
+    scrub.body["messages"] = [system, *messages]
+    scrub.dropped.append("response_format")
+
+
+def ask_for_usage(scrub: Scrub) -> None:
+    """Usage comes with every stream, whether the caller wants to see it or not."""
+    scrub.body.pop("stream_options", None)
+    if scrub.body.get("stream"):
+        scrub.body["stream_options"] = {"include_usage": True}
+    if not (scrub.body.get("prediction") or {}).get("content"):
+        scrub.body.pop("prediction", None)
+
+
+CHAT_RULES: tuple[Callable[[Scrub], None], ...] = (
+    keep_chat_keys,
+    fit_chat_limits,
+    fit_chat_messages,
+    fit_chat_tools,
+    fit_chat_sampling,
+    word_response_format,
+    ask_for_usage,
+    strip_learned,
+)
+RULES = {"chat": CHAT_RULES, "messages": MESSAGES_RULES}
+
+
+def scrub_body(dialect: str, body: Json, model: Model, learned: Learned, streaming: bool) -> Scrub:
+    """A body as Copilot takes it; raises InvalidRequest for what cannot be left out."""
+    scrub = Scrub({**body, "model": model.id, "stream": streaming}, model, learned, [])
+    for rule in RULES[dialect]:
+        rule(scrub)
+    return scrub
+
+
+def strip_reasoning(body: Json) -> bool:
+    """Removes every replayed reasoning from a body; whether there was any."""
+    found = False
+    for message in body["messages"]:
+        for key in ("reasoning_text", "reasoning_opaque"):
+            found = message.pop(key, None) is not None or found
+        content = message.get("content")
+        if isinstance(content, list):
+            kept = [p for p in content if p.get("type") not in ("thinking", "redacted_thinking")]
+            found = found or len(kept) < len(content)
+            message["content"] = kept or [text_part("(thinking)")]
+    return found
+
+
+class ReasoningMemory:
+    """Reasoning signatures of chat models, by tool call: OpenAI clients have no field for them.
+
+    Gemini refuses the turn after a tool call that comes without its signature.
+    """
+
+    def __init__(self, limit: int = REASONING_MEMORY_ENTRIES) -> None:
+        self.limit = limit
+        self.kept: dict[str, tuple[str, str]] = {}
+
+    def keep(self, calls: Iterable[str], text: str, opaque: str) -> None:
+        """Remembers what belongs to these calls."""
+        for call in calls:
+            self.kept.pop(call, None)
+            self.kept[call] = (text, opaque)
+        while len(self.kept) > self.limit:
+            del self.kept[next(iter(self.kept))]
+
+    def attach(self, body: Json) -> None:
+        """Puts signatures back into a chat body's assistant messages that lack them."""
+        for message in body["messages"]:
+            calls = message.get("tool_calls")
+            if not calls or message.get("reasoning_opaque"):
+                continue
+            found = [self.kept[c["id"]] for c in calls if c.get("id") in self.kept]
+            if found:
+                text, opaque = found[-1]
+                message["reasoning_opaque"] = opaque
+                if text:
+                    message["reasoning_text"] = text
+
+
+# 9.4 what error answers mean
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What one refused attempt means: the error for the caller, and what may help before that.
+
+    `remedy` is "" (nothing helps), wait, refresh (the token), relist (the models), reroute (to
+    another dialect), repair (the body: something new was learned), forget (replayed reasoning).
+    """
+
+    error: ApiError
+    remedy: str = ""
+    wait_s: float | None = None
+
+
+def unwrap_error(value: Any, depth: int = 3) -> tuple[str, str]:
+    """(message, code) in an error body of any form, JSON inside of messages unwrapped."""
+    if isinstance(value, str):
+        inner = load_object(value) if depth and value.lstrip().startswith("{") else None
+        return unwrap_error(inner, depth - 1) if inner else (value, "")
+    if not isinstance(value, dict):
+        return "", ""
+    code = value.get("code") or value.get("type") or ""
+    for key in ("error", "message", "error_details"):
+        if value.get(key):
+            message, inner_code = unwrap_error(value[key], depth)
+            code = inner_code or code
+            return message, code.partition(":")[0] if isinstance(code, str) else ""
+    return "", code if isinstance(code, str) else ""
+
+
+def read_error_answer(status: int, data: bytes) -> tuple[str, str]:
+    """(message, code) of an error answer, whatever its type claims: JSON, text, HTML, nothing."""
+    text = data.decode("utf-8", "replace").strip()
+    value = load_object(text) if text.startswith("{") else None
+    if value is not None:
+        message, code = unwrap_error(value)
+        return redact(message)[:2000], code
+    if "<html" in text[:2000].lower() or text[:9].lower() == "<!doctype":
+        return f"the upstream returned HTML, status {status}", ""
+    return redact(text)[:2000], ""
+
+
+def parse_retry_after(value: str | None, now: float) -> float | None:
+    """Seconds in a Retry-After field, which holds seconds or an HTTP date; `now` in Unix seconds."""
+    if value is None:
+        return None
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    from email.utils import parsedate_to_datetime  # a costly module, for a rare case
+
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - now)
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+TOKEN_COUNTS = (
+    re.compile(r"prompt token count of (\d+) exceeds the limit of (\d+)"),
+    re.compile(r"prompt is too long: (\d+) tokens > (\d+) maximum"),
+)
+TOO_LONG = ("context_length_exceeded", "model_max_prompt_tokens_exceeded")
+TOO_LONG_WORDS = ("prompt is too long", "too large for model context window", "context length")
+BETA_REFUSED = re.compile(r"Unexpected value\(s\) (.+?) for the `?anthropic-beta`? header")
+EXTRA_FIELD = re.compile(r"([\w.]+): Extra inputs are not permitted")
+# Losing one of these would change what the caller asked for.
+SEMANTIC_FIELDS = ("model", "messages", "system", "tools", "input", "max_tokens", "stream")
+SIGN_IN_HINT = "Sign in to Copilot again."
+
+
+def judge_400(message: str, code: str, model: Model, learned: Learned) -> Verdict:
+    """A 400 of the model service: something to mend, or the caller's to know."""
+    text = message.lower()
+    for pattern in TOKEN_COUNTS:
+        found = pattern.search(message)
+        if found:
+            return Verdict(ContextTooLong(int(found[1]), int(found[2])))
+    if code in TOO_LONG or any(words in text for words in TOO_LONG_WORDS):
+        return Verdict(ContextTooLong())
+    if code == "model_not_supported" or "requested model is not supported" in text:
+        error = ModelNotFound(
+            f"Copilot does not offer {model.id} to this account.",
+            hint="It may need to be enabled at github.com/settings/copilot.",
+            param="model",
+        )
+        return Verdict(error, "relist")
+    if code == "unsupported_api_for_model" or "is not accessible via the" in text:
+        error_text = f"{model.id} is not served in a dialect this gateway speaks yet."
+        return Verdict(InvalidRequest(error_text, param="model"), "reroute")
+    refused = InvalidRequest(message or "The upstream refused the request without a reason.")
+    if not message:
+        return Verdict(refused, "wait", BACKOFF_SECONDS[0])
+    if learn_from_400(message, code, model, learned):
+        return Verdict(refused, "repair")
+    if "signature" in text or "different conversation" in text or code == "invalid_request_body":
+        return Verdict(refused, "forget")
+    if "copilot-vision-request" in text:
+        refused.hint = (
+            "Images may be switched off by your organisation's editor preview features policy."
+        )
+    return Verdict(refused)
+
+
+def learn_from_400(message: str, code: str, model: Model, learned: Learned) -> bool:
+    """Remembers what the upstream names as refused; whether that is news."""
+    if "thinking.type.enabled" in message:
+        return remember(learned.adaptive, model.id)
+    if code == "invalid_reasoning_effort" or "reasoning_effort" in message:
+        return remember(learned.no_effort, model.id)
+    if 'Unexpected role "system"' in message or "role 'system' is not supported" in message:
+        return remember(learned.no_system_turns, model.id)
+    betas = BETA_REFUSED.search(message)
+    if betas:
+        names = re.findall(r"[\w.-]+", betas[1])
+        return sum(remember(learned.betas, name) for name in names) > 0
+    extra = EXTRA_FIELD.search(message)
+    if extra:
+        path = learned_path(extra[1])
+        if path and path not in SEMANTIC_FIELDS:
+            return remember(learned.fields.setdefault(model.id, set()), path)
+    return False
+
+
+def learned_path(said: str) -> str:
+    """`tools.0.custom.strict` -> `tools.*.strict`: the validator names variants in its paths."""
+    steps = ["*" if step.isdigit() else step for step in said.split(".")]
+    variants = ("custom", "text", "image", "tool_use", "tool_result", "document", "thinking")
+    kept = [
+        step
+        for index, step in enumerate(steps)
+        if not (step in variants and index and steps[index - 1] == "*")
+    ]
+    return ".".join(kept)
+
+
+def remember(known: set[str], item: str) -> bool:
+    """Adds `item`; whether it was news."""
+    news = item not in known
+    known.add(item)
+    return news
+
+
+def judge_copilot(
+    status: int, headers: Headers, data: bytes, model: Model, learned: Learned, now: float
+) -> Verdict:
+    """What an error answer of the model service means; `now` in Unix seconds."""
+    message, code = read_error_answer(status, data)
+    support = headers.get("x-github-request-id", "")
+    tail = f" (GitHub request {support})" if TOKEN.fullmatch(support) else ""
+    wait_s = parse_retry_after(headers.get("retry-after"), now)
+    if status == 400:
+        return judge_400(message, code, model, learned)
+    if status in (401, 403, 421):
+        return judge_identity(status, message, tail)
+    if status == 402:
+        return Verdict(
+            QuotaExceeded(
+                f"Your Copilot quota is used up: {message or code}.{tail}", retry_after=wait_s
+            )
+        )
+    if status == 404:
+        hint = "Its policy may need to be accepted at github.com/settings/copilot."
+        return Verdict(ModelNotFound(f"Copilot does not serve {model.id}.", hint=hint))
+    if status == 413:
+        return Verdict(BodyTooLarge("The request is larger than Copilot takes."))
+    if status == 422:
+        return Verdict(InvalidRequest(f"Refused by the upstream's content filter: {message}"))
+    if status == 429:
+        error = RateLimited(
+            f"Copilot's rate limit: {message or code or 'no reason given'}.{tail}",
+            retry_after=wait_s,
+        )
+        return Verdict(error, "wait", wait_s)
+    if status == 466:
+        hint = "Update aiclient-api: its editor version is too old for GitHub."
+        return Verdict(
+            UpstreamError(f"Copilot refused this client's version: {message}", hint=hint)
+        )
+    if status in (503, 529):
+        return Verdict(Overloaded(f"Copilot is busy.{tail}", retry_after=wait_s), "wait", wait_s)
+    if status in (408, 504):
+        return Verdict(UpstreamTimeout(f"Copilot timed out.{tail}"), "wait")
+    if status >= 500 or status == 499:
+        return Verdict(UpstreamError(f"Copilot failed with status {status}.{tail}"), "wait")
+    return Verdict(UpstreamError(f"Copilot answered with status {status}: {message}{tail}"))
+
+
+def judge_identity(status: int, message: str, tail: str) -> Verdict:
+    """A 401, 403 or 421 of the model service: usually an old token, or one for another host."""
+    if "Personal Access Token" in message:
+        return Verdict(NotSignedIn(f"Copilot refused the token: {message}.", hint=SIGN_IN_HINT))
+    if status == 401:
+        return Verdict(
+            NotSignedIn(f"Copilot refused the token.{tail}", hint=SIGN_IN_HINT), "refresh"
+        )
+    error = Forbidden(f"Copilot does not allow this: {message or status}{tail}.")
+    return Verdict(error, "refresh")
+
+
+FINAL_NOTICES = {
+    "no_copilot_access": "this account has no Copilot",
+    "not_signed_up": "this account has not signed up for Copilot",
+    "subscription_ended": "the Copilot subscription has ended",
+    "billing_locked": "billing is locked",
+    "access_revoked": "access was revoked",
+    "programmatic_token_generation": "GitHub has blocked automated use by this account",
+}
+
+
+def judge_exchange(status: int, headers: Headers, data: bytes, now: float) -> Verdict:
+    """What a refused token exchange means: `wait` where it may pass."""
+    message, _ = read_error_answer(status, data)
+    body = load_object(data) or {}
+    envelope = details(body, "error_details")
+    wait_s = parse_retry_after(headers.get("retry-after"), now)
+    if status == 401:
+        return Verdict(NotSignedIn("GitHub does not know the token any more.", hint=SIGN_IN_HINT))
+    if status == 403 and "rate limit" in message.lower():
+        error: ApiError = RateLimited(
+            "GitHub's rate limit for token exchanges.", retry_after=wait_s
+        )
+        return Verdict(error, "wait", wait_s)
+    if status == 403:
+        notice = envelope.get("notification_id")
+        said = envelope.get("message")
+        why = FINAL_NOTICES.get(str(notice)) or (said if isinstance(said, str) else message)
+        url = envelope.get("url")
+        hint = f"See {url}" if isinstance(url, str) and url.startswith("https://github.com") else ""
+        error = NotSignedIn(
+            f"GitHub refuses Copilot: {redact(why)[:300] or 'no reason'}.", hint=hint
+        )
+        return Verdict(error, "wait" if notice == "server_error" else "")
+    if status == 404:
+        hint = "It must come from the Copilot device login of an editor, not from gh or a PAT."
+        return Verdict(NotSignedIn("GitHub does not exchange this kind of token.", hint=hint))
+    if status == 429 or status >= 500:
+        error = Overloaded(f"GitHub's token exchange failed, status {status}.", retry_after=wait_s)
+        return Verdict(error, "wait", wait_s)
+    return Verdict(UpstreamError(f"GitHub's token exchange answered with status {status}."))
+
+
+@dataclass(slots=True)
+class CopilotToken:
+    """A short-lived Copilot token and the host it is for."""
+
+    token: str = field(repr=False)
+    api_url: str
+    #: Unix seconds
+    expires_at: float
+    #: seconds from now until it should be refreshed
+    refresh_in: float
+
+
+def read_token_answer(body: Json, config: CopilotConfig, now: float) -> CopilotToken:
+    """A token answer; only `token` must be there.  Raises UpstreamError."""
+    token = body.get("token")
+    if not isinstance(token, str) or not token or "\n" in token or "\r" in token:
+        raise UpstreamError("GitHub's token answer holds no token.")
+    life = float(positive(body.get("refresh_in")) or COPILOT_DEFAULT_LIFE_SECONDS)
+    # VS Code does the same: the answer's `expires_at` is of little use under a wrong local clock.
+    url = config.api_url
+    named = details(body, "endpoints").get("api")
+    if not url and isinstance(named, str) and named:
+        if not allowed_api_host(named, config):
+            raise UpstreamError("GitHub's token answer names a host that is not Copilot's.")
+        url = named
+    url = (url or COPILOT_HOSTS[config.account_type]).rstrip("/")
+    return CopilotToken(token, url, now + life + COPILOT_REFRESH_EARLY_SECONDS, life)
