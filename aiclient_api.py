@@ -5880,3 +5880,151 @@ def read_token_answer(body: Json, config: CopilotConfig, now: float) -> CopilotT
         url = named
     url = (url or COPILOT_HOSTS[config.account_type]).rstrip("/")
     return CopilotToken(token, url, now + life + COPILOT_REFRESH_EARLY_SECONDS, life)
+
+
+# ---- 10. Routing -------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Route:
+    """Where a model name leads: a provider, and the name without its prefix."""
+
+    provider: str
+    model: str
+    #: the provider was named, not chosen
+    explicit: bool
+
+
+MODEL_NAME = re.compile(r"[\w./:\[\]@+-]{1,200}", re.ASCII)
+
+
+class Router:
+    """Model names -> providers: prefix, X-Provider header, alias, who has it, default."""
+
+    def __init__(self, config: Config, enabled: list[str]) -> None:
+        self.enabled = enabled
+        self.aliases = config.models
+        self.default = config.default_provider
+
+    def route(
+        self, name: str, header: str | None, catalogues: dict[str, dict[str, Model]]
+    ) -> Route:
+        """The route for a model name; raises InvalidRequest or ModelNotFound.
+
+        `catalogues` holds, per enabled provider, the models it is known to have.
+        """
+        if not MODEL_NAME.fullmatch(name):
+            raise InvalidRequest("model: is not a model name.", param="model")
+        prefix, slash, rest = name.partition("/")
+        if slash and rest and prefix in self.enabled:
+            return Route(prefix, rest, True)
+        if header:
+            return Route(self.check_provider(header), name, True)
+        if name in self.aliases:
+            target = self.aliases[name]
+            prefix, slash, rest = target.partition("/")
+            if slash and prefix in self.enabled:
+                return Route(prefix, rest, True)
+            name = target
+        having = [p for p in self.enabled if find_model(name, catalogues.get(p, {}))]
+        if len(having) == 1:
+            return Route(having[0], name, False)
+        if self.default not in self.enabled:
+            raise self.not_found(name, catalogues)
+        return Route(self.default, name, False)
+
+    def check_provider(self, name: str) -> str:
+        """`name` itself, which must be an enabled provider."""
+        if name not in self.enabled:
+            have = ", ".join(self.enabled)
+            raise InvalidRequest(f"X-Provider: no provider of that name; there are: {have}.")
+        return name
+
+    def not_found(self, name: str, catalogues: dict[str, dict[str, Model]]) -> ModelNotFound:
+        """The 404 for a model nobody has, with the nearest names."""
+        known = [model for models in catalogues.values() for model in models]
+        close = nearest(model_spellings(name)[-1], known)
+        hint = "Nearest: " + ", ".join(close) + "." if close else "GET /v1/models lists them."
+        return ModelNotFound(f"The model {name!r} does not exist here.", hint=hint, param="model")
+
+
+class RateLimiter:
+    """A minimum gap between the requests of one client address."""
+
+    MAX_CLIENTS = 10_000
+
+    def __init__(self, gap_s: float) -> None:
+        self.gap_s = gap_s
+        self.next_at: dict[str, float] = {}
+
+    def wait_for(self, client: str, now: float) -> float:
+        """0 when a request may go on, else the seconds until one may; `now` is monotonic."""
+        if not self.gap_s:
+            return 0.0
+        ready_at = self.next_at.get(client, 0.0)
+        if ready_at > now:
+            return ready_at - now
+        if len(self.next_at) >= self.MAX_CLIENTS:
+            self.next_at = {ip: at for ip, at in self.next_at.items() if at > now}
+        self.next_at[client] = now + self.gap_s
+        return 0.0
+
+
+@dataclass(slots=True)
+class Totals:
+    """Counters of one model, one provider or everything."""
+
+    requests: int = 0
+    errors: int = 0
+    usage: Usage = field(default_factory=Usage)
+
+    def add(self, usage: Usage, failed: bool) -> None:
+        """Counts one answer."""
+        self.requests += 1
+        self.errors += failed
+        for name in ("input", "cache_read", "cache_write", "output", "reasoning", "nano_credits"):
+            setattr(self.usage, name, getattr(self.usage, name) + getattr(usage, name))
+
+    def as_json(self) -> Json:
+        """The row of `/v1/usage`; `input_tokens` includes both caches."""
+        usage = self.usage
+        return {
+            "request_count": self.requests,
+            "error_count": self.errors,
+            "input_tokens": usage.prompt,
+            "cache_read_tokens": usage.cache_read,
+            "cache_write_tokens": usage.cache_write,
+            "output_tokens": usage.output,
+            "reasoning_tokens": usage.reasoning,
+            "total_tokens": usage.prompt + usage.output,
+            "credits": usage.nano_credits / 1e9,
+        }
+
+
+class UsageTracker:
+    """Tokens by provider and model since the start or the last reset."""
+
+    def __init__(self) -> None:
+        self.models: dict[tuple[str, str], Totals] = {}
+
+    def add(self, provider: str, model: str, usage: Usage, failed: bool) -> None:
+        """Counts one answer, streamed or whole, finished or not."""
+        self.models.setdefault((provider, model), Totals()).add(usage, failed)
+
+    def reset(self) -> None:
+        """Starts from nothing."""
+        self.models.clear()
+
+    def report(self) -> Json:
+        """`{"providers": {NAME: {..., "models": {ID: {...}}}}, "total": {...}}`."""
+        total = Totals()
+        providers: dict[str, tuple[Totals, Json]] = {}
+        for (provider, model), row in sorted(self.models.items()):
+            summed, models = providers.setdefault(provider, (Totals(), {}))
+            models[model] = row.as_json()
+            for target in (summed, total):
+                target.add(row.usage, False)
+                target.requests += row.requests - 1
+                target.errors += row.errors
+        rows = {name: {**s.as_json(), "models": m} for name, (s, m) in providers.items()}
+        return {"providers": rows, "total": total.as_json()}
