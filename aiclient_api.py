@@ -6028,3 +6028,598 @@ class UsageTracker:
                 target.errors += row.errors
         rows = {name: {**s.as_json(), "models": m} for name, (s, m) in providers.items()}
         return {"providers": rows, "total": total.as_json()}
+
+
+# ==== the I/O line ==============================================================================
+#
+# Above: arithmetic on values.  Below: sockets, files, clocks, processes.
+
+# ---- 11. Ticker --------------------------------------------------------------------------------
+
+
+def log_event(level: str, event: str, **details_: object) -> None:
+    """One line in the log: `event key=value ...`.  Never content, never a secret."""
+    logger = logging.getLogger("aiclient-api")
+    number = getattr(logging, level.upper())
+    if not logger.isEnabledFor(number):
+        return
+    words = [event]
+    for key, value in details_.items():
+        text = str(value)
+        plain = text and not any(letter in text for letter in ' "=\n\r\t')
+        words.append(f"{key}={text if plain else json.dumps(text)}")
+    logger.log(number, redact(" ".join(words)))
+
+
+class Ticker:
+    """One coarse clock for every deadline: a timer per read would cost more than the read.
+
+    Watchers are called with the loop's monotonic time each TICK_SECONDS, as long as there are any.
+    """
+
+    def __init__(self) -> None:
+        self.watchers: set[Callable[[float], None]] = set()
+        self.timer: asyncio.TimerHandle | None = None
+
+    def add(self, watcher: Callable[[float], None]) -> None:
+        """Begins to call `watcher`."""
+        self.watchers.add(watcher)
+        if self.timer is None:
+            self.timer = asyncio.get_running_loop().call_later(TICK_SECONDS, self.tick)
+
+    def discard(self, watcher: Callable[[float], None]) -> None:
+        """Stops calling `watcher`."""
+        self.watchers.discard(watcher)
+
+    def tick(self) -> None:
+        """Calls every watcher once."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        for watcher in list(self.watchers):
+            watcher(now)
+        self.timer = loop.call_later(TICK_SECONDS, self.tick) if self.watchers else None
+
+
+if TYPE_CHECKING:
+    StreamProtocol = asyncio.Protocol
+else:
+    StreamProtocol = object  # asyncio asks for methods, not for a base: see `lazy_module`
+
+
+class Wire(StreamProtocol):
+    """One connection: asyncio's streams, and a relay mode for bodies.
+
+    In relay mode (`sink` is set) bytes go to a function as they arrive, without a task that wakes
+    up for each of them.  `on_end` hears of the peer's end, `on_flow` of the transport's pauses.
+    """
+
+    def __init__(self) -> None:
+        self.reader = asyncio.StreamReader(STREAM_BUFFER_BYTES)
+        self.streams = asyncio.StreamReaderProtocol(self.reader)
+        self.transport: asyncio.Transport
+        self.writer: asyncio.StreamWriter
+        self.sink: Callable[[bytes], None] | None = None
+        #: called once with the reason when the peer ends its side; None is a clean end
+        self.on_end: Callable[[Exception | None], None] | None = None
+        #: called with True when writing must pause, with False when it may go on
+        self.on_flow: Callable[[bool], None] | None = None
+        self.ended = False
+        self.paused = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """The connection is up."""
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        self.streams.connection_made(transport)
+        loop = asyncio.get_running_loop()
+        self.writer = asyncio.StreamWriter(transport, self.streams, self.reader, loop)
+        transport.set_write_buffer_limits(high=WRITE_HIGH_WATER_BYTES)
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes: to the sink in relay mode, else to the stream."""
+        if self.sink is not None:
+            self.sink(data)
+        else:
+            self.streams.data_received(data)
+
+    def eof_received(self) -> bool | None:
+        """The peer has sent its last byte."""
+        self.end(None)
+        return self.streams.eof_received()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is gone."""
+        self.end(exc)
+        self.streams.connection_lost(exc)
+
+    def end(self, exc: Exception | None) -> None:
+        """Tells `on_end`, once."""
+        if not self.ended:
+            self.ended = True
+            if self.on_end is not None:
+                self.on_end(exc)
+
+    def pause_writing(self) -> None:
+        """The peer reads too slowly."""
+        self.paused = True
+        self.streams.pause_writing()
+        if self.on_flow is not None:
+            self.on_flow(True)
+
+    def resume_writing(self) -> None:
+        """The peer has caught up."""
+        self.paused = False
+        self.streams.resume_writing()
+        if self.on_flow is not None:
+            self.on_flow(False)
+
+
+# ---- 12. HTTP client ---------------------------------------------------------------------------
+
+
+class Origin(NamedTuple):
+    """What a pooled connection is good for."""
+
+    scheme: str
+    host: str
+    port: int
+    #: the proxy's URL, or ""
+    proxy: str
+
+
+def split_url(url: str) -> tuple[str, str, int, str]:
+    """(scheme, host, port, path with query) of an upstream URL."""
+    parts = urllib.parse.urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    path = parts.path or "/"
+    return (
+        parts.scheme,
+        parts.hostname or "",
+        port,
+        f"{path}?{parts.query}" if parts.query else path,
+    )
+
+
+def environment_proxy(scheme: str, host: str) -> str:
+    """The proxy that the environment or the system names for a host, or ""."""
+    if sys.platform == "linux" and not any(k.lower().endswith("_proxy") for k in os.environ):
+        return ""  # spares importing urllib.request
+    if urllib.request.proxy_bypass(host):
+        return ""
+    proxies = urllib.request.getproxies()
+    return proxies.get(scheme) or proxies.get("all") or ""
+
+
+class Source(Protocol):
+    """An answer's body on its way in."""
+
+    def first(self) -> Awaitable[bytes]:
+        """The first payload that is there, b"" when the body has ended."""
+
+    def relay(self, sink: Callable[[bytes], None]) -> Awaitable[None]:
+        """Hands every further payload to `sink`; returns at the body's end, raises ApiError."""
+
+    def hold(self, paused: bool) -> None:
+        """Holds the upstream back, or lets it go on."""
+
+    def fail(self, error: ApiError) -> None:
+        """Makes `relay` raise."""
+
+    def stop(self) -> None:
+        """Makes `relay` return: enough is known."""
+
+    def close(self) -> None:
+        """Gives the connection back, or drops it when the body was not read to its end."""
+
+
+class UpstreamAnswer:
+    """The head of an answer, and its body as a Source.  Whoever opened it must `close` it."""
+
+    def __init__(
+        self, client: HttpClient, connection: Connection, head: ResponseHead, body: Body
+    ) -> None:
+        self.status = head.status
+        self.headers = head.headers
+        self.client = client
+        self.connection = connection
+        self.body = body
+        self.reusable = head.minor == 1 and not head.headers.has_token("connection", "close")
+        coding = head.headers.get("content-encoding", "identity").lower()
+        self.unpacker = zlib.decompressobj(47) if coding in ("gzip", "deflate", "x-gzip") else None
+        self.sink: Callable[[bytes], None] | None = None
+        self.waiting: list[bytes] = []
+        self.changed: asyncio.Future[None] | None = None
+        self.error: ApiError | None = None
+        self.done = body.done
+        self.held = False
+        self.last_at = asyncio.get_running_loop().time()
+        wire = connection.wire
+        wire.sink, wire.on_end = self.take, self.lose
+        client.ticker.add(self.watch)
+        if wire.ended:
+            self.lose(None)
+
+    def take(self, data: bytes) -> None:
+        """Bytes from the wire."""
+        self.last_at = asyncio.get_running_loop().time()
+        try:
+            payload = self.body.feed(data)
+            if self.unpacker is not None and payload:
+                payload = self.unpacker.decompress(payload)
+        except (WireError, zlib.error) as error:
+            self.fail(UpstreamError(f"The upstream's answer is malformed: {error}."))
+            return
+        if payload:
+            if self.sink is not None:
+                self.sink(payload)
+            else:
+                self.waiting.append(payload)
+                self.hold(sum(map(len, self.waiting)) > STREAM_BUFFER_BYTES)
+        if self.body.done:
+            self.done = True
+        if self.done or self.sink is None:
+            self.wake()
+
+    def lose(self, exc: Exception | None) -> None:
+        """The connection has ended."""
+        if self.done:
+            return
+        try:
+            self.body.end()
+        except WireError:
+            self.fail(UpstreamError(BROKEN_OFF))
+            return
+        self.reusable = False
+        self.done = True
+        self.wake()
+
+    def wake(self) -> None:
+        """Lets whoever waits look again."""
+        if self.changed is not None and not self.changed.done():
+            self.changed.set_result(None)
+
+    async def wait(self) -> None:
+        """Until something has changed."""
+        self.changed = asyncio.get_running_loop().create_future()
+        await self.changed
+
+    def watch(self, now: float) -> None:
+        """Ends an answer that has said nothing for too long."""
+        limit_s = self.client.network.stream_idle_seconds
+        if not self.held and not self.done and now - self.last_at > limit_s:
+            self.fail(UpstreamTimeout(f"The upstream was silent for {limit_s:g} s."))
+
+    async def first(self) -> bytes:
+        """The payload that has come, or the next one; b"" at the end."""
+        while not self.waiting:
+            if self.error:
+                raise self.error
+            if self.done:
+                return b""
+            await self.wait()
+        data = b"".join(self.waiting)
+        self.waiting.clear()
+        self.hold(False)
+        return data
+
+    async def read(self, limit: int) -> bytes:
+        """The whole body; raises UpstreamError over `limit` bytes."""
+        pieces = []
+        size = 0
+        while data := await self.first():
+            pieces.append(data)
+            size += len(data)
+            if size > limit:
+                raise UpstreamError(f"The upstream's answer is larger than {limit // KIB} KiB.")
+        return b"".join(pieces)
+
+    async def relay(self, sink: Callable[[bytes], None]) -> None:
+        """Hands over every payload as it comes."""
+        if self.waiting:
+            data = b"".join(self.waiting)
+            self.waiting.clear()
+            sink(data)
+        self.sink = sink
+        self.hold(False)
+        while not (self.done or self.error):
+            await self.wait()
+        if self.error:
+            raise self.error
+
+    def hold(self, paused: bool) -> None:
+        """Pauses or resumes reading from the upstream."""
+        if paused is self.held or self.connection.wire.transport.is_closing():
+            return
+        self.held = paused
+        self.last_at = asyncio.get_running_loop().time()
+        if paused:
+            self.connection.wire.transport.pause_reading()
+        else:
+            self.connection.wire.transport.resume_reading()
+
+    def fail(self, error: ApiError) -> None:
+        """Ends the answer with an error."""
+        if not self.done:
+            self.error = self.error or error
+            self.reusable = False
+            self.wake()
+
+    def stop(self) -> None:
+        """Ends the answer early."""
+        if not self.body.done:
+            self.reusable = False
+        self.done = True
+        self.wake()
+
+    def close(self) -> None:
+        """Back to the pool after a body read to its end, else gone."""
+        self.client.ticker.discard(self.watch)
+        wire = self.connection.wire
+        wire.sink = wire.on_end = None
+        self.hold(False)
+        clean = self.body.done and not self.body.rest and self.reusable
+        if clean and not wire.ended:
+            self.client.pool.give_back(self.connection, asyncio.get_running_loop().time())
+        else:
+            wire.transport.abort()
+
+
+class Connection:
+    """One upstream connection and what the pool knows of it."""
+
+    def __init__(self, origin: Origin, wire: Wire) -> None:
+        self.origin = origin
+        self.wire = wire
+        #: answers it has carried
+        self.used = 0
+        self.idle_since = 0.0
+
+    def is_dead(self, now: float) -> bool:
+        """Whether the peer has closed it, or it has been idle for too long."""
+        gone = self.wire.ended or self.wire.transport.is_closing()
+        return gone or now - self.idle_since > POOL_IDLE_SECONDS
+
+
+class Pool:
+    """Idle connections by origin.  It decides; whoever asks does the opening and closing."""
+
+    def __init__(self) -> None:
+        self.idle: dict[Origin, list[Connection]] = {}
+
+    def take(self, origin: Origin, now: float) -> Connection | None:
+        """The connection used last, so that the others may grow old."""
+        stack = self.idle.get(origin, [])
+        while stack:
+            connection = stack.pop()
+            if not connection.is_dead(now):
+                connection.wire.sink = None
+                return connection
+            connection.wire.transport.abort()
+        return None
+
+    def give_back(self, connection: Connection, now: float) -> None:
+        """Keeps a connection whose answer was read to its end."""
+        connection.used += 1
+        connection.idle_since = now
+        stack = self.idle.setdefault(connection.origin, [])
+        stack.append(connection)
+        # Whatever an idle peer says, it is not an answer.
+        connection.wire.sink = lambda _: connection.wire.transport.abort()
+        if len(stack) > POOL_IDLE_PER_HOST:
+            stack.pop(0).wire.transport.abort()
+
+    def watch(self, now: float) -> None:
+        """Closes what has been idle for too long."""
+        for stack in self.idle.values():
+            for connection in [c for c in stack if c.is_dead(now)]:
+                stack.remove(connection)
+                connection.wire.transport.abort()
+
+    def close(self) -> None:
+        """Closes every idle connection."""
+        for stack in self.idle.values():
+            for connection in stack:
+                connection.wire.transport.abort()
+        self.idle.clear()
+
+
+class HttpClient:
+    """HTTP/1.1 to upstreams: pooled, never following a redirect, one answer per connection."""
+
+    def __init__(self, network: NetworkConfig, ticker: Ticker) -> None:
+        self.network = network
+        self.ticker = ticker
+        self.pool = Pool()
+        self.tls: ssl.SSLContext | None = None
+        ticker.add(self.pool.watch)
+
+    def close(self) -> None:
+        """Drops every idle connection."""
+        self.ticker.discard(self.pool.watch)
+        self.pool.close()
+
+    def tls_context(self) -> ssl.SSLContext:
+        """The one TLS context: the system's store and `network.ca_file`."""
+        if self.tls is None:
+            self.tls = ssl.create_default_context()
+            if self.network.ca_file:
+                self.tls.load_verify_locations(self.network.ca_file)
+            self.tls.set_alpn_protocols(["http/1.1"])
+        return self.tls
+
+    def origin(self, scheme: str, host: str, port: int) -> Origin:
+        """Where to connect for a host; loopback is never reached through a proxy."""
+        if is_loopback(host):
+            return Origin(scheme, host, port, "")
+        return Origin(scheme, host, port, self.network.proxy or environment_proxy(scheme, host))
+
+    async def open(
+        self,
+        method: str,
+        url: str,
+        headers: dict[str, str],
+        body: bytes = b"",
+        first_byte_s: float | None = None,
+    ) -> UpstreamAnswer:
+        """Sends a request and returns its answer's head.  Raises UpstreamError and its kin.
+
+        A pooled connection that the peer closed meanwhile is replaced by a fresh one, once, and
+        only when nothing of an answer had come (RFC 9110 section 9.2.2, RFC 9112 section 9.3.1).
+        """
+        scheme, host, port, path = split_url(url)
+        origin = self.origin(scheme, host, port)
+        shown = f"[{host}]" if ":" in host else host
+        default = (scheme, port) in (("https", 443), ("http", 80))
+        fields_ = [("Host", shown if default else f"{shown}:{port}"), *headers.items()]
+        if body or method == "POST":
+            fields_.append(("Content-Length", str(len(body))))
+        message = write_head(f"{method} {path} HTTP/1.1", fields_) + body
+        limit_s = first_byte_s or self.network.first_byte_seconds
+        connection = self.pool.take(origin, asyncio.get_running_loop().time())
+        if connection is not None:
+            answer = await self.exchange(connection, method, message, limit_s)
+            if answer is not None:
+                return answer
+        connection = await self.connect(origin)
+        answer = await self.exchange(connection, method, message, limit_s)
+        if answer is None:
+            raise UpstreamError(f"{host} closed the connection without an answer.")
+        return answer
+
+    async def exchange(
+        self, connection: Connection, method: str, message: bytes, limit_s: float
+    ) -> UpstreamAnswer | None:
+        """One request on one connection; None when it ended before a byte of an answer."""
+        wire = connection.wire
+        host = connection.origin.host
+        try:
+            async with asyncio.timeout(limit_s):
+                wire.transport.write(message)
+                head, body, rest = await self.read_answer_head(wire, method)
+        except TimeoutError:
+            wire.transport.abort()
+            raise UpstreamTimeout(f"{host} did not answer within {limit_s:g} s.") from None
+        except (EOFError, OSError) as error:
+            wire.transport.abort()
+            if isinstance(error, EOFError) and error.args:
+                raise UpstreamError(f"{host} closed the connection inside an answer.") from None
+            return None
+        except WireError as error:
+            wire.transport.abort()
+            raise UpstreamError(f"{host} sent a malformed answer: {error}.") from None
+        except asyncio.CancelledError:
+            wire.transport.abort()
+            raise
+        answer = UpstreamAnswer(self, connection, head, body)
+        if rest:
+            answer.take(rest)
+        return answer
+
+    @staticmethod
+    async def read_answer_head(wire: Wire, method: str) -> tuple[ResponseHead, Body, bytes]:
+        """(head, body, bytes behind the head); raises EOFError, with an argument inside a head."""
+        buffer = b""
+        while True:
+            end = head_end(buffer)
+            if end < 0:
+                if len(buffer) > MAX_HEAD_BYTES:
+                    raise WireError("head too long")
+                # Takes all there is, so that relay mode can begin without leftovers.
+                data = await wire.reader.read(READ_BYTES)
+                if not data:
+                    raise EOFError(*([len(buffer)] if buffer else []))
+                buffer += data
+                continue
+            head = parse_response_head(buffer[:end])
+            buffer = buffer[end:]
+            if head.status >= 200:
+                return head, response_body(head, method), buffer
+            if head.status == 101:
+                raise WireError("it switched protocols")
+
+    async def connect(self, origin: Origin) -> Connection:
+        """A fresh connection, through the proxy where there is one; raises Unreachable."""
+        where = origin.host if not origin.proxy else f"{origin.host} through the proxy"
+        try:
+            async with asyncio.timeout(self.network.connect_seconds):
+                if origin.proxy:
+                    wire = await self.connect_by_proxy(origin)
+                else:
+                    wire = await self.connect_directly(origin)
+        except TimeoutError:
+            seconds = self.network.connect_seconds
+            raise Unreachable(f"No connection to {where} within {seconds:g} s.") from None
+        except ssl.SSLCertVerificationError as error:
+            raise Unreachable(
+                f"The certificate of {where} is not trusted: {error.verify_message}.",
+                hint="Behind a company proxy, set network.ca_file to its CA bundle.",
+            ) from None
+        except (OSError, EOFError) as error:
+            reason = error.strerror or type(error).__name__ if isinstance(error, OSError) else "EOF"
+            raise Unreachable(f"No connection to {where}: {reason}.") from None
+        return Connection(origin, wire)
+
+    async def connect_directly(self, origin: Origin) -> Wire:
+        """TCP, and TLS for https."""
+        loop = asyncio.get_running_loop()
+        secure: Json = {}
+        if origin.scheme == "https":
+            secure = {"ssl": self.tls_context(), "server_hostname": origin.host}
+        _, wire = await loop.create_connection(
+            Wire, origin.host, origin.port, happy_eyeballs_delay=0.25, **secure
+        )
+        return wire
+
+    async def connect_by_proxy(self, origin: Origin) -> Wire:
+        """A CONNECT tunnel (RFC 9110 section 9.3.6), with TLS inside for https."""
+        proxy = urllib.parse.urlsplit(origin.proxy)
+        if proxy.scheme not in ("http", "https") or not proxy.hostname:
+            raise Unreachable(
+                "The proxy's URL cannot be used.", hint="Only http:// and https:// proxies work."
+            )
+        port = proxy.port or (443 if proxy.scheme == "https" else 8080)
+        hop = Origin(proxy.scheme, proxy.hostname, port, "")
+        tunnel = await self.connect_directly(hop)
+        host = f"[{origin.host}]" if ":" in origin.host else origin.host
+        target = f"{host}:{origin.port}"
+        fields_ = [("Host", target)]
+        if proxy.username is not None:
+            user = urllib.parse.unquote(proxy.username)
+            pair = f"{user}:{urllib.parse.unquote(proxy.password or '')}"
+            basic = base64.b64encode(pair.encode()).decode()
+            fields_.append(("Proxy-Authorization", f"Basic {basic}"))
+        try:
+            tunnel.transport.write(write_head(f"CONNECT {target} HTTP/1.1", fields_))
+            head, _, _ = await self.read_answer_head(tunnel, "HEAD")
+        except WireError as error:
+            tunnel.transport.abort()
+            raise Unreachable(f"The proxy's answer is malformed: {error}.") from None
+        if not 200 <= head.status < 300:
+            tunnel.transport.abort()
+            hint = "Put user:password@ into network.proxy." if head.status == 407 else ""
+            raise Unreachable(f"The proxy refused the tunnel: {head.status}.", hint=hint)
+        if origin.scheme == "http":
+            return tunnel
+        wire = Wire()
+        loop = asyncio.get_running_loop()
+        transport = await loop.start_tls(
+            tunnel.transport, wire, self.tls_context(), server_hostname=origin.host
+        )
+        assert transport is not None
+        wire.connection_made(transport)
+        return wire
+
+    async def fetch(
+        self, method: str, url: str, headers: dict[str, str], limit_s: float, body: bytes = b""
+    ) -> tuple[int, Headers, bytes]:
+        """(status, headers, whole body) of a small answer, all within `limit_s` seconds."""
+        try:
+            async with asyncio.timeout(limit_s):
+                answer = await self.open(method, url, headers, body, limit_s)
+                try:
+                    return answer.status, answer.headers, await answer.read(8 * MIB)
+                finally:
+                    answer.close()
+        except TimeoutError:
+            host = split_url(url)[1]
+            raise UpstreamTimeout(f"{host} did not answer within {limit_s:g} s.") from None
