@@ -6623,3 +6623,418 @@ class HttpClient:
         except TimeoutError:
             host = split_url(url)[1]
             raise UpstreamTimeout(f"{host} did not answer within {limit_s:g} s.") from None
+
+
+# ---- 13. HTTP server ---------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Response:
+    """An answer: `body` at once, or `stream`, which writes to an Outlet until it returns."""
+
+    status: int
+    body: bytes = b""
+    headers: dict[str, str] = field(default_factory=dict)
+    stream: Callable[[Outlet], Awaitable[None]] | None = None
+    content_type: str = "application/json"
+
+
+class Request:
+    """One request; its body is read only when a handler asks for it."""
+
+    def __init__(self, connection: ClientConnection, head: RequestHead, body: Body) -> None:
+        self.method = head.method
+        self.path = head.path
+        self.query = head.query
+        self.headers = head.headers
+        self.minor = head.minor
+        self.client = connection.peer
+        self.body = body
+        self.connection = connection
+        #: set by the outermost layer
+        self.id = ""
+
+    async def read_body(self) -> bytes:
+        """The body, decoded; raises ApiError for what may not be sent here."""
+        limit = self.connection.server.config.max_body_mib * MIB
+        length = parse_length(self.headers)
+        if length is not None and length > limit:
+            raise BodyTooLarge(f"The body is larger than {limit // MIB} MiB.")
+        coding = self.headers.get("content-encoding", "identity").lower()
+        if coding not in ("identity", "gzip", "x-gzip", "deflate"):
+            raise UnsupportedEncoding(
+                f"The content encoding {coding!r} is not supported; send gzip or plain JSON.",
+                hint=(
+                    "In Codex, disable it with features.enable_request_compression=false "
+                    "or use an API-key provider."
+                ),
+            )
+        data = await self.connection.read_body(self, limit)
+        if coding == "identity":
+            return data
+        return inflate(data, coding.removeprefix("x-"), limit)
+
+    def cancel_on_hangup(self, watching: bool) -> None:
+        """Whether the current task ends when the client goes away or ends its side."""
+        self.connection.cancel_on_hangup(watching)
+
+
+class Outlet:
+    """The body of a streamed answer.  Its head leaves with the first bytes, in one write."""
+
+    def __init__(self, connection: ClientConnection, head: bytes, chunked: bool) -> None:
+        self.connection = connection
+        self.transport = connection.wire.transport
+        self.head = head
+        self.chunked = chunked
+        self.begun = False
+        self.last_at = asyncio.get_running_loop().time()
+        #: hears of the client's slowness: True is "hold the source back"
+        self.on_flow: Callable[[bool], None] | None = None
+        #: hears that the server must stop
+        self.on_stop: Callable[[], None] | None = None
+
+    def write(self, data: bytes) -> None:
+        """Sends `data` on."""
+        if not data:
+            return
+        if self.chunked:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        if not self.begun:
+            self.begun = True
+            data = self.head + data
+        self.last_at = asyncio.get_running_loop().time()
+        self.transport.write(data)
+
+    def finish(self) -> None:
+        """Ends the body."""
+        last = LAST_CHUNK if self.chunked else b""
+        self.transport.write(last if self.begun else self.head + last)
+
+
+class ClientConnection:
+    """One client: reads its requests one after the other and writes their answers in order."""
+
+    def __init__(self, server: Server, wire: Wire) -> None:
+        self.server = server
+        self.wire = wire
+        self.buffer = b""
+        peer = wire.transport.get_extra_info("peername")
+        self.peer: str = peer[0] if isinstance(peer, tuple) else "local"
+        self.task: asyncio.Task[None] | None = None
+        self.watched: asyncio.Task[None] | None = None
+        self.outlet: Outlet | None = None
+        #: idle, head, body or busy: what the deadline is for
+        self.phase = "head"
+        self.due_at = 0.0
+        self.stalled_at = 0.0
+        self.closing = False
+        wire.on_end = self.hang_up
+        wire.on_flow = self.flow
+
+    def await_phase(self, phase: str, seconds: float) -> None:
+        """Begins a phase with a deadline that no later byte renews."""
+        self.phase = phase
+        self.due_at = asyncio.get_running_loop().time() + seconds
+
+    def watch(self, now: float) -> None:
+        """Ends what takes too long."""
+        if self.stalled_at and now - self.stalled_at > WRITE_STALL_SECONDS:
+            self.wire.transport.abort()
+        elif self.phase != "busy" and now > self.due_at:
+            if self.phase != "idle" and (self.buffer or self.phase == "body"):
+                error = RequestTimeout(f"The request's {self.phase} took too long.")
+                self.wire.transport.write(self.server.error_bytes(error))
+            self.phase = "busy"
+            self.wire.transport.close()
+
+    def flow(self, paused: bool) -> None:
+        """The client's reading has become slow, or has caught up."""
+        self.stalled_at = asyncio.get_running_loop().time() if paused else 0.0
+        if self.outlet is not None and self.outlet.on_flow is not None:
+            self.outlet.on_flow(paused)
+
+    def hang_up(self, exc: Exception | None) -> None:
+        """The client has gone, or has ended its side."""
+        if self.watched is not None:
+            self.watched.cancel()
+
+    def cancel_on_hangup(self, watching: bool) -> None:
+        """See Request.cancel_on_hangup."""
+        self.watched = self.task if watching else None
+        if watching and self.wire.ended:
+            self.hang_up(None)
+
+    async def serve(self) -> None:
+        """Serves requests until one side has had enough."""
+        try:
+            while not self.closing:
+                head = await self.read_head()
+                if head is None:
+                    break
+                await self.answer(head)
+        except WireError as error:
+            await self.refuse(error)
+        except (ConnectionError, TimeoutError):
+            pass  # the client is gone: nobody is left to tell
+        except asyncio.CancelledError:
+            if not self.wire.ended:
+                raise
+        except Exception:  # noqa: BLE001 - the last resort: a bug must not take the server down
+            logging.getLogger("aiclient-api").exception("connection failed")
+            self.wire.transport.abort()
+        finally:
+            self.wire.transport.close()
+
+    async def read_head(self) -> RequestHead | None:
+        """The next request's head; None when the client has ended."""
+        server = self.server.config
+        if not self.buffer:
+            first = self.phase == "head"
+            if first:
+                self.await_phase("head", server.head_seconds)
+            else:
+                self.await_phase("idle", server.idle_seconds)
+            self.buffer = await self.wire.reader.read(READ_BYTES)
+        self.await_phase("head", server.head_seconds)
+        empty_lines = 0
+        scanned = 0
+        while True:
+            while self.buffer.startswith(b"\r\n") and empty_lines < MAX_EMPTY_LINES:
+                self.buffer = self.buffer[2:]
+                empty_lines += 1
+            end = head_end(self.buffer, scanned)
+            if end >= 0:
+                break
+            self.check_partial_head(scanned)
+            scanned = len(self.buffer)
+            data = await self.wire.reader.read(READ_BYTES)
+            if not data:
+                return None
+            self.buffer += data
+        self.phase = "busy"
+        data, self.buffer = self.buffer[:end], self.buffer[end:]
+        if end > MAX_HEAD_BYTES:
+            raise WireError("request head too long", 431)
+        return parse_request_head(data)
+
+    def check_partial_head(self, scanned: int) -> None:
+        """Refuses at once what cannot become a head any more."""
+        data = self.buffer
+        if len(data) > MAX_HEAD_BYTES:
+            raise WireError("request head too long", 431)
+        if b"\n" not in data and len(data) > MAX_REQUEST_LINE_BYTES:
+            raise WireError("request line too long", 414)
+        if data and data[0] <= 32 and data != b"\r":
+            raise WireError("malformed request line")
+        if re.search(rb"\r[^\n]|\0", data[max(0, scanned - 1) :]):
+            raise WireError("bare CR or NUL in the head")
+
+    async def answer(self, head: RequestHead) -> None:
+        """One request, from its head to the last byte of its answer."""
+        request = Request(self, head, request_body(head))
+        if head.headers.get("expect", "100-continue").lower() != "100-continue":
+            raise WireError("unknown expectation", 417)
+        try:
+            response = await self.server.handler(request)
+            self.finish_body(request)
+            if self.must_close(request):
+                self.closing = True
+            await self.respond(request, response)
+        finally:
+            self.watched = None
+        if not request.body.done:
+            await self.linger()
+
+    def must_close(self, request: Request) -> bool:
+        """Whether the connection ends with this answer."""
+        headers = request.headers
+        if (
+            self.server.draining
+            or not request.body.done
+            or headers.has_token("connection", "close")
+        ):
+            return True
+        return request.minor == 0 and not headers.has_token("connection", "keep-alive")
+
+    def finish_body(self, request: Request) -> None:
+        """Takes what has come of a body that no handler wanted, so that the next request is found."""
+        if not request.body.done and self.buffer:
+            request.body.feed(self.buffer)
+            self.buffer = request.body.rest
+
+    async def read_body(self, request: Request, limit: int) -> bytes:
+        """The rest of a body; raises BodyTooLarge and WireError."""
+        body = request.body
+        if body.done:
+            return b""
+        if "expect" in request.headers and request.minor and not self.buffer:
+            self.wire.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.await_phase("body", self.server.config.body_seconds)
+        pieces: list[bytes] = []
+        size = 0
+        data, self.buffer = self.buffer, b""
+        while True:
+            piece = body.feed(data)
+            pieces.append(piece)
+            size += len(piece)
+            if size > limit:
+                raise BodyTooLarge(f"The body is larger than {limit // MIB} MiB.")
+            if body.done:
+                break
+            data = await self.wire.reader.read(READ_BYTES)
+            if not data:
+                raise ConnectionResetError
+        self.phase = "busy"
+        self.buffer = body.rest
+        return b"".join(pieces)
+
+    async def respond(self, request: Request, response: Response) -> None:
+        """Writes one answer."""
+        bare = request.method == "HEAD" or response.status in NO_BODY_STATUSES
+        headers = [("Content-Type", response.content_type), *response.headers.items()]
+        chunked = response.stream is not None and request.minor > 0
+        if response.stream is None:
+            if response.status not in NO_BODY_STATUSES:
+                headers.append(("Content-Length", str(len(response.body))))
+        elif chunked:
+            headers.append(("Transfer-Encoding", "chunked"))
+        else:
+            self.closing = True
+        if self.closing:
+            headers.append(("Connection", "close"))
+        elif request.minor == 0:
+            headers.append(("Connection", "keep-alive"))
+        head = write_head(status_line(response.status), headers)
+        if response.stream is None or bare:
+            self.wire.transport.write(head if bare else head + response.body)
+        else:
+            self.outlet = Outlet(self, head, chunked)
+            try:
+                await response.stream(self.outlet)
+            except BaseException:
+                self.wire.transport.abort()  # an unfinished body must not look finished
+                raise
+            self.outlet.finish()
+            self.outlet = None
+        await self.wire.writer.drain()
+
+    async def refuse(self, error: WireError) -> None:
+        """Answers a request that is not HTTP, and closes."""
+        self.wire.transport.write(self.server.error_bytes(wire_api_error(error)))
+        await self.linger()
+
+    async def linger(self) -> None:
+        """Ends our side and swallows the client's rest for a moment: a reset would eat the answer."""
+        if self.wire.transport.is_closing():
+            return
+        if self.wire.transport.can_write_eof():
+            self.wire.transport.write_eof()
+        try:
+            async with asyncio.timeout(LINGER_SECONDS):
+                while await self.wire.reader.read(READ_BYTES):
+                    pass
+        except (TimeoutError, ConnectionError):
+            pass  # it had its time
+
+
+def wire_api_error(error: WireError) -> ApiError:
+    """A wire error as an answer, under its own status."""
+    answer = InvalidRequest(f"Malformed HTTP: {error}.")
+    answer.status = error.status
+    return answer
+
+
+class Server:
+    """Accepts connections and hands requests to one handler.  It never hears of AI."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        ticker: Ticker,
+        handler: Callable[[Request], Awaitable[Response]],
+        write_error: Callable[[ApiError], Response],
+    ) -> None:
+        self.config = config
+        self.ticker = ticker
+        self.handler = handler
+        self.write_error = write_error
+        self.connections: set[ClientConnection] = set()
+        self.draining = False
+        self.listener: asyncio.Server | None = None
+
+    async def listen(self) -> int:
+        """Opens the port and returns its number; raises OSError."""
+        loop = asyncio.get_running_loop()
+        self.listener = await loop.create_server(
+            lambda: ServerWire(self),
+            self.config.host,
+            self.config.port,
+            backlog=1024,
+            reuse_address=True,
+        )
+        port: int = self.listener.sockets[0].getsockname()[1]
+        return port
+
+    def accept(self, wire: Wire) -> None:
+        """Serves a new connection, or turns it away."""
+        if self.draining or len(self.connections) >= self.config.max_connections:
+            busy = Overloaded("Too many connections.", retry_after=1)
+            wire.transport.write(self.error_bytes(busy))
+            wire.transport.close()
+            return
+        connection = ClientConnection(self, wire)
+        self.connections.add(connection)
+        self.ticker.add(connection.watch)
+        connection.task = asyncio.get_running_loop().create_task(connection.serve())
+        connection.task.add_done_callback(lambda _: self.forget(connection))
+
+    def forget(self, connection: ClientConnection) -> None:
+        """A connection has ended."""
+        self.connections.discard(connection)
+        self.ticker.discard(connection.watch)
+
+    def error_bytes(self, error: ApiError) -> bytes:
+        """A whole error answer that closes the connection."""
+        response = self.write_error(error)
+        headers = [
+            ("Content-Type", response.content_type),
+            *response.headers.items(),
+            ("Content-Length", str(len(response.body))),
+            ("Connection", "close"),
+        ]
+        return write_head(status_line(response.status), headers) + response.body
+
+    async def drain(self, seconds: float) -> None:
+        """Stops accepting, lets answers finish for `seconds`, then ends the rest in their dialect."""
+        self.draining = True
+        if self.listener is not None:
+            self.listener.close()
+        for connection in list(self.connections):
+            if connection.phase != "busy":
+                connection.wire.transport.close()
+        tasks = [c.task for c in self.connections if c.task is not None]
+        if tasks:
+            await asyncio.wait(tasks, timeout=seconds)
+        for connection in list(self.connections):
+            if connection.outlet is not None and connection.outlet.on_stop is not None:
+                connection.outlet.on_stop()
+        tasks = [c.task for c in self.connections if c.task is not None]
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=LINGER_SECONDS)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+
+
+class ServerWire(Wire):
+    """A connection that somebody opened to us."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__()
+        self.server = server
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begins to serve it."""
+        super().connection_made(transport)
+        self.server.accept(self)
