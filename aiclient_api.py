@@ -7038,3 +7038,719 @@ class ServerWire(Wire):
         """Begins to serve it."""
         super().connection_made(transport)
         self.server.accept(self)
+
+
+# ---- 14. State on disk -------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Paths:
+    """Where files live, by the XDG base directory specification."""
+
+    config_dir: str
+    state_dir: str
+
+    @property
+    def config_file(self) -> str:
+        """The configuration."""
+        return os.path.join(self.config_dir, "config.toml")
+
+    @property
+    def machine_file(self) -> str:
+        """The random ids of this install."""
+        return os.path.join(self.state_dir, "machine.json")
+
+    def token_file(self, provider: str) -> str:
+        """A provider's sign-in."""
+        return os.path.join(self.config_dir, provider, "token.json")
+
+
+def find_paths(environ: dict[str, str]) -> Paths:
+    """The paths for this user; relative XDG values are ignored, as the specification says."""
+
+    def base(variable: str, fallback: str) -> str:
+        value = environ.get(variable, "")
+        home = os.path.join(os.path.expanduser("~"), fallback)
+        return os.path.join(value if os.path.isabs(value) else home, "aiclient-api")
+
+    return Paths(base("XDG_CONFIG_HOME", ".config"), base("XDG_STATE_HOME", ".local/state"))
+
+
+def load_config(paths: Paths, environ: dict[str, str], flags: dict[str, str | None]) -> Config:
+    """File, environment and flags, the later over the earlier; raises ConfigError."""
+    where = paths.config_file
+    try:
+        with open(where, encoding="utf-8") as file:
+            config = read_config_text(file.read(), where)
+    except FileNotFoundError:
+        config = Config()
+    except OSError as error:
+        raise ConfigError(f"{where}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{where}: is not UTF-8 text") from None
+    apply_environment(config, environ)
+    apply_flags(config, flags)
+    check_exposure(config)
+    return config
+
+
+def make_private_dir(path: str) -> None:
+    """A folder that only its owner can enter; raises OSError."""
+    os.makedirs(path, mode=0o700, exist_ok=True)
+    status = os.stat(path)
+    if hasattr(os, "getuid") and status.st_uid == os.getuid() and status.st_mode & 0o077:
+        os.chmod(path, 0o700)
+
+
+def save_private_json(path: str, value: Json) -> None:
+    """Replaces a file at once and for good: 0600 from its first byte, never a half of it.
+
+    A link planted at `path` is replaced, not followed.  Raises OSError; the old file then stays.
+    """
+    folder = os.path.dirname(path)
+    make_private_dir(folder)
+    handle, temporary = tempfile.mkstemp(prefix=".new-", dir=folder)  # 0600 whatever the umask
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(dump_json(value) + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    folder_handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(folder_handle)
+    finally:
+        os.close(folder_handle)
+
+
+def load_private_json(path: str) -> Json | None:
+    """The object in a private file, None where there is no file; raises ProgramError.
+
+    A file that others can read is closed to them, with a warning.
+    """
+    try:
+        with open(path, "rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if mode & 0o077:
+                os.fchmod(file.fileno(), 0o600)
+                log_event("warning", "token_file_was_readable", path=path)
+            value = load_object(file.read(MIB))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ProgramError(f"{path}: cannot be read: {error.strerror}") from None
+    if value is None:
+        raise ProgramError(f"{path}: is damaged: it is not a JSON object")
+    return value
+
+
+def load_machine(paths: Paths) -> tuple[str, str]:
+    """(machine id, device id) of this install: random, made once, told to Copilot like an editor's.
+
+    Where they cannot be kept, they last for this process.
+    """
+    try:
+        kept = load_private_json(paths.machine_file) or {}
+        machine, device = kept.get("machine_id"), kept.get("device_id")
+        if isinstance(machine, str) and isinstance(device, str):
+            return machine, device
+    except ProgramError as error:
+        log_event("warning", "machine_file_unusable", reason=error)
+    machine, device = os.urandom(32).hex(), str(uuid.uuid4())
+    try:
+        save_private_json(paths.machine_file, {"machine_id": machine, "device_id": device})
+    except OSError as error:
+        log_event("warning", "machine_file_not_saved", reason=error.strerror)
+    return machine, device
+
+
+# ---- 15. Providers -----------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Call:
+    """What the gateway asks of a provider: a body in a dialect that the model speaks."""
+
+    model: Model
+    dialect: str
+    body: Json
+    outline: Outline
+    #: the caller's anthropic-beta field
+    betas: str = ""
+    #: names of what was left out; the provider adds to them
+    dropped: list[str] = field(default_factory=list)
+
+
+class Provider(Protocol):
+    """One account of one upstream service.  It never sees the caller's dialect."""
+
+    name: str
+
+    def models(self, refresh: bool = False) -> Awaitable[dict[str, Model]]:
+        """The catalogue by id, from memory while it is fresh; raises ApiError."""
+
+    def guess(self, model_id: str) -> Model | None:
+        """A model that the catalogue does not list but may exist all the same."""
+
+    def open(self, call: Call) -> Awaitable[Source]:
+        """The upstream's answer, its status good; retries are the provider's.  Raises ApiError."""
+
+    def keep_reasoning(self, calls: list[str], text: str, opaque: str) -> None:
+        """Remembers reasoning that the caller's dialect cannot carry."""
+
+    def close(self) -> None:
+        """Ends whatever runs in the background."""
+
+
+# 15.1 Echo
+
+ECHO_LABEL = "[echo] "
+ECHO_CALL_WORDS = "call the tool"
+
+
+def sample_value(schema: Any) -> Any:
+    """A value that fits a simple JSON Schema: for tool arguments made up by the echo provider."""
+    if not isinstance(schema, dict):
+        return "echo"
+    if isinstance(schema.get("enum"), list) and schema["enum"]:
+        return schema["enum"][0]
+    kind = schema.get("type")
+    if kind == "object":
+        properties = details(schema, "properties")
+        required = schema.get("required")
+        names = [n for n in required if n in properties] if isinstance(required, list) else []
+        return {name: sample_value(properties[name]) for name in names}
+    plain = {"integer": 1, "number": 1, "boolean": True, "array": [], "null": None}
+    return plain.get(kind, "echo") if isinstance(kind, str) else "echo"
+
+
+def echo_events(body: Json) -> Iterator[Event]:
+    """The echo's answer to a chat body: a tool call when asked for one, else the last words."""
+    messages = [message for message in body["messages"] if isinstance(message, dict)]
+    last = messages[-1] if messages else {}
+    words = text_of(last.get("content"))
+    pictures = sum(
+        isinstance(part, dict) and part.get("type") == "image_url"
+        for message in messages
+        if isinstance(message.get("content"), list)
+        for part in message["content"]
+    )
+    names = tool_names(body)
+    said = 0.0
+    yield Started()
+    if names and ECHO_CALL_WORDS in words.lower() and last.get("role") == "user":
+        tool = body["tools"][0]
+        function = details(tool, "function") or tool
+        arguments = dump_text(sample_value(object_schema(function.get("parameters"), names[0])))
+        said = estimate_text(arguments)
+        yield Opened("tool", "call_" + short_hash(words + names[0], 16), names[0])
+        yield Added("arguments", arguments)
+        yield Closed()
+        reason = "tool"
+    else:
+        lead = "The tool said: " if last.get("role") == "tool" else ""
+        seen = f" ({pictures} image{'s'[: pictures > 1]} seen)" if pictures else ""
+        text = f"{ECHO_LABEL}{lead}{words}{seen}"
+        said = estimate_text(text)
+        size = max(8, len(text) // 400)
+        yield Opened("text")
+        for at in range(0, len(text), size):
+            yield Added("text", text[at : at + size])
+        yield Closed()
+        reason = "end"
+    usage = Usage(input=estimate_request(body), output=max(1, int(said)), reported=True)
+    yield Counted(usage)
+    yield Finished(reason)
+
+
+class LocalAnswer:
+    """A Source of bytes that are made here."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self.pieces = pieces
+        self.error: ApiError | None = None
+        self.may_go = asyncio.Event()
+        self.may_go.set()
+        self.stopped = False
+
+    async def first(self) -> bytes:
+        """The next piece."""
+        return next(self.pieces, b"")
+
+    async def relay(self, sink: Callable[[bytes], None]) -> None:
+        """All further pieces, as fast as they are taken."""
+        for piece in self.pieces:
+            await self.may_go.wait()
+            if self.error:
+                raise self.error
+            if self.stopped:
+                return
+            sink(piece)
+            await asyncio.sleep(0)
+
+    def hold(self, paused: bool) -> None:
+        """Waits, or goes on."""
+        if paused:
+            self.may_go.clear()
+        else:
+            self.may_go.set()
+
+    def fail(self, error: ApiError) -> None:
+        """Makes `relay` raise."""
+        self.error = error
+        self.may_go.set()
+
+    def stop(self) -> None:
+        """Makes `relay` return."""
+        self.stopped = True
+        self.may_go.set()
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class EchoProvider:
+    """Answers on this machine, without an account: a newcomer's first answer, a client's target.
+
+    It speaks OpenAI chat like an upstream would, so every other dialect is really converted.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.catalogue = {
+            "echo": Model(
+                id="echo",
+                provider=name,
+                name="Echo (answers locally)",
+                vendor="aiclient-api",
+                max_output=1_000_000,
+                max_prompt=1_000_000,
+                context=1_000_000,
+                files=True,
+            )
+        }
+
+    async def models(self, refresh: bool = False) -> dict[str, Model]:
+        """The one model."""
+        return self.catalogue
+
+    def guess(self, model_id: str) -> Model | None:
+        """There is no other."""
+        return None
+
+    async def open(self, call: Call) -> Source:
+        """The echo."""
+        terms = Terms(CHAT.id_prefix + os.urandom(12).hex(), int(time.time()), "echo", True)
+        writer = CHAT.writer(terms)
+
+        def pieces() -> Iterator[bytes]:
+            for event in echo_events(call.body):
+                for frame in writer.write(event):
+                    yield CHAT.encode(frame)
+            yield CHAT.tail
+
+        return LocalAnswer(pieces())
+
+    def keep_reasoning(self, calls: list[str], text: str, opaque: str) -> None:
+        """The echo does not reason."""
+
+    def close(self) -> None:
+        """Nothing runs."""
+
+
+# 15.2 Copilot
+
+
+class CopilotAccount:
+    """A GitHub sign-in and the short-lived Copilot token that it is exchanged for."""
+
+    def __init__(self, name: str, config: CopilotConfig, paths: Paths, client: HttpClient) -> None:
+        self.name = name
+        self.config = config
+        self.path = paths.token_file(name)
+        self.client = client
+        self.lock = asyncio.Lock()
+        self.kept: CopilotToken | None = None
+        #: monotonic: a wall clock set back must not make a token immortal
+        self.stale_at = 0.0
+        self.forced_at = float("-inf")
+        self.used = False
+        self.failures = 0
+        self.retry_at = 0.0
+        self.last_error: ApiError | None = None
+        self.refresher: asyncio.Task[None] | None = None
+
+    def load(self) -> Json:
+        """The token file; raises NotSignedIn."""
+        hint = f'Write {{"type":"copilot","github_token":"..."}} to {self.path}.'
+        try:
+            kept = load_private_json(self.path)
+        except ProgramError as error:
+            raise NotSignedIn(f"{error}.", hint=hint) from None
+        if kept is None:
+            raise NotSignedIn(f"Provider {self.name!r} has no Copilot sign-in yet.", hint=hint)
+        token = kept.get("github_token")
+        if not isinstance(token, str) or not token.strip() or not token.isascii():
+            raise NotSignedIn(f"{self.path} holds no github_token.", hint=hint)
+        return kept
+
+    def is_signed_in(self) -> bool:
+        """Whether there is a usable token file."""
+        try:
+            self.load()
+        except NotSignedIn:
+            return False
+        return True
+
+    def is_fresh(self, token: CopilotToken | None, margin_s: float) -> bool:
+        """Whether a token will last for `margin_s` seconds, by both clocks."""
+        if token is None:
+            return False
+        monotonic = asyncio.get_running_loop().time()
+        return token.expires_at - time.time() > margin_s and self.stale_at - monotonic > margin_s
+
+    async def token(self) -> CopilotToken:
+        """A token that will last; callers at the same time share one exchange.  Raises ApiError."""
+        self.used = True
+        if self.is_fresh(self.kept, COPILOT_REFRESH_MARGIN_SECONDS) and self.kept:
+            return self.kept
+        async with self.lock:
+            if self.is_fresh(self.kept, COPILOT_REFRESH_MARGIN_SECONDS) and self.kept:
+                return self.kept
+            if self.kept is None and self.take_saved():
+                assert self.kept is not None
+                return self.kept
+            return await self.exchange()
+
+    async def renew(self, refused: CopilotToken) -> CopilotToken | None:
+        """A token other than `refused`; None when one was forced only a moment ago."""
+        async with self.lock:
+            if self.kept is not None and self.kept.token != refused.token:
+                return self.kept  # somebody else was quicker
+            now = asyncio.get_running_loop().time()
+            if now - self.forced_at < COPILOT_FORCED_EXCHANGE_GAP_SECONDS:
+                return None
+            self.forced_at = now
+            self.kept = None
+            return await self.exchange()
+
+    def take_saved(self) -> bool:
+        """The Copilot token of an earlier run, while it lasts: spares an exchange per start."""
+        saved = self.load()
+        token, url, until = (saved.get(k) for k in ("copilot_token", "api_url", "expires_at"))
+        if not (
+            isinstance(token, str) and isinstance(url, str) and isinstance(until, (int, float))
+        ):
+            return False
+        left = until - time.time()
+        if left < COPILOT_REFRESH_MARGIN_SECONDS or left > 24 * 3600:
+            return False
+        if self.config.api_url and url != self.config.api_url.rstrip("/"):
+            return False
+        if not self.config.api_url and not allowed_api_host(url, self.config):
+            return False
+        self.use(CopilotToken(token, url, until, left))
+        return True
+
+    def use(self, token: CopilotToken) -> None:
+        """Makes `token` the current one and plans its successor."""
+        self.kept = token
+        loop = asyncio.get_running_loop()
+        self.stale_at = loop.time() + token.expires_at - time.time()
+        self.failures = 0
+        if self.refresher is None or self.refresher.done():
+            self.refresher = loop.create_task(self.refresh_in_background())
+
+    async def exchange(self) -> CopilotToken:
+        """Asks GitHub for a token; an old one that still lasts is kept when that fails."""
+        now = asyncio.get_running_loop().time()
+        if now < self.retry_at and self.last_error is not None:
+            raise self.last_error
+        saved = self.load()
+        url = self.config.github_api_url.rstrip("/") + "/copilot_internal/v2/token"
+        github_token = re.sub(r"^(?i:bearer|token)\s+", "", saved["github_token"].strip())
+        try:
+            status, headers, data = await self.client.fetch(
+                "GET", url, exchange_headers(github_token), EXCHANGE_SECONDS
+            )
+            if status != 200:
+                raise self.refusal(judge_exchange(status, headers, data, time.time()))
+            body = load_object(data)
+            if body is None:
+                raise UpstreamError("GitHub's token answer is not JSON.")
+            token = read_token_answer(body, self.config, time.time())
+        except (UpstreamError, UpstreamTimeout, Overloaded, RateLimited) as error:
+            self.postpone(error)
+            if self.is_fresh(self.kept, 0) and self.kept:
+                log_event("warning", "token_refresh_failed", provider=self.name, reason=error)
+                return self.kept
+            raise
+        self.use(token)
+        self.save(saved, token)
+        log_event("info", "token_refreshed", provider=self.name, host=split_url(token.api_url)[1])
+        return token
+
+    @staticmethod
+    def refusal(verdict: Verdict) -> ApiError:
+        """The error of a refused exchange."""
+        if isinstance(verdict.error, NotSignedIn) and verdict.remedy == "wait":
+            return Overloaded(verdict.error.message)
+        return verdict.error
+
+    def postpone(self, error: ApiError) -> None:
+        """No further exchange for 1, 2, 4 ... seconds: the endpoint watches for storms."""
+        self.failures += 1
+        wait_s = min(2.0 ** (self.failures - 1), COPILOT_REFRESH_RETRY_MAX_SECONDS)
+        wait_s = max(wait_s, error.retry_after or 0)
+        self.retry_at = asyncio.get_running_loop().time() + wait_s
+        self.last_error = error
+
+    def save(self, saved: Json, token: CopilotToken) -> None:
+        """Keeps the token for the next start; the program runs on without it."""
+        until = int(token.expires_at)
+        new = {"copilot_token": token.token, "expires_at": until, "api_url": token.api_url}
+        try:
+            save_private_json(self.path, {**saved, **new})
+        except OSError as error:
+            log_event("warning", "token_not_saved", provider=self.name, reason=error.strerror)
+
+    async def refresh_in_background(self) -> None:
+        """Renews the token shortly before it is due, as long as somebody uses it."""
+        while self.kept is not None:
+            loop = asyncio.get_running_loop()
+            due_s = self.stale_at - loop.time() - 2 * COPILOT_REFRESH_EARLY_SECONDS
+            await asyncio.sleep(max(due_s, COPILOT_REFRESH_EARLY_SECONDS))
+            if not self.used:
+                return  # the next request will ask
+            self.used = False
+            try:
+                async with self.lock:
+                    await self.exchange()
+            except ApiError as error:
+                log_event("warning", "token_refresh_failed", provider=self.name, reason=error)
+                return
+
+    def close(self) -> None:
+        """Ends the background task."""
+        if self.refresher is not None:
+            self.refresher.cancel()
+
+
+class CopilotProvider:
+    """GitHub Copilot."""
+
+    def __init__(
+        self,
+        name: str,
+        config: CopilotConfig,
+        paths: Paths,
+        client: HttpClient,
+        machine: tuple[str, str],
+    ) -> None:
+        self.name = name
+        self.client = client
+        self.account = CopilotAccount(name, config, paths, client)
+        self.machine = machine
+        self.session_id = f"{uuid.uuid4()}{int(time.time() * 1000)}"
+        self.identity: dict[str, str] = {}
+        self.identity_token = ""
+        self.learned = Learned()
+        self.reasoning = ReasoningMemory()
+        self.models_lock = asyncio.Lock()
+        self.catalogue: dict[str, Model] = {}
+        #: model -> monotonic time it was last listed
+        self.listed_at: dict[str, float] = {}
+        self.fetched_at = float("-inf")
+
+    def close(self) -> None:
+        """Ends whatever runs in the background."""
+        self.account.close()
+
+    def keep_reasoning(self, calls: list[str], text: str, opaque: str) -> None:
+        """Remembers a reasoning signature by its calls."""
+        self.reasoning.keep(calls, text, opaque)
+
+    def headers(self, token: CopilotToken, intent: str) -> dict[str, str]:
+        """The headers of any request with `token`."""
+        if token.token != self.identity_token:
+            machine, device = self.machine
+            self.identity = copilot_identity(token.token, self.session_id, machine, device)
+            self.identity_token = token.token
+        request_id = str(uuid.uuid4())
+        return {
+            **self.identity,
+            "OpenAI-Intent": intent,
+            "X-Interaction-Type": intent,
+            "X-Request-Id": request_id,
+            "X-Agent-Task-Id": request_id,
+        }
+
+    async def models(self, refresh: bool = False) -> dict[str, Model]:
+        """The catalogue; one that is a little old beats none."""
+        fresh_s = MODELS_MISS_SECONDS if refresh else MODELS_FRESH_SECONDS
+        now = asyncio.get_running_loop().time()
+        if now - self.fetched_at < fresh_s:
+            return self.catalogue
+        async with self.models_lock:
+            if asyncio.get_running_loop().time() - self.fetched_at < fresh_s:
+                return self.catalogue
+            try:
+                await self.fetch_models()
+            except ApiError as error:
+                if not self.catalogue:
+                    raise
+                log_event("warning", "models_not_refreshed", provider=self.name, reason=error)
+                self.fetched_at = now
+        return self.catalogue
+
+    async def fetch_models(self) -> None:
+        """Asks for the list and merges it: an entitled model may be missing from one answer."""
+        token = await self.account.token()
+        status, data = 0, b""
+        for _ in range(2):
+            headers = {**self.headers(token, "model-access"), "Accept": "application/json"}
+            url = token.api_url + "/models"
+            status, _, data = await self.client.fetch("GET", url, headers, MODELS_SECONDS)
+            if status not in (401, 403, 421):
+                break
+            renewed = await self.account.renew(token)
+            if renewed is None:
+                break
+            token = renewed
+        body = load_object(data)
+        if status in (401, 403, 421):
+            raise judge_identity(status, read_error_answer(status, data)[0], "").error
+        if status != 200 or body is None:
+            raise UpstreamError(f"Copilot's model list came with status {status}.")
+        now = asyncio.get_running_loop().time()
+        found = read_copilot_models(body, self.name)
+        for model_id in found:
+            self.listed_at[model_id] = now
+        kept = {
+            model_id: model
+            for model_id, model in self.catalogue.items()
+            if now - self.listed_at[model_id] < MODELS_KEPT_SECONDS
+        }
+        self.catalogue = {**kept, **found}
+        self.fetched_at = now
+
+    def guess(self, model_id: str) -> Model | None:
+        """A model named exactly is tried, listed or not."""
+        return guess_copilot_model(model_id, self.name)
+
+    async def open(self, call: Call) -> Source:
+        """Tries until there is a good status, a final refusal, or no attempt left."""
+        attempt = CopilotAttempt(self, call)
+        token = await self.account.token()
+        while True:
+            attempt.count += 1
+            try:
+                answer = await attempt.send(token)
+            except Unreachable as error:
+                verdict = Verdict(error, "wait")
+            else:
+                if answer.status == 200:
+                    return answer
+                verdict = await attempt.judge(answer)
+            log_event(
+                "info",
+                "upstream_refused",
+                provider=self.name,
+                model=call.model.id,
+                kind=verdict.error.kind,
+                remedy=verdict.remedy or "none",
+                attempt=attempt.count,
+            )
+            token = await attempt.mend(verdict, token)
+
+
+class CopilotAttempt:
+    """The attempts at one call: what has been tried, and what may help."""
+
+    def __init__(self, provider: CopilotProvider, call: Call) -> None:
+        self.provider = provider
+        self.call = call
+        self.count = 0
+        self.tried: set[str] = set()
+        self.forgetful = False
+        self.interaction = hash_uuid(call.outline.session or call.model.id + call.outline.opening)
+        self.kept_dropped = list(call.dropped)
+
+    def body(self) -> Json:
+        """The call's body as Copilot takes it today."""
+        provider, call = self.provider, self.call
+        model = call.model
+        scrub = scrub_body(call.dialect, call.body, model, provider.learned, model.streaming)
+        if self.forgetful:
+            strip_reasoning(scrub.body)
+        elif call.dialect == "chat" and not is_openai(model):
+            provider.reasoning.attach(scrub.body)
+        call.dropped[:] = list(dict.fromkeys([*self.kept_dropped, *scrub.dropped]))
+        return scrub.body
+
+    async def send(self, token: CopilotToken) -> UpstreamAnswer:
+        """One attempt."""
+        provider, call = self.provider, self.call
+        body = self.body()
+        headers = provider.headers(token, "conversation-agent")
+        headers["Content-Type"] = "application/json"
+        headers["Accept"] = "text/event-stream" if body["stream"] else "application/json"
+        headers["X-Interaction-Id"] = self.interaction
+        headers["X-Initiator"] = call.outline.initiator if self.count == 1 else "agent"
+        if DIALECTS[call.dialect].has_image(body):
+            headers["Copilot-Vision-Request"] = "true"
+        if call.dialect == "messages":
+            headers["anthropic-version"] = "2023-06-01"
+            betas = messages_betas(body, call.betas, provider.learned.betas, call.model)
+            if betas:
+                headers["anthropic-beta"] = betas
+        headers.update(call.model.headers)
+        url = token.api_url + DIALECT_PATHS[call.dialect]
+        return await provider.client.open("POST", url, headers, dump_json(body))
+
+    async def judge(self, answer: UpstreamAnswer) -> Verdict:
+        """What a refusal means."""
+        try:
+            data = await answer.read(MAX_ERROR_BODY_BYTES)
+        except ApiError:
+            data = b""  # the status alone must do
+        finally:
+            answer.close()
+        learned = self.provider.learned
+        return judge_copilot(
+            answer.status, answer.headers, data, self.call.model, learned, time.time()
+        )
+
+    async def mend(self, verdict: Verdict, token: CopilotToken) -> CopilotToken:
+        """Does what may help and returns the token to go on with, or raises the verdict's error."""
+        remedy = verdict.remedy
+        repeated = remedy in self.tried and remedy not in ("wait", "repair", "relist")
+        if not remedy or repeated or self.count >= MAX_ATTEMPTS:
+            raise verdict.error
+        self.tried.add(remedy)
+        if remedy == "refresh":
+            renewed = await self.provider.account.renew(token)
+            if renewed is None:
+                raise verdict.error
+            return renewed
+        if remedy == "forget":
+            if not strip_reasoning(self.call.body if self.forgetful else self.body()):
+                raise verdict.error
+            self.forgetful = True
+        elif remedy == "relist":
+            if self.call.model.guessed:
+                raise verdict.error
+            await asyncio.sleep(UNSUPPORTED_MODEL_WAITS[self.count - 1])
+        elif remedy == "reroute":
+            raise verdict.error
+        elif remedy == "wait":
+            wait_s = verdict.wait_s
+            if wait_s is None:
+                wait_s = BACKOFF_SECONDS[self.count - 1] * (1 + os.urandom(1)[0] / 1024)
+            if wait_s > MAX_WAIT_SECONDS:
+                raise verdict.error
+            await asyncio.sleep(wait_s)
+        return token
