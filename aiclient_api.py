@@ -7754,3 +7754,675 @@ class CopilotAttempt:
                 raise verdict.error
             await asyncio.sleep(wait_s)
         return token
+
+
+# ---- 16. Gateway -------------------------------------------------------------------------------
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+# How clients write the same path: /v1 twice, not at all, with slashes to spare.
+SLASHES = re.compile(r"/{2,}")
+BARE_ENDPOINTS = ("/chat/completions", "/messages", "/messages/count_tokens", "/models", "/usage")
+
+
+def plain_path(path: str) -> str:
+    """The path as the route table knows it."""
+    path = SLASHES.sub("/", path)
+    path = path.rstrip("/") or "/"
+    while path.startswith("/v1/v1/") or path == "/v1/v1":
+        path = path[3:]
+    if path.startswith("/models/") or path in BARE_ENDPOINTS:
+        path = "/v1" + path
+    return path
+
+
+def needs_body(method: str) -> bool:
+    """Whether a method's requests carry JSON."""
+    return method in ("POST", "PUT", "PATCH")
+
+
+class Shield:
+    """Keeps web pages out: they can reach loopback, and would spend the subscription."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        own = {name.lower() for name in config.allowed_hosts}
+        self.hosts = own | {config.host.lower().strip("[]")}
+        self.origins = set(config.cors_origins)
+
+    def check(self, request: Request) -> None:
+        """Raises Forbidden or UnsupportedMediaType."""
+        headers = request.headers
+        host = headers.get("host", "localhost")
+        if not self.is_own_host(host):
+            raise Forbidden(
+                "This Host is not served here.",
+                hint="Add it to server.allowed_hosts if it is yours.",
+            )
+        origin = headers.get("origin")
+        if origin is not None and not self.may_call(origin):
+            raise Forbidden(
+                "Web pages of this origin may not use the gateway.",
+                hint="Add the origin to server.cors_origins if it is yours.",
+            )
+        listed = origin is not None and self.is_listed(origin)
+        if headers.get("sec-fetch-site", "").lower() == "cross-site" and not listed:
+            raise Forbidden("Cross-site requests of browsers are refused.")
+        if needs_body(request.method):
+            kind = headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+            text = kind == "text/plain" and origin is None and "sec-fetch-site" not in headers
+            if kind != "application/json" and not kind.endswith("+json") and not text:
+                raise UnsupportedMediaType("The body must be sent as application/json.")
+
+    def is_own_host(self, host: str) -> bool:
+        """Whether a Host field names this gateway; compared whole, never by its beginning."""
+        name, _, port = host.rpartition(":")
+        bare = name if name and port.isdigit() and not host.endswith("]") else host
+        bare = bare.rstrip(":").lower()
+        return bare.strip("[]") in self.hosts or is_loopback(bare) or host.lower() in self.hosts
+
+    def may_call(self, origin: str) -> bool:
+        """Whether a page of this origin may send requests."""
+        if self.is_listed(origin):
+            return True
+        scheme, slashes, rest = origin.partition("://")
+        if scheme not in ("http", "https") or not slashes or not HOST_VALUE.fullmatch(rest):
+            return False
+        host = rest if rest.endswith("]") else re.sub(r":\d*$", "", rest)
+        return is_loopback(host)
+
+    def is_listed(self, origin: str) -> bool:
+        """Whether an origin gets CORS grants; `:*` in the list stands for any port."""
+        if origin in self.origins:
+            return True
+        base, colon, port = origin.rpartition(":")
+        return bool(colon) and port.isdigit() and f"{base}:*" in self.origins
+
+    def grants(self, request: Request) -> dict[str, str]:
+        """The CORS headers of an answer: none for origins that are not listed."""
+        origin = request.headers.get("origin")
+        if origin is None or not self.is_listed(origin):
+            return {}
+        return {
+            "Access-Control-Allow-Origin": origin,
+            "Access-Control-Expose-Headers": "request-id, x-request-id, retry-after, "
+            "x-aiclient-provider, x-aiclient-model, x-aiclient-dropped",
+            "Vary": "Origin",
+        }
+
+    def preflight(self, request: Request) -> Response:
+        """The answer to a browser's question before its request."""
+        grants = self.grants(request)
+        if not grants:
+            raise Forbidden("Web pages of this origin may not use the gateway.")
+        asked = request.headers.get("access-control-request-headers", "")
+        grants["Access-Control-Allow-Methods"] = "GET, POST, DELETE, OPTIONS"
+        grants["Access-Control-Max-Age"] = "86400"
+        if asked and re.fullmatch(r"[\w ,-]{1,2000}", asked, re.ASCII):
+            grants["Access-Control-Allow-Headers"] = asked
+        return Response(204, headers=grants)
+
+
+def given_key(headers: Headers) -> str | None:
+    """The key a request carries; raises InvalidKey where there are two of a kind."""
+    if {"authorization", "x-api-key", "api-key"} & headers.repeated:
+        raise InvalidKey("More than one key was sent.")
+    scheme, _, value = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return value.strip()
+    return headers.get("x-api-key", headers.get("api-key"))
+
+
+def error_headers(error: ApiError) -> dict[str, str]:
+    """What the vendors' SDKs act on."""
+    headers = dict(error.headers)
+    wait_s = error.retry_after
+    if error.status == 429 or wait_s is not None:
+        headers["Retry-After"] = f"{min(max(wait_s or 1.0, 0.0), MAX_RETRY_AFTER_SECONDS):.0f}"
+    if error.retry is False or (wait_s or 0) > MAX_RETRY_AFTER_SECONDS:
+        headers["x-should-retry"] = "false"
+    return headers
+
+
+class Gateway:
+    """What happens between a request and its answer.  It owns nothing but references."""
+
+    def __init__(
+        self, config: Config, providers: dict[str, Provider], ticker: Ticker, usage: UsageTracker
+    ) -> None:
+        self.config = config
+        self.providers = providers
+        self.ticker = ticker
+        self.usage = usage
+        self.router = Router(config, list(providers))
+        self.limiter = RateLimiter(config.server.rate_limit_seconds)
+        self.shield = Shield(config.server)
+        self.started_at = int(time.time())
+        self.routes: dict[str, dict[str, Handler]] = {
+            "/": {"GET": self.get_health},
+            "/healthz": {"GET": self.get_health},
+            "/v1/chat/completions": {"POST": self.post_chat},
+            "/v1/messages": {"POST": self.post_messages},
+            "/v1/messages/count_tokens": {"POST": self.post_count_tokens},
+            "/v1/models": {"GET": self.get_models},
+            "/v1/usage": {"GET": self.get_usage, "DELETE": self.delete_usage},
+            "/api/event_logging/batch": {"POST": self.post_telemetry},
+        }
+        handler: Handler = self.dispatch
+        for layer in (self.with_rate_limit, self.with_key, self.with_shield, self.with_errors):
+            handler = layer(handler)
+        self.handler: Handler = self.with_log(handler)
+
+    # -- layers, innermost first
+
+    def with_rate_limit(self, inner: Handler) -> Handler:
+        """One client address may ask for an answer only every so often."""
+
+        async def handle(request: Request) -> Response:
+            if request.method == "POST":
+                now = asyncio.get_running_loop().time()
+                wait_s = self.limiter.wait_for(request.client, now)
+                if wait_s > 0:
+                    raise RateLimited("Too many requests from this address.", retry_after=wait_s)
+            return await inner(request)
+
+        return handle
+
+    def with_key(self, inner: Handler) -> Handler:
+        """Everything but the health check wants the key, when there is one."""
+        key = self.config.api_key.encode()
+
+        async def handle(request: Request) -> Response:
+            if key and not self.is_open(request):
+                given = given_key(request.headers)
+                # latin-1 gives back the bytes that were sent
+                if given is None or not hmac.compare_digest(given.encode("latin-1"), key):
+                    raise InvalidKey(
+                        "The gateway's key is missing or wrong.",
+                        hint="Send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'.",
+                        headers={"WWW-Authenticate": "Bearer"},
+                    )
+            return await inner(request)
+
+        return handle
+
+    @staticmethod
+    def is_open(request: Request) -> bool:
+        """Whether a request is answered without the key: clients probe before they sign in."""
+        path = plain_path(request.path)
+        return path == "/healthz" or (path == "/" and request.method in ("HEAD", "GET"))
+
+    def with_shield(self, inner: Handler) -> Handler:
+        """Web pages stay out, unless their origin is listed."""
+
+        async def handle(request: Request) -> Response:
+            self.shield.check(request)
+            if request.method == "OPTIONS":
+                return self.shield.preflight(request)
+            return await inner(request)
+
+        return handle
+
+    def with_errors(self, inner: Handler) -> Handler:
+        """Every ApiError becomes an answer in the caller's dialect."""
+
+        async def handle(request: Request) -> Response:
+            try:
+                response = await inner(request)
+            except RecursionError:
+                error: ApiError = InvalidRequest("The request is nested too deeply.")
+                response = self.write_error(error, request)
+            except ApiError as caught:
+                response = self.write_error(caught, request)
+            response.headers.update(self.shield.grants(request))
+            return response
+
+        return handle
+
+    def with_log(self, inner: Handler) -> Handler:
+        """A request id, and one line in the log when the answer is out."""
+
+        async def handle(request: Request) -> Response:
+            loop = asyncio.get_running_loop()
+            begun_at = loop.time()
+            request.id = "req_" + os.urandom(12).hex()
+            response = await inner(request)
+            response.headers.update(
+                {
+                    "request-id": request.id,
+                    "x-request-id": request.id,
+                    "X-Content-Type-Options": "nosniff",
+                }
+            )
+            if response.stream is None:
+                self.log_access(request, response, loop.time() - begun_at, "")
+                return response
+            stream = response.stream
+
+            async def logged(outlet: Outlet) -> None:
+                outcome = "cancelled"
+                try:
+                    await stream(outlet)
+                    outcome = ""
+                finally:
+                    self.log_access(request, response, loop.time() - begun_at, outcome)
+
+            response.stream = logged
+            return response
+
+        return handle
+
+    @staticmethod
+    def log_access(request: Request, response: Response, seconds: float, outcome: str) -> None:
+        """The access line: metadata only."""
+        headers = response.headers
+        log_event(
+            "info",
+            "request",
+            id=request.id,
+            client=request.client,
+            method=request.method,
+            path=request.path[:200],
+            status=response.status,
+            ms=f"{seconds * 1000:.1f}",
+            provider=headers.get("x-aiclient-provider", "-"),
+            model=headers.get("x-aiclient-model", "-"),
+            end=outcome or "ok",
+        )
+
+    # -- answers that need no upstream
+
+    def dialect_of(self, request: Request | None) -> Dialect:
+        """The dialect a request is answered in: asked for, the endpoint's, or the default."""
+        if request is not None:
+            asked = request.headers.get("x-output-format", "").lower()
+            if asked in FORMATS:
+                return FORMATS[asked]
+            path = plain_path(request.path)
+            if path.startswith("/v1/messages"):
+                return MESSAGES
+            if path.startswith(("/v1/chat", "/v1/responses")):
+                return CHAT
+            if "anthropic-version" in request.headers:
+                return MESSAGES
+        return FORMATS[self.config.default_format]
+
+    def write_error(self, error: ApiError, request: Request | None = None) -> Response:
+        """An error in the dialect of whoever asked."""
+        dialect = self.dialect_of(request)
+        request_id = request.id if request is not None else "req_" + os.urandom(12).hex()
+        body = dump_json(dialect.error_body(error, request_id))
+        headers = error_headers(error)
+        headers.update({"request-id": request_id, "x-request-id": request_id})
+        headers["X-Content-Type-Options"] = "nosniff"
+        # Codex retries a 401 or 503 for minutes; only whoever speaks for the wire sets a status.
+        status = dialect.error_status(error)
+        return Response(status, body, headers)
+
+    async def dispatch(self, request: Request) -> Response:
+        """The route table."""
+        path = plain_path(request.path)
+        methods = self.routes.get(path)
+        if methods is None and path.startswith("/v1/models/"):
+            methods = {"GET": self.get_model}
+        if methods is None:
+            raise UnknownUrl(f"There is no {path} here.", hint="See README.md for the endpoints.")
+        method = "GET" if request.method == "HEAD" else request.method
+        if method not in methods:
+            allowed = ", ".join([*methods, "HEAD"] if "GET" in methods else methods)
+            raise MethodNotAllowed(f"{path} takes {allowed}.", headers={"Allow": allowed})
+        return await methods[method](request)
+
+    async def get_health(self, request: Request) -> Response:
+        """`{"status": "ok"}`."""
+        return Response(200, b'{"status":"ok"}')
+
+    async def post_telemetry(self, request: Request) -> Response:
+        """Older Claude Code sends its telemetry here: taken and thrown away."""
+        await request.read_body()
+        return Response(200, b"{}")
+
+    async def get_usage(self, request: Request) -> Response:
+        """The counters."""
+        return Response(200, dump_json(self.usage.report()))
+
+    async def delete_usage(self, request: Request) -> Response:
+        """Resets the counters and returns the empty report."""
+        self.usage.reset()
+        return Response(200, dump_json(self.usage.report()))
+
+    async def post_count_tokens(self, request: Request) -> Response:
+        """Estimated here: never an upstream call, as Claude Code asks in bursts."""
+        body = await self.read_json(request)
+        message_list(body)
+        return Response(200, dump_json({"input_tokens": estimate_request(body)}))
+
+    async def catalogues(self, refresh: bool = False) -> dict[str, dict[str, Model]]:
+        """The models of every provider that can tell."""
+        found: dict[str, dict[str, Model]] = {}
+        for name, provider in self.providers.items():
+            try:
+                found[name] = await provider.models(refresh)
+            except ApiError as error:
+                level = "debug" if isinstance(error, NotSignedIn) else "warning"
+                log_event(level, "models_unavailable", provider=name, reason=error)
+        return found
+
+    def rows(self, catalogues: dict[str, dict[str, Model]]) -> list[Json]:
+        """The models to list: those that can be used, by their shortest unambiguous name."""
+        rows = []
+        ids = [model for models in catalogues.values() for model in models]
+        for name, models in catalogues.items():
+            for model in models.values():
+                if model.listed and any(dialect in DIALECTS for dialect in model.dialects):
+                    shown = f"{name}/{model.id}" if ids.count(model.id) > 1 else model.id
+                    rows.append(self.row(shown, model))
+        return rows
+
+    def row(self, shown: str, model: Model) -> Json:
+        """One model in both vendors' shapes at once: either SDK takes what it knows."""
+        row: Json = {
+            "id": shown,
+            "object": "model",
+            "created": self.started_at,
+            "owned_by": model.vendor or model.provider,
+            "type": "model",
+            "display_name": model.name or model.id,
+            "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started_at)),
+            "provider": model.provider,
+        }
+        limits = {
+            "max_input_tokens": model.max_prompt,
+            "max_tokens": model.max_output,
+            "context_window": model.context,
+        }
+        row.update({key: value for key, value in limits.items() if value})
+        return row
+
+    async def get_models(self, request: Request) -> Response:
+        """All models, in both vendors' shapes."""
+        rows = self.rows(await self.catalogues())
+        first, last = (rows[0]["id"], rows[-1]["id"]) if rows else (None, None)
+        ends = {"first_id": first, "last_id": last, "has_more": False}
+        return Response(200, dump_json({"object": "list", "data": rows, **ends}))
+
+    async def get_model(self, request: Request) -> Response:
+        """One model."""
+        name = plain_path(request.path).removeprefix("/v1/models/")
+        catalogues = await self.catalogues()
+        route = self.router.route(name, None, catalogues)
+        model = find_model(route.model, catalogues.get(route.provider, {}))
+        if model is None:
+            raise self.router.not_found(name, catalogues)
+        return Response(200, dump_json(self.row(name, model)))
+
+    # -- the story of one conversation
+
+    async def post_chat(self, request: Request) -> Response:
+        """OpenAI chat completions."""
+        return await self.converse(request, CHAT)
+
+    async def post_messages(self, request: Request) -> Response:
+        """Anthropic messages."""
+        return await self.converse(request, MESSAGES)
+
+    async def read_json(self, request: Request) -> Json:
+        """A request's body, which must be one JSON object; raises InvalidRequest."""
+        data = await request.read_body()
+        if data.count(b",") > MAX_JSON_COMMAS:
+            raise BodyTooLarge(f"The body holds more than {MAX_JSON_COMMAS} values.")
+        try:
+            text = data.decode()
+            body = load_json(text)
+        except UnicodeDecodeError:
+            raise InvalidRequest("The body is not UTF-8.") from None
+        except ValueError as error:
+            raise InvalidRequest(
+                f"The body is not valid JSON: {redact(str(error))[:200]}."
+            ) from None
+        if not isinstance(body, dict):
+            raise InvalidRequest("The body must be a JSON object.")
+        # Two readers would disagree on which of two equal keys counts.
+        suspects = (b'"model"', b'"messages"', b'"stream"')
+        if any(data.count(key) > 1 for key in suspects):
+            keys = top_level_keys(data)
+            if len(keys) != len(set(keys)):
+                raise InvalidRequest("The body has a key twice at its top level.")
+        return body
+
+    async def find_model(self, request: Request, name: str) -> tuple[Provider, Model]:
+        """Who answers, and as which model; raises ModelNotFound."""
+        catalogues = await self.catalogues()
+        header = request.headers.get("x-provider")
+        route = self.router.route(name, header, catalogues)
+        provider = self.providers[route.provider]
+        model = find_model(route.model, await provider.models())
+        if model is None:
+            model = find_model(route.model, await provider.models(refresh=True))
+        if model is None and route.explicit:
+            model = provider.guess(route.model)
+        if model is None:
+            raise self.router.not_found(name, catalogues)
+        return provider, model
+
+    @staticmethod
+    def choose_dialect(model: Model, asked: Dialect) -> Dialect:
+        """The caller's own dialect where the model speaks it, else the first that both sides know."""
+        known = [DIALECTS[name] for name in model.dialects if name in DIALECTS]
+        if not known:
+            raise InvalidRequest(
+                f"{model.id} is served only on OpenAI's responses endpoint, "
+                "which this version does not speak yet.",
+                hint="Choose another model; GET /v1/models lists those that work.",
+                param="model",
+            )
+        return asked if asked in known else known[0]
+
+    async def converse(self, request: Request, asked: Dialect) -> Response:
+        """One request for an answer, in the dialect `asked`."""
+        body = await self.read_json(request)
+        outline = asked.outline(body)
+        session = request.headers.get("x-claude-code-session-id", "")
+        outline.session = outline.session or session
+        provider, model = await self.find_model(request, outline.model)
+        spoken = self.choose_dialect(model, asked)
+        answered = self.dialect_of(request)
+        terms = Terms(
+            id=answered.id_prefix + os.urandom(12).hex(),
+            created=int(time.time()),
+            model=outline.model,
+            include_usage=outline.include_usage or not outline.stream,
+            asked=body,
+            keep=provider.keep_reasoning,
+        )
+        call = self.write_call(body, asked, spoken, model, terms, outline)
+        call.betas = request.headers.get("anthropic-beta", "")
+        flow = Flow(spoken, answered, terms, outline.stream, request.id)
+        exchange = Exchange(self, request, provider, call, flow)
+        return await exchange.run()
+
+    @staticmethod
+    def write_call(
+        body: Json, asked: Dialect, spoken: Dialect, model: Model, terms: Terms, outline: Outline
+    ) -> Call:
+        """The upstream's body: the caller's own where it speaks that, else converted."""
+        legacy = asked is CHAT and "functions" in body and "tools" not in body
+        if spoken is asked and not legacy:
+            limit = NATIVE_NAME_LIMITS[spoken.name]
+            names = wire_names(tool_names(body), limit)
+            terms.names = {wire: name for wire, name in names.items() if wire != name}
+            terms.many = spoken is CHAT and (int_field(body, "n") or 1) > 1
+            if spoken is CHAT and model.stops is not None and body.get("stop"):
+                stops = [body["stop"]] if isinstance(body["stop"], str) else body["stop"]
+                terms.cut = [s for s in stops if isinstance(s, str) and s][model.stops :]
+            return Call(model, spoken.name, body, outline)
+        chat = asked.read_request(body)
+        chat.stop, terms.cut = split_stops(chat.stop, spoken.name, model)
+        names = wire_names(tool.name for tool in chat.tools)
+        terms.names = {wire: name for wire, name in names.items() if wire != name}
+        terms.legacy_functions = legacy
+        thinking = body.get("thinking")
+        display = thinking.get("display") if isinstance(thinking, dict) else None
+        terms.hide_thinking = display == "omitted"
+        written = spoken.write_request(chat, model)
+        return Call(model, spoken.name, written, outline, dropped=chat.dropped)
+
+
+class Exchange:
+    """One upstream answer on its way to one client."""
+
+    def __init__(
+        self, gateway: Gateway, request: Request, provider: Provider, call: Call, flow: Flow
+    ) -> None:
+        self.gateway = gateway
+        self.request = request
+        self.provider = provider
+        self.call = call
+        self.flow = flow
+        self.source: Source | None = None
+        self.counted = False
+
+    async def run(self) -> Response:
+        """The response; its status waits for the upstream's first event."""
+        self.request.cancel_on_hangup(True)
+        opening = asyncio.ensure_future(self.open())
+        try:
+            patience_s = HOLD_STATUS_SECONDS if self.flow.stream else None
+            await asyncio.wait((opening,), timeout=patience_s)
+            if opening.done():
+                opening.result()
+                if self.flow.error and not self.flow.begun:
+                    raise self.flow.error
+        except BaseException as error:
+            await self.abandon(opening)
+            self.finish(error)
+            raise
+        if not self.flow.stream:
+            return self.whole()
+        return Response(
+            200,
+            headers={
+                **self.headers(),
+                "Cache-Control": "no-cache",
+                "X-Accel-Buffering": "no",
+            },
+            stream=lambda outlet: self.pump(outlet, opening),
+            content_type="text/event-stream; charset=utf-8",
+        )
+
+    @staticmethod
+    async def abandon(opening: asyncio.Future[bytes]) -> None:
+        """Ends an opening that nobody waits for any more."""
+        if not opening.done():
+            opening.cancel()
+            await asyncio.wait((opening,))
+
+    async def open(self) -> bytes:
+        """Opens the upstream and returns the first bytes for the caller; all of them if whole."""
+        self.source = await self.provider.open(self.call)
+        first = await self.source.first()
+        if first.lstrip()[:1] == b"{":
+            return await self.open_whole(first)
+        data = self.flow.feed(first)
+        while not data and not self.flow.over:
+            piece = await self.source.first()
+            data = self.flow.feed(piece) if piece else self.flow.end()
+        if not self.flow.stream:
+            await self.drain()
+        return data
+
+    async def open_whole(self, first: bytes) -> bytes:
+        """An upstream that answered with one JSON object instead of a stream."""
+        assert self.source is not None
+        pieces = [first]
+        while piece := await self.source.first():
+            pieces.append(piece)
+            if sum(map(len, pieces)) > MAX_WHOLE_ANSWER_BYTES:
+                raise UpstreamError("The upstream's answer is too large.")
+        return self.flow.feed_whole(b"".join(pieces))
+
+    async def drain(self) -> None:
+        """Takes the rest of a stream for a caller that wants a whole answer."""
+        assert self.source is not None
+        while not self.flow.over:
+            piece = await self.source.first()
+            if piece:
+                self.flow.feed(piece)
+            else:
+                self.flow.end()
+
+    def whole(self) -> Response:
+        """The whole answer, or its error."""
+        try:
+            body = self.flow.whole()
+        except ApiError as error:
+            self.finish(error)
+            raise
+        self.finish(None)
+        return Response(200, dump_json(body), self.headers())
+
+    def headers(self) -> dict[str, str]:
+        """Who answered, and what was left out."""
+        headers = {
+            "x-aiclient-provider": self.provider.name,
+            "x-aiclient-model": self.call.model.id,
+        }
+        dropped = [name for name in self.call.dropped if TOKEN.fullmatch(name)]
+        if dropped:
+            headers["x-aiclient-dropped"] = ", ".join(dict.fromkeys(dropped))
+        return headers
+
+    async def pump(self, outlet: Outlet, opening: asyncio.Future[bytes]) -> None:
+        """The stream: what has come, what comes, pings in silences, and a legal end."""
+        flow, ticker = self.flow, self.gateway.ticker
+        failure: BaseException | None = None
+
+        def ping(now: float) -> None:
+            if now - outlet.last_at >= PING_SECONDS and not flow.over:
+                outlet.write(flow.caller.ping(flow.begun))
+
+        def sink(data: bytes) -> None:
+            outlet.write(flow.feed(data))
+            if flow.over and self.source is not None:
+                self.source.stop()
+
+        ticker.add(ping)
+        self.request.cancel_on_hangup(True)
+        try:
+            if not opening.done():
+                flow.begun = True  # the head goes out before the upstream's first word
+                outlet.write(flow.caller.ping(False))
+            first = await opening
+            assert self.source is not None
+            outlet.on_flow = self.source.hold
+            outlet.on_stop = self.stop
+            outlet.write(first)
+            if not flow.over:
+                await self.source.relay(sink)
+            outlet.write(flow.end())
+            failure = flow.error
+        except ApiError as error:
+            failure = error
+            outlet.write(flow.end(error))
+        except BaseException as error:
+            failure = error
+            raise
+        finally:
+            ticker.discard(ping)
+            await self.abandon(opening)
+            self.finish(failure)
+
+    def stop(self) -> None:
+        """The server must end: the answer ends with an error in its dialect."""
+        if self.source is not None:
+            self.source.fail(Overloaded("The gateway is stopping."))
+
+    def finish(self, failure: BaseException | None) -> None:
+        """Gives the upstream back and counts the answer, once."""
+        self.request.cancel_on_hangup(False)
+        if self.source is not None:
+            self.source.close()
+        if self.counted or (self.source is None and failure is not None):
+            return
+        self.counted = True
+        failed = failure is not None
+        self.gateway.usage.add(self.provider.name, self.call.model.id, self.flow.usage, failed)
