@@ -8426,3 +8426,159 @@ class Exchange:
         self.counted = True
         failed = failure is not None
         self.gateway.usage.add(self.provider.name, self.call.model.id, self.flow.usage, failed)
+
+
+# ---- 17. Command line --------------------------------------------------------------------------
+
+
+def make_providers(config: Config, paths: Paths, client: HttpClient) -> dict[str, Provider]:
+    """The enabled providers by name, in the order of the configuration."""
+    machine: tuple[str, str] | None = None
+    providers: dict[str, Provider] = {}
+    for name, entry in config.providers.items():
+        if not entry.enabled:
+            continue
+        if isinstance(entry, CopilotConfig):
+            machine = machine or load_machine(paths)
+            providers[name] = CopilotProvider(name, entry, paths, client, machine)
+        else:
+            providers[name] = EchoProvider(name)
+    return providers
+
+
+def start_log(level: str) -> None:
+    """The log on standard error, a line per event, times in UTC."""
+    logging.Formatter.converter = time.gmtime
+    handler = logging.StreamHandler(sys.stderr)
+    form = "%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s"
+    handler.setFormatter(logging.Formatter(form, "%Y-%m-%dT%H:%M:%S"))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(getattr(logging, level.upper()))
+    logging.getLogger("asyncio").setLevel(logging.WARNING)
+    # The documented way to spare what no line shows (logging HOWTO, "Optimization").
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+
+
+def shown_host(host: str) -> str:
+    """A host as it stands in a URL."""
+    return f"[{host}]" if ":" in host else host
+
+
+def print_ready(config: Config, port: int, providers: dict[str, Provider]) -> None:
+    """What a person needs next: address, providers, a first request to paste."""
+    url = f"http://{shown_host(config.server.host)}:{port}"
+    print(f"aiclient-api {__version__} listening on {url}", flush=True)
+    for name, provider in providers.items():
+        if isinstance(provider, CopilotProvider):
+            ready = provider.account.is_signed_in()
+            state = "signed in" if ready else f"not signed in: {provider.account.path} is missing"
+        else:
+            state = "answers locally, needs no account"
+        print(f"  provider {name}: {state}")
+    key = " -H 'authorization: Bearer YOUR_KEY'" if config.api_key else ""
+    print("Try it:")
+    print(f"  curl {url}/v1/chat/completions -H 'content-type: application/json'{key} \\")
+    print(
+        """    -d '{"model":"echo","messages":[{"role":"user","content":"hello"}]}'""", flush=True
+    )
+
+
+async def serve(config: Config, paths: Paths) -> int:
+    """Runs the gateway until a signal ends it; every object is made here.  The exit status."""
+    loop = asyncio.get_running_loop()
+    ticker = Ticker()
+    client = HttpClient(config.network, ticker)
+    providers = make_providers(config, paths, client)
+    gateway = Gateway(config, providers, ticker, UsageTracker())
+    server = Server(config.server, ticker, gateway.handler, gateway.write_error)
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    try:
+        port = await server.listen()
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        where = f"{shown_host(config.server.host)}:{config.server.port}"
+        raise ProgramError(f"cannot listen on {where}: {reason}; try --port") from None
+    print_ready(config, port, providers)
+    await stopping.wait()
+    log_event("info", "stopping", connections=len(server.connections))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, os._exit, 1)  # a second signal: at once
+    await server.drain(config.server.drain_seconds)
+    for provider in providers.values():
+        provider.close()
+    client.close()
+    return 0
+
+
+def cmd_start(options: argparse.Namespace) -> int:
+    """`start`: runs the gateway in this terminal."""
+    if not options.foreground:
+        raise ProgramError("this version runs in the foreground only: start --foreground")
+    os.umask(0o077)
+    flags = {
+        "server.host": options.host,
+        "server.port": options.port,
+        "api_key": options.api_key,
+    }
+    paths = find_paths(dict(os.environ))
+    config = load_config(paths, dict(os.environ), flags)
+    start_log(config.logging.level)
+    return asyncio.run(serve(config, paths))
+
+
+def version_text() -> str:
+    """Version, Python, path, and the file's own SHA-256: a copied file can be checked."""
+    path = os.path.realpath(__file__)
+    with open(path, "rb") as file:
+        digest = hashlib.sha256(file.read()).hexdigest()
+    python = sys.version.split()[0]
+    return f"aiclient-api {__version__}\nPython {python}\n{path}\nsha256 {digest}"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="aiclient-api",
+        description="A local gateway that offers GitHub Copilot as the OpenAI and Anthropic API.",
+        epilog="example: aiclient-api start --foreground --port 9090",
+    )
+    parser.add_argument("--version", action="store_true", help="show version, path and SHA-256")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
+    start = verbs.add_parser("start", help="run the gateway", description=cmd_start.__doc__)
+    start.add_argument("--foreground", action="store_true", help="stay in this terminal")
+    start.add_argument("--host", help="address to listen on (default 127.0.0.1)")
+    start.add_argument("--port", help="port to listen on (default 9090; 0 = any free one)")
+    start.add_argument(
+        "--api-key",
+        help="key that clients must send; others on this machine can "
+        "see it in the process list, so prefer AICLIENT_API_KEY or the config file",
+    )
+    start.set_defaults(run=cmd_start)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command: 0 done, 1 failed, 2 wrong usage."""
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    try:
+        if options.version:
+            print(version_text())
+            return 0
+        if options.verb is None:
+            parser.print_help()
+            return 2
+        status: int = options.run(options)
+        return status
+    except ProgramError as error:
+        print(f"aiclient-api: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
