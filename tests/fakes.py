@@ -1,0 +1,2035 @@
+"""A strict imitation of GitHub and of the Copilot service, for tests, on 127.0.0.1.
+
+One server plays github.com, api.github.com and the Copilot API; its token answer names itself as
+`endpoints.api`. It refuses what the real service refuses, answers with the real service's oddities,
+and writes down in `fake.violations` everything that a well-behaved client does not do: each refusal,
+and some things that the real service lets pass (a wrong X-Initiator, a request id used twice).
+
+    with FakeCopilot() as fake:
+        ...point the gateway at fake.url...
+        fake.queue(Answer(429, {"Retry-After": "2"}, b"slow down"))  # instead of an imitation
+        assert fake.violations == []
+        assert fake.calls[0].body["model"] == "gpt-4.1"
+
+What is here, in this order:
+    Answers and parts    what tests hand in and get back
+    Frames               bytes of a stream, and ways to cut them
+    Models               the catalogue that is served
+    Refusals             the error bodies of the service
+    Looking at bodies    images, text, last item
+    Rules                of HTTP, of identity headers, and one part for each endpoint
+    Imitation            the default brain, usage, and the two dialects it is spoken in
+    Connection           reading requests, writing answers byte by byte
+    FakeCopilot          the server and its routes
+
+Facts about the service are from public sources up to 2026-09. Where they leave a choice, this file
+takes the harder one.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import copy
+import hashlib
+import json
+import re
+import select
+import socket
+import struct
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from http.client import responses
+from typing import Any, Self
+from urllib.parse import parse_qsl, urlencode
+
+Json = dict[str, Any]
+Names = frozenset[str]
+
+#: How long a connection waits for a test that forgot to set `pause`, or behind `then="hang"`.
+PATIENCE_SECONDS = 30.0
+#: How often a waiting connection looks whether its client is still there.
+LOOK_SECONDS = 0.01
+#: Older `X-GitHub-Api-Version` values answer 466; the oldest one that clients still used in 2026.
+OLDEST_API_VERSION = "2025-05-01"
+
+# ---- Answers and parts ---------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Answer:
+    """One HTTP answer, written piece by piece, one send each."""
+
+    #: 0 writes no head: the pieces are all that goes over the wire.
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes | list[bytes] = b""
+    #: Waited for before every piece but the first; after an empty first piece the head waits alone.
+    pause: threading.Event | None = None
+    #: "keep" ends the body properly; "close" and "reset" (RST) end the connection after the last
+    #: piece, so that a chunked body lacks its end; "hang" stays silent until the client leaves.
+    then: str = "keep"
+    #: False sends Content-Length or, with then="close", a body that ends with the connection.
+    chunked: bool = True
+    #: False skips every check of the request that gets this answer.
+    strict: bool = True
+    #: True: the pieces already hold the chunk framing (see `chunk`), for cuts inside it.
+    framed: bool = False
+
+    def pieces(self) -> list[bytes]:
+        """The body as a list of the sends to make."""
+        return [self.body] if isinstance(self.body, bytes) else self.body
+
+
+@dataclass(slots=True)
+class Seen:
+    """One request as it arrived; header names in lower case, repeated ones joined by ", "."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: Any
+    raw: bytes
+    connection: int
+
+
+@dataclass(slots=True)
+class Say:
+    """Text of the answer."""
+
+    text: str
+
+
+@dataclass(slots=True)
+class Think:
+    """A thought; without a signature it gets a fresh one. Given signatures count as issued too."""
+
+    text: str
+    signature: str | None = None
+
+
+@dataclass(slots=True)
+class Call:
+    """A tool call."""
+
+    name: str
+    arguments: Json
+    id: str | None = None
+
+
+@dataclass(slots=True)
+class Stop:
+    """A stop reason in the words of the dialect, instead of the one that follows from the parts."""
+
+    reason: str
+
+
+Part = Say | Think | Call | Stop
+#: (dialect "chat" or "messages", request body) -> what to answer
+Brain = Callable[[str, Json], list[Part]]
+
+# ---- Frames --------------------------------------------------------------------------------------
+
+
+def dump(value: object) -> bytes:
+    """Compact JSON in UTF-8, not escaped, so that characters of several bytes stay such."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def sse(*objects: Json, done: bool = True) -> bytes:
+    """Frames of a chat stream."""
+    return b"".join(b"data: %s\n\n" % dump(o) for o in objects) + b"data: [DONE]\n\n" * done
+
+
+def events(*objects: Json) -> bytes:
+    """Frames of an Anthropic stream, with `event:` lines taken from each `type`."""
+    return b"".join(b"event: %s\ndata: %s\n\n" % (o["type"].encode(), dump(o)) for o in objects)
+
+
+def chunk(data: bytes) -> bytes:
+    """`data` as one chunk of a chunked body; `chunk(b"")` is the end of the body."""
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+def drip(data: bytes, size: int = 1) -> list[bytes]:
+    """`data` in pieces of `size` bytes."""
+    return [data[at : at + size] for at in range(0, len(data), size)]
+
+
+# ---- Models --------------------------------------------------------------------------------------
+
+_TIERED = {
+    "batch_size": 1_000_000,
+    "default": {"input_price": 300, "output_price": 1500, "cache_read_price": 30,
+                "cache_write_price": 375, "max_prompt_tokens": 168_000},
+    "long_context": {"input_price": 600, "output_price": 2250, "cache_read_price": 60,
+                     "cache_write_price": 750, "max_prompt_tokens": 936_000},
+}  # fmt: skip
+_FLAT = {
+    "batch_size": 1_000_000,
+    "input_price": 200 * 10**9,
+    "output_price": 800 * 10**9,
+    "cache_price": 50 * 10**9,
+}
+_VISION = {
+    "max_prompt_image_size": 3_145_728,
+    "max_prompt_images": 5,
+    "supported_media_types": ["image/jpeg", "image/png", "image/webp", "image/gif"],
+}
+_BOTH = ["/chat/completions", "/v1/messages"]
+_BUDGET = {"min_thinking_budget": 1024, "max_thinking_budget": 32_000}
+
+
+def _model(
+    name: str,
+    vendor: str,
+    endpoints: list[str] | None = None,
+    limits: tuple[int, int] = (128_000, 16_000),
+    prices: Json | None = None,
+    vision: bool = True,
+    supports: Mapping[str, Any] | None = None,
+) -> Json:
+    """One entry of the list; `limits` are the most prompt and output tokens."""
+    entry: Json = {
+        "id": name, "object": "model", "name": name.replace("-", " ").title(), "vendor": vendor,
+        "version": name, "preview": name.endswith("-preview"), "model_picker_enabled": True,
+        "billing": {"is_premium": True, "multiplier": 1, "token_prices": prices or _TIERED},
+        "capabilities": {
+            "object": "model_capabilities", "type": "chat", "family": name,
+            "tokenizer": "o200k_base",
+            "limits": {"max_context_window_tokens": sum(limits), "max_prompt_tokens": limits[0],
+                       "max_output_tokens": limits[1]},
+            "supports": {"streaming": True, "tool_calls": True, "parallel_tool_calls": True,
+                         **(supports or {})},
+        },
+    }  # fmt: skip
+    if endpoints:
+        entry["supported_endpoints"] = endpoints
+    if vision:
+        entry["capabilities"]["supports"]["vision"] = True
+        entry["capabilities"]["limits"]["vision"] = _VISION
+    if vendor == "Anthropic":
+        entry["capabilities"]["limits"]["max_non_streaming_output_tokens"] = 16_000
+    return copy.deepcopy(entry)
+
+
+def default_models() -> list[Json]:
+    """A list as odd as real ones: a duplicate, a nameless entry, missing keys, two price forms."""
+    effort = ["low", "medium", "high"]
+    gpt4o = _model("gpt-4o", "Azure OpenAI", prices=_FLAT)
+    locked = _model("claude-sonnet-4", "Anthropic", _BOTH, supports=_BUDGET)
+    locked["policy"] = {
+        "state": "unconfigured",
+        "terms": "Enable access to Claude Sonnet 4. [Learn more](https://example.com)",
+    }
+    unbilled = _model("grok-code-fast-1", "xAI", ["/chat/completions"], vision=False)
+    del unbilled["billing"]
+    embeddings = _model("text-embedding-3-small", "Azure OpenAI", prices=_FLAT, vision=False)
+    embeddings["capabilities"] = {
+        "type": "embeddings", "family": "text-embedding-3-small",
+        "limits": {"max_inputs": 512}, "supports": {"dimensions": True},
+    }  # fmt: skip
+    return [
+        _model("claude-sonnet-4.5", "Anthropic", _BOTH, (168_000, 16_000), supports=_BUDGET),
+        _model("claude-opus-4.8", "Anthropic", _BOTH[::-1], (168_000, 32_000),
+               supports={"adaptive_thinking": True, "reasoning_effort": effort}),
+        _model("claude-haiku-4.5", "Anthropic", _BOTH, (136_000, 64_000), supports=_BUDGET),
+        _model("gpt-4.1", "Azure OpenAI", prices=_FLAT),
+        gpt4o,
+        {**gpt4o, "name": "GPT-4o (second entry)"},
+        _model("gpt-5.2", "OpenAI", ["/chat/completions", "/responses", "ws:/responses"],
+               (128_000, 64_000), supports={"reasoning_effort": ["none", *effort, "xhigh"]}),
+        _model("gpt-5.3-codex", "OpenAI", ["/responses", "ws:/responses"], (272_000, 128_000),
+               supports={"reasoning_effort": [*effort, "xhigh"]}),
+        _model("gemini-3.1-pro-preview", "Google", ["/chat/completions"], (136_000, 64_000),
+               supports={"min_thinking_budget": 256, "max_thinking_budget": 32_000}),
+        embeddings,
+        {"object": "model", "name": "An entry without an id", "vendor": "Nobody"},
+        locked,
+        unbilled,
+    ]  # fmt: skip
+
+
+def supports(model: Json, name: str) -> Any:
+    """What the catalogue says under capabilities.supports, None when it says nothing."""
+    return model.get("capabilities", {}).get("supports", {}).get(name)
+
+
+def limit(model: Json, name: str) -> int:
+    """A limit of the catalogue; a missing one is no limit."""
+    return int(model.get("capabilities", {}).get("limits", {}).get(name) or 10**9)
+
+
+def claude_version(model: Json) -> tuple[int, int]:
+    """(4, 5) of claude-sonnet-4.5, (0, 0) of what is no Claude."""
+    found = re.match(r"claude-[a-z]+-(\d+)(?:[.-](\d{1,2}))?(?!\d)", model["id"])
+    return (int(found.group(1)), int(found.group(2) or 0)) if found else (0, 0)
+
+
+def is_claude(model: Json) -> bool:
+    """Claude has its own habits on every endpoint."""
+    return bool(model.get("vendor") == "Anthropic")
+
+
+def is_openai(model: Json) -> bool:
+    """The vendor is spelled in two ways."""
+    return model.get("vendor") in ("OpenAI", "Azure OpenAI")
+
+
+def is_google(model: Json) -> bool:
+    """Gemini's validator is the strictest."""
+    return bool(model.get("vendor") == "Google")
+
+
+# ---- Refusals ------------------------------------------------------------------------------------
+
+
+class Refusal(Exception):
+    """An error answer; `note` goes into `violations`, "" stands for what the test itself caused."""
+
+    def __init__(self, status: int, body: bytes, note: str) -> None:
+        super().__init__(note)
+        self.status = status
+        self.body = body
+        self.note = note
+
+    def answer(self) -> Answer:
+        """JSON or not, the service calls it text/plain."""
+        kind = "text/html" if self.body.startswith(b"<") else "text/plain; charset=utf-8"
+        return Answer(self.status, {"Content-Type": kind}, self.body, chunked=False)
+
+
+def plain(status: int, text: str, note: str | None = None) -> Refusal:
+    """An error of bare text, with the newline that the service adds."""
+    return Refusal(status, text.encode() + b"\n", text if note is None else note)
+
+
+def capi(status: int, message: str, code: str | None, **more: str) -> Refusal:
+    """An error in the service's own form."""
+    error = {"message": message, **({} if code is None else {"code": code}), **more}
+    return Refusal(status, dump({"error": error}), message)
+
+
+def bad_body(why: str) -> Refusal:
+    """The service never says what it dislikes in a chat body; `violations` does."""
+    refusal = capi(400, "invalid request body", "invalid_request_body")
+    refusal.note = f"invalid request body: {why}"
+    return refusal
+
+
+def anthropic(message: str, kind: str = "invalid_request_error") -> Refusal:
+    """An error in Anthropic's form, as the backends of /v1/messages give it."""
+    request = "req_vrtx_" + hashlib.sha256(message.encode()).hexdigest()[:24]
+    return Refusal(
+        400,
+        dump({"type": "error", "error": {"type": kind, "message": message}, "request_id": request}),
+        message,
+    )
+
+
+def extra(path: str) -> Refusal:
+    """The validator's words for a key that it does not know."""
+    return anthropic(f"{path}: Extra inputs are not permitted")
+
+
+def no_extras(value: Json, known: Names | set[str], where: str = "") -> None:
+    """Refuses an object with a key that the validator does not know."""
+    if unknown := sorted(set(value) - known):
+        raise extra(where + unknown[0])
+
+
+def wrong_kind(where: str, kind: Any) -> Refusal:
+    """The validator's words for a type that it does not expect here."""
+    return anthropic(f"{where}: Input tag '{kind}' does not match any of the expected tags")
+
+
+def wrong_name(where: str, most: str = "{1,64}") -> Refusal:
+    """The validator's words for an id or a name with foreign characters."""
+    return anthropic(f"{where}: String should match pattern '^[a-zA-Z0-9_-]{most}$'")
+
+
+_FORBIDDEN = "Access to this endpoint is forbidden. Please review our Terms of Service."
+
+
+def forbidden(note: str) -> Refusal:
+    """The firewall in front of the service: it does not like who is asking."""
+    return plain(403, _FORBIDDEN, note)
+
+
+# ---- Looking at bodies ---------------------------------------------------------------------------
+
+
+def _parts(content: Any) -> list[Json]:
+    """The dict parts of a message's content; a string has none."""
+    return [p for p in content if isinstance(p, dict)] if isinstance(content, list) else []
+
+
+def text_of(content: Any) -> str:
+    """All text of a message's content or of a tool result."""
+    if isinstance(content, str):
+        return content
+    return "".join(p.get("text", "") for p in _parts(content) if p.get("type") == "text")
+
+
+def images_in(value: Any) -> int:
+    """How many images a body holds, in whatever dialect and however deep."""
+    if isinstance(value, list):
+        return sum(images_in(item) for item in value)
+    if not isinstance(value, dict):
+        return 0
+    here = value.get("type") in ("image", "image_url", "input_image")
+    return (
+        int(here)
+        + images_in(value.get("content"))
+        + images_in(value.get("messages"))
+        + images_in(value.get("input"))
+    )
+
+
+def tokens_in(value: Any) -> int:
+    """A rough count of tokens: a quarter of all characters but those of images and signatures."""
+    if isinstance(value, str):
+        return (len(value) + 3) // 4
+    if isinstance(value, list):
+        return sum(tokens_in(item) for item in value)
+    if isinstance(value, dict):
+        hidden = ("data", "url", "image_url", "signature", "reasoning_opaque")
+        return sum(tokens_in(item) for key, item in value.items() if key not in hidden)
+    return 0
+
+
+def tool_results(dialect: str, body: Json) -> list[str]:
+    """Texts of the tool results that a body ends with; empty when it ends with something else."""
+    messages: list[Json] = body["messages"]
+    if dialect == "chat":
+        ends = len(messages)
+        while ends and messages[ends - 1]["role"] == "tool":
+            ends -= 1
+        return [text_of(m["content"]) for m in messages[ends:]]
+    blocks = _parts(messages[-1]["content"])
+    return [text_of(b.get("content")) for b in blocks if b["type"] == "tool_result"]
+
+
+def last_user_text(body: Json) -> str:
+    """What the user said last."""
+    said = (text_of(m["content"]) for m in reversed(body["messages"]) if m["role"] == "user")
+    return next(said, "")
+
+
+def offered_tools(body: Json) -> list[tuple[str, Json]]:
+    """Name and schema of every tool of a chat or messages body."""
+    tools = (t.get("function", t) for t in body.get("tools") or ())
+    return [(t["name"], t.get("input_schema") or t.get("parameters") or {}) for t in tools]
+
+
+def right_initiators(endpoint: str, body: Json) -> set[str]:
+    """What X-Initiator may say: the last item decides; both where a repair may hide that item."""
+    if endpoint == "/responses":
+        items = body.get("input")
+        last = items[-1] if isinstance(items, list) and items else {"role": "user"}
+        foreign = last.get("type", "message") != "message" or last.get("role") == "assistant"
+        return {"agent" if foreign else "user"}
+    messages = body["messages"]
+    last, before = messages[-1], messages[-2]["role"] if len(messages) > 1 else ""
+    if last["role"] in ("system", "developer") or text_of(last["content"]) == "Please continue.":
+        return {"user", "agent"}
+    if last["role"] in ("assistant", "tool"):
+        return {"agent"}
+    blocks = _parts(last["content"])
+    if blocks and all(b.get("type") == "tool_result" for b in blocks):
+        return {"agent"}
+    # Images of a tool result cannot stay in it on chat: they follow as a user message.
+    moved = before == "tool" and images_in(last) > 0
+    return {"user", "agent"} if moved else {"user"}
+
+
+def schema_trouble(schema: Any, google: bool = False, items_needed: bool = True) -> str | None:
+    """What a validator dislikes in a tool's schema, at any depth; None when it likes all."""
+    if not isinstance(schema, dict):
+        return None
+    refused = ["$schema", "$id"]
+    if google:
+        refused += [
+            "additionalProperties",
+            "patternProperties",
+            "propertyNames",
+            "unevaluatedProperties",
+        ]
+        if schema.get("format", "enum") not in (
+            "enum",
+            "date-time",
+            "int32",
+            "int64",
+            "float",
+            "double",
+        ):
+            return f"format {schema['format']}"
+        if "anyOf" in schema and isinstance(schema.get("type"), list):
+            return "anyOf beside a list of types"
+    if bad := [key for key in refused if key in schema]:
+        return bad[0]
+    if items_needed and schema.get("type") == "array" and not isinstance(schema.get("items"), dict):
+        return "an array without items"
+    below = [schema.get("items"), schema.get("additionalProperties")]
+    for key in ("properties", "$defs", "definitions"):
+        below += (schema.get(key) or {}).values()
+    for key in ("anyOf", "oneOf", "allOf"):
+        below += schema.get(key) or []
+    troubles = (schema_trouble(part, google, items_needed) for part in below)
+    return next((trouble for trouble in troubles if trouble), None)
+
+
+def right_image(media_type: str, data: str, model: Json) -> bool:
+    """Whether an inlined image is of a kind that the model takes, and real base64."""
+    vision = model.get("capabilities", {}).get("limits", {}).get("vision", {})
+    try:
+        size = len(base64.b64decode(data, validate=True))
+    except binascii.Error:
+        return False
+    return (
+        media_type in vision.get("supported_media_types", ())
+        and 0 < size <= vision["max_prompt_image_size"]
+    )
+
+
+class Issued:
+    """The signatures of thoughts that this imitation has given out, each with its text."""
+
+    def __init__(self) -> None:
+        self.texts: dict[str, str] = {}
+
+    def sign(self, text: str, signature: str | None = None) -> str:
+        """A signature for a thought, remembered."""
+        if signature is None:
+            seed = f"{len(self.texts)}:{text}".encode()
+            signature = "EqQB" + base64.b64encode(hashlib.sha512(seed).digest()).decode()
+        self.texts[signature] = text
+        return signature
+
+
+# ---- Rules: HTTP and identity --------------------------------------------------------------------
+
+
+def _words(text: str) -> Names:
+    """The words of a text: a long set of names that stays readable."""
+    return frozenset(text.split())
+
+
+_HOP_BY_HOP = _words(
+    "transfer-encoding te trailer upgrade keep-alive proxy-connection proxy-authorization"
+)
+#: What a client sent to the gateway and the gateway must keep to itself.
+_SECRETS = _words(
+    """
+    x-api-key api-key x-goog-api-key cookie anthropic-dangerous-direct-browser-access x-app
+    x-claude-code-session-id openai-organization openai-project x-model-provider-preference
+    """
+)
+_INTEGRATIONS = ("vscode-chat", "copilot-developer-cli", "agentic-workflows")
+
+
+def check_http(method: str, target: str, fields: list[tuple[str, str]], size: int | None) -> None:
+    """What HTTP/1.1 asks of a request head, and the oddities that a plain client has no need of."""
+    names = [name for name, _ in fields]
+    values = dict(fields)
+    if names.count("host") != 1 or not values["host"]:
+        raise plain(400, f"Bad Request: {names.count('host')} Host headers")
+    if again := [name for name in names if names.count(name) > 1]:
+        raise plain(400, f"Bad Request: {again[0]} sent twice")
+    if not target.startswith("/"):
+        raise plain(400, f"Bad Request: target {target}")
+    if "expect" in values:
+        raise plain(417, "Expectation Failed")
+    if odd := [name for name in names if name in _HOP_BY_HOP]:
+        raise plain(400, f"Bad Request: hop-by-hop header {odd[0]}")
+    if values.get("connection", "keep-alive").lower() not in ("keep-alive", "close"):
+        raise plain(400, f"Bad Request: Connection: {values['connection']}")
+    codings = {
+        c.split(";")[0].strip().lower()
+        for c in values.get("accept-encoding", "identity").split(",")
+    }
+    if odd := sorted(codings - {"identity", "gzip"}):
+        raise plain(400, f"Accept-Encoding asks for {odd[0]}, which nobody here can decode")
+    if method == "POST" and size is None:
+        raise plain(411, "Length Required")
+
+
+def check_management(seen: Seen, github_token: str, issued_tokens: set[str]) -> None:
+    """What api.github.com wants on its two copilot_internal endpoints."""
+    if not seen.headers.get("user-agent"):
+        text = "Request forbidden by administrative rules. "
+        text += "Please make sure your request has a User-Agent header"
+        raise plain(
+            403, text + " (https://docs.github.com/en/rest/overview/resources-in-the-rest-api)."
+        )
+    for name in ("editor-version", "editor-plugin-version"):
+        if not seen.headers.get(name):
+            raise forbidden(f"{name} missing on {seen.path}")
+    scheme, _, token = seen.headers.get("authorization", "").partition(" ")
+    if scheme.lower() not in ("token", "bearer") or token != github_token:
+        leaked = " (a Copilot token)" if token in issued_tokens else ""
+        body = {
+            "message": "Bad credentials",
+            "documentation_url": "https://docs.github.com/rest",
+            "status": "401",
+        }
+        raise Refusal(401, dump(body), f"Bad credentials on {seen.path}{leaked}")
+
+
+def check_secrets(seen: Seen) -> None:
+    """Headers of the gateway's own clients stay with the gateway."""
+    prefixes = ("x-stainless-",) if seen.path == "/v1/messages" else ("x-stainless-", "anthropic-")
+    for name in seen.headers:
+        if name in _SECRETS or name.startswith(prefixes):
+            raise plain(400, f"Bad Request: the header {name} was passed on from a client")
+
+
+def check_identity(seen: Seen, host: str) -> None:
+    """The headers that every request to the Copilot API carries, beside its token."""
+    headers = seen.headers
+    if headers["host"] != host:
+        raise plain(421, "Misdirected Request")
+    if not headers.get("editor-version"):
+        raise plain(400, "bad request: missing Editor-Version header for IDE auth")
+    if headers.get("x-github-api-version", "") < OLDEST_API_VERSION:
+        why = "bad request: the specified API version is no longer supported. "
+        why += "You may need to update your client to a newer version.\n"
+        raise capi(466, why, None, type="error")
+    if headers.get("copilot-integration-id") not in _INTEGRATIONS:
+        raise forbidden(f"Copilot-Integration-Id is {headers.get('copilot-integration-id')}")
+    for name in ("user-agent", "editor-plugin-version"):
+        if not headers.get(name):
+            raise forbidden(f"{name} missing")
+
+
+def is_uuid(text: str) -> bool:
+    """Whether a header holds a UUID in its usual spelling."""
+    return bool(re.fullmatch(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", text))
+
+
+def find_model(models: list[Json], name: Any, endpoint: str) -> Json:
+    """The entry of the list that may be called at this endpoint."""
+    found = next((m for m in models if m.get("id") == name), None)
+    if (
+        found is None
+        or found.get("policy", {}).get("state", "enabled") != "enabled"
+        or found.get("capabilities", {}).get("type", "chat") != "chat"
+    ):
+        refusal = capi(400, "The requested model is not supported.", "model_not_supported",
+                       param="model", type="invalid_request_error")  # fmt: skip
+        refusal.note += f" ({name})"
+        raise refusal
+    if endpoint not in found.get("supported_endpoints", ["/chat/completions"]):
+        raise capi(
+            400,
+            f'model "{name}" is not accessible via the {endpoint} endpoint',
+            "unsupported_api_for_model",
+        )
+    return found
+
+
+def check_vision(seen: Seen, model: Json) -> str:
+    """Images need their header and a model that sees; a header without images is only noted."""
+    asked = seen.headers.get("copilot-vision-request")
+    if not images_in(seen.body):
+        return "" if asked is None else "Copilot-Vision-Request without an image"
+    if asked != "true":
+        raise capi(400, "missing required Copilot-Vision-Request header for vision requests", "")
+    if not supports(model, "vision"):
+        raise bad_body(f"{model['id']} does not see images")
+    return ""
+
+
+# ---- Rules: /chat/completions --------------------------------------------------------------------
+
+_CHAT_KEYS = _words(
+    """
+    model messages stream n temperature top_p max_tokens max_completion_tokens tools tool_choice
+    stream_options stop prediction reasoning_effort thinking_budget response_format snippy intent
+    """
+)
+#: Known to OpenAI's models; elsewhere refused or silently ignored, so they had better not be sent.
+_OPENAI_KEYS = _words(
+    """
+    user logit_bias seed parallel_tool_calls presence_penalty frequency_penalty logprobs
+    top_logprobs verbosity prompt_cache_key safety_identifier
+    """
+)
+_CHAT_MESSAGE_KEYS = _words(
+    """
+    role content name tool_calls tool_call_id reasoning_text reasoning_opaque
+    copilot_cache_control
+    """
+)
+_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+
+
+def _check_chat_numbers(body: Json, model: Json) -> None:
+    gpt5 = model["id"].startswith("gpt-5")
+    right, wrong = (
+        ("max_completion_tokens", "max_tokens") if gpt5 else ("max_tokens", "max_completion_tokens")
+    )
+    if wrong in body:
+        why = f"Unsupported parameter: '{wrong}' is not supported with this model. "
+        why += f"Use '{right}' instead."
+        raise capi(400, why, "unsupported_parameter", param=wrong)
+    if not 1 <= body.get(right, 1) <= limit(model, "max_output_tokens"):
+        raise bad_body(f"{right} is {body[right]}")
+    effort = body.get("reasoning_effort")
+    if effort is not None and effort not in (supports(model, "reasoning_effort") or ()):
+        why = f"reasoning_effort {effort} is not supported by {model['id']}"
+        raise capi(400, why, "invalid_reasoning_effort")
+    sampling = {"temperature", "top_p"} & set(body)
+    if gpt5 and sampling and effort != "none":
+        why = "Unsupported parameter: sampling is not supported with this model."
+        raise capi(400, why, "unsupported_parameter")
+    if len(sampling) == 2 and claude_version(model) >= (4, 1):
+        raise bad_body("temperature and top_p together")
+    if sampling and claude_version(model) >= (4, 7):
+        raise bad_body("sampling parameters on a Claude that has none")
+    if (budget := body.get("thinking_budget")) is not None:
+        low, high = supports(model, "min_thinking_budget"), supports(model, "max_thinking_budget")
+        if high is None or not low <= budget <= high:
+            raise bad_body(f"thinking_budget {budget}")
+    if not is_openai(model) and (body.get("n", 1) != 1 or "response_format" in body):
+        raise bad_body("n or response_format on a model of another vendor")
+    if "stream_options" in body and not body.get("stream"):
+        raise bad_body("stream_options without stream")
+    if "prediction" in body and not body["prediction"].get("content"):
+        raise bad_body("an empty prediction")
+
+
+def _check_chat_tools(body: Json, model: Json) -> None:
+    tools, choice = body.get("tools"), body.get("tool_choice")
+    if "tools" not in body:
+        if choice is not None:
+            raise bad_body("tool_choice without tools")
+        return
+    if not isinstance(tools, list) or not 1 <= len(tools) <= 128:
+        raise bad_body(f"{len(tools) if isinstance(tools, list) else tools} tools")
+    names = set()
+    for at, tool in enumerate(tools):
+        function = tool.get("function")
+        if (
+            set(tool) != {"type", "function"}
+            or tool["type"] != "function"
+            or not isinstance(function, dict)
+        ):
+            raise bad_body(f"tools[{at}] is no function")
+        name, schema = str(function.get("name")), function.get("parameters")
+        if not _NAME.fullmatch(name) or name in names:
+            raise bad_body(f"tools[{at}] is called {name}")
+        names.add(name)
+        if not isinstance(schema, dict) or schema.get("type") != "object":
+            raise bad_body(f"the parameters of {name} are no object schema")
+        if trouble := schema_trouble(schema, google=is_google(model)):
+            raise bad_body(f"the parameters of {name}: {trouble}")
+    if isinstance(choice, dict):
+        if choice.get("type") != "function" or choice.get("function", {}).get("name") not in names:
+            raise bad_body(f"tool_choice {choice}")
+    elif choice not in (None, "none", "auto", "required"):
+        raise bad_body(f"tool_choice {choice}")
+
+
+def _check_chat_call(call: Json, where: str) -> None:
+    function = call.get("function") or {}
+    if call.get("type") != "function" or not call.get("id"):
+        raise bad_body(f"{where}: a tool call of type {call.get('type')} with id {call.get('id')}")
+    if not _NAME.fullmatch(str(function.get("name"))):
+        raise bad_body(f"{where}: a call of {function.get('name')}")
+    try:
+        good = isinstance(json.loads(function["arguments"]), dict)
+    except (KeyError, TypeError, ValueError):
+        good = False
+    if not good:
+        raise bad_body(f"{where}: arguments are {function.get('arguments')!r}")
+
+
+def _check_chat_parts(content: Any, where: str, role: str, model: Json) -> None:
+    if not isinstance(content, list) or not content:
+        raise bad_body(f"{where}: content {content!r}")
+    for part in content:
+        kind = part.get("type")
+        if kind == "text" and str(part.get("text") or "").strip():
+            continue
+        if kind != "image_url" or role != "user":
+            raise bad_body(f"{where}: a part of type {kind} in a {role} message, or an empty one")
+        url = re.fullmatch(r"data:([^;,]+);base64,(.*)", part["image_url"]["url"], re.DOTALL)
+        if not url or not right_image(url.group(1), url.group(2), model):
+            raise bad_body(f"{where}: an image that is not inlined or of a wrong kind")
+
+
+def _check_chat_message(message: Json, where: str, model: Json, issued: Issued) -> None:
+    role, content = message.get("role"), message.get("content")
+    if unknown := sorted(set(message) - _CHAT_MESSAGE_KEYS):
+        raise bad_body(f"{where}.{unknown[0]}")
+    roles = {"system", "user", "assistant", "tool"} | (
+        {"developer"} if model["id"].startswith("gpt-5") else set()
+    )
+    if role not in roles:
+        raise bad_body(f"{where}: role {role}")
+    if role == "tool" and not message.get("tool_call_id"):
+        raise bad_body(f"{where}: a tool message without tool_call_id")
+    if role == "assistant" and isinstance(content, list) and is_claude(model):
+        raise bad_body(f"{where}: assistant content in parts, to Claude")
+    calls = message.get("tool_calls")
+    if calls is not None and (role != "assistant" or not calls):
+        raise bad_body(f"{where}: tool_calls {calls}")
+    for call in calls or ():
+        _check_chat_call(call, where)
+    opaque = message.get("reasoning_opaque")
+    if opaque is not None and opaque not in issued.texts:
+        raise bad_body(f"{where}: a foreign reasoning_opaque")
+    if content is None:
+        if not calls:
+            raise bad_body(f"{where}: no content")
+    elif isinstance(content, str):
+        if not content.strip():
+            raise bad_body(f"{where}: empty content")
+    else:
+        _check_chat_parts(content, where, role, model)
+
+
+def _check_chat_order(messages: list[Json], body: Json, model: Json) -> None:
+    waiting: list[str] = []
+    for at, message in enumerate(messages):
+        if message["role"] == "tool":
+            if message["tool_call_id"] not in waiting:
+                raise bad_body(f"messages[{at}]: a tool message without its call")
+            waiting.remove(message["tool_call_id"])
+            continue
+        if waiting:
+            raise bad_body(f"messages[{at}]: no tool message for {waiting[0]}")
+        waiting = [call["id"] for call in message.get("tool_calls", ())]
+        if is_google(model) and at and message["role"] == messages[at - 1]["role"]:
+            raise bad_body(f"messages[{at}]: two {message['role']} messages in a row, to Gemini")
+    if waiting:
+        raise bad_body(f"no tool message for {waiting[0]}")
+    if sum("copilot_cache_control" in m for m in messages) > 4:
+        raise bad_body("more than 4 cache marks")
+    if is_claude(model) and "tools" not in body and any(m.get("tool_calls") for m in messages):
+        raise bad_body("tool calls in the history, but no tools, to Claude")
+    users = [at for at, m in enumerate(messages) if m["role"] == "user"]
+    turn = messages[users[-1] :] if users else messages
+    if is_google(model) and any(m.get("tool_calls") and "reasoning_opaque" not in m for m in turn):
+        raise bad_body("a tool call without its reasoning_opaque, to Gemini")
+
+
+def check_chat(body: Json, model: Json, issued: Issued) -> None:
+    """Everything that /chat/completions refuses in a body."""
+    known = _CHAT_KEYS | (_OPENAI_KEYS if is_openai(model) else frozenset())
+    if unknown := sorted(set(body) - known):
+        raise bad_body(f"the key {unknown[0]}")
+    _check_chat_numbers(body, model)
+    _check_chat_tools(body, model)
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise bad_body("no messages")
+    for at, message in enumerate(messages):
+        _check_chat_message(message, f"messages[{at}]", model, issued)
+    _check_chat_order(messages, body, model)
+    if (size := tokens_in(body)) > limit(model, "max_prompt_tokens"):
+        why = (
+            f"prompt token count of {size} exceeds the limit of {limit(model, 'max_prompt_tokens')}"
+        )
+        raise capi(400, why, "model_max_prompt_tokens_exceeded")
+
+
+# ---- Rules: /v1/messages -------------------------------------------------------------------------
+
+_MESSAGES_KEYS = _words(
+    """
+    model messages system max_tokens stream stop_sequences temperature top_p top_k tools
+    tool_choice thinking output_config context_management metadata
+    """
+)
+_BETAS = {
+    "interleaved-thinking-2025-05-14",
+    "context-management-2025-06-27",
+    "advanced-tool-use-2025-11-20",
+}
+_BLOCK_KEYS = {
+    "text": {"text", "cache_control"},
+    "image": {"source", "cache_control"},
+    "document": {"source", "title", "context", "citations", "cache_control"},
+    "tool_use": {"id", "name", "input", "cache_control"},
+    "tool_result": {"tool_use_id", "content", "is_error", "cache_control"},
+    "tool_reference": {"tool_name"},
+    "thinking": {"thinking", "signature"},
+    "redacted_thinking": {"data"},
+}
+_ROLE_BLOCKS = {
+    "user": {"text", "image", "document", "tool_result"},
+    "assistant": {"text", "thinking", "redacted_thinking", "tool_use"},
+    "system": {"text"},
+    "tool_result": {"text", "image", "document", "tool_reference"},
+}
+_ID = re.compile(r"[a-zA-Z0-9_-]+")
+
+
+def _check_messages_limits(body: Json, model: Json) -> None:
+    most = body.get("max_tokens")
+    if not isinstance(most, int) or most < 1:
+        raise anthropic("max_tokens: Field required")
+    if most > limit(model, "max_output_tokens"):
+        why = f"which is the maximum allowed number of output tokens for {model['id']}"
+        raise anthropic(f"max_tokens: {most} > {limit(model, 'max_output_tokens')}, {why}")
+    if not body.get("stream") and most > limit(model, "max_non_streaming_output_tokens"):
+        raise anthropic("max_tokens: streaming is required for this many output tokens")
+    for sequence in body.get("stop_sequences", ()):
+        if not sequence.strip():
+            raise anthropic("stop_sequences: each stop sequence must contain non-whitespace")
+    config = body.get("output_config", {})
+    if "format" in config:
+        raise anthropic(
+            "FAILED_PRECONDITION: structured outputs are not allowed by the organization policy"
+        )
+    no_extras(config, {"effort"}, "output_config.")
+    if "effort" in config and config["effort"] not in (supports(model, "reasoning_effort") or ()):
+        why = f"output_config.effort {config['effort']} is not supported by {model['id']}"
+        raise capi(400, why, "invalid_reasoning_effort")
+
+
+def _check_budget(budget: Any, most: int, model: Json, newest: bool) -> None:
+    if newest:
+        raise anthropic(
+            '"thinking.type.enabled" is not supported for this model. Use "thinking.type.adaptive" '
+            'and "output_config.effort" to control thinking behavior.'
+        )
+    low, high = supports(model, "min_thinking_budget"), supports(model, "max_thinking_budget")
+    if high is None:
+        raise anthropic("thinking is not supported on this model")
+    if not isinstance(budget, int) or not low <= budget <= high:
+        raise anthropic(f"thinking.enabled.budget_tokens: Input should be between {low} and {high}")
+    if budget >= most:
+        raise anthropic("`max_tokens` must be greater than `thinking.budget_tokens`.")
+
+
+def _check_thinking(body: Json, model: Json) -> None:
+    thinking = body.get("thinking", {"type": "disabled"})
+    kind, newest = thinking.get("type"), claude_version(model) >= (4, 7)
+    keys = {
+        "enabled": {"type", "budget_tokens", "display"},
+        "adaptive": {"type", "display"},
+        "disabled": {"type"},
+    }
+    if kind not in keys:
+        raise anthropic(f"thinking.type: {kind}")
+    no_extras(thinking, keys[kind], f"thinking.{kind}.")
+    if kind == "enabled":
+        _check_budget(thinking.get("budget_tokens"), body["max_tokens"], model, newest)
+    if kind == "adaptive" and not supports(model, "adaptive_thinking"):
+        raise anthropic("adaptive thinking is not supported on this model")
+    if newest and {"temperature", "top_p", "top_k"} & set(body):
+        raise anthropic("sampling parameters are not supported on this model")
+    if "temperature" in body and "top_p" in body and claude_version(model) >= (4, 1):
+        raise anthropic(
+            "`temperature` and `top_p` cannot both be specified for this model. Use only one."
+        )
+    if kind == "disabled":
+        return
+    if body.get("temperature", 1) != 1 or body.get("top_p", 1) < 0.95 or "top_k" in body:
+        raise anthropic(
+            "when thinking is enabled `temperature` may only be set to 1, `top_p` to 0.95 or more"
+        )
+    if body.get("tool_choice", {}).get("type") in ("any", "tool"):
+        raise anthropic("Thinking may not be enabled when tool_choice forces tool use.")
+
+
+def _check_messages_tools(body: Json, betas: set[str]) -> None:
+    tools, choice = body.get("tools", []), body.get("tool_choice")
+    advanced = "advanced-tool-use-2025-11-20" in betas
+    names: set[str] = set()
+    for at, tool in enumerate(tools):
+        kind = tool.get("type", "custom")
+        if kind == "tool_search_tool_regex_20251119" and advanced:
+            names.add(tool["name"])
+            continue
+        if kind != "custom":
+            raise wrong_kind(f"tools.{at}", kind)
+        known = {"name", "description", "input_schema", "cache_control"} | (
+            {"defer_loading"} if advanced else set()
+        )
+        no_extras(tool, known, f"tools.{at}.custom.")
+        name, schema = str(tool.get("name")), tool.get("input_schema")
+        if not _NAME.fullmatch(name):
+            raise wrong_name(f"tools.{at}.custom.name")
+        if name in names:
+            raise anthropic("tools: Tool names must be unique.")
+        names.add(name)
+        if not isinstance(schema, dict) or schema.get("type") != "object":
+            raise anthropic(f"tools.{at}.custom.input_schema.type: Field required")
+        if trouble := schema_trouble(schema, items_needed=False):
+            raise anthropic(f"tools.{at}.custom.input_schema: {trouble} is not permitted")
+    if choice is None:
+        return
+    if not tools:
+        raise anthropic("tool_choice: may only be specified while providing tools.")
+    kind = choice.get("type")
+    if kind not in ("auto", "any", "tool", "none") or (
+        kind == "tool" and choice.get("name") not in names
+    ):
+        raise anthropic(f"tool_choice: {kind} {choice.get('name')}")
+    no_extras(choice, {"type", "name", "disable_parallel_tool_use"}, f"tool_choice.{kind}.")
+
+
+def _check_block(block: Json, where: str, role: str) -> None:
+    """The shape of one block: known to this role, no foreign keys, no empty text."""
+    kind = block.get("type")
+    if kind not in _ROLE_BLOCKS[role]:
+        raise wrong_kind(where, kind)
+    keys = _BLOCK_KEYS[kind]
+    no_extras(block, keys | {"type"}, f"{where}.{kind}.")
+    if kind == "text" and not str(block.get("text") or "").strip():
+        raise anthropic(f"{where}: text content blocks must contain non-whitespace text")
+    if kind == "tool_result" and isinstance(content := block.get("content"), list):
+        for n, inner in enumerate(content):
+            _check_block(inner, f"{where}.content.{n}", "tool_result")
+
+
+def _check_system(system: Any) -> None:
+    if system is None or (isinstance(system, str) and system.strip()):
+        return
+    if not isinstance(system, list) or not system:
+        raise anthropic("system: text content blocks must be non-empty")
+    for at, block in enumerate(system):
+        _check_block(block, f"system.{at}", "system")
+
+
+def _check_system_turn(messages: list[Json], at: int, model: Json) -> None:
+    if claude_version(model) < (4, 8):
+        raise anthropic("role 'system' is not supported on this model")
+    after = messages[at + 1]["role"] if at + 1 < len(messages) else "assistant"
+    if at == 0 or messages[at - 1]["role"] != "user" or after != "assistant":
+        raise anthropic(
+            f"messages.{at}: role 'system' must follow a user turn and precede an assistant turn"
+        )
+
+
+def _check_block_values(
+    block: Json, where: str, body: Json, model: Json, betas: set[str], issued: Issued
+) -> None:
+    """What is inside one block: ids, images, documents, signatures."""
+    kind, source = block["type"], block.get("source", {})
+    if kind in ("tool_use", "tool_result"):
+        name = "id" if kind == "tool_use" else "tool_use_id"
+        if not _ID.fullmatch(str(block.get(name, ""))):
+            raise wrong_name(f"{where}.{kind}.{name}", "+")
+    if kind == "tool_use":
+        if not _NAME.fullmatch(str(block.get("name"))):
+            raise wrong_name(f"{where}.tool_use.name")
+        if not isinstance(block.get("input"), dict):
+            raise anthropic(f"{where}.tool_use.input: Input should be a valid dictionary")
+    if kind == "tool_result":
+        for n, inner in enumerate(_parts(block.get("content"))):
+            _check_block_values(inner, f"{where}.content.{n}", body, model, betas, issued)
+    if kind == "image" and (
+        source.get("type") != "base64"
+        or not right_image(source["media_type"], source["data"], model)
+    ):
+        raise anthropic(
+            f"{where}.image.source: only base64 images of the listed kinds are supported"
+        )
+    if kind == "document" and (source.get("type"), source.get("media_type")) != (
+        "base64",
+        "application/pdf",
+    ):
+        raise anthropic(f"{where}.document.source: Input should be 'application/pdf'")
+    if kind == "tool_reference" and block["tool_name"] not in dict(offered_tools(body)):
+        raise anthropic(f"Tool reference '{block['tool_name']}' not found in available tools")
+    if kind == "thinking":
+        signed = issued.texts.get(str(block.get("signature")))
+        if signed is None or block.get("thinking") not in ("", signed):
+            raise anthropic(f"{where}: Invalid `signature` in `thinking` block")
+    if kind == "redacted_thinking" and block.get("data") not in issued.texts:
+        raise anthropic(f"{where}: Invalid `data` in `redacted_thinking` block")
+
+
+def _check_pairs(messages: list[Json]) -> None:
+    """Each tool_use has its result at the start of the next message, and the other way round."""
+    expected: list[str] = []
+    seen: set[str] = set()
+    for at, message in enumerate(messages):
+        blocks = _parts(message["content"])
+        results = [
+            (n, b["tool_use_id"]) for n, b in enumerate(blocks) if b["type"] == "tool_result"
+        ]
+        leading = [name for n, (place, name) in enumerate(results) if n == place]
+        if missing := [name for name in expected if name not in leading]:
+            raise anthropic(
+                f"messages.{at - 1}: `tool_use` ids were found without `tool_result` blocks "
+                f"immediately after: {', '.join(missing)}. Each `tool_use` block must have a "
+                "corresponding `tool_result` block in the next message."
+            )
+        for place, name in results:
+            if leading.count(name) != 1 or name not in expected:
+                raise anthropic(
+                    f"messages.{at}.content.{place}: unexpected `tool_use_id` found in "
+                    f"`tool_result` blocks: {name}. Each `tool_result` block must have a "
+                    "corresponding `tool_use` block in the previous message."
+                )
+        expected = [b["id"] for b in blocks if b["type"] == "tool_use"]
+        if seen & set(expected) or len(set(expected)) < len(expected):
+            raise anthropic(f"messages.{at}: `tool_use` ids must be unique")
+        seen |= set(expected)
+
+
+def _check_loop(messages: list[Json], body: Json) -> None:
+    """With a thinking budget, the turn that the last tool results answer begins with a thought."""
+    if body.get("thinking", {}).get("type") != "enabled" or not tool_results("messages", body):
+        return
+    first = _parts(messages[-2]["content"])[0]["type"]
+    if first not in ("thinking", "redacted_thinking"):
+        raise anthropic(
+            f"messages.{len(messages) - 2}.content.0.type: Expected `thinking` or "
+            f"`redacted_thinking`, but found `{first}`. When `thinking` is enabled, a final "
+            "`assistant` message must start with a thinking block."
+        )
+
+
+def _check_turns(body: Json, model: Json, betas: set[str], issued: Issued) -> None:
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise anthropic("messages: at least one message is required")
+    for at, message in enumerate(messages):
+        no_extras(message, {"role", "content"}, f"messages.{at}.")
+        role, content = message.get("role"), message.get("content")
+        if role == "system":
+            _check_system_turn(messages, at, model)
+        elif role not in ("user", "assistant"):
+            raise anthropic(f'messages.{at}: Unexpected role "{role}"')
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+        if not isinstance(content, list) or not content:
+            raise anthropic(f"messages.{at}: all messages must have non-empty content")
+        for n, block in enumerate(content):
+            where = f"messages.{at}.content.{n}"
+            _check_block(block, where, role)
+            _check_block_values(block, where, body, model, betas, issued)
+    if messages[-1]["role"] == "assistant":
+        raise anthropic(
+            "This model does not support assistant message prefill. "
+            "The conversation must end with a user message."
+        )
+    _check_pairs(messages)
+    _check_loop(messages, body)
+
+
+def _blocks(value: Any, where: str) -> Iterator[tuple[str, Json]]:
+    """Every block of a list and of the tool results in it."""
+    for at, block in enumerate(_parts(value)):
+        yield f"{where}.{at}", block
+        yield from _blocks(block.get("content"), f"{where}.{at}.content")
+
+
+def _check_marks(body: Json) -> None:
+    marked = [*_blocks(body.get("system"), "system"), *_blocks(body.get("tools"), "tools")]
+    marked += _blocks(body["messages"], "messages")
+    marked = [(where, block) for where, block in marked if "cache_control" in block]
+    for where, block in marked:
+        no_extras(block["cache_control"], {"type"}, f"{where}.cache_control.ephemeral.")
+        if block["cache_control"].get("type") != "ephemeral":
+            raise anthropic(f"{where}.cache_control.type: Input should be 'ephemeral'")
+    if len(marked) > 4:
+        raise anthropic(
+            f"A maximum of 4 blocks with cache_control may be provided. Found {len(marked)}."
+        )
+
+
+def check_messages(body: Json, model: Json, betas: set[str], issued: Issued) -> None:
+    """Everything that /v1/messages refuses in a body."""
+    allowed = _BETAS | ({"extended-cache-ttl-2025-04-11"} if "-1m" in model["id"] else set())
+    if unexpected := ", ".join(f"`{beta}`" for beta in sorted(betas - allowed)):
+        raise anthropic(f"Unexpected value(s) {unexpected} for the `anthropic-beta` header.")
+    no_extras(body, _MESSAGES_KEYS)
+    if "context_management" in body and "context-management-2025-06-27" not in betas:
+        raise extra("context_management")
+    no_extras(body.get("metadata", {}), {"user_id"}, "metadata.")
+    _check_messages_limits(body, model)
+    _check_thinking(body, model)
+    _check_messages_tools(body, betas)
+    _check_system(body.get("system"))
+    _check_turns(body, model, betas, issued)
+    _check_marks(body)
+    if (size := tokens_in(body)) > limit(model, "max_prompt_tokens"):
+        raise anthropic(
+            f"prompt is too long: {size} tokens > {limit(model, 'max_prompt_tokens')} maximum"
+        )
+
+
+# ---- Rules: /responses ---------------------------------------------------------------------------
+
+
+def check_responses(body: Json) -> None:
+    """The little that this imitation knows of /responses: the keys it refuses."""
+    if body.get("store"):
+        raise capi(400, "store is not supported", "unsupported_value", param="store")
+    if "previous_response_id" in body:
+        raise capi(400, "previous response not found", "previous_response_not_found")
+    for key in (
+        "stream_options",
+        "service_tier",
+        "user",
+        "safety_identifier",
+        "metadata",
+        "background",
+        "conversation",
+        "prompt",
+    ):
+        if key in body:
+            raise capi(400, f"Unsupported parameter: '{key}'", "unsupported_parameter", param=key)
+
+
+# ---- Imitation -----------------------------------------------------------------------------------
+
+
+def example_of(schema: Any) -> Any:
+    """A value that fits a JSON schema, with the required properties only."""
+    if not isinstance(schema, dict):
+        return "example"
+    if "const" in schema:
+        return schema["const"]
+    if schema.get("enum"):
+        return schema["enum"][0]
+    for key in ("anyOf", "oneOf"):
+        if schema.get(key):
+            return example_of(schema[key][0])
+    kind = schema.get("type", "object" if "properties" in schema else "string")
+    kind = kind[0] if isinstance(kind, list) else kind
+    if kind == "object":
+        properties = schema.get("properties", {})
+        return {name: example_of(properties.get(name)) for name in schema.get("required", ())}
+    if kind == "array":
+        return [example_of(schema.get("items"))]
+    return {"integer": 7, "number": 1.5, "boolean": True, "null": None}.get(kind, "example")
+
+
+def default_brain(dialect: str, body: Json) -> list[Part]:
+    """Answers by simple key words, so that a test can ask for what it needs in the prompt."""
+    seen = images_in(body)
+    sight = f" I see {seen} image(s)." if seen else ""
+    if results := tool_results(dialect, body):
+        return [Say(f"The tool said: {' and '.join(results)}{sight}")]
+    text, tools = last_user_text(body), offered_tools(body)
+    # With a thinking budget every turn begins with a thought, and the validator expects it back.
+    thinks = "think" in text or body.get("thinking", {}).get("type") == "enabled"
+    parts: list[Part] = [Think("Let me think about that.")] if thinks else []
+    if tools and "use both tools" in text:
+        both = (tools * 2)[:2]
+        return parts + [Call(name, example_of(schema)) for name, schema in both]
+    if tools and "use the tool" in text:
+        name, schema = tools[0]
+        return [*parts, Call(name, example_of(schema))]
+    return [*parts, Say(f"Hello from {body['model']}.{sight} You said: {text}")]
+
+
+def usage_of(body: Json, parts: list[Part], cached: bool) -> dict[str, int]:
+    """Counts that add up: half of a prompt with cache marks is written, or read when `cached`."""
+    prompt = tokens_in(body) + 1
+    marks = dump(body)
+    half = prompt // 2 if b'cache_control"' in marks else 0
+    spoken = sum(tokens_in(p.text if isinstance(p, (Say, Think)) else p.arguments) + 1
+                 for p in parts if not isinstance(p, Stop))  # fmt: skip
+    return {
+        "input": prompt - half,
+        "cache_read": half if cached else 0,
+        "cache_write": 0 if cached else half,
+        "output": spoken,
+    }
+
+
+def copilot_usage(usage: dict[str, int]) -> Json:
+    """What the answer costs at Sonnet's prices: 3, 0.3, 3.75 and 15 USD per million tokens."""
+    price = {"input": 300_000, "cache_read": 30_000, "cache_write": 375_000, "output": 1_500_000}
+    details = [{"token_type": kind, "token_count": count} for kind, count in usage.items()]
+    total = sum(price[kind] * count for kind, count in usage.items())
+    return {"total_nano_aiu": total, "token_details": details}
+
+
+def dated(model: Json) -> str:
+    """The vendor's own name of a model: what answers carry instead of the one asked for."""
+    if is_claude(model):
+        return str(model["id"]).replace(".", "-") + "-20250929"
+    return f"{model['id']}-2025-04-14" if is_openai(model) else str(model["id"])
+
+
+def words(text: str) -> list[str]:
+    """Text in the small pieces that a stream brings."""
+    return re.findall(r"\S+\s*|\s+", text)
+
+
+_SAFE = {
+    kind: {"filtered": False, "severity": "safe"}
+    for kind in ("hate", "self_harm", "sexual", "violence")
+}
+_PROMPT_SAFE = {"prompt_filter_results": [{"content_filter_results": {}, "prompt_index": 0}]}
+
+
+class ChatVoice:
+    """Parts rendered as /chat/completions does, stream or whole."""
+
+    def __init__(
+        self, parts: list[Part], body: Json, model: Json, issued: Issued, cached: bool
+    ) -> None:
+        self.parts = parts
+        self.model = model
+        self.issued = issued
+        self.usage = usage_of(body, parts, cached)
+        self.wants_usage = bool((body.get("stream_options") or {}).get("include_usage"))
+        self.stream = bool(body.get("stream"))
+        #: Claude speaks in choice 0 and calls its tools in choice 1.
+        self.call_index = int(is_claude(model) and any(isinstance(p, (Say, Think)) for p in parts))
+        self.id = f"chatcmpl-{uuid.uuid4().hex[:24]}"
+
+    def deltas(self) -> Iterator[tuple[int, Json]]:
+        """(choice, delta) as they come; a whole answer has the same ones, less finely cut."""
+        calls = opaques = 0
+        for part in self.parts:
+            if isinstance(part, Say):
+                for piece in words(part.text) if self.stream else [part.text]:
+                    yield 0, {"content": piece, "padding": "abcdefghijkl"[: len(piece)]}
+            elif isinstance(part, Think):
+                for piece in words(part.text) if self.stream else [part.text]:
+                    yield 0, {"reasoning_text": piece}
+                opaques += 1
+                yield 0, {"reasoning_opaque": self.issued.sign(part.text, part.signature)}
+            elif isinstance(part, Call):
+                if is_google(self.model) and not opaques:
+                    opaques += 1
+                    yield 0, {"reasoning_opaque": self.issued.sign("")}
+                yield from self.call(part, calls)
+                calls += 1
+
+    def call(self, part: Call, at: int) -> Iterator[tuple[int, Json]]:
+        """The fragments of one call; Gemini and whole answers have a single one."""
+        text = dump(part.arguments).decode()
+        half = (len(text) + 1) // 2
+        whole = is_google(self.model) or not self.stream
+        first, *rest = [text] if whole else ["", text[:half], text[half:]]
+        head = {"id": part.id or f"call_{uuid.uuid4().hex[:24]}", "type": "function"}
+        function = {"name": part.name, "arguments": first}
+        yield (
+            self.call_index,
+            {"content": None, "tool_calls": [{"index": at, **head, "function": function}]},
+        )
+        for piece in rest:
+            yield self.call_index, {"tool_calls": [{"index": at, "function": {"arguments": piece}}]}
+
+    def finishes(self) -> list[tuple[int, str]]:
+        """(choice, finish_reason): Claude's text stops for itself, Gemini says stop to a call."""
+        calls = any(isinstance(p, Call) for p in self.parts)
+        reason = "tool_calls" if calls and not is_google(self.model) else "stop"
+        for part in self.parts:
+            reason = part.reason if isinstance(part, Stop) else reason
+        return [(0, "stop"), (1, reason)] if calls and self.call_index else [(0, reason)]
+
+    def counts(self) -> Json:
+        """The two usage objects; the first lumps fresh and cached input together."""
+        used = self.usage
+        prompt = used["input"] + used["cache_read"] + used["cache_write"]
+        flat = {
+            "prompt_tokens": prompt,
+            "completion_tokens": used["output"],
+            "total_tokens": prompt + used["output"],
+            "prompt_tokens_details": {"cached_tokens": used["cache_read"]},
+            "completion_tokens_details": {"accepted_prediction_tokens": 0},
+        }
+        return {"usage": flat, "copilot_usage": copilot_usage(used)}
+
+    def frames(self) -> list[bytes]:
+        """The stream; `object` is missing everywhere, `created` on all but OpenAI's models."""
+        common: Json = {"id": self.id, "model": dated(self.model), "usage": None}
+        if is_openai(self.model):
+            common.update(created=int(time.time()), system_fingerprint="fp_0000000000")
+        opening = {"choices": [], "created": 0, "id": "", "model": "", "object": "", **_PROMPT_SAFE}
+        first = {
+            "index": 0,
+            "content_filter_offsets": {"check_offset": 35, "start_offset": 35, "end_offset": 60},
+            "content_filter_results": _SAFE,
+            "delta": {"content": "", "role": "assistant"},
+        }
+        chunks: list[Json] = [opening, {"choices": [first], **common}]
+        chunks += [
+            {"choices": [{"index": index, "delta": delta}], **common}
+            for index, delta in self.deltas()
+        ]
+        last = [
+            {"index": index, "finish_reason": why, "delta": {"content": None}}
+            for index, why in self.finishes()
+        ]
+        chunks.append({"choices": last, **common})
+        if self.wants_usage:
+            chunks.append({"choices": [], **common, **self.counts()})
+        return [sse(c, done=False) for c in chunks] + [sse()]
+
+    def whole(self) -> Json:
+        """The answer in one piece; without text there is no `content` key at all."""
+        messages: dict[int, Json] = {}
+        for index, delta in self.deltas():
+            message = messages.setdefault(index, {"role": "assistant", "padding": "abcdefghijkl"})
+            for key in ("content", "reasoning_text", "reasoning_opaque"):
+                if delta.get(key) is not None:
+                    message[key] = (
+                        message.get(key, "") if key != "reasoning_opaque" else ""
+                    ) + delta[key]
+            for call in delta.get("tool_calls", ()):
+                bare = {key: value for key, value in call.items() if key != "index"}
+                message.setdefault("tool_calls", []).append(bare)
+        reasons = dict(self.finishes())
+        choices = [
+            {
+                "index": at,
+                "finish_reason": reasons[at],
+                "content_filter_results": _SAFE,
+                "message": said,
+            }
+            for at, said in sorted(messages.items())
+        ]
+        common = {"id": self.id, "model": dated(self.model), **_PROMPT_SAFE}
+        return {"choices": choices, **common, **self.counts()}
+
+
+class MessagesVoice:
+    """Parts rendered as /v1/messages does, stream or whole."""
+
+    def __init__(
+        self, parts: list[Part], body: Json, model: Json, issued: Issued, cached: bool
+    ) -> None:
+        thinking = body.get("thinking", {})
+        self.parts = parts
+        self.issued = issued
+        self.stop = "tool_use" if any(isinstance(p, Call) for p in parts) else "end_turn"
+        for part in parts:
+            self.stop = part.reason if isinstance(part, Stop) else self.stop
+        #: Adaptive models keep their thoughts to themselves unless asked for a summary.
+        self.silent = thinking.get("type") == "adaptive" and thinking.get("display") != "summarized"
+        used = usage_of(body, parts, cached)
+        usage = {
+            "input_tokens": used["input"],
+            "output_tokens": used["output"],
+            "cache_creation_input_tokens": used["cache_write"],
+            "cache_read_input_tokens": used["cache_read"],
+        }
+        #: What only the end of a stream tells.
+        self.last: Json = {"usage": usage, "copilot_usage": copilot_usage(used)}
+        if "context_management" in body:
+            self.last["context_management"] = {"applied_edits": []}
+        self.head = {"id": f"msg_vrtx_{uuid.uuid4().hex[:22]}", "model": dated(model)}
+        self.head.update(type="message", role="assistant")
+
+    @staticmethod
+    def stopped(reason: str | None) -> Json:
+        """Why the model stopped, None while it speaks."""
+        return {"stop_reason": reason, "stop_sequence": None}
+
+    def content(self) -> list[Json]:
+        """The blocks of the answer."""
+        blocks: list[Json] = []
+        for part in self.parts:
+            if isinstance(part, Say):
+                blocks.append({"type": "text", "text": part.text})
+            elif isinstance(part, Think):
+                signature = self.issued.sign(part.text, part.signature)
+                blocks.append(
+                    {
+                        "type": "thinking",
+                        "thinking": "" if self.silent else part.text,
+                        "signature": signature,
+                    }
+                )
+            elif isinstance(part, Call):
+                name = part.id or f"toolu_vrtx_{uuid.uuid4().hex[:22]}"
+                blocks.append(
+                    {"type": "tool_use", "id": name, "name": part.name, "input": part.arguments}
+                )
+        return blocks
+
+    def block(self, at: int, block: Json) -> Iterator[Json]:
+        """The events of one block."""
+        deltas: list[Json]
+        if block["type"] == "text":
+            start: Json = {"type": "text", "text": ""}
+            deltas = [{"type": "text_delta", "text": piece} for piece in words(block["text"])]
+        elif block["type"] == "thinking":
+            start = {"type": "thinking", "thinking": "", "signature": ""}
+            deltas = [
+                {"type": "thinking_delta", "thinking": piece} for piece in words(block["thinking"])
+            ]
+            deltas.append({"type": "signature_delta", "signature": block["signature"]})
+        else:
+            start, text = {**block, "input": {}}, dump(block["input"]).decode()
+            half = (len(text) + 1) // 2
+            deltas = [
+                {"type": "input_json_delta", "partial_json": piece}
+                for piece in ("", text[:half], text[half:])
+            ]
+        yield {"type": "content_block_start", "index": at, "content_block": start}
+        for delta in deltas:
+            yield {"type": "content_block_delta", "index": at, "delta": delta}
+        yield {"type": "content_block_stop", "index": at}
+
+    def frames(self) -> list[bytes]:
+        """The stream; true counts come only at its end, and after the end a stray [DONE]."""
+        counts = {"input_tokens": 0, "output_tokens": 0}
+        message = {**self.head, "content": [], **self.stopped(None), "usage": counts}
+        parts: list[Json] = [{"type": "message_start", "message": message}, {"type": "ping"}]
+        for at, block in enumerate(self.content()):
+            parts += self.block(at, block)
+        parts.append({"type": "message_delta", "delta": self.stopped(self.stop), **self.last})
+        # One piece, so that a client may leave at message_stop and does not count as cancelling.
+        return [events(p) for p in parts] + [events({"type": "message_stop"}) + sse()]
+
+    def whole(self) -> Json:
+        """The answer in one piece."""
+        return {**self.head, "content": self.content(), **self.stopped(self.stop), **self.last}
+
+
+# ---- Connection ----------------------------------------------------------------------------------
+
+
+class ClientLeft(Exception):
+    """The client closed the connection in the middle of an answer."""
+
+
+def _content_type(status: int, body: bytes) -> str:
+    """What the service would call this body."""
+    if status >= 400:
+        return "text/plain; charset=utf-8"
+    streamed = body.lstrip().startswith((b"data:", b"event:", b":"))
+    return "text/event-stream" if streamed else "application/json"
+
+
+class _Connection:
+    """One client connection, served by one thread."""
+
+    def __init__(self, fake: FakeCopilot, sock: socket.socket, number: int) -> None:
+        self.fake = fake
+        self.sock = sock
+        self.number = number
+        self.buffer = b""
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def serve(self) -> None:
+        """Requests one after the other until somebody closes."""
+        seen: Seen | None = None
+        try:
+            while True:
+                seen = None
+                try:
+                    seen = self.read()
+                    if seen is None:
+                        return
+                    answer = self.fake.answer(seen)
+                    last = seen.headers.get("connection", "").lower() == "close"
+                except Refusal as refusal:  # of the head: where this request ends is not known
+                    self.fake.violate(refusal.note)
+                    self.write(refusal.answer())
+                    return self.drain()
+                if not self.write(answer) or last:
+                    return
+        except (ClientLeft, OSError):
+            if seen is not None:
+                self.fake.client_left(seen)
+        finally:
+            self.sock.close()
+
+    def drain(self) -> None:
+        """Reads what is still coming: closing on unread bytes would reset the answer away."""
+        self.sock.shutdown(socket.SHUT_WR)
+        self.sock.settimeout(1)
+        while self.sock.recv(65536):
+            pass
+
+    def read(self) -> Seen | None:
+        """The next request, None at the end of the connection."""
+        while b"\r\n\r\n" not in self.buffer:
+            if len(self.buffer) > 65536:
+                raise plain(431, "Request Header Fields Too Large")
+            data = self.sock.recv(65536)
+            if not data:
+                return None
+            self.buffer += data
+        head, _, self.buffer = self.buffer.partition(b"\r\n\r\n")
+        method, target, fields = self.parse(head)
+        sizes = [value for name, value in fields if name == "content-length"]
+        size = int(sizes[0]) if sizes and re.fullmatch(r"\d+", sizes[0]) else None
+        check_http(method, target, fields, size)
+        while len(self.buffer) < (size or 0):
+            data = self.sock.recv(1 << 20)
+            if not data:
+                return None
+            self.buffer += data
+        raw, self.buffer = self.buffer[: size or 0], self.buffer[size or 0 :]
+        try:
+            body = json.loads(raw) if raw else None
+        except ValueError:
+            body = None
+        return self.fake.record(Seen(method, target, dict(fields), body, raw, self.number))
+
+    @staticmethod
+    def parse(head: bytes) -> tuple[str, str, list[tuple[str, str]]]:
+        """(method, target, [(lower-case name, value)]) of a head that keeps to the grammar."""
+        first, *lines = head.decode("latin-1").split("\r\n")
+        request = re.fullmatch(r"([A-Z]+) (\S+) HTTP/1\.1", first)
+        if not request:
+            raise plain(400, f"Bad Request: {first!r}")
+        fields = []
+        for line in lines:
+            found = re.fullmatch(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\r\n\x00]*?)[ \t]*", line)
+            if not found:
+                raise plain(400, f"Bad Request: header line {line!r}")
+            fields.append((found.group(1).lower(), found.group(2)))
+        return request.group(1), request.group(2), fields
+
+    def write(self, answer: Answer) -> bool:
+        """Writes an answer; True when the connection can carry another one."""
+        pieces = answer.pieces()
+        if answer.status:
+            self.sock.sendall(self.head(answer, pieces))
+        framing = answer.status and answer.chunked and not answer.framed
+        for at, piece in enumerate(pieces):
+            if at and answer.pause:
+                self.wait(answer.pause)
+            elif self.gone():
+                raise ClientLeft
+            if piece:
+                self.sock.sendall(chunk(piece) if framing else piece)
+        if answer.then == "hang":
+            self.wait(threading.Event())
+        elif answer.then == "reset":
+            # Lingering for no time makes close() send RST instead of FIN.
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if answer.then != "keep":
+            return False
+        if framing:
+            try:
+                self.sock.sendall(chunk(b""))
+            except OSError:  # the client had all it wanted
+                return False
+        told = {name.lower(): value.lower() for name, value in answer.headers.items()}
+        return answer.status != 0 and told.get("connection") != "close"
+
+    @staticmethod
+    def head(answer: Answer, pieces: list[bytes]) -> bytes:
+        """Status line and headers, those of the answer first."""
+        headers = {"Content-Type": _content_type(answer.status, b"".join(pieces)), **answer.headers}
+        told = {name.lower() for name in headers}
+        if answer.chunked:
+            headers["Transfer-Encoding"] = "chunked"
+        elif answer.then == "close" and "content-length" not in told:
+            headers["Connection"] = "close"
+        elif "content-length" not in told:
+            headers["Content-Length"] = str(sum(map(len, pieces)))
+        lines = [
+            f"HTTP/1.1 {answer.status} {responses.get(answer.status, '')}",
+            *(f"{name}: {value}" for name, value in headers.items()),
+        ]
+        return "\r\n".join([*lines, "", ""]).encode("latin-1")
+
+    def gone(self) -> bool:
+        """Whether the client has closed its side."""
+        if not select.select([self.sock], [], [], 0)[0]:
+            return False
+        return not self.sock.recv(1, socket.MSG_PEEK)
+
+    def wait(self, event: threading.Event) -> None:
+        """Waits for a test, and looks after the client meanwhile."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not event.wait(LOOK_SECONDS):
+            if self.gone() or self.fake.stopping.is_set():
+                raise ClientLeft
+            if time.monotonic() > deadline:
+                self.fake.violate(
+                    "waited too long: a pause that no test ended, or a client that never leaves"
+                )
+                raise ClientLeft
+
+
+# ---- FakeCopilot ---------------------------------------------------------------------------------
+
+GENERATION = ("/chat/completions", "/v1/messages", "/responses")
+#: Seen on every successful generation answer, and on no other.
+QUOTA_HEADERS = {
+    f"x-quota-snapshot-{bucket}": f"{figures}&rst=2026-12-01T00%3A00%3A00Z&totRem={rest}"
+    for bucket, figures, rest in (
+        ("chat", "ent=-1&ov=0.0&ovPerm=false&rem=100.0", "-1"),
+        ("completions", "ent=-1&ov=0.0&ovPerm=false&rem=100.0", "-1"),
+        ("premium_interactions", "ent=1500&ov=0.0&ovPerm=true&rem=80.7", "1210.4"),
+    )
+}
+_DEVICE_CODE = "0123456789abcdef0123456789abcdefEXAMPLE1"
+_CLIENT_IDS = ("Iv1.b507a08c87ecfe98", "01ab8ac9400c4e429b23")
+
+
+def _json(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Answer:
+    return Answer(
+        status, {"Content-Type": "application/json", **(headers or {})}, dump(value), chunked=False
+    )
+
+
+class FakeCopilot:
+    """The server; a context manager. Its lists may be read and its attributes set at any time."""
+
+    def __init__(
+        self,
+        models: list[Json] | None = None,
+        brain: Brain | None = None,
+        github_token: str = "ghu_EXAMPLE000000000000000000000000000000",
+    ) -> None:
+        self.model_list = default_models() if models is None else models
+        self.brain = brain or default_brain
+        self.github_token = github_token
+        #: `refresh_in` of the tokens given out; they last until `expire_tokens()`.
+        self.token_life = 1500
+        #: Answers that take the place of the next exchanges and of the next model lists.
+        self.exchange_answers: deque[Answer] = deque()
+        self.models_answers: deque[Answer] = deque()
+        #: `error` values of the next device-flow polls; after them the sign-in succeeds.
+        self.device_states = deque(["authorization_pending", "authorization_pending", "slow_down"])
+        #: `interval` of the device flow.
+        self.poll_seconds = 1
+        self.requests: list[Seen] = []
+        self.calls: list[Seen] = []
+        self.cancelled: list[Seen] = []
+        self.violations: list[str] = []
+        self.exchanges = 0
+        self.issued = Issued()
+        self.stopping = threading.Event()
+        self._queue: deque[Answer] = deque()
+        self._live_tokens: set[str] = set()
+        self._all_tokens: set[str] = set()
+        self._request_ids: set[str] = set()
+        #: Interactions seen, and those whose last call failed: their retry may call itself `agent`.
+        self._interactions: set[str] = set()
+        self._failed: set[str] = set()
+        self._lock = threading.RLock()
+        self._news = threading.Condition(self._lock)
+        self._sockets: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.host = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self.url = f"http://{self.host}"
+
+    def __enter__(self) -> Self:
+        self._threads.append(threading.Thread(target=self._accept, daemon=True))
+        self._threads[0].start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # shutdown() wakes the threads that wait in accept() and recv(), the accepting one first.
+        self.stopping.set()
+        for sock, thread in zip([self._listener, *self._sockets], self._threads):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            thread.join(5)
+        self._listener.close()
+
+    # What tests call
+
+    def queue(self, answer: Answer) -> None:
+        """This answer for the next generation call that is not refused, instead of the brain's."""
+        self._queue.append(answer)
+
+    def expire_tokens(self) -> None:
+        """Every Copilot token handed out so far is refused; those refusals are no violations."""
+        with self._lock:
+            self._live_tokens.clear()
+
+    def wait_until(self, true: Callable[[], bool], timeout: float = 5) -> bool:
+        """Waits for a condition over the lists; False when `timeout` seconds were not enough."""
+        with self._news:
+            return self._news.wait_for(true, timeout)
+
+    def wait_calls(self, count: int, timeout: float = 5) -> bool:
+        """Waits until so many generation calls have arrived."""
+        return self.wait_until(lambda: len(self.calls) >= count, timeout)
+
+    def wait_cancelled(self, timeout: float = 5, count: int = 1) -> bool:
+        """Waits until so many clients have left in the middle of an answer."""
+        return self.wait_until(lambda: len(self.cancelled) >= count, timeout)
+
+    # What connections call
+
+    def violate(self, note: str) -> None:
+        """Writes down what a well-behaved client would not have done."""
+        if note:
+            with self._lock:
+                self.violations.append(note.strip())
+
+    def record(self, seen: Seen) -> Seen:
+        """Takes a request into the lists."""
+        with self._news:
+            self.requests.append(seen)
+            if seen.method == "POST" and seen.path in GENERATION:
+                self.calls.append(seen)
+            self._news.notify_all()
+        return seen
+
+    def client_left(self, seen: Seen) -> None:
+        """Takes a call into `cancelled`."""
+        with self._news:
+            if not self.stopping.is_set() and any(seen is call for call in self.calls):
+                self.cancelled.append(seen)
+            self._news.notify_all()
+
+    def answer(self, seen: Seen) -> Answer:
+        """The answer to one request."""
+        try:
+            return self._route(seen)
+        except Refusal as refusal:
+            self.violate(refusal.note)
+            return refusal.answer()
+        except Exception as error:  # noqa: BLE001
+            # A brain's assertion, or a body that no rule foresaw: the test must hear of it.
+            self.violate(f"{type(error).__name__} while answering {seen.path}: {error}")
+            return plain(500, "Internal Server Error").answer()
+
+    # Routes
+
+    def _accept(self) -> None:
+        number = 0
+        while not self.stopping.is_set():
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            number += 1
+            self._sockets.append(sock)
+            thread = threading.Thread(target=_Connection(self, sock, number).serve, daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _route(self, seen: Seen) -> Answer:
+        routes: dict[tuple[str, str], Callable[[Seen], Answer]] = {
+            ("POST", "/login/device/code"): self._device_code,
+            ("POST", "/login/oauth/access_token"): self._access_token,
+            ("GET", "/user"): self._user,
+            ("GET", "/copilot_internal/v2/token"): self._exchange,
+            ("GET", "/copilot_internal/user"): self._quota,
+            ("GET", "/models"): self._models,
+            **{("POST", path): self._generate for path in GENERATION},
+        }
+        route = routes.get((seen.method, seen.path))
+        if (
+            route is None
+            and seen.method == "POST"
+            and re.fullmatch(r"/models/[^/]+/policy", seen.path)
+        ):
+            route = self._policy
+        if route is None:
+            raise plain(404, "404 page not found", f"{seen.method} {seen.path}: 404 page not found")
+        return route(seen)
+
+    def _take(self, line: deque[Answer], check: Callable[[], None]) -> Answer | None:
+        """The next prepared answer, after `check` unless that answer asks for none."""
+        with self._lock:
+            if not line or line[0].strict:
+                check()
+            return line.popleft() if line else None
+
+    def _device_code(self, seen: Seen) -> Answer:
+        if self._form(seen).get("client_id") not in _CLIENT_IDS:
+            raise Refusal(404, dump({"error": "Not Found"}), "unknown client_id")
+        code = {
+            "device_code": _DEVICE_CODE, "user_code": "ABCD-1234", "expires_in": 900,
+            "verification_uri": f"{self.url}/login/device", "interval": self.poll_seconds,
+        }  # fmt: skip
+        return self._as_accepted(seen, code)
+
+    def _access_token(self, seen: Seen) -> Answer:
+        form = self._form(seen)
+        if form.get("grant_type") != "urn:ietf:params:oauth:grant-type:device_code":
+            state = "unsupported_grant_type"
+        elif form.get("device_code") != _DEVICE_CODE:
+            state = "incorrect_device_code"
+        else:
+            state = self.device_states.popleft() if self.device_states else ""
+        if not state:
+            return self._as_accepted(
+                seen, {"access_token": self.github_token, "token_type": "bearer", "scope": ""}
+            )
+        slower = {"interval": self.poll_seconds} if state == "slow_down" else {}
+        return self._as_accepted(
+            seen, {"error": state, "error_description": state.replace("_", " "), **slower}
+        )
+
+    @staticmethod
+    def _form(seen: Seen) -> Json:
+        """The fields of a sign-in request, JSON or form-encoded."""
+        return seen.body if isinstance(seen.body, dict) else dict(parse_qsl(seen.raw.decode()))
+
+    def _as_accepted(self, seen: Seen, value: Json) -> Answer:
+        """JSON if it was asked for, else a form, as GitHub's sign-in pages do."""
+        if not seen.headers.get("user-agent"):
+            raise plain(403, "Request forbidden by administrative rules.", "User-Agent missing")
+        if "application/json" in seen.headers.get("accept", ""):
+            return _json(value)
+        self.violate(f"{seen.path} without Accept: application/json")
+        return Answer(
+            200,
+            {"Content-Type": "application/x-www-form-urlencoded"},
+            urlencode(value).encode(),
+            chunked=False,
+        )
+
+    def _user(self, seen: Seen) -> Answer:
+        if seen.headers.get("authorization", "").partition(" ")[2] != self.github_token:
+            raise Refusal(401, dump({"message": "Bad credentials"}), "Bad credentials on /user")
+        return _json({"login": "octocat", "id": 1})
+
+    def _exchange(self, seen: Seen) -> Answer:
+        with self._lock:
+            self.exchanges += 1
+            number = self.exchanges
+        prepared = self._take(
+            self.exchange_answers,
+            lambda: check_management(seen, self.github_token, self._all_tokens),
+        )
+        if prepared:
+            return prepared
+        expires = int(time.time()) + self.token_life + 300
+        token = (
+            f"tid=fake{number};exp={expires};sku=EXAMPLE_SKU;st=dotcom;chat=1;8kp=1:5f1cEXAMPLEMAC"
+        )
+        with self._lock:
+            self._live_tokens.add(token)
+            self._all_tokens.add(token)
+        return _json({
+            "token": token, "expires_at": expires, "refresh_in": self.token_life,
+            "sku": "EXAMPLE_SKU", "individual": True,
+            "endpoints": {"api": self.url, "proxy": "https://proxy.individual.githubcopilot.com",
+                          "telemetry": "https://telemetry.individual.githubcopilot.com"},
+            "chat_enabled": True, "public_suggestions": "enabled", "organization_list": [],
+            "enterprise_list": None, "limited_user_quotas": None, "limited_user_reset_date": None,
+        })  # fmt: skip
+
+    def _quota(self, seen: Seen) -> Answer:
+        check_management(seen, self.github_token, self._all_tokens)
+        unlimited = {
+            "unlimited": True,
+            "entitlement": 0,
+            "percent_remaining": 100.0,
+            "has_quota": False,
+        }
+        premium = {
+            "entitlement": 1500, "remaining": 1210, "quota_remaining": 1210.4,
+            "percent_remaining": 80.7, "unlimited": False, "overage_count": 0,
+            "overage_permitted": True, "has_quota": True,
+        }  # fmt: skip
+        buckets = {"chat": unlimited, "completions": unlimited, "premium_interactions": premium}
+        return _json({
+            "login": "octocat", "copilot_plan": "individual_pro", "access_type_sku": "EXAMPLE_SKU",
+            "token_based_billing": True, "endpoints": {"api": self.url},
+            "quota_reset_date": "2026-12-01", "quota_reset_date_utc": "2026-12-01T00:00:00.000Z",
+            "quota_snapshots": {name: {"quota_id": name, **b} for name, b in buckets.items()},
+        })  # fmt: skip
+
+    def _models(self, seen: Seen) -> Answer:
+        prepared = self._take(self.models_answers, lambda: self._check_access(seen))
+        return prepared or _json({"object": "list", "data": self.model_list})
+
+    def _policy(self, seen: Seen) -> Answer:
+        self._check_access(seen)
+        name = seen.path.split("/")[2]
+        found = [m for m in self.model_list if m.get("id") == name and "policy" in m]
+        if not found or seen.body != {"state": "enabled"}:
+            raise plain(404, "404 page not found", f"{seen.path} with {seen.body}")
+        found[0]["policy"]["state"] = "enabled"
+        return _json({"state": "enabled"})
+
+    # Generation
+
+    def _generate(self, seen: Seen) -> Answer:
+        prepared = self._take(self._queue, lambda: self._check_call(seen))
+        interaction = seen.headers.get("x-interaction-id", "")
+        answer = prepared or self._imitate(seen, interaction in self._interactions)
+        with self._lock:
+            self._interactions.add(interaction)
+            self._failed.discard(interaction)
+            if not 200 <= answer.status < 300:
+                self._failed.add(interaction)
+        asked = seen.headers.get("x-request-id", "")
+        ids = {"x-request-id": asked, "x-github-request-id": f"FAKE:{len(self.calls):04X}"}
+        quota = QUOTA_HEADERS if 200 <= answer.status < 300 else {}
+        return replace(answer, headers={**ids, **quota, **answer.headers})
+
+    def _imitate(self, seen: Seen, cached: bool) -> Answer:
+        """The brain's answer in the endpoint's dialect; /responses has none and needs `queue`."""
+        voices: dict[str, tuple[str, type[ChatVoice | MessagesVoice]]] = {
+            "/chat/completions": ("chat", ChatVoice),
+            "/v1/messages": ("messages", MessagesVoice),
+        }
+        if seen.path not in voices:
+            raise plain(501, "Not Implemented", "a call of /responses without a queued Answer")
+        dialect, voice_of = voices[seen.path]
+        model = find_model(self.model_list, seen.body["model"], seen.path)
+        parts = self.brain(dialect, copy.deepcopy(seen.body))
+        with self._lock:
+            voice = voice_of(parts, seen.body, model, self.issued, cached)
+            if not seen.body.get("stream"):
+                return _json(voice.whole())
+            return Answer(200, {"Content-Type": "text/event-stream"}, voice.frames())
+
+    def _check_access(self, seen: Seen) -> None:
+        """Token and headers of any request to the Copilot API."""
+        check_secrets(seen)
+        scheme, _, token = seen.headers.get("authorization", "").partition(" ")
+        if token == self.github_token:
+            raise forbidden("the GitHub token was sent to the Copilot API")
+        if scheme != "Bearer" or token not in self._live_tokens:
+            note = "" if token in self._all_tokens else "unauthorized: not a token from here"
+            raise plain(401, "unauthorized: token expired", note)
+        check_identity(seen, self.host)
+        request = seen.headers.get("x-request-id", "")
+        if not is_uuid(request) or request in self._request_ids:
+            self.violate(f"X-Request-Id is missing, no UUID, or used twice: {request!r}")
+        self._request_ids.add(request)
+
+    def _check_call(self, seen: Seen) -> None:
+        """Everything about a generation call; a refused one marks its interaction as failed."""
+        try:
+            self._check_access(seen)
+            body = seen.body
+            if (
+                not isinstance(body, dict)
+                or seen.headers.get("content-type", "").split(";")[0] != "application/json"
+            ):
+                raise bad_body("no JSON object, or not called so")
+            model = find_model(self.model_list, body.get("model"), seen.path)
+            self.violate(check_vision(seen, model))
+            if seen.path == "/chat/completions":
+                check_chat(body, model, self.issued)
+                if body.get("stream") and not (body.get("stream_options") or {}).get(
+                    "include_usage"
+                ):
+                    self.violate("a chat stream without stream_options.include_usage")
+            elif seen.path == "/v1/messages":
+                betas = set(re.findall(r"[^\s,]+", seen.headers.get("anthropic-beta", "")))
+                check_messages(body, model, betas, self.issued)
+                if "x-anthropic-billing-header:" in text_of(body.get("system")):
+                    self.violate(
+                        "a billing line in the system prompt, which changes and defeats caching"
+                    )
+            else:
+                check_responses(body)
+            self._check_conversation(seen)
+        except Refusal:
+            self._failed.add(seen.headers.get("x-interaction-id", ""))
+            raise
+
+    def _check_conversation(self, seen: Seen) -> None:
+        """The headers that tell who asks, and in which conversation; wrong ones are only noted."""
+        interaction = seen.headers.get("x-interaction-id", "")
+        if not is_uuid(interaction):
+            self.violate(f"X-Interaction-Id is missing or no UUID: {interaction!r}")
+        right = right_initiators(seen.path, seen.body)
+        if interaction in self._failed:
+            right.add("agent")
+        said = seen.headers.get("x-initiator")
+        if said not in right:
+            self.violate(f"X-Initiator is {said}, should be {' or '.join(sorted(right))}")
