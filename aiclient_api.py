@@ -157,6 +157,7 @@ MAX_LENGTH_DIGITS = 19  # 2**63 has 19 digits
 # A JSON body is parsed while every stream waits: 30 MiB of tiny values took 7 s, so their number
 # is bounded before parsing.
 MAX_JSON_COMMAS = 400_000
+MAX_JSON_DEPTH = 100
 MAX_ERROR_BODY_BYTES = 64 * KIB  # of an upstream's error answer; the rest is not read
 MAX_WHOLE_ANSWER_BYTES = 64 * MIB  # of an upstream's JSON answer
 MAX_FRAME_BYTES = 16 * MIB  # one server-sent event: images come as one frame
@@ -448,12 +449,60 @@ def refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-def load_json(data: bytes | str) -> Any:
+def finite_float(text: str) -> float:
+    """For `json.loads`: 1e999 would go on as Infinity."""
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError("a number is too large")
+    return value
+
+
+def load_json(data: bytes | str, **options: Any) -> Any:
     """Strict JSON; raises ValueError for whatever is not, however it is broken."""
     try:
-        return json.loads(data, parse_constant=refuse_constant)
+        return json.loads(data, parse_constant=refuse_constant, parse_float=finite_float, **options)
     except RecursionError:
-        raise ValueError("nested too deeply") from None
+        raise ValueError("it is nested too deeply") from None
+
+
+def is_deeper(value: Any, limit: int) -> bool:
+    """Whether lists and objects are nested deeper than `limit`."""
+    level = [value]
+    for _ in range(limit):
+        rows = [item.values() if isinstance(item, dict) else item for item in level]
+        level = [item for row in rows for item in row if isinstance(item, (dict, list))]
+        if not level:
+            return False
+    return True
+
+
+def load_body(data: bytes) -> Json:
+    """A request's body, one JSON object; raises InvalidRequest and BodyTooLarge.
+
+    A key that stands twice at the top is refused: two readers would disagree on which one counts.
+    """
+    if data.count(b",") > MAX_JSON_COMMAS:
+        raise BodyTooLarge(f"The body holds more than {MAX_JSON_COMMAS} values.")
+    outermost = 0
+
+    def build(pairs: list[tuple[str, Any]]) -> Json:
+        nonlocal outermost
+        outermost = len(pairs)  # the outermost object is completed last
+        return dict(pairs)
+
+    try:
+        body = load_json(data.decode(), object_pairs_hook=build)
+    except UnicodeDecodeError:
+        raise InvalidRequest("The body is not UTF-8.") from None
+    except ValueError as error:
+        raise InvalidRequest(f"The body is not valid JSON: {redact(str(error))[:200]}.") from None
+    if not isinstance(body, dict):
+        raise InvalidRequest("The body must be a JSON object.")
+    if len(body) != outermost:
+        raise InvalidRequest("The body has a key twice at its top level.")
+    if is_deeper(body, MAX_JSON_DEPTH):
+        raise InvalidRequest(f"The body is nested deeper than {MAX_JSON_DEPTH} levels.")
+    return body
 
 
 def load_object(data: bytes | str) -> Json | None:
@@ -463,18 +512,6 @@ def load_object(data: bytes | str) -> Json | None:
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
-
-
-def top_level_keys(data: bytes) -> list[str]:
-    """The keys of the outermost object as written, repeats included."""
-    last: list[tuple[str, Any]] = []
-
-    def remember(pairs: list[tuple[str, Any]]) -> None:
-        nonlocal last
-        last = pairs  # the outermost object is completed last
-
-    json.loads(data, object_pairs_hook=remember)
-    return [key for key, _ in last]
 
 
 def join_path(path: str, key: str | int) -> str:
@@ -1140,6 +1177,8 @@ class Body:
     def __init__(self) -> None:
         self.done = False
         self.rest = b""
+        #: payload bytes that are announced but have not come
+        self.left = 0
 
     def feed(self, data: bytes) -> bytes:
         """The payload in `data`; raises WireError."""
@@ -1187,7 +1226,6 @@ class ChunkedBody(Body):
     def __init__(self) -> None:
         super().__init__()
         self.buffer = b""
-        self.left = 0  # bytes of the chunk in hand, its CRLF not counted
         self.in_chunk = False
         self.in_trailers = False
 
@@ -5895,7 +5933,7 @@ class Route:
     explicit: bool
 
 
-MODEL_NAME = re.compile(r"[\w./:\[\]@+-]{1,200}", re.ASCII)
+MODEL_NAME = re.compile(r"(?!.*(?://|\.\.))[A-Za-z0-9][\w./:\[\]@+-]{0,199}", re.ASCII)
 
 
 class Router:
@@ -6712,6 +6750,31 @@ class Outlet:
         self.transport.write(last if self.begun else self.head + last)
 
 
+def count_unsent(handle: int) -> int:
+    """Bytes in the kernel's send queue of a socket; 0 where the system cannot tell."""
+    try:
+        import fcntl
+        import termios
+
+        answer = fcntl.ioctl(handle, termios.TIOCOUTQ, b"\0" * 4)
+    except (ImportError, OSError):
+        return 0
+    return int.from_bytes(answer, sys.byteorder)
+
+
+async def linger(wire: Wire) -> None:
+    """Ends our side and swallows the peer's rest for a moment: a reset would eat the answer."""
+    if wire.transport.is_closing():
+        return
+    try:
+        async with asyncio.timeout(LINGER_SECONDS):
+            wire.transport.write_eof()
+            while await wire.reader.read(READ_BYTES):
+                pass
+    except (TimeoutError, OSError):
+        pass  # it had its time, or is gone already
+
+
 class ClientConnection:
     """One client: reads its requests one after the other and writes their answers in order."""
 
@@ -6724,6 +6787,8 @@ class ClientConnection:
         self.task: asyncio.Task[None] | None = None
         self.watched: asyncio.Task[None] | None = None
         self.outlet: Outlet | None = None
+        #: the one in hand
+        self.request: Request | None = None
         #: idle, head, body or busy: what the deadline is for
         self.phase = "head"
         self.due_at = 0.0
@@ -6741,12 +6806,21 @@ class ClientConnection:
         """Ends what takes too long."""
         if self.stalled_at and now - self.stalled_at > WRITE_STALL_SECONDS:
             self.wire.transport.abort()
+        elif self.phase == "idle" and now > self.due_at and self.has_unsent():
+            self.await_phase("idle", self.server.config.idle_seconds)
         elif self.phase != "busy" and now > self.due_at:
             if self.phase != "idle" and (self.buffer or self.phase == "body"):
                 error = RequestTimeout(f"The request's {self.phase} took too long.")
-                self.wire.transport.write(self.server.error_bytes(error))
+                self.wire.transport.write(self.server.error_bytes(error, self.request))
             self.phase = "busy"
             self.wire.transport.close()
+
+    def has_unsent(self) -> bool:
+        """Whether the client has not taken its last answer yet: then it is slow, not idle."""
+        if self.wire.transport.get_write_buffer_size():
+            return True
+        socket_ = self.wire.transport.get_extra_info("socket")
+        return socket_ is not None and count_unsent(socket_.fileno()) > 0
 
     def flow(self, paused: bool) -> None:
         """The client's reading has become slow, or has caught up."""
@@ -6768,7 +6842,7 @@ class ClientConnection:
     async def serve(self) -> None:
         """Serves requests until one side has had enough."""
         try:
-            while not self.closing:
+            while not (self.closing or self.server.draining):
                 head = await self.read_head()
                 if head is None:
                     break
@@ -6832,7 +6906,7 @@ class ClientConnection:
 
     async def answer(self, head: RequestHead) -> None:
         """One request, from its head to the last byte of its answer."""
-        request = Request(self, head, request_body(head))
+        request = self.request = Request(self, head, request_body(head))
         if head.headers.get("expect", "100-continue").lower() != "100-continue":
             raise WireError("unknown expectation", 417)
         try:
@@ -6844,7 +6918,8 @@ class ClientConnection:
         finally:
             self.watched = None
         if not request.body.done:
-            await self.linger()
+            await linger(self.wire)
+        self.request = None
 
     def must_close(self, request: Request) -> bool:
         """Whether the connection ends with this answer."""
@@ -6878,7 +6953,7 @@ class ClientConnection:
             piece = body.feed(data)
             pieces.append(piece)
             size += len(piece)
-            if size > limit:
+            if size + body.left > limit:
                 raise BodyTooLarge(f"The body is larger than {limit // MIB} MiB.")
             if body.done:
                 break
@@ -6921,21 +6996,8 @@ class ClientConnection:
 
     async def refuse(self, error: WireError) -> None:
         """Answers a request that is not HTTP, and closes."""
-        self.wire.transport.write(self.server.error_bytes(wire_api_error(error)))
-        await self.linger()
-
-    async def linger(self) -> None:
-        """Ends our side and swallows the client's rest for a moment: a reset would eat the answer."""
-        if self.wire.transport.is_closing():
-            return
-        if self.wire.transport.can_write_eof():
-            self.wire.transport.write_eof()
-        try:
-            async with asyncio.timeout(LINGER_SECONDS):
-                while await self.wire.reader.read(READ_BYTES):
-                    pass
-        except (TimeoutError, ConnectionError):
-            pass  # it had its time
+        self.wire.transport.write(self.server.error_bytes(wire_api_error(error), self.request))
+        await linger(self.wire)
 
 
 def wire_api_error(error: WireError) -> ApiError:
@@ -6953,13 +7015,14 @@ class Server:
         config: ServerConfig,
         ticker: Ticker,
         handler: Callable[[Request], Awaitable[Response]],
-        write_error: Callable[[ApiError], Response],
+        write_error: Callable[[ApiError, Request | None], Response],
     ) -> None:
         self.config = config
         self.ticker = ticker
         self.handler = handler
         self.write_error = write_error
         self.connections: set[ClientConnection] = set()
+        self.turning: set[asyncio.Task[None]] = set()
         self.draining = False
         self.listener: asyncio.Server | None = None
 
@@ -6979,9 +7042,9 @@ class Server:
     def accept(self, wire: Wire) -> None:
         """Serves a new connection, or turns it away."""
         if self.draining or len(self.connections) >= self.config.max_connections:
-            busy = Overloaded("Too many connections.", retry_after=1)
-            wire.transport.write(self.error_bytes(busy))
-            wire.transport.close()
+            task = asyncio.get_running_loop().create_task(self.turn_away(wire))
+            self.turning.add(task)
+            task.add_done_callback(self.turning.discard)
             return
         connection = ClientConnection(self, wire)
         self.connections.add(connection)
@@ -6989,14 +7052,21 @@ class Server:
         connection.task = asyncio.get_running_loop().create_task(connection.serve())
         connection.task.add_done_callback(lambda _: self.forget(connection))
 
+    async def turn_away(self, wire: Wire) -> None:
+        """Tells a client that there is no room, and closes."""
+        busy = Overloaded("Too many connections.", retry_after=1)
+        wire.transport.write(self.error_bytes(busy))
+        await linger(wire)
+        wire.transport.close()
+
     def forget(self, connection: ClientConnection) -> None:
         """A connection has ended."""
         self.connections.discard(connection)
         self.ticker.discard(connection.watch)
 
-    def error_bytes(self, error: ApiError) -> bytes:
+    def error_bytes(self, error: ApiError, request: Request | None = None) -> bytes:
         """A whole error answer that closes the connection."""
-        response = self.write_error(error)
+        response = self.write_error(error, request)
         headers = [
             ("Content-Type", response.content_type),
             *response.headers.items(),
@@ -7227,43 +7297,43 @@ def sample_value(schema: Any) -> Any:
     return plain.get(kind, "echo") if isinstance(kind, str) else "echo"
 
 
-def echo_events(body: Json) -> Iterator[Event]:
-    """The echo's answer to a chat body: a tool call when asked for one, else the last words."""
-    messages = [message for message in body["messages"] if isinstance(message, dict)]
-    last = messages[-1] if messages else {}
-    words = text_of(last.get("content"))
-    pictures = sum(
-        isinstance(part, dict) and part.get("type") == "image_url"
-        for message in messages
-        if isinstance(message.get("content"), list)
-        for part in message["content"]
-    )
-    names = tool_names(body)
-    said = 0.0
+def echo_call(chat: Chat) -> ToolCall | None:
+    """The call of the first tool, where the last words ask for it."""
+    last = chat.turns[-1]
+    words = plain_text(last.blocks)
+    if not chat.tools or ECHO_CALL_WORDS not in words.lower():
+        return None
+    tool = chat.tools[0]
+    call_id = "call_" + short_hash(words + tool.name, 16)
+    return ToolCall(call_id, tool.name, dump_text(sample_value(tool.schema)))
+
+
+def echo_words(chat: Chat) -> str:
+    """The last words, labelled; what a tool said, and how many images there were."""
+    blocks = chat.turns[-1].blocks
+    results = [block for block in blocks if isinstance(block, ToolResult)]
+    said = [f"The tool said: {plain_text(result.blocks)}" for result in results]
+    seen = [block for turn in chat.turns for block in turn.blocks if isinstance(block, Image)]
+    words = "\n\n".join([*said, *filter(None, [plain_text(blocks)])])
+    return f"{ECHO_LABEL}{words}" + (f" (images seen: {len(seen)})" if seen else "")
+
+
+def echo_events(chat: Chat, prompt_tokens: int) -> Iterator[Event]:
+    """The echo's answer: a tool call when asked for one, else the last words."""
     yield Started()
-    if names and ECHO_CALL_WORDS in words.lower() and last.get("role") == "user":
-        tool = body["tools"][0]
-        function = details(tool, "function") or tool
-        arguments = dump_text(sample_value(object_schema(function.get("parameters"), names[0])))
-        said = estimate_text(arguments)
-        yield Opened("tool", "call_" + short_hash(words + names[0], 16), names[0])
-        yield Added("arguments", arguments)
-        yield Closed()
-        reason = "tool"
+    call = echo_call(chat)
+    text = call.arguments if call else echo_words(chat)
+    if call:
+        yield Opened("tool", call.id, call.name)
+        yield Added("arguments", text)
     else:
-        lead = "The tool said: " if last.get("role") == "tool" else ""
-        seen = f" ({pictures} image{'s'[: pictures > 1]} seen)" if pictures else ""
-        text = f"{ECHO_LABEL}{lead}{words}{seen}"
-        said = estimate_text(text)
         size = max(8, len(text) // 400)
         yield Opened("text")
         for at in range(0, len(text), size):
             yield Added("text", text[at : at + size])
-        yield Closed()
-        reason = "end"
-    usage = Usage(input=estimate_request(body), output=max(1, int(said)), reported=True)
-    yield Counted(usage)
-    yield Finished(reason)
+    yield Closed()
+    yield Counted(Usage(prompt_tokens, output=max(1, int(estimate_text(text))), reported=True))
+    yield Finished("tool" if call else "end")
 
 
 class LocalAnswer:
@@ -7343,11 +7413,15 @@ class EchoProvider:
 
     async def open(self, call: Call) -> Source:
         """The echo."""
+        chat = CHAT.read_request(call.body)
+        if not chat.turns:
+            raise InvalidRequest("messages: there is nothing to echo.", param="messages")
+        events = echo_events(chat, estimate_request(call.body))
         terms = Terms(CHAT.id_prefix + os.urandom(12).hex(), int(time.time()), "echo", True)
         writer = CHAT.writer(terms)
 
         def pieces() -> Iterator[bytes]:
-            for event in echo_events(call.body):
+            for event in events:
                 for frame in writer.write(event):
                     yield CHAT.encode(frame)
             yield CHAT.tail
@@ -8049,7 +8123,7 @@ class Gateway:
     def write_error(self, error: ApiError, request: Request | None = None) -> Response:
         """An error in the dialect of whoever asked."""
         dialect = self.dialect_of(request)
-        request_id = request.id if request is not None else "req_" + os.urandom(12).hex()
+        request_id = (request and request.id) or "req_" + os.urandom(12).hex()
         body = dump_json(dialect.error_body(error, request_id))
         headers = error_headers(error)
         headers.update({"request-id": request_id, "x-request-id": request_id})
@@ -8092,7 +8166,7 @@ class Gateway:
 
     async def post_count_tokens(self, request: Request) -> Response:
         """Estimated here: never an upstream call, as Claude Code asks in bursts."""
-        body = await self.read_json(request)
+        body = load_body(await request.read_body())
         message_list(body)
         return Response(200, dump_json({"input_tokens": estimate_request(body)}))
 
@@ -8165,30 +8239,6 @@ class Gateway:
         """Anthropic messages."""
         return await self.converse(request, MESSAGES)
 
-    async def read_json(self, request: Request) -> Json:
-        """A request's body, which must be one JSON object; raises InvalidRequest."""
-        data = await request.read_body()
-        if data.count(b",") > MAX_JSON_COMMAS:
-            raise BodyTooLarge(f"The body holds more than {MAX_JSON_COMMAS} values.")
-        try:
-            text = data.decode()
-            body = load_json(text)
-        except UnicodeDecodeError:
-            raise InvalidRequest("The body is not UTF-8.") from None
-        except ValueError as error:
-            raise InvalidRequest(
-                f"The body is not valid JSON: {redact(str(error))[:200]}."
-            ) from None
-        if not isinstance(body, dict):
-            raise InvalidRequest("The body must be a JSON object.")
-        # Two readers would disagree on which of two equal keys counts.
-        suspects = (b'"model"', b'"messages"', b'"stream"')
-        if any(data.count(key) > 1 for key in suspects):
-            keys = top_level_keys(data)
-            if len(keys) != len(set(keys)):
-                raise InvalidRequest("The body has a key twice at its top level.")
-        return body
-
     async def find_model(self, request: Request, name: str) -> tuple[Provider, Model]:
         """Who answers, and as which model; raises ModelNotFound."""
         catalogues = await self.catalogues()
@@ -8219,7 +8269,7 @@ class Gateway:
 
     async def converse(self, request: Request, asked: Dialect) -> Response:
         """One request for an answer, in the dialect `asked`."""
-        body = await self.read_json(request)
+        body = load_body(await request.read_body())
         outline = asked.outline(body)
         session = request.headers.get("x-claude-code-session-id", "")
         outline.session = outline.session or session
