@@ -1137,7 +1137,7 @@ BAD_FIELD_VALUES: dict[str, dict[str, Any]] = {
     "model a list": {"model": ["echo"]},
     "stream a word": {"stream": "yes"},
 }
-#: What is passed on unread to an upstream that speaks the caller's dialect, and converted elsewhere.
+#: Passed on unread where the upstream speaks the caller's dialect, read where it is converted.
 BAD_INNER_VALUES: dict[str, dict[str, Any]] = {
     "message without role": {"messages": [{"content": "hi"}]},
     "role a number": {"messages": [{"role": 5, "content": "hi"}]},
@@ -1171,7 +1171,7 @@ def test_a_wrong_type_further_in_is_400_where_it_is_read(
 
 
 @DIALECTS
-@pytest.mark.parametrize("model", ["", " ", "a" * 300, "no such", "\n", "echo/../x", "echo/"])
+@pytest.mark.parametrize("model", ["", " ", "a" * 300, "no such", "\n", "echo/../x"])
 def test_a_model_that_is_no_name_is_a_client_error(gateway: Gateway, path: str, model: str) -> None:
     reply = gateway.request("POST", path, {**asking("hi"), "model": model})
     assert reply.status in (400, 404), reply
@@ -1701,16 +1701,18 @@ def test_empty_lines_now_and_then_do_not_renew_the_deadline_of_a_head(small: Gat
     ids=["head", "body"],
 )
 def test_an_error_shortly_before_a_deadline_is_the_only_answer_and_stops_no_other_deadline(
-    small: Gateway, start: bytes, error: bytes
+    start: bytes, error: bytes
 ) -> None:
-    with small.wire() as wire:
-        wire.send(start)
-        time.sleep(0.6)  # into the second half of the deadline
-        received = exchange(wire.sock, error, 2, half_close=False)
-        assert only(received).status == 400
-        time.sleep(0.8)  # past the deadline, while the server still listens for a close
-    with small.wire() as wire:
-        assert exchange(wire.sock, b"", 4, half_close=False).ended == "closed"
+    with Gateway(config=SMALL_LIMITS) as small:
+        with small.wire() as wire:
+            wire.send(start)
+            time.sleep(0.6)  # into the second half of the deadline
+            received = exchange(wire.sock, error, 2, half_close=False)
+            assert only(received).status == 400
+            time.sleep(0.8)  # past the deadline, while the server still listens for a close
+        with small.wire() as wire:
+            assert exchange(wire.sock, b"", 3, half_close=False).ended == "closed"
+        assert is_clean(small)
 
 
 @DIALECTS
@@ -1720,7 +1722,7 @@ def test_a_byte_now_and_then_does_not_renew_the_deadline_of_a_body(
     with small.wire() as wire:
         wire.send(head(JSON_TYPE, "Content-Length: 1000", line=f"POST {path} HTTP/1.1"))
         began = time.monotonic()
-        received = drip(wire, b" " * 100)
+        received = drip(wire, b" " * 30)
     assert 0.9 < time.monotonic() - began < LATEST_SECONDS
     refused(only(received), 408, path)
 
@@ -1729,7 +1731,7 @@ def test_chunks_now_and_then_do_not_renew_the_deadline_of_a_body(small: Gateway)
     with small.wire() as wire:
         wire.send(head(JSON_TYPE, CHUNKED))
         began = time.monotonic()
-        received = drip(wire, b"1\r\n \r\n" * 100, gap_seconds=0.05)
+        received = drip(wire, b"1\r\n \r\n" * 20, gap_seconds=0.05)
     assert 0.9 < time.monotonic() - began < LATEST_SECONDS
     refused(only(received), 408, MESSAGES)
 
@@ -1858,7 +1860,7 @@ HUGE_TEXT = "x" * (44 * MIB)
 def test_a_reader_that_does_not_read_costs_no_memory(gateway: Gateway, path: str) -> None:
     with gateway.wire(receive_buffer=4096) as wire:
         wire.send(gateway.request_bytes("POST", path, asking(HUGE_TEXT, stream=True)))
-        assert wire.read_until(b"\r\n\r\n").startswith(b"HTTP/1.1 200")
+        assert wire.read_until(b"x" * 1000).startswith(b"HTTP/1.1 200")
         before = resident_bytes(gateway.pid)
         wait_until(lambda: rests(gateway.pid), 10)
         assert resident_bytes(gateway.pid) - before < 32 * MIB
