@@ -158,6 +158,7 @@ MAX_LENGTH_DIGITS = 19  # 2**63 has 19 digits
 # is bounded before parsing.
 MAX_JSON_COMMAS = 400_000
 MAX_JSON_DEPTH = 100
+MAX_ERROR_TEXT = 4000  # characters of an error message
 MAX_ERROR_BODY_BYTES = 64 * KIB  # of an upstream's error answer; the rest is not read
 MAX_WHOLE_ANSWER_BYTES = 64 * MIB  # of an upstream's JSON answer
 MAX_FRAME_BYTES = 16 * MIB  # one server-sent event: images come as one frame
@@ -276,8 +277,8 @@ class ApiError(Exception):
         self.headers = headers or {}
 
     def text(self) -> str:
-        """The message with its hint."""
-        return f"{self.message} {self.hint}".strip()
+        """The message with its hint, at a length that does not depend on what was sent."""
+        return f"{self.message[:MAX_ERROR_TEXT]} {self.hint}".strip()
 
 
 class InvalidRequest(ApiError):
@@ -1394,34 +1395,31 @@ class SseReader:
 
     def feed(self, data: bytes) -> list[tuple[bytes, bytes]]:
         """The events that `data` completes; raises UpstreamError over MAX_FRAME_BYTES."""
-        return self.split(self.complete(data))
+        return self.parse_all(self.complete(data))
 
-    def complete(self, data: bytes) -> bytes:
-        """The bytes of the events that `data` completes, line ends made LF; the rest is kept."""
+    def complete(self, data: bytes) -> list[bytes]:
+        """The events that `data` completes, unparsed, line ends made LF; the rest is kept."""
         if self.tail:
             data = self.tail + data
         if not self.begun:
             if len(data) < 3 and b"\xef\xbb\xbf".startswith(data):
                 self.tail = data
-                return b""
+                return []
             self.begun = True
             data = data.removeprefix(b"\xef\xbb\xbf")
         held = b""
         if b"\r" in data:
             held = b"\r" if data.endswith(b"\r") else b""  # its LF may be in the next read
             data = data[: len(data) - len(held)].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        end = data.rfind(b"\n\n") + 2
-        if end < 2:
-            end = 0
-        self.tail = data[end:] + held
+        rows = data.split(b"\n\n")
+        self.tail = rows.pop() + held
         if len(self.tail) > MAX_FRAME_BYTES:
             raise UpstreamError("The upstream sent an endless event.")
-        return data[:end]
+        return rows
 
-    def split(self, blocks: bytes) -> list[tuple[bytes, bytes]]:
-        """The events in whole blocks."""
-        rows = blocks.split(b"\n\n")
-        return [event for block in rows if block and (event := self.parse(block))]
+    def parse_all(self, rows: list[bytes]) -> list[tuple[bytes, bytes]]:
+        """The events in unparsed ones."""
+        return [event for row in rows if row and (event := self.parse(row))]
 
     def end(self) -> list[tuple[bytes, bytes]]:
         """The last event, where the stream ended without an empty line."""
@@ -2195,13 +2193,12 @@ class Relay(Protocol):
     """Native frames in, native frames out: repaired, and read for their usage."""
 
     usage: Usage
+    #: tokens of the answer's text so far, estimated
+    said: float
 
     @property
     def finished(self) -> bool:
         """Whether the answer is complete."""
-
-    def quick(self, data: bytes) -> bytes | None:
-        """Whole events as they go on, when nothing in them needs a look; else None."""
 
     def mend(self, frame: Json) -> list[Json]:
         """The frames that take the place of one frame; raises ApiError when it is an error."""
@@ -2245,6 +2242,9 @@ class Dialect(Protocol):
 
     def unfold(self, whole: Json) -> list[Json]:
         """The frames that a whole answer stands for."""
+
+    def plain_text(self, frame: Json) -> str | None:
+        """The text of a frame that does nothing but lengthen the answer's text."""
 
     def encode(self, frame: Json) -> bytes:
         """One frame on the wire."""
@@ -3367,28 +3367,6 @@ def write_chat_usage(usage: Usage) -> Json:
     }
 
 
-# What sends a read of native chunks through the slow path.  Inside a JSON string every quote is
-# escaped, so none of these can be a model's words.
-CHAT_NEEDLES = (
-    b'"tool_calls":',
-    b'"function_call":',
-    b'"usage":{',
-    b'"usage": {',
-    b'"finish_reason":"',
-    b'"finish_reason": "',
-    b'"error":',
-    b'"reasoning_',
-    b'"role":',
-    b'"choices":[]',
-    b'"choices": [',
-    b'"choices":null',
-    b'"index": ',
-    b"[DONE]",
-    b"\n:",
-    b"\nevent",
-)
-
-
 class ChatRelay:
     """Native chat chunks, repaired.
 
@@ -3401,61 +3379,16 @@ class ChatRelay:
     def __init__(self, terms: Terms) -> None:
         self.terms = terms
         self.usage = Usage()
+        self.said = 0.0
         self.finished = False
         self.id = ""
         self.begun = False
         self.finish: dict[int, str] = {}  # per choice
         self.calls: dict[tuple[int, int], int] = {}
         self.usage_frame: Json | None = None
-        self.graft: bytes | None = None  # what plain chunks of this stream lack, as JSON members
-        self.lacks: tuple[bytes, ...] = ()
-        self.model = b""  # the upstream's `"model":"..."`, to be replaced
         self.called: list[str] = []
         self.reasoning = ""
         self.opaque = ""
-
-    def quick(self, data: bytes) -> bytes | None:
-        """A read of plain text chunks: only the known gaps are filled, without parsing it."""
-        if self.graft is None or not data.startswith(b"data: {"):
-            return None
-        for needle in CHAT_NEEDLES:
-            if needle in data:
-                return None
-        frames = data.count(b"\n\n")
-        if data.count(b'"index":0') != frames or data.count(b"\n\ndata: {") != frames - 1:
-            return None
-        for key in (b'"id":', b'"object":', b'"created":', b'"model":'):
-            if data.count(key) != (0 if key in self.lacks else frames):
-                return None
-        if self.model and data.count(self.model) == frames:
-            data = data.replace(self.model, self.shown_model)
-        elif self.model:
-            return None
-        if self.graft:
-            data = data[7:].replace(b"\n\ndata: {", b"\n\ndata: {" + self.graft)
-            data = b"data: {" + self.graft + data
-        return data
-
-    @property
-    def shown_model(self) -> bytes:
-        """The model member the caller sees."""
-        return b'"model":' + dump_json(self.terms.model)
-
-    def learn(self, frame: Json) -> None:
-        """Remembers what plain chunks of this stream lack, for `quick`."""
-        members = {
-            "id": self.id,
-            "object": "chat.completion.chunk",
-            "created": self.terms.created,
-            "model": self.terms.model,
-        }
-        if any(key in frame and not frame[key] for key in members):
-            return
-        missing = {key: value for key, value in members.items() if key not in frame}
-        self.lacks = tuple(b'"%b":' % key.encode() for key in missing)
-        self.graft = dump_json(missing)[1:-1] + b"," if missing else b""
-        model = frame.get("model")
-        self.model = b'"model":' + dump_json(model) if isinstance(model, str) else b""
 
     def mend(self, frame: Json) -> list[Json]:
         """The chunks that take the place of one chunk."""
@@ -3471,8 +3404,6 @@ class ChatRelay:
         if not choices:
             return []  # prompt filter results, copilot_references, the usage chunk
         self.id = self.id or str(frame.get("id") or self.terms.id)
-        if self.begun and self.graft is None:
-            self.learn(frame)
         frame.update(
             id=self.id,
             object="chat.completion.chunk",
@@ -3686,6 +3617,19 @@ class ChatDialect:
             bill = {"usage": whole["usage"], "copilot_usage": whole.get("copilot_usage")}
             frames.append({**base, "choices": [], **bill})
         return frames
+
+    def plain_text(self, frame: Json) -> str | None:
+        """The text of a chunk that holds nothing else."""
+        choices = frame.get("choices")
+        if not isinstance(choices, list) or len(choices) != 1 or frame.get("usage"):
+            return None
+        choice = choices[0]
+        if not isinstance(choice, dict) or choice.get("finish_reason") or choice.get("index"):
+            return None
+        delta = choice.get("delta")
+        if not isinstance(delta, dict) or list(delta) != ["content"] or choice.get("logprobs"):
+            return None
+        return delta["content"] if isinstance(delta["content"], str) else None
 
     def encode(self, frame: Json) -> bytes:
         """One chunk on the wire."""
@@ -4274,24 +4218,11 @@ class MessagesRelay:
     def __init__(self, terms: Terms) -> None:
         self.terms = terms
         self.usage = Usage()
+        self.said = 0.0
         self.finished = False
         self.begun = False
         self.stopped = False  # the stop reason has come
         self.called = False
-
-    def quick(self, data: bytes) -> bytes | None:
-        """A read that holds only growing blocks goes on as it is."""
-        if not data.startswith(b"event: "):
-            return None
-        frames = data.count(b"\n\n")
-        known = data.count(b"event: content_block_") + data.count(b"event: ping\n")
-        if known != frames or data.count(b"\ndata: {") != frames or not self.begun:
-            return None
-        if b'"tool_use"' in data:
-            if self.terms.names:
-                return None
-            self.called = True
-        return data
 
     def mend(self, frame: Json) -> list[Json]:
         """The frames that take the place of one frame."""
@@ -4484,6 +4415,13 @@ class MessagesDialect:
             last["copilot_usage"] = whole["copilot_usage"]
         return [*frames, last, {"type": "message_stop"}]
 
+    def plain_text(self, frame: Json) -> str | None:
+        """The text of a delta that holds nothing else."""
+        delta = frame.get("delta")
+        if not isinstance(delta, dict) or list(delta) != ["type", "text"]:
+            return None
+        return delta["text"] if isinstance(delta["text"], str) else None
+
     def encode(self, frame: Json) -> bytes:
         """One event on the wire; clients throw away what has no `event:` line."""
         return write_sse(frame, frame["type"])
@@ -4533,16 +4471,12 @@ class Converter:
         self.checker = Checker()
         self.cutter = StopCutter(terms.cut) if terms.cut else None
         self.usage = Usage()
-        self.said = 0.0  # tokens of the answer so far, estimated
+        self.said = 0.0
 
     @property
     def finished(self) -> bool:
         """Whether the answer is complete."""
         return self.checker.state == "over"
-
-    def quick(self, data: bytes) -> bytes | None:
-        """Conversion needs every frame."""
-        return None
 
     def mend(self, frame: Json) -> list[Json]:
         """The caller's frames for one of the upstream's."""
@@ -4582,6 +4516,43 @@ class Converter:
         return self.writer.write(event)
 
 
+class Template(NamedTuple):
+    """What all text deltas of one block share: the bytes around their text, in and out.
+
+    Between the quotes of two JSON strings text can be copied as it is, escapes included: a delta
+    that fits needs no parse, no events and no dump.
+    """
+
+    before: bytes
+    after: bytes
+    out_before: bytes
+    out_after: bytes
+
+    @classmethod
+    def learn(cls, row: bytes, written: bytes, text: str) -> Template | None:
+        """The template of a delta and of what was written for it; None where it is not clear."""
+        quoted = dump_json(text)
+        parts, out_parts = row.split(quoted), written.split(quoted)
+        if len(parts) != 2 or len(out_parts) != 2:
+            return None
+        return cls(parts[0] + b'"', b'"' + parts[1], out_parts[0] + b'"', b'"' + out_parts[1])
+
+    def copy(self, rows: list[bytes], written: list[bytes]) -> int:
+        """Writes the rows at the front that fit into `written`; how many they were."""
+        before, after, out_before, out_after = self
+        head, foot = len(before), len(after)
+        for count, row in enumerate(rows):
+            text = row[head : len(row) - foot]
+            if not (text and row.startswith(before) and row.endswith(after)):
+                return count
+            if b'"' in text and b'"' in text.replace(b"\\\\", b"").replace(b'\\"', b""):
+                return count
+            if text[-1] == 92 or len(row) < head + foot:  # a backslash: the quote is the text's
+                return count
+            written += (out_before, text, out_after)
+        return len(rows)
+
+
 class Flow:
     """One answer on its way: the upstream's bytes in, the caller's bytes out.
 
@@ -4604,6 +4575,10 @@ class Flow:
             else Converter(upstream.reader(), caller.writer(terms), terms)
         )
         self.frames: list[Json] = []
+        #: deltas need no parse while they fit; nothing else may touch the answer meanwhile
+        self.template: Template | None = None
+        self.may_copy = stream and not terms.cut
+        self.last: Json | None = None  # what the last frame became, where it became one
         self.begun = False
         self.over = False
         self.error: ApiError | None = None
@@ -4617,15 +4592,30 @@ class Flow:
         """The caller's bytes for a read of the upstream's."""
         if self.over:
             return b""
+        written: list[bytes] = []
         try:
-            blocks = self.sse.complete(data)
-            if self.stream and blocks:
-                passed = self.relay.quick(blocks)
-                if passed is not None:
-                    return passed
-            return self.pass_on(load_frames(self.sse.split(blocks)))
+            rows = self.sse.complete(data)
+            if self.template is not None:
+                copied = self.template.copy(rows, written)
+                self.relay.said += sum(map(len, written[1::3])) / 3.6
+                rows = rows[copied:] if copied else rows
+            if rows:
+                self.template = None
+                written.append(self.feed_rows(rows))
         except ApiError as error:
-            return self.fail(error)
+            written.append(self.fail(error))
+        return b"".join(written)
+
+    def feed_rows(self, rows: list[bytes]) -> bytes:
+        """The caller's bytes for whole events; the last one may teach a template."""
+        frames = load_frames(self.sse.parse_all(rows))
+        if not frames:
+            return b""
+        text = self.upstream.plain_text(frames[-1]) if self.may_copy else None
+        written = self.pass_on(frames)
+        if text and not self.over and self.last and self.caller.plain_text(self.last) == text:
+            self.template = Template.learn(rows[-1], self.caller.encode(self.last), text)
+        return written
 
     def feed_whole(self, data: bytes) -> bytes:
         """The caller's bytes for an upstream's answer that is not a stream."""
@@ -4644,7 +4634,9 @@ class Flow:
         written: list[bytes] = []
         try:
             for frame in frames:
-                written += self.write(self.relay.mend(frame))
+                mended = self.relay.mend(frame)
+                self.last = mended[0] if len(mended) == 1 else None
+                written += self.write(mended)
         except ApiError as error:
             written.append(self.fail(error))
         if self.relay.finished and not self.over:
@@ -6093,7 +6085,7 @@ def log_event(level: str, event: str, **details_: object) -> None:
     words = [event]
     for key, value in details_.items():
         text = str(value)
-        plain = text and not any(letter in text for letter in ' "=\n\r\t')
+        plain = text.isprintable() and text and not any(letter in text for letter in ' "=')
         words.append(f"{key}={text if plain else json.dumps(text)}")
     logger.log(number, redact(" ".join(words)))
 
@@ -6152,6 +6144,7 @@ class Wire(StreamProtocol):
         self.on_flow: Callable[[bool], None] | None = None
         self.ended = False
         self.paused = False
+        self.lost = asyncio.Event()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The connection is up."""
@@ -6176,6 +6169,7 @@ class Wire(StreamProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is gone."""
+        self.lost.set()
         self.end(True)
         self.streams.connection_lost(exc)
 
@@ -6873,6 +6867,7 @@ class ClientConnection:
             self.wire.transport.abort()
         finally:
             self.wire.transport.close()
+        await self.wire.lost.wait()  # what a slow client has not taken is still being sent
 
     async def read_head(self) -> RequestHead | None:
         """The next request's head; None when the client has ended."""
@@ -6960,6 +6955,13 @@ class ClientConnection:
         if "expect" in request.headers and request.minor and not self.buffer:
             self.wire.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.await_phase("body", self.server.config.body_seconds)
+        try:
+            return await self.collect_body(body, limit)
+        finally:
+            self.phase = "busy"
+
+    async def collect_body(self, body: Body, limit: int) -> bytes:
+        """See `read_body`."""
         pieces: list[bytes] = []
         size = 0
         data, self.buffer = self.buffer, b""
@@ -6974,7 +6976,6 @@ class ClientConnection:
             data = await self.wire.reader.read(READ_BYTES)
             if not data:
                 raise ConnectionResetError
-        self.phase = "busy"
         self.buffer = body.rest
         return b"".join(pieces)
 
@@ -7010,6 +7011,7 @@ class ClientConnection:
 
     async def refuse(self, error: WireError) -> None:
         """Answers a request that is not HTTP, and closes."""
+        self.phase = "busy"
         self.wire.transport.write(self.server.error_bytes(wire_api_error(error), self.request))
         await linger(self.wire)
 
@@ -7962,7 +7964,7 @@ def given_key(headers: Headers) -> str | None:
         raise InvalidKey("More than one key was sent.")
     scheme, _, value = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
-        return value.strip()
+        return value.strip(" ")
     return headers.get("x-api-key", headers.get("api-key"))
 
 
@@ -8159,11 +8161,12 @@ class Gateway:
         if methods is None and path.startswith("/v1/models/"):
             methods = {"GET": self.get_model}
         if methods is None:
-            raise UnknownUrl(f"There is no {path} here.", hint="See README.md for the endpoints.")
+            hint = "See README.md for the endpoints."
+            raise UnknownUrl(f"There is no {path[:200]} here.", hint=hint)
         method = "GET" if request.method == "HEAD" else request.method
         if method not in methods:
             allowed = ", ".join([*methods, "HEAD"] if "GET" in methods else methods)
-            raise MethodNotAllowed(f"{path} takes {allowed}.", headers={"Allow": allowed})
+            raise MethodNotAllowed(f"{path[:200]} takes {allowed}.", headers={"Allow": allowed})
         return await methods[method](request)
 
     async def get_health(self, request: Request) -> Response:
