@@ -113,7 +113,6 @@ if TYPE_CHECKING:
     import tomllib
     import urllib.parse
     import urllib.request
-    import uuid
 else:
     argparse = lazy_module("argparse")
     asyncio = lazy_module("asyncio")
@@ -129,7 +128,6 @@ else:
     tempfile = lazy_module("tempfile")
     time = lazy_module("time")
     tomllib = lazy_module("tomllib")
-    uuid = lazy_module("uuid")
     import urllib
 
     urllib.parse = lazy_module("urllib.parse")
@@ -613,12 +611,18 @@ SECRET_SHAPES = re.compile(
 )
 
 
+# No shape without one of these: spares the search where there is nothing to find.
+SECRET_MARKS = ("gh", "tid=", "earer", "EARER", "oken", "OKEN", "aoa", "aor", "eyJ", "sk-")
+
+
 def redact(text: str, live: Iterable[str] = ()) -> str:
     """`text` without anything that looks like, or is known to be, a secret."""
     for secret in live:
         if secret:
             text = text.replace(secret, "[secret]")
-    return SECRET_SHAPES.sub("[secret]", text)
+    if any(mark in text for mark in SECRET_MARKS):
+        text = SECRET_SHAPES.sub("[secret]", text)
+    return text
 
 
 # ---- 4. Configuration --------------------------------------------------------------------------
@@ -2101,18 +2105,25 @@ def estimate_image(data: str) -> float:
 IMAGE_KEYS = ("data", "url", "image_url", "file_data")
 
 
-def estimate_value(value: Any, key: str = "") -> float:
+def estimate_value(value: Any) -> float:
     """Tokens of any piece of a request body, base64 counted as what it shows."""
-    if isinstance(value, str):
-        if key in IMAGE_KEYS and len(value) > 256:
-            data = value.partition(",")[2] if value.startswith("data:") else value
-            return estimate_image(data)
-        return estimate_text(value)
-    if isinstance(value, dict):
-        return sum(1.5 + estimate_value(item, name) for name, item in value.items())
-    if isinstance(value, list):
-        return sum(estimate_value(item, key) for item in value)
-    return 1.0
+    total = 0.0
+    waiting: list[tuple[str, Any]] = [("", value)]
+    while waiting:
+        key, item = waiting.pop()
+        if isinstance(item, str):
+            if len(item) > 256 and key in IMAGE_KEYS:
+                total += estimate_image(item.partition(",")[2] if item[:5] == "data:" else item)
+            else:
+                total += estimate_text(item)
+        elif isinstance(item, dict):
+            total += 1.5 * len(item)
+            waiting += item.items()
+        elif isinstance(item, list):
+            waiting += [(key, row) for row in item]
+        else:
+            total += 1
+    return total
 
 
 def estimate_request(body: Json) -> int:
@@ -4839,7 +4850,13 @@ def exchange_headers(github_token: str) -> Json:
 
 def hash_uuid(text: str) -> str:
     """A UUID that is the same for the same text: X-Interaction-Id is the prompt cache's key."""
-    return str(uuid.UUID(short_hash(text, 32), version=4))
+    return format_uuid(short_hash(text, 32))
+
+
+def format_uuid(digits: str) -> str:
+    """32 hex digits in the layout of a version 4 UUID."""
+    last = digits[17:20]
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{last}-{digits[20:]}"
 
 
 def allowed_api_host(url: str, config: CopilotConfig) -> bool:
@@ -4962,8 +4979,42 @@ def write_raw_block(block: Any) -> Json:
     return {"type": "text", "text": block.text}
 
 
+def is_settled(messages: list[Json]) -> bool:
+    """Whether a conversation is in order already, so that it goes up as it came."""
+    calls: list[str] = []
+    role = "assistant"
+    for message in messages:
+        content = message.get("content")
+        parts = [text_part(content)] if isinstance(content, str) else content
+        if message.get("role") == role or message.get("role") not in ("user", "assistant"):
+            return False
+        if not parts or not all(isinstance(part, dict) for part in parts):
+            return False
+        role = message["role"]
+        kinds = [part.get("type") for part in parts]
+        if "text" in kinds and not all(
+            part.get("text", "").strip() for part in parts if part.get("type") == "text"
+        ):
+            return False
+        answered = kinds.count("tool_result")
+        if [part.get("tool_use_id") for part in parts[:answered]] != calls or answered != len(
+            calls
+        ):
+            return False
+        calls = [part.get("id", "") for part in parts if part.get("type") == "tool_use"]
+        names = [part.get("name", "") for part in parts if part.get("type") == "tool_use"]
+        if calls and not all(NATIVE_ID.fullmatch(item) for item in (*calls, *names)):
+            return False
+    return not calls
+
+
+NATIVE_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
 def settle_messages(scrub: Scrub) -> None:
     """Roles alternate, each call has its result in the next message, nothing is empty."""
+    if is_settled(scrub.body["messages"]):
+        return
     turns = []
     for message in scrub.body["messages"]:
         content = message.get("content")
@@ -5965,7 +6016,9 @@ class Router:
             if slash and prefix in self.enabled:
                 return Route(prefix, rest, True)
             name = target
-        having = [p for p in self.enabled if find_model(name, catalogues.get(p, {}))]
+        having = [p for p in self.enabled if name in catalogues.get(p, ())] or [
+            p for p in self.enabled if find_model(name, catalogues.get(p, {}))
+        ]
         if len(having) == 1:
             return Route(having[0], name, False)
         if self.default not in self.enabled:
@@ -6076,6 +6129,9 @@ class UsageTracker:
 # ---- 11. Ticker --------------------------------------------------------------------------------
 
 
+PLAIN_WORD = re.compile(r"[!#-<>-~]+")
+
+
 def log_event(level: str, event: str, **details_: object) -> None:
     """One line in the log: `event key=value ...`.  Never content, never a secret."""
     logger = logging.getLogger("aiclient-api")
@@ -6085,8 +6141,7 @@ def log_event(level: str, event: str, **details_: object) -> None:
     words = [event]
     for key, value in details_.items():
         text = str(value)
-        plain = text.isprintable() and text and not any(letter in text for letter in ' "=')
-        words.append(f"{key}={text if plain else json.dumps(text)}")
+        words.append(f"{key}={text if PLAIN_WORD.fullmatch(text) else json.dumps(text)}")
     logger.log(number, redact(" ".join(words)))
 
 
@@ -6218,6 +6273,11 @@ def split_url(url: str) -> tuple[str, str, int, str]:
         port,
         f"{path}?{parts.query}" if parts.query else path,
     )
+
+
+def shown_host(host: str) -> str:
+    """A host as it stands in a URL."""
+    return f"[{host}]" if ":" in host else host
 
 
 def environment_proxy(scheme: str, host: str) -> str:
@@ -6470,6 +6530,8 @@ class HttpClient:
         self.network = network
         self.ticker = ticker
         self.pool = Pool()
+        #: few: URLs come from the configuration and from token answers only
+        self.plans: dict[str, tuple[Origin, str, str]] = {}
         self.tls: ssl.SSLContext | None = None
         ticker.add(self.pool.watch)
 
@@ -6487,11 +6549,20 @@ class HttpClient:
             self.tls.set_alpn_protocols(["http/1.1"])
         return self.tls
 
-    def origin(self, scheme: str, host: str, port: int) -> Origin:
-        """Where to connect for a host; loopback is never reached through a proxy."""
-        if is_loopback(host):
-            return Origin(scheme, host, port, "")
-        return Origin(scheme, host, port, self.network.proxy or environment_proxy(scheme, host))
+    def plan(self, url: str) -> tuple[Origin, str, str]:
+        """(where to connect, the Host field, the path) for a URL, worked out once.
+
+        Loopback is never reached through a proxy.
+        """
+        if url not in self.plans:
+            scheme, host, port, path = split_url(url)
+            proxy = ""
+            if not is_loopback(host):
+                proxy = self.network.proxy or environment_proxy(scheme, host)
+            default = (scheme, port) in (("https", 443), ("http", 80))
+            field_ = shown_host(host) if default else f"{shown_host(host)}:{port}"
+            self.plans[url] = Origin(scheme, host, port, proxy), field_, path
+        return self.plans[url]
 
     async def open(
         self,
@@ -6506,11 +6577,8 @@ class HttpClient:
         A pooled connection that the peer closed meanwhile is replaced by a fresh one, once, and
         only when nothing of an answer had come (RFC 9110 section 9.2.2, RFC 9112 section 9.3.1).
         """
-        scheme, host, port, path = split_url(url)
-        origin = self.origin(scheme, host, port)
-        shown = f"[{host}]" if ":" in host else host
-        default = (scheme, port) in (("https", 443), ("http", 80))
-        fields_ = [("Host", shown if default else f"{shown}:{port}"), *headers.items()]
+        origin, host, path = self.plan(url)
+        fields_ = [("Host", host), *headers.items()]
         if body or method == "POST":
             fields_.append(("Content-Length", str(len(body))))
         message = write_head(f"{method} {path} HTTP/1.1", fields_) + body
@@ -6523,7 +6591,7 @@ class HttpClient:
         connection = await self.connect(origin)
         answer = await self.exchange(connection, method, message, limit_s)
         if answer is None:
-            raise UpstreamError(f"{host} closed the connection without an answer.")
+            raise UpstreamError(f"{origin.host} closed the connection without an answer.")
         return answer
 
     async def exchange(
@@ -6620,8 +6688,7 @@ class HttpClient:
         port = proxy.port or (443 if proxy.scheme == "https" else 8080)
         hop = Origin(proxy.scheme, proxy.hostname, port, "")
         tunnel = await self.connect_directly(hop)
-        host = f"[{origin.host}]" if ":" in origin.host else origin.host
-        target = f"{host}:{origin.port}"
+        target = f"{shown_host(origin.host)}:{origin.port}"
         fields_ = [("Host", target)]
         if proxy.username is not None:
             user = urllib.parse.unquote(proxy.username)
@@ -7245,7 +7312,7 @@ def load_machine(paths: Paths) -> tuple[str, str]:
             return machine, device
     except ProgramError as error:
         log_event("warning", "machine_file_unusable", reason=error)
-    machine, device = os.urandom(32).hex(), str(uuid.uuid4())
+    machine, device = os.urandom(32).hex(), format_uuid(os.urandom(16).hex())
     try:
         save_private_json(paths.machine_file, {"machine_id": machine, "device_id": device})
     except OSError as error:
@@ -7650,7 +7717,7 @@ class CopilotProvider:
         self.client = client
         self.account = CopilotAccount(name, config, paths, client)
         self.machine = machine
-        self.session_id = f"{uuid.uuid4()}{int(time.time() * 1000)}"
+        self.session_id = f"{format_uuid(os.urandom(16).hex())}{int(time.time() * 1000)}"
         self.identity: dict[str, str] = {}
         self.identity_token = ""
         self.learned = Learned()
@@ -7675,7 +7742,7 @@ class CopilotProvider:
             machine, device = self.machine
             self.identity = copilot_identity(token.token, self.session_id, machine, device)
             self.identity_token = token.token
-        request_id = str(uuid.uuid4())
+        request_id = format_uuid(os.urandom(16).hex())
         return {
             **self.identity,
             "OpenAI-Intent": intent,
@@ -8357,10 +8424,11 @@ class Exchange:
     async def run(self) -> Response:
         """The response; its status waits for the upstream's first event."""
         self.request.cancel_on_hangup(True, self.provider.local)
+        if not self.flow.stream:
+            return await self.run_whole()
         opening = asyncio.ensure_future(self.open())
         try:
-            patience_s = HOLD_STATUS_SECONDS if self.flow.stream else None
-            await asyncio.wait((opening,), timeout=patience_s)
+            await asyncio.wait((opening,), timeout=HOLD_STATUS_SECONDS)
             if opening.done():
                 opening.result()
                 if self.flow.error and not self.flow.begun:
@@ -8369,8 +8437,6 @@ class Exchange:
             await self.abandon(opening)
             self.finish(error)
             raise
-        if not self.flow.stream:
-            return self.whole()
         return Response(
             200,
             headers={
@@ -8423,11 +8489,12 @@ class Exchange:
             else:
                 self.flow.end()
 
-    def whole(self) -> Response:
+    async def run_whole(self) -> Response:
         """The whole answer, or its error."""
         try:
+            await self.open()
             body = self.flow.whole()
-        except ApiError as error:
+        except BaseException as error:
             self.finish(error)
             raise
         self.finish(None)
@@ -8531,11 +8598,6 @@ def start_log(level: str) -> None:
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     # The documented way to spare what no line shows (logging HOWTO, "Optimization").
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-
-
-def shown_host(host: str) -> str:
-    """A host as it stands in a URL."""
-    return f"[{host}]" if ":" in host else host
 
 
 def print_ready(config: Config, port: int, providers: dict[str, Provider]) -> None:
