@@ -7009,7 +7009,7 @@ class ClientConnection:
         return request.minor == 0 and not headers.has_token("connection", "keep-alive")
 
     def finish_body(self, request: Request) -> None:
-        """Takes what has come of a body that no handler wanted, so that the next request is found."""
+        """Takes what has come of an unwanted body, so that the next request is found."""
         if not request.body.done and self.buffer:
             request.body.feed(self.buffer)
             self.buffer = request.body.rest
@@ -7159,7 +7159,7 @@ class Server:
         return write_head(status_line(response.status), headers) + response.body
 
     async def drain(self, seconds: float) -> None:
-        """Stops accepting, lets answers finish for `seconds`, then ends the rest in their dialect."""
+        """Stops accepting, lets answers finish for `seconds`, then ends the rest legally."""
         self.draining = True
         if self.listener is not None:
             self.listener.close()
@@ -8346,7 +8346,7 @@ class Gateway:
 
     @staticmethod
     def choose_dialect(model: Model, asked: Dialect) -> Dialect:
-        """The caller's own dialect where the model speaks it, else the first that both sides know."""
+        """The caller's own dialect where the model speaks it, else the first known to both."""
         known = [DIALECTS[name] for name in model.dialects if name in DIALECTS]
         if not known:
             raise InvalidRequest(
