@@ -1519,7 +1519,7 @@ class Document:
 
 @dataclass(slots=True)
 class Thinking:
-    """Reasoning: readable `text`, and the `signature` (or only `redacted` data) its maker checks."""
+    """Reasoning: readable `text` with its maker's `signature`, or only `redacted` data."""
 
     text: str = ""
     signature: str = ""
@@ -3029,11 +3029,9 @@ class ChatRequestWriter:
 
     def write_user(self, blocks: list[Block]) -> list[Json]:
         """Tool messages first, then one user message with the rest and with results' images."""
-        messages: list[Json] = []
         parts: list[Json] = []
-        for block in blocks:
-            if isinstance(block, ToolResult):
-                messages.append(self.write_result(block, parts))
+        results = [block for block in blocks if isinstance(block, ToolResult)]
+        messages = [self.write_result(result, parts) for result in results]
         for block in blocks:
             if isinstance(block, (Text, Refusal)):
                 parts.append({"type": "text", "text": block.text})
@@ -5744,7 +5742,7 @@ def read_error_answer(status: int, data: bytes) -> tuple[str, str]:
 
 
 def parse_retry_after(value: str | None, now: float) -> float | None:
-    """Seconds in a Retry-After field, which holds seconds or an HTTP date; `now` in Unix seconds."""
+    """Seconds in a Retry-After field: seconds or an HTTP date; `now` in Unix seconds."""
     if value is None:
         return None
     try:
