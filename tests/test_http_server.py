@@ -1699,28 +1699,23 @@ def test_empty_lines_now_and_then_do_not_renew_the_deadline_of_a_head(small: Gat
     assert [reply.status for reply in parse_responses(received)] in ([], [408])
 
 
-@pytest.mark.parametrize(
-    ("start", "error", "status"),
-    [
+def test_an_error_just_before_a_deadline_is_the_only_answer_and_stops_no_clock() -> None:
+    cases = [
         (b"GET /x", b"\0\0", 400),
         (head(JSON_TYPE, CHUNKED), b"zz\r\n", 400),
         (head(JSON_TYPE, CHUNKED), chunked(b" " * (MIB + 1)), 413),
-    ],
-    ids=["head", "body", "size"],
-)
-def test_an_error_shortly_before_a_deadline_is_the_only_answer_and_stops_no_other_deadline(
-    start: bytes, error: bytes, status: int
-) -> None:
-    with Gateway(config=SMALL_LIMITS) as small:
-        with small.wire() as wire:
+    ]
+    with Gateway(config=SMALL_LIMITS) as quick, ExitStack() as stack:
+        wires = [stack.enter_context(quick.wire()) for _ in cases]
+        for wire, (start, _, _) in zip(wires, cases):
             wire.send(start)
-            time.sleep(0.6)  # into the second half of the deadline
-            received = exchange(wire.sock, error, 2, half_close=False)
-            assert only(received).status == status
-            time.sleep(0.8)  # past the deadline, while the server still listens for a close
-        with small.wire() as wire:
-            assert exchange(wire.sock, b"", 3, half_close=False).ended == "closed"
-        assert is_clean(small)
+        time.sleep(0.6)  # into the second half of the deadline
+        for wire, (_, error, status) in zip(wires, cases):
+            assert only(exchange(wire.sock, error, 2, half_close=False)).status == status
+        time.sleep(0.8)  # past the deadline, while the server still listens for a close
+        silent = stack.enter_context(quick.wire())
+        assert exchange(silent.sock, b"", 3, half_close=False).ended == "closed"
+        assert is_clean(quick)
 
 
 @DIALECTS

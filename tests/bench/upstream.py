@@ -1,0 +1,394 @@
+"""A loopback stand-in for GitHub and Copilot that answers at once and is hard to outrun.
+
+    python3 upstream.py         prints `listening on http://127.0.0.1:PORT`, ends with its stdin
+
+It knows the token exchange, the model list, `/chat/completions` and `/v1/messages`. How an answer
+is played is written in the last user text of the request, and so travels through any gateway:
+
+    [[chunks=2000 batch=16 pace_ms=0 shape=clean]]
+
+    chunks   text deltas in the answer
+    batch    deltas in one write (one HTTP chunk)
+    pace_ms  time from write to write; 0 = as fast as the reader takes them
+    shape    clean: frames as the vendors document them; copilot: as Copilot sends them, with an
+             empty first chunk and without `object`
+
+The text of delta number k is `k@T;`. T is the moment of sending in nanoseconds of the monotonic
+clock for a paced answer, and 0 for others, whose bytes are rendered once and kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Optional, cast
+
+#: An upstream head of ordinary size: what stands in it costs its reader something.
+COMMON_HEADERS = (
+    b"Date: Sat, 22 Nov 2025 12:00:00 GMT\r\n"
+    b"Content-Security-Policy: default-src 'none'; sandbox\r\n"
+    b"Strict-Transport-Security: max-age=31536000\r\n"
+    b"X-Request-Id: 00000000-0000-4000-8000-000000000000\r\n"
+    b"X-GitHub-Request-Id: BE2C:1A2B3C:4D5E6F:708192:68A0B1C2\r\n"
+)
+STREAM_HEAD = (
+    b"HTTP/1.1 200 OK\r\n" + COMMON_HEADERS + b"Content-Type: text/event-stream\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\n"
+)
+CONTENT_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
+MARKER_FIELD = re.compile(rb"(\w+)=(\w+)")
+CREATED = 1_763_800_000
+#: Deltas of paced streams leave at multiples of this.
+GRID_S = 0.002
+
+
+@dataclass
+class Script:
+    """How one answer is played: the meaning of a `[[...]]` marker."""
+
+    chunks: int = 2
+    batch: int = 2
+    pace_s: float = 0.0
+    shape: str = "clean"
+
+
+@dataclass
+class Frames:
+    """The server-sent events of one dialect: around the whole answer, and around one text delta."""
+
+    opening: bytes
+    before: bytes
+    after: bytes
+    closing: Callable[[int], bytes]
+
+
+@dataclass
+class Rendered:
+    """An answer ready to be written: the opening with its head, one item per write, the closing."""
+
+    opening: bytes
+    pieces: list[bytes]
+    closing: bytes
+
+
+def read_script(marker: bytes) -> Script:
+    """The script that a marker asks for; what it does not name keeps its default."""
+    fields = {name.decode(): value.decode() for name, value in MARKER_FIELD.findall(marker)}
+    return Script(
+        chunks=int(fields.get("chunks", "2")),
+        batch=int(fields.get("batch", "2")),
+        pace_s=int(fields.get("pace_ms", "0")) / 1000,
+        shape=fields.get("shape", "clean"),
+    )
+
+
+def compact(value: Any) -> bytes:
+    """JSON without blanks, as bytes."""
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def event(value: Any, name: str = "") -> bytes:
+    """One server-sent event; a name gives it an `event:` line."""
+    head = f"event: {name}\n".encode() if name else b""
+    return head + b"data: " + compact(value) + b"\n\n"
+
+
+def http_chunk(data: bytes) -> bytes:
+    """Data framed as one chunk of a chunked body."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def chat_frames(shape: str) -> Frames:
+    """OpenAI chat frames, as documented or as Copilot sends them."""
+    is_copilot = shape == "copilot"
+    base: dict[str, Any] = {"id": "chatcmpl-bench", "object": "chat.completion.chunk"}
+    base |= {"created": CREATED, "model": "gpt-4.1", "choices": []}
+    filters: dict[str, Any] = {"prompt_filter_results": [{"content_filter_results": {}}]}
+    if is_copilot:
+        del base["object"]
+
+    def chunk(delta: dict[str, Any], finish: Optional[str] = None) -> bytes:
+        choice: dict[str, Any] = {"index": 0, "delta": delta}
+        if finish is not None or not is_copilot:
+            choice |= {"logprobs": None, "finish_reason": finish}
+        return event(base | {"choices": [choice]})
+
+    def closing(chunks: int) -> bytes:
+        usage = {"prompt_tokens": 9, "completion_tokens": chunks, "total_tokens": 9 + chunks}
+        return chunk({}, "stop") + event(base | {"usage": usage}) + b"data: [DONE]\n\n"
+
+    empty = event(base | {"id": "", "model": "", "created": 0} | filters) if is_copilot else b""
+    before, after = chunk({"content": "@@"}).split(b"@@")
+    return Frames(empty + chunk({"role": "assistant", "content": ""}), before, after, closing)
+
+
+def messages_frames(shape: str) -> Frames:
+    """Anthropic messages frames; Copilot adds nothing to them, so the shape changes nothing."""
+    message: dict[str, Any] = {"id": "msg_bench", "type": "message", "role": "assistant"}
+    message |= {"model": "claude-sonnet-4.5", "content": []}
+    message |= {"stop_reason": None, "stop_sequence": None}
+    message |= {"usage": {"input_tokens": 9, "output_tokens": 1}}
+
+    def named(value: dict[str, Any]) -> bytes:
+        return event(value, value["type"])
+
+    def closing(chunks: int) -> bytes:
+        delta = {"stop_reason": "end_turn", "stop_sequence": None}
+        usage = {"output_tokens": chunks}
+        return (
+            named({"type": "content_block_stop", "index": 0})
+            + named({"type": "message_delta", "delta": delta, "usage": usage})
+            + named({"type": "message_stop"})
+        )
+
+    block = {"type": "text", "text": ""}
+    text = {"type": "text_delta", "text": "@@"}
+    delta_event = named({"type": "content_block_delta", "index": 0, "delta": text})
+    before, after = delta_event.split(b"@@")
+    opening = named({"type": "message_start", "message": message})
+    opening += named({"type": "content_block_start", "index": 0, "content_block": block})
+    return Frames(opening, before, after, closing)
+
+
+DIALECTS = {b"/chat/completions": chat_frames, b"/v1/messages": messages_frames}
+
+
+def render(frames: Frames, script: Script) -> Rendered:
+    """Every byte of an answer that is not paced."""
+    deltas = [b"%b%d@0;%b" % (frames.before, k, frames.after) for k in range(script.chunks)]
+    pieces = [
+        http_chunk(b"".join(deltas[start : start + script.batch]))
+        for start in range(0, script.chunks, script.batch)
+    ]
+    closing = http_chunk(frames.closing(script.chunks)) + b"0\r\n\r\n"
+    return Rendered(STREAM_HEAD + http_chunk(frames.opening), pieces, closing)
+
+
+def whole_answer(path: bytes, script: Script) -> bytes:
+    """The answer to a request that asked for no stream, in the dialect of its path."""
+    text = "".join(f"{k}@0;" for k in range(script.chunks))
+    if path == b"/v1/messages":
+        return compact(
+            {"id": "msg_bench", "type": "message", "role": "assistant"}
+            | {"model": "claude-sonnet-4.5", "content": [{"type": "text", "text": text}]}
+            | {"stop_reason": "end_turn", "stop_sequence": None}
+            | {"usage": {"input_tokens": 9, "output_tokens": script.chunks}}
+        )
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}}
+    usage = {"prompt_tokens": 9, "completion_tokens": script.chunks}
+    return compact(
+        {"id": "chatcmpl-bench", "object": "chat.completion", "created": CREATED}
+        | {"model": "gpt-4.1", "choices": [choice | {"finish_reason": "stop"}]}
+        | {"usage": usage | {"total_tokens": 9 + script.chunks}}
+    )
+
+
+def json_answer(body: bytes, status: bytes = b"200 OK") -> bytes:
+    """A whole HTTP answer that carries JSON."""
+    length = b"Content-Length: %d\r\n\r\n" % len(body)
+    kind = b"Content-Type: application/json\r\n"
+    return b"HTTP/1.1 " + status + b"\r\n" + COMMON_HEADERS + kind + length + body
+
+
+def token_answer(port: int) -> bytes:
+    """What the token exchange says: a token for half an hour, and this server as the API."""
+    now = int(time.time())
+    token = f"tid=bench;exp={now + 1800};sku=bench;chat=1:00"
+    endpoints = {"api": f"http://127.0.0.1:{port}"}
+    return compact(
+        {"token": token, "expires_at": now + 1800, "refresh_in": 1500, "endpoints": endpoints}
+    )
+
+
+def models_answer() -> bytes:
+    """A model for chat only, one for messages only, and one that speaks both."""
+    speaks: dict[str, Optional[list[str]]] = {
+        "gpt-4.1": None,
+        "claude-sonnet-4.5": ["/v1/messages"],
+        "claude-chat": ["/chat/completions", "/v1/messages"],
+    }
+    limits = {"max_context_window_tokens": 2_000_000, "max_prompt_tokens": 1_900_000}
+    limits |= {"max_output_tokens": 64_000, "max_non_streaming_output_tokens": 64_000}
+    supports = {"streaming": True, "tool_calls": True, "parallel_tool_calls": True}
+    capabilities = {"type": "chat", "tokenizer": "o200k_base", "limits": limits}
+    data: list[dict[str, Any]] = []
+    for name, endpoints in speaks.items():
+        vendor = "OpenAI" if name.startswith("gpt") else "Anthropic"
+        model: dict[str, Any] = {"id": name, "name": name, "object": "model", "version": name}
+        model |= {"vendor": vendor, "preview": False, "model_picker_enabled": True}
+        model["capabilities"] = capabilities | {"family": name, "supports": supports}
+        if endpoints is not None:
+            model["supported_endpoints"] = endpoints
+        data.append(model)
+    return compact({"object": "list", "data": data})
+
+
+class Upstream:
+    """The server: what all connections share, most of it rendered once."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.port = 0
+        self.streams: dict[tuple[bytes, bytes], tuple[Script, Frames, Optional[Rendered]]] = {}
+        self.wholes: dict[tuple[bytes, bytes], bytes] = {}
+
+    def stream(self, path: bytes, marker: bytes) -> tuple[Script, Frames, Optional[Rendered]]:
+        """Script and frames of a streamed answer, and its bytes when no clock is in them."""
+        key = (path, marker)
+        if key not in self.streams:
+            script = read_script(marker)
+            frames = DIALECTS[path](script.shape)
+            rendered = None if script.pace_s else render(frames, script)
+            self.streams[key] = (script, frames, rendered)
+        return self.streams[key]
+
+    def whole(self, path: bytes, marker: bytes) -> bytes:
+        """Head and body of an answer that is not streamed."""
+        key = (path, marker)
+        if key not in self.wholes:
+            self.wholes[key] = json_answer(whole_answer(path, read_script(marker)))
+        return self.wholes[key]
+
+    def plain_answer(self, path: bytes) -> bytes:
+        """Answers of the endpoints around the model calls."""
+        if path == b"/copilot_internal/v2/token":
+            return json_answer(token_answer(self.port))
+        if path == b"/models":
+            return json_answer(models_answer())
+        if path == b"/healthz":
+            return json_answer(b'{"status":"ok"}')
+        return json_answer(b'{"message":"Not Found","status":"404"}', b"404 Not Found")
+
+
+class Connection(asyncio.Protocol):
+    """One client: requests in, answers out, one after the other."""
+
+    def __init__(self, server: Upstream) -> None:
+        self.server = server
+        self.loop = server.loop
+        self.buffer = bytearray()
+        #: Bytes of the request that is arriving, head and body; 0 while its head is not whole.
+        self.need = 0
+        self.answer: Optional[Rendered] = None
+        self.frames: Optional[Frames] = None
+        self.script = Script()
+        #: The next piece (or, when paced, the next delta) of the answer under way.
+        self.at = 0
+        self.due = 0.0
+        self.is_paused = False
+        self.is_lost = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+
+    def connection_lost(self, exc: Optional[Exception]) -> None:
+        self.is_lost = True
+
+    def pause_writing(self) -> None:
+        self.is_paused = True
+
+    def resume_writing(self) -> None:
+        self.is_paused = False
+        if self.answer is not None:
+            self.loop.call_soon(self.write_piece)
+
+    def data_received(self, data: bytes) -> None:
+        self.buffer += data
+        if not self.need:
+            head_end = self.buffer.find(b"\r\n\r\n")
+            if head_end < 0:
+                return
+            length = CONTENT_LENGTH.search(self.buffer, 0, head_end)
+            self.need = head_end + 4 + (int(length[1]) if length else 0)
+        if len(self.buffer) >= self.need:
+            request = bytes(self.buffer)
+            self.buffer.clear()
+            self.need = 0
+            self.serve(request)
+
+    def serve(self, request: bytes) -> None:
+        path = request.split(b" ", 2)[1].partition(b"?")[0]
+        if path not in DIALECTS:
+            self.transport.write(self.server.plain_answer(path))
+            return
+        start = request.rfind(b"[[")
+        marker = request[start : request.find(b"]]", start)] if start >= 0 else b""
+        if b'"stream":true' in request or b'"stream": true' in request:
+            self.start_stream(path, marker)
+        else:
+            self.transport.write(self.server.whole(path, marker))
+
+    def start_stream(self, path: bytes, marker: bytes) -> None:
+        self.script, self.frames, answer = self.server.stream(path, marker)
+        self.at = 0
+        if answer is None:
+            self.transport.write(STREAM_HEAD + http_chunk(self.frames.opening))
+            # On the grid, so that one wake-up of the loop serves many streams.
+            self.due = math.ceil(self.loop.time() / GRID_S) * GRID_S
+            self.write_delta()
+        elif len(answer.pieces) == 1:
+            self.transport.write(answer.opening + answer.pieces[0] + answer.closing)
+        else:
+            self.answer = answer
+            self.transport.write(answer.opening)
+            self.write_piece()
+
+    def write_piece(self) -> None:
+        """Write one piece and let the other streams have their turn."""
+        if self.answer is None or self.is_paused or self.is_lost:
+            return
+        self.transport.write(self.answer.pieces[self.at])
+        self.at += 1
+        if self.at < len(self.answer.pieces):
+            # When that write filled the buffer, `resume_writing` goes on instead.
+            if not self.is_paused:
+                self.loop.call_soon(self.write_piece)
+        else:
+            self.transport.write(self.answer.closing)
+            self.answer = None
+
+    def write_delta(self) -> None:
+        """Write the deltas of one tick, stamped now, and wait for the next tick."""
+        if self.frames is None or self.is_lost:
+            return
+        stop = min(self.at + self.script.batch, self.script.chunks)
+        stamp = time.monotonic_ns()
+        before, after = self.frames.before, self.frames.after
+        deltas = [b"%b%d@%d;%b" % (before, k, stamp, after) for k in range(self.at, stop)]
+        self.transport.write(http_chunk(b"".join(deltas)))
+        self.at = stop
+        self.due += self.script.pace_s
+        if self.at < self.script.chunks:
+            self.loop.call_at(self.due, self.write_delta)
+        else:
+            closing = self.frames.closing(self.script.chunks)
+            self.loop.call_at(self.due, self.finish, http_chunk(closing) + b"0\r\n\r\n")
+
+    def finish(self, closing: bytes) -> None:
+        if not self.is_lost:
+            self.transport.write(closing)
+
+
+async def serve() -> None:
+    """Listen on a port of the system's choice until stdin ends."""
+    loop = asyncio.get_running_loop()
+    upstream = Upstream(loop)
+    server = await loop.create_server(lambda: Connection(upstream), "127.0.0.1", 0, backlog=2048)
+    upstream.port = server.sockets[0].getsockname()[1]
+    stdin_ended = asyncio.Event()
+    loop.add_reader(sys.stdin.fileno(), stdin_ended.set)
+    print(f"listening on http://127.0.0.1:{upstream.port}", flush=True)
+    await stdin_ended.wait()
+    server.close()
+
+
+if __name__ == "__main__":
+    gc.disable()  # nothing here lives long enough to need it, and its pauses would be measured
+    asyncio.run(serve())
