@@ -28,7 +28,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Optional, cast
+from typing import Any, cast
 
 #: An upstream head of ordinary size: what stands in it costs its reader something.
 COMMON_HEADERS = (
@@ -114,7 +114,7 @@ def chat_frames(shape: str) -> Frames:
     if is_copilot:
         del base["object"]
 
-    def chunk(delta: dict[str, Any], finish: Optional[str] = None) -> bytes:
+    def chunk(delta: dict[str, Any], finish: str | None = None) -> bytes:
         choice: dict[str, Any] = {"index": 0, "delta": delta}
         if finish is not None or not is_copilot:
             choice |= {"logprobs": None, "finish_reason": finish}
@@ -209,7 +209,7 @@ def token_answer(port: int) -> bytes:
 
 def models_answer() -> bytes:
     """A model for chat only, one for messages only, and one that speaks both."""
-    speaks: dict[str, Optional[list[str]]] = {
+    speaks: dict[str, list[str] | None] = {
         "gpt-4.1": None,
         "claude-sonnet-4.5": ["/v1/messages"],
         "claude-chat": ["/chat/completions", "/v1/messages"],
@@ -236,10 +236,10 @@ class Upstream:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self.port = 0
-        self.streams: dict[tuple[bytes, bytes], tuple[Script, Frames, Optional[Rendered]]] = {}
+        self.streams: dict[tuple[bytes, bytes], tuple[Script, Frames, Rendered | None]] = {}
         self.wholes: dict[tuple[bytes, bytes], bytes] = {}
 
-    def stream(self, path: bytes, marker: bytes) -> tuple[Script, Frames, Optional[Rendered]]:
+    def stream(self, path: bytes, marker: bytes) -> tuple[Script, Frames, Rendered | None]:
         """Script and frames of a streamed answer, and its bytes when no clock is in them."""
         key = (path, marker)
         if key not in self.streams:
@@ -276,8 +276,8 @@ class Connection(asyncio.Protocol):
         self.buffer = bytearray()
         #: Bytes of the request that is arriving, head and body; 0 while its head is not whole.
         self.need = 0
-        self.answer: Optional[Rendered] = None
-        self.frames: Optional[Frames] = None
+        self.answer: Rendered | None = None
+        self.frames: Frames | None = None
         self.script = Script()
         #: The next piece (or, when paced, the next delta) of the answer under way.
         self.at = 0
@@ -286,20 +286,25 @@ class Connection(asyncio.Protocol):
         self.is_lost = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the transport."""
         self.transport = cast("asyncio.Transport", transport)
 
-    def connection_lost(self, exc: Optional[Exception]) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop whatever is being played."""
         self.is_lost = True
 
     def pause_writing(self) -> None:
+        """Wait: the reader is slower than we are."""
         self.is_paused = True
 
     def resume_writing(self) -> None:
+        """Go on."""
         self.is_paused = False
         if self.answer is not None:
             self.loop.call_soon(self.write_piece)
 
     def data_received(self, data: bytes) -> None:
+        """Collect a request and serve it when it is whole."""
         self.buffer += data
         if not self.need:
             head_end = self.buffer.find(b"\r\n\r\n")
@@ -314,6 +319,7 @@ class Connection(asyncio.Protocol):
             self.serve(request)
 
     def serve(self, request: bytes) -> None:
+        """Answer one request."""
         path = request.split(b" ", 2)[1].partition(b"?")[0]
         if path not in DIALECTS:
             self.transport.write(self.server.plain_answer(path))
@@ -326,6 +332,7 @@ class Connection(asyncio.Protocol):
             self.transport.write(self.server.whole(path, marker))
 
     def start_stream(self, path: bytes, marker: bytes) -> None:
+        """Write what can be written at once, and arrange for the rest."""
         self.script, self.frames, answer = self.server.stream(path, marker)
         self.at = 0
         if answer is None:
@@ -372,6 +379,7 @@ class Connection(asyncio.Protocol):
             self.loop.call_at(self.due, self.finish, http_chunk(closing) + b"0\r\n\r\n")
 
     def finish(self, closing: bytes) -> None:
+        """End a paced answer."""
         if not self.is_lost:
             self.transport.write(closing)
 

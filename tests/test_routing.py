@@ -1,0 +1,157 @@
+"""Routing: which provider a model name leads to, the rate limit, and what was used."""
+
+from __future__ import annotations
+
+import pytest
+
+import aiclient_api as gw
+
+CATALOGUES = {
+    "copilot": {"gpt-4.1": gw.Model("gpt-4.1", "copilot"), "shared": gw.Model("shared", "copilot")},
+    "work": {"shared": gw.Model("shared", "work"), "own-1.5": gw.Model("own-1.5", "work")},
+    "echo": {"echo": gw.Model("echo", "echo")},
+}
+ALIASES = {"fast": "work/own-1.5", "plain": "gpt-4.1", "gpt-4.1": "echo/echo", "odd": "nobody/x"}
+
+
+def router(default: str = "copilot", enabled: tuple[str, ...] = tuple(CATALOGUES)) -> gw.Router:
+    """A router over three providers."""
+    return gw.Router(gw.Config(default_provider=default, models=ALIASES), list(enabled))
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "provider", "model", "explicit"),
+    [
+        ("echo/gpt-4.1", "work", "echo", "gpt-4.1", True),  # a prefix before all
+        ("copilot/gpt-4.1", None, "copilot", "gpt-4.1", True),
+        ("work/vendor/model", None, "work", "vendor/model", True),
+        ("fast", "copilot", "copilot", "fast", True),  # a header before an alias
+        ("gpt-4.1", None, "echo", "echo", True),  # an alias before the catalogue
+        ("fast", None, "work", "own-1.5", True),
+        ("plain", None, "copilot", "gpt-4.1", False),
+        ("own-1.5", None, "work", "own-1.5", False),  # the only one that has it
+        ("own-1-5-20250101", None, "work", "own-1-5-20250101", False),
+        ("OWN-1.5", None, "work", "OWN-1.5", False),
+        ("shared", None, "copilot", "shared", False),  # several have it: the default
+        ("unknown", None, "copilot", "unknown", False),
+        ("vendor/unknown", None, "copilot", "vendor/unknown", False),
+        ("copilot/", None, "copilot", "copilot/", False),
+    ],
+)
+def test_a_name_leads_to_one_provider(
+    name: str, header: str | None, provider: str, model: str, explicit: bool
+) -> None:
+    route = router().route(name, header, CATALOGUES)
+    assert (route.provider, route.model, route.explicit) == (provider, model, explicit)
+
+
+@pytest.mark.parametrize("name", ["", " ", "a b", "a\nb", "\N{SNOWMAN}", "x" * 201, "a?b", "a\\b"])
+def test_what_is_no_model_name_is_refused(name: str) -> None:
+    with pytest.raises(gw.InvalidRequest):
+        router().route(name, None, CATALOGUES)
+
+
+def test_a_header_must_name_an_enabled_provider() -> None:
+    with pytest.raises(gw.InvalidRequest, match="copilot, work"):
+        router(enabled=("copilot", "work")).route("gpt-4o", "echo", CATALOGUES)
+
+
+def test_a_name_nobody_has_is_answered_with_the_nearest_when_there_is_no_default() -> None:
+    with pytest.raises(gw.ModelNotFound) as caught:
+        router("copilot", ("work", "echo")).route("own-1.6", None, CATALOGUES)
+    assert "own-1.5" in caught.value.hint
+
+
+def test_a_provider_that_could_not_list_its_models_is_still_the_default() -> None:
+    route = router().route("gpt-4o", None, {"echo": CATALOGUES["echo"]})
+    assert route.provider == "copilot"
+
+
+# ---- the rate limit ------------------------------------------------------------------------------
+
+
+def test_requests_of_one_address_keep_their_gap_and_others_are_free() -> None:
+    limiter = gw.RateLimiter(2.0)
+    assert limiter.wait_for("a", 10.0) == 0
+    assert limiter.wait_for("a", 10.5) == 1.5
+    assert limiter.wait_for("b", 10.5) == 0
+    assert limiter.wait_for("a", 12.0) == 0
+    assert limiter.wait_for("a", 12.1) == pytest.approx(1.9)
+
+
+def test_a_refused_request_does_not_push_the_next_one_further_away() -> None:
+    limiter = gw.RateLimiter(1.0)
+    limiter.wait_for("a", 0.0)
+    waits = [limiter.wait_for("a", at) for at in (0.25, 0.5, 0.75)]
+    assert waits == [0.75, 0.5, 0.25]
+    assert limiter.wait_for("a", 1.0) == 0
+
+
+def test_no_gap_means_no_limit_and_no_memory() -> None:
+    limiter = gw.RateLimiter(0.0)
+    assert {limiter.wait_for("a", 1.0) for _ in range(5)} == {0.0}
+    assert limiter.next_at == {}
+
+
+def test_the_limiter_forgets_addresses_that_may_come_again() -> None:
+    limiter = gw.RateLimiter(1.0)
+    for number in range(limiter.MAX_CLIENTS):
+        limiter.wait_for(str(number), 0.0)
+    assert limiter.wait_for("new", 5.0) == 0
+    assert len(limiter.next_at) == 1
+
+
+# ---- usage ---------------------------------------------------------------------------------------
+
+
+def test_usage_adds_up_by_model_by_provider_and_in_all() -> None:
+    tracker = gw.UsageTracker()
+    usage = gw.Usage(
+        input=10, cache_read=3, cache_write=2, output=5, reasoning=1, nano_credits=10**9
+    )
+    tracker.add("copilot", "a", usage, False)
+    tracker.add("copilot", "a", usage, True)
+    tracker.add("copilot", "b", usage, False)
+    tracker.add("echo", "echo", gw.Usage(input=1, output=1), False)
+    report = tracker.report()
+    copilot = report["providers"]["copilot"]
+    assert (copilot["request_count"], copilot["error_count"]) == (3, 1)
+    assert (copilot["input_tokens"], copilot["output_tokens"], copilot["total_tokens"]) == (
+        45,
+        15,
+        60,
+    )
+    assert copilot["models"]["a"]["input_tokens"] == 30
+    assert copilot["models"]["a"]["cache_read_tokens"] == 6
+    assert report["total"]["request_count"] == 4
+    assert report["total"]["total_tokens"] == 62
+    assert report["total"]["credits"] == 3
+
+
+def test_totals_are_the_sum_of_their_rows() -> None:
+    tracker = gw.UsageTracker()
+    for number in range(1, 30):
+        usage = gw.Usage(number, number * 2, number * 3, number * 5, number * 7, number * 11)
+        tracker.add(f"p{number % 3}", f"m{number % 5}", usage, number % 4 == 0)
+    report = tracker.report()
+    rows = [row for p in report["providers"].values() for row in p["models"].values()]
+    for key in report["total"]:
+        assert report["total"][key] == pytest.approx(sum(row[key] for row in rows)), key
+
+
+def test_what_was_added_stays_what_it_was() -> None:
+    tracker = gw.UsageTracker()
+    usage = gw.Usage(input=1)
+    tracker.add("p", "m", usage, False)
+    tracker.add("p", "m", usage, False)
+    assert usage.input == 1
+    assert tracker.report() == tracker.report()
+
+
+def test_a_reset_starts_from_nothing() -> None:
+    tracker = gw.UsageTracker()
+    tracker.add("p", "m", gw.Usage(input=1), False)
+    tracker.reset()
+    report = tracker.report()
+    assert report["providers"] == {}
+    assert report["total"]["request_count"] == 0

@@ -1,0 +1,150 @@
+"""Section 6: server-sent events in and out."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+from aiclient_api import (
+    MAX_FRAME_BYTES,
+    SSE_COMMENT_PING,
+    SSE_DONE,
+    SseReader,
+    UpstreamError,
+    load_frames,
+    write_sse,
+)
+
+Events = list[tuple[bytes, bytes]]
+SEED = 20261122
+
+STREAMS: dict[str, tuple[bytes, Events]] = {
+    "one event": (b"data: a\n\n", [(b"", b"a")]),
+    "named": (b"event: x\ndata: a\n\n", [(b"x", b"a")]),
+    "name behind": (b"data: a\nevent: x\n\n", [(b"x", b"a")]),
+    "no space": (b"event:x\ndata:a\n\n", [(b"x", b"a")]),
+    "only the first space": (b"data:  a\n\n", [(b"", b" a")]),
+    "several lines": (b"data: a\ndata: b\ndata:\n\n", [(b"", b"a\nb\n")]),
+    "comments": (b": x\n\n:\n\ndata: a\n: y\n\n", [(b"", b"a")]),
+    "CRLF": (b"event: x\r\ndata: a\r\n\r\ndata: b\r\n\r\n", [(b"x", b"a"), (b"", b"b")]),
+    "CR": (b"event: x\rdata: a\r\rdata: b\r\r", [(b"x", b"a"), (b"", b"b")]),
+    "mixed ends": (b"data: a\r\n\ndata: b\n\r\n", [(b"", b"a"), (b"", b"b")]),
+    "BOM": (b"\xef\xbb\xbfdata: a\n\n", [(b"", b"a")]),
+    "name resets": (b"event: x\n\ndata: a\n\n", [(b"", b"a")]),
+    "other fields": (b"id: 7\nretry: 5\nfoo: bar\ndata: a\n\n", [(b"", b"a")]),
+    "many blanks": (b"\n\n\ndata: a\n\n\n\ndata: b\n\n", [(b"", b"a"), (b"", b"b")]),
+    "no last blank line": (b"data: a\n\ndata: b\n", [(b"", b"a"), (b"", b"b")]),
+    "no last line end": (b"data: a\n\ndata: b", [(b"", b"a"), (b"", b"b")]),
+    "bare JSON": (b'data: a\n\n{"error":1}\n', [(b"", b"a"), (b"", b'{"error":1}')]),
+    "UTF-8": ("data: é日🙂\n\n".encode(), [(b"", "é日🙂".encode())]),
+    "LF in a line": (b"data: {\ndata: }\n\n", [(b"", b"{\n}")]),
+}
+
+
+def read_all(reads: list[bytes]) -> Events:
+    """The events of these reads and of the end."""
+    reader = SseReader()
+    events = [event for data in reads for event in reader.feed(data)]
+    return events + reader.end()
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_a_stream_is_read_whole_and_byte_by_byte(name: str) -> None:
+    """formats.md 6.5."""
+    stream, expected = STREAMS[name]
+    assert read_all([stream]) == expected
+    assert read_all([stream[at : at + 1] for at in range(len(stream))]) == expected
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_a_stream_is_read_the_same_when_cut_in_two_anywhere(name: str) -> None:
+    """A CR and its LF may come in two reads."""
+    stream, expected = STREAMS[name]
+    for cut in range(len(stream) + 1):
+        assert read_all([stream[:cut], b"", stream[cut:]]) == expected, cut
+
+
+def test_streams_one_after_another_in_random_reads() -> None:
+    """Seeded: any order of complete streams without a byte order mark, any cuts."""
+    rng = random.Random(SEED)
+    whole = [v for k, v in STREAMS.items() if k != "BOM" and "last" not in k and k != "bare JSON"]
+    for _ in range(300):
+        chosen = rng.choices(whole, k=5)
+        data = b"".join(stream for stream, _ in chosen)
+        expected = [event for _, events in chosen for event in events]
+        cuts = sorted(rng.sample(range(len(data)), 6))
+        reads = [data[a:b] for a, b in itertools.pairwise([0, *cuts, len(data)])]
+        assert read_all(reads) == expected
+
+
+def test_events_come_out_as_soon_as_they_are_complete() -> None:
+    """A token may not wait for the next one."""
+    reader = SseReader()
+    assert reader.feed(b"data: a\n\nda") == [(b"", b"a")]
+    assert reader.feed(b"ta: b\n") == []
+    assert reader.feed(b"\n") == [(b"", b"b")]
+
+
+def test_a_complete_event_with_crlf_does_not_wait_for_the_next_one() -> None:
+    """The last CR is held for its LF, but an empty line that is complete is one."""
+    assert SseReader().feed(b"data: a\r\n\r\n") == [(b"", b"a")]
+
+
+def test_an_endless_event_is_refused() -> None:
+    """formats.md 6.5: 16 MB."""
+    reader = SseReader()
+    reader.feed(b"data: " + b"x" * (MAX_FRAME_BYTES - 100))
+    with pytest.raises(UpstreamError, match="endless"):
+        reader.feed(b"x" * 200)
+
+
+def test_frames_are_json_objects_with_a_type() -> None:
+    """The event's name stands in for a missing type, `[DONE]` has one of its own."""
+    events = [(b"x", b'{"a":1}'), (b"y", b'{"type":"z"}'), (b"", b"[DONE]"), (b"", b'{"b":2}')]
+    frames = load_frames(events)
+    assert frames == [{"a": 1, "type": "x"}, {"type": "z"}, {"type": "[DONE]"}, {"b": 2}]
+    assert load_frames([]) == []
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        [b"x"],
+        [b""],
+        [b"[]"],
+        [b"1"],
+        [b"null"],
+        [b'"a"'],
+        [b"{"],
+        [b'{"a":1}', b"{"],
+        [b'{"a":1},{"b":2}'],
+        [b'{"a":1},{"b":[2', b"3]}"],
+        [b'{"a":1', b'"b":2},{}'],
+        [b'{"a":NaN}'],
+        [b'{"a":Infinity}'],
+        [b'{"a":1e999}'],
+        [b'{"a":"\xff"}'],
+        [b'{"a":' + b"[" * 100_000],
+        [b"[DONE] "],
+    ],
+    ids=lambda texts: repr(texts)[:30],
+)
+def test_an_event_that_is_no_json_object_is_an_error(texts: list[bytes]) -> None:
+    """Each event for itself: halves of two may not make a whole."""
+    with pytest.raises(UpstreamError):
+        load_frames([(b"", text) for text in texts])
+
+
+def test_frames_are_written_with_and_without_a_name() -> None:
+    """formats.md 1.7 and 2.6."""
+    assert write_sse({"a": "é\n"}) == 'data: {"a":"é\\n"}\n\n'.encode()
+    assert write_sse({"type": "x"}, "x") == b'event: x\ndata: {"type":"x"}\n\n'
+    assert SSE_DONE == b"data: [DONE]\n\n"
+
+
+def test_what_is_written_is_read_back() -> None:
+    """Line breaks of a model's words never break a frame."""
+    frame = {"type": "t", "text": "a\n\nb\r\ndata: c\u2028\x85 event: d"}
+    assert load_frames(read_all([write_sse(frame, "t"), SSE_COMMENT_PING])) == [frame]

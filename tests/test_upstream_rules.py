@@ -1,0 +1,1361 @@
+"""Upstream rules: what Copilot refuses, adds and means, held against the imitation's own checks."""
+
+from __future__ import annotations
+
+import copy
+import json
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from fakes import Issued, check_chat, check_messages, default_models
+
+import aiclient_api as gw
+
+Json = dict[str, Any]
+PNG = "iVBORw0KGgo="
+NOW = 1_795_000_000.0
+
+SONNET = "claude-sonnet-4.5"  # thinks with a budget
+OPUS = "claude-opus-4.8"  # thinks adaptively, takes system turns, no sampling
+HAIKU = "claude-haiku-4.5"
+GEMINI = "gemini-3.1-pro-preview"
+GPT5 = "gpt-5.2"
+
+RAW = {entry["id"]: entry for entry in reversed(default_models()) if "id" in entry}
+MODELS = gw.read_copilot_models({"data": default_models()}, "copilot")
+
+
+def user(content: Any) -> Json:
+    """A user message of either dialect."""
+    return {"role": "user", "content": content}
+
+
+def assistant(*blocks: Json) -> Json:
+    """An assistant message of the messages dialect."""
+    return {"role": "assistant", "content": list(blocks)}
+
+
+def text(words: str, **more: Any) -> Json:
+    """A text block."""
+    return {"type": "text", "text": words, **more}
+
+
+def tool_use(call: str, name: str = "look") -> Json:
+    """A call of the messages dialect."""
+    return {"type": "tool_use", "id": call, "name": name, "input": {}}
+
+
+def result(call: str, content: Any = "done", **more: Any) -> Json:
+    """The result of a call of the messages dialect."""
+    return {"type": "tool_result", "tool_use_id": call, "content": content, **more}
+
+
+def call_message(*calls: str, **more: Any) -> Json:
+    """An assistant message of the chat dialect that calls tools."""
+    function = {"name": "look", "arguments": "{}"}
+    rows = [{"id": call, "type": "function", "function": dict(function)} for call in calls]
+    return {"role": "assistant", "content": None, "tool_calls": rows, **more}
+
+
+def tool_message(call: str, content: Any = "done") -> Json:
+    """The result of a call of the chat dialect."""
+    return {"role": "tool", "tool_call_id": call, "content": content}
+
+
+def tool(name: str = "look", schema: Json | None = None, **more: Any) -> Json:
+    """A tool of the messages dialect."""
+    plain = {"type": "object", "properties": {"path": {"type": "string"}}}
+    return {"name": name, "description": "Looks.", "input_schema": schema or plain, **more}
+
+
+def function(name: str = "look", schema: Json | None = None, **more: Any) -> Json:
+    """A tool of the chat dialect."""
+    plain = {"type": "object", "properties": {"path": {"type": "string"}}}
+    return {
+        "type": "function",
+        "function": {"name": name, "description": "Looks.", "parameters": schema or plain, **more},
+    }
+
+
+def scrub(dialect: str, model: str, learned: gw.Learned | None = None, **fields: Any) -> gw.Scrub:
+    """A body after the rules; `fields` complete or replace the plainest one."""
+    body: Json = {"messages": [user("hello")], **fields}
+    if dialect == "messages":
+        body.setdefault("max_tokens", 4000)
+    return gw.scrub_body(dialect, body, MODELS[model], learned or gw.Learned(), True)
+
+
+def messages(model: str = SONNET, **fields: Any) -> Json:
+    """A messages body after the rules, once the imitation has taken it."""
+    body = scrub("messages", model, **fields).body
+    betas = gw.messages_betas(body, fields.get("asked", ""), set(), MODELS[model])
+    check_messages(copy.deepcopy(body), RAW[model], set(betas.split(",")) - {""}, signed())
+    return body
+
+
+def chat(model: str = "gpt-4.1", **fields: Any) -> Json:
+    """A chat body after the rules, once the imitation has taken it."""
+    body = scrub("chat", model, **fields).body
+    check_chat(copy.deepcopy(body), RAW[model], signed())
+    return body
+
+
+def signed() -> Issued:
+    """One thought that the imitation takes for its own."""
+    issued = Issued()
+    issued.sign("hm", "GENUINE")
+    return issued
+
+
+THOUGHT = {"type": "thinking", "thinking": "hm", "signature": "GENUINE"}
+
+
+# ---- the model list ------------------------------------------------------------------------------
+
+
+def test_the_list_skips_odd_entries_and_keeps_the_first_of_doubled_ids() -> None:
+    odd: list[Any] = [None, "text", {"object": "model"}, {"id": ""}, {"id": 5}, {"id": None}]
+    models = gw.read_copilot_models({"data": [*odd, *default_models()]}, "copilot")
+    assert list(models) == [m for m in RAW if m in models][::-1]
+    assert models["gpt-4o"].name == "Gpt 4O"
+    assert "text-embedding-3-small" not in models
+
+
+@pytest.mark.parametrize("body", [{}, {"data": None}, {"data": {}}, {"data": []}, {"error": "x"}])
+def test_a_list_without_entries_is_empty(body: Json) -> None:
+    assert gw.read_copilot_models(body, "copilot") == {}
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {},
+        {"capabilities": None, "billing": None, "policy": None, "supported_endpoints": None},
+        {"capabilities": {"limits": None, "supports": None}, "request_headers": None},
+        {"capabilities": {"limits": {"max_output_tokens": 0, "max_prompt_tokens": "many"}}},
+        {"capabilities": {"supports": {"reasoning_effort": "high", "max_thinking_budget": "big"}}},
+    ],
+)
+def test_everything_but_the_id_may_be_missing(entry: Json) -> None:
+    model = gw.read_copilot_model({"id": "new-1", **entry}, "copilot")
+    assert model is not None
+    assert model.dialects == ("chat",)
+    assert (model.max_output, model.budget, model.efforts, model.listed) == (None, None, (), True)
+
+
+@pytest.mark.parametrize(
+    ("endpoints", "dialects"),
+    [
+        (None, ("chat",)),
+        (["/chat/completions"], ("chat",)),
+        (["/v1/messages", "/chat/completions"], ("messages", "chat")),
+        (["/responses", "ws:/responses"], ("responses",)),
+        (["/chat/completions", "/new"], ("chat",)),
+        ([], ()),
+    ],
+)
+def test_supported_endpoints_become_dialects(endpoints: Any, dialects: tuple[str, ...]) -> None:
+    entry = {"id": "m"} if endpoints is None else {"id": "m", "supported_endpoints": endpoints}
+    model = gw.read_copilot_model(entry, "copilot")
+    assert model is not None
+    assert model.dialects == dialects
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        {"policy": {"state": "unconfigured"}},
+        {"policy": {"state": "disabled"}},
+        {"model_picker_enabled": False},
+    ],
+)
+def test_a_model_that_is_switched_off_is_known_but_not_listed(hidden: Json) -> None:
+    model = gw.read_copilot_model({"id": "m", **hidden}, "copilot")
+    assert model is not None
+    assert not model.listed
+
+
+def test_limits_thinking_and_unknown_fields_are_kept() -> None:
+    model = MODELS[OPUS]
+    assert (model.adaptive, model.efforts) == (True, ("low", "medium", "high"))
+    assert (model.max_output, model.max_prompt, model.context) == (32_000, 168_000, 200_000)
+    assert MODELS[GEMINI].budget == (256, 32_000)
+    assert model.raw["billing"]["multiplier"] == 1
+
+
+def test_headers_that_a_model_wants_are_taken_unless_they_break_the_wire() -> None:
+    asked = {"x-example": "1", "bad name": "1", "x-number": 1, "x-split": "1\r\nx-evil: 2"}
+    model = gw.read_copilot_model({"id": "m", "request_headers": asked}, "copilot")
+    assert model is not None
+    assert model.headers == {"x-example": "1"}
+
+
+# ---- model names ---------------------------------------------------------------------------------
+
+NAMES = {
+    name: gw.Model(name, "copilot")
+    for name in (
+        "claude-sonnet-4.5", "claude-sonnet-4", "claude-opus-4.6", "claude-opus-4.6-1m",
+        "claude-opus-4.8-fast", "claude-3.5-sonnet", "gpt-4.1", "gpt-4o-2024-11-20", "Mixed-Case",
+    )
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ("claude-sonnet-4.5", "claude-sonnet-4.5"),
+        ("Claude-Sonnet-4.5", "claude-sonnet-4.5"),
+        ("mixed-case", "Mixed-Case"),
+        ("claude-sonnet-4-5", "claude-sonnet-4.5"),
+        ("claude-sonnet-4-5-20250929", "claude-sonnet-4.5"),
+        ("claude-sonnet-4-5-latest", "claude-sonnet-4.5"),
+        ("claude-sonnet-4.5-20250929", "claude-sonnet-4.5"),
+        ("claude-sonnet-4-20250514", "claude-sonnet-4"),
+        ("claude-3-5-sonnet-latest", "claude-3.5-sonnet"),
+        ("claude-3-5-sonnet-20241022", "claude-3.5-sonnet"),
+        ("claude-opus-4-8-fast", "claude-opus-4.8-fast"),
+        ("claude-opus-4-6[1m]", "claude-opus-4.6-1m"),
+        ("claude-opus-4.6[1m]", "claude-opus-4.6-1m"),
+        ("claude-sonnet-4-5[1m]", "claude-sonnet-4.5"),
+        ("gpt-4o-2024-11-20", "gpt-4o-2024-11-20"),
+        ("gpt-4", None),
+        ("claude-opus-4-1", None),
+        ("", None),
+    ],
+)
+def test_a_model_is_found_in_every_usual_spelling(asked: str, found: str | None) -> None:
+    model = gw.find_model(asked, NAMES)
+    assert (model and model.id) == found
+
+
+def test_a_family_name_finds_its_model() -> None:
+    dated = {"id": "gpt-4o-2024-11-20", "capabilities": {"family": "gpt-4o"}}
+    models = gw.read_copilot_models({"data": [dated]}, "copilot")
+    found = gw.find_model("gpt-4o", models)
+    assert found is not None
+    assert found.id == "gpt-4o-2024-11-20"
+
+
+def test_a_guessed_model_speaks_what_its_kind_speaks() -> None:
+    assert gw.guess_copilot_model("claude-new-9", "p").dialects == ("messages", "chat")
+    assert gw.guess_copilot_model("gpt-9", "p").dialects == ("chat",)
+    assert gw.guess_copilot_model("gpt-9", "p").guessed
+
+
+# ---- hosts and tokens ----------------------------------------------------------------------------
+
+FOREIGN_HOSTS = [
+    "https://evil.example",
+    "https://githubcopilot.com.evil.example",
+    "https://evilgithubcopilot.com",
+    "https://api.githubcopilot.com@evil.example",
+    "https://evil.example/.githubcopilot.com",
+    "https://evil.example?.githubcopilot.com",
+    "https://evil.example#.ghe.com",
+    "http://api.individual.githubcopilot.com",
+    "http://127.0.0.1:9",
+    "https://localhost",
+    "//api.githubcopilot.com",
+    "ftp://api.githubcopilot.com",
+    "https://[::1",
+    "https://api.individual.githubcopilot.com:port",
+]
+
+
+@pytest.mark.parametrize("url", FOREIGN_HOSTS)
+def test_a_token_answer_that_names_a_foreign_host_is_refused(url: str) -> None:
+    body = {"token": "tid=1", "endpoints": {"api": url}}
+    with pytest.raises(gw.UpstreamError) as caught:
+        gw.read_token_answer(body, gw.CopilotConfig(), NOW)
+    assert "tid=" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://api.individual.githubcopilot.com",
+        "https://api.githubcopilot.com",
+        "https://copilot-api.octo.ghe.com",
+        "https://API.Business.GithubCopilot.com",
+    ],
+)
+def test_a_token_goes_to_the_host_of_its_own_answer(url: str) -> None:
+    body = {"token": "tid=1", "endpoints": {"api": url + "/"}}
+    assert gw.read_token_answer(body, gw.CopilotConfig(), NOW).api_url == url
+
+
+def test_loopback_is_a_copilot_host_only_beside_a_loopback_github() -> None:
+    config = gw.CopilotConfig(github_api_url="http://127.0.0.1:5")
+    assert gw.allowed_api_host("http://127.0.0.1:6", config)
+    assert not gw.allowed_api_host("https://evil.example", config)
+    assert not gw.allowed_api_host("http://127.0.0.1:6", gw.CopilotConfig())
+
+
+def test_a_configured_host_wins_over_the_answer_and_a_plan_host_fills_in() -> None:
+    named = {"token": "t", "endpoints": {"api": "https://api.business.githubcopilot.com"}}
+    own = gw.CopilotConfig(api_url="https://gateway.example/")
+    assert gw.read_token_answer(named, own, NOW).api_url == "https://gateway.example"
+    plan = gw.CopilotConfig(account_type="enterprise")
+    token = gw.read_token_answer({"token": "t", "endpoints": None}, plan, NOW)
+    assert token.api_url == "https://api.enterprise.githubcopilot.com"
+
+
+@pytest.mark.parametrize(
+    ("said", "life"), [(900, 900), (None, 1500), (0, 1500), (-5, 1500), ("900", 1500), (True, 1500)]
+)
+def test_refresh_in_decides_how_long_a_token_lasts(said: Any, life: int) -> None:
+    token = gw.read_token_answer({"token": "t", "refresh_in": said}, gw.CopilotConfig(), NOW)
+    assert token.refresh_in == life
+    assert token.expires_at == NOW + life + 60
+
+
+@pytest.mark.parametrize("token", [None, "", 5, "a\nb", "a\rb", "a\0b", "tid=\N{EURO SIGN}"])
+def test_a_token_that_fits_into_no_header_is_refused(token: Any) -> None:
+    with pytest.raises(gw.UpstreamError):
+        gw.read_token_answer({"token": token}, gw.CopilotConfig(), NOW)
+
+
+def test_a_token_never_shows_itself() -> None:
+    token = gw.read_token_answer({"token": "tid=SECRET"}, gw.CopilotConfig(), NOW)
+    assert "SECRET" not in repr(token)
+
+
+def test_every_call_carries_the_editor_s_identity_and_the_exchange_its_own() -> None:
+    identity = gw.copilot_identity("T", "s", "m", "d")
+    assert identity["Authorization"] == "Bearer T"
+    assert {"Editor-Version", "Editor-Plugin-Version", "User-Agent"} <= set(identity)
+    exchange = gw.exchange_headers("G")
+    assert exchange["Authorization"] == "token G"
+    assert exchange["X-GitHub-Api-Version"] == "2025-04-01"
+    assert {"Editor-Version", "Editor-Plugin-Version", "User-Agent"} <= set(exchange)
+
+
+def test_an_interaction_id_is_the_same_for_the_same_conversation() -> None:
+    assert gw.hash_uuid("a") == gw.hash_uuid("a") != gw.hash_uuid("b")
+    assert gw.hash_uuid("a")[14] == "4"
+
+
+# ---- betas ---------------------------------------------------------------------------------------
+
+INTERLEAVED = "interleaved-thinking-2025-05-14"
+CONTEXT = "context-management-2025-06-27"
+BUDGET = {"type": "enabled", "budget_tokens": 2000}
+
+
+@pytest.mark.parametrize(
+    ("model", "asked", "fields", "sent"),
+    [
+        (SONNET, "", {}, ""),
+        (SONNET, "claude-code-20250219,oauth-2025-04-20,effort-2025-11-24", {}, ""),
+        (SONNET, "context-1m-2025-08-07, prompt-caching-2024-07-31", {}, ""),
+        (SONNET, INTERLEAVED, {"thinking": BUDGET}, INTERLEAVED),
+        (SONNET, "", {"thinking": BUDGET}, INTERLEAVED),
+        (OPUS, INTERLEAVED, {"thinking": {"type": "adaptive"}}, ""),
+        (SONNET, "", {"context_management": {"edits": []}}, CONTEXT),
+        (SONNET, CONTEXT, {"context_management": {"edits": []}}, CONTEXT),
+    ],
+)
+def test_only_betas_that_copilot_knows_go_up(
+    model: str, asked: str, fields: Json, sent: str
+) -> None:
+    assert gw.messages_betas(fields, asked, set(), MODELS[model]) == sent
+
+
+def test_a_beta_that_was_refused_once_stays_away() -> None:
+    body = {"thinking": BUDGET, "context_management": {}}
+    assert gw.messages_betas(body, INTERLEAVED, {INTERLEAVED}, MODELS[SONNET]) == CONTEXT
+
+
+# ---- messages rules ------------------------------------------------------------------------------
+
+
+def test_unknown_keys_of_a_messages_body_are_dropped_and_named() -> None:
+    extra: Json = {"service_tier": "auto", "speed": "fast", "container": "c", "stream_options": {}}
+    scrubbed = scrub("messages", SONNET, metadata={"user_id": "u"}, inference_geo=None, **extra)
+    assert not {*extra, "metadata", "inference_geo"} & set(scrubbed.body)
+    assert set(scrubbed.dropped) == set(extra)
+
+
+@pytest.mark.parametrize(
+    ("asked", "sent"), [(100, 100), (10**6, 16_000), (None, 16_000), (100.0, 100)]
+)
+def test_max_tokens_is_always_there_and_within_the_model(asked: Any, sent: int) -> None:
+    assert messages(max_tokens=asked)["max_tokens"] == sent
+
+
+def test_the_billing_line_and_blank_system_blocks_are_left_out() -> None:
+    billing = text("x-anthropic-billing-header: cc_version=1; cch=abc;")
+    body = messages(system=[billing, text(" "), text("Be kind.")])
+    assert body["system"] == [text("Be kind.")]
+    assert "system" not in messages(system=[billing])
+
+
+@pytest.mark.parametrize("system", ["", "  \n", [], None])
+def test_an_empty_system_prompt_is_left_out(system: Any) -> None:
+    assert "system" not in messages(system=system)
+
+
+CONVERSATIONS: dict[str, list[Json]] = {
+    "neighbours of one role": [user("a"), user([text("b")]), assistant(text("c")), user("d")],
+    "blank texts": [user([text(" "), text("a")]), assistant(text("")), user("b")],
+    "an empty message": [user("a"), {"role": "assistant", "content": []}, user("b")],
+    "a call without its result": [user("a"), assistant(tool_use("c1")), user("b")],
+    "a result without its call": [user("a"), user([result("c0")]), user("b")],
+    "a result after other words": [
+        user("a"), assistant(tool_use("c1")), user([text("so"), result("c1")])
+    ],
+    "results in another order": [
+        user("a"), assistant(tool_use("c1"), tool_use("c2")), user([result("c2"), result("c1")])
+    ],
+    "the result of one of two calls": [
+        user("a"), assistant(tool_use("c1"), tool_use("c2")), user([result("c2")])
+    ],
+    "a result over two messages": [
+        user("a"), assistant(tool_use("c1"), tool_use("c2")),
+        user([result("c1")]), user([result("c2")]),
+    ],
+    "a result without content": [
+        user("a"), assistant(tool_use("c1")),
+        user([{"type": "tool_result", "tool_use_id": "c1"}]),
+    ],
+    "a result of blank text": [
+        user("a"), assistant(tool_use("c1")), user([result("c1", [text("")])])
+    ],
+    "a result of nothing": [user("a"), assistant(tool_use("c1")), user([result("c1", [])])],
+    "foreign ids": [user("a"), assistant(tool_use("call:1.2/3")), user([result("call:1.2/3")])],
+    "a foreign tool name": [
+        user("a"), assistant(tool_use("c1", "mcp.look at")), user([result("c1")])
+    ],
+    "a long tool name": [user("a"), assistant(tool_use("c1", "n" * 80)), user([result("c1")])],
+    "a call at the end": [user("a"), assistant(tool_use("c1"))],
+    "a prefill": [user("a"), assistant(text("It is"))],
+    "a prefill with blank end": [user("a"), {"role": "assistant", "content": "It is "}],
+    "a system turn first": [{"role": "system", "content": "s"}, user("a")],
+    "a system turn inside": [
+        user("a"), {"role": "system", "content": [text("s")]}, assistant(text("b")), user("c")
+    ],
+    "a system turn last": [user("a"), {"role": "system", "content": "s"}],
+    "a system turn between users": [user("a"), {"role": "system", "content": "s"}, user("b")],
+    "thinking of another vendor": [
+        user("a"),
+        assistant({"type": "thinking", "thinking": "x", "signature": "gw1.c.AAA"}, text("b")),
+        user("c"),
+    ],
+    "thinking without signature": [
+        user("a"), assistant({"type": "thinking", "thinking": "Thinking..."}, text("b")), user("c")
+    ],
+    "nothing but foreign thinking": [
+        user("a"), assistant({"type": "thinking", "thinking": "x", "signature": ""}), user("b")
+    ],
+    "foreign redacted thinking": [
+        user("a"), assistant({"type": "redacted_thinking", "data": "gw1.r.A"}, text("b")), user("c")
+    ],
+    "own thinking": [user("a"), assistant(THOUGHT, tool_use("c1")), user([result("c1")])],
+    "own thinking without its text": [
+        user("a"), assistant({**THOUGHT, "thinking": ""}, text("b")), user("c")
+    ],
+    "marked thinking": [
+        user("a"), assistant({**THOUGHT, "cache_control": {"type": "ephemeral"}}, text("b")),
+        user("c"),
+    ],
+    "a text document": [
+        user([{"type": "document", "title": "T",
+               "source": {"type": "text", "media_type": "text/plain", "data": "words"}}])
+    ],
+    "a PDF": [
+        user([text("a"), {"type": "document", "source": {
+            "type": "base64", "media_type": "application/pdf", "data": PNG}}])
+    ],
+    "a tool reference": [
+        user("a"), assistant(tool_use("c1")),
+        user([result("c1", [{"type": "tool_reference", "tool_name": "gone"}])]),
+    ],
+    "an image in a result": [
+        user("a"), assistant(tool_use("c1")),
+        user([result("c1", [{"type": "image", "source": {
+            "type": "base64", "media_type": "image/png", "data": PNG}}])]),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", [SONNET, OPUS])
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_a_conversation_is_settled_until_copilot_takes_it(name: str, model: str) -> None:
+    body = messages(model, messages=copy.deepcopy(CONVERSATIONS[name]))
+    roles = [m["role"] for m in body["messages"] if m["role"] != "system"]
+    assert roles[-1] == "user"
+    assert all(one != two for one, two in pairwise(roles))
+
+
+def test_own_thinking_and_words_go_up_byte_for_byte() -> None:
+    turns = [user("a"), assistant(THOUGHT, text("  b  ")), user([text("c \N{SNOWMAN}")])]
+    assert messages(messages=copy.deepcopy(turns))["messages"] == turns
+
+
+def test_a_missing_result_is_said_to_be_missing() -> None:
+    body = messages(messages=[user("a"), assistant(tool_use("c1")), user("b")])
+    filled = body["messages"][2]["content"][0]
+    assert (filled["tool_use_id"], filled["is_error"]) == ("c1", True)
+    assert body["messages"][2]["content"][-1] == text("b")
+
+
+def test_a_trailing_assistant_turn_is_asked_to_continue() -> None:
+    body = messages(messages=[user("a"), assistant(text("It is"))])
+    assert body["messages"][-1] == user([text("Please continue.")])
+
+
+@pytest.mark.parametrize("turns", [[user("")], [user([text(" ")])], [user([])]])
+def test_a_conversation_without_any_word_is_refused_here(turns: list[Json]) -> None:
+    with pytest.raises(gw.InvalidRequest):
+        scrub("messages", SONNET, messages=turns)
+
+
+def test_system_turns_become_reminders_where_the_model_does_not_know_them() -> None:
+    turns = [user("a"), {"role": "system", "content": "mind"}, assistant(text("b")), user("c")]
+    assert messages(OPUS, messages=copy.deepcopy(turns))["messages"][1]["role"] == "system"
+    old = messages(SONNET, messages=copy.deepcopy(turns))["messages"]
+    assert [m["role"] for m in old] == ["user", "assistant", "user"]
+    assert "<system-reminder>\nmind" in json.dumps(old[0]).replace("\\n", "\n")
+
+
+ODD_TOOLS: dict[str, list[Json]] = {
+    "custom": [tool(type="custom")],
+    "extra keys": [
+        tool(strict=True, eager_input_streaming=True, defer_loading=True, input_examples=[{}])
+    ],
+    "callers": [tool(allowed_callers=["direct"])],
+    "no schema": [{"name": "look"}],
+    "a schema without type": [tool(schema={"properties": {}})],
+    "a schema with its address": [
+        tool(schema={"type": "object", "$schema": "http://json-schema.org/x", "$id": "y"})
+    ],
+    "an address inside": [
+        tool(schema={"type": "object", "properties": {
+            "a": {"type": "object", "$schema": "http://json-schema.org/x"}}})
+    ],
+    "a foreign name": [tool("mcp.look at")],
+    "a name of 100 letters": [tool("n" * 100)],
+    "a hosted tool beside": [tool(), {"type": "web_search_20250305", "name": "web_search"}],
+    "a tool search beside": [
+        tool(), {"type": "tool_search_tool_regex_20251119", "name": "tool_search"}
+    ],
+    "marked": [tool(cache_control={"type": "ephemeral", "ttl": "1h", "scope": "global"})],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD_TOOLS)
+def test_tools_are_made_plain(name: str) -> None:
+    body = messages(tools=copy.deepcopy(ODD_TOOLS[name]))
+    assert len(body["tools"]) == 1
+
+
+def test_a_hosted_tool_is_dropped_by_name_and_refused_when_it_is_the_only_one() -> None:
+    hosted = {"type": "web_search_20250305", "name": "web_search"}
+    assert any(
+        "web_search" in name for name in scrub("messages", SONNET, tools=[tool(), hosted]).dropped
+    )
+    with pytest.raises(gw.InvalidRequest):
+        scrub("messages", SONNET, tools=[hosted])
+
+
+def test_a_history_with_calls_gets_a_tool_and_a_choice_without_tools_goes() -> None:
+    turns = [user("a"), assistant(tool_use("c1")), user([result("c1")])]
+    assert len(messages(messages=turns)["tools"]) == 1
+    bare = messages(tools=[], tool_choice={"type": "auto"})
+    assert not {"tools", "tool_choice"} & set(bare)
+
+
+def test_a_tool_is_renamed_in_its_choice_and_its_history_alike() -> None:
+    turns = [user("a"), assistant(tool_use("c1", "a.b")), user([result("c1")])]
+    choice = {"type": "tool", "name": "a.b"}
+    body = messages(messages=turns, tools=[tool("a.b")], tool_choice=choice)
+    names = {body["tools"][0]["name"], body["tool_choice"]["name"]}
+    assert names == {body["messages"][1]["content"][0]["name"]} == {"a_b"}
+
+
+@pytest.mark.parametrize("place", ["output_config", "output_format"])
+def test_a_schema_for_the_answer_goes_into_the_prompt(place: str) -> None:
+    wanted = {"type": "json_schema", "schema": {"type": "object", "title": "MARK"}}
+    field = {"output_config": {"format": wanted}} if place == "output_config" else {place: wanted}
+    body = messages(system="Be kind.", **field)
+    assert body["system"][0] == text("Be kind.")
+    assert "MARK" in body["system"][1]["text"]
+    assert not {"output_config", "output_format"} & set(body)
+
+
+THINKING_CASES: dict[str, tuple[str, Json, Json]] = {
+    "a budget": (SONNET, {"thinking": BUDGET}, {"thinking": BUDGET}),
+    "a budget below the least": (
+        SONNET,
+        {"thinking": {"type": "enabled", "budget_tokens": 1}},
+        {"thinking": {"type": "enabled", "budget_tokens": 1024}},
+    ),
+    "a budget over the most": (
+        HAIKU,
+        {"max_tokens": 64_000, "thinking": {"type": "enabled", "budget_tokens": 60_000}},
+        {"thinking": {"type": "enabled", "budget_tokens": 32_000}},
+    ),
+    "no room for a budget": (
+        SONNET, {"max_tokens": 500, "thinking": BUDGET}, {"thinking": None}
+    ),
+    "no budget": (
+        SONNET, {"thinking": {"type": "enabled", "budget_tokens": 0}}, {"thinking": None}
+    ),
+    "a budget for an adaptive model": (
+        OPUS,
+        {"thinking": {"type": "enabled", "budget_tokens": 10_000}},
+        {"thinking": {"type": "adaptive", "display": "summarized"},
+         "output_config": {"effort": "medium"}},
+    ),
+    "adaptive": (
+        OPUS,
+        {"thinking": {"type": "adaptive", "display": "omitted"},
+         "output_config": {"effort": "low"}},
+        {"thinking": {"type": "adaptive", "display": "omitted"},
+         "output_config": {"effort": "low"}},
+    ),
+    "adaptive for a budget model": (
+        SONNET,
+        {"max_tokens": 16_000, "thinking": {"type": "adaptive"},
+         "output_config": {"effort": "low"}},
+        {"thinking": {"type": "enabled", "budget_tokens": 4096}, "output_config": None},
+    ),
+    "disabled for a budget model": (
+        SONNET, {"thinking": {"type": "disabled"}}, {"thinking": None}
+    ),
+    "disabled for an adaptive model": (
+        OPUS, {"thinking": {"type": "disabled"}}, {"thinking": {"type": "disabled"}}
+    ),
+    "an unknown kind": (OPUS, {"thinking": {"type": "between_tools"}}, {"thinking": None}),
+    "an effort above the list": (
+        OPUS, {"output_config": {"effort": "max"}}, {"output_config": {"effort": "high"}}
+    ),
+    "an effort where none is known": (
+        HAIKU, {"output_config": {"effort": "high"}}, {"output_config": None}
+    ),
+    "an effort nobody knows": (
+        OPUS, {"output_config": {"effort": "huge", "task_budget": 5}}, {"output_config": None}
+    ),
+    "a forced tool": (
+        SONNET,
+        {"thinking": BUDGET, "tools": [tool()], "tool_choice": {"type": "any"}},
+        {"thinking": None},
+    ),
+    "sampling beside thinking": (
+        SONNET,
+        {"thinking": BUDGET, "temperature": 0.5, "top_p": 0.5, "top_k": 5},
+        {"temperature": None, "top_p": None, "top_k": None},
+    ),
+    "two samplings": (
+        SONNET, {"temperature": 0.5, "top_p": 0.5}, {"temperature": 0.5, "top_p": None}
+    ),
+    "one sampling": (SONNET, {"top_p": 0.5, "top_k": 3}, {"top_p": 0.5, "top_k": 3}),
+    "sampling on the newest": (
+        OPUS, {"temperature": 0.5, "top_k": 5}, {"temperature": None, "top_k": None}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", THINKING_CASES)
+def test_thinking_effort_and_sampling_fit_the_model(name: str) -> None:
+    model, fields, expected = THINKING_CASES[name]
+    body = messages(model, **copy.deepcopy(fields))
+    assert {key: body.get(key) for key in expected} == expected
+
+
+def test_a_budget_is_dropped_in_a_tool_loop_that_began_without_a_thought() -> None:
+    turns = [user("a"), assistant(tool_use("c1")), user([result("c1")])]
+    assert "thinking" not in messages(messages=turns, thinking=BUDGET)
+
+
+def test_context_edits_stay_away_from_the_long_window() -> None:
+    model = gw.Model("claude-opus-4.6-1m", "copilot", ("messages",), max_output=1000)
+    body = {"messages": [user("a")], "max_tokens": 5, "context_management": {"edits": []}}
+    scrubbed = gw.scrub_body("messages", body, model, gw.Learned(), True)
+    assert "context_management" not in scrubbed.body
+    assert scrubbed.dropped == ["context_management"]
+
+
+def test_four_plain_cache_marks_survive_the_last_of_the_messages_first() -> None:
+    mark = {"type": "ephemeral", "ttl": "1h"}
+    turns = [user([text(str(n), cache_control=dict(mark))]) for n in range(3)]
+    turns.append(user([result("c0", [text("r", cache_control=dict(mark))])]))
+    system = [text("s", cache_control=dict(mark)), text("t", cache_control=dict(mark))]
+    body = messages(messages=turns, system=system, tools=[tool(cache_control=dict(mark))])
+    marked = json.dumps(body).count('"cache_control": {"type": "ephemeral"}')
+    assert marked == json.dumps(body).count("cache_control") == 4
+    assert "cache_control" not in body["tools"][0]
+
+
+def test_a_mark_for_the_whole_body_moves_to_its_last_block() -> None:
+    turns = [user([text("a"), text("b")])]
+    body = messages(messages=turns, cache_control={"type": "ephemeral", "ttl": "1h"})
+    assert body["messages"][-1]["content"][-1] == text("b", cache_control={"type": "ephemeral"})
+    assert "cache_control" not in body
+
+
+# ---- chat rules ----------------------------------------------------------------------------------
+
+
+def test_keys_that_the_service_refuses_or_only_openai_knows_are_dropped_and_named() -> None:
+    refused: Json = {"service_tier": "auto", "store": True, "metadata": {"a": "b"}, "top_k": 5}
+    own: Json = {"seed": 1, "logit_bias": {"5": 1}, "user": "u", "parallel_tool_calls": False}
+    scrubbed = scrub("chat", "gpt-4.1", tools=[function()], **refused, **own)
+    assert set(scrubbed.dropped) == set(refused)
+    assert set(own) <= set(scrubbed.body)
+    assert not {*refused, *own} & set(chat(GEMINI, tools=[function()], **refused, **own))
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "key", "number"),
+    [
+        ("gpt-4.1", {"max_tokens": 10**6}, "max_tokens", 16_000),
+        ("gpt-4.1", {"max_completion_tokens": 50}, "max_tokens", 50),
+        ("gpt-4.1", {}, "max_tokens", 16_000),
+        (GPT5, {"max_tokens": 50}, "max_completion_tokens", 50),
+        (GPT5, {}, "max_completion_tokens", 64_000),
+        (SONNET, {"max_completion_tokens": 50}, "max_tokens", 50),
+    ],
+)
+def test_the_output_limit_has_the_name_and_size_that_the_model_takes(
+    model: str, fields: Json, key: str, number: int
+) -> None:
+    body = chat(model, **fields)
+    assert body[key] == number
+    assert len({"max_tokens", "max_completion_tokens"} & set(body)) == 1
+
+
+SAMPLING_CASES: dict[str, tuple[str, Json, Json]] = {
+    "a reasoning model": (
+        GPT5, {"temperature": 1, "top_p": 1}, {"temperature": None, "top_p": None}
+    ),
+    "a reasoning model that does not": (
+        GPT5,
+        {"temperature": 0.5, "reasoning_effort": "none"},
+        {"temperature": 0.5, "reasoning_effort": "none"},
+    ),
+    "an effort between": (GPT5, {"reasoning_effort": "minimal"}, {"reasoning_effort": "none"}),
+    "an effort above": (GPT5, {"reasoning_effort": "max"}, {"reasoning_effort": "xhigh"}),
+    "an effort for a plain model": (
+        "gpt-4.1", {"reasoning_effort": "high"}, {"reasoning_effort": None}
+    ),
+    "an effort for a budget": (
+        GEMINI,
+        {"reasoning_effort": "low"},
+        {"reasoning_effort": None, "thinking_budget": 4096},
+    ),
+    "no effort for a budget": (
+        GEMINI, {"reasoning_effort": "none"}, {"reasoning_effort": None, "thinking_budget": None}
+    ),
+    "two samplings on Claude": (
+        SONNET, {"temperature": 0.5, "top_p": 0.5}, {"temperature": 0.5, "top_p": None}
+    ),
+    "sampling on the newest Claude": (OPUS, {"temperature": 0.5}, {"temperature": None}),
+    "two samplings on GPT": (
+        "gpt-4.1", {"temperature": 0.5, "top_p": 0.5}, {"temperature": 0.5, "top_p": 0.5}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAMPLING_CASES)
+def test_sampling_and_effort_fit_the_chat_model(name: str) -> None:
+    model, fields, expected = SAMPLING_CASES[name]
+    body = chat(model, **fields)
+    assert {key: body.get(key) for key in expected} == expected
+
+
+CHAT_CONVERSATIONS: dict[str, list[Json]] = {
+    "echoes of an answer": [
+        user("a"),
+        {"role": "assistant", "content": "b", "refusal": None, "annotations": [], "audio": None,
+         "reasoning_content": "hm", "tool_calls": None, "function_call": None},
+        user("c"),
+    ],
+    "a developer": [{"role": "developer", "content": "d"}, user("a")],
+    "an empty answer": [user("a"), {"role": "assistant", "content": ""}, user("b")],
+    "blank content": [user("a"), {"role": "assistant", "content": "  "}, user("b")],
+    "blank words of the user": [user(" "), {"role": "assistant", "content": "a"}, user("b")],
+    "parts of an assistant": [
+        user("a"), {"role": "assistant", "content": [text("b"), text("c")]}, user("d")
+    ],
+    "blank parts": [user([text(""), text("a")])],
+    "a call with empty words": [user("a"), call_message("c1", content=""), tool_message("c1")],
+    "a call without type": [
+        user("a"),
+        {"role": "assistant", "tool_calls": [
+            {"id": "c1", "type": None, "function": {"name": "look", "arguments": ""}}]},
+        tool_message("c1"),
+    ],
+    "broken arguments": [
+        user("a"),
+        {"role": "assistant", "tool_calls": [
+            {"id": "c1", "function": {"name": "look", "arguments": '{"a":'}}]},
+        tool_message("c1"),
+    ],
+    "arguments as an object": [
+        user("a"),
+        {"role": "assistant", "tool_calls": [
+            {"id": "c1", "function": {"name": "look", "arguments": {"a": 1}}}]},
+        tool_message("c1"),
+    ],
+    "arguments that are a list": [
+        user("a"),
+        {"role": "assistant", "tool_calls": [
+            {"id": "c1", "function": {"name": "look", "arguments": "[1]"}}]},
+        tool_message("c1"),
+    ],
+    "a foreign tool name": [
+        user("a"),
+        {"role": "assistant", "tool_calls": [
+            {"id": "c1", "function": {"name": "mcp.look at", "arguments": "{}"}}]},
+        tool_message("c1"),
+    ],
+    "a result in parts": [user("a"), call_message("c1"), tool_message("c1", [text("r")])],
+    "an empty result": [user("a"), call_message("c1"), tool_message("c1", "")],
+    "an image in a result": [
+        user("a"), call_message("c1", "c2"),
+        tool_message("c1", [{"type": "image_url", "image_url": {
+            "url": f"data:image/png;base64,{PNG}"}}]),
+        tool_message("c2"),
+    ],
+    "own reasoning": [
+        user("a"), call_message("c1", reasoning_opaque="GENUINE", reasoning_text="hm"),
+        tool_message("c1"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", ["gpt-4.1", GPT5, SONNET, GEMINI])
+@pytest.mark.parametrize("name", CHAT_CONVERSATIONS)
+def test_a_chat_conversation_is_fitted_until_copilot_takes_it(name: str, model: str) -> None:
+    turns = copy.deepcopy(CHAT_CONVERSATIONS[name])
+    if model == GEMINI:  # it wants a signature with every call of the turn
+        for turn in turns:
+            if turn.get("tool_calls"):
+                turn["reasoning_opaque"] = "GENUINE"
+    chat(model, messages=turns)
+
+
+def test_neighbours_of_one_role_are_joined_for_gemini() -> None:
+    turns = [user("a"), user("b"), {"role": "assistant", "content": "c"}, user("d")]
+    body = chat(GEMINI, messages=turns)
+    assert [m["role"] for m in body["messages"]] == ["user", "assistant", "user"]
+
+
+def test_an_image_of_a_tool_follows_all_results_in_a_user_message() -> None:
+    body = chat(messages=copy.deepcopy(CHAT_CONVERSATIONS["an image in a result"]))
+    roles = [message["role"] for message in body["messages"]]
+    assert roles == ["user", "assistant", "tool", "tool", "user"]
+    assert body["messages"][-1]["content"][-1]["type"] == "image_url"
+
+
+def test_broken_arguments_are_kept_as_words() -> None:
+    body = chat(messages=copy.deepcopy(CHAT_CONVERSATIONS["broken arguments"]))
+    arguments = body["messages"][1]["tool_calls"][0]["function"]["arguments"]
+    assert json.loads(arguments) == {"_raw": '{"a":'}
+
+
+def nested(**inner: Any) -> Json:
+    """A tool schema with one odd property."""
+    return {"type": "object", "properties": {"a": inner}}
+
+
+ODD_SCHEMAS: dict[str, Json] = {
+    "no type": {"properties": {}},
+    "an address": {"type": "object", "$schema": "x", "$id": "y", "properties": {}},
+    "an address inside": nested(type="object", **{"$schema": "x"}),
+    "an array without items": nested(type="array"),
+    "an array of arrays": nested(type="array", items={"type": "array"}),
+    "closed": {"type": "object", "properties": {}, "additionalProperties": False},
+    "closed inside": nested(type="object", additionalProperties={"type": "string"}),
+    "patterns of names": nested(type="object", patternProperties={"^x": {"type": "string"}}),
+    "rules for names": nested(type="object", propertyNames={"pattern": "^x"}),
+    "what is not evaluated": nested(type="object", unevaluatedProperties=False),
+    "a format": nested(type="string", format="uri"),
+    "a choice beside types": nested(type=["string", "null"], anyOf=[{"minLength": 1}]),
+    "a property called default": nested(type="object", properties={"default": {"type": "string"}}),
+}
+
+
+@pytest.mark.parametrize("model", ["gpt-4.1", SONNET, GEMINI])
+@pytest.mark.parametrize("name", ODD_SCHEMAS)
+def test_tool_schemas_fit_the_vendor(name: str, model: str) -> None:
+    body = chat(model, tools=[function(schema=copy.deepcopy(ODD_SCHEMAS[name]))])
+    assert body["tools"][0]["function"]["name"] == "look"
+
+
+def test_a_property_keeps_its_name_even_where_the_name_is_a_keyword() -> None:
+    schema = {"type": "object", "properties": {"format": {"type": "string"}, "$id": {}}}
+    body = chat(GEMINI, tools=[function(schema=schema)])
+    assert set(body["tools"][0]["function"]["parameters"]["properties"]) == {"format", "$id"}
+
+
+@pytest.mark.parametrize("model", ["gpt-4.1", SONNET])
+def test_tools_that_are_none_go_and_a_history_with_calls_gets_one_for_claude(model: str) -> None:
+    assert not {"tools", "tool_choice"} & set(chat(model, tools=[], tool_choice="auto"))
+    body = chat(model, messages=[user("a"), call_message("c1"), tool_message("c1")])
+    assert ("tools" in body) == (model == SONNET)
+
+
+def test_more_tools_than_copilot_takes_are_refused_with_the_number() -> None:
+    tools = [function(f"t{n}") for n in range(129)]
+    with pytest.raises(gw.UnsupportedFeature, match=r"129.*128"):
+        scrub("chat", "gpt-4.1", tools=tools)
+    assert len(chat(tools=tools[:128])["tools"]) == 128
+
+
+def test_a_chat_tool_is_renamed_in_its_choice_too() -> None:
+    choice = {"type": "function", "function": {"name": "a.b"}}
+    body = chat(tools=[function("a.b")], tool_choice=choice)
+    assert body["tool_choice"]["function"]["name"] == body["tools"][0]["function"]["name"] == "a_b"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        ({"type": "json_object"}, "JSON object"),
+        (
+            {"type": "json_schema", "json_schema": {"name": "n", "schema": {"title": "MARK"}}},
+            "MARK",
+        ),
+        ({"type": "text"}, None),
+    ],
+)
+def test_a_response_format_becomes_words_for_other_vendors(wanted: Json, words: str | None) -> None:
+    turns = [{"role": "system", "content": "Be kind."}, user("a")]
+    body = chat(SONNET, messages=turns, response_format=wanted)
+    system = body["messages"][0]["content"]
+    assert system.startswith("Be kind.")
+    assert words is None or words in system
+    assert chat("gpt-4.1", response_format=wanted)["response_format"] == wanted
+
+
+def test_usage_is_always_asked_for_and_an_empty_prediction_is_not_sent() -> None:
+    body = chat(stream_options={"include_usage": False, "x": 1}, prediction={"content": ""})
+    assert body["stream_options"] == {"include_usage": True}
+    assert "prediction" not in body
+    whole = gw.scrub_body("chat", {"messages": [user("a")]}, MODELS["gpt-4.1"], gw.Learned(), False)
+    assert "stream_options" not in whole.body
+
+
+# ---- all rules -----------------------------------------------------------------------------------
+
+WHOLE_BODIES: dict[str, tuple[str, Json]] = {
+    "messages": (
+        OPUS,
+        {
+            "system": [text("s", cache_control={"type": "ephemeral", "ttl": "1h"})],
+            "thinking": {"type": "adaptive"},
+            "output_config": {
+                "effort": "high",
+                "format": {"type": "json_schema", "schema": {"type": "object", "title": "MARK"}},
+            },
+            "tools": [tool("a.b", strict=True)],
+            "messages": [
+                user([text("a", cache_control={"type": "ephemeral", "ttl": "1h"})]),
+                assistant(tool_use("c.1", "a.b")),
+                user([result("c.1", [text("r"), {"type": "tool_reference", "tool_name": "x"}])]),
+            ],
+        },
+    ),
+    "chat": (
+        SONNET,
+        {
+            "response_format": {"type": "json_object"},
+            "tools": [function("a.b", nested(type="array"))],
+            "messages": [
+                {"role": "developer", "content": [text("d")]},
+                user("a"),
+                call_message("c1", reasoning_content="hm"),
+                tool_message("c1", [text("r"), {"type": "image_url", "image_url": {"url": "x"}}]),
+            ],
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dialect", WHOLE_BODIES)
+def test_a_second_attempt_is_made_from_an_unchanged_request(dialect: str) -> None:
+    model, fields = WHOLE_BODIES[dialect]
+    body = {"max_tokens": 4000, **copy.deepcopy(fields)}
+    before = copy.deepcopy(body)
+    first = gw.scrub_body(dialect, body, MODELS[model], gw.Learned(), True)
+    once = copy.deepcopy(first.body)
+    second = gw.scrub_body(dialect, body, MODELS[model], gw.Learned(), True)
+    assert second.body == once
+    assert second.dropped == first.dropped
+    assert body == before
+
+
+def test_replayed_reasoning_is_stripped_in_either_dialect() -> None:
+    body = {"messages": [user("a"), assistant(THOUGHT, text("b")), assistant(dict(THOUGHT))]}
+    assert gw.strip_reasoning(body)
+    assert body["messages"][1]["content"] == [text("b")]
+    assert body["messages"][2]["content"]
+    chat_body = {"messages": [call_message("c1", reasoning_opaque="x", reasoning_text="y")]}
+    assert gw.strip_reasoning(chat_body)
+    assert not {"reasoning_opaque", "reasoning_text"} & set(chat_body["messages"][0])
+    assert not gw.strip_reasoning(chat_body)
+
+
+# ---- reasoning memory ----------------------------------------------------------------------------
+
+
+def test_a_signature_returns_to_its_call_and_to_no_other() -> None:
+    memory = gw.ReasoningMemory()
+    memory.keep(["c1", "c2"], "hm", "OPAQUE")
+    body = {"messages": [user("a"), call_message("c2"), call_message("c3")]}
+    memory.attach(body)
+    assert body["messages"][1]["reasoning_opaque"] == "OPAQUE"
+    assert body["messages"][1]["reasoning_text"] == "hm"
+    assert "reasoning_opaque" not in body["messages"][2]
+
+
+def test_a_signature_that_the_caller_brought_stays() -> None:
+    memory = gw.ReasoningMemory()
+    memory.keep(["c1"], "", "OURS")
+    body = {"messages": [call_message("c1", reasoning_opaque="THEIRS")]}
+    memory.attach(body)
+    assert body["messages"][0]["reasoning_opaque"] == "THEIRS"
+    assert "reasoning_text" not in body["messages"][0]
+
+
+def test_the_memory_forgets_the_oldest_and_keeps_what_was_said_again() -> None:
+    memory = gw.ReasoningMemory(limit=2)
+    for call in ("c1", "c2", "c1", "c3"):
+        memory.keep([call], "", f"for {call}")
+    assert set(memory.kept) == {"c1", "c3"}
+
+
+# ---- what error answers mean ---------------------------------------------------------------------
+
+
+def said(message: str, code: str | None = None, **more: Any) -> bytes:
+    """The service's own error form."""
+    error = {"message": message, **({} if code is None else {"code": code}), **more}
+    return json.dumps({"error": error}).encode()
+
+
+def anthropic(message: str) -> bytes:
+    """Anthropic's error form."""
+    error = {"type": "invalid_request_error", "message": message}
+    return json.dumps({"type": "error", "error": error, "request_id": "req_vrtx_1"}).encode()
+
+
+UNSUPPORTED = "The requested model is not supported."
+WAF = "Access to this endpoint is forbidden. Please review our Terms of Service."
+JUDGED: dict[str, tuple[int, bytes, type[gw.ApiError], str]] = {
+    "400 model": (
+        400, said(UNSUPPORTED, "model_not_supported", param="model"), gw.ModelNotFound, "relist"
+    ),
+    "400 model, bare": (
+        400, json.dumps({"message": UNSUPPORTED[:-1]}).encode(), gw.ModelNotFound, "relist"
+    ),
+    "400 endpoint": (
+        400,
+        said('model "x" is not accessible via the /chat/completions endpoint',
+             "unsupported_api_for_model"),
+        gw.InvalidRequest, "reroute",
+    ),
+    "400 long": (
+        400,
+        said("prompt token count of 138898 exceeds the limit of 64000",
+             "model_max_prompt_tokens_exceeded"),
+        gw.ContextTooLong, "",
+    ),
+    "400 long, no code": (
+        400, said("prompt token count of 138898 exceeds the limit of 64000", ""),
+        gw.ContextTooLong, "",
+    ),
+    "400 long, Anthropic": (
+        400, anthropic("prompt is too long: 200001 tokens > 200000 maximum"),
+        gw.ContextTooLong, "",
+    ),
+    "400 long, window": (
+        400, b"Request body is too large for model context window\n", gw.ContextTooLong, ""
+    ),
+    "400 long, code": (
+        400, said("too many tokens", "context_length_exceeded"), gw.ContextTooLong, ""
+    ),
+    "400 body": (
+        400, said("invalid request body", "invalid_request_body"), gw.InvalidRequest, "forget"
+    ),
+    "400 signature": (
+        400, anthropic("messages.1.content.0: Invalid `signature` in `thinking` block"),
+        gw.InvalidRequest, "forget",
+    ),
+    "400 vision": (
+        400, said("missing required Copilot-Vision-Request header for vision requests", ""),
+        gw.InvalidRequest, "",
+    ),
+    "400 editor": (
+        400, b"bad request: missing Editor-Version header for IDE auth\n", gw.InvalidRequest, ""
+    ),
+    "400 beta": (
+        400, anthropic("Unexpected value(s) `new-1` for the `anthropic-beta` header."),
+        gw.InvalidRequest, "repair",
+    ),
+    "400 extra": (
+        400, anthropic("context_management: Extra inputs are not permitted"),
+        gw.InvalidRequest, "repair",
+    ),
+    "400 thinking": (
+        400,
+        anthropic('"thinking.type.enabled" is not supported for this model. Use '
+                  '"thinking.type.adaptive" and "output_config.effort".'),
+        gw.InvalidRequest, "repair",
+    ),
+    "400 effort": (
+        400, said("effort high is not supported", "invalid_reasoning_effort"),
+        gw.InvalidRequest, "repair",
+    ),
+    "400 system role": (
+        400, anthropic("role 'system' is not supported on this model"), gw.InvalidRequest, "repair"
+    ),
+    "400 other system role": (
+        400, anthropic('messages.1: Unexpected role "system"'), gw.InvalidRequest, "repair"
+    ),
+    "400 topic": (400, said("off_topic", "off_topic"), gw.InvalidRequest, ""),
+    "400 empty": (400, b"", gw.InvalidRequest, "wait"),
+    "401 expired": (401, b"unauthorized: token expired\n", gw.NotSignedIn, "refresh"),
+    "401 IDE": (
+        401, b"IDE token expired: unauthorized: token expired\n", gw.NotSignedIn, "refresh"
+    ),
+    "401 agent": (401, b'{"authorize_url":"https://example.com"}', gw.ApiError, ""),
+    "401 PAT": (
+        401,
+        b"unauthorized: Personal Access Token does not have Copilot Requests permission\n",
+        gw.NotSignedIn, "",
+    ),
+    "402": (402, said("You have no quota", "quota_exceeded"), gw.QuotaExceeded, ""),
+    "402 overage": (402, said("", "overage_limit_reached"), gw.QuotaExceeded, ""),
+    "403 firewall": (403, WAF.encode(), gw.Forbidden, "refresh"),
+    "403 HTML": (403, b"<html><body>" + WAF.encode(), gw.Forbidden, "refresh"),
+    "403 JSON": (403, said(WAF), gw.Forbidden, "refresh"),
+    "403 seat": (
+        403, b"unauthorized: not authorized to use this Copilot feature\n", gw.Forbidden, "refresh"
+    ),
+    "404": (404, b"404 page not found\n", gw.ModelNotFound, ""),
+    "408": (408, b"", gw.UpstreamTimeout, "wait"),
+    "413": (413, b"Request Entity Too Large\n", gw.BodyTooLarge, ""),
+    "413 parse": (413, said("failed to parse request", ""), gw.BodyTooLarge, ""),
+    "421": (421, b"Misdirected Request\n", gw.Forbidden, "refresh"),
+    "422": (422, b"Responsible AI says no\n", gw.InvalidRequest, ""),
+    "424": (424, b"", gw.ApiError, ""),
+    "429": (429, said("rate limit exceeded", "rate_limited"), gw.RateLimited, "wait"),
+    "429 suffix": (
+        429, said("slow", "user_global_rate_limited:enterprise"), gw.RateLimited, "wait"
+    ),
+    "429 extension": (
+        429, b'{"code":"extension_blocked","type":"rate_limit_error"}', gw.RateLimited, "wait"
+    ),
+    "466": (
+        466, said("bad request: the specified API version is no longer supported.\n", type="error"),
+        gw.UpstreamError, "",
+    ),
+    "499": (499, b"", gw.UpstreamError, "wait"),
+    "500": (500, b"<!DOCTYPE html><title>Unicorn!</title>", gw.UpstreamError, "wait"),
+    "502": (502, b"bad gateway", gw.UpstreamError, "wait"),
+    "503": (503, b"busy", gw.Overloaded, "wait"),
+    "504": (504, b"", gw.UpstreamTimeout, "wait"),
+}  # fmt: skip
+
+
+def judge(
+    status: int, body: bytes, headers: Json | None = None, learned: gw.Learned | None = None
+) -> gw.Verdict:
+    """The verdict on one answer to a call of SONNET."""
+    fields = gw.Headers(headers or {})
+    return gw.judge_copilot(status, fields, body, MODELS[SONNET], learned or gw.Learned(), NOW)
+
+
+@pytest.mark.parametrize("name", JUDGED)
+def test_an_error_answer_means_what_the_table_says(name: str) -> None:
+    status, body, kind, remedy = JUDGED[name]
+    verdict = judge(status, body)
+    assert isinstance(verdict.error, kind)
+    assert verdict.remedy == remedy
+    assert not any(mark in verdict.error.text() for mark in ("<html", "<!DOCTYPE", "{"))
+
+
+@pytest.mark.parametrize("name", [n for n in JUDGED if n.startswith("400 long")][:3])
+def test_a_prompt_that_is_too_long_is_said_in_the_words_that_clients_know(name: str) -> None:
+    status, body, _, _ = JUDGED[name]
+    assert judge(status, body).error.message.startswith("prompt is too long: ")
+    assert " tokens > " in judge(status, body).error.message
+
+
+def test_the_vision_policy_and_an_old_version_are_explained() -> None:
+    assert "policy" in judge(*JUDGED["400 vision"][:2]).error.hint
+    assert "pdate" in judge(*JUDGED["466"][:2]).error.hint
+
+
+@pytest.mark.parametrize("status", [402, 429, 503])
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [("7", 7.0), ("183600", 183_600.0), ("Wed, 18 Nov 2026 11:07:40 GMT", 60.0), ("soon", None)],
+)
+def test_retry_after_is_read_as_seconds_or_as_a_date(
+    status: int, value: str, seconds: float | None
+) -> None:
+    verdict = judge(status, b"", {"retry-after": value})
+    assert verdict.error.retry_after == seconds
+
+
+def test_github_s_request_id_is_named_and_tokens_are_not() -> None:
+    body = said("no tid=1;exp=2:mac for ghu_ABCDEFGH1234 here")
+    for status in (400, 402, 403, 429, 466):
+        error = judge(status, body, {"x-github-request-id": "AB12:34:56"}).error
+        assert "tid=1" not in error.text()
+        assert "ghu_ABCDEFGH1234" not in error.text()
+    assert "AB12:34:56" in judge(500, body, {"x-github-request-id": "AB12:34:56"}).error.text()
+
+
+def test_an_error_wrapped_into_an_error_is_unwrapped() -> None:
+    inner = json.dumps({"error": {"message": "prompt is too long: 5 tokens > 4 maximum"}})
+    assert isinstance(judge(400, said(inner)).error, gw.ContextTooLong)
+    assert gw.read_error_answer(400, said("m", "c:suffix")) == ("m", "c")
+    assert gw.read_error_answer(400, b'{"error":"text"}') == ("text", "")
+    assert gw.read_error_answer(400, b'{"code":"c","message":"m"}') == ("m", "c")
+    assert gw.read_error_answer(400, b"\n") == ("", "")
+
+
+# ---- what is learned -----------------------------------------------------------------------------
+
+LEARNED: dict[str, tuple[Json, Json]] = {
+    "context_management": ({"context_management": {"edits": []}}, {}),
+    "tools.0.custom.cache_control": (
+        {"tools": [tool(cache_control={"type": "ephemeral"})]}, {"tools": [tool()]}
+    ),
+    "system.0.text.citations": (
+        {"system": [text("s", citations=[])]}, {"system": [text("s")]}
+    ),
+    "messages.0.content.0.text.citations": (
+        {"messages": [user([text("a", citations=[])])]}, {"messages": [user([text("a")])]}
+    ),
+    "messages.1.content.0.tool_use.caller": (
+        {"messages": [user("a"), assistant({**tool_use("c1"), "caller": {}}), user([result("c1")])],
+         "tools": [tool()]},
+        {"messages": [user("a"), assistant(tool_use("c1")), user([result("c1")])],
+         "tools": [tool()]},
+    ),
+    "messages.2.content.0.tool_result.content.0.text.citations": (
+        {"messages": [user("a"), assistant(tool_use("c1")),
+                      user([result("c1", [text("r", citations=[])])])], "tools": [tool()]},
+        {"messages": [user("a"), assistant(tool_use("c1")), user([result("c1", [text("r")])])],
+         "tools": [tool()]},
+    ),
+    "thinking.enabled.display": (
+        {"thinking": {**BUDGET, "display": "summarized"}}, {"thinking": BUDGET}
+    ),
+    "tool_choice.auto.disable_parallel_tool_use": (
+        {"tools": [tool()], "tool_choice": {"type": "auto", "disable_parallel_tool_use": True}},
+        {"tools": [tool()], "tool_choice": {"type": "auto"}},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", LEARNED)
+def test_a_field_that_was_refused_once_is_left_out_from_then_on(path: str) -> None:
+    fields, left = LEARNED[path]
+    learned = gw.Learned()
+    refusal = anthropic(f"{path}: Extra inputs are not permitted")
+    assert judge(400, refusal, learned=learned).remedy == "repair"
+    asked = scrub("messages", SONNET, learned, **copy.deepcopy(fields))
+    assert asked.body == scrub("messages", SONNET, **copy.deepcopy(left)).body
+    assert asked.dropped
+    assert judge(400, refusal, learned=learned).remedy == ""
+
+
+@pytest.mark.parametrize("path", ["model", "messages", "system", "tools", "max_tokens", "stream"])
+def test_a_field_that_carries_the_meaning_is_never_learned(path: str) -> None:
+    learned = gw.Learned()
+    verdict = judge(400, anthropic(f"{path}: Extra inputs are not permitted"), learned=learned)
+    assert verdict.remedy == ""
+    assert learned == gw.Learned()
+
+
+def test_a_field_is_learned_for_its_model_only() -> None:
+    learned = gw.Learned()
+    judge(400, anthropic("context_management: Extra inputs are not permitted"), learned=learned)
+    fields: Json = {"context_management": {"edits": []}}
+    assert "context_management" in scrub("messages", HAIKU, learned, **fields).body
+    assert "context_management" not in scrub("messages", SONNET, learned, **fields).body
+
+
+def test_several_betas_are_learned_at_once() -> None:
+    learned = gw.Learned()
+    judge(400, anthropic("Unexpected value(s) `a-1`, `b-2` for the `anthropic-beta` header."),
+          learned=learned)  # fmt: skip
+    assert learned.betas == {"a-1", "b-2"}
+
+
+def test_a_model_that_turned_out_adaptive_is_asked_adaptively() -> None:
+    learned = gw.Learned()
+    judge(*JUDGED["400 thinking"][:2], learned=learned)
+    body = scrub("messages", SONNET, learned, thinking=BUDGET).body
+    assert body["thinking"]["type"] == "adaptive"
+
+
+def test_a_model_without_effort_or_system_turns_is_asked_without() -> None:
+    learned = gw.Learned(no_effort={OPUS}, no_system_turns={OPUS})
+    turns = [user("a"), {"role": "system", "content": "s"}]
+    body = scrub("messages", OPUS, learned, messages=turns, output_config={"effort": "low"}).body
+    assert "output_config" not in body
+    assert [m["role"] for m in body["messages"]] == ["user"]
+    assert (
+        "reasoning_effort"
+        not in scrub("chat", GPT5, gw.Learned(no_effort={GPT5}), reasoning_effort="low").body
+    )
+
+
+# ---- the exchange --------------------------------------------------------------------------------
+
+
+def envelope(notice: str, url: str = "https://github.com/github-copilot/signup") -> bytes:
+    """GitHub's refusal of Copilot."""
+    said_ = {"message": "No access found", "notification_id": notice, "title": "T", "url": url}
+    return json.dumps({"error_details": said_, "message": "Resource not accessible"}).encode()
+
+
+LIMITED = b'{"message":"API rate limit exceeded for user ID 123.","status":"403"}'
+RULES = b"Request forbidden by administrative rules. Please make sure your request has a User-Agent"
+EXCHANGES: dict[str, tuple[int, bytes, type[gw.ApiError], str]] = {
+    "401": (401, b'{"message":"Bad credentials","status":"401"}', gw.NotSignedIn, ""),
+    "403 no access": (403, envelope("no_copilot_access"), gw.NotSignedIn, ""),
+    "403 not signed up": (403, envelope("not_signed_up"), gw.NotSignedIn, ""),
+    "403 abuse": (403, envelope("programmatic_token_generation"), gw.NotSignedIn, ""),
+    "403 new notice": (403, envelope("something_new"), gw.NotSignedIn, ""),
+    "403 server": (403, envelope("server_error"), gw.ApiError, "wait"),
+    "403 limit": (403, LIMITED, gw.RateLimited, "wait"),
+    "403 rules": (403, RULES, gw.ApiError, ""),
+    "404": (404, b'{"message":"Not Found","status":"404"}', gw.NotSignedIn, ""),
+    "429": (429, b"", gw.ApiError, "wait"),
+    "500": (500, b"<html>Unicorn!</html>", gw.ApiError, "wait"),
+    "502": (502, b"", gw.ApiError, "wait"),
+    "503": (503, b"", gw.ApiError, "wait"),
+}
+
+
+@pytest.mark.parametrize("name", EXCHANGES)
+def test_a_refused_exchange_means_what_the_table_says(name: str) -> None:
+    status, body, kind, remedy = EXCHANGES[name]
+    verdict = gw.judge_exchange(status, gw.Headers(), body, NOW)
+    assert isinstance(verdict.error, kind)
+    assert verdict.remedy == remedy
+    assert "<html" not in verdict.error.text()
+
+
+def test_a_refusal_of_copilot_shows_github_s_page_and_no_other() -> None:
+    ours = gw.judge_exchange(403, gw.Headers(), envelope("x"), NOW).error
+    assert "https://github.com/github-copilot/signup" in ours.text()
+    assert "No access found" in ours.text()
+    foreign = envelope("x", "https://evil.example/signup")
+    assert "evil" not in gw.judge_exchange(403, gw.Headers(), foreign, NOW).error.text()
+
+
+def test_a_rate_limited_exchange_says_when_to_come_back() -> None:
+    verdict = gw.judge_exchange(403, gw.Headers({"retry-after": "90"}), LIMITED, NOW)
+    assert verdict.wait_s == verdict.error.retry_after == 90
