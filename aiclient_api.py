@@ -51,6 +51,7 @@ Glossary
 
 Hosts contacted
 ---------------
+    https://github.com is only named in texts, for a person to open
     https://api.github.com, or the configured github_api_url: token exchange
     the host named in that answer, under githubcopilot.com or ghe.com: models and answers
 
@@ -82,12 +83,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 
 def lazy_module(name: str) -> Any:
-    """The module `name`, imported when one of its attributes is first used."""
+    """The module `name`, imported when one of its attributes is first used; None where it is not.
+
+    (What is not there is not there on this system: fcntl on Windows.)
+    """
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.find_spec(name)
     if spec is None or spec.loader is None:
-        raise ModuleNotFoundError(name)
+        return None
     spec.loader = importlib.util.LazyLoader(spec.loader)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
@@ -101,7 +105,10 @@ if TYPE_CHECKING:
     import argparse
     import asyncio
     import base64
+    import ctypes
     import difflib
+    import email.utils
+    import fcntl
     import hashlib
     import hmac
     import ipaddress
@@ -110,6 +117,7 @@ if TYPE_CHECKING:
     import socket
     import ssl
     import tempfile
+    import termios
     import time
     import tomllib
     import urllib.parse
@@ -118,7 +126,9 @@ else:
     argparse = lazy_module("argparse")
     asyncio = lazy_module("asyncio")
     base64 = lazy_module("base64")
+    ctypes = lazy_module("ctypes")
     difflib = lazy_module("difflib")
+    fcntl = lazy_module("fcntl")
     hashlib = lazy_module("hashlib")
     hmac = lazy_module("hmac")
     ipaddress = lazy_module("ipaddress")
@@ -127,10 +137,13 @@ else:
     socket = lazy_module("socket")
     ssl = lazy_module("ssl")
     tempfile = lazy_module("tempfile")
+    termios = lazy_module("termios")
     time = lazy_module("time")
     tomllib = lazy_module("tomllib")
+    import email
     import urllib
 
+    email.utils = lazy_module("email.utils")
     urllib.parse = lazy_module("urllib.parse")
     urllib.request = lazy_module("urllib.request")
 
@@ -160,6 +173,7 @@ MAX_JSON_DEPTH = 100
 MAX_ERROR_TEXT = 4000  # characters of an error message
 MAX_ERROR_BODY_BYTES = 64 * KIB  # of an upstream's error answer; the rest is not read
 MAX_WHOLE_ANSWER_BYTES = 64 * MIB  # of an upstream's JSON answer
+FIRST_PARSED_EVENTS = 4  # of a read, before its plain deltas are copied
 MAX_FRAME_BYTES = 16 * MIB  # one server-sent event: images come as one frame
 
 # One read takes everything the kernel and the stream reader hold: both stay far below this.
@@ -185,6 +199,7 @@ MAX_ATTEMPTS = 3
 MAX_WAIT_SECONDS = 10.0  # a longer Retry-After is the caller's to wait, not ours
 MAX_RETRY_AFTER_SECONDS = 60.0  # anthropic 2.x sleeps for whatever it is told, even for days
 BACKOFF_SECONDS = (0.5, 1.5)
+PAUSE_SECONDS = (2.0, 4.0)  # after a 429 or 503 that names no time
 UNSUPPORTED_MODEL_WAITS = (1.0, 2.0)  # Copilot's catalogue wobbles: seen in gh-aw-firewall, 2026-08
 
 COPILOT_REFRESH_MARGIN_SECONDS = 300.0  # VS Code refreshes when less than 5 minutes are left
@@ -230,7 +245,7 @@ COPILOT_INTEGRATION_ID = "vscode-chat"
 #   ProgramError                 what the command line reports and exits with
 #     ConfigError                the configuration file, a flag or a variable is wrong
 #   ApiError                     what a caller is answered with, in its own dialect
-#     InvalidRequest  400        ContextTooLong, UnsupportedFeature
+#     InvalidRequest  400        ContextTooLong, UnsupportedFeature, WrongDialect
 #     InvalidKey 401  Forbidden 403  ModelNotFound 404  UnknownUrl 404  MethodNotAllowed 405
 #     RequestTimeout 408  BodyTooLarge 413  UnsupportedMediaType 415  UnsupportedEncoding 415
 #     RateLimited 429  QuotaExceeded 429
@@ -293,6 +308,10 @@ class UnsupportedFeature(InvalidRequest):
     """A field asks for something this model or gateway cannot do without losing it."""
 
 
+class WrongDialect(InvalidRequest):
+    """The model does not speak the dialect it was asked in, whatever the catalogue says."""
+
+
 class ContextTooLong(InvalidRequest):
     """The prompt does not fit; clients compact when they recognise the vendor's words."""
 
@@ -306,10 +325,11 @@ class ContextTooLong(InvalidRequest):
 
 
 class InvalidKey(ApiError):
-    """The gateway's own key is missing or wrong."""
+    """The gateway's own key is missing or wrong.  Claude Code retries a 401 without end else."""
 
     status = 401
     kind = "invalid_key"
+    retry = False
 
 
 class Forbidden(ApiError):
@@ -609,13 +629,13 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
 
 
 SECRET_SHAPES = re.compile(
-    r"gh[opsur]_[A-Za-z0-9_]{4,}|github_pat_\w{4,}|tid=[^\s\"']+|(?i:bearer|token)\s+[\w.~+/=-]{8,}"
+    r"gh[opsur]_[A-Za-z0-9_]{4,}|github_pat_\w{4,}|tid=[^\s\"']+|(?i:bearer|token)\s+[^\s\"']{8,}"
     r"|aoa[A-Za-z0-9_.:-]{8,}|aor[A-Za-z0-9_.:-]{8,}|eyJ[\w-]{8,}\.[\w-]+\.[\w-]*|sk-[\w-]{8,}"
 )
 
 
 # No shape without one of these: spares the search where there is nothing to find.
-SECRET_MARKS = ("gh", "tid=", "earer", "EARER", "oken", "OKEN", "aoa", "aor", "eyJ", "sk-")
+SECRET_MARKS = ("gh", "git", "tid=", "earer", "EARER", "oken", "OKEN", "aoa", "aor", "eyJ", "sk-")
 
 
 def redact(text: str, live: Iterable[str] = ()) -> str:
@@ -655,8 +675,8 @@ class ServerConfig:
 class NetworkConfig:
     """`[network]`: how upstreams are reached."""
 
-    #: "" = the environment's HTTPS_PROXY and NO_PROXY
-    proxy: str = ""
+    #: "" = the environment's HTTPS_PROXY and NO_PROXY; it may hold a password
+    proxy: str = field(default="", repr=False)
     #: an extra PEM bundle, beside the system's
     ca_file: str = ""
     connect_seconds: float = 10.0
@@ -742,6 +762,9 @@ TYPE_WORDS = {
     "list[str]": "a list of strings",
 }
 PROVIDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+# The host and port of a URL or a Host field (RFC 3986 section 3.2), without user information.
+HOST_VALUE = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%!$&'()*+,;=-]+)(?::[0-9]{0,5})?")
+TARGET = re.compile(r"[!-~]+")
 LOOPBACK_NAMES = ("localhost", "localhost.localdomain", "ip6-localhost")
 
 
@@ -751,9 +774,11 @@ def is_loopback(host: str) -> bool:
     if host in LOOPBACK_NAMES:
         return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
     except ValueError:
         return False
+    mapped = getattr(address, "ipv4_mapped", None)  # which is_loopback knows from 3.13 on
+    return (mapped or address).is_loopback
 
 
 def has_type(value: object, kind: str) -> bool:
@@ -775,9 +800,10 @@ def check_url(value: str) -> str:
         host, _ = parts.hostname, parts.port
     except ValueError:
         return "is not a URL"
-    if parts.username or parts.query or parts.fragment or not host:
+    usable = host and HOST_VALUE.fullmatch(parts.netloc) and TARGET.fullmatch(value)
+    if not usable or parts.query or parts.fragment:
         return "must be like https://host[:port]"
-    if parts.scheme == "http" and not is_loopback(host):
+    if parts.scheme == "http" and not is_loopback(host or ""):
         return "plain http is accepted for loopback only; write https://"
     if parts.scheme not in ("http", "https"):
         return "must begin with https://"
@@ -905,6 +931,8 @@ def read_config_text(text: str, where: str) -> Config:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{where}: is not valid TOML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: is nested too deeply") from None
     return ConfigReader(where).read_config(table)
 
 
@@ -973,9 +1001,9 @@ def apply_flags(config: Config, flags: dict[str, str | None]) -> None:
 
 def check_exposure(config: Config) -> None:
     """Beyond loopback a key is a must: anyone on the network could spend the subscription."""
-    if not config.api_key and not is_loopback(config.server.host):
+    if not config.api_key.strip() and not is_loopback(config.server.host):
         raise ConfigError(
-            f"server.host: {config.server.host} can be reached from other machines; "
+            f"configuration: server.host: {config.server.host} can be reached from other machines; "
             "set api_key (or --api-key) first, or listen on 127.0.0.1"
         )
 
@@ -986,10 +1014,8 @@ def check_exposure(config: Config) -> None:
 # programs in a row is how requests are smuggled, so anything doubtful is refused.
 
 TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
-TARGET = re.compile(r"[!-~]+")
 # CTLs other than HTAB (RFC 9110 section 5.5); CR and LF are counted against the line ends.
 FORBIDDEN_CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-HOST_VALUE = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%!$&'()*+,;=-]+)(?::[0-9]{0,5})?")
 DIGITS = re.compile(rf"[0-9]{{1,{MAX_LENGTH_DIGITS}}}")
 CHUNK_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 CHUNK_STRING = rb'"(?:[^"\\\x00-\x08\x0a-\x1f\x7f]|\\[\t -~])*"'
@@ -998,6 +1024,7 @@ CHUNK_LINE = re.compile(
     % (CHUNK_TOKEN, CHUNK_TOKEN, CHUNK_STRING)
 )
 STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) ([1-5][0-9][0-9])(?: ([^\r\n]*))?")
+FIELD_BREAKS = re.compile(r"[\r\n\0]")
 NO_BODY_STATUSES = (204, 304)
 REASONS = {
     100: "Continue",
@@ -1348,8 +1375,8 @@ def write_head(first_line: str, headers: Iterable[tuple[str, str]]) -> bytes:
     """A request or response head.  Values come from tables, checked names and numbers only."""
     lines = [first_line]
     for name, value in headers:
-        if "\r" in value or "\n" in value:
-            raise ValueError(f"line break in header {name}")
+        if not value.isprintable() and FIELD_BREAKS.search(value):
+            raise ValueError(f"control character in header {name}")
         lines.append(f"{name}: {value}")
     lines.append("\r\n")
     return "\r\n".join(lines).encode("latin-1")
@@ -1372,16 +1399,21 @@ def inflate(data: bytes, coding: str, limit: int) -> bytes:
     """A gzip or deflate body, decoded; raises ApiError for a bomb, a torn or a foreign one."""
     # 47: zlib or gzip by its own header; raw deflate is tried second, as some clients send it.
     for window in (47, -15) if coding == "deflate" else (31,):
-        unpacker = zlib.decompressobj(window)
-        try:
-            text = unpacker.decompress(data, limit + 1)
-        except zlib.error:
-            continue
-        if len(text) > limit:
-            raise BodyTooLarge(f"The decoded body is larger than {limit // MIB} MiB.")
-        if not unpacker.eof or unpacker.unused_data:
-            break
-        return text
+        pieces, size, rest = [], 0, data
+        while rest:  # gzip may have several members (RFC 1952 section 2.2)
+            unpacker = zlib.decompressobj(window)
+            try:
+                pieces.append(unpacker.decompress(rest, limit + 1 - size))
+            except zlib.error:
+                break
+            size += len(pieces[-1])
+            if size > limit:
+                raise BodyTooLarge(f"The decoded body is larger than {limit // MIB} MiB.")
+            if not unpacker.eof or (unpacker.unused_data and coding == "deflate"):
+                break
+            rest = unpacker.unused_data
+        else:
+            return b"".join(pieces)
     raise InvalidRequest(f"The body is not valid {coding}.")
 
 
@@ -1404,28 +1436,30 @@ class SseReader:
         """The events that `data` completes; raises UpstreamError over MAX_FRAME_BYTES."""
         return self.parse_all(self.complete(data))
 
-    def complete(self, data: bytes) -> list[bytes]:
+    def complete(self, data: bytes) -> bytes:
         """The events that `data` completes, unparsed, line ends made LF; the rest is kept."""
         if self.tail:
             data = self.tail + data
         if not self.begun:
             if len(data) < 3 and b"\xef\xbb\xbf".startswith(data):
                 self.tail = data
-                return []
+                return b""
             self.begun = True
             data = data.removeprefix(b"\xef\xbb\xbf")
         held = b""
         if b"\r" in data:
             held = b"\r" if data.endswith(b"\r") else b""  # its LF may be in the next read
             data = data[: len(data) - len(held)].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        rows = data.split(b"\n\n")
-        self.tail = rows.pop() + held
+        end = data.rfind(b"\n\n") + 2
+        end = 0 if end == 1 else end
+        self.tail = data[end:] + held
         if len(self.tail) > MAX_FRAME_BYTES:
             raise UpstreamError("The upstream sent an endless event.")
-        return rows
+        return data[:end]
 
-    def parse_all(self, rows: list[bytes]) -> list[tuple[bytes, bytes]]:
+    def parse_all(self, blocks: bytes) -> list[tuple[bytes, bytes]]:
         """The events in unparsed ones."""
+        rows = blocks.split(b"\n\n")
         return [event for row in rows if row and (event := self.parse(row))]
 
     def end(self) -> list[tuple[bytes, bytes]]:
@@ -1450,29 +1484,41 @@ class SseReader:
         return (name, b"\n".join(data)) if data else None
 
 
+frame_decoder: Any = json.JSONDecoder(parse_constant=refuse_constant, parse_float=finite_float)
+
+
+def load_frame(data: bytes) -> Json | None:
+    """The JSON object of one event; None where there is none.
+
+    The kept decoder's scanner costs half of `json.loads` with its options.
+    """
+    try:
+        text = data.decode()
+        value, end = frame_decoder.scan_once(text, 0)
+    except (ValueError, StopIteration, RecursionError):
+        return load_object(data)  # which also knows blanks around the object
+    whole = end == len(text) or not text[end:].strip()
+    return value if isinstance(value, dict) and whole else None
+
+
 def load_frames(events: list[tuple[bytes, bytes]]) -> list[Json]:
-    """The events' data as JSON objects, in one parse; raises UpstreamError when one is not JSON.
+    """The events' data as JSON objects; one that is none becomes an error frame, and the last.
 
     An object without a `type` takes it from the event's name, and `[DONE]` becomes
     `{"type": "[DONE]"}`.
     """
-    texts = [data for _, data in events if data != b"[DONE]"]
-    try:
-        objects = json.loads(b"[" + b",".join(texts) + b"]")
-    except (ValueError, RecursionError):
-        objects = None
-    if objects is None or len(objects) != len(texts):
-        objects = [load_object(data) for data in texts]
-    if len(texts) == len(events) and all(type(item) is dict for item in objects):
-        frames: list[Json] = objects
-    else:
-        queue = iter(objects)
-        frames = [{"type": "[DONE]"} if data == b"[DONE]" else next(queue) for _, data in events]
-    for (name, _), frame in zip(events, frames, strict=True):
-        if not isinstance(frame, dict):
-            raise UpstreamError("The upstream sent an event that is not a JSON object.")
-        if name and "type" not in frame:
+    frames: list[Json] = []
+    for name, data in events:
+        if data == b"[DONE]":
+            frames.append({"type": "[DONE]"})
+            continue
+        frame = load_frame(data)
+        if frame is None:
+            message = "The upstream sent an event that is not a JSON object."
+            return [*frames, {"type": "error", "error": {"message": message}}]
+        if name not in (b"", b"message") and "type" not in frame:
             frame["type"] = name.decode("utf-8", "replace")
+        frames.append(frame)
     return frames
 
 
@@ -1635,6 +1681,7 @@ class Model:
     #: the dialects it speaks upstream, best known first
     dialects: tuple[str, ...] = ("chat",)
     name: str = ""
+    family: str = ""
     vendor: str = ""
     max_output: int | None = None
     max_prompt: int | None = None
@@ -1818,7 +1865,8 @@ class StopCutter:
         """`text` up to a stop string, or up to what could become one."""
         found = [(at, stop) for stop in self.stops if (at := text.find(stop)) >= 0]
         if found:
-            at, stop = min(found)
+            # The one that is complete first, so that it does not matter how the text was cut.
+            at, stop = min(found, key=lambda hit: (hit[0] + len(hit[1]), hit[0]))
             self.hit = True
             before: list[Event] = [Added("text", text[:at])] if at else []
             return [*before, Closed(), Finished("stop", stop)]
@@ -1896,10 +1944,11 @@ def settle_turns(turns: list[Turn]) -> list[Turn]:
             reply_end += 1
         reply = queue[at:reply_end]
         at = reply_end
-        results = {b.id: b for t in reply for b in t.blocks if isinstance(b, ToolResult)}
-        ordered: list[Block] = [
-            results.get(call) or ToolResult(call, [Text(INTERRUPTED)], True) for call in calls
-        ]
+        results = [b for t in reply for b in t.blocks if isinstance(b, ToolResult)]
+        ordered: list[Block] = []
+        for call in calls:
+            found: list[Block] = [result for result in results if result.id == call]
+            ordered += found or [ToolResult(call, [Text(INTERRUPTED)], True)]
         settled.append(Turn("user", ordered))
         settled.extend(without_results(later, set(calls)) for later in reply)
     return merge_turns(settled)
@@ -1930,10 +1979,10 @@ WIRE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 NOT_NAME = re.compile(r"[^A-Za-z0-9_-]")
 
 
-def wire_name(name: str, limit: int = 64) -> str:
+def wire_name(name: str) -> str:
     """A tool name every vendor takes; the same for the same name, so history needs no state."""
     clean = NOT_NAME.sub("_", name)
-    return clean if len(clean) <= limit else f"{clean[:55]}_{short_hash(name, 8)}"
+    return clean if len(clean) <= 64 else f"{clean[:55]}_{short_hash(name, 8)}"
 
 
 def wire_id(call_id: str) -> str:
@@ -1941,11 +1990,11 @@ def wire_id(call_id: str) -> str:
     return call_id if WIRE_NAME.fullmatch(call_id) else "call_" + short_hash(call_id, 24)
 
 
-def wire_names(names: Iterable[str], limit: int = 64) -> dict[str, str]:
+def wire_names(names: Iterable[str]) -> dict[str, str]:
     """wire name -> the caller's name; raises InvalidRequest where two become one."""
     table: dict[str, str] = {}
     for name in names:
-        wire = wire_name(name, limit)
+        wire = wire_name(name)
         if table.setdefault(wire, name) != name:
             raise InvalidRequest(
                 f"tools: {table[wire]!r} and {name!r} become the same name upstream; rename one.",
@@ -2364,7 +2413,10 @@ def read_file_part(part: Json, path: str) -> list[Block]:
         data = "data:application/pdf;base64," + data
     media_type, payload = read_data_url(data, path)
     if media_type.startswith("text/"):
-        text = base64.b64decode(payload).decode("utf-8", "replace")
+        try:
+            text = base64.b64decode(payload, validate=True).decode("utf-8", "replace")
+        except ValueError:
+            raise InvalidRequest(f"{path}: is not valid base64.", param=path) from None
         return [Document(media_type, text=text, title=title, path=path)]
     if media_type != "application/pdf":
         raise UnsupportedFeature(f"{path}: files must be PDF or text.", param=path)
@@ -2600,6 +2652,12 @@ def check_tool_names(chat: Chat) -> None:
 # Usage, as each vendor writes it.  An absent figure keeps what an earlier frame said.
 
 
+def positive(value: Any) -> int | None:
+    """A limit: a positive integer, or unknown."""
+    usable = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return value if usable else None
+
+
 def count(obj: Json, key: str, before: int) -> int:
     """The figure at `key`, or `before`."""
     value = obj.get(key)
@@ -2745,8 +2803,8 @@ class ChatRequestReader:
         self.body = body
         self.chat = Chat()
         self.pending: list[str] = []  # calls whose results have not come: for results without id
-        names = {m.get("name") for m in message_list(body) if m.get("role") == "user"}
-        self.named = len(names - {None}) > 1
+        names = [m.get("name") for m in message_list(body) if m.get("role") == "user"]
+        self.named = len({name for name in names if isinstance(name, str)}) > 1
 
     def read(self) -> Chat:
         """The Chat; raises InvalidRequest."""
@@ -2803,7 +2861,8 @@ class ChatRequestReader:
             result = ToolResult(call, read_parts(content, f"{path}.content"))
             self.chat.turns.append(Turn("user", [result]))
         else:
-            raise InvalidRequest(f"{path}.role: {role!r} is not a known role.", param=path)
+            where = f"{path}.role"
+            raise InvalidRequest(f"{where}: {role[:100]!r} is not a known role.", param=where)
 
     def read_assistant(self, message: Json, path: str) -> list[Block]:
         """Reasoning, words, refusal and calls, in that order."""
@@ -3155,7 +3214,7 @@ class ChatReader:
         self.live = ""  # kind of the open block
         self.live_call: StreamedCall | None = None
         self.calls: dict[tuple[int, int], StreamedCall] = {}
-        self.waiting = ""  # words that came while a call was incomplete
+        self.waiting: list[tuple[str, str]] = []  # (kind, words) that came inside a call
         self.opaque = ""
         self.finish = ""
         self.started = False
@@ -3249,8 +3308,7 @@ class ChatReader:
         """Words for a block of `kind`, at once or when the live call is complete."""
         if self.live_call is not None:
             if not is_complete_object(self.live_call.arguments):
-                if kind == "text":
-                    self.waiting += words
+                self.waiting.append((kind, words))
                 return
             self.close(events)
         if self.live != kind:
@@ -3281,8 +3339,10 @@ class ChatReader:
             if not call.closed and call.name:
                 self.open_call(call, events)
                 self.close(events)
-        if self.waiting:
-            events += [Opened("text"), Added("text", self.waiting), Closed()]
+        waiting, self.waiting = self.waiting, []
+        for kind, words in waiting:
+            self.add(kind, words, events)
+        self.close(events)
         if self.opaque:
             # The signature came after the thinking block, or without one.
             events += [Opened("redacted", raw={"data": CHAT_ENVELOPE + self.opaque}), Closed()]
@@ -3345,8 +3405,8 @@ class ChatWriter:
 
     def write_added(self, event: Added) -> list[Json]:
         """More words or arguments; signatures have no place in this dialect."""
-        if event.part == "arguments":
-            if not event.text:
+        if self.kind == "tool":
+            if event.part != "arguments" or not event.text:
                 return []
             self.empty_call = False
             return [self.chunk(self.arguments_delta(event.text))]
@@ -3388,6 +3448,11 @@ class ChatWriter:
         return frames
 
 
+def estimate_usage(terms: Terms, said: float) -> Usage:
+    """The usage of an answer that the upstream did not count."""
+    return Usage(input=estimate_request(terms.asked), output=max(1, int(said)))
+
+
 def write_chat_usage(usage: Usage) -> Json:
     """OpenAI's `usage`."""
     return {
@@ -3400,6 +3465,18 @@ def write_chat_usage(usage: Usage) -> Json:
         },
         "completion_tokens_details": {"reasoning_tokens": usage.reasoning},
     }
+
+
+# What Azure and Copilot put around the words: random filler and filter verdicts.  Clients echo a
+# message with all it had, and the upstream would refuse it.
+CHAT_FILLINGS = (
+    "content_filter_offsets",
+    "content_filter_results",
+    "copilot_annotations",
+    "obfuscation",
+    "padding",
+    "prompt_filter_results",
+)
 
 
 class ChatRelay:
@@ -3417,6 +3494,7 @@ class ChatRelay:
         self.said = 0.0
         self.finished = False
         self.id = ""
+        self.created = 0
         self.begun = False
         self.finish: dict[int, str] = {}  # per choice
         self.calls: dict[tuple[int, int], int] = {}
@@ -3428,27 +3506,36 @@ class ChatRelay:
 
     def mend(self, frame: Json) -> list[Json]:
         """The chunks that take the place of one chunk."""
+        if self.finished:
+            return []
         if frame.get("error"):
             raise read_stream_error(frame["error"])
-        if self.finished or frame.get("type") == "[DONE]":
-            return []
+        if frame.get("type") == "[DONE]":
+            return self.end()
         if read_chat_usage(frame, self.usage):
             self.usage_frame = frame["usage"]
-        frame.pop("usage", None)
-        choices = frame.get("choices")
-        choices = [item for item in choices if isinstance(item, dict)] if choices else []
+        for key in ("usage", "copilot_usage", *CHAT_FILLINGS):
+            frame.pop(key, None)
+        said = frame.get("choices")
+        choices = [c for c in said if isinstance(c, dict)] if isinstance(said, list) else []
         if not choices:
             return []  # prompt filter results, copilot_references, the usage chunk
         self.id = self.id or str(frame.get("id") or self.terms.id)
+        self.created = self.created or positive(frame.get("created")) or self.terms.created
         frame.update(
             id=self.id,
             object="chat.completion.chunk",
-            created=frame.get("created") or self.terms.created,
+            created=self.created,
             model=self.terms.model,
         )
         frame["choices"] = [mended for item in choices if (mended := self.mend_choice(item))]
         if not frame["choices"]:
             return []
+        if not self.terms.many:
+            first_choice, *others = frame["choices"]
+            for other in others:
+                merge_delta(first_choice["delta"], other["delta"])
+            frame["choices"] = [first_choice]
         first = [] if self.begun else [self.role_chunk(frame)]
         self.begun = True
         return [*filter(None, first), frame]
@@ -3466,7 +3553,7 @@ class ChatRelay:
         said = choice.get("index")
         index = said if isinstance(said, int) else 0
         shown = index if self.terms.many else 0
-        delta = details(choice, "delta")
+        delta = {k: v for k, v in details(choice, "delta").items() if k not in CHAT_FILLINGS}
         finish = choice.get("finish_reason")
         if isinstance(finish, str) and finish and self.finish.get(shown) != "tool_calls":
             self.finish[shown] = finish
@@ -3476,7 +3563,7 @@ class ChatRelay:
             self.reasoning += delta["reasoning_text"]
         if isinstance(delta.get("reasoning_opaque"), str):
             self.opaque = delta["reasoning_opaque"]
-        calls = delta.get("tool_calls")
+        calls = delta.pop("tool_calls", None)
         if isinstance(calls, list):
             mended = [
                 self.mend_call(index, order, call)
@@ -3490,7 +3577,8 @@ class ChatRelay:
             return None
         if self.begun:
             delta.pop("role", None)
-        return {**choice, "index": shown, "delta": delta, "finish_reason": None}
+        kept = {k: v for k, v in choice.items() if k not in CHAT_FILLINGS}
+        return {**kept, "index": shown, "delta": delta, "finish_reason": None}
 
     def mend_call(self, index: int, order: int, call: Json) -> Json:
         """A fragment with a dense index; id, type and name in the first one of each call only."""
@@ -3524,7 +3612,7 @@ class ChatRelay:
         base = {
             "id": self.id,
             "object": "chat.completion.chunk",
-            "created": self.terms.created,
+            "created": self.created,
             "model": self.terms.model,
         }
         for index, finish in sorted(self.finish.items()):
@@ -3535,7 +3623,7 @@ class ChatRelay:
             choice = {"index": index, "delta": {}, "logprobs": None, "finish_reason": finish}
             frames.append({**base, "choices": [choice]})
         if self.terms.include_usage:
-            usage = self.usage_frame or write_chat_usage(self.usage)
+            usage = self.usage_frame or write_chat_usage(estimate_usage(self.terms, self.said))
             frames.append({**base, "choices": [], "usage": usage})
         return frames
 
@@ -3543,7 +3631,7 @@ class ChatRelay:
 def merge_delta(message: Json, delta: Json) -> None:
     """Adds a delta to the message so far: strings grow, calls grow by index, the rest is set."""
     for key, value in delta.items():
-        if key == "tool_calls" and isinstance(value, list):
+        if key == "tool_calls":
             calls = message.setdefault("tool_calls", [])
             for fragment in value:
                 while len(calls) <= fragment["index"]:
@@ -3789,7 +3877,7 @@ class MessagesRequestReader:
             role = need_str(message, "role", f"messages.{index}")
             if role not in ("user", "assistant", "system"):
                 raise InvalidRequest(
-                    f"messages.{index}.role: {role!r} is not a known role.",
+                    f"messages.{index}.role: {role[:100]!r} is not a known role.",
                     param=f"messages.{index}.role",
                 )
             blocks = read_parts(message.get("content"), f"messages.{index}.content")
@@ -4251,6 +4339,15 @@ MESSAGES_EVENTS = (
 )
 
 
+EMPTY_MESSAGE: Json = {
+    "type": "message",
+    "role": "assistant",
+    "content": [],
+    "stop_reason": None,
+    "stop_sequence": None,
+}
+
+
 class MessagesRelay:
     """Native Anthropic frames, repaired: the model's name, strays, a missing end."""
 
@@ -4268,18 +4365,20 @@ class MessagesRelay:
     def mend(self, frame: Json) -> list[Json]:
         """The frames that take the place of one frame."""
         kind = frame.get("type")
+        if self.finished:
+            return []
         if kind == "error" or "error" in frame:
             raise read_stream_error(frame.get("error"))
         # AI SDK clients fail on event types they do not know, so those stop here.
-        if self.finished or kind not in MESSAGES_EVENTS or (not self.begun and kind == "ping"):
+        if kind not in MESSAGES_EVENTS or (not self.begun and kind == "ping"):
             return []
         if kind == "message_start":
             self.begun = True
-            self.mend_start(details(frame, "message"))
+            frame["message"] = self.mend_start(details(frame, "message"))
         elif not self.begun:
             raise UpstreamError(OFF_PROTOCOL)
         elif str(kind).startswith("content_block_"):
-            self.check_block(str(kind), frame.get("index"))
+            self.check_block(str(kind), frame)
             self.mend_block(details(frame, "content_block"))
             self.said += estimate_text(self.text_of_delta(frame))
         elif kind == "message_delta":
@@ -4296,23 +4395,30 @@ class MessagesRelay:
         delta = details(frame, "delta")
         return str(delta.get("text") or delta.get("thinking") or delta.get("partial_json") or "")
 
-    def check_block(self, kind: str, index: Any) -> None:
+    def check_block(self, kind: str, frame: Json) -> None:
         """Blocks are dense and do not overlap: clients lose text, or fail, where they are not."""
         opens = kind == "content_block_start"
         if opens:
             self.blocks += 1
-        if opens is self.in_block or index != self.blocks - 1:
+        needed = {"content_block_start": "content_block", "content_block_delta": "delta"}.get(kind)
+        if (
+            opens is self.in_block
+            or frame.get("index") != self.blocks - 1
+            or isinstance(frame["index"], bool)
+            or (needed and not details(frame, needed))
+        ):
             raise UpstreamError(OFF_PROTOCOL)
         self.in_block = kind != "content_block_stop"
 
-    def mend_start(self, message: Json) -> None:
+    def mend_start(self, message: Json) -> Json:
         """The caller's model name, and an input count that is never nothing."""
-        message["model"] = self.terms.model
-        usage = message.setdefault("usage", {})
+        usage = dict(details(message, "usage"))
         read_messages_usage(usage, self.usage)
-        usage.setdefault("output_tokens", 0)
-        if not (self.usage.prompt or usage.get("input_tokens")):
+        usage["output_tokens"] = self.usage.output
+        usage["input_tokens"] = self.usage.input
+        if not self.usage.prompt:
             usage["input_tokens"] = estimate_request(self.terms.asked)
+        return {**EMPTY_MESSAGE, **message, "model": self.terms.model, "usage": usage}
 
     def mend_block(self, block: Json) -> None:
         """The caller's tool names."""
@@ -4329,10 +4435,14 @@ class MessagesRelay:
             self.stopped = True
             if self.called and delta["stop_reason"] == "end_turn":
                 delta["stop_reason"] = "tool_use"
-        usage = frame.setdefault("usage", {})
+        usage = dict(details(frame, "usage"))
         read_messages_usage(usage, self.usage)
         read_copilot_usage(frame, self.usage)
-        usage.setdefault("output_tokens", self.usage.output)
+        usage["output_tokens"] = self.usage.output
+        frame["usage"] = usage
+        frame["delta"] = delta
+        if "context_management" not in self.terms.asked:
+            frame.pop("context_management", None)  # langchain fails on it unless it asked
 
     def end(self) -> list[Json]:
         """`message_stop`, where only that is missing."""
@@ -4379,7 +4489,8 @@ class MessagesFold:
         else:
             for key, value in delta.items():
                 if key != "type" and isinstance(value, str):
-                    block[key] = (block.get(key) or "") + value
+                    before = block.get(key)
+                    block[key] = (before if isinstance(before, str) else "") + value
 
     def whole(self) -> Json:
         """The message."""
@@ -4387,6 +4498,34 @@ class MessagesFold:
             if text:
                 self.message["content"][index]["input"] = parse_arguments(text)
         return self.message
+
+
+GROWING_FIELDS = {
+    "text": "text_delta",
+    "thinking": "thinking_delta",
+    "signature": "signature_delta",
+}
+
+
+def unfold_block(index: int, block: Json) -> list[Json]:
+    """The frames of one block: clients read words and tool input from deltas only."""
+    deltas: list[Json] = []
+    start = dict(block)
+    if block.get("type") == "tool_use":
+        start["input"] = {}
+        text = dump_text(block.get("input") or {})
+        deltas.append({"type": "input_json_delta", "partial_json": text})
+    elif block.get("type") in ("text", "thinking"):
+        for key, kind in GROWING_FIELDS.items():
+            if isinstance(block.get(key), str):
+                start[key] = ""
+                deltas.append({"type": kind, key: block[key]})
+    head = {"index": index}
+    return [
+        {"type": "content_block_start", **head, "content_block": start},
+        *({"type": "content_block_delta", **head, "delta": delta} for delta in deltas),
+        {"type": "content_block_stop", **head},
+    ]
 
 
 class MessagesDialect:
@@ -4460,14 +4599,12 @@ class MessagesDialect:
 
     def unfold(self, whole: Json) -> list[Json]:
         """The frames that a message stands for."""
-        content = whole.get("content")
         usage = details(whole, "usage")
-        frames: list[Json] = [
-            {"type": "message_start", "message": {**whole, "content": [], "stop_reason": None}}
-        ]
+        opening = {**whole, "content": [], "stop_reason": None, "stop_sequence": None}
+        frames: list[Json] = [{"type": "message_start", "message": opening}]
+        content = whole.get("content")
         for index, block in enumerate(content if isinstance(content, list) else ()):
-            start = {"type": "content_block_start", "index": index, "content_block": block}
-            frames += [start, {"type": "content_block_stop", "index": index}]
+            frames += unfold_block(index, block if isinstance(block, dict) else {})
         delta = {key: whole.get(key) for key in ("stop_reason", "stop_sequence")}
         last: Json = {"type": "message_delta", "delta": delta, "usage": dict(usage)}
         if "copilot_usage" in whole:
@@ -4569,8 +4706,7 @@ class Converter:
         elif isinstance(event, Counted):
             self.usage = event.usage
         elif isinstance(event, Finished) and not self.usage.reported:
-            output = max(1, int(self.said))
-            self.usage = Usage(input=estimate_request(self.terms.asked), output=output)
+            self.usage = estimate_usage(self.terms, self.said)
             return [*self.writer.write(Counted(self.usage)), *self.writer.write(event)]
         return self.writer.write(event)
 
@@ -4578,8 +4714,8 @@ class Converter:
 class Template(NamedTuple):
     """What all text deltas of one block share: the bytes around their text, in and out.
 
-    Between the quotes of two JSON strings text can be copied as it is, escapes included: a delta
-    that fits needs no parse, no events and no dump.
+    Between the quotes of two JSON strings text can be copied as it is, escapes included: deltas
+    that fit need no parse, no events and no dump.
     """
 
     before: bytes
@@ -4596,20 +4732,46 @@ class Template(NamedTuple):
             return None
         return cls(parts[0] + b'"', b'"' + parts[1], out_parts[0] + b'"', b'"' + out_parts[1])
 
-    def copy(self, rows: list[bytes], written: list[bytes]) -> int:
-        """Writes the rows at the front that fit into `written`; how many they were."""
+    def copy(self, blocks: bytes) -> tuple[bytes, int] | None:
+        """(what whole events become, their text's length); None when one of them does not fit."""
         before, after, out_before, out_after = self
-        head, foot = len(before), len(after)
-        for count, row in enumerate(rows):
-            text = row[head : len(row) - foot]
-            if not (text and row.startswith(before) and row.endswith(after)):
-                return count
-            if b'"' in text and b'"' in text.replace(b"\\\\", b"").replace(b'\\"', b""):
-                return count
-            if text[-1] == 92 or len(row) < head + foot:  # a backslash: the quote is the text's
-                return count
-            written += (out_before, text, out_after)
-        return len(rows)
+        if not (blocks.startswith(before) and blocks.endswith(after)):
+            return None
+        texts = blocks[len(before) : len(blocks) - len(after)].split(after + before)
+        # A blank after each text makes an escape that is torn between two of them invalid.
+        joined = b" ".join(texts)
+        if not PLAIN_JSON_TEXT.fullmatch(joined) or b"" in texts or not is_utf8(joined):
+            return None
+        return out_before + (out_after + out_before).join(texts) + out_after, len(joined)
+
+
+# The inside of a JSON string (RFC 8259 section 7), without surrogate escapes: halves of a pair
+# need a look.
+PLAIN_JSON_TEXT = re.compile(
+    rb'(?:[^"\\\x00-\x1f]+|\\["\\/bfnrt]|\\u(?![dD][89a-fA-F])[0-9a-fA-F]{4})*'
+)
+
+
+def is_utf8(data: bytes) -> bool:
+    """Whether bytes are text."""
+    if data.isascii():
+        return True
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def first_events(blocks: bytes, count_: int) -> tuple[bytes, bytes]:
+    """(the first `count_` events, the rest)."""
+    end = 0
+    for _ in range(count_):
+        at = blocks.find(b"\n\n", end)
+        if at < 0:
+            return blocks, b""
+        end = at + 2
+    return blocks[:end], blocks[end:]
 
 
 class Flow:
@@ -4649,35 +4811,41 @@ class Flow:
         usage = self.relay.usage
         if usage.reported or not (self.begun or self.frames):
             return usage
-        return Usage(estimate_request(self.terms.asked), output=max(1, int(self.relay.said)))
+        return estimate_usage(self.terms, self.relay.said)
 
     def feed(self, data: bytes) -> bytes:
         """The caller's bytes for a read of the upstream's."""
-        if self.over:
-            return b""
         written: list[bytes] = []
         try:
-            rows = self.sse.complete(data)
-            if self.template is not None:
-                copied = self.template.copy(rows, written)
-                self.relay.said += sum(map(len, written[1::3])) / 3.6
-                rows = rows[copied:] if copied else rows
-            if rows:
+            blocks = self.sse.complete(data)
+            step = FIRST_PARSED_EVENTS if self.may_copy else len(blocks)
+            while blocks and not self.over:
+                copied = self.template.copy(blocks) if self.template else None
+                if copied:
+                    written.append(copied[0])
+                    self.relay.said += copied[1] / 3.6
+                    break
+                # Parses a few, tries again with what they taught, then twice as many.
                 self.template = None
-                written.append(self.feed_rows(rows))
+                parsed, blocks = first_events(blocks, step)
+                step *= 2
+                written.append(self.feed_events(parsed))
         except ApiError as error:
             written.append(self.fail(error))
         return b"".join(written)
 
-    def feed_rows(self, rows: list[bytes]) -> bytes:
+    def feed_events(self, blocks: bytes) -> bytes:
         """The caller's bytes for whole events; the last one may teach a template."""
-        frames = load_frames(self.sse.parse_all(rows))
+        frames = load_frames(self.sse.parse_all(blocks))
         if not frames:
             return b""
         text = self.upstream.plain_text(frames[-1]) if self.may_copy else None
         written = self.pass_on(frames)
         if text and not self.over and self.last and self.caller.plain_text(self.last) == text:
-            self.template = Template.learn(rows[-1], self.caller.encode(self.last), text)
+            row = (
+                blocks[blocks.rfind(b"\n\n", 0, -2) + 2 :] if blocks.count(b"\n\n") > 1 else blocks
+            )
+            self.template = Template.learn(row, self.caller.encode(self.last), text)
         return written
 
     def feed_whole(self, data: bytes) -> bytes:
@@ -4697,6 +4865,8 @@ class Flow:
         written: list[bytes] = []
         try:
             for frame in frames:
+                if self.relay.finished:
+                    break  # nothing comes behind the end
                 mended = self.relay.mend(frame)
                 self.last = mended[0] if len(mended) == 1 else None
                 written += self.write(mended)
@@ -4760,6 +4930,7 @@ ENDPOINT_DIALECTS = {
     "/responses": "responses",
 }
 DIALECT_PATHS = {"chat": "/chat/completions", "messages": "/v1/messages"}
+HEADER_VALUE = re.compile(r"[ -~]{0,1000}")
 REASONING_GPT = re.compile(r"(?:gpt-[5-9]|o[1-9](?:-|$))")
 CLAUDE_VERSION = re.compile(r"claude-[a-z]+-(\d+)(?:[.-](\d)(?!\d))?")
 
@@ -4768,12 +4939,6 @@ def claude_version(model_id: str) -> tuple[int, int] | None:
     """(4, 8) for `claude-opus-4.8`; None for what is not a Claude of that naming."""
     match = CLAUDE_VERSION.match(model_id)
     return (int(match[1]), int(match[2] or 0)) if match else None
-
-
-def positive(value: Any) -> int | None:
-    """A limit: a positive integer, or unknown."""
-    usable = isinstance(value, int) and not isinstance(value, bool) and value > 0
-    return value if usable else None
 
 
 def read_copilot_model(entry: Json, provider: str) -> Model | None:
@@ -4798,6 +4963,7 @@ def read_copilot_model(entry: Json, provider: str) -> Model | None:
         provider=provider,
         dialects=tuple(ENDPOINT_DIALECTS[e] for e in endpoints if e in ENDPOINT_DIALECTS),
         name=str(entry.get("name") or model_id),
+        family=str(capabilities.get("family") or "").lower(),
         vendor=str(entry.get("vendor") or ""),
         max_output=positive(limits.get("max_output_tokens")),
         max_prompt=positive(limits.get("max_prompt_tokens")),
@@ -4809,7 +4975,11 @@ def read_copilot_model(entry: Json, provider: str) -> Model | None:
         vision=supports.get("vision", True) is True,
         streaming=supports.get("streaming", True) is not False,
         listed=entry.get("model_picker_enabled", True) is not False and state == "enabled",
-        headers={k: v for k, v in headers.items() if isinstance(v, str) and TOKEN.fullmatch(k)},
+        headers={
+            key: value
+            for key, value in headers.items()
+            if TOKEN.fullmatch(key) and isinstance(value, str) and HEADER_VALUE.fullmatch(value)
+        },
         raw=entry,
     )
 
@@ -4863,7 +5033,10 @@ def find_model(name: str, models: dict[str, Model]) -> Model | None:
     if name in models:
         return models[name]
     by_lower = {model_id.lower(): model for model_id, model in models.items()}
-    return next((by_lower[s] for s in model_spellings(name) if s in by_lower), None)
+    families = {model.family: model for model in reversed(models.values()) if model.family}
+    spellings = model_spellings(name)
+    known = [table[s] for table in (by_lower, families) for s in spellings if s in table]
+    return known[0] if known else None
 
 
 # 9.2 headers
@@ -4913,6 +5086,8 @@ def format_uuid(digits: str) -> str:
 
 def allowed_api_host(url: str, config: CopilotConfig) -> bool:
     """Whether a token may be sent to the host that a token answer names."""
+    if check_url(url):
+        return False
     parts = urllib.parse.urlsplit(url)
     host = parts.hostname or ""
     if parts.scheme == "https" and host.endswith(COPILOT_HOST_SUFFIXES):
@@ -4960,8 +5135,6 @@ class Learned:
     no_effort: set[str] = field(default_factory=set)
     #: models without the system role inside messages
     no_system_turns: set[str] = field(default_factory=set)
-    #: model -> dialects it does not speak, whatever the catalogue says
-    not_spoken: dict[str, set[str]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -4973,10 +5146,6 @@ class Scrub:
     learned: Learned
     #: names of what was left out
     dropped: list[str]
-
-
-# Tool names: OpenAI takes 64 characters, Anthropic 128.
-NATIVE_NAME_LIMITS = {"chat": 64, "messages": 128}
 
 
 class RawPart(NamedTuple):
@@ -5019,7 +5188,7 @@ def read_raw_part(part: Any) -> list[Any]:
 def write_raw_block(block: Any) -> Json:
     """A block of `read_raw_part`, or one that settling the turns made."""
     if isinstance(block, RawCall):
-        name = wire_name(block.name, NATIVE_NAME_LIMITS["messages"])
+        name = wire_name(block.name)
         return {**block.raw, "id": wire_id(block.id), "name": name}
     if isinstance(block, RawResult):
         return {**block.raw, "tool_use_id": wire_id(block.id)}
@@ -5055,12 +5224,9 @@ def is_settled(messages: list[Json]) -> bool:
             return False
         calls = [part.get("id", "") for part in parts if part.get("type") == "tool_use"]
         names = [part.get("name", "") for part in parts if part.get("type") == "tool_use"]
-        if calls and not all(NATIVE_ID.fullmatch(item) for item in (*calls, *names)):
+        if calls and not all(WIRE_NAME.fullmatch(item) for item in (*calls, *names)):
             return False
     return not calls
-
-
-NATIVE_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 def settle_messages(scrub: Scrub) -> None:
@@ -5125,6 +5291,39 @@ def parts_of(messages: list[Json]) -> Iterator[Json]:
             yield from (part for part in content if isinstance(part, dict))
 
 
+STRING_FIELDS = {
+    "text": ("text",),
+    "tool_use": ("id", "name"),
+    "tool_result": ("tool_use_id",),
+}
+
+
+def check_messages(scrub: Scrub) -> None:
+    """Refuses what no vendor could read, so that the other rules can rely on it."""
+    check_content(scrub.body.get("system"), "system")
+    for index, message in enumerate(scrub.body["messages"]):
+        path = f"messages.{index}"
+        need_str(message, "role", path)
+        check_content(message.get("content"), f"{path}.content")
+        for call in list_field(message, "tool_calls", path):
+            need_dict(call, f"{path}.tool_calls")
+
+
+def check_content(content: Any, path: str) -> None:
+    """Refuses content that is neither text nor a list of typed parts."""
+    if content is None or isinstance(content, str):
+        return
+    if not isinstance(content, list):
+        raise wrong_type(path, "a string or a list of parts")
+    for index, part in enumerate(content):
+        where = f"{path}.{index}"
+        kind = need_str(need_dict(part, where), "type", where)
+        for key in STRING_FIELDS.get(kind, ()):
+            need_str(part, key, where)
+        if kind == "tool_result":
+            check_content(part.get("content"), f"{where}.content")
+
+
 MESSAGES_KEYS = (
     "model",
     "messages",
@@ -5172,7 +5371,7 @@ def drop_billing_line(scrub: Scrub) -> None:
             and str(block.get("text") or "").strip()
         ]
         scrub.body["system"] = kept
-    if not scrub.body.get("system"):
+    if not text_of(scrub.body.get("system")).strip():
         scrub.body.pop("system", None)
 
 
@@ -5208,11 +5407,15 @@ def simplify_parts(holder: Json) -> None:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "tool_result":
             simplify_parts(part)
+        elif kind == "image" and details(part, "source").get("type") == "base64":
+            source = part["source"]  # clients name wrong types, and the vendor looks
+            data, claimed = str(source.get("data") or ""), str(source.get("media_type") or "")
+            part["source"] = {**source, "media_type": image_type(data, claimed, "image")}
         if kind == "document" and details(part, "source").get("type") in ("text", "content"):
             rows += [text_part(block.text) for block in as_texts(part)]
         elif kind == "tool_reference":
             rows.append(text_part(f"Tool available: {part.get('tool_name')}"))
-        else:
+        elif kind != "text" or str(part.get("text") or "").strip():
             rows.append(part)
     holder["content"] = rows
 
@@ -5234,6 +5437,92 @@ def as_texts(part: Json) -> list[Text]:
     return texts
 
 
+EMPTY_SCHEMA: Json = {"type": "object", "properties": {}}
+
+
+# What Gemini takes of JSON Schema, as far as is known; names of properties are not keywords.
+GOOGLE_KNOWN = (
+    "anyOf",
+    "description",
+    "enum",
+    "format",
+    "items",
+    "maxItems",
+    "maxLength",
+    "maximum",
+    "minItems",
+    "minLength",
+    "minimum",
+    "nullable",
+    "pattern",
+    "properties",
+    "required",
+    "title",
+    "type",
+)
+
+
+def inline_refs(value: Any, definitions: Json, inside: tuple[str, ...] = ()) -> Any:
+    """A schema with its `$ref`s replaced by what they name; a circle ends in an open object."""
+    if isinstance(value, list):
+        return [inline_refs(item, definitions, inside) for item in value]
+    if not isinstance(value, dict):
+        return value
+    rest = {k: inline_refs(v, definitions, inside) for k, v in value.items() if k != "$ref"}
+    name = value.get("$ref")
+    if not isinstance(name, str):
+        return rest
+    name = name.rpartition("/")[2]
+    if name in inside or name not in definitions:
+        return {"type": "object", **rest}
+    return {**inline_refs(definitions[name], definitions, (*inside, name)), **rest}
+
+
+def fit_schema(schema: Json, google: bool) -> Json:
+    """A tool's schema as the model's vendor takes it."""
+    definitions = {**details(schema, "definitions"), **details(schema, "$defs")}
+    if google and definitions:
+        schema = inline_refs(schema, definitions)
+    fitted: Json = fit_subschema(schema, google)
+    return fitted
+
+
+def fit_subschema(schema: Any, google: bool) -> Any:
+    """One level of `fit_schema`: no `$schema` and `$id`, arrays with items, known keywords."""
+    if isinstance(schema, list):
+        return [fit_subschema(item, google) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    fitted: Json = {}
+    for key, value in schema.items():
+        if key == "properties" and isinstance(value, dict):
+            fitted[key] = {name: fit_subschema(item, google) for name, item in value.items()}
+        elif key in ("enum", "const", "default", "examples", "required"):
+            fitted[key] = value
+        elif key not in ("$schema", "$id"):
+            fitted[key] = fit_subschema(value, google)
+    if fitted.get("type") == "array":
+        fitted.setdefault("items", {})
+    return fit_google(fitted) if google else fitted
+
+
+def fit_google(schema: Json) -> Json:
+    """A schema in the words Gemini knows."""
+    kinds = schema.get("type")
+    if "const" in schema:
+        schema.setdefault("enum", [schema["const"]])
+    if isinstance(kinds, list):
+        named = [kind for kind in kinds if kind != "null"]
+        schema["type"] = named[0] if named else "string"
+        if "null" in kinds:
+            schema["nullable"] = True
+        if "anyOf" in schema:
+            del schema["type"]
+    if schema.get("format") not in ("enum", "date-time"):
+        schema.pop("format", None)
+    return {key: value for key, value in schema.items() if key in GOOGLE_KNOWN}
+
+
 TOOL_KEYS = ("name", "description", "input_schema", "cache_control")
 
 
@@ -5253,8 +5542,8 @@ def plain_tools(scrub: Scrub) -> None:
                 hosted.append(name)
                 continue
         plain = {key: tool[key] for key in TOOL_KEYS if tool.get(key) is not None}
-        plain["name"] = wire_name(name, NATIVE_NAME_LIMITS["messages"])
-        plain["input_schema"] = clean_schema(object_schema(schema, name))
+        plain["name"] = wire_name(name)
+        plain["input_schema"] = fit_schema(object_schema(schema, name), False)
         tools.append(plain)
     drop_hosted(hosted, len(tools), str(choice.get("name") or ""), scrub.dropped)
     if not tools and any(part.get("type") == "tool_use" for part in parts_of(body["messages"])):
@@ -5262,29 +5551,19 @@ def plain_tools(scrub: Scrub) -> None:
     if tools:
         body["tools"] = tools
         if choice.get("name"):
-            name = wire_name(str(choice["name"]), NATIVE_NAME_LIMITS["messages"])
-            body["tool_choice"] = {**choice, "name": name}
+            body["tool_choice"] = {**choice, "name": wire_name(str(choice["name"]))}
     else:
         body.pop("tools", None)
         body.pop("tool_choice", None)
 
 
-EMPTY_SCHEMA: Json = {"type": "object", "properties": {}}
-
-
-def clean_schema(schema: Json) -> Json:
-    """A tool's schema without what Vertex refuses at its top."""
-    return {key: value for key, value in schema.items() if key not in ("$schema", "$id")}
-
-
 def word_output_format(scrub: Scrub) -> None:
     """A JSON schema for the answer goes into the prompt: Vertex backends refuse the field."""
     body = scrub.body
-    settings = dict_field(body, "output_config")
+    settings = dict(dict_field(body, "output_config"))
     wanted = settings.pop("format", None) or body.get("output_format")
     body.pop("output_format", None)
-    if not settings:
-        body.pop("output_config", None)
+    body["output_config"] = settings
     if not wanted:
         return
     schema = dict_field(need_dict(wanted, "output_config.format"), "schema", "output_config.format")
@@ -5328,7 +5607,8 @@ def fit_budget(scrub: Scrub, thinking: Json, adaptive: bool) -> None:
         return
     if adaptive and (model.budget is None or model.id in scrub.learned.adaptive):
         body["thinking"] = {"type": "adaptive", "display": thinking.get("display", "summarized")}
-        body.setdefault("output_config", {}).setdefault("effort", effort_of_budget(budget))
+        settings = {"effort": effort_of_budget(budget), **dict_field(body, "output_config")}
+        body["output_config"] = settings
         return
     if needs_signed_turn(body["messages"]) or (model.budget is None and not model.guessed):
         return
@@ -5340,7 +5620,7 @@ def fit_budget(scrub: Scrub, thinking: Json, adaptive: bool) -> None:
 def fit_effort(scrub: Scrub) -> None:
     """`output_config.effort` as the model lists it, or none."""
     body, model = scrub.body, scrub.model
-    settings = dict_field(body, "output_config")
+    settings = dict(dict_field(body, "output_config"))
     effort = settings.pop("effort", None)
     if isinstance(effort, str) and effort in EFFORTS and model.id not in scrub.learned.no_effort:
         listed = model.efforts
@@ -5412,7 +5692,11 @@ def strip_learned(scrub: Scrub) -> None:
 
 
 def strip_path(value: Any, path: list[str]) -> bool:
-    """Removes the field at `path`, at any list index; whether there was one."""
+    """Removes the field at `path`, at any list index; whether there was one.
+
+    A step that is not there is passed over: the validator names variants in its paths, like
+    `tools.0.custom.strict` for a tool without `custom`.
+    """
     if isinstance(value, list):
         rest = path[1:] if path[0] == "*" else path
         return sum(strip_path(item, rest) for item in value) > 0 if rest else False
@@ -5420,16 +5704,17 @@ def strip_path(value: Any, path: list[str]) -> bool:
         return False
     if len(path) == 1:
         return value.pop(path[0], None) is not None
-    return strip_path(value.get(path[0]), path[1:])
+    return strip_path(value.get(path[0]), path[1:]) or strip_path(value, path[1:])
 
 
 MESSAGES_RULES: tuple[Callable[[Scrub], None], ...] = (
+    check_messages,
     keep_messages_keys,
     limit_max_tokens,
     drop_billing_line,
-    settle_messages,
     keep_own_thinking,
     plain_documents,
+    settle_messages,
     plain_tools,
     word_output_format,
     fit_thinking,
@@ -5465,8 +5750,16 @@ CHAT_FOREIGN_KEYS = (
     "thinking",
     "top_k",
 )
-# Parts of an earlier answer that clients echo and the upstream has no use for.
-CHAT_ECHOES = ("reasoning_content", "reasoning", "reasoning_details", "annotations", "audio")
+# Clients echo whatever an earlier answer held; the upstream knows these.
+CHAT_MESSAGE_KEYS = (
+    "role",
+    "content",
+    "name",
+    "tool_calls",
+    "tool_call_id",
+    "reasoning_text",
+    "reasoning_opaque",
+)
 
 
 def is_openai(model: Model) -> bool:
@@ -5478,10 +5771,13 @@ def keep_chat_keys(scrub: Scrub) -> None:
     """Takes out what the service refuses or only OpenAI's models know."""
     refused = [*CHAT_REFUSED_KEYS, *CHAT_FOREIGN_KEYS]
     if not is_openai(scrub.model):
+        if (int_field(scrub.body, "n") or 1) > 1:
+            raise UnsupportedFeature("n: only one choice is offered on this model.", param="n")
         refused += CHAT_OPENAI_ONLY
     for key in refused:
         value = scrub.body.pop(key, None)
-        if value not in (None, False, 1, {}, []):
+        said_nothing = value is None or value is False or value in ({}, [])
+        if not said_nothing and (key, value) != ("n", 1):
             scrub.dropped.append(key)
     for key in [key for key, value in scrub.body.items() if value is None]:
         del scrub.body[key]
@@ -5559,42 +5855,23 @@ def fit_chat_tools(scrub: Scrub) -> None:
             body["tool_choice"] = {"type": "function", "function": named}
 
 
-GOOGLE_UNKNOWN = ("additionalProperties", "$schema", "$id", "$defs", "examples", "default")
-
-
-def fit_schema(schema: Any, google: bool) -> Any:
-    """A schema without `$schema` and `$id`, arrays with items; Gemini takes a smaller subset."""
-    if isinstance(schema, list):
-        return [fit_schema(item, google) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    unknown = GOOGLE_UNKNOWN if google else ("$schema", "$id")
-    fitted: Json = {}
-    for key, value in schema.items():
-        if key == "properties" and isinstance(value, dict):
-            fitted[key] = {name: fit_schema(item, google) for name, item in value.items()}
-        elif key == "format" and google and value not in ("enum", "date-time"):
-            continue
-        elif key not in unknown:
-            fitted[key] = value if key in ("enum", "const") else fit_schema(value, google)
-    if fitted.get("type") == "array":
-        fitted.setdefault("items", {})
-    return fitted
-
-
 def fit_chat_messages(scrub: Scrub) -> None:
     """Messages without echoes, blanks, and images where none may be."""
     model = scrub.model
     messages: list[Json] = []
     moved: list[Json] = []
     for message in scrub.body["messages"]:
-        role = message.get("role")
-        fitted = {k: v for k, v in message.items() if v is not None and k not in CHAT_ECHOES}
+        role = message["role"]
+        fitted = {key: message[key] for key in CHAT_MESSAGE_KEYS if message.get(key) is not None}
         if role == "developer" and not REASONING_GPT.match(model.id):
             fitted["role"] = "system"
         if role != "tool" and moved:
             messages.append({"role": "user", "content": moved})
             moved = []
+        if not fitted.get("content") and isinstance(message.get("refusal"), str):
+            fitted["content"] = message["refusal"]
+        if model.vendor == "Anthropic" and is_cache_marked(message):
+            fitted["copilot_cache_control"] = {"type": "ephemeral"}
         fit_chat_content(fitted, model, moved)
         if fitted.get("tool_calls"):
             fitted["tool_calls"] = [fit_call(call) for call in fitted["tool_calls"]]
@@ -5607,7 +5884,34 @@ def fit_chat_messages(scrub: Scrub) -> None:
         messages.append({"role": "user", "content": moved})
     if not messages:
         raise InvalidRequest("messages: all messages are empty.", param="messages")
-    scrub.body["messages"] = messages
+    for marked in [m for m in messages if "copilot_cache_control" in m][:-MAX_CACHE_MARKS]:
+        del marked["copilot_cache_control"]
+    scrub.body["messages"] = join_neighbours(messages) if model.vendor == "Google" else messages
+
+
+def is_cache_marked(message: Json) -> bool:
+    """Whether a message or one of its parts ends a prefix to be cached (opencode marks both)."""
+    content = message.get("content")
+    parts = content if isinstance(content, list) else []
+    return any(isinstance(p, dict) and p.get("cache_control") for p in (message, *parts))
+
+
+def join_neighbours(messages: list[Json]) -> list[Json]:
+    """Messages with neighbours of one role joined: Gemini refuses them apart."""
+    joined: list[Json] = []
+    for message in messages:
+        before = joined[-1] if joined else {}
+        same = before.get("role") == message["role"]
+        if not same or message["role"] == "tool" or {*before, *message} - {"role", "content"}:
+            joined.append(dict(message))
+            continue
+        both = [before["content"], message["content"]]
+        if all(isinstance(content, str) for content in both):
+            before["content"] = "\n\n".join(both)
+        else:
+            rows = [[text_part(c)] if isinstance(c, str) else c for c in both]
+            before["content"] = [*rows[0], *rows[1]]
+    return joined
 
 
 def fit_chat_content(message: Json, model: Model, moved: list[Json]) -> None:
@@ -5615,8 +5919,8 @@ def fit_chat_content(message: Json, model: Model, moved: list[Json]) -> None:
     content = message.get("content")
     role = message["role"]
     if isinstance(content, list):
-        parts = [p for p in content if isinstance(p, dict)]
-        parts = [p for p in parts if p.get("type") != "text" or str(p.get("text") or "").strip()]
+        parts = [{k: v for k, v in part.items() if k != "cache_control"} for part in content]
+        parts = [p for p in parts if p.get("type") != "text" or p["text"].strip()]
         pictures = [part for part in parts if part.get("type") == "image_url"]
         if role == "tool" and pictures:
             call = message.get("tool_call_id")
@@ -5685,6 +5989,7 @@ def ask_for_usage(scrub: Scrub) -> None:
 
 
 CHAT_RULES: tuple[Callable[[Scrub], None], ...] = (
+    check_messages,
     keep_chat_keys,
     fit_chat_limits,
     fit_chat_messages,
@@ -5758,8 +6063,10 @@ class ReasoningMemory:
 class Verdict:
     """What one refused attempt means: the error for the caller, and what may help before that.
 
-    `remedy` is "" (nothing helps), wait, refresh (the token), relist (the models), reroute (to
-    another dialect), repair (the body: something new was learned), forget (replayed reasoning).
+    `remedy` is "" (nothing helps), wait (a backoff), pause (what the upstream asked for, or
+    longer than a backoff), again (a backoff, but only once),
+    refresh (the token), relist (the models), reroute (to another dialect), repair (the body:
+    something new was learned), forget (replayed reasoning).
     """
 
     error: ApiError
@@ -5803,10 +6110,8 @@ def parse_retry_after(value: str | None, now: float) -> float | None:
         return max(0.0, float(value))
     except ValueError:
         pass
-    from email.utils import parsedate_to_datetime  # a costly module, for a rare case
-
     try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - now)
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - now)
     except (ValueError, TypeError, OverflowError):
         return None
 
@@ -5845,7 +6150,7 @@ def judge_400(message: str, code: str, model: Model, learned: Learned) -> Verdic
         return Verdict(InvalidRequest(error_text, param="model"), "reroute")
     refused = InvalidRequest(message or "The upstream refused the request without a reason.")
     if not message:
-        return Verdict(refused, "wait", BACKOFF_SECONDS[0])
+        return Verdict(refused, "again")
     if learn_from_400(message, code, model, learned):
         return Verdict(refused, "repair")
     if "signature" in text or "different conversation" in text or code == "invalid_request_body":
@@ -5878,15 +6183,8 @@ def learn_from_400(message: str, code: str, model: Model, learned: Learned) -> b
 
 
 def learned_path(said: str) -> str:
-    """`tools.0.custom.strict` -> `tools.*.strict`: the validator names variants in its paths."""
-    steps = ["*" if step.isdigit() else step for step in said.split(".")]
-    variants = ("custom", "text", "image", "tool_use", "tool_result", "document", "thinking")
-    kept = [
-        step
-        for index, step in enumerate(steps)
-        if not (step in variants and index and steps[index - 1] == "*")
-    ]
-    return ".".join(kept)
+    """`tools.0.custom.strict` -> `tools.*.custom.strict`."""
+    return ".".join("*" if step.isdigit() else step for step in said.split("."))
 
 
 def remember(known: set[str], item: str) -> bool:
@@ -5896,17 +6194,22 @@ def remember(known: set[str], item: str) -> bool:
     return news
 
 
+SUPPORT_ID = re.compile(r"[\w:.-]{1,100}", re.ASCII)
+
+
 def judge_copilot(
     status: int, headers: Headers, data: bytes, model: Model, learned: Learned, now: float
 ) -> Verdict:
     """What an error answer of the model service means; `now` in Unix seconds."""
     message, code = read_error_answer(status, data)
     support = headers.get("x-github-request-id", "")
-    tail = f" (GitHub request {support})" if TOKEN.fullmatch(support) else ""
+    tail = f" (GitHub request {support})" if SUPPORT_ID.fullmatch(support) else ""
     wait_s = parse_retry_after(headers.get("retry-after"), now)
     if status == 400:
         return judge_400(message, code, model, learned)
     if status in (401, 403, 421):
+        if b'"authorize_url"' in data:  # a third party's agent wants its own sign-in
+            return Verdict(Forbidden(f"Copilot wants another authorization: {message}.{tail}"))
         return judge_identity(status, message, tail)
     if status == 402:
         return Verdict(
@@ -5926,16 +6229,16 @@ def judge_copilot(
             f"Copilot's rate limit: {message or code or 'no reason given'}.{tail}",
             retry_after=wait_s,
         )
-        return Verdict(error, "wait", wait_s)
+        return Verdict(error, "pause", wait_s)
     if status == 466:
         hint = "Update aiclient-api: its editor version is too old for GitHub."
         return Verdict(
             UpstreamError(f"Copilot refused this client's version: {message}", hint=hint)
         )
     if status in (503, 529):
-        return Verdict(Overloaded(f"Copilot is busy.{tail}", retry_after=wait_s), "wait", wait_s)
+        return Verdict(Overloaded(f"Copilot is busy.{tail}", retry_after=wait_s), "pause", wait_s)
     if status in (408, 504):
-        return Verdict(UpstreamTimeout(f"Copilot timed out.{tail}"), "wait")
+        return Verdict(UpstreamTimeout(f"Copilot timed out.{tail}"), "again")
     if status >= 500 or status == 499:
         return Verdict(UpstreamError(f"Copilot failed with status {status}.{tail}"), "wait")
     return Verdict(UpstreamError(f"Copilot answered with status {status}: {message}{tail}"))
@@ -6010,8 +6313,8 @@ class CopilotToken:
 def read_token_answer(body: Json, config: CopilotConfig, now: float) -> CopilotToken:
     """A token answer; only `token` must be there.  Raises UpstreamError."""
     token = body.get("token")
-    if not isinstance(token, str) or not token or "\n" in token or "\r" in token:
-        raise UpstreamError("GitHub's token answer holds no token.")
+    if not isinstance(token, str) or not TARGET.fullmatch(token):
+        raise UpstreamError("GitHub's token answer holds no token that can be used.")
     life = float(positive(body.get("refresh_in")) or COPILOT_DEFAULT_LIFE_SECONDS)
     # VS Code does the same: the answer's `expires_at` is of little use under a wrong local clock.
     url = config.api_url
@@ -6048,13 +6351,8 @@ class Router:
         self.aliases = config.models
         self.default = config.default_provider
 
-    def route(
-        self, name: str, header: str | None, catalogues: dict[str, dict[str, Model]]
-    ) -> Route:
-        """The route for a model name; raises InvalidRequest or ModelNotFound.
-
-        `catalogues` holds, per enabled provider, the models it is known to have.
-        """
+    def named(self, name: str, header: str | None) -> Route | None:
+        """The route where the caller or an alias names the provider; raises InvalidRequest."""
         if not MODEL_NAME.fullmatch(name):
             raise InvalidRequest("model: is not a model name.", param="model")
         prefix, slash, rest = name.partition("/")
@@ -6062,12 +6360,15 @@ class Router:
             return Route(prefix, rest, True)
         if header:
             return Route(self.check_provider(header), name, True)
-        if name in self.aliases:
-            target = self.aliases[name]
-            prefix, slash, rest = target.partition("/")
-            if slash and prefix in self.enabled:
-                return Route(prefix, rest, True)
-            name = target
+        prefix, slash, rest = self.aliases.get(name, "").partition("/")
+        return Route(prefix, rest, True) if slash and prefix in self.enabled else None
+
+    def route(self, name: str, catalogues: dict[str, dict[str, Model]]) -> Route:
+        """The route of a name that `named` leaves open: who has it, else the default provider.
+
+        `catalogues` holds, per enabled provider, the models it is known to have.
+        """
+        name = self.aliases.get(name, name)
         having = [p for p in self.enabled if name in catalogues.get(p, ())] or [
             p for p in self.enabled if find_model(name, catalogues.get(p, {}))
         ]
@@ -6253,9 +6554,13 @@ class Wire(StreamProtocol):
         self.on_end: Callable[[bool], None] | None = None
         #: called with True when writing must pause, with False when it may go on
         self.on_flow: Callable[[bool], None] | None = None
+        #: the peer has sent its last byte; `ended`: that, or the connection is gone
+        self.finished = False
         self.ended = False
         self.paused = False
         self.lost = asyncio.Event()
+        #: what this connection runs through and must not outlive
+        self.tunnel: Wire | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The connection is up."""
@@ -6278,6 +6583,7 @@ class Wire(StreamProtocol):
 
     def eof_received(self) -> bool | None:
         """The peer has sent its last byte."""
+        self.finished = True
         self.end(False)
         return self.streams.eof_received()
 
@@ -6292,6 +6598,16 @@ class Wire(StreamProtocol):
         self.ended = True
         if self.on_end is not None:
             self.on_end(gone)
+
+    def ended_cleanly(self) -> bool:
+        """Whether the end was the peer's own word: over TLS its close_notify (RFC 9112, 9.8)."""
+        tls = self.transport.get_extra_info("ssl_object")
+        if tls is None:
+            return self.finished
+        try:
+            return bool(tls.read(1) == b"")
+        except ssl.SSLError:
+            return False
 
     def pause_writing(self) -> None:
         """The peer reads too slowly."""
@@ -6397,8 +6713,6 @@ class UpstreamAnswer:
         wire = connection.wire
         wire.sink, wire.on_end = self.take, self.lose
         client.ticker.add(self.watch)
-        if wire.ended:
-            self.lose(True)
 
     def take(self, data: bytes) -> None:
         """Bytes from the wire."""
@@ -6418,8 +6732,8 @@ class UpstreamAnswer:
                 self.full = sum(map(len, self.waiting)) > STREAM_BUFFER_BYTES
                 self.update_reading()
         if self.body.done:
-            self.done = True
-        if self.done or self.sink is None:
+            self.complete()
+        elif self.sink is None:
             self.wake()
 
     def lose(self, gone: bool) -> None:
@@ -6431,7 +6745,17 @@ class UpstreamAnswer:
         except WireError:
             self.fail(UpstreamError(BROKEN_OFF))
             return
+        if not self.connection.wire.ended_cleanly():
+            self.fail(UpstreamError(BROKEN_OFF))
+            return
         self.reusable = False
+        self.complete()
+
+    def complete(self) -> None:
+        """The body has ended; so must what was packed in it."""
+        if self.unpacker is not None and not self.unpacker.eof:
+            self.fail(UpstreamError(BROKEN_OFF))
+            return
         self.done = True
         self.wake()
 
@@ -6641,28 +6965,32 @@ class HttpClient:
         self,
         method: str,
         url: str,
-        headers: dict[str, str],
+        headers: Callable[[], dict[str, str]],
         body: bytes = b"",
         first_byte_s: float | None = None,
     ) -> UpstreamAnswer:
         """Sends a request and returns its answer's head.  Raises UpstreamError and its kin.
 
+        `headers` is asked for each sending: some must never be the same twice.
+
         A pooled connection that the peer closed meanwhile is replaced by a fresh one, once, and
         only when nothing of an answer had come (RFC 9110 section 9.2.2, RFC 9112 section 9.3.1).
         """
         origin, host, path = self.plan(url)
-        fields_ = [("Host", host), *headers.items()]
-        if body or method == "POST":
-            fields_.append(("Content-Length", str(len(body))))
-        message = write_head(f"{method} {path} HTTP/1.1", fields_) + body
+        length = [("Content-Length", str(len(body)))] if body or method == "POST" else []
+
+        def message() -> bytes:
+            fields_ = [("Host", host), *headers().items(), *length]
+            return write_head(f"{method} {path} HTTP/1.1", fields_) + body
+
         limit_s = first_byte_s or self.network.first_byte_seconds
         connection = self.pool.take(origin, asyncio.get_running_loop().time())
         if connection is not None:
-            answer = await self.exchange(connection, method, message, limit_s)
+            answer = await self.exchange(connection, method, message(), limit_s)
             if answer is not None:
                 return answer
         connection = await self.connect(origin)
-        answer = await self.exchange(connection, method, message, limit_s)
+        answer = await self.exchange(connection, method, message(), limit_s)
         if answer is None:
             raise UpstreamError(f"{origin.host} closed the connection without an answer.")
         return answer
@@ -6694,6 +7022,8 @@ class HttpClient:
         answer = UpstreamAnswer(self, connection, head, body)
         if rest:
             answer.take(rest)
+        if wire.ended:
+            answer.lose(True)
         return answer
 
     @staticmethod
@@ -6711,6 +7041,8 @@ class HttpClient:
                     raise EOFError(*([len(buffer)] if buffer else []))
                 buffer += data
                 continue
+            if end > MAX_HEAD_BYTES:
+                raise WireError("head too long")
             head = parse_response_head(buffer[:end])
             buffer = buffer[end:]
             if head.status >= 200:
@@ -6771,21 +7103,24 @@ class HttpClient:
         try:
             tunnel.transport.write(write_head(f"CONNECT {target} HTTP/1.1", fields_))
             head, _, _ = await self.read_answer_head(tunnel, "HEAD")
+            if not 200 <= head.status < 300:
+                hint = "Put user:password@ into network.proxy." if head.status == 407 else ""
+                raise Unreachable(f"The proxy refused the tunnel: {head.status}.", hint=hint)
+            if origin.scheme == "http":
+                return tunnel
+            wire = Wire()
+            loop = asyncio.get_running_loop()
+            transport = await loop.start_tls(
+                tunnel.transport, wire, self.tls_context(), server_hostname=origin.host
+            )
         except WireError as error:
             tunnel.transport.abort()
             raise Unreachable(f"The proxy's answer is malformed: {error}.") from None
-        if not 200 <= head.status < 300:
+        except BaseException:
             tunnel.transport.abort()
-            hint = "Put user:password@ into network.proxy." if head.status == 407 else ""
-            raise Unreachable(f"The proxy refused the tunnel: {head.status}.", hint=hint)
-        if origin.scheme == "http":
-            return tunnel
-        wire = Wire()
-        loop = asyncio.get_running_loop()
-        transport = await loop.start_tls(
-            tunnel.transport, wire, self.tls_context(), server_hostname=origin.host
-        )
+            raise
         assert transport is not None
+        wire.tunnel = tunnel
         wire.connection_made(transport)
         return wire
 
@@ -6795,7 +7130,7 @@ class HttpClient:
         """(status, headers, whole body) of a small answer, all within `limit_s` seconds."""
         try:
             async with asyncio.timeout(limit_s):
-                answer = await self.open(method, url, headers, body, limit_s)
+                answer = await self.open(method, url, lambda: headers, body, limit_s)
                 try:
                     return answer.status, answer.headers, await answer.read(8 * MIB)
                 finally:
@@ -6898,12 +7233,11 @@ class Outlet:
 
 def count_unsent(connection: socket.socket) -> int:
     """Bytes in the kernel's send queue of a socket; 0 where the system cannot tell."""
+    if fcntl is None or termios is None:
+        return 0
     try:
-        import fcntl
-        import termios
-
         answer = fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, b"\0" * 4)
-    except (ImportError, OSError):
+    except OSError:
         return 0
     return int.from_bytes(answer, sys.byteorder)
 
@@ -7455,10 +7789,14 @@ def sample_value(schema: Any) -> Any:
     return plain.get(kind, "echo") if isinstance(kind, str) else "echo"
 
 
+def last_said(chat: Chat) -> list[Block]:
+    """The last thing that was not the system's: Claude Code adds its own words behind it."""
+    return next((t.blocks for t in reversed(chat.turns) if t.role != "system"), [])
+
+
 def echo_call(chat: Chat) -> ToolCall | None:
     """The call of the first tool, where the last words ask for it."""
-    last = chat.turns[-1]
-    words = plain_text(last.blocks)
+    words = plain_text(last_said(chat))
     if not chat.tools or ECHO_CALL_WORDS not in words.lower():
         return None
     tool = chat.tools[0]
@@ -7468,7 +7806,7 @@ def echo_call(chat: Chat) -> ToolCall | None:
 
 def echo_words(chat: Chat) -> str:
     """The last words, labelled; what a tool said, and how many images there were."""
-    blocks = chat.turns[-1].blocks
+    blocks = last_said(chat)
     results = [block for block in blocks if isinstance(block, ToolResult)]
     said = [f"The tool said: {plain_text(result.blocks)}" for result in results]
     seen = [block for turn in chat.turns for block in turn.blocks if isinstance(block, Image)]
@@ -7614,6 +7952,7 @@ class CopilotAccount:
         self.used = False
         self.failures = 0
         self.retry_at = 0.0
+        self.refused_token = ""
         self.last_error: ApiError | None = None
         self.refresher: asyncio.Task[None] | None = None
 
@@ -7700,10 +8039,13 @@ class CopilotAccount:
 
     async def exchange(self) -> CopilotToken:
         """Asks GitHub for a token; an old one that still lasts is kept when that fails."""
-        now = asyncio.get_running_loop().time()
-        if now < self.retry_at and self.last_error is not None:
-            raise self.last_error
         saved = self.load()
+        now = asyncio.get_running_loop().time()
+        resting = now < self.retry_at and saved["github_token"] == self.refused_token
+        if resting and self.last_error is not None:
+            if self.is_fresh(self.kept, 0) and self.kept:
+                return self.kept
+            raise self.last_error
         url = self.config.github_api_url.rstrip("/") + "/copilot_internal/v2/token"
         github_token = re.sub(r"^(?i:bearer|token)\s+", "", saved["github_token"].strip())
         try:
@@ -7716,8 +8058,11 @@ class CopilotAccount:
             if body is None:
                 raise UpstreamError("GitHub's token answer is not JSON.")
             token = read_token_answer(body, self.config, time.time())
-        except (UpstreamError, UpstreamTimeout, Overloaded, RateLimited) as error:
-            self.postpone(error)
+        except ApiError as error:
+            self.postpone(error, saved["github_token"])
+            if isinstance(error, NotSignedIn):
+                self.kept = None
+                raise
             if self.is_fresh(self.kept, 0) and self.kept:
                 log_event("warning", "token_refresh_failed", provider=self.name, reason=error)
                 return self.kept
@@ -7734,9 +8079,13 @@ class CopilotAccount:
             return Overloaded(verdict.error.message)
         return verdict.error
 
-    def postpone(self, error: ApiError) -> None:
-        """No further exchange for 1, 2, 4 ... seconds: the endpoint watches for storms."""
-        self.failures += 1
+    def postpone(self, error: ApiError, github_token: str) -> None:
+        """No further exchange of this token for a while: the endpoint watches for storms.
+
+        1, 2, 4 ... seconds, or a minute after a refusal that no waiting mends.
+        """
+        self.failures = 7 if isinstance(error, NotSignedIn) else self.failures + 1
+        self.refused_token = github_token
         wait_s = min(2.0 ** (self.failures - 1), COPILOT_REFRESH_RETRY_MAX_SECONDS)
         wait_s = max(wait_s, error.retry_after or 0)
         self.retry_at = asyncio.get_running_loop().time() + wait_s
@@ -7800,6 +8149,8 @@ class CopilotProvider:
         #: model -> monotonic time it was last listed
         self.listed_at: dict[str, float] = {}
         self.fetched_at = float("-inf")
+        #: when an unknown name last made it ask again
+        self.missed_at = float("-inf")
 
     def close(self) -> None:
         """Ends whatever runs in the background."""
@@ -7826,12 +8177,14 @@ class CopilotProvider:
 
     async def models(self, refresh: bool = False) -> dict[str, Model]:
         """The catalogue; one that is a little old beats none."""
-        fresh_s = MODELS_MISS_SECONDS if refresh else MODELS_FRESH_SECONDS
         now = asyncio.get_running_loop().time()
-        if now - self.fetched_at < fresh_s:
+        if refresh and now - self.missed_at >= MODELS_MISS_SECONDS:
+            self.missed_at = now
+            self.fetched_at = float("-inf")
+        if now - self.fetched_at < MODELS_FRESH_SECONDS:
             return self.catalogue
         async with self.models_lock:
-            if asyncio.get_running_loop().time() - self.fetched_at < fresh_s:
+            if asyncio.get_running_loop().time() - self.fetched_at < MODELS_FRESH_SECONDS:
                 return self.catalogue
             try:
                 await self.fetch_models()
@@ -7929,8 +8282,17 @@ class CopilotAttempt:
 
     async def send(self, token: CopilotToken) -> UpstreamAnswer:
         """One attempt."""
-        provider, call = self.provider, self.call
         body = self.body()
+        url = token.api_url + DIALECT_PATHS[self.call.dialect]
+
+        def headers() -> dict[str, str]:
+            return self.headers(token, body)
+
+        return await self.provider.client.open("POST", url, headers, dump_json(body))
+
+    def headers(self, token: CopilotToken, body: Json) -> dict[str, str]:
+        """The headers of one sending of `body`."""
+        provider, call = self.provider, self.call
         headers = provider.headers(token, "conversation-agent")
         headers["Content-Type"] = "application/json"
         headers["Accept"] = "text/event-stream" if body["stream"] else "application/json"
@@ -7944,8 +8306,7 @@ class CopilotAttempt:
             if betas:
                 headers["anthropic-beta"] = betas
         headers.update(call.model.headers)
-        url = token.api_url + DIALECT_PATHS[call.dialect]
-        return await provider.client.open("POST", url, headers, dump_json(body))
+        return headers
 
     async def judge(self, answer: UpstreamAnswer) -> Verdict:
         """What a refusal means."""
@@ -7960,17 +8321,25 @@ class CopilotAttempt:
             answer.status, answer.headers, data, self.call.model, learned, time.time()
         )
 
+    @staticmethod
+    def refused_again(error: ApiError) -> ApiError:
+        """The error where a token was renewed only a moment ago: signing in would not help."""
+        if not isinstance(error, NotSignedIn):
+            return error
+        wait_s = COPILOT_FORCED_EXCHANGE_GAP_SECONDS
+        return Overloaded("Copilot refuses a token it has just given.", retry_after=wait_s)
+
     async def mend(self, verdict: Verdict, token: CopilotToken) -> CopilotToken:
         """Does what may help and returns the token to go on with, or raises the verdict's error."""
         remedy = verdict.remedy
-        repeated = remedy in self.tried and remedy not in ("wait", "repair", "relist")
+        repeated = remedy in self.tried and remedy not in ("wait", "pause", "repair", "relist")
         if not remedy or repeated or self.count >= MAX_ATTEMPTS:
             raise verdict.error
         self.tried.add(remedy)
         if remedy == "refresh":
             renewed = await self.provider.account.renew(token)
             if renewed is None:
-                raise verdict.error
+                raise self.refused_again(verdict.error)
             return renewed
         if remedy == "forget":
             if not strip_reasoning(self.call.body if self.forgetful else self.body()):
@@ -7981,11 +8350,14 @@ class CopilotAttempt:
                 raise verdict.error
             await asyncio.sleep(UNSUPPORTED_MODEL_WAITS[self.count - 1])
         elif remedy == "reroute":
-            raise verdict.error
-        elif remedy == "wait":
+            model = self.call.model
+            model.dialects = tuple(d for d in model.dialects if d != self.call.dialect)
+            raise WrongDialect(verdict.error.message, param="model")
+        elif remedy in ("wait", "again", "pause"):
             wait_s = verdict.wait_s
             if wait_s is None:
-                wait_s = BACKOFF_SECONDS[self.count - 1] * (1 + os.urandom(1)[0] / 1024)
+                steps = PAUSE_SECONDS if remedy == "pause" else BACKOFF_SECONDS
+                wait_s = steps[self.count - 1] * (1 + os.urandom(1)[0] / 1024)
             if wait_s > MAX_WAIT_SECONDS:
                 raise verdict.error
             await asyncio.sleep(wait_s)
@@ -8050,7 +8422,10 @@ class Shield:
             kind = headers.get("content-type", "application/json").partition(";")[0].strip().lower()
             text = kind == "text/plain" and origin is None and "sec-fetch-site" not in headers
             if kind != "application/json" and not kind.endswith("+json") and not text:
-                raise UnsupportedMediaType("The body must be sent as application/json.")
+                raise UnsupportedMediaType(
+                    "The body must be sent as application/json.",
+                    hint="With curl: -H 'content-type: application/json'.",
+                )
 
     def is_own_host(self, host: str) -> bool:
         """Whether a Host field names this gateway; compared whole, never by its beginning."""
@@ -8337,15 +8712,20 @@ class Gateway:
         message_list(body)
         return Response(200, dump_json({"input_tokens": estimate_request(body)}))
 
-    async def catalogues(self, refresh: bool = False) -> dict[str, dict[str, Model]]:
+    async def catalogues(self) -> dict[str, dict[str, Model]]:
         """The models of every provider that can tell."""
+        names = list(self.providers)
+        asked = (self.providers[name].models() for name in names)
+        answers = await asyncio.gather(*asked, return_exceptions=True)
         found: dict[str, dict[str, Model]] = {}
-        for name, provider in self.providers.items():
-            try:
-                found[name] = await provider.models(refresh)
-            except ApiError as error:
-                level = "debug" if isinstance(error, NotSignedIn) else "warning"
-                log_event(level, "models_unavailable", provider=name, reason=error)
+        for name, answer in zip(names, answers, strict=True):
+            if isinstance(answer, ApiError):
+                level = "debug" if isinstance(answer, NotSignedIn) else "warning"
+                log_event(level, "models_unavailable", provider=name, reason=answer)
+            elif isinstance(answer, BaseException):
+                raise answer
+            else:
+                found[name] = answer
         return found
 
     def rows(self, catalogues: dict[str, dict[str, Model]]) -> list[Json]:
@@ -8390,7 +8770,7 @@ class Gateway:
         """One model."""
         name = plain_path(request.path).removeprefix("/v1/models/")
         catalogues = await self.catalogues()
-        route = self.router.route(name, None, catalogues)
+        route = self.router.named(name, None) or self.router.route(name, catalogues)
         model = find_model(route.model, catalogues.get(route.provider, {}))
         if model is None:
             raise self.router.not_found(name, catalogues)
@@ -8408,9 +8788,11 @@ class Gateway:
 
     async def find_model(self, request: Request, name: str) -> tuple[Provider, Model]:
         """Who answers, and as which model; raises ModelNotFound."""
-        catalogues = await self.catalogues()
-        header = request.headers.get("x-provider")
-        route = self.router.route(name, header, catalogues)
+        catalogues: dict[str, dict[str, Model]] = {}
+        route = self.router.named(name, request.headers.get("x-provider"))
+        if route is None:
+            catalogues = await self.catalogues()
+            route = self.router.route(name, catalogues)
         provider = self.providers[route.provider]
         model = find_model(route.model, await provider.models())
         if model is None:
@@ -8418,7 +8800,7 @@ class Gateway:
         if model is None and route.explicit:
             model = provider.guess(route.model)
         if model is None:
-            raise self.router.not_found(name, catalogues)
+            raise self.router.not_found(name, catalogues or await self.catalogues())
         return provider, model
 
     @staticmethod
@@ -8440,7 +8822,27 @@ class Gateway:
         outline = asked.outline(body)
         session = request.headers.get("x-claude-code-session-id", "")
         outline.session = outline.session or session
+        initiator = request.headers.get("x-initiator", "").lower()
+        if initiator in ("user", "agent"):
+            outline.initiator = initiator
+        request.cancel_on_hangup(True, patient=True)
         provider, model = await self.find_model(request, outline.model)
+        try:
+            return await self.exchange(request, asked, body, outline, provider, model)
+        except WrongDialect:
+            # The provider has crossed that dialect out; another one is tried once.
+            return await self.exchange(request, asked, body, outline, provider, model)
+
+    async def exchange(
+        self,
+        request: Request,
+        asked: Dialect,
+        body: Json,
+        outline: Outline,
+        provider: Provider,
+        model: Model,
+    ) -> Response:
+        """One attempt to have a request answered by one model."""
         spoken = self.choose_dialect(model, asked)
         answered = self.dialect_of(request)
         terms = Terms(
@@ -8464,8 +8866,7 @@ class Gateway:
         """The upstream's body: the caller's own where it speaks that, else converted."""
         legacy = asked is CHAT and "functions" in body and "tools" not in body
         if spoken is asked and not legacy:
-            limit = NATIVE_NAME_LIMITS[spoken.name]
-            names = wire_names(tool_names(body), limit)
+            names = wire_names(tool_names(body))
             terms.names = {wire: name for wire, name in names.items() if wire != name}
             terms.many = spoken is CHAT and (int_field(body, "n") or 1) > 1
             if spoken is CHAT and model.stops is not None and body.get("stop"):
@@ -8698,8 +9099,6 @@ def print_ready(config: Config, port: int, providers: dict[str, Provider]) -> No
 
 def give_back_memory() -> None:
     """Returns what compiling this file took to the system: 16 MB with glibc, nothing elsewhere."""
-    import ctypes
-
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
