@@ -198,6 +198,8 @@ POOL_IDLE_PER_HOST = 32
 MAX_ATTEMPTS = 3
 MAX_WAIT_SECONDS = 10.0  # a longer Retry-After is the caller's to wait, not ours
 MAX_RETRY_AFTER_SECONDS = 60.0  # anthropic 2.x sleeps for whatever it is told, even for days
+# Cool-downs that outlast the reset are a plague of this field: a minute, then one request probes.
+COOL_DOWN_SECONDS = 60.0
 BACKOFF_SECONDS = (0.5, 1.5)
 PAUSE_SECONDS = (2.0, 4.0)  # after a 429 or 503 that names no time
 UNSUPPORTED_MODEL_WAITS = (1.0, 2.0)  # Copilot's catalogue wobbles: seen in gh-aw-firewall, 2026-08
@@ -1400,7 +1402,7 @@ def inflate(data: bytes, coding: str, limit: int) -> bytes:
     # 47: zlib or gzip by its own header; raw deflate is tried second, as some clients send it.
     for window in (47, -15) if coding == "deflate" else (31,):
         pieces, size, rest = [], 0, data
-        while rest:  # gzip may have several members (RFC 1952 section 2.2)
+        while rest or not pieces:  # gzip may have several members (RFC 1952 section 2.2)
             unpacker = zlib.decompressobj(window)
             try:
                 pieces.append(unpacker.decompress(rest, limit + 1 - size))
@@ -6072,6 +6074,8 @@ class Verdict:
     error: ApiError
     remedy: str = ""
     wait_s: float | None = None
+    #: it concerns every model of the account
+    for_all: bool = False
 
 
 def unwrap_error(value: Any, depth: int = 3) -> tuple[str, str]:
@@ -6194,6 +6198,11 @@ def remember(known: set[str], item: str) -> bool:
     return news
 
 
+ACCOUNT_LIMITS = (
+    "user_global_rate_limited",
+    "user_weekly_rate_limited",
+    "integration_rate_limited",
+)
 SUPPORT_ID = re.compile(r"[\w:.-]{1,100}", re.ASCII)
 
 
@@ -6229,7 +6238,7 @@ def judge_copilot(
             f"Copilot's rate limit: {message or code or 'no reason given'}.{tail}",
             retry_after=wait_s,
         )
-        return Verdict(error, "pause", wait_s)
+        return Verdict(error, "pause", wait_s, code in ACCOUNT_LIMITS)
     if status == 466:
         hint = "Update aiclient-api: its editor version is too old for GitHub."
         return Verdict(
@@ -8149,6 +8158,8 @@ class CopilotProvider:
         #: model -> monotonic time it was last listed
         self.listed_at: dict[str, float] = {}
         self.fetched_at = float("-inf")
+        #: model, or "" for all -> (monotonic end of its cool-down, why)
+        self.resting: dict[str, tuple[float, ApiError]] = {}
         #: when an unknown name last made it ask again
         self.missed_at = float("-inf")
 
@@ -8226,12 +8237,30 @@ class CopilotProvider:
         self.catalogue = {**kept, **found}
         self.fetched_at = now
 
+    def cool_down(self, model_id: str, error: ApiError) -> None:
+        """Lets a model, or all where `model_id` is "", rest: clients' retries dig the hole deeper.
+
+        Never for longer than COOL_DOWN_SECONDS: then one request finds out how things are.
+        """
+        rest_s = min(error.retry_after or 0.0, COOL_DOWN_SECONDS)
+        self.resting[model_id] = asyncio.get_running_loop().time() + rest_s, error
+
+    def check_cool_down(self, model_id: str) -> None:
+        """Raises the error that made a model rest, as long as it rests."""
+        now = asyncio.get_running_loop().time()
+        for key in (model_id, ""):
+            until, error = self.resting.get(key, (0.0, None))
+            if error is not None and now < until:
+                raise RateLimited(error.message, retry_after=until - now)
+            self.resting.pop(key, None)
+
     def guess(self, model_id: str) -> Model | None:
         """A model named exactly is tried, listed or not."""
         return guess_copilot_model(model_id, self.name)
 
     async def open(self, call: Call) -> Source:
         """Tries until there is a good status, a final refusal, or no attempt left."""
+        self.check_cool_down(call.model.id)
         attempt = CopilotAttempt(self, call)
         token = await self.account.token()
         while True:
@@ -8359,6 +8388,9 @@ class CopilotAttempt:
                 steps = PAUSE_SECONDS if remedy == "pause" else BACKOFF_SECONDS
                 wait_s = steps[self.count - 1] * (1 + os.urandom(1)[0] / 1024)
             if wait_s > MAX_WAIT_SECONDS:
+                self.provider.cool_down(
+                    "" if verdict.for_all else self.call.model.id, verdict.error
+                )
                 raise verdict.error
             await asyncio.sleep(wait_s)
         return token
