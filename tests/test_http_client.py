@@ -156,9 +156,14 @@ def answering(*answers: bytes) -> Script:
     return script
 
 
+def nothing() -> dict[str, str]:
+    """No headers of the caller's."""
+    return {}
+
+
 async def whole(client: gw.HttpClient, url: str, method: str = "GET") -> tuple[int, bytes]:
     """(status, body) of one request, the connection given back."""
-    answer = await client.open(method, url, {}, b"{}" if method == "POST" else b"")
+    answer = await client.open(method, url, nothing, b"{}" if method == "POST" else b"")
     try:
         return answer.status, await answer.read(1 << 20)
     finally:
@@ -183,7 +188,7 @@ def test_a_request_says_host_length_and_body_once() -> None:
     async def story() -> bytes:
         async with serving(answering(OK)) as server, using() as client:
             url = f"http://127.0.0.1:{server.port}/a/b?c=d"
-            answer = await client.open("POST", url, {"X-One": "1"}, b'{"a":1}')
+            answer = await client.open("POST", url, lambda: {"X-One": "1"}, b'{"a":1}')
             answer.close()
             return server.requests[0].replace(b"%d" % server.port, b"PORT")
 
@@ -196,10 +201,51 @@ def test_a_request_says_host_length_and_body_once() -> None:
 def test_a_post_without_body_has_a_length_too() -> None:
     async def story() -> bytes:
         async with serving(answering(OK)) as server, using() as client:
-            (await client.open("POST", server.url, {})).close()
+            (await client.open("POST", server.url, nothing)).close()
             return server.requests[0]
 
     assert b"\r\nContent-Length: 0\r\n" in run(story())
+
+
+@pytest.mark.parametrize(
+    ("url", "origin", "host", "path"),
+    [
+        ("https://a.test/x?y=z", ("https", "a.test", 443), "a.test", "/x?y=z"),
+        ("https://a.test:443/", ("https", "a.test", 443), "a.test", "/"),
+        ("https://a.test:8443/x", ("https", "a.test", 8443), "a.test:8443", "/x"),
+        ("http://a.test:443/x", ("http", "a.test", 443), "a.test:443", "/x"),
+        ("http://127.0.0.1:80", ("http", "127.0.0.1", 80), "127.0.0.1", "/"),
+        ("http://[::1]:8/x", ("http", "::1", 8), "[::1]:8", "/x"),
+    ],
+)
+def test_a_url_says_where_to_connect_and_what_to_ask_for(
+    url: str, origin: tuple[str, str, int], host: str, path: str
+) -> None:
+    async def story() -> None:
+        async with using(proxy="http://proxy.test:1") as client:
+            proxy = "" if origin[1] in ("127.0.0.1", "::1") else "http://proxy.test:1"
+            for _ in range(2):
+                assert client.plan(url) == (gw.Origin(*origin, proxy), host, path)
+
+    run(story())
+
+
+def test_headers_are_asked_for_each_sending() -> None:
+    async def story() -> list[bytes]:
+        numbers = iter(range(9))
+
+        def numbered() -> dict[str, str]:
+            return {"X-Number": str(next(numbers))}
+
+        script = closing_on_the_second(b"", again=False)
+        async with serving(script) as server, using() as client:
+            for _ in range(2):
+                answer = await client.open("POST", server.url, numbered, b"{}")
+                assert await answer.read(9) == b"ok"
+                answer.close()
+            return [row for r in server.requests for row in re.findall(rb"X-Number: \d", r)]
+
+    assert run(story()) == [b"X-Number: 0", b"X-Number: 1", b"X-Number: 2"]
 
 
 # ---- framing -------------------------------------------------------------------------------------
@@ -314,7 +360,7 @@ def test_a_whole_answer_has_a_largest_size() -> None:
     async def story() -> None:
         answer = b"HTTP/1.1 200 OK\r\nContent-Length: 3000\r\n\r\n" + b"x" * 3000
         async with serving(answering(answer)) as server, using() as client:
-            opened = await client.open("GET", server.url, {})
+            opened = await client.open("GET", server.url, nothing)
             try:
                 with pytest.raises(gw.UpstreamError, match="larger than 2 KiB"):
                     await opened.read(2048)
@@ -329,7 +375,7 @@ def test_a_redirect_is_returned_not_followed() -> None:
         async with serving(answering(OK)) as other, using() as client:
             where = f"HTTP/1.1 307 T\r\nLocation: {other.url}\r\nContent-Length: 0\r\n\r\n"
             async with serving(answering(where.encode())) as server:
-                answer = await client.open("GET", server.url, {"Authorization": "Bearer x"})
+                answer = await client.open("GET", server.url, lambda: {"Authorization": "Bearer x"})
                 answer.close()
             return answer.status, answer.headers["location"], other.connections
 
@@ -348,7 +394,7 @@ async def count(script: Script, times: int = 2, read: bool = True) -> tuple[int,
             if read:
                 await whole(client, server.url, "POST")
             else:
-                answer = await client.open("POST", server.url, {}, b"{}")
+                answer = await client.open("POST", server.url, nothing, b"{}")
                 answer.close()
         return server.connections, len(server.requests)
 
@@ -533,7 +579,7 @@ def test_a_cancelled_request_closes_its_connection() -> None:
             left.set()
 
         async with serving(script) as server, using() as client:
-            task = asyncio.ensure_future(client.open("POST", server.url, {}, b"{}"))
+            task = asyncio.ensure_future(client.open("POST", server.url, nothing, b"{}"))
             while not server.requests:
                 await asyncio.sleep(0.01)
             task.cancel()
@@ -583,7 +629,7 @@ def test_a_refused_connection_is_unreachable_and_says_where() -> None:
 
     async def story() -> None:
         async with using() as client:
-            await client.open("GET", f"http://127.0.0.1:{port}/", {})
+            await client.open("GET", f"http://127.0.0.1:{port}/", nothing)
 
     with pytest.raises(gw.Unreachable, match=r"127\.0\.0\.1"):
         run(story())
@@ -592,7 +638,7 @@ def test_a_refused_connection_is_unreachable_and_says_where() -> None:
 def test_a_name_that_nobody_knows_is_unreachable() -> None:
     async def story() -> None:
         async with using() as client:
-            await client.open("GET", "http://nowhere.invalid:1/", {})
+            await client.open("GET", "http://nowhere.invalid:1/", nothing)
 
     with pytest.raises(gw.Unreachable, match=r"nowhere\.invalid"):
         run(story())
@@ -618,7 +664,7 @@ def test_silence_inside_a_body_is_a_timeout(relayed: bool) -> None:
 
     async def story() -> None:
         async with serving(script) as server, using(stream_idle_seconds=0.1) as client:
-            answer = await client.open("GET", server.url, {})
+            answer = await client.open("GET", server.url, nothing)
             try:
                 assert await answer.first() == b"ok"
                 await (answer.relay(lambda _: None) if relayed else answer.first())
@@ -640,7 +686,7 @@ def test_an_answer_that_is_held_back_does_not_time_out() -> None:
             await peer.send(b"3\r\nend\r\n0\r\n\r\n")
 
         async with serving(script) as server, using(stream_idle_seconds=0.1) as client:
-            answer = await client.open("GET", server.url, {})
+            answer = await client.open("GET", server.url, nothing)
             assert await answer.first() == b"ok"
             answer.hold(True)
             late = asyncio.get_running_loop().time() + 1
@@ -669,7 +715,7 @@ def test_a_sink_that_cannot_take_more_holds_the_upstream_back_from_its_first_pie
             await peer.gone()
 
         async with serving(script) as server, using() as client:
-            answer = await client.open("GET", server.url, {})
+            answer = await client.open("GET", server.url, nothing)
             pieces: list[int] = []
 
             def sink(data: bytes) -> None:
@@ -797,7 +843,7 @@ def test_a_proxy_that_says_nothing_is_given_up_and_left_after_a_while() -> None:
             network = {"proxy": f"http://127.0.0.1:{proxy.port}", "connect_seconds": 0.2}
             async with using(**network) as client:
                 with pytest.raises(gw.Unreachable, match="through the proxy within"):
-                    await client.open("GET", "http://copilot.test/", {})
+                    await client.open("GET", "http://copilot.test/", nothing)
             await asyncio.wait_for(left.wait(), 2)
 
     run(story())
@@ -943,7 +989,7 @@ def test_a_server_that_speaks_no_tls_is_unreachable() -> None:
             await peer.send(OK)
 
         async with serving(script) as server, using(ca_file=CA) as client:
-            await client.open("GET", f"https://localhost:{server.port}/", {})
+            await client.open("GET", f"https://localhost:{server.port}/", nothing)
 
     with pytest.raises(gw.UpstreamError):
         run(story())

@@ -36,35 +36,39 @@ def router(default: str = "copilot", enabled: tuple[str, ...] = tuple(CATALOGUES
         ("unknown", None, "copilot", "unknown", False),
         ("vendor/unknown", None, "copilot", "vendor/unknown", False),
         ("copilot/", None, "copilot", "copilot/", False),
+        ("odd", None, "copilot", "nobody/x", False),  # an alias with a provider that is off
     ],
 )
 def test_a_name_leads_to_one_provider(
     name: str, header: str | None, provider: str, model: str, explicit: bool
 ) -> None:
-    route = router().route(name, header, CATALOGUES)
+    routes = router()
+    named = routes.named(name, header)
+    assert (named is not None) == explicit  # nobody's catalogue is needed for these
+    route = named or routes.route(name, CATALOGUES)
     assert (route.provider, route.model, route.explicit) == (provider, model, explicit)
 
 
 @pytest.mark.parametrize("name", ["", " ", "a b", "a\nb", "\N{SNOWMAN}", "x" * 201, "a?b", "a\\b"])
 def test_what_is_no_model_name_is_refused(name: str) -> None:
     with pytest.raises(gw.InvalidRequest):
-        router().route(name, None, CATALOGUES)
+        router().named(name, None)
 
 
 def test_a_header_must_name_an_enabled_provider() -> None:
     with pytest.raises(gw.InvalidRequest, match="copilot, work"):
-        router(enabled=("copilot", "work")).route("gpt-4o", "echo", CATALOGUES)
+        router(enabled=("copilot", "work")).named("gpt-4o", "echo")
 
 
 def test_a_name_nobody_has_is_answered_with_the_nearest_when_there_is_no_default() -> None:
     with pytest.raises(gw.ModelNotFound) as caught:
-        router("copilot", ("work", "echo")).route("own-1.6", None, CATALOGUES)
+        router("copilot", ("work", "echo")).route("own-1.6", CATALOGUES)
     assert "own-1.5" in caught.value.hint
 
 
 def test_a_provider_that_could_not_list_its_models_is_still_the_default() -> None:
-    route = router().route("gpt-4o", None, {"echo": CATALOGUES["echo"]})
-    assert route.provider == "copilot"
+    route = router().route("gpt-4o", {"echo": CATALOGUES["echo"]})
+    assert (route.provider, route.explicit) == ("copilot", False)
 
 
 # ---- the rate limit ------------------------------------------------------------------------------

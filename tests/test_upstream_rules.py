@@ -892,6 +892,73 @@ def test_a_property_keeps_its_name_even_where_the_name_is_a_keyword() -> None:
     assert set(body["tools"][0]["function"]["parameters"]["properties"]) == {"format", "$id"}
 
 
+GOOGLE_WORDS = {"anyOf", "description", "enum", "format", "items", "maxItems", "maxLength", "maximum",
+                "minItems", "minLength", "minimum", "nullable", "pattern", "properties", "required",
+                "title", "type"}  # fmt: skip
+
+
+def keywords(schema: Json) -> set[str]:
+    """Every keyword in a schema that has properties and alternatives; their names are none."""
+    inner = [*schema.get("properties", {}).values(), *schema.get("anyOf", ())]
+    return set(schema).union(*map(keywords, inner))
+
+
+def test_gemini_gets_known_keywords_only_and_others_get_theirs() -> None:
+    inner = {"type": "string", "x-new": 1, "default": "d", "minLength": 2, "examples": ["e"]}
+    schema: Json = {"type": "object", "additionalProperties": False, "unevaluatedItems": True,
+                    "properties": {"a": inner, "default": {"anyOf": [inner, {"type": "null"}]}},
+                    "required": ["a"]}  # fmt: skip
+    asked = [function(schema=copy.deepcopy(schema))]
+    google = chat(GEMINI, tools=copy.deepcopy(asked))["tools"][0]["function"]["parameters"]
+    assert keywords(google) <= GOOGLE_WORDS
+    plain = {"type": "string", "minLength": 2}
+    assert google["properties"] == {"a": plain, "default": {"anyOf": [plain, {"type": "null"}]}}
+    assert google["required"] == ["a"]
+    assert chat("gpt-4.1", tools=asked)["tools"][0]["function"]["parameters"] == schema
+
+
+def test_references_inside_a_schema_are_written_out_for_gemini() -> None:
+    tree = {"type": "object", "properties": {"next": {"$ref": "#/$defs/tree"}}}
+    word = {"type": "string", "description": "defined"}
+    schema: Json = {
+        "type": "object",
+        "properties": {
+            "tree": {"$ref": "#/$defs/tree"},
+            "own": {"$ref": "#/definitions/word", "description": "own"},
+            "lost": {"$ref": "#/$defs/lost"},
+        },
+        "$defs": {"tree": tree},
+        "definitions": {"word": word},
+    }
+    asked = [function(schema=copy.deepcopy(schema))]
+    google = chat(GEMINI, tools=copy.deepcopy(asked))["tools"][0]["function"]["parameters"]
+    assert google == {
+        "type": "object",
+        "properties": {
+            "tree": {"type": "object", "properties": {"next": {"type": "object"}}},
+            "own": {"type": "string", "description": "own"},
+            "lost": {"type": "object"},
+        },
+    }
+    assert chat("gpt-4.1", tools=asked)["tools"][0]["function"]["parameters"] == schema
+
+
+def test_a_reference_without_definitions_is_no_keyword_for_gemini() -> None:
+    body = chat(GEMINI, tools=[function(schema=nested(**{"$ref": "#/properties/b"}))])
+    inner = body["tools"][0]["function"]["parameters"]["properties"]["a"]
+    assert keywords(inner) <= GOOGLE_WORDS
+
+
+@pytest.mark.parametrize("model", [SONNET, GEMINI])
+def test_several_choices_are_openai_s_only(model: str) -> None:
+    with pytest.raises(gw.UnsupportedFeature, match="n:") as caught:
+        scrub("chat", model, n=2)
+    assert (caught.value.status, caught.value.param) == (400, "n")
+    one = scrub("chat", model, n=1)
+    assert ("n" in one.body, one.dropped) == (False, [])
+    assert chat("gpt-4.1", n=2)["n"] == 2
+
+
 @pytest.mark.parametrize("model", ["gpt-4.1", SONNET])
 def test_tools_that_are_none_go_and_a_history_with_calls_gets_one_for_claude(model: str) -> None:
     assert not {"tools", "tool_choice"} & set(chat(model, tools=[], tool_choice="auto"))
@@ -1118,7 +1185,7 @@ JUDGED: dict[str, tuple[int, bytes, type[gw.ApiError], str]] = {
         400, anthropic('messages.1: Unexpected role "system"'), gw.InvalidRequest, "repair"
     ),
     "400 topic": (400, said("off_topic", "off_topic"), gw.InvalidRequest, ""),
-    "400 empty": (400, b"", gw.InvalidRequest, "wait"),
+    "400 empty": (400, b"", gw.InvalidRequest, "again"),
     "401 expired": (401, b"unauthorized: token expired\n", gw.NotSignedIn, "refresh"),
     "401 IDE": (
         401, b"IDE token expired: unauthorized: token expired\n", gw.NotSignedIn, "refresh"
@@ -1138,18 +1205,18 @@ JUDGED: dict[str, tuple[int, bytes, type[gw.ApiError], str]] = {
         403, b"unauthorized: not authorized to use this Copilot feature\n", gw.Forbidden, "refresh"
     ),
     "404": (404, b"404 page not found\n", gw.ModelNotFound, ""),
-    "408": (408, b"", gw.UpstreamTimeout, "wait"),
+    "408": (408, b"", gw.UpstreamTimeout, "again"),
     "413": (413, b"Request Entity Too Large\n", gw.BodyTooLarge, ""),
     "413 parse": (413, said("failed to parse request", ""), gw.BodyTooLarge, ""),
     "421": (421, b"Misdirected Request\n", gw.Forbidden, "refresh"),
     "422": (422, b"Responsible AI says no\n", gw.InvalidRequest, ""),
     "424": (424, b"", gw.ApiError, ""),
-    "429": (429, said("rate limit exceeded", "rate_limited"), gw.RateLimited, "wait"),
+    "429": (429, said("rate limit exceeded", "rate_limited"), gw.RateLimited, "pause"),
     "429 suffix": (
-        429, said("slow", "user_global_rate_limited:enterprise"), gw.RateLimited, "wait"
+        429, said("slow", "user_global_rate_limited:enterprise"), gw.RateLimited, "pause"
     ),
     "429 extension": (
-        429, b'{"code":"extension_blocked","type":"rate_limit_error"}', gw.RateLimited, "wait"
+        429, b'{"code":"extension_blocked","type":"rate_limit_error"}', gw.RateLimited, "pause"
     ),
     "466": (
         466, said("bad request: the specified API version is no longer supported.\n", type="error"),
@@ -1158,8 +1225,8 @@ JUDGED: dict[str, tuple[int, bytes, type[gw.ApiError], str]] = {
     "499": (499, b"", gw.UpstreamError, "wait"),
     "500": (500, b"<!DOCTYPE html><title>Unicorn!</title>", gw.UpstreamError, "wait"),
     "502": (502, b"bad gateway", gw.UpstreamError, "wait"),
-    "503": (503, b"busy", gw.Overloaded, "wait"),
-    "504": (504, b"", gw.UpstreamTimeout, "wait"),
+    "503": (503, b"busy", gw.Overloaded, "pause"),
+    "504": (504, b"", gw.UpstreamTimeout, "again"),
 }  # fmt: skip
 
 
@@ -1202,6 +1269,16 @@ def test_retry_after_is_read_as_seconds_or_as_a_date(
 ) -> None:
     verdict = judge(status, b"", {"retry-after": value})
     assert verdict.error.retry_after == seconds
+    assert verdict.wait_s == (seconds if status != 402 else None)  # a quota is never waited for
+
+
+def test_a_model_without_the_asked_endpoint_is_asked_in_another_dialect() -> None:
+    why = f'model "{SONNET}" is not accessible via the /v1/messages endpoint'
+    for body in (said(why), said("no", "unsupported_api_for_model")):
+        learned = gw.Learned()
+        verdict = judge(400, body, learned=learned)
+        assert (type(verdict.error), verdict.remedy) == (gw.InvalidRequest, "reroute")
+        assert learned == gw.Learned()  # the provider's models remember it
 
 
 def test_github_s_request_id_is_named_and_tokens_are_not() -> None:
