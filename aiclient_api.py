@@ -71,6 +71,7 @@ if sys.version_info < (3, 11):
         f"aiclient-api needs Python 3.11 or newer; this is Python {sys.version.split()[0]}."
     )
 
+import functools
 import importlib.util
 import json
 import math
@@ -481,12 +482,35 @@ def finite_float(text: str) -> float:
     return value
 
 
-def load_json(data: bytes | str, **options: Any) -> Any:
+# Kept, as making one per call costs as much as parsing a small body.
+json_decoder: Any = json.JSONDecoder(parse_constant=refuse_constant, parse_float=finite_float)
+
+
+def load_json(data: bytes | str) -> Any:
     """Strict JSON; raises ValueError for whatever is not, however it is broken."""
     try:
-        return json.loads(data, parse_constant=refuse_constant, parse_float=finite_float, **options)
+        return json_decoder.decode(data if isinstance(data, str) else data.decode())
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def may_repeat(body: Json, data: bytes) -> bool:
+    """Whether a key of `body` may stand twice in its text: then that has to be looked at."""
+    if b"\\u" in data:
+        return True  # keys can be written in escapes
+    return any(data.count(b'"%b"' % key.encode()) > 1 for key in body)
+
+
+def has_repeats(text: str) -> bool:
+    """Whether the outermost object in `text` has a key twice."""
+    outermost: list[tuple[str, Any]] = []
+
+    def keep(pairs: list[tuple[str, Any]]) -> None:
+        nonlocal outermost
+        outermost = pairs  # the outermost object is completed last
+
+    json.loads(text, object_pairs_hook=keep)
+    return len({key for key, _ in outermost}) != len(outermost)
 
 
 def is_deeper(value: Any, limit: int) -> bool:
@@ -507,22 +531,16 @@ def load_body(data: bytes) -> Json:
     """
     if data.count(b",") > MAX_JSON_COMMAS:
         raise BodyTooLarge(f"The body holds more than {MAX_JSON_COMMAS} values.")
-    outermost = 0
-
-    def build(pairs: list[tuple[str, Any]]) -> Json:
-        nonlocal outermost
-        outermost = len(pairs)  # the outermost object is completed last
-        return dict(pairs)
-
     try:
-        body = load_json(data.decode(), object_pairs_hook=build)
+        text = data.decode()
+        body = load_json(text)
     except UnicodeDecodeError:
         raise InvalidRequest("The body is not UTF-8.") from None
     except ValueError as error:
         raise InvalidRequest(f"The body is not valid JSON: {redact(str(error))[:200]}.") from None
     if not isinstance(body, dict):
         raise InvalidRequest("The body must be a JSON object.")
-    if len(body) != outermost:
+    if may_repeat(body, data) and has_repeats(text):
         raise InvalidRequest("The body has a key twice at its top level.")
     if is_deeper(body, MAX_JSON_DEPTH):
         raise InvalidRequest(f"The body is nested deeper than {MAX_JSON_DEPTH} levels.")
@@ -1487,9 +1505,6 @@ class SseReader:
         return (name, b"\n".join(data)) if data else None
 
 
-frame_decoder: Any = json.JSONDecoder(parse_constant=refuse_constant, parse_float=finite_float)
-
-
 def load_frame(data: bytes) -> Json | None:
     """The JSON object of one event; None where there is none.
 
@@ -1497,7 +1512,7 @@ def load_frame(data: bytes) -> Json | None:
     """
     try:
         text = data.decode()
-        value, end = frame_decoder.scan_once(text, 0)
+        value, end = json_decoder.scan_once(text, 0)
     except (ValueError, StopIteration, RecursionError):
         return load_object(data)  # which also knows blanks around the object
     whole = end == len(text) or not text[end:].strip()
@@ -7765,6 +7780,9 @@ class Provider(Protocol):
     def models(self, refresh: bool = False) -> Awaitable[dict[str, Model]]:
         """The catalogue by id, from memory while it is fresh; raises ApiError."""
 
+    def listed(self) -> dict[str, Model] | None:
+        """The catalogue, where it is in memory and fresh."""
+
     def guess(self, model_id: str) -> Model | None:
         """A model that the catalogue does not list but may exist all the same."""
 
@@ -7913,6 +7931,10 @@ class EchoProvider:
         }
 
     async def models(self, refresh: bool = False) -> dict[str, Model]:
+        """The one model."""
+        return self.catalogue
+
+    def listed(self) -> dict[str, Model] | None:
         """The one model."""
         return self.catalogue
 
@@ -8188,17 +8210,24 @@ class CopilotProvider:
             "X-Agent-Task-Id": request_id,
         }
 
+    def listed(self) -> dict[str, Model] | None:
+        """The catalogue, while it is fresh."""
+        age_s = asyncio.get_running_loop().time() - self.fetched_at
+        return self.catalogue if age_s < MODELS_FRESH_SECONDS else None
+
     async def models(self, refresh: bool = False) -> dict[str, Model]:
         """The catalogue; one that is a little old beats none."""
         now = asyncio.get_running_loop().time()
         if refresh and now - self.missed_at >= MODELS_MISS_SECONDS:
             self.missed_at = now
             self.fetched_at = float("-inf")
-        if now - self.fetched_at < MODELS_FRESH_SECONDS:
-            return self.catalogue
+        listed = self.listed()
+        if listed is not None:
+            return listed
         async with self.models_lock:
-            if asyncio.get_running_loop().time() - self.fetched_at < MODELS_FRESH_SECONDS:
-                return self.catalogue
+            listed = self.listed()  # somebody else may have been quicker
+            if listed is not None:
+                return listed
             try:
                 await self.fetch_models()
             except ApiError as error:
@@ -8410,6 +8439,7 @@ BARE_ENDPOINTS = ("/chat/completions", "/messages", "/messages/count_tokens", "/
 COSTLY_ENDPOINTS = ("/v1/chat/completions", "/v1/messages")
 
 
+@functools.lru_cache(maxsize=256)
 def plain_path(path: str) -> str:
     """The path as the route table knows it."""
     path = SLASHES.sub("/", path)
@@ -8748,10 +8778,11 @@ class Gateway:
 
     async def catalogues(self) -> dict[str, dict[str, Model]]:
         """The models of every provider that can tell."""
-        names = list(self.providers)
+        listed = {name: provider.listed() for name, provider in self.providers.items()}
+        found = {name: models for name, models in listed.items() if models is not None}
+        names = [name for name in listed if name not in found]
         asked = (self.providers[name].models() for name in names)
-        answers = await asyncio.gather(*asked, return_exceptions=True)
-        found: dict[str, dict[str, Model]] = {}
+        answers = await asyncio.gather(*asked, return_exceptions=True) if names else ()
         for name, answer in zip(names, answers, strict=True):
             if isinstance(answer, ApiError):
                 level = "debug" if isinstance(answer, NotSignedIn) else "warning"

@@ -10,6 +10,7 @@ The validators share no code with the program.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -198,6 +199,7 @@ class MessagesGrammar:
         self.move(("CLOSING",), "END")
 
 
+@functools.lru_cache(maxsize=64)
 def check_messages(sent: bytes) -> str:
     """What became of an Anthropic stream: complete, error, or nothing."""
     grammar = MessagesGrammar()
@@ -280,6 +282,7 @@ class ChatGrammar:
                 assert isinstance(json.loads(text), dict)
 
 
+@functools.lru_cache(maxsize=64)
 def check_chat(sent: bytes) -> str:
     """What became of an OpenAI stream: complete, error, or nothing."""
     grammar = ChatGrammar()
@@ -307,18 +310,21 @@ def check_ending(flow: Flow, caller: str, sent: bytes) -> str:
     return outcome
 
 
+@functools.lru_cache(maxsize=4096)
+def finishes(upstream: str, line: bytes) -> bool:
+    """Whether one line of an upstream's stream tells the finish."""
+    try:
+        frame = json.loads(line.removeprefix(b"data:"))
+    except ValueError:
+        return False
+    if not isinstance(frame, dict):
+        return False
+    if upstream == "messages" and (frame.get("delta") or {}).get("stop_reason"):
+        return True
+    return any(choice.get("finish_reason") for choice in frame.get("choices") or ())
+
+
 def has_finished(upstream: str, seen: bytes) -> bool:
     """Whether an upstream's bytes, line ends normalised, hold its finish already."""
     lines = seen.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
-    for line in lines:
-        try:
-            frame = json.loads(line.removeprefix(b"data:"))
-        except ValueError:
-            continue
-        if not isinstance(frame, dict):
-            continue
-        if upstream == "messages" and (frame.get("delta") or {}).get("stop_reason"):
-            return True
-        if any(choice.get("finish_reason") for choice in frame.get("choices") or ()):
-            return True
-    return False
+    return any(finishes(upstream, line) for line in lines if line)

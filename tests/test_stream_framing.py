@@ -79,6 +79,30 @@ def test_streams_one_after_another_in_random_reads() -> None:
         assert read_all(reads) == expected
 
 
+@pytest.mark.parametrize("name", STREAMS)
+def test_complete_gives_whole_events_and_parse_all_splits_them(name: str) -> None:
+    """Events can be copied before anyone looks into them: LF only, nothing torn, nothing lost."""
+    stream, expected = STREAMS[name]
+    for cut in range(len(stream) + 1):
+        reader, found = SseReader(), []
+        for data in (stream[:cut], stream[cut:]):
+            blocks = reader.complete(data)
+            assert (blocks == b"" or blocks.endswith(b"\n\n")) and b"\r" not in blocks
+            found += SseReader().parse_all(blocks)
+        assert found + reader.end() == expected, cut
+
+
+def test_complete_keeps_what_is_torn() -> None:
+    """Several events at once, the begun one with the next read."""
+    reader = SseReader()
+    assert reader.complete(b"data: a\n\nevent: x\ndata: b\n\nda") == (
+        b"data: a\n\nevent: x\ndata: b\n\n"
+    )
+    assert reader.complete(b"ta: c\n") == b""
+    assert reader.complete(b"\n") == b"data: c\n\n"
+    assert reader.end() == []
+
+
 def test_events_come_out_as_soon_as_they_are_complete() -> None:
     """A token may not wait for the next one."""
     reader = SseReader()
@@ -109,32 +133,50 @@ def test_frames_are_json_objects_with_a_type() -> None:
 
 
 @pytest.mark.parametrize(
-    "texts",
+    ("texts", "kept"),
     [
-        [b"x"],
-        [b""],
-        [b"[]"],
-        [b"1"],
-        [b"null"],
-        [b'"a"'],
-        [b"{"],
-        [b'{"a":1}', b"{"],
-        [b'{"a":1},{"b":2}'],
-        [b'{"a":1},{"b":[2', b"3]}"],
-        [b'{"a":1', b'"b":2},{}'],
-        [b'{"a":NaN}'],
-        [b'{"a":Infinity}'],
-        [b'{"a":1e999}'],
-        [b'{"a":"\xff"}'],
-        [b'{"a":' + b"[" * 100_000],
-        [b"[DONE] "],
+        ([b"x"], 0),
+        ([b""], 0),
+        ([b"[]"], 0),
+        ([b"1"], 0),
+        ([b"null"], 0),
+        ([b'"a"'], 0),
+        ([b"{"], 0),
+        ([b'{"a":1}', b"{"], 1),
+        ([b'{"a":1}', b"[DONE]", b'{"b":2}', b"[]"], 3),
+        ([b'{"a":1},{"b":2}'], 0),
+        ([b'{"a":1}', b'{"a":1} {"b":2}'], 1),
+        ([b'{"a":1},{"b":[2', b"3]}"], 0),
+        ([b'{"a":1', b'"b":2},{}'], 0),
+        ([b'{"a":NaN}'], 0),
+        ([b'{"a":-Infinity}'], 0),
+        ([b'{"a":Infinity}'], 0),
+        ([b'{"a":1e999}'], 0),
+        ([b'{"a":-1e999}'], 0),
+        ([b'{"a":"\xff"}'], 0),
+        ([b'{"a":"\x01"}'], 0),
+        ([b'{"a":' + b"[" * 100_000], 0),
+        ([b"[DONE] "], 0),
     ],
-    ids=lambda texts: repr(texts)[:30],
+    ids=lambda value: repr(value)[:30],
 )
-def test_an_event_that_is_no_json_object_is_an_error(texts: list[bytes]) -> None:
-    """Each event for itself: halves of two may not make a whole."""
-    with pytest.raises(UpstreamError):
-        load_frames([(b"", text) for text in texts])
+def test_an_event_that_is_no_json_object_is_an_error(texts: list[bytes], kept: int) -> None:
+    """Each event for itself: halves of two may not make a whole.
+
+    What came before goes on, nothing behind is read, and nothing is raised.
+    """
+    good = load_frames([(b"", text) for text in texts[:kept]])
+    *before, last = load_frames([(b"x", text) for text in [*texts, b'{"late":1}']])
+    assert [frame | {"type": frame.get("type", "x")} for frame in good] == before
+    assert len(before) == kept
+    assert set(last) == {"type", "error"} and last["type"] == "error"
+    assert set(last["error"]) == {"message"}
+    assert isinstance(last["error"]["message"], str) and last["error"]["message"]
+
+
+def test_blanks_around_an_object_are_no_error() -> None:
+    """RFC 8259 section 2 allows them."""
+    assert load_frames([(b"", b' \t{"a": 1}\n ')]) == [{"a": 1}]
 
 
 def test_frames_are_written_with_and_without_a_name() -> None:
