@@ -25,7 +25,7 @@ Map
     9  Upstream rules   what Copilot refuses, adds and means: the pure half of the provider
    10  Routing          model names, rate limit, usage counters
    ==  the I/O line: above it no socket, file, clock, randomness or await
-   11  Ticker           one coarse clock for every deadline
+   11  Ticker           the log, one coarse clock for every deadline, connections
    12  HTTP client      connection pool, TLS, proxies, streamed bodies
    13  HTTP server      accept, keep-alive, slow-client limits, drain
    14  State on disk    XDG paths, config file, token files
@@ -221,7 +221,6 @@ MAX_CACHE_MARKS = 4  # Anthropic and Copilot
 MAX_CHAT_STOPS = 4  # OpenAI
 REASONING_MEMORY_ENTRIES = 500
 DEFAULT_MAX_TOKENS = 32_000  # when a caller names none and the catalogue has no limit
-NONSTREAM_FALLBACK_TOKENS = 16_000
 MIN_THINKING_BUDGET = 1024
 
 GITHUB_URL = "https://github.com"
@@ -1682,8 +1681,6 @@ class Chat:
     effort: str | None = None
     thinking_budget: int | None = None
     output: OutputFormat | None = None
-    verbosity: str | None = None
-    extras: Json = field(default_factory=dict)
     #: a stable key of the conversation, for prompt caches
     session: str = ""
     #: names of what could not be carried over, for x-aiclient-dropped
@@ -1711,7 +1708,6 @@ class Model:
     budget: tuple[int, int] | None = None
     #: how many stop strings it takes; None = any number
     stops: int | None = None
-    vision: bool = True
     #: takes PDF parts in the chat dialect
     files: bool = False
     streaming: bool = True
@@ -4861,9 +4857,7 @@ class Flow:
         text = self.upstream.plain_text(frames[-1]) if self.may_copy else None
         written = self.pass_on(frames)
         if text and not self.over and self.last and self.caller.plain_text(self.last) == text:
-            row = (
-                blocks[blocks.rfind(b"\n\n", 0, -2) + 2 :] if blocks.count(b"\n\n") > 1 else blocks
-            )
+            row = blocks[:-2].rpartition(b"\n\n")[2] + b"\n\n"
             self.template = Template.learn(row, self.caller.encode(self.last), text)
         return written
 
@@ -4991,7 +4985,6 @@ def read_copilot_model(entry: Json, provider: str) -> Model | None:
         adaptive=bool(supports.get("adaptive_thinking")),
         budget=(low or MIN_THINKING_BUDGET, most) if most else None,
         stops=0 if REASONING_GPT.match(model_id) else None,
-        vision=supports.get("vision", True) is True,
         streaming=supports.get("streaming", True) is not False,
         listed=entry.get("model_picker_enabled", True) is not False and state == "enabled",
         headers={
@@ -7244,7 +7237,7 @@ class Outlet:
         if not data:
             return
         if self.chunked:
-            data = b"%x\r\n%b\r\n" % (len(data), data)
+            data = write_chunk(data)
         if not self.begun:
             self.begun = True
             data = self.head + data

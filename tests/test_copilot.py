@@ -888,19 +888,34 @@ def test_a_limit_without_a_time_is_waited_for_two_seconds(pair: Pair) -> None:
     assert len(pair.fake.calls) == 4
 
 
-@BOTH
-@STREAMED
 @pytest.mark.parametrize("said", ["183600", "Fri, 01 Jan 2049 00:00:00 GMT"])
 def test_a_long_limit_is_passed_on_with_a_time_that_no_client_hangs_for(
-    pair: Pair, path: str, stream: bool, said: str
+    fresh: Pair, said: str
 ) -> None:
-    pair.fake.queue(refusal(429, "in 51 hours", "user_weekly_rate_limited", Retry_After=said))
-    reply = pair.ask(path, "hi", SONNET, stream=stream)
-    assert reply.status == 429
-    assert 0 < int(reply.headers["retry-after"]) <= 60
-    assert reply.headers["x-should-retry"] == "false"
-    assert "51 hours" in error(reply)["message"]
-    assert len(pair.fake.calls) == 1
+    ways = [(CHAT, GPT, False), (CHAT, GEMINI, True), (MESSAGES, SONNET, False),
+            (MESSAGES, OPUS, True)]  # fmt: skip
+    for path, model, stream in ways:
+        fresh.fake.queue(refusal(429, "in 51 hours", "user_model_rate_limited", Retry_After=said))
+        reply = fresh.ask(path, "hi", model, stream=stream)
+        assert reply.status == 429
+        assert 0 < int(reply.headers["retry-after"]) <= 60
+        assert reply.headers["x-should-retry"] == "false"
+        assert "51 hours" in error(reply)["message"]
+    assert len(fresh.fake.calls) == len(ways)
+
+
+@pytest.mark.parametrize("code", ["user_model_rate_limited", "user_weekly_rate_limited"])
+def test_what_is_limited_for_long_is_refused_here_for_a_while(fresh: Pair, code: str) -> None:
+    fresh.fake.queue(refusal(429, "in 51 hours", code, Retry_After="183600"))
+    for _ in range(3):
+        reply = fresh.ask(MESSAGES, "hi", SONNET)
+        assert reply.status == 429
+        assert 0 < int(reply.headers["retry-after"]) <= 60
+        assert "51 hours" in error(reply)["message"]
+    assert len(fresh.fake.calls) == 1
+    whole_account = code == "user_weekly_rate_limited"
+    assert fresh.ask(CHAT, "hi", GPT).status == (429 if whole_account else 200)
+    assert len(fresh.fake.calls) == (1 if whole_account else 2)
 
 
 @pytest.mark.parametrize("status", [500, 502, 503, 529])
@@ -1495,7 +1510,8 @@ def test_no_token_prompt_or_answer_is_ever_logged_or_told() -> None:
         why = f"bad tokens {token} and {fake.github_token}"
         for status in (400, 402, 404, 413, 422, 429, 466):
             fake.queue(refusal(status, why, Retry_After="99999"))
-            told.append(pair.ask(CHAT, "PROMPTMARK"))
+            model = GEMINI if status == 429 else GPT  # that one rests from then on
+            told.append(pair.ask(CHAT, "PROMPTMARK", model))
         fake.queue(streaming(*upstream_pieces(GPT)[:3], sse({"error": {"message": why}})))
         told.append(pair.ask(CHAT, "PROMPTMARK", stream=True))
         fake.queue(streaming(b"data: {ANSWERMARK\n\n"))
@@ -1505,5 +1521,6 @@ def test_no_token_prompt_or_answer_is_ever_logged_or_told() -> None:
         fake.expire_tokens()
         fake.exchange_answers.append(Answer(500, {}, why.encode()))
         told.append(pair.ask(CHAT, "PROMPTMARK"))
+        assert 429 not in [reply.status for reply in told[-6:]]
         for place in [pair.gateway.log(), pair.gateway.stdout(), *(str(r.body) for r in told)]:
             assert not [mark for mark in SECRETS if mark in place], place[-3000:]
