@@ -165,6 +165,7 @@ MAX_REQUEST_LINE_BYTES = 16 * KIB  # RFC 9112 section 3: at least 8,000 octets
 MAX_FIELDS = 128  # hyper and Envoy: 100
 MAX_CHUNK_LINE_BYTES = 8 * KIB
 MAX_TRAILER_BYTES = 8 * KIB
+MAX_GZIP_MEMBERS = 64  # of a compressed body; clients send one
 MAX_EMPTY_LINES = 8  # before a request line: RFC 9112 section 2.2 says "at least one"
 MAX_LENGTH_DIGITS = 19  # 2**63 has 19 digits
 # A JSON body is parsed while every stream waits: 30 MiB of tiny values took 7 s, so their number
@@ -1420,7 +1421,8 @@ def inflate(data: bytes, coding: str, limit: int) -> bytes:
     for window in (47, -15) if coding == "deflate" else (31,):
         pieces: list[bytes] = []
         size, rest = 0, data
-        while rest or not pieces:  # gzip may have several members (RFC 1952 section 2.2)
+        # gzip may have several members (RFC 1952 section 2.2); each costs a copy of the rest.
+        while (rest or not pieces) and len(pieces) <= MAX_GZIP_MEMBERS:
             unpacker = zlib.decompressobj(window)
             try:
                 pieces.append(unpacker.decompress(rest, limit + 1 - size))
@@ -1433,7 +1435,8 @@ def inflate(data: bytes, coding: str, limit: int) -> bytes:
                 break
             rest = unpacker.unused_data
         else:
-            return b"".join(pieces)
+            if not rest:
+                return b"".join(pieces)
     raise InvalidRequest(f"The body is not valid {coding}.")
 
 
@@ -1449,7 +1452,8 @@ class SseReader:
     """
 
     def __init__(self) -> None:
-        self.tail = b""
+        self.pieces: list[bytes] = []  # of an event that is not complete
+        self.kept = 0  # bytes in them
         self.begun = False
 
     def feed(self, data: bytes) -> list[tuple[bytes, bytes]]:
@@ -1458,12 +1462,13 @@ class SseReader:
 
     def complete(self, data: bytes) -> bytes:
         """The events that `data` completes, unparsed, line ends made LF; the rest is kept."""
-        if self.tail:
-            data = self.tail + data
+        edge = self.pieces[-1][-3:] + data if self.pieces else b"\n\n"
+        if self.begun and b"\n\n" not in edge and b"\r" not in edge:
+            return self.keep(data)  # joined only when it can be complete: a frame may be huge
+        data = self.take_kept() + data
         if not self.begun:
             if len(data) < 3 and b"\xef\xbb\xbf".startswith(data):
-                self.tail = data
-                return b""
+                return self.keep(data)
             self.begun = True
             data = data.removeprefix(b"\xef\xbb\xbf")
         held = b""
@@ -1472,10 +1477,24 @@ class SseReader:
             data = data[: len(data) - len(held)].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         end = data.rfind(b"\n\n") + 2
         end = 0 if end == 1 else end
-        self.tail = data[end:] + held
-        if len(self.tail) > MAX_FRAME_BYTES:
-            raise UpstreamError("The upstream sent an endless event.")
+        self.keep(data[end:] + held)
         return data[:end]
+
+    def keep(self, data: bytes) -> bytes:
+        """Keeps the beginning of an event; nothing is complete then."""
+        if data:
+            self.pieces.append(data)
+            self.kept += len(data)
+        if self.kept > MAX_FRAME_BYTES:
+            raise UpstreamError("The upstream sent an endless event.")
+        return b""
+
+    def take_kept(self) -> bytes:
+        """What was kept, which is then no longer."""
+        data = b"".join(self.pieces)
+        self.pieces = []
+        self.kept = 0
+        return data
 
     def parse_all(self, blocks: bytes) -> list[tuple[bytes, bytes]]:
         """The events in unparsed ones."""
@@ -1484,7 +1503,7 @@ class SseReader:
 
     def end(self) -> list[tuple[bytes, bytes]]:
         """The last event, where the stream ended without an empty line."""
-        block, self.tail = self.tail.rstrip(b"\r\n"), b""
+        block = self.take_kept().rstrip(b"\r\n")
         event = self.parse(block) if block else None
         return [event] if event else []
 
@@ -4726,6 +4745,24 @@ class Converter:
         return self.writer.write(event)
 
 
+# The inside of a JSON string (RFC 8259 section 7), without surrogate escapes: halves of a pair
+# need a look.  Possessive, so that what does not fit is found out in linear time.
+PLAIN_JSON_TEXT = re.compile(
+    rb'(?:[^"\\\x00-\x1f]++|\\["\\/bfnrt]|\\u(?![dD][89a-fA-F])[0-9a-fA-F]{4})*+'
+)
+
+
+def is_utf8(data: bytes) -> bool:
+    """Whether bytes are text."""
+    if data.isascii():
+        return True
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 class Template(NamedTuple):
     """What all text deltas of one block share: the bytes around their text, in and out.
 
@@ -4758,24 +4795,6 @@ class Template(NamedTuple):
         if not PLAIN_JSON_TEXT.fullmatch(joined) or b"" in texts or not is_utf8(joined):
             return None
         return out_before + (out_after + out_before).join(texts) + out_after, len(joined)
-
-
-# The inside of a JSON string (RFC 8259 section 7), without surrogate escapes: halves of a pair
-# need a look.
-PLAIN_JSON_TEXT = re.compile(
-    rb'(?:[^"\\\x00-\x1f]+|\\["\\/bfnrt]|\\u(?![dD][89a-fA-F])[0-9a-fA-F]{4})*'
-)
-
-
-def is_utf8(data: bytes) -> bool:
-    """Whether bytes are text."""
-    if data.isascii():
-        return True
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def first_events(blocks: bytes, count_: int) -> tuple[bytes, bytes]:
@@ -6014,9 +6033,28 @@ CHAT_RULES: tuple[Callable[[Scrub], None], ...] = (
 RULES = {"chat": CHAT_RULES, "messages": MESSAGES_RULES}
 
 
+def copy_parts(rows: list[Any]) -> list[Any]:
+    """Messages or parts, with those inside of them, for rules to write to.
+
+    The caller's own stay as they are: a second attempt begins with them.
+    """
+    copied = []
+    for row in rows:
+        if isinstance(row, dict):
+            row = dict(row)
+            if isinstance(row.get("content"), list):
+                row["content"] = copy_parts(row["content"])
+        copied.append(row)
+    return copied
+
+
 def scrub_body(dialect: str, body: Json, model: Model, learned: Learned, streaming: bool) -> Scrub:
     """A body as Copilot takes it; raises InvalidRequest for what cannot be left out."""
-    scrub = Scrub({**body, "model": model.id, "stream": streaming}, model, learned, [])
+    own = {**body, "model": model.id, "stream": streaming}
+    for key in ("messages", "system", "tools"):
+        if isinstance(own.get(key), list):
+            own[key] = copy_parts(own[key])
+    scrub = Scrub(own, model, learned, [])
     for rule in RULES[dialect]:
         rule(scrub)
     return scrub
@@ -6625,6 +6663,8 @@ class Wire(StreamProtocol):
             return self.finished
         try:
             return bool(tls.read(1) == b"")
+        except ssl.SSLZeroReturnError:
+            return True
         except ssl.SSLError:
             return False
 
@@ -8275,7 +8315,7 @@ class CopilotProvider:
         for key in (model_id, ""):
             until, error = self.resting.get(key, (0.0, None))
             if error is not None and now < until:
-                raise RateLimited(error.message, retry_after=until - now)
+                raise type(error)(error.message, retry_after=until - now)
             self.resting.pop(key, None)
 
     def guess(self, model_id: str) -> Model | None:
@@ -8385,6 +8425,8 @@ class CopilotAttempt:
     async def mend(self, verdict: Verdict, token: CopilotToken) -> CopilotToken:
         """Does what may help and returns the token to go on with, or raises the verdict's error."""
         remedy = verdict.remedy
+        if remedy == "refresh" and remedy in self.tried:
+            raise self.refused_again(verdict.error)
         repeated = remedy in self.tried and remedy not in ("wait", "pause", "repair", "relist")
         if not remedy or repeated or self.count >= MAX_ATTEMPTS:
             raise verdict.error
@@ -8852,9 +8894,15 @@ class Gateway:
             catalogues = await self.catalogues()
             route = self.router.route(name, catalogues)
         provider = self.providers[route.provider]
-        model = find_model(route.model, await provider.models())
-        if model is None:
-            model = find_model(route.model, await provider.models(refresh=True))
+        model = None
+        try:
+            model = find_model(route.model, await provider.models())
+            if model is None:
+                model = find_model(route.model, await provider.models(refresh=True))
+        except (UpstreamError, UpstreamTimeout) as error:
+            if not route.explicit:
+                raise
+            log_event("warning", "models_unavailable", provider=route.provider, reason=error)
         if model is None and route.explicit:
             model = provider.guess(route.model)
         if model is None:

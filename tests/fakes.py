@@ -2,7 +2,7 @@
 
 One server plays github.com, api.github.com and the Copilot API; its token answer names itself as
 `endpoints.api`. It refuses what the real service refuses, answers with the real service's oddities,
-and writes down in `fake.violations` everything that a well-behaved client does not do: each refusal,
+and writes down in `fake.violations` everything that a well-behaved client does not do: refusals,
 and some things that the real service lets pass (a wrong X-Initiator, a request id used twice).
 
     with FakeCopilot() as fake:

@@ -860,6 +860,62 @@ def test_a_caller_of_messages_never_sees_the_upstreams_model() -> None:
     assert frames[0]["message"]["model"] == "asked"
 
 
+def test_context_edits_are_told_only_to_who_asked_for_them() -> None:
+    """Some clients fail on a `context_management` that they did not ask for."""
+    edits: Json = {"applied_edits": []}
+    for asks in (True, False):
+        asked: Json = {"messages": [], **({"context_management": {"edits": []}} if asks else {})}
+        end = message_end("end_turn")
+        end[0]["context_management"] = edits
+        frames = [message_start(), *text_block(0, "x"), *end]
+        last = answer("messages", "messages", frames, asked=asked)[-2]
+        assert ("context_management" in last) is asks
+        whole = whole_answer("messages", "messages", frames, asked=asked)
+        assert whole.get("context_management") == (edits if asks else None)
+
+
+FILLINGS = [
+    "padding",
+    "obfuscation",
+    "content_filter_results",
+    "content_filter_offsets",
+    "prompt_filter_results",
+    "copilot_usage",
+]
+
+
+@pytest.mark.parametrize("filling", FILLINGS)
+def test_fillings_around_the_words_do_not_reach_a_chat_caller(filling: str) -> None:
+    """Clients echo a message with all it had, and the upstream would refuse it."""
+    more: dict[str, Any] = {filling: {"x": 1}}
+    frames = [
+        chunk({"role": "assistant", "content": ""}, **more),
+        *(chunk({"content": word}, **more) for word in "abcdef"),
+        chunk({}, "stop", **more),
+        {**usage_chunk(5, 6, total_tokens=11), **more},
+    ]
+    if filling != "copilot_usage":
+        frames[2]["choices"][0] |= more
+        frames[2]["choices"][0]["delta"] |= more
+    sent = answer("chat", "chat", frames)
+    assert filling not in json.dumps(sent)
+    assert "".join(delta.get("content", "") for delta in deltas(sent)) == "abcdef"
+    assert filling not in json.dumps(whole_answer("chat", "chat", frames))
+
+
+def test_a_native_chat_answer_is_over_at_done() -> None:
+    """The connection may stay open: the caller's end does not wait for the upstream's."""
+    frames = [chunk({"content": "x"}), chunk({}, "stop"), usage_chunk(5, 6, total_tokens=11)]
+    flow = make_flow("chat", "chat")
+    sent = flow.feed(write_frames(frames, names=False))
+    assert not flow.over
+    sent += flow.feed(b"data: [DONE]\n\n")
+    assert flow.over and check_ending(flow, "chat", sent) == "complete"
+    torn = make_flow("chat", "chat")
+    sent = torn.feed(write_frames(frames[:1], names=False) + b"data: [DONE]\n\n")
+    assert check_ending(torn, "chat", sent) == "error"
+
+
 @pytest.mark.parametrize("size", range(1, 7))
 def test_words_that_look_like_an_event_line_do_not_steer_the_relay(size: int) -> None:
     """A model may write about server-sent events."""
@@ -1084,14 +1140,19 @@ def test_broken_text_among_plain_deltas_never_goes_on(
         opening = [message_start(), text_block(0)[0]]
         growth = text_block(0, "WORD")[1]
     row = write_frames([growth], names=upstream == "messages")
+    opened = write_frames(opening, names=upstream == "messages")
+    odd = row.replace(b"WORD", BROKEN_TEXTS[broken])
     flow = make_flow(upstream, caller)
-    sent = flow.feed(write_frames(opening, names=upstream == "messages"))
+    sent = flow.feed(opened)
     for _ in range(4):
         sent += flow.feed(row + row)
-    sent += flow.feed(row + row.replace(b"WORD", BROKEN_TEXTS[broken]) + row)
+    sent += flow.feed(row + odd + row)
     sent += flow.end()
     assert check_ending(flow, caller, sent) == "error"
-    assert sent.count(b"WORD") == 9, "what came before goes on, what comes behind does not"
+    behind = broken == "a member"  # an odd event, but an event
+    assert sent.count(b"WORD") == 9 + behind, "before goes on, behind does not"
+    slow = slow_twin(upstream, caller, opened + row * 9 + odd + row)[0]
+    assert meaning(sent) == meaning(slow)
 
 
 @pytest.mark.parametrize("upstream", DIALECTS)
@@ -1132,8 +1193,8 @@ def text_sent(sent: bytes) -> str:
     for _, data in meaning(sent):
         if data == "[DONE]":
             continue
-        for choice in data.get("choices") or ():
-            words.append(choice["delta"].get("content") or "")
+        choices = data.get("choices") or ()
+        words += [choice["delta"].get("content") or "" for choice in choices]
         if data.get("type") == "content_block_delta":
             words.append(data["delta"].get("text", ""))
     return "".join(words)
@@ -1261,6 +1322,15 @@ def test_an_upstreams_whole_answer_means_what_its_stream_means(
     elif caller == case.upstream:
         expected = {**case.whole(caller), "id": whole["id"]}
         assert without_gaps(flow.whole()) == without_gaps(expected)
+
+
+@pytest.mark.parametrize("caller", DIALECTS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_whole_answer_unfolds_into_the_words_of_its_stream(case: Case, caller: str) -> None:
+    """They come as deltas: clients do not read the words in a block's start."""
+    flow = make_flow(case.upstream, caller)
+    sent = flow.feed_whole(json.dumps(case.whole(case.upstream)).encode())
+    assert text_sent(sent) == text_sent(case.expected(caller))
 
 
 @pytest.mark.parametrize("caller", DIALECTS)

@@ -892,9 +892,9 @@ def test_a_property_keeps_its_name_even_where_the_name_is_a_keyword() -> None:
     assert set(body["tools"][0]["function"]["parameters"]["properties"]) == {"format", "$id"}
 
 
-GOOGLE_WORDS = {"anyOf", "description", "enum", "format", "items", "maxItems", "maxLength", "maximum",
-                "minItems", "minLength", "minimum", "nullable", "pattern", "properties", "required",
-                "title", "type"}  # fmt: skip
+GOOGLE_WORDS = {"anyOf", "description", "enum", "format", "items", "maxItems", "maxLength",
+                "maximum", "minItems", "minLength", "minimum", "nullable", "pattern", "properties",
+                "required", "title", "type"}  # fmt: skip
 
 
 def keywords(schema: Json) -> set[str]:
@@ -1054,6 +1054,14 @@ def test_a_second_attempt_is_made_from_an_unchanged_request(dialect: str) -> Non
     assert second.body == once
     assert second.dropped == first.dropped
     assert body == before
+
+
+def test_a_field_that_was_learned_is_named_at_every_attempt() -> None:
+    learned = gw.Learned(fields={OPUS: {"messages.*.content.*.text.citations"}})
+    body = {"max_tokens": 4000, "messages": [user([text("a", citations=[])])]}
+    for _ in range(2):
+        dropped = gw.scrub_body("messages", body, MODELS[OPUS], learned, True).dropped
+        assert dropped == ["messages.*.content.*.text.citations"]
 
 
 def test_replayed_reasoning_is_stripped_in_either_dialect() -> None:
