@@ -4835,7 +4835,9 @@ class Flow:
         self.template: Template | None = None
         self.may_copy = stream and not terms.cut
         self.last: Json | None = None  # what the last frame became, where it became one
+        #: a byte is out, so that an error can only be a frame; `spoken`: a frame is out
         self.begun = False
+        self.spoken = False
         self.over = False
         self.error: ApiError | None = None
 
@@ -4912,7 +4914,7 @@ class Flow:
     def write(self, frames: list[Json]) -> list[bytes]:
         """Frames as bytes for a stream, kept for a whole answer."""
         if frames and self.stream:
-            self.begun = True
+            self.begun = self.spoken = True
             return [self.caller.encode(frame) for frame in frames]
         self.frames += frames
         return []
@@ -7397,10 +7399,10 @@ class ClientConnection:
             pass  # the client is gone: nobody is left to tell
         except asyncio.CancelledError:
             if not self.wire.ended:
-                raise
+                await self.give_up(Overloaded("The gateway is stopping."))
         except Exception:  # noqa: BLE001 - the last resort: a bug must not take the server down
             logging.getLogger("aiclient-api").exception("connection failed")
-            self.wire.transport.abort()
+            await self.give_up(ApiError("The gateway failed; its log says how."))
         finally:
             self.wire.transport.close()
         await self.wire.lost.wait()  # what a slow client has not taken is still being sent
@@ -7533,14 +7535,19 @@ class ClientConnection:
             self.wire.transport.write(head if bare else head + response.body)
         else:
             self.outlet = Outlet(self, head, chunked)
-            try:
-                await response.stream(self.outlet)
-            except BaseException:
-                self.wire.transport.abort()  # an unfinished body must not look finished
-                raise
+            await response.stream(self.outlet)
             self.outlet.finish()
             self.outlet = None
         await self.wire.writer.drain()
+
+    async def give_up(self, error: ApiError) -> None:
+        """Ends a request that nothing else ends: with an answer, unless one has begun."""
+        if self.outlet is not None and self.outlet.begun:
+            self.wire.transport.abort()  # an unfinished body must not look finished
+            return
+        self.phase = "busy"
+        self.wire.transport.write(self.server.error_bytes(error, self.request))
+        await linger(self.wire)
 
     async def refuse(self, error: WireError) -> None:
         """Answers a request that is not HTTP, and closes."""
@@ -9038,6 +9045,8 @@ class Exchange:
         if not opening.done():
             opening.cancel()
             await asyncio.wait((opening,))
+        if not opening.cancelled():
+            opening.exception()  # known, or of no interest to anybody now
 
     async def open(self) -> bytes:
         """Opens the upstream and returns the first bytes for the caller; all of them if whole."""
@@ -9102,7 +9111,7 @@ class Exchange:
 
         def ping(now: float) -> None:
             if now - outlet.last_at >= PING_SECONDS and not flow.over:
-                outlet.write(flow.caller.ping(flow.begun))
+                outlet.write(flow.caller.ping(flow.spoken))
 
         def sink(data: bytes) -> None:
             outlet.write(flow.feed(data))
