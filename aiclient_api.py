@@ -246,6 +246,7 @@ COPILOT_INTEGRATION_ID = "vscode-chat"
 # ---- 2. Errors ---------------------------------------------------------------------------------
 #
 #   ProgramError                 what the command line reports and exits with
+#     WrongUsage                 the command line is wrong
 #     ConfigError                the configuration file, a flag or a variable is wrong
 #   ApiError                     what a caller is answered with, in its own dialect
 #     InvalidRequest  400        ContextTooLong, UnsupportedFeature, WrongDialect
@@ -261,6 +262,14 @@ COPILOT_INTEGRATION_ID = "vscode-chat"
 
 class ProgramError(Exception):
     """What stops a command; `str()` is one line for a person."""
+
+    exit_status = 1
+
+
+class WrongUsage(ProgramError):
+    """The command line asks for something that is not there."""
+
+    exit_status = 2
 
 
 class ConfigError(ProgramError):
@@ -9270,7 +9279,7 @@ async def serve(config: Config, paths: Paths) -> int:
 def cmd_start(options: argparse.Namespace) -> int:
     """`start`: runs the gateway in this terminal."""
     if not options.foreground:
-        raise ProgramError("this version runs in the foreground only: start --foreground")
+        raise WrongUsage("this version runs in the foreground only: start --foreground")
     os.umask(0o077)
     flags = {
         "server.host": options.host,
@@ -9329,7 +9338,7 @@ def main(arguments: list[str] | None = None) -> int:
         return status
     except ProgramError as error:
         print(f"aiclient-api: {error}", file=sys.stderr)
-        return 1
+        return error.exit_status
     except KeyboardInterrupt:
         return 130
 
