@@ -4858,6 +4858,11 @@ class Flow:
             return usage
         return estimate_usage(self.terms, self.relay.said)
 
+    @property
+    def ended(self) -> bool:
+        """Whether the upstream has said all: not where it failed, or was cut short here."""
+        return self.over and self.error is None and not self.terms.cut
+
     def feed(self, data: bytes) -> bytes:
         """The caller's bytes for a read of the upstream's."""
         written: list[bytes] = []
@@ -6753,8 +6758,11 @@ class Source(Protocol):
     def stop(self) -> None:
         """Makes `relay` return: enough is known."""
 
-    def close(self) -> None:
-        """Gives the connection back, or drops it when the body was not read to its end."""
+    def close(self, ended: bool) -> None:
+        """Gives the connection back after a body read to its end, else drops it.
+
+        `ended`: the answer is complete, so that only the end of the body can be missing.
+        """
 
 
 class UpstreamAnswer:
@@ -6912,23 +6920,57 @@ class UpstreamAnswer:
 
     def stop(self) -> None:
         """Ends the answer early."""
-        if not self.body.done:
-            self.reusable = False
         self.done = True
         self.wake()
 
-    def close(self) -> None:
+    def close(self, ended: bool) -> None:
         """Back to the pool after a body read to its end, else gone."""
         self.client.ticker.discard(self.watch)
         wire = self.connection.wire
-        wire.sink = wire.on_end = None
         self.full = self.slow = False
         self.update_reading()
-        clean = self.body.done and not self.body.rest and self.reusable
-        if clean and not wire.ended:
-            self.client.pool.give_back(self.connection, asyncio.get_running_loop().time())
+        if wire.ended or self.error or not self.reusable:
+            self.drop()
+        elif self.body.done:
+            self.release()
+        elif ended:
+            # The last chunk is often a packet of its own, and a new TLS connection is dear.
+            wire.sink, wire.on_end = self.take_end, lambda _: self.drop()
+            self.last_at = asyncio.get_running_loop().time()
+            self.client.ticker.add(self.watch_end)
         else:
-            wire.transport.abort()
+            self.drop()
+
+    def take_end(self, data: bytes) -> None:
+        """What comes behind a complete answer: the end of its body."""
+        try:
+            self.body.feed(data)
+        except WireError:
+            self.drop()
+            return
+        if self.body.done:
+            self.release()
+
+    def watch_end(self, now: float) -> None:
+        """Does not wait for long."""
+        if now - self.last_at > LINGER_SECONDS:
+            self.drop()
+
+    def release(self) -> None:
+        """Back to the pool, unless something follows the body."""
+        if self.body.rest:
+            self.drop()
+            return
+        self.client.ticker.discard(self.watch_end)
+        self.connection.wire.on_end = None
+        self.client.pool.give_back(self.connection, asyncio.get_running_loop().time())
+
+    def drop(self) -> None:
+        """Ends the connection."""
+        self.client.ticker.discard(self.watch_end)
+        wire = self.connection.wire
+        wire.sink = wire.on_end = None
+        wire.transport.abort()
 
 
 class Connection:
@@ -7204,7 +7246,7 @@ class HttpClient:
                 try:
                     return answer.status, answer.headers, await answer.read(8 * MIB)
                 finally:
-                    answer.close()
+                    answer.close(ended=False)
         except TimeoutError:
             host = split_url(url)[1]
             raise UpstreamTimeout(f"{host} did not answer within {limit_s:g} s.") from None
@@ -7952,7 +7994,7 @@ class LocalAnswer:
         self.stopped = True
         self.may_go.set()
 
-    def close(self) -> None:
+    def close(self, ended: bool) -> None:
         """Nothing is held."""
 
 
@@ -8424,7 +8466,7 @@ class CopilotAttempt:
         except ApiError:
             data = b""  # the status alone must do
         finally:
-            answer.close()
+            answer.close(ended=False)
         learned = self.provider.learned
         return judge_copilot(
             answer.status, answer.headers, data, self.call.model, learned, time.time()
@@ -9162,7 +9204,7 @@ class Exchange:
         """Gives the upstream back and counts the answer, once."""
         self.request.cancel_on_hangup(False)
         if self.source is not None:
-            self.source.close()
+            self.source.close(self.flow.ended)
         if self.counted or (self.source is None and failure is not None):
             return
         self.counted = True

@@ -1251,6 +1251,21 @@ def test_a_stream_is_understood_in_every_form_and_wherever_it_is_cut(
     assert said.text == "caf\N{LATIN SMALL LETTER E WITH ACUTE} \N{SNOWMAN} ok "
 
 
+@STREAMED
+def test_a_connection_whose_last_chunk_comes_late_is_used_again(pair: Pair, stream: bool) -> None:
+    late = threading.Event()
+    answer = b"".join(map(chunk, upstream_pieces(GPT)))
+    pair.fake.queue(streaming(answer, chunk(b""), framed=True, pause=late))
+    assert heard(pair.ask(CHAT, "hi", stream=stream)).text == "one two three "
+    late.set()
+    first = pair.fake.calls[-1].connection
+    for _ in range(20):
+        heard(pair.ask(CHAT, "again"))
+        if pair.fake.calls[-1].connection == first:
+            return
+    raise AssertionError("the connection was not used again")
+
+
 def test_a_stream_is_understood_when_its_chunks_are_cut(pair: Pair) -> None:
     whole = b"".join(map(chunk, upstream_pieces(GPT))) + chunk(b"")
     pair.fake.queue(streaming(*drip(whole), framed=True))

@@ -167,7 +167,7 @@ async def whole(client: gw.HttpClient, url: str, method: str = "GET") -> tuple[i
     try:
         return answer.status, await answer.read(1 << 20)
     finally:
-        answer.close()
+        answer.close(ended=False)
 
 
 async def ask(script: Script, method: str = "GET", **network: Any) -> tuple[int, bytes]:
@@ -189,7 +189,7 @@ def test_a_request_says_host_length_and_body_once() -> None:
         async with serving(answering(OK)) as server, using() as client:
             url = f"http://127.0.0.1:{server.port}/a/b?c=d"
             answer = await client.open("POST", url, lambda: {"X-One": "1"}, b'{"a":1}')
-            answer.close()
+            answer.close(ended=False)
             return server.requests[0].replace(b"%d" % server.port, b"PORT")
 
     assert run(story()) == (
@@ -201,7 +201,7 @@ def test_a_request_says_host_length_and_body_once() -> None:
 def test_a_post_without_body_has_a_length_too() -> None:
     async def story() -> bytes:
         async with serving(answering(OK)) as server, using() as client:
-            (await client.open("POST", server.url, nothing)).close()
+            (await client.open("POST", server.url, nothing)).close(ended=False)
             return server.requests[0]
 
     assert b"\r\nContent-Length: 0\r\n" in run(story())
@@ -242,7 +242,7 @@ def test_headers_are_asked_for_each_sending() -> None:
             for _ in range(2):
                 answer = await client.open("POST", server.url, numbered, b"{}")
                 assert await answer.read(9) == b"ok"
-                answer.close()
+                answer.close(ended=False)
             return [row for r in server.requests for row in re.findall(rb"X-Number: \d", r)]
 
     assert run(story()) == [b"X-Number: 0", b"X-Number: 1", b"X-Number: 2"]
@@ -365,7 +365,7 @@ def test_a_whole_answer_has_a_largest_size() -> None:
                 with pytest.raises(gw.UpstreamError, match="larger than 2 KiB"):
                     await opened.read(2048)
             finally:
-                opened.close()
+                opened.close(ended=False)
 
     run(story())
 
@@ -376,7 +376,7 @@ def test_a_redirect_is_returned_not_followed() -> None:
             where = f"HTTP/1.1 307 T\r\nLocation: {other.url}\r\nContent-Length: 0\r\n\r\n"
             async with serving(answering(where.encode())) as server:
                 answer = await client.open("GET", server.url, lambda: {"Authorization": "Bearer x"})
-                answer.close()
+                answer.close(ended=False)
             return answer.status, answer.headers["location"], other.connections
 
     status, location, followed = run(story())
@@ -395,7 +395,7 @@ async def count(script: Script, times: int = 2, read: bool = True) -> tuple[int,
                 await whole(client, server.url, "POST")
             else:
                 answer = await client.open("POST", server.url, nothing, b"{}")
-                answer.close()
+                answer.close(ended=False)
         return server.connections, len(server.requests)
 
 
@@ -669,7 +669,7 @@ def test_silence_inside_a_body_is_a_timeout(relayed: bool) -> None:
                 assert await answer.first() == b"ok"
                 await (answer.relay(lambda _: None) if relayed else answer.first())
             finally:
-                answer.close()
+                answer.close(ended=False)
 
     with pytest.raises(gw.UpstreamTimeout):
         run(story())
@@ -696,7 +696,7 @@ def test_an_answer_that_is_held_back_does_not_time_out() -> None:
             answer.hold(False)
             pieces: list[bytes] = []
             await answer.relay(pieces.append)
-            answer.close()
+            answer.close(ended=False)
             return b"".join(pieces)
 
     assert run(story()) == b"end"
@@ -731,7 +731,7 @@ def test_a_sink_that_cannot_take_more_holds_the_upstream_back_from_its_first_pie
                 await asyncio.sleep(0.005)
             relaying.cancel()
             await asyncio.wait([relaying])
-            answer.close()
+            answer.close(ended=False)
             return pieces
 
     assert run(story()) == [2]
