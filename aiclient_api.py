@@ -106,7 +106,6 @@ if TYPE_CHECKING:
     import argparse
     import asyncio
     import base64
-    import ctypes
     import difflib
     import email.utils
     import fcntl
@@ -127,7 +126,6 @@ else:
     argparse = lazy_module("argparse")
     asyncio = lazy_module("asyncio")
     base64 = lazy_module("base64")
-    ctypes = lazy_module("ctypes")
     difflib = lazy_module("difflib")
     fcntl = lazy_module("fcntl")
     hashlib = lazy_module("hashlib")
@@ -181,7 +179,7 @@ MAX_FRAME_BYTES = 16 * MIB  # one server-sent event: images come as one frame
 # One read takes everything the kernel and the stream reader hold: both stay far below this.
 READ_BYTES = MIB
 STREAM_BUFFER_BYTES = 64 * KIB
-RECV_BYTES = 64 * KIB
+RECV_BYTES = 64 * KIB  # below the 128 KiB from which malloc asks the system for fresh pages
 # A slow client holds its upstream back when this much waits for it.
 WRITE_HIGH_WATER_BYTES = 128 * KIB
 
@@ -5402,8 +5400,8 @@ def keep_messages_keys(scrub: Scrub) -> None:
 def limit_max_tokens(scrub: Scrub) -> None:
     """`max_tokens` is required and at most what the model gives."""
     limit = scrub.model.max_output or DEFAULT_MAX_TOKENS
-    wanted = int_field(scrub.body, "max_tokens")
-    scrub.body["max_tokens"] = min(wanted or limit, limit)
+    wanted = int_field(scrub.body, "max_tokens")  # 0 only warms the cache
+    scrub.body["max_tokens"] = limit if wanted is None else min(wanted, limit)
 
 
 def drop_billing_line(scrub: Scrub) -> None:
@@ -9281,13 +9279,6 @@ def print_ready(config: Config, port: int, providers: dict[str, Provider]) -> No
     )
 
 
-def give_back_memory() -> None:
-    """Returns what compiling this file took to the system: 16 MB with glibc, nothing elsewhere."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
-
-
 async def serve(config: Config, paths: Paths) -> int:
     """Runs the gateway until a signal ends it; every object is made here.  The exit status."""
     loop = asyncio.get_running_loop()
@@ -9306,7 +9297,6 @@ async def serve(config: Config, paths: Paths) -> int:
         where = f"{shown_host(config.server.host)}:{config.server.port}"
         raise ProgramError(f"cannot listen on {where}: {reason}; try --port") from None
     print_ready(config, port, providers)
-    give_back_memory()
     await stopping.wait()
     log_event("info", "stopping", connections=len(server.connections))
     for number in (signal.SIGTERM, signal.SIGINT):
