@@ -2678,7 +2678,7 @@ def drop_hosted(hosted: list[str], left: int, forced: str, dropped: list[str]) -
 def tool_names(body: Json) -> list[str]:
     """The names of the tools a native body offers."""
     names = []
-    for tool in body.get("tools") or ():
+    for tool in list_field(body, "tools"):
         entry = details(tool, "function") or tool if isinstance(tool, dict) else {}
         if isinstance(entry.get("name"), str):
             names.append(entry["name"])
@@ -5518,9 +5518,10 @@ def inline_refs(value: Any, definitions: Json, inside: tuple[str, ...] = ()) -> 
     if not isinstance(name, str):
         return rest
     name = name.rpartition("/")[2]
-    if name in inside or name not in definitions:
+    named = details(definitions, name)
+    if name in inside or not named:
         return {"type": "object", **rest}
-    return {**inline_refs(definitions[name], definitions, (*inside, name)), **rest}
+    return {**inline_refs(named, definitions, (*inside, name)), **rest}
 
 
 def fit_schema(schema: Json, google: bool) -> Json:
@@ -9032,7 +9033,8 @@ class Gateway:
             terms.names = {wire: name for wire, name in names.items() if wire != name}
             terms.many = spoken is CHAT and (int_field(body, "n") or 1) > 1
             if spoken is CHAT and model.stops is not None and body.get("stop"):
-                stops = [body["stop"]] if isinstance(body["stop"], str) else body["stop"]
+                stop = body["stop"]
+                stops = [stop] if isinstance(stop, str) else list_field(body, "stop")
                 terms.cut = [s for s in stops if isinstance(s, str) and s][model.stops :]
             return Call(model, spoken.name, body, outline)
         chat = asked.read_request(body)
