@@ -35,8 +35,9 @@ Map
 
 One request
 -----------
-    HTTP server -> layers -> route table -> Gateway.converse -> dialect.read_request -> Router
-    -> provider.open -> HTTP client;   then upstream bytes -> Flow.feed -> client bytes.
+    HTTP server -> layers -> route table -> Gateway.converse -> Router -> dialect.read_request
+    -> upstream dialect.write_request -> provider.open -> HTTP client;
+    then upstream bytes -> Flow.feed (relay, or reader -> events -> checks -> writer) -> client.
 
 Glossary
 --------
