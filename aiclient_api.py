@@ -81,7 +81,7 @@ import re
 import zlib
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 
 def lazy_module(name: str) -> Any:
@@ -150,7 +150,6 @@ else:
 __version__ = "0.1.0"
 
 Json = dict[str, Any]
-T = TypeVar("T")
 
 
 # ---- 1. Numbers --------------------------------------------------------------------------------
@@ -186,7 +185,7 @@ WRITE_HIGH_WATER_BYTES = 128 * KIB
 
 TICK_SECONDS = 0.25  # the coarse clock that all deadlines are read from
 WRITE_STALL_SECONDS = 60.0  # no byte accepted by the client for so long: it is gone
-LINGER_SECONDS = 1.0  # after an error answer, so that a reset does not eat it
+LINGER_SECONDS = 1.0  # for a peer's last bytes: a reset would eat our answer, or spoil the pool
 PING_SECONDS = 15.0  # Codex and Claude Code give up on silence after minutes, proxies after 30-60 s
 # The status waits for the first upstream event, so that upstream errors become real statuses,
 # but no longer than a caller's patience for a response head.
@@ -965,7 +964,7 @@ def read_config_text(text: str, where: str) -> Config:
 
 
 ENV_PREFIX = "AICLIENT_API_"
-# Not settings: where the configuration is, and a hint that comes from the shell.
+# Short forms of what the command line's flags set.
 ENV_SHORT = {"HOST": "SERVER_HOST", "PORT": "SERVER_PORT", "KEY": "API_KEY"}
 
 
@@ -5144,26 +5143,22 @@ def allowed_api_host(url: str, config: CopilotConfig) -> bool:
     )
 
 
-PASSED_BETAS = (
-    "interleaved-thinking-2025-05-14",
-    "context-management-2025-06-27",
-)
+INTERLEAVED_BETA = "interleaved-thinking-2025-05-14"
+CONTEXT_BETA = "context-management-2025-06-27"
 
 
 def messages_betas(body: Json, asked: str, refused: set[str], model: Model) -> str:
-    """`anthropic-beta` for a scrubbed messages body: the caller's, as far as Copilot knows them."""
-    wanted = [item.strip() for item in asked.split(",")]
-    betas = [beta for beta in PASSED_BETAS if beta in wanted]
-    thinking = details(body, "thinking").get("type")
-    if model.adaptive and PASSED_BETAS[0] in betas:
-        betas.remove(PASSED_BETAS[0])
-    if thinking == "enabled" and PASSED_BETAS[0] not in betas and not model.adaptive:
-        betas.append(PASSED_BETAS[0])
+    """`anthropic-beta` for a scrubbed messages body: what Copilot knows and this body needs.
+
+    Of the caller's own only interleaved thinking counts, which adaptive models have anyway.
+    """
+    betas = []
+    wanted = INTERLEAVED_BETA in [item.strip() for item in asked.split(",")]
+    if not model.adaptive and (wanted or details(body, "thinking").get("type") == "enabled"):
+        betas.append(INTERLEAVED_BETA)
     if "context_management" in body:
-        betas.append(PASSED_BETAS[1])
-    elif PASSED_BETAS[1] in betas:
-        betas.remove(PASSED_BETAS[1])
-    return ",".join(beta for beta in dict.fromkeys(betas) if beta not in refused)
+        betas.append(CONTEXT_BETA)  # without it the field is refused
+    return ",".join(beta for beta in betas if beta not in refused)
 
 
 # 9.3 what is taken out of bodies
@@ -5263,10 +5258,8 @@ def is_settled(messages: list[Json]) -> bool:
             part.get("text", "").strip() for part in parts if part.get("type") == "text"
         ):
             return False
-        answered = kinds.count("tool_result")
-        if [part.get("tool_use_id") for part in parts[:answered]] != calls or answered != len(
-            calls
-        ):
+        leading = [part.get("tool_use_id") for part in parts[: len(calls)]]
+        if leading != calls or kinds.count("tool_result") != len(calls):
             return False
         calls = [part.get("id", "") for part in parts if part.get("type") == "tool_use"]
         names = [part.get("name", "") for part in parts if part.get("type") == "tool_use"]
@@ -6630,7 +6623,6 @@ class Wire(StreamProtocol):
         #: the peer has sent its last byte; `ended`: that, or the connection is gone
         self.finished = False
         self.ended = False
-        self.paused = False
         self.lost = asyncio.Event()
         #: what this connection runs through and must not outlive
         self.tunnel: Wire | None = None
@@ -6686,14 +6678,12 @@ class Wire(StreamProtocol):
 
     def pause_writing(self) -> None:
         """The peer reads too slowly."""
-        self.paused = True
         self.streams.pause_writing()
         if self.on_flow is not None:
             self.on_flow(True)
 
     def resume_writing(self) -> None:
         """The peer has caught up."""
-        self.paused = False
         self.streams.resume_writing()
         if self.on_flow is not None:
             self.on_flow(False)
