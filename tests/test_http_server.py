@@ -1902,6 +1902,8 @@ def is_refused(gateway: Gateway) -> bool:
         gateway.connect().close()
     except ConnectionRefusedError:
         return True
+    except ConnectionResetError:  # it stood in the queue of a listener that has just closed
+        return False
     return False
 
 
