@@ -19,7 +19,7 @@ Map
     3  Small tools      typed JSON fields, compact JSON, redaction
     4  Configuration    TOML tables as dataclasses
     5  HTTP wire        message heads and body framing: bytes in, values out
-    6  Stream framing   server-sent events
+    6  Stream framing   server-sent events; the Amazon event stream
     7  Conversation     Chat, events, usage, the invariant checker, token estimate
     8  Dialects         the contract; OpenAI chat; Anthropic messages; the flow of one answer
     9  Upstream rules   what Copilot refuses, adds and means: the pure half of the provider
@@ -78,6 +78,7 @@ import json
 import math
 import os
 import re
+import struct
 import zlib
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -175,6 +176,7 @@ MAX_ERROR_BODY_BYTES = 64 * KIB  # of an upstream's error answer; the rest is no
 MAX_WHOLE_ANSWER_BYTES = 64 * MIB  # of an upstream's JSON answer
 FIRST_PARSED_EVENTS = 4  # of a read, before its plain deltas are copied
 MAX_FRAME_BYTES = 16 * MIB  # one server-sent event: images come as one frame
+MAX_EVENT_MESSAGE_BYTES = 25 * MIB  # AWS: payloads up to 24 MiB, headers up to 128 KiB
 
 # One read takes everything the kernel and the stream reader hold: both stay far below this.
 READ_BYTES = MIB
@@ -446,12 +448,32 @@ class UpstreamTimeout(ApiError):
     kind = "upstream_timeout"
 
 
+@dataclass(slots=True)
+class Verdict:
+    """What one refused attempt means: the error for the caller, and what may help before that.
+
+    `remedy` is "" (nothing helps), wait (a backoff), pause (what the upstream asked for, or
+    longer than a backoff), again (a backoff, but only once), refresh (the token), relist (the
+    models), reroute (to another dialect or another host), repair (the body: something new was
+    learned), forget (replayed reasoning).
+    """
+
+    error: ApiError
+    remedy: str = ""
+    wait_s: float | None = None
+    #: it concerns every model of the account
+    for_all: bool = False
+
+
 class WireError(Exception):
     """A peer broke HTTP; `status` is what a server answers to it."""
 
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)
         self.status = status
+
+
+BROKEN_OFF = "The upstream's answer broke off."
 
 
 # ---- 3. Small tools ----------------------------------------------------------------------------
@@ -1572,6 +1594,170 @@ def write_sse(frame: Json, name: str = "") -> bytes:
     return b"data: %b\n\n" % dump_json(frame)
 
 
+# The Amazon event stream: `application/vnd.amazon.eventstream` (Smithy's specification).
+
+
+class EventMessage(NamedTuple):
+    """One message of an event stream, its checksums good."""
+
+    headers: dict[str, Any]
+    payload: bytes
+
+
+PRELUDE = struct.Struct(">III")  # total length, headers length, CRC-32 of these two
+MESSAGE_OVERHEAD = 16  # the prelude and the CRC-32 of the whole
+# Header types of a fixed size: 2 to 5 are integers, 8 is a time in ms; 9 is a UUID, kept as bytes.
+FIXED_HEADERS = {2: ">b", 3: ">h", 4: ">i", 5: ">q", 8: ">q"}
+FIXED_SIZES = {2: 1, 3: 2, 4: 4, 5: 8, 8: 8, 9: 16}
+
+
+def parse_event_headers(block: bytes) -> dict[str, Any]:
+    """The headers of a message: all ten types.  Raises WireError."""
+    headers: dict[str, Any] = {}
+    at, end = 0, len(block)
+    while at < end:
+        size = block[at]
+        name, at = block[at + 1 : at + 1 + size], at + 1 + size
+        kind, at = block[at : at + 1], at + 1
+        if not size or not kind or kind[0] > 9:
+            raise WireError("an event's headers are malformed")
+        value: Any = kind[0] == 0
+        if kind[0] > 1:
+            length = FIXED_SIZES.get(kind[0])
+            if length is None:
+                length, at = int.from_bytes(block[at : at + 2], "big"), at + 2
+            data, at = block[at : at + length], at + length
+            if at > end:
+                raise WireError("an event's headers are cut short")
+            value = data
+            if kind[0] in FIXED_HEADERS:
+                value = struct.unpack(FIXED_HEADERS[kind[0]], data)[0]
+            elif kind[0] == 7:
+                value = data.decode("utf-8", "replace")
+        headers[name.decode("utf-8", "replace")] = value
+    return headers
+
+
+class EventStreamReader:
+    """Event stream bytes in, messages out, wherever the bytes are cut.
+
+    After a wrong length or checksum no byte can be trusted any more: `error` says so, the messages
+    before it still count, and nothing is read behind it.
+    """
+
+    def __init__(self) -> None:
+        self.pieces: list[bytes] = []  # of a message that is not complete
+        self.kept = 0  # bytes in them
+        self.needed = PRELUDE.size
+        self.error = ""
+        self.known: dict[bytes, dict[str, Any]] = {}  # header blocks: an answer has few
+
+    def feed(self, data: bytes) -> list[EventMessage]:
+        """The messages that `data` completes."""
+        self.pieces.append(data)
+        self.kept += len(data)
+        if self.kept < self.needed or self.error:
+            return []
+        data = b"".join(self.pieces)
+        messages: list[EventMessage] = []
+        at = 0
+        try:
+            while (size := self.next_size(data, at)) <= len(data) - at:
+                messages.append(self.read_message(data, at, size))
+                at += size
+        except WireError as error:
+            self.error = str(error)
+            at = len(data)
+        self.needed = size
+        self.pieces = [data[at:]] if at < len(data) else []
+        self.kept = len(data) - at
+        return messages
+
+    @staticmethod
+    def next_size(data: bytes, at: int) -> int:
+        """How many bytes the message at `at` has; a prelude's, until that has come."""
+        if len(data) - at < PRELUDE.size:
+            return PRELUDE.size
+        total, headers_size, checksum = PRELUDE.unpack_from(data, at)
+        if zlib.crc32(data[at : at + 8]) != checksum:
+            raise WireError("the checksum of an event's prelude is wrong")
+        if not MESSAGE_OVERHEAD <= total <= MAX_EVENT_MESSAGE_BYTES:
+            raise WireError("an event has an impossible length")
+        if headers_size > total - MESSAGE_OVERHEAD:
+            raise WireError("an event's headers are longer than the event")
+        return int(total)
+
+    def read_message(self, data: bytes, at: int, size: int) -> EventMessage:
+        """The complete message at `at`."""
+        end = at + size - 4
+        if zlib.crc32(data[at:end]) != int.from_bytes(data[end : end + 4], "big"):
+            raise WireError("the checksum of an event is wrong")
+        middle = at + PRELUDE.size + int.from_bytes(data[at + 4 : at + 8], "big")
+        block = data[at + PRELUDE.size : middle]
+        headers = self.known.get(block)
+        if headers is None:
+            headers = parse_event_headers(block)
+            if len(self.known) < 64:
+                self.known[block] = headers
+        return EventMessage(headers, data[middle:end])
+
+
+EVENT_NAME = re.compile(r"[\w.:-]{1,100}", re.ASCII)
+
+
+class EventStreamFraming:
+    """An event stream as the server-sent events that it would be.
+
+    A message becomes `data: {"assistantResponseEvent": {"content": "Hi"}}`, the union that its
+    service defines; exceptions and errors become `data: {"error": {"code", "message", ...}}`.
+    """
+
+    def __init__(self) -> None:
+        self.reader = EventStreamReader()
+
+    def complete(self, data: bytes) -> bytes:
+        """The events that `data` completes; the rest is kept."""
+        broken = bool(self.reader.error)
+        rows = [self.write(message) for message in self.reader.feed(data)]
+        if self.reader.error and not broken:
+            message = f"The upstream's answer is malformed: {self.reader.error}."
+            rows.append(self.write_error({"code": "WireError", "message": message}))
+        return b"".join(rows)
+
+    def write(self, message: EventMessage) -> bytes:
+        """One message as one event."""
+        headers, payload = message
+        kind = headers.get(":message-type", "event")
+        if kind == "event":
+            name = str(headers.get(":event-type"))
+            member = name.encode() if EVENT_NAME.fullmatch(name) else b"unnamed"
+            if b"\n" in payload:
+                payload = payload.replace(b"\n", b" ")  # JSON has none inside its strings
+            if payload.startswith(b'{"%b":' % member):
+                return b"data: %b\n\n" % payload  # some hosts name the member themselves
+            return b'data: {"%b":%b}\n\n' % (member, payload or b"{}")
+        if kind == "exception":
+            said = load_object(payload) or {"message": payload.decode("utf-8", "replace")}
+            return self.write_error({**said, "code": headers.get(":exception-type")})
+        code, words = headers.get(":error-code"), headers.get(":error-message")
+        return self.write_error({"code": code, "message": words})
+
+    @staticmethod
+    def write_error(said: Json) -> bytes:
+        """The event that ends the answer."""
+        return write_sse({"error": said})
+
+    def parse_all(self, blocks: bytes) -> list[tuple[bytes, bytes]]:
+        """The events in unparsed ones."""
+        return [(b"", row[6:]) for row in blocks.split(b"\n\n") if row]
+
+    def end(self) -> list[tuple[bytes, bytes]]:
+        """Nothing is held back; raises UpstreamError where a message is cut short."""
+        if self.reader.kept and not self.reader.error:
+            raise UpstreamError(BROKEN_OFF)
+        return []
+
+
 SSE_DONE = b"data: [DONE]\n\n"
 SSE_COMMENT_PING = b": ping\n\n"
 
@@ -1831,7 +2017,6 @@ class Failed:
 if TYPE_CHECKING:
     Event = Started | Opened | Added | Closed | Counted | Finished | Failed
 
-BROKEN_OFF = "The upstream's answer broke off."
 OFF_PROTOCOL = "The upstream's answer does not follow its own protocol."
 
 # (state, event) -> state; what is not here is a broken stream.  Failed ends every state.
@@ -6116,23 +6301,6 @@ class ReasoningMemory:
 
 
 # 9.4 what error answers mean
-
-
-@dataclass(slots=True)
-class Verdict:
-    """What one refused attempt means: the error for the caller, and what may help before that.
-
-    `remedy` is "" (nothing helps), wait (a backoff), pause (what the upstream asked for, or
-    longer than a backoff), again (a backoff, but only once),
-    refresh (the token), relist (the models), reroute (to another dialect), repair (the body:
-    something new was learned), forget (replayed reasoning).
-    """
-
-    error: ApiError
-    remedy: str = ""
-    wait_s: float | None = None
-    #: it concerns every model of the account
-    for_all: bool = False
 
 
 def unwrap_error(value: Any, depth: int = 3) -> tuple[str, str]:
