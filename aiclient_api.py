@@ -81,7 +81,7 @@ import re
 import struct
 import zlib
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 
@@ -1654,13 +1654,15 @@ class EventStreamReader:
 
     def feed(self, data: bytes) -> list[EventMessage]:
         """The messages that `data` completes."""
+        if self.error:
+            return []
         self.pieces.append(data)
         self.kept += len(data)
-        if self.kept < self.needed or self.error:
+        if self.kept < self.needed:
             return []
         data = b"".join(self.pieces)
         messages: list[EventMessage] = []
-        at = 0
+        at = size = 0
         try:
             while (size := self.next_size(data, at)) <= len(data) - at:
                 messages.append(self.read_message(data, at, size))
@@ -1895,8 +1897,21 @@ class Chat:
     output: OutputFormat | None = None
     #: a stable key of the conversation, for prompt caches
     session: str = ""
+    #: the caller began the answer itself: its last turn is the assistant's
+    prefilled: bool = False
+    #: thinking was asked for in words, so it comes inside of the text
+    tagged_thinking: bool = False
     #: names of what could not be carried over, for x-aiclient-dropped
     dropped: list[str] = field(default_factory=list)
+    #: names of the rules that changed the conversation, for the log
+    touched: list[str] = field(default_factory=list)
+
+    def settle(self) -> None:
+        """Brings the turns into the order every vendor demands."""
+        settled = settle_turns(self.turns)
+        if settled != self.turns:
+            self.touched.append("settle_turns")
+        self.turns = settled
 
 
 @dataclass(slots=True)
@@ -1941,10 +1956,13 @@ class Usage:
     cache_write: int = 0
     output: int = 0
     reasoning: int = 0
-    #: thousand-millionths of an AI credit
+    #: thousand-millionths of the unit the upstream bills in: Copilot's AI credit, Kiro's credit
     nano_credits: int = 0
-    #: reported by the upstream, or estimated here
-    reported: bool = False
+    #: tokens in the context after the answer, where the upstream tells only that
+    context: int = 0
+    #: where the figures are from: reported by the upstream, derived from `context`, estimated here;
+    #: "" while nobody has counted
+    source: str = ""
 
     @property
     def prompt(self) -> int:
@@ -2460,6 +2478,23 @@ class Terms:
     asked: Json = field(default_factory=dict)
     #: takes (call ids, reasoning text, signature) that the caller's dialect cannot carry
     keep: Callable[[list[str], str, str], None] | None = None
+    #: context windows by model id, for an upstream that counts tokens as a share of them
+    windows: dict[str, int] = field(default_factory=dict)
+    #: the upstream was asked in words to think between tags
+    tagged_thinking: bool = False
+
+
+class Framing(Protocol):
+    """An upstream's bytes in, server-sent events out: the one form in which frames are parsed."""
+
+    def complete(self, data: bytes) -> bytes:
+        """The events that `data` completes, unparsed; the rest is kept.  Raises UpstreamError."""
+
+    def parse_all(self, blocks: bytes) -> list[tuple[bytes, bytes]]:
+        """(name, data) of each event in unparsed ones."""
+
+    def end(self) -> list[tuple[bytes, bytes]]:
+        """What was held back until the upstream ended; raises UpstreamError where it was cut."""
 
 
 class Reader(Protocol):
@@ -2497,10 +2532,30 @@ class Relay(Protocol):
         """What closes the answer; raises UpstreamError when it had not finished."""
 
 
-class Dialect(Protocol):
-    """One wire format, both ways.  Dialects never see each other."""
+class UpstreamDialect(Protocol):
+    """The half of a dialect that asks an upstream and reads its answer."""
 
     name: str
+
+    def write_request(self, chat: Chat, model: Model) -> Json:
+        """The body that asks `model` for a streamed answer; raises InvalidRequest."""
+
+    def framing(self) -> Framing:
+        """How the bytes of one answer become frames."""
+
+    def reader(self, terms: Terms) -> Reader:
+        """A reader for one answer."""
+
+    def unfold(self, whole: Json) -> list[Json]:
+        """The frames that a whole answer stands for."""
+
+    def plain_text(self, frame: Json) -> str | None:
+        """The text of a frame that does nothing but lengthen the answer's text."""
+
+
+class Dialect(UpstreamDialect, Protocol):
+    """One wire format, both ways.  Dialects never see each other."""
+
     #: what ends every stream
     tail: bytes
     #: what the ids of its answers begin with
@@ -2512,14 +2567,8 @@ class Dialect(Protocol):
     def read_request(self, body: Json) -> Chat:
         """The request; raises InvalidRequest for what cannot be carried over."""
 
-    def write_request(self, chat: Chat, model: Model) -> Json:
-        """The body that asks `model` for a streamed answer."""
-
     def has_image(self, body: Json) -> bool:
         """Whether any message holds an image."""
-
-    def reader(self) -> Reader:
-        """A reader for one answer."""
 
     def writer(self, terms: Terms) -> Writer:
         """A writer for one answer."""
@@ -2529,12 +2578,6 @@ class Dialect(Protocol):
 
     def fold(self, frames: list[Json]) -> Json:
         """The whole answer that a finished stream of frames amounts to."""
-
-    def unfold(self, whole: Json) -> list[Json]:
-        """The frames that a whole answer stands for."""
-
-    def plain_text(self, frame: Json) -> str | None:
-        """The text of a frame that does nothing but lengthen the answer's text."""
 
     def encode(self, frame: Json) -> bytes:
         """One frame on the wire."""
@@ -2930,7 +2973,7 @@ def read_chat_usage(frame: Json, usage: Usage) -> bool:
     usage.output = count(said, "completion_tokens", usage.output)
     reasoning = details(said, "completion_tokens_details")
     usage.reasoning = count(reasoning, "reasoning_tokens", usage.reasoning)
-    usage.reported = True
+    usage.source = "reported"
     read_copilot_usage(frame, usage)
     return True
 
@@ -2945,7 +2988,21 @@ def read_messages_usage(said: Json, usage: Usage) -> None:
     usage.output = count(said, "output_tokens", usage.output)
     thinking = details(said, "output_tokens_details")
     usage.reasoning = count(thinking, "thinking_tokens", usage.reasoning)
-    usage.reported = True
+    usage.source = "reported"
+
+
+def settle_usage(usage: Usage, terms: Terms, said: float) -> Usage:
+    """What is known of the tokens when an answer ends; `said`: its words, estimated in tokens.
+
+    A context of so many tokens after the answer is its input and its output (facts of 2026-08; some
+    read it as the input alone).
+    """
+    if usage.source == "reported":
+        return usage
+    output = max(1, int(said))
+    if usage.context:
+        return replace(usage, input=max(0, usage.context - output), output=output, source="derived")
+    return replace(usage, input=estimate_request(terms.asked), output=output, source="estimated")
 
 
 # Errors inside a stream, in any vendor's shape.
@@ -3037,7 +3094,7 @@ class ChatRequestReader:
         self.refuse_lossy()
         for index, message in enumerate(message_list(self.body)):
             self.read_message(message, f"messages.{index}")
-        self.chat.turns = settle_turns(self.chat.turns)
+        self.chat.settle()
         self.read_tools()
         self.read_settings()
         check_tool_names(self.chat)
@@ -3253,6 +3310,11 @@ class ChatRequestWriter:
     def write(self) -> Json:
         """The body, streamed, with usage."""
         chat = self.chat
+        if chat.prefilled:
+            raise UnsupportedFeature(
+                "messages: the last message must be the user's; this model takes no prefill.",
+                param="messages",
+            )
         body: Json = {"model": self.model.id, "messages": self.write_messages()}
         if chat.tools:
             body["tools"] = [self.write_tool(tool) for tool in chat.tools]
@@ -3572,7 +3634,7 @@ class ChatReader:
         if self.opaque:
             # The signature came after the thinking block, or without one.
             events += [Opened("redacted", raw={"data": CHAT_ENVELOPE + self.opaque}), Closed()]
-        if self.usage.reported:
+        if self.usage.source:
             events.append(Counted(self.usage))
         reason = "tool" if self.calls else CHAT_FINISHES.get(self.finish, "")
         if self.finish == "length":
@@ -3672,11 +3734,6 @@ class ChatWriter:
             usage_chunk["usage"] = write_chat_usage(self.usage)
             frames.append(usage_chunk)
         return frames
-
-
-def estimate_usage(terms: Terms, said: float) -> Usage:
-    """The usage of an answer that the upstream did not count."""
-    return Usage(input=estimate_request(terms.asked), output=max(1, int(said)))
 
 
 def write_chat_usage(usage: Usage) -> Json:
@@ -3849,7 +3906,9 @@ class ChatRelay:
             choice = {"index": index, "delta": {}, "logprobs": None, "finish_reason": finish}
             frames.append({**base, "choices": [choice]})
         if self.terms.include_usage:
-            usage = self.usage_frame or write_chat_usage(estimate_usage(self.terms, self.said))
+            usage = self.usage_frame or write_chat_usage(
+                settle_usage(self.usage, self.terms, self.said)
+            )
             frames.append({**base, "choices": [], "usage": usage})
         return frames
 
@@ -3915,7 +3974,11 @@ class ChatDialect:
             for part in message["content"]
         )
 
-    def reader(self) -> Reader:
+    def framing(self) -> Framing:
+        """Server-sent events."""
+        return SseReader()
+
+    def reader(self, terms: Terms) -> Reader:
         """A reader for one answer."""
         return ChatReader()
 
@@ -4108,12 +4171,8 @@ class MessagesRequestReader:
                 )
             blocks = read_parts(message.get("content"), f"messages.{index}.content")
             chat.turns.append(Turn(role, blocks))
-        chat.turns = settle_turns(chat.turns)
-        if chat.turns and chat.turns[-1].role == "assistant":
-            raise UnsupportedFeature(
-                "messages: the last message must be the user's; this model takes no prefill.",
-                param="messages",
-            )
+        chat.settle()
+        chat.prefilled = bool(chat.turns) and chat.turns[-1].role == "assistant"
         self.read_tools()
         self.read_settings()
         check_tool_names(chat)
@@ -4440,7 +4499,7 @@ class MessagesReader:
         if self.finish is None:
             return []
         finish, self.finish = self.finish, None
-        counted: list[Event] = [Counted(self.usage)] if self.usage.reported else []
+        counted: list[Event] = [Counted(self.usage)] if self.usage.source else []
         return [*counted, finish]
 
 
@@ -4804,7 +4863,11 @@ class MessagesDialect:
         """Whether any message holds an image, in a tool result as well."""
         return any(has_image_block(message.get("content")) for message in body["messages"])
 
-    def reader(self) -> Reader:
+    def framing(self) -> Framing:
+        """Server-sent events."""
+        return SseReader()
+
+    def reader(self, terms: Terms) -> Reader:
         """A reader for one answer."""
         return MessagesReader()
 
@@ -4931,8 +4994,8 @@ class Converter:
             event.name = self.terms.names.get(event.name, event.name)
         elif isinstance(event, Counted):
             self.usage = event.usage
-        elif isinstance(event, Finished) and not self.usage.reported:
-            self.usage = estimate_usage(self.terms, self.said)
+        elif isinstance(event, Finished) and self.usage.source != "reported":
+            self.usage = settle_usage(self.usage, self.terms, self.said)
             return [*self.writer.write(Counted(self.usage)), *self.writer.write(event)]
         return self.writer.write(event)
 
@@ -5008,19 +5071,24 @@ class Flow:
     """
 
     def __init__(
-        self, upstream: Dialect, caller: Dialect, terms: Terms, stream: bool, request_id: str
+        self,
+        upstream: UpstreamDialect,
+        caller: Dialect,
+        terms: Terms,
+        stream: bool,
+        request_id: str,
     ) -> None:
         self.caller = caller
         self.upstream = upstream
         self.terms = terms
         self.stream = stream
         self.request_id = request_id
-        self.sse = SseReader()
+        self.framing = upstream.framing()
         native = upstream is caller and not terms.cut and not terms.legacy_functions
         self.relay: Relay = (
             caller.relay(terms)
             if native
-            else Converter(upstream.reader(), caller.writer(terms), terms)
+            else Converter(upstream.reader(terms), caller.writer(terms), terms)
         )
         self.frames: list[Json] = []
         #: deltas need no parse while they fit; nothing else may touch the answer meanwhile
@@ -5037,9 +5105,9 @@ class Flow:
     def usage(self) -> Usage:
         """What is known of the tokens so far; estimated where the upstream did not say."""
         usage = self.relay.usage
-        if usage.reported or not (self.begun or self.frames):
+        if usage.source or not (self.begun or self.frames):
             return usage
-        return estimate_usage(self.terms, self.relay.said)
+        return settle_usage(usage, self.terms, self.relay.said)
 
     @property
     def ended(self) -> bool:
@@ -5050,7 +5118,7 @@ class Flow:
         """The caller's bytes for a read of the upstream's."""
         written: list[bytes] = []
         try:
-            blocks = self.sse.complete(data)
+            blocks = self.framing.complete(data)
             step = FIRST_PARSED_EVENTS if self.may_copy else len(blocks)
             while blocks and not self.over:
                 copied = self.template.copy(blocks) if self.template else None
@@ -5069,7 +5137,7 @@ class Flow:
 
     def feed_events(self, blocks: bytes) -> bytes:
         """The caller's bytes for whole events; the last one may teach a template."""
-        frames = load_frames(self.sse.parse_all(blocks))
+        frames = load_frames(self.framing.parse_all(blocks))
         if not frames:
             return b""
         text = self.upstream.plain_text(frames[-1]) if self.may_copy else None
@@ -5124,7 +5192,7 @@ class Flow:
             return self.fail(error)
         written = b""
         try:
-            written = self.pass_on(load_frames(self.sse.end()))
+            written = self.pass_on(load_frames(self.framing.end()))
             if self.over:
                 return written
             last = b"".join(self.write(self.relay.end()))
@@ -8106,7 +8174,7 @@ def echo_events(chat: Chat, prompt_tokens: int) -> Iterator[Event]:
         for at in range(0, len(text), size):
             yield Added("text", text[at : at + size])
     yield Closed()
-    yield Counted(Usage(prompt_tokens, output=max(1, int(estimate_text(text))), reported=True))
+    yield Counted(Usage(prompt_tokens, output=max(1, int(estimate_text(text))), source="reported"))
     yield Finished("tool" if call else "end")
 
 
