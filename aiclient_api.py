@@ -2939,6 +2939,23 @@ def details(obj: Json, key: str) -> Json:
     return value if isinstance(value, dict) else {}
 
 
+def inline_refs(value: Any, definitions: Json, inside: tuple[str, ...] = ()) -> Any:
+    """A schema with its `$ref`s replaced by what they name; a circle ends in an open object."""
+    if isinstance(value, list):
+        return [inline_refs(item, definitions, inside) for item in value]
+    if not isinstance(value, dict):
+        return value
+    name = value.get("$ref")
+    if not isinstance(name, str):  # a property may have that name
+        return {k: inline_refs(v, definitions, inside) for k, v in value.items()}
+    rest = {k: inline_refs(v, definitions, inside) for k, v in value.items() if k != "$ref"}
+    name = name.rpartition("/")[2]
+    named = details(definitions, name)
+    if name in inside or not named:
+        return {"type": "object", **rest}
+    return {**inline_refs(named, definitions, (*inside, name)), **rest}
+
+
 def read_copilot_usage(frame: Json, usage: Usage) -> None:
     """Copilot's own bill beside the usage: the true split of the prompt, and the price.
 
@@ -3467,6 +3484,8 @@ class StreamedCall:
     arguments: str = ""
     #: how many characters of `arguments` have been passed on
     sent: int = 0
+    #: its last fragment has come
+    complete: bool = False
     closed: bool = False
 
 
@@ -4943,7 +4962,1086 @@ DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in (CHAT, MESS
 FORMATS: dict[str, Dialect] = {"openai": CHAT, "anthropic": MESSAGES}
 
 
-# 8.4 the flow of one answer
+# 8.4 Kiro: what an upstream alone speaks
+#
+# Undocumented.  The facts are from the vendor's own clients and from public ones, 2025-10 to
+# 2026-10.  A request is a JSON "conversation state"; the answer is always an Amazon event stream.
+
+# Our mark on Kiro's signatures while an Anthropic client carries them.
+KIRO_ENVELOPE = "gw1.k."
+
+# What Kiro's refusals mean, in the order of judgement: its words before the status, as a status
+# says little.  The pattern is searched in "code reason: message".
+
+
+class KiroFault(NamedTuple):
+    """What one kind of refusal means: the error for the caller, and what may help before that."""
+
+    pattern: re.Pattern[str]
+    error: type[ApiError]
+    text: str
+    remedy: str = ""
+    hint: str = ""
+
+
+KIRO_SIGN_IN_HINT = "Sign in to Kiro again."
+KIRO_FAULTS = (
+    KiroFault(
+        re.compile(
+            r"CONTENT_LENGTH_EXCEEDS|ContentLengthExceeded|PROMPT_TOO_LONG|[Ii]nput is too long"
+        ),
+        ContextTooLong,
+        "",
+    ),
+    KiroFault(
+        re.compile(r"SUSPENDED|AccountSuspended|temporarily (?:is )?suspended"),
+        Forbidden,
+        "Kiro has suspended this account",
+        hint="Only Kiro's support can lift that; nothing is tried again by itself.",
+    ),
+    KiroFault(
+        re.compile(r"MONTHLY_REQUEST_COUNT|OVERAGE_REQUEST_LIMIT|reached the limit"),
+        QuotaExceeded,
+        "The Kiro credits of this month are used up",
+        hint="They come back with the next billing period.",
+    ),
+    KiroFault(
+        re.compile(r"CONVERSATION_LIMIT_EXCEEDED"),
+        QuotaExceeded,
+        "Kiro's limit for one conversation is reached",
+        hint="Begin a new conversation.",
+    ),
+    KiroFault(
+        re.compile(r"DAILY_REQUEST_COUNT"),
+        QuotaExceeded,
+        "Kiro's limit for one day is reached",
+    ),
+    KiroFault(
+        re.compile(r"60-minute credit limit"),
+        RateLimited,
+        "Kiro's limit for one hour is reached",
+        "rest",
+    ),
+    KiroFault(
+        re.compile(
+            r"INSUFFICIENT_MODEL_CAPACITY|MODEL_TEMPORARILY_UNAVAILABLE|unexpectedly high load"
+            r"|[mM]odel(?:Temporarily)?Unavailable"
+        ),
+        Overloaded,
+        "This model is overloaded at Kiro",
+        "pause",
+    ),
+    KiroFault(
+        re.compile(r"THINKING_SIGNATURE_INVALID"),
+        InvalidRequest,
+        "Kiro does not accept the signature of earlier thinking",
+        "forget",
+    ),
+    KiroFault(
+        re.compile(r"INVALID_MODEL_ID"),
+        ModelNotFound,
+        "Kiro does not offer this model to this account",
+        "relist",
+        hint="Plan, region and organisation decide; GET /v1/models lists what there is.",
+    ),
+    KiroFault(
+        re.compile(r"profileArn is required|Invalid profileArn"),
+        NotSignedIn,
+        "Kiro wants another profile",
+        "reroute",
+        hint=KIRO_SIGN_IN_HINT,
+    ),
+    KiroFault(
+        re.compile(r"bearer token included in the request is invalid|ExpiredToken"),
+        NotSignedIn,
+        "Kiro does not accept the access token",
+        "refresh",
+        hint=KIRO_SIGN_IN_HINT,
+    ),
+    KiroFault(
+        re.compile(r"Invalid token|User is not authorized"),
+        Forbidden,
+        "Kiro does not allow this with the account's profile and region",
+        "reroute",
+    ),
+    KiroFault(
+        re.compile(r"Improperly formed|REQUEST_BODY_INVALID|TOOL_[A-Z]+|Validation"),
+        InvalidRequest,
+        "Kiro refused the conversation's form",
+    ),
+    KiroFault(
+        re.compile(r"IMAGE_[A-Z]+|DOCUMENT_[A-Z]+"),
+        InvalidRequest,
+        "Kiro refused an image or document",
+    ),
+    KiroFault(
+        re.compile(r"UnknownOperation|unknown operation", re.IGNORECASE),
+        UpstreamError,
+        "This Kiro host does not know the request",
+        "reroute",
+    ),
+    KiroFault(
+        re.compile(r"Throttling|[Tt]oo many requests"), RateLimited, "Kiro's rate limit", "pause"
+    ),
+    KiroFault(re.compile(r"ServiceUnavailable"), Overloaded, "Kiro is busy", "reroute"),
+    KiroFault(re.compile(r"AccessDenied"), Forbidden, "Kiro does not allow this"),
+)
+
+
+def judge_kiro_words(code: str, reason: str, message: str) -> Verdict | None:
+    """What a refusal in Kiro's own words means, of a status or inside of a stream."""
+    said = f"{code} {reason}: {message}"
+    fault = next((fault for fault in KIRO_FAULTS if fault.pattern.search(said)), None)
+    if fault is None:
+        return None
+    if fault.error is ContextTooLong:
+        return Verdict(ContextTooLong())
+    words = ": ".join(filter(None, [fault.text, redact(message)[:2000].strip(" .")]))
+    tail = f" ({reason})" if reason and reason not in message else ""
+    return Verdict(fault.error(f"{words}{tail}.", hint=fault.hint), fault.remedy)
+
+
+def read_kiro_words(said: Json) -> tuple[str, str, str]:
+    """(code, reason, message) in an error's object, whichever names its members have."""
+    inner = details(said, "Output") or said
+    code = next((inner[k] for k in ("code", "__type") if isinstance(inner.get(k), str)), "")
+    reason = inner.get("reason")
+    keys = ("message", "Message", "errorMessage", "error")
+    message = next((inner[k] for k in keys if isinstance(inner.get(k), str)), "")
+    code = code.rpartition("#")[2].partition(":")[0]
+    return code, reason if isinstance(reason, str) else "", message
+
+
+# The request.  Rules, each a function of its own, turn any conversation into one that the service
+# takes; each says whether it changed anything, and the log names those when the service refuses.
+
+KIRO_DESCRIPTION_BYTES = 9216  # of a tool; its own CLI cuts at 10,240
+KIRO_SILENT = "(see the attachment)"  # a turn without words or results needs some
+KIRO_FIRST = "(the conversation goes on)"
+KIRO_GO_ON = "Continue"
+KIRO_TAG_BUDGETS = (1024, 50_000)  # thinking tokens asked for in words
+# JSON Schema words that Kiro refuses: kiro-gateway and opencodex name more than others, 2026-08.
+KIRO_UNKNOWN_WORDS = (
+    "additionalProperties",
+    "contains",
+    "contentEncoding",
+    "contentMediaType",
+    "definitions",
+    "dependentRequired",
+    "dependentSchemas",
+    "else",
+    "exclusiveMaximum",
+    "exclusiveMinimum",
+    "format",
+    "if",
+    "maxItems",
+    "maxLength",
+    "maxProperties",
+    "maximum",
+    "minItems",
+    "minLength",
+    "minProperties",
+    "minimum",
+    "multipleOf",
+    "pattern",
+    "patternProperties",
+    "propertyNames",
+    "then",
+    "unevaluatedItems",
+    "unevaluatedProperties",
+    "uniqueItems",
+)
+KIRO_DOCUMENTS = {
+    "application/pdf": "pdf",
+    "text/plain": "txt",
+    "text/markdown": "md",
+    "text/csv": "csv",
+    "text/html": "html",
+}
+
+
+@dataclass(slots=True)
+class KiroDraft:
+    """A request on its way into Kiro's form."""
+
+    chat: Chat
+    model: Model
+    turns: list[Turn]
+    tools: list[Tool]
+    #: what stands before the first words: thinking tags, system prompt, instructions
+    preface: list[str]
+    #: what goes behind the last words
+    notes: list[str] = field(default_factory=list)
+    #: additionalModelRequestFields
+    extra: Json = field(default_factory=dict)
+
+
+def word_system_turns(draft: KiroDraft) -> bool:
+    """A system message in the middle of the conversation is marked user text."""
+    if all(turn.role != "system" for turn in draft.turns):
+        return False
+    draft.turns = downgrade_system_turns(draft.turns)
+    return True
+
+
+def tell_calls_apart(draft: KiroDraft) -> bool:
+    """A call id counts once in a conversation; the same call said twice in a turn is one call."""
+    seen: set[str] = set()
+    touched = False
+    for at, turn in enumerate(draft.turns):
+        ids: dict[str, list[str]] = {}  # of this turn: the caller's id -> ours, in order
+        said: list[ToolCall] = []
+        blocks: list[Block] = []
+        for block in turn.blocks:
+            if isinstance(block, ToolCall):
+                if block in said:
+                    touched = True
+                    continue
+                said.append(block)
+                number = 1
+                while (new := wire_id(block.id) + (f"_{number}" if number > 1 else "")) in seen:
+                    number += 1
+                seen.add(new)
+                ids.setdefault(block.id, []).append(new)
+                block = ToolCall(new, block.name, block.arguments)
+                touched = touched or new != said[-1].id
+            blocks.append(block)
+        draft.turns[at] = Turn(turn.role, blocks)
+        if ids and at + 1 < len(draft.turns):
+            draft.turns[at + 1] = answer_calls(draft.turns[at + 1], ids)
+    return touched
+
+
+def answer_calls(turn: Turn, ids: dict[str, list[str]]) -> Turn:
+    """`turn` with its results under the new ids of their calls, one result for each call."""
+    results: dict[str, ToolResult] = {}
+    blocks: list[Block] = []
+    for block in turn.blocks:
+        if not isinstance(block, ToolResult) or block.id not in ids:
+            blocks.append(block)
+            continue
+        names = ids[block.id]
+        name = next((name for name in names if name not in results), names[-1])
+        if name in results:
+            results[name].blocks.extend(block.blocks)
+        else:
+            results[name] = ToolResult(name, [*block.blocks], block.is_error)
+            blocks.append(results[name])
+    for names in ids.values():
+        missing = [name for name in names if name not in results]
+        blocks[:0] = [ToolResult(name, [Text(INTERRUPTED)], True) for name in missing]
+    return Turn(turn.role, blocks)
+
+
+def begin_with_user(draft: KiroDraft) -> bool:
+    """The first turn is the user's."""
+    if draft.turns and draft.turns[0].role == "user":
+        return False
+    draft.turns.insert(0, Turn("user", [Text(KIRO_FIRST)]))
+    return True
+
+
+def close_with_user(draft: KiroDraft) -> bool:
+    """The last turn is the user's: an answer begun by the caller becomes history."""
+    last = draft.turns[-1]
+    if last.role == "user":
+        return False
+    if plain_text(last.blocks).strip() == "{" and len(last.blocks) == 1:
+        draft.turns.pop()  # a way to ask for JSON, which is asked for in words here
+        draft.notes.append("Reply with one JSON object and nothing else.")
+    else:
+        draft.turns.append(Turn("user", [Text(KIRO_GO_ON)]))
+    return True
+
+
+def lift_media(draft: KiroDraft) -> bool:
+    """Images and files in tool results move to their turn: results hold text only."""
+    touched = False
+    for at, turn in enumerate(draft.turns):
+        lifted: list[Block] = []
+        blocks: list[Block] = []
+        for block in turn.blocks:
+            if isinstance(block, ToolResult):
+                media = [b for b in block.blocks if isinstance(b, (Image, Document))]
+                if media:
+                    words = [b for b in block.blocks if b not in media]
+                    words.append(Text("(the attached file)" * (not words) or "(file attached)"))
+                    block = ToolResult(block.id, words, block.is_error)
+                    lifted += media
+            blocks.append(block)
+        if lifted:
+            draft.turns[at] = Turn(turn.role, [*blocks, *lifted])
+            touched = True
+    return touched
+
+
+def keep_own_thinking_turns(draft: KiroDraft) -> bool:
+    """Thinking of other makers, or without a signature, is left out: Kiro would refuse it."""
+    touched = False
+    for turn in draft.turns:
+        own = [block for block in turn.blocks if not is_strange_thinking(block)]
+        touched = touched or len(own) < len(turn.blocks)
+        turn.blocks = own
+    draft.turns = merge_turns(draft.turns)
+    return touched
+
+
+def is_strange_thinking(block: Block) -> bool:
+    """Whether a block is thinking that Kiro did not sign."""
+    return isinstance(block, Thinking) and not (
+        block.signature.startswith(KIRO_ENVELOPE) or block.redacted.startswith(KIRO_ENVELOPE)
+    )
+
+
+def fill_silent_turns(draft: KiroDraft) -> bool:
+    """A user turn with neither words nor results gets a placeholder, also beside an image."""
+    touched = False
+    for turn in draft.turns:
+        if turn.role == "user" and not any(
+            isinstance(block, (Text, ToolResult)) for block in turn.blocks
+        ):
+            turn.blocks.append(Text(KIRO_SILENT))
+            touched = True
+    return touched
+
+
+def word_tool_choice(draft: KiroDraft) -> bool:
+    """Kiro has no `tool_choice`: none takes the tools away, the rest is said in words."""
+    choice, chat = draft.chat.choice, draft.chat
+    if choice and choice.mode == "none":
+        draft.tools = []
+    elif choice and choice.mode == "named":
+        draft.notes.append(f"Answer with a call of the tool {wire_name(choice.name)}.")
+    elif choice and choice.mode == "required":
+        draft.notes.append("Answer with a call of one of the tools.")
+    if chat.parallel is False and draft.tools:
+        draft.notes.append("Call at most one tool at a time.")
+    return bool(choice and choice.mode != "auto") or chat.parallel is False
+
+
+def declare_called_tools(draft: KiroDraft) -> bool:
+    """Every tool that was ever called is declared, whatever the caller offers now."""
+    known = {wire_name(tool.name) for tool in draft.tools}
+    calls = [b for turn in draft.turns for b in turn.blocks if isinstance(b, ToolCall)]
+    missing = {wire_name(call.name): call.name for call in calls}
+    stubs = [
+        Tool(name, "Tool", {"type": "object", "properties": {}})
+        for wire, name in missing.items()
+        if wire not in known
+    ]
+    draft.tools = [*draft.tools, *stubs]
+    return bool(stubs)
+
+
+def rename_tools(draft: KiroDraft) -> bool:
+    """Names of at most 64 letters, digits, `_` and `-`; answers get the caller's names back."""
+    touched = False
+    for at, tool in enumerate(draft.tools):
+        name = wire_name(tool.name)
+        touched = touched or name != tool.name
+        draft.tools[at] = Tool(name, tool.description, tool.schema)
+    return touched
+
+
+def fit_descriptions(draft: KiroDraft) -> bool:
+    """A tool has a description, and a short one: a longer one moves into the system prompt."""
+    touched = False
+    for tool in draft.tools:
+        if not tool.description.strip():
+            tool.description = tool.name
+            touched = True
+        whole = tool.description.encode("utf-8", "replace")
+        if len(whole) > KIRO_DESCRIPTION_BYTES:
+            draft.preface.append(f'<tool name="{tool.name}">\n{tool.description}\n</tool>')
+            pointer = f'\n[All of it stands in the system prompt, under tool name="{tool.name}".]'
+            cut = whole[: KIRO_DESCRIPTION_BYTES - len(pointer)].decode("utf-8", "ignore")
+            tool.description = cut + pointer
+            touched = True
+    return touched
+
+
+def fit_kiro_schemas(draft: KiroDraft) -> bool:
+    """Schemas without references and without words that Kiro refuses."""
+    touched = False
+    for tool in draft.tools:
+        schema = fit_kiro_schema(tool.schema)
+        touched = touched or schema != tool.schema
+        tool.schema = schema
+    return touched
+
+
+def fit_kiro_schema(schema: Json) -> Json:
+    """A tool's schema: an object whose unions at the top are folded into its properties."""
+    definitions = {**details(schema, "definitions"), **details(schema, "$defs")}
+    fitted: Json = strip_schema(inline_refs(schema, definitions))
+    properties = dict(details(fitted, "properties"))
+    required = list(fitted.get("required") or ())
+    for word in ("allOf", "anyOf", "oneOf"):
+        branches = fitted.pop(word, None)
+        for branch in branches if isinstance(branches, list) else ():
+            for name, value in details(branch, "properties").items():
+                properties.setdefault(name, value)
+            if word == "allOf":
+                required += branch.get("required") or ()
+    fitted.update(type="object", properties=properties)
+    if required:
+        fitted["required"] = list(dict.fromkeys(required))
+    return fitted
+
+
+def strip_schema(schema: Any) -> Any:
+    """A schema without the words Kiro refuses; a property may have such a name."""
+    if isinstance(schema, list):
+        return [strip_schema(item) for item in schema]
+    if not isinstance(schema, dict):
+        return {} if isinstance(schema, bool) else schema
+    kept: Json = {}
+    for word, value in schema.items():
+        if word == "properties" and isinstance(value, dict):
+            kept[word] = {name: strip_schema(item) for name, item in value.items()}
+        elif word == "required":
+            names = [name for name in value if isinstance(name, str)] if value else []
+            if names:
+                kept[word] = names
+        elif word in ("enum", "const", "default", "examples", "type", "title", "description"):
+            kept[word] = value
+        elif word not in KIRO_UNKNOWN_WORDS and not word.startswith("$"):
+            kept[word] = strip_schema(value) if isinstance(value, (dict, list)) else value
+    return kept
+
+
+def word_output(draft: KiroDraft) -> bool:
+    """Structured output in words: Kiro has no field for it."""
+    if draft.chat.output:
+        draft.preface.append(output_instruction(draft.chat.output))
+    return draft.chat.output is not None
+
+
+def kiro_fields(model: Model) -> Json:
+    """The fields a model takes beside the conversation, as its own schema describes them."""
+    return details(details(model.raw, "additionalModelRequestFieldsSchema"), "properties")
+
+
+def kiro_efforts(described: Json) -> list[str]:
+    """The efforts that `{"properties": {"effort": {"enum": [...]}}}` lists."""
+    listed = details(details(described, "properties"), "effort").get("enum")
+    return [e for e in listed if isinstance(e, str)] if isinstance(listed, list) else []
+
+
+def ask_for_thinking(draft: KiroDraft) -> bool:
+    """Thinking in the model's own fields, or in words where it has none.
+
+    Of the words, `enabled` works on all of the older models, `adaptive` not (CLIProxyAPI#3331,
+    2026-05).
+    """
+    chat, known = draft.chat, kiro_fields(draft.model)
+    budget = chat.thinking_budget
+    if chat.effort is None and budget is None:
+        return False
+    effort = chat.effort or effort_of_budget(budget or 0)
+    if "reasoning" in known:
+        level = clamp_effort(effort, kiro_efforts(known["reasoning"]))
+        draft.extra.update({"reasoning": {"effort": level}} if level else {})
+    elif "thinking" in known or "output_config" in known:
+        ask_claude_to_think(draft, known, effort)
+    elif is_claude(draft.model) and effort != "none":
+        low, high = KIRO_TAG_BUDGETS
+        tokens = min(max(budget or EFFORT_BUDGETS[effort], low), high)
+        draft.preface.insert(
+            0,
+            "<thinking_mode>enabled</thinking_mode>"
+            f"<max_thinking_length>{tokens}</max_thinking_length>",
+        )
+        chat.tagged_thinking = True
+    elif effort != "none":
+        chat.dropped.append("thinking")
+        return False
+    return True
+
+
+def ask_claude_to_think(draft: KiroDraft, known: Json, effort: str) -> None:
+    """`thinking` and `output_config`; without `display` the words of a thought may stay hidden."""
+    shape = details(details(known, "thinking"), "properties")
+    kinds = details(shape, "type").get("enum")
+    kind = "disabled" if effort == "none" else "adaptive"
+    if "thinking" in known and (not isinstance(kinds, list) or kind in kinds):
+        draft.extra["thinking"] = {"type": kind}
+        if kind == "adaptive" and (not shape or "display" in shape):
+            draft.extra["thinking"]["display"] = "summarized"
+    level = clamp_effort(effort, kiro_efforts(details(known, "output_config")))
+    if level and effort != "none":
+        draft.extra["output_config"] = {"effort": level}
+
+
+def is_claude(model: Model) -> bool:
+    """Whether a model is Anthropic's; `auto` mostly is."""
+    return model.vendor == "Anthropic" or model.id == "auto"
+
+
+def pass_settings(draft: KiroDraft) -> bool:
+    """`max_tokens` where the model has a field for it; the other settings have none."""
+    chat, described = draft.chat, details(kiro_fields(draft.model), "max_tokens")
+    if chat.max_tokens and described:
+        low, high = described.get("minimum", 1), described.get("maximum", chat.max_tokens)
+        if isinstance(low, int) and isinstance(high, int):
+            draft.extra["max_tokens"] = min(max(chat.max_tokens, low), high)
+    elif chat.max_tokens:
+        chat.dropped.append("max_tokens")
+    for name in ("temperature", "top_p", "top_k"):
+        if getattr(chat, name) is not None:
+            chat.dropped.append(name)
+    return "max_tokens" in draft.extra
+
+
+def place_preface(draft: KiroDraft) -> bool:
+    """The system prompt stands before the first words, as Kiro has no field for it.
+
+    Better there than in a pair of turns of its own: the beginning stays the same for the cache,
+    and no answer is invented.
+    """
+    first, last = draft.turns[0], draft.turns[-1]
+    words = "\n\n".join(filter(None, [text.strip("\n") for text in draft.preface]))
+    if words:
+        draft.turns[0] = Turn("user", [Text(words), *first.blocks])
+    if draft.notes:
+        note: Block = Text(as_reminder("\n".join(draft.notes)))
+        last = draft.turns[-1]
+        draft.turns[-1] = Turn("user", [*last.blocks, note])
+    return bool(words or draft.notes)
+
+
+def check_size(draft: KiroDraft) -> bool:
+    """A conversation far above the model's window is refused here, in words clients know.
+
+    Kiro says no more than "Improperly formed request" to some of them, and clients that are not
+    told cannot compact.  The estimate may be wrong by a third, so there is room above the window.
+    """
+    window = draft.model.max_prompt
+    tokens = sum(estimate_text(text) for text in draft_words(draft))
+    if window and tokens > 1.5 * window:
+        raise ContextTooLong(int(tokens), window)
+    return False
+
+
+def draft_words(draft: KiroDraft) -> Iterator[str]:
+    """All words of a conversation."""
+    for turn in draft.turns:
+        for block in turn.blocks:
+            if isinstance(block, (Text, Refusal)):
+                yield block.text
+            elif isinstance(block, ToolCall):
+                yield block.arguments
+            elif isinstance(block, ToolResult):
+                yield plain_text(block.blocks)
+
+
+KIRO_RULES: tuple[Callable[[KiroDraft], bool], ...] = (
+    word_system_turns,
+    keep_own_thinking_turns,
+    tell_calls_apart,
+    begin_with_user,
+    close_with_user,
+    lift_media,
+    fill_silent_turns,
+    word_tool_choice,
+    declare_called_tools,
+    rename_tools,
+    fit_descriptions,
+    fit_kiro_schemas,
+    word_output,
+    ask_for_thinking,
+    pass_settings,
+    place_preface,
+    check_size,
+)
+
+
+class KiroRequestWriter:
+    """Writes a Chat as a conversation state, without what only the account knows.
+
+    The provider adds conversation ids, `origin` and `profileArn`, which depend on the host.
+    """
+
+    def __init__(self, chat: Chat, model: Model) -> None:
+        self.model = model
+        self.draft = KiroDraft(
+            chat,
+            model,
+            turns=[Turn(turn.role, [*turn.blocks]) for turn in chat.turns],
+            tools=[*chat.tools],
+            preface=[text.text for text in chat.system],
+        )
+
+    def write(self) -> Json:
+        """The body; raises InvalidRequest."""
+        draft, chat = self.draft, self.draft.chat
+        if not any(turn.blocks for turn in draft.turns):
+            raise InvalidRequest("messages: the conversation says nothing.", param="messages")
+        chat.touched += [rule.__name__ for rule in KIRO_RULES if rule(draft)]
+        *history, current = [self.write_turn(turn) for turn in draft.turns]
+        if draft.tools:
+            context = current["userInputMessage"].setdefault("userInputMessageContext", {})
+            context["tools"] = [self.write_tool(tool) for tool in draft.tools]
+        state: Json = {"chatTriggerType": "MANUAL", "agentTaskType": "vibe"}
+        if history:
+            state["history"] = history
+        state["currentMessage"] = current
+        body: Json = {"conversationState": state}
+        if draft.extra:
+            body["additionalModelRequestFields"] = draft.extra
+        return body
+
+    def write_turn(self, turn: Turn) -> Json:
+        """One entry of the history; empty lists and objects are refused, so there are none."""
+        if turn.role == "assistant":
+            return {"assistantResponseMessage": self.write_assistant(turn.blocks)}
+        message: Json = {"content": plain_text(turn.blocks), "modelId": self.model.id}
+        images = [self.write_image(block) for block in turn.blocks if isinstance(block, Image)]
+        if images:
+            message["images"] = images
+        files = [block for block in turn.blocks if isinstance(block, Document)]
+        if files:
+            message["documents"] = [self.write_document(at, file) for at, file in enumerate(files)]
+        results = [self.write_result(b) for b in turn.blocks if isinstance(b, ToolResult)]
+        if results:
+            message["userInputMessageContext"] = {"toolResults": results}
+        return {"userInputMessage": message}
+
+    @staticmethod
+    def write_assistant(blocks: list[Block]) -> Json:
+        """An answer of the model, with the thinking that Kiro itself has signed."""
+        message: Json = {"content": plain_text(blocks)}
+        calls = [
+            {"toolUseId": b.id, "name": wire_name(b.name), "input": parse_arguments(b.arguments)}
+            for b in blocks
+            if isinstance(b, ToolCall)
+        ]
+        if calls:
+            message["toolUses"] = calls
+        for block in blocks:
+            if isinstance(block, Thinking):
+                message["reasoningContent"] = write_kiro_thinking(
+                    block.text, block.signature or block.redacted, bool(block.redacted)
+                )
+        return message
+
+    def write_image(self, image: Image) -> Json:
+        """An image: only data, never a URL."""
+        kinds = self.model.raw.get("supportedInputTypes")
+        if isinstance(kinds, list) and kinds and "IMAGE" not in kinds:
+            raise UnsupportedFeature(f"messages: {self.model.id} takes no images.")
+        if image.url:
+            raise UnsupportedFeature(
+                "messages: Kiro takes images only as base64 data; nothing is fetched here."
+            )
+        return {"format": image.media_type.partition("/")[2], "source": {"bytes": image.data}}
+
+    @staticmethod
+    def write_document(number: int, document: Document) -> Json:
+        """A file, as the vendor's SDK describes it (1.0.45; not seen on the wire)."""
+        kind = KIRO_DOCUMENTS.get(document.media_type)
+        if kind is None:
+            raise UnsupportedFeature(
+                f"{document.path}: Kiro takes no {document.media_type or 'such'} files.",
+                param=document.path,
+            )
+        data = document.data or base64.b64encode(document.text.encode("utf-8", "replace")).decode()
+        name = re.sub(r"[^A-Za-z0-9 ()\[\]-]+", "-", document.title).strip("-")[:200]
+        return {"name": name or f"document-{number + 1}", "format": kind, "source": {"bytes": data}}
+
+    @staticmethod
+    def write_result(result: ToolResult) -> Json:
+        """What a tool said."""
+        return {
+            "toolUseId": result.id,
+            "status": "error" if result.is_error else "success",
+            "content": [{"text": plain_text(result.blocks) or "(no output)"}],
+        }
+
+    @staticmethod
+    def write_tool(tool: Tool) -> Json:
+        """One declared tool."""
+        return {
+            "toolSpecification": {
+                "name": tool.name,
+                "description": tool.description,
+                "inputSchema": {"json": tool.schema},
+            }
+        }
+
+
+def write_kiro_thinking(text: str, signature: str, redacted: bool = False) -> Json:
+    """`reasoningContent`: only this nested form is taken."""
+    signature = signature.removeprefix(KIRO_ENVELOPE)
+    if redacted:
+        return {"redactedContent": signature}
+    return {"reasoningText": {"text": text, "signature": signature}}
+
+
+# The answer.
+
+KIRO_FINISHES = {
+    "END_TURN": "end",
+    "STOP_SEQUENCE": "stop",
+    "TOOL_USE": "end",  # a call that was made says more
+    "MAX_TOKENS": "length",
+    "MODEL_CONTEXT_WINDOW_EXCEEDED": "context",
+    "CONTENT_FILTERED": "filter",
+    "GUARDRAIL_INTERVENED": "filter",
+    "PAUSE_TURN": "pause",
+    "MALFORMED_TOOL_USE": "length",
+    "MALFORMED_MODEL_OUTPUT": "length",
+}
+# GPT hides what it thinks and sends this in its place, with a signature (opencodex, 2026-08).
+KIRO_HIDDEN_THOUGHT = "..."
+
+
+class ThinkingTags:
+    """Thinking in the text: `<thinking>...</thinking>`, a blank line, the answer.
+
+    The opening tag counts only at the very beginning; the closing one where a blank line or the end
+    follows and no quote stands at it, as a thought may speak about the tags.
+    """
+
+    OPENING = "<thinking>"
+    CLOSING = re.compile(r"(?<![\"'`\\])</thinking>\n\n")
+    UNSURE = len("'</thinking>\n\n") - 1
+
+    def __init__(self) -> None:
+        self.kind = ""  # "" at the beginning, then thinking or text
+        self.held = ""
+
+    def take(self, text: str) -> list[tuple[str, str]]:
+        """(thinking or text, words) for more of the answer; what could be a tag is held back."""
+        if self.kind == "text":
+            return [("text", text)]
+        self.held += text
+        if not self.kind:
+            begun = self.held.lstrip()
+            if len(begun) < len(self.OPENING) + 1 and self.OPENING.startswith(
+                begun[: len(self.OPENING)]
+            ):
+                return []  # with one more character, for the line break behind it
+            if not begun.startswith(self.OPENING):
+                self.kind = "text"
+                return self.flush()
+            self.kind = "thinking"
+            self.held = begun.removeprefix(self.OPENING).removeprefix("\n")
+        found = self.CLOSING.search(self.held)
+        if found:
+            thought, answer = self.held[: found.start()], self.held[found.end() :]
+            self.kind, self.held = "text", ""
+            return [(k, w) for k, w in (("thinking", thought), ("text", answer)) if w]
+        # What could be the tag, what must follow it, and a quote before it.
+        said, self.held = self.held[: -self.UNSURE], self.held[-self.UNSURE :]
+        return [("thinking", said)] if said else []
+
+    def flush(self) -> list[tuple[str, str]]:
+        """What was held back, at the end or before something else."""
+        held, self.held = self.held, ""
+        kind = self.kind or "text"
+        if kind == "thinking":
+            held = held.rstrip().removesuffix("</thinking>")
+        self.kind = "text"
+        return [(kind, held)] if held else []
+
+
+class KiroReader:
+    """Kiro's events -> events.
+
+    Dispatches on the event's name, never on what is in it.  Calls come in fragments and may
+    interleave with words; one block is live, the rest waits until it is complete.
+    """
+
+    def __init__(self, terms: Terms) -> None:
+        self.terms = terms
+        self.tags = ThinkingTags() if terms.tagged_thinking else None
+        self.usage = Usage()
+        self.model = ""  # as the answer names it: "auto" is not the one that answers
+        self.share = 0.0  # of the context that is full, in percent
+        self.live = ""  # kind of the open block
+        self.live_call: StreamedCall | None = None
+        self.calls: dict[str, StreamedCall] = {}
+        self.waiting: list[tuple[str, str]] = []  # (kind, words) that came inside a call
+        self.thought = ""
+        self.signature = ""
+        self.reason = ""
+        self.started = False
+        self.over = False
+        self.cut = False  # a call is not complete
+        self.takers: dict[str, Callable[[Json, list[Event]], None]] = {
+            "assistantResponseEvent": self.take_text,
+            "codeEvent": self.take_text,
+            "reasoningContentEvent": self.take_reasoning,
+            "toolUseEvent": self.take_call,
+            "contextUsageEvent": self.take_context,
+            "meteringEvent": self.take_metering,
+            "metadataEvent": self.take_metadata,
+            "usageEvent": self.take_metadata,
+            "metricsEvent": self.take_metadata,
+            "invalidStateEvent": self.take_error,
+            "modelTemporarilyUnavailableEvent": self.take_overload,
+            "modelUnavailableEvent": self.take_overload,
+            "error": self.take_error,
+        }
+
+    def read(self, frame: Json) -> list[Event]:
+        """The events in one frame, an object with one member; those nobody knows are passed over.
+
+        `followupPromptEvent` and others have a `content` that is not the answer's.
+        """
+        events: list[Event] = []
+        for name, value in frame.items():
+            take = self.takers.get(name)
+            if take is not None and not self.over:
+                take(value if isinstance(value, dict) else {}, events)
+        return events
+
+    def start(self, events: list[Event]) -> None:
+        """The answer begins, once."""
+        if not self.started:
+            self.started = True
+            events.append(Started("", self.model))
+
+    def take_text(self, said: Json, events: list[Event]) -> None:
+        """More of the answer's words."""
+        if isinstance(said.get("modelId"), str):
+            self.model = said["modelId"]
+        text = said.get("content")
+        if not isinstance(text, str) or not text:
+            return
+        self.start(events)
+        for kind, words in self.tags.take(text) if self.tags else (("text", text),):
+            self.add(kind, words, events)
+
+    def take_reasoning(self, said: Json, events: list[Event]) -> None:
+        """More of a thought, or its signature, which may come in pieces and late."""
+        self.start(events)
+        redacted = said.get("redactedContent")
+        if isinstance(redacted, str) and redacted:
+            self.close(events)
+            opened = Opened("redacted", raw={"data": KIRO_ENVELOPE + redacted})
+            events += [opened, Closed()]
+        text = said.get("text")
+        if isinstance(text, str) and text and text != KIRO_HIDDEN_THOUGHT:
+            self.add("thinking", text, events)
+        if isinstance(said.get("signature"), str):
+            self.signature += said["signature"]
+
+    def take_call(self, said: Json, events: list[Event]) -> None:
+        """A fragment of a call; the last one says stop."""
+        self.start(events)
+        call_id = said.get("toolUseId")
+        if not isinstance(call_id, str) or not call_id:
+            call_id = self.live_call.id if self.live_call else "tooluse_unnamed"
+        call = self.calls.setdefault(call_id, StreamedCall(call_id))
+        if call.closed:
+            return  # said twice
+        if isinstance(said.get("name"), str) and not call.name:
+            call.name = said["name"]
+        piece = said.get("input")
+        call.arguments += dump_text(piece) if isinstance(piece, dict) else ""
+        call.arguments += piece if isinstance(piece, str) else ""
+        call.complete = call.complete or said.get("stop") is True
+        self.advance(events)
+
+    def advance(self, events: list[Event]) -> None:
+        """Passes on what may go on of the calls and of the words that wait behind them."""
+        while True:
+            live = self.live_call
+            if live is not None:
+                ChatReader.send_arguments(live, events)
+                others = any(not call.closed and call is not live for call in self.calls.values())
+                if not (live.complete or (others and is_complete_object(live.arguments))):
+                    return
+                self.close(events)
+                continue
+            ready = (call for call in self.calls.values() if not call.closed and call.name)
+            following = next(ready, None)
+            if following is None:
+                break
+            self.open_call(following, events)
+        waiting, self.waiting = self.waiting, []
+        for kind, words in waiting:
+            self.add(kind, words, events)
+
+    def open_call(self, call: StreamedCall, events: list[Event]) -> None:
+        """Makes `call` the live block."""
+        for kind, words in self.tags.flush() if self.tags else ():
+            self.add(kind, words, events)
+        self.close(events)
+        self.live, self.live_call = "tool", call
+        events.append(Opened("tool", call.id, call.name))
+
+    def add(self, kind: str, words: str, events: list[Event]) -> None:
+        """Words for a block of `kind`, at once or when the live call is complete."""
+        if self.live_call is not None:
+            if not is_complete_object(self.live_call.arguments):
+                self.waiting.append((kind, words))
+                return
+            self.close(events)
+        if self.live != kind:
+            self.close(events)
+            self.live = kind
+            events.append(Opened(kind))
+        if kind == "thinking":
+            self.thought += words
+        events.append(Added("text", words))
+
+    def close(self, events: list[Event]) -> None:
+        """Closes the live block."""
+        if not self.live:
+            return
+        call = self.live_call
+        if self.live == "thinking":
+            self.sign(events)
+        elif call is not None:
+            call.closed = True
+            if call.arguments.strip() and load_object(call.arguments) is None:
+                self.cut = True
+        events.append(Closed())
+        self.live, self.live_call = "", None
+
+    def sign(self, events: list[Event]) -> None:
+        """Adds the signature to the open thought, and remembers both."""
+        if self.signature:
+            events.append(Added("signature", KIRO_ENVELOPE + self.signature))
+
+    def take_context(self, said: Json, events: list[Event]) -> None:
+        """How full the context is now, in percent of the window of the model that answers."""
+        share = said.get("contextUsagePercentage")
+        if isinstance(share, (int, float)) and not isinstance(share, bool):
+            self.share = float(share)
+            window = self.terms.windows.get(self.model) or self.terms.windows.get("", 0)
+            self.usage.context = int(self.share / 100 * window)
+            events.append(Counted(replace(self.usage)))
+
+    def take_metering(self, said: Json, events: list[Event]) -> None:
+        """What this answer costs in credits; several of them add up."""
+        price = said.get("usage")
+        if isinstance(price, (int, float)) and not isinstance(price, bool):
+            self.usage.nano_credits += round(price * 1e9)
+            events.append(Counted(replace(self.usage)))
+
+    def take_metadata(self, said: Json, events: list[Event]) -> None:
+        """The stop reason, and the tokens where this service counts them."""
+        if isinstance(said.get("stopReason"), str):
+            self.reason = said["stopReason"]
+        figures = details(said, "tokenUsage") or said
+        usage = self.usage
+        before = (usage.input, usage.output)
+        usage.cache_read = count(figures, "cacheReadInputTokens", usage.cache_read)
+        usage.cache_write = count(figures, "cacheWriteInputTokens", usage.cache_write)
+        usage.input = count(figures, "inputTokens", usage.input)
+        usage.input = count(figures, "uncachedInputTokens", usage.input)
+        usage.output = count(figures, "outputTokens", usage.output)
+        if (usage.input, usage.output) != before:
+            usage.source = "reported"
+        events.append(Counted(replace(usage)))
+
+    def take_error(self, said: Json, events: list[Event]) -> None:
+        """The service failed while it answered; what was said still counts."""
+        code, reason, message = read_kiro_words(said)
+        verdict = judge_kiro_words(code, reason, message)
+        if verdict and isinstance(verdict.error, ContextTooLong) and self.live:
+            self.reason = "MODEL_CONTEXT_WINDOW_EXCEEDED"
+            events += self.end()
+            return
+        words = redact(message)[:2000] or code or "no reason given"
+        failure = UpstreamError(f"Kiro failed while it answered: {words}")
+        events.append(Failed(verdict.error if verdict else failure))
+
+    def take_overload(self, said: Json, events: list[Event]) -> None:
+        """The model went away."""
+        events.append(Failed(Overloaded("This model is overloaded at Kiro.")))
+
+    def end(self) -> list[Event]:
+        """What was held back, the late signature, usage and finish: the stream's end is the sign.
+
+        A call that is cut short is not one: the client must not run it.
+        """
+        events: list[Event] = []
+        if self.over:
+            return events
+        self.over = True
+        self.start(events)
+        for kind, words in self.tags.flush() if self.tags else ():
+            self.add(kind, words, events)
+        for call in self.calls.values():
+            call.complete = call.complete or is_complete_object(call.arguments)
+        self.cut = self.cut or any(not call.complete for call in self.calls.values())
+        if self.live_call is not None:
+            ChatReader.send_arguments(self.live_call, events)
+            self.close(events)
+        for call in self.calls.values():
+            if not call.closed and call.complete and call.name:
+                self.open_call(call, events)
+                ChatReader.send_arguments(call, events)
+                self.close(events)
+        waiting, self.waiting = self.waiting, []
+        for kind, words in waiting:
+            self.add(kind, words, events)
+        self.close(events)
+        if self.signature and not self.thought:  # without a word of the thought itself
+            events.append(Opened("thinking"))
+            self.sign(events)
+            events.append(Closed())
+        self.remember()
+        events += [Counted(replace(self.usage)), Finished(self.finish())]
+        return events
+
+    def remember(self) -> None:
+        """Lets the provider keep a signature for callers whose dialect cannot carry it."""
+        calls = [call.id for call in self.calls.values() if call.closed]
+        if calls and self.signature and self.terms.keep:
+            self.terms.keep(calls, self.thought, self.signature)
+
+    def finish(self) -> str:
+        """The reason, in the words of this program."""
+        if self.cut:
+            return "length"
+        if any(call.closed for call in self.calls.values()):
+            return "tool"
+        if not self.reason and self.share >= 100:
+            return "context"
+        return KIRO_FINISHES.get(self.reason, "end")
+
+
+class KiroDialect:
+    """What Kiro speaks."""
+
+    name = "kiro"
+
+    def write_request(self, chat: Chat, model: Model) -> Json:
+        """The conversation state."""
+        return KiroRequestWriter(chat, model).write()
+
+    def framing(self) -> Framing:
+        """An event stream."""
+        return EventStreamFraming()
+
+    def reader(self, terms: Terms) -> Reader:
+        """A reader for one answer."""
+        return KiroReader(terms)
+
+    def unfold(self, whole: Json) -> list[Json]:
+        """Kiro answers with a stream only: a JSON object is an error."""
+        return [{"error": whole}]
+
+    def plain_text(self, frame: Json) -> str | None:
+        """The text of an `assistantResponseEvent`."""
+        said = frame.get("assistantResponseEvent")
+        if not isinstance(said, dict) or not said.keys() <= {"content", "modelId"}:
+            return None
+        text = said.get("content")
+        return text if isinstance(text, str) else None
+
+
+KIRO = KiroDialect()
+UPSTREAM_DIALECTS: dict[str, UpstreamDialect] = {**DIALECTS, KIRO.name: KIRO}
+
+
+# 8.5 the flow of one answer
 
 
 class Converter:
@@ -5752,23 +6850,6 @@ GOOGLE_KNOWN = (
     "title",
     "type",
 )
-
-
-def inline_refs(value: Any, definitions: Json, inside: tuple[str, ...] = ()) -> Any:
-    """A schema with its `$ref`s replaced by what they name; a circle ends in an open object."""
-    if isinstance(value, list):
-        return [inline_refs(item, definitions, inside) for item in value]
-    if not isinstance(value, dict):
-        return value
-    rest = {k: inline_refs(v, definitions, inside) for k, v in value.items() if k != "$ref"}
-    name = value.get("$ref")
-    if not isinstance(name, str):
-        return rest
-    name = name.rpartition("/")[2]
-    named = details(definitions, name)
-    if name in inside or not named:
-        return {"type": "object", **rest}
-    return {**inline_refs(named, definitions, (*inside, name)), **rest}
 
 
 def fit_schema(schema: Json, google: bool) -> Json:
