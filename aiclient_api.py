@@ -108,6 +108,7 @@ if TYPE_CHECKING:
     import argparse
     import asyncio
     import base64
+    import datetime
     import difflib
     import email.utils
     import fcntl
@@ -128,6 +129,7 @@ else:
     argparse = lazy_module("argparse")
     asyncio = lazy_module("asyncio")
     base64 = lazy_module("base64")
+    datetime = lazy_module("datetime")
     difflib = lazy_module("difflib")
     fcntl = lazy_module("fcntl")
     hashlib = lazy_module("hashlib")
@@ -224,6 +226,13 @@ REASONING_MEMORY_ENTRIES = 500
 DEFAULT_MAX_TOKENS = 32_000  # when a caller names none and the catalogue has no limit
 MIN_THINKING_BUDGET = 1024
 
+KIRO_REFRESH_MARGIN_SECONDS = 300.0  # the vendor's CLI 1 min, other clients 2 to 10
+KIRO_TOKEN_SECONDS = 3600.0  # the life of every token seen
+KIRO_REFRESH_SECONDS = 30.0
+KIRO_CONTROL_SECONDS = 30.0
+KIRO_MAX_WAYS = 4  # hosts and manners tried for one call, beside retries
+KIRO_MODEL_PAGES = 5  # of a list that never ends
+
 GITHUB_URL = "https://github.com"
 GITHUB_API_URL = "https://api.github.com"
 COPILOT_HOSTS = {
@@ -241,6 +250,19 @@ COPILOT_USER_AGENT = "GitHubCopilotChat/0.52.0"
 COPILOT_API_VERSION = "2026-06-01"
 GITHUB_API_VERSION = "2025-04-01"
 COPILOT_INTEGRATION_ID = "vscode-chat"
+
+# Kiro moved to hosts of its own in mid-2026; the older ones still answer (opencodex, pi, 2026-08).
+KIRO_RUNTIME_URL = "https://runtime.{region}.kiro.dev"
+KIRO_MANAGEMENT_URL = "https://management.{region}.kiro.dev"
+KIRO_Q_URL = "https://q.{region}.amazonaws.com"
+KIRO_OLD_URL = "https://codewhisperer.us-east-1.amazonaws.com"
+KIRO_OIDC_URL = "https://oidc.{region}.amazonaws.com"
+KIRO_AUTH_URL = "https://prod.us-east-1.auth.desktop.kiro.dev"
+KIRO_BUILDER_START_URL = "https://view.awsapps.com/start"
+# Constants of the public IDE, not somebody's account.
+KIRO_BUILDER_ARN = "arn:aws:codewhisperer:us-east-1:638616132270:profile/AAAACCCCXXXX"
+KIRO_SOCIAL_ARN = "arn:aws:codewhisperer:us-east-1:699475941385:profile/EHGA3GRVQMUK"
+KIRO_VERSION = "1.1.14"  # of the IDE, seen in 2026-09; no old one was ever refused
 
 
 # ---- 2. Errors ---------------------------------------------------------------------------------
@@ -750,6 +772,27 @@ class CopilotConfig:
 
 
 @dataclass(slots=True)
+class KiroConfig:
+    """`[providers.NAME]` with `type = "kiro"`."""
+
+    type: str = "kiro"
+    enabled: bool = True
+    #: of the models; "" = the profile's, else us-east-1 or eu-central-1, whichever is nearer
+    region: str = ""
+    #: of an organisation with several; "" = the sign-in's
+    profile_arn: str = ""
+    #: data plane; set: the only host tried, and the control plane too unless that is set
+    api_url: str = ""
+    management_url: str = ""
+    #: set: used instead of https://oidc.REGION.amazonaws.com
+    oidc_url: str = ""
+    #: set: used instead of https://prod.us-east-1.auth.desktop.kiro.dev
+    auth_url: str = ""
+    #: the version of the IDE that requests name
+    kiro_version: str = KIRO_VERSION
+
+
+@dataclass(slots=True)
 class EchoConfig:
     """`[providers.NAME]` with `type = "echo"`."""
 
@@ -764,13 +807,17 @@ class LoggingConfig:
     level: str = "info"
 
 
-ProviderConfig = CopilotConfig | EchoConfig
-PROVIDER_CONFIGS: dict[str, type[ProviderConfig]] = {"copilot": CopilotConfig, "echo": EchoConfig}
+ProviderConfig = CopilotConfig | KiroConfig | EchoConfig
+PROVIDER_CONFIGS: dict[str, type[ProviderConfig]] = {
+    "copilot": CopilotConfig,
+    "kiro": KiroConfig,
+    "echo": EchoConfig,
+}
 
 
 def default_providers() -> dict[str, ProviderConfig]:
     """The providers of a machine without a configuration file."""
-    return {"copilot": CopilotConfig(), "echo": EchoConfig()}
+    return {name: make() for name, make in PROVIDER_CONFIGS.items()}
 
 
 @dataclass(slots=True)
@@ -794,6 +841,15 @@ SETTING_CHOICES = {
     "default_format": ("openai", "anthropic"),
     "account_type": ("individual", "business", "enterprise"),
     "level": ("debug", "info", "warning", "error"),
+}
+# What some settings become a part of: a host's name, a header.
+SETTING_FORMS = {
+    "kiro_version": (re.compile(r"[0-9A-Za-z.-]{1,40}"), "a version like 1.1.14"),
+    "profile_arn": (
+        re.compile(r"(?:arn:aws[a-z-]*:codewhisperer:[a-z0-9-]+:[0-9]{12}:profile/[\w-]+)?"),
+        "an ARN like arn:aws:codewhisperer:REGION:ACCOUNT:profile/ID",
+    ),
+    "region": (re.compile(r"(?:[a-z]{2}(?:-[a-z]+)+-[0-9])?"), "a region like us-east-1"),
 }
 SETTING_RANGES: dict[str, tuple[float, float]] = {
     "port": (0, 65535),
@@ -875,6 +931,9 @@ def check_setting(key: str, value: Any, kind: str) -> str:
         return f"must be {TYPE_WORDS[kind]}"
     if key in SETTING_CHOICES and value not in SETTING_CHOICES[key]:
         return "must be one of " + ", ".join(SETTING_CHOICES[key])
+    form, words = SETTING_FORMS.get(key, (None, ""))
+    if form is not None and not form.fullmatch(value):
+        return f"must be {words}"
     low, high = SETTING_RANGES.get(key, SECONDS_RANGE)
     if kind in ("int", "float") and not low <= value <= high:
         return f"must be between {low:g} and {high:g}"
@@ -6404,35 +6463,52 @@ def guess_copilot_model(model_id: str, provider: str) -> Model:
     )
 
 
+MODEL_ID = re.compile(r"[A-Za-z0-9][\w.:-]{0,127}", re.ASCII)
 DATED = re.compile(r"-(?:20\d{6}|latest)$")
 DASHED_VERSION = re.compile(r"(?<=-)(\d)-(\d)(?=-|$)")
+
+
+FAMILY_LAST = re.compile(r"claude-(\d(?:[.-]\d)?)-(sonnet|opus|haiku)$")
+RETIRED_CLAUDE = re.compile(r"claude-(sonnet|opus|haiku)-3(?:\.\d)?")
 
 
 def model_spellings(name: str) -> list[str]:
     """The spellings of a model name, best first: as it is, undated, with a dot in its version.
 
-    Anthropic clients write `claude-sonnet-4-5-20250929`, Copilot lists `claude-sonnet-4.5`.
+    Anthropic clients write `claude-sonnet-4-5-20250929`, Copilot and Kiro list `claude-sonnet-4.5`;
+    the date goes first, or `claude-sonnet-4-20250514` would become a version 4.20.
     """
     name = name.lower()
     spellings = []
     if name.endswith("[1m]"):
         name = name[:-4]
         spellings = [spelling + "-1m" for spelling in model_spellings(name)]
-    undated = DATED.sub("", name)
-    for spelling in (name, undated):
+    undated = DATED.sub("", name).removeprefix("kiro-")
+    for spelling in (name, undated, FAMILY_LAST.sub(r"claude-\2-\1", undated)):
         spellings += [spelling, DASHED_VERSION.sub(r"\1.\2", spelling)]
     return list(dict.fromkeys(spellings))
 
 
 def find_model(name: str, models: dict[str, Model]) -> Model | None:
-    """The model that `name` means, in any usual spelling."""
+    """The model that `name` means, in any usual spelling.
+
+    Of Claude 3, which nobody serves any more but agents still ask for, the family's newest.
+    """
     if name in models:
         return models[name]
     by_lower = {model_id.lower(): model for model_id, model in models.items()}
     families = {model.family: model for model in reversed(models.values()) if model.family}
     spellings = model_spellings(name)
     known = [table[s] for table in (by_lower, families) for s in spellings if s in table]
-    return known[0] if known else None
+    if known:
+        return known[0]
+    retired = RETIRED_CLAUDE.fullmatch(spellings[-1])
+    family = f"claude-{retired[1]}-" if retired else "-"
+    return max(
+        (model for model_id, model in by_lower.items() if model_id.startswith(family)),
+        key=lambda model: (claude_version(model.id) or (0, 0), model.id),
+        default=None,
+    )
 
 
 # 9.2 headers
@@ -7708,6 +7784,539 @@ def read_token_answer(body: Json, config: CopilotConfig, now: float) -> CopilotT
         url = named
     url = (url or COPILOT_HOSTS[config.account_type]).rstrip("/")
     return CopilotToken(token, url, now + life + COPILOT_REFRESH_EARLY_SECONDS, life)
+
+
+# 9.5 Kiro: sign-ins, hosts, models, limits
+#
+# Facts from the vendor's CLI and SDK (A) and from public clients that were run against the service
+# (kiro.rs, opencodex, kiro-gateway, pi), 2026-04 to 2026-10.
+
+KIRO_KINDS = {
+    "apikey": "api_key",
+    "awsidc": "idc",
+    "builderid": "builder_id",
+    "enterprise": "idc",
+    "externalidp": "external_idp",
+    "github": "social",
+    "google": "social",
+    "idc": "idc",
+    "internal": "idc",
+    "social": "social",
+}
+KIRO_CLIENTS = ("builder_id", "idc")  # refreshed at AWS, with the client they registered
+AWS_REGION = re.compile(r"[a-z]{2}(?:-[a-z]+)+-[0-9]", re.ASCII)
+KIRO_ARN = re.compile(r"arn:aws[a-z-]*:codewhisperer:([a-z0-9-]+):[0-9]{12}:profile/[\w-]+")
+
+
+@dataclass(slots=True)
+class KiroLogin:
+    """One sign-in, as its token file tells it.  `repr` shows no secret."""
+
+    #: builder_id, idc, social, external_idp or api_key
+    kind: str
+    access: str = field(repr=False)
+    refresh: str = field(default="", repr=False)
+    client_id: str = ""
+    client_secret: str = field(default="", repr=False)
+    #: where the sign-in lives; not where the models are
+    sso_region: str = "us-east-1"
+    arn: str = ""
+    #: Unix seconds; an API key never expires
+    expires_at: float = math.inf
+    #: 64 hex digits, the same for the life of the sign-in
+    machine_id: str = ""
+    #: of an external identity provider
+    token_url: str = ""
+    scope: str = ""
+    #: AWS staff
+    internal: bool = False
+
+
+def text_of_key(kept: Json, key: str) -> str:
+    """The text at `key`, "" for anything else."""
+    value = kept.get(key)
+    return value.strip() if isinstance(value, str) else ""
+
+
+def read_kiro_login(kept: Json) -> KiroLogin:
+    """The sign-in in a token file; raises ValueError with what is wrong."""
+    access, refresh = text_of_key(kept, "access_token"), text_of_key(kept, "refresh_token")
+    kind = kiro_kind(kept)
+    if kind == "api_key":
+        refresh = ""
+        if not access:
+            raise ValueError("it holds no access_token with the API key")
+    elif not refresh:
+        raise ValueError("it holds no refresh_token")
+    for name, value in (("access_token", access), ("refresh_token", refresh)):
+        if value.endswith("..."):
+            raise ValueError(f"its {name} is cut short: it was copied from a display")
+        if value and not TARGET.fullmatch(value):
+            raise ValueError(f"its {name} holds characters no token has")
+    region = text_of_key(kept, "idc_region") or text_of_key(kept, "region") or "us-east-1"
+    if not AWS_REGION.fullmatch(region):
+        raise ValueError("its idc_region is not a region")
+    seed = f"KiroAPIKey/{access}" if kind == "api_key" else f"KotlinNativeAPI/{refresh}"
+    login = KiroLogin(
+        kind,
+        access,
+        refresh,
+        client_id=text_of_key(kept, "client_id"),
+        client_secret=text_of_key(kept, "client_secret"),
+        sso_region=region,
+        arn=text_of_key(kept, "profile_arn"),
+        expires_at=math.inf if kind == "api_key" else read_time(kept.get("expires_at")),
+        machine_id=text_of_key(kept, "machine_id") or short_hash(seed, 64),
+        token_url=text_of_key(kept, "token_endpoint"),
+        scope=text_of_key(kept, "scope"),
+        internal=text_of_key(kept, "provider") == "Internal",
+    )
+    if kind in KIRO_CLIENTS and not (login.client_id and login.client_secret):
+        raise ValueError("it holds no client_id and client_secret, which its refresh needs")
+    if kind == "external_idp" and not is_own_endpoint(login.token_url, kept):
+        raise ValueError("its token_endpoint is not an https URL at the host of its issuer_url")
+    if login.arn and not KIRO_ARN.fullmatch(login.arn):
+        raise ValueError("its profile_arn is not one")
+    return login
+
+
+def kiro_kind(kept: Json) -> str:
+    """The kind of sign-in, from what the file says or from what it holds."""
+    said = text_of_key(kept, "auth_method").lower().replace("_", "").replace("-", "")
+    kind = KIRO_KINDS.get(said, "")
+    builder = text_of_key(kept, "start_url").rstrip("/") in ("", KIRO_BUILDER_START_URL)
+    if kind == "idc" and (
+        text_of_key(kept, "provider") == "BuilderId" or (builder and text_of_key(kept, "start_url"))
+    ):
+        return "builder_id"
+    if kind:
+        return kind
+    if text_of_key(kept, "access_token").startswith("ksk_"):
+        return "api_key"
+    if text_of_key(kept, "token_endpoint"):
+        return "external_idp"
+    if text_of_key(kept, "client_id"):
+        return "builder_id" if builder else "idc"
+    return "social"
+
+
+def is_own_endpoint(url: str, kept: Json) -> bool:
+    """Whether a token endpoint may get the refresh token: https, at its issuer's host."""
+    issuer = text_of_key(kept, "issuer_url")
+    if check_url(url) or (issuer and check_url(issuer)):
+        return False
+    host = urllib.parse.urlsplit(url).hostname
+    return not issuer or urllib.parse.urlsplit(issuer).hostname == host
+
+
+def read_time(value: Any) -> float:
+    """Unix seconds from seconds, milliseconds or ISO 8601 (UTC where no zone is named); else 0."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value / 1000 if value >= 1e11 else float(value)
+    if not isinstance(value, str):
+        return 0.0
+    try:
+        moment = datetime.datetime.fromisoformat(value)
+    except ValueError:
+        return 0.0
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=datetime.timezone.utc)  # noqa: UP017 - as 3.9 parses it
+    return moment.timestamp()
+
+
+def kiro_refresh(login: KiroLogin, config: KiroConfig) -> tuple[str, dict[str, str], bytes]:
+    """(URL, headers, body) of the request that renews a sign-in, by its kind."""
+    headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
+    if login.kind == "external_idp":
+        form = {"grant_type": "refresh_token", "client_id": login.client_id}
+        form["refresh_token"] = login.refresh
+        if login.scope:
+            form["scope"] = login.scope
+        headers["Content-Type"] = "application/x-www-form-urlencoded"
+        return login.token_url, headers, urllib.parse.urlencode(form).encode()
+    headers["Content-Type"] = "application/json"
+    if login.kind == "social":
+        headers["Accept"] = "application/json, text/plain, */*"
+        headers["User-Agent"] = f"KiroIDE-{config.kiro_version}-{login.machine_id}"
+        url = (config.auth_url or KIRO_AUTH_URL).rstrip("/") + "/refreshToken"
+        return url, headers, dump_json({"refreshToken": login.refresh})
+    body = {
+        "clientId": login.client_id,
+        "clientSecret": login.client_secret,
+        "refreshToken": login.refresh,
+        "grantType": "refresh_token",
+    }
+    base = config.oidc_url or KIRO_OIDC_URL.format(region=login.sso_region)
+    return base.rstrip("/") + "/token", headers, dump_json(body)
+
+
+def read_refresh_answer(body: Json, now: float) -> Json:
+    """What a refresh changes in the token file; raises UpstreamError.
+
+    A new refresh token kills the old one; where none comes, the old one stays.
+    """
+
+    def said(camel: str, snake: str) -> Any:
+        return body.get(camel, body.get(snake))
+
+    access, refresh = said("accessToken", "access_token"), said("refreshToken", "refresh_token")
+    if not isinstance(access, str) or not TARGET.fullmatch(access):
+        raise UpstreamError("The answer to Kiro's token refresh holds no token that can be used.")
+    life = said("expiresIn", "expires_in")
+    usable = isinstance(life, (int, float)) and not isinstance(life, bool) and life > 0
+    changes: Json = {
+        "access_token": access,
+        "expires_at": int(now + (life if usable else KIRO_TOKEN_SECONDS)),
+    }
+    if isinstance(refresh, str) and TARGET.fullmatch(refresh):
+        changes["refresh_token"] = refresh
+    arn = body.get("profileArn")
+    if isinstance(arn, str) and KIRO_ARN.fullmatch(arn):
+        changes["profile_arn"] = arn
+    return changes
+
+
+def judge_kiro_refresh(status: int, headers: Headers, data: bytes, now: float) -> Verdict:
+    """What a refused refresh means: `wait` where it may pass, `refresh` where the token is dead."""
+    message, code = read_error_answer(status, data)
+    wait_s = parse_retry_after(headers.get("retry-after"), now)
+    if status in (400, 401, 403):
+        why = message or code or f"status {status}"
+        error = NotSignedIn(f"Kiro's sign-in has ended: {why}.", hint=KIRO_SIGN_IN_HINT)
+        return Verdict(error, "refresh")
+    if status in (408, 429) or status >= 500:
+        error_text = f"Kiro's token refresh failed, status {status}."
+        return Verdict(Overloaded(error_text, retry_after=wait_s), "wait", wait_s)
+    return Verdict(UpstreamError(f"Kiro's token refresh answered with status {status}."))
+
+
+def kiro_region(login: KiroLogin, config: KiroConfig) -> str:
+    """Where the models are: the setting, the profile's region, or what is near the sign-in's.
+
+    Only two regions have model hosts; a sign-in may live in any other.
+    """
+    found = KIRO_ARN.fullmatch(login.arn)
+    if config.region:
+        return config.region
+    if found and AWS_REGION.fullmatch(found[1]):
+        return found[1]
+    return "eu-central-1" if login.sso_region.startswith("eu-") else "us-east-1"
+
+
+class KiroEndpoint(NamedTuple):
+    """One way to ask a model: where, in whose manner, and for which profile ("" = none)."""
+
+    url: str
+    shape: str
+    arn: str
+
+
+# What each client of the vendor sends: the path, the type of the body, and where it says it is.
+KIRO_PATHS = {"ide": "/generateAssistantResponse", "cli": "/"}
+KIRO_ORIGINS = {"ide": "AI_EDITOR", "cli": "KIRO_CLI"}
+KIRO_TARGET = "AmazonCodeWhispererStreamingService.GenerateAssistantResponse"
+
+
+def kiro_endpoints(login: KiroLogin, config: KiroConfig) -> list[KiroEndpoint]:
+    """The ways to ask, best first.
+
+    Sources disagree on which host wants which profile from which kind of sign-in (KRS #161, OCX
+    #993, 9R #1868); all may be right at some time, so each is tried and the winner is kept.
+    """
+    region = kiro_region(login, config)
+    runtime, q = KIRO_RUNTIME_URL.format(region=region), KIRO_Q_URL.format(region=region)
+    old = KIRO_OLD_URL if region == "us-east-1" else q
+    arn = login.arn
+    if login.kind == "api_key":
+        ways = [(runtime, "cli", ""), (old, "ide", ""), (q, "ide", "")]
+    elif login.kind == "builder_id":
+        own = arn or KIRO_BUILDER_ARN
+        ways = [(runtime, "ide", own), (runtime, "cli", ""), (q, "ide", ""), (old, "ide", "")]
+    elif login.kind == "idc":
+        ways = [(runtime, "ide", arn), (q, "ide", arn), (q, "ide", ""), (old, "ide", arn)]
+    else:
+        own = arn or (KIRO_SOCIAL_ARN if login.kind == "social" else "")
+        ways = [(runtime, "ide", own), (q, "ide", own), (old, "ide", own)]
+    base = config.api_url.rstrip("/")
+    return list(dict.fromkeys(KiroEndpoint(base or url, shape, arn) for url, shape, arn in ways))
+
+
+def kiro_controls(login: KiroLogin, config: KiroConfig) -> list[str]:
+    """The hosts of model list, profiles and limits, best first."""
+    set_ = config.management_url or config.api_url
+    if set_:
+        return [set_.rstrip("/")]
+    region = kiro_region(login, config)
+    return [KIRO_MANAGEMENT_URL.format(region=region), KIRO_Q_URL.format(region=region)]
+
+
+def kiro_identity(login: KiroLogin) -> dict[str, str]:
+    """Who asks: the bearer, and the marks of some kinds of sign-in."""
+    headers = {"Authorization": f"Bearer {login.access}", "Accept-Encoding": "identity"}
+    if login.kind == "api_key":
+        headers["tokentype"] = "API_KEY"
+    elif login.kind == "external_idp":
+        headers["TokenType"] = "EXTERNAL_IDP"
+    if login.internal:
+        headers["redirect-for-internal"] = "true"
+    return headers
+
+
+def kiro_call_headers(
+    login: KiroLogin, endpoint: KiroEndpoint, version: str, system: str
+) -> dict[str, str]:
+    """The headers of a model call in the manner of the IDE or of the CLI.
+
+    Very long histories are refused unless a version of the IDE is named (pi, 2026-08).
+    """
+    headers = kiro_identity(login)
+    headers["x-amzn-codewhisperer-optout"] = "true"  # no training on this user's code
+    if endpoint.shape == "cli":
+        agent = "aws-sdk-rust/1.3.15 ua/2.1 api/codewhispererstreaming/0.1.17975"
+        agent += f" os/{system.partition('#')[0]} lang/rust/1.92.0"
+        headers["Content-Type"] = "application/x-amz-json-1.0"
+        headers["Accept"] = "*/*"
+        headers["X-Amz-Target"] = KIRO_TARGET
+        headers["User-Agent"] = f"{agent} md/appVersion-2.14.2 m/F app/AmazonQ-For-CLI"
+        headers["x-amz-user-agent"] = f"{agent} m/F app/AmazonQ-For-CLI"
+        return headers
+    client = f"KiroIDE-{version}-{login.machine_id}"
+    headers["Content-Type"] = "application/json"
+    headers["Accept"] = "application/vnd.amazon.eventstream"
+    headers["x-amzn-kiro-agent-mode"] = "vibe"
+    headers["x-amz-user-agent"] = f"aws-sdk-js/1.0.34 {client}"
+    headers["User-Agent"] = (
+        f"aws-sdk-js/1.0.34 ua/2.1 os/{system} lang/js md/nodejs#22.22.0"
+        f" api/codewhispererstreaming#1.0.34 m/E {client}"
+    )
+    return headers
+
+
+def kiro_control_headers(login: KiroLogin, version: str, system: str) -> dict[str, str]:
+    """The headers of the control plane."""
+    client = f"KiroIDE-{version}-{login.machine_id}"
+    return {
+        **kiro_identity(login),
+        "Accept": "application/json",
+        "x-amz-user-agent": f"aws-sdk-js/1.0.0 {client}",
+        "User-Agent": (
+            f"aws-sdk-js/1.0.0 ua/2.1 os/{system} lang/js md/nodejs#22.22.0"
+            f" api/codewhispererruntime#1.0.0 m/N,E {client}"
+        ),
+    }
+
+
+def place_kiro_call(body: Json, endpoint: KiroEndpoint, conversation: str, run: str) -> Json:
+    """A conversation state with what depends on the account and the host it goes to."""
+    origin = KIRO_ORIGINS[endpoint.shape]
+
+    def place(turn: Json) -> Json:
+        if "userInputMessage" not in turn:
+            return turn
+        return {"userInputMessage": {**turn["userInputMessage"], "origin": origin}}
+
+    state = body["conversationState"]
+    placed = {**state, "conversationId": conversation, "agentContinuationId": run}
+    if "history" in state:
+        placed["history"] = [place(turn) for turn in state["history"]]
+    placed["currentMessage"] = place(state["currentMessage"])
+    call = {**body, "conversationState": placed}
+    if endpoint.arn:
+        call["profileArn"] = endpoint.arn
+    return call
+
+
+def kiro_answers(body: Json) -> list[Json]:
+    """The assistant's messages in a conversation state."""
+    rows = body["conversationState"].get("history", ())
+    return [row["assistantResponseMessage"] for row in rows if "assistantResponseMessage" in row]
+
+
+def strip_kiro_thinking(body: Json) -> bool:
+    """Removes every replayed thought; whether there was any."""
+    return any([answer.pop("reasoningContent", None) is not None for answer in kiro_answers(body)])
+
+
+def kiro_shape(body: Json) -> str:
+    """The form of a conversation without its content: roles, lengths, tools, for the log."""
+    rows = [
+        *body["conversationState"].get("history", ()),
+        body["conversationState"]["currentMessage"],
+    ]
+    signs = []
+    for row in rows:
+        user = row.get("userInputMessage")
+        said = user or row["assistantResponseMessage"]
+        context = details(said, "userInputMessageContext")
+        counts = {
+            "r": len(context.get("toolResults", ())),
+            "t": len(context.get("tools", ())),
+            "c": len(said.get("toolUses", ())),
+            "i": len(said.get("images", ())),
+            "k": int("reasoningContent" in said),
+        }
+        marks = "".join(f"{mark}{number}" for mark, number in counts.items() if number)
+        signs.append(f"{'u' if user else 'a'}{len(said['content'])}{marks}")
+    return " ".join(signs[-60:])
+
+
+KIRO_VENDORS = {
+    "auto": "Kiro",
+    "claude": "Anthropic",
+    "deepseek": "DeepSeek",
+    "glm": "Z.ai",
+    "gpt": "OpenAI",
+    "minimax": "MiniMax",
+    "qwen3": "Alibaba",
+}
+KIRO_AUTO_WINDOW = 200_000  # nominal: the router chooses among several
+# What there was in 2026-08 (id, input window, output limit), for when the list cannot be had.
+KIRO_KNOWN_MODELS: tuple[tuple[str, int, int | None], ...] = (
+    ("auto", KIRO_AUTO_WINDOW, None),
+    ("claude-sonnet-4.6", 1_000_000, 64_000),
+    ("claude-sonnet-4.5", 200_000, 64_000),
+    ("claude-sonnet-4", 200_000, 64_000),
+    ("claude-opus-4.8", 1_000_000, 128_000),
+    ("claude-opus-4.6", 1_000_000, 64_000),
+    ("claude-opus-4.5", 200_000, 64_000),
+    ("claude-haiku-4.5", 200_000, 64_000),
+)
+
+
+def read_kiro_model(entry: Json, provider: str) -> Model | None:
+    """One entry of the list; every member but the id may be missing."""
+    model_id = entry.get("modelId")
+    if not isinstance(model_id, str) or not MODEL_ID.fullmatch(model_id):
+        return None
+    limits = details(entry, "tokenLimits")
+    window = positive(limits.get("maxInputTokens"))
+    known = details(details(entry, "additionalModelRequestFieldsSchema"), "properties")
+    efforts = kiro_efforts(details(known, "reasoning") or details(known, "output_config"))
+    return Model(
+        id=model_id,
+        provider=provider,
+        dialects=(KIRO.name,),
+        name=str(entry.get("modelName") or model_id),
+        vendor=KIRO_VENDORS.get(re.split(r"[-.]", model_id.lower())[0], ""),
+        max_output=positive(limits.get("maxOutputTokens")),
+        max_prompt=window,
+        context=window,
+        efforts=tuple(e for e in efforts if e in EFFORTS),
+        adaptive="thinking" in known,
+        raw=entry,
+    )
+
+
+def read_kiro_models(entries: Iterable[Any], provider: str) -> dict[str, Model]:
+    """The models by id; odd entries are passed over."""
+    rows = (read_kiro_model(entry, provider) for entry in entries if isinstance(entry, dict))
+    return {row.id: row for row in rows if row is not None}
+
+
+def known_kiro_models(provider: str) -> dict[str, Model]:
+    """The built-in list, each entry marked as a guess."""
+    entries = (
+        {"modelId": name, "tokenLimits": {"maxInputTokens": window, "maxOutputTokens": most}}
+        for name, window, most in KIRO_KNOWN_MODELS
+    )
+    models = read_kiro_models(entries, provider)
+    for model in models.values():
+        model.guessed = True
+    return models
+
+
+@dataclass(slots=True)
+class KiroLimits:
+    """What an account has used of its credits."""
+
+    plan: str
+    used: float
+    limit: float
+    #: Unix seconds; 0 = not said
+    resets_at: float
+    #: it may go on beyond the limit, for money
+    overage: bool
+
+    @property
+    def spent(self) -> bool:
+        """Whether nothing is left."""
+        return self.limit > 0 and self.used >= self.limit and not self.overage
+
+
+def read_kiro_limits(body: Json, now: float) -> KiroLimits:
+    """GetUsageLimits: the plan's credits, a running trial's and bonuses that have not expired."""
+    rows = body.get("usageBreakdownList") or [body.get("usageBreakdown")]
+    rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    row = next((r for r in rows if r.get("resourceType") == "CREDIT"), rows[0] if rows else {})
+    parts = [row]
+    trial = details(row, "freeTrialInfo")
+    if trial.get("freeTrialStatus") == "ACTIVE":
+        parts.append(trial)
+    bonuses = row.get("bonuses")
+    for bonus in bonuses if isinstance(bonuses, list) else ():
+        if isinstance(bonus, dict) and bonus.get("status", "ACTIVE") == "ACTIVE":
+            until = read_time(bonus.get("expiresAt"))
+            parts += [bonus] if not until or until > now else []
+
+    def total(name: str) -> float:
+        figures = (part.get(f"{name}WithPrecision", part.get(name)) for part in parts)
+        return float(sum(figure for figure in figures if isinstance(figure, (int, float))))
+
+    overage = details(body, "overageConfiguration").get("overageStatus") == "ENABLED"
+    reset = row.get("nextDateReset") or body.get("nextDateReset")
+    plan = details(body, "subscriptionInfo").get("subscriptionTitle")
+    return KiroLimits(
+        plan=plan if isinstance(plan, str) else "",
+        used=total("currentUsage"),
+        limit=total("usageLimit"),
+        resets_at=read_time(reset),
+        overage=overage,
+    )
+
+
+def judge_kiro(status: int, headers: Headers, data: bytes, now: float) -> Verdict:
+    """What an error answer means: its words first, then its status; `now` in Unix seconds."""
+    text = data.decode("utf-8", "replace").strip()
+    said = load_object(text) or {"message": read_error_answer(status, data)[0]}
+    code, reason, message = read_kiro_words(said)
+    code = headers.get("x-amzn-errortype", "").partition(":")[0] or code
+    wait_s = parse_retry_after(headers.get("retry-after"), now)
+    verdict = judge_kiro_words(code, reason, message) or judge_kiro_status(status, message)
+    if wait_s is not None and verdict.remedy in ("pause", "wait", "rest"):
+        verdict.wait_s = verdict.error.retry_after = wait_s
+    verdict.for_all = isinstance(verdict.error, (QuotaExceeded, RateLimited))
+    request = headers.get("x-amzn-requestid", "")
+    if SUPPORT_ID.fullmatch(request):
+        verdict.error.message += f" (Kiro request {request})"
+    return verdict
+
+
+def judge_kiro_status(status: int, message: str) -> Verdict:
+    """What is left when the words say nothing."""
+    words = f": {redact(message)[:1000].strip(' .')}." if message else "."
+    if status == 401:
+        return Verdict(
+            NotSignedIn(f"Kiro does not accept the token{words}", hint=KIRO_SIGN_IN_HINT), "refresh"
+        )
+    if status == 402:
+        return Verdict(QuotaExceeded(f"The Kiro credits are used up{words}"))
+    if status in (403, 423):
+        return Verdict(Forbidden(f"Kiro does not allow this{words}"), "reroute")
+    if status in (404, 405):
+        return Verdict(UpstreamError(f"Kiro answered with status {status}{words}"), "reroute")
+    if status == 413:
+        return Verdict(BodyTooLarge("The request is larger than Kiro takes."))
+    if status == 429:
+        return Verdict(RateLimited(f"Kiro's rate limit{words}"), "pause")
+    if status in (502, 503, 529):
+        return Verdict(Overloaded(f"Kiro is busy, status {status}{words}"), "reroute")
+    if status in (408, 504, 524):
+        return Verdict(UpstreamTimeout(f"Kiro timed out{words}"), "again")
+    if status >= 500:
+        return Verdict(UpstreamError(f"Kiro failed with status {status}{words}"), "wait")
+    if status == 200:
+        return Verdict(UpstreamError(f"Kiro answered without a stream{words}"), "again")
+    return Verdict(InvalidRequest(f"Kiro refused the request, status {status}{words}"))
 
 
 # ---- 10. Routing -------------------------------------------------------------------------------
