@@ -108,7 +108,7 @@ if TYPE_CHECKING:
     import argparse
     import asyncio
     import base64
-    import datetime
+    import datetime as dt
     import difflib
     import email.utils
     import fcntl
@@ -129,7 +129,7 @@ else:
     argparse = lazy_module("argparse")
     asyncio = lazy_module("asyncio")
     base64 = lazy_module("base64")
-    datetime = lazy_module("datetime")
+    dt = lazy_module("datetime")
     difflib = lazy_module("difflib")
     fcntl = lazy_module("fcntl")
     hashlib = lazy_module("hashlib")
@@ -211,8 +211,8 @@ UNSUPPORTED_MODEL_WAITS = (1.0, 2.0)  # Copilot's catalogue wobbles: seen in gh-
 COPILOT_REFRESH_MARGIN_SECONDS = 300.0  # VS Code refreshes when less than 5 minutes are left
 COPILOT_REFRESH_EARLY_SECONDS = 60.0  # the background timer: refresh_in minus this
 COPILOT_DEFAULT_LIFE_SECONDS = 1500.0
-COPILOT_FORCED_EXCHANGE_GAP_SECONDS = 60.0  # a lasting 403 must not become an exchange storm
-COPILOT_REFRESH_RETRY_MAX_SECONDS = 300.0
+FORCED_RENEWAL_GAP_SECONDS = 60.0  # a lasting 403 must not become an exchange storm
+SIGN_IN_RETRY_MAX_SECONDS = 300.0
 EXCHANGE_SECONDS = 15.0
 MODELS_SECONDS = 30.0
 MODELS_FRESH_SECONDS = 900.0  # VS Code 10 min, opencode 1 h
@@ -843,13 +843,14 @@ SETTING_CHOICES = {
     "level": ("debug", "info", "warning", "error"),
 }
 # What some settings become a part of: a host's name, a header.
+AWS_REGION = re.compile(r"[a-z]{2}(?:-[a-z]+)+-[0-9]", re.ASCII)
+KIRO_ARN = re.compile(
+    r"arn:aws[a-z-]*:codewhisperer:([a-z0-9-]+):[0-9]{12}:profile/[\w-]+", re.ASCII
+)
 SETTING_FORMS = {
     "kiro_version": (re.compile(r"[0-9A-Za-z.-]{1,40}"), "a version like 1.1.14"),
-    "profile_arn": (
-        re.compile(r"(?:arn:aws[a-z-]*:codewhisperer:[a-z0-9-]+:[0-9]{12}:profile/[\w-]+)?"),
-        "an ARN like arn:aws:codewhisperer:REGION:ACCOUNT:profile/ID",
-    ),
-    "region": (re.compile(r"(?:[a-z]{2}(?:-[a-z]+)+-[0-9])?"), "a region like us-east-1"),
+    "profile_arn": (KIRO_ARN, "like arn:aws:codewhisperer:REGION:ACCOUNT:profile/ID"),
+    "region": (AWS_REGION, "a region like us-east-1"),
 }
 SETTING_RANGES: dict[str, tuple[float, float]] = {
     "port": (0, 65535),
@@ -932,7 +933,7 @@ def check_setting(key: str, value: Any, kind: str) -> str:
     if key in SETTING_CHOICES and value not in SETTING_CHOICES[key]:
         return "must be one of " + ", ".join(SETTING_CHOICES[key])
     form, words = SETTING_FORMS.get(key, (None, ""))
-    if form is not None and not form.fullmatch(value):
+    if form is not None and value and not form.fullmatch(value):
         return f"must be {words}"
     low, high = SETTING_RANGES.get(key, SECONDS_RANGE)
     if kind in ("int", "float") and not low <= value <= high:
@@ -2537,8 +2538,8 @@ class Terms:
     asked: Json = field(default_factory=dict)
     #: takes (call ids, reasoning text, signature) that the caller's dialect cannot carry
     keep: Callable[[list[str], str, str], None] | None = None
-    #: context windows by model id, for an upstream that counts tokens as a share of them
-    windows: dict[str, int] = field(default_factory=dict)
+    #: upstream model id -> its context window, for an upstream that tells its share; 0 = unknown
+    window: Callable[[str], int] | None = None
     #: the upstream was asked in words to think between tags
     tagged_thinking: bool = False
 
@@ -5971,7 +5972,7 @@ class KiroReader:
         share = said.get("contextUsagePercentage")
         if isinstance(share, (int, float)) and not isinstance(share, bool):
             self.share = float(share)
-            window = self.terms.windows.get(self.model) or self.terms.windows.get("", 0)
+            window = self.terms.window(self.model) if self.terms.window else 0
             self.usage.context = int(self.share / 100 * window)
             events.append(Counted(replace(self.usage)))
 
@@ -6064,6 +6065,10 @@ class KiroReader:
         if not self.reason and self.share >= 100:
             return "context"
         return KIRO_FINISHES.get(self.reason, "end")
+
+
+# Events that say something of the answer itself.
+KIRO_WORDS = {"assistantResponseEvent", "codeEvent", "reasoningContentEvent", "toolUseEvent"}
 
 
 class KiroDialect:
@@ -6503,7 +6508,9 @@ def find_model(name: str, models: dict[str, Model]) -> Model | None:
     if known:
         return known[0]
     retired = RETIRED_CLAUDE.fullmatch(spellings[-1])
-    family = f"claude-{retired[1]}-" if retired else "-"
+    if retired is None:
+        return None
+    family = f"claude-{retired[1]}-"
     return max(
         (model for model_id, model in by_lower.items() if model_id.startswith(family)),
         key=lambda model: (claude_version(model.id) or (0, 0), model.id),
@@ -7804,8 +7811,7 @@ KIRO_KINDS = {
     "social": "social",
 }
 KIRO_CLIENTS = ("builder_id", "idc")  # refreshed at AWS, with the client they registered
-AWS_REGION = re.compile(r"[a-z]{2}(?:-[a-z]+)+-[0-9]", re.ASCII)
-KIRO_ARN = re.compile(r"arn:aws[a-z-]*:codewhisperer:([a-z0-9-]+):[0-9]{12}:profile/[\w-]+")
+KIRO_REGIONS = ("us-east-1", "eu-central-1")  # those that have model hosts
 
 
 @dataclass(slots=True)
@@ -7916,11 +7922,11 @@ def read_time(value: Any) -> float:
     if not isinstance(value, str):
         return 0.0
     try:
-        moment = datetime.datetime.fromisoformat(value)
+        moment = dt.datetime.fromisoformat(value)
     except ValueError:
         return 0.0
     if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=datetime.timezone.utc)  # noqa: UP017 - as 3.9 parses it
+        moment = moment.replace(tzinfo=dt.timezone.utc)
     return moment.timestamp()
 
 
@@ -8132,9 +8138,19 @@ def kiro_answers(body: Json) -> list[Json]:
     return [row["assistantResponseMessage"] for row in rows if "assistantResponseMessage" in row]
 
 
+def attach_kiro_thinking(body: Json, memory: ReasoningMemory) -> None:
+    """Puts thoughts back before calls whose caller had no field for them."""
+    for answer in kiro_answers(body):
+        ids = [use["toolUseId"] for use in answer.get("toolUses", ())]
+        found = [memory.kept[call] for call in ids if call in memory.kept]
+        if found and "reasoningContent" not in answer:
+            answer["reasoningContent"] = write_kiro_thinking(*found[-1])
+
+
 def strip_kiro_thinking(body: Json) -> bool:
     """Removes every replayed thought; whether there was any."""
-    return any([answer.pop("reasoningContent", None) is not None for answer in kiro_answers(body)])
+    thoughts = [answer.pop("reasoningContent", None) for answer in kiro_answers(body)]
+    return any(thoughts)
 
 
 def kiro_shape(body: Json) -> str:
@@ -8160,6 +8176,7 @@ def kiro_shape(body: Json) -> str:
     return " ".join(signs[-60:])
 
 
+UUID_TEXT = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 KIRO_VENDORS = {
     "auto": "Kiro",
     "claude": "Anthropic",
@@ -8786,6 +8803,10 @@ class UpstreamAnswer:
         self.full = False
         self.update_reading()
         return data
+
+    def put_back(self, data: bytes) -> None:
+        """Makes `data` what comes next: it was looked at, not used."""
+        self.waiting.insert(0, data)
 
     async def read(self, limit: int) -> bytes:
         """The whole body; raises UpstreamError over `limit` bytes."""
@@ -9775,6 +9796,8 @@ class Call:
     betas: str = ""
     #: names of what was left out; the provider adds to them
     dropped: list[str] = field(default_factory=list)
+    #: names of the rules that changed the conversation
+    touched: list[str] = field(default_factory=list)
 
 
 class Provider(Protocol):
@@ -9803,7 +9826,200 @@ class Provider(Protocol):
         """Ends whatever runs in the background."""
 
 
-# 15.1 Echo
+# 15.1 what providers share
+
+
+class Catalogue:
+    """A provider's models: asked for when needed, kept while fresh; an old list beats none."""
+
+    def __init__(self, provider: str, fetch: Callable[[], Awaitable[dict[str, Model]]]) -> None:
+        self.provider = provider
+        self.fetch = fetch
+        self.lock = asyncio.Lock()
+        self.models: dict[str, Model] = {}
+        #: model -> monotonic time it was last listed
+        self.listed_at: dict[str, float] = {}
+        self.fetched_at = float("-inf")
+        #: when an unknown name last made it ask again
+        self.missed_at = float("-inf")
+
+    def listed(self) -> dict[str, Model] | None:
+        """The models, while the list is fresh."""
+        age_s = asyncio.get_running_loop().time() - self.fetched_at
+        return self.models if age_s < MODELS_FRESH_SECONDS else None
+
+    def expire(self) -> None:
+        """The list is wrong: the next one who asks gets a new one."""
+        self.fetched_at = float("-inf")
+
+    async def get(self, refresh: bool = False) -> dict[str, Model]:
+        """The models; raises ApiError where there never was a list."""
+        now = asyncio.get_running_loop().time()
+        if refresh and now - self.missed_at >= MODELS_MISS_SECONDS:
+            self.missed_at = now
+            self.expire()
+        listed = self.listed()
+        if listed is not None:
+            return listed
+        async with self.lock:
+            listed = self.listed()  # somebody else may have been quicker
+            if listed is not None:
+                return listed
+            try:
+                self.merge(await self.fetch())
+            except ApiError as error:
+                if not self.models:
+                    raise
+                log_event("warning", "models_not_refreshed", provider=self.provider, reason=error)
+                self.fetched_at = now
+        return self.models
+
+    def merge(self, found: dict[str, Model]) -> None:
+        """Takes a new list; an entitled model may be missing from one of them."""
+        now = asyncio.get_running_loop().time()
+        for model_id in found:
+            self.listed_at[model_id] = now
+        kept = {
+            model_id: model
+            for model_id, model in self.models.items()
+            if now - self.listed_at[model_id] < MODELS_KEPT_SECONDS
+        }
+        self.models = {**kept, **found}
+        self.fetched_at = now
+
+
+class CoolDowns:
+    """Models that rest, as clients' retries would dig the hole deeper."""
+
+    def __init__(self) -> None:
+        #: model, or "" for all -> (monotonic end of its rest, why)
+        self.resting: dict[str, tuple[float, ApiError]] = {}
+
+    def rest(self, model_id: str, error: ApiError) -> None:
+        """Lets a model, or all where `model_id` is "", rest.
+
+        Never for longer than COOL_DOWN_SECONDS: then one request finds out how things are.
+        """
+        rest_s = min(error.retry_after or 0.0, COOL_DOWN_SECONDS)
+        self.resting[model_id] = asyncio.get_running_loop().time() + rest_s, error
+
+    def check(self, model_id: str) -> None:
+        """Raises the error that made a model rest, as long as it rests."""
+        now = asyncio.get_running_loop().time()
+        for key in (model_id, ""):
+            until, error = self.resting.get(key, (0.0, None))
+            if error is not None and now < until:
+                raise type(error)(error.message, hint=error.hint, retry_after=until - now)
+            self.resting.pop(key, None)
+
+
+class Backoff:
+    """How long a refused sign-in is left alone: its endpoints watch for storms.
+
+    1, 2, 4 ... seconds, or a minute after a refusal that no waiting mends.
+    """
+
+    def __init__(self) -> None:
+        self.failures = 0
+        self.retry_at = 0.0
+        self.secret = ""
+        self.error: ApiError | None = None
+
+    def failed(self, error: ApiError, secret: str) -> None:
+        """`secret` was refused, or nobody answered."""
+        self.failures = 7 if isinstance(error, NotSignedIn) else self.failures + 1
+        wait_s = min(2.0 ** (self.failures - 1), SIGN_IN_RETRY_MAX_SECONDS)
+        wait_s = max(wait_s, error.retry_after or 0)
+        self.retry_at = asyncio.get_running_loop().time() + wait_s
+        self.secret, self.error = secret, error
+
+    def succeeded(self) -> None:
+        """All is well again."""
+        self.failures, self.error = 0, None
+
+    def reason(self, secret: str) -> ApiError | None:
+        """Why `secret` must not be tried now; None when it may be."""
+        now = asyncio.get_running_loop().time()
+        return self.error if now < self.retry_at and secret == self.secret else None
+
+
+class Attempt:
+    """The attempts at one call: what has been tried, and what may help."""
+
+    def __init__(self, provider: str, call: Call, rests: CoolDowns) -> None:
+        self.provider_name = provider
+        self.call = call
+        self.rests = rests
+        self.count = 0
+        self.tried: set[str] = set()
+
+    async def send(self) -> UpstreamAnswer:
+        """One attempt."""
+        raise NotImplementedError
+
+    async def judge(self, answer: UpstreamAnswer) -> Verdict | None:
+        """What an answer's refusal means; None for one that can be passed on."""
+        raise NotImplementedError
+
+    async def mend(self, verdict: Verdict) -> None:
+        """Does what may help, or raises the verdict's error."""
+        raise NotImplementedError
+
+    def unreached(self, error: Unreachable) -> Verdict:
+        """What it means that no connection came about."""
+        return Verdict(error, "wait")
+
+    async def run(self) -> UpstreamAnswer:
+        """Tries until there is a good answer, a final refusal, or no attempt left."""
+        self.rests.check(self.call.model.id)
+        while True:
+            self.count += 1
+            try:
+                answer = await self.send()
+            except Unreachable as error:
+                verdict: Verdict | None = self.unreached(error)
+            else:
+                verdict = await self.judge(answer)
+                if verdict is None:
+                    return answer
+            assert verdict is not None
+            log_event(
+                "info",
+                "upstream_refused",
+                provider=self.provider_name,
+                model=self.call.model.id,
+                kind=verdict.error.kind,
+                remedy=verdict.remedy or "none",
+                attempt=self.count,
+            )
+            await self.mend(verdict)
+
+    @staticmethod
+    async def read_refusal(answer: UpstreamAnswer) -> bytes:
+        """The body of an error answer, or of what is left of it: the status alone must do then."""
+        try:
+            return await answer.read(MAX_ERROR_BODY_BYTES)
+        except ApiError:
+            return b""
+        finally:
+            answer.close(ended=False)
+
+    async def pause(self, verdict: Verdict, step: int) -> None:
+        """Waits before the next attempt; raises the error where that would be too long.
+
+        The model, or the account, rests then, so that others do not run into the same.
+        """
+        wait_s = verdict.wait_s
+        if wait_s is None:
+            steps = PAUSE_SECONDS if verdict.remedy == "pause" else BACKOFF_SECONDS
+            wait_s = steps[min(step, len(steps)) - 1] * (1 + os.urandom(1)[0] / 1024)
+        if wait_s > MAX_WAIT_SECONDS:
+            self.rests.rest("" if verdict.for_all else self.call.model.id, verdict.error)
+            raise verdict.error
+        await asyncio.sleep(wait_s)
+
+
+# 15.2 Echo
 
 ECHO_LABEL = "[echo] "
 ECHO_CALL_WORDS = "call the tool"
@@ -9973,7 +10189,7 @@ class EchoProvider:
         """Nothing runs."""
 
 
-# 15.2 Copilot
+# 15.3 Copilot
 
 
 class CopilotAccount:
@@ -10044,7 +10260,7 @@ class CopilotAccount:
             if self.kept is not None and self.kept.token != refused.token:
                 return self.kept  # somebody else was quicker
             now = asyncio.get_running_loop().time()
-            if now - self.forced_at < COPILOT_FORCED_EXCHANGE_GAP_SECONDS:
+            if now - self.forced_at < FORCED_RENEWAL_GAP_SECONDS:
                 return None
             self.forced_at = now
             self.kept = None
@@ -10126,7 +10342,7 @@ class CopilotAccount:
         """
         self.failures = 7 if isinstance(error, NotSignedIn) else self.failures + 1
         self.refused_token = github_token
-        wait_s = min(2.0 ** (self.failures - 1), COPILOT_REFRESH_RETRY_MAX_SECONDS)
+        wait_s = min(2.0 ** (self.failures - 1), SIGN_IN_RETRY_MAX_SECONDS)
         wait_s = max(wait_s, error.retry_after or 0)
         self.retry_at = asyncio.get_running_loop().time() + wait_s
         self.last_error = error
@@ -10393,7 +10609,7 @@ class CopilotAttempt:
         """The error where a token was renewed only a moment ago: signing in would not help."""
         if not isinstance(error, NotSignedIn):
             return error
-        wait_s = COPILOT_FORCED_EXCHANGE_GAP_SECONDS
+        wait_s = FORCED_RENEWAL_GAP_SECONDS
         return Overloaded("Copilot refuses a token it has just given.", retry_after=wait_s)
 
     async def mend(self, verdict: Verdict, token: CopilotToken) -> CopilotToken:
@@ -10434,6 +10650,497 @@ class CopilotAttempt:
                 raise verdict.error
             await asyncio.sleep(wait_s)
         return token
+
+
+# 15.4 Kiro
+
+
+def system_tag() -> str:
+    """This system in the words of the vendor's clients: `linux#6.8.0`."""
+    if hasattr(os, "uname"):
+        named = os.uname()
+        return f"{named.sysname.lower()}#{named.release.partition('-')[0]}"
+    return "win32#10.0.22631"
+
+
+class KiroAccount:
+    """A Kiro sign-in: a token file, whose tokens are renewed here and maybe by other programs."""
+
+    def __init__(self, name: str, config: KiroConfig, paths: Paths, client: HttpClient) -> None:
+        self.name = name
+        self.config = config
+        self.path = paths.token_file(name)
+        self.client = client
+        self.lock = asyncio.Lock()
+        self.kept: KiroLogin | None = None
+        self.backoff = Backoff()
+        self.forced_at = float("-inf")
+
+    def load(self) -> KiroLogin:
+        """The token file; raises NotSignedIn."""
+        hint = f"Put a token file at {self.path}; README.md shows its form."
+        try:
+            kept = load_private_json(self.path)
+        except ProgramError as error:
+            raise NotSignedIn(f"{error}.", hint=hint) from None
+        if kept is None:
+            raise NotSignedIn(f"Provider {self.name!r} has no Kiro sign-in yet.", hint=hint)
+        try:
+            login = read_kiro_login(kept)
+        except ValueError as error:
+            raise NotSignedIn(f"{self.path} cannot be used: {error}.", hint=hint) from None
+        login.arn = self.config.profile_arn or login.arn
+        return login
+
+    def is_signed_in(self) -> bool:
+        """Whether there is a usable token file."""
+        try:
+            self.load()
+        except NotSignedIn:
+            return False
+        return True
+
+    @staticmethod
+    def lasts(login: KiroLogin, margin_s: float) -> bool:
+        """Whether the access token will last for `margin_s` seconds."""
+        return bool(login.access) and login.expires_at - time.time() > margin_s
+
+    async def login(self) -> KiroLogin:
+        """A sign-in that will last; callers at the same time share one refresh.
+
+        Raises NotSignedIn and other ApiErrors.
+        """
+        if self.kept and self.lasts(self.kept, KIRO_REFRESH_MARGIN_SECONDS):
+            return self.kept
+        async with self.lock:
+            if self.kept and self.lasts(self.kept, KIRO_REFRESH_MARGIN_SECONDS):
+                return self.kept
+            saved = self.load()
+            if self.lasts(saved, KIRO_REFRESH_MARGIN_SECONDS):
+                self.kept = saved
+                return saved
+            try:
+                return await self.refresh(saved)
+            except ApiError as error:
+                if not self.lasts(saved, 0):
+                    raise
+                log_event("warning", "token_refresh_failed", provider=self.name, reason=error)
+                return saved  # it is good for some minutes more
+
+    async def renew(self, refused: KiroLogin) -> KiroLogin | None:
+        """A sign-in other than `refused`; None where there is none to be had just now."""
+        async with self.lock:
+            if self.kept and self.kept.access != refused.access:
+                return self.kept  # somebody else was quicker
+            saved = self.load()
+            if saved.access != refused.access and self.lasts(saved, 0):
+                self.kept = saved  # another program was
+                return saved
+            now = asyncio.get_running_loop().time()
+            if saved.kind == "api_key" or now - self.forced_at < FORCED_RENEWAL_GAP_SECONDS:
+                return None
+            self.forced_at = now
+            return await self.refresh(saved)
+
+    async def refresh(self, saved: KiroLogin) -> KiroLogin:
+        """Asks for new tokens and keeps them on disk before anybody uses them."""
+        resting = self.backoff.reason(saved.refresh)
+        if resting is not None:
+            raise resting
+        try:
+            changes = await self.ask(saved)
+        except NotSignedIn as error:
+            login = await self.reread(saved)
+            if login is None:
+                self.backoff.failed(error, saved.refresh)
+                raise
+            if self.lasts(login, KIRO_REFRESH_MARGIN_SECONDS):
+                self.kept = login
+                return login
+            saved, changes = login, await self.ask(login)
+        except ApiError as error:
+            self.backoff.failed(error, saved.refresh)
+            raise
+        self.backoff.succeeded()
+        self.kept = self.save({**changes, "machine_id": saved.machine_id}, saved)
+        log_event("info", "token_refreshed", provider=self.name, kind=saved.kind)
+        return self.kept
+
+    async def ask(self, login: KiroLogin) -> Json:
+        """One refresh; raises NotSignedIn where its token is dead."""
+        url, headers, body = kiro_refresh(login, self.config)
+        status, fields_, data = await self.client.fetch(
+            "POST", url, headers, KIRO_REFRESH_SECONDS, body
+        )
+        if status != 200:
+            raise judge_kiro_refresh(status, fields_, data, time.time()).error
+        answer = load_object(data)
+        if answer is None:
+            raise UpstreamError("The answer to Kiro's token refresh is not JSON.")
+        return read_refresh_answer(answer, time.time())
+
+    async def reread(self, dead: KiroLogin) -> KiroLogin | None:
+        """What another program has made of the token file meanwhile, if anything."""
+        for wait_s in (0.0, 0.5, 1.0):  # its answer may have come before its file
+            await asyncio.sleep(wait_s)
+            saved = self.load()
+            if (saved.refresh, saved.access) != (dead.refresh, dead.access):
+                return saved
+        return None
+
+    def save(self, changes: Json, login: KiroLogin) -> KiroLogin:
+        """Merges changes into the token file; a file that cannot be written is told, not fatal."""
+        try:
+            kept = load_private_json(self.path) or {}
+        except ProgramError:
+            kept = {}
+        merged = {**kept, **changes}
+        try:
+            save_private_json(self.path, merged)
+        except OSError as error:
+            log_event("error", "token_not_saved", provider=self.name, reason=error.strerror)
+        renamed = {
+            "access_token": "access",
+            "refresh_token": "refresh",
+            "profile_arn": "arn",
+            "expires_at": "expires_at",
+        }
+        fresh = replace(login, **{renamed[k]: v for k, v in changes.items() if k in renamed})
+        fresh.arn = self.config.profile_arn or fresh.arn
+        return fresh
+
+
+class KiroProvider:
+    """Kiro, once Amazon Q Developer, once CodeWhisperer."""
+
+    local = False
+
+    def __init__(self, name: str, config: KiroConfig, paths: Paths, client: HttpClient) -> None:
+        self.name = name
+        self.config = config
+        self.client = client
+        self.account = KiroAccount(name, config, paths, client)
+        self.system = system_tag()
+        self.catalogue = Catalogue(name, self.fetch_models)
+        self.rests = CoolDowns()
+        self.reasoning = ReasoningMemory()
+        self.profile_sought = False
+        #: the way to ask that worked last
+        self.winner: KiroEndpoint | None = None
+
+    def close(self) -> None:
+        """Nothing runs in the background."""
+
+    def keep_reasoning(self, calls: list[str], text: str, opaque: str) -> None:
+        """Remembers a thought and its signature by its calls."""
+        self.reasoning.keep(calls, text, opaque)
+
+    def listed(self) -> dict[str, Model] | None:
+        """The catalogue, while it is fresh."""
+        return self.catalogue.listed()
+
+    async def models(self, refresh: bool = False) -> dict[str, Model]:
+        """The catalogue; a marked built-in one where the service does not tell."""
+        try:
+            return await self.catalogue.get(refresh)
+        except NotSignedIn:
+            raise
+        except ApiError as error:
+            log_event("warning", "models_unavailable", provider=self.name, reason=error)
+            return known_kiro_models(self.name)
+
+    def guess(self, model_id: str) -> Model | None:
+        """A model named exactly is tried, listed or not."""
+        return read_kiro_model({"modelId": model_spellings(model_id)[-1]}, self.name)
+
+    async def login(self) -> KiroLogin:
+        """The sign-in; an organisation's needs its profile, which is looked up once."""
+        login = await self.account.login()
+        if login.arn or login.kind not in ("idc", "external_idp") or self.profile_sought:
+            return login
+        found = await self.find_profiles(login)
+        self.profile_sought = True
+        if len(found) > 1:
+            raise NotSignedIn(
+                "This Kiro sign-in has several profiles.",
+                hint="Set profile_arn in [providers."
+                + self.name
+                + "] to one of: "
+                + ", ".join(f"{arn} ({name})" for arn, name in found.items())
+                + ".",
+            )
+        for arn in found:
+            self.account.kept = self.account.save({"profile_arn": arn}, login)
+            return self.account.kept
+        return login
+
+    async def find_profiles(self, login: KiroLogin) -> dict[str, str]:
+        """ARN -> name of the organisation's profiles, in both regions that have any."""
+        found: dict[str, str] = {}
+        bases = kiro_controls(login, self.config)
+        if not (self.config.management_url or self.config.api_url):
+            bases = [KIRO_MANAGEMENT_URL.format(region=region) for region in KIRO_REGIONS]
+        for base in bases:
+            try:
+                body = await self.ask_control(
+                    login, "POST", [base], "/ListAvailableProfiles", dump_json({"maxResults": 10})
+                )
+            except ApiError as error:
+                log_event("info", "profiles_unavailable", provider=self.name, reason=error)
+                continue
+            rows = body.get("profiles")
+            for row in rows if isinstance(rows, list) else ():
+                arn = row.get("arn") if isinstance(row, dict) else None
+                if isinstance(arn, str) and KIRO_ARN.fullmatch(arn):
+                    found[arn] = str(row.get("profileName") or "unnamed")
+        return found
+
+    async def ask_control(
+        self, login: KiroLogin, method: str, bases: list[str], path: str, body: bytes = b""
+    ) -> Json:
+        """An answer of the control plane: every host in turn, with both spellings of the path."""
+        headers = kiro_control_headers(login, self.config.kiro_version, self.system)
+        headers["amz-sdk-request"] = "attempt=1; max=1"
+        if body:
+            headers["Content-Type"] = "application/json"
+        failure: ApiError = UpstreamError("Kiro has no host for this.")
+        for base in bases:
+            for spelled in (path, kebab_path(path)):
+                headers["amz-sdk-invocation-id"] = format_uuid(os.urandom(16).hex())
+                try:
+                    status, fields_, data = await self.client.fetch(
+                        method, base + spelled, headers, KIRO_CONTROL_SECONDS, body
+                    )
+                except (UpstreamError, UpstreamTimeout) as error:
+                    failure = error
+                    break
+                answer = load_object(data)
+                if status == 200 and answer is not None:
+                    return answer
+                verdict = judge_kiro(status, fields_, data, time.time())
+                failure = verdict.error
+                if status not in (404, 405):
+                    break
+            if isinstance(failure, (Forbidden, NotSignedIn, QuotaExceeded)):
+                break
+        raise failure
+
+    async def control(self, path: str, query: dict[str, str]) -> Json:
+        """An answer of the control plane about this account; a stale token is renewed once."""
+        login = await self.login()
+        for _ in range(2):
+            arn = login.arn or kiro_endpoints(login, self.config)[0].arn
+            asked = {**query, "profileArn": arn} if arn else query
+            bases = kiro_controls(login, self.config)
+            try:
+                return await self.ask_control(
+                    login, "GET", bases, f"{path}?{urllib.parse.urlencode(asked)}"
+                )
+            except NotSignedIn:
+                renewed = await self.account.renew(login)
+                if renewed is None:
+                    raise
+                login = renewed
+        raise NotSignedIn("Kiro does not accept a token it has just given.", retry_after=60.0)
+
+    async def fetch_models(self) -> dict[str, Model]:
+        """The service's own list, page by page."""
+        entries: list[Any] = []
+        query = {"origin": KIRO_ORIGINS["ide"], "maxResults": "50"}
+        for _ in range(KIRO_MODEL_PAGES):
+            body = await self.control("/ListAvailableModels", query)
+            rows = body.get("models")
+            entries += rows if isinstance(rows, list) else []
+            following = body.get("nextToken")
+            if not isinstance(following, str) or not following:
+                break
+            query["nextToken"] = following
+        found = read_kiro_models(entries, self.name)
+        if not found:
+            raise UpstreamError("Kiro's model list is empty.")
+        return found
+
+    async def limits(self) -> KiroLimits:
+        """What is left of the account's credits; raises ApiError."""
+        query = {"origin": KIRO_ORIGINS["ide"], "resourceType": "AGENTIC_REQUEST"}
+        return read_kiro_limits(await self.control("/getUsageLimits", query), time.time())
+
+    async def open(self, call: Call) -> Source:
+        """Tries until there is a good answer, a final refusal, or nothing left to try."""
+        self.rests.check(call.model.id)
+        return await KiroAttempt(self, call, await self.login()).run()
+
+
+def kebab_path(path: str) -> str:
+    """`/getUsageLimits?a=b` -> `/Get-Usage-Limits?a=b`, as some hosts spell it (pi, 2026-08)."""
+    name, mark, query = path[1:].partition("?")
+    return "/" + re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name[:1].upper() + name[1:]) + mark + query
+
+
+class KiroAttempt(Attempt):
+    """The attempts at one call of Kiro, over the ways that lead there."""
+
+    def __init__(self, provider: KiroProvider, call: Call, login: KiroLogin) -> None:
+        super().__init__(provider.name, call, provider.rests)
+        self.provider = provider
+        self.login = login
+        ways = kiro_endpoints(login, provider.config)
+        self.ways = sorted(ways, key=lambda way: way != provider.winner)
+        self.waits = 0
+        session = UUID_TEXT.search(call.outline.session)
+        key = call.outline.session or call.model.id + call.outline.opening
+        self.conversation = session[0].lower() if session else hash_uuid(key)
+        self.run_id = format_uuid(os.urandom(16).hex())
+        attach_kiro_thinking(call.body, provider.reasoning)
+
+    async def send(self) -> UpstreamAnswer:
+        """One attempt, by the first way that is left."""
+        way, provider = self.ways[0], self.provider
+        body = place_kiro_call(self.call.body, way, self.conversation, self.run_id)
+        fixed = kiro_call_headers(self.login, way, provider.config.kiro_version, provider.system)
+
+        def headers() -> dict[str, str]:
+            invocation = format_uuid(os.urandom(16).hex())
+            return {
+                **fixed,
+                "amz-sdk-invocation-id": invocation,
+                "amz-sdk-request": "attempt=1; max=3",
+            }
+
+        url = way.url + KIRO_PATHS[way.shape]
+        return await provider.client.open("POST", url, headers, dump_json(body))
+
+    def unreached(self, error: Unreachable) -> Verdict:
+        """Another host may be there."""
+        return Verdict(error, "reroute" if len(self.ways) > 1 else "wait")
+
+    async def judge(self, answer: UpstreamAnswer) -> Verdict | None:
+        """What an answer means: a good status says nothing yet, so the first event is awaited."""
+        kind = answer.headers.get("content-type", "").lower()
+        if answer.status == 200 and "json" not in kind and "html" not in kind:
+            verdict = await self.peek(answer)
+            if verdict is None:
+                self.provider.winner = self.ways[0]
+                return None
+            answer.close(ended=False)
+        else:
+            data = await self.read_refusal(answer)
+            verdict = judge_kiro(answer.status, answer.headers, data, time.time())
+        return self.explain(verdict)
+
+    async def peek(self, answer: UpstreamAnswer) -> Verdict | None:
+        """Reads until the answer says something, and puts it all back; else what is wrong.
+
+        Nothing has gone to the caller yet, so an exception, a broken stream or an answer without
+        any event can still be tried again.
+        """
+        framing, seen = KIRO.framing(), []
+        try:
+            while data := await answer.first():
+                seen.append(data)
+                for frame in load_frames(framing.parse_all(framing.complete(data))):
+                    if "error" in frame or "invalidStateEvent" in frame:
+                        return self.judge_frame(frame)
+                    if KIRO_WORDS & frame.keys():
+                        answer.put_back(b"".join(seen))
+                        return None
+            framing.end()
+        except UpstreamError as error:
+            return Verdict(error, "again")
+        if "empty" in self.tried:
+            answer.put_back(b"".join(seen))
+            return None  # twice: so be it
+        return Verdict(UpstreamError("Kiro answered nothing."), "empty")
+
+    @staticmethod
+    def judge_frame(frame: Json) -> Verdict:
+        """What an exception in the place of an answer means."""
+        said = details(frame, "error") or details(frame, "invalidStateEvent")
+        code, reason, message = read_kiro_words(said)
+        verdict = judge_kiro_words(code, reason, message) or judge_kiro_status(500, message)
+        verdict.for_all = isinstance(verdict.error, (QuotaExceeded, RateLimited))
+        return verdict
+
+    def explain(self, verdict: Verdict) -> Verdict:
+        """A refusal of the conversation's form, explained: the rules that touched it, its size."""
+        if type(verdict.error) is not InvalidRequest or verdict.remedy:
+            return verdict
+        call = self.call
+        tokens = int(estimate_value(call.body))
+        window = call.model.max_prompt
+        log_event(
+            "warning",
+            "conversation_refused",
+            provider=self.provider.name,
+            model=call.model.id,
+            rules=",".join(call.touched) or "none",
+            tokens=tokens,
+        )
+        log_event("debug", "conversation_form", form=kiro_shape(call.body))
+        if window and tokens > 0.9 * window:
+            return Verdict(ContextTooLong(tokens, window))
+        state = call.body["conversationState"]["currentMessage"]["userInputMessage"]
+        tools = len(details(state, "userInputMessageContext").get("tools", ()))
+        if tools > 48:
+            verdict.error.hint = f"{tools} tools are offered; fewer may help."
+        return verdict
+
+    async def mend(self, verdict: Verdict) -> None:
+        """Does what may help, or raises the verdict's error."""
+        remedy = verdict.remedy
+        tried = remedy in self.tried
+        self.tried.add(remedy)
+        if remedy == "refresh" and not tried:
+            renewed = await self.provider.account.renew(self.login)
+            if renewed is not None:
+                self.login = renewed
+                return
+        if remedy in ("refresh", "reroute"):
+            self.ways.pop(0)  # the token may be good for another host or profile only
+            if not self.ways:
+                raise verdict.error
+        elif remedy == "forget":
+            if tried or not strip_kiro_thinking(self.call.body):
+                raise verdict.error
+        elif remedy in ("again", "empty"):
+            if tried:
+                raise verdict.error
+            await self.pause(verdict, 1)
+        elif remedy in ("wait", "pause"):
+            self.waits += 1
+            if self.waits >= MAX_ATTEMPTS:
+                raise await self.lasting(verdict)
+            await self.pause(verdict, self.waits)
+        else:
+            await self.give_up(verdict)
+
+    async def lasting(self, verdict: Verdict) -> ApiError:
+        """The error of a limit that does not pass: spent credits look the same as haste."""
+        if not isinstance(verdict.error, RateLimited):
+            return verdict.error
+        try:
+            limits = await self.provider.limits()
+        except ApiError as error:
+            log_event("info", "limits_unavailable", provider=self.provider.name, reason=error)
+            return verdict.error
+        if not limits.spent:
+            verdict.error.retry_after = verdict.error.retry_after or PAUSE_SECONDS[-1]
+            self.rests.rest("", verdict.error)
+            return verdict.error
+        day = time.strftime("%Y-%m-%d", time.gmtime(limits.resets_at)) if limits.resets_at else ""
+        return QuotaExceeded(
+            f"The Kiro credits are used up: {limits.used:g} of {limits.limit:g}.",
+            hint=f"They come back on {day}." if day else "",
+        )
+
+    async def give_up(self, verdict: Verdict) -> None:
+        """Raises the verdict's error, and remembers what follows from it."""
+        if verdict.remedy == "relist":
+            self.provider.catalogue.expire()
+        if verdict.remedy == "rest":
+            verdict.error.retry_after = verdict.wait_s or COOL_DOWN_SECONDS
+            self.rests.rest("", verdict.error)
+        raise verdict.error
 
 
 # ---- 16. Gateway -------------------------------------------------------------------------------
@@ -10808,7 +11515,7 @@ class Gateway:
         ids = [model for models in catalogues.values() for model in models]
         for name, models in catalogues.items():
             for model in models.values():
-                if model.listed and any(dialect in DIALECTS for dialect in model.dialects):
+                if model.listed and any(d in UPSTREAM_DIALECTS for d in model.dialects):
                     shown = f"{name}/{model.id}" if ids.count(model.id) > 1 else model.id
                     rows.append(self.row(shown, model))
         return rows
@@ -10831,6 +11538,8 @@ class Gateway:
             "context_window": model.context,
         }
         row.update({key: value for key, value in limits.items() if value})
+        if model.guessed:
+            row["guessed"] = True  # from a built-in list: the service did not tell
         return row
 
     async def get_models(self, request: Request) -> Response:
@@ -10884,9 +11593,9 @@ class Gateway:
         return provider, model
 
     @staticmethod
-    def choose_dialect(model: Model, asked: Dialect) -> Dialect:
+    def choose_dialect(model: Model, asked: Dialect) -> UpstreamDialect:
         """The caller's own dialect where the model speaks it, else the first known to both."""
-        known = [DIALECTS[name] for name in model.dialects if name in DIALECTS]
+        known = [UPSTREAM_DIALECTS[name] for name in model.dialects if name in UPSTREAM_DIALECTS]
         if not known:
             raise InvalidRequest(
                 f"{model.id} is served only on OpenAI's responses endpoint, "
@@ -10925,6 +11634,10 @@ class Gateway:
         """One attempt to have a request answered by one model."""
         spoken = self.choose_dialect(model, asked)
         answered = self.dialect_of(request)
+
+        def window(model_id: str) -> int:
+            return ((provider.listed() or {}).get(model_id) or model).context or 0
+
         terms = Terms(
             id=answered.id_prefix + os.urandom(12).hex(),
             created=int(time.time()),
@@ -10932,6 +11645,7 @@ class Gateway:
             include_usage=outline.include_usage or not outline.stream,
             asked=body,
             keep=provider.keep_reasoning,
+            window=window,
         )
         call = self.write_call(body, asked, spoken, model, terms, outline)
         call.betas = request.headers.get("anthropic-beta", "")
@@ -10941,7 +11655,12 @@ class Gateway:
 
     @staticmethod
     def write_call(
-        body: Json, asked: Dialect, spoken: Dialect, model: Model, terms: Terms, outline: Outline
+        body: Json,
+        asked: Dialect,
+        spoken: UpstreamDialect,
+        model: Model,
+        terms: Terms,
+        outline: Outline,
     ) -> Call:
         """The upstream's body: the caller's own where it speaks that, else converted."""
         legacy = asked is CHAT and "functions" in body and "tools" not in body
@@ -10963,7 +11682,10 @@ class Gateway:
         display = thinking.get("display") if isinstance(thinking, dict) else None
         terms.hide_thinking = display == "omitted"
         written = spoken.write_request(chat, model)
-        return Call(model, spoken.name, written, outline, dropped=chat.dropped)
+        terms.tagged_thinking = chat.tagged_thinking
+        return Call(
+            model, spoken.name, written, outline, dropped=chat.dropped, touched=chat.touched
+        )
 
 
 class Exchange:
@@ -11142,6 +11864,8 @@ def make_providers(config: Config, paths: Paths, client: HttpClient) -> dict[str
         if isinstance(entry, CopilotConfig):
             machine = machine or load_machine(paths)
             providers[name] = CopilotProvider(name, entry, paths, client, machine)
+        elif isinstance(entry, KiroConfig):
+            providers[name] = KiroProvider(name, entry, paths, client)
         else:
             providers[name] = EchoProvider(name)
     return providers
@@ -11184,7 +11908,7 @@ def print_ready(config: Config, port: int, providers: dict[str, Provider]) -> No
     url = f"http://{shown_host(config.server.host)}:{port}"
     print(f"aiclient-api {__version__} listening on {url}", flush=True)
     for name, provider in providers.items():
-        if isinstance(provider, CopilotProvider):
+        if isinstance(provider, (CopilotProvider, KiroProvider)):
             ready = provider.account.is_signed_in()
             state = "signed in" if ready else f"not signed in: {provider.account.path} is missing"
         else:
