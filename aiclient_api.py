@@ -230,7 +230,6 @@ KIRO_REFRESH_MARGIN_SECONDS = 300.0  # the vendor's CLI 1 min, other clients 2 t
 KIRO_TOKEN_SECONDS = 3600.0  # the life of every token seen
 KIRO_REFRESH_SECONDS = 30.0
 KIRO_CONTROL_SECONDS = 30.0
-KIRO_MAX_WAYS = 4  # hosts and manners tried for one call, beside retries
 KIRO_MODEL_PAGES = 5  # of a list that never ends
 
 GITHUB_URL = "https://github.com"
@@ -10206,10 +10205,7 @@ class CopilotAccount:
         self.stale_at = 0.0
         self.forced_at = float("-inf")
         self.used = False
-        self.failures = 0
-        self.retry_at = 0.0
-        self.refused_token = ""
-        self.last_error: ApiError | None = None
+        self.backoff = Backoff()
         self.refresher: asyncio.Task[None] | None = None
 
     def load(self) -> Json:
@@ -10289,19 +10285,18 @@ class CopilotAccount:
         self.kept = token
         loop = asyncio.get_running_loop()
         self.stale_at = loop.time() + token.expires_at - time.time()
-        self.failures = 0
+        self.backoff.succeeded()
         if self.refresher is None or self.refresher.done():
             self.refresher = loop.create_task(self.refresh_in_background())
 
     async def exchange(self) -> CopilotToken:
         """Asks GitHub for a token; an old one that still lasts is kept when that fails."""
         saved = self.load()
-        now = asyncio.get_running_loop().time()
-        resting = now < self.retry_at and saved["github_token"] == self.refused_token
-        if resting and self.last_error is not None:
+        resting = self.backoff.reason(saved["github_token"])
+        if resting is not None:
             if self.is_fresh(self.kept, 0) and self.kept:
                 return self.kept
-            raise self.last_error
+            raise resting
         url = self.config.github_api_url.rstrip("/") + "/copilot_internal/v2/token"
         github_token = re.sub(r"^(?i:bearer|token)\s+", "", saved["github_token"].strip())
         try:
@@ -10315,7 +10310,7 @@ class CopilotAccount:
                 raise UpstreamError("GitHub's token answer is not JSON.")
             token = read_token_answer(body, self.config, time.time())
         except ApiError as error:
-            self.postpone(error, saved["github_token"])
+            self.backoff.failed(error, saved["github_token"])
             if isinstance(error, NotSignedIn):
                 self.kept = None
                 raise
@@ -10334,18 +10329,6 @@ class CopilotAccount:
         if isinstance(verdict.error, NotSignedIn) and verdict.remedy == "wait":
             return Overloaded(verdict.error.message)
         return verdict.error
-
-    def postpone(self, error: ApiError, github_token: str) -> None:
-        """No further exchange of this token for a while: the endpoint watches for storms.
-
-        1, 2, 4 ... seconds, or a minute after a refusal that no waiting mends.
-        """
-        self.failures = 7 if isinstance(error, NotSignedIn) else self.failures + 1
-        self.refused_token = github_token
-        wait_s = min(2.0 ** (self.failures - 1), SIGN_IN_RETRY_MAX_SECONDS)
-        wait_s = max(wait_s, error.retry_after or 0)
-        self.retry_at = asyncio.get_running_loop().time() + wait_s
-        self.last_error = error
 
     def save(self, saved: Json, token: CopilotToken) -> None:
         """Keeps the token for the next start; the program runs on without it."""
@@ -10400,15 +10383,8 @@ class CopilotProvider:
         self.identity_token = ""
         self.learned = Learned()
         self.reasoning = ReasoningMemory()
-        self.models_lock = asyncio.Lock()
-        self.catalogue: dict[str, Model] = {}
-        #: model -> monotonic time it was last listed
-        self.listed_at: dict[str, float] = {}
-        self.fetched_at = float("-inf")
-        #: model, or "" for all -> (monotonic end of its cool-down, why)
-        self.resting: dict[str, tuple[float, ApiError]] = {}
-        #: when an unknown name last made it ask again
-        self.missed_at = float("-inf")
+        self.catalogue = Catalogue(name, self.fetch_models)
+        self.rests = CoolDowns()
 
     def close(self) -> None:
         """Ends whatever runs in the background."""
@@ -10435,33 +10411,14 @@ class CopilotProvider:
 
     def listed(self) -> dict[str, Model] | None:
         """The catalogue, while it is fresh."""
-        age_s = asyncio.get_running_loop().time() - self.fetched_at
-        return self.catalogue if age_s < MODELS_FRESH_SECONDS else None
+        return self.catalogue.listed()
 
     async def models(self, refresh: bool = False) -> dict[str, Model]:
-        """The catalogue; one that is a little old beats none."""
-        now = asyncio.get_running_loop().time()
-        if refresh and now - self.missed_at >= MODELS_MISS_SECONDS:
-            self.missed_at = now
-            self.fetched_at = float("-inf")
-        listed = self.listed()
-        if listed is not None:
-            return listed
-        async with self.models_lock:
-            listed = self.listed()  # somebody else may have been quicker
-            if listed is not None:
-                return listed
-            try:
-                await self.fetch_models()
-            except ApiError as error:
-                if not self.catalogue:
-                    raise
-                log_event("warning", "models_not_refreshed", provider=self.name, reason=error)
-                self.fetched_at = now
-        return self.catalogue
+        """The catalogue."""
+        return await self.catalogue.get(refresh)
 
-    async def fetch_models(self) -> None:
-        """Asks for the list and merges it: an entitled model may be missing from one answer."""
+    async def fetch_models(self) -> dict[str, Model]:
+        """The service's own list."""
         token = await self.account.token()
         status, data = 0, b""
         for _ in range(2):
@@ -10479,34 +10436,7 @@ class CopilotProvider:
             raise judge_identity(status, read_error_answer(status, data)[0], "").error
         if status != 200 or body is None:
             raise UpstreamError(f"Copilot's model list came with status {status}.")
-        now = asyncio.get_running_loop().time()
-        found = read_copilot_models(body, self.name)
-        for model_id in found:
-            self.listed_at[model_id] = now
-        kept = {
-            model_id: model
-            for model_id, model in self.catalogue.items()
-            if now - self.listed_at[model_id] < MODELS_KEPT_SECONDS
-        }
-        self.catalogue = {**kept, **found}
-        self.fetched_at = now
-
-    def cool_down(self, model_id: str, error: ApiError) -> None:
-        """Lets a model, or all where `model_id` is "", rest: clients' retries dig the hole deeper.
-
-        Never for longer than COOL_DOWN_SECONDS: then one request finds out how things are.
-        """
-        rest_s = min(error.retry_after or 0.0, COOL_DOWN_SECONDS)
-        self.resting[model_id] = asyncio.get_running_loop().time() + rest_s, error
-
-    def check_cool_down(self, model_id: str) -> None:
-        """Raises the error that made a model rest, as long as it rests."""
-        now = asyncio.get_running_loop().time()
-        for key in (model_id, ""):
-            until, error = self.resting.get(key, (0.0, None))
-            if error is not None and now < until:
-                raise type(error)(error.message, retry_after=until - now)
-            self.resting.pop(key, None)
+        return read_copilot_models(body, self.name)
 
     def guess(self, model_id: str) -> Model | None:
         """A model named exactly is tried, listed or not."""
@@ -10514,39 +10444,17 @@ class CopilotProvider:
 
     async def open(self, call: Call) -> Source:
         """Tries until there is a good status, a final refusal, or no attempt left."""
-        self.check_cool_down(call.model.id)
-        attempt = CopilotAttempt(self, call)
-        token = await self.account.token()
-        while True:
-            attempt.count += 1
-            try:
-                answer = await attempt.send(token)
-            except Unreachable as error:
-                verdict = Verdict(error, "wait")
-            else:
-                if answer.status == 200:
-                    return answer
-                verdict = await attempt.judge(answer)
-            log_event(
-                "info",
-                "upstream_refused",
-                provider=self.name,
-                model=call.model.id,
-                kind=verdict.error.kind,
-                remedy=verdict.remedy or "none",
-                attempt=attempt.count,
-            )
-            token = await attempt.mend(verdict, token)
+        self.rests.check(call.model.id)
+        return await CopilotAttempt(self, call, await self.account.token()).run()
 
 
-class CopilotAttempt:
-    """The attempts at one call: what has been tried, and what may help."""
+class CopilotAttempt(Attempt):
+    """The attempts at one call of Copilot."""
 
-    def __init__(self, provider: CopilotProvider, call: Call) -> None:
+    def __init__(self, provider: CopilotProvider, call: Call, token: CopilotToken) -> None:
+        super().__init__(provider.name, call, provider.rests)
         self.provider = provider
-        self.call = call
-        self.count = 0
-        self.tried: set[str] = set()
+        self.token = token
         self.forgetful = False
         self.interaction = hash_uuid(call.outline.session or call.model.id + call.outline.opening)
         self.kept_dropped = list(call.dropped)
@@ -10563,20 +10471,20 @@ class CopilotAttempt:
         call.dropped[:] = list(dict.fromkeys([*self.kept_dropped, *scrub.dropped]))
         return scrub.body
 
-    async def send(self, token: CopilotToken) -> UpstreamAnswer:
+    async def send(self) -> UpstreamAnswer:
         """One attempt."""
         body = self.body()
-        url = token.api_url + DIALECT_PATHS[self.call.dialect]
+        url = self.token.api_url + DIALECT_PATHS[self.call.dialect]
 
         def headers() -> dict[str, str]:
-            return self.headers(token, body)
+            return self.headers(body)
 
         return await self.provider.client.open("POST", url, headers, dump_json(body))
 
-    def headers(self, token: CopilotToken, body: Json) -> dict[str, str]:
+    def headers(self, body: Json) -> dict[str, str]:
         """The headers of one sending of `body`."""
         provider, call = self.provider, self.call
-        headers = provider.headers(token, "conversation-agent")
+        headers = provider.headers(self.token, "conversation-agent")
         headers["Content-Type"] = "application/json"
         headers["Accept"] = "text/event-stream" if body["stream"] else "application/json"
         headers["X-Interaction-Id"] = self.interaction
@@ -10591,14 +10499,11 @@ class CopilotAttempt:
         headers.update(call.model.headers)
         return headers
 
-    async def judge(self, answer: UpstreamAnswer) -> Verdict:
-        """What a refusal means."""
-        try:
-            data = await answer.read(MAX_ERROR_BODY_BYTES)
-        except ApiError:
-            data = b""  # the status alone must do
-        finally:
-            answer.close(ended=False)
+    async def judge(self, answer: UpstreamAnswer) -> Verdict | None:
+        """What a refusal means; a good status is enough."""
+        if answer.status == 200:
+            return None
+        data = await self.read_refusal(answer)
         learned = self.provider.learned
         return judge_copilot(
             answer.status, answer.headers, data, self.call.model, learned, time.time()
@@ -10612,8 +10517,8 @@ class CopilotAttempt:
         wait_s = FORCED_RENEWAL_GAP_SECONDS
         return Overloaded("Copilot refuses a token it has just given.", retry_after=wait_s)
 
-    async def mend(self, verdict: Verdict, token: CopilotToken) -> CopilotToken:
-        """Does what may help and returns the token to go on with, or raises the verdict's error."""
+    async def mend(self, verdict: Verdict) -> None:
+        """Does what may help, or raises the verdict's error."""
         remedy = verdict.remedy
         if remedy == "refresh" and remedy in self.tried:
             raise self.refused_again(verdict.error)
@@ -10622,11 +10527,11 @@ class CopilotAttempt:
             raise verdict.error
         self.tried.add(remedy)
         if remedy == "refresh":
-            renewed = await self.provider.account.renew(token)
+            renewed = await self.provider.account.renew(self.token)
             if renewed is None:
                 raise self.refused_again(verdict.error)
-            return renewed
-        if remedy == "forget":
+            self.token = renewed
+        elif remedy == "forget":
             if not strip_reasoning(self.call.body if self.forgetful else self.body()):
                 raise verdict.error
             self.forgetful = True
@@ -10639,17 +10544,7 @@ class CopilotAttempt:
             model.dialects = tuple(d for d in model.dialects if d != self.call.dialect)
             raise WrongDialect(verdict.error.message, param="model")
         elif remedy in ("wait", "again", "pause"):
-            wait_s = verdict.wait_s
-            if wait_s is None:
-                steps = PAUSE_SECONDS if remedy == "pause" else BACKOFF_SECONDS
-                wait_s = steps[self.count - 1] * (1 + os.urandom(1)[0] / 1024)
-            if wait_s > MAX_WAIT_SECONDS:
-                self.provider.cool_down(
-                    "" if verdict.for_all else self.call.model.id, verdict.error
-                )
-                raise verdict.error
-            await asyncio.sleep(wait_s)
-        return token
+            await self.pause(verdict, self.count)
 
 
 # 15.4 Kiro
