@@ -3,7 +3,7 @@
 # requires-python = ">=3.11"
 # dependencies = []
 # ///
-"""aiclient-api: a local gateway that offers GitHub Copilot as the OpenAI and the Anthropic API.
+"""aiclient-api: a local gateway: GitHub Copilot and Kiro as the OpenAI and the Anthropic API.
 
 One file, Python 3.11 or newer, standard library only.  Start it with
 
@@ -21,15 +21,15 @@ Map
     5  HTTP wire        message heads and body framing: bytes in, values out
     6  Stream framing   server-sent events; the Amazon event stream
     7  Conversation     Chat, events, usage, the invariant checker, token estimate
-    8  Dialects         the contract; OpenAI chat; Anthropic messages; the flow of one answer
-    9  Upstream rules   what Copilot refuses, adds and means: the pure half of the provider
+    8  Dialects         the contract; OpenAI chat; Anthropic messages; Kiro; the flow of an answer
+    9  Upstream rules   what Copilot and Kiro refuse, add and mean: the pure half of the providers
    10  Routing          model names, rate limit, usage counters
    ==  the I/O line: above it no socket, file, clock, randomness or await
    11  Ticker           the log, one coarse clock for every deadline, connections
    12  HTTP client      connection pool, TLS, proxies, streamed bodies
    13  HTTP server      accept, keep-alive, slow-client limits, drain
    14  State on disk    XDG paths, config file, token files
-   15  Providers        the contract; Copilot; Echo
+   15  Providers        the contract; Echo; Copilot; Kiro
    16  Gateway          the story of one request; layers; the route table
    17  Command line     argparse, serve() where every object is made, main
 
@@ -43,10 +43,12 @@ Glossary
 --------
     caller      the program that talks to this gateway
     upstream    the service this gateway talks to
-    dialect     one wire format: "chat" (OpenAI chat completions), "messages" (Anthropic messages)
+    dialect     one wire format: "chat" (OpenAI chat completions), "messages" (Anthropic messages),
+                "kiro" (spoken upstream only)
     Chat        what was asked, in the one form that every dialect is read into and written from
     event       one step of an answer, in the one form between all dialects
-    frame       one server-sent event of a dialect, as decoded JSON
+    frame       one event of a stream in its dialect, as decoded JSON
+    way         a host, a manner of asking and a profile: Kiro answers to several
     native      the upstream speaks the caller's dialect: frames are relayed, not converted
     whole       an answer that is not streamed
 
@@ -55,6 +57,12 @@ Hosts contacted
     https://github.com is only named in texts, for a person to open
     https://api.github.com, or the configured github_api_url: token exchange
     the host named in that answer, under githubcopilot.com or ghe.com: models and answers
+    https://runtime.REGION.kiro.dev, or https://q.REGION.amazonaws.com, or
+        https://codewhisperer.us-east-1.amazonaws.com: Kiro's answers
+    https://management.REGION.kiro.dev, or q.REGION: Kiro's models, profiles and limits
+    https://oidc.REGION.amazonaws.com, or https://prod.us-east-1.auth.desktop.kiro.dev, or the
+        token_endpoint of a company's sign-in: refresh of Kiro's tokens
+    https://view.awsapps.com/start is only compared with
 
 Files read and written
 ----------------------
@@ -6379,8 +6387,8 @@ class Flow:
 
 # ---- 9. Upstream rules -------------------------------------------------------------------------
 #
-# What the Copilot API refuses, adds and means, as plain functions.  Unless said otherwise the facts
-# were seen in VS Code, gh-aw-firewall and Floway between 2026-04 and 2026-09.
+# What the services refuse, add and mean, as plain functions.  Unless said otherwise the facts on
+# Copilot were seen in VS Code, gh-aw-firewall and Floway between 2026-04 and 2026-09.
 
 # 9.1 models
 
@@ -8180,7 +8188,7 @@ KIRO_VENDORS = {
     "auto": "Kiro",
     "claude": "Anthropic",
     "deepseek": "DeepSeek",
-    "glm": "Z.ai",
+    "glm": "Zhipu AI",
     "gpt": "OpenAI",
     "minimax": "MiniMax",
     "qwen3": "Alibaba",
@@ -11875,7 +11883,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="aiclient-api",
-        description="A local gateway that offers GitHub Copilot as the OpenAI and Anthropic API.",
+        description="A local gateway: GitHub Copilot and Kiro as the OpenAI and Anthropic API.",
         epilog="example: aiclient-api start --foreground --port 9090",
     )
     parser.add_argument("--version", action="store_true", help="show version, path and SHA-256")
