@@ -20,7 +20,8 @@ What is here, in this order:
     Rules                of HTTP, of identity headers, and one part for each endpoint
     Imitation            the default brain, usage, and the two dialects it is spoken in
     Connection           reading requests, writing answers byte by byte
-    FakeCopilot          the server and its routes
+    FakeService          a server on loopback: its doors, lists and queue, for any imitation
+    FakeCopilot          the routes of this one
 
 Facts about the service are from public sources up to 2026-09. Where they leave a choice, this file
 takes the harder one.
@@ -96,6 +97,8 @@ class Seen:
     body: Any
     raw: bytes
     connection: int
+    #: Host name of the CONNECT tunnel it came through, "" when it came directly.
+    via: str = ""
 
 
 @dataclass(slots=True)
@@ -1504,13 +1507,14 @@ def _content_type(status: int, body: bytes) -> str:
     return "text/event-stream" if streamed else "application/json"
 
 
-class _Connection:
+class Connection:
     """One client connection, served by one thread."""
 
-    def __init__(self, fake: FakeCopilot, sock: socket.socket, number: int) -> None:
+    def __init__(self, fake: FakeService, sock: socket.socket, number: int, via: str = "") -> None:
         self.fake = fake
         self.sock = sock
         self.number = number
+        self.via = via
         self.buffer = b""
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -1536,7 +1540,11 @@ class _Connection:
             if seen is not None:
                 self.fake.client_left(seen)
         finally:
-            self.sock.close()
+            self.close()
+
+    def close(self) -> None:
+        """Ends the connection."""
+        self.sock.close()
 
     def drain(self) -> None:
         """Reads what is still coming: closing on unread bytes would reset the answer away."""
@@ -1569,7 +1577,8 @@ class _Connection:
             body = json.loads(raw) if raw else None
         except ValueError:
             body = None
-        return self.fake.record(Seen(method, target, dict(fields), body, raw, self.number))
+        seen = Seen(method, target, dict(fields), body, raw, self.number, self.via)
+        return self.fake.record(seen)
 
     @staticmethod
     def parse(head: bytes) -> tuple[str, str, list[tuple[str, str]]]:
@@ -1650,95 +1659,66 @@ class _Connection:
                 raise ClientLeft
 
 
-# ---- FakeCopilot ---------------------------------------------------------------------------------
-
-GENERATION = ("/chat/completions", "/v1/messages", "/responses")
-#: Seen on every successful generation answer, and on no other.
-QUOTA_HEADERS = {
-    f"x-quota-snapshot-{bucket}": f"{figures}&rst=2026-12-01T00%3A00%3A00Z&totRem={rest}"
-    for bucket, figures, rest in (
-        ("chat", "ent=-1&ov=0.0&ovPerm=false&rem=100.0", "-1"),
-        ("completions", "ent=-1&ov=0.0&ovPerm=false&rem=100.0", "-1"),
-        ("premium_interactions", "ent=1500&ov=0.0&ovPerm=true&rem=80.7", "1210.4"),
-    )
-}
-_DEVICE_CODE = "0123456789abcdef0123456789abcdefEXAMPLE1"
-_CLIENT_IDS = ("Iv1.b507a08c87ecfe98", "01ab8ac9400c4e429b23")
+# ---- FakeService ---------------------------------------------------------------------------------
 
 
-def _json(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Answer:
-    return Answer(
-        status, {"Content-Type": "application/json", **(headers or {})}, dump(value), chunked=False
-    )
+class FakeService:
+    """A server on loopback, a context manager; `is_call` and `route` tell what it imitates."""
 
-
-class FakeCopilot:
-    """The server; a context manager. Its lists may be read and its attributes set at any time."""
-
-    def __init__(
-        self,
-        models: list[Json] | None = None,
-        brain: Brain | None = None,
-        github_token: str = "ghu_EXAMPLE000000000000000000000000000000",
-    ) -> None:
-        self.model_list = default_models() if models is None else models
-        self.brain = brain or default_brain
-        self.github_token = github_token
-        #: `refresh_in` of the tokens given out; they last until `expire_tokens()`.
-        self.token_life = 1500
-        #: Answers that take the place of the next exchanges and of the next model lists.
-        self.exchange_answers: deque[Answer] = deque()
-        self.models_answers: deque[Answer] = deque()
-        #: `error` values of the next device-flow polls; after them the sign-in succeeds.
-        self.device_states = deque(["authorization_pending", "authorization_pending", "slow_down"])
-        #: `interval` of the device flow.
-        self.poll_seconds = 1
+    def __init__(self) -> None:
         self.requests: list[Seen] = []
         self.calls: list[Seen] = []
         self.cancelled: list[Seen] = []
         self.violations: list[str] = []
-        self.exchanges = 0
-        self.issued = Issued()
         self.stopping = threading.Event()
         self._queue: deque[Answer] = deque()
-        self._live_tokens: set[str] = set()
-        self._all_tokens: set[str] = set()
-        self._request_ids: set[str] = set()
-        #: Interactions seen, and those whose last call failed: their retry may call itself `agent`.
-        self._interactions: set[str] = set()
-        self._failed: set[str] = set()
         self._lock = threading.RLock()
         self._news = threading.Condition(self._lock)
+        self._connections = 0
         self._sockets: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
-        self.host = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self._doors: list[tuple[socket.socket, Callable[[socket.socket, int], None]]] = []
+        self.host = self._open_door(lambda sock, number: Connection(self, sock, number).serve())
         self.url = f"http://{self.host}"
 
     def __enter__(self) -> Self:
-        self._threads.append(threading.Thread(target=self._accept, daemon=True))
-        self._threads[0].start()
+        for door, serve in self._doors:
+            self._start(self._accept, door, serve)
         return self
 
     def __exit__(self, *_: object) -> None:
-        # shutdown() wakes the threads that wait in accept() and recv(), the accepting one first.
+        # shutdown() wakes the threads that wait in accept() and recv(), the accepting ones first;
+        # the plain one, for that of an SSLSocket tears down what its thread is using.
         self.stopping.set()
-        for sock, thread in zip([self._listener, *self._sockets], self._threads):
+        doors = [door for door, _ in self._doors]
+        for door in doors:
             with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+                door.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads[: len(doors)]:
             thread.join(5)
-        self._listener.close()
+        for sock in self._sockets:
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        for thread in self._threads[len(doors) :]:
+            thread.join(5)
+        for door in doors:
+            door.close()
+
+    # What an imitation tells
+
+    def is_call(self, seen: Seen) -> bool:
+        """Whether a request asks a model for an answer."""
+        raise NotImplementedError
+
+    def route(self, seen: Seen) -> Answer:
+        """The answer to a request, or a Refusal."""
+        raise NotImplementedError
 
     # What tests call
 
     def queue(self, answer: Answer) -> None:
         """This answer for the next generation call that is not refused, instead of the brain's."""
         self._queue.append(answer)
-
-    def expire_tokens(self) -> None:
-        """Every Copilot token handed out so far is refused; those refusals are no violations."""
-        with self._lock:
-            self._live_tokens.clear()
 
     def wait_until(self, true: Callable[[], bool], timeout: float = 5) -> bool:
         """Waits for a condition over the lists; False when `timeout` seconds were not enough."""
@@ -1765,7 +1745,7 @@ class FakeCopilot:
         """Takes a request into the lists."""
         with self._news:
             self.requests.append(seen)
-            if seen.method == "POST" and seen.path in GENERATION:
+            if self.is_call(seen):
                 self.calls.append(seen)
             self._news.notify_all()
         return seen
@@ -1780,7 +1760,7 @@ class FakeCopilot:
     def answer(self, seen: Seen) -> Answer:
         """The answer to one request."""
         try:
-            return self._route(seen)
+            return self.route(seen)
         except Refusal as refusal:
             self.violate(refusal.note)
             return refusal.answer()
@@ -1789,22 +1769,106 @@ class FakeCopilot:
             self.violate(f"{type(error).__name__} while answering {seen.path}: {error}")
             return plain(500, "Internal Server Error").answer()
 
-    # Routes
+    # Inside
 
-    def _accept(self) -> None:
-        number = 0
+    def _open_door(self, serve: Callable[[socket.socket, int], None]) -> str:
+        """A listening port as host:port; `serve` gets each of its sockets in a thread."""
+        door = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self._doors.append((door, serve))
+        return f"127.0.0.1:{door.getsockname()[1]}"
+
+    def _start(self, target: Callable[..., None], *args: object) -> None:
+        thread = threading.Thread(target=target, args=args, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self, door: socket.socket, serve: Callable[[socket.socket, int], None]) -> None:
         while not self.stopping.is_set():
             try:
-                sock, _ = self._listener.accept()
+                sock, _ = door.accept()
             except OSError:
                 return
-            number += 1
-            self._sockets.append(sock)
-            thread = threading.Thread(target=_Connection(self, sock, number).serve, daemon=True)
-            self._threads.append(thread)
-            thread.start()
+            with self._lock:
+                self._connections += 1
+                self._sockets.append(sock)
+                self._start(serve, sock, self._connections)
 
-    def _route(self, seen: Seen) -> Answer:
+    def _take(self, line: deque[Answer], check: Callable[[], None]) -> Answer | None:
+        """The next prepared answer, after `check` unless that answer asks for none."""
+        with self._lock:
+            if not line or line[0].strict:
+                check()
+            return line.popleft() if line else None
+
+
+# ---- FakeCopilot ---------------------------------------------------------------------------------
+
+GENERATION = ("/chat/completions", "/v1/messages", "/responses")
+#: Seen on every successful generation answer, and on no other.
+QUOTA_HEADERS = {
+    f"x-quota-snapshot-{bucket}": f"{figures}&rst=2026-12-01T00%3A00%3A00Z&totRem={rest}"
+    for bucket, figures, rest in (
+        ("chat", "ent=-1&ov=0.0&ovPerm=false&rem=100.0", "-1"),
+        ("completions", "ent=-1&ov=0.0&ovPerm=false&rem=100.0", "-1"),
+        ("premium_interactions", "ent=1500&ov=0.0&ovPerm=true&rem=80.7", "1210.4"),
+    )
+}
+_DEVICE_CODE = "0123456789abcdef0123456789abcdefEXAMPLE1"
+_CLIENT_IDS = ("Iv1.b507a08c87ecfe98", "01ab8ac9400c4e429b23")
+
+
+def _json(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Answer:
+    return Answer(
+        status, {"Content-Type": "application/json", **(headers or {})}, dump(value), chunked=False
+    )
+
+
+class FakeCopilot(FakeService):
+    """The server; a context manager. Its lists may be read and its attributes set at any time."""
+
+    def __init__(
+        self,
+        models: list[Json] | None = None,
+        brain: Brain | None = None,
+        github_token: str = "ghu_EXAMPLE000000000000000000000000000000",
+    ) -> None:
+        super().__init__()
+        self.model_list = default_models() if models is None else models
+        self.brain = brain or default_brain
+        self.github_token = github_token
+        #: `refresh_in` of the tokens given out; they last until `expire_tokens()`.
+        self.token_life = 1500
+        #: Answers that take the place of the next exchanges and of the next model lists.
+        self.exchange_answers: deque[Answer] = deque()
+        self.models_answers: deque[Answer] = deque()
+        #: `error` values of the next device-flow polls; after them the sign-in succeeds.
+        self.device_states = deque(["authorization_pending", "authorization_pending", "slow_down"])
+        #: `interval` of the device flow.
+        self.poll_seconds = 1
+        self.exchanges = 0
+        self.issued = Issued()
+        self._live_tokens: set[str] = set()
+        self._all_tokens: set[str] = set()
+        self._request_ids: set[str] = set()
+        #: Interactions seen, and those whose last call failed: their retry may call itself `agent`.
+        self._interactions: set[str] = set()
+        self._failed: set[str] = set()
+
+    # What tests call
+
+    def expire_tokens(self) -> None:
+        """Every Copilot token handed out so far is refused; those refusals are no violations."""
+        with self._lock:
+            self._live_tokens.clear()
+
+    # Routes
+
+    def is_call(self, seen: Seen) -> bool:
+        """A POST to one of the three dialects."""
+        return seen.method == "POST" and seen.path in GENERATION
+
+    def route(self, seen: Seen) -> Answer:
+        """The answer to one request."""
         routes: dict[tuple[str, str], Callable[[Seen], Answer]] = {
             ("POST", "/login/device/code"): self._device_code,
             ("POST", "/login/oauth/access_token"): self._access_token,
@@ -1824,13 +1888,6 @@ class FakeCopilot:
         if route is None:
             raise plain(404, "404 page not found", f"{seen.method} {seen.path}: 404 page not found")
         return route(seen)
-
-    def _take(self, line: deque[Answer], check: Callable[[], None]) -> Answer | None:
-        """The next prepared answer, after `check` unless that answer asks for none."""
-        with self._lock:
-            if not line or line[0].strict:
-                check()
-            return line.popleft() if line else None
 
     def _device_code(self, seen: Seen) -> Answer:
         if self._form(seen).get("client_id") not in _CLIENT_IDS:
