@@ -5044,7 +5044,7 @@ KIRO_ENVELOPE = "gw1.k."
 class KiroFault(NamedTuple):
     """What one kind of refusal means: the error for the caller, and what may help before that."""
 
-    pattern: re.Pattern[str]
+    pattern: str
     error: type[ApiError]
     text: str
     remedy: str = ""
@@ -5054,43 +5054,41 @@ class KiroFault(NamedTuple):
 KIRO_SIGN_IN_HINT = "Sign in to Kiro again."
 KIRO_FAULTS = (
     KiroFault(
-        re.compile(
-            r"CONTENT_LENGTH_EXCEEDS|ContentLengthExceeded|PROMPT_TOO_LONG|[Ii]nput is too long"
-        ),
+        r"CONTENT_LENGTH_EXCEEDS|ContentLengthExceeded|PROMPT_TOO_LONG|[Ii]nput is too long",
         ContextTooLong,
         "",
     ),
     KiroFault(
-        re.compile(r"SUSPENDED|AccountSuspended|temporarily (?:is )?suspended"),
+        r"SUSPENDED|AccountSuspended|temporarily (?:is )?suspended",
         Forbidden,
         "Kiro has suspended this account",
         hint="Only Kiro's support can lift that; nothing is tried again by itself.",
     ),
     KiroFault(
-        re.compile(r"MONTHLY_REQUEST_COUNT|OVERAGE_REQUEST_LIMIT|reached the limit"),
+        r"MONTHLY_REQUEST_COUNT|OVERAGE_REQUEST_LIMIT|reached the limit",
         QuotaExceeded,
         "The Kiro credits of this month are used up",
         hint="They come back with the next billing period.",
     ),
     KiroFault(
-        re.compile(r"CONVERSATION_LIMIT_EXCEEDED"),
+        r"CONVERSATION_LIMIT_EXCEEDED",
         QuotaExceeded,
         "Kiro's limit for one conversation is reached",
         hint="Begin a new conversation.",
     ),
     KiroFault(
-        re.compile(r"DAILY_REQUEST_COUNT"),
+        r"DAILY_REQUEST_COUNT",
         QuotaExceeded,
         "Kiro's limit for one day is reached",
     ),
     KiroFault(
-        re.compile(r"60-minute credit limit"),
+        r"60-minute credit limit",
         RateLimited,
         "Kiro's limit for one hour is reached",
         "rest",
     ),
     KiroFault(
-        re.compile(
+        (
             r"INSUFFICIENT_MODEL_CAPACITY|MODEL_TEMPORARILY_UNAVAILABLE|unexpectedly high load"
             r"|[mM]odel(?:Temporarily)?Unavailable"
         ),
@@ -5099,66 +5097,64 @@ KIRO_FAULTS = (
         "pause",
     ),
     KiroFault(
-        re.compile(r"THINKING_SIGNATURE_INVALID"),
+        r"THINKING_SIGNATURE_INVALID",
         InvalidRequest,
         "Kiro does not accept the signature of earlier thinking",
         "forget",
     ),
     KiroFault(
-        re.compile(r"INVALID_MODEL_ID"),
+        r"INVALID_MODEL_ID",
         ModelNotFound,
         "Kiro does not offer this model to this account",
         "relist",
         hint="Plan, region and organisation decide; GET /v1/models lists what there is.",
     ),
     KiroFault(
-        re.compile(r"profileArn is required|Invalid profileArn"),
+        r"profileArn is required|Invalid profileArn",
         NotSignedIn,
         "Kiro wants another profile",
         "reroute",
         hint=KIRO_SIGN_IN_HINT,
     ),
     KiroFault(
-        re.compile(r"bearer token included in the request is invalid|ExpiredToken"),
+        r"bearer token included in the request is invalid|ExpiredToken",
         NotSignedIn,
         "Kiro does not accept the access token",
         "refresh",
         hint=KIRO_SIGN_IN_HINT,
     ),
     KiroFault(
-        re.compile(r"Invalid token|User is not authorized"),
+        r"Invalid token|User is not authorized",
         Forbidden,
         "Kiro does not allow this with the account's profile and region",
         "reroute",
     ),
     KiroFault(
-        re.compile(r"Improperly formed|REQUEST_BODY_INVALID|TOOL_[A-Z]+|Validation"),
+        r"Improperly formed|REQUEST_BODY_INVALID|TOOL_[A-Z]+|Validation",
         InvalidRequest,
         "Kiro refused the conversation's form",
     ),
     KiroFault(
-        re.compile(r"IMAGE_[A-Z]+|DOCUMENT_[A-Z]+"),
+        r"IMAGE_[A-Z]+|DOCUMENT_[A-Z]+",
         InvalidRequest,
         "Kiro refused an image or document",
     ),
     KiroFault(
-        re.compile(r"UnknownOperation|unknown operation", re.IGNORECASE),
+        r"UnknownOperation|[Uu]nknown operation",
         UpstreamError,
         "This Kiro host does not know the request",
         "reroute",
     ),
-    KiroFault(
-        re.compile(r"Throttling|[Tt]oo many requests"), RateLimited, "Kiro's rate limit", "pause"
-    ),
-    KiroFault(re.compile(r"ServiceUnavailable"), Overloaded, "Kiro is busy", "reroute"),
-    KiroFault(re.compile(r"AccessDenied"), Forbidden, "Kiro does not allow this"),
+    KiroFault(r"Throttling|[Tt]oo many requests", RateLimited, "Kiro's rate limit", "pause"),
+    KiroFault(r"ServiceUnavailable", Overloaded, "Kiro is busy", "reroute"),
+    KiroFault(r"AccessDenied", Forbidden, "Kiro does not allow this"),
 )
 
 
 def judge_kiro_words(code: str, reason: str, message: str) -> Verdict | None:
     """What a refusal in Kiro's own words means, of a status or inside of a stream."""
     said = f"{code} {reason}: {message}"
-    fault = next((fault for fault in KIRO_FAULTS if fault.pattern.search(said)), None)
+    fault = next((fault for fault in KIRO_FAULTS if re.search(fault.pattern, said)), None)
     if fault is None:
         return None
     if fault.error is ContextTooLong:
@@ -8438,13 +8434,17 @@ class Totals:
     requests: int = 0
     errors: int = 0
     usage: Usage = field(default_factory=Usage)
+    #: how many answers' tokens were reported, derived or estimated
+    sources: dict[str, int] = field(default_factory=dict)
 
-    def add(self, usage: Usage, failed: bool) -> None:
-        """Counts one answer."""
-        self.requests += 1
-        self.errors += failed
+    def add(self, other: Totals) -> None:
+        """Adds the counters of another row."""
+        self.requests += other.requests
+        self.errors += other.errors
+        for source, number in other.sources.items():
+            self.sources[source] = self.sources.get(source, 0) + number
         for name in ("input", "cache_read", "cache_write", "output", "reasoning", "nano_credits"):
-            setattr(self.usage, name, getattr(self.usage, name) + getattr(usage, name))
+            setattr(self.usage, name, getattr(self.usage, name) + getattr(other.usage, name))
 
     def as_json(self) -> Json:
         """The row of `/v1/usage`; `input_tokens` includes both caches."""
@@ -8458,6 +8458,7 @@ class Totals:
             "output_tokens": usage.output,
             "reasoning_tokens": usage.reasoning,
             "total_tokens": usage.prompt + usage.output,
+            "token_sources": dict(self.sources),
             "credits": usage.nano_credits / 1e9,
         }
 
@@ -8470,7 +8471,9 @@ class UsageTracker:
 
     def add(self, provider: str, model: str, usage: Usage, failed: bool) -> None:
         """Counts one answer, streamed or whole, finished or not."""
-        self.models.setdefault((provider, model), Totals()).add(usage, failed)
+        sources = {usage.source: 1} if usage.source else {}
+        answer = Totals(1, int(failed), usage, sources)
+        self.models.setdefault((provider, model), Totals()).add(answer)
 
     def reset(self) -> None:
         """Starts from nothing."""
@@ -8484,11 +8487,11 @@ class UsageTracker:
             summed, models = providers.setdefault(provider, (Totals(), {}))
             models[model] = row.as_json()
             for target in (summed, total):
-                target.add(row.usage, False)
-                target.requests += row.requests - 1
-                target.errors += row.errors
+                target.add(row)
         rows = {name: {**s.as_json(), "models": m} for name, (s, m) in providers.items()}
-        return {"providers": rows, "total": total.as_json()}
+        whole = total.as_json()
+        del whole["credits"]  # each provider bills in a unit of its own
+        return {"providers": rows, "total": whole}
 
 
 # ==== the I/O line ==============================================================================
@@ -11410,7 +11413,7 @@ class Gateway:
                 raise answer
             else:
                 found[name] = answer
-        return found
+        return {name: found[name] for name in self.providers if name in found}
 
     def rows(self, catalogues: dict[str, dict[str, Model]]) -> list[Json]:
         """The models to list: those that can be used, by their shortest unambiguous name."""

@@ -94,7 +94,7 @@ def test_several_accounts_are_several_tables() -> None:
     config = read('[providers.work]\ntype = "copilot"\naccount_type = "business"')
     work = config.providers["work"]
     assert isinstance(work, CopilotConfig) and work.account_type == "business"
-    assert list(config.providers) == ["copilot", "echo", "work"]
+    assert list(config.providers) == ["copilot", "kiro", "echo", "work"]
 
 
 def test_a_built_in_provider_needs_no_type() -> None:
@@ -270,6 +270,8 @@ def test_every_setting_can_be_given_in_the_environment() -> None:
     """One rule for all of them: dots become underscores."""
     examples = {"str": "x", "int": "7", "float": "7.5", "bool": "false", "list[str]": "a, b"}
     choices = {"default_format": "anthropic", "account_type": "business", "level": "debug"}
+    choices["region"] = "eu-central-1"
+    choices["profile_arn"] = "arn:aws:codewhisperer:us-east-1:000000000000:profile/EXAMPLE"
     for key, _, name, kind in setting_slots(Config()):
         text = choices.get(name, "https://h" if name.endswith("_url") else examples[kind])
         if name == "proxy":

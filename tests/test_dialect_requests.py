@@ -359,7 +359,10 @@ def test_a_schema_loses_its_dialect_mark_and_keeps_its_definitions() -> None:
 @pytest.mark.parametrize("prefill", ["{", [text("{")]])
 def test_a_prefill_is_refused(prefill: Any) -> None:
     """5.1."""
-    assert refused("messages", a_body(user("a"), assistant(prefill))).param == "messages"
+    chat = MESSAGES.read_request(a_body(user("a"), assistant(prefill)))
+    with pytest.raises(InvalidRequest) as caught:
+        CHAT.write_request(chat, GPT)
+    assert caught.value.param == "messages"
 
 
 @pytest.mark.parametrize(
