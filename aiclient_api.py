@@ -225,6 +225,7 @@ EXCHANGE_SECONDS = 15.0
 MODELS_SECONDS = 30.0
 MODELS_FRESH_SECONDS = 900.0  # VS Code 10 min, opencode 1 h
 MODELS_KEPT_SECONDS = 24 * 3600.0  # an entitled model may be missing from one answer
+MODELS_RETRY_SECONDS = 60.0  # after a list that could not be had
 MODELS_MISS_SECONDS = 30.0  # an unknown name may refresh the list, but not more often
 MAX_BLANK_RUN = 20  # line breaks and tabs in a row inside a call's arguments
 MAX_TOOLS = 128  # VS Code cuts there
@@ -235,6 +236,7 @@ DEFAULT_MAX_TOKENS = 32_000  # when a caller names none and the catalogue has no
 MIN_THINKING_BUDGET = 1024
 
 KIRO_REFRESH_MARGIN_SECONDS = 300.0  # the vendor's CLI 1 min, other clients 2 to 10
+KIRO_FORCED_GAP_SECONDS = 10.0  # between two refreshes that a refused token causes
 KIRO_TOKEN_SECONDS = 3600.0  # the life of every token seen
 KIRO_REFRESH_SECONDS = 30.0
 KIRO_CONTROL_SECONDS = 30.0
@@ -484,7 +486,7 @@ class Verdict:
     `remedy` is "" (nothing helps), wait (a backoff), pause (what the upstream asked for, or
     longer than a backoff), again (a backoff, but only once), refresh (the token), relist (the
     models), reroute (to another dialect or another host), repair (the body: something new was
-    learned), forget (replayed reasoning).
+    learned), forget (replayed reasoning), rest (nothing helps for some time).
     """
 
     error: ApiError
@@ -1972,6 +1974,18 @@ class Chat:
     dropped: list[str] = field(default_factory=list)
     #: names of the rules that changed the conversation, for the log
     touched: list[str] = field(default_factory=list)
+    #: the caller's tool names -> names that every vendor takes
+    names: dict[str, str] = field(default_factory=dict)
+
+    def name_tools(self) -> None:
+        """Finds names for all tools, those that were only called before as well."""
+        blocks = (block for turn in self.turns for block in turn.blocks)
+        called = [block.name for block in blocks if isinstance(block, ToolCall)]
+        self.names = wire_table([*(tool.name for tool in self.tools), *called])
+
+    def wire_name(self, name: str) -> str:
+        """The name of a tool upstream."""
+        return self.names.get(name) or wire_name(name)
 
     def settle(self) -> None:
         """Brings the turns into the order every vendor demands."""
@@ -2300,8 +2314,31 @@ def wire_id(call_id: str) -> str:
     return call_id if WIRE_NAME.fullmatch(call_id) else "call_" + short_hash(call_id, 24)
 
 
+SCHEMA_UNIONS = ("allOf", "anyOf", "oneOf")
+
+
+def plain_schema(tool: Tool) -> Json:
+    """A tool's schema for vendors that want properties at its top; raises UnsupportedFeature."""
+    if not tool.schema.get("properties") and any(word in tool.schema for word in SCHEMA_UNIONS):
+        raise UnsupportedFeature(
+            f"tools: the schema of {tool.name!r} must have properties at its top.", param="tools"
+        )
+    return tool.schema
+
+
+def wire_table(names: Iterable[str]) -> dict[str, str]:
+    """The caller's names -> wire names, one of its own for each: clean ones stay as they are."""
+    table: dict[str, str] = {}
+    for name in sorted(set(names), key=lambda name: (wire_name(name) != name, name)):
+        wire = wire_name(name)
+        if wire in table.values():
+            wire = f"{wire[:55]}_{short_hash(name, 8)}"
+        table[name] = wire
+    return table
+
+
 def wire_names(names: Iterable[str]) -> dict[str, str]:
-    """wire name -> the caller's name; raises InvalidRequest where two become one."""
+    """wire name -> the caller's, for a native body; raises InvalidRequest where two become one."""
     table: dict[str, str] = {}
     for name in names:
         wire = wire_name(name)
@@ -2332,10 +2369,6 @@ def object_schema(schema: Any, name: str) -> Json:
         return {"type": "object", "properties": {}}
     fitted = dict(need_dict(schema, f"tools.{name}.parameters"))
     fitted.pop("$schema", None)
-    if fitted.get("type") != "object" and any(k in fitted for k in ("anyOf", "oneOf", "allOf")):
-        raise UnsupportedFeature(
-            f"tools: the schema of {name!r} must have type object at its top.", param="tools"
-        )
     fitted["type"] = "object"
     fitted.setdefault("properties", {})
     return fitted
@@ -2404,7 +2437,10 @@ DATA_URL = re.compile(r"data:([\w.+/-]*)((?:;[\w=.+-]+)*?)(;base64)?,", re.ASCII
 
 
 def image_type(data: str, claimed: str, path: str) -> str:
-    """The media type of base64 image `data`; raises UnsupportedFeature for other kinds."""
+    """The media type of base64 image `data`; raises UnsupportedFeature for other kinds.
+
+    The data says what it is; what a client claims is often wrong.
+    """
     for start, kind in IMAGE_SIGNATURES:
         if data.startswith(start):
             return kind
@@ -2730,6 +2766,8 @@ def read_image_part(part: Json, path: str) -> list[Block]:
     if kind == "base64":
         data = need_str(source, "data", f"{path}.source")
         claimed = str_field(source, "media_type", f"{path}.source") or ""
+        if data.startswith("data:"):  # a URL where only its data belongs
+            claimed, data = read_data_url(data, f"{path}.source.data")
         return [Image(image_type(data, claimed, path), data)]
     if kind == "url":
         return [read_image_url(need_str(source, "url", f"{path}.source"), f"{path}.source.url")]
@@ -2980,11 +3018,6 @@ def tool_names(body: Json) -> list[str]:
     return names
 
 
-def check_tool_names(chat: Chat) -> None:
-    """Refuses tool names that become one name upstream."""
-    wire_names(tool.name for tool in chat.tools)
-
-
 # Usage, as each vendor writes it.  An absent figure keeps what an earlier frame said.
 
 
@@ -3181,7 +3214,7 @@ class ChatRequestReader:
         self.chat.settle()
         self.read_tools()
         self.read_settings()
-        check_tool_names(self.chat)
+        self.chat.name_tools()
         return self.chat
 
     def refuse_lossy(self) -> None:
@@ -3452,7 +3485,7 @@ class ChatRequestWriter:
                     "id": wire_id(call.id),
                     "type": "function",
                     "function": {
-                        "name": wire_name(call.name),
+                        "name": self.chat.wire_name(call.name),
                         "arguments": call.arguments.strip() or "{}",
                     },
                 }
@@ -3505,19 +3538,18 @@ class ChatRequestWriter:
 
     def write_tool(self, tool: Tool) -> Json:
         """One function."""
-        function: Json = {"name": wire_name(tool.name)}
+        function: Json = {"name": self.chat.wire_name(tool.name)}
         if tool.description:
             function["description"] = tool.description
-        function["parameters"] = tool.schema
+        function["parameters"] = plain_schema(tool)
         if tool.strict is not None:
             function["strict"] = tool.strict
         return {"type": "function", "function": function}
 
-    @staticmethod
-    def write_choice(choice: ToolChoice) -> Any:
+    def write_choice(self, choice: ToolChoice) -> Any:
         """`tool_choice`."""
         if choice.mode == "named":
-            return {"type": "function", "function": {"name": wire_name(choice.name)}}
+            return {"type": "function", "function": {"name": self.chat.wire_name(choice.name)}}
         return choice.mode
 
     def write_effort(self) -> str | None:
@@ -4261,7 +4293,7 @@ class MessagesRequestReader:
         chat.prefilled = bool(chat.turns) and chat.turns[-1].role == "assistant"
         self.read_tools()
         self.read_settings()
-        check_tool_names(chat)
+        chat.name_tools()
         return chat
 
     def read_system(self) -> list[Text]:
@@ -4451,7 +4483,7 @@ class MessagesRequestWriter:
             return self.write_document(block)
         if isinstance(block, ToolCall):
             arguments = parse_arguments(block.arguments)
-            name = wire_name(block.name)
+            name = self.chat.wire_name(block.name)
             return {"type": "tool_use", "id": wire_id(block.id), "name": name, "input": arguments}
         if isinstance(block, ToolResult):
             result: Json = {"type": "tool_result", "tool_use_id": wire_id(block.id)}
@@ -4485,13 +4517,12 @@ class MessagesRequestWriter:
             return {"type": "thinking", "thinking": block.text, "signature": block.signature}
         return None
 
-    @staticmethod
-    def write_tool(tool: Tool) -> Json:
+    def write_tool(self, tool: Tool) -> Json:
         """One custom tool."""
-        entry: Json = {"name": wire_name(tool.name)}
+        entry: Json = {"name": self.chat.wire_name(tool.name)}
         if tool.description:
             entry["description"] = tool.description
-        entry["input_schema"] = tool.schema
+        entry["input_schema"] = plain_schema(tool)
         return entry
 
     def write_choice(self) -> Json:
@@ -4501,7 +4532,7 @@ class MessagesRequestWriter:
         words = {"auto": "auto", "none": "none", "required": "any", "named": "tool"}
         choice: Json = {"type": words[mode]}
         if chat.choice and mode == "named":
-            choice["name"] = wire_name(chat.choice.name)
+            choice["name"] = chat.wire_name(chat.choice.name)
         if chat.parallel is False and mode != "none":
             choice["disable_parallel_tool_use"] = True
         return choice if chat.choice or chat.parallel is False else {}
@@ -5062,12 +5093,14 @@ KIRO_FAULTS = (
         r"SUSPENDED|AccountSuspended|temporarily (?:is )?suspended",
         Forbidden,
         "Kiro has suspended this account",
+        "rest",
         hint="Only Kiro's support can lift that; nothing is tried again by itself.",
     ),
     KiroFault(
         r"MONTHLY_REQUEST_COUNT|OVERAGE_REQUEST_LIMIT|reached the limit",
         QuotaExceeded,
         "The Kiro credits of this month are used up",
+        "rest",
         hint="They come back with the next billing period.",
     ),
     KiroFault(
@@ -5080,6 +5113,7 @@ KIRO_FAULTS = (
         r"DAILY_REQUEST_COUNT",
         QuotaExceeded,
         "Kiro's limit for one day is reached",
+        "rest",
     ),
     KiroFault(
         r"60-minute credit limit",
@@ -5322,15 +5356,19 @@ def lift_media(draft: KiroDraft) -> bool:
     touched = False
     for at, turn in enumerate(draft.turns):
         lifted: list[Block] = []
+        number = sum(isinstance(block, Image) for block in turn.blocks)
         blocks: list[Block] = []
         for block in turn.blocks:
             if isinstance(block, ToolResult):
-                media = [b for b in block.blocks if isinstance(b, (Image, Document))]
-                if media:
-                    words = [b for b in block.blocks if b not in media]
-                    words.append(Text("(the attached file)" * (not words) or "(file attached)"))
-                    block = ToolResult(block.id, words, block.is_error)
-                    lifted += media
+                words: list[Block] = []
+                for said in block.blocks:
+                    if isinstance(said, (Image, Document)):
+                        lifted.append(said)
+                        is_image = isinstance(said, Image)
+                        number += is_image
+                        said = Text(f"[image {number} below]" if is_image else "[document below]")
+                    words.append(said)
+                block = ToolResult(block.id, words, block.is_error)
             blocks.append(block)
         if lifted:
             draft.turns[at] = Turn(turn.role, [*blocks, *lifted])
@@ -5374,7 +5412,7 @@ def word_tool_choice(draft: KiroDraft) -> bool:
     if choice and choice.mode == "none":
         draft.tools = []
     elif choice and choice.mode == "named":
-        draft.notes.append(f"Answer with a call of the tool {wire_name(choice.name)}.")
+        draft.notes.append(f"Answer with a call of the tool {chat.wire_name(choice.name)}.")
     elif choice and choice.mode == "required":
         draft.notes.append("Answer with a call of one of the tools.")
     if chat.parallel is False and draft.tools:
@@ -5384,14 +5422,10 @@ def word_tool_choice(draft: KiroDraft) -> bool:
 
 def declare_called_tools(draft: KiroDraft) -> bool:
     """Every tool that was ever called is declared, whatever the caller offers now."""
-    known = {wire_name(tool.name) for tool in draft.tools}
+    known = {tool.name for tool in draft.tools}
     calls = [b for turn in draft.turns for b in turn.blocks if isinstance(b, ToolCall)]
-    missing = {wire_name(call.name): call.name for call in calls}
-    stubs = [
-        Tool(name, "Tool", {"type": "object", "properties": {}})
-        for wire, name in missing.items()
-        if wire not in known
-    ]
+    missing = dict.fromkeys(call.name for call in calls if call.name not in known)
+    stubs = [Tool(name, "Tool", {"type": "object", "properties": {}}) for name in missing]
     draft.tools = [*draft.tools, *stubs]
     return bool(stubs)
 
@@ -5400,7 +5434,7 @@ def rename_tools(draft: KiroDraft) -> bool:
     """Names of at most 64 letters, digits, `_` and `-`; answers get the caller's names back."""
     touched = False
     for at, tool in enumerate(draft.tools):
-        name = wire_name(tool.name)
+        name = draft.chat.wire_name(tool.name)
         touched = touched or name != tool.name
         draft.tools[at] = Tool(name, tool.description, tool.schema)
     return touched
@@ -5439,7 +5473,7 @@ def fit_kiro_schema(schema: Json) -> Json:
     fitted: Json = strip_schema(inline_refs(schema, definitions))
     properties = dict(details(fitted, "properties"))
     required = list(fitted.get("required") or ())
-    for word in ("allOf", "anyOf", "oneOf"):
+    for word in SCHEMA_UNIONS:
         branches = fitted.pop(word, None)
         for branch in branches if isinstance(branches, list) else ():
             for name, value in details(branch, "properties").items():
@@ -5562,10 +5596,9 @@ def place_preface(draft: KiroDraft) -> bool:
     Better there than in a pair of turns of its own: the beginning stays the same for the cache,
     and no answer is invented.
     """
-    first, last = draft.turns[0], draft.turns[-1]
     words = "\n\n".join(filter(None, [text.strip("\n") for text in draft.preface]))
     if words:
-        draft.turns[0] = Turn("user", [Text(words), *first.blocks])
+        draft.turns[0] = Turn("user", [Text(words), *draft.turns[0].blocks])
     if draft.notes:
         note: Block = Text(as_reminder("\n".join(draft.notes)))
         last = draft.turns[-1]
@@ -5639,7 +5672,9 @@ class KiroRequestWriter:
         """The body; raises InvalidRequest."""
         draft, chat = self.draft, self.draft.chat
         if not any(turn.blocks for turn in draft.turns):
-            raise InvalidRequest("messages: the conversation says nothing.", param="messages")
+            if not chat.system:
+                raise InvalidRequest("messages: the conversation says nothing.", param="messages")
+            draft.turns, draft.preface = [Turn("user", [*chat.system])], []
         chat.touched += [rule.__name__ for rule in KIRO_RULES if rule(draft)]
         *history, current = [self.write_turn(turn) for turn in draft.turns]
         if draft.tools:
@@ -5670,12 +5705,15 @@ class KiroRequestWriter:
             message["userInputMessageContext"] = {"toolResults": results}
         return {"userInputMessage": message}
 
-    @staticmethod
-    def write_assistant(blocks: list[Block]) -> Json:
+    def write_assistant(self, blocks: list[Block]) -> Json:
         """An answer of the model, with the thinking that Kiro itself has signed."""
         message: Json = {"content": plain_text(blocks)}
         calls = [
-            {"toolUseId": b.id, "name": wire_name(b.name), "input": parse_arguments(b.arguments)}
+            {
+                "toolUseId": b.id,
+                "name": self.draft.chat.wire_name(b.name),
+                "input": parse_arguments(b.arguments),
+            }
             for b in blocks
             if isinstance(b, ToolCall)
         ]
@@ -5827,7 +5865,8 @@ class KiroReader:
         self.calls: dict[str, StreamedCall] = {}
         self.waiting: list[tuple[str, str]] = []  # (kind, words) that came inside a call
         self.thought = ""
-        self.signature = ""
+        self.signature = ""  # of the thought that was said last, or that is hidden
+        self.signed = ("", "")  # the last thought, with its signature
         self.reason = ""
         self.started = False
         self.over = False
@@ -5966,9 +6005,11 @@ class KiroReader:
         self.live, self.live_call = "", None
 
     def sign(self, events: list[Event]) -> None:
-        """Adds the signature to the open thought, and remembers both."""
+        """Adds the signature to the open thought, where it has come."""
         if self.signature:
             events.append(Added("signature", KIRO_ENVELOPE + self.signature))
+            self.signed = self.thought, self.signature
+        self.thought = self.signature = ""
 
     def take_context(self, said: Json, events: list[Event]) -> None:
         """How full the context is now, in percent of the window of the model that answers."""
@@ -6006,7 +6047,7 @@ class KiroReader:
         """The service failed while it answered; what was said still counts."""
         code, reason, message = read_kiro_words(said)
         verdict = judge_kiro_words(code, reason, message)
-        if verdict and isinstance(verdict.error, ContextTooLong) and self.live:
+        if verdict and isinstance(verdict.error, ContextTooLong) and self.started:
             self.reason = "MODEL_CONTEXT_WINDOW_EXCEEDED"
             events += self.end()
             return
@@ -6032,7 +6073,7 @@ class KiroReader:
             self.add(kind, words, events)
         for call in self.calls.values():
             call.complete = call.complete or is_complete_object(call.arguments)
-        self.cut = self.cut or any(not call.complete for call in self.calls.values())
+            self.cut = self.cut or not (call.complete and call.name)
         if self.live_call is not None:
             ChatReader.send_arguments(self.live_call, events)
             self.close(events)
@@ -6045,7 +6086,7 @@ class KiroReader:
         for kind, words in waiting:
             self.add(kind, words, events)
         self.close(events)
-        if self.signature and not self.thought:  # without a word of the thought itself
+        if self.signature:  # without a word of the thought itself
             events.append(Opened("thinking"))
             self.sign(events)
             events.append(Closed())
@@ -6056,8 +6097,8 @@ class KiroReader:
     def remember(self) -> None:
         """Lets the provider keep a signature for callers whose dialect cannot carry it."""
         calls = [call.id for call in self.calls.values() if call.closed]
-        if calls and self.signature and self.terms.keep:
-            self.terms.keep(calls, self.thought, self.signature)
+        if calls and self.signed[1] and self.terms.keep:
+            self.terms.keep(calls, *self.signed)
 
     def finish(self) -> str:
         """The reason, in the words of this program."""
@@ -8223,6 +8264,7 @@ def read_kiro_model(entry: Json, provider: str) -> Model | None:
         context=window,
         efforts=tuple(e for e in efforts if e in EFFORTS),
         adaptive="thinking" in known,
+        stops=0,
         raw=entry,
     )
 
@@ -8319,7 +8361,7 @@ def judge_kiro_status(status: int, message: str) -> Verdict:
             NotSignedIn(f"Kiro does not accept the token{words}", hint=KIRO_SIGN_IN_HINT), "refresh"
         )
     if status == 402:
-        return Verdict(QuotaExceeded(f"The Kiro credits are used up{words}"))
+        return Verdict(QuotaExceeded(f"The Kiro credits are used up{words}"), "rest")
     if status in (403, 423):
         return Verdict(Forbidden(f"Kiro does not allow this{words}"), "reroute")
     if status in (404, 405):
@@ -9892,10 +9934,16 @@ class Catalogue:
         kept = {
             model_id: model
             for model_id, model in self.models.items()
-            if now - self.listed_at[model_id] < MODELS_KEPT_SECONDS
+            if now - self.listed_at.get(model_id, float("-inf")) < MODELS_KEPT_SECONDS
         }
         self.models = {**kept, **found}
         self.fetched_at = now
+
+    def stand_in(self, models: dict[str, Model]) -> None:
+        """A list of our own for a minute, where the service's cannot be had."""
+        self.models = models
+        now = asyncio.get_running_loop().time()
+        self.fetched_at = now - MODELS_FRESH_SECONDS + MODELS_RETRY_SECONDS
 
 
 class CoolDowns:
@@ -9905,12 +9953,12 @@ class CoolDowns:
         #: model, or "" for all -> (monotonic end of its rest, why)
         self.resting: dict[str, tuple[float, ApiError]] = {}
 
-    def rest(self, model_id: str, error: ApiError) -> None:
-        """Lets a model, or all where `model_id` is "", rest.
+    def rest(self, model_id: str, error: ApiError, wait_s: float | None) -> None:
+        """Lets a model, or all where `model_id` is "", rest for `wait_s` seconds.
 
         Never for longer than COOL_DOWN_SECONDS: then one request finds out how things are.
         """
-        rest_s = min(error.retry_after or 0.0, COOL_DOWN_SECONDS)
+        rest_s = min(wait_s or 0.0, COOL_DOWN_SECONDS)
         self.resting[model_id] = asyncio.get_running_loop().time() + rest_s, error
 
     def check(self, model_id: str) -> None:
@@ -9919,7 +9967,8 @@ class CoolDowns:
         for key in (model_id, ""):
             until, error = self.resting.get(key, (0.0, None))
             if error is not None and now < until:
-                raise type(error)(error.message, hint=error.hint, retry_after=until - now)
+                wait_s = None if error.retry_after is None else until - now
+                raise type(error)(error.message, hint=error.hint, retry_after=wait_s)
             self.resting.pop(key, None)
 
 
@@ -9975,19 +10024,18 @@ class Attempt:
         """Does what may help, or raises the verdict's error."""
         raise NotImplementedError
 
-    def unreached(self, error: Unreachable) -> Verdict:
-        """What it means that no connection came about."""
-        return Verdict(error, "wait")
+    def unanswered(self, error: UpstreamError) -> Verdict:
+        """What it means that no answer came; only what was never sent is safe to send again."""
+        return Verdict(error, "wait" if isinstance(error, Unreachable) else "")
 
     async def run(self) -> UpstreamAnswer:
         """Tries until there is a good answer, a final refusal, or no attempt left."""
-        self.rests.check(self.call.model.id)
         while True:
             self.count += 1
             try:
                 answer = await self.send()
-            except Unreachable as error:
-                verdict: Verdict | None = self.unreached(error)
+            except UpstreamError as error:
+                verdict: Verdict | None = self.unanswered(error)
             else:
                 verdict = await self.judge(answer)
                 if verdict is None:
@@ -10024,7 +10072,8 @@ class Attempt:
             steps = PAUSE_SECONDS if verdict.remedy == "pause" else BACKOFF_SECONDS
             wait_s = steps[min(step, len(steps)) - 1] * (1 + os.urandom(1)[0] / 1024)
         if wait_s > MAX_WAIT_SECONDS:
-            self.rests.rest("" if verdict.for_all else self.call.model.id, verdict.error)
+            key = "" if verdict.for_all else self.call.model.id
+            self.rests.rest(key, verdict.error, verdict.error.retry_after)
             raise verdict.error
         await asyncio.sleep(wait_s)
 
@@ -10643,7 +10692,7 @@ class KiroAccount:
                 self.kept = saved  # another program was
                 return saved
             now = asyncio.get_running_loop().time()
-            if saved.kind == "api_key" or now - self.forced_at < FORCED_RENEWAL_GAP_SECONDS:
+            if saved.kind == "api_key" or now - self.forced_at < KIRO_FORCED_GAP_SECONDS:
                 return None
             self.forced_at = now
             return await self.refresh(saved)
@@ -10753,11 +10802,15 @@ class KiroProvider:
             raise
         except ApiError as error:
             log_event("warning", "models_unavailable", provider=self.name, reason=error)
-            return known_kiro_models(self.name)
+            self.catalogue.stand_in(known_kiro_models(self.name))
+            return self.catalogue.models
 
     def guess(self, model_id: str) -> Model | None:
         """A model named exactly is tried, listed or not."""
-        return read_kiro_model({"modelId": model_spellings(model_id)[-1]}, self.name)
+        model = read_kiro_model({"modelId": model_spellings(model_id)[-1]}, self.name)
+        if model is not None:
+            model.guessed = True
+        return model
 
     async def login(self) -> KiroLogin:
         """The sign-in; an organisation's needs its profile, which is looked up once."""
@@ -10765,7 +10818,6 @@ class KiroProvider:
         if login.arn or login.kind not in ("idc", "external_idp") or self.profile_sought:
             return login
         found = await self.find_profiles(login)
-        self.profile_sought = True
         if len(found) > 1:
             raise NotSignedIn(
                 "This Kiro sign-in has several profiles.",
@@ -10783,6 +10835,7 @@ class KiroProvider:
     async def find_profiles(self, login: KiroLogin) -> dict[str, str]:
         """ARN -> name of the organisation's profiles, in both regions that have any."""
         found: dict[str, str] = {}
+        self.profile_sought = True
         bases = kiro_controls(login, self.config)
         if not (self.config.management_url or self.config.api_url):
             bases = [KIRO_MANAGEMENT_URL.format(region=region) for region in KIRO_REGIONS]
@@ -10793,6 +10846,8 @@ class KiroProvider:
                 )
             except ApiError as error:
                 log_event("info", "profiles_unavailable", provider=self.name, reason=error)
+                if isinstance(error, (UpstreamError, UpstreamTimeout, Overloaded)):
+                    self.profile_sought = False  # it may be found the next time
                 continue
             rows = body.get("profiles")
             for row in rows if isinstance(rows, list) else ():
@@ -10916,15 +10971,21 @@ class KiroAttempt(Attempt):
         url = way.url + KIRO_PATHS[way.shape]
         return await provider.client.open("POST", url, headers, dump_json(body))
 
-    def unreached(self, error: Unreachable) -> Verdict:
-        """Another host may be there."""
-        return Verdict(error, "reroute" if len(self.ways) > 1 else "wait")
+    def unanswered(self, error: UpstreamError) -> Verdict:
+        """Another host may be there; a connection that broke before an answer is tried again."""
+        if not isinstance(error, Unreachable):
+            return Verdict(error, "again")
+        return Verdict(error, "reroute")
 
     async def judge(self, answer: UpstreamAnswer) -> Verdict | None:
         """What an answer means: a good status says nothing yet, so the first event is awaited."""
         kind = answer.headers.get("content-type", "").lower()
         if answer.status == 200 and "json" not in kind and "html" not in kind:
-            verdict = await self.peek(answer)
+            try:
+                verdict = await self.peek(answer)
+            except BaseException:
+                answer.close(ended=False)
+                raise
             if verdict is None:
                 self.provider.winner = self.ways[0]
                 return None
@@ -10991,9 +11052,17 @@ class KiroAttempt(Attempt):
             verdict.error.hint = f"{tools} tools are offered; fewer may help."
         return verdict
 
+    def remedy_for(self, verdict: Verdict) -> str:
+        """The verdict's remedy; a busy host without another one is waited for."""
+        elsewhere = any(way.url != self.ways[0].url for way in self.ways)
+        passing = isinstance(verdict.error, (Overloaded, Unreachable))
+        return (
+            "wait" if verdict.remedy == "reroute" and passing and not elsewhere else verdict.remedy
+        )
+
     async def mend(self, verdict: Verdict) -> None:
         """Does what may help, or raises the verdict's error."""
-        remedy = verdict.remedy
+        remedy = self.remedy_for(verdict)
         tried = remedy in self.tried
         self.tried.add(remedy)
         if remedy == "refresh" and not tried:
@@ -11002,9 +11071,7 @@ class KiroAttempt(Attempt):
                 self.login = renewed
                 return
         if remedy in ("refresh", "reroute"):
-            self.ways.pop(0)  # the token may be good for another host or profile only
-            if not self.ways:
-                raise verdict.error
+            self.drop_way(verdict)
         elif remedy == "forget":
             if tried or not strip_kiro_thinking(self.call.body):
                 raise verdict.error
@@ -11020,6 +11087,19 @@ class KiroAttempt(Attempt):
         else:
             await self.give_up(verdict)
 
+    def drop_way(self, verdict: Verdict) -> None:
+        """Leaves the way that was refused; raises the error where none is left.
+
+        A token may be good for another host, or another profile, only.
+        """
+        refused = self.ways[0]
+        ways = self.ways[1:]
+        if isinstance(verdict.error, (Overloaded, Unreachable)):
+            ways = [way for way in ways if way.url != refused.url]
+        if not ways:
+            raise verdict.error
+        self.ways = ways
+
     async def lasting(self, verdict: Verdict) -> ApiError:
         """The error of a limit that does not pass: spent credits look the same as haste."""
         if not isinstance(verdict.error, RateLimited):
@@ -11031,7 +11111,7 @@ class KiroAttempt(Attempt):
             return verdict.error
         if not limits.spent:
             verdict.error.retry_after = verdict.error.retry_after or PAUSE_SECONDS[-1]
-            self.rests.rest("", verdict.error)
+            self.rests.rest("", verdict.error, verdict.error.retry_after)
             return verdict.error
         day = time.strftime("%Y-%m-%d", time.gmtime(limits.resets_at)) if limits.resets_at else ""
         return QuotaExceeded(
@@ -11043,9 +11123,8 @@ class KiroAttempt(Attempt):
         """Raises the verdict's error, and remembers what follows from it."""
         if verdict.remedy == "relist":
             self.provider.catalogue.expire()
-        if verdict.remedy == "rest":
-            verdict.error.retry_after = verdict.wait_s or COOL_DOWN_SECONDS
-            self.rests.rest("", verdict.error)
+        elif verdict.remedy == "rest":
+            self.rests.rest("", verdict.error, verdict.wait_s or COOL_DOWN_SECONDS)
         raise verdict.error
 
 
@@ -11176,7 +11255,7 @@ def error_headers(error: ApiError) -> dict[str, str]:
     """What the vendors' SDKs act on."""
     headers = dict(error.headers)
     wait_s = error.retry_after
-    if error.status == 429 or wait_s is not None:
+    if (error.status == 429 and error.retry is not False) or wait_s is not None:
         seconds = min(max(wait_s or 1.0, 1.0), MAX_RETRY_AFTER_SECONDS)
         headers["Retry-After"] = str(math.ceil(seconds))
     if error.retry is False or (wait_s or 0) > MAX_RETRY_AFTER_SECONDS:
@@ -11581,8 +11660,7 @@ class Gateway:
             return Call(model, spoken.name, body, outline)
         chat = asked.read_request(body)
         chat.stop, terms.cut = split_stops(chat.stop, spoken.name, model)
-        names = wire_names(tool.name for tool in chat.tools)
-        terms.names = {wire: name for wire, name in names.items() if wire != name}
+        terms.names = {wire: name for name, wire in chat.names.items() if wire != name}
         terms.legacy_functions = legacy
         thinking = body.get("thinking")
         display = thinking.get("display") if isinstance(thinking, dict) else None

@@ -16,7 +16,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from aiclient_api import DIALECTS, ApiError, Flow, Terms
+from fake_kiro import message
+
+from aiclient_api import DIALECTS, UPSTREAM_DIALECTS, ApiError, Flow, Terms
 
 Json = dict[str, Any]
 
@@ -34,7 +36,7 @@ def make_terms(**changes: Any) -> Terms:
 def make_flow(upstream: str, caller: str, *, stream: bool = True, **changes: Any) -> Flow:
     """One answer between two dialects."""
     terms = make_terms(**changes)
-    return Flow(DIALECTS[upstream], DIALECTS[caller], terms, stream, REQUEST_ID)
+    return Flow(UPSTREAM_DIALECTS[upstream], DIALECTS[caller], terms, stream, REQUEST_ID)
 
 
 class Case:
@@ -44,7 +46,11 @@ class Case:
         self.folder = folder
         self.upstream = folder.parent.name
         self.name = f"{self.upstream}-{folder.name}"
-        self.stream = (folder / "stream.sse").read_bytes()
+        self.stream = self.read_stream()
+
+    def read_stream(self) -> bytes:
+        """What the upstream sends."""
+        return (self.folder / "stream.sse").read_bytes()
 
     def expected(self, caller: str) -> bytes:
         """The caller's bytes."""
@@ -60,6 +66,49 @@ class Case:
 CASES = [Case(path.parent) for path in sorted(GOLDEN.glob("*/*/stream.sse"))]
 PAIRS = [(case, caller) for case in CASES for caller in DIALECTS]
 PAIR_IDS = [f"{case.name}-to-{caller}" for case, caller in PAIRS]
+
+
+KIRO_WINDOWS = {"auto": 1000, "claude-sonnet-4.5": 200_000, "claude-opus-4.8": 1_000_000}
+# What a case was asked with, where that matters for reading its answer.
+KIRO_TERMS: dict[str, Json] = {"thinking_in_tags": {"tagged_thinking": True}}
+
+
+class KiroCase(Case):
+    """One golden folder of an upstream that answers with an event stream."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.terms: Json = {"window": KIRO_WINDOWS.get, **KIRO_TERMS.get(folder.name, {})}
+
+    def read_stream(self) -> bytes:
+        """What the upstream sends."""
+        return b"".join(self.messages())
+
+    def messages(self) -> list[bytes]:
+        """The messages one by one."""
+        return write_events((self.folder / "stream.events").read_bytes())
+
+
+def write_events(lines: bytes) -> list[bytes]:
+    """Lines of an event's type and its payload as messages of an event stream."""
+    messages = []
+    for line in lines.splitlines():
+        name, _, payload = line.partition(b" ")
+        head = {":event-type": name.decode(), ":content-type": "application/json"}
+        messages.append(message({**head, ":message-type": "event"}, payload))
+    return messages
+
+
+def read_vectors() -> dict[str, bytes]:
+    """Whole messages by name."""
+    rows = (GOLDEN / "kiro" / "vectors.txt").read_text("ascii").splitlines()
+    return {name: bytes.fromhex(data) for name, data in (row.split() for row in rows)}
+
+
+KIRO_CASES = [KiroCase(path.parent) for path in sorted(GOLDEN.glob("kiro/*/stream.events"))]
+KIRO_PAIRS = [(case, caller) for case in KIRO_CASES for caller in DIALECTS]
+KIRO_PAIR_IDS = [f"{case.name}-to-{caller}" for case, caller in KIRO_PAIRS]
+VECTORS = read_vectors()
 
 
 def play(flow: Flow, reads: Iterable[bytes]) -> bytes:

@@ -30,6 +30,7 @@ from aiclient_api import (
     StopCutter,
     Text,
     Thinking,
+    Tool,
     ToolCall,
     ToolResult,
     Turn,
@@ -47,6 +48,7 @@ from aiclient_api import (
     merge_turns,
     object_schema,
     parse_arguments,
+    plain_schema,
     png_size,
     read_data_url,
     read_image_url,
@@ -55,6 +57,7 @@ from aiclient_api import (
     wire_id,
     wire_name,
     wire_names,
+    wire_table,
 )
 
 SEED = 20261122
@@ -527,8 +530,23 @@ def test_a_schema_gets_what_every_vendor_wants(schema: Any, fitted: Any) -> None
 
 def test_a_union_at_the_top_of_a_schema_is_refused_by_name() -> None:
     """formats.md 2.4."""
+    schema = object_schema({"anyOf": [{"type": "object"}]}, "f")
     with pytest.raises(UnsupportedFeature, match="'f'"):
-        object_schema({"anyOf": [{"type": "object"}]}, "f")
+        plain_schema(Tool("f", "", schema))
+
+
+@pytest.mark.parametrize(
+    ("names", "table"),
+    [
+        (["b", "a"], {"a": "a", "b": "b"}),
+        (["a.b", "a_b"], {"a_b": "a_b", "a.b": "a_b_2e7336dc"}),
+        (["x:y", "x.y"], {"x.y": "x_y", "x:y": "x_y_1274e286"}),
+        (["a.b", "a.b"], {"a.b": "a_b"}),
+    ],
+)
+def test_every_tool_has_a_wire_name_of_its_own(names: list[str], table: dict[str, str]) -> None:
+    """Clean names stay as they are; of two that would become one, one is told apart."""
+    assert wire_table(names) == table
 
 
 # ---- effort ------------------------------------------------------------------------------------

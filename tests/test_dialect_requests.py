@@ -377,13 +377,23 @@ def test_a_prefill_is_refused(prefill: Any) -> None:
         a_body(user([{"type": "document", "source": {"type": "url", "url": "https://h/a.pdf"}}])),
         a_body(user([{"type": "document", "source": {"type": "file", "file_id": "f"}}])),
         a_body(user([{"type": "hologram", "data": "x"}])),
-        a_body(tools=[{"name": "a.b", "input_schema": {}}, {"name": "a_b", "input_schema": {}}]),
-        a_body(tools=[{"name": "f", "input_schema": {"anyOf": []}}]),
     ],
 )
 def test_what_cannot_be_carried_over_is_refused(body: Json) -> None:
     """5.7."""
     assert refused("messages", body).kind == "invalid_request"
+
+
+def test_tools_whose_names_become_one_are_told_apart_in_calls_and_in_their_history() -> None:
+    """2.3: the same names in the next request, whatever was called."""
+    tools = [{"name": name, "input_schema": {}} for name in ("a.b", "a_b")]
+    calls = [{"type": "tool_use", "id": f"t{n}", "name": tool["name"], "input": {}}
+             for n, tool in enumerate(tools)]  # fmt: skip
+    written = a_to_c(a_body(user("x"), assistant(calls), tools=tools))
+    names = [tool["function"]["name"] for tool in written["tools"]]
+    assert names == ["a_b_2e7336dc", "a_b"]
+    called = [call["function"]["name"] for call in written["messages"][1]["tool_calls"]]
+    assert called == names
 
 
 def test_an_unknown_block_with_text_is_kept_as_text() -> None:
