@@ -1666,12 +1666,8 @@ def write_sse(frame: Json, name: str = "") -> bytes:
 # The Amazon event stream: `application/vnd.amazon.eventstream` (Smithy's specification).
 
 
-class EventMessage(NamedTuple):
-    """One message of an event stream, its checksums good."""
-
-    headers: dict[str, Any]
-    payload: bytes
-
+#: One message of an event stream, its checksums good: headers and payload.
+EventMessage = tuple[dict[str, Any], bytes]
 
 PRELUDE = struct.Struct(">III")  # total length, headers length, CRC-32 of these two
 MESSAGE_OVERHEAD = 16  # the prelude and the CRC-32 of the whole
@@ -1722,33 +1718,45 @@ class EventStreamReader:
         self.known: dict[bytes, dict[str, Any]] = {}  # header blocks: an answer has few
 
     def feed(self, data: bytes) -> list[EventMessage]:
-        """The messages that `data` completes."""
+        """The messages that `data` completes; those with equal headers share one object."""
         if self.error:
             return []
+        if self.kept:
+            data = self.join(data)
+        messages: list[EventMessage] = []
+        at, end = 0, len(data)
+        try:
+            while end - at >= self.needed:
+                size, headers_size = self.read_prelude(data, at)
+                following = at + size
+                if following > end:
+                    self.needed = size
+                    break
+                self.needed = PRELUDE.size
+                messages.append(self.read_message(data, at, headers_size, following))
+                at = following
+        except WireError as error:
+            self.error = str(error)
+            return messages
+        if at < end:
+            self.pieces.append(data[at:])
+            self.kept = end - at
+        return messages
+
+    def join(self, data: bytes) -> bytes:
+        """What was kept with what follows it; only what follows while that cannot be enough."""
         self.pieces.append(data)
         self.kept += len(data)
         if self.kept < self.needed:
-            return []
+            return b""
         data = b"".join(self.pieces)
-        messages: list[EventMessage] = []
-        at = size = 0
-        try:
-            while (size := self.next_size(data, at)) <= len(data) - at:
-                messages.append(self.read_message(data, at, size))
-                at += size
-        except WireError as error:
-            self.error = str(error)
-            at = len(data)
-        self.needed = size
-        self.pieces = [data[at:]] if at < len(data) else []
-        self.kept = len(data) - at
-        return messages
+        self.pieces.clear()
+        self.kept = 0
+        return data
 
     @staticmethod
-    def next_size(data: bytes, at: int) -> int:
-        """How many bytes the message at `at` has; a prelude's, until that has come."""
-        if len(data) - at < PRELUDE.size:
-            return PRELUDE.size
+    def read_prelude(data: bytes, at: int) -> tuple[int, int]:
+        """(length of the message, length of its headers)."""
         total, headers_size, checksum = PRELUDE.unpack_from(data, at)
         if zlib.crc32(data[at : at + 8]) != checksum:
             raise WireError("the checksum of an event's prelude is wrong")
@@ -1756,21 +1764,21 @@ class EventStreamReader:
             raise WireError("an event has an impossible length")
         if headers_size > total - MESSAGE_OVERHEAD:
             raise WireError("an event's headers are longer than the event")
-        return int(total)
+        return total, headers_size
 
-    def read_message(self, data: bytes, at: int, size: int) -> EventMessage:
-        """The complete message at `at`."""
-        end = at + size - 4
-        if zlib.crc32(data[at:end]) != int.from_bytes(data[end : end + 4], "big"):
+    def read_message(self, data: bytes, at: int, headers_size: int, end: int) -> EventMessage:
+        """The complete message from `at` to `end`."""
+        message = data[at : end - 4]
+        if zlib.crc32(message) != int.from_bytes(data[end - 4 : end], "big"):
             raise WireError("the checksum of an event is wrong")
-        middle = at + PRELUDE.size + int.from_bytes(data[at + 4 : at + 8], "big")
-        block = data[at + PRELUDE.size : middle]
+        middle = PRELUDE.size + headers_size
+        block = message[PRELUDE.size : middle]
         headers = self.known.get(block)
         if headers is None:
             headers = parse_event_headers(block)
             if len(self.known) < 64:
                 self.known[block] = headers
-        return EventMessage(headers, data[middle:end])
+        return headers, message[middle:]
 
 
 EVENT_NAME = re.compile(r"[\w.:-]{1,100}", re.ASCII)
@@ -1785,28 +1793,37 @@ class EventStreamFraming:
 
     def __init__(self) -> None:
         self.reader = EventStreamReader()
+        self.headers: dict[str, Any] = {}  # of the last event, and what is written for them
+        self.opening = self.wrapped = b""
 
     def complete(self, data: bytes) -> bytes:
         """The events that `data` completes; the rest is kept."""
         broken = bool(self.reader.error)
-        rows = [self.write(message) for message in self.reader.feed(data)]
+        rows = [self.write(headers, payload) for headers, payload in self.reader.feed(data)]
         if self.reader.error and not broken:
             message = f"The upstream's answer is malformed: {self.reader.error}."
             rows.append(self.write_error({"code": "WireError", "message": message}))
         return b"".join(rows)
 
-    def write(self, message: EventMessage) -> bytes:
+    def write(self, headers: dict[str, Any], payload: bytes) -> bytes:
         """One message as one event."""
-        headers, payload = message
-        kind = headers.get(":message-type", "event")
-        if kind == "event":
+        if headers is not self.headers:
+            kind = headers.get(":message-type", "event")
+            if kind != "event":
+                return self.write_failure(kind, headers, payload)
             name = str(headers.get(":event-type"))
-            member = name.encode() if EVENT_NAME.fullmatch(name) else b"unnamed"
-            if b"\n" in payload:
-                payload = payload.replace(b"\n", b" ")  # JSON has none inside its strings
-            if payload.startswith(b'{"%b":' % member):
-                return b"data: %b\n\n" % payload  # some hosts name the member themselves
-            return b'data: {"%b":%b}\n\n' % (member, payload or b"{}")
+            member = name if EVENT_NAME.fullmatch(name) else "unnamed"
+            self.headers = headers
+            self.wrapped = b'{"%b":' % member.encode()
+            self.opening = b"data: " + self.wrapped
+        if b"\n" in payload:
+            payload = payload.replace(b"\n", b" ")  # JSON has none inside its strings
+        if payload.startswith(self.wrapped):
+            return b"data: %b\n\n" % payload  # some hosts name the member themselves
+        return b"%b%b}\n\n" % (self.opening, payload or b"{}")
+
+    def write_failure(self, kind: Any, headers: dict[str, Any], payload: bytes) -> bytes:
+        """An exception or error as the event that ends the answer."""
         if kind == "exception":
             said = load_object(payload) or {"message": payload.decode("utf-8", "replace")}
             return self.write_error({**said, "code": headers.get(":exception-type")})

@@ -546,16 +546,22 @@ def write_home(home: Path, upstream_port: int) -> dict[str, str]:
     """Config and token for a program that knows only our upstream; returns its environment."""
     url = f"http://127.0.0.1:{upstream_port}"
     settings = home / "config" / "aiclient-api"
-    token = settings / "copilot" / "token.json"
-    for folder in (home, home / "config", home / "state", settings, token.parent):
+    for folder in (home, home / "config", home / "state", settings):
         folder.mkdir(mode=0o700, exist_ok=True)
     (settings / "config.toml").write_text(
         'default_provider = "copilot"\n\n[server]\nmax_connections = 2048\n\n'
         f'[providers.copilot]\ntype = "copilot"\ngithub_url = "{url}"\ngithub_api_url = "{url}"\n'
+        f'[providers.kiro]\ntype = "kiro"\napi_url = "{url}"\n'
     )
-    keys = {"type": "copilot", "github_token": "ghu_" + "0" * 36}
-    token.write_text(json.dumps(keys | {"copilot_token": None, "expires_at": None}))
-    token.chmod(0o600)
+    tokens = {
+        "copilot": {"github_token": "ghu_" + "0" * 36, "copilot_token": None, "expires_at": None},
+        "kiro": {"access_token": "aoaEXAMPLE", "refresh_token": "aorEXAMPLE", "expires_at": 4e9},
+    }
+    for name, keys in tokens.items():
+        token = settings / name / "token.json"
+        token.parent.mkdir(mode=0o700, exist_ok=True)
+        token.write_text(json.dumps({"type": name, **keys}))
+        token.chmod(0o600)
     return {
         "PATH": os.environ.get("PATH", os.defpath),
         "HOME": str(home),
@@ -826,6 +832,9 @@ def convert(bench: Bench) -> Iterator[Row]:
     targets = (16.0, 13.0)
     yield from full_speed(bench, "chat to messages", "messages", "gpt-4.1", targets)
     yield from full_speed(bench, "messages to chat", "chat", "claude-sonnet-4.5", targets)
+    targets = (17.0, 13.0)
+    yield from full_speed(bench, "Kiro to chat", "chat", "kiro/claude-kiro", targets)
+    yield from full_speed(bench, "Kiro to messages", "messages", "kiro/claude-kiro", targets)
 
 
 def many(bench: Bench) -> Iterator[Row]:

@@ -1,8 +1,9 @@
-"""A loopback stand-in for GitHub and Copilot that answers at once and is hard to outrun.
+"""A loopback stand-in for GitHub, Copilot and Kiro that answers at once and is hard to outrun.
 
     python3 upstream.py         prints `listening on http://127.0.0.1:PORT`, ends with its stdin
 
-It knows the token exchange, the model list, `/chat/completions` and `/v1/messages`. How an answer
+It knows the token exchange, the model lists, `/chat/completions`, `/v1/messages` and Kiro's
+`/generateAssistantResponse`. How an answer
 is played is written in the last user text of the request, and so travels through any gateway:
 
     [[chunks=2000 batch=16 pace_ms=0 shape=clean]]
@@ -24,8 +25,10 @@ import gc
 import json
 import math
 import re
+import struct
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -42,6 +45,8 @@ STREAM_HEAD = (
     b"HTTP/1.1 200 OK\r\n" + COMMON_HEADERS + b"Content-Type: text/event-stream\r\n"
     b"Transfer-Encoding: chunked\r\n\r\n"
 )
+KIRO_HEAD = STREAM_HEAD.replace(b"text/event-stream", b"application/vnd.amazon.eventstream")
+KIRO_PATH = b"/generateAssistantResponse"
 CONTENT_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 MARKER_FIELD = re.compile(rb"(\w+)=(\w+)")
 CREATED = 1_763_800_000
@@ -61,12 +66,18 @@ class Script:
 
 @dataclass
 class Frames:
-    """The server-sent events of one dialect: around the whole answer, and around one text delta."""
+    """The events of one dialect: around the whole answer, and one text delta."""
 
     opening: bytes
-    before: bytes
-    after: bytes
+    #: (number, moment) -> the event of one delta
+    delta: Callable[[int, int], bytes]
     closing: Callable[[int], bytes]
+    head: bytes = STREAM_HEAD
+
+
+def between(before: bytes, after: bytes) -> Callable[[int, int], bytes]:
+    """Deltas whose bytes around the text are always the same."""
+    return lambda number, moment: b"%b%d@%d;%b" % (before, number, moment, after)
 
 
 @dataclass
@@ -126,7 +137,8 @@ def chat_frames(shape: str) -> Frames:
 
     empty = event(base | {"id": "", "model": "", "created": 0} | filters) if is_copilot else b""
     before, after = chunk({"content": "@@"}).split(b"@@")
-    return Frames(empty + chunk({"role": "assistant", "content": ""}), before, after, closing)
+    opening = empty + chunk({"role": "assistant", "content": ""})
+    return Frames(opening, between(before, after), closing)
 
 
 def messages_frames(shape: str) -> Frames:
@@ -154,21 +166,57 @@ def messages_frames(shape: str) -> Frames:
     before, after = delta_event.split(b"@@")
     opening = named({"type": "message_start", "message": message})
     opening += named({"type": "content_block_start", "index": 0, "content_block": block})
-    return Frames(opening, before, after, closing)
+    return Frames(opening, between(before, after), closing)
 
 
-DIALECTS = {b"/chat/completions": chat_frames, b"/v1/messages": messages_frames}
+def kiro_message(name: str, payload: Any) -> bytes:
+    """One message of an Amazon event stream."""
+    fields = {":event-type": name, ":content-type": "application/json", ":message-type": "event"}
+    headers = b"".join(
+        struct.pack(">B", len(key))
+        + key.encode()
+        + struct.pack(">BH", 7, len(value))
+        + value.encode()
+        for key, value in fields.items()
+    )
+    body = compact(payload)
+    prelude = struct.pack(">II", 16 + len(headers) + len(body), len(headers))
+    message = prelude + struct.pack(">I", zlib.crc32(prelude)) + headers + body
+    return message + struct.pack(">I", zlib.crc32(message))
+
+
+def kiro_frames(shape: str) -> Frames:
+    """Kiro's events."""
+
+    def delta(number: int, moment: int) -> bytes:
+        said = {"content": f"{number}@{moment};", "modelId": "claude-kiro"}
+        return kiro_message("assistantResponseEvent", said)
+
+    def closing(chunks: int) -> bytes:
+        counted = {"uncachedInputTokens": 9, "outputTokens": chunks}
+        metering = {"unit": "credit", "unitPlural": "credits", "usage": 0.01}
+        last = {"stopReason": "END_TURN", "tokenUsage": counted}
+        return kiro_message("meteringEvent", metering) + kiro_message("metadataEvent", last)
+
+    return Frames(kiro_message("initial-response", {}), delta, closing, KIRO_HEAD)
+
+
+DIALECTS = {
+    b"/chat/completions": chat_frames,
+    b"/v1/messages": messages_frames,
+    KIRO_PATH: kiro_frames,
+}
 
 
 def render(frames: Frames, script: Script) -> Rendered:
     """Every byte of an answer that is not paced."""
-    deltas = [b"%b%d@0;%b" % (frames.before, k, frames.after) for k in range(script.chunks)]
+    deltas = [frames.delta(k, 0) for k in range(script.chunks)]
     pieces = [
         http_chunk(b"".join(deltas[start : start + script.batch]))
         for start in range(0, script.chunks, script.batch)
     ]
     closing = http_chunk(frames.closing(script.chunks)) + b"0\r\n\r\n"
-    return Rendered(STREAM_HEAD + http_chunk(frames.opening), pieces, closing)
+    return Rendered(frames.head + http_chunk(frames.opening), pieces, closing)
 
 
 def whole_answer(path: bytes, script: Script) -> bytes:
@@ -262,6 +310,11 @@ class Upstream:
             return json_answer(token_answer(self.port))
         if path == b"/models":
             return json_answer(models_answer())
+        if path == b"/ListAvailableModels":
+            limits = {"maxInputTokens": 1_900_000, "maxOutputTokens": 64_000}
+            return json_answer(
+                compact({"models": [{"modelId": "claude-kiro", "tokenLimits": limits}]})
+            )
         if path == b"/healthz":
             return json_answer(b'{"status":"ok"}')
         return json_answer(b'{"message":"Not Found","status":"404"}', b"404 Not Found")
@@ -326,7 +379,7 @@ class Connection(asyncio.Protocol):
             return
         start = request.rfind(b"[[")
         marker = request[start : request.find(b"]]", start)] if start >= 0 else b""
-        if b'"stream":true' in request or b'"stream": true' in request:
+        if path == KIRO_PATH or b'"stream":true' in request or b'"stream": true' in request:
             self.start_stream(path, marker)
         else:
             self.transport.write(self.server.whole(path, marker))
@@ -336,7 +389,7 @@ class Connection(asyncio.Protocol):
         self.script, self.frames, answer = self.server.stream(path, marker)
         self.at = 0
         if answer is None:
-            self.transport.write(STREAM_HEAD + http_chunk(self.frames.opening))
+            self.transport.write(self.frames.head + http_chunk(self.frames.opening))
             # On the grid, so that one wake-up of the loop serves many streams.
             self.due = math.ceil(self.loop.time() / GRID_S) * GRID_S
             self.write_delta()
@@ -367,8 +420,7 @@ class Connection(asyncio.Protocol):
             return
         stop = min(self.at + self.script.batch, self.script.chunks)
         stamp = time.monotonic_ns()
-        before, after = self.frames.before, self.frames.after
-        deltas = [b"%b%d@%d;%b" % (before, k, stamp, after) for k in range(self.at, stop)]
+        deltas = [self.frames.delta(k, stamp) for k in range(self.at, stop)]
         self.transport.write(http_chunk(b"".join(deltas)))
         self.at = stop
         self.due += self.script.pace_s
