@@ -5599,7 +5599,7 @@ def pass_settings(draft: KiroDraft) -> bool:
         low, high = described.get("minimum", 1), described.get("maximum", chat.max_tokens)
         if isinstance(low, int) and isinstance(high, int):
             draft.extra["max_tokens"] = min(max(chat.max_tokens, low), high)
-    elif chat.max_tokens:
+    if chat.max_tokens and draft.extra.get("max_tokens", math.inf) > chat.max_tokens:
         chat.dropped.append("max_tokens")
     for name in ("temperature", "top_p", "top_k"):
         if getattr(chat, name) is not None:

@@ -69,6 +69,13 @@ PAIR_IDS = [f"{case.name}-to-{caller}" for case, caller in PAIRS]
 
 
 KIRO_WINDOWS = {"auto": 1000, "claude-sonnet-4.5": 200_000, "claude-opus-4.8": 1_000_000}
+
+
+def kiro_window(model_id: str) -> int:
+    """The context window of a model, 0 where nobody knows it."""
+    return KIRO_WINDOWS.get(model_id, 0)
+
+
 # What a case was asked with, where that matters for reading its answer.
 KIRO_TERMS: dict[str, Json] = {"thinking_in_tags": {"tagged_thinking": True}}
 
@@ -78,7 +85,7 @@ class KiroCase(Case):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.terms: Json = {"window": KIRO_WINDOWS.get, **KIRO_TERMS.get(folder.name, {})}
+        self.terms: Json = {"window": kiro_window, **KIRO_TERMS.get(folder.name, {})}
 
     def read_stream(self) -> bytes:
         """What the upstream sends."""
