@@ -181,6 +181,7 @@ MAX_LENGTH_DIGITS = 19  # 2**63 has 19 digits
 # is bounded before parsing.
 MAX_JSON_COMMAS = 400_000
 MAX_JSON_DEPTH = 100
+MAX_INLINED_REFS = 300  # of one tool's schema
 MAX_ERROR_TEXT = 4000  # characters of an error message
 MAX_ERROR_BODY_BYTES = 64 * KIB  # of an upstream's error answer; the rest is not read
 MAX_WHOLE_ANSWER_BYTES = 64 * MIB  # of an upstream's JSON answer
@@ -709,13 +710,27 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
 
 
 SECRET_SHAPES = re.compile(
-    r"gh[opsur]_[A-Za-z0-9_]{4,}|github_pat_\w{4,}|tid=[^\s\"']+|(?i:bearer|token)\s+[^\s\"']{8,}"
-    r"|aoa[A-Za-z0-9_.:-]{8,}|aor[A-Za-z0-9_.:-]{8,}|eyJ[\w-]{8,}\.[\w-]+\.[\w-]*|sk-[\w-]{8,}"
+    r"gh[opsur]_[A-Za-z0-9_]{4,}|github_pat_\w{4,}|tid=[^\s\"']+"
+    r"|(?i:bearer|token)\s+(?=[^\s\"']*[0-9_-]|[^\s\"']{20})[^\s\"']{8,}"
+    r"|ao[ar][A-Za-z0-9_.:/+=-]{8,}|ksk_\w{4,}|eyJ[\w-]{8,}\.[\w-]+\.[\w-]*|sk-[\w-]{8,}"
 )
 
 
 # No shape without one of these: spares the search where there is nothing to find.
-SECRET_MARKS = ("gh", "git", "tid=", "earer", "EARER", "oken", "OKEN", "aoa", "aor", "eyJ", "sk-")
+SECRET_MARKS = (
+    "gh",
+    "git",
+    "tid=",
+    "earer",
+    "EARER",
+    "oken",
+    "OKEN",
+    "aoa",
+    "aor",
+    "ksk_",
+    "eyJ",
+    "sk-",
+)
 
 
 def redact(text: str, live: Iterable[str] = ()) -> str:
@@ -1605,6 +1620,14 @@ class SseReader:
         event = self.parse(block) if block else None
         return [event] if event else []
 
+    def frames(self, blocks: bytes) -> list[Json]:
+        """The frames in unparsed events."""
+        return load_frames(self.parse_all(blocks))
+
+    def last_frames(self) -> list[Json]:
+        """The frame of the last event, where there is one."""
+        return load_frames(self.end())
+
     @staticmethod
     def parse(block: bytes) -> tuple[bytes, bytes] | None:
         """One block of lines; None for comments and other nothings."""
@@ -1794,7 +1817,7 @@ class EventStreamFraming:
     def __init__(self) -> None:
         self.reader = EventStreamReader()
         self.headers: dict[str, Any] = {}  # of the last event, and what is written for them
-        self.opening = self.wrapped = b""
+        self.opening = self.member = b""
 
     def complete(self, data: bytes) -> bytes:
         """The events that `data` completes; the rest is kept."""
@@ -1812,15 +1835,20 @@ class EventStreamFraming:
             if kind != "event":
                 return self.write_failure(kind, headers, payload)
             name = str(headers.get(":event-type"))
-            member = name if EVENT_NAME.fullmatch(name) else "unnamed"
+            self.member = (name if EVENT_NAME.fullmatch(name) else "unnamed").encode()
             self.headers = headers
-            self.wrapped = b'{"%b":' % member.encode()
-            self.opening = b"data: " + self.wrapped
-        if b"\n" in payload:
-            payload = payload.replace(b"\n", b" ")  # JSON has none inside its strings
-        if payload.startswith(self.wrapped):
-            return b"data: %b\n\n" % payload  # some hosts name the member themselves
+            self.opening = b'data: {"%b":' % self.member
+        if b"\n" in payload or (self.member in payload and payload.lstrip()[:1] == b"{"):
+            payload = self.plain(payload)
         return b"%b%b}\n\n" % (self.opening, payload or b"{}")
+
+    def plain(self, payload: bytes) -> bytes:
+        """A payload on one line, without the member's name that some hosts put around it."""
+        said = load_object(payload)
+        if said is None:
+            return b"?"  # which makes the event malformed
+        inner = said.get(self.member.decode()) if len(said) == 1 else None
+        return dump_json(inner if isinstance(inner, dict) else said)
 
     def write_failure(self, kind: Any, headers: dict[str, Any], payload: bytes) -> bytes:
         """An exception or error as the event that ends the answer."""
@@ -1835,11 +1863,16 @@ class EventStreamFraming:
         """The event that ends the answer."""
         return write_sse({"error": said})
 
-    def parse_all(self, blocks: bytes) -> list[tuple[bytes, bytes]]:
-        """The events in unparsed ones."""
-        return [(b"", row[6:]) for row in blocks.split(b"\n\n") if row]
+    def frames(self, blocks: bytes) -> list[Json]:
+        """The frames in unparsed events, each with one member; a malformed one is the last."""
+        frames = load_frames([(b"", row[6:]) for row in blocks.split(b"\n\n") if row])
+        for at, frame in enumerate(frames):
+            if len(frame) != 1:  # an error of `load_frames`, or more than was in the payload
+                message = "The upstream sent an event that is not a JSON object."
+                return [*frames[:at], {"error": {"code": "WireError", "message": message}}]
+        return frames
 
-    def end(self) -> list[tuple[bytes, bytes]]:
+    def last_frames(self) -> list[Json]:
         """Nothing is held back; raises UpstreamError where a message is cut short."""
         if self.reader.kept and not self.reader.error:
             raise UpstreamError(BROKEN_OFF)
@@ -1996,6 +2029,8 @@ class Chat:
 
     def name_tools(self) -> None:
         """Finds names for all tools, those that were only called before as well."""
+        if any(not tool.name for tool in self.tools):
+            raise InvalidRequest("tools: a tool has no name.", param="tools")
         blocks = (block for turn in self.turns for block in turn.blocks)
         called = [block.name for block in blocks if isinstance(block, ToolCall)]
         self.names = wire_table([*(tool.name for tool in self.tools), *called])
@@ -2277,7 +2312,7 @@ def settle_turns(turns: list[Turn]) -> list[Turn]:
             settled.append(without_results(turn, set()))
             continue
         settled.append(turn)
-        calls = [block.id for block in turn.blocks if isinstance(block, ToolCall)]
+        calls = dict.fromkeys(b.id for b in turn.blocks if isinstance(b, ToolCall))
         if not calls:
             continue
         reply_end = at
@@ -2470,6 +2505,11 @@ def image_type(data: str, claimed: str, path: str) -> str:
     )
 
 
+def bare_base64(data: str) -> str:
+    """Base64 without line breaks: some programs wrap it."""
+    return "".join(data.split()) if any(blank in data[:200] for blank in "\n\r ") else data
+
+
 def read_data_url(url: str, path: str) -> tuple[str, str]:
     """(media type, base64 data) of a data URL."""
     match = DATA_URL.match(url)
@@ -2485,6 +2525,7 @@ def read_image_url(url: str, path: str) -> Image:
     """An image from a data URL or an https URL; nothing is ever fetched for a caller."""
     if url.startswith("data:"):
         claimed, data = read_data_url(url, path)
+        data = bare_base64(data)
         return Image(image_type(data, claimed, path), data)
     if url.startswith("https://"):
         return Image(url=url)
@@ -2500,6 +2541,14 @@ def estimate_text(text: str) -> float:
         return len(text) / 3.6
     plain = len(text.encode("ascii", "ignore"))
     return plain / 3.6 + (len(text.encode("utf-8", "replace")) - plain) / 3
+
+
+def estimate_quoted(text: bytes, count_: int) -> float:
+    """Tokens in `count_` JSON texts without their quotes, a blank between two of them."""
+    blanks = (count_ - 1) / 3.6
+    if text.isascii() and b"\\" not in text:
+        return len(text) / 3.6 - blanks
+    return estimate_text(json_decoder.decode(f'"{text.decode()}"')) - blanks
 
 
 def png_size(data: str) -> tuple[int, int] | None:
@@ -2610,10 +2659,10 @@ class Framing(Protocol):
     def complete(self, data: bytes) -> bytes:
         """The events that `data` completes, unparsed; the rest is kept.  Raises UpstreamError."""
 
-    def parse_all(self, blocks: bytes) -> list[tuple[bytes, bytes]]:
-        """(name, data) of each event in unparsed ones."""
+    def frames(self, blocks: bytes) -> list[Json]:
+        """The frames in unparsed events; one that cannot be read becomes an error, and the last."""
 
-    def end(self) -> list[tuple[bytes, bytes]]:
+    def last_frames(self) -> list[Json]:
         """What was held back until the upstream ended; raises UpstreamError where it was cut."""
 
 
@@ -2785,6 +2834,7 @@ def read_image_part(part: Json, path: str) -> list[Block]:
         claimed = str_field(source, "media_type", f"{path}.source") or ""
         if data.startswith("data:"):  # a URL where only its data belongs
             claimed, data = read_data_url(data, f"{path}.source.data")
+        data = bare_base64(data)
         return [Image(image_type(data, claimed, path), data)]
     if kind == "url":
         return [read_image_url(need_str(source, "url", f"{path}.source"), f"{path}.source.url")]
@@ -3047,7 +3097,16 @@ def positive(value: Any) -> int | None:
 def count(obj: Json, key: str, before: int) -> int:
     """The figure at `key`, or `before`."""
     value = obj.get(key)
-    return value if isinstance(value, int) and not isinstance(value, bool) else before
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**12:
+        return value
+    return before
+
+
+def fraction(obj: Json, key: str, most: float) -> float:
+    """The number at `key` between 0 and `most`; 0 for anything else."""
+    value = obj.get(key)
+    usable = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= most
+    return float(value) if usable and value else 0.0
 
 
 def details(obj: Json, key: str) -> Json:
@@ -3056,21 +3115,32 @@ def details(obj: Json, key: str) -> Json:
     return value if isinstance(value, dict) else {}
 
 
-def inline_refs(value: Any, definitions: Json, inside: tuple[str, ...] = ()) -> Any:
-    """A schema with its `$ref`s replaced by what they name; a circle ends in an open object."""
-    if isinstance(value, list):
-        return [inline_refs(item, definitions, inside) for item in value]
-    if not isinstance(value, dict):
-        return value
-    name = value.get("$ref")
-    if not isinstance(name, str):  # a property may have that name
-        return {k: inline_refs(v, definitions, inside) for k, v in value.items()}
-    rest = {k: inline_refs(v, definitions, inside) for k, v in value.items() if k != "$ref"}
-    name = name.rpartition("/")[2]
-    named = details(definitions, name)
-    if name in inside or not named:
-        return {"type": "object", **rest}
-    return {**inline_refs(named, definitions, (*inside, name)), **rest}
+def inline_refs(schema: Any, definitions: Json) -> Any:
+    """A schema with its `$ref`s replaced by what they name.
+
+    A circle ends in an open object, and so does what would grow without bounds: definitions that
+    name one another several times.
+    """
+    left = MAX_INLINED_REFS
+
+    def inline(value: Any, inside: tuple[str, ...]) -> Any:
+        nonlocal left
+        if isinstance(value, list):
+            return [inline(item, inside) for item in value]
+        if not isinstance(value, dict):
+            return value
+        name = value.get("$ref")
+        if not isinstance(name, str):  # a property may have that name
+            return {key: inline(item, inside) for key, item in value.items()}
+        rest = {key: inline(item, inside) for key, item in value.items() if key != "$ref"}
+        name = name.rpartition("/")[2]
+        named = details(definitions, name)
+        left -= 1
+        if name in inside or not named or left < 0:
+            return {"type": "object", **rest}
+        return {**inline(named, (*inside, name)), **rest}
+
+    return inline(schema, ())
 
 
 def read_copilot_usage(frame: Json, usage: Usage) -> None:
@@ -3133,7 +3203,7 @@ def settle_usage(usage: Usage, terms: Terms, said: float) -> Usage:
     """
     if usage.source == "reported":
         return usage
-    output = max(1, int(said))
+    output = usage.output or max(1, int(said))
     if usage.context:
         return replace(usage, input=max(0, usage.context - output), output=output, source="derived")
     return replace(usage, input=estimate_request(terms.asked), output=output, source="estimated")
@@ -3723,7 +3793,7 @@ class ChatReader:
     @staticmethod
     def send_arguments(call: StreamedCall, events: list[Event]) -> None:
         """Passes on what is new of a call's arguments."""
-        if len(call.arguments) > call.sent:
+        if len(call.arguments) > call.sent and (call.sent or not call.arguments.isspace()):
             events.append(Added("arguments", call.arguments[call.sent :]))
             call.sent = len(call.arguments)
 
@@ -5181,14 +5251,14 @@ KIRO_FAULTS = (
         "reroute",
     ),
     KiroFault(
-        r"Improperly formed|REQUEST_BODY_INVALID|TOOL_[A-Z]+|Validation",
-        InvalidRequest,
-        "Kiro refused the conversation's form",
-    ),
-    KiroFault(
         r"IMAGE_[A-Z]+|DOCUMENT_[A-Z]+",
         InvalidRequest,
         "Kiro refused an image or document",
+    ),
+    KiroFault(
+        r"Improperly formed|REQUEST_BODY_INVALID|TOOL_[A-Z]+|Validation",
+        InvalidRequest,
+        "Kiro refused the conversation's form",
     ),
     KiroFault(
         r"UnknownOperation|[Uu]nknown operation",
@@ -5298,9 +5368,24 @@ def word_system_turns(draft: KiroDraft) -> bool:
     return True
 
 
+def word_strange_parts(draft: KiroDraft) -> bool:
+    """What an answer cannot hold but a caller put there is left as words."""
+    touched = False
+    for turn in draft.turns:
+        if turn.role != "assistant":
+            continue
+        for at, block in enumerate(turn.blocks):
+            if isinstance(block, ToolResult):
+                turn.blocks[at] = Text(plain_text(block.blocks) or "(no output)")
+            elif isinstance(block, (Image, Document)):
+                turn.blocks[at] = Text(f"({type(block).__name__.lower()})")
+            touched = touched or turn.blocks[at] is not block
+    return touched
+
+
 def tell_calls_apart(draft: KiroDraft) -> bool:
     """A call id counts once in a conversation; the same call said twice in a turn is one call."""
-    seen: set[str] = set()
+    seen: dict[str, int] = {}  # our ids, and how often each was asked for
     touched = False
     for at, turn in enumerate(draft.turns):
         ids: dict[str, list[str]] = {}  # of this turn: the caller's id -> ours, in order
@@ -5312,10 +5397,11 @@ def tell_calls_apart(draft: KiroDraft) -> bool:
                     touched = True
                     continue
                 said.append(block)
-                number = 1
-                while (new := wire_id(block.id) + (f"_{number}" if number > 1 else "")) in seen:
-                    number += 1
-                seen.add(new)
+                clean = new = wire_id(block.id)
+                while new in seen:
+                    seen[clean] += 1
+                    new = f"{clean[:56]}_{seen[clean]}"
+                seen[new] = 1
                 ids.setdefault(block.id, []).append(new)
                 block = ToolCall(new, block.name, block.arguments)
                 touched = touched or new != said[-1].id
@@ -5398,6 +5484,8 @@ def keep_own_thinking_turns(draft: KiroDraft) -> bool:
     touched = False
     for turn in draft.turns:
         own = [block for block in turn.blocks if not is_strange_thinking(block)]
+        if all(isinstance(block, Thinking) for block in own):
+            own = []  # an answer of nothing but a thought is none
         touched = touched or len(own) < len(turn.blocks)
         turn.blocks = own
     draft.turns = merge_turns(draft.turns)
@@ -5406,9 +5494,10 @@ def keep_own_thinking_turns(draft: KiroDraft) -> bool:
 
 def is_strange_thinking(block: Block) -> bool:
     """Whether a block is thinking that Kiro did not sign."""
-    return isinstance(block, Thinking) and not (
-        block.signature.startswith(KIRO_ENVELOPE) or block.redacted.startswith(KIRO_ENVELOPE)
-    )
+    if not isinstance(block, Thinking):
+        return False
+    mark = block.signature or block.redacted
+    return not (mark.startswith(KIRO_ENVELOPE) and len(mark) > len(KIRO_ENVELOPE))
 
 
 def fill_silent_turns(draft: KiroDraft) -> bool:
@@ -5430,11 +5519,12 @@ def word_tool_choice(draft: KiroDraft) -> bool:
         draft.tools = []
     elif choice and choice.mode == "named":
         draft.notes.append(f"Answer with a call of the tool {chat.wire_name(choice.name)}.")
-    elif choice and choice.mode == "required":
+    elif choice and choice.mode == "required" and draft.tools:
         draft.notes.append("Answer with a call of one of the tools.")
-    if chat.parallel is False and draft.tools:
+    one_by_one = chat.parallel is False and bool(draft.tools)
+    if one_by_one:
         draft.notes.append("Call at most one tool at a time.")
-    return bool(choice and choice.mode != "auto") or chat.parallel is False
+    return one_by_one or bool(choice and choice.mode != "auto")
 
 
 def declare_called_tools(draft: KiroDraft) -> bool:
@@ -5449,12 +5539,13 @@ def declare_called_tools(draft: KiroDraft) -> bool:
 
 def rename_tools(draft: KiroDraft) -> bool:
     """Names of at most 64 letters, digits, `_` and `-`; answers get the caller's names back."""
-    touched = False
-    for at, tool in enumerate(draft.tools):
+    named: dict[str, Tool] = {}  # of two with one name the first counts
+    for tool in draft.tools:
         name = draft.chat.wire_name(tool.name)
-        touched = touched or name != tool.name
-        draft.tools[at] = Tool(name, tool.description, tool.schema)
-    return touched
+        named.setdefault(name, Tool(name, tool.description, tool.schema))
+    renamed = [*named] != [tool.name for tool in draft.tools]
+    draft.tools = [*named.values()]
+    return renamed
 
 
 def fit_descriptions(draft: KiroDraft) -> bool:
@@ -5489,14 +5580,16 @@ def fit_kiro_schema(schema: Json) -> Json:
     definitions = {**details(schema, "definitions"), **details(schema, "$defs")}
     fitted: Json = strip_schema(inline_refs(schema, definitions))
     properties = dict(details(fitted, "properties"))
-    required = list(fitted.get("required") or ())
+    required = list(fitted.get("required", ()))
     for word in SCHEMA_UNIONS:
         branches = fitted.pop(word, None)
         for branch in branches if isinstance(branches, list) else ():
+            if not isinstance(branch, dict):
+                continue
             for name, value in details(branch, "properties").items():
                 properties.setdefault(name, value)
             if word == "allOf":
-                required += branch.get("required") or ()
+                required += branch.get("required", ())
     fitted.update(type="object", properties=properties)
     if required:
         fitted["required"] = list(dict.fromkeys(required))
@@ -5514,9 +5607,11 @@ def strip_schema(schema: Any) -> Any:
         if word == "properties" and isinstance(value, dict):
             kept[word] = {name: strip_schema(item) for name, item in value.items()}
         elif word == "required":
-            names = [name for name in value if isinstance(name, str)] if value else []
-            if names:
-                kept[word] = names
+            names = value if isinstance(value, list) else []
+            names = [name for name in names if isinstance(name, str)]
+            kept.update({word: names} if names else {})
+        elif word == "properties":
+            kept[word] = {}
         elif word in ("enum", "const", "default", "examples", "type", "title", "description"):
             kept[word] = value
         elif word not in KIRO_UNKNOWN_WORDS and not word.startswith("$"):
@@ -5561,11 +5656,10 @@ def ask_for_thinking(draft: KiroDraft) -> bool:
     elif is_claude(draft.model) and effort != "none":
         low, high = KIRO_TAG_BUDGETS
         tokens = min(max(budget or EFFORT_BUDGETS[effort], low), high)
-        draft.preface.insert(
-            0,
-            "<thinking_mode>enabled</thinking_mode>"
-            f"<max_thinking_length>{tokens}</max_thinking_length>",
-        )
+        tags = "<thinking_mode>enabled</thinking_mode>"
+        tags += f"<max_thinking_length>{tokens}</max_thinking_length>"
+        if not any("<thinking_mode>" in text for text in draft.preface):
+            draft.preface.insert(0, tags)
         chat.tagged_thinking = True
     elif effort != "none":
         chat.dropped.append("thinking")
@@ -5650,6 +5744,7 @@ def draft_words(draft: KiroDraft) -> Iterator[str]:
 
 KIRO_RULES: tuple[Callable[[KiroDraft], bool], ...] = (
     word_system_turns,
+    word_strange_parts,
     keep_own_thinking_turns,
     tell_calls_apart,
     begin_with_user,
@@ -5818,16 +5913,17 @@ class ThinkingTags:
     """Thinking in the text: `<thinking>...</thinking>`, a blank line, the answer.
 
     The opening tag counts only at the very beginning; the closing one where a blank line or the end
-    follows and no quote stands at it, as a thought may speak about the tags.
+    follows and no quote stands before it, as a thought may speak about the tags.
     """
 
     OPENING = "<thinking>"
-    CLOSING = re.compile(r"(?<![\"'`\\])</thinking>\n\n")
-    UNSURE = len("'</thinking>\n\n") - 1
+    CLOSING = "</thinking>"
+    QUOTES = ("'", '"', "`", "\\")
 
     def __init__(self) -> None:
         self.kind = ""  # "" at the beginning, then thinking or text
         self.held = ""
+        self.before = ""  # the character in front of what is held
 
     def take(self, text: str) -> list[tuple[str, str]]:
         """(thinking or text, words) for more of the answer; what could be a tag is held back."""
@@ -5836,31 +5932,44 @@ class ThinkingTags:
         self.held += text
         if not self.kind:
             begun = self.held.lstrip()
-            if len(begun) < len(self.OPENING) + 1 and self.OPENING.startswith(
-                begun[: len(self.OPENING)]
-            ):
+            if self.OPENING.startswith(begun[: len(self.OPENING)]) and len(begun) < 11:
                 return []  # with one more character, for the line break behind it
             if not begun.startswith(self.OPENING):
-                self.kind = "text"
                 return self.flush()
             self.kind = "thinking"
             self.held = begun.removeprefix(self.OPENING).removeprefix("\n")
-        found = self.CLOSING.search(self.held)
-        if found:
-            thought, answer = self.held[: found.start()], self.held[found.end() :]
-            self.kind, self.held = "text", ""
-            return [(k, w) for k, w in (("thinking", thought), ("text", answer)) if w]
-        # What could be the tag, what must follow it, and a quote before it.
-        said, self.held = self.held[: -self.UNSURE], self.held[-self.UNSURE :]
+        return self.take_thought()
+
+    def take_thought(self) -> list[tuple[str, str]]:
+        """What is clear of the thought, and of the answer behind its end."""
+        held, at, clear = self.held, 0, -1
+        while clear < 0 and (at := held.find(self.CLOSING, at)) >= 0:
+            end = at + len(self.CLOSING)
+            following = held[end : end + 2]
+            if (held[at - 1] if at else self.before) in self.QUOTES:
+                at = end
+            elif following == "\n\n":
+                self.kind, self.held = "text", ""
+                parts = (("thinking", held[:at]), ("text", held[end + 2 :]))
+                return [(kind, words) for kind, words in parts if words]
+            elif "\n\n".startswith(following):
+                clear = at  # what follows decides
+            else:
+                at = end
+        if clear < 0:
+            clear = len(held) - StopCutter.overlap(held, self.CLOSING)
+        said, self.held = held[:clear], held[clear:]
+        self.before = said[-1:] or self.before
         return [("thinking", said)] if said else []
 
     def flush(self) -> list[tuple[str, str]]:
         """What was held back, at the end or before something else."""
         held, self.held = self.held, ""
-        kind = self.kind or "text"
-        if kind == "thinking":
-            held = held.rstrip().removesuffix("</thinking>")
-        self.kind = "text"
+        kind, self.kind = self.kind or "text", "text"
+        if kind == "thinking" and held.startswith(self.CLOSING):
+            return []
+        if kind == "text" and held.strip() == self.OPENING:
+            return []
         return [(kind, held)] if held else []
 
 
@@ -5877,6 +5986,7 @@ class KiroReader:
         self.usage = Usage()
         self.model = ""  # as the answer names it: "auto" is not the one that answers
         self.share = 0.0  # of the context that is full, in percent
+        self.hidden = ""  # what stands in the place of a thought, until it is clear
         self.live = ""  # kind of the open block
         self.live_call: StreamedCall | None = None
         self.calls: dict[str, StreamedCall] = {}
@@ -5938,12 +6048,14 @@ class KiroReader:
         self.start(events)
         redacted = said.get("redactedContent")
         if isinstance(redacted, str) and redacted:
-            self.close(events)
-            opened = Opened("redacted", raw={"data": KIRO_ENVELOPE + redacted})
-            events += [opened, Closed()]
+            self.add("redacted", redacted, events)
         text = said.get("text")
-        if isinstance(text, str) and text and text != KIRO_HIDDEN_THOUGHT:
-            self.add("thinking", text, events)
+        if isinstance(text, str) and text:
+            if text == KIRO_HIDDEN_THOUGHT and not self.thought:
+                self.hidden += text
+            else:
+                self.add("thinking", self.hidden + text, events)
+                self.hidden = ""
         if isinstance(said.get("signature"), str):
             self.signature += said["signature"]
 
@@ -5952,26 +6064,33 @@ class KiroReader:
         self.start(events)
         call_id = said.get("toolUseId")
         if not isinstance(call_id, str) or not call_id:
-            call_id = self.live_call.id if self.live_call else "tooluse_unnamed"
+            call_id = self.unnamed_call(said)
         call = self.calls.setdefault(call_id, StreamedCall(call_id))
         if call.closed:
             return  # said twice
         if isinstance(said.get("name"), str) and not call.name:
             call.name = said["name"]
         piece = said.get("input")
-        call.arguments += dump_text(piece) if isinstance(piece, dict) else ""
+        call.arguments += dump_text(piece) if isinstance(piece, dict) and piece else ""
         call.arguments += piece if isinstance(piece, str) else ""
         call.complete = call.complete or said.get("stop") is True
-        self.advance(events)
+        self.advance(call, events)
 
-    def advance(self, events: list[Event]) -> None:
-        """Passes on what may go on of the calls and of the words that wait behind them."""
+    def unnamed_call(self, said: Json) -> str:
+        """The id of a fragment that names none: the open call's, or a new one."""
+        last = next(reversed(self.calls.values()), None)
+        if last is not None and not last.complete and said.get("name") in (None, last.name):
+            return last.id
+        return "tooluse_" + short_hash(f"{self.terms.id} {len(self.calls)}", 22)
+
+    def advance(self, spoken: StreamedCall, events: list[Event]) -> None:
+        """Passes on what may go on of the calls, `spoken` the last of them, and of the words."""
         while True:
             live = self.live_call
             if live is not None:
                 ChatReader.send_arguments(live, events)
-                others = any(not call.closed and call is not live for call in self.calls.values())
-                if not (live.complete or (others and is_complete_object(live.arguments))):
+                another = spoken is not live and is_complete_object(live.arguments)
+                if not (live.complete or another):
                     return
                 self.close(events)
                 continue
@@ -5999,6 +6118,10 @@ class KiroReader:
                 self.waiting.append((kind, words))
                 return
             self.close(events)
+        if kind == "redacted":
+            self.close(events)
+            events += [Opened(kind, raw={"data": KIRO_ENVELOPE + words}), Closed()]
+            return
         if self.live != kind:
             self.close(events)
             self.live = kind
@@ -6030,19 +6153,19 @@ class KiroReader:
 
     def take_context(self, said: Json, events: list[Event]) -> None:
         """How full the context is now, in percent of the window of the model that answers."""
-        share = said.get("contextUsagePercentage")
-        if isinstance(share, (int, float)) and not isinstance(share, bool):
-            self.share = float(share)
-            window = self.terms.window(self.model) if self.terms.window else 0
-            self.usage.context = int(self.share / 100 * window)
-            events.append(Counted(replace(self.usage)))
+        self.share = fraction(said, "contextUsagePercentage", 1000) or self.share
+        events.append(self.count())
+
+    def count(self) -> Counted:
+        """The figures so far."""
+        window = self.terms.window(self.model) if self.terms.window else 0
+        self.usage.context = int(self.share / 100 * window)
+        return Counted(replace(self.usage))
 
     def take_metering(self, said: Json, events: list[Event]) -> None:
         """What this answer costs in credits; several of them add up."""
-        price = said.get("usage")
-        if isinstance(price, (int, float)) and not isinstance(price, bool):
-            self.usage.nano_credits += round(price * 1e9)
-            events.append(Counted(replace(self.usage)))
+        self.usage.nano_credits += round(fraction(said, "usage", 1e6) * 1e9)
+        events.append(self.count())
 
     def take_metadata(self, said: Json, events: list[Event]) -> None:
         """The stop reason, and the tokens where this service counts them."""
@@ -6050,15 +6173,14 @@ class KiroReader:
             self.reason = said["stopReason"]
         figures = details(said, "tokenUsage") or said
         usage = self.usage
-        before = (usage.input, usage.output)
         usage.cache_read = count(figures, "cacheReadInputTokens", usage.cache_read)
         usage.cache_write = count(figures, "cacheWriteInputTokens", usage.cache_write)
         usage.input = count(figures, "inputTokens", usage.input)
         usage.input = count(figures, "uncachedInputTokens", usage.input)
         usage.output = count(figures, "outputTokens", usage.output)
-        if (usage.input, usage.output) != before:
+        if usage.input or usage.cache_read or usage.cache_write:
             usage.source = "reported"
-        events.append(Counted(replace(usage)))
+        events.append(self.count())
 
     def take_error(self, said: Json, events: list[Event]) -> None:
         """The service failed while it answered; what was said still counts."""
@@ -6108,7 +6230,7 @@ class KiroReader:
             self.sign(events)
             events.append(Closed())
         self.remember()
-        events += [Counted(replace(self.usage)), Finished(self.finish())]
+        events += [self.count(), Finished(self.finish())]
         return events
 
     def remember(self) -> None:
@@ -6212,7 +6334,8 @@ class Converter:
             raise event.error
         event = self.checker.check(event)
         if isinstance(event, Added):
-            self.said += estimate_text(event.text)
+            if event.part != "signature":
+                self.said += estimate_text(event.text)
         elif isinstance(event, Opened) and event.kind == "tool":
             event.name = self.terms.names.get(event.name, event.name)
         elif isinstance(event, Counted):
@@ -6262,8 +6385,8 @@ class Template(NamedTuple):
             return None
         return cls(parts[0] + b'"', b'"' + parts[1], out_parts[0] + b'"', b'"' + out_parts[1])
 
-    def copy(self, blocks: bytes) -> tuple[bytes, int] | None:
-        """(what whole events become, their text's length); None when one of them does not fit."""
+    def copy(self, blocks: bytes) -> tuple[bytes, float] | None:
+        """(what whole events become, tokens in their texts); None when one of them does not fit."""
         before, after, out_before, out_after = self
         if not (blocks.startswith(before) and blocks.endswith(after)):
             return None
@@ -6272,7 +6395,8 @@ class Template(NamedTuple):
         joined = b" ".join(texts)
         if not PLAIN_JSON_TEXT.fullmatch(joined) or b"" in texts or not is_utf8(joined):
             return None
-        return out_before + (out_after + out_before).join(texts) + out_after, len(joined)
+        said = estimate_quoted(joined, len(texts))
+        return out_before + (out_after + out_before).join(texts) + out_after, said
 
 
 def first_events(blocks: bytes, count_: int) -> tuple[bytes, bytes]:
@@ -6347,7 +6471,7 @@ class Flow:
                 copied = self.template.copy(blocks) if self.template else None
                 if copied:
                     written.append(copied[0])
-                    self.relay.said += copied[1] / 3.6
+                    self.relay.said += copied[1]
                     break
                 # Parses a few, tries again with what they taught, then twice as many.
                 self.template = None
@@ -6360,7 +6484,7 @@ class Flow:
 
     def feed_events(self, blocks: bytes) -> bytes:
         """The caller's bytes for whole events; the last one may teach a template."""
-        frames = load_frames(self.framing.parse_all(blocks))
+        frames = self.framing.frames(blocks)
         if not frames:
             return b""
         text = self.upstream.plain_text(frames[-1]) if self.may_copy else None
@@ -6415,7 +6539,7 @@ class Flow:
             return self.fail(error)
         written = b""
         try:
-            written = self.pass_on(load_frames(self.framing.end()))
+            written = self.pass_on(self.framing.last_frames())
             if self.over:
                 return written
             last = b"".join(self.write(self.relay.end()))
@@ -6531,7 +6655,9 @@ def guess_copilot_model(model_id: str, provider: str) -> Model:
 
 MODEL_ID = re.compile(r"[A-Za-z0-9][\w.:-]{0,127}", re.ASCII)
 DATED = re.compile(r"-(?:20\d{6}|latest)$")
-DASHED_VERSION = re.compile(r"(?<=-)(\d)-(\d)(?=-|$)")
+DASHED_VERSION = re.compile(r"(?<=-)(\d)-(\d{1,2})(?=-|$)")
+# What clients put behind a name that stands for a setting, where no such model is listed.
+NAME_EFFORT = re.compile(r"-(thinking|low|medium|high|xhigh|max)$")
 
 
 FAMILY_LAST = re.compile(r"claude-(\d(?:[.-]\d)?)-(sonnet|opus|haiku)$")
@@ -6568,6 +6694,9 @@ def find_model(name: str, models: dict[str, Model]) -> Model | None:
     known = [table[s] for table in (by_lower, families) for s in spellings if s in table]
     if known:
         return known[0]
+    plain = NAME_EFFORT.sub("", name.lower().removesuffix("-1m"))
+    if plain != name.lower():
+        return find_model(plain, models)
     retired = RETIRED_CLAUDE.fullmatch(spellings[-1])
     if retired is None:
         return None
@@ -6577,6 +6706,14 @@ def find_model(name: str, models: dict[str, Model]) -> Model | None:
         key=lambda model: (claude_version(model.id) or (0, 0), model.id),
         default=None,
     )
+
+
+def implied_effort(name: str, model: Model) -> str | None:
+    """The effort that a name asks for beyond the model's own: `claude-sonnet-4.5-thinking`."""
+    found = NAME_EFFORT.search(name.lower())
+    if found is None or model.id.lower().endswith(found[0]):
+        return None
+    return "high" if found[1] == "thinking" else found[1]
 
 
 # 9.2 headers
@@ -7933,7 +8070,7 @@ def read_kiro_login(kept: Json) -> KiroLogin:
         sso_region=region,
         arn=text_of_key(kept, "profile_arn"),
         expires_at=math.inf if kind == "api_key" else read_time(kept.get("expires_at")),
-        machine_id=text_of_key(kept, "machine_id") or short_hash(seed, 64),
+        machine_id=kiro_machine_id(text_of_key(kept, "machine_id")) or short_hash(seed, 64),
         token_url=text_of_key(kept, "token_endpoint"),
         scope=text_of_key(kept, "scope"),
         internal=text_of_key(kept, "provider") == "Internal",
@@ -7945,6 +8082,13 @@ def read_kiro_login(kept: Json) -> KiroLogin:
     if login.arn and not KIRO_ARN.fullmatch(login.arn):
         raise ValueError("its profile_arn is not one")
     return login
+
+
+def kiro_machine_id(text: str) -> str:
+    """64 hex digits from those, or from a UUID; "" from anything else."""
+    digits = text.replace("-", "").lower()
+    digits = digits * 2 if len(digits) == 32 else digits
+    return digits if re.fullmatch(r"[0-9a-f]{64}", digits) else ""
 
 
 def kiro_kind(kept: Json) -> str:
@@ -7979,7 +8123,8 @@ def is_own_endpoint(url: str, kept: Json) -> bool:
 def read_time(value: Any) -> float:
     """Unix seconds from seconds, milliseconds or ISO 8601 (UTC where no zone is named); else 0."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return value / 1000 if value >= 1e11 else float(value)
+        seconds = value if value < 1e10 else value / 1000 if value < 1e14 else 0
+        return float(seconds)
     if not isinstance(value, str):
         return 0.0
     try:
@@ -8030,7 +8175,7 @@ def read_refresh_answer(body: Json, now: float) -> Json:
     if not isinstance(access, str) or not TARGET.fullmatch(access):
         raise UpstreamError("The answer to Kiro's token refresh holds no token that can be used.")
     life = said("expiresIn", "expires_in")
-    usable = isinstance(life, (int, float)) and not isinstance(life, bool) and life > 0
+    usable = isinstance(life, (int, float)) and not isinstance(life, bool) and 0 < life < 1e9
     changes: Json = {
         "access_token": access,
         "expires_at": int(now + (life if usable else KIRO_TOKEN_SECONDS)),
@@ -8338,8 +8483,9 @@ def read_kiro_limits(body: Json, now: float) -> KiroLimits:
             parts += [bonus] if not until or until > now else []
 
     def total(name: str) -> float:
-        figures = (part.get(f"{name}WithPrecision", part.get(name)) for part in parts)
-        return float(sum(figure for figure in figures if isinstance(figure, (int, float))))
+        keys = (f"{name}WithPrecision", name)
+        figures = (next((part[k] for k in keys if part.get(k) is not None), 0) for part in parts)
+        return float(sum(f for f in figures if isinstance(f, (int, float)) and abs(f) < 1e12))
 
     overage = details(body, "overageConfiguration").get("overageStatus") == "ENABLED"
     reset = row.get("nextDateReset") or body.get("nextDateReset")
@@ -8361,8 +8507,12 @@ def judge_kiro(status: int, headers: Headers, data: bytes, now: float) -> Verdic
     code = headers.get("x-amzn-errortype", "").partition(":")[0] or code
     wait_s = parse_retry_after(headers.get("retry-after"), now)
     verdict = judge_kiro_words(code, reason, message) or judge_kiro_status(status, message)
+    if status == 401 and isinstance(verdict.error, Forbidden) and verdict.remedy != "rest":
+        verdict = judge_kiro_status(status, message)
     if wait_s is not None and verdict.remedy in ("pause", "wait", "rest"):
-        verdict.wait_s = verdict.error.retry_after = wait_s
+        verdict.wait_s = wait_s
+        if not isinstance(verdict.error, QuotaExceeded):
+            verdict.error.retry_after = wait_s
     verdict.for_all = isinstance(verdict.error, (QuotaExceeded, RateLimited))
     request = headers.get("x-amzn-requestid", "")
     if SUPPORT_ID.fullmatch(request):
@@ -8389,8 +8539,8 @@ def judge_kiro_status(status: int, message: str) -> Verdict:
         return Verdict(RateLimited(f"Kiro's rate limit{words}"), "pause")
     if status in (502, 503, 529):
         return Verdict(Overloaded(f"Kiro is busy, status {status}{words}"), "reroute")
-    if status in (408, 504, 524):
-        return Verdict(UpstreamTimeout(f"Kiro timed out{words}"), "again")
+    if status in (408, 504, 524):  # the last after minutes: once is enough
+        return Verdict(UpstreamTimeout(f"Kiro timed out{words}"), "again" if status != 524 else "")
     if status >= 500:
         return Verdict(UpstreamError(f"Kiro failed with status {status}{words}"), "wait")
     if status == 200:
@@ -11022,13 +11172,13 @@ class KiroAttempt(Attempt):
         try:
             while data := await answer.first():
                 seen.append(data)
-                for frame in load_frames(framing.parse_all(framing.complete(data))):
+                for frame in framing.frames(framing.complete(data)):
                     if "error" in frame or "invalidStateEvent" in frame:
                         return self.judge_frame(frame)
                     if KIRO_WORDS & frame.keys():
                         answer.put_back(b"".join(seen))
                         return None
-            framing.end()
+            framing.last_frames()
         except UpstreamError as error:
             return Verdict(error, "again")
         if "empty" in self.tried:
@@ -11676,6 +11826,8 @@ class Gateway:
                 terms.cut = [s for s in stops if isinstance(s, str) and s][model.stops :]
             return Call(model, spoken.name, body, outline)
         chat = asked.read_request(body)
+        if chat.effort is None and chat.thinking_budget is None:
+            chat.effort = implied_effort(outline.model, model)
         chat.stop, terms.cut = split_stops(chat.stop, spoken.name, model)
         terms.names = {wire: name for name, wire in chat.names.items() if wire != name}
         terms.legacy_functions = legacy

@@ -386,7 +386,7 @@ def test_what_cannot_be_carried_over_is_refused(body: Json) -> None:
 
 def test_tools_whose_names_become_one_are_told_apart_in_calls_and_in_their_history() -> None:
     """2.3: the same names in the next request, whatever was called."""
-    tools = [{"name": name, "input_schema": {}} for name in ("a.b", "a_b")]
+    tools: list[Json] = [{"name": name, "input_schema": {}} for name in ("a.b", "a_b")]
     calls = [{"type": "tool_use", "id": f"t{n}", "name": tool["name"], "input": {}}
              for n, tool in enumerate(tools)]  # fmt: skip
     written = a_to_c(a_body(user("x"), assistant(calls), tools=tools))
