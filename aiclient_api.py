@@ -88,9 +88,9 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 
 def lazy_module(name: str) -> Any:
@@ -712,7 +712,7 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
 SECRET_SHAPES = re.compile(
     r"gh[opsur]_[A-Za-z0-9_]{4,}|github_pat_\w{4,}|tid=[^\s\"']+"
     r"|(?i:bearer|token)\s+(?=[^\s\"']*[0-9_-]|[^\s\"']{20})[^\s\"']{8,}"
-    r"|ao[ar][A-Za-z0-9_.:/+=-]{8,}|ksk_\w{4,}|eyJ[\w-]{8,}\.[\w-]+\.[\w-]*|sk-[\w-]{8,}"
+    r"|ao[ar][A-Za-z0-9_.:/+=-]{8,}|ksk_\w{4,}|eyJ[\w-]{4,}\.[\w-]+\.[\w-]*|sk-[\w-]{8,}"
 )
 
 
@@ -2647,6 +2647,8 @@ class Terms:
     asked: Json = field(default_factory=dict)
     #: takes (call ids, reasoning text, signature) that the caller's dialect cannot carry
     keep: Callable[[list[str], str, str], None] | None = None
+    #: whose answer it is
+    provider: str = ""
     #: upstream model id -> its context window, for an upstream that tells its share; 0 = unknown
     window: Callable[[str], int] | None = None
     #: the upstream was asked in words to think between tags
@@ -5152,8 +5154,14 @@ FORMATS: dict[str, Dialect] = {"openai": CHAT, "anthropic": MESSAGES}
 # Undocumented.  The facts are from the vendor's own clients and from public ones, 2025-10 to
 # 2026-10.  A request is a JSON "conversation state"; the answer is always an Amazon event stream.
 
-# Our mark on Kiro's signatures while an Anthropic client carries them.
-KIRO_ENVELOPE = "gw1.k."
+
+def kiro_mark(provider: str) -> str:
+    """Our mark on a signature of Kiro's while an Anthropic client carries it.
+
+    Only the account that got a signature may send it back.
+    """
+    return f"gw1.k.{short_hash(provider, 6)}."
+
 
 # What Kiro's refusals mean, in the order of judgement: its words before the status, as a status
 # says little.  The pattern is searched in "code reason: message".
@@ -5335,6 +5343,8 @@ KIRO_UNKNOWN_WORDS = (
     "unevaluatedProperties",
     "uniqueItems",
 )
+# GPT hides what it thinks and sends this in its place, with a signature (opencodex, 2026-08).
+KIRO_HIDDEN_THOUGHT = "..."
 KIRO_DOCUMENTS = {
     "application/pdf": "pdf",
     "text/plain": "txt",
@@ -5481,9 +5491,9 @@ def lift_media(draft: KiroDraft) -> bool:
 
 def keep_own_thinking_turns(draft: KiroDraft) -> bool:
     """Thinking of other makers, or without a signature, is left out: Kiro would refuse it."""
-    touched = False
+    mark, touched = kiro_mark(draft.model.provider), False
     for turn in draft.turns:
-        own = [block for block in turn.blocks if not is_strange_thinking(block)]
+        own = [block for block in turn.blocks if not is_strange_thinking(block, mark)]
         if all(isinstance(block, Thinking) for block in own):
             own = []  # an answer of nothing but a thought is none
         touched = touched or len(own) < len(turn.blocks)
@@ -5492,12 +5502,12 @@ def keep_own_thinking_turns(draft: KiroDraft) -> bool:
     return touched
 
 
-def is_strange_thinking(block: Block) -> bool:
-    """Whether a block is thinking that Kiro did not sign."""
+def is_strange_thinking(block: Block, mark: str) -> bool:
+    """Whether a block is thinking that this account of Kiro did not sign."""
     if not isinstance(block, Thinking):
         return False
-    mark = block.signature or block.redacted
-    return not (mark.startswith(KIRO_ENVELOPE) and len(mark) > len(KIRO_ENVELOPE))
+    signed = block.signature or block.redacted
+    return not (signed.startswith(mark) and len(signed) > len(mark))
 
 
 def fill_silent_turns(draft: KiroDraft) -> bool:
@@ -5833,8 +5843,13 @@ class KiroRequestWriter:
             message["toolUses"] = calls
         for block in blocks:
             if isinstance(block, Thinking):
-                message["reasoningContent"] = write_kiro_thinking(
-                    block.text, block.signature or block.redacted, bool(block.redacted)
+                mark = kiro_mark(self.model.provider)
+                signed = (block.signature or block.redacted).removeprefix(mark)
+                hidden = KIRO_HIDDEN_THOUGHT if self.model.vendor == "OpenAI" else ""
+                message["reasoningContent"] = (
+                    {"redactedContent": signed}
+                    if block.redacted
+                    else write_kiro_thinking(block.text or hidden, signed)
                 )
         return message
 
@@ -5883,11 +5898,8 @@ class KiroRequestWriter:
         }
 
 
-def write_kiro_thinking(text: str, signature: str, redacted: bool = False) -> Json:
+def write_kiro_thinking(text: str, signature: str) -> Json:
     """`reasoningContent`: only this nested form is taken."""
-    signature = signature.removeprefix(KIRO_ENVELOPE)
-    if redacted:
-        return {"redactedContent": signature}
     return {"reasoningText": {"text": text, "signature": signature}}
 
 
@@ -5905,8 +5917,6 @@ KIRO_FINISHES = {
     "MALFORMED_TOOL_USE": "length",
     "MALFORMED_MODEL_OUTPUT": "length",
 }
-# GPT hides what it thinks and sends this in its place, with a signature (opencodex, 2026-08).
-KIRO_HIDDEN_THOUGHT = "..."
 
 
 class ThinkingTags:
@@ -5982,6 +5992,7 @@ class KiroReader:
 
     def __init__(self, terms: Terms) -> None:
         self.terms = terms
+        self.mark = kiro_mark(terms.provider)
         self.tags = ThinkingTags() if terms.tagged_thinking else None
         self.usage = Usage()
         self.model = ""  # as the answer names it: "auto" is not the one that answers
@@ -6120,7 +6131,7 @@ class KiroReader:
             self.close(events)
         if kind == "redacted":
             self.close(events)
-            events += [Opened(kind, raw={"data": KIRO_ENVELOPE + words}), Closed()]
+            events += [Opened(kind, raw={"data": self.mark + words}), Closed()]
             return
         if self.live != kind:
             self.close(events)
@@ -6147,7 +6158,7 @@ class KiroReader:
     def sign(self, events: list[Event]) -> None:
         """Adds the signature to the open thought, where it has come."""
         if self.signature:
-            events.append(Added("signature", KIRO_ENVELOPE + self.signature))
+            events.append(Added("signature", self.mark + self.signature))
             self.signed = self.thought, self.signature
         self.thought = self.signature = ""
 
@@ -6226,6 +6237,7 @@ class KiroReader:
             self.add(kind, words, events)
         self.close(events)
         if self.signature:  # without a word of the thought itself
+            self.thought = self.hidden
             events.append(Opened("thinking"))
             self.sign(events)
             events.append(Closed())
@@ -10785,6 +10797,9 @@ def system_tag() -> str:
     return "win32#10.0.22631"
 
 
+Login = TypeVar("Login", bound="KiroLogin | None")
+
+
 class KiroAccount:
     """A Kiro sign-in: a token file, whose tokens are renewed here and maybe by other programs."""
 
@@ -10797,6 +10812,8 @@ class KiroAccount:
         self.kept: KiroLogin | None = None
         self.backoff = Backoff()
         self.forced_at = float("-inf")
+        self.machine_id = ""  # other programs do not keep it in the file
+        self.tasks: set[asyncio.Task[Any]] = set()
 
     def load(self) -> KiroLogin:
         """The token file; raises NotSignedIn."""
@@ -10812,6 +10829,7 @@ class KiroAccount:
         except ValueError as error:
             raise NotSignedIn(f"{self.path} cannot be used: {error}.", hint=hint) from None
         login.arn = self.config.profile_arn or login.arn
+        login.machine_id = self.machine_id = self.machine_id or login.machine_id
         return login
 
     def is_signed_in(self) -> bool:
@@ -10834,6 +10852,23 @@ class KiroAccount:
         """
         if self.kept and self.lasts(self.kept, KIRO_REFRESH_MARGIN_SECONDS):
             return self.kept
+        return await self.finish(self.load_or_refresh())
+
+    async def finish(self, work: Coroutine[Any, Any, Login]) -> Login:
+        """Does `work` to its end, even when the caller leaves: a rotated token comes only once."""
+        task = asyncio.ensure_future(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.forget)
+        return await asyncio.shield(task)
+
+    def forget(self, task: asyncio.Task[Any]) -> None:
+        """A refresh is done; its error was for whoever still waits."""
+        self.tasks.discard(task)
+        if not task.cancelled():
+            task.exception()
+
+    async def load_or_refresh(self) -> KiroLogin:
+        """The sign-in as it is kept, as it is on disk, or renewed."""
         async with self.lock:
             if self.kept and self.lasts(self.kept, KIRO_REFRESH_MARGIN_SECONDS):
                 return self.kept
@@ -10851,6 +10886,10 @@ class KiroAccount:
 
     async def renew(self, refused: KiroLogin) -> KiroLogin | None:
         """A sign-in other than `refused`; None where there is none to be had just now."""
+        return await self.finish(self.replace(refused))
+
+    async def replace(self, refused: KiroLogin) -> KiroLogin | None:
+        """A newer sign-in: kept, on disk, or renewed."""
         async with self.lock:
             if self.kept and self.kept.access != refused.access:
                 return self.kept  # somebody else was quicker
@@ -10947,6 +10986,8 @@ class KiroProvider:
         self.rests = CoolDowns()
         self.reasoning = ReasoningMemory()
         self.profile_sought = False
+        #: names an organisation's profiles, of which one must be set
+        self.profile_unclear: NotSignedIn | None = None
         #: the way to ask that worked last
         self.winner: KiroEndpoint | None = None
 
@@ -10982,11 +11023,11 @@ class KiroProvider:
     async def login(self) -> KiroLogin:
         """The sign-in; an organisation's needs its profile, which is looked up once."""
         login = await self.account.login()
-        if login.arn or login.kind not in ("idc", "external_idp") or self.profile_sought:
+        if login.arn or login.kind not in ("idc", "external_idp"):
             return login
-        found = await self.find_profiles(login)
+        found = {} if self.profile_sought else await self.find_profiles(login)
         if len(found) > 1:
-            raise NotSignedIn(
+            self.profile_unclear = NotSignedIn(
                 "This Kiro sign-in has several profiles.",
                 hint="Set profile_arn in [providers."
                 + self.name
@@ -10994,6 +11035,8 @@ class KiroProvider:
                 + ", ".join(f"{arn} ({name})" for arn, name in found.items())
                 + ".",
             )
+        if self.profile_unclear is not None:
+            raise self.profile_unclear
         for arn in found:
             self.account.kept = self.account.save({"profile_arn": arn}, login)
             return self.account.kept
@@ -11007,11 +11050,11 @@ class KiroProvider:
         if not (self.config.management_url or self.config.api_url):
             bases = [KIRO_MANAGEMENT_URL.format(region=region) for region in KIRO_REGIONS]
         for base in bases:
-            try:
-                body = await self.ask_control(
-                    login, "POST", [base], "/ListAvailableProfiles", dump_json({"maxResults": 10})
-                )
-            except ApiError as error:
+            body = await self.ask_control(
+                login, "POST", [base], "/ListAvailableProfiles", dump_json({"maxResults": 10})
+            )
+            if isinstance(body, Verdict):
+                error = body.error
                 log_event("info", "profiles_unavailable", provider=self.name, reason=error)
                 if isinstance(error, (UpstreamError, UpstreamTimeout, Overloaded)):
                     self.profile_sought = False  # it may be found the next time
@@ -11025,13 +11068,13 @@ class KiroProvider:
 
     async def ask_control(
         self, login: KiroLogin, method: str, bases: list[str], path: str, body: bytes = b""
-    ) -> Json:
+    ) -> Json | Verdict:
         """An answer of the control plane: every host in turn, with both spellings of the path."""
         headers = kiro_control_headers(login, self.config.kiro_version, self.system)
         headers["amz-sdk-request"] = "attempt=1; max=1"
         if body:
             headers["Content-Type"] = "application/json"
-        failure: ApiError = UpstreamError("Kiro has no host for this.")
+        verdict = Verdict(UpstreamError("Kiro has no host for this."))
         for base in bases:
             for spelled in (path, kebab_path(path)):
                 headers["amz-sdk-invocation-id"] = format_uuid(os.urandom(16).hex())
@@ -11040,43 +11083,52 @@ class KiroProvider:
                         method, base + spelled, headers, KIRO_CONTROL_SECONDS, body
                     )
                 except (UpstreamError, UpstreamTimeout) as error:
-                    failure = error
+                    verdict = Verdict(error, "wait")
                     break
                 answer = load_object(data)
                 if status == 200 and answer is not None:
                     return answer
                 verdict = judge_kiro(status, fields_, data, time.time())
-                failure = verdict.error
                 if status not in (404, 405):
                     break
-            if isinstance(failure, (Forbidden, NotSignedIn, QuotaExceeded)):
-                break
-        raise failure
+            if verdict.remedy in ("", "refresh", "rest"):
+                break  # another host would say the same
+        return verdict
 
     async def control(self, path: str, query: dict[str, str]) -> Json:
-        """An answer of the control plane about this account; a stale token is renewed once."""
+        """An answer of the control plane about this account; a stale token is renewed once.
+
+        Some sign-ins are refused together with a profile.  Raises ApiError.
+        """
         login = await self.login()
-        for _ in range(2):
-            arn = login.arn or kiro_endpoints(login, self.config)[0].arn
+        own = login.arn or kiro_endpoints(login, self.config)[0].arn
+        verdict = Verdict(UpstreamError("Kiro was not asked."))
+        for arn in dict.fromkeys((own, "")):
             asked = {**query, "profileArn": arn} if arn else query
-            bases = kiro_controls(login, self.config)
-            try:
-                return await self.ask_control(
-                    login, "GET", bases, f"{path}?{urllib.parse.urlencode(asked)}"
-                )
-            except NotSignedIn:
-                renewed = await self.account.renew(login)
+            url = f"{path}?{urllib.parse.urlencode(asked)}"
+            for _ in range(2):
+                found = await self.ask_control(login, "GET", kiro_controls(login, self.config), url)
+                if not isinstance(found, Verdict):
+                    return found
+                verdict = found
+                renewed = await self.account.renew(login) if found.remedy == "refresh" else None
                 if renewed is None:
-                    raise
+                    break
                 login = renewed
-        raise NotSignedIn("Kiro does not accept a token it has just given.", retry_after=60.0)
+            if verdict.remedy == "rest" or not isinstance(verdict.error, (NotSignedIn, Forbidden)):
+                break
+        raise verdict.error
 
     async def fetch_models(self) -> dict[str, Model]:
         """The service's own list, page by page."""
+        await self.login()
         entries: list[Any] = []
         query = {"origin": KIRO_ORIGINS["ide"], "maxResults": "50"}
         for _ in range(KIRO_MODEL_PAGES):
-            body = await self.control("/ListAvailableModels", query)
+            try:
+                body = await self.control("/ListAvailableModels", query)
+            except NotSignedIn as error:  # the hosts of the models may think otherwise
+                raise UpstreamError(f"Kiro refused its model list: {error.message}") from None
             rows = body.get("models")
             entries += rows if isinstance(rows, list) else []
             following = body.get("nextToken")
@@ -11175,7 +11227,9 @@ class KiroAttempt(Attempt):
                 for frame in framing.frames(framing.complete(data)):
                     if "error" in frame or "invalidStateEvent" in frame:
                         return self.judge_frame(frame)
-                    if KIRO_WORDS & frame.keys():
+                    said = details(frame, "assistantResponseEvent").get("content")
+                    blank = isinstance(said, str) and not said.strip()
+                    if KIRO_WORDS & frame.keys() and not blank:
                         answer.put_back(b"".join(seen))
                         return None
             framing.last_frames()
@@ -11235,6 +11289,8 @@ class KiroAttempt(Attempt):
         if remedy == "refresh" and not tried:
             renewed = await self.provider.account.renew(self.login)
             if renewed is not None:
+                if renewed.arn != self.login.arn:  # the answer has told the profile
+                    self.ways = kiro_endpoints(renewed, self.provider.config)
                 self.login = renewed
                 return
         if remedy in ("refresh", "reroute"):
@@ -11797,6 +11853,7 @@ class Gateway:
             include_usage=outline.include_usage or not outline.stream,
             asked=body,
             keep=provider.keep_reasoning,
+            provider=provider.name,
             window=window,
         )
         call = self.write_call(body, asked, spoken, model, terms, outline)

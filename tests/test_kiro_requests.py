@@ -51,7 +51,7 @@ PDF = {"type": "base64", "media_type": "application/pdf", "data": "JVBE"}
 ARN = "arn:aws:codewhisperer:us-east-1:000000000000:profile/EXAMPLE"
 CONVERSATION = "5d7c2f0e-8f0b-4c39-9a1e-0d1f5b1f6a11"
 RUN = "0b0d3c1e-4f57-4b7e-9f0a-0a4f8f2f6a55"
-ENVELOPE = "gw1.k."
+ENVELOPE = gw.kiro_mark("kiro")
 
 SONNET = "claude-sonnet-4.5"  # thinks between tags
 OPUS = "claude-opus-4.8"  # thinks in fields of its own, up to `max`
@@ -1575,11 +1575,11 @@ def test_a_hidden_thought_of_kiro_comes_back_as_it_came() -> None:
     assert turns(written)[1]["reasoningContent"] == {"redactedContent": "RRR="}
 
 
-def test_a_thought_that_was_never_shown_has_its_signature_alone() -> None:
-    """4.11: GPT's; `text` is a required member."""
+def test_a_thought_that_was_never_shown_comes_back_with_what_stood_in_its_place() -> None:
+    """4.11: GPT's, whose text is the literal `...`."""
     hidden = thinking("", ENVELOPE + ".KTR~~EXAMPLE")
     written = a_to_k(a_body(user("a"), assistant([hidden, text("T")]), user("b")), GPT)
-    sent = {"reasoningText": {"text": "", "signature": ".KTR~~EXAMPLE"}}
+    sent = {"reasoningText": {"text": "...", "signature": ".KTR~~EXAMPLE"}}
     assert turns(written)[1]["reasoningContent"] == sent
 
 
@@ -1774,7 +1774,7 @@ class Dice:
 
     def signature(self, words: str) -> str:
         """Our own, another one, none."""
-        own = ENVELOPE + self.issued.sign(words)
+        own = ENVELOPE + self.issued.sign(words) if words else ""
         return self.random.choice([own, "EqQBEXAMPLE", "gw1.r.EXAMPLE", ""])
 
     def media(self) -> Json:

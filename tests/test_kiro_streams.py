@@ -46,9 +46,11 @@ from aiclient_api import (
     ThinkingTags,
     UpstreamError,
     judge_kiro_words,
+    kiro_mark,
 )
 
 SEED = 20261122
+MARK = kiro_mark("")
 V2, V3, V4, V5, V6, V7, V8, V9, V10, V11, V12, V13, V14 = (
     VECTORS[f"V{number}"] for number in range(2, 15)
 )
@@ -918,8 +920,8 @@ def test_the_function_call_shape_of_2023_is_answered_in_kind() -> None:
 def test_a_signature_in_pieces_is_joined_and_marked_as_ours() -> None:
     """kiro.md 4.11, trap 22."""
     stream = [thought("hm"), thought(signature="Eq"), thought(signature="QB=="), V2]
-    assert blocks(*stream) == [thinking("hm", "gw1.k.EqQB=="), said("Hello")]
-    assert blocks(*stream[:3]) == [thinking("hm", "gw1.k.EqQB==")]
+    assert blocks(*stream) == [thinking("hm", MARK + "EqQB=="), said("Hello")]
+    assert blocks(*stream[:3]) == [thinking("hm", MARK + "EqQB==")]
     with_words = [thought("hm", signature="EqQB=="), V2]
     assert blocks(*with_words) == blocks(*stream)
 
@@ -946,9 +948,9 @@ def test_each_thought_has_its_own_signature() -> None:
         whole_call("b", "g", "{}"),
     ]
     assert blocks(*stream) == [
-        thinking("one", "gw1.k.EqONE"),
+        thinking("one", MARK + "EqONE"),
         called("a", "f", {}),
-        thinking("two", "gw1.k.EqTWO"),
+        thinking("two", MARK + "EqTWO"),
         called("b", "g", {}),
     ]
 
@@ -966,7 +968,7 @@ def test_a_hidden_thought_is_a_signature_without_words() -> None:
         [thought("...", signature=".KTR~~EXAMPLE")],
         [thought("..."), thought(signature=".KTR~~"), thought(signature="EXAMPLE")],
     ):
-        assert blocks(V2, *late) == [said("Hello"), thinking("", "gw1.k..KTR~~EXAMPLE")]
+        assert blocks(V2, *late) == [said("Hello"), thinking("", MARK + ".KTR~~EXAMPLE")]
         chat = read_chat_message(answer(V2, *late, caller="chat"))
         assert chat == {"text": "Hello", "calls": [], "thought": None}
     assert blocks(V2, thought("...")) == [said("Hello")]
@@ -983,7 +985,7 @@ def test_redacted_thinking_is_carried_as_such() -> None:
     """kiro.md 5.3."""
     stream = [thought(redactedContent="b64EXAMPLE=="), V2]
     assert blocks(*stream) == [
-        {"type": "redacted_thinking", "data": "gw1.k.b64EXAMPLE=="},
+        {"type": "redacted_thinking", "data": MARK + "b64EXAMPLE=="},
         said("Hello"),
     ]
     assert b"EXAMPLE" not in played(*stream, caller="chat")[1]
@@ -1000,7 +1002,7 @@ def test_redacted_thinking_inside_a_call_does_not_break_the_call() -> None:
 def test_thinking_is_hidden_from_a_caller_who_omits_it() -> None:
     """The block and its signature stay."""
     stream = [thought("secret words"), thought(signature="EqQB=="), V2]
-    assert blocks(*stream, hide_thinking=True)[0] == thinking("", "gw1.k.EqQB==")
+    assert blocks(*stream, hide_thinking=True)[0] == thinking("", MARK + "EqQB==")
     assert b"secret words" not in played(*stream, hide_thinking=True)[1]
 
 
@@ -1016,7 +1018,7 @@ def test_a_signature_is_kept_for_callers_who_cannot_carry_it() -> None:
     played(*signed, *calls, caller="chat", keep=keep)
     assert kept == [(["a", "b"], "hm so", "EqQB")]
     played(*calls, thought("..."), thought(signature=".KTR~~"), caller="chat", keep=keep)
-    assert kept.pop() == (["a", "b"], "", ".KTR~~")
+    assert kept.pop() == (["a", "b"], "...", ".KTR~~")
     kept.clear()
     played(*signed, V2, caller="chat", keep=keep)
     played(thought("hm"), *calls, caller="chat", keep=keep)
@@ -1169,7 +1171,7 @@ def test_words_behind_a_call_are_text_though_they_look_like_a_tag() -> None:
 def test_native_thoughts_and_text_are_read_where_tags_were_asked_for() -> None:
     """kiro.md 4.11: a gateway handles both outputs whatever it asked for."""
     stream = [thought("hm"), thought(signature="EqQB"), V2, whole_call("a", "f", "{}"), V2]
-    expected = [thinking("hm", "gw1.k.EqQB"), said("Hello"), called("a", "f", {}), said("Hello")]
+    expected = [thinking("hm", MARK + "EqQB"), said("Hello"), called("a", "f", {}), said("Hello")]
     assert blocks(*stream, tagged_thinking=True) == expected
 
 

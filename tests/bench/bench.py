@@ -553,7 +553,7 @@ def write_home(home: Path, upstream_port: int) -> dict[str, str]:
         f'[providers.copilot]\ntype = "copilot"\ngithub_url = "{url}"\ngithub_api_url = "{url}"\n'
         f'[providers.kiro]\ntype = "kiro"\napi_url = "{url}"\n'
     )
-    tokens = {
+    tokens: dict[str, dict[str, Any]] = {
         "copilot": {"github_token": "ghu_" + "0" * 36, "copilot_token": None, "expires_at": None},
         "kiro": {"access_token": "aoaEXAMPLE", "refresh_token": "aorEXAMPLE", "expires_at": 4e9},
     }
