@@ -21,7 +21,7 @@ Map
     5  HTTP wire        message heads and body framing: bytes in, values out
     6  Stream framing   server-sent events; the Amazon event stream
     7  Conversation     Chat, events, usage, the invariant checker, token estimate
-    8  Dialects         the contract; OpenAI chat; Anthropic messages; Kiro; the flow of an answer
+    8  Dialects         the contract; chat; messages; responses; Kiro; the flow of one answer
     9  Upstream rules   what Copilot and Kiro refuse, add and mean: the pure half of the providers
    10  Routing          model names, rate limit, usage counters
    ==  the I/O line: above it no socket, file, clock, randomness or await
@@ -44,7 +44,7 @@ Glossary
     caller      the program that talks to this gateway
     upstream    the service this gateway talks to
     dialect     one wire format: "chat" (OpenAI chat completions), "messages" (Anthropic messages),
-                "kiro" (spoken upstream only)
+                "responses" (OpenAI responses), "kiro" (spoken upstream only)
     Chat        what was asked, in the one form that every dialect is read into and written from
     event       one step of an answer, in the one form between all dialects
     frame       one event of a stream in its dialect, as decoded JSON
@@ -232,6 +232,8 @@ MAX_BLANK_RUN = 20  # line breaks and tabs in a row inside a call's arguments
 MAX_TOOLS = 128  # VS Code cuts there
 MAX_CACHE_MARKS = 4  # Anthropic and Copilot
 MAX_CHAT_STOPS = 4  # OpenAI
+MAX_EMBEDDED = 256  # texts at a time: Copilot takes 512, VS Code sends 256
+EMBEDDINGS_SECONDS = 60.0
 REASONING_MEMORY_ENTRIES = 500
 DEFAULT_MAX_TOKENS = 32_000  # when a caller names none and the catalogue has no limit
 MIN_THINKING_BUDGET = 1024
@@ -313,7 +315,8 @@ class ApiError(Exception):
 
     `kind` names what happened (each dialect has a table from kinds to its vendor's types), `hint`
     says what to do next, `param` is the path of the field at fault, `retry_after` is in seconds,
-    `retry` False tells the vendors' SDKs not to try again.
+    `retry` False tells the vendors' SDKs not to try again, `code` is OpenAI's where the kind has
+    several.
     """
 
     status = 500
@@ -328,11 +331,13 @@ class ApiError(Exception):
         param: str | None = None,
         retry_after: float | None = None,
         headers: dict[str, str] | None = None,
+        code: str | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
         self.param = param
+        self.code = code
         self.retry_after = retry_after
         self.headers = headers or {}
 
@@ -362,6 +367,7 @@ class ContextTooLong(InvalidRequest):
     kind = "context_too_long"
 
     def __init__(self, used: int | None = None, limit: int | None = None) -> None:
+        self.is_counted = used is not None and limit is not None
         if used is not None and limit is not None:
             super().__init__(f"prompt is too long: {used} tokens > {limit} maximum")
         else:
@@ -395,6 +401,20 @@ class UnknownUrl(ApiError):
 
     status = 404
     kind = "unknown_url"
+
+
+class NotStored(ApiError):
+    """An answer of earlier is asked for, or something else that is not kept."""
+
+    status = 404
+    kind = "not_stored"
+
+
+class UpgradeRefused(ApiError):
+    """The connection stays what it is."""
+
+    status = 426
+    kind = "upgrade_refused"
 
 
 class MethodNotAllowed(ApiError):
@@ -695,6 +715,12 @@ def need_str(obj: Json, key: str, path: str = "") -> str:
         where = join_path(path, key)
         raise InvalidRequest(f"{where}: is required.", param=where)
     return value
+
+
+def text_of_key(kept: Json, key: str) -> str:
+    """The text at `key`, "" for anything else."""
+    value = kept.get(key)
+    return value.strip() if isinstance(value, str) else ""
 
 
 def short_hash(text: str, length: int) -> str:
@@ -1970,6 +1996,10 @@ class Tool:
     description: str
     schema: Json
     strict: bool | None = None
+    #: how the caller declared it: function, custom (a text instead of arguments) or tool_search
+    kind: str = "function"
+    #: what its name begins with here, and has beside it in the responses dialect
+    namespace: str = ""
 
 
 @dataclass(slots=True)
@@ -2020,6 +2050,8 @@ class Chat:
     prefilled: bool = False
     #: thinking was asked for in words, so it comes inside of the text
     tagged_thinking: bool = False
+    #: tools that only the vendor could run
+    hosted: list[str] = field(default_factory=list)
     #: names of what could not be carried over, for x-aiclient-dropped
     dropped: list[str] = field(default_factory=list)
     #: names of the rules that changed the conversation, for the log
@@ -2077,6 +2109,8 @@ class Model:
     headers: dict[str, str] = field(default_factory=dict)
     #: not from the upstream's list: named by the caller
     guessed: bool = False
+    #: makes embeddings, and nothing else
+    embeds: bool = False
     raw: Json = field(default_factory=dict)
 
 
@@ -2597,7 +2631,10 @@ def estimate_request(body: Json) -> int:
     total = 3.0
     for key in ("system", "messages", "tools", "functions"):
         total += estimate_value(body.get(key))
-    total += 4 * len(body.get("messages") or ())
+    for key in ("instructions", "input"):
+        total += estimate_value(body[key]) if key in body else 0
+    turns = body.get("messages") or body.get("input")
+    total += 4 * len(turns) if isinstance(turns, list) else 0
     if body.get("tools"):
         total += 346  # what Claude adds around tools (seen in copilot-api, 2026-01)
     return max(2, int(total) + 1)
@@ -2647,6 +2684,8 @@ class Terms:
     asked: Json = field(default_factory=dict)
     #: takes (call ids, reasoning text, signature) that the caller's dialect cannot carry
     keep: Callable[[list[str], str, str], None] | None = None
+    #: the tools that were offered, by the caller's names
+    tools: dict[str, Tool] = field(default_factory=dict)
     #: whose answer it is
     provider: str = ""
     #: upstream model id -> its context window, for an upstream that tells its share; 0 = unknown
@@ -2729,6 +2768,8 @@ class Dialect(UpstreamDialect, Protocol):
 
     #: what ends every stream
     tail: bytes
+    #: its frames carry a `sequence_number`
+    is_numbered: bool
     #: what the ids of its answers begin with
     id_prefix: str
 
@@ -2759,8 +2800,16 @@ class Dialect(UpstreamDialect, Protocol):
     def error_status(self, error: ApiError) -> int:
         """The status this dialect's clients know for `error`."""
 
+    def error_frames(
+        self, error: ApiError, request_id: str, terms: Terms, begun: bool
+    ) -> list[Json]:
+        """The frames that end a stream with an error; `begun`: others went before."""
+
     def ping(self, begun: bool) -> bytes:
         """A sign of life that its clients take for one."""
+
+    def alive(self, terms: Terms) -> Json | None:
+        """A frame that is a sign of life, where a ping is none."""
 
 
 def dump_text(value: Any) -> str:
@@ -3224,6 +3273,7 @@ STREAM_ERRORS: dict[str, type[ApiError]] = {
     "quota_exceeded": QuotaExceeded,
     "timeout_error": UpstreamTimeout,
     "invalid_request_error": InvalidRequest,
+    "invalid_prompt": InvalidRequest,
     "content_filter": InvalidRequest,
 }
 
@@ -3233,6 +3283,8 @@ def read_stream_error(value: Any) -> ApiError:
     said = value if isinstance(value, dict) else {"message": value}
     message = said.get("message")
     words = redact(message)[:2000] if isinstance(message, str) and message else "no reason given"
+    if said.get("code") == "context_length_exceeded":
+        return ContextTooLong()
     for key in (said.get("code"), said.get("type")):
         if isinstance(key, str) and key.partition(":")[0] in STREAM_ERRORS:
             return STREAM_ERRORS[key.partition(":")[0]](words)
@@ -3248,6 +3300,8 @@ OPENAI_ERRORS: dict[str, tuple[str, str | None]] = {
     "forbidden": ("invalid_request_error", "forbidden"),
     "model_not_found": ("invalid_request_error", "model_not_found"),
     "unknown_url": ("invalid_request_error", "unknown_url"),
+    "not_stored": ("invalid_request_error", "not_found"),
+    "upgrade_refused": ("invalid_request_error", "websocket_not_supported"),
     "method_not_allowed": ("invalid_request_error", "method_not_allowed"),
     "request_timeout": ("invalid_request_error", "request_timeout"),
     "body_too_large": ("invalid_request_error", "request_too_large"),
@@ -3283,6 +3337,13 @@ REASONING_FIELDS = ("reasoning_text", "reasoning_content", "reasoning", "cot_sum
 # Our mark on a chat upstream's signature while an Anthropic client carries it.
 CHAT_ENVELOPE = "gw1.c."
 FOREIGN_SIGNATURES = ("gw1.", "litellm_encrypted_reasoning:")
+
+
+def write_openai_error(error: ApiError) -> Json:
+    """OpenAI's error object."""
+    kind, code = OPENAI_ERRORS[error.kind]
+    code = error.code or code
+    return {"message": error.text(), "type": kind, "param": error.param, "code": code}
 
 
 class ChatRequestReader:
@@ -4146,6 +4207,7 @@ class ChatDialect:
 
     name = "chat"
     tail = SSE_DONE
+    is_numbered = False
     id_prefix = "chatcmpl-"
 
     def outline(self, body: Json) -> Outline:
@@ -4260,13 +4322,21 @@ class ChatDialect:
 
     def error_body(self, error: ApiError, request_id: str) -> Json:
         """`{"error": {"message", "type", "param", "code"}}`."""
-        kind, code = OPENAI_ERRORS[error.kind]
-        said = {"message": error.text(), "type": kind, "param": error.param, "code": code}
-        return {"error": said}
+        return {"error": write_openai_error(error)}
 
     def error_status(self, error: ApiError) -> int:
         """The error's own status."""
         return error.status
+
+    def error_frames(
+        self, error: ApiError, request_id: str, terms: Terms, begun: bool
+    ) -> list[Json]:
+        """The error's body."""
+        return [self.error_body(error, request_id)]
+
+    def alive(self, terms: Terms) -> Json | None:
+        """None: a ping will do."""
+        return None
 
     def ping(self, begun: bool) -> bytes:
         """A comment."""
@@ -4282,6 +4352,8 @@ ANTHROPIC_ERRORS = {
     "forbidden": "permission_error",
     "model_not_found": "not_found_error",
     "unknown_url": "not_found_error",
+    "not_stored": "not_found_error",
+    "upgrade_refused": "invalid_request_error",
     "method_not_allowed": "invalid_request_error",
     "request_timeout": "timeout_error",
     "body_too_large": "request_too_large",
@@ -5024,6 +5096,7 @@ class MessagesDialect:
 
     name = "messages"
     tail = b""
+    is_numbered = False
     id_prefix = "msg_"
 
     def outline(self, body: Json) -> Outline:
@@ -5126,6 +5199,16 @@ class MessagesDialect:
         """The error's own status; Anthropic's for an overload is 529."""
         return 529 if isinstance(error, Overloaded) else error.status
 
+    def error_frames(
+        self, error: ApiError, request_id: str, terms: Terms, begun: bool
+    ) -> list[Json]:
+        """The error's body."""
+        return [self.error_body(error, request_id)]
+
+    def alive(self, terms: Terms) -> Json | None:
+        """None: a ping will do."""
+        return None
+
     def ping(self, begun: bool) -> bytes:
         """`ping` inside a message, a comment before it."""
         return b'event: ping\ndata: {"type":"ping"}\n\n' if begun else SSE_COMMENT_PING
@@ -5142,14 +5225,1214 @@ def has_image_block(content: Any) -> bool:
     )
 
 
+# 8.4 OpenAI responses
+
+# Our mark on what another upstream's thinking is carried in by a responses client, and on what a
+# responses upstream's reasoning is carried in by others.
+CARRIED_THINKING = "gw1.a."
+RESPONSES_ENVELOPE = "gw1.r."
+
+RESPONSES_KNOWN = (
+    "background",
+    "conversation",
+    "include",
+    "input",
+    "instructions",
+    "max_output_tokens",
+    "metadata",
+    "model",
+    "parallel_tool_calls",
+    "previous_response_id",
+    "prompt",
+    "prompt_cache_key",
+    "reasoning",
+    "store",
+    "stream",
+    "stream_options",
+    "temperature",
+    "text",
+    "tool_choice",
+    "tools",
+    "top_p",
+)
+# Left out without a word: they ask for nothing that could be missed.
+RESPONSES_SILENT = ("client_metadata", "safety_identifier", "service_tier", "truncation", "user")
+# What the answer repeats of the request.
+RESPONSES_ECHOED: Json = {
+    "instructions": None,
+    "max_output_tokens": None,
+    "metadata": {},
+    "parallel_tool_calls": True,
+    "previous_response_id": None,
+    "reasoning": {"effort": None, "summary": None},
+    "temperature": 1.0,
+    "text": {"format": {"type": "text"}},
+    "tool_choice": "auto",
+    "tools": [],
+    "top_p": 1.0,
+    "truncation": "disabled",
+    "user": None,
+}
+
+
+def pack(mark: str, value: Json) -> str:
+    """An object as opaque text under our mark."""
+    return mark + base64.urlsafe_b64encode(dump_json(value)).decode()
+
+
+def unpack(mark: str, text: str) -> Json | None:
+    """The object in opaque text of that mark; None for anything else."""
+    if not text.startswith(mark):
+        return None
+    try:
+        return load_object(base64.urlsafe_b64decode(text.removeprefix(mark)))
+    except ValueError:
+        return None
+
+
+def refuse_state(body: Json) -> None:
+    """Refuses what would need answers that were kept: without them it would be forgotten."""
+    for key in ("previous_response_id", "conversation"):
+        if body.get(key):
+            raise InvalidRequest(
+                f"{key}: answers are not stored here; send the whole conversation as `input`.",
+                param=key,
+                code="previous_response_not_found",
+            )
+    for key in ("background", "prompt"):
+        if body.get(key):
+            raise UnsupportedFeature(f"{key}: is not supported here.", param=key)
+
+
+def item_kind(item: Json) -> str:
+    """An item's type; a message needs none."""
+    kind = item.get("type")
+    return kind if isinstance(kind, str) else "message" if "role" in item else ""
+
+
+def input_items(body: Json) -> list[Json]:
+    """The items of `input`, each an object; a string is the user's message."""
+    value = body.get("input")
+    if isinstance(value, str):
+        return [{"type": "message", "role": "user", "content": value}]
+    if value is None:
+        raise InvalidRequest("input: is required.", param="input")
+    items: list[Json] = list_field(body, "input")
+    if not items:
+        raise InvalidRequest("input: must not be empty.", param="input")
+    for index, item in enumerate(items):
+        if not isinstance(item, dict):
+            raise wrong_type(f"input.{index}", "an object")
+    return items
+
+
+CUSTOM_SCHEMA: Json = {
+    "type": "object",
+    "properties": {"input": {"type": "string"}},
+    "required": ["input"],
+    "additionalProperties": False,
+}
+# Tools of the vendor that a client runs: their calls and results in a history.
+CLIENT_CALLS = {
+    "local_shell_call": "local_shell",
+    "shell_call": "shell",
+    "apply_patch_call": "apply_patch",
+    "computer_call": "computer",
+}
+# Tools that the vendor ran: what they found is told as words, where there are any.
+HOSTED_ITEMS = (
+    "code_interpreter_call",
+    "file_search_call",
+    "image_generation_call",
+    "mcp_approval_request",
+    "mcp_approval_response",
+    "mcp_call",
+    "mcp_list_tools",
+    "web_search_call",
+)
+
+
+def flat_name(namespace: str, name: str) -> str:
+    """The name of a tool inside a namespace, where there are no namespaces."""
+    return f"{namespace}__{name}" if namespace else name
+
+
+class ResponsesRequestReader:
+    """Reads one responses body into a Chat."""
+
+    def __init__(self, body: Json) -> None:
+        self.body = body
+        self.chat = Chat()
+
+    def read(self) -> Chat:
+        """The Chat; raises InvalidRequest."""
+        body, chat = self.body, self.chat
+        refuse_state(body)
+        instructions = str_field(body, "instructions")
+        if instructions:
+            chat.system.append(Text(instructions))
+        for index, item in enumerate(input_items(body)):
+            self.read_item(item, f"input.{index}")
+        chat.settle()
+        self.read_tools(list_field(body, "tools"))
+        self.read_choice()
+        self.read_settings()
+        chat.name_tools()
+        return chat
+
+    def read_item(self, item: Json, path: str) -> None:
+        """One item of the input."""
+        kind = item_kind(item)
+        if kind == "message":
+            self.read_message(item, path)
+        elif kind in ("function_call", "custom_tool_call", "tool_search_call"):
+            self.add_call(self.read_call(item, kind, path))
+        elif kind in CLIENT_CALLS:
+            arguments = dump_text(item.get("action") or item.get("operation") or {})
+            self.add_call(ToolCall(need_str(item, "call_id", path), CLIENT_CALLS[kind], arguments))
+        elif kind.endswith("_output") and "call_id" in item:
+            self.read_output(item, kind, path)
+        elif kind == "reasoning":
+            self.read_reasoning(item)
+        elif kind == "additional_tools":
+            self.read_tools(list_field(item, "tools", path))
+        elif kind in HOSTED_ITEMS:
+            self.chat.dropped.append(f"input.{kind}")
+        elif kind == "item_reference":
+            raise InvalidRequest(
+                f"{path}: items are not stored here; send the item itself.",
+                param=path,
+                code="invalid_item_reference",
+            )
+        else:
+            raise UnsupportedFeature(
+                f"{path}.type: {kind[:100]!r} is not supported on this model.", param=f"{path}.type"
+            )
+
+    def read_message(self, item: Json, path: str) -> None:
+        """A message of any role."""
+        role = need_str(item, "role", path)
+        blocks = read_parts(item.get("content"), f"{path}.content")
+        if role in ("system", "developer"):
+            texts = [block for block in blocks if isinstance(block, Text)]
+            if self.chat.turns:
+                self.chat.turns.append(Turn("system", [*texts]))
+            else:
+                self.chat.system.extend(texts)
+        elif role == "assistant":
+            self.add_words(blocks)
+        elif role == "user":
+            self.chat.turns.append(Turn("user", blocks))
+        else:
+            where = f"{path}.role"
+            raise InvalidRequest(f"{where}: {role[:100]!r} is not a known role.", param=where)
+
+    def open_turn(self) -> Turn:
+        """The assistant turn under way."""
+        turns = self.chat.turns
+        if not turns or turns[-1].role != "assistant":
+            turns.append(Turn("assistant", []))
+        return turns[-1]
+
+    def add_words(self, blocks: list[Block]) -> None:
+        """Words of the assistant: before its calls, whose results must follow them directly."""
+        turn = self.open_turn()
+        calls = (at for at, block in enumerate(turn.blocks) if isinstance(block, ToolCall))
+        at = next(calls, len(turn.blocks))
+        turn.blocks[at:at] = blocks
+
+    def add_call(self, call: ToolCall) -> None:
+        """A call of the assistant."""
+        self.open_turn().blocks.append(call)
+
+    @staticmethod
+    def read_call(item: Json, kind: str, path: str) -> ToolCall:
+        """A call of a function, of a custom tool, or of the client's search for tools."""
+        call_id = need_str(item, "call_id", path)
+        if kind == "tool_search_call":
+            return ToolCall(call_id, "tool_search", dump_text(item.get("arguments") or {}))
+        name = flat_name(str_field(item, "namespace", path) or "", need_str(item, "name", path))
+        if kind == "custom_tool_call":
+            return ToolCall(call_id, name, dump_text({"input": need_str(item, "input", path)}))
+        arguments = item.get("arguments", "")
+        if not isinstance(arguments, str):
+            arguments = dump_text(arguments if arguments is not None else {})
+        return ToolCall(call_id, name, arguments)
+
+    def read_output(self, item: Json, kind: str, path: str) -> None:
+        """What a tool said: a string, or parts."""
+        call_id = need_str(item, "call_id", path)
+        if kind == "tool_search_output":
+            tools = list_field(item, "tools", path)
+            self.read_tools(tools)
+            names = ", ".join(tool.name for tool in self.chat.tools[-len(tools) :]) if tools else ""
+            blocks: list[Block] = [Text(f"Tools available now: {names or 'none'}")]
+        else:
+            output = item.get("output")
+            simple = output is None or isinstance(output, (str, list))
+            blocks = read_parts(output if simple else dump_text(output), f"{path}.output")
+        self.chat.turns.append(Turn("user", [ToolResult(call_id, blocks)]))
+
+    def read_reasoning(self, item: Json) -> None:
+        """Thinking of another upstream that we have packed ourselves; the rest is not for it."""
+        carried = unpack(CARRIED_THINKING, text_of_key(item, "encrypted_content"))
+        if carried is not None:
+            thinking, signature, data = (
+                text_of_key(carried, key) for key in ("thinking", "signature", "data")
+            )
+            self.open_turn().blocks.append(Thinking(thinking, signature, data))
+
+    def read_tools(self, tools: list[Any]) -> None:
+        """Tools of the request, of a namespace, or that a search has found."""
+        for index, item in enumerate(tools):
+            self.read_tool(need_dict(item, f"tools.{index}"), f"tools.{index}", "")
+
+    def read_tool(self, tool: Json, path: str, namespace: str) -> None:
+        """One tool; those that only the vendor runs are named in `hosted`."""
+        kind = tool.get("type")
+        if kind == "namespace":
+            for index, inner in enumerate(list_field(tool, "tools", path)):
+                inner_path = f"{path}.tools.{index}"
+                self.read_tool(need_dict(inner, inner_path), inner_path, need_str(tool, "name"))
+            return
+        name = str_field(tool, "name", path) or ""
+        description = str_field(tool, "description", path) or ""
+        if kind == "custom":
+            grammar = dict_field(tool, "format", path).get("definition")
+            if isinstance(grammar, str):
+                description = f"{description}\n\nThe input must follow this grammar:\n{grammar}"
+            schema = CUSTOM_SCHEMA
+        elif kind == "tool_search" and tool.get("execution") == "client":
+            name, schema = "tool_search", object_schema(tool.get("parameters"), "tool_search")
+        elif kind == "function" and name:
+            schema = object_schema(tool.get("parameters"), name)
+        else:
+            self.chat.hosted.append(str(kind))
+            return
+        flat = flat_name(namespace, name)
+        if all(known.name != flat for known in self.chat.tools):
+            strict = bool_field(tool, "strict", path)
+            self.chat.tools.append(Tool(flat, description, schema, strict, str(kind), namespace))
+
+    def read_choice(self) -> None:
+        """`tool_choice`, and what becomes of tools that are not to be had."""
+        chat, value = self.chat, self.body.get("tool_choice")
+        forced = ""
+        if isinstance(value, str):
+            if value not in ("auto", "none", "required"):
+                raise InvalidRequest("tool_choice: is not known.", param="tool_choice")
+            chat.choice = ToolChoice(value)
+        elif value is not None:
+            choice = need_dict(value, "tool_choice")
+            kind, name = choice.get("type"), str_field(choice, "name", "tool_choice")
+            if kind == "allowed_tools":
+                allowed = list_field(choice, "tools", "tool_choice")
+                names = {tool.get("name") for tool in allowed if isinstance(tool, dict)}
+                chat.tools = [tool for tool in chat.tools if tool.name in names]
+                chat.choice = ToolChoice(str_field(choice, "mode", "tool_choice") or "auto")
+            elif name:
+                chat.choice = ToolChoice(
+                    "named", flat_name(str(choice.get("namespace") or ""), name)
+                )
+            else:
+                forced = str(kind)
+        drop_hosted(chat.hosted, len(chat.tools), forced, chat.dropped)
+        if forced:
+            raise UnsupportedFeature(f"{forced} is not available on this model.", param="tools")
+
+    def read_settings(self) -> None:
+        """Limits, sampling, reasoning, structured output; the rest is named as dropped."""
+        body, chat = self.body, self.chat
+        chat.max_tokens = int_field(body, "max_output_tokens")
+        chat.temperature = number_field(body, "temperature")
+        chat.top_p = number_field(body, "top_p")
+        chat.parallel = bool_field(body, "parallel_tool_calls")
+        chat.session = str_field(body, "prompt_cache_key") or ""
+        effort = str_field(dict_field(body, "reasoning"), "effort", "reasoning")
+        if effort is not None and effort not in EFFORTS:
+            raise InvalidRequest(
+                "reasoning.effort: must be one of " + ", ".join(EFFORTS), param="reasoning.effort"
+            )
+        chat.effort = effort
+        form = dict_field(dict_field(body, "text"), "format", "text")
+        if form.get("type") == "json_object":
+            chat.output = OutputFormat(None)
+        elif form.get("type") == "json_schema":
+            chat.output = OutputFormat(
+                dict_field(form, "schema", "text.format"),
+                str_field(form, "name", "text.format") or "structured_output",
+                bool_field(form, "strict", "text.format"),
+                str_field(form, "description", "text.format") or "",
+            )
+        known = (*RESPONSES_KNOWN, *RESPONSES_SILENT)
+        chat.dropped += [key for key in body if key not in known and body[key] is not None]
+
+
+def write_input_part(block: Block) -> Json | None:
+    """A part of a message or of a tool's output."""
+    if isinstance(block, (Text, Refusal)):
+        return {"type": "input_text", "text": block.text}
+    if isinstance(block, Image):
+        url = block.url or f"data:{block.media_type};base64,{block.data}"
+        return {"type": "input_image", "image_url": url, "detail": "auto"}
+    if isinstance(block, Document):
+        if block.text:
+            head = f"[{block.title}]\n" if block.title else ""
+            return {"type": "input_text", "text": head + block.text}
+        data = f"data:{block.media_type};base64,{block.data}"
+        name = block.title or "document.pdf"
+        return {"type": "input_file", "filename": name, "file_data": data}
+    return None
+
+
+class ResponsesRequestWriter:
+    """Writes a Chat as a responses body for one model."""
+
+    def __init__(self, chat: Chat, model: Model) -> None:
+        self.chat = chat
+        self.model = model
+
+    def write(self) -> Json:
+        """The body, streamed; nothing is stored, so reasoning travels encrypted."""
+        chat = self.chat
+        if chat.prefilled:
+            raise UnsupportedFeature(
+                "messages: the last message must be the user's; this model takes no prefill.",
+                param="messages",
+            )
+        body: Json = {"model": self.model.id, "input": self.write_input()}
+        if chat.system:
+            body["instructions"] = plain_text(chat.system)
+        if chat.tools:
+            body["tools"] = [self.write_tool(tool) for tool in chat.tools]
+            if chat.choice:
+                body["tool_choice"] = self.write_choice(chat.choice)
+            if chat.parallel is not None:
+                body["parallel_tool_calls"] = chat.parallel
+        effort = chat.effort or (
+            effort_of_budget(chat.thinking_budget) if chat.thinking_budget else None
+        )
+        level = clamp_effort(effort, self.model.efforts) if effort else None
+        output = self.write_output()
+        settings = {
+            "max_output_tokens": max(chat.max_tokens, 16) if chat.max_tokens else None,
+            "temperature": chat.temperature,
+            "top_p": chat.top_p,
+            "reasoning": {"effort": level, "summary": "auto"} if level else None,
+            "text": {"format": output} if output else None,
+            "prompt_cache_key": short_hash(chat.session, 32) if chat.session else None,
+        }
+        body.update({key: value for key, value in settings.items() if value is not None})
+        if chat.top_k is not None:
+            chat.dropped.append("top_k")
+        body.update(store=False, include=["reasoning.encrypted_content"], stream=True)
+        return body
+
+    def write_input(self) -> list[Json]:
+        """The turns as items, each block in its place."""
+        items: list[Json] = []
+        for turn in self.chat.turns:
+            if turn.role == "system":
+                items.append({"role": "developer", "content": plain_text(turn.blocks)})
+            elif turn.role == "assistant":
+                items += [item for block in turn.blocks if (item := self.write_said(block))]
+            else:
+                items += self.write_user(turn.blocks)
+        return items
+
+    def write_said(self, block: Block) -> Json | None:
+        """What the assistant said, thought or called."""
+        if isinstance(block, Text):
+            part: Json = {"type": "output_text", "text": block.text, "annotations": []}
+            return {"type": "message", "role": "assistant", "content": [part]}
+        if isinstance(block, Refusal):
+            part = {"type": "refusal", "refusal": block.text}
+            return {"type": "message", "role": "assistant", "content": [part]}
+        if isinstance(block, ToolCall):
+            return {
+                "type": "function_call",
+                "call_id": wire_id(block.id),
+                "name": self.chat.wire_name(block.name),
+                "arguments": block.arguments.strip() or "{}",
+            }
+        if isinstance(block, Thinking):
+            return write_reasoning_item(block.text, block.signature or block.redacted)
+        return None
+
+    def write_user(self, blocks: list[Block]) -> list[Json]:
+        """Outputs first, then one message with the rest."""
+        items: list[Json] = []
+        parts: list[Json] = []
+        for block in blocks:
+            if isinstance(block, ToolResult):
+                items.append(self.write_result(block, parts))
+            else:
+                part = write_input_part(block)
+                parts += [part] if part else []
+        return [*items, {"type": "message", "role": "user", "content": parts}] if parts else items
+
+    def write_result(self, result: ToolResult, later: list[Json]) -> Json:
+        """A tool's output; its images go into the message behind it: Copilot takes words only."""
+        text = plain_text(result.blocks)
+        shown = [
+            part
+            for block in result.blocks
+            if not isinstance(block, (Text, Refusal)) and (part := write_input_part(block))
+        ]
+        call = wire_id(result.id)
+        if shown:
+            later.append({"type": "input_text", "text": f"From tool call {call}:"})
+            later += shown
+            text = text or "[in the next message]"
+        if result.is_error and not text.startswith("Error"):
+            text = f"Error: {text}"
+        return {"type": "function_call_output", "call_id": call, "output": text or "(no output)"}
+
+    def write_tool(self, tool: Tool) -> Json:
+        """One function, in the flat form."""
+        entry: Json = {"type": "function", "name": self.chat.wire_name(tool.name)}
+        if tool.description:
+            entry["description"] = tool.description
+        entry["parameters"] = plain_schema(tool)
+        entry["strict"] = bool(tool.strict)
+        return entry
+
+    def write_choice(self, choice: ToolChoice) -> Any:
+        """`tool_choice`."""
+        if choice.mode == "named":
+            return {"type": "function", "name": self.chat.wire_name(choice.name)}
+        return choice.mode
+
+    def write_output(self) -> Json | None:
+        """`text.format`."""
+        output = self.chat.output
+        if output is None:
+            return None
+        if output.schema is None:
+            return {"type": "json_object"}
+        closed = output.schema.get("additionalProperties") is False
+        strict = closed if output.strict is None else output.strict
+        return {
+            "type": "json_schema",
+            "name": output.name,
+            "schema": output.schema,
+            "strict": strict,
+        }
+
+
+def write_reasoning_item(text: str, signature: str) -> Json | None:
+    """A reasoning item that a responses upstream gave; None for thinking of another maker."""
+    carried = unpack(RESPONSES_ENVELOPE, signature)
+    if carried is None or not text_of_key(carried, "enc"):
+        return None
+    summary = [{"type": "summary_text", "text": text}] if text else []
+    return {"type": "reasoning", "summary": summary, "encrypted_content": carried["enc"]}
+
+
+def read_responses_usage(response: Json, usage: Usage) -> None:
+    """Takes the usage of a response into `usage`."""
+    said = details(response, "usage")
+    if not said:
+        return
+    cached = details(said, "input_tokens_details")
+    usage.cache_read = count(cached, "cached_tokens", usage.cache_read)
+    usage.cache_write = count(cached, "cache_write_tokens", usage.cache_write)
+    prompt = count(said, "input_tokens", usage.prompt)
+    usage.input = max(0, prompt - usage.cache_read - usage.cache_write)
+    usage.output = count(said, "output_tokens", usage.output)
+    reasoning = details(said, "output_tokens_details")
+    usage.reasoning = count(reasoning, "reasoning_tokens", usage.reasoning)
+    usage.source = "reported"
+    read_copilot_usage(response, usage)
+
+
+def read_incomplete(response: Json) -> str:
+    """The finish of an incomplete response."""
+    reason = details(response, "incomplete_details").get("reason")
+    return "filter" if reason == "content_filter" else "length"
+
+
+RESPONSES_ENDS = (
+    "response.completed",
+    "response.incomplete",
+    "response.failed",
+    "response.cancelled",
+    "error",
+)
+
+
+def read_responses_error(frame: Json) -> ApiError:
+    """The error in a terminal frame: the response's, or the frame's own, nested or flat."""
+    response = details(frame, "response")
+    return read_stream_error(response.get("error") or frame.get("error") or frame)
+
+
+@dataclass(slots=True)
+class OutputItem:
+    """An item of the output on its way: its events wait until the ones before it are complete."""
+
+    kind: str = ""
+    events: list[Event] = field(default_factory=list)
+    #: the kind of the block that is open
+    open: str = ""
+    #: some of its words have come
+    spoken: bool = False
+    done: bool = False
+
+
+class ResponsesReader:
+    """Responses stream events -> events."""
+
+    def __init__(self, terms: Terms) -> None:
+        self.terms = terms
+        self.usage = Usage()
+        self.items: dict[int, OutputItem] = {}
+        self.at = 0  # the item whose events go out
+        self.started = False
+        self.calls: list[str] = []
+        self.thought = ("", "")  # the last one, and its signature
+
+    def read(self, frame: Json) -> list[Event]:
+        """The events in one frame."""
+        kind = str(frame.get("type") or "")
+        if kind in RESPONSES_ENDS or (not kind and "error" in frame):
+            return self.read_end(kind, frame)
+        events: list[Event] = []
+        if kind == "response.created":
+            response = details(frame, "response")
+            self.start(response, events)
+        elif isinstance(frame.get("output_index"), int):
+            self.start({}, events)
+            item = self.items.setdefault(frame["output_index"], OutputItem())
+            self.read_item_frame(kind, frame, item)
+            self.flush(events)
+        return events
+
+    def start(self, response: Json, events: list[Event]) -> None:
+        """The answer begins, once."""
+        if not self.started:
+            self.started = True
+            events.append(Started(str(response.get("id") or ""), str(response.get("model") or "")))
+
+    def read_item_frame(self, kind: str, frame: Json, item: OutputItem) -> None:
+        """One frame of one item."""
+        if item.done:
+            return
+        if kind == "response.output_item.added":
+            self.open_item(details(frame, "item"), item)
+        elif kind == "response.output_item.done":
+            self.close_item(details(frame, "item"), item)
+        elif kind in ("response.output_text.delta", "response.refusal.delta"):
+            block = "text" if "output_text" in kind else "refusal"
+            self.add(item, block, frame.get("delta"))
+        elif kind in ("response.reasoning_summary_text.delta", "response.reasoning_text.delta"):
+            self.add(item, "thinking", frame.get("delta"))
+        elif kind == "response.reasoning_summary_part.added" and item.spoken:
+            self.add(item, "thinking", "\n\n")
+        elif kind == "response.content_part.done":
+            self.end_block(item)
+        elif kind == "response.function_call_arguments.delta":
+            self.add(item, "tool", frame.get("delta"))
+
+    @staticmethod
+    def add(item: OutputItem, block: str, words: Any) -> None:
+        """More words of an item, in a block of their kind."""
+        if not isinstance(words, str) or not words:
+            return
+        if item.open != block:
+            ResponsesReader.end_block(item)
+            item.open = block
+            item.events.append(Opened(block))
+        item.spoken = True
+        item.events.append(Added("arguments" if block == "tool" else "text", words))
+
+    @staticmethod
+    def end_block(item: OutputItem) -> None:
+        """Closes the open block of words; a call and a thought end with their item."""
+        if item.open in ("text", "refusal"):
+            item.events.append(Closed())
+            item.open = ""
+
+    def open_item(self, said: Json, item: OutputItem) -> None:
+        """An item begins; a call's name and id are known now."""
+        item.kind = str(said.get("type") or "")
+        if item.kind in ("function_call", "custom_tool_call"):
+            item.open = "tool"
+            name = flat_name(text_of_key(said, "namespace"), str(said.get("name") or ""))
+            call_id = str(said.get("call_id") or said.get("id") or "")
+            self.calls.append(call_id)
+            item.events.append(Opened("tool", call_id, name))
+
+    def close_item(self, said: Json, item: OutputItem) -> None:
+        """An item is complete; what came only now is added."""
+        if not item.kind:
+            self.open_item(said, item)
+        if item.kind == "message" and not item.spoken:
+            content = said.get("content")
+            for part in content if isinstance(content, list) else ():
+                if isinstance(part, dict):
+                    self.add(item, "text", part.get("text"))
+                    self.add(item, "refusal", part.get("refusal"))
+                    self.end_block(item)
+        elif item.kind == "function_call" and not item.spoken:
+            self.add(item, "tool", said.get("arguments"))
+        elif item.kind == "custom_tool_call":
+            self.add(item, "tool", dump_text({"input": str(said.get("input") or "")}))
+        elif item.kind == "reasoning":
+            self.close_thought(said, item)
+        self.end_block(item)
+        if item.open:
+            item.events.append(Closed())
+        item.open, item.done = "", True
+
+    def close_thought(self, said: Json, item: OutputItem) -> None:
+        """A thought is complete: its encrypted form is only now to be trusted."""
+        if not item.spoken:
+            rows = said.get("summary") or said.get("content")
+            texts = [row.get("text") for row in rows if isinstance(row, dict)] if rows else []
+            self.add(item, "thinking", "\n\n".join(t for t in texts if isinstance(t, str)))
+        encrypted = said.get("encrypted_content")
+        if not isinstance(encrypted, str) or not encrypted:
+            return
+        signature = pack(RESPONSES_ENVELOPE, {"id": said.get("id"), "enc": encrypted})
+        words = "".join(e.text for e in item.events if isinstance(e, Added))
+        self.thought = (words, signature)
+        if item.open == "thinking":
+            item.events.append(Added("signature", signature))
+        else:
+            item.events += [Opened("redacted", raw={"data": signature}), Closed()]
+
+    def flush(self, events: list[Event]) -> None:
+        """Passes on what may go: items one after the other."""
+        while self.at in self.items:
+            item = self.items[self.at]
+            events += item.events
+            item.events = []
+            if not item.done:
+                return
+            self.at += 1
+
+    def read_end(self, kind: str, frame: Json) -> list[Event]:
+        """The last frame: items that were never told, usage, finish."""
+        if kind in ("response.failed", "response.cancelled", "error", ""):
+            return [Failed(read_responses_error(frame))]
+        response = details(frame, "response")
+        events: list[Event] = []
+        self.start(response, events)
+        output = response.get("output")
+        for index, said in enumerate(output if isinstance(output, list) else ()):
+            item = self.items.setdefault(index, OutputItem())
+            if not item.done and isinstance(said, dict):
+                self.close_item(said, item)
+        for index in sorted(self.items):
+            item = self.items[index]
+            if not item.done:
+                self.close_item({"type": item.kind}, item)
+            events += item.events
+            item.events = []
+        read_responses_usage(response, self.usage)
+        read_copilot_usage(frame, self.usage)
+        if self.usage.source:
+            events.append(Counted(self.usage))
+        if self.calls and self.thought[1] and self.terms.keep:
+            self.terms.keep(self.calls, *self.thought)
+        incomplete = kind == "response.incomplete"
+        events.append(Finished(read_incomplete(response) if incomplete else "end"))
+        return events
+
+    def end(self) -> list[Event]:
+        """Nothing: without its last frame an answer is not complete."""
+        return []
+
+
+def write_responses_usage(usage: Usage) -> Json:
+    """The `usage` of a response."""
+    return {
+        "input_tokens": usage.prompt,
+        "input_tokens_details": {
+            "cached_tokens": usage.cache_read,
+            "cache_write_tokens": usage.cache_write,
+        },
+        "output_tokens": usage.output,
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning},
+        "total_tokens": usage.prompt + usage.output,
+    }
+
+
+def write_response(terms: Terms, status: str, output: list[Json]) -> Json:
+    """A response object: what was asked stands in it again."""
+    response: Json = {
+        "id": terms.id,
+        "object": "response",
+        "created_at": terms.created,
+        "status": status,
+        "error": None,
+        "incomplete_details": None,
+        "model": terms.model,
+        "output": output,
+        "store": False,
+        "usage": None,
+    }
+    asked = {key: terms.asked.get(key) for key in RESPONSES_ECHOED}
+    for key, default in RESPONSES_ECHOED.items():
+        response[key] = default if asked[key] is None else asked[key]
+    return response
+
+
+def unwrap_input(arguments: str) -> str:
+    """A custom tool's input out of the object that stood for it; other text as it is."""
+    said = load_object(arguments)
+    if said is not None and len(said) == 1:
+        (value,) = said.values()
+        return value if isinstance(value, str) else arguments
+    return arguments
+
+
+class ResponsesWriter:
+    """Events -> responses stream events.  Their sequence numbers are given where they go out."""
+
+    def __init__(self, terms: Terms) -> None:
+        self.terms = terms
+        self.usage = Usage()
+        self.output: list[Json] = []
+        self.item: Json = {}
+        self.kind = ""  # of the open block
+        self.text = ""
+        self.signature = ""
+
+    def write(self, event: Event) -> list[Json]:
+        """The frames for one event."""
+        if isinstance(event, Added):
+            return self.write_added(event)
+        if isinstance(event, Started):
+            response = write_response(self.terms, "in_progress", [])
+            return [
+                {"type": "response.created", "response": response},
+                {"type": "response.in_progress", "response": response},
+            ]
+        if isinstance(event, Opened):
+            return self.write_opened(event)
+        if isinstance(event, Closed):
+            return self.write_closed()
+        if isinstance(event, Counted):
+            self.usage = event.usage
+            return []
+        if isinstance(event, Finished):
+            return self.write_finish(event)
+        raise event.error
+
+    def frame(self, kind: str, **more: Any) -> Json:
+        """A frame about the open item."""
+        at = {"item_id": self.item["id"], "output_index": len(self.output)}
+        return {"type": f"response.{kind}", **at, **more}
+
+    def item_frame(self, kind: str) -> Json:
+        """A frame with the open item as it is now."""
+        index = len(self.output)
+        return {"type": f"response.output_item.{kind}", "output_index": index, "item": self.item}
+
+    def new_id(self, prefix: str) -> str:
+        """An id for the next item, the same in all its frames."""
+        return prefix + short_hash(f"{self.terms.id} {len(self.output)}", 24)
+
+    def write_opened(self, event: Opened) -> list[Json]:
+        """An item begins."""
+        self.kind, self.text, self.signature = event.kind, "", ""
+        if event.kind in ("text", "refusal"):
+            self.item = {
+                "id": self.new_id("msg_"),
+                "type": "message",
+                "role": "assistant",
+                "status": "in_progress",
+                "content": [],
+            }
+            part = self.frame("content_part.added", content_index=0, part=self.part())
+            return [self.opened(), part]
+        if event.kind in ("thinking", "redacted"):
+            self.item = {"id": self.new_id("rs_"), "type": "reasoning", "summary": []}
+            if event.kind == "redacted":
+                self.signature = str((event.raw or {}).get("data") or "")
+            return [self.opened()]
+        if event.kind == "tool":
+            self.item = self.new_call(event)
+            return [self.opened()]
+        return []  # a block that only another dialect knows
+
+    def opened(self) -> Json:
+        """`output_item.added`, with the item as it is now: it will grow."""
+        return {**self.item_frame("added"), "item": dict(self.item)}
+
+    def new_call(self, event: Opened) -> Json:
+        """The item of a call, by the kind of tool that the caller has declared."""
+        tool = self.terms.tools.get(event.name)
+        kind = tool.kind if tool else "function"
+        state = {"call_id": event.id, "status": "in_progress"}
+        if kind == "tool_search":
+            head = {"id": self.new_id("tsc_"), "type": "tool_search_call", "execution": "client"}
+            return {**head, **state, "arguments": {}}
+        name = event.name
+        if tool and tool.namespace:
+            name = name.removeprefix(flat_name(tool.namespace, ""))
+        if kind == "custom":
+            head = {"id": self.new_id("ctc_"), "type": "custom_tool_call"}
+            item: Json = {**head, **state, "name": name, "input": ""}
+        else:
+            head = {"id": self.new_id("fc_"), "type": "function_call"}
+            item = {**head, **state, "name": name, "arguments": ""}
+        return {**item, "namespace": tool.namespace} if tool and tool.namespace else item
+
+    def part(self) -> Json:
+        """The content part under way."""
+        if self.kind == "refusal":
+            return {"type": "refusal", "refusal": self.text}
+        return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": []}
+
+    def write_added(self, event: Added) -> list[Json]:
+        """More words or arguments."""
+        if event.part == "signature":
+            self.signature += event.text
+            return []
+        if event.part == "citation" or self.kind == "opaque":
+            return []
+        begins = not self.text
+        self.text += event.text
+        if self.kind == "text":
+            more = {"content_index": 0, "delta": event.text, "logprobs": []}
+            return [self.frame("output_text.delta", **more)]
+        if self.kind == "refusal":
+            return [self.frame("refusal.delta", content_index=0, delta=event.text)]
+        if self.kind == "thinking":
+            if self.terms.hide_thinking:
+                return []
+            part = {"type": "summary_text", "text": ""}
+            first = [self.frame("reasoning_summary_part.added", summary_index=0, part=part)]
+            more = {"summary_index": 0, "delta": event.text}
+            return [*(first if begins else ()), self.frame("reasoning_summary_text.delta", **more)]
+        if self.item["type"] == "function_call":
+            return [self.frame("function_call_arguments.delta", delta=event.text)]
+        return []
+
+    def write_closed(self) -> list[Json]:
+        """The open item is complete."""
+        closers = {
+            "text": self.close_message,
+            "refusal": self.close_message,
+            "thinking": self.close_thought,
+            "redacted": self.close_thought,
+            "tool": self.close_call,
+        }
+        if self.kind not in closers:
+            return []
+        frames = closers[self.kind]()
+        frames.append(self.item_frame("done"))
+        self.output.append(self.item)
+        return frames
+
+    def close_message(self) -> list[Json]:
+        """A message's words are all there."""
+        part = self.part()
+        if self.kind == "refusal":
+            done = self.frame("refusal.done", content_index=0, refusal=self.text)
+        else:
+            done = self.frame("output_text.done", content_index=0, text=self.text, logprobs=[])
+        self.item = {**self.item, "status": "completed", "content": [part]}
+        return [done, self.frame("content_part.done", content_index=0, part=part)]
+
+    def close_thought(self) -> list[Json]:
+        """A thought is complete, with what its maker needs to know it again."""
+        frames = []
+        shown = bool(self.text) and not self.terms.hide_thinking
+        if shown:
+            part = {"type": "summary_text", "text": self.text}
+            frames = [
+                self.frame("reasoning_summary_text.done", summary_index=0, text=self.text),
+                self.frame("reasoning_summary_part.done", summary_index=0, part=part),
+            ]
+            self.item["summary"] = [part]
+        if self.signature:
+            carried = {"thinking": self.text, "signature": self.signature}
+            if self.kind == "redacted":
+                carried = {"data": self.signature}
+            self.item["encrypted_content"] = pack(CARRIED_THINKING, carried)
+        return frames
+
+    def close_call(self) -> list[Json]:
+        """A call's arguments are all there."""
+        kind = self.item["type"]
+        if kind == "tool_search_call":
+            self.item = {**self.item, "arguments": parse_arguments(self.text)}
+            frames = []
+        elif kind == "custom_tool_call":
+            text = unwrap_input(self.text)
+            self.item = {**self.item, "input": text}
+            frames = [
+                self.frame("custom_tool_call_input.delta", delta=text),
+                self.frame("custom_tool_call_input.done", input=text),
+            ]
+        else:
+            text = self.text or "{}"
+            self.item = {**self.item, "arguments": text}
+            name = self.item["name"]
+            frames = [self.frame("function_call_arguments.done", name=name, arguments=text)]
+            if not self.text:
+                frames.insert(0, self.frame("function_call_arguments.delta", delta=text))
+        self.item = {**self.item, "status": "completed"}
+        return frames
+
+    def write_finish(self, event: Finished) -> list[Json]:
+        """The response is complete, or as complete as it will be."""
+        reasons = {
+            "length": "max_output_tokens",
+            "context": "max_output_tokens",
+            "filter": "content_filter",
+        }
+        reason = reasons.get(event.reason)
+        status = "incomplete" if reason else "completed"
+        response = write_response(self.terms, status, self.output)
+        response["usage"] = write_responses_usage(self.usage)
+        if reason:
+            response["incomplete_details"] = {"reason": reason}
+        return [{"type": f"response.{status}", "response": response}]
+
+
+ITEM_PREFIXES = {
+    "custom_tool_call": "ctc_",
+    "function_call": "fc_",
+    "message": "msg_",
+    "reasoning": "rs_",
+    "tool_search_call": "tsc_",
+    "web_search_call": "ws_",
+}
+
+
+class ResponsesRelay:
+    """Native responses frames, repaired.
+
+    Copilot gives an item another id of 400 characters in each event (seen in 2026-08): here one id
+    is kept for each place of the output, as clients match by it.
+    """
+
+    def __init__(self, terms: Terms) -> None:
+        self.terms = terms
+        self.usage = Usage()
+        self.said = 0.0
+        self.finished = False
+        self.ids: dict[int, str] = {}
+        self.sealed: dict[int, str] = {}  # reasoning, as only its last event has it right
+        self.begun = False
+
+    def mend(self, frame: Json) -> list[Json]:
+        """The frames that take the place of one frame."""
+        kind = str(frame.get("type") or "")
+        if self.finished:
+            return []
+        if kind in ("response.failed", "response.cancelled", "error") or (
+            not kind and "error" in frame
+        ):
+            raise read_responses_error(frame)
+        if not kind.startswith("response."):
+            return []
+        frame.pop("copilot_quota_snapshots", None)
+        first = [] if self.begun or kind == "response.created" else self.opening()
+        self.begun = True
+        index = frame.get("output_index")
+        if isinstance(index, int):
+            self.mend_item(index, frame)
+        delta = frame.get("delta")
+        if isinstance(delta, str):
+            self.said += estimate_text(delta)
+        if isinstance(frame.get("response"), dict):
+            frame["response"] = self.mend_response(frame["response"])
+        if kind in RESPONSES_ENDS:
+            read_responses_usage(frame.get("response", {}), self.usage)
+            read_copilot_usage(frame, self.usage)
+            self.finished = True
+        return [*first, frame]
+
+    def opening(self) -> list[Json]:
+        """The event that must come first."""
+        response = write_response(self.terms, "in_progress", [])
+        return [{"type": "response.created", "response": response}]
+
+    def pinned(self, index: int, kind: str) -> str:
+        """The one id of an item."""
+        prefix = ITEM_PREFIXES.get(kind, "item_")
+        made = prefix + short_hash(f"{self.terms.id} {index}", 24)
+        return self.ids.setdefault(index, made)
+
+    def mend_item(self, index: int, frame: Json) -> None:
+        """The pinned id, and the caller's tool names."""
+        item = frame.get("item")
+        if isinstance(item, dict):
+            item["id"] = self.pinned(index, str(item.get("type")))
+            self.rename(item)
+            encrypted = text_of_key(item, "encrypted_content")
+            if encrypted and frame["type"] == "response.output_item.done":
+                self.sealed[index] = encrypted
+        elif "item_id" in frame:
+            frame["item_id"] = self.pinned(index, "")
+        self.rename(frame)
+
+    def rename(self, holder: Json) -> None:
+        """A wire name becomes the caller's again."""
+        name = holder.get("name")
+        if isinstance(name, str):
+            holder["name"] = self.terms.names.get(name, name)
+
+    def mend_response(self, response: Json) -> Json:
+        """The caller's model name, one id, and items under the ids they had."""
+        response.update(id=self.terms.id, model=self.terms.model)
+        response.setdefault("store", False)
+        response.pop("output_text", None)
+        output = response.get("output")
+        for index, item in enumerate(output if isinstance(output, list) else ()):
+            if isinstance(item, dict):
+                item["id"] = self.pinned(index, str(item.get("type")))
+                self.rename(item)
+                if index in self.sealed:
+                    item["encrypted_content"] = self.sealed[index]
+        return response
+
+    def end(self) -> list[Json]:
+        """Nothing can stand for the last frame."""
+        if not self.finished:
+            raise UpstreamError(BROKEN_OFF)
+        return []
+
+
+class ResponsesDialect:
+    """OpenAI responses."""
+
+    name = "responses"
+    tail = b""
+    is_numbered = True
+    id_prefix = "resp_"
+
+    def outline(self, body: Json) -> Outline:
+        """The few facts routing needs."""
+        refuse_state(body)
+        items = input_items(body)
+        session = body.get("prompt_cache_key") or body.get("user") or ""
+        last = next(
+            (i for i in reversed(items) if i.get("role") not in ("system", "developer")), items[-1]
+        )
+        system = [i.get("content") for i in items if i.get("role") in ("system", "developer")][:1]
+        return Outline(
+            model=need_str(body, "model"),
+            stream=take_bool(body, "stream"),
+            include_usage=True,
+            initiator="user" if last.get("role") == "user" else "agent",
+            session=session if isinstance(session, str) else "",
+            opening=opening_words(body.get("instructions") or (system or [""])[0], items),
+        )
+
+    def read_request(self, body: Json) -> Chat:
+        """The request."""
+        return ResponsesRequestReader(body).read()
+
+    def write_request(self, chat: Chat, model: Model) -> Json:
+        """The body that asks `model`."""
+        return ResponsesRequestWriter(chat, model).write()
+
+    def has_image(self, body: Json) -> bool:
+        """Whether any item holds an image."""
+        rows = body["input"] if isinstance(body["input"], list) else []
+        return any(
+            isinstance(part, dict) and part.get("type") == "input_image"
+            for row in rows
+            for key in ("content", "output")
+            if isinstance(row.get(key), list)
+            for part in row[key]
+        )
+
+    def framing(self) -> Framing:
+        """Server-sent events."""
+        return SseReader()
+
+    def reader(self, terms: Terms) -> Reader:
+        """A reader for one answer."""
+        return ResponsesReader(terms)
+
+    def writer(self, terms: Terms) -> Writer:
+        """A writer for one answer."""
+        return ResponsesWriter(terms)
+
+    def relay(self, terms: Terms) -> Relay:
+        """A relay for one native answer."""
+        return ResponsesRelay(terms)
+
+    def fold(self, frames: list[Json]) -> Json:
+        """The response in the last frame."""
+        whole: Json = frames[-1]["response"]
+        return whole
+
+    def unfold(self, whole: Json) -> list[Json]:
+        """The frames that a response stands for."""
+        output = whole.get("output")
+        frames: list[Json] = [
+            {
+                "type": "response.created",
+                "response": {**whole, "status": "in_progress", "output": []},
+            }
+        ]
+        for index, item in enumerate(output if isinstance(output, list) else ()):
+            for step in ("added", "done"):
+                kind = f"response.output_item.{step}"
+                frames.append({"type": kind, "output_index": index, "item": dict(item)})
+        status = whole.get("status")
+        ends = {"incomplete": "response.incomplete", "failed": "response.failed"}
+        frames.append({"type": ends.get(str(status), "response.completed"), "response": whole})
+        return frames
+
+    def plain_text(self, frame: Json) -> str | None:
+        """None: every frame has a number of its own, so none is like the one before."""
+        return None
+
+    def encode(self, frame: Json) -> bytes:
+        """One event on the wire."""
+        return write_sse(frame, frame["type"])
+
+    def error_body(self, error: ApiError, request_id: str) -> Json:
+        """As chat's; a sign-in that is missing is the caller's to know, not to retry."""
+        said = write_openai_error(error)
+        if isinstance(error, NotSignedIn):
+            said["type"] = "invalid_request_error"
+        return {"error": said}
+
+    def error_status(self, error: ApiError) -> int:
+        """The error's own status; Codex retries a 5xx up to 30 times."""
+        return 400 if isinstance(error, NotSignedIn) else error.status
+
+    def error_frames(
+        self, error: ApiError, request_id: str, terms: Terms, begun: bool
+    ) -> list[Json]:
+        """`response.failed`, behind `response.created` where nothing came before."""
+        said = write_openai_error(error)
+        response = write_response(terms, "failed", [])
+        response["error"] = {"code": said["code"] or said["type"], "message": said["message"]}
+        first = {"type": "response.created", "response": write_response(terms, "in_progress", [])}
+        failed = {"type": "response.failed", "response": response}
+        return [failed] if begun else [first, failed]
+
+    def ping(self, begun: bool) -> bytes:
+        """A comment, before the first event."""
+        return SSE_COMMENT_PING
+
+    def alive(self, terms: Terms) -> Json | None:
+        """`response.in_progress` once more: comments do not count for Codex."""
+        response = write_response(terms, "in_progress", [])
+        return {"type": "response.in_progress", "response": response}
+
+
 CHAT = ChatDialect()
 MESSAGES = MessagesDialect()
-DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in (CHAT, MESSAGES)}
+RESPONSES = ResponsesDialect()
+DIALECTS: dict[str, Dialect] = {d.name: d for d in (CHAT, MESSAGES, RESPONSES)}
 # The vendors' names, as `X-Output-Format` and `default_format` use them.
 FORMATS: dict[str, Dialect] = {"openai": CHAT, "anthropic": MESSAGES}
 
 
-# 8.4 Kiro: what an upstream alone speaks
+# 8.5 Kiro: what an upstream alone speaks
 #
 # Undocumented.  The facts are from the vendor's own clients and from public ones, 2025-10 to
 # 2026-10.  A request is a JSON "conversation state"; the answer is always an Amazon event stream.
@@ -6300,7 +7583,7 @@ KIRO = KiroDialect()
 UPSTREAM_DIALECTS: dict[str, UpstreamDialect] = {**DIALECTS, KIRO.name: KIRO}
 
 
-# 8.5 the flow of one answer
+# 8.6 the flow of one answer
 
 
 class Converter:
@@ -6459,6 +7742,7 @@ class Flow:
         self.spoken = False
         self.over = False
         self.error: ApiError | None = None
+        self.number = 0  # of the next frame, where frames are numbered
 
     @property
     def usage(self) -> Usage:
@@ -6539,9 +7823,22 @@ class Flow:
         """Frames as bytes for a stream, kept for a whole answer."""
         if frames and self.stream:
             self.begun = self.spoken = True
+            if self.caller.is_numbered:
+                frames = [self.numbered(frame) for frame in frames]
             return [self.caller.encode(frame) for frame in frames]
         self.frames += frames
         return []
+
+    def numbered(self, frame: Json) -> Json:
+        """A frame with the next number: counted here, where pings and errors come in between."""
+        frame["sequence_number"] = self.number
+        self.number += 1
+        return frame
+
+    def ping(self) -> bytes:
+        """A sign of life."""
+        frame = self.caller.alive(self.terms) if self.spoken else None
+        return b"".join(self.write([frame])) if frame else self.caller.ping(self.spoken)
 
     def end(self, error: ApiError | None = None) -> bytes:
         """The last bytes, when the upstream has ended or `error` has ended it."""
@@ -6566,7 +7863,8 @@ class Flow:
         self.error = error
         if not self.begun:
             return b""
-        return self.caller.encode(self.caller.error_body(error, self.request_id))
+        frames = self.caller.error_frames(error, self.request_id, self.terms, self.spoken)
+        return b"".join(self.write(frames))
 
     def whole(self) -> Json:
         """The whole answer; raises the error that ended it."""
@@ -6582,12 +7880,18 @@ class Flow:
 
 # 9.1 models
 
+# What a caller is best answered from: its own dialect, then the one that loses least of it.
+DIALECT_ORDER = {
+    "chat": ("chat", "kiro", "responses", "messages"),
+    "messages": ("messages", "kiro", "responses", "chat"),
+    "responses": ("responses", "kiro", "messages", "chat"),
+}
 ENDPOINT_DIALECTS = {
     "/chat/completions": "chat",
     "/v1/messages": "messages",
     "/responses": "responses",
 }
-DIALECT_PATHS = {"chat": "/chat/completions", "messages": "/v1/messages"}
+DIALECT_PATHS = {dialect: path for path, dialect in ENDPOINT_DIALECTS.items()}
 HEADER_VALUE = re.compile(r"[ -~]{0,1000}")
 REASONING_GPT = re.compile(r"(?:gpt-[5-9]|o[1-9](?:-|$))")
 CLAUDE_VERSION = re.compile(r"claude-[a-z]+-(\d+)(?:[.-](\d)(?!\d))?")
@@ -6605,7 +7909,8 @@ def read_copilot_model(entry: Json, provider: str) -> Model | None:
     capabilities = details(entry, "capabilities")
     if not isinstance(model_id, str) or not model_id:
         return None
-    if capabilities.get("type", "chat") != "chat":
+    kind = capabilities.get("type", "chat")
+    if kind not in ("chat", "embeddings"):
         return None
     limits, supports = details(capabilities, "limits"), details(capabilities, "supports")
     endpoints = entry.get("supported_endpoints")
@@ -6619,7 +7924,10 @@ def read_copilot_model(entry: Json, provider: str) -> Model | None:
     return Model(
         id=model_id,
         provider=provider,
-        dialects=tuple(ENDPOINT_DIALECTS[e] for e in endpoints if e in ENDPOINT_DIALECTS),
+        dialects=()
+        if kind == "embeddings"
+        else tuple(ENDPOINT_DIALECTS[e] for e in endpoints if e in ENDPOINT_DIALECTS),
+        embeds=kind == "embeddings",
         name=str(entry.get("name") or model_id),
         family=str(capabilities.get("family") or "").lower(),
         vendor=str(entry.get("vendor") or ""),
@@ -6665,6 +7973,8 @@ def guess_copilot_model(model_id: str, provider: str) -> Model:
     )
 
 
+# How Anthropic's clients ask for a million tokens; Copilot has models of their own for that.
+LONG_CONTEXT_BETA = "context-1m"
 MODEL_ID = re.compile(r"[A-Za-z0-9][\w.:-]{0,127}", re.ASCII)
 DATED = re.compile(r"-(?:20\d{6}|latest)$")
 DASHED_VERSION = re.compile(r"(?<=-)(\d)-(\d{1,2})(?=-|$)")
@@ -7666,7 +8976,215 @@ CHAT_RULES: tuple[Callable[[Scrub], None], ...] = (
     ask_for_usage,
     strip_learned,
 )
-RULES = {"chat": CHAT_RULES, "messages": MESSAGES_RULES}
+RESPONSES_KEYS = (
+    "context_management",
+    "include",
+    "input",
+    "instructions",
+    "max_output_tokens",
+    "model",
+    "parallel_tool_calls",
+    "prompt_cache_key",
+    "reasoning",
+    "store",
+    "stream",
+    "temperature",
+    "text",
+    "tool_choice",
+    "tools",
+    "top_p",
+    "truncation",
+)
+ENCRYPTED_REASONING = "reasoning.encrypted_content"
+
+
+def check_items(scrub: Scrub) -> None:
+    """What the responses endpoint could only refuse, refused here in better words."""
+    refuse_state(scrub.body)
+    for index, item in enumerate(input_items(scrub.body)):
+        if item_kind(item) == "item_reference":
+            raise InvalidRequest(
+                f"input.{index}: items are not stored here; send the item itself.",
+                param=f"input.{index}",
+                code="invalid_item_reference",
+            )
+        if not item_kind(item):
+            raise InvalidRequest(f"input.{index}.type: is required.", param=f"input.{index}.type")
+
+
+def keep_responses_keys(scrub: Scrub) -> None:
+    """The keys that Copilot takes; nothing is stored, so reasoning comes encrypted."""
+    body = scrub.body
+    for key in [key for key in body if key not in RESPONSES_KEYS]:
+        value = body.pop(key)
+        if value is not None and key not in (*RESPONSES_SILENT, "metadata", "stream_options"):
+            scrub.dropped.append(key)
+    include = body.get("include")
+    asked = [item for item in include if item == ENCRYPTED_REASONING] if include else []
+    body.update(store=False, include=asked or [ENCRYPTED_REASONING])
+
+
+def fit_items(scrub: Scrub) -> None:
+    """Items without the ids that Copilot gives and then refuses, each call with its output."""
+    if not isinstance(scrub.body["input"], list):
+        return
+    items: list[Json] = []
+    for item in scrub.body["input"]:
+        kind = item_kind(item)
+        encrypted = text_of_key(item, "encrypted_content")
+        if kind == "reasoning" and (not encrypted or encrypted.startswith(FOREIGN_SIGNATURES)):
+            continue
+        item.pop("id", None)
+        for key in ("status", "content", "namespace"):
+            if key in item and item[key] is None:
+                del item[key]
+        if isinstance(item.get("call_id"), str):
+            item["call_id"] = wire_id(item["call_id"])
+        if kind in ("function_call", "custom_tool_call") and isinstance(item.get("name"), str):
+            item["name"] = wire_name(item["name"])
+        items.append(item)
+    scrub.body["input"] = settle_items(items)
+
+
+CALL_ITEMS = ("function_call", "custom_tool_call", "tool_search_call", *CLIENT_CALLS)
+
+
+def settle_items(items: list[Json]) -> list[Json]:
+    """Items with each call's output directly behind the calls; a missing one is filled in."""
+    outputs: dict[str, list[Json]] = {}
+    for item in items:
+        if item_kind(item).endswith("_output"):
+            outputs.setdefault(str(item.get("call_id")), []).append(item)
+    calls = {str(item.get("call_id")) for item in items if item_kind(item) in CALL_ITEMS}
+    settled: list[Json] = []
+    pending: list[Json] = []
+    for item in [*items, {}]:
+        kind = item_kind(item) if item else ""
+        if pending and kind not in (*CALL_ITEMS, "reasoning"):
+            for call in pending:
+                settled += answer_item(call, outputs.pop(str(call.get("call_id")), []))
+            pending = []
+        if kind in CALL_ITEMS:
+            pending.append(item)
+        elif kind.endswith("_output"):
+            if str(item.get("call_id")) not in calls:
+                words = text_of(item.get("output"))
+                text = f"[tool output for unknown call {item.get('call_id')}]\n{words}"
+                settled.append({"type": "message", "role": "user", "content": text})
+            continue
+        if item:
+            settled.append(item)
+    return settled
+
+
+def answer_item(call: Json, found: list[Json]) -> list[Json]:
+    """The outputs of one call, in words; their images stand in a message behind them."""
+    kind = {"custom_tool_call": "custom_tool_call_output"}.get(
+        item_kind(call), "function_call_output"
+    )
+    call_id = call.get("call_id")
+    if not found:
+        return [{"type": kind, "call_id": call_id, "output": INTERRUPTED}]
+    shown: list[Json] = []
+    for item in found:
+        parts = item.get("output")
+        if isinstance(parts, list):
+            shown += [p for p in parts if isinstance(p, dict) and p.get("type") != "input_text"]
+            item["output"] = text_of(parts) or "[in the next message]"
+    if not shown:
+        return found
+    head = {"type": "input_text", "text": f"From tool call {call_id}:"}
+    for part in shown:
+        if part.get("type") == "input_image":
+            part.setdefault("detail", "auto")
+    return [*found, {"type": "message", "role": "user", "content": [head, *shown]}]
+
+
+def fit_responses_tools(scrub: Scrub) -> None:
+    """Functions, custom tools and namespaces; tools that a vendor runs are not served."""
+    body = scrub.body
+    tools: list[Json] = []
+    hosted: list[str] = []
+    for index, item in enumerate(list_field(body, "tools")):
+        tool = need_dict(item, f"tools.{index}")
+        if tool.get("type") not in ("function", "custom", "namespace"):
+            hosted.append(str(tool.get("type")))
+            continue
+        tools.append(fit_responses_tool(tool, f"tools.{index}"))
+    choice = body.get("tool_choice")
+    forced = ""
+    if isinstance(choice, dict):
+        kind = choice.get("type")
+        known = ("function", "custom", "allowed_tools")
+        forced = "" if kind in known else str(kind)
+        if isinstance(choice.get("name"), str):
+            body["tool_choice"] = {**choice, "name": wire_name(choice["name"])}
+    drop_hosted(hosted, len(tools), forced, scrub.dropped)
+    if forced:
+        raise UnsupportedFeature(f"{forced} is not available on this model.", param="tools")
+    if tools:
+        body["tools"] = tools
+    else:
+        for key in ("tools", "tool_choice", "parallel_tool_calls"):
+            body.pop(key, None)
+
+
+def fit_responses_tool(tool: Json, path: str) -> Json:
+    """One tool as Copilot takes it."""
+    tool = dict(tool)
+    name = need_str(tool, "name", path)
+    tool.pop("defer_loading", None)
+    tool.pop("output_schema", None)
+    if tool["type"] == "namespace":
+        tool["description"] = str_field(tool, "description", path) or name
+        inner = list_field(tool, "tools", path)
+        tool["tools"] = [
+            fit_responses_tool(need_dict(item, f"{path}.tools.{at}"), f"{path}.tools.{at}")
+            for at, item in enumerate(inner)
+        ]
+        return tool
+    tool["name"] = wire_name(name)
+    if tool["type"] == "function":
+        tool["parameters"] = object_schema(tool.get("parameters"), name)
+        if tool.get("strict") is None:
+            tool["strict"] = False
+    return tool
+
+
+def fit_responses_settings(scrub: Scrub) -> None:
+    """Limits and reasoning that the model takes."""
+    body, model = scrub.body, scrub.model
+    most = int_field(body, "max_output_tokens")
+    if most is not None:
+        body["max_output_tokens"] = max(16, min(most, model.max_output or most))
+    reasoning = dict(dict_field(body, "reasoning"))
+    effort = str_field(reasoning, "effort", "reasoning")
+    if effort in EFFORTS and model.efforts:
+        reasoning["effort"] = clamp_effort(effort, model.efforts)
+    elif effort is not None:
+        del reasoning["effort"]
+    for key in [key for key in reasoning if key not in ("effort", "summary")]:
+        del reasoning[key]
+    body["reasoning"] = {key: value for key, value in reasoning.items() if value is not None}
+    if not body["reasoning"]:
+        del body["reasoning"]
+    for key in ("temperature", "top_p"):
+        if body.get(key) is not None and REASONING_GPT.match(model.id):
+            del body[key]
+            scrub.dropped.append(key)
+    for key in [key for key, value in body.items() if value is None]:
+        del body[key]
+
+
+RESPONSES_RULES: tuple[Callable[[Scrub], None], ...] = (
+    check_items,
+    keep_responses_keys,
+    fit_items,
+    fit_responses_tools,
+    fit_responses_settings,
+    strip_learned,
+)
+RULES = {"chat": CHAT_RULES, "messages": MESSAGES_RULES, "responses": RESPONSES_RULES}
 
 
 def copy_parts(rows: list[Any]) -> list[Any]:
@@ -7687,7 +9205,7 @@ def copy_parts(rows: list[Any]) -> list[Any]:
 def scrub_body(dialect: str, body: Json, model: Model, learned: Learned, streaming: bool) -> Scrub:
     """A body as Copilot takes it; raises InvalidRequest for what cannot be left out."""
     own = {**body, "model": model.id, "stream": streaming}
-    for key in ("messages", "system", "tools"):
+    for key in ("messages", "system", "tools", "input"):
         if isinstance(own.get(key), list):
             own[key] = copy_parts(own[key])
     scrub = Scrub(own, model, learned, [])
@@ -7698,8 +9216,12 @@ def scrub_body(dialect: str, body: Json, model: Model, learned: Learned, streami
 
 def strip_reasoning(body: Json) -> bool:
     """Removes every replayed reasoning from a body; whether there was any."""
+    items = body.get("input")
+    if isinstance(items, list):
+        body["input"] = [item for item in items if item_kind(item) != "reasoning"]
+        return len(body["input"]) < len(items)
     found = False
-    for message in body["messages"]:
+    for message in body.get("messages", ()):
         for key in ("reasoning_text", "reasoning_opaque"):
             found = message.pop(key, None) is not None or found
         content = message.get("content")
@@ -7708,6 +9230,35 @@ def strip_reasoning(body: Json) -> bool:
             found = found or len(kept) < len(content)
             message["content"] = kept or [text_part("(thinking)")]
     return found
+
+
+def read_embeddings(body: Json) -> tuple[list[str], bool]:
+    """(texts, whether the vectors are wanted in base64) of an embeddings request."""
+    value = body.get("input")
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
+        raise InvalidRequest(
+            "input: must be a string or a list of strings; tokens are not taken here.",
+            param="input",
+        )
+    form = str_field(body, "encoding_format") or "float"
+    if form not in ("float", "base64"):
+        raise InvalidRequest("encoding_format: must be float or base64.", param="encoding_format")
+    int_field(body, "dimensions")
+    return texts, form == "base64"
+
+
+def write_embeddings(rows: list[Json], usage: Usage, is_packed: bool) -> Json:
+    """An embeddings answer with the members that Copilot leaves out at times."""
+    data = []
+    for index, row in enumerate(rows):
+        vector = row.get("embedding")
+        if is_packed and isinstance(vector, list):
+            packed = struct.pack(f"<{len(vector)}f", *vector)
+            vector = base64.b64encode(packed).decode()
+        data.append({"object": "embedding", "index": index, "embedding": vector})
+    said = {"prompt_tokens": usage.input, "total_tokens": usage.input}
+    return {"object": "list", "data": data, "model": "", "usage": said}
 
 
 class ReasoningMemory:
@@ -7727,6 +9278,18 @@ class ReasoningMemory:
             self.kept[call] = (text, opaque)
         while len(self.kept) > self.limit:
             del self.kept[next(iter(self.kept))]
+
+    def attach_items(self, body: Json) -> None:
+        """Puts reasoning items back before a responses body's calls that lack them."""
+        items: list[Json] = []
+        for item in body["input"] if isinstance(body["input"], list) else ():
+            kept = self.kept.get(str(item.get("call_id")))
+            first = not items or item_kind(items[-1]) not in ("reasoning", "function_call")
+            if kept and first and item_kind(item) == "function_call":
+                reasoning = write_reasoning_item(*kept)
+                items += [reasoning] if reasoning else []
+            items.append(item)
+        body["input"] = items or body["input"]
 
     def attach(self, body: Json) -> None:
         """Puts signatures back into a chat body's assistant messages that lack them."""
@@ -7800,6 +9363,16 @@ SEMANTIC_FIELDS = ("model", "messages", "system", "tools", "input", "max_tokens"
 SIGN_IN_HINT = "Sign in to Copilot again."
 
 
+# How a replayed reasoning is refused.
+STALE_REASONING = (
+    "signature",
+    "different conversation",
+    "does not belong to this connection",
+    "encrypted content",
+    "encrypted_content",
+)
+
+
 def judge_400(message: str, code: str, model: Model, learned: Learned) -> Verdict:
     """A 400 of the model service: something to mend, or the caller's to know."""
     text = message.lower()
@@ -7824,7 +9397,7 @@ def judge_400(message: str, code: str, model: Model, learned: Learned) -> Verdic
         return Verdict(refused, "again")
     if learn_from_400(message, code, model, learned):
         return Verdict(refused, "repair")
-    if "signature" in text or "different conversation" in text or code == "invalid_request_body":
+    if code == "invalid_request_body" or any(words in text for words in STALE_REASONING):
         return Verdict(refused, "forget")
     if "copilot-vision-request" in text:
         refused.hint = (
@@ -8046,12 +9619,6 @@ class KiroLogin:
     scope: str = ""
     #: AWS staff
     internal: bool = False
-
-
-def text_of_key(kept: Json, key: str) -> str:
-    """The text at `key`, "" for anything else."""
-    value = kept.get(key)
-    return value.strip() if isinstance(value, str) else ""
 
 
 def read_kiro_login(kept: Json) -> KiroLogin:
@@ -10050,6 +11617,9 @@ class Provider(Protocol):
     def open(self, call: Call) -> Awaitable[Source]:
         """The upstream's answer, its status good; retries are the provider's.  Raises ApiError."""
 
+    def embed(self, body: Json, model: Model) -> Awaitable[tuple[Json, Usage]]:
+        """Embeddings in OpenAI's form, and what they cost.  Raises ApiError."""
+
     def keep_reasoning(self, calls: list[str], text: str, opaque: str) -> None:
         """Remembers reasoning that the caller's dialect cannot carry."""
 
@@ -10220,6 +11790,7 @@ class Attempt:
                 if verdict is None:
                     return answer
             assert verdict is not None
+            verdict.error = self.with_window(verdict.error)
             log_event(
                 "info",
                 "upstream_refused",
@@ -10230,6 +11801,13 @@ class Attempt:
                 attempt=self.count,
             )
             await self.mend(verdict)
+
+    def with_window(self, error: ApiError) -> ApiError:
+        """A full context in the words that clients know: how much, and of how much."""
+        window = self.call.model.max_prompt
+        if not isinstance(error, ContextTooLong) or error.is_counted or not window:
+            return error
+        return ContextTooLong(max(int(estimate_value(self.call.body)), window + 1), window)
 
     @staticmethod
     async def read_refusal(answer: UpstreamAnswer) -> bytes:
@@ -10419,6 +11997,10 @@ class EchoProvider:
             yield CHAT.tail
 
         return LocalAnswer(pieces())
+
+    async def embed(self, body: Json, model: Model) -> tuple[Json, Usage]:
+        """There is no such model here."""
+        raise UnsupportedFeature(f"{model.id} makes no embeddings.", param="model")
 
     def keep_reasoning(self, calls: list[str], text: str, opaque: str) -> None:
         """The echo does not reason."""
@@ -10677,6 +12259,41 @@ class CopilotProvider:
             raise UpstreamError(f"Copilot's model list came with status {status}.")
         return read_copilot_models(body, self.name)
 
+    async def embed(self, body: Json, model: Model) -> tuple[Json, Usage]:
+        """Embeddings, as many inputs at a time as Copilot takes."""
+        texts, is_packed = read_embeddings(body)
+        more = {key: body[key] for key in ("dimensions",) if body.get(key) is not None}
+        rows: list[Json] = []
+        usage = Usage(source="reported")
+        for at in range(0, len(texts), MAX_EMBEDDED):
+            asked = {"model": model.id, "input": texts[at : at + MAX_EMBEDDED], **more}
+            answer = await self.ask("/embeddings", asked, model)
+            found = answer.get("data")
+            rows += [row for row in found if isinstance(row, dict)] if found else []
+            usage.input += count(details(answer, "usage"), "prompt_tokens", 0)
+        return write_embeddings(rows, usage, is_packed), usage
+
+    async def ask(self, path: str, body: Json, model: Model) -> Json:
+        """A small answer of the model service; a stale token is renewed once."""
+        token = await self.account.token()
+        for again in (True, False):
+            headers = self.headers(token, "conversation-other")
+            headers.update({"Content-Type": "application/json", "Accept": "application/json"})
+            status, fields_, data = await self.client.fetch(
+                "POST", token.api_url + path, headers, EMBEDDINGS_SECONDS, dump_json(body)
+            )
+            answer = load_object(data)
+            if status == 200 and answer is not None:
+                return answer
+            verdict = judge_copilot(status, fields_, data, model, self.learned, time.time())
+            renewed = await self.account.renew(token) if verdict.remedy == "refresh" else None
+            if renewed is None or not again:
+                break
+            token = renewed
+        if status == 200:
+            raise UpstreamError("Copilot's embeddings are not JSON.")
+        raise verdict.error
+
     def guess(self, model_id: str) -> Model | None:
         """A model named exactly is tried, listed or not."""
         return guess_copilot_model(model_id, self.name)
@@ -10705,6 +12322,8 @@ class CopilotAttempt(Attempt):
         scrub = scrub_body(call.dialect, call.body, model, provider.learned, model.streaming)
         if self.forgetful:
             strip_reasoning(scrub.body)
+        elif call.dialect == "responses":
+            provider.reasoning.attach_items(scrub.body)
         elif call.dialect == "chat" and not is_openai(model):
             provider.reasoning.attach(scrub.body)
         call.dropped[:] = list(dict.fromkeys([*self.kept_dropped, *scrub.dropped]))
@@ -10993,6 +12612,10 @@ class KiroProvider:
 
     def close(self) -> None:
         """Nothing runs in the background."""
+
+    async def embed(self, body: Json, model: Model) -> tuple[Json, Usage]:
+        """There is no such model here."""
+        raise UnsupportedFeature(f"{model.id} makes no embeddings.", param="model")
 
     def keep_reasoning(self, calls: list[str], text: str, opaque: str) -> None:
         """Remembers a thought and its signature by its calls."""
@@ -11357,10 +12980,24 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 # How clients write the same path: /v1 twice, not at all, with slashes to spare.
 SLASHES = re.compile(r"/{2,}")
-BARE_ENDPOINTS = ("/chat/completions", "/messages", "/messages/count_tokens", "/models", "/usage")
+BARE_ENDPOINTS = (
+    "/chat/completions",
+    "/embeddings",
+    "/messages",
+    "/messages/count_tokens",
+    "/models",
+    "/responses",
+    "/responses/input_tokens",
+    "/usage",
+)
 
 
-COSTLY_ENDPOINTS = ("/v1/chat/completions", "/v1/messages")
+COSTLY_ENDPOINTS = (
+    "/v1/chat/completions",
+    "/v1/messages",
+    "/v1/responses",
+    "/v1/embeddings",
+)
 
 
 @functools.lru_cache(maxsize=256)
@@ -11506,6 +13143,9 @@ class Gateway:
             "/v1/chat/completions": {"POST": self.post_chat},
             "/v1/messages": {"POST": self.post_messages},
             "/v1/messages/count_tokens": {"POST": self.post_count_tokens},
+            "/v1/responses": {"POST": self.post_responses, "GET": self.get_responses},
+            "/v1/responses/input_tokens": {"POST": self.post_input_tokens},
+            "/v1/embeddings": {"POST": self.post_embeddings},
             "/v1/models": {"GET": self.get_models},
             "/v1/usage": {"GET": self.get_usage, "DELETE": self.delete_usage},
             "/api/event_logging/batch": {"POST": self.post_telemetry},
@@ -11643,7 +13283,9 @@ class Gateway:
             path = plain_path(request.path)
             if path.startswith("/v1/messages"):
                 return MESSAGES
-            if path.startswith(("/v1/chat", "/v1/responses")):
+            if path.startswith("/v1/responses"):
+                return RESPONSES
+            if path.startswith(("/v1/chat", "/v1/embeddings")):
                 return CHAT
             if "anthropic-version" in request.headers:
                 return MESSAGES
@@ -11667,6 +13309,8 @@ class Gateway:
         methods = self.routes.get(path)
         if methods is None and path.startswith("/v1/models/"):
             methods = {"GET": self.get_model}
+        if methods is None and path.startswith("/v1/responses/"):
+            methods = dict.fromkeys(("GET", "POST", "DELETE"), self.refuse_stored)
         if methods is None:
             hint = "See README.md for the endpoints."
             raise UnknownUrl(f"There is no {path[:200]} here.", hint=hint)
@@ -11700,6 +13344,23 @@ class Gateway:
         message_list(body)
         return Response(200, dump_json({"input_tokens": estimate_request(body)}))
 
+    async def post_input_tokens(self, request: Request) -> Response:
+        """The same estimate in the form of the responses API."""
+        body = load_body(await request.read_body())
+        input_items(body)
+        said = {"object": "response.input_tokens", "input_tokens": estimate_request(body)}
+        return Response(200, dump_json(said))
+
+    async def get_responses(self, request: Request) -> Response:
+        """A websocket is offered to nobody: clients then go on with POST."""
+        if "upgrade" not in request.headers:
+            raise MethodNotAllowed("/v1/responses takes POST.", headers={"Allow": "POST"})
+        raise UpgradeRefused("Websockets are not offered here; use POST.")
+
+    async def refuse_stored(self, request: Request) -> Response:
+        """`/v1/responses/ID` and what is below it."""
+        raise NotStored("Responses are not stored by this gateway.", param="response_id")
+
     async def catalogues(self) -> dict[str, dict[str, Model]]:
         """The models of every provider that can tell."""
         listed = {name: provider.listed() for name, provider in self.providers.items()}
@@ -11717,15 +13378,18 @@ class Gateway:
                 found[name] = answer
         return {name: found[name] for name in self.providers if name in found}
 
-    def rows(self, catalogues: dict[str, dict[str, Model]]) -> list[Json]:
-        """The models to list: those that can be used, by their shortest unambiguous name."""
+    def rows(self, catalogues: dict[str, dict[str, Model]], raw: bool) -> list[Json]:
+        """The models to list: those that can be used, by their shortest unambiguous name.
+
+        `raw` adds what the upstream itself says of them.
+        """
         rows = []
         ids = [model for models in catalogues.values() for model in models]
         for name, models in catalogues.items():
             for model in models.values():
-                if model.listed and any(d in UPSTREAM_DIALECTS for d in model.dialects):
+                if model.listed and (model.embeds or model.dialects):
                     shown = f"{name}/{model.id}" if ids.count(model.id) > 1 else model.id
-                    rows.append(self.row(shown, model))
+                    rows.append({**self.row(shown, model), **({"raw": model.raw} if raw else {})})
         return rows
 
     def row(self, shown: str, model: Model) -> Json:
@@ -11752,7 +13416,7 @@ class Gateway:
 
     async def get_models(self, request: Request) -> Response:
         """All models, in both vendors' shapes."""
-        rows = self.rows(await self.catalogues())
+        rows = self.rows(await self.catalogues(), "raw=1" in request.query.split("&"))
         first, last = (rows[0]["id"], rows[-1]["id"]) if rows else (None, None)
         ends = {"first_id": first, "last_id": last, "has_more": False}
         return Response(200, dump_json({"object": "list", "data": rows, **ends}))
@@ -11777,6 +13441,23 @@ class Gateway:
         """Anthropic messages."""
         return await self.converse(request, MESSAGES)
 
+    async def post_responses(self, request: Request) -> Response:
+        """OpenAI responses."""
+        return await self.converse(request, RESPONSES)
+
+    async def post_embeddings(self, request: Request) -> Response:
+        """OpenAI embeddings, by a provider that has such models."""
+        body = load_body(await request.read_body())
+        request.cancel_on_hangup(True)
+        provider, model = await self.find_model(request, need_str(body, "model"))
+        if not model.embeds:
+            raise InvalidRequest(f"{model.id} makes no embeddings.", param="model")
+        answer, usage = await provider.embed(body, model)
+        self.usage.add(provider.name, model.id, usage, False)
+        answer["model"] = body["model"]
+        headers = {"x-aiclient-provider": provider.name, "x-aiclient-model": model.id}
+        return Response(200, dump_json(answer), headers)
+
     async def find_model(self, request: Request, name: str) -> tuple[Provider, Model]:
         """Who answers, and as which model; raises ModelNotFound."""
         catalogues: dict[str, dict[str, Model]] = {}
@@ -11798,20 +13479,21 @@ class Gateway:
             model = provider.guess(route.model)
         if model is None:
             raise self.router.not_found(name, catalogues or await self.catalogues())
+        if LONG_CONTEXT_BETA in request.headers.get("anthropic-beta", ""):
+            model = (provider.listed() or {}).get(f"{model.id}-1m", model)
         return provider, model
 
     @staticmethod
     def choose_dialect(model: Model, asked: Dialect) -> UpstreamDialect:
-        """The caller's own dialect where the model speaks it, else the first known to both."""
-        known = [UPSTREAM_DIALECTS[name] for name in model.dialects if name in UPSTREAM_DIALECTS]
-        if not known:
-            raise InvalidRequest(
-                f"{model.id} is served only on OpenAI's responses endpoint, "
-                "which this version does not speak yet.",
-                hint="Choose another model; GET /v1/models lists those that work.",
-                param="model",
-            )
-        return asked if asked in known else known[0]
+        """The caller's own dialect where the model speaks it, else the least lossy."""
+        for name in DIALECT_ORDER[asked.name]:
+            if name in model.dialects:
+                return UPSTREAM_DIALECTS[name]
+        raise InvalidRequest(
+            f"{model.id} does not answer conversations.",
+            hint="Choose another model; GET /v1/models lists them.",
+            param="model",
+        )
 
     async def converse(self, request: Request, asked: Dialect) -> Response:
         """One request for an answer, in the dialect `asked`."""
@@ -11887,10 +13569,10 @@ class Gateway:
             chat.effort = implied_effort(outline.model, model)
         chat.stop, terms.cut = split_stops(chat.stop, spoken.name, model)
         terms.names = {wire: name for name, wire in chat.names.items() if wire != name}
+        terms.tools = {tool.name: tool for tool in chat.tools}
         terms.legacy_functions = legacy
-        thinking = body.get("thinking")
-        display = thinking.get("display") if isinstance(thinking, dict) else None
-        terms.hide_thinking = display == "omitted"
+        shown = details(body, "thinking").get("display"), details(body, "reasoning").get("summary")
+        terms.hide_thinking = shown[0] == "omitted" or shown[1] == "none"
         written = spoken.write_request(chat, model)
         terms.tagged_thinking = chat.tagged_thinking
         return Call(
@@ -12011,7 +13693,7 @@ class Exchange:
 
         def ping(now: float) -> None:
             if now - outlet.last_at >= PING_SECONDS and not flow.over:
-                outlet.write(flow.caller.ping(flow.spoken))
+                outlet.write(flow.ping())
 
         def sink(data: bytes) -> None:
             outlet.write(flow.feed(data))

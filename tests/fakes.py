@@ -18,7 +18,7 @@ What is here, in this order:
     Refusals             the error bodies of the service
     Looking at bodies    images, text, last item
     Rules                of HTTP, of identity headers, and one part for each endpoint
-    Imitation            the default brain, usage, and the two dialects it is spoken in
+    Imitation            the default brain, usage, the three dialects it is spoken in, embeddings
     Connection           reading requests, writing answers byte by byte
     FakeService          a server on loopback: its doors, lists and queue, for any imitation
     FakeCopilot          the routes of this one
@@ -36,6 +36,7 @@ import copy
 import hashlib
 import json
 import re
+import secrets
 import select
 import socket
 import struct
@@ -43,7 +44,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from http.client import responses
 from typing import Any, Self
@@ -110,10 +111,15 @@ class Say:
 
 @dataclass(slots=True)
 class Think:
-    """A thought; without a signature it gets a fresh one. Given signatures count as issued too."""
+    """A thought; without a signature it gets a fresh one. Given signatures count as issued too.
+
+    On /responses the signature is its encrypted content, and paragraphs are parts of its summary.
+    """
 
     text: str
     signature: str | None = None
+    #: True: a stream of /responses tells the summary only when the thought is done, as happens.
+    late: bool = False
 
 
 @dataclass(slots=True)
@@ -126,15 +132,29 @@ class Call:
 
 
 @dataclass(slots=True)
+class CustomCall:
+    """A call of a custom tool, whose input is plain text; only /responses knows it."""
+
+    name: str
+    input: str
+    id: str | None = None
+
+
+@dataclass(slots=True)
 class Stop:
-    """A stop reason in the words of the dialect, instead of the one that follows from the parts."""
+    """A stop reason in the words of the dialect, instead of the one that follows from the parts.
+
+    On /responses "max_output_tokens" and "content_filter" make the answer incomplete; any other
+    reason is the error code of a failed one.
+    """
 
     reason: str
 
 
 Part = Say | Think | Call | Stop
-#: (dialect "chat" or "messages", request body) -> what to answer
-Brain = Callable[[str, Json], list[Part]]
+AnyPart = Part | CustomCall
+#: (dialect "chat", "messages" or "responses", request body) -> what to answer
+Brain = Callable[[str, Json], Sequence[AnyPart]]
 
 # ---- Frames --------------------------------------------------------------------------------------
 
@@ -152,6 +172,11 @@ def sse(*objects: Json, done: bool = True) -> bytes:
 def events(*objects: Json) -> bytes:
     """Frames of an Anthropic stream, with `event:` lines taken from each `type`."""
     return b"".join(b"event: %s\ndata: %s\n\n" % (o["type"].encode(), dump(o)) for o in objects)
+
+
+def numbered(*objects: Json, first: int = 0) -> bytes:
+    """Frames of a Responses stream: as `events`, with a `sequence_number` in each."""
+    return events(*({**o, "sequence_number": n} for n, o in enumerate(objects, first)))
 
 
 def chunk(data: bytes) -> bytes:
@@ -224,6 +249,8 @@ def _model(
 def default_models() -> list[Json]:
     """A list as odd as real ones: a duplicate, a nameless entry, missing keys, two price forms."""
     effort = ["low", "medium", "high"]
+    formats = {"structured_outputs": True}
+    responses_only = ["/responses", "ws:/responses"]
     gpt4o = _model("gpt-4o", "Azure OpenAI", prices=_FLAT)
     locked = _model("claude-sonnet-4", "Anthropic", _BOTH, supports=_BUDGET)
     locked["policy"] = {
@@ -246,9 +273,12 @@ def default_models() -> list[Json]:
         gpt4o,
         {**gpt4o, "name": "GPT-4o (second entry)"},
         _model("gpt-5.2", "OpenAI", ["/chat/completions", "/responses", "ws:/responses"],
-               (128_000, 64_000), supports={"reasoning_effort": ["none", *effort, "xhigh"]}),
-        _model("gpt-5.3-codex", "OpenAI", ["/responses", "ws:/responses"], (272_000, 128_000),
-               supports={"reasoning_effort": [*effort, "xhigh"]}),
+               (128_000, 64_000),
+               supports={**formats, "reasoning_effort": ["none", *effort, "xhigh"]}),
+        _model("gpt-5.3-codex", "OpenAI", responses_only, (272_000, 128_000),
+               supports={**formats, "reasoning_effort": [*effort, "xhigh"]}),
+        _model("gpt-5.4", "OpenAI", responses_only, (272_000, 128_000),
+               supports={**formats, "reasoning_effort": ["none", *effort, "xhigh"]}),
         _model("gemini-3.1-pro-preview", "Google", ["/chat/completions"], (136_000, 64_000),
                supports={"min_thinking_budget": 256, "max_thinking_budget": 32_000}),
         embeddings,
@@ -335,6 +365,11 @@ def anthropic(message: str, kind: str = "invalid_request_error") -> Refusal:
     )
 
 
+def refused_at(param: str, message: str, code: str | None = "invalid_value") -> Refusal:
+    """An error in OpenAI's form, as the backends of /responses give it."""
+    return capi(400, message, code, param=param, type="invalid_request_error")
+
+
 def extra(path: str) -> Refusal:
     """The validator's words for a key that it does not know."""
     return anthropic(f"{path}: Extra inputs are not permitted")
@@ -376,7 +411,8 @@ def text_of(content: Any) -> str:
     """All text of a message's content or of a tool result."""
     if isinstance(content, str):
         return content
-    return "".join(p.get("text", "") for p in _parts(content) if p.get("type") == "text")
+    kinds = ("text", "input_text", "output_text")
+    return "".join(p.get("text", "") for p in _parts(content) if p.get("type") in kinds)
 
 
 def images_in(value: Any) -> int:
@@ -391,6 +427,7 @@ def images_in(value: Any) -> int:
         + images_in(value.get("content"))
         + images_in(value.get("messages"))
         + images_in(value.get("input"))
+        + images_in(value.get("output"))
     )
 
 
@@ -401,13 +438,36 @@ def tokens_in(value: Any) -> int:
     if isinstance(value, list):
         return sum(tokens_in(item) for item in value)
     if isinstance(value, dict):
-        hidden = ("data", "url", "image_url", "signature", "reasoning_opaque")
+        hidden = (
+            "data", "url", "image_url", "signature", "reasoning_opaque", "encrypted_content",
+        )  # fmt: skip
         return sum(tokens_in(item) for key, item in value.items() if key not in hidden)
     return 0
 
 
+def kind_of(item: Json) -> str:
+    """The type of an input item of /responses; a message may leave it out."""
+    return str(item.get("type", "message"))
+
+
+def messages_of(body: Json) -> list[Json]:
+    """The messages of a body in whatever dialect."""
+    if "messages" in body:
+        return list(body["messages"])
+    said = body.get("input")
+    if isinstance(said, str):
+        return [{"role": "user", "content": said}]
+    return [item for item in _parts(said) if kind_of(item) == "message"]
+
+
 def tool_results(dialect: str, body: Json) -> list[str]:
     """Texts of the tool results that a body ends with; empty when it ends with something else."""
+    if dialect == "responses":
+        items = _parts(body["input"])
+        ends = len(items)
+        while ends and kind_of(items[ends - 1]).endswith("_output"):
+            ends -= 1
+        return [text_of(item["output"]) for item in items[ends:]]
     messages: list[Json] = body["messages"]
     if dialect == "chat":
         ends = len(messages)
@@ -420,23 +480,29 @@ def tool_results(dialect: str, body: Json) -> list[str]:
 
 def last_user_text(body: Json) -> str:
     """What the user said last."""
-    said = (text_of(m["content"]) for m in reversed(body["messages"]) if m["role"] == "user")
+    said = (text_of(m["content"]) for m in reversed(messages_of(body)) if m["role"] == "user")
     return next(said, "")
 
 
 def offered_tools(body: Json) -> list[tuple[str, Json]]:
-    """Name and schema of every tool of a chat or messages body."""
-    tools = (t.get("function", t) for t in body.get("tools") or ())
+    """Name and schema of every tool of a body; those of a namespace are left out."""
+    offered = (t for t in body.get("tools") or () if t.get("type") != "namespace")
+    tools = (t.get("function", t) for t in offered)
     return [(t["name"], t.get("input_schema") or t.get("parameters") or {}) for t in tools]
 
 
 def right_initiators(endpoint: str, body: Json) -> set[str]:
     """What X-Initiator may say: the last item decides; both where a repair may hide that item."""
     if endpoint == "/responses":
-        items = body.get("input")
-        last = items[-1] if isinstance(items, list) and items else {"role": "user"}
-        foreign = last.get("type", "message") != "message" or last.get("role") == "assistant"
-        return {"agent" if foreign else "user"}
+        items = _parts(body["input"]) or messages_of(body)
+        last, before = items[-1], kind_of(items[-2]) if len(items) > 1 else ""
+        if kind_of(last) != "message" or last["role"] == "assistant":
+            return {"agent"}
+        # Images of a tool result cannot stay in it: they follow as a user message.
+        moved = before.endswith("_output") and images_in(last) > 0
+        again = text_of(last["content"]) == "Please continue."
+        unsure = moved or again or last["role"] in ("system", "developer")
+        return {"user", "agent"} if unsure else {"user"}
     messages = body["messages"]
     last, before = messages[-1], messages[-2]["role"] if len(messages) > 1 else ""
     if last["role"] in ("system", "developer") or text_of(last["content"]) == "Please continue.":
@@ -505,6 +571,14 @@ class Issued:
 
     def __init__(self) -> None:
         self.texts: dict[str, str] = {}
+        #: Encrypted thoughts of /responses, each with the ids of the calls that came after it.
+        self.sealed: dict[str, Names] = {}
+
+    def seal(self, calls: Iterable[str], content: str | None = None) -> str:
+        """The encrypted content of a thought, remembered."""
+        content = content or "gAAAAA" + base64.urlsafe_b64encode(secrets.token_bytes(600)).decode()
+        self.sealed[content] = frozenset(calls)
+        return content
 
     def sign(self, text: str, signature: str | None = None) -> str:
         """A signature for a thought, remembered."""
@@ -617,17 +691,20 @@ def is_uuid(text: str) -> bool:
 
 def find_model(models: list[Json], name: Any, endpoint: str) -> Json:
     """The entry of the list that may be called at this endpoint."""
+    kind, usual = ("chat", "/chat/completions")
+    if endpoint == "/embeddings":
+        kind, usual = ("embeddings", endpoint)
     found = next((m for m in models if m.get("id") == name), None)
     if (
         found is None
         or found.get("policy", {}).get("state", "enabled") != "enabled"
-        or found.get("capabilities", {}).get("type", "chat") != "chat"
+        or found.get("capabilities", {}).get("type", "chat") != kind
     ):
         refusal = capi(400, "The requested model is not supported.", "model_not_supported",
                        param="model", type="invalid_request_error")  # fmt: skip
         refusal.note += f" ({name})"
         raise refusal
-    if endpoint not in found.get("supported_endpoints", ["/chat/completions"]):
+    if endpoint not in found.get("supported_endpoints", [usual]):
         raise capi(
             400,
             f'model "{name}" is not accessible via the {endpoint} endpoint',
@@ -1167,25 +1244,477 @@ def check_messages(body: Json, model: Json, betas: set[str], issued: Issued) -> 
 
 # ---- Rules: /responses ---------------------------------------------------------------------------
 
+_RESPONSES_KEYS = _words(
+    """
+    model input instructions stream store include reasoning text truncation max_output_tokens
+    temperature top_p tools tool_choice parallel_tool_calls prompt_cache_key context_management
+    """
+)
+_UNSUPPORTED_KEYS = _words(
+    """
+    stream_options service_tier user safety_identifier metadata background conversation prompt
+    """
+)
+#: Keys of an input item beside type, id and status.
+_ITEM_KEYS = {
+    "message": {"role", "content", "phase"},
+    "reasoning": {"summary", "content", "encrypted_content"},
+    "function_call": {"call_id", "name", "arguments", "namespace"},
+    "function_call_output": {"call_id", "output"},
+    "custom_tool_call": {"call_id", "name", "input", "namespace"},
+    "custom_tool_call_output": {"call_id", "output"},
+    "compaction": {"encrypted_content"},
+}
+_ID_STARTS = {
+    "message": "msg_",
+    "reasoning": "rs_",
+    "function_call": "fc_",
+    "function_call_output": "fc",
+    "custom_tool_call": "ctc_",
+    "custom_tool_call_output": "ctc",
+    "compaction": "cmp_",
+}
+_ANSWERED_BY = {
+    "function_call": "function_call_output",
+    "custom_tool_call": "custom_tool_call_output",
+}
+_ROLE_PARTS = {
+    "user": {"input_text", "input_image"},
+    "system": {"input_text"},
+    "developer": {"input_text"},
+    "assistant": {"output_text", "refusal"},
+}
+_PART_KEYS = {
+    "input_text": {"text"},
+    "input_image": {"image_url", "detail"},
+    "output_text": {"text", "annotations", "logprobs"},
+    "refusal": {"refusal"},
+}
+_LONGEST_ID = 64
 
-def check_responses(body: Json) -> None:
-    """The little that this imitation knows of /responses: the keys it refuses."""
-    if body.get("store"):
+
+def _only_known(value: Json, known: Names | set[str], where: str = "") -> None:
+    """Refuses an object of /responses with a key nobody knows, or a null."""
+    for key in sorted(value):
+        if key not in known:
+            path = where + key
+            raise refused_at(path, f"Unknown parameter: '{path}'.", "unknown_parameter")
+        if value[key] is None:
+            raise _wrong_type(where + key, "null")
+
+
+def _wrong_type(path: str, got: str) -> Refusal:
+    return refused_at(
+        path, f"Invalid type for '{path}': it cannot be {got} instead.", "invalid_type"
+    )
+
+
+def _one_of(value: Any, path: str, known: Iterable[str]) -> None:
+    """Refuses a word that is not in a list."""
+    choice = sorted(known)
+    if value not in choice:
+        listed = ", ".join(f"'{word}'" for word in choice)
+        raise refused_at(path, f"Invalid value: '{value}'. Supported values are: {listed}.")
+
+
+def _string(value: Json, key: str, where: str, most: int | None = None) -> str:
+    """A string that has to be there; one with a limit must not be empty."""
+    path = where + key
+    if key not in value:
+        missing = f"Missing required parameter: '{path}'."
+        raise refused_at(path, missing, "missing_required_parameter")
+    text = value[key]
+    if not isinstance(text, str):
+        raise _wrong_type(path, type(text).__name__)
+    if most is not None and not text:
+        raise refused_at(path, f"Invalid '{path}': empty string.", "empty_string")
+    if most is not None and len(text) > most:
+        why = f"Invalid '{path}': string too long. Expected a string with maximum length {most}, "
+        why += f"but got a string with length {len(text)} instead."
+        raise refused_at(path, why, "string_above_max_length")
+    return text
+
+
+def _list(value: Json, key: str, where: str = "") -> list[Json]:
+    """A list of objects; an absent one is empty."""
+    listed = value.get(key, [])
+    if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
+        raise _wrong_type(where + key, "other than a list of objects")
+    return listed
+
+
+def _object_at(value: Json, key: str, known: set[str], where: str = "") -> Json:
+    """An object of known keys; an absent one is empty."""
+    inner = value.get(key, {})
+    if not isinstance(inner, dict):
+        raise _wrong_type(where + key, type(inner).__name__)
+    _only_known(inner, known, f"{where}{key}.")
+    return inner
+
+
+def _name_at(value: Json, where: str) -> str:
+    name = _string(value, "name", where, _LONGEST_ID)
+    if not _NAME.fullmatch(name):
+        why = f"Invalid '{where}name': string does not match pattern. "
+        why += "Expected a string that matches the pattern '^[a-zA-Z0-9_-]+$'."
+        raise refused_at(f"{where}name", why)
+    return name
+
+
+def _check_response_keys(body: Json) -> None:
+    if body.get("store", False) is not False:
         raise capi(400, "store is not supported", "unsupported_value", param="store")
     if "previous_response_id" in body:
         raise capi(400, "previous response not found", "previous_response_not_found")
-    for key in (
-        "stream_options",
-        "service_tier",
-        "user",
-        "safety_identifier",
-        "metadata",
-        "background",
-        "conversation",
-        "prompt",
-    ):
+    for key in sorted(_UNSUPPORTED_KEYS & set(body)):
+        raise capi(400, f"Unsupported parameter: '{key}'", "unsupported_parameter", param=key)
+    _only_known(body, _RESPONSES_KEYS)
+    for key in ("stream", "parallel_tool_calls"):
+        if not isinstance(body.get(key, True), bool):
+            raise _wrong_type(key, type(body[key]).__name__)
+    for key, longest in (("instructions", None), ("prompt_cache_key", _LONGEST_ID)):
         if key in body:
-            raise capi(400, f"Unsupported parameter: '{key}'", "unsupported_parameter", param=key)
+            _string(body, key, "", longest)
+    if "truncation" in body:
+        _one_of(body["truncation"], "truncation", ("auto", "disabled"))
+    include = body.get("include", [])
+    if not isinstance(include, list):
+        raise _wrong_type("include", type(include).__name__)
+    for at, member in enumerate(include):
+        _one_of(member, f"include[{at}]", ["reasoning.encrypted_content"])
+    for at, edit in enumerate(_list(body, "context_management")):
+        where = f"context_management[{at}]."
+        _only_known(edit, {"type", "compact_threshold"}, where)
+        _one_of(edit.get("type"), where + "type", ["compaction"])
+
+
+def _check_response_numbers(body: Json, model: Json) -> None:
+    efforts = supports(model, "reasoning_effort") or ()
+    reasoning = _object_at(body, "reasoning", {"effort", "summary"})
+    if "effort" in reasoning and reasoning["effort"] not in efforts:
+        why = f"Unsupported value: '{reasoning['effort']}' is not supported with the "
+        why += f"'{model['id']}' model. Supported values are: {', '.join(efforts)}."
+        raise refused_at("reasoning.effort", why, "unsupported_value")
+    if "summary" in reasoning:
+        _one_of(reasoning["summary"], "reasoning.summary", ("auto", "detailed"))
+    for key in sorted({"temperature", "top_p"} & set(body)):
+        if efforts:
+            why = f"Unsupported parameter: '{key}' is not supported with this model."
+            raise refused_at(key, why, "unsupported_parameter")
+    most = body.get("max_output_tokens", 16)
+    if not isinstance(most, int) or isinstance(most, bool):
+        raise _wrong_type("max_output_tokens", type(most).__name__)
+    if most < 16:
+        why = "Invalid 'max_output_tokens': integer below minimum value. "
+        why += f"Expected a value >= 16, but got {most} instead."
+        raise refused_at("max_output_tokens", why, "integer_below_min_value")
+    if most > (highest := limit(model, "max_output_tokens")):
+        why = "Invalid 'max_output_tokens': integer above maximum value. "
+        why += f"Expected a value <= {highest}, but got {most} instead."
+        raise refused_at("max_output_tokens", why, "integer_above_max_value")
+
+
+def _check_text_options(body: Json, model: Json) -> None:
+    text = _object_at(body, "text", {"verbosity", "format"})
+    shape = text.get("format", {"type": "text"})
+    if ("verbosity" in text or shape != {"type": "text"}) and not supports(
+        model, "structured_outputs"
+    ):
+        why = "Unsupported parameter: 'text' is not supported with this model."
+        raise refused_at("text", why, "unsupported_parameter")
+    if "verbosity" in text:
+        _one_of(text["verbosity"], "text.verbosity", ("low", "medium", "high"))
+    kind = shape.get("type")
+    _one_of(kind, "text.format.type", ("text", "json_object", "json_schema"))
+    if kind == "json_schema":
+        _only_known(shape, {"type", "name", "schema", "strict", "description"}, "text.format.")
+        _name_at(shape, "text.format.")
+        schema = shape.get("schema")
+        if not isinstance(schema, dict) or schema.get("type") != "object":
+            why = "Invalid schema for response_format: schema must be of type object."
+            raise refused_at("text.format.schema", why, "invalid_json_schema")
+        if shape.get("strict") and (trouble := strict_trouble(schema)):
+            why = f"Invalid schema for response_format: {trouble}"
+            raise refused_at("text.format.schema", why, "invalid_json_schema")
+
+
+def strict_trouble(schema: Any) -> str | None:
+    """What strict mode dislikes in a schema, at any depth: optional and further properties."""
+    if not isinstance(schema, dict):
+        return None
+    properties = schema.get("properties") or {}
+    if schema.get("type") == "object":
+        if schema.get("additionalProperties") is not False:
+            return "'additionalProperties' is required to be supplied and to be false."
+        if set(schema.get("required", ())) != set(properties):
+            return "'required' is required to be supplied and to hold every key in properties."
+    below = [*properties.values(), schema.get("items"), *(schema.get("anyOf") or ())]
+    return next((trouble for part in below if (trouble := strict_trouble(part))), None)
+
+
+def _check_function_tool(tool: Json, where: str) -> None:
+    _only_known(tool, {"type", "name", "description", "parameters", "strict"}, where)
+    name, schema = _name_at(tool, where), tool.get("parameters")
+    trouble = None
+    if not isinstance(schema, dict) or schema.get("type") != "object":
+        trouble = "schema must be a JSON Schema of 'type: \"object\"'."
+    elif not isinstance(schema.get("properties"), dict):
+        trouble = "object schema missing properties."
+    elif not isinstance(tool.get("strict", False), bool):
+        raise _wrong_type(where + "strict", type(tool["strict"]).__name__)
+    elif tool.get("strict"):
+        trouble = strict_trouble(schema)
+    if trouble := trouble or schema_trouble(schema):
+        why = f"Invalid schema for function '{name}': {trouble}"
+        raise refused_at(where + "parameters", why, "invalid_function_parameters")
+
+
+def _check_custom_tool(tool: Json, where: str) -> None:
+    _only_known(tool, {"type", "name", "description", "format"}, where)
+    _name_at(tool, where)
+    shape = _object_at(tool, "format", {"type", "syntax", "definition"}, where)
+    _one_of(shape.get("type", "text"), where + "format.type", ("text", "grammar"))
+    if shape.get("type") == "grammar":
+        _one_of(shape.get("syntax"), where + "format.syntax", ("lark", "regex"))
+        _string(shape, "definition", where + "format.")
+
+
+def _check_tool(tool: Json, where: str, nested: bool = False) -> None:
+    kind = tool.get("type")
+    if kind == "function":
+        _check_function_tool(tool, where)
+    elif kind == "custom":
+        _check_custom_tool(tool, where)
+    elif kind == "namespace" and not nested:
+        _only_known(tool, {"type", "name", "description", "tools"}, where)
+        _name_at(tool, where)
+        if not _string(tool, "description", where).strip():
+            raise refused_at(where + "description", f"Invalid '{where}description': empty string.")
+        for at, inner in enumerate(_list(tool, "tools", where)):
+            _check_tool(inner, f"{where}tools[{at}].", nested=True)
+    else:
+        why = f"The requested tool {kind} is not supported."
+        raise refused_at(where + "type", why, "unsupported_value")
+
+
+def _check_responses_tools(body: Json) -> None:
+    tools, choice = _list(body, "tools"), body.get("tool_choice", "auto")
+    if len(tools) > 128:
+        why = "Invalid 'tools': array too long. Expected an array with maximum length 128."
+        raise refused_at("tools", why, "array_above_max_length")
+    offered: set[tuple[str, str]] = set()
+    for at, tool in enumerate(tools):
+        _check_tool(tool, f"tools[{at}].")
+        if tool["name"] in {name for _, name in offered}:
+            raise refused_at(f"tools[{at}].name", f"Duplicate tool name: '{tool['name']}'.")
+        offered.add((tool["type"], tool["name"]))
+    if choice in ("auto", "none"):
+        return
+    if not tools:
+        raise refused_at("tool_choice", "Tool choice must be specified with 'tools' parameter.")
+    if choice == "required":
+        return
+    if not isinstance(choice, dict):
+        raise refused_at("tool_choice", f"Invalid value: '{choice}'.")
+    named = [choice]
+    if choice.get("type") == "allowed_tools":
+        _only_known(choice, {"type", "mode", "tools"}, "tool_choice.")
+        _one_of(choice.get("mode"), "tool_choice.mode", ("auto", "required"))
+        named = _list(choice, "tools", "tool_choice.")
+    for one in named:
+        _only_known(one, {"type", "name"}, "tool_choice.")
+        if (one.get("type"), one.get("name")) not in offered:
+            name = one.get("name", one.get("type"))
+            raise refused_at("tool_choice", f"Tool choice '{name}' not found in 'tools' parameter.")
+
+
+def _check_item_parts(item: Json, where: str, model: Json) -> None:
+    """What a message says: text, or parts of the kinds that its role may send."""
+    role, content = item["role"], item.get("content")
+    if isinstance(content, str):
+        content = [
+            {"type": "output_text" if role == "assistant" else "input_text", "text": content}
+        ]
+    if not isinstance(content, list) or not content:
+        raise _wrong_type(where + "content", type(content).__name__)
+    for n, part in enumerate(content):
+        path = f"{where}content[{n}]."
+        if not isinstance(part, dict):
+            raise _wrong_type(path[:-1], type(part).__name__)
+        kind = str(part.get("type"))
+        _one_of(kind, path + "type", _ROLE_PARTS[role])
+        _only_known(part, _PART_KEYS[kind] | {"type"}, path)
+        if kind == "input_image":
+            _check_input_image(part, path, model)
+        elif not _string(part, "refusal" if kind == "refusal" else "text", path).strip():
+            raise refused_at(path + "text", f"Invalid '{path}text': empty string.", "empty_string")
+        for key in ("annotations", "logprobs"):
+            if not isinstance(part.get(key, []), list):
+                raise _wrong_type(path + key, type(part[key]).__name__)
+
+
+def _check_input_image(part: Json, where: str, model: Json) -> None:
+    _one_of(part.get("detail"), where + "detail", ("auto", "low", "high"))
+    url = _string(part, "image_url", where)
+    data = re.fullmatch(r"data:([^;,]+);base64,(.*)", url, re.DOTALL)
+    if not data or not right_image(data.group(1), data.group(2), model):
+        why = f"Invalid '{where}image_url': an image that is not inlined or of a wrong kind."
+        raise refused_at(where + "image_url", why, "invalid_image_url")
+
+
+def _check_item(item: Any, where: str, model: Json, issued: Issued) -> None:
+    """The shape of one input item."""
+    if not isinstance(item, dict):
+        raise _wrong_type(where[:-1], type(item).__name__)
+    kind = kind_of(item)
+    if kind == "item_reference":
+        why = f"Item with id '{item.get('id')}' not found. "
+        raise refused_at("input", why + "Items are not persisted when `store` is set to false.")
+    _one_of(kind, where + "type", _ITEM_KEYS)
+    _only_known(item, _ITEM_KEYS[kind] | {"type", "id", "status"}, where)
+    if "id" in item and not _string(item, "id", where, _LONGEST_ID).startswith(_ID_STARTS[kind]):
+        start = _ID_STARTS[kind].rstrip("_")
+        why = f"Invalid '{where}id': '{item['id']}'. Expected an ID that begins with '{start}'."
+        raise refused_at(where + "id", why)
+    if "status" in item:
+        _one_of(item["status"], where + "status", ("completed", "in_progress", "incomplete"))
+    if kind == "message":
+        _one_of(item.get("role"), where + "role", _ROLE_PARTS)
+        if "phase" in item:
+            known = ("commentary", "final_answer") if item["role"] == "assistant" else ()
+            _one_of(item["phase"], where + "phase", known)
+        _check_item_parts(item, where, model)
+    elif kind in ("reasoning", "compaction"):
+        _check_sealed(item, where, issued)
+    else:
+        _check_call_item(item, kind, where)
+
+
+def _check_call_item(item: Json, kind: str, where: str) -> None:
+    """A tool call or its output; outputs are text and nothing else."""
+    _string(item, "call_id", where, _LONGEST_ID)
+    if kind.endswith("_output"):
+        _string(item, "output", where)
+        return
+    _name_at(item, where)
+    text = _string(item, "arguments" if kind == "function_call" else "input", where)
+    if kind == "function_call":
+        try:
+            good = isinstance(json.loads(text), dict)
+        except ValueError:
+            good = False
+        if not good:
+            why = f"Invalid '{where}arguments': {text!r} is no JSON object."
+            raise refused_at(where + "arguments", why)
+
+
+def _check_sealed(item: Json, where: str, issued: Issued) -> None:
+    """A thought comes back as it was given out, encrypted; nobody has its id in store."""
+    if item["type"] == "reasoning":
+        if "summary" not in item:
+            why = f"Missing required parameter: '{where}summary'."
+            raise refused_at(where + "summary", why, "missing_required_parameter")
+        for n, part in enumerate(_list(item, "summary", where)):
+            path = f"{where}summary[{n}]."
+            _only_known(part, {"type", "text"}, path)
+            _one_of(part.get("type"), path + "type", ["summary_text"])
+            _string(part, "text", path)
+        if item.get("content", []) != []:
+            raise refused_at(where + "content", f"Invalid '{where}content': array too long.",
+                             "array_above_max_length")  # fmt: skip
+        if "encrypted_content" not in item:
+            why = f"Item with id '{item.get('id')}' not found. "
+            raise refused_at("input", why + "Items are not persisted when `store` is set to false.")
+    if _string(item, "encrypted_content", where) not in issued.sealed:
+        refusal = refused_at("input", "input item ID does not belong to this connection", None)
+        refusal.note += f": {where}encrypted_content was not issued here"
+        raise refusal
+
+
+def _check_items(items: list[Json], issued: Issued) -> None:
+    """Ids are used once, calls have their outputs right behind them, thoughts stand in front."""
+    ids = [item["id"] for item in items if "id" in item]
+    if again := [name for name in ids if ids.count(name) > 1]:
+        raise refused_at("input", f"Duplicate item found with id {again[0]}.", None)
+    waiting: dict[str, str] = {}
+    answering = False
+    for item in items:
+        kind, name = kind_of(item), str(item.get("call_id"))
+        if kind.endswith("_output"):
+            if waiting.pop(name, None) != kind:
+                why = f"No tool call found for function call output with call_id {name}."
+                raise refused_at("input", why, None)
+            answering = bool(waiting)
+            continue
+        between = kind in _ANSWERED_BY or kind == "reasoning"
+        if waiting and (answering or not between or name in waiting):
+            why = f"No tool output found for function call {next(iter(waiting))}."
+            raise refused_at("input", why, None)
+        if kind in _ANSWERED_BY:
+            waiting[name] = _ANSWERED_BY[kind]
+    if waiting:
+        why = f"No tool output found for function call {next(iter(waiting))}."
+        raise refused_at("input", why, None)
+    for at, item in enumerate(items):
+        if kind_of(item) == "reasoning":
+            _check_thought_place(items[:at], item, items[at + 1 :], issued)
+
+
+def _check_thought_place(
+    before: list[Json], thought: Json, behind: list[Json], issued: Issued
+) -> None:
+    """A thought stands in front of what the model went on to say or call."""
+    calls = [
+        {i["call_id"] for i in items if kind_of(i) in _ANSWERED_BY} for items in (before, behind)
+    ]
+    if late := sorted((calls[0] - calls[1]) & issued.sealed[thought["encrypted_content"]]):
+        why = f"Item of function call {late[0]} was provided without its required 'reasoning' item."
+        raise refused_at("input", why, None)
+    after = next((item for item in behind if kind_of(item) != "reasoning"), {"type": "nothing"})
+    if kind_of(after) not in _ANSWERED_BY and after.get("role") != "assistant":
+        why = f"Item '{thought.get('id')}' of type 'reasoning' was provided without its required "
+        raise refused_at("input", why + "following item.", None)
+
+
+def check_responses(body: Json, model: Json, issued: Issued) -> None:
+    """Everything that /responses refuses in a body."""
+    _check_response_keys(body)
+    _check_response_numbers(body, model)
+    _check_text_options(body, model)
+    _check_responses_tools(body)
+    said = body.get("input")
+    if isinstance(said, str):
+        said = [{"role": "user", "content": said}]
+    if not isinstance(said, list) or not said:
+        raise refused_at("input", "Missing required parameter: 'input'.",
+                         "missing_required_parameter")  # fmt: skip
+    for at, item in enumerate(said):
+        _check_item(item, f"input[{at}].", model, issued)
+    _check_items(said, issued)
+    if (size := tokens_in(body)) > (most := limit(model, "max_prompt_tokens")):
+        why = f"prompt token count of {size} exceeds the limit of {most}"
+        raise capi(400, why, "model_max_prompt_tokens_exceeded")
+
+
+# ---- Rules: /embeddings --------------------------------------------------------------------------
+
+
+def check_embeddings(body: Json, model: Json) -> None:
+    """Everything that /embeddings refuses in a body."""
+    if unknown := sorted(set(body) - {"model", "input", "dimensions", "encoding_format"}):
+        raise bad_body(f"the key {unknown[0]}")
+    texts = body.get("input")
+    if not isinstance(texts, list) or not all(isinstance(t, str) and t for t in texts):
+        raise bad_body("input is no list of texts")
+    if not 1 <= len(texts) <= limit(model, "max_inputs"):
+        raise bad_body(f"{len(texts)} inputs")
+    if body.get("encoding_format", "float") != "float":
+        raise bad_body(f"encoding_format {body['encoding_format']}")
+    size = body.get("dimensions", 1)
+    if "dimensions" in body and not supports(model, "dimensions"):
+        raise bad_body(f"dimensions, which {model['id']} does not know")
+    if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= DIMENSIONS:
+        raise bad_body(f"dimensions {size}")
 
 
 # ---- Imitation -----------------------------------------------------------------------------------
@@ -1212,7 +1741,7 @@ def example_of(schema: Any) -> Any:
     return {"integer": 7, "number": 1.5, "boolean": True, "null": None}.get(kind, "example")
 
 
-def default_brain(dialect: str, body: Json) -> list[Part]:
+def default_brain(dialect: str, body: Json) -> list[AnyPart]:
     """Answers by simple key words, so that a test can ask for what it needs in the prompt."""
     seen = images_in(body)
     sight = f" I see {seen} image(s)." if seen else ""
@@ -1221,28 +1750,40 @@ def default_brain(dialect: str, body: Json) -> list[Part]:
     text, tools = last_user_text(body), offered_tools(body)
     # With a thinking budget every turn begins with a thought, and the validator expects it back.
     thinks = "think" in text or body.get("thinking", {}).get("type") == "enabled"
-    parts: list[Part] = [Think("Let me think about that.")] if thinks else []
-    if tools and "use both tools" in text:
-        both = (tools * 2)[:2]
-        return parts + [Call(name, example_of(schema)) for name, schema in both]
-    if tools and "use the tool" in text:
-        name, schema = tools[0]
-        return [*parts, Call(name, example_of(schema))]
+    parts: list[AnyPart] = [Think("Let me think about that.")] if thinks else []
+    wanted = 2 if "use both tools" in text else int("use the tool" in text)
+    if tools and wanted:
+        custom = {t["name"] for t in body["tools"]
+                  if t.get("type") == "custom" and "input_schema" not in t}  # fmt: skip
+        return parts + [
+            CustomCall(name, "example") if name in custom else Call(name, example_of(schema))
+            for name, schema in (tools * 2)[:wanted]
+        ]
     return [*parts, Say(f"Hello from {body['model']}.{sight} You said: {text}")]
 
 
-def usage_of(body: Json, parts: list[Part], cached: bool) -> dict[str, int]:
-    """Counts that add up: half of a prompt with cache marks is written, or read when `cached`."""
+def spoken(part: AnyPart) -> int:
+    """Tokens of one part of an answer."""
+    if isinstance(part, Stop):
+        return 0
+    if isinstance(part, (Say, Think)):
+        return tokens_in(part.text) + 1
+    return tokens_in(part.input if isinstance(part, CustomCall) else part.arguments) + 1
+
+
+def usage_of(body: Json, parts: Sequence[AnyPart], cached: bool) -> dict[str, int]:
+    """Counts that add up: half of a prompt with cache marks is written, or read when `cached`.
+
+    /responses needs no marks, and says nothing of what it writes.
+    """
     prompt = tokens_in(body) + 1
-    marks = dump(body)
-    half = prompt // 2 if b'cache_control"' in marks else 0
-    spoken = sum(tokens_in(p.text if isinstance(p, (Say, Think)) else p.arguments) + 1
-                 for p in parts if not isinstance(p, Stop))  # fmt: skip
+    marked = b'cache_control"' in dump(body) or ("input" in body and cached)
+    half = prompt // 2 if marked else 0
     return {
         "input": prompt - half,
         "cache_read": half if cached else 0,
         "cache_write": 0 if cached else half,
-        "output": spoken,
+        "output": sum(spoken(part) for part in parts),
     }
 
 
@@ -1277,7 +1818,7 @@ class ChatVoice:
     """Parts rendered as /chat/completions does, stream or whole."""
 
     def __init__(
-        self, parts: list[Part], body: Json, model: Json, issued: Issued, cached: bool
+        self, parts: Sequence[AnyPart], body: Json, model: Json, issued: Issued, cached: bool
     ) -> None:
         self.parts = parts
         self.model = model
@@ -1401,7 +1942,7 @@ class MessagesVoice:
     """Parts rendered as /v1/messages does, stream or whole."""
 
     def __init__(
-        self, parts: list[Part], body: Json, model: Json, issued: Issued, cached: bool
+        self, parts: Sequence[AnyPart], body: Json, model: Json, issued: Issued, cached: bool
     ) -> None:
         thinking = body.get("thinking", {})
         self.parts = parts
@@ -1490,6 +2031,207 @@ class MessagesVoice:
     def whole(self) -> Json:
         """The answer in one piece."""
         return {**self.head, "content": self.content(), **self.stopped(self.stop), **self.last}
+
+
+def blob() -> str:
+    """An id as /responses gives them: 300 to 448 characters of base64, never the same twice."""
+    return base64.b64encode(secrets.token_bytes(225 + secrets.randbelow(112))).decode()
+
+
+class ResponsesVoice:
+    """Parts rendered as /responses does, stream or whole."""
+
+    def __init__(
+        self, parts: Sequence[AnyPart], body: Json, model: Json, issued: Issued, cached: bool
+    ) -> None:
+        self.body = body
+        self.model = model
+        self.issued = issued
+        self.created = int(time.time())
+        self.reason = next((p.reason for p in parts if isinstance(p, Stop)), "")
+        self.used = usage_of(body, parts, cached)
+        self.thought = sum(spoken(part) for part in parts if isinstance(part, Think))
+        self.summary = "summary" in body.get("reasoning", {})
+        self.sealing = "reasoning.encrypted_content" in body.get("include", ())
+        #: Thoughts whose summary comes without deltas.
+        self.late: set[int] = set()
+        self.items = self.rendered([part for part in parts if not isinstance(part, Stop)])
+
+    @property
+    def status(self) -> str:
+        """How the answer ends."""
+        cut = ("max_output_tokens", "content_filter")
+        return "incomplete" if self.reason in cut else "failed" if self.reason else "completed"
+
+    def rendered(self, parts: Sequence[Say | Think | Call | CustomCall]) -> list[Json]:
+        """The finished items of the answer, each without its id."""
+        names = [getattr(part, "id", None) or f"call_{uuid.uuid4().hex[:24]}" for part in parts]
+        calls = [isinstance(part, (Call, CustomCall)) for part in parts]
+        items: list[Json] = []
+        for at, part in enumerate(parts):
+            call = {"status": "completed", "call_id": names[at]}
+            if isinstance(part, Say):
+                items.append(self.message(part.text, any(calls[at:])))
+            elif isinstance(part, Think):
+                if part.late:
+                    self.late.add(at)
+                after = [names[n] for n in range(at, len(parts)) if calls[n]]
+                items.append(self.thought_item(part, after))
+            elif isinstance(part, Call):
+                text = dump(part.arguments).decode()
+                call.update(type="function_call", name=part.name, arguments=text)
+                items.append(call)
+            else:
+                call.update(type="custom_tool_call", name=part.name, input=part.input)
+                items.append(call)
+        if items and self.status == "incomplete" and "status" in items[-1]:
+            items[-1]["status"] = "incomplete"
+        return items
+
+    def message(self, text: str, calls: bool) -> Json:
+        """A message; models of this endpoint alone tell an announcement from the answer."""
+        part = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+        item = {"type": "message", "role": "assistant", "status": "completed", "content": [part]}
+        if "/chat/completions" not in self.model.get("supported_endpoints", ()):
+            item["phase"] = "commentary" if calls else "final_answer"
+        return item
+
+    def thought_item(self, part: Think, calls: list[str]) -> Json:
+        """A thought; its summary and its encrypted content only where they are asked for."""
+        said = part.text.split("\n\n") if self.summary and part.text else []
+        item: Json = {"type": "reasoning", "summary": []}
+        item["summary"] += [{"type": "summary_text", "text": text} for text in said]
+        if self.sealing:
+            item["encrypted_content"] = self.issued.seal(calls, part.signature)
+        return item
+
+    @staticmethod
+    def disguised(item: Json) -> Json:
+        """The item with an id of this moment, and an encrypted content that is good for nothing."""
+        worthless = {"encrypted_content": blob()} if "encrypted_content" in item else {}
+        return {"id": blob(), **item, **worthless}
+
+    def response(self, status: str, output: list[Json]) -> Json:
+        """The response object: it has no `store`, and its `output_text` is never filled."""
+        asked = self.body
+        reasoning = {"effort": "medium", "summary": None, **asked.get("reasoning", {})}
+        value: Json = {
+            "id": blob(), "object": "response", "created_at": self.created, "status": status,
+            "background": False, "error": None, "incomplete_details": None,
+            "instructions": asked.get("instructions"),
+            "max_output_tokens": asked.get("max_output_tokens"), "model": dated(self.model),
+            "output": output, "output_text": None,
+            "parallel_tool_calls": asked.get("parallel_tool_calls", True),
+            "previous_response_id": None, "prompt_cache_key": asked.get("prompt_cache_key"),
+            "reasoning": reasoning, "temperature": 1.0, "top_p": 1.0,
+            "text": {"format": {"type": "text"}, "verbosity": "medium", **asked.get("text", {})},
+            "tool_choice": asked.get("tool_choice", "auto"), "tools": asked.get("tools", []),
+            "truncation": asked.get("truncation", "disabled"), "usage": None, "user": None,
+            "metadata": {},
+        }  # fmt: skip
+        if status == "incomplete":
+            value["incomplete_details"] = {"reason": self.reason}
+        if status == "failed":
+            value["error"] = {"code": self.reason, "message": f"The answer failed: {self.reason}"}
+        elif status != "in_progress":
+            value["usage"] = self.counts()
+        return value
+
+    def counts(self) -> Json:
+        """The usage inside the response; cached input is part of all input."""
+        prompt = self.used["input"] + self.used["cache_read"] + self.used["cache_write"]
+        return {
+            "input_tokens": prompt,
+            "input_tokens_details": {"cached_tokens": self.used["cache_read"]},
+            "output_tokens": self.used["output"],
+            "output_tokens_details": {"reasoning_tokens": self.thought},
+            "total_tokens": prompt + self.used["output"],
+        }
+
+    def inside(self, at: int, item: Json) -> Iterator[Json]:
+        """The events between the beginning and the end of an item, without ids."""
+        if item["type"] == "message":
+            part = item["content"][0]
+            place = {"content_index": 0}
+            yield {"type": "response.content_part.added", **place, "part": {**part, "text": ""}}
+            for piece in words(part["text"]):
+                yield {
+                    "type": "response.output_text.delta", **place, "delta": piece, "logprobs": [],
+                    "obfuscation": "abcdefghijkl"[: len(piece)],
+                }  # fmt: skip
+            yield {
+                "type": "response.output_text.done", **place, "text": part["text"], "logprobs": [],
+            }  # fmt: skip
+            yield {"type": "response.content_part.done", **place, "part": part}
+        elif item["type"] == "reasoning":
+            for n, part in enumerate([] if at in self.late else item["summary"]):
+                head, place = "response.reasoning_summary_", {"summary_index": n}
+                yield {"type": head + "part.added", **place, "part": {**part, "text": ""}}
+                for piece in words(part["text"]):
+                    yield {"type": head + "text.delta", **place, "delta": piece}
+                yield {"type": head + "text.done", **place, "text": part["text"]}
+                yield {"type": head + "part.done", **place, "part": part}
+        else:
+            function = item["type"] == "function_call"
+            key = "arguments" if function else "input"
+            head = "response." + (
+                "function_call_arguments" if function else "custom_tool_call_input"
+            )
+            half = (len(item[key]) + 1) // 2
+            for piece in (item[key][:half], item[key][half:]):
+                yield {"type": head + ".delta", "delta": piece, "obfuscation": "abc"}
+            yield {"type": head + ".done", key: item[key]}
+
+    def item_events(self, at: int, item: Json) -> Iterator[Json]:
+        """All events of one item; each of them calls it by another id."""
+        started = {**item, "status": "in_progress"} if "status" in item else item
+        bare = {"message": "content", "reasoning": "summary", "function_call": "arguments"}
+        key = bare.get(item["type"], "input")
+        empty = self.disguised({**started, key: "" if isinstance(item[key], str) else []})
+        yield {"type": "response.output_item.added", "output_index": at, "item": empty}
+        for event in self.inside(at, item):
+            yield {**event, "output_index": at, "item_id": blob()}
+        whole = {"id": blob(), **item}
+        yield {"type": "response.output_item.done", "output_index": at, "item": whole}
+
+    def events(self) -> list[Json]:
+        """The stream as objects, for tests that want to change some; `numbered` makes it bytes."""
+        told = [{"type": f"response.{name}", "response": self.response("in_progress", [])}
+                for name in ("created", "in_progress")]  # fmt: skip
+        for at, item in enumerate(self.items):
+            told += self.item_events(at, item)
+        output = [self.disguised(item) for item in self.items]
+        last = {"type": f"response.{self.status}", "response": self.response(self.status, output)}
+        paid = {} if self.status == "failed" else {"copilot_usage": copilot_usage(self.used)}
+        return [*told, {**last, **paid}]
+
+    def frames(self) -> list[bytes]:
+        """The stream; it just ends, without a [DONE]."""
+        return [numbered(event, first=n) for n, event in enumerate(self.events())]
+
+    def whole(self) -> Json:
+        """The answer in one piece: here the encrypted content is the right one."""
+        value = self.response(self.status, [{"id": blob(), **item} for item in self.items])
+        paid = {} if self.status == "failed" else {"copilot_usage": copilot_usage(self.used)}
+        return {**value, **paid}
+
+
+#: Numbers in a vector, unless fewer are asked for.
+DIMENSIONS = 1536
+
+
+def embeddings_of(body: Json, bare: bool) -> Json:
+    """A vector for each text, the same one for the same text; a bare answer lacks some names."""
+    size = body.get("dimensions", DIMENSIONS)
+    data: list[Json] = []
+    for at, text in enumerate(body["input"]):
+        drawn = hashlib.shake_256(text.encode()).digest(size)
+        vector = [(byte - 128) / 128 for byte in drawn]
+        data.append({"index": at, "embedding": vector} | ({} if bare else {"object": "embedding"}))
+    count = tokens_in(body["input"])
+    usage = {"prompt_tokens": count, "total_tokens": count}
+    named = {} if bare else {"object": "list", "model": body["model"]}
+    return {"data": data, "usage": usage, **named}
 
 
 # ---- Connection ----------------------------------------------------------------------------------
@@ -1846,6 +2588,7 @@ class FakeCopilot(FakeService):
         #: `interval` of the device flow.
         self.poll_seconds = 1
         self.exchanges = 0
+        self.embedded = 0
         self.issued = Issued()
         self._live_tokens: set[str] = set()
         self._all_tokens: set[str] = set()
@@ -1864,8 +2607,8 @@ class FakeCopilot(FakeService):
     # Routes
 
     def is_call(self, seen: Seen) -> bool:
-        """A POST to one of the three dialects."""
-        return seen.method == "POST" and seen.path in GENERATION
+        """A POST to one of the three dialects, or for embeddings."""
+        return seen.method == "POST" and seen.path in (*GENERATION, "/embeddings")
 
     def route(self, seen: Seen) -> Answer:
         """The answer to one request."""
@@ -1877,6 +2620,7 @@ class FakeCopilot(FakeService):
             ("GET", "/copilot_internal/user"): self._quota,
             ("GET", "/models"): self._models,
             **{("POST", path): self._generate for path in GENERATION},
+            ("POST", "/embeddings"): self._embed,
         }
         route = routes.get((seen.method, seen.path))
         if (
@@ -2010,19 +2754,21 @@ class FakeCopilot(FakeService):
             self._failed.discard(interaction)
             if not 200 <= answer.status < 300:
                 self._failed.add(interaction)
-        asked = seen.headers.get("x-request-id", "")
-        ids = {"x-request-id": asked, "x-github-request-id": f"FAKE:{len(self.calls):04X}"}
         quota = QUOTA_HEADERS if 200 <= answer.status < 300 else {}
-        return replace(answer, headers={**ids, **quota, **answer.headers})
+        return replace(answer, headers={**self._ids(seen), **quota, **answer.headers})
+
+    def _ids(self, seen: Seen) -> dict[str, str]:
+        """The headers by which the service knows an answer again."""
+        asked = seen.headers.get("x-request-id", "")
+        return {"x-request-id": asked, "x-github-request-id": f"FAKE:{len(self.calls):04X}"}
 
     def _imitate(self, seen: Seen, cached: bool) -> Answer:
-        """The brain's answer in the endpoint's dialect; /responses has none and needs `queue`."""
-        voices: dict[str, tuple[str, type[ChatVoice | MessagesVoice]]] = {
+        """The brain's answer in the endpoint's dialect."""
+        voices: dict[str, tuple[str, type[ChatVoice | MessagesVoice | ResponsesVoice]]] = {
             "/chat/completions": ("chat", ChatVoice),
             "/v1/messages": ("messages", MessagesVoice),
+            "/responses": ("responses", ResponsesVoice),
         }
-        if seen.path not in voices:
-            raise plain(501, "Not Implemented", "a call of /responses without a queued Answer")
         dialect, voice_of = voices[seen.path]
         model = find_model(self.model_list, seen.body["model"], seen.path)
         parts = self.brain(dialect, copy.deepcopy(seen.body))
@@ -2031,6 +2777,25 @@ class FakeCopilot(FakeService):
             if not seen.body.get("stream"):
                 return _json(voice.whole())
             return Answer(200, {"Content-Type": "text/event-stream"}, voice.frames())
+
+    def _embed(self, seen: Seen) -> Answer:
+        """Vectors; the first answer and every other one lack what is missing at times."""
+        answer = self._take(self._queue, lambda: self._check_embeddings(seen))
+        if answer is None:
+            with self._lock:
+                self.embedded += 1
+                answer = _json(embeddings_of(seen.body, bare=self.embedded % 2 == 1))
+        return replace(answer, headers={**self._ids(seen), **answer.headers})
+
+    def _check_embeddings(self, seen: Seen) -> None:
+        """Everything about a call for embeddings."""
+        self._check_access(seen)
+        body = self._object(seen)
+        model = find_model(self.model_list, body.get("model"), seen.path)
+        self.violate(check_vision(seen, model))
+        check_embeddings(body, model)
+        if "x-initiator" in seen.headers:
+            self.violate("X-Initiator on /embeddings, where nobody initiates a turn")
 
     def _check_access(self, seen: Seen) -> None:
         """Token and headers of any request to the Copilot API."""
@@ -2047,16 +2812,19 @@ class FakeCopilot(FakeService):
             self.violate(f"X-Request-Id is missing, no UUID, or used twice: {request!r}")
         self._request_ids.add(request)
 
+    @staticmethod
+    def _object(seen: Seen) -> Json:
+        """The body of a call, if it is an object and called JSON."""
+        kind = seen.headers.get("content-type", "").split(";")[0]
+        if not isinstance(seen.body, dict) or kind != "application/json":
+            raise bad_body("no JSON object, or not called so")
+        return seen.body
+
     def _check_call(self, seen: Seen) -> None:
         """Everything about a generation call; a refused one marks its interaction as failed."""
         try:
             self._check_access(seen)
-            body = seen.body
-            if (
-                not isinstance(body, dict)
-                or seen.headers.get("content-type", "").split(";")[0] != "application/json"
-            ):
-                raise bad_body("no JSON object, or not called so")
+            body = self._object(seen)
             model = find_model(self.model_list, body.get("model"), seen.path)
             self.violate(check_vision(seen, model))
             if seen.path == "/chat/completions":
@@ -2073,7 +2841,7 @@ class FakeCopilot(FakeService):
                         "a billing line in the system prompt, which changes and defeats caching"
                     )
             else:
-                check_responses(body)
+                check_responses(body, model, self.issued)
             self._check_conversation(seen)
         except Refusal:
             self._failed.add(seen.headers.get("x-interaction-id", ""))

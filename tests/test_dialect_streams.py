@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from goldens import (
+    CALLERS,
     CASES,
     GRAMMARS,
     PAIR_IDS,
@@ -149,7 +150,7 @@ def cuts_of(stream: bytes) -> list[int]:
 
 def test_there_are_goldens_for_each_dialect() -> None:
     """A folder that moved must not turn the tests below into nothing."""
-    assert {case.upstream for case in CASES} == set(DIALECTS)
+    assert {case.upstream for case in CASES} == set(CALLERS)
     assert 10 <= len(CASES) <= 14
 
 
@@ -433,7 +434,7 @@ def test_a_stop_after_a_call_is_a_tool_use() -> None:
     assert whole_answer("chat", "chat", frames)["choices"][0]["finish_reason"] == "tool_calls"
 
 
-@pytest.mark.parametrize("caller", DIALECTS)
+@pytest.mark.parametrize("caller", CALLERS)
 def test_an_answer_that_ends_without_a_finish_is_an_error(caller: str) -> None:
     """formats.md case 42."""
     flow = make_flow("chat", caller)
@@ -443,7 +444,7 @@ def test_an_answer_that_ends_without_a_finish_is_an_error(caller: str) -> None:
     assert last["error"]["type"] == {"chat": "server_error", "messages": "api_error"}[caller]
 
 
-@pytest.mark.parametrize("caller", DIALECTS)
+@pytest.mark.parametrize("caller", CALLERS)
 def test_a_finish_that_nobody_knows_is_an_error(caller: str) -> None:
     """formats.md 4.1: unknown reasons never pass unmapped; Copilot's own is `error`."""
     frames = [chunk({"content": "par"}), chunk({}, "error")]
@@ -519,7 +520,7 @@ def test_a_whole_call_in_one_fragment_without_id_or_index_is_read() -> None:
     assert block_read["id"]
 
 
-@pytest.mark.parametrize("caller", DIALECTS)
+@pytest.mark.parametrize("caller", CALLERS)
 def test_upstream_tool_names_become_the_callers(caller: str) -> None:
     """formats.md 5.0: the reverse map is built from the request's tools."""
     frames = [chunk(fragment(0, "{}", id="a", name="my_tool")), chunk({}, "tool_calls")]
@@ -662,7 +663,7 @@ def test_the_function_call_shape_of_2023_is_answered_in_kind() -> None:
 OVERLOADED = {"type": "error", "error": {"type": "overloaded_error", "message": "busy"}}
 
 
-@pytest.mark.parametrize("caller", DIALECTS)
+@pytest.mark.parametrize("caller", CALLERS)
 def test_an_error_before_the_first_byte_is_no_frame(caller: str) -> None:
     """It can still become a status."""
     flow = make_flow("messages", caller)
@@ -670,7 +671,7 @@ def test_an_error_before_the_first_byte_is_no_frame(caller: str) -> None:
     assert isinstance(flow.error, Overloaded)
 
 
-@pytest.mark.parametrize("caller", DIALECTS)
+@pytest.mark.parametrize("caller", CALLERS)
 def test_an_error_in_the_middle_is_the_last_frame(caller: str) -> None:
     """And nothing that comes after it is heard."""
     flow = make_flow("messages", caller)
@@ -681,7 +682,7 @@ def test_an_error_in_the_middle_is_the_last_frame(caller: str) -> None:
     assert kind == {"messages": "overloaded_error", "chat": "server_error"}[caller]
 
 
-@pytest.mark.parametrize("caller", DIALECTS)
+@pytest.mark.parametrize("caller", CALLERS)
 @pytest.mark.parametrize(
     "tail",
     [
@@ -715,8 +716,8 @@ def test_nan_in_a_chunk_is_an_error_not_a_crash() -> None:
     assert check_ending(flow, "chat", play(flow, [data, odd])) == "error"
 
 
-@pytest.mark.parametrize("upstream", DIALECTS)
-@pytest.mark.parametrize("caller", DIALECTS)
+@pytest.mark.parametrize("upstream", CALLERS)
+@pytest.mark.parametrize("caller", CALLERS)
 @pytest.mark.parametrize("stream", [True, False])
 def test_an_upstream_that_says_nothing_is_an_error(
     upstream: str, caller: str, stream: bool
@@ -728,7 +729,7 @@ def test_an_upstream_that_says_nothing_is_an_error(
         assert isinstance(flow.error, UpstreamError)
 
 
-@pytest.mark.parametrize("caller", DIALECTS)
+@pytest.mark.parametrize("caller", CALLERS)
 def test_error_bodies_have_their_vendors_shape(caller: str) -> None:
     """formats.md 4.3."""
     body = DIALECTS[caller].error_body(ContextTooLong(9, 5), REQUEST_ID)
@@ -747,7 +748,7 @@ def all_errors(base: type[ApiError]) -> list[type[ApiError]]:
     return [base, *(item for sub in base.__subclasses__() for item in all_errors(sub))]
 
 
-@pytest.mark.parametrize("caller", DIALECTS)
+@pytest.mark.parametrize("caller", CALLERS)
 def test_every_error_has_a_body_in_every_dialect(caller: str) -> None:
     """A kind without a table line would be a KeyError in the worst moment."""
     for kind in all_errors(ApiError):
@@ -760,7 +761,7 @@ def test_every_error_has_a_body_in_every_dialect(caller: str) -> None:
 def test_an_overload_is_529_for_anthropic_only() -> None:
     """formats.md 4.3."""
     statuses = {name: d.error_status(Overloaded("busy")) for name, d in DIALECTS.items()}
-    assert statuses == {"messages": 529, "chat": 503}
+    assert statuses == {"messages": 529, "chat": 503, "responses": 503}
 
 
 # ---- native relays -----------------------------------------------------------------------------
@@ -794,7 +795,7 @@ def test_copilots_split_choices_become_one() -> None:
         },
         {"index": 1, "message": empty, "finish_reason": "tool_calls"},
     ]
-    for caller in DIALECTS:
+    for caller in CALLERS:
         flow = make_flow("chat", caller, stream=False)
         assert flow.feed_whole(json.dumps({"id": "x", "choices": choices}).encode()) == b""
         whole = flow.whole()
@@ -1092,8 +1093,8 @@ def as_wire(frames: list[Json], upstream: str, rng: random.Random) -> list[bytes
     return [f"{n}data: {p}\n\n".encode() for n, p in zip(names, pieces, strict=True)]
 
 
-@pytest.mark.parametrize("upstream", DIALECTS)
-@pytest.mark.parametrize("caller", DIALECTS)
+@pytest.mark.parametrize("upstream", CALLERS)
+@pytest.mark.parametrize("caller", CALLERS)
 def test_reads_of_many_frames_mean_what_their_frames_mean(upstream: str, caller: str) -> None:
     """Seeded frames in reads of any size, and torn ones, against one mended frame at a time."""
     make = {"chat": random_chat_frames, "messages": random_messages_frames}[upstream]
@@ -1127,8 +1128,8 @@ BROKEN_TEXTS = {
 
 
 @pytest.mark.parametrize("broken", BROKEN_TEXTS)
-@pytest.mark.parametrize("upstream", DIALECTS)
-@pytest.mark.parametrize("caller", DIALECTS)
+@pytest.mark.parametrize("upstream", CALLERS)
+@pytest.mark.parametrize("caller", CALLERS)
 def test_broken_text_among_plain_deltas_never_goes_on(
     upstream: str, caller: str, broken: str
 ) -> None:
@@ -1155,8 +1156,8 @@ def test_broken_text_among_plain_deltas_never_goes_on(
     assert meaning(sent) == meaning(slow)
 
 
-@pytest.mark.parametrize("upstream", DIALECTS)
-@pytest.mark.parametrize("caller", DIALECTS)
+@pytest.mark.parametrize("upstream", CALLERS)
+@pytest.mark.parametrize("caller", CALLERS)
 def test_the_same_delta_means_something_else_in_another_block(upstream: str, caller: str) -> None:
     """Equal bytes before and after a call, and behind the finish, are not equal events."""
     words = [chunk({"content": part}) for part in ("one", "two", "three")]
@@ -1200,8 +1201,8 @@ def text_sent(sent: bytes) -> str:
     return "".join(words)
 
 
-@pytest.mark.parametrize("upstream", DIALECTS)
-@pytest.mark.parametrize("caller", DIALECTS)
+@pytest.mark.parametrize("upstream", CALLERS)
+@pytest.mark.parametrize("caller", CALLERS)
 def test_a_run_of_plain_deltas_teaches_a_template_that_copies(upstream: str, caller: str) -> None:
     """After the first few events of a run nothing is parsed any more."""
     texts = [f"w{at} " for at in range(200)]
@@ -1217,8 +1218,8 @@ def test_a_run_of_plain_deltas_teaches_a_template_that_copies(upstream: str, cal
     assert flow.feed(fresh) == copied[0] and flow.template is learned
 
 
-@pytest.mark.parametrize("upstream", DIALECTS)
-@pytest.mark.parametrize("caller", DIALECTS)
+@pytest.mark.parametrize("upstream", CALLERS)
+@pytest.mark.parametrize("caller", CALLERS)
 @pytest.mark.parametrize("odd_at", range(0, 40, 3))
 def test_something_odd_in_a_long_run_of_deltas_takes_the_slow_way(
     upstream: str, caller: str, odd_at: int
@@ -1246,8 +1247,8 @@ def test_something_odd_in_a_long_run_of_deltas_takes_the_slow_way(
         assert sent.count(b'"extra"') == slow.count(b'"extra"')
 
 
-@pytest.mark.parametrize("upstream", DIALECTS)
-@pytest.mark.parametrize("caller", DIALECTS)
+@pytest.mark.parametrize("upstream", CALLERS)
+@pytest.mark.parametrize("caller", CALLERS)
 def test_a_read_that_no_template_fits_costs_time_in_line_with_its_size(
     upstream: str, caller: str
 ) -> None:
@@ -1263,7 +1264,7 @@ def test_a_read_that_no_template_fits_costs_time_in_line_with_its_size(
     assert text_sent(sent).count("w") == 1 + 2 * 20_000
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("dialect", CALLERS)
 def test_a_finished_flow_says_nothing_more(dialect: str) -> None:
     """Neither feed nor end add a byte after the end."""
     case = next(case for case in CASES if case.upstream == dialect)
@@ -1276,8 +1277,8 @@ def test_a_finished_flow_says_nothing_more(dialect: str) -> None:
 # ---- stop strings cut here ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("upstream", DIALECTS)
-@pytest.mark.parametrize("caller", DIALECTS)
+@pytest.mark.parametrize("upstream", CALLERS)
+@pytest.mark.parametrize("caller", CALLERS)
 def test_a_stop_string_split_over_deltas_ends_the_answer(upstream: str, caller: str) -> None:
     """formats.md 1.2, 4.1: cut in the gateway, told as what stopped it."""
     pieces = ["one S", "T", "OP two"]
@@ -1293,7 +1294,7 @@ def test_a_stop_string_split_over_deltas_ends_the_answer(upstream: str, caller: 
         assert whole["choices"][0]["finish_reason"] == "stop"
 
 
-@pytest.mark.parametrize("upstream", DIALECTS)
+@pytest.mark.parametrize("upstream", CALLERS)
 def test_a_stop_string_cut_here_ends_the_flow_at_once(upstream: str) -> None:
     """The upstream can be hung up on: the answer is over before it is."""
     frames: list[Json] = [chunk({"content": "a END"}), chunk({"content": "b"})]
@@ -1324,7 +1325,7 @@ def test_an_upstreams_whole_answer_means_what_its_stream_means(
         assert without_gaps(flow.whole()) == without_gaps(expected)
 
 
-@pytest.mark.parametrize("caller", DIALECTS)
+@pytest.mark.parametrize("caller", CALLERS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_whole_answer_unfolds_into_the_words_of_its_stream(case: Case, caller: str) -> None:
     """They come as deltas: clients do not read the words in a block's start."""
@@ -1333,8 +1334,8 @@ def test_a_whole_answer_unfolds_into_the_words_of_its_stream(case: Case, caller:
     assert text_sent(sent) == text_sent(case.expected(caller))
 
 
-@pytest.mark.parametrize("caller", DIALECTS)
-@pytest.mark.parametrize("upstream", DIALECTS)
+@pytest.mark.parametrize("caller", CALLERS)
+@pytest.mark.parametrize("upstream", CALLERS)
 @pytest.mark.parametrize("data", [b"", b"<html>", b"[]", b'{"choices":[', b"{}", b"null"])
 def test_a_whole_answer_that_is_none_is_an_error(upstream: str, caller: str, data: bytes) -> None:
     """Never a 200 with nothing in it."""

@@ -11,7 +11,22 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from fakes import Answer, Call, FakeCopilot, Json, Say, Stop, Think, chunk, drip, sse
+from fakes import (
+    Answer,
+    AnyPart,
+    Call,
+    CustomCall,
+    FakeCopilot,
+    Json,
+    Say,
+    Stop,
+    Think,
+    chunk,
+    default_models,
+    drip,
+    numbered,
+    sse,
+)
 
 PNG = "iVBORw0KGgo="
 TOOL: Json = {"type": "object", "properties": {"path": {"type": "string"}}, "required": ["path"]}
@@ -616,6 +631,512 @@ def test_a_retry_may_call_itself_agent(fake: FakeCopilot, client: Client) -> Non
     assert client.chat(chat()) == (503, "busy")
     assert client.chat(chat(), X_Initiator="agent")[0] == 200
     assert fake.violations == []
+
+
+# ---- /responses ----------------------------------------------------------------------------------
+
+CODEX = "gpt-5.3-codex"
+SEALED: Json = {"include": ["reasoning.encrypted_content"], "reasoning": {"summary": "auto"}}
+
+
+def respond(said: Any = "hi", model: str = "gpt-5.2", **more: Any) -> Json:
+    return {"model": model, "input": said, **more}
+
+
+def item(kind: str, call_id: str = "c1", **more: Any) -> Json:
+    """An input item that is right for its kind."""
+    bodies: dict[str, Json] = {
+        "function_call": {"call_id": call_id, "name": "read", "arguments": "{}"},
+        "function_call_output": {"call_id": call_id, "output": "42"},
+        "custom_tool_call": {"call_id": call_id, "name": "patch", "input": "a\nb"},
+        "custom_tool_call_output": {"call_id": call_id, "output": "done"},
+    }
+    return {"type": kind, **bodies.get(kind, {}), **more}
+
+
+def said(role: str, *parts: Any, **more: Any) -> Json:
+    return {"type": "message", "role": role, "content": list(parts), **more}
+
+
+CALL, OUTPUT = item("function_call"), item("function_call_output")
+ASK: Json = {"role": "user", "content": "go on"}
+HEARD = {"type": "input_text", "text": "look"}
+SAID = {"type": "output_text", "text": "I did", "annotations": []}
+SIGHT = {"type": "input_image", "detail": "auto", "image_url": f"data:image/png;base64,{PNG}"}
+LONG = "x" * 65
+READ: Json = {"type": "function", "name": "read", "parameters": TOOL}
+PATCH: Json = {"type": "custom", "name": "patch", "format": {"type": "text"}}
+STRICT: Json = {**TOOL, "additionalProperties": False}
+
+
+def answer_of(client: Client, body: Json, **changes: str | None) -> Any:
+    """The whole answer, or the objects of the stream."""
+    status, got = client.send("POST", "/responses", client.headers(**changes), body)
+    assert status == 200, got
+    return frames(got) if body.get("stream") else got
+
+
+def test_a_responses_stream_calls_one_item_by_many_long_names() -> None:
+    def brain(dialect: str, body: Json) -> list[AnyPart]:
+        assert dialect == "responses"
+        return [
+            Think("First this.\n\nThen that."),
+            Say("I will."),
+            Call("read", {"path": "a"}),
+            CustomCall("patch", "a\nb"),
+        ]
+
+    with FakeCopilot(brain=brain) as fake:
+        asked = respond(model=CODEX, stream=True, tools=[READ, PATCH], **SEALED)
+        events = answer_of(Client(fake), asked)
+        kinds = [event["type"].removeprefix("response.") for event in events]
+        assert [event["sequence_number"] for event in events] == list(range(len(events)))
+        assert kinds[:3] == ["created", "in_progress", "output_item.added"]
+        assert kinds[-1] == "completed" and kinds.count("reasoning_summary_part.done") == 2
+        ids = [event["item_id"] for event in events if "item_id" in event]
+        ids += [event["item"]["id"] for event in events if "item" in event]
+        ids += [event["response"]["id"] for event in events if "response" in event]
+        last = events[-1]["response"]
+        ids += [entry["id"] for entry in last["output"]]
+        assert len(set(ids)) == len(ids)
+        assert {300 <= len(name) <= 450 for name in ids} == {True}
+        done = [event["item"] for event in events if event["type"].endswith("output_item.done")]
+        assert [entry["type"] for entry in done] == [
+            "reasoning", "message", "function_call", "custom_tool_call",
+        ]  # fmt: skip
+        assert json.loads(done[2]["arguments"]) == {"path": "a"} and done[3]["input"] == "a\nb"
+        for name, whole in (("arguments", done[2]["arguments"]), ("input", "a\nb")):
+            marks = ("function_call_arguments", "custom_tool_call_input")
+            kind = f"response.{marks[name == 'input']}.delta"
+            assert "".join(e["delta"] for e in events if e["type"] == kind) == whole
+        assert done[1]["phase"] == "commentary"
+        assert "store" not in last and last["output_text"] is None
+        assert last["usage"]["output_tokens_details"]["reasoning_tokens"] > 0
+        assert events[-1]["copilot_usage"]["total_nano_aiu"] > 0
+        assert fake.violations == []
+
+
+def test_only_a_finished_item_carries_the_right_encrypted_content(client: Client) -> None:
+    asked = respond("think", stream=True, **SEALED)
+    events = answer_of(client, asked)
+    items = [event["item"] for event in events if "item" in event]
+    items += events[-1]["response"]["output"]
+    sealed = [entry for entry in items if entry["type"] == "reasoning"]
+    contents = [entry["encrypted_content"] for entry in sealed]
+    assert [text in client.fake.issued.sealed for text in contents] == [False, True, False]
+
+
+def test_thoughts_are_told_only_as_far_as_they_are_asked_for(client: Client) -> None:
+    bare = answer_of(client, respond("think"))["output"][0]
+    assert bare["summary"] == [] and "encrypted_content" not in bare
+    full = answer_of(client, respond("think", **SEALED))["output"][0]
+    assert full["summary"] == [{"type": "summary_text", "text": "Let me think about that."}]
+    assert full["encrypted_content"] in client.fake.issued.sealed
+
+
+def test_a_late_summary_comes_without_deltas() -> None:
+    def brain(dialect: str, body: Json) -> list[AnyPart]:
+        return [Think("hm", late=True), Say("hi")]
+
+    with FakeCopilot(brain=brain) as fake:
+        events = answer_of(Client(fake), respond(stream=True, **SEALED))
+        assert not [event for event in events if "reasoning_summary" in event["type"]]
+        done = [event["item"] for event in events if event["type"].endswith("output_item.done")]
+        assert done[0]["summary"] == [{"type": "summary_text", "text": "hm"}]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("reason", "status"),
+    [
+        ("max_output_tokens", "incomplete"),
+        ("content_filter", "incomplete"),
+        ("cyber_policy", "failed"),
+    ],
+)
+def test_an_answer_that_stops_early_says_why(reason: str, status: str, stream: bool) -> None:
+    def brain(dialect: str, body: Json) -> list[Say | Think | Call | Stop]:
+        return [Say("half a"), Stop(reason)]
+
+    with FakeCopilot(brain=brain) as fake:
+        got = answer_of(Client(fake), respond(stream=stream))
+        if stream:
+            assert got[-1]["type"] == f"response.{status}"
+            got = got[-1]["response"]
+        told = got["error"]["code"] if status == "failed" else got["incomplete_details"]["reason"]
+        assert (got["status"], told) == (status, reason)
+
+
+@pytest.mark.parametrize("model", ["gpt-5.2", CODEX, "gpt-5.4"])
+def test_a_thought_and_its_calls_come_back_to_responses(
+    fake: FakeCopilot, client: Client, model: str
+) -> None:
+    asked = respond("think and use both tools", model, tools=[READ, PATCH], **SEALED)
+    history = answer_of(client, asked)["output"]
+    assert [entry["type"] for entry in history] == [
+        "reasoning", "function_call", "custom_tool_call",
+    ]  # fmt: skip
+    bare = [{key: v for key, v in entry.items() if key != "id"} for entry in history]
+    results = [
+        {"type": f"{entry['type']}_output", "call_id": entry["call_id"], "output": entry["name"]}
+        for entry in bare[1:]
+    ]
+    asked["input"] = [said("user", HEARD), *bare, *results]
+    again = answer_of(client, asked, X_Initiator="agent")
+    assert again["output"][0]["content"][0]["text"] == "The tool said: read and patch"
+    assert again["usage"]["input_tokens_details"]["cached_tokens"] > 0
+    assert fake.violations == []
+    for wrong, text in (
+        ([*history, *results], "string_above_max_length"),
+        (
+            [bare[1], bare[2], *results, bare[0], said("assistant", SAID)],
+            "its required 'reasoning'",
+        ),
+        ([bare[1], bare[0], bare[2], *results], "its required 'reasoning'"),
+        ([{**bare[0], "encrypted_content": "foreign"}, *bare[1:], *results], "does not belong"),
+        ([bare[0], said("user", HEARD)], "following item"),
+        ([{**bare[0], "content": None}, *bare[1:], *results], "input[0].content"),
+        ([{**bare[0], "status": None}, *bare[1:], *results], "input[0].status"),
+        ([{**bare[0], "id": "x"}, *bare[1:], *results], "begins with 'rs'"),
+        ([{k: v for k, v in bare[0].items() if k != "summary"}, bare[1], results[0]], "summary"),
+        ([{"type": "reasoning", "summary": []}, *bare[1:], *results], "not found"),
+    ):
+        status, body = client.send(
+            "POST", "/responses", client.headers(X_Initiator="agent"), {**asked, "input": wrong}
+        )
+        assert (status, text in json.dumps(body)) == (400, True), body
+
+
+@pytest.mark.parametrize(
+    ("body", "initiator"),
+    [
+        (respond(), "user"),
+        (respond(store=False, truncation="auto", prompt_cache_key="c:gpt"), "user"),
+        (
+            respond(max_output_tokens=16, instructions="Be brief.", parallel_tool_calls=False),
+            "user",
+        ),
+        (respond(reasoning={"effort": "none"}), "user"),
+        (respond(reasoning={"effort": "xhigh", "summary": "detailed"}), "user"),
+        (respond(text={"verbosity": "low", "format": {"type": "json_object"}}), "user"),
+        (
+            respond(
+                text={
+                    "format": {
+                        "type": "json_schema",
+                        "name": "a",
+                        "schema": STRICT,
+                        "strict": True,
+                    }
+                }
+            ),
+            "user",
+        ),
+        (
+            respond(context_management=[{"type": "compaction", "compact_threshold": 9_000}]),
+            "user",
+        ),
+        (respond(tools=[READ, PATCH], tool_choice={"type": "custom", "name": "patch"}), "user"),
+        (respond(tools=[{**READ, "strict": True, "parameters": STRICT}]), "user"),
+        (
+            respond(
+                tools=[{"type": "namespace", "name": "n", "description": "d", "tools": [READ]}],
+            ),
+            "user",
+        ),
+        (
+            respond(
+                tools=[READ],
+                tool_choice={
+                    "type": "allowed_tools",
+                    "mode": "auto",
+                    "tools": [{"type": "function", "name": "read"}],
+                },
+            ),
+            "user",
+        ),
+        (respond([{"role": "developer", "content": "x"}, ASK]), "user"),
+        (
+            respond([said("user", HEARD), said("assistant", SAID, phase="final_answer"), ASK]),
+            "user",
+        ),
+        (respond([ASK, said("assistant", SAID, id="msg_1", status="completed")]), "agent"),
+        (respond([ASK, {**CALL, "id": "fc_1", "status": "completed"}, OUTPUT]), "agent"),
+        (
+            respond(
+                [
+                    CALL,
+                    item("custom_tool_call", "c2", id="ctc_1"),
+                    item("custom_tool_call_output", "c2"),
+                    OUTPUT,
+                    ASK,
+                ]
+            ),
+            "user",
+        ),
+    ],
+)
+def test_a_right_responses_body_is_accepted(
+    fake: FakeCopilot, client: Client, body: Json, initiator: str
+) -> None:
+    answer_of(client, body, X_Initiator=initiator)
+    assert fake.violations == []
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        (respond(store=True), "store is not supported"),
+        (respond(store=None), "store is not supported"),
+        (respond(previous_response_id="resp_1"), "previous_response_not_found"),
+        *(
+            ({**respond(), key: {}}, f"Unsupported parameter: '{key}'")
+            for key in (
+                "stream_options",
+                "service_tier",
+                "user",
+                "safety_identifier",
+                "metadata",
+                "background",
+                "conversation",
+                "prompt",
+            )
+        ),
+        (respond(client_metadata={}), "Unknown parameter: 'client_metadata'"),
+        (respond(max_tokens=50), "Unknown parameter: 'max_tokens'"),
+        (respond(stop=["x"]), "Unknown parameter: 'stop'"),
+        (respond(instructions=None), "instructions"),
+        (respond(instructions=[HEARD]), "instructions"),
+        (respond(stream="yes"), "stream"),
+        (respond(prompt_cache_key=LONG), "string_above_max_length"),
+        (respond(include=["usage"]), "include[0]"),
+        (respond(truncation="none"), "truncation"),
+        (respond(context_management={}), "context_management"),
+        (respond(reasoning={"effort": "max"}), "reasoning.effort"),
+        (respond(reasoning={"effort": "none"}, model=CODEX), "reasoning.effort"),
+        (respond(reasoning={"effort": None}), "reasoning.effort"),
+        (respond(reasoning={"summary": "none"}), "reasoning.summary"),
+        (respond(reasoning={"max_tokens": 1}), "reasoning.max_tokens"),
+        (respond(temperature=1), "'temperature' is not supported with this model"),
+        (respond(top_p=1, reasoning={"effort": "none"}), "'top_p' is not supported"),
+        (respond(max_output_tokens=15), "integer_below_min_value"),
+        (respond(max_output_tokens=64_001), "integer_above_max_value"),
+        (respond(text={"verbosity": "loud"}), "text.verbosity"),
+        (respond(text={"format": {"type": "json_schema", "schema": TOOL}}), "text.format.name"),
+        (
+            respond(
+                text={
+                    "format": {"type": "json_schema", "name": "a", "schema": TOOL, "strict": True}
+                }
+            ),
+            "additionalProperties",
+        ),
+        (respond(tools=[chat_tool()]), "tools[0].function"),
+        (respond(tools=[{"type": "function", "name": "a"}]), "type: "),
+        (respond(tools=[{**READ, "parameters": {"type": "object"}}]), "missing properties"),
+        (respond(tools=[{**READ, "parameters": {**TOOL, "$schema": "x"}}]), "$schema"),
+        (respond(tools=[{**READ, "parameters": TOOL, "strict": True}]), "additionalProperties"),
+        (respond(tools=[{**READ, "strict": None}]), "tools[0].strict"),
+        (respond(tools=[{**READ, "name": "a.b"}]), "does not match pattern"),
+        (respond(tools=[{**READ, "name": LONG}]), "string_above_max_length"),
+        (respond(tools=[READ, READ]), "Duplicate tool name"),
+        (respond(tools=[{**READ, "name": f"t{n}"} for n in range(129)]), "array_above_max_length"),
+        (respond(tools=[{**PATCH, "format": {"type": "grammar"}}]), "format.syntax"),
+        (
+            respond(tools=[{"type": "namespace", "name": "n", "description": "", "tools": [READ]}]),
+            "tools[0].description",
+        ),
+        *(
+            (respond(tools=[{"type": kind}]), f"The requested tool {kind} is not supported")
+            for kind in (
+                "image_generation",
+                "web_search",
+                "web_search_preview",
+                "tool_search",
+                "local_shell",
+                "computer_use_preview",
+                "apply_patch",
+                "shell",
+                "mcp",
+            )
+        ),
+        (respond(tool_choice="required"), "must be specified with 'tools'"),
+        (respond(tools=[READ], tool_choice="any"), "tool_choice"),
+        (respond(tools=[READ], tool_choice={"type": "function", "name": "b"}), "not found"),
+        (respond(tools=[PATCH], tool_choice={"type": "function", "name": "patch"}), "not found"),
+        ({"model": "gpt-5.2"}, "Missing required parameter: 'input'"),
+        (respond([]), "Missing required parameter: 'input'"),
+        (respond(" "), "empty_string"),
+        (respond(["hi"]), "input[0]"),
+        (respond([{"type": "web_search_call", "id": "ws_1"}, ASK]), "input[0].type"),
+        (respond([{"type": "item_reference", "id": "msg_1"}, ASK]), "Items are not persisted"),
+        (respond([{"type": "compaction", "encrypted_content": "x"}, ASK]), "does not belong"),
+        (respond([{**ASK, "name": "bob"}]), "Unknown parameter: 'input[0].name'"),
+        (respond([{**ASK, "role": "tool"}]), "input[0].role"),
+        (respond([{**ASK, "content": None}]), "input[0].content"),
+        (respond([{**ASK, "content": []}]), "input[0].content"),
+        (respond([{**ASK, "status": None}]), "input[0].status"),
+        (respond([{**ASK, "phase": "commentary"}]), "input[0].phase"),
+        (respond([{**ASK, "id": "m1"}]), "begins with 'msg'"),
+        (respond([{**ASK, "id": "msg_" + LONG}]), "string_above_max_length"),
+        (respond([{**ASK, "id": "msg_1"}] * 2), "Duplicate item"),
+        (respond([said("user", TEXT)]), "input[0].content[0].type"),
+        (respond([said("user", SAID)]), "input[0].content[0].type"),
+        (respond([said("assistant", HEARD), ASK]), "input[0].content[0].type"),
+        (respond([said("assistant", {**SAID, "text": ""}), ASK]), "empty_string"),
+        (respond([said("assistant", {**SAID, "annotations": None}), ASK]), "annotations"),
+        (respond([ASK, CALL]), "No tool output found for function call c1"),
+        (respond([ASK, CALL, ASK, OUTPUT]), "No tool output found for function call c1"),
+        (respond([ASK, CALL, said("assistant", SAID), OUTPUT]), "No tool output found"),
+        (
+            respond([CALL, item("function_call", "c2"), OUTPUT, item("function_call", "c3")]),
+            "No tool output found for function call c2",
+        ),
+        (respond([CALL, CALL, OUTPUT]), "No tool output found"),
+        (respond([OUTPUT, ASK]), "No tool call found"),
+        (respond([CALL, OUTPUT, OUTPUT]), "No tool call found"),
+        (respond([CALL, item("custom_tool_call_output")]), "No tool call found"),
+        (respond([{**CALL, "id": "call_1"}, OUTPUT]), "begins with 'fc'"),
+        (respond([{**CALL, "arguments": ""}, OUTPUT]), "input[0].arguments"),
+        (respond([{**CALL, "arguments": {}}, OUTPUT]), "input[0].arguments"),
+        (respond([{**CALL, "name": "a.b"}, OUTPUT]), "does not match pattern"),
+        (respond([{**CALL, "call_id": LONG}, OUTPUT]), "string_above_max_length"),
+        (respond([{**CALL, "call_id": ""}, OUTPUT]), "empty_string"),
+        (respond([CALL, {**OUTPUT, "output": [HEARD]}]), "input[1].output"),
+        (respond([CALL, {**OUTPUT, "output": None}]), "input[1].output"),
+        (respond("word " * 200_000), "model_max_prompt_tokens_exceeded"),
+        (respond(model="gpt-4.1"), "unsupported_api_for_model"),
+        (respond(model="text-embedding-3-small"), "model_not_supported"),
+    ],
+)
+def test_a_wrong_responses_body_is_refused(
+    fake: FakeCopilot, client: Client, body: Json, text: str
+) -> None:
+    status, answer = client.send("POST", "/responses", client.headers(), body)
+    assert status == 400
+    assert text in json.dumps(answer, ensure_ascii=False)
+    assert len(fake.violations) == 1
+    assert "Error" not in fake.violations[0]
+
+
+def test_options_of_text_need_a_model_that_knows_them() -> None:
+    with FakeCopilot(models=[{"id": "bare", "supported_endpoints": ["/responses"]}]) as fake:
+        client = Client(fake)
+        plain_text = respond(model="bare", text={"format": {"type": "text"}}, temperature=0.5)
+        assert answer_of(client, plain_text)["status"] == "completed"
+        asked = respond(model="bare", text={"verbosity": "low"})
+        assert client.send("POST", "/responses", client.headers(), asked)[0] == 400
+
+
+def test_images_on_responses_are_messages_with_a_detail(fake: FakeCopilot, client: Client) -> None:
+    answer = answer_of(client, respond([said("user", HEARD, SIGHT)]), Copilot_Vision_Request="true")
+    assert "I see 1 image(s)" in answer["output"][0]["content"][0]["text"]
+    for initiator in ("user", "agent"):
+        moved = respond([CALL, OUTPUT, said("user", SIGHT)])
+        answer_of(client, moved, Copilot_Vision_Request="true", X_Initiator=initiator)
+    assert fake.violations == []
+    wrong = [
+        ({"X_Initiator": "user"}, [said("user", SIGHT)], "Copilot-Vision-Request"),
+        ({}, [said("user", {k: v for k, v in SIGHT.items() if k != "detail"})], "detail"),
+        ({}, [said("user", {**SIGHT, "image_url": "https://a.example/b.png"})], "image_url"),
+        ({}, [said("user", {"type": "input_image", "file_id": "f", "detail": "auto"})], "file_id"),
+        ({}, [said("developer", SIGHT), ASK], "content[0].type"),
+        ({}, [CALL, {**OUTPUT, "output": [SIGHT]}], "input[1].output"),
+    ]
+    for changes, items, text in wrong:
+        headers = client.headers(**(changes or {"Copilot_Vision_Request": "true"}))
+        status, body = client.send("POST", "/responses", headers, respond(items))
+        assert (status, text in json.dumps(body)) == (400, True), body
+    assert len(fake.violations) == len(wrong)
+
+
+@pytest.mark.parametrize(
+    ("items", "right"),
+    [
+        ("hi", "user"),
+        ([CALL, OUTPUT], "agent"),
+        ([ASK, said("assistant", SAID)], "agent"),
+        ([CALL, OUTPUT, ASK], "user"),
+    ],
+)
+def test_the_last_item_tells_who_asks_responses(
+    fake: FakeCopilot, client: Client, items: Any, right: str
+) -> None:
+    for initiator in ("user", "agent"):
+        answer_of(client, respond(items), X_Initiator=initiator)
+    wrong = "user" if right == "agent" else "agent"
+    assert fake.violations == [f"X-Initiator is {wrong}, should be {right}"]
+
+
+def test_a_hand_made_responses_stream_is_numbered_and_named() -> None:
+    made = numbered({"type": "response.created"}, {"type": "error"}, first=3)
+    assert [frame["sequence_number"] for frame in frames(made.decode())] == [3, 4]
+    assert made.startswith(b"event: response.created\ndata: {")
+
+
+# ---- /embeddings ---------------------------------------------------------------------------------
+
+
+def embed(said: Any, **more: Any) -> Json:
+    return {"model": "text-embedding-3-small", "input": said, **more}
+
+
+def test_vectors_come_in_the_asked_size_and_sometimes_nameless(
+    fake: FakeCopilot, client: Client
+) -> None:
+    answers = []
+    for _ in range(2):
+        headers = client.headers(X_Initiator=None)
+        asked = embed(["a", "b", "a"], dimensions=8, encoding_format="float")
+        status, answer = client.send("POST", "/embeddings", headers, asked)
+        assert status == 200
+        answers.append(answer)
+    vectors = [row["embedding"] for row in answers[0]["data"]]
+    assert vectors[0] == vectors[2] != vectors[1] and {len(v) for v in vectors} == {8}
+    assert [("object" in answer, "model" in answer) for answer in answers] == [
+        (False, False),
+        (True, True),
+    ]
+    assert answers[1]["data"][2]["object"] == "embedding" and answers[1]["data"][2]["index"] == 2
+    assert [call.path for call in fake.calls] == ["/embeddings"] * 2
+    assert fake.violations == []
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        embed("a"),
+        embed([]),
+        embed([""]),
+        embed([[1, 2]]),
+        embed(["a"] * 513),
+        embed(["a"], encoding_format="base64"),
+        embed(["a"], dimensions=0),
+        embed(["a"], dimensions=1537),
+        embed(["a"], user="me"),
+        embed(["a"]) | {"model": "gpt-4.1"},
+        embed(["a"], dimensions=8) | {"model": "old"},
+    ],
+)
+def test_a_wrong_embeddings_body_is_refused(body: Json) -> None:
+    old = {"id": "old", "capabilities": {"type": "embeddings", "limits": {"max_inputs": 1}}}
+    with FakeCopilot(models=[*default_models(), old]) as fake:
+        client = Client(fake)
+        headers = client.headers(X_Initiator=None)
+        assert client.send("POST", "/embeddings", headers, body)[0] == 400
+        assert len(fake.violations) == 1
+        assert "Error" not in fake.violations[0]
+        right = embed(["a"]) | {"model": "old"}
+        headers = client.headers(X_Initiator=None)
+        assert client.send("POST", "/embeddings", headers, right)[0] == 200
+
+
+def test_nobody_initiates_embeddings_and_their_answer_can_be_queued(
+    fake: FakeCopilot, client: Client
+) -> None:
+    fake.queue(Answer(429, {"Retry-After": "2"}, b"slow down"))
+    assert client.send("POST", "/embeddings", client.headers(), embed(["a"])) == (429, "slow down")
+    assert fake.violations == ["X-Initiator on /embeddings, where nobody initiates a turn"]
 
 
 # ---- Bytes on the wire ---------------------------------------------------------------------------

@@ -1080,7 +1080,7 @@ def test_a_refresh_that_fails_for_now_is_a_warning_while_the_token_lasts(
     pair.fake.refresh_answers.extend(Answer(status, {}, b"oops", chunked=False) for _ in range(30))
     assert [pair.ask(CHAT, f"{n}").status for n in range(5)] == [200] * 5
     assert pair.fake.refreshes <= 3
-    assert "WARNING token_refresh_failed" in pair.gateway.log()
+    assert until(lambda: "WARNING token_refresh_failed" in pair.gateway.log())
 
 
 def test_a_refresh_that_fails_for_now_does_not_end_the_sign_in(make: Make) -> None:
@@ -1119,7 +1119,7 @@ def test_a_folder_that_cannot_be_written_is_told_and_no_reason_to_stop(make: Mak
     assert heard(pair.ask(MESSAGES, "hi", stream=True)).text
     assert pair.fake.refreshes == 1
     assert pair.saved() == old
-    assert "ERROR token_not_saved" in pair.gateway.log()
+    assert until(lambda: "ERROR token_not_saved" in pair.gateway.log())
     pair.file.parent.chmod(0o700)
 
 
@@ -1699,6 +1699,7 @@ def test_a_refused_form_names_the_rules_that_touched_it_and_no_content(make: Mak
              {"role": "assistant", "content": "ANSWERMARK"}]  # fmt: skip
     body = {**asking(""), "messages": turns, "tools": [tool(CHAT, "TOOLMARK." + "x" * 70)]}
     check_error(CHAT, pair.post(CHAT, body), 400)
+    assert until(lambda: "conversation_refused" in pair.gateway.log())
     log = pair.gateway.log()
     (line,) = (row for row in log.splitlines() if "conversation_refused" in row)
     for rule in ("begin_with_user", "close_with_user", "rename_tools", "place_preface"):

@@ -119,7 +119,8 @@ def test_the_list_skips_odd_entries_and_keeps_the_first_of_doubled_ids() -> None
     models = gw.read_copilot_models({"data": [*odd, *default_models()]}, "copilot")
     assert list(models) == [m for m in RAW if m in models][::-1]
     assert models["gpt-4o"].name == "Gpt 4O"
-    assert "text-embedding-3-small" not in models
+    assert models["text-embedding-3-small"].embeds
+    assert models["text-embedding-3-small"].dialects == ()
 
 
 @pytest.mark.parametrize("body", [{}, {"data": None}, {"data": {}}, {"data": []}, {"error": "x"}])
