@@ -1928,6 +1928,8 @@ class Image:
     media_type: str = ""
     data: str = ""
     url: str = ""
+    #: OpenAI's low, high or auto
+    detail: str = ""
 
 
 @dataclass(slots=True)
@@ -2044,6 +2046,8 @@ class Chat:
     effort: str | None = None
     thinking_budget: int | None = None
     output: OutputFormat | None = None
+    #: OpenAI's low, medium or high
+    verbosity: str | None = None
     #: a stable key of the conversation, for prompt caches
     session: str = ""
     #: the caller began the answer itself: its last turn is the assistant's
@@ -2073,7 +2077,7 @@ class Chat:
 
     def settle(self) -> None:
         """Brings the turns into the order every vendor demands."""
-        settled = settle_turns(self.turns)
+        settled = distinct_calls(settle_turns(self.turns))
         if settled != self.turns:
             self.touched.append("settle_turns")
         self.turns = settled
@@ -2294,6 +2298,39 @@ class StopCutter:
         return 0
 
 
+WIRE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+NOT_NAME = re.compile(r"[^A-Za-z0-9_-]")
+
+
+def wire_name(name: str) -> str:
+    """A tool name every vendor takes; the same for the same name, so history needs no state."""
+    clean = NOT_NAME.sub("_", name)
+    return clean if len(clean) <= 64 else f"{clean[:55]}_{short_hash(name, 8)}"
+
+
+def wire_id(call_id: str) -> str:
+    """A call id every vendor takes; the same for the call and its result."""
+    return call_id if WIRE_NAME.fullmatch(call_id) else "call_" + short_hash(call_id, 24)
+
+
+def fits_strict(schema: Any) -> bool:
+    """Whether OpenAI takes a schema as strict: closed objects that require all they have."""
+    if isinstance(schema, list):
+        return all(fits_strict(item) for item in schema)
+    if not isinstance(schema, dict):
+        return True
+    properties = schema.get("properties", {} if schema.get("type") == "object" else None)
+    if isinstance(properties, dict):
+        required = schema.get("required")
+        required = required if isinstance(required, list) else []
+        if schema.get("additionalProperties") is not False:
+            return False
+        if set(properties) - {name for name in required if isinstance(name, str)}:
+            return False
+        return all(fits_strict(item) for item in properties.values())
+    return all(fits_strict(item) for item in schema.values() if isinstance(item, (dict, list)))
+
+
 INTERRUPTED = "[no result: call interrupted]"
 
 
@@ -2364,6 +2401,59 @@ def settle_turns(turns: list[Turn]) -> list[Turn]:
     return merge_turns(settled)
 
 
+def distinct_calls(turns: list[Turn]) -> list[Turn]:
+    """Settled turns in which each call has an id of its own that every vendor takes.
+
+    The same call said twice in a turn is one call, and several results of one call are one.
+    """
+    seen: dict[str, int] = {}  # our ids, and how often each was asked for
+    distinct: list[Turn] = []
+    ids: dict[str, list[str]] = {}  # of the last turn: the caller's id -> ours, in order
+    for turn in turns:
+        if turn.role != "assistant":
+            distinct.append(answer_calls(turn, ids))
+            ids = {}
+            continue
+        said: list[ToolCall] = []
+        blocks: list[Block] = []
+        ids = {}
+        for block in turn.blocks:
+            if not isinstance(block, ToolCall):
+                blocks.append(block)
+            elif block not in said:
+                said.append(block)
+                clean = new = wire_id(block.id)
+                while new in seen:
+                    seen[clean] += 1
+                    new = f"{clean[:56]}_{seen[clean]}"
+                seen[new] = 1
+                ids.setdefault(block.id, []).append(new)
+                blocks.append(ToolCall(new, block.name, block.arguments))
+        distinct.append(Turn(turn.role, blocks))
+    return distinct
+
+
+def answer_calls(turn: Turn, ids: dict[str, list[str]]) -> Turn:
+    """`turn` with its results under the new ids of their calls, one result for each call."""
+    results: dict[str, ToolResult] = {}
+    blocks: list[Block] = []
+    for block in turn.blocks:
+        if not isinstance(block, ToolResult) or block.id not in ids:
+            blocks.append(block)
+            continue
+        names = ids[block.id]
+        name = next((name for name in names if name not in results), names[-1])
+        if name in results:
+            results[name].blocks.extend(block.blocks)
+        else:
+            results[name] = ToolResult(name, [*block.blocks], block.is_error)
+            blocks.append(results[name])
+    for names in ids.values():
+        missing = [name for name in names if name not in results]
+        blocks[:0] = [ToolResult(name, [Text(INTERRUPTED)], True) for name in missing]
+    return Turn(turn.role, blocks)
+
+
 def downgrade_system_turns(turns: list[Turn]) -> list[Turn]:
     """System turns as marked user text, in place: for models without that role.
 
@@ -2383,21 +2473,6 @@ def downgrade_system_turns(turns: list[Turn]) -> list[Turn]:
 def as_reminder(text: str) -> str:
     """A system text inside a user turn."""
     return f"<system-reminder>\n{text}\n</system-reminder>"
-
-
-WIRE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-NOT_NAME = re.compile(r"[^A-Za-z0-9_-]")
-
-
-def wire_name(name: str) -> str:
-    """A tool name every vendor takes; the same for the same name, so history needs no state."""
-    clean = NOT_NAME.sub("_", name)
-    return clean if len(clean) <= 64 else f"{clean[:55]}_{short_hash(name, 8)}"
-
-
-def wire_id(call_id: str) -> str:
-    """A call id every vendor takes; the same for the call and its result."""
-    return call_id if WIRE_NAME.fullmatch(call_id) else "call_" + short_hash(call_id, 24)
 
 
 SCHEMA_UNIONS = ("allOf", "anyOf", "oneOf")
@@ -2442,6 +2517,11 @@ def parse_arguments(text: str) -> Json:
         return {}
     value = load_object(text)
     return {"_raw": text} if value is None else value
+
+
+def whole_arguments(text: str) -> str:
+    """A call's arguments as JSON text of an object: the model's own where they are one."""
+    return text.strip() if is_complete_object(text) else dump_json(parse_arguments(text)).decode()
 
 
 def is_complete_object(text: str) -> bool:
@@ -2494,6 +2574,8 @@ def clamp_budget(budget: int, limits: tuple[int, int] | None, max_tokens: int) -
 
 def split_stops(stops: list[str], dialect: str, model: Model) -> tuple[list[str], list[str]]:
     """(what the upstream can be asked to stop at, what has to be cut here)."""
+    if dialect in ("responses", "kiro"):
+        return [], stops
     if dialect == "messages":
         return [s for s in stops if s.strip()], [s for s in stops if not s.strip()]
     limit = MAX_CHAT_STOPS if model.stops is None else model.stops
@@ -2674,6 +2756,8 @@ class Terms:
     names: dict[str, str] = field(default_factory=dict)
     #: answer in the `function_call` shape of 2023
     legacy_functions: bool = False
+    #: the caller's own dialect, but not every kind of tool in it: the answer is converted
+    rewritten: bool = False
     #: the caller wants thinking blocks without their text
     hide_thinking: bool = False
     #: stop strings to be cut here, as the upstream has no field for them
@@ -2873,7 +2957,10 @@ def read_image_url_part(part: Json, path: str) -> list[Block]:
         if part.get("file_id"):
             raise UnsupportedFeature(f"{path}.file_id: files are not stored here.", param=path)
         raise wrong_type(f"{path}.image_url", "an object with a url")
-    return [read_image_url(url, f"{path}.image_url")]
+    image = read_image_url(url, f"{path}.image_url")
+    detail = (value if isinstance(value, dict) else part).get("detail")
+    image.detail = detail if detail in ("low", "high") else ""
+    return [image]
 
 
 def read_image_part(part: Json, path: str) -> list[Block]:
@@ -3026,6 +3113,11 @@ PART_READERS: dict[str, Callable[[Json, str], list[Block]]] = {
 }
 
 
+def is_known_part(part: Any) -> bool:
+    """Whether a part of a content list can be read."""
+    return isinstance(part, str) or (isinstance(part, dict) and part.get("type") in PART_READERS)
+
+
 def read_parts(content: Any, path: str) -> list[Block]:
     """The blocks of a message's content: null, a string, or a list of parts of any vendor."""
     if content is None:
@@ -3131,6 +3223,8 @@ def tool_names(body: Json) -> list[str]:
     names = []
     for tool in list_field(body, "tools"):
         entry = details(tool, "function") or tool if isinstance(tool, dict) else {}
+        if entry.get("type") == "namespace":
+            names += tool_names(entry)
         if isinstance(entry.get("name"), str):
             names.append(entry["name"])
     return names
@@ -3287,8 +3381,10 @@ def read_stream_error(value: Any) -> ApiError:
         return ContextTooLong()
     for key in (said.get("code"), said.get("type")):
         if isinstance(key, str) and key.partition(":")[0] in STREAM_ERRORS:
-            return STREAM_ERRORS[key.partition(":")[0]](words)
-    return UpstreamError(f"The upstream failed while it answered: {words}")
+            code = "invalid_prompt" if key == "invalid_prompt" else None
+            return STREAM_ERRORS[key.partition(":")[0]](words, code=code)
+    policy = "cyber_policy" if said.get("code") == "cyber_policy" else None
+    return UpstreamError(f"The upstream failed while it answered: {words}", code=policy)
 
 
 # 8.2 OpenAI chat completions
@@ -3339,11 +3435,12 @@ CHAT_ENVELOPE = "gw1.c."
 FOREIGN_SIGNATURES = ("gw1.", "litellm_encrypted_reasoning:")
 
 
-def write_openai_error(error: ApiError) -> Json:
-    """OpenAI's error object."""
+def write_openai_error(error: ApiError, conversation: str = "messages") -> Json:
+    """OpenAI's error object; `conversation` is the field that holds it."""
     kind, code = OPENAI_ERRORS[error.kind]
     code = error.code or code
-    return {"message": error.text(), "type": kind, "param": error.param, "code": code}
+    param = conversation if isinstance(error, ContextTooLong) else error.param
+    return {"message": error.text(), "type": kind, "param": param, "code": code}
 
 
 class ChatRequestReader:
@@ -3379,7 +3476,8 @@ class ChatRequestReader:
             raise UnsupportedFeature("logprobs: is not supported on this model.", param="logprobs")
         if "audio" in list_field(body, "modalities"):
             raise UnsupportedFeature("modalities: audio is not supported.", param="modalities")
-        for key in ("frequency_penalty", "presence_penalty", "seed", "prediction", "verbosity"):
+        self.chat.verbosity = str_field(body, "verbosity")
+        for key in ("frequency_penalty", "presence_penalty", "seed", "prediction"):
             if body.get(key):
                 self.chat.dropped.append(key)
 
@@ -3550,7 +3648,8 @@ class ChatRequestReader:
 def write_chat_image(image: Image) -> Json:
     """An image as a chat part."""
     url = image.url or f"data:{image.media_type};base64,{image.data}"
-    return {"type": "image_url", "image_url": {"url": url}}
+    shown = {"url": url, "detail": image.detail} if image.detail else {"url": url}
+    return {"type": "image_url", "image_url": shown}
 
 
 def write_chat_document(document: Document, model: Model) -> Json:
@@ -3595,6 +3694,7 @@ class ChatRequestWriter:
             "top_p": chat.top_p,
             "stop": chat.stop or None,
             "reasoning_effort": self.write_effort(),
+            "verbosity": chat.verbosity,
             "response_format": self.write_output(),
             "prompt_cache_key": short_hash(chat.session, 32) if chat.session else None,
         }
@@ -3719,8 +3819,7 @@ class ChatRequestWriter:
         entry: Json = {"name": output.name, "schema": output.schema}
         if output.description:
             entry["description"] = output.description
-        closed = output.schema.get("additionalProperties") is False
-        entry["strict"] = closed if output.strict is None else output.strict
+        entry["strict"] = fits_strict(output.schema) if output.strict is None else output.strict
         return {"type": "json_schema", "json_schema": entry}
 
 
@@ -5304,6 +5403,17 @@ def refuse_state(body: Json) -> None:
             raise UnsupportedFeature(f"{key}: is not supported here.", param=key)
 
 
+def searches_tools(body: Json) -> bool:
+    """Whether the client offers a search for tools, which Copilot does not know."""
+    tools = body.get("tools")
+    return isinstance(tools, list) and any(
+        isinstance(tool, dict)
+        and tool.get("type") == "tool_search"
+        and tool.get("execution") == "client"
+        for tool in tools
+    )
+
+
 def item_kind(item: Json) -> str:
     """An item's type; a message needs none."""
     kind = item.get("type")
@@ -5352,6 +5462,18 @@ HOSTED_ITEMS = (
 )
 
 
+def hosted_words(item: Json) -> str:
+    """What a tool that the vendor ran has found, where it is words."""
+    rows = [item.get("output"), item.get("results"), item.get("outputs")]
+    flat = [row for rows_ in rows for row in (rows_ if isinstance(rows_, list) else [rows_])]
+    texts = [
+        row if isinstance(row, str) else row.get("text") or row.get("logs")
+        for row in flat
+        if isinstance(row, (str, dict))
+    ]
+    return "\n".join(text for text in texts if isinstance(text, str) and text)
+
+
 def flat_name(namespace: str, name: str) -> str:
     """The name of a tool inside a namespace, where there are no namespaces."""
     return f"{namespace}__{name}" if namespace else name
@@ -5363,6 +5485,9 @@ class ResponsesRequestReader:
     def __init__(self, body: Json) -> None:
         self.body = body
         self.chat = Chat()
+        self.called: dict[str, Turn] = {}  # call id -> the turn it stands in
+        self.answered: set[Any] = set()  # calls that have a result somewhere
+        self.waiting: set[str] = set()  # those of them whose result is still to come
 
     def read(self) -> Chat:
         """The Chat; raises InvalidRequest."""
@@ -5371,7 +5496,9 @@ class ResponsesRequestReader:
         instructions = str_field(body, "instructions")
         if instructions:
             chat.system.append(Text(instructions))
-        for index, item in enumerate(input_items(body)):
+        items = input_items(body)
+        self.answered = {i.get("call_id") for i in items if item_kind(i).endswith("_output")}
+        for index, item in enumerate(items):
             self.read_item(item, f"input.{index}")
         chat.settle()
         self.read_tools(list_field(body, "tools"))
@@ -5390,14 +5517,16 @@ class ResponsesRequestReader:
         elif kind in CLIENT_CALLS:
             arguments = dump_text(item.get("action") or item.get("operation") or {})
             self.add_call(ToolCall(need_str(item, "call_id", path), CLIENT_CALLS[kind], arguments))
-        elif kind.endswith("_output") and "call_id" in item:
+        elif kind.endswith("_output"):
             self.read_output(item, kind, path)
         elif kind == "reasoning":
             self.read_reasoning(item)
         elif kind == "additional_tools":
             self.read_tools(list_field(item, "tools", path))
         elif kind in HOSTED_ITEMS:
-            self.chat.dropped.append(f"input.{kind}")
+            words = hosted_words(item)
+            self.add_words([Text(f"[{kind.removesuffix('_call')}: {words}]")] if words else [])
+            self.chat.dropped += [] if words else [f"input.{kind}"]
         elif kind == "item_reference":
             raise InvalidRequest(
                 f"{path}: items are not stored here; send the item itself.",
@@ -5436,14 +5565,18 @@ class ResponsesRequestReader:
 
     def add_words(self, blocks: list[Block]) -> None:
         """Words of the assistant: before its calls, whose results must follow them directly."""
-        turn = self.open_turn()
+        waiting = (self.called[call] for call in self.waiting)
+        turn = next(waiting, None) or self.open_turn()
         calls = (at for at, block in enumerate(turn.blocks) if isinstance(block, ToolCall))
         at = next(calls, len(turn.blocks))
         turn.blocks[at:at] = blocks
 
     def add_call(self, call: ToolCall) -> None:
         """A call of the assistant."""
-        self.open_turn().blocks.append(call)
+        self.called[call.id] = self.open_turn()
+        self.called[call.id].blocks.append(call)
+        if call.id in self.answered:
+            self.waiting.add(call.id)
 
     @staticmethod
     def read_call(item: Json, kind: str, path: str) -> ToolCall:
@@ -5464,37 +5597,57 @@ class ResponsesRequestReader:
         call_id = need_str(item, "call_id", path)
         if kind == "tool_search_output":
             tools = list_field(item, "tools", path)
-            self.read_tools(tools)
-            names = ", ".join(tool.name for tool in self.chat.tools[-len(tools) :]) if tools else ""
-            blocks: list[Block] = [Text(f"Tools available now: {names or 'none'}")]
+            names = ", ".join(self.read_tools(tools)) or "none"
+            blocks: list[Block] = [Text(f"Tools available now: {names}")]
         else:
             output = item.get("output")
-            simple = output is None or isinstance(output, (str, list))
-            blocks = read_parts(output if simple else dump_text(output), f"{path}.output")
-        self.chat.turns.append(Turn("user", [ToolResult(call_id, blocks)]))
+            if isinstance(output, dict) and output.get("type") == "computer_screenshot":
+                output = [{**output, "type": "input_image"}]
+            rows = output if isinstance(output, list) else []
+            if isinstance(output, dict) or not all(is_known_part(row) for row in rows):
+                output = dump_text(output)  # a shell's, or one of a tool to come
+            blocks = read_parts(output, f"{path}.output")
+        self.add_result(ToolResult(call_id, blocks))
+
+    def add_result(self, result: ToolResult) -> None:
+        """A result: directly behind the turn with its call, wherever it came."""
+        turns = self.chat.turns
+        called = self.called.get(result.id)
+        self.waiting.discard(result.id)
+        at = len(turns)
+        if called is not None and (not turns or turns[-1] is not called):
+            at = next(n for n, turn in enumerate(turns) if turn is called) + 1
+        if at < len(turns) and turns[at].role == "user":
+            turns[at].blocks.append(result)
+        else:
+            turns.insert(at, Turn("user", [result]))
 
     def read_reasoning(self, item: Json) -> None:
         """Thinking of another upstream that we have packed ourselves; the rest is not for it."""
         carried = unpack(CARRIED_THINKING, text_of_key(item, "encrypted_content"))
         if carried is not None:
-            thinking, signature, data = (
-                text_of_key(carried, key) for key in ("thinking", "signature", "data")
-            )
+            said = [carried.get(key) for key in ("thinking", "signature", "data")]
+            thinking, signature, data = (item if isinstance(item, str) else "" for item in said)
             self.open_turn().blocks.append(Thinking(thinking, signature, data))
 
-    def read_tools(self, tools: list[Any]) -> None:
-        """Tools of the request, of a namespace, or that a search has found."""
+    def read_tools(self, tools: list[Any]) -> list[str]:
+        """The names of tools of the request, or that a search has found."""
+        names: list[str] = []
         for index, item in enumerate(tools):
-            self.read_tool(need_dict(item, f"tools.{index}"), f"tools.{index}", "")
+            path = f"tools.{index}"
+            names += self.read_tool(need_dict(item, path), path, "")
+        return names
 
-    def read_tool(self, tool: Json, path: str, namespace: str) -> None:
-        """One tool; those that only the vendor runs are named in `hosted`."""
+    def read_tool(self, tool: Json, path: str, namespace: str) -> list[str]:
+        """The names in one entry; tools that only the vendor runs are kept in `hosted`."""
         kind = tool.get("type")
         if kind == "namespace":
+            names: list[str] = []
             for index, inner in enumerate(list_field(tool, "tools", path)):
                 inner_path = f"{path}.tools.{index}"
-                self.read_tool(need_dict(inner, inner_path), inner_path, need_str(tool, "name"))
-            return
+                owner = need_str(tool, "name", path)
+                names += self.read_tool(need_dict(inner, inner_path), inner_path, owner)
+            return names
         name = str_field(tool, "name", path) or ""
         description = str_field(tool, "description", path) or ""
         if kind == "custom":
@@ -5508,11 +5661,19 @@ class ResponsesRequestReader:
             schema = object_schema(tool.get("parameters"), name)
         else:
             self.chat.hosted.append(str(kind))
-            return
+            return []
         flat = flat_name(namespace, name)
-        if all(known.name != flat for known in self.chat.tools):
+        known = next((tool for tool in self.chat.tools if tool.name == flat), None)
+        if known is not None and known.namespace != namespace:
+            raise InvalidRequest(
+                f"{path}: {name!r} of {namespace or 'no namespace'!r} and of "
+                f"{known.namespace or 'no namespace'!r} become one name; rename one.",
+                param="tools",
+            )
+        if known is None:
             strict = bool_field(tool, "strict", path)
             self.chat.tools.append(Tool(flat, description, schema, strict, str(kind), namespace))
+        return [flat]
 
     def read_choice(self) -> None:
         """`tool_choice`, and what becomes of tools that are not to be had."""
@@ -5528,9 +5689,13 @@ class ResponsesRequestReader:
             if kind == "allowed_tools":
                 allowed = list_field(choice, "tools", "tool_choice")
                 names = {tool.get("name") for tool in allowed if isinstance(tool, dict)}
-                chat.tools = [tool for tool in chat.tools if tool.name in names]
+                chat.tools = [
+                    tool
+                    for tool in chat.tools
+                    if {tool.name, tool.name.removeprefix(flat_name(tool.namespace, ""))} & names
+                ]
                 chat.choice = ToolChoice(str_field(choice, "mode", "tool_choice") or "auto")
-            elif name:
+            elif name and kind in (None, "function", "custom"):
                 chat.choice = ToolChoice(
                     "named", flat_name(str(choice.get("namespace") or ""), name)
                 )
@@ -5554,6 +5719,7 @@ class ResponsesRequestReader:
                 "reasoning.effort: must be one of " + ", ".join(EFFORTS), param="reasoning.effort"
             )
         chat.effort = effort
+        chat.verbosity = str_field(dict_field(body, "text"), "verbosity", "text")
         form = dict_field(dict_field(body, "text"), "format", "text")
         if form.get("type") == "json_object":
             chat.output = OutputFormat(None)
@@ -5564,6 +5730,8 @@ class ResponsesRequestReader:
                 bool_field(form, "strict", "text.format"),
                 str_field(form, "description", "text.format") or "",
             )
+        if body.get("truncation") == "auto":
+            chat.dropped.append("truncation")
         known = (*RESPONSES_KNOWN, *RESPONSES_SILENT)
         chat.dropped += [key for key in body if key not in known and body[key] is not None]
 
@@ -5574,7 +5742,7 @@ def write_input_part(block: Block) -> Json | None:
         return {"type": "input_text", "text": block.text}
     if isinstance(block, Image):
         url = block.url or f"data:{block.media_type};base64,{block.data}"
-        return {"type": "input_image", "image_url": url, "detail": "auto"}
+        return {"type": "input_image", "image_url": url, "detail": block.detail or "auto"}
     if isinstance(block, Document):
         if block.text:
             head = f"[{block.title}]\n" if block.title else ""
@@ -5600,9 +5768,12 @@ class ResponsesRequestWriter:
                 "messages: the last message must be the user's; this model takes no prefill.",
                 param="messages",
             )
-        body: Json = {"model": self.model.id, "input": self.write_input()}
-        if chat.system:
+        items = self.write_input()
+        body: Json = {"model": self.model.id, "input": items}
+        if chat.system and items:
             body["instructions"] = plain_text(chat.system)
+        elif chat.system:
+            items.append({"role": "developer", "content": plain_text(chat.system)})
         if chat.tools:
             body["tools"] = [self.write_tool(tool) for tool in chat.tools]
             if chat.choice:
@@ -5613,13 +5784,12 @@ class ResponsesRequestWriter:
             effort_of_budget(chat.thinking_budget) if chat.thinking_budget else None
         )
         level = clamp_effort(effort, self.model.efforts) if effort else None
-        output = self.write_output()
         settings = {
             "max_output_tokens": max(chat.max_tokens, 16) if chat.max_tokens else None,
             "temperature": chat.temperature,
             "top_p": chat.top_p,
             "reasoning": {"effort": level, "summary": "auto"} if level else None,
-            "text": {"format": output} if output else None,
+            "text": self.write_text(),
             "prompt_cache_key": short_hash(chat.session, 32) if chat.session else None,
         }
         body.update({key: value for key, value in settings.items() if value is not None})
@@ -5653,7 +5823,7 @@ class ResponsesRequestWriter:
                 "type": "function_call",
                 "call_id": wire_id(block.id),
                 "name": self.chat.wire_name(block.name),
-                "arguments": block.arguments.strip() or "{}",
+                "arguments": whole_arguments(block.arguments),
             }
         if isinstance(block, Thinking):
             return write_reasoning_item(block.text, block.signature or block.redacted)
@@ -5686,7 +5856,8 @@ class ResponsesRequestWriter:
             text = text or "[in the next message]"
         if result.is_error and not text.startswith("Error"):
             text = f"Error: {text}"
-        return {"type": "function_call_output", "call_id": call, "output": text or "(no output)"}
+        text = text if text.strip() else "(no output)"
+        return {"type": "function_call_output", "call_id": call, "output": text}
 
     def write_tool(self, tool: Tool) -> Json:
         """One function, in the flat form."""
@@ -5703,6 +5874,11 @@ class ResponsesRequestWriter:
             return {"type": "function", "name": self.chat.wire_name(choice.name)}
         return choice.mode
 
+    def write_text(self) -> Json | None:
+        """`text`."""
+        said = {"format": self.write_output(), "verbosity": self.chat.verbosity}
+        return {key: value for key, value in said.items() if value is not None} or None
+
     def write_output(self) -> Json | None:
         """`text.format`."""
         output = self.chat.output
@@ -5710,14 +5886,11 @@ class ResponsesRequestWriter:
             return None
         if output.schema is None:
             return {"type": "json_object"}
-        closed = output.schema.get("additionalProperties") is False
-        strict = closed if output.strict is None else output.strict
-        return {
-            "type": "json_schema",
-            "name": output.name,
-            "schema": output.schema,
-            "strict": strict,
-        }
+        form: Json = {"type": "json_schema", "name": output.name, "schema": output.schema}
+        if output.description:
+            form["description"] = output.description
+        form["strict"] = fits_strict(output.schema) if output.strict is None else output.strict
+        return form
 
 
 def write_reasoning_item(text: str, signature: str) -> Json | None:
@@ -5775,7 +5948,11 @@ class OutputItem:
     events: list[Event] = field(default_factory=list)
     #: the kind of the block that is open
     open: str = ""
-    #: some of its words have come
+    #: its words so far
+    text: str = ""
+    #: content parts that are complete
+    parts: int = 0
+    #: some words of the open part have come
     spoken: bool = False
     done: bool = False
 
@@ -5827,11 +6004,13 @@ class ResponsesReader:
             self.add(item, block, frame.get("delta"))
         elif kind in ("response.reasoning_summary_text.delta", "response.reasoning_text.delta"):
             self.add(item, "thinking", frame.get("delta"))
-        elif kind == "response.reasoning_summary_part.added" and item.spoken:
+        elif kind == "response.reasoning_summary_part.added" and item.text:
             self.add(item, "thinking", "\n\n")
         elif kind == "response.content_part.done":
-            self.end_block(item)
-        elif kind == "response.function_call_arguments.delta":
+            self.end_part(details(frame, "part"), item)
+        elif kind == "response.custom_tool_call_input.delta":
+            item.text += text_of_key(frame, "delta") and frame["delta"]
+        elif kind == "response.function_call_arguments.delta" and item.open:
             self.add(item, "tool", frame.get("delta"))
 
     @staticmethod
@@ -5844,7 +6023,17 @@ class ResponsesReader:
             item.open = block
             item.events.append(Opened(block))
         item.spoken = True
+        item.text += words
         item.events.append(Added("arguments" if block == "tool" else "text", words))
+
+    def end_part(self, part: Json, item: OutputItem) -> None:
+        """A content part is complete; what came only now is added."""
+        if not item.spoken:
+            self.add(item, "text", part.get("text"))
+            self.add(item, "refusal", part.get("refusal"))
+        self.end_block(item)
+        item.parts += 1
+        item.spoken = False
 
     @staticmethod
     def end_block(item: OutputItem) -> None:
@@ -5856,7 +6045,7 @@ class ResponsesReader:
     def open_item(self, said: Json, item: OutputItem) -> None:
         """An item begins; a call's name and id are known now."""
         item.kind = str(said.get("type") or "")
-        if item.kind in ("function_call", "custom_tool_call"):
+        if item.kind in ("function_call", "custom_tool_call") and said.get("name"):
             item.open = "tool"
             name = flat_name(text_of_key(said, "namespace"), str(said.get("name") or ""))
             call_id = str(said.get("call_id") or said.get("id") or "")
@@ -5867,17 +6056,17 @@ class ResponsesReader:
         """An item is complete; what came only now is added."""
         if not item.kind:
             self.open_item(said, item)
-        if item.kind == "message" and not item.spoken:
+        if item.kind == "message":
             content = said.get("content")
-            for part in content if isinstance(content, list) else ():
-                if isinstance(part, dict):
-                    self.add(item, "text", part.get("text"))
-                    self.add(item, "refusal", part.get("refusal"))
-                    self.end_block(item)
-        elif item.kind == "function_call" and not item.spoken:
+            parts = content if isinstance(content, list) else []
+            for part in parts[item.parts :]:
+                self.end_part(part if isinstance(part, dict) else {}, item)
+        elif item.kind == "function_call" and item.open and not item.text:
             self.add(item, "tool", said.get("arguments"))
-        elif item.kind == "custom_tool_call":
-            self.add(item, "tool", dump_text({"input": str(said.get("input") or "")}))
+        elif item.kind == "custom_tool_call" and item.open:
+            text = said.get("input")
+            words = text if isinstance(text, str) and text else item.text
+            self.add(item, "tool", dump_text({"input": words}))
         elif item.kind == "reasoning":
             self.close_thought(said, item)
         self.end_block(item)
@@ -5887,16 +6076,16 @@ class ResponsesReader:
 
     def close_thought(self, said: Json, item: OutputItem) -> None:
         """A thought is complete: its encrypted form is only now to be trusted."""
-        if not item.spoken:
+        if not item.text:
             rows = said.get("summary") or said.get("content")
-            texts = [row.get("text") for row in rows if isinstance(row, dict)] if rows else []
+            rows = rows if isinstance(rows, list) else []
+            texts = [row.get("text") for row in rows if isinstance(row, dict)]
             self.add(item, "thinking", "\n\n".join(t for t in texts if isinstance(t, str)))
         encrypted = said.get("encrypted_content")
         if not isinstance(encrypted, str) or not encrypted:
             return
         signature = pack(RESPONSES_ENVELOPE, {"id": said.get("id"), "enc": encrypted})
-        words = "".join(e.text for e in item.events if isinstance(e, Added))
-        self.thought = (words, signature)
+        self.thought = (item.text, signature)
         if item.open == "thinking":
             item.events.append(Added("signature", signature))
         else:
@@ -5928,6 +6117,8 @@ class ResponsesReader:
             item = self.items[index]
             if not item.done:
                 self.close_item({"type": item.kind}, item)
+            if item.kind == "function_call" and item.text and load_object(item.text) is None:
+                kind = "response.incomplete"  # a call that is cut short is none
             events += item.events
             item.events = []
         read_responses_usage(response, self.usage)
@@ -6092,7 +6283,7 @@ class ResponsesWriter:
         if event.part == "signature":
             self.signature += event.text
             return []
-        if event.part == "citation" or self.kind == "opaque":
+        if event.part == "citation" or self.kind == "opaque" or not event.text:
             return []
         begins = not self.text
         self.text += event.text
@@ -6187,12 +6378,18 @@ class ResponsesWriter:
             "filter": "content_filter",
         }
         reason = reasons.get(event.reason)
+        frames: list[Json] = []
+        explanation = (event.details or {}).get("explanation")
+        if event.reason == "filter" and isinstance(explanation, str) and explanation:
+            steps = (Opened("refusal"), Added("text", explanation), Closed())
+            frames = [frame for step in steps for frame in self.write(step)]
+            reason = None
         status = "incomplete" if reason else "completed"
         response = write_response(self.terms, status, self.output)
         response["usage"] = write_responses_usage(self.usage)
         if reason:
             response["incomplete_details"] = {"reason": reason}
-        return [{"type": f"response.{status}", "response": response}]
+        return [*frames, {"type": f"response.{status}", "response": response}]
 
 
 ITEM_PREFIXES = {
@@ -6218,7 +6415,9 @@ class ResponsesRelay:
         self.said = 0.0
         self.finished = False
         self.ids: dict[int, str] = {}
+        self.summarised: set[int] = set()  # thoughts whose summary came in deltas
         self.sealed: dict[int, str] = {}  # reasoning, as only its last event has it right
+        self.done: dict[int, Json] = {}  # items that are complete
         self.begun = False
 
     def mend(self, frame: Json) -> list[Json]:
@@ -6241,13 +6440,41 @@ class ResponsesRelay:
         delta = frame.get("delta")
         if isinstance(delta, str):
             self.said += estimate_text(delta)
+        if kind == "response.reasoning_summary_part.added" and isinstance(index, int):
+            self.summarised.add(index)
+        elif kind == "response.output_item.done" and isinstance(index, int):
+            first += self.late_summary(index, details(frame, "item"))
         if isinstance(frame.get("response"), dict):
             frame["response"] = self.mend_response(frame["response"])
         if kind in RESPONSES_ENDS:
-            read_responses_usage(frame.get("response", {}), self.usage)
+            frame["response"] = response = details(frame, "response")
+            if "id" not in response:
+                raise UpstreamError(OFF_PROTOCOL)
+            read_responses_usage(response, self.usage)
             read_copilot_usage(frame, self.usage)
             self.finished = True
         return [*first, frame]
+
+    def late_summary(self, index: int, item: Json) -> list[Json]:
+        """The deltas of a summary that came only with its finished item."""
+        rows = item.get("summary")
+        if item.get("type") != "reasoning" or index in self.summarised or not rows:
+            return []
+        frames: list[Json] = []
+        for number, part in enumerate(rows if isinstance(rows, list) else ()):
+            text = part.get("text") if isinstance(part, dict) else None
+            if not isinstance(text, str):
+                continue
+            at = {"item_id": item["id"], "output_index": index, "summary_index": number}
+            steps = (
+                ("part.added", {"part": {"type": "summary_text", "text": ""}}),
+                ("text.delta", {"delta": text}),
+                ("text.done", {"text": text}),
+                ("part.done", {"part": part}),
+            )
+            for step, more in steps:
+                frames.append({"type": f"response.reasoning_summary_{step}", **at, **more})
+        return frames
 
     def opening(self) -> list[Json]:
         """The event that must come first."""
@@ -6267,24 +6494,31 @@ class ResponsesRelay:
             item["id"] = self.pinned(index, str(item.get("type")))
             self.rename(item)
             encrypted = text_of_key(item, "encrypted_content")
-            if encrypted and frame["type"] == "response.output_item.done":
-                self.sealed[index] = encrypted
+            if frame["type"] == "response.output_item.done":
+                self.done[index] = item
+                self.sealed.update({index: encrypted} if encrypted else {})
         elif "item_id" in frame:
             frame["item_id"] = self.pinned(index, "")
         self.rename(frame)
 
     def rename(self, holder: Json) -> None:
-        """A wire name becomes the caller's again."""
-        name = holder.get("name")
-        if isinstance(name, str):
-            holder["name"] = self.terms.names.get(name, name)
+        """Wire names become the caller's again."""
+        for key in ("name", "namespace"):
+            name = holder.get(key)
+            if isinstance(name, str):
+                holder[key] = self.terms.names.get(name, name)
 
     def mend_response(self, response: Json) -> Json:
         """The caller's model name, one id, and items under the ids they had."""
-        response.update(id=self.terms.id, model=self.terms.model)
+        response.update(id=self.terms.id, model=self.terms.model, created_at=self.terms.created)
         response.setdefault("store", False)
+        for key in ("metadata", "user"):  # which Copilot does not take
+            if self.terms.asked.get(key) is not None:
+                response[key] = self.terms.asked[key]
         response.pop("output_text", None)
         output = response.get("output")
+        if not output:  # its items may have come before
+            response["output"] = output = [self.done[index] for index in sorted(self.done)]
         for index, item in enumerate(output if isinstance(output, list) else ()):
             if isinstance(item, dict):
                 item["id"] = self.pinned(index, str(item.get("type")))
@@ -6298,6 +6532,51 @@ class ResponsesRelay:
         if not self.finished:
             raise UpstreamError(BROKEN_OFF)
         return []
+
+
+def unfold_item(index: int, item: Json) -> list[Json]:
+    """The frames of one item: clients read words and arguments from deltas only."""
+    at = {"output_index": index, "item_id": item.get("id")}
+    start = {**item, "status": "in_progress"}
+    deltas: list[Json] = []
+    if item.get("type") == "message":
+        content = item.get("content")
+        start["content"] = []
+        for number, part in enumerate(content if isinstance(content, list) else ()):
+            if isinstance(part, dict):
+                deltas += unfold_part({**at, "content_index": number}, part)
+    elif item.get("type") == "reasoning":
+        start = {"id": item.get("id"), "type": "reasoning", "summary": []}
+    for key, kind in (
+        ("arguments", "function_call_arguments"),
+        ("input", "custom_tool_call_input"),
+    ):
+        if isinstance(item.get(key), str):
+            start[key] = ""
+            name = {"name": item.get("name")} if key == "arguments" else {}
+            deltas += [
+                {"type": f"response.{kind}.delta", **at, "delta": item[key]},
+                {"type": f"response.{kind}.done", **at, **name, key: item[key]},
+            ]
+    head = {"output_index": index}
+    return [
+        {"type": "response.output_item.added", **head, "item": start},
+        *deltas,
+        {"type": "response.output_item.done", **head, "item": dict(item)},
+    ]
+
+
+def unfold_part(at: Json, part: Json) -> list[Json]:
+    """The frames of one content part."""
+    key, kind = ("refusal", "refusal") if part.get("type") == "refusal" else ("text", "output_text")
+    words = part.get(key)
+    words = words if isinstance(words, str) else ""
+    return [
+        {"type": "response.content_part.added", **at, "part": {**part, key: ""}},
+        {"type": f"response.{kind}.delta", **at, "delta": words},
+        {"type": f"response.{kind}.done", **at, key: words},
+        {"type": "response.content_part.done", **at, "part": part},
+    ]
 
 
 class ResponsesDialect:
@@ -6375,13 +6654,14 @@ class ResponsesDialect:
                 "response": {**whole, "status": "in_progress", "output": []},
             }
         ]
-        for index, item in enumerate(output if isinstance(output, list) else ()):
-            for step in ("added", "done"):
-                kind = f"response.output_item.{step}"
-                frames.append({"type": kind, "output_index": index, "item": dict(item)})
+        if not isinstance(output, list):
+            raise UpstreamError("The upstream's answer holds no output.")
+        for index, item in enumerate(output):
+            frames += unfold_item(index, item if isinstance(item, dict) else {})
         status = whole.get("status")
-        ends = {"incomplete": "response.incomplete", "failed": "response.failed"}
-        frames.append({"type": ends.get(str(status), "response.completed"), "response": whole})
+        ends = ("incomplete", "failed", "cancelled")
+        last = f"response.{status if status in ends else 'completed'}"
+        frames.append({"type": last, "response": whole})
         return frames
 
     def plain_text(self, frame: Json) -> str | None:
@@ -6394,7 +6674,7 @@ class ResponsesDialect:
 
     def error_body(self, error: ApiError, request_id: str) -> Json:
         """As chat's; a sign-in that is missing is the caller's to know, not to retry."""
-        said = write_openai_error(error)
+        said = write_openai_error(error, "input")
         if isinstance(error, NotSignedIn):
             said["type"] = "invalid_request_error"
         return {"error": said}
@@ -6407,9 +6687,12 @@ class ResponsesDialect:
         self, error: ApiError, request_id: str, terms: Terms, begun: bool
     ) -> list[Json]:
         """`response.failed`, behind `response.created` where nothing came before."""
-        said = write_openai_error(error)
+        said = write_openai_error(error, "input")
         response = write_response(terms, "failed", [])
-        response["error"] = {"code": said["code"] or said["type"], "message": said["message"]}
+        code = said["code"] or said["type"]
+        plain = {"upstream_error", "upstream_timeout", "internal_error"}
+        code = "server_error" if code in plain else code  # the words that its clients know
+        response["error"] = {"code": code, "message": said["message"]}
         first = {"type": "response.created", "response": write_response(terms, "in_progress", [])}
         failed = {"type": "response.failed", "response": response}
         return [failed] if begun else [first, failed]
@@ -6678,52 +6961,10 @@ def word_strange_parts(draft: KiroDraft) -> bool:
 
 def tell_calls_apart(draft: KiroDraft) -> bool:
     """A call id counts once in a conversation; the same call said twice in a turn is one call."""
-    seen: dict[str, int] = {}  # our ids, and how often each was asked for
-    touched = False
-    for at, turn in enumerate(draft.turns):
-        ids: dict[str, list[str]] = {}  # of this turn: the caller's id -> ours, in order
-        said: list[ToolCall] = []
-        blocks: list[Block] = []
-        for block in turn.blocks:
-            if isinstance(block, ToolCall):
-                if block in said:
-                    touched = True
-                    continue
-                said.append(block)
-                clean = new = wire_id(block.id)
-                while new in seen:
-                    seen[clean] += 1
-                    new = f"{clean[:56]}_{seen[clean]}"
-                seen[new] = 1
-                ids.setdefault(block.id, []).append(new)
-                block = ToolCall(new, block.name, block.arguments)
-                touched = touched or new != said[-1].id
-            blocks.append(block)
-        draft.turns[at] = Turn(turn.role, blocks)
-        if ids and at + 1 < len(draft.turns):
-            draft.turns[at + 1] = answer_calls(draft.turns[at + 1], ids)
-    return touched
-
-
-def answer_calls(turn: Turn, ids: dict[str, list[str]]) -> Turn:
-    """`turn` with its results under the new ids of their calls, one result for each call."""
-    results: dict[str, ToolResult] = {}
-    blocks: list[Block] = []
-    for block in turn.blocks:
-        if not isinstance(block, ToolResult) or block.id not in ids:
-            blocks.append(block)
-            continue
-        names = ids[block.id]
-        name = next((name for name in names if name not in results), names[-1])
-        if name in results:
-            results[name].blocks.extend(block.blocks)
-        else:
-            results[name] = ToolResult(name, [*block.blocks], block.is_error)
-            blocks.append(results[name])
-    for names in ids.values():
-        missing = [name for name in names if name not in results]
-        blocks[:0] = [ToolResult(name, [Text(INTERRUPTED)], True) for name in missing]
-    return Turn(turn.role, blocks)
+    distinct = distinct_calls(draft.turns)
+    changed = distinct != draft.turns
+    draft.turns = distinct
+    return changed
 
 
 def begin_with_user(draft: KiroDraft) -> bool:
@@ -7597,6 +7838,7 @@ class Converter:
         self.cutter = StopCutter(terms.cut) if terms.cut else None
         self.usage = Usage()
         self.said = 0.0
+        self.calls = 0
 
     @property
     def finished(self) -> bool:
@@ -7632,7 +7874,11 @@ class Converter:
             if event.part != "signature":
                 self.said += estimate_text(event.text)
         elif isinstance(event, Opened) and event.kind == "tool":
+            if not event.name:
+                raise UpstreamError(OFF_PROTOCOL)
             event.name = self.terms.names.get(event.name, event.name)
+            self.calls += 1
+            event.id = event.id or "call_" + short_hash(f"{self.terms.id} {self.calls}", 24)
         elif isinstance(event, Counted):
             self.usage = event.usage
         elif isinstance(event, Finished) and self.usage.source != "reported":
@@ -7726,7 +7972,8 @@ class Flow:
         self.stream = stream
         self.request_id = request_id
         self.framing = upstream.framing()
-        native = upstream is caller and not terms.cut and not terms.legacy_functions
+        same = upstream is caller and not terms.cut
+        native = same and not terms.legacy_functions and not terms.rewritten
         self.relay: Relay = (
             caller.relay(terms)
             if native
@@ -7939,7 +8186,8 @@ def read_copilot_model(entry: Json, provider: str) -> Model | None:
         budget=(low or MIN_THINKING_BUDGET, most) if most else None,
         stops=0 if REASONING_GPT.match(model_id) else None,
         streaming=supports.get("streaming", True) is not False,
-        listed=entry.get("model_picker_enabled", True) is not False and state == "enabled",
+        listed=(kind == "embeddings" or entry.get("model_picker_enabled", True) is not False)
+        and state == "enabled",
         headers={
             key: value
             for key, value in headers.items()
@@ -7976,7 +8224,7 @@ def guess_copilot_model(model_id: str, provider: str) -> Model:
 # How Anthropic's clients ask for a million tokens; Copilot has models of their own for that.
 LONG_CONTEXT_BETA = "context-1m"
 MODEL_ID = re.compile(r"[A-Za-z0-9][\w.:-]{0,127}", re.ASCII)
-DATED = re.compile(r"-(?:20\d{6}|latest)$")
+DATED = re.compile(r"-(?:20\d{6}|20\d\d-\d\d-\d\d|latest)$")
 DASHED_VERSION = re.compile(r"(?<=-)(\d)-(\d{1,2})(?=-|$)")
 # What clients put behind a name that stands for a setting, where no such model is listed.
 NAME_EFFORT = re.compile(r"-(thinking|low|medium|high|xhigh|max)$")
@@ -8014,25 +8262,31 @@ def find_model(name: str, models: dict[str, Model]) -> Model | None:
     families = {model.family: model for model in reversed(models.values()) if model.family}
     spellings = model_spellings(name)
     known = [table[s] for table in (by_lower, families) for s in spellings if s in table]
+    # What was not named exactly must be there for this account: terms may not be accepted yet.
+    usable = [model for model in known if model.listed or model.id.lower() == name.lower()]
     if known:
-        return known[0]
-    plain = NAME_EFFORT.sub("", name.lower().removesuffix("-1m"))
-    if plain != name.lower():
+        return (usable or known)[0]
+    lower = name.lower()
+    base, long, _ = lower.partition("[1m]")
+    plain = NAME_EFFORT.sub("", base) + long
+    if plain == lower:
+        plain = base.removesuffix("-1m")
+    if plain != lower:
         return find_model(plain, models)
     retired = RETIRED_CLAUDE.fullmatch(spellings[-1])
     if retired is None:
         return None
     family = f"claude-{retired[1]}-"
     return max(
-        (model for model_id, model in by_lower.items() if model_id.startswith(family)),
-        key=lambda model: (claude_version(model.id) or (0, 0), model.id),
+        (m for model_id, m in by_lower.items() if model_id.startswith(family) and m.listed),
+        key=lambda model: (claude_version(model.id) or (0, 0), -len(model.id)),
         default=None,
     )
 
 
 def implied_effort(name: str, model: Model) -> str | None:
     """The effort that a name asks for beyond the model's own: `claude-sonnet-4.5-thinking`."""
-    found = NAME_EFFORT.search(name.lower())
+    found = NAME_EFFORT.search(name.lower().removesuffix("[1m]"))
     if found is None or model.id.lower().endswith(found[0]):
         return None
     return "high" if found[1] == "thinking" else found[1]
@@ -8998,6 +9252,9 @@ RESPONSES_KEYS = (
 ENCRYPTED_REASONING = "reasoning.encrypted_content"
 
 
+CALL_ITEMS = ("function_call", "custom_tool_call", "tool_search_call", *CLIENT_CALLS)
+
+
 def check_items(scrub: Scrub) -> None:
     """What the responses endpoint could only refuse, refused here in better words."""
     refuse_state(scrub.body)
@@ -9019,9 +9276,10 @@ def keep_responses_keys(scrub: Scrub) -> None:
         value = body.pop(key)
         if value is not None and key not in (*RESPONSES_SILENT, "metadata", "stream_options"):
             scrub.dropped.append(key)
-    include = body.get("include")
-    asked = [item for item in include if item == ENCRYPTED_REASONING] if include else []
-    body.update(store=False, include=asked or [ENCRYPTED_REASONING])
+    body.update(store=False, include=[ENCRYPTED_REASONING])
+    cache_key = body.get("prompt_cache_key")
+    if isinstance(cache_key, str) and len(cache_key) > 64:
+        body["prompt_cache_key"] = short_hash(cache_key, 64)
 
 
 def fit_items(scrub: Scrub) -> None:
@@ -9029,75 +9287,160 @@ def fit_items(scrub: Scrub) -> None:
     if not isinstance(scrub.body["input"], list):
         return
     items: list[Json] = []
-    for item in scrub.body["input"]:
+    for index, item in enumerate(scrub.body["input"]):
         kind = item_kind(item)
         encrypted = text_of_key(item, "encrypted_content")
+        if kind in ("function_call", "custom_tool_call") or kind.endswith("_output"):
+            need_str(item, "call_id", f"input.{index}")
+        if kind == "function_call":
+            said = item.get("arguments")
+            text = said if isinstance(said, str) else "" if said is None else dump_text(said)
+            item["arguments"] = whole_arguments(text)
         if kind == "reasoning" and (not encrypted or encrypted.startswith(FOREIGN_SIGNATURES)):
             continue
+        if kind in HOSTED_ITEMS or kind == "additional_tools":
+            words = hosted_words(item)
+            scrub.dropped += [] if words else [f"input.{kind}"]
+            item = {"type": "message", "role": "assistant", "content": f"[{kind}: {words}]"}
+            if not words:
+                continue
+            kind = "message"
         item.pop("id", None)
-        for key in ("status", "content", "namespace"):
-            if key in item and item[key] is None:
-                del item[key]
+        if kind == "reasoning":
+            item.pop("content", None)
+            item.pop("status", None)
+            item["summary"] = item.get("summary") or []
+        elif kind == "message" and not fit_message(item, f"input.{index}.content"):
+            continue  # it says nothing, and would be refused
+        for key in [key for key, value in item.items() if value is None]:
+            del item[key]
         if isinstance(item.get("call_id"), str):
             item["call_id"] = wire_id(item["call_id"])
         if kind in ("function_call", "custom_tool_call") and isinstance(item.get("name"), str):
             item["name"] = wire_name(item["name"])
+        if isinstance(item.get("namespace"), str):
+            item["namespace"] = wire_name(item["namespace"])
         items.append(item)
-    scrub.body["input"] = settle_items(items)
+    settled = settle_items(items)
+    if not settled:
+        raise InvalidRequest("input: the conversation says nothing.", param="input")
+    scrub.body["input"] = [
+        item
+        for item, following in zip(settled, [*settled[1:], {}])  # noqa: B905 - of one length
+        if item_kind(item) != "reasoning" or is_said(following)
+    ]
 
 
-CALL_ITEMS = ("function_call", "custom_tool_call", "tool_search_call", *CLIENT_CALLS)
+def is_said(item: Json) -> bool:
+    """Whether an item can follow a thought: it belongs to what the model said next."""
+    kind = item_kind(item)
+    return kind in (*CALL_ITEMS, "reasoning") or item.get("role") == "assistant"
+
+
+def fit_message(item: Json, path: str) -> bool:
+    """Leaves out empty words and fills in an image's detail; False where nothing is left."""
+    content = item.get("content")
+    if isinstance(content, str):
+        return bool(content.strip())
+    if content is not None and not isinstance(content, list):
+        raise wrong_type(path, "a string or a list of parts")
+    parts = []
+    for part in content or ():
+        if isinstance(part, dict):
+            part = {key: value for key, value in part.items() if value is not None}
+            is_image = part.get("type") == "input_image"
+            if is_image and part.get("detail") not in ("low", "high"):
+                part["detail"] = "auto"
+            text = part.get("text", part.get("refusal"))
+            if isinstance(text, str) and not text.strip():
+                continue
+        parts.append(part)
+    item["content"] = parts
+    return bool(parts)
 
 
 def settle_items(items: list[Json]) -> list[Json]:
     """Items with each call's output directly behind the calls; a missing one is filled in."""
     outputs: dict[str, list[Json]] = {}
+    calls: dict[str, int] = {}
     for item in items:
+        call_id = str(item.get("call_id"))
         if item_kind(item).endswith("_output"):
-            outputs.setdefault(str(item.get("call_id")), []).append(item)
-    calls = {str(item.get("call_id")) for item in items if item_kind(item) in CALL_ITEMS}
+            outputs.setdefault(call_id, []).append(item)
+        elif item_kind(item) in CALL_ITEMS:
+            calls[call_id] = calls.get(call_id, 0) + 1
     settled: list[Json] = []
     pending: list[Json] = []
+    seen: dict[str, int] = {}
     for item in [*items, {}]:
         kind = item_kind(item) if item else ""
         if pending and kind not in (*CALL_ITEMS, "reasoning"):
-            for call in pending:
-                settled += answer_item(call, outputs.pop(str(call.get("call_id")), []))
+            settled += answer_items(pending, outputs, calls, seen)
             pending = []
         if kind in CALL_ITEMS:
             pending.append(item)
         elif kind.endswith("_output"):
             if str(item.get("call_id")) not in calls:
-                words = text_of(item.get("output"))
-                text = f"[tool output for unknown call {item.get('call_id')}]\n{words}"
-                settled.append({"type": "message", "role": "user", "content": text})
+                head = f"[tool output for unknown call {item.get('call_id')}]"
+                text = f"{head}\n{text_of(item.get('output'))}".strip()
+                parts = [{"type": "input_text", "text": text}, *shown_parts(item.get("output"))]
+                settled.append({"type": "message", "role": "user", "content": parts})
             continue
         if item:
             settled.append(item)
     return settled
 
 
-def answer_item(call: Json, found: list[Json]) -> list[Json]:
-    """The outputs of one call, in words; their images stand in a message behind them."""
-    kind = {"custom_tool_call": "custom_tool_call_output"}.get(
-        item_kind(call), "function_call_output"
-    )
-    call_id = call.get("call_id")
-    if not found:
-        return [{"type": kind, "call_id": call_id, "output": INTERRUPTED}]
+def shown_parts(output: Any) -> list[Json]:
+    """The parts of an output that are no words."""
+    rows = [row for row in output if isinstance(row, dict)] if isinstance(output, list) else []
+    shown = [dict(row) for row in rows if row.get("type") not in ("input_text", "output_text")]
+    for row in shown:
+        if row.get("type") == "input_image":
+            row["detail"] = row.get("detail") or "auto"
+    return shown
+
+
+def words_of_output(item: Json) -> str:
+    """What a tool said, in words: an object of its own as JSON."""
+    output = item.get("output")
+    return dump_text(output) if isinstance(output, dict) else text_of(output)
+
+
+def answer_items(
+    pending: list[Json],
+    outputs: dict[str, list[Json]],
+    calls: dict[str, int],
+    seen: dict[str, int],
+) -> list[Json]:
+    """The outputs of calls, in words; then a message with their images, which words cannot hold.
+
+    An id that is used again is told apart, in the call and in its output.
+    """
+    answers: list[Json] = []
     shown: list[Json] = []
-    for item in found:
-        parts = item.get("output")
-        if isinstance(parts, list):
-            shown += [p for p in parts if isinstance(p, dict) and p.get("type") != "input_text"]
-            item["output"] = text_of(parts) or "[in the next message]"
-    if not shown:
-        return found
-    head = {"type": "input_text", "text": f"From tool call {call_id}:"}
-    for part in shown:
-        if part.get("type") == "input_image":
-            part.setdefault("detail", "auto")
-    return [*found, {"type": "message", "role": "user", "content": [head, *shown]}]
+    for call in pending:
+        call_id = str(call.get("call_id"))
+        calls[call_id] -= 1
+        waiting = outputs.get(call_id, [])
+        found = waiting if not calls[call_id] else waiting[:1]
+        outputs[call_id] = waiting[len(found) :]
+        seen[call_id] = seen.get(call_id, 0) + 1
+        if seen[call_id] > 1:
+            call["call_id"] = f"{call_id[:56]}_{seen[call_id]}"
+        images = [part for item in found for part in shown_parts(item.get("output"))]
+        words = "\n\n".join(filter(str.strip, (words_of_output(item) for item in found)))
+        if images:
+            head = f"From tool call {call['call_id']}:"
+            shown += [{"type": "input_text", "text": head}, *images]
+        kind = "function_call_output"
+        if item_kind(call) == "custom_tool_call":
+            kind = "custom_tool_call_output"
+        plain = "[in the next message]" if images else "(no output)" if found else INTERRUPTED
+        answers.append({"type": kind, "call_id": call["call_id"], "output": words or plain})
+    if shown:
+        answers.append({"type": "message", "role": "user", "content": shown})
+    return answers
 
 
 def fit_responses_tools(scrub: Scrub) -> None:
@@ -9119,6 +9462,13 @@ def fit_responses_tools(scrub: Scrub) -> None:
         forced = "" if kind in known else str(kind)
         if isinstance(choice.get("name"), str):
             body["tool_choice"] = {**choice, "name": wire_name(choice["name"])}
+        if isinstance(choice.get("tools"), list):
+            kept = [
+                {**t, "name": wire_name(str(t["name"]))} if "name" in t else t
+                for t in choice["tools"]
+                if isinstance(t, dict) and t.get("type") not in hosted
+            ]
+            body["tool_choice"] = {**choice, "tools": kept}
     drop_hosted(hosted, len(tools), forced, scrub.dropped)
     if forced:
         raise UnsupportedFeature(f"{forced} is not available on this model.", param="tools")
@@ -9131,11 +9481,12 @@ def fit_responses_tools(scrub: Scrub) -> None:
 
 def fit_responses_tool(tool: Json, path: str) -> Json:
     """One tool as Copilot takes it."""
-    tool = dict(tool)
+    tool = {key: value for key, value in tool.items() if value is not None}
     name = need_str(tool, "name", path)
     tool.pop("defer_loading", None)
     tool.pop("output_schema", None)
     if tool["type"] == "namespace":
+        tool["name"] = wire_name(name)
         tool["description"] = str_field(tool, "description", path) or name
         inner = list_field(tool, "tools", path)
         tool["tools"] = [
@@ -9145,7 +9496,7 @@ def fit_responses_tool(tool: Json, path: str) -> Json:
         return tool
     tool["name"] = wire_name(name)
     if tool["type"] == "function":
-        tool["parameters"] = object_schema(tool.get("parameters"), name)
+        tool["parameters"] = fit_schema(object_schema(tool.get("parameters"), name), google=False)
         if tool.get("strict") is None:
             tool["strict"] = False
     return tool
@@ -9163,6 +9514,10 @@ def fit_responses_settings(scrub: Scrub) -> None:
         reasoning["effort"] = clamp_effort(effort, model.efforts)
     elif effort is not None:
         del reasoning["effort"]
+    summaries = {"concise": "auto", "auto": "auto", "detailed": "detailed"}
+    reasoning["summary"] = summaries.get(str(reasoning.get("summary")))
+    if "spark" in model.id:  # it gives none, and refuses to be asked
+        reasoning["summary"] = None
     for key in [key for key in reasoning if key not in ("effort", "summary")]:
         del reasoning[key]
     body["reasoning"] = {key: value for key, value in reasoning.items() if value is not None}
@@ -9174,6 +9529,9 @@ def fit_responses_settings(scrub: Scrub) -> None:
             scrub.dropped.append(key)
     for key in [key for key, value in body.items() if value is None]:
         del body[key]
+    if "text" in body:
+        text = dict_field(body, "text")
+        body["text"] = {key: value for key, value in text.items() if value is not None}
 
 
 RESPONSES_RULES: tuple[Callable[[Scrub], None], ...] = (
@@ -9261,6 +9619,19 @@ def write_embeddings(rows: list[Json], usage: Usage, is_packed: bool) -> Json:
     return {"object": "list", "data": data, "model": "", "usage": said}
 
 
+def with_effort(body: Json, dialect: str, effort: str) -> Json:
+    """A native body that asks for an effort, where it does not ask for one itself."""
+    if dialect == "chat":
+        return {"reasoning_effort": effort, **body}
+    if dialect == "responses":
+        reasoning = details(body, "reasoning")
+        return {**body, "reasoning": {"summary": "auto", "effort": effort, **reasoning}}
+    if "thinking" in body or details(body, "output_config").get("effort"):
+        return body
+    settings = {**details(body, "output_config"), "effort": effort}
+    return {**body, "thinking": {"type": "adaptive"}, "output_config": settings}
+
+
 class ReasoningMemory:
     """Reasoning signatures of chat models, by tool call: OpenAI clients have no field for them.
 
@@ -9282,12 +9653,15 @@ class ReasoningMemory:
     def attach_items(self, body: Json) -> None:
         """Puts reasoning items back before a responses body's calls that lack them."""
         items: list[Json] = []
-        for item in body["input"] if isinstance(body["input"], list) else ():
+        rows = body["input"] if isinstance(body["input"], list) else []
+        there = False  # a thought, since somebody else has spoken
+        for item in rows:
             kept = self.kept.get(str(item.get("call_id")))
-            first = not items or item_kind(items[-1]) not in ("reasoning", "function_call")
-            if kept and first and item_kind(item) == "function_call":
+            if kept and not there and item_kind(item) == "function_call":
                 reasoning = write_reasoning_item(*kept)
                 items += [reasoning] if reasoning else []
+                there = reasoning is not None
+            there = is_said(item) and (there or item_kind(item) == "reasoning")
             items.append(item)
         body["input"] = items or body["input"]
 
@@ -9298,7 +9672,7 @@ class ReasoningMemory:
             if not calls or message.get("reasoning_opaque"):
                 continue
             found = [self.kept[c["id"]] for c in calls if c.get("id") in self.kept]
-            if found:
+            if found and not found[-1][1].startswith(RESPONSES_ENVELOPE):
                 text, opaque = found[-1]
                 message["reasoning_opaque"] = opaque
                 if text:
@@ -12269,14 +12643,15 @@ class CopilotProvider:
             asked = {"model": model.id, "input": texts[at : at + MAX_EMBEDDED], **more}
             answer = await self.ask("/embeddings", asked, model)
             found = answer.get("data")
-            rows += [row for row in found if isinstance(row, dict)] if found else []
+            batch = [row for row in found if isinstance(row, dict)] if found else []
+            rows += sorted(batch, key=lambda row: count(row, "index", 0))
             usage.input += count(details(answer, "usage"), "prompt_tokens", 0)
         return write_embeddings(rows, usage, is_packed), usage
 
     async def ask(self, path: str, body: Json, model: Model) -> Json:
         """A small answer of the model service; a stale token is renewed once."""
         token = await self.account.token()
-        for again in (True, False):
+        for step in range(MAX_ATTEMPTS):
             headers = self.headers(token, "conversation-other")
             headers.update({"Content-Type": "application/json", "Accept": "application/json"})
             status, fields_, data = await self.client.fetch(
@@ -12285,13 +12660,16 @@ class CopilotProvider:
             answer = load_object(data)
             if status == 200 and answer is not None:
                 return answer
+            if status == 200:
+                raise UpstreamError("Copilot's embeddings are not JSON.")
             verdict = judge_copilot(status, fields_, data, model, self.learned, time.time())
             renewed = await self.account.renew(token) if verdict.remedy == "refresh" else None
-            if renewed is None or not again:
+            wait_s = BACKOFF_SECONDS[0] if verdict.wait_s is None else verdict.wait_s
+            passing = verdict.remedy in ("wait", "again", "pause") and wait_s <= MAX_WAIT_SECONDS
+            if step + 1 == MAX_ATTEMPTS or not (renewed or passing):
                 break
-            token = renewed
-        if status == 200:
-            raise UpstreamError("Copilot's embeddings are not JSON.")
+            token = renewed or token
+            await asyncio.sleep(0 if renewed else wait_s)
         raise verdict.error
 
     def guess(self, model_id: str) -> Model | None:
@@ -13429,7 +13807,8 @@ class Gateway:
         model = find_model(route.model, catalogues.get(route.provider, {}))
         if model is None:
             raise self.router.not_found(name, catalogues)
-        return Response(200, dump_json(self.row(name, model)))
+        raw = {"raw": model.raw} if "raw=1" in request.query.split("&") else {}
+        return Response(200, dump_json({**self.row(name, model), **raw}))
 
     # -- the story of one conversation
 
@@ -13480,7 +13859,8 @@ class Gateway:
         if model is None:
             raise self.router.not_found(name, catalogues or await self.catalogues())
         if LONG_CONTEXT_BETA in request.headers.get("anthropic-beta", ""):
-            model = (provider.listed() or {}).get(f"{model.id}-1m", model)
+            longer = (provider.listed() or {}).get(f"{model.id}-1m", model)
+            model = longer if longer.listed else model
         return provider, model
 
     @staticmethod
@@ -13555,7 +13935,10 @@ class Gateway:
     ) -> Call:
         """The upstream's body: the caller's own where it speaks that, else converted."""
         legacy = asked is CHAT and "functions" in body and "tools" not in body
-        if spoken is asked and not legacy:
+        terms.rewritten = asked is RESPONSES and searches_tools(body)
+        effort = implied_effort(outline.model, model)
+        if spoken is asked and not legacy and not terms.rewritten:
+            body = with_effort(body, spoken.name, effort) if effort else body
             names = wire_names(tool_names(body))
             terms.names = {wire: name for wire, name in names.items() if wire != name}
             terms.many = spoken is CHAT and (int_field(body, "n") or 1) > 1
@@ -13566,7 +13949,7 @@ class Gateway:
             return Call(model, spoken.name, body, outline)
         chat = asked.read_request(body)
         if chat.effort is None and chat.thinking_budget is None:
-            chat.effort = implied_effort(outline.model, model)
+            chat.effort = effort
         chat.stop, terms.cut = split_stops(chat.stop, spoken.name, model)
         terms.names = {wire: name for name, wire in chat.names.items() if wire != name}
         terms.tools = {tool.name: tool for tool in chat.tools}

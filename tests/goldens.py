@@ -1,9 +1,10 @@
-"""Golden streams, ways to feed them, and the two stream grammars as small validators.
+"""Golden streams, ways to feed them, and the three stream grammars as small validators.
 
 A case is a folder `golden/<dialect>/<case>/`: `stream.sse` is what an upstream of that dialect
 sends; `to_chat.sse` and `to_messages.sse` are what the callers of each dialect get for it;
 `whole.json` is what they get without streaming, by dialect.  The stream files were written by
-hand and read against the vendors' grammars; TERMS are the only inputs beside them.
+hand and read against the vendors' grammars; TERMS are the only inputs beside them.  A responses
+upstream's cases have `to_responses.sse` as well, with item ids that tell type and place only.
 
 The validators share no code with the program.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,20 @@ class Case:
         return whole
 
 
-CASES = [Case(path.parent) for path in sorted(GOLDEN.glob("*/*/stream.sse"))]
+def read_cases(dialect: str) -> list[Case]:
+    """The cases of one upstream dialect that sends server-sent events."""
+    return [Case(path.parent) for path in sorted(GOLDEN.glob(f"{dialect}/*/stream.sse"))]
+
+
 #: The callers that every golden answer is written down for.
 CALLERS = ("chat", "messages")
+CASES = [case for dialect in CALLERS for case in read_cases(dialect)]
 PAIRS = [(case, caller) for case in CASES for caller in CALLERS]
 PAIR_IDS = [f"{case.name}-to-{caller}" for case, caller in PAIRS]
+
+RESPONSES_CASES = read_cases("responses")
+RESPONSES_PAIRS = [(case, caller) for case in RESPONSES_CASES for caller in DIALECTS]
+RESPONSES_PAIR_IDS = [f"{case.name}-to-{caller}" for case, caller in RESPONSES_PAIRS]
 
 
 KIRO_WINDOWS = {"auto": 1000, "claude-sonnet-4.5": 200_000, "claude-opus-4.8": 1_000_000}
@@ -354,12 +364,242 @@ def check_chat(sent: bytes) -> str:
     return "error" if grammar.state == "ERROR" else "complete"
 
 
-GRAMMARS = {"chat": check_chat, "messages": check_messages}
+# An item's body when it is added.
+EMPTY_ITEMS: dict[str, Json] = {
+    "message": {"content": []},
+    "function_call": {"arguments": ""},
+    "custom_tool_call": {"input": ""},
+    "tool_search_call": {"arguments": {}},
+    "reasoning": {"summary": []},
+}
+# The words of a part: the part's type, what counts the parts, and where the words stand in it.
+PART_WORDS = {
+    "output_text": ("output_text", "content_index", "text"),
+    "refusal": ("refusal", "content_index", "refusal"),
+    "reasoning_text": ("reasoning_text", "content_index", "text"),
+    "reasoning_summary_text": ("summary_text", "summary_index", "text"),
+}
+
+
+class StreamedItem:
+    """An item of a responses stream: what was said of it so far."""
+
+    def __init__(self, item: Json) -> None:
+        self.id: str = item["id"]
+        self.type: str = item["type"]
+        self.call_id = item.get("call_id")
+        self.name = item.get("name")
+        self.parts: dict[str, list[Json]] = {"content_index": [], "summary_index": []}
+        self.words: dict[tuple[str, int], str] = {}
+        self.told: set[tuple[str, int]] = set()  # parts whose words were told as complete
+        self.closed: set[tuple[str, int]] = set()
+        self.arguments: str | None = None
+        self.input = ""
+        self.is_told = False  # its arguments or its input, as a whole
+        self.done: Json | None = None
+
+
+class ResponsesGrammar:
+    """formats.md 3.6: created, dense items that grow and end, one terminal event, no gaps.
+
+    With `native` a part, or its words, may come whole in the event that completes it: an upstream
+    leaves deltas out.  Everything else holds there too.
+    """
+
+    ENDS = ("response.completed", "response.incomplete", "response.failed")
+
+    def __init__(self, native: bool = False) -> None:
+        self.native = native
+        self.state = "START"
+        self.number = 0
+        self.head: tuple[Any, ...] = ()
+        self.items: list[StreamedItem] = []
+
+    def take(self, name: str, frame: Json) -> None:
+        """One frame; AssertionError where the grammar does not allow it."""
+        kind = frame["type"]
+        assert name == kind, "the event line must name the type"
+        assert frame["sequence_number"] == self.number, f"{kind}: a gap in the numbers"
+        self.number += 1
+        assert self.state != "END", f"{kind} after the end"
+        assert (kind == "response.created") == (self.state == "START"), f"{kind} in {self.state}"
+        if kind in ("response.created", "response.in_progress"):
+            self.state = "OPEN"
+            self.check_response(frame["response"], "in_progress")
+            assert frame["response"]["output"] == [], "clients add these items a second time"
+        elif kind in self.ENDS:
+            self.state = "END"
+            self.take_end(kind.partition(".")[2], frame["response"])
+        elif kind == "response.output_item.added":
+            self.take_added(frame)
+        else:
+            self.take_about(kind.partition(".")[2], frame)
+
+    def check_response(self, response: Json, status: str) -> None:
+        """What every response object has, and what may not change."""
+        assert response["object"] == "response" and response["status"] == status
+        assert isinstance(response["created_at"], int)
+        head = (response["id"], response["model"], response["created_at"])
+        self.head = self.head or head
+        assert head == self.head and all(head), f"id, model or time changed: {head}"
+
+    def take_added(self, frame: Json) -> None:
+        """The next item, with nothing in it yet."""
+        item = frame["item"]
+        assert frame["output_index"] == len(self.items), "the items are not dense"
+        assert isinstance(item["id"], str) and 0 < len(item["id"]) <= 64, item["id"]
+        assert item["id"] not in [known.id for known in self.items], "an id came twice"
+        for key, value in EMPTY_ITEMS.get(item["type"], {}).items():
+            assert item[key] == value, f"{key} of a new item is not empty: {item}"
+        if "call" in item["type"]:
+            assert item.get("call_id") or self.native, item
+        if item["type"] in ("function_call", "custom_tool_call"):
+            assert item["call_id"] and item["name"], item
+        if item["type"] != "reasoning":
+            assert item["status"] == "in_progress", item
+        self.items.append(StreamedItem(item))
+
+    def take_about(self, kind: str, frame: Json) -> None:
+        """An event about one item, which must be open."""
+        assert 0 <= frame["output_index"] < len(self.items), f"{kind} before its item was added"
+        item = self.items[frame["output_index"]]
+        assert item.done is None, f"{kind} behind its item's end"
+        if kind == "output_item.done":
+            self.take_done(item, frame["item"])
+            return
+        assert frame["item_id"] == item.id, f"{kind}: another id for the same item"
+        stem, _, step = kind.rpartition(".")
+        if stem in PART_WORDS:
+            self.take_words(stem, step, item, frame)
+        elif stem == "content_part":
+            self.take_part("content_index", step, item, frame)
+        elif stem == "reasoning_summary_part":
+            self.take_part("summary_index", step, item, frame)
+        elif stem == "function_call_arguments":
+            self.take_arguments(step, item, frame)
+        elif stem == "custom_tool_call_input":
+            self.take_input(step, item, frame)
+        else:
+            assert self.native, f"{kind} is not known"
+
+    def take_part(self, key: str, step: str, item: StreamedItem, frame: Json) -> None:
+        """A part begins empty at the next index, and ends with all its words."""
+        assert item.type == ("message" if key == "content_index" else "reasoning") or self.native
+        at, part = frame[key], frame["part"]
+        word = "refusal" if part["type"] == "refusal" else "text"
+        if step == "added":
+            assert at == len(item.parts[key]), "the parts are not dense"
+            assert part[word] == "", "words in a part's start are not read by clients"
+            assert len(item.closed) == len(item.words), "the part before is still open"
+            item.parts[key].append(part)
+            item.words[key, at] = ""
+        else:
+            assert step == "done" and (key, at) in item.told and (key, at) not in item.closed
+            assert part[word] == item.words[key, at]
+            item.parts[key][at] = part
+            item.closed.add((key, at))
+
+    def take_words(self, stem: str, step: str, item: StreamedItem, frame: Json) -> None:
+        """Words of the open part; all of them together are the part's."""
+        type_, key, word = PART_WORDS[stem]
+        place = (key, frame[key])
+        assert frame[key] < len(item.parts[key]), f"{stem} before its part was added"
+        assert item.parts[key][frame[key]]["type"] == type_
+        assert place not in item.told, f"{stem}.{step} behind the part's end"
+        if step == "delta":
+            item.words[place] += frame["delta"]
+        else:
+            assert step == "done"
+            if not (self.native and not item.words[place]):
+                assert frame[word] == item.words[place], "the deltas are not the text"
+            item.words[place] = frame[word]
+            item.told.add(place)
+
+    def take_arguments(self, step: str, item: StreamedItem, frame: Json) -> None:
+        """Arguments of a function."""
+        assert item.type == "function_call" and not item.is_told
+        if step == "delta":
+            item.arguments = (item.arguments or "") + frame["delta"]
+            return
+        assert step == "done" and (frame["name"] == item.name or self.native)
+        if not (self.native and item.arguments is None):
+            assert frame["arguments"] == item.arguments, "the deltas are not the arguments"
+        item.arguments, item.is_told = frame["arguments"], True
+
+    def take_input(self, step: str, item: StreamedItem, frame: Json) -> None:
+        """Input of a custom tool."""
+        assert item.type == "custom_tool_call" and not item.is_told
+        if step == "delta":
+            item.input += frame["delta"]
+            return
+        assert step == "done" and (frame["input"] == item.input or self.native)
+        item.input, item.is_told = frame["input"], True
+
+    def take_done(self, item: StreamedItem, said: Json) -> None:
+        """The item's end: all that was told of it, once more."""
+        assert (said["id"], said["type"]) == (item.id, item.type)
+        assert (said.get("call_id"), said.get("name")) == (item.call_id, item.name)
+        assert len(item.closed) == len(item.words), "a part is still open"
+        if item.type != "reasoning":
+            assert said["status"] == "completed" or self.native, said["status"]
+        keys = {"message": ("content", "content_index"), "reasoning": ("summary", "summary_index")}
+        if item.type in keys:
+            key, index = keys[item.type]
+            untold = self.native and not item.parts[index]
+            assert untold or said[key] == item.parts[index], "the parts are not the item's"
+        if item.type == "function_call":
+            untold = self.native and item.arguments is None
+            assert untold or (said["arguments"] == item.arguments and item.is_told)
+        if item.type == "custom_tool_call":
+            assert self.native or (said["input"] == item.input and item.is_told)
+        if item.type == "tool_search_call":
+            assert isinstance(said["arguments"], dict)
+        item.done = said
+
+    def take_end(self, status: str, response: Json) -> None:
+        """The terminal event: everything that was done, and what it cost."""
+        self.check_response(response, status)
+        if status == "failed":
+            said = response["error"]
+            assert isinstance(said["code"], str) and said["code"], said
+            assert isinstance(said["message"], str) and said["message"], said
+            return
+        assert response["error"] is None
+        assert response["output"] == [item.done for item in self.items], "not the done items"
+        reason = (response["incomplete_details"] or {}).get("reason")
+        reasons = ("max_output_tokens", "content_filter") if status == "incomplete" else (None,)
+        assert reason in reasons
+        usage = response["usage"]
+        assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"]
+        assert usage["input_tokens_details"]["cached_tokens"] <= usage["input_tokens"]
+        assert usage["output_tokens_details"]["reasoning_tokens"] <= usage["output_tokens"]
+
+
+@functools.lru_cache(maxsize=64)
+def check_responses(sent: bytes, native: bool = False) -> str:
+    """What became of a responses stream: complete, error, or nothing."""
+    grammar = ResponsesGrammar(native)
+    events = split_events(sent)
+    assert all(data != "[DONE]" for _, data in events), "[DONE] is chat's"
+    for name, data in events:
+        grammar.take(name, json.loads(data))
+    if not events:
+        return "nothing"
+    assert grammar.state == "END", f"the stream ends in {grammar.state}"
+    return "error" if events[-1][0] == "response.failed" else "complete"
+
+
+GRAMMARS: dict[str, Callable[[bytes], str]] = {
+    "chat": check_chat,
+    "messages": check_messages,
+    "responses": check_responses,
+}
 
 
 def check_ending(flow: Flow, caller: str, sent: bytes) -> str:
     """The grammar's word on what was sent, which must agree with the flow's own."""
-    outcome = GRAMMARS[caller](sent)
+    native = caller == "responses" and flow.upstream is flow.caller
+    outcome = check_responses(sent, native=True) if native else GRAMMARS[caller](sent)
     assert flow.over
     if outcome == "nothing":
         assert isinstance(flow.error, ApiError), "neither bytes nor an error"
@@ -379,6 +619,8 @@ def finishes(upstream: str, line: bytes) -> bool:
         return False
     if upstream == "messages" and (frame.get("delta") or {}).get("stop_reason"):
         return True
+    if upstream == "responses":
+        return frame.get("type") in ("response.completed", "response.incomplete")
     return any(choice.get("finish_reason") for choice in frame.get("choices") or ())
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from fake_kiro import error_frame, exception_frame, frame, message
 from goldens import (
+    CALLERS,
     GRAMMARS,
     KIRO_CASES,
     KIRO_PAIR_IDS,
@@ -30,7 +31,6 @@ from goldens import (
 )
 
 from aiclient_api import (
-    DIALECTS,
     KIRO,
     ApiError,
     ContextTooLong,
@@ -383,7 +383,7 @@ def test_a_turn_reaches_both_callers_streamed_and_whole(turn: str) -> None:
     assert whole["choices"][0]["finish_reason"] == finish
 
 
-@pytest.mark.parametrize("caller", DIALECTS)
+@pytest.mark.parametrize("caller", CALLERS)
 @pytest.mark.parametrize("turn", TURNS)
 def test_a_turn_is_the_same_however_it_is_cut(turn: str, caller: str) -> None:
     """In one read, byte by byte, at seeded random places; streamed and whole."""
@@ -401,7 +401,7 @@ def test_a_turn_is_the_same_however_it_is_cut(turn: str, caller: str) -> None:
 
 def test_the_text_turn_counts_what_it_says() -> None:
     """kiro.md (c): 15 input tokens in all, 7 output, 0.25 credits."""
-    for caller in DIALECTS:
+    for caller in CALLERS:
         flow, _ = played(TURNS["text"][0], caller=caller, window=kiro_window)
         usage = flow.usage
         assert (usage.input, usage.cache_read, usage.cache_write, usage.prompt) == (10, 5, 0, 15)
@@ -423,7 +423,7 @@ def test_a_truncated_call_is_no_tool_use() -> None:
     assert stop_of(V2 + V4) == "max_tokens"
 
 
-@pytest.mark.parametrize("caller", DIALECTS)
+@pytest.mark.parametrize("caller", CALLERS)
 @pytest.mark.parametrize(
     ("failure", "kind", "word"),
     [(V12, Overloaded, "Too many requests"), (V13, UpstreamError, "boom")],
@@ -632,7 +632,7 @@ def test_both_callers_are_told_the_same_tokens() -> None:
 
 
 @pytest.mark.parametrize("words", ["a", "word ", "日本語", "Привет ", 'say "x"\n'])
-@pytest.mark.parametrize("caller", DIALECTS)
+@pytest.mark.parametrize("caller", CALLERS)
 def test_the_estimate_does_not_depend_on_how_the_answer_was_cut(words: str, caller: str) -> None:
     """The same bytes are the same answer, in one read or in many."""
     messages = [text(words, modelId="claude-sonnet-4.5") for _ in range(400)]
@@ -697,7 +697,7 @@ def test_a_call_is_put_together_from_its_fragments(fragments: list[bytes]) -> No
     assert chat["choices"][0]["finish_reason"] == "tool_calls"
 
 
-@pytest.mark.parametrize("caller", DIALECTS)
+@pytest.mark.parametrize("caller", CALLERS)
 @pytest.mark.parametrize(
     "fragments",
     [
@@ -803,7 +803,7 @@ def random_turn(rng: random.Random) -> list[bytes]:
 
 
 @pytest.mark.parametrize("tagged", [False, True], ids=["plain", "tagged"])
-@pytest.mark.parametrize("caller", DIALECTS)
+@pytest.mark.parametrize("caller", CALLERS)
 def test_any_events_in_any_order_follow_the_callers_grammar(caller: str, tagged: bool) -> None:
     """Seeded: a tool_use never holds what is no object, and no order of events breaks a stream."""
     rng = random.Random(f"{SEED}{caller}{tagged}")
@@ -874,7 +874,7 @@ def test_a_call_without_a_name_is_none() -> None:
     assert blocks(V2, call("a", None, "{}", stop=True)) == [said("Hello")]
 
 
-@pytest.mark.parametrize("caller", DIALECTS)
+@pytest.mark.parametrize("caller", CALLERS)
 def test_upstream_tool_names_become_the_callers(caller: str) -> None:
     """Trap 9: one map for each request, both ways."""
     stream = [whole_call("a", "short_1", "{}"), whole_call("b", "other", "{}")]
@@ -1125,7 +1125,7 @@ def test_tags_are_text_where_they_were_not_asked_for(words: str) -> None:
     assert read_chat_message(answer(text(words), caller="chat"))["text"] == words
 
 
-@pytest.mark.parametrize("caller", DIALECTS)
+@pytest.mark.parametrize("caller", CALLERS)
 def test_a_tag_split_at_every_offset_reaches_the_caller_whole(caller: str) -> None:
     """One letter in each event."""
     words = "\n<thinking>\nI see `</thinking>`.</thinking>\n\nUse <thinking> and </thinking>\n\nok"
@@ -1194,7 +1194,7 @@ IGNORED: dict[str, Json] = {
 }
 
 
-@pytest.mark.parametrize("caller", DIALECTS)
+@pytest.mark.parametrize("caller", CALLERS)
 @pytest.mark.parametrize("name", IGNORED)
 def test_an_event_that_says_nothing_of_the_answer_adds_nothing(name: str, caller: str) -> None:
     """kiro.md 5.3 and trap 1: dispatch on the event's name, never on what is in it."""
@@ -1231,7 +1231,7 @@ def test_empty_words_add_nothing() -> None:
     assert flow.feed(text("")) == b""
 
 
-@pytest.mark.parametrize("caller", DIALECTS)
+@pytest.mark.parametrize("caller", CALLERS)
 def test_an_empty_answer_is_an_empty_answer(caller: str) -> None:
     """kiro.md 5.5: after the retries that are the provider's."""
     for stream in ([], [V14], [V14, V8, V9, V10]):
@@ -1353,7 +1353,7 @@ def slow_twin(caller: str, messages: list[bytes], **changes: Any) -> tuple[bytes
 
 
 @pytest.mark.parametrize("style", range(4), ids=["utf-8", "escaped", "spaced", "slashes"])
-@pytest.mark.parametrize("caller", DIALECTS)
+@pytest.mark.parametrize("caller", CALLERS)
 def test_reads_of_many_events_mean_what_their_events_mean(caller: str, style: int) -> None:
     """Seeded texts in reads of any size against one event at a time."""
     rng = random.Random(f"{SEED}{caller}{style}")
@@ -1370,7 +1370,7 @@ def test_reads_of_many_events_mean_what_their_events_mean(caller: str, style: in
 
 
 @pytest.mark.parametrize("tagged", [False, True], ids=["plain", "tagged"])
-@pytest.mark.parametrize("caller", DIALECTS)
+@pytest.mark.parametrize("caller", CALLERS)
 def test_the_quick_way_writes_the_same_bytes(caller: str, tagged: bool) -> None:
     """Where the upstream writes text as the gateway does, the output is equal to the byte."""
     rng = random.Random(f"{SEED}{caller}{tagged}")
@@ -1385,7 +1385,7 @@ def test_the_quick_way_writes_the_same_bytes(caller: str, tagged: bool) -> None:
             assert sent == slow, round_
 
 
-@pytest.mark.parametrize("caller", DIALECTS)
+@pytest.mark.parametrize("caller", CALLERS)
 def test_a_run_of_plain_text_teaches_a_template_that_copies(caller: str) -> None:
     """The quick way is really taken, with the model's name in the event and without."""
     for more in ({}, {"modelId": "claude-sonnet-4.5"}):
@@ -1400,7 +1400,7 @@ def test_a_run_of_plain_text_teaches_a_template_that_copies(caller: str) -> None
         assert meaning(sent)[:-3] == meaning(slow_twin(caller, messages * 2)[0])[:-3]
 
 
-@pytest.mark.parametrize("caller", DIALECTS)
+@pytest.mark.parametrize("caller", CALLERS)
 def test_equal_text_behind_a_call_is_not_the_same_event(caller: str) -> None:
     """A block was closed between the two: the template of the one is not the other's."""
     run = [text(word) for word in ("one", "two", "three", "four", "five", "six")]
@@ -1426,7 +1426,7 @@ BROKEN_TEXTS = {
 
 
 @pytest.mark.parametrize("broken", BROKEN_TEXTS)
-@pytest.mark.parametrize("caller", DIALECTS)
+@pytest.mark.parametrize("caller", CALLERS)
 def test_broken_text_among_plain_events_never_goes_on(caller: str, broken: str) -> None:
     """What is no JSON is an error in the tenth event as in the first."""
     odd = event("assistantResponseEvent", b'{"content":"%b"}' % BROKEN_TEXTS[broken])
@@ -1442,7 +1442,7 @@ def test_broken_text_among_plain_events_never_goes_on(caller: str, broken: str) 
 # ---- stop strings cut here ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("caller", DIALECTS)
+@pytest.mark.parametrize("caller", CALLERS)
 def test_a_stop_string_split_over_events_ends_the_answer(caller: str) -> None:
     """Kiro has no field for them: they are cut in the gateway."""
     stream = [text("one S"), text("T"), text("OP two"), V10]
@@ -1455,7 +1455,7 @@ def test_a_stop_string_split_over_events_ends_the_answer(caller: str) -> None:
         assert whole["choices"][0]["finish_reason"] == "stop"
 
 
-@pytest.mark.parametrize("caller", DIALECTS)
+@pytest.mark.parametrize("caller", CALLERS)
 def test_a_stop_string_is_found_however_the_answer_is_cut(caller: str) -> None:
     """In long runs too, where text is copied else."""
     messages = [text(f"w{at} ") for at in range(50)] + [text("en"), text("d of it")]
@@ -1556,7 +1556,7 @@ def test_a_reason_is_told_to_the_caller() -> None:
     assert verdict and "TOOL_DUPLICATE" in str(verdict.error) and "Bad tools" in str(verdict.error)
 
 
-@pytest.mark.parametrize("caller", DIALECTS)
+@pytest.mark.parametrize("caller", CALLERS)
 @pytest.mark.parametrize(("code", "reason", "words", "kind", "remedy"), WORDS)
 def test_an_exception_is_an_error_before_the_words_and_behind_them(
     code: str, reason: str, words: str, kind: type[ApiError], remedy: str, caller: str
@@ -1615,7 +1615,7 @@ def test_a_context_that_fills_up_while_a_tag_is_held_back_is_a_long_answer() -> 
     assert whole["content"] == [said("<thin")]
 
 
-@pytest.mark.parametrize("caller", DIALECTS)
+@pytest.mark.parametrize("caller", CALLERS)
 @pytest.mark.parametrize(
     ("failure", "kind"),
     [
@@ -1660,7 +1660,7 @@ def test_an_overload_in_the_stream_is_told_in_each_dialects_words() -> None:
     assert "error" in meaning(sent)[-1][1]
 
 
-@pytest.mark.parametrize("caller", DIALECTS)
+@pytest.mark.parametrize("caller", CALLERS)
 @pytest.mark.parametrize(
     ("body", "kind"),
     [
