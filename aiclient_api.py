@@ -2648,23 +2648,84 @@ def read_image_url(url: str, path: str) -> Image:
     raise UnsupportedFeature(f"{path}: must be a data URL or an https URL.", param=path)
 
 
-def estimate_text(text: str) -> float:
-    """Tokens in `text`, roughly: 3.6 ASCII characters, or three bytes of other scripts in UTF-8.
+# What a byte of UTF-8 costs in 1/64 token: to Claude up to 4.6, to Claude from 4.7 on, to OpenAI.
+# A character's price is on its first byte.  Fitted in 2026-11 by least squares of the relative
+# error over 1870 samples (prose in 30 languages, code, JSON, tool output, chat requests, numbers)
+# against o200k_base and a public reconstruction of Claude's counts, then raised by 5 %: a client
+# that compacts too late fails.  Digits are set between prose (1 a digit) and ids (1/3).
+BYTE_PRICES: tuple[tuple[bytes, int, int, int], ...] = (
+    (b"aiotcpsvbfym", 11, 18, 13),
+    (b"erlnwgdukh", 17, 23, 11),
+    (b"jqxz", 99, 138, 78),
+    (b"ABCDEFGHILMNOPRSTU", 26, 63, 18),
+    (b"JKQVWXYZ", 103, 126, 84),
+    (b"0123456789", 47, 47, 47),
+    (b" \r", 10, 8, 8),
+    (b"\t\n", 82, 73, 65),
+    (b'"#=;`*{}', 21, 33, 22),
+    (b"()[]\\|.:'-/_,", 54, 62, 35),
+    (b"!$%&+<>?@^~", 66, 69, 58),
+    (bytes(range(0xC2, 0xC3)), 44, 36, 44),  # signs of Latin-1
+    (bytes(range(0xC3, 0xCA)), 151, 160, 86),  # accented Latin
+    (bytes(range(0xCA, 0xD0)), 52, 52, 26),  # Greek, modifiers
+    (bytes(range(0xD0, 0xD4)), 28, 28, 18),  # Cyrillic
+    (bytes(range(0xD4, 0xE0)), 54, 53, 32),  # Armenian, Hebrew, Arabic
+    (bytes(range(0xE0, 0xE2)), 63, 63, 29),  # scripts of India, Thai, Georgian
+    (bytes(range(0xE2, 0xE3)), 88, 112, 59),  # signs, lines, arrows
+    (bytes(range(0xE3, 0xE4)), 57, 57, 50),  # kana
+    (bytes(range(0xE4, 0xEA)), 73, 74, 50),  # ideographs
+    (bytes(range(0xEA, 0xEE)), 90, 90, 47),  # Hangul
+    (bytes(range(0xEE, 0xF0)), 99, 109, 31),  # full-width forms
+    (bytes(range(0xF0, 0xF5)), 210, 190, 145),  # emoji
+)
 
-    That is one ideograph, or one and a half Cyrillic letters.
-    """
-    if text.isascii():
-        return len(text) / 3.6
-    plain = len(text.encode("ascii", "ignore"))
-    return plain / 3.6 + (len(text.encode("utf-8", "replace")) - plain) / 3
+
+def price_table(tokenizer: int) -> bytes:
+    """The prices of one column of BYTE_PRICES by byte."""
+    table = bytearray(256)
+    for characters, *prices in BYTE_PRICES:
+        for byte in characters:
+            table[byte] = prices[tokenizer]
+    for byte in range(32):
+        table[byte] = table[byte] or 64  # control characters are tokens of their own
+    return bytes(table)
+
+
+CLAUDE_PRICES, NEW_CLAUDE_PRICES, OPENAI_PRICES = map(price_table, range(3))
+CLAUDE_VERSION = re.compile(r"claude-[a-z]+-(\d+)(?:[.-](\d)(?!\d))?")
+OPENAI_MODEL = re.compile(r"gpt|codex|\bo[1-9]\b")
+
+
+def claude_version(model_id: str) -> tuple[int, int] | None:
+    """(4, 8) for `claude-opus-4.8`; None for what is not a Claude of that naming."""
+    match = CLAUDE_VERSION.match(model_id)
+    return (int(match[1]), int(match[2] or 0)) if match else None
+
+
+def prices_of(model: str) -> bytes:
+    """The byte prices of a model's tokenizer; those of Claude up to 4.6 where none is known."""
+    name = model.rpartition("/")[2].lower()
+    version = claude_version(name)
+    if version and version >= (4, 7):
+        return NEW_CLAUDE_PRICES
+    return OPENAI_PRICES if OPENAI_MODEL.search(name) else CLAUDE_PRICES
+
+
+def estimate_bytes(text: bytes, prices: bytes = CLAUDE_PRICES) -> float:
+    """Tokens in UTF-8 `text`, roughly: the sum of its bytes' prices, so exact over joining."""
+    return sum(text.translate(prices)) / 64
+
+
+def estimate_text(text: str, prices: bytes = CLAUDE_PRICES) -> float:
+    """Tokens in `text`, roughly."""
+    return estimate_bytes(text.encode("utf-8", "replace"), prices)
 
 
 def estimate_quoted(text: bytes, count_: int) -> float:
     """Tokens in `count_` JSON texts without their quotes, a blank between two of them."""
-    blanks = (count_ - 1) / 3.6
-    if text.isascii() and b"\\" not in text:
-        return len(text) / 3.6 - blanks
-    return estimate_text(json_decoder.decode(f'"{text.decode()}"')) - blanks
+    if b"\\" in text:
+        text = json_decoder.decode(f'"{text.decode()}"').encode("utf-8", "replace")
+    return estimate_bytes(text) - (count_ - 1) * CLAUDE_PRICES[32] / 64
 
 
 def png_size(data: str) -> tuple[int, int] | None:
@@ -2687,7 +2748,7 @@ def estimate_image(data: str) -> float:
 IMAGE_KEYS = ("data", "url", "image_url", "file_data")
 
 
-def estimate_value(value: Any) -> float:
+def estimate_value(value: Any, prices: bytes = CLAUDE_PRICES, key_tokens: float = 1.5) -> float:
     """Tokens of any piece of a request body, base64 counted as what it shows."""
     total = 0.0
     waiting: list[tuple[str, Any]] = [("", value)]
@@ -2697,9 +2758,9 @@ def estimate_value(value: Any) -> float:
             if len(item) > 256 and key in IMAGE_KEYS:
                 total += estimate_image(item.partition(",")[2] if item[:5] == "data:" else item)
             else:
-                total += estimate_text(item)
+                total += estimate_text(item, prices)
         elif isinstance(item, dict):
-            total += 1.5 * len(item)
+            total += key_tokens * len(item)
             waiting += item.items()
         elif isinstance(item, list):
             waiting += [(key, row) for row in item]
@@ -2709,16 +2770,22 @@ def estimate_value(value: Any) -> float:
 
 
 def estimate_request(body: Json) -> int:
-    """Input tokens of a chat or messages body, roughly and never under 2."""
+    """Input tokens of a chat, messages or responses body, roughly and never under 2.
+
+    What vendors add around tools, and what a key of a tool's schema costs, was measured in 2026-11:
+    Claude is shown JSON and some 500 tokens of instructions, OpenAI's models terser declarations.
+    """
+    prices = prices_of(str(body.get("model") or ""))
+    is_claude_like = prices is not OPENAI_PRICES
     total = 3.0
-    for key in ("system", "messages", "tools", "functions"):
-        total += estimate_value(body.get(key))
-    for key in ("instructions", "input"):
-        total += estimate_value(body[key]) if key in body else 0
+    for key in ("system", "instructions", "messages", "input"):
+        total += estimate_value(body.get(key), prices) if key in body else 0
     turns = body.get("messages") or body.get("input")
-    total += 4 * len(turns) if isinstance(turns, list) else 0
-    if body.get("tools"):
-        total += 346  # what Claude adds around tools (seen in copilot-api, 2026-01)
+    total += 4 * len(turns) if isinstance(turns, list) else 4
+    for key in ("tools", "functions"):
+        if body.get(key):
+            total += estimate_value(body[key], prices, 4.5 if is_claude_like else 1.5)
+            total += 500 if is_claude_like else 16
     return max(2, int(total) + 1)
 
 
@@ -8141,13 +8208,6 @@ ENDPOINT_DIALECTS = {
 DIALECT_PATHS = {dialect: path for path, dialect in ENDPOINT_DIALECTS.items()}
 HEADER_VALUE = re.compile(r"[ -~]{0,1000}")
 REASONING_GPT = re.compile(r"(?:gpt-[5-9]|o[1-9](?:-|$))")
-CLAUDE_VERSION = re.compile(r"claude-[a-z]+-(\d+)(?:[.-](\d)(?!\d))?")
-
-
-def claude_version(model_id: str) -> tuple[int, int] | None:
-    """(4, 8) for `claude-opus-4.8`; None for what is not a Claude of that naming."""
-    match = CLAUDE_VERSION.match(model_id)
-    return (int(match[1]), int(match[2] or 0)) if match else None
 
 
 def read_copilot_model(entry: Json, provider: str) -> Model | None:

@@ -739,8 +739,8 @@ def test_error_bodies_have_their_vendors_shape(caller: str) -> None:
         said = {"type": kind, "message": message}
         assert body == {"type": "error", "error": said, "request_id": REQUEST_ID}
     else:
-        code = "context_length_exceeded"
-        assert body == {"error": {"message": message, "type": kind, "param": None, "code": code}}
+        said = {"message": message, "type": kind, "param": "messages"}
+        assert body == {"error": {**said, "code": "context_length_exceeded"}}
 
 
 def all_errors(base: type[ApiError]) -> list[type[ApiError]]:
