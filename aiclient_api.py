@@ -5472,13 +5472,22 @@ def refuse_state(body: Json) -> None:
 
 def searches_tools(body: Json) -> bool:
     """Whether the client offers a search for tools, which Copilot does not know."""
-    tools = body.get("tools")
-    return isinstance(tools, list) and any(
+    return any(
         isinstance(tool, dict)
         and tool.get("type") == "tool_search"
         and tool.get("execution") == "client"
-        for tool in tools
+        for tool in all_tools(body)
     )
+
+
+def all_tools(body: Json) -> list[Any]:
+    """The tools of a body, with those declared inside its conversation."""
+    tools = list(list_field(body, "tools"))
+    for index, item in enumerate(input_items(body)):
+        if item_kind(item) == "additional_tools":
+            added = list_field(item, "tools", f"input.{index}")
+            tools += [tool for tool in added if tool not in tools]
+    return tools
 
 
 def item_kind(item: Json) -> str:
@@ -6744,6 +6753,11 @@ class ResponsesDialect:
         said = write_openai_error(error, "input")
         if isinstance(error, NotSignedIn):
             said["type"] = "invalid_request_error"
+        wait_s = error.retry_after or 0.0
+        if isinstance(error, QuotaExceeded) or (
+            isinstance(error, RateLimited) and wait_s > MAX_RETRY_AFTER_SECONDS
+        ):
+            said["type"] = "usage_limit_reached"  # at which Codex stops instead of waiting
         return {"error": said}
 
     def error_status(self, error: ApiError) -> int:
@@ -9342,6 +9356,14 @@ def keep_responses_keys(scrub: Scrub) -> None:
         body["prompt_cache_key"] = short_hash(cache_key, 64)
 
 
+def offer_added_tools(scrub: Scrub) -> None:
+    """Tools that Codex declares inside the conversation (seen in 0.169 for GPT-5.6, 2026-11)."""
+    body = scrub.body
+    if isinstance(body["input"], list):
+        body["tools"] = all_tools(body)
+        body["input"] = [item for item in body["input"] if item_kind(item) != "additional_tools"]
+
+
 def fit_items(scrub: Scrub) -> None:
     """Items without the ids that Copilot gives and then refuses, each call with its output."""
     if not isinstance(scrub.body["input"], list):
@@ -9358,7 +9380,7 @@ def fit_items(scrub: Scrub) -> None:
             item["arguments"] = whole_arguments(text)
         if kind == "reasoning" and (not encrypted or encrypted.startswith(FOREIGN_SIGNATURES)):
             continue
-        if kind in HOSTED_ITEMS or kind == "additional_tools":
+        if kind in HOSTED_ITEMS:
             words = hosted_words(item)
             scrub.dropped += [] if words else [f"input.{kind}"]
             item = {"type": "message", "role": "assistant", "content": f"[{kind}: {words}]"}
@@ -9597,6 +9619,7 @@ def fit_responses_settings(scrub: Scrub) -> None:
 RESPONSES_RULES: tuple[Callable[[Scrub], None], ...] = (
     check_items,
     keep_responses_keys,
+    offer_added_tools,
     fit_items,
     fit_responses_tools,
     fit_responses_settings,
@@ -12133,24 +12156,25 @@ class CoolDowns:
     """Models that rest, as clients' retries would dig the hole deeper."""
 
     def __init__(self) -> None:
-        #: model, or "" for all -> (monotonic end of its rest, why)
-        self.resting: dict[str, tuple[float, ApiError]] = {}
+        #: model, or "" for all -> (monotonic end of its rest, of what makes it rest, why)
+        self.resting: dict[str, tuple[float, float, ApiError]] = {}
 
     def rest(self, model_id: str, error: ApiError, wait_s: float | None) -> None:
         """Lets a model, or all where `model_id` is "", rest for `wait_s` seconds.
 
         Never for longer than COOL_DOWN_SECONDS: then one request finds out how things are.
         """
+        now = asyncio.get_running_loop().time()
         rest_s = min(wait_s or 0.0, COOL_DOWN_SECONDS)
-        self.resting[model_id] = asyncio.get_running_loop().time() + rest_s, error
+        self.resting[model_id] = now + rest_s, now + (error.retry_after or 0.0), error
 
     def check(self, model_id: str) -> None:
         """Raises the error that made a model rest, as long as it rests."""
         now = asyncio.get_running_loop().time()
         for key in (model_id, ""):
-            until, error = self.resting.get(key, (0.0, None))
+            until, passes_at, error = self.resting.get(key, (0.0, 0.0, None))
             if error is not None and now < until:
-                wait_s = None if error.retry_after is None else until - now
+                wait_s = None if error.retry_after is None else max(passes_at, until) - now
                 raise type(error)(error.message, hint=error.hint, retry_after=wait_s)
             self.resting.pop(key, None)
 

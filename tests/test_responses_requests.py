@@ -1123,6 +1123,19 @@ def test_tools_that_came_later_are_offered() -> None:
     assert sent == {"first", "later"}
 
 
+def test_tools_that_came_later_are_offered_natively() -> None:
+    """Codex 0.169 declares all of its tools for GPT-5.6 as an item (2026-11)."""
+    inside = [namespace("functions", function("run")), function("first")]
+    more = {"type": "additional_tools", "role": "developer", "tools": inside}
+    for tools in ([], [function("first")]):
+        sent = native(more, user("q"), tools=tools)
+        assert sorted(tool["name"] for tool in sent["tools"]) == ["first", "functions"]
+        assert [item["role"] for item in sent["input"]] == ["user"]
+    search = {"type": "tool_search", "execution": "client"}
+    assert gw.searches_tools(r_body({**more, "tools": [search]}, user("q")))
+    assert not gw.searches_tools(r_body(more, user("q")))
+
+
 @pytest.mark.parametrize(
     ("searches", "named"),
     [
