@@ -2063,6 +2063,14 @@ class Chat:
     #: the caller's tool names -> names that every vendor takes
     names: dict[str, str] = field(default_factory=dict)
 
+    def refuse_prefill(self) -> None:
+        """Raises UnsupportedFeature where the last turn is one the model is to go on with."""
+        if self.prefilled:
+            raise UnsupportedFeature(
+                "messages: the last message must be the user's; this model takes no prefill.",
+                param="messages",
+            )
+
     def name_tools(self) -> None:
         """Finds names for all tools, those that were only called before as well."""
         if any(not tool.name for tool in self.tools):
@@ -3743,11 +3751,7 @@ class ChatRequestWriter:
     def write(self) -> Json:
         """The body, streamed, with usage."""
         chat = self.chat
-        if chat.prefilled:
-            raise UnsupportedFeature(
-                "messages: the last message must be the user's; this model takes no prefill.",
-                param="messages",
-            )
+        chat.refuse_prefill()
         body: Json = {"model": self.model.id, "messages": self.write_messages()}
         if chat.tools:
             body["tools"] = [self.write_tool(tool) for tool in chat.tools]
@@ -5839,11 +5843,7 @@ class ResponsesRequestWriter:
     def write(self) -> Json:
         """The body, streamed; nothing is stored, so reasoning travels encrypted."""
         chat = self.chat
-        if chat.prefilled:
-            raise UnsupportedFeature(
-                "messages: the last message must be the user's; this model takes no prefill.",
-                param="messages",
-            )
+        chat.refuse_prefill()
         items = self.write_input()
         body: Json = {"model": self.model.id, "input": items}
         if chat.system and items:
