@@ -30,8 +30,9 @@ Map
    13  HTTP server      accept, keep-alive, slow-client limits, drain
    14  State on disk    XDG paths, config file, token files
    15  Providers        the contract; Echo; Copilot; Kiro
-   16  Gateway          the story of one request; layers; the route table
-   17  Command line     argparse, serve() where every object is made, main
+   16  Sign-in          device codes, the browser's way back, import; the person at the terminal
+   17  Gateway          the story of one request; layers; the route table
+   18  Command line     argparse, serve() where every object is made, main
 
 One request
 -----------
@@ -54,21 +55,27 @@ Glossary
 
 Hosts contacted
 ---------------
-    https://github.com is only named in texts, for a person to open
-    https://api.github.com, or the configured github_api_url: token exchange
+    https://github.com, or the configured github_url: the device code of a sign-in
+    https://api.github.com, or the configured github_api_url: token exchange, whose account it is
     the host named in that answer, under githubcopilot.com or ghe.com: models and answers
     https://runtime.REGION.kiro.dev, or https://q.REGION.amazonaws.com, or
         https://codewhisperer.us-east-1.amazonaws.com: Kiro's answers
     https://management.REGION.kiro.dev, or q.REGION: Kiro's models, profiles and limits
     https://oidc.REGION.amazonaws.com, or https://prod.us-east-1.auth.desktop.kiro.dev, or the
-        token_endpoint of a company's sign-in: refresh of Kiro's tokens
-    https://view.awsapps.com/start is only compared with
+        token_endpoint of a company's sign-in: sign-in to Kiro, refresh of its tokens
+    only named, for a person to open, or compared with: https://app.kiro.dev, https://kiro.dev,
+        https://docs.github.com, https://profile.aws.amazon.com, https://myaccount.google.com,
+        https://view.awsapps.com, https://awsapps.com
 
 Files read and written
 ----------------------
-    $XDG_CONFIG_HOME/aiclient-api/config.toml           read
+    $XDG_CONFIG_HOME/aiclient-api/config.toml            read; `auth --name` adds a table
     $XDG_CONFIG_HOME/aiclient-api/<provider>/token.json  read, written (0600)
+    $XDG_CONFIG_HOME/aiclient-api/<provider>/token.lock  held while a token is renewed
     $XDG_STATE_HOME/aiclient-api/machine.json            read, written (0600): random ids
+    $XDG_STATE_HOME/aiclient-api/notices.json            read, written: terms that were told
+    by `auth import` only: ~/.config/github-copilot, ~/.aws/sso/cache, the databases of kiro-cli
+        and Amazon Q; a Kiro sign-in that was imported is refreshed where it came from as well
 """
 
 from __future__ import annotations
@@ -80,12 +87,15 @@ if sys.version_info < (3, 11):
         f"aiclient-api needs Python 3.11 or newer; this is Python {sys.version.split()[0]}."
     )
 
+import contextlib
+import errno
 import functools
 import importlib.util
 import json
 import math
 import os
 import re
+import stat
 import struct
 import zlib
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
@@ -120,19 +130,24 @@ if TYPE_CHECKING:
     import difflib
     import email.utils
     import fcntl
+    import getpass
     import hashlib
     import hmac
     import ipaddress
     import logging
     import signal
     import socket
+    import sqlite3
     import ssl
+    import subprocess
     import tempfile
     import termios
+    import threading
     import time
     import tomllib
     import urllib.parse
     import urllib.request
+    import webbrowser
 else:
     argparse = lazy_module("argparse")
     asyncio = lazy_module("asyncio")
@@ -140,17 +155,22 @@ else:
     dt = lazy_module("datetime")
     difflib = lazy_module("difflib")
     fcntl = lazy_module("fcntl")
+    getpass = lazy_module("getpass")
     hashlib = lazy_module("hashlib")
     hmac = lazy_module("hmac")
     ipaddress = lazy_module("ipaddress")
     logging = lazy_module("logging")
     signal = lazy_module("signal")
     socket = lazy_module("socket")
+    sqlite3 = lazy_module("sqlite3")
     ssl = lazy_module("ssl")
+    subprocess = lazy_module("subprocess")
     tempfile = lazy_module("tempfile")
     termios = lazy_module("termios")
+    threading = lazy_module("threading")
     time = lazy_module("time")
     tomllib = lazy_module("tomllib")
+    webbrowser = lazy_module("webbrowser")
     import email
     import urllib
 
@@ -218,6 +238,8 @@ PAUSE_SECONDS = (2.0, 4.0)  # after a 429 or 503 that names no time
 UNSUPPORTED_MODEL_WAITS = (1.0, 2.0)  # Copilot's catalogue wobbles: seen in gh-aw-firewall, 2026-08
 
 COPILOT_REFRESH_MARGIN_SECONDS = 300.0  # VS Code refreshes when less than 5 minutes are left
+COPILOT_REFRESH_MARGIN_SHARE = 0.2  # but a short-lived token must not be renewed all the time
+COPILOT_DIRECT_SECONDS = 3600.0  # between two looks at the account of a token that is used itself
 COPILOT_REFRESH_EARLY_SECONDS = 60.0  # the background timer: refresh_in minus this
 COPILOT_DEFAULT_LIFE_SECONDS = 1500.0
 FORCED_RENEWAL_GAP_SECONDS = 60.0  # a lasting 403 must not become an exchange storm
@@ -244,6 +266,19 @@ KIRO_TOKEN_SECONDS = 3600.0  # the life of every token seen
 KIRO_REFRESH_SECONDS = 30.0
 KIRO_CONTROL_SECONDS = 30.0
 KIRO_MODEL_PAGES = 5  # of a list that never ends
+MAX_TOKEN_SECONDS = 24 * 3600.0  # a token that says it lasts longer met a wrong clock
+
+# Signing in (RFC 8628, RFC 8252).
+SIGN_IN_SECONDS = 30.0  # one request
+DEVICE_LIFE_SECONDS = 600.0  # where the service names none
+DEVICE_INTERVAL_SECONDS = 5.0  # RFC 8628 section 3.2
+DEVICE_EXTRA_SECONDS = 1.0  # timers of virtual machines run early, and GitHub is strict
+DEVICE_SLOWER_SECONDS = 5.0  # what slow_down adds: RFC 8628 section 3.5
+CALLBACK_SECONDS = 300.0  # a browser's way back; the portal itself waits for 10 minutes
+LOCK_SECONDS = 45.0  # another process's refresh takes KIRO_REFRESH_SECONDS at most
+LOCK_POLL_SECONDS = 0.05
+SAVE_AGAIN_SECONDS = 30.0  # a token that the disk had no room for
+CLOCK_JUMP_SECONDS = 30.0  # of the wall clock against the monotonic one: the machine has slept
 
 GITHUB_URL = "https://github.com"
 GITHUB_API_URL = "https://api.github.com"
@@ -252,6 +287,11 @@ COPILOT_HOSTS = {
     "business": "https://api.business.githubcopilot.com",
     "enterprise": "https://api.enterprise.githubcopilot.com",
 }
+COPILOT_ANY_HOST = "https://api.githubcopilot.com"
+COPILOT_CLIENT_ID = "Iv1.b507a08c87ecfe98"  # the GitHub App of the editors' plugins
+COPILOT_SCOPE = "read:user"
+# Kinds of GitHub token that Copilot takes itself (Copilot CLI and SDK, opencode, 2026-08).
+DIRECT_TOKENS = ("gho_", "github_pat_", "ghs_")
 # Where a token may be sent: a token answer naming another host is refused.
 COPILOT_HOST_SUFFIXES = (".githubcopilot.com", ".ghe.com")
 # The four version values are one set in a real editor build (seen in Floway, 2026-09).  When GitHub
@@ -274,6 +314,18 @@ KIRO_BUILDER_START_URL = "https://view.awsapps.com/start"
 # Constants of the public IDE, not somebody's account.
 KIRO_BUILDER_ARN = "arn:aws:codewhisperer:us-east-1:638616132270:profile/AAAACCCCXXXX"
 KIRO_SOCIAL_ARN = "arn:aws:codewhisperer:us-east-1:699475941385:profile/EHGA3GRVQMUK"
+DEVICE_GRANT = "urn:ietf:params:oauth:grant-type:device_code"
+KIRO_PORTAL_URL = "https://app.kiro.dev/signin"
+# The only ports the portal sends a browser back to.
+KIRO_PORTAL_PORTS = (3128, 4649, 6588, 8008, 9091, 49153, 50153, 51153, 52153, 53153)
+KIRO_CLIENT_NAME = "Kiro IDE"
+KIRO_SCOPES = (
+    "codewhisperer:completions",
+    "codewhisperer:analysis",
+    "codewhisperer:conversations",
+    "codewhisperer:transformations",
+    "codewhisperer:taskassist",
+)
 KIRO_VERSION = "1.1.14"  # of the IDE, seen in 2026-09; no old one was ever refused
 
 
@@ -282,13 +334,16 @@ KIRO_VERSION = "1.1.14"  # of the IDE, seen in 2026-09; no old one was ever refu
 #   ProgramError                 what the command line reports and exits with
 #     WrongUsage                 the command line is wrong
 #     ConfigError                the configuration file, a flag or a variable is wrong
+#     SignInFailed               signing in came to nothing
+#       CodeExpired              nobody typed the code in time
 #   ApiError                     what a caller is answered with, in its own dialect
 #     InvalidRequest  400        ContextTooLong, UnsupportedFeature, WrongDialect
 #     InvalidKey 401  Forbidden 403  ModelNotFound 404  UnknownUrl 404  MethodNotAllowed 405
 #     RequestTimeout 408  BodyTooLarge 413  UnsupportedMediaType 415  UnsupportedEncoding 415
 #     RateLimited 429  QuotaExceeded 429
 #     UpstreamError 502          Unreachable
-#     NotSignedIn 503  Overloaded 503  UpstreamTimeout 504
+#     NotSignedIn 503        NotEntitled
+#     Overloaded 503  UpstreamTimeout 504
 #   WireError                    a peer broke HTTP: never shown to a caller as it is
 #
 # `str(error)` is always safe to show: no token, key, prompt or answer is ever put into one.
@@ -308,6 +363,14 @@ class WrongUsage(ProgramError):
 
 class ConfigError(ProgramError):
     """`where: key: what is wrong`."""
+
+
+class SignInFailed(ProgramError):
+    """Nobody was signed in, and nothing was changed."""
+
+
+class CodeExpired(SignInFailed):
+    """A device code that ran out: a new one may be had."""
 
 
 class ApiError(Exception):
@@ -484,6 +547,10 @@ class NotSignedIn(ApiError):
     status = 503
     kind = "not_signed_in"
     retry = False
+
+
+class NotEntitled(NotSignedIn):
+    """The sign-in is good, but its account may not use the service: signing in would not help."""
 
 
 class Overloaded(ApiError):
@@ -6824,7 +6891,6 @@ class KiroFault(NamedTuple):
     hint: str = ""
 
 
-KIRO_SIGN_IN_HINT = "Sign in to Kiro again."
 KIRO_FAULTS = (
     KiroFault(
         r"CONTENT_LENGTH_EXCEEDS|ContentLengthExceeded|PROMPT_TOO_LONG|[Ii]nput is too long",
@@ -6890,14 +6956,12 @@ KIRO_FAULTS = (
         NotSignedIn,
         "Kiro wants another profile",
         "reroute",
-        hint=KIRO_SIGN_IN_HINT,
     ),
     KiroFault(
         r"bearer token included in the request is invalid|ExpiredToken",
         NotSignedIn,
         "Kiro does not accept the access token",
         "refresh",
-        hint=KIRO_SIGN_IN_HINT,
     ),
     KiroFault(
         r"Invalid token|User is not authorized",
@@ -8369,10 +8433,19 @@ def implied_effort(name: str, model: Model) -> str | None:
 # 9.2 headers
 
 
-def copilot_identity(token: str, session_id: str, machine_id: str, device_id: str) -> Json:
+def copilot_authorization(token: str, host: str) -> str:
+    """The scheme for a token: the plans' hosts want a GitHub token called so.
+
+    Otherwise they answer "Authorization header is badly formatted" (gh-aw-firewall, 2026-08).
+    """
+    plain = token.startswith(DIRECT_TOKENS) and f"https://{host}" != COPILOT_ANY_HOST
+    return f"token {token}" if plain else f"Bearer {token}"
+
+
+def copilot_identity(authorization: str, session_id: str, machine_id: str, device_id: str) -> Json:
     """The headers that are the same for every call with one token."""
     return {
-        "Authorization": f"Bearer {token}",
+        "Authorization": authorization,
         "Accept-Encoding": "identity",
         "Copilot-Integration-Id": COPILOT_INTEGRATION_ID,
         "Editor-Version": EDITOR_VERSION,
@@ -9817,7 +9890,6 @@ BETA_REFUSED = re.compile(r"Unexpected value\(s\) (.+?) for the `?anthropic-beta
 EXTRA_FIELD = re.compile(r"([\w.]+): Extra inputs are not permitted")
 # Losing one of these would change what the caller asked for.
 SEMANTIC_FIELDS = ("model", "messages", "system", "tools", "input", "max_tokens", "stream")
-SIGN_IN_HINT = "Sign in to Copilot again."
 
 
 # How a replayed reasoning is refused.
@@ -9953,11 +10025,9 @@ def judge_copilot(
 def judge_identity(status: int, message: str, tail: str) -> Verdict:
     """A 401, 403 or 421 of the model service: usually an old token, or one for another host."""
     if "Personal Access Token" in message:
-        return Verdict(NotSignedIn(f"Copilot refused the token: {message}.", hint=SIGN_IN_HINT))
+        return Verdict(NotSignedIn(f"Copilot refused the token: {message}."))
     if status == 401:
-        return Verdict(
-            NotSignedIn(f"Copilot refused the token.{tail}", hint=SIGN_IN_HINT), "refresh"
-        )
+        return Verdict(NotSignedIn(f"Copilot refused the token.{tail}"), "refresh")
     error = Forbidden(f"Copilot does not allow this: {message or status}{tail}.")
     return Verdict(error, "refresh")
 
@@ -9979,7 +10049,7 @@ def judge_exchange(status: int, headers: Headers, data: bytes, now: float) -> Ve
     envelope = details(body, "error_details")
     wait_s = parse_retry_after(headers.get("retry-after"), now)
     if status == 401:
-        return Verdict(NotSignedIn("GitHub does not know the token any more.", hint=SIGN_IN_HINT))
+        return Verdict(NotSignedIn("GitHub does not know the token any more."))
     if status == 403 and "rate limit" in message.lower():
         error: ApiError = RateLimited(
             "GitHub's rate limit for token exchanges.", retry_after=wait_s
@@ -9991,13 +10061,13 @@ def judge_exchange(status: int, headers: Headers, data: bytes, now: float) -> Ve
         why = FINAL_NOTICES.get(str(notice)) or (said if isinstance(said, str) else message)
         url = envelope.get("url")
         hint = f"See {url}" if isinstance(url, str) and url.startswith("https://github.com") else ""
-        error = NotSignedIn(
-            f"GitHub refuses Copilot: {redact(why)[:300] or 'no reason'}.", hint=hint
+        error = NotEntitled(
+            f"GitHub refuses Copilot: {redact(why)[:300] or 'no reason'}.",
+            hint=hint or "GitHub decides this: see https://github.com/settings/copilot.",
         )
         return Verdict(error, "wait" if notice == "server_error" else "")
     if status == 404:
-        hint = "It must come from the Copilot device login of an editor, not from gh or a PAT."
-        return Verdict(NotSignedIn("GitHub does not exchange this kind of token.", hint=hint))
+        return Verdict(NotSignedIn("GitHub does not exchange this token for one of Copilot."))
     if status == 429 or status >= 500:
         error = Overloaded(f"GitHub's token exchange failed, status {status}.", retry_after=wait_s)
         return Verdict(error, "wait", wait_s)
@@ -10015,6 +10085,32 @@ class CopilotToken:
     #: seconds from now until it should be refreshed
     refresh_in: float
 
+    @property
+    def margin_s(self) -> float:
+        """How long before its end it is too old for a new request."""
+        return min(COPILOT_REFRESH_MARGIN_SECONDS, COPILOT_REFRESH_MARGIN_SHARE * self.refresh_in)
+
+
+def copilot_host(config: CopilotConfig) -> str:
+    """The base URL where no answer names one: of the tenant, or of the kind of account."""
+    host = urllib.parse.urlsplit(config.github_api_url).hostname or ""
+    if host.endswith(".ghe.com"):
+        return f"https://copilot-api.{host.removeprefix('api.')}"
+    return COPILOT_HOSTS[config.account_type]
+
+
+def named_host(body: Json, config: CopilotConfig) -> str:
+    """The base URL by the setting, or by an answer's `endpoints.api`; "" where neither says.
+
+    Raises UpstreamError for one that is not Copilot's: no token goes there.
+    """
+    named = details(body, "endpoints").get("api")
+    if config.api_url or not isinstance(named, str) or not named:
+        return config.api_url.rstrip("/")
+    if not allowed_api_host(named, config):
+        raise UpstreamError("GitHub's answer names a host that is not Copilot's.")
+    return named.rstrip("/")
+
 
 def read_token_answer(body: Json, config: CopilotConfig, now: float) -> CopilotToken:
     """A token answer; only `token` must be there.  Raises UpstreamError."""
@@ -10023,14 +10119,20 @@ def read_token_answer(body: Json, config: CopilotConfig, now: float) -> CopilotT
         raise UpstreamError("GitHub's token answer holds no token that can be used.")
     life = float(positive(body.get("refresh_in")) or COPILOT_DEFAULT_LIFE_SECONDS)
     # VS Code does the same: the answer's `expires_at` is of little use under a wrong local clock.
-    url = config.api_url
-    named = details(body, "endpoints").get("api")
-    if not url and isinstance(named, str) and named:
-        if not allowed_api_host(named, config):
-            raise UpstreamError("GitHub's token answer names a host that is not Copilot's.")
-        url = named
-    url = (url or COPILOT_HOSTS[config.account_type]).rstrip("/")
+    url = named_host(body, config) or copilot_host(config)
     return CopilotToken(token, url, now + life + COPILOT_REFRESH_EARLY_SECONDS, life)
+
+
+def direct_token(github_token: str, user: Json, config: CopilotConfig, now: float) -> CopilotToken:
+    """A GitHub token in the place of a Copilot token; `user` is GitHub's answer about the account.
+
+    Organisations' hosts come with the account; raises UpstreamError for a foreign one.
+    """
+    tenant = copilot_host(config)
+    any_host = COPILOT_ANY_HOST if tenant in COPILOT_HOSTS.values() else tenant
+    url = named_host(user, config) or any_host
+    life = COPILOT_DIRECT_SECONDS
+    return CopilotToken(github_token, url, now + life, life)
 
 
 # 9.5 Kiro: sign-ins, hosts, models, limits
@@ -10230,7 +10332,7 @@ def judge_kiro_refresh(status: int, headers: Headers, data: bytes, now: float) -
     wait_s = parse_retry_after(headers.get("retry-after"), now)
     if status in (400, 401, 403):
         why = message or code or f"status {status}"
-        error = NotSignedIn(f"Kiro's sign-in has ended: {why}.", hint=KIRO_SIGN_IN_HINT)
+        error = NotSignedIn(f"Kiro's sign-in has ended: {why}.")
         return Verdict(error, "refresh")
     if status in (408, 429) or status >= 500:
         error_text = f"Kiro's token refresh failed, status {status}."
@@ -10496,6 +10598,8 @@ class KiroLimits:
     resets_at: float
     #: it may go on beyond the limit, for money
     overage: bool
+    #: the account's e-mail address; "" unless it was asked for
+    user: str = ""
 
     @property
     def spent(self) -> bool:
@@ -10525,13 +10629,13 @@ def read_kiro_limits(body: Json, now: float) -> KiroLimits:
 
     overage = details(body, "overageConfiguration").get("overageStatus") == "ENABLED"
     reset = row.get("nextDateReset") or body.get("nextDateReset")
-    plan = details(body, "subscriptionInfo").get("subscriptionTitle")
     return KiroLimits(
-        plan=plan if isinstance(plan, str) else "",
+        plan=text_of_key(details(body, "subscriptionInfo"), "subscriptionTitle"),
         used=total("currentUsage"),
         limit=total("usageLimit"),
         resets_at=read_time(reset),
         overage=overage,
+        user=text_of_key(details(body, "userInfo"), "email"),
     )
 
 
@@ -10560,9 +10664,7 @@ def judge_kiro_status(status: int, message: str) -> Verdict:
     """What is left when the words say nothing."""
     words = f": {redact(message)[:1000].strip(' .')}." if message else "."
     if status == 401:
-        return Verdict(
-            NotSignedIn(f"Kiro does not accept the token{words}", hint=KIRO_SIGN_IN_HINT), "refresh"
-        )
+        return Verdict(NotSignedIn(f"Kiro does not accept the token{words}"), "refresh")
     if status == 402:
         return Verdict(QuotaExceeded(f"The Kiro credits are used up{words}"), "rest")
     if status in (403, 423):
@@ -10582,6 +10684,266 @@ def judge_kiro_status(status: int, message: str) -> Verdict:
     if status == 200:
         return Verdict(UpstreamError(f"Kiro answered without a stream{words}"), "again")
     return Verdict(InvalidRequest(f"Kiro refused the request, status {status}{words}"))
+
+
+# 9.6 signing in: device codes, the browser's way back, other programs' files
+#
+# Facts from the vendors' clients (VS Code, Amazon Q CLI) and from public clients that were run
+# against the services (kiro.rs, opencodex, 9router, zed), 2025-10 to 2026-10.
+
+
+@dataclass(slots=True)
+class DeviceCode:
+    """What a person types where, and until when (RFC 8628 section 3.2)."""
+
+    code: str = field(repr=False)
+    user_code: str
+    url: str
+    #: the same with the code in it; "" where there is none
+    url_complete: str
+    #: seconds
+    expires_in: float
+    interval: float
+
+
+def camel(name: str) -> str:
+    """`refresh_token` -> `refreshToken`."""
+    first, *rest = name.split("_")
+    return first + "".join(word.capitalize() for word in rest)
+
+
+def either(body: Json, name: str) -> Any:
+    """The value at `name`, spelled with underscores as GitHub does or in camelCase as AWS does."""
+    return body.get(name, body.get(camel(name)))
+
+
+def read_device_code(body: Json, service: str) -> DeviceCode:
+    """The answer to a request for a device code; raises SignInFailed."""
+    texts = {}
+    for name in ("device_code", "user_code", "verification_uri", "verification_uri_complete"):
+        value = either(body, name)
+        texts[name] = value if isinstance(value, str) and TARGET.fullmatch(value) else ""
+    url = texts["verification_uri"]
+    if not texts["device_code"] or not texts["user_code"] or check_url(url):
+        raise SignInFailed(f"{service}'s answer holds no code to type")
+
+    def seconds(name: str, otherwise: float) -> float:
+        value = either(body, name)
+        usable = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return float(value) if usable and 1 <= value <= 86400 else otherwise
+
+    return DeviceCode(
+        texts["device_code"],
+        texts["user_code"],
+        url,
+        texts["verification_uri_complete"],
+        seconds("expires_in", DEVICE_LIFE_SECONDS),
+        seconds("interval", DEVICE_INTERVAL_SECONDS),
+    )
+
+
+# The states of a poll: RFC 8628 section 3.5, with GitHub's second name and AWS's exceptions.
+POLL_STATES = {
+    "accessdenied": "denied",
+    "authorizationpending": "pending",
+    "expiredtoken": "expired",
+    "slowdown": "slow_down",
+    "tokenexpired": "expired",
+}
+
+
+class Poll(NamedTuple):
+    """One look at whether the person has typed the code."""
+
+    #: done, pending, slow_down, expired, denied, unreachable or failed
+    state: str
+    body: Json
+    #: why it failed, for a person
+    words: str = ""
+
+
+def error_name(headers: Headers, body: Json) -> str:
+    """The error's name in an answer of GitHub or AWS, as it stands there."""
+    name = body.get("error") or body.get("__type") or headers.get("x-amzn-errortype") or ""
+    return str(name).rpartition("#")[2].partition(":")[0]
+
+
+def judge_poll(status: int, headers: Headers, data: bytes) -> Poll:
+    """What a poll's answer means: its words count, not its status (GitHub's is always 200)."""
+    body = load_object(data) or {}
+    if status == 200 and isinstance(either(body, "access_token"), str):
+        return Poll("done", body)
+    name = error_name(headers, body)
+    state = POLL_STATES.get(name.replace("_", "").lower().removesuffix("exception"))
+    if state:
+        return Poll(state, body)
+    if status == 429 or status >= 500:
+        return Poll("unreachable", body, f"status {status}")
+    said = body.get("error_description") or body.get("message") or name or f"status {status}"
+    return Poll("failed", body, redact(str(said))[:300])
+
+
+def b64url(data: bytes) -> str:
+    """Base64 for URLs, without padding."""
+    return base64.urlsafe_b64encode(data).decode().rstrip("=")
+
+
+def portal_url(state: str, verifier: str, port: int) -> str:
+    """Where a browser signs in to Kiro; it comes back to `port` of the machine it runs on."""
+    asked = {
+        "state": state,
+        "code_challenge": b64url(hashlib.sha256(verifier.encode()).digest()),
+        "code_challenge_method": "S256",
+        "redirect_uri": f"http://localhost:{port}",
+        "redirect_from": "KiroIDE",
+    }
+    return f"{KIRO_PORTAL_URL}?{urllib.parse.urlencode(asked)}"
+
+
+CALLBACK_PATHS = ("/oauth/callback", "/signin/callback")
+
+
+class Callback(NamedTuple):
+    """What a browser brought back."""
+
+    code: str
+    #: google, github, builderid, awsidc, ...
+    option: str
+    #: where to go on, for a sign-in that is not the portal's own
+    issuer_url: str = ""
+    region: str = ""
+    path: str = CALLBACK_PATHS[0]
+
+
+def read_callback(url: str, state: str, option: str) -> Callback:
+    """The callback in a whole URL, in its path and query, or in a bare pasted code.
+
+    Raises ValueError where it is none, or another sign-in's; SignInFailed where it tells a refusal.
+    """
+    if re.fullmatch(r"[\w.~-]{8,}", url):
+        return Callback(url, option)  # the code alone; only the holder of the verifier can use it
+    parts = urllib.parse.urlsplit(url)
+    said = dict(urllib.parse.parse_qsl(parts.query))
+    if not hmac.compare_digest(said.get("state", "").encode(), state.encode()):
+        raise ValueError("it does not belong to this sign-in")
+    if said.get("error"):
+        words = said.get("error_description") or said["error"]
+        raise SignInFailed(f"the sign-in page says: {redact(words)[:300]}")
+    option = said.get("login_option", option)
+    if option in ("google", "github") and not said.get("code"):
+        raise ValueError("it holds no code")
+    path = parts.path if parts.path in CALLBACK_PATHS else CALLBACK_PATHS[0]
+    issuer, region = said.get("issuer_url", ""), said.get("idc_region", "")
+    return Callback(said.get("code", ""), option, issuer, region, path)
+
+
+def plain_host(text: str) -> str:
+    """A GitHub host as a person types it, bare; raises WrongUsage for one without Copilot."""
+    host = re.sub(r"^[a-z]+://", "", text.strip().lower()).partition("/")[0]
+    if host == "github.com" or re.fullmatch(r"[a-z0-9-]+\.ghe\.com", host):
+        return host
+    raise WrongUsage(f"--github-host {text}: Copilot signs in at github.com or at TENANT.ghe.com")
+
+
+def bare_token(text: str) -> str:
+    """A pasted token without what people paste around it; raises SignInFailed."""
+    token = re.sub(r"^(?i:bearer|token)\s+", "", text.strip()).strip("\"' ")
+    if not token or not TARGET.fullmatch(token):
+        raise SignInFailed("there is no token in what was given: paste it alone, on one line")
+    if token.endswith("..."):
+        raise SignInFailed("the token is cut short: it was copied from a display")
+    return token
+
+
+def kiro_method(text: str) -> str:
+    """The `auth_method` that a file or a person calls `text`; "" for an unknown one."""
+    word = text.lower().replace("_", "").replace("-", "")
+    return word if word in ("google", "github") else KIRO_KINDS.get(word, "")
+
+
+def read_plugin_logins(body: Json) -> list[tuple[str, str, str]]:
+    """(host, user, GitHub token) of the editor plugins' apps.json and hosts.json."""
+    found = []
+    for key, entry in body.items():
+        token = text_of_key(entry, "oauth_token") if isinstance(entry, dict) else ""
+        if token and TARGET.fullmatch(token):
+            found.append((key.partition(":")[0].lower(), text_of_key(entry, "user"), token))
+    return found
+
+
+# The keys that a sign-in of Kiro's own programs shares with our token file.
+SHARED_KEYS = (
+    "access_token",
+    "refresh_token",
+    "client_id",
+    "client_secret",
+    "start_url",
+    "profile_arn",
+    "token_endpoint",
+    "issuer_url",
+    "provider",
+)
+
+
+def read_kiro_import(body: Json, registration: Json, profile: Json, kind: str = "") -> Json:
+    """Our token file for a sign-in of the Kiro IDE (camelCase) or of the CLIs (snake_case).
+
+    `registration` is the client's, `profile` the organisation's chosen one, `kind` what the place
+    tells.  Raises ValueError where nothing can be made of it.
+    """
+    kept: Json = {"type": "kiro"}
+    for name in SHARED_KEYS:
+        value = either(body, name) or either(registration, name)
+        if isinstance(value, str) and value.strip():
+            kept[name] = value.strip()
+    if not kept.get("refresh_token"):
+        raise ValueError("it holds no refresh token")
+    kept["idc_region"] = text_of_key(body, "region") or text_of_key(registration, "region")
+    kept["expires_at"] = int(read_time(either(body, "expires_at")))
+    until = either(registration, "client_secret_expires_at") or registration.get("expiresAt")
+    kept["sign_in_expires_at"] = int(read_time(until))
+    kept.setdefault("profile_arn", text_of_key(profile, "arn"))
+    said = kept.get("provider") or kind or text_of_key(body, "authMethod")
+    kept["auth_method"] = said
+    grouped = kiro_kind(kept)
+    kept["auth_method"] = (kiro_method(said) or grouped) if grouped == "social" else grouped
+    scopes = either(body, "scopes")
+    if grouped == "external_idp" and isinstance(scopes, list):
+        kept["scope"] = " ".join(scope for scope in scopes if isinstance(scope, str))
+    kept = {name: value for name, value in kept.items() if value}
+    login = read_kiro_login(kept)
+    kept["machine_id"] = login.machine_id
+    return kept
+
+
+def is_newer(shared: Json, kept: Json) -> bool:
+    """Whether another program has refreshed a sign-in, or made a new one, since we kept it."""
+    own, other = (
+        (content.get("access_token"), content.get("refresh_token")) for content in (kept, shared)
+    )
+    return own != other and read_time(shared.get("expires_at")) >= read_time(kept.get("expires_at"))
+
+
+def with_tokens(body: Json, changes: Json) -> Json:
+    """Another program's sign-in with refreshed tokens, in its own spelling; the rest as it was."""
+    merged = dict(body)
+    for name in ("access_token", "refresh_token", "profile_arn"):
+        if name in changes:
+            key = name if name in body else camel(name)
+            if key in body or name != "profile_arn":
+                merged[key] = changes[name]
+    key = "expires_at" if "expires_at" in body else "expiresAt"
+    if "expires_at" in changes:
+        merged[key] = write_time(changes["expires_at"], body.get(key))
+    return merged
+
+
+def write_time(seconds: float, like: Any) -> Any:
+    """Unix seconds in the form of `like`: ISO 8601, or a number of seconds or milliseconds."""
+    if isinstance(like, (int, float)) and not isinstance(like, bool):
+        return int(seconds * 1000) if like >= 1e10 else int(seconds)
+    moment = dt.datetime.fromtimestamp(seconds, dt.timezone.utc)
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.000Z")
 
 
 # ---- 10. Routing -------------------------------------------------------------------------------
@@ -11234,12 +11596,27 @@ class HttpClient:
         #: few: URLs come from the configuration and from token answers only
         self.plans: dict[str, tuple[Origin, str, str]] = {}
         self.tls: ssl.SSLContext | None = None
-        ticker.add(self.pool.watch)
+        #: the wall clock less the monotonic one
+        self.clock_offset = time.time() - time.monotonic()
+        ticker.add(self.watch)
 
     def close(self) -> None:
         """Drops every idle connection."""
-        self.ticker.discard(self.pool.watch)
+        self.ticker.discard(self.watch)
         self.pool.close()
+
+    def watch(self, now: float) -> None:
+        """Drops connections that were idle for too long, and all after the machine has slept.
+
+        Linux's monotonic clock stands still meanwhile; the peers' clocks do not.
+        """
+        self.pool.watch(now)
+        offset = time.time() - time.monotonic()
+        jumped_s = offset - self.clock_offset
+        if abs(jumped_s) > CLOCK_JUMP_SECONDS:
+            log_event("info", "clock_jumped", seconds=round(jumped_s))
+            self.clock_offset = offset
+            self.pool.close()
 
     def tls_context(self) -> ssl.SSLContext:
         """The one TLS context: the system's store and `network.ca_file`."""
@@ -11929,6 +12306,11 @@ class Paths:
         """The random ids of this install."""
         return os.path.join(self.state_dir, "machine.json")
 
+    @property
+    def notices_file(self) -> str:
+        """What this user has been told already."""
+        return os.path.join(self.state_dir, "notices.json")
+
     def token_file(self, provider: str) -> str:
         """A provider's sign-in."""
         return os.path.join(self.config_dir, provider, "token.json")
@@ -11963,31 +12345,49 @@ def load_config(paths: Paths, environ: dict[str, str], flags: dict[str, str | No
     return config
 
 
+def program_words(argv0: str) -> str:
+    """What a person types to run this program, for texts that say what to type next."""
+    name = os.path.basename(argv0)
+    is_file = name.endswith(".py") and name != "__main__.py"
+    return f"python3 {argv0}" if is_file else "aiclient-api"
+
+
+def sign_in_command(kind: str, name: str) -> str:
+    """What a person types to sign in to the provider `name` of the type `kind`."""
+    named = "" if name == kind else f" --name {name}"
+    return f"{program_words(sys.argv[0])} auth {kind}{named}"
+
+
 def make_private_dir(path: str) -> None:
-    """A folder that only its owner can enter; raises OSError."""
+    """A folder that only its owner can enter; raises OSError, also where it is somebody else's."""
     os.makedirs(path, mode=0o700, exist_ok=True)
     status = os.stat(path)
-    if hasattr(os, "getuid") and status.st_uid == os.getuid() and status.st_mode & 0o077:
+    if not hasattr(os, "getuid"):
+        return
+    if status.st_uid != os.getuid():
+        raise PermissionError(errno.EPERM, "its folder belongs to another user")
+    if status.st_mode & 0o077:
         os.chmod(path, 0o700)
 
 
-def save_private_json(path: str, value: Json) -> None:
+def replace_file(path: str, data: bytes) -> None:
     """Replaces a file at once and for good: 0600 from its first byte, never a half of it.
 
     A link planted at `path` is replaced, not followed.  Raises OSError; the old file then stays.
     """
     folder = os.path.dirname(path)
-    make_private_dir(folder)
     handle, temporary = tempfile.mkstemp(prefix=".new-", dir=folder)  # 0600 whatever the umask
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(dump_json(value) + b"\n")
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
+    if not hasattr(os, "O_DIRECTORY"):
+        return  # Windows has no folder handles
     folder_handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(folder_handle)
@@ -11995,25 +12395,331 @@ def save_private_json(path: str, value: Json) -> None:
         os.close(folder_handle)
 
 
-def load_private_json(path: str) -> Json | None:
-    """The object in a private file, None where there is no file; raises ProgramError.
+def save_private_json(path: str, value: Json) -> None:
+    """`replace_file` in a folder of our own; raises OSError."""
+    make_private_dir(os.path.dirname(path))
+    replace_file(path, dump_json(value) + b"\n")
+
+
+def open_flags(*names: str) -> int:
+    """Flags of `os.open`; Windows does not have them all."""
+    return sum(getattr(os, name, 0) for name in names)
+
+
+def open_private(path: str) -> int:
+    """A descriptor of a plain file of this user's; raises OSError, also at a link.
 
     A file that others can read is closed to them, with a warning.
     """
+    flags = ("O_RDONLY", "O_BINARY", "O_CLOEXEC", "O_NONBLOCK", "O_NOFOLLOW")
+    handle = os.open(path, open_flags(*flags))
+    status = os.fstat(handle)
     try:
-        with open(path, "rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            if mode & 0o077:
-                os.fchmod(file.fileno(), 0o600)
-                log_event("warning", "token_file_was_readable", path=path)
+        if not stat.S_ISREG(status.st_mode):
+            raise PermissionError(errno.EPERM, "it is not a plain file")
+        if hasattr(os, "getuid") and status.st_uid not in (os.getuid(), 0):
+            raise PermissionError(errno.EPERM, "it belongs to another user")
+        if hasattr(os, "getuid") and status.st_mode & 0o077:
+            os.fchmod(handle, 0o600)
+            log_event("warning", "token_file_was_readable", path=path)
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
+class Damaged(ProgramError):
+    """A file of ours that cannot be understood."""
+
+
+def load_private_json(path: str) -> Json | None:
+    """The object in a private file, None where there is no file; raises ProgramError."""
+    try:
+        with os.fdopen(open_private(path), "rb") as file:
             value = load_object(file.read(MIB))
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise ProgramError(f"{path}: cannot be read: {error.strerror}") from None
+        linked = error.errno == errno.ELOOP
+        reason = "it is a symbolic link, which is not followed" if linked else error.strerror
+        raise ProgramError(f"{path}: cannot be read: {reason}") from None
     if value is None:
-        raise ProgramError(f"{path}: is damaged: it is not a JSON object")
+        raise Damaged(f"{path}: is damaged: it is not a JSON object")
     return value
+
+
+def keep_aside(path: str) -> str:
+    """Renames a damaged file, so that nothing is lost when it is replaced: its new path."""
+    aside = f"{path}.damaged-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+    os.replace(path, aside)
+    log_event("warning", "damaged_file_kept", path=aside)
+    return aside
+
+
+class FileLock:
+    """A lock between processes, held by `async with`; the kernel drops it when its holder dies.
+
+    Where the file cannot be made, or the system has no flock, there is none.  Raises Overloaded
+    when somebody else holds it for LOCK_SECONDS.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.handle = -1
+
+    async def __aenter__(self) -> FileLock:
+        loop = asyncio.get_running_loop()
+        give_up_at = loop.time() + LOCK_SECONDS
+        while not self.try_lock():
+            if loop.time() > give_up_at:
+                raise Overloaded(f"Another process holds {self.path} and does not let go.")
+            await asyncio.sleep(LOCK_POLL_SECONDS)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self.handle >= 0:
+            os.close(self.handle)
+            self.handle = -1
+
+    def try_lock(self) -> bool:
+        """Whether nobody else holds it now."""
+        if fcntl is None:
+            return True
+        try:
+            make_private_dir(os.path.dirname(self.path))
+            flags = open_flags("O_RDWR", "O_CREAT", "O_CLOEXEC", "O_NOFOLLOW")
+            handle = os.open(self.path, flags, 0o600)
+        except OSError as error:
+            log_event("warning", "no_lock", path=self.path, reason=error.strerror)
+            return True
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Its last holder may have removed it while we waited: then it locks nothing.
+            if os.path.samestat(os.fstat(handle), os.stat(self.path)):
+                self.handle = handle
+                return True
+        except (BlockingIOError, FileNotFoundError):
+            pass  # held, or removed: the caller tries again
+        os.close(handle)
+        return False
+
+
+class TokenFile:
+    """A provider's sign-in on disk, which other processes may change at any time."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.seen: tuple[int, int, int] | None = None
+        #: what could not be written: it must not be lost, as a rotated token comes only once
+        self.unsaved: Json = {}
+        self.save_again_at = 0.0
+
+    def lock(self) -> FileLock:
+        """One at a time among all processes."""
+        return FileLock(os.path.join(os.path.dirname(self.path), "token.lock"))
+
+    def identity(self) -> tuple[int, int, int] | None:
+        """What tells this file from its successor; None where there is no file."""
+        try:
+            found = os.stat(self.path, follow_symlinks=False)
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns, found.st_size
+
+    def changed(self) -> bool:
+        """Whether it is another file than when this was last asked, or saved here."""
+        before, self.seen = self.seen, self.identity()
+        if self.seen != before:
+            self.unsaved = {}  # somebody's newer word counts
+            return True
+        if self.unsaved and time.monotonic() >= self.save_again_at:
+            self.save({})
+        return False
+
+    def load(self) -> Json | None:
+        """Its content, None where there is none; raises ProgramError."""
+        kept = load_private_json(self.path)
+        return None if kept is None else {**kept, **self.unsaved}
+
+    def save(self, changes: Json) -> None:
+        """Merges changes into the file; None removes a key.  A damaged file is kept aside.
+
+        What cannot be written is told, kept in memory, and tried again.
+        """
+        self.unsaved = {**self.unsaved, **changes}
+        if self.seen is not None and self.identity() is None:
+            self.unsaved = {}  # somebody has revoked it meanwhile
+            return
+        try:
+            kept = load_private_json(self.path) or {}
+        except Damaged:
+            keep_aside(self.path)
+            kept = {}
+        except ProgramError as error:
+            kept = {}
+            log_event("warning", "token_file_unusable", reason=error)
+        merged = {k: v for k, v in {**kept, **self.unsaved}.items() if v is not None}
+        try:
+            save_private_json(self.path, merged)
+        except OSError as error:
+            self.save_again_at = time.monotonic() + SAVE_AGAIN_SECONDS
+            log_event("error", "token_not_saved", path=self.path, reason=error.strerror)
+            return
+        self.unsaved = {}
+        self.seen = self.identity()
+
+    def replace(self, content: Json) -> None:
+        """A new sign-in in the place of whatever was there; raises OSError."""
+        try:
+            load_private_json(self.path)
+        except Damaged:
+            keep_aside(self.path)
+        except ProgramError:
+            pass  # a link, or not ours to read: only its name is taken
+        save_private_json(self.path, content)
+
+    def remove(self) -> list[str]:
+        """Removes the sign-in and what was kept of damaged ones: the paths; raises OSError."""
+        folder = os.path.dirname(self.path)
+        removed = []
+        for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+            if name == "token.json" or name.startswith(("token.json.damaged-", ".new-")):
+                os.unlink(os.path.join(folder, name))
+                removed.append(os.path.join(folder, name))
+        return removed
+
+
+class SharedLogin:
+    """A Kiro sign-in that another program lives on as well: read before it is refreshed, and
+    written back, merged, after.  Its refresh token is good for one of us only.
+
+    `source`, as it is kept in our token file: {"program": "kiro-ide", "path": "..."}, with the
+    "key" of its row where the path is a database's.
+    """
+
+    def __init__(self, source: Json) -> None:
+        self.path = text_of_key(source, "path")
+        self.key = text_of_key(source, "key")
+
+    def read(self) -> Json | None:
+        """Our token file's content for it; None where it is gone or of no use."""
+        try:
+            if self.key:
+                return read_cli_login(self.path, self.key)
+            return read_ide_login(self.path)
+        except (OSError, ValueError, sqlite3.Error) as error:
+            log_event("info", "shared_login_unusable", path=self.path, reason=error)
+            return None
+
+    def write(self, changes: Json, spent: str) -> None:
+        """Puts refreshed tokens where the token `spent` still stands; a failure is told."""
+        try:
+            if self.key:
+                self.write_row(changes, spent)
+            else:
+                self.write_file(changes, spent)
+        except (OSError, ValueError, sqlite3.Error) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            log_event("warning", "shared_login_not_updated", path=self.path, reason=reason)
+
+    def write_file(self, changes: Json, spent: str) -> None:
+        """The IDE's file; where it is a link, what that leads to.  Its folder is left alone."""
+        path = os.path.realpath(self.path)
+        with open(path, "rb") as file:
+            body = load_object(file.read(MIB)) or {}
+        if either(body, "refresh_token") == spent:
+            replace_file(path, json.dumps(with_tokens(body, changes), indent=2).encode())
+
+    def write_row(self, changes: Json, spent: str) -> None:
+        """The row of the CLI's database, in one transaction."""
+        with contextlib.closing(open_database(self.path, "rw")) as database:
+            database.execute("BEGIN IMMEDIATE")
+            body = read_row(database, "auth_kv", self.key)
+            if either(body, "refresh_token") == spent:
+                text = dump_json(with_tokens(body, changes)).decode()
+                database.execute("UPDATE auth_kv SET value = ? WHERE key = ?", (text, self.key))
+            database.execute("COMMIT")
+
+
+def open_database(path: str, mode: str) -> sqlite3.Connection:
+    """Another program's database, which must exist; raises sqlite3.Error."""
+    url = f"file:{urllib.parse.quote(os.path.realpath(path))}?mode={mode}"
+    return sqlite3.connect(url, uri=True, timeout=5, isolation_level=None)
+
+
+def read_row(database: sqlite3.Connection, table: str, key: str) -> Json:
+    """The JSON object at `key`, {} where there is none."""
+    found = database.execute(f"SELECT value FROM {table} WHERE key = ?", (key,)).fetchone()
+    return load_object(found[0]) or {} if found and isinstance(found[0], (str, bytes)) else {}
+
+
+def read_some_json(path: str) -> Json:
+    """The object in another program's file, {} where there is none."""
+    try:
+        with open(path, "rb") as file:
+            return load_object(file.read(MIB)) or {}
+    except OSError:
+        return {}
+
+
+def read_ide_login(path: str) -> Json:
+    """Our token file's content for the Kiro IDE's; raises OSError and ValueError."""
+    with open(path, "rb") as file:
+        body = load_object(file.read(MIB))
+    if body is None:
+        raise ValueError("it is not a JSON object")
+    folder = os.path.dirname(path)
+    registration: Json = {}
+    name = text_of_key(body, "clientIdHash")
+    if re.fullmatch(r"[0-9a-f]{40}", name):
+        registration = read_some_json(os.path.join(folder, f"{name}.json"))
+    if not registration and text_of_key(body, "authMethod").lower() == "idc":
+        registration = newest_registration(folder)
+    profile = {} if either(body, "profile_arn") else read_some_json(ide_profile_path())
+    return read_kiro_import(body, registration, profile)
+
+
+def newest_registration(folder: str) -> Json:
+    """The client's registration beside an IDE file that does not name it."""
+    found = [read_some_json(entry.path) for entry in os.scandir(folder) if entry.is_file()]
+    found = [body for body in found if body.get("clientId") and body.get("clientSecret")]
+    return max(found, key=lambda body: read_time(body.get("expiresAt")), default={})
+
+
+def ide_profile_path() -> str:
+    """Where the Kiro IDE keeps the organisation's profile that was chosen in it."""
+    base = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    base = "~/Library/Application Support" if sys.platform == "darwin" else base
+    return os.path.expanduser(f"{base}/Kiro/User/globalStorage/kiro.kiroagent/profile.json")
+
+
+# The rows of a sign-in, best first, with the kind they tell; "odic" is the real spelling.
+CLI_ROWS = {
+    "kirocli:social:token": "social",
+    "kirocli:external-idp:token": "external_idp",
+    "kirocli:odic:token": "idc",
+    "kirocli:oidc:token": "idc",
+    "codewhisperer:odic:token": "idc",
+}
+
+
+def read_cli_login(path: str, key: str) -> Json:
+    """Our token file's content for a row of kiro-cli or Amazon Q; raises ValueError, sqlite3.Error.
+
+    Where there is no start URL a sign-in is Builder ID's.
+    """
+    with contextlib.closing(open_database(path, "ro")) as database:
+        body = read_row(database, "auth_kv", key)
+        beside = key.rpartition(":")[0] + ":device-registration"
+        registration = read_row(database, "auth_kv", beside)
+        try:
+            profile = read_row(database, "state", "api.codewhisperer.profile")
+        except sqlite3.OperationalError:  # an older one has no such table
+            profile = {}
+    kind = CLI_ROWS[key]
+    if kind == "idc" and text_of_key(body, "start_url") in ("", KIRO_BUILDER_START_URL):
+        kind = "builder_id"
+    return read_kiro_import(body, registration, profile, kind)
 
 
 def load_machine(paths: Paths) -> tuple[str, str]:
@@ -12059,6 +12765,8 @@ class Provider(Protocol):
     """One account of one upstream service.  It never sees the caller's dialect."""
 
     name: str
+    #: what a person types when a NotSignedIn comes out of it
+    sign_in: str
     #: it answers on this machine, at no cost
     local: bool
 
@@ -12182,7 +12890,7 @@ class CoolDowns:
 class Backoff:
     """How long a refused sign-in is left alone: its endpoints watch for storms.
 
-    1, 2, 4 ... seconds, or a minute after a refusal that no waiting mends.
+    1, 2, 4 ... seconds to SIGN_IN_RETRY_MAX_SECONDS; for ever where its token is dead.
     """
 
     def __init__(self) -> None:
@@ -12193,9 +12901,12 @@ class Backoff:
 
     def failed(self, error: ApiError, secret: str) -> None:
         """`secret` was refused, or nobody answered."""
-        self.failures = 7 if isinstance(error, NotSignedIn) else self.failures + 1
+        is_refused = isinstance(error, NotSignedIn)
+        self.failures = self.failures + 1 if secret == self.secret else 1
         wait_s = min(2.0 ** (self.failures - 1), SIGN_IN_RETRY_MAX_SECONDS)
-        wait_s = max(wait_s, error.retry_after or 0)
+        wait_s = max(SIGN_IN_RETRY_MAX_SECONDS if is_refused else wait_s, error.retry_after or 0)
+        if is_refused and not isinstance(error, NotEntitled):
+            wait_s = math.inf
         self.retry_at = asyncio.get_running_loop().time() + wait_s
         self.secret, self.error = secret, error
 
@@ -12414,6 +13125,7 @@ class EchoProvider:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.sign_in = ""
         self.catalogue = {
             "echo": Model(
                 id="echo",
@@ -12473,12 +13185,22 @@ class EchoProvider:
 class CopilotAccount:
     """A GitHub sign-in and the short-lived Copilot token that it is exchanged for."""
 
-    def __init__(self, name: str, config: CopilotConfig, paths: Paths, client: HttpClient) -> None:
+    def __init__(
+        self,
+        name: str,
+        config: CopilotConfig,
+        paths: Paths,
+        client: HttpClient,
+        on_change: Callable[[], None],
+    ) -> None:
         self.name = name
         self.config = config
-        self.path = paths.token_file(name)
+        self.file = TokenFile(paths.token_file(name))
         self.client = client
+        #: called when somebody else has signed in
+        self.on_change = on_change
         self.lock = asyncio.Lock()
+        self.github_token = ""
         self.kept: CopilotToken | None = None
         #: monotonic: a wall clock set back must not make a token immortal
         self.stale_at = 0.0
@@ -12489,16 +13211,20 @@ class CopilotAccount:
 
     def load(self) -> Json:
         """The token file; raises NotSignedIn."""
-        hint = f'Write {{"type":"copilot","github_token":"..."}} to {self.path}.'
         try:
-            kept = load_private_json(self.path)
+            kept = self.file.load()
         except ProgramError as error:
-            raise NotSignedIn(f"{error}.", hint=hint) from None
+            raise NotSignedIn(f"{error}.") from None
         if kept is None:
-            raise NotSignedIn(f"Provider {self.name!r} has no Copilot sign-in yet.", hint=hint)
-        token = kept.get("github_token")
-        if not isinstance(token, str) or not token.strip() or not token.isascii():
-            raise NotSignedIn(f"{self.path} holds no github_token.", hint=hint)
+            raise NotSignedIn(f"Provider {self.name!r} has no Copilot sign-in yet.")
+        try:
+            kept["github_token"] = bare_token(text_of_key(kept, "github_token"))
+        except SignInFailed:
+            raise NotSignedIn(f"{self.file.path} holds no github_token.") from None
+        if kept["github_token"] != self.github_token:
+            if self.github_token:
+                self.on_change()
+            self.github_token, self.kept = kept["github_token"], None
         return kept
 
     def is_signed_in(self) -> bool:
@@ -12509,31 +13235,37 @@ class CopilotAccount:
             return False
         return True
 
-    def is_fresh(self, token: CopilotToken | None, margin_s: float) -> bool:
-        """Whether a token will last for `margin_s` seconds, by both clocks."""
+    def current(self) -> CopilotToken | None:
+        """The token in use, while it lasts and nobody has changed the sign-in."""
+        if self.file.changed():
+            self.kept = None
+            self.backoff.succeeded()
+            self.take_saved()
+        return self.kept if self.is_fresh(self.kept) else None
+
+    def is_fresh(self, token: CopilotToken | None, margin_s: float | None = None) -> bool:
+        """Whether a token will last for `margin_s` seconds more, by both clocks."""
         if token is None:
             return False
+        margin_s = token.margin_s if margin_s is None else margin_s
         monotonic = asyncio.get_running_loop().time()
         return token.expires_at - time.time() > margin_s and self.stale_at - monotonic > margin_s
 
     async def token(self) -> CopilotToken:
         """A token that will last; callers at the same time share one exchange.  Raises ApiError."""
         self.used = True
-        if self.is_fresh(self.kept, COPILOT_REFRESH_MARGIN_SECONDS) and self.kept:
-            return self.kept
-        async with self.lock:
-            if self.is_fresh(self.kept, COPILOT_REFRESH_MARGIN_SECONDS) and self.kept:
-                return self.kept
-            if self.kept is None and self.take_saved():
-                assert self.kept is not None
-                return self.kept
-            return await self.exchange()
+        current = self.current()
+        if current is not None:
+            return current
+        async with self.lock, self.file.lock():
+            return self.current() or await self.exchange()
 
     async def renew(self, refused: CopilotToken) -> CopilotToken | None:
         """A token other than `refused`; None when one was forced only a moment ago."""
-        async with self.lock:
-            if self.kept is not None and self.kept.token != refused.token:
-                return self.kept  # somebody else was quicker
+        async with self.lock, self.file.lock():
+            current = self.current()
+            if current is not None and current.token != refused.token:
+                return current  # somebody else was quicker
             now = asyncio.get_running_loop().time()
             if now - self.forced_at < FORCED_RENEWAL_GAP_SECONDS:
                 return None
@@ -12541,23 +13273,22 @@ class CopilotAccount:
             self.kept = None
             return await self.exchange()
 
-    def take_saved(self) -> bool:
-        """The Copilot token of an earlier run, while it lasts: spares an exchange per start."""
+    def take_saved(self) -> None:
+        """The Copilot token of an earlier run or of another process: spares an exchange."""
         saved = self.load()
         token, url, until = (saved.get(k) for k in ("copilot_token", "api_url", "expires_at"))
         if not (
             isinstance(token, str) and isinstance(url, str) and isinstance(until, (int, float))
         ):
-            return False
+            return
         left = until - time.time()
-        if left < COPILOT_REFRESH_MARGIN_SECONDS or left > 24 * 3600:
-            return False
         if self.config.api_url and url != self.config.api_url.rstrip("/"):
-            return False
+            return
         if not self.config.api_url and not allowed_api_host(url, self.config):
-            return False
-        self.use(CopilotToken(token, url, until, left))
-        return True
+            return
+        if 0 < left <= MAX_TOKEN_SECONDS and not (self.kept and self.kept.token == token):
+            life = positive(saved.get("refresh_in")) or COPILOT_DEFAULT_LIFE_SECONDS
+            self.use(CopilotToken(token, url, until, life))
 
     def use(self, token: CopilotToken) -> None:
         """Makes `token` the current one and plans its successor."""
@@ -12571,52 +13302,28 @@ class CopilotAccount:
     async def exchange(self) -> CopilotToken:
         """Asks GitHub for a token; an old one that still lasts is kept when that fails."""
         saved = self.load()
-        resting = self.backoff.reason(saved["github_token"])
+        github_token = saved["github_token"]
+        resting = self.backoff.reason(github_token)
         if resting is not None:
             if self.is_fresh(self.kept, 0) and self.kept:
                 return self.kept
             raise resting
-        url = self.config.github_api_url.rstrip("/") + "/copilot_internal/v2/token"
-        github_token = re.sub(r"^(?i:bearer|token)\s+", "", saved["github_token"].strip())
         try:
-            status, headers, data = await self.client.fetch(
-                "GET", url, exchange_headers(github_token), EXCHANGE_SECONDS
-            )
-            if status != 200:
-                raise self.refusal(judge_exchange(status, headers, data, time.time()))
-            body = load_object(data)
-            if body is None:
-                raise UpstreamError("GitHub's token answer is not JSON.")
-            token = read_token_answer(body, self.config, time.time())
+            token = await obtain_copilot_token(self.client, self.config, github_token)
         except ApiError as error:
-            self.backoff.failed(error, saved["github_token"])
+            self.backoff.failed(error, github_token)
             if isinstance(error, NotSignedIn):
                 self.kept = None
+                self.file.save({"refused": error.message, "copilot_token": None})
                 raise
             if self.is_fresh(self.kept, 0) and self.kept:
                 log_event("warning", "token_refresh_failed", provider=self.name, reason=error)
                 return self.kept
             raise
         self.use(token)
-        self.save(saved, token)
+        self.file.save(saved_token(token))
         log_event("info", "token_refreshed", provider=self.name, host=split_url(token.api_url)[1])
         return token
-
-    @staticmethod
-    def refusal(verdict: Verdict) -> ApiError:
-        """The error of a refused exchange."""
-        if isinstance(verdict.error, NotSignedIn) and verdict.remedy == "wait":
-            return Overloaded(verdict.error.message)
-        return verdict.error
-
-    def save(self, saved: Json, token: CopilotToken) -> None:
-        """Keeps the token for the next start; the program runs on without it."""
-        until = int(token.expires_at)
-        new = {"copilot_token": token.token, "expires_at": until, "api_url": token.api_url}
-        try:
-            save_private_json(self.path, {**saved, **new})
-        except OSError as error:
-            log_event("warning", "token_not_saved", provider=self.name, reason=error.strerror)
 
     async def refresh_in_background(self) -> None:
         """Renews the token shortly before it is due, as long as somebody uses it."""
@@ -12628,7 +13335,7 @@ class CopilotAccount:
                 return  # the next request will ask
             self.used = False
             try:
-                async with self.lock:
+                async with self.lock, self.file.lock():
                     await self.exchange()
             except ApiError as error:
                 log_event("warning", "token_refresh_failed", provider=self.name, reason=error)
@@ -12638,6 +13345,59 @@ class CopilotAccount:
         """Ends the background task."""
         if self.refresher is not None:
             self.refresher.cancel()
+
+
+def saved_token(token: CopilotToken) -> Json:
+    """What a token changes in the token file."""
+    return {
+        "copilot_token": token.token,
+        "expires_at": int(token.expires_at),
+        "refresh_in": int(token.refresh_in),
+        "api_url": token.api_url,
+        "refused": None,
+    }
+
+
+async def ask_github(
+    client: HttpClient, config: CopilotConfig, path: str, github_token: str
+) -> tuple[int, Headers, bytes]:
+    """(status, headers, body) of a GET on GitHub's API; raises UpstreamError and its kin."""
+    url = config.github_api_url.rstrip("/") + path
+    return await client.fetch("GET", url, exchange_headers(github_token), EXCHANGE_SECONDS)
+
+
+async def obtain_copilot_token(
+    client: HttpClient, config: CopilotConfig, github_token: str
+) -> CopilotToken:
+    """Exchanges a GitHub token; one that is not exchanged is used itself where Copilot takes it.
+
+    Raises NotSignedIn, NotEntitled and what may pass.
+    """
+    status, headers, data = await ask_github(
+        client, config, "/copilot_internal/v2/token", github_token
+    )
+    if status == 404 and github_token.startswith(DIRECT_TOKENS):
+        return await obtain_direct_token(client, config, github_token)
+    if status != 200:
+        verdict = judge_exchange(status, headers, data, time.time())
+        if isinstance(verdict.error, NotSignedIn) and verdict.remedy == "wait":
+            raise Overloaded(verdict.error.message)
+        raise verdict.error
+    body = load_object(data)
+    if body is None:
+        raise UpstreamError("GitHub's token answer is not JSON.")
+    return read_token_answer(body, config, time.time())
+
+
+async def obtain_direct_token(
+    client: HttpClient, config: CopilotConfig, github_token: str
+) -> CopilotToken:
+    """The GitHub token itself, for the host that GitHub names for its account."""
+    status, headers, data = await ask_github(client, config, "/copilot_internal/user", github_token)
+    if status == 401:
+        raise judge_exchange(status, headers, data, time.time()).error
+    user = load_object(data) if status == 200 else None  # a fine-grained token may not ask this
+    return direct_token(github_token, user or {}, config, time.time())
 
 
 class CopilotProvider:
@@ -12654,15 +13414,20 @@ class CopilotProvider:
         machine: tuple[str, str],
     ) -> None:
         self.name = name
+        self.sign_in = sign_in_command("copilot", name)
         self.client = client
-        self.account = CopilotAccount(name, config, paths, client)
+        self.account = CopilotAccount(name, config, paths, client, self.forget_account)
         self.machine = machine
         self.session_id = f"{format_uuid(os.urandom(16).hex())}{int(time.time() * 1000)}"
         self.identity: dict[str, str] = {}
         self.identity_token = ""
+        self.forget_account()
+
+    def forget_account(self) -> None:
+        """What was learned of an account ends with its sign-in."""
         self.learned = Learned()
         self.reasoning = ReasoningMemory()
-        self.catalogue = Catalogue(name, self.fetch_models)
+        self.catalogue = Catalogue(self.name, self.fetch_models)
         self.rests = CoolDowns()
 
     def close(self) -> None:
@@ -12677,7 +13442,8 @@ class CopilotProvider:
         """The headers of any request with `token`."""
         if token.token != self.identity_token:
             machine, device = self.machine
-            self.identity = copilot_identity(token.token, self.session_id, machine, device)
+            shown = copilot_authorization(token.token, split_url(token.api_url)[1])
+            self.identity = copilot_identity(shown, self.session_id, machine, device)
             self.identity_token = token.token
         request_id = format_uuid(os.urandom(16).hex())
         return {
@@ -12884,13 +13650,24 @@ Login = TypeVar("Login", bound="KiroLogin | None")
 class KiroAccount:
     """A Kiro sign-in: a token file, whose tokens are renewed here and maybe by other programs."""
 
-    def __init__(self, name: str, config: KiroConfig, paths: Paths, client: HttpClient) -> None:
+    def __init__(
+        self,
+        name: str,
+        config: KiroConfig,
+        paths: Paths,
+        client: HttpClient,
+        on_change: Callable[[], None],
+    ) -> None:
         self.name = name
         self.config = config
-        self.path = paths.token_file(name)
+        self.file = TokenFile(paths.token_file(name))
         self.client = client
+        #: called when somebody else has signed in
+        self.on_change = on_change
         self.lock = asyncio.Lock()
         self.kept: KiroLogin | None = None
+        #: monotonic: a wall clock set back must not make a token immortal
+        self.stale_at = 0.0
         self.backoff = Backoff()
         self.forced_at = float("-inf")
         self.machine_id = ""  # other programs do not keep it in the file
@@ -12898,20 +13675,44 @@ class KiroAccount:
 
     def load(self) -> KiroLogin:
         """The token file; raises NotSignedIn."""
-        hint = f"Put a token file at {self.path}; README.md shows its form."
+        return self.read(self.load_file())
+
+    def load_file(self) -> Json:
+        """The token file's content; raises NotSignedIn."""
         try:
-            kept = load_private_json(self.path)
+            kept = self.file.load()
         except ProgramError as error:
-            raise NotSignedIn(f"{error}.", hint=hint) from None
+            raise NotSignedIn(f"{error}.") from None
         if kept is None:
-            raise NotSignedIn(f"Provider {self.name!r} has no Kiro sign-in yet.", hint=hint)
+            raise NotSignedIn(f"Provider {self.name!r} has no Kiro sign-in yet.")
+        return kept
+
+    def read(self, kept: Json) -> KiroLogin:
+        """The sign-in in a token file's content; raises NotSignedIn."""
         try:
             login = read_kiro_login(kept)
         except ValueError as error:
-            raise NotSignedIn(f"{self.path} cannot be used: {error}.", hint=hint) from None
+            raise NotSignedIn(f"{self.file.path} cannot be used: {error}.") from None
         login.arn = self.config.profile_arn or login.arn
-        login.machine_id = self.machine_id = self.machine_id or login.machine_id
+        named = kiro_machine_id(text_of_key(kept, "machine_id"))
+        if named and self.machine_id and named != self.machine_id:
+            self.on_change()
+        login.machine_id = self.machine_id = named or self.machine_id or login.machine_id
         return login
+
+    async def latest(self) -> KiroLogin:
+        """The sign-in on disk, or the newer one of the program that it is shared with."""
+        kept = self.load_file()
+        source = details(kept, "source")
+        if source:
+            shared = await asyncio.to_thread(SharedLogin(source).read)
+            if shared is not None and is_newer(shared, kept):
+                if shared["auth_method"] != kept.get("auth_method"):
+                    self.on_change()
+                changes = {**shared, "machine_id": self.machine_id or None, "refused": None}
+                self.file.save(changes)
+                kept = {**kept, **changes}
+        return self.read(kept)
 
     def is_signed_in(self) -> bool:
         """Whether there is a usable token file."""
@@ -12926,14 +13727,33 @@ class KiroAccount:
         """Whether the access token will last for `margin_s` seconds."""
         return bool(login.access) and login.expires_at - time.time() > margin_s
 
+    def current(self) -> KiroLogin | None:
+        """The sign-in in use, while it lasts and nobody has changed it."""
+        if self.file.changed():
+            self.kept = None
+            self.backoff.succeeded()
+        monotonic = asyncio.get_running_loop().time()
+        margin_s = KIRO_REFRESH_MARGIN_SECONDS
+        if self.kept and self.lasts(self.kept, margin_s) and self.stale_at - monotonic > margin_s:
+            return self.kept
+        return None
+
+    def use(self, login: KiroLogin) -> KiroLogin:
+        """`login`, the current one from now on."""
+        self.kept = login
+        left_s = login.expires_at - time.time()
+        if login.kind != "api_key":
+            left_s = min(left_s, MAX_TOKEN_SECONDS)
+        self.stale_at = asyncio.get_running_loop().time() + left_s
+        return login
+
     async def login(self) -> KiroLogin:
         """A sign-in that will last; callers at the same time share one refresh.
 
         Raises NotSignedIn and other ApiErrors.
         """
-        if self.kept and self.lasts(self.kept, KIRO_REFRESH_MARGIN_SECONDS):
-            return self.kept
-        return await self.finish(self.load_or_refresh())
+        current = self.current()
+        return current if current is not None else await self.finish(self.load_or_refresh())
 
     async def finish(self, work: Coroutine[Any, Any, Login]) -> Login:
         """Does `work` to its end, even when the caller leaves: a rotated token comes only once."""
@@ -12951,19 +13771,24 @@ class KiroAccount:
     async def load_or_refresh(self) -> KiroLogin:
         """The sign-in as it is kept, as it is on disk, or renewed."""
         async with self.lock:
-            if self.kept and self.lasts(self.kept, KIRO_REFRESH_MARGIN_SECONDS):
-                return self.kept
+            current = self.current()
+            if current is not None:
+                return current
             saved = self.load()
-            if self.lasts(saved, KIRO_REFRESH_MARGIN_SECONDS):
-                self.kept = saved
-                return saved
-            try:
-                return await self.refresh(saved)
-            except ApiError as error:
-                if not self.lasts(saved, 0):
-                    raise
-                log_event("warning", "token_refresh_failed", provider=self.name, reason=error)
-                return saved  # it is good for some minutes more
+            if self.lasts(saved, KIRO_REFRESH_MARGIN_SECONDS) and self.kept is None:
+                return self.use(saved)
+            async with self.file.lock():
+                saved = await self.latest()
+                is_other = self.kept is None or saved.access != self.kept.access
+                if self.lasts(saved, KIRO_REFRESH_MARGIN_SECONDS) and is_other:
+                    return self.use(saved)  # another process was quicker
+                try:
+                    return await self.refresh(saved)
+                except ApiError as error:
+                    if not self.lasts(saved, 0):
+                        raise
+                    log_event("warning", "token_refresh_failed", provider=self.name, reason=error)
+                    return saved  # it is good for some minutes more
 
     async def renew(self, refused: KiroLogin) -> KiroLogin | None:
         """A sign-in other than `refused`; None where there is none to be had just now."""
@@ -12972,17 +13797,18 @@ class KiroAccount:
     async def replace(self, refused: KiroLogin) -> KiroLogin | None:
         """A newer sign-in: kept, on disk, or renewed."""
         async with self.lock:
-            if self.kept and self.kept.access != refused.access:
-                return self.kept  # somebody else was quicker
-            saved = self.load()
-            if saved.access != refused.access and self.lasts(saved, 0):
-                self.kept = saved  # another program was
-                return saved
-            now = asyncio.get_running_loop().time()
-            if saved.kind == "api_key" or now - self.forced_at < KIRO_FORCED_GAP_SECONDS:
-                return None
-            self.forced_at = now
-            return await self.refresh(saved)
+            current = self.current()
+            if current is not None and current.access != refused.access:
+                return current  # somebody else was quicker
+            async with self.file.lock():
+                saved = await self.latest()
+                if saved.access != refused.access and self.lasts(saved, 0):
+                    return self.use(saved)  # another program was
+                now = asyncio.get_running_loop().time()
+                if saved.kind == "api_key" or now - self.forced_at < KIRO_FORCED_GAP_SECONDS:
+                    return None
+                self.forced_at = now
+                return await self.refresh(saved)
 
     async def refresh(self, saved: KiroLogin) -> KiroLogin:
         """Asks for new tokens and keeps them on disk before anybody uses them."""
@@ -12995,18 +13821,17 @@ class KiroAccount:
             login = await self.reread(saved)
             if login is None:
                 self.backoff.failed(error, saved.refresh)
+                self.file.save({"refused": error.message})
                 raise
             if self.lasts(login, KIRO_REFRESH_MARGIN_SECONDS):
-                self.kept = login
-                return login
+                return self.use(login)
             saved, changes = login, await self.ask(login)
         except ApiError as error:
             self.backoff.failed(error, saved.refresh)
             raise
         self.backoff.succeeded()
-        self.kept = self.save({**changes, "machine_id": saved.machine_id}, saved)
         log_event("info", "token_refreshed", provider=self.name, kind=saved.kind)
-        return self.kept
+        return self.use(await self.save({**changes, "refused": None}, saved))
 
     async def ask(self, login: KiroLogin) -> Json:
         """One refresh; raises NotSignedIn where its token is dead."""
@@ -13025,22 +13850,17 @@ class KiroAccount:
         """What another program has made of the token file meanwhile, if anything."""
         for wait_s in (0.0, 0.5, 1.0):  # its answer may have come before its file
             await asyncio.sleep(wait_s)
-            saved = self.load()
+            saved = await self.latest()
             if (saved.refresh, saved.access) != (dead.refresh, dead.access):
                 return saved
         return None
 
-    def save(self, changes: Json, login: KiroLogin) -> KiroLogin:
-        """Merges changes into the token file; a file that cannot be written is told, not fatal."""
-        try:
-            kept = load_private_json(self.path) or {}
-        except ProgramError:
-            kept = {}
-        merged = {**kept, **changes}
-        try:
-            save_private_json(self.path, merged)
-        except OSError as error:
-            log_event("error", "token_not_saved", provider=self.name, reason=error.strerror)
+    async def save(self, changes: Json, login: KiroLogin) -> KiroLogin:
+        """Merges changes into the token file, and into that of the program it is shared with."""
+        self.file.save({**changes, "machine_id": login.machine_id})
+        source = details(self.load_file(), "source")
+        if source:
+            await asyncio.to_thread(SharedLogin(source).write, changes, login.refresh)
         renamed = {
             "access_token": "access",
             "refresh_token": "refresh",
@@ -13059,11 +13879,16 @@ class KiroProvider:
 
     def __init__(self, name: str, config: KiroConfig, paths: Paths, client: HttpClient) -> None:
         self.name = name
+        self.sign_in = sign_in_command("kiro", name)
         self.config = config
         self.client = client
-        self.account = KiroAccount(name, config, paths, client)
+        self.account = KiroAccount(name, config, paths, client, self.forget_account)
         self.system = system_tag()
-        self.catalogue = Catalogue(name, self.fetch_models)
+        self.forget_account()
+
+    def forget_account(self) -> None:
+        """What was learned of an account ends with its sign-in."""
+        self.catalogue = Catalogue(self.name, self.fetch_models)
         self.rests = CoolDowns()
         self.reasoning = ReasoningMemory()
         self.profile_sought = False
@@ -13123,8 +13948,7 @@ class KiroProvider:
         if self.profile_unclear is not None:
             raise self.profile_unclear
         for arn in found:
-            self.account.kept = self.account.save({"profile_arn": arn}, login)
-            return self.account.kept
+            return self.account.use(await self.account.save({"profile_arn": arn}, login))
         return login
 
     async def find_profiles(self, login: KiroLogin) -> dict[str, str]:
@@ -13225,9 +14049,11 @@ class KiroProvider:
             raise UpstreamError("Kiro's model list is empty.")
         return found
 
-    async def limits(self) -> KiroLimits:
-        """What is left of the account's credits; raises ApiError."""
+    async def limits(self, with_user: bool = False) -> KiroLimits:
+        """What is left of the account's credits, and whose they are if asked; raises ApiError."""
         query = {"origin": KIRO_ORIGINS["ide"], "resourceType": "AGENTIC_REQUEST"}
+        if with_user:
+            query["isEmailRequired"] = "true"
         return read_kiro_limits(await self.control("/getUsageLimits", query), time.time())
 
     async def open(self, call: Call) -> Source:
@@ -13436,7 +14262,976 @@ class KiroAttempt(Attempt):
         raise verdict.error
 
 
-# ---- 16. Gateway -------------------------------------------------------------------------------
+# ---- 16. Sign-in -------------------------------------------------------------------------------
+
+TERMS = {
+    "copilot": (
+        "GitHub documents Copilot's interface for its own clients only, and this program\n"
+        "presents itself to it as an editor does.  GitHub's terms apply to what you do with it;\n"
+        "it may warn, limit or suspend accounts for excessive automated use:\n"
+        "  https://docs.github.com/en/site-policy/acceptable-use-policies/"
+        "github-acceptable-use-policies\n"
+        "  https://docs.github.com/en/site-policy/github-terms/"
+        "github-terms-for-additional-products-and-features"
+    ),
+    "kiro": (
+        "Kiro's service is not documented for other programs, and this one presents itself to it\n"
+        "as Kiro's own clients do.  Kiro says that using its subscription from third-party tools\n"
+        "is not allowed, and has suspended accounts for unusual activity.  That risk is yours:\n"
+        "  https://kiro.dev/faq/"
+    ),
+}
+KIRO_METHODS = {
+    "builder-id": "AWS Builder ID",
+    "google": "Google",
+    "github": "GitHub",
+    "organisation": "your organisation (IAM Identity Center)",
+}
+REVOKE_AT = {
+    "copilot": "https://github.com/settings/apps/authorizations",
+    "builder_id": "https://profile.aws.amazon.com (Security)",
+    "idc": "your organisation's AWS access portal",
+    "external_idp": "your organisation's sign-in",
+    "google": "https://app.kiro.dev and https://myaccount.google.com/connections",
+    "github": "https://app.kiro.dev and https://github.com/settings/applications",
+    "social": "https://app.kiro.dev",
+    "api_key": "https://app.kiro.dev",
+}
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+class Console:
+    """The person at the terminal, or the pipe: talk goes to standard error, results to output."""
+
+    def __init__(self) -> None:
+        self.interactive = sys.stdin.isatty() and sys.stderr.isatty()
+        self.line_open = False
+        self.said_at = float("-inf")
+        self.typed = b""
+
+    def say(self, text: str = "") -> None:
+        """Lines of talk, with nothing in them that could steer a terminal."""
+        self.close_line()
+        print(CONTROLS.sub("", text), file=sys.stderr, flush=True)
+
+    def status(self, text: str) -> None:
+        """A line that the next one replaces; without a terminal, one a minute is enough."""
+        if sys.stderr.isatty():
+            self.line_open = True
+            print(f"\r\x1b[K{CONTROLS.sub('', text)}", end="", file=sys.stderr, flush=True)
+        elif time.monotonic() - self.said_at >= 60:
+            self.said_at = time.monotonic()
+            self.say(text)
+
+    def close_line(self) -> None:
+        """Ends a status line."""
+        if self.line_open:
+            self.line_open = False
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    async def line(self) -> str:
+        """The next line typed; raises EOFError.  Other tasks run meanwhile, and Ctrl-C works."""
+        while b"\n" not in self.typed:
+            data = await self.read_some()
+            if not data:
+                if self.typed:
+                    break
+                raise EOFError
+            self.typed += data
+        line, _, self.typed = self.typed.partition(b"\n")
+        return line.decode("utf-8", "replace").strip()
+
+    async def read_some(self) -> bytes:
+        """What standard input has, as soon as it has anything; b"" at its end."""
+        loop = asyncio.get_running_loop()
+        ready = loop.create_future()
+        number = sys.stdin.fileno()
+
+        def on_ready() -> None:
+            if not ready.done():
+                ready.set_result(None)
+
+        try:
+            loop.add_reader(number, on_ready)
+        except (NotImplementedError, PermissionError):  # Windows; a plain file
+            return await asyncio.to_thread(os.read, number, 65536)
+        try:
+            await ready
+            return os.read(number, 65536)
+        finally:
+            loop.remove_reader(number)
+
+    async def ask(self, question: str, default: str = "") -> str:
+        """An answer; raises SignInFailed where nobody can give one."""
+        if not self.interactive:
+            raise SignInFailed(f"this needs a terminal to ask: {question}")
+        self.close_line()
+        shown = f"{question} [{default}] " if default else f"{question} "
+        print(shown, end="", file=sys.stderr, flush=True)
+        try:
+            return await self.line() or default
+        except EOFError:
+            raise SignInFailed("the input ended before an answer") from None
+
+    async def confirm(self, question: str, default: bool = True) -> bool:
+        """Yes or no."""
+        while True:
+            answer = (await self.ask(question, "Y/n" if default else "y/N")).lower()
+            if answer in ("y/n", "y", "yes", "n", "no"):
+                return answer in ("y", "yes") or (answer == "y/n" and default)
+            self.say("Please answer y or n.")
+
+    async def choose(self, question: str, options: dict[str, str]) -> str:
+        """The key of one of the options, which are shown by number."""
+        names = list(options)
+        self.say(question)
+        for number, words in enumerate(options.values(), 1):
+            self.say(f"  {number}  {words}")
+        while True:
+            answer = (await self.ask("Choice", "1")).lower()
+            if answer in names:
+                return answer
+            if answer.isdigit() and 1 <= int(answer) <= len(names):
+                return names[int(answer) - 1]
+            self.say(f"Please type a number from 1 to {len(names)}.")
+
+
+def open_browser(url: str) -> bool:
+    """Tries to open a browser; False where there is none to be seen by whoever sits here.
+
+    A browser that runs inside of the terminal would take it over, so it must be a window's.
+    """
+    has_window = sys.platform in ("darwin", "win32") or any(
+        os.environ.get(name) for name in ("BROWSER", "DISPLAY", "WAYLAND_DISPLAY")
+    )
+    is_remote = os.environ.get("SSH_CONNECTION") and not os.environ.get("BROWSER")
+    if not has_window or is_remote or check_url(url.partition("?")[0]):
+        return False
+
+    def start() -> None:
+        with contextlib.suppress(Exception):  # the link stands in the terminal as well
+            webbrowser.open(url)
+
+    threading.Thread(target=start, daemon=True).start()
+    return True
+
+
+@dataclass(slots=True)
+class Desk:
+    """What every sign-in needs."""
+
+    config: Config
+    paths: Paths
+    client: HttpClient
+    console: Console
+    browser: bool = True
+
+    def provider_config(self, name: str, kind: str) -> ProviderConfig:
+        """The settings of the provider `name`, or the defaults of its type; raises WrongUsage."""
+        if not PROVIDER_NAME.fullmatch(name):
+            raise WrongUsage(f"--name {name}: a name is letters, digits, '-' and '_'")
+        found = self.config.providers.get(name)
+        if found is not None and found.type != kind:
+            raise WrongUsage(f"--name {name}: that provider's type is {found.type}, not {kind}")
+        return found or PROVIDER_CONFIGS[kind]()
+
+    def file(self, name: str) -> TokenFile:
+        """The token file of the provider `name`."""
+        return TokenFile(self.paths.token_file(name))
+
+    def check_disk(self, name: str) -> None:
+        """Raises SignInFailed where a sign-in could not be kept: better before than after."""
+        path = self.paths.token_file(name)
+        try:
+            make_private_dir(os.path.dirname(path))
+            with tempfile.TemporaryFile(dir=os.path.dirname(path)) as file:
+                file.write(bytes(64 * KIB))
+                file.flush()
+        except OSError as error:
+            raise SignInFailed(f"{path}: cannot be written: {error.strerror}") from None
+
+    async def keep(self, name: str, content: Json) -> None:
+        """Writes a sign-in, and waits for a person to make room where there is none."""
+        file = self.file(name)
+        while True:
+            try:
+                async with file.lock():
+                    file.replace(content)
+                return
+            except (OSError, ProgramError) as error:
+                reason = error.strerror if isinstance(error, OSError) else str(error)
+                problem = f"{file.path}: cannot be written: {reason}"
+            if not self.console.interactive:
+                raise SignInFailed(problem)
+            self.console.say(problem)
+            if not await self.console.confirm("Try again?"):
+                raise SignInFailed("the sign-in was not kept")
+
+    def tell_terms(self, kind: str) -> None:
+        """The vendor's terms, once, before the first sign-in."""
+        path = self.paths.notices_file
+        try:
+            kept = load_private_json(path) or {}
+        except ProgramError as error:
+            log_event("warning", "notices_unusable", reason=error)
+            kept = {}
+        told = kept.get("terms")
+        told = told if isinstance(told, list) else []
+        if kind in told:
+            return
+        self.console.say(TERMS[kind] + "\n")
+        try:
+            save_private_json(path, {**kept, "terms": [*told, kind]})
+        except OSError as error:
+            log_event("warning", "notices_not_saved", reason=error.strerror)
+
+    def add_provider(self, name: str, kind: str, settings: dict[str, str]) -> None:
+        """Writes `[providers.NAME]` at the end of the configuration, where it is not there yet.
+
+        Raises ConfigError where the file's own table says something else.
+        """
+        found = self.config.providers.get(name)
+        if found is not None and all(getattr(found, k) == v for k, v in settings.items()):
+            return
+        path = self.paths.config_file
+        lines = [f"[providers.{name}]", f'type = "{kind}"']
+        lines += [f'{key} = "{value}"' for key, value in settings.items()]
+        try:
+            with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
+                text = file.read()
+                lines = [text.rstrip("\n"), "", *lines] if text.strip() else lines
+            new = "\n".join(lines) + "\n"
+            self.config.providers[name] = read_config_text(new, path).providers[name]
+            make_private_dir(self.paths.config_dir)
+            replace_file(os.path.realpath(path), new.encode())
+        except (OSError, ConfigError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it says otherwise already"
+            said = ", ".join(f'{k} = "{v}"' for k, v in settings.items())
+            raise ConfigError(
+                f"{path}: [providers.{name}] cannot be added ({reason}): put {said} there "
+                "yourself, or take another --name"
+            ) from None
+
+    async def ask(
+        self, method: str, url: str, headers: dict[str, str], body: Json, service: str
+    ) -> tuple[int, Headers, bytes]:
+        """(status, headers, body) of one request; raises SignInFailed where none comes."""
+        headers = {
+            "Accept": "application/json",
+            "Accept-Encoding": "identity",
+            "Content-Type": "application/json",
+            **headers,
+        }
+        try:
+            return await self.client.fetch(method, url, headers, SIGN_IN_SECONDS, dump_json(body))
+        except ApiError as error:
+            raise SignInFailed(f"{service} cannot be reached: {error.text()}") from None
+
+    async def await_device(
+        self,
+        device: DeviceCode,
+        service: str,
+        poll: Callable[[], Awaitable[tuple[int, Headers, bytes]]],
+    ) -> Json:
+        """Shows a code and waits until it was typed: the token answer.
+
+        Raises CodeExpired and SignInFailed.
+        """
+        say = self.console.say
+        say(f"Open    {device.url}")
+        say(f"and type    {device.user_code}\n")
+        if device.url_complete:
+            say(f"or open    {device.url_complete}    and compare the code\n")
+        if self.browser and open_browser(device.url_complete or device.url):
+            say("A browser should open by itself; any other, on any machine, will do.\n")
+        loop = asyncio.get_running_loop()
+        ends_at = loop.time() + device.expires_in
+        pause_s, trouble = device.interval + DEVICE_EXTRA_SECONDS, ""
+        while True:
+            await self.count_down(min(loop.time() + pause_s, ends_at), ends_at, trouble)
+            if loop.time() >= ends_at:
+                raise CodeExpired("the code has expired")
+            try:
+                found = judge_poll(*await poll())
+            except SignInFailed as error:
+                found = Poll("unreachable", {}, str(error))
+            trouble = f" ({found.words}; trying again)" if found.state == "unreachable" else ""
+            if found.state == "done":
+                self.console.close_line()
+                return found.body
+            if found.state == "slow_down":
+                named = found.body.get("interval")
+                slower_s = pause_s + DEVICE_SLOWER_SECONDS
+                if isinstance(named, (int, float)) and 0 < named < 3600:
+                    slower_s = max(pause_s, named + DEVICE_EXTRA_SECONDS)
+                pause_s = slower_s
+            elif found.state == "expired":
+                raise CodeExpired("the code has expired")
+            elif found.state == "denied":
+                raise SignInFailed(f"the sign-in was cancelled at {service}")
+            elif found.state == "failed":
+                raise SignInFailed(f"{service} refuses the sign-in: {found.words}")
+
+    async def count_down(self, until: float, ends_at: float, trouble: str) -> None:
+        """Waits until `until`, and shows how long the code will last."""
+        loop = asyncio.get_running_loop()
+        while True:
+            left = max(int(ends_at - loop.time()), 0)
+            clock = f"{left // 60}:{left % 60:02d}"
+            self.console.status(f"Waiting for you: {clock} left, Ctrl-C ends it{trouble}")
+            rest_s = until - loop.time()
+            if rest_s <= 0:
+                return
+            await asyncio.sleep(min(rest_s, 1.0))
+
+    async def with_new_codes(self, attempt: Callable[[], Awaitable[Json]]) -> Json:
+        """`attempt`, again as long as its code expires and the person wants another."""
+        while True:
+            try:
+                return await attempt()
+            except CodeExpired as error:
+                if not self.console.interactive:
+                    raise
+                self.console.say(f"Sorry, {error}.")
+                if not await self.console.confirm("Get a new one?"):
+                    raise
+
+
+# 16.1 Copilot
+
+
+async def sign_in_copilot(desk: Desk, name: str, host: str, token: str) -> str:
+    """Signs in to Copilot at `host` ("" = as configured): who is signed in, for a person.
+
+    A `token` that is given is taken, else one is got by GitHub's device flow.  It is kept only when
+    Copilot takes it, or nobody can tell just now.
+    """
+    config = desk.provider_config(name, "copilot")
+    assert isinstance(config, CopilotConfig)
+    settings = {}
+    if host:
+        settings = {"github_url": f"https://{host}", "github_api_url": f"https://api.{host}"}
+        config = replace(config, github_url=settings["github_url"])
+        config.github_api_url = settings["github_api_url"]
+    desk.check_disk(name)
+    desk.tell_terms("copilot")
+    if not token:
+        answer = await desk.with_new_codes(lambda: ask_github_device(desk, config))
+        token = bare_token(str(answer["access_token"]))
+    content, words = await check_copilot(desk, config, token)
+    desk.add_provider(name, "copilot", settings)
+    await desk.keep(name, content)
+    return words
+
+
+async def ask_github_device(desk: Desk, config: CopilotConfig) -> Json:
+    """GitHub's device flow: the token answer."""
+    base = config.github_url.rstrip("/")
+    headers = {"User-Agent": COPILOT_USER_AGENT}
+    asked = {"client_id": COPILOT_CLIENT_ID, "scope": COPILOT_SCOPE}
+    status, _, data = await desk.ask(
+        "POST", base + "/login/device/code", headers, asked, split_url(base)[1]
+    )
+    body = load_object(data)
+    if status != 200 or body is None or "error" in body:
+        said = read_error_answer(status, data)[0] or f"status {status}"
+        raise SignInFailed(f"{split_url(base)[1]} gives no code: {said[:300]}")
+    device = read_device_code(body, "GitHub")
+    grant = {"client_id": COPILOT_CLIENT_ID, "device_code": device.code, "grant_type": DEVICE_GRANT}
+    url = base + "/login/oauth/access_token"
+    return await desk.await_device(
+        device, "GitHub", lambda: desk.ask("POST", url, headers, grant, "GitHub")
+    )
+
+
+async def check_copilot(desk: Desk, config: CopilotConfig, token: str) -> tuple[Json, str]:
+    """(token file, words on who it is) for a GitHub token; raises SignInFailed at a refusal."""
+    content: Json = {"type": "copilot", "github_token": token}
+    try:
+        content |= saved_token(await obtain_copilot_token(desk.client, config, token))
+        trouble = ""
+    except NotSignedIn as error:
+        raise SignInFailed(error.text()) from None
+    except ApiError as error:
+        trouble = f"\nIt could not be checked now, and is tried at the first request: {error}"
+    try:
+        status, _, data = await ask_github(desk.client, config, "/user", token)
+        content["login"] = text_of_key(load_object(data) or {} if status == 200 else {}, "login")
+        status, _, data = await ask_github(desk.client, config, "/copilot_internal/user", token)
+        user = load_object(data) or {} if status == 200 else {}
+        content["login"] = content["login"] or text_of_key(user, "login")
+        content["plan"] = text_of_key(user, "copilot_plan")
+    except ApiError as error:
+        trouble = trouble or f"\nGitHub did not say who this is: {error}"
+    host = split_url(config.github_url)[1]
+    content = {key: value for key, value in content.items() if value not in ("", None)}
+    plan = f", plan {content['plan']}" if "plan" in content else ""
+    return (
+        content,
+        f"Signed in to Copilot as {content.get('login', '(unknown)')} at {host}{plan}{trouble}",
+    )
+
+
+# 16.2 Kiro
+
+
+@dataclass(slots=True)
+class KiroSignIn:
+    """How somebody wants to sign in to Kiro."""
+
+    #: one of KIRO_METHODS, or "" to be asked
+    method: str = ""
+    #: of an organisation
+    start_url: str = ""
+    region: str = ""
+    #: instead of all that: an API key
+    token: str = ""
+
+
+async def sign_in_kiro(desk: Desk, name: str, wish: KiroSignIn) -> str:
+    """Signs in to Kiro: who is signed in, for a person.  Raises SignInFailed."""
+    config = desk.provider_config(name, "kiro")
+    assert isinstance(config, KiroConfig)
+    method = wish.method or ("organisation" if wish.start_url else "")
+    if not (method or wish.token or desk.console.interactive):
+        raise WrongUsage(f"there is no terminal to ask on: say --method {'|'.join(KIRO_METHODS)}")
+    desk.check_disk(name)
+    desk.tell_terms("kiro")
+    content: Json = {"auth_method": "api_key", "access_token": wish.token}
+    if not wish.token:
+        method = method or await desk.console.choose("How do you sign in to Kiro?", KIRO_METHODS)
+        if method in ("google", "github"):
+            content = await sign_in_by_portal(desk, config, method)
+        elif method == "builder-id":
+            content = await sign_in_at_aws(desk, config, KIRO_BUILDER_START_URL, "us-east-1")
+        else:
+            start_url = wish.start_url or await desk.console.ask("Your organisation's start URL:")
+            region = wish.region
+            if not region and desk.console.interactive:
+                region = await desk.console.ask("Region of its IAM Identity Center:", "us-east-1")
+            content = await sign_in_at_aws(desk, config, start_url, region or "us-east-1")
+    content["type"] = "kiro"
+    try:
+        content["machine_id"] = read_kiro_login(content).machine_id
+    except ValueError as error:
+        raise SignInFailed(f"Kiro's answer cannot be used: {error}") from None
+    desk.add_provider(name, "kiro", {})
+    await desk.keep(name, content)
+    return await describe_kiro(desk, name)
+
+
+async def describe_kiro(desk: Desk, name: str) -> str:
+    """Who a new sign-in belongs to, which is kept with it; finds an organisation's profile."""
+    config = desk.provider_config(name, "kiro")
+    assert isinstance(config, KiroConfig)
+    provider = KiroProvider(name, config, desk.paths, desk.client)
+    try:
+        await choose_profile(desk, provider)
+        limits = await provider.limits(with_user=True)
+    except ApiError as error:
+        provider.account.file.load()
+        return f"Signed in to Kiro.\nIt could not be checked: {error.text()}"
+    provider.account.file.save({"user": limits.user, "plan": limits.plan})
+    who = f" as {limits.user}" if limits.user else ""
+    plan = f", plan {limits.plan}" if limits.plan else ""
+    credits_ = f", {limits.used:g} of {limits.limit:g} credits used" if limits.limit else ""
+    return f"Signed in to Kiro{who}{plan}{credits_}"
+
+
+async def choose_profile(desk: Desk, provider: KiroProvider) -> None:
+    """An organisation's profile: found, or chosen where there are several."""
+    login = await provider.account.login()
+    if login.kind != "idc" or login.arn:
+        return
+    found = await provider.find_profiles(login)
+    if len(found) > 1 and desk.console.interactive:
+        arn = await desk.console.choose("Which profile?", found)
+    elif len(found) == 1:
+        arn = next(iter(found))
+    else:
+        return  # asked for with the first request, which says what to set
+    await provider.account.save({"profile_arn": arn}, login)
+
+
+async def sign_in_at_aws(desk: Desk, config: KiroConfig, start_url: str, region: str) -> Json:
+    """The device flow of AWS: token file content without its type.  Raises SignInFailed."""
+    if check_url(start_url) or not start_url.startswith("https://"):
+        raise WrongUsage("--start-url: must be like https://d-1234567890.awsapps.com/start")
+    if not AWS_REGION.fullmatch(region):
+        raise WrongUsage(f"--region {region}: must be a region like us-east-1")
+    base = (config.oidc_url or KIRO_OIDC_URL.format(region=region)).rstrip("/")
+
+    async def ask(path: str, body: Json) -> Json:
+        status, headers, data = await desk.ask("POST", base + path, {}, body, "AWS")
+        answer = load_object(data)
+        if status != 200 or answer is None:
+            words = judge_poll(status, headers, data).words
+            hint = "; are the start URL and the region right?" if path != "/client/register" else ""
+            raise SignInFailed(f"AWS refuses the sign-in: {words or f'status {status}'}{hint}")
+        return answer
+
+    asked = {
+        "clientName": KIRO_CLIENT_NAME,
+        "clientType": "public",
+        "scopes": list(KIRO_SCOPES),
+        "grantTypes": [DEVICE_GRANT, "refresh_token"],
+        "issuerUrl": start_url,
+    }
+    client = await ask("/client/register", asked)
+    named = {"clientId": text_of_key(client, "clientId")}
+    named["clientSecret"] = text_of_key(client, "clientSecret")
+
+    async def attempt() -> Json:
+        device = read_device_code(
+            await ask("/device_authorization", {**named, "startUrl": start_url}), "AWS"
+        )
+        grant = {**named, "grantType": DEVICE_GRANT, "deviceCode": device.code}
+        return await desk.await_device(
+            device, "AWS", lambda: desk.ask("POST", base + "/token", {}, grant, "AWS")
+        )
+
+    answer = await desk.with_new_codes(attempt)
+    is_builder = start_url.rstrip("/") == KIRO_BUILDER_START_URL
+    return {
+        "auth_method": "builder_id" if is_builder else "idc",
+        **read_refresh_answer(answer, time.time()),
+        "client_id": named["clientId"],
+        "client_secret": named["clientSecret"],
+        "sign_in_expires_at": int(read_time(client.get("clientSecretExpiresAt"))),
+        "idc_region": region,
+        "start_url": start_url,
+    }
+
+
+async def sign_in_by_portal(desk: Desk, config: KiroConfig, method: str) -> Json:
+    """Kiro's own page in a browser (PKCE): token file content without its type."""
+    state, verifier = b64url(os.urandom(24)), b64url(os.urandom(32))
+    listener = CallbackListener(desk.client.ticker, state, method)
+    port = await listener.listen()
+    try:
+        url = portal_url(state, verifier, port or KIRO_PORTAL_PORTS[0])
+        desk.console.say(f"Open    {url}\n")
+        if desk.browser and open_browser(url):
+            desk.console.say("A browser should open by itself.\n")
+        desk.console.say(
+            "Where that browser cannot reach this machine, it will end at an address that begins\n"
+            f"with http://localhost:{port or KIRO_PORTAL_PORTS[0]}/ and shows an error: copy that "
+            "whole address and paste it here.\n"
+        )
+        back = await wait_for_callback(desk, listener, state, method)
+    finally:
+        await listener.close()
+    if back.option not in ("google", "github"):
+        if back.option not in ("builderid", "awsidc", "internal") or not back.issuer_url:
+            raise SignInFailed(f"a sign-in by {back.option} has to be imported: type auth import")
+        return await sign_in_at_aws(desk, config, back.issuer_url, back.region or "us-east-1")
+    redirect = f"http://localhost:{port or KIRO_PORTAL_PORTS[0]}{back.path}"
+    asked = {
+        "code": back.code,
+        "code_verifier": verifier,
+        "redirect_uri": f"{redirect}?login_option={back.option}",
+    }
+    base = (config.auth_url or KIRO_AUTH_URL).rstrip("/")
+    headers = {"User-Agent": f"KiroIDE-{config.kiro_version}-{short_hash(verifier, 64)}"}
+    headers["Accept"] = "application/json, text/plain, */*"
+    status, _, data = await desk.ask("POST", base + "/oauth/token", headers, asked, "Kiro")
+    body = load_object(data)
+    if status != 200 or body is None:
+        said = read_error_answer(status, data)[0] or f"status {status}"
+        raise SignInFailed(f"Kiro refuses the sign-in: {said[:300]}")
+    try:
+        return {"auth_method": back.option, **read_refresh_answer(body, time.time())}
+    except UpstreamError as error:
+        raise SignInFailed(str(error)) from None
+
+
+CALLBACK_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>aiclient-api</title>
+<style>body{{font:1.1em system-ui;margin:20vh auto;max-width:30em;color-scheme:light dark}}</style>
+<h1>{title}</h1><p>{words}</p></html>"""
+
+
+class CallbackListener:
+    """Waits on loopback for a browser to come back, once, with the right state (RFC 8252)."""
+
+    def __init__(self, ticker: Ticker, state: str, option: str) -> None:
+        self.ticker = ticker
+        self.state = state
+        self.option = option
+        self.found: asyncio.Future[Callback] = asyncio.get_running_loop().create_future()
+        self.servers: list[Server] = []
+        self.port = 0
+
+    async def listen(self) -> int:
+        """The first free port of those the portal knows; 0 where all are taken."""
+        for port in KIRO_PORTAL_PORTS:
+            with contextlib.suppress(OSError):
+                await self.open("127.0.0.1", port)
+                self.port = port
+                with contextlib.suppress(
+                    OSError
+                ):  # `localhost` may be either; not every machine has it
+                    await self.open("::1", port)
+                return port
+        return 0
+
+    async def open(self, host: str, port: int) -> None:
+        """Listens on one address; raises OSError."""
+        config = ServerConfig(host=host, port=port, max_connections=16)
+        server = Server(config, self.ticker, self.answer, self.write_error)
+        await server.listen()
+        self.servers.append(server)
+
+    async def answer(self, request: Request) -> Response:
+        """The page that the browser ends at."""
+        if request.headers.get("host") not in (f"localhost:{self.port}", f"127.0.0.1:{self.port}"):
+            return self.page(421, "Not here", "This address is not served.")
+        if request.path not in CALLBACK_PATHS or request.method != "GET":
+            return self.page(404, "Not here", "This is only the way back from a sign-in.")
+        if self.found.done():
+            return self.page(410, "Done already", "You can close this window.")
+        try:
+            self.found.set_result(
+                read_callback(f"{request.path}?{request.query}", self.state, self.option)
+            )
+        except ValueError:
+            return self.page(400, "Not this sign-in", "Start it again from the terminal.")
+        except SignInFailed as error:
+            self.found.set_exception(error)
+            return self.page(200, "Not signed in", "The terminal tells why.")
+        return self.page(200, "Signed in", "You can close this window and go back to the terminal.")
+
+    def write_error(self, error: ApiError, request: Request | None = None) -> Response:
+        """A request that is no good HTTP."""
+        return self.page(error.status, "Not here", "This request cannot be answered.")
+
+    @staticmethod
+    def page(status: int, title: str, words: str) -> Response:
+        """Fixed text, which repeats nothing that came in."""
+        headers = {
+            "Cache-Control": "no-store",
+            "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'",
+            "Referrer-Policy": "no-referrer",
+            "Connection": "close",
+        }
+        body = CALLBACK_PAGE.format(title=title, words=words).encode()
+        return Response(status, body, headers, content_type="text/html; charset=utf-8")
+
+    async def close(self) -> None:
+        """Stops listening; the last page is still sent."""
+        for server in self.servers:
+            await server.drain(LINGER_SECONDS)
+
+
+async def wait_for_callback(
+    desk: Desk, listener: CallbackListener, state: str, option: str
+) -> Callback:
+    """What the browser brings back, or a person pastes; raises SignInFailed."""
+
+    async def read_pasted() -> Callback:
+        while True:
+            try:
+                pasted = await desk.console.line()
+            except EOFError:
+                return await listener.found  # nobody can paste; the browser still can come
+            try:
+                return read_callback(pasted, state, option)
+            except ValueError as error:
+                desk.console.say(f"That is not it: {error}.  Paste the whole address.")
+
+    waiting = [listener.found, asyncio.ensure_future(read_pasted())]
+    try:
+        done, _ = await asyncio.wait(
+            waiting, timeout=CALLBACK_SECONDS, return_when=asyncio.FIRST_COMPLETED
+        )
+        if not done:
+            raise SignInFailed(f"nobody came back within {CALLBACK_SECONDS / 60:g} minutes")
+        return done.pop().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+# 16.3 sign-ins that other programs have on this machine
+
+
+@dataclass(slots=True)
+class Found:
+    """One of them."""
+
+    #: the provider's type
+    kind: str
+    #: whose it is, for a person
+    program: str
+    path: str
+    #: what is known of whom it belongs to
+    account: str
+    #: of a token file
+    content: Json = field(repr=False)
+    #: of GitHub
+    host: str = ""
+
+
+def plugin_folder() -> str:
+    """Where the Copilot plugins of editors keep their sign-in."""
+    base = os.environ.get("LOCALAPPDATA") if sys.platform == "win32" else None
+    base = base or os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    return os.path.join(base, "github-copilot")
+
+
+def copilot_found(program: str, path: str, host: str, user: str, token: str) -> Found:
+    """A GitHub token that was found."""
+    content = {"type": "copilot", "github_token": token, "login": user}
+    account = f"{user or 'an account'} at {host}"
+    return Found("copilot", program, path, account, content, host)
+
+
+def find_plugin_logins() -> list[Found]:
+    """Copilot's editor plugins; VS Code itself keeps its tokens in the system's secret store."""
+    found: dict[str, Found] = {}
+    for name in ("apps.json", "hosts.json"):
+        path = os.path.join(plugin_folder(), name)
+        for host, user, token in read_plugin_logins(read_some_json(path)):
+            found.setdefault(token, copilot_found("an editor's plugin", path, host, user, token))
+    return list(found.values())
+
+
+def find_environment_login() -> list[Found]:
+    """The variable that the Copilot CLI looks at first."""
+    token = os.environ.get("COPILOT_GITHUB_TOKEN", "").strip()
+    if not token or not TARGET.fullmatch(token):
+        return []
+    return [copilot_found("the environment", "COPILOT_GITHUB_TOKEN", "github.com", "", token)]
+
+
+def find_gh_login() -> list[Found]:
+    """GitHub's own command line, which is asked for its token."""
+    try:
+        said = subprocess.run(
+            ["gh", "auth", "token"], capture_output=True, timeout=10, check=True, text=True
+        )
+        token = bare_token(said.stdout)
+    except (OSError, subprocess.SubprocessError, SignInFailed):
+        return []
+    return [copilot_found("GitHub CLI", "gh auth token", "github.com", "", token)]
+
+
+def kiro_found(program: str, path: str, content: Json, source: Json) -> Found:
+    """A sign-in of one of Kiro's own programs, which goes on using it."""
+    words = {"idc": "organisation", "builder_id": "AWS Builder ID", "external_idp": "company"}
+    method: str = content["auth_method"]
+    where = f" at {content['start_url']}" if method == "idc" and "start_url" in content else ""
+    account = f"{words.get(method, method)}{where}"
+    return Found("kiro", program, path, account, {**content, "source": {**source, "path": path}})
+
+
+def find_ide_login() -> list[Found]:
+    """The Kiro IDE."""
+    path = os.path.expanduser("~/.aws/sso/cache/kiro-auth-token.json")
+    try:
+        content = read_ide_login(path)
+    except (OSError, ValueError):
+        return []  # not there, or signed out
+    return [kiro_found("the Kiro IDE", path, content, {"program": "kiro-ide"})]
+
+
+def find_cli_logins(program: str, folder: str, path: str = "") -> list[Found]:
+    """The first sign-in in the database of kiro-cli or of Amazon Q."""
+    base = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+    if sys.platform == "darwin":
+        base = "~/Library/Application Support"
+    elif sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or "~"
+    path = path or os.path.expanduser(os.path.join(base, folder, "data.sqlite3"))
+    if not os.path.exists(path):
+        return []
+    for key in CLI_ROWS:
+        try:
+            content = read_cli_login(path, key)
+        except (ValueError, sqlite3.Error):
+            continue  # it has another one, or none
+        return [kiro_found(program, path, content, {"program": folder, "key": key})]
+    return []
+
+
+# What `auth import --from` takes, and whom to ask.
+IMPORTS: dict[str, Callable[[], list[Found]]] = {
+    "copilot-plugin": find_plugin_logins,
+    "environment": find_environment_login,
+    "gh": find_gh_login,
+    "kiro-ide": find_ide_login,
+    "kiro-cli": lambda: find_cli_logins(
+        "kiro-cli", "kiro-cli", os.environ.get("KIROCLI_DB_PATH", "")
+    ),
+    "amazon-q": lambda: find_cli_logins("Amazon Q", "amazon-q"),
+}
+ONLY_ON_REQUEST = ("gh",)  # its tokens can do more than Copilot
+
+
+def find_logins(origins: Iterable[str] = ()) -> list[Found]:
+    """What there is, from `origins` or from all that may be looked at without being asked."""
+    origins = origins or [name for name in IMPORTS if name not in ONLY_ON_REQUEST]
+    return [found for name in origins for found in IMPORTS[name]()]
+
+
+def target_name(config: Config, found: Found) -> str:
+    """The provider that a sign-in would be for: the first of its type, and of its host."""
+    for name, entry in config.providers.items():
+        if isinstance(entry, CopilotConfig) and split_url(entry.github_url)[1] != found.host:
+            continue
+        if entry.type == found.kind:
+            return name
+    return f"{found.kind}-{found.host.partition('.')[0]}"
+
+
+async def import_logins(desk: Desk, found: list[Found], name: str, sure: bool) -> list[str]:
+    """Takes what a person agrees to, or with `sure` what replaces nothing: who is signed in now.
+
+    `name` is the provider's, "" for a fitting one.  Raises SignInFailed where nothing came of it.
+    """
+    results: list[str] = []
+    failures = 0
+    taken: set[str] = set()
+    desk.console.say("Found on this machine:")
+    for item in found:
+        desk.console.say(f"  {item.kind}: {item.account} ({item.program}, {item.path})")
+    for item in found:
+        target = name or target_name(desk.config, item)
+        if target in taken:
+            continue
+        is_there = os.path.lexists(desk.paths.token_file(target))
+        if not sure:
+            desk.tell_terms(item.kind)
+            instead = " instead of its present sign-in" if is_there else ""
+            question = f"Use {item.account} of {item.program} as provider {target!r}{instead}?"
+            if not await desk.console.confirm(question, not is_there):
+                continue
+        elif is_there and not name:
+            desk.console.say(f"Provider {target!r} is signed in already; --name {target} replaces.")
+            continue
+        try:
+            results.append(await import_login(desk, item, target))
+            taken.add(target)
+        except SignInFailed as error:
+            failures += 1
+            desk.console.say(f"{item.account} of {item.program}: {error}")
+    if failures and not results:
+        raise SignInFailed("nothing was imported")
+    return results
+
+
+async def import_login(desk: Desk, found: Found, name: str) -> str:
+    """Makes a sign-in that was found the provider `name`'s: who it is, for a person."""
+    config = desk.provider_config(name, found.kind)
+    desk.check_disk(name)
+    desk.tell_terms(found.kind)
+    if isinstance(config, CopilotConfig):
+        host = found.host if found.host != split_url(config.github_url)[1] else ""
+        return await sign_in_copilot(desk, name, host, found.content["github_token"])
+    desk.add_provider(name, found.kind, {})
+    await desk.keep(name, found.content)
+    words = await describe_kiro(desk, name)
+    return f"{words}\nIt stays shared with {found.program}: what is refreshed here goes back there."
+
+
+# 16.4 what there is
+
+
+def account_row(name: str, entry: CopilotConfig | KiroConfig, paths: Paths) -> Json:
+    """A provider's sign-in, without a secret; times in Unix seconds, None for never or unknown."""
+    is_kiro = isinstance(entry, KiroConfig)
+    kind = "" if isinstance(entry, KiroConfig) else split_url(entry.github_url)[1]
+    row: Json = {"name": name, "type": entry.type, "enabled": entry.enabled, "kind": kind}
+    row |= {"user": "", "plan": "", "expires_at": None, "token_expires_at": None}
+    row["health"] = "not signed in"
+    path = paths.token_file(name)
+    try:
+        kept = load_private_json(path)
+        if kept is None:
+            return row
+        if is_kiro:
+            row["kind"] = text_of_key(kept, "auth_method") or read_kiro_login(kept).kind
+            read_kiro_login(kept)
+            row["expires_at"] = int(read_time(kept.get("sign_in_expires_at"))) or None
+        else:
+            bare_token(text_of_key(kept, "github_token"))
+    except (ProgramError, ValueError) as error:
+        words = str(error).removeprefix(f"{path}: ")
+        return {**row, "health": f"unusable: {words}"}
+    row["user"] = text_of_key(kept, "user") or text_of_key(kept, "login")
+    row["plan"] = text_of_key(kept, "plan")
+    row["token_expires_at"] = int(read_time(kept.get("expires_at"))) or None
+    refused = text_of_key(kept, "refused")
+    row["health"] = f"needs sign-in: {refused}" if refused else "ok"
+    if row["expires_at"] and row["expires_at"] < time.time():
+        row["health"] = "needs sign-in: it has expired"
+    return row
+
+
+def account_rows(config: Config, paths: Paths) -> list[Json]:
+    """The sign-ins of all providers that need one."""
+    return [
+        account_row(name, entry, paths)
+        for name, entry in config.providers.items()
+        if isinstance(entry, (CopilotConfig, KiroConfig))
+    ]
+
+
+async def revoke_login(desk: Desk, name: str) -> str:
+    """Removes a sign-in from this machine: what is left to do, for a person.
+
+    Raises WrongUsage where there is none.  A running gateway notices at its next request.
+    """
+    path = desk.paths.token_file(name)
+    if not PROVIDER_NAME.fullmatch(name) or not os.path.isdir(os.path.dirname(path)):
+        known = [row["name"] for row in account_rows(desk.config, desk.paths)]
+        close = nearest(name, known, 1) or known
+        raise WrongUsage(f"{name}: no such sign-in; did you mean {close[0]}?")
+    kind = "copilot"
+    with contextlib.suppress(ProgramError, ValueError):  # whatever it is, it goes
+        kept = load_private_json(path) or {}
+        if text_of_key(kept, "type") == "kiro":
+            kind = text_of_key(kept, "auth_method") or read_kiro_login(kept).kind
+    file = desk.file(name)
+    try:
+        async with file.lock() as lock:
+            removed = file.remove()
+            with contextlib.suppress(OSError):  # a folder with more in it stays
+                os.unlink(lock.path)
+                os.rmdir(os.path.dirname(path))
+    except OSError as error:
+        raise ProgramError(f"{path}: cannot be removed: {error.strerror}") from None
+    if not removed:
+        raise ProgramError(f"{name}: there is no sign-in to remove")
+    return (
+        f"Removed {', '.join(removed)}.  A running gateway does not use it any more.\n"
+        f"To end it at the vendor as well: {REVOKE_AT.get(kind, REVOKE_AT['social'])}"
+    )
+
+
+async def offer_sign_in(desk: Desk) -> None:
+    """The first start on a terminal: what is there to be used, or a way to sign in."""
+    found = find_logins()
+    say = desk.console.say
+    options = {"copilot": "sign in to GitHub Copilot", "kiro": "sign in to Kiro"}
+    if found:
+        whose = ", ".join(sorted({f"{item.kind} of {item.program}" for item in found}))
+        options = {"import": f"use what is on this machine: {whose}", **options}
+    options["later"] = "not now; only the model `echo` will answer"
+    try:
+        choice = await desk.console.choose("There is no account yet.", options)
+        if choice == "import":
+            for words in await import_logins(desk, found, "", sure=False):
+                say(words)
+        elif choice == "copilot":
+            say(await sign_in_copilot(desk, "copilot", "", ""))
+        elif choice == "kiro":
+            say(await sign_in_kiro(desk, "kiro", KiroSignIn()))
+    except ProgramError as error:
+        say(f"{error}.  The gateway starts without.")
+    say()
+
+
+# ---- 17. Gateway -------------------------------------------------------------------------------
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -13583,6 +15378,16 @@ def error_headers(error: ApiError) -> dict[str, str]:
     if error.retry is False or (wait_s or 0) > MAX_RETRY_AFTER_SECONDS:
         headers["x-should-retry"] = "false"
     return headers
+
+
+@contextlib.contextmanager
+def advising(provider: Provider) -> Iterator[None]:
+    """Within it, who is not signed in learns what to type."""
+    try:
+        yield
+    except NotSignedIn as error:
+        error.hint = error.hint or f"To sign in, type: {provider.sign_in}"
+        raise
 
 
 class Gateway:
@@ -13915,7 +15720,8 @@ class Gateway:
         provider, model = await self.find_model(request, need_str(body, "model"))
         if not model.embeds:
             raise InvalidRequest(f"{model.id} makes no embeddings.", param="model")
-        answer, usage = await provider.embed(body, model)
+        with advising(provider):
+            answer, usage = await provider.embed(body, model)
         self.usage.add(provider.name, model.id, usage, False)
         answer["model"] = body["model"]
         headers = {"x-aiclient-provider": provider.name, "x-aiclient-model": model.id}
@@ -13931,9 +15737,10 @@ class Gateway:
         provider = self.providers[route.provider]
         model = None
         try:
-            model = find_model(route.model, await provider.models())
-            if model is None:
-                model = find_model(route.model, await provider.models(refresh=True))
+            with advising(provider):
+                model = find_model(route.model, await provider.models())
+                if model is None:
+                    model = find_model(route.model, await provider.models(refresh=True))
         except (UpstreamError, UpstreamTimeout) as error:
             if not route.explicit:
                 raise
@@ -14099,7 +15906,8 @@ class Exchange:
 
     async def open(self) -> bytes:
         """Opens the upstream and returns the first bytes for the caller; all of them if whole."""
-        self.source = await self.provider.open(self.call)
+        with advising(self.provider):
+            self.source = await self.provider.open(self.call)
         first = await self.source.first()
         if first.lstrip()[:1] == b"{":
             return await self.open_whole(first)
@@ -14210,7 +16018,7 @@ class Exchange:
         self.gateway.usage.add(self.provider.name, self.call.model.id, self.flow.usage, failed)
 
 
-# ---- 17. Command line --------------------------------------------------------------------------
+# ---- 18. Command line --------------------------------------------------------------------------
 
 
 def make_providers(config: Config, paths: Paths, client: HttpClient) -> dict[str, Provider]:
@@ -14269,7 +16077,7 @@ def print_ready(config: Config, port: int, providers: dict[str, Provider]) -> No
     for name, provider in providers.items():
         if isinstance(provider, (CopilotProvider, KiroProvider)):
             ready = provider.account.is_signed_in()
-            state = "signed in" if ready else f"not signed in: {provider.account.path} is missing"
+            state = "signed in" if ready else f"not signed in; type: {provider.sign_in}"
         else:
             state = "answers locally, needs no account"
         print(f"  provider {name}: {state}")
@@ -14310,6 +16118,124 @@ async def serve(config: Config, paths: Paths) -> int:
     return 0
 
 
+Result = TypeVar("Result")
+
+
+def at_desk(
+    work: Callable[[Desk], Awaitable[Result]], config: Config, paths: Paths, browser: bool = True
+) -> Result:
+    """Runs `work` with what a sign-in needs."""
+
+    async def run() -> Result:
+        client = HttpClient(config.network, Ticker())
+        try:
+            return await work(Desk(config, paths, client, Console(), browser))
+        finally:
+            client.close()
+
+    return asyncio.run(run())
+
+
+def load_desk() -> tuple[Config, Paths]:
+    """(configuration, paths) of a command about accounts, whose files nobody else can read."""
+    os.umask(0o077)
+    paths = find_paths(dict(os.environ))
+    config = load_config(paths, dict(os.environ), {})
+    start_log("warning")
+    return config, paths
+
+
+def read_secret(prompt: str) -> str:
+    """A token from standard input: typed unseen, or piped."""
+    text = getpass.getpass(prompt) if sys.stdin.isatty() else sys.stdin.readline()
+    return bare_token(text)
+
+
+def cmd_auth_copilot(options: argparse.Namespace) -> int:
+    """Sign in to GitHub Copilot in a browser on any machine, or with a token from standard input.
+
+    It says who was signed in; the sign-in is kept for `start` and used by a running gateway.
+    """
+    config, paths = load_desk()
+    host = plain_host(options.github_host) if options.github_host else ""
+    token = read_secret("GitHub token: ") if options.token_stdin else ""
+
+    async def work(desk: Desk) -> str:
+        return await sign_in_copilot(desk, options.name, host, token)
+
+    print(at_desk(work, config, paths, options.browser))
+    return 0
+
+
+def cmd_auth_kiro(options: argparse.Namespace) -> int:
+    """Sign in to Kiro with an AWS Builder ID, Google, GitHub, an organisation, or an API key."""
+    config, paths = load_desk()
+    is_organisation = options.start_url or options.region
+    if is_organisation and options.method not in (None, "organisation"):
+        raise WrongUsage("--start-url and --region go with --method organisation only")
+    token = read_secret("Kiro API key: ") if options.token_stdin else ""
+    method = options.method or ("organisation" if is_organisation else "")
+    wish = KiroSignIn(method, options.start_url or "", options.region or "", token)
+
+    async def work(desk: Desk) -> str:
+        return await sign_in_kiro(desk, options.name, wish)
+
+    print(at_desk(work, config, paths, options.browser))
+    return 0
+
+
+def cmd_auth_import(options: argparse.Namespace) -> int:
+    """Use a sign-in that another program has on this machine, like the Kiro IDE."""
+    config, paths = load_desk()
+    found = find_logins(options.origins)
+    if not found:
+        looked = ", ".join(options.origins or [n for n in IMPORTS if n not in ONLY_ON_REQUEST])
+        raise ProgramError(f"no sign-in of another program was found; looked at: {looked}")
+
+    async def work(desk: Desk) -> list[str]:
+        return await import_logins(desk, found, options.name or "", options.yes)
+
+    for words in at_desk(work, config, paths) or ["Nothing was changed"]:
+        print(words)
+    return 0
+
+
+def cmd_auth_list(options: argparse.Namespace) -> int:
+    """List the sign-ins: name, type, kind, user, plan, expiry, health.  Never a token."""
+    rows = account_rows(*load_desk())
+    if options.json or not sys.stdout.isatty():
+        print(json.dumps(rows, indent=2))
+        return 0
+    shown = [["NAME", "TYPE", "KIND", "USER", "PLAN", "EXPIRES", "HEALTH"]]
+    for row in rows:
+        until = time.strftime("%Y-%m-%d", time.localtime(row["expires_at"] or 0))
+        health = row["health"] if row["enabled"] else f"disabled; {row['health']}"
+        until = until if row["expires_at"] else "-"
+        shown.append(
+            [*(row[key] or "-" for key in ("name", "type", "kind", "user", "plan")), until, health]
+        )
+    print("\n".join(table_lines(shown)))
+    return 0
+
+
+def table_lines(rows: list[list[str]]) -> list[str]:
+    """Rows as lines with aligned columns; nothing in them can steer a terminal."""
+    clean = [[CONTROLS.sub("", cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*clean, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in clean]
+
+
+def cmd_auth_revoke(options: argparse.Namespace) -> int:
+    """Remove a sign-in from this machine."""
+    config, paths = load_desk()
+
+    async def work(desk: Desk) -> str:
+        return await revoke_login(desk, options.name)
+
+    print(at_desk(work, config, paths))
+    return 0
+
+
 def cmd_start(options: argparse.Namespace) -> int:
     """`start`: runs the gateway in this terminal."""
     if not options.foreground:
@@ -14323,6 +16249,10 @@ def cmd_start(options: argparse.Namespace) -> int:
     paths = find_paths(dict(os.environ))
     config = load_config(paths, dict(os.environ), flags)
     start_log(config.logging.level)
+    accounts = [row for row in account_rows(config, paths) if row["enabled"]]
+    is_new = accounts and all(row["health"] == "not signed in" for row in accounts)
+    if is_new and sys.stdin.isatty() and sys.stderr.isatty():
+        at_desk(offer_sign_in, config, paths)
     return asyncio.run(serve(config, paths))
 
 
@@ -14354,7 +16284,49 @@ def make_parser() -> argparse.ArgumentParser:
         "see it in the process list, so prefer AICLIENT_API_KEY or the config file",
     )
     start.set_defaults(run=cmd_start)
+    add_auth(verbs)
     return parser
+
+
+def add_auth(verbs: Any) -> None:
+    """`auth` and its own verbs."""
+    auth = verbs.add_parser("auth", help="sign in to Copilot and Kiro; list and remove sign-ins")
+    kinds = auth.add_subparsers(dest="what", metavar="WHAT", required=True)
+
+    def add(what: str, run: Callable[[argparse.Namespace], int], example: str) -> Any:
+        words = (run.__doc__ or "").strip()
+        first = words.partition(".")[0]
+        example = f"example: aiclient-api auth {example}"
+        verb = kinds.add_parser(what, help=first.lower(), description=words, epilog=example)
+        verb.set_defaults(run=run)
+        return verb
+
+    copilot = add("copilot", cmd_auth_copilot, "copilot --name work --github-host acme.ghe.com")
+    copilot.add_argument(
+        "--github-host", metavar="HOST", help="TENANT.ghe.com (default github.com)"
+    )
+    kiro = add("kiro", cmd_auth_kiro, "kiro --start-url https://acme.awsapps.com/start")
+    kiro.add_argument("--method", choices=KIRO_METHODS, help="skips the menu")
+    kiro.add_argument("--start-url", metavar="URL", help="of an organisation")
+    kiro.add_argument("--region", help="of the organisation's IAM Identity Center")
+    for verb, secret in ((copilot, "GitHub token"), (kiro, "Kiro API key")):
+        verb.add_argument("--name", default=verb.prog.split()[-1], help="of the provider")
+        verb.add_argument(
+            "--token-stdin", action="store_true", help=f"read a {secret} from standard input"
+        )
+        verb.add_argument(
+            "--no-browser", dest="browser", action="store_false", help="only show the link"
+        )
+    taken = add("import", cmd_auth_import, "import --from gh")
+    taken.add_argument(
+        "--from", dest="origins", action="append", default=[], choices=IMPORTS, help="only this one"
+    )
+    taken.add_argument("--name", help="of the provider; replaces its sign-in")
+    taken.add_argument("--yes", action="store_true", help="do not ask; replace nothing")
+    shown = add("list", cmd_auth_list, "list --json")
+    shown.add_argument("--json", action="store_true", help="as in a pipe")
+    gone = add("revoke", cmd_auth_revoke, "revoke copilot")
+    gone.add_argument("name", metavar="NAME", help="of the provider")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -14374,6 +16346,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"aiclient-api: {error}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
+        print("\naiclient-api: stopped", file=sys.stderr)
         return 130
 
 

@@ -696,7 +696,7 @@ def test_a_token_is_kept_for_the_next_start_and_for_nobody_else() -> None:
         assert saved["github_token"] == pair.fake.github_token
         assert saved["copilot_token"].startswith("tid=")
         assert saved["expires_at"] > time.time() + 300
-        assert os.listdir(folder) == ["token.json"]
+        assert sorted(os.listdir(folder)) == ["token.json", "token.lock"]
         second = Pair(pair.fake, stack.enter_context(gateway_for(pair.fake, **saved)))
         assert heard(second.ask(CHAT, "hi")).text
         assert pair.fake.exchanges == 1
@@ -798,7 +798,7 @@ def test_without_a_sign_in_the_answer_says_what_to_do(path: str) -> None:
         check_end(gateway)
     assert reply.status == 503
     assert reply.headers["x-should-retry"] == "false"
-    assert "token.json" in error(reply)["message"]
+    assert "aiclient_api.py auth copilot" in error(reply)["message"]
 
 
 # ---- the model list ------------------------------------------------------------------------------
