@@ -142,12 +142,10 @@ if TYPE_CHECKING:
     import subprocess
     import tempfile
     import termios
-    import threading
     import time
     import tomllib
     import urllib.parse
     import urllib.request
-    import webbrowser
 else:
     argparse = lazy_module("argparse")
     asyncio = lazy_module("asyncio")
@@ -167,10 +165,8 @@ else:
     subprocess = lazy_module("subprocess")
     tempfile = lazy_module("tempfile")
     termios = lazy_module("termios")
-    threading = lazy_module("threading")
     time = lazy_module("time")
     tomllib = lazy_module("tomllib")
-    webbrowser = lazy_module("webbrowser")
     import email
     import urllib
 
@@ -14300,11 +14296,24 @@ REVOKE_AT = {
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
+def is_terminal(stream: Any) -> bool:
+    """Whether a standard stream is there, and a terminal."""
+    return stream is not None and stream.isatty()
+
+
+def is_in_front() -> bool:
+    """Whether this process may read from its terminal: a shell's `command &` would be stopped."""
+    try:
+        return os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
+    except (AttributeError, OSError):
+        return True  # no job control here
+
+
 class Console:
     """The person at the terminal, or the pipe: talk goes to standard error, results to output."""
 
     def __init__(self) -> None:
-        self.interactive = sys.stdin.isatty() and sys.stderr.isatty()
+        self.interactive = is_terminal(sys.stdin) and is_terminal(sys.stderr) and is_in_front()
         self.line_open = False
         self.said_at = float("-inf")
         self.typed = b""
@@ -14316,7 +14325,7 @@ class Console:
 
     def status(self, text: str) -> None:
         """A line that the next one replaces; without a terminal, one a minute is enough."""
-        if sys.stderr.isatty():
+        if is_terminal(sys.stderr):
             self.line_open = True
             print(f"\r\x1b[K{CONTROLS.sub('', text)}", end="", file=sys.stderr, flush=True)
         elif time.monotonic() - self.said_at >= 60:
@@ -14408,11 +14417,16 @@ def open_browser(url: str) -> bool:
     if not has_window or is_remote or check_url(url.partition("?")[0]):
         return False
 
-    def start() -> None:
-        with contextlib.suppress(Exception):  # the link stands in the terminal as well
-            webbrowser.open(url)
-
-    threading.Thread(target=start, daemon=True).start()
+    try:  # in a process of its own, whose talk does not end up in this terminal
+        subprocess.Popen(
+            [sys.executable, "-I", "-m", "webbrowser", url],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    except OSError:
+        return False  # the link stands in the terminal as well
     return True
 
 
@@ -14805,7 +14819,7 @@ async def sign_in_at_aws(desk: Desk, config: KiroConfig, start_url: str, region:
 
 async def sign_in_by_portal(desk: Desk, config: KiroConfig, method: str) -> Json:
     """Kiro's own page in a browser (PKCE): token file content without its type."""
-    state, verifier = b64url(os.urandom(24)), b64url(os.urandom(32))
+    state, verifier, machine = b64url(os.urandom(24)), b64url(os.urandom(32)), os.urandom(32).hex()
     listener = CallbackListener(desk.client.ticker, state, method)
     port = await listener.listen()
     try:
@@ -14832,7 +14846,7 @@ async def sign_in_by_portal(desk: Desk, config: KiroConfig, method: str) -> Json
         "redirect_uri": f"{redirect}?login_option={back.option}",
     }
     base = (config.auth_url or KIRO_AUTH_URL).rstrip("/")
-    headers = {"User-Agent": f"KiroIDE-{config.kiro_version}-{short_hash(verifier, 64)}"}
+    headers = {"User-Agent": f"KiroIDE-{config.kiro_version}-{machine}"}
     headers["Accept"] = "application/json, text/plain, */*"
     status, _, data = await desk.ask("POST", base + "/oauth/token", headers, asked, "Kiro")
     body = load_object(data)
@@ -14840,9 +14854,10 @@ async def sign_in_by_portal(desk: Desk, config: KiroConfig, method: str) -> Json
         said = read_error_answer(status, data)[0] or f"status {status}"
         raise SignInFailed(f"Kiro refuses the sign-in: {said[:300]}")
     try:
-        return {"auth_method": back.option, **read_refresh_answer(body, time.time())}
+        changes = read_refresh_answer(body, time.time())
     except UpstreamError as error:
         raise SignInFailed(str(error)) from None
+    return {"auth_method": back.option, "machine_id": machine, **changes}
 
 
 CALLBACK_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>aiclient-api</title>
@@ -16147,7 +16162,7 @@ def load_desk() -> tuple[Config, Paths]:
 
 def read_secret(prompt: str) -> str:
     """A token from standard input: typed unseen, or piped."""
-    text = getpass.getpass(prompt) if sys.stdin.isatty() else sys.stdin.readline()
+    text = getpass.getpass(prompt) if is_terminal(sys.stdin) else sys.stdin.readline()
     return bare_token(text)
 
 
@@ -16203,7 +16218,7 @@ def cmd_auth_import(options: argparse.Namespace) -> int:
 def cmd_auth_list(options: argparse.Namespace) -> int:
     """List the sign-ins: name, type, kind, user, plan, expiry, health.  Never a token."""
     rows = account_rows(*load_desk())
-    if options.json or not sys.stdout.isatty():
+    if options.json or not is_terminal(sys.stdout):
         print(json.dumps(rows, indent=2))
         return 0
     shown = [["NAME", "TYPE", "KIND", "USER", "PLAN", "EXPIRES", "HEALTH"]]
@@ -16251,7 +16266,7 @@ def cmd_start(options: argparse.Namespace) -> int:
     start_log(config.logging.level)
     accounts = [row for row in account_rows(config, paths) if row["enabled"]]
     is_new = accounts and all(row["health"] == "not signed in" for row in accounts)
-    if is_new and sys.stdin.isatty() and sys.stderr.isatty():
+    if is_new and Console().interactive:
         at_desk(offer_sign_in, config, paths)
     return asyncio.run(serve(config, paths))
 
@@ -16295,9 +16310,9 @@ def add_auth(verbs: Any) -> None:
 
     def add(what: str, run: Callable[[argparse.Namespace], int], example: str) -> Any:
         words = (run.__doc__ or "").strip()
-        first = words.partition(".")[0]
+        first = words[:1].lower() + words[1:].partition(".")[0]
         example = f"example: aiclient-api auth {example}"
-        verb = kinds.add_parser(what, help=first.lower(), description=words, epilog=example)
+        verb = kinds.add_parser(what, help=first, description=words, epilog=example)
         verb.set_defaults(run=run)
         return verb
 
