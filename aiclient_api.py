@@ -135,6 +135,7 @@ if TYPE_CHECKING:
     import hmac
     import ipaddress
     import logging
+    import shutil
     import signal
     import socket
     import sqlite3
@@ -158,6 +159,7 @@ else:
     hmac = lazy_module("hmac")
     ipaddress = lazy_module("ipaddress")
     logging = lazy_module("logging")
+    shutil = lazy_module("shutil")
     signal = lazy_module("signal")
     socket = lazy_module("socket")
     sqlite3 = lazy_module("sqlite3")
@@ -13889,7 +13891,7 @@ class KiroProvider:
         self.reasoning = ReasoningMemory()
         self.profile_sought = False
         #: names an organisation's profiles, of which one must be set
-        self.profile_unclear: NotSignedIn | None = None
+        self.profile_unclear: NotEntitled | None = None
         #: the way to ask that worked last
         self.winner: KiroEndpoint | None = None
 
@@ -13933,7 +13935,7 @@ class KiroProvider:
             return login
         found = {} if self.profile_sought else await self.find_profiles(login)
         if len(found) > 1:
-            self.profile_unclear = NotSignedIn(
+            self.profile_unclear = NotEntitled(
                 "This Kiro sign-in has several profiles.",
                 hint="Set profile_arn in [providers."
                 + self.name
@@ -14327,7 +14329,8 @@ class Console:
         """A line that the next one replaces; without a terminal, one a minute is enough."""
         if is_terminal(sys.stderr):
             self.line_open = True
-            print(f"\r\x1b[K{CONTROLS.sub('', text)}", end="", file=sys.stderr, flush=True)
+            shown = CONTROLS.sub("", text)[: shutil.get_terminal_size().columns - 1]
+            print(f"\r\x1b[K{shown}", end="", file=sys.stderr, flush=True)
         elif time.monotonic() - self.said_at >= 60:
             self.said_at = time.monotonic()
             self.say(text)
@@ -14416,7 +14419,6 @@ def open_browser(url: str) -> bool:
     is_remote = os.environ.get("SSH_CONNECTION") and not os.environ.get("BROWSER")
     if not has_window or is_remote or check_url(url.partition("?")[0]):
         return False
-
     try:  # in a process of its own, whose talk does not end up in this terminal
         subprocess.Popen(
             [sys.executable, "-I", "-m", "webbrowser", url],
@@ -14499,32 +14501,42 @@ class Desk:
         except OSError as error:
             log_event("warning", "notices_not_saved", reason=error.strerror)
 
-    def add_provider(self, name: str, kind: str, settings: dict[str, str]) -> None:
-        """Writes `[providers.NAME]` at the end of the configuration, where it is not there yet.
+    def plan_provider(self, name: str, kind: str, settings: dict[str, str]) -> str:
+        """The configuration with `[providers.NAME]` at its end; "" where it needs none.
 
         Raises ConfigError where the file's own table says something else.
         """
         found = self.config.providers.get(name)
+        if found is not None and not found.enabled:
+            self.console.say(f"Provider {name!r} is disabled; nobody will use this sign-in.\n")
         if found is not None and all(getattr(found, k) == v for k, v in settings.items()):
-            return
+            return ""
         path = self.paths.config_file
-        lines = [f"[providers.{name}]", f'type = "{kind}"']
-        lines += [f'{key} = "{value}"' for key, value in settings.items()]
+        table = [f"[providers.{name}]", f'type = "{kind}"']
+        table += [f'{key} = "{value}"' for key, value in settings.items()]
+        text = ""
         try:
             with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
                 text = file.read()
-                lines = [text.rstrip("\n"), "", *lines] if text.strip() else lines
-            new = "\n".join(lines) + "\n"
+            new = "\n".join([text.rstrip("\n"), "", *table] if text.strip() else table) + "\n"
             self.config.providers[name] = read_config_text(new, path).providers[name]
-            make_private_dir(self.paths.config_dir)
-            replace_file(os.path.realpath(path), new.encode())
-        except (OSError, ConfigError) as error:
+        except (OSError, UnicodeDecodeError, ConfigError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it says otherwise already"
-            said = ", ".join(f'{k} = "{v}"' for k, v in settings.items())
             raise ConfigError(
-                f"{path}: [providers.{name}] cannot be added ({reason}): put {said} there "
-                "yourself, or take another --name"
+                f"{path}: [providers.{name}] cannot be added: {reason}; "
+                f"put {', '.join(table[1:])} there yourself, or take another --name"
             ) from None
+        return new
+
+    def write_config(self, text: str) -> None:
+        """Replaces the configuration, unless `text` is empty; raises ConfigError."""
+        path = os.path.realpath(self.paths.config_file)
+        try:
+            if text:
+                make_private_dir(self.paths.config_dir)
+                replace_file(path, text.encode())
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
 
     async def ask(
         self, method: str, url: str, headers: dict[str, str], body: Json, service: str
@@ -14627,13 +14639,14 @@ async def sign_in_copilot(desk: Desk, name: str, host: str, token: str) -> str:
         settings = {"github_url": f"https://{host}", "github_api_url": f"https://api.{host}"}
         config = replace(config, github_url=settings["github_url"])
         config.github_api_url = settings["github_api_url"]
+    planned = desk.plan_provider(name, "copilot", settings)
     desk.check_disk(name)
     desk.tell_terms("copilot")
     if not token:
         answer = await desk.with_new_codes(lambda: ask_github_device(desk, config))
         token = bare_token(str(answer["access_token"]))
     content, words = await check_copilot(desk, config, token)
-    desk.add_provider(name, "copilot", settings)
+    desk.write_config(planned)
     await desk.keep(name, content)
     return words
 
@@ -14709,6 +14722,7 @@ async def sign_in_kiro(desk: Desk, name: str, wish: KiroSignIn) -> str:
     method = wish.method or ("organisation" if wish.start_url else "")
     if not (method or wish.token or desk.console.interactive):
         raise WrongUsage(f"there is no terminal to ask on: say --method {'|'.join(KIRO_METHODS)}")
+    planned = desk.plan_provider(name, "kiro", {})
     desk.check_disk(name)
     desk.tell_terms("kiro")
     content: Json = {"auth_method": "api_key", "access_token": wish.token}
@@ -14729,13 +14743,36 @@ async def sign_in_kiro(desk: Desk, name: str, wish: KiroSignIn) -> str:
         content["machine_id"] = read_kiro_login(content).machine_id
     except ValueError as error:
         raise SignInFailed(f"Kiro's answer cannot be used: {error}") from None
-    desk.add_provider(name, "kiro", {})
+    desk.write_config(planned)
+    return await settle_kiro(desk, name, content)
+
+
+async def settle_kiro(desk: Desk, name: str, content: Json) -> str:
+    """Keeps a sign-in: who it is, for a person.  One that Kiro refuses gives way to the old one.
+
+    Raises SignInFailed.
+    """
+    file = desk.file(name)
+    try:
+        before = file.load()
+    except ProgramError:
+        before = None  # it is kept aside, or only a link
     await desk.keep(name, content)
-    return await describe_kiro(desk, name)
+    try:
+        return await describe_kiro(desk, name)
+    except NotSignedIn as error:
+        if before is None:
+            os.unlink(file.path)
+        else:
+            await desk.keep(name, before)
+        raise SignInFailed(error.text()) from None
 
 
 async def describe_kiro(desk: Desk, name: str) -> str:
-    """Who a new sign-in belongs to, which is kept with it; finds an organisation's profile."""
+    """Who a new sign-in belongs to, which is kept with it; finds an organisation's profile.
+
+    Raises NotSignedIn where it is no good at all.
+    """
     config = desk.provider_config(name, "kiro")
     assert isinstance(config, KiroConfig)
     provider = KiroProvider(name, config, desk.paths, desk.client)
@@ -14743,7 +14780,8 @@ async def describe_kiro(desk: Desk, name: str) -> str:
         await choose_profile(desk, provider)
         limits = await provider.limits(with_user=True)
     except ApiError as error:
-        provider.account.file.load()
+        if isinstance(error, NotSignedIn) and not isinstance(error, NotEntitled):
+            raise
         return f"Signed in to Kiro.\nIt could not be checked: {error.text()}"
     provider.account.file.save({"user": limits.user, "plan": limits.plan})
     who = f" as {limits.user}" if limits.user else ""
@@ -14821,16 +14859,16 @@ async def sign_in_by_portal(desk: Desk, config: KiroConfig, method: str) -> Json
     """Kiro's own page in a browser (PKCE): token file content without its type."""
     state, verifier, machine = b64url(os.urandom(24)), b64url(os.urandom(32)), os.urandom(32).hex()
     listener = CallbackListener(desk.client.ticker, state, method)
-    port = await listener.listen()
+    port = await listener.listen() or KIRO_PORTAL_PORTS[0]
     try:
-        url = portal_url(state, verifier, port or KIRO_PORTAL_PORTS[0])
+        url = portal_url(state, verifier, port)
         desk.console.say(f"Open    {url}\n")
         if desk.browser and open_browser(url):
             desk.console.say("A browser should open by itself.\n")
         desk.console.say(
             "Where that browser cannot reach this machine, it will end at an address that begins\n"
-            f"with http://localhost:{port or KIRO_PORTAL_PORTS[0]}/ and shows an error: copy that "
-            "whole address and paste it here.\n"
+            f"with http://localhost:{port}/ and shows an error: copy that whole address and paste "
+            "it here.\n"
         )
         back = await wait_for_callback(desk, listener, state, method)
     finally:
@@ -14839,7 +14877,7 @@ async def sign_in_by_portal(desk: Desk, config: KiroConfig, method: str) -> Json
         if back.option not in ("builderid", "awsidc", "internal") or not back.issuer_url:
             raise SignInFailed(f"a sign-in by {back.option} has to be imported: type auth import")
         return await sign_in_at_aws(desk, config, back.issuer_url, back.region or "us-east-1")
-    redirect = f"http://localhost:{port or KIRO_PORTAL_PORTS[0]}{back.path}"
+    redirect = f"http://localhost:{port}{back.path}"
     asked = {
         "code": back.code,
         "code_verifier": verifier,
@@ -14882,9 +14920,7 @@ class CallbackListener:
             with contextlib.suppress(OSError):
                 await self.open("127.0.0.1", port)
                 self.port = port
-                with contextlib.suppress(
-                    OSError
-                ):  # `localhost` may be either; not every machine has it
+                with contextlib.suppress(OSError):  # some machines have it, and call it localhost
                     await self.open("::1", port)
                 return port
         return 0
@@ -14913,7 +14949,7 @@ class CallbackListener:
         except SignInFailed as error:
             self.found.set_exception(error)
             return self.page(200, "Not signed in", "The terminal tells why.")
-        return self.page(200, "Signed in", "You can close this window and go back to the terminal.")
+        return self.page(200, "That was it", "Close this window and go back to the terminal.")
 
     def write_error(self, error: ApiError, request: Request | None = None) -> Response:
         """A request that is no good HTTP."""
@@ -15137,14 +15173,14 @@ async def import_logins(desk: Desk, found: list[Found], name: str, sure: bool) -
 async def import_login(desk: Desk, found: Found, name: str) -> str:
     """Makes a sign-in that was found the provider `name`'s: who it is, for a person."""
     config = desk.provider_config(name, found.kind)
-    desk.check_disk(name)
-    desk.tell_terms(found.kind)
     if isinstance(config, CopilotConfig):
         host = found.host if found.host != split_url(config.github_url)[1] else ""
         return await sign_in_copilot(desk, name, host, found.content["github_token"])
-    desk.add_provider(name, found.kind, {})
-    await desk.keep(name, found.content)
-    words = await describe_kiro(desk, name)
+    planned = desk.plan_provider(name, found.kind, {})
+    desk.check_disk(name)
+    desk.tell_terms(found.kind)
+    desk.write_config(planned)
+    words = await settle_kiro(desk, name, found.content)
     return f"{words}\nIt stays shared with {found.program}: what is refreshed here goes back there."
 
 
