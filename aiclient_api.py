@@ -5036,8 +5036,17 @@ BLOCK_STARTS: dict[str, Json] = {
 }
 
 
+def asks_thinking(asked: Json) -> bool:
+    """Whether an Anthropic caller expects thinking: `content[0].text` must be text otherwise."""
+    return details(asked, "thinking").get("type", "disabled") != "disabled"
+
+
 class MessagesWriter:
-    """Events -> Anthropic stream events."""
+    """Events -> Anthropic stream events.
+
+    Sealed reasoning is for callers that asked for thinking; for the others it is kept here, by
+    the calls that follow it.
+    """
 
     def __init__(self, terms: Terms) -> None:
         self.terms = terms
@@ -5045,9 +5054,16 @@ class MessagesWriter:
         self.index = -1
         self.kind = ""
         self.refused = False
+        self.shows_sealed = asks_thinking(terms.asked)
 
     def write(self, event: Event) -> list[Json]:
         """The frames for one event."""
+        if isinstance(event, Opened) and event.kind == "redacted" and not self.shows_sealed:
+            self.kind = "unseen"
+            return []
+        if self.kind == "unseen":
+            self.kind = "" if isinstance(event, Closed) else "unseen"
+            return []
         if isinstance(event, Added):
             delta = self.write_delta(event)
             if delta is None:

@@ -31,7 +31,8 @@ REQUEST_ID = "req_1"
 def make_terms(**changes: Any) -> Terms:
     """The terms every golden case is played under."""
     values: Json = {"id": "gw-1", "created": CREATED, "model": "asked", "include_usage": True}
-    return Terms(**{**values, "asked": {"messages": [{"content": "hi"}]}, **changes})
+    asked = {"messages": [{"content": "hi"}], "thinking": {"type": "enabled"}}
+    return Terms(**{**values, "asked": asked, **changes})
 
 
 def make_flow(upstream: str, caller: str, *, stream: bool = True, **changes: Any) -> Flow:

@@ -475,6 +475,15 @@ def test_reasoning_without_text_becomes_redacted_thinking() -> None:
     assert {"type": "redacted_thinking", "data": "gw1.c.B=="} in content
 
 
+@pytest.mark.parametrize("thinking", [None, {"type": "disabled"}, "x"])
+def test_who_asked_for_no_thinking_gets_text_first(thinking: object) -> None:
+    """As Anthropic's own service does: programs read `content[0].text`."""
+    frames = [chunk({"reasoning_opaque": "B=="}), chunk({"content": "x"}), chunk({}, "stop")]
+    asked = {"messages": [{"content": "hi"}], "thinking": thinking}
+    content = whole_answer("chat", "messages", frames, asked=asked)["content"]
+    assert content == [{"type": "text", "text": "x"}]
+
+
 def test_reasoning_with_its_blob_becomes_signed_thinking() -> None:
     """The signature comes once, right before the block's end."""
     frames = answer(
