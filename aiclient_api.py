@@ -5038,7 +5038,7 @@ BLOCK_STARTS: dict[str, Json] = {
 
 def asks_thinking(asked: Json) -> bool:
     """Whether an Anthropic caller expects thinking: `content[0].text` must be text otherwise."""
-    return details(asked, "thinking").get("type", "disabled") != "disabled"
+    return text_of_key(details(asked, "thinking"), "type") not in ("", "disabled")
 
 
 class MessagesWriter:
@@ -10743,6 +10743,8 @@ def read_device_code(body: Json, service: str) -> DeviceCode:
 
     def seconds(name: str, otherwise: float) -> float:
         value = either(body, name)
+        if isinstance(value, str) and DIGITS.fullmatch(value):  # of a form
+            value = int(value)
         usable = isinstance(value, (int, float)) and not isinstance(value, bool)
         return float(value) if usable and 1 <= value <= 86400 else otherwise
 
@@ -10782,9 +10784,17 @@ def error_name(headers: Headers, body: Json) -> str:
     return str(name).rpartition("#")[2].partition(":")[0]
 
 
+def load_answer(data: bytes) -> Json | None:
+    """The object in a sign-in service's answer: JSON, or a form as GitHub's is by default."""
+    body = load_object(data)
+    if body is None and re.fullmatch(rb"[a-z_]+=[ -~]*", data.strip()):
+        return dict(urllib.parse.parse_qsl(data.decode().strip()))
+    return body
+
+
 def judge_poll(status: int, headers: Headers, data: bytes) -> Poll:
     """What a poll's answer means: its words count, not its status (GitHub's is always 200)."""
-    body = load_object(data) or {}
+    body = load_answer(data) or {}
     if status == 200 and isinstance(either(body, "access_token"), str):
         return Poll("done", body)
     name = error_name(headers, body)
@@ -10861,7 +10871,7 @@ def plain_host(text: str) -> str:
 
 def bare_token(text: str) -> str:
     """A pasted token without what people paste around it; raises SignInFailed."""
-    token = re.sub(r"^(?i:bearer|token)\s+", "", text.strip()).strip("\"' ")
+    token = re.sub(r"^(?i:bearer|token)\s+", "", text.strip("\"' \t\r\n"))
     if not token or not TARGET.fullmatch(token):
         raise SignInFailed("there is no token in what was given: paste it alone, on one line")
     if token.endswith("..."):
@@ -14532,9 +14542,11 @@ class Desk:
         table += [f'{key} = "{value}"' for key, value in settings.items()]
         text = ""
         try:
-            with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
-                text = file.read()
-            new = "\n".join([text.rstrip("\n"), "", *table] if text.strip() else table) + "\n"
+            with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+                text = file.read().decode()
+            end = "\r\n" if "\r\n" in text else "\n"
+            gap = "" if not text else end if text.endswith("\n") else end * 2
+            new = text + gap + "".join(line + end for line in table)
             self.config.providers[name] = read_config_text(new, path).providers[name]
         except (OSError, UnicodeDecodeError, ConfigError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it says otherwise already"
@@ -14602,10 +14614,10 @@ class Desk:
                 self.console.close_line()
                 return found.body
             if found.state == "slow_down":
-                named = found.body.get("interval")
+                named = str(found.body.get("interval", ""))
                 slower_s = pause_s + DEVICE_SLOWER_SECONDS
-                if isinstance(named, (int, float)) and 0 < named < 3600:
-                    slower_s = max(pause_s, named + DEVICE_EXTRA_SECONDS)
+                if DIGITS.fullmatch(named) and int(named) < 3600:
+                    slower_s = max(pause_s, int(named) + DEVICE_EXTRA_SECONDS)
                 pause_s = slower_s
             elif found.state == "expired":
                 raise CodeExpired("the code has expired")
@@ -14675,7 +14687,7 @@ async def ask_github_device(desk: Desk, config: CopilotConfig) -> Json:
     status, _, data = await desk.ask(
         "POST", base + "/login/device/code", headers, asked, split_url(base)[1]
     )
-    body = load_object(data)
+    body = load_answer(data)
     if status != 200 or body is None or "error" in body:
         said = read_error_answer(status, data)[0] or f"status {status}"
         raise SignInFailed(f"{split_url(base)[1]} gives no code: {said[:300]}")
@@ -15249,10 +15261,13 @@ async def revoke_login(desk: Desk, name: str) -> str:
     Raises WrongUsage where there is none.  A running gateway notices at its next request.
     """
     path = desk.paths.token_file(name)
-    if not PROVIDER_NAME.fullmatch(name) or not os.path.isdir(os.path.dirname(path)):
-        known = [row["name"] for row in account_rows(desk.config, desk.paths)]
+    known = [row["name"] for row in account_rows(desk.config, desk.paths)]
+    is_folder = PROVIDER_NAME.fullmatch(name) and os.path.isdir(os.path.dirname(path))
+    if not is_folder and name not in known:
         close = nearest(name, known, 1) or known
-        raise WrongUsage(f"{name}: no such sign-in; did you mean {close[0]}?")
+        raise WrongUsage(f"{name}: no such provider; did you mean {close[0]}?")
+    if not is_folder:
+        raise ProgramError(f"{name}: there is no sign-in to remove")
     kind = "copilot"
     with contextlib.suppress(ProgramError, ValueError):  # whatever it is, it goes
         kept = load_private_json(path) or {}
@@ -16197,6 +16212,8 @@ def at_desk(
         client = HttpClient(config.network, Ticker())
         try:
             return await work(Desk(config, paths, client, Console(), browser))
+        except ApiError as error:
+            raise ProgramError(error.text()) from None
         finally:
             client.close()
 
@@ -16241,6 +16258,8 @@ def cmd_auth_kiro(options: argparse.Namespace) -> int:
     if is_organisation and options.method not in (None, "organisation"):
         raise WrongUsage("--start-url and --region go with --method organisation only")
     token = read_secret("Kiro API key: ") if options.token_stdin else ""
+    if token and not token.startswith("ksk_"):
+        raise SignInFailed("that is no API key of Kiro's: they begin with ksk_")
     method = options.method or ("organisation" if is_organisation else "")
     wish = KiroSignIn(method, options.start_url or "", options.region or "", token)
 
