@@ -4000,13 +4000,16 @@ class ChatReader:
     another is kept until the live one is complete.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, terms: Terms) -> None:
+        self.terms = terms
         self.usage = Usage()
         self.live = ""  # kind of the open block
         self.live_call: StreamedCall | None = None
         self.calls: dict[tuple[int, int], StreamedCall] = {}
         self.waiting: list[tuple[str, str]] = []  # (kind, words) that came inside a call
-        self.opaque = ""
+        self.thought = ""
+        self.sealed = ""
+        self.opaque = ""  # the same, until it is passed on
         self.finish = ""
         self.started = False
         self.guard = RunawayGuard()
@@ -4034,10 +4037,11 @@ class ChatReader:
         delta = details(choice, "delta") or details(choice, "message")
         for key in REASONING_FIELDS:
             if isinstance(delta.get(key), str) and delta[key]:
+                self.thought += delta[key]
                 self.add("thinking", delta[key], events)
                 break
         if isinstance(delta.get("reasoning_opaque"), str):
-            self.opaque = delta["reasoning_opaque"]
+            self.opaque = self.sealed = delta["reasoning_opaque"]
         if isinstance(delta.get("content"), str) and delta["content"]:
             self.add("text", delta["content"], events)
         if isinstance(delta.get("refusal"), str) and delta["refusal"]:
@@ -4134,6 +4138,8 @@ class ChatReader:
         for kind, words in waiting:
             self.add(kind, words, events)
         self.close(events)
+        if self.calls and self.sealed and self.terms.keep:
+            self.terms.keep([call.id for call in self.calls.values()], self.thought, self.sealed)
         if self.opaque:
             # The signature came after the thinking block, or without one.
             events += [Opened("redacted", raw={"data": CHAT_ENVELOPE + self.opaque}), Closed()]
@@ -4484,7 +4490,7 @@ class ChatDialect:
 
     def reader(self, terms: Terms) -> Reader:
         """A reader for one answer."""
-        return ChatReader()
+        return ChatReader(terms)
 
     def writer(self, terms: Terms) -> Writer:
         """A writer for one answer."""
@@ -7417,10 +7423,16 @@ def check_size(draft: KiroDraft) -> bool:
     told cannot compact.  The estimate may be wrong by a third, so there is room above the window.
     """
     window = draft.model.max_prompt
-    tokens = sum(estimate_text(text) for text in draft_words(draft))
-    if window and tokens > 1.5 * window:
-        raise ContextTooLong(int(tokens), window)
-    return False
+    for shorten in (str, shorten_runs):  # the second look costs more, and is rare
+        tokens = sum(estimate_text(shorten(text)) for text in draft_words(draft))
+        if not window or tokens <= 1.5 * window:
+            return False
+    raise ContextTooLong(int(tokens), window)
+
+
+def shorten_runs(text: str) -> str:
+    """`text` with an eighth of each run of one character: a token holds many, whatever it is."""
+    return re.sub(r"(.)\1{7,}", lambda run: run[0][: len(run[0]) // 8], text, flags=re.DOTALL)
 
 
 def draft_words(draft: KiroDraft) -> Iterator[str]:

@@ -484,6 +484,22 @@ def test_who_asked_for_no_thinking_gets_text_first(thinking: object) -> None:
     assert content == [{"type": "text", "text": "x"}]
 
 
+def test_sealed_reasoning_that_is_not_shown_is_remembered_by_its_calls() -> None:
+    """Gemini refuses the turn after a call without it."""
+    kept: list[tuple[list[str], str, str]] = []
+    frames = [
+        chunk({"reasoning_text": "hm"}),
+        chunk({"reasoning_opaque": "B=="}),
+        chunk(fragment(0, "{}", id="a", name="f")),
+        chunk(fragment(1, "{}", id="b", name="g")),
+        chunk({}, "tool_calls"),
+    ]
+    asked = {"messages": [{"content": "hi"}]}
+    whole = whole_answer("chat", "messages", frames, asked=asked, keep=lambda *k: kept.append(k))
+    assert [block["type"] for block in whole["content"]] == ["thinking", "tool_use", "tool_use"]
+    assert kept == [(["a", "b"], "hm", "B==")]
+
+
 def test_reasoning_with_its_blob_becomes_signed_thinking() -> None:
     """The signature comes once, right before the block's end."""
     frames = answer(
