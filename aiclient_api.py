@@ -12572,6 +12572,13 @@ class TokenFile:
             self.save({})
         return False
 
+    def is_refused(self) -> bool:
+        """Whether it is known to be dead: this process, or another, has tried."""
+        try:
+            return bool((self.load() or {}).get("refused"))
+        except ProgramError:
+            return False
+
     def load(self) -> Json | None:
         """Its content, None where there is none; raises ProgramError."""
         kept = load_private_json(self.path)
@@ -13275,7 +13282,8 @@ class CopilotAccount:
         """The token in use, while it lasts and nobody has changed the sign-in."""
         if self.file.changed():
             self.kept = None
-            self.backoff.succeeded()
+            if not self.file.is_refused():
+                self.backoff.succeeded()
             self.take_saved()
         return self.kept if self.is_fresh(self.kept) else None
 
@@ -13350,7 +13358,8 @@ class CopilotAccount:
             self.backoff.failed(error, github_token)
             if isinstance(error, NotSignedIn):
                 self.kept = None
-                self.file.save({"refused": error.message, "copilot_token": None})
+                if saved.get("refused") != error.message:
+                    self.file.save({"refused": error.message, "copilot_token": None})
                 raise
             if self.is_fresh(self.kept, 0) and self.kept:
                 log_event("warning", "token_refresh_failed", provider=self.name, reason=error)
@@ -13767,7 +13776,8 @@ class KiroAccount:
         """The sign-in in use, while it lasts and nobody has changed it."""
         if self.file.changed():
             self.kept = None
-            self.backoff.succeeded()
+            if not self.file.is_refused():
+                self.backoff.succeeded()
         monotonic = asyncio.get_running_loop().time()
         margin_s = KIRO_REFRESH_MARGIN_SECONDS
         if self.kept and self.lasts(self.kept, margin_s) and self.stale_at - monotonic > margin_s:
@@ -14760,6 +14770,7 @@ async def sign_in_kiro(desk: Desk, name: str, wish: KiroSignIn) -> str:
     config = desk.provider_config(name, "kiro")
     assert isinstance(config, KiroConfig)
     method = wish.method or ("organisation" if wish.start_url else "")
+    check_organisation(wish.start_url or KIRO_BUILDER_START_URL, wish.region or "us-east-1")
     if not (method or wish.token or desk.console.interactive):
         raise WrongUsage(f"there is no terminal to ask on: say --method {'|'.join(KIRO_METHODS)}")
     planned = desk.plan_provider(name, "kiro", {})
@@ -14845,12 +14856,17 @@ async def choose_profile(desk: Desk, provider: KiroProvider) -> None:
     await provider.account.save({"profile_arn": arn}, login)
 
 
-async def sign_in_at_aws(desk: Desk, config: KiroConfig, start_url: str, region: str) -> Json:
-    """The device flow of AWS: token file content without its type.  Raises SignInFailed."""
+def check_organisation(start_url: str, region: str) -> None:
+    """Raises WrongUsage for what cannot be an organisation's."""
     if check_url(start_url) or not start_url.startswith("https://"):
         raise WrongUsage("--start-url: must be like https://d-1234567890.awsapps.com/start")
     if not AWS_REGION.fullmatch(region):
         raise WrongUsage(f"--region {region}: must be a region like us-east-1")
+
+
+async def sign_in_at_aws(desk: Desk, config: KiroConfig, start_url: str, region: str) -> Json:
+    """The device flow of AWS: token file content without its type.  Raises SignInFailed."""
+    check_organisation(start_url, region)
     base = (config.oidc_url or KIRO_OIDC_URL.format(region=region)).rstrip("/")
 
     async def ask(path: str, body: Json) -> Json:
@@ -16243,8 +16259,18 @@ def load_desk() -> tuple[Config, Paths]:
 
 def read_secret(prompt: str) -> str:
     """A token from standard input: typed unseen, or piped."""
-    text = getpass.getpass(prompt) if is_terminal(sys.stdin) else sys.stdin.readline()
+    if sys.stdin is None:
+        raise SignInFailed("standard input is closed: there is no token to read")
+    try:
+        text = getpass.getpass(prompt) if is_terminal(sys.stdin) else sys.stdin.readline()
+    except (EOFError, UnicodeDecodeError):
+        raise SignInFailed("no token was given") from None
     return bare_token(text)
+
+
+def tell(text: str) -> None:
+    """A result for a person, with nothing in it that could steer a terminal."""
+    print(CONTROLS.sub("", text), flush=True)
 
 
 def cmd_auth_copilot(options: argparse.Namespace) -> int:
@@ -16259,7 +16285,7 @@ def cmd_auth_copilot(options: argparse.Namespace) -> int:
     async def work(desk: Desk) -> str:
         return await sign_in_copilot(desk, options.name, host, token)
 
-    print(at_desk(work, config, paths, options.browser))
+    tell(at_desk(work, config, paths, options.browser))
     return 0
 
 
@@ -16278,7 +16304,7 @@ def cmd_auth_kiro(options: argparse.Namespace) -> int:
     async def work(desk: Desk) -> str:
         return await sign_in_kiro(desk, options.name, wish)
 
-    print(at_desk(work, config, paths, options.browser))
+    tell(at_desk(work, config, paths, options.browser))
     return 0
 
 
@@ -16294,7 +16320,7 @@ def cmd_auth_import(options: argparse.Namespace) -> int:
         return await import_logins(desk, found, options.name or "", options.yes)
 
     for words in at_desk(work, config, paths) or ["Nothing was changed"]:
-        print(words)
+        tell(words)
     return 0
 
 
@@ -16330,7 +16356,7 @@ def cmd_auth_revoke(options: argparse.Namespace) -> int:
     async def work(desk: Desk) -> str:
         return await revoke_login(desk, options.name)
 
-    print(at_desk(work, config, paths))
+    tell(at_desk(work, config, paths))
     return 0
 
 
@@ -16441,7 +16467,7 @@ def main(arguments: list[str] | None = None) -> int:
         status: int = options.run(options)
         return status
     except ProgramError as error:
-        print(f"aiclient-api: {error}", file=sys.stderr)
+        print(CONTROLS.sub("", f"aiclient-api: {error}"), file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
         print("\naiclient-api: stopped", file=sys.stderr)
