@@ -10883,7 +10883,7 @@ def plain_host(text: str) -> str:
 
 def bare_token(text: str) -> str:
     """A pasted token without what people paste around it; raises SignInFailed."""
-    token = re.sub(r"^(?i:bearer|token)\s+", "", text.strip("\"' \t\r\n"))
+    token = re.sub(r"^(?i:bearer|token)(?:\s+|$)", "", text.strip("\"' \t\r\n"))
     if not token or not TARGET.fullmatch(token):
         raise SignInFailed("there is no token in what was given: paste it alone, on one line")
     if token.endswith("..."):
@@ -12611,6 +12611,11 @@ class TokenFile:
         self.unsaved = {}
         self.seen = self.identity()
 
+    def flush(self) -> None:
+        """A last try to write what could not be written, before the process ends."""
+        if self.unsaved:
+            self.save({})
+
     def replace(self, content: Json) -> None:
         """A new sign-in in the place of whatever was there; raises OSError."""
         try:
@@ -13388,6 +13393,7 @@ class CopilotAccount:
 
     def close(self) -> None:
         """Ends the background task."""
+        self.file.flush()
         if self.refresher is not None:
             self.refresher.cancel()
 
@@ -13944,7 +13950,8 @@ class KiroProvider:
         self.winner: KiroEndpoint | None = None
 
     def close(self) -> None:
-        """Nothing runs in the background."""
+        """Nothing runs in the background but a refresh, which comes to its end."""
+        self.account.file.flush()
 
     async def embed(self, body: Json, model: Model) -> tuple[Json, Usage]:
         """There is no such model here."""
