@@ -10086,7 +10086,7 @@ def judge_exchange(status: int, headers: Headers, data: bytes, now: float) -> Ve
         said = envelope.get("message")
         why = FINAL_NOTICES.get(str(notice)) or (said if isinstance(said, str) else message)
         url = envelope.get("url")
-        hint = f"See {url}" if isinstance(url, str) and url.startswith("https://github.com") else ""
+        hint = f"See {url}" if isinstance(url, str) and url.startswith(f"{GITHUB_URL}/") else ""
         error = NotEntitled(
             f"GitHub refuses Copilot: {redact(why)[:300] or 'no reason'}.",
             hint=hint or "GitHub decides this: see https://github.com/settings/copilot.",
@@ -10883,7 +10883,8 @@ def plain_host(text: str) -> str:
 
 def bare_token(text: str) -> str:
     """A pasted token without what people paste around it; raises SignInFailed."""
-    token = re.sub(r"^(?i:bearer|token)(?:\s+|$)", "", text.strip("\"' \t\r\n"))
+    around = "\"' \t\r\n"
+    token = re.sub(r"^(?i:bearer|token)(?:\s+|$)", "", text.strip(around)).strip(around)
     if not token or not TARGET.fullmatch(token):
         raise SignInFailed("there is no token in what was given: paste it alone, on one line")
     if token.endswith("..."):
