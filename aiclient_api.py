@@ -217,6 +217,7 @@ WRITE_HIGH_WATER_BYTES = 128 * KIB
 TICK_SECONDS = 0.25  # the coarse clock that all deadlines are read from
 WRITE_STALL_SECONDS = 60.0  # no byte accepted by the client for so long: it is gone
 LINGER_SECONDS = 1.0  # for a peer's last bytes: a reset would eat our answer, or spoil the pool
+LISTEN_BACKLOG = 1024  # connections that the kernel keeps for us; systems may cut it
 PING_SECONDS = 15.0  # Codex and Claude Code give up on silence after minutes, proxies after 30-60 s
 # The status waits for the first upstream event, so that upstream errors become real statuses,
 # but no longer than a caller's patience for a response head.
@@ -278,6 +279,27 @@ LOCK_POLL_SECONDS = 0.05
 SAVE_AGAIN_SECONDS = 30.0  # a token that the disk had no room for
 CLOCK_JUMP_SECONDS = 30.0  # of the wall clock against the monotonic one: the machine has slept
 
+# The daemon.
+START_SECONDS = 30.0  # until a new process listens; a cold, busy machine needs 5
+HEALTH_SECONDS = 5.0  # for the first answer of a gateway that says it listens
+INSIST_SECONDS = 5.0  # after the drain: then a daemon that is asked to stop is killed
+POLL_SECONDS = 0.05  # between two looks at a lock or a file
+LOCK_SECONDS = 0.3  # whoever looks at the lock holds it for a moment
+RETIRE_SECONDS = 5.0  # for clients of a replaced process to come with one more request
+MAX_LOG_BYTES = 10 * MIB
+LOG_FILES = 3  # the current one and two older
+LOG_LOOK_SECONDS = 1.0  # between two looks at whether the log file was moved away
+MAX_DESCRIPTORS = 65_536  # files and sockets that are open at a time
+MAX_LOG_LINES = 10_000  # that can be asked for at a time
+DEFAULT_LOG_LINES = 50
+
+# The control channel.
+MAX_CONTROL_BYTES = MIB
+CONTROL_SECONDS = 5.0  # for a whole frame to come or to be taken
+CONTROL_WORK_SECONDS = 90.0  # model lists and quotas are asked of the services
+MAX_CONTROL_CLIENTS = 16
+MAX_SOCKET_PATH_BYTES = 103  # macOS 104 with the final zero, Linux 108
+
 GITHUB_URL = "https://github.com"
 GITHUB_API_URL = "https://api.github.com"
 COPILOT_HOSTS = {
@@ -334,6 +356,7 @@ KIRO_VERSION = "1.1.14"  # of the IDE, seen in 2026-09; no old one was ever refu
 #     ConfigError                the configuration file, a flag or a variable is wrong
 #     SignInFailed               signing in came to nothing
 #       CodeExpired              nobody typed the code in time
+#     NotRunning                 there is no daemon to ask
 #   ApiError                     what a caller is answered with, in its own dialect
 #     InvalidRequest  400        ContextTooLong, UnsupportedFeature, WrongDialect
 #     InvalidKey 401  Forbidden 403  ModelNotFound 404  UnknownUrl 404  MethodNotAllowed 405
@@ -369,6 +392,15 @@ class SignInFailed(ProgramError):
 
 class CodeExpired(SignInFailed):
     """A device code that ran out: a new one may be had."""
+
+
+class NotRunning(ProgramError):
+    """There is no daemon to ask."""
+
+    exit_status = 3
+
+    def __init__(self) -> None:
+        super().__init__("the gateway is not running; start it with: aiclient-api start")
 
 
 class ApiError(Exception):
@@ -950,6 +982,8 @@ class Config:
     #: alias -> provider/model
     models: dict[str, str] = field(default_factory=dict)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    #: dotted key -> where its value is from, unless it is the default; no setting itself
+    origins: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
 
 SETTING_CHOICES = {
@@ -1072,6 +1106,7 @@ class ConfigReader:
 
     def __init__(self, where: str) -> None:
         self.where = where
+        self.origins: dict[str, str] = {}
 
     def error(self, key: str, problem: str) -> ConfigError:
         """The error for one key."""
@@ -1086,7 +1121,7 @@ class ConfigReader:
 
     def read_config(self, table: Json) -> Config:
         """The whole file."""
-        config = Config()
+        config = Config(origins=self.origins)
         self.fill(config, table, "")
         if config.default_provider not in config.providers:
             have = ", ".join(config.providers)
@@ -1095,7 +1130,7 @@ class ConfigReader:
 
     def fill(self, target: Any, table: Json, path: str) -> None:
         """Puts every key of `table` into the dataclass `target`."""
-        known = {item.name: str(item.type) for item in fields(target)}
+        known = {item.name: str(item.type) for item in fields(target) if item.name != "origins"}
         for name, value in table.items():
             key = dotted(path, name)
             if name not in known:
@@ -1109,6 +1144,7 @@ class ConfigReader:
                 continue
             else:
                 value = self.setting(key, name, value, known[name])
+                self.origins[key] = "file"
             setattr(target, name, value)
 
     def setting(self, key: str, name: str, value: Any, kind: str) -> Any:
@@ -1146,6 +1182,7 @@ class ConfigReader:
         for alias, target in table.items():
             if not isinstance(target, str) or not target.strip("/"):
                 raise self.error(f'models."{alias}"', 'must be like "copilot/gpt-4.1"')
+            self.origins[f"models.{alias}"] = "file"
         return dict(table)
 
 
@@ -1197,7 +1234,7 @@ def parse_setting(text: str, kind: str) -> Any:
 def apply_environment(config: Config, environ: dict[str, str]) -> None:
     """`AICLIENT_API_SERVER_PORT=8080` overrides `server.port`; short: HOST, PORT, KEY."""
     slots = {
-        key.upper().replace(".", "_").replace("-", "_"): (owner, name, kind)
+        key.upper().replace(".", "_").replace("-", "_"): (key, owner, name, kind)
         for key, owner, name, kind in setting_slots(config)
     }
     for variable, text in sorted(environ.items()):
@@ -1208,8 +1245,9 @@ def apply_environment(config: Config, environ: dict[str, str]) -> None:
         reader = ConfigReader("environment")
         if key not in slots:
             raise reader.unknown(variable, key, slots)
-        owner, name, kind = slots[key]
+        dotted_key, owner, name, kind = slots[key]
         setattr(owner, name, reader.setting(variable, name, parse_setting(text, kind), kind))
+        config.origins[dotted_key] = variable
 
 
 def apply_flags(config: Config, flags: dict[str, str | None]) -> None:
@@ -1221,6 +1259,7 @@ def apply_flags(config: Config, flags: dict[str, str | None]) -> None:
             owner, name, kind = slots[key]
             flag = "--" + name.replace("_", "-")
             setattr(owner, name, reader.setting(flag, name, parse_setting(text, kind), kind))
+            config.origins[key] = flag
 
 
 def check_exposure(config: Config) -> None:
@@ -1230,6 +1269,187 @@ def check_exposure(config: Config) -> None:
             f"configuration: server.host: {config.server.host} can be reached from other machines; "
             "set api_key (or --api-key) first, or listen on 127.0.0.1"
         )
+
+
+# They never leave the process: not in answers, not in tables, not over the control channel.
+SECRET_SETTINGS = ("api_key", "network.proxy")
+
+
+def effective_settings(config: Config) -> Iterator[tuple[str, Any]]:
+    """Every setting: (dotted key, value)."""
+    for key, owner, name, _ in setting_slots(config):
+        yield key, getattr(owner, name)
+    for name, entry in config.providers.items():
+        yield f"providers.{name}.type", entry.type
+    for alias, target in config.models.items():
+        yield f"models.{alias}", target
+
+
+def shown_settings(config: Config) -> list[Json]:
+    """`[{"key", "value", "origin"}]`: file, a variable, a flag or default; secrets are masked."""
+    return [
+        {
+            "key": key,
+            "value": "(set, not shown)" if key in SECRET_SETTINGS and value else value,
+            "origin": config.origins.get(key, "default"),
+        }
+        for key, value in effective_settings(config)
+    ]
+
+
+def changed_settings(old: Config, new: Config) -> list[str]:
+    """The keys of settings that differ."""
+    before, after = dict(effective_settings(old)), dict(effective_settings(new))
+    return sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
+
+
+# 4.1 changing a file, of which every byte but one value must stay
+
+TOML_STRING_OR_COMMENT = re.compile(
+    r'"""(?:\\.|[^\\])*?"{3,5}|\'\'\'.*?\'{3,5}|"(?:\\.|[^"\\\n])*"|\'[^\'\n]*\'|#[^\n]*',
+    re.DOTALL,
+)
+TOML_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+LEADING_COMMENT = re.compile(r"(?:[ \t]*#[^\n]*\n)+(?=\s*\n)")
+
+
+@dataclass(slots=True)
+class TomlStatement:
+    """A table's header, or a key with its value."""
+
+    #: of the table that it opens or stands in
+    table: tuple[str, ...]
+    #: of the value; the table's own for a header
+    path: tuple[str, ...]
+    #: where the value stands
+    begin: int
+    end: int
+    #: behind the line's break
+    next_line: int
+
+
+def end_of_statement(text: str, at: int) -> tuple[int, int]:
+    """(end of what counts, end of the line) of the statement at `at`; values may span lines."""
+    depth, end = 0, at
+    while at < len(text):
+        found = TOML_STRING_OR_COMMENT.match(text, at)
+        if found:
+            at = found.end()
+            end = end if found[0].startswith("#") else at
+            continue
+        if text[at] == "\n" and depth <= 0:
+            break
+        depth += (text[at] in "[{") - (text[at] in "]}")
+        end = end if text[at].isspace() else at + 1
+        at += 1
+    return end, at
+
+
+def toml_path(text: str) -> tuple[str, ...]:
+    """The path of a header or of a key: `a."b.c"=0` -> ("a", "b.c")."""
+    table: Any = tomllib.loads(text)
+    path = []
+    while isinstance(table, dict) and table:
+        key, table = next(iter(table.items()))
+        path.append(key)
+    return tuple(path)
+
+
+def toml_statements(text: str) -> Iterator[TomlStatement]:
+    """The statements of a valid TOML text, in order."""
+    table: tuple[str, ...] = ()
+    at = 0
+    while at < len(text):
+        end, line_end = end_of_statement(text, at)
+        begin = at + len(text[at:end]) - len(text[at:end].lstrip())
+        at = line_end + 1
+        if begin == end:
+            continue  # blank, or only a comment
+        if text[begin] == "[":
+            table = toml_path(text[begin:end])
+            yield TomlStatement(table, table, begin, end, at)
+            continue
+        sign = begin
+        while text[sign] != "=":
+            found = TOML_STRING_OR_COMMENT.match(text, sign)
+            sign = found.end() if found else sign + 1
+        path = table + toml_path(text[begin:sign] + "=0")
+        value = sign + 1 + len(text[sign + 1 : end]) - len(text[sign + 1 : end].lstrip())
+        yield TomlStatement(table, path, value, end, at)
+
+
+def write_toml(value: Any) -> str:
+    """A setting's value in TOML."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return json.dumps(value, ensure_ascii=False)  # the same in TOML for what settings can be
+
+
+def write_toml_path(path: Iterable[str]) -> str:
+    """("models", "gpt-4.1") -> `models."gpt-4.1"`."""
+    return ".".join(p if TOML_BARE_KEY.fullmatch(p) else write_toml(p) for p in path)
+
+
+def insert_toml(text: str, path: tuple[str, ...], line: str) -> str:
+    """`text` with one more line in the table of `path`, which is added where there is none."""
+    newline = "\r\n" if "\r\n" in text else "\n"
+    table = path[:-1]
+    ends = [s.next_line for s in toml_statements(text) if s.table == table]
+    if not ends and table:
+        gap = newline if text.strip() else ""
+        text += "" if text.endswith("\n") or not text else newline
+        return f"{text}{gap}[{write_toml_path(table)}]{newline}{line}{newline}"
+    comment = LEADING_COMMENT.match(text)
+    at = ends[-1] if ends else comment.end() if comment else 0
+    before, after = text[:at], text[at:]
+    before += "" if before.endswith("\n") or not before else newline
+    return f"{before}{line}{newline}{after}"
+
+
+def set_toml(text: str, path: tuple[str, ...], value: Any) -> str:
+    """`text` with one value set, its comments and order kept, where its form allows that."""
+    found = next((s for s in toml_statements(text) if s.path == path and s.table != path), None)
+    if found is not None:
+        return text[: found.begin] + write_toml(value) + text[found.end :]
+    return insert_toml(text, path, f"{write_toml_path(path[-1:])} = {write_toml(value)}")
+
+
+def has_toml(text: str, table: Json) -> bool:
+    """Whether `text` is TOML that says just this."""
+    try:
+        return tomllib.loads(text) == table
+    except tomllib.TOMLDecodeError:
+        return False
+
+
+def split_setting_key(key: str) -> tuple[str, ...]:
+    """`models.gpt-4.1` -> ("models", "gpt-4.1"): an alias may hold dots."""
+    first, _, rest = key.partition(".")
+    return (first, rest) if first == "models" and rest else tuple(key.split("."))
+
+
+def change_setting(text: str, where: str, key: str, value: str) -> str:
+    """The file's `text` with one setting given as words; raises ConfigError, also for nonsense.
+
+    The result is read again: what an editor of lines cannot do right is left to a person.
+    """
+    config = read_config_text(text, where)
+    reader = ConfigReader(where)
+    kinds = {slot: kind for slot, _, _, kind in setting_slots(config)}
+    parsed = parse_setting(value, kinds.get(key, "str"))
+    path = split_setting_key(key)
+    wanted = tomllib.loads(text)
+    owner = wanted
+    for name in path[:-1]:
+        owner = reader.table(owner.setdefault(name, {}), name)
+    owner[path[-1]] = parsed
+    reader.read_config(wanted)
+    changed = set_toml(text, path, parsed)
+    if not has_toml(changed, wanted):
+        raise reader.error(
+            key, f"this file's form is unusual; set it by hand: {write_toml(parsed)}"
+        )
+    return changed
 
 
 # ---- 5. HTTP wire ------------------------------------------------------------------------------
