@@ -10381,6 +10381,86 @@ def direct_token(github_token: str, user: Json, config: CopilotConfig, now: floa
     return CopilotToken(github_token, url, now + life, life)
 
 
+@dataclass(slots=True)
+class Allowance:
+    """One thing of which a plan allows so much; None = not said, `limit` inf = no limit."""
+
+    name: str
+    used: float | None
+    limit: float | None
+    remaining: float | None
+
+
+@dataclass(slots=True)
+class Quota:
+    """What is left of an account's plan."""
+
+    account: str
+    plan: str
+    allowances: list[Allowance]
+    #: Unix seconds; 0 = not said
+    resets_at: float
+
+    def as_json(self) -> Json:
+        """`{"account", "plan", "resets_at", "allowances": [{"name", "used", ...}]}`."""
+        rows = [
+            {
+                "name": row.name,
+                "used": row.used,
+                "limit": None if row.limit == math.inf else row.limit,
+                "remaining": row.remaining,
+                "unlimited": row.limit == math.inf,
+            }
+            for row in self.allowances
+        ]
+        return {
+            "account": self.account or None,
+            "plan": self.plan or None,
+            "resets_at": self.resets_at or None,
+            "allowances": rows,
+        }
+
+
+def read_figure(value: Any) -> float | None:
+    """A number of an answer in which every field may be missing."""
+    usable = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e12
+    return float(value) if usable else None
+
+
+def read_allowance(name: str, row: Json) -> Allowance | None:
+    """One of GitHub's quota snapshots; None for one that does not apply to the account."""
+    limit = read_figure(row.get("entitlement"))
+    if row.get("unlimited") is True or limit == -1:
+        return Allowance(name, None, math.inf, None)
+    if not limit:  # never "all used up": a bucket of nothing does not apply
+        return None
+    remaining = read_figure(row.get("quota_remaining"))
+    remaining = read_figure(row.get("remaining")) if remaining is None else remaining
+    percent = read_figure(row.get("percent_remaining"))
+    if remaining is None and percent is not None:
+        remaining = limit * percent / 100
+    used = None if remaining is None else max(0.0, limit - remaining)
+    return Allowance(name, used, limit, remaining)
+
+
+def read_copilot_quota(body: Json) -> Quota:
+    """GitHub's `copilot_internal/user`; free plans of earlier have a form of their own."""
+    rows = {
+        name: row for name, row in details(body, "quota_snapshots").items() if isinstance(row, dict)
+    }
+    monthly, left = details(body, "monthly_quotas"), details(body, "limited_user_quotas")
+    if not rows:
+        rows = {n: {"entitlement": monthly[n], "remaining": left.get(n)} for n in monthly}
+    found = (read_allowance(name, row) for name, row in rows.items())
+    dates = ("quota_reset_date_utc", "quota_reset_date", "limited_user_reset_date")
+    return Quota(
+        account=text_of_key(body, "login"),
+        plan=text_of_key(body, "copilot_plan"),
+        allowances=[row for row in found if row is not None],
+        resets_at=next(filter(None, (read_time(body.get(key)) for key in dates)), 0.0),
+    )
+
+
 # 9.5 Kiro: sign-ins, hosts, models, limits
 #
 # Facts from the vendor's CLI and SDK (A) and from public clients that were run against the service
