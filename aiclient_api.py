@@ -7,7 +7,7 @@
 
 One file, Python 3.11 or newer, standard library only.  Start it with
 
-    python3 aiclient_api.py start --foreground
+    python3 aiclient_api.py start
 
 and point an OpenAI client at http://127.0.0.1:9090/v1 or an Anthropic client at
 http://127.0.0.1:9090.  README.md tells the rest.
@@ -17,7 +17,7 @@ Map
     1  Numbers          every limit, timeout, margin and default, with its reason
     2  Errors           one tree; each error has a status, a kind and a hint
     3  Small tools      typed JSON fields, compact JSON, redaction
-    4  Configuration    TOML tables as dataclasses
+    4  Configuration    TOML tables as dataclasses; changing a file and keeping its comments
     5  HTTP wire        message heads and body framing: bytes in, values out
     6  Stream framing   server-sent events; the Amazon event stream
     7  Conversation     Chat, events, usage, the invariant checker, token estimate
@@ -28,11 +28,13 @@ Map
    11  Ticker           the log, one coarse clock for every deadline, connections
    12  HTTP client      connection pool, TLS, proxies, streamed bodies
    13  HTTP server      accept, keep-alive, slow-client limits, drain
-   14  State on disk    XDG paths, config file, token files
+   14  State on disk    XDG paths, config file, token files, the log's last lines
    15  Providers        the contract; Echo; Copilot; Kiro
    16  Sign-in          device codes, the browser's way back, import; the person at the terminal
    17  Gateway          the story of one request; layers; the route table
-   18  Command line     argparse, serve() where every object is made, main
+   18  Daemon           the lock, the port, fork, signals, reload, restart without a gap
+   19  Control channel  a Unix socket, framed JSON, a table of methods
+   20  Command line     a table of verbs, serve() where every object is made, main
 
 One request
 -----------
@@ -69,10 +71,16 @@ Hosts contacted
 
 Files read and written
 ----------------------
-    $XDG_CONFIG_HOME/aiclient-api/config.toml            read; `auth --name` adds a table
+    $XDG_CONFIG_HOME/aiclient-api/config.toml            read; `auth --name` adds a table,
+        the verbs config and provider change it
     $XDG_CONFIG_HOME/aiclient-api/<provider>/token.json  read, written (0600)
     $XDG_CONFIG_HOME/aiclient-api/<provider>/token.lock  held while a token is renewed
     $XDG_STATE_HOME/aiclient-api/machine.json            read, written (0600): random ids
+    $XDG_STATE_HOME/aiclient-api/daemon.pid, .sock, .log, .log.1, .log.2  (0600), of the daemon;
+        the socket of a path too long is in $XDG_RUNTIME_DIR or the temporary folder
+    $XDG_STATE_HOME/aiclient-api/bytecode/               this file, compiled
+    $XDG_CONFIG_HOME/systemd/user/aiclient-api.service, or on macOS
+        ~/Library/LaunchAgents/aiclient-api.plist        written by `service install` only
     $XDG_STATE_HOME/aiclient-api/notices.json            read, written: terms that were told
     by `auth import` only: ~/.config/github-copilot, ~/.aws/sso/cache, the databases of kiro-cli
         and Amazon Q; a Kiro sign-in that was imported is refreshed where it came from as well
@@ -100,7 +108,7 @@ import struct
 import zlib
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 
 def lazy_module(name: str) -> Any:
@@ -135,14 +143,18 @@ if TYPE_CHECKING:
     import hmac
     import ipaddress
     import logging
+    import plistlib
+    import resource
     import shutil
     import signal
     import socket
+    import socketserver
     import sqlite3
     import ssl
     import subprocess
     import tempfile
     import termios
+    import threading
     import time
     import tomllib
     import urllib.parse
@@ -159,14 +171,18 @@ else:
     hmac = lazy_module("hmac")
     ipaddress = lazy_module("ipaddress")
     logging = lazy_module("logging")
+    plistlib = lazy_module("plistlib")
+    resource = lazy_module("resource")
     shutil = lazy_module("shutil")
     signal = lazy_module("signal")
     socket = lazy_module("socket")
+    socketserver = lazy_module("socketserver")
     sqlite3 = lazy_module("sqlite3")
     ssl = lazy_module("ssl")
     subprocess = lazy_module("subprocess")
     tempfile = lazy_module("tempfile")
     termios = lazy_module("termios")
+    threading = lazy_module("threading")
     time = lazy_module("time")
     tomllib = lazy_module("tomllib")
     import email
@@ -284,7 +300,7 @@ START_SECONDS = 30.0  # until a new process listens; a cold, busy machine needs 
 HEALTH_SECONDS = 5.0  # for the first answer of a gateway that says it listens
 INSIST_SECONDS = 5.0  # after the drain: then a daemon that is asked to stop is killed
 POLL_SECONDS = 0.05  # between two looks at a lock or a file
-LOCK_SECONDS = 0.3  # whoever looks at the lock holds it for a moment
+LOOK_SECONDS = 0.3  # whoever looks at the daemon's lock holds it for a moment
 RETIRE_SECONDS = 5.0  # for clients of a replaced process to come with one more request
 MAX_LOG_BYTES = 10 * MIB
 LOG_FILES = 3  # the current one and two older
@@ -398,9 +414,6 @@ class NotRunning(ProgramError):
     """There is no daemon to ask."""
 
     exit_status = 3
-
-    def __init__(self) -> None:
-        super().__init__("the gateway is not running; start it with: aiclient-api start")
 
 
 class ApiError(Exception):
@@ -11461,6 +11474,128 @@ def log_event(level: str, event: str, **details_: object) -> None:
     logger.log(number, redact(" ".join(words)))
 
 
+class SecondFormatter:
+    """`2026-11-22T13:14:15.123Z INFO event key=value`; a second's stamp is worked out once.
+
+    With `priorities` each line begins with its level as systemd's journal reads it: `<6>`.
+    """
+
+    PRIORITIES: ClassVar = {"DEBUG": "<7>", "INFO": "<6>", "WARNING": "<4>", "ERROR": "<3>"}
+
+    def __init__(self, priorities: bool = False) -> None:
+        self.second = 0
+        self.stamp = ""
+        self.priorities = self.PRIORITIES if priorities else {}
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line; a traceback follows it."""
+        second = int(record.created)
+        if second != self.second:
+            self.second = second
+            self.stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+        level = record.levelname
+        line = f"{self.stamp}.{int(record.msecs):03d}Z {level} {record.getMessage()}"
+        if record.exc_info:
+            line += "\n" + redact(logging.Formatter().formatException(record.exc_info))
+        return self.priorities.get(level, "") + line
+
+
+class LogFile:
+    """A log file for a StreamHandler: rotated at a size, followed when it is moved away.
+
+    A line that cannot be written is dropped and counted: a full disk must not end the gateway.
+    With `is_stderr` standard error is the same file: what Python itself says is not lost.
+    """
+
+    def __init__(
+        self, path: str, max_bytes: int = MAX_LOG_BYTES, *, is_stderr: bool = False
+    ) -> None:
+        self.path = path
+        self.max_bytes = max_bytes
+        self.is_stderr = is_stderr
+        self.dropped = 0
+        self.handle = -1
+        self.open()
+
+    def open(self) -> None:
+        """Opens the file at `path`; raises OSError, and goes on with the old one then."""
+        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self.close()
+        self.handle = handle
+        if self.is_stderr:
+            os.dup2(handle, 2)
+        status = os.fstat(handle)
+        self.size = status.st_size
+        self.identity = status.st_dev, status.st_ino
+        self.look_at = time.monotonic() + LOG_LOOK_SECONDS
+
+    def write(self, text: str) -> None:
+        """Adds `text`, whole lines, in one write."""
+        data = text.encode("utf-8", "backslashreplace")
+        try:
+            if time.monotonic() > self.look_at:
+                self.look()
+            if self.size and self.size + len(data) > self.max_bytes:
+                self.rotate()
+            self.size += os.write(self.handle, data)
+        except OSError:
+            self.dropped += text.count("\n")
+
+    def look(self) -> None:
+        """Opens the file anew if it was moved away, or written to by another process."""
+        self.look_at = time.monotonic() + LOG_LOOK_SECONDS
+        try:
+            status = os.stat(self.path)
+        except FileNotFoundError:
+            self.open()
+            return
+        if (status.st_dev, status.st_ino) != self.identity:
+            self.open()
+        self.size = status.st_size
+
+    def rotate(self) -> None:
+        """`daemon.log` -> `daemon.log.1` -> `daemon.log.2`, which is lost."""
+        self.look()
+        if self.size < self.max_bytes // 2:
+            return  # a process that takes over has just done it
+        for number in range(LOG_FILES - 1, 0, -1):
+            older = self.path if number == 1 else f"{self.path}.{number - 1}"
+            if os.path.exists(older):
+                os.replace(older, f"{self.path}.{number}")
+        self.open()
+
+    def flush(self) -> None:
+        """Every line is out already."""
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self.handle >= 0:
+            os.close(self.handle)
+        self.handle = -1
+
+
+def start_log(level: str, path: str = "", is_stderr: bool = False) -> LogFile | None:
+    """The log in a file, or on standard error: a line per event, times in UTC.  Raises OSError."""
+    file = LogFile(path, is_stderr=is_stderr) if path else None
+    handler: logging.StreamHandler[Any] = logging.StreamHandler(file or sys.stderr)
+    journal = file is None and "JOURNAL_STREAM" in os.environ
+    handler.setFormatter(SecondFormatter(journal))  # type: ignore[arg-type]  # made before logging
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    set_log_level(level)
+    logging.getLogger("asyncio").setLevel(logging.WARNING)
+    # The documented way to spare what no line shows (logging HOWTO, "Optimization").
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging.raiseExceptions = False  # a line that cannot be written is no reason to speak of it
+    setattr(logging, "_srcfile", None)  # noqa: B010 - as that page says
+    return file
+
+
+def set_log_level(level: str) -> None:
+    """From now on."""
+    logging.getLogger().setLevel(getattr(logging, level.upper()))
+
+
 class Ticker:
     """One coarse clock for every deadline: a timer per read would cost more than the read.
 
@@ -12425,11 +12560,7 @@ class ClientConnection:
     def must_close(self, request: Request) -> bool:
         """Whether the connection ends with this answer."""
         headers = request.headers
-        if (
-            self.server.draining
-            or not request.body.done
-            or headers.has_token("connection", "close")
-        ):
+        if self.server.closing or not request.body.done or headers.has_token("connection", "close"):
             return True
         return request.minor == 0 and not headers.has_token("connection", "keep-alive")
 
@@ -12520,6 +12651,34 @@ def wire_api_error(error: WireError) -> ApiError:
     return answer
 
 
+def open_listeners(host: str, port: int) -> list[socket.socket]:
+    """Listening sockets on every address of `host`; port 0 is any free one.  Raises OSError."""
+    flags = socket.AI_PASSIVE
+    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=flags)
+    listeners: list[socket.socket] = []
+    try:
+        for family, kind, protocol, _, address in dict.fromkeys(found):
+            try:
+                listener = socket.socket(family, kind, protocol)
+            except OSError:
+                continue  # a family that this machine has not: the others may do
+            listeners.append(listener)
+            if os.name == "posix":  # elsewhere it would let two gateways listen
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            listener.bind((address[0], port, *address[2:]))
+            port = listener.getsockname()[1]
+            listener.listen(LISTEN_BACKLOG)
+        if not listeners:
+            raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
+    except BaseException:
+        for listener in listeners:
+            listener.close()
+        raise
+    return listeners
+
+
 class Server:
     """Accepts connections and hands requests to one handler.  It never hears of AI."""
 
@@ -12536,21 +12695,23 @@ class Server:
         self.write_error = write_error
         self.connections: set[ClientConnection] = set()
         self.turning: set[asyncio.Task[None]] = set()
+        #: every answer is the last one of its connection
+        self.closing = False
         self.draining = False
-        self.listener: asyncio.Server | None = None
+        self.listeners: list[asyncio.Server] = []
 
-    async def listen(self) -> int:
-        """Opens the port and returns its number; raises OSError."""
+    async def listen(self, listeners: list[socket.socket]) -> None:
+        """Begins to accept; the sockets are the server's from now on."""
         loop = asyncio.get_running_loop()
-        self.listener = await loop.create_server(
-            lambda: ServerWire(self),
-            self.config.host,
-            self.config.port,
-            backlog=1024,
-            reuse_address=True,
-        )
-        port: int = self.listener.sockets[0].getsockname()[1]
-        return port
+        for listener in listeners:
+            server = await loop.create_server(
+                lambda: ServerWire(self), sock=listener, backlog=LISTEN_BACKLOG
+            )
+            self.listeners.append(server)
+
+    def count_busy(self) -> int:
+        """Requests whose answer is not out yet."""
+        return sum(connection.request is not None for connection in self.connections)
 
     def accept(self, wire: Wire) -> None:
         """Serves a new connection, or turns it away."""
@@ -12588,11 +12749,28 @@ class Server:
         ]
         return write_head(status_line(response.status), headers) + response.body
 
+    def stop_accepting(self) -> None:
+        """Closes the listening sockets; those of a process that has them too stay open."""
+        self.closing = True
+        for listener in self.listeners:
+            listener.close()
+        self.listeners.clear()
+
+    async def retire(self, seconds: float) -> None:
+        """Stops accepting as another process listens on the same sockets: nothing is refused.
+
+        A request that is on its way on an open connection is answered, and the answer closes it.
+        """
+        self.stop_accepting()
+        loop = asyncio.get_running_loop()
+        until = loop.time() + seconds
+        while loop.time() < until and any(c.phase != "busy" for c in self.connections):
+            await asyncio.sleep(TICK_SECONDS)
+
     async def drain(self, seconds: float) -> None:
         """Stops accepting, lets answers finish for `seconds`, then ends the rest legally."""
         self.draining = True
-        if self.listener is not None:
-            self.listener.close()
+        self.stop_accepting()
         for connection in list(self.connections):
             if connection.phase != "busy":
                 connection.wire.transport.close()
@@ -12648,6 +12826,26 @@ class Paths:
         """What this user has been told already."""
         return os.path.join(self.state_dir, "notices.json")
 
+    @property
+    def pid_file(self) -> str:
+        """The daemon's lock: its process id, then the path of its control socket."""
+        return os.path.join(self.state_dir, "daemon.pid")
+
+    @property
+    def log_file(self) -> str:
+        """Where the daemon logs unless told otherwise."""
+        return os.path.join(self.state_dir, "daemon.log")
+
+    @property
+    def socket_file(self) -> str:
+        """The control socket, where its path is not too long."""
+        return os.path.join(self.state_dir, "daemon.sock")
+
+    @property
+    def bytecode_dir(self) -> str:
+        """This file, compiled: a script is compiled at every start else."""
+        return os.path.join(self.state_dir, "bytecode")
+
     def token_file(self, provider: str) -> str:
         """A provider's sign-in."""
         return os.path.join(self.config_dir, provider, "token.json")
@@ -12664,18 +12862,22 @@ def find_paths(environ: dict[str, str]) -> Paths:
     return Paths(base("XDG_CONFIG_HOME", ".config"), base("XDG_STATE_HOME", ".local/state"))
 
 
-def load_config(paths: Paths, environ: dict[str, str], flags: dict[str, str | None]) -> Config:
-    """File, environment and flags, the later over the earlier; raises ConfigError."""
-    where = paths.config_file
+def load_config_text(where: str) -> str:
+    """The configuration file, its line ends kept; "" where there is none.  Raises ConfigError."""
     try:
-        with open(where, encoding="utf-8") as file:
-            config = read_config_text(file.read(), where)
+        with open(where, encoding="utf-8", newline="") as file:
+            return file.read()
     except FileNotFoundError:
-        config = Config()
+        return ""
     except OSError as error:
         raise ConfigError(f"{where}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{where}: is not UTF-8 text") from None
+
+
+def load_config(paths: Paths, environ: dict[str, str], flags: dict[str, str | None]) -> Config:
+    """File, environment and flags, the later over the earlier; raises ConfigError."""
+    config = read_config_text(load_config_text(paths.config_file), paths.config_file)
     apply_environment(config, environ)
     apply_flags(config, flags)
     check_exposure(config)
@@ -12730,6 +12932,48 @@ def replace_file(path: str, data: bytes) -> None:
         os.fsync(folder_handle)
     finally:
         os.close(folder_handle)
+
+
+def change_config(paths: Paths, environ: dict[str, str], key: str, value: str) -> None:
+    """Sets one key in the file, all else in it kept; raises ConfigError, with nothing changed."""
+    where = paths.config_file
+    try:
+        make_private_dir(paths.config_dir)
+        folder = os.open(paths.config_dir, os.O_RDONLY)
+        try:
+            if fcntl is not None:
+                fcntl.flock(folder, fcntl.LOCK_EX)  # two changes at once: one after the other
+            text = change_setting(load_config_text(where), where, key, value)
+            config = read_config_text(text, where)
+            apply_environment(config, environ)
+            check_exposure(config)
+            # A link, as people keep such files elsewhere, stays one.
+            replace_file(os.path.realpath(where), text.encode())
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise ConfigError(f"{where}: cannot be written: {error.strerror}") from None
+
+
+def change_provider(paths: Paths, environ: dict[str, str], name: str, enabled: str) -> None:
+    """Sets `enabled`, true or false, of a provider that there is; raises ConfigError."""
+    known = load_config(paths, environ, {}).providers
+    if name not in known:
+        have = ", ".join(known)
+        raise ConfigError(
+            f"{paths.config_file}: providers.{name}: there is none; there are: {have}"
+        )
+    change_config(paths, environ, f"providers.{name}.enabled", enabled)
+
+
+def open_state(paths: Paths) -> None:
+    """Makes the state folder, private; raises ProgramError where it cannot be used."""
+    folder = paths.state_dir
+    hint = "set XDG_STATE_HOME to a folder of yours"
+    try:
+        make_private_dir(folder)
+    except OSError as error:
+        raise ProgramError(f"{folder}: cannot be used: {error.strerror}; {hint}") from None
 
 
 def save_private_json(path: str, value: Json) -> None:
@@ -13091,6 +13335,44 @@ def load_machine(paths: Paths) -> tuple[str, str]:
     return machine, device
 
 
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+LOG_LINE = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+Z ([A-Z]+) ")
+
+
+class LogFilter:
+    """Which lines of a log are of a level or above it; what follows a line goes with it."""
+
+    def __init__(self, level: str) -> None:
+        self.wanted = LEVELS[LEVELS.index(level.upper()) :]
+        self.taking = True
+
+    def takes(self, line: str) -> bool:
+        """Whether this line, the next of the log, is wanted."""
+        found = LOG_LINE.match(line)
+        if found:
+            self.taking = found[1] in self.wanted or found[1] not in LEVELS
+        return self.taking
+
+
+def load_log_tail(path: str, lines: int, level: str) -> list[str]:
+    """The last lines of a log and of its older files; [] where there are none."""
+    lines = min(max(lines, 0), MAX_LOG_LINES)
+    tail: list[str] = []
+    for number in range(LOG_FILES):
+        try:
+            with open(f"{path}.{number}" if number else path, errors="replace") as file:
+                wanted = LogFilter(level)
+                tail = [line for line in file.read().splitlines() if wanted.takes(line)] + tail
+        except OSError:
+            break
+        if len(tail) >= lines:
+            break
+    tail = tail[-lines:] if lines else []
+    while tail and sum(map(len, tail)) > MAX_CONTROL_BYTES // 2:
+        tail = tail[len(tail) // 2 :]
+    return tail
+
+
 # ---- 15. Providers -----------------------------------------------------------------------------
 
 
@@ -13136,6 +13418,22 @@ class Provider(Protocol):
 
     def keep_reasoning(self, calls: list[str], text: str, opaque: str) -> None:
         """Remembers reasoning that the caller's dialect cannot carry."""
+
+    def status(self) -> Json:
+        """How things stand, without asking the service.
+
+        `{"health": "ready" | "resting" | "failing" | "not signed in", "reason": TEXT,
+        "token_expires_at": Unix seconds, "cool_downs": {MODEL, or "*" for all: seconds}}`
+        """
+
+    def quota(self) -> Awaitable[Quota | None]:
+        """What is left of the plan, asked of the service; None where there is none.
+
+        Raises ApiError.
+        """
+
+    def wake(self) -> None:
+        """Ends every cool-down."""
 
     def close(self) -> None:
         """Ends whatever runs in the background."""
@@ -13235,6 +13533,16 @@ class CoolDowns:
                 raise type(error)(error.message, hint=error.hint, retry_after=wait_s)
             self.resting.pop(key, None)
 
+    def clear(self) -> None:
+        """Nothing rests any more."""
+        self.resting.clear()
+
+    def seconds_left(self) -> dict[str, int]:
+        """`{MODEL, or "*" for all: seconds}` of what rests now."""
+        now = asyncio.get_running_loop().time()
+        left = {key or "*": math.ceil(until - now) for key, (until, _, _) in self.resting.items()}
+        return {key: seconds for key, seconds in left.items() if seconds > 0}
+
 
 class Backoff:
     """How long a refused sign-in is left alone: its endpoints watch for storms.
@@ -13267,6 +13575,27 @@ class Backoff:
         """Why `secret` must not be tried now; None when it may be."""
         now = asyncio.get_running_loop().time()
         return self.error if now < self.retry_at and secret == self.secret else None
+
+
+def account_status(provider: CopilotProvider | KiroProvider) -> Json:
+    """`Provider.status` of a provider with an account."""
+    account = provider.account
+    cool_downs = provider.rests.seconds_left()
+    health, reason = "resting" if cool_downs else "ready", ""
+    try:
+        account.load()
+    except NotSignedIn as error:
+        health, reason = "not signed in", f"{error.text()} To sign in, type: {provider.sign_in}"
+    else:
+        if account.backoff.error is not None:
+            health, reason = "failing", account.backoff.error.text()
+    expires_at = account.kept.expires_at if account.kept is not None else math.inf
+    return {
+        "health": health,
+        "reason": reason,
+        "token_expires_at": None if expires_at == math.inf else expires_at,
+        "cool_downs": cool_downs,
+    }
 
 
 class Attempt:
@@ -13523,6 +13852,22 @@ class EchoProvider:
 
     def keep_reasoning(self, calls: list[str], text: str, opaque: str) -> None:
         """The echo does not reason."""
+
+    def status(self) -> Json:
+        """Always ready."""
+        return {
+            "health": "ready",
+            "reason": "answers locally, needs no account",
+            "token_expires_at": None,
+            "cool_downs": {},
+        }
+
+    async def quota(self) -> Quota | None:
+        """There is none."""
+        return None
+
+    def wake(self) -> None:
+        """The echo never rests."""
 
     def close(self) -> None:
         """Nothing runs."""
@@ -13873,6 +14218,27 @@ class CopilotProvider:
             token = renewed or token
             await asyncio.sleep(0 if renewed else wait_s)
         raise verdict.error
+
+    def status(self) -> Json:
+        """Its account's."""
+        return account_status(self)
+
+    async def quota(self) -> Quota | None:
+        """What GitHub says of the plan."""
+        account = self.account
+        status, headers, data = await ask_github(
+            self.client, account.config, "/copilot_internal/user", account.load()["github_token"]
+        )
+        if status != 200:
+            raise judge_exchange(status, headers, data, time.time()).error
+        body = load_object(data)
+        if body is None:
+            raise UpstreamError("GitHub's answer about the account is not JSON.")
+        return read_copilot_quota(body)
+
+    def wake(self) -> None:
+        """Ends every cool-down."""
+        self.rests.clear()
 
     def guess(self, model_id: str) -> Model | None:
         """A model named exactly is tried, listed or not."""
@@ -14410,6 +14776,21 @@ class KiroProvider:
             query["isEmailRequired"] = "true"
         return read_kiro_limits(await self.control("/getUsageLimits", query), time.time())
 
+    def status(self) -> Json:
+        """Its account's."""
+        return account_status(self)
+
+    async def quota(self) -> Quota | None:
+        """The credits."""
+        limits = await self.limits()
+        left = max(0.0, limits.limit - limits.used)
+        row = Allowance("credits", limits.used, limits.limit, left)
+        return Quota("", limits.plan, [row], limits.resets_at)
+
+    def wake(self) -> None:
+        """Ends every cool-down."""
+        self.rests.clear()
+
     async def open(self, call: Call) -> Source:
         """Tries until there is a good answer, a final refusal, or nothing left to try."""
         self.rests.check(call.model.id)
@@ -14614,6 +14995,30 @@ class KiroAttempt(Attempt):
         elif verdict.remedy == "rest":
             self.rests.rest("", verdict.error, verdict.wait_s or COOL_DOWN_SECONDS)
         raise verdict.error
+
+
+# 15.5 all of them
+
+
+def make_providers(
+    config: Config, paths: Paths, client: HttpClient, kept: dict[str, Provider]
+) -> dict[str, Provider]:
+    """The enabled providers by name, in the order of the configuration; `kept` ones stay."""
+    machine: tuple[str, str] | None = None
+    providers: dict[str, Provider] = {}
+    for name, entry in config.providers.items():
+        if not entry.enabled:
+            continue
+        if name in kept:
+            providers[name] = kept[name]
+        elif isinstance(entry, CopilotConfig):
+            machine = machine or load_machine(paths)
+            providers[name] = CopilotProvider(name, entry, paths, client, machine)
+        elif isinstance(entry, KiroConfig):
+            providers[name] = KiroProvider(name, entry, paths, client)
+        else:
+            providers[name] = EchoProvider(name)
+    return providers
 
 
 # ---- 16. Sign-in -------------------------------------------------------------------------------
@@ -15293,7 +15698,7 @@ class CallbackListener:
         """Listens on one address; raises OSError."""
         config = ServerConfig(host=host, port=port, max_connections=16)
         server = Server(config, self.ticker, self.answer, self.write_error)
-        await server.listen()
+        await server.listen(open_listeners(host, port))
         self.servers.append(server)
 
     async def answer(self, request: Request) -> Response:
@@ -16436,105 +16841,1355 @@ class Exchange:
         self.gateway.usage.add(self.provider.name, self.call.model.id, self.flow.usage, failed)
 
 
-# ---- 18. Command line --------------------------------------------------------------------------
+# ---- 18. Daemon --------------------------------------------------------------------------------
+#
+# One gateway per state folder: who holds the lock on daemon.pid is it.  The kernel drops the lock
+# when the last process that has it open ends, so a number in a file is never taken for life.
+# `start` takes the lock and opens the port, forks, and hands both to a fresh process, which reads
+# its Launch from standard input.  A restart does the same from inside the running process: the
+# successor has the same lock and the same sockets before the old process lets go of them.
 
 
-def make_providers(config: Config, paths: Paths, client: HttpClient) -> dict[str, Provider]:
-    """The enabled providers by name, in the order of the configuration."""
-    machine: tuple[str, str] | None = None
-    providers: dict[str, Provider] = {}
-    for name, entry in config.providers.items():
-        if not entry.enabled:
+@dataclass(slots=True)
+class Launch:
+    """What a gateway process begins with, and hands to the process that replaces it."""
+
+    #: of the command line; the key may be among them: never in argv or in a file
+    flags: dict[str, str | None] = field(repr=False)
+    #: how the program was called, for words that say what to type
+    program: str = "aiclient-api"
+    #: "" = standard error
+    log_file: str = ""
+    #: it runs in the background
+    detached: bool = False
+    #: as configured when the sockets were opened
+    host: str = ""
+    port: int = 0
+    #: a service manager opened the sockets: they stay whatever the configuration says
+    activated: bool = False
+    #: descriptors: of the listening sockets, of the lock, of a pipe for the first report
+    listeners: list[int] = field(default_factory=list)
+    lock: int = -1
+    report: int = -1
+
+    def descriptors(self) -> list[int]:
+        """All that a successor inherits."""
+        return [number for number in (*self.listeners, self.lock, self.report) if number >= 0]
+
+
+# 18.1 the lock
+
+
+def open_lock(path: str) -> int | None:
+    """The descriptor that holds the lock, -1 where there are none; None if another process has it.
+
+    Raises ProgramError.
+    """
+    if fcntl is None:
+        return -1
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    while True:
+        try:
+            handle = os.open(path, flags, 0o600)
+        except OSError as error:
+            raise ProgramError(f"{path}: cannot be used as the lock: {error.strerror}") from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(handle), os.stat(path, follow_symlinks=False)):
+                os.ftruncate(handle, 0)  # the last daemon's number must not be taken for ours
+                return handle
+        except BlockingIOError:
+            os.close(handle)
+            return None
+        except FileNotFoundError:
+            pass  # somebody removed it meanwhile
+        os.close(handle)
+
+
+def take_lock(path: str) -> int | None:
+    """As `open_lock`; whoever looks at the lock has it for a moment, which is waited for."""
+    until = time.monotonic() + LOOK_SECONDS
+    while True:
+        handle = open_lock(path)
+        if handle is not None or time.monotonic() > until:
+            return handle
+        time.sleep(POLL_SECONDS)
+
+
+def is_locked(path: str) -> bool:
+    """Whether a daemon lives."""
+    if fcntl is None:
+        return False
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
+def read_pid_file(path: str) -> tuple[int, str]:
+    """(process id, path of the control socket); (0, "") where it names none that may be asked."""
+    try:
+        with open(path, "rb") as file:
+            lines = os.fsdecode(file.read(4096)).split("\n")
+    except OSError:
+        return 0, ""
+    pid = int(lines[0]) if re.fullmatch(r"[0-9]{1,10}", lines[0]) else 0
+    return (pid, lines[1]) if pid > 1 and pid != os.getpid() and len(lines) > 2 else (0, "")
+
+
+def write_pid_file(lock: int, socket_path: str) -> None:
+    """Puts this process in charge; raises OSError."""
+    if lock >= 0:
+        data = os.fsencode(f"{os.getpid()}\n{socket_path}\n")
+        os.pwrite(lock, data, 0)
+        os.ftruncate(lock, len(data))
+
+
+def signal_daemon(path: str, pid: int, number: int) -> None:
+    """Sends a signal to the process that the file names, as long as it is a living daemon's.
+
+    The process is held by a descriptor where the system has such, and the lock is looked at
+    after that: a number that meanwhile belongs to another process hurts nobody.
+    """
+    handle = -1
+    try:
+        if hasattr(os, "pidfd_open"):
+            handle = os.pidfd_open(pid)
+        if not is_locked(path) or read_pid_file(path)[0] != pid:
+            return
+        if handle >= 0:
+            signal.pidfd_send_signal(handle, number)
+        else:
+            os.kill(pid, number)
+    except ProcessLookupError:
+        pass  # it has ended by itself
+    except PermissionError:
+        raise ProgramError(f"process {pid} belongs to another user") from None
+    finally:
+        if handle >= 0:
+            os.close(handle)
+
+
+# 18.2 the port
+
+
+def read_proc(path: str) -> str:
+    """A file of /proc; "" where it is not there, or not for us."""
+    try:
+        with open(path, encoding="ascii", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def listed_sockets(pid: str) -> list[str]:
+    """What the descriptors of a process are, as far as we may know: `socket:[INODE]`."""
+    folder = f"/proc/{pid}/fd"
+    try:
+        return [os.readlink(f"{folder}/{number}") for number in os.listdir(folder)]
+    except OSError:
+        return []  # it has ended, or is another user's
+
+
+def find_port_holder(port: int) -> str:
+    """`process 123 (nginx)`, which listens on `port`; "" where the system does not tell."""
+    rows = (read_proc("/proc/net/tcp") + read_proc("/proc/net/tcp6")).splitlines()
+    columns = [row.split() for row in rows]
+    listening = [c for c in columns if len(c) > 9 and c[3] == "0A"]
+    ours = {f"socket:[{c[9]}]" for c in listening if c[1].endswith(f":{port:04X}")}
+    if not ours:
+        return ""
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        if ours & set(listed_sockets(pid)):
+            return f"process {pid} ({read_proc(f'/proc/{pid}/comm').strip()})"
+    return "a process of another user"
+
+
+def inherited_listeners(numbers: list[int]) -> list[socket.socket]:
+    """The listening sockets behind inherited descriptors; raises ProgramError for anything else."""
+    found = []
+    for number in numbers:
+        try:
+            os.set_inheritable(number, False)
+            listener = socket.socket(fileno=number)
+        except OSError as error:
+            raise ProgramError(f"descriptor {number} is no socket: {error.strerror}") from None
+        if listener.family not in (socket.AF_INET, socket.AF_INET6):
+            raise ProgramError(f"descriptor {number} is no TCP socket")
+        found.append(listener)
+    return found
+
+
+def activated_descriptors(environ: dict[str, str]) -> list[int]:
+    """The sockets that a service manager opened for this process (sd_listen_fds(3))."""
+    count_, pid = environ.get("LISTEN_FDS", ""), environ.get("LISTEN_PID", "")
+    if pid != str(os.getpid()) or not re.fullmatch(r"[0-9]{1,3}", count_):
+        return []
+    return list(range(3, 3 + int(count_)))
+
+
+def launch_listeners(launch: Launch, config: Config) -> list[socket.socket]:
+    """The sockets to listen on: inherited ones, or new ones.  Raises ProgramError."""
+    server = config.server
+    same = (launch.host, launch.port) == (server.host, server.port)
+    if launch.listeners and (same or launch.activated):
+        listeners = inherited_listeners(launch.listeners)
+        if launch.activated:
+            server.host, server.port = listeners[0].getsockname()[:2]
+            check_exposure(config)
+    else:
+        for number in launch.listeners:
+            os.close(number)  # a port that nobody answers on must not look open
+        listeners = open_port(server)
+    launch.host, launch.port = server.host, server.port
+    launch.listeners = [listener.fileno() for listener in listeners]
+    return listeners
+
+
+def open_port(server: ServerConfig) -> list[socket.socket]:
+    """New listening sockets; raises ProgramError, which names who has the port."""
+    try:
+        return open_listeners(server.host, server.port)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        holder = find_port_holder(server.port) if error.errno == errno.EADDRINUSE else ""
+        reason += f" by {holder}" if holder else ""
+        where = f"{shown_host(server.host)}:{server.port}"
+        raise ProgramError(f"cannot listen on {where}: {reason}; try --port") from None
+
+
+# 18.3 the process
+
+# A process that lives long runs this file from cached bytecode.  To compile it takes a quarter of
+# a second, and 30 MiB that are never given back: a child does that where it must be done.  And
+# the flags of `start`, the key among them, are not in the arguments that every user can list.
+LAUNCHER = """\
+import importlib.machinery, os, sys, types
+file, cache = sys.argv[1:]
+loader = importlib.machinery.SourceFileLoader("aiclient_api", file)
+kept, sys.pycache_prefix = sys.pycache_prefix, cache
+child = os.fork()
+if child:
+    os.waitpid(child, 0)
+code = loader.get_code("aiclient_api")
+if not child:
+    os._exit(0)
+sys.pycache_prefix = kept
+module = sys.modules["aiclient_api"] = types.ModuleType("aiclient_api")
+module.__file__ = file
+exec(code, module.__dict__)
+sys.exit(module.main_detached())
+"""
+
+
+def detached_command(paths: Paths) -> list[str]:
+    """The command of a process that waits for its Launch."""
+    file = os.path.realpath(__file__)
+    return [sys.executable, "-I", "-c", LAUNCHER, file, paths.bytecode_dir]
+
+
+def read_launch() -> Launch:
+    """The Launch on standard input, which then leads nowhere, as standard output does."""
+    with os.fdopen(os.dup(0), "rb") as file:
+        launch = Launch(**json.loads(file.read()))
+    sys.argv[:] = [launch.program]
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for number in (0, 1):
+        os.dup2(nowhere, number)
+    os.close(nowhere)
+    for number in launch.descriptors():
+        os.set_inheritable(number, False)
+    return launch
+
+
+def hand_over(handle: int, launch: Launch) -> None:
+    """Writes the Launch into the standard input of a process, and closes that."""
+    data = dump_json({item.name: getattr(launch, item.name) for item in fields(launch)})
+    try:
+        with os.fdopen(handle, "wb") as pipe:
+            pipe.write(data)
+    except BrokenPipeError:
+        pass  # it has ended: that it says nothing tells
+
+
+def keep_descriptors(kept: list[int]) -> None:
+    """Lets the next program inherit these and the standard ones, and no other that is open."""
+    low = 3
+    for number in sorted(kept):
+        os.closerange(low, number)
+        os.set_inheritable(number, True)
+        low = number + 1
+    os.closerange(low, MAX_DESCRIPTORS)
+
+
+def fork_daemon(launch: Launch, paths: Paths, errors: int) -> None:
+    """Starts `launch` in a session of its own, its standard error in `errors`.
+
+    Two forks: the process has no terminal and can never get one.  It must be called while there
+    is one thread only and no event loop.
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setsid()
+            if os.fork() == 0:
+                os.chdir("/")
+                os.dup2(reader, 0)
+                os.dup2(errors, 1)
+                os.dup2(errors, 2)
+                keep_descriptors(launch.descriptors())
+                command = detached_command(paths)
+                os.execv(command[0], command)
+        finally:
+            os._exit(1)
+    os.close(reader)
+    hand_over(writer, launch)
+    os.waitpid(child, 0)
+
+
+def read_report(handle: int, seconds: float) -> Json | None:
+    """What a new process says when it is ready, or why it is not; None when it says nothing."""
+    os.set_blocking(handle, False)
+    until = time.monotonic() + seconds
+    said = b""
+    while time.monotonic() < until:
+        try:
+            piece = os.read(handle, READ_BYTES)
+        except BlockingIOError:
+            time.sleep(POLL_SECONDS / 5)
             continue
-        if isinstance(entry, CopilotConfig):
-            machine = machine or load_machine(paths)
-            providers[name] = CopilotProvider(name, entry, paths, client, machine)
-        elif isinstance(entry, KiroConfig):
-            providers[name] = KiroProvider(name, entry, paths, client)
+        if not piece:
+            break
+        said += piece
+    return load_object(said)
+
+
+def write_report(handle: int, report: Json) -> bool:
+    """Says it, once, and whether somebody was there to hear it."""
+    try:
+        os.write(handle, dump_json(report))
+    except BrokenPipeError:
+        log_event("error", "nobody_waits_for_the_start")
+        return False
+    finally:
+        os.close(handle)
+    return True
+
+
+def notify_manager(words: str) -> None:
+    """Tells systemd how things are, where it started us (sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        try:
+            sender.sendto(words.encode(), re.sub(r"^@", "\0", address))
+        except OSError as error:
+            log_event("warning", "service_manager_not_told", reason=error.strerror)
+
+
+def raise_descriptor_limit() -> None:
+    """As many open files as we may have: each answer needs two."""
+    if resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def count_memory() -> int | None:
+    """Bytes of memory in use; None where the system does not tell."""
+    figures = read_proc("/proc/self/statm").split()
+    return int(figures[1]) * os.sysconf("SC_PAGE_SIZE") if len(figures) > 1 else None
+
+
+# 18.4 what runs
+
+
+@dataclass(slots=True)
+class Leaving:
+    """What a reload has replaced, and the requests that still use it."""
+
+    requests: list[Request]
+    closers: list[Callable[[], None]]
+
+
+class Daemon:
+    """The running gateway: what it is made of, and how that is exchanged while it serves.
+
+    It owns all of it.  Nothing here may be called from another thread than the event loop's.
+    """
+
+    def __init__(
+        self, launch: Launch, paths: Paths, config: Config, log_file: LogFile | None
+    ) -> None:
+        self.launch = launch
+        self.paths = paths
+        self.environ = dict(os.environ)
+        self.config = config
+        self.log_file = log_file
+        self.ticker = Ticker()
+        self.client = HttpClient(config.network, self.ticker)
+        self.usage = UsageTracker()
+        self.gateway = self.make_gateway({})
+        self.server = Server(
+            config.server, self.ticker, self.gateway.handler, self.gateway.write_error
+        )
+        self.started_at = time.time()
+        self.port = 0
+        self.leaving: list[Leaving] = []
+        #: serving, restarting, replaced (a successor has taken over) or stopping
+        self.state = "serving"
+        self.ending = asyncio.Event()
+        self.told_to_stop = False
+
+    def make_gateway(self, kept: dict[str, Provider]) -> Gateway:
+        """A gateway of the configuration; the providers in `kept` stay as they are."""
+        providers = make_providers(self.config, self.paths, self.client, kept)
+        return Gateway(self.config, providers, self.ticker, self.usage)
+
+    async def listen(self, listeners: list[socket.socket]) -> None:
+        """Begins to serve."""
+        self.port = listeners[0].getsockname()[1]
+        await self.server.listen(listeners)
+
+    async def run(self) -> None:
+        """Serves until a signal, or a successor, ends it; then finishes what has begun."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop)
+        if sys.stderr.isatty():
+            loop.add_signal_handler(signal.SIGHUP, self.stop)  # the terminal is gone
         else:
-            providers[name] = EchoProvider(name)
-    return providers
+            loop.add_signal_handler(signal.SIGHUP, self.reload_at_signal)
+        loop.add_signal_handler(signal.SIGUSR1, self.reopen_log)
+        await self.ending.wait()
+        log_event("info", "stopping", connections=len(self.server.connections))
+        if self.state == "replaced":
+            await self.server.retire(RETIRE_SECONDS)
+        await self.server.drain(self.config.server.drain_seconds)
+        for entry in self.leaving:
+            self.close_all(entry.closers)
+        self.close_all([p.close for p in self.gateway.providers.values()] + [self.client.close])
 
+    @staticmethod
+    def close_all(closers: list[Callable[[], None]]) -> None:
+        """Calls each of them."""
+        for close in closers:
+            close()
 
-class SecondFormatter:
-    """`2026-11-22T13:14:15.123Z INFO event key=value`; a second's stamp is worked out once."""
+    # -- signals
 
-    def __init__(self) -> None:
-        self.second = 0
-        self.stamp = ""
+    def stop(self) -> None:
+        """Stops accepting and finishes what has begun; asked a second time, ends at once."""
+        if self.told_to_stop:
+            os._exit(1)
+        self.told_to_stop = True
+        if self.state != "replaced":
+            self.state = "stopping"
+        notify_manager("STOPPING=1")
+        self.ending.set()
 
-    def format(self, record: logging.LogRecord) -> str:
-        """The line; a traceback follows it."""
-        second = int(record.created)
-        if second != self.second:
-            self.second = second
-            self.stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-        line = f"{self.stamp}.{int(record.msecs):03d}Z {record.levelname} {record.getMessage()}"
-        if record.exc_info:
-            line += "\n" + redact(logging.Formatter().formatException(record.exc_info))
-        return line
+    def reload_at_signal(self) -> None:
+        """As `reload`; what is wrong stands in the log."""
+        try:
+            self.reload()
+        except ProgramError as error:
+            log_event("error", "configuration_not_reloaded", reason=error)
 
+    def reopen_log(self) -> None:
+        """For log rotation by others."""
+        try:
+            if self.log_file is not None:
+                self.log_file.open()
+        except OSError as error:
+            log_event("error", "log_not_reopened", reason=error.strerror)
 
-def start_log(level: str) -> None:
-    """The log on standard error, a line per event, times in UTC."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(SecondFormatter())  # type: ignore[arg-type]  # made before logging is
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(getattr(logging, level.upper()))
-    logging.getLogger("asyncio").setLevel(logging.WARNING)
-    # The documented way to spare what no line shows (logging HOWTO, "Optimization").
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    setattr(logging, "_srcfile", None)  # noqa: B010 - as that page says
+    # -- reload
 
+    def reload(self) -> Json:
+        """Takes the configuration as it is now; raises ConfigError, and keeps the old one then.
 
-def print_ready(config: Config, port: int, providers: dict[str, Provider]) -> None:
-    """What a person needs next: address, providers, a first request to paste."""
-    url = f"http://{shown_host(config.server.host)}:{port}"
-    print(f"aiclient-api {__version__} listening on {url}", flush=True)
-    for name, provider in providers.items():
-        if isinstance(provider, (CopilotProvider, KiroProvider)):
-            ready = provider.account.is_signed_in()
-            state = "signed in" if ready else f"not signed in; type: {provider.sign_in}"
+        `{"changed": [KEY], "needs_restart": [KEY]}`.  Requests in flight end with what they began
+        with; a provider whose table is the same stays, with its tokens and its models.
+        """
+        new = load_config(self.paths, self.environ, self.launch.flags)
+        changed = changed_settings(self.config, new)
+        pinned = [k for k in ("server.host", "server.port") if k in changed]
+        new.server.host, new.server.port = self.config.server.host, self.config.server.port
+        check_exposure(new)
+        old, self.config = self.config, new
+        closers = self.exchange_gateway(old)
+        in_flight = [c.request for c in self.server.connections if c.request is not None]
+        self.leaving.append(Leaving(in_flight, closers))
+        self.ticker.add(self.sweep)
+        set_log_level(new.logging.level)
+        log_event("info", "configuration_reloaded", changed=",".join(changed) or "none")
+        if pinned and not self.launch.activated:
+            log_event("warning", "restart_needed", keys=",".join(pinned))
+        return {"changed": changed, "needs_restart": [] if self.launch.activated else pinned}
+
+    def exchange_gateway(self, old: Config) -> list[Callable[[], None]]:
+        """Makes the next request go to a new gateway; returns what closes parts of the old one."""
+        gateway, client, new = self.gateway, self.client, self.config
+        kept = {}
+        if old.network == new.network:
+            kept = {
+                name: provider
+                for name, provider in gateway.providers.items()
+                if old.providers[name] == new.providers.get(name)
+            }
         else:
-            state = "answers locally, needs no account"
-        print(f"  provider {name}: {state}")
-    key = " -H 'authorization: Bearer YOUR_KEY'" if config.api_key else ""
-    print("Try it:")
-    print(f"  curl {url}/v1/chat/completions -H 'content-type: application/json'{key} \\")
-    print(
-        """    -d '{"model":"echo","messages":[{"role":"user","content":"hello"}]}'""", flush=True
+            self.client = HttpClient(new.network, self.ticker)
+        self.gateway = self.make_gateway(kept)
+        self.server.config = new.server
+        self.server.handler = self.gateway.handler
+        self.server.write_error = self.gateway.write_error
+        closers = [p.close for name, p in gateway.providers.items() if name not in kept]
+        return closers if client is self.client else [*closers, client.close]
+
+    def sweep(self, now: float) -> None:
+        """Closes what no request uses any more."""
+        current = {connection.request for connection in self.server.connections}
+        for entry in list(self.leaving):
+            entry.requests = [request for request in entry.requests if request in current]
+            if not entry.requests:
+                self.leaving.remove(entry)
+                self.close_all(entry.closers)
+        if not self.leaving:
+            self.ticker.discard(self.sweep)
+
+    # -- restart
+
+    async def restart(self) -> Json:
+        """Hands the port to a new process with the same flags; returns that one's `status`.
+
+        Raises ProgramError where it does not come to serve: this process goes on then.
+        """
+        if self.state != "serving":
+            raise ProgramError(f"the gateway is {self.state} already")
+        if not self.launch.detached and "NOTIFY_SOCKET" not in os.environ:
+            raise ProgramError(
+                "the gateway runs in the foreground: restart it where it was started"
+            )
+        self.state = "restarting"
+        report = None
+        try:
+            report = await asyncio.to_thread(self.start_successor)
+        finally:
+            if report is None or "error" in report:
+                self.state = "stopping" if self.told_to_stop else "serving"
+        if "error" in report:
+            raise ProgramError(f"the old gateway goes on: {report['error']}")
+        self.state = "replaced"
+        os.close(self.launch.lock)  # the successor holds it now
+        log_event("info", "replaced", by=report["pid"])
+        self.ending.set()
+        return report
+
+    def start_successor(self) -> Json:
+        """Starts another process on the same sockets and waits for its report (in a thread)."""
+        reader, report_writer = os.pipe()
+        launch_reader, launch_writer = os.pipe()
+        launch = replace(self.launch, report=report_writer)
+        try:
+            child = subprocess.Popen(
+                detached_command(self.paths),
+                stdin=launch_reader,
+                stdout=subprocess.DEVNULL,
+                pass_fds=launch.descriptors(),
+                start_new_session=True,
+                cwd="/",
+            )
+        except OSError as error:
+            os.close(reader)
+            os.close(launch_writer)
+            return {"error": f"no new process could be started: {error.strerror}"}
+        finally:
+            os.close(report_writer)
+            os.close(launch_reader)
+        hand_over(launch_writer, launch)
+        report = read_report(reader, START_SECONDS)
+        os.close(reader)
+        if report is None or "error" in report:
+            child.kill()
+            child.wait()
+        return report or {"error": "the new process ended without a word; see the log"}
+
+    # -- what it tells
+
+    def status(self) -> Json:
+        """`{"version", "pid", "url", "uptime_s", ..., "providers": [{"name", "type", ...}]}`."""
+        config = self.config
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "url": f"http://{shown_host(config.server.host)}:{self.port}",
+            "state": self.state,
+            "uptime_s": int(time.time() - self.started_at),
+            "connections": len(self.server.connections),
+            "requests_in_flight": self.server.count_busy(),
+            "memory_bytes": count_memory(),
+            "needs_key": bool(config.api_key),
+            "detached": self.launch.detached,
+            "config_file": self.paths.config_file,
+            "log_file": self.launch.log_file or None,
+            "log_lines_dropped": self.log_file.dropped if self.log_file else 0,
+            "providers": [
+                self.provider_status(name, config.providers[name], provider)
+                for name, provider in self.gateway.providers.items()
+            ],
+        }
+
+    def provider_status(self, name: str, entry: ProviderConfig, provider: Provider) -> Json:
+        """`Provider.status` with its name and type, and what the sign-in tells of the account."""
+        found = {"name": name, "type": entry.type, "account": None, "plan": None}
+        found |= provider.status()
+        if isinstance(entry, EchoConfig):
+            return found
+        row = account_row(name, entry, self.paths)
+        found |= {"account": row["user"] or None, "plan": row["plan"] or None}
+        if row["health"].startswith("needs sign-in"):
+            found |= {"health": "not signed in", "reason": row["health"]}
+        return found
+
+
+# ---- 19. Control channel -----------------------------------------------------------------------
+#
+# A Unix socket; each message is a 4-byte big-endian length and then JSON.  Asked is
+# {"method": "status", "params": {}}, answered {"ok": true, "data": {...}} or
+# {"ok": false, "error": "..."}.  Threads of socketserver carry the bytes, one for each client; all
+# the work is done by the event loop, which is reached only by `run_coroutine_threadsafe`.
+# Secrets never travel over it.
+
+
+# Of the name under which a socket is made: it takes its place only when it listens, at once, so
+# that there is no moment without one, whoever had the place before.
+SOCKET_SUFFIX = ".new"
+
+
+class NoFrame(Exception):
+    """The peer has sent too much, or something else that is no frame."""
+
+
+def receive_exactly(peer: socket.socket, size: int, by: float) -> bytes:
+    """`size` bytes, fewer when the peer ends first; raises OSError after the monotonic `by`."""
+    data = bytearray()
+    while len(data) < size:
+        peer.settimeout(max(0.001, by - time.monotonic()))
+        piece = peer.recv(min(size - len(data), RECV_BYTES))
+        if not piece:
+            break
+        data += piece
+    return bytes(data)
+
+
+def read_frame(peer: socket.socket, seconds: float) -> bytes | None:
+    """The next message, None at the end; raises NoFrame, and OSError when it takes too long."""
+    by = time.monotonic() + seconds
+    head = receive_exactly(peer, 4, by)
+    if len(head) < 4:
+        return None
+    size = int.from_bytes(head, "big")
+    if size > MAX_CONTROL_BYTES:
+        raise NoFrame(f"a message may have {MAX_CONTROL_BYTES} bytes, not {size}")
+    data = receive_exactly(peer, size, by)
+    return data if len(data) == size else None
+
+
+def write_frame(peer: socket.socket, message: Json) -> None:
+    """Sends one message; raises OSError when the peer does not take it in time."""
+    data = dump_json(message)
+    peer.settimeout(CONTROL_SECONDS)
+    peer.sendall(len(data).to_bytes(4, "big") + data)
+
+
+def find_peer_user(peer: socket.socket) -> int | None:
+    """The user at the other end; None where the system does not tell."""
+    if hasattr(socket, "SO_PEERCRED"):  # Linux: struct ucred
+        data = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        return int(struct.unpack("3i", data)[1])
+    option = getattr(socket, "LOCAL_PEERCRED", None)  # macOS, FreeBSD: struct xucred
+    if option is None:
+        return None
+    return int(struct.unpack_from("II", peer.getsockopt(0, option, 76))[1])
+
+
+def check_private(folder: str) -> None:
+    """Makes a folder that nobody else can enter, or raises ProgramError where it is not ours."""
+    try:
+        make_private_dir(folder)
+        status = os.lstat(folder)
+    except OSError as error:
+        raise ProgramError(f"{folder}: cannot be used: {error.strerror}") from None
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise ProgramError(f"{folder}: is not a private folder of this user")
+
+
+def choose_socket_path(paths: Paths, environ: dict[str, str]) -> str:
+    """Where the control socket goes: a Unix socket's path must be short.  Raises ProgramError."""
+
+    def fits(path: str) -> bool:
+        return len(os.fsencode(path)) + len(SOCKET_SUFFIX) <= MAX_SOCKET_PATH_BYTES
+
+    if fits(paths.socket_file):
+        return paths.socket_file
+    name = short_hash(paths.state_dir, 16) + ".sock"
+    runtime = environ.get("XDG_RUNTIME_DIR", "")
+    folders = [os.path.join(runtime, "aiclient-api")] if os.path.isabs(runtime) else []
+    folders.append(os.path.join(tempfile.gettempdir(), f"aiclient-api-{os.getuid()}"))
+    for folder in folders:
+        path = os.path.join(folder, name)
+        if fits(path):
+            check_private(folder)
+            return path
+    raise ProgramError(
+        f"{paths.socket_file}: is too long for a socket; set XDG_RUNTIME_DIR to a shorter folder"
     )
 
 
-async def serve(config: Config, paths: Paths) -> int:
-    """Runs the gateway until a signal ends it; every object is made here.  The exit status."""
-    loop = asyncio.get_running_loop()
-    ticker = Ticker()
-    client = HttpClient(config.network, ticker)
-    providers = make_providers(config, paths, client)
-    gateway = Gateway(config, providers, ticker, UsageTracker())
-    server = Server(config.server, ticker, gateway.handler, gateway.write_error)
-    stopping = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
+class ControlServer:
+    """Serves the control socket in threads: `answer` turns a message's bytes into the answer."""
+
+    def __init__(self, path: str, answer: Callable[[bytes], Json]) -> None:
+        self.path = path
+        slots = self.slots = threading.BoundedSemaphore(MAX_CONTROL_CLIENTS)
+
+        class Channel(socketserver.BaseRequestHandler):
+            """One client, any number of messages."""
+
+            def handle(self) -> None:
+                try:
+                    while (data := read_frame(self.request, CONTROL_SECONDS)) is not None:
+                        write_frame(self.request, answer(data))
+                except NoFrame as error:
+                    write_frame(self.request, {"ok": False, "error": str(error)})
+                except OSError:
+                    pass  # gone, or too slow: it had its time
+
+        class Listener(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+            """A thread for each client, up to a number."""
+
+            daemon_threads = True
+            request_queue_size = 4 * MAX_CONTROL_CLIENTS
+
+            def verify_request(self, request: Any, client_address: Any) -> bool:
+                return find_peer_user(request) in (None, 0, os.getuid())
+
+            def process_request(self, request: Any, client_address: Any) -> None:
+                if slots.acquire(blocking=False):
+                    super().process_request(request, client_address)
+                else:
+                    self.shutdown_request(request)
+
+            def process_request_thread(self, request: Any, client_address: Any) -> None:
+                try:
+                    super().process_request_thread(request, client_address)
+                finally:
+                    slots.release()
+
+            def handle_error(self, request: Any, client_address: Any) -> None:
+                logging.getLogger("aiclient-api").exception("a control client failed")
+
+        new = path + SOCKET_SUFFIX
+        if os.path.lexists(new):
+            os.unlink(new)
+        before = os.umask(0o177)
+        try:
+            self.server = Listener(new, Channel)
+        finally:
+            os.umask(before)
+        self.identity = os.stat(new).st_ino
+        os.replace(new, path)
+        # It ends with the process: an end of its own would need it to wake up all the time.
+        serving = functools.partial(self.server.serve_forever, poll_interval=3600)
+        threading.Thread(target=serving, daemon=True).start()
+
+    def close(self) -> None:
+        """Takes the socket away, unless it is a successor's, and lets answers go out (waits)."""
+        try:
+            if os.stat(self.path).st_ino == self.identity:
+                os.unlink(self.path)
+        except FileNotFoundError:
+            pass
+        by = time.monotonic() + LINGER_SECONDS
+        for _ in range(MAX_CONTROL_CLIENTS):
+            self.slots.acquire(timeout=max(0.0, by - time.monotonic()))
+
+
+# -- methods: an async function of (daemon, params), and a line in the table
+
+
+async def control_status(daemon: Daemon, params: Json) -> Json:
+    """`Daemon.status`."""
+    return daemon.status()
+
+
+async def control_models(daemon: Daemon, params: Json) -> Json:
+    """`{"models": [...]}`, the rows of /v1/models."""
+    return {"models": daemon.gateway.rows(await daemon.gateway.catalogues(), False)}
+
+
+async def control_usage(daemon: Daemon, params: Json) -> Json:
+    """What /v1/usage answers."""
+    return daemon.usage.report()
+
+
+async def control_quota(daemon: Daemon, params: Json) -> Json:
+    """`{"providers": {NAME: Quota.as_json() or {"error": TEXT}}}`, of those that have any."""
+    providers = dict(daemon.gateway.providers)
+    asked = (provider.quota() for provider in providers.values())
+    answers = await asyncio.gather(*asked, return_exceptions=True)
+    rows: Json = {}
+    for name, answer in zip(providers, answers, strict=True):
+        if isinstance(answer, ApiError):
+            rows[name] = {"error": answer.text()}
+        elif isinstance(answer, BaseException):
+            raise answer
+        elif answer is not None:
+            rows[name] = answer.as_json()
+    return {"providers": rows}
+
+
+async def control_config_show(daemon: Daemon, params: Json) -> Json:
+    """`{"settings": [{"key", "value", "origin"}]}`, secrets masked."""
+    return {"settings": shown_settings(daemon.config)}
+
+
+async def control_config_set(daemon: Daemon, params: Json) -> Json:
+    """Sets `key` to the words `value` in the file, and reloads; not for secrets."""
+    key, value = need_str(params, "key"), need_str(params, "value")
+    if key in SECRET_SETTINGS:
+        raise ProgramError(f"{key}: secrets do not travel here; set it in the file, then reload")
+    change_config(daemon.paths, daemon.environ, key, value)
+    return daemon.reload()
+
+
+async def control_config_reload(daemon: Daemon, params: Json) -> Json:
+    """`Daemon.reload`."""
+    return daemon.reload()
+
+
+async def switch_provider(daemon: Daemon, params: Json, enabled: str) -> Json:
+    """Persists and applies it; an enabled provider rests no more."""
+    name = need_str(params, "name")
+    change_provider(daemon.paths, daemon.environ, name, enabled)
+    done = daemon.reload()
+    if name in daemon.gateway.providers:
+        daemon.gateway.providers[name].wake()
+    return done
+
+
+async def control_provider_enable(daemon: Daemon, params: Json) -> Json:
+    """Enables the provider `name`."""
+    return await switch_provider(daemon, params, "true")
+
+
+async def control_provider_disable(daemon: Daemon, params: Json) -> Json:
+    """Disables the provider `name`."""
+    return await switch_provider(daemon, params, "false")
+
+
+async def control_logs_tail(daemon: Daemon, params: Json) -> Json:
+    """`{"lines": [...]}`: the last `lines` of at least `level`."""
+    if not daemon.launch.log_file:
+        raise ProgramError("the gateway logs to its terminal, not to a file")
+    lines = int_field(params, "lines") or DEFAULT_LOG_LINES
+    level = str_field(params, "level") or "debug"
+    path = daemon.launch.log_file
+    return {"lines": await asyncio.to_thread(load_log_tail, path, lines, level)}
+
+
+async def control_restart(daemon: Daemon, params: Json) -> Json:
+    """`Daemon.restart`."""
+    return await daemon.restart()
+
+
+CONTROL_METHODS: dict[str, Callable[[Daemon, Json], Awaitable[Json]]] = {
+    "config.reload": control_config_reload,
+    "config.set": control_config_set,
+    "config.show": control_config_show,
+    "logs.tail": control_logs_tail,
+    "models": control_models,
+    "provider.disable": control_provider_disable,
+    "provider.enable": control_provider_enable,
+    "quota": control_quota,
+    "restart": control_restart,
+    "status": control_status,
+    "usage": control_usage,
+}
+
+
+async def answer_control(daemon: Daemon, data: bytes) -> Json:
+    """The answer to one message, whatever it is."""
     try:
-        port = await server.listen()
+        message = load_object(data)
+        method = message.get("method") if message is not None else None
+        if message is None or not isinstance(method, str):
+            raise ProgramError('a message is like {"method":"status","params":{}}')
+        if method not in CONTROL_METHODS:
+            raise ProgramError(f"no such method; there are: {', '.join(CONTROL_METHODS)}")
+        found = await CONTROL_METHODS[method](daemon, dict_field(message, "params"))
+    except ApiError as error:
+        return {"ok": False, "error": error.text()}
+    except ProgramError as error:
+        return {"ok": False, "error": str(error)}
+    return {"ok": True, "data": found}
+
+
+def open_control(daemon: Daemon, path: str) -> ControlServer:
+    """The control channel of a daemon; raises ProgramError."""
+    loop = asyncio.get_running_loop()
+
+    def answer(data: bytes) -> Json:
+        work = asyncio.run_coroutine_threadsafe(answer_control(daemon, data), loop)
+        try:
+            return work.result(CONTROL_WORK_SECONDS)
+        except TimeoutError:
+            work.cancel()
+            return {"ok": False, "error": "that took too long"}
+
+    try:
+        return ControlServer(path, answer)
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        where = f"{shown_host(config.server.host)}:{config.server.port}"
-        raise ProgramError(f"cannot listen on {where}: {reason}; try --port") from None
-    print_ready(config, port, providers)
-    await stopping.wait()
-    log_event("info", "stopping", connections=len(server.connections))
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, os._exit, 1)  # a second signal: at once
-    await server.drain(config.server.drain_seconds)
-    for provider in providers.values():
-        provider.close()
-    client.close()
+        raise ProgramError(f"{path}: cannot be made: {error.strerror}") from None
+
+
+# -- the other end, which needs no event loop
+
+
+def not_running() -> NotRunning:
+    """The error where there is no daemon to ask."""
+    start = f"{program_words(sys.argv[0])} start"
+    return NotRunning(f"the gateway is not running; start it with: {start}")
+
+
+def ask_daemon(
+    paths: Paths, method: str, params: Json | None = None, seconds: float = CONTROL_WORK_SECONDS
+) -> Json:
+    """What the running daemon answers; raises NotRunning and ProgramError."""
+    if fcntl is None:
+        raise ProgramError("this needs a Unix socket, which this system has not")
+    for _ in range(2):  # a daemon that is being replaced may leave one question open
+        pid, path = read_pid_file(paths.pid_file)
+        if not path:
+            break
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
+            try:
+                peer.settimeout(CONTROL_SECONDS)
+                peer.connect(path)
+                write_frame(peer, {"method": method, "params": params or {}})
+                data = read_frame(peer, seconds)
+            except (OSError, NoFrame) as error:
+                if not is_locked(paths.pid_file):
+                    raise not_running() from None
+                who = f"the gateway (process {pid})" if pid else "the gateway"
+                reason = getattr(error, "strerror", None) or str(error)
+                raise ProgramError(f"{who} does not answer now: {reason}") from None
+        if data is not None:
+            answer = load_object(data) or {}
+            if answer.get("ok") is not True:
+                raise ProgramError(str(answer.get("error")))
+            return dict_field(answer, "data")
+    if not is_locked(paths.pid_file):
+        raise not_running()
+    raise ProgramError("the gateway is just starting or stopping; try again in a moment")
+
+
+# ---- 20. Command line --------------------------------------------------------------------------
+
+
+def make_environ() -> dict[str, str]:
+    """The environment as a plain dict."""
+    return dict(os.environ)
+
+
+# 20.1 what the verbs show: tables for people, JSON for programs
+
+
+def shown_duration(seconds: float) -> str:
+    """`2 d 3 h`, `5 min 10 s`: the two largest units that count."""
+    parts: list[str] = []
+    left = int(seconds)
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")):
+        number, left = divmod(left, size)
+        if number or (unit == "s" and not parts):
+            parts.append(f"{number} {unit}")
+    return " ".join(parts[:2])
+
+
+def shown_figure(value: Any) -> str:
+    """A number in few characters, `-` for none."""
+    return "-" if value is None else f"{value:,.2f}".rstrip("0").rstrip(".")
+
+
+def shown_day(moment: float | None) -> str:
+    """A day in UTC, `-` for none."""
+    return time.strftime("%Y-%m-%d", time.gmtime(moment)) if moment else "-"
+
+
+COLOURS = {"ready": "32", "resting": "33", "failing": "31", "not signed in": "33"}
+STATES = re.compile("|".join(COLOURS))
+
+
+def coloured(text: str) -> str:
+    """`text` with every state in its colour, where a terminal shows that."""
+    if not sys.stdout.isatty() or "NO_COLOR" in os.environ:
+        return text
+    return STATES.sub(lambda found: f"\x1b[{COLOURS[found[0]]}m{found[0]}\x1b[0m", text)
+
+
+def table_lines(rows: list[list[str]]) -> list[str]:
+    """Rows as lines with aligned columns; nothing in them can steer a terminal."""
+    clean = [[CONTROLS.sub("", cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*clean, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in clean]
+
+
+def print_table(head: tuple[str, ...], rows: list[list[str]]) -> None:
+    """Columns as wide as they must be."""
+    print("\n".join(table_lines([list(head), *rows])))
+
+
+def show(options: argparse.Namespace, found: Json, print_it: Callable[[Json], None]) -> int:
+    """A table on a terminal, JSON with --json or in a pipe; the exit status of success."""
+    if options.json or not sys.stdout.isatty():
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        print_it(found)
     return 0
 
+
+def print_ready(status: Json) -> None:
+    """What a person needs next: address, providers, a first request to paste."""
+    url = status["url"]
+    print(f"aiclient-api {status['version']} listening on {url} (process {status['pid']})")
+    for row in status["providers"]:
+        reason = f": {row['reason']}" if row["reason"] else ""
+        print(f"  provider {row['name']}: {coloured(row['health'])}{reason}")
+    key = " -H 'authorization: Bearer YOUR_KEY'" if status["needs_key"] else ""
+    print("Try it:")
+    print(f"  curl {url}/v1/chat/completions -H 'content-type: application/json'{key} \\")
+    print("""    -d '{"model":"echo","messages":[{"role":"user","content":"hello"}]}'""")
+    if status["detached"]:
+        print(f"Its log is {status['log_file']}; end it with: {program_words(sys.argv[0])} stop")
+    sys.stdout.flush()
+
+
+def print_status(status: Json) -> None:
+    """`status` for people."""
+    uptime = shown_duration(status["uptime_s"])
+    print(f"aiclient-api {status['version']}, process {status['pid']}, {status['state']}: {uptime}")
+    memory = status["memory_bytes"]
+    print(f"address      {status['url']}")
+    print(f"connections  {status['connections']}, requests {status['requests_in_flight']}")
+    print(f"memory       {'-' if memory is None else f'{memory / MIB:.0f} MiB'}")
+    print(f"config       {status['config_file']}")
+    print(f"log          {status['log_file'] or 'standard error'}")
+    if status["log_lines_dropped"]:
+        print(f"             {status['log_lines_dropped']} lines could not be written")
+    print()
+    head = ("PROVIDER", "TYPE", "HEALTH", "ACCOUNT", "PLAN", "TOKEN", "COOL-DOWN")
+    now = time.time()
+    rows = []
+    for row in status["providers"]:
+        left = row["token_expires_at"]
+        rests = [f"{model} {seconds} s" for model, seconds in row["cool_downs"].items()]
+        rows.append(
+            [
+                row["name"],
+                row["type"],
+                row["health"],
+                row["account"] or "-",
+                row["plan"] or "-",
+                "-" if left is None else shown_duration(max(0, left - now)),
+                ", ".join(rests) or "-",
+            ]
+        )
+    print(coloured("\n".join(table_lines([list(head), *rows]))))
+    for row in status["providers"]:
+        if row["health"] != "ready" and row["reason"]:
+            print(f"{row['name']}: {row['reason']}")
+
+
+def print_models(found: Json) -> None:
+    """`models` for people."""
+    rows = [
+        [
+            row["id"],
+            row["provider"],
+            shown_figure(row.get("context_window")),
+            shown_figure(row.get("max_tokens")),
+        ]
+        for row in found["models"]
+    ]
+    print_table(("MODEL", "PROVIDER", "CONTEXT", "OUTPUT"), rows)
+
+
+def print_usage(report: Json) -> None:
+    """`usage` for people."""
+    keys = ("request_count", "error_count", "input_tokens", "output_tokens", "total_tokens")
+    rows = []
+    for name, provider in report["providers"].items():
+        for model, row in provider["models"].items():
+            rows.append([f"{name}/{model}", *(shown_figure(row[key]) for key in keys)])
+    rows.append(["total", *(shown_figure(report["total"][key]) for key in keys)])
+    print_table(("MODEL", "REQUESTS", "ERRORS", "INPUT", "OUTPUT", "TOKENS"), rows)
+
+
+def print_quota(found: Json) -> None:
+    """`quota` for people."""
+    rows, problems = [], []
+    for name, quota in found["providers"].items():
+        if "error" in quota:
+            problems.append(f"{name}: {quota['error']}")
+            continue
+        for row in quota["allowances"]:
+            limit = "no limit" if row["unlimited"] else shown_figure(row["limit"])
+            figures = [shown_figure(row["used"]), limit, shown_figure(row["remaining"])]
+            resets = shown_day(quota["resets_at"])
+            rows.append([name, quota["plan"] or "-", row["name"], *figures, resets])
+    print_table(("PROVIDER", "PLAN", "OF", "USED", "LIMIT", "LEFT", "RESETS"), rows)
+    for problem in problems:
+        print(problem)
+
+
+def print_settings(found: Json) -> None:
+    """`config show` for people."""
+    rows = [[r["key"], write_toml(r["value"]), r["origin"]] for r in found["settings"]]
+    print_table(("KEY", "VALUE", "FROM"), rows)
+
+
+def print_changes(done: Json) -> None:
+    """What a reload did."""
+    print("changed: " + (", ".join(done["changed"]) or "nothing"))
+    if done["needs_restart"]:
+        keys = ", ".join(done["needs_restart"])
+        print(f"{keys}: takes effect after: {program_words(sys.argv[0])} restart")
+
+
+# 20.2 start, stop, restart
+
+
+async def serve(
+    launch: Launch,
+    paths: Paths,
+    config: Config,
+    listeners: list[socket.socket],
+    report: Callable[[Json], bool],
+) -> int:
+    """Runs the gateway until it is told to end; every object is made here.  The exit status.
+
+    `report` hears of the status when all is ready, and says whether somebody waited for it.
+    """
+    try:
+        log_file = start_log(config.logging.level, launch.log_file, launch.detached)
+    except OSError as error:
+        where = launch.log_file
+        raise ProgramError(f"{where}: the log cannot be written: {error.strerror}") from None
+    raise_descriptor_limit()
+    daemon = Daemon(launch, paths, config, log_file)
+    await daemon.listen(listeners)
+    control = None
+    if fcntl is not None:
+        control = open_control(daemon, choose_socket_path(paths, daemon.environ))
+        try:
+            write_pid_file(launch.lock, control.path)
+        except OSError as error:
+            control.close()
+            raise ProgramError(f"{paths.pid_file}: cannot be written: {error.strerror}") from None
+    notify_manager(f"READY=1\nMAINPID={os.getpid()}")
+    log_event("info", "listening", port=daemon.port, version=__version__)
+    if not report(daemon.status()):
+        daemon.stop()
+    await daemon.run()
+    if control is not None:
+        await asyncio.to_thread(control.close)
+    return 0
+
+
+def main_detached() -> int:
+    """What a background process runs: its Launch comes on standard input.  The exit status."""
+    launch = read_launch()
+    handle, launch.report = launch.report, -1
+
+    def report(status: Json) -> bool:
+        return write_report(handle, status)
+
+    os.umask(0o077)
+    try:
+        environ = make_environ()
+        paths = find_paths(environ)
+        config = load_config(paths, environ, launch.flags)
+        listeners = launch_listeners(launch, config)
+        return asyncio.run(serve(launch, paths, config, listeners, report))
+    except ProgramError as error:
+        report({"error": str(error)})
+        return error.exit_status
+
+
+def await_daemon(paths: Paths) -> Json | None:
+    """The status of the daemon that has the lock, once it serves; None if it gives the lock up."""
+    until = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            status = ask_daemon(paths, "status", seconds=CONTROL_SECONDS)
+            if status["state"] != "stopping":
+                return status
+            problem = ProgramError(f"process {status['pid']} is still stopping; see: status")
+        except NotRunning:
+            return None
+        except ProgramError as error:
+            problem = error
+        if time.monotonic() > until:
+            raise problem
+        time.sleep(POLL_SECONDS)
+
+
+def tell_running(status: Json, asked: bool) -> int:
+    """`start` where a gateway runs: success, unless it was `asked` to be another one."""
+    print(f"aiclient-api runs already: {status['url']} (process {status['pid']})")
+    if not asked:
+        return 0
+    raise ProgramError("the flags were not applied; stop it first, or restart it")
+
+
+def ask_health(url: str) -> bool:
+    """Whether the gateway at `url` answers."""
+    parts = urllib.parse.urlsplit(url)
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(parts.hostname or "", parts.hostname)
+    try:
+        with socket.create_connection((host, parts.port), HEALTH_SECONDS) as peer:
+            peer.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            return receive_exactly(peer, 12, time.monotonic() + HEALTH_SECONDS).endswith(b" 200")
+    except OSError:
+        return False
+
+
+def last_lines(path: str, begin: int) -> str:
+    """What a log says from the byte `begin` on, the last lines of it, each on a line of its own."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(begin)
+            lines = file.read(MIB).decode("utf-8", "replace").splitlines()
+    except OSError:
+        return ""
+    return "".join(f"\n  {line}" for line in lines[-10:])
+
+
+def start_detached(launch: Launch, paths: Paths) -> int:
+    """Starts the gateway in the background and waits until it answers; raises ProgramError."""
+    log = launch.log_file
+    try:
+        errors = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ProgramError(f"{log}: the log cannot be written: {error.strerror}") from None
+    begin = os.fstat(errors).st_size
+    reader, launch.report = os.pipe()
+    fork_daemon(launch, paths, errors)
+    for number in (errors, *launch.descriptors()):
+        os.close(number)
+    status = read_report(reader, START_SECONDS)
+    if status is None or "error" in status:
+        reason = status["error"] if status else "it ended, or took too long, without a word"
+        raise ProgramError(f"the gateway did not start: {reason}{last_lines(log, begin)}")
+    if not ask_health(status["url"]):
+        signal_daemon(paths.pid_file, status["pid"], signal.SIGTERM)
+        raise ProgramError(f"{status['url']} does not answer{last_lines(log, begin)}")
+    print_ready(status)
+    return 0
+
+
+def cmd_start(options: argparse.Namespace) -> int:
+    """Starts the gateway in the background, or with --foreground in this terminal.
+
+    Where one runs already, it says so; that is a failure only if flags were given.
+    """
+    if not options.foreground and not hasattr(os, "fork"):
+        raise WrongUsage("this system has no background here; use: start --foreground")
+    os.umask(0o077)
+    environ = make_environ()
+    paths = find_paths(environ)
+    flags = {
+        "server.host": options.host,
+        "server.port": options.port,
+        "api_key": options.api_key,
+    }
+    config = load_config(paths, environ, flags)
+    open_state(paths)
+    log_file = os.path.abspath(options.log_file) if options.log_file else ""
+    detached = not options.foreground
+    launch = Launch(flags, sys.argv[0], log_file or (paths.log_file if detached else ""), detached)
+    while (lock := take_lock(paths.pid_file)) is None:
+        status = await_daemon(paths)
+        if status is not None:
+            asked = options.foreground or log_file or any(v is not None for v in flags.values())
+            return tell_running(status, bool(asked))
+    launch.lock = lock
+    if not detached:
+        launch.listeners = activated_descriptors(environ)
+        launch.activated = bool(launch.listeners)
+    listeners = launch_listeners(launch, config)
+    # All is checked and nothing is forked: a person at the terminal can still be asked.
+    accounts = [row for row in account_rows(config, paths) if row["enabled"]]
+    is_new = accounts and all(row["health"] == "not signed in" for row in accounts)
+    if is_new and Console().interactive:
+        at_desk(offer_sign_in, config, paths)
+    if detached:
+        return start_detached(launch, paths)
+
+    def report(status: Json) -> bool:
+        print_ready(status)
+        return True
+
+    return asyncio.run(serve(launch, paths, config, listeners, report))
+
+
+def cmd_stop(options: argparse.Namespace) -> int:
+    """Ends the gateway: running answers may finish, up to server.drain_seconds."""
+    environ = make_environ()
+    paths = find_paths(environ)
+    path = paths.pid_file
+    if not is_locked(path):
+        raise not_running()
+    try:
+        drain_s = load_config(paths, environ, {}).server.drain_seconds
+    except ConfigError:
+        drain_s = ServerConfig().drain_seconds  # what is broken has to go all the same
+    kill_at = time.monotonic() + drain_s + INSIST_SECONDS
+    number, told = signal.SIGTERM, set()
+    while is_locked(path):
+        pid, _ = read_pid_file(path)
+        if pid and (pid, number) not in told:  # a successor may have taken over meanwhile
+            told.add((pid, number))
+            signal_daemon(path, pid, number)
+        if time.monotonic() > kill_at:
+            if number == signal.SIGKILL or not pid:
+                raise ProgramError(f"the gateway (process {pid or 'unknown'}) does not end")
+            print(f"process {pid} did not end in time: it is killed", file=sys.stderr)
+            number, kill_at = signal.SIGKILL, time.monotonic() + INSIST_SECONDS
+        time.sleep(POLL_SECONDS)
+    print("stopped")
+    return 0
+
+
+def cmd_restart(options: argparse.Namespace) -> int:
+    """Replaces the running process by a new one, with the same flags; no request is lost."""
+    paths = find_paths(make_environ())
+    print_ready(ask_daemon(paths, "restart", seconds=START_SECONDS + CONTROL_SECONDS))
+    return 0
+
+
+# 20.3 accounts
 
 Result = TypeVar("Result")
 
@@ -16650,13 +18305,6 @@ def cmd_auth_list(options: argparse.Namespace) -> int:
     return 0
 
 
-def table_lines(rows: list[list[str]]) -> list[str]:
-    """Rows as lines with aligned columns; nothing in them can steer a terminal."""
-    clean = [[CONTROLS.sub("", cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*clean, strict=True)]
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in clean]
-
-
 def cmd_auth_revoke(options: argparse.Namespace) -> int:
     """Remove a sign-in from this machine."""
     config, paths = load_desk()
@@ -16668,24 +18316,412 @@ def cmd_auth_revoke(options: argparse.Namespace) -> int:
     return 0
 
 
-def cmd_start(options: argparse.Namespace) -> int:
-    """`start`: runs the gateway in this terminal."""
-    if not options.foreground:
-        raise WrongUsage("this version runs in the foreground only: start --foreground")
-    os.umask(0o077)
-    flags = {
-        "server.host": options.host,
-        "server.port": options.port,
-        "api_key": options.api_key,
+# 20.4 verbs that ask the daemon
+
+
+def cmd_status(options: argparse.Namespace) -> int:
+    """Shows the running gateway and its providers."""
+    return show(options, ask_daemon(find_paths(make_environ()), "status"), print_status)
+
+
+def cmd_models(options: argparse.Namespace) -> int:
+    """Lists the models that can be asked for."""
+    return show(options, ask_daemon(find_paths(make_environ()), "models"), print_models)
+
+
+def cmd_usage(options: argparse.Namespace) -> int:
+    """Shows requests and tokens by model."""
+    return show(options, ask_daemon(find_paths(make_environ()), "usage"), print_usage)
+
+
+def cmd_quota(options: argparse.Namespace) -> int:
+    """Asks the services what is left of your plans."""
+    return show(options, ask_daemon(find_paths(make_environ()), "quota"), print_quota)
+
+
+# 20.5 configuration
+
+
+def reload_if_running(paths: Paths) -> Json | None:
+    """What the running gateway makes of a changed file; None where none runs."""
+    try:
+        return ask_daemon(paths, "config.reload")
+    except NotRunning:
+        return None
+    except ProgramError as error:
+        raise ProgramError(f"saved, but the running gateway goes on as before: {error}") from None
+
+
+def tell_saved(paths: Paths, key: str = "") -> int:
+    """Applies a changed file and says what that did, also where something else beats `key`."""
+    done = reload_if_running(paths)
+    print(f"saved in {paths.config_file}")
+    if done is None:
+        return 0
+    print_changes(done)
+    for row in ask_daemon(paths, "config.show")["settings"]:
+        if row["key"] == key and row["origin"] != "file":
+            print(f"{row['origin']} beats the file as long as this gateway runs")
+    return 0
+
+
+def cmd_config_show(options: argparse.Namespace) -> int:
+    """Shows every setting in effect and where it is from; secrets are masked."""
+    environ = make_environ()
+    paths = find_paths(environ)
+    try:
+        found = ask_daemon(paths, "config.show")
+    except NotRunning:
+        found = {"settings": shown_settings(load_config(paths, environ, {}))}
+    return show(options, found, print_settings)
+
+
+def cmd_config_set(options: argparse.Namespace) -> int:
+    """Changes one setting in the file, all else in it kept, and applies it at once."""
+    environ = make_environ()
+    paths = find_paths(environ)
+    value = options.value
+    if value == "-":
+        value = sys.stdin.readline().rstrip("\r\n")
+    change_config(paths, environ, options.key, value)
+    return tell_saved(paths, options.key)
+
+
+def cmd_config_reload(options: argparse.Namespace) -> int:
+    """Makes the running gateway read its configuration again."""
+    done = ask_daemon(find_paths(make_environ()), "config.reload")
+    return show(options, done, print_changes)
+
+
+INIT_HEAD = "# aiclient-api; README.md lists every setting.\n"
+
+
+def ask_line(question: str, default: str) -> str:
+    """A person's answer; `default` for an empty one."""
+    return input(f"{question} [{default}]: ").strip() or default
+
+
+def ask_settings() -> dict[str, str]:
+    """What the wizard asks: key -> words."""
+    print("Which service should answer when a model's name does not tell?")
+    settings = {"default_provider": ask_line("copilot, kiro or echo", "copilot")}
+    settings["server.port"] = ask_line("Port to listen on", "9090")
+    words = ask_line("Should programs have to send a key?  Yes generates one (yes, no)", "no")
+    if words.lower() in ("y", "yes"):
+        settings["api_key"] = "sk-local-" + os.urandom(24).hex()
+    return settings
+
+
+def cmd_config_init(options: argparse.Namespace) -> int:
+    """Writes a first configuration file: asks three questions and shows the file before."""
+    paths = find_paths(make_environ())
+    where = paths.config_file
+    if os.path.lexists(where) and not options.force:
+        raise ProgramError(f"{where} exists; change it with the verb: config set KEY VALUE")
+    asking = sys.stdin.isatty() and not options.yes
+    if not asking and not options.yes:
+        raise WrongUsage("there is nobody to ask here; --yes writes the defaults")
+    defaults = {"default_provider": "copilot", "server.port": "9090"}
+    text = INIT_HEAD
+    for key, value in (ask_settings() if asking else defaults).items():
+        text = change_setting(text, where, key, value)
+    print(f"\n{where}:\n\n{text}")
+    if asking and ask_line("Write it (yes, no)", "yes").lower() not in ("y", "yes"):
+        print("nothing was written")
+        return 1
+    try:
+        make_private_dir(paths.config_dir)
+        replace_file(os.path.realpath(where), text.encode())
+    except OSError as error:
+        raise ConfigError(f"{where}: cannot be written: {error.strerror}") from None
+    return tell_saved(paths)
+
+
+def switch_one(options: argparse.Namespace, method: str, enabled: str) -> int:
+    """Enables or disables a provider, in the running gateway too where there is one."""
+    environ = make_environ()
+    paths = find_paths(environ)
+    try:
+        done = ask_daemon(paths, method, {"name": options.name})
+    except NotRunning:
+        change_provider(paths, environ, options.name, enabled)
+        print(f"saved in {paths.config_file}")
+        return 0
+    print_changes(done)
+    return 0
+
+
+def cmd_provider_enable(options: argparse.Namespace) -> int:
+    """Enables a provider, now and from now on, and ends its cool-downs."""
+    return switch_one(options, "provider.enable", "true")
+
+
+def cmd_provider_disable(options: argparse.Namespace) -> int:
+    """Disables a provider, now and from now on; what it answers now is finished."""
+    return switch_one(options, "provider.disable", "false")
+
+
+# 20.6 the log
+
+
+def find_log(paths: Paths) -> str:
+    """The file that the gateway logs to; raises ProgramError where it has none."""
+    try:
+        path = ask_daemon(paths, "status", seconds=CONTROL_SECONDS)["log_file"]
+    except ProgramError:
+        return paths.log_file
+    if path is None:
+        raise ProgramError("the gateway logs to its terminal, or to the journal of its service")
+    return str(path)
+
+
+def follow_log(path: str, level: str) -> None:
+    """Prints what is added to a log, through its rotations, until interrupted."""
+    wanted = LogFilter(level)
+    rest = ""
+    file = open(path, errors="replace")  # noqa: SIM115 - exchanged below
+    file.seek(0, os.SEEK_END)
+    while True:
+        piece = file.read()
+        if piece:
+            *lines, rest = (rest + piece).split("\n")
+            for line in filter(wanted.takes, lines):
+                print(line, flush=True)
+            continue
+        try:
+            if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                rest += file.read()  # what came between the two looks
+                file.close()
+                file = open(path, errors="replace")  # noqa: SIM115 - as above
+                continue
+        except FileNotFoundError:
+            pass  # just being rotated
+        time.sleep(POLL_SECONDS)
+
+
+def cmd_logs(options: argparse.Namespace) -> int:
+    """Shows the last lines of the log."""
+    path = find_log(find_paths(make_environ()))
+    if not os.path.exists(path):
+        raise ProgramError(f"{path}: there is no log yet")
+    for line in load_log_tail(path, options.lines, options.level):
+        print(line, flush=True)
+    if options.follow:
+        follow_log(path, options.level)
+    return 0
+
+
+# 20.7 service managers
+
+SERVICE_NAME = "aiclient-api"
+
+
+def quote_unit(text: str) -> str:
+    """An argument in a systemd unit, where `%`, `$` and backslashes mean something."""
+    for mark, escaped in (("\\", "\\\\"), ('"', '\\"'), ("%", "%%"), ("$", "$$")):
+        text = text.replace(mark, escaped)
+    return f'"{text}"'
+
+
+def service_command(*words: str) -> list[str]:
+    """The command that a service manager runs: this file, by this Python, nothing else."""
+    return [sys.executable, "-I", os.path.realpath(__file__), *words]
+
+
+def service_environment(environ: dict[str, str]) -> dict[str, str]:
+    """What decides where files are; secrets stay out of world-readable places."""
+    names = ("XDG_CONFIG_HOME", "XDG_STATE_HOME")
+    return {name: environ[name] for name in names if environ.get(name)}
+
+
+def systemd_unit(environ: dict[str, str]) -> str:
+    """The user unit.  A restart by `aiclient-api restart` changes its main process."""
+    start = " ".join(map(quote_unit, service_command("start", "--foreground")))
+    reload = " ".join(map(quote_unit, service_command("config", "reload")))
+    settings = service_environment(environ).items()
+    lines = [f"Environment={quote_unit(f'{name}={value}')}\n" for name, value in settings]
+    return (
+        "[Unit]\n"
+        "Description=aiclient-api: GitHub Copilot and Kiro as the OpenAI and the Anthropic API\n"
+        "After=network-online.target\n\n"
+        "[Service]\nType=notify\nNotifyAccess=all\n"
+        f"ExecStart={start}\nExecReload={reload}\n{''.join(lines)}"
+        "Restart=on-failure\nRestartSec=2\nTimeoutStopSec=90\n\n"
+        "[Install]\nWantedBy=default.target\n"
+    )
+
+
+def launchd_agent(environ: dict[str, str]) -> str:
+    """The agent of macOS."""
+    log = find_paths(environ).log_file
+    agent = {
+        "Label": SERVICE_NAME,
+        "ProgramArguments": service_command("start", "--foreground", "--log-file", log),
+        "EnvironmentVariables": service_environment(environ),
+        "RunAtLoad": True,
+        "KeepAlive": {"SuccessfulExit": False},
     }
-    paths = find_paths(dict(os.environ))
-    config = load_config(paths, dict(os.environ), flags)
-    start_log(config.logging.level)
-    accounts = [row for row in account_rows(config, paths) if row["enabled"]]
-    is_new = accounts and all(row["health"] == "not signed in" for row in accounts)
-    if is_new and Console().interactive:
-        at_desk(offer_sign_in, config, paths)
-    return asyncio.run(serve(config, paths))
+    return str(plistlib.dumps(agent).decode())
+
+
+class ServiceManager(NamedTuple):
+    """Where a service file goes, what is in it, and the commands that make it known."""
+
+    path: str
+    text: str
+    install: list[list[str]]
+    remove: list[list[str]]
+    #: said after an installation
+    hint: str
+
+
+def find_manager(kind: str) -> ServiceManager:
+    """systemd or launchd; "" is this system's."""
+    environ = make_environ()
+    home = os.path.expanduser("~")
+    if (kind or sys.platform) in ("launchd", "darwin"):
+        path = os.path.join(home, "Library", "LaunchAgents", f"{SERVICE_NAME}.plist")
+        domain = f"gui/{os.getuid()}"
+        return ServiceManager(
+            path,
+            launchd_agent(environ),
+            [["launchctl", "bootstrap", domain, path]],
+            [["launchctl", "bootout", f"{domain}/{SERVICE_NAME}"]],
+            "It starts whenever you log in.",
+        )
+    unit = f"{SERVICE_NAME}.service"
+    folder = os.path.dirname(find_paths(environ).config_dir)
+    control = ["systemctl", "--user"]
+    return ServiceManager(
+        os.path.join(folder, "systemd", "user", unit),
+        systemd_unit(environ),
+        [[*control, "daemon-reload"], [*control, "enable", "--now", unit]],
+        [[*control, "disable", "--now", unit]],
+        "So that it starts before you log in: loginctl enable-linger",
+    )
+
+
+def run_manager(commands: list[list[str]]) -> None:
+    """Runs a service manager's commands; raises ProgramError with what it said."""
+    for command in commands:
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError as error:
+            raise ProgramError(f"{command[0]} cannot be run: {error.strerror}") from None
+        if done.returncode:
+            said = redact(done.stderr.strip())[:MAX_ERROR_TEXT]
+            raise ProgramError(f"{' '.join(command)} failed: {said or done.returncode}")
+
+
+def cmd_service_print(options: argparse.Namespace) -> int:
+    """Prints the service file and where it would go."""
+    manager = find_manager(options.manager)
+    print(f"{manager.path}:\n\n{manager.text}", end="")
+    return 0
+
+
+def cmd_service_install(options: argparse.Namespace) -> int:
+    """Makes the gateway start by itself, as a service of this user, and starts it."""
+    manager = find_manager(options.manager)
+    if is_locked(find_paths(make_environ()).pid_file):
+        raise ProgramError("the gateway runs already; first end it with the verb: stop")
+    if shutil.which(manager.install[0][0]) is None:
+        raise ProgramError(f"there is no {manager.install[0][0]} here; see: service print")
+    try:
+        os.makedirs(os.path.dirname(manager.path), exist_ok=True)
+        with open(manager.path, "w", encoding="utf-8") as file:
+            file.write(manager.text)
+    except OSError as error:
+        raise ProgramError(f"{manager.path}: cannot be written: {error.strerror}") from None
+    run_manager(manager.install)
+    print(f"installed {manager.path}\n{manager.hint}")
+    return 0
+
+
+def cmd_service_uninstall(options: argparse.Namespace) -> int:
+    """Ends the service and removes its file."""
+    manager = find_manager(options.manager)
+    if not os.path.lexists(manager.path):
+        raise ProgramError(f"{manager.path} is not there: nothing is installed")
+    run_manager(manager.remove)
+    os.unlink(manager.path)
+    print(f"removed {manager.path}")
+    return 0
+
+
+# 20.8 completion
+
+BASH_COMPLETION = """\
+_aiclient_api() {
+    local word path=""
+    for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
+        case " @GROUPS@ " in
+            *" $path$word "*) path="$path$word/" ;;
+        esac
+    done
+    case "$path" in
+@CASES@
+    esac
+    COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))
+}
+complete -o default -F _aiclient_api aiclient-api
+"""
+
+
+def parser_words(parser: argparse.ArgumentParser, path: str = "") -> Iterator[tuple[str, str, str]]:
+    """(path of the verb, word that may follow it, help) for every verb and flag of a parser."""
+    for action in parser._actions:  # noqa: SLF001 - argparse has no other door
+        if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001 - the same
+            helps = {a.dest: a.help or "" for a in action._choices_actions}  # noqa: SLF001
+            for name, inner in action.choices.items():
+                yield path, name, helps.get(name, "")
+                yield from parser_words(inner, f"{path}{name}/")
+        else:
+            for flag in action.option_strings:
+                if flag.startswith("--"):
+                    yield path, flag, action.help or ""
+
+
+def write_bash(words: list[tuple[str, str, str]]) -> str:
+    """The completion of bash; zsh takes the same."""
+    paths = list(dict.fromkeys(path for path, _, _ in words))
+    groups = " ".join(path.rstrip("/") for path in paths if path)
+    cases = [
+        f'        "{path}") local words="{" ".join(w for p, w, _ in words if p == path)}" ;;'
+        for path in paths
+    ]
+    return BASH_COMPLETION.replace("@GROUPS@", groups).replace("@CASES@", "\n".join(cases))
+
+
+def write_zsh(words: list[tuple[str, str, str]]) -> str:
+    """The completion of zsh: its own reading of bash's."""
+    return "autoload -U +X compinit bashcompinit\ncompinit\nbashcompinit\n" + write_bash(words)
+
+
+def write_fish(words: list[tuple[str, str, str]]) -> str:
+    """The completion of fish."""
+    top = " ".join(word for path, word, _ in words if not path and not word.startswith("-"))
+    lines = ["complete -c aiclient-api -f"]
+    for path, word, said in words:
+        steps = path.split("/")[:-1]
+        when = [f"__fish_seen_subcommand_from {step}" for step in steps]
+        when = when or [f"not __fish_seen_subcommand_from {top}"]
+        name = f"-l {word[2:]}" if word.startswith("--") else f"-a {word}"
+        said = said.replace("'", "\\'").replace("%%", "%")
+        lines.append(f"complete -c aiclient-api -n '{'; and '.join(when)}' {name} -d '{said}'")
+    return "\n".join(lines) + "\n"
+
+
+COMPLETIONS = {"bash": write_bash, "fish": write_fish, "zsh": write_zsh}
+
+
+def cmd_completion(options: argparse.Namespace) -> int:
+    """Prints a shell's completion of these verbs and flags."""
+    print(COMPLETIONS[options.shell](list(parser_words(make_parser()))), end="")
+    return 0
+
+
+# 20.9 the verbs
 
 
 def version_text() -> str:
@@ -16697,27 +18733,106 @@ def version_text() -> str:
     return f"aiclient-api {__version__}\nPython {python}\n{path}\nsha256 {digest}"
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="aiclient-api",
-        description="A local gateway: GitHub Copilot and Kiro as the OpenAI and Anthropic API.",
-        epilog="example: aiclient-api start --foreground --port 9090",
-    )
-    parser.add_argument("--version", action="store_true", help="show version, path and SHA-256")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
-    start = verbs.add_parser("start", help="run the gateway", description=cmd_start.__doc__)
-    start.add_argument("--foreground", action="store_true", help="stay in this terminal")
-    start.add_argument("--host", help="address to listen on (default 127.0.0.1)")
-    start.add_argument("--port", help="port to listen on (default 9090; 0 = any free one)")
-    start.add_argument(
+class Argument(NamedTuple):
+    """One argument of a verb, as argparse takes it."""
+
+    name: str
+    settings: Json
+
+
+def argument(name: str, said: str, **settings: Any) -> Argument:
+    """An argument with its help."""
+    return Argument(name, {"help": said, **settings})
+
+
+AS_JSON = argument("--json", "JSON instead of a table, as in a pipe", action="store_true")
+PROVIDER_ARGUMENT = argument("name", "the provider, as in [providers.NAME]", metavar="NAME")
+MANAGER_ARGUMENT = argument(
+    "--manager",
+    "of another system than this one",
+    choices=("launchd", "systemd"),
+    default="",
+)
+START_ARGUMENTS = (
+    argument("--foreground", "stay in this terminal and log to it", action="store_true"),
+    argument("--host", "address to listen on (default 127.0.0.1)"),
+    argument("--port", "port to listen on (default 9090; 0 = any free one)"),
+    argument(
         "--api-key",
-        help="key that clients must send; others on this machine can "
+        "key that clients must send; while this command runs others on this machine can "
         "see it in the process list, so prefer AICLIENT_API_KEY or the config file",
-    )
-    start.set_defaults(run=cmd_start)
-    add_auth(verbs)
-    return parser
+    ),
+    argument("--log-file", "log there instead of in the state folder", metavar="FILE"),
+)
+LOG_ARGUMENTS = (
+    argument(
+        "--lines", f"how many (default {DEFAULT_LOG_LINES})", type=int, default=DEFAULT_LOG_LINES
+    ),
+    argument(
+        "--level", "of this level or above", choices=SETTING_CHOICES["level"], default="debug"
+    ),
+    argument("--follow", "go on with what is added, until Ctrl-C", action="store_true"),
+)
+
+
+class Verb(NamedTuple):
+    """One verb: its words, what it does, its arguments, and examples of all after the name."""
+
+    words: str
+    run: Callable[[argparse.Namespace], int]
+    said: str
+    arguments: tuple[Argument, ...] = ()
+    example: str = ""
+
+
+GROUPS = {
+    "config": "show and change settings",
+    "provider": "switch providers on and off",
+    "service": "start by itself after a reboot",
+}
+VERBS = (
+    Verb("start", cmd_start, "start the gateway", START_ARGUMENTS, "start --port 8080"),
+    Verb("stop", cmd_stop, "end it, after its running answers"),
+    Verb("restart", cmd_restart, "replace the process and lose no request"),
+    Verb("status", cmd_status, "show the gateway and its providers", (AS_JSON,)),
+    Verb("models", cmd_models, "list the models", (AS_JSON,), "models --json"),
+    Verb("usage", cmd_usage, "show requests and tokens", (AS_JSON,)),
+    Verb("quota", cmd_quota, "ask what is left of your plans", (AS_JSON,)),
+    Verb(
+        "config init",
+        cmd_config_init,
+        "write a first configuration",
+        (
+            argument("--yes", "ask nothing and write the defaults", action="store_true"),
+            argument("--force", "replace a file that is there", action="store_true"),
+        ),
+    ),
+    Verb("config show", cmd_config_show, "show every setting and where it is from", (AS_JSON,)),
+    Verb(
+        "config set",
+        cmd_config_set,
+        "change one setting",
+        (
+            argument("key", "as config show prints it", metavar="KEY"),
+            argument("value", "lists with commas; - reads it from standard input", metavar="VALUE"),
+        ),
+        "config set server.drain_seconds 60",
+    ),
+    Verb("config reload", cmd_config_reload, "read the configuration again", (AS_JSON,)),
+    Verb("provider enable", cmd_provider_enable, "use a provider", (PROVIDER_ARGUMENT,)),
+    Verb("provider disable", cmd_provider_disable, "do not use it", (PROVIDER_ARGUMENT,)),
+    Verb("logs", cmd_logs, "show the log", LOG_ARGUMENTS, "logs --level warning --follow"),
+    Verb("service install", cmd_service_install, "install and start it", (MANAGER_ARGUMENT,)),
+    Verb("service uninstall", cmd_service_uninstall, "end and remove it", (MANAGER_ARGUMENT,)),
+    Verb("service print", cmd_service_print, "print its file", (MANAGER_ARGUMENT,)),
+    Verb(
+        "completion",
+        cmd_completion,
+        "print the completion of a shell",
+        (argument("shell", "whose", choices=sorted(COMPLETIONS)),),
+        "completion bash > ~/.local/share/bash-completion/completions/aiclient-api",
+    ),
+)
 
 
 def add_auth(verbs: Any) -> None:
@@ -16761,24 +18876,55 @@ def add_auth(verbs: Any) -> None:
     gone.add_argument("name", metavar="NAME", help="of the provider")
 
 
+def make_parser() -> argparse.ArgumentParser:
+    """The command line, from the table of verbs."""
+    parser = argparse.ArgumentParser(
+        prog="aiclient-api",
+        description="A local gateway: GitHub Copilot and Kiro as the OpenAI and Anthropic API.",
+        epilog="Exit status: 0 done, 1 failed, 2 wrong usage, 3 the gateway is not running.",
+    )
+    parser.add_argument("--version", action="store_true", help="show version, path and SHA-256")
+    parser.set_defaults(run=None, help_of=parser)
+    verbs = parser.add_subparsers(metavar="VERB")
+    groups = {}
+    for verb in VERBS:
+        group, _, name = verb.words.rpartition(" ")
+        if group and group not in groups:
+            owner = verbs.add_parser(group, help=GROUPS[group])
+            owner.set_defaults(help_of=owner)
+            groups[group] = owner.add_subparsers(metavar="VERB")
+        epilog = f"example: aiclient-api {verb.example or verb.words}"
+        described = verb.run.__doc__
+        inner = groups.get(group, verbs).add_parser(
+            name, help=verb.said, description=described, epilog=epilog
+        )
+        for item in verb.arguments:
+            inner.add_argument(item.name, **item.settings)
+        inner.set_defaults(run=verb.run)
+    add_auth(verbs)
+    return parser
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command: 0 done, 1 failed, 2 wrong usage."""
-    parser = make_parser()
-    options = parser.parse_args(arguments)
+    """Runs one command: 0 done, 1 failed, 2 wrong usage, 3 the gateway is not running."""
+    options = make_parser().parse_args(arguments)
     try:
         if options.version:
             print(version_text())
             return 0
-        if options.verb is None:
-            parser.print_help()
+        if options.run is None:
+            options.help_of.print_help()
             return 2
         status: int = options.run(options)
+        sys.stdout.flush()
         return status
     except ProgramError as error:
         print(CONTROLS.sub("", f"aiclient-api: {error}"), file=sys.stderr)
         return error.exit_status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # `| head` has seen enough
+        return 1
     except KeyboardInterrupt:
-        print("\naiclient-api: stopped", file=sys.stderr)
         return 130
 
 
