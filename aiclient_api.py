@@ -17173,14 +17173,12 @@ def read_report(handle: int, seconds: float) -> Json | None:
 
 
 def write_report(handle: int, report: Json) -> bool:
-    """Says it, once, and whether somebody was there to hear it."""
+    """Says it, and whether somebody was there to hear it."""
     try:
         os.write(handle, dump_json(report))
     except BrokenPipeError:
         log_event("error", "nobody_waits_for_the_start")
         return False
-    finally:
-        os.close(handle)
     return True
 
 
@@ -17525,9 +17523,13 @@ def find_peer_user(peer: socket.socket) -> int | None:
 
 
 def check_private(folder: str) -> None:
-    """Makes a folder that nobody else can enter, or raises ProgramError where it is not ours."""
+    """Makes a folder that nobody else can enter; raises ProgramError where it is not just that.
+
+    What is there already is not mended: in a folder for everybody it may be a trap.
+    """
     try:
-        make_private_dir(folder)
+        if not os.path.lexists(folder):
+            os.mkdir(folder, 0o700)
         status = os.lstat(folder)
     except OSError as error:
         raise ProgramError(f"{folder}: cannot be used: {error.strerror}") from None
@@ -17545,7 +17547,7 @@ def choose_socket_path(paths: Paths, environ: dict[str, str]) -> str:
         return paths.socket_file
     name = short_hash(paths.state_dir, 16) + ".sock"
     runtime = environ.get("XDG_RUNTIME_DIR", "")
-    folders = [os.path.join(runtime, "aiclient-api")] if os.path.isabs(runtime) else []
+    folders = [os.path.join(runtime, "aiclient-api")] if os.path.isdir(runtime) else []
     folders.append(os.path.join(tempfile.gettempdir(), f"aiclient-api-{os.getuid()}"))
     for folder in folders:
         path = os.path.join(folder, name)
@@ -17705,6 +17707,9 @@ async def control_logs_tail(daemon: Daemon, params: Json) -> Json:
         raise ProgramError("the gateway logs to its terminal, not to a file")
     lines = int_field(params, "lines") or DEFAULT_LOG_LINES
     level = str_field(params, "level") or "debug"
+    problem = check_setting("level", level, "str")
+    if problem:
+        raise ProgramError(f"level: {problem}")
     path = daemon.launch.log_file
     return {"lines": await asyncio.to_thread(load_log_tail, path, lines, level)}
 
@@ -18023,7 +18028,9 @@ def main_detached() -> int:
     handle, launch.report = launch.report, -1
 
     def report(status: Json) -> bool:
-        return write_report(handle, status)
+        heard = write_report(handle, status)
+        os.close(handle)
+        return heard
 
     os.umask(0o077)
     try:
@@ -18033,7 +18040,7 @@ def main_detached() -> int:
         listeners = launch_listeners(launch, config)
         return asyncio.run(serve(launch, paths, config, listeners, report))
     except ProgramError as error:
-        report({"error": str(error)})
+        write_report(handle, {"error": str(error)})  # whose end is that of this process
         return error.exit_status
 
 

@@ -594,7 +594,7 @@ def test_a_planted_folder_is_not_used_for_the_socket(tmp_path: Path) -> None:
         gw.check_private(str(planted))
     if os.getuid() == 0:
         os.chown(elsewhere, 12345, 12345)
-        with pytest.raises(gw.ProgramError, match="not a private folder"):
+        with pytest.raises(gw.ProgramError, match="not a private folder of this user"):
             gw.check_private(str(elsewhere))
 
 
