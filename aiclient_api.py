@@ -108,7 +108,7 @@ import struct
 import zlib
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TextIO, TypeVar
 
 
 def lazy_module(name: str) -> Any:
@@ -13354,23 +13354,33 @@ class LogFilter:
         return self.taking
 
 
-def load_log_tail(path: str, lines: int, level: str) -> list[str]:
-    """The last lines of a log and of its older files; [] where there are none."""
+def read_log_tail(file: TextIO, path: str, lines: int, level: str) -> list[str]:
+    """The last lines of a log, whose current file is read to its end, and of its older files."""
     lines = min(max(lines, 0), MAX_LOG_LINES)
-    tail: list[str] = []
-    for number in range(LOG_FILES):
-        try:
-            with open(f"{path}.{number}" if number else path, errors="replace") as file:
-                wanted = LogFilter(level)
-                tail = [line for line in file.read().splitlines() if wanted.takes(line)] + tail
-        except OSError:
-            break
+    wanted = LogFilter(level)
+    tail = [line for line in file.read().splitlines() if wanted.takes(line)]
+    for number in range(1, LOG_FILES):
         if len(tail) >= lines:
+            break
+        try:
+            with open(f"{path}.{number}", errors="replace") as older:
+                wanted = LogFilter(level)
+                tail = [line for line in older.read().splitlines() if wanted.takes(line)] + tail
+        except OSError:
             break
     tail = tail[-lines:] if lines else []
     while tail and sum(map(len, tail)) > MAX_CONTROL_BYTES // 2:
         tail = tail[len(tail) // 2 :]
     return tail
+
+
+def load_log_tail(path: str, lines: int, level: str) -> list[str]:
+    """As `read_log_tail`; raises ProgramError where there is no log."""
+    try:
+        with open(path, errors="replace") as file:
+            return read_log_tail(file, path, lines, level)
+    except OSError as error:
+        raise ProgramError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 # ---- 15. Providers -----------------------------------------------------------------------------
@@ -18482,39 +18492,42 @@ def find_log(paths: Paths) -> str:
     return str(path)
 
 
-def follow_log(path: str, level: str) -> None:
+def follow_log(file: TextIO, path: str, level: str) -> None:
     """Prints what is added to a log, through its rotations, until interrupted."""
     wanted = LogFilter(level)
     rest = ""
-    file = open(path, errors="replace")  # noqa: SIM115 - exchanged below
-    file.seek(0, os.SEEK_END)
     while True:
-        piece = file.read()
-        if piece:
-            *lines, rest = (rest + piece).split("\n")
-            for line in filter(wanted.takes, lines):
-                print(line, flush=True)
-            continue
-        try:
-            if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                rest += file.read()  # what came between the two looks
-                file.close()
-                file = open(path, errors="replace")  # noqa: SIM115 - as above
-                continue
-        except FileNotFoundError:
-            pass  # just being rotated
-        time.sleep(POLL_SECONDS)
+        is_moved = not is_open_at(file, path)
+        piece = rest + file.read()  # after the look: all that the moved file will ever hold
+        *lines, rest = piece.split("\n")
+        for line in filter(wanted.takes, lines):
+            print(line, flush=True)
+        if is_moved and os.path.exists(path):
+            file.close()
+            file = open(path, errors="replace")  # noqa: SIM115 - until the next rotation
+        elif not lines:
+            time.sleep(POLL_SECONDS)
+
+
+def is_open_at(file: TextIO, path: str) -> bool:
+    """Whether `path` still is the file that is open."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def cmd_logs(options: argparse.Namespace) -> int:
     """Shows the last lines of the log."""
     path = find_log(find_paths(make_environ()))
-    if not os.path.exists(path):
-        raise ProgramError(f"{path}: there is no log yet")
-    for line in load_log_tail(path, options.lines, options.level):
+    try:
+        file = open(path, errors="replace")  # noqa: SIM115 - followed, maybe
+    except OSError as error:
+        raise ProgramError(f"{path}: cannot be read: {error.strerror}") from None
+    for line in read_log_tail(file, path, options.lines, options.level):
         print(line, flush=True)
     if options.follow:
-        follow_log(path, options.level)
+        follow_log(file, path, options.level)
     return 0
 
 
