@@ -967,6 +967,40 @@ def start(bench: Bench) -> Iterator[Row]:
         yield Row(f"start to /healthz, {way}", "ms", upstream, took, at_most=350)
 
 
+def daemon(bench: Bench) -> Iterator[Row]:
+    """The gateway in the background: how long `start` takes, what a verb costs, what it holds."""
+    environment = write_home(bench.folder / "daemon", 1)
+    python = [sys.executable, "-S"]
+    bare = command_cpu_ms([*python, "-c", "pass"], environment, bench.plan.starts)
+    cached, path = bench.cached()
+    ways: tuple[tuple[str, list[str], dict[str, str], int], ...] = (
+        ("copied file", [str(bench.program)], {}, 150),
+        ("cached bytecode", cached, path, 80),
+    )
+
+    def run(*words: str) -> str:
+        command = [*python, *what, *words]
+        return subprocess.check_output(command, env=environment | extra, text=True)
+
+    for way, what, extra, target in ways:
+        took = []
+        for _ in range(bench.plan.starts):
+            started = time.monotonic()
+            run("start", "--port", "0")  # which returns when /healthz was answered
+            took.append((time.monotonic() - started) * MS)
+            if len(took) < bench.plan.starts:
+                run("stop")
+        yield Row(f"start in the background, {way}", "ms", None, statistics.median(took))
+        try:
+            status = [*python, *what, "status"]
+            cpu = command_cpu_ms(status, environment | extra, bench.plan.starts)
+            yield Row(f"status, {way}: CPU", "ms", bare, cpu, at_most=target)
+            resident = resident_bytes(json.loads(run("status"))["pid"]) / MB
+            yield Row(f"resident, in the background, {way}", "MB", None, resident, at_most=32)
+        finally:
+            run("stop")
+
+
 def memory(bench: Bench) -> Iterator[Row]:
     """Resident memory of a fresh idle program, and of the one that has done all the work so far."""
     idle = bench.start_upstream(), bench.start_gateway(), bench.start_gateway(is_cached=True)
@@ -998,6 +1032,7 @@ MEASURES: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "many": many,
     "large": large,
     "start": start,
+    "daemon": daemon,
     "memory": memory,
 }
 
