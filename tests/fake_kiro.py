@@ -29,6 +29,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import copy
+import functools
 import hashlib
 import json
 import re
@@ -139,6 +140,7 @@ Header = bool | int | bytes | str | uuid.UUID | tuple[int, int]
 _NUMBERS = {2: ">b", 3: ">h", 4: ">i", 5: ">q", 8: ">q"}
 
 
+@functools.lru_cache(maxsize=1024, typed=True)
 def _header(name: str, value: Header) -> bytes:
     """One header of a message."""
     key = name.encode()

@@ -180,13 +180,12 @@ def test_a_golden_stream_fed_byte_by_byte_becomes_the_same(case: Case, caller: s
 def test_a_golden_stream_in_random_reads_becomes_the_same(case: Case, caller: str) -> None:
     """Fifty seeded ways to cut the same bytes."""
     rng = random.Random(f"{SEED}{case.name}")
+    told = meaning(case.expected(caller))
     for _ in range(50):
         cuts = sorted(rng.sample(range(len(case.stream)), rng.randint(1, 12)))
         ends = [0, *cuts, len(case.stream)]
         reads = [case.stream[a:b] for a, b in itertools.pairwise(ends)]
-        assert meaning(play(make_flow(case.upstream, caller), reads)) == meaning(
-            case.expected(caller)
-        )
+        assert meaning(play(make_flow(case.upstream, caller), reads)) == told
 
 
 @pytest.mark.parametrize(("case", "caller"), PAIRS, ids=PAIR_IDS)
@@ -1133,7 +1132,9 @@ def test_reads_of_many_frames_mean_what_their_frames_mean(upstream: str, caller:
             size = rng.choice([len(wire[0]), len(wire[-1]), rng.randint(1, 900)])
             reads.append(data[:size])
             data = data[size:]
-        assert without_gaps(meaning(play(flow, reads))) == without_gaps(meaning(slow)), round_
+        sent = play(flow, reads)
+        same = sent == slow or without_gaps(meaning(sent)) == without_gaps(meaning(slow))
+        assert same, round_
         assert (flow.error is None) == (twin.error is None), round_
         assert flow.usage == twin.usage, round_
 

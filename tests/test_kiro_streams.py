@@ -232,9 +232,10 @@ def test_a_golden_stream_fed_byte_by_byte_becomes_the_same(case: KiroCase, calle
 def test_a_golden_stream_in_random_reads_becomes_the_same(case: KiroCase, caller: str) -> None:
     """Fifty seeded ways to cut the same bytes."""
     rng = random.Random(f"{SEED}{case.name}")
+    told = joined(case.expected(caller))
     for _ in range(50):
         sent = play(make_flow("kiro", caller, **case.terms), random_reads(rng, case.stream))
-        assert joined(sent) == joined(case.expected(caller))
+        assert joined(sent) == told
 
 
 @pytest.mark.parametrize(("case", "caller"), KIRO_PAIRS, ids=KIRO_PAIR_IDS)
@@ -1365,10 +1366,11 @@ def test_reads_of_many_events_mean_what_their_events_mean(caller: str, style: in
         messages = random_answer(rng, style, plain=False)
         slow, twin = slow_twin(caller, messages)
         data = b"".join(messages)
+        meant = meaning(slow)
         for reads in ([data], messages, random_reads(rng, data), grouped(rng, messages)):
             flow = make_flow("kiro", caller)
             sent = play(flow, reads)
-            assert meaning(sent) == meaning(slow), round_
+            assert sent == slow or meaning(sent) == meant, round_
             assert flow.usage == twin.usage and flow.error is None and twin.error is None
         assert GRAMMARS[caller](slow) == "complete"
 
