@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import atexit
 import contextlib
+import functools
+import importlib.util
 import json
+import marshal
 import os
 import re
 import selectors
@@ -322,6 +327,18 @@ class Wire:
 # ---- the program -------------------------------------------------------------------------------
 
 
+@functools.cache
+def compiled_program() -> Path:
+    """The program as bytecode, which runs as the file does: Python compiles that at each start."""
+    tree = ast.parse(PROGRAM.read_bytes(), str(PROGRAM))
+    folder = Path(tempfile.mkdtemp(prefix="gw-compiled-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = folder / f"{PROGRAM.stem}.pyc"
+    code = marshal.dumps(compile(tree, str(PROGRAM), "exec", dont_inherit=True))
+    path.write_bytes(importlib.util.MAGIC_NUMBER + bytes(12) + code)
+    return path
+
+
 class GatewayFailed(Exception):
     """The program did not come to listen; `status` is its exit status, None when it hung."""
 
@@ -336,6 +353,7 @@ class Gateway:
     """The real program, listening on a port of its own, with config and state of its own.
 
     `config` is the text of config.toml, `tokens` maps a provider's name to its token.json.
+    `bare` starts the file itself, as a user does, which takes longer.
     """
 
     def __init__(
@@ -344,6 +362,8 @@ class Gateway:
         tokens: Mapping[str, Mapping[str, Any]] | None = None,
         env: Mapping[str, str] | None = None,
         args: Sequence[str] = (),
+        *,
+        bare: bool = False,
     ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="gw-"))
         self.config_folder = self.folder / "config" / "aiclient-api"
@@ -351,6 +371,7 @@ class Gateway:
         self.host = "127.0.0.1"
         self.port = 0
         self._args = list(args)
+        self._program = PROGRAM if bare else compiled_program()
         self._env = {**_clean_environment(self.folder), **(env or {})}
         self._process: subprocess.Popen[bytes] | None = None
         self._readers: list[threading.Thread] = []
@@ -385,7 +406,7 @@ class Gateway:
 
     def start(self) -> None:
         """Run the program until it listens; GatewayFailed when it does not."""
-        command = [sys.executable, str(PROGRAM), "start", "--foreground", "--port", "0"]
+        command = [sys.executable, str(self._program), "start", "--foreground", "--port", "0"]
         self._process = subprocess.Popen(
             command + self._args,
             env=self._env,

@@ -56,8 +56,8 @@ def is_clean(gateway: Gateway) -> bool:
 
 @pytest.fixture(scope="module")
 def gateway() -> Iterator[Gateway]:
-    """A gateway with the default limits and no key."""
-    with Gateway() as running:
+    """The file itself, as a user starts it, with the default limits and no key."""
+    with Gateway(bare=True) as running:
         yield running
         assert is_clean(running)
 
