@@ -441,8 +441,11 @@ class Gateway:
 
     def _exit_status(self, seconds: float) -> int | None:
         assert self._process is not None
+        by = time.monotonic() + seconds
+        for reader in self._readers:  # end with it, at once; `wait` only looks now and then
+            reader.join(max(0.0, by - time.monotonic()))
         try:
-            return self._process.wait(seconds)
+            return self._process.wait(max(0.0, by - time.monotonic()))
         except subprocess.TimeoutExpired:
             return None
 
