@@ -327,21 +327,10 @@ class Wire:
 # ---- the program -------------------------------------------------------------------------------
 
 
-#: What a brisk program waits between attempts, under the names of its own numbers.
-BRISK = {"BACKOFF_SECONDS": (0.05, 0.15)}
-
-
 @functools.cache
-def compiled_program(brisk: bool) -> Path:
+def compiled_program() -> Path:
     """The program as bytecode, which runs as the file does: Python compiles that at each start."""
     tree = ast.parse(PROGRAM.read_bytes(), str(PROGRAM))
-    changes = dict(BRISK) if brisk else {}
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            value = changes.pop(node.targets[0].id, None)
-            if value is not None:
-                node.value = ast.parse(repr(value), mode="eval").body
-    assert not changes, f"the program has no such numbers: {changes}"
     folder = Path(tempfile.mkdtemp(prefix="gw-compiled-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = folder / f"{PROGRAM.stem}.pyc"
@@ -364,8 +353,7 @@ class Gateway:
     """The real program, listening on a port of its own, with config and state of its own.
 
     `config` is the text of config.toml, `tokens` maps a provider's name to its token.json.
-    `bare` starts the file itself, as a user does, which takes longer; `brisk` waits less between
-    attempts, for tests that count them.
+    `bare` starts the file itself, as a user does, which takes longer.
     """
 
     def __init__(
@@ -376,16 +364,14 @@ class Gateway:
         args: Sequence[str] = (),
         *,
         bare: bool = False,
-        brisk: bool = False,
     ) -> None:
-        assert not (bare and brisk), "the file itself has the numbers that it has"
         self.folder = Path(tempfile.mkdtemp(prefix="gw-"))
         self.config_folder = self.folder / "config" / "aiclient-api"
         self.state_folder = self.folder / "state" / "aiclient-api"
         self.host = "127.0.0.1"
         self.port = 0
         self._args = list(args)
-        self._program = PROGRAM if bare else compiled_program(brisk)
+        self._program = PROGRAM if bare else compiled_program()
         self._env = {**_clean_environment(self.folder), **(env or {})}
         self._process: subprocess.Popen[bytes] | None = None
         self._readers: list[threading.Thread] = []

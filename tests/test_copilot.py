@@ -96,23 +96,21 @@ class Pair:
         return total
 
 
-def start(
-    stack: ExitStack, config: str = "", brain: Brain | None = None, bare: bool = False
-) -> Pair:
-    """A fresh pair; it ends, and is checked, with the stack.  The program is bare, or brisk."""
+def start(stack: ExitStack, config: str = "", brain: Brain | None = None) -> Pair:
+    """A fresh pair; it ends, and is checked, with the stack."""
     fake = stack.enter_context(FakeCopilot(models(), brain))
-    gateway = stack.enter_context(gateway_for(fake, config, bare))
+    gateway = stack.enter_context(gateway_for(fake, config))
     stack.callback(check_end, gateway)
     return Pair(fake, gateway)
 
 
-def gateway_for(fake: FakeCopilot, config: str = "", bare: bool = False, **token: Any) -> Gateway:
+def gateway_for(fake: FakeCopilot, config: str = "", **token: Any) -> Gateway:
     """A gateway whose provider `copilot` is the imitation."""
     copilot = f'[providers.copilot]\ntype = "copilot"\ngithub_url = "{fake.url}"\n'
     saved = {"type": "copilot", "github_token": fake.github_token, "copilot_token": None,
              "expires_at": None, **token}  # fmt: skip
     whole = f'{config}\n{copilot}github_api_url = "{fake.url}"\n'
-    return Gateway(config=whole, tokens={"copilot": saved}, bare=bare, brisk=not bare)
+    return Gateway(config=whole, tokens={"copilot": saved})
 
 
 def check_end(gateway: Gateway) -> None:
@@ -936,19 +934,6 @@ def test_an_empty_400_and_a_timeout_are_tried_again_once(pair: Pair, status: int
     reply = pair.ask(CHAT, f"hi {status}")
     assert reply.status in (400, 504)
     assert len(pair.fake.calls) == 2
-
-
-def test_attempts_are_as_far_apart_as_they_should_be() -> None:
-    with ExitStack() as stack:
-        pair = start(stack, bare=True)
-        assert heard(pair.ask(CHAT, "hi")).text
-        for _ in range(3):
-            pair.fake.queue(Answer(500, {}, b"oops", chunked=False))
-        began = time.monotonic()
-        assert pair.ask(MESSAGES, "hi, thrice", SONNET).status == 502
-        assert time.monotonic() - began >= 1.9
-        assert len(pair.fake.calls) == 4
-        assert pair.fake.violations == []
 
 
 def test_a_lasting_failure_is_told_after_three_attempts(pair: Pair) -> None:

@@ -179,10 +179,9 @@ def start(
     region: str = "us-east-1",
     brain: KiroBrain | None = None,
     models: list[Json] | None = None,
-    bare: bool = False,
     **switches: Any,
 ) -> Pair:
-    """A fresh pair; it ends, and is checked, with the stack.  The program is bare, or brisk."""
+    """A fresh pair; it ends, and is checked, with the stack."""
     fake = stack.enter_context(Watched(kind, region=region, brain=brain, models=models))
     for name, value in switches.items():
         setattr(fake, name, value)
@@ -191,8 +190,7 @@ def start(
     more = idp if proxied and kind == "external_idp" else {}
     # A model's region is not a setting here: it has to be found.
     held = fake.token_file(**{**more, "region": None, **(token or {})})
-    config = config_for(fake, proxied, kiro, network)
-    gateway = Gateway(config, tokens={"kiro": held}, bare=bare, brisk=not bare)
+    gateway = Gateway(config_for(fake, proxied, kiro, network), tokens={"kiro": held})
     fake.file = gateway.config_folder / "kiro" / "token.json"
     stack.enter_context(gateway)
     stack.callback(check_end, gateway)
@@ -1537,17 +1535,6 @@ def test_what_passes_is_tried_again(pair: Pair, path: str, name: str) -> None:
     first, second = pair.fake.calls
     assert first.body == second.body
     assert first.headers["amz-sdk-invocation-id"] != second.headers["amz-sdk-invocation-id"]
-
-
-def test_attempts_are_as_far_apart_as_they_should_be(make: Make) -> None:
-    pair = make(bare=True)
-    assert heard(pair.ask(CHAT, "hi")).text
-    for _ in range(3):
-        pair.fake.queue(refusal(*PASSING["500"]))
-    began = time.monotonic()
-    assert pair.ask(MESSAGES, "hi, thrice").status >= 500
-    assert time.monotonic() - began >= 1.9
-    assert len(pair.fake.calls) == 4
 
 
 @pytest.mark.parametrize(

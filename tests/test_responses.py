@@ -260,7 +260,7 @@ def running() -> Iterator[Trio]:
             "kiro": kiro.token_file(),
         }
         config = CONFIG.format(copilot=fake.url, kiro=kiro.url)
-        gateway = stack.enter_context(Gateway(config, tokens, brisk=True))
+        gateway = stack.enter_context(Gateway(config, tokens))
         stack.callback(check_end, gateway)
         yield Trio(fake, kiro, gateway)
 
