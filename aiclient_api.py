@@ -11689,6 +11689,11 @@ class Wire(StreamProtocol):
         self.lost.set()
         self.end(True)
         self.streams.connection_lost(exc)
+        # asyncio keeps the error for a `wait_closed` that nobody calls, and reports it as forgotten
+        # where the garbage collector meets the future before its owner (seen in Python 3.13).
+        closed = getattr(self.streams, "_closed", None)
+        if exc is not None and closed is not None and closed.done():
+            closed.exception()
 
     def end(self, gone: bool) -> None:
         """Tells `on_end`."""
@@ -13445,6 +13450,9 @@ class Provider(Protocol):
     def wake(self) -> None:
         """Ends every cool-down."""
 
+    def settle(self) -> Awaitable[None]:
+        """Waits for what must not be broken off."""
+
     def close(self) -> None:
         """Ends whatever runs in the background."""
 
@@ -13879,6 +13887,9 @@ class EchoProvider:
     def wake(self) -> None:
         """The echo never rests."""
 
+    async def settle(self) -> None:
+        """Nothing runs."""
+
     def close(self) -> None:
         """Nothing runs."""
 
@@ -13930,14 +13941,6 @@ class CopilotAccount:
                 self.on_change()
             self.github_token, self.kept = kept["github_token"], None
         return kept
-
-    def is_signed_in(self) -> bool:
-        """Whether there is a usable token file."""
-        try:
-            self.load()
-        except NotSignedIn:
-            return False
-        return True
 
     def current(self) -> CopilotToken | None:
         """The token in use, while it lasts and nobody has changed the sign-in."""
@@ -14136,6 +14139,9 @@ class CopilotProvider:
         self.reasoning = ReasoningMemory()
         self.catalogue = Catalogue(self.name, self.fetch_models)
         self.rests = CoolDowns()
+
+    async def settle(self) -> None:
+        """A token exchange may be broken off: the next one brings another."""
 
     def close(self) -> None:
         """Ends whatever runs in the background."""
@@ -14442,14 +14448,6 @@ class KiroAccount:
                 kept = {**kept, **changes}
         return self.read(kept)
 
-    def is_signed_in(self) -> bool:
-        """Whether there is a usable token file."""
-        try:
-            self.load()
-        except NotSignedIn:
-            return False
-        return True
-
     @staticmethod
     def lasts(login: KiroLogin, margin_s: float) -> bool:
         """Whether the access token will last for `margin_s` seconds."""
@@ -14626,8 +14624,13 @@ class KiroProvider:
         #: the way to ask that worked last
         self.winner: KiroEndpoint | None = None
 
+    async def settle(self) -> None:
+        """Waits for a refresh: its rotated token comes only once."""
+        if self.account.tasks:
+            await asyncio.wait(self.account.tasks, timeout=KIRO_REFRESH_SECONDS)
+
     def close(self) -> None:
-        """Nothing runs in the background but a refresh, which comes to its end."""
+        """Nothing runs in the background but a refresh."""
         self.account.file.flush()
 
     async def embed(self, body: Json, model: Model) -> tuple[Json, Usage]:
@@ -17285,6 +17288,7 @@ class Daemon:
         if self.state == "replaced":
             await self.server.retire(RETIRE_SECONDS)
         await self.server.drain(self.config.server.drain_seconds)
+        await asyncio.gather(*(p.settle() for p in self.gateway.providers.values()))
         for entry in self.leaving:
             self.close_all(entry.closers)
         self.close_all([p.close for p in self.gateway.providers.values()] + [self.client.close])
@@ -17936,6 +17940,16 @@ def print_status(status: Json) -> None:
             print(f"{row['name']}: {row['reason']}")
 
 
+def print_accounts(found: Json) -> None:
+    """`auth list` for people."""
+    rows = []
+    for row in found["accounts"]:
+        health = row["health"] if row["enabled"] else f"disabled; {row['health']}"
+        named = [row[key] or "-" for key in ("name", "type", "kind", "user", "plan")]
+        rows.append([*named, shown_day(row["expires_at"]), health])
+    print_table(("NAME", "TYPE", "KIND", "USER", "PLAN", "EXPIRES", "HEALTH"), rows)
+
+
 def print_models(found: Json) -> None:
     """`models` for people."""
     rows = [
@@ -18214,7 +18228,11 @@ Result = TypeVar("Result")
 def at_desk(
     work: Callable[[Desk], Awaitable[Result]], config: Config, paths: Paths, browser: bool = True
 ) -> Result:
-    """Runs `work` with what a sign-in needs."""
+    """Runs `work` with what a sign-in needs.
+
+    A running gateway sees a new token file by itself; of a new provider it is told.
+    """
+    before = dict(config.providers)
 
     async def run() -> Result:
         client = HttpClient(config.network, Ticker())
@@ -18225,7 +18243,14 @@ def at_desk(
         finally:
             client.close()
 
-    return asyncio.run(run())
+    try:
+        result = asyncio.run(run())
+    except KeyboardInterrupt:
+        print("\naiclient-api: stopped", file=sys.stderr)
+        raise
+    if config.providers != before and is_locked(paths.pid_file):
+        reload_if_running(paths)
+    return result
 
 
 def load_desk() -> tuple[Config, Paths]:
@@ -18254,9 +18279,9 @@ def tell(text: str) -> None:
 
 
 def cmd_auth_copilot(options: argparse.Namespace) -> int:
-    """Sign in to GitHub Copilot in a browser on any machine, or with a token from standard input.
+    """Signs in to GitHub Copilot in a browser on any machine, or with a token from standard input.
 
-    It says who was signed in; the sign-in is kept for `start` and used by a running gateway.
+    It says who was signed in; a running gateway uses the sign-in with its next request.
     """
     config, paths = load_desk()
     host = plain_host(options.github_host) if options.github_host else ""
@@ -18270,7 +18295,7 @@ def cmd_auth_copilot(options: argparse.Namespace) -> int:
 
 
 def cmd_auth_kiro(options: argparse.Namespace) -> int:
-    """Sign in to Kiro with an AWS Builder ID, Google, GitHub, an organisation, or an API key."""
+    """Signs in to Kiro with an AWS Builder ID, Google, GitHub, an organisation, or an API key."""
     config, paths = load_desk()
     is_organisation = options.start_url or options.region
     if is_organisation and options.method not in (None, "organisation"):
@@ -18289,7 +18314,7 @@ def cmd_auth_kiro(options: argparse.Namespace) -> int:
 
 
 def cmd_auth_import(options: argparse.Namespace) -> int:
-    """Use a sign-in that another program has on this machine, like the Kiro IDE."""
+    """Uses sign-ins that other programs have on this machine, like the Kiro IDE; asks first."""
     config, paths = load_desk()
     found = find_logins(options.origins)
     if not found:
@@ -18305,25 +18330,12 @@ def cmd_auth_import(options: argparse.Namespace) -> int:
 
 
 def cmd_auth_list(options: argparse.Namespace) -> int:
-    """List the sign-ins: name, type, kind, user, plan, expiry, health.  Never a token."""
-    rows = account_rows(*load_desk())
-    if options.json or not is_terminal(sys.stdout):
-        print(json.dumps(rows, indent=2))
-        return 0
-    shown = [["NAME", "TYPE", "KIND", "USER", "PLAN", "EXPIRES", "HEALTH"]]
-    for row in rows:
-        until = time.strftime("%Y-%m-%d", time.localtime(row["expires_at"] or 0))
-        health = row["health"] if row["enabled"] else f"disabled; {row['health']}"
-        until = until if row["expires_at"] else "-"
-        shown.append(
-            [*(row[key] or "-" for key in ("name", "type", "kind", "user", "plan")), until, health]
-        )
-    print("\n".join(table_lines(shown)))
-    return 0
+    """Lists the sign-ins: name, type, kind, user, plan, expiry, health.  Never a token."""
+    return show(options, {"accounts": account_rows(*load_desk())}, print_accounts)
 
 
 def cmd_auth_revoke(options: argparse.Namespace) -> int:
-    """Remove a sign-in from this machine."""
+    """Removes a sign-in from this machine, and says where to end it at the vendor."""
     config, paths = load_desk()
 
     async def work(desk: Desk) -> str:
@@ -18805,7 +18817,43 @@ class Verb(NamedTuple):
     example: str = ""
 
 
+NO_BROWSER = argument("--no-browser", "only show the link", dest="browser", action="store_false")
+
+
+def account_arguments(kind: str, secret: str) -> tuple[Argument, ...]:
+    """What all ways to sign in take."""
+    said = f"read a {secret} from standard input"
+    return (
+        argument("--name", f"of the provider (default {kind})", default=kind),
+        argument("--token-stdin", said, action="store_true"),
+        NO_BROWSER,
+    )
+
+
+COPILOT_ARGUMENTS = (
+    argument("--github-host", "TENANT.ghe.com (default github.com)", metavar="HOST"),
+    *account_arguments("copilot", "GitHub token"),
+)
+KIRO_ARGUMENTS = (
+    argument("--method", "skips the menu", choices=tuple(KIRO_METHODS)),
+    argument("--start-url", "of an organisation", metavar="URL"),
+    argument("--region", "of the organisation's IAM Identity Center"),
+    *account_arguments("kiro", "Kiro API key"),
+)
+IMPORT_ARGUMENTS = (
+    argument(
+        "--from",
+        "only this one",
+        dest="origins",
+        action="append",
+        default=[],
+        choices=tuple(IMPORTS),
+    ),
+    argument("--name", "of the provider; replaces its sign-in"),
+    argument("--yes", "do not ask; replace nothing", action="store_true"),
+)
 GROUPS = {
+    "auth": "sign in to Copilot and Kiro; list and remove sign-ins",
     "config": "show and change settings",
     "provider": "switch providers on and off",
     "service": "start by itself after a reboot",
@@ -18815,6 +18863,29 @@ VERBS = (
     Verb("stop", cmd_stop, "end it, after its running answers"),
     Verb("restart", cmd_restart, "replace the process and lose no request"),
     Verb("status", cmd_status, "show the gateway and its providers", (AS_JSON,)),
+    Verb(
+        "auth copilot",
+        cmd_auth_copilot,
+        "sign in to GitHub Copilot",
+        COPILOT_ARGUMENTS,
+        "auth copilot --name work --github-host acme.ghe.com",
+    ),
+    Verb(
+        "auth kiro",
+        cmd_auth_kiro,
+        "sign in to Kiro",
+        KIRO_ARGUMENTS,
+        "auth kiro --start-url https://acme.awsapps.com/start",
+    ),
+    Verb(
+        "auth import",
+        cmd_auth_import,
+        "use a sign-in that is on this machine",
+        IMPORT_ARGUMENTS,
+        "auth import --from gh",
+    ),
+    Verb("auth list", cmd_auth_list, "list the sign-ins", (AS_JSON,)),
+    Verb("auth revoke", cmd_auth_revoke, "remove a sign-in", (PROVIDER_ARGUMENT,)),
     Verb("models", cmd_models, "list the models", (AS_JSON,), "models --json"),
     Verb("usage", cmd_usage, "show requests and tokens", (AS_JSON,)),
     Verb("quota", cmd_quota, "ask what is left of your plans", (AS_JSON,)),
@@ -18855,47 +18926,6 @@ VERBS = (
 )
 
 
-def add_auth(verbs: Any) -> None:
-    """`auth` and its own verbs."""
-    auth = verbs.add_parser("auth", help="sign in to Copilot and Kiro; list and remove sign-ins")
-    kinds = auth.add_subparsers(dest="what", metavar="WHAT", required=True)
-
-    def add(what: str, run: Callable[[argparse.Namespace], int], example: str) -> Any:
-        words = (run.__doc__ or "").strip()
-        first = words[:1].lower() + words[1:].partition(".")[0]
-        example = f"example: aiclient-api auth {example}"
-        verb = kinds.add_parser(what, help=first, description=words, epilog=example)
-        verb.set_defaults(run=run)
-        return verb
-
-    copilot = add("copilot", cmd_auth_copilot, "copilot --name work --github-host acme.ghe.com")
-    copilot.add_argument(
-        "--github-host", metavar="HOST", help="TENANT.ghe.com (default github.com)"
-    )
-    kiro = add("kiro", cmd_auth_kiro, "kiro --start-url https://acme.awsapps.com/start")
-    kiro.add_argument("--method", choices=KIRO_METHODS, help="skips the menu")
-    kiro.add_argument("--start-url", metavar="URL", help="of an organisation")
-    kiro.add_argument("--region", help="of the organisation's IAM Identity Center")
-    for verb, secret in ((copilot, "GitHub token"), (kiro, "Kiro API key")):
-        verb.add_argument("--name", default=verb.prog.split()[-1], help="of the provider")
-        verb.add_argument(
-            "--token-stdin", action="store_true", help=f"read a {secret} from standard input"
-        )
-        verb.add_argument(
-            "--no-browser", dest="browser", action="store_false", help="only show the link"
-        )
-    taken = add("import", cmd_auth_import, "import --from gh")
-    taken.add_argument(
-        "--from", dest="origins", action="append", default=[], choices=IMPORTS, help="only this one"
-    )
-    taken.add_argument("--name", help="of the provider; replaces its sign-in")
-    taken.add_argument("--yes", action="store_true", help="do not ask; replace nothing")
-    shown = add("list", cmd_auth_list, "list --json")
-    shown.add_argument("--json", action="store_true", help="as in a pipe")
-    gone = add("revoke", cmd_auth_revoke, "revoke copilot")
-    gone.add_argument("name", metavar="NAME", help="of the provider")
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The command line, from the table of verbs."""
     parser = argparse.ArgumentParser(
@@ -18921,7 +18951,6 @@ def make_parser() -> argparse.ArgumentParser:
         for item in verb.arguments:
             inner.add_argument(item.name, **item.settings)
         inner.set_defaults(run=verb.run)
-    add_auth(verbs)
     return parser
 
 
