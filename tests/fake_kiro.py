@@ -522,8 +522,11 @@ class FakeKiro(FakeService):
         self.profiles_answers: deque[Answer] = deque()
         #: `error` values of the next device-flow polls; after them the sign-in succeeds.
         self.device_states = deque(["authorization_pending"])
+        #: Answers that take the place of the next polls, before those states.
+        self.device_answers: deque[Answer] = deque()
         #: `interval` of the device flow; who polls faster is told of in `violations`.
         self.poll_seconds = 1
+        self.expires_in = 600
 
         self.refreshes = 0
         #: "host:port" of every CONNECT.
@@ -547,6 +550,14 @@ class FakeKiro(FakeService):
         self._invocations: set[str] = set()
 
     # What tests call
+
+    @property
+    def secrets(self) -> set[str]:
+        """All that was handed out and must never be shown."""
+        registered = set(self._clients.values()) | {self._client[1]}
+        return {
+            *self._all_tokens, *registered, *self._dead_refresh_tokens, self._refresh_token,
+        }  # fmt: skip
 
     def token_file(self, **overrides: Any) -> Json:
         """The content of a matching token.json, with a live token; None leaves a key out."""
@@ -830,8 +841,8 @@ class FakeKiro(FakeService):
         self._poll_after, self._polled_at = float(self.poll_seconds), time.monotonic()
         return _json({
             "deviceCode": _DEVICE_CODE, "userCode": "ABCD-EFGH", "verificationUri": page,
-            "verificationUriComplete": f"{page}?user_code=ABCD-EFGH", "expiresIn": 600,
-            "interval": self.poll_seconds,
+            "verificationUriComplete": f"{page}?user_code=ABCD-EFGH",
+            "expiresIn": self.expires_in, "interval": self.poll_seconds,
         })  # fmt: skip
 
     def _oidc_token(self, seen: Seen) -> Answer:
@@ -848,6 +859,8 @@ class FakeKiro(FakeService):
         if now - self._polled_at < self._poll_after - 0.1:
             self.violate(f"polled again after {now - self._polled_at:.2f} seconds")
         self._polled_at = now
+        if self.device_answers:
+            return self.device_answers.popleft()
         if self.device_states:
             state = self.device_states.popleft()
             self._poll_after += 5 * (state == "slow_down")

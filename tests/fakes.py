@@ -2585,8 +2585,15 @@ class FakeCopilot(FakeService):
         self.models_answers: deque[Answer] = deque()
         #: `error` values of the next device-flow polls; after them the sign-in succeeds.
         self.device_states = deque(["authorization_pending", "authorization_pending", "slow_down"])
-        #: `interval` of the device flow.
+        #: Answers that take the place of the next polls, before those states.
+        self.device_answers: deque[Answer] = deque()
+        #: `interval` of the device flow; who polls faster is told of in `violations`.
         self.poll_seconds = 1
+        self.expires_in = 900
+        #: The only client id that is known, "" for those of the editors.
+        self.only_client = ""
+        #: GitHub does not exchange this account's token, the Copilot API takes it itself.
+        self.direct = False
         self.exchanges = 0
         self.embedded = 0
         self.issued = Issued()
@@ -2596,8 +2603,16 @@ class FakeCopilot(FakeService):
         #: Interactions seen, and those whose last call failed: their retry may call itself `agent`.
         self._interactions: set[str] = set()
         self._failed: set[str] = set()
+        self._device_code = ""
+        self._polled_at = 0.0
+        self._poll_after = 0.0
 
     # What tests call
+
+    @property
+    def secrets(self) -> set[str]:
+        """All that was handed out and must never be shown."""
+        return {self.github_token, *self._all_tokens}
 
     def expire_tokens(self) -> None:
         """Every Copilot token handed out so far is refused; those refusals are no violations."""
@@ -2613,7 +2628,7 @@ class FakeCopilot(FakeService):
     def route(self, seen: Seen) -> Answer:
         """The answer to one request."""
         routes: dict[tuple[str, str], Callable[[Seen], Answer]] = {
-            ("POST", "/login/device/code"): self._device_code,
+            ("POST", "/login/device/code"): self._start_device,
             ("POST", "/login/oauth/access_token"): self._access_token,
             ("GET", "/user"): self._user,
             ("GET", "/copilot_internal/v2/token"): self._exchange,
@@ -2633,11 +2648,16 @@ class FakeCopilot(FakeService):
             raise plain(404, "404 page not found", f"{seen.method} {seen.path}: 404 page not found")
         return route(seen)
 
-    def _device_code(self, seen: Seen) -> Answer:
-        if self._form(seen).get("client_id") not in _CLIENT_IDS:
-            raise Refusal(404, dump({"error": "Not Found"}), "unknown client_id")
+    def _start_device(self, seen: Seen) -> Answer:
+        client = self._form(seen).get("client_id")
+        if client not in _CLIENT_IDS or self.only_client not in ("", client):
+            raise Refusal(
+                404, dump({"error": "Not Found"}), "" if self.only_client else "unknown client_id"
+            )
+        self._device_code = _DEVICE_CODE
+        self._poll_after, self._polled_at = float(self.poll_seconds), time.monotonic()
         code = {
-            "device_code": _DEVICE_CODE, "user_code": "ABCD-1234", "expires_in": 900,
+            "device_code": _DEVICE_CODE, "user_code": "ABCD-1234", "expires_in": self.expires_in,
             "verification_uri": f"{self.url}/login/device", "interval": self.poll_seconds,
         }  # fmt: skip
         return self._as_accepted(seen, code)
@@ -2646,11 +2666,19 @@ class FakeCopilot(FakeService):
         form = self._form(seen)
         if form.get("grant_type") != "urn:ietf:params:oauth:grant-type:device_code":
             state = "unsupported_grant_type"
-        elif form.get("device_code") != _DEVICE_CODE:
+        elif form.get("device_code") != self._device_code:
             state = "incorrect_device_code"
+            self.violate("a device code that is not known, or was used up")
         else:
+            now = time.monotonic()
+            if now - self._polled_at < self._poll_after - 0.1:
+                self.violate(f"polled again after {now - self._polled_at:.2f} seconds")
+            self._polled_at = now
+            if self.device_answers:
+                return self.device_answers.popleft()
             state = self.device_states.popleft() if self.device_states else ""
         if not state:
+            self._device_code = ""  # it is good for one sign-in
             return self._as_accepted(
                 seen, {"access_token": self.github_token, "token_type": "bearer", "scope": ""}
             )
@@ -2693,6 +2721,8 @@ class FakeCopilot(FakeService):
         )
         if prepared:
             return prepared
+        if self.direct:
+            raise Refusal(404, dump({"message": "Not Found", "status": "404"}), "")
         expires = int(time.time()) + self.token_life + 300
         token = (
             f"tid=fake{number};exp={expires};sku=EXAMPLE_SKU;st=dotcom;chat=1;8kp=1:5f1cEXAMPLEMAC"
@@ -2801,9 +2831,13 @@ class FakeCopilot(FakeService):
         """Token and headers of any request to the Copilot API."""
         check_secrets(seen)
         scheme, _, token = seen.headers.get("authorization", "").partition(" ")
-        if token == self.github_token:
+        if token == self.github_token and self.direct:
+            # Of a plan's own host, which this one stands for.
+            if scheme != "token":
+                raise plain(400, "Bad Request: Authorization header is badly formatted")
+        elif token == self.github_token:
             raise forbidden("the GitHub token was sent to the Copilot API")
-        if scheme != "Bearer" or token not in self._live_tokens:
+        elif scheme != "Bearer" or token not in self._live_tokens:
             note = "" if token in self._all_tokens else "unauthorized: not a token from here"
             raise plain(401, "unauthorized: token expired", note)
         check_identity(seen, self.host)

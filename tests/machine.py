@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Union
 
-from support import PROGRAM, Wire, _clean_environment, exchange, parse_responses
+from support import PROGRAM, Wire, clean_environment, exchange, parse_responses
 
 # Verbs run from cached bytecode, as an installed program does: a script is compiled each time.
 BYTECODE = tempfile.mkdtemp(prefix="gw-bytecode-")
@@ -79,7 +79,7 @@ class Machine:
         self.config_file = self.config / "config.toml"
         self.pid_file = self.state / "daemon.pid"
         self.log_file = self.state / "daemon.log"
-        self.env = {**_clean_environment(self.folder), **(env or {})}
+        self.env = {**clean_environment(self.folder), **(env or {})}
         self.env.pop("PYTHONDONTWRITEBYTECODE", None)
         if config:
             self.config.mkdir(mode=0o700, parents=True)

@@ -372,7 +372,7 @@ class Gateway:
         self.port = 0
         self._args = list(args)
         self._program = PROGRAM if bare else compiled_program()
-        self._env = {**_clean_environment(self.folder), **(env or {})}
+        self._env = {**clean_environment(self.folder), **(env or {})}
         self._process: subprocess.Popen[bytes] | None = None
         self._readers: list[threading.Thread] = []
         self._out: list[str] = []
@@ -574,7 +574,7 @@ class Gateway:
         return f"{method} {path} HTTP/1.1\r\n{head}\r\n".encode("latin-1") + data
 
 
-def _clean_environment(folder: Path) -> dict[str, str]:
+def clean_environment(folder: Path) -> dict[str, str]:
     """The caller's environment less what steers the program, all its folders inside `folder`."""
     steering = re.compile(r"(?i)AICLIENT_API_.*|XDG_.*|.*_PROXY|(GH|GITHUB)_.*TOKEN|AWS_.*")
     kept = {name: value for name, value in os.environ.items() if not steering.fullmatch(name)}

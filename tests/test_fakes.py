@@ -328,6 +328,7 @@ def test_the_device_flow_waits_and_then_hands_out_the_token(
 ) -> None:
     headers = {"User-Agent": "x", "Accept": "application/json", "Content-Type": "application/json"}
     asked = {"client_id": "Iv1.b507a08c87ecfe98", "scope": "read:user"}
+    fake.poll_seconds = 0
     _, code = client.send("POST", "/login/device/code", headers, asked)
     poll = {
         **asked,
