@@ -305,6 +305,7 @@ RETIRE_SECONDS = 5.0  # for clients of a replaced process to come with one more 
 MAX_LOG_BYTES = 10 * MIB
 LOG_FILES = 3  # the current one and two older
 LOG_LOOK_SECONDS = 1.0  # between two looks at whether the log file was moved away
+FULL_SECONDS = 60.0  # between two complaints that the system gives no more files
 MAX_DESCRIPTORS = 65_536  # files and sockets that are open at a time
 MAX_LOG_LINES = 10_000  # that can be asked for at a time
 DEFAULT_LOG_LINES = 50
@@ -12765,10 +12766,17 @@ class Server:
         """Stops accepting as another process listens on the same sockets: nothing is refused.
 
         A request that is on its way on an open connection is answered, and the answer closes it.
+        asyncio drops a connection that it has accepted but not yet set up when its server closes
+        (Server._attach, seen in 3.11): so we stop looking at the sockets, wait, and then close.
         """
-        self.stop_accepting()
+        self.closing = True
         loop = asyncio.get_running_loop()
         until = loop.time() + seconds
+        for listener in self.listeners:
+            for listening in listener.sockets:
+                loop.remove_reader(listening.fileno())
+        await asyncio.sleep(TICK_SECONDS)
+        self.stop_accepting()
         while loop.time() < until and any(c.phase != "busy" for c in self.connections):
             await asyncio.sleep(TICK_SECONDS)
 
@@ -17262,6 +17270,8 @@ class Daemon:
         self.state = "serving"
         self.ending = asyncio.Event()
         self.told_to_stop = False
+        #: monotonic: until then nobody needs to hear again that descriptors are lacking
+        self.full_until = 0.0
 
     def make_gateway(self, kept: dict[str, Provider]) -> Gateway:
         """A gateway of the configuration; the providers in `kept` stay as they are."""
@@ -17283,6 +17293,7 @@ class Daemon:
         else:
             loop.add_signal_handler(signal.SIGHUP, self.reload_at_signal)
         loop.add_signal_handler(signal.SIGUSR1, self.reopen_log)
+        loop.set_exception_handler(self.report_error)
         await self.ending.wait()
         log_event("info", "stopping", connections=len(self.server.connections))
         if self.state == "replaced":
@@ -17306,9 +17317,14 @@ class Daemon:
         if self.told_to_stop:
             os._exit(1)
         self.told_to_stop = True
+        if self.state != "restarting":  # else as soon as the successor can be told as well
+            self.end()
+
+    def end(self) -> None:
+        """Makes `run` come to its end."""
         if self.state != "replaced":
             self.state = "stopping"
-        notify_manager("STOPPING=1")
+            notify_manager("STOPPING=1")
         self.ending.set()
 
     def reload_at_signal(self) -> None:
@@ -17325,6 +17341,16 @@ class Daemon:
                 self.log_file.open()
         except OSError as error:
             log_event("error", "log_not_reopened", reason=error.strerror)
+
+    def report_error(self, loop: asyncio.AbstractEventLoop, context: Json) -> None:
+        """Logs what nobody caught.  asyncio tells of every connection that lacks a file."""
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+            loop.default_exception_handler(context)
+        elif loop.time() > self.full_until:
+            self.full_until = loop.time() + FULL_SECONDS
+            count_ = len(self.server.connections)
+            log_event("error", "no_more_files", reason=error.strerror, connections=count_)
 
     # -- reload
 
@@ -17394,12 +17420,15 @@ class Daemon:
                 "the gateway runs in the foreground: restart it where it was started"
             )
         self.state = "restarting"
-        report = None
         try:
             report = await asyncio.to_thread(self.start_successor)
         finally:
-            if report is None or "error" in report:
-                self.state = "stopping" if self.told_to_stop else "serving"
+            self.state = "serving"
+        if self.told_to_stop:
+            if "pid" in report:
+                os.kill(report["pid"], signal.SIGTERM)  # our child: its number is its own
+            self.end()
+            raise ProgramError("the gateway was told to stop meanwhile")
         if "error" in report:
             raise ProgramError(f"the old gateway goes on: {report['error']}")
         self.state = "replaced"

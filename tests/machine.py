@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -20,6 +21,7 @@ from support import PROGRAM, Wire, clean_environment, exchange, parse_responses
 
 # Verbs run from cached bytecode, as an installed program does: a script is compiled each time.
 BYTECODE = tempfile.mkdtemp(prefix="gw-bytecode-")
+atexit.register(shutil.rmtree, BYTECODE, ignore_errors=True)
 VERB_SECONDS = 60.0
 
 Json = dict[str, Any]

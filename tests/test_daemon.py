@@ -492,6 +492,17 @@ def test_restarts_at_once_leave_one_gateway(machine: Machine) -> None:
     assert machine.processes() == []
 
 
+def test_a_stop_during_a_restart_ends_both(machine: Machine) -> None:
+    old = machine.start()
+    restart = machine.popen("restart")
+    wait_until(lambda: machine.ask("status")["data"]["state"] == "restarting")
+    os.kill(old["pid"], signal.SIGTERM)
+    _, err = restart.communicate(timeout=30)
+    assert restart.returncode == 1 and "told to stop" in err
+    wait_until(lambda: machine.processes() == [])
+    assert machine.run("status").failure(3)
+
+
 # ---- service managers ----------------------------------------------------------------------------
 
 
@@ -538,6 +549,26 @@ def test_a_service_manager_hears_when_it_is_ready_and_who_it_is(machine: Machine
         finally:
             process.kill()
             process.communicate()
+
+
+# ---- limits ------------------------------------------------------------------------------------
+
+
+def few_files() -> None:
+    """No process may have more than 50 files open."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (50, 50))
+
+
+def test_more_clients_than_files_are_told_once_and_served_later(machine: Machine) -> None:
+    assert machine.run("start", "--port", "0", preexec_fn=few_files).status == 0
+    status = machine.status()
+    clients = [connect(status) for _ in range(80)]
+    wait_until(lambda: "no_more_files" in machine.log())
+    for client in clients:
+        client.close()
+    wait_until(lambda: machine.run("status").status == 0)
+    assert "[echo] hi" in fetch(status, CHAT, echo("hi")).text
+    assert machine.log().count("no_more_files") == 1 and "Traceback" not in machine.log()
 
 
 # ---- broken paths --------------------------------------------------------------------------------
@@ -644,7 +675,7 @@ def test_memory_is_that_of_cached_bytecode(machine: Machine) -> None:
     assert len(list((machine.state / "bytecode").rglob("*.pyc"))) == 1
 
 
-def test_a_start_takes_less_than_two_of_a_compilation(machine: Machine) -> None:
+def test_a_start_does_not_wait_for_the_file_to_be_compiled(machine: Machine) -> None:
     """A ratio, as machines differ: `start` as an installed program does not compile the file."""
     begun = time.perf_counter()
     compile(PROGRAM.read_text("utf-8"), "x", "exec")
