@@ -420,6 +420,7 @@ def test_what_needs_a_restart_is_told_and_the_rest_is_applied(machine: Machine) 
     assert fetch(status, CHAT, echo("x" * 2_000_000)).status == 413
     assert machine.run("restart").status == 0
     assert machine.status()["url"] == f"http://127.0.0.1:{port}"
+    wait_until(lambda: machine.processes() == [machine.status()["pid"]])  # the old one has ended
     with pytest.raises(ConnectionRefusedError):
         connect(status)
 
