@@ -279,6 +279,7 @@ KIRO_REFRESH_MARGIN_SECONDS = 300.0  # the vendor's CLI 1 min, other clients 2 t
 KIRO_FORCED_GAP_SECONDS = 10.0  # between two refreshes that a refused token causes
 KIRO_TOKEN_SECONDS = 3600.0  # the life of every token seen
 KIRO_REFRESH_SECONDS = 30.0
+SETTLE_SECONDS = 3.0  # what a stop waits for a refresh's answer, which may be the last
 KIRO_CONTROL_SECONDS = 30.0
 KIRO_MODEL_PAGES = 5  # of a list that never ends
 MAX_TOKEN_SECONDS = 24 * 3600.0  # a token that says it lasts longer met a wrong clock
@@ -13142,6 +13143,16 @@ class TokenFile:
         kept = load_private_json(self.path)
         return None if kept is None else {**kept, **self.unsaved}
 
+    def need(self, provider: str, service: str) -> Json:
+        """As `load`; raises NotSignedIn where there is nothing to be had."""
+        try:
+            kept = self.load()
+        except ProgramError as error:
+            raise NotSignedIn(f"{error}.") from None
+        if kept is None:
+            raise NotSignedIn(f"Provider {provider!r} has no {service} sign-in yet.")
+        return kept
+
     def save(self, changes: Json) -> None:
         """Merges changes into the file; None removes a key.  A damaged file is kept aside.
 
@@ -13468,6 +13479,16 @@ class Provider(Protocol):
 # 15.1 what providers share
 
 
+@contextlib.contextmanager
+def advising(provider: Provider) -> Iterator[None]:
+    """Within it, who is not signed in learns what to type."""
+    try:
+        yield
+    except NotSignedIn as error:
+        error.hint = error.hint or f"To sign in, type: {provider.sign_in}"
+        raise
+
+
 class Catalogue:
     """A provider's models: asked for when needed, kept while fresh; an old list beats none."""
 
@@ -13609,9 +13630,10 @@ def account_status(provider: CopilotProvider | KiroProvider) -> Json:
     cool_downs = provider.rests.seconds_left()
     health, reason = "resting" if cool_downs else "ready", ""
     try:
-        account.load()
+        with advising(provider):
+            account.load()
     except NotSignedIn as error:
-        health, reason = "not signed in", f"{error.text()} To sign in, type: {provider.sign_in}"
+        health, reason = "not signed in", error.text()
     else:
         if account.backoff.error is not None:
             health, reason = "failing", account.backoff.error.text()
@@ -13934,12 +13956,7 @@ class CopilotAccount:
 
     def load(self) -> Json:
         """The token file; raises NotSignedIn."""
-        try:
-            kept = self.file.load()
-        except ProgramError as error:
-            raise NotSignedIn(f"{error}.") from None
-        if kept is None:
-            raise NotSignedIn(f"Provider {self.name!r} has no Copilot sign-in yet.")
+        kept = self.file.need(self.name, "Copilot")
         try:
             kept["github_token"] = bare_token(text_of_key(kept, "github_token"))
         except SignInFailed:
@@ -14421,13 +14438,7 @@ class KiroAccount:
 
     def load_file(self) -> Json:
         """The token file's content; raises NotSignedIn."""
-        try:
-            kept = self.file.load()
-        except ProgramError as error:
-            raise NotSignedIn(f"{error}.") from None
-        if kept is None:
-            raise NotSignedIn(f"Provider {self.name!r} has no Kiro sign-in yet.")
-        return kept
+        return self.file.need(self.name, "Kiro")
 
     def read(self, kept: Json) -> KiroLogin:
         """The sign-in in a token file's content; raises NotSignedIn."""
@@ -14635,7 +14646,7 @@ class KiroProvider:
     async def settle(self) -> None:
         """Waits for a refresh: its rotated token comes only once."""
         if self.account.tasks:
-            await asyncio.wait(self.account.tasks, timeout=KIRO_REFRESH_SECONDS)
+            await asyncio.wait(self.account.tasks, timeout=SETTLE_SECONDS)
 
     def close(self) -> None:
         """Nothing runs in the background but a refresh."""
@@ -16224,16 +16235,6 @@ def error_headers(error: ApiError) -> dict[str, str]:
     return headers
 
 
-@contextlib.contextmanager
-def advising(provider: Provider) -> Iterator[None]:
-    """Within it, who is not signed in learns what to type."""
-    try:
-        yield
-    except NotSignedIn as error:
-        error.hint = error.hint or f"To sign in, type: {provider.sign_in}"
-        raise
-
-
 class Gateway:
     """What happens between a request and its answer.  It owns nothing but references."""
 
@@ -17691,18 +17692,19 @@ async def control_usage(daemon: Daemon, params: Json) -> Json:
 
 async def control_quota(daemon: Daemon, params: Json) -> Json:
     """`{"providers": {NAME: Quota.as_json() or {"error": TEXT}}}`, of those that have any."""
+
+    async def ask(provider: Provider) -> Json | None:
+        try:
+            with advising(provider):
+                found = await provider.quota()
+        except ApiError as error:
+            return {"error": error.text()}
+        return None if found is None else found.as_json()
+
     providers = dict(daemon.gateway.providers)
-    asked = (provider.quota() for provider in providers.values())
-    answers = await asyncio.gather(*asked, return_exceptions=True)
-    rows: Json = {}
-    for name, answer in zip(providers, answers, strict=True):
-        if isinstance(answer, ApiError):
-            rows[name] = {"error": answer.text()}
-        elif isinstance(answer, BaseException):
-            raise answer
-        elif answer is not None:
-            rows[name] = answer.as_json()
-    return {"providers": rows}
+    answers = await asyncio.gather(*map(ask, providers.values()))
+    rows = zip(providers, answers, strict=True)
+    return {"providers": {name: row for name, row in rows if row is not None}}
 
 
 async def control_config_show(daemon: Daemon, params: Json) -> Json:

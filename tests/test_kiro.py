@@ -388,7 +388,7 @@ def test_without_a_sign_in_the_answer_says_what_to_do(path: str) -> None:
         check_end(gateway)
     assert reply.status == 503
     assert reply.headers["x-should-retry"] == "false"
-    assert "aiclient_api.py auth kiro" in error(reply)["message"]
+    assert "type: " in error(reply)["message"] and "auth kiro" in error(reply)["message"]
 
 
 #: What makes a Builder ID's file one that cannot be right.
@@ -413,7 +413,7 @@ def test_a_token_file_that_cannot_be_right_is_told_and_sent_nowhere(make: Make) 
         reply = pair.ask(CHAT, "hi")
         assert reply.status == 503, odd
         assert reply.headers["x-should-retry"] == "false"
-        assert "aiclient_api.py auth kiro" in error(reply)["message"]
+        assert "type: " in error(reply)["message"] and "auth kiro" in error(reply)["message"]
         assert "EXAMPLE" not in error(reply)["message"]
     for data in (b"", b"[]", b"{", b"\xff"):
         pair.file.write_bytes(data)

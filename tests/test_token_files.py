@@ -588,3 +588,28 @@ def test_a_command_line_and_the_gateway_live_on_one_sign_in(
         fake.expire_tokens()
         assert ask(gateway, SONNET)[0] == 200
         assert fake.refreshes == 2
+
+
+def test_a_refresh_outlives_its_caller_and_the_stop(make: Make) -> None:
+    """The service has spent the old token when its answer comes: it must still be kept."""
+    home = make("builder_id")
+    fake = kiro_of(home)
+    put(home, "kiro", token_of(fake, expires_at=0))
+    answered = threading.Event()
+    new = {"accessToken": "aoaEXAMPLEnew", "refreshToken": "aorEXAMPLEnew" * 9, "expiresIn": 3600}
+    fake.refresh_answers.append(Answer(200, {}, [b"", dump(new)], pause=answered))
+    with gateway_in(home) as gateway:
+        caller = gateway.wire()
+        body = {"model": SONNET, "messages": [{"role": "user", "content": "hi"}]}
+        caller.send(gateway.request_bytes("POST", "/v1/chat/completions", body))
+        assert fake.wait_until(lambda: fake.refreshes == 1, SECONDS)
+        caller.sock.close()
+        gateway.terminate()
+        deadline = time.monotonic() + SECONDS
+        while "stopping" not in gateway.log():
+            assert time.monotonic() < deadline, gateway.log()
+            time.sleep(0.01)
+        answered.set()
+        assert gateway.wait() == 0
+    assert home.token("kiro")["refresh_token"] == new["refreshToken"]
+    fake.violations.clear()  # of tokens that it did not issue itself
