@@ -15092,8 +15092,8 @@ CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def is_terminal(stream: Any) -> bool:
-    """Whether a standard stream is there, and a terminal."""
-    return stream is not None and stream.isatty()
+    """Whether a standard stream is a terminal."""
+    return bool(stream.isatty())
 
 
 def is_in_front() -> bool:
@@ -18295,8 +18295,6 @@ def load_desk() -> tuple[Config, Paths]:
 
 def read_secret(prompt: str) -> str:
     """A token from standard input: typed unseen, or piped."""
-    if sys.stdin is None:
-        raise SignInFailed("standard input is closed: there is no token to read")
     try:
         text = getpass.getpass(prompt) if is_terminal(sys.stdin) else sys.stdin.readline()
     except (EOFError, UnicodeDecodeError):
@@ -18985,8 +18983,21 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def open_standard_streams() -> None:
+    """Opens those that were closed: a socket must not become what others take for their input."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            mode = "w" if number else "r"
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8"))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command: 0 done, 1 failed, 2 wrong usage, 3 the gateway is not running."""
+    open_standard_streams()
     options = make_parser().parse_args(arguments)
     try:
         if options.version:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import resource
+import shlex
 import signal
 import socket
 import subprocess
@@ -99,6 +100,21 @@ def test_all_that_it_makes_is_private(machine: Machine) -> None:
     assert {path.name for path in made} >= {"daemon.pid", "daemon.sock", "daemon.log", "bytecode"}
     open_to_others = [path for path in made if path.stat().st_mode & 0o077]
     assert not open_to_others
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&-", "<&- >&- 2>&-"])
+def test_it_starts_where_standard_streams_are_closed(machine: Machine, closed: str) -> None:
+    """Else its sockets would become what others take for their input."""
+    line = shlex.join(machine.command("start", "--port", "0"))
+    done = subprocess.run(
+        ["/bin/sh", "-c", f"{line} {closed}"],
+        env=machine.environment(),
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done
+    assert done.stderr == b""
+    assert fetch(machine.status(), "/healthz").status == 200
 
 
 def test_a_second_start_says_what_runs(machine: Machine) -> None:
