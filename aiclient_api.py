@@ -13051,6 +13051,26 @@ def keep_aside(path: str) -> str:
     return aside
 
 
+def lock_file(path: str) -> int | None:
+    """A descriptor with the lock on a file, which is made if need be; None if it is another's.
+
+    The kernel drops the lock when the last process that has it ends.  Raises OSError.
+    """
+    while True:
+        flags = open_flags("O_RDWR", "O_CREAT", "O_NOFOLLOW", "O_CLOEXEC")
+        handle = os.open(path, flags, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(handle), os.stat(path, follow_symlinks=False)):
+                return handle
+        except BlockingIOError:
+            os.close(handle)
+            return None
+        except FileNotFoundError:
+            pass
+        os.close(handle)  # somebody has removed or replaced it meanwhile: it locks nothing
+
+
 class FileLock:
     """A lock between processes, held by `async with`; the kernel drops it when its holder dies.
 
@@ -13082,21 +13102,13 @@ class FileLock:
             return True
         try:
             make_private_dir(os.path.dirname(self.path))
-            flags = open_flags("O_RDWR", "O_CREAT", "O_CLOEXEC", "O_NOFOLLOW")
-            handle = os.open(self.path, flags, 0o600)
+            handle = lock_file(self.path)
         except OSError as error:
             log_event("warning", "no_lock", path=self.path, reason=error.strerror)
             return True
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Its last holder may have removed it while we waited: then it locks nothing.
-            if os.path.samestat(os.fstat(handle), os.stat(self.path)):
-                self.handle = handle
-                return True
-        except (BlockingIOError, FileNotFoundError):
-            pass  # held, or removed: the caller tries again
-        os.close(handle)
-        return False
+        if handle is not None:
+            self.handle = handle
+        return handle is not None
 
 
 class TokenFile:
@@ -15295,9 +15307,9 @@ class Desk:
             log_event("warning", "notices_not_saved", reason=error.strerror)
 
     def plan_provider(self, name: str, kind: str, settings: dict[str, str]) -> str:
-        """The configuration with `[providers.NAME]` at its end; "" where it needs none.
+        """The configuration with what `[providers.NAME]` lacks; "" where it lacks nothing.
 
-        Raises ConfigError where the file's own table says something else.
+        Raises ConfigError where the file says something else.
         """
         found = self.config.providers.get(name)
         if found is not None and not found.enabled:
@@ -15305,23 +15317,24 @@ class Desk:
         if found is not None and all(getattr(found, k) == v for k, v in settings.items()):
             return ""
         path = self.paths.config_file
-        table = [f"[providers.{name}]", f'type = "{kind}"']
-        table += [f'{key} = "{value}"' for key, value in settings.items()]
-        text = ""
+        wanted = {"type": kind, **settings}
+        text = load_config_text(path)
+        own = details(details(tomllib.loads(text), "providers"), name)
+        for key, value in wanted.items():
+            if own.get(key, value) != value:
+                raise ConfigError(
+                    f"{path}: providers.{name}.{key}: is {own[key]!r}, not {value!r}; "
+                    "change it there, or take another --name"
+                )
+            text = text if key in own else set_toml(text, ("providers", name, key), value)
         try:
-            with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-                text = file.read().decode()
-            end = "\r\n" if "\r\n" in text else "\n"
-            gap = "" if not text else end if text.endswith("\n") else end * 2
-            new = text + gap + "".join(line + end for line in table)
-            self.config.providers[name] = read_config_text(new, path).providers[name]
-        except (OSError, UnicodeDecodeError, ConfigError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it says otherwise already"
+            self.config.providers[name] = read_config_text(text, path).providers[name]
+        except ConfigError:
+            lines = ", ".join(f'{key} = "{value}"' for key, value in wanted.items())
             raise ConfigError(
-                f"{path}: [providers.{name}] cannot be added: {reason}; "
-                f"put {', '.join(table[1:])} there yourself, or take another --name"
+                f"{path}: its form is unusual; put {lines} into [providers.{name}] by hand"
             ) from None
-        return new
+        return text
 
     def write_config(self, text: str) -> None:
         """Replaces the configuration, unless `text` is empty; raises ConfigError."""
@@ -16909,23 +16922,13 @@ def open_lock(path: str) -> int | None:
     """
     if fcntl is None:
         return -1
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    while True:
-        try:
-            handle = os.open(path, flags, 0o600)
-        except OSError as error:
-            raise ProgramError(f"{path}: cannot be used as the lock: {error.strerror}") from None
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(handle), os.stat(path, follow_symlinks=False)):
-                os.ftruncate(handle, 0)  # the last daemon's number must not be taken for ours
-                return handle
-        except BlockingIOError:
-            os.close(handle)
-            return None
-        except FileNotFoundError:
-            pass  # somebody removed it meanwhile
-        os.close(handle)
+    try:
+        handle = lock_file(path)
+    except OSError as error:
+        raise ProgramError(f"{path}: cannot be used as the lock: {error.strerror}") from None
+    if handle is not None:
+        os.ftruncate(handle, 0)  # the last daemon's number must not be taken for ours
+    return handle
 
 
 def take_lock(path: str) -> int | None:
