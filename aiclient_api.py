@@ -12948,8 +12948,11 @@ def replace_file(path: str, data: bytes) -> None:
         os.close(folder_handle)
 
 
-def change_config(paths: Paths, environ: dict[str, str], key: str, value: str) -> None:
-    """Sets one key in the file, all else in it kept; raises ConfigError, with nothing changed."""
+def edit_config(paths: Paths, edit: Callable[[str], str]) -> None:
+    """Replaces the file's text by `edit` of it, one change at a time; raises ConfigError.
+
+    What `edit` raises leaves the file as it is.
+    """
     where = paths.config_file
     try:
         make_private_dir(paths.config_dir)
@@ -12957,16 +12960,27 @@ def change_config(paths: Paths, environ: dict[str, str], key: str, value: str) -
         try:
             if fcntl is not None:
                 fcntl.flock(folder, fcntl.LOCK_EX)  # two changes at once: one after the other
-            text = change_setting(load_config_text(where), where, key, value)
-            config = read_config_text(text, where)
-            apply_environment(config, environ)
-            check_exposure(config)
+            text = edit(load_config_text(where))
             # A link, as people keep such files elsewhere, stays one.
             replace_file(os.path.realpath(where), text.encode())
         finally:
             os.close(folder)
     except OSError as error:
         raise ConfigError(f"{where}: cannot be written: {error.strerror}") from None
+
+
+def change_config(paths: Paths, environ: dict[str, str], key: str, value: str) -> None:
+    """Sets one key in the file, all else in it kept; raises ConfigError, with nothing changed."""
+    where = paths.config_file
+
+    def edit(text: str) -> str:
+        text = change_setting(text, where, key, value)
+        config = read_config_text(text, where)
+        apply_environment(config, environ)
+        check_exposure(config)
+        return text
+
+    edit_config(paths, edit)
 
 
 def change_provider(paths: Paths, environ: dict[str, str], name: str, enabled: str) -> None:
@@ -15237,6 +15251,30 @@ def open_browser(url: str) -> bool:
     return True
 
 
+def with_provider(text: str, where: str, name: str, kind: str, settings: dict[str, str]) -> str:
+    """The configuration `text` with what its `[providers.NAME]` lacks; raises ConfigError.
+
+    What the file says otherwise is its owner's to change.
+    """
+    wanted = {"type": kind, **settings}
+    own = details(details(tomllib.loads(text), "providers"), name)
+    for key, value in wanted.items():
+        if own.get(key, value) != value:
+            raise ConfigError(
+                f"{where}: providers.{name}.{key}: is {own[key]!r}, not {value!r}; "
+                "change it there, or take another --name"
+            )
+        text = text if key in own else set_toml(text, ("providers", name, key), value)
+    try:
+        read_config_text(text, where)
+    except ConfigError:
+        lines = ", ".join(f'{key} = "{value}"' for key, value in wanted.items())
+        raise ConfigError(
+            f"{where}: its form is unusual; put {lines} into [providers.{name}] by hand"
+        ) from None
+    return text
+
+
 @dataclass(slots=True)
 class Desk:
     """What every sign-in needs."""
@@ -15306,45 +15344,28 @@ class Desk:
         except OSError as error:
             log_event("warning", "notices_not_saved", reason=error.strerror)
 
-    def plan_provider(self, name: str, kind: str, settings: dict[str, str]) -> str:
-        """The configuration with what `[providers.NAME]` lacks; "" where it lacks nothing.
+    def has_provider(self, name: str, settings: dict[str, str]) -> bool:
+        """Whether the configuration needs no change for it."""
+        found = self.config.providers.get(name)
+        return found is not None and all(getattr(found, k) == v for k, v in settings.items())
 
-        Raises ConfigError where the file says something else.
-        """
+    def check_provider(self, name: str, kind: str, settings: dict[str, str]) -> None:
+        """As `add_provider`, but changes nothing: better told before a sign-in than after."""
         found = self.config.providers.get(name)
         if found is not None and not found.enabled:
             self.console.say(f"Provider {name!r} is disabled; nobody will use this sign-in.\n")
-        if found is not None and all(getattr(found, k) == v for k, v in settings.items()):
-            return ""
-        path = self.paths.config_file
-        wanted = {"type": kind, **settings}
-        text = load_config_text(path)
-        own = details(details(tomllib.loads(text), "providers"), name)
-        for key, value in wanted.items():
-            if own.get(key, value) != value:
-                raise ConfigError(
-                    f"{path}: providers.{name}.{key}: is {own[key]!r}, not {value!r}; "
-                    "change it there, or take another --name"
-                )
-            text = text if key in own else set_toml(text, ("providers", name, key), value)
-        try:
-            self.config.providers[name] = read_config_text(text, path).providers[name]
-        except ConfigError:
-            lines = ", ".join(f'{key} = "{value}"' for key, value in wanted.items())
-            raise ConfigError(
-                f"{path}: its form is unusual; put {lines} into [providers.{name}] by hand"
-            ) from None
-        return text
+        if not self.has_provider(name, settings):
+            path = self.paths.config_file
+            with_provider(load_config_text(path), path, name, kind, settings)
 
-    def write_config(self, text: str) -> None:
-        """Replaces the configuration, unless `text` is empty; raises ConfigError."""
-        path = os.path.realpath(self.paths.config_file)
-        try:
-            if text:
-                make_private_dir(self.paths.config_dir)
-                replace_file(path, text.encode())
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
+    def add_provider(self, name: str, kind: str, settings: dict[str, str]) -> None:
+        """Adds to the configuration what it lacks of a provider; raises ConfigError."""
+        if self.has_provider(name, settings):
+            return
+        path = self.paths.config_file
+        edit_config(self.paths, lambda text: with_provider(text, path, name, kind, settings))
+        config = read_config_text(load_config_text(path), path)
+        self.config.providers[name] = config.providers[name]
 
     async def ask(
         self, method: str, url: str, headers: dict[str, str], body: Json, service: str
@@ -15447,14 +15468,14 @@ async def sign_in_copilot(desk: Desk, name: str, host: str, token: str) -> str:
         settings = {"github_url": f"https://{host}", "github_api_url": f"https://api.{host}"}
         config = replace(config, github_url=settings["github_url"])
         config.github_api_url = settings["github_api_url"]
-    planned = desk.plan_provider(name, "copilot", settings)
+    desk.check_provider(name, "copilot", settings)
     desk.check_disk(name)
     desk.tell_terms("copilot")
     if not token:
         answer = await desk.with_new_codes(lambda: ask_github_device(desk, config))
         token = bare_token(str(answer["access_token"]))
     content, words = await check_copilot(desk, config, token)
-    desk.write_config(planned)
+    desk.add_provider(name, "copilot", settings)
     await desk.keep(name, content)
     return words
 
@@ -15531,7 +15552,7 @@ async def sign_in_kiro(desk: Desk, name: str, wish: KiroSignIn) -> str:
     check_organisation(wish.start_url or KIRO_BUILDER_START_URL, wish.region or "us-east-1")
     if not (method or wish.token or desk.console.interactive):
         raise WrongUsage(f"there is no terminal to ask on: say --method {'|'.join(KIRO_METHODS)}")
-    planned = desk.plan_provider(name, "kiro", {})
+    desk.check_provider(name, "kiro", {})
     desk.check_disk(name)
     desk.tell_terms("kiro")
     content: Json = {"auth_method": "api_key", "access_token": wish.token}
@@ -15552,7 +15573,7 @@ async def sign_in_kiro(desk: Desk, name: str, wish: KiroSignIn) -> str:
         content["machine_id"] = read_kiro_login(content).machine_id
     except ValueError as error:
         raise SignInFailed(f"Kiro's answer cannot be used: {error}") from None
-    desk.write_config(planned)
+    desk.add_provider(name, "kiro", {})
     return await settle_kiro(desk, name, content)
 
 
@@ -15990,10 +16011,10 @@ async def import_login(desk: Desk, found: Found, name: str) -> str:
     if isinstance(config, CopilotConfig):
         host = found.host if found.host != split_url(config.github_url)[1] else ""
         return await sign_in_copilot(desk, name, host, found.content["github_token"])
-    planned = desk.plan_provider(name, found.kind, {})
+    desk.check_provider(name, found.kind, {})
     desk.check_disk(name)
     desk.tell_terms(found.kind)
-    desk.write_config(planned)
+    desk.add_provider(name, found.kind, {})
     words = await settle_kiro(desk, name, found.content)
     return f"{words}\nIt stays shared with {found.program}: what is refreshed here goes back there."
 
@@ -18490,11 +18511,7 @@ def cmd_config_init(options: argparse.Namespace) -> int:
     if asking and ask_line("Write it (yes, no)", "yes").lower() not in ("y", "yes"):
         print("nothing was written")
         return 1
-    try:
-        make_private_dir(paths.config_dir)
-        replace_file(os.path.realpath(where), text.encode())
-    except OSError as error:
-        raise ConfigError(f"{where}: cannot be written: {error.strerror}") from None
+    edit_config(paths, lambda _: text)
     return tell_saved(paths)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import fcntl
@@ -30,6 +31,8 @@ import pytest
 from fake_kiro import CA_FILE, FakeKiro
 from fakes import Answer, FakeCopilot, dump
 from support import Gateway, clean_environment, compiled_program
+
+import aiclient_api as gw
 
 Json = dict[str, Any]
 Fake = FakeCopilot | FakeKiro
@@ -494,6 +497,28 @@ def test_another_name_is_added_to_the_configuration(make: Make) -> None:
         assert b"\n[providers.work]" in after[len(text.encode()) - 1 :]
         assert b'type = "copilot"' in after[len(text.encode()) :]
         assert home.rows()["work"]["type"] == "copilot"
+
+
+def test_what_is_changed_in_the_configuration_meanwhile_stays(tmp_path: Path) -> None:
+    """A person takes minutes to type a code; another command may write the file in that time."""
+    paths = gw.Paths(str(tmp_path), str(tmp_path))
+    file = tmp_path / "config.toml"
+    file.write_text("# mine\n")
+
+    async def meanwhile() -> None:
+        client = gw.HttpClient(gw.NetworkConfig(), gw.Ticker())
+        desk = gw.Desk(gw.load_config(paths, {}, {}), paths, client, gw.Console())
+        desk.check_provider("work", "copilot", {})
+        assert file.read_text() == "# mine\n"
+        gw.change_config(paths, {}, "server.port", "8080")
+        desk.add_provider("work", "copilot", {})
+        client.close()
+
+    asyncio.run(meanwhile())
+    config = gw.load_config(paths, {}, {})
+    assert config.server.port == 8080
+    assert config.providers["work"].type == "copilot"
+    assert file.read_text().startswith("# mine\n")
 
 
 def closed_port() -> str:
