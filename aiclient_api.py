@@ -23,12 +23,12 @@ Map
     7  Conversation     Chat, events, usage, the invariant checker, token estimate
     8  Dialects         the contract; chat; messages; responses; Kiro; the flow of one answer
     9  Upstream rules   what Copilot and Kiro refuse, add and mean: the pure half of the providers
-   10  Routing          model names, rate limit, usage counters
+   10  Routing          model names, rate limit; what answers cost, and may cost
    ==  the I/O line: above it no socket, file, clock, randomness or await
    11  Ticker           the log, one coarse clock for every deadline, connections
    12  HTTP client      connection pool, TLS, proxies, streamed bodies
    13  HTTP server      accept, keep-alive, slow-client limits, drain
-   14  State on disk    XDG paths, config file, token files, the log's last lines
+   14  State on disk    XDG paths, config file, token files, the usage database
    15  Providers        the contract; Echo; Copilot; Kiro
    16  Sign-in          device codes, the browser's way back, import; the person at the terminal
    17  Gateway          the story of one request; layers; the route table
@@ -75,6 +75,7 @@ Files read and written
         the verbs config and provider change it
     $XDG_CONFIG_HOME/aiclient-api/<provider>/token.json  read, written (0600)
     $XDG_CONFIG_HOME/aiclient-api/<provider>/token.lock  held while a token is renewed
+    $XDG_STATE_HOME/aiclient-api/usage.db                read, written (0600), with -wal and -shm
     $XDG_STATE_HOME/aiclient-api/machine.json            read, written (0600): random ids
     $XDG_STATE_HOME/aiclient-api/daemon.pid, .sock, .log, .log.1, .log.2  (0600), of the daemon;
         the socket of a path too long is in $XDG_RUNTIME_DIR or the temporary folder
@@ -134,6 +135,7 @@ if TYPE_CHECKING:
     import argparse
     import asyncio
     import base64
+    import concurrent.futures
     import datetime as dt
     import difflib
     import email.utils
@@ -185,9 +187,11 @@ else:
     threading = lazy_module("threading")
     time = lazy_module("time")
     tomllib = lazy_module("tomllib")
+    import concurrent
     import email
     import urllib
 
+    concurrent.futures = lazy_module("concurrent.futures")
     email.utils = lazy_module("email.utils")
     urllib.parse = lazy_module("urllib.parse")
     urllib.request = lazy_module("urllib.request")
@@ -317,6 +321,22 @@ CONTROL_SECONDS = 5.0  # for a whole frame to come or to be taken
 CONTROL_WORK_SECONDS = 90.0  # model lists and quotas are asked of the services
 MAX_CONTROL_CLIENTS = 16
 MAX_SOCKET_PATH_BYTES = 103  # macOS 104 with the final zero, Linux 108
+
+# Usage.
+USAGE_WRITE_SECONDS = 1.0  # between two writes: what a crash may lose
+USAGE_BUSY_SECONDS = 5.0  # that one write waits for another process's
+USAGE_LOCKED_SECONDS = 60.0  # a database that stays locked for so long is set aside
+USAGE_PRUNE_SECONDS = 3600.0
+SLOT_SECONDS = 900  # sums are kept by quarter of an hour: time zones differ by that at least
+MAX_ANSWER_ROWS = 50_000  # answers that are kept one by one, 9 MB
+MAX_SUM_ROWS = 200_000  # years of one person's sums, 40 MB
+MAX_SUM_DAYS = 800
+MAX_SPENT_DAYS = 62  # caps look back at a month
+MAX_USAGE_PAGES = 24_576  # of 4 KiB: 96 MiB, whatever the counts above come to
+MAX_WAITING_ANSWERS = 5_000  # rows kept in memory while there is no database; sums are all kept
+MAX_RECENT_ANSWERS = 1_000  # that can be asked for at a time
+MAX_LABELS = 200  # user agents that are told apart; the rest is "other"
+MAX_RUNAWAYS = 1_000  # requests that are remembered by their hash
 
 GITHUB_URL = "https://github.com"
 GITHUB_API_URL = "https://api.github.com"
@@ -572,6 +592,14 @@ class QuotaExceeded(ApiError):
 
     status = 429
     kind = "quota_exceeded"
+    retry = False
+
+
+class LimitReached(ApiError):
+    """A limit of the user's own in `[limits]` is reached: nothing goes up."""
+
+    status = 429
+    kind = "limit_reached"
     retry = False
 
 
@@ -969,6 +997,31 @@ class LoggingConfig:
     level: str = "info"
 
 
+@dataclass(slots=True)
+class CapConfig:
+    """`[limits.providers.NAME]` or `[limits.labels.LABEL]`: 0 = no cap.
+
+    Days and months are those of this machine's clock.
+    """
+
+    daily_credits: float = 0.0
+    monthly_credits: float = 0.0
+    daily_tokens: int = 0
+    monthly_tokens: int = 0
+
+
+@dataclass(slots=True)
+class LimitsConfig:
+    """`[limits]`: what may be spent; a request over a limit gets a 429 and goes to no upstream."""
+
+    #: the very same request may come so often within `runaway_seconds`; 0 = off
+    runaway_requests: int = 50
+    runaway_seconds: float = 300.0
+    providers: dict[str, CapConfig] = field(default_factory=dict)
+    #: of a key's name in [api_keys], or a user agent's family as `usage --by label` shows it
+    labels: dict[str, CapConfig] = field(default_factory=dict)
+
+
 ProviderConfig = CopilotConfig | KiroConfig | EchoConfig
 PROVIDER_CONFIGS: dict[str, type[ProviderConfig]] = {
     "copilot": CopilotConfig,
@@ -991,11 +1044,14 @@ class Config:
     default_provider: str = "copilot"
     #: "" = no key is asked
     api_key: str = field(default="", repr=False)
+    #: more keys by name, so that usage can be told apart
+    api_keys: dict[str, str] = field(default_factory=dict, repr=False)
     server: ServerConfig = field(default_factory=ServerConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     providers: dict[str, ProviderConfig] = field(default_factory=default_providers)
     #: alias -> provider/model
     models: dict[str, str] = field(default_factory=dict)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     #: dotted key -> where its value is from, unless it is the default; no setting itself
     origins: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
@@ -1022,6 +1078,11 @@ SETTING_RANGES: dict[str, tuple[float, float]] = {
     "max_body_mib": (1, 1024),
     "max_connections": (1, 65536),
     "drain_seconds": (0, 3600),
+    "runaway_requests": (0, 1e6),
+    "daily_credits": (0, 1e9),
+    "monthly_credits": (0, 1e9),
+    "daily_tokens": (0, 1e15),
+    "monthly_tokens": (0, 1e15),
 }
 SECONDS_RANGE = (0.05, 86400.0)
 TYPE_WORDS = {
@@ -1032,6 +1093,7 @@ TYPE_WORDS = {
     "list[str]": "a list of strings",
 }
 PROVIDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+LABEL = re.compile(r"[A-Za-z0-9][\w.+-]{0,63}", re.ASCII)
 # The host and port of a URL or a Host field (RFC 3986 section 3.2), without user information.
 HOST_VALUE = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%!$&'()*+,;=-]+)(?::[0-9]{0,5})?")
 TARGET = re.compile(r"[!-~]+")
@@ -1150,10 +1212,14 @@ class ConfigReader:
             key = dotted(path, name)
             if name not in known:
                 raise self.unknown(key, name, known)
-            if name == "providers":
+            if key == "providers":
                 value = self.read_providers(self.table(value, key))
-            elif name == "models":
+            elif key == "models":
                 value = self.read_aliases(self.table(value, key))
+            elif key == "api_keys":
+                value = self.read_keys(self.table(value, key))
+            elif key in ("limits.providers", "limits.labels"):
+                value = self.read_caps(self.table(value, key), key)
             elif is_dataclass(getattr(target, name)):
                 self.fill(getattr(target, name), self.table(value, key), key)
                 continue
@@ -1200,6 +1266,29 @@ class ConfigReader:
             self.origins[f"models.{alias}"] = "file"
         return dict(table)
 
+    def read_keys(self, table: Json) -> dict[str, str]:
+        """`[api_keys]`: name = "key"."""
+        for name, secret in table.items():
+            key = f"api_keys.{name}"
+            if not LABEL.fullmatch(name):
+                raise self.error(key, "a name is letters, digits and . _ + -")
+            if not isinstance(secret, str) or not secret.strip():
+                raise self.error(key, "must be a key that is not empty")
+            self.setting(key, name, secret, "str")
+            self.origins[key] = "file"
+        return dict(table)
+
+    def read_caps(self, table: Json, path: str) -> dict[str, CapConfig]:
+        """`[limits.providers.NAME]` and `[limits.labels.LABEL]`."""
+        caps = {}
+        for name, entry in table.items():
+            key = f"{path}.{name}"
+            if not LABEL.fullmatch(name):
+                raise self.error(key, "a name is letters, digits and . _ + -")
+            caps[name] = CapConfig()
+            self.fill(caps[name], self.table(entry, key), key)
+        return caps
+
 
 def read_config_text(text: str, where: str) -> Config:
     """The configuration in TOML `text`; raises ConfigError."""
@@ -1224,9 +1313,10 @@ def setting_slots(target: Any, path: str = "") -> Iterator[tuple[str, Any, str, 
         key = dotted(path, item.name)
         if is_dataclass(value):
             yield from setting_slots(value, key)
-        elif item.name == "providers":
+        elif isinstance(value, dict):
             for name, entry in value.items():
-                yield from setting_slots(entry, f"{key}.{name}")
+                if is_dataclass(entry):
+                    yield from setting_slots(entry, f"{key}.{name}")
         elif str(item.type) in TYPE_WORDS and item.name != "type":
             yield key, target, item.name, str(item.type)
 
@@ -1279,7 +1369,8 @@ def apply_flags(config: Config, flags: dict[str, str | None]) -> None:
 
 def check_exposure(config: Config) -> None:
     """Beyond loopback a key is a must: anyone on the network could spend the subscription."""
-    if not config.api_key.strip() and not is_loopback(config.server.host):
+    keys = config.api_key.strip() or config.api_keys
+    if not keys and not is_loopback(config.server.host):
         raise ConfigError(
             f"configuration: server.host: {config.server.host} can be reached from other machines; "
             "set api_key (or --api-key) first, or listen on 127.0.0.1"
@@ -1290,6 +1381,11 @@ def check_exposure(config: Config) -> None:
 SECRET_SETTINGS = ("api_key", "network.proxy")
 
 
+def is_secret_setting(key: str) -> bool:
+    """Whether the value of a dotted key must not be shown."""
+    return key in SECRET_SETTINGS or key.startswith("api_keys.")
+
+
 def effective_settings(config: Config) -> Iterator[tuple[str, Any]]:
     """Every setting: (dotted key, value)."""
     for key, owner, name, _ in setting_slots(config):
@@ -1298,6 +1394,8 @@ def effective_settings(config: Config) -> Iterator[tuple[str, Any]]:
         yield f"providers.{name}.type", entry.type
     for alias, target in config.models.items():
         yield f"models.{alias}", target
+    for name, secret in config.api_keys.items():
+        yield f"api_keys.{name}", secret
 
 
 def shown_settings(config: Config) -> list[Json]:
@@ -1305,7 +1403,7 @@ def shown_settings(config: Config) -> list[Json]:
     return [
         {
             "key": key,
-            "value": "(set, not shown)" if key in SECRET_SETTINGS and value else value,
+            "value": "(set, not shown)" if is_secret_setting(key) and value else value,
             "origin": config.origins.get(key, "default"),
         }
         for key, value in effective_settings(config)
@@ -1438,9 +1536,23 @@ def has_toml(text: str, table: Json) -> bool:
 
 
 def split_setting_key(key: str) -> tuple[str, ...]:
-    """`models.gpt-4.1` -> ("models", "gpt-4.1"): an alias may hold dots."""
+    """`models.gpt-4.1` -> ("models", "gpt-4.1"): names of the user's own may hold dots."""
     first, _, rest = key.partition(".")
-    return (first, rest) if first == "models" and rest else tuple(key.split("."))
+    if first in ("models", "api_keys") and rest:
+        return first, rest
+    if key.startswith("limits.labels."):
+        label, _, last = rest.removeprefix("labels.").rpartition(".")
+        return first, "labels", label, last
+    return tuple(key.split("."))
+
+
+def setting_kind(config: Config, key: str) -> str:
+    """The type of a setting; caps have one before they are set."""
+    path = split_setting_key(key)
+    caps = path[:2] in (("limits", "providers"), ("limits", "labels")) and len(path) == 4
+    slots = setting_slots(CapConfig()) if caps else setting_slots(config)
+    wanted = path[-1] if caps else key
+    return next((kind for slot, _, _, kind in slots if slot == wanted), "str")
 
 
 def change_setting(text: str, where: str, key: str, value: str) -> str:
@@ -1450,8 +1562,7 @@ def change_setting(text: str, where: str, key: str, value: str) -> str:
     """
     config = read_config_text(text, where)
     reader = ConfigReader(where)
-    kinds = {slot: kind for slot, _, _, kind in setting_slots(config)}
-    parsed = parse_setting(value, kinds.get(key, "str"))
+    parsed = parse_setting(value, setting_kind(config, key))
     path = split_setting_key(key)
     wanted = tomllib.loads(text)
     owner = wanted
@@ -2437,11 +2548,18 @@ class Usage:
     reasoning: int = 0
     #: thousand-millionths of the unit the upstream bills in: Copilot's AI credit, Kiro's credit
     nano_credits: int = 0
+    #: as `source`, of the credits; "" where the upstream bills nothing or does not say
+    credits_source: str = ""
     #: tokens in the context after the answer, where the upstream tells only that
     context: int = 0
-    #: where the figures are from: reported by the upstream, derived from `context`, estimated here;
+    #: where the input is from: reported by the upstream, derived from `context`, estimated here;
     #: "" while nobody has counted
     source: str = ""
+
+    @property
+    def output_source(self) -> str:
+        """As `source`, of the output: what is not reported is counted by its words."""
+        return self.source if self.source in ("", "reported") else "estimated"
 
     @property
     def prompt(self) -> int:
@@ -3635,6 +3753,12 @@ def details(obj: Json, key: str) -> Json:
     return value if isinstance(value, dict) else {}
 
 
+def read_figure(value: Any) -> float | None:
+    """A number of an answer in which every field may be missing."""
+    usable = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e12
+    return float(value) if usable else None
+
+
 def inline_refs(schema: Any, definitions: Json) -> Any:
     """A schema with its `$ref`s replaced by what they name.
 
@@ -3672,7 +3796,9 @@ def read_copilot_usage(frame: Json, usage: Usage) -> None:
     bill = details(frame, "copilot_usage")
     if not bill:
         return
-    usage.nano_credits = count(bill, "total_nano_aiu", usage.nano_credits)
+    if "total_nano_aiu" in bill:
+        usage.nano_credits = count(bill, "total_nano_aiu", usage.nano_credits)
+        usage.credits_source = "reported"
     rows = bill.get("token_details")
     amounts: dict[str, int] = {}
     for row in rows if isinstance(rows, list) else ():
@@ -3780,6 +3906,7 @@ OPENAI_ERRORS: dict[str, tuple[str, str | None]] = {
     "unsupported_encoding": ("invalid_request_error", "unsupported_content_encoding"),
     "rate_limited": ("requests", "rate_limit_exceeded"),
     "quota_exceeded": ("insufficient_quota", "insufficient_quota"),
+    "limit_reached": ("insufficient_quota", "insufficient_quota"),
     "upstream_error": ("server_error", "upstream_error"),
     "not_signed_in": ("server_error", "provider_not_authenticated"),
     "overloaded": ("server_error", "server_is_overloaded"),
@@ -4837,6 +4964,7 @@ ANTHROPIC_ERRORS = {
     "unsupported_encoding": "invalid_request_error",
     "rate_limited": "rate_limit_error",
     "quota_exceeded": "rate_limit_error",
+    "limit_reached": "rate_limit_error",
     "upstream_error": "api_error",
     "not_signed_in": "api_error",
     "overloaded": "overloaded_error",
@@ -7076,7 +7204,7 @@ class ResponsesDialect:
         if isinstance(error, NotSignedIn):
             said["type"] = "invalid_request_error"
         wait_s = error.retry_after or 0.0
-        if isinstance(error, QuotaExceeded) or (
+        if isinstance(error, (QuotaExceeded, LimitReached)) or (
             isinstance(error, RateLimited) and wait_s > MAX_RETRY_AFTER_SECONDS
         ):
             said["type"] = "usage_limit_reached"  # at which Codex stops instead of waiting
@@ -8106,6 +8234,7 @@ class KiroReader:
     def take_metering(self, said: Json, events: list[Event]) -> None:
         """What this answer costs in credits; several of them add up."""
         self.usage.nano_credits += round(fraction(said, "usage", 1e6) * 1e9)
+        self.usage.credits_source = "reported"
         events.append(self.count())
 
     def take_metadata(self, said: Json, events: list[Event]) -> None:
@@ -8605,6 +8734,37 @@ def read_copilot_models(body: Json, provider: str) -> dict[str, Model]:
         if model is not None:
             models.setdefault(model.id, model)
     return models
+
+
+def price_nano_credits(model: Model, usage: Usage) -> int | None:
+    """What an answer cost by the catalogue's prices, where its bill was not told.
+
+    `billing.token_prices`: credits per `batch_size` tokens in two tiers by the length of the
+    prompt, or flat, in thousand-millionths of a credit (both seen in 2026-07).
+    """
+    prices = details(details(model.raw, "billing"), "token_prices")
+    batch = positive(prices.get("batch_size"))
+    if not batch or not usage.source:
+        return None
+    tier, unit = details(prices, "default"), 1e9
+    if not tier:
+        tier, unit = prices, 1.0
+    elif usage.prompt > (positive(tier.get("max_prompt_tokens")) or math.inf):
+        tier = details(prices, "long_context") or tier
+    fresh = read_figure(tier.get("input_price"))
+    if fresh is None:
+        return None
+    cached = read_figure(tier.get("cache_read_price"))
+    cached = read_figure(tier.get("cache_price")) if cached is None else cached
+    written = read_figure(tier.get("cache_write_price"))
+    said = read_figure(tier.get("output_price")) or 0.0
+    total = (
+        usage.input * fresh
+        + usage.cache_read * (fresh if cached is None else cached)
+        + usage.cache_write * (fresh if written is None else written)
+        + usage.output * said
+    )
+    return round(total / batch * unit)
 
 
 def guess_copilot_model(model_id: str, provider: str) -> Model:
@@ -10436,12 +10596,6 @@ class Quota:
         }
 
 
-def read_figure(value: Any) -> float | None:
-    """A number of an answer in which every field may be missing."""
-    usable = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e12
-    return float(value) if usable else None
-
-
 def read_allowance(name: str, row: Json) -> Allowance | None:
     """One of GitHub's quota snapshots; None for one that does not apply to the account."""
     limit = read_figure(row.get("entitlement"))
@@ -11299,6 +11453,7 @@ def write_time(seconds: float, like: Any) -> Any:
 
 
 # ---- 10. Routing -------------------------------------------------------------------------------
+# 10.1 routing
 
 
 @dataclass(slots=True)
@@ -11386,71 +11541,402 @@ class RateLimiter:
         return 0.0
 
 
+# 10.2 usage: what answers cost
+
+
 @dataclass(slots=True)
-class Totals:
-    """Counters of one model, one provider or everything."""
+class Answer:
+    """One request that reached a provider, and what it cost.  Never content."""
 
-    requests: int = 0
-    errors: int = 0
-    usage: Usage = field(default_factory=Usage)
-    #: how many answers' tokens were reported, derived or estimated
-    sources: dict[str, int] = field(default_factory=dict)
-
-    def add(self, other: Totals) -> None:
-        """Adds the counters of another row."""
-        self.requests += other.requests
-        self.errors += other.errors
-        for source, number in other.sources.items():
-            self.sources[source] = self.sources.get(source, 0) + number
-        for name in ("input", "cache_read", "cache_write", "output", "reasoning", "nano_credits"):
-            setattr(self.usage, name, getattr(self.usage, name) + getattr(other.usage, name))
+    #: Unix seconds when it was asked
+    at: float
+    provider: str
+    #: the user whom the service knows, "" where that is not known
+    account: str
+    #: the upstream's id
+    model: str
+    #: who asked: the name of its key, else the family of its user agent
+    label: str
+    #: it was asked in: chat, messages, responses or embeddings
+    dialect: str
+    streamed: bool
+    usage: Usage
+    #: HTTP; of a stream that broke what its error would have been; 499: the caller went away
+    status: int = 200
+    #: "" for a good answer, else the error's kind, or "cancelled"
+    kind: str = ""
+    duration_s: float = 0.0
+    first_byte_s: float | None = None
 
     def as_json(self) -> Json:
-        """The row of `/v1/usage`; `input_tokens` includes both caches."""
+        """The row of `/v1/usage?recent=N`; `input_tokens` includes both caches."""
         usage = self.usage
+        first_byte = self.first_byte_s
         return {
-            "request_count": self.requests,
-            "error_count": self.errors,
+            "at": round(self.at, 3),
+            "provider": self.provider,
+            "account": self.account or None,
+            "model": self.model,
+            "label": self.label,
+            "dialect": self.dialect,
+            "streamed": self.streamed,
+            "status": self.status,
+            "kind": self.kind or None,
+            "duration_ms": round(self.duration_s * 1000),
+            "first_byte_ms": None if first_byte is None else round(first_byte * 1000),
             "input_tokens": usage.prompt,
             "cache_read_tokens": usage.cache_read,
             "cache_write_tokens": usage.cache_write,
             "output_tokens": usage.output,
             "reasoning_tokens": usage.reasoning,
-            "total_tokens": usage.prompt + usage.output,
-            "token_sources": dict(self.sources),
             "credits": usage.nano_credits / 1e9,
+            "input_source": usage.source or None,
+            "output_source": usage.output_source or None,
+            "credits_source": usage.credits_source or None,
         }
 
 
-class UsageTracker:
-    """Tokens by provider and model since the start or the last reset."""
+USER_AGENT = re.compile(r"([A-Za-z][\w.+-]{0,39})(?:/([A-Za-z]{1,20})\b)?", re.ASCII)
+
+
+@functools.lru_cache(maxsize=256)
+def caller_label(user_agent: str) -> str:
+    """The family of a user agent: `claude-cli/2.1 (external)` -> claude-cli.
+
+    The vendors' SDKs put their language behind the slash: `OpenAI/Python 2.1` -> openai-python.
+    """
+    found = USER_AGENT.match(user_agent)
+    if found is None:
+        return "unknown"
+    return "-".join(filter(None, found.groups())).lower()
+
+
+# What a sum consists of: the columns of the database, the fields of Totals.
+SUM_FIELDS = (
+    "requests",
+    "errors",
+    "cancelled",
+    "input",
+    "cache_read",
+    "cache_write",
+    "output",
+    "reasoning",
+    "nano_credits",
+    "reported",
+    "derived",
+    "estimated",
+    "credits_reported",
+    "credits_derived",
+    "credits_estimated",
+    "duration_ms",
+    "first_bytes",
+    "first_byte_ms",
+)
+# By what sums can be told apart.
+SUM_KEYS = ("provider", "account", "model", "label")
+
+
+class Totals:
+    """Counters of one model, one provider or everything."""
+
+    __slots__ = ("figures",)
+
+    def __init__(self, figures: Iterable[int] = ()) -> None:
+        self.figures = list(figures) or [0] * len(SUM_FIELDS)
+
+    def add(self, figures: Iterable[int]) -> None:
+        """Adds another row's figures."""
+        self.figures = list(map(int.__add__, self.figures, figures))
+
+    def as_json(self) -> Json:
+        """The row of `/v1/usage`; `input_tokens` includes both caches, times are means."""
+        row = dict(zip(SUM_FIELDS, self.figures, strict=True))
+        prompt = row["input"] + row["cache_read"] + row["cache_write"]
+        sources = ("reported", "derived", "estimated")
+        first_bytes = row["first_bytes"]
+        return {
+            "request_count": row["requests"],
+            "error_count": row["errors"],
+            "cancelled_count": row["cancelled"],
+            "input_tokens": prompt,
+            "cache_read_tokens": row["cache_read"],
+            "cache_write_tokens": row["cache_write"],
+            "output_tokens": row["output"],
+            "reasoning_tokens": row["reasoning"],
+            "total_tokens": prompt + row["output"],
+            "token_sources": {name: row[name] for name in sources if row[name]},
+            "credits": row["nano_credits"] / 1e9,
+            "credit_sources": {n: row[f"credits_{n}"] for n in sources if row[f"credits_{n}"]},
+            "duration_ms": round(row["duration_ms"] / row["requests"]) if row["requests"] else 0,
+            "first_byte_ms": round(row["first_byte_ms"] / first_bytes) if first_bytes else None,
+        }
+
+
+def answer_figures(answer: Answer) -> tuple[int, ...]:
+    """An answer as a row of SUM_FIELDS."""
+    usage, source, bill = answer.usage, answer.usage.source, answer.usage.credits_source
+    cancelled = answer.kind == "cancelled"
+    first_byte = answer.first_byte_s
+    return (
+        1,
+        int(bool(answer.kind) and not cancelled),
+        int(cancelled),
+        usage.input,
+        usage.cache_read,
+        usage.cache_write,
+        usage.output,
+        usage.reasoning,
+        usage.nano_credits,
+        int(source == "reported"),
+        int(source == "derived"),
+        int(source == "estimated"),
+        int(bill == "reported"),
+        int(bill == "derived"),
+        int(bill == "estimated"),
+        round(answer.duration_s * 1000),
+        int(first_byte is not None),
+        round((first_byte or 0.0) * 1000),
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def local_day(slot: int) -> str:
+    """The day of a slot by this machine's time zone: 2026-11-22."""
+    return dt.date.fromtimestamp(slot * SLOT_SECONDS).isoformat()
+
+
+# ?by= -> (the columns that tell rows apart, their names in a row)
+USAGE_GROUPS: dict[str, tuple[str, ...]] = {
+    "day": ("day", "provider"),
+    "model": ("model", "provider"),
+    "provider": ("provider",),
+    "label": ("label", "provider"),
+}
+# What both the report and its groups are made of: key -> sums.
+Sums = dict[tuple[Any, ...], Totals]
+
+SINCE = re.compile(r"(\d{1,6})([mhdw])", re.ASCII)
+SINCE_UNITS = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+
+
+def read_since(text: str, now: float) -> float:
+    """`7d`, `24h`, `today`, `2026-11-01`, an ISO time or Unix seconds -> Unix seconds.
+
+    Days begin at this machine's midnight.  Raises InvalidRequest.
+    """
+    found = SINCE.fullmatch(text)
+    if found:
+        return now - int(found[1]) * SINCE_UNITS[found[2]]
+    if re.fullmatch(r"\d{9,11}(\.\d{1,9})?", text, re.ASCII):
+        return float(text)
+    try:
+        if text == "today":
+            text = dt.date.fromtimestamp(now).isoformat()
+        return dt.datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError, OSError):
+        raise InvalidRequest(
+            "since: is not a time.",
+            hint="Write it like 7d, 24h, today, 2026-11-01 or Unix seconds.",
+            param="since",
+        ) from None
+
+
+def usage_report(models: Sums) -> Json:
+    """`{"providers": {NAME: {..., "models": {ID: {...}}}}, "total": {...}}`, by provider, model."""
+    total = Totals()
+    providers: dict[str, tuple[Totals, Json]] = {}
+    for (provider, model), row in sorted(models.items()):
+        summed, by_model = providers.setdefault(provider, (Totals(), {}))
+        by_model[model] = row.as_json()
+        summed.add(row.figures)
+        total.add(row.figures)
+    rows = {name: {**s.as_json(), "models": m} for name, (s, m) in providers.items()}
+    whole = total.as_json()
+    del whole["credits"]  # each provider bills in a unit of its own
+    return {"providers": rows, "total": whole}
+
+
+def usage_rows(by: str, groups: Sums) -> list[Json]:
+    """The rows of `?by=`, in order."""
+    names = USAGE_GROUPS[by]
+    return [
+        {**dict(zip(names, key, strict=True)), **row.as_json()}
+        for key, row in sorted(groups.items())
+    ]
+
+
+@dataclass(slots=True)
+class UsageQuery:
+    """What is asked of the usage."""
+
+    #: Unix seconds; None = all
+    since: float | None = None
+    #: a key of USAGE_GROUPS, or ""
+    by: str = ""
+    #: so many answers one by one, the newest first
+    recent: int = 0
+
+
+def read_usage_query(given: dict[str, str], now: float) -> UsageQuery:
+    """The query of `/v1/usage`; raises InvalidRequest."""
+    query = UsageQuery()
+    for name, text in given.items():
+        if name == "since":
+            query.since = read_since(text, now)
+        elif name == "by":
+            if text not in USAGE_GROUPS:
+                raise InvalidRequest(f"by: must be one of {', '.join(USAGE_GROUPS)}.", param="by")
+            query.by = text
+        elif name == "recent":
+            if not re.fullmatch(r"\d{1,6}", text, re.ASCII) or int(text) > MAX_RECENT_ANSWERS:
+                words = f"recent: must be a number from 0 to {MAX_RECENT_ANSWERS}."
+                raise InvalidRequest(words, param="recent")
+            query.recent = int(text)
+        else:
+            raise InvalidRequest(
+                f"{name[:100]}: is not a parameter; there are since, by and recent.", param=name
+            )
+    return query
+
+
+# 10.3 limits: what may be spent
+
+# setting -> (of a day or a month, in what, the figure of a tally)
+CAPS = {
+    "daily_credits": ("day", "credits", 1),
+    "monthly_credits": ("month", "credits", 1),
+    "daily_tokens": ("day", "tokens", 0),
+    "monthly_tokens": ("month", "tokens", 0),
+}
+
+
+def period_end(period: str, now: float) -> float:
+    """When the day or month of `now` ends, by this machine's time zone; Unix seconds."""
+    end = dt.date.fromtimestamp(now) + dt.timedelta(1)
+    while period == "month" and end.day > 1:
+        end += dt.timedelta(1)
+    return dt.datetime.combine(end, dt.time()).timestamp()
+
+
+class Spending:
+    """What this month has cost by day, provider and label: caps are compared with it.
+
+    Other processes count in the same database: what is read from it replaces what was known, but
+    for what has been added here since that was begun.
+    """
 
     def __init__(self) -> None:
-        self.models: dict[tuple[str, str], Totals] = {}
+        #: (day or month, "providers" or "labels", name) -> [tokens, nano-credits]
+        self.tallies: dict[tuple[str, str, str], list[int]] = {}
+        #: added since the last write was begun: (day, provider, label, tokens, nano-credits)
+        self.unwritten: list[tuple[str, str, str, int, int]] = []
 
-    def add(self, provider: str, model: str, usage: Usage, failed: bool) -> None:
-        """Counts one answer, streamed or whole, finished or not."""
-        sources = {usage.source: 1} if usage.source else {}
-        answer = Totals(1, int(failed), usage, sources)
-        self.models.setdefault((provider, model), Totals()).add(answer)
+    def add(self, answer: Answer) -> None:
+        """Counts an answer."""
+        usage = answer.usage
+        day = local_day(int(answer.at) // SLOT_SECONDS)
+        tokens = usage.prompt + usage.output
+        row = (day, answer.provider, answer.label, tokens, usage.nano_credits)
+        self.unwritten.append(row)
+        self.count(*row)
 
-    def reset(self) -> None:
-        """Starts from nothing."""
-        self.models.clear()
+    def count(self, day: str, provider: str, label: str, tokens: int, nano_credits: int) -> None:
+        """Adds a row to the tallies of its day and its month."""
+        for period in (day, day[:7]):
+            for key in ((period, "providers", provider), (period, "labels", label)):
+                tally = self.tallies.setdefault(key, [0, 0])
+                tally[0] += tokens
+                tally[1] += nano_credits
 
-    def report(self) -> Json:
-        """`{"providers": {NAME: {..., "models": {ID: {...}}}}, "total": {...}}`."""
-        total = Totals()
-        providers: dict[str, tuple[Totals, Json]] = {}
-        for (provider, model), row in sorted(self.models.items()):
-            summed, models = providers.setdefault(provider, (Totals(), {}))
-            models[model] = row.as_json()
-            for target in (summed, total):
-                target.add(row)
-        rows = {name: {**s.as_json(), "models": m} for name, (s, m) in providers.items()}
-        whole = total.as_json()
-        del whole["credits"]  # each provider bills in a unit of its own
-        return {"providers": rows, "total": whole}
+    def begin_write(self) -> None:
+        """All that was added so far is being written."""
+        self.unwritten.clear()
+
+    def replace(self, rows: Iterable[tuple[str, str, str, int, int]]) -> None:
+        """Takes the database's rows of this month."""
+        self.tallies.clear()
+        for row in (*rows, *self.unwritten):
+            self.count(*row)
+
+    def used(self, scope: str, name: str, setting: str, now: float) -> float:
+        """What a cap's period has cost so far, in its unit."""
+        period, unit, index = CAPS[setting]
+        day = local_day(int(now) // SLOT_SECONDS)
+        key = (day if period == "day" else day[:7], scope, name)
+        figure = self.tallies.get(key, (0, 0))[index]
+        return figure / 1e9 if unit == "credits" else float(figure)
+
+    def check(self, limits: LimitsConfig, provider: str, label: str, now: float) -> None:
+        """Raises LimitReached where a cap of the provider or of the label is used up."""
+        for scope, name, caps in (
+            ("providers", provider, limits.providers),
+            ("labels", label, limits.labels),
+        ):
+            cap = caps.get(name)
+            for setting, (period, unit, _) in CAPS.items() if cap else ():
+                limit = getattr(cap, setting)
+                used = self.used(scope, name, setting, now)
+                if limit and used >= limit:
+                    ends_at = period_end(period, now)
+                    key = f"limits.{scope}.{name}.{setting}"
+                    raise LimitReached(
+                        f"Your own limit {key} is reached: {used:,.10g} of {limit:,.10g} {unit}.",
+                        hint=f"A new {period} begins {shown_minute(ends_at)}; or raise it: "
+                        f"aiclient-api config set {key} N",
+                        retry_after=ends_at - now,
+                    )
+
+    def report(self, limits: LimitsConfig, now: float) -> list[Json]:
+        """`[{"name", "used", "limit", "unit", "period", "resets_at"}]` of all caps."""
+        rows = []
+        for scope, caps in (("providers", limits.providers), ("labels", limits.labels)):
+            for name, cap in caps.items():
+                for setting, (period, unit, _) in CAPS.items():
+                    limit = getattr(cap, setting)
+                    if limit:
+                        rows.append(
+                            {
+                                "name": f"{scope}.{name}.{setting}",
+                                "used": self.used(scope, name, setting, now),
+                                "limit": limit,
+                                "unit": unit,
+                                "period": period,
+                                "resets_at": period_end(period, now),
+                            }
+                        )
+        return rows
+
+
+def shown_minute(moment: float) -> str:
+    """`2026-12-01 00:00` by this machine's time zone."""
+    return f"{dt.datetime.fromtimestamp(moment):%Y-%m-%d %H:%M}"
+
+
+class RepeatGuard:
+    """Notices a program that sends the very same request again and again."""
+
+    def __init__(self) -> None:
+        #: hash of a request -> (monotonic time of the first, how many since)
+        self.seen: dict[int, tuple[float, int]] = {}
+
+    def check(self, limits: LimitsConfig, request: int, now: float) -> None:
+        """Counts a request by its hash; raises LimitReached.  `now` is monotonic."""
+        most, seconds = limits.runaway_requests, limits.runaway_seconds
+        if not most:
+            return
+        began_at, number = self.seen.pop(request, (now, 0))
+        if now - began_at >= seconds:
+            began_at, number = now, 0
+        if len(self.seen) >= MAX_RUNAWAYS:
+            del self.seen[next(iter(self.seen))]  # the one that was not seen for longest
+        self.seen[request] = began_at, min(number + 1, most)
+        if number >= most:
+            raise LimitReached(
+                f"The very same request came {most} times within {seconds:g} seconds: "
+                "is a program caught in a loop?",
+                hint="If that is meant, raise limits.runaway_requests, or set it to 0.",
+                retry_after=began_at + seconds - now,
+            )
 
 
 # ==== the I/O line ==============================================================================
@@ -12326,8 +12812,13 @@ class Request:
         self.client = connection.peer
         self.body = body
         self.connection = connection
-        #: set by the outermost layer
+        #: set by the outermost layer; `begun_at` is monotonic
         self.id = ""
+        self.begun_at = 0.0
+        #: the name of its key; "" where it has none
+        self.key_name = ""
+        #: what it cost, when that is known
+        self.answer: Answer | None = None
 
     async def read_body(self) -> bytes:
         """The body, decoded; raises ApiError for what may not be sent here."""
@@ -12816,6 +13307,7 @@ class ServerWire(Wire):
 
 
 # ---- 14. State on disk -------------------------------------------------------------------------
+# 14.1 files
 
 
 @dataclass(slots=True)
@@ -12854,6 +13346,11 @@ class Paths:
     def socket_file(self) -> str:
         """The control socket, where its path is not too long."""
         return os.path.join(self.state_dir, "daemon.sock")
+
+    @property
+    def usage_file(self) -> str:
+        """The usage database."""
+        return os.path.join(self.state_dir, "usage.db")
 
     @property
     def bytecode_dir(self) -> str:
@@ -13057,11 +13554,11 @@ def load_private_json(path: str) -> Json | None:
     return value
 
 
-def keep_aside(path: str) -> str:
+def keep_aside(path: str, word: str = "damaged") -> str:
     """Renames a damaged file, so that nothing is lost when it is replaced: its new path."""
-    aside = f"{path}.damaged-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+    aside = f"{path}.{word}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
     os.replace(path, aside)
-    log_event("warning", "damaged_file_kept", path=aside)
+    log_event("warning", f"{word}_file_kept", path=aside)
     return aside
 
 
@@ -13131,6 +13628,8 @@ class TokenFile:
     def __init__(self, path: str) -> None:
         self.path = path
         self.seen: tuple[int, int, int] | None = None
+        #: whose it is, as far as the last look told
+        self.user = ""
         #: what could not be written: it must not be lost, as a rotated token comes only once
         self.unsaved: Json = {}
         self.save_again_at = 0.0
@@ -13167,7 +13666,10 @@ class TokenFile:
     def load(self) -> Json | None:
         """Its content, None where there is none; raises ProgramError."""
         kept = load_private_json(self.path)
-        return None if kept is None else {**kept, **self.unsaved}
+        if kept is None:
+            return None
+        self.user = text_of_key(kept, "user") or text_of_key(kept, "login")
+        return {**kept, **self.unsaved}
 
     def need(self, provider: str, service: str) -> Json:
         """As `load`; raises NotSignedIn where there is nothing to be had."""
@@ -13433,6 +13935,501 @@ def load_log_tail(path: str, lines: int, level: str) -> list[str]:
         raise ProgramError(f"{path}: cannot be read: {error.strerror}") from None
 
 
+# 14.2 usage
+
+USAGE_VERSION = 1
+ANSWER_COLUMNS = (
+    "at",
+    "provider",
+    "account",
+    "model",
+    "label",
+    "dialect",
+    "streamed",
+    "status",
+    "kind",
+    "duration_s",
+    "first_byte_s",
+    "input",
+    "cache_read",
+    "cache_write",
+    "output",
+    "reasoning",
+    "nano_credits",
+    "source",
+    "credits_source",
+)
+USAGE_SCHEMA = f"""
+    -- what was asked lately, one by one
+    CREATE TABLE answers (id INTEGER PRIMARY KEY, {", ".join(ANSWER_COLUMNS)});
+    -- sums by slots of SLOT_SECONDS since 1970
+    CREATE TABLE sums (
+        slot INTEGER, {", ".join(SUM_KEYS)}, {", ".join(SUM_FIELDS)},
+        PRIMARY KEY (slot, {", ".join(SUM_KEYS)})
+    ) WITHOUT ROWID;
+    -- what caps look at: a reset of the usage does not lift them
+    CREATE TABLE spent (
+        day, provider, label, tokens, nano_credits, PRIMARY KEY (day, provider, label)
+    ) WITHOUT ROWID;
+    PRAGMA user_version = {USAGE_VERSION}
+"""
+
+
+def insert_sql(table: str, columns: Iterable[str], summed: Iterable[str] = ()) -> str:
+    """The statement that adds a row; into one with the same key the `summed` columns are added."""
+    names = tuple(columns)
+    marks = ", ".join("?" * len(names))
+    sets = ", ".join(f"{name} = {name} + excluded.{name}" for name in summed)
+    upsert = f" ON CONFLICT DO UPDATE SET {sets}" if sets else ""
+    return f"INSERT INTO {table} ({', '.join(names)}) VALUES ({marks}){upsert}"
+
+
+INSERT_ANSWER = insert_sql("answers", ANSWER_COLUMNS)
+ADD_SUMS = insert_sql("sums", ("slot", *SUM_KEYS, *SUM_FIELDS), SUM_FIELDS)
+ADD_SPENT = insert_sql(
+    "spent", ("day", "provider", "label", "tokens", "nano_credits"), ("tokens", "nano_credits")
+)
+# The sums' key -> what tells groups apart, in SQL and of a row in memory.
+GROUP_SQL = {
+    "day": f"strftime('%Y-%m-%d', slot * {SLOT_SECONDS}, 'unixepoch', 'localtime')",
+    **{name: name for name in SUM_KEYS},
+}
+
+
+def answer_row(answer: Answer) -> tuple[Any, ...]:
+    """An answer as ANSWER_COLUMNS."""
+    usage = answer.usage
+    return tuple(
+        getattr(answer if hasattr(answer, name) else usage, name) for name in ANSWER_COLUMNS
+    )
+
+
+def read_answer_row(row: tuple[Any, ...]) -> Answer:
+    """An answer from ANSWER_COLUMNS."""
+    found = dict(zip(ANSWER_COLUMNS, row, strict=True))
+    usage = Usage(
+        **{item.name: found.pop(item.name) for item in fields(Usage) if item.name in found}
+    )
+    return Answer(**{**found, "streamed": bool(found["streamed"]), "usage": usage})
+
+
+# How SQLite says that tables are not those that were expected.
+OTHER_TABLES = re.compile(r"no such (?:table|column)|has no column|already exists")
+
+
+class NewerDatabase(Exception):
+    """The database was made by a later version of this program: it is left alone."""
+
+
+class UsageStore:
+    """The usage database.  Several processes may count in one; each writes in batches.
+
+    What cannot be written now stays in memory, is part of every report, and is tried again: no
+    request ever waits for it.  To be used by one thread at a time.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.connection: sqlite3.Connection | None = None
+        #: of the file that is open: somebody else may set it aside
+        self.identity: tuple[int, int] | None = None
+        #: what waits to be written
+        self.answers: list[Answer] = []
+        self.sums: Sums = {}
+        self.spent: dict[tuple[str, str, str], list[int]] = {}
+        #: rows of single answers that had to be forgotten; their sums never are
+        self.lost = 0
+        #: the trouble that was told last: it is told once
+        self.trouble = ""
+        #: monotonic
+        self.locked_since: float | None = None
+        self.pruned_at = float("-inf")
+
+    # -- opening
+
+    def open(self) -> sqlite3.Connection:
+        """The database, made if need be; raises sqlite3.Error and OSError."""
+        if self.connection is not None and self.identity == self.find_identity():
+            return self.connection
+        self.close()
+        make_private_dir(os.path.dirname(self.path))
+        flags = open_flags("O_RDWR", "O_CREAT", "O_NOFOLLOW", "O_CLOEXEC")
+        os.close(os.open(self.path, flags, 0o600))  # SQLite gives its other files the same mode
+        connection = sqlite3.connect(
+            self.path, timeout=USAGE_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+        )
+        try:
+            self.prepare(connection)
+        except BaseException:
+            connection.close()
+            raise
+        self.connection, self.identity = connection, self.find_identity()
+        return connection
+
+    @staticmethod
+    def prepare(connection: sqlite3.Connection) -> None:
+        """Settings of this connection, and the tables where there are none."""
+        for pragma in (
+            "journal_mode = WAL",
+            "synchronous = NORMAL",
+            f"max_page_count = {MAX_USAGE_PAGES}",
+            f"journal_size_limit = {4 * MIB}",
+        ):
+            connection.execute(f"PRAGMA {pragma}")
+        with transaction(connection):
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            if version > USAGE_VERSION:
+                raise NewerDatabase(f"it was made by a later version ({version})")
+            for statement in USAGE_SCHEMA.split(";") if version < USAGE_VERSION else ():
+                connection.execute(statement)
+
+    def find_identity(self) -> tuple[int, int] | None:
+        """What tells the file from another of its name."""
+        try:
+            found = os.stat(self.path, follow_symlinks=False)
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def close(self) -> None:
+        """Closes the database."""
+        if self.connection is not None:
+            self.connection.close()
+            self.connection = None
+
+    # -- trouble
+
+    def recover(self, error: sqlite3.Error | OSError | NewerDatabase) -> bool:
+        """Whether to try again at once, after `error`; tells what is wrong, once."""
+        code = getattr(error, "sqlite_errorcode", None)
+        primary = None if code is None else code & 0xFF
+        if primary in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            now = time.monotonic()
+            self.locked_since = now if self.locked_since is None else self.locked_since
+            if now - self.locked_since < USAGE_LOCKED_SECONDS:
+                return self.complain(error)
+            return self.set_aside("locked", error)
+        foreign = primary == sqlite3.SQLITE_ERROR and OTHER_TABLES.search(str(error))
+        if primary in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or foreign:
+            return self.set_aside("damaged", error)
+        if primary == sqlite3.SQLITE_FULL and self.halve():
+            return True
+        self.close()
+        return self.complain(error)
+
+    def complain(self, error: Exception) -> bool:
+        """Logs a trouble, once; False, as nothing has been done about it."""
+        reason = getattr(error, "strerror", None) or str(error)
+        if reason != self.trouble:
+            self.trouble = reason
+            log_event("warning", "usage_not_written", path=self.path, reason=reason)
+        return False
+
+    def set_aside(self, word: str, error: Exception) -> bool:
+        """Renames a database that is of no use, so that a new one is begun; whether it is gone."""
+        log_event("error", "usage_database_unusable", path=self.path, reason=error)
+        self.locked_since = None
+        self.close()
+        try:
+            for suffix in ("", "-wal", "-shm"):
+                if os.path.lexists(self.path + suffix):
+                    keep_aside(self.path + suffix, word)
+        except OSError as stuck:
+            return self.complain(stuck)
+        return True
+
+    def halve(self) -> bool:
+        """Forgets the older half, so that the file need not grow; False where the disk is full."""
+        if self.connection is None:
+            return False
+        log_event("warning", "usage_database_full", path=self.path)
+        try:
+            with transaction(self.connection):
+                for table, column in (("answers", "id"), ("sums", "slot")):
+                    self.connection.execute(
+                        f"DELETE FROM {table} WHERE {column} <= (SELECT {column} FROM {table} "
+                        f"ORDER BY {column} LIMIT 1 OFFSET (SELECT count(*) / 2 FROM {table}))"
+                    )
+        except sqlite3.Error:
+            return False
+        return True
+
+    def do(self, work: Callable[[sqlite3.Connection], Any]) -> bool:
+        """Does `work` in one transaction; whether that went well."""
+        for _ in range(2):
+            try:
+                connection = self.open()
+                with transaction(connection):
+                    work(connection)
+            except (sqlite3.Error, OSError, NewerDatabase) as error:
+                if not self.recover(error):
+                    return False
+            else:
+                if self.trouble:
+                    log_event("info", "usage_written_again", path=self.path)
+                self.trouble, self.locked_since = "", None
+                return True
+        return False
+
+    # -- writing
+
+    def take(self, answers: list[Answer]) -> None:
+        """Adds answers to what waits to be written."""
+        for answer in answers:
+            slot = int(answer.at) // SLOT_SECONDS
+            key = (slot, *(getattr(answer, name) for name in SUM_KEYS))
+            self.sums.setdefault(key, Totals()).add(answer_figures(answer))
+            spent = self.spent.setdefault((local_day(slot), answer.provider, answer.label), [0, 0])
+            spent[0] += answer.usage.prompt + answer.usage.output
+            spent[1] += answer.usage.nano_credits
+        self.answers += answers
+        if len(self.answers) > MAX_WAITING_ANSWERS:
+            self.lost += len(self.answers) - MAX_WAITING_ANSWERS
+            del self.answers[:-MAX_WAITING_ANSWERS]
+
+    def write(self, answers: list[Answer], month: str = "") -> list[tuple[Any, ...]] | None:
+        """Writes answers, with all that waits; what was spent since the first of `month` after it.
+
+        None where it could not be written, or `month` is "".
+        """
+        self.take(answers)
+        spent: list[tuple[Any, ...]] = []
+
+        def work(connection: sqlite3.Connection) -> None:
+            connection.executemany(INSERT_ANSWER, map(answer_row, self.answers))
+            rows = ((*key, *total.figures) for key, total in self.sums.items())
+            connection.executemany(ADD_SUMS, rows)
+            rows = ((*key, *figures) for key, figures in self.spent.items())
+            connection.executemany(ADD_SPENT, rows)
+            self.prune(connection)
+            if month:
+                sql = "SELECT * FROM spent WHERE day >= ?"
+                spent[:] = connection.execute(sql, (month,)).fetchall()
+
+        if not self.do(work):
+            return None
+        self.answers, self.sums, self.spent = [], {}, {}
+        return spent if month else None
+
+    def prune(self, connection: sqlite3.Connection) -> None:
+        """Forgets what is too old or too much."""
+        connection.execute(
+            "DELETE FROM answers WHERE id <= (SELECT max(id) FROM answers) - ?", (MAX_ANSWER_ROWS,)
+        )
+        now = time.monotonic()
+        if now - self.pruned_at < USAGE_PRUNE_SECONDS:
+            return
+        self.pruned_at = now
+        slot = int(time.time()) // SLOT_SECONDS
+        oldest = slot - MAX_SUM_DAYS * 86400 // SLOT_SECONDS
+        connection.execute("DELETE FROM sums WHERE slot < ?", (oldest,))
+        connection.execute(
+            "DELETE FROM sums WHERE slot <= "
+            "(SELECT slot FROM sums ORDER BY slot DESC LIMIT 1 OFFSET ?)",
+            (MAX_SUM_ROWS,),
+        )
+        day = local_day(slot - MAX_SPENT_DAYS * 86400 // SLOT_SECONDS)
+        connection.execute("DELETE FROM spent WHERE day < ?", (day,))
+
+    def reset(self) -> bool:
+        """Forgets all but what caps look at; whether that went well."""
+        self.answers, self.sums = [], {}
+
+        def work(connection: sqlite3.Connection) -> None:
+            connection.execute("DELETE FROM answers")
+            connection.execute("DELETE FROM sums")
+
+        return self.do(work)
+
+    # -- reading
+
+    def report(self, query: UsageQuery, now: float) -> Json:
+        """What `/v1/usage` answers, without what only a running gateway knows."""
+        first_slot = 0 if query.since is None else int(query.since) // SLOT_SECONDS
+        found: Json = {}
+
+        def work(connection: sqlite3.Connection) -> None:
+            found["models"] = self.read_sums(connection, ("provider", "model"), first_slot)
+            if query.by:
+                names = USAGE_GROUPS[query.by]
+                found["groups"] = self.read_sums(connection, names, first_slot)
+            sql = "SELECT min(slot) FROM sums WHERE slot >= ?"
+            found["slot"] = connection.execute(sql, (first_slot,)).fetchone()[0]
+            found["recent"] = self.read_recent(connection, query)
+
+        if not self.do(work):
+            found = {"models": {}, "groups": {}, "slot": None, "recent": []}
+            self.add_waiting(found["models"], ("provider", "model"), first_slot)
+            if query.by:
+                self.add_waiting(found["groups"], USAGE_GROUPS[query.by], first_slot)
+        slots = [slot for slot, *_ in self.sums] + [found["slot"] or math.inf]
+        begun = min(slots) * SLOT_SECONDS
+        report = usage_report(found["models"])
+        report["since"] = None if begun == math.inf else int(max(begun, first_slot * SLOT_SECONDS))
+        report["until"] = int(now)
+        if query.by:
+            report |= {"by": query.by, "rows": usage_rows(query.by, found["groups"])}
+        if query.recent:
+            rows = [*reversed(self.answers), *found["recent"]]
+            kept = [row for row in rows if query.since is None or row.at >= query.since]
+            report["recent"] = [answer.as_json() for answer in kept[: query.recent]]
+        if self.trouble:
+            report["trouble"] = f"{self.path}: {self.trouble}"
+        return report
+
+    def read_sums(
+        self, connection: sqlite3.Connection, names: tuple[str, ...], first_slot: int
+    ) -> Sums:
+        """The sums of groups that `names` tell apart, with what waits to be written."""
+        columns = ", ".join(GROUP_SQL[name] for name in names)
+        figures = ", ".join(f"sum({name})" for name in SUM_FIELDS)
+        rows = connection.execute(
+            f"SELECT {columns}, {figures} FROM sums WHERE slot >= ? GROUP BY {columns}",
+            (first_slot,),
+        )
+        groups: Sums = {row[: len(names)]: Totals(row[len(names) :]) for row in rows}
+        self.add_waiting(groups, names, first_slot)
+        return groups
+
+    def add_waiting(self, groups: Sums, names: tuple[str, ...], first_slot: int) -> None:
+        """Adds what waits to be written to the sums of groups."""
+        for key, total in self.sums.items():
+            if key[0] >= first_slot:
+                row = dict(zip(("slot", *SUM_KEYS), key, strict=True))
+                row["day"] = local_day(key[0])
+                group = tuple(row[name] for name in names)
+                groups.setdefault(group, Totals()).add(total.figures)
+
+    @staticmethod
+    def read_recent(connection: sqlite3.Connection, query: UsageQuery) -> list[Answer]:
+        """The newest answers."""
+        columns = ", ".join(ANSWER_COLUMNS)
+        sql = f"SELECT {columns} FROM answers WHERE at >= ? ORDER BY id DESC LIMIT ?"
+        rows = connection.execute(sql, (query.since or 0.0, query.recent))
+        return [read_answer_row(row) for row in rows]
+
+
+@contextlib.contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """All of it or nothing; the right to write is taken at its beginning."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+    connection.execute("COMMIT")
+
+
+class Ledger:
+    """All that is counted.  It belongs to the event loop; its database to a thread of its own."""
+
+    def __init__(self, path: str, ticker: Ticker) -> None:
+        self.store = UsageStore(path)
+        self.ticker = ticker
+        self.thread = concurrent.futures.ThreadPoolExecutor(1, "usage")
+        self.pending: list[Answer] = []
+        self.writing: asyncio.Future[Any] | None = None
+        #: monotonic: when what is pending is to be written
+        self.due_at = math.inf
+        self.labels: set[str] = set()
+        self.spending = Spending()
+        #: caps are set: what was spent is read from the database
+        self.is_capped = False
+        self.guard = RepeatGuard()
+
+    # -- counting
+
+    def label(self, user_agent: str) -> str:
+        """`caller_label`, of which there are not too many."""
+        label = caller_label(user_agent)
+        if label in self.labels or len(self.labels) < MAX_LABELS:
+            self.labels.add(label)
+            return label
+        return "other"
+
+    def record(self, answer: Answer) -> None:
+        """Counts an answer; it is in the database within USAGE_WRITE_SECONDS and a tick."""
+        self.pending.append(answer)
+        self.spending.add(answer)
+        if self.due_at == math.inf:
+            self.due_at = asyncio.get_running_loop().time() + USAGE_WRITE_SECONDS
+            self.ticker.add(self.tick)
+
+    def tick(self, now: float) -> None:
+        """Begins to write when it is time."""
+        if now >= self.due_at and self.writing is None:
+            self.begin_write()
+
+    def begin_write(self) -> asyncio.Future[Any]:
+        """Writes what is pending."""
+        batch, self.pending = self.pending, []
+        self.spending.begin_write()
+        month = time.strftime("%Y-%m-01") if self.is_capped else ""
+        loop = asyncio.get_running_loop()
+        self.writing = loop.run_in_executor(self.thread, self.store.write, batch, month)
+        self.writing.add_done_callback(self.end_write)
+        return self.writing
+
+    def end_write(self, done: asyncio.Future[Any]) -> None:
+        """Takes what was spent; plans the next write, where there is more to be written."""
+        self.writing = None
+        if done.result() is not None:
+            self.spending.replace(done.result())
+        self.due_at = math.inf
+        if self.pending or self.store.sums:
+            self.due_at = asyncio.get_running_loop().time() + USAGE_WRITE_SECONDS
+        else:
+            self.ticker.discard(self.tick)
+
+    async def flush(self) -> None:
+        """Writes all there is."""
+        while self.writing is not None:
+            await asyncio.wait((self.writing,))
+        if self.pending or self.store.sums:
+            await asyncio.wait((self.begin_write(),))
+
+    # -- asking
+
+    async def check(self, limits: LimitsConfig, provider: str, label: str, request: int) -> None:
+        """Raises LimitReached where a cap is used up, or a program caught in a loop.
+
+        `request` is a hash of it.
+        """
+        loop = asyncio.get_running_loop()
+        self.guard.check(limits, request, loop.time())
+        if limits.providers or limits.labels:
+            if not self.is_capped:
+                self.is_capped = True
+                await self.flush()
+                await asyncio.wait((self.begin_write(),))  # reads what was spent before
+            self.spending.check(limits, provider, label, time.time())
+
+    async def report(self, query: UsageQuery, limits: LimitsConfig) -> Json:
+        """What `/v1/usage` answers."""
+        await self.flush()
+        loop = asyncio.get_running_loop()
+        now = time.time()
+        report: Json = await loop.run_in_executor(self.thread, self.store.report, query, now)
+        report["limits"] = self.spending.report(limits, now)
+        return report
+
+    async def reset(self) -> None:
+        """Starts from nothing; caps still know what was spent.  Raises Overloaded."""
+        await self.flush()
+        loop = asyncio.get_running_loop()
+        if not await loop.run_in_executor(self.thread, self.store.reset):
+            raise Overloaded(f"The usage database could not be emptied: {self.store.trouble}.")
+
+    async def close(self) -> None:
+        """Writes all there is, and closes the database."""
+        await self.flush()
+        self.ticker.discard(self.tick)
+        await asyncio.get_running_loop().run_in_executor(self.thread, self.store.close)
+        self.thread.shutdown(wait=False)
+
+
 # ---- 15. Providers -----------------------------------------------------------------------------
 
 
@@ -13478,6 +14475,9 @@ class Provider(Protocol):
 
     def keep_reasoning(self, calls: list[str], text: str, opaque: str) -> None:
         """Remembers reasoning that the caller's dialect cannot carry."""
+
+    def user(self) -> str:
+        """Who the service knows the account as; "" where that is not known."""
 
     def status(self) -> Json:
         """How things stand, without asking the service.
@@ -13927,6 +14927,10 @@ class EchoProvider:
     def keep_reasoning(self, calls: list[str], text: str, opaque: str) -> None:
         """The echo does not reason."""
 
+    def user(self) -> str:
+        """There is no account."""
+        return ""
+
     def status(self) -> Json:
         """Always ready."""
         return {
@@ -14285,6 +15289,10 @@ class CopilotProvider:
             token = renewed or token
             await asyncio.sleep(0 if renewed else wait_s)
         raise verdict.error
+
+    def user(self) -> str:
+        """Its account's."""
+        return self.account.file.user
 
     def status(self) -> Json:
         """Its account's."""
@@ -14833,6 +15841,10 @@ class KiroProvider:
         if with_user:
             query["isEmailRequired"] = "true"
         return read_kiro_limits(await self.control("/getUsageLimits", query), time.time())
+
+    def user(self) -> str:
+        """Its account's."""
+        return self.account.file.user
 
     def status(self) -> Json:
         """Its account's."""
@@ -16273,12 +17285,12 @@ class Gateway:
     """What happens between a request and its answer.  It owns nothing but references."""
 
     def __init__(
-        self, config: Config, providers: dict[str, Provider], ticker: Ticker, usage: UsageTracker
+        self, config: Config, providers: dict[str, Provider], ticker: Ticker, ledger: Ledger
     ) -> None:
         self.config = config
         self.providers = providers
         self.ticker = ticker
-        self.usage = usage
+        self.ledger = ledger
         self.router = Router(config, list(providers))
         self.limiter = RateLimiter(config.server.rate_limit_seconds)
         self.shield = Shield(config.server)
@@ -16317,14 +17329,18 @@ class Gateway:
         return handle
 
     def with_key(self, inner: Handler) -> Handler:
-        """Everything but the health check wants the key, when there is one."""
-        key = self.config.api_key.encode()
+        """Everything but the health check wants a key, when there is one."""
+        keys = {"": self.config.api_key.encode()} if self.config.api_key else {}
+        keys |= {name: key.encode() for name, key in self.config.api_keys.items()}
 
         async def handle(request: Request) -> Response:
-            if key and not self.is_open(request):
-                given = given_key(request.headers)
+            if keys and not self.is_open(request):
                 # latin-1 gives back the bytes that were sent
-                if given is None or not hmac.compare_digest(given.encode("latin-1"), key):
+                given = (given_key(request.headers) or "").encode("latin-1")
+                matches = [name for name, key in keys.items() if hmac.compare_digest(given, key)]
+                if matches:
+                    request.key_name = matches[0]
+                else:
                     raise InvalidKey(
                         "The gateway's key is missing or wrong.",
                         hint="Send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'.",
@@ -16372,7 +17388,7 @@ class Gateway:
 
         async def handle(request: Request) -> Response:
             loop = asyncio.get_running_loop()
-            begun_at = loop.time()
+            request.begun_at = begun_at = loop.time()
             request.id = "req_" + os.urandom(12).hex()
             response = await inner(request)
             response.headers.update(
@@ -16403,7 +17419,12 @@ class Gateway:
     @staticmethod
     def log_access(request: Request, response: Response, seconds: float, outcome: str) -> None:
         """The access line: metadata only."""
-        headers = response.headers
+        headers, cost = response.headers, dict[str, str]()
+        if request.answer is not None:
+            usage = request.answer.usage
+            cost = {"input": str(usage.prompt), "output": str(usage.output)}
+            if usage.credits_source:
+                cost["credits"] = f"{usage.nano_credits / 1e9:.6g}"
         log_event(
             "info",
             "request",
@@ -16415,6 +17436,7 @@ class Gateway:
             ms=f"{seconds * 1000:.1f}",
             provider=headers.get("x-aiclient-provider", "-"),
             model=headers.get("x-aiclient-model", "-"),
+            **cost,
             end=outcome or "ok",
         )
 
@@ -16476,13 +17498,68 @@ class Gateway:
         return Response(200, b"{}")
 
     async def get_usage(self, request: Request) -> Response:
-        """The counters."""
-        return Response(200, dump_json(self.usage.report()))
+        """What was used, and what it cost."""
+        given = dict(urllib.parse.parse_qsl(request.query, keep_blank_values=True))
+        return Response(200, dump_json(await self.report_usage(given)))
+
+    async def report_usage(self, given: dict[str, str]) -> Json:
+        """The report for the parameters of `/v1/usage`; raises InvalidRequest."""
+        return await self.ledger.report(read_usage_query(given, time.time()), self.config.limits)
 
     async def delete_usage(self, request: Request) -> Response:
         """Resets the counters and returns the empty report."""
-        self.usage.reset()
-        return Response(200, dump_json(self.usage.report()))
+        await self.ledger.reset()
+        return Response(200, dump_json(await self.report_usage({})))
+
+    def record(
+        self,
+        request: Request,
+        provider: Provider,
+        model: Model,
+        dialect: str,
+        usage: Usage,
+        failure: BaseException | None,
+        streamed: bool = False,
+        first_byte_at: float | None = None,
+    ) -> None:
+        """Counts an answer, whatever has become of it; `first_byte_at` is monotonic."""
+        duration_s = asyncio.get_running_loop().time() - request.begun_at
+        status, kind = 200, ""
+        if isinstance(failure, ApiError):
+            status, kind = failure.status, failure.kind
+        elif isinstance(failure, (asyncio.CancelledError, ConnectionError)):
+            status, kind = 499, "cancelled"
+        elif failure is not None:
+            status, kind = 500, ApiError.kind
+        price = None if usage.credits_source else price_nano_credits(model, usage)
+        if price is not None:
+            source = "derived" if usage.source == "reported" else "estimated"
+            usage = replace(usage, nano_credits=price, credits_source=source)
+        request.answer = Answer(
+            at=time.time() - duration_s,
+            provider=provider.name,
+            account=provider.user(),
+            model=model.id,
+            label=self.label(request),
+            dialect=dialect,
+            streamed=streamed,
+            usage=usage,
+            status=status,
+            kind=kind,
+            duration_s=duration_s,
+            first_byte_s=None if first_byte_at is None else first_byte_at - request.begun_at,
+        )
+        self.ledger.record(request.answer)
+
+    def label(self, request: Request) -> str:
+        """Who asks: the name of the key, else the family of the user agent."""
+        return request.key_name or self.ledger.label(request.headers.get("user-agent", ""))
+
+    async def check_limits(self, request: Request, provider: Provider, body_hash: int) -> None:
+        """Raises LimitReached; what answers on this machine costs nothing."""
+        if not provider.local:
+            label = self.label(request)
+            await self.ledger.check(self.config.limits, provider.name, label, body_hash)
 
     async def post_count_tokens(self, request: Request) -> Response:
         """Estimated here: never an upstream call, as Claude Code asks in bursts."""
@@ -16594,14 +17671,20 @@ class Gateway:
 
     async def post_embeddings(self, request: Request) -> Response:
         """OpenAI embeddings, by a provider that has such models."""
-        body = load_body(await request.read_body())
+        data = await request.read_body()
+        body = load_body(data)
         request.cancel_on_hangup(True)
         provider, model = await self.find_model(request, need_str(body, "model"))
         if not model.embeds:
             raise InvalidRequest(f"{model.id} makes no embeddings.", param="model")
-        with advising(provider):
-            answer, usage = await provider.embed(body, model)
-        self.usage.add(provider.name, model.id, usage, False)
+        await self.check_limits(request, provider, hash(data))
+        try:
+            with advising(provider):
+                answer, usage = await provider.embed(body, model)
+        except BaseException as error:
+            self.record(request, provider, model, "embeddings", Usage(), error)
+            raise
+        self.record(request, provider, model, "embeddings", usage, None)
         answer["model"] = body["model"]
         headers = {"x-aiclient-provider": provider.name, "x-aiclient-model": model.id}
         return Response(200, dump_json(answer), headers)
@@ -16647,7 +17730,8 @@ class Gateway:
 
     async def converse(self, request: Request, asked: Dialect) -> Response:
         """One request for an answer, in the dialect `asked`."""
-        body = load_body(await request.read_body())
+        data = await request.read_body()
+        body = load_body(data)
         outline = asked.outline(body)
         session = request.headers.get("x-claude-code-session-id", "")
         outline.session = outline.session or session
@@ -16656,6 +17740,8 @@ class Gateway:
             outline.initiator = initiator
         request.cancel_on_hangup(True, patient=True)
         provider, model = await self.find_model(request, outline.model)
+        await self.check_limits(request, provider, hash(data))
+        del data  # it may be large, and the answer long
         try:
             return await self.exchange(request, asked, body, outline, provider, model)
         except WrongDialect:
@@ -16691,7 +17777,7 @@ class Gateway:
         call = self.write_call(body, asked, spoken, model, terms, outline)
         call.betas = request.headers.get("anthropic-beta", "")
         flow = Flow(spoken, answered, terms, outline.stream, request.id)
-        exchange = Exchange(self, request, provider, call, flow)
+        exchange = Exchange(self, request, provider, call, flow, asked.name)
         return await exchange.run()
 
     @staticmethod
@@ -16737,14 +17823,24 @@ class Exchange:
     """One upstream answer on its way to one client."""
 
     def __init__(
-        self, gateway: Gateway, request: Request, provider: Provider, call: Call, flow: Flow
+        self,
+        gateway: Gateway,
+        request: Request,
+        provider: Provider,
+        call: Call,
+        flow: Flow,
+        asked: str,
     ) -> None:
         self.gateway = gateway
         self.request = request
         self.provider = provider
         self.call = call
         self.flow = flow
+        #: the caller's dialect
+        self.asked = asked
         self.source: Source | None = None
+        #: monotonic
+        self.first_byte_at: float | None = None
         self.counted = False
 
     async def run(self) -> Response:
@@ -16788,6 +17884,7 @@ class Exchange:
         with advising(self.provider):
             self.source = await self.provider.open(self.call)
         first = await self.source.first()
+        self.first_byte_at = asyncio.get_running_loop().time()
         if first.lstrip()[:1] == b"{":
             return await self.open_whole(first)
         data = self.flow.feed(first)
@@ -16890,11 +17987,23 @@ class Exchange:
         self.request.cancel_on_hangup(False)
         if self.source is not None:
             self.source.close(self.flow.ended)
-        if self.counted or (self.source is None and failure is not None):
-            return
+        if self.counted or isinstance(failure, WrongDialect):
+            return  # of another dialect it is asked once more
         self.counted = True
-        failed = failure is not None
-        self.gateway.usage.add(self.provider.name, self.call.model.id, self.flow.usage, failed)
+        flow = self.flow
+        usage = flow.usage
+        if not usage.source and failure is not None and not isinstance(failure, ApiError):
+            usage = settle_usage(usage, flow.terms, flow.relay.said)  # whoever left pays for it too
+        self.gateway.record(
+            self.request,
+            self.provider,
+            self.call.model,
+            self.asked,
+            usage,
+            failure,
+            flow.stream,
+            self.first_byte_at,
+        )
 
 
 # ---- 18. Daemon --------------------------------------------------------------------------------
@@ -17283,7 +18392,7 @@ class Daemon:
         self.log_file = log_file
         self.ticker = Ticker()
         self.client = HttpClient(config.network, self.ticker)
-        self.usage = UsageTracker()
+        self.ledger = Ledger(paths.usage_file, self.ticker)
         self.gateway = self.make_gateway({})
         self.server = Server(
             config.server, self.ticker, self.gateway.handler, self.gateway.write_error
@@ -17301,7 +18410,7 @@ class Daemon:
     def make_gateway(self, kept: dict[str, Provider]) -> Gateway:
         """A gateway of the configuration; the providers in `kept` stay as they are."""
         providers = make_providers(self.config, self.paths, self.client, kept)
-        return Gateway(self.config, providers, self.ticker, self.usage)
+        return Gateway(self.config, providers, self.ticker, self.ledger)
 
     async def listen(self, listeners: list[socket.socket]) -> None:
         """Begins to serve."""
@@ -17324,7 +18433,8 @@ class Daemon:
         if self.state == "replaced":
             await self.server.retire(RETIRE_SECONDS)
         await self.server.drain(self.config.server.drain_seconds)
-        await asyncio.gather(*(p.settle() for p in self.gateway.providers.values()))
+        settling = [p.settle() for p in self.gateway.providers.values()]
+        await asyncio.gather(self.ledger.close(), *settling)
         for entry in self.leaving:
             self.close_all(entry.closers)
         self.close_all([p.close for p in self.gateway.providers.values()] + [self.client.close])
@@ -17710,8 +18820,11 @@ async def control_models(daemon: Daemon, params: Json) -> Json:
 
 
 async def control_usage(daemon: Daemon, params: Json) -> Json:
-    """What /v1/usage answers."""
-    return daemon.usage.report()
+    """What /v1/usage answers to the same parameters; with `reset` after it was emptied."""
+    given = {name: str(value) for name, value in params.items() if name != "reset"}
+    if params.get("reset"):
+        await daemon.ledger.reset()
+    return await daemon.gateway.report_usage(given)
 
 
 async def control_quota(daemon: Daemon, params: Json) -> Json:
@@ -17739,7 +18852,7 @@ async def control_config_show(daemon: Daemon, params: Json) -> Json:
 async def control_config_set(daemon: Daemon, params: Json) -> Json:
     """Sets `key` to the words `value` in the file, and reloads; not for secrets."""
     key, value = need_str(params, "key"), need_str(params, "value")
-    if key in SECRET_SETTINGS:
+    if is_secret_setting(key):
         raise ProgramError(f"{key}: secrets do not travel here; set it in the file, then reload")
     change_config(daemon.paths, daemon.environ, key, value)
     return daemon.reload()
