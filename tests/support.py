@@ -586,4 +586,6 @@ def clean_environment(folder: Path) -> dict[str, str]:
         "XDG_CONFIG_HOME": str(folder / "config"),
         "XDG_STATE_HOME": str(folder / "state"),
         "PYTHONUNBUFFERED": "",
+        # Tests ask the same again and again.
+        "AICLIENT_API_LIMITS_RUNAWAY_REQUESTS": "0",
     }

@@ -568,6 +568,7 @@ def write_home(home: Path, upstream_port: int) -> dict[str, str]:
         "XDG_CONFIG_HOME": str(home / "config"),
         "XDG_STATE_HOME": str(home / "state"),
         "XDG_RUNTIME_DIR": str(home / "state"),
+        "AICLIENT_API_LIMITS_RUNAWAY_REQUESTS": "0",  # load is the same request again and again
     }
 
 
