@@ -136,6 +136,7 @@ if TYPE_CHECKING:
     import asyncio
     import base64
     import concurrent.futures
+    import csv
     import datetime as dt
     import difflib
     import email.utils
@@ -165,6 +166,7 @@ else:
     argparse = lazy_module("argparse")
     asyncio = lazy_module("asyncio")
     base64 = lazy_module("base64")
+    csv = lazy_module("csv")
     dt = lazy_module("datetime")
     difflib = lazy_module("difflib")
     fcntl = lazy_module("fcntl")
@@ -11567,6 +11569,8 @@ class Answer:
     kind: str = ""
     duration_s: float = 0.0
     first_byte_s: float | None = None
+    #: False where it was answered on this machine: limits take no notice
+    costs: bool = True
 
     def as_json(self) -> Json:
         """The row of `/v1/usage?recent=N`; `input_tokens` includes both caches."""
@@ -14028,8 +14032,17 @@ class UsageStore:
     request ever waits for it.  To be used by one thread at a time.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(
+        self,
+        path: str,
+        busy_s: float = USAGE_BUSY_SECONDS,
+        locked_s: float = USAGE_LOCKED_SECONDS,
+        max_pages: int = MAX_USAGE_PAGES,
+    ) -> None:
         self.path = path
+        self.busy_s = busy_s
+        self.locked_s = locked_s
+        self.max_pages = max_pages
         self.connection: sqlite3.Connection | None = None
         #: of the file that is open: somebody else may set it aside
         self.identity: tuple[int, int] | None = None
@@ -14056,7 +14069,7 @@ class UsageStore:
         flags = open_flags("O_RDWR", "O_CREAT", "O_NOFOLLOW", "O_CLOEXEC")
         os.close(os.open(self.path, flags, 0o600))  # SQLite gives its other files the same mode
         connection = sqlite3.connect(
-            self.path, timeout=USAGE_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+            self.path, timeout=self.busy_s, isolation_level=None, check_same_thread=False
         )
         try:
             self.prepare(connection)
@@ -14066,13 +14079,12 @@ class UsageStore:
         self.connection, self.identity = connection, self.find_identity()
         return connection
 
-    @staticmethod
-    def prepare(connection: sqlite3.Connection) -> None:
+    def prepare(self, connection: sqlite3.Connection) -> None:
         """Settings of this connection, and the tables where there are none."""
         for pragma in (
             "journal_mode = WAL",
             "synchronous = NORMAL",
-            f"max_page_count = {MAX_USAGE_PAGES}",
+            f"max_page_count = {self.max_pages}",
             f"journal_size_limit = {4 * MIB}",
         ):
             connection.execute(f"PRAGMA {pragma}")
@@ -14106,7 +14118,7 @@ class UsageStore:
         if primary in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             now = time.monotonic()
             self.locked_since = now if self.locked_since is None else self.locked_since
-            if now - self.locked_since < USAGE_LOCKED_SECONDS:
+            if now - self.locked_since < self.locked_s:
                 return self.complain(error)
             return self.set_aside("locked", error)
         foreign = primary == sqlite3.SQLITE_ERROR and OTHER_TABLES.search(str(error))
@@ -14179,6 +14191,8 @@ class UsageStore:
             slot = int(answer.at) // SLOT_SECONDS
             key = (slot, *(getattr(answer, name) for name in SUM_KEYS))
             self.sums.setdefault(key, Totals()).add(answer_figures(answer))
+            if not answer.costs:
+                continue
             spent = self.spent.setdefault((local_day(slot), answer.provider, answer.label), [0, 0])
             spent[0] += answer.usage.prompt + answer.usage.output
             spent[1] += answer.usage.nano_credits
@@ -14352,7 +14366,8 @@ class Ledger:
     def record(self, answer: Answer) -> None:
         """Counts an answer; it is in the database within USAGE_WRITE_SECONDS and a tick."""
         self.pending.append(answer)
-        self.spending.add(answer)
+        if answer.costs:
+            self.spending.add(answer)
         if self.due_at == math.inf:
             self.due_at = asyncio.get_running_loop().time() + USAGE_WRITE_SECONDS
             self.ticker.add(self.tick)
@@ -17548,6 +17563,7 @@ class Gateway:
             kind=kind,
             duration_s=duration_s,
             first_byte_s=None if first_byte_at is None else first_byte_at - request.begun_at,
+            costs=not provider.local,
         )
         self.ledger.record(request.answer)
 
@@ -19024,6 +19040,25 @@ def shown_day(moment: float | None) -> str:
     return time.strftime("%Y-%m-%d", time.gmtime(moment)) if moment else "-"
 
 
+# Eighths of a character; in a terminal that has no such letters whole ones.
+BAR_STEPS = (
+    " \N{LEFT ONE EIGHTH BLOCK}\N{LEFT ONE QUARTER BLOCK}\N{LEFT THREE EIGHTHS BLOCK}"
+    "\N{LEFT HALF BLOCK}\N{LEFT FIVE EIGHTHS BLOCK}\N{LEFT THREE QUARTERS BLOCK}"
+    "\N{LEFT SEVEN EIGHTHS BLOCK}\N{FULL BLOCK}"
+)
+
+
+def shown_bar(share: float, width: int) -> str:
+    """A bar of so many characters for 1.0, without what it does not fill; never none for some."""
+    share = min(max(share, 0.0), 1.0)
+    try:
+        BAR_STEPS.encode(sys.stdout.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return "#" * math.ceil(share * width)
+    whole, eighths = divmod(math.ceil(share * width * 8), 8)
+    return BAR_STEPS[8] * whole + (BAR_STEPS[eighths] if eighths else "")
+
+
 COLOURS = {"ready": "32", "resting": "33", "failing": "31", "not signed in": "33"}
 STATES = re.compile("|".join(COLOURS))
 
@@ -19035,11 +19070,18 @@ def coloured(text: str) -> str:
     return STATES.sub(lambda found: f"\x1b[{COLOURS[found[0]]}m{found[0]}\x1b[0m", text)
 
 
+FIGURE = re.compile(r"-|(?:~?[\d,.]+(?: %| ms| s)?)?")
+
+
 def table_lines(rows: list[list[str]]) -> list[str]:
-    """Rows as lines with aligned columns; nothing in them can steer a terminal."""
-    clean = [[CONTROLS.sub("", cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*clean, strict=True)]
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in clean]
+    """Rows as lines with aligned columns, figures to the right; nothing can steer a terminal."""
+    columns = list(zip(*([CONTROLS.sub("", cell) for cell in row] for row in rows), strict=True))
+    for index, column in enumerate(columns):
+        width = max(map(len, column))
+        figures = all(map(FIGURE.fullmatch, column[1:])) and any(map(str.strip, column[1:]))
+        align = str.rjust if figures else str.ljust
+        columns[index] = tuple(align(cell, width) for cell in column)
+    return ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
 
 
 def print_table(head: tuple[str, ...], rows: list[list[str]]) -> None:
@@ -19132,15 +19174,109 @@ def print_models(found: Json) -> None:
     print_table(("MODEL", "PROVIDER", "CONTEXT", "OUTPUT"), rows)
 
 
+BAR_WIDTH = 16
+USAGE_HEAD = (
+    "REQUESTS",
+    "ERRORS",
+    "INPUT",
+    "CACHED",
+    "OUTPUT",
+    "CREDITS",
+    "TIME",
+    "FIRST BYTE",
+    "TOKENS",
+)
+
+
+def usage_cells(row: Json, most: int) -> list[str]:
+    """A row of `/v1/usage` under USAGE_HEAD; ~ is before what was not all reported."""
+    rough = "" if row["token_sources"].keys() <= {"reported"} else "~"
+    cost_rough = "" if row["credit_sources"].keys() <= {"reported"} else "~"
+    prompt, total = row["input_tokens"], row["total_tokens"]
+    first_byte = row["first_byte_ms"]
+    costs = row.get("credits") if row["credit_sources"] else None
+    return [
+        shown_figure(row["request_count"]),
+        shown_figure(row["error_count"]),
+        rough + shown_figure(prompt),
+        f"{row['cache_read_tokens'] / prompt:.0%}".replace("%", " %") if prompt else "-",
+        rough + shown_figure(row["output_tokens"]),
+        "-" if costs is None else cost_rough + shown_figure(costs),
+        f"{row['duration_ms']:,} ms",
+        "-" if first_byte is None else f"{first_byte:,} ms",
+        shown_bar(total / most, BAR_WIDTH) if most and total else "",
+    ]
+
+
+def usage_table(report: Json) -> tuple[list[str], list[Json]]:
+    """(the names of what tells rows apart, the rows) of a report: by model unless asked else."""
+    if "rows" in report:
+        return list(USAGE_GROUPS[report["by"]]), report["rows"]
+    rows = [
+        {"model": model, "provider": name, **row}
+        for name, provider in report["providers"].items()
+        for model, row in provider["models"].items()
+    ]
+    return ["model", "provider"], rows
+
+
 def print_usage(report: Json) -> None:
     """`usage` for people."""
-    keys = ("request_count", "error_count", "input_tokens", "output_tokens", "total_tokens")
+    names, rows = usage_table(report)
+    most = max((row["total_tokens"] for row in rows), default=0)
+    cells = [[*(str(row[n]) for n in names), *usage_cells(row, most)] for row in rows]
+    if len(rows) > 1:
+        blank = [""] * (len(names) - 1)
+        cells.append(["total", *blank, *usage_cells(report["total"], 0)])
+    print_table((*map(str.upper, names), *USAGE_HEAD), cells)
+    if report["since"]:
+        print(f"since {shown_minute(report['since'])}; ~ is derived or estimated")
+    for row in report["limits"]:
+        used, limit = shown_figure(row["used"]), shown_figure(row["limit"])
+        share = shown_bar(row["used"] / row["limit"], BAR_WIDTH)
+        print(f"limit {row['name']}: {used} of {limit} {row['unit']}  {share}")
+    if "recent" in report:
+        print()
+        print_recent(report["recent"])
+    if "trouble" in report:
+        print(f"not written to disk now: {report['trouble']}")
+
+
+def print_recent(answers: list[Json]) -> None:
+    """Single answers, the newest first."""
     rows = []
-    for name, provider in report["providers"].items():
-        for model, row in provider["models"].items():
-            rows.append([f"{name}/{model}", *(shown_figure(row[key]) for key in keys)])
-    rows.append(["total", *(shown_figure(report["total"][key]) for key in keys)])
-    print_table(("MODEL", "REQUESTS", "ERRORS", "INPUT", "OUTPUT", "TOKENS"), rows)
+    for row in answers:
+        rough = "" if row["input_source"] in ("reported", None) else "~"
+        cost_rough = "" if row["credits_source"] == "reported" else "~"
+        first_byte = row["first_byte_ms"]
+        rows.append(
+            [
+                f"{dt.datetime.fromtimestamp(row['at']):%m-%d %H:%M:%S}",
+                f"{row['provider']}/{row['model']}",
+                row["label"],
+                row["kind"] or str(row["status"]),
+                f"{row['duration_ms']:,} ms",
+                "-" if first_byte is None else f"{first_byte:,} ms",
+                rough + shown_figure(row["input_tokens"]),
+                shown_figure(row["cache_read_tokens"]),
+                rough + shown_figure(row["output_tokens"]),
+                cost_rough + shown_figure(row["credits"]) if row["credits_source"] else "-",
+            ]
+        )
+    head = ("WHEN", "MODEL", "LABEL", "END", "TIME", "FIRST BYTE", "INPUT", "CACHED", "OUTPUT")
+    print_table((*head, "CREDITS"), rows)
+
+
+def print_usage_csv(report: Json) -> None:
+    """`usage --csv`: single answers where they were asked for, else the rows of the table."""
+    names, rows = usage_table(report)
+    rows = report.get("recent", rows)
+    columns = list(rows[0] if rows else names)
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        cells = (row[name] for name in columns)
+        writer.writerow([dump_text(c) if isinstance(c, dict) else c for c in cells])
 
 
 def print_quota(found: Json) -> None:
@@ -19525,8 +19661,33 @@ def cmd_models(options: argparse.Namespace) -> int:
 
 
 def cmd_usage(options: argparse.Namespace) -> int:
-    """Shows requests and tokens by model."""
-    return show(options, ask_daemon(find_paths(make_environ()), "usage"), print_usage)
+    """Shows requests, tokens and credits by model, or by what is asked; also of the past."""
+    paths = find_paths(make_environ())
+    asked = {"since": options.since, "by": options.by, "recent": options.recent}
+    given = {name: str(value) for name, value in asked.items() if value}
+    try:
+        report = ask_daemon(paths, "usage", {**given, "reset": options.reset})
+    except NotRunning:
+        if options.reset or not os.path.exists(paths.usage_file):
+            raise
+        report = load_usage(paths, given)
+    if options.csv:
+        print_usage_csv(report)
+        return 0
+    return show(options, report, print_usage)
+
+
+def load_usage(paths: Paths, given: dict[str, str]) -> Json:
+    """The report without a gateway; raises ProgramError."""
+    now = time.time()
+    try:
+        query = read_usage_query(given, now)
+    except ApiError as error:
+        raise ProgramError(error.text()) from None
+    store = UsageStore(paths.usage_file)
+    report = {**store.report(query, now), "limits": []}
+    store.close()
+    return report
 
 
 def cmd_quota(options: argparse.Namespace) -> int:
@@ -19969,6 +20130,16 @@ LOG_ARGUMENTS = (
 )
 
 
+USAGE_ARGUMENTS = (
+    argument("--since", "7d, 24h, today, 2026-11-01 or Unix seconds", metavar="TIME"),
+    argument("--by", "what rows are told apart by (default model)", choices=tuple(USAGE_GROUPS)),
+    argument("--recent", "the last N answers, one by one", metavar="N"),
+    argument("--csv", "comma-separated values", action="store_true"),
+    AS_JSON,
+    argument("--reset", "forget what was counted; limits go on counting", action="store_true"),
+)
+
+
 class Verb(NamedTuple):
     """One verb: its words, what it does, its arguments, and examples of all after the name."""
 
@@ -20049,7 +20220,13 @@ VERBS = (
     Verb("auth list", cmd_auth_list, "list the sign-ins", (AS_JSON,)),
     Verb("auth revoke", cmd_auth_revoke, "remove a sign-in", (PROVIDER_ARGUMENT,)),
     Verb("models", cmd_models, "list the models", (AS_JSON,), "models --json"),
-    Verb("usage", cmd_usage, "show requests and tokens", (AS_JSON,)),
+    Verb(
+        "usage",
+        cmd_usage,
+        "show requests, tokens and credits",
+        USAGE_ARGUMENTS,
+        "usage --since 7d --by day",
+    ),
     Verb("quota", cmd_quota, "ask what is left of your plans", (AS_JSON,)),
     Verb(
         "config init",
