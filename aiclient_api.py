@@ -325,7 +325,7 @@ MAX_CONTROL_CLIENTS = 16
 MAX_SOCKET_PATH_BYTES = 103  # macOS 104 with the final zero, Linux 108
 
 # Usage.
-USAGE_WRITE_SECONDS = 1.0  # between two writes: what a crash may lose
+USAGE_WRITE_SECONDS = 0.4  # between two writes: with a tick and the write less than a second
 USAGE_BUSY_SECONDS = 5.0  # that one write waits for another process's
 USAGE_LOCKED_SECONDS = 60.0  # a database that stays locked for so long is set aside
 USAGE_PRUNE_SECONDS = 3600.0

@@ -426,6 +426,14 @@ class Gateway:
             self.close()
             raise GatewayFailed(status, self.stdout(), self.log())
 
+    def start_again(self) -> None:
+        """Run it once more in the same folder, after it has ended."""
+        self.port = 0
+        self._started.clear()
+        self._out.clear()
+        self._readers.clear()
+        self.start()
+
     def _read_lines(self, stream: IO[bytes], lines: list[str]) -> None:
         with stream:
             for raw in stream:
