@@ -17257,7 +17257,8 @@ class Shield:
         return {
             "Access-Control-Allow-Origin": origin,
             "Access-Control-Expose-Headers": "request-id, x-request-id, retry-after, "
-            "x-aiclient-provider, x-aiclient-model, x-aiclient-dropped",
+            "x-aiclient-provider, x-aiclient-model, x-aiclient-dropped, "
+            "x-aiclient-credits",
             "Vary": "Origin",
         }
 
@@ -17943,7 +17944,7 @@ class Exchange:
         return Response(200, dump_json(body), self.headers())
 
     def headers(self) -> dict[str, str]:
-        """Who answered, and what was left out."""
+        """Who answered, what was left out, and what a whole answer cost."""
         headers = {
             "x-aiclient-provider": self.provider.name,
             "x-aiclient-model": self.call.model.id,
@@ -17951,6 +17952,9 @@ class Exchange:
         dropped = [name for name in self.call.dropped if TOKEN.fullmatch(name)]
         if dropped:
             headers["x-aiclient-dropped"] = ", ".join(dict.fromkeys(dropped))
+        answer = self.request.answer
+        if answer is not None and answer.usage.credits_source:
+            headers["x-aiclient-credits"] = f"{answer.usage.nano_credits / 1e9:.9g}"
         return headers
 
     async def pump(self, outlet: Outlet, opening: asyncio.Future[bytes]) -> None:
@@ -18631,7 +18635,7 @@ class Daemon:
             "connections": len(self.server.connections),
             "requests_in_flight": self.server.count_busy(),
             "memory_bytes": count_memory(),
-            "needs_key": bool(config.api_key),
+            "needs_key": bool(config.api_key or config.api_keys),
             "detached": self.launch.detached,
             "config_file": self.paths.config_file,
             "log_file": self.launch.log_file or None,

@@ -577,12 +577,14 @@ def test_an_answer_is_counted_with_its_bill_and_its_account() -> None:
     with ExitStack() as stack:
         fake = stack.enter_context(FakeCopilot())
         gateway = stack.enter_context(signed_in(fake))
-        ask(gateway, "hi", "claude-sonnet-4.5", MESSAGES)
-        ask(gateway, "hi", "gpt-4.1", stream=True)
+        whole = ask(gateway, "hi", "claude-sonnet-4.5", MESSAGES)
+        stream = ask(gateway, "hi", "gpt-4.1", stream=True)
         rows = usage(gateway, "?recent=2")["recent"]
         assert [row["account"] for row in rows] == ["octocat"] * 2
         assert [row["credits_source"] for row in rows] == ["reported"] * 2
         assert all(row["credits"] > 0 for row in rows)
+        assert float(whole.headers["x-aiclient-credits"]) == rows[1]["credits"]
+        assert "x-aiclient-credits" not in stream.headers  # which came before the bill
         assert "credits=" in gateway.log() and "input=" in gateway.log()
 
 
