@@ -107,6 +107,8 @@ import re
 import stat
 import struct
 import zlib
+from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TextIO, TypeVar
@@ -339,6 +341,14 @@ MAX_WAITING_ANSWERS = 5_000  # rows kept in memory while there is no database; s
 MAX_RECENT_ANSWERS = 1_000  # that can be asked for at a time
 MAX_LABELS = 200  # user agents that are told apart; the rest is "other"
 MAX_RUNAWAYS = 1_000  # requests that are remembered by their hash
+
+# GET /metrics.  OpenTelemetry's advice for such histograms ends at 82 s (GenAI metrics, 2026): an
+# agent's turn takes 2 to 60 s, long reasoning minutes, and its first byte comes after the thinking.
+ANSWER_SECONDS_BUCKETS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
+FIRST_BYTE_SECONDS_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 120.0)
+# Pairs of provider and model; all others share one.  A provider lists 15 to 40 models; each one
+# that was used has 40 lines of a scrape, which take 45 us.
+MAX_METRIC_SERIES = 200
 
 GITHUB_URL = "https://github.com"
 GITHUB_API_URL = "https://api.github.com"
@@ -11941,6 +11951,262 @@ class RepeatGuard:
                 hint="If that is meant, raise limits.runaway_requests, or set it to 0.",
                 retry_after=began_at + seconds - now,
             )
+
+
+# 10.4 metrics
+
+Labels = tuple[Any, ...]  # the values of a series' labels, in the order of their names
+Series = dict[Labels, float]
+
+
+class Metric(NamedTuple):
+    """One metric of GET /metrics, named by Prometheus's conventions, which tell its type."""
+
+    #: without the prefix of this program
+    name: str
+    #: the names of its labels, with spaces between
+    labels: str
+    help: str
+    #: the upper bounds of a histogram's buckets, in seconds
+    buckets: tuple[float, ...] = ()
+
+    @property
+    def full_name(self) -> str:
+        """As it is scraped; `process_*` are the names that all programs share."""
+        return self.name if self.name.startswith("process_") else f"aiclient_api_{self.name}"
+
+    @property
+    def kind(self) -> str:
+        """Its type: a counter only grows, a gauge goes up and down."""
+        if self.buckets:
+            return "histogram"
+        return "counter" if self.name.endswith("_total") else "gauge"
+
+
+METRICS = (
+    Metric(
+        "http_requests_total",
+        "route method status",
+        "HTTP requests that have ended; status 499: the caller went away before its answer.",
+    ),
+    Metric("http_connections", "", "Connections of callers that are open."),
+    Metric("http_requests_in_flight", "", "HTTP requests whose answer is not out yet."),
+    Metric(
+        "answers_total",
+        "provider model dialect status",
+        "Requests that reached a provider, by the dialect they were asked in; status 499: the "
+        "caller went away.",
+    ),
+    Metric(
+        "answer_errors_total",
+        "provider kind",
+        "Answers that ended in an error, by its kind; not those that the caller gave up.",
+    ),
+    Metric(
+        "answer_duration_seconds",
+        "provider model",
+        "From the request to the last byte of its answer, of good answers only.",
+        ANSWER_SECONDS_BUCKETS,
+    ),
+    Metric(
+        "answer_first_byte_seconds",
+        "provider model",
+        "From the request to the upstream's first byte.",
+        FIRST_BYTE_SECONDS_BUCKETS,
+    ),
+    Metric(
+        "tokens_total",
+        "provider model type",
+        "Tokens; the types input, cache_read, cache_write and output do not overlap.",
+    ),
+    Metric(
+        "reasoning_tokens_total",
+        "provider model",
+        "Tokens of reasoning, which tokens_total counts among the output already.",
+    ),
+    Metric(
+        "credits_total",
+        "provider model",
+        "Credits that the provider billed, each kind of provider in a unit of its own.",
+    ),
+    Metric(
+        "upstream_refusals_total",
+        "provider kind",
+        "Attempts that the upstream refused or did not answer, also where a later one went well.",
+    ),
+    Metric("upstream_retries_total", "provider", "Attempts after the first one of a request."),
+    Metric(
+        "provider_ready",
+        "provider",
+        "1 where a provider can be asked, 0 where it rests, fails or is not signed in.",
+    ),
+    Metric(
+        "cool_down_seconds",
+        "provider model",
+        "For how long a model still rests, 0: not at all; the model * is the whole provider.",
+    ),
+    Metric("usage_rows_waiting", "", "Answers that are not in the usage database yet."),
+    Metric(
+        "usage_rows_lost_total",
+        "",
+        "Answers that the usage database could not keep one by one; their sums are in it.",
+    ),
+    Metric("log_lines_dropped_total", "", "Log lines that could not be written."),
+    Metric("build_info", "version python", "1, with the versions as labels."),
+    Metric("process_start_time_seconds", "", "When the process started, in Unix seconds."),
+    Metric("process_cpu_seconds_total", "", "Processor time used, in user and system mode."),
+    Metric("process_resident_memory_bytes", "", "Memory in use."),
+    Metric("process_open_fds", "", "Open files and sockets."),
+)
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"  # Prometheus's text format
+HTTP_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+
+
+def escape_label(value: object) -> str:
+    """A label's value as it stands between quotes."""
+    return str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def write_labels(names: list[str], values: Labels) -> str:
+    """`provider="copilot",model="gpt-4.1"`."""
+    return ",".join(f'{n}="{escape_label(v)}"' for n, v in zip(names, values, strict=True))
+
+
+def write_samples(name: str, names: list[str], series: Series) -> Iterator[str]:
+    """The lines of a counter or a gauge."""
+    for values, number in sorted(series.items()):
+        labels = write_labels(names, values)
+        yield f"{name}{{{labels}}} {number}" if labels else f"{name} {number}"
+
+
+class Histogram:
+    """Observations by labels: how many fell into each bucket, and what they add up to."""
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        #: labels -> a number for each bucket, one for what is above all, the sum
+        self.rows: dict[Labels, list[float]] = {}
+
+    def add(self, labels: Labels, value: float) -> None:
+        """Counts one observation; a bucket includes its bound."""
+        row = self.rows.get(labels)
+        if row is None:
+            row = self.rows[labels] = [0] * (len(self.bounds) + 1) + [0.0]
+        row[bisect_left(self.bounds, value)] += 1
+        row[-1] += value
+
+    def write(self, name: str, names: list[str]) -> Iterator[str]:
+        """Its lines: the number of observations up to each bound, their sum, all of them."""
+        bounds = [f"{bound:g}" for bound in self.bounds] + ["+Inf"]
+        for values, row in sorted(self.rows.items()):
+            labels = write_labels(names, values)
+            total: float = 0
+            for bound, number in zip(bounds, row[:-1], strict=True):
+                total += number
+                yield f'{name}_bucket{{{labels},le="{bound}"}} {total}'
+            yield f"{name}_sum{{{labels}}} {row[-1]}"
+            yield f"{name}_count{{{labels}}} {total}"
+
+
+#: figures of `Daemon.status` -> metrics
+STATUS_METRICS = {
+    "connections": "http_connections",
+    "requests_in_flight": "http_requests_in_flight",
+    "usage_rows_waiting": "usage_rows_waiting",
+    "usage_rows_lost": "usage_rows_lost_total",
+    "log_lines_dropped": "log_lines_dropped_total",
+    "started_at": "process_start_time_seconds",
+    "cpu_s": "process_cpu_seconds_total",
+    "memory_bytes": "process_resident_memory_bytes",
+    "open_files": "process_open_fds",
+}
+
+
+def read_status(status: Json) -> dict[str, Series]:
+    """How things stand, by `Daemon.status`, as series of METRICS; what nobody knows is left out."""
+    series: dict[str, Series] = {
+        metric: {(): status[name]}
+        for name, metric in STATUS_METRICS.items()
+        if status.get(name) is not None
+    }
+    python = ".".join(map(str, sys.version_info[:3]))
+    series["build_info"] = {(status["version"], python): 1}
+    ready: Series = {}
+    rests: Series = {}
+    for row in status["providers"]:
+        resting = {"*": 0, **row["cool_downs"]}
+        ready[row["name"],] = int(row["health"] in ("ready", "resting") and not resting["*"])
+        rests.update({(row["name"], model): seconds for model, seconds in resting.items()})
+    return {**series, "provider_ready": ready, "cool_down_seconds": rests}
+
+
+class Metrics:
+    """Counters and histograms since the start, in memory; METRICS says what each one is."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, Series] = {
+            metric.name: defaultdict(int) for metric in METRICS if metric.kind == "counter"
+        }
+        self.histograms = {m.name: Histogram(m.buckets) for m in METRICS if m.buckets}
+        #: pairs of provider and model that have series of their own
+        self.models: set[tuple[str, str]] = set()
+
+    def count_request(self, route: str, method: str, status: int) -> None:
+        """Counts one HTTP request; `route` is one of the route table's."""
+        method = method if method in HTTP_METHODS else "other"
+        self.counts["http_requests_total"][route, method, status] += 1
+
+    def count_attempts(self, provider: str, attempts: int, refusals: list[str]) -> None:
+        """Counts what one request took: attempts in all, and the kinds of those that failed."""
+        self.counts["upstream_retries_total"][provider,] += max(0, attempts - 1)
+        for kind in refusals:
+            self.counts["upstream_refusals_total"][provider, kind] += 1
+
+    def observe(self, answer: Answer) -> None:
+        """Counts one answer, in some 2 microseconds."""
+        provider, usage, kind = answer.provider, answer.usage, answer.kind
+        model = self.model_label(answer)
+        counts, key = self.counts, (provider, model)
+        counts["answers_total"][provider, model, answer.dialect, answer.status] += 1
+        tokens = counts["tokens_total"]
+        tokens[provider, model, "input"] += usage.input
+        tokens[provider, model, "cache_read"] += usage.cache_read
+        tokens[provider, model, "cache_write"] += usage.cache_write
+        tokens[provider, model, "output"] += usage.output
+        counts["reasoning_tokens_total"][key] += usage.reasoning
+        counts["credits_total"][key] += usage.nano_credits / 1e9
+        if not kind:
+            self.histograms["answer_duration_seconds"].add(key, answer.duration_s)
+        elif kind != "cancelled":
+            counts["answer_errors_total"][provider, kind] += 1
+        if answer.first_byte_s is not None:
+            self.histograms["answer_first_byte_seconds"].add(key, answer.first_byte_s)
+
+    def model_label(self, answer: Answer) -> str:
+        """The model, or "other" once there are too many, and for names that the upstream denies.
+
+        A caller may name a model that no list has, so names are not bounded by the catalogues.
+        """
+        key = answer.provider, answer.model
+        if key not in self.models:
+            if answer.kind == "model_not_found" or len(self.models) >= MAX_METRIC_SERIES:
+                return "other"
+            self.models.add(key)
+        return answer.model
+
+    def render(self, measured: dict[str, Series]) -> str:
+        """All that there is in the text format 0.0.4; `measured` is what only stands now."""
+        lines = []
+        for metric in METRICS:
+            name, names = metric.full_name, metric.labels.split()
+            if metric.buckets:
+                found = list(self.histograms[metric.name].write(name, names))
+            else:
+                series = measured.get(metric.name) or self.counts.get(metric.name, {})
+                found = list(write_samples(name, names, series))
+            if found:
+                lines += [f"# HELP {name} {metric.help}", f"# TYPE {name} {metric.kind}", *found]
+        return "\n".join(lines) + "\n"
 
 
 # ==== the I/O line ==============================================================================
