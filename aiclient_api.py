@@ -14728,6 +14728,9 @@ class Call:
     dropped: list[str] = field(default_factory=list)
     #: names of the rules that changed the conversation
     touched: list[str] = field(default_factory=list)
+    #: how often it was sent, and the kinds of errors that came of it; the provider adds to them
+    attempts: int = 0
+    refusals: list[str] = field(default_factory=list)
 
 
 class Provider(Protocol):
@@ -14983,6 +14986,7 @@ class Attempt:
         """Tries until there is a good answer, a final refusal, or no attempt left."""
         while True:
             self.count += 1
+            self.call.attempts = self.count
             try:
                 answer = await self.send()
             except UpstreamError as error:
@@ -14993,6 +14997,7 @@ class Attempt:
                     return answer
             assert verdict is not None
             verdict.error = self.with_window(verdict.error)
+            self.call.refusals.append(verdict.error.kind)
             log_event(
                 "info",
                 "upstream_refused",
