@@ -12027,7 +12027,7 @@ METRICS = (
     Metric(
         "credits_total",
         "provider model",
-        "Credits that the provider billed, each kind of provider in a unit of its own.",
+        "Credits, billed by the provider or worked out from its prices; in a unit of its own.",
     ),
     Metric(
         "upstream_refusals_total",
@@ -14618,6 +14618,7 @@ class Ledger:
         #: caps are set: what was spent is read from the database
         self.is_capped = False
         self.guard = RepeatGuard()
+        self.metrics = Metrics()
 
     # -- counting
 
@@ -14634,9 +14635,14 @@ class Ledger:
         self.pending.append(answer)
         if answer.costs:
             self.spending.add(answer)
+        self.metrics.observe(answer)
         if self.due_at == math.inf:
             self.due_at = asyncio.get_running_loop().time() + USAGE_WRITE_SECONDS
             self.ticker.add(self.tick)
+
+    def count_waiting(self) -> int:
+        """Answers that are not in the database yet."""
+        return len(self.pending) + len(self.store.answers)
 
     def tick(self, now: float) -> None:
         """Begins to write when it is time."""
@@ -17442,6 +17448,7 @@ COSTLY_ENDPOINTS = (
     "/v1/responses",
     "/v1/embeddings",
 )
+OPEN_ROUTES = ("/v1/models/", "/v1/responses/")  # with an id behind them
 
 
 @functools.lru_cache(maxsize=256)
@@ -17454,6 +17461,13 @@ def plain_path(path: str) -> str:
     if path.startswith("/models/") or path in BARE_ENDPOINTS:
         path = "/v1" + path
     return path
+
+
+def unanswered_status(error: BaseException) -> int:
+    """The status to count for a request whose handler was broken off: 499 is nginx's."""
+    if isinstance(error, WireError):
+        return error.status
+    return 499 if isinstance(error, (asyncio.CancelledError, ConnectionError)) else 500
 
 
 def needs_body(method: str) -> bool:
@@ -17572,12 +17586,19 @@ class Gateway:
     """What happens between a request and its answer.  It owns nothing but references."""
 
     def __init__(
-        self, config: Config, providers: dict[str, Provider], ticker: Ticker, ledger: Ledger
+        self,
+        config: Config,
+        providers: dict[str, Provider],
+        ticker: Ticker,
+        ledger: Ledger,
+        status: Callable[[], Json],
     ) -> None:
         self.config = config
         self.providers = providers
         self.ticker = ticker
         self.ledger = ledger
+        #: how the whole process stands, as Daemon.status tells it
+        self.status = status
         self.router = Router(config, list(providers))
         self.limiter = RateLimiter(config.server.rate_limit_seconds)
         self.shield = Shield(config.server)
@@ -17585,6 +17606,7 @@ class Gateway:
         self.routes: dict[str, dict[str, Handler]] = {
             "/": {"GET": self.get_health},
             "/healthz": {"GET": self.get_health},
+            "/metrics": {"GET": self.get_metrics},
             "/v1/chat/completions": {"POST": self.post_chat},
             "/v1/messages": {"POST": self.post_messages},
             "/v1/messages/count_tokens": {"POST": self.post_count_tokens},
@@ -17671,13 +17693,17 @@ class Gateway:
         return handle
 
     def with_log(self, inner: Handler) -> Handler:
-        """A request id, and one line in the log when the answer is out."""
+        """A request id; a line in the log, and a count, when the answer is out."""
 
         async def handle(request: Request) -> Response:
             loop = asyncio.get_running_loop()
             request.begun_at = begun_at = loop.time()
             request.id = "req_" + os.urandom(12).hex()
-            response = await inner(request)
+            try:
+                response = await inner(request)
+            except BaseException as error:
+                self.count_request(request, unanswered_status(error))
+                raise
             response.headers.update(
                 {
                     "request-id": request.id,
@@ -17687,6 +17713,7 @@ class Gateway:
             )
             if response.stream is None:
                 self.log_access(request, response, loop.time() - begun_at, "")
+                self.count_request(request, response.status)
                 return response
             stream = response.stream
 
@@ -17697,11 +17724,20 @@ class Gateway:
                     outcome = ""
                 finally:
                     self.log_access(request, response, loop.time() - begun_at, outcome)
+                    self.count_request(request, response.status)
 
             response.stream = logged
             return response
 
         return handle
+
+    def count_request(self, request: Request, status: int) -> None:
+        """Counts a request that has ended, by the route that it took."""
+        route = plain_path(request.path)
+        if route not in self.routes:
+            prefix = next((p for p in OPEN_ROUTES if route.startswith(p)), "")
+            route = f"{prefix}ID" if prefix else "other"
+        self.ledger.metrics.count_request(route, request.method, status)
 
     @staticmethod
     def log_access(request: Request, response: Response, seconds: float, outcome: str) -> None:
@@ -17792,6 +17828,11 @@ class Gateway:
     async def report_usage(self, given: dict[str, str]) -> Json:
         """The report for the parameters of `/v1/usage`; raises InvalidRequest."""
         return await self.ledger.report(read_usage_query(given, time.time()), self.config.limits)
+
+    async def get_metrics(self, request: Request) -> Response:
+        """What Prometheus scrapes."""
+        text = self.ledger.metrics.render(read_status(self.status()))
+        return Response(200, text.encode(), content_type=METRICS_TYPE)
 
     async def delete_usage(self, request: Request) -> Response:
         """Resets the counters and returns the empty report."""
@@ -18278,9 +18319,13 @@ class Exchange:
         self.request.cancel_on_hangup(False)
         if self.source is not None:
             self.source.close(self.flow.ended)
-        if self.counted or isinstance(failure, WrongDialect):
-            return  # of another dialect it is asked once more
+        if self.counted:
+            return
         self.counted = True
+        call, metrics = self.call, self.gateway.ledger.metrics
+        metrics.count_attempts(self.provider.name, call.attempts, call.refusals)
+        if isinstance(failure, WrongDialect):
+            return  # of another dialect it is asked once more
         flow = self.flow
         usage = flow.usage
         if not usage.source and failure is not None and not isinstance(failure, ApiError):
@@ -18656,6 +18701,14 @@ def count_memory() -> int | None:
     return int(figures[1]) * os.sysconf("SC_PAGE_SIZE") if len(figures) > 1 else None
 
 
+def count_open_files() -> int | None:
+    """Open files and sockets; None where the system does not tell."""
+    try:
+        return len(os.listdir("/proc/self/fd")) - 1  # less the one that was open to look
+    except OSError:
+        return None
+
+
 # 18.4 what runs
 
 
@@ -18701,7 +18754,7 @@ class Daemon:
     def make_gateway(self, kept: dict[str, Provider]) -> Gateway:
         """A gateway of the configuration; the providers in `kept` stay as they are."""
         providers = make_providers(self.config, self.paths, self.client, kept)
-        return Gateway(self.config, providers, self.ticker, self.ledger)
+        return Gateway(self.config, providers, self.ticker, self.ledger, self.status)
 
     async def listen(self, listeners: list[socket.socket]) -> None:
         """Begins to serve."""
@@ -18902,15 +18955,20 @@ class Daemon:
             "pid": os.getpid(),
             "url": f"http://{shown_host(config.server.host)}:{self.port}",
             "state": self.state,
+            "started_at": self.started_at,
             "uptime_s": int(time.time() - self.started_at),
             "connections": len(self.server.connections),
             "requests_in_flight": self.server.count_busy(),
             "memory_bytes": count_memory(),
+            "cpu_s": round(time.process_time(), 3),
+            "open_files": count_open_files(),
             "needs_key": bool(config.api_key or config.api_keys),
             "detached": self.launch.detached,
             "config_file": self.paths.config_file,
             "log_file": self.launch.log_file or None,
             "log_lines_dropped": self.log_file.dropped if self.log_file else 0,
+            "usage_rows_waiting": self.ledger.count_waiting(),
+            "usage_rows_lost": self.ledger.store.lost,
             "providers": [
                 self.provider_status(name, config.providers[name], provider)
                 for name, provider in self.gateway.providers.items()

@@ -1258,6 +1258,7 @@ def test_an_unknown_path_is_404_in_the_shape_of_its_neighbours(
         ("POST", "/v1/models", {"GET"}),
         ("POST", "/v1/models/echo", {"GET"}),
         ("POST", "/v1/usage", {"GET", "DELETE"}),
+        ("POST", "/metrics", {"GET", "HEAD"}),
         ("TRACE", "/healthz", {"GET"}),
         ("post", CHAT, {"POST"}),
     ],

@@ -495,11 +495,13 @@ def test_scraped_sums_are_what_the_upstream_has_sent(
 
     before = counted()
     answers = pair.count("answers_total", model=model, status="200")
+    requests = pair.count("http_requests_total", route=path, status="200")
     for _ in range(3):
         assert pair.ask(path, model, stream=stream) == 200
     after = counted()
     assert {n: after[n] - before[n] for n in after} == pytest.approx(pair.sent())
     assert pair.count("answers_total", model=model, status="200") - answers == 3
+    assert pair.count("http_requests_total", route=path, status="200") - requests == 3
     assert pair.count("answer_duration_seconds", model=model) > 0
     assert pair.count("answer_first_byte_seconds", model=model) > 0
 
@@ -530,23 +532,31 @@ def test_an_attempt_that_a_later_one_mends_is_a_refusal_and_a_retry_but_no_error
 
 
 def test_a_stream_that_breaks_is_an_error_of_an_answer(pair: Pair) -> None:
-    before = pair.count("answer_errors_total")
+    before, broken = pair.count("answer_errors_total"), {"model": GPT, "status": "502"}
+    counted = pair.count("answers_total", **broken)
     pair.fake.queue(begun(then="reset"))
     assert pair.ask(stream=True) == 200  # its head had gone out
     assert pair.count("answer_errors_total") - before == 1
-    assert pair.count("answers_total", model=GPT, status="502") == 1
+    assert pair.count("answers_total", **broken) == counted + 1
 
 
 def test_an_answer_that_nobody_waits_for_is_counted_as_such_and_is_no_error(pair: Pair) -> None:
-    before = pair.count("answer_errors_total")
+    before, left = pair.count("answer_errors_total"), {"model": GPT, "status": "499"}
+    counted = pair.count("answers_total", **left)
     pair.fake.queue(begun(then="hang"))
     with pair.send() as wire:
         wire.read_until(b"one")
-        assert pair.count("http_requests_in_flight") == 2  # the stream and the scrape
+        wait_until(lambda: pair.count("http_requests_in_flight") == 2)  # this, and the scrape
         assert pair.count("http_connections") >= 2
-    wait_until(lambda: pair.count("answers_total", model=GPT, status="499") == 1)
+    wait_until(lambda: pair.count("answers_total", **left) == counted + 1)
     assert pair.count("answer_errors_total") == before
     wait_until(lambda: pair.count("http_requests_in_flight") == 1)
+
+
+def test_answers_wait_for_the_database_only_for_a_moment(pair: Pair) -> None:
+    assert pair.ask() == 200
+    wait_until(lambda: pair.scrape()["aiclient_api_usage_rows_waiting"].value() == 0)
+    assert pair.scrape()["aiclient_api_usage_rows_lost_total"].value() == 0
 
 
 def test_requests_are_told_apart_by_route_method_and_status(pair: Pair) -> None:
