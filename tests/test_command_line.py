@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import plistlib
@@ -147,9 +149,66 @@ def test_a_pipe_that_closes_early_is_no_error(running: Machine) -> None:
 def test_usage_and_models_are_those_of_the_gateway(machine: Machine) -> None:
     status = machine.start()
     fetch(status, "/v1/chat/completions", echo("hi"))
-    assert machine.run("usage").json() == fetch(status, "/v1/usage").json()
+    for words, query in (([], ""), (["--by", "day", "--since", "2d"], "?by=day&since=2d")):
+        told, served = (
+            machine.run("usage", *words).json(),
+            fetch(status, f"/v1/usage{query}").json(),
+        )
+        assert abs(told.pop("until") - served.pop("until")) < 60
+        assert told == served
     assert machine.run("models").json()["models"] == fetch(status, "/v1/models").json()["data"]
-    assert "echo/echo" in typed(machine, ["usage"])
+
+
+def test_usage_is_a_table_with_bars_or_csv(machine: Machine) -> None:
+    status = machine.start()
+    for words in ("hi", "a longer question"):
+        fetch(status, "/v1/chat/completions", echo(words))
+    table = typed(machine, ["usage"])
+    head, row = table.splitlines()[:2]
+    assert head.split()[:3] == ["MODEL", "PROVIDER", "REQUESTS"]
+    assert row.split()[:4] == ["echo", "echo", "2", "0"] and "\N{FULL BLOCK}" * 16 in row
+    assert "TIME" in typed(machine, ["usage", "--recent", "5"]).splitlines()[-3]
+    rows = list(csv.DictReader(io.StringIO(machine.run("usage", "--csv").out)))
+    assert [(row["model"], row["request_count"]) for row in rows] == [("echo", "2")]
+    rows = list(csv.DictReader(io.StringIO(machine.run("usage", "--recent", "9", "--csv").out)))
+    assert [row["status"] for row in rows] == ["200", "200"]
+    assert list(rows[0]) == list(machine.run("usage", "--recent", "1").json()["recent"][0])
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [(["--since", "x"], 1, "since: is not a time"), (["--recent", "1e9"], 1, "recent: must be"),
+     (["--by", "hour"], 2, "invalid choice")],
+)  # fmt: skip
+def test_wrong_usage_of_usage_is_told(
+    machine: Machine, words: list[str], status: int, said: str
+) -> None:
+    machine.start()
+    done = machine.run("usage", *words)
+    assert done.status == status and said in done.err
+
+
+def test_usage_is_there_without_a_gateway_and_is_reset(machine: Machine) -> None:
+    status = machine.start()
+    fetch(status, "/v1/chat/completions", echo("hi"))
+    machine.run("stop")
+    assert machine.run("usage", "--since", "1h").json()["total"]["request_count"] == 1
+    assert machine.run("usage", "--reset").status == 3
+    machine.start()
+    assert machine.run("usage", "--reset").json()["total"]["request_count"] == 0
+    assert machine.run("usage").json()["providers"] == {}
+
+
+def test_limits_are_set_by_word(machine: Machine) -> None:
+    machine.start()
+    machine.run("config", "set", "limits.labels.my.app.daily_tokens", "100")
+    machine.run("config", "set", "limits.providers.copilot.monthly_credits", "2.5")
+    rows = {row["name"]: row for row in machine.run("usage").json()["limits"]}
+    assert rows["labels.my.app.daily_tokens"]["limit"] == 100
+    assert rows["providers.copilot.monthly_credits"]["limit"] == 2.5
+    assert "limit labels.my.app.daily_tokens: 0 of 100 tokens" in typed(machine, ["usage"])
+    wrong = machine.run("config", "set", "limits.labels.x.daily_tokens", "many")
+    assert wrong.status == 1 and "limits.labels.x.daily_tokens: must be a whole number" in wrong.err
 
 
 def test_quota_is_what_the_service_says() -> None:
