@@ -31,7 +31,7 @@ Map
    14  State on disk    XDG paths, config file, token files, the usage database
    15  Providers        the contract; Echo; Copilot; Kiro
    16  Sign-in          device codes, the browser's way back, import; the person at the terminal
-   17  Gateway          the story of one request; layers; the route table
+   17  Gateway          the page for browsers; the story of one request; layers; the route table
    18  Daemon           the lock, the port, fork, signals, reload, restart without a gap
    19  Control channel  a Unix socket, framed JSON, a table of methods
    20  Command line     a table of verbs, serve() where every object is made, main
@@ -1967,6 +1967,25 @@ def write_head(first_line: str, headers: Iterable[tuple[str, str]]) -> bytes:
 def status_line(status: int) -> str:
     """`HTTP/1.1 200 OK`."""
     return f"HTTP/1.1 {status} {REASONS.get(status, 'Unknown')}"
+
+
+QUALITY = re.compile(r"q[ \t]*=[ \t]*(0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?)")
+
+
+def accept_quality(accept: str, media_type: str) -> float:
+    """How much an Accept field wants a media type, 0 to 1: RFC 9110 section 12.5.1."""
+    wanted: dict[str, float] = {}
+    for item in accept.lower().split(","):
+        name, *options = (part.strip(" \t") for part in item.split(";"))
+        found = [match for match in map(QUALITY.fullmatch, options) if match]
+        wanted[name] = max(wanted.get(name, 0.0), float(found[0][1]) if found else 1.0)
+    ranges = (media_type, media_type.partition("/")[0] + "/*", "*/*")  # the most exact one counts
+    return next((wanted[name] for name in ranges if name in wanted), 0.0)
+
+
+def prefers_html(accept: str) -> bool:
+    """Whether an Accept field is that of somebody who looks, not of a program."""
+    return accept_quality(accept, "text/html") > accept_quality(accept, "application/json")
 
 
 def write_chunk(data: bytes) -> bytes:
@@ -17428,6 +17447,8 @@ async def offer_sign_in(desk: Desk) -> None:
 
 Handler = Callable[[Request], Awaitable[Response]]
 
+# 17.1 paths and the shield
+
 # How clients write the same path: /v1 twice, not at all, with slashes to spare.
 SLASHES = re.compile(r"/{2,}")
 BARE_ENDPOINTS = (
@@ -17438,6 +17459,7 @@ BARE_ENDPOINTS = (
     "/models",
     "/responses",
     "/responses/input_tokens",
+    "/status",
     "/usage",
 )
 
@@ -17560,6 +17582,518 @@ class Shield:
         return Response(204, headers=grants)
 
 
+# 17.2 the page
+
+PAGE_STYLE = """\
+:root {
+  color-scheme: light dark;
+  --ground: #f4f5f7; --card: #fff; --ink: #1a2027; --soft: #5b6570; --line: #dfe3e8;
+  --accent: #1d64c8; --good: #1c7a47; --warn: #8f5a00; --bad: #b3261e; --amber: #b97f10;
+  --s0: #3b78c9; --s1: #c26a14; --s2: #3f9a70; --s3: #8b68c4; --s4: #c2566b; --s5: #7b8794;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --ground: #0f1317; --card: #171c22; --ink: #e3e8ed; --soft: #97a3af; --line: #2a323b;
+    --accent: #7db1f7; --good: #5fc48d; --warn: #e3ad4d; --bad: #f28b82; --amber: #d9a441;
+    --s0: #5b95e0; --s1: #e39a4f; --s2: #55b389; --s3: #a68add; --s4: #dc7b8e; --s5: #8f9ba8;
+  }
+}
+* { box-sizing: border-box; margin: 0; }
+[hidden] { display: none !important; }
+body {
+  overflow-wrap: anywhere;
+  max-width: 76rem; margin: auto; padding: 1.25rem 1rem 3rem; font: 0.875rem/1.5 system-ui,
+  sans-serif; font-variant-numeric: tabular-nums; background: var(--ground); color: var(--ink);
+}
+header, h3, .line { display: flex; gap: 0.5rem; align-items: baseline; }
+h1, h3 > :first-child, .line > :first-child { flex: 1; min-width: 0; }
+h1 { font-size: 1.125rem; margin-bottom: 1rem; }
+h1 small, dt, .soft, summary, thead { color: var(--soft); font-weight: 400; }
+h2 { font-size: 1rem; margin: 1.5rem 0 0.5rem; }
+h3 { font-size: 1rem; }
+small, dt, thead { font-size: 0.8125rem; }
+#mark { width: 1.125rem; height: 1.125rem; fill: var(--accent); align-self: start; margin: 4px; }
+button, input { font: inherit; color: inherit; }
+button, #key, .card, #notice:not(:empty), #warnings li {
+  background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 4px 12px;
+}
+.card { padding: 0.875rem 1rem; min-width: 0; overflow-x: auto; }
+:focus-visible, :focus-visible + span { outline: 2px solid var(--accent); outline-offset: 1px; }
+dl { display: grid; gap: 0.75rem; grid-template-columns: repeat(auto-fit, minmax(6.5rem, 1fr)); }
+.grid {
+  display: grid; gap: 0.75rem; --cell: 16.5rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(var(--cell), 100%), 1fr));
+}
+.grid + .card, .across { grid-column: 1 / -1; margin-top: 0.75rem; }
+.good { color: var(--good); } .warn { color: var(--warn); } .bad { color: var(--bad); }
+#notice:not(:empty), #warnings li {
+  list-style: none; margin-bottom: 0.5rem; padding: 8px 16px; border-left: 4px solid var(--amber);
+}
+#warnings { padding: 0; }
+#notice:not(:empty) { border-left-color: var(--bad); }
+#charts, #caps { --cell: 19rem; }
+#caps { column-gap: 1.5rem; }
+dl div { display: flex; flex-direction: column-reverse; }
+dd { font-size: 1.25rem; font-weight: 600; }
+form { max-width: 30rem; margin: 10vh auto; }
+fieldset { border: 0; padding: 0; }
+fieldset input, .unseen { position: absolute; opacity: 0; }
+fieldset span { padding: 4px 12px; border-radius: 8px; cursor: pointer; color: var(--soft); }
+:checked + span { background: var(--card); color: var(--ink); box-shadow: 0 0 0 1px var(--line); }
+.key { display: inline-block; width: 10px; height: 10px; border-radius: 2px; }
+.s0 { --own: var(--s0); } .s1 { --own: var(--s1); } .s2 { --own: var(--s2); }
+.s3 { --own: var(--s3); } .s4 { --own: var(--s4); } .s5 { --own: var(--s5); }
+.key, .chart rect { background: var(--own); fill: var(--own); }
+.bar { display: block; width: 100%; height: 6px; border-radius: 3px; }
+.meter { margin-top: 4px; }
+.bar rect { fill: var(--line); } .bar .used { fill: var(--s0); }
+.bar .near { fill: var(--amber); } .bar .out { fill: var(--bad); }
+.chart { display: block; width: 100%; height: 190px; padding: 10px 4px 22px 44px; }
+.chart, figure.card { overflow: visible; }
+.chart line { stroke: var(--line); }
+.chart text { fill: var(--soft); font-size: 0.6875rem; }
+.chart .day { fill: transparent; }
+.chart g:hover .day { fill: var(--line); fill-opacity: 0.6; }
+figcaption { display: flex; flex-wrap: wrap; gap: 0 1rem; }
+output { margin-left: auto; color: var(--soft); }
+table { border-collapse: collapse; width: 100%; white-space: nowrap; }
+caption { text-align: left; font-weight: 600; padding-bottom: 4px; }
+th, td { text-align: left; font-weight: 400; padding: 4px 12px 4px 0; }
+thead, tbody tr + tr { border-top: 1px solid var(--line); }
+thead { border-top: 0; border-bottom: 1px solid var(--line); }
+tbody:empty::after { content: "Nothing yet."; color: var(--soft); }
+tr > :nth-child(n + 6), .counts tr > :nth-child(n + 2) { text-align: right; }
+tr > :last-child { padding-right: 0; }
+.gone { opacity: 0.5; }
+@media (prefers-reduced-motion: no-preference) { main { transition: opacity 0.3s; } }
+"""
+
+PAGE_BODY = """\
+<header>
+  <svg id="mark" viewBox="0 0 16 16" aria-hidden="true">
+    <path d="M1 8h3v7H1zM6.5 1h3v14h-3zM12 5h3v10h-3z"/>
+  </svg>
+  <h1>aiclient-api <small id="version"></small></h1>
+  <button id="forget" type="button" hidden>Forget key</button>
+</header>
+<p id="notice" role="status"></p>
+<noscript>This page needs JavaScript; the verbs status, usage and quota tell the same.</noscript>
+<form id="ask" class="card" hidden>
+  <h3>This gateway asks for its key</h3>
+  <p class="soft">It is the api_key of its configuration.  This tab keeps it until it is closed,
+    and sends it to this gateway only.</p>
+  <p><label for="key">Key</label></p>
+  <p class="line"><input id="key" type="password" autocomplete="off" required>
+    <button>Open</button></p>
+  <p id="wrong" class="bad" role="alert"></p>
+</form>
+<main id="figures" hidden>
+  <ul id="warnings" aria-label="Warnings"></ul>
+  <dl id="tiles" class="card"></dl>
+  <h2>Providers</h2>
+  <div id="providers" class="grid"></div>
+  <section id="limits" hidden>
+    <h2>Limits</h2>
+    <div id="caps" class="card grid"></div>
+  </section>
+  <div class="line">
+    <h2>Usage</h2>
+    <fieldset>
+      <legend class="unseen">Days shown</legend>
+      <label><input type="radio" name="days" value="7"><span>7 days</span></label>
+      <label><input type="radio" name="days" value="30" checked><span>30 days</span></label>
+      <label><input type="radio" name="days" value="90"><span>90 days</span></label>
+    </fieldset>
+  </div>
+  <div id="charts" class="grid"></div>
+  <div class="card" tabindex="0" role="region" aria-label="Usage by model">
+    <table class="counts">
+      <caption>By model</caption>
+      <thead><tr><th>Model<th>Requests<th>Failed<th>Input<th>From cache<th>Output<th>Reasoning
+        <th>Credits</thead>
+      <tbody id="models"></tbody>
+    </table>
+  </div>
+  <h2>Recent requests</h2>
+  <div class="card" tabindex="0" role="region" aria-label="Recent requests">
+    <table>
+      <caption class="unseen">The last 50 requests, the newest first</caption>
+      <thead><tr><th>Time<th>Model<th>Result<th>Asked by<th>Dialect<th>Took<th>First byte<th>Input
+        <th>Cached<th>Output<th>Credits</thead>
+      <tbody id="recent"></tbody>
+    </table>
+    <p class="soft">~ marks what was estimated here.  What was said is never kept.</p>
+  </div>
+</main>
+"""
+
+PAGE_SCRIPT = """\
+"use strict";
+const EVERY_MS = 5000, PATIENCE_MS = 10000, PLOT_HEIGHT = 158, COLOURS = 6, KEPT = "gateway key";
+const $ = id => document.getElementById(id);
+const SVG = $("mark").namespaceURI;
+
+// -- elements: whatever the gateway tells becomes text, never markup
+
+function fill(node, fields, inside) {
+  for (const [name, value] of Object.entries(fields)) node.setAttribute(name, value);
+  node.append(...inside.filter(part => part !== null));
+  return node;
+}
+const make = (tag, fields, ...inside) => fill(document.createElement(tag), fields, inside);
+const draw = (tag, fields, ...inside) => fill(document.createElementNS(SVG, tag), fields, inside);
+const row = (name, ...cells) => make("tr", {}, make("th", {scope: "row"}, name),
+  ...cells.map(cell => typeof cell === "string" ? make("td", {}, cell) : cell));
+
+// -- figures
+
+const figures = options => {
+  const format = new Intl.NumberFormat("en", options);
+  return value => value === null || value === undefined ? "-" : format.format(value);
+};
+const whole = figures({maximumFractionDigits: 0});
+const short = figures({notation: "compact", maximumSignificantDigits: 3});
+const plain = figures({maximumFractionDigits: 2});
+const money = figures({minimumFractionDigits: 2, maximumFractionDigits: 2});
+const percent = figures({style: "percent", maximumFractionDigits: 0});
+const iso = day => day.toLocaleDateString("sv-SE");  // 2026-11-22
+const date = day => day.toLocaleDateString("en-GB", {day: "numeric", month: "short"});
+const clock = moment => moment.toLocaleTimeString("en-GB");
+const resets = at => at ? `, resets ${date(new Date(at * 1000))}` : "";
+const guess = source => source === "estimated" || source?.estimated ? "~" : "";
+const tenths = figures({minimumFractionDigits: 1, maximumFractionDigits: 1});
+const took = ms =>
+  ms === null ? "-" : ms < 1000 ? `${whole(ms)} ms` : `${tenths(ms / 1000)} s`;
+
+function when(at) {
+  const moment = new Date(at * 1000), day = date(moment);
+  return (day === date(new Date()) ? "" : `${day} `) + clock(moment);
+}
+
+function span(seconds) {
+  const [days, hours, minutes] = [86400, 3600, 60].map(size => Math.floor(seconds / size));
+  if (days) return `${days} d ${hours % 24} h`;
+  if (hours) return `${hours} h ${minutes % 60} min`;
+  return minutes ? `${minutes} min` : `${Math.floor(seconds)} s`;
+}
+
+// -- drawings
+
+function bar(share, words) {
+  const level = share >= 0.95 ? "out" : share >= 0.8 ? "near" : "used";
+  const width = `${Math.min(100, Math.max(0, share * 100))}%`;
+  return draw("svg", {class: "bar", role: "img", "aria-label": words},
+    draw("rect", {width: "100%", height: "100%"}),
+    draw("rect", {class: level, width, height: "100%"}));
+}
+
+function ticks(most) {
+  const power = 10 ** Math.floor(Math.log10(most / 3));
+  const step = [1, 2, 5, 10].find(count => count * power >= most / 3) * power;
+  return Array.from({length: Math.ceil(most / step) + 1}, (_, i) => i * step);
+}
+
+// One bar for each day; `series` is [{name, colour, values}], stacked.
+function chart(title, days, series, shown, labels) {
+  const sum = values => values.reduce((total, value) => total + value, 0);
+  const sums = days.map((_, i) => sum(series.map(one => one.values[i])));
+  const marks = ticks(Math.max(...sums) || 1), top = marks[marks.length - 1];
+  const total = `${shown(sum(sums))} in ${days.length} days`;
+  const said = make("output", {}, total);
+  const plot = draw("svg", {class: "chart", role: "img", "aria-label": `${title}: ${total}`});
+  for (const mark of marks) {
+    const y = PLOT_HEIGHT * (1 - mark / top);
+    plot.append(draw("line", {x2: "100%", y1: y, y2: y}),
+      draw("text", {x: -8, y: y + 4, "text-anchor": "end"}, short(mark)));
+  }
+  days.forEach((day, i) => {
+    const place = (from, width) =>
+      ({x: `${100 * (i + from) / days.length}%`, width: `${100 * width / days.length}%`});
+    const group = draw("g", {}, draw("rect", {class: "day", height: PLOT_HEIGHT, ...place(0, 1)}));
+    let y = PLOT_HEIGHT;
+    for (const {colour, values} of series) {
+      const height = PLOT_HEIGHT * values[i] / top;
+      group.append(draw("rect", {class: colour, y: y -= height, height, ...place(0.14, 0.72)}));
+    }
+    const parts = series.filter(({values}) => values[i])
+      .map(({name, values}) => `${name} ${shown(values[i])}`);
+    const words = `${date(day)}: ${parts.join(", ") || "nothing"}`;
+    group.addEventListener("pointerenter", () => { said.textContent = words; });
+    group.addEventListener("pointerleave", () => { said.textContent = total; });
+    plot.append(group);
+    if ((days.length - 1 - i) % Math.ceil(days.length / labels) === 0) {
+      const {x} = place(0.5, 0);
+      plot.append(draw("text", {x, y: PLOT_HEIGHT + 17, "text-anchor": "middle"}, date(day)));
+    }
+  });
+  const legend = series.map(one =>
+    make("span", {}, make("span", {class: `key ${one.colour}`}), ` ${one.name}`));
+  return make("figure", {class: "card"},
+    make("figcaption", {}, make("strong", {}, title), ...legend, said), plot);
+}
+
+// -- the parts of the page, each made of JSON
+
+function tiles(status, total, days) {
+  const memory = status.memory_bytes ? `${whole(status.memory_bytes / 2 ** 20)} MiB` : "-";
+  const cached = total.input_tokens ? total.cache_read_tokens / total.input_tokens : null;
+  const others = status.requests_in_flight - 1;  // one of them is this page's own question
+  return Object.entries({
+    "Up for": span(status.uptime_s), Connections: whole(status.connections),
+    "In flight": whole(others), Memory: memory,
+    [`Requests, ${days} d`]: short(total.request_count),
+    [`Failed, ${days} d`]: short(total.error_count),
+    [`Tokens, ${days} d`]: short(total.total_tokens), "From cache": percent(cached),
+  }).map(([name, figure]) => make("div", {}, make("dt", {}, name), make("dd", {}, figure)));
+}
+
+function meter(name, share, words) {
+  const known = share !== null, used = known ? `${percent(share)} used` : words;
+  return make("div", {class: "meter"}, make("p", {class: "line"}, make("span", {}, name), used),
+    ...known ? [bar(share, `${name}: ${used}`), make("small", {class: "soft"}, words)] : []);
+}
+
+function allowance(one) {
+  if (one.unlimited) return meter(one.name, null, "unlimited");
+  const share = typeof one.percent_used === "number" ? one.percent_used / 100 : null;
+  const more = one.overage_used ? `, ${plain(one.overage_used)} beyond it` : "";
+  const words = `${plain(one.remaining)} of ${plain(one.limit)} left${more}`;
+  return meter(one.name, share, words + resets(one.resets_at));
+}
+
+const cap = one => meter(one.name, one.limit ? one.used / one.limit : 1,
+  `${short(one.used)} of ${short(one.limit)} ${one.unit}${resets(one.resets_at)}`);
+
+function provider(one, quota, colour) {
+  const level = {ready: "good", resting: "warn", disabled: "soft"}[one.health] ?? "bad";
+  const left = one.token_expires_at && Math.max(0, one.token_expires_at - Date.now() / 1000);
+  const facts = [one.type, one.account, one.plan, left && `token good for ${span(left)}`];
+  const reasons = new Map((one.rests ?? []).map(({model, reason}) => [model, `: ${reason}`]));
+  const rests = Object.entries(one.cool_downs).map(([model, seconds]) => {
+    const name = model === "*" ? "every model" : model;
+    return `${name} rests for ${span(seconds)}${reasons.get(model) ?? ""}`;
+  });
+  const trouble = quota.error ? [`quota: ${quota.error}`] : [];
+  return make("article", {class: "card"},
+    make("h3", {}, make("span", {}, make("span", {class: `key ${colour}`}), ` ${one.name}`),
+      make("small", {class: level}, one.health)),
+    make("p", {class: "soft"}, facts.filter(Boolean).join(", ")),
+    one.reason ? make("p", {class: level === "good" ? "soft" : level}, one.reason) : null,
+    ...[...rests, ...trouble].map(words => make("p", {class: "warn"}, words)),
+    ...(quota.allowances ?? []).map(allowance),
+    quota.as_of ? make("small", {class: "soft"}, `as of ${when(quota.as_of)}`) : null);
+}
+
+function model([name, one]) {
+  const cached = one.input_tokens ? one.cache_read_tokens / one.input_tokens : null;
+  const tokens = guess(one.token_sources), credits = guess(one.credit_sources);
+  return row(name, whole(one.request_count), whole(one.error_count),
+    tokens + whole(one.input_tokens), percent(cached), tokens + whole(one.output_tokens),
+    whole(one.reasoning_tokens), credits + money(one.credits));
+}
+
+function request(one) {
+  const level = {"": "good", cancelled: "soft"}[one.kind] ?? "bad";
+  const dialect = one.dialect + (one.streamed ? ", streamed" : "");
+  return row(when(one.at), `${one.provider}/${one.model}`,
+    make("td", {class: level}, `${one.status} ${one.kind}`), one.label, dialect,
+    took(one.duration_ms), took(one.first_byte_ms),
+    guess(one.input_source) + whole(one.input_tokens), whole(one.cache_read_tokens),
+    guess(one.output_source) + whole(one.output_tokens),
+    guess(one.credits_source) + money(one.credits));
+}
+
+function charts(rows, days, colours) {
+  const series = field => [...colours].map(([name, colour]) => {
+    const own = new Map(rows.filter(one => one.provider === name).map(one => [one.day, one]));
+    return {name, colour, values: days.map(day => own.get(iso(day))?.[field] ?? 0)};
+  }).filter(one => one.values.some(Boolean));
+  const tokens = chart("Tokens", days, series("total_tokens"), short, 7);
+  tokens.classList.add("across");
+  return [tokens, ...series("credits").map(one => chart("Credits", days, [one], money, 4))];
+}
+
+// -- the whole page
+
+const shownDays = () => {
+  const count = Number(document.querySelector(":checked").value), now = new Date();
+  return Array.from({length: count}, (_, i) =>
+    new Date(now.getFullYear(), now.getMonth(), now.getDate() - count + 1 + i));
+};
+
+const drawn = {};
+function show(id, facts, parts) {
+  const text = JSON.stringify(facts);
+  if (drawn[id] === text) return;  // what has not changed keeps its selection
+  drawn[id] = text;
+  $(id).replaceChildren(...parts());
+}
+
+function showAll(status, usage, days) {
+  const {quota = {}, limits = [], rows = [], recent = []} = usage;
+  const warnings = [...status.warnings ?? [], usage.trouble].filter(Boolean);
+  const named = [...status.providers.map(one => one.name), ...Object.keys(usage.providers)];
+  const colours = new Map([...new Set(named)].sort().map((name, i) => [name, `s${i % COLOURS}`]));
+  const models = Object.entries(usage.providers).flatMap(([name, {models}]) =>
+    Object.entries(models).map(([id, one]) => [`${name}/${id}`, one]));
+  models.sort(([, a], [, b]) => b.total_tokens - a.total_tokens);
+  $("version").textContent = `${status.version}, ${status.state} at ${location.host}`;
+  $("limits").hidden = !limits.length;
+  show("warnings", warnings, () => warnings.map(words => make("li", {}, words)));
+  show("tiles", [status, usage.total, days], () => tiles(status, usage.total, days.length));
+  show("providers", [status.providers, quota, Math.floor(Date.now() / 60000)], () =>
+    status.providers.map(one => provider(one, quota[one.name] ?? {}, colours.get(one.name))));
+  show("caps", limits, () => limits.map(cap));
+  show("charts", [rows, days], () => charts(rows, days, colours));
+  show("models", models, () => models.map(model));
+  show("recent", recent, () => recent.map(request));
+}
+
+// -- asking the gateway
+
+class KeyWanted extends Error {}
+class Gone extends Error {}
+let turn = 0, timer = 0, heard = null;
+
+async function ask(path) {
+  const key = sessionStorage.getItem(KEPT), headers = {};
+  // a field holds bytes, and a key may be of any script
+  if (key) headers["x-api-key"] = String.fromCharCode(...new TextEncoder().encode(key));
+  const answer = await fetch(path, {
+    headers, cache: "no-store", credentials: "omit",
+    redirect: "error", signal: AbortSignal.timeout(PATIENCE_MS),
+  }).catch(() => { throw new Gone(); });
+  const body = await answer.json();
+  if (answer.status === 401) throw new KeyWanted(key ? "That is not the key of this gateway." : "");
+  if (!answer.ok) throw new Error(body.error?.message ?? `status ${answer.status}`);
+  return body;
+}
+
+function askForKey(words) {
+  sessionStorage.removeItem(KEPT);
+  $("ask").hidden = false;
+  $("figures").hidden = $("forget").hidden = true;
+  $("notice").textContent = $("version").textContent = "";
+  $("wrong").textContent = words;
+  for (const id of Object.keys(drawn)) show(id, null, () => []);
+  $("key").focus();
+}
+
+function tell(error) {
+  const gone = error instanceof Gone;
+  const words = gone ? "The gateway does not answer" : `This cannot be shown: ${error.message}`;
+  const of = heard ? ` The figures are of ${clock(heard)}.` : "";
+  $("notice").textContent = `${words}; asked again every ${EVERY_MS / 1000} seconds.${of}`;
+  $("figures").classList.add("gone");
+}
+
+async function refresh() {
+  clearTimeout(timer);
+  const mine = ++turn, days = shownDays();
+  try {
+    const usage = await ask(`v1/usage?by=day&since=${iso(days[0])}&recent=50`);
+    const status = await ask("v1/status");
+    if (mine !== turn) return;
+    heard = new Date();
+    $("ask").hidden = true;
+    $("figures").hidden = false;
+    $("forget").hidden = !sessionStorage.getItem(KEPT);
+    $("figures").classList.remove("gone");
+    $("notice").textContent = "";
+    showAll(status, usage, days);
+  } catch (error) {
+    if (mine !== turn) return;
+    if (error instanceof KeyWanted) return askForKey(error.message);
+    tell(error);
+  }
+  if (!document.hidden) timer = setTimeout(refresh, EVERY_MS);
+}
+
+$("ask").addEventListener("submit", event => {
+  event.preventDefault();
+  sessionStorage.setItem(KEPT, $("key").value.trim());
+  $("key").value = "";
+  refresh();
+});
+$("forget").addEventListener("click", () => {
+  clearTimeout(timer);
+  turn++;
+  askForKey("");
+});
+document.querySelector("fieldset").addEventListener("change", refresh);
+document.addEventListener("visibilitychange", () => {
+  if (document.hidden) clearTimeout(timer);
+  else if ($("ask").hidden) refresh();
+});
+refresh();
+"""
+
+PAGE = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>aiclient-api</title>
+<link rel="icon" href="data:,">
+<style>{style}</style>
+</head>
+<body>
+{body}<script>{script}</script>
+</body>
+</html>
+"""
+
+
+def write_source(text: str) -> str:
+    """What a Content-Security-Policy calls an inline text: `'sha256-...'`."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+@functools.cache
+def write_page() -> tuple[bytes, dict[str, str]]:
+    """The page and its headers: the same for everybody, as it holds no figure and no name.
+
+    Nothing but these very words may run or colour it, and it may ask nobody but this gateway.
+    """
+    policy = (
+        "default-src 'none'",
+        f"script-src {write_source(PAGE_SCRIPT)}",
+        f"style-src {write_source(PAGE_STYLE)}",
+        "connect-src 'self'",
+        "img-src data:",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    )
+    headers = {
+        "Content-Security-Policy": "; ".join(policy),
+        "X-Frame-Options": "DENY",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-store",
+        "Vary": "Accept",
+    }
+    return PAGE.format(style=PAGE_STYLE, body=PAGE_BODY, script=PAGE_SCRIPT).encode(), headers
+
+
+# 17.3 the gateway
+
+#: what /v1/status tells of `Daemon.status`: no path and no process, whatever is added there
+TOLD_STATUS = (
+    "version",
+    "url",
+    "state",
+    "uptime_s",
+    "connections",
+    "requests_in_flight",
+    "memory_bytes",
+    "needs_key",
+    "log_lines_dropped",
+    "warnings",
+    "providers",
+)
+
+
 def given_key(headers: Headers) -> str | None:
     """The key a request carries; raises InvalidKey where there are two of a kind."""
     if {"authorization", "x-api-key", "api-key"} & headers.repeated:
@@ -17604,7 +18138,7 @@ class Gateway:
         self.shield = Shield(config.server)
         self.started_at = int(time.time())
         self.routes: dict[str, dict[str, Handler]] = {
-            "/": {"GET": self.get_health},
+            "/": {"GET": self.get_page},
             "/healthz": {"GET": self.get_health},
             "/metrics": {"GET": self.get_metrics},
             "/v1/chat/completions": {"POST": self.post_chat},
@@ -17614,6 +18148,7 @@ class Gateway:
             "/v1/responses/input_tokens": {"POST": self.post_input_tokens},
             "/v1/embeddings": {"POST": self.post_embeddings},
             "/v1/models": {"GET": self.get_models},
+            "/v1/status": {"GET": self.get_status},
             "/v1/usage": {"GET": self.get_usage, "DELETE": self.delete_usage},
             "/api/event_logging/batch": {"POST": self.post_telemetry},
         }
@@ -17638,7 +18173,7 @@ class Gateway:
         return handle
 
     def with_key(self, inner: Handler) -> Handler:
-        """Everything but the health check wants a key, when there is one."""
+        """Everything but the health check and the page wants a key, when there is one."""
         keys = {"": self.config.api_key.encode()} if self.config.api_key else {}
         keys |= {name: key.encode() for name, key in self.config.api_keys.items()}
 
@@ -17814,6 +18349,19 @@ class Gateway:
     async def get_health(self, request: Request) -> Response:
         """`{"status": "ok"}`."""
         return Response(200, b'{"status":"ok"}')
+
+    async def get_page(self, request: Request) -> Response:
+        """The page, for browsers; for programs, which probe this path, the health check."""
+        if not prefers_html(request.headers.get("accept", "")):
+            return await self.get_health(request)
+        page, headers = write_page()
+        return Response(200, page, dict(headers), content_type="text/html; charset=utf-8")
+
+    async def get_status(self, request: Request) -> Response:
+        """How things stand."""
+        status = self.status()
+        told = {name: status[name] for name in TOLD_STATUS if name in status}
+        return Response(200, dump_json(told))
 
     async def post_telemetry(self, request: Request) -> Response:
         """Older Claude Code sends its telemetry here: taken and thrown away."""
@@ -19442,6 +19990,7 @@ def print_ready(status: Json) -> None:
     print("Try it:")
     print(f"  curl {url}/v1/chat/completions -H 'content-type: application/json'{key} \\")
     print("""    -d '{"model":"echo","messages":[{"role":"user","content":"hello"}]}'""")
+    print(f"In a browser, {url}/ shows accounts, usage and recent requests.")
     if status["detached"]:
         print(f"Its log is {status['log_file']}; end it with: {program_words(sys.argv[0])} stop")
     sys.stdout.flush()
