@@ -11614,7 +11614,7 @@ class Answer:
             "dialect": self.dialect,
             "streamed": self.streamed,
             "status": self.status,
-            "kind": self.kind or None,
+            "kind": self.kind,
             "duration_ms": round(self.duration_s * 1000),
             "first_byte_ms": None if first_byte is None else round(first_byte * 1000),
             "input_tokens": usage.prompt,
@@ -17470,6 +17470,7 @@ COSTLY_ENDPOINTS = (
     "/v1/responses",
     "/v1/embeddings",
 )
+POLLED_ROUTES = ("/healthz", "/metrics", "/v1/status", "/v1/usage")  # by machines, all the time
 OPEN_ROUTES = ("/v1/models/", "/v1/responses/")  # with an id behind them
 
 
@@ -17722,7 +17723,7 @@ PAGE_BODY = """\
         <th>Cached<th>Output<th>Credits</thead>
       <tbody id="recent"></tbody>
     </table>
-    <p class="soft">~ marks what was estimated here.  What was said is never kept.</p>
+    <p class="soft">~ marks what was derived or estimated.  What was said is never kept.</p>
   </div>
 </main>
 """
@@ -17760,7 +17761,8 @@ const iso = day => day.toLocaleDateString("sv-SE");  // 2026-11-22
 const date = day => day.toLocaleDateString("en-GB", {day: "numeric", month: "short"});
 const clock = moment => moment.toLocaleTimeString("en-GB");
 const resets = at => at ? `, resets ${date(new Date(at * 1000))}` : "";
-const guess = source => source === "estimated" || source?.estimated ? "~" : "";
+const guess = source => (typeof source === "string" ? [source] : Object.keys(source ?? {}))
+  .some(one => one !== "reported") ? "~" : "";
 const tenths = figures({minimumFractionDigits: 1, maximumFractionDigits: 1});
 const took = ms =>
   ms === null ? "-" : ms < 1000 ? `${whole(ms)} ms` : `${tenths(ms / 1000)} s`;
@@ -17900,7 +17902,7 @@ function request(one) {
     took(one.duration_ms), took(one.first_byte_ms),
     guess(one.input_source) + whole(one.input_tokens), whole(one.cache_read_tokens),
     guess(one.output_source) + whole(one.output_tokens),
-    guess(one.credits_source) + money(one.credits));
+    one.credits_source ? guess(one.credits_source) + money(one.credits) : "-");
 }
 
 function charts(rows, days, colours) {
@@ -18278,13 +18280,14 @@ class Gateway:
     def log_access(request: Request, response: Response, seconds: float, outcome: str) -> None:
         """The access line: metadata only."""
         headers, cost = response.headers, dict[str, str]()
+        quiet = response.status < 400 and plain_path(request.path) in POLLED_ROUTES
         if request.answer is not None:
             usage = request.answer.usage
             cost = {"input": str(usage.prompt), "output": str(usage.output)}
             if usage.credits_source:
                 cost["credits"] = f"{usage.nano_credits / 1e9:.6g}"
         log_event(
-            "info",
+            "debug" if quiet else "info",
             "request",
             id=request.id,
             client=request.client,

@@ -529,7 +529,7 @@ def test_every_answer_is_a_row_of_metadata(plain: Gateway) -> None:
     ]
     for row in rows:
         assert (row["provider"], row["model"], row["status"]) == ("echo", "echo", 200)
-        assert row["kind"] is None and row["input_tokens"] > 0 and row["output_tokens"] > 0
+        assert row["kind"] == "" and row["input_tokens"] > 0 and row["output_tokens"] > 0
         assert 0 <= row["first_byte_ms"] <= row["duration_ms"] < 30_000
         assert abs(row["at"] - time.time()) < 60
     assert {row["label"]: row["request_count"] for row in found["rows"]} == {
