@@ -58,7 +58,8 @@ Glossary
 Hosts contacted
 ---------------
     https://github.com, or the configured github_url: the device code of a sign-in
-    https://api.github.com, or the configured github_api_url: token exchange, whose account it is
+    https://api.github.com, or the configured github_api_url: token exchange, whose account it is,
+        what is left of its plan
     the host named in that answer, under githubcopilot.com or ghe.com: models and answers
     https://runtime.REGION.kiro.dev, or https://q.REGION.amazonaws.com, or
         https://codewhisperer.us-east-1.amazonaws.com: Kiro's answers
@@ -291,6 +292,13 @@ SETTLE_SECONDS = 3.0  # what a stop waits for a refresh's answer, which may be t
 KIRO_CONTROL_SECONDS = 30.0
 KIRO_MODEL_PAGES = 5  # of a list that never ends
 MAX_TOKEN_SECONDS = 24 * 3600.0  # a token that says it lasts longer met a wrong clock
+
+# What is left of a plan.  No client seen asks for that more often than every few minutes.
+QUOTA_WARNING_PERCENTS = (80.0, 95.0)  # used; then, and at 100, a person is warned
+QUOTA_SOON_SECONDS = 5.0  # from the first use to the first look: a short answer is billed by then
+QUOTA_LOOK_SECONDS = 600.0  # between two looks while the provider is used
+QUOTA_AGAIN_SECONDS = 60.0  # between two looks that "out of credits" causes
+MAX_ALLOWANCES = 32  # kept of what header fields name; Copilot names 5
 
 # Signing in (RFC 8628, RFC 8252).
 SIGN_IN_SECONDS = 30.0  # one request
@@ -10587,6 +10595,20 @@ def direct_token(github_token: str, user: Json, config: CopilotConfig, now: floa
     return CopilotToken(github_token, url, now + life, life)
 
 
+class AllowancePart(NamedTuple):
+    """What an allowance is made of: the plan's own, a trial, a bonus."""
+
+    name: str
+    used: float
+    limit: float
+    #: Unix seconds when it ends; 0 = it does not, or that was not said
+    ends_at: float
+
+    def as_json(self) -> Json:
+        """`{"name", "used", "limit", "ends_at"}`."""
+        return {**self._asdict(), "ends_at": self.ends_at or None}
+
+
 @dataclass(slots=True)
 class Allowance:
     """One thing of which a plan allows so much; None = not said, `limit` inf = no limit."""
@@ -10595,6 +10617,50 @@ class Allowance:
     used: float | None
     limit: float | None
     remaining: float | None
+    #: what is counted, in the plural; "" = not said
+    unit: str = ""
+    #: percent, as the service says it
+    percent_left: float | None = None
+    #: Unix seconds; 0 = not said, or with the whole plan
+    resets_at: float = 0.0
+    #: whether it may go on beyond the limit, for money
+    overage_permitted: bool | None = None
+    overage_used: float | None = None
+    overage_limit: float | None = None
+    #: where it is made of several
+    parts: list[AllowancePart] = field(default_factory=list)
+
+    @property
+    def percent_used(self) -> float | None:
+        """Above 100 where it went on beyond the limit; None where there is none, or none is known.
+
+        A limit of 0 is never "all used up".
+        """
+        if self.limit == math.inf:
+            return None
+        if self.used is not None and self.limit:
+            return 100 * self.used / self.limit
+        return None if self.percent_left is None else max(0.0, 100 - self.percent_left)
+
+    def as_json(self, resets_at: float) -> Json:
+        """`{"name", "used", "limit", ...}`; `resets_at` is the plan's."""
+        percent = self.percent_used
+        row: Json = {
+            "name": self.name,
+            "used": self.used,
+            "limit": None if self.limit == math.inf else self.limit,
+            "remaining": self.remaining,
+            "unlimited": self.limit == math.inf,
+            "unit": self.unit or None,
+            "percent_used": None if percent is None else round(percent, 2),
+            "resets_at": self.resets_at or resets_at or None,
+            "overage_permitted": self.overage_permitted,
+            "overage_used": self.overage_used,
+            "overage_limit": self.overage_limit,
+        }
+        if self.parts:
+            row["parts"] = [part.as_json() for part in self.parts]
+        return row
 
 
 @dataclass(slots=True)
@@ -10606,41 +10672,84 @@ class Quota:
     allowances: list[Allowance]
     #: Unix seconds; 0 = not said
     resets_at: float
+    #: Unix seconds when the service said so; 0 = not noted
+    as_of: float = 0.0
 
     def as_json(self) -> Json:
-        """`{"account", "plan", "resets_at", "allowances": [{"name", "used", ...}]}`."""
-        rows = [
-            {
-                "name": row.name,
-                "used": row.used,
-                "limit": None if row.limit == math.inf else row.limit,
-                "remaining": row.remaining,
-                "unlimited": row.limit == math.inf,
-            }
-            for row in self.allowances
-        ]
+        """`{"account", "plan", "resets_at", "allowances": [{"name", "used", ...}], "as_of"}`."""
+        noted = {"as_of": round(self.as_of, 3)} if self.as_of else {}
         return {
             "account": self.account or None,
             "plan": self.plan or None,
             "resets_at": self.resets_at or None,
-            "allowances": rows,
+            "allowances": [row.as_json(self.resets_at) for row in self.allowances],
+            **noted,
         }
 
 
-def read_allowance(name: str, row: Json) -> Allowance | None:
-    """One of GitHub's quota snapshots; None for one that does not apply to the account."""
-    limit = read_figure(row.get("entitlement"))
+DECIMAL = re.compile(r"-?[0-9]{1,12}(?:\.[0-9]{1,20})?")
+#: "premium_models" is another name of the same (VS Code, 2026-08)
+ALLOWANCE_NAMES = {"premium_models": "premium_interactions"}
+ALLOWANCE_UNITS = {"chat": "messages", "completions": "completions"}
+
+
+def read_told(value: Any) -> float | None:
+    """As `read_figure`; a number in a string counts as well."""
+    if isinstance(value, str):
+        return float(value) if DECIMAL.fullmatch(value) else None
+    return read_figure(value)
+
+
+def read_flag(value: Any) -> bool | None:
+    """A JSON truth value, or one in a string; else None."""
+    return {"true": True, "false": False}.get(str(value).lower())
+
+
+def allowance_unit(name: str, by_tokens: bool | None) -> str:
+    """What GitHub counts: since June 2026 credits, in some contracts still premium requests."""
+    if name != "premium_interactions" or by_tokens is None:
+        return ALLOWANCE_UNITS.get(name, "")
+    return "credits" if by_tokens else "premium requests"
+
+
+def read_allowance(name: str, row: Json, by_tokens: bool | None = None) -> Allowance | None:
+    """One of GitHub's quota snapshots; None for one that does not apply to the account.
+
+    `by_tokens` is the account's `token_based_billing`.
+    """
+    limit = read_told(row.get("entitlement"))
+    own = read_flag(row.get("token_based_billing"))
+    found = Allowance(
+        name,
+        None,
+        limit,
+        None,
+        unit=allowance_unit(name, by_tokens if own is None else own),
+        percent_left=read_told(row.get("percent_remaining")),
+        resets_at=max(0.0, read_time(row.get("quota_reset_at") or row.get("reset_date"))),
+        overage_permitted=read_flag(row.get("overage_permitted")),
+        overage_used=read_told(row.get("overage_count")),
+        overage_limit=read_told(row.get("overage_entitlement")),
+    )
     if row.get("unlimited") is True or limit == -1:
-        return Allowance(name, None, math.inf, None)
-    if not limit:  # never "all used up": a bucket of nothing does not apply
+        found.limit, found.percent_left = math.inf, None
+        return found
+    if limit is not None and limit <= 0:  # never "all used up": a bucket of nothing does not apply
         return None
-    remaining = read_figure(row.get("quota_remaining"))
-    remaining = read_figure(row.get("remaining")) if remaining is None else remaining
-    percent = read_figure(row.get("percent_remaining"))
-    if remaining is None and percent is not None:
-        remaining = limit * percent / 100
-    used = None if remaining is None else max(0.0, limit - remaining)
-    return Allowance(name, used, limit, remaining)
+    keys = ("quota_remaining", "remaining")
+    left = next(filter(lambda n: n is not None, (read_told(row.get(key)) for key in keys)), None)
+    spent = read_told(row.get("credits_used"))
+    if left is None and limit and found.percent_left is not None:
+        left = limit * found.percent_left / 100
+    if left is None and limit and spent is not None:
+        left = limit - spent
+    is_blank = left is None and found.percent_left is None
+    if limit is None and (is_blank or row.get("has_quota") is False):
+        return None
+    if left is not None:
+        found.used = None if limit is None else max(0.0, limit - left)
+        found.remaining = max(0.0, left)
+    return found
 
 
 def read_copilot_quota(body: Json) -> Quota:
@@ -10650,15 +10759,182 @@ def read_copilot_quota(body: Json) -> Quota:
     }
     monthly, left = details(body, "monthly_quotas"), details(body, "limited_user_quotas")
     if not rows:
-        rows = {n: {"entitlement": monthly[n], "remaining": left.get(n)} for n in monthly}
-    found = (read_allowance(name, row) for name, row in rows.items())
+        names = dict.fromkeys([*monthly, *left])
+        rows = {n: {"entitlement": monthly.get(n), "remaining": left.get(n)} for n in names}
+    by_tokens = read_flag(body.get("token_based_billing"))
+    named = {ALLOWANCE_NAMES.get(name, name): row for name, row in rows.items()}
+    found = (read_allowance(name, row, by_tokens) for name, row in named.items())
     dates = ("quota_reset_date_utc", "quota_reset_date", "limited_user_reset_date")
+    free = "free_limited" in text_of_key(body, "access_type_sku")  # whatever the plan is called
     return Quota(
         account=text_of_key(body, "login"),
-        plan=text_of_key(body, "copilot_plan"),
+        plan="free" if free else text_of_key(body, "copilot_plan"),
         allowances=[row for row in found if row is not None],
         resets_at=next(filter(None, (read_time(body.get(key)) for key in dates)), 0.0),
     )
+
+
+# Copilot's good answers tell what is left in header fields (seen in VS Code, gh-aw-firewall and
+# Floway, 2026-08): `x-quota-snapshot-BUCKET: ent=1500&ov=0.0&ovPerm=true&rem=80.7&rst=...`.
+
+SNAPSHOT_PREFIX, WINDOW_PREFIX = "x-quota-snapshot-", "x-usage-ratelimit-"
+QUOTA_PREFIXES = (SNAPSHOT_PREFIX, WINDOW_PREFIX)
+
+
+def quota_fields(headers: Headers) -> dict[str, str]:
+    """The fields of an answer that tell what is left, unread."""
+    return {name: text for name, text in headers.items() if name.startswith(QUOTA_PREFIXES)}
+
+
+def read_snapshot(name: str, text: str) -> Allowance | None:
+    """One such field; None for a bucket that does not apply.  Raises ValueError for another form.
+
+    `ent` is the limit (-1 = none), `rem` the percentage left, `totRem` the rest, `ov` the overage.
+    """
+    said = dict(urllib.parse.parse_qsl(text, keep_blank_values=True, max_num_fields=20))
+    figures = {key: read_told(said[key]) for key in ("ent", "rem", "totRem", "ov") if key in said}
+    limit, left = figures.get("ent"), figures.get("totRem")
+    if None in figures.values() or "rem" not in figures or limit is None or limit < -1:
+        raise ValueError(f"{name}: not a quota snapshot")
+    row = {
+        "entitlement": limit,
+        "percent_remaining": figures["rem"],
+        "quota_remaining": None if left is None or left < 0 else left,
+        "overage_count": figures.get("ov"),
+        "overage_permitted": said.get("ovPerm"),
+        "reset_date": said.get("rst"),
+    }
+    return read_allowance(name, row)
+
+
+def read_snapshots(found: dict[str, str]) -> dict[str, Allowance | None]:
+    """The allowances in the fields by name; None: does not apply.  What is damaged is left out."""
+    read = {}
+    for key, text in found.items():
+        name = key.removeprefix(SNAPSHOT_PREFIX).removeprefix(WINDOW_PREFIX)
+        name = ALLOWANCE_NAMES.get(name, name)
+        try:
+            read[name] = read_snapshot(name, text)
+        except ValueError:
+            continue  # the others stand for themselves
+    return read
+
+
+def merge_snapshots(
+    known: Quota | None, found: dict[str, Allowance | None], resets_at: float, now: float
+) -> Quota:
+    """What is known now: fields that are missing erase nothing; `resets_at` 0 = not said."""
+    rows = {row.name: row for row in known.allowances} if known else {}
+    for name, row in found.items():
+        before = rows.get(name)
+        if row is None:
+            rows.pop(name, None)
+            continue
+        if before is not None:
+            row.unit = row.unit or before.unit
+            row.resets_at = row.resets_at or (before.resets_at if before.resets_at > now else 0.0)
+            row.overage_limit = before.overage_limit
+        if before is not None or len(rows) < MAX_ALLOWANCES:
+            rows[name] = row
+    return Quota(
+        account=known.account if known else "",
+        plan=known.plan if known else "",
+        allowances=list(rows.values()),
+        resets_at=resets_at or (known.resets_at if known else 0.0),
+        as_of=now,
+    )
+
+
+def take_snapshots(known: Quota | None, found: dict[str, str], now: float) -> Quota:
+    """What is known after an answer with these fields.
+
+    The plan's date is that of its own buckets, not of a rolling window's.
+    """
+    read = read_snapshots(found)
+    rows = [row for name, row in read.items() if row and WINDOW_PREFIX + name not in found]
+    return merge_snapshots(known, read, max((row.resets_at for row in rows), default=0.0), now)
+
+
+# Warnings: a person wants to know before it is too late, and only once.
+
+
+def reached_percent(row: Allowance) -> float:
+    """The highest threshold that an allowance has come to, 100 where it is used up; else 0."""
+    percent = row.percent_used or 0.0
+    return max((p for p in (*QUOTA_WARNING_PERCENTS, 100.0) if percent >= p), default=0.0)
+
+
+def plain_figure(value: float) -> str:
+    """`1,210.4`."""
+    return f"{value:,.2f}".rstrip("0").rstrip(".")
+
+
+def plain_day(moment: float) -> str:
+    """A day in UTC; "" for none, and for one beyond the calendar."""
+    if not moment:
+        return ""
+    try:
+        return dt.datetime.fromtimestamp(moment, dt.timezone.utc).date().isoformat()
+    except (ValueError, OverflowError, OSError):
+        return ""
+
+
+def quota_warning(provider: str, row: Allowance, resets_at: float) -> str:
+    """`copilot: 81 % of premium_interactions used, 285 of 1,500 credits left, resets on DAY`."""
+    unit = f" {row.unit}" if row.unit else ""
+    of = f" of {plain_figure(row.limit)}" if row.limit else ""
+    day = plain_day(row.resets_at or resets_at)
+    resets = f", resets on {day}" if day else ""
+    if reached_percent(row) >= 100:
+        left = f", nothing left{of}{unit}" if of else ""
+        more = "; what goes beyond it is billed" if row.overage_permitted else ""
+        return f"{provider}: {row.name}: used up{left}{resets}{more}"
+    left = "" if row.remaining is None else f", {plain_figure(row.remaining)}{of}{unit} left"
+    return f"{provider}: {int(row.percent_used or 0)} % of {row.name} used{left}{resets}"
+
+
+def quota_warnings(provider: str, quota: Quota | None, now: float) -> list[str]:
+    """What a person should know of a provider's plan; nothing of a period that is over since."""
+    if quota is None:
+        return []
+
+    def is_over(row: Allowance) -> bool:
+        return quota.as_of < (row.resets_at or quota.resets_at) <= now
+
+    rows = (row for row in quota.allowances if reached_percent(row) and not is_over(row))
+    return [quota_warning(provider, row, quota.resets_at) for row in rows]
+
+
+class QuotaAlarm:
+    """Which allowances run out: tells of each threshold once in each period."""
+
+    def __init__(self) -> None:
+        #: allowance -> (the highest threshold told, end of its period in Unix seconds, 0 = unknown)
+        self.told: dict[str, tuple[float, float]] = {}
+
+    def news(self, quota: Quota, now: float) -> list[Allowance]:
+        """The allowances that have come to a threshold that was not told yet."""
+        return [row for row in quota.allowances if self.is_news(row, quota.resets_at, now)]
+
+    def is_news(self, row: Allowance, resets_at: float, now: float) -> bool:
+        """Whether this must be told, and notes that it was.
+
+        A period is over when its date has passed and a later one is named; where no date is
+        known, falling below a threshold makes that one new again.
+        """
+        reached, resets_at = reached_percent(row), row.resets_at or resets_at
+        told, until = self.told.get(row.name, (0.0, 0.0))
+        if until and now >= until and (resets_at > until or not resets_at):
+            told = 0.0
+        elif not until:
+            told = min(told, reached)
+        if reached > told:
+            self.told[row.name] = reached, resets_at
+        elif not told:
+            self.told.pop(row.name, None)
+        elif not until:
+            self.told[row.name] = told, resets_at
+        return reached > told
 
 
 # 9.5 Kiro: sign-ins, hosts, models, limits
@@ -11133,36 +11409,76 @@ class KiroLimits:
         return self.limit > 0 and self.used >= self.limit and not self.overage
 
 
-def read_kiro_limits(body: Json, now: float) -> KiroLimits:
-    """GetUsageLimits: the plan's credits, a running trial's and bonuses that have not expired."""
+def kiro_credit_row(body: Json) -> Json:
+    """The credits in GetUsageLimits: a row of a list, or in older answers a single object."""
     rows = body.get("usageBreakdownList") or [body.get("usageBreakdown")]
     rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-    row = next((r for r in rows if r.get("resourceType") == "CREDIT"), rows[0] if rows else {})
-    parts = [row]
+    return next((r for r in rows if r.get("resourceType") == "CREDIT"), rows[0] if rows else {})
+
+
+def kiro_figure(row: Json, name: str) -> float | None:
+    """A figure in its precise form, or in the plain one."""
+    keys = (f"{name}WithPrecision", name)
+    return read_figure(next((row[key] for key in keys if row.get(key) is not None), None))
+
+
+def kiro_credit_parts(row: Json, now: float) -> list[AllowancePart]:
+    """The plan's credits, a running trial's and bonuses that have not expired."""
+
+    def part(name: str, said: Json, ends_at: float) -> AllowancePart:
+        used, limit = kiro_figure(said, "currentUsage"), kiro_figure(said, "usageLimit")
+        return AllowancePart(name, used or 0.0, limit or 0.0, ends_at)
+
+    parts = [part("plan", row, 0.0)]
     trial = details(row, "freeTrialInfo")
     if trial.get("freeTrialStatus") == "ACTIVE":
-        parts.append(trial)
+        parts.append(part("free trial", trial, read_time(trial.get("freeTrialExpiry"))))
     bonuses = row.get("bonuses")
     for bonus in bonuses if isinstance(bonuses, list) else ():
         if isinstance(bonus, dict) and bonus.get("status", "ACTIVE") == "ACTIVE":
             until = read_time(bonus.get("expiresAt"))
-            parts += [bonus] if not until or until > now else []
+            name = text_of_key(bonus, "displayName") or "bonus"
+            parts += [part(name, bonus, until)] if not until or until > now else []
+    return parts
 
-    def total(name: str) -> float:
-        keys = (f"{name}WithPrecision", name)
-        figures = (next((part[k] for k in keys if part.get(k) is not None), 0) for part in parts)
-        return float(sum(f for f in figures if isinstance(f, (int, float)) and abs(f) < 1e12))
 
+def read_kiro_limits(body: Json, now: float) -> KiroLimits:
+    """GetUsageLimits: the plan's credits, a running trial's and bonuses that have not expired."""
+    row = kiro_credit_row(body)
+    parts = kiro_credit_parts(row, now)
     overage = details(body, "overageConfiguration").get("overageStatus") == "ENABLED"
     reset = row.get("nextDateReset") or body.get("nextDateReset")
     return KiroLimits(
         plan=text_of_key(details(body, "subscriptionInfo"), "subscriptionTitle"),
-        used=total("currentUsage"),
-        limit=total("usageLimit"),
+        used=float(sum(part.used for part in parts)),
+        limit=float(sum(part.limit for part in parts)),
         resets_at=read_time(reset),
         overage=overage,
         user=text_of_key(details(body, "userInfo"), "email"),
     )
+
+
+def read_kiro_quota(body: Json, now: float) -> Quota:
+    """The same as a plan of which so much is left; no allowance where nothing is said of credits.
+
+    All its credits are one allowance, as they are spent from wherever some are left.
+    """
+    limits, row = read_kiro_limits(body, now), kiro_credit_row(body)
+    parts = kiro_credit_parts(row, now)
+    status = details(body, "overageConfiguration").get("overageStatus")
+    credits_ = Allowance(
+        "credits",
+        limits.used,
+        limits.limit or None,
+        max(0.0, limits.limit - limits.used) if limits.limit else None,
+        unit="credits",
+        overage_permitted=limits.overage if isinstance(status, str) else None,
+        overage_used=kiro_figure(row, "currentOverages"),
+        overage_limit=kiro_figure(row, "overageCap"),
+        parts=parts if len(parts) > 1 else [],
+    )
+    allowances = [credits_] if limits.used or limits.limit else []
+    return Quota("", limits.plan, allowances, limits.resets_at, as_of=now)
 
 
 def judge_kiro(status: int, headers: Headers, data: bytes, now: float) -> Verdict:
