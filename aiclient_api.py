@@ -15117,6 +15117,9 @@ class Provider(Protocol):
         Raises ApiError.
         """
 
+    def known_quota(self) -> Quota | None:
+        """What was last heard of it, and when; None where that is nothing.  Asks nobody."""
+
     def wake(self) -> None:
         """Ends every cool-down."""
 
@@ -15383,6 +15386,118 @@ class Attempt:
         await asyncio.sleep(wait_s)
 
 
+class QuotaWatch:
+    """What is known of a provider's plan: kept up while it is used; warns when little is left.
+
+    Asking is left to the background, and never hurts a request.
+    """
+
+    def __init__(self, provider: str, ask: Callable[[], Awaitable[Quota | None]]) -> None:
+        self.provider = provider
+        #: asks the service, and hands what it hears to `learn`
+        self.ask = ask
+        self.soon_s = QUOTA_SOON_SECONDS
+        self.gap_s = QUOTA_LOOK_SECONDS
+        self.again_s = QUOTA_AGAIN_SECONDS
+        self.timer: asyncio.TimerHandle | None = None
+        self.looking: asyncio.Task[None] | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Another account: what was known is of no use."""
+        self.known: Quota | None = None
+        self.alarm = QuotaAlarm()
+        #: the fields of the last answer that had any
+        self.fields: dict[str, str] = {}
+        #: whether the service was asked, with success: only then it names plan and units
+        self.is_complete = False
+        #: monotonic, of the last look, also where it was in vain
+        self.looked_at = float("-inf")
+        self.close()
+
+    def close(self) -> None:
+        """No look comes any more."""
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+        # A look that finds that somebody else has signed in calls `forget`, and may go on.
+        if self.looking is not None and self.looking is not asyncio.current_task():
+            self.looking.cancel()
+
+    # What is heard...
+
+    def learn(self, quota: Quota) -> Quota:
+        """Takes the service's answer."""
+        self.is_complete = True
+        self.looked_at = asyncio.get_running_loop().time()
+        return self.keep(quota)
+
+    def keep(self, quota: Quota) -> Quota:
+        """Takes what is known from now on, and warns in the log."""
+        quota.as_of = time.time()
+        self.known = quota
+        for row in self.alarm.news(quota, quota.as_of):
+            log_event(
+                "warning",
+                "quota_used_up" if reached_percent(row) >= 100 else "quota_low",
+                provider=self.provider,
+                allowance=row.name,
+                percent=int(row.percent_used or 0),
+                left="unknown" if row.remaining is None else f"{row.remaining:g}",
+                unit=row.unit or "unknown",
+                resets=plain_day(row.resets_at or quota.resets_at) or "unknown",
+            )
+        return quota
+
+    def harvest(self, headers: Headers) -> None:
+        """Takes what a good answer tells in its fields; plans a look where that is too little."""
+        found = quota_fields(headers)
+        if not found or not self.is_complete:
+            self.used()
+        changed = {name: text for name, text in found.items() if self.fields.get(name) != text}
+        if changed:
+            self.fields = found
+            self.keep(take_snapshots(self.known, changed, time.time()))
+        elif found and self.known is not None:
+            self.known.as_of = time.time()
+
+    # What is asked...
+
+    def used(self) -> None:
+        """After a request: a look soon, but not often."""
+        if self.timer is None:
+            now = asyncio.get_running_loop().time()
+            self.plan(max(now + self.soon_s, self.looked_at + self.gap_s))
+
+    def heed(self, error: ApiError) -> None:
+        """After an error: a look at once where the credits are said to be gone."""
+        if isinstance(error, QuotaExceeded):
+            now = asyncio.get_running_loop().time()
+            self.plan(max(now, self.looked_at + self.again_s))
+
+    def plan(self, at: float) -> None:
+        """A look at the monotonic time `at`, unless one is planned for before that."""
+        if self.timer is not None:
+            if self.timer.when() <= at:
+                return
+            self.timer.cancel()
+        self.timer = asyncio.get_running_loop().call_at(at, self.start)
+
+    def start(self) -> None:
+        """The time has come."""
+        self.timer = None
+        if self.looking is None or self.looking.done():
+            self.looking = asyncio.get_running_loop().create_task(self.look())
+
+    async def look(self) -> None:
+        """Asks; where that fails, what was known before stays."""
+        self.looked_at = asyncio.get_running_loop().time()
+        try:
+            await self.ask()
+        except ApiError as error:
+            log_event("debug", "quota_unknown", provider=self.provider, reason=error)
+
+
 # 15.2 Echo
 
 ECHO_LABEL = "[echo] "
@@ -15568,6 +15683,10 @@ class EchoProvider:
         }
 
     async def quota(self) -> Quota | None:
+        """There is none."""
+        return None
+
+    def known_quota(self) -> Quota | None:
         """There is none."""
         return None
 
@@ -15813,6 +15932,7 @@ class CopilotProvider:
         self.session_id = f"{format_uuid(os.urandom(16).hex())}{int(time.time() * 1000)}"
         self.identity: dict[str, str] = {}
         self.identity_token = ""
+        self.quota_watch = QuotaWatch(name, self.quota)
         self.forget_account()
 
     def forget_account(self) -> None:
@@ -15821,6 +15941,7 @@ class CopilotProvider:
         self.reasoning = ReasoningMemory()
         self.catalogue = Catalogue(self.name, self.fetch_models)
         self.rests = CoolDowns()
+        self.quota_watch.forget()
 
     async def settle(self) -> None:
         """A token exchange may be broken off: the next one brings another."""
@@ -15828,6 +15949,7 @@ class CopilotProvider:
     def close(self) -> None:
         """Ends whatever runs in the background."""
         self.account.close()
+        self.quota_watch.close()
 
     def keep_reasoning(self, calls: list[str], text: str, opaque: str) -> None:
         """Remembers a reasoning signature by its calls."""
@@ -15908,6 +16030,7 @@ class CopilotProvider:
             if status == 200:
                 raise UpstreamError("Copilot's embeddings are not JSON.")
             verdict = judge_copilot(status, fields_, data, model, self.learned, time.time())
+            self.quota_watch.heed(verdict.error)
             renewed = await self.account.renew(token) if verdict.remedy == "refresh" else None
             wait_s = BACKOFF_SECONDS[0] if verdict.wait_s is None else verdict.wait_s
             passing = verdict.remedy in ("wait", "again", "pause") and wait_s <= MAX_WAIT_SECONDS
@@ -15936,7 +16059,11 @@ class CopilotProvider:
         body = load_object(data)
         if body is None:
             raise UpstreamError("GitHub's answer about the account is not JSON.")
-        return read_copilot_quota(body)
+        return self.quota_watch.learn(read_copilot_quota(body))
+
+    def known_quota(self) -> Quota | None:
+        """What GitHub last said, by itself or in an answer's fields."""
+        return self.quota_watch.known
 
     def wake(self) -> None:
         """Ends every cool-down."""
@@ -16008,12 +16135,15 @@ class CopilotAttempt(Attempt):
     async def judge(self, answer: UpstreamAnswer) -> Verdict | None:
         """What a refusal means; a good status is enough."""
         if answer.status == 200:
+            self.provider.quota_watch.harvest(answer.headers)
             return None
         data = await self.read_refusal(answer)
         learned = self.provider.learned
-        return judge_copilot(
+        verdict = judge_copilot(
             answer.status, answer.headers, data, self.call.model, learned, time.time()
         )
+        self.provider.quota_watch.heed(verdict.error)
+        return verdict
 
     @staticmethod
     def refused_again(error: ApiError) -> ApiError:
@@ -16291,6 +16421,7 @@ class KiroProvider:
         self.client = client
         self.account = KiroAccount(name, config, paths, client, self.forget_account)
         self.system = system_tag()
+        self.quota_watch = QuotaWatch(name, self.quota)
         self.forget_account()
 
     def forget_account(self) -> None:
@@ -16298,6 +16429,7 @@ class KiroProvider:
         self.catalogue = Catalogue(self.name, self.fetch_models)
         self.rests = CoolDowns()
         self.reasoning = ReasoningMemory()
+        self.quota_watch.forget()
         self.profile_sought = False
         #: names an organisation's profiles, of which one must be set
         self.profile_unclear: NotEntitled | None = None
@@ -16310,8 +16442,9 @@ class KiroProvider:
             await asyncio.wait(self.account.tasks, timeout=SETTLE_SECONDS)
 
     def close(self) -> None:
-        """Nothing runs in the background but a refresh."""
+        """Ends whatever runs in the background but a refresh."""
         self.account.file.flush()
+        self.quota_watch.close()
 
     async def embed(self, body: Json, model: Model) -> tuple[Json, Usage]:
         """There is no such model here."""
@@ -16467,7 +16600,9 @@ class KiroProvider:
         query = {"origin": KIRO_ORIGINS["ide"], "resourceType": "AGENTIC_REQUEST"}
         if with_user:
             query["isEmailRequired"] = "true"
-        return read_kiro_limits(await self.control("/getUsageLimits", query), time.time())
+        body, now = await self.control("/getUsageLimits", query), time.time()
+        self.quota_watch.learn(read_kiro_quota(body, now))
+        return read_kiro_limits(body, now)
 
     def user(self) -> str:
         """Its account's."""
@@ -16479,10 +16614,12 @@ class KiroProvider:
 
     async def quota(self) -> Quota | None:
         """The credits."""
-        limits = await self.limits()
-        left = max(0.0, limits.limit - limits.used)
-        row = Allowance("credits", limits.used, limits.limit, left)
-        return Quota("", limits.plan, [row], limits.resets_at)
+        await self.limits()
+        return self.quota_watch.known
+
+    def known_quota(self) -> Quota | None:
+        """What the service last said."""
+        return self.quota_watch.known
 
     def wake(self) -> None:
         """Ends every cool-down."""
@@ -16550,11 +16687,13 @@ class KiroAttempt(Attempt):
                 raise
             if verdict is None:
                 self.provider.winner = self.ways[0]
+                self.provider.quota_watch.used()
                 return None
             answer.close(ended=False)
         else:
             data = await self.read_refusal(answer)
             verdict = judge_kiro(answer.status, answer.headers, data, time.time())
+        self.provider.quota_watch.heed(verdict.error)
         return self.explain(verdict)
 
     async def peek(self, answer: UpstreamAnswer) -> Verdict | None:
@@ -16716,6 +16855,12 @@ def make_providers(
         else:
             providers[name] = EchoProvider(name)
     return providers
+
+
+def quotas(providers: dict[str, Provider]) -> Json:
+    """`{NAME: Quota.as_json()}` of those of which something is known.  Asks nobody."""
+    known = {name: provider.known_quota() for name, provider in providers.items()}
+    return {name: quota.as_json() for name, quota in known.items() if quota is not None}
 
 
 # ---- 16. Sign-in -------------------------------------------------------------------------------
@@ -18694,7 +18839,9 @@ class Gateway:
 
     async def report_usage(self, given: dict[str, str]) -> Json:
         """The report for the parameters of `/v1/usage`; raises InvalidRequest."""
-        return await self.ledger.report(read_usage_query(given, time.time()), self.config.limits)
+        query = read_usage_query(given, time.time())
+        report = await self.ledger.report(query, self.config.limits)
+        return {**report, "quota": quotas(self.providers)}
 
     async def get_metrics(self, request: Request) -> Response:
         """What Prometheus scrapes."""
