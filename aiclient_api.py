@@ -19987,7 +19987,13 @@ class Daemon:
                 self.provider_status(name, config.providers[name], provider)
                 for name, provider in self.gateway.providers.items()
             ],
+            "warnings": self.warnings(),
         }
+
+    def warnings(self) -> list[str]:
+        """What a person should know soon, in words: plans of which little is left."""
+        now, rows = time.time(), self.gateway.providers.items()
+        return [text for n, row in rows for text in quota_warnings(n, row.known_quota(), now)]
 
     def provider_status(self, name: str, entry: ProviderConfig, provider: Provider) -> Json:
         """`Provider.status` with its name and type, and what the sign-in tells of the account."""
@@ -20191,14 +20197,18 @@ async def control_usage(daemon: Daemon, params: Json) -> Json:
 
 
 async def control_quota(daemon: Daemon, params: Json) -> Json:
-    """`{"providers": {NAME: Quota.as_json() or {"error": TEXT}}}`, of those that have any."""
+    """`{"providers": {NAME: Quota.as_json() or {"error": TEXT}}}`, of those that have any.
+
+    Where a service does not answer, its error stands beside what was last known of it.
+    """
 
     async def ask(provider: Provider) -> Json | None:
         try:
             with advising(provider):
                 found = await provider.quota()
         except ApiError as error:
-            return {"error": error.text()}
+            known = provider.known_quota()
+            return {**(known.as_json() if known else {}), "error": error.text()}
         return None if found is None else found.as_json()
 
     providers = dict(daemon.gateway.providers)
@@ -20496,6 +20506,8 @@ def print_status(status: Json) -> None:
     for row in status["providers"]:
         if row["health"] != "ready" and row["reason"]:
             print(f"{row['name']}: {row['reason']}")
+    for text in status["warnings"]:
+        print(CONTROLS.sub("", f"warning: {text}"))
 
 
 def print_accounts(found: Json) -> None:
@@ -20627,21 +20639,76 @@ def print_usage_csv(report: Json) -> None:
         writer.writerow([dump_text(c) if isinstance(c, dict) else c for c in cells])
 
 
+QUOTA_BAR_WIDTH = 10
+
+
+def shown_share(percent: float | None) -> str:
+    """` 42 %  ####`, `-` for none; 100 % only where it is all used."""
+    if percent is None:
+        return "-"
+    return f"{int(percent):3d} %  {shown_bar(percent / 100, QUOTA_BAR_WIDTH)}"
+
+
+def shown_reset(moment: float | None, now: float) -> str:
+    """`2026-12-01, 9 days`: a day in UTC, and how far that is; `-` for none."""
+    if not moment or moment <= now:
+        return shown_day(moment)
+    days = math.ceil((moment - now) / 86400)
+    left = f"{days} days" if days > 1 else shown_duration(moment - now)
+    return f"{shown_day(moment)}, {left}"
+
+
+def shown_rest(row: Json) -> str:
+    """`1,210.4 of 1,500 credits`, as much as is known."""
+    unit = f" {row['unit']}" if row["unit"] else ""
+    if row["unlimited"]:
+        return "no limit"
+    if row["remaining"] is None:
+        return "-" if row["limit"] is None else f"? of {shown_figure(row['limit'])}{unit}"
+    of = "" if row["limit"] is None else f" of {shown_figure(row['limit'])}"
+    return f"{shown_figure(row['remaining'])}{of}{unit}"
+
+
+def quota_rows(name: str, quota: Json, now: float) -> list[list[str]]:
+    """The rows of one provider in the table of `quota`."""
+    first, rows = [name, quota["plan"] or "-"], []
+    for row in quota["allowances"]:
+        resets = shown_reset(row["resets_at"], now)
+        rows.append(
+            [*first, row["name"], shown_share(row["percent_used"]), shown_rest(row), resets]
+        )
+        for part in row.get("parts", ()):
+            left = max(0.0, part["limit"] - part["used"])
+            share = shown_share(100 * part["used"] / part["limit"] if part["limit"] else None)
+            rest = f"{shown_figure(left)} of {shown_figure(part['limit'])}"
+            ends = shown_reset(part["ends_at"], now)
+            rows.append(["", "", f"  {part['name']}", share, rest, ends if part["ends_at"] else ""])
+    return rows or [[*first, "-", "-", "-", shown_reset(quota["resets_at"], now)]]
+
+
+def quota_notes(name: str, quota: Json, now: float) -> list[str]:
+    """What the table does not say of one provider: overage, and how old it is."""
+    notes = [
+        f"{name}: {row['name']}: {shown_figure(row['overage_used'])} beyond the limit"
+        for row in quota.get("allowances", ())
+        if row["overage_used"]
+    ]
+    if "error" in quota:
+        age = now - quota.get("as_of", now)
+        old = f"  The figures are {shown_duration(age)} old." if "as_of" in quota else ""
+        notes.append(f"{name}: {quota['error']}{old}")
+    return notes
+
+
 def print_quota(found: Json) -> None:
     """`quota` for people."""
-    rows, problems = [], []
+    now, rows, notes = time.time(), [], []
     for name, quota in found["providers"].items():
-        if "error" in quota:
-            problems.append(f"{name}: {quota['error']}")
-            continue
-        for row in quota["allowances"]:
-            limit = "no limit" if row["unlimited"] else shown_figure(row["limit"])
-            figures = [shown_figure(row["used"]), limit, shown_figure(row["remaining"])]
-            resets = shown_day(quota["resets_at"])
-            rows.append([name, quota["plan"] or "-", row["name"], *figures, resets])
-    print_table(("PROVIDER", "PLAN", "OF", "USED", "LIMIT", "LEFT", "RESETS"), rows)
-    for problem in problems:
-        print(problem)
+        rows += quota_rows(name, quota, now) if "allowances" in quota else []
+        notes += quota_notes(name, quota, now)
+    print_table(("PROVIDER", "PLAN", "OF", "USED", "LEFT", "RESETS"), rows)
+    for note in notes:
+        print(CONTROLS.sub(" ", note))
 
 
 def print_settings(found: Json) -> None:
