@@ -2548,12 +2548,16 @@ class FakeService:
 GENERATION = ("/chat/completions", "/v1/messages", "/responses")
 #: Seen on every successful generation answer, and on no other.
 QUOTA_HEADERS = {
-    f"x-quota-snapshot-{bucket}": f"{figures}&rst=2026-12-01T00%3A00%3A00Z&totRem={rest}"
-    for bucket, figures, rest in (
-        ("chat", "ent=-1&ov=0.0&ovPerm=false&rem=100.0", "-1"),
-        ("completions", "ent=-1&ov=0.0&ovPerm=false&rem=100.0", "-1"),
-        ("premium_interactions", "ent=1500&ov=0.0&ovPerm=true&rem=80.7", "1210.4"),
-    )
+    **{
+        f"x-quota-snapshot-{bucket}": f"{figures}&rst=2026-12-01T00%3A00%3A00Z&totRem={rest}"
+        for bucket, figures, rest in (
+            ("chat", "ent=-1&ov=0.0&ovPerm=false&rem=100.0", "-1"),
+            ("completions", "ent=-1&ov=0.0&ovPerm=false&rem=100.0", "-1"),
+            ("premium_interactions", "ent=1500&ov=0.0&ovPerm=true&rem=80.7", "1210.4"),
+        )
+    },
+    "x-usage-ratelimit-session": "ent=500&rem=97.5&rst=2026-11-22T15%3A00%3A00Z",
+    "x-usage-ratelimit-weekly": "ent=5000&rem=90.0&rst=2026-11-27T10%3A00%3A00Z",
 }
 _DEVICE_CODE = "0123456789abcdef0123456789abcdefEXAMPLE1"
 _CLIENT_IDS = ("Iv1.b507a08c87ecfe98", "01ab8ac9400c4e429b23")
@@ -2563,6 +2567,30 @@ def _json(value: object, status: int = 200, headers: Mapping[str, str] | None = 
     return Answer(
         status, {"Content-Type": "application/json", **(headers or {})}, dump(value), chunked=False
     )
+
+
+def default_user() -> Json:
+    """A paying account, billed by tokens."""
+    told = {"overage_count": 0, "token_based_billing": True,
+            "timestamp_utc": "2026-11-22T10:00:00.000Z"}  # fmt: skip
+    unlimited = {
+        **told, "entitlement": 0, "remaining": 0, "quota_remaining": 0.0, "unlimited": True,
+        "percent_remaining": 100.0, "overage_permitted": False, "has_quota": False,
+        "quota_reset_at": 0,
+    }  # fmt: skip
+    premium = {
+        **told, "entitlement": 1500, "remaining": 1210, "quota_remaining": 1210.4,
+        "percent_remaining": 80.7, "unlimited": False, "overage_permitted": True,
+        "overage_entitlement": 5000, "credits_used": 289.6, "has_quota": True,
+        "quota_reset_at": 1796083200,
+    }  # fmt: skip
+    buckets = {"chat": unlimited, "completions": unlimited, "premium_interactions": premium}
+    return {
+        "login": "octocat", "copilot_plan": "individual_pro", "access_type_sku": "EXAMPLE_SKU",
+        "chat_enabled": True, "token_based_billing": True,
+        "quota_reset_date": "2026-12-01", "quota_reset_date_utc": "2026-12-01T00:00:00.000Z",
+        "quota_snapshots": {name: {"quota_id": name, **b} for name, b in buckets.items()},
+    }  # fmt: skip
 
 
 class FakeCopilot(FakeService):
@@ -2592,6 +2620,11 @@ class FakeCopilot(FakeService):
         self.expires_in = 900
         #: The only client id that is known, "" for those of the editors.
         self.only_client = ""
+        #: Of good answers; older versions of the service send none.
+        self.quota_headers = dict(QUOTA_HEADERS)
+        #: What `/copilot_internal/user` says of the account, and answers that take its place.
+        self.user = default_user()
+        self.user_answers: deque[Answer] = deque()
         #: GitHub does not exchange this account's token, the Copilot API takes it itself.
         self.direct = False
         self.exchanges = 0
@@ -2740,25 +2773,11 @@ class FakeCopilot(FakeService):
         })  # fmt: skip
 
     def _quota(self, seen: Seen) -> Answer:
-        check_management(seen, self.github_token, self._all_tokens)
-        unlimited = {
-            "unlimited": True,
-            "entitlement": 0,
-            "percent_remaining": 100.0,
-            "has_quota": False,
-        }
-        premium = {
-            "entitlement": 1500, "remaining": 1210, "quota_remaining": 1210.4,
-            "percent_remaining": 80.7, "unlimited": False, "overage_count": 0,
-            "overage_permitted": True, "has_quota": True,
-        }  # fmt: skip
-        buckets = {"chat": unlimited, "completions": unlimited, "premium_interactions": premium}
-        return _json({
-            "login": "octocat", "copilot_plan": "individual_pro", "access_type_sku": "EXAMPLE_SKU",
-            "token_based_billing": True, "endpoints": {"api": self.url},
-            "quota_reset_date": "2026-12-01", "quota_reset_date_utc": "2026-12-01T00:00:00.000Z",
-            "quota_snapshots": {name: {"quota_id": name, **b} for name, b in buckets.items()},
-        })  # fmt: skip
+        prepared = self._take(
+            self.user_answers,
+            lambda: check_management(seen, self.github_token, self._all_tokens),
+        )
+        return prepared or _json({**self.user, "endpoints": {"api": self.url}})
 
     def _models(self, seen: Seen) -> Answer:
         prepared = self._take(self.models_answers, lambda: self._check_access(seen))
@@ -2784,7 +2803,7 @@ class FakeCopilot(FakeService):
             self._failed.discard(interaction)
             if not 200 <= answer.status < 300:
                 self._failed.add(interaction)
-        quota = QUOTA_HEADERS if 200 <= answer.status < 300 else {}
+        quota = self.quota_headers if 200 <= answer.status < 300 else {}
         return replace(answer, headers={**self._ids(seen), **quota, **answer.headers})
 
     def _ids(self, seen: Seen) -> dict[str, str]:
