@@ -460,11 +460,11 @@ def test_a_running_gateway_rotates_its_log(machine: Machine) -> None:
     machine.state.mkdir(parents=True, mode=0o700)
     machine.log_file.touch(mode=0o600)
     os.truncate(machine.log_file, gw.MAX_LOG_BYTES - 50)
-    fetch(machine.start(), "/healthz")
+    fetch(machine.start(), "/v1/models")
     rotated = machine.log_file.with_suffix(".log.1")
     wait_until(rotated.exists)
     assert rotated.stat().st_size == gw.MAX_LOG_BYTES - 50
-    wait_until(lambda: "/healthz" in machine.log())
+    wait_until(lambda: "/v1/models" in machine.log())
 
 
 def test_a_log_that_was_moved_away_is_opened_anew(machine: Machine) -> None:
@@ -474,11 +474,11 @@ def test_a_log_that_was_moved_away_is_opened_anew(machine: Machine) -> None:
     path.rename(machine.folder / "moved.log")
 
     def is_back() -> bool:
-        fetch(status, "/healthz")
+        fetch(status, "/v1/models")
         return path.exists()
 
     wait_until(is_back)
-    assert "path=/healthz" in machine.run("logs").out
+    assert "path=/v1/models" in machine.run("logs").out
 
 
 def test_neither_words_nor_keys_are_in_the_log(machine: Machine) -> None:

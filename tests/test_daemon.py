@@ -320,8 +320,8 @@ def test_usr1_opens_the_log_anew(machine: Machine) -> None:
     moved = machine.log_file.rename(machine.state / "moved")
     os.kill(status["pid"], signal.SIGUSR1)
     wait_until(machine.log_file.exists)
-    fetch(status, "/healthz")
-    wait_until(lambda: "path=/healthz" in machine.log())
+    fetch(status, "/v1/models")
+    wait_until(lambda: "path=/v1/models" in machine.log())
     assert "listening" in moved.read_text()
 
 

@@ -135,7 +135,8 @@ class Home:
         if self.config_file.exists():
             texts["config"] = self.config_file.read_text()
         for folder in self.folder.glob("state*"):
-            texts |= {str(path): path.read_text() for path in folder.rglob("*") if path.is_file()}
+            files = (path for path in folder.rglob("*") if path.is_file())
+            texts |= {str(path): path.read_text(errors="replace") for path in files}
         for where, text in texts.items():
             found = [secret[:12] for secret in secrets if secret in text]
             assert not found, f"in the {where}: {found}"
