@@ -247,6 +247,8 @@ PING_SECONDS = 15.0  # Codex and Claude Code give up on silence after minutes, p
 # The status waits for the first upstream event, so that upstream errors become real statuses,
 # but no longer than a caller's patience for a response head.
 HOLD_STATUS_SECONDS = 25.0
+# The same for a request with several candidates, all of them together: proxies give up at 60 s.
+HOLD_LIST_SECONDS = 50.0
 
 POOL_IDLE_SECONDS = 30.0  # below the 60 s at which common load balancers close
 POOL_IDLE_PER_HOST = 32
@@ -257,6 +259,8 @@ MAX_WAIT_SECONDS = 10.0  # a longer Retry-After is the caller's to wait, not our
 MAX_RETRY_AFTER_SECONDS = 60.0  # anthropic 2.x sleeps for whatever it is told, even for days
 # Cool-downs that outlast the reset are a plague of this field: a minute, then one request probes.
 COOL_DOWN_SECONDS = 60.0
+REST_SECONDS = 4.0  # after a limit that names no time; twice as long each time it still holds
+RESET_LOOK_SECONDS = 300.0  # between two questions when credits come back: facts, Copilot 8.1
 BACKOFF_SECONDS = (0.5, 1.5)
 PAUSE_SECONDS = (2.0, 4.0)  # after a 429 or 503 that names no time
 UNSUPPORTED_MODEL_WAITS = (1.0, 2.0)  # Copilot's catalogue wobbles: seen in gh-aw-firewall, 2026-08
@@ -493,6 +497,17 @@ class ApiError(Exception):
         """The message with its hint, at a length that does not depend on what was sent."""
         return f"{self.message[:MAX_ERROR_TEXT]} {self.hint}".strip()
 
+    def anew(self, hint: str, retry_after: float | None) -> ApiError:
+        """The same error once more: one that is kept is told to many, at different times."""
+        return type(self)(
+            self.message,
+            hint=hint,
+            param=self.param,
+            retry_after=retry_after,
+            headers=self.headers,
+            code=self.code,
+        )
+
 
 class InvalidRequest(ApiError):
     """The request cannot be served as it is."""
@@ -623,6 +638,10 @@ class LimitReached(ApiError):
     retry = False
 
 
+class RequestRepeated(LimitReached):
+    """The very same request too often: no other provider should answer it either."""
+
+
 class UpstreamError(ApiError):
     """The upstream failed, or answered something that makes no sense."""
 
@@ -675,6 +694,8 @@ class Verdict:
     wait_s: float | None = None
     #: it concerns every model of the account
     for_all: bool = False
+    #: seconds until it ought to pass, where that is known and no wait for a program
+    passes_s: float | None = None
 
 
 class WireError(Exception):
@@ -1069,8 +1090,8 @@ class Config:
     server: ServerConfig = field(default_factory=ServerConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     providers: dict[str, ProviderConfig] = field(default_factory=default_providers)
-    #: alias -> provider/model
-    models: dict[str, str] = field(default_factory=dict)
+    #: alias -> provider/model, or a list of them that are tried in order
+    models: dict[str, str | list[str]] = field(default_factory=dict)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     #: dotted key -> where its value is from, unless it is the default; no setting itself
@@ -1114,6 +1135,7 @@ TYPE_WORDS = {
 }
 PROVIDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 LABEL = re.compile(r"[A-Za-z0-9][\w.+-]{0,63}", re.ASCII)
+MODEL_NAME = re.compile(r"(?!.*(?://|\.\.))[A-Za-z0-9][\w./:\[\]@+-]{0,199}", re.ASCII)
 # The host and port of a URL or a Host field (RFC 3986 section 3.2), without user information.
 HOST_VALUE = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%!$&'()*+,;=-]+)(?::[0-9]{0,5})?")
 TARGET = re.compile(r"[!-~]+")
@@ -1278,13 +1300,25 @@ class ConfigReader:
             self.fill(providers[name], entry, key)
         return providers
 
-    def read_aliases(self, table: Json) -> dict[str, str]:
-        """`[models]`: alias = "provider/model"."""
+    def read_aliases(self, table: Json) -> dict[str, str | list[str]]:
+        """`[models]`: alias = "provider/model", or a list of such names in the order of trial."""
         for alias, target in table.items():
-            if not isinstance(target, str) or not target.strip("/"):
-                raise self.error(f'models."{alias}"', 'must be like "copilot/gpt-4.1"')
+            key = f'models."{alias}"'
+            if isinstance(target, list):
+                if not target:
+                    raise self.error(key, "must name at least one model")
+                for at, name in enumerate(target):
+                    self.check_target(f"{key}[{at}]", name, 'must be like "copilot/gpt-4.1"')
+            else:
+                words = 'must be like "copilot/gpt-4.1", or a list of such names'
+                self.check_target(key, target, words)
             self.origins[f"models.{alias}"] = "file"
         return dict(table)
+
+    def check_target(self, key: str, name: Any, words: str) -> None:
+        """Raises ConfigError for what an alias cannot lead to."""
+        if not isinstance(name, str) or not MODEL_NAME.fullmatch(name) or name.endswith("/"):
+            raise self.error(key, words)
 
     def read_keys(self, table: Json) -> dict[str, str]:
         """`[api_keys]`: name = "key"."""
@@ -1566,9 +1600,11 @@ def split_setting_key(key: str) -> tuple[str, ...]:
     return tuple(key.split("."))
 
 
-def setting_kind(config: Config, key: str) -> str:
-    """The type of a setting; caps have one before they are set."""
+def setting_kind(config: Config, key: str, value: str) -> str:
+    """The type of a setting; caps have one before they are set, `models.NAME` takes two."""
     path = split_setting_key(key)
+    if path[0] == "models" and "," in value:  # no model's name has one
+        return "list[str]"
     caps = path[:2] in (("limits", "providers"), ("limits", "labels")) and len(path) == 4
     slots = setting_slots(CapConfig()) if caps else setting_slots(config)
     wanted = path[-1] if caps else key
@@ -1582,7 +1618,7 @@ def change_setting(text: str, where: str, key: str, value: str) -> str:
     """
     config = read_config_text(text, where)
     reader = ConfigReader(where)
-    parsed = parse_setting(value, setting_kind(config, key))
+    parsed = parse_setting(value, setting_kind(config, key, value))
     path = split_setting_key(key)
     wanted = tomllib.loads(text)
     owner = wanted
@@ -10340,6 +10376,44 @@ def parse_retry_after(value: str | None, now: float) -> float | None:
         return None
 
 
+# "Please try again in 51 hours" (github/copilot-cli#2769), "resets in 2 hours and 5 minutes".
+WAIT_WORDS = re.compile(
+    r"(?:again|resets?|available)\s+(?:in|after)\s+(?:about\s+)?"
+    r"((?:\d+(?:\.\d+)?\s*(?:s|secs?|seconds?|m|mins?|minutes?|h|hrs?|hours?|d|days?)\b[\s,and]*)+)",
+    re.IGNORECASE,
+)
+WAIT_PART = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd])", re.IGNORECASE)
+WAIT_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+# As in "resets at 2026-12-01T00:00:00Z" and "try again after 2026-12-01".
+RESET_WORDS = re.compile(
+    r"(?:again|resets?|available)\s+(?:at|on|after)\s+"
+    r"(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d(?::\d\d)?))?",
+    re.IGNORECASE,
+)
+
+
+def read_wait_words(message: str, now: float) -> float | None:
+    """Seconds to wait by a refusal's words, in which times are UTC; None where they name none."""
+    words = WAIT_WORDS.search(message)
+    if words:
+        parts = WAIT_PART.findall(words[1])
+        return sum(float(figure) * WAIT_UNITS[unit.lower()] for figure, unit in parts)
+    reset = RESET_WORDS.search(message)
+    if reset is None:
+        return None
+    try:
+        at = dt.datetime.fromisoformat(f"{reset[1]}T{reset[2] or '00:00'}+00:00")
+    except ValueError:
+        return None
+    return max(0.0, at.timestamp() - now)
+
+
+def read_wait(headers: Headers, message: str, now: float) -> float | None:
+    """Seconds to wait by a refusal's Retry-After, else by its words; None where it says nothing."""
+    said = parse_retry_after(headers.get("retry-after"), now)
+    return read_wait_words(message, now) if said is None else said
+
+
 TOKEN_COUNTS = (
     re.compile(r"prompt token count of (\d+) exceeds the limit of (\d+)"),
     re.compile(r"prompt is too long: (\d+) tokens > (\d+) maximum"),
@@ -10442,7 +10516,7 @@ def judge_copilot(
     message, code = read_error_answer(status, data)
     support = headers.get("x-github-request-id", "")
     tail = f" (GitHub request {support})" if SUPPORT_ID.fullmatch(support) else ""
-    wait_s = parse_retry_after(headers.get("retry-after"), now)
+    wait_s = read_wait(headers, message, now)
     if status == 400:
         return judge_400(message, code, model, learned)
     if status in (401, 403, 421):
@@ -10450,11 +10524,9 @@ def judge_copilot(
             return Verdict(Forbidden(f"Copilot wants another authorization: {message}.{tail}"))
         return judge_identity(status, message, tail)
     if status == 402:
-        return Verdict(
-            QuotaExceeded(
-                f"Your Copilot quota is used up: {message or code}.{tail}", retry_after=wait_s
-            )
-        )
+        # Only the model rests: in older plans those without a price go on (facts, 8.4).
+        error_text = f"Your Copilot quota is used up: {message or code}.{tail}"
+        return Verdict(QuotaExceeded(error_text, retry_after=wait_s), "rest", wait_s)
     if status == 404:
         hint = "Its policy may need to be accepted at github.com/settings/copilot."
         return Verdict(ModelNotFound(f"Copilot does not serve {model.id}.", hint=hint))
@@ -11481,21 +11553,26 @@ def read_kiro_quota(body: Json, now: float) -> Quota:
     return Quota("", limits.plan, allowances, limits.resets_at, as_of=now)
 
 
+def settle_kiro_wait(verdict: Verdict, wait_s: float | None) -> None:
+    """Puts into a verdict how long it lasts, where that was said, and for whom."""
+    if wait_s is not None and verdict.remedy in ("pause", "wait", "rest"):
+        verdict.wait_s = wait_s
+        if not isinstance(verdict.error, QuotaExceeded):
+            verdict.error.retry_after = wait_s
+    verdict.for_all = isinstance(verdict.error, (QuotaExceeded, RateLimited))
+
+
 def judge_kiro(status: int, headers: Headers, data: bytes, now: float) -> Verdict:
     """What an error answer means: its words first, then its status; `now` in Unix seconds."""
     text = data.decode("utf-8", "replace").strip()
     said = load_object(text) or {"message": read_error_answer(status, data)[0]}
     code, reason, message = read_kiro_words(said)
     code = headers.get("x-amzn-errortype", "").partition(":")[0] or code
-    wait_s = parse_retry_after(headers.get("retry-after"), now)
+    wait_s = read_wait(headers, message, now)
     verdict = judge_kiro_words(code, reason, message) or judge_kiro_status(status, message)
     if status == 401 and isinstance(verdict.error, Forbidden) and verdict.remedy != "rest":
         verdict = judge_kiro_status(status, message)
-    if wait_s is not None and verdict.remedy in ("pause", "wait", "rest"):
-        verdict.wait_s = wait_s
-        if not isinstance(verdict.error, QuotaExceeded):
-            verdict.error.retry_after = wait_s
-    verdict.for_all = isinstance(verdict.error, (QuotaExceeded, RateLimited))
+    settle_kiro_wait(verdict, wait_s)
     request = headers.get("x-amzn-requestid", "")
     if SUPPORT_ID.fullmatch(request):
         verdict.error.message += f" (Kiro request {request})"
@@ -11805,15 +11882,16 @@ def write_time(seconds: float, like: Any) -> Any:
 
 @dataclass(slots=True)
 class Route:
-    """Where a model name leads: a provider, and the name without its prefix."""
+    """Where a model name leads: a provider, "" while unknown, and the name without its prefix."""
 
     provider: str
     model: str
     #: the provider was named, not chosen
     explicit: bool
 
-
-MODEL_NAME = re.compile(r"(?!.*(?://|\.\.))[A-Za-z0-9][\w./:\[\]@+-]{0,199}", re.ASCII)
+    def __str__(self) -> str:
+        """As a person writes it in `[models]`."""
+        return f"{self.provider}/{self.model}" if self.provider else self.model
 
 
 class Router:
@@ -11821,27 +11899,52 @@ class Router:
 
     def __init__(self, config: Config, enabled: list[str]) -> None:
         self.enabled = enabled
-        self.aliases = config.models
+        self.disabled = [name for name in config.providers if name not in enabled]
+        self.aliases = {
+            alias: [target] if isinstance(target, str) else list(dict.fromkeys(target))
+            for alias, target in config.models.items()
+        }
         self.default = config.default_provider
 
-    def named(self, name: str, header: str | None) -> Route | None:
-        """The route where the caller or an alias names the provider; raises InvalidRequest."""
+    def candidates(self, name: str, header: str | None) -> list[Route]:
+        """The routes of a name, in the order of trial: several only where an alias has a list.
+
+        A provider that is not named is "": `place` finds it.  Raises InvalidRequest where that
+        is no name, ModelNotFound where an alias leads to disabled providers only.
+        """
         if not MODEL_NAME.fullmatch(name):
             raise InvalidRequest("model: is not a model name.", param="model")
-        prefix, slash, rest = name.partition("/")
-        if slash and rest and prefix in self.enabled:
-            return Route(prefix, rest, True)
+        prefixed = self.split(name, self.enabled)
+        if prefixed:
+            return [prefixed]
         if header:
-            return Route(self.check_provider(header), name, True)
-        prefix, slash, rest = self.aliases.get(name, "").partition("/")
-        return Route(prefix, rest, True) if slash and prefix in self.enabled else None
+            return [Route(self.check_provider(header), name, True)]
+        if name not in self.aliases:
+            return [Route("", name, False)]
+        targets = self.aliases[name]
+        usable = [target for target in targets if not self.split(target, self.disabled)]
+        if not usable:
+            raise ModelNotFound(
+                f"The alias {name!r} leads to disabled providers only: {', '.join(targets)}.",
+                hint="The verb `provider enable NAME` enables one.",
+                param="model",
+            )
+        return [self.split(target, self.enabled) or Route("", target, False) for target in usable]
 
-    def route(self, name: str, catalogues: dict[str, dict[str, Model]]) -> Route:
-        """The route of a name that `named` leaves open: who has it, else the default provider.
+    @staticmethod
+    def split(name: str, providers: list[str]) -> Route | None:
+        """The route of a name that begins with one of `providers`."""
+        prefix, slash, rest = name.partition("/")
+        return Route(prefix, rest, True) if slash and rest and prefix in providers else None
+
+    def place(self, route: Route, catalogues: dict[str, dict[str, Model]]) -> Route:
+        """A route with its provider: named, else who has the model, else the default one.
 
         `catalogues` holds, per enabled provider, the models it is known to have.
         """
-        name = self.aliases.get(name, name)
+        if route.provider:
+            return route
+        name = route.model
         having = [p for p in self.enabled if name in catalogues.get(p, ())] or [
             p for p in self.enabled if find_model(name, catalogues.get(p, {}))
         ]
@@ -11864,6 +11967,48 @@ class Router:
         close = nearest(model_spellings(name)[-1], known)
         hint = "Nearest: " + ", ".join(close) + "." if close else "GET /v1/models lists them."
         return ModelNotFound(f"The model {name!r} does not exist here.", hint=hint, param="model")
+
+
+# What says nothing against the request itself, so that another model may well answer it.
+PASSED_OVER = (
+    "forbidden",
+    "limit_reached",
+    "model_not_found",
+    "not_signed_in",
+    "overloaded",
+    "quota_exceeded",
+    "rate_limited",
+    "upstream_error",
+    "upstream_timeout",
+)
+
+
+def may_pass_over(error: ApiError) -> bool:
+    """Whether the next candidate is asked after an error that came before the first byte."""
+    if isinstance(error, (RequestRepeated, WrongDialect)):
+        return isinstance(error, WrongDialect)
+    return error.kind in PASSED_OVER
+
+
+def usefulness(error: ApiError) -> tuple[int, float]:
+    """The smaller, the more an error helps whoever hears only one of several: when to come back."""
+    wait_s = error.retry_after
+    if error.retry is not False and wait_s is not None and wait_s <= MAX_RETRY_AFTER_SECONDS:
+        return 0, wait_s
+    order = (
+        ("overloaded", "rate_limited", "upstream_error", "upstream_timeout"),
+        ("limit_reached", "quota_exceeded"),
+        ("forbidden", "not_signed_in"),
+    )
+    ranks = {kind: rank for rank, kinds in enumerate(order, 1) for kind in kinds}
+    return ranks.get(error.kind, len(order) + 1), 0.0
+
+
+def sum_up(passed: list[tuple[str, ApiError]]) -> ApiError:
+    """What is answered when every candidate failed: the most useful error, and who was asked."""
+    best = min((error for _, error in passed), key=usefulness)
+    asked = ", ".join(f"{name} ({error.kind})" for name, error in passed)
+    return best.anew(f"{best.hint} All of these were tried: {asked}.".strip(), best.retry_after)
 
 
 class RateLimiter:
@@ -12280,7 +12425,7 @@ class RepeatGuard:
             del self.seen[next(iter(self.seen))]  # the one that was not seen for longest
         self.seen[request] = began_at, min(number + 1, most)
         if number >= most:
-            raise LimitReached(
+            raise RequestRepeated(
                 f"The very same request came {most} times within {seconds:g} seconds: "
                 "is a program caught in a loop?",
                 hint="If that is meant, raise limits.runaway_requests, or set it to 0.",
@@ -15014,13 +15159,15 @@ class Ledger:
 
     # -- asking
 
-    async def check(self, limits: LimitsConfig, provider: str, label: str, request: int) -> None:
+    async def check(
+        self, limits: LimitsConfig, provider: str, label: str, request: int | None
+    ) -> None:
         """Raises LimitReached where a cap is used up, or a program caught in a loop.
 
-        `request` is a hash of it.
+        `request` is a hash of it, None where it was checked before, for another provider.
         """
-        loop = asyncio.get_running_loop()
-        self.guard.check(limits, request, loop.time())
+        if request is not None:
+            self.guard.check(limits, request, asyncio.get_running_loop().time())
         if limits.providers or limits.labels:
             if not self.is_capped:
                 self.is_capped = True
@@ -15108,7 +15255,8 @@ class Provider(Protocol):
         """How things stand, without asking the service.
 
         `{"health": "ready" | "resting" | "failing" | "not signed in", "reason": TEXT,
-        "token_expires_at": Unix seconds, "cool_downs": {MODEL, or "*" for all: seconds}}`
+        "token_expires_at": Unix seconds, "cool_downs": {MODEL, or "*" for all: seconds},
+        "rests": CoolDowns.rows()}`
         """
 
     def quota(self) -> Awaitable[Quota | None]:
@@ -15119,6 +15267,9 @@ class Provider(Protocol):
 
     def known_quota(self) -> Quota | None:
         """What was last heard of it, and when; None where that is nothing.  Asks nobody."""
+
+    def refused(self, model_id: str, error: ApiError) -> None:
+        """Told of a refusal that stood in the place of an answer: what it concerns rests."""
 
     def wake(self) -> None:
         """Ends every cool-down."""
@@ -15208,41 +15359,134 @@ class Catalogue:
         self.fetched_at = now - MODELS_FRESH_SECONDS + MODELS_RETRY_SECONDS
 
 
+@dataclass(slots=True, eq=False)
+class Rest:
+    """Why a model, or all of an account, is not asked, and until when."""
+
+    error: ApiError
+    #: monotonic; from then on one request finds out how things are
+    until: float
+    #: monotonic time at which it ought to pass by the service's word; 0 = not said
+    passes_at: float
+    length_s: float
+    #: a request is finding out: its answer ends this rest, its refusal begins another one
+    probing: bool = False
+
+    def is_over(self, now: float) -> bool:
+        """Whether it ended so long ago that nothing needs to be found out any more."""
+        return now >= max(self.until + COOL_DOWN_SECONDS, self.passes_at) and not self.probing
+
+    def told(self, now: float) -> ApiError:
+        """The error for whoever asks meanwhile."""
+        wait_s = None
+        if self.error.retry_after is not None:
+            wait_s = max(max(self.passes_at, self.until) - now, PAUSE_SECONDS[0])
+        return self.error.anew(self.error.hint, wait_s)
+
+
 class CoolDowns:
-    """Models that rest, as clients' retries would dig the hole deeper."""
+    """Models that rest, as clients' retries would dig the hole deeper.
 
-    def __init__(self) -> None:
-        #: model, or "" for all -> (monotonic end of its rest, of what makes it rest, why)
-        self.resting: dict[str, tuple[float, float, ApiError]] = {}
+    When a rest ends, one request finds out (half-open, as circuit breakers call it); the others
+    are told to wait until it has.
+    """
 
-    def rest(self, model_id: str, error: ApiError, wait_s: float | None) -> None:
-        """Lets a model, or all where `model_id` is "", rest for `wait_s` seconds.
+    def __init__(self, provider: str = "") -> None:
+        self.provider = provider
+        #: by model, "" for all of the account
+        self.resting: dict[str, Rest] = {}
 
-        Never for longer than COOL_DOWN_SECONDS: then one request finds out how things are.
+    def rest(
+        self, model_id: str, error: ApiError, wait_s: float | None, passes_s: float | None = None
+    ) -> float:
+        """Lets a model, or all where `model_id` is "", rest for `wait_s` seconds; returns them.
+
+        Never for longer than COOL_DOWN_SECONDS: then one request finds out how things are.  Where
+        nothing was said, longer each time.  `passes_s`: until it ought to pass, where known.
         """
         now = asyncio.get_running_loop().time()
-        rest_s = min(wait_s or 0.0, COOL_DOWN_SECONDS)
-        self.resting[model_id] = now + rest_s, now + (error.retry_after or 0.0), error
+        before = self.resting.get(model_id)
+        if before is not None and before.is_over(now):
+            before = None
+        if not wait_s:
+            has_ended = before is not None and before.until <= now
+            last_s = before.length_s if before is not None else REST_SECONDS
+            wait_s = 2 * last_s if has_ended else last_s
+        rest_s = min(max(wait_s, 1.0), COOL_DOWN_SECONDS)
+        until = max(now + rest_s, before.until if before is not None else 0.0)
+        passes_s = error.retry_after if passes_s is None else passes_s
+        passes_at = now + passes_s if passes_s else 0.0
+        self.resting[model_id] = Rest(error, until, passes_at, rest_s)
+        log_event(
+            "info",
+            "resting",
+            provider=self.provider,
+            model=model_id or "*",
+            kind=error.kind,
+            seconds=math.ceil(rest_s),
+        )
+        return rest_s
+
+    def refused(self, model_id: str, verdict: Verdict) -> None:
+        """Takes a final refusal: where only time helps, the model or the account rests."""
+        error, said = verdict.error, verdict.wait_s
+        if verdict.remedy not in ("pause", "rest") and (said or 0.0) <= MAX_WAIT_SECONDS:
+            return
+        passes_s = verdict.passes_s or said
+        wait_s = said or (COOL_DOWN_SECONDS if verdict.remedy == "rest" else None)
+        rest_s = self.rest("" if verdict.for_all else model_id, error, wait_s, passes_s)
+        if error.retry_after is None and isinstance(error, (RateLimited, Overloaded)):
+            error.retry_after = rest_s
 
     def check(self, model_id: str) -> None:
         """Raises the error that made a model rest, as long as it rests."""
         now = asyncio.get_running_loop().time()
         for key in (model_id, ""):
-            until, passes_at, error = self.resting.get(key, (0.0, 0.0, None))
-            if error is not None and now < until:
-                wait_s = None if error.retry_after is None else max(passes_at, until) - now
-                raise type(error)(error.message, hint=error.hint, retry_after=wait_s)
-            self.resting.pop(key, None)
+            rest = self.resting.get(key)
+            if rest is not None and rest.is_over(now):
+                del self.resting[key]
+            elif rest is not None and (now < rest.until or rest.probing):
+                raise rest.told(now)
+
+    @contextlib.contextmanager
+    def passing(self, model_id: str) -> Iterator[None]:
+        """Around one request: raises while the model rests; a good end is the end of its rest."""
+        self.check(model_id)
+        probed = [self.resting[key] for key in (model_id, "") if key in self.resting]
+        for rest in probed:
+            rest.probing = True
+        try:
+            yield
+        finally:
+            for rest in probed:
+                rest.probing = False
+        for key in [key for key, rest in self.resting.items() if rest in probed]:
+            del self.resting[key]
+            log_event("info", "rest_ended", provider=self.provider, model=key or "*")
 
     def clear(self) -> None:
         """Nothing rests any more."""
         self.resting.clear()
 
-    def seconds_left(self) -> dict[str, int]:
-        """`{MODEL, or "*" for all: seconds}` of what rests now."""
-        now = asyncio.get_running_loop().time()
-        left = {key or "*": math.ceil(until - now) for key, (until, _, _) in self.resting.items()}
-        return {key: seconds for key, seconds in left.items() if seconds > 0}
+    def rows(self) -> list[Json]:
+        """What rests now: `[{"model": ID or "*", "seconds", "kind", "reason", "passes_at", ...}]`.
+
+        `seconds` until a request finds out, 0 while one does (`probing`); `passes_at`: when it
+        ought to pass, in Unix seconds, None where nobody knows.
+        """
+        now, wall = asyncio.get_running_loop().time(), time.time()
+        return [
+            {
+                "model": key or "*",
+                "seconds": max(0, math.ceil(rest.until - now)),
+                "kind": rest.error.kind,
+                "reason": rest.error.text(),
+                "passes_at": int(wall + rest.passes_at - now) if rest.passes_at else None,
+                "probing": rest.probing,
+            }
+            for key, rest in self.resting.items()
+            if now < rest.until or rest.probing
+        ]
 
 
 class Backoff:
@@ -15281,8 +15525,8 @@ class Backoff:
 def account_status(provider: CopilotProvider | KiroProvider) -> Json:
     """`Provider.status` of a provider with an account."""
     account = provider.account
-    cool_downs = provider.rests.seconds_left()
-    health, reason = "resting" if cool_downs else "ready", ""
+    rests = provider.rests.rows()
+    health, reason = "resting" if rests else "ready", ""
     try:
         with advising(provider):
             account.load()
@@ -15296,8 +15540,14 @@ def account_status(provider: CopilotProvider | KiroProvider) -> Json:
         "health": health,
         "reason": reason,
         "token_expires_at": None if expires_at == math.inf else expires_at,
-        "cool_downs": cool_downs,
+        "cool_downs": {row["model"]: row["seconds"] for row in rests},
+        "rests": rests,
     }
+
+
+def come_back(at: float) -> str:
+    """The hint of spent credits; `at` in Unix seconds."""
+    return f"They come back on {time.strftime('%Y-%m-%d', time.gmtime(at))}."
 
 
 class Attempt:
@@ -15351,7 +15601,11 @@ class Attempt:
                 remedy=verdict.remedy or "none",
                 attempt=self.count,
             )
-            await self.mend(verdict)
+            try:
+                await self.mend(verdict)
+            except ApiError:
+                self.rests.refused(self.call.model.id, verdict)
+                raise
 
     def with_window(self, error: ApiError) -> ApiError:
         """A full context in the words that clients know: how much, and of how much."""
@@ -15371,17 +15625,12 @@ class Attempt:
             answer.close(ended=False)
 
     async def pause(self, verdict: Verdict, step: int) -> None:
-        """Waits before the next attempt; raises the error where that would be too long.
-
-        The model, or the account, rests then, so that others do not run into the same.
-        """
+        """Waits before the next attempt; raises the error where that would be too long."""
         wait_s = verdict.wait_s
         if wait_s is None:
             steps = PAUSE_SECONDS if verdict.remedy == "pause" else BACKOFF_SECONDS
             wait_s = steps[min(step, len(steps)) - 1] * (1 + os.urandom(1)[0] / 1024)
         if wait_s > MAX_WAIT_SECONDS:
-            key = "" if verdict.for_all else self.call.model.id
-            self.rests.rest(key, verdict.error, verdict.error.retry_after)
             raise verdict.error
         await asyncio.sleep(wait_s)
 
@@ -15680,6 +15929,7 @@ class EchoProvider:
             "reason": "answers locally, needs no account",
             "token_expires_at": None,
             "cool_downs": {},
+            "rests": [],
         }
 
     async def quota(self) -> Quota | None:
@@ -15689,6 +15939,9 @@ class EchoProvider:
     def known_quota(self) -> Quota | None:
         """There is none."""
         return None
+
+    def refused(self, model_id: str, error: ApiError) -> None:
+        """The echo refuses nobody."""
 
     def wake(self) -> None:
         """The echo never rests."""
@@ -15940,8 +16193,10 @@ class CopilotProvider:
         self.learned = Learned()
         self.reasoning = ReasoningMemory()
         self.catalogue = Catalogue(self.name, self.fetch_models)
-        self.rests = CoolDowns()
         self.quota_watch.forget()
+        #: when it was last asked, monotonic, and the answer in Unix seconds; 0 = not known
+        self.reset_asked_at, self.resets_at = float("-inf"), 0.0
+        self.rests = CoolDowns(self.name)
 
     async def settle(self) -> None:
         """A token exchange may be broken off: the next one brings another."""
@@ -16002,6 +16257,11 @@ class CopilotProvider:
 
     async def embed(self, body: Json, model: Model) -> tuple[Json, Usage]:
         """Embeddings, as many inputs at a time as Copilot takes."""
+        with self.rests.passing(model.id):
+            return await self.embed_all(body, model)
+
+    async def embed_all(self, body: Json, model: Model) -> tuple[Json, Usage]:
+        """As `embed`, whatever rests."""
         texts, is_packed = read_embeddings(body)
         more = {key: body[key] for key in ("dimensions",) if body.get(key) is not None}
         rows: list[Json] = []
@@ -16038,6 +16298,7 @@ class CopilotProvider:
                 break
             token = renewed or token
             await asyncio.sleep(0 if renewed else wait_s)
+        self.rests.refused(model.id, verdict)
         raise verdict.error
 
     def user(self) -> str:
@@ -16075,8 +16336,29 @@ class CopilotProvider:
 
     async def open(self, call: Call) -> Source:
         """Tries until there is a good status, a final refusal, or no attempt left."""
-        self.rests.check(call.model.id)
-        return await CopilotAttempt(self, call, await self.account.token()).run()
+        with self.rests.passing(call.model.id):
+            return await CopilotAttempt(self, call, await self.account.token()).run()
+
+    def refused(self, model_id: str, error: ApiError) -> None:
+        """What an answer told instead of an answer; it names no time."""
+        self.rests.refused(model_id, Verdict(error, "pause"))
+
+    async def ask_reset(self, verdict: Verdict) -> None:
+        """Puts into a verdict on spent credits when they come back, where GitHub knows."""
+        now = asyncio.get_running_loop().time()
+        if now - self.reset_asked_at >= RESET_LOOK_SECONDS:
+            self.reset_asked_at, self.resets_at = now, 0.0
+            try:
+                found = await self.quota()
+            except ApiError as error:
+                log_event("info", "limits_unavailable", provider=self.name, reason=error)
+                return
+            if found is not None and any(row.remaining == 0 for row in found.allowances):
+                self.resets_at = found.resets_at
+        left_s = self.resets_at - time.time()
+        if left_s > 0:
+            verdict.passes_s = left_s
+            verdict.error.hint = come_back(self.resets_at)
 
 
 class CopilotAttempt(Attempt):
@@ -16158,8 +16440,10 @@ class CopilotAttempt(Attempt):
         remedy = verdict.remedy
         if remedy == "refresh" and remedy in self.tried:
             raise self.refused_again(verdict.error)
+        if remedy == "rest" and verdict.wait_s is None:
+            await self.provider.ask_reset(verdict)
         repeated = remedy in self.tried and remedy not in ("wait", "pause", "repair", "relist")
-        if not remedy or repeated or self.count >= MAX_ATTEMPTS:
+        if remedy in ("", "rest") or repeated or self.count >= MAX_ATTEMPTS:
             raise verdict.error
         self.tried.add(remedy)
         if remedy == "refresh":
@@ -16427,7 +16711,7 @@ class KiroProvider:
     def forget_account(self) -> None:
         """What was learned of an account ends with its sign-in."""
         self.catalogue = Catalogue(self.name, self.fetch_models)
-        self.rests = CoolDowns()
+        self.rests = CoolDowns(self.name)
         self.reasoning = ReasoningMemory()
         self.quota_watch.forget()
         self.profile_sought = False
@@ -16627,8 +16911,13 @@ class KiroProvider:
 
     async def open(self, call: Call) -> Source:
         """Tries until there is a good answer, a final refusal, or nothing left to try."""
-        self.rests.check(call.model.id)
-        return await KiroAttempt(self, call, await self.login()).run()
+        with self.rests.passing(call.model.id):
+            return await KiroAttempt(self, call, await self.login()).run()
+
+    def refused(self, model_id: str, error: ApiError) -> None:
+        """What an answer told instead of an answer; it names no time."""
+        if isinstance(error, RateLimited):  # a spent quota may be one conversation's
+            self.rests.refused(model_id, Verdict(error, "pause", for_all=True))
 
 
 def kebab_path(path: str) -> str:
@@ -16728,7 +17017,7 @@ class KiroAttempt(Attempt):
         said = details(frame, "error") or details(frame, "invalidStateEvent")
         code, reason, message = read_kiro_words(said)
         verdict = judge_kiro_words(code, reason, message) or judge_kiro_status(500, message)
-        verdict.for_all = isinstance(verdict.error, (QuotaExceeded, RateLimited))
+        settle_kiro_wait(verdict, read_wait_words(message, time.time()))
         return verdict
 
     def explain(self, verdict: Verdict) -> Verdict:
@@ -16787,7 +17076,8 @@ class KiroAttempt(Attempt):
         elif remedy in ("wait", "pause"):
             self.waits += 1
             if self.waits >= MAX_ATTEMPTS:
-                raise await self.lasting(verdict)
+                await self.judge_lasting(verdict)
+                raise verdict.error
             await self.pause(verdict, self.waits)
         else:
             await self.give_up(verdict)
@@ -16805,31 +17095,40 @@ class KiroAttempt(Attempt):
             raise verdict.error
         self.ways = ways
 
-    async def lasting(self, verdict: Verdict) -> ApiError:
-        """The error of a limit that does not pass: spent credits look the same as haste."""
-        if not isinstance(verdict.error, RateLimited):
-            return verdict.error
+    async def limits(self) -> KiroLimits | None:
+        """What is left of the credits; None where the service does not tell now."""
         try:
-            limits = await self.provider.limits()
+            return await self.provider.limits()
         except ApiError as error:
             log_event("info", "limits_unavailable", provider=self.provider.name, reason=error)
-            return verdict.error
-        if not limits.spent:
-            verdict.error.retry_after = verdict.error.retry_after or PAUSE_SECONDS[-1]
-            self.rests.rest("", verdict.error, verdict.error.retry_after)
-            return verdict.error
-        day = time.strftime("%Y-%m-%d", time.gmtime(limits.resets_at)) if limits.resets_at else ""
-        return QuotaExceeded(
-            f"The Kiro credits are used up: {limits.used:g} of {limits.limit:g}.",
-            hint=f"They come back on {day}." if day else "",
-        )
+            return None
+
+    async def judge_lasting(self, verdict: Verdict) -> None:
+        """Looks once more at a limit that does not pass: spent credits look the same as haste."""
+        limits = await self.limits() if isinstance(verdict.error, RateLimited) else None
+        if limits is not None and limits.spent:
+            words = f"The Kiro credits are used up: {limits.used:g} of {limits.limit:g}."
+            verdict.error, verdict.remedy = QuotaExceeded(words), "rest"
+            self.tell_reset(verdict, limits)
+
+    @staticmethod
+    def tell_reset(verdict: Verdict, limits: KiroLimits) -> None:
+        """Puts into a verdict on spent credits when they come back, where that is known."""
+        left_s = limits.resets_at - time.time()
+        if left_s > 0:
+            verdict.passes_s = left_s
+            verdict.error.hint = come_back(limits.resets_at)
 
     async def give_up(self, verdict: Verdict) -> None:
         """Raises the verdict's error, and remembers what follows from it."""
         if verdict.remedy == "relist":
             self.provider.catalogue.expire()
         elif verdict.remedy == "rest":
-            self.rests.rest("", verdict.error, verdict.wait_s or COOL_DOWN_SECONDS)
+            verdict.for_all = True
+            if isinstance(verdict.error, QuotaExceeded):
+                limits = await self.limits()
+                if limits is not None and 0 < limits.limit <= limits.used:
+                    self.tell_reset(verdict, limits)
         raise verdict.error
 
 
@@ -18027,7 +18326,7 @@ class Shield:
             "Access-Control-Allow-Origin": origin,
             "Access-Control-Expose-Headers": "request-id, x-request-id, retry-after, "
             "x-aiclient-provider, x-aiclient-model, x-aiclient-dropped, "
-            "x-aiclient-credits",
+            "x-aiclient-credits, x-aiclient-passed-over",
             "Vary": "Origin",
         }
 
@@ -18898,11 +19197,12 @@ class Gateway:
         """Who asks: the name of the key, else the family of the user agent."""
         return request.key_name or self.ledger.label(request.headers.get("user-agent", ""))
 
-    async def check_limits(self, request: Request, provider: Provider, body_hash: int) -> None:
-        """Raises LimitReached; what answers on this machine costs nothing."""
-        if not provider.local:
-            label = self.label(request)
-            await self.ledger.check(self.config.limits, provider.name, label, body_hash)
+    async def check_limits(
+        self, request: Request, provider: Provider, body_hash: int | None
+    ) -> None:
+        """Raises LimitReached; `body_hash` is None where the request was counted before."""
+        label = self.label(request)
+        await self.ledger.check(self.config.limits, provider.name, label, body_hash)
 
     async def post_count_tokens(self, request: Request) -> Response:
         """Estimated here: never an upstream call, as Claude Code asks in bursts."""
@@ -18949,14 +19249,32 @@ class Gateway:
 
         `raw` adds what the upstream itself says of them.
         """
-        rows = []
+        found: list[tuple[str, Model]] = []
         ids = [model for models in catalogues.values() for model in models]
         for name, models in catalogues.items():
             for model in models.values():
                 if model.listed and (model.embeds or model.dialects):
-                    shown = f"{name}/{model.id}" if ids.count(model.id) > 1 else model.id
-                    rows.append({**self.row(shown, model), **({"raw": model.raw} if raw else {})})
-        return rows
+                    unclear = ids.count(model.id) > 1 or model.id in self.router.aliases
+                    found.append((f"{name}/{model.id}" if unclear else model.id, model))
+        for alias in self.router.aliases:
+            leads_to = self.look_up(alias, catalogues)
+            found += [(alias, leads_to)] if leads_to else []
+        keys = ("raw",) if raw else ()
+        return [self.row(shown, model) | dict.fromkeys(keys, model.raw) for shown, model in found]
+
+    def look_up(self, name: str, catalogues: dict[str, dict[str, Model]]) -> Model | None:
+        """The model of a name, of an alias the first that there is; None where nobody has it."""
+        try:
+            routes = [self.router.place(r, catalogues) for r in self.router.candidates(name, None)]
+        except ApiError:
+            return None
+        for route in routes:
+            model = find_model(route.model, catalogues.get(route.provider, {}))
+            if model is None and name in self.router.aliases and route.provider in catalogues:
+                model = self.providers[route.provider].guess(route.model)  # it will be tried
+            if model is not None:
+                return model
+        return None
 
     def row(self, shown: str, model: Model) -> Json:
         """One model in both vendors' shapes at once: either SDK takes what it knows."""
@@ -18978,6 +19296,8 @@ class Gateway:
         row.update({key: value for key, value in limits.items() if value})
         if model.guessed:
             row["guessed"] = True  # from a built-in list: the service did not tell
+        if shown in self.router.aliases:
+            row["alias_of"] = self.router.aliases[shown]
         return row
 
     async def get_models(self, request: Request) -> Response:
@@ -18991,8 +19311,8 @@ class Gateway:
         """One model."""
         name = plain_path(request.path).removeprefix("/v1/models/")
         catalogues = await self.catalogues()
-        route = self.router.named(name, None) or self.router.route(name, catalogues)
-        model = find_model(route.model, catalogues.get(route.provider, {}))
+        self.router.candidates(name, None)  # says what is wrong with a name
+        model = self.look_up(name, catalogues)
         if model is None:
             raise self.router.not_found(name, catalogues)
         raw = {"raw": model.raw} if "raw=1" in request.query.split("&") else {}
@@ -19017,10 +19337,17 @@ class Gateway:
         data = await request.read_body()
         body = load_body(data)
         request.cancel_on_hangup(True)
-        provider, model = await self.find_model(request, need_str(body, "model"))
+        name = need_str(body, "model")
+        routes = self.router.candidates(name, request.headers.get("x-provider"))
+        ask = functools.partial(self.embed, request, body)
+        return await self.first_answer(request, name, routes, hash(data), ask)
+
+    async def embed(
+        self, request: Request, body: Json, provider: Provider, model: Model
+    ) -> Response:
+        """The embeddings of one model."""
         if not model.embeds:
             raise InvalidRequest(f"{model.id} makes no embeddings.", param="model")
-        await self.check_limits(request, provider, hash(data))
         try:
             with advising(provider):
                 answer, usage = await provider.embed(body, model)
@@ -19032,13 +19359,60 @@ class Gateway:
         headers = {"x-aiclient-provider": provider.name, "x-aiclient-model": model.id}
         return Response(200, dump_json(answer), headers)
 
-    async def find_model(self, request: Request, name: str) -> tuple[Provider, Model]:
-        """Who answers, and as which model; raises ModelNotFound."""
+    async def first_answer(
+        self,
+        request: Request,
+        name: str,
+        routes: list[Route],
+        body_hash: int | None,
+        ask: Callable[[Provider, Model], Awaitable[Response]],
+    ) -> Response:
+        """The answer of the first candidate that gives one; of most names there is only one.
+
+        The next one is asked only while nothing has gone to the caller, and only where the error
+        says nothing against the request: as long as a response has not been returned, its head
+        has not gone out.
+        """
+        passed: list[tuple[str, ApiError]] = []
+        for route in routes:
+            try:
+                provider, model = await self.find_model(request, name, route)
+                if not provider.local:  # what answers on this machine costs nothing
+                    await self.check_limits(request, provider, body_hash)
+                    body_hash = None  # once is enough
+                response = await ask(provider, model)
+            except ApiError as error:
+                if len(routes) == 1 or not may_pass_over(error):
+                    raise
+                self.pass_over(request, name, route, error)
+                passed.append((str(route), error))
+                request.cancel_on_hangup(True, patient=True)
+                continue
+            if passed:
+                told = ", ".join(f"{asked} {error.kind}" for asked, error in passed)
+                response.headers["x-aiclient-passed-over"] = told
+            return response
+        raise sum_up(passed)
+
+    @staticmethod
+    def pass_over(request: Request, name: str, route: Route, error: ApiError) -> None:
+        """Tells the log who was passed over, and why."""
+        log_event(
+            "info",
+            "passed_over",
+            id=request.id,
+            alias=name,
+            candidate=route,
+            kind=error.kind,
+            reason=error.message[:300],
+        )
+
+    async def find_model(self, request: Request, name: str, route: Route) -> tuple[Provider, Model]:
+        """Who answers, and as which model, by one route of a name; raises ModelNotFound."""
         catalogues: dict[str, dict[str, Model]] = {}
-        route = self.router.named(name, request.headers.get("x-provider"))
-        if route is None:
+        if not route.provider:
             catalogues = await self.catalogues()
-            route = self.router.route(name, catalogues)
+            route = self.router.place(route, catalogues)
         provider = self.providers[route.provider]
         model = None
         try:
@@ -19053,7 +19427,8 @@ class Gateway:
         if model is None and route.explicit:
             model = provider.guess(route.model)
         if model is None:
-            raise self.router.not_found(name, catalogues or await self.catalogues())
+            asked = name if len(self.router.aliases.get(name, ())) < 2 else route.model
+            raise self.router.not_found(asked, catalogues or await self.catalogues())
         if LONG_CONTEXT_BETA in request.headers.get("anthropic-beta", ""):
             longer = (provider.listed() or {}).get(f"{model.id}-1m", model)
             model = longer if longer.listed else model
@@ -19082,14 +19457,22 @@ class Gateway:
         if initiator in ("user", "agent"):
             outline.initiator = initiator
         request.cancel_on_hangup(True, patient=True)
-        provider, model = await self.find_model(request, outline.model)
-        await self.check_limits(request, provider, hash(data))
+        body_hash = hash(data)
         del data  # it may be large, and the answer long
-        try:
-            return await self.exchange(request, asked, body, outline, provider, model)
-        except WrongDialect:
-            # The provider has crossed that dialect out; another one is tried once.
-            return await self.exchange(request, asked, body, outline, provider, model)
+        routes = self.router.candidates(outline.model, request.headers.get("x-provider"))
+        now = asyncio.get_running_loop().time
+        held_until = now() + HOLD_LIST_SECONDS
+
+        async def ask(provider: Provider, model: Model) -> Response:
+            hold_s = HOLD_STATUS_SECONDS if len(routes) == 1 else max(0.0, held_until - now())
+            told = (request, asked, body, outline, provider, model, hold_s)
+            try:
+                return await self.exchange(*told)
+            except WrongDialect:
+                # The provider has crossed that dialect out; another one is tried once.
+                return await self.exchange(*told)
+
+        return await self.first_answer(request, outline.model, routes, body_hash, ask)
 
     async def exchange(
         self,
@@ -19099,8 +19482,9 @@ class Gateway:
         outline: Outline,
         provider: Provider,
         model: Model,
+        hold_s: float,
     ) -> Response:
-        """One attempt to have a request answered by one model."""
+        """One attempt to have a request answered by one model; its status waits for `hold_s`."""
         spoken = self.choose_dialect(model, asked)
         answered = self.dialect_of(request)
 
@@ -19121,7 +19505,7 @@ class Gateway:
         call.betas = request.headers.get("anthropic-beta", "")
         flow = Flow(spoken, answered, terms, outline.stream, request.id)
         exchange = Exchange(self, request, provider, call, flow, asked.name)
-        return await exchange.run()
+        return await exchange.run(hold_s)
 
     @staticmethod
     def write_call(
@@ -19186,14 +19570,17 @@ class Exchange:
         self.first_byte_at: float | None = None
         self.counted = False
 
-    async def run(self) -> Response:
-        """The response; its status waits for the upstream's first event."""
+    async def run(self, hold_s: float) -> Response:
+        """The response; its status waits for the upstream's first event, for `hold_s` at most.
+
+        Once it is returned, this exchange is the answer: its head names who answers.
+        """
         self.request.cancel_on_hangup(True, self.provider.local)
         if not self.flow.stream:
             return await self.run_whole()
         opening = asyncio.ensure_future(self.open())
         try:
-            await asyncio.wait((opening,), timeout=HOLD_STATUS_SECONDS)
+            await asyncio.wait((opening,), timeout=hold_s)
             if opening.done():
                 opening.result()
                 if self.flow.error and not self.flow.begun:
@@ -19340,6 +19727,8 @@ class Exchange:
         metrics.count_attempts(self.provider.name, call.attempts, call.refusals)
         if isinstance(failure, WrongDialect):
             return  # of another dialect it is asked once more
+        if self.source is not None and isinstance(failure, (QuotaExceeded, RateLimited)):
+            self.provider.refused(call.model.id, failure)
         flow = self.flow
         usage = flow.usage
         if not usage.source and failure is not None and not isinstance(failure, ApiError):
@@ -20472,6 +20861,16 @@ def print_ready(status: Json) -> None:
     sys.stdout.flush()
 
 
+def shown_rest(rest: Json) -> str:
+    """Why something rests, and until when, for people."""
+    who = "all models rest" if rest["model"] == "*" else f"{rest['model']} rests"
+    how_long = "while one request tries" if rest["probing"] else f"for {rest['seconds']} s"
+    at = rest["passes_at"]
+    # a rest is short, as it is only until one request tries again
+    passes = f" It ought to pass in {shown_duration(max(0, at - time.time()))}." if at else ""
+    return f"{who} {how_long}: {rest['reason']}{passes}"
+
+
 def print_status(status: Json) -> None:
     """`status` for people."""
     uptime = shown_duration(status["uptime_s"])
@@ -20508,6 +20907,8 @@ def print_status(status: Json) -> None:
             print(f"{row['name']}: {row['reason']}")
     for text in status["warnings"]:
         print(CONTROLS.sub("", f"warning: {text}"))
+        for rest in row["rests"]:
+            print(f"{row['name']}: {shown_rest(rest)}")
 
 
 def print_accounts(found: Json) -> None:
@@ -20658,7 +21059,7 @@ def shown_reset(moment: float | None, now: float) -> str:
     return f"{shown_day(moment)}, {left}"
 
 
-def shown_rest(row: Json) -> str:
+def shown_left(row: Json) -> str:
     """`1,210.4 of 1,500 credits`, as much as is known."""
     unit = f" {row['unit']}" if row["unit"] else ""
     if row["unlimited"]:
@@ -20675,7 +21076,7 @@ def quota_rows(name: str, quota: Json, now: float) -> list[list[str]]:
     for row in quota["allowances"]:
         resets = shown_reset(row["resets_at"], now)
         rows.append(
-            [*first, row["name"], shown_share(row["percent_used"]), shown_rest(row), resets]
+            [*first, row["name"], shown_share(row["percent_used"]), shown_left(row), resets]
         )
         for part in row.get("parts", ()):
             left = max(0.0, part["limit"] - part["used"])

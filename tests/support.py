@@ -490,6 +490,19 @@ class Gateway:
                 reader.join(5)
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def control(self, method: str, **params: Any) -> Any:
+        """The answer over the control socket."""
+        path = (self.state_folder / "daemon.pid").read_text().split("\n")[1]
+        message = json.dumps({"method": method, "params": params}).encode()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
+            peer.settimeout(REPLY_SECONDS)
+            peer.connect(path)
+            peer.sendall(len(message).to_bytes(4, "big") + message)
+            reader = ResponseReader(lambda: peer.recv(RECV_BYTES))
+            answer = json.loads(reader.take(int.from_bytes(reader.take(4), "big")))
+        assert answer["ok"], answer
+        return answer["data"]
+
     # What it is and says...
 
     @property

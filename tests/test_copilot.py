@@ -140,6 +140,13 @@ def pair(running: Pair) -> Iterator[Pair]:
 
 
 @pytest.fixture
+def limited(pair: Pair) -> Iterator[Pair]:
+    """The shared pair for tests that make a model rest."""
+    yield pair
+    pair.gateway.control("provider.enable", name="copilot")
+
+
+@pytest.fixture
 def fresh() -> Iterator[Pair]:
     """A pair of one's own, which must have kept every rule afterwards."""
     with ExitStack() as stack:
@@ -853,15 +860,17 @@ def test_a_model_that_vanishes_from_the_list_is_kept(tmp_path: Path) -> None:
 
 @BOTH
 @STREAMED
-def test_an_empty_quota_is_told_and_never_tried_again(pair: Pair, path: str, stream: bool) -> None:
-    pair.fake.queue(refusal(402, "You have no quota", "quota_exceeded", Retry_After="86400"))
-    reply = pair.ask(path, "hi", SONNET, stream=stream)
+def test_an_empty_quota_is_told_and_never_tried_again(
+    limited: Pair, path: str, stream: bool
+) -> None:
+    limited.fake.queue(refusal(402, "You have no quota", "quota_exceeded", Retry_After="86400"))
+    reply = limited.ask(path, "hi", SONNET, stream=stream)
     assert reply.status == 429
     assert reply.headers["x-should-retry"] == "false"
     assert int(reply.headers["retry-after"]) <= 60
     kind = "insufficient_quota" if path == CHAT else ("rate_limit_error", "billing_error")
     assert error(reply)["type"] in kind
-    assert len(pair.fake.calls) == 1
+    assert len(limited.fake.calls) == 1
 
 
 @BOTH
@@ -947,13 +956,15 @@ def test_a_lasting_failure_is_told_after_three_attempts(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize(("status", "told"), [(429, 429), (503, 529)])
-def test_a_lasting_limit_is_told_after_three_attempts(pair: Pair, status: int, told: int) -> None:
+def test_a_lasting_limit_is_told_after_three_attempts(
+    limited: Pair, status: int, told: int
+) -> None:
     for _ in range(3):
-        pair.fake.queue(refusal(status, "slow down", Retry_After="0"))
-    reply = pair.ask(MESSAGES, f"hi, thrice {status}", SONNET)
+        limited.fake.queue(refusal(status, "slow down", Retry_After="0"))
+    reply = limited.ask(MESSAGES, f"hi, thrice {status}", SONNET)
     assert reply.status == told
     assert int(reply.headers["retry-after"]) >= 1
-    assert len(pair.fake.calls) == 3
+    assert len(limited.fake.calls) == 3
 
 
 @pytest.mark.parametrize(
@@ -1497,11 +1508,11 @@ def test_a_stream_shows_usage_only_to_who_asked(pair: Pair) -> None:
     assert b"copilot_usage" not in reply.body
 
 
-def test_an_error_before_the_answer_is_not_counted_as_one(pair: Pair) -> None:
-    before = pair.usage()
-    pair.fake.queue(refusal(402, "You have no quota", "quota_exceeded"))
-    pair.ask(CHAT, "hi")
-    assert pair.usage()["total_tokens"] == before["total_tokens"]
+def test_an_error_before_the_answer_is_not_counted_as_one(limited: Pair) -> None:
+    before = limited.usage()
+    limited.fake.queue(refusal(402, "You have no quota", "quota_exceeded"))
+    limited.ask(CHAT, "hi")
+    assert limited.usage()["total_tokens"] == before["total_tokens"]
 
 
 # ---- secrets -------------------------------------------------------------------------------------
@@ -1527,7 +1538,7 @@ def test_no_token_prompt_or_answer_is_ever_logged_or_told() -> None:
         why = f"bad tokens {token} and {fake.github_token}"
         for status in (400, 402, 404, 413, 422, 429, 466):
             fake.queue(refusal(status, why, Retry_After="99999"))
-            model = GEMINI if status == 429 else GPT  # that one rests from then on
+            model = {402: SONNET, 429: GEMINI}.get(status, GPT)  # they rest from then on
             told.append(pair.ask(CHAT, "PROMPTMARK", model))
         fake.queue(streaming(*upstream_pieces(GPT)[:3], sse({"error": {"message": why}})))
         told.append(pair.ask(CHAT, "PROMPTMARK", stream=True))

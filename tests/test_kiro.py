@@ -237,6 +237,13 @@ def pair(running: Pair) -> Iterator[Pair]:
     assert running.fake.violations == []
 
 
+@pytest.fixture
+def limited(pair: Pair) -> Iterator[Pair]:
+    """The shared pair for tests that make a model or the account rest."""
+    yield pair
+    pair.gateway.control("provider.enable", name="kiro")
+
+
 def clear(fake: FakeKiro) -> None:
     """Forgets what came before."""
     for seen in (fake.requests, fake.calls, fake.cancelled, fake.violations):
@@ -1542,14 +1549,14 @@ def test_what_passes_is_tried_again(pair: Pair, path: str, name: str) -> None:
     [("capacity, 429", 503), ("load", 503), ("500", 502), ("503", 503)],
 )
 def test_what_does_not_pass_is_told_after_three_attempts(
-    pair: Pair, name: str, status: int
+    limited: Pair, name: str, status: int
 ) -> None:
     for _ in range(8):
-        pair.fake.queue(refusal(*PASSING[name], Retry_After="0"))
-    reply = pair.ask(MESSAGES, f"hi, thrice {name}")
+        limited.fake.queue(refusal(*PASSING[name], Retry_After="0"))
+    reply = limited.ask(MESSAGES, f"hi, thrice {name}")
     check_error(MESSAGES, reply, status)
-    assert len(pair.fake.calls) == 3
-    assert pair.fake.refreshes == 0
+    assert len(limited.fake.calls) == 3
+    assert limited.fake.refreshes == 0
 
 
 def test_limits_without_a_time_are_waited_for(pair: Pair) -> None:

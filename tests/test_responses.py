@@ -287,6 +287,14 @@ def trio(running: Trio) -> Iterator[Trio]:
     assert running.kiro.violations == []
 
 
+@pytest.fixture
+def limited(trio: Trio) -> Iterator[Trio]:
+    """The shared trio for tests that make a model rest."""
+    yield trio
+    for name in ("copilot", "kiro"):
+        trio.gateway.control("provider.enable", name=name)
+
+
 # ---- requests in three dialects ------------------------------------------------------------------
 
 SCHEMA: Json = {
@@ -1428,16 +1436,18 @@ def test_a_model_that_nobody_has_is_a_404_with_the_nearest(
 
 @NATIVE_OR_NOT
 @STREAMED
-def test_a_used_up_quota_is_told_and_not_tried_again(trio: Trio, model: str, stream: bool) -> None:
-    trio.fake.queue(refusal(402, "You have no quota", "quota_exceeded", Retry_After="600000"))
-    reply = trio.ask(RESPONSES, "hi", model, stream=stream)
+def test_a_used_up_quota_is_told_and_not_tried_again(
+    limited: Trio, model: str, stream: bool
+) -> None:
+    limited.fake.queue(refusal(402, "You have no quota", "quota_exceeded", Retry_After="600000"))
+    reply = limited.ask(RESPONSES, "hi", model, stream=stream)
     said = error(reply)
     assert (reply.status, said["type"], said["code"]) == (
         429, "usage_limit_reached", "insufficient_quota",
     )  # fmt: skip
     assert reply.headers["x-should-retry"] == "false"
     assert int(reply.headers.get("retry-after", "1")) <= 60
-    assert len(trio.fake.calls) == 1
+    assert len(limited.fake.calls) == 1
 
 
 @pytest.mark.parametrize("model", [RESTED, "pick-m", "pick-c"])
@@ -1885,10 +1895,10 @@ def test_an_embeddings_model_has_names_too(trio: Trio) -> None:
     ],
 )  # fmt: skip
 def test_an_error_of_embeddings_is_told(
-    trio: Trio, answer: Answer, status: int, code: str | None
+    limited: Trio, answer: Answer, status: int, code: str | None
 ) -> None:
-    trio.fake.queue(copy.deepcopy(answer))
-    reply = trio.post(EMBEDDINGS, {"model": EMBEDDER, "input": "a"})
+    limited.fake.queue(copy.deepcopy(answer))
+    reply = limited.post(EMBEDDINGS, {"model": EMBEDDER, "input": "a"})
     assert (reply.status, error(reply)["code"]) == (status, code)
 
 

@@ -1205,8 +1205,8 @@ JUDGED: dict[str, tuple[int, bytes, type[gw.ApiError], str]] = {
         b"unauthorized: Personal Access Token does not have Copilot Requests permission\n",
         gw.NotSignedIn, "",
     ),
-    "402": (402, said("You have no quota", "quota_exceeded"), gw.QuotaExceeded, ""),
-    "402 overage": (402, said("", "overage_limit_reached"), gw.QuotaExceeded, ""),
+    "402": (402, said("You have no quota", "quota_exceeded"), gw.QuotaExceeded, "rest"),
+    "402 overage": (402, said("", "overage_limit_reached"), gw.QuotaExceeded, "rest"),
     "403 firewall": (403, WAF.encode(), gw.Forbidden, "refresh"),
     "403 HTML": (403, b"<html><body>" + WAF.encode(), gw.Forbidden, "refresh"),
     "403 JSON": (403, said(WAF), gw.Forbidden, "refresh"),
@@ -1277,8 +1277,31 @@ def test_retry_after_is_read_as_seconds_or_as_a_date(
     status: int, value: str, seconds: float | None
 ) -> None:
     verdict = judge(status, b"", {"retry-after": value})
-    assert verdict.error.retry_after == seconds
-    assert verdict.wait_s == (seconds if status != 402 else None)  # a quota is never waited for
+    assert verdict.error.retry_after == verdict.wait_s == seconds
+    assert verdict.remedy == ("rest" if status == 402 else "pause")  # a quota is never waited for
+
+
+@pytest.mark.parametrize(
+    ("words", "seconds"),
+    [
+        ("Please try again in 51 hours", 183_600.0),  # copilot.md 9.3
+        ("try again in about 1 minute.", 60.0),
+        ("Your limit resets in 2 hours and 5 minutes", 7500.0),
+        ("Available again after 1.5s, please wait", 1.5),
+        ("resets at 2026-11-18T11:07:40Z", 60.0),
+        ("resets on 2026-11-19", 46_400.0),
+        ("Try again after 2026-11-18 11:06:30", 0.0),
+        ("Too many requests, please wait before trying again.", None),
+        ("again in 5 months", None),
+        ("resets at 2026-99-99", None),
+        ("5 hours ago", None),
+    ],
+)
+def test_a_time_in_words_is_read_where_no_field_names_one(
+    words: str, seconds: float | None
+) -> None:
+    assert judge(429, said(words, "rate_limited")).wait_s == seconds
+    assert judge(429, said(words, "rate_limited"), {"retry-after": "7"}).wait_s == 7
 
 
 def test_a_model_without_the_asked_endpoint_is_asked_in_another_dialect() -> None:
