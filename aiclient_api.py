@@ -423,7 +423,7 @@ KIRO_VERSION = "1.1.14"  # of the IDE, seen in 2026-09; no old one was ever refu
 #     InvalidRequest  400        ContextTooLong, UnsupportedFeature, WrongDialect
 #     InvalidKey 401  Forbidden 403  ModelNotFound 404  UnknownUrl 404  MethodNotAllowed 405
 #     RequestTimeout 408  BodyTooLarge 413  UnsupportedMediaType 415  UnsupportedEncoding 415
-#     RateLimited 429  QuotaExceeded 429
+#     RateLimited 429  QuotaExceeded 429  LimitReached 429: RequestRepeated
 #     UpstreamError 502          Unreachable
 #     NotSignedIn 503        NotEntitled
 #     Overloaded 503  UpstreamTimeout 504
@@ -19347,7 +19347,7 @@ class Gateway:
     ) -> Response:
         """The embeddings of one model."""
         if not model.embeds:
-            raise InvalidRequest(f"{model.id} makes no embeddings.", param="model")
+            raise WrongDialect(f"{model.id} makes no embeddings.", param="model")
         try:
             with advising(provider):
                 answer, usage = await provider.embed(body, model)
@@ -19440,7 +19440,7 @@ class Gateway:
         for name in DIALECT_ORDER[asked.name]:
             if name in model.dialects:
                 return UPSTREAM_DIALECTS[name]
-        raise InvalidRequest(
+        raise WrongDialect(
             f"{model.id} does not answer conversations.",
             hint="Choose another model; GET /v1/models lists them.",
             param="model",
