@@ -15435,7 +15435,7 @@ class CoolDowns:
         passes_s = verdict.passes_s or said
         wait_s = said or (COOL_DOWN_SECONDS if verdict.remedy == "rest" else None)
         rest_s = self.rest("" if verdict.for_all else model_id, error, wait_s, passes_s)
-        if error.retry_after is None and isinstance(error, (RateLimited, Overloaded)):
+        if not error.retry_after and isinstance(error, (RateLimited, Overloaded)):
             error.retry_after = rest_s
 
     def check(self, model_id: str) -> None:
@@ -19270,7 +19270,8 @@ class Gateway:
             return None
         for route in routes:
             model = find_model(route.model, catalogues.get(route.provider, {}))
-            if model is None and name in self.router.aliases and route.provider in catalogues:
+            named = route.explicit and name in self.router.aliases
+            if model is None and named and route.provider in catalogues:
                 model = self.providers[route.provider].guess(route.model)  # it will be tried
             if model is not None:
                 return model
@@ -19378,8 +19379,8 @@ class Gateway:
             try:
                 provider, model = await self.find_model(request, name, route)
                 if not provider.local:  # what answers on this machine costs nothing
-                    await self.check_limits(request, provider, body_hash)
-                    body_hash = None  # once is enough
+                    uncounted, body_hash = body_hash, None
+                    await self.check_limits(request, provider, uncounted)
                 response = await ask(provider, model)
             except ApiError as error:
                 if len(routes) == 1 or not may_pass_over(error):
