@@ -1830,13 +1830,13 @@ BROKEN: dict[str, tuple[list[bytes], Json]] = {
 @BOTH
 @STREAMED
 def test_a_stream_that_breaks_after_words_never_looks_finished(
-    pair: Pair, path: str, stream: bool, name: str
+    limited: Pair, path: str, stream: bool, name: str
 ) -> None:
     pieces, how = BROKEN[name]
     begun = [OPENING + text("one ")]
     begun = [chunk(piece) for piece in begun] if how.get("framed") else begun
-    pair.fake.queue(streaming(*begun, *pieces, **how))
-    reply = pair.ask(path, f"hi {name}", stream=stream)
+    limited.fake.queue(streaming(*begun, *pieces, **how))
+    reply = limited.ask(path, f"hi {name}", stream=stream)
     if stream:
         assert reply.status == 200
         found = stream_error(reply.body)
@@ -1845,7 +1845,7 @@ def test_a_stream_that_breaks_after_words_never_looks_finished(
         assert reply.status in (400, 429, 502, 503, 529), reply
         found = error(reply)
     assert found["message"]
-    assert len(pair.fake.calls) == 1
+    assert len(limited.fake.calls) == 1
 
 
 @pytest.mark.parametrize("name", ["cut in a frame", "a wrong checksum", "a wrong prelude", "reset",
