@@ -1610,9 +1610,9 @@ FAILURES = {
 
 @pytest.mark.parametrize("code", [*FAILURES, "cyber_policy"])
 @pytest.mark.parametrize("user_agent", ["codex_exec/0.169.0", "python"])
-def test_a_failed_response_keeps_its_code(trio: Trio, code: str, user_agent: str) -> None:
+def test_a_failed_response_keeps_its_code(limited: Trio, code: str, user_agent: str) -> None:
     body = asking(RESPONSES, f"fail with {code} .", CODEX, stream=True)
-    rows = rows_of(trio.post(RESPONSES, body, user_agent=user_agent).body)
+    rows = rows_of(limited.post(RESPONSES, body, user_agent=user_agent).body)
     assert rows[-1]["type"] == "response.failed"
     assert rows[-1]["response"]["error"]["code"] == code
     if code != "context_length_exceeded":  # which has words that clients know
@@ -1622,24 +1622,24 @@ def test_a_failed_response_keeps_its_code(trio: Trio, code: str, user_agent: str
 @EVERY_CALLER
 @pytest.mark.parametrize(("code", "status"), FAILURES.items())
 def test_a_failed_response_is_an_error_of_every_caller(
-    trio: Trio, path: str, code: str, status: int
+    limited: Trio, path: str, code: str, status: int
 ) -> None:
     body = asking(path, f"fail with {code} .", CODEX, stream=True)
     if path != RESPONSES:
-        assert stream_error(trio.post(path, body).body)["message"]
-    assert trio.post(path, {**body, "stream": False}).status == status
+        assert stream_error(limited.post(path, body).body)["message"]
+    assert limited.post(path, {**body, "stream": False}).status == status
 
 
 @STREAMED
-def test_an_error_event_that_is_nested_is_understood(trio: Trio, stream: bool) -> None:
+def test_an_error_event_that_is_nested_is_understood(limited: Trio, stream: bool) -> None:
     rows = told_events()[:4]
     nested = {
         "type": "error",
         "error": {"code": "rate_limit_exceeded", "message": "try again"},
         "copilot_quota_snapshots": {"premium_interactions": {"entitlement": "1500"}},
     }
-    trio.fake.queue(streaming(*rows, numbered(nested, first=4)))
-    reply = trio.ask(RESPONSES, "hi", CODEX, stream=stream)
+    limited.fake.queue(streaming(*rows, numbered(nested, first=4)))
+    reply = limited.ask(RESPONSES, "hi", CODEX, stream=stream)
     if stream:
         failed = rows_of(reply.body)[-1]["response"]["error"]
         assert (failed["code"], "try again" in failed["message"]) == ("rate_limit_exceeded", True)
