@@ -260,7 +260,6 @@ MAX_RETRY_AFTER_SECONDS = 60.0  # anthropic 2.x sleeps for whatever it is told, 
 # Cool-downs that outlast the reset are a plague of this field: a minute, then one request probes.
 COOL_DOWN_SECONDS = 60.0
 REST_SECONDS = 4.0  # after a limit that names no time; twice as long each time it still holds
-RESET_LOOK_SECONDS = 300.0  # between two questions when credits come back: facts, Copilot 8.1
 BACKOFF_SECONDS = (0.5, 1.5)
 PAUSE_SECONDS = (2.0, 4.0)  # after a 429 or 503 that names no time
 UNSUPPORTED_MODEL_WAITS = (1.0, 2.0)  # Copilot's catalogue wobbles: seen in gh-aw-firewall, 2026-08
@@ -301,7 +300,7 @@ MAX_TOKEN_SECONDS = 24 * 3600.0  # a token that says it lasts longer met a wrong
 QUOTA_WARNING_PERCENTS = (80.0, 95.0)  # used; then, and at 100, a person is warned
 QUOTA_SOON_SECONDS = 5.0  # from the first use to the first look: a short answer is billed by then
 QUOTA_LOOK_SECONDS = 600.0  # between two looks while the provider is used
-QUOTA_AGAIN_SECONDS = 60.0  # between two looks that "out of credits" causes
+QUOTA_AGAIN_SECONDS = 300.0  # between two looks that "out of credits" causes: facts, Copilot 8.1
 MAX_ALLOWANCES = 32  # kept of what header fields name; Copilot names 5
 
 # Signing in (RFC 8628, RFC 8252).
@@ -15676,9 +15675,12 @@ class QuotaWatch:
     # What is heard...
 
     def learn(self, quota: Quota) -> Quota:
-        """Takes the service's answer."""
+        """Takes the service's answer, whoever asked: a look that was planned is not needed."""
         self.is_complete = True
         self.looked_at = asyncio.get_running_loop().time()
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
         return self.keep(quota)
 
     def keep(self, quota: Quota) -> Quota:
@@ -15719,10 +15721,10 @@ class QuotaWatch:
             self.plan(max(now + self.soon_s, self.looked_at + self.gap_s))
 
     def heed(self, error: ApiError) -> None:
-        """After an error: a look at once where the credits are said to be gone."""
+        """After an error: a look soon where the credits are said to be gone."""
         if isinstance(error, QuotaExceeded):
             now = asyncio.get_running_loop().time()
-            self.plan(max(now, self.looked_at + self.again_s))
+            self.plan(max(now + self.soon_s, self.looked_at + self.again_s))
 
     def plan(self, at: float) -> None:
         """A look at the monotonic time `at`, unless one is planned for before that."""
@@ -16194,8 +16196,6 @@ class CopilotProvider:
         self.reasoning = ReasoningMemory()
         self.catalogue = Catalogue(self.name, self.fetch_models)
         self.quota_watch.forget()
-        #: when it was last asked, monotonic, and the answer in Unix seconds; 0 = not known
-        self.reset_asked_at, self.resets_at = float("-inf"), 0.0
         self.rests = CoolDowns(self.name)
 
     async def settle(self) -> None:
@@ -16345,20 +16345,16 @@ class CopilotProvider:
 
     async def ask_reset(self, verdict: Verdict) -> None:
         """Puts into a verdict on spent credits when they come back, where GitHub knows."""
-        now = asyncio.get_running_loop().time()
-        if now - self.reset_asked_at >= RESET_LOOK_SECONDS:
-            self.reset_asked_at, self.resets_at = now, 0.0
-            try:
-                found = await self.quota()
-            except ApiError as error:
-                log_event("info", "limits_unavailable", provider=self.name, reason=error)
-                return
-            if found is not None and any(row.remaining == 0 for row in found.allowances):
-                self.resets_at = found.resets_at
-        left_s = self.resets_at - time.time()
+        watch = self.quota_watch
+        if asyncio.get_running_loop().time() - watch.looked_at >= watch.again_s:
+            await watch.look()
+        known = watch.known
+        if known is None or all(row.remaining != 0 for row in known.allowances):
+            return
+        left_s = known.resets_at - time.time()
         if left_s > 0:
             verdict.passes_s = left_s
-            verdict.error.hint = come_back(self.resets_at)
+            verdict.error.hint = come_back(known.resets_at)
 
 
 class CopilotAttempt(Attempt):

@@ -716,7 +716,7 @@ def test_what_is_old_or_not_known_is_said_below_the_table(
     ],
 )
 def test_as_much_is_shown_as_is_known(row: Json, shown: str) -> None:
-    assert gw.shown_rest({"unlimited": False, **row}) == shown
+    assert gw.shown_left({"unlimited": False, **row}) == shown
 
 
 def test_a_reset_says_how_far_it_is() -> None:
