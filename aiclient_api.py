@@ -102,12 +102,14 @@ import errno
 import functools
 import importlib.util
 import json
+import marshal
 import math
 import os
 import re
 import stat
 import struct
 import zlib
+from array import array
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
@@ -284,6 +286,16 @@ MAX_CHAT_STOPS = 4  # OpenAI
 MAX_EMBEDDED = 256  # texts at a time: Copilot takes 512, VS Code sends 256
 EMBEDDINGS_SECONDS = 60.0
 REASONING_MEMORY_ENTRIES = 500
+
+# The cache guard.
+CACHE_LIFE_SECONDS = 300.0  # Anthropic: 5 min since the last use; OpenAI: 5 to 10
+MIN_CACHED_TOKENS = 1024  # no shorter prompt is cached (Anthropic, OpenAI; some models want more)
+CACHE_SLACK_SHARE = 0.1  # of a cached prompt, read anew: the end of it, not a miss
+CACHE_QUIET_SECONDS = 600.0  # between two lines of log about the same of one conversation
+CACHE_WATCH_SECONDS = 3600.0  # the longest life of a cache that is sold
+MAX_WATCHED = 200  # conversations
+MAX_WATCHED_BLOCKS = 2000  # of one prompt, 20 bytes each; what comes behind is not compared
+CACHE_INLINE_BYTES = 128 * KIB  # of a request, hashed at once in 0.4 ms; more goes to a thread
 DEFAULT_MAX_TOKENS = 32_000  # when a caller names none and the catalogue has no limit
 MIN_THINKING_BUDGET = 1024
 
@@ -3307,6 +3319,8 @@ class Outline:
     session: str
     #: the words that open the conversation: they tell conversations without a key apart
     opening: str
+    #: bytes of the body
+    size: int = 0
 
 
 @dataclass(slots=True)
@@ -12268,6 +12282,8 @@ class UsageQuery:
     by: str = ""
     #: so many answers one by one, the newest first
     recent: int = 0
+    #: what became of the prompt caches, by conversation
+    cache: bool = False
 
 
 def read_usage_query(given: dict[str, str], now: float) -> UsageQuery:
@@ -12285,10 +12301,13 @@ def read_usage_query(given: dict[str, str], now: float) -> UsageQuery:
                 words = f"recent: must be a number from 0 to {MAX_RECENT_ANSWERS}."
                 raise InvalidRequest(words, param="recent")
             query.recent = int(text)
+        elif name == "cache":
+            if text not in ("0", "1"):
+                raise InvalidRequest("cache: must be 0 or 1.", param="cache")
+            query.cache = text == "1"
         else:
-            raise InvalidRequest(
-                f"{name[:100]}: is not a parameter; there are since, by and recent.", param=name
-            )
+            have = "since, by, recent and cache"
+            raise InvalidRequest(f"{name[:100]}: is not a parameter; there are {have}.", param=name)
     return query
 
 
@@ -12686,6 +12705,473 @@ class Metrics:
             if found:
                 lines += [f"# HELP {name} {metric.help}", f"# TYPE {name} {metric.kind}", *found]
         return "\n".join(lines) + "\n"
+
+
+# 10.5 the cache guard
+#
+# A prompt cache works by prefix: the tools, then the system prompt, then the messages in order.
+# Whatever changes early in a prompt from call to call is paid for in full again, and nobody sees
+# it.  So each conversation's last prompt is kept as salted hashes of its blocks, never as text.
+
+# Marks move to the newest block with every call; where they stand changes nothing of the prompt.
+CACHE_MARKS = frozenset(
+    ("cache_control", "copilot_cache_control", "prompt_cache_breakpoint", "cachePoint")
+)
+LONE_TEXT = {"type", "text"}
+# Settings that the vendors put into the prompt, or that end a cache (their documentation, 2026).
+PROMPT_SETTINGS = (
+    "tool_choice",
+    "thinking",
+    "reasoning",
+    "reasoning_effort",
+    "output_config",
+    "response_format",
+    "text",
+    "additionalModelRequestFields",
+)
+SYSTEM_ROLES = ("system", "developer")
+TURN_ROLES = (
+    *SYSTEM_ROLES,
+    "user",
+    "assistant",
+    "tool",
+    "function",
+    "reasoning",
+    "function_call",
+    "function_call_output",
+    "custom_tool_call",
+    "custom_tool_call_output",
+)
+# Whatever else a caller writes there is not repeated: it could be anything.
+SHOWN_ROLES = {role: role for role in TURN_ROLES}
+
+
+def bare_block(value: Any) -> Any:
+    """A block as a cache sees it: without marks, its own keys in one order, lone text plain.
+
+    Values inside keep the order of their keys: a call's arguments are shown to the model as text.
+    """
+    if isinstance(value, list):
+        rows = [bare_block(item) for item in value]
+        return rows[0] if len(rows) == 1 and isinstance(rows[0], str) else rows
+    if not isinstance(value, dict):
+        return value
+    if "text" in value and value.keys() - CACHE_MARKS == LONE_TEXT:
+        return value["text"]
+    return [
+        (key, bare_block(item) if key == "content" else item)
+        for key, item in sorted(value.items())
+        if key not in CACHE_MARKS
+    ]
+
+
+def hash_block(block: Any, salt: bytes) -> tuple[int, int]:
+    """(64 bits that tell nothing without the salt, size in bytes) of a piece of a prompt.
+
+    Equal values have equal bytes in marshal's version 0, which knows no references between
+    objects; it takes a third of the time of JSON (measured in 2026-11).
+    """
+    data = marshal.dumps(bare_block(block), 0)
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=salt).digest(), "big"), len(data)
+
+
+def as_rows(value: Any) -> list[Any]:
+    """A list itself, of anything else a list of it; nothing for nothing."""
+    return value if isinstance(value, list) else [value] if value else []
+
+
+def kiro_sections(body: Json) -> tuple[list[Any], list[Any]]:
+    """(tools, turns) of a conversation state, without what depends on place and account."""
+    state = details(body, "conversationState")
+    tools: list[Any] = []
+    turns: list[Any] = []
+    for row in [*as_rows(state.get("history")), state.get("currentMessage")]:
+        entry = row if isinstance(row, dict) else {}
+        asked = details(entry, "userInputMessage")
+        if not asked:
+            turns.append({"role": "assistant", **details(entry, "assistantResponseMessage")})
+            continue
+        context = details(asked, "userInputMessageContext")
+        tools = as_rows(context.get("tools")) or tools
+        said = {key: asked[key] for key in ("content", "images", "documents") if key in asked}
+        turns.append({"role": "user", **said, "results": context.get("toolResults")})
+    return tools, turns
+
+
+@dataclass(slots=True)
+class Prompt:
+    """What stood where in a prompt, by hashes; nothing of what it said."""
+
+    #: of each block: tools, system prompt, turns
+    hashes: array[int]
+    #: bytes of each block
+    sizes: array[int]
+    tools: int
+    system: int
+    #: what the dialect calls them: `system` or `instructions`; `messages`, `input` or `history`
+    system_name: str
+    turns_name: str
+    #: of each turn
+    roles: list[str]
+    #: where the conversation begins, behind tools and all of the system prompt
+    start: int
+    #: the first and the last block of the conversation; 0 where it has none
+    first: int
+    last: int
+    #: hashes of the settings that count
+    settings: dict[str, int]
+
+    def share(self, at: int) -> float:
+        """The share of the prompt that stands at `at` and behind it, by bytes."""
+        return sum(self.sizes[at:]) / (sum(self.sizes) or 1)
+
+    def part(self, at: int) -> str:
+        """What kind of block stands at `at`: tools, system, or a turn's role."""
+        turn = at - self.tools - self.system
+        return self.roles[turn] if turn >= 0 else "tools" if at < self.tools else "system"
+
+    def name(self, at: int) -> str:
+        """`tools[3]`, `system[0]`, `messages[4] (user)`."""
+        turn = at - self.tools - self.system
+        if turn >= 0:
+            return f"{self.turns_name}[{turn}] ({self.roles[turn]})"
+        if at < self.tools:
+            return f"tools[{at}]"
+        return f"{self.system_name}[{at - self.tools}]"
+
+
+def read_prompt(dialect: str, body: Json, salt: bytes) -> Prompt:
+    """The prompt in a body of an upstream dialect; takes 3 ms a megabyte."""
+    turns_name = {"responses": "input", "kiro": "history"}.get(dialect, "messages")
+    if dialect == "kiro":
+        tools, turns = kiro_sections(body)
+    else:
+        tools, turns = as_rows(body.get("tools")), as_rows(body.get(turns_name))
+    system_name = "instructions" if dialect == "responses" else "system"
+    system = as_rows(body.get(system_name)) if dialect in ("messages", "responses") else []
+    turns = turns[: max(0, MAX_WATCHED_BLOCKS - len(tools) - len(system))]
+    roles = []
+    for turn in turns:
+        row = turn if isinstance(turn, dict) else {"role": "user"}
+        roles.append(SHOWN_ROLES.get(str(row.get("role") or row.get("type")), "other"))
+    lead = next((at for at, role in enumerate(roles) if role not in SYSTEM_ROLES), len(roles))
+    start = len(tools) + len(system) + lead
+    found = [hash_block(block, salt) for block in (*tools, *system, *turns)]
+    hashes = array("Q", [number for number, _ in found])
+    return Prompt(
+        hashes,
+        array("I", [size for _, size in found]),
+        len(tools),
+        len(system),
+        system_name,
+        turns_name,
+        roles,
+        start,
+        *((hashes[start], hashes[-1]) if len(hashes) > start else (0, 0)),
+        {key: hash_block(body[key], salt)[0] for key in PROMPT_SETTINGS if key in body},
+    )
+
+
+class Difference(NamedTuple):
+    """Where a prompt first differs from the one before, and how.
+
+    `how` is changed, moved, inserted or removed; "" where it only goes on, or ends earlier.
+    """
+
+    at: int
+    how: str = ""
+    name: str = ""
+    part: str = ""
+
+
+NOWHERE = Difference(0)
+
+
+def compare_prompts(old: Prompt, new: Prompt) -> Difference:
+    """The first block in which `new` does not go on from `old`."""
+    length = min(len(old.hashes), len(new.hashes))
+    if old.hashes[:length] == new.hashes[:length]:
+        return Difference(length)
+    pairs = enumerate(zip(old.hashes, new.hashes, strict=False))
+    at = next(at for at, (before, now) in pairs if before != now)
+    is_gone = old.hashes[at] not in new.hashes[at:]
+    is_old = new.hashes[at] in old.hashes[at:]
+    how = ("removed" if is_gone else "moved") if is_old else ("changed" if is_gone else "inserted")
+    shown = old if how == "removed" else new
+    return Difference(at, how, shown.name(at), shown.part(at))
+
+
+# What became of the cache in a call -> what that means.
+CACHE_VERDICTS = {
+    "hit": "read from the cache",
+    "first": "nothing to compare with",
+    "uncached": "the call before was too short, or marked nothing: Claude caches what is marked",
+    "changed": "a block differs from the call before",
+    "shortened": "the client dropped or summed up older messages",
+    "expired": "longer than the cache lives without a request",
+    "model": "each model has a cache of its own",
+    "overlapping": "asked before the call before was answered",
+    "unexplained": "the prompt began as before, yet the service did not read it from its cache",
+    "unreported": "the service tells no figures of its cache",
+}
+
+
+def cache_hint(verdict: str, found: Difference) -> str:
+    """What a miss usually means."""
+    if verdict != "changed":
+        return CACHE_VERDICTS[verdict]
+    part, how = found.part, found.how
+    if part == "tools":
+        return {
+            "moved": "the tools come in another order?",
+            "changed": "a tool's description or schema differs?",
+        }.get(how, "the list of tools differs?")
+    if part in SYSTEM_ROLES:
+        return "a date, a time or an id in the system prompt?"
+    if part in ("tool", "function", "function_call_output", "custom_tool_call_output"):
+        return "an old tool result was cut or written anew?"
+    if part == "user":
+        inside = " (Kiro's first message holds the system prompt)"
+        return "an old message came back with another date, id or reminder in it?" + (
+            inside if found.name == "history[0] (user)" else ""
+        )
+    if part == "setting":
+        return "this setting differs from the call before"
+    return "an old answer came back changed: its thinking dropped, a call written anew?"
+
+
+@dataclass(slots=True)
+class CacheFinding:
+    """What became of the cache in one call."""
+
+    #: a key of CACHE_VERDICTS
+    verdict: str
+    #: the block, where one changed
+    found: Difference = NOWHERE
+    #: tokens paid for in full once more, about
+    lost: int = 0
+    hint: str = ""
+    conversation: str = ""
+    #: nothing of its kind was told of this conversation for a while
+    is_news: bool = False
+
+
+@dataclass(slots=True)
+class Watched:
+    """One conversation with one model."""
+
+    conversation: str
+    #: which conversations it may be told apart from: a hash of the session, else of the label
+    pool: int
+    #: (provider, model)
+    owner: tuple[str, str]
+    label: str
+    prompt: Prompt
+    #: Unix seconds: when the last call was asked, and when its answer began
+    at: float = 0.0
+    answered_at: float = 0.0
+    #: tokens of the last prompt that should be in the cache, or may be: nothing told so
+    cached: int = 0
+    is_guess: bool = True
+    calls: int = 0
+    input_tokens: int = 0
+    cache_read: int = 0
+    lost: int = 0
+    verdict: str = ""
+    #: kind of break -> (the last one, how many there were, when one was told last)
+    breaks: dict[str, tuple[CacheFinding, int, float]] = field(default_factory=dict)
+
+    def shared(self, turns: set[int]) -> int:
+        """How many of `turns` it has as well."""
+        return len(turns.intersection(self.prompt.hashes[self.prompt.start :]))
+
+    def is_like(self, first: int, turns: set[int]) -> bool:
+        """Whether a prompt with these turns, `first` the first of them, may go on from here."""
+        own = self.prompt
+        if own.first == first:
+            return True
+        return own.last in turns and self.shared(turns) * 2 >= len(own.hashes) - own.start
+
+    def break_of(self, found: Difference, prompt: Prompt) -> str:
+        """The verdict for a prompt that does not go on from here: changed or shortened."""
+        in_turns = found.at >= max(self.prompt.start, prompt.start)
+        is_shorter = len(prompt.roles) < len(self.prompt.roles) or found.how == "removed"
+        return "shortened" if not found.how or (in_turns and is_shorter) else "changed"
+
+    def changed_setting(self, prompt: Prompt) -> str:
+        """The name of a setting that differs in `prompt`, "" where none does."""
+        old, new = self.prompt.settings, prompt.settings
+        return next((key for key in PROMPT_SETTINGS if old.get(key) != new.get(key)), "")
+
+    def take(self, prompt: Prompt, answer: Answer, finding: CacheFinding, writes: bool) -> None:
+        """Counts a call, which becomes the one that the next is compared with.
+
+        `writes`: the service would have told what it has written to the cache.
+        """
+        wait_s = answer.duration_s if answer.first_byte_s is None else answer.first_byte_s
+        held = answer.usage.cache_read + answer.usage.cache_write
+        self.is_guess = not held and not writes
+        self.cached = answer.usage.prompt if self.is_guess else held
+        self.prompt = prompt
+        self.at, self.answered_at = answer.at, answer.at + wait_s
+        self.calls += 1
+        self.input_tokens += answer.usage.prompt
+        self.cache_read += answer.usage.cache_read
+        self.verdict = finding.verdict
+        if not finding.lost:
+            return
+        self.lost += finding.lost
+        kind = f"{finding.verdict} {finding.found.part} {finding.found.how}"
+        _, times, told_at = self.breaks.pop(kind, (finding, 0, -math.inf))
+        finding.is_news = answer.at - told_at >= CACHE_QUIET_SECONDS
+        self.breaks[kind] = finding, times + 1, answer.at if finding.is_news else told_at
+
+    def as_json(self, is_told: bool) -> Json:
+        """A row of `/v1/usage?cache=1`; no ratio where the service tells no figures."""
+        changes = [row for row in self.breaks.values() if row[0].verdict == "changed"]
+        finding, times, _ = max(changes, key=lambda row: row[1], default=(None, 0, 0.0))
+        ratio = self.cache_read / self.input_tokens if is_told and self.input_tokens else None
+        return {
+            "conversation": self.conversation,
+            "provider": self.owner[0],
+            "model": self.owner[1],
+            "label": self.label,
+            "calls": self.calls,
+            "hit_ratio": None if ratio is None else round(ratio, 4),
+            "input_tokens": self.input_tokens,
+            "cache_read_tokens": self.cache_read,
+            "lost_tokens": self.lost,
+            "last_at": self.at,
+            "last": self.verdict,
+            "changed": finding
+            and {
+                "block": finding.found.name,
+                "how": finding.found.how,
+                "times": times,
+                "hint": finding.hint,
+            },
+        }
+
+
+class CacheGuard:
+    """Finds out which block broke a prompt cache: by the last prompt of each conversation."""
+
+    def __init__(self, salt: bytes) -> None:
+        self.salt = salt
+        #: the least recently used first
+        self.watched: dict[int, Watched] = {}
+        self.number = 0
+        #: (provider, model) -> whether it tells what it writes to the cache, of those that tell
+        #: what they read
+        self.telling: dict[tuple[str, str], bool] = {}
+
+    def clear(self) -> None:
+        """Forgets all conversations."""
+        self.watched.clear()
+
+    def record(self, answer: Answer, session: str, prompt: Prompt) -> CacheFinding:
+        """Compares one answered call with the one before it in its conversation."""
+        self.forget(answer.at)
+        pool = hash_block([session, "" if session else answer.label], self.salt)[0]
+        number, before = self.find(answer, pool, prompt)
+        is_told = self.is_told(answer)
+        finding = self.judge(before, prompt, answer, is_told)
+        owner = answer.provider, answer.model
+        if before is None or before.owner != owner:
+            self.number += 1
+            number = self.number
+            name = f"{hash_block([pool, prompt.first], self.salt)[0] >> 32:08x}"
+            before = Watched(name, pool, owner, answer.label, prompt)
+        self.watched.pop(number, None)
+        self.watched[number] = before
+        before.take(prompt, answer, finding, is_told and self.telling[owner])
+        finding.conversation = before.conversation
+        self.forget(answer.at)
+        return finding
+
+    def forget(self, now: float) -> None:
+        """Drops what is old, and what is too much."""
+        while self.watched:
+            oldest = next(iter(self.watched))
+            is_old = now - self.watched[oldest].at > CACHE_WATCH_SECONDS
+            if not is_old and len(self.watched) <= MAX_WATCHED:
+                return
+            del self.watched[oldest]
+
+    def is_told(self, answer: Answer) -> bool:
+        """Whether the figures of `answer` say what was read from the cache, not only nothing."""
+        pair, usage = (answer.provider, answer.model), answer.usage
+        if usage.source != "reported":
+            return False
+        if usage.cache_read or usage.cache_write:
+            writes = self.telling.pop(pair, False) or usage.cache_write > 0
+            self.telling[pair] = writes
+            while len(self.telling) > MAX_WATCHED:
+                del self.telling[next(iter(self.telling))]
+        return pair in self.telling
+
+    def find(self, answer: Answer, pool: int, prompt: Prompt) -> tuple[int, Watched | None]:
+        """The conversation that `prompt` goes on with.
+
+        An agent holds several conversations in one session, and a date in the system prompt must
+        not make a new one of each call: it is known by its turns, not by what stands above them.
+        """
+        turns = set(prompt.hashes[prompt.start :])
+        found = [
+            (number, row)
+            for number, row in self.watched.items()
+            if row.pool == pool and row.is_like(prompt.first, turns)
+        ]
+        if not found:
+            return 0, None
+        owner = answer.provider, answer.model
+
+        def likeness(item: tuple[int, Watched]) -> tuple[bool, int, float]:
+            row = item[1]
+            return row.owner == owner, row.shared(turns), row.at
+
+        return found[0] if len(found) == 1 else max(found, key=likeness)
+
+    def judge(
+        self, before: Watched | None, prompt: Prompt, answer: Answer, is_told: bool
+    ) -> CacheFinding:
+        """What became of the prompt that `before` should have left in the cache."""
+        if before is None:
+            return CacheFinding("first")
+        found = compare_prompts(before.prompt, prompt)
+        goes_on = found.at == len(before.prompt.hashes)
+        is_other = before.owner != (answer.provider, answer.model)
+        if is_other and found.at < before.prompt.start:
+            return CacheFinding("first")  # the model of another task, with other instructions
+        held = min(before.cached, answer.usage.prompt)
+        if held < MIN_CACHED_TOKENS:
+            return CacheFinding("uncached")
+        lost = held - answer.usage.cache_read
+        if not is_told:
+            at = 0 if is_other else found.at
+            shares = before.cached * before.prompt.share(at), answer.usage.prompt * prompt.share(at)
+            lost = int(min(shares))
+        is_enough = goes_on and before.is_guess and answer.usage.cache_read > 0
+        if is_enough or lost <= max(MIN_CACHED_TOKENS, held * CACHE_SLACK_SHARE):
+            return CacheFinding("hit" if is_told else "unreported")
+        if answer.at < before.answered_at:
+            return CacheFinding("overlapping")
+        verdict = "unexplained" if goes_on else before.break_of(found, prompt)
+        setting = before.changed_setting(prompt) if goes_on else ""
+        if is_other:
+            verdict = "model"
+        elif answer.at - before.at > CACHE_LIFE_SECONDS:
+            verdict = "expired"
+        elif setting:
+            verdict, found = "changed", Difference(found.at, "changed", setting, "setting")
+        shown = found if verdict == "changed" else NOWHERE
+        return CacheFinding(verdict, shown, lost, cache_hint(verdict, shown))
+
+    def report(self, now: float) -> list[Json]:
+        """The rows of `/v1/usage?cache=1`, the latest first."""
+        self.forget(now)
+        latest = sorted(self.watched.values(), key=lambda row: row.at, reverse=True)
+        return [row.as_json(row.owner in self.telling) for row in latest]
 
 
 # ==== the I/O line ==============================================================================
@@ -15098,6 +15584,7 @@ class Ledger:
         self.is_capped = False
         self.guard = RepeatGuard()
         self.metrics = Metrics()
+        self.cache = CacheGuard(os.urandom(16))
 
     # -- counting
 
@@ -15122,6 +15609,37 @@ class Ledger:
     def count_waiting(self) -> int:
         """Answers that are not in the database yet."""
         return len(self.pending) + len(self.store.answers)
+
+    def watch_cache(self, answer: Answer, outline: Outline, dialect: str, body: Json) -> None:
+        """Looks for what broke a prompt cache, once the caller has its answer.
+
+        `body` is what the upstream was sent; it is kept until its blocks are hashed.
+        """
+        loop = asyncio.get_running_loop()
+        read = functools.partial(read_prompt, dialect, body, self.cache.salt)
+        take = functools.partial(self.take_prompt, answer, outline.session)
+        if outline.size > CACHE_INLINE_BYTES:
+            reading = loop.run_in_executor(None, read)
+            reading.add_done_callback(lambda done: done.cancelled() or take(done.result()))
+        else:
+            loop.call_soon(lambda: take(read()))
+
+    def take_prompt(self, answer: Answer, session: str, prompt: Prompt) -> None:
+        """Compares a prompt with the one before it; tells what broke its cache."""
+        finding = self.cache.record(answer, session, prompt)
+        if finding.is_news:
+            log_event(
+                "warning" if finding.found.name else "info",
+                "cache_miss",
+                provider=answer.provider,
+                model=answer.model,
+                conversation=finding.conversation,
+                why=finding.verdict,
+                block=finding.found.name or "none",
+                how=finding.found.how or "none",
+                tokens=finding.lost,
+                hint=finding.hint,
+            )
 
     def tick(self, now: float) -> None:
         """Begins to write when it is time."""
@@ -15181,6 +15699,8 @@ class Ledger:
         now = time.time()
         report: Json = await loop.run_in_executor(self.thread, self.store.report, query, now)
         report["limits"] = self.spending.report(limits, now)
+        if query.cache:
+            report["cache"] = {"conversations": self.cache.report(now)}
         return report
 
     async def reset(self) -> None:
@@ -15189,6 +15709,7 @@ class Ledger:
         loop = asyncio.get_running_loop()
         if not await loop.run_in_executor(self.thread, self.store.reset):
             raise Overloaded(f"The usage database could not be emptied: {self.store.trouble}.")
+        self.cache.clear()
 
     async def close(self) -> None:
         """Writes all there is, and closes the database."""
@@ -15218,6 +15739,8 @@ class Call:
     #: how often it was sent, and the kinds of errors that came of it; the provider adds to them
     attempts: int = 0
     refusals: list[str] = field(default_factory=list)
+    #: the body that was sent last, where the provider's rules made one of their own
+    sent: Json | None = None
 
 
 class Provider(Protocol):
@@ -16384,7 +16907,7 @@ class CopilotAttempt(Attempt):
 
     async def send(self) -> UpstreamAnswer:
         """One attempt."""
-        body = self.body()
+        self.call.sent = body = self.body()
         url = self.token.api_url + DIALECT_PATHS[self.call.dialect]
 
         def headers() -> dict[str, str]:
@@ -19448,6 +19971,7 @@ class Gateway:
         data = await request.read_body()
         body = load_body(data)
         outline = asked.outline(body)
+        outline.size = len(data)
         session = request.headers.get("x-claude-code-session-id", "")
         outline.session = outline.session or session
         initiator = request.headers.get("x-initiator", "").lower()
@@ -19740,6 +20264,10 @@ class Exchange:
             flow.stream,
             self.first_byte_at,
         )
+        answer = self.request.answer
+        if answer is not None and not self.provider.local and (failure is None or flow.ended):
+            body = call.body if call.sent is None else call.sent
+            self.gateway.ledger.watch_cache(answer, call.outline, call.dialect, body)
 
 
 # ---- 18. Daemon --------------------------------------------------------------------------------
@@ -21026,15 +21554,47 @@ def print_recent(answers: list[Json]) -> None:
 
 
 def print_usage_csv(report: Json) -> None:
-    """`usage --csv`: single answers where they were asked for, else the rows of the table."""
+    """`usage --csv`: answers or conversations where they were asked for, else the table's rows."""
     names, rows = usage_table(report)
     rows = report.get("recent", rows)
+    if "cache" in report:
+        rows = report["cache"]["conversations"]
     columns = list(rows[0] if rows else names)
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(columns)
     for row in rows:
         cells = (row[name] for name in columns)
         writer.writerow([dump_text(c) if isinstance(c, dict) else c for c in cells])
+
+
+def print_cache(report: Json) -> None:
+    """`usage --cache` for people."""
+    rows, hints = [], []
+    found = report["cache"]["conversations"]
+    for row in found:
+        ratio, changed = row["hit_ratio"], row["changed"]
+        rows.append(
+            [
+                row["conversation"],
+                f"{row['provider']}/{row['model']}",
+                row["label"],
+                shown_figure(row["calls"]),
+                "-" if ratio is None else f"{ratio:.0%}",
+                *(shown_figure(row[f"{key}_tokens"]) for key in ("input", "cache_read", "lost")),
+                row["last"],
+            ]
+        )
+        if changed:
+            times = "once" if changed["times"] == 1 else f"{changed['times']} times"
+            where = f"{row['conversation']}: {changed['block']} {changed['how']} {times}"
+            hints.append(f"{where}: {changed['hint']}")
+    head = ("CONVERSATION", "MODEL", "LABEL", "CALLS", "HITS", "INPUT", "CACHED", "LOST", "LAST")
+    print_table(head, rows)
+    for hint in hints:
+        print(hint)
+    for verdict, meaning in CACHE_VERDICTS.items():
+        if verdict not in ("hit", "changed") and any(row["last"] == verdict for row in found):
+            print(f"{verdict}: {meaning}")
 
 
 QUOTA_BAR_WIDTH = 10
@@ -21477,17 +22037,18 @@ def cmd_usage(options: argparse.Namespace) -> int:
     """Shows requests, tokens and credits by model, or by what is asked; also of the past."""
     paths = find_paths(make_environ())
     asked = {"since": options.since, "by": options.by, "recent": options.recent}
+    asked["cache"] = int(options.cache)
     given = {name: str(value) for name, value in asked.items() if value}
     try:
         report = ask_daemon(paths, "usage", {**given, "reset": options.reset})
     except NotRunning:
-        if options.reset or not os.path.exists(paths.usage_file):
+        if options.reset or options.cache or not os.path.exists(paths.usage_file):
             raise
         report = load_usage(paths, given)
     if options.csv:
         print_usage_csv(report)
         return 0
-    return show(options, report, print_usage)
+    return show(options, report, print_cache if options.cache else print_usage)
 
 
 def load_usage(paths: Paths, given: dict[str, str]) -> Json:
@@ -21947,6 +22508,7 @@ USAGE_ARGUMENTS = (
     argument("--since", "7d, 24h, today, 2026-11-01 or Unix seconds", metavar="TIME"),
     argument("--by", "what rows are told apart by (default model)", choices=tuple(USAGE_GROUPS)),
     argument("--recent", "the last N answers, one by one", metavar="N"),
+    argument("--cache", "which blocks broke prompt caches, by conversation", action="store_true"),
     argument("--csv", "comma-separated values", action="store_true"),
     AS_JSON,
     argument("--reset", "forget what was counted; limits go on counting", action="store_true"),
