@@ -1256,6 +1256,9 @@ class ConfigReader:
         if config.default_provider not in config.providers:
             have = ", ".join(config.providers)
             raise self.error("default_provider", f"no such provider; there are: {have}")
+        for name in config.limits.providers.keys() - config.providers.keys():
+            have = ", ".join(config.providers)
+            raise self.error(f"limits.providers.{name}", f"no such provider; there are: {have}")
         return config
 
     def fill(self, target: Any, table: Json, path: str) -> None:
@@ -1340,6 +1343,8 @@ class ConfigReader:
             if not isinstance(secret, str) or not secret.strip():
                 raise self.error(key, "must be a key that is not empty")
             self.setting(key, name, secret, "str")
+            if list(table.values()).count(secret) > 1:
+                raise self.error(key, "is the key of another name as well")
             self.origins[key] = "file"
         return dict(table)
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from aiclient_api import (
+    CapConfig,
     Config,
     ConfigError,
     CopilotConfig,
@@ -19,6 +20,7 @@ from aiclient_api import (
     is_loopback,
     read_config_text,
     setting_slots,
+    shown_settings,
 )
 
 WHERE = "/home/u/config.toml"
@@ -162,6 +164,25 @@ def test_an_unknown_key_like_none_is_told_what_there_is() -> None:
         ("[models]\na = 1", 'models."a"', "must be like"),
         ("[models]\na = ''", 'models."a"', "must be like"),
         ("[models]\na = '/'", 'models."a"', "must be like"),
+        ("[limits]\nrunaway_requests = -1", "limits.runaway_requests", "must be between"),
+        ("[limits]\nproviders = 1", "limits.providers", "must be a table"),
+        ("[limits.providers]\ncopilot = 1", "limits.providers.copilot", "must be a table"),
+        ("[limits.providers.x]\ndaily_tokens = 1", "limits.providers.x", "no such provider"),
+        (
+            "[limits.labels.x]\ndaily_tokens = 1.5",
+            "limits.labels.x.daily_tokens",
+            "must be a whole number",
+        ),
+        (
+            "[limits.labels.x]\nmonthly_credits = -1",
+            "limits.labels.x.monthly_credits",
+            "must be between",
+        ),
+        ('[limits.labels."a b"]', "limits.labels.a b", "a name is letters"),
+        ("[api_keys]\na = 1", "api_keys.a", "must be a key"),
+        ("[api_keys]\na = ' '", "api_keys.a", "must be a key"),
+        ('[api_keys]\n"a b" = "x"', "api_keys.a b", "a name is letters"),
+        ("[api_keys]\na = 'x'\nb = 'x'", "api_keys.a", "is the key of another name"),
     ],
 )
 def test_a_wrong_value_is_told_by_its_key(text: str, key: str, words: str) -> None:
@@ -350,6 +371,29 @@ def test_the_key_is_not_shown() -> None:
     assert SECRET not in shown_by(read(f'api_key = "{SECRET}"'))
 
 
+def test_named_keys_are_not_shown() -> None:
+    """Neither by `repr` nor by `config show`."""
+    config = read(f'[api_keys]\nlaptop = "{SECRET}"')
+    assert SECRET not in shown_by(config)
+    rows = {row["key"]: row for row in shown_settings(config)}
+    assert rows["api_keys.laptop"]["value"] == "(set, not shown)"
+    assert rows["api_keys.laptop"]["origin"] == "file"
+
+
+def test_a_named_key_is_enough_beyond_loopback() -> None:
+    """It is asked for as well."""
+    config = read('[server]\nhost = "0.0.0.0"\n[api_keys]\na = "x"')
+    check_exposure(config)
+
+
+def test_limits_are_read() -> None:
+    """A cap that is not named is none."""
+    config = read("[limits.providers.copilot]\ndaily_credits = 5\n[limits.labels.ci]\n")
+    assert config.limits.providers == {"copilot": CapConfig(daily_credits=5.0)}
+    assert config.limits.labels == {"ci": CapConfig()}
+    assert config.limits.runaway_requests > 0
+
+
 def test_the_password_of_a_proxy_is_not_shown() -> None:
     """The proxy URL holds one as often as not."""
     assert SECRET not in shown_by(read(f'[network]\nproxy = "http://user:{SECRET}@proxy:1"'))
@@ -364,6 +408,8 @@ def test_the_password_of_a_proxy_is_not_shown() -> None:
         "api_key = {}",
         'api_key = "{}" "x"',
         'api_key = "x"\napi_key = "{}"',
+        '[api_keys]\na = "{}\\n"',
+        '[api_keys]\na = "{0}"\nb = "{0}"',
         '[network]\nproxy = "socks5://u:{}@h:1"',
         '[providers.copilot]\napi_url = "https://u:{}@h"',
     ],
