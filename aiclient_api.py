@@ -21396,7 +21396,6 @@ def shown_rest(rest: Json) -> str:
     who = "all models rest" if rest["model"] == "*" else f"{rest['model']} rests"
     how_long = "while one request tries" if rest["probing"] else f"for {rest['seconds']} s"
     at = rest["passes_at"]
-    # a rest is short, as it is only until one request tries again
     passes = f" It ought to pass in {shown_duration(max(0, at - time.time()))}." if at else ""
     return f"{who} {how_long}: {rest['reason']}{passes}"
 
@@ -21435,10 +21434,10 @@ def print_status(status: Json) -> None:
     for row in status["providers"]:
         if row["health"] != "ready" and row["reason"]:
             print(f"{row['name']}: {row['reason']}")
+        for rest in row["rests"]:
+            print(CONTROLS.sub("", f"{row['name']}: {shown_rest(rest)}"))
     for text in status["warnings"]:
         print(CONTROLS.sub("", f"warning: {text}"))
-        for rest in row["rests"]:
-            print(f"{row['name']}: {shown_rest(rest)}")
 
 
 def print_accounts(found: Json) -> None:

@@ -17,6 +17,7 @@ from fake_kiro import FakeKiro, exception_frame
 from fakes import Answer, FakeCopilot, Seen, dump, sse
 from machine import Machine, fetch
 from support import Gateway, Reply, Wire
+from test_command_line import typed
 from test_copilot import asking, check_end, error, heard, pieces, stream_error, streaming
 from test_copilot import refusal as copilot_no
 from test_kiro import refusal as kiro_no
@@ -557,6 +558,9 @@ def test_enabling_an_enabled_provider_ends_its_rests() -> None:
         (row,) = (row for row in machine.status()["providers"] if row["name"] == "copilot")
         assert list(row["cool_downs"]) == ["*"]
         assert row["health"] == "resting"
+        said = typed(machine, ["status"])
+        assert "copilot: all models rest for " in said
+        assert "It ought to pass in 2 d 2 h." in said
         assert machine.run("provider", "enable", "copilot").status == 0
         (row,) = (row for row in machine.status()["providers"] if row["name"] == "copilot")
         assert (row["cool_downs"], row["rests"], row["health"]) == ({}, [], "ready")
