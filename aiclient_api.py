@@ -15959,10 +15959,12 @@ class CoolDowns:
         error, said = verdict.error, verdict.wait_s
         if verdict.remedy not in ("pause", "rest") and (said or 0.0) <= MAX_WAIT_SECONDS:
             return
+        if isinstance(error, Overloaded) and not said:
+            return  # it may have room again for the very next request
         passes_s = verdict.passes_s or said
         wait_s = said or (COOL_DOWN_SECONDS if verdict.remedy == "rest" else None)
         rest_s = self.rest("" if verdict.for_all else model_id, error, wait_s, passes_s)
-        if not error.retry_after and isinstance(error, (RateLimited, Overloaded)):
+        if not error.retry_after and isinstance(error, RateLimited):
             error.retry_after = rest_s
 
     def check(self, model_id: str) -> None:
