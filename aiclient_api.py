@@ -12910,7 +12910,7 @@ def compare_prompts(old: Prompt, new: Prompt) -> Difference:
 CACHE_VERDICTS = {
     "hit": "read from the cache",
     "first": "nothing to compare with",
-    "uncached": "the call before was too short, or marked nothing: Claude caches what is marked",
+    "uncached": "the call before left nothing to read: Claude caches only what is marked",
     "changed": "a block differs from the call before",
     "shortened": "the client dropped or summed up older messages",
     "expired": "longer than the cache lives without a request",
@@ -15618,8 +15618,11 @@ class Ledger:
     def watch_cache(self, answer: Answer, outline: Outline, dialect: str, body: Json) -> None:
         """Looks for what broke a prompt cache, once the caller has its answer.
 
-        `body` is what the upstream was sent; it is kept until its blocks are hashed.
+        `body` is what the upstream was sent; it is kept until its blocks are hashed.  What is too
+        short to be cached is not looked at.
         """
+        if answer.usage.prompt < MIN_CACHED_TOKENS:
+            return
         loop = asyncio.get_running_loop()
         read = functools.partial(read_prompt, dialect, body, self.cache.salt)
         take = functools.partial(self.take_prompt, answer, outline.session)
@@ -21313,6 +21316,13 @@ def shown_figure(value: Any) -> str:
     return "-" if value is None else f"{value:,.2f}".rstrip("0").rstrip(".")
 
 
+def shown_credits(value: float) -> str:
+    """Credits, of which an answer may cost a thousandth."""
+    if 0 < value < 0.1:
+        return f"{value:.4f}" if value >= 0.0001 else "<0.0001"
+    return shown_figure(value)
+
+
 def shown_day(moment: float | None) -> str:
     """A day in UTC, `-` for none."""
     return time.strftime("%Y-%m-%d", time.gmtime(moment)) if moment else "-"
@@ -21348,7 +21358,7 @@ def coloured(text: str) -> str:
     return STATES.sub(lambda found: f"\x1b[{COLOURS[found[0]]}m{found[0]}\x1b[0m", text)
 
 
-FIGURE = re.compile(r"-|(?:~?[\d,.]+(?: %| ms| s)?)?")
+FIGURE = re.compile(r"-|(?:~?<?[\d,.]+(?: %| ms| s)?)?")
 
 
 def table_lines(rows: list[list[str]]) -> list[str]:
@@ -21493,7 +21503,7 @@ def usage_cells(row: Json, most: int) -> list[str]:
         rough + shown_figure(prompt),
         f"{row['cache_read_tokens'] / prompt:.0%}".replace("%", " %") if prompt else "-",
         rough + shown_figure(row["output_tokens"]),
-        "-" if costs is None else cost_rough + shown_figure(costs),
+        "-" if costs is None else cost_rough + shown_credits(costs),
         f"{row['duration_ms']:,} ms",
         "-" if first_byte is None else f"{first_byte:,} ms",
         shown_bar(total / most, BAR_WIDTH) if most and total else "",
@@ -21552,7 +21562,7 @@ def print_recent(answers: list[Json]) -> None:
                 rough + shown_figure(row["input_tokens"]),
                 shown_figure(row["cache_read_tokens"]),
                 rough + shown_figure(row["output_tokens"]),
-                cost_rough + shown_figure(row["credits"]) if row["credits_source"] else "-",
+                cost_rough + shown_credits(row["credits"]) if row["credits_source"] else "-",
             ]
         )
     head = ("WHEN", "MODEL", "LABEL", "END", "TIME", "FIRST BYTE", "INPUT", "CACHED", "OUTPUT")

@@ -833,9 +833,10 @@ def test_usage_cache_shows_a_table(gateway: Gateway) -> None:
     for turns, day in ((1, "Monday"), (3, "Tuesday")):
         gateway.ask("messages", asking("table", "messages", SONNET, day, turns), "table")
         gateway.ask("messages", asking("brief", "messages", SONNET, day, turns, 100), "brief")
-    gateway.row("brief", 2)
     row = gateway.row("table", 2)
     report = gateway.machine.run("usage", "--cache").json()
+    labels = [row["label"] for row in report["cache"]["conversations"]]
+    assert "brief" not in labels  # too short for any cache
     assert row in report["cache"]["conversations"]
     assert "cache" not in gateway.machine.run("usage").json()
     shown = typed(gateway.machine, ["usage", "--cache"])
@@ -845,8 +846,7 @@ def test_usage_cache_shows_a_table(gateway: Gateway) -> None:
     assert line.endswith("changed")
     words = f"{row['conversation']}: system[1] changed once: a date, a time or an id"
     assert words in shown
-    words = gw.CACHE_VERDICTS["uncached"]
-    assert f"uncached: {words}" in shown and "hit: " not in shown
+    assert "hit: " not in shown
     written = gateway.machine.run("usage", "--cache", "--csv").out.splitlines()
     assert written[0].startswith("conversation,provider,model,label,calls,hit_ratio")
     assert any(line.startswith(f"{row['conversation']},copilot,") for line in written[1:])
