@@ -784,10 +784,11 @@ def test_a_day_in_the_system_prompt_is_found(
 
 
 def test_who_marks_nothing_is_not_told_of_misses(gateway: Gateway) -> None:
-    """Claude caches what is marked, and the responses dialect has no marks."""
+    """Claude caches what is marked; a caller that could mark and does not gets its way."""
     for turns, day in ((1, "Monday"), (3, "Tuesday"), (5, "Wednesday")):
-        body = asking("unmarked", "responses", SONNET, day, turns)
-        gateway.ask("responses", body, "unmarked")
+        body = asking("unmarked", "messages", SONNET, day, turns)
+        del body["system"][1]["cache_control"]
+        gateway.ask("messages", body, "unmarked")
     row = gateway.row("unmarked", 3)
     assert (row["last"], row["hit_ratio"], row["changed"]) == ("uncached", 0.0, None)
     assert gateway.logged(row) == []

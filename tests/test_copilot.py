@@ -1552,3 +1552,64 @@ def test_no_token_prompt_or_answer_is_ever_logged_or_told() -> None:
         assert 429 not in [reply.status for reply in told[-6:]]
         for place in [pair.gateway.log(), pair.gateway.stdout(), *(str(r.body) for r in told)]:
             assert not [mark for mark in SECRETS if mark in place], place[-3000:]
+
+
+# ---- marks for the prompt cache ------------------------------------------------------------------
+
+
+CLOCK = {"name": "clock", "description": "Tells the time.", "parameters": {"type": "object"}}
+
+
+def loop_body(model: str, **more: Any) -> Json:
+    """A tool loop of a caller of OpenAI's chat completions."""
+    call = {"id": "call_1", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "What time is it?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "noon"},
+    ]
+    tools = [{"type": "function", "function": CLOCK}]
+    return {"model": model, "messages": messages, "tools": tools, **more}
+
+
+def test_what_a_chat_caller_cannot_mark_is_marked_for_claude(pair: Pair) -> None:
+    assert pair.post(CHAT, loop_body(SONNET)).status == 200
+    messages = pair.fake.calls[-1].body["messages"]
+    assert ["copilot_cache_control" in m for m in messages] == [True, True, False, True]
+    assert pair.post(CHAT, loop_body(ONLY_MESSAGES)).status == 200
+    body = pair.fake.calls[-1].body
+    assert body["system"][-1]["cache_control"] == {"type": "ephemeral"}
+    marked = ["cache_control" in message["content"][-1] for message in body["messages"]]
+    assert marked == [True, False, True]
+    item = {"role": "user", "content": "What time is it?"}
+    tools = [{"type": "function", **CLOCK}]
+    asked = {"model": SONNET, "instructions": "Be brief.", "input": [item], "tools": tools}
+    assert pair.post("/v1/responses", asked).status == 200
+    body = pair.fake.calls[-1].body
+    assert (
+        "cache_control" in body["system"][-1] and "cache_control" in dump(body["messages"]).decode()
+    )
+
+
+def test_what_is_asked_once_is_not_marked(pair: Pair) -> None:
+    """To write a cache costs more than not to."""
+    for model in (SONNET, ONLY_MESSAGES):
+        assert pair.ask(CHAT, "hi once", model).status == 200
+        assert b"cache_control" not in dump(pair.fake.calls[-1].body)
+
+
+def test_marks_of_the_caller_and_of_others_models_stay_as_they_are(pair: Pair) -> None:
+    own = loop_body(SONNET)
+    own["messages"][0] = {"role": "system", "content": [
+        {"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}}]}  # fmt: skip
+    assert pair.post(CHAT, own).status == 200
+    messages = pair.fake.calls[-1].body["messages"]
+    assert ["copilot_cache_control" in m for m in messages] == [True, False, False, False]
+    assert pair.post(CHAT, loop_body(GPT)).status == 200
+    assert b"cache_control" not in dump(pair.fake.calls[-1].body)
+    said = (("user", "hi"), ("assistant", "yes"), ("user", "go on"))
+    turns = [{"role": role, "content": words} for role, words in said]
+    native = {"model": SONNET, "max_tokens": 50, "system": "Be brief.", "messages": turns}
+    assert pair.post(MESSAGES, native).status == 200
+    assert b"cache_control" not in dump(pair.fake.calls[-1].body)
