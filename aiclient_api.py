@@ -5540,9 +5540,30 @@ class MessagesWriter:
         self.kind = ""
         self.refused = False
         self.shows_sealed = asks_thinking(terms.asked)
+        #: frames of a thought behind what was said, of which no word has come yet; None: it has
+        self.late: list[Json] | None = None
 
     def write(self, event: Event) -> list[Json]:
-        """The frames for one event."""
+        """The frames for one event.
+
+        A signature alone behind the last words stays here: clients take the last block for what
+        was said (Claude Code, 2026-11).  Behind calls it goes out, as its maker wants it back.
+        """
+        frames = self.write_event(event)
+        if self.late is None:
+            is_late = self.index > 0 and isinstance(event, Opened) and event.kind == "thinking"
+            if is_late:
+                self.late = frames
+            return [] if is_late else frames
+        held = [*self.late, *frames]
+        if isinstance(event, Finished):
+            return held if event.reason == "tool" else frames
+        has_words = isinstance(event, Added) and event.part != "signature"
+        self.late = None if has_words or isinstance(event, Opened) else held
+        return held if self.late is None else []
+
+    def write_event(self, event: Event) -> list[Json]:
+        """The frames for one event, in its place."""
         if isinstance(event, Opened) and event.kind == "redacted" and not self.shows_sealed:
             self.kind = "unseen"
             return []

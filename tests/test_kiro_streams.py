@@ -967,13 +967,20 @@ def test_a_thought_without_signature_does_not_take_the_one_before() -> None:
 
 
 def test_a_hidden_thought_is_a_signature_without_words() -> None:
-    """kiro.md 4.11: GPT's literal dots, with the signature late and in one frame or two."""
+    """kiro.md 4.11: GPT's literal dots, with the signature late and in one frame or two.
+
+    Behind words it is not shown: clients take the last block for the answer.
+    """
     for late in (
         [thought("..."), thought(signature=".KTR~~EXAMPLE")],
         [thought("...", signature=".KTR~~EXAMPLE")],
         [thought("..."), thought(signature=".KTR~~"), thought(signature="EXAMPLE")],
     ):
-        assert blocks(V2, *late) == [said("Hello"), thinking("", MARK + ".KTR~~EXAMPLE")]
+        assert blocks(V2, *late) == [said("Hello")]
+        called = blocks(V2, V4, V5, V6, V7, *late)
+        assert [block["type"] for block in called] == ["text", "tool_use", "thinking"]
+        assert called[-1] == thinking("", called[-1]["signature"])
+        assert called[-1]["signature"].endswith(".KTR~~EXAMPLE")
         chat = read_chat_message(answer(V2, *late, caller="chat"))
         assert chat == {"text": "Hello", "calls": [], "thought": None}
     assert blocks(V2, thought("...")) == [said("Hello")]
