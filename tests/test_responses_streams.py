@@ -491,6 +491,8 @@ def test_a_responses_caller_is_told_what_an_anthropic_caller_is_told(case: Case)
     explained = (case.whole("messages").get("stop_details") or {}).get("explanation")
     told = [item for item in items_told(whole) if item != ("refusal", explained)]
     told = [("text", item[1]) if item[0] == "refusal" else item for item in told]
+    if len(told) > 1 and told[-1][:2] == ("thinking", ""):
+        told.pop()  # a signature alone does not end an answer in Anthropic's dialect
     assert told == blocks_told(case.whole("messages"))
     usage = case.whole("messages")["usage"]
     cached = usage["cache_read_input_tokens"]
