@@ -9829,7 +9829,7 @@ def fit_chat_messages(scrub: Scrub) -> None:
 
 
 def mark_chat_prompt(messages: list[Json]) -> None:
-    """As `mark_prompt`, by whole messages, as VS Code does."""
+    """As `mark_prompt`, by whole messages (as seen in other gateways, 2026-08)."""
     lead = next((n for n, m in enumerate(messages) if m["role"] != "system"), len(messages))
     turns = [message for message in messages[lead:] if message["role"] in ("user", "tool")]
     for message in (*messages[:lead][-1:], *turns[-2:]):
