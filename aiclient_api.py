@@ -20308,11 +20308,14 @@ class Exchange:
         self.request.cancel_on_hangup(False)
         if self.source is not None:
             self.source.close(self.flow.ended)
-        if self.counted:
-            return
-        self.counted = True
-        call, metrics = self.call, self.gateway.ledger.metrics
-        metrics.count_attempts(self.provider.name, call.attempts, call.refusals)
+        if not self.counted:
+            self.counted = True
+            self.count(failure)
+
+    def count(self, failure: BaseException | None) -> None:
+        """What was tried, what it cost, and what became of the prompt cache."""
+        call, ledger = self.call, self.gateway.ledger
+        ledger.metrics.count_attempts(self.provider.name, call.attempts, call.refusals)
         if isinstance(failure, WrongDialect):
             return  # of another dialect it is asked once more
         if self.source is not None and isinstance(failure, (QuotaExceeded, RateLimited)):
@@ -20324,7 +20327,7 @@ class Exchange:
         self.gateway.record(
             self.request,
             self.provider,
-            self.call.model,
+            call.model,
             self.asked,
             usage,
             failure,
@@ -20334,7 +20337,7 @@ class Exchange:
         answer = self.request.answer
         if answer is not None and not self.provider.local and (failure is None or flow.ended):
             body = call.body if call.sent is None else call.sent
-            self.gateway.ledger.watch_cache(answer, call.outline, call.dialect, body)
+            ledger.watch_cache(answer, call.outline, call.dialect, body)
 
 
 # ---- 18. Daemon --------------------------------------------------------------------------------
