@@ -12390,6 +12390,15 @@ def period_end(period: str, now: float) -> float:
     return dt.datetime.combine(end, dt.time()).timestamp()
 
 
+def active_caps(limits: LimitsConfig) -> Iterator[tuple[str, str, str, float]]:
+    """(providers or labels, whose, setting, limit) of every cap that is set."""
+    for scope, caps in (("providers", limits.providers), ("labels", limits.labels)):
+        for name, cap in caps.items():
+            for setting in CAPS:
+                if getattr(cap, setting):
+                    yield scope, name, setting, getattr(cap, setting)
+
+
 class Spending:
     """What this month has cost by day, provider and label: caps are compared with it.
 
@@ -12440,43 +12449,33 @@ class Spending:
 
     def check(self, limits: LimitsConfig, provider: str, label: str, now: float) -> None:
         """Raises LimitReached where a cap of the provider or of the label is used up."""
-        for scope, name, caps in (
-            ("providers", provider, limits.providers),
-            ("labels", label, limits.labels),
-        ):
-            cap = caps.get(name)
-            for setting, (period, unit, _) in CAPS.items() if cap else ():
-                limit = getattr(cap, setting)
-                used = self.used(scope, name, setting, now)
-                if limit and used >= limit:
-                    ends_at = period_end(period, now)
-                    key = f"limits.{scope}.{name}.{setting}"
-                    raise LimitReached(
-                        f"Your own limit {key} is reached: {used:,.10g} of {limit:,.10g} {unit}.",
-                        hint=f"A new {period} begins {shown_minute(ends_at)}; or raise it: "
-                        f"aiclient-api config set {key} N",
-                        retry_after=ends_at - now,
-                    )
+        asked = {"providers": provider, "labels": label}
+        for scope, name, setting, limit in active_caps(limits):
+            used = self.used(scope, name, setting, now) if asked[scope] == name else 0.0
+            if used >= limit:
+                period, unit, _ = CAPS[setting]
+                ends_at = period_end(period, now)
+                key = f"limits.{scope}.{name}.{setting}"
+                raise LimitReached(
+                    f"Your own limit {key} is reached: {used:,.10g} of {limit:,.10g} {unit}.",
+                    hint=f"A new {period} begins {shown_minute(ends_at)}; or raise it: "
+                    f"aiclient-api config set {key} N",
+                    retry_after=ends_at - now,
+                )
 
     def report(self, limits: LimitsConfig, now: float) -> list[Json]:
         """`[{"name", "used", "limit", "unit", "period", "resets_at"}]` of all caps."""
-        rows = []
-        for scope, caps in (("providers", limits.providers), ("labels", limits.labels)):
-            for name, cap in caps.items():
-                for setting, (period, unit, _) in CAPS.items():
-                    limit = getattr(cap, setting)
-                    if limit:
-                        rows.append(
-                            {
-                                "name": f"{scope}.{name}.{setting}",
-                                "used": self.used(scope, name, setting, now),
-                                "limit": limit,
-                                "unit": unit,
-                                "period": period,
-                                "resets_at": period_end(period, now),
-                            }
-                        )
-        return rows
+        return [
+            {
+                "name": f"{scope}.{name}.{setting}",
+                "used": self.used(scope, name, setting, now),
+                "limit": limit,
+                "unit": CAPS[setting][1],
+                "period": CAPS[setting][0],
+                "resets_at": period_end(CAPS[setting][0], now),
+            }
+            for scope, name, setting, limit in active_caps(limits)
+        ]
 
 
 def shown_minute(moment: float) -> str:
@@ -15640,8 +15639,8 @@ class Ledger:
         self.due_at = math.inf
         self.labels: set[str] = set()
         self.spending = Spending()
-        #: caps are set: what was spent is read from the database
-        self.is_capped = False
+        #: caps are set: what was spent is read from the database, now and after each write
+        self.reading: asyncio.Future[None] | None = None
         self.guard = RepeatGuard()
         self.metrics = Metrics()
         self.cache = CacheGuard(os.urandom(16))
@@ -15713,7 +15712,7 @@ class Ledger:
         """Writes what is pending."""
         batch, self.pending = self.pending, []
         self.spending.begin_write()
-        month = time.strftime("%Y-%m-01") if self.is_capped else ""
+        month = time.strftime("%Y-%m-01") if self.reading else ""
         loop = asyncio.get_running_loop()
         self.writing = loop.run_in_executor(self.thread, self.store.write, batch, month)
         self.writing.add_done_callback(self.end_write)
@@ -15730,11 +15729,11 @@ class Ledger:
         else:
             self.ticker.discard(self.tick)
 
-    async def flush(self) -> None:
-        """Writes all there is."""
+    async def flush(self, reads: bool = False) -> None:
+        """Writes all there is; `reads`: also nothing, to learn what others have written."""
         while self.writing is not None:
             await asyncio.wait((self.writing,))
-        if self.pending or self.store.sums:
+        if reads or self.pending or self.store.sums:
             await asyncio.wait((self.begin_write(),))
 
     # -- asking
@@ -15749,14 +15748,20 @@ class Ledger:
         if request is not None:
             self.guard.check(limits, request, asyncio.get_running_loop().time())
         if limits.providers or limits.labels:
-            if not self.is_capped:
-                self.is_capped = True
-                await self.flush()
-                await asyncio.wait((self.begin_write(),))  # reads what was spent before
+            await self.read_spending()
             self.spending.check(limits, provider, label, time.time())
+
+    async def read_spending(self) -> None:
+        """Learns what was spent before this process began, once."""
+        if self.reading is None:
+            self.reading = asyncio.ensure_future(self.flush(reads=True))
+        if not self.reading.done():
+            await asyncio.wait((self.reading,))
 
     async def report(self, query: UsageQuery, limits: LimitsConfig) -> Json:
         """What `/v1/usage` answers."""
+        if limits.providers or limits.labels:
+            await self.read_spending()
         await self.flush()
         loop = asyncio.get_running_loop()
         now = time.time()

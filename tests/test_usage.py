@@ -681,14 +681,19 @@ def test_a_cap_is_a_429_in_the_callers_words_and_nothing_goes_up() -> None:
         assert ask(gateway, "hi", "gpt-4.1").status == 429  # a reset lifts no cap
 
 
-def test_caps_know_what_an_earlier_process_has_spent() -> None:
+@pytest.mark.parametrize("first", ["requests", "report"])
+def test_caps_know_what_an_earlier_process_has_spent(first: str) -> None:
     with ExitStack() as stack:
         fake = stack.enter_context(FakeCopilot())
         gateway = stack.enter_context(signed_in(fake, CAPPED))
         assert ask(gateway, "hi", "gpt-4.1").status == 200
         assert gateway.stop() == 0
         gateway.start_again()
-        assert ask(gateway, "hi", "gpt-4.1").status == 429
+        if first == "report":
+            assert usage(gateway)["limits"][0]["used"] > 1
+        with ThreadPoolExecutor(8) as pool:  # all at once, before anything else was asked
+            replies = list(pool.map(lambda _: ask(gateway, "hi", "gpt-4.1"), range(8)))
+        assert {reply.status for reply in replies} == {429}
 
 
 def test_a_program_in_a_loop_is_stopped() -> None:
