@@ -21437,9 +21437,14 @@ def table_lines(rows: list[list[str]]) -> list[str]:
     return ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
 
 
-def print_table(head: tuple[str, ...], rows: list[list[str]]) -> None:
-    """Columns as wide as they must be."""
-    print("\n".join(table_lines([list(head), *rows])))
+def print_table(head: tuple[str, ...], rows: list[list[str]], spare: tuple[str, ...] = ()) -> None:
+    """Columns as wide as they must be; where that is too wide, those in `spare` go, in order."""
+    table = [list(head), *rows]
+    for name in spare:
+        if max(map(len, table_lines(table))) > shutil.get_terminal_size().columns:
+            at = table[0].index(name)
+            table = [[*row[:at], *row[at + 1 :]] for row in table]
+    print("\n".join(table_lines(table)))
 
 
 def show(options: argparse.Namespace, found: Json, print_it: Callable[[Json], None]) -> int:
@@ -21541,7 +21546,7 @@ def print_models(found: Json) -> None:
     print_table(("MODEL", "PROVIDER", "CONTEXT", "OUTPUT"), rows)
 
 
-BAR_WIDTH = 16
+BAR_WIDTH = 10
 USAGE_HEAD = (
     "REQUESTS",
     "ERRORS",
@@ -21595,7 +21600,8 @@ def print_usage(report: Json) -> None:
     if len(rows) > 1:
         blank = [""] * (len(names) - 1)
         cells.append(["total", *blank, *usage_cells(report["total"], 0)])
-    print_table((*map(str.upper, names), *USAGE_HEAD), cells)
+    spare = ("FIRST BYTE", "TIME", "ERRORS", "TOKENS", "CACHED")
+    print_table((*map(str.upper, names), *USAGE_HEAD), cells, spare)
     if report["since"]:
         print(f"since {shown_minute(report['since'])}; ~ is derived or estimated")
     for row in report["limits"]:
@@ -21631,7 +21637,7 @@ def print_recent(answers: list[Json]) -> None:
             ]
         )
     head = ("WHEN", "MODEL", "LABEL", "END", "TIME", "FIRST BYTE", "INPUT", "CACHED", "OUTPUT")
-    print_table((*head, "CREDITS"), rows)
+    print_table((*head, "CREDITS"), rows, ("FIRST BYTE", "CACHED", "LABEL"))
 
 
 def print_usage_csv(report: Json) -> None:
@@ -21678,14 +21684,11 @@ def print_cache(report: Json) -> None:
             print(f"{verdict}: {meaning}")
 
 
-QUOTA_BAR_WIDTH = 10
-
-
 def shown_share(percent: float | None) -> str:
     """` 42 %  ####`, `-` for none; 100 % only where it is all used."""
     if percent is None:
         return "-"
-    return f"{int(percent):3d} %  {shown_bar(percent / 100, QUOTA_BAR_WIDTH)}"
+    return f"{int(percent):3d} %  {shown_bar(percent / 100, BAR_WIDTH)}"
 
 
 def shown_reset(moment: float | None, now: float) -> str:
