@@ -23,7 +23,7 @@ Map
     7  Conversation     Chat, events, usage, the invariant checker, token estimate
     8  Dialects         the contract; chat; messages; responses; Kiro; the flow of one answer
     9  Upstream rules   what Copilot and Kiro refuse, add and mean: the pure half of the providers
-   10  Routing          model names, rate limit; what answers cost, and may cost
+   10  Routing          model names, rate limit; usage, limits, metrics, the cache guard
    ==  the I/O line: above it no socket, file, clock, randomness or await
    11  Ticker           the log, one coarse clock for every deadline, connections
    12  HTTP client      connection pool, TLS, proxies, streamed bodies
