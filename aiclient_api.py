@@ -15283,7 +15283,7 @@ ADD_SUMS = insert_sql("sums", ("slot", *SUM_KEYS, *SUM_FIELDS), SUM_FIELDS)
 ADD_SPENT = insert_sql(
     "spent", ("day", "provider", "label", "tokens", "nano_credits"), ("tokens", "nano_credits")
 )
-# The sums' key -> what tells groups apart, in SQL and of a row in memory.
+# What tells groups of sums apart -> the same in SQL.
 GROUP_SQL = {
     "day": f"strftime('%Y-%m-%d', slot * {SLOT_SECONDS}, 'unixepoch', 'localtime')",
     **{name: name for name in SUM_KEYS},
@@ -15536,14 +15536,16 @@ class UsageStore:
         connection.execute("DELETE FROM spent WHERE day < ?", (day,))
 
     def reset(self) -> bool:
-        """Forgets all but what caps look at; whether that went well."""
-        self.answers, self.sums = [], {}
+        """Forgets all but what caps look at; whether that went well: else nothing is forgotten."""
 
         def work(connection: sqlite3.Connection) -> None:
             connection.execute("DELETE FROM answers")
             connection.execute("DELETE FROM sums")
 
-        return self.do(work)
+        is_done = self.do(work)
+        if is_done:
+            self.answers, self.sums = [], {}
+        return is_done
 
     # -- reading
 
@@ -15619,11 +15621,11 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
     connection.execute("BEGIN IMMEDIATE")
     try:
         yield
+        connection.execute("COMMIT")
     except BaseException:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
-    connection.execute("COMMIT")
 
 
 class Ledger:
@@ -16139,7 +16141,7 @@ def account_status(provider: CopilotProvider | KiroProvider) -> Json:
 
 def come_back(at: float) -> str:
     """The hint of spent credits; `at` in Unix seconds."""
-    return f"They come back on {time.strftime('%Y-%m-%d', time.gmtime(at))}."
+    return f"They come back on {plain_day(at)}."
 
 
 class Attempt:
@@ -21378,7 +21380,7 @@ def shown_duration(seconds: float) -> str:
 
 def shown_figure(value: Any) -> str:
     """A number in few characters, `-` for none."""
-    return "-" if value is None else f"{value:,.2f}".rstrip("0").rstrip(".")
+    return "-" if value is None else plain_figure(value)
 
 
 def shown_credits(value: float) -> str:
@@ -21390,7 +21392,7 @@ def shown_credits(value: float) -> str:
 
 def shown_day(moment: float | None) -> str:
     """A day in UTC, `-` for none."""
-    return time.strftime("%Y-%m-%d", time.gmtime(moment)) if moment else "-"
+    return plain_day(moment or 0.0) or "-"
 
 
 # Eighths of a character; in a terminal that has no such letters whole ones.

@@ -324,6 +324,17 @@ def test_a_reset_forgets_all_but_what_caps_look_at(store: gw.UsageStore) -> None
     assert spent == [("2026-11-22", "p", "l", 66, 42)]
 
 
+def test_a_reset_that_fails_forgets_nothing(store: gw.UsageStore, path: str) -> None:
+    store.write([answer(1)])
+    store.take([answer(2)])
+    with closing(sqlite3.connect(path, isolation_level=None)) as holder:
+        holder.execute("BEGIN EXCLUSIVE")
+        assert not store.reset()
+        holder.execute("ROLLBACK")
+    store.write([])
+    assert report(store)["total"]["request_count"] == 2
+
+
 def test_what_costs_nothing_is_no_spending(store: gw.UsageStore) -> None:
     assert store.write([answer(1, costs=False)], "2026-11-01") == []
     assert report(store)["total"]["request_count"] == 1
