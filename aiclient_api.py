@@ -229,6 +229,9 @@ MAX_JSON_KEYS = 1000  # at the top level of a body; no API has 100
 MAX_JSON_DEPTH = 100
 MAX_INLINED_REFS = 300  # of one tool's schema
 MAX_ERROR_TEXT = 4000  # characters of an error message
+MAX_REFUSAL_TEXT = 2000  # characters kept of an upstream's message
+MAX_CODE_TEXT = 100  # and of its code
+MAX_LOG_LINE = 16_000  # characters; of a traceback, too
 MAX_ERROR_BODY_BYTES = 64 * KIB  # of an upstream's error answer; the rest is not read
 MAX_WHOLE_ANSWER_BYTES = 64 * MIB  # of an upstream's JSON answer
 FIRST_PARSED_EVENTS = 4  # of a read, before its plain deltas are copied
@@ -838,7 +841,7 @@ def load_body(data: bytes) -> Json:
     except UnicodeDecodeError:
         raise InvalidRequest("The body is not UTF-8.") from None
     except ValueError as error:
-        raise InvalidRequest(f"The body is not valid JSON: {redact(str(error))[:200]}.") from None
+        raise InvalidRequest(f"The body is not valid JSON: {redact(str(error), 200)}.") from None
     if is_deeper(body, MAX_JSON_DEPTH):
         raise InvalidRequest(f"The body is nested deeper than {MAX_JSON_DEPTH} levels.")
     return body
@@ -951,38 +954,21 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     return [by_lower[item] for item in found]
 
 
+# Each shape matches from its first characters on, however it ends: text may be cut behind them.
 SECRET_SHAPES = re.compile(
     r"gh[opsur]_[A-Za-z0-9_]{4,}|github_pat_\w{4,}|tid=[^\s\"']+"
     r"|(?i:bearer|token)\s+(?=[^\s\"']*[0-9_-]|[^\s\"']{20})[^\s\"']{8,}"
-    r"|ao[ar][A-Za-z0-9_.:/+=-]{8,}|ksk_\w{4,}|eyJ[\w-]{4,}\.[\w-]+\.[\w-]*|sk-[\w-]{8,}"
+    r"|ao[ar][A-Za-z0-9_.:/+=-]{8,}|ksk_\w{4,}|eyJ[\w-]{4,}(?:\.[\w-]*){0,2}|sk-[\w-]{8,}"
 )
+SECRET_MARGIN = 64  # characters; more than the shortest match of any shape
 
 
-# No shape without one of these: spares the search where there is nothing to find.
-SECRET_MARKS = (
-    "gh",
-    "git",
-    "tid=",
-    "earer",
-    "EARER",
-    "oken",
-    "OKEN",
-    "aoa",
-    "aor",
-    "ksk_",
-    "eyJ",
-    "sk-",
-)
+def redact(text: str, limit: int) -> str:
+    """The first `limit` characters of `text`, without anything that looks like a secret.
 
-
-def redact(text: str, live: Iterable[str] = ()) -> str:
-    """`text` without anything that looks like, or is known to be, a secret."""
-    for secret in live:
-        if secret:
-            text = text.replace(secret, "[secret]")
-    if any(mark in text for mark in SECRET_MARKS):
-        text = SECRET_SHAPES.sub("[secret]", text)
-    return text
+    What is cut off is never searched; a secret that begins before the limit is still recognised.
+    """
+    return SECRET_SHAPES.sub("[secret]", text[: limit + SECRET_MARGIN])[:limit]
 
 
 # ---- 4. Configuration --------------------------------------------------------------------------
@@ -4001,7 +3987,8 @@ def read_stream_error(value: Any) -> ApiError:
     """The error in an error frame: an object with message, type and code, or a string."""
     said = value if isinstance(value, dict) else {"message": value}
     message = said.get("message")
-    words = redact(message)[:2000] if isinstance(message, str) and message else "no reason given"
+    words = redact(message, MAX_REFUSAL_TEXT) if isinstance(message, str) else ""
+    words = words or "no reason given"
     if said.get("code") == "context_length_exceeded":
         return ContextTooLong()
     for key in (said.get("code"), said.get("type")):
@@ -7550,20 +7537,21 @@ def judge_kiro_words(code: str, reason: str, message: str) -> Verdict | None:
         return None
     if fault.error is ContextTooLong:
         return Verdict(ContextTooLong())
-    words = ": ".join(filter(None, [fault.text, redact(message)[:2000].strip(" .")]))
+    words = ": ".join(filter(None, [fault.text, message.strip(" .")]))
     tail = f" ({reason})" if reason and reason not in message else ""
     return Verdict(fault.error(f"{words}{tail}.", hint=fault.hint), fault.remedy)
 
 
 def read_kiro_words(said: Json) -> tuple[str, str, str]:
-    """(code, reason, message) in an error's object, whichever names its members have."""
+    """(code, reason, message) in an error's object, whichever names its members have; redacted."""
     inner = details(said, "Output") or said
     code = next((inner[k] for k in ("code", "__type") if isinstance(inner.get(k), str)), "")
     reason = inner.get("reason")
     keys = ("message", "Message", "errorMessage", "error")
     message = next((inner[k] for k in keys if isinstance(inner.get(k), str)), "")
-    code = code.rpartition("#")[2].partition(":")[0]
-    return code, reason if isinstance(reason, str) else "", message
+    code = redact(code.rpartition("#")[2].partition(":")[0], MAX_CODE_TEXT)
+    reason = redact(reason, MAX_CODE_TEXT) if isinstance(reason, str) else ""
+    return code, reason, redact(message, MAX_REFUSAL_TEXT)
 
 
 # The request.  Rules, each a function of its own, turn any conversation into one that the service
@@ -8428,7 +8416,7 @@ class KiroReader:
             self.reason = "MODEL_CONTEXT_WINDOW_EXCEEDED"
             events += self.end()
             return
-        words = redact(message)[:2000] or code or "no reason given"
+        words = message or code or "no reason given"
         failure = UpstreamError(f"Kiro failed while it answered: {words}")
         events.append(Failed(verdict.error if verdict else failure))
 
@@ -10455,15 +10443,18 @@ def unwrap_error(value: Any, depth: int = 3) -> tuple[str, str]:
 
 
 def read_error_answer(status: int, data: bytes) -> tuple[str, str]:
-    """(message, code) of an error answer, whatever its type claims: JSON, text, HTML, nothing."""
+    """(message, code) of an error answer, whatever its type claims: JSON, text, HTML, nothing.
+
+    Both are redacted, and cut before anything searches them.
+    """
     text = data.decode("utf-8", "replace").strip()
     value = load_object(text) if text.startswith("{") else None
     if value is not None:
         message, code = unwrap_error(value)
-        return redact(message)[:2000], code
+        return redact(message, MAX_REFUSAL_TEXT), redact(code, MAX_CODE_TEXT)
     if "<html" in text[:2000].lower() or text[:9].lower() == "<!doctype":
         return f"the upstream returned HTML, status {status}", ""
-    return redact(text)[:2000], ""
+    return redact(text, MAX_REFUSAL_TEXT), ""
 
 
 def parse_retry_after(value: str | None, now: float) -> float | None:
@@ -10486,7 +10477,7 @@ WAIT_WORDS = re.compile(
     r"((?:\d+(?:\.\d+)?\s*(?:s|secs?|seconds?|m|mins?|minutes?|h|hrs?|hours?|d|days?)\b[\s,and]*)+)",
     re.IGNORECASE,
 )
-WAIT_PART = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd])", re.IGNORECASE)
+WAIT_PART = re.compile(r"(?<!\d)(\d+(?:\.\d+)?)\s*([smhd])", re.IGNORECASE)
 WAIT_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 # As in "resets at 2026-12-01T00:00:00Z" and "try again after 2026-12-01".
 RESET_WORDS = re.compile(
@@ -10524,8 +10515,8 @@ TOKEN_COUNTS = (
 )
 TOO_LONG = ("context_length_exceeded", "model_max_prompt_tokens_exceeded")
 TOO_LONG_WORDS = ("prompt is too long", "too large for model context window", "context length")
-BETA_REFUSED = re.compile(r"Unexpected value\(s\) (.+?) for the `?anthropic-beta`? header")
-EXTRA_FIELD = re.compile(r"([\w.]+): Extra inputs are not permitted")
+BETA_REFUSED = re.compile(r"Unexpected value\(s\) (.{1,500}?) for the `?anthropic-beta`? header")
+EXTRA_FIELD = re.compile(r"(?<![\w.])([\w.]+): Extra inputs are not permitted")
 # Losing one of these would change what the caller asked for.
 SEMANTIC_FIELDS = ("model", "messages", "system", "tools", "input", "max_tokens", "stream")
 
@@ -10696,9 +10687,10 @@ def judge_exchange(status: int, headers: Headers, data: bytes, now: float) -> Ve
         said = envelope.get("message")
         why = FINAL_NOTICES.get(str(notice)) or (said if isinstance(said, str) else message)
         url = envelope.get("url")
-        hint = f"See {url}" if isinstance(url, str) and url.startswith(f"{GITHUB_URL}/") else ""
+        is_ours = isinstance(url, str) and url.startswith(f"{GITHUB_URL}/")
+        hint = f"See {redact(url, 300)}" if is_ours else ""
         error = NotEntitled(
-            f"GitHub refuses Copilot: {redact(why)[:300] or 'no reason'}.",
+            f"GitHub refuses Copilot: {redact(why, 300) or 'no reason'}.",
             hint=hint or "GitHub decides this: see https://github.com/settings/copilot.",
         )
         return Verdict(error, "wait" if notice == "server_error" else "")
@@ -11685,7 +11677,7 @@ def judge_kiro(status: int, headers: Headers, data: bytes, now: float) -> Verdic
 
 def judge_kiro_status(status: int, message: str) -> Verdict:
     """What is left when the words say nothing."""
-    words = f": {redact(message)[:1000].strip(' .')}." if message else "."
+    words = f": {message.strip(' .')}." if message else "."
     if status == 401:
         return Verdict(NotSignedIn(f"Kiro does not accept the token{words}"), "refresh")
     if status == 402:
@@ -11813,7 +11805,7 @@ def judge_poll(status: int, headers: Headers, data: bytes) -> Poll:
     if status == 429 or status >= 500:
         return Poll("unreachable", body, f"status {status}")
     said = body.get("error_description") or body.get("message") or name or f"status {status}"
-    return Poll("failed", body, redact(str(said))[:300])
+    return Poll("failed", body, redact(str(said), 300))
 
 
 def b64url(data: bytes) -> str:
@@ -11861,7 +11853,7 @@ def read_callback(url: str, state: str, option: str) -> Callback:
         raise ValueError("it does not belong to this sign-in")
     if said.get("error"):
         words = said.get("error_description") or said["error"]
-        raise SignInFailed(f"the sign-in page says: {redact(words)[:300]}")
+        raise SignInFailed(f"the sign-in page says: {redact(words, 300)}")
     option = said.get("login_option", option)
     if option in ("google", "github") and not said.get("code"):
         raise ValueError("it holds no code")
@@ -13284,7 +13276,7 @@ def log_event(level: str, event: str, **details_: object) -> None:
     for key, value in details_.items():
         text = str(value)
         words.append(f"{key}={text if PLAIN_WORD.fullmatch(text) else json.dumps(text)}")
-    logger.log(number, redact(" ".join(words)))
+    logger.log(number, redact(" ".join(words), MAX_LOG_LINE))
 
 
 class SecondFormatter:
@@ -13309,7 +13301,8 @@ class SecondFormatter:
         level = record.levelname
         line = f"{self.stamp}.{int(record.msecs):03d}Z {level} {record.getMessage()}"
         if record.exc_info:
-            line += "\n" + redact(logging.Formatter().formatException(record.exc_info))
+            trace = logging.Formatter().formatException(record.exc_info)
+            line += "\n" + redact(trace, MAX_LOG_LINE)
         return self.priorities.get(level, "") + line
 
 
@@ -22455,7 +22448,7 @@ def run_manager(commands: list[list[str]]) -> None:
         except OSError as error:
             raise ProgramError(f"{command[0]} cannot be run: {error.strerror}") from None
         if done.returncode:
-            said = redact(done.stderr.strip())[:MAX_ERROR_TEXT]
+            said = redact(done.stderr.strip(), MAX_ERROR_TEXT)
             raise ProgramError(f"{' '.join(command)} failed: {said or done.returncode}")
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from aiclient_api import (
-    MAX_JSON_COMMAS,
     MAX_JSON_DEPTH,
+    MAX_JSON_KEYS,
+    MAX_JSON_MARKS,
     BodyTooLarge,
     InvalidRequest,
     bool_field,
@@ -157,10 +159,49 @@ def test_a_body_may_be_nested_as_deep_as_the_limit_says() -> None:
                     load_body(text.encode())
 
 
-def test_a_body_of_tiny_values_is_refused_before_it_is_parsed() -> None:
+@pytest.mark.parametrize("tiny", [b"1,", b"[],", b"{},", b'{"":[]},', b'"",', b"[[[[[[[[]]]]]]]],"])
+def test_a_body_of_tiny_values_is_refused_before_it_is_parsed(tiny: bytes) -> None:
     """Thirty megabytes of them would stop every stream for seconds."""
     with pytest.raises(BodyTooLarge):
-        load_body(b'{"a":[' + b"1," * MAX_JSON_COMMAS + b"1,1]}")
+        load_body(b'{"a":[' + tiny * (MAX_JSON_MARKS + 1) + b"1]}")
+
+
+@pytest.mark.parametrize("text", ["1,2;[x]{y}:\n", '\\",', "\\\\,", '\\\\\\",:'])
+def test_what_stands_inside_a_string_is_not_counted(text: str) -> None:
+    """A table in a prompt is one value, however many commas it has."""
+    table = (text * MAX_JSON_MARKS).replace("\n", "\\n")
+    assert len(load_body(b'{"a":["%b","x"]}' % table.encode())["a"]) == 2
+
+
+def test_a_quote_that_is_never_closed_costs_no_more_than_its_length() -> None:
+    """Each of the quotes behind it would start a search of its own."""
+    for size in (200_000, 800_000):
+        begun = time.process_time()
+        with pytest.raises((InvalidRequest, BodyTooLarge)):
+            load_body(b'{"a":"' + b'\\",' * size)
+        assert time.process_time() - begun < size * 2e-6
+
+
+def test_the_keys_at_the_top_are_read_in_one_pass() -> None:
+    """They are compared with each other, not searched for in the text."""
+    long = "x" * 1_000_000
+    keys = {f"k{number}": long[:1000] for number in range(MAX_JSON_KEYS)}
+    begun = time.process_time()
+    assert load_body(json.dumps(keys).encode()) == keys
+    assert time.process_time() - begun < 0.2
+    with pytest.raises(InvalidRequest, match="keys"):
+        load_body(json.dumps({**keys, "more": 1}).encode())
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\n", "\t \r\n"])
+def test_blanks_may_stand_between_all_members(blank: str) -> None:
+    """RFC 8259 section 2; what stands behind the object is refused."""
+    text = blank.join(["", "{", '"a"', ":", "[1]", ",", '"\\u0062"', ":", "null", "}", ""])
+    assert load_body(text.encode()) == {"a": [1], "b": None}
+    assert load_body(f"{blank}{{{blank}}}{blank}".encode()) == {}
+    for broken in (text + "x", text + "{}", text.replace(",", ",,"), text.replace("null", "")):
+        with pytest.raises(InvalidRequest, match="not valid JSON"):
+            load_body(broken.encode())
 
 
 FIELDS: list[tuple[Callable[..., Any], list[Any], list[Any], Any]] = [
@@ -244,20 +285,32 @@ SECRETS = [
 )
 def test_what_looks_like_a_secret_is_taken_out(secret: str, around: str) -> None:
     """The forms of GitHub, Copilot, OpenAI, Anthropic and of JWTs."""
-    shown = redact(around.format(secret))
+    shown = redact(around.format(secret), 1000)
     assert secret not in shown and "[secret]" in shown
     assert not any(secret[at : at + 12] in shown for at in range(4, len(secret) - 12))
 
 
-def test_a_known_secret_is_taken_out_whatever_it_looks_like() -> None:
-    """An api_key of the user may be any word; an empty one must not match everywhere."""
-    assert redact("the word hunter2 leaked", ["", "hunter2"]) == "the word [secret] leaked"
+@pytest.mark.parametrize("secret", SECRETS)
+def test_a_secret_that_the_limit_cuts_in_two_is_taken_out_all_the_same(secret: str) -> None:
+    """Text is cut before it is searched: what is left of a secret is one still."""
+    for limit in range(1, len(secret) + 20):
+        shown = redact(f"why: {secret} " + "x" * 500, limit)
+        assert len(shown) <= limit
+        assert not any(secret[at : at + 12] in shown for at in range(4, len(secret) - 12))
+
+
+def test_what_stands_behind_the_limit_costs_nothing() -> None:
+    """An upstream's error may be a frame of megabytes, made to be hard to search."""
+    begun = time.process_time()
+    for hard in ("eyJaaaa", "token ", "Bearer\t", "gho_a", "sk-a", "aoa", "tid=", "eyJ.-."):
+        assert len(redact(hard * 1_000_000, 2000)) <= 2000
+    assert time.process_time() - begun < 0.1
 
 
 def test_ordinary_words_stay() -> None:
     """Redaction may not eat an upstream's reason."""
     text = "prompt token count of 200001 exceeds the limit of 128000; use a token later"
-    assert redact(text) == text
+    assert redact(text, 1000) == text
 
 
 def test_json_survives_a_round_trip_byte_for_byte() -> None:
