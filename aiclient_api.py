@@ -112,7 +112,15 @@ import zlib
 from array import array
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TextIO, TypeVar
 
@@ -290,6 +298,12 @@ MAX_CHAT_STOPS = 4  # OpenAI
 MAX_EMBEDDED = 256  # texts at a time: Copilot takes 512, VS Code sends 256
 EMBEDDINGS_SECONDS = 60.0
 REASONING_MEMORY_ENTRIES = 500
+# What an upstream refused is left out of later requests; a service that changed its mind, or that
+# refused one client's oddity, is asked again after an hour, at the price of one refused attempt.
+LESSON_SECONDS = 3600.0
+MAX_LESSONS = 16  # of one model in one dialect; a client made by hand adds no more
+MAX_LESSON_SCOPES = 64  # models and dialects
+MAX_LESSON_STEPS = 12  # of a path; the deepest known has 9
 
 # The cache guard.
 CACHE_LIFE_SECONDS = 300.0  # Anthropic: 5 min since the last use; OpenAI: 5 to 10
@@ -711,6 +725,8 @@ class Verdict:
     for_all: bool = False
     #: seconds until it ought to pass, where that is known and no wait for a program
     passes_s: float | None = None
+    #: what a repair has to heed, as `Learned` remembers it
+    lessons: list[tuple[str, str]] = field(default_factory=list)
 
 
 class WireError(Exception):
@@ -802,7 +818,7 @@ def scan_object(text: str) -> Json | None:
     try:
         mark = JSON_OPENING.match(text)
         while mark is not None and mark[1]:
-            key, end = json.decoder.scanstring(text, mark.end())
+            key, end = json_decoder.parse_string(text, mark.end())
             if key in found:
                 raise InvalidRequest("The body has a key twice at its top level.")
             if len(found) == MAX_JSON_KEYS:
@@ -7529,12 +7545,22 @@ KIRO_FAULTS = (
 )
 
 
+KIRO_PATTERNS = [(fault, re.compile(fault.pattern)) for fault in KIRO_FAULTS]
+LASTING_REMEDIES = ("rest", "pause", "refresh")  # they concern more than one request
+
+
 def judge_kiro_words(code: str, reason: str, message: str) -> Verdict | None:
     """What a refusal in Kiro's own words means, of a status or inside of a stream."""
-    said = f"{code} {reason}: {message}"
-    fault = next((fault for fault in KIRO_FAULTS if re.search(fault.pattern, said)), None)
-    if fault is None:
+    named, worded = (
+        next((row for row, pattern in KIRO_PATTERNS if pattern.search(text)), None)
+        for text in (f"{code} {reason}", message)
+    )
+    if named and worded and named.error is InvalidRequest and worded.remedy in LASTING_REMEDIES:
+        worded = None  # a message about the request may repeat the client's own words
+    found = [fault for fault in (named, worded) if fault is not None]
+    if not found:
         return None
+    fault = min(found, key=KIRO_FAULTS.index)
     if fault.error is ContextTooLong:
         return Verdict(ContextTooLong())
     words = ": ".join(filter(None, [fault.text, message.strip(" .")]))
@@ -9079,7 +9105,7 @@ INTERLEAVED_BETA = "interleaved-thinking-2025-05-14"
 CONTEXT_BETA = "context-management-2025-06-27"
 
 
-def messages_betas(body: Json, asked: str, refused: set[str], model: Model) -> str:
+def messages_betas(body: Json, asked: str, refused: Collection[str], model: Model) -> str:
     """`anthropic-beta` for a scrubbed messages body: what Copilot knows and this body needs.
 
     Of the caller's own only interleaved thinking counts, which adaptive models have anyway.
@@ -9096,18 +9122,34 @@ def messages_betas(body: Json, asked: str, refused: set[str], model: Model) -> s
 # 9.3 what is taken out of bodies
 
 
-@dataclass(slots=True)
-class Learned:
-    """What the upstream refused once: left out from then on, for the life of the process."""
+#: kind of lesson -> what of it one model refuses: "thinking" (a budget), "effort" (levels),
+#: "system" (turns), "beta" (names), "field" (dotted paths, `*` for any list index)
+Lessons = Mapping[str, Collection[str]]
 
-    #: model -> dotted field paths, `*` for any list index
-    fields: dict[str, set[str]] = field(default_factory=dict)
-    betas: set[str] = field(default_factory=set)
-    #: models that take only adaptive thinking
-    adaptive: set[str] = field(default_factory=set)
-    no_effort: set[str] = field(default_factory=set)
-    #: models without the system role inside messages
-    no_system_turns: set[str] = field(default_factory=set)
+
+class Learned:
+    """What an upstream refused: left out from then on, for that model and dialect, for a time."""
+
+    def __init__(self) -> None:
+        #: (model, dialect) -> (kind, name) -> when it is forgotten, monotonic
+        self.scopes: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
+
+    def learn(self, model: str, dialect: str, news: Iterable[tuple[str, str]], now: float) -> None:
+        """Remembers `(kind, name)` pairs; the oldest go where there are too many."""
+        scope = self.scopes.setdefault((model, dialect), {})
+        for lesson in news:
+            scope[lesson] = now + LESSON_SECONDS
+        for table, most in ((scope, MAX_LESSONS), (self.scopes, MAX_LESSON_SCOPES)):
+            while len(table) > most:
+                del table[next(iter(table))]
+
+    def lessons(self, model: str, dialect: str, now: float) -> Lessons:
+        """What holds for one model in one dialect."""
+        found: dict[str, list[str]] = {}
+        for (kind, name), until in self.scopes.get((model, dialect), {}).items():
+            if now < until:
+                found.setdefault(kind, []).append(name)
+        return found
 
 
 @dataclass(slots=True)
@@ -9116,7 +9158,7 @@ class Scrub:
 
     body: Json
     model: Model
-    learned: Learned
+    lessons: Lessons
     #: names of what was left out
     dropped: list[str]
 
@@ -9213,7 +9255,7 @@ def settle_messages(scrub: Scrub) -> None:
             blocks = [block for part in content or () for block in read_raw_part(part)]
         turns.append(Turn(str(message.get("role")), blocks))
     turns = settle_turns(turns)
-    if scrub.model.id in scrub.learned.no_system_turns or not takes_system_turns(scrub.model.id):
+    if "system" in scrub.lessons or not takes_system_turns(scrub.model.id):
         turns = downgrade_native_system(turns, every=True)
     else:
         turns = downgrade_native_system(turns, every=False)
@@ -9535,7 +9577,7 @@ def fit_thinking(scrub: Scrub) -> None:
     settings = dict_field(body, "output_config")
     effort = settings.get("effort")
     kind = thinking.get("type")
-    adaptive = model.adaptive or model.id in scrub.learned.adaptive
+    adaptive = model.adaptive or "thinking" in scrub.lessons
     if is_forced(body.get("tool_choice") or {}):
         body.pop("thinking", None)
         kind = None
@@ -9560,7 +9602,7 @@ def fit_budget(scrub: Scrub, thinking: Json, adaptive: bool) -> None:
     body.pop("thinking")
     if budget <= 0:
         return
-    if adaptive and (model.budget is None or model.id in scrub.learned.adaptive):
+    if adaptive and (model.budget is None or "thinking" in scrub.lessons):
         body["thinking"] = {"type": "adaptive", "display": thinking.get("display", "summarized")}
         settings = {"effort": effort_of_budget(budget), **dict_field(body, "output_config")}
         body["output_config"] = settings
@@ -9577,12 +9619,12 @@ def fit_effort(scrub: Scrub) -> None:
     body, model = scrub.body, scrub.model
     settings = dict(dict_field(body, "output_config"))
     effort = settings.pop("effort", None)
-    if isinstance(effort, str) and effort in EFFORTS and model.id not in scrub.learned.no_effort:
+    if isinstance(effort, str) and effort in EFFORTS:
         listed = model.efforts
         if details(body, "thinking").get("type") == "disabled":
             listed = tuple(item for item in listed if item not in ("xhigh", "max"))
         level = clamp_effort(effort, listed)
-        if level:
+        if level and level not in scrub.lessons.get("effort", ()):
             settings["effort"] = level
     # What remains (task_budget) is known to no backend.
     body["output_config"] = {key: value for key, value in settings.items() if key == "effort"}
@@ -9641,25 +9683,48 @@ def fit_context_management(scrub: Scrub) -> None:
 
 def strip_learned(scrub: Scrub) -> None:
     """Fields this model refused before."""
-    for path in sorted(scrub.learned.fields.get(scrub.model.id, ())):
-        if strip_path(scrub.body, path.split(".")):
-            scrub.dropped.append(path)
+    paths = scrub.lessons.get("field", ())
+    if paths:
+        dropped: dict[str, None] = {}
+        scrub.body = without_fields(scrub.body, field_tree(paths), dropped)
+        scrub.dropped += dropped
 
 
-def strip_path(value: Any, path: list[str]) -> bool:
-    """Removes the field at `path`, at any list index; whether there was one.
+def field_tree(paths: Iterable[str]) -> Json:
+    """Dotted paths as nested objects, `{"a": {"b": "a.b"}}`, so that a body is walked once."""
+    tree: Json = {}
+    for path in paths:
+        *steps, last = path.split(".")
+        node = tree
+        for step in steps:
+            node = node.setdefault(step, {})
+            if isinstance(node, str):
+                break  # what holds it is refused already
+        else:
+            node[last] = path
+    return tree
 
-    A step that is not there is passed over: the validator names variants in its paths, like
-    `tools.0.custom.strict` for a tool without `custom`.
+
+def without_fields(value: Any, tree: Json, dropped: dict[str, None]) -> Any:
+    """`value` without what the leaves of `tree` name; their paths are added to `dropped`.
+
+    Validators name the type of an object in their paths, as in `tools.0.custom.strict`: such a step
+    stays at that very object.  A tool without a type is a custom one.
     """
-    if isinstance(value, list):
-        rest = path[1:] if path[0] == "*" else path
-        return sum(strip_path(item, rest) for item in value) > 0 if rest else False
+    if isinstance(value, list) and "*" in tree:
+        return [without_fields(item, tree["*"], dropped) for item in value]
     if not isinstance(value, dict):
-        return False
-    if len(path) == 1:
-        return value.pop(path[0], None) is not None
-    return strip_path(value.get(path[0]), path[1:]) or strip_path(value, path[1:])
+        return value
+    value, kind = dict(value), value.get("type", "custom")
+    for step, inner in tree.items():
+        if isinstance(inner, str):
+            if value.pop(step, None) is not None:
+                dropped[inner] = None
+        elif step == kind:
+            value = without_fields(value, inner, dropped)
+        elif step in value:
+            value[step] = without_fields(value[step], inner, dropped)
+    return value
 
 
 MESSAGES_RULES: tuple[Callable[[Scrub], None], ...] = (
@@ -9756,8 +9821,10 @@ def fit_chat_sampling(scrub: Scrub) -> None:
     """Sampling and effort in the combination that the model takes."""
     body, model = scrub.body, scrub.model
     effort = body.pop("reasoning_effort", None)
-    if isinstance(effort, str) and effort in EFFORTS and model.id not in scrub.learned.no_effort:
+    if isinstance(effort, str) and effort in EFFORTS:
         level = clamp_effort(effort, model.efforts)
+        if level in scrub.lessons.get("effort", ()):
+            return
         if level:
             body["reasoning_effort"] = level
         elif model.budget and effort != "none":
@@ -10304,13 +10371,13 @@ def copy_parts(rows: list[Any]) -> list[Any]:
     return copied
 
 
-def scrub_body(dialect: str, body: Json, model: Model, learned: Learned, streaming: bool) -> Scrub:
+def scrub_body(dialect: str, body: Json, model: Model, lessons: Lessons, streaming: bool) -> Scrub:
     """A body as Copilot takes it; raises InvalidRequest for what cannot be left out."""
     own = {**body, "model": model.id, "stream": streaming}
     for key in ("messages", "system", "tools", "input"):
         if isinstance(own.get(key), list):
             own[key] = copy_parts(own[key])
-    scrub = Scrub(own, model, learned, [])
+    scrub = Scrub(own, model, lessons, [])
     for rule in RULES[dialect]:
         rule(scrub)
     return scrub
@@ -10516,9 +10583,62 @@ TOKEN_COUNTS = (
 TOO_LONG = ("context_length_exceeded", "model_max_prompt_tokens_exceeded")
 TOO_LONG_WORDS = ("prompt is too long", "too large for model context window", "context length")
 BETA_REFUSED = re.compile(r"Unexpected value\(s\) (.{1,500}?) for the `?anthropic-beta`? header")
-EXTRA_FIELD = re.compile(r"(?<![\w.])([\w.]+): Extra inputs are not permitted")
-# Losing one of these would change what the caller asked for.
-SEMANTIC_FIELDS = ("model", "messages", "system", "tools", "input", "max_tokens", "stream")
+EXTRA_FIELD = re.compile(r"(?<![^\s,;])([\w.-]{1,300}): Extra inputs are not permitted")
+NOT_SERVED = re.compile(
+    r'(?:The requested )?model "?[\w.:/-]{1,200}"? is not accessible via the /', re.IGNORECASE
+)
+# Losing one of these would change what the caller asked for: at the top of a body, in an object of
+# a type that has it, and in any other object.
+BODY_KEYS = frozenset(
+    (
+        "input",
+        "instructions",
+        "max_tokens",
+        "messages",
+        "model",
+        "output_format",
+        "response_format",
+        "stream",
+        "system",
+        "tool_choice",
+        "tools",
+    )
+)
+TYPED_KEYS: dict[str, tuple[str, ...]] = {
+    "text": ("text", "format"),
+    "thinking": ("thinking", "signature"),
+    "redacted_thinking": ("data",),
+    "tool_use": ("id", "name", "input"),
+    "tool_result": ("tool_use_id", "content", "is_error"),
+    "image": ("source",),
+    "document": ("source",),
+    "custom": ("name", "description", "input_schema"),
+    "function": ("name", "description", "parameters", "arguments", "function"),
+}
+NESTED_KEYS = frozenset(key for keys in TYPED_KEYS.values() for key in keys) | frozenset(
+    (
+        "arguments",
+        "budget_tokens",
+        "call_id",
+        "encrypted_content",
+        "file",
+        "format",
+        "image_url",
+        "json_schema",
+        "media_type",
+        "output",
+        "role",
+        "schema",
+        "summary",
+        "tool_call_id",
+        "tool_calls",
+        "type",
+        "url",
+        "*",
+    )
+)
+# What stands below one of these is the caller's own.
+OWN_DATA = frozenset(("input_schema", "parameters", "arguments", "input", "schema"))
 
 
 # How a replayed reasoning is refused.
@@ -10531,8 +10651,11 @@ STALE_REASONING = (
 )
 
 
-def judge_400(message: str, code: str, model: Model, learned: Learned) -> Verdict:
-    """A 400 of the model service: something to mend, or the caller's to know."""
+def judge_400(message: str, code: str, model: Model, sent: Json, lessons: Lessons) -> Verdict:
+    """A 400 of the model service: something to mend, or the caller's to know.
+
+    `lessons` held when `sent` was written.
+    """
     text = message.lower()
     for pattern in TOKEN_COUNTS:
         found = pattern.search(message)
@@ -10547,14 +10670,19 @@ def judge_400(message: str, code: str, model: Model, learned: Learned) -> Verdic
             param="model",
         )
         return Verdict(error, "relist")
-    if code == "unsupported_api_for_model" or "is not accessible via the" in text:
+    if code == "unsupported_api_for_model" or NOT_SERVED.match(message):
         error_text = f"{model.id} is not served in a dialect this gateway speaks yet."
         return Verdict(InvalidRequest(error_text, param="model"), "reroute")
     refused = InvalidRequest(message or "The upstream refused the request without a reason.")
     if not message:
         return Verdict(refused, "again")
-    if learn_from_400(message, code, model, learned):
-        return Verdict(refused, "repair")
+    if EXTRA_FIELD.search(message):  # then the rest of the message may be the caller's own words
+        known = lessons.get("field", ())
+        news = [("field", path) for path in refused_paths(message) if path not in known]
+    else:
+        news = read_lessons(message, code, sent)
+    if news:
+        return Verdict(refused, "repair", lessons=news)
     if code == "invalid_request_body" or any(words in text for words in STALE_REASONING):
         return Verdict(refused, "forget")
     if "copilot-vision-request" in text:
@@ -10564,36 +10692,42 @@ def judge_400(message: str, code: str, model: Model, learned: Learned) -> Verdic
     return Verdict(refused)
 
 
-def learn_from_400(message: str, code: str, model: Model, learned: Learned) -> bool:
-    """Remembers what the upstream names as refused; whether that is news."""
-    if "thinking.type.enabled" in message:
-        return remember(learned.adaptive, model.id)
+def read_lessons(message: str, code: str, sent: Json) -> list[tuple[str, str]]:
+    """What a refusal teaches, as (kind, name): only of what `sent` has."""
+    if "thinking.type.enabled" in message and details(sent, "thinking").get("type") == "enabled":
+        return [("thinking", "enabled")]
     if code == "invalid_reasoning_effort" or "reasoning_effort" in message:
-        return remember(learned.no_effort, model.id)
+        effort = details(sent, "output_config").get("effort") or sent.get("reasoning_effort")
+        return [("effort", effort)] if isinstance(effort, str) else []
     if 'Unexpected role "system"' in message or "role 'system' is not supported" in message:
-        return remember(learned.no_system_turns, model.id)
-    betas = BETA_REFUSED.search(message)
-    if betas:
-        names = re.findall(r"[\w.-]+", betas[1])
-        return sum(remember(learned.betas, name) for name in names) > 0
-    extra = EXTRA_FIELD.search(message)
-    if extra:
-        path = learned_path(extra[1])
-        if path and path not in SEMANTIC_FIELDS:
-            return remember(learned.fields.setdefault(model.id, set()), path)
-    return False
+        roles = [details({"": turn}, "").get("role") for turn in sent.get("messages", ())]
+        return [("system", "turns")] if "system" in roles else []
+    betas = BETA_REFUSED.match(message)
+    names = re.findall(r"[\w.-]+", betas[1]) if betas else []
+    return [("beta", name) for name in names if name in (INTERLEAVED_BETA, CONTEXT_BETA)]
 
 
-def learned_path(said: str) -> str:
-    """`tools.0.custom.strict` -> `tools.*.custom.strict`."""
-    return ".".join("*" if step.isdigit() else step for step in said.split("."))
+def refused_paths(message: str) -> list[str]:
+    """The paths of the unknown fields that a refusal names, of which nothing asked for depends.
+
+    `tools.0.custom.strict` -> `tools.*.custom.strict`.
+    """
+    paths = []
+    for found in EXTRA_FIELD.finditer(message):
+        steps = ["*" if step.isdecimal() else step for step in found[1].split(".")]
+        if may_lose(steps):
+            paths.append(".".join(steps))
+    return paths
 
 
-def remember(known: set[str], item: str) -> bool:
-    """Adds `item`; whether it was news."""
-    news = item not in known
-    known.add(item)
-    return news
+def may_lose(steps: list[str]) -> bool:
+    """Whether a body means the same without what stands at a path."""
+    *above, last = steps
+    if not above:
+        return last not in BODY_KEYS
+    if len(steps) > MAX_LESSON_STEPS or OWN_DATA & set(above[1:]):
+        return False
+    return last not in TYPED_KEYS.get(above[-1], NESTED_KEYS)
 
 
 ACCOUNT_LIMITS = (
@@ -10605,15 +10739,21 @@ SUPPORT_ID = re.compile(r"[\w:.-]{1,100}", re.ASCII)
 
 
 def judge_copilot(
-    status: int, headers: Headers, data: bytes, model: Model, learned: Learned, now: float
+    status: int,
+    headers: Headers,
+    data: bytes,
+    model: Model,
+    sent: Json,
+    lessons: Lessons,
+    now: float,
 ) -> Verdict:
-    """What an error answer of the model service means; `now` in Unix seconds."""
+    """What an error answer of the model service to `sent` means; `now` in Unix seconds."""
     message, code = read_error_answer(status, data)
     support = headers.get("x-github-request-id", "")
     tail = f" (GitHub request {support})" if SUPPORT_ID.fullmatch(support) else ""
     wait_s = read_wait(headers, message, now)
     if status == 400:
-        return judge_400(message, code, model, learned)
+        return judge_400(message, code, model, sent, lessons)
     if status in (401, 403, 421):
         if b'"authorize_url"' in data:  # a third party's agent wants its own sign-in
             return Verdict(Forbidden(f"Copilot wants another authorization: {message}.{tail}"))
@@ -10687,8 +10827,9 @@ def judge_exchange(status: int, headers: Headers, data: bytes, now: float) -> Ve
         said = envelope.get("message")
         why = FINAL_NOTICES.get(str(notice)) or (said if isinstance(said, str) else message)
         url = envelope.get("url")
-        is_ours = isinstance(url, str) and url.startswith(f"{GITHUB_URL}/")
-        hint = f"See {redact(url, 300)}" if is_ours else ""
+        hint = ""
+        if isinstance(url, str) and url.startswith(f"{GITHUB_URL}/"):
+            hint = f"See {redact(url, 300)}"
         error = NotEntitled(
             f"GitHub refuses Copilot: {redact(why, 300) or 'no reason'}.",
             hint=hint or "GitHub decides this: see https://github.com/settings/copilot.",
@@ -16908,7 +17049,7 @@ class CopilotProvider:
                 return answer
             if status == 200:
                 raise UpstreamError("Copilot's embeddings are not JSON.")
-            verdict = judge_copilot(status, fields_, data, model, self.learned, time.time())
+            verdict = judge_copilot(status, fields_, data, model, body, {}, time.time())
             self.quota_watch.heed(verdict.error)
             renewed = await self.account.renew(token) if verdict.remedy == "refresh" else None
             wait_s = BACKOFF_SECONDS[0] if verdict.wait_s is None else verdict.wait_s
@@ -16986,12 +17127,15 @@ class CopilotAttempt(Attempt):
         self.forgetful = False
         self.interaction = hash_uuid(call.outline.session or call.model.id + call.outline.opening)
         self.kept_dropped = list(call.dropped)
+        self.lessons: Lessons = {}
 
     def body(self) -> Json:
         """The call's body as Copilot takes it today."""
         provider, call = self.provider, self.call
         model = call.model
-        scrub = scrub_body(call.dialect, call.body, model, provider.learned, model.streaming)
+        now = asyncio.get_running_loop().time()
+        self.lessons = provider.learned.lessons(model.id, call.dialect, now)
+        scrub = scrub_body(call.dialect, call.body, model, self.lessons, model.streaming)
         if self.forgetful:
             strip_reasoning(scrub.body)
         elif call.dialect == "responses":
@@ -17023,7 +17167,7 @@ class CopilotAttempt(Attempt):
             headers["Copilot-Vision-Request"] = "true"
         if call.dialect == "messages":
             headers["anthropic-version"] = "2023-06-01"
-            betas = messages_betas(body, call.betas, provider.learned.betas, call.model)
+            betas = messages_betas(body, call.betas, self.lessons.get("beta", ()), call.model)
             if betas:
                 headers["anthropic-beta"] = betas
         headers.update(call.model.headers)
@@ -17035,10 +17179,11 @@ class CopilotAttempt(Attempt):
             self.provider.quota_watch.harvest(answer.headers)
             return None
         data = await self.read_refusal(answer)
-        learned = self.provider.learned
-        verdict = judge_copilot(
-            answer.status, answer.headers, data, self.call.model, learned, time.time()
-        )
+        call = self.call
+        refusal = (answer.status, answer.headers, data)
+        verdict = judge_copilot(*refusal, call.model, call.sent or {}, self.lessons, time.time())
+        now = asyncio.get_running_loop().time()
+        self.provider.learned.learn(call.model.id, call.dialect, verdict.lessons, now)
         self.provider.quota_watch.heed(verdict.error)
         return verdict
 

@@ -1102,6 +1102,31 @@ def test_what_was_refused_once_is_left_out_from_then_on(learner: Pair, name: str
     assert [has_it(call) for call in learner.fake.calls] == [True, False, False]
 
 
+def test_one_clients_stray_field_is_taken_from_nobody_else(learner: Pair) -> None:
+    """The next request goes up with its system prompt, its tools and their names."""
+    said = dump(
+        {
+            "type": "error",
+            "error": {
+                "type": "invalid_request_error",
+                "message": "messages.0.content.0.text.system: Extra inputs are not permitted",
+            },
+        }
+    )
+    model = "claude-sonnet-4.5"
+    learner.fake.calls.clear()
+    learner.fake.queue(Answer(400, {}, said, strict=False))
+    for _ in range(2):
+        learner.fake.queue(streaming(*pieces(MESSAGES, model), strict=False))
+    stray = {"messages": [user([{"type": "text", "text": "hi", "system": "x"}])]}
+    for fields in (stray, {"system": "mind", "tools": [tool(MESSAGES)]}):
+        assert heard(learner.post(MESSAGES, {**asking("hi", model), **fields})).text
+    first, second, other = [call.body for call in learner.fake.calls]
+    assert "system" in first["messages"][0]["content"][0]
+    assert "system" not in second["messages"][0]["content"][0]
+    assert other["system"] and other["tools"][0]["name"]
+
+
 @pytest.mark.parametrize(
     ("path", "model", "why", "code"),
     [

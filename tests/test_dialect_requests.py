@@ -22,7 +22,7 @@ from aiclient_api import (
     Chat,
     Dialect,
     InvalidRequest,
-    Learned,
+    Lessons,
     Model,
     UnsupportedFeature,
     judge_400,
@@ -107,9 +107,9 @@ def c_to_a(body: Json, model: Model = CLAUDE) -> Json:
     return written
 
 
-def a_to_a(body: Json, model: Model = CLAUDE, learned: Learned | None = None) -> Json:
+def a_to_a(body: Json, model: Model = CLAUDE, lessons: Lessons | None = None) -> Json:
     """What Copilot's own messages endpoint is asked."""
-    scrubbed = scrub_body("messages", copy.deepcopy(body), model, learned or Learned(), True)
+    scrubbed = scrub_body("messages", copy.deepcopy(body), model, lessons or {}, True)
     return scrubbed.body
 
 
@@ -827,7 +827,7 @@ def test_a_request_that_says_nothing_is_refused(dialect: str, model: Model, blan
     chat = DIALECTS[dialect].read_request(body)
     other = OTHER[dialect]
     with pytest.raises(InvalidRequest, match=r"^messages: "):
-        scrub_body(other.name, other.write_request(chat, model), model, Learned(), True)
+        scrub_body(other.name, other.write_request(chat, model), model, {}, True)
 
 
 # ---- A>A: Copilot's own messages endpoint ------------------------------------------------------
@@ -882,14 +882,17 @@ def test_a_forced_tool_excludes_thinking_natively() -> None:
 
 def test_a_field_that_was_refused_once_is_left_out_from_then_on() -> None:
     """Case 20."""
-    learned = Learned()
     tool = {"name": "f", "input_schema": {"type": "object"}, "cache_control": {"type": "ephemeral"}}
     body = a_body(tools=[tool])
     message = "tools.0.custom.cache_control: Extra inputs are not permitted"
-    assert "cache_control" in a_to_a(body, learned=learned)["tools"][0]
-    assert judge_400(message, "", CLAUDE, learned).remedy == "repair"
-    assert "cache_control" not in a_to_a(body, learned=learned)["tools"][0]
-    assert judge_400(message, "", CLAUDE, learned).remedy != "repair"
+    sent = a_to_a(body)
+    assert "cache_control" in sent["tools"][0]
+    verdict = judge_400(message, "", CLAUDE, sent, {})
+    assert verdict.remedy == "repair"
+    lessons = {kind: [name] for kind, name in verdict.lessons}
+    sent = a_to_a(body, lessons=lessons)
+    assert "cache_control" not in sent["tools"][0]
+    assert judge_400(message, "", CLAUDE, sent, lessons).remedy != "repair"
 
 
 def test_eager_input_streaming_is_never_sent() -> None:
@@ -1051,7 +1054,7 @@ def test_no_strange_value_in_a_native_body_is_more_than_a_400(dialect: str, body
         for model in (GPT, CLAUDE, NEW_CLAUDE):
             try:
                 DIALECTS[dialect].outline(copy.deepcopy(changed))
-                scrubbed = scrub_body(dialect, copy.deepcopy(changed), model, Learned(), True)
+                scrubbed = scrub_body(dialect, copy.deepcopy(changed), model, {}, True)
                 json.dumps(scrubbed.body)
             except ApiError:
                 pass

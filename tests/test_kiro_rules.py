@@ -1048,6 +1048,18 @@ def judge(status: int, kind: str = "", message: str = "", reason: str | None = N
     return gw.judge_kiro(status, headers, data, NOW)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["MONTHLY_REQUEST_COUNT", "SUSPENDED", "Throttling", "DAILY_REQUEST_COUNT", "ExpiredToken"],
+)
+def test_a_clients_own_words_in_a_refusal_concern_no_other_request(name: str) -> None:
+    """A tool may be named like an account's limit, and the refusal repeats the name."""
+    for reason in (None, "TOOL_SCHEMA_INVALID"):
+        verdict = judge(400, "ValidationException", f"Invalid tool: {name}", reason)
+        assert type(verdict.error) is gw.InvalidRequest
+        assert verdict.remedy == "" and not verdict.for_all
+
+
 INVALID_BEARER = "The bearer token included in the request is invalid."
 SUSPENDED = (
     "Your User ID EXAMPLE temporarily is suspended. We detected unusual user activity and locked it"

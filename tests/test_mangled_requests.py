@@ -108,7 +108,7 @@ def make_call(name: str, body: Json, model: gw.Model, spoken: str) -> bytes:
     terms = gw.Terms("id", 1, "m", asked=body)
     outline = asked.outline(body)
     call = gw.Gateway.write_call(body, asked, upstream, model, terms, outline)
-    scrub = gw.scrub_body(spoken, call.body, model, gw.Learned(), True)
+    scrub = gw.scrub_body(spoken, call.body, model, {}, True)
     upstream.has_image(scrub.body)
     gw.messages_betas(scrub.body, "", set(), model)
     gw.estimate_request(body)

@@ -78,12 +78,12 @@ def function(name: str = "look", schema: Json | None = None, **more: Any) -> Jso
     }
 
 
-def scrub(dialect: str, model: str, learned: gw.Learned | None = None, **fields: Any) -> gw.Scrub:
+def scrub(dialect: str, model: str, lessons: gw.Lessons | None = None, **fields: Any) -> gw.Scrub:
     """A body after the rules; `fields` complete or replace the plainest one."""
     body: Json = {"messages": [user("hello")], **fields}
     if dialect == "messages":
         body.setdefault("max_tokens", 4000)
-    return gw.scrub_body(dialect, body, MODELS[model], learned or gw.Learned(), True)
+    return gw.scrub_body(dialect, body, MODELS[model], lessons or {}, True)
 
 
 def messages(model: str = SONNET, **fields: Any) -> Json:
@@ -674,7 +674,7 @@ def test_a_budget_is_dropped_in_a_tool_loop_that_began_without_a_thought() -> No
 def test_context_edits_stay_away_from_the_long_window() -> None:
     model = gw.Model("claude-opus-4.6-1m", "copilot", ("messages",), max_output=1000)
     body = {"messages": [user("a")], "max_tokens": 5, "context_management": {"edits": []}}
-    scrubbed = gw.scrub_body("messages", body, model, gw.Learned(), True)
+    scrubbed = gw.scrub_body("messages", body, model, {}, True)
     assert "context_management" not in scrubbed.body
     assert scrubbed.dropped == ["context_management"]
 
@@ -1004,7 +1004,7 @@ def test_usage_is_always_asked_for_and_an_empty_prediction_is_not_sent() -> None
     body = chat(stream_options={"include_usage": False, "x": 1}, prediction={"content": ""})
     assert body["stream_options"] == {"include_usage": True}
     assert "prediction" not in body
-    whole = gw.scrub_body("chat", {"messages": [user("a")]}, MODELS["gpt-4.1"], gw.Learned(), False)
+    whole = gw.scrub_body("chat", {"messages": [user("a")]}, MODELS["gpt-4.1"], {}, False)
     assert "stream_options" not in whole.body
 
 
@@ -1049,19 +1049,19 @@ def test_a_second_attempt_is_made_from_an_unchanged_request(dialect: str) -> Non
     model, fields = WHOLE_BODIES[dialect]
     body = {"max_tokens": 4000, **copy.deepcopy(fields)}
     before = copy.deepcopy(body)
-    first = gw.scrub_body(dialect, body, MODELS[model], gw.Learned(), True)
+    first = gw.scrub_body(dialect, body, MODELS[model], {}, True)
     once = copy.deepcopy(first.body)
-    second = gw.scrub_body(dialect, body, MODELS[model], gw.Learned(), True)
+    second = gw.scrub_body(dialect, body, MODELS[model], {}, True)
     assert second.body == once
     assert second.dropped == first.dropped
     assert body == before
 
 
 def test_a_field_that_was_learned_is_named_at_every_attempt() -> None:
-    learned = gw.Learned(fields={OPUS: {"messages.*.content.*.text.citations"}})
+    lessons = {"field": ["messages.*.content.*.text.citations"]}
     body = {"max_tokens": 4000, "messages": [user([text("a", citations=[])])]}
     for _ in range(2):
-        dropped = gw.scrub_body("messages", body, MODELS[OPUS], learned, True).dropped
+        dropped = gw.scrub_body("messages", body, MODELS[OPUS], lessons, True).dropped
         assert dropped == ["messages.*.content.*.text.citations"]
 
 
@@ -1170,7 +1170,7 @@ JUDGED: dict[str, tuple[int, bytes, type[gw.ApiError], str]] = {
         400, b"bad request: missing Editor-Version header for IDE auth\n", gw.InvalidRequest, ""
     ),
     "400 beta": (
-        400, anthropic("Unexpected value(s) `new-1` for the `anthropic-beta` header."),
+        400, anthropic(f"Unexpected value(s) `{gw.CONTEXT_BETA}` for the `anthropic-beta` header."),
         gw.InvalidRequest, "repair",
     ),
     "400 extra": (
@@ -1240,11 +1240,15 @@ JUDGED: dict[str, tuple[int, bytes, type[gw.ApiError], str]] = {
 
 
 def judge(
-    status: int, body: bytes, headers: Json | None = None, learned: gw.Learned | None = None
+    status: int, body: bytes, headers: Json | None = None, sent: Json | None = None
 ) -> gw.Verdict:
     """The verdict on one answer to a call of SONNET."""
     fields = gw.Headers(headers or {})
-    return gw.judge_copilot(status, fields, body, MODELS[SONNET], learned or gw.Learned(), NOW)
+    turn = {"role": "system", "content": "s"}
+    sent = sent or {
+        "thinking": BUDGET, "output_config": {"effort": "high"}, "messages": [turn]
+    }  # fmt: skip
+    return gw.judge_copilot(status, fields, body, MODELS[SONNET], sent, {}, NOW)
 
 
 @pytest.mark.parametrize("name", JUDGED)
@@ -1307,10 +1311,9 @@ def test_a_time_in_words_is_read_where_no_field_names_one(
 def test_a_model_without_the_asked_endpoint_is_asked_in_another_dialect() -> None:
     why = f'model "{SONNET}" is not accessible via the /v1/messages endpoint'
     for body in (said(why), said("no", "unsupported_api_for_model")):
-        learned = gw.Learned()
-        verdict = judge(400, body, learned=learned)
+        verdict = judge(400, body)
         assert (type(verdict.error), verdict.remedy) == (gw.InvalidRequest, "reroute")
-        assert learned == gw.Learned()  # the provider's models remember it
+        assert verdict.lessons == []  # the provider's models remember it
 
 
 def test_github_s_request_id_is_named_and_tokens_are_not() -> None:
@@ -1366,57 +1369,155 @@ LEARNED: dict[str, tuple[Json, Json]] = {
 }  # fmt: skip
 
 
+def field_lessons(*paths: str) -> gw.Lessons:
+    """What a refusal of these paths teaches."""
+    return {"field": [p for path in paths for p in gw.refused_paths(refusal_of(path))]}
+
+
+def refusal_of(path: str) -> str:
+    """In Anthropic's words."""
+    return f"{path}: Extra inputs are not permitted"
+
+
 @pytest.mark.parametrize("path", LEARNED)
 def test_a_field_that_was_refused_once_is_left_out_from_then_on(path: str) -> None:
     fields, left = LEARNED[path]
-    learned = gw.Learned()
-    refusal = anthropic(f"{path}: Extra inputs are not permitted")
-    assert judge(400, refusal, learned=learned).remedy == "repair"
-    asked = scrub("messages", SONNET, learned, **copy.deepcopy(fields))
+    verdict = judge(400, anthropic(refusal_of(path)))
+    assert verdict.remedy == "repair"
+    lessons = {"field": [name for kind, name in verdict.lessons if kind == "field"]}
+    asked = scrub("messages", SONNET, lessons, **copy.deepcopy(fields))
     assert asked.body == scrub("messages", SONNET, **copy.deepcopy(left)).body
     assert asked.dropped
-    assert judge(400, refusal, learned=learned).remedy == ""
+    again = gw.judge_400(refusal_of(path), "", MODELS[SONNET], asked.body, lessons)
+    assert (again.remedy, again.lessons) == ("", [])
 
 
-@pytest.mark.parametrize("path", ["model", "messages", "system", "tools", "max_tokens", "stream"])
+SEMANTIC = (
+    *("model", "messages", "system", "tools", "input", "max_tokens", "stream", "instructions"),
+    *("tool_choice", "response_format", "messages.0", "messages.0.role", "messages.0.content"),
+    *("messages.0.content.0", "messages.0.content.0.text", "messages.0.content.0.text.text"),
+    "messages.1.content.0.tool_use.id", "messages.1.content.0.tool_use.name",
+    "messages.1.content.0.tool_use.input", "messages.1.content.0.tool_use.input.path.0",
+    "messages.2.content.0.tool_result.content", "messages.2.content.0.tool_result.tool_use_id",
+    "messages.2.content.0.tool_result.content.0.text.text", "messages.0.content.0.image.source",
+    "messages.0.content.0.image.source.base64.data", "tools.0", "system.0", "tools.0.name",
+    "tools.0.custom.name", "tools.0.custom.input_schema", "tools.0.custom.input_schema.type",
+    "tools.0.input_schema.properties.a.format", "tools.0.function.parameters",
+    "tools.0.function.name", "messages.1.tool_calls", "input.0.output", "input.0.call_id",
+    "messages.1.tool_calls.0.function.arguments", "input.0.content.0.text", "text.format",
+    "thinking.enabled.budget_tokens", "text.format.schema", "response_format.json_schema",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", SEMANTIC)
 def test_a_field_that_carries_the_meaning_is_never_learned(path: str) -> None:
+    verdict = judge(400, anthropic(refusal_of(path)))
+    assert (verdict.remedy, verdict.lessons) == ("", [])
+
+
+STRAY: dict[str, Json] = {
+    "messages.2.content.0.tool_result.name": {},
+    "messages.0.content.0.text.system": {"system": "S"},
+    "messages.0.content.0.text.messages": {},
+    "messages.0.model": {},
+    "messages.0.content.0.text.content": {},
+    "messages.0.content.0.text.tools": {},
+    "messages.0.content.0.text.max_tokens": {},
+    "messages.0.content.0.text.input": {},
+    "tools.0.custom.messages": {},
+    "system.0.text.model": {"system": [text("s")]},
+    "tool_choice.auto.messages": {"tool_choice": {"type": "auto"}},
+}
+
+
+@pytest.mark.parametrize("path", STRAY)
+def test_one_clients_stray_field_takes_nothing_from_anybody_else(path: str) -> None:
+    """Only a step that names the type of that very object is no step down."""
+    fields: Json = {
+        "messages": [
+            user([text("a"), text("b")]), assistant(tool_use("c1")),
+            user([result("c1", [text("r")])]), assistant(text("b")), user("c"),
+        ],
+        "tools": [tool()], **STRAY[path],
+    }  # fmt: skip
+    lessons = field_lessons(path)
+    assert lessons["field"]
+    asked = scrub("messages", SONNET, lessons, **copy.deepcopy(fields))
+    assert asked.body == scrub("messages", SONNET, **copy.deepcopy(fields)).body
+    assert not asked.dropped
+
+
+def test_a_stray_field_goes_from_its_own_place_only() -> None:
+    stray = {**result("c1", [text("r")]), "name": "x"}
+    messages = [user("a"), assistant(tool_use("c1")), user([stray])]
+    lessons = field_lessons("messages.2.content.0.tool_result.name")
+    body = scrub("messages", SONNET, lessons, messages=messages, tools=[tool()]).body
+    assert "name" not in body["messages"][2]["content"][0]
+    assert body["messages"][1]["content"][0]["name"] and body["tools"][0]["name"]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        'thinking.type.enabled: Extra inputs are not permitted',
+        'messages.0.thinking.type.enabled: Extra inputs are not permitted',
+        'messages.0.reasoning_effort: Extra inputs are not permitted',
+        f'messages.0.model "{SONNET}" is not accessible via the /x: Extra inputs are not permitted',
+    ],
+)  # fmt: skip
+def test_the_name_of_a_stray_field_teaches_nothing_but_itself(message: str) -> None:
+    """A client may name a field as it likes, and a refusal repeats the name."""
+    verdict = judge(400, anthropic(message))
+    assert verdict.remedy in ("", "repair")
+    assert all(kind == "field" for kind, _ in verdict.lessons)
+
+
+def test_only_what_was_sent_can_be_refused() -> None:
+    for why in (
+        '"thinking.type.enabled" is not supported for this model.',
+        "invalid_reasoning_effort: reasoning_effort high is not supported",
+        "role 'system' is not supported on this model",
+        "Unexpected value(s) `somebody-elses-beta` for the `anthropic-beta` header.",
+    ):
+        assert judge(400, anthropic(why), sent={"messages": [user("a")]}).lessons == []
+
+
+def test_a_lesson_is_for_its_model_and_dialect_and_ends() -> None:
     learned = gw.Learned()
-    verdict = judge(400, anthropic(f"{path}: Extra inputs are not permitted"), learned=learned)
-    assert verdict.remedy == ""
-    assert learned == gw.Learned()
+    learned.learn(SONNET, "messages", [("field", "context_management")], 100.0)
+    assert learned.lessons(SONNET, "messages", 101.0) == {"field": ["context_management"]}
+    assert not learned.lessons(HAIKU, "messages", 101.0)
+    assert not learned.lessons(SONNET, "chat", 101.0)
+    assert not learned.lessons(SONNET, "messages", 100.0 + gw.LESSON_SECONDS)
 
 
-def test_a_field_is_learned_for_its_model_only() -> None:
+def test_lessons_are_few() -> None:
+    """Whoever makes up fields makes the oldest lessons go, and costs nobody time."""
     learned = gw.Learned()
-    judge(400, anthropic("context_management: Extra inputs are not permitted"), learned=learned)
-    fields: Json = {"context_management": {"edits": []}}
-    assert "context_management" in scrub("messages", HAIKU, learned, **fields).body
-    assert "context_management" not in scrub("messages", SONNET, learned, **fields).body
-
-
-def test_several_betas_are_learned_at_once() -> None:
-    learned = gw.Learned()
-    judge(400, anthropic("Unexpected value(s) `a-1`, `b-2` for the `anthropic-beta` header."),
-          learned=learned)  # fmt: skip
-    assert learned.betas == {"a-1", "b-2"}
+    for number in range(1000):
+        learned.learn(SONNET, "messages", [("field", f"messages.*.stray{number}")], 0.0)
+        learned.learn(f"made-up-{number}", "messages", [("field", "x")], 0.0)
+    learned.learn(SONNET, "messages", [("field", "y")], 0.0)
+    assert len(learned.scopes) <= gw.MAX_LESSON_SCOPES
+    assert all(len(scope) <= gw.MAX_LESSONS for scope in learned.scopes.values())
 
 
 def test_a_model_that_turned_out_adaptive_is_asked_adaptively() -> None:
-    learned = gw.Learned()
-    judge(*JUDGED["400 thinking"][:2], learned=learned)
-    body = scrub("messages", SONNET, learned, thinking=BUDGET).body
+    kind, name = judge(*JUDGED["400 thinking"][:2]).lessons[0]
+    body = scrub("messages", SONNET, {kind: [name]}, thinking=BUDGET).body
     assert body["thinking"]["type"] == "adaptive"
 
 
-def test_a_model_without_effort_or_system_turns_is_asked_without() -> None:
-    learned = gw.Learned(no_effort={OPUS}, no_system_turns={OPUS})
+def test_a_model_without_an_effort_or_system_turns_is_asked_without() -> None:
+    lessons = {"effort": ["low"], "system": ["turns"]}
     turns = [user("a"), {"role": "system", "content": "s"}]
-    body = scrub("messages", OPUS, learned, messages=turns, output_config={"effort": "low"}).body
+    body = scrub("messages", OPUS, lessons, messages=turns, output_config={"effort": "low"}).body
     assert "output_config" not in body
     assert [m["role"] for m in body["messages"]] == ["user"]
+    assert scrub("messages", OPUS, lessons, output_config={"effort": "high"}).body["output_config"]
     assert (
         "reasoning_effort"
-        not in scrub("chat", GPT5, gw.Learned(no_effort={GPT5}), reasoning_effort="low").body
+        not in scrub("chat", GPT5, {"effort": ["low"]}, reasoning_effort="low").body
     )
 
 
