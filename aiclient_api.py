@@ -7549,14 +7549,20 @@ KIRO_PATTERNS = [(fault, re.compile(fault.pattern)) for fault in KIRO_FAULTS]
 LASTING_REMEDIES = ("rest", "pause", "refresh")  # they concern more than one request
 
 
+def find_kiro_fault(text: str, sentences: bool = False) -> KiroFault | None:
+    """The first fault named in `text`; with `sentences` no single word makes others wait."""
+    for fault, pattern in KIRO_PATTERNS:
+        found = pattern.search(text)
+        if found and (" " in found[0] or not sentences or fault.remedy not in LASTING_REMEDIES):
+            return fault
+    return None
+
+
 def judge_kiro_words(code: str, reason: str, message: str) -> Verdict | None:
     """What a refusal in Kiro's own words means, of a status or inside of a stream."""
-    named, worded = (
-        next((row for row, pattern in KIRO_PATTERNS if pattern.search(text)), None)
-        for text in (f"{code} {reason}", message)
-    )
-    if named and worded and named.error is InvalidRequest and worded.remedy in LASTING_REMEDIES:
-        worded = None  # a message about the request may repeat the client's own words
+    named = find_kiro_fault(f"{code} {reason}")
+    # A refusal of one request may repeat the client's own names, like that of a tool.
+    worded = find_kiro_fault(message, named is not None and named.error is InvalidRequest)
     found = [fault for fault in (named, worded) if fault is not None]
     if not found:
         return None
