@@ -273,6 +273,7 @@ COPILOT_REFRESH_EARLY_SECONDS = 60.0  # the background timer: refresh_in minus t
 COPILOT_DEFAULT_LIFE_SECONDS = 1500.0
 FORCED_RENEWAL_GAP_SECONDS = 60.0  # a lasting 403 must not become an exchange storm
 SIGN_IN_RETRY_MAX_SECONDS = 300.0
+SIGN_IN_RETRY_AFTER_SECONDS = 3600.0  # GitHub's own limits last an hour; no header stops us longer
 EXCHANGE_SECONDS = 15.0
 MODELS_SECONDS = 30.0
 MODELS_FRESH_SECONDS = 900.0  # VS Code 10 min, opencode 1 h
@@ -16090,7 +16091,7 @@ class Backoff:
     """
 
     def __init__(self) -> None:
-        self.failures = 0
+        self.wait_s = 0.0
         self.retry_at = 0.0
         self.secret = ""
         self.error: ApiError | None = None
@@ -16098,9 +16099,10 @@ class Backoff:
     def failed(self, error: ApiError, secret: str) -> None:
         """`secret` was refused, or nobody answered."""
         is_refused = isinstance(error, NotSignedIn)
-        self.failures = self.failures + 1 if secret == self.secret else 1
-        wait_s = min(2.0 ** (self.failures - 1), SIGN_IN_RETRY_MAX_SECONDS)
-        wait_s = max(SIGN_IN_RETRY_MAX_SECONDS if is_refused else wait_s, error.retry_after or 0)
+        doubled_s = max(1.0, 2 * self.wait_s) if secret == self.secret else 1.0
+        self.wait_s = min(doubled_s, SIGN_IN_RETRY_MAX_SECONDS)
+        named_s = min(error.retry_after or 0.0, SIGN_IN_RETRY_AFTER_SECONDS)
+        wait_s = max(SIGN_IN_RETRY_MAX_SECONDS if is_refused else self.wait_s, named_s)
         if is_refused and not isinstance(error, NotEntitled):
             wait_s = math.inf
         self.retry_at = asyncio.get_running_loop().time() + wait_s
@@ -16108,7 +16110,7 @@ class Backoff:
 
     def succeeded(self) -> None:
         """All is well again."""
-        self.failures, self.error = 0, None
+        self.wait_s, self.error = 0.0, None
 
     def reason(self, secret: str) -> ApiError | None:
         """Why `secret` must not be tried now; None when it may be."""

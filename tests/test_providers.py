@@ -1,0 +1,21 @@
+"""What providers share: how a refused sign-in is left alone, what a look at a sign-in costs."""
+
+from __future__ import annotations
+
+import asyncio
+
+import aiclient_api as gw
+
+
+def test_a_sign_in_that_fails_for_days_is_still_left_alone_for_minutes() -> None:
+    async def fail() -> list[float]:
+        backoff, waits = gw.Backoff(), []
+        now = asyncio.get_running_loop().time()
+        for _ in range(2000):
+            backoff.failed(gw.Overloaded("busy"), "secret")
+            waits.append(round(backoff.retry_at - now))
+        return waits
+
+    waits = asyncio.run(fail())
+    assert waits[:4] == [1, 2, 4, 8]
+    assert waits[-1] == gw.SIGN_IN_RETRY_MAX_SECONDS
