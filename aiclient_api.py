@@ -309,6 +309,12 @@ KIRO_CONTROL_SECONDS = 30.0
 KIRO_MODEL_PAGES = 5  # of a list that never ends
 MAX_TOKEN_SECONDS = 24 * 3600.0  # a token that says it lasts longer met a wrong clock
 
+# Numbers from outside, which may be NaN, infinite or have a thousand digits.
+MAX_FIGURE = 10**15  # of tokens, nano-credits, quotas: below 2**53, so exact wherever it goes
+MAX_RESET_SECONDS = 31 * 86400.0  # a wait: plans begin anew each month
+MAX_UNIX_SECONDS = 1e10  # a time: in the year 2286; what is larger counts milliseconds
+MAX_PERCENT_USED = 10_000.0  # a plan may be overdrawn; a limit near 0 would make it endless
+
 # What is left of a plan.  No client seen asks for that more often than every few minutes.
 QUOTA_WARNING_PERCENTS = (80.0, 95.0)  # used; then, and at 100, a person is warned
 QUOTA_SOON_SECONDS = 5.0  # from the first use to the first look: a short answer is billed by then
@@ -3820,37 +3826,37 @@ def tool_names(body: Json) -> list[str]:
 # Usage, as each vendor writes it.  An absent figure keeps what an earlier frame said.
 
 
+def read_figure(value: Any, least: float = -MAX_FIGURE, most: float = MAX_FIGURE) -> float | None:
+    """A number from outside, where it is one from `least` to `most`; None for anything else.
+
+    All numbers of upstreams come in by this: NaN, an infinity or 10**400 would end in an
+    exception of int(), round() or a date far from here.
+    """
+    usable = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if usable and least <= value <= most else None
+
+
 def positive(value: Any) -> int | None:
     """A limit: a positive integer, or unknown."""
-    usable = isinstance(value, int) and not isinstance(value, bool) and value > 0
-    return value if usable else None
+    return value if isinstance(value, int) and read_figure(value, 1) else None
 
 
 def count(obj: Json, key: str, before: int) -> int:
     """The figure at `key`, or `before`."""
     value = obj.get(key)
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**12:
-        return value
-    return before
+    usable = isinstance(value, int) and read_figure(value, 0) is not None
+    return value if usable else before
 
 
 def fraction(obj: Json, key: str, most: float) -> float:
     """The number at `key` between 0 and `most`; 0 for anything else."""
-    value = obj.get(key)
-    usable = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= most
-    return float(value) if usable and value else 0.0
+    return read_figure(obj.get(key), 0, most) or 0.0
 
 
 def details(obj: Json, key: str) -> Json:
     """The object at `key`, or an empty one."""
     value = obj.get(key)
     return value if isinstance(value, dict) else {}
-
-
-def read_figure(value: Any) -> float | None:
-    """A number of an answer in which every field may be missing."""
-    usable = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e12
-    return float(value) if usable else None
 
 
 def inline_refs(schema: Any, definitions: Json) -> Any:
@@ -8371,7 +8377,7 @@ class KiroReader:
 
     def take_metering(self, said: Json, events: list[Event]) -> None:
         """What this answer costs in credits; several of them add up."""
-        self.usage.nano_credits += round(fraction(said, "usage", 1e6) * 1e9)
+        self.usage.nano_credits += round(fraction(said, "usage", MAX_FIGURE / 1e9) * 1e9)
         self.usage.credits_source = "reported"
         events.append(self.count())
 
@@ -8902,7 +8908,7 @@ def price_nano_credits(model: Model, usage: Usage) -> int | None:
         + usage.cache_write * (fresh if written is None else written)
         + usage.output * said
     )
-    return round(total / batch * unit)
+    return round(min(max(total / batch * unit, 0.0), MAX_FIGURE))
 
 
 def guess_copilot_model(model_id: str, provider: str) -> Model:
@@ -10437,17 +10443,16 @@ def read_error_answer(status: int, data: bytes) -> tuple[str, str]:
 
 
 def parse_retry_after(value: str | None, now: float) -> float | None:
-    """Seconds in a Retry-After field: seconds or an HTTP date; `now` in Unix seconds."""
+    """Seconds in a Retry-After field: digits or an HTTP date; `now` in Unix seconds."""
     if value is None:
         return None
+    if DIGITS.fullmatch(value):
+        return min(float(value), MAX_RESET_SECONDS)
     try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - now)
-    except (ValueError, TypeError, OverflowError):
+        at = email.utils.parsedate_to_datetime(value[:100]).timestamp()
+    except (ValueError, OverflowError, OSError):
         return None
+    return min(max(0.0, at - now), MAX_RESET_SECONDS)
 
 
 # "Please try again in 51 hours" (github/copilot-cli#2769), "resets in 2 hours and 5 minutes".
@@ -10471,7 +10476,8 @@ def read_wait_words(message: str, now: float) -> float | None:
     words = WAIT_WORDS.search(message)
     if words:
         parts = WAIT_PART.findall(words[1])
-        return sum(float(figure) * WAIT_UNITS[unit.lower()] for figure, unit in parts)
+        wait_s = sum(float(figure) * WAIT_UNITS[unit.lower()] for figure, unit in parts)
+        return min(wait_s, MAX_RESET_SECONDS)
     reset = RESET_WORDS.search(message)
     if reset is None:
         return None
@@ -10479,7 +10485,7 @@ def read_wait_words(message: str, now: float) -> float | None:
         at = dt.datetime.fromisoformat(f"{reset[1]}T{reset[2] or '00:00'}+00:00")
     except ValueError:
         return None
-    return max(0.0, at.timestamp() - now)
+    return min(max(0.0, at.timestamp() - now), MAX_RESET_SECONDS)
 
 
 def read_wait(headers: Headers, message: str, now: float) -> float | None:
@@ -10489,8 +10495,8 @@ def read_wait(headers: Headers, message: str, now: float) -> float | None:
 
 
 TOKEN_COUNTS = (
-    re.compile(r"prompt token count of (\d+) exceeds the limit of (\d+)"),
-    re.compile(r"prompt is too long: (\d+) tokens > (\d+) maximum"),
+    re.compile(r"prompt token count of (\d{1,15}) exceeds the limit of (\d{1,15})\b"),
+    re.compile(r"prompt is too long: (\d{1,15}) tokens > (\d{1,15}) maximum"),
 )
 TOO_LONG = ("context_length_exceeded", "model_max_prompt_tokens_exceeded")
 TOO_LONG_WORDS = ("prompt is too long", "too large for model context window", "context length")
@@ -10723,7 +10729,7 @@ def read_token_answer(body: Json, config: CopilotConfig, now: float) -> CopilotT
     token = body.get("token")
     if not isinstance(token, str) or not TARGET.fullmatch(token):
         raise UpstreamError("GitHub's token answer holds no token that can be used.")
-    life = float(positive(body.get("refresh_in")) or COPILOT_DEFAULT_LIFE_SECONDS)
+    life = min(positive(body.get("refresh_in")) or COPILOT_DEFAULT_LIFE_SECONDS, MAX_TOKEN_SECONDS)
     # VS Code does the same: the answer's `expires_at` is of little use under a wrong local clock.
     url = named_host(body, config) or copilot_host(config)
     return CopilotToken(token, url, now + life + COPILOT_REFRESH_EARLY_SECONDS, life)
@@ -10785,8 +10791,12 @@ class Allowance:
         if self.limit == math.inf:
             return None
         if self.used is not None and self.limit:
-            return 100 * self.used / self.limit
-        return None if self.percent_left is None else max(0.0, 100 - self.percent_left)
+            percent = 100 * self.used / self.limit
+        elif self.percent_left is not None:
+            percent = 100 - self.percent_left
+        else:
+            return None
+        return min(max(percent, 0.0), MAX_PERCENT_USED)
 
     def as_json(self, resets_at: float) -> Json:
         """`{"name", "used", "limit", ...}`; `resets_at` is the plan's."""
@@ -10900,12 +10910,11 @@ def read_allowance(name: str, row: Json, by_tokens: bool | None = None) -> Allow
 
 def read_copilot_quota(body: Json) -> Quota:
     """GitHub's `copilot_internal/user`; free plans of earlier have a form of their own."""
-    rows = {
-        name: row for name, row in details(body, "quota_snapshots").items() if isinstance(row, dict)
-    }
+    snapshots = [*details(body, "quota_snapshots").items()][:MAX_ALLOWANCES]
+    rows = {name: row for name, row in snapshots if isinstance(row, dict)}
     monthly, left = details(body, "monthly_quotas"), details(body, "limited_user_quotas")
     if not rows:
-        names = dict.fromkeys([*monthly, *left])
+        names = [*dict.fromkeys([*monthly, *left])][:MAX_ALLOWANCES]
         rows = {n: {"entitlement": monthly.get(n), "remaining": left.get(n)} for n in names}
     by_tokens = read_flag(body.get("token_based_billing"))
     named = {ALLOWANCE_NAMES.get(name, name): row for name, row in rows.items()}
@@ -11208,18 +11217,16 @@ def is_own_endpoint(url: str, kept: Json) -> bool:
 
 def read_time(value: Any) -> float:
     """Unix seconds from seconds, milliseconds or ISO 8601 (UTC where no zone is named); else 0."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        seconds = value if value < 1e10 else value / 1000 if value < 1e14 else 0
-        return float(seconds)
-    if not isinstance(value, str):
-        return 0.0
-    try:
-        moment = dt.datetime.fromisoformat(value)
-    except ValueError:
-        return 0.0
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=dt.timezone.utc)
-    return moment.timestamp()
+    if isinstance(value, str):
+        try:
+            moment = dt.datetime.fromisoformat(value)
+        except ValueError:
+            return 0.0
+        if moment.tzinfo is None:
+            moment = moment.replace(tzinfo=dt.timezone.utc)
+        return read_figure(moment.timestamp(), 0, MAX_UNIX_SECONDS) or 0.0
+    number = read_figure(value, 0, MAX_UNIX_SECONDS * 1000) or 0.0
+    return number if number < MAX_UNIX_SECONDS else number / 1000
 
 
 def kiro_refresh(login: KiroLogin, config: KiroConfig) -> tuple[str, dict[str, str], bytes]:
@@ -11260,11 +11267,10 @@ def read_refresh_answer(body: Json, now: float) -> Json:
     access, refresh = said("accessToken", "access_token"), said("refreshToken", "refresh_token")
     if not isinstance(access, str) or not TARGET.fullmatch(access):
         raise UpstreamError("The answer to Kiro's token refresh holds no token that can be used.")
-    life = said("expiresIn", "expires_in")
-    usable = isinstance(life, (int, float)) and not isinstance(life, bool) and 0 < life < 1e9
+    life = read_figure(said("expiresIn", "expires_in"), 0) or KIRO_TOKEN_SECONDS
     changes: Json = {
         "access_token": access,
-        "expires_at": int(now + (life if usable else KIRO_TOKEN_SECONDS)),
+        "expires_at": int(now + min(life, MAX_TOKEN_SECONDS)),
     }
     if isinstance(refresh, str) and TARGET.fullmatch(refresh):
         changes["refresh_token"] = refresh
@@ -11565,7 +11571,7 @@ def kiro_credit_row(body: Json) -> Json:
 def kiro_figure(row: Json, name: str) -> float | None:
     """A figure in its precise form, or in the plain one."""
     keys = (f"{name}WithPrecision", name)
-    return read_figure(next((row[key] for key in keys if row.get(key) is not None), None))
+    return read_figure(next((row[key] for key in keys if row.get(key) is not None), None), 0)
 
 
 def kiro_credit_parts(row: Json, now: float) -> list[AllowancePart]:
@@ -11580,7 +11586,7 @@ def kiro_credit_parts(row: Json, now: float) -> list[AllowancePart]:
     if trial.get("freeTrialStatus") == "ACTIVE":
         parts.append(part("free trial", trial, read_time(trial.get("freeTrialExpiry"))))
     bonuses = row.get("bonuses")
-    for bonus in bonuses if isinstance(bonuses, list) else ():
+    for bonus in bonuses[:MAX_ALLOWANCES] if isinstance(bonuses, list) else ():
         if isinstance(bonus, dict) and bonus.get("status", "ACTIVE") == "ACTIVE":
             until = read_time(bonus.get("expiresAt"))
             name = text_of_key(bonus, "displayName") or "bonus"
@@ -11721,11 +11727,8 @@ def read_device_code(body: Json, service: str) -> DeviceCode:
         raise SignInFailed(f"{service}'s answer holds no code to type")
 
     def seconds(name: str, otherwise: float) -> float:
-        value = either(body, name)
-        if isinstance(value, str) and DIGITS.fullmatch(value):  # of a form
-            value = int(value)
-        usable = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return float(value) if usable and 1 <= value <= 86400 else otherwise
+        value = read_told(either(body, name))  # a form's are strings
+        return otherwise if value is None or not 1 <= value <= 86400 else value
 
     return DeviceCode(
         texts["device_code"],
@@ -16637,11 +16640,10 @@ class CopilotAccount:
     def take_saved(self) -> None:
         """The Copilot token of an earlier run or of another process: spares an exchange."""
         saved = self.load()
-        token, url, until = (saved.get(k) for k in ("copilot_token", "api_url", "expires_at"))
-        if not (
-            isinstance(token, str) and isinstance(url, str) and isinstance(until, (int, float))
-        ):
+        token, url = saved.get("copilot_token"), saved.get("api_url")
+        if not isinstance(token, str) or not isinstance(url, str):
             return
+        until = read_time(saved.get("expires_at"))
         left = until - time.time()
         if self.config.api_url and url != self.config.api_url.rstrip("/"):
             return
