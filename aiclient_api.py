@@ -261,6 +261,7 @@ MAX_WAIT_SECONDS = 10.0  # a longer Retry-After is the caller's to wait, not our
 MAX_RETRY_AFTER_SECONDS = 60.0  # anthropic 2.x sleeps for whatever it is told, even for days
 # Cool-downs that outlast the reset are a plague of this field: a minute, then one request probes.
 COOL_DOWN_SECONDS = 60.0
+MAX_RESTING = 100  # models of one provider; clients may name what no list has
 REST_SECONDS = 4.0  # after a limit that names no time; twice as long each time it still holds
 BACKOFF_SECONDS = (0.5, 1.5)
 PAUSE_SECONDS = (2.0, 4.0)  # after a 429 or 503 that names no time
@@ -364,20 +365,26 @@ USAGE_PRUNE_SECONDS = 3600.0
 SLOT_SECONDS = 900  # sums are kept by quarter of an hour: time zones differ by that at least
 MAX_ANSWER_ROWS = 50_000  # answers that are kept one by one, 9 MB
 MAX_SUM_ROWS = 200_000  # years of one person's sums, 40 MB
+PRUNE_SUM_ROWS = 20_000  # that are written without a look at how many there are
 MAX_SUM_DAYS = 800
 MAX_SPENT_DAYS = 62  # caps look back at a month
 MAX_USAGE_PAGES = 24_576  # of 4 KiB: 96 MiB, whatever the counts above come to
 MAX_WAITING_ANSWERS = 5_000  # rows kept in memory while there is no database; sums are all kept
 MAX_RECENT_ANSWERS = 1_000  # that can be asked for at a time
-MAX_LABELS = 200  # user agents that are told apart; the rest is "other"
+MAX_WAITING_SUMS = 20_000  # rows of sums in memory, 20 MB; beyond them no name is told apart
+# Names that clients make up, told apart in one day: 200 user agents and 200 models are more than
+# anybody uses.
+MAX_LABELS = 200
+MAX_MODELS = 200
+MAX_NAME_CHARS = 200  # of a name that is counted
 MAX_RUNAWAYS = 1_000  # requests that are remembered by their hash
 
 # GET /metrics.  OpenTelemetry's advice for such histograms ends at 82 s (GenAI metrics, 2026): an
 # agent's turn takes 2 to 60 s, long reasoning minutes, and its first byte comes after the thinking.
 ANSWER_SECONDS_BUCKETS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
 FIRST_BYTE_SECONDS_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 120.0)
-# Pairs of provider and model; all others share one.  A provider lists 15 to 40 models; each one
-# that was used has 40 lines of a scrape, which take 45 us.
+# Pairs of provider and model; all others share one, for good, as no series may end.  A provider
+# lists 15 to 40 models; each one that was used has 40 lines of a scrape, which take 45 us.
 MAX_METRIC_SERIES = 200
 
 GITHUB_URL = "https://github.com"
@@ -920,6 +927,27 @@ def text_of_key(kept: Json, key: str) -> str:
     """The text at `key`, "" for anything else."""
     value = kept.get(key)
     return value.strip() if isinstance(value, str) else ""
+
+
+# What steers a terminal or is not seen there: controls, bidi marks, line separators, all that
+# Unicode calls ignorable (DerivedCoreProperties: Default_Ignorable_Code_Point), and halves of
+# characters, which cannot even be written.
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+UNSEEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
+    "\u2028-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\ud800-\udfff"
+    "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+
+
+def one_line(text: str) -> str:
+    """`text` as one line that can be shown anywhere: for all that is not written in this file.
+
+    Blanks of any kind become spaces; what else is in UNSEEN goes.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return UNSEEN.sub(lambda found: " " if found[0].isspace() else "", text)
 
 
 def short_hash(text: str, length: int) -> str:
@@ -8826,7 +8854,7 @@ def read_copilot_model(entry: Json, provider: str) -> Model | None:
     """One entry of the catalogue; None for what is no model that answers."""
     model_id = entry.get("id")
     capabilities = details(entry, "capabilities")
-    if not isinstance(model_id, str) or not model_id:
+    if not isinstance(model_id, str) or not MODEL_NAME.fullmatch(model_id):
         return None
     kind = capabilities.get("type", "chat")
     if kind not in ("chat", "embeddings"):
@@ -12167,6 +12195,8 @@ class Answer:
         }
 
 
+ANSWER_NAMES = ("provider", "account", "model", "label", "dialect", "kind")
+USAGE_FIGURES = ("input", "cache_read", "cache_write", "output", "reasoning", "nano_credits")
 USER_AGENT = re.compile(r"([A-Za-z][\w.+-]{0,39})(?:/([A-Za-z]{1,20})\b)?", re.ASCII)
 
 
@@ -12180,6 +12210,52 @@ def caller_label(user_agent: str) -> str:
     if found is None:
         return "unknown"
     return "-".join(filter(None, found.groups())).lower()
+
+
+OTHER = "other"  # the name of what is not told apart
+
+
+class NameTable:
+    """Names that clients make up: of each period the first ones are told apart, the rest is OTHER.
+
+    So no client can make rows, series or files grow without bounds, nor use a table up for good.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.period = ""
+        self.names: set[str] = set()
+
+    def known(self, name: str, period: str = "") -> str:
+        """`name` itself, or OTHER where its period has too many already."""
+        if period != self.period:
+            self.period = period
+            self.names.clear()
+        if name not in self.names and len(self.names) >= self.most:
+            return OTHER
+        self.names.add(name)
+        return name
+
+
+def normalize_answer(answer: Answer) -> None:
+    """Makes names and figures such that they can be stored, shown and added up."""
+    for name in ANSWER_NAMES:
+        setattr(answer, name, one_line(getattr(answer, name)[:MAX_NAME_CHARS]))
+    usage = answer.usage
+    figures = {name: min(max(getattr(usage, name), 0), MAX_FIGURE) for name in USAGE_FIGURES}
+    answer.usage = replace(usage, **figures)
+
+
+def is_storable(answer: Answer) -> bool:
+    """Whether a database can hold an answer, and add it to others."""
+    figures = [getattr(answer.usage, name) for name in USAGE_FIGURES]
+    times = (answer.at, answer.duration_s, answer.first_byte_s or 0.0)
+    names = [getattr(answer, name) for name in ANSWER_NAMES]
+    return (
+        all(isinstance(figure, int) and 0 <= figure <= MAX_FIGURE for figure in figures)
+        and all(0 <= moment <= MAX_UNIX_SECONDS for moment in times)
+        and not any(HALF_CHARACTER.search(name) for name in names)
+    )
 
 
 # What a sum consists of: the columns of the database, the fields of Totals.
@@ -12709,8 +12785,8 @@ class Metrics:
             metric.name: defaultdict(int) for metric in METRICS if metric.kind == "counter"
         }
         self.histograms = {m.name: Histogram(m.buckets) for m in METRICS if m.buckets}
-        #: pairs of provider and model that have series of their own
-        self.models: set[tuple[str, str]] = set()
+        #: PROVIDER/MODEL that have series of their own
+        self.models = NameTable(MAX_METRIC_SERIES)
 
     def count_request(self, route: str, method: str, status: int) -> None:
         """Counts one HTTP request; `route` is one of the route table's."""
@@ -12748,12 +12824,10 @@ class Metrics:
 
         A caller may name a model that no list has, so names are not bounded by the catalogues.
         """
-        key = answer.provider, answer.model
-        if key not in self.models:
-            if answer.kind == "model_not_found" or len(self.models) >= MAX_METRIC_SERIES:
-                return "other"
-            self.models.add(key)
-        return answer.model
+        name = f"{answer.provider}/{answer.model}"
+        if answer.kind == "model_not_found" and name not in self.models.names:
+            return OTHER
+        return answer.model if self.models.known(name) == name else OTHER
 
     def render(self, measured: dict[str, Series]) -> str:
         """All that there is in the text format 0.0.4; `measured` is what only stands now."""
@@ -15287,6 +15361,9 @@ ADD_SUMS = insert_sql("sums", ("slot", *SUM_KEYS, *SUM_FIELDS), SUM_FIELDS)
 ADD_SPENT = insert_sql(
     "spent", ("day", "provider", "label", "tokens", "nano_credits"), ("tokens", "nano_credits")
 )
+DAY_SLOTS = 86400 // SLOT_SECONDS
+# Added up as numbers of any size: `sum` fails beyond 2**63.
+SUMMED = ", ".join(f"CAST(total({name}) AS INTEGER)" for name in SUM_FIELDS)
 # What tells groups of sums apart -> the same in SQL.
 GROUP_SQL = {
     "day": f"strftime('%Y-%m-%d', slot * {SLOT_SECONDS}, 'unixepoch', 'localtime')",
@@ -15351,6 +15428,8 @@ class UsageStore:
         #: monotonic
         self.locked_since: float | None = None
         self.pruned_at = float("-inf")
+        #: rows of sums written since then
+        self.unpruned = 0
 
     # -- opening
 
@@ -15445,16 +15524,21 @@ class UsageStore:
         return True
 
     def halve(self) -> bool:
-        """Forgets the older half, so that the file need not grow; False where the disk is full."""
+        """Forgets or joins half, so that the file need not grow; False where the disk is full."""
         if self.connection is None:
             return False
         log_event("warning", "usage_database_full", path=self.path)
         try:
             with transaction(self.connection):
                 for table, column in (("answers", "id"), ("sums", "slot")):
+                    sql = f"SELECT count(*) / 2 FROM {table}"
+                    (half,) = self.connection.execute(sql).fetchone()
+                    if table == "sums" and self.fold(self.connection, half):
+                        continue
                     self.connection.execute(
-                        f"DELETE FROM {table} WHERE {column} <= (SELECT {column} FROM {table} "
-                        f"ORDER BY {column} LIMIT 1 OFFSET (SELECT count(*) / 2 FROM {table}))"
+                        f"DELETE FROM {table} WHERE {column} <= "
+                        f"(SELECT {column} FROM {table} ORDER BY {column} LIMIT 1 OFFSET ?)",
+                        (half,),
                     )
         except sqlite3.Error:
             return False
@@ -15480,10 +15564,15 @@ class UsageStore:
     # -- writing
 
     def take(self, answers: list[Answer]) -> None:
-        """Adds answers to what waits to be written."""
+        """Adds answers to what waits to be written; what no database can hold is dropped."""
+        given, answers = answers, list(filter(is_storable, answers))
+        if len(answers) < len(given):
+            log_event("error", "usage_rows_dropped", rows=len(given) - len(answers))
         for answer in answers:
             slot = int(answer.at) // SLOT_SECONDS
             key = (slot, *(getattr(answer, name) for name in SUM_KEYS))
+            if key not in self.sums and len(self.sums) >= MAX_WAITING_SUMS:
+                key = (slot, answer.provider, answer.account, OTHER, OTHER)
             self.sums.setdefault(key, Totals()).add(answer_figures(answer))
             if not answer.costs:
                 continue
@@ -15507,6 +15596,7 @@ class UsageStore:
             connection.executemany(INSERT_ANSWER, map(answer_row, self.answers))
             rows = ((*key, *total.figures) for key, total in self.sums.items())
             connection.executemany(ADD_SUMS, rows)
+            self.unpruned += len(self.sums)
             rows = ((*key, *figures) for key, figures in self.spent.items())
             connection.executemany(ADD_SPENT, rows)
             self.prune(connection)
@@ -15525,19 +15615,45 @@ class UsageStore:
             "DELETE FROM answers WHERE id <= (SELECT max(id) FROM answers) - ?", (MAX_ANSWER_ROWS,)
         )
         now = time.monotonic()
-        if now - self.pruned_at < USAGE_PRUNE_SECONDS:
+        if now - self.pruned_at < USAGE_PRUNE_SECONDS and self.unpruned < PRUNE_SUM_ROWS:
             return
-        self.pruned_at = now
+        self.pruned_at, self.unpruned = now, 0
         slot = int(time.time()) // SLOT_SECONDS
         oldest = slot - MAX_SUM_DAYS * 86400 // SLOT_SECONDS
         connection.execute("DELETE FROM sums WHERE slot < ?", (oldest,))
-        connection.execute(
-            "DELETE FROM sums WHERE slot <= "
-            "(SELECT slot FROM sums ORDER BY slot DESC LIMIT 1 OFFSET ?)",
-            (MAX_SUM_ROWS,),
-        )
+        self.fold(connection, MAX_SUM_ROWS)
         day = local_day(slot - MAX_SPENT_DAYS * 86400 // SLOT_SECONDS)
         connection.execute("DELETE FROM spent WHERE day < ?", (day,))
+
+    @staticmethod
+    def fold(connection: sqlite3.Connection, most: int) -> bool:
+        """Joins rows to "other" where there are more than `most`; whether there were any to join.
+
+        Only days with more than their share lose something, their smallest rows: whoever makes
+        up names today costs no other day anything.
+        """
+        told_apart = f"model != '{OTHER}' OR label != '{OTHER}'"
+        sql = f"SELECT slot / {DAY_SLOTS}, count(*) FROM sums WHERE {told_apart} GROUP BY 1"
+        days = connection.execute(sql).fetchall()
+        if sum(rows for _, rows in days) <= most:
+            return False
+        share = most // len(days)
+        for day in (day for day, rows in days if rows > share):
+            span = (day * DAY_SLOTS, (day + 1) * DAY_SLOTS)
+            connection.execute(
+                f"CREATE TEMP TABLE small AS SELECT * FROM sums WHERE slot >= ? AND slot < ? "
+                f"AND ({told_apart}) ORDER BY requests DESC LIMIT -1 OFFSET ?",
+                (*span, share // 2),
+            )
+            keys = ", ".join(("slot", *SUM_KEYS))
+            connection.execute(f"DELETE FROM sums WHERE ({keys}) IN (SELECT {keys} FROM small)")
+            rows = connection.execute(
+                f"SELECT slot, provider, account, '{OTHER}', '{OTHER}', {SUMMED} FROM small "
+                "GROUP BY slot, provider, account"
+            )
+            connection.executemany(ADD_SUMS, rows.fetchall())
+            connection.execute("DROP TABLE small")
+        return True
 
     def reset(self) -> bool:
         """Forgets all but what caps look at; whether that went well: else nothing is forgotten."""
@@ -15592,9 +15708,8 @@ class UsageStore:
     ) -> Sums:
         """The sums of groups that `names` tell apart, with what waits to be written."""
         columns = ", ".join(GROUP_SQL[name] for name in names)
-        figures = ", ".join(f"sum({name})" for name in SUM_FIELDS)
         rows = connection.execute(
-            f"SELECT {columns}, {figures} FROM sums WHERE slot >= ? GROUP BY {columns}",
+            f"SELECT {columns}, {SUMMED} FROM sums WHERE slot >= ? GROUP BY {columns}",
             (first_slot,),
         )
         groups: Sums = {row[: len(names)]: Totals(row[len(names) :]) for row in rows}
@@ -15643,7 +15758,8 @@ class Ledger:
         self.writing: asyncio.Future[Any] | None = None
         #: monotonic: when what is pending is to be written
         self.due_at = math.inf
-        self.labels: set[str] = set()
+        self.labels = NameTable(MAX_LABELS)
+        self.models = NameTable(MAX_MODELS)
         self.spending = Spending()
         #: caps are set: what was spent is read from the database, now and after each write
         self.reading: asyncio.Future[None] | None = None
@@ -15653,16 +15769,18 @@ class Ledger:
 
     # -- counting
 
-    def label(self, user_agent: str) -> str:
-        """`caller_label`, of which there are not too many."""
+    def label(self, user_agent: str, limits: LimitsConfig) -> str:
+        """`caller_label`, of which a day has not too many; one that has a cap is always itself."""
         label = caller_label(user_agent)
-        if label in self.labels or len(self.labels) < MAX_LABELS:
-            self.labels.add(label)
-            return label
-        return "other"
+        today = local_day(int(time.time()) // SLOT_SECONDS)
+        return label if label in limits.labels else self.labels.known(label, today)
 
     def record(self, answer: Answer) -> None:
         """Counts an answer; it is in the database within USAGE_WRITE_SECONDS and a tick."""
+        normalize_answer(answer)
+        name = f"{answer.provider}/{answer.model}"
+        if self.models.known(name, local_day(int(answer.at) // SLOT_SECONDS)) != name:
+            answer.model = OTHER
         self.pending.append(answer)
         if answer.costs:
             self.spending.add(answer)
@@ -16012,6 +16130,9 @@ class CoolDowns:
         until = max(now + rest_s, before.until if before is not None else 0.0)
         passes_s = error.retry_after if passes_s is None else passes_s
         passes_at = now + passes_s if passes_s else 0.0
+        self.resting.pop(model_id, None)
+        if len(self.resting) >= MAX_RESTING:
+            del self.resting[next(filter(None, self.resting))]  # the oldest one of a model
         self.resting[model_id] = Rest(error, until, passes_at, rest_s)
         log_event(
             "info",
@@ -19775,7 +19896,7 @@ class Gateway:
             at=time.time() - duration_s,
             provider=provider.name,
             account=provider.user(),
-            model=model.id,
+            model=OTHER if model.guessed and kind else model.id,  # anybody can make up a name
             label=self.label(request),
             dialect=dialect,
             streamed=streamed,
@@ -19790,7 +19911,8 @@ class Gateway:
 
     def label(self, request: Request) -> str:
         """Who asks: the name of the key, else the family of the user agent."""
-        return request.key_name or self.ledger.label(request.headers.get("user-agent", ""))
+        user_agent = request.headers.get("user-agent", "")
+        return request.key_name or self.ledger.label(user_agent, self.config.limits)
 
     async def check_limits(
         self, request: Request, provider: Provider, body_hash: int | None

@@ -19,3 +19,16 @@ def test_a_sign_in_that_fails_for_days_is_still_left_alone_for_minutes() -> None
     waits = asyncio.run(fail())
     assert waits[:4] == [1, 2, 4, 8]
     assert waits[-1] == gw.SIGN_IN_RETRY_MAX_SECONDS
+
+
+def test_models_that_clients_make_up_rest_in_a_bounded_table() -> None:
+    async def refuse() -> list[str]:
+        rests = gw.CoolDowns("p")
+        rests.rest("", gw.RateLimited("all"), 60)
+        for number in range(gw.MAX_RESTING * 3):
+            rests.rest(f"made-up-{number}", gw.RateLimited("busy"), 60)
+        return [row["model"] for row in rests.rows()]
+
+    models = asyncio.run(refuse())
+    assert len(models) == gw.MAX_RESTING
+    assert {"*", f"made-up-{gw.MAX_RESTING * 3 - 1}"} <= set(models)
