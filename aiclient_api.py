@@ -458,9 +458,13 @@ KIRO_VERSION = "1.1.14"  # of the IDE, seen in 2026-09; no old one was ever refu
 
 
 class ProgramError(Exception):
-    """What stops a command; `str()` is one line for a person."""
+    """What stops a command; `str()` is one line for a person, `log` what a log says of it."""
 
     exit_status = 1
+
+    def __init__(self, message: str, *log: str) -> None:
+        super().__init__(message)
+        self.log = log
 
 
 class WrongUsage(ProgramError):
@@ -13348,15 +13352,17 @@ class SecondFormatter:
         self.priorities = self.PRIORITIES if priorities else {}
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line; a traceback follows it."""
+        """The line; a traceback follows it, indented: none of its lines can pass for an event."""
         second = int(record.created)
         if second != self.second:
             self.second = second
             self.stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
         level = record.levelname
-        line = f"{self.stamp}.{int(record.msecs):03d}Z {level} {record.getMessage()}"
+        message = one_line(record.getMessage())
+        line = f"{self.stamp}.{int(record.msecs):03d}Z {level} {message}"
         if record.exc_info:
-            line += "\n" + redact(logging.Formatter().formatException(record.exc_info))
+            rest = redact(logging.Formatter().formatException(record.exc_info))
+            line += "".join(f"\n  {one_line(row)}" for row in rest.split("\n"))
         return self.priorities.get(level, "") + line
 
 
@@ -17913,7 +17919,6 @@ REVOKE_AT = {
     "social": "https://app.kiro.dev",
     "api_key": "https://app.kiro.dev",
 }
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def is_terminal(stream: Any) -> bool:
@@ -17938,16 +17943,16 @@ class Console:
         self.said_at = float("-inf")
         self.typed = b""
 
-    def say(self, text: str = "") -> None:
+    def say(self, *lines: str) -> None:
         """Lines of talk, with nothing in them that could steer a terminal."""
         self.close_line()
-        print(CONTROLS.sub("", text), file=sys.stderr, flush=True)
+        print("\n".join(map(one_line, lines)), file=sys.stderr, flush=True)
 
     def status(self, text: str) -> None:
         """A line that the next one replaces; without a terminal, one a minute is enough."""
         if is_terminal(sys.stderr):
             self.line_open = True
-            shown = CONTROLS.sub("", text)[: shutil.get_terminal_size().columns - 1]
+            shown = one_line(text)[: shutil.get_terminal_size().columns - 1]
             print(f"\r\x1b[K{shown}", end="", file=sys.stderr, flush=True)
         elif time.monotonic() - self.said_at >= 60:
             self.said_at = time.monotonic()
@@ -17997,7 +18002,7 @@ class Console:
             raise SignInFailed(f"this needs a terminal to ask: {question}")
         self.close_line()
         shown = f"{question} [{default}] " if default else f"{question} "
-        print(shown, end="", file=sys.stderr, flush=True)
+        print(one_line(shown), end="", file=sys.stderr, flush=True)
         try:
             return await self.line() or default
         except EOFError:
@@ -18137,7 +18142,7 @@ class Desk:
         told = told if isinstance(told, list) else []
         if kind in told:
             return
-        self.console.say(TERMS[kind] + "\n")
+        self.console.say(*TERMS[kind].splitlines(), "")
         try:
             save_private_json(path, {**kept, "terms": [*told, kind]})
         except OSError as error:
@@ -18152,7 +18157,7 @@ class Desk:
         """As `add_provider`, but changes nothing: better told before a sign-in than after."""
         found = self.config.providers.get(name)
         if found is not None and not found.enabled:
-            self.console.say(f"Provider {name!r} is disabled; nobody will use this sign-in.\n")
+            self.console.say(f"Provider {name!r} is disabled; nobody will use this sign-in.", "")
         if not self.has_provider(name, settings):
             path = self.paths.config_file
             with_provider(load_config_text(path), path, name, kind, settings)
@@ -18193,11 +18198,11 @@ class Desk:
         """
         say = self.console.say
         say(f"Open    {device.url}")
-        say(f"and type    {device.user_code}\n")
+        say(f"and type    {device.user_code}", "")
         if device.url_complete:
-            say(f"or open    {device.url_complete}    and compare the code\n")
+            say(f"or open    {device.url_complete}    and compare the code", "")
         if self.browser and open_browser(device.url_complete or device.url):
-            say("A browser should open by itself; any other, on any machine, will do.\n")
+            say("A browser should open by itself; any other, on any machine, will do.", "")
         loop = asyncio.get_running_loop()
         ends_at = loop.time() + device.expires_in
         pause_s, trouble = device.interval + DEVICE_EXTRA_SECONDS, ""
@@ -18308,7 +18313,7 @@ async def check_copilot(desk: Desk, config: CopilotConfig, token: str) -> tuple[
     except NotSignedIn as error:
         raise SignInFailed(error.text()) from None
     except ApiError as error:
-        trouble = f"\nIt could not be checked now, and is tried at the first request: {error}"
+        trouble = f".  It could not be checked now, and is tried at the first request: {error}"
     try:
         status, _, data = await ask_github(desk.client, config, "/user", token)
         content["login"] = text_of_key(load_object(data) or {} if status == 200 else {}, "login")
@@ -18317,7 +18322,7 @@ async def check_copilot(desk: Desk, config: CopilotConfig, token: str) -> tuple[
         content["login"] = content["login"] or text_of_key(user, "login")
         content["plan"] = text_of_key(user, "copilot_plan")
     except ApiError as error:
-        trouble = trouble or f"\nGitHub did not say who this is: {error}"
+        trouble = trouble or f".  GitHub did not say who this is: {error}"
     host = split_url(config.github_url)[1]
     content = {key: value for key, value in content.items() if value not in ("", None)}
     plan = f", plan {content['plan']}" if "plan" in content else ""
@@ -18411,7 +18416,7 @@ async def describe_kiro(desk: Desk, name: str) -> str:
     except ApiError as error:
         if isinstance(error, NotSignedIn) and not isinstance(error, NotEntitled):
             raise
-        return f"Signed in to Kiro.\nIt could not be checked: {error.text()}"
+        return f"Signed in to Kiro.  It could not be checked: {error.text()}"
     provider.account.file.save({"user": limits.user, "plan": limits.plan})
     who = f" as {limits.user}" if limits.user else ""
     plan = f", plan {limits.plan}" if limits.plan else ""
@@ -18496,13 +18501,14 @@ async def sign_in_by_portal(desk: Desk, config: KiroConfig, method: str) -> Json
     port = await listener.listen() or KIRO_PORTAL_PORTS[0]
     try:
         url = portal_url(state, verifier, port)
-        desk.console.say(f"Open    {url}\n")
+        desk.console.say(f"Open    {url}", "")
         if desk.browser and open_browser(url):
-            desk.console.say("A browser should open by itself.\n")
+            desk.console.say("A browser should open by itself.", "")
         desk.console.say(
-            "Where that browser cannot reach this machine, it will end at an address that begins\n"
+            "Where that browser cannot reach this machine, it will end at an address that begins",
             f"with http://localhost:{port}/ and shows an error: copy that whole address and paste "
-            "it here.\n"
+            "it here.",
+            "",
         )
         back = await wait_for_callback(desk, listener, state, method)
     finally:
@@ -18815,7 +18821,9 @@ async def import_login(desk: Desk, found: Found, name: str) -> str:
     desk.tell_terms(found.kind)
     desk.add_provider(name, found.kind, {})
     words = await settle_kiro(desk, name, found.content)
-    return f"{words}\nIt stays shared with {found.program}: what is refreshed here goes back there."
+    return (
+        f"{words}.  It stays shared with {found.program}: what is refreshed here goes back there."
+    )
 
 
 # 16.4 what there is
@@ -18891,7 +18899,7 @@ async def revoke_login(desk: Desk, name: str) -> str:
     if not removed:
         raise ProgramError(f"{name}: there is no sign-in to remove")
     return (
-        f"Removed {', '.join(removed)}.  A running gateway does not use it any more.\n"
+        f"Removed {', '.join(removed)}.  A running gateway does not use it any more.  "
         f"To end it at the vendor as well: {REVOKE_AT.get(kind, REVOKE_AT['social'])}"
     )
 
@@ -21493,6 +21501,11 @@ def make_environ() -> dict[str, str]:
 # 20.1 what the verbs show: tables for people, JSON for programs
 
 
+def tell(*lines: str) -> None:
+    """Lines of a result for a person, with nothing in them that could steer a terminal."""
+    print("\n".join(map(one_line, lines)), flush=True)
+
+
 def shown_duration(seconds: float) -> str:
     """`2 d 3 h`, `5 min 10 s`: the two largest units that count."""
     parts: list[str] = []
@@ -21556,7 +21569,7 @@ FIGURE = re.compile(r"-|(?:~?<?[\d,.]+(?: %| ms| s)?)?")
 
 def table_lines(rows: list[list[str]]) -> list[str]:
     """Rows as lines with aligned columns, figures to the right; nothing can steer a terminal."""
-    columns = list(zip(*([CONTROLS.sub("", cell) for cell in row] for row in rows), strict=True))
+    columns = list(zip(*(map(one_line, row) for row in rows), strict=True))
     for index, column in enumerate(columns):
         width = max(map(len, column))
         figures = all(map(FIGURE.fullmatch, column[1:])) and any(map(str.strip, column[1:]))
@@ -21578,7 +21591,8 @@ def print_table(head: tuple[str, ...], rows: list[list[str]], spare: tuple[str, 
 def show(options: argparse.Namespace, found: Json, print_it: Callable[[Json], None]) -> int:
     """A table on a terminal, JSON with --json or in a pipe; the exit status of success."""
     if options.json or not sys.stdout.isatty():
-        print(json.dumps(found, indent=2, ensure_ascii=False))
+        text = json.dumps(found, indent=2, ensure_ascii=False)
+        print(UNSEEN.sub(lambda c: c[0] if c[0] == "\n" else json.dumps(c[0])[1:-1], text))
     else:
         print_it(found)
     return 0
@@ -21587,17 +21601,17 @@ def show(options: argparse.Namespace, found: Json, print_it: Callable[[Json], No
 def print_ready(status: Json) -> None:
     """What a person needs next: address, providers, a first request to paste."""
     url = status["url"]
-    print(f"aiclient-api {status['version']} listening on {url} (process {status['pid']})")
+    tell(f"aiclient-api {status['version']} listening on {url} (process {status['pid']})")
     for row in status["providers"]:
         reason = f": {row['reason']}" if row["reason"] else ""
-        print(f"  provider {row['name']}: {coloured(row['health'])}{reason}")
+        print(coloured(one_line(f"  provider {row['name']}: {row['health']}")) + one_line(reason))
     key = " -H 'authorization: Bearer YOUR_KEY'" if status["needs_key"] else ""
     print("Try it:")
     print(f"  curl {url}/v1/chat/completions -H 'content-type: application/json'{key} \\")
     print("""    -d '{"model":"echo","messages":[{"role":"user","content":"hello"}]}'""")
-    print(f"In a browser, {url}/ shows accounts, usage and recent requests.")
+    tell(f"In a browser, {url}/ shows accounts, usage and recent requests.")
     if status["detached"]:
-        print(f"Its log is {status['log_file']}; end it with: {program_words(sys.argv[0])} stop")
+        tell(f"Its log is {status['log_file']}; end it with: {program_words(sys.argv[0])} stop")
     sys.stdout.flush()
 
 
@@ -21613,15 +21627,15 @@ def shown_rest(rest: Json) -> str:
 def print_status(status: Json) -> None:
     """`status` for people."""
     uptime = shown_duration(status["uptime_s"])
-    print(f"aiclient-api {status['version']}, process {status['pid']}, {status['state']}: {uptime}")
+    tell(f"aiclient-api {status['version']}, process {status['pid']}, {status['state']}: {uptime}")
     memory = status["memory_bytes"]
-    print(f"address      {status['url']}")
-    print(f"connections  {status['connections']}, requests {status['requests_in_flight']}")
-    print(f"memory       {'-' if memory is None else f'{memory / MIB:.0f} MiB'}")
-    print(f"config       {status['config_file']}")
-    print(f"log          {status['log_file'] or 'standard error'}")
+    tell(f"address      {status['url']}")
+    tell(f"connections  {status['connections']}, requests {status['requests_in_flight']}")
+    tell(f"memory       {'-' if memory is None else f'{memory / MIB:.0f} MiB'}")
+    tell(f"config       {status['config_file']}")
+    tell(f"log          {status['log_file'] or 'standard error'}")
     if status["log_lines_dropped"]:
-        print(f"             {status['log_lines_dropped']} lines could not be written")
+        tell(f"             {status['log_lines_dropped']} lines could not be written")
     print()
     head = ("PROVIDER", "TYPE", "HEALTH", "ACCOUNT", "PLAN", "TOKEN", "COOL-DOWN")
     now = time.time()
@@ -21643,11 +21657,11 @@ def print_status(status: Json) -> None:
     print(coloured("\n".join(table_lines([list(head), *rows]))))
     for row in status["providers"]:
         if row["health"] != "ready" and row["reason"]:
-            print(f"{row['name']}: {row['reason']}")
+            tell(f"{row['name']}: {row['reason']}")
         for rest in row["rests"]:
-            print(CONTROLS.sub("", f"{row['name']}: {shown_rest(rest)}"))
+            tell(f"{row['name']}: {shown_rest(rest)}")
     for text in status["warnings"]:
-        print(CONTROLS.sub("", f"warning: {text}"))
+        tell(f"warning: {text}")
 
 
 def print_accounts(found: Json) -> None:
@@ -21731,16 +21745,16 @@ def print_usage(report: Json) -> None:
     spare = ("FIRST BYTE", "TIME", "ERRORS", "TOKENS", "CACHED")
     print_table((*map(str.upper, names), *USAGE_HEAD), cells, spare)
     if report["since"]:
-        print(f"since {shown_minute(report['since'])}; ~ is derived or estimated")
+        tell(f"since {shown_minute(report['since'])}; ~ is derived or estimated")
     for row in report["limits"]:
         used, limit = shown_figure(row["used"]), shown_figure(row["limit"])
         share = shown_bar(row["used"] / row["limit"], BAR_WIDTH)
-        print(f"limit {row['name']}: {used} of {limit} {row['unit']}  {share}")
+        tell(f"limit {row['name']}: {used} of {limit} {row['unit']}  {share}")
     if "recent" in report:
         print()
         print_recent(report["recent"])
     if "trouble" in report:
-        print(f"not written to disk now: {report['trouble']}")
+        tell(f"not written to disk now: {report['trouble']}")
 
 
 def print_recent(answers: list[Json]) -> None:
@@ -21779,7 +21793,8 @@ def print_usage_csv(report: Json) -> None:
     writer.writerow(columns)
     for row in rows:
         cells = (row[name] for name in columns)
-        writer.writerow([dump_text(c) if isinstance(c, dict) else c for c in cells])
+        cells = (dump_text(c) if isinstance(c, dict) else c for c in cells)
+        writer.writerow([one_line(c) if isinstance(c, str) else c for c in cells])
 
 
 def print_cache(report: Json) -> None:
@@ -21806,10 +21821,10 @@ def print_cache(report: Json) -> None:
     head = ("CONVERSATION", "MODEL", "LABEL", "CALLS", "HITS", "INPUT", "CACHED", "LOST", "LAST")
     print_table(head, rows)
     for hint in hints:
-        print(hint)
+        tell(hint)
     for verdict, meaning in CACHE_VERDICTS.items():
         if verdict not in ("hit", "changed") and any(row["last"] == verdict for row in found):
-            print(f"{verdict}: {meaning}")
+            tell(f"{verdict}: {meaning}")
 
 
 def shown_share(percent: float | None) -> str:
@@ -21878,7 +21893,7 @@ def print_quota(found: Json) -> None:
         notes += quota_notes(name, quota, now)
     print_table(("PROVIDER", "PLAN", "OF", "USED", "LEFT", "RESETS"), rows)
     for note in notes:
-        print(CONTROLS.sub(" ", note))
+        tell(note)
 
 
 def print_settings(found: Json) -> None:
@@ -21889,10 +21904,10 @@ def print_settings(found: Json) -> None:
 
 def print_changes(done: Json) -> None:
     """What a reload did."""
-    print("changed: " + (", ".join(done["changed"]) or "nothing"))
+    tell("changed: " + (", ".join(done["changed"]) or "nothing"))
     if done["needs_restart"]:
         keys = ", ".join(done["needs_restart"])
-        print(f"{keys}: takes effect after: {program_words(sys.argv[0])} restart")
+        tell(f"{keys}: takes effect after: {program_words(sys.argv[0])} restart")
 
 
 # 20.2 start, stop, restart
@@ -21977,7 +21992,7 @@ def await_daemon(paths: Paths) -> Json | None:
 
 def tell_running(status: Json, asked: bool) -> int:
     """`start` where a gateway runs: success, unless it was `asked` to be another one."""
-    print(f"aiclient-api runs already: {status['url']} (process {status['pid']})")
+    tell(f"aiclient-api runs already: {status['url']} (process {status['pid']})")
     if not asked:
         return 0
     raise ProgramError("the flags were not applied; stop it first, or restart it")
@@ -21995,15 +22010,15 @@ def ask_health(url: str) -> bool:
         return False
 
 
-def last_lines(path: str, begin: int) -> str:
-    """What a log says from the byte `begin` on, the last lines of it, each on a line of its own."""
+def last_lines(path: str, begin: int) -> tuple[str, ...]:
+    """What a log says from the byte `begin` on, the last lines of it."""
     try:
         with open(path, "rb") as file:
             file.seek(begin)
             lines = file.read(MIB).decode("utf-8", "replace").splitlines()
     except OSError:
-        return ""
-    return "".join(f"\n  {line}" for line in lines[-10:])
+        return ()
+    return tuple(f"  {line}" for line in lines[-10:])
 
 
 def start_detached(launch: Launch, paths: Paths) -> int:
@@ -22021,10 +22036,10 @@ def start_detached(launch: Launch, paths: Paths) -> int:
     status = read_report(reader, START_SECONDS)
     if status is None or "error" in status:
         reason = status["error"] if status else "it ended, or took too long, without a word"
-        raise ProgramError(f"the gateway did not start: {reason}{last_lines(log, begin)}")
+        raise ProgramError(f"the gateway did not start: {reason}", *last_lines(log, begin))
     if not ask_health(status["url"]):
         signal_daemon(paths.pid_file, status["pid"], signal.SIGTERM)
-        raise ProgramError(f"{status['url']} does not answer{last_lines(log, begin)}")
+        raise ProgramError(f"{status['url']} does not answer", *last_lines(log, begin))
     print_ready(status)
     return 0
 
@@ -22160,11 +22175,6 @@ def read_secret(prompt: str) -> str:
     return bare_token(text)
 
 
-def tell(text: str) -> None:
-    """A result for a person, with nothing in it that could steer a terminal."""
-    print(CONTROLS.sub("", text), flush=True)
-
-
 def cmd_auth_copilot(options: argparse.Namespace) -> int:
     """Signs in to GitHub Copilot in a browser on any machine, or with a token from standard input.
 
@@ -22297,13 +22307,13 @@ def reload_if_running(paths: Paths) -> Json | None:
 def tell_saved(paths: Paths, key: str = "") -> int:
     """Applies a changed file and says what that did, also where something else beats `key`."""
     done = reload_if_running(paths)
-    print(f"saved in {paths.config_file}")
+    tell(f"saved in {paths.config_file}")
     if done is None:
         return 0
     print_changes(done)
     for row in ask_daemon(paths, "config.show")["settings"]:
         if row["key"] == key and row["origin"] != "file":
-            print(f"{row['origin']} beats the file as long as this gateway runs")
+            tell(f"{row['origin']} beats the file as long as this gateway runs")
     return 0
 
 
@@ -22383,7 +22393,7 @@ def switch_one(options: argparse.Namespace, method: str, enabled: str) -> int:
         done = ask_daemon(paths, method, {"name": options.name})
     except NotRunning:
         change_provider(paths, environ, options.name, enabled)
-        print(f"saved in {paths.config_file}")
+        tell(f"saved in {paths.config_file}")
         return 0
     print_changes(done)
     return 0
@@ -22422,7 +22432,7 @@ def follow_log(file: TextIO, path: str, level: str) -> None:
         piece = rest + file.read()  # after the look: all that the moved file will ever hold
         *lines, rest = piece.split("\n")
         for line in filter(wanted.takes, lines):
-            print(line, flush=True)
+            tell(line)
         if is_moved and os.path.exists(path):
             file.close()
             file = open(path, errors="replace")  # noqa: SIM115 - until the next rotation
@@ -22446,7 +22456,7 @@ def cmd_logs(options: argparse.Namespace) -> int:
     except OSError as error:
         raise ProgramError(f"{path}: cannot be read: {error.strerror}") from None
     for line in read_log_tail(file, path, options.lines, options.level):
-        print(line, flush=True)
+        tell(line)
     if options.follow:
         follow_log(file, path, options.level)
     return 0
@@ -22586,7 +22596,7 @@ def cmd_service_uninstall(options: argparse.Namespace) -> int:
         raise ProgramError(f"{manager.path} is not there: nothing is installed")
     run_manager(manager.remove)
     os.unlink(manager.path)
-    print(f"removed {manager.path}")
+    tell(f"removed {manager.path}")
     return 0
 
 
@@ -22898,7 +22908,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = make_parser().parse_args(arguments)
     try:
         if options.version:
-            print(version_text())
+            tell(*version_text().split("\n"))
             return 0
         if options.run is None:
             options.help_of.print_help()
@@ -22907,7 +22917,8 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except ProgramError as error:
-        print(CONTROLS.sub("", f"aiclient-api: {error}"), file=sys.stderr)
+        lines = (f"aiclient-api: {error}", *error.log)
+        print("\n".join(map(one_line, lines)), file=sys.stderr)
         return error.exit_status
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # `| head` has seen enough
