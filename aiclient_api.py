@@ -332,6 +332,7 @@ DEVICE_SLOWER_SECONDS = 5.0  # what slow_down adds: RFC 8628 section 3.5
 CALLBACK_SECONDS = 300.0  # a browser's way back; the portal itself waits for 10 minutes
 LOCK_SECONDS = 45.0  # another process's refresh takes KIRO_REFRESH_SECONDS at most
 LOCK_POLL_SECONDS = 0.05
+TOKEN_LOOK_SECONDS = 1.0  # between two readings of a token file that only show what is in it
 SAVE_AGAIN_SECONDS = 30.0  # a token that the disk had no room for
 CLOCK_JUMP_SECONDS = 30.0  # of the wall clock against the monotonic one: the machine has slept
 
@@ -15011,6 +15012,10 @@ class TokenFile:
         #: what could not be written: it must not be lost, as a rotated token comes only once
         self.unsaved: Json = {}
         self.save_again_at = 0.0
+        #: what `peek` found last, in which file, and until when (monotonic) that will do
+        self.shown: Json | ProgramError | None = None
+        self.shown_file: tuple[int, int, int] | None = None
+        self.shown_until = 0.0
 
     def lock(self) -> FileLock:
         """One at a time among all processes."""
@@ -15049,10 +15054,23 @@ class TokenFile:
         self.user = text_of_key(kept, "user") or text_of_key(kept, "login")
         return {**kept, **self.unsaved}
 
-    def need(self, provider: str, service: str) -> Json:
-        """As `load`; raises NotSignedIn where there is nothing to be had."""
+    def peek(self) -> Json | None:
+        """As `load`, for those who only show it, and ask often: a file is read once a second."""
+        now, identity = time.monotonic(), self.identity()
+        if now >= self.shown_until or identity != self.shown_file:
+            self.shown_file, self.shown_until = identity, now + TOKEN_LOOK_SECONDS
+            try:
+                self.shown = self.load()
+            except ProgramError as error:
+                self.shown = error
+        if isinstance(self.shown, ProgramError):
+            raise self.shown.with_traceback(None)
+        return None if self.shown is None else dict(self.shown)
+
+    def need(self, provider: str, service: str, *, peeks: bool = False) -> Json:
+        """As `load` or `peek`; raises NotSignedIn where there is nothing to be had."""
         try:
-            kept = self.load()
+            kept = self.peek() if peeks else self.load()
         except ProgramError as error:
             raise NotSignedIn(f"{error}.") from None
         if kept is None:
@@ -16255,7 +16273,7 @@ def account_status(provider: CopilotProvider | KiroProvider) -> Json:
     health, reason = "resting" if rests else "ready", ""
     try:
         with advising(provider):
-            account.load()
+            account.load(peeks=True)
     except NotSignedIn as error:
         health, reason = "not signed in", error.text()
     else:
@@ -16712,9 +16730,9 @@ class CopilotAccount:
         self.backoff = Backoff()
         self.refresher: asyncio.Task[None] | None = None
 
-    def load(self) -> Json:
+    def load(self, *, peeks: bool = False) -> Json:
         """The token file; raises NotSignedIn."""
-        kept = self.file.need(self.name, "Copilot")
+        kept = self.file.need(self.name, "Copilot", peeks=peeks)
         try:
             kept["github_token"] = bare_token(text_of_key(kept, "github_token"))
         except SignInFailed:
@@ -17229,13 +17247,13 @@ class KiroAccount:
         self.machine_id = ""  # other programs do not keep it in the file
         self.tasks: set[asyncio.Task[Any]] = set()
 
-    def load(self) -> KiroLogin:
+    def load(self, *, peeks: bool = False) -> KiroLogin:
         """The token file; raises NotSignedIn."""
-        return self.read(self.load_file())
+        return self.read(self.load_file(peeks=peeks))
 
-    def load_file(self) -> Json:
+    def load_file(self, *, peeks: bool = False) -> Json:
         """The token file's content; raises NotSignedIn."""
-        return self.file.need(self.name, "Kiro")
+        return self.file.need(self.name, "Kiro", peeks=peeks)
 
     def read(self, kept: Json) -> KiroLogin:
         """The sign-in in a token file's content; raises NotSignedIn."""
@@ -18829,16 +18847,15 @@ async def import_login(desk: Desk, found: Found, name: str) -> str:
 # 16.4 what there is
 
 
-def account_row(name: str, entry: CopilotConfig | KiroConfig, paths: Paths) -> Json:
+def account_row(name: str, entry: CopilotConfig | KiroConfig, file: TokenFile) -> Json:
     """A provider's sign-in, without a secret; times in Unix seconds, None for never or unknown."""
     is_kiro = isinstance(entry, KiroConfig)
     kind = "" if isinstance(entry, KiroConfig) else split_url(entry.github_url)[1]
     row: Json = {"name": name, "type": entry.type, "enabled": entry.enabled, "kind": kind}
     row |= {"user": "", "plan": "", "expires_at": None, "token_expires_at": None}
     row["health"] = "not signed in"
-    path = paths.token_file(name)
     try:
-        kept = load_private_json(path)
+        kept = file.peek()
         if kept is None:
             return row
         if is_kiro:
@@ -18848,7 +18865,7 @@ def account_row(name: str, entry: CopilotConfig | KiroConfig, paths: Paths) -> J
         else:
             bare_token(text_of_key(kept, "github_token"))
     except (ProgramError, ValueError) as error:
-        words = str(error).removeprefix(f"{path}: ")
+        words = str(error).removeprefix(f"{file.path}: ")
         return {**row, "health": f"unusable: {words}"}
     row["user"] = text_of_key(kept, "user") or text_of_key(kept, "login")
     row["plan"] = text_of_key(kept, "plan")
@@ -18863,7 +18880,7 @@ def account_row(name: str, entry: CopilotConfig | KiroConfig, paths: Paths) -> J
 def account_rows(config: Config, paths: Paths) -> list[Json]:
     """The sign-ins of all providers that need one."""
     return [
-        account_row(name, entry, paths)
+        account_row(name, entry, TokenFile(paths.token_file(name)))
         for name, entry in config.providers.items()
         if isinstance(entry, (CopilotConfig, KiroConfig))
     ]
@@ -21124,9 +21141,10 @@ class Daemon:
         """`Provider.status` with its name and type, and what the sign-in tells of the account."""
         found = {"name": name, "type": entry.type, "account": None, "plan": None}
         found |= provider.status()
-        if isinstance(entry, EchoConfig):
+        if not isinstance(provider, (CopilotProvider, KiroProvider)):
             return found
-        row = account_row(name, entry, self.paths)
+        assert not isinstance(entry, EchoConfig)
+        row = account_row(name, entry, provider.account.file)
         found |= {"account": row["user"] or None, "plan": row["plan"] or None}
         if row["health"].startswith("needs sign-in"):
             found |= {"health": "not signed in", "reason": row["health"]}
