@@ -13367,6 +13367,28 @@ class SecondFormatter:
         return self.priorities.get(level, "") + line
 
 
+def close_to_others(handle: int) -> bool:
+    """Takes a plain file from all but its owner; whether others could do anything with it before.
+
+    Raises OSError where it is not ours to change.
+    """
+    status = os.fstat(handle)
+    has_owner = hasattr(os, "getuid") and stat.S_ISREG(status.st_mode)
+    if not has_owner or not status.st_mode & 0o077:
+        return False
+    os.fchmod(handle, 0o600)
+    return True
+
+
+def make_private(handle: int, path: str, what: str) -> None:
+    """As `close_to_others`, with a warning about `what`, also where nothing can be done."""
+    try:
+        if close_to_others(handle):
+            log_event("warning", f"{what}_was_readable", path=path)
+    except OSError as error:
+        log_event("warning", f"{what}_is_readable", path=path, reason=error.strerror)
+
+
 class LogFile:
     """A log file for a StreamHandler: rotated at a size, followed when it is moved away.
 
@@ -13395,6 +13417,7 @@ class LogFile:
         self.size = status.st_size
         self.identity = status.st_dev, status.st_ino
         self.look_at = time.monotonic() + LOG_LOOK_SECONDS
+        make_private(handle, self.path, "log")
 
     def write(self, text: str) -> None:
         """Adds `text`, whole lines, in one write."""
@@ -14768,6 +14791,9 @@ def load_config_text(where: str) -> str:
 def load_config(paths: Paths, environ: dict[str, str], flags: dict[str, str | None]) -> Config:
     """File, environment and flags, the later over the earlier; raises ConfigError."""
     config = read_config_text(load_config_text(paths.config_file), paths.config_file)
+    if config.api_keys or any(map(is_secret_setting, config.origins)):
+        with open(paths.config_file, "rb") as file:
+            make_private(file.fileno(), paths.config_file, "config_file_with_secrets")
     apply_environment(config, environ)
     apply_flags(config, flags)
     check_exposure(config)
@@ -14904,8 +14930,7 @@ def open_private(path: str) -> int:
             raise PermissionError(errno.EPERM, "it is not a plain file")
         if hasattr(os, "getuid") and status.st_uid not in (os.getuid(), 0):
             raise PermissionError(errno.EPERM, "it belongs to another user")
-        if hasattr(os, "getuid") and status.st_mode & 0o077:
-            os.fchmod(handle, 0o600)
+        if close_to_others(handle):
             log_event("warning", "token_file_was_readable", path=path)
     except BaseException:
         os.close(handle)
@@ -22046,6 +22071,7 @@ def start_detached(launch: Launch, paths: Paths) -> int:
         errors = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise ProgramError(f"{log}: the log cannot be written: {error.strerror}") from None
+    make_private(errors, log, "log")
     begin = os.fstat(errors).st_size
     reader, launch.report = os.pipe()
     fork_daemon(launch, paths, errors)
@@ -22062,6 +22088,25 @@ def start_detached(launch: Launch, paths: Paths) -> int:
     return 0
 
 
+KEY_VARIABLE = "AICLIENT_START_KEY"
+
+
+def hide_key(options: argparse.Namespace) -> None:
+    """Begins the program anew without --api-key, as everybody on a machine can read command lines.
+
+    The key goes by the environment, which only its user can read, and is taken out of there.
+    """
+    if options.api_key is None:
+        options.api_key = os.environ.pop(KEY_VARIABLE, None)
+    elif any(options.api_key in word for word in sys.argv):
+        flags = {"host": options.host, "port": options.port, "log-file": options.log_file}
+        words = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+        words += ["--foreground"] if options.foreground else []
+        begin = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
+        environ = {**os.environ, KEY_VARIABLE: options.api_key}
+        os.execve(sys.executable, [*begin, "start", *words], environ)
+
+
 def cmd_start(options: argparse.Namespace) -> int:
     """Starts the gateway in the background, or with --foreground in this terminal.
 
@@ -22069,6 +22114,8 @@ def cmd_start(options: argparse.Namespace) -> int:
     """
     if not options.foreground and not hasattr(os, "fork"):
         raise WrongUsage("this system has no background here; use: start --foreground")
+    if hasattr(os, "fork"):
+        hide_key(options)
     os.umask(0o077)
     environ = make_environ()
     paths = find_paths(environ)
@@ -22728,8 +22775,8 @@ START_ARGUMENTS = (
     argument("--port", "port to listen on (default 9090; 0 = any free one)"),
     argument(
         "--api-key",
-        "key that clients must send; while this command runs others on this machine can "
-        "see it in the process list, so prefer AICLIENT_API_KEY or the config file",
+        "key that clients must send; others on this machine can see it in the process list "
+        "for a moment, and your shell may keep it: prefer AICLIENT_API_KEY or the config file",
     ),
     argument("--log-file", "log there instead of in the state folder", metavar="FILE"),
 )
