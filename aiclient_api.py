@@ -3877,8 +3877,7 @@ def positive(value: Any) -> int | None:
 def count(obj: Json, key: str, before: int) -> int:
     """The figure at `key`, or `before`."""
     value = obj.get(key)
-    usable = isinstance(value, int) and read_figure(value, 0) is not None
-    return value if usable else before
+    return value if isinstance(value, int) and read_figure(value, 0) is not None else before
 
 
 def fraction(obj: Json, key: str, most: float) -> float:

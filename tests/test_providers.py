@@ -8,7 +8,7 @@ import aiclient_api as gw
 
 
 def test_a_sign_in_that_fails_for_days_is_still_left_alone_for_minutes() -> None:
-    async def fail() -> list[float]:
+    async def fail() -> list[int]:
         backoff, waits = gw.Backoff(), []
         now = asyncio.get_running_loop().time()
         for _ in range(2000):
