@@ -10474,11 +10474,15 @@ def read_error_answer(status: int, data: bytes) -> tuple[str, str]:
     return redact(text)[:2000], ""
 
 
+# RFC 9110 section 10.2.3 has no fractions; services do.
+PLAIN_SECONDS = re.compile(r"[0-9]{1,19}(?:\.[0-9]{1,9})?")
+
+
 def parse_retry_after(value: str | None, now: float) -> float | None:
     """Seconds in a Retry-After field: digits or an HTTP date; `now` in Unix seconds."""
     if value is None:
         return None
-    if DIGITS.fullmatch(value):
+    if PLAIN_SECONDS.fullmatch(value):
         return min(float(value), MAX_RESET_SECONDS)
     try:
         at = email.utils.parsedate_to_datetime(value[:100]).timestamp()
@@ -12245,9 +12249,10 @@ def normalize_answer(answer: Answer) -> None:
     """Makes names and figures such that they can be stored, shown and added up."""
     for name in ANSWER_NAMES:
         setattr(answer, name, one_line(getattr(answer, name)[:MAX_NAME_CHARS]))
-    usage = answer.usage
-    figures = {name: min(max(getattr(usage, name), 0), MAX_FIGURE) for name in USAGE_FIGURES}
-    answer.usage = replace(usage, **figures)
+    given = {name: getattr(answer.usage, name) for name in USAGE_FIGURES}
+    figures = {name: min(max(figure, 0), MAX_FIGURE) for name, figure in given.items()}
+    if figures != given:
+        answer.usage = replace(answer.usage, **figures)
 
 
 def is_storable(answer: Answer) -> bool:
