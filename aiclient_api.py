@@ -273,6 +273,7 @@ MAX_WAIT_SECONDS = 10.0  # a longer Retry-After is the caller's to wait, not our
 MAX_RETRY_AFTER_SECONDS = 60.0  # anthropic 2.x sleeps for whatever it is told, even for days
 # Cool-downs that outlast the reset are a plague of this field: a minute, then one request probes.
 COOL_DOWN_SECONDS = 60.0
+MAX_RESTING = 100  # models of one provider; clients may name what no list has
 REST_SECONDS = 4.0  # after a limit that names no time; twice as long each time it still holds
 BACKOFF_SECONDS = (0.5, 1.5)
 PAUSE_SECONDS = (2.0, 4.0)  # after a 429 or 503 that names no time
@@ -285,6 +286,7 @@ COPILOT_REFRESH_EARLY_SECONDS = 60.0  # the background timer: refresh_in minus t
 COPILOT_DEFAULT_LIFE_SECONDS = 1500.0
 FORCED_RENEWAL_GAP_SECONDS = 60.0  # a lasting 403 must not become an exchange storm
 SIGN_IN_RETRY_MAX_SECONDS = 300.0
+SIGN_IN_RETRY_AFTER_SECONDS = 3600.0  # GitHub's own limits last an hour; no header stops us longer
 EXCHANGE_SECONDS = 15.0
 MODELS_SECONDS = 30.0
 MODELS_FRESH_SECONDS = 900.0  # VS Code 10 min, opencode 1 h
@@ -326,6 +328,12 @@ KIRO_CONTROL_SECONDS = 30.0
 KIRO_MODEL_PAGES = 5  # of a list that never ends
 MAX_TOKEN_SECONDS = 24 * 3600.0  # a token that says it lasts longer met a wrong clock
 
+# Numbers from outside, which may be NaN, infinite or have a thousand digits.
+MAX_FIGURE = 10**15  # of tokens, nano-credits, quotas: below 2**53, so exact wherever it goes
+MAX_RESET_SECONDS = 31 * 86400.0  # a wait: plans begin anew each month
+MAX_UNIX_SECONDS = 1e10  # a time: in the year 2286; what is larger counts milliseconds
+MAX_PERCENT_USED = 10_000.0  # a plan may be overdrawn; a limit near 0 would make it endless
+
 # What is left of a plan.  No client seen asks for that more often than every few minutes.
 QUOTA_WARNING_PERCENTS = (80.0, 95.0)  # used; then, and at 100, a person is warned
 QUOTA_SOON_SECONDS = 5.0  # from the first use to the first look: a short answer is billed by then
@@ -342,6 +350,7 @@ DEVICE_SLOWER_SECONDS = 5.0  # what slow_down adds: RFC 8628 section 3.5
 CALLBACK_SECONDS = 300.0  # a browser's way back; the portal itself waits for 10 minutes
 LOCK_SECONDS = 45.0  # another process's refresh takes KIRO_REFRESH_SECONDS at most
 LOCK_POLL_SECONDS = 0.05
+TOKEN_LOOK_SECONDS = 1.0  # between two readings of a token file that only show what is in it
 SAVE_AGAIN_SECONDS = 30.0  # a token that the disk had no room for
 CLOCK_JUMP_SECONDS = 30.0  # of the wall clock against the monotonic one: the machine has slept
 
@@ -375,20 +384,26 @@ USAGE_PRUNE_SECONDS = 3600.0
 SLOT_SECONDS = 900  # sums are kept by quarter of an hour: time zones differ by that at least
 MAX_ANSWER_ROWS = 50_000  # answers that are kept one by one, 9 MB
 MAX_SUM_ROWS = 200_000  # years of one person's sums, 40 MB
+PRUNE_SUM_ROWS = 20_000  # that are written without a look at how many there are
 MAX_SUM_DAYS = 800
 MAX_SPENT_DAYS = 62  # caps look back at a month
 MAX_USAGE_PAGES = 24_576  # of 4 KiB: 96 MiB, whatever the counts above come to
 MAX_WAITING_ANSWERS = 5_000  # rows kept in memory while there is no database; sums are all kept
 MAX_RECENT_ANSWERS = 1_000  # that can be asked for at a time
-MAX_LABELS = 200  # user agents that are told apart; the rest is "other"
+MAX_WAITING_SUMS = 20_000  # rows of sums in memory, 20 MB; beyond them no name is told apart
+# Names that clients make up, told apart in one day: 200 user agents and 200 models are more than
+# anybody uses.
+MAX_LABELS = 200
+MAX_MODELS = 200
+MAX_NAME_CHARS = 200  # of a name that is counted
 MAX_RUNAWAYS = 1_000  # requests that are remembered by their hash
 
 # GET /metrics.  OpenTelemetry's advice for such histograms ends at 82 s (GenAI metrics, 2026): an
 # agent's turn takes 2 to 60 s, long reasoning minutes, and its first byte comes after the thinking.
 ANSWER_SECONDS_BUCKETS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
 FIRST_BYTE_SECONDS_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 120.0)
-# Pairs of provider and model; all others share one.  A provider lists 15 to 40 models; each one
-# that was used has 40 lines of a scrape, which take 45 us.
+# Pairs of provider and model; all others share one, for good, as no series may end.  A provider
+# lists 15 to 40 models; each one that was used has 40 lines of a scrape, which take 45 us.
 MAX_METRIC_SERIES = 200
 
 GITHUB_URL = "https://github.com"
@@ -462,9 +477,13 @@ KIRO_VERSION = "1.1.14"  # of the IDE, seen in 2026-09; no old one was ever refu
 
 
 class ProgramError(Exception):
-    """What stops a command; `str()` is one line for a person."""
+    """What stops a command; `str()` is one line for a person, `log` what a log says of it."""
 
     exit_status = 1
+
+    def __init__(self, message: str, *log: str) -> None:
+        super().__init__(message)
+        self.log = log
 
 
 class WrongUsage(ProgramError):
@@ -956,6 +975,27 @@ def text_of_key(kept: Json, key: str) -> str:
     """The text at `key`, "" for anything else."""
     value = kept.get(key)
     return value.strip() if isinstance(value, str) else ""
+
+
+# What steers a terminal or is not seen there: controls, bidi marks, line separators, all that
+# Unicode calls ignorable (DerivedCoreProperties: Default_Ignorable_Code_Point), and halves of
+# characters, which cannot even be written.
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+UNSEEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
+    "\u2028-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\ud800-\udfff"
+    "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+
+
+def one_line(text: str) -> str:
+    """`text` as one line that can be shown anywhere: for all that is not written in this file.
+
+    Blanks of any kind become spaces; what else is in UNSEEN goes.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return UNSEEN.sub(lambda found: " " if found[0].isspace() else "", text)
 
 
 def short_hash(text: str, length: int) -> str:
@@ -3852,37 +3892,36 @@ def tool_names(body: Json) -> list[str]:
 # Usage, as each vendor writes it.  An absent figure keeps what an earlier frame said.
 
 
+def read_figure(value: Any, least: float = -MAX_FIGURE, most: float = MAX_FIGURE) -> float | None:
+    """A number from outside, where it is one from `least` to `most`; None for anything else.
+
+    All numbers of upstreams come in by this: NaN, an infinity or 10**400 would end in an
+    exception of int(), round() or a date far from here.
+    """
+    usable = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if usable and least <= value <= most else None
+
+
 def positive(value: Any) -> int | None:
     """A limit: a positive integer, or unknown."""
-    usable = isinstance(value, int) and not isinstance(value, bool) and value > 0
-    return value if usable else None
+    return value if isinstance(value, int) and read_figure(value, 1) else None
 
 
 def count(obj: Json, key: str, before: int) -> int:
     """The figure at `key`, or `before`."""
     value = obj.get(key)
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**12:
-        return value
-    return before
+    return value if isinstance(value, int) and read_figure(value, 0) is not None else before
 
 
 def fraction(obj: Json, key: str, most: float) -> float:
     """The number at `key` between 0 and `most`; 0 for anything else."""
-    value = obj.get(key)
-    usable = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= most
-    return float(value) if usable and value else 0.0
+    return read_figure(obj.get(key), 0, most) or 0.0
 
 
 def details(obj: Json, key: str) -> Json:
     """The object at `key`, or an empty one."""
     value = obj.get(key)
     return value if isinstance(value, dict) else {}
-
-
-def read_figure(value: Any) -> float | None:
-    """A number of an answer in which every field may be missing."""
-    usable = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e12
-    return float(value) if usable else None
 
 
 def inline_refs(schema: Any, definitions: Json) -> Any:
@@ -8421,7 +8460,7 @@ class KiroReader:
 
     def take_metering(self, said: Json, events: list[Event]) -> None:
         """What this answer costs in credits; several of them add up."""
-        self.usage.nano_credits += round(fraction(said, "usage", 1e6) * 1e9)
+        self.usage.nano_credits += round(fraction(said, "usage", MAX_FIGURE / 1e9) * 1e9)
         self.usage.credits_source = "reported"
         events.append(self.count())
 
@@ -8870,7 +8909,7 @@ def read_copilot_model(entry: Json, provider: str) -> Model | None:
     """One entry of the catalogue; None for what is no model that answers."""
     model_id = entry.get("id")
     capabilities = details(entry, "capabilities")
-    if not isinstance(model_id, str) or not model_id:
+    if not isinstance(model_id, str) or not MODEL_NAME.fullmatch(model_id):
         return None
     kind = capabilities.get("type", "chat")
     if kind not in ("chat", "embeddings"):
@@ -8952,7 +8991,7 @@ def price_nano_credits(model: Model, usage: Usage) -> int | None:
         + usage.cache_write * (fresh if written is None else written)
         + usage.output * said
     )
-    return round(total / batch * unit)
+    return round(min(max(total / batch * unit, 0.0), MAX_FIGURE))
 
 
 def guess_copilot_model(model_id: str, provider: str) -> Model:
@@ -10530,18 +10569,21 @@ def read_error_answer(status: int, data: bytes) -> tuple[str, str]:
     return redact(text, MAX_REFUSAL_TEXT), ""
 
 
+# RFC 9110 section 10.2.3 has no fractions; services do.
+PLAIN_SECONDS = re.compile(r"[0-9]{1,19}(?:\.[0-9]{1,9})?")
+
+
 def parse_retry_after(value: str | None, now: float) -> float | None:
-    """Seconds in a Retry-After field: seconds or an HTTP date; `now` in Unix seconds."""
+    """Seconds in a Retry-After field: digits or an HTTP date; `now` in Unix seconds."""
     if value is None:
         return None
+    if PLAIN_SECONDS.fullmatch(value):
+        return min(float(value), MAX_RESET_SECONDS)
     try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - now)
-    except (ValueError, TypeError, OverflowError):
+        at = email.utils.parsedate_to_datetime(value[:100]).timestamp()
+    except (ValueError, OverflowError, OSError):
         return None
+    return min(max(0.0, at - now), MAX_RESET_SECONDS)
 
 
 # "Please try again in 51 hours" (github/copilot-cli#2769), "resets in 2 hours and 5 minutes".
@@ -10565,7 +10607,8 @@ def read_wait_words(message: str, now: float) -> float | None:
     words = WAIT_WORDS.search(message)
     if words:
         parts = WAIT_PART.findall(words[1])
-        return sum(float(figure) * WAIT_UNITS[unit.lower()] for figure, unit in parts)
+        wait_s = sum(float(figure) * WAIT_UNITS[unit.lower()] for figure, unit in parts)
+        return min(wait_s, MAX_RESET_SECONDS)
     reset = RESET_WORDS.search(message)
     if reset is None:
         return None
@@ -10573,7 +10616,7 @@ def read_wait_words(message: str, now: float) -> float | None:
         at = dt.datetime.fromisoformat(f"{reset[1]}T{reset[2] or '00:00'}+00:00")
     except ValueError:
         return None
-    return max(0.0, at.timestamp() - now)
+    return min(max(0.0, at.timestamp() - now), MAX_RESET_SECONDS)
 
 
 def read_wait(headers: Headers, message: str, now: float) -> float | None:
@@ -10583,8 +10626,8 @@ def read_wait(headers: Headers, message: str, now: float) -> float | None:
 
 
 TOKEN_COUNTS = (
-    re.compile(r"prompt token count of (\d+) exceeds the limit of (\d+)"),
-    re.compile(r"prompt is too long: (\d+) tokens > (\d+) maximum"),
+    re.compile(r"prompt token count of (\d{1,15}) exceeds the limit of (\d{1,15})\b"),
+    re.compile(r"prompt is too long: (\d{1,15}) tokens > (\d{1,15}) maximum"),
 )
 TOO_LONG = ("context_length_exceeded", "model_max_prompt_tokens_exceeded")
 TOO_LONG_WORDS = ("prompt is too long", "too large for model context window", "context length")
@@ -10892,7 +10935,7 @@ def read_token_answer(body: Json, config: CopilotConfig, now: float) -> CopilotT
     token = body.get("token")
     if not isinstance(token, str) or not TARGET.fullmatch(token):
         raise UpstreamError("GitHub's token answer holds no token that can be used.")
-    life = float(positive(body.get("refresh_in")) or COPILOT_DEFAULT_LIFE_SECONDS)
+    life = min(positive(body.get("refresh_in")) or COPILOT_DEFAULT_LIFE_SECONDS, MAX_TOKEN_SECONDS)
     # VS Code does the same: the answer's `expires_at` is of little use under a wrong local clock.
     url = named_host(body, config) or copilot_host(config)
     return CopilotToken(token, url, now + life + COPILOT_REFRESH_EARLY_SECONDS, life)
@@ -10954,8 +10997,12 @@ class Allowance:
         if self.limit == math.inf:
             return None
         if self.used is not None and self.limit:
-            return 100 * self.used / self.limit
-        return None if self.percent_left is None else max(0.0, 100 - self.percent_left)
+            percent = 100 * self.used / self.limit
+        elif self.percent_left is not None:
+            percent = 100 - self.percent_left
+        else:
+            return None
+        return min(max(percent, 0.0), MAX_PERCENT_USED)
 
     def as_json(self, resets_at: float) -> Json:
         """`{"name", "used", "limit", ...}`; `resets_at` is the plan's."""
@@ -11069,12 +11116,11 @@ def read_allowance(name: str, row: Json, by_tokens: bool | None = None) -> Allow
 
 def read_copilot_quota(body: Json) -> Quota:
     """GitHub's `copilot_internal/user`; free plans of earlier have a form of their own."""
-    rows = {
-        name: row for name, row in details(body, "quota_snapshots").items() if isinstance(row, dict)
-    }
+    snapshots = [*details(body, "quota_snapshots").items()][:MAX_ALLOWANCES]
+    rows = {name: row for name, row in snapshots if isinstance(row, dict)}
     monthly, left = details(body, "monthly_quotas"), details(body, "limited_user_quotas")
     if not rows:
-        names = dict.fromkeys([*monthly, *left])
+        names = [*dict.fromkeys([*monthly, *left])][:MAX_ALLOWANCES]
         rows = {n: {"entitlement": monthly.get(n), "remaining": left.get(n)} for n in names}
     by_tokens = read_flag(body.get("token_based_billing"))
     named = {ALLOWANCE_NAMES.get(name, name): row for name, row in rows.items()}
@@ -11377,18 +11423,16 @@ def is_own_endpoint(url: str, kept: Json) -> bool:
 
 def read_time(value: Any) -> float:
     """Unix seconds from seconds, milliseconds or ISO 8601 (UTC where no zone is named); else 0."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        seconds = value if value < 1e10 else value / 1000 if value < 1e14 else 0
-        return float(seconds)
-    if not isinstance(value, str):
-        return 0.0
-    try:
-        moment = dt.datetime.fromisoformat(value)
-    except ValueError:
-        return 0.0
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=dt.timezone.utc)
-    return moment.timestamp()
+    if isinstance(value, str):
+        try:
+            moment = dt.datetime.fromisoformat(value)
+        except ValueError:
+            return 0.0
+        if moment.tzinfo is None:
+            moment = moment.replace(tzinfo=dt.timezone.utc)
+        return read_figure(moment.timestamp(), 0, MAX_UNIX_SECONDS) or 0.0
+    number = read_figure(value, 0, MAX_UNIX_SECONDS * 1000) or 0.0
+    return number if number < MAX_UNIX_SECONDS else number / 1000
 
 
 def kiro_refresh(login: KiroLogin, config: KiroConfig) -> tuple[str, dict[str, str], bytes]:
@@ -11429,11 +11473,10 @@ def read_refresh_answer(body: Json, now: float) -> Json:
     access, refresh = said("accessToken", "access_token"), said("refreshToken", "refresh_token")
     if not isinstance(access, str) or not TARGET.fullmatch(access):
         raise UpstreamError("The answer to Kiro's token refresh holds no token that can be used.")
-    life = said("expiresIn", "expires_in")
-    usable = isinstance(life, (int, float)) and not isinstance(life, bool) and 0 < life < 1e9
+    life = read_figure(said("expiresIn", "expires_in"), 0) or KIRO_TOKEN_SECONDS
     changes: Json = {
         "access_token": access,
-        "expires_at": int(now + (life if usable else KIRO_TOKEN_SECONDS)),
+        "expires_at": int(now + min(life, MAX_TOKEN_SECONDS)),
     }
     if isinstance(refresh, str) and TARGET.fullmatch(refresh):
         changes["refresh_token"] = refresh
@@ -11734,7 +11777,7 @@ def kiro_credit_row(body: Json) -> Json:
 def kiro_figure(row: Json, name: str) -> float | None:
     """A figure in its precise form, or in the plain one."""
     keys = (f"{name}WithPrecision", name)
-    return read_figure(next((row[key] for key in keys if row.get(key) is not None), None))
+    return read_figure(next((row[key] for key in keys if row.get(key) is not None), None), 0)
 
 
 def kiro_credit_parts(row: Json, now: float) -> list[AllowancePart]:
@@ -11749,7 +11792,7 @@ def kiro_credit_parts(row: Json, now: float) -> list[AllowancePart]:
     if trial.get("freeTrialStatus") == "ACTIVE":
         parts.append(part("free trial", trial, read_time(trial.get("freeTrialExpiry"))))
     bonuses = row.get("bonuses")
-    for bonus in bonuses if isinstance(bonuses, list) else ():
+    for bonus in bonuses[:MAX_ALLOWANCES] if isinstance(bonuses, list) else ():
         if isinstance(bonus, dict) and bonus.get("status", "ACTIVE") == "ACTIVE":
             until = read_time(bonus.get("expiresAt"))
             name = text_of_key(bonus, "displayName") or "bonus"
@@ -11890,11 +11933,8 @@ def read_device_code(body: Json, service: str) -> DeviceCode:
         raise SignInFailed(f"{service}'s answer holds no code to type")
 
     def seconds(name: str, otherwise: float) -> float:
-        value = either(body, name)
-        if isinstance(value, str) and DIGITS.fullmatch(value):  # of a form
-            value = int(value)
-        usable = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return float(value) if usable and 1 <= value <= 86400 else otherwise
+        value = read_told(either(body, name))  # a form's are strings
+        return otherwise if value is None or not 1 <= value <= 86400 else value
 
     return DeviceCode(
         texts["device_code"],
@@ -12333,6 +12373,8 @@ class Answer:
         }
 
 
+ANSWER_NAMES = ("provider", "account", "model", "label", "dialect", "kind")
+USAGE_FIGURES = ("input", "cache_read", "cache_write", "output", "reasoning", "nano_credits")
 USER_AGENT = re.compile(r"([A-Za-z][\w.+-]{0,39})(?:/([A-Za-z]{1,20})\b)?", re.ASCII)
 
 
@@ -12346,6 +12388,53 @@ def caller_label(user_agent: str) -> str:
     if found is None:
         return "unknown"
     return "-".join(filter(None, found.groups())).lower()
+
+
+OTHER = "other"  # the name of what is not told apart
+
+
+class NameTable:
+    """Names that clients make up: of each period the first ones are told apart, the rest is OTHER.
+
+    So no client can make rows, series or files grow without bounds, nor use a table up for good.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.period = ""
+        self.names: set[str] = set()
+
+    def known(self, name: str, period: str = "") -> str:
+        """`name` itself, or OTHER where its period has too many already."""
+        if period != self.period:
+            self.period = period
+            self.names.clear()
+        if name not in self.names and len(self.names) >= self.most:
+            return OTHER
+        self.names.add(name)
+        return name
+
+
+def normalize_answer(answer: Answer) -> None:
+    """Makes names and figures such that they can be stored, shown and added up."""
+    for name in ANSWER_NAMES:
+        setattr(answer, name, one_line(getattr(answer, name)[:MAX_NAME_CHARS]))
+    given = {name: getattr(answer.usage, name) for name in USAGE_FIGURES}
+    figures = {name: min(max(figure, 0), MAX_FIGURE) for name, figure in given.items()}
+    if figures != given:
+        answer.usage = replace(answer.usage, **figures)
+
+
+def is_storable(answer: Answer) -> bool:
+    """Whether a database can hold an answer, and add it to others."""
+    figures = [getattr(answer.usage, name) for name in USAGE_FIGURES]
+    times = (answer.at, answer.duration_s, answer.first_byte_s or 0.0)
+    names = [getattr(answer, name) for name in ANSWER_NAMES]
+    return (
+        all(isinstance(figure, int) and 0 <= figure <= MAX_FIGURE for figure in figures)
+        and all(0 <= moment <= MAX_UNIX_SECONDS for moment in times)
+        and not any(HALF_CHARACTER.search(name) for name in names)
+    )
 
 
 # What a sum consists of: the columns of the database, the fields of Totals.
@@ -12875,8 +12964,8 @@ class Metrics:
             metric.name: defaultdict(int) for metric in METRICS if metric.kind == "counter"
         }
         self.histograms = {m.name: Histogram(m.buckets) for m in METRICS if m.buckets}
-        #: pairs of provider and model that have series of their own
-        self.models: set[tuple[str, str]] = set()
+        #: PROVIDER/MODEL that have series of their own
+        self.models = NameTable(MAX_METRIC_SERIES)
 
     def count_request(self, route: str, method: str, status: int) -> None:
         """Counts one HTTP request; `route` is one of the route table's."""
@@ -12914,12 +13003,10 @@ class Metrics:
 
         A caller may name a model that no list has, so names are not bounded by the catalogues.
         """
-        key = answer.provider, answer.model
-        if key not in self.models:
-            if answer.kind == "model_not_found" or len(self.models) >= MAX_METRIC_SERIES:
-                return "other"
-            self.models.add(key)
-        return answer.model
+        name = f"{answer.provider}/{answer.model}"
+        if answer.kind == "model_not_found" and name not in self.models.names:
+            return OTHER
+        return answer.model if self.models.known(name) == name else OTHER
 
     def render(self, measured: dict[str, Series]) -> str:
         """All that there is in the text format 0.0.4; `measured` is what only stands now."""
@@ -13440,17 +13527,40 @@ class SecondFormatter:
         self.priorities = self.PRIORITIES if priorities else {}
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line; a traceback follows it."""
+        """The line; a traceback follows it, indented: none of its lines can pass for an event."""
         second = int(record.created)
         if second != self.second:
             self.second = second
             self.stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
         level = record.levelname
-        line = f"{self.stamp}.{int(record.msecs):03d}Z {level} {record.getMessage()}"
+        message = one_line(record.getMessage())
+        line = f"{self.stamp}.{int(record.msecs):03d}Z {level} {message}"
         if record.exc_info:
-            trace = logging.Formatter().formatException(record.exc_info)
-            line += "\n" + redact(trace, MAX_LOG_LINE)
+            trace = redact(logging.Formatter().formatException(record.exc_info), MAX_LOG_LINE)
+            line += "".join(f"\n  {one_line(row)}" for row in trace.split("\n"))
         return self.priorities.get(level, "") + line
+
+
+def close_to_others(handle: int) -> bool:
+    """Takes a plain file from all but its owner; whether others could do anything with it before.
+
+    Raises OSError where it is not ours to change.
+    """
+    status = os.fstat(handle)
+    has_owner = hasattr(os, "getuid") and stat.S_ISREG(status.st_mode)
+    if not has_owner or not status.st_mode & 0o077:
+        return False
+    os.fchmod(handle, 0o600)
+    return True
+
+
+def make_private(handle: int, path: str, what: str) -> None:
+    """As `close_to_others`, with a warning about `what`, also where nothing can be done."""
+    try:
+        if close_to_others(handle):
+            log_event("warning", f"{what}_was_readable", path=path)
+    except OSError as error:
+        log_event("warning", f"{what}_is_readable", path=path, reason=error.strerror)
 
 
 class LogFile:
@@ -13481,6 +13591,7 @@ class LogFile:
         self.size = status.st_size
         self.identity = status.st_dev, status.st_ino
         self.look_at = time.monotonic() + LOG_LOOK_SECONDS
+        make_private(handle, self.path, "log")
 
     def write(self, text: str) -> None:
         """Adds `text`, whole lines, in one write."""
@@ -14854,6 +14965,9 @@ def load_config_text(where: str) -> str:
 def load_config(paths: Paths, environ: dict[str, str], flags: dict[str, str | None]) -> Config:
     """File, environment and flags, the later over the earlier; raises ConfigError."""
     config = read_config_text(load_config_text(paths.config_file), paths.config_file)
+    if config.api_keys or any(map(is_secret_setting, config.origins)):
+        with open(paths.config_file, "rb") as file:
+            make_private(file.fileno(), paths.config_file, "config_file_with_secrets")
     apply_environment(config, environ)
     apply_flags(config, flags)
     check_exposure(config)
@@ -14990,8 +15104,7 @@ def open_private(path: str) -> int:
             raise PermissionError(errno.EPERM, "it is not a plain file")
         if hasattr(os, "getuid") and status.st_uid not in (os.getuid(), 0):
             raise PermissionError(errno.EPERM, "it belongs to another user")
-        if hasattr(os, "getuid") and status.st_mode & 0o077:
-            os.fchmod(handle, 0o600)
+        if close_to_others(handle):
             log_event("warning", "token_file_was_readable", path=path)
     except BaseException:
         os.close(handle)
@@ -15098,6 +15211,10 @@ class TokenFile:
         #: what could not be written: it must not be lost, as a rotated token comes only once
         self.unsaved: Json = {}
         self.save_again_at = 0.0
+        #: what `peek` found last, in which file, and until when (monotonic) that will do
+        self.shown: Json | ProgramError | None = None
+        self.shown_file: tuple[int, int, int] | None = None
+        self.shown_until = 0.0
 
     def lock(self) -> FileLock:
         """One at a time among all processes."""
@@ -15136,10 +15253,23 @@ class TokenFile:
         self.user = text_of_key(kept, "user") or text_of_key(kept, "login")
         return {**kept, **self.unsaved}
 
-    def need(self, provider: str, service: str) -> Json:
-        """As `load`; raises NotSignedIn where there is nothing to be had."""
+    def peek(self) -> Json | None:
+        """As `load`, for those who only show it, and ask often: a file is read once a second."""
+        now, identity = time.monotonic(), self.identity()
+        if now >= self.shown_until or identity != self.shown_file:
+            self.shown_file, self.shown_until = identity, now + TOKEN_LOOK_SECONDS
+            try:
+                self.shown = self.load()
+            except ProgramError as error:
+                self.shown = error
+        if isinstance(self.shown, ProgramError):
+            raise self.shown.with_traceback(None)
+        return None if self.shown is None else dict(self.shown)
+
+    def need(self, provider: str, service: str, *, peeks: bool = False) -> Json:
+        """As `load` or `peek`; raises NotSignedIn where there is nothing to be had."""
         try:
-            kept = self.load()
+            kept = self.peek() if peeks else self.load()
         except ProgramError as error:
             raise NotSignedIn(f"{error}.") from None
         if kept is None:
@@ -15454,6 +15584,9 @@ ADD_SUMS = insert_sql("sums", ("slot", *SUM_KEYS, *SUM_FIELDS), SUM_FIELDS)
 ADD_SPENT = insert_sql(
     "spent", ("day", "provider", "label", "tokens", "nano_credits"), ("tokens", "nano_credits")
 )
+DAY_SLOTS = 86400 // SLOT_SECONDS
+# Added up as numbers of any size: `sum` fails beyond 2**63.
+SUMMED = ", ".join(f"CAST(total({name}) AS INTEGER)" for name in SUM_FIELDS)
 # What tells groups of sums apart -> the same in SQL.
 GROUP_SQL = {
     "day": f"strftime('%Y-%m-%d', slot * {SLOT_SECONDS}, 'unixepoch', 'localtime')",
@@ -15518,6 +15651,8 @@ class UsageStore:
         #: monotonic
         self.locked_since: float | None = None
         self.pruned_at = float("-inf")
+        #: rows of sums written since then
+        self.unpruned = 0
 
     # -- opening
 
@@ -15612,16 +15747,21 @@ class UsageStore:
         return True
 
     def halve(self) -> bool:
-        """Forgets the older half, so that the file need not grow; False where the disk is full."""
+        """Forgets or joins half, so that the file need not grow; False where the disk is full."""
         if self.connection is None:
             return False
         log_event("warning", "usage_database_full", path=self.path)
         try:
             with transaction(self.connection):
                 for table, column in (("answers", "id"), ("sums", "slot")):
+                    sql = f"SELECT count(*) / 2 FROM {table}"
+                    (half,) = self.connection.execute(sql).fetchone()
+                    if table == "sums" and self.fold(self.connection, half):
+                        continue
                     self.connection.execute(
-                        f"DELETE FROM {table} WHERE {column} <= (SELECT {column} FROM {table} "
-                        f"ORDER BY {column} LIMIT 1 OFFSET (SELECT count(*) / 2 FROM {table}))"
+                        f"DELETE FROM {table} WHERE {column} <= "
+                        f"(SELECT {column} FROM {table} ORDER BY {column} LIMIT 1 OFFSET ?)",
+                        (half,),
                     )
         except sqlite3.Error:
             return False
@@ -15647,10 +15787,15 @@ class UsageStore:
     # -- writing
 
     def take(self, answers: list[Answer]) -> None:
-        """Adds answers to what waits to be written."""
+        """Adds answers to what waits to be written; what no database can hold is dropped."""
+        given, answers = answers, list(filter(is_storable, answers))
+        if len(answers) < len(given):
+            log_event("error", "usage_rows_dropped", rows=len(given) - len(answers))
         for answer in answers:
             slot = int(answer.at) // SLOT_SECONDS
             key = (slot, *(getattr(answer, name) for name in SUM_KEYS))
+            if key not in self.sums and len(self.sums) >= MAX_WAITING_SUMS:
+                key = (slot, answer.provider, answer.account, OTHER, OTHER)
             self.sums.setdefault(key, Totals()).add(answer_figures(answer))
             if not answer.costs:
                 continue
@@ -15674,6 +15819,7 @@ class UsageStore:
             connection.executemany(INSERT_ANSWER, map(answer_row, self.answers))
             rows = ((*key, *total.figures) for key, total in self.sums.items())
             connection.executemany(ADD_SUMS, rows)
+            self.unpruned += len(self.sums)
             rows = ((*key, *figures) for key, figures in self.spent.items())
             connection.executemany(ADD_SPENT, rows)
             self.prune(connection)
@@ -15692,19 +15838,45 @@ class UsageStore:
             "DELETE FROM answers WHERE id <= (SELECT max(id) FROM answers) - ?", (MAX_ANSWER_ROWS,)
         )
         now = time.monotonic()
-        if now - self.pruned_at < USAGE_PRUNE_SECONDS:
+        if now - self.pruned_at < USAGE_PRUNE_SECONDS and self.unpruned < PRUNE_SUM_ROWS:
             return
-        self.pruned_at = now
+        self.pruned_at, self.unpruned = now, 0
         slot = int(time.time()) // SLOT_SECONDS
         oldest = slot - MAX_SUM_DAYS * 86400 // SLOT_SECONDS
         connection.execute("DELETE FROM sums WHERE slot < ?", (oldest,))
-        connection.execute(
-            "DELETE FROM sums WHERE slot <= "
-            "(SELECT slot FROM sums ORDER BY slot DESC LIMIT 1 OFFSET ?)",
-            (MAX_SUM_ROWS,),
-        )
+        self.fold(connection, MAX_SUM_ROWS)
         day = local_day(slot - MAX_SPENT_DAYS * 86400 // SLOT_SECONDS)
         connection.execute("DELETE FROM spent WHERE day < ?", (day,))
+
+    @staticmethod
+    def fold(connection: sqlite3.Connection, most: int) -> bool:
+        """Joins rows to "other" where there are more than `most`; whether there were any to join.
+
+        Only days with more than their share lose something, their smallest rows: whoever makes
+        up names today costs no other day anything.
+        """
+        told_apart = f"model != '{OTHER}' OR label != '{OTHER}'"
+        sql = f"SELECT slot / {DAY_SLOTS}, count(*) FROM sums WHERE {told_apart} GROUP BY 1"
+        days = connection.execute(sql).fetchall()
+        if sum(rows for _, rows in days) <= most:
+            return False
+        share = most // len(days)
+        for day in (day for day, rows in days if rows > share):
+            span = (day * DAY_SLOTS, (day + 1) * DAY_SLOTS)
+            connection.execute(
+                f"CREATE TEMP TABLE small AS SELECT * FROM sums WHERE slot >= ? AND slot < ? "
+                f"AND ({told_apart}) ORDER BY requests DESC LIMIT -1 OFFSET ?",
+                (*span, share // 2),
+            )
+            keys = ", ".join(("slot", *SUM_KEYS))
+            connection.execute(f"DELETE FROM sums WHERE ({keys}) IN (SELECT {keys} FROM small)")
+            rows = connection.execute(
+                f"SELECT slot, provider, account, '{OTHER}', '{OTHER}', {SUMMED} FROM small "
+                "GROUP BY slot, provider, account"
+            )
+            connection.executemany(ADD_SUMS, rows.fetchall())
+            connection.execute("DROP TABLE small")
+        return True
 
     def reset(self) -> bool:
         """Forgets all but what caps look at; whether that went well: else nothing is forgotten."""
@@ -15759,9 +15931,8 @@ class UsageStore:
     ) -> Sums:
         """The sums of groups that `names` tell apart, with what waits to be written."""
         columns = ", ".join(GROUP_SQL[name] for name in names)
-        figures = ", ".join(f"sum({name})" for name in SUM_FIELDS)
         rows = connection.execute(
-            f"SELECT {columns}, {figures} FROM sums WHERE slot >= ? GROUP BY {columns}",
+            f"SELECT {columns}, {SUMMED} FROM sums WHERE slot >= ? GROUP BY {columns}",
             (first_slot,),
         )
         groups: Sums = {row[: len(names)]: Totals(row[len(names) :]) for row in rows}
@@ -15810,7 +15981,8 @@ class Ledger:
         self.writing: asyncio.Future[Any] | None = None
         #: monotonic: when what is pending is to be written
         self.due_at = math.inf
-        self.labels: set[str] = set()
+        self.labels = NameTable(MAX_LABELS)
+        self.models = NameTable(MAX_MODELS)
         self.spending = Spending()
         #: caps are set: what was spent is read from the database, now and after each write
         self.reading: asyncio.Future[None] | None = None
@@ -15820,16 +15992,18 @@ class Ledger:
 
     # -- counting
 
-    def label(self, user_agent: str) -> str:
-        """`caller_label`, of which there are not too many."""
+    def label(self, user_agent: str, limits: LimitsConfig) -> str:
+        """`caller_label`, of which a day has not too many; one that has a cap is always itself."""
         label = caller_label(user_agent)
-        if label in self.labels or len(self.labels) < MAX_LABELS:
-            self.labels.add(label)
-            return label
-        return "other"
+        today = local_day(int(time.time()) // SLOT_SECONDS)
+        return label if label in limits.labels else self.labels.known(label, today)
 
     def record(self, answer: Answer) -> None:
         """Counts an answer; it is in the database within USAGE_WRITE_SECONDS and a tick."""
+        normalize_answer(answer)
+        name = f"{answer.provider}/{answer.model}"
+        if self.models.known(name, local_day(int(answer.at) // SLOT_SECONDS)) != name:
+            answer.model = OTHER
         self.pending.append(answer)
         if answer.costs:
             self.spending.add(answer)
@@ -16179,6 +16353,9 @@ class CoolDowns:
         until = max(now + rest_s, before.until if before is not None else 0.0)
         passes_s = error.retry_after if passes_s is None else passes_s
         passes_at = now + passes_s if passes_s else 0.0
+        self.resting.pop(model_id, None)
+        if len(self.resting) >= MAX_RESTING:
+            del self.resting[next(filter(None, self.resting))]  # the oldest one of a model
         self.resting[model_id] = Rest(error, until, passes_at, rest_s)
         log_event(
             "info",
@@ -16261,7 +16438,7 @@ class Backoff:
     """
 
     def __init__(self) -> None:
-        self.failures = 0
+        self.wait_s = 0.0
         self.retry_at = 0.0
         self.secret = ""
         self.error: ApiError | None = None
@@ -16269,9 +16446,10 @@ class Backoff:
     def failed(self, error: ApiError, secret: str) -> None:
         """`secret` was refused, or nobody answered."""
         is_refused = isinstance(error, NotSignedIn)
-        self.failures = self.failures + 1 if secret == self.secret else 1
-        wait_s = min(2.0 ** (self.failures - 1), SIGN_IN_RETRY_MAX_SECONDS)
-        wait_s = max(SIGN_IN_RETRY_MAX_SECONDS if is_refused else wait_s, error.retry_after or 0)
+        doubled_s = max(1.0, 2 * self.wait_s) if secret == self.secret else 1.0
+        self.wait_s = min(doubled_s, SIGN_IN_RETRY_MAX_SECONDS)
+        named_s = min(error.retry_after or 0.0, SIGN_IN_RETRY_AFTER_SECONDS)
+        wait_s = max(SIGN_IN_RETRY_MAX_SECONDS if is_refused else self.wait_s, named_s)
         if is_refused and not isinstance(error, NotEntitled):
             wait_s = math.inf
         self.retry_at = asyncio.get_running_loop().time() + wait_s
@@ -16279,7 +16457,7 @@ class Backoff:
 
     def succeeded(self) -> None:
         """All is well again."""
-        self.failures, self.error = 0, None
+        self.wait_s, self.error = 0.0, None
 
     def reason(self, secret: str) -> ApiError | None:
         """Why `secret` must not be tried now; None when it may be."""
@@ -16294,7 +16472,7 @@ def account_status(provider: CopilotProvider | KiroProvider) -> Json:
     health, reason = "resting" if rests else "ready", ""
     try:
         with advising(provider):
-            account.load()
+            account.load(peeks=True)
     except NotSignedIn as error:
         health, reason = "not signed in", error.text()
     else:
@@ -16751,9 +16929,9 @@ class CopilotAccount:
         self.backoff = Backoff()
         self.refresher: asyncio.Task[None] | None = None
 
-    def load(self) -> Json:
+    def load(self, *, peeks: bool = False) -> Json:
         """The token file; raises NotSignedIn."""
-        kept = self.file.need(self.name, "Copilot")
+        kept = self.file.need(self.name, "Copilot", peeks=peeks)
         try:
             kept["github_token"] = bare_token(text_of_key(kept, "github_token"))
         except SignInFailed:
@@ -16806,11 +16984,10 @@ class CopilotAccount:
     def take_saved(self) -> None:
         """The Copilot token of an earlier run or of another process: spares an exchange."""
         saved = self.load()
-        token, url, until = (saved.get(k) for k in ("copilot_token", "api_url", "expires_at"))
-        if not (
-            isinstance(token, str) and isinstance(url, str) and isinstance(until, (int, float))
-        ):
+        token, url = saved.get("copilot_token"), saved.get("api_url")
+        if not isinstance(token, str) or not isinstance(url, str):
             return
+        until = read_time(saved.get("expires_at"))
         left = until - time.time()
         if self.config.api_url and url != self.config.api_url.rstrip("/"):
             return
@@ -17273,13 +17450,13 @@ class KiroAccount:
         self.machine_id = ""  # other programs do not keep it in the file
         self.tasks: set[asyncio.Task[Any]] = set()
 
-    def load(self) -> KiroLogin:
+    def load(self, *, peeks: bool = False) -> KiroLogin:
         """The token file; raises NotSignedIn."""
-        return self.read(self.load_file())
+        return self.read(self.load_file(peeks=peeks))
 
-    def load_file(self) -> Json:
+    def load_file(self, *, peeks: bool = False) -> Json:
         """The token file's content; raises NotSignedIn."""
-        return self.file.need(self.name, "Kiro")
+        return self.file.need(self.name, "Kiro", peeks=peeks)
 
     def read(self, kept: Json) -> KiroLogin:
         """The sign-in in a token file's content; raises NotSignedIn."""
@@ -17963,7 +18140,6 @@ REVOKE_AT = {
     "social": "https://app.kiro.dev",
     "api_key": "https://app.kiro.dev",
 }
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def is_terminal(stream: Any) -> bool:
@@ -17988,16 +18164,16 @@ class Console:
         self.said_at = float("-inf")
         self.typed = b""
 
-    def say(self, text: str = "") -> None:
+    def say(self, *lines: str) -> None:
         """Lines of talk, with nothing in them that could steer a terminal."""
         self.close_line()
-        print(CONTROLS.sub("", text), file=sys.stderr, flush=True)
+        print("\n".join(map(one_line, lines)), file=sys.stderr, flush=True)
 
     def status(self, text: str) -> None:
         """A line that the next one replaces; without a terminal, one a minute is enough."""
         if is_terminal(sys.stderr):
             self.line_open = True
-            shown = CONTROLS.sub("", text)[: shutil.get_terminal_size().columns - 1]
+            shown = one_line(text)[: shutil.get_terminal_size().columns - 1]
             print(f"\r\x1b[K{shown}", end="", file=sys.stderr, flush=True)
         elif time.monotonic() - self.said_at >= 60:
             self.said_at = time.monotonic()
@@ -18047,7 +18223,7 @@ class Console:
             raise SignInFailed(f"this needs a terminal to ask: {question}")
         self.close_line()
         shown = f"{question} [{default}] " if default else f"{question} "
-        print(shown, end="", file=sys.stderr, flush=True)
+        print(one_line(shown), end="", file=sys.stderr, flush=True)
         try:
             return await self.line() or default
         except EOFError:
@@ -18187,7 +18363,7 @@ class Desk:
         told = told if isinstance(told, list) else []
         if kind in told:
             return
-        self.console.say(TERMS[kind] + "\n")
+        self.console.say(*TERMS[kind].splitlines(), "")
         try:
             save_private_json(path, {**kept, "terms": [*told, kind]})
         except OSError as error:
@@ -18202,7 +18378,7 @@ class Desk:
         """As `add_provider`, but changes nothing: better told before a sign-in than after."""
         found = self.config.providers.get(name)
         if found is not None and not found.enabled:
-            self.console.say(f"Provider {name!r} is disabled; nobody will use this sign-in.\n")
+            self.console.say(f"Provider {name!r} is disabled; nobody will use this sign-in.", "")
         if not self.has_provider(name, settings):
             path = self.paths.config_file
             with_provider(load_config_text(path), path, name, kind, settings)
@@ -18243,11 +18419,11 @@ class Desk:
         """
         say = self.console.say
         say(f"Open    {device.url}")
-        say(f"and type    {device.user_code}\n")
+        say(f"and type    {device.user_code}", "")
         if device.url_complete:
-            say(f"or open    {device.url_complete}    and compare the code\n")
+            say(f"or open    {device.url_complete}    and compare the code", "")
         if self.browser and open_browser(device.url_complete or device.url):
-            say("A browser should open by itself; any other, on any machine, will do.\n")
+            say("A browser should open by itself; any other, on any machine, will do.", "")
         loop = asyncio.get_running_loop()
         ends_at = loop.time() + device.expires_in
         pause_s, trouble = device.interval + DEVICE_EXTRA_SECONDS, ""
@@ -18358,7 +18534,7 @@ async def check_copilot(desk: Desk, config: CopilotConfig, token: str) -> tuple[
     except NotSignedIn as error:
         raise SignInFailed(error.text()) from None
     except ApiError as error:
-        trouble = f"\nIt could not be checked now, and is tried at the first request: {error}"
+        trouble = f".  It could not be checked now, and is tried at the first request: {error}"
     try:
         status, _, data = await ask_github(desk.client, config, "/user", token)
         content["login"] = text_of_key(load_object(data) or {} if status == 200 else {}, "login")
@@ -18367,7 +18543,7 @@ async def check_copilot(desk: Desk, config: CopilotConfig, token: str) -> tuple[
         content["login"] = content["login"] or text_of_key(user, "login")
         content["plan"] = text_of_key(user, "copilot_plan")
     except ApiError as error:
-        trouble = trouble or f"\nGitHub did not say who this is: {error}"
+        trouble = trouble or f".  GitHub did not say who this is: {error}"
     host = split_url(config.github_url)[1]
     content = {key: value for key, value in content.items() if value not in ("", None)}
     plan = f", plan {content['plan']}" if "plan" in content else ""
@@ -18461,7 +18637,7 @@ async def describe_kiro(desk: Desk, name: str) -> str:
     except ApiError as error:
         if isinstance(error, NotSignedIn) and not isinstance(error, NotEntitled):
             raise
-        return f"Signed in to Kiro.\nIt could not be checked: {error.text()}"
+        return f"Signed in to Kiro.  It could not be checked: {error.text()}"
     provider.account.file.save({"user": limits.user, "plan": limits.plan})
     who = f" as {limits.user}" if limits.user else ""
     plan = f", plan {limits.plan}" if limits.plan else ""
@@ -18546,13 +18722,14 @@ async def sign_in_by_portal(desk: Desk, config: KiroConfig, method: str) -> Json
     port = await listener.listen() or KIRO_PORTAL_PORTS[0]
     try:
         url = portal_url(state, verifier, port)
-        desk.console.say(f"Open    {url}\n")
+        desk.console.say(f"Open    {url}", "")
         if desk.browser and open_browser(url):
-            desk.console.say("A browser should open by itself.\n")
+            desk.console.say("A browser should open by itself.", "")
         desk.console.say(
-            "Where that browser cannot reach this machine, it will end at an address that begins\n"
+            "Where that browser cannot reach this machine, it will end at an address that begins",
             f"with http://localhost:{port}/ and shows an error: copy that whole address and paste "
-            "it here.\n"
+            "it here.",
+            "",
         )
         back = await wait_for_callback(desk, listener, state, method)
     finally:
@@ -18865,22 +19042,23 @@ async def import_login(desk: Desk, found: Found, name: str) -> str:
     desk.tell_terms(found.kind)
     desk.add_provider(name, found.kind, {})
     words = await settle_kiro(desk, name, found.content)
-    return f"{words}\nIt stays shared with {found.program}: what is refreshed here goes back there."
+    return (
+        f"{words}.  It stays shared with {found.program}: what is refreshed here goes back there."
+    )
 
 
 # 16.4 what there is
 
 
-def account_row(name: str, entry: CopilotConfig | KiroConfig, paths: Paths) -> Json:
+def account_row(name: str, entry: CopilotConfig | KiroConfig, file: TokenFile) -> Json:
     """A provider's sign-in, without a secret; times in Unix seconds, None for never or unknown."""
     is_kiro = isinstance(entry, KiroConfig)
     kind = "" if isinstance(entry, KiroConfig) else split_url(entry.github_url)[1]
     row: Json = {"name": name, "type": entry.type, "enabled": entry.enabled, "kind": kind}
     row |= {"user": "", "plan": "", "expires_at": None, "token_expires_at": None}
     row["health"] = "not signed in"
-    path = paths.token_file(name)
     try:
-        kept = load_private_json(path)
+        kept = file.peek()
         if kept is None:
             return row
         if is_kiro:
@@ -18890,7 +19068,7 @@ def account_row(name: str, entry: CopilotConfig | KiroConfig, paths: Paths) -> J
         else:
             bare_token(text_of_key(kept, "github_token"))
     except (ProgramError, ValueError) as error:
-        words = str(error).removeprefix(f"{path}: ")
+        words = str(error).removeprefix(f"{file.path}: ")
         return {**row, "health": f"unusable: {words}"}
     row["user"] = text_of_key(kept, "user") or text_of_key(kept, "login")
     row["plan"] = text_of_key(kept, "plan")
@@ -18905,7 +19083,7 @@ def account_row(name: str, entry: CopilotConfig | KiroConfig, paths: Paths) -> J
 def account_rows(config: Config, paths: Paths) -> list[Json]:
     """The sign-ins of all providers that need one."""
     return [
-        account_row(name, entry, paths)
+        account_row(name, entry, TokenFile(paths.token_file(name)))
         for name, entry in config.providers.items()
         if isinstance(entry, (CopilotConfig, KiroConfig))
     ]
@@ -18941,7 +19119,7 @@ async def revoke_login(desk: Desk, name: str) -> str:
     if not removed:
         raise ProgramError(f"{name}: there is no sign-in to remove")
     return (
-        f"Removed {', '.join(removed)}.  A running gateway does not use it any more.\n"
+        f"Removed {', '.join(removed)}.  A running gateway does not use it any more.  "
         f"To end it at the vendor as well: {REVOKE_AT.get(kind, REVOKE_AT['social'])}"
     )
 
@@ -19946,7 +20124,7 @@ class Gateway:
             at=time.time() - duration_s,
             provider=provider.name,
             account=provider.user(),
-            model=model.id,
+            model=OTHER if model.guessed and kind else model.id,  # anybody can make up a name
             label=self.label(request),
             dialect=dialect,
             streamed=streamed,
@@ -19961,7 +20139,8 @@ class Gateway:
 
     def label(self, request: Request) -> str:
         """Who asks: the name of the key, else the family of the user agent."""
-        return request.key_name or self.ledger.label(request.headers.get("user-agent", ""))
+        user_agent = request.headers.get("user-agent", "")
+        return request.key_name or self.ledger.label(user_agent, self.config.limits)
 
     async def check_limits(
         self, request: Request, provider: Provider, body_hash: int | None
@@ -21165,9 +21344,10 @@ class Daemon:
         """`Provider.status` with its name and type, and what the sign-in tells of the account."""
         found = {"name": name, "type": entry.type, "account": None, "plan": None}
         found |= provider.status()
-        if isinstance(entry, EchoConfig):
+        if not isinstance(provider, (CopilotProvider, KiroProvider)):
             return found
-        row = account_row(name, entry, self.paths)
+        assert not isinstance(entry, EchoConfig)
+        row = account_row(name, entry, provider.account.file)
         found |= {"account": row["user"] or None, "plan": row["plan"] or None}
         if row["health"].startswith("needs sign-in"):
             found |= {"health": "not signed in", "reason": row["health"]}
@@ -21542,6 +21722,11 @@ def make_environ() -> dict[str, str]:
 # 20.1 what the verbs show: tables for people, JSON for programs
 
 
+def tell(*lines: str) -> None:
+    """Lines of a result for a person, with nothing in them that could steer a terminal."""
+    print("\n".join(map(one_line, lines)), flush=True)
+
+
 def shown_duration(seconds: float) -> str:
     """`2 d 3 h`, `5 min 10 s`: the two largest units that count."""
     parts: list[str] = []
@@ -21605,7 +21790,7 @@ FIGURE = re.compile(r"-|(?:~?<?[\d,.]+(?: %| ms| s)?)?")
 
 def table_lines(rows: list[list[str]]) -> list[str]:
     """Rows as lines with aligned columns, figures to the right; nothing can steer a terminal."""
-    columns = list(zip(*([CONTROLS.sub("", cell) for cell in row] for row in rows), strict=True))
+    columns = list(zip(*(map(one_line, row) for row in rows), strict=True))
     for index, column in enumerate(columns):
         width = max(map(len, column))
         figures = all(map(FIGURE.fullmatch, column[1:])) and any(map(str.strip, column[1:]))
@@ -21627,7 +21812,8 @@ def print_table(head: tuple[str, ...], rows: list[list[str]], spare: tuple[str, 
 def show(options: argparse.Namespace, found: Json, print_it: Callable[[Json], None]) -> int:
     """A table on a terminal, JSON with --json or in a pipe; the exit status of success."""
     if options.json or not sys.stdout.isatty():
-        print(json.dumps(found, indent=2, ensure_ascii=False))
+        text = json.dumps(found, indent=2, ensure_ascii=False)
+        print(UNSEEN.sub(lambda c: c[0] if c[0] == "\n" else json.dumps(c[0])[1:-1], text))
     else:
         print_it(found)
     return 0
@@ -21636,17 +21822,17 @@ def show(options: argparse.Namespace, found: Json, print_it: Callable[[Json], No
 def print_ready(status: Json) -> None:
     """What a person needs next: address, providers, a first request to paste."""
     url = status["url"]
-    print(f"aiclient-api {status['version']} listening on {url} (process {status['pid']})")
+    tell(f"aiclient-api {status['version']} listening on {url} (process {status['pid']})")
     for row in status["providers"]:
         reason = f": {row['reason']}" if row["reason"] else ""
-        print(f"  provider {row['name']}: {coloured(row['health'])}{reason}")
+        print(coloured(one_line(f"  provider {row['name']}: {row['health']}")) + one_line(reason))
     key = " -H 'authorization: Bearer YOUR_KEY'" if status["needs_key"] else ""
     print("Try it:")
     print(f"  curl {url}/v1/chat/completions -H 'content-type: application/json'{key} \\")
     print("""    -d '{"model":"echo","messages":[{"role":"user","content":"hello"}]}'""")
-    print(f"In a browser, {url}/ shows accounts, usage and recent requests.")
+    tell(f"In a browser, {url}/ shows accounts, usage and recent requests.")
     if status["detached"]:
-        print(f"Its log is {status['log_file']}; end it with: {program_words(sys.argv[0])} stop")
+        tell(f"Its log is {status['log_file']}; end it with: {program_words(sys.argv[0])} stop")
     sys.stdout.flush()
 
 
@@ -21662,15 +21848,15 @@ def shown_rest(rest: Json) -> str:
 def print_status(status: Json) -> None:
     """`status` for people."""
     uptime = shown_duration(status["uptime_s"])
-    print(f"aiclient-api {status['version']}, process {status['pid']}, {status['state']}: {uptime}")
+    tell(f"aiclient-api {status['version']}, process {status['pid']}, {status['state']}: {uptime}")
     memory = status["memory_bytes"]
-    print(f"address      {status['url']}")
-    print(f"connections  {status['connections']}, requests {status['requests_in_flight']}")
-    print(f"memory       {'-' if memory is None else f'{memory / MIB:.0f} MiB'}")
-    print(f"config       {status['config_file']}")
-    print(f"log          {status['log_file'] or 'standard error'}")
+    tell(f"address      {status['url']}")
+    tell(f"connections  {status['connections']}, requests {status['requests_in_flight']}")
+    tell(f"memory       {'-' if memory is None else f'{memory / MIB:.0f} MiB'}")
+    tell(f"config       {status['config_file']}")
+    tell(f"log          {status['log_file'] or 'standard error'}")
     if status["log_lines_dropped"]:
-        print(f"             {status['log_lines_dropped']} lines could not be written")
+        tell(f"             {status['log_lines_dropped']} lines could not be written")
     print()
     head = ("PROVIDER", "TYPE", "HEALTH", "ACCOUNT", "PLAN", "TOKEN", "COOL-DOWN")
     now = time.time()
@@ -21692,11 +21878,11 @@ def print_status(status: Json) -> None:
     print(coloured("\n".join(table_lines([list(head), *rows]))))
     for row in status["providers"]:
         if row["health"] != "ready" and row["reason"]:
-            print(f"{row['name']}: {row['reason']}")
+            tell(f"{row['name']}: {row['reason']}")
         for rest in row["rests"]:
-            print(CONTROLS.sub("", f"{row['name']}: {shown_rest(rest)}"))
+            tell(f"{row['name']}: {shown_rest(rest)}")
     for text in status["warnings"]:
-        print(CONTROLS.sub("", f"warning: {text}"))
+        tell(f"warning: {text}")
 
 
 def print_accounts(found: Json) -> None:
@@ -21780,16 +21966,16 @@ def print_usage(report: Json) -> None:
     spare = ("FIRST BYTE", "TIME", "ERRORS", "TOKENS", "CACHED")
     print_table((*map(str.upper, names), *USAGE_HEAD), cells, spare)
     if report["since"]:
-        print(f"since {shown_minute(report['since'])}; ~ is derived or estimated")
+        tell(f"since {shown_minute(report['since'])}; ~ is derived or estimated")
     for row in report["limits"]:
         used, limit = shown_figure(row["used"]), shown_figure(row["limit"])
         share = shown_bar(row["used"] / row["limit"], BAR_WIDTH)
-        print(f"limit {row['name']}: {used} of {limit} {row['unit']}  {share}")
+        tell(f"limit {row['name']}: {used} of {limit} {row['unit']}  {share}")
     if "recent" in report:
         print()
         print_recent(report["recent"])
     if "trouble" in report:
-        print(f"not written to disk now: {report['trouble']}")
+        tell(f"not written to disk now: {report['trouble']}")
 
 
 def print_recent(answers: list[Json]) -> None:
@@ -21828,7 +22014,8 @@ def print_usage_csv(report: Json) -> None:
     writer.writerow(columns)
     for row in rows:
         cells = (row[name] for name in columns)
-        writer.writerow([dump_text(c) if isinstance(c, dict) else c for c in cells])
+        cells = (dump_text(c) if isinstance(c, dict) else c for c in cells)
+        writer.writerow([one_line(c) if isinstance(c, str) else c for c in cells])
 
 
 def print_cache(report: Json) -> None:
@@ -21855,10 +22042,10 @@ def print_cache(report: Json) -> None:
     head = ("CONVERSATION", "MODEL", "LABEL", "CALLS", "HITS", "INPUT", "CACHED", "LOST", "LAST")
     print_table(head, rows)
     for hint in hints:
-        print(hint)
+        tell(hint)
     for verdict, meaning in CACHE_VERDICTS.items():
         if verdict not in ("hit", "changed") and any(row["last"] == verdict for row in found):
-            print(f"{verdict}: {meaning}")
+            tell(f"{verdict}: {meaning}")
 
 
 def shown_share(percent: float | None) -> str:
@@ -21927,7 +22114,7 @@ def print_quota(found: Json) -> None:
         notes += quota_notes(name, quota, now)
     print_table(("PROVIDER", "PLAN", "OF", "USED", "LEFT", "RESETS"), rows)
     for note in notes:
-        print(CONTROLS.sub(" ", note))
+        tell(note)
 
 
 def print_settings(found: Json) -> None:
@@ -21938,10 +22125,10 @@ def print_settings(found: Json) -> None:
 
 def print_changes(done: Json) -> None:
     """What a reload did."""
-    print("changed: " + (", ".join(done["changed"]) or "nothing"))
+    tell("changed: " + (", ".join(done["changed"]) or "nothing"))
     if done["needs_restart"]:
         keys = ", ".join(done["needs_restart"])
-        print(f"{keys}: takes effect after: {program_words(sys.argv[0])} restart")
+        tell(f"{keys}: takes effect after: {program_words(sys.argv[0])} restart")
 
 
 # 20.2 start, stop, restart
@@ -22026,7 +22213,7 @@ def await_daemon(paths: Paths) -> Json | None:
 
 def tell_running(status: Json, asked: bool) -> int:
     """`start` where a gateway runs: success, unless it was `asked` to be another one."""
-    print(f"aiclient-api runs already: {status['url']} (process {status['pid']})")
+    tell(f"aiclient-api runs already: {status['url']} (process {status['pid']})")
     if not asked:
         return 0
     raise ProgramError("the flags were not applied; stop it first, or restart it")
@@ -22044,15 +22231,15 @@ def ask_health(url: str) -> bool:
         return False
 
 
-def last_lines(path: str, begin: int) -> str:
-    """What a log says from the byte `begin` on, the last lines of it, each on a line of its own."""
+def last_lines(path: str, begin: int) -> tuple[str, ...]:
+    """What a log says from the byte `begin` on, the last lines of it."""
     try:
         with open(path, "rb") as file:
             file.seek(begin)
             lines = file.read(MIB).decode("utf-8", "replace").splitlines()
     except OSError:
-        return ""
-    return "".join(f"\n  {line}" for line in lines[-10:])
+        return ()
+    return tuple(f"  {line}" for line in lines[-10:])
 
 
 def start_detached(launch: Launch, paths: Paths) -> int:
@@ -22062,6 +22249,7 @@ def start_detached(launch: Launch, paths: Paths) -> int:
         errors = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise ProgramError(f"{log}: the log cannot be written: {error.strerror}") from None
+    make_private(errors, log, "log")
     begin = os.fstat(errors).st_size
     reader, launch.report = os.pipe()
     fork_daemon(launch, paths, errors)
@@ -22070,12 +22258,31 @@ def start_detached(launch: Launch, paths: Paths) -> int:
     status = read_report(reader, START_SECONDS)
     if status is None or "error" in status:
         reason = status["error"] if status else "it ended, or took too long, without a word"
-        raise ProgramError(f"the gateway did not start: {reason}{last_lines(log, begin)}")
+        raise ProgramError(f"the gateway did not start: {reason}", *last_lines(log, begin))
     if not ask_health(status["url"]):
         signal_daemon(paths.pid_file, status["pid"], signal.SIGTERM)
-        raise ProgramError(f"{status['url']} does not answer{last_lines(log, begin)}")
+        raise ProgramError(f"{status['url']} does not answer", *last_lines(log, begin))
     print_ready(status)
     return 0
+
+
+KEY_VARIABLE = "AICLIENT_START_KEY"
+
+
+def hide_key(options: argparse.Namespace) -> None:
+    """Begins the program anew without --api-key, as everybody on a machine can read command lines.
+
+    The key goes by the environment, which only its user can read, and is taken out of there.
+    """
+    if options.api_key is None:
+        options.api_key = os.environ.pop(KEY_VARIABLE, None)
+    elif any(options.api_key in word for word in sys.argv):
+        flags = {"host": options.host, "port": options.port, "log-file": options.log_file}
+        words = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+        words += ["--foreground"] if options.foreground else []
+        begin = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
+        environ = {**os.environ, KEY_VARIABLE: options.api_key}
+        os.execve(sys.executable, [*begin, "start", *words], environ)
 
 
 def cmd_start(options: argparse.Namespace) -> int:
@@ -22085,6 +22292,8 @@ def cmd_start(options: argparse.Namespace) -> int:
     """
     if not options.foreground and not hasattr(os, "fork"):
         raise WrongUsage("this system has no background here; use: start --foreground")
+    if hasattr(os, "fork"):
+        hide_key(options)
     os.umask(0o077)
     environ = make_environ()
     paths = find_paths(environ)
@@ -22207,11 +22416,6 @@ def read_secret(prompt: str) -> str:
     except (EOFError, UnicodeDecodeError):
         raise SignInFailed("no token was given") from None
     return bare_token(text)
-
-
-def tell(text: str) -> None:
-    """A result for a person, with nothing in it that could steer a terminal."""
-    print(CONTROLS.sub("", text), flush=True)
 
 
 def cmd_auth_copilot(options: argparse.Namespace) -> int:
@@ -22346,13 +22550,13 @@ def reload_if_running(paths: Paths) -> Json | None:
 def tell_saved(paths: Paths, key: str = "") -> int:
     """Applies a changed file and says what that did, also where something else beats `key`."""
     done = reload_if_running(paths)
-    print(f"saved in {paths.config_file}")
+    tell(f"saved in {paths.config_file}")
     if done is None:
         return 0
     print_changes(done)
     for row in ask_daemon(paths, "config.show")["settings"]:
         if row["key"] == key and row["origin"] != "file":
-            print(f"{row['origin']} beats the file as long as this gateway runs")
+            tell(f"{row['origin']} beats the file as long as this gateway runs")
     return 0
 
 
@@ -22432,7 +22636,7 @@ def switch_one(options: argparse.Namespace, method: str, enabled: str) -> int:
         done = ask_daemon(paths, method, {"name": options.name})
     except NotRunning:
         change_provider(paths, environ, options.name, enabled)
-        print(f"saved in {paths.config_file}")
+        tell(f"saved in {paths.config_file}")
         return 0
     print_changes(done)
     return 0
@@ -22471,7 +22675,7 @@ def follow_log(file: TextIO, path: str, level: str) -> None:
         piece = rest + file.read()  # after the look: all that the moved file will ever hold
         *lines, rest = piece.split("\n")
         for line in filter(wanted.takes, lines):
-            print(line, flush=True)
+            tell(line)
         if is_moved and os.path.exists(path):
             file.close()
             file = open(path, errors="replace")  # noqa: SIM115 - until the next rotation
@@ -22495,7 +22699,7 @@ def cmd_logs(options: argparse.Namespace) -> int:
     except OSError as error:
         raise ProgramError(f"{path}: cannot be read: {error.strerror}") from None
     for line in read_log_tail(file, path, options.lines, options.level):
-        print(line, flush=True)
+        tell(line)
     if options.follow:
         follow_log(file, path, options.level)
     return 0
@@ -22635,7 +22839,7 @@ def cmd_service_uninstall(options: argparse.Namespace) -> int:
         raise ProgramError(f"{manager.path} is not there: nothing is installed")
     run_manager(manager.remove)
     os.unlink(manager.path)
-    print(f"removed {manager.path}")
+    tell(f"removed {manager.path}")
     return 0
 
 
@@ -22749,8 +22953,8 @@ START_ARGUMENTS = (
     argument("--port", "port to listen on (default 9090; 0 = any free one)"),
     argument(
         "--api-key",
-        "key that clients must send; while this command runs others on this machine can "
-        "see it in the process list, so prefer AICLIENT_API_KEY or the config file",
+        "key that clients must send; others on this machine can see it in the process list "
+        "for a moment, and your shell may keep it: prefer AICLIENT_API_KEY or the config file",
     ),
     argument("--log-file", "log there instead of in the state folder", metavar="FILE"),
 )
@@ -22947,7 +23151,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = make_parser().parse_args(arguments)
     try:
         if options.version:
-            print(version_text())
+            tell(*version_text().split("\n"))
             return 0
         if options.run is None:
             options.help_of.print_help()
@@ -22956,7 +23160,8 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except ProgramError as error:
-        print(CONTROLS.sub("", f"aiclient-api: {error}"), file=sys.stderr)
+        lines = (f"aiclient-api: {error}", *error.log)
+        print("\n".join(map(one_line, lines)), file=sys.stderr)
         return error.exit_status
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # `| head` has seen enough

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import json
+import logging
 import os
 import plistlib
 import pty
@@ -671,3 +673,32 @@ def test_status_is_quick_beside_a_bare_python(running: Machine) -> None:
     bare = best([sys.executable, "-c", "import argparse, dataclasses, json, socket"])
     assert best(running.command("status")) < 4 * bare
     assert os.path.isdir(BYTECODE)
+
+
+# ---- what a terminal is shown --------------------------------------------------------------------
+
+WILD = "pro\nkiro SPOOFED\t\x9b2J\u202e\u2028\ud83d"
+
+
+def test_no_name_makes_a_row_or_steers_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    allowance = gw.Allowance(WILD, 1.0, 2.0, 1.0)
+    quota = gw.Quota("", WILD, [allowance], 0.0).as_json()
+    gw.print_quota({"providers": {"copilot": {**quota, "error": WILD}}})
+    gw.tell(WILD)
+    gw.show(argparse.Namespace(json=True), {"plan": WILD}, print)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 1 + 1 + 3
+    assert [line.startswith("kiro") for line in lines] == [False] * 7
+    assert json.loads("".join(lines[4:])) == {"plan": WILD}
+    assert "\u202e" not in "".join(lines) and "\x9b" not in "".join(lines)
+
+
+def test_no_line_of_a_traceback_passes_for_an_event_of_the_log() -> None:
+    try:
+        raise ValueError(f"{WILD}\n2026-11-22T13:14:15.123Z ERROR spoofed")
+    except ValueError:
+        record = logging.LogRecord("n", logging.ERROR, "", 0, WILD, (), sys.exc_info())
+    first, *rest = gw.SecondFormatter().format(record).split("\n")
+    assert first.endswith("ERROR pro kiro SPOOFED 2J ")
+    assert rest[-1] == "  2026-11-22T13:14:15.123Z ERROR spoofed"
+    assert not any(gw.LOG_LINE.match(line) for line in rest)

@@ -8,6 +8,7 @@ import resource
 import shlex
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -706,3 +707,46 @@ def test_a_start_does_not_wait_for_the_file_to_be_compiled(machine: Machine) -> 
         times.append(time.perf_counter() - begun)
         machine.run("stop")
     assert min(times) < 4 * compiled_s
+
+
+# ---- who else can read what ----------------------------------------------------------------------
+
+
+def mode(path: Path) -> int:
+    """The rights to a file."""
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="there is no /proc here")
+@pytest.mark.parametrize("words", [("--foreground",), ()], ids=["foreground", "background"])
+def test_a_key_given_as_a_flag_leaves_the_process_list(
+    machine: Machine, words: tuple[str, ...]
+) -> None:
+    key = "sk-in-the-open"
+    process = machine.popen("start", *words, "--port=0", "--api-key", key)
+    try:
+        wait_until(lambda: machine.run("status").status == 0)
+        status = machine.status()
+        commands = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in machine.processes()]
+        assert commands and key.encode() not in b"".join(commands)
+        assert fetch(status, "/v1/models").status == 401
+        assert fetch(status, "/v1/models", headers=[f"x-api-key: {key}"]).status == 200
+    finally:
+        machine.run("stop")
+        process.communicate()
+
+
+def test_a_config_file_with_a_key_and_an_old_log_are_closed_to_others(machine: Machine) -> None:
+    machine.config.mkdir(parents=True, mode=0o700)
+    machine.config_file.write_text('default_provider = "echo"\n')
+    machine.config_file.chmod(0o644)
+    machine.run("config", "show")
+    assert mode(machine.config_file) == 0o644  # there is no secret in it
+    machine.config_file.write_text('api_key = "sk-in-the-open"\n')
+    machine.state.mkdir(parents=True, mode=0o700)
+    machine.log_file.touch()
+    machine.log_file.chmod(0o644)
+    done = machine.run("start", "--port", "0")
+    assert "config_file_with_secrets_was_readable" in done.err and "log_was_readable" in done.err
+    assert (mode(machine.config_file), mode(machine.log_file)) == (0o600, 0o600)
+    assert machine.run("config", "show").err == ""  # it is told once

@@ -653,6 +653,18 @@ def test_what_rests_shows_for_how_long(code: str, resting: str) -> None:
         assert ready.value(provider="kiro") == 0  # nobody is signed in
 
 
+@pytest.mark.parametrize("said", ["inf", "1e400", "1e300", "-1", "9" * 19, "9" * 500, "nan"])
+def test_a_retry_after_of_any_form_leaves_status_and_metrics_as_they_are(said: str) -> None:
+    with ExitStack() as stack:
+        pair = start(stack)
+        pair.fake.queue(refusal(402, "quota_exceeded", Retry_After=said))
+        assert pair.ask() >= 400
+        assert pair.scrape()["aiclient_api_cool_down_seconds"].value() <= 60
+        rows = pair.gateway.request("GET", "/v1/status").json()["providers"]
+        (at,) = [rest["passes_at"] for row in rows for rest in row["rests"]]
+        assert at is None or at - time.time() <= gw.MAX_RESET_SECONDS
+
+
 def test_a_body_that_is_no_http_is_counted_with_the_status_it_got(pair: Pair) -> None:
     labels = {"route": CHAT, "method": "POST", "status": "400"}
     before = pair.count("http_requests_total", **labels)

@@ -47,7 +47,7 @@ def compiled_patterns() -> Iterator[tuple[str, re.Pattern[Any]]]:
 def searches() -> list[tuple[str, str, re.Pattern[Any]]]:
     """(name, method, pattern): how each pattern is used; `search` where the source cannot tell."""
     uses: dict[str, set[str]] = {}
-    inline: set[tuple[str, str | bytes, int]] = set()
+    inline: set[tuple[str, Any, int]] = set()
     for node in ast.walk(ast.parse(SOURCE)):
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
             continue
@@ -88,7 +88,8 @@ def sample_node(op: Any, argument: Any) -> str:
     if op in (_constants.NOT_LITERAL, _constants.ANY):
         return "a" if argument != ord("a") else "b"
     if op in (_constants.MAX_REPEAT, _constants.MIN_REPEAT, _constants.POSSESSIVE_REPEAT):
-        return sample(argument[2]) * max(argument[0], 1)
+        least: int = argument[0]
+        return sample(argument[2]) * max(least, 1)
     if op is _constants.SUBPATTERN:
         return sample(argument[3])
     if op is _constants.ATOMIC_GROUP:

@@ -29,6 +29,7 @@ from aiclient_api import (
     need_dict,
     need_str,
     number_field,
+    one_line,
     redact,
     short_hash,
     str_field,
@@ -328,3 +329,21 @@ def test_json_survives_a_round_trip_byte_for_byte() -> None:
     for _ in range(300):
         data = json.dumps(value(3), ensure_ascii=False, separators=(",", ":")).encode()
         assert dump_json(load_json(data)) == data
+
+
+UNSEEN = ["\x1b", "\x07", "\x7f", "\x9b", "\u202e", "\u2066", "\u200b", "\u200f", "\ufeff",
+          "\u061c", "\xad", "\u3164", "\U000e0041", "\ud83d"]  # fmt: skip
+BREAKS = ["\n", "\r", "\t", "\x0b", "\x85", "\u2028", "\u2029"]
+
+
+@pytest.mark.parametrize("letter", UNSEEN + BREAKS, ids=ascii)
+def test_what_steers_a_terminal_or_is_not_seen_there_is_no_part_of_a_line(letter: str) -> None:
+    shown = "pro kiro" if letter in BREAKS else "prokiro"
+    assert one_line(f"pro{letter}kiro") == shown
+
+
+@pytest.mark.parametrize(
+    "words", ["Gr\u00fc\u00dfe", "\u65e5\u672c\u8a9e", "\u05e9\u05dc", "a b  c", "\U0001f642"]
+)
+def test_words_of_any_language_are_shown_as_they_are(words: str) -> None:
+    assert one_line(words) == words

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -1283,6 +1284,29 @@ def test_retry_after_is_read_as_seconds_or_as_a_date(
     verdict = judge(status, b"", {"retry-after": value})
     assert verdict.error.retry_after == verdict.wait_s == seconds
     assert verdict.remedy == ("rest" if status == 402 else "pause")  # a quota is never waited for
+
+
+WILD = [math.inf, -math.inf, math.nan, 10**400, -(10**400), 1e300, 1e-300, -5, True, "9" * 5000, []]
+
+
+@pytest.mark.parametrize("wild", WILD, ids=lambda value: str(value)[:8])
+def test_no_number_of_an_upstream_is_too_wild(wild: Any) -> None:
+    month = NOW + gw.MAX_RESET_SECONDS
+    assert 0 <= gw.read_time(wild) <= gw.MAX_UNIX_SECONDS
+    assert (gw.parse_retry_after(str(wild)[:600], NOW) or 0) <= gw.MAX_RESET_SECONDS
+    token = gw.read_token_answer({"token": "t", "refresh_in": wild}, gw.CopilotConfig(), NOW)
+    assert NOW < token.expires_at < month
+    renewed = {"accessToken": "t", "expiresIn": wild}
+    assert NOW <= gw.read_refresh_answer(renewed, NOW)["expires_at"] < month
+    row = {"entitlement": wild, "percent_remaining": wild, "reset_date": wild, "remaining": wild}
+    plan = {"quota_snapshots": {"chat": {**row, "entitlement": 1e-300}, "completions": row}}
+    kiro = {"usageBreakdown": {"currentUsage": wild, "usageLimit": 1}, "nextDateReset": wild}
+    for quota in (gw.read_copilot_quota(plan), gw.read_kiro_quota(kiro, NOW)):
+        gw.dump_json([quota.as_json(), gw.quota_warnings("copilot", quota, NOW)])
+    prices = {"batch_size": 1, "input_price": wild, "output_price": wild}
+    model = gw.Model("m", "p", raw={"billing": {"token_prices": prices}})
+    price = gw.price_nano_credits(model, gw.Usage(10**6, output=10**6, source="reported")) or 0
+    assert 0 <= price <= gw.MAX_FIGURE
 
 
 @pytest.mark.parametrize(

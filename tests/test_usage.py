@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime as dt
 import json
+import math
 import os
 import signal
 import socketserver
@@ -357,7 +359,79 @@ def test_the_file_is_bounded_and_counting_goes_on(path: str) -> None:
             assert small.write([answer(label=f"{number}-{n}") for n in range(50)], "2026-11")
         assert os.path.getsize(path) <= 40 * 4096
         assert small.trouble == ""
-        assert report(small)["total"]["request_count"] < 3000
+        assert report(small)["total"]["request_count"] == 3000  # rows were joined, none was lost
+
+
+def days_of(store: gw.UsageStore, now: float) -> list[str]:
+    """The days of which a store knows something."""
+    return [row["day"] for row in report(store, now, by="day")["rows"]]
+
+
+def test_a_fat_day_costs_no_other_day_anything(store: gw.UsageStore) -> None:
+    now = time.time() - 3600
+    store.write([answer(at=now - 86400 * day, model=f"m{n}") for day in range(365) for n in "ab"])
+    fat, slot = gw.MAX_SUM_ROWS + 50_000, int(now) // gw.SLOT_SECONDS
+    numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < ?)"
+    figures = ", 0" * (len(gw.SUM_FIELDS) - 1)
+    sql = f"INSERT INTO sums {numbers} SELECT ?, 'p', '', 'made-up-' || i, 'l', 1{figures} FROM n"
+    connection = store.open()
+    connection.execute(sql, (fat, slot))
+    store.pruned_at = float("-inf")
+    store.write([])
+    (rows,) = connection.execute("SELECT count(*) FROM sums").fetchone()
+    found = report(store, now, by="model")
+    assert rows <= gw.MAX_SUM_ROWS
+    assert (len(days_of(store, now)), found["total"]["request_count"]) == (365, 365 * 2 + fat)
+    assert {"ma", "mb", "other"} <= {row["model"] for row in found["rows"]}
+
+
+def test_a_full_file_joins_rows_of_its_fattest_day_first(path: str) -> None:
+    with closing(gw.UsageStore(path, max_pages=60)) as small:
+        small.write([answer(at=NOON - 86400 * day) for day in range(30)])
+        for number in range(60):
+            small.write([answer(model=f"{number}-{n}") for n in range(50)])
+        assert (small.trouble, small.sums) == ("", {})
+        assert os.path.getsize(path) <= 60 * 4096
+        assert len(days_of(small, NOON)) == 30
+
+
+def test_a_row_that_no_database_can_hold_is_dropped_alone(
+    store: gw.UsageStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = [answer(model="half \ud83d"), answer(at=math.nan), answer(2**63), answer(-(2**70))]
+    assert store.write([answer(), bad[0], bad[1]], "2026-11-01") is not None
+    assert store.write([bad[2], answer(), bad[3]], "2026-11-01") is not None
+    assert report(store)["total"]["request_count"] == 2
+    assert [record.message for record in caplog.records] == ["usage_rows_dropped rows=2"] * 2
+
+
+def ledger_rows(path: str, answers: list[gw.Answer]) -> Json:
+    """The report of a ledger that has counted these answers."""
+
+    async def count() -> Json:
+        ledger = gw.Ledger(path, gw.Ticker())
+        for row in answers:
+            ledger.record(row)
+        found = await ledger.report(gw.UsageQuery(by="model", recent=1000), gw.LimitsConfig())
+        await ledger.close()
+        return found
+
+    return asyncio.run(count())
+
+
+def test_what_is_counted_is_made_fit_for_it(path: str) -> None:
+    wild = answer(10**30, model="a\nb\ud83d\u202e" + "c" * 500, account="\udfff")
+    (row,) = ledger_rows(path, [wild])["recent"]
+    assert row["model"] == "a b" + "c" * (gw.MAX_NAME_CHARS - 5)
+    assert (row["account"], row["output_tokens"]) == (None, gw.MAX_FIGURE)
+
+
+def test_a_day_tells_a_bounded_number_of_models_apart_and_the_next_begins_anew(path: str) -> None:
+    names = [f"model-{number}" for number in range(gw.MAX_MODELS + 50)]
+    rows = [answer(at=NOON, model=name) for name in names]
+    found = ledger_rows(path, [*rows, answer(at=NOON + 86400, model="late")])
+    told = {row["model"]: row["request_count"] for row in found["rows"]}
+    assert (len(told), told["other"], told["late"]) == (gw.MAX_MODELS + 2, 50, 1)
 
 
 def test_while_nothing_can_be_written_sums_are_exact_and_rows_bounded(
@@ -690,6 +764,36 @@ def test_a_cap_is_a_429_in_the_callers_words_and_nothing_goes_up() -> None:
         assert row["used"] > 1 and row["limit"] == 1 and row["resets_at"] > time.time()
         gateway.request("DELETE", "/v1/usage")
         assert ask(gateway, "hi", "gpt-4.1").status == 429  # a reset lifts no cap
+
+
+def test_a_capped_label_is_told_apart_whatever_else_calls() -> None:
+    with ExitStack() as stack:
+        fake = stack.enter_context(FakeCopilot())
+        capped = "[limits.labels.claude-cli]\ndaily_tokens = 1\n"
+        gateway = stack.enter_context(signed_in(fake, capped))
+
+        def status(agent: str, model: str = "gpt-4.1") -> int:
+            body = {"model": model, "messages": [{"role": "user", "content": agent}]}
+            return gateway.request("POST", CHAT, body, {"User-Agent": agent}).status
+
+        for number in range(gw.MAX_LABELS + 1):
+            assert status(f"agent{number}/1.0", "echo") == 200
+        assert [status("claude-cli/2.1"), status("claude-cli/2.2")] == [200, 429]
+        assert status("late/1.0") == 200
+        found = {row["label"] for row in usage(gateway, "?by=label")["rows"]}
+        assert len(found) == gw.MAX_LABELS + 2
+        assert {"claude-cli", "other"} <= found and "late" not in found
+
+
+def test_a_model_that_no_list_has_and_that_failed_is_other() -> None:
+    with ExitStack() as stack:
+        fake = stack.enter_context(FakeCopilot())
+        gateway = stack.enter_context(signed_in(fake))
+        for number in range(3):
+            assert ask(gateway, "hi", f"copilot/made-up-{number}").status >= 400
+        found = usage(gateway, "?by=model&recent=9")
+        assert [(row["model"], row["request_count"]) for row in found["rows"]] == [("other", 3)]
+        assert {row["model"] for row in found["recent"]} == {"other"}
 
 
 @pytest.mark.parametrize("first", ["requests", "report"])

@@ -1,0 +1,34 @@
+"""What providers share: how a refused sign-in is left alone, what a look at a sign-in costs."""
+
+from __future__ import annotations
+
+import asyncio
+
+import aiclient_api as gw
+
+
+def test_a_sign_in_that_fails_for_days_is_still_left_alone_for_minutes() -> None:
+    async def fail() -> list[int]:
+        backoff, waits = gw.Backoff(), []
+        now = asyncio.get_running_loop().time()
+        for _ in range(2000):
+            backoff.failed(gw.Overloaded("busy"), "secret")
+            waits.append(round(backoff.retry_at - now))
+        return waits
+
+    waits = asyncio.run(fail())
+    assert waits[:4] == [1, 2, 4, 8]
+    assert waits[-1] == gw.SIGN_IN_RETRY_MAX_SECONDS
+
+
+def test_models_that_clients_make_up_rest_in_a_bounded_table() -> None:
+    async def refuse() -> list[str]:
+        rests = gw.CoolDowns("p")
+        rests.rest("", gw.RateLimited("all"), 60)
+        for number in range(gw.MAX_RESTING * 3):
+            rests.rest(f"made-up-{number}", gw.RateLimited("busy"), 60)
+        return [row["model"] for row in rests.rows()]
+
+    models = asyncio.run(refuse())
+    assert len(models) == gw.MAX_RESTING
+    assert {"*", f"made-up-{gw.MAX_RESTING * 3 - 1}"} <= set(models)
