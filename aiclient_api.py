@@ -222,6 +222,7 @@ MAX_TRAILER_BYTES = 8 * KIB
 MAX_GZIP_MEMBERS = 64  # of a compressed body; clients send one
 MAX_EMPTY_LINES = 8  # before a request line: RFC 9112 section 2.2 says "at least one"
 MAX_LENGTH_DIGITS = 19  # 2**63 has 19 digits
+MAX_PORT = 65_535  # of TCP: 16 bits
 # A JSON body is parsed while every stream waits: 30 MiB of tiny values took 7 s, so their number
 # is bounded before parsing.
 MAX_JSON_COMMAS = 400_000
@@ -1125,7 +1126,7 @@ SETTING_FORMS = {
     "region": (AWS_REGION, "a region like us-east-1"),
 }
 SETTING_RANGES: dict[str, tuple[float, float]] = {
-    "port": (0, 65535),
+    "port": (0, MAX_PORT),
     "rate_limit_seconds": (0, 3600),
     "max_body_mib": (1, 1024),
     "max_connections": (1, 65536),
@@ -1147,10 +1148,26 @@ TYPE_WORDS = {
 PROVIDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 LABEL = re.compile(r"[A-Za-z0-9][\w.+-]{0,63}", re.ASCII)
 MODEL_NAME = re.compile(r"(?!.*(?://|\.\.))[A-Za-z0-9][\w./:\[\]@+-]{0,199}", re.ASCII)
-# The host and port of a URL or a Host field (RFC 3986 section 3.2), without user information.
-HOST_VALUE = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%!$&'()*+,;=-]+)(?::[0-9]{0,5})?")
+# RFC 3986 section 3.2 without user information and percent-escapes, which no host in use has.
+HOST_VALUE = re.compile(
+    r"(\[[0-9A-Fa-f:.]+\]|[\w~!$&'()*+,;=-]+(?:\.[\w~!$&'()*+,;=-]+)*\.?)(?::([0-9]{0,5}))?",
+    re.ASCII,
+)
 TARGET = re.compile(r"[!-~]+")
 LOOPBACK_NAMES = ("localhost", "localhost.localdomain", "ip6-localhost")
+
+
+def split_host(value: str) -> tuple[str, str] | None:
+    """(host, port or "") of a Host field or a URL's authority; None where it is malformed."""
+    match = HOST_VALUE.fullmatch(value)
+    if match is None or int(match[2] or 0) > MAX_PORT:
+        return None
+    if match[1].startswith("["):
+        try:
+            ipaddress.IPv6Address(match[1][1:-1])
+        except ValueError:
+            return None
+    return match[1], match[2] or ""
 
 
 def is_loopback(host: str) -> bool:
@@ -1185,7 +1202,7 @@ def check_url(value: str) -> str:
         host, _ = parts.hostname, parts.port
     except ValueError:
         return "is not a URL"
-    usable = host and HOST_VALUE.fullmatch(parts.netloc) and TARGET.fullmatch(value)
+    usable = host and split_host(parts.netloc) and TARGET.fullmatch(value)
     if not usable or parts.query or parts.fragment:
         return "must be like https://host[:port]"
     if parts.scheme == "http" and not is_loopback(host or ""):
@@ -1820,10 +1837,10 @@ def parse_request_head(data: bytes) -> RequestHead:
     headers = parse_fields(lines[1:])
     if "host" in headers.repeated or ("host" not in headers and minor):
         raise WireError("exactly one Host field is needed")
-    if "host" in headers and not HOST_VALUE.fullmatch(headers["host"]):
+    if "host" in headers and not split_host(headers["host"]):
         raise WireError("malformed Host field")
     if host:
-        if not HOST_VALUE.fullmatch(host):
+        if not split_host(host):
             raise WireError("malformed request target")
         headers["host"] = host  # RFC 9112 section 3.2.2: the target's host replaces the field's
     return RequestHead(method, target, path, query, minor, headers)
@@ -18886,20 +18903,18 @@ class Shield:
 
     def is_own_host(self, host: str) -> bool:
         """Whether a Host field names this gateway; compared whole, never by its beginning."""
-        name, _, port = host.rpartition(":")
-        bare = name if name and port.isdigit() and not host.endswith("]") else host
-        bare = bare.rstrip(":").lower()
-        return bare.strip("[]") in self.hosts or is_loopback(bare) or host.lower() in self.hosts
+        name = (split_host(host) or ("",))[0].lower()
+        return name.strip("[]") in self.hosts or is_loopback(name) or host.lower() in self.hosts
 
     def may_call(self, origin: str) -> bool:
         """Whether a page of this origin may send requests."""
         if self.is_listed(origin):
             return True
         scheme, slashes, rest = origin.partition("://")
-        if scheme not in ("http", "https") or not slashes or not HOST_VALUE.fullmatch(rest):
+        host = split_host(rest)
+        if scheme not in ("http", "https") or not slashes or host is None:
             return False
-        host = rest if rest.endswith("]") else re.sub(r":\d*$", "", rest)
-        return is_loopback(host)
+        return is_loopback(host[0])
 
     def is_listed(self, origin: str) -> bool:
         """Whether an origin gets CORS grants; `:*` in the list stands for any port."""
