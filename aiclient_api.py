@@ -233,6 +233,7 @@ MAX_ERROR_BODY_BYTES = 64 * KIB  # of an upstream's error answer; the rest is no
 MAX_WHOLE_ANSWER_BYTES = 64 * MIB  # of an upstream's JSON answer
 FIRST_PARSED_EVENTS = 4  # of a read, before its plain deltas are copied
 MAX_FRAME_BYTES = 16 * MIB  # one server-sent event: images come as one frame
+MAX_EVENT_LINES = 100_000  # of one server-sent event: those seen have two
 MAX_EVENT_MESSAGE_BYTES = 25 * MIB  # AWS: payloads up to 24 MiB, headers up to 128 KiB
 
 # One read takes everything the kernel and the stream reader hold: both stay far below this.
@@ -2110,49 +2111,44 @@ class SseReader:
     """
 
     def __init__(self) -> None:
-        self.pieces: list[bytes] = []  # of an event that is not complete
-        self.kept = 0  # bytes in them
+        self.kept = bytearray()  # of an event that is not complete: no end of one is in it
         self.begun = False
+        self.after_cr = False
 
     def feed(self, data: bytes) -> list[tuple[bytes, bytes]]:
         """The events that `data` completes; raises UpstreamError over MAX_FRAME_BYTES."""
         return self.parse_all(self.complete(data))
 
     def complete(self, data: bytes) -> bytes:
-        """The events that `data` completes, unparsed, line ends made LF; the rest is kept."""
-        edge = self.pieces[-1][-3:] + data if self.pieces else b"\n\n"
-        if self.begun and b"\n\n" not in edge and b"\r" not in edge:
-            return self.keep(data)  # joined only when it can be complete: a frame may be huge
-        data = self.take_kept() + data
+        """The events that `data` completes, unparsed, line ends made LF; the rest is kept.
+
+        Each byte is searched once, wherever the reads are cut: an event may be huge.
+        """
         if not self.begun:
-            if len(data) < 3 and b"\xef\xbb\xbf".startswith(data):
-                return self.keep(data)
-            self.begun = True
-            data = data.removeprefix(b"\xef\xbb\xbf")
-        held = b""
-        if b"\r" in data:
-            held = b"\r" if data.endswith(b"\r") else b""  # its LF may be in the next read
-            data = data[: len(data) - len(held)].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+            data = bytes(self.kept) + data
+            self.kept.clear()
+            self.begun = not b"\xef\xbb\xbf".startswith(data)
+            data = data.removeprefix(b"\xef\xbb\xbf") if self.begun else data
+        if data and (self.after_cr or b"\r" in data):
+            data = self.with_lf(data)
         end = data.rfind(b"\n\n") + 2
-        end = 0 if end == 1 else end
-        self.keep(data[end:] + held)
-        return data[:end]
-
-    def keep(self, data: bytes) -> bytes:
-        """Keeps the beginning of an event; nothing is complete then."""
-        if data:
-            self.pieces.append(data)
-            self.kept += len(data)
-        if self.kept > MAX_FRAME_BYTES:
+        if end == 1:
+            end = 1 if data.startswith(b"\n") and self.kept.endswith(b"\n") else 0
+        blocks = data[:end]
+        if end and self.kept:
+            blocks = bytes(self.kept) + blocks
+            self.kept.clear()
+        self.kept += data[end:]
+        if len(self.kept) > MAX_FRAME_BYTES:
             raise UpstreamError("The upstream sent an endless event.")
-        return b""
+        return blocks
 
-    def take_kept(self) -> bytes:
-        """What was kept, which is then no longer."""
-        data = b"".join(self.pieces)
-        self.pieces = []
-        self.kept = 0
-        return data
+    def with_lf(self, data: bytes) -> bytes:
+        """`data` with LF for CRLF and CR, also for a CRLF that two reads have torn."""
+        if self.after_cr:
+            data = data.removeprefix(b"\n")
+        self.after_cr = data.endswith(b"\r")
+        return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
     def parse_all(self, blocks: bytes) -> list[tuple[bytes, bytes]]:
         """The events in unparsed ones."""
@@ -2161,7 +2157,8 @@ class SseReader:
 
     def end(self) -> list[tuple[bytes, bytes]]:
         """The last event, where the stream ended without an empty line."""
-        block = self.take_kept().rstrip(b"\r\n")
+        block = bytes(self.kept).rstrip(b"\n")
+        self.kept.clear()
         event = self.parse(block) if block else None
         return [event] if event else []
 
@@ -2179,7 +2176,10 @@ class SseReader:
         if b"\n" not in block and block.startswith(b"data: "):
             return b"", block[6:]
         name, data = b"", []
-        for line in block.split(b"\n"):
+        lines = block.split(b"\n", MAX_EVENT_LINES)
+        if len(lines) > MAX_EVENT_LINES:
+            raise UpstreamError("The upstream sent an event of too many lines.")
+        for line in lines:
             if line.startswith(b"data:"):
                 data.append(line[6:] if line[5:6] == b" " else line[5:])
             elif line.startswith(b"event:"):
@@ -2279,8 +2279,7 @@ class EventStreamReader:
     """
 
     def __init__(self) -> None:
-        self.pieces: list[bytes] = []  # of a message that is not complete
-        self.kept = 0  # bytes in them
+        self.kept = bytearray()  # of a message that is not complete
         self.needed = PRELUDE.size
         self.error = ""
         self.known: dict[bytes, dict[str, Any]] = {}  # header blocks: an answer has few
@@ -2289,8 +2288,12 @@ class EventStreamReader:
         """The messages that `data` completes; those with equal headers share one object."""
         if self.error:
             return []
-        if self.kept:
-            data = self.join(data)
+        if self.kept:  # joined only when that completes a message, which may be huge
+            self.kept += data
+            if len(self.kept) < self.needed:
+                return []
+            data = bytes(self.kept)
+            self.kept.clear()
         messages: list[EventMessage] = []
         at, end = 0, len(data)
         try:
@@ -2306,21 +2309,8 @@ class EventStreamReader:
         except WireError as error:
             self.error = str(error)
             return messages
-        if at < end:
-            self.pieces.append(data[at:])
-            self.kept = end - at
+        self.kept += data[at:]
         return messages
-
-    def join(self, data: bytes) -> bytes:
-        """What was kept with what follows it; only what follows while that cannot be enough."""
-        self.pieces.append(data)
-        self.kept += len(data)
-        if self.kept < self.needed:
-            return b""
-        data = b"".join(self.pieces)
-        self.pieces.clear()
-        self.kept = 0
-        return data
 
     @staticmethod
     def read_prelude(data: bytes, at: int) -> tuple[int, int]:
