@@ -216,10 +216,13 @@ MIB = 1024 * KIB
 # HTTP heads.  h11 and uvicorn allow 16 KiB, nginx 32, waitress 256; agents send long headers.
 MAX_HEAD_BYTES = 64 * KIB
 MAX_REQUEST_LINE_BYTES = 16 * KIB  # RFC 9112 section 3: at least 8,000 octets
+MAX_INTERIM_HEADS = 16  # before a response; servers send one or two, 100 and 103
 MAX_FIELDS = 128  # hyper and Envoy: 100
 MAX_CHUNK_LINE_BYTES = 8 * KIB
 MAX_TRAILER_BYTES = 8 * KIB
-MAX_GZIP_MEMBERS = 64  # of a compressed body; clients send one
+MAX_GZIP_MEMBERS = 64  # behind the first one of a compressed body; clients send one
+# Out of one read of 64 KiB: text shrinks to a tenth or a fiftieth, bombs to a thousandth.
+MAX_INFLATED_BYTES = 4 * MIB
 MAX_EMPTY_LINES = 8  # before a request line: RFC 9112 section 2.2 says "at least one"
 MAX_LENGTH_DIGITS = 19  # 2**63 has 19 digits
 MAX_PORT = 65_535  # of TCP: 16 bits
@@ -2074,28 +2077,53 @@ def write_chunk(data: bytes) -> bytes:
 LAST_CHUNK = b"0\r\n\r\n"
 
 
+# How zlib is told what to expect; 47 is zlib or gzip by its own header.
+GZIP_WBITS, ZLIB_WBITS, RAW_WBITS = 31, 47, -15
+
+
+class Inflater:
+    """gzip or deflate, decoded as it comes; raises WireError for what is neither."""
+
+    def __init__(self, wbits: int) -> None:
+        self.wbits = wbits
+        self.unpacker = zlib.decompressobj(wbits)
+        # gzip may have several members (RFC 1952 section 2.2).
+        self.members_left = MAX_GZIP_MEMBERS if wbits == GZIP_WBITS else 0
+
+    @property
+    def done(self) -> bool:
+        """Whether this can be the end."""
+        return self.unpacker.eof
+
+    def feed(self, data: bytes, limit: int) -> bytes:
+        """What `data` holds, decoded; `limit` + 1 bytes where it is more than `limit`."""
+        decoded = bytearray()
+        while data and len(decoded) <= limit:
+            if self.unpacker.eof:
+                if not self.members_left:
+                    raise WireError("there are bytes behind the compressed ones")
+                self.members_left -= 1
+                self.unpacker = zlib.decompressobj(self.wbits)
+            try:
+                decoded += self.unpacker.decompress(data, limit + 1 - len(decoded))
+            except zlib.error as error:
+                raise WireError("its compression is malformed") from error
+            data = self.unpacker.unused_data
+        return bytes(decoded)
+
+
 def inflate(data: bytes, coding: str, limit: int) -> bytes:
     """A gzip or deflate body, decoded; raises ApiError for a bomb, a torn or a foreign one."""
-    # 47: zlib or gzip by its own header; raw deflate is tried second, as some clients send it.
-    for window in (47, -15) if coding == "deflate" else (31,):
-        pieces: list[bytes] = []
-        size, rest = 0, data
-        # gzip may have several members (RFC 1952 section 2.2); each costs a copy of the rest.
-        while (rest or not pieces) and len(pieces) <= MAX_GZIP_MEMBERS:
-            unpacker = zlib.decompressobj(window)
-            try:
-                pieces.append(unpacker.decompress(rest, limit + 1 - size))
-            except zlib.error:
-                break
-            size += len(pieces[-1])
-            if size > limit:
-                raise BodyTooLarge(f"The decoded body is larger than {limit // MIB} MiB.")
-            if not unpacker.eof or (unpacker.unused_data and coding == "deflate"):
-                break
-            rest = unpacker.unused_data
-        else:
-            if not rest:
-                return b"".join(pieces)
+    # Raw deflate is tried second, as some clients send it.
+    for wbits in (ZLIB_WBITS, RAW_WBITS) if coding == "deflate" else (GZIP_WBITS,):
+        inflater, decoded = Inflater(wbits), bytearray()
+        with contextlib.suppress(WireError):
+            for at in range(0, len(data), READ_BYTES):  # each gzip member copies what follows it
+                decoded += inflater.feed(data[at : at + READ_BYTES], limit - len(decoded))
+                if len(decoded) > limit:
+                    raise BodyTooLarge(f"The decoded body is larger than {limit // MIB} MiB.")
+            if inflater.done:
+                return bytes(decoded)
     raise InvalidRequest(f"The body is not valid {coding}.")
 
 
@@ -13594,9 +13622,11 @@ class UpstreamAnswer:
         self.body = body
         self.reusable = head.minor == 1 and not head.headers.has_token("connection", "close")
         coding = head.headers.get("content-encoding", "identity").lower()
-        self.unpacker = zlib.decompressobj(47) if coding in ("gzip", "deflate", "x-gzip") else None
+        # All requests ask for identity, but a middlebox may know better.
+        wbits = {"gzip": GZIP_WBITS, "x-gzip": GZIP_WBITS, "deflate": ZLIB_WBITS}.get(coding)
+        self.inflater = Inflater(wbits) if wbits else None
         self.sink: Callable[[bytes], None] | None = None
-        self.waiting: list[bytes] = []
+        self.waiting = bytearray()
         self.changed: asyncio.Future[None] | None = None
         self.error: ApiError | None = None
         self.done = body.done
@@ -13611,19 +13641,25 @@ class UpstreamAnswer:
     def take(self, data: bytes) -> None:
         """Bytes from the wire."""
         self.last_at = asyncio.get_running_loop().time()
+        if self.body.done or self.error:  # nothing may follow, and nothing of it is kept
+            self.reusable = False
+            self.connection.wire.transport.abort()
+            return
         try:
             payload = self.body.feed(data)
-            if self.unpacker is not None and payload:
-                payload = self.unpacker.decompress(payload)
-        except (WireError, zlib.error) as error:
+            if self.inflater is not None:
+                payload = self.inflater.feed(payload, MAX_INFLATED_BYTES)
+                if len(payload) > MAX_INFLATED_BYTES:
+                    raise WireError("it is compressed beyond all measure")
+        except WireError as error:
             self.fail(UpstreamError(f"The upstream's answer is malformed: {error}."))
             return
         if payload:
             if self.sink is not None:
                 self.sink(payload)
             else:
-                self.waiting.append(payload)
-                self.full = sum(map(len, self.waiting)) > STREAM_BUFFER_BYTES
+                self.waiting += payload
+                self.full = len(self.waiting) > STREAM_BUFFER_BYTES
                 self.update_reading()
         if self.body.done:
             self.complete()
@@ -13647,7 +13683,7 @@ class UpstreamAnswer:
 
     def complete(self) -> None:
         """The body has ended; so must what was packed in it."""
-        if self.unpacker is not None and not self.unpacker.eof:
+        if self.inflater is not None and not self.inflater.done:
             self.fail(UpstreamError(BROKEN_OFF))
             return
         self.done = True
@@ -13681,7 +13717,7 @@ class UpstreamAnswer:
 
     def take_waiting(self) -> bytes:
         """What has come and was not asked for yet."""
-        data = b"".join(self.waiting)
+        data = bytes(self.waiting)
         self.waiting.clear()
         self.full = False
         self.update_reading()
@@ -13689,18 +13725,16 @@ class UpstreamAnswer:
 
     def put_back(self, data: bytes) -> None:
         """Makes `data` what comes next: it was looked at, not used."""
-        self.waiting.insert(0, data)
+        self.waiting[:0] = data
 
     async def read(self, limit: int) -> bytes:
         """The whole body; raises UpstreamError over `limit` bytes."""
-        pieces = []
-        size = 0
+        body = bytearray()
         while data := await self.first():
-            pieces.append(data)
-            size += len(data)
-            if size > limit:
+            body += data
+            if len(body) > limit:
                 raise UpstreamError(f"The upstream's answer is larger than {limit // KIB} KiB.")
-        return b"".join(pieces)
+        return bytes(body)
 
     async def relay(self, sink: Callable[[bytes], None]) -> None:
         """Hands over every payload as it comes."""
@@ -13976,26 +14010,29 @@ class HttpClient:
     @staticmethod
     async def read_answer_head(wire: Wire, method: str) -> tuple[ResponseHead, Body, bytes]:
         """(head, body, bytes behind the head); raises EOFError, with an argument inside a head."""
-        buffer = b""
+        buffer, scanned, heads = b"", 0, 0
         while True:
-            end = head_end(buffer)
+            end = head_end(buffer, scanned)
             if end < 0:
                 if len(buffer) > MAX_HEAD_BYTES:
                     raise WireError("head too long")
+                scanned = len(buffer)
                 # Takes all there is, so that relay mode can begin without leftovers.
                 data = await wire.reader.read(READ_BYTES)
                 if not data:
-                    raise EOFError(*([len(buffer)] if buffer else []))
+                    raise EOFError(*([heads] if buffer or heads else []))
                 buffer += data
                 continue
             if end > MAX_HEAD_BYTES:
                 raise WireError("head too long")
             head = parse_response_head(buffer[:end])
-            buffer = buffer[end:]
+            buffer, scanned, heads = buffer[end:], 0, heads + 1
             if head.status >= 200:
                 return head, response_body(head, method), buffer
             if head.status == 101:
                 raise WireError("it switched protocols")
+            if heads == MAX_INTERIM_HEADS:
+                raise WireError("too many interim responses")
 
     async def connect(self, origin: Origin) -> Connection:
         """A fresh connection, through the proxy where there is one; raises Unreachable."""
@@ -20228,12 +20265,12 @@ class Exchange:
     async def open_whole(self, first: bytes) -> bytes:
         """An upstream that answered with one JSON object instead of a stream."""
         assert self.source is not None
-        pieces = [first]
+        whole = bytearray(first)
         while piece := await self.source.first():
-            pieces.append(piece)
-            if sum(map(len, pieces)) > MAX_WHOLE_ANSWER_BYTES:
+            whole += piece
+            if len(whole) > MAX_WHOLE_ANSWER_BYTES:
                 raise UpstreamError("The upstream's answer is too large.")
-        return self.flow.feed_whole(b"".join(pieces))
+        return self.flow.feed_whole(bytes(whole))
 
     async def drain(self) -> None:
         """Takes the rest of a stream for a caller that wants a whole answer."""

@@ -20,6 +20,7 @@ import struct
 import subprocess
 import sys
 import threading
+import tracemalloc
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
@@ -354,6 +355,65 @@ def test_a_packed_answer_that_is_torn_is_an_error(packed: bytes) -> None:
     head = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(packed)
     with pytest.raises(gw.UpstreamError):
         replied(head + packed)
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [b"x", bytes(100_000), gzip.compress(b"x") + b"x", gzip.compress(b"") * 100],
+    ids=["a byte", "zeros", "a member and a byte", "too many members"],
+)
+def test_bytes_behind_the_end_of_a_packed_answer_are_an_error(behind: bytes) -> None:
+    packed = gzip.compress(b"words") + behind
+    head = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\n"
+    with pytest.raises(gw.UpstreamError):
+        replied(head + packed)
+
+
+def test_a_packed_answer_that_is_a_bomb_is_an_error_and_never_unfolded() -> None:
+    async def story() -> int:
+        bomb = gzip.compress(bytes(64 << 20))
+        head = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\n"
+        async with serving(answering(head + bomb)) as server, using() as client:
+            answer = await client.open("GET", server.url, nothing)
+            tracemalloc.start()
+            with pytest.raises(gw.UpstreamError, match="malformed"):
+                await answer.read(1 << 30)
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            answer.close(ended=False)
+            return peak
+
+    assert run(story()) < 32 << 20
+
+
+def test_what_follows_an_answer_is_not_kept_and_ends_the_connection() -> None:
+    async def story() -> int:
+        async def script(peer: Peer) -> None:
+            await peer.request()
+            await peer.send(OK)
+            with contextlib.suppress(ConnectionError):
+                while True:
+                    await peer.send(bytes(1 << 20))
+
+        async with serving(script) as server, using() as client:
+            answer = await client.open("GET", server.url, nothing)
+            assert await answer.read(9) == b"ok"
+            await answer.connection.wire.lost.wait()
+            answer.close(ended=True)
+            return len(answer.body.rest)
+
+    assert run(story()) < 1 << 20
+
+
+def test_interim_responses_without_end_are_an_error() -> None:
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        with contextlib.suppress(ConnectionError):
+            while True:
+                await peer.send(b"HTTP/1.1 102 Processing\r\n\r\n" * 1000)
+
+    with pytest.raises(gw.UpstreamError, match="interim"):
+        run(ask(script))
 
 
 def test_a_whole_answer_has_a_largest_size() -> None:
