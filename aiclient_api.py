@@ -153,6 +153,7 @@ if TYPE_CHECKING:
     import logging
     import plistlib
     import resource
+    import select
     import shutil
     import signal
     import socket
@@ -182,6 +183,7 @@ else:
     logging = lazy_module("logging")
     plistlib = lazy_module("plistlib")
     resource = lazy_module("resource")
+    select = lazy_module("select")
     shutil = lazy_module("shutil")
     signal = lazy_module("signal")
     socket = lazy_module("socket")
@@ -259,6 +261,9 @@ HOLD_LIST_SECONDS = 50.0
 
 POOL_IDLE_SECONDS = 30.0  # below the 60 s at which common load balancers close
 POOL_IDLE_PER_HOST = 32
+RESET_SECONDS = (
+    0.3  # one round trip around the world: a reset of a stale connection takes no longer
+)
 
 # Upstream attempts (facts: VS Code, gh-aw-firewall; 2026-08).
 MAX_ATTEMPTS = 3
@@ -13472,6 +13477,8 @@ class Wire(StreamProtocol):
         #: the peer has sent its last byte; `ended`: that, or the connection is gone
         self.finished = False
         self.ended = False
+        #: something has come since this was last set to False
+        self.heard = False
         self.lost = asyncio.Event()
         #: what this connection runs through and must not outlive
         self.tunnel: Wire | None = None
@@ -13490,6 +13497,7 @@ class Wire(StreamProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes: to the sink in relay mode, else to the stream."""
+        self.heard = True
         if self.sink is not None:
             self.sink(data)
         else:
@@ -13582,6 +13590,24 @@ def environment_proxy(scheme: str, host: str) -> str:
         return ""
     proxies = urllib.request.getproxies()
     return proxies.get(scheme) or proxies.get("all") or ""
+
+
+def count_unsent(connection: socket.socket) -> int:
+    """Bytes that the peer's kernel has not acknowledged; 0 where the system cannot tell."""
+    if fcntl is None or termios is None:
+        return 0
+    try:
+        answer = fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, b"\0" * 4)
+    except (OSError, ValueError):
+        return 0  # it is closed
+    return int.from_bytes(answer, sys.byteorder)
+
+
+def is_readable(connection: socket.socket) -> bool:
+    """Whether a socket has bytes, an end or an error that the event loop has not seen yet."""
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 class Source(Protocol):
@@ -13833,6 +13859,8 @@ class Connection:
     def __init__(self, origin: Origin, wire: Wire) -> None:
         self.origin = origin
         self.wire = wire
+        #: under TLS and a tunnel
+        self.socket: socket.socket = wire.transport.get_extra_info("socket")
         #: answers it has carried
         self.used = 0
         self.idle_since = 0.0
@@ -13840,7 +13868,22 @@ class Connection:
     def is_dead(self, now: float) -> bool:
         """Whether the peer has closed it, or it has been idle for too long."""
         gone = self.wire.ended or self.wire.transport.is_closing()
-        return gone or now - self.idle_since > POOL_IDLE_SECONDS
+        return gone or now - self.idle_since > POOL_IDLE_SECONDS or is_readable(self.socket)
+
+    def lost(self, error: Exception, message: bytes, sent_at: float) -> bool:
+        """Whether the peer cannot have read `message`, after which it ended the connection.
+
+        Only then may a POST be sent again (RFC 9110 section 9.2.2).  A peer that closes
+        acknowledges what it has read.  A reset acknowledges nothing: one that comes at once is
+        the answer of a machine on which the connection has ended already.
+        """
+        if isinstance(error, EOFError):
+            unsent = self.wire.transport.get_write_buffer_size() + count_unsent(self.socket)
+            return unsent >= len(message)
+        return asyncio.get_running_loop().time() - sent_at < RESET_SECONDS
+
+
+SAFE_METHODS = ("GET", "HEAD")  # RFC 9110 section 9.2.1
 
 
 class Pool:
@@ -13954,8 +13997,7 @@ class HttpClient:
 
         `headers` is asked for each sending: some must never be the same twice.
 
-        A pooled connection that the peer closed meanwhile is replaced by a fresh one, once, and
-        only when nothing of an answer had come (RFC 9110 section 9.2.2, RFC 9112 section 9.3.1).
+        What a pooled connection has not delivered is sent again, once, on a fresh one.
         """
         origin, host, path = self.plan(url)
         length = [("Content-Length", str(len(body)))] if body or method == "POST" else []
@@ -13972,16 +14014,17 @@ class HttpClient:
                 return answer
         connection = await self.connect(origin)
         answer = await self.exchange(connection, method, message(), limit_s)
-        if answer is None:
-            raise UpstreamError(f"{origin.host} closed the connection without an answer.")
+        assert answer is not None  # a fresh connection is not stale
         return answer
 
     async def exchange(
         self, connection: Connection, method: str, message: bytes, limit_s: float
     ) -> UpstreamAnswer | None:
-        """One request on one connection; None when it ended before a byte of an answer."""
+        """One request on one connection; None where that was stale and another may be tried."""
         wire = connection.wire
         host = connection.origin.host
+        sent_at = asyncio.get_running_loop().time()
+        wire.heard = False
         try:
             async with asyncio.timeout(limit_s):
                 wire.transport.write(message)
@@ -13990,10 +14033,13 @@ class HttpClient:
             wire.transport.abort()
             raise UpstreamTimeout(f"{host} did not answer within {limit_s:g} s.") from None
         except (EOFError, OSError) as error:
+            stale = connection.used and not wire.heard
+            unread = method in SAFE_METHODS or connection.lost(error, message, sent_at)
             wire.transport.abort()
-            if isinstance(error, EOFError) and error.args:
-                raise UpstreamError(f"{host} closed the connection inside an answer.") from None
-            return None
+            if stale and unread:
+                return None
+            where = "inside an answer" if wire.heard else "without an answer"
+            raise UpstreamError(f"{host} closed the connection {where}.") from None
         except WireError as error:
             wire.transport.abort()
             raise UpstreamError(f"{host} sent a malformed answer: {error}.") from None
@@ -14009,7 +14055,7 @@ class HttpClient:
 
     @staticmethod
     async def read_answer_head(wire: Wire, method: str) -> tuple[ResponseHead, Body, bytes]:
-        """(head, body, bytes behind the head); raises EOFError, with an argument inside a head."""
+        """(head, body, bytes behind the head); raises EOFError, also inside a head."""
         buffer, scanned, heads = b"", 0, 0
         while True:
             end = head_end(buffer, scanned)
@@ -14020,7 +14066,7 @@ class HttpClient:
                 # Takes all there is, so that relay mode can begin without leftovers.
                 data = await wire.reader.read(READ_BYTES)
                 if not data:
-                    raise EOFError(*([heads] if buffer or heads else []))
+                    raise EOFError
                 buffer += data
                 continue
             if end > MAX_HEAD_BYTES:
@@ -14218,17 +14264,6 @@ class Outlet:
         """Ends the body."""
         last = LAST_CHUNK if self.chunked else b""
         self.transport.write(last if self.begun else self.head + last)
-
-
-def count_unsent(connection: socket.socket) -> int:
-    """Bytes in the kernel's send queue of a socket; 0 where the system cannot tell."""
-    if fcntl is None or termios is None:
-        return 0
-    try:
-        answer = fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, b"\0" * 4)
-    except OSError:
-        return 0
-    return int.from_bytes(answer, sys.byteorder)
 
 
 async def linger(wire: Wire) -> None:
@@ -17595,10 +17630,8 @@ class KiroAttempt(Attempt):
         return await provider.client.open("POST", url, headers, dump_json(body))
 
     def unanswered(self, error: UpstreamError) -> Verdict:
-        """Another host may be there; a connection that broke before an answer is tried again."""
-        if not isinstance(error, Unreachable):
-            return Verdict(error, "again")
-        return Verdict(error, "reroute")
+        """Another host may be there; what was sent is not sent again."""
+        return Verdict(error, "reroute" if isinstance(error, Unreachable) else "")
 
     async def judge(self, answer: UpstreamAnswer) -> Verdict | None:
         """What an answer means: a good status says nothing yet, so the first event is awaited."""

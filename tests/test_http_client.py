@@ -238,7 +238,7 @@ def test_headers_are_asked_for_each_sending() -> None:
         def numbered() -> dict[str, str]:
             return {"X-Number": str(next(numbers))}
 
-        script = closing_on_the_second(b"", again=False)
+        script = closing_on_the_second(None, again=False)
         async with serving(script) as server, using() as client:
             for _ in range(2):
                 answer = await client.open("POST", server.url, numbered, b"{}")
@@ -529,31 +529,109 @@ def closing_on_the_second(ending: bytes | None, again: bool = True) -> Script:
     return script
 
 
-@pytest.mark.parametrize("ending", [b"", None], ids=["closed", "reset"])
-def test_a_stale_connection_is_replaced_and_the_request_sent_again_once(
-    ending: bytes | None,
+def test_a_post_on_a_connection_that_is_reset_at_once_is_sent_again_once() -> None:
+    assert run(count(closing_on_the_second(None, again=False))) == (2, 3)
+
+
+@pytest.mark.parametrize("ending", [b"", b"HTTP/1.1 100 Continue\r\n\r\n"], ids=["", "after 100"])
+def test_a_post_that_was_read_before_the_connection_was_closed_is_not_sent_again(
+    ending: bytes,
 ) -> None:
-    assert run(count(closing_on_the_second(ending, again=False))) == (2, 3)
-
-
-def test_a_request_is_not_sent_a_third_time() -> None:
     async def story() -> tuple[int, int]:
-        async with serving(closing_on_the_second(b"")) as server, using() as client:
+        async with serving(closing_on_the_second(ending, again=False)) as server, using() as client:
             await whole(client, server.url, "POST")
-            with pytest.raises(gw.UpstreamError):
+            with pytest.raises(gw.UpstreamError, match="closed the connection"):
                 await whole(client, server.url, "POST")
+            assert await whole(client, server.url, "POST") == (200, b"ok")
             return server.connections, len(server.requests)
 
     assert run(story()) == (2, 3)
 
 
-@pytest.mark.parametrize("ending", [b"H", b"HTTP/1.1 200 OK\r\nContent-Le", OK[:-2]])
-def test_a_request_is_not_sent_again_once_a_byte_has_come(ending: bytes) -> None:
+def test_a_post_that_was_worked_on_before_a_reset_is_not_sent_again() -> None:
+    async def script(peer: Peer) -> None:
+        while await peer.request():
+            if len(peer.server.requests) == 2:
+                await asyncio.sleep(2 * gw.RESET_SECONDS)
+                peer.reset()
+            await peer.send(OK)
+
+    with pytest.raises(gw.UpstreamError, match="without an answer"):
+        run(count(script, 2))
+
+
+async def pooled(client: gw.HttpClient, url: str, ours: socket.socket) -> gw.Connection:
+    """A connected socket as an idle connection to `url`."""
+    loop = asyncio.get_running_loop()
+    _, wire = await loop.create_connection(gw.Wire, sock=ours)
+    connection = gw.Connection(client.plan(url)[0], wire)
+    client.pool.give_back(connection, loop.time())
+    return connection
+
+
+@pytest.mark.parametrize("read", [0, 4096], ids=["nothing", "all"])
+def test_a_post_of_which_nothing_was_read_before_the_close_is_sent_again(read: int) -> None:
     async def story() -> tuple[int, int]:
-        async with serving(closing_on_the_second(ending, again=False)) as server, using() as client:
-            await whole(client, server.url, "POST")
+        async with serving(answering(OK)) as server, using() as client:
+            # A Unix socket counts as unsent what its peer has not read.
+            ours, theirs = socket.socketpair()
+            await pooled(client, server.url, ours)
+            asking = asyncio.ensure_future(whole(client, server.url, "POST"))
+            while not gw.is_readable(theirs):
+                await asyncio.sleep(0)
+            theirs.recv(read)
+            theirs.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(gw.UpstreamError):
+                await asking
+            theirs.close()
+            return server.connections, len(server.requests)
+
+    assert run(story()) == ((0, 0) if read else (1, 1))
+
+
+@pytest.mark.parametrize("last", [b"", b"x"], ids=["closed", "spoken to"])
+def test_a_connection_whose_end_the_loop_has_not_seen_yet_is_not_used(last: bytes) -> None:
+    async def story() -> gw.Connection | None:
+        async with using() as client:
+            ours, theirs = socket.socketpair()
+            idle = await pooled(client, "http://127.0.0.1/", ours)
+            theirs.send(last)
+            theirs.close()
+            return client.pool.take(idle.origin, asyncio.get_running_loop().time())
+
+    assert run(story()) is None
+
+
+def test_a_get_on_a_stale_connection_is_not_sent_a_third_time() -> None:
+    async def story() -> tuple[int, int]:
+        async with serving(closing_on_the_second(b"")) as server, using() as client:
+            await whole(client, server.url)
             with pytest.raises(gw.UpstreamError):
-                await whole(client, server.url, "POST")
+                await whole(client, server.url)
+            return server.connections, len(server.requests)
+
+    assert run(story()) == (2, 3)
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("how", ["closed", "reset"])
+@pytest.mark.parametrize("ending", [b"H", b"HTTP/1.1 200 OK\r\nContent-Le", OK[:-2]])
+def test_a_request_is_not_sent_again_once_a_byte_has_come(
+    ending: bytes, how: str, method: str
+) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(OK)
+        await peer.request()
+        await peer.send(ending)
+        if how == "reset":
+            peer.reset()
+
+    async def story() -> tuple[int, int]:
+        async with serving(script) as server, using() as client:
+            await whole(client, server.url, method)
+            with pytest.raises(gw.UpstreamError):
+                await whole(client, server.url, method)
             return server.connections, len(server.requests)
 
     assert run(story()) == (1, 2)
