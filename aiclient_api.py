@@ -261,6 +261,7 @@ HOLD_LIST_SECONDS = 50.0
 
 POOL_IDLE_SECONDS = 30.0  # below the 60 s at which common load balancers close
 POOL_IDLE_PER_HOST = 32
+MAX_PLANNED_URLS = 256  # a provider uses ten; those with a query of their own are many
 RESET_SECONDS = (
     0.3  # one round trip around the world: a reset of a stale connection takes no longer
 )
@@ -289,6 +290,7 @@ MODELS_FRESH_SECONDS = 900.0  # VS Code 10 min, opencode 1 h
 MODELS_KEPT_SECONDS = 24 * 3600.0  # an entitled model may be missing from one answer
 MODELS_RETRY_SECONDS = 60.0  # after a list that could not be had
 MODELS_MISS_SECONDS = 30.0  # an unknown name may refresh the list, but not more often
+MAX_MODEL_HEADERS = 16  # that a catalogue adds to the requests for a model
 MAX_BLANK_RUN = 20  # line breaks and tabs in a row inside a call's arguments
 MAX_TOOLS = 128  # VS Code cuts there
 MAX_CACHE_MARKS = 4  # Anthropic and Copilot
@@ -8851,6 +8853,8 @@ ENDPOINT_DIALECTS = {
     "/responses": "responses",
 }
 DIALECT_PATHS = {dialect: path for path, dialect in ENDPOINT_DIALECTS.items()}
+# What a catalogue may add to a request: no field of HTTP, and none that says who asks.
+MODEL_HEADER = re.compile(r"(?:x|copilot|openai|anthropic)-[a-z0-9-]{1,60}", re.IGNORECASE)
 HEADER_VALUE = re.compile(r"[ -~]{0,1000}")
 REASONING_GPT = re.compile(r"(?:gpt-[5-9]|o[1-9](?:-|$))")
 
@@ -8894,9 +8898,11 @@ def read_copilot_model(entry: Json, provider: str) -> Model | None:
         listed=(kind == "embeddings" or entry.get("model_picker_enabled", True) is not False)
         and state == "enabled",
         headers={
-            key: value
-            for key, value in headers.items()
-            if TOKEN.fullmatch(key) and isinstance(value, str) and HEADER_VALUE.fullmatch(value)
+            key.lower(): value
+            for key, value in list(headers.items())[:MAX_MODEL_HEADERS]
+            if MODEL_HEADER.fullmatch(key)
+            and isinstance(value, str)
+            and HEADER_VALUE.fullmatch(value)
         },
         raw=entry,
     )
@@ -13936,8 +13942,7 @@ class HttpClient:
         self.network = network
         self.ticker = ticker
         self.pool = Pool()
-        #: few: URLs come from the configuration and from token answers only
-        self.plans: dict[str, tuple[Origin, str, str]] = {}
+        self.plan = functools.lru_cache(maxsize=MAX_PLANNED_URLS)(self.plan_url)
         self.tls: ssl.SSLContext | None = None
         #: the wall clock less the monotonic one
         self.clock_offset = time.time() - time.monotonic()
@@ -13970,20 +13975,18 @@ class HttpClient:
             self.tls.set_alpn_protocols(["http/1.1"])
         return self.tls
 
-    def plan(self, url: str) -> tuple[Origin, str, str]:
-        """(where to connect, the Host field, the path) for a URL, worked out once.
+    def plan_url(self, url: str) -> tuple[Origin, str, str]:
+        """(where to connect, the Host field, the path) for a URL; `plan` remembers the last ones.
 
         Loopback is never reached through a proxy.
         """
-        if url not in self.plans:
-            scheme, host, port, path = split_url(url)
-            proxy = ""
-            if not is_loopback(host):
-                proxy = self.network.proxy or environment_proxy(scheme, host)
-            default = (scheme, port) in (("https", 443), ("http", 80))
-            field_ = shown_host(host) if default else f"{shown_host(host)}:{port}"
-            self.plans[url] = Origin(scheme, host, port, proxy), field_, path
-        return self.plans[url]
+        scheme, host, port, path = split_url(url)
+        proxy = ""
+        if not is_loopback(host):
+            proxy = self.network.proxy or environment_proxy(scheme, host)
+        default = (scheme, port) in (("https", 443), ("http", 80))
+        field_ = shown_host(host) if default else f"{shown_host(host)}:{port}"
+        return Origin(scheme, host, port, proxy), field_, path
 
     async def open(
         self,
@@ -17081,8 +17084,9 @@ class CopilotAttempt(Attempt):
             betas = messages_betas(body, call.betas, provider.learned.betas, call.model)
             if betas:
                 headers["anthropic-beta"] = betas
-        headers.update(call.model.headers)
-        return headers
+        own = {name.lower() for name in headers}
+        added = {name: value for name, value in call.model.headers.items() if name not in own}
+        return headers | added
 
     async def judge(self, answer: UpstreamAnswer) -> Verdict | None:
         """What a refusal means; a good status is enough."""

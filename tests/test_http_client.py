@@ -231,6 +231,16 @@ def test_a_url_says_where_to_connect_and_what_to_ask_for(
     run(story())
 
 
+def test_urls_without_end_are_not_all_remembered() -> None:
+    async def story() -> int:
+        async with using() as client:
+            for number in range(3000):
+                client.plan(f"https://a.test/x?page={number}")
+            return client.plan.cache_info().currsize
+
+    assert run(story()) < 1000
+
+
 def test_headers_are_asked_for_each_sending() -> None:
     async def story() -> list[bytes]:
         numbers = iter(range(9))
