@@ -13424,6 +13424,12 @@ def set_log_level(level: str) -> None:
     logging.getLogger().setLevel(getattr(logging, level.upper()))
 
 
+def internal_error(event: str) -> ApiError:
+    """What a client is told of the exception in hand, a bug; the log gets its traceback."""
+    logging.getLogger("aiclient-api").exception(event)
+    return ApiError("The gateway failed; its log says how.")
+
+
 class Ticker:
     """One coarse clock for every deadline: a timer per read would cost more than the read.
 
@@ -13688,7 +13694,7 @@ class UpstreamAnswer:
             return
         if payload:
             if self.sink is not None:
-                self.sink(payload)
+                self.deliver(payload, self.sink)
             else:
                 self.waiting += payload
                 self.full = len(self.waiting) > STREAM_BUFFER_BYTES
@@ -13697,6 +13703,13 @@ class UpstreamAnswer:
             self.complete()
         elif self.sink is None:
             self.wake()
+
+    def deliver(self, payload: bytes, sink: Callable[[bytes], None]) -> None:
+        """Hands over a payload.  Whatever fails there is no fault of the upstream's."""
+        try:
+            sink(payload)
+        except Exception:  # noqa: BLE001 - asyncio would take a bug for a broken connection
+            self.fail(internal_error("a response could not be processed"))
 
     def lose(self, gone: bool) -> None:
         """The peer has ended its side, or the connection is gone: no more will come."""
@@ -13772,7 +13785,7 @@ class UpstreamAnswer:
         """Hands over every payload as it comes."""
         waiting = self.take_waiting()
         if waiting:
-            sink(waiting)
+            self.deliver(waiting, sink)
         self.sink = sink
         while not (self.done or self.error):
             await self.wait()
@@ -14367,8 +14380,7 @@ class ClientConnection:
             if not self.wire.ended:
                 await self.give_up(Overloaded("The gateway is stopping."))
         except Exception:  # noqa: BLE001 - the last resort: a bug must not take the server down
-            logging.getLogger("aiclient-api").exception("connection failed")
-            await self.give_up(ApiError("The gateway failed; its log says how."))
+            await self.give_up(internal_error("connection failed"))
         finally:
             self.wire.transport.close()
         await self.wire.lost.wait()  # what a slow client has not taken is still being sent
@@ -20376,6 +20388,9 @@ class Exchange:
         except ApiError as error:
             failure = error
             outlet.write(flow.end(error))
+        except Exception:  # noqa: BLE001 - a bug, while the client can still be told
+            failure = internal_error("a response could not be processed")
+            outlet.write(flow.end(failure))
         except BaseException as error:
             failure = error
             raise

@@ -885,6 +885,39 @@ def test_a_sink_that_cannot_take_more_holds_the_upstream_back_from_its_first_pie
     assert run(story()) == [2]
 
 
+@pytest.mark.parametrize("early", [True, False], ids=["what waited", "what comes"])
+def test_a_bug_in_a_sink_is_no_fault_of_the_upstreams_and_leaves_a_traceback(
+    early: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    def sink(data: bytes) -> None:
+        json.loads(b"{}")["content"]
+
+    async def story() -> None:
+        go_on = asyncio.Event()
+
+        async def script(peer: Peer) -> None:
+            await peer.request()
+            await peer.send(CHUNKED + (b"2\r\nok\r\n" if early else b""))
+            await go_on.wait()
+            await peer.send(b"3\r\nend\r\n")
+            await peer.gone()
+
+        async with serving(script) as server, using() as client:
+            answer = await client.open("GET", server.url, nothing)
+            while early and not answer.waiting:
+                await asyncio.sleep(0)
+            go_on.set()
+            try:
+                await answer.relay(sink)
+            finally:
+                answer.close(ended=False)
+
+    with pytest.raises(gw.ApiError, match="The gateway failed") as caught:
+        run(story())
+    assert (caught.value.status, caught.value.kind) == (500, "internal")
+    assert "KeyError: 'content'" in caplog.text
+
+
 def test_a_small_answer_must_be_whole_in_time() -> None:
     async def script(peer: Peer) -> None:
         await peer.request()
