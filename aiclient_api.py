@@ -14257,7 +14257,6 @@ class Outlet:
         self.transport = connection.wire.transport
         self.head = head
         self.chunked = chunked
-        self.begun = False
         self.last_at = asyncio.get_running_loop().time()
         #: hears of the client's slowness: True is "hold the source back"
         self.on_flow: Callable[[bool], None] | None = None
@@ -14266,20 +14265,20 @@ class Outlet:
 
     def write(self, data: bytes) -> None:
         """Sends `data` on."""
-        if not data:
-            return
-        if self.chunked:
-            data = write_chunk(data)
-        if not self.begun:
-            self.begun = True
-            data = self.head + data
-        self.last_at = asyncio.get_running_loop().time()
-        self.transport.write(data)
+        if data:
+            self.send(write_chunk(data) if self.chunked else data)
 
     def finish(self) -> None:
         """Ends the body."""
-        last = LAST_CHUNK if self.chunked else b""
-        self.transport.write(last if self.begun else self.head + last)
+        self.send(LAST_CHUNK if self.chunked else b"")
+
+    def send(self, data: bytes) -> None:
+        """Writes `data`, behind the head where that has not gone out yet."""
+        if not self.connection.answered:
+            self.connection.answered = True
+            data = self.head + data
+        self.last_at = asyncio.get_running_loop().time()
+        self.transport.write(data)
 
 
 async def linger(wire: Wire) -> None:
@@ -14308,8 +14307,9 @@ class ClientConnection:
         self.watched: asyncio.Task[None] | None = None
         self.patient = False
         self.outlet: Outlet | None = None
-        #: the one in hand
+        #: the one in hand, and whether the head of its response has gone out: there is only one
         self.request: Request | None = None
+        self.answered = False
         #: when the client last took something of what waits for it, and how much waited then
         self.taken_at = 0.0
         self.unsent = 0
@@ -14332,8 +14332,7 @@ class ClientConnection:
             self.await_phase("idle", self.server.config.idle_seconds)  # slow, not idle
         elif self.phase != "busy" and now > self.due_at:
             if self.phase != "idle" and (self.buffer or self.phase == "body"):
-                error = RequestTimeout(f"The request's {self.phase} took too long.")
-                self.wire.transport.write(self.server.error_bytes(error, self.request))
+                self.send_error(RequestTimeout(f"The request's {self.phase} took too long."))
             self.phase = "busy"
             self.wire.transport.close()
 
@@ -14373,7 +14372,7 @@ class ClientConnection:
                     break
                 await self.answer(head)
         except WireError as error:
-            await self.refuse(error)
+            await self.give_up(wire_api_error(error))
         except (ConnectionError, TimeoutError):
             pass  # the client is gone: nobody is left to tell
         except asyncio.CancelledError:
@@ -14441,7 +14440,7 @@ class ClientConnection:
             self.watched = None
         if not request.body.done:
             await linger(self.wire)
-        self.request = None
+        self.request, self.answered = None, False
 
     def must_close(self, request: Request) -> bool:
         """Whether the connection ends with this answer."""
@@ -14491,7 +14490,7 @@ class ClientConnection:
     async def respond(self, request: Request, response: Response) -> None:
         """Writes one answer."""
         bare = request.method == "HEAD" or response.status in NO_BODY_STATUSES
-        headers = [("Content-Type", response.content_type), *response.headers.items()]
+        headers: list[tuple[str, str]] = []
         chunked = response.stream is not None and request.minor > 0
         if response.stream is None:
             if response.status not in NO_BODY_STATUSES:
@@ -14504,8 +14503,9 @@ class ClientConnection:
             headers.append(("Connection", "close"))
         elif request.minor == 0:
             headers.append(("Connection", "keep-alive"))
-        head = write_head(status_line(response.status), headers)
+        head = self.server.response_head(response, headers)
         if response.stream is None or bare:
+            self.answered = True
             self.wire.transport.write(head if bare else head + response.body)
         else:
             self.outlet = Outlet(self, head, chunked)
@@ -14515,19 +14515,18 @@ class ClientConnection:
         await self.wire.writer.drain()
 
     async def give_up(self, error: ApiError) -> None:
-        """Ends a request that nothing else ends: with an answer, unless one has begun."""
-        if self.outlet is not None and self.outlet.begun:
+        """Ends a request that nothing else ends: with a response, unless one has begun."""
+        if self.answered:
             self.wire.transport.abort()  # an unfinished body must not look finished
             return
-        self.phase = "busy"
-        self.wire.transport.write(self.server.error_bytes(error, self.request))
+        self.send_error(error)
         await linger(self.wire)
 
-    async def refuse(self, error: WireError) -> None:
-        """Answers a request that is not HTTP, and closes."""
+    def send_error(self, error: ApiError) -> None:
+        """Writes an error as the last response of the connection."""
         self.phase = "busy"
-        self.wire.transport.write(self.server.error_bytes(wire_api_error(error), self.request))
-        await linger(self.wire)
+        self.answered = True
+        self.wire.transport.write(self.server.error_bytes(error, self.request))
 
 
 def wire_api_error(error: WireError) -> ApiError:
@@ -14581,6 +14580,7 @@ class Server:
         self.write_error = write_error
         self.connections: set[ClientConnection] = set()
         self.turning: set[asyncio.Task[None]] = set()
+        self.date, self.date_second = "", 0
         #: every answer is the last one of its connection
         self.closing = False
         self.draining = False
@@ -14627,13 +14627,17 @@ class Server:
     def error_bytes(self, error: ApiError, request: Request | None = None) -> bytes:
         """A whole error answer that closes the connection."""
         response = self.write_error(error, request)
-        headers = [
-            ("Content-Type", response.content_type),
-            *response.headers.items(),
-            ("Content-Length", str(len(response.body))),
-            ("Connection", "close"),
-        ]
-        return write_head(status_line(response.status), headers) + response.body
+        headers = [("Content-Length", str(len(response.body))), ("Connection", "close")]
+        return self.response_head(response, headers) + response.body
+
+    def response_head(self, response: Response, headers: list[tuple[str, str]]) -> bytes:
+        """The head of a response, with the `headers` of its connection."""
+        second = int(time.time())
+        if second != self.date_second:  # the Date field (RFC 9110 section 6.6.1) of many responses
+            self.date_second = second
+            self.date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second))
+        own = [("Date", self.date), ("Content-Type", response.content_type)]
+        return write_head(status_line(response.status), [*own, *response.headers.items(), *headers])
 
     def stop_accepting(self) -> None:
         """Closes the listening sockets; those of a process that has them too stay open."""
@@ -14661,7 +14665,10 @@ class Server:
             await asyncio.sleep(TICK_SECONDS)
 
     async def drain(self, seconds: float) -> None:
-        """Stops accepting, lets answers finish for `seconds`, then ends the rest legally."""
+        """Stops accepting, lets answers finish for `seconds`, then ends the rest.
+
+        What has begun ends with an error, what has not is told so, and who does not read is left.
+        """
         self.draining = True
         self.stop_accepting()
         for connection in list(self.connections):
@@ -14673,12 +14680,17 @@ class Server:
         for connection in list(self.connections):
             if connection.outlet is not None and connection.outlet.on_stop is not None:
                 connection.outlet.on_stop()
-        tasks = [c.task for c in self.connections if c.task is not None]
-        if tasks:
-            _, late = await asyncio.wait(tasks, timeout=LINGER_SECONDS)
-            for task in late:
-                task.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
+        connections = list(self.connections)
+        late = {c.task for c in connections if c.task is not None}
+        if late:
+            _, late = await asyncio.wait(late, timeout=LINGER_SECONDS)
+        for task in late:
+            task.cancel()
+        if late:
+            await asyncio.wait(late, timeout=LINGER_SECONDS)
+        for connection in connections:  # a client that does not read would never let go
+            connection.wire.transport.abort()
+        await asyncio.gather(*late, return_exceptions=True)
 
 
 class ServerWire(Wire):

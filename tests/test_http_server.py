@@ -10,7 +10,8 @@ import socket
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from email.utils import format_datetime, parsedate_to_datetime
 from typing import Any
 
 import pytest
@@ -1944,6 +1945,28 @@ def test_at_sigterm_idle_connections_do_not_count_as_work() -> None:
         silent.send(b"GET /hea")
         ending.terminate()
         assert ending.wait(5) == 0
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+def test_a_client_that_does_not_read_cannot_keep_a_gateway_from_stopping(stream: bool) -> None:
+    config = "[server]\ndrain_seconds = 1\n"
+    with Gateway(config=config) as ending, ending.wire(receive_buffer=4096) as wire:
+        wire.send(ending.request_bytes("POST", CHAT, asking(LONG_TEXT, stream=stream)))
+        assert wire.read_until(b"\r\n\r\n").startswith(b"HTTP/1.1 200")
+        ending.terminate()
+        assert ending.wait(10) == 0
+        with suppress(ConnectionError):
+            assert b"HTTP/1.1" not in wire.rest()  # there is one head, and no second one
+        assert "Traceback" not in ending.log()
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/nowhere", CHAT])
+def test_a_response_has_a_date(gateway: Gateway, path: str) -> None:
+    reply = gateway.request("POST" if path == CHAT else "GET", path, asking("hi", stream=True))
+    date = parsedate_to_datetime(reply.headers["date"])
+    assert reply.headers["date"] == format_datetime(date, usegmt=True)
+    assert abs(time.time() - date.timestamp()) < 60
+    assert "date" in only(gateway.raw(b"nonsense\r\n\r\n")).headers
 
 
 def test_the_second_sigterm_ends_at_once() -> None:
