@@ -225,6 +225,7 @@ MAX_TRAILER_BYTES = 8 * KIB
 MAX_GZIP_MEMBERS = 64  # behind the first one of a compressed body; clients send one
 # Out of one read of 64 KiB: text shrinks to a tenth or a fiftieth, bombs to a thousandth.
 MAX_INFLATED_BYTES = 4 * MIB
+MAX_BODIES_BYTES = 256 * MIB  # of all requests in hand: four of the largest, hundreds of an agent's
 MAX_EMPTY_LINES = 8  # before a request line: RFC 9112 section 2.2 says "at least one"
 MAX_LENGTH_DIGITS = 19  # 2**63 has 19 digits
 MAX_PORT = 65_535  # of TCP: 16 bits
@@ -449,7 +450,7 @@ KIRO_VERSION = "1.1.14"  # of the IDE, seen in 2026-09; no old one was ever refu
 #     RateLimited 429  QuotaExceeded 429  LimitReached 429: RequestRepeated
 #     UpstreamError 502          Unreachable
 #     NotSignedIn 503        NotEntitled
-#     Overloaded 503  UpstreamTimeout 504
+#     Overloaded 503  Busy 503  UpstreamTimeout 504
 #   WireError                    a peer broke HTTP: never shown to a caller as it is
 #
 # `str(error)` is always safe to show: no token, key, prompt or answer is ever put into one.
@@ -690,6 +691,13 @@ class NotEntitled(NotSignedIn):
 
 class Overloaded(ApiError):
     """The upstream is busy."""
+
+    status = 503
+    kind = "overloaded"
+
+
+class Busy(ApiError):
+    """This gateway has no room for the request now."""
 
     status = 503
     kind = "overloaded"
@@ -14200,6 +14208,24 @@ class Response:
     content_type: str = "application/json"
 
 
+class BodyBudget:
+    """The memory that the bodies of all requests take together."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def grow(self, held: int, size: int) -> int:
+        """Makes the `held` bytes of one request at least `size`; returns them, or raises Busy.
+
+        A body that is alone may be as large as the configuration lets it be.
+        """
+        others = self.taken - held
+        if size > held and others and others + size > MAX_BODIES_BYTES:
+            raise Busy("The requests in hand take all the memory that there is.", retry_after=1)
+        self.taken = others + max(held, size)
+        return max(held, size)
+
+
 class Request:
     """One request; its body is read only when a handler asks for it."""
 
@@ -14211,6 +14237,8 @@ class Request:
         self.minor = head.minor
         self.client = connection.peer
         self.body = body
+        #: bytes that are counted in the server's budget until the request is answered
+        self.held = 0
         self.connection = connection
         #: set by the outermost layer; `begun_at` is monotonic
         self.id = ""
@@ -14236,9 +14264,14 @@ class Request:
                 ),
             )
         data = await self.connection.read_body(self, limit)
-        if coding == "identity":
-            return data
-        return inflate(data, coding.removeprefix("x-"), limit)
+        if coding != "identity":
+            data = inflate(data, coding.removeprefix("x-"), limit)
+            self.hold(len(data))
+        return data
+
+    def hold(self, size: int) -> None:
+        """Counts `size` bytes of the body, in all, as memory that is taken; raises Busy."""
+        self.held = self.connection.server.bodies.grow(self.held, size)
 
     def cancel_on_hangup(self, watching: bool, patient: bool = False) -> None:
         """Whether the current task ends when the client goes away.
@@ -14438,6 +14471,7 @@ class ClientConnection:
             await self.respond(request, response)
         finally:
             self.watched = None
+            self.server.bodies.taken -= request.held
         if not request.body.done:
             await linger(self.wire)
         self.request, self.answered = None, False
@@ -14460,32 +14494,32 @@ class ClientConnection:
         body = request.body
         if body.done:
             return b""
+        request.hold(body.left)
         if "expect" in request.headers and request.minor and not self.buffer:
             self.wire.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.await_phase("body", self.server.config.body_seconds)
         try:
-            return await self.collect_body(body, limit)
+            return await self.collect_body(request, limit)
         finally:
             self.phase = "busy"
 
-    async def collect_body(self, body: Body, limit: int) -> bytes:
+    async def collect_body(self, request: Request, limit: int) -> bytes:
         """See `read_body`."""
-        pieces: list[bytes] = []
-        size = 0
+        body, collected = request.body, bytearray()
         data, self.buffer = self.buffer, b""
         while True:
-            piece = body.feed(data)
-            pieces.append(piece)
-            size += len(piece)
-            if size + body.left > limit:
+            collected += body.feed(data)
+            size = len(collected) + body.left
+            if size > limit:
                 raise BodyTooLarge(f"The body is larger than {limit // MIB} MiB.")
+            request.hold(size)
             if body.done:
                 break
             data = await self.wire.reader.read(READ_BYTES)
             if not data:
                 raise ConnectionResetError
         self.buffer = body.rest
-        return b"".join(pieces)
+        return bytes(collected)
 
     async def respond(self, request: Request, response: Response) -> None:
         """Writes one answer."""
@@ -14579,6 +14613,7 @@ class Server:
         self.handler = handler
         self.write_error = write_error
         self.connections: set[ClientConnection] = set()
+        self.bodies = BodyBudget()
         self.turning: set[asyncio.Task[None]] = set()
         self.date, self.date_second = "", 0
         #: every answer is the last one of its connection
@@ -14614,8 +14649,7 @@ class Server:
 
     async def turn_away(self, wire: Wire) -> None:
         """Tells a client that there is no room, and closes."""
-        busy = Overloaded("Too many connections.", retry_after=1)
-        wire.transport.write(self.error_bytes(busy))
+        wire.transport.write(self.error_bytes(Busy("Too many connections.", retry_after=1)))
         await linger(wire)
         wire.transport.close()
 

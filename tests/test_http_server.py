@@ -1841,6 +1841,53 @@ def test_200_idle_connections_do_not_hold_a_request_up(gateway: Gateway) -> None
         assert time.monotonic() - began < 1
 
 
+# ---- large requests ----------------------------------------------------------------------------
+
+LARGE = 60 * MIB
+ANNOUNCED = {
+    "length": head(JSON_TYPE, f"Content-Length: {LARGE}", "Expect: 100-continue"),
+    "chunk": head(JSON_TYPE, CHUNKED, "Expect: 100-continue") + b"%x\r\n" % LARGE,
+}
+
+
+def let_in(wire: Wire, data: bytes) -> Reply | None:
+    """None once a large body is being received, else the refusal."""
+    wire.send(data)
+    try:
+        reply = wire.reply(seconds=0.3)
+    except TimeoutError:  # what has sent a byte of its body is not told to continue
+        return None
+    return None if reply.status == 100 else reply
+
+
+@pytest.mark.parametrize("name", ANNOUNCED)
+@DIALECTS
+def test_large_bodies_share_a_budget_and_the_next_one_is_told_to_come_again(
+    path: str, name: str
+) -> None:
+    data = ANNOUNCED[name].replace(MESSAGES.encode(), path.encode(), 1)
+    with Gateway() as gateway, ExitStack() as stack:
+        wires = [stack.enter_context(gateway.wire()) for _ in range(7)]
+        replies = [let_in(wire, data) for wire in wires[:6]]
+        assert replies[:4] == [None] * 4
+        for reply in replies[4:]:
+            assert reply is not None
+            refused(reply, 503, path)
+            assert reply.headers["retry-after"] == "1"
+        assert "hi" in said(checked(gateway.request("POST", path, asking("hi"))))
+        for wire in wires[:6]:
+            wire.abort()
+        assert checked(gateway.request("GET", "/healthz")).status == 200
+        assert let_in(wires[6], data) is None
+
+
+def test_a_large_body_that_was_refused_or_answered_leaves_the_budget(gateway: Gateway) -> None:
+    blanks, field = gzip.compress(b" " * LARGE), {"Content-Encoding": "gzip"}
+    for body in (blanks, blanks[:-9], gzip.compress(packed("hi") + b" " * LARGE)) * 3:
+        reply = checked(gateway.request("POST", CHAT, body, field))
+        assert reply.status in (200, 400), reply
+
+
 # ---- slow and vanishing readers ----------------------------------------------------------------
 
 
