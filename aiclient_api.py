@@ -18988,6 +18988,9 @@ def needs_body(method: str) -> bool:
     return method in ("POST", "PUT", "PATCH")
 
 
+JSON_TYPE = re.compile(r"application/(?:[!#$&^_.+a-z0-9-]+\+)?json")
+
+
 class Shield:
     """Keeps web pages out: they can reach loopback, and would spend the subscription."""
 
@@ -19014,14 +19017,14 @@ class Shield:
         listed = origin is not None and self.is_listed(origin)
         if headers.get("sec-fetch-site", "").lower() == "cross-site" and not listed:
             raise Forbidden("Cross-site requests of browsers are refused.")
-        if needs_body(request.method):
-            kind = headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-            text = kind == "text/plain" and origin is None and "sec-fetch-site" not in headers
-            if kind != "application/json" and not kind.endswith("+json") and not text:
-                raise UnsupportedMediaType(
-                    "The body must be sent as application/json.",
-                    hint="With curl: -H 'content-type: application/json'.",
-                )
+        # Pages may send other kinds of body, or a body of no kind, without asking first.
+        kind = headers.get("content-type", "").partition(";")[0].strip(" \t").lower()
+        empty = request.body.done and not kind
+        if needs_body(request.method) and not empty and not JSON_TYPE.fullmatch(kind):
+            raise UnsupportedMediaType(
+                "The body must be sent as application/json.",
+                hint="With curl: -H 'content-type: application/json'.",
+            )
 
     def is_own_host(self, host: str) -> bool:
         """Whether a Host field names this gateway; compared whole, never by its beginning."""

@@ -1217,11 +1217,31 @@ def test_an_error_does_not_grow_with_what_was_sent(gateway: Gateway, path: str) 
 
 @DIALECTS
 @pytest.mark.parametrize(
-    "kind", ["application/x-www-form-urlencoded", "multipart/form-data", "text/html", "a/\xe9"]
+    "kind",
+    [
+        "application/x-www-form-urlencoded",
+        "multipart/form-data",
+        "text/html",
+        "text/plain",
+        "text/plain; charset=application/json",
+        "text/plain, application/json",
+        "application/json, text/plain",
+        "application/jsonx",
+        "text/json+json",
+        "",
+        "a/\xe9",
+    ],
 )
 def test_a_body_of_another_kind_is_415(gateway: Gateway, path: str, kind: str) -> None:
     reply = gateway.request("POST", path, HELLO, {"Content-Type": kind})
     refused(reply, 415, path)
+
+
+@DIALECTS
+@pytest.mark.parametrize("framing", [f"Content-Length: {len(HELLO)}", CHUNKED])
+def test_a_body_of_no_kind_is_415(gateway: Gateway, path: str, framing: str) -> None:
+    data = head(framing, CLOSE, line=f"POST {path} HTTP/1.1")
+    refused(only(gateway.raw(data + (b"" if framing == CHUNKED else HELLO))), 415, path)
 
 
 @pytest.mark.parametrize(
