@@ -236,7 +236,7 @@ MAX_JSON_DEPTH = 100
 MAX_INLINED_REFS = 300  # of one tool's schema
 MAX_ERROR_TEXT = 4000  # characters of an error message
 MAX_ERROR_BODY_BYTES = 64 * KIB  # of an upstream's error answer; the rest is not read
-MAX_WHOLE_ANSWER_BYTES = 64 * MIB  # of an upstream's JSON answer
+MAX_WHOLE_ANSWER_BYTES = 64 * MIB  # of an upstream's JSON answer, or a stream that is collected
 FIRST_PARSED_EVENTS = 4  # of a read, before its plain deltas are copied
 MAX_FRAME_BYTES = 16 * MIB  # one server-sent event: images come as one frame
 MAX_EVENT_LINES = 100_000  # of one server-sent event: those seen have two
@@ -8702,6 +8702,7 @@ class Flow:
             else Converter(upstream.reader(terms), caller.writer(terms), terms)
         )
         self.frames: list[Json] = []
+        self.kept_bytes = 0  # of the upstream's, that `frames` come from
         #: deltas need no parse while they fit; nothing else may touch the answer meanwhile
         self.template: Template | None = None
         self.may_copy = stream and not terms.cut
@@ -8730,6 +8731,9 @@ class Flow:
         """The caller's bytes for a read of the upstream's."""
         written: list[bytes] = []
         try:
+            self.kept_bytes += 0 if self.stream else len(data)
+            if self.kept_bytes > MAX_WHOLE_ANSWER_BYTES:
+                raise UpstreamError("The upstream's answer is too large.")
             blocks = self.framing.complete(data)
             step = FIRST_PARSED_EVENTS if self.may_copy else len(blocks)
             while blocks and not self.over:
