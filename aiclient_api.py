@@ -263,9 +263,7 @@ HOLD_LIST_SECONDS = 50.0
 POOL_IDLE_SECONDS = 30.0  # below the 60 s at which common load balancers close
 POOL_IDLE_PER_HOST = 32
 MAX_PLANNED_URLS = 256  # a provider uses ten; those with a query of their own are many
-RESET_SECONDS = (
-    0.3  # one round trip around the world: a reset of a stale connection takes no longer
-)
+RESET_SECONDS = 0.3  # a round trip around the world: a stale connection is reset by then
 
 # Upstream attempts (facts: VS Code, gh-aw-firewall; 2026-08).
 MAX_ATTEMPTS = 3
@@ -13901,7 +13899,7 @@ class Connection:
         gone = self.wire.ended or self.wire.transport.is_closing()
         return gone or now - self.idle_since > POOL_IDLE_SECONDS or is_readable(self.socket)
 
-    def lost(self, error: Exception, message: bytes, sent_at: float) -> bool:
+    def left_unread(self, error: Exception, message: bytes, sent_at: float) -> bool:
         """Whether the peer cannot have read `message`, after which it ended the connection.
 
         Only then may a POST be sent again (RFC 9110 section 9.2.2).  A peer that closes
@@ -14062,7 +14060,7 @@ class HttpClient:
             raise UpstreamTimeout(f"{host} did not answer within {limit_s:g} s.") from None
         except (EOFError, OSError) as error:
             stale = connection.used and not wire.heard
-            unread = method in SAFE_METHODS or connection.lost(error, message, sent_at)
+            unread = method in SAFE_METHODS or connection.left_unread(error, message, sent_at)
             wire.transport.abort()
             if stale and unread:
                 return None
@@ -14494,34 +14492,29 @@ class ClientConnection:
             self.buffer = request.body.rest
 
     async def read_body(self, request: Request, limit: int) -> bytes:
-        """The rest of a body; raises BodyTooLarge and WireError."""
-        body = request.body
+        """The rest of a body; raises Busy, BodyTooLarge and WireError."""
+        body, collected = request.body, bytearray()
         if body.done:
             return b""
         request.hold(body.left)
         if "expect" in request.headers and request.minor and not self.buffer:
             self.wire.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.await_phase("body", self.server.config.body_seconds)
+        data, self.buffer = self.buffer, b""
         try:
-            return await self.collect_body(request, limit)
+            while True:
+                collected += body.feed(data)
+                size = len(collected) + body.left
+                if size > limit:
+                    raise BodyTooLarge(f"The body is larger than {limit // MIB} MiB.")
+                request.hold(size)
+                if body.done:
+                    break
+                data = await self.wire.reader.read(READ_BYTES)
+                if not data:
+                    raise ConnectionResetError
         finally:
             self.phase = "busy"
-
-    async def collect_body(self, request: Request, limit: int) -> bytes:
-        """See `read_body`."""
-        body, collected = request.body, bytearray()
-        data, self.buffer = self.buffer, b""
-        while True:
-            collected += body.feed(data)
-            size = len(collected) + body.left
-            if size > limit:
-                raise BodyTooLarge(f"The body is larger than {limit // MIB} MiB.")
-            request.hold(size)
-            if body.done:
-                break
-            data = await self.wire.reader.read(READ_BYTES)
-            if not data:
-                raise ConnectionResetError
         self.buffer = body.rest
         return bytes(collected)
 
