@@ -13627,6 +13627,8 @@ def count_unsent(connection: socket.socket) -> int:
 
 def is_readable(connection: socket.socket) -> bool:
     """Whether a socket has bytes, an end or an error that the event loop has not seen yet."""
+    if not hasattr(select, "poll"):
+        return False  # Windows: the loop hears of it a moment later
     poll = select.poll()
     poll.register(connection, select.POLLIN)
     return bool(poll.poll(0))
@@ -13677,6 +13679,8 @@ class UpstreamAnswer:
         self.waiting = bytearray()
         self.changed: asyncio.Future[None] | None = None
         self.error: ApiError | None = None
+        if wbits is None and coding != "identity":
+            self.error = UpstreamError("The upstream's answer has a coding that nobody asked for.")
         self.done = body.done
         self.full = False  # more waits here than should
         self.slow = False  # the client does not keep up
@@ -13945,10 +13949,12 @@ class Pool:
 
     def watch(self, now: float) -> None:
         """Closes what has been idle for too long."""
-        for stack in self.idle.values():
+        for origin, stack in list(self.idle.items()):
             for connection in [c for c in stack if c.is_dead(now)]:
                 stack.remove(connection)
                 connection.wire.transport.abort()
+            if not stack:
+                del self.idle[origin]
 
     def close(self) -> None:
         """Closes every idle connection."""

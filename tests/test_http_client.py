@@ -415,6 +415,22 @@ def test_what_follows_an_answer_is_not_kept_and_ends_the_connection() -> None:
     assert run(story()) < 1 << 20
 
 
+@pytest.mark.parametrize("coding", ["br", "zstd", "gzip, gzip", "x" * 5000])
+def test_a_coding_that_cannot_be_read_is_an_error_that_does_not_hide_the_status(
+    coding: str,
+) -> None:
+    async def story() -> int:
+        head = f"HTTP/1.1 429 X\r\nContent-Encoding: {coding}\r\nContent-Length: 2\r\n\r\nok"
+        async with serving(answering(head.encode())) as server, using() as client:
+            answer = await client.open("GET", server.url, nothing)
+            with pytest.raises(gw.UpstreamError, match="coding that nobody asked for"):
+                await answer.read(9)
+            answer.close(ended=False)
+            return answer.status
+
+    assert run(story()) == 429
+
+
 def test_interim_responses_without_end_are_an_error() -> None:
     async def script(peer: Peer) -> None:
         await peer.request()
