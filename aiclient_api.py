@@ -161,6 +161,7 @@ if TYPE_CHECKING:
     import logging
     import plistlib
     import resource
+    import select
     import shutil
     import signal
     import socket
@@ -190,6 +191,7 @@ else:
     logging = lazy_module("logging")
     plistlib = lazy_module("plistlib")
     resource = lazy_module("resource")
+    select = lazy_module("select")
     shutil = lazy_module("shutil")
     signal = lazy_module("signal")
     socket = lazy_module("socket")
@@ -224,12 +226,17 @@ MIB = 1024 * KIB
 # HTTP heads.  h11 and uvicorn allow 16 KiB, nginx 32, waitress 256; agents send long headers.
 MAX_HEAD_BYTES = 64 * KIB
 MAX_REQUEST_LINE_BYTES = 16 * KIB  # RFC 9112 section 3: at least 8,000 octets
+MAX_INTERIM_HEADS = 16  # before a response; servers send one or two, 100 and 103
 MAX_FIELDS = 128  # hyper and Envoy: 100
 MAX_CHUNK_LINE_BYTES = 8 * KIB
 MAX_TRAILER_BYTES = 8 * KIB
-MAX_GZIP_MEMBERS = 64  # of a compressed body; clients send one
+MAX_GZIP_MEMBERS = 64  # behind the first one of a compressed body; clients send one
+# Out of one read of 64 KiB: text shrinks to a tenth or a fiftieth, bombs to a thousandth.
+MAX_INFLATED_BYTES = 4 * MIB
+MAX_BODIES_BYTES = 256 * MIB  # of all requests in hand: four of the largest, hundreds of an agent's
 MAX_EMPTY_LINES = 8  # before a request line: RFC 9112 section 2.2 says "at least one"
 MAX_LENGTH_DIGITS = 19  # 2**63 has 19 digits
+MAX_PORT = 65_535  # of TCP: 16 bits
 # A JSON body is parsed while every stream waits: 30 MiB of tiny values took 7 s and gigabytes, so
 # the brackets, commas and colons outside its strings are counted before parsing.
 MAX_JSON_MARKS = 400_000
@@ -241,9 +248,10 @@ MAX_REFUSAL_TEXT = 2000  # characters kept of an upstream's message
 MAX_CODE_TEXT = 100  # and of its code
 MAX_LOG_LINE = 16_000  # characters; of a traceback, too
 MAX_ERROR_BODY_BYTES = 64 * KIB  # of an upstream's error answer; the rest is not read
-MAX_WHOLE_ANSWER_BYTES = 64 * MIB  # of an upstream's JSON answer
+MAX_WHOLE_ANSWER_BYTES = 64 * MIB  # of an upstream's JSON answer, or a stream that is collected
 FIRST_PARSED_EVENTS = 4  # of a read, before its plain deltas are copied
 MAX_FRAME_BYTES = 16 * MIB  # one server-sent event: images come as one frame
+MAX_EVENT_LINES = 100_000  # of one server-sent event: those seen have two
 MAX_EVENT_MESSAGE_BYTES = 25 * MIB  # AWS: payloads up to 24 MiB, headers up to 128 KiB
 
 # One read takes everything the kernel and the stream reader hold: both stay far below this.
@@ -266,6 +274,8 @@ HOLD_LIST_SECONDS = 50.0
 
 POOL_IDLE_SECONDS = 30.0  # below the 60 s at which common load balancers close
 POOL_IDLE_PER_HOST = 32
+MAX_PLANNED_URLS = 256  # a provider uses ten; those with a query of their own are many
+RESET_SECONDS = 0.3  # a round trip around the world: a stale connection is reset by then
 
 # Upstream attempts (facts: VS Code, gh-aw-firewall; 2026-08).
 MAX_ATTEMPTS = 3
@@ -293,6 +303,7 @@ MODELS_FRESH_SECONDS = 900.0  # VS Code 10 min, opencode 1 h
 MODELS_KEPT_SECONDS = 24 * 3600.0  # an entitled model may be missing from one answer
 MODELS_RETRY_SECONDS = 60.0  # after a list that could not be had
 MODELS_MISS_SECONDS = 30.0  # an unknown name may refresh the list, but not more often
+MAX_MODEL_HEADERS = 16  # that a catalogue adds to the requests for a model
 MAX_BLANK_RUN = 20  # line breaks and tabs in a row inside a call's arguments
 MAX_TOOLS = 128  # VS Code cuts there
 MAX_CACHE_MARKS = 4  # Anthropic and Copilot
@@ -470,7 +481,7 @@ KIRO_VERSION = "1.1.14"  # of the IDE, seen in 2026-09; no old one was ever refu
 #     RateLimited 429  QuotaExceeded 429  LimitReached 429: RequestRepeated
 #     UpstreamError 502          Unreachable
 #     NotSignedIn 503        NotEntitled
-#     Overloaded 503  UpstreamTimeout 504
+#     Overloaded 503  Busy 503  UpstreamTimeout 504
 #   WireError                    a peer broke HTTP: never shown to a caller as it is
 #
 # `str(error)` is always safe to show: no token, key, prompt or answer is ever put into one.
@@ -715,6 +726,13 @@ class NotEntitled(NotSignedIn):
 
 class Overloaded(ApiError):
     """The upstream is busy."""
+
+    status = 503
+    kind = "overloaded"
+
+
+class Busy(ApiError):
+    """This gateway has no room for the request now."""
 
     status = 503
     kind = "overloaded"
@@ -1191,7 +1209,7 @@ SETTING_FORMS = {
     "region": (AWS_REGION, "a region like us-east-1"),
 }
 SETTING_RANGES: dict[str, tuple[float, float]] = {
-    "port": (0, 65535),
+    "port": (0, MAX_PORT),
     "rate_limit_seconds": (0, 3600),
     "max_body_mib": (1, 1024),
     "max_connections": (1, 65536),
@@ -1213,10 +1231,26 @@ TYPE_WORDS = {
 PROVIDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 LABEL = re.compile(r"[A-Za-z0-9][\w.+-]{0,63}", re.ASCII)
 MODEL_NAME = re.compile(r"(?!.*(?://|\.\.))[A-Za-z0-9][\w./:\[\]@+-]{0,199}", re.ASCII)
-# The host and port of a URL or a Host field (RFC 3986 section 3.2), without user information.
-HOST_VALUE = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%!$&'()*+,;=-]+)(?::[0-9]{0,5})?")
+# RFC 3986 section 3.2 without user information and percent-escapes, which no host in use has.
+HOST_VALUE = re.compile(
+    r"(\[[0-9A-Fa-f:.]+\]|[\w~!$&'()*+,;=-]+(?:\.[\w~!$&'()*+,;=-]+)*\.?)(?::([0-9]{0,5}))?",
+    re.ASCII,
+)
 TARGET = re.compile(r"[!-~]+")
 LOOPBACK_NAMES = ("localhost", "localhost.localdomain", "ip6-localhost")
+
+
+def split_host(value: str) -> tuple[str, str] | None:
+    """(host, port or "") of a Host field or a URL's authority; None where it is malformed."""
+    match = HOST_VALUE.fullmatch(value)
+    if match is None or int(match[2] or 0) > MAX_PORT:
+        return None
+    if match[1].startswith("["):
+        try:
+            ipaddress.IPv6Address(match[1][1:-1])
+        except ValueError:
+            return None
+    return match[1], match[2] or ""
 
 
 def is_loopback(host: str) -> bool:
@@ -1251,7 +1285,7 @@ def check_url(value: str) -> str:
         host, _ = parts.hostname, parts.port
     except ValueError:
         return "is not a URL"
-    usable = host and HOST_VALUE.fullmatch(parts.netloc) and TARGET.fullmatch(value)
+    usable = host and split_host(parts.netloc) and TARGET.fullmatch(value)
     if not usable or parts.query or parts.fragment:
         return "must be like https://host[:port]"
     if parts.scheme == "http" and not is_loopback(host or ""):
@@ -1886,10 +1920,10 @@ def parse_request_head(data: bytes) -> RequestHead:
     headers = parse_fields(lines[1:])
     if "host" in headers.repeated or ("host" not in headers and minor):
         raise WireError("exactly one Host field is needed")
-    if "host" in headers and not HOST_VALUE.fullmatch(headers["host"]):
+    if "host" in headers and not split_host(headers["host"]):
         raise WireError("malformed Host field")
     if host:
-        if not HOST_VALUE.fullmatch(host):
+        if not split_host(host):
             raise WireError("malformed request target")
         headers["host"] = host  # RFC 9112 section 3.2.2: the target's host replaces the field's
     return RequestHead(method, target, path, query, minor, headers)
@@ -2122,28 +2156,53 @@ def write_chunk(data: bytes) -> bytes:
 LAST_CHUNK = b"0\r\n\r\n"
 
 
+# How zlib is told what to expect; 47 is zlib or gzip by its own header.
+GZIP_WBITS, ZLIB_WBITS, RAW_WBITS = 31, 47, -15
+
+
+class Inflater:
+    """gzip or deflate, decoded as it comes; raises WireError for what is neither."""
+
+    def __init__(self, wbits: int) -> None:
+        self.wbits = wbits
+        self.unpacker = zlib.decompressobj(wbits)
+        # gzip may have several members (RFC 1952 section 2.2).
+        self.members_left = MAX_GZIP_MEMBERS if wbits == GZIP_WBITS else 0
+
+    @property
+    def done(self) -> bool:
+        """Whether this can be the end."""
+        return self.unpacker.eof
+
+    def feed(self, data: bytes, limit: int) -> bytes:
+        """What `data` holds, decoded; `limit` + 1 bytes where it is more than `limit`."""
+        decoded = bytearray()
+        while data and len(decoded) <= limit:
+            if self.unpacker.eof:
+                if not self.members_left:
+                    raise WireError("there are bytes behind the compressed ones")
+                self.members_left -= 1
+                self.unpacker = zlib.decompressobj(self.wbits)
+            try:
+                decoded += self.unpacker.decompress(data, limit + 1 - len(decoded))
+            except zlib.error as error:
+                raise WireError("its compression is malformed") from error
+            data = self.unpacker.unused_data
+        return bytes(decoded)
+
+
 def inflate(data: bytes, coding: str, limit: int) -> bytes:
     """A gzip or deflate body, decoded; raises ApiError for a bomb, a torn or a foreign one."""
-    # 47: zlib or gzip by its own header; raw deflate is tried second, as some clients send it.
-    for window in (47, -15) if coding == "deflate" else (31,):
-        pieces: list[bytes] = []
-        size, rest = 0, data
-        # gzip may have several members (RFC 1952 section 2.2); each costs a copy of the rest.
-        while (rest or not pieces) and len(pieces) <= MAX_GZIP_MEMBERS:
-            unpacker = zlib.decompressobj(window)
-            try:
-                pieces.append(unpacker.decompress(rest, limit + 1 - size))
-            except zlib.error:
-                break
-            size += len(pieces[-1])
-            if size > limit:
-                raise BodyTooLarge(f"The decoded body is larger than {limit // MIB} MiB.")
-            if not unpacker.eof or (unpacker.unused_data and coding == "deflate"):
-                break
-            rest = unpacker.unused_data
-        else:
-            if not rest:
-                return b"".join(pieces)
+    # Raw deflate is tried second, as some clients send it.
+    for wbits in (ZLIB_WBITS, RAW_WBITS) if coding == "deflate" else (GZIP_WBITS,):
+        inflater, decoded = Inflater(wbits), bytearray()
+        with contextlib.suppress(WireError):
+            for at in range(0, len(data), READ_BYTES):  # each gzip member copies what follows it
+                decoded += inflater.feed(data[at : at + READ_BYTES], limit - len(decoded))
+                if len(decoded) > limit:
+                    raise BodyTooLarge(f"The decoded body is larger than {limit // MIB} MiB.")
+            if inflater.done:
+                return bytes(decoded)
     raise InvalidRequest(f"The body is not valid {coding}.")
 
 
@@ -2159,49 +2218,44 @@ class SseReader:
     """
 
     def __init__(self) -> None:
-        self.pieces: list[bytes] = []  # of an event that is not complete
-        self.kept = 0  # bytes in them
+        self.kept = bytearray()  # of an event that is not complete: no end of one is in it
         self.begun = False
+        self.after_cr = False
 
     def feed(self, data: bytes) -> list[tuple[bytes, bytes]]:
         """The events that `data` completes; raises UpstreamError over MAX_FRAME_BYTES."""
         return self.parse_all(self.complete(data))
 
     def complete(self, data: bytes) -> bytes:
-        """The events that `data` completes, unparsed, line ends made LF; the rest is kept."""
-        edge = self.pieces[-1][-3:] + data if self.pieces else b"\n\n"
-        if self.begun and b"\n\n" not in edge and b"\r" not in edge:
-            return self.keep(data)  # joined only when it can be complete: a frame may be huge
-        data = self.take_kept() + data
+        """The events that `data` completes, unparsed, line ends made LF; the rest is kept.
+
+        Each byte is searched once, wherever the reads are cut: an event may be huge.
+        """
         if not self.begun:
-            if len(data) < 3 and b"\xef\xbb\xbf".startswith(data):
-                return self.keep(data)
-            self.begun = True
-            data = data.removeprefix(b"\xef\xbb\xbf")
-        held = b""
-        if b"\r" in data:
-            held = b"\r" if data.endswith(b"\r") else b""  # its LF may be in the next read
-            data = data[: len(data) - len(held)].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+            data = bytes(self.kept) + data
+            self.kept.clear()
+            self.begun = not b"\xef\xbb\xbf".startswith(data)
+            data = data.removeprefix(b"\xef\xbb\xbf") if self.begun else data
+        if data and (self.after_cr or b"\r" in data):
+            data = self.with_lf(data)
         end = data.rfind(b"\n\n") + 2
-        end = 0 if end == 1 else end
-        self.keep(data[end:] + held)
-        return data[:end]
-
-    def keep(self, data: bytes) -> bytes:
-        """Keeps the beginning of an event; nothing is complete then."""
-        if data:
-            self.pieces.append(data)
-            self.kept += len(data)
-        if self.kept > MAX_FRAME_BYTES:
+        if end == 1:
+            end = 1 if data.startswith(b"\n") and self.kept.endswith(b"\n") else 0
+        blocks = data[:end]
+        if end and self.kept:
+            blocks = bytes(self.kept) + blocks
+            self.kept.clear()
+        self.kept += data[end:]
+        if len(self.kept) > MAX_FRAME_BYTES:
             raise UpstreamError("The upstream sent an endless event.")
-        return b""
+        return blocks
 
-    def take_kept(self) -> bytes:
-        """What was kept, which is then no longer."""
-        data = b"".join(self.pieces)
-        self.pieces = []
-        self.kept = 0
-        return data
+    def with_lf(self, data: bytes) -> bytes:
+        """`data` with LF for CRLF and CR, also for a CRLF that two reads have torn."""
+        if self.after_cr:
+            data = data.removeprefix(b"\n")
+        self.after_cr = data.endswith(b"\r")
+        return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
     def parse_all(self, blocks: bytes) -> list[tuple[bytes, bytes]]:
         """The events in unparsed ones."""
@@ -2210,7 +2264,8 @@ class SseReader:
 
     def end(self) -> list[tuple[bytes, bytes]]:
         """The last event, where the stream ended without an empty line."""
-        block = self.take_kept().rstrip(b"\r\n")
+        block = bytes(self.kept).rstrip(b"\n")
+        self.kept.clear()
         event = self.parse(block) if block else None
         return [event] if event else []
 
@@ -2228,7 +2283,10 @@ class SseReader:
         if b"\n" not in block and block.startswith(b"data: "):
             return b"", block[6:]
         name, data = b"", []
-        for line in block.split(b"\n"):
+        lines = block.split(b"\n", MAX_EVENT_LINES)
+        if len(lines) > MAX_EVENT_LINES:
+            raise UpstreamError("The upstream sent an event of too many lines.")
+        for line in lines:
             if line.startswith(b"data:"):
                 data.append(line[6:] if line[5:6] == b" " else line[5:])
             elif line.startswith(b"event:"):
@@ -2328,8 +2386,7 @@ class EventStreamReader:
     """
 
     def __init__(self) -> None:
-        self.pieces: list[bytes] = []  # of a message that is not complete
-        self.kept = 0  # bytes in them
+        self.kept = bytearray()  # of a message that is not complete
         self.needed = PRELUDE.size
         self.error = ""
         self.known: dict[bytes, dict[str, Any]] = {}  # header blocks: an answer has few
@@ -2338,8 +2395,12 @@ class EventStreamReader:
         """The messages that `data` completes; those with equal headers share one object."""
         if self.error:
             return []
-        if self.kept:
-            data = self.join(data)
+        if self.kept:  # joined only when that completes a message, which may be huge
+            self.kept += data
+            if len(self.kept) < self.needed:
+                return []
+            data = bytes(self.kept)
+            self.kept.clear()
         messages: list[EventMessage] = []
         at, end = 0, len(data)
         try:
@@ -2355,21 +2416,8 @@ class EventStreamReader:
         except WireError as error:
             self.error = str(error)
             return messages
-        if at < end:
-            self.pieces.append(data[at:])
-            self.kept = end - at
+        self.kept += data[at:]
         return messages
-
-    def join(self, data: bytes) -> bytes:
-        """What was kept with what follows it; only what follows while that cannot be enough."""
-        self.pieces.append(data)
-        self.kept += len(data)
-        if self.kept < self.needed:
-            return b""
-        data = b"".join(self.pieces)
-        self.pieces.clear()
-        self.kept = 0
-        return data
 
     @staticmethod
     def read_prelude(data: bytes, at: int) -> tuple[int, int]:
@@ -8742,6 +8790,7 @@ class Flow:
             else Converter(upstream.reader(terms), caller.writer(terms), terms)
         )
         self.frames: list[Json] = []
+        self.kept_bytes = 0  # of the upstream's, that `frames` come from
         #: deltas need no parse while they fit; nothing else may touch the answer meanwhile
         self.template: Template | None = None
         self.may_copy = stream and not terms.cut
@@ -8770,6 +8819,9 @@ class Flow:
         """The caller's bytes for a read of the upstream's."""
         written: list[bytes] = []
         try:
+            self.kept_bytes += 0 if self.stream else len(data)
+            if self.kept_bytes > MAX_WHOLE_ANSWER_BYTES:
+                raise UpstreamError("The upstream's answer is too large.")
             blocks = self.framing.complete(data)
             step = FIRST_PARSED_EVENTS if self.may_copy else len(blocks)
             while blocks and not self.over:
@@ -8901,6 +8953,8 @@ ENDPOINT_DIALECTS = {
     "/responses": "responses",
 }
 DIALECT_PATHS = {dialect: path for path, dialect in ENDPOINT_DIALECTS.items()}
+# What a catalogue may add to a request: no field of HTTP, and none that says who asks.
+MODEL_HEADER = re.compile(r"(?:x|copilot|openai|anthropic)-[a-z0-9-]{1,60}", re.IGNORECASE)
 HEADER_VALUE = re.compile(r"[ -~]{0,1000}")
 REASONING_GPT = re.compile(r"(?:gpt-[5-9]|o[1-9](?:-|$))")
 
@@ -8944,9 +8998,11 @@ def read_copilot_model(entry: Json, provider: str) -> Model | None:
         listed=(kind == "embeddings" or entry.get("model_picker_enabled", True) is not False)
         and state == "enabled",
         headers={
-            key: value
-            for key, value in headers.items()
-            if TOKEN.fullmatch(key) and isinstance(value, str) and HEADER_VALUE.fullmatch(value)
+            key.lower(): value
+            for key, value in list(headers.items())[:MAX_MODEL_HEADERS]
+            if MODEL_HEADER.fullmatch(key)
+            and isinstance(value, str)
+            and HEADER_VALUE.fullmatch(value)
         },
         raw=entry,
     )
@@ -13660,6 +13716,12 @@ def set_log_level(level: str) -> None:
     logging.getLogger().setLevel(getattr(logging, level.upper()))
 
 
+def internal_error(event: str) -> ApiError:
+    """What a client is told of the exception in hand, a bug; the log gets its traceback."""
+    logging.getLogger("aiclient-api").exception(event)
+    return ApiError("The gateway failed; its log says how.")
+
+
 class Ticker:
     """One coarse clock for every deadline: a timer per read would cost more than the read.
 
@@ -13719,6 +13781,8 @@ class Wire(StreamProtocol):
         #: the peer has sent its last byte; `ended`: that, or the connection is gone
         self.finished = False
         self.ended = False
+        #: something has come since this was last set to False
+        self.heard = False
         self.lost = asyncio.Event()
         #: what this connection runs through and must not outlive
         self.tunnel: Wire | None = None
@@ -13737,6 +13801,7 @@ class Wire(StreamProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes: to the sink in relay mode, else to the stream."""
+        self.heard = True
         if self.sink is not None:
             self.sink(data)
         else:
@@ -13831,6 +13896,26 @@ def environment_proxy(scheme: str, host: str) -> str:
     return proxies.get(scheme) or proxies.get("all") or ""
 
 
+def count_unsent(connection: socket.socket) -> int:
+    """Bytes that the peer's kernel has not acknowledged; 0 where the system cannot tell."""
+    if fcntl is None or termios is None:
+        return 0
+    try:
+        answer = fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, b"\0" * 4)
+    except (OSError, ValueError):
+        return 0  # it is closed
+    return int.from_bytes(answer, sys.byteorder)
+
+
+def is_readable(connection: socket.socket) -> bool:
+    """Whether a socket has bytes, an end or an error that the event loop has not seen yet."""
+    if not hasattr(select, "poll"):
+        return False  # Windows: the loop hears of it a moment later
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    return bool(poll.poll(0))
+
+
 class Source(Protocol):
     """An answer's body on its way in."""
 
@@ -13869,11 +13954,15 @@ class UpstreamAnswer:
         self.body = body
         self.reusable = head.minor == 1 and not head.headers.has_token("connection", "close")
         coding = head.headers.get("content-encoding", "identity").lower()
-        self.unpacker = zlib.decompressobj(47) if coding in ("gzip", "deflate", "x-gzip") else None
+        # All requests ask for identity, but a middlebox may know better.
+        wbits = {"gzip": GZIP_WBITS, "x-gzip": GZIP_WBITS, "deflate": ZLIB_WBITS}.get(coding)
+        self.inflater = Inflater(wbits) if wbits else None
         self.sink: Callable[[bytes], None] | None = None
-        self.waiting: list[bytes] = []
+        self.waiting = bytearray()
         self.changed: asyncio.Future[None] | None = None
         self.error: ApiError | None = None
+        if wbits is None and coding != "identity":
+            self.error = UpstreamError("The upstream's answer has a coding that nobody asked for.")
         self.done = body.done
         self.full = False  # more waits here than should
         self.slow = False  # the client does not keep up
@@ -13886,24 +13975,37 @@ class UpstreamAnswer:
     def take(self, data: bytes) -> None:
         """Bytes from the wire."""
         self.last_at = asyncio.get_running_loop().time()
+        if self.body.done or self.error:  # nothing may follow, and nothing of it is kept
+            self.reusable = False
+            self.connection.wire.transport.abort()
+            return
         try:
             payload = self.body.feed(data)
-            if self.unpacker is not None and payload:
-                payload = self.unpacker.decompress(payload)
-        except (WireError, zlib.error) as error:
+            if self.inflater is not None:
+                payload = self.inflater.feed(payload, MAX_INFLATED_BYTES)
+                if len(payload) > MAX_INFLATED_BYTES:
+                    raise WireError("it is compressed beyond all measure")
+        except WireError as error:
             self.fail(UpstreamError(f"The upstream's answer is malformed: {error}."))
             return
         if payload:
             if self.sink is not None:
-                self.sink(payload)
+                self.deliver(payload, self.sink)
             else:
-                self.waiting.append(payload)
-                self.full = sum(map(len, self.waiting)) > STREAM_BUFFER_BYTES
+                self.waiting += payload
+                self.full = len(self.waiting) > STREAM_BUFFER_BYTES
                 self.update_reading()
         if self.body.done:
             self.complete()
         elif self.sink is None:
             self.wake()
+
+    def deliver(self, payload: bytes, sink: Callable[[bytes], None]) -> None:
+        """Hands over a payload.  Whatever fails there is no fault of the upstream's."""
+        try:
+            sink(payload)
+        except Exception:  # noqa: BLE001 - asyncio would take a bug for a broken connection
+            self.fail(internal_error("a response could not be processed"))
 
     def lose(self, gone: bool) -> None:
         """The peer has ended its side, or the connection is gone: no more will come."""
@@ -13922,7 +14024,7 @@ class UpstreamAnswer:
 
     def complete(self) -> None:
         """The body has ended; so must what was packed in it."""
-        if self.unpacker is not None and not self.unpacker.eof:
+        if self.inflater is not None and not self.inflater.done:
             self.fail(UpstreamError(BROKEN_OFF))
             return
         self.done = True
@@ -13956,7 +14058,7 @@ class UpstreamAnswer:
 
     def take_waiting(self) -> bytes:
         """What has come and was not asked for yet."""
-        data = b"".join(self.waiting)
+        data = bytes(self.waiting)
         self.waiting.clear()
         self.full = False
         self.update_reading()
@@ -13964,24 +14066,22 @@ class UpstreamAnswer:
 
     def put_back(self, data: bytes) -> None:
         """Makes `data` what comes next: it was looked at, not used."""
-        self.waiting.insert(0, data)
+        self.waiting[:0] = data
 
     async def read(self, limit: int) -> bytes:
         """The whole body; raises UpstreamError over `limit` bytes."""
-        pieces = []
-        size = 0
+        body = bytearray()
         while data := await self.first():
-            pieces.append(data)
-            size += len(data)
-            if size > limit:
+            body += data
+            if len(body) > limit:
                 raise UpstreamError(f"The upstream's answer is larger than {limit // KIB} KiB.")
-        return b"".join(pieces)
+        return bytes(body)
 
     async def relay(self, sink: Callable[[bytes], None]) -> None:
         """Hands over every payload as it comes."""
         waiting = self.take_waiting()
         if waiting:
-            sink(waiting)
+            self.deliver(waiting, sink)
         self.sink = sink
         while not (self.done or self.error):
             await self.wait()
@@ -14074,6 +14174,8 @@ class Connection:
     def __init__(self, origin: Origin, wire: Wire) -> None:
         self.origin = origin
         self.wire = wire
+        #: under TLS and a tunnel
+        self.socket: socket.socket = wire.transport.get_extra_info("socket")
         #: answers it has carried
         self.used = 0
         self.idle_since = 0.0
@@ -14081,7 +14183,22 @@ class Connection:
     def is_dead(self, now: float) -> bool:
         """Whether the peer has closed it, or it has been idle for too long."""
         gone = self.wire.ended or self.wire.transport.is_closing()
-        return gone or now - self.idle_since > POOL_IDLE_SECONDS
+        return gone or now - self.idle_since > POOL_IDLE_SECONDS or is_readable(self.socket)
+
+    def left_unread(self, error: Exception, message: bytes, sent_at: float) -> bool:
+        """Whether the peer cannot have read `message`, after which it ended the connection.
+
+        Only then may a POST be sent again (RFC 9110 section 9.2.2).  A peer that closes
+        acknowledges what it has read.  A reset acknowledges nothing: one that comes at once is
+        the answer of a machine on which the connection has ended already.
+        """
+        if isinstance(error, EOFError):
+            unsent = self.wire.transport.get_write_buffer_size() + count_unsent(self.socket)
+            return unsent >= len(message)
+        return asyncio.get_running_loop().time() - sent_at < RESET_SECONDS
+
+
+SAFE_METHODS = ("GET", "HEAD")  # RFC 9110 section 9.2.1
 
 
 class Pool:
@@ -14114,10 +14231,12 @@ class Pool:
 
     def watch(self, now: float) -> None:
         """Closes what has been idle for too long."""
-        for stack in self.idle.values():
+        for origin, stack in list(self.idle.items()):
             for connection in [c for c in stack if c.is_dead(now)]:
                 stack.remove(connection)
                 connection.wire.transport.abort()
+            if not stack:
+                del self.idle[origin]
 
     def close(self) -> None:
         """Closes every idle connection."""
@@ -14134,8 +14253,7 @@ class HttpClient:
         self.network = network
         self.ticker = ticker
         self.pool = Pool()
-        #: few: URLs come from the configuration and from token answers only
-        self.plans: dict[str, tuple[Origin, str, str]] = {}
+        self.plan = functools.lru_cache(maxsize=MAX_PLANNED_URLS)(self.plan_url)
         self.tls: ssl.SSLContext | None = None
         #: the wall clock less the monotonic one
         self.clock_offset = time.time() - time.monotonic()
@@ -14168,20 +14286,18 @@ class HttpClient:
             self.tls.set_alpn_protocols(["http/1.1"])
         return self.tls
 
-    def plan(self, url: str) -> tuple[Origin, str, str]:
-        """(where to connect, the Host field, the path) for a URL, worked out once.
+    def plan_url(self, url: str) -> tuple[Origin, str, str]:
+        """(where to connect, the Host field, the path) for a URL; `plan` remembers the last ones.
 
         Loopback is never reached through a proxy.
         """
-        if url not in self.plans:
-            scheme, host, port, path = split_url(url)
-            proxy = ""
-            if not is_loopback(host):
-                proxy = self.network.proxy or environment_proxy(scheme, host)
-            default = (scheme, port) in (("https", 443), ("http", 80))
-            field_ = shown_host(host) if default else f"{shown_host(host)}:{port}"
-            self.plans[url] = Origin(scheme, host, port, proxy), field_, path
-        return self.plans[url]
+        scheme, host, port, path = split_url(url)
+        proxy = ""
+        if not is_loopback(host):
+            proxy = self.network.proxy or environment_proxy(scheme, host)
+        default = (scheme, port) in (("https", 443), ("http", 80))
+        field_ = shown_host(host) if default else f"{shown_host(host)}:{port}"
+        return Origin(scheme, host, port, proxy), field_, path
 
     async def open(
         self,
@@ -14195,8 +14311,7 @@ class HttpClient:
 
         `headers` is asked for each sending: some must never be the same twice.
 
-        A pooled connection that the peer closed meanwhile is replaced by a fresh one, once, and
-        only when nothing of an answer had come (RFC 9110 section 9.2.2, RFC 9112 section 9.3.1).
+        What a pooled connection has not delivered is sent again, once, on a fresh one.
         """
         origin, host, path = self.plan(url)
         length = [("Content-Length", str(len(body)))] if body or method == "POST" else []
@@ -14213,16 +14328,17 @@ class HttpClient:
                 return answer
         connection = await self.connect(origin)
         answer = await self.exchange(connection, method, message(), limit_s)
-        if answer is None:
-            raise UpstreamError(f"{origin.host} closed the connection without an answer.")
+        assert answer is not None  # a fresh connection is not stale
         return answer
 
     async def exchange(
         self, connection: Connection, method: str, message: bytes, limit_s: float
     ) -> UpstreamAnswer | None:
-        """One request on one connection; None when it ended before a byte of an answer."""
+        """One request on one connection; None where that was stale and another may be tried."""
         wire = connection.wire
         host = connection.origin.host
+        sent_at = asyncio.get_running_loop().time()
+        wire.heard = False
         try:
             async with asyncio.timeout(limit_s):
                 wire.transport.write(message)
@@ -14231,10 +14347,13 @@ class HttpClient:
             wire.transport.abort()
             raise UpstreamTimeout(f"{host} did not answer within {limit_s:g} s.") from None
         except (EOFError, OSError) as error:
+            stale = connection.used and not wire.heard
+            unread = method in SAFE_METHODS or connection.left_unread(error, message, sent_at)
             wire.transport.abort()
-            if isinstance(error, EOFError) and error.args:
-                raise UpstreamError(f"{host} closed the connection inside an answer.") from None
-            return None
+            if stale and unread:
+                return None
+            where = "inside an answer" if wire.heard else "without an answer"
+            raise UpstreamError(f"{host} closed the connection {where}.") from None
         except WireError as error:
             wire.transport.abort()
             raise UpstreamError(f"{host} sent a malformed answer: {error}.") from None
@@ -14250,27 +14369,30 @@ class HttpClient:
 
     @staticmethod
     async def read_answer_head(wire: Wire, method: str) -> tuple[ResponseHead, Body, bytes]:
-        """(head, body, bytes behind the head); raises EOFError, with an argument inside a head."""
-        buffer = b""
+        """(head, body, bytes behind the head); raises EOFError, also inside a head."""
+        buffer, scanned, heads = b"", 0, 0
         while True:
-            end = head_end(buffer)
+            end = head_end(buffer, scanned)
             if end < 0:
                 if len(buffer) > MAX_HEAD_BYTES:
                     raise WireError("head too long")
+                scanned = len(buffer)
                 # Takes all there is, so that relay mode can begin without leftovers.
                 data = await wire.reader.read(READ_BYTES)
                 if not data:
-                    raise EOFError(*([len(buffer)] if buffer else []))
+                    raise EOFError
                 buffer += data
                 continue
             if end > MAX_HEAD_BYTES:
                 raise WireError("head too long")
             head = parse_response_head(buffer[:end])
-            buffer = buffer[end:]
+            buffer, scanned, heads = buffer[end:], 0, heads + 1
             if head.status >= 200:
                 return head, response_body(head, method), buffer
             if head.status == 101:
                 raise WireError("it switched protocols")
+            if heads == MAX_INTERIM_HEADS:
+                raise WireError("too many interim responses")
 
     async def connect(self, origin: Origin) -> Connection:
         """A fresh connection, through the proxy where there is one; raises Unreachable."""
@@ -14376,6 +14498,24 @@ class Response:
     content_type: str = "application/json"
 
 
+class BodyBudget:
+    """The memory that the bodies of all requests take together."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def grow(self, held: int, size: int) -> int:
+        """Makes the `held` bytes of one request at least `size`; returns them, or raises Busy.
+
+        A body that is alone may be as large as the configuration lets it be.
+        """
+        others = self.taken - held
+        if size > held and others and others + size > MAX_BODIES_BYTES:
+            raise Busy("The requests in hand take all the memory that there is.", retry_after=1)
+        self.taken = others + max(held, size)
+        return max(held, size)
+
+
 class Request:
     """One request; its body is read only when a handler asks for it."""
 
@@ -14387,6 +14527,8 @@ class Request:
         self.minor = head.minor
         self.client = connection.peer
         self.body = body
+        #: bytes that are counted in the server's budget until the request is answered
+        self.held = 0
         self.connection = connection
         #: set by the outermost layer; `begun_at` is monotonic
         self.id = ""
@@ -14412,9 +14554,14 @@ class Request:
                 ),
             )
         data = await self.connection.read_body(self, limit)
-        if coding == "identity":
-            return data
-        return inflate(data, coding.removeprefix("x-"), limit)
+        if coding != "identity":
+            data = inflate(data, coding.removeprefix("x-"), limit)
+            self.hold(len(data))
+        return data
+
+    def hold(self, size: int) -> None:
+        """Counts `size` bytes of the body, in all, as memory that is taken; raises Busy."""
+        self.held = self.connection.server.bodies.grow(self.held, size)
 
     def cancel_on_hangup(self, watching: bool, patient: bool = False) -> None:
         """Whether the current task ends when the client goes away.
@@ -14433,7 +14580,6 @@ class Outlet:
         self.transport = connection.wire.transport
         self.head = head
         self.chunked = chunked
-        self.begun = False
         self.last_at = asyncio.get_running_loop().time()
         #: hears of the client's slowness: True is "hold the source back"
         self.on_flow: Callable[[bool], None] | None = None
@@ -14442,31 +14588,20 @@ class Outlet:
 
     def write(self, data: bytes) -> None:
         """Sends `data` on."""
-        if not data:
-            return
-        if self.chunked:
-            data = write_chunk(data)
-        if not self.begun:
-            self.begun = True
-            data = self.head + data
-        self.last_at = asyncio.get_running_loop().time()
-        self.transport.write(data)
+        if data:
+            self.send(write_chunk(data) if self.chunked else data)
 
     def finish(self) -> None:
         """Ends the body."""
-        last = LAST_CHUNK if self.chunked else b""
-        self.transport.write(last if self.begun else self.head + last)
+        self.send(LAST_CHUNK if self.chunked else b"")
 
-
-def count_unsent(connection: socket.socket) -> int:
-    """Bytes in the kernel's send queue of a socket; 0 where the system cannot tell."""
-    if fcntl is None or termios is None:
-        return 0
-    try:
-        answer = fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, b"\0" * 4)
-    except OSError:
-        return 0
-    return int.from_bytes(answer, sys.byteorder)
+    def send(self, data: bytes) -> None:
+        """Writes `data`, behind the head where that has not gone out yet."""
+        if not self.connection.answered:
+            self.connection.answered = True
+            data = self.head + data
+        self.last_at = asyncio.get_running_loop().time()
+        self.transport.write(data)
 
 
 async def linger(wire: Wire) -> None:
@@ -14495,8 +14630,9 @@ class ClientConnection:
         self.watched: asyncio.Task[None] | None = None
         self.patient = False
         self.outlet: Outlet | None = None
-        #: the one in hand
+        #: the one in hand, and whether the head of its response has gone out: there is only one
         self.request: Request | None = None
+        self.answered = False
         #: when the client last took something of what waits for it, and how much waited then
         self.taken_at = 0.0
         self.unsent = 0
@@ -14519,8 +14655,7 @@ class ClientConnection:
             self.await_phase("idle", self.server.config.idle_seconds)  # slow, not idle
         elif self.phase != "busy" and now > self.due_at:
             if self.phase != "idle" and (self.buffer or self.phase == "body"):
-                error = RequestTimeout(f"The request's {self.phase} took too long.")
-                self.wire.transport.write(self.server.error_bytes(error, self.request))
+                self.send_error(RequestTimeout(f"The request's {self.phase} took too long."))
             self.phase = "busy"
             self.wire.transport.close()
 
@@ -14560,15 +14695,14 @@ class ClientConnection:
                     break
                 await self.answer(head)
         except WireError as error:
-            await self.refuse(error)
+            await self.give_up(wire_api_error(error))
         except (ConnectionError, TimeoutError):
             pass  # the client is gone: nobody is left to tell
         except asyncio.CancelledError:
             if not self.wire.ended:
                 await self.give_up(Overloaded("The gateway is stopping."))
         except Exception:  # noqa: BLE001 - the last resort: a bug must not take the server down
-            logging.getLogger("aiclient-api").exception("connection failed")
-            await self.give_up(ApiError("The gateway failed; its log says how."))
+            await self.give_up(internal_error("connection failed"))
         finally:
             self.wire.transport.close()
         await self.wire.lost.wait()  # what a slow client has not taken is still being sent
@@ -14627,9 +14761,10 @@ class ClientConnection:
             await self.respond(request, response)
         finally:
             self.watched = None
+            self.server.bodies.taken -= request.held
         if not request.body.done:
             await linger(self.wire)
-        self.request = None
+        self.request, self.answered = None, False
 
     def must_close(self, request: Request) -> bool:
         """Whether the connection ends with this answer."""
@@ -14645,41 +14780,36 @@ class ClientConnection:
             self.buffer = request.body.rest
 
     async def read_body(self, request: Request, limit: int) -> bytes:
-        """The rest of a body; raises BodyTooLarge and WireError."""
-        body = request.body
+        """The rest of a body; raises Busy, BodyTooLarge and WireError."""
+        body, collected = request.body, bytearray()
         if body.done:
             return b""
+        request.hold(body.left)
         if "expect" in request.headers and request.minor and not self.buffer:
             self.wire.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.await_phase("body", self.server.config.body_seconds)
+        data, self.buffer = self.buffer, b""
         try:
-            return await self.collect_body(body, limit)
+            while True:
+                collected += body.feed(data)
+                size = len(collected) + body.left
+                if size > limit:
+                    raise BodyTooLarge(f"The body is larger than {limit // MIB} MiB.")
+                request.hold(size)
+                if body.done:
+                    break
+                data = await self.wire.reader.read(READ_BYTES)
+                if not data:
+                    raise ConnectionResetError
         finally:
             self.phase = "busy"
-
-    async def collect_body(self, body: Body, limit: int) -> bytes:
-        """See `read_body`."""
-        pieces: list[bytes] = []
-        size = 0
-        data, self.buffer = self.buffer, b""
-        while True:
-            piece = body.feed(data)
-            pieces.append(piece)
-            size += len(piece)
-            if size + body.left > limit:
-                raise BodyTooLarge(f"The body is larger than {limit // MIB} MiB.")
-            if body.done:
-                break
-            data = await self.wire.reader.read(READ_BYTES)
-            if not data:
-                raise ConnectionResetError
         self.buffer = body.rest
-        return b"".join(pieces)
+        return bytes(collected)
 
     async def respond(self, request: Request, response: Response) -> None:
         """Writes one answer."""
         bare = request.method == "HEAD" or response.status in NO_BODY_STATUSES
-        headers = [("Content-Type", response.content_type), *response.headers.items()]
+        headers: list[tuple[str, str]] = []
         chunked = response.stream is not None and request.minor > 0
         if response.stream is None:
             if response.status not in NO_BODY_STATUSES:
@@ -14692,8 +14822,9 @@ class ClientConnection:
             headers.append(("Connection", "close"))
         elif request.minor == 0:
             headers.append(("Connection", "keep-alive"))
-        head = write_head(status_line(response.status), headers)
+        head = self.server.response_head(response, headers)
         if response.stream is None or bare:
+            self.answered = True
             self.wire.transport.write(head if bare else head + response.body)
         else:
             self.outlet = Outlet(self, head, chunked)
@@ -14703,19 +14834,18 @@ class ClientConnection:
         await self.wire.writer.drain()
 
     async def give_up(self, error: ApiError) -> None:
-        """Ends a request that nothing else ends: with an answer, unless one has begun."""
-        if self.outlet is not None and self.outlet.begun:
+        """Ends a request that nothing else ends: with a response, unless one has begun."""
+        if self.answered:
             self.wire.transport.abort()  # an unfinished body must not look finished
             return
-        self.phase = "busy"
-        self.wire.transport.write(self.server.error_bytes(error, self.request))
+        self.send_error(error)
         await linger(self.wire)
 
-    async def refuse(self, error: WireError) -> None:
-        """Answers a request that is not HTTP, and closes."""
+    def send_error(self, error: ApiError) -> None:
+        """Writes an error as the last response of the connection."""
         self.phase = "busy"
-        self.wire.transport.write(self.server.error_bytes(wire_api_error(error), self.request))
-        await linger(self.wire)
+        self.answered = True
+        self.wire.transport.write(self.server.error_bytes(error, self.request))
 
 
 def wire_api_error(error: WireError) -> ApiError:
@@ -14768,7 +14898,9 @@ class Server:
         self.handler = handler
         self.write_error = write_error
         self.connections: set[ClientConnection] = set()
+        self.bodies = BodyBudget()
         self.turning: set[asyncio.Task[None]] = set()
+        self.date, self.date_second = "", 0
         #: every answer is the last one of its connection
         self.closing = False
         self.draining = False
@@ -14802,8 +14934,7 @@ class Server:
 
     async def turn_away(self, wire: Wire) -> None:
         """Tells a client that there is no room, and closes."""
-        busy = Overloaded("Too many connections.", retry_after=1)
-        wire.transport.write(self.error_bytes(busy))
+        wire.transport.write(self.error_bytes(Busy("Too many connections.", retry_after=1)))
         await linger(wire)
         wire.transport.close()
 
@@ -14815,13 +14946,17 @@ class Server:
     def error_bytes(self, error: ApiError, request: Request | None = None) -> bytes:
         """A whole error answer that closes the connection."""
         response = self.write_error(error, request)
-        headers = [
-            ("Content-Type", response.content_type),
-            *response.headers.items(),
-            ("Content-Length", str(len(response.body))),
-            ("Connection", "close"),
-        ]
-        return write_head(status_line(response.status), headers) + response.body
+        headers = [("Content-Length", str(len(response.body))), ("Connection", "close")]
+        return self.response_head(response, headers) + response.body
+
+    def response_head(self, response: Response, headers: list[tuple[str, str]]) -> bytes:
+        """The head of a response, with the `headers` of its connection."""
+        second = int(time.time())
+        if second != self.date_second:  # the Date field (RFC 9110 section 6.6.1) of many responses
+            self.date_second = second
+            self.date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second))
+        own = [("Date", self.date), ("Content-Type", response.content_type)]
+        return write_head(status_line(response.status), [*own, *response.headers.items(), *headers])
 
     def stop_accepting(self) -> None:
         """Closes the listening sockets; those of a process that has them too stay open."""
@@ -14849,7 +14984,10 @@ class Server:
             await asyncio.sleep(TICK_SECONDS)
 
     async def drain(self, seconds: float) -> None:
-        """Stops accepting, lets answers finish for `seconds`, then ends the rest legally."""
+        """Stops accepting, lets answers finish for `seconds`, then ends the rest.
+
+        What has begun ends with an error, what has not is told so, and who does not read is left.
+        """
         self.draining = True
         self.stop_accepting()
         for connection in list(self.connections):
@@ -14861,12 +14999,17 @@ class Server:
         for connection in list(self.connections):
             if connection.outlet is not None and connection.outlet.on_stop is not None:
                 connection.outlet.on_stop()
-        tasks = [c.task for c in self.connections if c.task is not None]
-        if tasks:
-            _, late = await asyncio.wait(tasks, timeout=LINGER_SECONDS)
-            for task in late:
-                task.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
+        connections = list(self.connections)
+        late = {c.task for c in connections if c.task is not None}
+        if late:
+            _, late = await asyncio.wait(late, timeout=LINGER_SECONDS)
+        for task in late:
+            task.cancel()
+        if late:
+            await asyncio.wait(late, timeout=LINGER_SECONDS)
+        for connection in connections:  # a client that does not read would never let go
+            connection.wire.transport.abort()
+        await asyncio.gather(*late, return_exceptions=True)
 
 
 class ServerWire(Wire):
@@ -17353,8 +17496,9 @@ class CopilotAttempt(Attempt):
             betas = messages_betas(body, call.betas, self.lessons.get("beta", ()), call.model)
             if betas:
                 headers["anthropic-beta"] = betas
-        headers.update(call.model.headers)
-        return headers
+        own = {name.lower() for name in headers}
+        added = {name: value for name, value in call.model.headers.items() if name not in own}
+        return headers | added
 
     async def judge(self, answer: UpstreamAnswer) -> Verdict | None:
         """What a refusal means; a good status is enough."""
@@ -17903,10 +18047,8 @@ class KiroAttempt(Attempt):
         return await provider.client.open("POST", url, headers, dump_json(body))
 
     def unanswered(self, error: UpstreamError) -> Verdict:
-        """Another host may be there; a connection that broke before an answer is tried again."""
-        if not isinstance(error, Unreachable):
-            return Verdict(error, "again")
-        return Verdict(error, "reroute")
+        """Another host may be there; what was sent is not sent again."""
+        return Verdict(error, "reroute" if isinstance(error, Unreachable) else "")
 
     async def judge(self, answer: UpstreamAnswer) -> Verdict | None:
         """What an answer means: a good status says nothing yet, so the first event is awaited."""
@@ -19202,6 +19344,9 @@ def needs_body(method: str) -> bool:
     return method in ("POST", "PUT", "PATCH")
 
 
+JSON_TYPE = re.compile(r"application/(?:[!#$&^_.+a-z0-9-]+\+)?json")
+
+
 class Shield:
     """Keeps web pages out: they can reach loopback, and would spend the subscription."""
 
@@ -19228,31 +19373,29 @@ class Shield:
         listed = origin is not None and self.is_listed(origin)
         if headers.get("sec-fetch-site", "").lower() == "cross-site" and not listed:
             raise Forbidden("Cross-site requests of browsers are refused.")
-        if needs_body(request.method):
-            kind = headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-            text = kind == "text/plain" and origin is None and "sec-fetch-site" not in headers
-            if kind != "application/json" and not kind.endswith("+json") and not text:
-                raise UnsupportedMediaType(
-                    "The body must be sent as application/json.",
-                    hint="With curl: -H 'content-type: application/json'.",
-                )
+        # Pages may send other kinds of body, or a body of no kind, without asking first.
+        kind = headers.get("content-type", "").partition(";")[0].strip(" \t").lower()
+        empty = request.body.done and not kind
+        if needs_body(request.method) and not empty and not JSON_TYPE.fullmatch(kind):
+            raise UnsupportedMediaType(
+                "The body must be sent as application/json.",
+                hint="With curl: -H 'content-type: application/json'.",
+            )
 
     def is_own_host(self, host: str) -> bool:
         """Whether a Host field names this gateway; compared whole, never by its beginning."""
-        name, _, port = host.rpartition(":")
-        bare = name if name and port.isdigit() and not host.endswith("]") else host
-        bare = bare.rstrip(":").lower()
-        return bare.strip("[]") in self.hosts or is_loopback(bare) or host.lower() in self.hosts
+        name = (split_host(host) or ("",))[0].lower()
+        return name.strip("[]") in self.hosts or is_loopback(name) or host.lower() in self.hosts
 
     def may_call(self, origin: str) -> bool:
         """Whether a page of this origin may send requests."""
         if self.is_listed(origin):
             return True
         scheme, slashes, rest = origin.partition("://")
-        if scheme not in ("http", "https") or not slashes or not HOST_VALUE.fullmatch(rest):
+        host = split_host(rest)
+        if scheme not in ("http", "https") or not slashes or host is None:
             return False
-        host = rest if rest.endswith("]") else re.sub(r":\d*$", "", rest)
-        return is_loopback(host)
+        return is_loopback(host[0])
 
     def is_listed(self, origin: str) -> bool:
         """Whether an origin gets CORS grants; `:*` in the list stands for any port."""
@@ -20577,12 +20720,12 @@ class Exchange:
     async def open_whole(self, first: bytes) -> bytes:
         """An upstream that answered with one JSON object instead of a stream."""
         assert self.source is not None
-        pieces = [first]
+        whole = bytearray(first)
         while piece := await self.source.first():
-            pieces.append(piece)
-            if sum(map(len, pieces)) > MAX_WHOLE_ANSWER_BYTES:
+            whole += piece
+            if len(whole) > MAX_WHOLE_ANSWER_BYTES:
                 raise UpstreamError("The upstream's answer is too large.")
-        return self.flow.feed_whole(b"".join(pieces))
+        return self.flow.feed_whole(bytes(whole))
 
     async def drain(self) -> None:
         """Takes the rest of a stream for a caller that wants a whole answer."""
@@ -20651,6 +20794,9 @@ class Exchange:
         except ApiError as error:
             failure = error
             outlet.write(flow.end(error))
+        except Exception:  # noqa: BLE001 - a bug, while the client can still be told
+            failure = internal_error("a response could not be processed")
+            outlet.write(flow.end(failure))
         except BaseException as error:
             failure = error
             raise

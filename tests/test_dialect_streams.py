@@ -1375,3 +1375,14 @@ def test_a_signs_of_life_is_what_clients_take_for_one() -> None:
     assert DIALECTS["chat"].ping(True) == DIALECTS["chat"].ping(False) == b": ping\n\n"
     assert DIALECTS["messages"].ping(False) == b": ping\n\n"
     assert meaning(DIALECTS["messages"].ping(True)) == [("ping", {"type": "ping"})]
+
+
+def test_a_stream_that_is_collected_has_a_largest_size_and_one_that_is_passed_on_has_none() -> None:
+    """Whoever plays an upstream may send comments without end."""
+    collected, passed_on = make_flow("chat", "chat", stream=False), make_flow("chat", "messages")
+    piece = b":" + b"x" * (1 << 20) + b"\n\n"
+    for _ in range(70):
+        collected.feed(piece)
+        passed_on.feed(piece)
+    assert isinstance(collected.error, UpstreamError) and collected.over
+    assert passed_on.error is None

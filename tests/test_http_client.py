@@ -20,6 +20,7 @@ import struct
 import subprocess
 import sys
 import threading
+import tracemalloc
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
@@ -230,6 +231,16 @@ def test_a_url_says_where_to_connect_and_what_to_ask_for(
     run(story())
 
 
+def test_urls_without_end_are_not_all_remembered() -> None:
+    async def story() -> int:
+        async with using() as client:
+            for number in range(3000):
+                client.plan(f"https://a.test/x?page={number}")
+            return client.plan.cache_info().currsize
+
+    assert run(story()) < 1000
+
+
 def test_headers_are_asked_for_each_sending() -> None:
     async def story() -> list[bytes]:
         numbers = iter(range(9))
@@ -237,7 +248,7 @@ def test_headers_are_asked_for_each_sending() -> None:
         def numbered() -> dict[str, str]:
             return {"X-Number": str(next(numbers))}
 
-        script = closing_on_the_second(b"", again=False)
+        script = closing_on_the_second(None, again=False)
         async with serving(script) as server, using() as client:
             for _ in range(2):
                 answer = await client.open("POST", server.url, numbered, b"{}")
@@ -356,6 +367,81 @@ def test_a_packed_answer_that_is_torn_is_an_error(packed: bytes) -> None:
         replied(head + packed)
 
 
+@pytest.mark.parametrize(
+    "behind",
+    [b"x", bytes(100_000), gzip.compress(b"x") + b"x", gzip.compress(b"") * 100],
+    ids=["a byte", "zeros", "a member and a byte", "too many members"],
+)
+def test_bytes_behind_the_end_of_a_packed_answer_are_an_error(behind: bytes) -> None:
+    packed = gzip.compress(b"words") + behind
+    head = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\n"
+    with pytest.raises(gw.UpstreamError):
+        replied(head + packed)
+
+
+def test_a_packed_answer_that_is_a_bomb_is_an_error_and_never_unfolded() -> None:
+    async def story() -> int:
+        bomb = gzip.compress(bytes(64 << 20))
+        head = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\n"
+        async with serving(answering(head + bomb)) as server, using() as client:
+            answer = await client.open("GET", server.url, nothing)
+            tracemalloc.start()
+            with pytest.raises(gw.UpstreamError, match="malformed"):
+                await answer.read(1 << 30)
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            answer.close(ended=False)
+            return peak
+
+    assert run(story()) < 32 << 20
+
+
+def test_what_follows_an_answer_is_not_kept_and_ends_the_connection() -> None:
+    async def story() -> int:
+        async def script(peer: Peer) -> None:
+            await peer.request()
+            await peer.send(OK)
+            with contextlib.suppress(ConnectionError):
+                while True:
+                    await peer.send(bytes(1 << 20))
+
+        async with serving(script) as server, using() as client:
+            answer = await client.open("GET", server.url, nothing)
+            assert await answer.read(9) == b"ok"
+            await answer.connection.wire.lost.wait()
+            answer.close(ended=True)
+            return len(answer.body.rest)
+
+    assert run(story()) < 1 << 20
+
+
+@pytest.mark.parametrize("coding", ["br", "zstd", "gzip, gzip", "x" * 5000])
+def test_a_coding_that_cannot_be_read_is_an_error_that_does_not_hide_the_status(
+    coding: str,
+) -> None:
+    async def story() -> int:
+        head = f"HTTP/1.1 429 X\r\nContent-Encoding: {coding}\r\nContent-Length: 2\r\n\r\nok"
+        async with serving(answering(head.encode())) as server, using() as client:
+            answer = await client.open("GET", server.url, nothing)
+            with pytest.raises(gw.UpstreamError, match="coding that nobody asked for"):
+                await answer.read(9)
+            answer.close(ended=False)
+            return answer.status
+
+    assert run(story()) == 429
+
+
+def test_interim_responses_without_end_are_an_error() -> None:
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        with contextlib.suppress(ConnectionError):
+            while True:
+                await peer.send(b"HTTP/1.1 102 Processing\r\n\r\n" * 1000)
+
+    with pytest.raises(gw.UpstreamError, match="interim"):
+        run(ask(script))
+
+
 def test_a_whole_answer_has_a_largest_size() -> None:
     async def story() -> None:
         answer = b"HTTP/1.1 200 OK\r\nContent-Length: 3000\r\n\r\n" + b"x" * 3000
@@ -469,31 +555,109 @@ def closing_on_the_second(ending: bytes | None, again: bool = True) -> Script:
     return script
 
 
-@pytest.mark.parametrize("ending", [b"", None], ids=["closed", "reset"])
-def test_a_stale_connection_is_replaced_and_the_request_sent_again_once(
-    ending: bytes | None,
+def test_a_post_on_a_connection_that_is_reset_at_once_is_sent_again_once() -> None:
+    assert run(count(closing_on_the_second(None, again=False))) == (2, 3)
+
+
+@pytest.mark.parametrize("ending", [b"", b"HTTP/1.1 100 Continue\r\n\r\n"], ids=["", "after 100"])
+def test_a_post_that_was_read_before_the_connection_was_closed_is_not_sent_again(
+    ending: bytes,
 ) -> None:
-    assert run(count(closing_on_the_second(ending, again=False))) == (2, 3)
-
-
-def test_a_request_is_not_sent_a_third_time() -> None:
     async def story() -> tuple[int, int]:
-        async with serving(closing_on_the_second(b"")) as server, using() as client:
+        async with serving(closing_on_the_second(ending, again=False)) as server, using() as client:
             await whole(client, server.url, "POST")
-            with pytest.raises(gw.UpstreamError):
+            with pytest.raises(gw.UpstreamError, match="closed the connection"):
                 await whole(client, server.url, "POST")
+            assert await whole(client, server.url, "POST") == (200, b"ok")
             return server.connections, len(server.requests)
 
     assert run(story()) == (2, 3)
 
 
-@pytest.mark.parametrize("ending", [b"H", b"HTTP/1.1 200 OK\r\nContent-Le", OK[:-2]])
-def test_a_request_is_not_sent_again_once_a_byte_has_come(ending: bytes) -> None:
+def test_a_post_that_was_worked_on_before_a_reset_is_not_sent_again() -> None:
+    async def script(peer: Peer) -> None:
+        while await peer.request():
+            if len(peer.server.requests) == 2:
+                await asyncio.sleep(2 * gw.RESET_SECONDS)
+                peer.reset()
+            await peer.send(OK)
+
+    with pytest.raises(gw.UpstreamError, match="without an answer"):
+        run(count(script, 2))
+
+
+async def pooled(client: gw.HttpClient, url: str, ours: socket.socket) -> gw.Connection:
+    """A connected socket as an idle connection to `url`."""
+    loop = asyncio.get_running_loop()
+    _, wire = await loop.create_connection(gw.Wire, sock=ours)
+    connection = gw.Connection(client.plan(url)[0], wire)
+    client.pool.give_back(connection, loop.time())
+    return connection
+
+
+@pytest.mark.parametrize("read", [0, 4096], ids=["nothing", "all"])
+def test_a_post_of_which_nothing_was_read_before_the_close_is_sent_again(read: int) -> None:
     async def story() -> tuple[int, int]:
-        async with serving(closing_on_the_second(ending, again=False)) as server, using() as client:
-            await whole(client, server.url, "POST")
+        async with serving(answering(OK)) as server, using() as client:
+            # A Unix socket counts as unsent what its peer has not read.
+            ours, theirs = socket.socketpair()
+            await pooled(client, server.url, ours)
+            asking = asyncio.ensure_future(whole(client, server.url, "POST"))
+            while not gw.is_readable(theirs):
+                await asyncio.sleep(0)
+            theirs.recv(read)
+            theirs.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(gw.UpstreamError):
+                await asking
+            theirs.close()
+            return server.connections, len(server.requests)
+
+    assert run(story()) == ((0, 0) if read else (1, 1))
+
+
+@pytest.mark.parametrize("last", [b"", b"x"], ids=["closed", "spoken to"])
+def test_a_connection_whose_end_the_loop_has_not_seen_yet_is_not_used(last: bytes) -> None:
+    async def story() -> gw.Connection | None:
+        async with using() as client:
+            ours, theirs = socket.socketpair()
+            idle = await pooled(client, "http://127.0.0.1/", ours)
+            theirs.send(last)
+            theirs.close()
+            return client.pool.take(idle.origin, asyncio.get_running_loop().time())
+
+    assert run(story()) is None
+
+
+def test_a_get_on_a_stale_connection_is_not_sent_a_third_time() -> None:
+    async def story() -> tuple[int, int]:
+        async with serving(closing_on_the_second(b"")) as server, using() as client:
+            await whole(client, server.url)
             with pytest.raises(gw.UpstreamError):
-                await whole(client, server.url, "POST")
+                await whole(client, server.url)
+            return server.connections, len(server.requests)
+
+    assert run(story()) == (2, 3)
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("how", ["closed", "reset"])
+@pytest.mark.parametrize("ending", [b"H", b"HTTP/1.1 200 OK\r\nContent-Le", OK[:-2]])
+def test_a_request_is_not_sent_again_once_a_byte_has_come(
+    ending: bytes, how: str, method: str
+) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(OK)
+        await peer.request()
+        await peer.send(ending)
+        if how == "reset":
+            peer.reset()
+
+    async def story() -> tuple[int, int]:
+        async with serving(script) as server, using() as client:
+            await whole(client, server.url, method)
+            with pytest.raises(gw.UpstreamError):
+                await whole(client, server.url, method)
             return server.connections, len(server.requests)
 
     assert run(story()) == (1, 2)
@@ -735,6 +899,39 @@ def test_a_sink_that_cannot_take_more_holds_the_upstream_back_from_its_first_pie
             return pieces
 
     assert run(story()) == [2]
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["what waited", "what comes"])
+def test_a_bug_in_a_sink_is_no_fault_of_the_upstreams_and_leaves_a_traceback(
+    early: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    def sink(data: bytes) -> None:
+        json.loads(b"{}")["content"]
+
+    async def story() -> None:
+        go_on = asyncio.Event()
+
+        async def script(peer: Peer) -> None:
+            await peer.request()
+            await peer.send(CHUNKED + (b"2\r\nok\r\n" if early else b""))
+            await go_on.wait()
+            await peer.send(b"3\r\nend\r\n")
+            await peer.gone()
+
+        async with serving(script) as server, using() as client:
+            answer = await client.open("GET", server.url, nothing)
+            while early and not answer.waiting:
+                await asyncio.sleep(0)
+            go_on.set()
+            try:
+                await answer.relay(sink)
+            finally:
+                answer.close(ended=False)
+
+    with pytest.raises(gw.ApiError, match="The gateway failed") as caught:
+        run(story())
+    assert (caught.value.status, caught.value.kind) == (500, "internal")
+    assert "KeyError: 'content'" in caplog.text
 
 
 def test_a_small_answer_must_be_whole_in_time() -> None:

@@ -10,7 +10,8 @@ import socket
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from email.utils import format_datetime, parsedate_to_datetime
 from typing import Any
 
 import pytest
@@ -251,6 +252,8 @@ BAD_REQUEST_LINES: dict[str, tuple[bytes, set[int]]] = {
     "authority for CONNECT": (b"CONNECT evil.example:443 HTTP/1.1", {400, 405, 501}),
     "absolute form without host": (b"GET http:///healthz HTTP/1.1", {400}),
     "absolute form with user": (b"GET http://a@127.0.0.1/healthz HTTP/1.1", {400}),
+    "absolute form with a port too high": (b"GET http://127.0.0.1:99999/healthz HTTP/1.1", {400}),
+    "absolute form with percent-escapes": (b"GET http://127.0.0.%31/healthz HTTP/1.1", {400}),
     "absolute form of another scheme": (b"GET ftp://127.0.0.1/healthz HTTP/1.1", {400}),
     "lower-case version": (b"GET /healthz http/1.1", {400}),
     "HTTP/2.0": (b"GET /healthz HTTP/2.0", {400, 505}),
@@ -305,6 +308,16 @@ BAD_HOSTS: dict[str, list[str]] = {
     "negative port": ["127.0.0.1:-1"],
     "superscript port": ["127.0.0.1:\xb2"],
     "two ports": ["127.0.0.1:80:80"],
+    "port over 65535": ["127.0.0.1:99999"],
+    "port over 65535, foreign": ["evil.example:65536"],
+    "percent-escapes": ["127.0.0.%31"],
+    "percent-escapes, foreign": ["%65vil.example"],
+    "empty label": ["evil..example"],
+    "only a dot": ["."],
+    "IPv6 of colons": ["[:::]"],
+    "IPv6 of nine groups": ["[1:2:3:4:5:6:7:8:9]"],
+    "IPv6 with a zone": ["[fe80::1%25eth0]"],
+    "IPv4 in brackets": ["[127.0.0.1]"],
     "with a path": ["127.0.0.1/healthz"],
     "with a scheme": ["http://127.0.0.1"],
     "with a user": ["user@127.0.0.1"],
@@ -1204,11 +1217,31 @@ def test_an_error_does_not_grow_with_what_was_sent(gateway: Gateway, path: str) 
 
 @DIALECTS
 @pytest.mark.parametrize(
-    "kind", ["application/x-www-form-urlencoded", "multipart/form-data", "text/html", "a/\xe9"]
+    "kind",
+    [
+        "application/x-www-form-urlencoded",
+        "multipart/form-data",
+        "text/html",
+        "text/plain",
+        "text/plain; charset=application/json",
+        "text/plain, application/json",
+        "application/json, text/plain",
+        "application/jsonx",
+        "text/json+json",
+        "",
+        "a/\xe9",
+    ],
 )
 def test_a_body_of_another_kind_is_415(gateway: Gateway, path: str, kind: str) -> None:
     reply = gateway.request("POST", path, HELLO, {"Content-Type": kind})
     refused(reply, 415, path)
+
+
+@DIALECTS
+@pytest.mark.parametrize("framing", [f"Content-Length: {len(HELLO)}", CHUNKED])
+def test_a_body_of_no_kind_is_415(gateway: Gateway, path: str, framing: str) -> None:
+    data = head(framing, CLOSE, line=f"POST {path} HTTP/1.1")
+    refused(only(gateway.raw(data + (b"" if framing == CHUNKED else HELLO))), 415, path)
 
 
 @pytest.mark.parametrize(
@@ -1828,6 +1861,53 @@ def test_200_idle_connections_do_not_hold_a_request_up(gateway: Gateway) -> None
         assert time.monotonic() - began < 1
 
 
+# ---- large requests ----------------------------------------------------------------------------
+
+LARGE = 60 * MIB
+ANNOUNCED = {
+    "length": head(JSON_TYPE, f"Content-Length: {LARGE}", "Expect: 100-continue"),
+    "chunk": head(JSON_TYPE, CHUNKED, "Expect: 100-continue") + b"%x\r\n" % LARGE,
+}
+
+
+def let_in(wire: Wire, data: bytes) -> Reply | None:
+    """None once a large body is being received, else the refusal."""
+    wire.send(data)
+    try:
+        reply = wire.reply(seconds=0.3)
+    except TimeoutError:  # what has sent a byte of its body is not told to continue
+        return None
+    return None if reply.status == 100 else reply
+
+
+@pytest.mark.parametrize("name", ANNOUNCED)
+@DIALECTS
+def test_large_bodies_share_a_budget_and_the_next_one_is_told_to_come_again(
+    path: str, name: str
+) -> None:
+    data = ANNOUNCED[name].replace(MESSAGES.encode(), path.encode(), 1)
+    with Gateway() as gateway, ExitStack() as stack:
+        wires = [stack.enter_context(gateway.wire()) for _ in range(7)]
+        replies = [let_in(wire, data) for wire in wires[:6]]
+        assert replies[:4] == [None] * 4
+        for reply in replies[4:]:
+            assert reply is not None
+            refused(reply, 503, path)
+            assert reply.headers["retry-after"] == "1"
+        assert "hi" in said(checked(gateway.request("POST", path, asking("hi"))))
+        for wire in wires[:6]:
+            wire.abort()
+        assert checked(gateway.request("GET", "/healthz")).status == 200
+        assert let_in(wires[6], data) is None
+
+
+def test_a_large_body_that_was_refused_or_answered_leaves_the_budget(gateway: Gateway) -> None:
+    blanks, field = gzip.compress(b" " * LARGE), {"Content-Encoding": "gzip"}
+    for body in (blanks, blanks[:-9], gzip.compress(packed("hi") + b" " * LARGE)) * 3:
+        reply = checked(gateway.request("POST", CHAT, body, field))
+        assert reply.status in (200, 400), reply
+
+
 # ---- slow and vanishing readers ----------------------------------------------------------------
 
 
@@ -1932,6 +2012,28 @@ def test_at_sigterm_idle_connections_do_not_count_as_work() -> None:
         silent.send(b"GET /hea")
         ending.terminate()
         assert ending.wait(5) == 0
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+def test_a_client_that_does_not_read_cannot_keep_a_gateway_from_stopping(stream: bool) -> None:
+    config = "[server]\ndrain_seconds = 1\n"
+    with Gateway(config=config) as ending, ending.wire(receive_buffer=4096) as wire:
+        wire.send(ending.request_bytes("POST", CHAT, asking(LONG_TEXT, stream=stream)))
+        assert wire.read_until(b"\r\n\r\n").startswith(b"HTTP/1.1 200")
+        ending.terminate()
+        assert ending.wait(10) == 0
+        with suppress(ConnectionError):
+            assert b"HTTP/1.1" not in wire.rest()  # there is one head, and no second one
+        assert "Traceback" not in ending.log()
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/nowhere", CHAT])
+def test_a_response_has_a_date(gateway: Gateway, path: str) -> None:
+    reply = gateway.request("POST" if path == CHAT else "GET", path, asking("hi", stream=True))
+    date = parsedate_to_datetime(reply.headers["date"])
+    assert reply.headers["date"] == format_datetime(date, usegmt=True)
+    assert abs(time.time() - date.timestamp()) < 60
+    assert "date" in only(gateway.raw(b"nonsense\r\n\r\n")).headers
 
 
 def test_the_second_sigterm_ends_at_once() -> None:

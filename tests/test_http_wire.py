@@ -208,7 +208,18 @@ def test_http_1_0_needs_no_host() -> None:
 
 
 @pytest.mark.parametrize(
-    "host", ["h", "h:", "h:9090", "127.0.0.1:1", "[::1]:9090", "[::1]", "a_b.c"]
+    "host",
+    [
+        "h",
+        "h:",
+        "h:65535",
+        "127.0.0.1:1",
+        "[::1]:9090",
+        "[::1]",
+        "[::ffff:127.0.0.1]",
+        "a_b.c",
+        "h.",
+    ],
 )
 def test_usual_hosts_are_taken(host: str) -> None:
     """Names, addresses, ports."""

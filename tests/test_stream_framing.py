@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 
 import pytest
 
 from aiclient_api import (
+    MAX_EVENT_LINES,
     MAX_FRAME_BYTES,
     SSE_COMMENT_PING,
     SSE_DONE,
@@ -112,8 +114,29 @@ def test_events_come_out_as_soon_as_they_are_complete() -> None:
 
 
 def test_a_complete_event_with_crlf_does_not_wait_for_the_next_one() -> None:
-    """The last CR is held for its LF, but an empty line that is complete is one."""
-    assert SseReader().feed(b"data: a\r\n\r\n") == [(b"", b"a")]
+    """The LF of the last CR may be in the next read, but the line is complete without it."""
+    reader = SseReader()
+    assert reader.feed(b"data: a\r\n\r") == [(b"", b"a")]
+    assert reader.feed(b"") + reader.feed(b"\ndata: b\r\n\r\n") == [(b"", b"b")]
+
+
+@pytest.mark.parametrize("read", [b"x", b"\r", b"x\r", b"\rx", b"x\n", b"\r\nx", b"data: x\r" * 9])
+def test_an_event_that_does_not_end_costs_what_its_bytes_cost(read: bytes) -> None:
+    """Four times the reads take four times the time, not sixteen: each byte is searched once."""
+    seconds = {}
+    for count in (10_000, 40_000):
+        reader, began = SseReader(), time.process_time()
+        for _ in range(count):
+            reader.feed(read)
+        seconds[count] = time.process_time() - began
+    assert seconds[40_000] < 8 * seconds[10_000] + 0.05
+
+
+def test_an_event_of_too_many_lines_is_refused() -> None:
+    """Each line becomes an object: 16 MiB of empty ones would be hundreds."""
+    assert SseReader().feed(b"data:x\n" * MAX_EVENT_LINES + b"\n")
+    with pytest.raises(UpstreamError, match="too many lines"):
+        SseReader().feed(b"data:x\n" * (MAX_EVENT_LINES + 2) + b"\n")
 
 
 def test_an_endless_event_is_refused() -> None:

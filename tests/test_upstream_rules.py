@@ -186,8 +186,11 @@ def test_limits_thinking_and_unknown_fields_are_kept() -> None:
     assert model.raw["billing"]["multiplier"] == 1
 
 
-def test_headers_that_a_model_wants_are_taken_unless_they_break_the_wire() -> None:
-    asked = {"x-example": "1", "bad name": "1", "x-number": 1, "x-split": "1\r\nx-evil: 2"}
+def test_headers_that_a_model_wants_are_taken_unless_they_mean_more_than_the_model() -> None:
+    asked = {"X-Example": "1", "x bad name": "1", "x-number": 1, "x-split": "1\r\nx-evil: 2"}
+    of_http = ("Host", "Content-Length", "transfer-encoding", "Authorization", "Cookie", "Expect",
+               "Accept-Encoding", "Connection", "User-Agent", "Proxy-Authorization")  # fmt: skip
+    asked = asked | dict.fromkeys(of_http, "1")
     model = gw.read_copilot_model({"id": "m", "request_headers": asked}, "copilot")
     assert model is not None
     assert model.headers == {"x-example": "1"}
