@@ -106,6 +106,7 @@ import marshal
 import math
 import os
 import re
+import shlex
 import stat
 import struct
 import zlib
@@ -14667,10 +14668,72 @@ def find_paths(environ: dict[str, str]) -> Paths:
     return Paths(base("XDG_CONFIG_HOME", ".config"), base("XDG_STATE_HOME", ".local/state"))
 
 
+def check_owner(path: str, status: os.stat_result) -> None:
+    """Raises PermissionError where others than this user and root may have written to `path`.
+
+    Nothing is repaired: a chmod would not undo what has come in.
+    """
+    if not hasattr(os, "getuid"):
+        return  # Windows has no such modes
+    if status.st_uid not in (os.getuid(), 0):
+        raise PermissionError(errno.EPERM, f"{path} belongs to another user")
+    if status.st_mode & 0o022:
+        raise PermissionError(
+            errno.EPERM,
+            f"other users can write to {path}; check that all in it is yours, or move it away, "
+            f"and then run: chmod go-w {shlex.quote(path)}",
+        )
+
+
+def check_folder(folder: str) -> None:
+    """`check_owner` of a folder; nor may a folder above it let everybody replace it.
+
+    (Above it a group may write: `~/.local` is made so where each user has a group of its own.)
+    Where the path leads through links both the links and what they lead to count.  Raises OSError.
+    """
+    check_owner(folder, os.stat(folder))
+    for path in (os.path.abspath(folder), os.path.realpath(folder)):
+        while path != os.path.dirname(path):
+            path = os.path.dirname(path)
+            mode = os.stat(path).st_mode
+            if mode & 0o002 and not mode & stat.S_ISVTX and hasattr(os, "getuid"):
+                raise PermissionError(
+                    errno.EPERM,
+                    f"every user can replace what is in {path}; check that all in {folder} is "
+                    f"yours, and then run: chmod o-w {shlex.quote(path)}",
+                )
+
+
+def open_flags(*names: str) -> int:
+    """Flags of `os.open`; Windows does not have them all."""
+    return sum(getattr(os, name, 0) for name in names)
+
+
+def open_trusted(path: str, *flags: str) -> int:
+    """A descriptor of a plain file that only this user and root can have written; raises OSError.
+
+    All files of ours are opened here.  A link is followed unless `flags` has O_NOFOLLOW.
+    """
+    check_folder(os.path.dirname(path))
+    names = ("O_BINARY", "O_CLOEXEC", "O_NONBLOCK", *flags)  # without waiting for a FIFO's writer
+    handle = os.open(path, open_flags(*names), 0o600)
+    try:
+        status = os.fstat(handle)
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, "Is a directory, not a plain file")
+        if not stat.S_ISREG(status.st_mode):
+            raise PermissionError(errno.EPERM, "it is not a plain file")
+        check_owner(path, status)
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
 def load_config_text(where: str) -> str:
     """The configuration file, its line ends kept; "" where there is none.  Raises ConfigError."""
     try:
-        with open(where, encoding="utf-8", newline="") as file:
+        with os.fdopen(open_trusted(where, "O_RDONLY"), encoding="utf-8", newline="") as file:
             return file.read()
     except FileNotFoundError:
         return ""
@@ -14703,22 +14766,21 @@ def sign_in_command(kind: str, name: str) -> str:
 
 
 def make_private_dir(path: str) -> None:
-    """A folder that only its owner can enter; raises OSError, also where it is somebody else's."""
+    """A folder that only its owner can enter; raises OSError, also where others could write to it."""
     os.makedirs(path, mode=0o700, exist_ok=True)
-    status = os.stat(path)
-    if not hasattr(os, "getuid"):
-        return
-    if status.st_uid != os.getuid():
-        raise PermissionError(errno.EPERM, "its folder belongs to another user")
-    if status.st_mode & 0o077:
+    check_folder(path)
+    if hasattr(os, "getuid") and os.stat(path).st_mode & 0o077:
         os.chmod(path, 0o700)
 
 
 def replace_file(path: str, data: bytes) -> None:
     """Replaces a file at once and for good: 0600 from its first byte, never a half of it.
 
-    A link planted at `path` is replaced, not followed.  Raises OSError; the old file then stays.
+    A link planted at `path` is replaced, not followed; what is neither a link nor a plain file is
+    left alone.  Raises OSError; the old file then stays.
     """
+    if os.path.lexists(path) and not os.path.islink(path) and not os.path.isfile(path):
+        raise FileExistsError(errno.EEXIST, "something that is not a plain file is in its place")
     folder = os.path.dirname(path)
     handle, temporary = tempfile.mkstemp(prefix=".new-", dir=folder)  # 0600 whatever the umask
     try:
@@ -14787,12 +14849,13 @@ def change_provider(paths: Paths, environ: dict[str, str], name: str, enabled: s
 
 def open_state(paths: Paths) -> None:
     """Makes the state folder, private; raises ProgramError where it cannot be used."""
-    folder = paths.state_dir
-    hint = "set XDG_STATE_HOME to a folder of yours"
+    hint = "or set XDG_STATE_HOME to a folder of yours"
     try:
-        make_private_dir(folder)
+        make_private_dir(paths.state_dir)
+        if os.path.isdir(paths.bytecode_dir):
+            check_folder(paths.bytecode_dir)
     except OSError as error:
-        raise ProgramError(f"{folder}: cannot be used: {error.strerror}; {hint}") from None
+        raise ProgramError(f"{paths.state_dir}: cannot be used: {error.strerror}; {hint}") from None
 
 
 def save_private_json(path: str, value: Json) -> None:
@@ -14801,25 +14864,14 @@ def save_private_json(path: str, value: Json) -> None:
     replace_file(path, dump_json(value) + b"\n")
 
 
-def open_flags(*names: str) -> int:
-    """Flags of `os.open`; Windows does not have them all."""
-    return sum(getattr(os, name, 0) for name in names)
-
-
 def open_private(path: str) -> int:
-    """A descriptor of a plain file of this user's; raises OSError, also at a link.
+    """`open_trusted` for reading, without following a link; raises OSError.
 
     A file that others can read is closed to them, with a warning.
     """
-    flags = ("O_RDONLY", "O_BINARY", "O_CLOEXEC", "O_NONBLOCK", "O_NOFOLLOW")
-    handle = os.open(path, open_flags(*flags))
-    status = os.fstat(handle)
+    handle = open_trusted(path, "O_RDONLY", "O_NOFOLLOW")
     try:
-        if not stat.S_ISREG(status.st_mode):
-            raise PermissionError(errno.EPERM, "it is not a plain file")
-        if hasattr(os, "getuid") and status.st_uid not in (os.getuid(), 0):
-            raise PermissionError(errno.EPERM, "it belongs to another user")
-        if hasattr(os, "getuid") and status.st_mode & 0o077:
+        if hasattr(os, "getuid") and os.fstat(handle).st_mode & 0o077:
             os.fchmod(handle, 0o600)
             log_event("warning", "token_file_was_readable", path=path)
     except BaseException:
@@ -14862,18 +14914,21 @@ def lock_file(path: str) -> int | None:
     The kernel drops the lock when the last process that has it ends.  Raises OSError.
     """
     while True:
-        flags = open_flags("O_RDWR", "O_CREAT", "O_NOFOLLOW", "O_CLOEXEC")
-        handle = os.open(path, flags, 0o600)
+        handle = open_trusted(path, "O_RDWR", "O_CREAT", "O_NOFOLLOW")
+        is_ours = False
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(handle), os.stat(path, follow_symlinks=False)):
+            # Somebody may have removed or replaced it meanwhile: then it locks nothing.
+            is_ours = os.path.samestat(os.fstat(handle), os.stat(path, follow_symlinks=False))
+            if is_ours:
                 return handle
         except BlockingIOError:
-            os.close(handle)
             return None
         except FileNotFoundError:
-            pass
-        os.close(handle)  # somebody has removed or replaced it meanwhile: it locks nothing
+            continue
+        finally:
+            if not is_ours:
+                os.close(handle)
 
 
 class FileLock:
@@ -15356,8 +15411,8 @@ class UsageStore:
             return self.connection
         self.close()
         make_private_dir(os.path.dirname(self.path))
-        flags = open_flags("O_RDWR", "O_CREAT", "O_NOFOLLOW", "O_CLOEXEC")
-        os.close(os.open(self.path, flags, 0o600))  # SQLite gives its other files the same mode
+        # SQLite gives its other files the same mode.
+        os.close(open_trusted(self.path, "O_RDWR", "O_CREAT", "O_NOFOLLOW"))
         connection = sqlite3.connect(
             self.path, timeout=self.busy_s, isolation_level=None, check_same_thread=False
         )
@@ -20413,29 +20468,36 @@ def take_lock(path: str) -> int | None:
 
 
 def is_locked(path: str) -> bool:
-    """Whether a daemon lives."""
+    """Whether a daemon lives; raises ProgramError where the file cannot be trusted."""
     if fcntl is None:
         return False
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        handle = open_trusted(path, "O_RDONLY", "O_NOFOLLOW")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        finally:
+            os.close(handle)
     except BlockingIOError:
         return True
-    finally:
-        os.close(handle)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise ProgramError(f"{path}: cannot be used as the lock: {error.strerror}") from None
     return False
 
 
 def read_pid_file(path: str) -> tuple[int, str]:
-    """(process id, path of the control socket); (0, "") where it names none that may be asked."""
+    """(process id, path of the control socket); (0, "") where it names none that may be asked.
+
+    Raises ProgramError where the file cannot be trusted.
+    """
     try:
-        with open(path, "rb") as file:
+        with os.fdopen(open_trusted(path, "O_RDONLY", "O_NOFOLLOW"), "rb") as file:
             lines = os.fsdecode(file.read(4096)).split("\n")
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return 0, ""
+    except OSError as error:
+        raise ProgramError(f"{path}: cannot be read: {error.strerror}") from None
     pid = int(lines[0]) if re.fullmatch(r"[0-9]{1,10}", lines[0]) else 0
     return (pid, lines[1]) if pid > 1 and pid != os.getpid() and len(lines) > 2 else (0, "")
 
@@ -21910,7 +21972,6 @@ def cmd_start(options: argparse.Namespace) -> int:
     """
     if not options.foreground and not hasattr(os, "fork"):
         raise WrongUsage("this system has no background here; use: start --foreground")
-    os.umask(0o077)
     environ = make_environ()
     paths = find_paths(environ)
     flags = {
@@ -22017,8 +22078,7 @@ def at_desk(
 
 
 def load_desk() -> tuple[Config, Paths]:
-    """(configuration, paths) of a command about accounts, whose files nobody else can read."""
-    os.umask(0o077)
+    """(configuration, paths) of a command about accounts."""
     paths = find_paths(dict(os.environ))
     config = load_config(paths, dict(os.environ), {})
     start_log("warning")
@@ -22769,6 +22829,7 @@ def open_standard_streams() -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command: 0 done, 1 failed, 2 wrong usage, 3 the gateway is not running."""
     open_standard_streams()
+    os.umask(0o077)  # of all that it makes
     options = make_parser().parse_args(arguments)
     try:
         if options.version:

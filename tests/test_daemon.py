@@ -588,6 +588,69 @@ def test_more_clients_than_files_are_told_once_and_served_later(machine: Machine
     assert machine.log().count("no_more_files") == 1 and "Traceback" not in machine.log()
 
 
+# ---- what others could have written --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770])
+@pytest.mark.parametrize(
+    "which", ["state/aiclient-api", "state/aiclient-api/bytecode", "config/aiclient-api"]
+)
+def test_a_folder_that_others_can_write_to_is_refused(
+    machine: Machine, which: str, mode: int
+) -> None:
+    folder = machine.folder / which
+    folder.mkdir(parents=True)
+    folder.chmod(mode)
+    said = machine.run("start", "--port", "0").failure()
+    assert said.count("\n") == 1 and "move it away" in said and f"chmod go-w {folder}" in said
+    folder.chmod(0o755)
+    machine.start()
+
+
+def test_a_folder_in_one_that_everybody_can_write_to_is_refused(machine: Machine) -> None:
+    for which in ("state", "config"):
+        folder = machine.folder / which
+        (folder / "aiclient-api").mkdir(parents=True)
+        folder.chmod(0o777)
+        assert f"chmod o-w {folder}" in machine.run("start", "--port", "0").failure()
+        folder.chmod(0o1777)  # nobody can rename what is another user's
+    machine.start()
+
+
+@pytest.mark.parametrize("name", ["config.toml", "daemon.pid"])
+def test_a_file_that_others_can_write_to_is_refused(machine: Machine, name: str) -> None:
+    folder = machine.config if name == "config.toml" else machine.state
+    folder.mkdir(parents=True)
+    path = folder / name
+    path.touch()
+    path.chmod(0o664)
+    assert f"chmod go-w {path}" in machine.run("start", "--port", "0").failure()
+    if os.getuid() == 0:
+        path.chmod(0o600)
+        os.chown(path, 12345, 12345)
+        assert f"{path} belongs to another user" in machine.run("start", "--port", "0").failure()
+
+
+def test_a_running_gateway_is_not_lost_when_its_folder_is_opened_to_others(
+    machine: Machine,
+) -> None:
+    status = machine.start()
+    machine.state.chmod(0o777)
+    machine.config.mkdir(parents=True)
+    machine.config.chmod(0o777)
+    for verb in ("status", "stop"):
+        assert f"chmod go-w {machine.state}" in machine.run(verb).failure()
+    machine.state.chmod(0o700)
+    assert f"chmod go-w {machine.config}" in machine.run("config", "reload").failure()
+    assert fetch(status, "/healthz").status == 200
+    assert machine.run("stop").status == 0
+
+
+def test_folders_are_private_whatever_verb_makes_them(machine: Machine) -> None:
+    assert machine.run("config", "set", "server.port", "0", umask=0).status == 0
+    assert machine.run("start", umask=0).status == 0
+
+
 # ---- broken paths --------------------------------------------------------------------------------
 
 
