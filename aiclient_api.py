@@ -115,7 +115,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TextIO, TypeVar
+from typing import IO, TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TextIO, TypeVar
 
 
 def lazy_module(name: str) -> Any:
@@ -14766,7 +14766,7 @@ def sign_in_command(kind: str, name: str) -> str:
 
 
 def make_private_dir(path: str) -> None:
-    """A folder that only its owner can enter; raises OSError, also where others could write to it."""
+    """A folder that only its owner can enter; raises OSError, also where others could write."""
     os.makedirs(path, mode=0o700, exist_ok=True)
     check_folder(path)
     if hasattr(os, "getuid") and os.stat(path).st_mode & 0o077:
@@ -20416,7 +20416,7 @@ class Launch:
     """What a gateway process begins with, and hands to the process that replaces it."""
 
     #: of the command line; the key may be among them: never in argv or in a file
-    flags: dict[str, str | None] = field(repr=False)
+    flags: dict[str, str | None] = field(default_factory=dict, repr=False)
     #: how the program was called, for words that say what to type
     program: str = "aiclient-api"
     #: "" = standard error
@@ -20625,38 +20625,100 @@ def open_port(server: ServerConfig) -> list[socket.socket]:
 
 # 18.3 the process
 
-# A process that lives long runs this file from cached bytecode.  To compile it takes a quarter of
-# a second, and 30 MiB that are never given back: a child does that where it must be done.  And
-# the flags of `start`, the key among them, are not in the arguments that every user can list.
+# A background process runs bytecode: to compile this file takes half a second, and 30 MiB that are
+# never given back.  Whoever starts it reads the file and hands over the bytecode of just what was
+# read, so what runs is what `--version` hashes.  The Launch comes behind it: the flags of `start`,
+# the key among them, are not in the arguments that every user can list.
 LAUNCHER = """\
-import importlib.machinery, os, sys, types
-file, cache = sys.argv[1:]
-loader = importlib.machinery.SourceFileLoader("aiclient_api", file)
-kept, sys.pycache_prefix = sys.pycache_prefix, cache
-child = os.fork()
-if child:
-    os.waitpid(child, 0)
-code = loader.get_code("aiclient_api")
-if not child:
-    os._exit(0)
-sys.pycache_prefix = kept
+import marshal, os, sys, types
+file, size = sys.argv[1], int(sys.argv[2])
+data = bytearray()
+while len(data) < size:
+    data += os.read(0, size - len(data)) or sys.exit("the program did not arrive")
+code = marshal.loads(data)
+del data
 module = sys.modules["aiclient_api"] = types.ModuleType("aiclient_api")
 module.__file__ = file
 exec(code, module.__dict__)
 sys.exit(module.main_detached())
 """
+COMPILER = """\
+import marshal, sys
+code = compile(sys.stdin.buffer.read(), sys.argv[1], "exec", dont_inherit=True)
+sys.stdout.buffer.write(marshal.dumps(code))
+"""
 
 
-def detached_command(paths: Paths) -> list[str]:
-    """The command of a process that waits for its Launch."""
-    file = os.path.realpath(__file__)
-    return [sys.executable, "-I", "-c", LAUNCHER, file, paths.bytecode_dir]
+def program_file() -> str:
+    """The path of this file."""
+    return os.path.realpath(__file__)
+
+
+def detached_command(bytecode: bytes) -> list[str]:
+    """The command of a process that waits for `bytecode`, and then for its Launch."""
+    return [sys.executable, "-I", "-c", LAUNCHER, program_file(), str(len(bytecode))]
+
+
+def compile_program(source: bytes) -> bytes:
+    """The bytecode of this file, made by another process; raises ProgramError."""
+    command = [sys.executable, "-I", "-c", COMPILER, program_file()]
+    try:
+        done = subprocess.run(command, input=source, capture_output=True, check=False)
+    except OSError as error:
+        raise ProgramError(f"{sys.executable}: cannot be run: {error.strerror}") from None
+    if done.returncode:
+        last_line = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
+        reason = last_line or f"exit status {done.returncode}"
+        raise ProgramError(f"{program_file()}: cannot be compiled: {reason}")
+    return done.stdout
+
+
+def hash_bytecode(source: bytes, bytecode: bytes) -> bytes:
+    """What ties bytecode to the source it was made from, and to the Python that made it."""
+    digest = hashlib.sha256(importlib.util.MAGIC_NUMBER + os.fsencode(program_file()))
+    digest.update(source)
+    digest.update(bytecode)
+    return digest.digest()
+
+
+def load_bytecode(paths: Paths) -> bytes:
+    """This file as it is now, compiled; raises ProgramError.
+
+    The state folder keeps it behind its hash.  Where that does not match, because the bytecode is
+    old, torn or another Python's, the file is compiled and the bytecode replaced.
+    """
+    path = os.path.join(paths.bytecode_dir, f"aiclient_api.{sys.implementation.cache_tag}.pyc")
+    try:
+        with open(program_file(), "rb") as file:
+            source = file.read()
+    except OSError as error:
+        raise ProgramError(f"{program_file()}: cannot be read: {error.strerror}") from None
+    try:
+        with os.fdopen(open_trusted(path, "O_RDONLY", "O_NOFOLLOW"), "rb") as file:
+            digest, bytecode = file.read(hashlib.sha256().digest_size), file.read()
+        if digest == hash_bytecode(source, bytecode):
+            return bytecode
+    except FileNotFoundError:
+        pass  # the first start
+    except OSError as error:
+        log_event("warning", "bytecode_unusable", path=path, reason=error.strerror)
+    bytecode = compile_program(source)
+    try:
+        make_private_dir(paths.bytecode_dir)
+        if os.path.isdir(path):
+            keep_aside(path)
+        replace_file(path, hash_bytecode(source, bytecode) + bytecode)
+    except OSError as error:
+        log_event("warning", "bytecode_not_saved", path=path, reason=error.strerror)
+    return bytecode
 
 
 def read_launch() -> Launch:
     """The Launch on standard input, which then leads nowhere, as standard output does."""
     with os.fdopen(os.dup(0), "rb") as file:
-        launch = Launch(**json.loads(file.read()))
+        given = json.loads(file.read())
+    known = [item.name for item in fields(Launch)]  # another version may know others
+    launch = Launch(**{name: given[name] for name in known if name in given})
     sys.argv[:] = [launch.program]
     nowhere = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1):
@@ -20667,12 +20729,12 @@ def read_launch() -> Launch:
     return launch
 
 
-def hand_over(handle: int, launch: Launch) -> None:
-    """Writes the Launch into the standard input of a process, and closes that."""
+def send_launch(stdin: IO[bytes], bytecode: bytes, launch: Launch) -> None:
+    """Writes both into the standard input of a process, and closes that."""
     data = dump_json({item.name: getattr(launch, item.name) for item in fields(launch)})
     try:
-        with os.fdopen(handle, "wb") as pipe:
-            pipe.write(data)
+        with stdin:
+            stdin.write(bytecode + data)
     except BrokenPipeError:
         pass  # it has ended: that it says nothing tells
 
@@ -20693,6 +20755,7 @@ def fork_daemon(launch: Launch, paths: Paths, errors: int) -> None:
     Two forks: the process has no terminal and can never get one.  It must be called while there
     is one thread only and no event loop.
     """
+    bytecode = load_bytecode(paths)
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -20704,12 +20767,12 @@ def fork_daemon(launch: Launch, paths: Paths, errors: int) -> None:
                 os.dup2(errors, 1)
                 os.dup2(errors, 2)
                 keep_descriptors(launch.descriptors())
-                command = detached_command(paths)
+                command = detached_command(bytecode)
                 os.execv(command[0], command)
         finally:
             os._exit(1)
     os.close(reader)
-    hand_over(writer, launch)
+    send_launch(os.fdopen(writer, "wb"), bytecode, launch)
     os.waitpid(child, 0)
 
 
@@ -20985,28 +21048,27 @@ class Daemon:
 
     def start_successor(self) -> Json:
         """Starts another process on the same sockets and waits for its report (in a thread)."""
-        reader, report_writer = os.pipe()
-        launch_reader, launch_writer = os.pipe()
-        launch = replace(self.launch, report=report_writer)
-        try:
-            child = subprocess.Popen(
-                detached_command(self.paths),
-                stdin=launch_reader,
-                stdout=subprocess.DEVNULL,
-                pass_fds=launch.descriptors(),
-                start_new_session=True,
-                cwd="/",
-            )
-        except OSError as error:
-            os.close(reader)
-            os.close(launch_writer)
-            return {"error": f"no new process could be started: {error.strerror}"}
-        finally:
-            os.close(report_writer)
-            os.close(launch_reader)
-        hand_over(launch_writer, launch)
-        report = read_report(reader, START_SECONDS)
-        os.close(reader)
+        with contextlib.ExitStack() as descriptors:
+            try:
+                bytecode = load_bytecode(self.paths)
+                reader, report_writer = os.pipe()
+                descriptors.callback(os.close, reader)
+                with os.fdopen(report_writer, "wb"):
+                    launch = replace(self.launch, report=report_writer)
+                    child = subprocess.Popen(
+                        detached_command(bytecode),
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.DEVNULL,
+                        pass_fds=launch.descriptors(),
+                        start_new_session=True,
+                        cwd="/",
+                    )
+            except (OSError, ProgramError) as error:
+                reason = getattr(error, "strerror", None) or str(error)
+                return {"error": f"no new process could be started: {reason}"}
+            assert child.stdin is not None
+            send_launch(child.stdin, bytecode, launch)
+            report = read_report(reader, START_SECONDS)
         if report is None or "error" in report:
             child.kill()
             child.wait()
@@ -21946,13 +22008,14 @@ def start_detached(launch: Launch, paths: Paths) -> int:
     """Starts the gateway in the background and waits until it answers; raises ProgramError."""
     log = launch.log_file
     try:
-        errors = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        log_file = start_log("info", log)
     except OSError as error:
         raise ProgramError(f"{log}: the log cannot be written: {error.strerror}") from None
-    begin = os.fstat(errors).st_size
+    assert log_file is not None
+    begin = log_file.size
     reader, launch.report = os.pipe()
-    fork_daemon(launch, paths, errors)
-    for number in (errors, *launch.descriptors()):
+    fork_daemon(launch, paths, log_file.handle)
+    for number in launch.descriptors():
         os.close(number)
     status = read_report(reader, START_SECONDS)
     if status is None or "error" in status:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import py_compile
 import re
 import resource
 import shlex
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -649,6 +650,85 @@ def test_a_running_gateway_is_not_lost_when_its_folder_is_opened_to_others(
 def test_folders_are_private_whatever_verb_makes_them(machine: Machine) -> None:
     assert machine.run("config", "set", "server.port", "0", umask=0).status == 0
     assert machine.run("start", umask=0).status == 0
+
+
+# ---- bytecode ------------------------------------------------------------------------------------
+
+
+def tear(path: Path) -> None:
+    """What a power cut leaves."""
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def plant(path: Path) -> None:
+    """What Python itself would take, with other code in it."""
+    py_compile.compile(str(path.with_name("planted.py")), str(path))
+
+
+def give_away(path: Path) -> None:
+    """Another user's."""
+    os.chown(path, 12345, 12345)
+
+
+def link(path: Path) -> None:
+    """A link to the same bytes."""
+    path.symlink_to(path.rename(path.with_name("elsewhere")))
+
+
+def make_folder(path: Path) -> None:
+    """A folder with something in it."""
+    path.unlink()
+    (path / "inside").mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    "spoil", [tear, plant, give_away, link, make_folder, lambda path: path.write_bytes(b"")]
+)
+def test_bytecode_that_is_not_as_it_was_written_is_replaced(
+    tmp_path: Path, spoil: Callable[[Path], None]
+) -> None:
+    if spoil is give_away and os.getuid() != 0:
+        pytest.skip("only root can give a file away")
+    paths = gw.Paths(str(tmp_path), str(tmp_path))
+    bytecode = gw.load_bytecode(paths)
+    (path,) = (tmp_path / "bytecode").iterdir()
+    written = path.read_bytes()
+    path.with_name("planted.py").write_text("raise SystemExit('planted')\n")
+    spoil(path)
+    assert gw.load_bytecode(paths) == bytecode
+    assert path.lstat().st_uid == os.getuid() and not path.is_symlink()
+    assert path.read_bytes() == written
+
+
+def test_what_runs_is_the_file_as_it_is(machine: Machine) -> None:
+    """Also where another one had its size and its time: only its bytes tell."""
+    copied = machine.folder / "gateway.py"
+    text = PROGRAM.read_text("utf-8")
+    for version in ("0.8.1", "0.8.2"):
+        copied.write_text(text.replace(f'"{gw.__version__}"', f'"{version}"'))
+        os.utime(copied, (0, 0))
+        command = [sys.executable, str(copied), "start", "--port", "0"]
+        subprocess.run(command, env=machine.environment(), check=True, timeout=60)
+        assert machine.status()["version"] == version
+        assert machine.run("stop").status == 0
+
+
+def test_a_full_disk_costs_the_bytecode_and_not_the_start(machine: Machine) -> None:
+    machine.start()
+    machine.run("stop")
+    for path in (machine.state / "bytecode").iterdir():
+        path.unlink()
+    limit = PROGRAM.stat().st_size // 2  # of a file's size: there is room for all but bytecode
+
+    def small_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    for preexec_fn, kept in ((small_disk, 0), (None, 1)):
+        done = machine.run("start", "--port", "0", preexec_fn=preexec_fn)
+        assert done.status == 0 and done.err == "", done
+        assert len(list((machine.state / "bytecode").iterdir())) == kept
+        assert machine.run("stop").status == 0
+    assert "bytecode_not_saved" in machine.log()
 
 
 # ---- broken paths --------------------------------------------------------------------------------
