@@ -1427,11 +1427,14 @@ def apply_environment(config: Config, environ: dict[str, str]) -> None:
 
 
 def apply_flags(config: Config, flags: dict[str, str | None]) -> None:
-    """Flags that were given override everything; None is a flag that was not given."""
+    """Flags that were given override everything; None is a flag that was not given.
+
+    A gateway hands them to its successor, which may be of a version that has not all of them.
+    """
     slots = {key: (owner, name, kind) for key, owner, name, kind in setting_slots(config)}
     reader = ConfigReader("command line")
     for key, text in flags.items():
-        if text is not None:
+        if text is not None and key in slots:
             owner, name, kind = slots[key]
             flag = "--" + name.replace("_", "-")
             setattr(owner, name, reader.setting(flag, name, parse_setting(text, kind), kind))
@@ -21042,7 +21045,7 @@ class Daemon:
             raise ProgramError(f"the old gateway goes on: {report['error']}")
         self.state = "replaced"
         os.close(self.launch.lock)  # the successor holds it now
-        log_event("info", "replaced", by=report["pid"])
+        log_event("info", "replaced", by=report.get("pid"))
         self.ending.set()
         return report
 
@@ -21961,9 +21964,9 @@ def await_daemon(paths: Paths) -> Json | None:
     while True:
         try:
             status = ask_daemon(paths, "status", seconds=CONTROL_SECONDS)
-            if status["state"] != "stopping":
+            if status.get("state") != "stopping":
                 return status
-            problem = ProgramError(f"process {status['pid']} is still stopping; see: status")
+            problem = ProgramError(f"process {status.get('pid')} is still stopping; see: status")
         except NotRunning:
             return None
         except ProgramError as error:
@@ -22402,7 +22405,7 @@ def cmd_provider_disable(options: argparse.Namespace) -> int:
 def find_log(paths: Paths) -> str:
     """The file that the gateway logs to; raises ProgramError where it has none."""
     try:
-        path = ask_daemon(paths, "status", seconds=CONTROL_SECONDS)["log_file"]
+        path = ask_daemon(paths, "status", seconds=CONTROL_SECONDS).get("log_file")
     except ProgramError:
         return paths.log_file
     if path is None:

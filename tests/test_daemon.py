@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import py_compile
 import re
@@ -519,6 +520,27 @@ def test_a_stop_during_a_restart_ends_both(machine: Machine) -> None:
     assert restart.returncode == 1 and "told to stop" in err
     wait_until(lambda: machine.processes() == [])
     assert machine.run("status").failure(3)
+
+
+def test_a_successor_ignores_what_it_does_not_know_and_does_without_the_rest(
+    machine: Machine,
+) -> None:
+    """Versions follow each other in both directions."""
+    machine.state.mkdir(parents=True, mode=0o700)
+    bytecode = gw.load_bytecode(gw.find_paths(machine.env))
+    reader, writer = os.pipe()
+    launch = {"flags": {"server.port": "0", "server.colour": "red"}, "report": writer, "hue": 1}
+    with subprocess.Popen(
+        gw.detached_command(bytecode), env=machine.env, pass_fds=[writer],
+        stdin=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process, os.fdopen(reader, "rb") as report:  # fmt: skip
+        os.close(writer)
+        assert process.stdin is not None and process.stderr is not None
+        process.stdin.write(bytecode + json.dumps(launch).encode())
+        process.stdin.close()
+        status = json.loads(report.read())
+        process.terminate()
+        assert "url" in status, (status, process.stderr.read())
 
 
 # ---- service managers ----------------------------------------------------------------------------
