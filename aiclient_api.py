@@ -347,6 +347,7 @@ DEFAULT_LOG_LINES = 50
 MAX_CONTROL_BYTES = MIB
 CONTROL_SECONDS = 5.0  # for a whole frame to come or to be taken
 CONTROL_WORK_SECONDS = 90.0  # model lists and quotas are asked of the services
+CONTROL_ACCEPT_SECONDS = 0.5  # until a client is accepted that no descriptor was left for
 MAX_CONTROL_CLIENTS = 16
 MAX_SOCKET_PATH_BYTES = 103  # macOS 104 with the final zero, Linux 108
 
@@ -20453,10 +20454,10 @@ def open_lock(path: str) -> int | None:
         return -1
     try:
         handle = lock_file(path)
+        if handle is not None:
+            os.ftruncate(handle, 0)  # the last daemon's number must not be taken for ours
     except OSError as error:
         raise ProgramError(f"{path}: cannot be used as the lock: {error.strerror}") from None
-    if handle is not None:
-        os.ftruncate(handle, 0)  # the last daemon's number must not be taken for ours
     return handle
 
 
@@ -20811,11 +20812,11 @@ def notify_manager(words: str) -> None:
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-        try:
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             sender.sendto(words.encode(), re.sub(r"^@", "\0", address))
-        except OSError as error:
-            log_event("warning", "service_manager_not_told", reason=error.strerror)
+    except OSError as error:
+        log_event("warning", "service_manager_not_told", reason=error.strerror)
 
 
 def raise_descriptor_limit() -> None:
@@ -21187,6 +21188,23 @@ def find_peer_user(peer: socket.socket) -> int | None:
     return int(struct.unpack_from("II", peer.getsockopt(0, option, 76))[1])
 
 
+def is_trusted_peer(peer: socket.socket) -> bool:
+    """Whether this user, or root, is at the other end; False too where it has gone."""
+    try:
+        return find_peer_user(peer) in (None, 0, os.getuid())
+    except OSError:
+        return False
+
+
+def check_socket(path: str) -> None:
+    """Raises OSError where anything but a socket of this user is at `path`: it would be lost."""
+    if os.path.lexists(path):
+        status = os.lstat(path)
+        if not stat.S_ISSOCK(status.st_mode) or status.st_uid != os.getuid():
+            reason = f"{path} is not a socket of this user; move it away"
+            raise FileExistsError(errno.EEXIST, reason)
+
+
 def check_private(folder: str) -> None:
     """Makes a folder that nobody else can enter; raises ProgramError where it is not just that.
 
@@ -21199,7 +21217,11 @@ def check_private(folder: str) -> None:
     except OSError as error:
         raise ProgramError(f"{folder}: cannot be used: {error.strerror}") from None
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
-        raise ProgramError(f"{folder}: is not a private folder of this user")
+        raise ProgramError(f"{folder}: is not a private folder of this user; move it away")
+    try:
+        check_folder(folder)
+    except OSError as error:
+        raise ProgramError(f"{folder}: cannot be used: {error.strerror}") from None
 
 
 def choose_socket_path(paths: Paths, environ: dict[str, str]) -> str:
@@ -21235,13 +21257,12 @@ class ControlServer:
             """One client, any number of messages."""
 
             def handle(self) -> None:
-                try:
-                    while (data := read_frame(self.request, CONTROL_SECONDS)) is not None:
-                        write_frame(self.request, answer(data))
-                except NoFrame as error:
-                    write_frame(self.request, {"ok": False, "error": str(error)})
-                except OSError:
-                    pass  # gone, or too slow: it had its time
+                with contextlib.suppress(OSError):  # gone, or too slow: it had its time
+                    try:
+                        while (data := read_frame(self.request, CONTROL_SECONDS)) is not None:
+                            write_frame(self.request, answer(data))
+                    except NoFrame as error:
+                        write_frame(self.request, {"ok": False, "error": str(error)})
 
         class Listener(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
             """A thread for each client, up to a number."""
@@ -21249,14 +21270,25 @@ class ControlServer:
             daemon_threads = True
             request_queue_size = 4 * MAX_CONTROL_CLIENTS
 
+            def get_request(self) -> tuple[Any, Any]:
+                try:
+                    return super().get_request()
+                except OSError:  # the client goes on waiting, and the socket goes on being ready
+                    time.sleep(CONTROL_ACCEPT_SECONDS)
+                    raise
+
             def verify_request(self, request: Any, client_address: Any) -> bool:
-                return find_peer_user(request) in (None, 0, os.getuid())
+                return is_trusted_peer(request)
 
             def process_request(self, request: Any, client_address: Any) -> None:
-                if slots.acquire(blocking=False):
-                    super().process_request(request, client_address)
-                else:
+                if not slots.acquire(blocking=False):
                     self.shutdown_request(request)
+                    return
+                try:
+                    super().process_request(request, client_address)
+                except BaseException:  # no thread could be started that would release it
+                    slots.release()
+                    raise
 
             def process_request_thread(self, request: Any, client_address: Any) -> None:
                 try:
@@ -21268,15 +21300,21 @@ class ControlServer:
                 logging.getLogger("aiclient-api").exception("a control client failed")
 
         new = path + SOCKET_SUFFIX
-        if os.path.lexists(new):
+        for place in (path, new):
+            check_socket(place)
+        with contextlib.suppress(FileNotFoundError):
             os.unlink(new)
         before = os.umask(0o177)
         try:
             self.server = Listener(new, Channel)
         finally:
             os.umask(before)
-        self.identity = os.stat(new).st_ino
-        os.replace(new, path)
+        try:
+            self.identity = os.stat(new).st_ino
+            os.replace(new, path)
+        except BaseException:
+            self.server.server_close()
+            raise
         # It ends with the process: an end of its own would need it to wake up all the time.
         serving = functools.partial(self.server.serve_forever, poll_interval=3600)
         threading.Thread(target=serving, daemon=True).start()
@@ -21465,6 +21503,8 @@ def ask_daemon(
             try:
                 peer.settimeout(CONTROL_SECONDS)
                 peer.connect(path)
+                if not is_trusted_peer(peer):
+                    raise ProgramError(f"{path}: another user answers there")
                 write_frame(peer, {"method": method, "params": params or {}})
                 data = read_frame(peer, seconds)
             except (OSError, NoFrame) as error:

@@ -35,6 +35,8 @@ from test_sign_in import (
     make,
 )
 
+import aiclient_api as gw
+
 __all__ = ["make"]
 
 GPT = "copilot/gpt-4.1"
@@ -160,6 +162,36 @@ def test_what_is_no_plain_file_of_ours_is_not_read(make: Make) -> None:
 
     jobs = [fifo, folder] + [foreign] * (os.getuid() == 0)
     at_once(*[lambda job=job: check(job) for job in jobs])
+
+
+def test_only_a_plain_file_or_a_link_is_replaced(tmp_path: Path) -> None:
+    precious, path = tmp_path / "precious", tmp_path / "token.json"
+    precious.write_text("kept")
+    os.mkfifo(path)
+    with pytest.raises(FileExistsError, match="not a plain file"):
+        gw.replace_file(str(path), b"new")
+    assert path.is_fifo() and sorted(os.listdir(tmp_path)) == ["precious", "token.json"]
+    path.unlink()
+    path.symlink_to(precious)
+    gw.replace_file(str(path), b"new")
+    assert (path.read_bytes(), path.is_symlink(), precious.read_text()) == (b"new", False, "kept")
+
+
+def test_a_sign_in_that_others_could_have_written_is_refused_and_kept(make: Make) -> None:
+    home = make("copilot")
+    path = put(home, "copilot", token_of(copilot_of(home)), mode=0o666)
+    path.chmod(0o666)
+    before = path.read_bytes()
+    assert f"chmod go-w {path}" in home.rows()["copilot"]["health"]
+    with gateway_in(home) as gateway:
+        status, said = ask(gateway, GPT)
+        assert (status, "other users can write to" in said) == (503, True), said
+        path.chmod(0o600)
+        path.parent.chmod(0o770)
+        assert f"chmod go-w {path.parent}" in ask(gateway, GPT)[1]
+        assert path.read_bytes() == before and home.fakes[0].requests == []
+        path.parent.chmod(0o700)
+        assert ask(gateway, GPT)[0] == 200
 
 
 def test_a_folder_of_somebody_else_is_refused(make: Make) -> None:
