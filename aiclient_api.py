@@ -15044,19 +15044,17 @@ class TokenFile:
             self.unsaved = {}  # somebody has revoked it meanwhile
             return
         try:
-            kept = load_private_json(self.path) or {}
-        except Damaged:
-            keep_aside(self.path)
-            kept = {}
-        except ProgramError as error:
-            kept = {}
-            log_event("warning", "token_file_unusable", reason=error)
-        merged = {k: v for k, v in {**kept, **self.unsaved}.items() if v is not None}
-        try:
+            try:
+                kept = load_private_json(self.path) or {}
+            except Damaged:
+                keep_aside(self.path)
+                kept = {}
+            merged = {k: v for k, v in {**kept, **self.unsaved}.items() if v is not None}
             save_private_json(self.path, merged)
-        except OSError as error:
+        except (OSError, ProgramError) as error:  # a file that cannot be trusted is left alone
             self.save_again_at = time.monotonic() + SAVE_AGAIN_SECONDS
-            log_event("error", "token_not_saved", path=self.path, reason=error.strerror)
+            reason = getattr(error, "strerror", None) or str(error)
+            log_event("error", "token_not_saved", path=self.path, reason=reason)
             return
         self.unsaved = {}
         self.seen = self.identity()
@@ -17373,7 +17371,7 @@ class KiroProvider:
     async def settle(self) -> None:
         """Waits for a refresh: its rotated token comes only once."""
         if self.account.tasks:
-            await asyncio.wait(self.account.tasks, timeout=SETTLE_SECONDS)
+            await asyncio.wait(self.account.tasks)
 
     def close(self) -> None:
         """Ends whatever runs in the background but a refresh."""
@@ -20847,11 +20845,22 @@ def count_open_files() -> int | None:
 
 
 @dataclass(slots=True)
-class Leaving:
+class RetiredGateway:
     """What a reload has replaced, and the requests that still use it."""
 
     requests: list[Request]
-    closers: list[Callable[[], None]]
+    providers: list[Provider]
+    #: the HTTP client, where a reload has replaced that as well
+    client: HttpClient | None
+    #: the providers come to rest, once no request uses them any more
+    settling: asyncio.Future[Any] | None = None
+
+    def close(self) -> None:
+        """Ends what runs in the background, and closes the connections."""
+        for provider in self.providers:
+            provider.close()
+        if self.client is not None:
+            self.client.close()
 
 
 class Daemon:
@@ -20877,7 +20886,7 @@ class Daemon:
         )
         self.started_at = time.time()
         self.port = 0
-        self.leaving: list[Leaving] = []
+        self.retired: list[RetiredGateway] = []
         #: serving, restarting, replaced (a successor has taken over) or stopping
         self.state = "serving"
         self.ending = asyncio.Event()
@@ -20911,17 +20920,14 @@ class Daemon:
         if self.state == "replaced":
             await self.server.retire(RETIRE_SECONDS)
         await self.server.drain(self.config.server.drain_seconds)
-        settling = [p.settle() for p in self.gateway.providers.values()]
-        await asyncio.gather(self.ledger.close(), *settling)
-        for entry in self.leaving:
-            self.close_all(entry.closers)
-        self.close_all([p.close for p in self.gateway.providers.values()] + [self.client.close])
-
-    @staticmethod
-    def close_all(closers: list[Callable[[], None]]) -> None:
-        """Calls each of them."""
-        for close in closers:
-            close()
+        current = RetiredGateway([], list(self.gateway.providers.values()), self.client)
+        retired = [*self.retired, current]
+        settling = [asyncio.ensure_future(p.settle()) for entry in retired for p in entry.providers]
+        await self.ledger.close()
+        if settling:
+            await asyncio.wait(settling, timeout=SETTLE_SECONDS)
+        for entry in retired:
+            entry.close()
 
     # -- signals
 
@@ -20979,9 +20985,7 @@ class Daemon:
         new.server.host, new.server.port = self.config.server.host, self.config.server.port
         check_exposure(new)
         old, self.config = self.config, new
-        closers = self.exchange_gateway(old)
-        in_flight = [c.request for c in self.server.connections if c.request is not None]
-        self.leaving.append(Leaving(in_flight, closers))
+        self.retired.append(self.exchange_gateway(old))
         self.ticker.add(self.sweep)
         set_log_level(new.logging.level)
         log_event("info", "configuration_reloaded", changed=",".join(changed) or "none")
@@ -20989,8 +20993,8 @@ class Daemon:
             log_event("warning", "restart_needed", keys=",".join(pinned))
         return {"changed": changed, "needs_restart": [] if self.launch.activated else pinned}
 
-    def exchange_gateway(self, old: Config) -> list[Callable[[], None]]:
-        """Makes the next request go to a new gateway; returns what closes parts of the old one."""
+    def exchange_gateway(self, old: Config) -> RetiredGateway:
+        """Makes the next request go to a new gateway; returns what the new one does without."""
         gateway, client, new = self.gateway, self.client, self.config
         kept = {}
         if old.network == new.network:
@@ -21005,18 +21009,23 @@ class Daemon:
         self.server.config = new.server
         self.server.handler = self.gateway.handler
         self.server.write_error = self.gateway.write_error
-        closers = [p.close for name, p in gateway.providers.items() if name not in kept]
-        return closers if client is self.client else [*closers, client.close]
+        return RetiredGateway(
+            [c.request for c in self.server.connections if c.request is not None],
+            [provider for name, provider in gateway.providers.items() if name not in kept],
+            None if client is self.client else client,
+        )
 
     def sweep(self, now: float) -> None:
-        """Closes what no request uses any more."""
+        """Closes what no request uses any more, once its providers have come to rest."""
         current = {connection.request for connection in self.server.connections}
-        for entry in list(self.leaving):
+        for entry in list(self.retired):
             entry.requests = [request for request in entry.requests if request in current]
-            if not entry.requests:
-                self.leaving.remove(entry)
-                self.close_all(entry.closers)
-        if not self.leaving:
+            if not entry.requests and entry.settling is None:
+                entry.settling = asyncio.gather(*(p.settle() for p in entry.providers))
+            if entry.settling is not None and entry.settling.done():
+                self.retired.remove(entry)
+                entry.close()
+        if not self.retired:
             self.ticker.discard(self.sweep)
 
     # -- restart
