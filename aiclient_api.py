@@ -204,6 +204,7 @@ else:
     urllib.parse = lazy_module("urllib.parse")
     urllib.request = lazy_module("urllib.request")
 
+
 __version__ = "0.1.0"
 
 Json = dict[str, Any]
@@ -14448,27 +14449,48 @@ def wire_api_error(error: WireError) -> ApiError:
     return answer
 
 
+# What binding an address says that this machine has not, as asyncio's servers take it.
+NOT_OF_THIS_MACHINE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+
+
+def open_listener(family: int, kind: int, protocol: int, address: Any) -> socket.socket:
+    """A socket that listens on one address; raises OSError."""
+    listener = socket.socket(family, kind, protocol)
+    try:
+        if os.name == "posix":  # elsewhere it would let two gateways listen
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind(address)
+        listener.listen(LISTEN_BACKLOG)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
 def open_listeners(host: str, port: int) -> list[socket.socket]:
-    """Listening sockets on every address of `host`; port 0 is any free one.  Raises OSError."""
+    """Listening sockets on every address of `host` that this machine has, on one at least.
+
+    Port 0 is any free one.  Raises OSError, also where one of the addresses is taken.
+    """
     flags = socket.AI_PASSIVE
     found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=flags)
     listeners: list[socket.socket] = []
+    skipped = None
     try:
         for family, kind, protocol, _, address in dict.fromkeys(found):
             try:
-                listener = socket.socket(family, kind, protocol)
-            except OSError:
-                continue  # a family that this machine has not: the others may do
-            listeners.append(listener)
-            if os.name == "posix":  # elsewhere it would let two gateways listen
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            listener.bind((address[0], port, *address[2:]))
-            port = listener.getsockname()[1]
-            listener.listen(LISTEN_BACKLOG)
-        if not listeners:
-            raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
+                bound = (address[0], port, *address[2:])
+                listeners.append(open_listener(family, kind, protocol, bound))
+            except OSError as error:
+                if error.errno not in NOT_OF_THIS_MACHINE:
+                    raise
+                skipped = error
+            else:
+                port = listeners[-1].getsockname()[1]
+        if not listeners and skipped is not None:
+            raise skipped
     except BaseException:
         for listener in listeners:
             listener.close()

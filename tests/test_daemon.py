@@ -8,6 +8,7 @@ import py_compile
 import re
 import resource
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -147,6 +148,35 @@ def test_a_busy_port_names_who_has_it(machine: Machine) -> None:
     assert f"cannot listen on 127.0.0.1:{port}: Address already in use by" in said
     assert f"process {os.getpid()} (" in said and "--port" in said
     assert machine.processes() == []
+
+
+def test_of_a_host_with_several_addresses_those_of_this_machine_will_do(machine: Machine) -> None:
+    """As `localhost` is `::1` too where there is no IPv6."""
+    hosts = machine.folder / "hosts"
+    hosts.write_text("192.0.2.1 both.test other.test\n127.0.0.1 both.test\n")
+    inside = f"mount --bind {hosts} /etc/hosts && exec"
+    # Names of its own, for this process and what it starts.
+    namespace = ["unshare", "--user", "--map-root-user", "--mount", "/bin/sh", "-c"]
+    tried = [*namespace, f"{inside} true"]
+    if (
+        not shutil.which("unshare")
+        or subprocess.run(tried, capture_output=True, check=False).returncode
+    ):
+        pytest.skip("no file can be mounted here")
+
+    def start(host: str) -> Done:
+        line = shlex.join(machine.command("start", "--port", "0", "--host", host))
+        env = machine.environment(AICLIENT_API_KEY="sk-EXAMPLE")
+        done = subprocess.run(
+            [*namespace, f"{inside} {line}"],
+            env=env, capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        return Done(done)
+
+    assert "other.test:0: Cannot assign requested address" in start("other.test").failure()
+    assert start("both.test").status == 0
+    port = machine.status()["url"].rpartition(":")[2]
+    assert fetch({"url": f"http://127.0.0.1:{port}"}, "/healthz").status == 200
 
 
 def test_a_start_that_fails_late_tells_why_and_leaves_nothing(machine: Machine) -> None:
