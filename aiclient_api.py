@@ -22529,10 +22529,23 @@ SERVICE_NAME = "aiclient-api"
 
 
 def quote_unit(text: str) -> str:
-    """An argument in a systemd unit, where `%`, `$` and backslashes mean something."""
-    for mark, escaped in (("\\", "\\\\"), ('"', '\\"'), ("%", "%%"), ("$", "$$")):
-        text = text.replace(mark, escaped)
-    return f'"{text}"'
+    """A value in a systemd unit, where `%`, quotes and backslashes mean something.
+
+    Variables are expanded in commands only: see `unit_command`.
+    """
+    text = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda m: f"\\x{ord(m[0]):02x}", text) + '"'
+
+
+def unit_command(command: list[str]) -> str:
+    """A command in a systemd unit (systemd.service(5), "Command lines").
+
+    Variables are expanded in its arguments and in argv[0], but not in the path that is run.
+    """
+    words = [quote_unit(word).replace("$", "$$") for word in command]
+    if "$" in command[0]:
+        words.insert(0, "@" + quote_unit(command[0]))
+    return " ".join(words)
 
 
 def service_command(*words: str) -> list[str]:
@@ -22548,8 +22561,8 @@ def service_environment(environ: dict[str, str]) -> dict[str, str]:
 
 def systemd_unit(environ: dict[str, str]) -> str:
     """The user unit.  A restart by `aiclient-api restart` changes its main process."""
-    start = " ".join(map(quote_unit, service_command("start", "--foreground")))
-    reload = " ".join(map(quote_unit, service_command("config", "reload")))
+    start = unit_command(service_command("start", "--foreground"))
+    reload = unit_command(service_command("config", "reload"))
     settings = service_environment(environ).items()
     lines = [f"Environment={quote_unit(f'{name}={value}')}\n" for name, value in settings]
     return (
@@ -22573,7 +22586,10 @@ def launchd_agent(environ: dict[str, str]) -> str:
         "RunAtLoad": True,
         "KeepAlive": {"SuccessfulExit": False},
     }
-    return str(plistlib.dumps(agent).decode())
+    try:
+        return str(plistlib.dumps(agent).decode())
+    except ValueError as error:  # control characters, or bytes that are no text
+        raise ProgramError(f"a path of this gateway cannot be told to launchd: {error}") from None
 
 
 class ServiceManager(NamedTuple):
@@ -22640,9 +22656,9 @@ def cmd_service_install(options: argparse.Namespace) -> int:
     if shutil.which(manager.install[0][0]) is None:
         raise ProgramError(f"there is no {manager.install[0][0]} here; see: service print")
     try:
-        os.makedirs(os.path.dirname(manager.path), exist_ok=True)
-        with open(manager.path, "w", encoding="utf-8") as file:
-            file.write(manager.text)
+        path = os.path.realpath(manager.path)  # a link, as people keep such files elsewhere
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        replace_file(path, os.fsencode(manager.text))
     except OSError as error:
         raise ProgramError(f"{manager.path}: cannot be written: {error.strerror}") from None
     run_manager(manager.install)
@@ -22656,7 +22672,10 @@ def cmd_service_uninstall(options: argparse.Namespace) -> int:
     if not os.path.lexists(manager.path):
         raise ProgramError(f"{manager.path} is not there: nothing is installed")
     run_manager(manager.remove)
-    os.unlink(manager.path)
+    try:
+        os.unlink(manager.path)
+    except OSError as error:
+        raise ProgramError(f"{manager.path}: cannot be removed: {error.strerror}") from None
     print(f"removed {manager.path}")
     return 0
 
