@@ -205,6 +205,24 @@ else:
     urllib.request = lazy_module("urllib.request")
 
 
+Result = TypeVar("Result")
+
+
+def run_in_loop(work: Coroutine[Any, Any, Result]) -> Result:
+    """`asyncio.run`, once all is loaded that the loop or its threads use late.
+
+    Two threads must not be the first to use a module: before Python 3.13 the lazy loader is not
+    thread-safe (gh-114763).
+    """
+    for module in (
+        base64, concurrent.futures, difflib, dt, email.utils, fcntl, hashlib, hmac, ipaddress,
+        logging, resource, shutil, signal, socket, socketserver, sqlite3, ssl, subprocess,
+        tempfile, termios, threading, time, tomllib, urllib.parse, urllib.request,
+    ):  # fmt: skip
+        dir(module)
+    return asyncio.run(work)
+
+
 __version__ = "0.1.0"
 
 Json = dict[str, Any]
@@ -22023,7 +22041,7 @@ def main_detached() -> int:
         paths = find_paths(environ)
         config = load_config(paths, environ, launch.flags)
         listeners = launch_listeners(launch, config)
-        return asyncio.run(serve(launch, paths, config, listeners, report))
+        return run_in_loop(serve(launch, paths, config, listeners, report))
     except ProgramError as error:
         write_report(handle, {"error": str(error)})  # whose end is that of this process
         return error.exit_status
@@ -22143,7 +22161,7 @@ def cmd_start(options: argparse.Namespace) -> int:
         print_ready(status)
         return True
 
-    return asyncio.run(serve(launch, paths, config, listeners, report))
+    return run_in_loop(serve(launch, paths, config, listeners, report))
 
 
 def cmd_stop(options: argparse.Namespace) -> int:
@@ -22183,8 +22201,6 @@ def cmd_restart(options: argparse.Namespace) -> int:
 
 # 20.3 accounts
 
-Result = TypeVar("Result")
-
 
 def at_desk(
     work: Callable[[Desk], Awaitable[Result]], config: Config, paths: Paths, browser: bool = True
@@ -22205,7 +22221,7 @@ def at_desk(
             client.close()
 
     try:
-        result = asyncio.run(run())
+        result = run_in_loop(run())
     except KeyboardInterrupt:
         print("\naiclient-api: stopped", file=sys.stderr)
         raise
