@@ -106,7 +106,6 @@ import marshal
 import math
 import os
 import re
-import shlex
 import stat
 import struct
 import zlib
@@ -154,6 +153,7 @@ if TYPE_CHECKING:
     import logging
     import plistlib
     import resource
+    import shlex
     import shutil
     import signal
     import socket
@@ -183,6 +183,7 @@ else:
     logging = lazy_module("logging")
     plistlib = lazy_module("plistlib")
     resource = lazy_module("resource")
+    shlex = lazy_module("shlex")
     shutil = lazy_module("shutil")
     signal = lazy_module("signal")
     socket = lazy_module("socket")
@@ -216,7 +217,7 @@ def run_in_loop(work: Coroutine[Any, Any, Result]) -> Result:
     """
     for module in (
         base64, concurrent.futures, difflib, dt, email.utils, fcntl, hashlib, hmac, ipaddress,
-        logging, resource, shutil, signal, socket, socketserver, sqlite3, ssl, subprocess,
+        logging, resource, shlex, shutil, signal, socket, socketserver, sqlite3, ssl, subprocess,
         tempfile, termios, threading, time, tomllib, urllib.parse, urllib.request,
     ):  # fmt: skip
         dir(module)
@@ -13325,7 +13326,9 @@ class LogFile:
 
     def open(self) -> None:
         """Opens the file at `path`; raises OSError, and goes on with the old one then."""
-        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        # Without waiting for whoever may read a FIFO some day.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+        handle = os.open(self.path, flags, 0o600)
         self.close()
         self.handle = handle
         if self.is_stderr:
@@ -20662,7 +20665,8 @@ def open_port(server: ServerConfig) -> list[socket.socket]:
         holder = find_port_holder(server.port) if error.errno == errno.EADDRINUSE else ""
         reason += f" by {holder}" if holder else ""
         where = f"{shown_host(server.host)}:{server.port}"
-        raise ProgramError(f"cannot listen on {where}: {reason}; try --port") from None
+        option = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
+        raise ProgramError(f"cannot listen on {where}: {reason}; try {option}") from None
 
 
 # 18.3 the process

@@ -173,7 +173,8 @@ def test_of_a_host_with_several_addresses_those_of_this_machine_will_do(machine:
         )  # fmt: skip
         return Done(done)
 
-    assert "other.test:0: Cannot assign requested address" in start("other.test").failure()
+    said = start("other.test").failure()
+    assert "other.test:0: Cannot assign requested address; try --host" in said
     assert start("both.test").status == 0
     port = machine.status()["url"].rpartition(":")[2]
     assert fetch({"url": f"http://127.0.0.1:{port}"}, "/healthz").status == 200
@@ -702,6 +703,21 @@ def test_a_running_gateway_is_not_lost_when_its_folder_is_opened_to_others(
 def test_folders_are_private_whatever_verb_makes_them(machine: Machine) -> None:
     assert machine.run("config", "set", "server.port", "0", umask=0).status == 0
     assert machine.run("start", umask=0).status == 0
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+@pytest.mark.parametrize("name", ["config.toml", "daemon.pid", "daemon.log"])
+def test_what_is_in_the_place_of_a_file_is_told_and_left(
+    machine: Machine, name: str, make: Callable[[Path], None]
+) -> None:
+    """It is not waited for, as whoever opens a FIFO does."""
+    folder = machine.config if name == "config.toml" else machine.state
+    folder.mkdir(parents=True, mode=0o700)
+    make(folder / name)
+    kind = (folder / name).stat().st_mode
+    said = machine.run("start", "--port", "0").failure()
+    assert str(folder / name) in said and said.count("\n") == 1
+    assert (folder / name).stat().st_mode == kind and machine.processes() == []
 
 
 # ---- bytecode ------------------------------------------------------------------------------------
