@@ -717,7 +717,9 @@ def test_what_is_in_the_place_of_a_file_is_told_and_left(
     kind = (folder / name).stat().st_mode
     said = machine.run("start", "--port", "0").failure()
     assert str(folder / name) in said and said.count("\n") == 1
-    assert (folder / name).stat().st_mode == kind and machine.processes() == []
+    assert (folder / name).stat().st_mode == kind
+    (folder / name).rename(machine.folder / "moved")
+    assert machine.processes() == []
 
 
 # ---- bytecode ------------------------------------------------------------------------------------
