@@ -707,7 +707,7 @@ def test_folders_are_private_whatever_verb_makes_them(machine: Machine) -> None:
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
 @pytest.mark.parametrize("name", ["config.toml", "daemon.pid", "daemon.log"])
-def test_what_is_in_the_place_of_a_file_is_told_and_left(
+def test_what_is_in_the_place_of_a_file_is_reported_and_left(
     machine: Machine, name: str, make: Callable[[Path], None]
 ) -> None:
     """It is not waited for, as whoever opens a FIFO does."""
