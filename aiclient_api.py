@@ -122,7 +122,7 @@ from collections.abc import (
     Mapping,
 )
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TextIO, TypeVar
+from typing import IO, TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TextIO, TypeVar
 
 
 def lazy_module(name: str) -> Any:
@@ -162,6 +162,7 @@ if TYPE_CHECKING:
     import plistlib
     import resource
     import select
+    import shlex
     import shutil
     import signal
     import socket
@@ -192,6 +193,7 @@ else:
     plistlib = lazy_module("plistlib")
     resource = lazy_module("resource")
     select = lazy_module("select")
+    shlex = lazy_module("shlex")
     shutil = lazy_module("shutil")
     signal = lazy_module("signal")
     socket = lazy_module("socket")
@@ -212,6 +214,25 @@ else:
     email.utils = lazy_module("email.utils")
     urllib.parse = lazy_module("urllib.parse")
     urllib.request = lazy_module("urllib.request")
+
+
+Result = TypeVar("Result")
+
+
+def run_in_loop(work: Coroutine[Any, Any, Result]) -> Result:
+    """`asyncio.run`, once all is loaded that the loop or its threads use late.
+
+    Two threads must not be the first to use a module: before Python 3.13 the lazy loader is not
+    thread-safe (gh-114763).
+    """
+    for module in (
+        base64, concurrent.futures, difflib, dt, email.utils, fcntl, hashlib, hmac, ipaddress,
+        logging, resource, shlex, shutil, signal, socket, socketserver, sqlite3, ssl, subprocess,
+        tempfile, termios, threading, time, tomllib, urllib.parse, urllib.request,
+    ):  # fmt: skip
+        dir(module)
+    return asyncio.run(work)
+
 
 __version__ = "0.1.0"
 
@@ -384,6 +405,7 @@ DEFAULT_LOG_LINES = 50
 MAX_CONTROL_BYTES = MIB
 CONTROL_SECONDS = 5.0  # for a whole frame to come or to be taken
 CONTROL_WORK_SECONDS = 90.0  # model lists and quotas are asked of the services
+CONTROL_ACCEPT_SECONDS = 0.5  # until a client is accepted that no descriptor was left for
 MAX_CONTROL_CLIENTS = 16
 MAX_SOCKET_PATH_BYTES = 103  # macOS 104 with the final zero, Linux 108
 
@@ -1526,11 +1548,14 @@ def apply_environment(config: Config, environ: dict[str, str]) -> None:
 
 
 def apply_flags(config: Config, flags: dict[str, str | None]) -> None:
-    """Flags that were given override everything; None is a flag that was not given."""
+    """Flags that were given override everything; None is a flag that was not given.
+
+    A gateway hands them to its successor, which may be of a version that has not all of them.
+    """
     slots = {key: (owner, name, kind) for key, owner, name, kind in setting_slots(config)}
     reader = ConfigReader("command line")
     for key, text in flags.items():
-        if text is not None:
+        if text is not None and key in slots:
             owner, name, kind = slots[key]
             flag = "--" + name.replace("_", "-")
             setattr(owner, name, reader.setting(flag, name, parse_setting(text, kind), kind))
@@ -13638,7 +13663,9 @@ class LogFile:
 
     def open(self) -> None:
         """Opens the file at `path`; raises OSError, and goes on with the old one then."""
-        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        # Without waiting for whoever may read a FIFO some day.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+        handle = os.open(self.path, flags, 0o600)
         self.close()
         self.handle = handle
         if self.is_stderr:
@@ -14855,27 +14882,48 @@ def wire_api_error(error: WireError) -> ApiError:
     return answer
 
 
+# What binding an address says that this machine has not, as asyncio's servers take it.
+NOT_OF_THIS_MACHINE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+
+
+def open_listener(family: int, kind: int, protocol: int, address: Any) -> socket.socket:
+    """A socket that listens on one address; raises OSError."""
+    listener = socket.socket(family, kind, protocol)
+    try:
+        if os.name == "posix":  # elsewhere it would let two gateways listen
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind(address)
+        listener.listen(LISTEN_BACKLOG)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
 def open_listeners(host: str, port: int) -> list[socket.socket]:
-    """Listening sockets on every address of `host`; port 0 is any free one.  Raises OSError."""
+    """Listening sockets on every address of `host` that this machine has, on one at least.
+
+    Port 0 is any free one.  Raises OSError, also where one of the addresses is taken.
+    """
     flags = socket.AI_PASSIVE
     found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=flags)
     listeners: list[socket.socket] = []
+    skipped = None
     try:
         for family, kind, protocol, _, address in dict.fromkeys(found):
             try:
-                listener = socket.socket(family, kind, protocol)
-            except OSError:
-                continue  # a family that this machine has not: the others may do
-            listeners.append(listener)
-            if os.name == "posix":  # elsewhere it would let two gateways listen
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            listener.bind((address[0], port, *address[2:]))
-            port = listener.getsockname()[1]
-            listener.listen(LISTEN_BACKLOG)
-        if not listeners:
-            raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
+                bound = (address[0], port, *address[2:])
+                listeners.append(open_listener(family, kind, protocol, bound))
+            except OSError as error:
+                if error.errno not in NOT_OF_THIS_MACHINE:
+                    raise
+                skipped = error
+            else:
+                port = listeners[-1].getsockname()[1]
+        if not listeners and skipped is not None:
+            raise skipped
     except BaseException:
         for listener in listeners:
             listener.close()
@@ -15092,10 +15140,72 @@ def find_paths(environ: dict[str, str]) -> Paths:
     return Paths(base("XDG_CONFIG_HOME", ".config"), base("XDG_STATE_HOME", ".local/state"))
 
 
+def check_owner(path: str, status: os.stat_result) -> None:
+    """Raises PermissionError where others than this user and root may have written to `path`.
+
+    Nothing is repaired: a chmod would not undo what has come in.
+    """
+    if not hasattr(os, "getuid"):
+        return  # Windows has no such modes
+    if status.st_uid not in (os.getuid(), 0):
+        raise PermissionError(errno.EPERM, f"{path} belongs to another user")
+    if status.st_mode & 0o022:
+        raise PermissionError(
+            errno.EPERM,
+            f"other users can write to {path}; check that all in it is yours, or move it away, "
+            f"and then run: chmod go-w {shlex.quote(path)}",
+        )
+
+
+def check_folder(folder: str) -> None:
+    """`check_owner` of a folder; nor may a folder above it let everybody replace it.
+
+    (Above it a group may write: `~/.local` is made so where each user has a group of its own.)
+    Where the path leads through links both the links and what they lead to count.  Raises OSError.
+    """
+    check_owner(folder, os.stat(folder))
+    for path in (os.path.abspath(folder), os.path.realpath(folder)):
+        while path != os.path.dirname(path):
+            path = os.path.dirname(path)
+            mode = os.stat(path).st_mode
+            if mode & 0o002 and not mode & stat.S_ISVTX and hasattr(os, "getuid"):
+                raise PermissionError(
+                    errno.EPERM,
+                    f"every user can replace what is in {path}; check that all in {folder} is "
+                    f"yours, and then run: chmod o-w {shlex.quote(path)}",
+                )
+
+
+def open_flags(*names: str) -> int:
+    """Flags of `os.open`; Windows does not have them all."""
+    return sum(getattr(os, name, 0) for name in names)
+
+
+def open_trusted(path: str, *flags: str) -> int:
+    """A descriptor of a plain file that only this user and root can have written; raises OSError.
+
+    All files of ours are opened here.  A link is followed unless `flags` has O_NOFOLLOW.
+    """
+    check_folder(os.path.dirname(path))
+    names = ("O_BINARY", "O_CLOEXEC", "O_NONBLOCK", *flags)  # without waiting for a FIFO's writer
+    handle = os.open(path, open_flags(*names), 0o600)
+    try:
+        status = os.fstat(handle)
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, "Is a directory, not a plain file")
+        if not stat.S_ISREG(status.st_mode):
+            raise PermissionError(errno.EPERM, "it is not a plain file")
+        check_owner(path, status)
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
 def load_config_text(where: str) -> str:
     """The configuration file, its line ends kept; "" where there is none.  Raises ConfigError."""
     try:
-        with open(where, encoding="utf-8", newline="") as file:
+        with os.fdopen(open_trusted(where, "O_RDONLY"), encoding="utf-8", newline="") as file:
             return file.read()
     except FileNotFoundError:
         return ""
@@ -15109,7 +15219,7 @@ def load_config(paths: Paths, environ: dict[str, str], flags: dict[str, str | No
     """File, environment and flags, the later over the earlier; raises ConfigError."""
     config = read_config_text(load_config_text(paths.config_file), paths.config_file)
     if config.api_keys or any(map(is_secret_setting, config.origins)):
-        with open(paths.config_file, "rb") as file:
+        with os.fdopen(open_trusted(paths.config_file, "O_RDONLY"), "rb") as file:
             make_private(file.fileno(), paths.config_file, "config_file_with_secrets")
     apply_environment(config, environ)
     apply_flags(config, flags)
@@ -15131,22 +15241,21 @@ def sign_in_command(kind: str, name: str) -> str:
 
 
 def make_private_dir(path: str) -> None:
-    """A folder that only its owner can enter; raises OSError, also where it is somebody else's."""
+    """A folder that only its owner can enter; raises OSError, also where others could write."""
     os.makedirs(path, mode=0o700, exist_ok=True)
-    status = os.stat(path)
-    if not hasattr(os, "getuid"):
-        return
-    if status.st_uid != os.getuid():
-        raise PermissionError(errno.EPERM, "its folder belongs to another user")
-    if status.st_mode & 0o077:
+    check_folder(path)
+    if hasattr(os, "getuid") and os.stat(path).st_mode & 0o077:
         os.chmod(path, 0o700)
 
 
 def replace_file(path: str, data: bytes) -> None:
     """Replaces a file at once and for good: 0600 from its first byte, never a half of it.
 
-    A link planted at `path` is replaced, not followed.  Raises OSError; the old file then stays.
+    A link planted at `path` is replaced, not followed; what is neither a link nor a plain file is
+    left alone.  Raises OSError; the old file then stays.
     """
+    if os.path.lexists(path) and not os.path.islink(path) and not os.path.isfile(path):
+        raise FileExistsError(errno.EEXIST, "something that is not a plain file is in its place")
     folder = os.path.dirname(path)
     handle, temporary = tempfile.mkstemp(prefix=".new-", dir=folder)  # 0600 whatever the umask
     try:
@@ -15215,12 +15324,13 @@ def change_provider(paths: Paths, environ: dict[str, str], name: str, enabled: s
 
 def open_state(paths: Paths) -> None:
     """Makes the state folder, private; raises ProgramError where it cannot be used."""
-    folder = paths.state_dir
-    hint = "set XDG_STATE_HOME to a folder of yours"
+    hint = "or set XDG_STATE_HOME to a folder of yours"
     try:
-        make_private_dir(folder)
+        make_private_dir(paths.state_dir)
+        if os.path.isdir(paths.bytecode_dir):
+            check_folder(paths.bytecode_dir)
     except OSError as error:
-        raise ProgramError(f"{folder}: cannot be used: {error.strerror}; {hint}") from None
+        raise ProgramError(f"{paths.state_dir}: cannot be used: {error.strerror}; {hint}") from None
 
 
 def save_private_json(path: str, value: Json) -> None:
@@ -15229,24 +15339,13 @@ def save_private_json(path: str, value: Json) -> None:
     replace_file(path, dump_json(value) + b"\n")
 
 
-def open_flags(*names: str) -> int:
-    """Flags of `os.open`; Windows does not have them all."""
-    return sum(getattr(os, name, 0) for name in names)
-
-
 def open_private(path: str) -> int:
-    """A descriptor of a plain file of this user's; raises OSError, also at a link.
+    """`open_trusted` for reading, without following a link; raises OSError.
 
     A file that others can read is closed to them, with a warning.
     """
-    flags = ("O_RDONLY", "O_BINARY", "O_CLOEXEC", "O_NONBLOCK", "O_NOFOLLOW")
-    handle = os.open(path, open_flags(*flags))
-    status = os.fstat(handle)
+    handle = open_trusted(path, "O_RDONLY", "O_NOFOLLOW")
     try:
-        if not stat.S_ISREG(status.st_mode):
-            raise PermissionError(errno.EPERM, "it is not a plain file")
-        if hasattr(os, "getuid") and status.st_uid not in (os.getuid(), 0):
-            raise PermissionError(errno.EPERM, "it belongs to another user")
         if close_to_others(handle):
             log_event("warning", "token_file_was_readable", path=path)
     except BaseException:
@@ -15289,18 +15388,21 @@ def lock_file(path: str) -> int | None:
     The kernel drops the lock when the last process that has it ends.  Raises OSError.
     """
     while True:
-        flags = open_flags("O_RDWR", "O_CREAT", "O_NOFOLLOW", "O_CLOEXEC")
-        handle = os.open(path, flags, 0o600)
+        handle = open_trusted(path, "O_RDWR", "O_CREAT", "O_NOFOLLOW")
+        is_ours = False
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(handle), os.stat(path, follow_symlinks=False)):
+            # Somebody may have removed or replaced it meanwhile: then it locks nothing.
+            is_ours = os.path.samestat(os.fstat(handle), os.stat(path, follow_symlinks=False))
+            if is_ours:
                 return handle
         except BlockingIOError:
-            os.close(handle)
             return None
         except FileNotFoundError:
-            pass
-        os.close(handle)  # somebody has removed or replaced it meanwhile: it locks nothing
+            continue
+        finally:
+            if not is_ours:
+                os.close(handle)
 
 
 class FileLock:
@@ -15429,19 +15531,17 @@ class TokenFile:
             self.unsaved = {}  # somebody has revoked it meanwhile
             return
         try:
-            kept = load_private_json(self.path) or {}
-        except Damaged:
-            keep_aside(self.path)
-            kept = {}
-        except ProgramError as error:
-            kept = {}
-            log_event("warning", "token_file_unusable", reason=error)
-        merged = {k: v for k, v in {**kept, **self.unsaved}.items() if v is not None}
-        try:
+            try:
+                kept = load_private_json(self.path) or {}
+            except Damaged:
+                keep_aside(self.path)
+                kept = {}
+            merged = {k: v for k, v in {**kept, **self.unsaved}.items() if v is not None}
             save_private_json(self.path, merged)
-        except OSError as error:
+        except (OSError, ProgramError) as error:  # a file that cannot be trusted is left alone
             self.save_again_at = time.monotonic() + SAVE_AGAIN_SECONDS
-            log_event("error", "token_not_saved", path=self.path, reason=error.strerror)
+            reason = getattr(error, "strerror", None) or str(error)
+            log_event("error", "token_not_saved", path=self.path, reason=reason)
             return
         self.unsaved = {}
         self.seen = self.identity()
@@ -15805,8 +15905,8 @@ class UsageStore:
             return self.connection
         self.close()
         make_private_dir(os.path.dirname(self.path))
-        flags = open_flags("O_RDWR", "O_CREAT", "O_NOFOLLOW", "O_CLOEXEC")
-        os.close(os.open(self.path, flags, 0o600))  # SQLite gives its other files the same mode
+        # SQLite gives its other files the same mode.
+        os.close(open_trusted(self.path, "O_RDWR", "O_CREAT", "O_NOFOLLOW"))
         connection = sqlite3.connect(
             self.path, timeout=self.busy_s, isolation_level=None, check_same_thread=False
         )
@@ -17810,7 +17910,7 @@ class KiroProvider:
     async def settle(self) -> None:
         """Waits for a refresh: its rotated token comes only once."""
         if self.account.tasks:
-            await asyncio.wait(self.account.tasks, timeout=SETTLE_SECONDS)
+            await asyncio.wait(self.account.tasks)
 
     def close(self) -> None:
         """Ends whatever runs in the background but a refresh."""
@@ -20861,7 +20961,7 @@ class Launch:
     """What a gateway process begins with, and hands to the process that replaces it."""
 
     #: of the command line; the key may be among them: never in argv or in a file
-    flags: dict[str, str | None] = field(repr=False)
+    flags: dict[str, str | None] = field(default_factory=dict, repr=False)
     #: how the program was called, for words that say what to type
     program: str = "aiclient-api"
     #: "" = standard error
@@ -20895,10 +20995,10 @@ def open_lock(path: str) -> int | None:
         return -1
     try:
         handle = lock_file(path)
+        if handle is not None:
+            os.ftruncate(handle, 0)  # the last daemon's number must not be taken for ours
     except OSError as error:
         raise ProgramError(f"{path}: cannot be used as the lock: {error.strerror}") from None
-    if handle is not None:
-        os.ftruncate(handle, 0)  # the last daemon's number must not be taken for ours
     return handle
 
 
@@ -20913,29 +21013,36 @@ def take_lock(path: str) -> int | None:
 
 
 def is_locked(path: str) -> bool:
-    """Whether a daemon lives."""
+    """Whether a daemon lives; raises ProgramError where the file cannot be trusted."""
     if fcntl is None:
         return False
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        handle = open_trusted(path, "O_RDONLY", "O_NOFOLLOW")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        finally:
+            os.close(handle)
     except BlockingIOError:
         return True
-    finally:
-        os.close(handle)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise ProgramError(f"{path}: cannot be used as the lock: {error.strerror}") from None
     return False
 
 
 def read_pid_file(path: str) -> tuple[int, str]:
-    """(process id, path of the control socket); (0, "") where it names none that may be asked."""
+    """(process id, path of the control socket); (0, "") where it names none that may be asked.
+
+    Raises ProgramError where the file cannot be trusted.
+    """
     try:
-        with open(path, "rb") as file:
+        with os.fdopen(open_trusted(path, "O_RDONLY", "O_NOFOLLOW"), "rb") as file:
             lines = os.fsdecode(file.read(4096)).split("\n")
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return 0, ""
+    except OSError as error:
+        raise ProgramError(f"{path}: cannot be read: {error.strerror}") from None
     pid = int(lines[0]) if re.fullmatch(r"[0-9]{1,10}", lines[0]) else 0
     return (pid, lines[1]) if pid > 1 and pid != os.getpid() and len(lines) > 2 else (0, "")
 
@@ -21058,43 +21165,106 @@ def open_port(server: ServerConfig) -> list[socket.socket]:
         holder = find_port_holder(server.port) if error.errno == errno.EADDRINUSE else ""
         reason += f" by {holder}" if holder else ""
         where = f"{shown_host(server.host)}:{server.port}"
-        raise ProgramError(f"cannot listen on {where}: {reason}; try --port") from None
+        option = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
+        raise ProgramError(f"cannot listen on {where}: {reason}; try {option}") from None
 
 
 # 18.3 the process
 
-# A process that lives long runs this file from cached bytecode.  To compile it takes a quarter of
-# a second, and 30 MiB that are never given back: a child does that where it must be done.  And
-# the flags of `start`, the key among them, are not in the arguments that every user can list.
+# A background process runs bytecode: to compile this file takes half a second, and 30 MiB that are
+# never given back.  Whoever starts it reads the file and hands over the bytecode of just what was
+# read, so what runs is what `--version` hashes.  The Launch comes behind it: the flags of `start`,
+# the key among them, are not in the arguments that every user can list.
 LAUNCHER = """\
-import importlib.machinery, os, sys, types
-file, cache = sys.argv[1:]
-loader = importlib.machinery.SourceFileLoader("aiclient_api", file)
-kept, sys.pycache_prefix = sys.pycache_prefix, cache
-child = os.fork()
-if child:
-    os.waitpid(child, 0)
-code = loader.get_code("aiclient_api")
-if not child:
-    os._exit(0)
-sys.pycache_prefix = kept
+import marshal, os, sys, types
+file, size = sys.argv[1], int(sys.argv[2])
+data = bytearray()
+while len(data) < size:
+    data += os.read(0, size - len(data)) or sys.exit("the program did not arrive")
+code = marshal.loads(data)
+del data
 module = sys.modules["aiclient_api"] = types.ModuleType("aiclient_api")
 module.__file__ = file
 exec(code, module.__dict__)
 sys.exit(module.main_detached())
 """
+COMPILER = """\
+import marshal, sys
+code = compile(sys.stdin.buffer.read(), sys.argv[1], "exec", dont_inherit=True)
+sys.stdout.buffer.write(marshal.dumps(code))
+"""
 
 
-def detached_command(paths: Paths) -> list[str]:
-    """The command of a process that waits for its Launch."""
-    file = os.path.realpath(__file__)
-    return [sys.executable, "-I", "-c", LAUNCHER, file, paths.bytecode_dir]
+def program_file() -> str:
+    """The path of this file."""
+    return os.path.realpath(__file__)
+
+
+def detached_command(bytecode: bytes) -> list[str]:
+    """The command of a process that waits for `bytecode`, and then for its Launch."""
+    return [sys.executable, "-I", "-c", LAUNCHER, program_file(), str(len(bytecode))]
+
+
+def compile_program(source: bytes) -> bytes:
+    """The bytecode of this file, made by another process; raises ProgramError."""
+    command = [sys.executable, "-I", "-c", COMPILER, program_file()]
+    try:
+        done = subprocess.run(command, input=source, capture_output=True, check=False)
+    except OSError as error:
+        raise ProgramError(f"{sys.executable}: cannot be run: {error.strerror}") from None
+    if done.returncode:
+        last_line = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
+        reason = last_line or f"exit status {done.returncode}"
+        raise ProgramError(f"{program_file()}: cannot be compiled: {reason}")
+    return done.stdout
+
+
+def hash_bytecode(source: bytes, bytecode: bytes) -> bytes:
+    """What ties bytecode to the source it was made from, and to the Python that made it."""
+    digest = hashlib.sha256(importlib.util.MAGIC_NUMBER + os.fsencode(program_file()))
+    digest.update(source)
+    digest.update(bytecode)
+    return digest.digest()
+
+
+def load_bytecode(paths: Paths) -> bytes:
+    """This file as it is now, compiled; raises ProgramError.
+
+    The state folder keeps it behind its hash.  Where that does not match, because the bytecode is
+    old, torn or another Python's, the file is compiled and the bytecode replaced.
+    """
+    path = os.path.join(paths.bytecode_dir, f"aiclient_api.{sys.implementation.cache_tag}.pyc")
+    try:
+        with open(program_file(), "rb") as file:
+            source = file.read()
+    except OSError as error:
+        raise ProgramError(f"{program_file()}: cannot be read: {error.strerror}") from None
+    try:
+        with os.fdopen(open_trusted(path, "O_RDONLY", "O_NOFOLLOW"), "rb") as file:
+            digest, bytecode = file.read(hashlib.sha256().digest_size), file.read()
+        if digest == hash_bytecode(source, bytecode):
+            return bytecode
+    except FileNotFoundError:
+        pass  # the first start
+    except OSError as error:
+        log_event("warning", "bytecode_unusable", path=path, reason=error.strerror)
+    bytecode = compile_program(source)
+    try:
+        make_private_dir(paths.bytecode_dir)
+        if os.path.isdir(path):
+            keep_aside(path)
+        replace_file(path, hash_bytecode(source, bytecode) + bytecode)
+    except OSError as error:
+        log_event("warning", "bytecode_not_saved", path=path, reason=error.strerror)
+    return bytecode
 
 
 def read_launch() -> Launch:
     """The Launch on standard input, which then leads nowhere, as standard output does."""
     with os.fdopen(os.dup(0), "rb") as file:
-        launch = Launch(**json.loads(file.read()))
+        given = json.loads(file.read())
+    known = [item.name for item in fields(Launch)]  # another version may know others
+    launch = Launch(**{name: given[name] for name in known if name in given})
     sys.argv[:] = [launch.program]
     nowhere = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1):
@@ -21105,12 +21275,12 @@ def read_launch() -> Launch:
     return launch
 
 
-def hand_over(handle: int, launch: Launch) -> None:
-    """Writes the Launch into the standard input of a process, and closes that."""
+def send_launch(stdin: IO[bytes], bytecode: bytes, launch: Launch) -> None:
+    """Writes both into the standard input of a process, and closes that."""
     data = dump_json({item.name: getattr(launch, item.name) for item in fields(launch)})
     try:
-        with os.fdopen(handle, "wb") as pipe:
-            pipe.write(data)
+        with stdin:
+            stdin.write(bytecode + data)
     except BrokenPipeError:
         pass  # it has ended: that it says nothing tells
 
@@ -21131,6 +21301,7 @@ def fork_daemon(launch: Launch, paths: Paths, errors: int) -> None:
     Two forks: the process has no terminal and can never get one.  It must be called while there
     is one thread only and no event loop.
     """
+    bytecode = load_bytecode(paths)
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -21142,12 +21313,12 @@ def fork_daemon(launch: Launch, paths: Paths, errors: int) -> None:
                 os.dup2(errors, 1)
                 os.dup2(errors, 2)
                 keep_descriptors(launch.descriptors())
-                command = detached_command(paths)
+                command = detached_command(bytecode)
                 os.execv(command[0], command)
         finally:
             os._exit(1)
     os.close(reader)
-    hand_over(writer, launch)
+    send_launch(os.fdopen(writer, "wb"), bytecode, launch)
     os.waitpid(child, 0)
 
 
@@ -21183,11 +21354,11 @@ def notify_manager(words: str) -> None:
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-        try:
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             sender.sendto(words.encode(), re.sub(r"^@", "\0", address))
-        except OSError as error:
-            log_event("warning", "service_manager_not_told", reason=error.strerror)
+    except OSError as error:
+        log_event("warning", "service_manager_not_told", reason=error.strerror)
 
 
 def raise_descriptor_limit() -> None:
@@ -21218,11 +21389,22 @@ def count_open_files() -> int | None:
 
 
 @dataclass(slots=True)
-class Leaving:
+class RetiredGateway:
     """What a reload has replaced, and the requests that still use it."""
 
     requests: list[Request]
-    closers: list[Callable[[], None]]
+    providers: list[Provider]
+    #: the HTTP client, where a reload has replaced that as well
+    client: HttpClient | None
+    #: the providers come to rest, once no request uses them any more
+    settling: asyncio.Future[Any] | None = None
+
+    def close(self) -> None:
+        """Ends what runs in the background, and closes the connections."""
+        for provider in self.providers:
+            provider.close()
+        if self.client is not None:
+            self.client.close()
 
 
 class Daemon:
@@ -21248,7 +21430,7 @@ class Daemon:
         )
         self.started_at = time.time()
         self.port = 0
-        self.leaving: list[Leaving] = []
+        self.retired: list[RetiredGateway] = []
         #: serving, restarting, replaced (a successor has taken over) or stopping
         self.state = "serving"
         self.ending = asyncio.Event()
@@ -21282,17 +21464,14 @@ class Daemon:
         if self.state == "replaced":
             await self.server.retire(RETIRE_SECONDS)
         await self.server.drain(self.config.server.drain_seconds)
-        settling = [p.settle() for p in self.gateway.providers.values()]
-        await asyncio.gather(self.ledger.close(), *settling)
-        for entry in self.leaving:
-            self.close_all(entry.closers)
-        self.close_all([p.close for p in self.gateway.providers.values()] + [self.client.close])
-
-    @staticmethod
-    def close_all(closers: list[Callable[[], None]]) -> None:
-        """Calls each of them."""
-        for close in closers:
-            close()
+        current = RetiredGateway([], list(self.gateway.providers.values()), self.client)
+        retired = [*self.retired, current]
+        settling = [asyncio.ensure_future(p.settle()) for entry in retired for p in entry.providers]
+        await self.ledger.close()
+        if settling:
+            await asyncio.wait(settling, timeout=SETTLE_SECONDS)
+        for entry in retired:
+            entry.close()
 
     # -- signals
 
@@ -21350,9 +21529,7 @@ class Daemon:
         new.server.host, new.server.port = self.config.server.host, self.config.server.port
         check_exposure(new)
         old, self.config = self.config, new
-        closers = self.exchange_gateway(old)
-        in_flight = [c.request for c in self.server.connections if c.request is not None]
-        self.leaving.append(Leaving(in_flight, closers))
+        self.retired.append(self.exchange_gateway(old))
         self.ticker.add(self.sweep)
         set_log_level(new.logging.level)
         log_event("info", "configuration_reloaded", changed=",".join(changed) or "none")
@@ -21360,8 +21537,8 @@ class Daemon:
             log_event("warning", "restart_needed", keys=",".join(pinned))
         return {"changed": changed, "needs_restart": [] if self.launch.activated else pinned}
 
-    def exchange_gateway(self, old: Config) -> list[Callable[[], None]]:
-        """Makes the next request go to a new gateway; returns what closes parts of the old one."""
+    def exchange_gateway(self, old: Config) -> RetiredGateway:
+        """Makes the next request go to a new gateway; returns what the new one does without."""
         gateway, client, new = self.gateway, self.client, self.config
         kept = {}
         if old.network == new.network:
@@ -21376,18 +21553,23 @@ class Daemon:
         self.server.config = new.server
         self.server.handler = self.gateway.handler
         self.server.write_error = self.gateway.write_error
-        closers = [p.close for name, p in gateway.providers.items() if name not in kept]
-        return closers if client is self.client else [*closers, client.close]
+        return RetiredGateway(
+            [c.request for c in self.server.connections if c.request is not None],
+            [provider for name, provider in gateway.providers.items() if name not in kept],
+            None if client is self.client else client,
+        )
 
     def sweep(self, now: float) -> None:
-        """Closes what no request uses any more."""
+        """Closes what no request uses any more, once its providers have come to rest."""
         current = {connection.request for connection in self.server.connections}
-        for entry in list(self.leaving):
+        for entry in list(self.retired):
             entry.requests = [request for request in entry.requests if request in current]
-            if not entry.requests:
-                self.leaving.remove(entry)
-                self.close_all(entry.closers)
-        if not self.leaving:
+            if not entry.requests and entry.settling is None:
+                entry.settling = asyncio.gather(*(p.settle() for p in entry.providers))
+            if entry.settling is not None and entry.settling.done():
+                self.retired.remove(entry)
+                entry.close()
+        if not self.retired:
             self.ticker.discard(self.sweep)
 
     # -- restart
@@ -21417,34 +21599,33 @@ class Daemon:
             raise ProgramError(f"the old gateway goes on: {report['error']}")
         self.state = "replaced"
         os.close(self.launch.lock)  # the successor holds it now
-        log_event("info", "replaced", by=report["pid"])
+        log_event("info", "replaced", by=report.get("pid"))
         self.ending.set()
         return report
 
     def start_successor(self) -> Json:
         """Starts another process on the same sockets and waits for its report (in a thread)."""
-        reader, report_writer = os.pipe()
-        launch_reader, launch_writer = os.pipe()
-        launch = replace(self.launch, report=report_writer)
-        try:
-            child = subprocess.Popen(
-                detached_command(self.paths),
-                stdin=launch_reader,
-                stdout=subprocess.DEVNULL,
-                pass_fds=launch.descriptors(),
-                start_new_session=True,
-                cwd="/",
-            )
-        except OSError as error:
-            os.close(reader)
-            os.close(launch_writer)
-            return {"error": f"no new process could be started: {error.strerror}"}
-        finally:
-            os.close(report_writer)
-            os.close(launch_reader)
-        hand_over(launch_writer, launch)
-        report = read_report(reader, START_SECONDS)
-        os.close(reader)
+        with contextlib.ExitStack() as descriptors:
+            try:
+                bytecode = load_bytecode(self.paths)
+                reader, report_writer = os.pipe()
+                descriptors.callback(os.close, reader)
+                with os.fdopen(report_writer, "wb"):
+                    launch = replace(self.launch, report=report_writer)
+                    child = subprocess.Popen(
+                        detached_command(bytecode),
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.DEVNULL,
+                        pass_fds=launch.descriptors(),
+                        start_new_session=True,
+                        cwd="/",
+                    )
+            except (OSError, ProgramError) as error:
+                reason = getattr(error, "strerror", None) or str(error)
+                return {"error": f"no new process could be started: {reason}"}
+            assert child.stdin is not None
+            send_launch(child.stdin, bytecode, launch)
+            report = read_report(reader, START_SECONDS)
         if report is None or "error" in report:
             child.kill()
             child.wait()
@@ -21561,6 +21742,23 @@ def find_peer_user(peer: socket.socket) -> int | None:
     return int(struct.unpack_from("II", peer.getsockopt(0, option, 76))[1])
 
 
+def is_trusted_peer(peer: socket.socket) -> bool:
+    """Whether this user, or root, is at the other end; False too where it has gone."""
+    try:
+        return find_peer_user(peer) in (None, 0, os.getuid())
+    except OSError:
+        return False
+
+
+def check_socket(path: str) -> None:
+    """Raises OSError where anything but a socket of this user is at `path`: it would be lost."""
+    if os.path.lexists(path):
+        status = os.lstat(path)
+        if not stat.S_ISSOCK(status.st_mode) or status.st_uid != os.getuid():
+            reason = f"{path} is not a socket of this user; move it away"
+            raise FileExistsError(errno.EEXIST, reason)
+
+
 def check_private(folder: str) -> None:
     """Makes a folder that nobody else can enter; raises ProgramError where it is not just that.
 
@@ -21573,7 +21771,11 @@ def check_private(folder: str) -> None:
     except OSError as error:
         raise ProgramError(f"{folder}: cannot be used: {error.strerror}") from None
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
-        raise ProgramError(f"{folder}: is not a private folder of this user")
+        raise ProgramError(f"{folder}: is not a private folder of this user; move it away")
+    try:
+        check_folder(folder)
+    except OSError as error:
+        raise ProgramError(f"{folder}: cannot be used: {error.strerror}") from None
 
 
 def choose_socket_path(paths: Paths, environ: dict[str, str]) -> str:
@@ -21609,13 +21811,12 @@ class ControlServer:
             """One client, any number of messages."""
 
             def handle(self) -> None:
-                try:
-                    while (data := read_frame(self.request, CONTROL_SECONDS)) is not None:
-                        write_frame(self.request, answer(data))
-                except NoFrame as error:
-                    write_frame(self.request, {"ok": False, "error": str(error)})
-                except OSError:
-                    pass  # gone, or too slow: it had its time
+                with contextlib.suppress(OSError):  # gone, or too slow: it had its time
+                    try:
+                        while (data := read_frame(self.request, CONTROL_SECONDS)) is not None:
+                            write_frame(self.request, answer(data))
+                    except NoFrame as error:
+                        write_frame(self.request, {"ok": False, "error": str(error)})
 
         class Listener(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
             """A thread for each client, up to a number."""
@@ -21623,14 +21824,25 @@ class ControlServer:
             daemon_threads = True
             request_queue_size = 4 * MAX_CONTROL_CLIENTS
 
+            def get_request(self) -> tuple[Any, Any]:
+                try:
+                    return super().get_request()
+                except OSError:  # the client goes on waiting, and the socket goes on being ready
+                    time.sleep(CONTROL_ACCEPT_SECONDS)
+                    raise
+
             def verify_request(self, request: Any, client_address: Any) -> bool:
-                return find_peer_user(request) in (None, 0, os.getuid())
+                return is_trusted_peer(request)
 
             def process_request(self, request: Any, client_address: Any) -> None:
-                if slots.acquire(blocking=False):
-                    super().process_request(request, client_address)
-                else:
+                if not slots.acquire(blocking=False):
                     self.shutdown_request(request)
+                    return
+                try:
+                    super().process_request(request, client_address)
+                except BaseException:  # no thread could be started that would release it
+                    slots.release()
+                    raise
 
             def process_request_thread(self, request: Any, client_address: Any) -> None:
                 try:
@@ -21642,15 +21854,21 @@ class ControlServer:
                 logging.getLogger("aiclient-api").exception("a control client failed")
 
         new = path + SOCKET_SUFFIX
-        if os.path.lexists(new):
+        for place in (path, new):
+            check_socket(place)
+        with contextlib.suppress(FileNotFoundError):
             os.unlink(new)
         before = os.umask(0o177)
         try:
             self.server = Listener(new, Channel)
         finally:
             os.umask(before)
-        self.identity = os.stat(new).st_ino
-        os.replace(new, path)
+        try:
+            self.identity = os.stat(new).st_ino
+            os.replace(new, path)
+        except BaseException:
+            self.server.server_close()
+            raise
         # It ends with the process: an end of its own would need it to wake up all the time.
         serving = functools.partial(self.server.serve_forever, poll_interval=3600)
         threading.Thread(target=serving, daemon=True).start()
@@ -21839,6 +22057,8 @@ def ask_daemon(
             try:
                 peer.settimeout(CONTROL_SECONDS)
                 peer.connect(path)
+                if not is_trusted_peer(peer):
+                    raise ProgramError(f"{path}: another user answers there")
                 write_frame(peer, {"method": method, "params": params or {}})
                 data = read_frame(peer, seconds)
             except (OSError, NoFrame) as error:
@@ -22333,7 +22553,7 @@ def main_detached() -> int:
         paths = find_paths(environ)
         config = load_config(paths, environ, launch.flags)
         listeners = launch_listeners(launch, config)
-        return asyncio.run(serve(launch, paths, config, listeners, report))
+        return run_in_loop(serve(launch, paths, config, listeners, report))
     except ProgramError as error:
         write_report(handle, {"error": str(error)})  # whose end is that of this process
         return error.exit_status
@@ -22345,9 +22565,9 @@ def await_daemon(paths: Paths) -> Json | None:
     while True:
         try:
             status = ask_daemon(paths, "status", seconds=CONTROL_SECONDS)
-            if status["state"] != "stopping":
+            if status.get("state") != "stopping":
                 return status
-            problem = ProgramError(f"process {status['pid']} is still stopping; see: status")
+            problem = ProgramError(f"process {status.get('pid')} is still stopping; see: status")
         except NotRunning:
             return None
         except ProgramError as error:
@@ -22392,14 +22612,14 @@ def start_detached(launch: Launch, paths: Paths) -> int:
     """Starts the gateway in the background and waits until it answers; raises ProgramError."""
     log = launch.log_file
     try:
-        errors = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        log_file = start_log("info", log)
     except OSError as error:
         raise ProgramError(f"{log}: the log cannot be written: {error.strerror}") from None
-    make_private(errors, log, "log")
-    begin = os.fstat(errors).st_size
+    assert log_file is not None
+    begin = log_file.size
     reader, launch.report = os.pipe()
-    fork_daemon(launch, paths, errors)
-    for number in (errors, *launch.descriptors()):
+    fork_daemon(launch, paths, log_file.handle)
+    for number in launch.descriptors():
         os.close(number)
     status = read_report(reader, START_SECONDS)
     if status is None or "error" in status:
@@ -22440,7 +22660,6 @@ def cmd_start(options: argparse.Namespace) -> int:
         raise WrongUsage("this system has no background here; use: start --foreground")
     if hasattr(os, "fork"):
         hide_key(options)
-    os.umask(0o077)
     environ = make_environ()
     paths = find_paths(environ)
     flags = {
@@ -22475,7 +22694,7 @@ def cmd_start(options: argparse.Namespace) -> int:
         print_ready(status)
         return True
 
-    return asyncio.run(serve(launch, paths, config, listeners, report))
+    return run_in_loop(serve(launch, paths, config, listeners, report))
 
 
 def cmd_stop(options: argparse.Namespace) -> int:
@@ -22515,8 +22734,6 @@ def cmd_restart(options: argparse.Namespace) -> int:
 
 # 20.3 accounts
 
-Result = TypeVar("Result")
-
 
 def at_desk(
     work: Callable[[Desk], Awaitable[Result]], config: Config, paths: Paths, browser: bool = True
@@ -22537,7 +22754,7 @@ def at_desk(
             client.close()
 
     try:
-        result = asyncio.run(run())
+        result = run_in_loop(run())
     except KeyboardInterrupt:
         print("\naiclient-api: stopped", file=sys.stderr)
         raise
@@ -22547,8 +22764,7 @@ def at_desk(
 
 
 def load_desk() -> tuple[Config, Paths]:
-    """(configuration, paths) of a command about accounts, whose files nobody else can read."""
-    os.umask(0o077)
+    """(configuration, paths) of a command about accounts."""
     paths = find_paths(dict(os.environ))
     config = load_config(paths, dict(os.environ), {})
     start_log("warning")
@@ -22804,7 +23020,7 @@ def cmd_provider_disable(options: argparse.Namespace) -> int:
 def find_log(paths: Paths) -> str:
     """The file that the gateway logs to; raises ProgramError where it has none."""
     try:
-        path = ask_daemon(paths, "status", seconds=CONTROL_SECONDS)["log_file"]
+        path = ask_daemon(paths, "status", seconds=CONTROL_SECONDS).get("log_file")
     except ProgramError:
         return paths.log_file
     if path is None:
@@ -22857,10 +23073,23 @@ SERVICE_NAME = "aiclient-api"
 
 
 def quote_unit(text: str) -> str:
-    """An argument in a systemd unit, where `%`, `$` and backslashes mean something."""
-    for mark, escaped in (("\\", "\\\\"), ('"', '\\"'), ("%", "%%"), ("$", "$$")):
-        text = text.replace(mark, escaped)
-    return f'"{text}"'
+    """A value in a systemd unit, where `%`, quotes and backslashes mean something.
+
+    Variables are expanded in commands only: see `unit_command`.
+    """
+    text = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda m: f"\\x{ord(m[0]):02x}", text) + '"'
+
+
+def unit_command(command: list[str]) -> str:
+    """A command in a systemd unit (systemd.service(5), "Command lines").
+
+    Variables are expanded in its arguments and in argv[0], but not in the path that is run.
+    """
+    words = [quote_unit(word).replace("$", "$$") for word in command]
+    if "$" in command[0]:
+        words.insert(0, "@" + quote_unit(command[0]))
+    return " ".join(words)
 
 
 def service_command(*words: str) -> list[str]:
@@ -22876,8 +23105,8 @@ def service_environment(environ: dict[str, str]) -> dict[str, str]:
 
 def systemd_unit(environ: dict[str, str]) -> str:
     """The user unit.  A restart by `aiclient-api restart` changes its main process."""
-    start = " ".join(map(quote_unit, service_command("start", "--foreground")))
-    reload = " ".join(map(quote_unit, service_command("config", "reload")))
+    start = unit_command(service_command("start", "--foreground"))
+    reload = unit_command(service_command("config", "reload"))
     settings = service_environment(environ).items()
     lines = [f"Environment={quote_unit(f'{name}={value}')}\n" for name, value in settings]
     return (
@@ -22901,7 +23130,10 @@ def launchd_agent(environ: dict[str, str]) -> str:
         "RunAtLoad": True,
         "KeepAlive": {"SuccessfulExit": False},
     }
-    return str(plistlib.dumps(agent).decode())
+    try:
+        return str(plistlib.dumps(agent).decode())
+    except ValueError as error:  # control characters, or bytes that are no text
+        raise ProgramError(f"a path of this gateway cannot be told to launchd: {error}") from None
 
 
 class ServiceManager(NamedTuple):
@@ -22968,9 +23200,9 @@ def cmd_service_install(options: argparse.Namespace) -> int:
     if shutil.which(manager.install[0][0]) is None:
         raise ProgramError(f"there is no {manager.install[0][0]} here; see: service print")
     try:
-        os.makedirs(os.path.dirname(manager.path), exist_ok=True)
-        with open(manager.path, "w", encoding="utf-8") as file:
-            file.write(manager.text)
+        path = os.path.realpath(manager.path)  # a link, as people keep such files elsewhere
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        replace_file(path, os.fsencode(manager.text))
     except OSError as error:
         raise ProgramError(f"{manager.path}: cannot be written: {error.strerror}") from None
     run_manager(manager.install)
@@ -22984,7 +23216,10 @@ def cmd_service_uninstall(options: argparse.Namespace) -> int:
     if not os.path.lexists(manager.path):
         raise ProgramError(f"{manager.path} is not there: nothing is installed")
     run_manager(manager.remove)
-    os.unlink(manager.path)
+    try:
+        os.unlink(manager.path)
+    except OSError as error:
+        raise ProgramError(f"{manager.path}: cannot be removed: {error.strerror}") from None
     tell(f"removed {manager.path}")
     return 0
 
@@ -23294,6 +23529,7 @@ def open_standard_streams() -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command: 0 done, 1 failed, 2 wrong usage, 3 the gateway is not running."""
     open_standard_streams()
+    os.umask(0o077)  # of all that it makes
     options = make_parser().parse_args(arguments)
     try:
         if options.version:

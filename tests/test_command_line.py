@@ -543,16 +543,41 @@ def test_the_unit_is_one_that_systemd_understands(machine: Machine) -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("there is no systemd-analyze here")
     path = machine.folder / "aiclient-api.service"
-    path.write_text(gw.systemd_unit(machine.env))
+    odd = {"XDG_STATE_HOME": '/home/a$b %h "q"\\n\n'}
+    path.write_text(gw.systemd_unit({**machine.env, **odd}))
     done = subprocess.run(
         ["systemd-analyze", "verify", "--user", "--man=no", str(path)],
-        capture_output=True, text=True, timeout=60, check=False, env=machine.env,
+        capture_output=True, text=True, timeout=60, check=False,
+        env={**machine.env, "XDG_RUNTIME_DIR": str(machine.folder)},
     )  # fmt: skip
     assert "aiclient-api.service:" not in done.stderr, done.stderr
 
 
 def test_marks_in_paths_mean_nothing_to_systemd() -> None:
-    assert gw.quote_unit('/a b/%h/$x/"q"\\') == '"/a b/%%h/$$x/\\"q\\"\\\\"'
+    unit = gw.systemd_unit({"XDG_STATE_HOME": '/a b/%h/$x/"q"\\\n'})
+    assert 'Environment="XDG_STATE_HOME=/a b/%%h/$x/\\"q\\"\\\\\\x0a"\n' in unit
+    assert gw.unit_command(["/py", "/$x/%h"]) == '"/py" "/$$x/%%h"'
+    # What is run is not expanded, what it is called is.
+    assert gw.unit_command(["/$x/py", "a"]) == '@"/$x/py" "/$$x/py" "a"'
+
+
+@pytest.mark.parametrize("manager", ["systemd", "launchd"])
+def test_a_path_that_is_no_text_or_no_file_ends_in_a_sentence(
+    machine: Machine, manager: str
+) -> None:
+    fake_manager(machine, "systemctl")
+    fake_manager(machine, "launchctl")
+    machine.env["XDG_STATE_HOME"] += "/\udcff"
+    done = machine.run("service", "install", "--manager", manager)
+    assert "Traceback" not in done.err and done.status == (manager == "launchd"), done
+    machine.env["XDG_STATE_HOME"] = str(machine.folder / "state")
+    assert machine.run("service", "install", "--manager", manager).status == 0
+    path = Path(re.findall("installed (.*)", machine.run("service", "install", "--manager",
+                                                         manager).out)[0])  # fmt: skip
+    path.unlink()
+    (path / "inside").mkdir(parents=True)
+    for verb in ("install", "uninstall"):
+        assert str(path) in machine.run("service", verb, "--manager", manager).failure()
 
 
 def test_a_launchd_agent_is_installed_and_removed(machine: Machine) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from machine import Machine, echo, fetch, read_frame, send_frame, wait_until
+from machine import Machine, connect, echo, fetch, read_frame, send_frame, wait_until
 
 import aiclient_api as gw
 
@@ -200,6 +203,79 @@ def test_requests_are_served_while_the_channel_is_hammered(running: Machine) -> 
     for thread in hammers:
         thread.join(20)
     assert asked and all(asked)
+
+
+def ask_path(path: Path) -> Any:
+    """The answer of whoever serves the socket at `path`; EOFError where it hangs up."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
+        peer.settimeout(30)
+        peer.connect(str(path))
+        try:
+            send_frame(peer, {"method": "status"})
+            return read_frame(peer)
+        except (BrokenPipeError, ConnectionResetError):
+            raise EOFError from None
+
+
+def test_clients_that_no_thread_could_be_started_for_take_no_room(tmp_path: Path) -> None:
+    server = gw.ControlServer(str(tmp_path / "control"), lambda _: {"ok": True})
+    threading.stack_size(1 << 47)  # more than there are addresses: no thread can be started
+    try:
+        for _ in range(gw.MAX_CONTROL_CLIENTS + 1):
+            with pytest.raises(EOFError):
+                ask_path(tmp_path / "control")
+    finally:
+        threading.stack_size(0)
+    assert ask_path(tmp_path / "control") == {"ok": True}
+    server.close()
+
+
+def few_files() -> None:
+    """No process may have more than 50 files open."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (50, 50))
+
+
+def cpu_s(pid: int) -> float:
+    """Seconds of CPU that a process has used."""
+    figures = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(figures[11]) + int(figures[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc")
+def test_a_gateway_without_descriptors_waits_for_some_and_does_not_spin() -> None:
+    with Machine() as machine, contextlib.ExitStack() as held:
+        assert machine.run("start", "--port", "0", preexec_fn=few_files).status == 0
+        status = machine.status()
+        clients = [held.enter_context(connect(status)) for _ in range(60)]
+        wait_until(lambda: "no_more_files" in machine.log())
+        peers = [held.enter_context(machine.control()) for _ in range(2)]
+        before = cpu_s(status["pid"])
+        peers[0].settimeout(1)
+        with pytest.raises(TimeoutError):  # nobody can be accepted meanwhile
+            peers[0].recv(1)
+        assert cpu_s(status["pid"]) - before < 0.2
+        for client in clients:
+            client.close()
+        send_frame(peers[1], {"method": "status"})
+        assert read_frame(peers[1])["ok"]
+
+
+# ---- whose socket it is --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["daemon.sock", "daemon.sock.new"])
+def test_only_a_socket_is_replaced_by_the_control_socket(name: str) -> None:
+    with Machine() as machine:
+        machine.state.mkdir(parents=True, mode=0o700)
+        path = machine.state / name
+        path.write_text("precious")
+        said = machine.run("start", "--port", "0").failure()
+        assert f"{path} is not a socket of this user; move it away" in said
+        assert path.read_text() == "precious"
+        path.unlink()
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(str(path))  # as a gateway leaves it that was killed
+        machine.start()
 
 
 # ---- methods -------------------------------------------------------------------------------------

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import py_compile
 import re
 import resource
 import shlex
+import shutil
 import signal
 import socket
 import stat
@@ -13,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +149,36 @@ def test_a_busy_port_names_who_has_it(machine: Machine) -> None:
     assert f"cannot listen on 127.0.0.1:{port}: Address already in use by" in said
     assert f"process {os.getpid()} (" in said and "--port" in said
     assert machine.processes() == []
+
+
+def test_of_a_host_with_several_addresses_those_of_this_machine_will_do(machine: Machine) -> None:
+    """As `localhost` is `::1` too where there is no IPv6."""
+    hosts = machine.folder / "hosts"
+    hosts.write_text("192.0.2.1 both.test other.test\n127.0.0.1 both.test\n")
+    inside = f"mount --bind {hosts} /etc/hosts && exec"
+    # Names of its own, for this process and what it starts.
+    namespace = ["unshare", "--user", "--map-root-user", "--mount", "/bin/sh", "-c"]
+    tried = [*namespace, f"{inside} true"]
+    if (
+        not shutil.which("unshare")
+        or subprocess.run(tried, capture_output=True, check=False).returncode
+    ):
+        pytest.skip("no file can be mounted here")
+
+    def start(host: str) -> Done:
+        line = shlex.join(machine.command("start", "--port", "0", "--host", host))
+        env = machine.environment(AICLIENT_API_KEY="sk-EXAMPLE")
+        done = subprocess.run(
+            [*namespace, f"{inside} {line}"],
+            env=env, capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        return Done(done)
+
+    said = start("other.test").failure()
+    assert "other.test:0: Cannot assign requested address; try --host" in said
+    assert start("both.test").status == 0
+    port = machine.status()["url"].rpartition(":")[2]
+    assert fetch({"url": f"http://127.0.0.1:{port}"}, "/healthz").status == 200
 
 
 def test_a_start_that_fails_late_tells_why_and_leaves_nothing(machine: Machine) -> None:
@@ -521,6 +554,27 @@ def test_a_stop_during_a_restart_ends_both(machine: Machine) -> None:
     assert machine.run("status").failure(3)
 
 
+def test_a_successor_ignores_what_it_does_not_know_and_does_without_the_rest(
+    machine: Machine,
+) -> None:
+    """Versions follow each other in both directions."""
+    machine.state.mkdir(parents=True, mode=0o700)
+    bytecode = gw.load_bytecode(gw.find_paths(machine.env))
+    reader, writer = os.pipe()
+    launch = {"flags": {"server.port": "0", "server.colour": "red"}, "report": writer, "hue": 1}
+    with subprocess.Popen(
+        gw.detached_command(bytecode), env=machine.env, pass_fds=[writer],
+        stdin=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process, os.fdopen(reader, "rb") as report:  # fmt: skip
+        os.close(writer)
+        assert process.stdin is not None and process.stderr is not None
+        process.stdin.write(bytecode + json.dumps(launch).encode())
+        process.stdin.close()
+        status = json.loads(report.read())
+        process.terminate()
+        assert "url" in status, (status, process.stderr.read())
+
+
 # ---- service managers ----------------------------------------------------------------------------
 
 
@@ -587,6 +641,165 @@ def test_more_clients_than_files_are_told_once_and_served_later(machine: Machine
     wait_until(lambda: machine.run("status").status == 0)
     assert "[echo] hi" in fetch(status, CHAT, echo("hi")).text
     assert machine.log().count("no_more_files") == 1 and "Traceback" not in machine.log()
+
+
+# ---- what others could have written --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770])
+@pytest.mark.parametrize(
+    "which", ["state/aiclient-api", "state/aiclient-api/bytecode", "config/aiclient-api"]
+)
+def test_a_folder_that_others_can_write_to_is_refused(
+    machine: Machine, which: str, mode: int
+) -> None:
+    folder = machine.folder / which
+    folder.mkdir(parents=True)
+    folder.chmod(mode)
+    said = machine.run("start", "--port", "0").failure()
+    assert said.count("\n") == 1 and "move it away" in said and f"chmod go-w {folder}" in said
+    folder.chmod(0o755)
+    machine.start()
+
+
+def test_a_folder_in_one_that_everybody_can_write_to_is_refused(machine: Machine) -> None:
+    for which in ("state", "config"):
+        folder = machine.folder / which
+        (folder / "aiclient-api").mkdir(parents=True)
+        folder.chmod(0o777)
+        assert f"chmod o-w {folder}" in machine.run("start", "--port", "0").failure()
+        folder.chmod(0o1777)  # nobody can rename what is another user's
+    machine.start()
+
+
+@pytest.mark.parametrize("name", ["config.toml", "daemon.pid"])
+def test_a_file_that_others_can_write_to_is_refused(machine: Machine, name: str) -> None:
+    folder = machine.config if name == "config.toml" else machine.state
+    folder.mkdir(parents=True)
+    path = folder / name
+    path.touch()
+    path.chmod(0o664)
+    assert f"chmod go-w {path}" in machine.run("start", "--port", "0").failure()
+    if os.getuid() == 0:
+        path.chmod(0o600)
+        os.chown(path, 12345, 12345)
+        assert f"{path} belongs to another user" in machine.run("start", "--port", "0").failure()
+
+
+def test_a_running_gateway_is_not_lost_when_its_folder_is_opened_to_others(
+    machine: Machine,
+) -> None:
+    status = machine.start()
+    machine.state.chmod(0o777)
+    machine.config.mkdir(parents=True)
+    machine.config.chmod(0o777)
+    for verb in ("status", "stop"):
+        assert f"chmod go-w {machine.state}" in machine.run(verb).failure()
+    machine.state.chmod(0o700)
+    assert f"chmod go-w {machine.config}" in machine.run("config", "reload").failure()
+    assert fetch(status, "/healthz").status == 200
+    assert machine.run("stop").status == 0
+
+
+def test_folders_are_private_whatever_verb_makes_them(machine: Machine) -> None:
+    assert machine.run("config", "set", "server.port", "0", umask=0).status == 0
+    assert machine.run("start", umask=0).status == 0
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+@pytest.mark.parametrize("name", ["config.toml", "daemon.pid", "daemon.log"])
+def test_what_is_in_the_place_of_a_file_is_reported_and_left(
+    machine: Machine, name: str, make: Callable[[Path], None]
+) -> None:
+    """It is not waited for, as whoever opens a FIFO does."""
+    folder = machine.config if name == "config.toml" else machine.state
+    folder.mkdir(parents=True, mode=0o700)
+    make(folder / name)
+    kind = (folder / name).stat().st_mode
+    said = machine.run("start", "--port", "0").failure()
+    assert str(folder / name) in said and said.count("\n") == 1
+    assert (folder / name).stat().st_mode == kind
+    (folder / name).rename(machine.folder / "moved")
+    assert machine.processes() == []
+
+
+# ---- bytecode ------------------------------------------------------------------------------------
+
+
+def tear(path: Path) -> None:
+    """What a power cut leaves."""
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def plant(path: Path) -> None:
+    """What Python itself would take, with other code in it."""
+    py_compile.compile(str(path.with_name("planted.py")), str(path))
+
+
+def give_away(path: Path) -> None:
+    """Another user's."""
+    os.chown(path, 12345, 12345)
+
+
+def link(path: Path) -> None:
+    """A link to the same bytes."""
+    path.symlink_to(path.rename(path.with_name("elsewhere")))
+
+
+def make_folder(path: Path) -> None:
+    """A folder with something in it."""
+    path.unlink()
+    (path / "inside").mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    "spoil", [tear, plant, give_away, link, make_folder, lambda path: path.write_bytes(b"")]
+)
+def test_bytecode_that_is_not_as_it_was_written_is_replaced(
+    tmp_path: Path, spoil: Callable[[Path], None]
+) -> None:
+    if spoil is give_away and os.getuid() != 0:
+        pytest.skip("only root can give a file away")
+    paths = gw.Paths(str(tmp_path), str(tmp_path))
+    bytecode = gw.load_bytecode(paths)
+    (path,) = (tmp_path / "bytecode").iterdir()
+    written = path.read_bytes()
+    path.with_name("planted.py").write_text("raise SystemExit('planted')\n")
+    spoil(path)
+    assert gw.load_bytecode(paths) == bytecode
+    assert path.lstat().st_uid == os.getuid() and not path.is_symlink()
+    assert path.read_bytes() == written
+
+
+def test_what_runs_is_the_file_as_it_is(machine: Machine) -> None:
+    """Also where another one had its size and its time: only its bytes tell."""
+    copied = machine.folder / "gateway.py"
+    text = PROGRAM.read_text("utf-8")
+    for version in ("0.8.1", "0.8.2"):
+        copied.write_text(text.replace(f'"{gw.__version__}"', f'"{version}"'))
+        os.utime(copied, (0, 0))
+        command = [sys.executable, str(copied), "start", "--port", "0"]
+        subprocess.run(command, env=machine.environment(), check=True, timeout=60)
+        assert machine.status()["version"] == version
+        assert machine.run("stop").status == 0
+
+
+def test_a_full_disk_costs_the_bytecode_and_not_the_start(machine: Machine) -> None:
+    machine.start()
+    machine.run("stop")
+    for path in (machine.state / "bytecode").iterdir():
+        path.unlink()
+    limit = PROGRAM.stat().st_size // 2  # of a file's size: there is room for all but bytecode
+
+    def small_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    for preexec_fn, kept in ((small_disk, 0), (None, 1)):
+        done = machine.run("start", "--port", "0", preexec_fn=preexec_fn)
+        assert done.status == 0 and done.err == "", done
+        assert len(list((machine.state / "bytecode").iterdir())) == kept
+        assert machine.run("stop").status == 0
+    assert "bytecode_not_saved" in machine.log()
 
 
 # ---- broken paths --------------------------------------------------------------------------------

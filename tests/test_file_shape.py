@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -250,6 +251,37 @@ def test_imports_stand_in_one_block() -> None:
     imports = [n for n in ast.walk(TREE) if isinstance(n, (ast.Import, ast.ImportFrom))]
     late = [f"line {n.lineno}: {ast.unparse(n)}" for n in imports if n.lineno > first]
     assert not late, "\n".join(late)
+
+
+LAZY = dict(re.findall(r'^    ([\w.]+) = lazy_module\("(.+)"\)$', TEXT, re.MULTILINE))
+ONLY_THE_COMMAND_LINE = 20  # has one thread
+
+
+def test_what_threads_use_is_loaded_before_there_are_any() -> None:
+    """A module that is loaded late must not be loaded by two threads at once."""
+    (runner,) = (n for n in TREE.body if getattr(n, "name", "") == "run_in_loop")
+    early = {ast.unparse(n) for n in ast.walk(runner) if isinstance(n, (ast.Name, ast.Attribute))}
+    found = [n for node in TREE.body for n in ast.walk(node) if isinstance(n, ast.Attribute)]
+    late = {
+        f"line {node.lineno}: {ast.unparse(node)}"
+        for node in found
+        if ast.unparse(node.value) in LAZY.keys() - early
+        and 0 < section_at(node.lineno) < ONLY_THE_COMMAND_LINE
+    }
+    assert LAZY and not late, "\n".join(sorted(late))
+
+
+def test_no_module_is_lazy_any_more_once_the_loop_runs() -> None:
+    code = (
+        "import sys, aiclient_api as g\n"
+        "async def work(): return [n for n, m in sys.modules.items()"
+        " if type(m).__name__ == '_LazyModule']\n"
+        "print(*g.run_in_loop(work()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=FILE.parent, capture_output=True, text=True, check=True
+    )
+    assert set(done.stdout.split()) <= {"argparse", "csv", "getpass", "plistlib"}
 
 
 # ---- hosts -------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sqlite3
 import stat
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 from fake_kiro import FakeKiro
 from fakes import Answer, FakeCopilot, dump
+from machine import wait_until
 from support import Gateway
 from test_sign_in import (
     SECONDS,
@@ -162,6 +164,49 @@ def test_what_is_no_plain_file_of_ours_is_not_read(make: Make) -> None:
 
     jobs = [fifo, folder] + [foreign] * (os.getuid() == 0)
     at_once(*[lambda job=job: check(job) for job in jobs])
+
+
+def test_only_a_plain_file_or_a_link_is_replaced(tmp_path: Path) -> None:
+    precious, path = tmp_path / "precious", tmp_path / "token.json"
+    precious.write_text("kept")
+    os.mkfifo(path)
+    with pytest.raises(FileExistsError, match="not a plain file"):
+        gw.replace_file(str(path), b"new")
+    assert path.is_fifo() and sorted(os.listdir(tmp_path)) == ["precious", "token.json"]
+    path.unlink()
+    path.symlink_to(precious)
+    gw.replace_file(str(path), b"new")
+    assert (path.read_bytes(), path.is_symlink(), precious.read_text()) == (b"new", False, "kept")
+
+
+def test_a_sign_in_that_others_could_have_written_is_refused_and_kept(make: Make) -> None:
+    home = make("copilot")
+    path = put(home, "copilot", token_of(copilot_of(home)), mode=0o666)
+    path.chmod(0o666)
+    before = path.read_bytes()
+    assert f"chmod go-w {path}" in home.rows()["copilot"]["health"]
+    with gateway_in(home) as gateway:
+        status, said = ask(gateway, GPT)
+        assert (status, "other users can write to" in said) == (503, True), said
+        path.chmod(0o600)
+        path.parent.chmod(0o770)
+        assert f"chmod go-w {path.parent}" in ask(gateway, GPT)[1]
+        assert path.read_bytes() == before and home.fakes[0].requests == []
+        path.parent.chmod(0o700)
+        assert ask(gateway, GPT)[0] == 200
+
+
+def test_a_new_token_waits_for_a_file_that_can_be_trusted_again(tmp_path: Path) -> None:
+    """It must neither be lost nor take the place of all else that the file holds."""
+    path = tmp_path / "token.json"
+    path.write_bytes(dump({"client_id": "kept", "refresh_token": "old"}))
+    path.chmod(0o666)
+    file = gw.TokenFile(str(path))
+    file.save({"refresh_token": "new"})
+    assert json.loads(path.read_bytes())["refresh_token"] == "old"
+    path.chmod(0o600)
+    file.flush()
+    assert json.loads(path.read_bytes()) == {"client_id": "kept", "refresh_token": "new"}
 
 
 def test_a_folder_of_somebody_else_is_refused(make: Make) -> None:
@@ -634,3 +679,36 @@ def test_a_look_reads_a_token_file_once_a_second_and_sees_another_one_at_once(
     assert file.peek() == {"user": "cid"}
     path.unlink()
     assert file.peek() is None
+
+
+def pass_time(seconds: float) -> None:
+    """Gives a fault the time to show."""
+    until = time.monotonic() + seconds
+    wait_until(lambda: time.monotonic() > until)
+
+
+@pytest.mark.parametrize("more", ['kiro_version = "9"\n', "[network]\nconnect_seconds = 9\n"])
+def test_a_refresh_outlives_the_reload_that_replaces_its_provider(make: Make, more: str) -> None:
+    home = make("builder_id")
+    fake = kiro_of(home)
+    put(home, "kiro", token_of(fake, expires_at=0))
+    answered = threading.Event()
+    new = {"accessToken": "aoaEXAMPLEnew", "refreshToken": "aorEXAMPLEnew" * 9, "expiresIn": 3600}
+    fake.refresh_answers.append(Answer(200, {}, [b"", dump(new)], pause=answered))
+    with gateway_in(home) as gateway:
+        client = gateway.wire()
+        body = {"model": SONNET, "messages": [{"role": "user", "content": "hi"}]}
+        client.send(gateway.request_bytes("POST", "/v1/chat/completions", body))
+        assert fake.wait_until(lambda: fake.refreshes == 1, SECONDS)
+        client.abort()
+        home.config_file.write_text(home.config_file.read_text() + more)
+        os.kill(gateway.pid, signal.SIGHUP)
+        wait_until(lambda: "configuration_reloaded" in gateway.log())
+        pass_time(4 * gw.TICK_SECONDS)  # what nobody uses any more is closed
+        gateway.terminate()
+        wait_until(lambda: "stopping" in gateway.log())
+        pass_time(gw.SETTLE_SECONDS / 3)
+        answered.set()
+        assert gateway.wait() == 0
+    assert home.token("kiro")["refresh_token"] == new["refreshToken"]
+    fake.violations.clear()  # of tokens that it did not issue itself
