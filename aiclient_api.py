@@ -111,8 +111,8 @@ import struct
 import zlib
 from array import array
 from bisect import bisect_left
-from collections import defaultdict
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TextIO, TypeVar
 
@@ -2872,7 +2872,7 @@ def merge_turns(turns: list[Turn]) -> list[Turn]:
     return merged
 
 
-def without_results(turn: Turn, ids: set[str]) -> Turn:
+def without_results(turn: Turn, ids: Container[str] = ()) -> Turn:
     """`turn` without the results of `ids`; other results become plain content, not lost."""
     blocks: list[Block] = []
     for block in turn.blocks:
@@ -2897,7 +2897,7 @@ def settle_turns(turns: list[Turn]) -> list[Turn]:
         turn = queue[at]
         at += 1
         if turn.role != "assistant":
-            settled.append(without_results(turn, set()))
+            settled.append(without_results(turn))
             continue
         settled.append(turn)
         calls = dict.fromkeys(b.id for b in turn.blocks if isinstance(b, ToolCall))
@@ -2908,14 +2908,33 @@ def settle_turns(turns: list[Turn]) -> list[Turn]:
             reply_end += 1
         reply = queue[at:reply_end]
         at = reply_end
-        results = [b for t in reply for b in t.blocks if isinstance(b, ToolResult)]
+        results: dict[str, list[Block]] = {call: [] for call in calls}
+        for block in (block for later in reply for block in later.blocks):
+            if isinstance(block, ToolResult) and block.id in results:
+                results[block.id].append(block)
         ordered: list[Block] = []
-        for call in calls:
-            found: list[Block] = [result for result in results if result.id == call]
+        for call, found in results.items():
             ordered += found or [ToolResult(call, [Text(INTERRUPTED)], True)]
         settled.append(Turn("user", ordered))
-        settled.extend(without_results(later, set(calls)) for later in reply)
+        settled.extend(without_results(later, results) for later in reply)
     return merge_turns(settled)
+
+
+class CallIds:
+    """The call ids of one conversation: an id that is used again gets a number."""
+
+    def __init__(self) -> None:
+        self.used: set[str] = set()
+        self.numbers: dict[str, int] = {}  # the last one behind each stem
+
+    def add(self, call_id: str) -> str:
+        """`call_id`, or where it is taken a new one of at most 64 characters."""
+        new, stem = call_id, call_id[:56]
+        while new in self.used:
+            number = self.numbers[stem] = self.numbers.get(stem, 1) + 1
+            new = f"{stem}_{number}"
+        self.used.add(new)
+        return new
 
 
 def distinct_calls(turns: list[Turn]) -> list[Turn]:
@@ -2923,52 +2942,44 @@ def distinct_calls(turns: list[Turn]) -> list[Turn]:
 
     The same call said twice in a turn is one call, and several results of one call are one.
     """
-    seen: dict[str, int] = {}  # our ids, and how often each was asked for
+    call_ids = CallIds()
     distinct: list[Turn] = []
-    ids: dict[str, list[str]] = {}  # of the last turn: the caller's id -> ours, in order
+    ids: dict[str, deque[str]] = {}  # of the last turn: the client's id -> ours, in order
     for turn in turns:
         if turn.role != "assistant":
             distinct.append(answer_calls(turn, ids))
             ids = {}
             continue
-        said: list[ToolCall] = []
+        said: set[tuple[str, str, str]] = set()
         blocks: list[Block] = []
-        ids = {}
+        ids = defaultdict(deque)
         for block in turn.blocks:
             if not isinstance(block, ToolCall):
                 blocks.append(block)
-            elif block not in said:
-                said.append(block)
-                clean = new = wire_id(block.id)
-                while new in seen:
-                    seen[clean] += 1
-                    new = f"{clean[:56]}_{seen[clean]}"
-                seen[new] = 1
-                ids.setdefault(block.id, []).append(new)
-                blocks.append(ToolCall(new, block.name, block.arguments))
+            elif (call := (block.id, block.name, block.arguments)) not in said:
+                said.add(call)
+                ids[block.id].append(call_ids.add(wire_id(block.id)))
+                blocks.append(ToolCall(ids[block.id][-1], block.name, block.arguments))
         distinct.append(Turn(turn.role, blocks))
     return distinct
 
 
-def answer_calls(turn: Turn, ids: dict[str, list[str]]) -> Turn:
+def answer_calls(turn: Turn, ids: dict[str, deque[str]]) -> Turn:
     """`turn` with its results under the new ids of their calls, one result for each call."""
-    results: dict[str, ToolResult] = {}
+    results: dict[str, ToolResult] = {}  # the last one of each of the client's ids
     blocks: list[Block] = []
     for block in turn.blocks:
         if not isinstance(block, ToolResult) or block.id not in ids:
             blocks.append(block)
-            continue
-        names = ids[block.id]
-        name = next((name for name in names if name not in results), names[-1])
-        if name in results:
-            results[name].blocks.extend(block.blocks)
+        elif ids[block.id]:
+            result = ToolResult(ids[block.id].popleft(), [*block.blocks], block.is_error)
+            results[block.id] = result
+            blocks.append(result)
         else:
-            results[name] = ToolResult(name, [*block.blocks], block.is_error)
-            blocks.append(results[name])
-    for names in ids.values():
-        missing = [name for name in names if name not in results]
-        blocks[:0] = [ToolResult(name, [Text(INTERRUPTED)], True) for name in missing]
-    return Turn(turn.role, blocks)
+            results[block.id].blocks.extend(block.blocks)
+    missing = (call for waiting in ids.values() for call in waiting)
+    filled = [ToolResult(call, [Text(INTERRUPTED)], True) for call in missing]
+    return Turn(turn.role, [*filled, *blocks])
 
 
 def downgrade_system_turns(turns: list[Turn]) -> list[Turn]:
@@ -3007,10 +3018,12 @@ def plain_schema(tool: Tool) -> Json:
 def wire_table(names: Iterable[str]) -> dict[str, str]:
     """The caller's names -> wire names, one of its own for each: clean ones stay as they are."""
     table: dict[str, str] = {}
+    taken: set[str] = set()
     for name in sorted(set(names), key=lambda name: (wire_name(name) != name, name)):
         wire = wire_name(name)
-        if wire in table.values():
+        if wire in taken:
             wire = f"{wire[:55]}_{short_hash(name, 8)}"
+        taken.add(wire)
         table[name] = wire
     return table
 
