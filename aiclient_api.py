@@ -915,6 +915,12 @@ def text_of_key(kept: Json, key: str) -> str:
     return value.strip() if isinstance(value, str) else ""
 
 
+def str_or_empty(obj: Json, key: str) -> str:
+    """The string at `key` as it is, "" for anything else."""
+    value = obj.get(key)
+    return value if isinstance(value, str) else ""
+
+
 def short_hash(text: str, length: int) -> str:
     """The first `length` hex digits of SHA-256."""
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:length]
@@ -2741,12 +2747,34 @@ ANSWER_STATES: dict[tuple[str, str], str] = {
 }
 
 
+LINE_BREAKS = "\r\n\t"
+RUNAWAY = re.compile(f"[{LINE_BREAKS}]{{{MAX_BLANK_RUN + 1}}}")
+
+
+class RunawayGuard:
+    """Notices a model that fills a call's arguments with line breaks until its tokens are spent.
+
+    More than MAX_BLANK_RUN in a row, spaces not counted (seen in Floway, 2026-08).
+    """
+
+    def __init__(self) -> None:
+        self.run = ""  # what the arguments end with so far
+
+    def check(self, text: str) -> None:
+        """Raises UpstreamError when `text` makes the run too long."""
+        text = self.run + text.replace(" ", "")
+        if RUNAWAY.search(text):
+            raise UpstreamError("The model got stuck inside a tool call.")
+        self.run = text[len(text.rstrip(LINE_BREAKS)) :]
+
+
 class Checker:
     """Holds every reader to the grammar of events, so that writers can trust it."""
 
     def __init__(self) -> None:
         self.state = "new"
         self.called = False
+        self.guard = RunawayGuard()
 
     def check(self, event: Event) -> Event:
         """`event`, with a tool call's finish reason set right; raises UpstreamError."""
@@ -2754,8 +2782,12 @@ class Checker:
         if state is None:
             raise UpstreamError(OFF_PROTOCOL)
         self.state = state
-        if isinstance(event, Opened) and event.kind == "tool":
+        if isinstance(event, Added):
+            if event.part == "arguments":
+                self.guard.check(event.text)
+        elif isinstance(event, Opened) and event.kind == "tool":
             self.called = True
+            self.guard = RunawayGuard()
         # Copilot and others say "stop" after a tool call (seen in 2026-08).
         if isinstance(event, Finished) and self.called and event.reason in ("end", "stop"):
             return Finished("tool")
@@ -4427,38 +4459,78 @@ class ChatRequestWriter:
         return {"type": "json_schema", "json_schema": entry}
 
 
+JSON_MARK = re.compile(r'[][{}"]|\\.?', re.DOTALL)
+
+
+class ObjectScanner:
+    """Tells when streamed text has become a JSON object; reads each piece once."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.in_string = False
+        self.held = ""  # a backslash that a piece ended with
+        self.pieces: list[str] = []
+        self.whole: bool | None = None  # None while the outermost object has not closed
+
+    def feed(self, piece: str) -> None:
+        """More of the text."""
+        if self.whole is not None:
+            self.whole = self.whole and not piece.strip()
+            return
+        self.pieces.append(piece)
+        mark = ""
+        for mark in JSON_MARK.findall(self.held + piece):
+            if mark == '"':
+                self.in_string = not self.in_string
+            elif not self.in_string and len(mark) == 1:
+                self.depth += 1 if mark in "[{" else -1
+        self.held = mark if mark == "\\" else ""
+        if self.depth <= 0 and not self.in_string and piece.rstrip().endswith("}"):
+            self.whole = load_object("".join(self.pieces)) is not None
+
+
 @dataclass(slots=True)
 class StreamedCall:
-    """A tool call while its fragments come in."""
+    """A tool call while its fragments come in; none of them is looked at twice."""
 
     id: str = ""
     name: str = ""
-    arguments: str = ""
-    #: how many characters of `arguments` have been passed on
+    #: the arguments, as they came
+    pieces: list[str] = field(default_factory=list)
+    is_blank: bool = True
+    #: how many pieces have been passed on
     sent: int = 0
+    #: how many pieces `scanner` has seen
+    scanned: int = 0
+    scanner: ObjectScanner = field(default_factory=ObjectScanner)
     #: its last fragment has come
     complete: bool = False
     closed: bool = False
 
+    @property
+    def arguments(self) -> str:
+        """The arguments so far."""
+        return "".join(self.pieces)
 
-class RunawayGuard:
-    """Notices a model that fills a call's arguments with line breaks until its tokens are spent.
+    def add(self, piece: str) -> None:
+        """More of the arguments."""
+        if piece:
+            self.pieces.append(piece)
+            self.is_blank = self.is_blank and piece.isspace()
 
-    More than MAX_BLANK_RUN in a row, spaces not counted (seen in Floway, 2026-08).
-    """
+    def unsent(self) -> str:
+        """What is to be passed on now; a few blanks alone are held back: they may be all."""
+        if self.is_blank and len(self.pieces) <= MAX_BLANK_RUN:
+            return ""
+        start, self.sent = self.sent, len(self.pieces)
+        return "".join(self.pieces[start:])
 
-    def __init__(self) -> None:
-        self.run = 0
-
-    def check(self, text: str) -> None:
-        """Raises UpstreamError when `text` makes the run too long."""
-        for letter in text:
-            if letter in "\r\n\t":
-                self.run += 1
-                if self.run > MAX_BLANK_RUN:
-                    raise UpstreamError("The model got stuck inside a tool call.")
-            elif letter != " ":
-                self.run = 0
+    def is_whole(self) -> bool:
+        """Whether the arguments are a JSON object already."""
+        start, self.scanned = self.scanned, len(self.pieces)
+        for piece in self.pieces[start:]:
+            self.scanner.feed(piece)
+        return self.scanner.whole is True
 
 
 class ChatReader:
@@ -4475,12 +4547,11 @@ class ChatReader:
         self.live_call: StreamedCall | None = None
         self.calls: dict[tuple[int, int], StreamedCall] = {}
         self.waiting: list[tuple[str, str]] = []  # (kind, words) that came inside a call
-        self.thought = ""
+        self.thought: list[str] = []
         self.sealed = ""
         self.opaque = ""  # the same, until it is passed on
         self.finish = ""
         self.started = False
-        self.guard = RunawayGuard()
 
     def read(self, frame: Json) -> list[Event]:
         """The events in one chunk."""
@@ -4505,7 +4576,7 @@ class ChatReader:
         delta = details(choice, "delta") or details(choice, "message")
         for key in REASONING_FIELDS:
             if isinstance(delta.get(key), str) and delta[key]:
-                self.thought += delta[key]
+                self.thought.append(delta[key])
                 self.add("thinking", delta[key], events)
                 break
         if isinstance(delta.get("reasoning_opaque"), str):
@@ -4531,7 +4602,7 @@ class ChatReader:
 
     def read_fragment(self, key: tuple[int, int], fragment: Json, events: list[Event]) -> None:
         """One fragment of one call; ids and names that are repeated count once."""
-        call = self.calls.setdefault(key, StreamedCall())
+        call = self.calls.get(key) or self.calls.setdefault(key, StreamedCall())
         function = details(fragment, "function")
         if isinstance(fragment.get("id"), str) and not call.id:
             call.id = fragment["id"]
@@ -4541,11 +4612,11 @@ class ChatReader:
         if isinstance(arguments, dict):
             arguments = dump_text(arguments)
         if isinstance(arguments, str):
-            self.guard.check(arguments)
-            call.arguments += arguments
+            call.add(arguments)
         live = self.live_call
-        if live is None or (live is not call and is_complete_object(live.arguments)):
+        if live is None or (live is not call and live.is_whole()):
             if call.name and not call.closed:
+                call.id = call.id or f"call_{short_hash(f'{call.name}{key}', 16)}"
                 self.open_call(call, events)
         elif live is call:
             self.send_arguments(call, events)
@@ -4553,9 +4624,6 @@ class ChatReader:
     def open_call(self, call: StreamedCall, events: list[Event]) -> None:
         """Makes `call` the live block."""
         self.close(events)
-        if not call.id:
-            position = next(key for key, value in self.calls.items() if value is call)
-            call.id = f"call_{short_hash(f'{call.name}{position}', 16)}"
         self.live, self.live_call = "tool", call
         events.append(Opened("tool", call.id, call.name))
         self.send_arguments(call, events)
@@ -4563,14 +4631,14 @@ class ChatReader:
     @staticmethod
     def send_arguments(call: StreamedCall, events: list[Event]) -> None:
         """Passes on what is new of a call's arguments."""
-        if len(call.arguments) > call.sent and (call.sent or not call.arguments.isspace()):
-            events.append(Added("arguments", call.arguments[call.sent :]))
-            call.sent = len(call.arguments)
+        text = call.unsent()
+        if text:
+            events.append(Added("arguments", text))
 
     def add(self, kind: str, words: str, events: list[Event]) -> None:
         """Words for a block of `kind`, at once or when the live call is complete."""
         if self.live_call is not None:
-            if not is_complete_object(self.live_call.arguments):
+            if not self.live_call.is_whole():
                 self.waiting.append((kind, words))
                 return
             self.close(events)
@@ -4598,8 +4666,9 @@ class ChatReader:
         if not self.finish or not self.started:
             return events
         self.close(events)
-        for call in list(self.calls.values()):
+        for key, call in self.calls.items():
             if not call.closed and call.name:
+                call.id = call.id or f"call_{short_hash(f'{call.name}{key}', 16)}"
                 self.open_call(call, events)
                 self.close(events)
         waiting, self.waiting = self.waiting, []
@@ -4607,7 +4676,8 @@ class ChatReader:
             self.add(kind, words, events)
         self.close(events)
         if self.calls and self.sealed and self.terms.keep:
-            self.terms.keep([call.id for call in self.calls.values()], self.thought, self.sealed)
+            thought = "".join(self.thought)
+            self.terms.keep([call.id for call in self.calls.values()], thought, self.sealed)
         if self.opaque:
             # The signature came after the thinking block, or without one.
             events += [Opened("redacted", raw={"data": CHAT_ENVELOPE + self.opaque}), Closed()]
@@ -4739,6 +4809,43 @@ CHAT_FILLINGS = (
 )
 
 
+class DeltaMerger:
+    """Adds deltas to messages: strings and lists grow, calls grow by index, the rest is set.
+
+    A string that has grown is joined once, at the end.
+    """
+
+    def __init__(self) -> None:
+        #: (identity of its holder, key) -> (holder, pieces)
+        self.texts: dict[tuple[int, str], tuple[Json, list[str]]] = {}
+
+    def add(self, message: Json, delta: Json) -> None:
+        """Adds one delta to the message so far."""
+        for key, value in delta.items():
+            before = message.get(key)
+            if key == "tool_calls":
+                calls = message.setdefault("tool_calls", [])
+                for fragment in value:
+                    while len(calls) <= fragment["index"]:
+                        calls.append({})
+                    self.add(calls[fragment["index"]], fragment)
+            elif key in ("role", "index", "type", "id"):
+                message[key] = value
+            elif isinstance(value, str) and isinstance(before, str):
+                self.texts.setdefault((id(message), key), (message, [before]))[1].append(value)
+            elif isinstance(value, dict) and isinstance(before, dict):
+                self.add(before, value)
+            elif isinstance(value, list) and isinstance(before, list):
+                before += value
+            elif value is not None or key not in message:
+                message[key] = value
+
+    def join(self) -> None:
+        """Puts the strings that have grown into their places."""
+        for (_, key), (holder, pieces) in self.texts.items():
+            holder[key] = "".join(pieces)
+
+
 class ChatRelay:
     """Native chat chunks, repaired.
 
@@ -4759,9 +4866,9 @@ class ChatRelay:
         self.finish: dict[int, str] = {}  # per choice
         self.calls: dict[tuple[int, int], int] = {}
         self.usage_frame: Json | None = None
-        self.guard = RunawayGuard()
+        self.guards: defaultdict[int, RunawayGuard] = defaultdict(RunawayGuard)  # per call
         self.called: list[str] = []
-        self.reasoning = ""
+        self.reasoning: list[str] = []
         self.opaque = ""
 
     def mend(self, frame: Json) -> list[Json]:
@@ -4793,8 +4900,10 @@ class ChatRelay:
             return []
         if not self.terms.many:
             first_choice, *others = frame["choices"]
+            merger = DeltaMerger()
             for other in others:
-                merge_delta(first_choice["delta"], other["delta"])
+                merger.add(first_choice["delta"], other["delta"])
+            merger.join()
             frame["choices"] = [first_choice]
         first = [] if self.begun else [self.role_chunk(frame)]
         self.begun = True
@@ -4820,7 +4929,7 @@ class ChatRelay:
         if isinstance(delta.get("reasoning_text"), str):
             # Copilot's name for it; clients read `reasoning_content`.
             delta.setdefault("reasoning_content", delta["reasoning_text"])
-            self.reasoning += delta["reasoning_text"]
+            self.reasoning.append(delta["reasoning_text"])
         if isinstance(delta.get("reasoning_opaque"), str):
             self.opaque = delta["reasoning_opaque"]
         calls = delta.pop("tool_calls", None)
@@ -4848,15 +4957,16 @@ class ChatRelay:
         fragment: Json = {"arguments": function.get("arguments") or ""}
         if isinstance(fragment["arguments"], dict):
             fragment["arguments"] = dump_text(fragment["arguments"])
-        self.guard.check(str(fragment["arguments"]))
-        if key in self.calls:
-            return {"index": self.calls[key], "function": fragment}
-        self.calls[key] = len(self.calls)
+        is_new = key not in self.calls
+        number = self.calls.setdefault(key, len(self.calls))
+        self.guards[number].check(str(fragment["arguments"]))
+        if not is_new:
+            return {"index": number, "function": fragment}
         name = str(function.get("name") or "")
         fragment = {"name": self.terms.names.get(name, name), **fragment}
         call_id = call.get("id") or f"call_{short_hash(f'{self.terms.id}{key}', 16)}"
         self.called.append(str(call_id))
-        first = {"index": self.calls[key], "id": call_id, "type": "function", "function": fragment}
+        first = {"index": number, "id": call_id, "type": "function", "function": fragment}
         return {**{k: v for k, v in call.items() if k not in first}, **first}
 
     def end(self) -> list[Json]:
@@ -4867,7 +4977,7 @@ class ChatRelay:
             raise UpstreamError(BROKEN_OFF)
         self.finished = True
         if self.opaque and self.terms.keep:
-            self.terms.keep(self.called, self.reasoning, self.opaque)
+            self.terms.keep(self.called, "".join(self.reasoning), self.opaque)
         frames = []
         base = {
             "id": self.id,
@@ -4888,27 +4998,6 @@ class ChatRelay:
             )
             frames.append({**base, "choices": [], "usage": usage})
         return frames
-
-
-def merge_delta(message: Json, delta: Json) -> None:
-    """Adds a delta to the message so far: strings grow, calls grow by index, the rest is set."""
-    for key, value in delta.items():
-        if key == "tool_calls":
-            calls = message.setdefault("tool_calls", [])
-            for fragment in value:
-                while len(calls) <= fragment["index"]:
-                    calls.append({})
-                merge_delta(calls[fragment["index"]], fragment)
-        elif key in ("role", "index", "type", "id"):
-            message[key] = value
-        elif isinstance(value, str) and isinstance(message.get(key), str):
-            message[key] += value
-        elif isinstance(value, dict) and isinstance(message.get(key), dict):
-            merge_delta(message[key], value)
-        elif isinstance(value, list) and isinstance(message.get(key), list):
-            message[key] = [*message[key], *value]
-        elif value is not None or key not in message:
-            message[key] = value
 
 
 class ChatDialect:
@@ -4972,6 +5061,7 @@ class ChatDialect:
         """The completion that chunks amount to."""
         whole: Json = {"id": "", "object": "chat.completion", "created": 0, "model": ""}
         choices: dict[int, Json] = {}
+        merger = DeltaMerger()
         usage = None
         for frame in frames:
             usage = frame.get("usage") or usage
@@ -4980,10 +5070,11 @@ class ChatDialect:
             for delta in frame["choices"]:
                 index = delta["index"]
                 choice = choices.setdefault(index, {"index": index, "message": {}})
-                merge_delta(choice["message"], delta["delta"])
+                merger.add(choice["message"], delta["delta"])
                 choice["finish_reason"] = delta.get("finish_reason")
                 if delta.get("logprobs"):
-                    merge_delta(choice.setdefault("logprobs", {}), delta["logprobs"])
+                    merger.add(choice.setdefault("logprobs", {}), delta["logprobs"])
+        merger.join()
         for choice in choices.values():
             message = choice["message"]
             for call in message.get("tool_calls", ()):
@@ -5568,12 +5659,15 @@ class MessagesWriter:
             if is_late:
                 self.late = frames
             return [] if is_late else frames
-        held = [*self.late, *frames]
-        if isinstance(event, Finished):
-            return held if event.reason == "tool" else frames
+        if isinstance(event, Finished) and event.reason != "tool":
+            return frames
+        held = self.late
+        held += frames
         has_words = isinstance(event, Added) and event.part != "signature"
-        self.late = None if has_words or isinstance(event, Opened) else held
-        return held if self.late is None else []
+        if has_words or isinstance(event, (Opened, Finished)):
+            self.late = None
+            return held
+        return []
 
     def write_event(self, event: Event) -> list[Json]:
         """The frames for one event, in its place."""
@@ -5694,6 +5788,7 @@ class MessagesRelay:
         self.called = False
         self.blocks = 0
         self.in_block = False
+        self.guard = RunawayGuard()  # of the open block
 
     def mend(self, frame: Json) -> list[Json]:
         """The frames that take the place of one frame."""
@@ -5713,7 +5808,7 @@ class MessagesRelay:
         elif str(kind).startswith("content_block_"):
             self.check_block(str(kind), frame)
             self.mend_block(details(frame, "content_block"))
-            self.said += estimate_text(self.text_of_delta(frame))
+            self.read_delta(details(frame, "delta"))
         elif kind == "message_delta":
             self.mend_finish(frame)
         elif kind == "message_stop":
@@ -5722,11 +5817,11 @@ class MessagesRelay:
             self.finished = True
         return [frame]
 
-    @staticmethod
-    def text_of_delta(frame: Json) -> str:
-        """The words a delta adds, to estimate an answer that nobody counts."""
-        delta = details(frame, "delta")
-        return str(delta.get("text") or delta.get("thinking") or delta.get("partial_json") or "")
+    def read_delta(self, delta: Json) -> None:
+        """Counts the words a delta adds, for an answer that nobody counts."""
+        arguments = str(delta.get("partial_json") or "")
+        self.guard.check(arguments)
+        self.said += estimate_text(str(delta.get("text") or delta.get("thinking") or arguments))
 
     def check_block(self, kind: str, frame: Json) -> None:
         """Blocks are dense and do not overlap: clients lose text, or fail, where they are not."""
@@ -5757,6 +5852,7 @@ class MessagesRelay:
         """The caller's tool names."""
         if block.get("type") == "tool_use":
             self.called = True
+            self.guard = RunawayGuard()
             name = block.get("name")
             if isinstance(name, str):
                 block["name"] = self.terms.names.get(name, name)
@@ -5792,7 +5888,8 @@ class MessagesFold:
 
     def __init__(self) -> None:
         self.message: Json = {}
-        self.inputs: dict[int, str] = {}
+        #: (block, key) -> its text in pieces; `input` is JSON
+        self.texts: defaultdict[tuple[int, str], list[str]] = defaultdict(list)
 
     def take(self, frame: Json) -> None:
         """One frame."""
@@ -5815,21 +5912,24 @@ class MessagesFold:
         block = self.message["content"][index]
         kind = delta.get("type")
         if kind == "input_json_delta":
-            more = str(delta.get("partial_json") or "")
-            self.inputs[index] = self.inputs.get(index, "") + more
+            self.texts[index, "input"].append(str(delta.get("partial_json") or ""))
         elif kind == "citations_delta":
-            block["citations"] = [*(block.get("citations") or ()), delta.get("citation")]
+            before = block.get("citations")
+            block["citations"] = before if isinstance(before, list) else []
+            block["citations"].append(delta.get("citation"))
         else:
             for key, value in delta.items():
                 if key != "type" and isinstance(value, str):
-                    before = block.get(key)
-                    block[key] = (before if isinstance(before, str) else "") + value
+                    self.texts[index, key].append(value)
 
     def whole(self) -> Json:
         """The message."""
-        for index, text in self.inputs.items():
-            if text:
-                self.message["content"][index]["input"] = parse_arguments(text)
+        for (index, key), pieces in self.texts.items():
+            block, text = self.message["content"][index], "".join(pieces)
+            if key == "input":
+                block.update({key: parse_arguments(text)} if text else {})
+            else:
+                block[key] = str_or_empty(block, key) + text
         return self.message
 
 
@@ -6625,12 +6725,17 @@ class OutputItem:
     #: the kind of the block that is open
     open: str = ""
     #: its words so far
-    text: str = ""
+    pieces: list[str] = field(default_factory=list)
     #: content parts that are complete
     parts: int = 0
     #: some words of the open part have come
     spoken: bool = False
     done: bool = False
+
+    @property
+    def text(self) -> str:
+        """All its words so far."""
+        return "".join(self.pieces)
 
 
 class ResponsesReader:
@@ -6680,12 +6785,12 @@ class ResponsesReader:
             self.add(item, block, frame.get("delta"))
         elif kind in ("response.reasoning_summary_text.delta", "response.reasoning_text.delta"):
             self.add(item, "thinking", frame.get("delta"))
-        elif kind == "response.reasoning_summary_part.added" and item.text:
+        elif kind == "response.reasoning_summary_part.added" and item.pieces:
             self.add(item, "thinking", "\n\n")
         elif kind == "response.content_part.done":
             self.end_part(details(frame, "part"), item)
         elif kind == "response.custom_tool_call_input.delta":
-            item.text += text_of_key(frame, "delta") and frame["delta"]
+            item.pieces.append(str_or_empty(frame, "delta"))
         elif kind == "response.function_call_arguments.delta" and item.open:
             self.add(item, "tool", frame.get("delta"))
 
@@ -6699,7 +6804,7 @@ class ResponsesReader:
             item.open = block
             item.events.append(Opened(block))
         item.spoken = True
-        item.text += words
+        item.pieces.append(words)
         item.events.append(Added("arguments" if block == "tool" else "text", words))
 
     def end_part(self, part: Json, item: OutputItem) -> None:
@@ -6737,7 +6842,7 @@ class ResponsesReader:
             parts = content if isinstance(content, list) else []
             for part in parts[item.parts :]:
                 self.end_part(part if isinstance(part, dict) else {}, item)
-        elif item.kind == "function_call" and item.open and not item.text:
+        elif item.kind == "function_call" and item.open and not item.pieces:
             self.add(item, "tool", said.get("arguments"))
         elif item.kind == "custom_tool_call" and item.open:
             text = said.get("input")
@@ -6752,7 +6857,7 @@ class ResponsesReader:
 
     def close_thought(self, said: Json, item: OutputItem) -> None:
         """A thought is complete: its encrypted form is only now to be trusted."""
-        if not item.text:
+        if not item.pieces:
             rows = said.get("summary") or said.get("content")
             rows = rows if isinstance(rows, list) else []
             texts = [row.get("text") for row in rows if isinstance(row, dict)]
@@ -6793,7 +6898,7 @@ class ResponsesReader:
             item = self.items[index]
             if not item.done:
                 self.close_item({"type": item.kind}, item)
-            if item.kind == "function_call" and item.text and load_object(item.text) is None:
+            if item.kind == "function_call" and item.pieces and load_object(item.text) is None:
                 kind = "response.incomplete"  # a call that is cut short is none
             events += item.events
             item.events = []
@@ -6864,8 +6969,13 @@ class ResponsesWriter:
         self.output: list[Json] = []
         self.item: Json = {}
         self.kind = ""  # of the open block
-        self.text = ""
-        self.signature = ""
+        self.pieces: list[str] = []
+        self.signature: list[str] = []
+
+    @property
+    def text(self) -> str:
+        """The words of the open block."""
+        return "".join(self.pieces)
 
     def write(self, event: Event) -> list[Json]:
         """The frames for one event."""
@@ -6904,7 +7014,7 @@ class ResponsesWriter:
 
     def write_opened(self, event: Opened) -> list[Json]:
         """An item begins."""
-        self.kind, self.text, self.signature = event.kind, "", ""
+        self.kind, self.pieces, self.signature = event.kind, [], []
         if event.kind in ("text", "refusal"):
             self.item = {
                 "id": self.new_id("msg_"),
@@ -6918,7 +7028,7 @@ class ResponsesWriter:
         if event.kind in ("thinking", "redacted"):
             self.item = {"id": self.new_id("rs_"), "type": "reasoning", "summary": []}
             if event.kind == "redacted":
-                self.signature = str((event.raw or {}).get("data") or "")
+                self.signature = [str((event.raw or {}).get("data") or "")]
             return [self.opened()]
         if event.kind == "tool":
             self.item = self.new_call(event)
@@ -6957,12 +7067,12 @@ class ResponsesWriter:
     def write_added(self, event: Added) -> list[Json]:
         """More words or arguments."""
         if event.part == "signature":
-            self.signature += event.text
+            self.signature.append(event.text)
             return []
         if event.part == "citation" or self.kind == "opaque" or not event.text:
             return []
-        begins = not self.text
-        self.text += event.text
+        begins = not self.pieces
+        self.pieces.append(event.text)
         if self.kind == "text":
             more = {"content_index": 0, "delta": event.text, "logprobs": []}
             return [self.frame("output_text.delta", **more)]
@@ -6997,29 +7107,29 @@ class ResponsesWriter:
 
     def close_message(self) -> list[Json]:
         """A message's words are all there."""
-        part = self.part()
+        part, text = self.part(), self.text
         if self.kind == "refusal":
-            done = self.frame("refusal.done", content_index=0, refusal=self.text)
+            done = self.frame("refusal.done", content_index=0, refusal=text)
         else:
-            done = self.frame("output_text.done", content_index=0, text=self.text, logprobs=[])
+            done = self.frame("output_text.done", content_index=0, text=text, logprobs=[])
         self.item = {**self.item, "status": "completed", "content": [part]}
         return [done, self.frame("content_part.done", content_index=0, part=part)]
 
     def close_thought(self) -> list[Json]:
         """A thought is complete, with what its maker needs to know it again."""
         frames = []
-        shown = bool(self.text) and not self.terms.hide_thinking
-        if shown:
-            part = {"type": "summary_text", "text": self.text}
+        text, signature = self.text, "".join(self.signature)
+        if text and not self.terms.hide_thinking:
+            part = {"type": "summary_text", "text": text}
             frames = [
-                self.frame("reasoning_summary_text.done", summary_index=0, text=self.text),
+                self.frame("reasoning_summary_text.done", summary_index=0, text=text),
                 self.frame("reasoning_summary_part.done", summary_index=0, part=part),
             ]
             self.item["summary"] = [part]
-        if self.signature:
-            carried = {"thinking": self.text, "signature": self.signature}
+        if signature:
+            carried = {"thinking": text, "signature": signature}
             if self.kind == "redacted":
-                carried = {"data": self.signature}
+                carried = {"data": signature}
             self.item["encrypted_content"] = pack(CARRIED_THINKING, carried)
         return frames
 
@@ -7041,7 +7151,7 @@ class ResponsesWriter:
             self.item = {**self.item, "arguments": text}
             name = self.item["name"]
             frames = [self.frame("function_call_arguments.done", name=name, arguments=text)]
-            if not self.text:
+            if not self.pieces:
                 frames.insert(0, self.frame("function_call_arguments.delta", delta=text))
         self.item = {**self.item, "status": "completed"}
         return frames
@@ -7094,6 +7204,7 @@ class ResponsesRelay:
         self.summarised: set[int] = set()  # thoughts whose summary came in deltas
         self.sealed: dict[int, str] = {}  # reasoning, as only its last event has it right
         self.done: dict[int, Json] = {}  # items that are complete
+        self.guards: defaultdict[int, RunawayGuard] = defaultdict(RunawayGuard)  # per item
         self.begun = False
 
     def mend(self, frame: Json) -> list[Json]:
@@ -7116,12 +7227,14 @@ class ResponsesRelay:
         delta = frame.get("delta")
         if isinstance(delta, str):
             self.said += estimate_text(delta)
+            if kind == "response.function_call_arguments.delta" and isinstance(index, int):
+                self.guards[index].check(delta)
         if kind == "response.reasoning_summary_part.added" and isinstance(index, int):
             self.summarised.add(index)
         elif kind == "response.output_item.done" and isinstance(index, int):
             first += self.late_summary(index, details(frame, "item"))
         if isinstance(frame.get("response"), dict):
-            frame["response"] = self.mend_response(frame["response"])
+            frame["response"] = self.mend_response(frame["response"], kind in RESPONSES_ENDS)
         if kind in RESPONSES_ENDS:
             frame["response"] = response = details(frame, "response")
             if "id" not in response:
@@ -7184,7 +7297,7 @@ class ResponsesRelay:
             if isinstance(name, str):
                 holder[key] = self.terms.names.get(name, name)
 
-    def mend_response(self, response: Json) -> Json:
+    def mend_response(self, response: Json, is_last: bool) -> Json:
         """The caller's model name, one id, and items under the ids they had."""
         response.update(id=self.terms.id, model=self.terms.model, created_at=self.terms.created)
         response.setdefault("store", False)
@@ -7193,7 +7306,7 @@ class ResponsesRelay:
                 response[key] = self.terms.asked[key]
         response.pop("output_text", None)
         output = response.get("output")
-        if not output:  # its items may have come before
+        if is_last and not output:  # its items may have come before
             response["output"] = output = [self.done[index] for index in sorted(self.done)]
         for index, item in enumerate(output if isinstance(output, list) else ()):
             if isinstance(item, dict):
@@ -8205,13 +8318,14 @@ class KiroReader:
         self.usage = Usage()
         self.model = ""  # as the answer names it: "auto" is not the one that answers
         self.share = 0.0  # of the context that is full, in percent
-        self.hidden = ""  # what stands in the place of a thought, until it is clear
+        self.hidden: list[str] = []  # what stands in the place of a thought, until it is clear
         self.live = ""  # kind of the open block
         self.live_call: StreamedCall | None = None
         self.calls: dict[str, StreamedCall] = {}
+        self.unopened: deque[StreamedCall] = deque()  # calls whose name is known
         self.waiting: list[tuple[str, str]] = []  # (kind, words) that came inside a call
-        self.thought = ""
-        self.signature = ""  # of the thought that was said last, or that is hidden
+        self.thought: list[str] = []
+        self.signature: list[str] = []  # of the thought that was said last, or that is hidden
         self.signed = ("", "")  # the last thought, with its signature
         self.reason = ""
         self.started = False
@@ -8270,13 +8384,12 @@ class KiroReader:
             self.add("redacted", redacted, events)
         text = said.get("text")
         if isinstance(text, str) and text:
-            if text == KIRO_HIDDEN_THOUGHT and not self.thought:
-                self.hidden += text
-            else:
-                self.add("thinking", self.hidden + text, events)
-                self.hidden = ""
+            self.hidden.append(text)
+            if text != KIRO_HIDDEN_THOUGHT or self.thought:
+                self.add("thinking", "".join(self.hidden), events)
+                self.hidden = []
         if isinstance(said.get("signature"), str):
-            self.signature += said["signature"]
+            self.signature.append(said["signature"])
 
     def take_call(self, said: Json, events: list[Event]) -> None:
         """A fragment of a call; the last one says stop."""
@@ -8284,14 +8397,15 @@ class KiroReader:
         call_id = said.get("toolUseId")
         if not isinstance(call_id, str) or not call_id:
             call_id = self.unnamed_call(said)
-        call = self.calls.setdefault(call_id, StreamedCall(call_id))
+        call = self.calls.get(call_id) or self.calls.setdefault(call_id, StreamedCall(call_id))
         if call.closed:
             return  # said twice
-        if isinstance(said.get("name"), str) and not call.name:
+        if not call.name and str_or_empty(said, "name"):
             call.name = said["name"]
+            self.unopened.append(call)
         piece = said.get("input")
-        call.arguments += dump_text(piece) if isinstance(piece, dict) and piece else ""
-        call.arguments += piece if isinstance(piece, str) else ""
+        call.add(dump_text(piece) if isinstance(piece, dict) and piece else "")
+        call.add(piece if isinstance(piece, str) else "")
         call.complete = call.complete or said.get("stop") is True
         self.advance(call, events)
 
@@ -8308,16 +8422,14 @@ class KiroReader:
             live = self.live_call
             if live is not None:
                 ChatReader.send_arguments(live, events)
-                another = spoken is not live and is_complete_object(live.arguments)
+                another = spoken is not live and live.is_whole()
                 if not (live.complete or another):
                     return
                 self.close(events)
-                continue
-            ready = (call for call in self.calls.values() if not call.closed and call.name)
-            following = next(ready, None)
-            if following is None:
+            elif self.unopened:
+                self.open_call(self.unopened.popleft(), events)
+            else:
                 break
-            self.open_call(following, events)
         waiting, self.waiting = self.waiting, []
         for kind, words in waiting:
             self.add(kind, words, events)
@@ -8333,7 +8445,7 @@ class KiroReader:
     def add(self, kind: str, words: str, events: list[Event]) -> None:
         """Words for a block of `kind`, at once or when the live call is complete."""
         if self.live_call is not None:
-            if not is_complete_object(self.live_call.arguments):
+            if not self.live_call.is_whole():
                 self.waiting.append((kind, words))
                 return
             self.close(events)
@@ -8346,7 +8458,7 @@ class KiroReader:
             self.live = kind
             events.append(Opened(kind))
         if kind == "thinking":
-            self.thought += words
+            self.thought.append(words)
         events.append(Added("text", words))
 
     def close(self, events: list[Event]) -> None:
@@ -8358,17 +8470,17 @@ class KiroReader:
             self.sign(events)
         elif call is not None:
             call.closed = True
-            if call.arguments.strip() and load_object(call.arguments) is None:
-                self.cut = True
+            self.cut = self.cut or not (call.is_blank or call.is_whole())
         events.append(Closed())
         self.live, self.live_call = "", None
 
     def sign(self, events: list[Event]) -> None:
         """Adds the signature to the open thought, where it has come."""
         if self.signature:
-            events.append(Added("signature", self.mark + self.signature))
-            self.signed = self.thought, self.signature
-        self.thought = self.signature = ""
+            signature = "".join(self.signature)
+            events.append(Added("signature", self.mark + signature))
+            self.signed = "".join(self.thought), signature
+        self.thought, self.signature = [], []
 
     def take_context(self, said: Json, events: list[Event]) -> None:
         """How full the context is now, in percent of the window of the model that answers."""
@@ -8431,7 +8543,7 @@ class KiroReader:
         for kind, words in self.tags.flush() if self.tags else ():
             self.add(kind, words, events)
         for call in self.calls.values():
-            call.complete = call.complete or is_complete_object(call.arguments)
+            call.complete = call.complete or call.is_whole()
             self.cut = self.cut or not (call.complete and call.name)
         if self.live_call is not None:
             ChatReader.send_arguments(self.live_call, events)
