@@ -283,6 +283,9 @@ MAX_BLANK_RUN = 20  # line breaks and tabs in a row inside a call's arguments
 MAX_TOOLS = 128  # VS Code cuts there
 MAX_CACHE_MARKS = 4  # Anthropic and Copilot
 MAX_CHAT_STOPS = 4  # OpenAI
+# Of all stop strings of a request together: those that no upstream field takes are looked for in
+# every piece of the answer, and a stop string is a word or a tag.
+MAX_STOP_CHARACTERS = 8192
 MAX_EMBEDDED = 256  # texts at a time: Copilot takes 512, VS Code sends 256
 EMBEDDINGS_SECONDS = 60.0
 REASONING_MEMORY_ENTRIES = 500
@@ -2841,9 +2844,11 @@ class StopCutter:
     @staticmethod
     def overlap(text: str, stop: str) -> int:
         """How many last characters of `text` begin `stop`."""
-        for size in range(min(len(stop) - 1, len(text)), 0, -1):
-            if text.endswith(stop[:size]):
-                return size
+        at = max(0, len(text) - len(stop) + 1)
+        while (at := text.find(stop[0], at)) >= 0:
+            if stop.startswith(text[at:]):
+                return len(text) - at
+            at += 1
         return 0
 
 
@@ -3571,6 +3576,38 @@ def opening_words(system: Any, messages: list[Json]) -> str:
     return text_of(system) + "\0" + text_of(first)
 
 
+CHOICE_MODES = ("auto", "none", "required")  # of OpenAI's two dialects, where it is a word
+
+
+def read_stops(body: Json, key: str) -> list[str]:
+    """The stop strings at `key`: a list, or one by itself; empty ones mean nothing."""
+    value = body.get(key)
+    stops: list[Any] = [value] if isinstance(value, str) else list_field(body, key)
+    for index, stop in enumerate(stops):
+        if not isinstance(stop, str):
+            raise wrong_type(f"{key}.{index}", "a string")
+    if sum(map(len, stops)) > MAX_STOP_CHARACTERS:
+        raise InvalidRequest(
+            f"{key}: the stop strings have more than {MAX_STOP_CHARACTERS} characters.", param=key
+        )
+    return [stop for stop in stops if stop]
+
+
+def function_of(entry: Json, path: str) -> Json:
+    """What names a function in a tool, a call or a choice: an object inside, or all of it."""
+    return dict_field(entry, "function", path) or dict_field(entry, "custom", path) or entry
+
+
+def allowed_names(choice: Json, path: str) -> set[str]:
+    """The names in the `tools` of an `allowed_tools` choice."""
+    names = set()
+    for index, item in enumerate(list_field(choice, "tools", path)):
+        where = f"{path}.tools.{index}"
+        entry = function_of(need_dict(item, where), where)
+        names.add(str_field(entry, "name", where) or "")  # a vendor's tool has none
+    return names
+
+
 # Content parts.  Clients mix the vendors' shapes (Cursor and Zed send Anthropic's to OpenAI's
 # endpoint, seen in 2026-07), so one table reads them all, for every dialect.
 
@@ -4242,9 +4279,7 @@ class ChatRequestReader:
         chat.temperature = number_field(body, "temperature")
         chat.top_p = number_field(body, "top_p")
         chat.top_k = int_field(body, "top_k")
-        stop = body.get("stop")
-        stops = [stop] if isinstance(stop, str) else list_field(body, "stop")
-        chat.stop = [item for item in stops if isinstance(item, str) and item]
+        chat.stop = read_stops(body, "stop")
         chat.effort = self.read_effort()
         chat.thinking_budget = int_field(dict_field(body, "thinking"), "budget_tokens", "thinking")
         chat.output = self.read_output()
@@ -5304,8 +5339,7 @@ class MessagesRequestReader:
         chat.temperature = number_field(body, "temperature")
         chat.top_p = number_field(body, "top_p")
         chat.top_k = int_field(body, "top_k")
-        stops = list_field(body, "stop_sequences")
-        chat.stop = [item for item in stops if isinstance(item, str) and item]
+        chat.stop = read_stops(body, "stop_sequences")
         chat.session = session_of_user_id(dict_field(body, "metadata").get("user_id"))
         self.read_thinking()
         settings = dict_field(body, "output_config")
@@ -20244,9 +20278,7 @@ class Gateway:
             terms.names = {wire: name for wire, name in names.items() if wire != name}
             terms.many = spoken is CHAT and (int_field(body, "n") or 1) > 1
             if spoken is CHAT and model.stops is not None and body.get("stop"):
-                stop = body["stop"]
-                stops = [stop] if isinstance(stop, str) else list_field(body, "stop")
-                terms.cut = [s for s in stops if isinstance(s, str) and s][model.stops :]
+                terms.cut = read_stops(body, "stop")[model.stops :]
             return Call(model, spoken.name, body, outline)
         chat = asked.read_request(body)
         if chat.effort is None and chat.thinking_budget is None:
