@@ -226,7 +226,6 @@ MAX_LENGTH_DIGITS = 19  # 2**63 has 19 digits
 # is bounded before parsing.
 MAX_JSON_COMMAS = 400_000
 MAX_JSON_DEPTH = 100
-MAX_INLINED_REFS = 300  # of one tool's schema
 MAX_ERROR_TEXT = 4000  # characters of an error message
 MAX_ERROR_BODY_BYTES = 64 * KIB  # of an upstream's error answer; the rest is not read
 MAX_WHOLE_ANSWER_BYTES = 64 * MIB  # of an upstream's JSON answer
@@ -3937,29 +3936,29 @@ def read_figure(value: Any) -> float | None:
 def inline_refs(schema: Any, definitions: Json) -> Any:
     """A schema with its `$ref`s replaced by what they name.
 
-    A circle ends in an open object, and so does what would grow without bounds: definitions that
-    name one another several times.
+    A circle ends in an open object, and so does what would grow or go deep without bounds:
+    definitions that name one another several times.
     """
-    left = MAX_INLINED_REFS
+    left = len(dump_json(schema))  # copies of values: some ten times what the schema has
 
-    def inline(value: Any, inside: tuple[str, ...]) -> Any:
+    def inline(value: Any, inside: tuple[str, ...], depth: int) -> Any:
         nonlocal left
+        left -= bool(inside)
         if isinstance(value, list):
-            return [inline(item, inside) for item in value]
+            return [inline(item, inside, depth + 1) for item in value]
         if not isinstance(value, dict):
             return value
         name = value.get("$ref")
         if not isinstance(name, str):  # a property may have that name
-            return {key: inline(item, inside) for key, item in value.items()}
-        rest = {key: inline(item, inside) for key, item in value.items() if key != "$ref"}
+            return {key: inline(item, inside, depth + 1) for key, item in value.items()}
+        rest = {k: inline(item, inside, depth + 1) for k, item in value.items() if k != "$ref"}
         name = name.rpartition("/")[2]
         named = details(definitions, name)
-        left -= 1
-        if name in inside or not named or left < 0:
+        if name in inside or not named or left < 0 or depth > MAX_JSON_DEPTH:
             return {"type": "object", **rest}
-        return {**inline(named, (*inside, name)), **rest}
+        return {**inline(named, (*inside, name), depth + 1), **rest}
 
-    return inline(schema, ())
+    return inline(schema, (), 0)
 
 
 def read_copilot_usage(frame: Json, usage: Usage) -> None:
@@ -4126,7 +4125,8 @@ class ChatRequestReader:
     def __init__(self, body: Json) -> None:
         self.body = body
         self.chat = Chat()
-        self.pending: list[str] = []  # calls whose results have not come: for results without id
+        #: call id -> how many results are still to come, in order: for results without id
+        self.pending: OrderedDict[str, int] = OrderedDict()
         names = [m.get("name") for m in message_list(body) if m.get("role") == "user"]
         self.named = len({name for name in names if isinstance(name, str)}) > 1
 
@@ -4178,11 +4178,11 @@ class ChatRequestReader:
         elif role == "assistant":
             self.chat.turns.append(Turn("assistant", self.read_assistant(message, path)))
         elif role in ("tool", "function"):
-            call = str_field(message, "tool_call_id", path) or ""
-            if not call and self.pending:
-                call = self.pending[0]
-            if call in self.pending:
-                self.pending.remove(call)
+            call = str_field(message, "tool_call_id", path) or next(iter(self.pending), "")
+            if self.pending.get(call, 0) > 1:
+                self.pending[call] -= 1
+            else:
+                self.pending.pop(call, None)
             result = ToolResult(call, read_parts(content, f"{path}.content"))
             self.chat.turns.append(Turn("user", [result]))
         else:
@@ -4206,7 +4206,9 @@ class ChatRequestReader:
             calls = [*calls, {"function": message["function_call"]}]
         for index, item in enumerate(calls):
             blocks.append(self.read_call(item, f"{path}.tool_calls.{index}"))
-        self.pending.extend(block.id for block in blocks if isinstance(block, ToolCall))
+        for block in blocks:
+            if isinstance(block, ToolCall):
+                self.pending[block.id] = self.pending.get(block.id, 0) + 1
         return blocks
 
     def read_call(self, item: Any, path: str) -> ToolCall:
@@ -8287,6 +8289,7 @@ class ThinkingTags:
 
     def __init__(self) -> None:
         self.kind = ""  # "" at the beginning, then thinking or text
+        self.margin: list[str] = []  # blanks before the first word
         self.held = ""
         self.before = ""  # the character in front of what is held
 
@@ -8294,6 +8297,9 @@ class ThinkingTags:
         """(thinking or text, words) for more of the answer; what could be a tag is held back."""
         if self.kind == "text":
             return [("text", text)]
+        if not self.kind and not self.held and text.isspace():
+            self.margin.append(text)
+            return []
         self.held += text
         if not self.kind:
             begun = self.held.lstrip()
@@ -8301,7 +8307,7 @@ class ThinkingTags:
                 return []  # with one more character, for the line break behind it
             if not begun.startswith(self.OPENING):
                 return self.flush()
-            self.kind = "thinking"
+            self.kind, self.margin = "thinking", []
             self.held = begun.removeprefix(self.OPENING).removeprefix("\n")
         return self.take_thought()
 
@@ -8329,7 +8335,7 @@ class ThinkingTags:
 
     def flush(self) -> list[tuple[str, str]]:
         """What was held back, at the end or before something else."""
-        held, self.held = self.held, ""
+        held, self.held, self.margin = "".join([*self.margin, self.held]), "", []
         kind, self.kind = self.kind or "text", "text"
         if kind == "thinking" and held.startswith(self.CLOSING):
             return []
