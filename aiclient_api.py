@@ -849,6 +849,14 @@ def str_field(obj: Json, key: str, path: str = "") -> str | None:
     raise wrong_type(join_path(path, key), "a string")
 
 
+def word_field(obj: Json, key: str, words: Iterable[str], path: str = "") -> str | None:
+    """The string at `key`, one of `words`; None where it is absent or null."""
+    value = str_field(obj, key, path)
+    if value is None or value in words:
+        return value
+    raise wrong_type(join_path(path, key), f"one of {', '.join(words)}")
+
+
 def int_field(obj: Json, key: str, path: str = "") -> int | None:
     """The integer at `key`; a float without fraction counts."""
     value = obj.get(key)
@@ -2440,6 +2448,8 @@ class Image:
     url: str = ""
     #: OpenAI's low, high or auto
     detail: str = ""
+    #: where it stood in the request, for errors
+    path: str = field(default="", compare=False)
 
 
 @dataclass(slots=True)
@@ -2572,14 +2582,22 @@ class Chat:
     touched: list[str] = field(default_factory=list)
     #: the caller's tool names -> names that every vendor takes
     names: dict[str, str] = field(default_factory=dict)
+    #: what the request calls the turns, for errors
+    turns_field: str = "messages"
 
     def refuse_prefill(self) -> None:
         """Raises UnsupportedFeature where the last turn is one the model is to go on with."""
         if self.prefilled:
+            where = self.turns_field
             raise UnsupportedFeature(
-                "messages: the last message must be the user's; this model takes no prefill.",
-                param="messages",
+                f"{where}: the last message must be the user's; this model takes no prefill.",
+                param=where,
             )
+
+    def refuse_empty(self) -> InvalidRequest:
+        """The 400 for a conversation in which nothing is left to answer."""
+        where = self.turns_field
+        return InvalidRequest(f"{where}: the conversation says nothing.", param=where)
 
     def name_tools(self) -> None:
         """Finds names for all tools, those that were only called before as well."""
@@ -2594,8 +2612,10 @@ class Chat:
         return self.names.get(name) or wire_name(name)
 
     def settle(self) -> None:
-        """Brings the turns into the order every vendor demands."""
+        """Brings the turns into the order every vendor demands; raises InvalidRequest."""
         settled = distinct_calls(settle_turns(self.turns))
+        if not settled and not self.system:
+            raise self.refuse_empty()
         if settled != self.turns:
             self.touched.append("settle_turns")
         self.turns = settled
@@ -3095,11 +3115,11 @@ def is_complete_object(text: str) -> bool:
     return text.rstrip().endswith("}") and load_object(text) is not None
 
 
-def object_schema(schema: Any, name: str) -> Json:
+def object_schema(schema: Any, path: str) -> Json:
     """A tool's JSON Schema with what every vendor wants: type object and properties."""
     if schema is None:
         return {"type": "object", "properties": {}}
-    fitted = dict(need_dict(schema, f"tools.{name}.parameters"))
+    fitted = dict(need_dict(schema, path))
     fitted.pop("$schema", None)
     fitted["type"] = "object"
     fitted.setdefault("properties", {})
@@ -3208,9 +3228,9 @@ def read_image_url(url: str, path: str) -> Image:
     if url.startswith("data:"):
         claimed, data = read_data_url(url, path)
         data = bare_base64(data)
-        return Image(image_type(data, claimed, path), data)
+        return Image(image_type(data, claimed, path), data, path=path)
     if url.startswith("https://"):
-        return Image(url=url)
+        return Image(url=url, path=path)
     raise UnsupportedFeature(f"{path}: must be a data URL or an https URL.", param=path)
 
 
@@ -3640,7 +3660,7 @@ def read_image_part(part: Json, path: str) -> list[Block]:
         if data.startswith("data:"):  # a URL where only its data belongs
             claimed, data = read_data_url(data, f"{path}.source.data")
         data = bare_base64(data)
-        return [Image(image_type(data, claimed, path), data)]
+        return [Image(image_type(data, claimed, path), data, path=path)]
     if kind == "url":
         return [read_image_url(need_str(source, "url", f"{path}.source"), f"{path}.source.url")]
     raise UnsupportedFeature(f"{path}.source: must be base64 or an https url.", param=path)
@@ -3780,9 +3800,15 @@ PART_READERS: dict[str, Callable[[Json, str], list[Block]]] = {
 }
 
 
+def part_reader(part: Json) -> Callable[[Json, str], list[Block]] | None:
+    """What reads a part; None where its type is not known."""
+    kind = str_or_empty(part, "type")
+    return read_hosted_part if kind.endswith("_tool_result") else PART_READERS.get(kind)
+
+
 def is_known_part(part: Any) -> bool:
     """Whether a part of a content list can be read."""
-    return isinstance(part, str) or (isinstance(part, dict) and part.get("type") in PART_READERS)
+    return isinstance(part, str) or (isinstance(part, dict) and part_reader(part) is not None)
 
 
 def read_parts(content: Any, path: str) -> list[Block]:
@@ -3800,10 +3826,7 @@ def read_parts(content: Any, path: str) -> list[Block]:
             blocks.append(Text(item))
             continue
         part = need_dict(item, where)
-        kind = part.get("type")
-        reader = PART_READERS.get(kind) if isinstance(kind, str) else None
-        if reader is None and isinstance(kind, str) and kind.endswith("_tool_result"):
-            reader = read_hosted_part
+        reader = part_reader(part)
         if reader is None:
             if not isinstance(part.get("text"), str):
                 raise InvalidRequest(f"{where}.type: is not a known part type.", param=where)
@@ -3885,15 +3908,17 @@ def drop_hosted(hosted: list[str], left: int, forced: str, dropped: list[str]) -
         dropped.append(f"tools.{name}")
 
 
-def tool_names(body: Json) -> list[str]:
+def tool_names(body: Json, path: str = "") -> list[str]:
     """The names of the tools a native body offers."""
     names = []
-    for tool in list_field(body, "tools"):
-        entry = details(tool, "function") or tool if isinstance(tool, dict) else {}
+    for index, item in enumerate(list_field(body, "tools", path)):
+        where = f"{join_path(path, 'tools')}.{index}"
+        entry = function_of(need_dict(item, where), where)
         if entry.get("type") == "namespace":
-            names += tool_names(entry)
-        if isinstance(entry.get("name"), str):
-            names.append(entry["name"])
+            names += tool_names(entry, where)
+        name = str_field(entry, "name", where)
+        if name is not None:
+            names.append(name)
     return names
 
 
@@ -4214,7 +4239,7 @@ class ChatRequestReader:
     def read_call(self, item: Any, path: str) -> ToolCall:
         """One entry of `tool_calls`."""
         call = need_dict(item, path)
-        function = dict_field(call, "function", path) or dict_field(call, "custom", path)
+        function = function_of(call, path)
         arguments = function.get("arguments", function.get("input", ""))
         if not isinstance(arguments, str):
             arguments = dump_text(arguments if arguments is not None else {})
@@ -4228,8 +4253,7 @@ class ChatRequestReader:
         for index, item in enumerate([*list_field(body, "tools"), *list_field(body, "functions")]):
             path = f"tools.{index}"
             tool = need_dict(item, path)
-            function = tool.get("function") or tool.get("custom") or tool
-            function = need_dict(function, f"{path}.function")
+            function = function_of(tool, path)
             if "name" not in function and isinstance(tool.get("type"), str):
                 hosted.append(tool["type"])
                 continue
@@ -4243,33 +4267,30 @@ class ChatRequestReader:
                 }
             description = str_field(function, "description", path) or ""
             strict = bool_field(function, "strict", path)
-            chat.tools.append(Tool(name, description, object_schema(schema, name), strict))
+            schema = object_schema(schema, f"{path}.function.parameters")
+            chat.tools.append(Tool(name, description, schema, strict))
         self.read_choice()
         drop_hosted(hosted, len(chat.tools), "", chat.dropped)
         chat.parallel = bool_field(body, "parallel_tool_calls")
 
     def read_choice(self) -> None:
         """`tool_choice`, or the older `function_call`."""
-        chat = self.chat
-        choice = self.body.get("tool_choice", self.body.get("function_call"))
-        if choice is None:
-            return
-        if isinstance(choice, str):
-            if choice not in ("none", "auto", "required"):
-                raise InvalidRequest("tool_choice: is not a known choice.", param="tool_choice")
-            chat.choice = ToolChoice(choice)
-            return
-        choice = need_dict(choice, "tool_choice")
-        if choice.get("type") == "allowed_tools":
-            allowed = dict_field(choice, "allowed_tools", "tool_choice")
-            tools = list_field(allowed, "tools", "tool_choice.allowed_tools")
-            names = {(t.get("function") or t).get("name") for t in tools if isinstance(t, dict)}
+        chat, body = self.chat, self.body
+        key = "tool_choice" if "tool_choice" in body else "function_call"
+        choice = body.get(key)
+        if not isinstance(choice, dict):
+            mode = word_field(body, key, CHOICE_MODES)
+            chat.choice = ToolChoice(mode) if mode else None
+        elif choice.get("type") == "allowed_tools":
+            path = f"{key}.allowed_tools"
+            allowed = dict_field(choice, "allowed_tools", key)
+            names = allowed_names(allowed, path)
             chat.tools = [tool for tool in chat.tools if tool.name in names]
-            chat.choice = ToolChoice("required" if allowed.get("mode") == "required" else "auto")
-            return
-        entry = choice.get("function") or choice.get("custom") or choice
-        name = need_str(need_dict(entry, "tool_choice.function"), "name", "tool_choice.function")
-        chat.choice = ToolChoice("named", name)
+            mode = word_field(allowed, "mode", ("auto", "required"), path)
+            chat.choice = ToolChoice(mode or "auto")
+        else:
+            name = need_str(function_of(choice, key), "name", f"{key}.function")
+            chat.choice = ToolChoice("named", name)
 
     def read_settings(self) -> None:
         """Sampling, limits, structured output, effort."""
@@ -4290,28 +4311,20 @@ class ChatRequestReader:
 
     def read_effort(self) -> str | None:
         """`reasoning_effort`, or what other clients send for it."""
-        effort = str_field(self.body, "reasoning_effort")
+        effort = word_field(self.body, "reasoning_effort", EFFORTS)
         if effort is None:
-            effort = str_field(dict_field(self.body, "reasoning"), "effort", "reasoning")
-        if dict_field(self.body, "thinking").get("type") == "disabled":
-            effort = "none"
-        if effort is not None and effort not in EFFORTS:
-            known = ", ".join(EFFORTS)
-            raise InvalidRequest(
-                f"reasoning_effort: must be one of {known}.", param="reasoning_effort"
-            )
-        return effort
+            effort = word_field(dict_field(self.body, "reasoning"), "effort", EFFORTS, "reasoning")
+        is_off = dict_field(self.body, "thinking").get("type") == "disabled"
+        return "none" if is_off else effort
 
     def read_output(self) -> OutputFormat | None:
         """`response_format`."""
         wanted = dict_field(self.body, "response_format")
-        kind = wanted.get("type")
+        kind = word_field(wanted, "type", ("text", "json_object", "json_schema"), "response_format")
         if kind in (None, "text"):
             return None
         if kind == "json_object":
             return OutputFormat(None)
-        if kind != "json_schema":
-            raise InvalidRequest("response_format.type: is not known.", param="response_format")
         path = "response_format.json_schema"
         entry = dict_field(wanted, "json_schema", "response_format")
         return OutputFormat(
@@ -5242,6 +5255,8 @@ MESSAGES_KNOWN = (
     "top_k",
     "top_p",
 )
+# A tool choice's type -> our mode.
+MESSAGES_CHOICES = {"auto": "auto", "any": "required", "none": "none", "tool": "named"}
 BILLING_HEADER = "x-anthropic-billing-header:"
 
 
@@ -5276,8 +5291,9 @@ class MessagesRequestReader:
         """The Chat; raises InvalidRequest."""
         body, chat = self.body, self.chat
         chat.model = need_str(body, "model")
-        if body.get("mcp_servers") or body.get("container"):
-            raise UnsupportedFeature("mcp_servers, container: nothing runs on this side.")
+        for key in ("mcp_servers", "container"):
+            if body.get(key):
+                raise UnsupportedFeature(f"{key}: nothing runs on this side.", param=key)
         chat.system = self.read_system()
         for index, message in enumerate(message_list(body)):
             role = need_str(message, "role", f"messages.{index}")
@@ -5307,7 +5323,8 @@ class MessagesRequestReader:
         """`tools` and `tool_choice`."""
         body, chat = self.body, self.chat
         choice = dict_field(body, "tool_choice")
-        kind, forced = choice.get("type"), str_field(choice, "name", "tool_choice") or ""
+        kind = word_field(choice, "type", MESSAGES_CHOICES, "tool_choice")
+        forced = str_field(choice, "name", "tool_choice") or ""
         hosted = []
         for index, item in enumerate(list_field(body, "tools")):
             path = f"tools.{index}"
@@ -5322,13 +5339,13 @@ class MessagesRequestReader:
                     continue
             description = str_field(tool, "description", path) or ""
             strict = bool_field(tool, "strict", path)
-            chat.tools.append(Tool(name, description, object_schema(schema, name), strict))
+            schema = object_schema(schema, f"{path}.input_schema")
+            chat.tools.append(Tool(name, description, schema, strict))
         drop_hosted(hosted, len(chat.tools), forced, chat.dropped)
-        modes = {"auto": "auto", "any": "required", "none": "none", "tool": "named"}
-        if isinstance(kind, str):
-            if kind not in modes:
-                raise InvalidRequest("tool_choice.type: is not known.", param="tool_choice.type")
-            chat.choice = ToolChoice(modes[kind], forced)
+        if kind is not None:
+            if kind == "tool":
+                need_str(choice, "name", "tool_choice")
+            chat.choice = ToolChoice(MESSAGES_CHOICES[kind], forced)
         if bool_field(choice, "disable_parallel_tool_use", "tool_choice"):
             chat.parallel = False
 
@@ -5359,13 +5376,9 @@ class MessagesRequestReader:
         """`thinking` and `output_config.effort`."""
         thinking = dict_field(self.body, "thinking")
         kind = thinking.get("type")
-        effort = str_field(dict_field(self.body, "output_config"), "effort", "output_config")
+        settings = dict_field(self.body, "output_config")
+        effort = word_field(settings, "effort", EFFORTS, "output_config")
         budget = int_field(thinking, "budget_tokens", "thinking")
-        if effort is not None and effort not in EFFORTS:
-            raise InvalidRequest(
-                "output_config.effort: must be one of " + ", ".join(EFFORTS),
-                param="output_config.effort",
-            )
         if kind == "disabled":
             self.chat.effort = "none"
         elif kind == "enabled" and budget is not None and budget > 0:
@@ -5489,6 +5502,8 @@ class MessagesRequestWriter:
             content = [part for block in turn.blocks if (part := self.write_block(block))]
             if content:
                 messages.append({"role": turn.role, "content": content})
+        if not messages:
+            raise self.chat.refuse_empty()
         return messages
 
     def write_block(self, block: Block) -> Json | None:
@@ -6222,12 +6237,14 @@ def searches_tools(body: Json) -> bool:
 
 def all_tools(body: Json) -> list[Any]:
     """The tools of a body, with those declared inside its conversation."""
-    tools = list(list_field(body, "tools"))
-    for index, item in enumerate(input_items(body)):
-        if item_kind(item) == "additional_tools":
-            added = list_field(item, "tools", f"input.{index}")
-            tools += [tool for tool in added if tool not in tools]
-    return tools
+    tools = list_field(body, "tools")
+    added = [
+        tool
+        for index, item in enumerate(input_items(body))
+        if item_kind(item) == "additional_tools"
+        for tool in list_field(item, "tools", f"input.{index}")
+    ]
+    return [*{dump_json(tool): tool for tool in (*tools, *added)}.values()] if added else tools
 
 
 def item_kind(item: Json) -> str:
@@ -6295,15 +6312,34 @@ def flat_name(namespace: str, name: str) -> str:
     return f"{namespace}__{name}" if namespace else name
 
 
+@dataclass(slots=True)
+class AssistantTurn:
+    """The assistant's turn while its items come in, in whatever order."""
+
+    #: words and thoughts: before the calls, whose results must follow them directly
+    words: list[Block] = field(default_factory=list)
+    #: calls, and thoughts between them
+    calls: list[Block] = field(default_factory=list)
+    #: what the calls gave
+    results: list[Block] = field(default_factory=list)
+
+    def turns(self) -> list[Turn]:
+        """What it is at the end."""
+        return [Turn("assistant", [*self.words, *self.calls]), Turn("user", self.results)]
+
+
 class ResponsesRequestReader:
     """Reads one responses body into a Chat."""
 
     def __init__(self, body: Json) -> None:
         self.body = body
-        self.chat = Chat()
-        self.called: dict[str, Turn] = {}  # call id -> the turn it stands in
-        self.answered: set[Any] = set()  # calls that have a result somewhere
-        self.waiting: set[str] = set()  # those of them whose result is still to come
+        self.chat = Chat(turns_field="input")
+        self.turns: list[Turn | AssistantTurn] = []
+        self.tools: dict[str, Tool] = {}  # by their names in the Chat
+        self.called: dict[str, AssistantTurn] = {}  # call id -> the turn it stands in
+        self.answered: set[str] = set()  # calls that have a result somewhere
+        #: those of them whose result is still to come
+        self.waiting: OrderedDict[str, AssistantTurn] = OrderedDict()
 
     def read(self) -> Chat:
         """The Chat; raises InvalidRequest."""
@@ -6313,11 +6349,18 @@ class ResponsesRequestReader:
         if instructions:
             chat.system.append(Text(instructions))
         items = input_items(body)
-        self.answered = {i.get("call_id") for i in items if item_kind(i).endswith("_output")}
+        self.answered = {
+            need_str(item, "call_id", f"input.{index}")
+            for index, item in enumerate(items)
+            if item_kind(item).endswith("_output")
+        }
         for index, item in enumerate(items):
             self.read_item(item, f"input.{index}")
+        for turn in self.turns:
+            chat.turns += turn.turns() if isinstance(turn, AssistantTurn) else [turn]
         chat.settle()
-        self.read_tools(list_field(body, "tools"))
+        self.read_tools(body, "")
+        chat.tools = [*self.tools.values()]
         self.read_choice()
         self.read_settings()
         chat.name_tools()
@@ -6338,7 +6381,7 @@ class ResponsesRequestReader:
         elif kind == "reasoning":
             self.read_reasoning(item)
         elif kind == "additional_tools":
-            self.read_tools(list_field(item, "tools", path))
+            self.read_tools(item, path)
         elif kind in HOSTED_ITEMS:
             words = hosted_words(item)
             self.add_words([Text(f"[{kind.removesuffix('_call')}: {words}]")] if words else [])
@@ -6360,39 +6403,37 @@ class ResponsesRequestReader:
         blocks = read_parts(item.get("content"), f"{path}.content")
         if role in ("system", "developer"):
             texts = [block for block in blocks if isinstance(block, Text)]
-            if self.chat.turns:
-                self.chat.turns.append(Turn("system", [*texts]))
+            if self.turns:
+                self.turns.append(Turn("system", [*texts]))
             else:
                 self.chat.system.extend(texts)
         elif role == "assistant":
             self.add_words(blocks)
         elif role == "user":
-            self.chat.turns.append(Turn("user", blocks))
+            self.turns.append(Turn("user", blocks))
         else:
             where = f"{path}.role"
             raise InvalidRequest(f"{where}: {role[:100]!r} is not a known role.", param=where)
 
-    def open_turn(self) -> Turn:
+    def open_turn(self) -> AssistantTurn:
         """The assistant turn under way."""
-        turns = self.chat.turns
-        if not turns or turns[-1].role != "assistant":
-            turns.append(Turn("assistant", []))
-        return turns[-1]
+        last = self.turns[-1] if self.turns else None
+        if not isinstance(last, AssistantTurn) or last.results:
+            last = AssistantTurn()
+            self.turns.append(last)
+        return last
 
     def add_words(self, blocks: list[Block]) -> None:
-        """Words of the assistant: before its calls, whose results must follow them directly."""
-        waiting = (self.called[call] for call in self.waiting)
-        turn = next(waiting, None) or self.open_turn()
-        calls = (at for at, block in enumerate(turn.blocks) if isinstance(block, ToolCall))
-        at = next(calls, len(turn.blocks))
-        turn.blocks[at:at] = blocks
+        """Words of the assistant: with the calls that wait for their results, if there are any."""
+        turn = next(iter(self.waiting.values()), None) or self.open_turn()
+        turn.words.extend(blocks)
 
     def add_call(self, call: ToolCall) -> None:
         """A call of the assistant."""
-        self.called[call.id] = self.open_turn()
-        self.called[call.id].blocks.append(call)
+        self.called[call.id] = turn = self.open_turn()
+        turn.calls.append(call)
         if call.id in self.answered:
-            self.waiting.add(call.id)
+            self.waiting[call.id] = turn
 
     @staticmethod
     def read_call(item: Json, kind: str, path: str) -> ToolCall:
@@ -6412,8 +6453,7 @@ class ResponsesRequestReader:
         """What a tool said: a string, or parts."""
         call_id = need_str(item, "call_id", path)
         if kind == "tool_search_output":
-            tools = list_field(item, "tools", path)
-            names = ", ".join(self.read_tools(tools)) or "none"
+            names = ", ".join(self.read_tools(item, path)) or "none"
             blocks: list[Block] = [Text(f"Tools available now: {names}")]
         else:
             output = item.get("output")
@@ -6423,20 +6463,12 @@ class ResponsesRequestReader:
             if isinstance(output, dict) or not all(is_known_part(row) for row in rows):
                 output = dump_text(output)  # a shell's, or one of a tool to come
             blocks = read_parts(output, f"{path}.output")
-        self.add_result(ToolResult(call_id, blocks))
-
-    def add_result(self, result: ToolResult) -> None:
-        """A result: directly behind the turn with its call, wherever it came."""
-        turns = self.chat.turns
-        called = self.called.get(result.id)
-        self.waiting.discard(result.id)
-        at = len(turns)
-        if called is not None and (not turns or turns[-1] is not called):
-            at = next(n for n, turn in enumerate(turns) if turn is called) + 1
-        if at < len(turns) and turns[at].role == "user":
-            turns[at].blocks.append(result)
+        result = ToolResult(call_id, blocks)
+        self.waiting.pop(call_id, None)
+        if call_id in self.called:  # directly behind the turn with its call, wherever it came
+            self.called[call_id].results.append(result)
         else:
-            turns.insert(at, Turn("user", [result]))
+            self.turns.append(Turn("user", [result]))
 
     def read_reasoning(self, item: Json) -> None:
         """Thinking of another upstream that we have packed ourselves; the rest is not for it."""
@@ -6444,26 +6476,22 @@ class ResponsesRequestReader:
         if carried is not None:
             said = [carried.get(key) for key in ("thinking", "signature", "data")]
             thinking, signature, data = (item if isinstance(item, str) else "" for item in said)
-            self.open_turn().blocks.append(Thinking(thinking, signature, data))
+            turn = self.open_turn()
+            (turn.calls or turn.words).append(Thinking(thinking, signature, data))
 
-    def read_tools(self, tools: list[Any]) -> list[str]:
-        """The names of tools of the request, or that a search has found."""
+    def read_tools(self, holder: Json, path: str, namespace: str = "") -> list[str]:
+        """The names of the tools of the request, of a namespace, or that a search has found."""
         names: list[str] = []
-        for index, item in enumerate(tools):
-            path = f"tools.{index}"
-            names += self.read_tool(need_dict(item, path), path, "")
+        for index, item in enumerate(list_field(holder, "tools", path)):
+            where = f"{join_path(path, 'tools')}.{index}"
+            names += self.read_tool(need_dict(item, where), where, namespace)
         return names
 
     def read_tool(self, tool: Json, path: str, namespace: str) -> list[str]:
         """The names in one entry; tools that only the vendor runs are kept in `hosted`."""
-        kind = tool.get("type")
+        kind = need_str(tool, "type", path)
         if kind == "namespace":
-            names: list[str] = []
-            for index, inner in enumerate(list_field(tool, "tools", path)):
-                inner_path = f"{path}.tools.{index}"
-                owner = need_str(tool, "name", path)
-                names += self.read_tool(need_dict(inner, inner_path), inner_path, owner)
-            return names
+            return self.read_tools(tool, path, need_str(tool, "name", path))
         name = str_field(tool, "name", path) or ""
         description = str_field(tool, "description", path) or ""
         if kind == "custom":
@@ -6472,14 +6500,15 @@ class ResponsesRequestReader:
                 description = f"{description}\n\nThe input must follow this grammar:\n{grammar}"
             schema = CUSTOM_SCHEMA
         elif kind == "tool_search" and tool.get("execution") == "client":
-            name, schema = "tool_search", object_schema(tool.get("parameters"), "tool_search")
-        elif kind == "function" and name:
-            schema = object_schema(tool.get("parameters"), name)
+            name, schema = "tool_search", object_schema(tool.get("parameters"), path)
+        elif kind == "function":
+            name = need_str(tool, "name", path)
+            schema = object_schema(tool.get("parameters"), f"{path}.parameters")
         else:
-            self.chat.hosted.append(str(kind))
+            self.chat.hosted.append(kind)
             return []
         flat = flat_name(namespace, name)
-        known = next((tool for tool in self.chat.tools if tool.name == flat), None)
+        known = self.tools.get(flat)
         if known is not None and known.namespace != namespace:
             raise InvalidRequest(
                 f"{path}: {name!r} of {namespace or 'no namespace'!r} and of "
@@ -6488,35 +6517,33 @@ class ResponsesRequestReader:
             )
         if known is None:
             strict = bool_field(tool, "strict", path)
-            self.chat.tools.append(Tool(flat, description, schema, strict, str(kind), namespace))
+            self.tools[flat] = Tool(flat, description, schema, strict, kind, namespace)
         return [flat]
 
     def read_choice(self) -> None:
         """`tool_choice`, and what becomes of tools that are not to be had."""
-        chat, value = self.chat, self.body.get("tool_choice")
+        chat, choice = self.chat, self.body.get("tool_choice")
         forced = ""
-        if isinstance(value, str):
-            if value not in ("auto", "none", "required"):
-                raise InvalidRequest("tool_choice: is not known.", param="tool_choice")
-            chat.choice = ToolChoice(value)
-        elif value is not None:
-            choice = need_dict(value, "tool_choice")
-            kind, name = choice.get("type"), str_field(choice, "name", "tool_choice")
+        if not isinstance(choice, dict):
+            mode = word_field(self.body, "tool_choice", CHOICE_MODES)
+            chat.choice = ToolChoice(mode) if mode else None
+        else:
+            kind = str_field(choice, "type", "tool_choice") or "function"
             if kind == "allowed_tools":
-                allowed = list_field(choice, "tools", "tool_choice")
-                names = {tool.get("name") for tool in allowed if isinstance(tool, dict)}
+                names = allowed_names(choice, "tool_choice")
                 chat.tools = [
                     tool
                     for tool in chat.tools
                     if {tool.name, tool.name.removeprefix(flat_name(tool.namespace, ""))} & names
                 ]
-                chat.choice = ToolChoice(str_field(choice, "mode", "tool_choice") or "auto")
-            elif name and kind in (None, "function", "custom"):
-                chat.choice = ToolChoice(
-                    "named", flat_name(str(choice.get("namespace") or ""), name)
-                )
+                mode = word_field(choice, "mode", ("auto", "required"), "tool_choice")
+                chat.choice = ToolChoice(mode or "auto")
+            elif kind in ("function", "custom"):
+                namespace = str_field(choice, "namespace", "tool_choice") or ""
+                name = flat_name(namespace, need_str(choice, "name", "tool_choice"))
+                chat.choice = ToolChoice("named", name)
             else:
-                forced = str(kind)
+                forced = kind
         drop_hosted(chat.hosted, len(chat.tools), forced, chat.dropped)
         if forced:
             raise UnsupportedFeature(f"{forced} is not available on this model.", param="tools")
@@ -6529,12 +6556,7 @@ class ResponsesRequestReader:
         chat.top_p = number_field(body, "top_p")
         chat.parallel = bool_field(body, "parallel_tool_calls")
         chat.session = str_field(body, "prompt_cache_key") or ""
-        effort = str_field(dict_field(body, "reasoning"), "effort", "reasoning")
-        if effort is not None and effort not in EFFORTS:
-            raise InvalidRequest(
-                "reasoning.effort: must be one of " + ", ".join(EFFORTS), param="reasoning.effort"
-            )
-        chat.effort = effort
+        chat.effort = word_field(dict_field(body, "reasoning"), "effort", EFFORTS, "reasoning")
         chat.verbosity = str_field(dict_field(body, "text"), "verbosity", "text")
         form = dict_field(dict_field(body, "text"), "format", "text")
         if form.get("type") == "json_object":
@@ -6586,6 +6608,8 @@ class ResponsesRequestWriter:
             body["instructions"] = plain_text(chat.system)
         elif chat.system:
             items.append({"role": "developer", "content": plain_text(chat.system)})
+        if not items:
+            raise chat.refuse_empty()
         if chat.tools:
             body["tools"] = [self.write_tool(tool) for tool in chat.tools]
             if chat.choice:
@@ -8151,8 +8175,6 @@ class KiroRequestWriter:
         """The body; raises InvalidRequest."""
         draft, chat = self.draft, self.draft.chat
         if not any(turn.blocks for turn in draft.turns):
-            if not chat.system:
-                raise InvalidRequest("messages: the conversation says nothing.", param="messages")
             draft.turns, draft.preface = [Turn("user", [*chat.system])], []
         chat.touched += [rule.__name__ for rule in KIRO_RULES if rule(draft)]
         *history, current = [self.write_turn(turn) for turn in draft.turns]
@@ -8214,10 +8236,13 @@ class KiroRequestWriter:
         """An image: only data, never a URL."""
         kinds = self.model.raw.get("supportedInputTypes")
         if isinstance(kinds, list) and kinds and "IMAGE" not in kinds:
-            raise UnsupportedFeature(f"messages: {self.model.id} takes no images.")
+            raise UnsupportedFeature(
+                f"{image.path}: {self.model.id} takes no images.", param=image.path
+            )
         if image.url:
             raise UnsupportedFeature(
-                "messages: Kiro takes images only as base64 data; nothing is fetched here."
+                f"{image.path}: Kiro takes images only as base64 data; nothing is fetched here.",
+                param=image.path,
             )
         return {"format": image.media_type.partition("/")[2], "source": {"bytes": image.data}}
 
@@ -9394,7 +9419,11 @@ def downgrade_native_system(turns: list[Turn], every: bool) -> list[Turn]:
             plain.append(turn)
             continue
         rows: list[Any] = turn.blocks
-        texts = [b.raw.get("text") if isinstance(b, RawPart) else b.text for b in rows]
+        texts = [
+            str_or_empty(block.raw, "text") if isinstance(block, RawPart) else block.text
+            for block in rows
+            if isinstance(block, (RawPart, Text))
+        ]
         reminders: list[Block] = [Text(as_reminder(text)) for text in texts if text]
         plain.append(Turn("user", reminders))
     return merge_turns(plain)
@@ -9422,8 +9451,10 @@ def check_messages(scrub: Scrub) -> None:
         path = f"messages.{index}"
         need_str(message, "role", path)
         check_content(message.get("content"), f"{path}.content")
-        for call in list_field(message, "tool_calls", path):
-            need_dict(call, f"{path}.tool_calls")
+        for at, call in enumerate(list_field(message, "tool_calls", path)):
+            where = f"{path}.tool_calls.{at}"
+            str_field(need_dict(call, where), "id", where)
+            need_str(function_of(call, where), "name", f"{where}.function")
 
 
 def check_content(content: Any, path: str) -> None:
@@ -9510,29 +9541,31 @@ def is_foreign_thinking(part: Any) -> bool:
 
 def plain_documents(scrub: Scrub) -> None:
     """Text documents and tool references become text: only PDFs and words are known to work."""
-    for message in scrub.body["messages"]:
-        simplify_parts(message)
+    for index, message in enumerate(scrub.body["messages"]):
+        simplify_parts(message, f"messages.{index}")
 
 
-def simplify_parts(holder: Json) -> None:
+def simplify_parts(holder: Json, path: str) -> None:
     """Rewrites the parts in `holder["content"]`, tool results included."""
     content = holder.get("content")
     if not isinstance(content, list):
         return
     rows: list[Any] = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
+    for index, part in enumerate(content):
+        where = f"{path}.content.{index}"
+        kind, source = part["type"], details(part, "source")
         if kind == "tool_result":
-            simplify_parts(part)
-        elif kind == "image" and details(part, "source").get("type") == "base64":
-            source = part["source"]  # clients name wrong types, and the vendor looks
-            data, claimed = str(source.get("data") or ""), str(source.get("media_type") or "")
-            part["source"] = {**source, "media_type": image_type(data, claimed, "image")}
-        if kind == "document" and details(part, "source").get("type") in ("text", "content"):
-            rows += [text_part(block.text) for block in as_texts(part)]
+            simplify_parts(part, where)
+        elif kind == "image" and source.get("type") == "base64":
+            # Clients name wrong types, and the vendor looks.
+            data = need_str(source, "data", f"{where}.source")
+            claimed = str_field(source, "media_type", f"{where}.source") or ""
+            part["source"] = {**source, "media_type": image_type(data, claimed, where)}
+        if kind == "document" and source.get("type") in ("text", "content"):
+            rows += [text_part(block.text) for block in as_texts(part, where)]
         elif kind == "tool_reference":
-            rows.append(text_part(f"Tool available: {part.get('tool_name')}"))
-        elif kind != "text" or str(part.get("text") or "").strip():
+            rows += [text_part(plain_text(read_tool_reference_part(part, where)))]
+        elif kind != "text" or part["text"].strip():
             rows.append(part)
     holder["content"] = rows
 
@@ -9542,10 +9575,10 @@ def text_part(text: str) -> Json:
     return {"type": "text", "text": text}
 
 
-def as_texts(part: Json) -> list[Text]:
+def as_texts(part: Json, path: str) -> list[Text]:
     """A text document's words, its title first."""
     texts = []
-    for block in read_document_part(part, "document"):
+    for block in read_document_part(part, path):
         if isinstance(block, Document):
             head = f"[{block.title}]\n" if block.title else ""
             texts.append(Text(head + block.text))
@@ -9634,25 +9667,27 @@ def plain_tools(scrub: Scrub) -> None:
     tools, hosted = [], []
     for index, item in enumerate(list_field(body, "tools")):
         tool = need_dict(item, f"tools.{index}")
-        kind = tool.get("type") or "custom"
-        name = str(tool.get("name") or kind)
+        path = f"tools.{index}"
+        kind = str_field(tool, "type", path) or "custom"
+        name = str_field(tool, "name", path) or kind
         schema = tool.get("input_schema")
         if kind != "custom":
-            schema = client_tool_schema(str(kind))
+            schema = client_tool_schema(kind)
             if schema is None:
                 hosted.append(name)
                 continue
         plain = {key: tool[key] for key in TOOL_KEYS if tool.get(key) is not None}
         plain["name"] = wire_name(name)
-        plain["input_schema"] = fit_schema(object_schema(schema, name), False)
+        plain["input_schema"] = fit_schema(object_schema(schema, f"{path}.input_schema"), False)
         tools.append(plain)
-    drop_hosted(hosted, len(tools), str(choice.get("name") or ""), scrub.dropped)
+    forced = str_field(choice, "name", "tool_choice") or ""
+    drop_hosted(hosted, len(tools), forced, scrub.dropped)
     if not tools and any(part.get("type") == "tool_use" for part in parts_of(body["messages"])):
         tools = [{"name": "none", "description": "Do not call.", "input_schema": EMPTY_SCHEMA}]
     if tools:
         body["tools"] = tools
-        if choice.get("name"):
-            body["tool_choice"] = {**choice, "name": wire_name(str(choice["name"]))}
+        if forced:
+            body["tool_choice"] = {**choice, "name": wire_name(forced)}
     else:
         body.pop("tools", None)
         body.pop("tool_choice", None)
@@ -9679,8 +9714,8 @@ def fit_thinking(scrub: Scrub) -> None:
     body, model = scrub.body, scrub.model
     thinking = dict_field(body, "thinking")
     settings = dict_field(body, "output_config")
-    effort = settings.get("effort")
-    kind = thinking.get("type")
+    effort = str_field(settings, "effort", "output_config")
+    kind = str_field(thinking, "type", "thinking")
     adaptive = model.adaptive or model.id in scrub.learned.adaptive
     if is_forced(body.get("tool_choice") or {}):
         body.pop("thinking", None)
@@ -9936,7 +9971,8 @@ def fit_chat_tools(scrub: Scrub) -> None:
         function = dict_field(tool, "function", f"tools.{index}") or tool
         name = wire_name(need_str(function, "name", f"tools.{index}.function"))
         schema = function.get("parameters", function.get("input_schema"))
-        schema = fit_schema(object_schema(schema, name), scrub.model.vendor == "Google")
+        schema = object_schema(schema, f"tools.{index}.function.parameters")
+        schema = fit_schema(schema, scrub.model.vendor == "Google")
         entry = {"name": name, "description": function.get("description"), "parameters": schema}
         if isinstance(function.get("strict"), bool) and is_openai(scrub.model):
             entry["strict"] = function["strict"]
@@ -9951,8 +9987,9 @@ def fit_chat_tools(scrub: Scrub) -> None:
     if plain:
         body["tools"] = plain
         choice = body.get("tool_choice")
-        if isinstance(choice, dict) and isinstance(choice.get("function"), dict):
-            named = {"name": wire_name(str(choice["function"].get("name")))}
+        function = details(choice, "function") if isinstance(choice, dict) else {}
+        if function:
+            named = {"name": wire_name(need_str(function, "name", "tool_choice.function"))}
             body["tool_choice"] = {"type": "function", "function": named}
 
 
@@ -10010,20 +10047,26 @@ def is_cache_marked(message: Json) -> bool:
 
 def join_neighbours(messages: list[Json]) -> list[Json]:
     """Messages with neighbours of one role joined: Gemini refuses them apart."""
-    joined: list[Json] = []
+    groups: list[list[Json]] = []
     for message in messages:
-        before = joined[-1] if joined else {}
+        before = groups[-1][-1] if groups else {}
         same = before.get("role") == message["role"]
         if not same or message["role"] == "tool" or {*before, *message} - {"role", "content"}:
-            joined.append(dict(message))
-            continue
-        both = [before["content"], message["content"]]
-        if all(isinstance(content, str) for content in both):
-            before["content"] = "\n\n".join(both)
+            groups.append([message])
         else:
-            rows = [[text_part(c)] if isinstance(c, str) else c for c in both]
-            before["content"] = [*rows[0], *rows[1]]
-    return joined
+            groups[-1].append(message)
+    return [join_messages(group) for group in groups]
+
+
+def join_messages(group: list[Json]) -> Json:
+    """One message with the content of all."""
+    if len(group) == 1:
+        return group[0]
+    contents = [message["content"] for message in group]
+    if all(isinstance(content, str) for content in contents):
+        return {**group[0], "content": "\n\n".join(contents)}
+    rows = [[text_part(c)] if isinstance(c, str) else c for c in contents]
+    return {**group[0], "content": [part for row in rows for part in row]}
 
 
 def fit_chat_content(message: Json, model: Model, moved: list[Json]) -> None:
@@ -10058,17 +10101,16 @@ def text_or_parts(content: Any) -> bool:
     return bool(content.strip()) if isinstance(content, str) else bool(content)
 
 
-def fit_call(call: Any) -> Json:
+def fit_call(call: Json) -> Json:
     """A call of the history: typed, with arguments that are a JSON text."""
-    entry = need_dict(call, "tool_calls")
-    function = dict_field(entry, "function", "tool_calls")
-    arguments = function.get("arguments")
+    function = function_of(call, "tool_calls")
+    arguments = function.get("arguments", function.get("input"))
     text = arguments if isinstance(arguments, str) else dump_text(arguments or {})
     if load_object(text) is None:
         text = dump_text(parse_arguments(text))
-    name = wire_name(str(function.get("name")))
-    fitted = {**entry, "type": "function", "function": {"name": name, "arguments": text}}
-    return {key: value for key, value in fitted.items() if value is not None}
+    named = {"name": wire_name(function["name"]), "arguments": text}
+    fitted = {"id": call.get("id"), "index": call.get("index"), "type": "function"}
+    return {k: v for k, v in {**fitted, "function": named}.items() if v is not None}
 
 
 def word_response_format(scrub: Scrub) -> None:
@@ -10096,7 +10138,7 @@ def ask_for_usage(scrub: Scrub) -> None:
     scrub.body.pop("stream_options", None)
     if scrub.body.get("stream"):
         scrub.body["stream_options"] = {"include_usage": True}
-    if not (scrub.body.get("prediction") or {}).get("content"):
+    if not dict_field(scrub.body, "prediction").get("content"):
         scrub.body.pop("prediction", None)
 
 
@@ -10179,8 +10221,8 @@ def fit_items(scrub: Scrub) -> None:
     for index, item in enumerate(scrub.body["input"]):
         kind = item_kind(item)
         encrypted = text_of_key(item, "encrypted_content")
-        if kind in ("function_call", "custom_tool_call") or kind.endswith("_output"):
-            need_str(item, "call_id", f"input.{index}")
+        if kind in CALL_ITEMS or kind.endswith("_output"):
+            item["call_id"] = wire_id(need_str(item, "call_id", f"input.{index}"))
         if kind == "function_call":
             said = item.get("arguments")
             text = said if isinstance(said, str) else "" if said is None else dump_text(said)
@@ -10203,10 +10245,8 @@ def fit_items(scrub: Scrub) -> None:
             continue  # it says nothing, and would be refused
         for key in [key for key, value in item.items() if value is None]:
             del item[key]
-        if isinstance(item.get("call_id"), str):
-            item["call_id"] = wire_id(item["call_id"])
-        if kind in ("function_call", "custom_tool_call") and isinstance(item.get("name"), str):
-            item["name"] = wire_name(item["name"])
+        if kind in ("function_call", "custom_tool_call"):
+            item["name"] = wire_name(need_str(item, "name", f"input.{index}"))
         if isinstance(item.get("namespace"), str):
             item["namespace"] = wire_name(item["namespace"])
         items.append(item)
@@ -10250,27 +10290,26 @@ def fit_message(item: Json, path: str) -> bool:
 
 def settle_items(items: list[Json]) -> list[Json]:
     """Items with each call's output directly behind the calls; a missing one is filled in."""
-    outputs: dict[str, list[Json]] = {}
-    calls: dict[str, int] = {}
+    outputs: defaultdict[str, deque[Json]] = defaultdict(deque)
+    calls: defaultdict[str, int] = defaultdict(int)
     for item in items:
-        call_id = str(item.get("call_id"))
         if item_kind(item).endswith("_output"):
-            outputs.setdefault(call_id, []).append(item)
+            outputs[item["call_id"]].append(item)
         elif item_kind(item) in CALL_ITEMS:
-            calls[call_id] = calls.get(call_id, 0) + 1
+            calls[item["call_id"]] += 1
     settled: list[Json] = []
     pending: list[Json] = []
-    seen: dict[str, int] = {}
+    call_ids = CallIds()
     for item in [*items, {}]:
         kind = item_kind(item) if item else ""
         if pending and kind not in (*CALL_ITEMS, "reasoning"):
-            settled += answer_items(pending, outputs, calls, seen)
+            settled += answer_items(pending, outputs, calls, call_ids)
             pending = []
         if kind in CALL_ITEMS:
             pending.append(item)
         elif kind.endswith("_output"):
-            if str(item.get("call_id")) not in calls:
-                head = f"[tool output for unknown call {item.get('call_id')}]"
+            if item["call_id"] not in calls:
+                head = f"[tool output for unknown call {item['call_id']}]"
                 text = f"{head}\n{text_of(item.get('output'))}".strip()
                 parts = [{"type": "input_text", "text": text}, *shown_parts(item.get("output"))]
                 settled.append({"type": "message", "role": "user", "content": parts})
@@ -10298,9 +10337,9 @@ def words_of_output(item: Json) -> str:
 
 def answer_items(
     pending: list[Json],
-    outputs: dict[str, list[Json]],
+    outputs: dict[str, deque[Json]],
     calls: dict[str, int],
-    seen: dict[str, int],
+    call_ids: CallIds,
 ) -> list[Json]:
     """The outputs of calls, in words; then a message with their images, which words cannot hold.
 
@@ -10309,14 +10348,13 @@ def answer_items(
     answers: list[Json] = []
     shown: list[Json] = []
     for call in pending:
-        call_id = str(call.get("call_id"))
+        call_id = call["call_id"]
         calls[call_id] -= 1
-        waiting = outputs.get(call_id, [])
-        found = waiting if not calls[call_id] else waiting[:1]
-        outputs[call_id] = waiting[len(found) :]
-        seen[call_id] = seen.get(call_id, 0) + 1
-        if seen[call_id] > 1:
-            call["call_id"] = f"{call_id[:56]}_{seen[call_id]}"
+        waiting = outputs[call_id]
+        found = [waiting.popleft()] if waiting else []
+        if not calls[call_id]:
+            found += waiting
+        call["call_id"] = call_ids.add(call_id)
         images = [part for item in found for part in shown_parts(item.get("output"))]
         words = "\n\n".join(filter(str.strip, (words_of_output(item) for item in found)))
         if images:
@@ -10332,6 +10370,22 @@ def answer_items(
     return answers
 
 
+def fit_responses_choice(choice: Json, hosted: set[str], path: str) -> Json:
+    """A tool choice, or one of the tools that it allows, with the names that go up."""
+    fitted = {**choice}
+    name = str_field(choice, "name", path)
+    if name:
+        fitted["name"] = wire_name(name)
+    if "tools" in choice:
+        fitted["tools"] = []
+        for index, item in enumerate(list_field(choice, "tools", path)):
+            where = f"{path}.tools.{index}"
+            tool = need_dict(item, where)
+            if str_field(tool, "type", where) not in hosted:
+                fitted["tools"].append(fit_responses_choice(tool, hosted, where))
+    return fitted
+
+
 def fit_responses_tools(scrub: Scrub) -> None:
     """Functions, custom tools and namespaces; tools that a vendor runs are not served."""
     body = scrub.body
@@ -10339,25 +10393,17 @@ def fit_responses_tools(scrub: Scrub) -> None:
     hosted: list[str] = []
     for index, item in enumerate(list_field(body, "tools")):
         tool = need_dict(item, f"tools.{index}")
-        if tool.get("type") not in ("function", "custom", "namespace"):
-            hosted.append(str(tool.get("type")))
+        kind = need_str(tool, "type", f"tools.{index}")
+        if kind not in ("function", "custom", "namespace"):
+            hosted.append(kind)
             continue
         tools.append(fit_responses_tool(tool, f"tools.{index}"))
     choice = body.get("tool_choice")
     forced = ""
     if isinstance(choice, dict):
-        kind = choice.get("type")
-        known = ("function", "custom", "allowed_tools")
-        forced = "" if kind in known else str(kind)
-        if isinstance(choice.get("name"), str):
-            body["tool_choice"] = {**choice, "name": wire_name(choice["name"])}
-        if isinstance(choice.get("tools"), list):
-            kept = [
-                {**t, "name": wire_name(str(t["name"]))} if "name" in t else t
-                for t in choice["tools"]
-                if isinstance(t, dict) and t.get("type") not in hosted
-            ]
-            body["tool_choice"] = {**choice, "tools": kept}
+        kind = need_str(choice, "type", "tool_choice")
+        forced = "" if kind in ("function", "custom", "allowed_tools") else kind
+        body["tool_choice"] = fit_responses_choice(choice, set(hosted), "tool_choice")
     drop_hosted(hosted, len(tools), forced, scrub.dropped)
     if forced:
         raise UnsupportedFeature(f"{forced} is not available on this model.", param="tools")
@@ -10374,7 +10420,8 @@ def fit_responses_tool(tool: Json, path: str) -> Json:
     name = need_str(tool, "name", path)
     tool.pop("defer_loading", None)
     tool.pop("output_schema", None)
-    if tool["type"] == "namespace":
+    kind = need_str(tool, "type", path)
+    if kind == "namespace":
         tool["name"] = wire_name(name)
         tool["description"] = str_field(tool, "description", path) or name
         inner = list_field(tool, "tools", path)
@@ -10384,8 +10431,9 @@ def fit_responses_tool(tool: Json, path: str) -> Json:
         ]
         return tool
     tool["name"] = wire_name(name)
-    if tool["type"] == "function":
-        tool["parameters"] = fit_schema(object_schema(tool.get("parameters"), name), google=False)
+    if kind == "function":
+        schema = object_schema(tool.get("parameters"), f"{path}.parameters")
+        tool["parameters"] = fit_schema(schema, google=False)
         if tool.get("strict") is None:
             tool["strict"] = False
     return tool
@@ -10537,8 +10585,8 @@ class ReasoningMemory:
         for call in calls:
             self.kept.pop(call, None)
             self.kept[call] = (text, opaque)
-        while len(self.kept) > self.limit:
-            del self.kept[next(iter(self.kept))]
+        for call in list(self.kept)[: max(0, len(self.kept) - self.limit)]:
+            del self.kept[call]
 
     def attach_items(self, body: Json) -> None:
         """Puts reasoning items back before a responses body's calls that lack them."""

@@ -9,15 +9,18 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from support import growth
 
 from aiclient_api import (
     CHAT,
     DIALECTS,
     MESSAGES,
     MIN_THINKING_BUDGET,
+    UPSTREAM_DIALECTS,
     ApiError,
     Chat,
     Dialect,
@@ -824,10 +827,8 @@ def test_empty_messages_are_left_out() -> None:
 def test_a_request_that_says_nothing_is_refused(dialect: str, model: Model, blank: Any) -> None:
     """1.5: an empty list of messages is a 400 upstream: better ours, with a name."""
     body = c_body(user(blank)) if dialect == "chat" else a_body(user(blank))
-    chat = DIALECTS[dialect].read_request(body)
-    other = OTHER[dialect]
     with pytest.raises(InvalidRequest, match=r"^messages: "):
-        scrub_body(other.name, other.write_request(chat, model), model, Learned(), True)
+        OTHER[dialect].write_request(DIALECTS[dialect].read_request(body), model)
 
 
 # ---- A>A: Copilot's own messages endpoint ------------------------------------------------------
@@ -1058,3 +1059,41 @@ def test_no_strange_value_in_a_native_body_is_more_than_a_400(dialect: str, body
             except Exception as error:  # noqa: BLE001 - each kind is told with its path
                 broken.add(f"{where}: {type(error).__name__}: {error}")
     assert not broken, "\n".join(sorted(broken))
+
+
+# ---- cost --------------------------------------------------------------------------------------
+
+
+def many_calls(dialect: str, ids: list[str]) -> Json:
+    """A body with calls under `ids`, and their results in the opposite order."""
+    names = [(call, f"f{at}") for at, call in enumerate(ids)]
+    if dialect == "chat":
+        calls = [function_call(call, name=name) for call, name in names]
+        results = [{"role": "tool", "tool_call_id": call, "content": "r"} for call in ids[::-1]]
+        return c_body(user("u"), assistant(None, tool_calls=calls), *results)
+    if dialect == "messages":
+        uses = [use(call, name) for call, name in names]
+        return a_body(user("u"), assistant(uses), user([result(call, "r") for call in ids[::-1]]))
+    more = {"type": "function_call", "arguments": "{}"}
+    said = [{**more, "call_id": call, "name": name} for call, name in names]
+    outputs = [{"type": "function_call_output", "call_id": c, "output": "r"} for c in ids[::-1]]
+    between = [row for output in outputs for row in (assistant("between"), output)]
+    return {"model": "m", "input": [*said, *between]}
+
+
+@pytest.mark.parametrize("ids", ["c{0}", "c", "{1}c{0}"])
+@pytest.mark.parametrize("upstream", ["chat", "messages", "responses", "kiro"])
+@pytest.mark.parametrize("dialect", ["chat", "messages", "responses"])
+def test_eight_times_the_calls_cost_some_eight_times_as_much(
+    dialect: str, upstream: str, ids: str
+) -> None:
+    """With ids of their own, with one id for all, with ids that are alike where they are cut."""
+    asked, spoken = DIALECTS[dialect], UPSTREAM_DIALECTS[upstream]
+
+    def work(count: int) -> Callable[[], object]:
+        body = many_calls(dialect, [ids.format(at // 2, "p" * 60) for at in range(count)])
+        if asked is spoken:
+            return lambda: scrub_body(upstream, body, GPT, Learned(), True)
+        return lambda: spoken.write_request(asked.read_request(body), CLAUDE)
+
+    assert growth(work) < 24  # 64 where each call is compared with each
