@@ -3966,12 +3966,14 @@ def read_figure(value: Any) -> float | None:
     return float(value) if usable else None
 
 
-def inline_refs(schema: Any, definitions: Json) -> Any:
-    """A schema with its `$ref`s replaced by what they name.
+def inline_refs(schema: Json) -> Any:
+    """A tool's schema with its `$ref`s replaced by the definitions that they name.
 
     A circle ends in an open object, and so does what would grow or go deep without bounds:
     definitions that name one another several times.
     """
+    definitions = {**details(schema, "definitions"), **details(schema, "$defs")}
+    bare = {key: schema[key] for key in schema if key not in ("definitions", "$defs")}
     left = len(dump_json(schema))  # copies of values: some ten times what the schema has
 
     def inline(value: Any, inside: tuple[str, ...], depth: int) -> Any:
@@ -3991,7 +3993,7 @@ def inline_refs(schema: Any, definitions: Json) -> Any:
             return {"type": "object", **rest}
         return {**inline(named, (*inside, name), depth + 1), **rest}
 
-    return inline(schema, (), 0)
+    return inline(bare, (), 0)
 
 
 def read_copilot_usage(frame: Json, usage: Usage) -> None:
@@ -7960,8 +7962,7 @@ def fit_kiro_schemas(draft: KiroDraft) -> bool:
 
 def fit_kiro_schema(schema: Json) -> Json:
     """A tool's schema: an object whose unions at the top are folded into its properties."""
-    definitions = {**details(schema, "definitions"), **details(schema, "$defs")}
-    fitted: Json = strip_schema(inline_refs(schema, definitions))
+    fitted: Json = strip_schema(inline_refs(schema))
     properties = dict(details(fitted, "properties"))
     required = list(fitted.get("required", ()))
     for word in SCHEMA_UNIONS:
@@ -9612,10 +9613,7 @@ GOOGLE_KNOWN = (
 
 def fit_schema(schema: Json, google: bool) -> Json:
     """A tool's schema as the model's vendor takes it."""
-    definitions = {**details(schema, "definitions"), **details(schema, "$defs")}
-    if google and definitions:
-        schema = inline_refs(schema, definitions)
-    fitted: Json = fit_subschema(schema, google)
+    fitted: Json = fit_subschema(inline_refs(schema) if google else schema, google)
     return fitted
 
 

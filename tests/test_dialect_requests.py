@@ -28,6 +28,9 @@ from aiclient_api import (
     Learned,
     Model,
     UnsupportedFeature,
+    dump_json,
+    fit_kiro_schema,
+    fit_schema,
     judge_400,
     scrub_body,
 )
@@ -1097,3 +1100,27 @@ def test_eight_times_the_calls_cost_some_eight_times_as_much(
         return lambda: spoken.write_request(asked.read_request(body), CLAUDE)
 
     assert growth(work) < 24  # 64 where each call is compared with each
+
+
+@pytest.mark.parametrize(("dialect", "key"), [("chat", "stop"), ("messages", "stop_sequences")])
+def test_stop_strings_are_bounded_together(dialect: str, key: str) -> None:
+    """Each is looked for in every piece of an answer."""
+    body = c_body() if dialect == "chat" else a_body()
+    read = DIALECTS[dialect].read_request
+    assert read({**body, key: ["ab"] * 4096}).stop
+    for stops in (["ab"] * 4096 + ["c"], ["a" * 8193]):
+        with pytest.raises(InvalidRequest, match=f"^{key}: "):
+            read({**body, key: stops})
+
+
+def test_inlined_definitions_stay_a_small_multiple_of_their_schema() -> None:
+    """Each names the next one twice; a chain of them ends before it is too deep to be written."""
+    for names, count in (("ab", 40), ("a", 3000)):
+        definitions = {
+            f"d{at}": {"properties": {name: {"$ref": f"d{at + 1}"} for name in names}}
+            for at in range(count)
+        }
+        schema = {"$defs": definitions, "properties": {"p": {"$ref": "d0"}}}
+        for fitted in (fit_schema(schema, google=True), fit_kiro_schema(schema)):
+            assert len(dump_json(fitted)) < 20 * len(dump_json(schema))
+            assert fitted["properties"]["p"]["properties"]["a"]["properties"]
