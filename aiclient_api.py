@@ -111,11 +111,12 @@ import struct
 import zlib
 from array import array
 from bisect import bisect_left
-from collections import defaultdict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import (
     Awaitable,
     Callable,
     Collection,
+    Container,
     Coroutine,
     Iterable,
     Iterator,
@@ -263,7 +264,6 @@ MAX_PORT = 65_535  # of TCP: 16 bits
 MAX_JSON_MARKS = 400_000
 MAX_JSON_KEYS = 1000  # at the top level of a body; no API has 100
 MAX_JSON_DEPTH = 100
-MAX_INLINED_REFS = 300  # of one tool's schema
 MAX_ERROR_TEXT = 4000  # characters of an error message
 MAX_REFUSAL_TEXT = 2000  # characters kept of an upstream's message
 MAX_CODE_TEXT = 100  # and of its code
@@ -329,6 +329,9 @@ MAX_BLANK_RUN = 20  # line breaks and tabs in a row inside a call's arguments
 MAX_TOOLS = 128  # VS Code cuts there
 MAX_CACHE_MARKS = 4  # Anthropic and Copilot
 MAX_CHAT_STOPS = 4  # OpenAI
+# Of all stop strings of a request together: those that no upstream field takes are looked for in
+# every piece of the answer, and a stop string is a word or a tag.
+MAX_STOP_CHARACTERS = 8192
 MAX_EMBEDDED = 256  # texts at a time: Copilot takes 512, VS Code sends 256
 EMBEDDINGS_SECONDS = 60.0
 REASONING_MEMORY_ENTRIES = 500
@@ -949,6 +952,14 @@ def str_field(obj: Json, key: str, path: str = "") -> str | None:
     raise wrong_type(join_path(path, key), "a string")
 
 
+def word_field(obj: Json, key: str, words: Iterable[str], path: str = "") -> str | None:
+    """The string at `key`, one of `words`; None where it is absent or null."""
+    value = str_field(obj, key, path)
+    if value is None or value in words:
+        return value
+    raise wrong_type(join_path(path, key), f"one of {', '.join(words)}")
+
+
 def int_field(obj: Json, key: str, path: str = "") -> int | None:
     """The integer at `key`; a float without fraction counts."""
     value = obj.get(key)
@@ -1036,6 +1047,12 @@ def one_line(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
     return UNSEEN.sub(lambda found: " " if found[0].isspace() else "", text)
+
+
+def str_or_empty(obj: Json, key: str) -> str:
+    """The string at `key` as it is, "" for anything else."""
+    value = obj.get(key)
+    return value if isinstance(value, str) else ""
 
 
 def short_hash(text: str, length: int) -> str:
@@ -2571,6 +2588,8 @@ class Image:
     url: str = ""
     #: OpenAI's low, high or auto
     detail: str = ""
+    #: where it stood in the request, for errors
+    path: str = field(default="", compare=False)
 
 
 @dataclass(slots=True)
@@ -2703,14 +2722,22 @@ class Chat:
     touched: list[str] = field(default_factory=list)
     #: the caller's tool names -> names that every vendor takes
     names: dict[str, str] = field(default_factory=dict)
+    #: what the request calls the turns, for errors
+    turns_field: str = "messages"
 
     def refuse_prefill(self) -> None:
         """Raises UnsupportedFeature where the last turn is one the model is to go on with."""
         if self.prefilled:
+            where = self.turns_field
             raise UnsupportedFeature(
-                "messages: the last message must be the user's; this model takes no prefill.",
-                param="messages",
+                f"{where}: the last message must be the user's; this model takes no prefill.",
+                param=where,
             )
+
+    def refuse_empty(self) -> InvalidRequest:
+        """The 400 for a conversation in which nothing is left to answer."""
+        where = self.turns_field
+        return InvalidRequest(f"{where}: the conversation says nothing.", param=where)
 
     def name_tools(self) -> None:
         """Finds names for all tools, those that were only called before as well."""
@@ -2725,8 +2752,10 @@ class Chat:
         return self.names.get(name) or wire_name(name)
 
     def settle(self) -> None:
-        """Brings the turns into the order every vendor demands."""
+        """Brings the turns into the order every vendor demands; raises InvalidRequest."""
         settled = distinct_calls(settle_turns(self.turns))
+        if not settled and not self.system:
+            raise self.refuse_empty()
         if settled != self.turns:
             self.touched.append("settle_turns")
         self.turns = settled
@@ -2880,12 +2909,34 @@ ANSWER_STATES: dict[tuple[str, str], str] = {
 }
 
 
+LINE_BREAKS = "\r\n\t"
+RUNAWAY = re.compile(f"[{LINE_BREAKS}]{{{MAX_BLANK_RUN + 1}}}")
+
+
+class RunawayGuard:
+    """Notices a model that fills a call's arguments with line breaks until its tokens are spent.
+
+    More than MAX_BLANK_RUN in a row, spaces not counted (seen in Floway, 2026-08).
+    """
+
+    def __init__(self) -> None:
+        self.run = ""  # what the arguments end with so far
+
+    def check(self, text: str) -> None:
+        """Raises UpstreamError when `text` makes the run too long."""
+        text = self.run + text.replace(" ", "")
+        if RUNAWAY.search(text):
+            raise UpstreamError("The model got stuck inside a tool call.")
+        self.run = text[len(text.rstrip(LINE_BREAKS)) :]
+
+
 class Checker:
     """Holds every reader to the grammar of events, so that writers can trust it."""
 
     def __init__(self) -> None:
         self.state = "new"
         self.called = False
+        self.guard = RunawayGuard()
 
     def check(self, event: Event) -> Event:
         """`event`, with a tool call's finish reason set right; raises UpstreamError."""
@@ -2893,8 +2944,12 @@ class Checker:
         if state is None:
             raise UpstreamError(OFF_PROTOCOL)
         self.state = state
-        if isinstance(event, Opened) and event.kind == "tool":
+        if isinstance(event, Added):
+            if event.part == "arguments":
+                self.guard.check(event.text)
+        elif isinstance(event, Opened) and event.kind == "tool":
             self.called = True
+            self.guard = RunawayGuard()
         # Copilot and others say "stop" after a tool call (seen in 2026-08).
         if isinstance(event, Finished) and self.called and event.reason in ("end", "stop"):
             return Finished("tool")
@@ -2948,9 +3003,11 @@ class StopCutter:
     @staticmethod
     def overlap(text: str, stop: str) -> int:
         """How many last characters of `text` begin `stop`."""
-        for size in range(min(len(stop) - 1, len(text)), 0, -1):
-            if text.endswith(stop[:size]):
-                return size
+        at = max(0, len(text) - len(stop) + 1)
+        while (at := text.find(stop[0], at)) >= 0:
+            if stop.startswith(text[at:]):
+                return len(text) - at
+            at += 1
         return 0
 
 
@@ -3011,7 +3068,7 @@ def merge_turns(turns: list[Turn]) -> list[Turn]:
     return merged
 
 
-def without_results(turn: Turn, ids: set[str]) -> Turn:
+def without_results(turn: Turn, ids: Container[str] = ()) -> Turn:
     """`turn` without the results of `ids`; other results become plain content, not lost."""
     blocks: list[Block] = []
     for block in turn.blocks:
@@ -3036,7 +3093,7 @@ def settle_turns(turns: list[Turn]) -> list[Turn]:
         turn = queue[at]
         at += 1
         if turn.role != "assistant":
-            settled.append(without_results(turn, set()))
+            settled.append(without_results(turn))
             continue
         settled.append(turn)
         calls = dict.fromkeys(b.id for b in turn.blocks if isinstance(b, ToolCall))
@@ -3047,14 +3104,33 @@ def settle_turns(turns: list[Turn]) -> list[Turn]:
             reply_end += 1
         reply = queue[at:reply_end]
         at = reply_end
-        results = [b for t in reply for b in t.blocks if isinstance(b, ToolResult)]
+        results: dict[str, list[Block]] = {call: [] for call in calls}
+        for block in (block for later in reply for block in later.blocks):
+            if isinstance(block, ToolResult) and block.id in results:
+                results[block.id].append(block)
         ordered: list[Block] = []
-        for call in calls:
-            found: list[Block] = [result for result in results if result.id == call]
+        for call, found in results.items():
             ordered += found or [ToolResult(call, [Text(INTERRUPTED)], True)]
         settled.append(Turn("user", ordered))
-        settled.extend(without_results(later, set(calls)) for later in reply)
+        settled.extend(without_results(later, results) for later in reply)
     return merge_turns(settled)
+
+
+class CallIds:
+    """The call ids of one conversation: an id that is used again gets a number."""
+
+    def __init__(self) -> None:
+        self.used: set[str] = set()
+        self.numbers: dict[str, int] = {}  # the last one behind each stem
+
+    def add(self, call_id: str) -> str:
+        """`call_id`, or where it is taken a new one of at most 64 characters."""
+        new, stem = call_id, call_id[:56]
+        while new in self.used:
+            number = self.numbers[stem] = self.numbers.get(stem, 1) + 1
+            new = f"{stem}_{number}"
+        self.used.add(new)
+        return new
 
 
 def distinct_calls(turns: list[Turn]) -> list[Turn]:
@@ -3062,52 +3138,44 @@ def distinct_calls(turns: list[Turn]) -> list[Turn]:
 
     The same call said twice in a turn is one call, and several results of one call are one.
     """
-    seen: dict[str, int] = {}  # our ids, and how often each was asked for
+    call_ids = CallIds()
     distinct: list[Turn] = []
-    ids: dict[str, list[str]] = {}  # of the last turn: the caller's id -> ours, in order
+    ids: dict[str, deque[str]] = {}  # of the last turn: the client's id -> ours, in order
     for turn in turns:
         if turn.role != "assistant":
             distinct.append(answer_calls(turn, ids))
             ids = {}
             continue
-        said: list[ToolCall] = []
+        said: set[tuple[str, str, str]] = set()
         blocks: list[Block] = []
-        ids = {}
+        ids = defaultdict(deque)
         for block in turn.blocks:
             if not isinstance(block, ToolCall):
                 blocks.append(block)
-            elif block not in said:
-                said.append(block)
-                clean = new = wire_id(block.id)
-                while new in seen:
-                    seen[clean] += 1
-                    new = f"{clean[:56]}_{seen[clean]}"
-                seen[new] = 1
-                ids.setdefault(block.id, []).append(new)
-                blocks.append(ToolCall(new, block.name, block.arguments))
+            elif (call := (block.id, block.name, block.arguments)) not in said:
+                said.add(call)
+                ids[block.id].append(call_ids.add(wire_id(block.id)))
+                blocks.append(ToolCall(ids[block.id][-1], block.name, block.arguments))
         distinct.append(Turn(turn.role, blocks))
     return distinct
 
 
-def answer_calls(turn: Turn, ids: dict[str, list[str]]) -> Turn:
+def answer_calls(turn: Turn, ids: dict[str, deque[str]]) -> Turn:
     """`turn` with its results under the new ids of their calls, one result for each call."""
-    results: dict[str, ToolResult] = {}
+    results: dict[str, ToolResult] = {}  # the last one of each of the client's ids
     blocks: list[Block] = []
     for block in turn.blocks:
         if not isinstance(block, ToolResult) or block.id not in ids:
             blocks.append(block)
-            continue
-        names = ids[block.id]
-        name = next((name for name in names if name not in results), names[-1])
-        if name in results:
-            results[name].blocks.extend(block.blocks)
+        elif ids[block.id]:
+            result = ToolResult(ids[block.id].popleft(), [*block.blocks], block.is_error)
+            results[block.id] = result
+            blocks.append(result)
         else:
-            results[name] = ToolResult(name, [*block.blocks], block.is_error)
-            blocks.append(results[name])
-    for names in ids.values():
-        missing = [name for name in names if name not in results]
-        blocks[:0] = [ToolResult(name, [Text(INTERRUPTED)], True) for name in missing]
-    return Turn(turn.role, blocks)
+            results[block.id].blocks.extend(block.blocks)
+    missing = (call for waiting in ids.values() for call in waiting)
+    filled = [ToolResult(call, [Text(INTERRUPTED)], True) for call in missing]
+    return Turn(turn.role, [*filled, *blocks])
 
 
 def downgrade_system_turns(turns: list[Turn]) -> list[Turn]:
@@ -3146,10 +3214,12 @@ def plain_schema(tool: Tool) -> Json:
 def wire_table(names: Iterable[str]) -> dict[str, str]:
     """The caller's names -> wire names, one of its own for each: clean ones stay as they are."""
     table: dict[str, str] = {}
+    taken: set[str] = set()
     for name in sorted(set(names), key=lambda name: (wire_name(name) != name, name)):
         wire = wire_name(name)
-        if wire in table.values():
+        if wire in taken:
             wire = f"{wire[:55]}_{short_hash(name, 8)}"
+        taken.add(wire)
         table[name] = wire
     return table
 
@@ -3185,11 +3255,11 @@ def is_complete_object(text: str) -> bool:
     return text.rstrip().endswith("}") and load_object(text) is not None
 
 
-def object_schema(schema: Any, name: str) -> Json:
+def object_schema(schema: Any, path: str) -> Json:
     """A tool's JSON Schema with what every vendor wants: type object and properties."""
     if schema is None:
         return {"type": "object", "properties": {}}
-    fitted = dict(need_dict(schema, f"tools.{name}.parameters"))
+    fitted = dict(need_dict(schema, path))
     fitted.pop("$schema", None)
     fitted["type"] = "object"
     fitted.setdefault("properties", {})
@@ -3298,9 +3368,9 @@ def read_image_url(url: str, path: str) -> Image:
     if url.startswith("data:"):
         claimed, data = read_data_url(url, path)
         data = bare_base64(data)
-        return Image(image_type(data, claimed, path), data)
+        return Image(image_type(data, claimed, path), data, path=path)
     if url.startswith("https://"):
-        return Image(url=url)
+        return Image(url=url, path=path)
     raise UnsupportedFeature(f"{path}: must be a data URL or an https URL.", param=path)
 
 
@@ -3672,6 +3742,46 @@ def opening_words(system: Any, messages: list[Json]) -> str:
     return text_of(system) + "\0" + text_of(first)
 
 
+CHOICE_MODES = ("auto", "none", "required")  # of OpenAI's two dialects, where it is a word
+CHAT_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+RESPONSES_ROLES = CHAT_ROLES[:4]
+MESSAGES_ROLES = ("user", "assistant", "system")
+
+
+def read_role(message: Json, roles: Iterable[str], path: str) -> str:
+    """A message's role, one of `roles`."""
+    return word_field(message, "role", roles, path) or need_str(message, "role", path)
+
+
+def read_stops(body: Json, key: str) -> list[str]:
+    """The stop strings at `key`: a list, or one by itself; empty ones mean nothing."""
+    value = body.get(key)
+    stops: list[Any] = [value] if isinstance(value, str) else list_field(body, key)
+    for index, stop in enumerate(stops):
+        if not isinstance(stop, str):
+            raise wrong_type(f"{key}.{index}", "a string")
+    if sum(map(len, stops)) > MAX_STOP_CHARACTERS:
+        raise InvalidRequest(
+            f"{key}: the stop strings have more than {MAX_STOP_CHARACTERS} characters.", param=key
+        )
+    return [stop for stop in stops if stop]
+
+
+def function_of(entry: Json, path: str) -> Json:
+    """What names a function in a tool, a call or a choice: an object inside, or all of it."""
+    return dict_field(entry, "function", path) or dict_field(entry, "custom", path) or entry
+
+
+def allowed_names(choice: Json, path: str) -> set[str]:
+    """The names in the `tools` of an `allowed_tools` choice."""
+    names = set()
+    for index, item in enumerate(list_field(choice, "tools", path)):
+        where = f"{path}.tools.{index}"
+        entry = function_of(need_dict(item, where), where)
+        names.add(str_field(entry, "name", where) or "")  # a vendor's tool has none
+    return names
+
+
 # Content parts.  Clients mix the vendors' shapes (Cursor and Zed send Anthropic's to OpenAI's
 # endpoint, seen in 2026-07), so one table reads them all, for every dialect.
 
@@ -3705,7 +3815,7 @@ def read_image_part(part: Json, path: str) -> list[Block]:
         if data.startswith("data:"):  # a URL where only its data belongs
             claimed, data = read_data_url(data, f"{path}.source.data")
         data = bare_base64(data)
-        return [Image(image_type(data, claimed, path), data)]
+        return [Image(image_type(data, claimed, path), data, path=path)]
     if kind == "url":
         return [read_image_url(need_str(source, "url", f"{path}.source"), f"{path}.source.url")]
     raise UnsupportedFeature(f"{path}.source: must be base64 or an https url.", param=path)
@@ -3845,9 +3955,15 @@ PART_READERS: dict[str, Callable[[Json, str], list[Block]]] = {
 }
 
 
+def part_reader(part: Json) -> Callable[[Json, str], list[Block]] | None:
+    """What reads a part; None where its type is not known."""
+    kind = str_or_empty(part, "type")
+    return read_hosted_part if kind.endswith("_tool_result") else PART_READERS.get(kind)
+
+
 def is_known_part(part: Any) -> bool:
     """Whether a part of a content list can be read."""
-    return isinstance(part, str) or (isinstance(part, dict) and part.get("type") in PART_READERS)
+    return isinstance(part, str) or (isinstance(part, dict) and part_reader(part) is not None)
 
 
 def read_parts(content: Any, path: str) -> list[Block]:
@@ -3865,10 +3981,7 @@ def read_parts(content: Any, path: str) -> list[Block]:
             blocks.append(Text(item))
             continue
         part = need_dict(item, where)
-        kind = part.get("type")
-        reader = PART_READERS.get(kind) if isinstance(kind, str) else None
-        if reader is None and isinstance(kind, str) and kind.endswith("_tool_result"):
-            reader = read_hosted_part
+        reader = part_reader(part)
         if reader is None:
             if not isinstance(part.get("text"), str):
                 raise InvalidRequest(f"{where}.type: is not a known part type.", param=where)
@@ -3950,15 +4063,17 @@ def drop_hosted(hosted: list[str], left: int, forced: str, dropped: list[str]) -
         dropped.append(f"tools.{name}")
 
 
-def tool_names(body: Json) -> list[str]:
+def tool_names(body: Json, path: str = "") -> list[str]:
     """The names of the tools a native body offers."""
     names = []
-    for tool in list_field(body, "tools"):
-        entry = details(tool, "function") or tool if isinstance(tool, dict) else {}
+    for index, item in enumerate(list_field(body, "tools", path)):
+        where = f"{join_path(path, 'tools')}.{index}"
+        entry = function_of(need_dict(item, where), where)
         if entry.get("type") == "namespace":
-            names += tool_names(entry)
-        if isinstance(entry.get("name"), str):
-            names.append(entry["name"])
+            names += tool_names(entry, where)
+        name = str_field(entry, "name", where)
+        if name is not None:
+            names.append(name)
     return names
 
 
@@ -3997,32 +4112,34 @@ def details(obj: Json, key: str) -> Json:
     return value if isinstance(value, dict) else {}
 
 
-def inline_refs(schema: Any, definitions: Json) -> Any:
-    """A schema with its `$ref`s replaced by what they name.
+def inline_refs(schema: Json) -> Any:
+    """A tool's schema with its `$ref`s replaced by the definitions that they name.
 
-    A circle ends in an open object, and so does what would grow without bounds: definitions that
-    name one another several times.
+    A circle ends in an open object, and so does what would grow or go deep without bounds:
+    definitions that name one another several times.
     """
-    left = MAX_INLINED_REFS
+    definitions = {**details(schema, "definitions"), **details(schema, "$defs")}
+    bare = {key: schema[key] for key in schema if key not in ("definitions", "$defs")}
+    left = len(dump_json(schema))  # copies of values: some ten times what the schema has
 
-    def inline(value: Any, inside: tuple[str, ...]) -> Any:
+    def inline(value: Any, inside: tuple[str, ...], depth: int) -> Any:
         nonlocal left
+        left -= bool(inside)
         if isinstance(value, list):
-            return [inline(item, inside) for item in value]
+            return [inline(item, inside, depth + 1) for item in value]
         if not isinstance(value, dict):
             return value
         name = value.get("$ref")
         if not isinstance(name, str):  # a property may have that name
-            return {key: inline(item, inside) for key, item in value.items()}
-        rest = {key: inline(item, inside) for key, item in value.items() if key != "$ref"}
+            return {key: inline(item, inside, depth + 1) for key, item in value.items()}
+        rest = {k: inline(item, inside, depth + 1) for k, item in value.items() if k != "$ref"}
         name = name.rpartition("/")[2]
         named = details(definitions, name)
-        left -= 1
-        if name in inside or not named or left < 0:
+        if name in inside or not named or left < 0 or depth > MAX_JSON_DEPTH:
             return {"type": "object", **rest}
-        return {**inline(named, (*inside, name)), **rest}
+        return {**inline(named, (*inside, name), depth + 1), **rest}
 
-    return inline(schema, ())
+    return inline(bare, (), 0)
 
 
 def read_copilot_usage(frame: Json, usage: Usage) -> None:
@@ -4190,7 +4307,8 @@ class ChatRequestReader:
     def __init__(self, body: Json) -> None:
         self.body = body
         self.chat = Chat()
-        self.pending: list[str] = []  # calls whose results have not come: for results without id
+        #: call id -> how many results are still to come, in order: for results without id
+        self.pending: OrderedDict[str, int] = OrderedDict()
         names = [m.get("name") for m in message_list(body) if m.get("role") == "user"]
         self.named = len({name for name in names if isinstance(name, str)}) > 1
 
@@ -4224,7 +4342,7 @@ class ChatRequestReader:
 
     def read_message(self, message: Json, path: str) -> None:
         """One message, by its role."""
-        role = need_str(message, "role", path)
+        role = read_role(message, CHAT_ROLES, path)
         content = message.get("content")
         if role in ("system", "developer"):
             blocks = read_parts(content, f"{path}.content")
@@ -4241,17 +4359,14 @@ class ChatRequestReader:
             self.chat.turns.append(Turn("user", blocks))
         elif role == "assistant":
             self.chat.turns.append(Turn("assistant", self.read_assistant(message, path)))
-        elif role in ("tool", "function"):
-            call = str_field(message, "tool_call_id", path) or ""
-            if not call and self.pending:
-                call = self.pending[0]
-            if call in self.pending:
-                self.pending.remove(call)
+        else:
+            call = str_field(message, "tool_call_id", path) or next(iter(self.pending), "")
+            if self.pending.get(call, 0) > 1:
+                self.pending[call] -= 1
+            else:
+                self.pending.pop(call, None)
             result = ToolResult(call, read_parts(content, f"{path}.content"))
             self.chat.turns.append(Turn("user", [result]))
-        else:
-            where = f"{path}.role"
-            raise InvalidRequest(f"{where}: {role[:100]!r} is not a known role.", param=where)
 
     def read_assistant(self, message: Json, path: str) -> list[Block]:
         """Reasoning, words, refusal and calls, in that order."""
@@ -4270,13 +4385,15 @@ class ChatRequestReader:
             calls = [*calls, {"function": message["function_call"]}]
         for index, item in enumerate(calls):
             blocks.append(self.read_call(item, f"{path}.tool_calls.{index}"))
-        self.pending.extend(block.id for block in blocks if isinstance(block, ToolCall))
+        for block in blocks:
+            if isinstance(block, ToolCall):
+                self.pending[block.id] = self.pending.get(block.id, 0) + 1
         return blocks
 
     def read_call(self, item: Any, path: str) -> ToolCall:
         """One entry of `tool_calls`."""
         call = need_dict(item, path)
-        function = dict_field(call, "function", path) or dict_field(call, "custom", path)
+        function = function_of(call, path)
         arguments = function.get("arguments", function.get("input", ""))
         if not isinstance(arguments, str):
             arguments = dump_text(arguments if arguments is not None else {})
@@ -4290,8 +4407,7 @@ class ChatRequestReader:
         for index, item in enumerate([*list_field(body, "tools"), *list_field(body, "functions")]):
             path = f"tools.{index}"
             tool = need_dict(item, path)
-            function = tool.get("function") or tool.get("custom") or tool
-            function = need_dict(function, f"{path}.function")
+            function = function_of(tool, path)
             if "name" not in function and isinstance(tool.get("type"), str):
                 hosted.append(tool["type"])
                 continue
@@ -4305,33 +4421,30 @@ class ChatRequestReader:
                 }
             description = str_field(function, "description", path) or ""
             strict = bool_field(function, "strict", path)
-            chat.tools.append(Tool(name, description, object_schema(schema, name), strict))
+            schema = object_schema(schema, f"{path}.function.parameters")
+            chat.tools.append(Tool(name, description, schema, strict))
         self.read_choice()
         drop_hosted(hosted, len(chat.tools), "", chat.dropped)
         chat.parallel = bool_field(body, "parallel_tool_calls")
 
     def read_choice(self) -> None:
         """`tool_choice`, or the older `function_call`."""
-        chat = self.chat
-        choice = self.body.get("tool_choice", self.body.get("function_call"))
-        if choice is None:
-            return
-        if isinstance(choice, str):
-            if choice not in ("none", "auto", "required"):
-                raise InvalidRequest("tool_choice: is not a known choice.", param="tool_choice")
-            chat.choice = ToolChoice(choice)
-            return
-        choice = need_dict(choice, "tool_choice")
-        if choice.get("type") == "allowed_tools":
-            allowed = dict_field(choice, "allowed_tools", "tool_choice")
-            tools = list_field(allowed, "tools", "tool_choice.allowed_tools")
-            names = {(t.get("function") or t).get("name") for t in tools if isinstance(t, dict)}
+        chat, body = self.chat, self.body
+        key = "tool_choice" if "tool_choice" in body else "function_call"
+        choice = body.get(key)
+        if not isinstance(choice, dict):
+            mode = word_field(body, key, CHOICE_MODES)
+            chat.choice = ToolChoice(mode) if mode else None
+        elif choice.get("type") == "allowed_tools":
+            path = f"{key}.allowed_tools"
+            allowed = dict_field(choice, "allowed_tools", key)
+            names = allowed_names(allowed, path)
             chat.tools = [tool for tool in chat.tools if tool.name in names]
-            chat.choice = ToolChoice("required" if allowed.get("mode") == "required" else "auto")
-            return
-        entry = choice.get("function") or choice.get("custom") or choice
-        name = need_str(need_dict(entry, "tool_choice.function"), "name", "tool_choice.function")
-        chat.choice = ToolChoice("named", name)
+            mode = word_field(allowed, "mode", ("auto", "required"), path)
+            chat.choice = ToolChoice(mode or "auto")
+        else:
+            name = need_str(function_of(choice, key), "name", f"{key}.function")
+            chat.choice = ToolChoice("named", name)
 
     def read_settings(self) -> None:
         """Sampling, limits, structured output, effort."""
@@ -4343,9 +4456,7 @@ class ChatRequestReader:
         chat.temperature = number_field(body, "temperature")
         chat.top_p = number_field(body, "top_p")
         chat.top_k = int_field(body, "top_k")
-        stop = body.get("stop")
-        stops = [stop] if isinstance(stop, str) else list_field(body, "stop")
-        chat.stop = [item for item in stops if isinstance(item, str) and item]
+        chat.stop = read_stops(body, "stop")
         chat.effort = self.read_effort()
         chat.thinking_budget = int_field(dict_field(body, "thinking"), "budget_tokens", "thinking")
         chat.output = self.read_output()
@@ -4354,28 +4465,20 @@ class ChatRequestReader:
 
     def read_effort(self) -> str | None:
         """`reasoning_effort`, or what other clients send for it."""
-        effort = str_field(self.body, "reasoning_effort")
+        effort = word_field(self.body, "reasoning_effort", EFFORTS)
         if effort is None:
-            effort = str_field(dict_field(self.body, "reasoning"), "effort", "reasoning")
-        if dict_field(self.body, "thinking").get("type") == "disabled":
-            effort = "none"
-        if effort is not None and effort not in EFFORTS:
-            known = ", ".join(EFFORTS)
-            raise InvalidRequest(
-                f"reasoning_effort: must be one of {known}.", param="reasoning_effort"
-            )
-        return effort
+            effort = word_field(dict_field(self.body, "reasoning"), "effort", EFFORTS, "reasoning")
+        is_off = dict_field(self.body, "thinking").get("type") == "disabled"
+        return "none" if is_off else effort
 
     def read_output(self) -> OutputFormat | None:
         """`response_format`."""
         wanted = dict_field(self.body, "response_format")
-        kind = wanted.get("type")
+        kind = word_field(wanted, "type", ("text", "json_object", "json_schema"), "response_format")
         if kind in (None, "text"):
             return None
         if kind == "json_object":
             return OutputFormat(None)
-        if kind != "json_schema":
-            raise InvalidRequest("response_format.type: is not known.", param="response_format")
         path = "response_format.json_schema"
         entry = dict_field(wanted, "json_schema", "response_format")
         return OutputFormat(
@@ -4560,38 +4663,78 @@ class ChatRequestWriter:
         return {"type": "json_schema", "json_schema": entry}
 
 
+JSON_MARK = re.compile(r'[][{}"]|\\.?', re.DOTALL)
+
+
+class ObjectScanner:
+    """Tells when streamed text has become a JSON object; reads each piece once."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.in_string = False
+        self.held = ""  # a backslash that a piece ended with
+        self.pieces: list[str] = []
+        self.whole: bool | None = None  # None while the outermost object has not closed
+
+    def feed(self, piece: str) -> None:
+        """More of the text."""
+        if self.whole is not None:
+            self.whole = self.whole and not piece.strip()
+            return
+        self.pieces.append(piece)
+        mark = ""
+        for mark in JSON_MARK.findall(self.held + piece):
+            if mark == '"':
+                self.in_string = not self.in_string
+            elif not self.in_string and len(mark) == 1:
+                self.depth += 1 if mark in "[{" else -1
+        self.held = mark if mark == "\\" else ""
+        if self.depth <= 0 and not self.in_string and piece.rstrip().endswith("}"):
+            self.whole = load_object("".join(self.pieces)) is not None
+
+
 @dataclass(slots=True)
 class StreamedCall:
-    """A tool call while its fragments come in."""
+    """A tool call while its fragments come in; none of them is looked at twice."""
 
     id: str = ""
     name: str = ""
-    arguments: str = ""
-    #: how many characters of `arguments` have been passed on
+    #: the arguments, as they came
+    pieces: list[str] = field(default_factory=list)
+    is_blank: bool = True
+    #: how many pieces have been passed on
     sent: int = 0
+    #: how many pieces `scanner` has seen
+    scanned: int = 0
+    scanner: ObjectScanner = field(default_factory=ObjectScanner)
     #: its last fragment has come
     complete: bool = False
     closed: bool = False
 
+    @property
+    def arguments(self) -> str:
+        """The arguments so far."""
+        return "".join(self.pieces)
 
-class RunawayGuard:
-    """Notices a model that fills a call's arguments with line breaks until its tokens are spent.
+    def add(self, piece: str) -> None:
+        """More of the arguments."""
+        if piece:
+            self.pieces.append(piece)
+            self.is_blank = self.is_blank and piece.isspace()
 
-    More than MAX_BLANK_RUN in a row, spaces not counted (seen in Floway, 2026-08).
-    """
+    def unsent(self) -> str:
+        """What is to be passed on now; a few blanks alone are held back: they may be all."""
+        if self.is_blank and len(self.pieces) <= MAX_BLANK_RUN:
+            return ""
+        start, self.sent = self.sent, len(self.pieces)
+        return "".join(self.pieces[start:])
 
-    def __init__(self) -> None:
-        self.run = 0
-
-    def check(self, text: str) -> None:
-        """Raises UpstreamError when `text` makes the run too long."""
-        for letter in text:
-            if letter in "\r\n\t":
-                self.run += 1
-                if self.run > MAX_BLANK_RUN:
-                    raise UpstreamError("The model got stuck inside a tool call.")
-            elif letter != " ":
-                self.run = 0
+    def is_whole(self) -> bool:
+        """Whether the arguments are a JSON object already."""
+        start, self.scanned = self.scanned, len(self.pieces)
+        for piece in self.pieces[start:]:
+            self.scanner.feed(piece)
+        return self.scanner.whole is True
 
 
 class ChatReader:
@@ -4608,12 +4751,11 @@ class ChatReader:
         self.live_call: StreamedCall | None = None
         self.calls: dict[tuple[int, int], StreamedCall] = {}
         self.waiting: list[tuple[str, str]] = []  # (kind, words) that came inside a call
-        self.thought = ""
+        self.thought: list[str] = []
         self.sealed = ""
         self.opaque = ""  # the same, until it is passed on
         self.finish = ""
         self.started = False
-        self.guard = RunawayGuard()
 
     def read(self, frame: Json) -> list[Event]:
         """The events in one chunk."""
@@ -4638,7 +4780,7 @@ class ChatReader:
         delta = details(choice, "delta") or details(choice, "message")
         for key in REASONING_FIELDS:
             if isinstance(delta.get(key), str) and delta[key]:
-                self.thought += delta[key]
+                self.thought.append(delta[key])
                 self.add("thinking", delta[key], events)
                 break
         if isinstance(delta.get("reasoning_opaque"), str):
@@ -4664,7 +4806,7 @@ class ChatReader:
 
     def read_fragment(self, key: tuple[int, int], fragment: Json, events: list[Event]) -> None:
         """One fragment of one call; ids and names that are repeated count once."""
-        call = self.calls.setdefault(key, StreamedCall())
+        call = self.calls.get(key) or self.calls.setdefault(key, StreamedCall())
         function = details(fragment, "function")
         if isinstance(fragment.get("id"), str) and not call.id:
             call.id = fragment["id"]
@@ -4674,21 +4816,19 @@ class ChatReader:
         if isinstance(arguments, dict):
             arguments = dump_text(arguments)
         if isinstance(arguments, str):
-            self.guard.check(arguments)
-            call.arguments += arguments
+            call.add(arguments)
         live = self.live_call
-        if live is None or (live is not call and is_complete_object(live.arguments)):
+        if live is None or (live is not call and live.is_whole()):
             if call.name and not call.closed:
-                self.open_call(call, events)
+                self.open_call(key, events)
         elif live is call:
             self.send_arguments(call, events)
 
-    def open_call(self, call: StreamedCall, events: list[Event]) -> None:
-        """Makes `call` the live block."""
+    def open_call(self, key: tuple[int, int], events: list[Event]) -> None:
+        """Makes a call the live block."""
         self.close(events)
-        if not call.id:
-            position = next(key for key, value in self.calls.items() if value is call)
-            call.id = f"call_{short_hash(f'{call.name}{position}', 16)}"
+        call = self.calls[key]
+        call.id = call.id or f"call_{short_hash(f'{call.name}{key}', 16)}"
         self.live, self.live_call = "tool", call
         events.append(Opened("tool", call.id, call.name))
         self.send_arguments(call, events)
@@ -4696,14 +4836,14 @@ class ChatReader:
     @staticmethod
     def send_arguments(call: StreamedCall, events: list[Event]) -> None:
         """Passes on what is new of a call's arguments."""
-        if len(call.arguments) > call.sent and (call.sent or not call.arguments.isspace()):
-            events.append(Added("arguments", call.arguments[call.sent :]))
-            call.sent = len(call.arguments)
+        text = call.unsent()
+        if text:
+            events.append(Added("arguments", text))
 
     def add(self, kind: str, words: str, events: list[Event]) -> None:
         """Words for a block of `kind`, at once or when the live call is complete."""
         if self.live_call is not None:
-            if not is_complete_object(self.live_call.arguments):
+            if not self.live_call.is_whole():
                 self.waiting.append((kind, words))
                 return
             self.close(events)
@@ -4731,16 +4871,17 @@ class ChatReader:
         if not self.finish or not self.started:
             return events
         self.close(events)
-        for call in list(self.calls.values()):
+        for key, call in self.calls.items():
             if not call.closed and call.name:
-                self.open_call(call, events)
+                self.open_call(key, events)
                 self.close(events)
         waiting, self.waiting = self.waiting, []
         for kind, words in waiting:
             self.add(kind, words, events)
         self.close(events)
         if self.calls and self.sealed and self.terms.keep:
-            self.terms.keep([call.id for call in self.calls.values()], self.thought, self.sealed)
+            thought = "".join(self.thought)
+            self.terms.keep([call.id for call in self.calls.values()], thought, self.sealed)
         if self.opaque:
             # The signature came after the thinking block, or without one.
             events += [Opened("redacted", raw={"data": CHAT_ENVELOPE + self.opaque}), Closed()]
@@ -4872,6 +5013,43 @@ CHAT_FILLINGS = (
 )
 
 
+class DeltaMerger:
+    """Adds deltas to messages: strings and lists grow, calls grow by index, the rest is set.
+
+    A string that has grown is joined once, at the end.
+    """
+
+    def __init__(self) -> None:
+        #: (identity of its holder, key) -> (holder, pieces)
+        self.texts: dict[tuple[int, str], tuple[Json, list[str]]] = {}
+
+    def add(self, message: Json, delta: Json) -> None:
+        """Adds one delta to the message so far."""
+        for key, value in delta.items():
+            before = message.get(key)
+            if key == "tool_calls":
+                calls = message.setdefault("tool_calls", [])
+                for fragment in value:
+                    while len(calls) <= fragment["index"]:
+                        calls.append({})
+                    self.add(calls[fragment["index"]], fragment)
+            elif key in ("role", "index", "type", "id"):
+                message[key] = value
+            elif isinstance(value, str) and isinstance(before, str):
+                self.texts.setdefault((id(message), key), (message, [before]))[1].append(value)
+            elif isinstance(value, dict) and isinstance(before, dict):
+                self.add(before, value)
+            elif isinstance(value, list) and isinstance(before, list):
+                before += value
+            elif value is not None or key not in message:
+                message[key] = value
+
+    def join(self) -> None:
+        """Puts the strings that have grown into their places."""
+        for (_, key), (holder, pieces) in self.texts.items():
+            holder[key] = "".join(pieces)
+
+
 class ChatRelay:
     """Native chat chunks, repaired.
 
@@ -4892,9 +5070,9 @@ class ChatRelay:
         self.finish: dict[int, str] = {}  # per choice
         self.calls: dict[tuple[int, int], int] = {}
         self.usage_frame: Json | None = None
-        self.guard = RunawayGuard()
+        self.guards: defaultdict[int, RunawayGuard] = defaultdict(RunawayGuard)  # per call
         self.called: list[str] = []
-        self.reasoning = ""
+        self.reasoning: list[str] = []
         self.opaque = ""
 
     def mend(self, frame: Json) -> list[Json]:
@@ -4926,8 +5104,10 @@ class ChatRelay:
             return []
         if not self.terms.many:
             first_choice, *others = frame["choices"]
+            merger = DeltaMerger()
             for other in others:
-                merge_delta(first_choice["delta"], other["delta"])
+                merger.add(first_choice["delta"], other["delta"])
+            merger.join()
             frame["choices"] = [first_choice]
         first = [] if self.begun else [self.role_chunk(frame)]
         self.begun = True
@@ -4953,7 +5133,7 @@ class ChatRelay:
         if isinstance(delta.get("reasoning_text"), str):
             # Copilot's name for it; clients read `reasoning_content`.
             delta.setdefault("reasoning_content", delta["reasoning_text"])
-            self.reasoning += delta["reasoning_text"]
+            self.reasoning.append(delta["reasoning_text"])
         if isinstance(delta.get("reasoning_opaque"), str):
             self.opaque = delta["reasoning_opaque"]
         calls = delta.pop("tool_calls", None)
@@ -4981,15 +5161,16 @@ class ChatRelay:
         fragment: Json = {"arguments": function.get("arguments") or ""}
         if isinstance(fragment["arguments"], dict):
             fragment["arguments"] = dump_text(fragment["arguments"])
-        self.guard.check(str(fragment["arguments"]))
-        if key in self.calls:
-            return {"index": self.calls[key], "function": fragment}
-        self.calls[key] = len(self.calls)
+        is_new = key not in self.calls
+        number = self.calls.setdefault(key, len(self.calls))
+        self.guards[number].check(str(fragment["arguments"]))
+        if not is_new:
+            return {"index": number, "function": fragment}
         name = str(function.get("name") or "")
         fragment = {"name": self.terms.names.get(name, name), **fragment}
         call_id = call.get("id") or f"call_{short_hash(f'{self.terms.id}{key}', 16)}"
         self.called.append(str(call_id))
-        first = {"index": self.calls[key], "id": call_id, "type": "function", "function": fragment}
+        first = {"index": number, "id": call_id, "type": "function", "function": fragment}
         return {**{k: v for k, v in call.items() if k not in first}, **first}
 
     def end(self) -> list[Json]:
@@ -5000,7 +5181,7 @@ class ChatRelay:
             raise UpstreamError(BROKEN_OFF)
         self.finished = True
         if self.opaque and self.terms.keep:
-            self.terms.keep(self.called, self.reasoning, self.opaque)
+            self.terms.keep(self.called, "".join(self.reasoning), self.opaque)
         frames = []
         base = {
             "id": self.id,
@@ -5021,27 +5202,6 @@ class ChatRelay:
             )
             frames.append({**base, "choices": [], "usage": usage})
         return frames
-
-
-def merge_delta(message: Json, delta: Json) -> None:
-    """Adds a delta to the message so far: strings grow, calls grow by index, the rest is set."""
-    for key, value in delta.items():
-        if key == "tool_calls":
-            calls = message.setdefault("tool_calls", [])
-            for fragment in value:
-                while len(calls) <= fragment["index"]:
-                    calls.append({})
-                merge_delta(calls[fragment["index"]], fragment)
-        elif key in ("role", "index", "type", "id"):
-            message[key] = value
-        elif isinstance(value, str) and isinstance(message.get(key), str):
-            message[key] += value
-        elif isinstance(value, dict) and isinstance(message.get(key), dict):
-            merge_delta(message[key], value)
-        elif isinstance(value, list) and isinstance(message.get(key), list):
-            message[key] = [*message[key], *value]
-        elif value is not None or key not in message:
-            message[key] = value
 
 
 class ChatDialect:
@@ -5105,6 +5265,7 @@ class ChatDialect:
         """The completion that chunks amount to."""
         whole: Json = {"id": "", "object": "chat.completion", "created": 0, "model": ""}
         choices: dict[int, Json] = {}
+        merger = DeltaMerger()
         usage = None
         for frame in frames:
             usage = frame.get("usage") or usage
@@ -5113,10 +5274,11 @@ class ChatDialect:
             for delta in frame["choices"]:
                 index = delta["index"]
                 choice = choices.setdefault(index, {"index": index, "message": {}})
-                merge_delta(choice["message"], delta["delta"])
+                merger.add(choice["message"], delta["delta"])
                 choice["finish_reason"] = delta.get("finish_reason")
                 if delta.get("logprobs"):
-                    merge_delta(choice.setdefault("logprobs", {}), delta["logprobs"])
+                    merger.add(choice.setdefault("logprobs", {}), delta["logprobs"])
+        merger.join()
         for choice in choices.values():
             message = choice["message"]
             for call in message.get("tool_calls", ()):
@@ -5247,6 +5409,8 @@ MESSAGES_KNOWN = (
     "top_k",
     "top_p",
 )
+# A tool choice's type -> our mode.
+MESSAGES_CHOICES = {"auto": "auto", "any": "required", "none": "none", "tool": "named"}
 BILLING_HEADER = "x-anthropic-billing-header:"
 
 
@@ -5281,16 +5445,12 @@ class MessagesRequestReader:
         """The Chat; raises InvalidRequest."""
         body, chat = self.body, self.chat
         chat.model = need_str(body, "model")
-        if body.get("mcp_servers") or body.get("container"):
-            raise UnsupportedFeature("mcp_servers, container: nothing runs on this side.")
+        for key in ("mcp_servers", "container"):
+            if body.get(key):
+                raise UnsupportedFeature(f"{key}: nothing runs on this side.", param=key)
         chat.system = self.read_system()
         for index, message in enumerate(message_list(body)):
-            role = need_str(message, "role", f"messages.{index}")
-            if role not in ("user", "assistant", "system"):
-                raise InvalidRequest(
-                    f"messages.{index}.role: {role[:100]!r} is not a known role.",
-                    param=f"messages.{index}.role",
-                )
+            role = read_role(message, MESSAGES_ROLES, f"messages.{index}")
             blocks = read_parts(message.get("content"), f"messages.{index}.content")
             chat.turns.append(Turn(role, blocks))
         chat.settle()
@@ -5312,7 +5472,8 @@ class MessagesRequestReader:
         """`tools` and `tool_choice`."""
         body, chat = self.body, self.chat
         choice = dict_field(body, "tool_choice")
-        kind, forced = choice.get("type"), str_field(choice, "name", "tool_choice") or ""
+        kind = word_field(choice, "type", MESSAGES_CHOICES, "tool_choice")
+        forced = str_field(choice, "name", "tool_choice") or ""
         hosted = []
         for index, item in enumerate(list_field(body, "tools")):
             path = f"tools.{index}"
@@ -5327,13 +5488,13 @@ class MessagesRequestReader:
                     continue
             description = str_field(tool, "description", path) or ""
             strict = bool_field(tool, "strict", path)
-            chat.tools.append(Tool(name, description, object_schema(schema, name), strict))
+            schema = object_schema(schema, f"{path}.input_schema")
+            chat.tools.append(Tool(name, description, schema, strict))
         drop_hosted(hosted, len(chat.tools), forced, chat.dropped)
-        modes = {"auto": "auto", "any": "required", "none": "none", "tool": "named"}
-        if isinstance(kind, str):
-            if kind not in modes:
-                raise InvalidRequest("tool_choice.type: is not known.", param="tool_choice.type")
-            chat.choice = ToolChoice(modes[kind], forced)
+        if kind is not None:
+            if kind == "tool":
+                need_str(choice, "name", "tool_choice")
+            chat.choice = ToolChoice(MESSAGES_CHOICES[kind], forced)
         if bool_field(choice, "disable_parallel_tool_use", "tool_choice"):
             chat.parallel = False
 
@@ -5346,8 +5507,7 @@ class MessagesRequestReader:
         chat.temperature = number_field(body, "temperature")
         chat.top_p = number_field(body, "top_p")
         chat.top_k = int_field(body, "top_k")
-        stops = list_field(body, "stop_sequences")
-        chat.stop = [item for item in stops if isinstance(item, str) and item]
+        chat.stop = read_stops(body, "stop_sequences")
         chat.session = session_of_user_id(dict_field(body, "metadata").get("user_id"))
         self.read_thinking()
         settings = dict_field(body, "output_config")
@@ -5365,13 +5525,9 @@ class MessagesRequestReader:
         """`thinking` and `output_config.effort`."""
         thinking = dict_field(self.body, "thinking")
         kind = thinking.get("type")
-        effort = str_field(dict_field(self.body, "output_config"), "effort", "output_config")
+        settings = dict_field(self.body, "output_config")
+        effort = word_field(settings, "effort", EFFORTS, "output_config")
         budget = int_field(thinking, "budget_tokens", "thinking")
-        if effort is not None and effort not in EFFORTS:
-            raise InvalidRequest(
-                "output_config.effort: must be one of " + ", ".join(EFFORTS),
-                param="output_config.effort",
-            )
         if kind == "disabled":
             self.chat.effort = "none"
         elif kind == "enabled" and budget is not None and budget > 0:
@@ -5495,6 +5651,8 @@ class MessagesRequestWriter:
             content = [part for block in turn.blocks if (part := self.write_block(block))]
             if content:
                 messages.append({"role": turn.role, "content": content})
+        if not messages:
+            raise self.chat.refuse_empty()
         return messages
 
     def write_block(self, block: Block) -> Json | None:
@@ -5701,12 +5859,15 @@ class MessagesWriter:
             if is_late:
                 self.late = frames
             return [] if is_late else frames
-        held = [*self.late, *frames]
-        if isinstance(event, Finished):
-            return held if event.reason == "tool" else frames
+        if isinstance(event, Finished) and event.reason != "tool":
+            return frames
+        held = self.late
+        held += frames
         has_words = isinstance(event, Added) and event.part != "signature"
-        self.late = None if has_words or isinstance(event, Opened) else held
-        return held if self.late is None else []
+        if has_words or isinstance(event, (Opened, Finished)):
+            self.late = None
+            return held
+        return []
 
     def write_event(self, event: Event) -> list[Json]:
         """The frames for one event, in its place."""
@@ -5827,6 +5988,7 @@ class MessagesRelay:
         self.called = False
         self.blocks = 0
         self.in_block = False
+        self.guard = RunawayGuard()  # of the open block
 
     def mend(self, frame: Json) -> list[Json]:
         """The frames that take the place of one frame."""
@@ -5846,7 +6008,7 @@ class MessagesRelay:
         elif str(kind).startswith("content_block_"):
             self.check_block(str(kind), frame)
             self.mend_block(details(frame, "content_block"))
-            self.said += estimate_text(self.text_of_delta(frame))
+            self.read_delta(details(frame, "delta"))
         elif kind == "message_delta":
             self.mend_finish(frame)
         elif kind == "message_stop":
@@ -5855,11 +6017,12 @@ class MessagesRelay:
             self.finished = True
         return [frame]
 
-    @staticmethod
-    def text_of_delta(frame: Json) -> str:
-        """The words a delta adds, to estimate an answer that nobody counts."""
-        delta = details(frame, "delta")
-        return str(delta.get("text") or delta.get("thinking") or delta.get("partial_json") or "")
+    def read_delta(self, delta: Json) -> None:
+        """Counts the words a delta adds, for an answer that nobody counts."""
+        arguments = str(delta.get("partial_json") or "")
+        if arguments:
+            self.guard.check(arguments)
+        self.said += estimate_text(str(delta.get("text") or delta.get("thinking") or arguments))
 
     def check_block(self, kind: str, frame: Json) -> None:
         """Blocks are dense and do not overlap: clients lose text, or fail, where they are not."""
@@ -5890,6 +6053,7 @@ class MessagesRelay:
         """The caller's tool names."""
         if block.get("type") == "tool_use":
             self.called = True
+            self.guard = RunawayGuard()
             name = block.get("name")
             if isinstance(name, str):
                 block["name"] = self.terms.names.get(name, name)
@@ -5925,7 +6089,8 @@ class MessagesFold:
 
     def __init__(self) -> None:
         self.message: Json = {}
-        self.inputs: dict[int, str] = {}
+        #: (block, key) -> its text in pieces; `input` is JSON
+        self.texts: defaultdict[tuple[int, str], list[str]] = defaultdict(list)
 
     def take(self, frame: Json) -> None:
         """One frame."""
@@ -5948,21 +6113,24 @@ class MessagesFold:
         block = self.message["content"][index]
         kind = delta.get("type")
         if kind == "input_json_delta":
-            more = str(delta.get("partial_json") or "")
-            self.inputs[index] = self.inputs.get(index, "") + more
+            self.texts[index, "input"].append(str(delta.get("partial_json") or ""))
         elif kind == "citations_delta":
-            block["citations"] = [*(block.get("citations") or ()), delta.get("citation")]
+            before = block.get("citations")
+            block["citations"] = before if isinstance(before, list) else []
+            block["citations"].append(delta.get("citation"))
         else:
             for key, value in delta.items():
                 if key != "type" and isinstance(value, str):
-                    before = block.get(key)
-                    block[key] = (before if isinstance(before, str) else "") + value
+                    self.texts[index, key].append(value)
 
     def whole(self) -> Json:
         """The message."""
-        for index, text in self.inputs.items():
-            if text:
-                self.message["content"][index]["input"] = parse_arguments(text)
+        for (index, key), pieces in self.texts.items():
+            block, text = self.message["content"][index], "".join(pieces)
+            if key == "input":
+                block.update({key: parse_arguments(text)} if text else {})
+            else:
+                block[key] = str_or_empty(block, key) + text
         return self.message
 
 
@@ -6219,12 +6387,14 @@ def searches_tools(body: Json) -> bool:
 
 def all_tools(body: Json) -> list[Any]:
     """The tools of a body, with those declared inside its conversation."""
-    tools = list(list_field(body, "tools"))
-    for index, item in enumerate(input_items(body)):
-        if item_kind(item) == "additional_tools":
-            added = list_field(item, "tools", f"input.{index}")
-            tools += [tool for tool in added if tool not in tools]
-    return tools
+    tools = list_field(body, "tools")
+    added = [
+        tool
+        for index, item in enumerate(input_items(body))
+        if item_kind(item) == "additional_tools"
+        for tool in list_field(item, "tools", f"input.{index}")
+    ]
+    return [*{dump_json(tool): tool for tool in (*tools, *added)}.values()] if added else tools
 
 
 def item_kind(item: Json) -> str:
@@ -6292,15 +6462,34 @@ def flat_name(namespace: str, name: str) -> str:
     return f"{namespace}__{name}" if namespace else name
 
 
+@dataclass(slots=True)
+class AssistantTurn:
+    """The assistant's turn while its items come in, in whatever order."""
+
+    #: words and thoughts: before the calls, whose results must follow them directly
+    words: list[Block] = field(default_factory=list)
+    #: calls, and thoughts between them
+    calls: list[Block] = field(default_factory=list)
+    #: what the calls gave
+    results: list[Block] = field(default_factory=list)
+
+    def turns(self) -> list[Turn]:
+        """What it is at the end."""
+        return [Turn("assistant", [*self.words, *self.calls]), Turn("user", self.results)]
+
+
 class ResponsesRequestReader:
     """Reads one responses body into a Chat."""
 
     def __init__(self, body: Json) -> None:
         self.body = body
-        self.chat = Chat()
-        self.called: dict[str, Turn] = {}  # call id -> the turn it stands in
-        self.answered: set[Any] = set()  # calls that have a result somewhere
-        self.waiting: set[str] = set()  # those of them whose result is still to come
+        self.chat = Chat(turns_field="input")
+        self.turns: list[Turn | AssistantTurn] = []
+        self.tools: dict[str, Tool] = {}  # by their names in the Chat
+        self.called: dict[str, AssistantTurn] = {}  # call id -> the turn it stands in
+        self.answered: set[str] = set()  # calls that have a result somewhere
+        #: those of them whose result is still to come
+        self.waiting: OrderedDict[str, AssistantTurn] = OrderedDict()
 
     def read(self) -> Chat:
         """The Chat; raises InvalidRequest."""
@@ -6310,11 +6499,18 @@ class ResponsesRequestReader:
         if instructions:
             chat.system.append(Text(instructions))
         items = input_items(body)
-        self.answered = {i.get("call_id") for i in items if item_kind(i).endswith("_output")}
+        self.answered = {
+            need_str(item, "call_id", f"input.{index}")
+            for index, item in enumerate(items)
+            if item_kind(item).endswith("_output")
+        }
         for index, item in enumerate(items):
             self.read_item(item, f"input.{index}")
+        for turn in self.turns:
+            chat.turns += turn.turns() if isinstance(turn, AssistantTurn) else [turn]
         chat.settle()
-        self.read_tools(list_field(body, "tools"))
+        self.read_tools(body, "")
+        chat.tools = [*self.tools.values()]
         self.read_choice()
         self.read_settings()
         chat.name_tools()
@@ -6335,7 +6531,7 @@ class ResponsesRequestReader:
         elif kind == "reasoning":
             self.read_reasoning(item)
         elif kind == "additional_tools":
-            self.read_tools(list_field(item, "tools", path))
+            self.read_tools(item, path)
         elif kind in HOSTED_ITEMS:
             words = hosted_words(item)
             self.add_words([Text(f"[{kind.removesuffix('_call')}: {words}]")] if words else [])
@@ -6353,43 +6549,38 @@ class ResponsesRequestReader:
 
     def read_message(self, item: Json, path: str) -> None:
         """A message of any role."""
-        role = need_str(item, "role", path)
+        role = read_role(item, RESPONSES_ROLES, path)
         blocks = read_parts(item.get("content"), f"{path}.content")
         if role in ("system", "developer"):
             texts = [block for block in blocks if isinstance(block, Text)]
-            if self.chat.turns:
-                self.chat.turns.append(Turn("system", [*texts]))
+            if self.turns:
+                self.turns.append(Turn("system", [*texts]))
             else:
                 self.chat.system.extend(texts)
         elif role == "assistant":
             self.add_words(blocks)
-        elif role == "user":
-            self.chat.turns.append(Turn("user", blocks))
         else:
-            where = f"{path}.role"
-            raise InvalidRequest(f"{where}: {role[:100]!r} is not a known role.", param=where)
+            self.turns.append(Turn("user", blocks))
 
-    def open_turn(self) -> Turn:
+    def open_turn(self) -> AssistantTurn:
         """The assistant turn under way."""
-        turns = self.chat.turns
-        if not turns or turns[-1].role != "assistant":
-            turns.append(Turn("assistant", []))
-        return turns[-1]
+        last = self.turns[-1] if self.turns else None
+        if not isinstance(last, AssistantTurn) or last.results:
+            last = AssistantTurn()
+            self.turns.append(last)
+        return last
 
     def add_words(self, blocks: list[Block]) -> None:
-        """Words of the assistant: before its calls, whose results must follow them directly."""
-        waiting = (self.called[call] for call in self.waiting)
-        turn = next(waiting, None) or self.open_turn()
-        calls = (at for at, block in enumerate(turn.blocks) if isinstance(block, ToolCall))
-        at = next(calls, len(turn.blocks))
-        turn.blocks[at:at] = blocks
+        """Words of the assistant: with the calls that wait for their results, if there are any."""
+        turn = next(iter(self.waiting.values()), None) or self.open_turn()
+        turn.words.extend(blocks)
 
     def add_call(self, call: ToolCall) -> None:
         """A call of the assistant."""
-        self.called[call.id] = self.open_turn()
-        self.called[call.id].blocks.append(call)
+        self.called[call.id] = turn = self.open_turn()
+        turn.calls.append(call)
         if call.id in self.answered:
-            self.waiting.add(call.id)
+            self.waiting[call.id] = turn
 
     @staticmethod
     def read_call(item: Json, kind: str, path: str) -> ToolCall:
@@ -6409,8 +6600,7 @@ class ResponsesRequestReader:
         """What a tool said: a string, or parts."""
         call_id = need_str(item, "call_id", path)
         if kind == "tool_search_output":
-            tools = list_field(item, "tools", path)
-            names = ", ".join(self.read_tools(tools)) or "none"
+            names = ", ".join(self.read_tools(item, path)) or "none"
             blocks: list[Block] = [Text(f"Tools available now: {names}")]
         else:
             output = item.get("output")
@@ -6420,20 +6610,12 @@ class ResponsesRequestReader:
             if isinstance(output, dict) or not all(is_known_part(row) for row in rows):
                 output = dump_text(output)  # a shell's, or one of a tool to come
             blocks = read_parts(output, f"{path}.output")
-        self.add_result(ToolResult(call_id, blocks))
-
-    def add_result(self, result: ToolResult) -> None:
-        """A result: directly behind the turn with its call, wherever it came."""
-        turns = self.chat.turns
-        called = self.called.get(result.id)
-        self.waiting.discard(result.id)
-        at = len(turns)
-        if called is not None and (not turns or turns[-1] is not called):
-            at = next(n for n, turn in enumerate(turns) if turn is called) + 1
-        if at < len(turns) and turns[at].role == "user":
-            turns[at].blocks.append(result)
+        result = ToolResult(call_id, blocks)
+        self.waiting.pop(call_id, None)
+        if call_id in self.called:  # directly behind the turn with its call, wherever it came
+            self.called[call_id].results.append(result)
         else:
-            turns.insert(at, Turn("user", [result]))
+            self.turns.append(Turn("user", [result]))
 
     def read_reasoning(self, item: Json) -> None:
         """Thinking of another upstream that we have packed ourselves; the rest is not for it."""
@@ -6441,26 +6623,22 @@ class ResponsesRequestReader:
         if carried is not None:
             said = [carried.get(key) for key in ("thinking", "signature", "data")]
             thinking, signature, data = (item if isinstance(item, str) else "" for item in said)
-            self.open_turn().blocks.append(Thinking(thinking, signature, data))
+            turn = self.open_turn()
+            (turn.calls or turn.words).append(Thinking(thinking, signature, data))
 
-    def read_tools(self, tools: list[Any]) -> list[str]:
-        """The names of tools of the request, or that a search has found."""
+    def read_tools(self, holder: Json, path: str, namespace: str = "") -> list[str]:
+        """The names of the tools of the request, of a namespace, or that a search has found."""
         names: list[str] = []
-        for index, item in enumerate(tools):
-            path = f"tools.{index}"
-            names += self.read_tool(need_dict(item, path), path, "")
+        for index, item in enumerate(list_field(holder, "tools", path)):
+            where = f"{join_path(path, 'tools')}.{index}"
+            names += self.read_tool(need_dict(item, where), where, namespace)
         return names
 
     def read_tool(self, tool: Json, path: str, namespace: str) -> list[str]:
         """The names in one entry; tools that only the vendor runs are kept in `hosted`."""
-        kind = tool.get("type")
+        kind = need_str(tool, "type", path)
         if kind == "namespace":
-            names: list[str] = []
-            for index, inner in enumerate(list_field(tool, "tools", path)):
-                inner_path = f"{path}.tools.{index}"
-                owner = need_str(tool, "name", path)
-                names += self.read_tool(need_dict(inner, inner_path), inner_path, owner)
-            return names
+            return self.read_tools(tool, path, need_str(tool, "name", path))
         name = str_field(tool, "name", path) or ""
         description = str_field(tool, "description", path) or ""
         if kind == "custom":
@@ -6469,14 +6647,15 @@ class ResponsesRequestReader:
                 description = f"{description}\n\nThe input must follow this grammar:\n{grammar}"
             schema = CUSTOM_SCHEMA
         elif kind == "tool_search" and tool.get("execution") == "client":
-            name, schema = "tool_search", object_schema(tool.get("parameters"), "tool_search")
-        elif kind == "function" and name:
-            schema = object_schema(tool.get("parameters"), name)
+            name, schema = "tool_search", object_schema(tool.get("parameters"), path)
+        elif kind == "function":
+            name = need_str(tool, "name", path)
+            schema = object_schema(tool.get("parameters"), f"{path}.parameters")
         else:
-            self.chat.hosted.append(str(kind))
+            self.chat.hosted.append(kind)
             return []
         flat = flat_name(namespace, name)
-        known = next((tool for tool in self.chat.tools if tool.name == flat), None)
+        known = self.tools.get(flat)
         if known is not None and known.namespace != namespace:
             raise InvalidRequest(
                 f"{path}: {name!r} of {namespace or 'no namespace'!r} and of "
@@ -6485,35 +6664,33 @@ class ResponsesRequestReader:
             )
         if known is None:
             strict = bool_field(tool, "strict", path)
-            self.chat.tools.append(Tool(flat, description, schema, strict, str(kind), namespace))
+            self.tools[flat] = Tool(flat, description, schema, strict, kind, namespace)
         return [flat]
 
     def read_choice(self) -> None:
         """`tool_choice`, and what becomes of tools that are not to be had."""
-        chat, value = self.chat, self.body.get("tool_choice")
+        chat, choice = self.chat, self.body.get("tool_choice")
         forced = ""
-        if isinstance(value, str):
-            if value not in ("auto", "none", "required"):
-                raise InvalidRequest("tool_choice: is not known.", param="tool_choice")
-            chat.choice = ToolChoice(value)
-        elif value is not None:
-            choice = need_dict(value, "tool_choice")
-            kind, name = choice.get("type"), str_field(choice, "name", "tool_choice")
+        if not isinstance(choice, dict):
+            mode = word_field(self.body, "tool_choice", CHOICE_MODES)
+            chat.choice = ToolChoice(mode) if mode else None
+        else:
+            kind = str_field(choice, "type", "tool_choice") or "function"
             if kind == "allowed_tools":
-                allowed = list_field(choice, "tools", "tool_choice")
-                names = {tool.get("name") for tool in allowed if isinstance(tool, dict)}
+                names = allowed_names(choice, "tool_choice")
                 chat.tools = [
                     tool
                     for tool in chat.tools
                     if {tool.name, tool.name.removeprefix(flat_name(tool.namespace, ""))} & names
                 ]
-                chat.choice = ToolChoice(str_field(choice, "mode", "tool_choice") or "auto")
-            elif name and kind in (None, "function", "custom"):
-                chat.choice = ToolChoice(
-                    "named", flat_name(str(choice.get("namespace") or ""), name)
-                )
+                mode = word_field(choice, "mode", ("auto", "required"), "tool_choice")
+                chat.choice = ToolChoice(mode or "auto")
+            elif kind in ("function", "custom"):
+                namespace = str_field(choice, "namespace", "tool_choice") or ""
+                name = flat_name(namespace, need_str(choice, "name", "tool_choice"))
+                chat.choice = ToolChoice("named", name)
             else:
-                forced = str(kind)
+                forced = kind
         drop_hosted(chat.hosted, len(chat.tools), forced, chat.dropped)
         if forced:
             raise UnsupportedFeature(f"{forced} is not available on this model.", param="tools")
@@ -6526,12 +6703,7 @@ class ResponsesRequestReader:
         chat.top_p = number_field(body, "top_p")
         chat.parallel = bool_field(body, "parallel_tool_calls")
         chat.session = str_field(body, "prompt_cache_key") or ""
-        effort = str_field(dict_field(body, "reasoning"), "effort", "reasoning")
-        if effort is not None and effort not in EFFORTS:
-            raise InvalidRequest(
-                "reasoning.effort: must be one of " + ", ".join(EFFORTS), param="reasoning.effort"
-            )
-        chat.effort = effort
+        chat.effort = word_field(dict_field(body, "reasoning"), "effort", EFFORTS, "reasoning")
         chat.verbosity = str_field(dict_field(body, "text"), "verbosity", "text")
         form = dict_field(dict_field(body, "text"), "format", "text")
         if form.get("type") == "json_object":
@@ -6583,6 +6755,8 @@ class ResponsesRequestWriter:
             body["instructions"] = plain_text(chat.system)
         elif chat.system:
             items.append({"role": "developer", "content": plain_text(chat.system)})
+        if not items:
+            raise chat.refuse_empty()
         if chat.tools:
             body["tools"] = [self.write_tool(tool) for tool in chat.tools]
             if chat.choice:
@@ -6758,12 +6932,17 @@ class OutputItem:
     #: the kind of the block that is open
     open: str = ""
     #: its words so far
-    text: str = ""
+    pieces: list[str] = field(default_factory=list)
     #: content parts that are complete
     parts: int = 0
     #: some words of the open part have come
     spoken: bool = False
     done: bool = False
+
+    @property
+    def text(self) -> str:
+        """All its words so far."""
+        return "".join(self.pieces)
 
 
 class ResponsesReader:
@@ -6813,12 +6992,12 @@ class ResponsesReader:
             self.add(item, block, frame.get("delta"))
         elif kind in ("response.reasoning_summary_text.delta", "response.reasoning_text.delta"):
             self.add(item, "thinking", frame.get("delta"))
-        elif kind == "response.reasoning_summary_part.added" and item.text:
+        elif kind == "response.reasoning_summary_part.added" and item.pieces:
             self.add(item, "thinking", "\n\n")
         elif kind == "response.content_part.done":
             self.end_part(details(frame, "part"), item)
         elif kind == "response.custom_tool_call_input.delta":
-            item.text += text_of_key(frame, "delta") and frame["delta"]
+            item.pieces.append(str_or_empty(frame, "delta"))
         elif kind == "response.function_call_arguments.delta" and item.open:
             self.add(item, "tool", frame.get("delta"))
 
@@ -6832,7 +7011,7 @@ class ResponsesReader:
             item.open = block
             item.events.append(Opened(block))
         item.spoken = True
-        item.text += words
+        item.pieces.append(words)
         item.events.append(Added("arguments" if block == "tool" else "text", words))
 
     def end_part(self, part: Json, item: OutputItem) -> None:
@@ -6870,7 +7049,7 @@ class ResponsesReader:
             parts = content if isinstance(content, list) else []
             for part in parts[item.parts :]:
                 self.end_part(part if isinstance(part, dict) else {}, item)
-        elif item.kind == "function_call" and item.open and not item.text:
+        elif item.kind == "function_call" and item.open and not item.pieces:
             self.add(item, "tool", said.get("arguments"))
         elif item.kind == "custom_tool_call" and item.open:
             text = said.get("input")
@@ -6885,7 +7064,7 @@ class ResponsesReader:
 
     def close_thought(self, said: Json, item: OutputItem) -> None:
         """A thought is complete: its encrypted form is only now to be trusted."""
-        if not item.text:
+        if not item.pieces:
             rows = said.get("summary") or said.get("content")
             rows = rows if isinstance(rows, list) else []
             texts = [row.get("text") for row in rows if isinstance(row, dict)]
@@ -6926,7 +7105,7 @@ class ResponsesReader:
             item = self.items[index]
             if not item.done:
                 self.close_item({"type": item.kind}, item)
-            if item.kind == "function_call" and item.text and load_object(item.text) is None:
+            if item.kind == "function_call" and item.pieces and load_object(item.text) is None:
                 kind = "response.incomplete"  # a call that is cut short is none
             events += item.events
             item.events = []
@@ -6997,8 +7176,13 @@ class ResponsesWriter:
         self.output: list[Json] = []
         self.item: Json = {}
         self.kind = ""  # of the open block
-        self.text = ""
-        self.signature = ""
+        self.pieces: list[str] = []
+        self.signature: list[str] = []
+
+    @property
+    def text(self) -> str:
+        """The words of the open block."""
+        return "".join(self.pieces)
 
     def write(self, event: Event) -> list[Json]:
         """The frames for one event."""
@@ -7037,7 +7221,7 @@ class ResponsesWriter:
 
     def write_opened(self, event: Opened) -> list[Json]:
         """An item begins."""
-        self.kind, self.text, self.signature = event.kind, "", ""
+        self.kind, self.pieces, self.signature = event.kind, [], []
         if event.kind in ("text", "refusal"):
             self.item = {
                 "id": self.new_id("msg_"),
@@ -7051,7 +7235,7 @@ class ResponsesWriter:
         if event.kind in ("thinking", "redacted"):
             self.item = {"id": self.new_id("rs_"), "type": "reasoning", "summary": []}
             if event.kind == "redacted":
-                self.signature = str((event.raw or {}).get("data") or "")
+                self.signature = [str((event.raw or {}).get("data") or "")]
             return [self.opened()]
         if event.kind == "tool":
             self.item = self.new_call(event)
@@ -7090,12 +7274,12 @@ class ResponsesWriter:
     def write_added(self, event: Added) -> list[Json]:
         """More words or arguments."""
         if event.part == "signature":
-            self.signature += event.text
+            self.signature.append(event.text)
             return []
         if event.part == "citation" or self.kind == "opaque" or not event.text:
             return []
-        begins = not self.text
-        self.text += event.text
+        begins = not self.pieces
+        self.pieces.append(event.text)
         if self.kind == "text":
             more = {"content_index": 0, "delta": event.text, "logprobs": []}
             return [self.frame("output_text.delta", **more)]
@@ -7130,29 +7314,29 @@ class ResponsesWriter:
 
     def close_message(self) -> list[Json]:
         """A message's words are all there."""
-        part = self.part()
+        part, text = self.part(), self.text
         if self.kind == "refusal":
-            done = self.frame("refusal.done", content_index=0, refusal=self.text)
+            done = self.frame("refusal.done", content_index=0, refusal=text)
         else:
-            done = self.frame("output_text.done", content_index=0, text=self.text, logprobs=[])
+            done = self.frame("output_text.done", content_index=0, text=text, logprobs=[])
         self.item = {**self.item, "status": "completed", "content": [part]}
         return [done, self.frame("content_part.done", content_index=0, part=part)]
 
     def close_thought(self) -> list[Json]:
         """A thought is complete, with what its maker needs to know it again."""
         frames = []
-        shown = bool(self.text) and not self.terms.hide_thinking
-        if shown:
-            part = {"type": "summary_text", "text": self.text}
+        text, signature = self.text, "".join(self.signature)
+        if text and not self.terms.hide_thinking:
+            part = {"type": "summary_text", "text": text}
             frames = [
-                self.frame("reasoning_summary_text.done", summary_index=0, text=self.text),
+                self.frame("reasoning_summary_text.done", summary_index=0, text=text),
                 self.frame("reasoning_summary_part.done", summary_index=0, part=part),
             ]
             self.item["summary"] = [part]
-        if self.signature:
-            carried = {"thinking": self.text, "signature": self.signature}
+        if signature:
+            carried = {"thinking": text, "signature": signature}
             if self.kind == "redacted":
-                carried = {"data": self.signature}
+                carried = {"data": signature}
             self.item["encrypted_content"] = pack(CARRIED_THINKING, carried)
         return frames
 
@@ -7174,7 +7358,7 @@ class ResponsesWriter:
             self.item = {**self.item, "arguments": text}
             name = self.item["name"]
             frames = [self.frame("function_call_arguments.done", name=name, arguments=text)]
-            if not self.text:
+            if not self.pieces:
                 frames.insert(0, self.frame("function_call_arguments.delta", delta=text))
         self.item = {**self.item, "status": "completed"}
         return frames
@@ -7227,6 +7411,7 @@ class ResponsesRelay:
         self.summarised: set[int] = set()  # thoughts whose summary came in deltas
         self.sealed: dict[int, str] = {}  # reasoning, as only its last event has it right
         self.done: dict[int, Json] = {}  # items that are complete
+        self.guards: defaultdict[int, RunawayGuard] = defaultdict(RunawayGuard)  # per item
         self.begun = False
 
     def mend(self, frame: Json) -> list[Json]:
@@ -7249,12 +7434,14 @@ class ResponsesRelay:
         delta = frame.get("delta")
         if isinstance(delta, str):
             self.said += estimate_text(delta)
+            if kind == "response.function_call_arguments.delta" and isinstance(index, int):
+                self.guards[index].check(delta)
         if kind == "response.reasoning_summary_part.added" and isinstance(index, int):
             self.summarised.add(index)
         elif kind == "response.output_item.done" and isinstance(index, int):
             first += self.late_summary(index, details(frame, "item"))
         if isinstance(frame.get("response"), dict):
-            frame["response"] = self.mend_response(frame["response"])
+            frame["response"] = self.mend_response(frame["response"], kind in RESPONSES_ENDS)
         if kind in RESPONSES_ENDS:
             frame["response"] = response = details(frame, "response")
             if "id" not in response:
@@ -7317,7 +7504,7 @@ class ResponsesRelay:
             if isinstance(name, str):
                 holder[key] = self.terms.names.get(name, name)
 
-    def mend_response(self, response: Json) -> Json:
+    def mend_response(self, response: Json, is_last: bool) -> Json:
         """The caller's model name, one id, and items under the ids they had."""
         response.update(id=self.terms.id, model=self.terms.model, created_at=self.terms.created)
         response.setdefault("store", False)
@@ -7326,7 +7513,7 @@ class ResponsesRelay:
                 response[key] = self.terms.asked[key]
         response.pop("output_text", None)
         output = response.get("output")
-        if not output:  # its items may have come before
+        if is_last and not output:  # its items may have come before
             response["output"] = output = [self.done[index] for index in sorted(self.done)]
         for index, item in enumerate(output if isinstance(output, list) else ()):
             if isinstance(item, dict):
@@ -7939,8 +8126,7 @@ def fit_kiro_schemas(draft: KiroDraft) -> bool:
 
 def fit_kiro_schema(schema: Json) -> Json:
     """A tool's schema: an object whose unions at the top are folded into its properties."""
-    definitions = {**details(schema, "definitions"), **details(schema, "$defs")}
-    fitted: Json = strip_schema(inline_refs(schema, definitions))
+    fitted: Json = strip_schema(inline_refs(schema))
     properties = dict(details(fitted, "properties"))
     required = list(fitted.get("required", ()))
     for word in SCHEMA_UNIONS:
@@ -8152,8 +8338,6 @@ class KiroRequestWriter:
         """The body; raises InvalidRequest."""
         draft, chat = self.draft, self.draft.chat
         if not any(turn.blocks for turn in draft.turns):
-            if not chat.system:
-                raise InvalidRequest("messages: the conversation says nothing.", param="messages")
             draft.turns, draft.preface = [Turn("user", [*chat.system])], []
         chat.touched += [rule.__name__ for rule in KIRO_RULES if rule(draft)]
         *history, current = [self.write_turn(turn) for turn in draft.turns]
@@ -8215,10 +8399,13 @@ class KiroRequestWriter:
         """An image: only data, never a URL."""
         kinds = self.model.raw.get("supportedInputTypes")
         if isinstance(kinds, list) and kinds and "IMAGE" not in kinds:
-            raise UnsupportedFeature(f"messages: {self.model.id} takes no images.")
+            raise UnsupportedFeature(
+                f"{image.path}: {self.model.id} takes no images.", param=image.path
+            )
         if image.url:
             raise UnsupportedFeature(
-                "messages: Kiro takes images only as base64 data; nothing is fetched here."
+                f"{image.path}: Kiro takes images only as base64 data; nothing is fetched here.",
+                param=image.path,
             )
         return {"format": image.media_type.partition("/")[2], "source": {"bytes": image.data}}
 
@@ -8290,6 +8477,7 @@ class ThinkingTags:
 
     def __init__(self) -> None:
         self.kind = ""  # "" at the beginning, then thinking or text
+        self.margin: list[str] = []  # blanks before the first word
         self.held = ""
         self.before = ""  # the character in front of what is held
 
@@ -8297,6 +8485,9 @@ class ThinkingTags:
         """(thinking or text, words) for more of the answer; what could be a tag is held back."""
         if self.kind == "text":
             return [("text", text)]
+        if not self.kind and not self.held and text.isspace():
+            self.margin.append(text)
+            return []
         self.held += text
         if not self.kind:
             begun = self.held.lstrip()
@@ -8304,7 +8495,7 @@ class ThinkingTags:
                 return []  # with one more character, for the line break behind it
             if not begun.startswith(self.OPENING):
                 return self.flush()
-            self.kind = "thinking"
+            self.kind, self.margin = "thinking", []
             self.held = begun.removeprefix(self.OPENING).removeprefix("\n")
         return self.take_thought()
 
@@ -8332,7 +8523,7 @@ class ThinkingTags:
 
     def flush(self) -> list[tuple[str, str]]:
         """What was held back, at the end or before something else."""
-        held, self.held = self.held, ""
+        held, self.held, self.margin = "".join([*self.margin, self.held]), "", []
         kind, self.kind = self.kind or "text", "text"
         if kind == "thinking" and held.startswith(self.CLOSING):
             return []
@@ -8355,13 +8546,14 @@ class KiroReader:
         self.usage = Usage()
         self.model = ""  # as the answer names it: "auto" is not the one that answers
         self.share = 0.0  # of the context that is full, in percent
-        self.hidden = ""  # what stands in the place of a thought, until it is clear
+        self.hidden: list[str] = []  # what stands in the place of a thought, until it is clear
         self.live = ""  # kind of the open block
         self.live_call: StreamedCall | None = None
         self.calls: dict[str, StreamedCall] = {}
+        self.unopened: deque[StreamedCall] = deque()  # calls whose name is known
         self.waiting: list[tuple[str, str]] = []  # (kind, words) that came inside a call
-        self.thought = ""
-        self.signature = ""  # of the thought that was said last, or that is hidden
+        self.thought: list[str] = []
+        self.signature: list[str] = []  # of the thought that was said last, or that is hidden
         self.signed = ("", "")  # the last thought, with its signature
         self.reason = ""
         self.started = False
@@ -8420,13 +8612,12 @@ class KiroReader:
             self.add("redacted", redacted, events)
         text = said.get("text")
         if isinstance(text, str) and text:
-            if text == KIRO_HIDDEN_THOUGHT and not self.thought:
-                self.hidden += text
-            else:
-                self.add("thinking", self.hidden + text, events)
-                self.hidden = ""
+            self.hidden.append(text)
+            if text != KIRO_HIDDEN_THOUGHT or self.thought:
+                self.add("thinking", "".join(self.hidden), events)
+                self.hidden = []
         if isinstance(said.get("signature"), str):
-            self.signature += said["signature"]
+            self.signature.append(said["signature"])
 
     def take_call(self, said: Json, events: list[Event]) -> None:
         """A fragment of a call; the last one says stop."""
@@ -8434,14 +8625,15 @@ class KiroReader:
         call_id = said.get("toolUseId")
         if not isinstance(call_id, str) or not call_id:
             call_id = self.unnamed_call(said)
-        call = self.calls.setdefault(call_id, StreamedCall(call_id))
+        call = self.calls.get(call_id) or self.calls.setdefault(call_id, StreamedCall(call_id))
         if call.closed:
             return  # said twice
-        if isinstance(said.get("name"), str) and not call.name:
+        if not call.name and str_or_empty(said, "name"):
             call.name = said["name"]
+            self.unopened.append(call)
         piece = said.get("input")
-        call.arguments += dump_text(piece) if isinstance(piece, dict) and piece else ""
-        call.arguments += piece if isinstance(piece, str) else ""
+        call.add(dump_text(piece) if isinstance(piece, dict) and piece else "")
+        call.add(piece if isinstance(piece, str) else "")
         call.complete = call.complete or said.get("stop") is True
         self.advance(call, events)
 
@@ -8458,16 +8650,14 @@ class KiroReader:
             live = self.live_call
             if live is not None:
                 ChatReader.send_arguments(live, events)
-                another = spoken is not live and is_complete_object(live.arguments)
+                another = spoken is not live and live.is_whole()
                 if not (live.complete or another):
                     return
                 self.close(events)
-                continue
-            ready = (call for call in self.calls.values() if not call.closed and call.name)
-            following = next(ready, None)
-            if following is None:
+            elif self.unopened:
+                self.open_call(self.unopened.popleft(), events)
+            else:
                 break
-            self.open_call(following, events)
         waiting, self.waiting = self.waiting, []
         for kind, words in waiting:
             self.add(kind, words, events)
@@ -8483,7 +8673,7 @@ class KiroReader:
     def add(self, kind: str, words: str, events: list[Event]) -> None:
         """Words for a block of `kind`, at once or when the live call is complete."""
         if self.live_call is not None:
-            if not is_complete_object(self.live_call.arguments):
+            if not self.live_call.is_whole():
                 self.waiting.append((kind, words))
                 return
             self.close(events)
@@ -8496,7 +8686,7 @@ class KiroReader:
             self.live = kind
             events.append(Opened(kind))
         if kind == "thinking":
-            self.thought += words
+            self.thought.append(words)
         events.append(Added("text", words))
 
     def close(self, events: list[Event]) -> None:
@@ -8508,17 +8698,17 @@ class KiroReader:
             self.sign(events)
         elif call is not None:
             call.closed = True
-            if call.arguments.strip() and load_object(call.arguments) is None:
-                self.cut = True
+            self.cut = self.cut or not (call.is_blank or call.is_whole())
         events.append(Closed())
         self.live, self.live_call = "", None
 
     def sign(self, events: list[Event]) -> None:
         """Adds the signature to the open thought, where it has come."""
         if self.signature:
-            events.append(Added("signature", self.mark + self.signature))
-            self.signed = self.thought, self.signature
-        self.thought = self.signature = ""
+            signature = "".join(self.signature)
+            events.append(Added("signature", self.mark + signature))
+            self.signed = "".join(self.thought), signature
+        self.thought, self.signature = [], []
 
     def take_context(self, said: Json, events: list[Event]) -> None:
         """How full the context is now, in percent of the window of the model that answers."""
@@ -8581,7 +8771,7 @@ class KiroReader:
         for kind, words in self.tags.flush() if self.tags else ():
             self.add(kind, words, events)
         for call in self.calls.values():
-            call.complete = call.complete or is_complete_object(call.arguments)
+            call.complete = call.complete or call.is_whole()
             self.cut = self.cut or not (call.complete and call.name)
         if self.live_call is not None:
             ChatReader.send_arguments(self.live_call, events)
@@ -9416,7 +9606,11 @@ def downgrade_native_system(turns: list[Turn], every: bool) -> list[Turn]:
             plain.append(turn)
             continue
         rows: list[Any] = turn.blocks
-        texts = [b.raw.get("text") if isinstance(b, RawPart) else b.text for b in rows]
+        texts = [
+            str_or_empty(block.raw, "text") if isinstance(block, RawPart) else block.text
+            for block in rows
+            if isinstance(block, (RawPart, Text))
+        ]
         reminders: list[Block] = [Text(as_reminder(text)) for text in texts if text]
         plain.append(Turn("user", reminders))
     return merge_turns(plain)
@@ -9444,8 +9638,10 @@ def check_messages(scrub: Scrub) -> None:
         path = f"messages.{index}"
         need_str(message, "role", path)
         check_content(message.get("content"), f"{path}.content")
-        for call in list_field(message, "tool_calls", path):
-            need_dict(call, f"{path}.tool_calls")
+        for at, call in enumerate(list_field(message, "tool_calls", path)):
+            where = f"{path}.tool_calls.{at}"
+            str_field(need_dict(call, where), "id", where)
+            need_str(function_of(call, where), "name", f"{where}.function")
 
 
 def check_content(content: Any, path: str) -> None:
@@ -9532,29 +9728,31 @@ def is_foreign_thinking(part: Any) -> bool:
 
 def plain_documents(scrub: Scrub) -> None:
     """Text documents and tool references become text: only PDFs and words are known to work."""
-    for message in scrub.body["messages"]:
-        simplify_parts(message)
+    for index, message in enumerate(scrub.body["messages"]):
+        simplify_parts(message, f"messages.{index}")
 
 
-def simplify_parts(holder: Json) -> None:
+def simplify_parts(holder: Json, path: str) -> None:
     """Rewrites the parts in `holder["content"]`, tool results included."""
     content = holder.get("content")
     if not isinstance(content, list):
         return
     rows: list[Any] = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
+    for index, part in enumerate(content):
+        where = f"{path}.content.{index}"
+        kind, source = part["type"], details(part, "source")
         if kind == "tool_result":
-            simplify_parts(part)
-        elif kind == "image" and details(part, "source").get("type") == "base64":
-            source = part["source"]  # clients name wrong types, and the vendor looks
-            data, claimed = str(source.get("data") or ""), str(source.get("media_type") or "")
-            part["source"] = {**source, "media_type": image_type(data, claimed, "image")}
-        if kind == "document" and details(part, "source").get("type") in ("text", "content"):
-            rows += [text_part(block.text) for block in as_texts(part)]
+            simplify_parts(part, where)
+        elif kind == "image" and source.get("type") == "base64":
+            # Clients name wrong types, and the vendor looks.
+            data = need_str(source, "data", f"{where}.source")
+            claimed = str_field(source, "media_type", f"{where}.source") or ""
+            part["source"] = {**source, "media_type": image_type(data, claimed, where)}
+        if kind == "document" and source.get("type") in ("text", "content"):
+            rows += [text_part(block.text) for block in as_texts(part, where)]
         elif kind == "tool_reference":
-            rows.append(text_part(f"Tool available: {part.get('tool_name')}"))
-        elif kind != "text" or str(part.get("text") or "").strip():
+            rows += [text_part(plain_text(read_tool_reference_part(part, where)))]
+        elif kind != "text" or part["text"].strip():
             rows.append(part)
     holder["content"] = rows
 
@@ -9564,10 +9762,10 @@ def text_part(text: str) -> Json:
     return {"type": "text", "text": text}
 
 
-def as_texts(part: Json) -> list[Text]:
+def as_texts(part: Json, path: str) -> list[Text]:
     """A text document's words, its title first."""
     texts = []
-    for block in read_document_part(part, "document"):
+    for block in read_document_part(part, path):
         if isinstance(block, Document):
             head = f"[{block.title}]\n" if block.title else ""
             texts.append(Text(head + block.text))
@@ -9603,10 +9801,7 @@ GOOGLE_KNOWN = (
 
 def fit_schema(schema: Json, google: bool) -> Json:
     """A tool's schema as the model's vendor takes it."""
-    definitions = {**details(schema, "definitions"), **details(schema, "$defs")}
-    if google and definitions:
-        schema = inline_refs(schema, definitions)
-    fitted: Json = fit_subschema(schema, google)
+    fitted: Json = fit_subschema(inline_refs(schema) if google else schema, google)
     return fitted
 
 
@@ -9656,25 +9851,27 @@ def plain_tools(scrub: Scrub) -> None:
     tools, hosted = [], []
     for index, item in enumerate(list_field(body, "tools")):
         tool = need_dict(item, f"tools.{index}")
-        kind = tool.get("type") or "custom"
-        name = str(tool.get("name") or kind)
+        path = f"tools.{index}"
+        kind = str_field(tool, "type", path) or "custom"
+        name = str_field(tool, "name", path) or kind
         schema = tool.get("input_schema")
         if kind != "custom":
-            schema = client_tool_schema(str(kind))
+            schema = client_tool_schema(kind)
             if schema is None:
                 hosted.append(name)
                 continue
         plain = {key: tool[key] for key in TOOL_KEYS if tool.get(key) is not None}
         plain["name"] = wire_name(name)
-        plain["input_schema"] = fit_schema(object_schema(schema, name), False)
+        plain["input_schema"] = fit_schema(object_schema(schema, f"{path}.input_schema"), False)
         tools.append(plain)
-    drop_hosted(hosted, len(tools), str(choice.get("name") or ""), scrub.dropped)
+    forced = str_field(choice, "name", "tool_choice") or ""
+    drop_hosted(hosted, len(tools), forced, scrub.dropped)
     if not tools and any(part.get("type") == "tool_use" for part in parts_of(body["messages"])):
         tools = [{"name": "none", "description": "Do not call.", "input_schema": EMPTY_SCHEMA}]
     if tools:
         body["tools"] = tools
-        if choice.get("name"):
-            body["tool_choice"] = {**choice, "name": wire_name(str(choice["name"]))}
+        if forced:
+            body["tool_choice"] = {**choice, "name": wire_name(forced)}
     else:
         body.pop("tools", None)
         body.pop("tool_choice", None)
@@ -9701,8 +9898,8 @@ def fit_thinking(scrub: Scrub) -> None:
     body, model = scrub.body, scrub.model
     thinking = dict_field(body, "thinking")
     settings = dict_field(body, "output_config")
-    effort = settings.get("effort")
-    kind = thinking.get("type")
+    effort = str_field(settings, "effort", "output_config")
+    kind = str_field(thinking, "type", "thinking")
     adaptive = model.adaptive or "thinking" in scrub.lessons
     if is_forced(body.get("tool_choice") or {}):
         body.pop("thinking", None)
@@ -9983,7 +10180,8 @@ def fit_chat_tools(scrub: Scrub) -> None:
         function = dict_field(tool, "function", f"tools.{index}") or tool
         name = wire_name(need_str(function, "name", f"tools.{index}.function"))
         schema = function.get("parameters", function.get("input_schema"))
-        schema = fit_schema(object_schema(schema, name), scrub.model.vendor == "Google")
+        schema = object_schema(schema, f"tools.{index}.function.parameters")
+        schema = fit_schema(schema, scrub.model.vendor == "Google")
         entry = {"name": name, "description": function.get("description"), "parameters": schema}
         if isinstance(function.get("strict"), bool) and is_openai(scrub.model):
             entry["strict"] = function["strict"]
@@ -9998,8 +10196,9 @@ def fit_chat_tools(scrub: Scrub) -> None:
     if plain:
         body["tools"] = plain
         choice = body.get("tool_choice")
-        if isinstance(choice, dict) and isinstance(choice.get("function"), dict):
-            named = {"name": wire_name(str(choice["function"].get("name")))}
+        function = details(choice, "function") if isinstance(choice, dict) else {}
+        if function:
+            named = {"name": wire_name(need_str(function, "name", "tool_choice.function"))}
             body["tool_choice"] = {"type": "function", "function": named}
 
 
@@ -10057,20 +10256,26 @@ def is_cache_marked(message: Json) -> bool:
 
 def join_neighbours(messages: list[Json]) -> list[Json]:
     """Messages with neighbours of one role joined: Gemini refuses them apart."""
-    joined: list[Json] = []
+    groups: list[list[Json]] = []
     for message in messages:
-        before = joined[-1] if joined else {}
+        before = groups[-1][-1] if groups else {}
         same = before.get("role") == message["role"]
         if not same or message["role"] == "tool" or {*before, *message} - {"role", "content"}:
-            joined.append(dict(message))
-            continue
-        both = [before["content"], message["content"]]
-        if all(isinstance(content, str) for content in both):
-            before["content"] = "\n\n".join(both)
+            groups.append([message])
         else:
-            rows = [[text_part(c)] if isinstance(c, str) else c for c in both]
-            before["content"] = [*rows[0], *rows[1]]
-    return joined
+            groups[-1].append(message)
+    return [join_messages(group) for group in groups]
+
+
+def join_messages(group: list[Json]) -> Json:
+    """One message with the content of all."""
+    if len(group) == 1:
+        return group[0]
+    contents = [message["content"] for message in group]
+    if all(isinstance(content, str) for content in contents):
+        return {**group[0], "content": "\n\n".join(contents)}
+    rows = [[text_part(c)] if isinstance(c, str) else c for c in contents]
+    return {**group[0], "content": [part for row in rows for part in row]}
 
 
 def fit_chat_content(message: Json, model: Model, moved: list[Json]) -> None:
@@ -10105,17 +10310,16 @@ def text_or_parts(content: Any) -> bool:
     return bool(content.strip()) if isinstance(content, str) else bool(content)
 
 
-def fit_call(call: Any) -> Json:
+def fit_call(call: Json) -> Json:
     """A call of the history: typed, with arguments that are a JSON text."""
-    entry = need_dict(call, "tool_calls")
-    function = dict_field(entry, "function", "tool_calls")
-    arguments = function.get("arguments")
+    function = function_of(call, "tool_calls")
+    arguments = function.get("arguments", function.get("input"))
     text = arguments if isinstance(arguments, str) else dump_text(arguments or {})
     if load_object(text) is None:
         text = dump_text(parse_arguments(text))
-    name = wire_name(str(function.get("name")))
-    fitted = {**entry, "type": "function", "function": {"name": name, "arguments": text}}
-    return {key: value for key, value in fitted.items() if value is not None}
+    named = {"name": wire_name(function["name"]), "arguments": text}
+    fitted = {"id": call.get("id"), "index": call.get("index"), "type": "function"}
+    return {k: v for k, v in {**fitted, "function": named}.items() if v is not None}
 
 
 def word_response_format(scrub: Scrub) -> None:
@@ -10143,7 +10347,7 @@ def ask_for_usage(scrub: Scrub) -> None:
     scrub.body.pop("stream_options", None)
     if scrub.body.get("stream"):
         scrub.body["stream_options"] = {"include_usage": True}
-    if not (scrub.body.get("prediction") or {}).get("content"):
+    if not dict_field(scrub.body, "prediction").get("content"):
         scrub.body.pop("prediction", None)
 
 
@@ -10226,8 +10430,8 @@ def fit_items(scrub: Scrub) -> None:
     for index, item in enumerate(scrub.body["input"]):
         kind = item_kind(item)
         encrypted = text_of_key(item, "encrypted_content")
-        if kind in ("function_call", "custom_tool_call") or kind.endswith("_output"):
-            need_str(item, "call_id", f"input.{index}")
+        if kind in CALL_ITEMS or kind.endswith("_output"):
+            item["call_id"] = wire_id(need_str(item, "call_id", f"input.{index}"))
         if kind == "function_call":
             said = item.get("arguments")
             text = said if isinstance(said, str) else "" if said is None else dump_text(said)
@@ -10250,10 +10454,8 @@ def fit_items(scrub: Scrub) -> None:
             continue  # it says nothing, and would be refused
         for key in [key for key, value in item.items() if value is None]:
             del item[key]
-        if isinstance(item.get("call_id"), str):
-            item["call_id"] = wire_id(item["call_id"])
-        if kind in ("function_call", "custom_tool_call") and isinstance(item.get("name"), str):
-            item["name"] = wire_name(item["name"])
+        if kind in ("function_call", "custom_tool_call"):
+            item["name"] = wire_name(need_str(item, "name", f"input.{index}"))
         if isinstance(item.get("namespace"), str):
             item["namespace"] = wire_name(item["namespace"])
         items.append(item)
@@ -10297,27 +10499,26 @@ def fit_message(item: Json, path: str) -> bool:
 
 def settle_items(items: list[Json]) -> list[Json]:
     """Items with each call's output directly behind the calls; a missing one is filled in."""
-    outputs: dict[str, list[Json]] = {}
-    calls: dict[str, int] = {}
+    outputs: defaultdict[str, deque[Json]] = defaultdict(deque)
+    calls: defaultdict[str, int] = defaultdict(int)
     for item in items:
-        call_id = str(item.get("call_id"))
         if item_kind(item).endswith("_output"):
-            outputs.setdefault(call_id, []).append(item)
+            outputs[item["call_id"]].append(item)
         elif item_kind(item) in CALL_ITEMS:
-            calls[call_id] = calls.get(call_id, 0) + 1
+            calls[item["call_id"]] += 1
     settled: list[Json] = []
     pending: list[Json] = []
-    seen: dict[str, int] = {}
+    call_ids = CallIds()
     for item in [*items, {}]:
         kind = item_kind(item) if item else ""
         if pending and kind not in (*CALL_ITEMS, "reasoning"):
-            settled += answer_items(pending, outputs, calls, seen)
+            settled += answer_items(pending, outputs, calls, call_ids)
             pending = []
         if kind in CALL_ITEMS:
             pending.append(item)
         elif kind.endswith("_output"):
-            if str(item.get("call_id")) not in calls:
-                head = f"[tool output for unknown call {item.get('call_id')}]"
+            if item["call_id"] not in calls:
+                head = f"[tool output for unknown call {item['call_id']}]"
                 text = f"{head}\n{text_of(item.get('output'))}".strip()
                 parts = [{"type": "input_text", "text": text}, *shown_parts(item.get("output"))]
                 settled.append({"type": "message", "role": "user", "content": parts})
@@ -10345,9 +10546,9 @@ def words_of_output(item: Json) -> str:
 
 def answer_items(
     pending: list[Json],
-    outputs: dict[str, list[Json]],
+    outputs: dict[str, deque[Json]],
     calls: dict[str, int],
-    seen: dict[str, int],
+    call_ids: CallIds,
 ) -> list[Json]:
     """The outputs of calls, in words; then a message with their images, which words cannot hold.
 
@@ -10356,14 +10557,13 @@ def answer_items(
     answers: list[Json] = []
     shown: list[Json] = []
     for call in pending:
-        call_id = str(call.get("call_id"))
+        call_id = call["call_id"]
         calls[call_id] -= 1
-        waiting = outputs.get(call_id, [])
-        found = waiting if not calls[call_id] else waiting[:1]
-        outputs[call_id] = waiting[len(found) :]
-        seen[call_id] = seen.get(call_id, 0) + 1
-        if seen[call_id] > 1:
-            call["call_id"] = f"{call_id[:56]}_{seen[call_id]}"
+        waiting = outputs[call_id]
+        found = [waiting.popleft()] if waiting else []
+        if not calls[call_id]:
+            found += waiting
+        call["call_id"] = call_ids.add(call_id)
         images = [part for item in found for part in shown_parts(item.get("output"))]
         words = "\n\n".join(filter(str.strip, (words_of_output(item) for item in found)))
         if images:
@@ -10379,6 +10579,22 @@ def answer_items(
     return answers
 
 
+def fit_responses_choice(choice: Json, hosted: set[str], path: str) -> Json:
+    """A tool choice, or one of the tools that it allows, with the names that go up."""
+    fitted = {**choice}
+    name = str_field(choice, "name", path)
+    if name:
+        fitted["name"] = wire_name(name)
+    if "tools" in choice:
+        fitted["tools"] = []
+        for index, item in enumerate(list_field(choice, "tools", path)):
+            where = f"{path}.tools.{index}"
+            tool = need_dict(item, where)
+            if str_field(tool, "type", where) not in hosted:
+                fitted["tools"].append(fit_responses_choice(tool, hosted, where))
+    return fitted
+
+
 def fit_responses_tools(scrub: Scrub) -> None:
     """Functions, custom tools and namespaces; tools that a vendor runs are not served."""
     body = scrub.body
@@ -10386,25 +10602,17 @@ def fit_responses_tools(scrub: Scrub) -> None:
     hosted: list[str] = []
     for index, item in enumerate(list_field(body, "tools")):
         tool = need_dict(item, f"tools.{index}")
-        if tool.get("type") not in ("function", "custom", "namespace"):
-            hosted.append(str(tool.get("type")))
+        kind = need_str(tool, "type", f"tools.{index}")
+        if kind not in ("function", "custom", "namespace"):
+            hosted.append(kind)
             continue
         tools.append(fit_responses_tool(tool, f"tools.{index}"))
     choice = body.get("tool_choice")
     forced = ""
     if isinstance(choice, dict):
-        kind = choice.get("type")
-        known = ("function", "custom", "allowed_tools")
-        forced = "" if kind in known else str(kind)
-        if isinstance(choice.get("name"), str):
-            body["tool_choice"] = {**choice, "name": wire_name(choice["name"])}
-        if isinstance(choice.get("tools"), list):
-            kept = [
-                {**t, "name": wire_name(str(t["name"]))} if "name" in t else t
-                for t in choice["tools"]
-                if isinstance(t, dict) and t.get("type") not in hosted
-            ]
-            body["tool_choice"] = {**choice, "tools": kept}
+        kind = need_str(choice, "type", "tool_choice")
+        forced = "" if kind in ("function", "custom", "allowed_tools") else kind
+        body["tool_choice"] = fit_responses_choice(choice, set(hosted), "tool_choice")
     drop_hosted(hosted, len(tools), forced, scrub.dropped)
     if forced:
         raise UnsupportedFeature(f"{forced} is not available on this model.", param="tools")
@@ -10421,7 +10629,8 @@ def fit_responses_tool(tool: Json, path: str) -> Json:
     name = need_str(tool, "name", path)
     tool.pop("defer_loading", None)
     tool.pop("output_schema", None)
-    if tool["type"] == "namespace":
+    kind = need_str(tool, "type", path)
+    if kind == "namespace":
         tool["name"] = wire_name(name)
         tool["description"] = str_field(tool, "description", path) or name
         inner = list_field(tool, "tools", path)
@@ -10431,8 +10640,9 @@ def fit_responses_tool(tool: Json, path: str) -> Json:
         ]
         return tool
     tool["name"] = wire_name(name)
-    if tool["type"] == "function":
-        tool["parameters"] = fit_schema(object_schema(tool.get("parameters"), name), google=False)
+    if kind == "function":
+        schema = object_schema(tool.get("parameters"), f"{path}.parameters")
+        tool["parameters"] = fit_schema(schema, google=False)
         if tool.get("strict") is None:
             tool["strict"] = False
     return tool
@@ -10536,11 +10746,8 @@ def read_embeddings(body: Json) -> tuple[list[str], bool]:
             "input: must be a string or a list of strings; tokens are not taken here.",
             param="input",
         )
-    form = str_field(body, "encoding_format") or "float"
-    if form not in ("float", "base64"):
-        raise InvalidRequest("encoding_format: must be float or base64.", param="encoding_format")
     int_field(body, "dimensions")
-    return texts, form == "base64"
+    return texts, word_field(body, "encoding_format", ("float", "base64")) == "base64"
 
 
 def write_embeddings(rows: list[Json], usage: Usage, is_packed: bool) -> Json:
@@ -10584,8 +10791,8 @@ class ReasoningMemory:
         for call in calls:
             self.kept.pop(call, None)
             self.kept[call] = (text, opaque)
-        while len(self.kept) > self.limit:
-            del self.kept[next(iter(self.kept))]
+        for call in list(self.kept)[: max(0, len(self.kept) - self.limit)]:
+            del self.kept[call]
 
     def attach_items(self, body: Json) -> None:
         """Puts reasoning items back before a responses body's calls that lack them."""
@@ -20716,9 +20923,7 @@ class Gateway:
             terms.names = {wire: name for wire, name in names.items() if wire != name}
             terms.many = spoken is CHAT and (int_field(body, "n") or 1) > 1
             if spoken is CHAT and model.stops is not None and body.get("stop"):
-                stop = body["stop"]
-                stops = [stop] if isinstance(stop, str) else list_field(body, "stop")
-                terms.cut = [s for s in stops if isinstance(s, str) and s][model.stops :]
+                terms.cut = read_stops(body, "stop")[model.stops :]
             return Call(model, spoken.name, body, outline)
         chat = asked.read_request(body)
         if chat.effort is None and chat.thinking_budget is None:

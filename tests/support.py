@@ -610,3 +610,23 @@ def clean_environment(folder: Path) -> dict[str, str]:
         # Tests ask the same again and again.
         "AICLIENT_API_LIMITS_RUNAWAY_REQUESTS": "0",
     }
+
+
+# ---- cost --------------------------------------------------------------------------------------
+
+
+def growth(work: Callable[[int], Callable[[], object]], size: int = 500) -> float:
+    """How many times as long `work(8 * size)` runs as `work(size)`: 8 where the cost is linear.
+
+    In seconds of the processor, the best of three, so that a busy machine changes little.
+    """
+    seconds = []
+    for count in (size, 8 * size):
+        runs = []
+        for _ in range(3):
+            run = work(count)
+            began = time.process_time()
+            run()
+            runs.append(time.process_time() - began)
+        seconds.append(min(runs))
+    return seconds[1] / max(seconds[0], 0.001)

@@ -7,6 +7,7 @@ import copy
 import itertools
 import json
 import random
+import time
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from aiclient_api import (
     EFFORTS,
     INTERRUPTED,
     Added,
+    CallIds,
     Checker,
     Closed,
     Counted,
@@ -26,6 +28,7 @@ from aiclient_api import (
     Opened,
     Overloaded,
     Refusal,
+    RunawayGuard,
     Started,
     StopCutter,
     Text,
@@ -725,3 +728,50 @@ def test_other_scripts_cost_more_per_character() -> None:
     assert estimate_text("日本語" * 10) > 3 * estimate_text("abc" * 10)
     assert estimate_text("") == 0
     assert json.dumps(estimate_text("🙂" * 10)) != "0"
+
+
+# ---- cost --------------------------------------------------------------------------------------
+
+
+def test_ids_that_are_alike_where_they_are_cut_stay_apart() -> None:
+    ids = CallIds()
+    stem = "p" * 56
+    given = [ids.add(call) for call in (f"{stem}_2", stem, stem, f"{stem}xy", f"{stem}xy")]
+    assert given == [f"{stem}_2", stem, f"{stem}_3", f"{stem}xy", f"{stem}_4"]
+    assert max(map(len, given)) <= 64
+
+
+def test_a_runaway_is_noticed_however_it_is_cut_and_spaces_do_not_count() -> None:
+    run = '{"a": 1,' + "\n \t" * 10
+    for cuts in ([run], [*run], [run[:9], run[9:20], run[20:]]):
+        guard = RunawayGuard()
+        for piece in cuts:
+            guard.check(piece)
+        with pytest.raises(UpstreamError):
+            guard.check(" \r x")
+
+
+def test_a_runaway_is_of_one_call() -> None:
+    checker = Checker()
+    checker.check(Started())
+    for _ in range(3):
+        checker.check(Opened("tool"))
+        checker.check(Added("arguments", "\n" * 20))
+        checker.check(Closed())
+    checker.check(Opened("tool"))
+    with pytest.raises(UpstreamError):
+        checker.check(Added("arguments", "\n" * 21))
+
+
+def test_a_long_stop_string_is_as_cheap_as_a_short_one() -> None:
+    """The answer is its beginning, over and over."""
+    took = []
+    for stop in ("a" * 8 + "b", "a" * 8000 + "b"):
+        cutter = StopCutter([stop])
+        cutter.take(Opened("text"))
+        began = time.process_time()
+        for _ in range(2000):
+            cutter.take(Added("text", "aaac" * 10))
+            cutter.take(Added("text", "aaaa" * 10))
+        took.append(time.process_time() - began)
+    assert took[1] < 20 * took[0]

@@ -9,15 +9,18 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from support import growth
 
 from aiclient_api import (
     CHAT,
     DIALECTS,
     MESSAGES,
     MIN_THINKING_BUDGET,
+    UPSTREAM_DIALECTS,
     ApiError,
     Chat,
     Dialect,
@@ -25,6 +28,9 @@ from aiclient_api import (
     Lessons,
     Model,
     UnsupportedFeature,
+    dump_json,
+    fit_kiro_schema,
+    fit_schema,
     judge_400,
     scrub_body,
 )
@@ -824,10 +830,8 @@ def test_empty_messages_are_left_out() -> None:
 def test_a_request_that_says_nothing_is_refused(dialect: str, model: Model, blank: Any) -> None:
     """1.5: an empty list of messages is a 400 upstream: better ours, with a name."""
     body = c_body(user(blank)) if dialect == "chat" else a_body(user(blank))
-    chat = DIALECTS[dialect].read_request(body)
-    other = OTHER[dialect]
     with pytest.raises(InvalidRequest, match=r"^messages: "):
-        scrub_body(other.name, other.write_request(chat, model), model, {}, True)
+        OTHER[dialect].write_request(DIALECTS[dialect].read_request(body), model)
 
 
 # ---- A>A: Copilot's own messages endpoint ------------------------------------------------------
@@ -1061,3 +1065,65 @@ def test_no_strange_value_in_a_native_body_is_more_than_a_400(dialect: str, body
             except Exception as error:  # noqa: BLE001 - each kind is told with its path
                 broken.add(f"{where}: {type(error).__name__}: {error}")
     assert not broken, "\n".join(sorted(broken))
+
+
+# ---- cost --------------------------------------------------------------------------------------
+
+
+def many_calls(dialect: str, ids: list[str]) -> Json:
+    """A body with calls under `ids`, and their results in the opposite order."""
+    names = [(call, f"f{at}") for at, call in enumerate(ids)]
+    if dialect == "chat":
+        calls = [function_call(call, name=name) for call, name in names]
+        results = [{"role": "tool", "tool_call_id": call, "content": "r"} for call in ids[::-1]]
+        return c_body(user("u"), assistant(None, tool_calls=calls), *results)
+    if dialect == "messages":
+        uses = [use(call, name) for call, name in names]
+        return a_body(user("u"), assistant(uses), user([result(call, "r") for call in ids[::-1]]))
+    more = {"type": "function_call", "arguments": "{}"}
+    said = [{**more, "call_id": call, "name": name} for call, name in names]
+    outputs = [{"type": "function_call_output", "call_id": c, "output": "r"} for c in ids[::-1]]
+    between = [row for output in outputs for row in (assistant("between"), output)]
+    return {"model": "m", "input": [*said, *between]}
+
+
+@pytest.mark.parametrize("ids", ["c{0}", "c", "{1}c{0}"])
+@pytest.mark.parametrize("upstream", ["chat", "messages", "responses", "kiro"])
+@pytest.mark.parametrize("dialect", ["chat", "messages", "responses"])
+def test_eight_times_the_calls_cost_some_eight_times_as_much(
+    dialect: str, upstream: str, ids: str
+) -> None:
+    """With ids of their own, with one id for all, with ids that are alike where they are cut."""
+    asked, spoken = DIALECTS[dialect], UPSTREAM_DIALECTS[upstream]
+
+    def work(count: int) -> Callable[[], object]:
+        body = many_calls(dialect, [ids.format(at // 2, "p" * 60) for at in range(count)])
+        if asked is spoken:
+            return lambda: scrub_body(upstream, body, GPT, {}, True)
+        return lambda: spoken.write_request(asked.read_request(body), CLAUDE)
+
+    assert growth(work) < 24  # 64 where each call is compared with each
+
+
+@pytest.mark.parametrize(("dialect", "key"), [("chat", "stop"), ("messages", "stop_sequences")])
+def test_stop_strings_are_bounded_together(dialect: str, key: str) -> None:
+    """Each is looked for in every piece of an answer."""
+    body = c_body() if dialect == "chat" else a_body()
+    read = DIALECTS[dialect].read_request
+    assert read({**body, key: ["ab"] * 4096}).stop
+    for stops in (["ab"] * 4096 + ["c"], ["a" * 8193]):
+        with pytest.raises(InvalidRequest, match=f"^{key}: "):
+            read({**body, key: stops})
+
+
+def test_inlined_definitions_stay_a_small_multiple_of_their_schema() -> None:
+    """Each names the next one twice; a chain of them ends before it is too deep to be written."""
+    for names, count in (("ab", 40), ("a", 3000)):
+        definitions = {
+            f"d{at}": {"properties": {name: {"$ref": f"d{at + 1}"} for name in names}}
+            for at in range(count)
+        }
+        schema = {"$defs": definitions, "properties": {"p": {"$ref": "d0"}}}
+        for fitted in (fit_schema(schema, google=True), fit_kiro_schema(schema)):
+            assert len(dump_json(fitted)) < 20 * len(dump_json(schema))
+            assert fitted["properties"]["p"]["properties"]["a"]["properties"]

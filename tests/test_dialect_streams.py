@@ -7,7 +7,7 @@ import itertools
 import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -29,6 +29,7 @@ from goldens import (
     split_events,
     write_frames,
 )
+from support import growth
 
 from aiclient_api import (
     DIALECTS,
@@ -1386,3 +1387,76 @@ def test_a_stream_that_is_collected_has_a_largest_size_and_one_that_is_passed_on
         passed_on.feed(piece)
     assert isinstance(collected.error, UpstreamError) and collected.over
     assert passed_on.error is None
+
+
+# ---- cost --------------------------------------------------------------------------------------
+
+
+def chat_pieces(count: int, *deltas: Json) -> list[Json]:
+    """Chunks with each of `deltas` in turn, `count` in all, and the finish."""
+    chunks = [
+        {"id": "i", "choices": [{"index": 0, "delta": deltas[at % len(deltas)]}]}
+        for at in range(count)
+    ]
+    return [*chunks, {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}]
+
+
+def call_piece(index: int, arguments: str) -> Json:
+    """A fragment of one of several calls."""
+    function = {"name": "f", "arguments": arguments}
+    return {"tool_calls": [{"index": index, "id": f"c{index}", "function": function}]}
+
+
+PIECE = "x" * 400
+GROWING = {
+    "text": [{"content": PIECE}],
+    "thinking": [{"reasoning_text": PIECE}],
+    "arguments": [call_piece(0, PIECE)],
+    "two calls at once": [call_piece(0, "}" * 400), call_piece(1, "}" * 400)],
+    "words inside a call": [call_piece(0, '{"a":"' + "}" * 400), {"content": "w"}],
+    "blanks": [call_piece(0, " " * 400)],
+}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("caller", sorted(DIALECTS))
+@pytest.mark.parametrize("case", GROWING)
+def test_eight_times_the_answer_costs_some_eight_times_as_much(
+    case: str, caller: str, stream: bool
+) -> None:
+    def work(count: int) -> Callable[[], object]:
+        frames = chat_pieces(count, *copy.deepcopy(GROWING[case]))
+        flow = make_flow("chat", caller, stream=stream)
+        return lambda: [flow.pass_on([copy.deepcopy(frame)]) for frame in frames] + [flow.end()]
+
+    assert growth(work) < 24  # 64 where all that came is copied with each piece
+
+
+@pytest.mark.parametrize("upstream", ["chat", "messages", "responses", "kiro"])
+def test_a_runaway_ends_the_answer_of_every_upstream(upstream: str) -> None:
+    call = {"type": "tool_use", "id": "c", "name": "f", "input": {}}
+    item = {"type": "function_call", "call_id": "c", "name": "f", "arguments": ""}
+    blank = "\n" * 5
+    opening: dict[str, list[Json]] = {
+        "chat": chat_pieces(1, call_piece(0, "{"))[:1],
+        "messages": [
+            {"type": "message_start", "message": {"id": "i"}},
+            {"type": "content_block_start", "index": 0, "content_block": call},
+        ],
+        "responses": [{"type": "response.output_item.added", "output_index": 0, "item": item}],
+        "kiro": [{"toolUseEvent": {"toolUseId": "c", "name": "f", "input": "{"}}],
+    }
+    delta = {"type": "input_json_delta", "partial_json": blank}
+    arguments = "response.function_call_arguments.delta"
+    pieces: dict[str, Json] = {
+        "chat": chat_pieces(1, call_piece(0, blank))[0],
+        "messages": {"type": "content_block_delta", "index": 0, "delta": delta},
+        "responses": {"type": arguments, "output_index": 0, "delta": blank},
+        "kiro": {"toolUseEvent": {"toolUseId": "c", "name": "f", "input": blank}},
+    }
+    for caller in DIALECTS:
+        flow = make_flow(upstream, caller)
+        flow.pass_on(copy.deepcopy([*opening[upstream], *[pieces[upstream]] * 4]))
+        assert flow.error is None
+        flow.pass_on(copy.deepcopy([pieces[upstream]] * 2))
+        assert flow.error and "stuck" in flow.error.message

@@ -32,6 +32,7 @@ from kiro_rules import (
     check_turns,
     read_body,
 )
+from support import growth
 
 import aiclient_api as gw
 from aiclient_api import CHAT, KIRO, MESSAGES, RESPONSES, Chat, Dialect, Model
@@ -2861,3 +2862,32 @@ def test_ids_that_are_used_again_do_no_harm(first: int, target: str) -> None:
     """3.3: two calls with one id, two outputs of one call, outputs of another kind."""
     troubles = [trouble_with(seed, target, wild=True) for seed in range(first, first + 100)]
     assert list(filter(None, troubles)) == []
+
+
+# ---- cost --------------------------------------------------------------------------------------
+
+
+def test_eight_times_the_tools_cost_some_eight_times_as_much() -> None:
+    """Of the request, of its conversation, and those that a choice allows."""
+
+    def work(count: int) -> Callable[[], object]:
+        tools = [{"type": "function", "name": f"f{at}"} for at in range(count)]
+        hosted = [{"type": f"hosted_{at}"} for at in range(count)]
+        body = {
+            "model": "m",
+            "input": [
+                {"role": "user", "content": "u"},
+                {"type": "additional_tools", "tools": tools},
+            ],
+            "tools": [*tools, *hosted],
+            "tool_choice": {"type": "allowed_tools", "tools": tools},
+        }
+        native = Model("gpt-5.2", "copilot", vendor="OpenAI")
+
+        def run() -> None:
+            RESPONSES.read_request(body)
+            gw.scrub_body("responses", body, native, {}, True)
+
+        return run
+
+    assert growth(work, 250) < 24  # 64 where each tool is compared with each
