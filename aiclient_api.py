@@ -228,8 +228,8 @@ def run_in_loop(work: Coroutine[Any, Any, Result]) -> Result:
     """
     for module in (
         base64, concurrent.futures, difflib, dt, email.utils, fcntl, hashlib, hmac, ipaddress,
-        logging, resource, select, shlex, shutil, signal, socket, socketserver, sqlite3, ssl, subprocess,
-        tempfile, termios, threading, time, tomllib, urllib.parse, urllib.request,
+        logging, resource, select, shlex, shutil, signal, socket, socketserver, sqlite3, ssl,
+        subprocess, tempfile, termios, threading, time, tomllib, urllib.parse, urllib.request,
     ):  # fmt: skip
         dir(module)
     return asyncio.run(work)
