@@ -111,7 +111,7 @@ import struct
 import zlib
 from array import array
 from bisect import bisect_left
-from collections import OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import (
     Awaitable,
     Callable,
@@ -255,13 +255,17 @@ MAX_TRAILER_BYTES = 8 * KIB
 MAX_GZIP_MEMBERS = 64  # behind the first one of a compressed body; clients send one
 # Out of one read of 64 KiB: text shrinks to a tenth or a fiftieth, bombs to a thousandth.
 MAX_INFLATED_BYTES = 4 * MIB
-MAX_BODIES_BYTES = 256 * MIB  # of all requests in hand: four of the largest, hundreds of an agent's
+# Anthropic's API takes 32 MB.  Text that is nothing but escapes costs 9 ms per MiB to count and
+# to parse, in a piece: with twice as much, nobody else would be served for half a second.
+MAX_BODY_MIB = 32
+MAX_BODIES_BYTES = 256 * MIB  # of all requests in hand: eight of the largest, hundreds of usual
 MAX_EMPTY_LINES = 8  # before a request line: RFC 9112 section 2.2 says "at least one"
 MAX_LENGTH_DIGITS = 19  # 2**63 has 19 digits
 MAX_PORT = 65_535  # of TCP: 16 bits
-# A JSON body is parsed while every stream waits: 30 MiB of tiny values took 7 s and gigabytes, so
-# the brackets, commas and colons outside its strings are counted before parsing.
-MAX_JSON_MARKS = 400_000
+# A JSON body is parsed, converted and written while every stream waits: 30 MiB of tiny values took
+# 7 s and gigabytes, so the brackets, commas and colons outside its strings are counted before
+# parsing.  The costliest so many, 10,000 pairs of turns that are converted, take 0.3 s in a piece.
+MAX_JSON_MARKS = 200_000
 MAX_JSON_KEYS = 1000  # at the top level of a body; no API has 100
 MAX_JSON_DEPTH = 100
 MAX_ERROR_TEXT = 4000  # characters of an error message
@@ -282,6 +286,9 @@ RECV_BYTES = 64 * KIB  # below the 128 KiB from which malloc asks the system for
 # A slow client holds its upstream back when this much waits for it.
 WRITE_HIGH_WATER_BYTES = 128 * KIB
 
+# After a step of a request that took so long, the others are served for a moment before the next.
+LONG_STEP_SECONDS = 0.03
+GIVE_WAY_SECONDS = 0.01
 TICK_SECONDS = 0.25  # the coarse clock that all deadlines are read from
 WRITE_STALL_SECONDS = 60.0  # no byte accepted by the client for so long: it is gone
 LINGER_SECONDS = 1.0  # for a peer's last bytes: a reset would eat our answer, or spoil the pool
@@ -1097,7 +1104,7 @@ class ServerConfig:
     rate_limit_seconds: float = 0.0
     allowed_hosts: list[str] = field(default_factory=list)
     cors_origins: list[str] = field(default_factory=list)
-    max_body_mib: int = 64
+    max_body_mib: int = MAX_BODY_MIB
     max_connections: int = 1024
     #: from the first byte to the end of the head
     head_seconds: float = 10.0
@@ -20272,6 +20279,16 @@ def error_headers(error: ApiError) -> dict[str, str]:
     return headers
 
 
+async def run_step(step: Callable[..., Result], *arguments: Any) -> Result:
+    """The result of a step that computes; after a long one, others have their turn first."""
+    loop = asyncio.get_running_loop()
+    begun_at = loop.time()
+    result = step(*arguments)
+    if loop.time() - begun_at > LONG_STEP_SECONDS:
+        await asyncio.sleep(GIVE_WAY_SECONDS)
+    return result
+
+
 class Gateway:
     """What happens between a request and its answer.  It owns nothing but references."""
 
@@ -20601,13 +20618,13 @@ class Gateway:
 
     async def post_count_tokens(self, request: Request) -> Response:
         """Estimated here: never an upstream call, as Claude Code asks in bursts."""
-        body = load_body(await request.read_body())
+        body = await run_step(load_body, await request.read_body())
         message_list(body)
         return Response(200, dump_json({"input_tokens": estimate_request(body)}))
 
     async def post_input_tokens(self, request: Request) -> Response:
         """The same estimate in the form of the responses API."""
-        body = load_body(await request.read_body())
+        body = await run_step(load_body, await request.read_body())
         input_items(body)
         said = {"object": "response.input_tokens", "input_tokens": estimate_request(body)}
         return Response(200, dump_json(said))
@@ -20645,11 +20662,11 @@ class Gateway:
         `raw` adds what the upstream itself says of them.
         """
         found: list[tuple[str, Model]] = []
-        ids = [model for models in catalogues.values() for model in models]
+        ids = Counter(model for models in catalogues.values() for model in models)
         for name, models in catalogues.items():
             for model in models.values():
                 if model.listed and (model.embeds or model.dialects):
-                    unclear = ids.count(model.id) > 1 or model.id in self.router.aliases
+                    unclear = ids[model.id] > 1 or model.id in self.router.aliases
                     found.append((f"{name}/{model.id}" if unclear else model.id, model))
         for alias in self.router.aliases:
             leads_to = self.look_up(alias, catalogues)
@@ -20731,7 +20748,7 @@ class Gateway:
     async def post_embeddings(self, request: Request) -> Response:
         """OpenAI embeddings, by a provider that has such models."""
         data = await request.read_body()
-        body = load_body(data)
+        body = await run_step(load_body, data)
         request.cancel_on_hangup(True)
         name = need_str(body, "model")
         routes = self.router.candidates(name, request.headers.get("x-provider"))
@@ -20845,7 +20862,7 @@ class Gateway:
     async def converse(self, request: Request, asked: Dialect) -> Response:
         """One request for an answer, in the dialect `asked`."""
         data = await request.read_body()
-        body = load_body(data)
+        body = await run_step(load_body, data)
         outline = asked.outline(body)
         outline.size = len(data)
         session = request.headers.get("x-claude-code-session-id", "")
@@ -20898,7 +20915,7 @@ class Gateway:
             provider=provider.name,
             window=window,
         )
-        call = self.write_call(body, asked, spoken, model, terms, outline)
+        call = await run_step(self.write_call, body, asked, spoken, model, terms, outline)
         call.betas = request.headers.get("anthropic-beta", "")
         flow = Flow(spoken, answered, terms, outline.stream, request.id)
         exchange = Exchange(self, request, provider, call, flow, asked.name)
