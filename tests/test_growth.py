@@ -34,6 +34,7 @@ MODELS = {
 GROWTH = 2.6  # of CPU per doubling: 2 is linear, 4 quadratic
 NOISE_FLOOR_S = 0.4  # CPU; what takes less at its full size is not compared
 BLOCKED_S = 0.5  # the longest wait of anybody else
+TRIES = 3  # what is too slow is too slow each time
 MEMORY_FACTOR = 12  # of a body's size
 MEMORY_FLOOR = 48 << 20  # bytes; CPython keeps arenas
 IN_PROC = Path("/proc/self/clear_refs").exists()
@@ -288,12 +289,18 @@ def check(
     body = make(most)
     cost = rig.post(path, body)
     assert cost.reply.status not in (500, 503), cost.reply
-    assert cost.waited_s < BLOCKED_S, cost.waited_s
     most_memory = MEMORY_FLOOR + MEMORY_FACTOR * max(len(body), size())
     assert cost.memory < most_memory, (cost.memory >> 20, most_memory >> 20)
-    if cost.cpu_s > NOISE_FLOOR_S:
-        quarter = min(rig.post(path, make(most // 4)).cpu_s for _ in range(2))
-        assert cost.cpu_s < GROWTH**2 * max(quarter, NOISE_FLOOR_S / 8), (quarter, cost.cpu_s)
+    tries = 1
+    while cost.waited_s > BLOCKED_S and tries < TRIES:  # others compute on this machine, too
+        cost, tries = rig.post(path, body), tries + 1
+    assert cost.waited_s < BLOCKED_S, cost.waited_s
+    while cost.cpu_s > NOISE_FLOOR_S:
+        quarter = rig.post(path, make(most // 4)).cpu_s
+        if cost.cpu_s < GROWTH**2 * max(quarter, NOISE_FLOOR_S / 8):
+            break
+        assert tries < TRIES, (quarter, cost.cpu_s)
+        cost, tries = rig.post(path, make(most)), tries + 1
     return cost
 
 

@@ -1863,7 +1863,7 @@ def test_200_idle_connections_do_not_hold_a_request_up(gateway: Gateway) -> None
 
 # ---- large requests ----------------------------------------------------------------------------
 
-LARGE = 60 * MIB
+LARGE = 30 * MIB
 ANNOUNCED = {
     "length": head(JSON_TYPE, f"Content-Length: {LARGE}", "Expect: 100-continue"),
     "chunk": head(JSON_TYPE, CHUNKED, "Expect: 100-continue") + b"%x\r\n" % LARGE,
@@ -1887,18 +1887,18 @@ def test_large_bodies_share_a_budget_and_the_next_one_is_told_to_come_again(
 ) -> None:
     data = ANNOUNCED[name].replace(MESSAGES.encode(), path.encode(), 1)
     with Gateway() as gateway, ExitStack() as stack:
-        wires = [stack.enter_context(gateway.wire()) for _ in range(7)]
-        replies = [let_in(wire, data) for wire in wires[:6]]
-        assert replies[:4] == [None] * 4
-        for reply in replies[4:]:
+        wires = [stack.enter_context(gateway.wire()) for _ in range(11)]
+        replies = [let_in(wire, data) for wire in wires[:10]]
+        assert replies[:8] == [None] * 8
+        for reply in replies[8:]:
             assert reply is not None
             refused(reply, 503, path)
             assert reply.headers["retry-after"] == "1"
         assert "hi" in said(checked(gateway.request("POST", path, asking("hi"))))
-        for wire in wires[:6]:
+        for wire in wires[:10]:
             wire.abort()
         assert checked(gateway.request("GET", "/healthz")).status == 200
-        assert let_in(wires[6], data) is None
+        assert let_in(wires[10], data) is None
 
 
 def test_a_large_body_that_was_refused_or_answered_leaves_the_budget(gateway: Gateway) -> None:
@@ -1936,7 +1936,7 @@ def rests(pid: int) -> bool:
 #: Longer than what the kernel holds for a client that does not read (some MiB).
 LONG_TEXT = "All work and no play makes a stream. " * 200_000
 #: Longer by far than the growth that is allowed.
-HUGE_TEXT = "x" * (44 * MIB)
+HUGE_TEXT = "x" * (31 * MIB)
 
 
 @pytest.mark.skipif(not IN_PROC, reason="memory is read from /proc")
@@ -1947,7 +1947,7 @@ def test_a_reader_that_does_not_read_costs_no_memory(gateway: Gateway, path: str
         assert wire.read_until(b"x" * 1000).startswith(b"HTTP/1.1 200")
         before = resident_bytes(gateway.pid)
         wait_until(lambda: rests(gateway.pid), 10)
-        assert resident_bytes(gateway.pid) - before < 32 * MIB
+        assert resident_bytes(gateway.pid) - before < 20 * MIB
         assert checked(gateway.request("GET", "/healthz")).status == 200
 
 
