@@ -3536,187 +3536,161 @@ def estimate_request(body: Json) -> int:
 
 @dataclass(slots=True)
 class Outline:
-    """What routing and billing need to know of a request body, without converting it."""
+    """The facts that routing and billing need from a request body, read without converting it."""
 
     model: str
     stream: bool
     include_usage: bool
     #: X-Initiator: "user" when a person spoke last, "agent" in a tool loop
     initiator: str
-    #: a stable key of the conversation, "" where the caller sends none
-    session: str
-    #: the words that open the conversation: they tell conversations without a key apart
-    opening: str
-    #: bytes of the body
-    size: int = 0
+    session: str  #: a stable key of the conversation; "" if the client sends none
+    opening: str  #: the opening text: identifies conversations that have no key
+    size: int = 0  #: request body size in bytes
 
 
 @dataclass(slots=True)
 class Terms:
-    """How one answer is to be written for its caller."""
+    """What shapes one response besides the upstream's bytes."""
 
     id: str
     #: Unix seconds
     created: int
-    #: the model name the caller used
-    model: str
+    model: str  #: the model name the client used
     include_usage: bool = False
-    #: upstream tool name -> the caller's
-    names: dict[str, str] = field(default_factory=dict)
-    #: answer in the `function_call` shape of 2023
-    legacy_functions: bool = False
-    #: the caller's own dialect, but not every kind of tool in it: the answer is converted
+    names: dict[str, str] = field(default_factory=dict)  #: upstream tool name -> the client's
+    legacy_functions: bool = False  #: respond in the `function_call` shape of 2023
+    #: the client's own dialect, but not all of its tools: the response is converted, not relayed
     rewritten: bool = False
-    #: the caller wants thinking blocks without their text
-    hide_thinking: bool = False
-    #: stop strings to be cut here, as the upstream has no field for them
+    hide_thinking: bool = False  #: the client wants thinking blocks without their text
+    #: stop sequences enforced here because the upstream has no field for them
     cut: list[str] = field(default_factory=list)
-    #: several choices were asked for: none may be folded into another
-    many: bool = False
-    #: the body the upstream was asked with: its tokens are estimated where it counts none
+    many: bool = False  #: n > 1: choices must not be merged
+    #: the client's request body; tokens are estimated from it if the upstream reports none
     asked: Json = field(default_factory=dict)
-    #: takes (call ids, reasoning text, signature) that the caller's dialect cannot carry
+    #: called with (call ids, reasoning text, signature) that the client's dialect cannot carry
     keep: Callable[[list[str], str, str], None] | None = None
-    #: the tools that were offered, by the caller's names
+    #: the offered tools, by the client's names
     tools: dict[str, Tool] = field(default_factory=dict)
-    #: whose answer it is
-    provider: str = ""
-    #: upstream model id -> its context window, for an upstream that tells its share; 0 = unknown
+    provider: str = ""  #: name of the upstream's provider
+    #: upstream model id -> context window (0 = unknown), for an upstream that reports a percentage
     window: Callable[[str], int] | None = None
-    #: the upstream was asked in words to think between tags
-    tagged_thinking: bool = False
+    tagged_thinking: bool = False  #: the upstream was asked in the prompt to think between tags
 
 
 class Framing(Protocol):
-    """An upstream's bytes in, server-sent events out: the one form in which frames are parsed."""
+    """Upstream bytes in, server-sent events out: the one form in which frames are parsed."""
 
     def complete(self, data: bytes) -> bytes:
-        """The events that `data` completes, unparsed; the rest is kept.  Raises UpstreamError."""
+        """The events that `data` completes, unparsed; buffers the rest.  Raises UpstreamError."""
 
     def frames(self, blocks: bytes) -> list[Json]:
-        """The frames in unparsed events; one that cannot be read becomes an error, and the last."""
+        """Parses events; one that cannot be parsed becomes an error frame and ends the list."""
 
     def last_frames(self) -> list[Json]:
-        """What was held back until the upstream ended; raises UpstreamError where it was cut."""
+        """Returns what was buffered until EOF; raises UpstreamError if the stream was cut off."""
 
 
 class Reader(Protocol):
     """Frames of a dialect in, events out."""
 
-    def read(self, frame: Json) -> list[Event]:
-        """The events in one frame."""
+    def read(self, frame: Json) -> list[Event]: ...
 
     def end(self) -> list[Event]:
-        """What was held back until the upstream ended."""
+        """Events held back until the upstream ended."""
 
 
 class Writer(Protocol):
     """Events in, frames of a dialect out."""
 
-    def write(self, event: Event) -> list[Json]:
-        """The frames for one event."""
+    def write(self, event: Event) -> list[Json]: ...
 
 
 class Relay(Protocol):
     """Native frames in, native frames out: repaired, and read for their usage."""
 
     usage: Usage
-    #: tokens of the answer's text so far, estimated
-    said: float
+    said: float  #: estimated output tokens so far
 
     @property
-    def finished(self) -> bool:
-        """Whether the answer is complete."""
+    def finished(self) -> bool: ...
 
     def mend(self, frame: Json) -> list[Json]:
-        """The frames that take the place of one frame; raises ApiError when it is an error."""
+        """The frames that replace one frame; raises ApiError if it is an error."""
 
     def end(self) -> list[Json]:
-        """What closes the answer; raises UpstreamError when it had not finished."""
+        """The frames that close the response; raises UpstreamError if it was incomplete."""
 
 
 class UpstreamDialect(Protocol):
-    """The half of a dialect that asks an upstream and reads its answer."""
+    """The half of a dialect that writes requests to an upstream and reads its responses."""
 
     name: str
 
     def write_request(self, chat: Chat, model: Model) -> Json:
-        """The body that asks `model` for a streamed answer; raises InvalidRequest."""
+        """The body of a streaming request to `model`; raises InvalidRequest."""
 
-    def framing(self) -> Framing:
-        """How the bytes of one answer become frames."""
+    def framing(self) -> Framing: ...
 
-    def reader(self, terms: Terms) -> Reader:
-        """A reader for one answer."""
+    def reader(self, terms: Terms) -> Reader: ...
 
     def unfold(self, whole: Json) -> list[Json]:
-        """The frames that a whole answer stands for."""
+        """The frames equivalent to a non-streaming response."""
 
     def plain_text(self, frame: Json) -> str | None:
-        """The text of a frame that does nothing but lengthen the answer's text."""
+        """The text of a frame that is a text delta and nothing else."""
 
 
 class Dialect(UpstreamDialect, Protocol):
     """One wire format, both ways.  Dialects never see each other."""
 
-    #: what ends every stream
-    tail: bytes
-    #: its frames carry a `sequence_number`
-    is_numbered: bool
-    #: what the ids of its answers begin with
-    id_prefix: str
+    tail: bytes  #: ends every stream
+    is_numbered: bool  #: its frames carry a `sequence_number`
+    id_prefix: str  #: prefix of its response ids
 
     def outline(self, body: Json) -> Outline:
-        """The few facts routing needs; raises InvalidRequest."""
+        """The facts routing needs; raises InvalidRequest."""
 
     def read_request(self, body: Json) -> Chat:
-        """The request; raises InvalidRequest for what cannot be carried over."""
+        """Raises InvalidRequest for what cannot be converted."""
 
-    def has_image(self, body: Json) -> bool:
-        """Whether any message holds an image."""
+    def has_image(self, body: Json) -> bool: ...
 
-    def writer(self, terms: Terms) -> Writer:
-        """A writer for one answer."""
+    def writer(self, terms: Terms) -> Writer: ...
 
-    def relay(self, terms: Terms) -> Relay:
-        """A relay for one native answer."""
+    def relay(self, terms: Terms) -> Relay: ...
 
     def fold(self, frames: list[Json]) -> Json:
-        """The whole answer that a finished stream of frames amounts to."""
+        """The non-streaming response equivalent to a finished stream of frames."""
 
-    def encode(self, frame: Json) -> bytes:
-        """One frame on the wire."""
+    def encode(self, frame: Json) -> bytes: ...
 
     def error_body(self, error: ApiError, request_id: str) -> Json:
-        """An error answer's body, or the frame that ends a stream."""
+        """The body of an error response, or the frame that ends a stream."""
 
     def error_status(self, error: ApiError) -> int:
-        """The status this dialect's clients know for `error`."""
+        """The status that this dialect's clients expect for `error`."""
 
     def error_frames(
         self, error: ApiError, request_id: str, terms: Terms, begun: bool
     ) -> list[Json]:
-        """The frames that end a stream with an error; `begun`: others went before."""
+        """The frames that end a stream with an error; `begun`: others were sent before."""
 
     def ping(self, begun: bool) -> bytes:
-        """A sign of life that its clients take for one."""
+        """A keep-alive in the form that its clients accept."""
 
     def alive(self, terms: Terms) -> Json | None:
-        """A frame that is a sign of life, where a ping is none."""
+        """A frame that serves as keep-alive, if its clients do not accept a ping."""
 
 
 def dump_text(value: Any) -> str:
-    """Compact JSON text."""
     return dump_json(value).decode()
 
 
 def take_bool(body: Json, key: str) -> bool:
-    """A boolean field that is false when absent."""
     return bool_field(body, key) or False
 
 
 def text_of(content: Any) -> str:
-    """The words in a message's content, whatever its shape."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -3726,12 +3700,12 @@ def text_of(content: Any) -> str:
 
 
 def is_reminder(text: str) -> bool:
-    """Whether an agent put the text into a user turn, not a person."""
+    """Whether a coding agent, not a person, put the text into a user turn."""
     return text.lstrip().startswith("<system-reminder>")
 
 
 def message_list(body: Json) -> list[Json]:
-    """The `messages` of a body, each an object; raises InvalidRequest."""
+    """Raises InvalidRequest unless `messages` is a non-empty list of objects."""
     if "messages" not in body:
         raise InvalidRequest("messages: is required.", param="messages")
     messages: list[Json] = list_field(body, "messages")
@@ -3749,19 +3723,18 @@ def opening_words(system: Any, messages: list[Json]) -> str:
     return text_of(system) + "\0" + text_of(first)
 
 
-CHOICE_MODES = ("auto", "none", "required")  # of OpenAI's two dialects, where it is a word
+CHOICE_MODES = ("auto", "none", "required")  # OpenAI's string forms, in both of its dialects
 CHAT_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 RESPONSES_ROLES = CHAT_ROLES[:4]
 MESSAGES_ROLES = ("user", "assistant", "system")
 
 
 def read_role(message: Json, roles: Iterable[str], path: str) -> str:
-    """A message's role, one of `roles`."""
     return word_field(message, "role", roles, path) or need_str(message, "role", path)
 
 
 def read_stops(body: Json, key: str) -> list[str]:
-    """The stop strings at `key`: a list, or one by itself; empty ones mean nothing."""
+    """The stop sequences at `key`, a list or one string; empty ones are ignored."""
     value = body.get(key)
     stops: list[Any] = [value] if isinstance(value, str) else list_field(body, key)
     for index, stop in enumerate(stops):
@@ -3775,17 +3748,16 @@ def read_stops(body: Json, key: str) -> list[str]:
 
 
 def function_of(entry: Json, path: str) -> Json:
-    """What names a function in a tool, a call or a choice: an object inside, or all of it."""
+    """The object that names the function of a tool, call or choice: nested, or the entry itself."""
     return dict_field(entry, "function", path) or dict_field(entry, "custom", path) or entry
 
 
 def allowed_names(choice: Json, path: str) -> set[str]:
-    """The names in the `tools` of an `allowed_tools` choice."""
     names = set()
     for index, item in enumerate(list_field(choice, "tools", path)):
         where = f"{path}.tools.{index}"
         entry = function_of(need_dict(item, where), where)
-        names.add(str_field(entry, "name", where) or "")  # a vendor's tool has none
+        names.add(str_field(entry, "name", where) or "")  # a server-side tool has none
     return names
 
 
@@ -3794,12 +3766,10 @@ def allowed_names(choice: Json, path: str) -> set[str]:
 
 
 def read_text_part(part: Json, path: str) -> list[Block]:
-    """`{"type": "text", "text": "..."}` under any of its names."""
     return [Text(need_str(part, "text", path))]
 
 
 def read_image_url_part(part: Json, path: str) -> list[Block]:
-    """OpenAI's image part: the URL stands in an object or by itself."""
     value = part.get("image_url")
     url = need_str(value, "url", f"{path}.image_url") if isinstance(value, dict) else value
     if not isinstance(url, str):
@@ -3813,13 +3783,12 @@ def read_image_url_part(part: Json, path: str) -> list[Block]:
 
 
 def read_image_part(part: Json, path: str) -> list[Block]:
-    """Anthropic's image block."""
     source = dict_field(part, "source", path)
     kind = source.get("type")
     if kind == "base64":
         data = need_str(source, "data", f"{path}.source")
         claimed = str_field(source, "media_type", f"{path}.source") or ""
-        if data.startswith("data:"):  # a URL where only its data belongs
+        if data.startswith("data:"):  # a data URL in place of bare base64
             claimed, data = read_data_url(data, f"{path}.source.data")
         data = bare_base64(data)
         return [Image(image_type(data, claimed, path), data, path=path)]
@@ -3829,7 +3798,6 @@ def read_image_part(part: Json, path: str) -> list[Block]:
 
 
 def read_file_part(part: Json, path: str) -> list[Block]:
-    """OpenAI's file part: a data URL, or text."""
     entry = dict_field(part, "file", path) or part
     data = str_field(entry, "file_data", path)
     title = str_field(entry, "filename", path) or ""
@@ -3852,7 +3820,6 @@ def read_file_part(part: Json, path: str) -> list[Block]:
 
 
 def read_document_part(part: Json, path: str) -> list[Block]:
-    """Anthropic's document block."""
     source = dict_field(part, "source", path)
     title = str_field(part, "title", path) or ""
     kind = source.get("type")
@@ -3873,43 +3840,38 @@ def read_document_part(part: Json, path: str) -> list[Block]:
 
 
 def read_search_result_part(part: Json, path: str) -> list[Block]:
-    """A search result as words: title, source, body."""
     lines = [str_field(part, "title", path) or "", str_field(part, "source", path) or ""]
     return [Text("\n".join([*filter(None, lines), text_of(part.get("content"))]))]
 
 
 def read_tool_use_part(part: Json, path: str) -> list[Block]:
-    """Anthropic's tool call."""
     arguments = dump_text(part.get("input") if part.get("input") is not None else {})
     return [ToolCall(need_str(part, "id", path), need_str(part, "name", path), arguments)]
 
 
 def read_tool_result_part(part: Json, path: str) -> list[Block]:
-    """Anthropic's tool result."""
     blocks = read_parts(part.get("content"), f"{path}.content")
     is_error = bool_field(part, "is_error", path) or False
     return [ToolResult(need_str(part, "tool_use_id", path), blocks, is_error)]
 
 
 def read_thinking_part(part: Json, path: str) -> list[Block]:
-    """Anthropic's thinking, readable or redacted."""
     text = str_field(part, "thinking", path) or ""
     signature = str_field(part, "signature", path) or ""
     return [Thinking(text, signature, str_field(part, "data", path) or "")]
 
 
 def read_refusal_part(part: Json, path: str) -> list[Block]:
-    """OpenAI's refusal."""
     return [Refusal(need_str(part, "refusal", path))]
 
 
 def read_tool_reference_part(part: Json, path: str) -> list[Block]:
-    """A tool that a search found: the tools themselves are always all sent."""
+    """A tool found by a search: all tools are always sent anyway."""
     return [Text("Tool available: " + need_str(part, "tool_name", path))]
 
 
 def read_hosted_part(part: Json, path: str) -> list[Block]:
-    """A tool the vendor ran, as a line of words: other vendors cannot check the original."""
+    """A server-side tool's block as one text line: other vendors cannot verify the original."""
     if part.get("type") == "server_tool_use":
         return [Text(f"[{part.get('name')}: {dump_text(part.get('input'))}]")]
     content = part.get("content")
@@ -3923,17 +3885,15 @@ def read_hosted_part(part: Json, path: str) -> list[Block]:
 
 
 def read_compaction_part(part: Json, path: str) -> list[Block]:
-    """A summary that stands for earlier turns: only its words can go elsewhere."""
+    """A summary of earlier turns: only its text can be carried to another vendor."""
     return [Text(need_str(part, "content", path))]
 
 
 def read_nothing_part(part: Json, path: str) -> list[Block]:
-    """A marker without content."""
     return []
 
 
 def refuse_part(part: Json, path: str) -> list[Block]:
-    """What no model here takes."""
     raise UnsupportedFeature(f"{path}.type: {part['type']} is not supported here.", param=path)
 
 
@@ -3963,13 +3923,11 @@ PART_READERS: dict[str, Callable[[Json, str], list[Block]]] = {
 
 
 def part_reader(part: Json) -> Callable[[Json, str], list[Block]] | None:
-    """What reads a part; None where its type is not known."""
     kind = str_or_empty(part, "type")
     return read_hosted_part if kind.endswith("_tool_result") else PART_READERS.get(kind)
 
 
 def is_known_part(part: Any) -> bool:
-    """Whether a part of a content list can be read."""
     return isinstance(part, str) or (isinstance(part, dict) and part_reader(part) is not None)
 
 
@@ -3998,11 +3956,10 @@ def read_parts(content: Any, path: str) -> list[Block]:
 
 
 def plain_text(blocks: Iterable[Block]) -> str:
-    """The words of blocks, paragraphs apart."""
     return "\n\n".join(block.text for block in blocks if isinstance(block, (Text, Refusal)))
 
 
-# Tools of Anthropic that the client runs but sends without a schema (formats seen in 2026-09).
+# Anthropic's client-side tools, which come without a schema (formats seen in 2026-09).
 
 EDITOR_SCHEMA: Json = {
     "type": "object",
@@ -4052,7 +4009,7 @@ CLIENT_TOOL_SCHEMAS: dict[str, Json] = {
 
 
 def client_tool_schema(kind: str) -> Json | None:
-    """The schema of `bash_20250124` and its like; None for tools the vendor runs itself."""
+    """The schema of `bash_20250124` and the like; None for server-side tools."""
     for family, schema in CLIENT_TOOL_SCHEMAS.items():
         if kind.startswith(family + "_2"):
             return schema
@@ -4060,10 +4017,7 @@ def client_tool_schema(kind: str) -> Json | None:
 
 
 def drop_hosted(hosted: list[str], left: int, forced: str, dropped: list[str]) -> None:
-    """Tools that only the vendor can run: left out beside others, refused when they matter.
-
-    A client that forces one, or offers nothing else, must hear that it is not there.
-    """
+    """Drops server-side tools; raises UnsupportedFeature if one is forced or none other is left."""
     for name in hosted:
         if name == forced or not left:
             raise UnsupportedFeature(f"{name} is not available on this model.", param="tools")
@@ -4071,7 +4025,6 @@ def drop_hosted(hosted: list[str], left: int, forced: str, dropped: list[str]) -
 
 
 def tool_names(body: Json, path: str = "") -> list[str]:
-    """The names of the tools a native body offers."""
     names = []
     for index, item in enumerate(list_field(body, "tools", path)):
         where = f"{join_path(path, 'tools')}.{index}"
@@ -4084,26 +4037,25 @@ def tool_names(body: Json, path: str = "") -> list[str]:
     return names
 
 
-# Usage, as each vendor writes it.  An absent figure keeps what an earlier frame said.
+# Usage, in each vendor's shape.  A missing figure keeps its value from an earlier frame.
 
 
 def read_figure(value: Any, least: float = -MAX_FIGURE, most: float = MAX_FIGURE) -> float | None:
-    """A number from outside, where it is one from `least` to `most`; None for anything else.
+    """An upstream's number if it is one from `least` to `most`; None for anything else.
 
-    All numbers of upstreams come in by this: NaN, an infinity or 10**400 would end in an
-    exception of int(), round() or a date far from here.
+    All numbers from upstreams are read here: NaN, infinity or 10**400 would raise in int() or
+    round(), or give an absurd date.
     """
     usable = isinstance(value, (int, float)) and not isinstance(value, bool)
     return float(value) if usable and least <= value <= most else None
 
 
 def positive(value: Any) -> int | None:
-    """A limit: a positive integer, or unknown."""
     return value if isinstance(value, int) and read_figure(value, 1) else None
 
 
 def count(obj: Json, key: str, before: int) -> int:
-    """The figure at `key`, or `before`."""
+    """The non-negative integer at `key`, or `before`."""
     value = obj.get(key)
     return value if isinstance(value, int) and read_figure(value, 0) is not None else before
 
@@ -4120,14 +4072,14 @@ def details(obj: Json, key: str) -> Json:
 
 
 def inline_refs(schema: Json) -> Any:
-    """A tool's schema with its `$ref`s replaced by the definitions that they name.
+    """A tool's schema with each `$ref` replaced by its definition.
 
-    A circle ends in an open object, and so does what would grow or go deep without bounds:
-    definitions that name one another several times.
+    Cycles become an open object, and so does whatever would grow or nest without bound: definitions
+    that refer to one another several times.
     """
     definitions = {**details(schema, "definitions"), **details(schema, "$defs")}
     bare = {key: schema[key] for key in schema if key not in ("definitions", "$defs")}
-    left = len(dump_json(schema))  # copies of values: some ten times what the schema has
+    left = len(dump_json(schema))  # budget for copied values: some ten times the schema's own
 
     def inline(value: Any, inside: tuple[str, ...], depth: int) -> Any:
         nonlocal left
@@ -4150,7 +4102,7 @@ def inline_refs(schema: Json) -> Any:
 
 
 def read_copilot_usage(frame: Json, usage: Usage) -> None:
-    """Copilot's own bill beside the usage: the true split of the prompt, and the price.
+    """Copilot's own billing fields beside the usage: the true split of the prompt, and the price.
 
     `{"total_nano_aiu": 120000, "token_details": [{"token_type": "input", "token_count": 9}]}`,
     1e9 nano-AIU = 1 AI credit = 0.01 USD (seen in gh-aw-firewall, 2026-08).
@@ -4173,7 +4125,7 @@ def read_copilot_usage(frame: Json, usage: Usage) -> None:
 
 
 def read_chat_usage(frame: Json, usage: Usage) -> bool:
-    """Takes OpenAI's `usage` of a frame into `usage`; False where there is none."""
+    """Updates `usage` from OpenAI's `usage` in a frame; False if it has none."""
     said = details(frame, "usage")
     if not said:
         return False
@@ -4191,7 +4143,6 @@ def read_chat_usage(frame: Json, usage: Usage) -> bool:
 
 
 def read_messages_usage(said: Json, usage: Usage) -> None:
-    """Takes Anthropic's usage object into `usage`."""
     if not said:
         return
     usage.input = count(said, "input_tokens", usage.input)
@@ -4204,10 +4155,10 @@ def read_messages_usage(said: Json, usage: Usage) -> None:
 
 
 def settle_usage(usage: Usage, terms: Terms, said: float) -> Usage:
-    """What is known of the tokens when an answer ends; `said`: its words, estimated in tokens.
+    """The usage to report at the end of a response; `said`: its estimated output tokens.
 
-    A context of so many tokens after the answer is its input and its output (facts of 2026-08; some
-    read it as the input alone).
+    If the context size after the response is known, it is taken as input plus output (seen in
+    2026-08; some read it as the input alone).
     """
     if usage.source == "reported":
         return usage
@@ -4278,30 +4229,22 @@ OPENAI_ERRORS: dict[str, tuple[str, str | None]] = {
 }
 
 CHAT_FINISHES = {
-    "stop": "end",
-    "length": "length",
-    "tool_calls": "tool",
-    "function_call": "tool",
+    "stop": "end", "length": "length", "tool_calls": "tool", "function_call": "tool",
     "content_filter": "filter",
-}
+}  # fmt: skip
 CHAT_FINISH_WORDS = {
-    "end": "stop",
-    "stop": "stop",
-    "tool": "tool_calls",
-    "length": "length",
-    "context": "length",
-    "filter": "content_filter",
-    "pause": "stop",
-}
-# Where a readable chain of thought stands in a delta: Copilot's name first, then what others use.
+    "end": "stop", "stop": "stop", "tool": "tool_calls", "length": "length",
+    "context": "length", "filter": "content_filter", "pause": "stop",
+}  # fmt: skip
+# Where readable reasoning is found in a delta: Copilot's name first, then what others use.
 REASONING_FIELDS = ("reasoning_text", "reasoning_content", "reasoning", "cot_summary")
-# Our mark on a chat upstream's signature while an Anthropic client carries it.
+# Prefix of a chat upstream's signature while an Anthropic client carries it.
 CHAT_ENVELOPE = "gw1.c."
 FOREIGN_SIGNATURES = ("gw1.", "litellm_encrypted_reasoning:")
 
 
 def write_openai_error(error: ApiError, conversation: str = "messages") -> Json:
-    """OpenAI's error object; `conversation` is the field that holds it."""
+    """`conversation` is the name of the field that holds the conversation."""
     kind, code = OPENAI_ERRORS[error.kind]
     code = error.code or code
     param = conversation if isinstance(error, ContextTooLong) else error.param
@@ -4309,18 +4252,15 @@ def write_openai_error(error: ApiError, conversation: str = "messages") -> Json:
 
 
 class ChatRequestReader:
-    """Reads one chat completions body into a Chat."""
-
     def __init__(self, body: Json) -> None:
         self.body = body
         self.chat = Chat()
-        #: call id -> how many results are still to come, in order: for results without id
+        #: call id -> results still to come, in order; matches results that have no id
         self.pending: OrderedDict[str, int] = OrderedDict()
         names = [m.get("name") for m in message_list(body) if m.get("role") == "user"]
         self.named = len({name for name in names if isinstance(name, str)}) > 1
 
     def read(self) -> Chat:
-        """The Chat; raises InvalidRequest."""
         self.refuse_lossy()
         for index, message in enumerate(message_list(self.body)):
             self.read_message(message, f"messages.{index}")
@@ -4331,7 +4271,7 @@ class ChatRequestReader:
         return self.chat
 
     def refuse_lossy(self) -> None:
-        """Refuses what a converted answer could not hold."""
+        """Raises UnsupportedFeature for what a converted response cannot express."""
         body = self.body
         if (int_field(body, "n") or 1) > 1:
             raise UnsupportedFeature("n: only one choice is offered on this model.", param="n")
@@ -4348,7 +4288,6 @@ class ChatRequestReader:
                 self.chat.dropped.append(key)
 
     def read_message(self, message: Json, path: str) -> None:
-        """One message, by its role."""
         role = read_role(message, CHAT_ROLES, path)
         content = message.get("content")
         if role in ("system", "developer"):
@@ -4376,7 +4315,6 @@ class ChatRequestReader:
             self.chat.turns.append(Turn("user", [result]))
 
     def read_assistant(self, message: Json, path: str) -> list[Block]:
-        """Reasoning, words, refusal and calls, in that order."""
         blocks: list[Block] = []
         for key in REASONING_FIELDS:
             if isinstance(message.get(key), str):
@@ -4398,7 +4336,6 @@ class ChatRequestReader:
         return blocks
 
     def read_call(self, item: Any, path: str) -> ToolCall:
-        """One entry of `tool_calls`."""
         call = need_dict(item, path)
         function = function_of(call, path)
         arguments = function.get("arguments", function.get("input", ""))
@@ -4408,7 +4345,6 @@ class ChatRequestReader:
         return ToolCall(call_id, need_str(function, "name", f"{path}.function"), arguments)
 
     def read_tools(self) -> None:
-        """`tools`, the older `functions`, and the choice among them."""
         body, chat = self.body, self.chat
         hosted = ["web_search"] if body.get("web_search_options") is not None else []
         for index, item in enumerate([*list_field(body, "tools"), *list_field(body, "functions")]):
@@ -4435,7 +4371,6 @@ class ChatRequestReader:
         chat.parallel = bool_field(body, "parallel_tool_calls")
 
     def read_choice(self) -> None:
-        """`tool_choice`, or the older `function_call`."""
         chat, body = self.chat, self.body
         key = "tool_choice" if "tool_choice" in body else "function_call"
         choice = body.get(key)
@@ -4454,7 +4389,6 @@ class ChatRequestReader:
             chat.choice = ToolChoice("named", name)
 
     def read_settings(self) -> None:
-        """Sampling, limits, structured output, effort."""
         body, chat = self.body, self.chat
         chat.model = need_str(body, "model")
         chat.max_tokens = int_field(body, "max_completion_tokens")
@@ -4471,7 +4405,6 @@ class ChatRequestReader:
             chat.session = chat.session or str_field(body, key) or ""
 
     def read_effort(self) -> str | None:
-        """`reasoning_effort`, or what other clients send for it."""
         effort = word_field(self.body, "reasoning_effort", EFFORTS)
         if effort is None:
             effort = word_field(dict_field(self.body, "reasoning"), "effort", EFFORTS, "reasoning")
@@ -4479,7 +4412,6 @@ class ChatRequestReader:
         return "none" if is_off else effort
 
     def read_output(self) -> OutputFormat | None:
-        """`response_format`."""
         wanted = dict_field(self.body, "response_format")
         kind = word_field(wanted, "type", ("text", "json_object", "json_schema"), "response_format")
         if kind in (None, "text"):
@@ -4497,14 +4429,13 @@ class ChatRequestReader:
 
 
 def write_chat_image(image: Image) -> Json:
-    """An image as a chat part."""
     url = image.url or f"data:{image.media_type};base64,{image.data}"
     shown = {"url": url, "detail": image.detail} if image.detail else {"url": url}
     return {"type": "image_url", "image_url": shown}
 
 
 def write_chat_document(document: Document, model: Model) -> Json:
-    """A file as a chat part; raises UnsupportedFeature where the model takes none."""
+    """Raises UnsupportedFeature if the model takes no files."""
     if document.text:
         head = f"[{document.title}]\n" if document.title else ""
         return {"type": "text", "text": head + document.text}
@@ -4518,14 +4449,11 @@ def write_chat_document(document: Document, model: Model) -> Json:
 
 
 class ChatRequestWriter:
-    """Writes a Chat as a chat completions body for one model."""
-
     def __init__(self, chat: Chat, model: Model) -> None:
         self.chat = chat
         self.model = model
 
     def write(self) -> Json:
-        """The body, streamed, with usage."""
         chat = self.chat
         chat.refuse_prefill()
         body: Json = {"model": self.model.id, "messages": self.write_messages()}
@@ -4553,7 +4481,6 @@ class ChatRequestWriter:
         return body
 
     def write_messages(self) -> list[Json]:
-        """System prompt and turns, each in its place."""
         messages: list[Json] = []
         if self.chat.system:
             messages.append({"role": "system", "content": plain_text(self.chat.system)})
@@ -4567,7 +4494,6 @@ class ChatRequestWriter:
         return messages
 
     def write_assistant(self, blocks: list[Block]) -> Json:
-        """One assistant message."""
         message: Json = {"role": "assistant", "content": plain_text(blocks) or None}
         for block in blocks:
             opaque = block.signature or block.redacted if isinstance(block, Thinking) else ""
@@ -4593,7 +4519,7 @@ class ChatRequestWriter:
         return message
 
     def write_user(self, blocks: list[Block]) -> list[Json]:
-        """Tool messages first, then one user message with the rest and with results' images."""
+        """Tool messages first, then one user message with other blocks and the results' images."""
         parts: list[Json] = []
         results = [block for block in blocks if isinstance(block, ToolResult)]
         messages = [self.write_result(result, parts) for result in results]
@@ -4634,7 +4560,6 @@ class ChatRequestWriter:
         return {"role": "tool", "tool_call_id": call, "content": text or "(no output)"}
 
     def write_tool(self, tool: Tool) -> Json:
-        """One function."""
         function: Json = {"name": self.chat.wire_name(tool.name)}
         if tool.description:
             function["description"] = tool.description
@@ -4644,20 +4569,17 @@ class ChatRequestWriter:
         return {"type": "function", "function": function}
 
     def write_choice(self, choice: ToolChoice) -> Any:
-        """`tool_choice`."""
         if choice.mode == "named":
             return {"type": "function", "function": {"name": self.chat.wire_name(choice.name)}}
         return choice.mode
 
     def write_effort(self) -> str | None:
-        """`reasoning_effort` as the model lists it."""
         effort = self.chat.effort
         if effort is None and self.chat.thinking_budget:
             effort = effort_of_budget(self.chat.thinking_budget)
         return clamp_effort(effort, self.model.efforts) if effort else None
 
     def write_output(self) -> Json | None:
-        """`response_format`."""
         output = self.chat.output
         if output is None:
             return None
@@ -4674,17 +4596,16 @@ JSON_MARK = re.compile(r'[][{}"]|\\.?', re.DOTALL)
 
 
 class ObjectScanner:
-    """Tells when streamed text has become a JSON object; reads each piece once."""
+    """Detects when streamed text has become a complete JSON object; reads each piece once."""
 
     def __init__(self) -> None:
         self.depth = 0
         self.in_string = False
-        self.held = ""  # a backslash that a piece ended with
+        self.held = ""  # a trailing backslash of the last piece
         self.pieces: list[str] = []
-        self.whole: bool | None = None  # None while the outermost object has not closed
+        self.whole: bool | None = None  # None until the outermost object has closed
 
     def feed(self, piece: str) -> None:
-        """More of the text."""
         if self.whole is not None:
             self.whole = self.whole and not piece.strip()
             return
@@ -4702,42 +4623,35 @@ class ObjectScanner:
 
 @dataclass(slots=True)
 class StreamedCall:
-    """A tool call while its fragments come in; none of them is looked at twice."""
+    """A tool call being streamed; no fragment is scanned twice."""
 
     id: str = ""
     name: str = ""
-    #: the arguments, as they came
-    pieces: list[str] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)  #: the arguments, as received
     is_blank: bool = True
-    #: how many pieces have been passed on
-    sent: int = 0
-    #: how many pieces `scanner` has seen
-    scanned: int = 0
+    sent: int = 0  #: number of pieces passed on
+    scanned: int = 0  #: number of pieces `scanner` has seen
     scanner: ObjectScanner = field(default_factory=ObjectScanner)
-    #: its last fragment has come
-    complete: bool = False
+    complete: bool = False  #: its last fragment was received
     closed: bool = False
 
     @property
     def arguments(self) -> str:
-        """The arguments so far."""
         return "".join(self.pieces)
 
     def add(self, piece: str) -> None:
-        """More of the arguments."""
         if piece:
             self.pieces.append(piece)
             self.is_blank = self.is_blank and piece.isspace()
 
     def unsent(self) -> str:
-        """What is to be passed on now; a few blanks alone are held back: they may be all."""
+        """What to pass on now; a short run of leading blanks is held back: it may be all."""
         if self.is_blank and len(self.pieces) <= MAX_BLANK_RUN:
             return ""
         start, self.sent = self.sent, len(self.pieces)
         return "".join(self.pieces[start:])
 
     def is_whole(self) -> bool:
-        """Whether the arguments are a JSON object already."""
         start, self.scanned = self.scanned, len(self.pieces)
         for piece in self.pieces[start:]:
             self.scanner.feed(piece)
@@ -4747,8 +4661,8 @@ class StreamedCall:
 class ChatReader:
     """Chat chunks -> events.
 
-    Chunks may interleave calls and words; events may not.  One block is live, what comes for
-    another is kept until the live one is complete.
+    Chunks may interleave calls and text; events may not.  One block is live; deltas for others are
+    buffered until it is complete.
     """
 
     def __init__(self, terms: Terms) -> None:
@@ -4757,7 +4671,7 @@ class ChatReader:
         self.live = ""  # kind of the open block
         self.live_call: StreamedCall | None = None
         self.calls: dict[tuple[int, int], StreamedCall] = {}
-        self.waiting: list[tuple[str, str]] = []  # (kind, words) that came inside a call
+        self.waiting: list[tuple[str, str]] = []  # (kind, text) received inside a call
         self.thought: list[str] = []
         self.sealed = ""
         self.opaque = ""  # the same, until it is passed on
@@ -4765,7 +4679,6 @@ class ChatReader:
         self.started = False
 
     def read(self, frame: Json) -> list[Event]:
-        """The events in one chunk."""
         if frame.get("error"):
             return [Failed(read_stream_error(frame["error"]))]
         if frame.get("type") == "[DONE]":
@@ -4783,7 +4696,7 @@ class ChatReader:
         return events
 
     def read_choice(self, choice: Json, events: list[Event]) -> None:
-        """One choice: Copilot's Claude spreads one answer over several (seen in 2026-08)."""
+        """Copilot's Claude spreads one response over several choices (seen in 2026-08)."""
         delta = details(choice, "delta") or details(choice, "message")
         for key in REASONING_FIELDS:
             if isinstance(delta.get(key), str) and delta[key]:
@@ -4812,7 +4725,7 @@ class ChatReader:
             self.finish = finish
 
     def read_fragment(self, key: tuple[int, int], fragment: Json, events: list[Event]) -> None:
-        """One fragment of one call; ids and names that are repeated count once."""
+        """One fragment of one call; repeated ids and names are ignored."""
         call = self.calls.get(key) or self.calls.setdefault(key, StreamedCall())
         function = details(fragment, "function")
         if isinstance(fragment.get("id"), str) and not call.id:
@@ -4832,7 +4745,6 @@ class ChatReader:
             self.send_arguments(call, events)
 
     def open_call(self, key: tuple[int, int], events: list[Event]) -> None:
-        """Makes a call the live block."""
         self.close(events)
         call = self.calls[key]
         call.id = call.id or f"call_{short_hash(f'{call.name}{key}', 16)}"
@@ -4842,13 +4754,12 @@ class ChatReader:
 
     @staticmethod
     def send_arguments(call: StreamedCall, events: list[Event]) -> None:
-        """Passes on what is new of a call's arguments."""
         text = call.unsent()
         if text:
             events.append(Added("arguments", text))
 
     def add(self, kind: str, words: str, events: list[Event]) -> None:
-        """Words for a block of `kind`, at once or when the live call is complete."""
+        """Adds text to a block of `kind`, now or once the live call is complete."""
         if self.live_call is not None:
             if not self.live_call.is_whole():
                 self.waiting.append((kind, words))
@@ -4861,7 +4772,6 @@ class ChatReader:
         events.append(Added("text", words))
 
     def close(self, events: list[Event]) -> None:
-        """Closes the live block."""
         if not self.live:
             return
         if self.live == "thinking" and self.opaque:
@@ -4873,7 +4783,6 @@ class ChatReader:
         self.live, self.live_call = "", None
 
     def end(self) -> list[Event]:
-        """Calls and words that had to wait, the usage, the finish."""
         events: list[Event] = []
         if not self.finish or not self.started:
             return events
@@ -4906,8 +4815,6 @@ class ChatReader:
 
 
 class ChatWriter:
-    """Events -> chat chunks."""
-
     def __init__(self, terms: Terms) -> None:
         self.terms = terms
         self.usage = Usage()
@@ -4916,7 +4823,6 @@ class ChatWriter:
         self.empty_call = False
 
     def chunk(self, delta: Json, finish: str | None = None) -> Json:
-        """One chunk with one choice."""
         return {
             "id": self.terms.id,
             "object": "chat.completion.chunk",
@@ -4926,7 +4832,6 @@ class ChatWriter:
         }
 
     def write(self, event: Event) -> list[Json]:
-        """The chunks for one event."""
         if isinstance(event, Added):
             return self.write_added(event)
         if isinstance(event, Started):
@@ -4950,7 +4855,7 @@ class ChatWriter:
         raise event.error
 
     def write_added(self, event: Added) -> list[Json]:
-        """More words or arguments; signatures have no place in this dialect."""
+        """Signatures and citations have no place in this dialect."""
         if self.kind == "tool":
             if event.part != "arguments" or not event.text:
                 return []
@@ -4964,7 +4869,7 @@ class ChatWriter:
         return [self.chunk({key: event.text})]
 
     def write_call(self, event: Opened) -> Json:
-        """A call's first fragment: the only one with id, type and name."""
+        """The first fragment of a call, the only one with id, type and name."""
         function = {"name": event.name, "arguments": ""}
         if self.terms.legacy_functions:
             return self.chunk({"function_call": function})
@@ -4972,13 +4877,11 @@ class ChatWriter:
         return self.chunk({"tool_calls": [call]})
 
     def arguments_delta(self, text: str) -> Json:
-        """A later fragment of the live call."""
         if self.terms.legacy_functions:
             return {"function_call": {"arguments": text}}
         return {"tool_calls": [{"index": self.calls, "function": {"arguments": text}}]}
 
     def write_finish(self, event: Finished) -> list[Json]:
-        """The finish chunk, and the usage chunk for whoever asked."""
         word = CHAT_FINISH_WORDS[event.reason]
         if word == "tool_calls" and self.terms.legacy_functions:
             word = "function_call"
@@ -4995,7 +4898,6 @@ class ChatWriter:
 
 
 def write_chat_usage(usage: Usage) -> Json:
-    """OpenAI's `usage`."""
     return {
         "prompt_tokens": usage.prompt,
         "completion_tokens": usage.output,
@@ -5008,30 +4910,22 @@ def write_chat_usage(usage: Usage) -> Json:
     }
 
 
-# What Azure and Copilot put around the words: random filler and filter verdicts.  Clients echo a
-# message with all it had, and the upstream would refuse it.
+# Added by Azure and Copilot: random padding and content-filter results.  Clients echo a message
+# with all its fields, and the upstream would refuse these.
 CHAT_FILLINGS = (
-    "content_filter_offsets",
-    "content_filter_results",
-    "copilot_annotations",
-    "obfuscation",
-    "padding",
-    "prompt_filter_results",
-)
+    "content_filter_offsets", "content_filter_results", "copilot_annotations", "obfuscation",
+    "padding", "prompt_filter_results",
+)  # fmt: skip
 
 
 class DeltaMerger:
-    """Adds deltas to messages: strings and lists grow, calls grow by index, the rest is set.
-
-    A string that has grown is joined once, at the end.
-    """
+    """Merges deltas: lists and strings (joined at the end) grow, calls by index, others are set."""
 
     def __init__(self) -> None:
-        #: (identity of its holder, key) -> (holder, pieces)
+        #: (identity of the holder, key) -> (holder, pieces)
         self.texts: dict[tuple[int, str], tuple[Json, list[str]]] = {}
 
     def add(self, message: Json, delta: Json) -> None:
-        """Adds one delta to the message so far."""
         for key, value in delta.items():
             before = message.get(key)
             if key == "tool_calls":
@@ -5052,7 +4946,6 @@ class DeltaMerger:
                 message[key] = value
 
     def join(self) -> None:
-        """Puts the strings that have grown into their places."""
         for (_, key), (holder, pieces) in self.texts.items():
             holder[key] = "".join(pieces)
 
@@ -5061,9 +4954,9 @@ class ChatRelay:
     """Native chat chunks, repaired.
 
     Copilot leaves out `object`, `created` or `id`, sends a first chunk without choices, spreads
-    Claude's answers over several choices, and repeats or forgets what only the first fragment of a
-    call may have (seen in 2026-08).  Finish and usage are held until the end, so that each comes
-    once and in its place.
+    Claude's responses over several choices, and repeats or omits what belongs in the first fragment
+    of a call (seen in 2026-08).  Finish and usage are held until the end, so that each is sent once
+    and in its place.
     """
 
     def __init__(self, terms: Terms) -> None:
@@ -5083,7 +4976,6 @@ class ChatRelay:
         self.opaque = ""
 
     def mend(self, frame: Json) -> list[Json]:
-        """The chunks that take the place of one chunk."""
         if self.finished:
             return []
         if frame.get("error"):
@@ -5121,7 +5013,7 @@ class ChatRelay:
         return [*filter(None, first), frame]
 
     def role_chunk(self, frame: Json) -> Json:
-        """The chunk that must come first, where the upstream's first one has no role."""
+        """The chunk that must come first, if the upstream's first one has no role."""
         if any("role" in choice["delta"] for choice in frame["choices"]):
             return {}
         opening = {"role": "assistant", "content": ""}
@@ -5129,7 +5021,7 @@ class ChatRelay:
         return {**frame, "choices": choices}
 
     def mend_choice(self, choice: Json) -> Json | None:
-        """One choice as strict clients want it; None when nothing is left of it."""
+        """One choice as strict clients expect it; None if nothing is left of it."""
         said = choice.get("index")
         index = said if isinstance(said, int) else 0
         shown = index if self.terms.many else 0
@@ -5161,7 +5053,7 @@ class ChatRelay:
         return {**kept, "index": shown, "delta": delta, "finish_reason": None}
 
     def mend_call(self, index: int, order: int, call: Json) -> Json:
-        """A fragment with a dense index; id, type and name in the first one of each call only."""
+        """A fragment with a dense index; id, type and name only in the first one of each call."""
         at = call.get("index")
         key = (index, at if isinstance(at, int) else order)
         function = details(call, "function")
@@ -5181,7 +5073,6 @@ class ChatRelay:
         return {**{k: v for k, v in call.items() if k not in first}, **first}
 
     def end(self) -> list[Json]:
-        """The finish chunk of each choice and the usage chunk."""
         if self.finished:
             return []
         if not self.finish:
@@ -5212,15 +5103,12 @@ class ChatRelay:
 
 
 class ChatDialect:
-    """OpenAI chat completions."""
-
     name = "chat"
     tail = SSE_DONE
     is_numbered = False
     id_prefix = "chatcmpl-"
 
     def outline(self, body: Json) -> Outline:
-        """The few facts routing needs."""
         messages = message_list(body)
         last = messages[-1].get("role")
         session = body.get("prompt_cache_key") or body.get("user") or ""
@@ -5236,15 +5124,12 @@ class ChatDialect:
         )
 
     def read_request(self, body: Json) -> Chat:
-        """The request."""
         return ChatRequestReader(body).read()
 
     def write_request(self, chat: Chat, model: Model) -> Json:
-        """The body that asks `model`."""
         return ChatRequestWriter(chat, model).write()
 
     def has_image(self, body: Json) -> bool:
-        """Whether any message holds an image."""
         return any(
             isinstance(part, dict) and part.get("type") == "image_url"
             for message in body["messages"]
@@ -5253,23 +5138,18 @@ class ChatDialect:
         )
 
     def framing(self) -> Framing:
-        """Server-sent events."""
         return SseReader()
 
     def reader(self, terms: Terms) -> Reader:
-        """A reader for one answer."""
         return ChatReader(terms)
 
     def writer(self, terms: Terms) -> Writer:
-        """A writer for one answer."""
         return ChatWriter(terms)
 
     def relay(self, terms: Terms) -> Relay:
-        """A relay for one native answer."""
         return ChatRelay(terms)
 
     def fold(self, frames: list[Json]) -> Json:
-        """The completion that chunks amount to."""
         whole: Json = {"id": "", "object": "chat.completion", "created": 0, "model": ""}
         choices: dict[int, Json] = {}
         merger = DeltaMerger()
@@ -5300,7 +5180,6 @@ class ChatDialect:
         return whole
 
     def unfold(self, whole: Json) -> list[Json]:
-        """The chunks that a completion stands for."""
         base = {key: value for key, value in whole.items() if key not in ("choices", "usage")}
         base["object"] = "chat.completion.chunk"
         choices = []
@@ -5315,7 +5194,6 @@ class ChatDialect:
         return frames
 
     def plain_text(self, frame: Json) -> str | None:
-        """The text of a chunk that holds nothing else."""
         choices = frame.get("choices")
         if not isinstance(choices, list) or len(choices) != 1 or frame.get("usage"):
             return None
@@ -5328,29 +5206,23 @@ class ChatDialect:
         return delta["content"] if isinstance(delta["content"], str) else None
 
     def encode(self, frame: Json) -> bytes:
-        """One chunk on the wire."""
         return write_sse(frame)
 
     def error_body(self, error: ApiError, request_id: str) -> Json:
-        """`{"error": {"message", "type", "param", "code"}}`."""
         return {"error": write_openai_error(error)}
 
     def error_status(self, error: ApiError) -> int:
-        """The error's own status."""
         return error.status
 
     def error_frames(
         self, error: ApiError, request_id: str, terms: Terms, begun: bool
     ) -> list[Json]:
-        """The error's body."""
         return [self.error_body(error, request_id)]
 
     def alive(self, terms: Terms) -> Json | None:
-        """None: a ping will do."""
         return None
 
     def ping(self, begun: bool) -> bytes:
-        """A comment."""
         return SSE_COMMENT_PING
 
 
@@ -5380,42 +5252,20 @@ ANTHROPIC_ERRORS = {
     "internal": "api_error",
 }
 MESSAGES_FINISHES = {
-    "end_turn": "end",
-    "stop_sequence": "stop",
-    "tool_use": "tool",
-    "max_tokens": "length",
-    "model_context_window_exceeded": "context",
-    "refusal": "filter",
-    "pause_turn": "pause",
+    "end_turn": "end", "stop_sequence": "stop", "tool_use": "tool", "max_tokens": "length",
+    "model_context_window_exceeded": "context", "refusal": "filter", "pause_turn": "pause",
     "compaction": "pause",
-}
+}  # fmt: skip
 MESSAGES_FINISH_WORDS = {
-    "end": "end_turn",
-    "stop": "stop_sequence",
-    "tool": "tool_use",
-    "length": "max_tokens",
-    "context": "model_context_window_exceeded",
-    "filter": "refusal",
-    "pause": "pause_turn",
-}
-# Fields that say nothing to another vendor and whose loss changes nothing in the answer.
+    "end": "end_turn", "stop": "stop_sequence", "tool": "tool_use", "length": "max_tokens",
+    "context": "model_context_window_exceeded", "filter": "refusal", "pause": "pause_turn",
+}  # fmt: skip
+# Fields that mean nothing to another vendor; dropping them does not change the response.
 MESSAGES_SILENT = ("cache_control", "diagnostics", "fallbacks", "inference_geo", "metadata")
 MESSAGES_KNOWN = (
-    "max_tokens",
-    "messages",
-    "model",
-    "output_config",
-    "output_format",
-    "stop_sequences",
-    "stream",
-    "system",
-    "temperature",
-    "thinking",
-    "tool_choice",
-    "tools",
-    "top_k",
-    "top_p",
-)
+    "max_tokens", "messages", "model", "output_config", "output_format", "stop_sequences",
+    "stream", "system", "temperature", "thinking", "tool_choice", "tools", "top_k", "top_p",
+)  # fmt: skip
 # A tool choice's type -> our mode.
 MESSAGES_CHOICES = {"auto": "auto", "any": "required", "none": "none", "tool": "named"}
 BILLING_HEADER = "x-anthropic-billing-header:"
@@ -5431,7 +5281,7 @@ SESSION_MARK = re.compile(r"_session_([0-9a-fA-F-]{8,64})\Z")
 
 
 def session_of_user_id(user_id: Any) -> str:
-    """The session in Claude Code's `metadata.user_id`: JSON today, underscores before."""
+    """The session in Claude Code's `metadata.user_id`: JSON today, underscore-joined before."""
     if not isinstance(user_id, str):
         return ""
     session = (load_object(user_id) or {}).get("session_id")
@@ -5442,14 +5292,11 @@ def session_of_user_id(user_id: Any) -> str:
 
 
 class MessagesRequestReader:
-    """Reads one messages body into a Chat."""
-
     def __init__(self, body: Json) -> None:
         self.body = body
         self.chat = Chat()
 
     def read(self) -> Chat:
-        """The Chat; raises InvalidRequest."""
         body, chat = self.body, self.chat
         chat.model = need_str(body, "model")
         for key in ("mcp_servers", "container"):
@@ -5468,7 +5315,6 @@ class MessagesRequestReader:
         return chat
 
     def read_system(self) -> list[Text]:
-        """The system prompt without the billing line."""
         system = self.body.get("system")
         if isinstance(system, list):
             system = [block for block in system if not is_billing_header(block)]
@@ -5476,7 +5322,6 @@ class MessagesRequestReader:
         return [block for block in blocks if isinstance(block, Text) and block.text.strip()]
 
     def read_tools(self) -> None:
-        """`tools` and `tool_choice`."""
         body, chat = self.body, self.chat
         choice = dict_field(body, "tool_choice")
         kind = word_field(choice, "type", MESSAGES_CHOICES, "tool_choice")
@@ -5506,7 +5351,6 @@ class MessagesRequestReader:
             chat.parallel = False
 
     def read_settings(self) -> None:
-        """Sampling, limits, thinking, structured output; the rest is named as dropped."""
         body, chat = self.body, self.chat
         chat.max_tokens = int_field(body, "max_tokens")
         if chat.max_tokens is not None and chat.max_tokens < 1:
@@ -5529,7 +5373,6 @@ class MessagesRequestReader:
         ]
 
     def read_thinking(self) -> None:
-        """`thinking` and `output_config.effort`."""
         thinking = dict_field(self.body, "thinking")
         kind = thinking.get("type")
         settings = dict_field(self.body, "output_config")
@@ -5545,14 +5388,14 @@ class MessagesRequestReader:
 
 
 def is_forced(choice: Json) -> bool:
-    """Whether a tool choice excludes thinking."""
     return choice.get("type") in ("any", "tool")
 
 
 def needs_signed_turn(messages: list[Json]) -> bool:
     """Whether the last assistant message calls tools without a thinking block before them.
 
-    With a thinking budget Anthropic refuses that; a model switch or an OpenAI client causes it.
+    Anthropic refuses that if there is a thinking budget; a model switch or an OpenAI client causes
+    it.
     """
     for message in reversed(messages):
         if message.get("role") == "assistant":
@@ -5563,7 +5406,7 @@ def needs_signed_turn(messages: list[Json]) -> bool:
 
 
 def write_thinking(effort: str | None, budget: int | None, model: Model, body: Json) -> Json:
-    """`thinking` and `output_config` as the model takes them, for a body otherwise complete."""
+    """`thinking` and `output_config` as the model takes them; `body` is otherwise complete."""
     if effort is None and budget is None:
         return {}
     if effort == "none":
@@ -5582,18 +5425,18 @@ def write_thinking(effort: str | None, budget: int | None, model: Model, body: J
 
 
 def goes_on(body: Json) -> bool:
-    """Whether a body is of a conversation that will be sent again, longer: an agent's, a chat's.
+    """Whether the conversation will be sent again with more turns, as agents and chats do.
 
-    Only then a cache pays: to write it costs a quarter more than not to.
+    Only then does caching pay: a cache write costs a quarter more than plain input.
     """
     return bool(body.get("tools")) or any(m["role"] == "assistant" for m in body["messages"])
 
 
 def mark_prompt(body: Json) -> None:
-    """Marks for the prompt cache what the next call will begin with.
+    """Sets cache breakpoints on what the next request will begin with.
 
-    Callers of OpenAI's dialects have no marks, and Claude caches nothing without them.  The mark
-    on the turn before finds what the last call wrote.
+    Clients of OpenAI's dialects set none, and Claude caches nothing without them.  The breakpoint
+    on the previous turn finds what the last request wrote.
     """
     if not goes_on(body):
         return
@@ -5605,14 +5448,11 @@ def mark_prompt(body: Json) -> None:
 
 
 class MessagesRequestWriter:
-    """Writes a Chat as a messages body for one model."""
-
     def __init__(self, chat: Chat, model: Model) -> None:
         self.chat = chat
         self.model = model
 
     def write(self) -> Json:
-        """The body, streamed."""
         chat, model = self.chat, self.model
         limit = model.max_output or DEFAULT_MAX_TOKENS
         body: Json = {
@@ -5642,7 +5482,7 @@ class MessagesRequestWriter:
         return body
 
     def write_sampling(self, body: Json) -> None:
-        """Temperature or top_p: Claude takes one of them, and none beside thinking."""
+        """Temperature or top_p: Claude takes one of them, and neither with thinking."""
         chat = self.chat
         if chat.temperature is not None:
             body["temperature"] = min(chat.temperature, 1)
@@ -5652,7 +5492,6 @@ class MessagesRequestWriter:
             body["top_k"] = chat.top_k
 
     def write_messages(self) -> list[Json]:
-        """The turns; what a system turn says stays in its place."""
         messages = []
         for turn in downgrade_system_turns(self.chat.turns):
             content = [part for block in turn.blocks if (part := self.write_block(block))]
@@ -5663,7 +5502,7 @@ class MessagesRequestWriter:
         return messages
 
     def write_block(self, block: Block) -> Json | None:
-        """One content block; None for thinking that Anthropic would not recognise as its own."""
+        """None for thinking that Anthropic would not recognize as its own."""
         if isinstance(block, (Text, Refusal)):
             return {"type": "text", "text": block.text}
         if isinstance(block, Image):
@@ -5691,7 +5530,6 @@ class MessagesRequestWriter:
 
     @staticmethod
     def write_document(document: Document) -> Json:
-        """A document block."""
         source = {"type": "base64", "media_type": document.media_type, "data": document.data}
         if document.text:
             source = {"type": "text", "media_type": "text/plain", "data": document.text}
@@ -5702,7 +5540,7 @@ class MessagesRequestWriter:
 
     @staticmethod
     def write_thinking_block(block: Thinking) -> Json | None:
-        """Thinking with the signature of its maker, or nothing."""
+        """None unless Anthropic signed it."""
         if block.redacted and not block.redacted.startswith(FOREIGN_SIGNATURES):
             return {"type": "redacted_thinking", "data": block.redacted}
         if block.signature and not block.signature.startswith(FOREIGN_SIGNATURES):
@@ -5710,7 +5548,6 @@ class MessagesRequestWriter:
         return None
 
     def write_tool(self, tool: Tool) -> Json:
-        """One custom tool."""
         entry: Json = {"name": self.chat.wire_name(tool.name)}
         if tool.description:
             entry["description"] = tool.description
@@ -5718,7 +5555,6 @@ class MessagesRequestWriter:
         return entry
 
     def write_choice(self) -> Json:
-        """`tool_choice` with the say on parallel calls."""
         chat = self.chat
         mode = chat.choice.mode if chat.choice else "auto"
         words = {"auto": "auto", "none": "none", "required": "any", "named": "tool"}
@@ -5731,14 +5567,12 @@ class MessagesRequestWriter:
 
 
 class MessagesReader:
-    """Anthropic stream events -> events."""
-
     def __init__(self) -> None:
         self.usage = Usage()
         self.finish: Finished | None = None
 
     def read(self, frame: Json) -> list[Event]:
-        """The events in one frame; types nobody knows are passed over."""
+        """Unknown types are ignored."""
         kind = frame.get("type")
         if kind == "content_block_delta":
             return self.read_delta(details(frame, "delta"))
@@ -5759,7 +5593,6 @@ class MessagesReader:
         return []
 
     def read_finish(self, frame: Json) -> None:
-        """The stop reason and the usage; they come before `message_stop`."""
         read_messages_usage(details(frame, "usage"), self.usage)
         read_copilot_usage(frame, self.usage)
         delta = details(frame, "delta")
@@ -5774,7 +5607,6 @@ class MessagesReader:
 
     @staticmethod
     def read_block(block: Json) -> list[Event]:
-        """A block's start, with content that came with it."""
         kind = block.get("type")
         if kind in ("text", "thinking"):
             words = block.get(str(kind))
@@ -5791,7 +5623,6 @@ class MessagesReader:
 
     @staticmethod
     def read_delta(delta: Json) -> list[Event]:
-        """A block's growth."""
         kind = delta.get("type")
         if kind == "text_delta":
             return [Added("text", str(delta.get("text") or ""))]
@@ -5804,7 +5635,6 @@ class MessagesReader:
         return [Added("citation", "", delta)]
 
     def end(self) -> list[Event]:
-        """The usage and the finish."""
         if self.finish is None:
             return []
         finish, self.finish = self.finish, None
@@ -5813,7 +5643,6 @@ class MessagesReader:
 
 
 def write_messages_usage(usage: Usage) -> Json:
-    """Anthropic's `usage`."""
     said: Json = {
         "input_tokens": usage.input,
         "cache_creation_input_tokens": usage.cache_write,
@@ -5833,15 +5662,15 @@ BLOCK_STARTS: dict[str, Json] = {
 
 
 def asks_thinking(asked: Json) -> bool:
-    """Whether an Anthropic caller expects thinking: `content[0].text` must be text otherwise."""
+    """Whether the client expects thinking; otherwise `content[0].text` must be text."""
     return text_of_key(details(asked, "thinking"), "type") not in ("", "disabled")
 
 
 class MessagesWriter:
     """Events -> Anthropic stream events.
 
-    Sealed reasoning is for callers that asked for thinking; for the others it is kept here, by
-    the calls that follow it.
+    Encrypted reasoning is sent only to clients that asked for thinking; for the others the gateway
+    keeps it, keyed by the calls that follow it.
     """
 
     def __init__(self, terms: Terms) -> None:
@@ -5851,14 +5680,14 @@ class MessagesWriter:
         self.kind = ""
         self.refused = False
         self.shows_sealed = asks_thinking(terms.asked)
-        #: frames of a thought behind what was said, of which no word has come yet; None: it has
+        #: held frames of a late thinking block that has no text yet; None if there is none
         self.late: list[Json] | None = None
 
     def write(self, event: Event) -> list[Json]:
         """The frames for one event.
 
-        A signature alone behind the last words stays here: clients take the last block for what
-        was said (Claude Code, 2026-11).  Behind calls it goes out, as its maker wants it back.
+        A bare signature after the final text is withheld: clients take the last block for the
+        response (Claude Code, 2026-11).  After calls it is sent, as its vendor wants it back.
         """
         frames = self.write_event(event)
         if self.late is None:
@@ -5877,7 +5706,6 @@ class MessagesWriter:
         return []
 
     def write_event(self, event: Event) -> list[Json]:
-        """The frames for one event, in its place."""
         if isinstance(event, Opened) and event.kind == "redacted" and not self.shows_sealed:
             self.kind = "unseen"
             return []
@@ -5907,7 +5735,7 @@ class MessagesWriter:
         raise event.error
 
     def write_start(self) -> Json:
-        """`message_start`: clients show the context as empty unless its input is estimated."""
+        """Input tokens are estimated here; otherwise clients show the context as empty."""
         usage = Usage(input=estimate_request(self.terms.asked))
         message: Json = {
             "id": self.terms.id,
@@ -5923,7 +5751,6 @@ class MessagesWriter:
 
     @staticmethod
     def write_block(event: Opened) -> Json:
-        """The empty block at its start."""
         if event.kind == "tool":
             return {"type": "tool_use", "id": event.id, "name": event.name, "input": {}}
         if event.kind == "redacted":
@@ -5933,7 +5760,6 @@ class MessagesWriter:
         return dict(BLOCK_STARTS[event.kind])
 
     def write_delta(self, event: Added) -> Json | None:
-        """One delta; None where there is nothing to say."""
         if event.part == "arguments":
             return {"type": "input_json_delta", "partial_json": event.text}
         if event.part == "signature":
@@ -5947,7 +5773,6 @@ class MessagesWriter:
         return {"type": "text_delta", "text": event.text}
 
     def write_finish(self, event: Finished) -> list[Json]:
-        """`message_delta` and `message_stop`."""
         reason = "filter" if self.refused and event.reason == "end" else event.reason
         word = MESSAGES_FINISH_WORDS[reason]
         if reason == "stop" and event.stop_text is None:
@@ -5963,14 +5788,9 @@ class MessagesWriter:
 
 
 MESSAGES_EVENTS = (
-    "message_start",
-    "content_block_start",
-    "content_block_delta",
-    "content_block_stop",
-    "message_delta",
-    "message_stop",
-    "ping",
-)
+    "message_start", "content_block_start", "content_block_delta", "content_block_stop",
+    "message_delta", "message_stop", "ping",
+)  # fmt: skip
 
 
 EMPTY_MESSAGE: Json = {
@@ -5983,7 +5803,7 @@ EMPTY_MESSAGE: Json = {
 
 
 class MessagesRelay:
-    """Native Anthropic frames, repaired: the model's name, strays, a missing end."""
+    """Native Anthropic frames, repaired: model name, unknown events, a missing end."""
 
     def __init__(self, terms: Terms) -> None:
         self.terms = terms
@@ -5991,20 +5811,19 @@ class MessagesRelay:
         self.said = 0.0
         self.finished = False
         self.begun = False
-        self.stopped = False  # the stop reason has come
+        self.stopped = False  # the stop reason was received
         self.called = False
         self.blocks = 0
         self.in_block = False
         self.guard = RunawayGuard()  # of the open block
 
     def mend(self, frame: Json) -> list[Json]:
-        """The frames that take the place of one frame."""
         kind = frame.get("type")
         if self.finished:
             return []
         if kind == "error" or "error" in frame:
             raise read_stream_error(frame.get("error"))
-        # AI SDK clients fail on event types they do not know, so those stop here.
+        # AI SDK clients fail on unknown event types, so those are dropped.
         if kind not in MESSAGES_EVENTS or (not self.begun and kind == "ping"):
             return []
         if kind == "message_start":
@@ -6025,14 +5844,14 @@ class MessagesRelay:
         return [frame]
 
     def read_delta(self, delta: Json) -> None:
-        """Counts the words a delta adds, for an answer that nobody counts."""
+        """Estimates the tokens of a delta, in case the upstream reports none."""
         arguments = str(delta.get("partial_json") or "")
         if arguments:
             self.guard.check(arguments)
         self.said += estimate_text(str(delta.get("text") or delta.get("thinking") or arguments))
 
     def check_block(self, kind: str, frame: Json) -> None:
-        """Blocks are dense and do not overlap: clients lose text, or fail, where they are not."""
+        """Block indexes must be dense and blocks must not overlap, or clients lose text or fail."""
         opens = kind == "content_block_start"
         if opens:
             self.blocks += 1
@@ -6047,7 +5866,7 @@ class MessagesRelay:
         self.in_block = kind != "content_block_stop"
 
     def mend_start(self, message: Json) -> Json:
-        """The caller's model name, and an input count that is never nothing."""
+        """Sets the client's model name and a non-zero input count."""
         usage = dict(details(message, "usage"))
         read_messages_usage(usage, self.usage)
         usage["output_tokens"] = self.usage.output
@@ -6057,7 +5876,6 @@ class MessagesRelay:
         return {**EMPTY_MESSAGE, **message, "model": self.terms.model, "usage": usage}
 
     def mend_block(self, block: Json) -> None:
-        """The caller's tool names."""
         if block.get("type") == "tool_use":
             self.called = True
             self.guard = RunawayGuard()
@@ -6066,7 +5884,6 @@ class MessagesRelay:
                 block["name"] = self.terms.names.get(name, name)
 
     def mend_finish(self, frame: Json) -> None:
-        """Usage, and a stop reason that agrees with the blocks."""
         delta = details(frame, "delta")
         if delta.get("stop_reason"):
             self.stopped = True
@@ -6082,7 +5899,6 @@ class MessagesRelay:
             frame.pop("context_management", None)  # langchain fails on it unless it asked
 
     def end(self) -> list[Json]:
-        """`message_stop`, where only that is missing."""
         if self.finished:
             return []
         if not self.stopped or self.in_block:
@@ -6092,15 +5908,12 @@ class MessagesRelay:
 
 
 class MessagesFold:
-    """Anthropic frames -> the message they amount to."""
-
     def __init__(self) -> None:
         self.message: Json = {}
         #: (block, key) -> its text in pieces; `input` is JSON
         self.texts: defaultdict[tuple[int, str], list[str]] = defaultdict(list)
 
     def take(self, frame: Json) -> None:
-        """One frame."""
         kind = frame["type"]
         if kind == "message_start":
             self.message = dict(details(frame, "message"))
@@ -6116,7 +5929,6 @@ class MessagesFold:
             self.message["usage"] = {**self.message["usage"], **said}
 
     def grow(self, index: int, delta: Json) -> None:
-        """One delta."""
         block = self.message["content"][index]
         kind = delta.get("type")
         if kind == "input_json_delta":
@@ -6131,7 +5943,6 @@ class MessagesFold:
                     self.texts[index, key].append(value)
 
     def whole(self) -> Json:
-        """The message."""
         for (index, key), pieces in self.texts.items():
             block, text = self.message["content"][index], "".join(pieces)
             if key == "input":
@@ -6149,7 +5960,7 @@ GROWING_FIELDS = {
 
 
 def unfold_block(index: int, block: Json) -> list[Json]:
-    """The frames of one block: clients read words and tool input from deltas only."""
+    """The frames of one block: clients read text and tool input from deltas only."""
     deltas: list[Json] = []
     start = dict(block)
     if block.get("type") == "tool_use":
@@ -6170,15 +5981,12 @@ def unfold_block(index: int, block: Json) -> list[Json]:
 
 
 class MessagesDialect:
-    """Anthropic messages."""
-
     name = "messages"
     tail = b""
     is_numbered = False
     id_prefix = "msg_"
 
     def outline(self, body: Json) -> Outline:
-        """The few facts routing needs."""
         messages = message_list(body)
         return Outline(
             model=need_str(body, "model"),
@@ -6196,7 +6004,7 @@ class MessagesDialect:
 
     @staticmethod
     def initiator(messages: list[Json]) -> str:
-        """`agent` where the last word is a tool's or the model's own, not a person's."""
+        """`agent` if the last turn is a tool result or the model's own, not a person's."""
         last = next((m for m in reversed(messages) if m.get("role") != "system"), messages[-1])
         if last.get("role") == "assistant":
             return "agent"
@@ -6209,42 +6017,33 @@ class MessagesDialect:
         return "user" if spoken else "agent"
 
     def read_request(self, body: Json) -> Chat:
-        """The request."""
         return MessagesRequestReader(body).read()
 
     def write_request(self, chat: Chat, model: Model) -> Json:
-        """The body that asks `model`."""
         return MessagesRequestWriter(chat, model).write()
 
     def has_image(self, body: Json) -> bool:
-        """Whether any message holds an image, in a tool result as well."""
         return any(has_image_block(message.get("content")) for message in body["messages"])
 
     def framing(self) -> Framing:
-        """Server-sent events."""
         return SseReader()
 
     def reader(self, terms: Terms) -> Reader:
-        """A reader for one answer."""
         return MessagesReader()
 
     def writer(self, terms: Terms) -> Writer:
-        """A writer for one answer."""
         return MessagesWriter(terms)
 
     def relay(self, terms: Terms) -> Relay:
-        """A relay for one native answer."""
         return MessagesRelay(terms)
 
     def fold(self, frames: list[Json]) -> Json:
-        """The message that frames amount to."""
         fold = MessagesFold()
         for frame in frames:
             fold.take(frame)
         return fold.whole()
 
     def unfold(self, whole: Json) -> list[Json]:
-        """The frames that a message stands for."""
         usage = details(whole, "usage")
         opening = {**whole, "content": [], "stop_reason": None, "stop_sequence": None}
         frames: list[Json] = [{"type": "message_start", "message": opening}]
@@ -6258,33 +6057,29 @@ class MessagesDialect:
         return [*frames, last, {"type": "message_stop"}]
 
     def plain_text(self, frame: Json) -> str | None:
-        """The text of a delta that holds nothing else."""
         delta = frame.get("delta")
         if not isinstance(delta, dict) or list(delta) != ["type", "text"]:
             return None
         return delta["text"] if isinstance(delta["text"], str) else None
 
     def encode(self, frame: Json) -> bytes:
-        """One event on the wire; clients throw away what has no `event:` line."""
+        """One event on the wire; clients discard events without an `event:` line."""
         return write_sse(frame, frame["type"])
 
     def error_body(self, error: ApiError, request_id: str) -> Json:
-        """`{"type": "error", "error": {"type", "message"}, "request_id"}`."""
         said = {"type": ANTHROPIC_ERRORS[error.kind], "message": error.text()}
         return {"type": "error", "error": said, "request_id": request_id}
 
     def error_status(self, error: ApiError) -> int:
-        """The error's own status; Anthropic's for an overload is 529."""
+        """The error's own status, but 529 for an overload, as Anthropic's."""
         return 529 if isinstance(error, Overloaded) else error.status
 
     def error_frames(
         self, error: ApiError, request_id: str, terms: Terms, begun: bool
     ) -> list[Json]:
-        """The error's body."""
         return [self.error_body(error, request_id)]
 
     def alive(self, terms: Terms) -> Json | None:
-        """None: a ping will do."""
         return None
 
     def ping(self, begun: bool) -> bytes:
@@ -6293,7 +6088,6 @@ class MessagesDialect:
 
 
 def has_image_block(content: Any) -> bool:
-    """Whether a content list holds an image, however deep."""
     if not isinstance(content, list):
         return False
     return any(
@@ -6305,37 +6099,20 @@ def has_image_block(content: Any) -> bool:
 
 # 8.4 OpenAI responses
 
-# Our mark on what another upstream's thinking is carried in by a responses client, and on what a
-# responses upstream's reasoning is carried in by others.
+# Prefixes of another upstream's thinking carried by a responses client, and of a responses
+# upstream's reasoning carried by other clients.
 CARRIED_THINKING = "gw1.a."
 RESPONSES_ENVELOPE = "gw1.r."
 
 RESPONSES_KNOWN = (
-    "background",
-    "conversation",
-    "include",
-    "input",
-    "instructions",
-    "max_output_tokens",
-    "metadata",
-    "model",
-    "parallel_tool_calls",
-    "previous_response_id",
-    "prompt",
-    "prompt_cache_key",
-    "reasoning",
-    "store",
-    "stream",
-    "stream_options",
-    "temperature",
-    "text",
-    "tool_choice",
-    "tools",
-    "top_p",
-)
-# Left out without a word: they ask for nothing that could be missed.
+    "background", "conversation", "include", "input", "instructions", "max_output_tokens",
+    "metadata", "model", "parallel_tool_calls", "previous_response_id", "prompt",
+    "prompt_cache_key", "reasoning", "store", "stream", "stream_options", "temperature", "text",
+    "tool_choice", "tools", "top_p",
+)  # fmt: skip
+# Dropped without a report: nothing would be missed.
 RESPONSES_SILENT = ("client_metadata", "safety_identifier", "service_tier", "truncation", "user")
-# What the answer repeats of the request.
+# Request fields that the response repeats, and their defaults.
 RESPONSES_ECHOED: Json = {
     "instructions": None,
     "max_output_tokens": None,
@@ -6354,12 +6131,11 @@ RESPONSES_ECHOED: Json = {
 
 
 def pack(mark: str, value: Json) -> str:
-    """An object as opaque text under our mark."""
     return mark + base64.urlsafe_b64encode(dump_json(value)).decode()
 
 
 def unpack(mark: str, text: str) -> Json | None:
-    """The object in opaque text of that mark; None for anything else."""
+    """Decodes opaque text with that prefix; None for anything else."""
     if not text.startswith(mark):
         return None
     try:
@@ -6369,7 +6145,7 @@ def unpack(mark: str, text: str) -> Json | None:
 
 
 def refuse_state(body: Json) -> None:
-    """Refuses what would need answers that were kept: without them it would be forgotten."""
+    """Raises InvalidRequest for fields that need stored responses."""
     for key in ("previous_response_id", "conversation"):
         if body.get(key):
             raise InvalidRequest(
@@ -6383,7 +6159,7 @@ def refuse_state(body: Json) -> None:
 
 
 def searches_tools(body: Json) -> bool:
-    """Whether the client offers a search for tools, which Copilot does not know."""
+    """Whether the client offers a client-side tool search, which Copilot does not know."""
     return any(
         isinstance(tool, dict)
         and tool.get("type") == "tool_search"
@@ -6393,7 +6169,7 @@ def searches_tools(body: Json) -> bool:
 
 
 def all_tools(body: Json) -> list[Any]:
-    """The tools of a body, with those declared inside its conversation."""
+    """The tools of a body, including those declared inside its conversation."""
     tools = list_field(body, "tools")
     added = [
         tool
@@ -6405,13 +6181,12 @@ def all_tools(body: Json) -> list[Any]:
 
 
 def item_kind(item: Json) -> str:
-    """An item's type; a message needs none."""
     kind = item.get("type")
     return kind if isinstance(kind, str) else "message" if "role" in item else ""
 
 
 def input_items(body: Json) -> list[Json]:
-    """The items of `input`, each an object; a string is the user's message."""
+    """The items of `input`, each an object; a string becomes a user message."""
     value = body.get("input")
     if isinstance(value, str):
         return [{"type": "message", "role": "user", "content": value}]
@@ -6432,28 +6207,22 @@ CUSTOM_SCHEMA: Json = {
     "required": ["input"],
     "additionalProperties": False,
 }
-# Tools of the vendor that a client runs: their calls and results in a history.
+# Client-side tools defined by the vendor: item type of a call in the history -> tool name.
 CLIENT_CALLS = {
     "local_shell_call": "local_shell",
     "shell_call": "shell",
     "apply_patch_call": "apply_patch",
     "computer_call": "computer",
 }
-# Tools that the vendor ran: what they found is told as words, where there are any.
+# Calls of server-side tools: their results are kept as text, if they have any.
 HOSTED_ITEMS = (
-    "code_interpreter_call",
-    "file_search_call",
-    "image_generation_call",
-    "mcp_approval_request",
-    "mcp_approval_response",
-    "mcp_call",
-    "mcp_list_tools",
+    "code_interpreter_call", "file_search_call", "image_generation_call",
+    "mcp_approval_request", "mcp_approval_response", "mcp_call", "mcp_list_tools",
     "web_search_call",
-)
+)  # fmt: skip
 
 
 def hosted_words(item: Json) -> str:
-    """What a tool that the vendor ran has found, where it is words."""
     rows = [item.get("output"), item.get("results"), item.get("outputs")]
     flat = [row for rows_ in rows for row in (rows_ if isinstance(rows_, list) else [rows_])]
     texts = [
@@ -6465,41 +6234,34 @@ def hosted_words(item: Json) -> str:
 
 
 def flat_name(namespace: str, name: str) -> str:
-    """The name of a tool inside a namespace, where there are no namespaces."""
     return f"{namespace}__{name}" if namespace else name
 
 
 @dataclass(slots=True)
 class AssistantTurn:
-    """The assistant's turn while its items come in, in whatever order."""
+    """An assistant turn being assembled from items in any order."""
 
-    #: words and thoughts: before the calls, whose results must follow them directly
+    #: text and thinking: before the calls, whose results must directly follow them
     words: list[Block] = field(default_factory=list)
-    #: calls, and thoughts between them
-    calls: list[Block] = field(default_factory=list)
-    #: what the calls gave
-    results: list[Block] = field(default_factory=list)
+    calls: list[Block] = field(default_factory=list)  #: calls, and thinking between them
+    results: list[Block] = field(default_factory=list)  #: results of the calls
 
     def turns(self) -> list[Turn]:
-        """What it is at the end."""
         return [Turn("assistant", [*self.words, *self.calls]), Turn("user", self.results)]
 
 
 class ResponsesRequestReader:
-    """Reads one responses body into a Chat."""
-
     def __init__(self, body: Json) -> None:
         self.body = body
         self.chat = Chat(turns_field="input")
         self.turns: list[Turn | AssistantTurn] = []
         self.tools: dict[str, Tool] = {}  # by their names in the Chat
-        self.called: dict[str, AssistantTurn] = {}  # call id -> the turn it stands in
+        self.called: dict[str, AssistantTurn] = {}  # call id -> the turn that holds it
         self.answered: set[str] = set()  # calls that have a result somewhere
         #: those of them whose result is still to come
         self.waiting: OrderedDict[str, AssistantTurn] = OrderedDict()
 
     def read(self) -> Chat:
-        """The Chat; raises InvalidRequest."""
         body, chat = self.body, self.chat
         refuse_state(body)
         instructions = str_field(body, "instructions")
@@ -6524,7 +6286,6 @@ class ResponsesRequestReader:
         return chat
 
     def read_item(self, item: Json, path: str) -> None:
-        """One item of the input."""
         kind = item_kind(item)
         if kind == "message":
             self.read_message(item, path)
@@ -6555,7 +6316,6 @@ class ResponsesRequestReader:
             )
 
     def read_message(self, item: Json, path: str) -> None:
-        """A message of any role."""
         role = read_role(item, RESPONSES_ROLES, path)
         blocks = read_parts(item.get("content"), f"{path}.content")
         if role in ("system", "developer"):
@@ -6570,7 +6330,6 @@ class ResponsesRequestReader:
             self.turns.append(Turn("user", blocks))
 
     def open_turn(self) -> AssistantTurn:
-        """The assistant turn under way."""
         last = self.turns[-1] if self.turns else None
         if not isinstance(last, AssistantTurn) or last.results:
             last = AssistantTurn()
@@ -6578,12 +6337,11 @@ class ResponsesRequestReader:
         return last
 
     def add_words(self, blocks: list[Block]) -> None:
-        """Words of the assistant: with the calls that wait for their results, if there are any."""
+        """Adds assistant text to the turn whose calls await results, if there is one."""
         turn = next(iter(self.waiting.values()), None) or self.open_turn()
         turn.words.extend(blocks)
 
     def add_call(self, call: ToolCall) -> None:
-        """A call of the assistant."""
         self.called[call.id] = turn = self.open_turn()
         turn.calls.append(call)
         if call.id in self.answered:
@@ -6591,7 +6349,6 @@ class ResponsesRequestReader:
 
     @staticmethod
     def read_call(item: Json, kind: str, path: str) -> ToolCall:
-        """A call of a function, of a custom tool, or of the client's search for tools."""
         call_id = need_str(item, "call_id", path)
         if kind == "tool_search_call":
             return ToolCall(call_id, "tool_search", dump_text(item.get("arguments") or {}))
@@ -6604,7 +6361,6 @@ class ResponsesRequestReader:
         return ToolCall(call_id, name, arguments)
 
     def read_output(self, item: Json, kind: str, path: str) -> None:
-        """What a tool said: a string, or parts."""
         call_id = need_str(item, "call_id", path)
         if kind == "tool_search_output":
             names = ", ".join(self.read_tools(item, path)) or "none"
@@ -6615,17 +6371,17 @@ class ResponsesRequestReader:
                 output = [{**output, "type": "input_image"}]
             rows = output if isinstance(output, list) else []
             if isinstance(output, dict) or not all(is_known_part(row) for row in rows):
-                output = dump_text(output)  # a shell's, or one of a tool to come
+                output = dump_text(output)  # a shell's object, or parts of an unknown type
             blocks = read_parts(output, f"{path}.output")
         result = ToolResult(call_id, blocks)
         self.waiting.pop(call_id, None)
-        if call_id in self.called:  # directly behind the turn with its call, wherever it came
+        if call_id in self.called:  # right after the turn with its call, wherever the result came
             self.called[call_id].results.append(result)
         else:
             self.turns.append(Turn("user", [result]))
 
     def read_reasoning(self, item: Json) -> None:
-        """Thinking of another upstream that we have packed ourselves; the rest is not for it."""
+        """Only thinking that we packed for another upstream; the rest is not for it."""
         carried = unpack(CARRIED_THINKING, text_of_key(item, "encrypted_content"))
         if carried is not None:
             said = [carried.get(key) for key in ("thinking", "signature", "data")]
@@ -6634,7 +6390,7 @@ class ResponsesRequestReader:
             (turn.calls or turn.words).append(Thinking(thinking, signature, data))
 
     def read_tools(self, holder: Json, path: str, namespace: str = "") -> list[str]:
-        """The names of the tools of the request, of a namespace, or that a search has found."""
+        """The names of the tools of the request, a namespace or a search result."""
         names: list[str] = []
         for index, item in enumerate(list_field(holder, "tools", path)):
             where = f"{join_path(path, 'tools')}.{index}"
@@ -6642,7 +6398,7 @@ class ResponsesRequestReader:
         return names
 
     def read_tool(self, tool: Json, path: str, namespace: str) -> list[str]:
-        """The names in one entry; tools that only the vendor runs are kept in `hosted`."""
+        """The names in one entry; server-side tools are collected in `hosted`."""
         kind = need_str(tool, "type", path)
         if kind == "namespace":
             return self.read_tools(tool, path, need_str(tool, "name", path))
@@ -6675,7 +6431,6 @@ class ResponsesRequestReader:
         return [flat]
 
     def read_choice(self) -> None:
-        """`tool_choice`, and what becomes of tools that are not to be had."""
         chat, choice = self.chat, self.body.get("tool_choice")
         forced = ""
         if not isinstance(choice, dict):
@@ -6703,7 +6458,6 @@ class ResponsesRequestReader:
             raise UnsupportedFeature(f"{forced} is not available on this model.", param="tools")
 
     def read_settings(self) -> None:
-        """Limits, sampling, reasoning, structured output; the rest is named as dropped."""
         body, chat = self.body, self.chat
         chat.max_tokens = int_field(body, "max_output_tokens")
         chat.temperature = number_field(body, "temperature")
@@ -6729,7 +6483,6 @@ class ResponsesRequestReader:
 
 
 def write_input_part(block: Block) -> Json | None:
-    """A part of a message or of a tool's output."""
     if isinstance(block, (Text, Refusal)):
         return {"type": "input_text", "text": block.text}
     if isinstance(block, Image):
@@ -6746,14 +6499,12 @@ def write_input_part(block: Block) -> Json | None:
 
 
 class ResponsesRequestWriter:
-    """Writes a Chat as a responses body for one model."""
-
     def __init__(self, chat: Chat, model: Model) -> None:
         self.chat = chat
         self.model = model
 
     def write(self) -> Json:
-        """The body, streamed; nothing is stored, so reasoning travels encrypted."""
+        """The body of a streaming request; nothing is stored, so reasoning travels encrypted."""
         chat = self.chat
         chat.refuse_prefill()
         items = self.write_input()
@@ -6789,7 +6540,6 @@ class ResponsesRequestWriter:
         return body
 
     def write_input(self) -> list[Json]:
-        """The turns as items, each block in its place."""
         items: list[Json] = []
         for turn in self.chat.turns:
             if turn.role == "system":
@@ -6801,7 +6551,6 @@ class ResponsesRequestWriter:
         return items
 
     def write_said(self, block: Block) -> Json | None:
-        """What the assistant said, thought or called."""
         if isinstance(block, Text):
             part: Json = {"type": "output_text", "text": block.text, "annotations": []}
             return {"type": "message", "role": "assistant", "content": [part]}
@@ -6820,7 +6569,6 @@ class ResponsesRequestWriter:
         return None
 
     def write_user(self, blocks: list[Block]) -> list[Json]:
-        """Outputs first, then one message with the rest."""
         items: list[Json] = []
         parts: list[Json] = []
         for block in blocks:
@@ -6832,7 +6580,7 @@ class ResponsesRequestWriter:
         return [*items, {"type": "message", "role": "user", "content": parts}] if parts else items
 
     def write_result(self, result: ToolResult, later: list[Json]) -> Json:
-        """A tool's output; its images go into the message behind it: Copilot takes words only."""
+        """A tool's output; its images move to the next message, as Copilot takes only text."""
         text = plain_text(result.blocks)
         shown = [
             part
@@ -6850,7 +6598,6 @@ class ResponsesRequestWriter:
         return {"type": "function_call_output", "call_id": call, "output": text}
 
     def write_tool(self, tool: Tool) -> Json:
-        """One function, in the flat form."""
         entry: Json = {"type": "function", "name": self.chat.wire_name(tool.name)}
         if tool.description:
             entry["description"] = tool.description
@@ -6859,18 +6606,15 @@ class ResponsesRequestWriter:
         return entry
 
     def write_choice(self, choice: ToolChoice) -> Any:
-        """`tool_choice`."""
         if choice.mode == "named":
             return {"type": "function", "name": self.chat.wire_name(choice.name)}
         return choice.mode
 
     def write_text(self) -> Json | None:
-        """`text`."""
         said = {"format": self.write_output(), "verbosity": self.chat.verbosity}
         return {key: value for key, value in said.items() if value is not None} or None
 
     def write_output(self) -> Json | None:
-        """`text.format`."""
         output = self.chat.output
         if output is None:
             return None
@@ -6884,7 +6628,7 @@ class ResponsesRequestWriter:
 
 
 def write_reasoning_item(text: str, signature: str) -> Json | None:
-    """A reasoning item that a responses upstream gave; None for thinking of another maker."""
+    """Reasoning from a responses upstream, as an item; None for another vendor's thinking."""
     carried = unpack(RESPONSES_ENVELOPE, signature)
     if carried is None or not text_of_key(carried, "enc"):
         return None
@@ -6893,7 +6637,6 @@ def write_reasoning_item(text: str, signature: str) -> Json | None:
 
 
 def read_responses_usage(response: Json, usage: Usage) -> None:
-    """Takes the usage of a response into `usage`."""
     said = details(response, "usage")
     if not said:
         return
@@ -6910,18 +6653,14 @@ def read_responses_usage(response: Json, usage: Usage) -> None:
 
 
 def read_incomplete(response: Json) -> str:
-    """The finish of an incomplete response."""
     reason = details(response, "incomplete_details").get("reason")
     return "filter" if reason == "content_filter" else "length"
 
 
 RESPONSES_ENDS = (
-    "response.completed",
-    "response.incomplete",
-    "response.failed",
-    "response.cancelled",
+    "response.completed", "response.incomplete", "response.failed", "response.cancelled",
     "error",
-)
+)  # fmt: skip
 
 
 def read_responses_error(frame: Json) -> ApiError:
@@ -6932,40 +6671,32 @@ def read_responses_error(frame: Json) -> ApiError:
 
 @dataclass(slots=True)
 class OutputItem:
-    """An item of the output on its way: its events wait until the ones before it are complete."""
+    """An output item being streamed; its events wait until the items before it are complete."""
 
     kind: str = ""
     events: list[Event] = field(default_factory=list)
-    #: the kind of the block that is open
-    open: str = ""
-    #: its words so far
-    pieces: list[str] = field(default_factory=list)
-    #: content parts that are complete
-    parts: int = 0
-    #: some words of the open part have come
-    spoken: bool = False
+    open: str = ""  #: kind of the open block
+    pieces: list[str] = field(default_factory=list)  #: its text so far
+    parts: int = 0  #: number of complete content parts
+    spoken: bool = False  #: the open part has text
     done: bool = False
 
     @property
     def text(self) -> str:
-        """All its words so far."""
         return "".join(self.pieces)
 
 
 class ResponsesReader:
-    """Responses stream events -> events."""
-
     def __init__(self, terms: Terms) -> None:
         self.terms = terms
         self.usage = Usage()
         self.items: dict[int, OutputItem] = {}
-        self.at = 0  # the item whose events go out
+        self.at = 0  # index of the item whose events are passed on
         self.started = False
         self.calls: list[str] = []
-        self.thought = ("", "")  # the last one, and its signature
+        self.thought = ("", "")  # the last thinking text, and its signature
 
     def read(self, frame: Json) -> list[Event]:
-        """The events in one frame."""
         kind = str(frame.get("type") or "")
         if kind in RESPONSES_ENDS or (not kind and "error" in frame):
             return self.read_end(kind, frame)
@@ -6981,13 +6712,11 @@ class ResponsesReader:
         return events
 
     def start(self, response: Json, events: list[Event]) -> None:
-        """The answer begins, once."""
         if not self.started:
             self.started = True
             events.append(Started(str(response.get("id") or ""), str(response.get("model") or "")))
 
     def read_item_frame(self, kind: str, frame: Json, item: OutputItem) -> None:
-        """One frame of one item."""
         if item.done:
             return
         if kind == "response.output_item.added":
@@ -7010,7 +6739,6 @@ class ResponsesReader:
 
     @staticmethod
     def add(item: OutputItem, block: str, words: Any) -> None:
-        """More words of an item, in a block of their kind."""
         if not isinstance(words, str) or not words:
             return
         if item.open != block:
@@ -7022,7 +6750,7 @@ class ResponsesReader:
         item.events.append(Added("arguments" if block == "tool" else "text", words))
 
     def end_part(self, part: Json, item: OutputItem) -> None:
-        """A content part is complete; what came only now is added."""
+        """Ends a content part; text that came only with it is added."""
         if not item.spoken:
             self.add(item, "text", part.get("text"))
             self.add(item, "refusal", part.get("refusal"))
@@ -7032,13 +6760,12 @@ class ResponsesReader:
 
     @staticmethod
     def end_block(item: OutputItem) -> None:
-        """Closes the open block of words; a call and a thought end with their item."""
+        """Closes an open text block; calls and thinking end with their item."""
         if item.open in ("text", "refusal"):
             item.events.append(Closed())
             item.open = ""
 
     def open_item(self, said: Json, item: OutputItem) -> None:
-        """An item begins; a call's name and id are known now."""
         item.kind = str(said.get("type") or "")
         if item.kind in ("function_call", "custom_tool_call") and said.get("name"):
             item.open = "tool"
@@ -7048,7 +6775,7 @@ class ResponsesReader:
             item.events.append(Opened("tool", call_id, name))
 
     def close_item(self, said: Json, item: OutputItem) -> None:
-        """An item is complete; what came only now is added."""
+        """Ends an item; content that came only with it is added."""
         if not item.kind:
             self.open_item(said, item)
         if item.kind == "message":
@@ -7070,7 +6797,7 @@ class ResponsesReader:
         item.open, item.done = "", True
 
     def close_thought(self, said: Json, item: OutputItem) -> None:
-        """A thought is complete: its encrypted form is only now to be trusted."""
+        """Ends a reasoning item: only now is its encrypted form reliable."""
         if not item.pieces:
             rows = said.get("summary") or said.get("content")
             rows = rows if isinstance(rows, list) else []
@@ -7087,7 +6814,6 @@ class ResponsesReader:
             item.events += [Opened("redacted", raw={"data": signature}), Closed()]
 
     def flush(self, events: list[Event]) -> None:
-        """Passes on what may go: items one after the other."""
         while self.at in self.items:
             item = self.items[self.at]
             events += item.events
@@ -7097,7 +6823,7 @@ class ResponsesReader:
             self.at += 1
 
     def read_end(self, kind: str, frame: Json) -> list[Event]:
-        """The last frame: items that were never told, usage, finish."""
+        """The terminal frame: items that were never streamed, usage, finish."""
         if kind in ("response.failed", "response.cancelled", "error", ""):
             return [Failed(read_responses_error(frame))]
         response = details(frame, "response")
@@ -7113,7 +6839,7 @@ class ResponsesReader:
             if not item.done:
                 self.close_item({"type": item.kind}, item)
             if item.kind == "function_call" and item.pieces and load_object(item.text) is None:
-                kind = "response.incomplete"  # a call that is cut short is none
+                kind = "response.incomplete"  # a truncated call must not be run
             events += item.events
             item.events = []
         read_responses_usage(response, self.usage)
@@ -7127,12 +6853,11 @@ class ResponsesReader:
         return events
 
     def end(self) -> list[Event]:
-        """Nothing: without its last frame an answer is not complete."""
+        """Nothing: a response without its terminal frame is incomplete."""
         return []
 
 
 def write_responses_usage(usage: Usage) -> Json:
-    """The `usage` of a response."""
     return {
         "input_tokens": usage.prompt,
         "input_tokens_details": {
@@ -7146,7 +6871,6 @@ def write_responses_usage(usage: Usage) -> Json:
 
 
 def write_response(terms: Terms, status: str, output: list[Json]) -> Json:
-    """A response object: what was asked stands in it again."""
     response: Json = {
         "id": terms.id,
         "object": "response",
@@ -7166,7 +6890,7 @@ def write_response(terms: Terms, status: str, output: list[Json]) -> Json:
 
 
 def unwrap_input(arguments: str) -> str:
-    """A custom tool's input out of the object that stood for it; other text as it is."""
+    """Unwraps a custom tool's input from its JSON object; other text is returned unchanged."""
     said = load_object(arguments)
     if said is not None and len(said) == 1:
         (value,) = said.values()
@@ -7175,7 +6899,7 @@ def unwrap_input(arguments: str) -> str:
 
 
 class ResponsesWriter:
-    """Events -> responses stream events.  Their sequence numbers are given where they go out."""
+    """Events -> responses stream events.  `Flow` adds their sequence numbers."""
 
     def __init__(self, terms: Terms) -> None:
         self.terms = terms
@@ -7188,11 +6912,9 @@ class ResponsesWriter:
 
     @property
     def text(self) -> str:
-        """The words of the open block."""
         return "".join(self.pieces)
 
     def write(self, event: Event) -> list[Json]:
-        """The frames for one event."""
         if isinstance(event, Added):
             return self.write_added(event)
         if isinstance(event, Started):
@@ -7213,21 +6935,17 @@ class ResponsesWriter:
         raise event.error
 
     def frame(self, kind: str, **more: Any) -> Json:
-        """A frame about the open item."""
         at = {"item_id": self.item["id"], "output_index": len(self.output)}
         return {"type": f"response.{kind}", **at, **more}
 
     def item_frame(self, kind: str) -> Json:
-        """A frame with the open item as it is now."""
         index = len(self.output)
         return {"type": f"response.output_item.{kind}", "output_index": index, "item": self.item}
 
     def new_id(self, prefix: str) -> str:
-        """An id for the next item, the same in all its frames."""
         return prefix + short_hash(f"{self.terms.id} {len(self.output)}", 24)
 
     def write_opened(self, event: Opened) -> list[Json]:
-        """An item begins."""
         self.kind, self.pieces, self.signature = event.kind, [], []
         if event.kind in ("text", "refusal"):
             self.item = {
@@ -7250,11 +6968,10 @@ class ResponsesWriter:
         return []  # a block that only another dialect knows
 
     def opened(self) -> Json:
-        """`output_item.added`, with the item as it is now: it will grow."""
+        """`output_item.added` with a snapshot of the item, which will still grow."""
         return {**self.item_frame("added"), "item": dict(self.item)}
 
     def new_call(self, event: Opened) -> Json:
-        """The item of a call, by the kind of tool that the caller has declared."""
         tool = self.terms.tools.get(event.name)
         kind = tool.kind if tool else "function"
         state = {"call_id": event.id, "status": "in_progress"}
@@ -7273,13 +6990,11 @@ class ResponsesWriter:
         return {**item, "namespace": tool.namespace} if tool and tool.namespace else item
 
     def part(self) -> Json:
-        """The content part under way."""
         if self.kind == "refusal":
             return {"type": "refusal", "refusal": self.text}
         return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": []}
 
     def write_added(self, event: Added) -> list[Json]:
-        """More words or arguments."""
         if event.part == "signature":
             self.signature.append(event.text)
             return []
@@ -7304,7 +7019,6 @@ class ResponsesWriter:
         return []
 
     def write_closed(self) -> list[Json]:
-        """The open item is complete."""
         closers = {
             "text": self.close_message,
             "refusal": self.close_message,
@@ -7320,7 +7034,6 @@ class ResponsesWriter:
         return frames
 
     def close_message(self) -> list[Json]:
-        """A message's words are all there."""
         part, text = self.part(), self.text
         if self.kind == "refusal":
             done = self.frame("refusal.done", content_index=0, refusal=text)
@@ -7330,7 +7043,6 @@ class ResponsesWriter:
         return [done, self.frame("content_part.done", content_index=0, part=part)]
 
     def close_thought(self) -> list[Json]:
-        """A thought is complete, with what its maker needs to know it again."""
         frames = []
         text, signature = self.text, "".join(self.signature)
         if text and not self.terms.hide_thinking:
@@ -7348,7 +7060,6 @@ class ResponsesWriter:
         return frames
 
     def close_call(self) -> list[Json]:
-        """A call's arguments are all there."""
         kind = self.item["type"]
         if kind == "tool_search_call":
             self.item = {**self.item, "arguments": parse_arguments(self.text)}
@@ -7371,7 +7082,6 @@ class ResponsesWriter:
         return frames
 
     def write_finish(self, event: Finished) -> list[Json]:
-        """The response is complete, or as complete as it will be."""
         reasons = {
             "length": "max_output_tokens",
             "context": "max_output_tokens",
@@ -7393,20 +7103,16 @@ class ResponsesWriter:
 
 
 ITEM_PREFIXES = {
-    "custom_tool_call": "ctc_",
-    "function_call": "fc_",
-    "message": "msg_",
-    "reasoning": "rs_",
-    "tool_search_call": "tsc_",
-    "web_search_call": "ws_",
-}
+    "custom_tool_call": "ctc_", "function_call": "fc_", "message": "msg_", "reasoning": "rs_",
+    "tool_search_call": "tsc_", "web_search_call": "ws_",
+}  # fmt: skip
 
 
 class ResponsesRelay:
     """Native responses frames, repaired.
 
-    Copilot gives an item another id of 400 characters in each event (seen in 2026-08): here one id
-    is kept for each place of the output, as clients match by it.
+    Copilot gives an item a different id of 400 characters in each event (seen in 2026-08).  Here
+    each output index keeps one id, as clients match by it.
     """
 
     def __init__(self, terms: Terms) -> None:
@@ -7415,14 +7121,13 @@ class ResponsesRelay:
         self.said = 0.0
         self.finished = False
         self.ids: dict[int, str] = {}
-        self.summarised: set[int] = set()  # thoughts whose summary came in deltas
-        self.sealed: dict[int, str] = {}  # reasoning, as only its last event has it right
-        self.done: dict[int, Json] = {}  # items that are complete
+        self.summarised: set[int] = set()  # reasoning items whose summary was streamed
+        self.sealed: dict[int, str] = {}  # encrypted reasoning; only its last event is reliable
+        self.done: dict[int, Json] = {}  # complete items
         self.guards: defaultdict[int, RunawayGuard] = defaultdict(RunawayGuard)  # per item
         self.begun = False
 
     def mend(self, frame: Json) -> list[Json]:
-        """The frames that take the place of one frame."""
         kind = str(frame.get("type") or "")
         if self.finished:
             return []
@@ -7480,18 +7185,15 @@ class ResponsesRelay:
         return frames
 
     def opening(self) -> list[Json]:
-        """The event that must come first."""
         response = write_response(self.terms, "in_progress", [])
         return [{"type": "response.created", "response": response}]
 
     def pinned(self, index: int, kind: str) -> str:
-        """The one id of an item."""
         prefix = ITEM_PREFIXES.get(kind, "item_")
         made = prefix + short_hash(f"{self.terms.id} {index}", 24)
         return self.ids.setdefault(index, made)
 
     def mend_item(self, index: int, frame: Json) -> None:
-        """The pinned id, and the caller's tool names."""
         item = frame.get("item")
         if isinstance(item, dict):
             item["id"] = self.pinned(index, str(item.get("type")))
@@ -7505,22 +7207,21 @@ class ResponsesRelay:
         self.rename(frame)
 
     def rename(self, holder: Json) -> None:
-        """Wire names become the caller's again."""
+        """Restores the client's tool names."""
         for key in ("name", "namespace"):
             name = holder.get(key)
             if isinstance(name, str):
                 holder[key] = self.terms.names.get(name, name)
 
     def mend_response(self, response: Json, is_last: bool) -> Json:
-        """The caller's model name, one id, and items under the ids they had."""
         response.update(id=self.terms.id, model=self.terms.model, created_at=self.terms.created)
         response.setdefault("store", False)
-        for key in ("metadata", "user"):  # which Copilot does not take
+        for key in ("metadata", "user"):  # Copilot does not take them
             if self.terms.asked.get(key) is not None:
                 response[key] = self.terms.asked[key]
         response.pop("output_text", None)
         output = response.get("output")
-        if is_last and not output:  # its items may have come before
+        if is_last and not output:  # its items may have been streamed before
             response["output"] = output = [self.done[index] for index in sorted(self.done)]
         for index, item in enumerate(output if isinstance(output, list) else ()):
             if isinstance(item, dict):
@@ -7531,14 +7232,13 @@ class ResponsesRelay:
         return response
 
     def end(self) -> list[Json]:
-        """Nothing can stand for the last frame."""
         if not self.finished:
             raise UpstreamError(BROKEN_OFF)
         return []
 
 
 def unfold_item(index: int, item: Json) -> list[Json]:
-    """The frames of one item: clients read words and arguments from deltas only."""
+    """The frames of one item: clients read text and arguments from deltas only."""
     at = {"output_index": index, "item_id": item.get("id")}
     start = {**item, "status": "in_progress"}
     deltas: list[Json] = []
@@ -7570,7 +7270,6 @@ def unfold_item(index: int, item: Json) -> list[Json]:
 
 
 def unfold_part(at: Json, part: Json) -> list[Json]:
-    """The frames of one content part."""
     key, kind = ("refusal", "refusal") if part.get("type") == "refusal" else ("text", "output_text")
     words = part.get(key)
     words = words if isinstance(words, str) else ""
@@ -7583,15 +7282,12 @@ def unfold_part(at: Json, part: Json) -> list[Json]:
 
 
 class ResponsesDialect:
-    """OpenAI responses."""
-
     name = "responses"
     tail = b""
     is_numbered = True
     id_prefix = "resp_"
 
     def outline(self, body: Json) -> Outline:
-        """The few facts routing needs."""
         refuse_state(body)
         items = input_items(body)
         session = body.get("prompt_cache_key") or body.get("user") or ""
@@ -7609,15 +7305,12 @@ class ResponsesDialect:
         )
 
     def read_request(self, body: Json) -> Chat:
-        """The request."""
         return ResponsesRequestReader(body).read()
 
     def write_request(self, chat: Chat, model: Model) -> Json:
-        """The body that asks `model`."""
         return ResponsesRequestWriter(chat, model).write()
 
     def has_image(self, body: Json) -> bool:
-        """Whether any item holds an image."""
         rows = body["input"] if isinstance(body["input"], list) else []
         return any(
             isinstance(part, dict) and part.get("type") == "input_image"
@@ -7628,28 +7321,22 @@ class ResponsesDialect:
         )
 
     def framing(self) -> Framing:
-        """Server-sent events."""
         return SseReader()
 
     def reader(self, terms: Terms) -> Reader:
-        """A reader for one answer."""
         return ResponsesReader(terms)
 
     def writer(self, terms: Terms) -> Writer:
-        """A writer for one answer."""
         return ResponsesWriter(terms)
 
     def relay(self, terms: Terms) -> Relay:
-        """A relay for one native answer."""
         return ResponsesRelay(terms)
 
     def fold(self, frames: list[Json]) -> Json:
-        """The response in the last frame."""
         whole: Json = frames[-1]["response"]
         return whole
 
     def unfold(self, whole: Json) -> list[Json]:
-        """The frames that a response stands for."""
         output = whole.get("output")
         frames: list[Json] = [
             {
@@ -7668,15 +7355,14 @@ class ResponsesDialect:
         return frames
 
     def plain_text(self, frame: Json) -> str | None:
-        """None: every frame has a number of its own, so none is like the one before."""
+        """None: frames are numbered, so no two share a template."""
         return None
 
     def encode(self, frame: Json) -> bytes:
-        """One event on the wire."""
         return write_sse(frame, frame["type"])
 
     def error_body(self, error: ApiError, request_id: str) -> Json:
-        """As chat's; a sign-in that is missing is the caller's to know, not to retry."""
+        """As for chat, but a missing sign-in is a client error, so that it is not retried."""
         said = write_openai_error(error, "input")
         if isinstance(error, NotSignedIn):
             said["type"] = "invalid_request_error"
@@ -7684,33 +7370,32 @@ class ResponsesDialect:
         if isinstance(error, (QuotaExceeded, LimitReached)) or (
             isinstance(error, RateLimited) and wait_s > MAX_RETRY_AFTER_SECONDS
         ):
-            said["type"] = "usage_limit_reached"  # at which Codex stops instead of waiting
+            said["type"] = "usage_limit_reached"  # makes Codex stop instead of waiting
         return {"error": said}
 
     def error_status(self, error: ApiError) -> int:
-        """The error's own status; Codex retries a 5xx up to 30 times."""
+        """The error's own status, but 400 if not signed in: Codex retries a 5xx up to 30 times."""
         return 400 if isinstance(error, NotSignedIn) else error.status
 
     def error_frames(
         self, error: ApiError, request_id: str, terms: Terms, begun: bool
     ) -> list[Json]:
-        """`response.failed`, behind `response.created` where nothing came before."""
+        """`response.failed`, after `response.created` if nothing was sent before."""
         said = write_openai_error(error, "input")
         response = write_response(terms, "failed", [])
         code = said["code"] or said["type"]
         plain = {"upstream_error", "upstream_timeout", "internal_error"}
-        code = "server_error" if code in plain else code  # the words that its clients know
+        code = "server_error" if code in plain else code  # the codes that its clients know
         response["error"] = {"code": code, "message": said["message"]}
         first = {"type": "response.created", "response": write_response(terms, "in_progress", [])}
         failed = {"type": "response.failed", "response": response}
         return [failed] if begun else [first, failed]
 
     def ping(self, begun: bool) -> bytes:
-        """A comment, before the first event."""
         return SSE_COMMENT_PING
 
     def alive(self, terms: Terms) -> Json | None:
-        """`response.in_progress` once more: comments do not count for Codex."""
+        """`response.in_progress` again: Codex does not count comments as activity."""
         response = write_response(terms, "in_progress", [])
         return {"type": "response.in_progress", "response": response}
 
@@ -7719,7 +7404,7 @@ CHAT = ChatDialect()
 MESSAGES = MessagesDialect()
 RESPONSES = ResponsesDialect()
 DIALECTS: dict[str, Dialect] = {d.name: d for d in (CHAT, MESSAGES, RESPONSES)}
-# The vendors' names, as `X-Output-Format` and `default_format` use them.
+# The vendors' names, as used by `X-Output-Format` and `default_format`.
 FORMATS: dict[str, Dialect] = {"openai": CHAT, "anthropic": MESSAGES}
 
 
@@ -7730,19 +7415,16 @@ FORMATS: dict[str, Dialect] = {"openai": CHAT, "anthropic": MESSAGES}
 
 
 def kiro_mark(provider: str) -> str:
-    """Our mark on a signature of Kiro's while an Anthropic client carries it.
-
-    Only the account that got a signature may send it back.
-    """
+    """Prefix of a Kiro signature at a client; only the account that received it may return it."""
     return f"gw1.k.{short_hash(provider, 6)}."
 
 
-# What Kiro's refusals mean, in the order of judgement: its words before the status, as a status
-# says little.  The pattern is searched in "code reason: message".
+# What Kiro's refusals mean, first match wins: its error text before the status, as a status says
+# little.  The pattern is searched in "code reason: message".
 
 
 class KiroFault(NamedTuple):
-    """What one kind of refusal means: the error for the caller, and what may help before that."""
+    """One kind of refusal: the error for the client, and the remedy to try before that."""
 
     pattern: str
     error: type[ApiError]
@@ -7852,11 +7534,11 @@ KIRO_FAULTS = (
 
 
 KIRO_PATTERNS = [(fault, re.compile(fault.pattern)) for fault in KIRO_FAULTS]
-LASTING_REMEDIES = ("rest", "pause", "refresh")  # they concern more than one request
+LASTING_REMEDIES = ("rest", "pause", "refresh")  # they affect more than one request
 
 
 def find_kiro_fault(text: str, sentences: bool = False) -> KiroFault | None:
-    """The first fault named in `text`; with `sentences` no single word makes others wait."""
+    """The first fault found in `text`; with `sentences` one word gives no lasting remedy."""
     for fault, pattern in KIRO_PATTERNS:
         found = pattern.search(text)
         if found and (" " in found[0] or not sentences or fault.remedy not in LASTING_REMEDIES):
@@ -7865,9 +7547,9 @@ def find_kiro_fault(text: str, sentences: bool = False) -> KiroFault | None:
 
 
 def judge_kiro_words(code: str, reason: str, message: str) -> Verdict | None:
-    """What a refusal in Kiro's own words means, of a status or inside of a stream."""
+    """Classifies a refusal by Kiro's error text, in an error response or inside a stream."""
     named = find_kiro_fault(f"{code} {reason}")
-    # A refusal of one request may repeat the client's own names, like that of a tool.
+    # The refusal of one request may quote the client's own names, such as a tool's.
     worded = find_kiro_fault(message, named is not None and named.error is InvalidRequest)
     found = [fault for fault in (named, worded) if fault is not None]
     if not found:
@@ -7881,7 +7563,7 @@ def judge_kiro_words(code: str, reason: str, message: str) -> Verdict | None:
 
 
 def read_kiro_words(said: Json) -> tuple[str, str, str]:
-    """(code, reason, message) in an error's object, whichever names its members have; redacted."""
+    """(code, reason, message) of an error object, whichever names its members have; redacted."""
     inner = details(said, "Output") or said
     code = next((inner[k] for k in ("code", "__type") if isinstance(inner.get(k), str)), "")
     reason = inner.get("reason")
@@ -7892,74 +7574,43 @@ def read_kiro_words(said: Json) -> tuple[str, str, str]:
     return code, reason, redact(message, MAX_REFUSAL_TEXT)
 
 
-# The request.  Rules, each a function of its own, turn any conversation into one that the service
-# takes; each says whether it changed anything, and the log names those when the service refuses.
+# The request.  Each rule is a function that adapts any conversation to what the service takes and
+# returns whether it changed anything; those that did are logged when the service refuses.
 
 KIRO_DESCRIPTION_BYTES = 9216  # of a tool; its own CLI cuts at 10,240
-KIRO_SILENT = "(see the attachment)"  # a turn without words or results needs some
+KIRO_SILENT = "(see the attachment)"  # a turn without text or results needs some
 KIRO_FIRST = "(the conversation goes on)"
 KIRO_GO_ON = "Continue"
-KIRO_TAG_BUDGETS = (1024, 50_000)  # thinking tokens asked for in words
-# JSON Schema words that Kiro refuses: kiro-gateway and opencodex name more than others, 2026-08.
+KIRO_TAG_BUDGETS = (1024, 50_000)  # thinking tokens asked for in the prompt
+# JSON Schema keywords that Kiro refuses: kiro-gateway and opencodex list more than others, 2026-08.
 KIRO_UNKNOWN_WORDS = (
-    "additionalProperties",
-    "contains",
-    "contentEncoding",
-    "contentMediaType",
-    "definitions",
-    "dependentRequired",
-    "dependentSchemas",
-    "else",
-    "exclusiveMaximum",
-    "exclusiveMinimum",
-    "format",
-    "if",
-    "maxItems",
-    "maxLength",
-    "maxProperties",
-    "maximum",
-    "minItems",
-    "minLength",
-    "minProperties",
-    "minimum",
-    "multipleOf",
-    "pattern",
-    "patternProperties",
-    "propertyNames",
-    "then",
-    "unevaluatedItems",
-    "unevaluatedProperties",
-    "uniqueItems",
-)
-# GPT hides what it thinks and sends this in its place, with a signature (opencodex, 2026-08).
+    "additionalProperties", "contains", "contentEncoding", "contentMediaType", "definitions",
+    "dependentRequired", "dependentSchemas", "else", "exclusiveMaximum", "exclusiveMinimum",
+    "format", "if", "maxItems", "maxLength", "maxProperties", "maximum", "minItems",
+    "minLength", "minProperties", "minimum", "multipleOf", "pattern", "patternProperties",
+    "propertyNames", "then", "unevaluatedItems", "unevaluatedProperties", "uniqueItems",
+)  # fmt: skip
+# GPT hides its reasoning and sends this in its place, with a signature (opencodex, 2026-08).
 KIRO_HIDDEN_THOUGHT = "..."
 KIRO_DOCUMENTS = {
-    "application/pdf": "pdf",
-    "text/plain": "txt",
-    "text/markdown": "md",
-    "text/csv": "csv",
+    "application/pdf": "pdf", "text/plain": "txt", "text/markdown": "md", "text/csv": "csv",
     "text/html": "html",
-}
+}  # fmt: skip
 
 
 @dataclass(slots=True)
 class KiroDraft:
-    """A request on its way into Kiro's form."""
-
     chat: Chat
     model: Model
     turns: list[Turn]
     tools: list[Tool]
-    #: what stands before the first words: thinking tags, system prompt, instructions
-    preface: list[str]
-    #: what goes behind the last words
-    notes: list[str] = field(default_factory=list)
-    #: additionalModelRequestFields
-    extra: Json = field(default_factory=dict)
+    preface: list[str]  #: text before the first turn's: thinking tags, system prompt, instructions
+    notes: list[str] = field(default_factory=list)  #: text after the last turn's
+    extra: Json = field(default_factory=dict)  #: additionalModelRequestFields
 
 
 def word_system_turns(draft: KiroDraft) -> bool:
-    """A system message in the middle of the conversation is marked user text."""
+    """Turns a system message in mid-conversation into marked user text."""
     if all(turn.role != "system" for turn in draft.turns):
         return False
     draft.turns = downgrade_system_turns(draft.turns)
@@ -7967,7 +7618,7 @@ def word_system_turns(draft: KiroDraft) -> bool:
 
 
 def word_strange_parts(draft: KiroDraft) -> bool:
-    """What an answer cannot hold but a caller put there is left as words."""
+    """Replaces what an assistant turn cannot hold with text."""
     touched = False
     for turn in draft.turns:
         if turn.role != "assistant":
@@ -7982,7 +7633,7 @@ def word_strange_parts(draft: KiroDraft) -> bool:
 
 
 def tell_calls_apart(draft: KiroDraft) -> bool:
-    """A call id counts once in a conversation; the same call said twice in a turn is one call."""
+    """A call id occurs once per conversation; the same call twice in a turn is one call."""
     distinct = distinct_calls(draft.turns)
     changed = distinct != draft.turns
     draft.turns = distinct
@@ -7990,7 +7641,6 @@ def tell_calls_apart(draft: KiroDraft) -> bool:
 
 
 def begin_with_user(draft: KiroDraft) -> bool:
-    """The first turn is the user's."""
     if draft.turns and draft.turns[0].role == "user":
         return False
     draft.turns.insert(0, Turn("user", [Text(KIRO_FIRST)]))
@@ -7998,12 +7648,12 @@ def begin_with_user(draft: KiroDraft) -> bool:
 
 
 def close_with_user(draft: KiroDraft) -> bool:
-    """The last turn is the user's: an answer begun by the caller becomes history."""
+    """The last turn must be the user's: a prefilled response becomes history."""
     last = draft.turns[-1]
     if last.role == "user":
         return False
     if plain_text(last.blocks).strip() == "{" and len(last.blocks) == 1:
-        draft.turns.pop()  # a way to ask for JSON, which is asked for in words here
+        draft.turns.pop()  # a prefill that asks for JSON, which is asked for in the prompt here
         draft.notes.append("Reply with one JSON object and nothing else.")
     else:
         draft.turns.append(Turn("user", [Text(KIRO_GO_ON)]))
@@ -8011,7 +7661,7 @@ def close_with_user(draft: KiroDraft) -> bool:
 
 
 def lift_media(draft: KiroDraft) -> bool:
-    """Images and files in tool results move to their turn: results hold text only."""
+    """Moves images and files out of tool results into their turn: results hold only text."""
     touched = False
     for at, turn in enumerate(draft.turns):
         lifted: list[Block] = []
@@ -8036,12 +7686,12 @@ def lift_media(draft: KiroDraft) -> bool:
 
 
 def keep_own_thinking_turns(draft: KiroDraft) -> bool:
-    """Thinking of other makers, or without a signature, is left out: Kiro would refuse it."""
+    """Drops thinking that is unsigned or another vendor's: Kiro would refuse it."""
     mark, touched = kiro_mark(draft.model.provider), False
     for turn in draft.turns:
         own = [block for block in turn.blocks if not is_strange_thinking(block, mark)]
         if all(isinstance(block, Thinking) for block in own):
-            own = []  # an answer of nothing but a thought is none
+            own = []  # a turn of nothing but thinking counts as empty
         touched = touched or len(own) < len(turn.blocks)
         turn.blocks = own
     draft.turns = merge_turns(draft.turns)
@@ -8049,7 +7699,7 @@ def keep_own_thinking_turns(draft: KiroDraft) -> bool:
 
 
 def is_strange_thinking(block: Block, mark: str) -> bool:
-    """Whether a block is thinking that this account of Kiro did not sign."""
+    """Whether a block is thinking that this Kiro account did not sign."""
     if not isinstance(block, Thinking):
         return False
     signed = block.signature or block.redacted
@@ -8057,7 +7707,7 @@ def is_strange_thinking(block: Block, mark: str) -> bool:
 
 
 def fill_silent_turns(draft: KiroDraft) -> bool:
-    """A user turn with neither words nor results gets a placeholder, also beside an image."""
+    """A user turn with neither text nor results gets a placeholder, even beside an image."""
     touched = False
     for turn in draft.turns:
         if turn.role == "user" and not any(
@@ -8069,7 +7719,7 @@ def fill_silent_turns(draft: KiroDraft) -> bool:
 
 
 def word_tool_choice(draft: KiroDraft) -> bool:
-    """Kiro has no `tool_choice`: none takes the tools away, the rest is said in words."""
+    """Kiro has no `tool_choice`: "none" drops the tools, other modes are put into the prompt."""
     choice, chat = draft.chat.choice, draft.chat
     if choice and choice.mode == "none":
         draft.tools = []
@@ -8084,7 +7734,7 @@ def word_tool_choice(draft: KiroDraft) -> bool:
 
 
 def declare_called_tools(draft: KiroDraft) -> bool:
-    """Every tool that was ever called is declared, whatever the caller offers now."""
+    """Declares every tool that was ever called, whatever the client offers now."""
     known = {tool.name for tool in draft.tools}
     calls = [b for turn in draft.turns for b in turn.blocks if isinstance(b, ToolCall)]
     missing = dict.fromkeys(call.name for call in calls if call.name not in known)
@@ -8094,8 +7744,8 @@ def declare_called_tools(draft: KiroDraft) -> bool:
 
 
 def rename_tools(draft: KiroDraft) -> bool:
-    """Names of at most 64 letters, digits, `_` and `-`; answers get the caller's names back."""
-    named: dict[str, Tool] = {}  # of two with one name the first counts
+    """At most 64 letters, digits, `_` and `-`; responses get the client's names back."""
+    named: dict[str, Tool] = {}  # if two tools share a name, the first wins
     for tool in draft.tools:
         name = draft.chat.wire_name(tool.name)
         named.setdefault(name, Tool(name, tool.description, tool.schema))
@@ -8105,7 +7755,7 @@ def rename_tools(draft: KiroDraft) -> bool:
 
 
 def fit_descriptions(draft: KiroDraft) -> bool:
-    """A tool has a description, and a short one: a longer one moves into the system prompt."""
+    """Every tool needs a short description; a longer one moves into the system prompt."""
     touched = False
     for tool in draft.tools:
         if not tool.description.strip():
@@ -8122,7 +7772,6 @@ def fit_descriptions(draft: KiroDraft) -> bool:
 
 
 def fit_kiro_schemas(draft: KiroDraft) -> bool:
-    """Schemas without references and without words that Kiro refuses."""
     touched = False
     for tool in draft.tools:
         schema = fit_kiro_schema(tool.schema)
@@ -8132,7 +7781,7 @@ def fit_kiro_schemas(draft: KiroDraft) -> bool:
 
 
 def fit_kiro_schema(schema: Json) -> Json:
-    """A tool's schema: an object whose unions at the top are folded into its properties."""
+    """A tool's schema as an object; top-level unions are merged into its properties."""
     fitted: Json = strip_schema(inline_refs(schema))
     properties = dict(details(fitted, "properties"))
     required = list(fitted.get("required", ()))
@@ -8152,7 +7801,7 @@ def fit_kiro_schema(schema: Json) -> Json:
 
 
 def strip_schema(schema: Any) -> Any:
-    """A schema without the words Kiro refuses; a property may have such a name."""
+    """A schema without the keywords Kiro refuses; a property may have such a name."""
     if isinstance(schema, list):
         return [strip_schema(item) for item in schema]
     if not isinstance(schema, dict):
@@ -8175,28 +7824,28 @@ def strip_schema(schema: Any) -> Any:
 
 
 def word_output(draft: KiroDraft) -> bool:
-    """Structured output in words: Kiro has no field for it."""
+    """Puts structured output into the prompt: Kiro has no field for it."""
     if draft.chat.output:
         draft.preface.append(output_instruction(draft.chat.output))
     return draft.chat.output is not None
 
 
 def kiro_fields(model: Model) -> Json:
-    """The fields a model takes beside the conversation, as its own schema describes them."""
+    """The extra request fields a model takes, as its own schema describes them."""
     return details(details(model.raw, "additionalModelRequestFieldsSchema"), "properties")
 
 
 def kiro_efforts(described: Json) -> list[str]:
-    """The efforts that `{"properties": {"effort": {"enum": [...]}}}` lists."""
+    """The efforts listed in `{"properties": {"effort": {"enum": [...]}}}`."""
     listed = details(details(described, "properties"), "effort").get("enum")
     return [e for e in listed if isinstance(e, str)] if isinstance(listed, list) else []
 
 
 def ask_for_thinking(draft: KiroDraft) -> bool:
-    """Thinking in the model's own fields, or in words where it has none.
+    """Asks for thinking in the model's own fields, or in the prompt if it has none.
 
-    Of the words, `enabled` works on all of the older models, `adaptive` not (CLIProxyAPI#3331,
-    2026-05).
+    In the prompt, `enabled` works with all of the older models, `adaptive` does not
+    (CLIProxyAPI#3331, 2026-05).
     """
     chat, known = draft.chat, kiro_fields(draft.model)
     budget = chat.thinking_budget
@@ -8223,7 +7872,7 @@ def ask_for_thinking(draft: KiroDraft) -> bool:
 
 
 def ask_claude_to_think(draft: KiroDraft, known: Json, effort: str) -> None:
-    """`thinking` and `output_config`; without `display` the words of a thought may stay hidden."""
+    """`thinking` and `output_config`; without `display` the text of thinking may be hidden."""
     shape = details(details(known, "thinking"), "properties")
     kinds = details(shape, "type").get("enum")
     kind = "disabled" if effort == "none" else "adaptive"
@@ -8242,7 +7891,7 @@ def is_claude(model: Model) -> bool:
 
 
 def pass_settings(draft: KiroDraft) -> bool:
-    """`max_tokens` where the model has a field for it; the other settings have none."""
+    """`max_tokens`, if the model has a field for it; the other settings have none."""
     chat, described = draft.chat, details(kiro_fields(draft.model), "max_tokens")
     if chat.max_tokens and described:
         low, high = described.get("minimum", 1), described.get("maximum", chat.max_tokens)
@@ -8257,10 +7906,10 @@ def pass_settings(draft: KiroDraft) -> bool:
 
 
 def place_preface(draft: KiroDraft) -> bool:
-    """The system prompt stands before the first words, as Kiro has no field for it.
+    """Prepends the system prompt to the first turn, as Kiro has no field for it.
 
-    Better there than in a pair of turns of its own: the beginning stays the same for the cache,
-    and no answer is invented.
+    That beats a pair of turns of its own: the beginning stays the same for the cache, and no
+    response is invented.
     """
     words = "\n\n".join(filter(None, [text.strip("\n") for text in draft.preface]))
     if words:
@@ -8273,13 +7922,13 @@ def place_preface(draft: KiroDraft) -> bool:
 
 
 def check_size(draft: KiroDraft) -> bool:
-    """A conversation far above the model's window is refused here, in words clients know.
+    """Refuses a conversation far above the model's window with an error that clients know.
 
-    Kiro says no more than "Improperly formed request" to some of them, and clients that are not
-    told cannot compact.  The estimate may be wrong by a third, so there is room above the window.
+    Kiro answers some with just "Improperly formed request", and clients that are not told cannot
+    compact.  The estimate may be off by a third, hence the margin.
     """
     window = draft.model.max_prompt
-    for shorten in (str, shorten_runs):  # the second look costs more, and is rare
+    for shorten in (str, shorten_runs):  # the second pass is expensive, and rare
         tokens = sum(estimate_text(shorten(text)) for text in draft_words(draft))
         if not window or tokens <= 1.5 * window:
             return False
@@ -8287,12 +7936,11 @@ def check_size(draft: KiroDraft) -> bool:
 
 
 def shorten_runs(text: str) -> str:
-    """`text` with an eighth of each run of one character: a token holds many, whatever it is."""
+    """`text` with an eighth of each run of one character: one token covers many of them."""
     return re.sub(r"(.)\1{7,}", lambda run: run[0][: len(run[0]) // 8], text, flags=re.DOTALL)
 
 
 def draft_words(draft: KiroDraft) -> Iterator[str]:
-    """All words of a conversation."""
     for turn in draft.turns:
         for block in turn.blocks:
             if isinstance(block, (Text, Refusal)):
@@ -8304,32 +7952,15 @@ def draft_words(draft: KiroDraft) -> Iterator[str]:
 
 
 KIRO_RULES: tuple[Callable[[KiroDraft], bool], ...] = (
-    word_system_turns,
-    word_strange_parts,
-    keep_own_thinking_turns,
-    tell_calls_apart,
-    begin_with_user,
-    close_with_user,
-    lift_media,
-    fill_silent_turns,
-    word_tool_choice,
-    declare_called_tools,
-    rename_tools,
-    fit_descriptions,
-    fit_kiro_schemas,
-    word_output,
-    ask_for_thinking,
-    pass_settings,
-    place_preface,
-    check_size,
-)
+    word_system_turns, word_strange_parts, keep_own_thinking_turns, tell_calls_apart,
+    begin_with_user, close_with_user, lift_media, fill_silent_turns, word_tool_choice,
+    declare_called_tools, rename_tools, fit_descriptions, fit_kiro_schemas, word_output,
+    ask_for_thinking, pass_settings, place_preface, check_size,
+)  # fmt: skip
 
 
 class KiroRequestWriter:
-    """Writes a Chat as a conversation state, without what only the account knows.
-
-    The provider adds conversation ids, `origin` and `profileArn`, which depend on the host.
-    """
+    """Writes a Chat as a conversation state; the provider adds ids, `origin` and `profileArn`."""
 
     def __init__(self, chat: Chat, model: Model) -> None:
         self.model = model
@@ -8342,7 +7973,6 @@ class KiroRequestWriter:
         )
 
     def write(self) -> Json:
-        """The body; raises InvalidRequest."""
         draft, chat = self.draft, self.draft.chat
         if not any(turn.blocks for turn in draft.turns):
             draft.turns, draft.preface = [Turn("user", [*chat.system])], []
@@ -8361,7 +7991,7 @@ class KiroRequestWriter:
         return body
 
     def write_turn(self, turn: Turn) -> Json:
-        """One entry of the history; empty lists and objects are refused, so there are none."""
+        """One entry of the history; empty lists and objects are left out, as Kiro refuses them."""
         if turn.role == "assistant":
             return {"assistantResponseMessage": self.write_assistant(turn.blocks)}
         message: Json = {"content": plain_text(turn.blocks), "modelId": self.model.id}
@@ -8377,7 +8007,6 @@ class KiroRequestWriter:
         return {"userInputMessage": message}
 
     def write_assistant(self, blocks: list[Block]) -> Json:
-        """An answer of the model, with the thinking that Kiro itself has signed."""
         message: Json = {"content": plain_text(blocks)}
         calls = [
             {
@@ -8403,7 +8032,6 @@ class KiroRequestWriter:
         return message
 
     def write_image(self, image: Image) -> Json:
-        """An image: only data, never a URL."""
         kinds = self.model.raw.get("supportedInputTypes")
         if isinstance(kinds, list) and kinds and "IMAGE" not in kinds:
             raise UnsupportedFeature(
@@ -8418,7 +8046,7 @@ class KiroRequestWriter:
 
     @staticmethod
     def write_document(number: int, document: Document) -> Json:
-        """A file, as the vendor's SDK describes it (1.0.45; not seen on the wire)."""
+        """As the vendor's SDK describes it (1.0.45; not seen on the wire)."""
         kind = KIRO_DOCUMENTS.get(document.media_type)
         if kind is None:
             raise UnsupportedFeature(
@@ -8431,7 +8059,6 @@ class KiroRequestWriter:
 
     @staticmethod
     def write_result(result: ToolResult) -> Json:
-        """What a tool said."""
         return {
             "toolUseId": result.id,
             "status": "error" if result.is_error else "success",
@@ -8440,7 +8067,6 @@ class KiroRequestWriter:
 
     @staticmethod
     def write_tool(tool: Tool) -> Json:
-        """One declared tool."""
         return {
             "toolSpecification": {
                 "name": tool.name,
@@ -8451,16 +8077,16 @@ class KiroRequestWriter:
 
 
 def write_kiro_thinking(text: str, signature: str) -> Json:
-    """`reasoningContent`: only this nested form is taken."""
+    """Only this nested form is accepted."""
     return {"reasoningText": {"text": text, "signature": signature}}
 
 
-# The answer.
+# The response.
 
 KIRO_FINISHES = {
     "END_TURN": "end",
     "STOP_SEQUENCE": "stop",
-    "TOOL_USE": "end",  # a call that was made says more
+    "TOOL_USE": "end",  # a completed call takes precedence
     "MAX_TOKENS": "length",
     "MODEL_CONTEXT_WINDOW_EXCEEDED": "context",
     "CONTENT_FILTERED": "filter",
@@ -8472,10 +8098,10 @@ KIRO_FINISHES = {
 
 
 class ThinkingTags:
-    """Thinking in the text: `<thinking>...</thinking>`, a blank line, the answer.
+    """Thinking inside the text: `<thinking>...</thinking>`, a blank line, the response.
 
-    The opening tag counts only at the very beginning; the closing one where a blank line or the end
-    follows and no quote stands before it, as a thought may speak about the tags.
+    The opening tag counts only at the very beginning; the closing one only before a blank line or
+    the end, and not after a quote, as the thinking may mention the tags.
     """
 
     OPENING = "<thinking>"
@@ -8484,12 +8110,12 @@ class ThinkingTags:
 
     def __init__(self) -> None:
         self.kind = ""  # "" at the beginning, then thinking or text
-        self.margin: list[str] = []  # blanks before the first word
+        self.margin: list[str] = []  # whitespace before the first text
         self.held = ""
-        self.before = ""  # the character in front of what is held
+        self.before = ""  # the character before `held`
 
     def take(self, text: str) -> list[tuple[str, str]]:
-        """(thinking or text, words) for more of the answer; what could be a tag is held back."""
+        """(thinking or text, words) for each piece; what could be a tag is held back."""
         if self.kind == "text":
             return [("text", text)]
         if not self.kind and not self.held and text.isspace():
@@ -8499,7 +8125,7 @@ class ThinkingTags:
         if not self.kind:
             begun = self.held.lstrip()
             if self.OPENING.startswith(begun[: len(self.OPENING)]) and len(begun) < 11:
-                return []  # with one more character, for the line break behind it
+                return []  # one more character shows whether a line break follows
             if not begun.startswith(self.OPENING):
                 return self.flush()
             self.kind, self.margin = "thinking", []
@@ -8507,7 +8133,6 @@ class ThinkingTags:
         return self.take_thought()
 
     def take_thought(self) -> list[tuple[str, str]]:
-        """What is clear of the thought, and of the answer behind its end."""
         held, at, clear = self.held, 0, -1
         while clear < 0 and (at := held.find(self.CLOSING, at)) >= 0:
             end = at + len(self.CLOSING)
@@ -8519,7 +8144,7 @@ class ThinkingTags:
                 parts = (("thinking", held[:at]), ("text", held[end + 2 :]))
                 return [(kind, words) for kind, words in parts if words]
             elif "\n\n".startswith(following):
-                clear = at  # what follows decides
+                clear = at  # the next characters decide
             else:
                 at = end
         if clear < 0:
@@ -8529,7 +8154,6 @@ class ThinkingTags:
         return [("thinking", said)] if said else []
 
     def flush(self) -> list[tuple[str, str]]:
-        """What was held back, at the end or before something else."""
         held, self.held, self.margin = "".join([*self.margin, self.held]), "", []
         kind, self.kind = self.kind or "text", "text"
         if kind == "thinking" and held.startswith(self.CLOSING):
@@ -8542,8 +8166,8 @@ class ThinkingTags:
 class KiroReader:
     """Kiro's events -> events.
 
-    Dispatches on the event's name, never on what is in it.  Calls come in fragments and may
-    interleave with words; one block is live, the rest waits until it is complete.
+    Dispatches on the event's name, never on its content.  Calls come in fragments and may
+    interleave with text; one block is live, the others are buffered until it is complete.
     """
 
     def __init__(self, terms: Terms) -> None:
@@ -8551,21 +8175,21 @@ class KiroReader:
         self.mark = kiro_mark(terms.provider)
         self.tags = ThinkingTags() if terms.tagged_thinking else None
         self.usage = Usage()
-        self.model = ""  # as the answer names it: "auto" is not the one that answers
-        self.share = 0.0  # of the context that is full, in percent
-        self.hidden: list[str] = []  # what stands in the place of a thought, until it is clear
+        self.model = ""  # as the response names it: "auto" is resolved to another model
+        self.share = 0.0  # percentage of the context that is used
+        self.hidden: list[str] = []  # placeholder for hidden thinking, until real text follows
         self.live = ""  # kind of the open block
         self.live_call: StreamedCall | None = None
         self.calls: dict[str, StreamedCall] = {}
         self.unopened: deque[StreamedCall] = deque()  # calls whose name is known
-        self.waiting: list[tuple[str, str]] = []  # (kind, words) that came inside a call
+        self.waiting: list[tuple[str, str]] = []  # (kind, text) received inside a call
         self.thought: list[str] = []
-        self.signature: list[str] = []  # of the thought that was said last, or that is hidden
-        self.signed = ("", "")  # the last thought, with its signature
+        self.signature: list[str] = []  # of the latest thinking, streamed or hidden
+        self.signed = ("", "")  # the last thinking text, with its signature
         self.reason = ""
         self.started = False
         self.over = False
-        self.cut = False  # a call is not complete
+        self.cut = False  # a call is incomplete
         self.takers: dict[str, Callable[[Json, list[Event]], None]] = {
             "assistantResponseEvent": self.take_text,
             "codeEvent": self.take_text,
@@ -8583,10 +8207,7 @@ class KiroReader:
         }
 
     def read(self, frame: Json) -> list[Event]:
-        """The events in one frame, an object with one member; those nobody knows are passed over.
-
-        `followupPromptEvent` and others have a `content` that is not the answer's.
-        """
+        """Unknown names are ignored: `followupPromptEvent` has `content` of another kind."""
         events: list[Event] = []
         for name, value in frame.items():
             take = self.takers.get(name)
@@ -8595,13 +8216,11 @@ class KiroReader:
         return events
 
     def start(self, events: list[Event]) -> None:
-        """The answer begins, once."""
         if not self.started:
             self.started = True
             events.append(Started("", self.model))
 
     def take_text(self, said: Json, events: list[Event]) -> None:
-        """More of the answer's words."""
         if isinstance(said.get("modelId"), str):
             self.model = said["modelId"]
         text = said.get("content")
@@ -8612,7 +8231,7 @@ class KiroReader:
             self.add(kind, words, events)
 
     def take_reasoning(self, said: Json, events: list[Event]) -> None:
-        """More of a thought, or its signature, which may come in pieces and late."""
+        """A thinking delta, or its signature, which may come in pieces and late."""
         self.start(events)
         redacted = said.get("redactedContent")
         if isinstance(redacted, str) and redacted:
@@ -8627,14 +8246,13 @@ class KiroReader:
             self.signature.append(said["signature"])
 
     def take_call(self, said: Json, events: list[Event]) -> None:
-        """A fragment of a call; the last one says stop."""
         self.start(events)
         call_id = said.get("toolUseId")
         if not isinstance(call_id, str) or not call_id:
             call_id = self.unnamed_call(said)
         call = self.calls.get(call_id) or self.calls.setdefault(call_id, StreamedCall(call_id))
         if call.closed:
-            return  # said twice
+            return  # a repeat
         if not call.name and str_or_empty(said, "name"):
             call.name = said["name"]
             self.unopened.append(call)
@@ -8645,14 +8263,14 @@ class KiroReader:
         self.advance(call, events)
 
     def unnamed_call(self, said: Json) -> str:
-        """The id of a fragment that names none: the open call's, or a new one."""
+        """The call id for a fragment without one: the open call's, or a new one."""
         last = next(reversed(self.calls.values()), None)
         if last is not None and not last.complete and said.get("name") in (None, last.name):
             return last.id
         return "tooluse_" + short_hash(f"{self.terms.id} {len(self.calls)}", 22)
 
     def advance(self, spoken: StreamedCall, events: list[Event]) -> None:
-        """Passes on what may go on of the calls, `spoken` the last of them, and of the words."""
+        """Passes on what is ready of calls and text; `spoken` is the call that grew last."""
         while True:
             live = self.live_call
             if live is not None:
@@ -8670,7 +8288,6 @@ class KiroReader:
             self.add(kind, words, events)
 
     def open_call(self, call: StreamedCall, events: list[Event]) -> None:
-        """Makes `call` the live block."""
         for kind, words in self.tags.flush() if self.tags else ():
             self.add(kind, words, events)
         self.close(events)
@@ -8678,7 +8295,7 @@ class KiroReader:
         events.append(Opened("tool", call.id, call.name))
 
     def add(self, kind: str, words: str, events: list[Event]) -> None:
-        """Words for a block of `kind`, at once or when the live call is complete."""
+        """Adds text to a block of `kind`, now or once the live call is complete."""
         if self.live_call is not None:
             if not self.live_call.is_whole():
                 self.waiting.append((kind, words))
@@ -8697,7 +8314,6 @@ class KiroReader:
         events.append(Added("text", words))
 
     def close(self, events: list[Event]) -> None:
-        """Closes the live block."""
         if not self.live:
             return
         call = self.live_call
@@ -8710,7 +8326,6 @@ class KiroReader:
         self.live, self.live_call = "", None
 
     def sign(self, events: list[Event]) -> None:
-        """Adds the signature to the open thought, where it has come."""
         if self.signature:
             signature = "".join(self.signature)
             events.append(Added("signature", self.mark + signature))
@@ -8718,24 +8333,21 @@ class KiroReader:
         self.thought, self.signature = [], []
 
     def take_context(self, said: Json, events: list[Event]) -> None:
-        """How full the context is now, in percent of the window of the model that answers."""
         self.share = fraction(said, "contextUsagePercentage", 1000) or self.share
         events.append(self.count())
 
     def count(self) -> Counted:
-        """The figures so far."""
         window = self.terms.window(self.model) if self.terms.window else 0
         self.usage.context = int(self.share / 100 * window)
         return Counted(replace(self.usage))
 
     def take_metering(self, said: Json, events: list[Event]) -> None:
-        """What this answer costs in credits; several of them add up."""
+        """The cost of this response in credits; several events add up."""
         self.usage.nano_credits += round(fraction(said, "usage", MAX_FIGURE / 1e9) * 1e9)
         self.usage.credits_source = "reported"
         events.append(self.count())
 
     def take_metadata(self, said: Json, events: list[Event]) -> None:
-        """The stop reason, and the tokens where this service counts them."""
         if isinstance(said.get("stopReason"), str):
             self.reason = said["stopReason"]
         figures = details(said, "tokenUsage") or said
@@ -8750,7 +8362,7 @@ class KiroReader:
         events.append(self.count())
 
     def take_error(self, said: Json, events: list[Event]) -> None:
-        """The service failed while it answered; what was said still counts."""
+        """An error in mid-stream; content sent before it still counts."""
         code, reason, message = read_kiro_words(said)
         verdict = judge_kiro_words(code, reason, message)
         if verdict and isinstance(verdict.error, ContextTooLong) and self.started:
@@ -8762,14 +8374,10 @@ class KiroReader:
         events.append(Failed(verdict.error if verdict else failure))
 
     def take_overload(self, said: Json, events: list[Event]) -> None:
-        """The model went away."""
         events.append(Failed(Overloaded("This model is overloaded at Kiro.")))
 
     def end(self) -> list[Event]:
-        """What was held back, the late signature, usage and finish: the stream's end is the sign.
-
-        A call that is cut short is not one: the client must not run it.
-        """
+        """Only EOF marks the end; truncated calls are dropped: the client must not run them."""
         events: list[Event] = []
         if self.over:
             return events
@@ -8792,7 +8400,7 @@ class KiroReader:
         for kind, words in waiting:
             self.add(kind, words, events)
         self.close(events)
-        if self.signature:  # without a word of the thought itself
+        if self.signature:  # a signature without any thinking text
             self.thought = self.hidden
             events.append(Opened("thinking"))
             self.sign(events)
@@ -8802,13 +8410,12 @@ class KiroReader:
         return events
 
     def remember(self) -> None:
-        """Lets the provider keep a signature for callers whose dialect cannot carry it."""
+        """Has the provider keep a signature for clients whose dialect cannot carry it."""
         calls = [call.id for call in self.calls.values() if call.closed]
         if calls and self.signed[1] and self.terms.keep:
             self.terms.keep(calls, *self.signed)
 
     def finish(self) -> str:
-        """The reason, in the words of this program."""
         if self.cut:
             return "length"
         if any(call.closed for call in self.calls.values()):
@@ -8818,33 +8425,27 @@ class KiroReader:
         return KIRO_FINISHES.get(self.reason, "end")
 
 
-# Events that say something of the answer itself.
+# Events that carry content of the response itself.
 KIRO_WORDS = {"assistantResponseEvent", "codeEvent", "reasoningContentEvent", "toolUseEvent"}
 
 
 class KiroDialect:
-    """What Kiro speaks."""
-
     name = "kiro"
 
     def write_request(self, chat: Chat, model: Model) -> Json:
-        """The conversation state."""
         return KiroRequestWriter(chat, model).write()
 
     def framing(self) -> Framing:
-        """An event stream."""
         return EventStreamFraming()
 
     def reader(self, terms: Terms) -> Reader:
-        """A reader for one answer."""
         return KiroReader(terms)
 
     def unfold(self, whole: Json) -> list[Json]:
-        """Kiro answers with a stream only: a JSON object is an error."""
+        """Kiro always streams: a JSON object is an error."""
         return [{"error": whole}]
 
     def plain_text(self, frame: Json) -> str | None:
-        """The text of an `assistantResponseEvent`."""
         said = frame.get("assistantResponseEvent")
         if not isinstance(said, dict) or not said.keys() <= {"content", "modelId"}:
             return None
@@ -8874,21 +8475,17 @@ class Converter:
 
     @property
     def finished(self) -> bool:
-        """Whether the answer is complete."""
         return self.checker.state == "over"
 
     def mend(self, frame: Json) -> list[Json]:
-        """The caller's frames for one of the upstream's."""
         return self.write(self.reader.read(frame))
 
     def end(self) -> list[Json]:
-        """The caller's frames for what the reader held back."""
         frames = [] if self.finished else self.write(self.reader.end())
         self.checker.end()
         return frames
 
     def write(self, events: list[Event]) -> list[Json]:
-        """Checked, filtered, written."""
         frames = []
         for event in events:
             if self.finished:
@@ -8898,7 +8495,7 @@ class Converter:
         return frames
 
     def write_event(self, event: Event) -> list[Json]:
-        """One event, checked; an answer that nobody counted is estimated before it finishes."""
+        """Checks one event; usage that was not reported is estimated before the finish."""
         if isinstance(event, Failed):
             raise event.error
         event = self.checker.check(event)
@@ -8919,15 +8516,14 @@ class Converter:
         return self.writer.write(event)
 
 
-# The inside of a JSON string (RFC 8259 section 7), without surrogate escapes: halves of a pair
-# need a look.  Possessive, so that what does not fit is found out in linear time.
+# The inside of a JSON string (RFC 8259 section 7), without surrogate escapes: halves of a pair need
+# checking.  Possessive, so that a mismatch is found in linear time.
 PLAIN_JSON_TEXT = re.compile(
     rb'(?:[^"\\\x00-\x1f]++|\\["\\/bfnrt]|\\u(?![dD][89a-fA-F])[0-9a-fA-F]{4})*+'
 )
 
 
 def is_utf8(data: bytes) -> bool:
-    """Whether bytes are text."""
     if data.isascii():
         return True
     try:
@@ -8938,10 +8534,10 @@ def is_utf8(data: bytes) -> bool:
 
 
 class Template(NamedTuple):
-    """What all text deltas of one block share: the bytes around their text, in and out.
+    """The bytes around the text that all text deltas of one block share, in and out.
 
-    Between the quotes of two JSON strings text can be copied as it is, escapes included: deltas
-    that fit need no parse, no events and no dump.
+    Text between the quotes of two JSON strings can be copied as it is, escapes included: matching
+    deltas need no parsing, no events and no encoding.
     """
 
     before: bytes
@@ -8951,7 +8547,7 @@ class Template(NamedTuple):
 
     @classmethod
     def learn(cls, row: bytes, written: bytes, text: str) -> Template | None:
-        """The template of a delta and of what was written for it; None where it is not clear."""
+        """The template of a delta and of its output; None if it is ambiguous."""
         quoted = dump_json(text)
         parts, out_parts = row.split(quoted), written.split(quoted)
         if len(parts) != 2 or len(out_parts) != 2:
@@ -8959,12 +8555,12 @@ class Template(NamedTuple):
         return cls(parts[0] + b'"', b'"' + parts[1], out_parts[0] + b'"', b'"' + out_parts[1])
 
     def copy(self, blocks: bytes) -> tuple[bytes, float] | None:
-        """(what whole events become, tokens in their texts); None when one of them does not fit."""
+        """(the output for complete events, tokens in their texts); None if one does not match."""
         before, after, out_before, out_after = self
         if not (blocks.startswith(before) and blocks.endswith(after)):
             return None
         texts = blocks[len(before) : len(blocks) - len(after)].split(after + before)
-        # A blank after each text makes an escape that is torn between two of them invalid.
+        # The blank between texts makes an escape that is split across two of them invalid.
         joined = b" ".join(texts)
         if not PLAIN_JSON_TEXT.fullmatch(joined) or b"" in texts or not is_utf8(joined):
             return None
@@ -8984,10 +8580,10 @@ def first_events(blocks: bytes, count_: int) -> tuple[bytes, bytes]:
 
 
 class Flow:
-    """One answer on its way: the upstream's bytes in, the caller's bytes out.
+    """One response in transit: upstream bytes in, client bytes out.
 
-    Without `stream` everything is kept, and `whole` is the answer at the end.  An error before the
-    first byte went out stands in `error`, so that it can become a status; after that it is a frame.
+    Without `stream` frames are collected, and `whole` returns the response at the end.  An error
+    before the first byte is kept in `error`, so that it can become a status; later it is a frame.
     """
 
     def __init__(
@@ -9012,21 +8608,20 @@ class Flow:
             else Converter(upstream.reader(terms), caller.writer(terms), terms)
         )
         self.frames: list[Json] = []
-        self.kept_bytes = 0  # of the upstream's, that `frames` come from
-        #: deltas need no parse while they fit; nothing else may touch the answer meanwhile
+        self.kept_bytes = 0  # upstream bytes behind `frames`
+        #: matching deltas need no parsing; nothing else may change the response meanwhile
         self.template: Template | None = None
         self.may_copy = stream and not terms.cut
-        self.last: Json | None = None  # what the last frame became, where it became one
-        #: a byte is out, so that an error can only be a frame; `spoken`: a frame is out
+        self.last: Json | None = None  # what the last frame became, if that was one frame
+        #: a byte was sent, so an error can only be a frame; `spoken`: a frame was sent
         self.begun = False
         self.spoken = False
         self.over = False
         self.error: ApiError | None = None
-        self.number = 0  # of the next frame, where frames are numbered
+        self.number = 0  # of the next frame, if frames are numbered
 
     @property
     def usage(self) -> Usage:
-        """What is known of the tokens so far; estimated where the upstream did not say."""
         usage = self.relay.usage
         if usage.source or not (self.begun or self.frames):
             return usage
@@ -9034,11 +8629,10 @@ class Flow:
 
     @property
     def ended(self) -> bool:
-        """Whether the upstream has said all: not where it failed, or was cut short here."""
+        """Whether the upstream finished: it did not fail and was not cut short here."""
         return self.over and self.error is None and not self.terms.cut
 
     def feed(self, data: bytes) -> bytes:
-        """The caller's bytes for a read of the upstream's."""
         written: list[bytes] = []
         try:
             self.kept_bytes += 0 if self.stream else len(data)
@@ -9052,7 +8646,7 @@ class Flow:
                     written.append(copied[0])
                     self.relay.said += copied[1]
                     break
-                # Parses a few, tries again with what they taught, then twice as many.
+                # Parses a few, retries with the template they gave, then parses twice as many.
                 self.template = None
                 parsed, blocks = first_events(blocks, step)
                 step *= 2
@@ -9062,7 +8656,6 @@ class Flow:
         return b"".join(written)
 
     def feed_events(self, blocks: bytes) -> bytes:
-        """The caller's bytes for whole events; the last one may teach a template."""
         frames = self.framing.frames(blocks)
         if not frames:
             return b""
@@ -9074,7 +8667,7 @@ class Flow:
         return written
 
     def feed_whole(self, data: bytes) -> bytes:
-        """The caller's bytes for an upstream's answer that is not a stream."""
+        """The client's bytes for a non-streaming upstream response."""
         whole = load_object(data)
         if whole is None:
             return self.fail(UpstreamError("The upstream's answer is not JSON."))
@@ -9086,12 +8679,12 @@ class Flow:
             return self.fail(error)
 
     def pass_on(self, frames: list[Json]) -> bytes:
-        """Frames through the relay; what came before an error still goes out."""
+        """Runs frames through the relay; output from before an error is still sent."""
         written: list[bytes] = []
         try:
             for frame in frames:
                 if self.relay.finished:
-                    break  # nothing comes behind the end
+                    break  # nothing may follow the end
                 mended = self.relay.mend(frame)
                 self.last = mended[0] if len(mended) == 1 else None
                 written += self.write(mended)
@@ -9103,7 +8696,6 @@ class Flow:
         return b"".join(written)
 
     def write(self, frames: list[Json]) -> list[bytes]:
-        """Frames as bytes for a stream, kept for a whole answer."""
         if frames and self.stream:
             self.begun = self.spoken = True
             if self.caller.is_numbered:
@@ -9113,18 +8705,16 @@ class Flow:
         return []
 
     def numbered(self, frame: Json) -> Json:
-        """A frame with the next number: counted here, where pings and errors come in between."""
+        """Numbers are assigned here, as pings and errors come in between."""
         frame["sequence_number"] = self.number
         self.number += 1
         return frame
 
     def ping(self) -> bytes:
-        """A sign of life."""
         frame = self.caller.alive(self.terms) if self.spoken else None
         return b"".join(self.write([frame])) if frame else self.caller.ping(self.spoken)
 
     def end(self, error: ApiError | None = None) -> bytes:
-        """The last bytes, when the upstream has ended or `error` has ended it."""
         if self.over:
             return b""
         if error is not None:
@@ -9141,7 +8731,7 @@ class Flow:
         return written + last + (self.caller.tail if self.stream else b"")
 
     def fail(self, error: ApiError) -> bytes:
-        """Ends the answer: with a frame if it has begun, else only with `self.error`."""
+        """Ends the response: with a frame if a byte was sent, otherwise only in `self.error`."""
         self.over = True
         self.error = error
         if not self.begun:
@@ -9150,7 +8740,7 @@ class Flow:
         return b"".join(self.write(frames))
 
     def whole(self) -> Json:
-        """The whole answer; raises the error that ended it."""
+        """The non-streaming response; raises the error that ended it."""
         if self.error:
             raise self.error
         return self.caller.fold(self.frames)
