@@ -7408,10 +7408,10 @@ DIALECTS: dict[str, Dialect] = {d.name: d for d in (CHAT, MESSAGES, RESPONSES)}
 FORMATS: dict[str, Dialect] = {"openai": CHAT, "anthropic": MESSAGES}
 
 
-# 8.5 Kiro: what an upstream alone speaks
+# 8.5 Kiro, spoken upstream only
 #
-# Undocumented.  The facts are from the vendor's own clients and from public ones, 2025-10 to
-# 2026-10.  A request is a JSON "conversation state"; the answer is always an Amazon event stream.
+# Undocumented: the facts are from the vendor's own clients and from public ones, 2025-10 to
+# 2026-10.  A request is a JSON "conversation state", a response always an Amazon event stream.
 
 
 def kiro_mark(provider: str) -> str:
@@ -8608,7 +8608,7 @@ class Flow:
             else Converter(upstream.reader(terms), caller.writer(terms), terms)
         )
         self.frames: list[Json] = []
-        self.kept_bytes = 0  # upstream bytes behind `frames`
+        self.kept_bytes = 0  # upstream bytes that `frames` were parsed from
         #: matching deltas need no parsing; nothing else may change the response meanwhile
         self.template: Template | None = None
         self.may_copy = stream and not terms.cut
