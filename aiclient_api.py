@@ -3541,8 +3541,7 @@ class Outline:
     model: str
     stream: bool
     include_usage: bool
-    #: X-Initiator: "user" when a person spoke last, "agent" in a tool loop
-    initiator: str
+    initiator: str  #: X-Initiator: "user" when a person spoke last, "agent" in a tool loop
     session: str  #: a stable key of the conversation; "" if the client sends none
     opening: str  #: the opening text: identifies conversations that have no key
     size: int = 0  #: request body size in bytes
@@ -3553,8 +3552,7 @@ class Terms:
     """What shapes one response besides the upstream's bytes."""
 
     id: str
-    #: Unix seconds
-    created: int
+    created: int  #: Unix seconds
     model: str  #: the model name the client used
     include_usage: bool = False
     names: dict[str, str] = field(default_factory=dict)  #: upstream tool name -> the client's
