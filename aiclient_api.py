@@ -9316,10 +9316,7 @@ def model_spellings(name: str) -> list[str]:
 
 
 def find_model(name: str, models: dict[str, Model]) -> Model | None:
-    """The model that `name` means, in any usual spelling.
-
-    Claude 3 is retired but agents still ask for it: they get the newest model of its family.
-    """
+    """In any usual spelling; for Claude 3, retired but still in use, the newest of its family."""
     if name in models:
         return models[name]
     by_lower = {model_id.lower(): model for model_id, model in models.items()}
@@ -9369,7 +9366,6 @@ def copilot_authorization(token: str, host: str) -> str:
 
 
 def copilot_identity(authorization: str, session_id: str, machine_id: str, device_id: str) -> Json:
-    """The headers that stay the same for every request with one token."""
     return {
         "Authorization": authorization,
         "Accept-Encoding": "identity",
@@ -9405,7 +9401,6 @@ def hash_uuid(text: str) -> str:
 
 
 def format_uuid(digits: str) -> str:
-    """32 hex digits in the layout of a version 4 UUID."""
     last = digits[17:20]
     return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{last}-{digits[20:]}"
 
@@ -9429,10 +9424,7 @@ CONTEXT_BETA = "context-management-2025-06-27"
 
 
 def messages_betas(body: Json, asked: str, refused: Collection[str], model: Model) -> str:
-    """`anthropic-beta` for a scrubbed messages body: what Copilot supports and this body needs.
-
-    Of the client's own betas only interleaved thinking counts; adaptive models always have it.
-    """
+    """What Copilot supports and this body needs; of the client only interleaved thinking."""
     betas = []
     wanted = INTERLEAVED_BETA in [item.strip() for item in asked.split(",")]
     if not model.adaptive and (wanted or details(body, "thinking").get("type") == "enabled"):
@@ -9442,7 +9434,7 @@ def messages_betas(body: Json, asked: str, refused: Collection[str], model: Mode
     return ",".join(beta for beta in betas if beta not in refused)
 
 
-# 9.3 what is taken out of bodies
+# 9.3 what is removed from bodies
 
 
 #: kind of lesson -> what one model refuses: "thinking" (a budget), "effort" (levels), "system"
@@ -9646,7 +9638,6 @@ def check_messages(scrub: Scrub) -> None:
 
 
 def check_content(content: Any, path: str) -> None:
-    """Refuses content that is neither a string nor a list of typed parts."""
     if content is None or isinstance(content, str):
         return
     if not isinstance(content, list):
@@ -9720,7 +9711,6 @@ def plain_documents(scrub: Scrub) -> None:
 
 
 def simplify_parts(holder: Json, path: str) -> None:
-    """Rewrites the parts in `holder["content"]`, including those of tool results."""
     content = holder.get("content")
     if not isinstance(content, list):
         return
@@ -9749,7 +9739,6 @@ def text_part(text: str) -> Json:
 
 
 def as_texts(part: Json, path: str) -> list[Text]:
-    """A text document's text, its title first."""
     texts = []
     for block in read_document_part(part, path):
         if isinstance(block, Document):
@@ -9772,7 +9761,6 @@ GOOGLE_KNOWN = (
 
 
 def fit_schema(schema: Json, google: bool) -> Json:
-    """A tool's schema adapted to the model's vendor."""
     fitted: Json = fit_subschema(inline_refs(schema) if google else schema, google)
     return fitted
 
@@ -9865,7 +9853,6 @@ def word_output_format(scrub: Scrub) -> None:
 
 
 def fit_thinking(scrub: Scrub) -> None:
-    """Adapts `thinking`, effort and sampling to a combination the model accepts."""
     body, model = scrub.body, scrub.model
     thinking = dict_field(body, "thinking")
     settings = dict_field(body, "output_config")
@@ -9976,7 +9963,6 @@ def fit_context_management(scrub: Scrub) -> None:
 
 
 def strip_learned(scrub: Scrub) -> None:
-    """Removes fields that this model has refused before."""
     paths = scrub.lessons.get("field", ())
     if paths:
         dropped: dict[str, None] = {}
@@ -10049,7 +10035,6 @@ def is_openai(model: Model) -> bool:
 
 
 def keep_chat_keys(scrub: Scrub) -> None:
-    """Removes what the service refuses, and for other vendors what only OpenAI's models know."""
     refused = [*CHAT_REFUSED_KEYS, *CHAT_FOREIGN_KEYS]
     if not is_openai(scrub.model):
         if (int_field(scrub.body, "n") or 1) > 1:
@@ -10065,7 +10050,6 @@ def keep_chat_keys(scrub: Scrub) -> None:
 
 
 def fit_chat_limits(scrub: Scrub) -> None:
-    """The output limit under the name the model expects, capped at its maximum."""
     body, model = scrub.body, scrub.model
     wanted = int_field(body, "max_completion_tokens") or int_field(body, "max_tokens")
     body.pop("max_tokens", None)
@@ -10079,7 +10063,6 @@ def fit_chat_limits(scrub: Scrub) -> None:
 
 
 def fit_chat_sampling(scrub: Scrub) -> None:
-    """Adapts sampling and effort to a combination the model accepts."""
     body, model = scrub.body, scrub.model
     effort = body.pop("reasoning_effort", None)
     if isinstance(effort, str) and effort in EFFORTS:
@@ -10104,7 +10087,6 @@ def fit_chat_sampling(scrub: Scrub) -> None:
 
 
 def fit_chat_tools(scrub: Scrub) -> None:
-    """Function tools with schemas that the model's vendor accepts."""
     body = scrub.body
     tools = list_field(body, "tools")
     if len(tools) > MAX_TOOLS:
@@ -10141,7 +10123,6 @@ def fit_chat_tools(scrub: Scrub) -> None:
 
 
 def fit_chat_messages(scrub: Scrub) -> None:
-    """Messages without echoed fields or blanks, with images only where they are allowed."""
     model = scrub.model
     messages: list[Json] = []
     moved: list[Json] = []
@@ -10228,7 +10209,8 @@ def fit_chat_content(message: Json, model: Model, moved: list[Json]) -> None:
             moved += [text_part(f"Image from tool call {call}:"), *pictures]
             parts = [part for part in parts if part.get("type") != "image_url"]
             parts = parts or [text_part("[image in next message]")]
-        # Claude repeats its own earlier turn if that is sent as a list (seen in pi, 2026).
+        # Claude responds to its own earlier turn again if that is sent as a list (seen in pi,
+        # 2026).
         if role == "tool" or (role == "assistant" and not is_openai(model)):
             message["content"] = text_of(parts)
         else:
@@ -10259,7 +10241,6 @@ def fit_call(call: Json) -> Json:
 
 
 def word_response_format(scrub: Scrub) -> None:
-    """Puts structured output into the prompt for models that are not OpenAI's."""
     wanted = scrub.body.get("response_format")
     if not wanted or is_openai(scrub.model):
         return
@@ -10444,7 +10425,6 @@ def settle_items(items: list[Json]) -> list[Json]:
 
 
 def shown_parts(output: Any) -> list[Json]:
-    """The parts of an output that are not text."""
     rows = [row for row in output if isinstance(row, dict)] if isinstance(output, list) else []
     shown = [dict(row) for row in rows if row.get("type") not in ("input_text", "output_text")]
     for row in shown:
@@ -10465,10 +10445,7 @@ def answer_items(
     calls: dict[str, int],
     call_ids: CallIds,
 ) -> list[Json]:
-    """The outputs of calls as text, then a message with their images, which text cannot carry.
-
-    Reused call ids are made distinct, in the call and in its output.
-    """
+    """Outputs as text, then a message with their images; reused call ids are made distinct."""
     answers: list[Json] = []
     shown: list[Json] = []
     for call in pending:
@@ -10495,7 +10472,6 @@ def answer_items(
 
 
 def fit_responses_choice(choice: Json, hosted: set[str], path: str) -> Json:
-    """A tool choice, or one of the tools it allows, with the names that are sent upstream."""
     fitted = {**choice}
     name = str_field(choice, "name", path)
     if name:
@@ -10511,7 +10487,6 @@ def fit_responses_choice(choice: Json, hosted: set[str], path: str) -> Json:
 
 
 def fit_responses_tools(scrub: Scrub) -> None:
-    """Functions, custom tools and namespaces; server-side tools are not available."""
     body = scrub.body
     tools: list[Json] = []
     hosted: list[str] = []
@@ -10601,10 +10576,7 @@ RULES = {"chat": CHAT_RULES, "messages": MESSAGES_RULES, "responses": RESPONSES_
 
 
 def copy_parts(rows: list[Any]) -> list[Any]:
-    """Copies messages or parts, nested ones included, so that rules can modify them.
-
-    The client's originals stay as they are: a retry starts from them.
-    """
+    """Copies messages or parts at any depth: rules modify them, a retry needs the originals."""
     copied = []
     for row in rows:
         if isinstance(row, dict):
@@ -10730,7 +10702,7 @@ class ReasoningMemory:
                     message["reasoning_text"] = text
 
 
-# 9.4 what error answers mean
+# 9.4 what error responses mean
 
 
 def unwrap_error(value: Any, depth: int = 3) -> tuple[str, str]:
@@ -10750,10 +10722,7 @@ def unwrap_error(value: Any, depth: int = 3) -> tuple[str, str]:
 
 
 def read_error_answer(status: int, data: bytes) -> tuple[str, str]:
-    """(message, code) of an error response, whatever its media type: JSON, text, HTML, nothing.
-
-    Both are redacted, and truncated before anything searches them.
-    """
+    """(message, code) of an error response of any type, redacted, and cut before any search."""
     text = data.decode("utf-8", "replace").strip()
     value = load_object(text) if text.startswith("{") else None
     if value is not None:
@@ -10815,7 +10784,6 @@ def read_wait_words(message: str, now: float) -> float | None:
 
 
 def read_wait(headers: Headers, message: str, now: float) -> float | None:
-    """Seconds to wait by Retry-After, otherwise by the message; None if neither says."""
     said = parse_retry_after(headers.get("retry-after"), now)
     return read_wait_words(message, now) if said is None else said
 
@@ -10833,12 +10801,10 @@ NOT_SERVED = re.compile(
 )
 # Losing one of these would change what the client asked for: at the top level of a body, in an
 # object of a type that has it, and in any other object.
-BODY_KEYS = frozenset(
-    (
-        "input", "instructions", "max_tokens", "messages", "model", "output_format",
-        "response_format", "stream", "system", "tool_choice", "tools",
-    )
-)  # fmt: skip
+BODY_KEYS = frozenset((
+    "input", "instructions", "max_tokens", "messages", "model", "output_format",
+    "response_format", "stream", "system", "tool_choice", "tools",
+))  # fmt: skip
 TYPED_KEYS: dict[str, tuple[str, ...]] = {
     "text": ("text", "format"),
     "thinking": ("thinking", "signature"),
@@ -10850,13 +10816,11 @@ TYPED_KEYS: dict[str, tuple[str, ...]] = {
     "custom": ("name", "description", "input_schema"),
     "function": ("name", "description", "parameters", "arguments", "function"),
 }
-NESTED_KEYS = frozenset(key for keys in TYPED_KEYS.values() for key in keys) | frozenset(
-    (
-        "arguments", "budget_tokens", "call_id", "encrypted_content", "file", "format",
-        "image_url", "json_schema", "media_type", "output", "role", "schema", "summary",
-        "tool_call_id", "tool_calls", "type", "url", "*",
-    )
-)  # fmt: skip
+NESTED_KEYS = frozenset(key for keys in TYPED_KEYS.values() for key in keys) | frozenset((
+    "arguments", "budget_tokens", "call_id", "encrypted_content", "file", "format", "image_url",
+    "json_schema", "media_type", "output", "role", "schema", "summary", "tool_call_id",
+    "tool_calls", "type", "url", "*",
+))  # fmt: skip
 # Anything below one of these keys is the client's own data.
 OWN_DATA = frozenset(("input_schema", "parameters", "arguments", "input", "schema"))
 
@@ -10872,10 +10836,7 @@ STALE_REASONING = (
 
 
 def judge_400(message: str, code: str, model: Model, sent: Json, lessons: Lessons) -> Verdict:
-    """A 400 of the model service: something to repair and retry, or an error for the client.
-
-    `lessons` are those applied when `sent` was written.
-    """
+    """A 400 of the model service; `lessons` are those applied when `sent` was written."""
     text = message.lower()
     for pattern in TOKEN_COUNTS:
         found = pattern.search(message)
@@ -10928,10 +10889,7 @@ def read_lessons(message: str, code: str, sent: Json) -> list[tuple[str, str]]:
 
 
 def refused_paths(message: str) -> list[str]:
-    """The unknown fields that a refusal names, as paths, if the request can do without them.
-
-    `tools.0.custom.strict` -> `tools.*.custom.strict`.
-    """
+    """`tools.0.custom.strict` -> `tools.*.custom.strict`, for fields the request can do without."""
     paths = []
     for found in EXTRA_FIELD.finditer(message):
         steps = ["*" if step.isdecimal() else step for step in found[1].split(".")]
@@ -10941,7 +10899,6 @@ def refused_paths(message: str) -> list[str]:
 
 
 def may_lose(steps: list[str]) -> bool:
-    """Whether a body means the same without the field at a path."""
     *above, last = steps
     if not above:
         return last not in BODY_KEYS
@@ -10967,7 +10924,6 @@ def judge_copilot(
     lessons: Lessons,
     now: float,
 ) -> Verdict:
-    """Classifies an error response of the model service to `sent`; `now` is Unix time."""
     message, code = read_error_answer(status, data)
     support = headers.get("x-github-request-id", "")
     tail = f" (GitHub request {support})" if SUPPORT_ID.fullmatch(support) else ""
@@ -11066,8 +11022,6 @@ def judge_exchange(status: int, headers: Headers, data: bytes, now: float) -> Ve
 
 @dataclass(slots=True)
 class CopilotToken:
-    """A short-lived Copilot token and the host it is valid for."""
-
     token: str = field(repr=False)
     api_url: str
     #: Unix seconds
@@ -11090,10 +11044,7 @@ def copilot_host(config: CopilotConfig) -> str:
 
 
 def named_host(body: Json, config: CopilotConfig) -> str:
-    """The base URL from the configuration or from a response's `endpoints.api`; "" without either.
-
-    Raises UpstreamError for a host that is not Copilot's: no token is sent there.
-    """
+    """From the configuration or `endpoints.api`, or ""; UpstreamError for a host not Copilot's."""
     named = details(body, "endpoints").get("api")
     if config.api_url or not isinstance(named, str) or not named:
         return config.api_url.rstrip("/")
@@ -11114,10 +11065,7 @@ def read_token_answer(body: Json, config: CopilotConfig, now: float) -> CopilotT
 
 
 def direct_token(github_token: str, user: Json, config: CopilotConfig, now: float) -> CopilotToken:
-    """Uses a GitHub token as the Copilot token; `user` is GitHub's account response.
-
-    It also names the host of an organisation; raises UpstreamError for a foreign one.
-    """
+    """`user`, GitHub's account response, names an organisation's host; raises UpstreamError."""
     tenant = copilot_host(config)
     any_host = COPILOT_ANY_HOST if tenant in COPILOT_HOSTS.values() else tenant
     url = named_host(user, config) or any_host
@@ -11161,10 +11109,7 @@ class Allowance:
 
     @property
     def percent_used(self) -> float | None:
-        """Above 100 if the limit is exceeded; None if there is no limit or it is unknown.
-
-        A limit of 0 never counts as used up.
-        """
+        """A limit of 0 is never used up; None if there is none or it is unknown; may exceed 100."""
         if self.limit == math.inf:
             return None
         if self.used is not None and self.limit:
@@ -11232,7 +11177,6 @@ def read_told(value: Any) -> float | None:
 
 
 def read_flag(value: Any) -> bool | None:
-    """A JSON boolean, or one in a string; otherwise None."""
     return {"true": True, "false": False}.get(str(value).lower())
 
 
@@ -11244,10 +11188,7 @@ def allowance_unit(name: str, by_tokens: bool | None) -> str:
 
 
 def read_allowance(name: str, row: Json, by_tokens: bool | None = None) -> Allowance | None:
-    """One of GitHub's quota snapshots; None if it does not apply to the account.
-
-    `by_tokens` is the account's `token_based_billing`.
-    """
+    """None if it does not apply.  `by_tokens` is the account's `token_based_billing`."""
     limit = read_told(row.get("entitlement"))
     own = read_flag(row.get("token_based_billing"))
     found = Allowance(
@@ -11312,15 +11253,13 @@ QUOTA_PREFIXES = (SNAPSHOT_PREFIX, WINDOW_PREFIX)
 
 
 def quota_fields(headers: Headers) -> dict[str, str]:
-    """The quota header fields of a response, unparsed."""
     return {name: text for name, text in headers.items() if name.startswith(QUOTA_PREFIXES)}
 
 
 def read_snapshot(name: str, text: str) -> Allowance | None:
-    """Parses one such field; None if it does not apply.  Raises ValueError for another format.
+    """One quota field; None if it does not apply.  Raises ValueError for another format.
 
-    `ent` is the limit (-1 = none), `rem` the percentage left, `totRem` the amount left, `ov` the
-    overage.
+    `ent`: limit (-1 = none), `rem`: percentage left, `totRem`: amount left, `ov`: overage.
     """
     said = dict(urllib.parse.parse_qsl(text, keep_blank_values=True, max_num_fields=20))
     figures = {key: read_told(said[key]) for key in ("ent", "rem", "totRem", "ov") if key in said}
@@ -11377,10 +11316,7 @@ def merge_snapshots(
 
 
 def take_snapshots(known: Quota | None, found: dict[str, str], now: float) -> Quota:
-    """The updated quota after a response with these fields.
-
-    The plan's reset date is that of its own buckets, not of a rolling window's.
-    """
+    """The plan's reset date comes from its own buckets, not from a rolling window."""
     read = read_snapshots(found)
     rows = [row for name, row in read.items() if row and WINDOW_PREFIX + name not in found]
     return merge_snapshots(known, read, max((row.resets_at for row in rows), default=0.0), now)
@@ -11445,7 +11381,6 @@ class QuotaAlarm:
         self.told: dict[str, tuple[float, float]] = {}
 
     def news(self, quota: Quota, now: float) -> list[Allowance]:
-        """The allowances that have reached a threshold not reported yet."""
         return [row for row in quota.allowances if self.is_news(row, quota.resets_at, now)]
 
     def is_news(self, row: Allowance, resets_at: float, now: float) -> bool:
@@ -11475,17 +11410,10 @@ class QuotaAlarm:
 # (kiro.rs, opencodex, kiro-gateway, pi), 2026-04 to 2026-10.
 
 KIRO_KINDS = {
-    "apikey": "api_key",
-    "awsidc": "idc",
-    "builderid": "builder_id",
-    "enterprise": "idc",
-    "externalidp": "external_idp",
-    "github": "social",
-    "google": "social",
-    "idc": "idc",
-    "internal": "idc",
-    "social": "social",
-}
+    "apikey": "api_key", "awsidc": "idc", "builderid": "builder_id", "enterprise": "idc",
+    "externalidp": "external_idp", "github": "social", "google": "social", "idc": "idc",
+    "internal": "idc", "social": "social",
+}  # fmt: skip
 KIRO_CLIENTS = ("builder_id", "idc")  # refreshed at AWS with their registered client
 KIRO_REGIONS = ("us-east-1", "eu-central-1")  # only these have model hosts
 
@@ -11633,10 +11561,7 @@ def kiro_refresh(login: KiroLogin, config: KiroConfig) -> tuple[str, dict[str, s
 
 
 def read_refresh_answer(body: Json, now: float) -> Json:
-    """The changes of a refresh to the token file; raises UpstreamError.
-
-    A new refresh token invalidates the old one; without a new one the old one stays valid.
-    """
+    """Changes to the token file; a new refresh token invalidates the old.  Raises UpstreamError."""
 
     def said(camel: str, snake: str) -> Any:
         return body.get(camel, body.get(snake))
@@ -11672,10 +11597,7 @@ def judge_kiro_refresh(status: int, headers: Headers, data: bytes, now: float) -
 
 
 def kiro_region(login: KiroLogin, config: KiroConfig) -> str:
-    """The models' region: configured, the profile's, or the one closest to the sign-in's.
-
-    Only two regions have model hosts; a sign-in may live in any other.
-    """
+    """Only two regions have model hosts: the configured one, the profile's, or the closest."""
     found = KIRO_ARN.fullmatch(login.arn)
     if config.region:
         return config.region
@@ -11732,7 +11654,6 @@ def kiro_controls(login: KiroLogin, config: KiroConfig) -> list[str]:
 
 
 def kiro_identity(login: KiroLogin) -> dict[str, str]:
-    """The Authorization header, and the headers some kinds of sign-in need."""
     headers = {"Authorization": f"Bearer {login.access}", "Accept-Encoding": "identity"}
     if login.kind == "api_key":
         headers["tokentype"] = "API_KEY"
@@ -11746,10 +11667,7 @@ def kiro_identity(login: KiroLogin) -> dict[str, str]:
 def kiro_call_headers(
     login: KiroLogin, endpoint: KiroEndpoint, version: str, system: str
 ) -> dict[str, str]:
-    """The headers of a model call as the IDE or the CLI sends them.
-
-    Very long histories are refused unless the headers name an IDE version (pi, 2026-08).
-    """
+    """Very long histories are refused unless the headers name an IDE version (pi, 2026-08)."""
     headers = kiro_identity(login)
     headers["x-amzn-codewhisperer-optout"] = "true"  # no training on this user's code
     if endpoint.shape == "cli":
@@ -11787,7 +11705,6 @@ def kiro_control_headers(login: KiroLogin, version: str, system: str) -> dict[st
 
 
 def place_kiro_call(body: Json, endpoint: KiroEndpoint, conversation: str, run: str) -> Json:
-    """Adds to a conversation state what depends on the account and the endpoint."""
     origin = KIRO_ORIGINS[endpoint.shape]
 
     def place(turn: Json) -> Json:
@@ -11851,14 +11768,9 @@ def kiro_shape(body: Json) -> str:
 
 UUID_TEXT = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 KIRO_VENDORS = {
-    "auto": "Kiro",
-    "claude": "Anthropic",
-    "deepseek": "DeepSeek",
-    "glm": "Zhipu AI",
-    "gpt": "OpenAI",
-    "minimax": "MiniMax",
-    "qwen3": "Alibaba",
-}
+    "auto": "Kiro", "claude": "Anthropic", "deepseek": "DeepSeek", "glm": "Zhipu AI",
+    "gpt": "OpenAI", "minimax": "MiniMax", "qwen3": "Alibaba",
+}  # fmt: skip
 KIRO_AUTO_WINDOW = 200_000  # nominal: "auto" routes to several models
 # The models of 2026-08 (id, input window, output limit), if the list cannot be fetched.
 KIRO_KNOWN_MODELS: tuple[tuple[str, int, int | None], ...] = (
@@ -11899,13 +11811,11 @@ def read_kiro_model(entry: Json, provider: str) -> Model | None:
 
 
 def read_kiro_models(entries: Iterable[Any], provider: str) -> dict[str, Model]:
-    """The models by id; malformed entries are ignored."""
     rows = (read_kiro_model(entry, provider) for entry in entries if isinstance(entry, dict))
     return {row.id: row for row in rows if row is not None}
 
 
 def known_kiro_models(provider: str) -> dict[str, Model]:
-    """The built-in list, each model marked as guessed."""
     entries = (
         {"modelId": name, "tokenLimits": {"maxInputTokens": window, "maxOutputTokens": most}}
         for name, window, most in KIRO_KNOWN_MODELS
@@ -11918,8 +11828,6 @@ def known_kiro_models(provider: str) -> dict[str, Model]:
 
 @dataclass(slots=True)
 class KiroLimits:
-    """The use of an account's credits."""
-
     plan: str
     used: float
     limit: float
@@ -11943,14 +11851,11 @@ def kiro_credit_row(body: Json) -> Json:
 
 
 def kiro_figure(row: Json, name: str) -> float | None:
-    """A number in its precise field, otherwise in the plain one."""
     keys = (f"{name}WithPrecision", name)
     return read_figure(next((row[key] for key in keys if row.get(key) is not None), None), 0)
 
 
 def kiro_credit_parts(row: Json, now: float) -> list[AllowancePart]:
-    """The plan's credits, those of an active trial, and bonuses that have not expired."""
-
     def part(name: str, said: Json, ends_at: float) -> AllowancePart:
         used, limit = kiro_figure(said, "currentUsage"), kiro_figure(said, "usageLimit")
         return AllowancePart(name, used or 0.0, limit or 0.0, ends_at)
@@ -11969,7 +11874,6 @@ def kiro_credit_parts(row: Json, now: float) -> list[AllowancePart]:
 
 
 def read_kiro_limits(body: Json, now: float) -> KiroLimits:
-    """Parses GetUsageLimits; the limit and use are the sums of all parts."""
     row = kiro_credit_row(body)
     parts = kiro_credit_parts(row, now)
     overage = details(body, "overageConfiguration").get("overageStatus") == "ENABLED"
@@ -11985,10 +11889,7 @@ def read_kiro_limits(body: Json, now: float) -> KiroLimits:
 
 
 def read_kiro_quota(body: Json, now: float) -> Quota:
-    """The same as a Quota; no allowance if credits are not mentioned.
-
-    All credits are one allowance, as they are spent from whichever part has some left.
-    """
+    """All credits are one allowance: they are spent from whichever part has some left."""
     limits, row = read_kiro_limits(body, now), kiro_credit_row(body)
     parts = kiro_credit_parts(row, now)
     status = details(body, "overageConfiguration").get("overageStatus")
@@ -12034,7 +11935,6 @@ def judge_kiro(status: int, headers: Headers, data: bytes, now: float) -> Verdic
 
 
 def judge_kiro_status(status: int, message: str) -> Verdict:
-    """The verdict if the message matches nothing known."""
     words = f": {message.strip(' .')}." if message else "."
     if status == 401:
         return Verdict(NotSignedIn(f"Kiro does not accept the token{words}"), "refresh")
@@ -12059,7 +11959,7 @@ def judge_kiro_status(status: int, message: str) -> Verdict:
     return Verdict(InvalidRequest(f"Kiro refused the request, status {status}{words}"))
 
 
-# 9.6 signing in: device codes, the browser's way back, other programs' files
+# 9.6 signing in: device codes, the browser's redirect, other programs' files
 #
 # Facts from the vendors' clients (VS Code, Amazon Q CLI) and from public clients that were run
 # against the services (kiro.rs, opencodex, 9router, zed), 2025-10 to 2026-10.
@@ -12135,7 +12035,6 @@ class Poll(NamedTuple):
 
 
 def error_name(headers: Headers, body: Json) -> str:
-    """The error name in a response of GitHub or AWS, in its original spelling."""
     name = body.get("error") or body.get("__type") or headers.get("x-amzn-errortype") or ""
     return str(name).rpartition("#")[2].partition(":")[0]
 
@@ -12183,8 +12082,6 @@ CALLBACK_PATHS = ("/oauth/callback", "/signin/callback")
 
 
 class Callback(NamedTuple):
-    """What the browser's redirect contained."""
-
     code: str
     #: google, github, builderid, awsidc, ...
     option: str
@@ -12334,7 +12231,6 @@ class Route:
     explicit: bool
 
     def __str__(self) -> str:
-        """In the notation of `[models]`."""
         return f"{self.provider}/{self.model}" if self.provider else self.model
 
 
@@ -12381,10 +12277,7 @@ class Router:
         return Route(prefix, rest, True) if slash and rest and prefix in providers else None
 
     def place(self, route: Route, catalogues: dict[str, dict[str, Model]]) -> Route:
-        """Fills in the provider: the named one, the only one with the model, or the default.
-
-        `catalogues` holds the known models of each enabled provider.
-        """
+        """The named one, the only one with the model, or the default; `catalogues`: by provider."""
         if route.provider:
             return route
         name = route.model
@@ -12405,7 +12298,6 @@ class Router:
         return name
 
     def not_found(self, name: str, catalogues: dict[str, dict[str, Model]]) -> ModelNotFound:
-        """The 404 for an unknown model, with the closest names."""
         known = [model for models in catalogues.values() for model in models]
         close = nearest(model_spellings(name)[-1], known)
         hint = "Nearest: " + ", ".join(close) + "." if close else "GET /v1/models lists them."
@@ -12441,7 +12333,6 @@ def usefulness(error: ApiError) -> tuple[int, float]:
 
 
 def sum_up(passed: list[tuple[str, ApiError]]) -> ApiError:
-    """The error to return if every candidate failed: the most useful one, and what was tried."""
     best = min((error for _, error in passed), key=usefulness)
     asked = ", ".join(f"{name} ({error.kind})" for name, error in passed)
     return best.anew(f"{best.hint} All of these were tried: {asked}.".strip(), best.retry_after)
@@ -12533,10 +12424,7 @@ USER_AGENT = re.compile(r"([A-Za-z][\w.+-]{0,39})(?:/([A-Za-z]{1,20})\b)?", re.A
 
 @functools.lru_cache(maxsize=256)
 def caller_label(user_agent: str) -> str:
-    """The family of a user agent: `claude-cli/2.1 (external)` -> claude-cli.
-
-    The vendors' SDKs put their language after the slash: `OpenAI/Python 2.1` -> openai-python.
-    """
+    """`claude-cli/2.1 (external)` -> claude-cli; SDKs: `OpenAI/Python 2.1` -> openai-python."""
     found = USER_AGENT.match(user_agent)
     if found is None:
         return "unknown"
@@ -12547,10 +12435,7 @@ OTHER = "other"  # replaces names beyond the limit
 
 
 class NameTable:
-    """Bounds names that clients choose: each period keeps the first ones, the rest become OTHER.
-
-    So no client can make rows, series or files grow without bounds, nor fill a table forever.
-    """
+    """Clients cannot grow tables without bounds: beyond the first names of a period, OTHER."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -12569,7 +12454,6 @@ class NameTable:
 
 
 def normalize_answer(answer: Answer) -> None:
-    """Makes names and figures safe to store, display and add up."""
     for name in ANSWER_NAMES:
         setattr(answer, name, one_line(getattr(answer, name)[:MAX_NAME_CHARS]))
     given = {name: getattr(answer.usage, name) for name in USAGE_FIGURES}
@@ -12579,7 +12463,6 @@ def normalize_answer(answer: Answer) -> None:
 
 
 def is_storable(answer: Answer) -> bool:
-    """Whether the database can store a record and add it to sums."""
     figures = [getattr(answer.usage, name) for name in USAGE_FIGURES]
     times = (answer.at, answer.duration_s, answer.first_byte_s or 0.0)
     names = [getattr(answer, name) for name in ANSWER_NAMES]
@@ -12601,8 +12484,6 @@ SUM_KEYS = ("provider", "account", "model", "label")
 
 
 class Totals:
-    """The sums for one model, one provider or everything."""
-
     __slots__ = ("figures",)
 
     def __init__(self, figures: Iterable[int] = ()) -> None:
@@ -12720,7 +12601,6 @@ def usage_report(models: Sums) -> Json:
 
 
 def usage_rows(by: str, groups: Sums) -> list[Json]:
-    """The rows of `?by=`, sorted by group."""
     names = USAGE_GROUPS[by]
     return [
         {**dict(zip(names, key, strict=True)), **row.as_json()}
@@ -12730,8 +12610,6 @@ def usage_rows(by: str, groups: Sums) -> list[Json]:
 
 @dataclass(slots=True)
 class UsageQuery:
-    """The parameters of a usage request."""
-
     #: Unix seconds; None = all
     since: float | None = None
     #: a key of USAGE_GROUPS, or ""
@@ -12743,7 +12621,6 @@ class UsageQuery:
 
 
 def read_usage_query(given: dict[str, str], now: float) -> UsageQuery:
-    """Parses the query of `/v1/usage`; raises InvalidRequest."""
     query = UsageQuery()
     for name, text in given.items():
         if name == "since":
@@ -12828,7 +12705,6 @@ class Spending:
         self.unwritten.clear()
 
     def replace(self, rows: Iterable[tuple[str, str, str, int, int]]) -> None:
-        """Replaces the tallies by the database's rows of this month."""
         self.tallies.clear()
         for row in (*rows, *self.unwritten):
             self.count(*row)
@@ -13022,7 +12898,6 @@ def write_labels(names: list[str], values: Labels) -> str:
 
 
 def write_samples(name: str, names: list[str], series: Series) -> Iterator[str]:
-    """The lines of a counter or gauge."""
     for values, number in sorted(series.items()):
         labels = write_labels(names, values)
         yield f"{name}{{{labels}}} {number}" if labels else f"{name} {number}"
@@ -13045,7 +12920,6 @@ class Histogram:
         row[-1] += value
 
     def write(self, name: str, names: list[str]) -> Iterator[str]:
-        """Its lines: the cumulative count up to each bound, the sum, the total count."""
         bounds = [f"{bound:g}" for bound in self.bounds] + ["+Inf"]
         for values, row in sorted(self.rows.items()):
             labels = write_labels(names, values)
@@ -13101,12 +12975,10 @@ class Metrics:
         self.models = NameTable(MAX_METRIC_SERIES)
 
     def count_request(self, route: str, method: str, status: int) -> None:
-        """Counts one HTTP request; `route` is a name from the route table."""
         method = method if method in HTTP_METHODS else "other"
         self.counts["http_requests_total"][route, method, status] += 1
 
     def count_attempts(self, provider: str, attempts: int, refusals: list[str]) -> None:
-        """Counts all attempts of a request, and the error kinds of those that failed."""
         self.counts["upstream_retries_total"][provider,] += max(0, attempts - 1)
         for kind in refusals:
             self.counts["upstream_refusals_total"][provider, kind] += 1
@@ -13132,10 +13004,7 @@ class Metrics:
             self.histograms["answer_first_byte_seconds"].add(key, answer.first_byte_s)
 
     def model_label(self, answer: Answer) -> str:
-        """The model; OTHER once there are too many, and for names the upstream does not know.
-
-        Clients may name a model that no catalogue lists, so the catalogues do not bound the names.
-        """
+        """OTHER once there are too many, and for unknown names: clients can name any model."""
         name = f"{answer.provider}/{answer.model}"
         if answer.kind == "model_not_found" and name not in self.models.names:
             return OTHER
@@ -13308,10 +13177,7 @@ def read_prompt(dialect: str, body: Json, salt: bytes) -> Prompt:
 
 
 class Difference(NamedTuple):
-    """Where a prompt first differs from the previous one, and how.
-
-    `how` is changed, moved, inserted or removed; "" if it only continues, or ends earlier.
-    """
+    """`how`: changed, moved, inserted, removed; "" if the prompt only continues or ends earlier."""
 
     at: int
     how: str = ""
@@ -13323,7 +13189,6 @@ NOWHERE = Difference(0)
 
 
 def compare_prompts(old: Prompt, new: Prompt) -> Difference:
-    """The first block in which `new` does not continue `old`."""
     length = min(len(old.hashes), len(new.hashes))
     if old.hashes[:length] == new.hashes[:length]:
         return Difference(length)
@@ -13352,7 +13217,6 @@ CACHE_VERDICTS = {
 
 
 def cache_hint(verdict: str, found: Difference) -> str:
-    """The usual cause of a miss."""
     if verdict != "changed":
         return CACHE_VERDICTS[verdict]
     part, how = found.part, found.how
@@ -13377,8 +13241,6 @@ def cache_hint(verdict: str, found: Difference) -> str:
 
 @dataclass(slots=True)
 class CacheFinding:
-    """The fate of the cache in one request."""
-
     #: a key of CACHE_VERDICTS
     verdict: str
     #: the changed block, if any
@@ -13393,8 +13255,6 @@ class CacheFinding:
 
 @dataclass(slots=True)
 class Watched:
-    """One conversation with one model."""
-
     conversation: str
     #: conversations are matched within a pool: a hash of the session, otherwise of the label
     pool: int
@@ -13417,7 +13277,6 @@ class Watched:
     breaks: dict[str, tuple[CacheFinding, int, float]] = field(default_factory=dict)
 
     def shared(self, turns: set[int]) -> int:
-        """The number of `turns` it has in common."""
         return len(turns.intersection(self.prompt.hashes[self.prompt.start :]))
 
     def is_like(self, first: int, turns: set[int]) -> bool:
@@ -13439,10 +13298,7 @@ class Watched:
         return next((key for key in PROMPT_SETTINGS if old.get(key) != new.get(key)), "")
 
     def take(self, prompt: Prompt, answer: Answer, finding: CacheFinding, writes: bool) -> None:
-        """Counts a request, to which the next one will be compared.
-
-        `writes`: the service reports what it writes to the cache.
-        """
+        """`writes`: the service reports what it writes to the cache."""
         wait_s = answer.duration_s if answer.first_byte_s is None else answer.first_byte_s
         held = answer.usage.cache_read + answer.usage.cache_write
         self.is_guess = not held and not writes
@@ -13503,7 +13359,6 @@ class CacheGuard:
         self.watched.clear()
 
     def record(self, answer: Answer, session: str, prompt: Prompt) -> CacheFinding:
-        """Compares a finished request with the previous one of its conversation."""
         self.forget(answer.at)
         pool = hash_block([session, "" if session else answer.label], self.salt)[0]
         number, before = self.find(answer, pool, prompt)
@@ -13523,7 +13378,6 @@ class CacheGuard:
         return finding
 
     def forget(self, now: float) -> None:
-        """Drops expired conversations, and the oldest ones beyond the limit."""
         while self.watched:
             oldest = next(iter(self.watched))
             is_old = now - self.watched[oldest].at > CACHE_WATCH_SECONDS
@@ -13544,11 +13398,7 @@ class CacheGuard:
         return pair in self.telling
 
     def find(self, answer: Answer, pool: int, prompt: Prompt) -> tuple[int, Watched | None]:
-        """The conversation that `prompt` continues.
-
-        An agent has several conversations in one session, and a date in the system prompt must not
-        make each request a new one: they are matched by their turns, not by what precedes them.
-        """
+        """Matched by turns: a date in the system prompt must not start a new conversation."""
         turns = set(prompt.hashes[prompt.start :])
         found = [
             (number, row)
@@ -13568,7 +13418,6 @@ class CacheGuard:
     def judge(
         self, before: Watched | None, prompt: Prompt, answer: Answer, is_told: bool
     ) -> CacheFinding:
-        """The verdict on a prompt that `before` should have left in the cache."""
         if before is None:
             return CacheFinding("first")
         found = compare_prompts(before.prompt, prompt)
@@ -13659,10 +13508,7 @@ class SecondFormatter:
 
 
 def close_to_others(handle: int) -> bool:
-    """Makes a regular file private to its owner; returns whether it was accessible to others.
-
-    Raises OSError if we may not change it.
-    """
+    """Removes the access of others; returns whether there was any.  Raises OSError if not ours."""
     status = os.fstat(handle)
     has_owner = hasattr(os, "getuid") and stat.S_ISREG(status.st_mode)
     if not has_owner or not status.st_mode & 0o077:
@@ -13761,7 +13607,7 @@ def start_log(level: str, path: str = "", is_stderr: bool = False) -> LogFile | 
     file = LogFile(path, is_stderr=is_stderr) if path else None
     handler: logging.StreamHandler[Any] = logging.StreamHandler(file or sys.stderr)
     journal = file is None and "JOURNAL_STREAM" in os.environ
-    handler.setFormatter(SecondFormatter(journal))  # type: ignore[arg-type]  # no subclass: `logging` is loaded lazily
+    handler.setFormatter(SecondFormatter(journal))  # type: ignore[arg-type]  # logging is lazy
     root = logging.getLogger()
     root.handlers[:] = [handler]
     set_log_level(level)
@@ -14057,7 +13903,6 @@ class UpstreamAnswer:
             self.fail(internal_error("a response could not be processed"))
 
     def lose(self, gone: bool) -> None:
-        """The peer has sent EOF, or the connection is lost."""
         if self.done or self.error:
             return
         try:
@@ -14088,13 +13933,11 @@ class UpstreamAnswer:
         await self.changed
 
     def watch(self, now: float) -> None:
-        """Fails a response that has been silent for too long."""
         limit_s = self.client.network.stream_idle_seconds
         if not self.held and not self.done and now - self.last_at > limit_s:
             self.fail(UpstreamTimeout(f"The upstream was silent for {limit_s:g} s."))
 
     async def first(self) -> bytes:
-        """The bytes received so far, or else the next ones; b"" at the end."""
         while not self.waiting:
             if self.error:
                 raise self.error
@@ -14137,7 +13980,6 @@ class UpstreamAnswer:
         self.update_reading()
 
     def update_reading(self) -> None:
-        """Pauses or resumes reading, depending on the backlog here and at the client."""
         hold = self.full or self.slow
         transport = self.connection.wire.transport
         if hold is self.held or transport.is_closing():
@@ -14160,7 +14002,6 @@ class UpstreamAnswer:
         self.wake()
 
     def close(self, ended: bool) -> None:
-        """Returns the connection to the pool if the body was read to its end, else drops it."""
         self.client.ticker.discard(self.watch)
         wire = self.connection.wire
         self.full = self.slow = False
@@ -14178,7 +14019,6 @@ class UpstreamAnswer:
             self.drop()
 
     def take_end(self, data: bytes) -> None:
-        """Bytes after a complete response: the end of its body."""
         try:
             self.body.feed(data)
         except WireError:
@@ -14208,8 +14048,6 @@ class UpstreamAnswer:
 
 
 class Connection:
-    """An upstream connection and what the pool knows about it."""
-
     def __init__(self, origin: Origin, wire: Wire) -> None:
         self.origin = origin
         self.wire = wire
@@ -14220,7 +14058,6 @@ class Connection:
         self.idle_since = 0.0
 
     def is_dead(self, now: float) -> bool:
-        """Whether the peer has closed it, or it has been idle for too long."""
         gone = self.wire.ended or self.wire.transport.is_closing()
         return gone or now - self.idle_since > POOL_IDLE_SECONDS or is_readable(self.socket)
 
@@ -14258,7 +14095,6 @@ class Pool:
         return None
 
     def give_back(self, connection: Connection, now: float) -> None:
-        """Keeps a connection whose response was read to its end."""
         connection.used += 1
         connection.idle_since = now
         stack = self.idle.setdefault(connection.origin, [])
@@ -14301,10 +14137,7 @@ class HttpClient:
         self.pool.close()
 
     def watch(self, now: float) -> None:
-        """Drops connections that were idle for too long, and all of them after a system sleep.
-
-        Linux's monotonic clock stands still during sleep; the peers' clocks do not.
-        """
+        """Drops expired connections, and all after a sleep (Linux's monotonic clock stops then)."""
         self.pool.watch(now)
         offset = time.time() - time.monotonic()
         jumped_s = offset - self.clock_offset
@@ -14314,7 +14147,6 @@ class HttpClient:
             self.pool.close()
 
     def tls_context(self) -> ssl.SSLContext:
-        """The shared TLS context: the system's CA store plus `network.ca_file`."""
         if self.tls is None:
             self.tls = ssl.create_default_context()
             if self.network.ca_file:
@@ -14323,10 +14155,7 @@ class HttpClient:
         return self.tls
 
     def plan_url(self, url: str) -> tuple[Origin, str, str]:
-        """(origin, Host field, path) for a URL; `plan` caches the results.
-
-        Loopback is never reached through a proxy.
-        """
+        """(origin, Host field, path), cached by `plan`; loopback never goes through a proxy."""
         scheme, host, port, path = split_url(url)
         proxy = ""
         if not is_loopback(host):
@@ -14345,9 +14174,8 @@ class HttpClient:
     ) -> UpstreamAnswer:
         """Sends a request, reads the response's head; raises UpstreamError or UpstreamTimeout.
 
-        `headers` is called for each attempt: some values must never be sent twice.
-
-        A request that a stale pooled connection did not deliver is sent once more on a fresh one.
+        `headers` is called for each attempt: some values must never be sent twice.  A request that
+        a stale pooled connection did not deliver is sent once more on a fresh one.
         """
         origin, host, path = self.plan(url)
         length = [("Content-Length", str(len(body)))] if body or method == "POST" else []
