@@ -9424,7 +9424,7 @@ CONTEXT_BETA = "context-management-2025-06-27"
 
 
 def messages_betas(body: Json, asked: str, refused: Collection[str], model: Model) -> str:
-    """What Copilot supports and this body needs; of the client only interleaved thinking."""
+    """The betas this body needs; of those the client asked for, only interleaved thinking."""
     betas = []
     wanted = INTERLEAVED_BETA in [item.strip() for item in asked.split(",")]
     if not model.adaptive and (wanted or details(body, "thinking").get("type") == "enabled"):
@@ -11109,7 +11109,7 @@ class Allowance:
 
     @property
     def percent_used(self) -> float | None:
-        """A limit of 0 is never used up; None if there is none or it is unknown; may exceed 100."""
+        """None if unlimited or unknown; may exceed 100.  A limit of 0 is never used up."""
         if self.limit == math.inf:
             return None
         if self.used is not None and self.limit:
@@ -12277,7 +12277,7 @@ class Router:
         return Route(prefix, rest, True) if slash and rest and prefix in providers else None
 
     def place(self, route: Route, catalogues: dict[str, dict[str, Model]]) -> Route:
-        """The named one, the only one with the model, or the default; `catalogues`: by provider."""
+        """Adds the provider: the named one, the only one with the model, or the default."""
         if route.provider:
             return route
         name = route.model
@@ -12435,7 +12435,7 @@ OTHER = "other"  # replaces names beyond the limit
 
 
 class NameTable:
-    """Clients cannot grow tables without bounds: beyond the first names of a period, OTHER."""
+    """Keeps clients from growing tables without bounds: later names of a period become OTHER."""
 
     def __init__(self, most: int) -> None:
         self.most = most
