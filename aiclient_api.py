@@ -8751,7 +8751,7 @@ class Flow:
 
 # 9.1 models
 
-# What a caller is best answered from: its own dialect, then the one that loses least of it.
+# Best upstream dialect first: the client's own, then the one that loses least of the request.
 DIALECT_ORDER = {
     "chat": ("chat", "kiro", "responses", "messages"),
     "messages": ("messages", "kiro", "responses", "chat"),
@@ -8763,14 +8763,14 @@ ENDPOINT_DIALECTS = {
     "/responses": "responses",
 }
 DIALECT_PATHS = {dialect: path for path, dialect in ENDPOINT_DIALECTS.items()}
-# What a catalogue may add to a request: no field of HTTP, and none that says who asks.
+# Headers a catalogue may add to a request: no HTTP fields, none that identify the client.
 MODEL_HEADER = re.compile(r"(?:x|copilot|openai|anthropic)-[a-z0-9-]{1,60}", re.IGNORECASE)
 HEADER_VALUE = re.compile(r"[ -~]{0,1000}")
 REASONING_GPT = re.compile(r"(?:gpt-[5-9]|o[1-9](?:-|$))")
 
 
 def read_copilot_model(entry: Json, provider: str) -> Model | None:
-    """One entry of the catalogue; None for what is no model that answers."""
+    """One catalogue entry; None if it is not a chat or embeddings model."""
     model_id = entry.get("id")
     capabilities = details(entry, "capabilities")
     if not isinstance(model_id, str) or not MODEL_NAME.fullmatch(model_id):
@@ -8819,7 +8819,7 @@ def read_copilot_model(entry: Json, provider: str) -> Model | None:
 
 
 def read_copilot_models(body: Json, provider: str) -> dict[str, Model]:
-    """The catalogue by id: odd entries are skipped, of doubled ids the first counts."""
+    """The catalogue by id: malformed entries are skipped, the first of duplicate ids wins."""
     models: dict[str, Model] = {}
     entries = body.get("data")
     for entry in entries if isinstance(entries, list) else ():
@@ -8830,10 +8830,10 @@ def read_copilot_models(body: Json, provider: str) -> dict[str, Model]:
 
 
 def price_nano_credits(model: Model, usage: Usage) -> int | None:
-    """What an answer cost by the catalogue's prices, where its bill was not told.
+    """The cost of a response by the catalogue's prices, for upstreams that report no billed amount.
 
-    `billing.token_prices`: credits per `batch_size` tokens in two tiers by the length of the
-    prompt, or flat, in thousand-millionths of a credit (both seen in 2026-07).
+    `billing.token_prices`: credits per `batch_size` tokens in two tiers by prompt length, or flat,
+    in billionths of a credit (both seen in 2026-07).
     """
     prices = details(details(model.raw, "billing"), "token_prices")
     batch = positive(prices.get("batch_size"))
@@ -8861,7 +8861,7 @@ def price_nano_credits(model: Model, usage: Usage) -> int | None:
 
 
 def guess_copilot_model(model_id: str, provider: str) -> Model:
-    """A model the catalogue does not list: it wobbles, so an exact name is tried all the same."""
+    """A model missing from the catalogue, which fluctuates: an exact name is still tried."""
     claude = model_id.startswith("claude")
     return Model(
         id=model_id,
@@ -8873,12 +8873,12 @@ def guess_copilot_model(model_id: str, provider: str) -> Model:
     )
 
 
-# How Anthropic's clients ask for a million tokens; Copilot has models of their own for that.
+# How Anthropic's clients ask for a million tokens; Copilot lists separate models for that.
 LONG_CONTEXT_BETA = "context-1m"
 MODEL_ID = re.compile(r"[A-Za-z0-9][\w.:-]{0,127}", re.ASCII)
 DATED = re.compile(r"-(?:20\d{6}|20\d\d-\d\d-\d\d|latest)$")
 DASHED_VERSION = re.compile(r"(?<=-)(\d)-(\d{1,2})(?=-|$)")
-# What clients put behind a name that stands for a setting, where no such model is listed.
+# Suffixes that clients append to a model name to choose an effort; used if no such model exists.
 NAME_EFFORT = re.compile(r"-(thinking|low|medium|high|xhigh|max)$")
 
 
@@ -8887,10 +8887,10 @@ RETIRED_CLAUDE = re.compile(r"claude-(sonnet|opus|haiku)-3(?:\.\d)?")
 
 
 def model_spellings(name: str) -> list[str]:
-    """The spellings of a model name, best first: as it is, undated, with a dot in its version.
+    """Possible spellings of a model name, best first: as is, undated, with a dotted version.
 
     Anthropic clients write `claude-sonnet-4-5-20250929`, Copilot and Kiro list `claude-sonnet-4.5`;
-    the date goes first, or `claude-sonnet-4-20250514` would become a version 4.20.
+    the date is removed first, or `claude-sonnet-4-20250514` would become version 4.20.
     """
     name = name.lower()
     spellings = []
@@ -8904,17 +8904,14 @@ def model_spellings(name: str) -> list[str]:
 
 
 def find_model(name: str, models: dict[str, Model]) -> Model | None:
-    """The model that `name` means, in any usual spelling.
-
-    Of Claude 3, which nobody serves any more but agents still ask for, the family's newest.
-    """
+    """In any usual spelling; for Claude 3, retired but still in use, the newest of its family."""
     if name in models:
         return models[name]
     by_lower = {model_id.lower(): model for model_id, model in models.items()}
     families = {model.family: model for model in reversed(models.values()) if model.family}
     spellings = model_spellings(name)
     known = [table[s] for table in (by_lower, families) for s in spellings if s in table]
-    # What was not named exactly must be there for this account: terms may not be accepted yet.
+    # An inexact name matches only models this account can use: terms may not be accepted yet.
     usable = [model for model in known if model.listed or model.id.lower() == name.lower()]
     if known:
         return (usable or known)[0]
@@ -8937,7 +8934,7 @@ def find_model(name: str, models: dict[str, Model]) -> Model | None:
 
 
 def implied_effort(name: str, model: Model) -> str | None:
-    """The effort that a name asks for beyond the model's own: `claude-sonnet-4.5-thinking`."""
+    """The effort a name asks for beyond the model's own, as in `claude-sonnet-4.5-thinking`."""
     found = NAME_EFFORT.search(name.lower().removesuffix("[1m]"))
     if found is None or model.id.lower().endswith(found[0]):
         return None
@@ -8948,16 +8945,15 @@ def implied_effort(name: str, model: Model) -> str | None:
 
 
 def copilot_authorization(token: str, host: str) -> str:
-    """The scheme for a token: the plans' hosts want a GitHub token called so.
+    """The Authorization value: the plan-specific hosts want the `token` scheme for a GitHub token.
 
-    Otherwise they answer "Authorization header is badly formatted" (gh-aw-firewall, 2026-08).
+    Otherwise they respond "Authorization header is badly formatted" (gh-aw-firewall, 2026-08).
     """
     plain = token.startswith(DIRECT_TOKENS) and f"https://{host}" != COPILOT_ANY_HOST
     return f"token {token}" if plain else f"Bearer {token}"
 
 
 def copilot_identity(authorization: str, session_id: str, machine_id: str, device_id: str) -> Json:
-    """The headers that are the same for every call with one token."""
     return {
         "Authorization": authorization,
         "Accept-Encoding": "identity",
@@ -8974,7 +8970,7 @@ def copilot_identity(authorization: str, session_id: str, machine_id: str, devic
 
 
 def exchange_headers(github_token: str) -> Json:
-    """The headers of a token exchange: without the editor's GitHub answers 403."""
+    """The headers of a token exchange; without the editor headers GitHub responds with 403."""
     return {
         "Authorization": f"token {github_token}",
         "Accept": "application/json",
@@ -8988,25 +8984,24 @@ def exchange_headers(github_token: str) -> Json:
 
 
 def hash_uuid(text: str) -> str:
-    """A UUID that is the same for the same text: X-Interaction-Id is the prompt cache's key."""
+    """A UUID derived from `text`: X-Interaction-Id is the prompt cache's key."""
     return format_uuid(short_hash(text, 32))
 
 
 def format_uuid(digits: str) -> str:
-    """32 hex digits in the layout of a version 4 UUID."""
     last = digits[17:20]
     return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{last}-{digits[20:]}"
 
 
 def allowed_api_host(url: str, config: CopilotConfig) -> bool:
-    """Whether a token may be sent to the host that a token answer names."""
+    """Whether a token may be sent to the API host named in a token response."""
     if check_url(url):
         return False
     parts = urllib.parse.urlsplit(url)
     host = parts.hostname or ""
     if parts.scheme == "https" and host.endswith(COPILOT_HOST_SUFFIXES):
         return True
-    # A whole imitation on this machine: for tests.
+    # A mock upstream entirely on this machine, for tests.
     return is_loopback(host) and is_loopback(
         urllib.parse.urlsplit(config.github_api_url).hostname or ""
     )
@@ -9017,10 +9012,7 @@ CONTEXT_BETA = "context-management-2025-06-27"
 
 
 def messages_betas(body: Json, asked: str, refused: Collection[str], model: Model) -> str:
-    """`anthropic-beta` for a scrubbed messages body: what Copilot knows and this body needs.
-
-    Of the caller's own only interleaved thinking counts, which adaptive models have anyway.
-    """
+    """The betas this body needs; of those the client asked for, only interleaved thinking."""
     betas = []
     wanted = INTERLEAVED_BETA in [item.strip() for item in asked.split(",")]
     if not model.adaptive and (wanted or details(body, "thinking").get("type") == "enabled"):
@@ -9030,23 +9022,23 @@ def messages_betas(body: Json, asked: str, refused: Collection[str], model: Mode
     return ",".join(beta for beta in betas if beta not in refused)
 
 
-# 9.3 what is taken out of bodies
+# 9.3 what is removed from bodies
 
 
-#: kind of lesson -> what of it one model refuses: "thinking" (a budget), "effort" (levels),
-#: "system" (turns), "beta" (names), "field" (dotted paths, `*` for any list index)
+#: kind of lesson -> what one model refuses: "thinking" (a budget), "effort" (levels), "system"
+#: (turns), "beta" (names), "field" (dotted paths, `*` for any list index)
 Lessons = Mapping[str, Collection[str]]
 
 
 class Learned:
-    """What an upstream refused: left out from then on, for that model and dialect, for a time."""
+    """What upstreams refused: left out for that model and dialect until it expires."""
 
     def __init__(self) -> None:
-        #: (model, dialect) -> (kind, name) -> when it is forgotten, monotonic
+        #: (model, dialect) -> (kind, name) -> when it expires, monotonic
         self.scopes: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
 
     def learn(self, model: str, dialect: str, news: Iterable[tuple[str, str]], now: float) -> None:
-        """Remembers `(kind, name)` pairs; the oldest go where there are too many."""
+        """Remembers `(kind, name)` pairs; beyond the limits the oldest are forgotten."""
         scope = self.scopes.setdefault((model, dialect), {})
         for lesson in news:
             scope[lesson] = now + LESSON_SECONDS
@@ -9055,7 +9047,6 @@ class Learned:
                 del table[next(iter(table))]
 
     def lessons(self, model: str, dialect: str, now: float) -> Lessons:
-        """What holds for one model in one dialect."""
         found: dict[str, list[str]] = {}
         for (kind, name), until in self.scopes.get((model, dialect), {}).items():
             if now < until:
@@ -9065,37 +9056,33 @@ class Learned:
 
 @dataclass(slots=True)
 class Scrub:
-    """One body on its way through the rules."""
+    """A body while the rules are applied to it, one after the other."""
 
     body: Json
     model: Model
     lessons: Lessons
-    #: names of what was left out
+    #: names of the fields left out
     dropped: list[str]
 
 
 class RawPart(NamedTuple):
-    """A native content part that the rules for turns need not understand."""
+    """A native content part that passes through the turn rules unread."""
 
     raw: Json
 
 
 @dataclass(slots=True)
 class RawCall(ToolCall):
-    """A native tool_use."""
-
     raw: Json = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class RawResult(ToolResult):
-    """A native tool_result."""
-
     raw: Json = field(default_factory=dict)
 
 
 def read_raw_part(part: Any) -> list[Any]:
-    """A native part as a block that keeps its bytes; blank text is nothing."""
+    """A native part as a block that keeps the original JSON; blank text gives no block."""
     if not isinstance(part, dict):
         return []
     kind = part.get("type")
@@ -9112,7 +9099,7 @@ def read_raw_part(part: Any) -> list[Any]:
 
 
 def write_raw_block(block: Any) -> Json:
-    """A block of `read_raw_part`, or one that settling the turns made."""
+    """The reverse of `read_raw_part`, also for blocks that `settle_turns` added."""
     if isinstance(block, RawCall):
         name = wire_name(block.name)
         return {**block.raw, "id": wire_id(block.id), "name": name}
@@ -9127,7 +9114,7 @@ def write_raw_block(block: Any) -> Json:
 
 
 def is_settled(messages: list[Json]) -> bool:
-    """Whether a conversation is in order already, so that it goes up as it came."""
+    """Whether the conversation is well-formed already and can be sent unchanged."""
     calls: list[str] = []
     role = "assistant"
     for message in messages:
@@ -9154,7 +9141,7 @@ def is_settled(messages: list[Json]) -> bool:
 
 
 def settle_messages(scrub: Scrub) -> None:
-    """Roles alternate, each call has its result in the next message, nothing is empty."""
+    """Makes roles alternate, gives each call its result in the next message, drops empty ones."""
     if is_settled(scrub.body["messages"]):
         return
     turns = []
@@ -9182,15 +9169,15 @@ def settle_messages(scrub: Scrub) -> None:
 
 
 def takes_system_turns(model_id: str) -> bool:
-    """Whether a Claude takes role system inside messages: 4.8 and later."""
+    """Claude accepts role system inside messages from version 4.8."""
     version = claude_version(model_id)
     return version is not None and version >= (4, 8)
 
 
 def downgrade_native_system(turns: list[Turn], every: bool) -> list[Turn]:
-    """System turns as reminders, in place: every one, or those at a place where none is legal.
+    """Turns system turns into reminders, in place: every one, or those at a position not allowed.
 
-    Legal is behind a user turn, and last or before an assistant turn.
+    Allowed only after a user turn, and last or before an assistant turn.
     """
     plain = []
     for index, turn in enumerate(turns):
@@ -9212,7 +9199,6 @@ def downgrade_native_system(turns: list[Turn], every: bool) -> list[Turn]:
 
 
 def parts_of(messages: list[Json]) -> Iterator[Json]:
-    """Every content part of every message, in order."""
     for message in messages:
         content = message.get("content")
         if isinstance(content, list):
@@ -9227,7 +9213,7 @@ STRING_FIELDS = {
 
 
 def check_messages(scrub: Scrub) -> None:
-    """Refuses what no vendor could read, so that the other rules can rely on it."""
+    """Refuses what no vendor accepts, so that the other rules can rely on the shapes."""
     check_content(scrub.body.get("system"), "system")
     for index, message in enumerate(scrub.body["messages"]):
         path = f"messages.{index}"
@@ -9240,7 +9226,6 @@ def check_messages(scrub: Scrub) -> None:
 
 
 def check_content(content: Any, path: str) -> None:
-    """Refuses content that is neither text nor a list of typed parts."""
     if content is None or isinstance(content, str):
         return
     if not isinstance(content, list):
@@ -9255,27 +9240,14 @@ def check_content(content: Any, path: str) -> None:
 
 
 MESSAGES_KEYS = (
-    "model",
-    "messages",
-    "system",
-    "max_tokens",
-    "stream",
-    "stop_sequences",
-    "temperature",
-    "top_p",
-    "top_k",
-    "tools",
-    "tool_choice",
-    "thinking",
-    "output_config",
-    "output_format",
-    "context_management",
-    "cache_control",
-)
+    "model", "messages", "system", "max_tokens", "stream", "stop_sequences", "temperature",
+    "top_p", "top_k", "tools", "tool_choice", "thinking", "output_config", "output_format",
+    "context_management", "cache_control",
+)  # fmt: skip
 
 
 def keep_messages_keys(scrub: Scrub) -> None:
-    """Validation is strict: unknown keys are 400.  `metadata` holds ids of the user's device."""
+    """Upstream, unknown keys are a 400.  `metadata` holds the user's device ids."""
     for key in [key for key in scrub.body if key not in MESSAGES_KEYS]:
         value = scrub.body.pop(key)
         if value is not None and key != "metadata":
@@ -9283,14 +9255,14 @@ def keep_messages_keys(scrub: Scrub) -> None:
 
 
 def limit_max_tokens(scrub: Scrub) -> None:
-    """`max_tokens` is required and at most what the model gives."""
+    """`max_tokens` is required; it is capped at the model's limit."""
     limit = scrub.model.max_output or DEFAULT_MAX_TOKENS
-    wanted = int_field(scrub.body, "max_tokens")  # 0 only warms the cache
+    wanted = int_field(scrub.body, "max_tokens")  # 0: only warms the cache
     scrub.body["max_tokens"] = limit if wanted is None else min(wanted, limit)
 
 
 def drop_billing_line(scrub: Scrub) -> None:
-    """Claude Code's billing line changes per request and defeats the prompt cache."""
+    """Claude Code's billing line changes with every request and defeats the prompt cache."""
     system = scrub.body.get("system")
     if isinstance(system, list):
         kept = [
@@ -9306,7 +9278,7 @@ def drop_billing_line(scrub: Scrub) -> None:
 
 
 def keep_own_thinking(scrub: Scrub) -> None:
-    """Thinking goes back only with the signature of its maker; anything else is a 400."""
+    """Thinking is sent back only with Anthropic's own signature; anything else is a 400."""
     for message in scrub.body["messages"]:
         content = message.get("content")
         if isinstance(content, list):
@@ -9314,7 +9286,6 @@ def keep_own_thinking(scrub: Scrub) -> None:
 
 
 def is_foreign_thinking(part: Any) -> bool:
-    """Whether a part is thinking that Anthropic did not sign."""
     if not isinstance(part, dict) or part.get("type") not in ("thinking", "redacted_thinking"):
         return False
     mark = part.get("signature") if part["type"] == "thinking" else part.get("data")
@@ -9322,13 +9293,12 @@ def is_foreign_thinking(part: Any) -> bool:
 
 
 def plain_documents(scrub: Scrub) -> None:
-    """Text documents and tool references become text: only PDFs and words are known to work."""
+    """Text documents and tool references become text: only PDFs and text are known to work."""
     for index, message in enumerate(scrub.body["messages"]):
         simplify_parts(message, f"messages.{index}")
 
 
 def simplify_parts(holder: Json, path: str) -> None:
-    """Rewrites the parts in `holder["content"]`, tool results included."""
     content = holder.get("content")
     if not isinstance(content, list):
         return
@@ -9339,7 +9309,7 @@ def simplify_parts(holder: Json, path: str) -> None:
         if kind == "tool_result":
             simplify_parts(part, where)
         elif kind == "image" and source.get("type") == "base64":
-            # Clients name wrong types, and the vendor looks.
+            # Clients send wrong media types, and the vendor checks.
             data = need_str(source, "data", f"{where}.source")
             claimed = str_field(source, "media_type", f"{where}.source") or ""
             part["source"] = {**source, "media_type": image_type(data, claimed, where)}
@@ -9353,12 +9323,10 @@ def simplify_parts(holder: Json, path: str) -> None:
 
 
 def text_part(text: str) -> Json:
-    """`{"type": "text", "text": ...}`."""
     return {"type": "text", "text": text}
 
 
 def as_texts(part: Json, path: str) -> list[Text]:
-    """A text document's words, its title first."""
     texts = []
     for block in read_document_part(part, path):
         if isinstance(block, Document):
@@ -9372,36 +9340,21 @@ def as_texts(part: Json, path: str) -> list[Text]:
 EMPTY_SCHEMA: Json = {"type": "object", "properties": {}}
 
 
-# What Gemini takes of JSON Schema, as far as is known; names of properties are not keywords.
+# The JSON Schema keywords that Gemini is known to accept; property names are not keywords.
 GOOGLE_KNOWN = (
-    "anyOf",
-    "description",
-    "enum",
-    "format",
-    "items",
-    "maxItems",
-    "maxLength",
-    "maximum",
-    "minItems",
-    "minLength",
-    "minimum",
-    "nullable",
-    "pattern",
-    "properties",
-    "required",
-    "title",
-    "type",
-)
+    "anyOf", "description", "enum", "format", "items", "maxItems", "maxLength", "maximum",
+    "minItems", "minLength", "minimum", "nullable", "pattern", "properties", "required",
+    "title", "type",
+)  # fmt: skip
 
 
 def fit_schema(schema: Json, google: bool) -> Json:
-    """A tool's schema as the model's vendor takes it."""
     fitted: Json = fit_subschema(inline_refs(schema) if google else schema, google)
     return fitted
 
 
 def fit_subschema(schema: Any, google: bool) -> Any:
-    """One level of `fit_schema`: no `$schema` and `$id`, arrays with items, known keywords."""
+    """One level of `fit_schema`: no `$schema` and `$id`, arrays get items, only known keywords."""
     if isinstance(schema, list):
         return [fit_subschema(item, google) for item in schema]
     if not isinstance(schema, dict):
@@ -9420,7 +9373,6 @@ def fit_subschema(schema: Any, google: bool) -> Any:
 
 
 def fit_google(schema: Json) -> Json:
-    """A schema in the words Gemini knows."""
     kinds = schema.get("type")
     if "const" in schema:
         schema.setdefault("enum", [schema["const"]])
@@ -9440,7 +9392,7 @@ TOOL_KEYS = ("name", "description", "input_schema", "cache_control")
 
 
 def plain_tools(scrub: Scrub) -> None:
-    """Custom tools with the keys every backend takes; tools the vendor runs are not served."""
+    """Custom tools with the keys every backend accepts; server-side tools are not available."""
     body = scrub.body
     choice = dict_field(body, "tool_choice")
     tools, hosted = [], []
@@ -9473,7 +9425,7 @@ def plain_tools(scrub: Scrub) -> None:
 
 
 def word_output_format(scrub: Scrub) -> None:
-    """A JSON schema for the answer goes into the prompt: Vertex backends refuse the field."""
+    """Puts an output JSON schema into the prompt: Vertex backends refuse the field."""
     body = scrub.body
     settings = dict(dict_field(body, "output_config"))
     wanted = settings.pop("format", None) or body.get("output_format")
@@ -9489,7 +9441,6 @@ def word_output_format(scrub: Scrub) -> None:
 
 
 def fit_thinking(scrub: Scrub) -> None:
-    """`thinking`, effort and sampling in the combination that this model takes."""
     body, model = scrub.body, scrub.model
     thinking = dict_field(body, "thinking")
     settings = dict_field(body, "output_config")
@@ -9514,7 +9465,7 @@ def fit_thinking(scrub: Scrub) -> None:
 
 
 def fit_budget(scrub: Scrub, thinking: Json, adaptive: bool) -> None:
-    """A thinking budget within the model's limits; nothing where it leaves no room."""
+    """A thinking budget within the model's limits; none if there is no room for one."""
     body, model = scrub.body, scrub.model
     budget = int_field(thinking, "budget_tokens", "thinking") or 0
     body.pop("thinking")
@@ -9544,14 +9495,14 @@ def fit_effort(scrub: Scrub) -> None:
         level = clamp_effort(effort, listed)
         if level and level not in scrub.lessons.get("effort", ()):
             settings["effort"] = level
-    # What remains (task_budget) is known to no backend.
+    # No backend knows the rest (task_budget).
     body["output_config"] = {key: value for key, value in settings.items() if key == "effort"}
     if not body["output_config"]:
         body.pop("output_config")
 
 
 def fit_sampling(scrub: Scrub, adaptive: bool) -> None:
-    """Sampling parameters: none beside thinking or on newer models, else one of the two."""
+    """No sampling parameters with thinking or on newer models; otherwise only one of the two."""
     body = scrub.body
     version = claude_version(scrub.model.id) or (0, 0)
     thinks = details(body, "thinking").get("type") in ("enabled", "adaptive")
@@ -9565,7 +9516,7 @@ def fit_sampling(scrub: Scrub, adaptive: bool) -> None:
 
 
 def limit_cache_marks(scrub: Scrub) -> None:
-    """At most four plain marks, none on thinking: the last of the messages count most."""
+    """At most four plain cache breakpoints, none on thinking; the last ones are kept."""
     body = scrub.body
     holders = list(parts_of([{"content": body.get("tools")}, {"content": body.get("system")}]))
     spread = list(parts_of(body["messages"]))
@@ -9585,7 +9536,7 @@ def limit_cache_marks(scrub: Scrub) -> None:
 
 
 def end_with_user(scrub: Scrub) -> None:
-    """The service refuses a trailing assistant message: the official client asks it to go on."""
+    """A trailing assistant message is refused: asks to continue, like the official client."""
     if not scrub.body["messages"]:
         raise InvalidRequest("messages: all messages are empty.", param="messages")
     last = [m for m in scrub.body["messages"] if m["role"] != "system"][-1:]
@@ -9594,13 +9545,12 @@ def end_with_user(scrub: Scrub) -> None:
 
 
 def fit_context_management(scrub: Scrub) -> None:
-    """Context edits are known to Claude without the 1m window."""
+    """Context edits are supported by Claude models without the 1m window only."""
     if "1m" in scrub.model.id.split("-") and scrub.body.pop("context_management", None):
         scrub.dropped.append("context_management")
 
 
 def strip_learned(scrub: Scrub) -> None:
-    """Fields this model refused before."""
     paths = scrub.lessons.get("field", ())
     if paths:
         dropped: dict[str, None] = {}
@@ -9609,7 +9559,7 @@ def strip_learned(scrub: Scrub) -> None:
 
 
 def field_tree(paths: Iterable[str]) -> Json:
-    """Dotted paths as nested objects, `{"a": {"b": "a.b"}}`, so that a body is walked once."""
+    """Dotted paths as nested objects, `{"a": {"b": "a.b"}}`, so that a body is walked only once."""
     tree: Json = {}
     for path in paths:
         *steps, last = path.split(".")
@@ -9617,17 +9567,17 @@ def field_tree(paths: Iterable[str]) -> Json:
         for step in steps:
             node = node.setdefault(step, {})
             if isinstance(node, str):
-                break  # what holds it is refused already
+                break  # its parent is refused already
         else:
             node[last] = path
     return tree
 
 
 def without_fields(value: Any, tree: Json, dropped: dict[str, None]) -> Any:
-    """`value` without what the leaves of `tree` name; their paths are added to `dropped`.
+    """`value` without the fields at the leaves of `tree`; their paths are added to `dropped`.
 
-    Validators name the type of an object in their paths, as in `tools.0.custom.strict`: such a step
-    stays at that very object.  A tool without a type is a custom one.
+    Validators put an object's type into their paths, as in `tools.0.custom.strict`: such a step
+    stays at the same object.  A tool without a type is a custom one.
     """
     if isinstance(value, list) and "*" in tree:
         return [without_fields(item, tree["*"], dropped) for item in value]
@@ -9646,67 +9596,33 @@ def without_fields(value: Any, tree: Json, dropped: dict[str, None]) -> Any:
 
 
 MESSAGES_RULES: tuple[Callable[[Scrub], None], ...] = (
-    check_messages,
-    keep_messages_keys,
-    limit_max_tokens,
-    drop_billing_line,
-    keep_own_thinking,
-    plain_documents,
-    settle_messages,
-    plain_tools,
-    word_output_format,
-    fit_thinking,
-    fit_context_management,
-    end_with_user,
-    limit_cache_marks,
-    strip_learned,
-)
+    check_messages, keep_messages_keys, limit_max_tokens, drop_billing_line, keep_own_thinking,
+    plain_documents, settle_messages, plain_tools, word_output_format, fit_thinking,
+    fit_context_management, end_with_user, limit_cache_marks, strip_learned,
+)  # fmt: skip
 
 CHAT_REFUSED_KEYS = ("service_tier", "store", "metadata", "prompt_cache_options", "moderation")
 CHAT_OPENAI_ONLY = (
-    "logit_bias",
-    "logprobs",
-    "n",
-    "parallel_tool_calls",
-    "prediction",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-    "safety_identifier",
-    "seed",
-    "top_logprobs",
-    "user",
-    "verbosity",
+    "logit_bias", "logprobs", "n", "parallel_tool_calls", "prediction", "prompt_cache_key",
+    "prompt_cache_retention", "safety_identifier", "seed", "top_logprobs", "user", "verbosity",
     "web_search_options",
-)
+)  # fmt: skip
 CHAT_FOREIGN_KEYS = (
-    "cache_control",
-    "chat_template_kwargs",
-    "enable_thinking",
-    "input",
-    "max_output_tokens",
-    "reasoning",
-    "thinking",
-    "top_k",
-)
-# Clients echo whatever an earlier answer held; the upstream knows these.
+    "cache_control", "chat_template_kwargs", "enable_thinking", "input", "max_output_tokens",
+    "reasoning", "thinking", "top_k",
+)  # fmt: skip
+# Clients echo fields of earlier responses; the upstream knows only these.
 CHAT_MESSAGE_KEYS = (
-    "role",
-    "content",
-    "name",
-    "tool_calls",
-    "tool_call_id",
-    "reasoning_text",
+    "role", "content", "name", "tool_calls", "tool_call_id", "reasoning_text",
     "reasoning_opaque",
-)
+)  # fmt: skip
 
 
 def is_openai(model: Model) -> bool:
-    """Whether OpenAI made the model, as far as is known."""
     return "OpenAI" in model.vendor or (not model.vendor and not model.id.startswith("gemini"))
 
 
 def keep_chat_keys(scrub: Scrub) -> None:
-    """Takes out what the service refuses or only OpenAI's models know."""
     refused = [*CHAT_REFUSED_KEYS, *CHAT_FOREIGN_KEYS]
     if not is_openai(scrub.model):
         if (int_field(scrub.body, "n") or 1) > 1:
@@ -9722,7 +9638,6 @@ def keep_chat_keys(scrub: Scrub) -> None:
 
 
 def fit_chat_limits(scrub: Scrub) -> None:
-    """The output limit under the name and below the number that the model takes."""
     body, model = scrub.body, scrub.model
     wanted = int_field(body, "max_completion_tokens") or int_field(body, "max_tokens")
     body.pop("max_tokens", None)
@@ -9736,7 +9651,6 @@ def fit_chat_limits(scrub: Scrub) -> None:
 
 
 def fit_chat_sampling(scrub: Scrub) -> None:
-    """Sampling and effort in the combination that the model takes."""
     body, model = scrub.body, scrub.model
     effort = body.pop("reasoning_effort", None)
     if isinstance(effort, str) and effort in EFFORTS:
@@ -9757,11 +9671,10 @@ def fit_chat_sampling(scrub: Scrub) -> None:
         if (reasons or both or (version or (0, 0)) >= (4, 7)) and body.pop(key, None) is not None:
             scrub.dropped.append(key)
     if REASONING_GPT.match(model.id):
-        body.pop("stop", None)  # cut by the gateway instead
+        body.pop("stop", None)  # the gateway cuts instead
 
 
 def fit_chat_tools(scrub: Scrub) -> None:
-    """Function tools with schemas that the model's vendor accepts."""
     body = scrub.body
     tools = list_field(body, "tools")
     if len(tools) > MAX_TOOLS:
@@ -9798,7 +9711,6 @@ def fit_chat_tools(scrub: Scrub) -> None:
 
 
 def fit_chat_messages(scrub: Scrub) -> None:
-    """Messages without echoes, blanks, and images where none may be."""
     model = scrub.model
     messages: list[Json] = []
     moved: list[Json] = []
@@ -9835,7 +9747,7 @@ def fit_chat_messages(scrub: Scrub) -> None:
 
 
 def mark_chat_prompt(messages: list[Json]) -> None:
-    """As `mark_prompt`, by whole messages (as seen in other gateways, 2026-08)."""
+    """Like `mark_prompt`, but marks entire messages (as seen in other gateways, 2026-08)."""
     lead = next((n for n, m in enumerate(messages) if m["role"] != "system"), len(messages))
     turns = [message for message in messages[lead:] if message["role"] in ("user", "tool")]
     for message in (*messages[:lead][-1:], *turns[-2:]):
@@ -9843,14 +9755,14 @@ def mark_chat_prompt(messages: list[Json]) -> None:
 
 
 def is_cache_marked(message: Json) -> bool:
-    """Whether a message or one of its parts ends a prefix to be cached (opencode marks both)."""
+    """Whether a message or one of its parts has a cache breakpoint (opencode marks both)."""
     content = message.get("content")
     parts = content if isinstance(content, list) else []
     return any(isinstance(p, dict) and p.get("cache_control") for p in (message, *parts))
 
 
 def join_neighbours(messages: list[Json]) -> list[Json]:
-    """Messages with neighbours of one role joined: Gemini refuses them apart."""
+    """Merges consecutive messages of one role: Gemini refuses them."""
     groups: list[list[Json]] = []
     for message in messages:
         before = groups[-1][-1] if groups else {}
@@ -9863,7 +9775,6 @@ def join_neighbours(messages: list[Json]) -> list[Json]:
 
 
 def join_messages(group: list[Json]) -> Json:
-    """One message with the content of all."""
     if len(group) == 1:
         return group[0]
     contents = [message["content"] for message in group]
@@ -9874,7 +9785,7 @@ def join_messages(group: list[Json]) -> Json:
 
 
 def fit_chat_content(message: Json, model: Model, moved: list[Json]) -> None:
-    """One message's content: no blank parts; a tool's images go into `moved`."""
+    """Drops blank parts from a message's content; the images of a tool result go into `moved`."""
     content = message.get("content")
     role = message["role"]
     if isinstance(content, list):
@@ -9886,7 +9797,8 @@ def fit_chat_content(message: Json, model: Model, moved: list[Json]) -> None:
             moved += [text_part(f"Image from tool call {call}:"), *pictures]
             parts = [part for part in parts if part.get("type") != "image_url"]
             parts = parts or [text_part("[image in next message]")]
-        # Claude answers its own earlier turn again when that comes as a list (seen in pi, 2026).
+        # Claude responds to its own earlier turn again if that is sent as a list (seen in pi,
+        # 2026).
         if role == "tool" or (role == "assistant" and not is_openai(model)):
             message["content"] = text_of(parts)
         else:
@@ -9901,12 +9813,11 @@ def fit_chat_content(message: Json, model: Model, moved: list[Json]) -> None:
 
 
 def text_or_parts(content: Any) -> bool:
-    """Whether content says anything."""
     return bool(content.strip()) if isinstance(content, str) else bool(content)
 
 
 def fit_call(call: Json) -> Json:
-    """A call of the history: typed, with arguments that are a JSON text."""
+    """A call in the history, with its type and with arguments that are valid JSON text."""
     function = function_of(call, "tool_calls")
     arguments = function.get("arguments", function.get("input"))
     text = arguments if isinstance(arguments, str) else dump_text(arguments or {})
@@ -9918,7 +9829,6 @@ def fit_call(call: Json) -> Json:
 
 
 def word_response_format(scrub: Scrub) -> None:
-    """Structured output in words, for models that are not OpenAI's."""
     wanted = scrub.body.get("response_format")
     if not wanted or is_openai(scrub.model):
         return
@@ -9938,7 +9848,7 @@ def word_response_format(scrub: Scrub) -> None:
 
 
 def ask_for_usage(scrub: Scrub) -> None:
-    """Usage comes with every stream, whether the caller wants to see it or not."""
+    """Every stream reports usage, whether the client asked for it or not."""
     scrub.body.pop("stream_options", None)
     if scrub.body.get("stream"):
         scrub.body["stream_options"] = {"include_usage": True}
@@ -9947,35 +9857,14 @@ def ask_for_usage(scrub: Scrub) -> None:
 
 
 CHAT_RULES: tuple[Callable[[Scrub], None], ...] = (
-    check_messages,
-    keep_chat_keys,
-    fit_chat_limits,
-    fit_chat_messages,
-    fit_chat_tools,
-    fit_chat_sampling,
-    word_response_format,
-    ask_for_usage,
-    strip_learned,
-)
+    check_messages, keep_chat_keys, fit_chat_limits, fit_chat_messages, fit_chat_tools,
+    fit_chat_sampling, word_response_format, ask_for_usage, strip_learned,
+)  # fmt: skip
 RESPONSES_KEYS = (
-    "context_management",
-    "include",
-    "input",
-    "instructions",
-    "max_output_tokens",
-    "model",
-    "parallel_tool_calls",
-    "prompt_cache_key",
-    "reasoning",
-    "store",
-    "stream",
-    "temperature",
-    "text",
-    "tool_choice",
-    "tools",
-    "top_p",
-    "truncation",
-)
+    "context_management", "include", "input", "instructions", "max_output_tokens", "model",
+    "parallel_tool_calls", "prompt_cache_key", "reasoning", "store", "stream", "temperature",
+    "text", "tool_choice", "tools", "top_p", "truncation",
+)  # fmt: skip
 ENCRYPTED_REASONING = "reasoning.encrypted_content"
 
 
@@ -9983,7 +9872,7 @@ CALL_ITEMS = ("function_call", "custom_tool_call", "tool_search_call", *CLIENT_C
 
 
 def check_items(scrub: Scrub) -> None:
-    """What the responses endpoint could only refuse, refused here in better words."""
+    """Refuses, with a clearer message, what the responses endpoint would refuse."""
     refuse_state(scrub.body)
     for index, item in enumerate(input_items(scrub.body)):
         if item_kind(item) == "item_reference":
@@ -9997,7 +9886,7 @@ def check_items(scrub: Scrub) -> None:
 
 
 def keep_responses_keys(scrub: Scrub) -> None:
-    """The keys that Copilot takes; nothing is stored, so reasoning comes encrypted."""
+    """Keeps the keys Copilot accepts; nothing is stored, so reasoning has to come encrypted."""
     body = scrub.body
     for key in [key for key in body if key not in RESPONSES_KEYS]:
         value = body.pop(key)
@@ -10018,7 +9907,7 @@ def offer_added_tools(scrub: Scrub) -> None:
 
 
 def fit_items(scrub: Scrub) -> None:
-    """Items without the ids that Copilot gives and then refuses, each call with its output."""
+    """Items without the ids that Copilot issues and then refuses, each call with its output."""
     if not isinstance(scrub.body["input"], list):
         return
     items: list[Json] = []
@@ -10046,7 +9935,7 @@ def fit_items(scrub: Scrub) -> None:
             item.pop("status", None)
             item["summary"] = item.get("summary") or []
         elif kind == "message" and not fit_message(item, f"input.{index}.content"):
-            continue  # it says nothing, and would be refused
+            continue  # an empty one would be refused
         for key in [key for key, value in item.items() if value is None]:
             del item[key]
         if kind in ("function_call", "custom_tool_call"):
@@ -10065,13 +9954,13 @@ def fit_items(scrub: Scrub) -> None:
 
 
 def is_said(item: Json) -> bool:
-    """Whether an item can follow a thought: it belongs to what the model said next."""
+    """Whether an item may follow reasoning: it is part of the same model turn."""
     kind = item_kind(item)
     return kind in (*CALL_ITEMS, "reasoning") or item.get("role") == "assistant"
 
 
 def fit_message(item: Json, path: str) -> bool:
-    """Leaves out empty words and fills in an image's detail; False where nothing is left."""
+    """Drops empty text and fills in the detail of images; False if nothing is left."""
     content = item.get("content")
     if isinstance(content, str):
         return bool(content.strip())
@@ -10093,7 +9982,7 @@ def fit_message(item: Json, path: str) -> bool:
 
 
 def settle_items(items: list[Json]) -> list[Json]:
-    """Items with each call's output directly behind the calls; a missing one is filled in."""
+    """Puts each call's output directly after the calls; a missing output is filled in."""
     outputs: defaultdict[str, deque[Json]] = defaultdict(deque)
     calls: defaultdict[str, int] = defaultdict(int)
     for item in items:
@@ -10124,7 +10013,6 @@ def settle_items(items: list[Json]) -> list[Json]:
 
 
 def shown_parts(output: Any) -> list[Json]:
-    """The parts of an output that are no words."""
     rows = [row for row in output if isinstance(row, dict)] if isinstance(output, list) else []
     shown = [dict(row) for row in rows if row.get("type") not in ("input_text", "output_text")]
     for row in shown:
@@ -10134,7 +10022,7 @@ def shown_parts(output: Any) -> list[Json]:
 
 
 def words_of_output(item: Json) -> str:
-    """What a tool said, in words: an object of its own as JSON."""
+    """A tool's output as text; an object is written as JSON."""
     output = item.get("output")
     return dump_text(output) if isinstance(output, dict) else text_of(output)
 
@@ -10145,10 +10033,7 @@ def answer_items(
     calls: dict[str, int],
     call_ids: CallIds,
 ) -> list[Json]:
-    """The outputs of calls, in words; then a message with their images, which words cannot hold.
-
-    An id that is used again is told apart, in the call and in its output.
-    """
+    """Outputs as text, then a message with their images; reused call ids are made distinct."""
     answers: list[Json] = []
     shown: list[Json] = []
     for call in pending:
@@ -10175,7 +10060,6 @@ def answer_items(
 
 
 def fit_responses_choice(choice: Json, hosted: set[str], path: str) -> Json:
-    """A tool choice, or one of the tools that it allows, with the names that go up."""
     fitted = {**choice}
     name = str_field(choice, "name", path)
     if name:
@@ -10191,7 +10075,6 @@ def fit_responses_choice(choice: Json, hosted: set[str], path: str) -> Json:
 
 
 def fit_responses_tools(scrub: Scrub) -> None:
-    """Functions, custom tools and namespaces; tools that a vendor runs are not served."""
     body = scrub.body
     tools: list[Json] = []
     hosted: list[str] = []
@@ -10219,7 +10102,6 @@ def fit_responses_tools(scrub: Scrub) -> None:
 
 
 def fit_responses_tool(tool: Json, path: str) -> Json:
-    """One tool as Copilot takes it."""
     tool = {key: value for key, value in tool.items() if value is not None}
     name = need_str(tool, "name", path)
     tool.pop("defer_loading", None)
@@ -10244,7 +10126,6 @@ def fit_responses_tool(tool: Json, path: str) -> Json:
 
 
 def fit_responses_settings(scrub: Scrub) -> None:
-    """Limits and reasoning that the model takes."""
     body, model = scrub.body, scrub.model
     most = int_field(body, "max_output_tokens")
     if most is not None:
@@ -10257,7 +10138,7 @@ def fit_responses_settings(scrub: Scrub) -> None:
         del reasoning["effort"]
     summaries = {"concise": "auto", "auto": "auto", "detailed": "detailed"}
     reasoning["summary"] = summaries.get(str(reasoning.get("summary")))
-    if "spark" in model.id:  # it gives none, and refuses to be asked
+    if "spark" in model.id:  # has no summaries and refuses the request for one
         reasoning["summary"] = None
     for key in [key for key in reasoning if key not in ("effort", "summary")]:
         del reasoning[key]
@@ -10276,22 +10157,14 @@ def fit_responses_settings(scrub: Scrub) -> None:
 
 
 RESPONSES_RULES: tuple[Callable[[Scrub], None], ...] = (
-    check_items,
-    keep_responses_keys,
-    offer_added_tools,
-    fit_items,
-    fit_responses_tools,
-    fit_responses_settings,
-    strip_learned,
-)
+    check_items, keep_responses_keys, offer_added_tools, fit_items, fit_responses_tools,
+    fit_responses_settings, strip_learned,
+)  # fmt: skip
 RULES = {"chat": CHAT_RULES, "messages": MESSAGES_RULES, "responses": RESPONSES_RULES}
 
 
 def copy_parts(rows: list[Any]) -> list[Any]:
-    """Messages or parts, with those inside of them, for rules to write to.
-
-    The caller's own stay as they are: a second attempt begins with them.
-    """
+    """Copies messages or parts at any depth: rules modify them, a retry needs the originals."""
     copied = []
     for row in rows:
         if isinstance(row, dict):
@@ -10303,7 +10176,7 @@ def copy_parts(rows: list[Any]) -> list[Any]:
 
 
 def scrub_body(dialect: str, body: Json, model: Model, lessons: Lessons, streaming: bool) -> Scrub:
-    """A body as Copilot takes it; raises InvalidRequest for what cannot be left out."""
+    """A body as Copilot accepts it; raises InvalidRequest for what cannot be left out."""
     own = {**body, "model": model.id, "stream": streaming}
     for key in ("messages", "system", "tools", "input"):
         if isinstance(own.get(key), list):
@@ -10315,7 +10188,7 @@ def scrub_body(dialect: str, body: Json, model: Model, lessons: Lessons, streami
 
 
 def strip_reasoning(body: Json) -> bool:
-    """Removes every replayed reasoning from a body; whether there was any."""
+    """Removes all replayed reasoning from a body; returns whether there was any."""
     items = body.get("input")
     if isinstance(items, list):
         body["input"] = [item for item in items if item_kind(item) != "reasoning"]
@@ -10333,7 +10206,7 @@ def strip_reasoning(body: Json) -> bool:
 
 
 def read_embeddings(body: Json) -> tuple[list[str], bool]:
-    """(texts, whether the vectors are wanted in base64) of an embeddings request."""
+    """(texts, whether vectors are wanted in base64) of an embeddings request."""
     value = body.get("input")
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
@@ -10346,7 +10219,7 @@ def read_embeddings(body: Json) -> tuple[list[str], bool]:
 
 
 def write_embeddings(rows: list[Json], usage: Usage, is_packed: bool) -> Json:
-    """An embeddings answer with the members that Copilot leaves out at times."""
+    """An embeddings response, complete with the members that Copilot sometimes leaves out."""
     data = []
     for index, row in enumerate(rows):
         vector = row.get("embedding")
@@ -10359,7 +10232,7 @@ def write_embeddings(rows: list[Json], usage: Usage, is_packed: bool) -> Json:
 
 
 def with_effort(body: Json, dialect: str, effort: str) -> Json:
-    """A native body that asks for an effort, where it does not ask for one itself."""
+    """A native body with this effort, unless it asks for one itself."""
     if dialect == "chat":
         return {"reasoning_effort": effort, **body}
     if dialect == "responses":
@@ -10374,7 +10247,7 @@ def with_effort(body: Json, dialect: str, effort: str) -> Json:
 class ReasoningMemory:
     """Reasoning signatures of chat models, by tool call: OpenAI clients have no field for them.
 
-    Gemini refuses the turn after a tool call that comes without its signature.
+    Gemini refuses the turn after a tool call whose signature is missing.
     """
 
     def __init__(self, limit: int = REASONING_MEMORY_ENTRIES) -> None:
@@ -10382,7 +10255,6 @@ class ReasoningMemory:
         self.kept: dict[str, tuple[str, str]] = {}
 
     def keep(self, calls: Iterable[str], text: str, opaque: str) -> None:
-        """Remembers what belongs to these calls."""
         for call in calls:
             self.kept.pop(call, None)
             self.kept[call] = (text, opaque)
@@ -10390,10 +10262,10 @@ class ReasoningMemory:
             del self.kept[call]
 
     def attach_items(self, body: Json) -> None:
-        """Puts reasoning items back before a responses body's calls that lack them."""
+        """Puts reasoning items back before the calls of a responses body that lack them."""
         items: list[Json] = []
         rows = body["input"] if isinstance(body["input"], list) else []
-        there = False  # a thought, since somebody else has spoken
+        there = False  # reasoning, in the current model turn
         for item in rows:
             kept = self.kept.get(str(item.get("call_id")))
             if kept and not there and item_kind(item) == "function_call":
@@ -10405,7 +10277,7 @@ class ReasoningMemory:
         body["input"] = items or body["input"]
 
     def attach(self, body: Json) -> None:
-        """Puts signatures back into a chat body's assistant messages that lack them."""
+        """Puts signatures back into the assistant messages of a chat body that lack them."""
         for message in body["messages"]:
             calls = message.get("tool_calls")
             if not calls or message.get("reasoning_opaque"):
@@ -10418,11 +10290,11 @@ class ReasoningMemory:
                     message["reasoning_text"] = text
 
 
-# 9.4 what error answers mean
+# 9.4 what error responses mean
 
 
 def unwrap_error(value: Any, depth: int = 3) -> tuple[str, str]:
-    """(message, code) in an error body of any form, JSON inside of messages unwrapped."""
+    """(message, code) of an error body in any shape; JSON nested in messages is unwrapped."""
     if isinstance(value, str):
         inner = load_object(value) if depth and value.lstrip().startswith("{") else None
         return unwrap_error(inner, depth - 1) if inner else (value, "")
@@ -10438,10 +10310,7 @@ def unwrap_error(value: Any, depth: int = 3) -> tuple[str, str]:
 
 
 def read_error_answer(status: int, data: bytes) -> tuple[str, str]:
-    """(message, code) of an error answer, whatever its type claims: JSON, text, HTML, nothing.
-
-    Both are redacted, and cut before anything searches them.
-    """
+    """(message, code) of an error response of any type, redacted, and cut before any search."""
     text = data.decode("utf-8", "replace").strip()
     value = load_object(text) if text.startswith("{") else None
     if value is not None:
@@ -10452,12 +10321,12 @@ def read_error_answer(status: int, data: bytes) -> tuple[str, str]:
     return redact(text, MAX_REFUSAL_TEXT), ""
 
 
-# RFC 9110 section 10.2.3 has no fractions; services do.
+# RFC 9110 section 10.2.3 does not allow fractions; services send them.
 PLAIN_SECONDS = re.compile(r"[0-9]{1,19}(?:\.[0-9]{1,9})?")
 
 
 def parse_retry_after(value: str | None, now: float) -> float | None:
-    """Seconds in a Retry-After field: digits or an HTTP date; `now` in Unix seconds."""
+    """Seconds in a Retry-After field: a number or an HTTP date; `now` is Unix time."""
     if value is None:
         return None
     if PLAIN_SECONDS.fullmatch(value):
@@ -10486,7 +10355,7 @@ RESET_WORDS = re.compile(
 
 
 def read_wait_words(message: str, now: float) -> float | None:
-    """Seconds to wait by a refusal's words, in which times are UTC; None where they name none."""
+    """Seconds to wait according to an error message (its times are UTC); None if it names none."""
     words = WAIT_WORDS.search(message)
     if words:
         parts = WAIT_PART.findall(words[1])
@@ -10503,7 +10372,6 @@ def read_wait_words(message: str, now: float) -> float | None:
 
 
 def read_wait(headers: Headers, message: str, now: float) -> float | None:
-    """Seconds to wait by a refusal's Retry-After, else by its words; None where it says nothing."""
     said = parse_retry_after(headers.get("retry-after"), now)
     return read_wait_words(message, now) if said is None else said
 
@@ -10519,23 +10387,12 @@ EXTRA_FIELD = re.compile(r"(?<![^\s,;])([\w.-]{1,300}): Extra inputs are not per
 NOT_SERVED = re.compile(
     r'(?:The requested )?model "?[\w.:/-]{1,200}"? is not accessible via the /', re.IGNORECASE
 )
-# Losing one of these would change what the caller asked for: at the top of a body, in an object of
-# a type that has it, and in any other object.
-BODY_KEYS = frozenset(
-    (
-        "input",
-        "instructions",
-        "max_tokens",
-        "messages",
-        "model",
-        "output_format",
-        "response_format",
-        "stream",
-        "system",
-        "tool_choice",
-        "tools",
-    )
-)
+# Losing one of these would change what the client asked for: at the top level of a body, in an
+# object of a type that has it, and in any other object.
+BODY_KEYS = frozenset((
+    "input", "instructions", "max_tokens", "messages", "model", "output_format",
+    "response_format", "stream", "system", "tool_choice", "tools",
+))  # fmt: skip
 TYPED_KEYS: dict[str, tuple[str, ...]] = {
     "text": ("text", "format"),
     "thinking": ("thinking", "signature"),
@@ -10547,33 +10404,16 @@ TYPED_KEYS: dict[str, tuple[str, ...]] = {
     "custom": ("name", "description", "input_schema"),
     "function": ("name", "description", "parameters", "arguments", "function"),
 }
-NESTED_KEYS = frozenset(key for keys in TYPED_KEYS.values() for key in keys) | frozenset(
-    (
-        "arguments",
-        "budget_tokens",
-        "call_id",
-        "encrypted_content",
-        "file",
-        "format",
-        "image_url",
-        "json_schema",
-        "media_type",
-        "output",
-        "role",
-        "schema",
-        "summary",
-        "tool_call_id",
-        "tool_calls",
-        "type",
-        "url",
-        "*",
-    )
-)
-# What stands below one of these is the caller's own.
+NESTED_KEYS = frozenset(key for keys in TYPED_KEYS.values() for key in keys) | frozenset((
+    "arguments", "budget_tokens", "call_id", "encrypted_content", "file", "format", "image_url",
+    "json_schema", "media_type", "output", "role", "schema", "summary", "tool_call_id",
+    "tool_calls", "type", "url", "*",
+))  # fmt: skip
+# Anything below one of these keys is the client's own data.
 OWN_DATA = frozenset(("input_schema", "parameters", "arguments", "input", "schema"))
 
 
-# How a replayed reasoning is refused.
+# How a refusal of replayed reasoning is worded.
 STALE_REASONING = (
     "signature",
     "different conversation",
@@ -10584,10 +10424,7 @@ STALE_REASONING = (
 
 
 def judge_400(message: str, code: str, model: Model, sent: Json, lessons: Lessons) -> Verdict:
-    """A 400 of the model service: something to mend, or the caller's to know.
-
-    `lessons` held when `sent` was written.
-    """
+    """A 400 of the model service; `lessons` are those applied when `sent` was written."""
     text = message.lower()
     for pattern in TOKEN_COUNTS:
         found = pattern.search(message)
@@ -10608,7 +10445,7 @@ def judge_400(message: str, code: str, model: Model, sent: Json, lessons: Lesson
     refused = InvalidRequest(message or "The upstream refused the request without a reason.")
     if not message:
         return Verdict(refused, "again")
-    if EXTRA_FIELD.search(message):  # then the rest of the message may be the caller's own words
+    if EXTRA_FIELD.search(message):  # the rest may quote the client
         known = lessons.get("field", ())
         news = [("field", path) for path in refused_paths(message) if path not in known]
     else:
@@ -10625,7 +10462,7 @@ def judge_400(message: str, code: str, model: Model, sent: Json, lessons: Lesson
 
 
 def read_lessons(message: str, code: str, sent: Json) -> list[tuple[str, str]]:
-    """What a refusal teaches, as (kind, name): only of what `sent` has."""
+    """What a refusal teaches, as (kind, name), limited to what `sent` contains."""
     if "thinking.type.enabled" in message and details(sent, "thinking").get("type") == "enabled":
         return [("thinking", "enabled")]
     if code == "invalid_reasoning_effort" or "reasoning_effort" in message:
@@ -10640,10 +10477,7 @@ def read_lessons(message: str, code: str, sent: Json) -> list[tuple[str, str]]:
 
 
 def refused_paths(message: str) -> list[str]:
-    """The paths of the unknown fields that a refusal names, of which nothing asked for depends.
-
-    `tools.0.custom.strict` -> `tools.*.custom.strict`.
-    """
+    """`tools.0.custom.strict` -> `tools.*.custom.strict`, for fields the request can do without."""
     paths = []
     for found in EXTRA_FIELD.finditer(message):
         steps = ["*" if step.isdecimal() else step for step in found[1].split(".")]
@@ -10653,7 +10487,6 @@ def refused_paths(message: str) -> list[str]:
 
 
 def may_lose(steps: list[str]) -> bool:
-    """Whether a body means the same without what stands at a path."""
     *above, last = steps
     if not above:
         return last not in BODY_KEYS
@@ -10679,7 +10512,6 @@ def judge_copilot(
     lessons: Lessons,
     now: float,
 ) -> Verdict:
-    """What an error answer of the model service to `sent` means; `now` in Unix seconds."""
     message, code = read_error_answer(status, data)
     support = headers.get("x-github-request-id", "")
     tail = f" (GitHub request {support})" if SUPPORT_ID.fullmatch(support) else ""
@@ -10687,11 +10519,12 @@ def judge_copilot(
     if status == 400:
         return judge_400(message, code, model, sent, lessons)
     if status in (401, 403, 421):
-        if b'"authorize_url"' in data:  # a third party's agent wants its own sign-in
+        if b'"authorize_url"' in data:  # a third-party agent needs a sign-in of its own
             return Verdict(Forbidden(f"Copilot wants another authorization: {message}.{tail}"))
         return judge_identity(status, message, tail)
     if status == 402:
-        # Only the model rests: in older plans those without a price go on (facts, 8.4).
+        # Only the model cools down: on older plans the models without a price still work (facts,
+        # 8.4).
         error_text = f"Your Copilot quota is used up: {message or code}.{tail}"
         return Verdict(QuotaExceeded(error_text, retry_after=wait_s), "rest", wait_s)
     if status == 404:
@@ -10722,7 +10555,7 @@ def judge_copilot(
 
 
 def judge_identity(status: int, message: str, tail: str) -> Verdict:
-    """A 401, 403 or 421 of the model service: usually an old token, or one for another host."""
+    """A 401, 403 or 421 of the model service: usually an expired token, or one for another host."""
     if "Personal Access Token" in message:
         return Verdict(NotSignedIn(f"Copilot refused the token: {message}."))
     if status == 401:
@@ -10742,7 +10575,7 @@ FINAL_NOTICES = {
 
 
 def judge_exchange(status: int, headers: Headers, data: bytes, now: float) -> Verdict:
-    """What a refused token exchange means: `wait` where it may pass."""
+    """Classifies a failed token exchange: `wait` if it is temporary."""
     message, _ = read_error_answer(status, data)
     body = load_object(data) or {}
     envelope = details(body, "error_details")
@@ -10777,8 +10610,6 @@ def judge_exchange(status: int, headers: Headers, data: bytes, now: float) -> Ve
 
 @dataclass(slots=True)
 class CopilotToken:
-    """A short-lived Copilot token and the host it is for."""
-
     token: str = field(repr=False)
     api_url: str
     #: Unix seconds
@@ -10788,12 +10619,12 @@ class CopilotToken:
 
     @property
     def margin_s(self) -> float:
-        """How long before its end it is too old for a new request."""
+        """Seconds before expiry from which it is too old for a new request."""
         return min(COPILOT_REFRESH_MARGIN_SECONDS, COPILOT_REFRESH_MARGIN_SHARE * self.refresh_in)
 
 
 def copilot_host(config: CopilotConfig) -> str:
-    """The base URL where no answer names one: of the tenant, or of the kind of account."""
+    """The base URL if no response names one: the tenant's, or that of the account type."""
     host = urllib.parse.urlsplit(config.github_api_url).hostname or ""
     if host.endswith(".ghe.com"):
         return f"https://copilot-api.{host.removeprefix('api.')}"
@@ -10801,10 +10632,7 @@ def copilot_host(config: CopilotConfig) -> str:
 
 
 def named_host(body: Json, config: CopilotConfig) -> str:
-    """The base URL by the setting, or by an answer's `endpoints.api`; "" where neither says.
-
-    Raises UpstreamError for one that is not Copilot's: no token goes there.
-    """
+    """From the configuration or `endpoints.api`, or ""; UpstreamError for a host not Copilot's."""
     named = details(body, "endpoints").get("api")
     if config.api_url or not isinstance(named, str) or not named:
         return config.api_url.rstrip("/")
@@ -10814,21 +10642,18 @@ def named_host(body: Json, config: CopilotConfig) -> str:
 
 
 def read_token_answer(body: Json, config: CopilotConfig, now: float) -> CopilotToken:
-    """A token answer; only `token` must be there.  Raises UpstreamError."""
+    """Parses a token response; only `token` is required.  Raises UpstreamError."""
     token = body.get("token")
     if not isinstance(token, str) or not TARGET.fullmatch(token):
         raise UpstreamError("GitHub's token answer holds no token that can be used.")
     life = min(positive(body.get("refresh_in")) or COPILOT_DEFAULT_LIFE_SECONDS, MAX_TOKEN_SECONDS)
-    # VS Code does the same: the answer's `expires_at` is of little use under a wrong local clock.
+    # As in VS Code: the response's `expires_at` is of little use if the local clock is wrong.
     url = named_host(body, config) or copilot_host(config)
     return CopilotToken(token, url, now + life + COPILOT_REFRESH_EARLY_SECONDS, life)
 
 
 def direct_token(github_token: str, user: Json, config: CopilotConfig, now: float) -> CopilotToken:
-    """A GitHub token in the place of a Copilot token; `user` is GitHub's answer about the account.
-
-    Organisations' hosts come with the account; raises UpstreamError for a foreign one.
-    """
+    """`user`, GitHub's account response, names an organisation's host; raises UpstreamError."""
     tenant = copilot_host(config)
     any_host = COPILOT_ANY_HOST if tenant in COPILOT_HOSTS.values() else tenant
     url = named_host(user, config) or any_host
@@ -10837,46 +10662,42 @@ def direct_token(github_token: str, user: Json, config: CopilotConfig, now: floa
 
 
 class AllowancePart(NamedTuple):
-    """What an allowance is made of: the plan's own, a trial, a bonus."""
+    """One component of an allowance: the plan's own, a trial, a bonus."""
 
     name: str
     used: float
     limit: float
-    #: Unix seconds when it ends; 0 = it does not, or that was not said
+    #: Unix seconds when it ends; 0 = never, or unknown
     ends_at: float
 
     def as_json(self) -> Json:
-        """`{"name", "used", "limit", "ends_at"}`."""
         return {**self._asdict(), "ends_at": self.ends_at or None}
 
 
 @dataclass(slots=True)
 class Allowance:
-    """One thing of which a plan allows so much; None = not said, `limit` inf = no limit."""
+    """The limit and use of one kind of request; None = unknown, `limit` inf = unlimited."""
 
     name: str
     used: float | None
     limit: float | None
     remaining: float | None
-    #: what is counted, in the plural; "" = not said
+    #: the counted unit, in the plural; "" = unknown
     unit: str = ""
-    #: percent, as the service says it
+    #: as reported by the service
     percent_left: float | None = None
-    #: Unix seconds; 0 = not said, or with the whole plan
+    #: Unix seconds; 0 = unknown, or the plan's date
     resets_at: float = 0.0
-    #: whether it may go on beyond the limit, for money
+    #: whether use beyond the limit is allowed, at extra cost
     overage_permitted: bool | None = None
     overage_used: float | None = None
     overage_limit: float | None = None
-    #: where it is made of several
+    #: the components, if there are several
     parts: list[AllowancePart] = field(default_factory=list)
 
     @property
     def percent_used(self) -> float | None:
-        """Above 100 where it went on beyond the limit; None where there is none, or none is known.
-
-        A limit of 0 is never "all used up".
-        """
+        """None if unlimited or unknown; may exceed 100.  A limit of 0 is never used up."""
         if self.limit == math.inf:
             return None
         if self.used is not None and self.limit:
@@ -10910,14 +10731,12 @@ class Allowance:
 
 @dataclass(slots=True)
 class Quota:
-    """What is left of an account's plan."""
-
     account: str
     plan: str
     allowances: list[Allowance]
-    #: Unix seconds; 0 = not said
+    #: Unix seconds; 0 = unknown
     resets_at: float
-    #: Unix seconds when the service said so; 0 = not noted
+    #: Unix seconds when the service reported it; 0 = unknown
     as_of: float = 0.0
 
     def as_json(self) -> Json:
@@ -10933,35 +10752,31 @@ class Quota:
 
 
 DECIMAL = re.compile(r"-?[0-9]{1,12}(?:\.[0-9]{1,20})?")
-#: "premium_models" is another name of the same (VS Code, 2026-08)
+#: "premium_models" is another name for the same allowance (VS Code, 2026-08)
 ALLOWANCE_NAMES = {"premium_models": "premium_interactions"}
 ALLOWANCE_UNITS = {"chat": "messages", "completions": "completions"}
 
 
 def read_told(value: Any) -> float | None:
-    """As `read_figure`; a number in a string counts as well."""
+    """Like `read_figure`, but also accepts a number in a string."""
     if isinstance(value, str):
         return float(value) if DECIMAL.fullmatch(value) else None
     return read_figure(value)
 
 
 def read_flag(value: Any) -> bool | None:
-    """A JSON truth value, or one in a string; else None."""
     return {"true": True, "false": False}.get(str(value).lower())
 
 
 def allowance_unit(name: str, by_tokens: bool | None) -> str:
-    """What GitHub counts: since June 2026 credits, in some contracts still premium requests."""
+    """What GitHub counts: credits since June 2026, premium requests still in some contracts."""
     if name != "premium_interactions" or by_tokens is None:
         return ALLOWANCE_UNITS.get(name, "")
     return "credits" if by_tokens else "premium requests"
 
 
 def read_allowance(name: str, row: Json, by_tokens: bool | None = None) -> Allowance | None:
-    """One of GitHub's quota snapshots; None for one that does not apply to the account.
-
-    `by_tokens` is the account's `token_based_billing`.
-    """
+    """None if it does not apply.  `by_tokens` is the account's `token_based_billing`."""
     limit = read_told(row.get("entitlement"))
     own = read_flag(row.get("token_based_billing"))
     found = Allowance(
@@ -10979,7 +10794,7 @@ def read_allowance(name: str, row: Json, by_tokens: bool | None = None) -> Allow
     if row.get("unlimited") is True or limit == -1:
         found.limit, found.percent_left = math.inf, None
         return found
-    if limit is not None and limit <= 0:  # never "all used up": a bucket of nothing does not apply
+    if limit is not None and limit <= 0:  # an empty bucket does not apply: it is not "used up"
         return None
     keys = ("quota_remaining", "remaining")
     left = next(filter(lambda n: n is not None, (read_told(row.get(key)) for key in keys)), None)
@@ -10998,7 +10813,7 @@ def read_allowance(name: str, row: Json, by_tokens: bool | None = None) -> Allow
 
 
 def read_copilot_quota(body: Json) -> Quota:
-    """GitHub's `copilot_internal/user`; free plans of earlier have a form of their own."""
+    """GitHub's `copilot_internal/user`; older free plans have a format of their own."""
     snapshots = [*details(body, "quota_snapshots").items()][:MAX_ALLOWANCES]
     rows = {name: row for name, row in snapshots if isinstance(row, dict)}
     monthly, left = details(body, "monthly_quotas"), details(body, "limited_user_quotas")
@@ -11009,7 +10824,7 @@ def read_copilot_quota(body: Json) -> Quota:
     named = {ALLOWANCE_NAMES.get(name, name): row for name, row in rows.items()}
     found = (read_allowance(name, row, by_tokens) for name, row in named.items())
     dates = ("quota_reset_date_utc", "quota_reset_date", "limited_user_reset_date")
-    free = "free_limited" in text_of_key(body, "access_type_sku")  # whatever the plan is called
+    free = "free_limited" in text_of_key(body, "access_type_sku")  # whatever `copilot_plan` says
     return Quota(
         account=text_of_key(body, "login"),
         plan="free" if free else text_of_key(body, "copilot_plan"),
@@ -11018,22 +10833,21 @@ def read_copilot_quota(body: Json) -> Quota:
     )
 
 
-# Copilot's good answers tell what is left in header fields (seen in VS Code, gh-aw-firewall and
-# Floway, 2026-08): `x-quota-snapshot-BUCKET: ent=1500&ov=0.0&ovPerm=true&rem=80.7&rst=...`.
+# Copilot's successful responses report the quota in header fields (seen in VS Code, gh-aw-firewall
+# and Floway, 2026-08): `x-quota-snapshot-BUCKET: ent=1500&ov=0.0&ovPerm=true&rem=80.7&rst=...`.
 
 SNAPSHOT_PREFIX, WINDOW_PREFIX = "x-quota-snapshot-", "x-usage-ratelimit-"
 QUOTA_PREFIXES = (SNAPSHOT_PREFIX, WINDOW_PREFIX)
 
 
 def quota_fields(headers: Headers) -> dict[str, str]:
-    """The fields of an answer that tell what is left, unread."""
     return {name: text for name, text in headers.items() if name.startswith(QUOTA_PREFIXES)}
 
 
 def read_snapshot(name: str, text: str) -> Allowance | None:
-    """One such field; None for a bucket that does not apply.  Raises ValueError for another form.
+    """One quota field; None if it does not apply.  Raises ValueError for another format.
 
-    `ent` is the limit (-1 = none), `rem` the percentage left, `totRem` the rest, `ov` the overage.
+    `ent`: limit (-1 = none), `rem`: percentage left, `totRem`: amount left, `ov`: overage.
     """
     said = dict(urllib.parse.parse_qsl(text, keep_blank_values=True, max_num_fields=20))
     figures = {key: read_told(said[key]) for key in ("ent", "rem", "totRem", "ov") if key in said}
@@ -11052,7 +10866,7 @@ def read_snapshot(name: str, text: str) -> Allowance | None:
 
 
 def read_snapshots(found: dict[str, str]) -> dict[str, Allowance | None]:
-    """The allowances in the fields by name; None: does not apply.  What is damaged is left out."""
+    """The allowances by name; None: does not apply.  Malformed fields are ignored."""
     read = {}
     for key, text in found.items():
         name = key.removeprefix(SNAPSHOT_PREFIX).removeprefix(WINDOW_PREFIX)
@@ -11060,14 +10874,14 @@ def read_snapshots(found: dict[str, str]) -> dict[str, Allowance | None]:
         try:
             read[name] = read_snapshot(name, text)
         except ValueError:
-            continue  # the others stand for themselves
+            continue  # the other fields are still valid
     return read
 
 
 def merge_snapshots(
     known: Quota | None, found: dict[str, Allowance | None], resets_at: float, now: float
 ) -> Quota:
-    """What is known now: fields that are missing erase nothing; `resets_at` 0 = not said."""
+    """The updated quota: missing fields leave known values alone; `resets_at` 0 = unknown."""
     rows = {row.name: row for row in known.allowances} if known else {}
     for name, row in found.items():
         before = rows.get(name)
@@ -11090,20 +10904,17 @@ def merge_snapshots(
 
 
 def take_snapshots(known: Quota | None, found: dict[str, str], now: float) -> Quota:
-    """What is known after an answer with these fields.
-
-    The plan's date is that of its own buckets, not of a rolling window's.
-    """
+    """The plan's reset date comes from its own buckets, not from a rolling window."""
     read = read_snapshots(found)
     rows = [row for name, row in read.items() if row and WINDOW_PREFIX + name not in found]
     return merge_snapshots(known, read, max((row.resets_at for row in rows), default=0.0), now)
 
 
-# Warnings: a person wants to know before it is too late, and only once.
+# Warnings: users want one before it is too late, and only once.
 
 
 def reached_percent(row: Allowance) -> float:
-    """The highest threshold that an allowance has come to, 100 where it is used up; else 0."""
+    """The highest warning threshold reached, 100 if the allowance is used up; otherwise 0."""
     percent = row.percent_used or 0.0
     return max((p for p in (*QUOTA_WARNING_PERCENTS, 100.0) if percent >= p), default=0.0)
 
@@ -11114,7 +10925,7 @@ def plain_figure(value: float) -> str:
 
 
 def plain_day(moment: float) -> str:
-    """A day in UTC; "" for none, and for one beyond the calendar."""
+    """The day in UTC; "" if there is none, and for a date beyond the calendar's range."""
     if not moment:
         return ""
     try:
@@ -11138,7 +10949,7 @@ def quota_warning(provider: str, row: Allowance, resets_at: float) -> str:
 
 
 def quota_warnings(provider: str, quota: Quota | None, now: float) -> list[str]:
-    """What a person should know of a provider's plan; nothing of a period that is over since."""
+    """Warnings for a provider's plan; none for a period that has ended since."""
     if quota is None:
         return []
 
@@ -11150,21 +10961,21 @@ def quota_warnings(provider: str, quota: Quota | None, now: float) -> list[str]:
 
 
 class QuotaAlarm:
-    """Which allowances run out: tells of each threshold once in each period."""
+    """Reports each threshold of each allowance once per period."""
 
     def __init__(self) -> None:
-        #: allowance -> (the highest threshold told, end of its period in Unix seconds, 0 = unknown)
+        #: allowance -> (the highest threshold reported, end of its period in Unix seconds, 0 =
+        #: unknown)
         self.told: dict[str, tuple[float, float]] = {}
 
     def news(self, quota: Quota, now: float) -> list[Allowance]:
-        """The allowances that have come to a threshold that was not told yet."""
         return [row for row in quota.allowances if self.is_news(row, quota.resets_at, now)]
 
     def is_news(self, row: Allowance, resets_at: float, now: float) -> bool:
-        """Whether this must be told, and notes that it was.
+        """Whether this must be reported, and records that it was.
 
-        A period is over when its date has passed and a later one is named; where no date is
-        known, falling below a threshold makes that one new again.
+        A period is over once its date has passed and a later one is named; without a known date,
+        falling below a threshold makes it reportable again.
         """
         reached, resets_at = reached_percent(row), row.resets_at or resets_at
         told, until = self.told.get(row.name, (0.0, 0.0))
@@ -11187,24 +10998,17 @@ class QuotaAlarm:
 # (kiro.rs, opencodex, kiro-gateway, pi), 2026-04 to 2026-10.
 
 KIRO_KINDS = {
-    "apikey": "api_key",
-    "awsidc": "idc",
-    "builderid": "builder_id",
-    "enterprise": "idc",
-    "externalidp": "external_idp",
-    "github": "social",
-    "google": "social",
-    "idc": "idc",
-    "internal": "idc",
-    "social": "social",
-}
-KIRO_CLIENTS = ("builder_id", "idc")  # refreshed at AWS, with the client they registered
-KIRO_REGIONS = ("us-east-1", "eu-central-1")  # those that have model hosts
+    "apikey": "api_key", "awsidc": "idc", "builderid": "builder_id", "enterprise": "idc",
+    "externalidp": "external_idp", "github": "social", "google": "social", "idc": "idc",
+    "internal": "idc", "social": "social",
+}  # fmt: skip
+KIRO_CLIENTS = ("builder_id", "idc")  # refreshed at AWS with their registered client
+KIRO_REGIONS = ("us-east-1", "eu-central-1")  # only these have model hosts
 
 
 @dataclass(slots=True)
 class KiroLogin:
-    """One sign-in, as its token file tells it.  `repr` shows no secret."""
+    """One sign-in, as stored in its token file.  `repr` shows no secrets."""
 
     #: builder_id, idc, social, external_idp or api_key
     kind: str
@@ -11212,14 +11016,14 @@ class KiroLogin:
     refresh: str = field(default="", repr=False)
     client_id: str = ""
     client_secret: str = field(default="", repr=False)
-    #: where the sign-in lives; not where the models are
+    #: the region of the sign-in, not of the models
     sso_region: str = "us-east-1"
     arn: str = ""
     #: Unix seconds; an API key never expires
     expires_at: float = math.inf
-    #: 64 hex digits, the same for the life of the sign-in
+    #: 64 hex digits, constant for the life of the sign-in
     machine_id: str = ""
-    #: of an external identity provider
+    #: for an external identity provider
     token_url: str = ""
     scope: str = ""
     #: AWS staff
@@ -11227,7 +11031,7 @@ class KiroLogin:
 
 
 def read_kiro_login(kept: Json) -> KiroLogin:
-    """The sign-in in a token file; raises ValueError with what is wrong."""
+    """The sign-in in a token file; the ValueError it raises says what is wrong."""
     access, refresh = text_of_key(kept, "access_token"), text_of_key(kept, "refresh_token")
     kind = kiro_kind(kept)
     if kind == "api_key":
@@ -11269,14 +11073,14 @@ def read_kiro_login(kept: Json) -> KiroLogin:
 
 
 def kiro_machine_id(text: str) -> str:
-    """64 hex digits from those, or from a UUID; "" from anything else."""
+    """64 hex digits from such text or from a UUID; "" from anything else."""
     digits = text.replace("-", "").lower()
     digits = digits * 2 if len(digits) == 32 else digits
     return digits if re.fullmatch(r"[0-9a-f]{64}", digits) else ""
 
 
 def kiro_kind(kept: Json) -> str:
-    """The kind of sign-in, from what the file says or from what it holds."""
+    """The kind of sign-in: as the file states it, otherwise inferred from its fields."""
     said = text_of_key(kept, "auth_method").lower().replace("_", "").replace("-", "")
     kind = KIRO_KINDS.get(said, "")
     builder = text_of_key(kept, "start_url").rstrip("/") in ("", KIRO_BUILDER_START_URL)
@@ -11296,7 +11100,7 @@ def kiro_kind(kept: Json) -> str:
 
 
 def is_own_endpoint(url: str, kept: Json) -> bool:
-    """Whether a token endpoint may get the refresh token: https, at its issuer's host."""
+    """Whether the refresh token may be sent to this URL: https, at the issuer's host."""
     issuer = text_of_key(kept, "issuer_url")
     if check_url(url) or (issuer and check_url(issuer)):
         return False
@@ -11305,7 +11109,7 @@ def is_own_endpoint(url: str, kept: Json) -> bool:
 
 
 def read_time(value: Any) -> float:
-    """Unix seconds from seconds, milliseconds or ISO 8601 (UTC where no zone is named); else 0."""
+    """Unix seconds from seconds, milliseconds or ISO 8601 (UTC by default); otherwise 0."""
     if isinstance(value, str):
         try:
             moment = dt.datetime.fromisoformat(value)
@@ -11319,7 +11123,7 @@ def read_time(value: Any) -> float:
 
 
 def kiro_refresh(login: KiroLogin, config: KiroConfig) -> tuple[str, dict[str, str], bytes]:
-    """(URL, headers, body) of the request that renews a sign-in, by its kind."""
+    """(URL, headers, body) of the request that refreshes a sign-in, by its kind."""
     headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
     if login.kind == "external_idp":
         form = {"grant_type": "refresh_token", "client_id": login.client_id}
@@ -11345,10 +11149,7 @@ def kiro_refresh(login: KiroLogin, config: KiroConfig) -> tuple[str, dict[str, s
 
 
 def read_refresh_answer(body: Json, now: float) -> Json:
-    """What a refresh changes in the token file; raises UpstreamError.
-
-    A new refresh token kills the old one; where none comes, the old one stays.
-    """
+    """Changes to the token file; a new refresh token invalidates the old.  Raises UpstreamError."""
 
     def said(camel: str, snake: str) -> Any:
         return body.get(camel, body.get(snake))
@@ -11370,7 +11171,7 @@ def read_refresh_answer(body: Json, now: float) -> Json:
 
 
 def judge_kiro_refresh(status: int, headers: Headers, data: bytes, now: float) -> Verdict:
-    """What a refused refresh means: `wait` where it may pass, `refresh` where the token is dead."""
+    """Classifies a failed refresh: `wait` if it is temporary, `refresh` if the token is dead."""
     message, code = read_error_answer(status, data)
     wait_s = parse_retry_after(headers.get("retry-after"), now)
     if status in (400, 401, 403):
@@ -11384,10 +11185,7 @@ def judge_kiro_refresh(status: int, headers: Headers, data: bytes, now: float) -
 
 
 def kiro_region(login: KiroLogin, config: KiroConfig) -> str:
-    """Where the models are: the setting, the profile's region, or what is near the sign-in's.
-
-    Only two regions have model hosts; a sign-in may live in any other.
-    """
+    """Only two regions have model hosts: the configured one, the profile's, or the closest."""
     found = KIRO_ARN.fullmatch(login.arn)
     if config.region:
         return config.region
@@ -11397,24 +11195,24 @@ def kiro_region(login: KiroLogin, config: KiroConfig) -> str:
 
 
 class KiroEndpoint(NamedTuple):
-    """One way to ask a model: where, in whose manner, and for which profile ("" = none)."""
+    """A host, the client to imitate ("ide" or "cli") and a profile ARN ("" = none)."""
 
     url: str
     shape: str
     arn: str
 
 
-# What each client of the vendor sends: the path, the type of the body, and where it says it is.
+# What each of the vendor's clients sends: the path, and the origin it names in the body.
 KIRO_PATHS = {"ide": "/generateAssistantResponse", "cli": "/"}
 KIRO_ORIGINS = {"ide": "AI_EDITOR", "cli": "KIRO_CLI"}
 KIRO_TARGET = "AmazonCodeWhispererStreamingService.GenerateAssistantResponse"
 
 
 def kiro_endpoints(login: KiroLogin, config: KiroConfig) -> list[KiroEndpoint]:
-    """The ways to ask, best first.
+    """The endpoints to try, best first.
 
     Sources disagree on which host wants which profile from which kind of sign-in (KRS #161, OCX
-    #993, 9R #1868); all may be right at some time, so each is tried and the winner is kept.
+    #993, 9R #1868); all may be right at some time, so each is tried and the one that works is kept.
     """
     region = kiro_region(login, config)
     runtime, q = KIRO_RUNTIME_URL.format(region=region), KIRO_Q_URL.format(region=region)
@@ -11435,7 +11233,7 @@ def kiro_endpoints(login: KiroLogin, config: KiroConfig) -> list[KiroEndpoint]:
 
 
 def kiro_controls(login: KiroLogin, config: KiroConfig) -> list[str]:
-    """The hosts of model list, profiles and limits, best first."""
+    """The hosts of the model list, profiles and limits, best first."""
     set_ = config.management_url or config.api_url
     if set_:
         return [set_.rstrip("/")]
@@ -11444,7 +11242,6 @@ def kiro_controls(login: KiroLogin, config: KiroConfig) -> list[str]:
 
 
 def kiro_identity(login: KiroLogin) -> dict[str, str]:
-    """Who asks: the bearer, and the marks of some kinds of sign-in."""
     headers = {"Authorization": f"Bearer {login.access}", "Accept-Encoding": "identity"}
     if login.kind == "api_key":
         headers["tokentype"] = "API_KEY"
@@ -11458,10 +11255,7 @@ def kiro_identity(login: KiroLogin) -> dict[str, str]:
 def kiro_call_headers(
     login: KiroLogin, endpoint: KiroEndpoint, version: str, system: str
 ) -> dict[str, str]:
-    """The headers of a model call in the manner of the IDE or of the CLI.
-
-    Very long histories are refused unless a version of the IDE is named (pi, 2026-08).
-    """
+    """Very long histories are refused unless the headers name an IDE version (pi, 2026-08)."""
     headers = kiro_identity(login)
     headers["x-amzn-codewhisperer-optout"] = "true"  # no training on this user's code
     if endpoint.shape == "cli":
@@ -11486,7 +11280,6 @@ def kiro_call_headers(
 
 
 def kiro_control_headers(login: KiroLogin, version: str, system: str) -> dict[str, str]:
-    """The headers of the control plane."""
     client = f"KiroIDE-{version}-{login.machine_id}"
     return {
         **kiro_identity(login),
@@ -11500,7 +11293,6 @@ def kiro_control_headers(login: KiroLogin, version: str, system: str) -> dict[st
 
 
 def place_kiro_call(body: Json, endpoint: KiroEndpoint, conversation: str, run: str) -> Json:
-    """A conversation state with what depends on the account and the host it goes to."""
     origin = KIRO_ORIGINS[endpoint.shape]
 
     def place(turn: Json) -> Json:
@@ -11520,13 +11312,12 @@ def place_kiro_call(body: Json, endpoint: KiroEndpoint, conversation: str, run: 
 
 
 def kiro_answers(body: Json) -> list[Json]:
-    """The assistant's messages in a conversation state."""
     rows = body["conversationState"].get("history", ())
     return [row["assistantResponseMessage"] for row in rows if "assistantResponseMessage" in row]
 
 
 def attach_kiro_thinking(body: Json, memory: ReasoningMemory) -> None:
-    """Puts thoughts back before calls whose caller had no field for them."""
+    """Puts reasoning back before calls whose client had no field for it."""
     for answer in kiro_answers(body):
         ids = [use["toolUseId"] for use in answer.get("toolUses", ())]
         found = [memory.kept[call] for call in ids if call in memory.kept]
@@ -11535,13 +11326,13 @@ def attach_kiro_thinking(body: Json, memory: ReasoningMemory) -> None:
 
 
 def strip_kiro_thinking(body: Json) -> bool:
-    """Removes every replayed thought; whether there was any."""
+    """Removes all replayed reasoning; returns whether there was any."""
     thoughts = [answer.pop("reasoningContent", None) for answer in kiro_answers(body)]
     return any(thoughts)
 
 
 def kiro_shape(body: Json) -> str:
-    """The form of a conversation without its content: roles, lengths, tools, for the log."""
+    """The structure of a conversation without its content, for the log: roles, lengths, tools."""
     rows = [
         *body["conversationState"].get("history", ()),
         body["conversationState"]["currentMessage"],
@@ -11565,16 +11356,11 @@ def kiro_shape(body: Json) -> str:
 
 UUID_TEXT = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 KIRO_VENDORS = {
-    "auto": "Kiro",
-    "claude": "Anthropic",
-    "deepseek": "DeepSeek",
-    "glm": "Zhipu AI",
-    "gpt": "OpenAI",
-    "minimax": "MiniMax",
-    "qwen3": "Alibaba",
-}
-KIRO_AUTO_WINDOW = 200_000  # nominal: the router chooses among several
-# What there was in 2026-08 (id, input window, output limit), for when the list cannot be had.
+    "auto": "Kiro", "claude": "Anthropic", "deepseek": "DeepSeek", "glm": "Zhipu AI",
+    "gpt": "OpenAI", "minimax": "MiniMax", "qwen3": "Alibaba",
+}  # fmt: skip
+KIRO_AUTO_WINDOW = 200_000  # nominal: "auto" routes to several models
+# The models of 2026-08 (id, input window, output limit), if the list cannot be fetched.
 KIRO_KNOWN_MODELS: tuple[tuple[str, int, int | None], ...] = (
     ("auto", KIRO_AUTO_WINDOW, None),
     ("claude-sonnet-4.6", 1_000_000, 64_000),
@@ -11588,7 +11374,7 @@ KIRO_KNOWN_MODELS: tuple[tuple[str, int, int | None], ...] = (
 
 
 def read_kiro_model(entry: Json, provider: str) -> Model | None:
-    """One entry of the list; every member but the id may be missing."""
+    """One entry of the model list; every member but the id may be missing."""
     model_id = entry.get("modelId")
     if not isinstance(model_id, str) or not MODEL_ID.fullmatch(model_id):
         return None
@@ -11613,13 +11399,11 @@ def read_kiro_model(entry: Json, provider: str) -> Model | None:
 
 
 def read_kiro_models(entries: Iterable[Any], provider: str) -> dict[str, Model]:
-    """The models by id; odd entries are passed over."""
     rows = (read_kiro_model(entry, provider) for entry in entries if isinstance(entry, dict))
     return {row.id: row for row in rows if row is not None}
 
 
 def known_kiro_models(provider: str) -> dict[str, Model]:
-    """The built-in list, each entry marked as a guess."""
     entries = (
         {"modelId": name, "tokenLimits": {"maxInputTokens": window, "maxOutputTokens": most}}
         for name, window, most in KIRO_KNOWN_MODELS
@@ -11632,40 +11416,34 @@ def known_kiro_models(provider: str) -> dict[str, Model]:
 
 @dataclass(slots=True)
 class KiroLimits:
-    """What an account has used of its credits."""
-
     plan: str
     used: float
     limit: float
-    #: Unix seconds; 0 = not said
+    #: Unix seconds; 0 = unknown
     resets_at: float
-    #: it may go on beyond the limit, for money
+    #: whether use beyond the limit is allowed, at extra cost
     overage: bool
-    #: the account's e-mail address; "" unless it was asked for
+    #: the account's e-mail address; "" unless requested
     user: str = ""
 
     @property
     def spent(self) -> bool:
-        """Whether nothing is left."""
         return self.limit > 0 and self.used >= self.limit and not self.overage
 
 
 def kiro_credit_row(body: Json) -> Json:
-    """The credits in GetUsageLimits: a row of a list, or in older answers a single object."""
+    """The credits in GetUsageLimits: an item of a list, or a single object in older responses."""
     rows = body.get("usageBreakdownList") or [body.get("usageBreakdown")]
     rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
     return next((r for r in rows if r.get("resourceType") == "CREDIT"), rows[0] if rows else {})
 
 
 def kiro_figure(row: Json, name: str) -> float | None:
-    """A figure in its precise form, or in the plain one."""
     keys = (f"{name}WithPrecision", name)
     return read_figure(next((row[key] for key in keys if row.get(key) is not None), None), 0)
 
 
 def kiro_credit_parts(row: Json, now: float) -> list[AllowancePart]:
-    """The plan's credits, a running trial's and bonuses that have not expired."""
-
     def part(name: str, said: Json, ends_at: float) -> AllowancePart:
         used, limit = kiro_figure(said, "currentUsage"), kiro_figure(said, "usageLimit")
         return AllowancePart(name, used or 0.0, limit or 0.0, ends_at)
@@ -11684,7 +11462,6 @@ def kiro_credit_parts(row: Json, now: float) -> list[AllowancePart]:
 
 
 def read_kiro_limits(body: Json, now: float) -> KiroLimits:
-    """GetUsageLimits: the plan's credits, a running trial's and bonuses that have not expired."""
     row = kiro_credit_row(body)
     parts = kiro_credit_parts(row, now)
     overage = details(body, "overageConfiguration").get("overageStatus") == "ENABLED"
@@ -11700,10 +11477,7 @@ def read_kiro_limits(body: Json, now: float) -> KiroLimits:
 
 
 def read_kiro_quota(body: Json, now: float) -> Quota:
-    """The same as a plan of which so much is left; no allowance where nothing is said of credits.
-
-    All its credits are one allowance, as they are spent from wherever some are left.
-    """
+    """All credits are one allowance: they are spent from whichever part has some left."""
     limits, row = read_kiro_limits(body, now), kiro_credit_row(body)
     parts = kiro_credit_parts(row, now)
     status = details(body, "overageConfiguration").get("overageStatus")
@@ -11723,7 +11497,7 @@ def read_kiro_quota(body: Json, now: float) -> Quota:
 
 
 def settle_kiro_wait(verdict: Verdict, wait_s: float | None) -> None:
-    """Puts into a verdict how long it lasts, where that was said, and for whom."""
+    """Adds to a verdict how long it lasts, if known, and whether it concerns the whole account."""
     if wait_s is not None and verdict.remedy in ("pause", "wait", "rest"):
         verdict.wait_s = wait_s
         if not isinstance(verdict.error, QuotaExceeded):
@@ -11732,7 +11506,7 @@ def settle_kiro_wait(verdict: Verdict, wait_s: float | None) -> None:
 
 
 def judge_kiro(status: int, headers: Headers, data: bytes, now: float) -> Verdict:
-    """What an error answer means: its words first, then its status; `now` in Unix seconds."""
+    """Classifies an error response, first by its message, then by status; `now` is Unix time."""
     text = data.decode("utf-8", "replace").strip()
     said = load_object(text) or {"message": read_error_answer(status, data)[0]}
     code, reason, message = read_kiro_words(said)
@@ -11749,7 +11523,6 @@ def judge_kiro(status: int, headers: Headers, data: bytes, now: float) -> Verdic
 
 
 def judge_kiro_status(status: int, message: str) -> Verdict:
-    """What is left when the words say nothing."""
     words = f": {message.strip(' .')}." if message else "."
     if status == 401:
         return Verdict(NotSignedIn(f"Kiro does not accept the token{words}"), "refresh")
@@ -11765,7 +11538,7 @@ def judge_kiro_status(status: int, message: str) -> Verdict:
         return Verdict(RateLimited(f"Kiro's rate limit{words}"), "pause")
     if status in (502, 503, 529):
         return Verdict(Overloaded(f"Kiro is busy, status {status}{words}"), "reroute")
-    if status in (408, 504, 524):  # the last after minutes: once is enough
+    if status in (408, 504, 524):  # 524 comes after minutes: no retry
         return Verdict(UpstreamTimeout(f"Kiro timed out{words}"), "again" if status != 524 else "")
     if status >= 500:
         return Verdict(UpstreamError(f"Kiro failed with status {status}{words}"), "wait")
@@ -11774,7 +11547,7 @@ def judge_kiro_status(status: int, message: str) -> Verdict:
     return Verdict(InvalidRequest(f"Kiro refused the request, status {status}{words}"))
 
 
-# 9.6 signing in: device codes, the browser's way back, other programs' files
+# 9.6 signing in: device codes, the browser's redirect, other programs' files
 #
 # Facts from the vendors' clients (VS Code, Amazon Q CLI) and from public clients that were run
 # against the services (kiro.rs, opencodex, 9router, zed), 2025-10 to 2026-10.
@@ -11782,12 +11555,12 @@ def judge_kiro_status(status: int, message: str) -> Verdict:
 
 @dataclass(slots=True)
 class DeviceCode:
-    """What a person types where, and until when (RFC 8628 section 3.2)."""
+    """What the user has to type where, and until when (RFC 8628 section 3.2)."""
 
     code: str = field(repr=False)
     user_code: str
     url: str
-    #: the same with the code in it; "" where there is none
+    #: the same with the code in it; "" = none
     url_complete: str
     #: seconds
     expires_in: float
@@ -11801,12 +11574,12 @@ def camel(name: str) -> str:
 
 
 def either(body: Json, name: str) -> Any:
-    """The value at `name`, spelled with underscores as GitHub does or in camelCase as AWS does."""
+    """The value at `name`, in snake_case as GitHub spells it or in camelCase as AWS does."""
     return body.get(name, body.get(camel(name)))
 
 
 def read_device_code(body: Json, service: str) -> DeviceCode:
-    """The answer to a request for a device code; raises SignInFailed."""
+    """Parses a device authorization response; raises SignInFailed."""
     texts = {}
     for name in ("device_code", "user_code", "verification_uri", "verification_uri_complete"):
         value = either(body, name)
@@ -11816,7 +11589,7 @@ def read_device_code(body: Json, service: str) -> DeviceCode:
         raise SignInFailed(f"{service}'s answer holds no code to type")
 
     def seconds(name: str, otherwise: float) -> float:
-        value = read_told(either(body, name))  # a form's are strings
+        value = read_told(either(body, name))  # strings in a form
         return otherwise if value is None or not 1 <= value <= 86400 else value
 
     return DeviceCode(
@@ -11829,7 +11602,7 @@ def read_device_code(body: Json, service: str) -> DeviceCode:
     )
 
 
-# The states of a poll: RFC 8628 section 3.5, with GitHub's second name and AWS's exceptions.
+# The states of a poll: RFC 8628 section 3.5, plus GitHub's alternative name and AWS's exceptions.
 POLL_STATES = {
     "accessdenied": "denied",
     "authorizationpending": "pending",
@@ -11840,23 +11613,22 @@ POLL_STATES = {
 
 
 class Poll(NamedTuple):
-    """One look at whether the person has typed the code."""
+    """The result of one poll for the token."""
 
     #: done, pending, slow_down, expired, denied, unreachable or failed
     state: str
     body: Json
-    #: why it failed, for a person
+    #: why it failed, as shown to the user
     words: str = ""
 
 
 def error_name(headers: Headers, body: Json) -> str:
-    """The error's name in an answer of GitHub or AWS, as it stands there."""
     name = body.get("error") or body.get("__type") or headers.get("x-amzn-errortype") or ""
     return str(name).rpartition("#")[2].partition(":")[0]
 
 
 def load_answer(data: bytes) -> Json | None:
-    """The object in a sign-in service's answer: JSON, or a form as GitHub's is by default."""
+    """The object in a sign-in response: JSON, or a form, which is GitHub's default."""
     body = load_object(data)
     if body is None and re.fullmatch(rb"[a-z_]+=[ -~]*", data.strip()):
         return dict(urllib.parse.parse_qsl(data.decode().strip()))
@@ -11864,7 +11636,7 @@ def load_answer(data: bytes) -> Json | None:
 
 
 def judge_poll(status: int, headers: Headers, data: bytes) -> Poll:
-    """What a poll's answer means: its words count, not its status (GitHub's is always 200)."""
+    """Classifies a poll's response by its content, not its status (GitHub's is always 200)."""
     body = load_answer(data) or {}
     if status == 200 and isinstance(either(body, "access_token"), str):
         return Poll("done", body)
@@ -11879,12 +11651,11 @@ def judge_poll(status: int, headers: Headers, data: bytes) -> Poll:
 
 
 def b64url(data: bytes) -> str:
-    """Base64 for URLs, without padding."""
     return base64.urlsafe_b64encode(data).decode().rstrip("=")
 
 
 def portal_url(state: str, verifier: str, port: int) -> str:
-    """Where a browser signs in to Kiro; it comes back to `port` of the machine it runs on."""
+    """The URL of Kiro's sign-in page, which redirects to `port` on the browser's machine."""
     asked = {
         "state": state,
         "code_challenge": b64url(hashlib.sha256(verifier.encode()).digest()),
@@ -11899,24 +11670,23 @@ CALLBACK_PATHS = ("/oauth/callback", "/signin/callback")
 
 
 class Callback(NamedTuple):
-    """What a browser brought back."""
-
     code: str
     #: google, github, builderid, awsidc, ...
     option: str
-    #: where to go on, for a sign-in that is not the portal's own
+    #: where to continue a sign-in that is not the portal's own
     issuer_url: str = ""
     region: str = ""
     path: str = CALLBACK_PATHS[0]
 
 
 def read_callback(url: str, state: str, option: str) -> Callback:
-    """The callback in a whole URL, in its path and query, or in a bare pasted code.
+    """Parses a complete callback URL, its path and query, or just the pasted code.
 
-    Raises ValueError where it is none, or another sign-in's; SignInFailed where it tells a refusal.
+    Raises ValueError if it is none or belongs to another sign-in; SignInFailed if it reports a
+    refusal.
     """
     if re.fullmatch(r"[\w.~-]{8,}", url):
-        return Callback(url, option)  # the code alone; only the holder of the verifier can use it
+        return Callback(url, option)  # just the code; it needs the verifier to be of use
     parts = urllib.parse.urlsplit(url)
     said = dict(urllib.parse.parse_qsl(parts.query))
     if not hmac.compare_digest(said.get("state", "").encode(), state.encode()):
@@ -11933,7 +11703,7 @@ def read_callback(url: str, state: str, option: str) -> Callback:
 
 
 def plain_host(text: str) -> str:
-    """A GitHub host as a person types it, bare; raises WrongUsage for one without Copilot."""
+    """A GitHub host as typed by a user, normalized; raises WrongUsage for one without Copilot."""
     host = re.sub(r"^[a-z]+://", "", text.strip().lower()).partition("/")[0]
     if host == "github.com" or re.fullmatch(r"[a-z0-9-]+\.ghe\.com", host):
         return host
@@ -11941,7 +11711,7 @@ def plain_host(text: str) -> str:
 
 
 def bare_token(text: str) -> str:
-    """A pasted token without what people paste around it; raises SignInFailed."""
+    """A pasted token without the quotes, spaces and scheme around it; raises SignInFailed."""
     around = "\"' \t\r\n"
     token = re.sub(r"^(?i:bearer|token)(?:\s+|$)", "", text.strip(around)).strip(around)
     if not token or not TARGET.fullmatch(token):
@@ -11952,13 +11722,13 @@ def bare_token(text: str) -> str:
 
 
 def kiro_method(text: str) -> str:
-    """The `auth_method` that a file or a person calls `text`; "" for an unknown one."""
+    """The `auth_method` for the spelling in `text`; "" if it is unknown."""
     word = text.lower().replace("_", "").replace("-", "")
     return word if word in ("google", "github") else KIRO_KINDS.get(word, "")
 
 
 def read_plugin_logins(body: Json) -> list[tuple[str, str, str]]:
-    """(host, user, GitHub token) of the editor plugins' apps.json and hosts.json."""
+    """(host, user, GitHub token) from the editor plugins' apps.json and hosts.json."""
     found = []
     for key, entry in body.items():
         token = text_of_key(entry, "oauth_token") if isinstance(entry, dict) else ""
@@ -11967,25 +11737,18 @@ def read_plugin_logins(body: Json) -> list[tuple[str, str, str]]:
     return found
 
 
-# The keys that a sign-in of Kiro's own programs shares with our token file.
+# The keys that the sign-ins of Kiro's own programs have in common with our token file.
 SHARED_KEYS = (
-    "access_token",
-    "refresh_token",
-    "client_id",
-    "client_secret",
-    "start_url",
-    "profile_arn",
-    "token_endpoint",
-    "issuer_url",
-    "provider",
-)
+    "access_token", "refresh_token", "client_id", "client_secret", "start_url", "profile_arn",
+    "token_endpoint", "issuer_url", "provider",
+)  # fmt: skip
 
 
 def read_kiro_import(body: Json, registration: Json, profile: Json, kind: str = "") -> Json:
     """Our token file for a sign-in of the Kiro IDE (camelCase) or of the CLIs (snake_case).
 
-    `registration` is the client's, `profile` the organisation's chosen one, `kind` what the place
-    tells.  Raises ValueError where nothing can be made of it.
+    `registration` is the client registration, `profile` the chosen profile of the organisation,
+    `kind` is implied by where the sign-in was found.  Raises ValueError if it is not usable.
     """
     kept: Json = {"type": "kiro"}
     for name in SHARED_KEYS:
@@ -12013,7 +11776,7 @@ def read_kiro_import(body: Json, registration: Json, profile: Json, kind: str = 
 
 
 def is_newer(shared: Json, kept: Json) -> bool:
-    """Whether another program has refreshed a sign-in, or made a new one, since we kept it."""
+    """Whether another program has refreshed or replaced a sign-in since our copy."""
     own, other = (
         (content.get("access_token"), content.get("refresh_token")) for content in (kept, shared)
     )
@@ -12021,7 +11784,7 @@ def is_newer(shared: Json, kept: Json) -> bool:
 
 
 def with_tokens(body: Json, changes: Json) -> Json:
-    """Another program's sign-in with refreshed tokens, in its own spelling; the rest as it was."""
+    """Another program's sign-in with refreshed tokens, in its spelling; the rest is unchanged."""
     merged = dict(body)
     for name in ("access_token", "refresh_token", "profile_arn"):
         if name in changes:
@@ -12035,7 +11798,7 @@ def with_tokens(body: Json, changes: Json) -> Json:
 
 
 def write_time(seconds: float, like: Any) -> Any:
-    """Unix seconds in the form of `like`: ISO 8601, or a number of seconds or milliseconds."""
+    """Unix seconds in the format of `like`: ISO 8601, or a number of seconds or milliseconds."""
     if isinstance(like, (int, float)) and not isinstance(like, bool):
         return int(seconds * 1000) if like >= 1e10 else int(seconds)
     moment = dt.datetime.fromtimestamp(seconds, dt.timezone.utc)
@@ -12048,20 +11811,19 @@ def write_time(seconds: float, like: Any) -> Any:
 
 @dataclass(slots=True)
 class Route:
-    """Where a model name leads: a provider, "" while unknown, and the name without its prefix."""
+    """The target of a model name: a provider ("" = unknown yet), the name without its prefix."""
 
     provider: str
     model: str
-    #: the provider was named, not chosen
+    #: the provider was named by the client, not chosen here
     explicit: bool
 
     def __str__(self) -> str:
-        """As a person writes it in `[models]`."""
         return f"{self.provider}/{self.model}" if self.provider else self.model
 
 
 class Router:
-    """Model names -> providers: prefix, X-Provider header, alias, who has it, default."""
+    """Model names -> providers: prefix, X-Provider header, alias, sole owner, default."""
 
     def __init__(self, config: Config, enabled: list[str]) -> None:
         self.enabled = enabled
@@ -12073,10 +11835,10 @@ class Router:
         self.default = config.default_provider
 
     def candidates(self, name: str, header: str | None) -> list[Route]:
-        """The routes of a name, in the order of trial: several only where an alias has a list.
+        """The routes for a name, tried in order: several only if an alias has a list.
 
-        A provider that is not named is "": `place` finds it.  Raises InvalidRequest where that
-        is no name, ModelNotFound where an alias leads to disabled providers only.
+        A provider that was not named is "": `place` finds it.  Raises InvalidRequest if this is not
+        a model name, ModelNotFound if an alias leads to disabled providers only.
         """
         if not MODEL_NAME.fullmatch(name):
             raise InvalidRequest("model: is not a model name.", param="model")
@@ -12099,15 +11861,11 @@ class Router:
 
     @staticmethod
     def split(name: str, providers: list[str]) -> Route | None:
-        """The route of a name that begins with one of `providers`."""
         prefix, slash, rest = name.partition("/")
         return Route(prefix, rest, True) if slash and rest and prefix in providers else None
 
     def place(self, route: Route, catalogues: dict[str, dict[str, Model]]) -> Route:
-        """A route with its provider: named, else who has the model, else the default one.
-
-        `catalogues` holds, per enabled provider, the models it is known to have.
-        """
+        """Adds the provider: the named one, the only one with the model, or the default."""
         if route.provider:
             return route
         name = route.model
@@ -12121,43 +11879,35 @@ class Router:
         return Route(self.default, name, False)
 
     def check_provider(self, name: str) -> str:
-        """`name` itself, which must be an enabled provider."""
+        """`name` itself; raises InvalidRequest unless it is an enabled provider."""
         if name not in self.enabled:
             have = ", ".join(self.enabled)
             raise InvalidRequest(f"X-Provider: no provider of that name; there are: {have}.")
         return name
 
     def not_found(self, name: str, catalogues: dict[str, dict[str, Model]]) -> ModelNotFound:
-        """The 404 for a model nobody has, with the nearest names."""
         known = [model for models in catalogues.values() for model in models]
         close = nearest(model_spellings(name)[-1], known)
         hint = "Nearest: " + ", ".join(close) + "." if close else "GET /v1/models lists them."
         return ModelNotFound(f"The model {name!r} does not exist here.", hint=hint, param="model")
 
 
-# What says nothing against the request itself, so that another model may well answer it.
+# Errors that are not the request's fault, so that another model may still serve it.
 PASSED_OVER = (
-    "forbidden",
-    "limit_reached",
-    "model_not_found",
-    "not_signed_in",
-    "overloaded",
-    "quota_exceeded",
-    "rate_limited",
-    "upstream_error",
-    "upstream_timeout",
-)
+    "forbidden", "limit_reached", "model_not_found", "not_signed_in", "overloaded",
+    "quota_exceeded", "rate_limited", "upstream_error", "upstream_timeout",
+)  # fmt: skip
 
 
 def may_pass_over(error: ApiError) -> bool:
-    """Whether the next candidate is asked after an error that came before the first byte."""
+    """Whether to fall back to the next candidate after an error before the first byte."""
     if isinstance(error, (RequestRepeated, WrongDialect)):
         return isinstance(error, WrongDialect)
     return error.kind in PASSED_OVER
 
 
 def usefulness(error: ApiError) -> tuple[int, float]:
-    """The smaller, the more an error helps whoever hears only one of several: when to come back."""
+    """Sort key, most useful error first: before all, one that says when to retry."""
     wait_s = error.retry_after
     if error.retry is not False and wait_s is not None and wait_s <= MAX_RETRY_AFTER_SECONDS:
         return 0, wait_s
@@ -12171,14 +11921,13 @@ def usefulness(error: ApiError) -> tuple[int, float]:
 
 
 def sum_up(passed: list[tuple[str, ApiError]]) -> ApiError:
-    """What is answered when every candidate failed: the most useful error, and who was asked."""
     best = min((error for _, error in passed), key=usefulness)
     asked = ", ".join(f"{name} ({error.kind})" for name, error in passed)
     return best.anew(f"{best.hint} All of these were tried: {asked}.".strip(), best.retry_after)
 
 
 class RateLimiter:
-    """A minimum gap between the requests of one client address."""
+    """A minimum interval between the requests of one client address."""
 
     MAX_CLIENTS = 10_000
 
@@ -12187,7 +11936,7 @@ class RateLimiter:
         self.next_at: dict[str, float] = {}
 
     def wait_for(self, client: str, now: float) -> float:
-        """0 when a request may go on, else the seconds until one may; `now` is monotonic."""
+        """Seconds until a request is allowed, 0 = now; `now` is monotonic."""
         if not self.gap_s:
             return 0.0
         ready_at = self.next_at.get(client, 0.0)
@@ -12199,33 +11948,33 @@ class RateLimiter:
         return 0.0
 
 
-# 10.2 usage: what answers cost
+# 10.2 usage: what responses cost
 
 
 @dataclass(slots=True)
 class Answer:
-    """One request that reached a provider, and what it cost.  Never content."""
+    """The usage record of one request that reached a provider.  Never content."""
 
-    #: Unix seconds when it was asked
+    #: Unix seconds of the request
     at: float
     provider: str
-    #: the user whom the service knows, "" where that is not known
+    #: the user name at the service, "" if unknown
     account: str
-    #: the upstream's id
+    #: the upstream's model id
     model: str
-    #: who asked: the name of its key, else the family of its user agent
+    #: the client: the name of its key, otherwise the family of its user agent
     label: str
-    #: it was asked in: chat, messages, responses or embeddings
+    #: the client's: chat, messages, responses or embeddings
     dialect: str
     streamed: bool
     usage: Usage
-    #: HTTP; of a stream that broke what its error would have been; 499: the caller went away
+    #: HTTP; for a broken stream the status of its error; 499: the client disconnected
     status: int = 200
-    #: "" for a good answer, else the error's kind, or "cancelled"
+    #: "" = success, otherwise the error's kind, or "cancelled"
     kind: str = ""
     duration_s: float = 0.0
     first_byte_s: float | None = None
-    #: False where it was answered on this machine: limits take no notice
+    #: False for a response made on this machine: it does not count towards limits
     costs: bool = True
 
     def as_json(self) -> Json:
@@ -12263,24 +12012,18 @@ USER_AGENT = re.compile(r"([A-Za-z][\w.+-]{0,39})(?:/([A-Za-z]{1,20})\b)?", re.A
 
 @functools.lru_cache(maxsize=256)
 def caller_label(user_agent: str) -> str:
-    """The family of a user agent: `claude-cli/2.1 (external)` -> claude-cli.
-
-    The vendors' SDKs put their language behind the slash: `OpenAI/Python 2.1` -> openai-python.
-    """
+    """`claude-cli/2.1 (external)` -> claude-cli; SDKs: `OpenAI/Python 2.1` -> openai-python."""
     found = USER_AGENT.match(user_agent)
     if found is None:
         return "unknown"
     return "-".join(filter(None, found.groups())).lower()
 
 
-OTHER = "other"  # the name of what is not told apart
+OTHER = "other"  # replaces names beyond the limit
 
 
 class NameTable:
-    """Names that clients make up: of each period the first ones are told apart, the rest is OTHER.
-
-    So no client can make rows, series or files grow without bounds, nor use a table up for good.
-    """
+    """Keeps clients from growing tables without bounds: later names of a period become OTHER."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -12288,7 +12031,7 @@ class NameTable:
         self.names: set[str] = set()
 
     def known(self, name: str, period: str = "") -> str:
-        """`name` itself, or OTHER where its period has too many already."""
+        """`name` itself, or OTHER once its period has too many."""
         if period != self.period:
             self.period = period
             self.names.clear()
@@ -12299,7 +12042,6 @@ class NameTable:
 
 
 def normalize_answer(answer: Answer) -> None:
-    """Makes names and figures such that they can be stored, shown and added up."""
     for name in ANSWER_NAMES:
         setattr(answer, name, one_line(getattr(answer, name)[:MAX_NAME_CHARS]))
     given = {name: getattr(answer.usage, name) for name in USAGE_FIGURES}
@@ -12309,7 +12051,6 @@ def normalize_answer(answer: Answer) -> None:
 
 
 def is_storable(answer: Answer) -> bool:
-    """Whether a database can hold an answer, and add it to others."""
     figures = [getattr(answer.usage, name) for name in USAGE_FIGURES]
     times = (answer.at, answer.duration_s, answer.first_byte_s or 0.0)
     names = [getattr(answer, name) for name in ANSWER_NAMES]
@@ -12320,41 +12061,23 @@ def is_storable(answer: Answer) -> bool:
     )
 
 
-# What a sum consists of: the columns of the database, the fields of Totals.
+# The figures of a sum: the columns of the database, in the order of `Totals.figures`.
 SUM_FIELDS = (
-    "requests",
-    "errors",
-    "cancelled",
-    "input",
-    "cache_read",
-    "cache_write",
-    "output",
-    "reasoning",
-    "nano_credits",
-    "reported",
-    "derived",
-    "estimated",
-    "credits_reported",
-    "credits_derived",
-    "credits_estimated",
-    "duration_ms",
-    "first_bytes",
-    "first_byte_ms",
-)
-# By what sums can be told apart.
+    "requests", "errors", "cancelled", "input", "cache_read", "cache_write", "output",
+    "reasoning", "nano_credits", "reported", "derived", "estimated", "credits_reported",
+    "credits_derived", "credits_estimated", "duration_ms", "first_bytes", "first_byte_ms",
+)  # fmt: skip
+# The columns by which sums can be grouped.
 SUM_KEYS = ("provider", "account", "model", "label")
 
 
 class Totals:
-    """Counters of one model, one provider or everything."""
-
     __slots__ = ("figures",)
 
     def __init__(self, figures: Iterable[int] = ()) -> None:
         self.figures = list(figures) or [0] * len(SUM_FIELDS)
 
     def add(self, figures: Iterable[int]) -> None:
-        """Adds another row's figures."""
         self.figures = list(map(int.__add__, self.figures, figures))
 
     def as_json(self) -> Json:
@@ -12382,7 +12105,7 @@ class Totals:
 
 
 def answer_figures(answer: Answer) -> tuple[int, ...]:
-    """An answer as a row of SUM_FIELDS."""
+    """A record's figures in the order of SUM_FIELDS."""
     usage, source, bill = answer.usage, answer.usage.source, answer.usage.credits_source
     cancelled = answer.kind == "cancelled"
     first_byte = answer.first_byte_s
@@ -12410,18 +12133,18 @@ def answer_figures(answer: Answer) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=64)
 def local_day(slot: int) -> str:
-    """The day of a slot by this machine's time zone: 2026-11-22."""
+    """The day of a slot in the local time zone: 2026-11-22."""
     return dt.date.fromtimestamp(slot * SLOT_SECONDS).isoformat()
 
 
-# ?by= -> (the columns that tell rows apart, their names in a row)
+# ?by= -> (the columns to group by, which are also their names in a row)
 USAGE_GROUPS: dict[str, tuple[str, ...]] = {
     "day": ("day", "provider"),
     "model": ("model", "provider"),
     "provider": ("provider",),
     "label": ("label", "provider"),
 }
-# What both the report and its groups are made of: key -> sums.
+# group key -> sums
 Sums = dict[tuple[Any, ...], Totals]
 
 SINCE = re.compile(r"(\d{1,6})([mhdw])", re.ASCII)
@@ -12431,7 +12154,7 @@ SINCE_UNITS = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 def read_since(text: str, now: float) -> float:
     """`7d`, `24h`, `today`, `2026-11-01`, an ISO time or Unix seconds -> Unix seconds.
 
-    Days begin at this machine's midnight.  Raises InvalidRequest.
+    Days begin at local midnight.  Raises InvalidRequest.
     """
     found = SINCE.fullmatch(text)
     if found:
@@ -12451,7 +12174,7 @@ def read_since(text: str, now: float) -> float:
 
 
 def usage_report(models: Sums) -> Json:
-    """`{"providers": {NAME: {..., "models": {ID: {...}}}}, "total": {...}}`, by provider, model."""
+    """`{"providers": {NAME: {..., "models": {ID: {...}}}}, "total": {...}}`, sorted by name."""
     total = Totals()
     providers: dict[str, tuple[Totals, Json]] = {}
     for (provider, model), row in sorted(models.items()):
@@ -12461,12 +12184,11 @@ def usage_report(models: Sums) -> Json:
         total.add(row.figures)
     rows = {name: {**s.as_json(), "models": m} for name, (s, m) in providers.items()}
     whole = total.as_json()
-    del whole["credits"]  # each provider bills in a unit of its own
+    del whole["credits"]  # each provider has its own unit
     return {"providers": rows, "total": whole}
 
 
 def usage_rows(by: str, groups: Sums) -> list[Json]:
-    """The rows of `?by=`, in order."""
     names = USAGE_GROUPS[by]
     return [
         {**dict(zip(names, key, strict=True)), **row.as_json()}
@@ -12476,20 +12198,17 @@ def usage_rows(by: str, groups: Sums) -> list[Json]:
 
 @dataclass(slots=True)
 class UsageQuery:
-    """What is asked of the usage."""
-
     #: Unix seconds; None = all
     since: float | None = None
     #: a key of USAGE_GROUPS, or ""
     by: str = ""
-    #: so many answers one by one, the newest first
+    #: how many single records to list, newest first
     recent: int = 0
-    #: what became of the prompt caches, by conversation
+    #: whether to report the prompt caches, by conversation
     cache: bool = False
 
 
 def read_usage_query(given: dict[str, str], now: float) -> UsageQuery:
-    """The query of `/v1/usage`; raises InvalidRequest."""
     query = UsageQuery()
     for name, text in given.items():
         if name == "since":
@@ -12515,7 +12234,7 @@ def read_usage_query(given: dict[str, str], now: float) -> UsageQuery:
 
 # 10.3 limits: what may be spent
 
-# setting -> (of a day or a month, in what, the figure of a tally)
+# setting -> (period, unit, index in a tally)
 CAPS = {
     "daily_credits": ("day", "credits", 1),
     "monthly_credits": ("month", "credits", 1),
@@ -12525,7 +12244,7 @@ CAPS = {
 
 
 def period_end(period: str, now: float) -> float:
-    """When the day or month of `now` ends, by this machine's time zone; Unix seconds."""
+    """When the day or month of `now` ends in the local time zone; Unix seconds."""
     end = dt.date.fromtimestamp(now) + dt.timedelta(1)
     while period == "month" and end.day > 1:
         end += dt.timedelta(1)
@@ -12533,7 +12252,7 @@ def period_end(period: str, now: float) -> float:
 
 
 def active_caps(limits: LimitsConfig) -> Iterator[tuple[str, str, str, float]]:
-    """(providers or labels, whose, setting, limit) of every cap that is set."""
+    """(providers or labels, name, setting, limit) of every configured cap."""
     for scope, caps in (("providers", limits.providers), ("labels", limits.labels)):
         for name, cap in caps.items():
             for setting in CAPS:
@@ -12542,20 +12261,19 @@ def active_caps(limits: LimitsConfig) -> Iterator[tuple[str, str, str, float]]:
 
 
 class Spending:
-    """What this month has cost by day, provider and label: caps are compared with it.
+    """This month's spending by day, provider and label, to compare the caps with.
 
-    Other processes count in the same database: what is read from it replaces what was known, but
-    for what has been added here since that was begun.
+    Other processes write to the same database: rows read from it replace these tallies, except for
+    what was added here since the last write began.
     """
 
     def __init__(self) -> None:
         #: (day or month, "providers" or "labels", name) -> [tokens, nano-credits]
         self.tallies: dict[tuple[str, str, str], list[int]] = {}
-        #: added since the last write was begun: (day, provider, label, tokens, nano-credits)
+        #: added since the last write began: (day, provider, label, tokens, nano-credits)
         self.unwritten: list[tuple[str, str, str, int, int]] = []
 
     def add(self, answer: Answer) -> None:
-        """Counts an answer."""
         usage = answer.usage
         day = local_day(int(answer.at) // SLOT_SECONDS)
         tokens = usage.prompt + usage.output
@@ -12564,7 +12282,6 @@ class Spending:
         self.count(*row)
 
     def count(self, day: str, provider: str, label: str, tokens: int, nano_credits: int) -> None:
-        """Adds a row to the tallies of its day and its month."""
         for period in (day, day[:7]):
             for key in ((period, "providers", provider), (period, "labels", label)):
                 tally = self.tallies.setdefault(key, [0, 0])
@@ -12572,17 +12289,16 @@ class Spending:
                 tally[1] += nano_credits
 
     def begin_write(self) -> None:
-        """All that was added so far is being written."""
+        """To be called when all that was added so far is being written."""
         self.unwritten.clear()
 
     def replace(self, rows: Iterable[tuple[str, str, str, int, int]]) -> None:
-        """Takes the database's rows of this month."""
         self.tallies.clear()
         for row in (*rows, *self.unwritten):
             self.count(*row)
 
     def used(self, scope: str, name: str, setting: str, now: float) -> float:
-        """What a cap's period has cost so far, in its unit."""
+        """The spending so far in a cap's period, in its unit."""
         period, unit, index = CAPS[setting]
         day = local_day(int(now) // SLOT_SECONDS)
         key = (day if period == "day" else day[:7], scope, name)
@@ -12590,7 +12306,7 @@ class Spending:
         return figure / 1e9 if unit == "credits" else float(figure)
 
     def check(self, limits: LimitsConfig, provider: str, label: str, now: float) -> None:
-        """Raises LimitReached where a cap of the provider or of the label is used up."""
+        """Raises LimitReached if a cap of the provider or of the label is used up."""
         asked = {"providers": provider, "labels": label}
         for scope, name, setting, limit in active_caps(limits):
             used = self.used(scope, name, setting, now) if asked[scope] == name else 0.0
@@ -12621,12 +12337,12 @@ class Spending:
 
 
 def shown_minute(moment: float) -> str:
-    """`2026-12-01 00:00` by this machine's time zone."""
+    """`2026-12-01 00:00` in the local time zone."""
     return f"{dt.datetime.fromtimestamp(moment):%Y-%m-%d %H:%M}"
 
 
 class RepeatGuard:
-    """Notices a program that sends the very same request again and again."""
+    """Detects a client that sends the same request again and again."""
 
     def __init__(self) -> None:
         #: hash of a request -> (monotonic time of the first, how many since)
@@ -12641,7 +12357,7 @@ class RepeatGuard:
         if now - began_at >= seconds:
             began_at, number = now, 0
         if len(self.seen) >= MAX_RUNAWAYS:
-            del self.seen[next(iter(self.seen))]  # the one that was not seen for longest
+            del self.seen[next(iter(self.seen))]  # the least recently seen
         self.seen[request] = began_at, min(number + 1, most)
         if number >= most:
             raise RequestRepeated(
@@ -12654,16 +12370,16 @@ class RepeatGuard:
 
 # 10.4 metrics
 
-Labels = tuple[Any, ...]  # the values of a series' labels, in the order of their names
+Labels = tuple[Any, ...]  # label values, in the order of the label names
 Series = dict[Labels, float]
 
 
 class Metric(NamedTuple):
-    """One metric of GET /metrics, named by Prometheus's conventions, which tell its type."""
+    """One metric of GET /metrics; its type follows from its name by Prometheus's conventions."""
 
-    #: without the prefix of this program
+    #: without this program's prefix
     name: str
-    #: the names of its labels, with spaces between
+    #: label names, separated by spaces
     labels: str
     help: str
     #: the upper bounds of a histogram's buckets, in seconds
@@ -12671,12 +12387,11 @@ class Metric(NamedTuple):
 
     @property
     def full_name(self) -> str:
-        """As it is scraped; `process_*` are the names that all programs share."""
+        """The name as exposed; `process_*` names are shared by all programs."""
         return self.name if self.name.startswith("process_") else f"aiclient_api_{self.name}"
 
     @property
     def kind(self) -> str:
-        """Its type: a counter only grows, a gauge goes up and down."""
         if self.buckets:
             return "histogram"
         return "counter" if self.name.endswith("_total") else "gauge"
@@ -12762,7 +12477,6 @@ HTTP_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
 def escape_label(value: object) -> str:
-    """A label's value as it stands between quotes."""
     return str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
@@ -12772,22 +12486,21 @@ def write_labels(names: list[str], values: Labels) -> str:
 
 
 def write_samples(name: str, names: list[str], series: Series) -> Iterator[str]:
-    """The lines of a counter or a gauge."""
     for values, number in sorted(series.items()):
         labels = write_labels(names, values)
         yield f"{name}{{{labels}}} {number}" if labels else f"{name} {number}"
 
 
 class Histogram:
-    """Observations by labels: how many fell into each bucket, and what they add up to."""
+    """Observations by labels: a count per bucket, and their sum."""
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
         self.bounds = bounds
-        #: labels -> a number for each bucket, one for what is above all, the sum
+        #: labels -> the count of each bucket, the count above the last bound, the sum
         self.rows: dict[Labels, list[float]] = {}
 
     def add(self, labels: Labels, value: float) -> None:
-        """Counts one observation; a bucket includes its bound."""
+        """Counts one observation; a bucket includes its upper bound."""
         row = self.rows.get(labels)
         if row is None:
             row = self.rows[labels] = [0] * (len(self.bounds) + 1) + [0.0]
@@ -12795,7 +12508,6 @@ class Histogram:
         row[-1] += value
 
     def write(self, name: str, names: list[str]) -> Iterator[str]:
-        """Its lines: the number of observations up to each bound, their sum, all of them."""
         bounds = [f"{bound:g}" for bound in self.bounds] + ["+Inf"]
         for values, row in sorted(self.rows.items()):
             labels = write_labels(names, values)
@@ -12807,7 +12519,7 @@ class Histogram:
             yield f"{name}_count{{{labels}}} {total}"
 
 
-#: figures of `Daemon.status` -> metrics
+#: fields of `Daemon.status` -> metrics
 STATUS_METRICS = {
     "connections": "http_connections",
     "requests_in_flight": "http_requests_in_flight",
@@ -12822,7 +12534,7 @@ STATUS_METRICS = {
 
 
 def read_status(status: Json) -> dict[str, Series]:
-    """How things stand, by `Daemon.status`, as series of METRICS; what nobody knows is left out."""
+    """The current values in a `Daemon.status` as series of METRICS; unknown ones are left out."""
     series: dict[str, Series] = {
         metric: {(): status[name]}
         for name, metric in STATUS_METRICS.items()
@@ -12840,29 +12552,27 @@ def read_status(status: Json) -> dict[str, Series]:
 
 
 class Metrics:
-    """Counters and histograms since the start, in memory; METRICS says what each one is."""
+    """Counters and histograms since the start, in memory; METRICS describes them."""
 
     def __init__(self) -> None:
         self.counts: dict[str, Series] = {
             metric.name: defaultdict(int) for metric in METRICS if metric.kind == "counter"
         }
         self.histograms = {m.name: Histogram(m.buckets) for m in METRICS if m.buckets}
-        #: PROVIDER/MODEL that have series of their own
+        #: the PROVIDER/MODEL names that have their own series
         self.models = NameTable(MAX_METRIC_SERIES)
 
     def count_request(self, route: str, method: str, status: int) -> None:
-        """Counts one HTTP request; `route` is one of the route table's."""
         method = method if method in HTTP_METHODS else "other"
         self.counts["http_requests_total"][route, method, status] += 1
 
     def count_attempts(self, provider: str, attempts: int, refusals: list[str]) -> None:
-        """Counts what one request took: attempts in all, and the kinds of those that failed."""
         self.counts["upstream_retries_total"][provider,] += max(0, attempts - 1)
         for kind in refusals:
             self.counts["upstream_refusals_total"][provider, kind] += 1
 
     def observe(self, answer: Answer) -> None:
-        """Counts one answer, in some 2 microseconds."""
+        """Counts one record, in some 2 microseconds."""
         provider, usage, kind = answer.provider, answer.usage, answer.kind
         model = self.model_label(answer)
         counts, key = self.counts, (provider, model)
@@ -12882,17 +12592,14 @@ class Metrics:
             self.histograms["answer_first_byte_seconds"].add(key, answer.first_byte_s)
 
     def model_label(self, answer: Answer) -> str:
-        """The model, or "other" once there are too many, and for names that the upstream denies.
-
-        A caller may name a model that no list has, so names are not bounded by the catalogues.
-        """
+        """OTHER once there are too many, and for unknown names: clients can name any model."""
         name = f"{answer.provider}/{answer.model}"
         if answer.kind == "model_not_found" and name not in self.models.names:
             return OTHER
         return answer.model if self.models.known(name) == name else OTHER
 
     def render(self, measured: dict[str, Series]) -> str:
-        """All that there is in the text format 0.0.4; `measured` is what only stands now."""
+        """Everything in the text format 0.0.4; `measured` holds the values read at scrape time."""
         lines = []
         for metric in METRICS:
             name, names = metric.full_name, metric.labels.split()
@@ -12909,46 +12616,32 @@ class Metrics:
 # 10.5 the cache guard
 #
 # A prompt cache works by prefix: the tools, then the system prompt, then the messages in order.
-# Whatever changes early in a prompt from call to call is paid for in full again, and nobody sees
-# it.  So each conversation's last prompt is kept as salted hashes of its blocks, never as text.
+# What changes early in a prompt from request to request is silently billed in full again.  So each
+# conversation's last prompt is kept as salted hashes of its blocks, never as text.
 
-# Marks move to the newest block with every call; where they stand changes nothing of the prompt.
+# Cache breakpoints move to the newest block with every request; they are not part of the prompt.
 CACHE_MARKS = frozenset(
     ("cache_control", "copilot_cache_control", "prompt_cache_breakpoint", "cachePoint")
 )
 LONE_TEXT = {"type", "text"}
-# Settings that the vendors put into the prompt, or that end a cache (their documentation, 2026).
+# Settings that the vendors put into the prompt, or that invalidate a cache (their docs, 2026).
 PROMPT_SETTINGS = (
-    "tool_choice",
-    "thinking",
-    "reasoning",
-    "reasoning_effort",
-    "output_config",
-    "response_format",
-    "text",
-    "additionalModelRequestFields",
-)
+    "tool_choice", "thinking", "reasoning", "reasoning_effort", "output_config",
+    "response_format", "text", "additionalModelRequestFields",
+)  # fmt: skip
 SYSTEM_ROLES = ("system", "developer")
 TURN_ROLES = (
-    *SYSTEM_ROLES,
-    "user",
-    "assistant",
-    "tool",
-    "function",
-    "reasoning",
-    "function_call",
-    "function_call_output",
-    "custom_tool_call",
-    "custom_tool_call_output",
-)
-# Whatever else a caller writes there is not repeated: it could be anything.
+    *SYSTEM_ROLES, "user", "assistant", "tool", "function", "reasoning", "function_call",
+    "function_call_output", "custom_tool_call", "custom_tool_call_output",
+)  # fmt: skip
+# Any other role a client sends is not shown: it could be anything.
 SHOWN_ROLES = {role: role for role in TURN_ROLES}
 
 
 def bare_block(value: Any) -> Any:
-    """A block as a cache sees it: without marks, its own keys in one order, lone text plain.
+    """A block as a cache sees it: without breakpoints, its keys sorted, lone text unwrapped.
 
-    Values inside keep the order of their keys: a call's arguments are shown to the model as text.
+    Nested values keep their key order: a call's arguments are shown to the model as text.
     """
     if isinstance(value, list):
         rows = [bare_block(item) for item in value]
@@ -12965,22 +12658,22 @@ def bare_block(value: Any) -> Any:
 
 
 def hash_block(block: Any, salt: bytes) -> tuple[int, int]:
-    """(64 bits that tell nothing without the salt, size in bytes) of a piece of a prompt.
+    """(64 bits that reveal nothing without the salt, size in bytes) of one block of a prompt.
 
-    Equal values have equal bytes in marshal's version 0, which knows no references between
-    objects; it takes a third of the time of JSON (measured in 2026-11).
+    Equal values have equal bytes in marshal's version 0, which has no references between objects;
+    it takes a third of the time of JSON (measured in 2026-11).
     """
     data = marshal.dumps(bare_block(block), 0)
     return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=salt).digest(), "big"), len(data)
 
 
 def as_rows(value: Any) -> list[Any]:
-    """A list itself, of anything else a list of it; nothing for nothing."""
+    """A list as it is, anything else as a list of one; an empty value as an empty list."""
     return value if isinstance(value, list) else [value] if value else []
 
 
 def kiro_sections(body: Json) -> tuple[list[Any], list[Any]]:
-    """(tools, turns) of a conversation state, without what depends on place and account."""
+    """(tools, turns) of a conversation state, without what depends on endpoint and account."""
     state = details(body, "conversationState")
     tools: list[Any] = []
     turns: list[Any] = []
@@ -12999,33 +12692,33 @@ def kiro_sections(body: Json) -> tuple[list[Any], list[Any]]:
 
 @dataclass(slots=True)
 class Prompt:
-    """What stood where in a prompt, by hashes; nothing of what it said."""
+    """The structure of a prompt as hashes of its blocks; none of its text."""
 
     #: of each block: tools, system prompt, turns
     hashes: array[int]
-    #: bytes of each block
+    #: size of each block in bytes
     sizes: array[int]
     tools: int
     system: int
-    #: what the dialect calls them: `system` or `instructions`; `messages`, `input` or `history`
+    #: the dialect's names: `system` or `instructions`; `messages`, `input` or `history`
     system_name: str
     turns_name: str
-    #: of each turn
+    #: one for each turn
     roles: list[str]
-    #: where the conversation begins, behind tools and all of the system prompt
+    #: index of the first block of the conversation, after tools and the entire system prompt
     start: int
-    #: the first and the last block of the conversation; 0 where it has none
+    #: hashes of the first and last block of the conversation; 0 if it is empty
     first: int
     last: int
-    #: hashes of the settings that count
+    #: hashes of the settings that affect the cache
     settings: dict[str, int]
 
     def share(self, at: int) -> float:
-        """The share of the prompt that stands at `at` and behind it, by bytes."""
+        """The share of the prompt from block `at` on, by bytes."""
         return sum(self.sizes[at:]) / (sum(self.sizes) or 1)
 
     def part(self, at: int) -> str:
-        """What kind of block stands at `at`: tools, system, or a turn's role."""
+        """The kind of block `at`: tools, system, or a turn's role."""
         turn = at - self.tools - self.system
         return self.roles[turn] if turn >= 0 else "tools" if at < self.tools else "system"
 
@@ -13040,7 +12733,7 @@ class Prompt:
 
 
 def read_prompt(dialect: str, body: Json, salt: bytes) -> Prompt:
-    """The prompt in a body of an upstream dialect; takes 3 ms a megabyte."""
+    """The prompt in a body of an upstream dialect; takes 3 ms per megabyte."""
     turns_name = {"responses": "input", "kiro": "history"}.get(dialect, "messages")
     if dialect == "kiro":
         tools, turns = kiro_sections(body)
@@ -13072,10 +12765,7 @@ def read_prompt(dialect: str, body: Json, salt: bytes) -> Prompt:
 
 
 class Difference(NamedTuple):
-    """Where a prompt first differs from the one before, and how.
-
-    `how` is changed, moved, inserted or removed; "" where it only goes on, or ends earlier.
-    """
+    """`how`: changed, moved, inserted, removed; "" if the prompt only continues or ends earlier."""
 
     at: int
     how: str = ""
@@ -13087,7 +12777,6 @@ NOWHERE = Difference(0)
 
 
 def compare_prompts(old: Prompt, new: Prompt) -> Difference:
-    """The first block in which `new` does not go on from `old`."""
     length = min(len(old.hashes), len(new.hashes))
     if old.hashes[:length] == new.hashes[:length]:
         return Difference(length)
@@ -13100,7 +12789,7 @@ def compare_prompts(old: Prompt, new: Prompt) -> Difference:
     return Difference(at, how, shown.name(at), shown.part(at))
 
 
-# What became of the cache in a call -> what that means.
+# What happened to the cache in a request -> what that means.
 CACHE_VERDICTS = {
     "hit": "read from the cache",
     "first": "nothing to compare with",
@@ -13116,7 +12805,6 @@ CACHE_VERDICTS = {
 
 
 def cache_hint(verdict: str, found: Difference) -> str:
-    """What a miss usually means."""
     if verdict != "changed":
         return CACHE_VERDICTS[verdict]
     part, how = found.part, found.how
@@ -13141,35 +12829,31 @@ def cache_hint(verdict: str, found: Difference) -> str:
 
 @dataclass(slots=True)
 class CacheFinding:
-    """What became of the cache in one call."""
-
     #: a key of CACHE_VERDICTS
     verdict: str
-    #: the block, where one changed
+    #: the changed block, if any
     found: Difference = NOWHERE
-    #: tokens paid for in full once more, about
+    #: tokens billed in full again, approximately
     lost: int = 0
     hint: str = ""
     conversation: str = ""
-    #: nothing of its kind was told of this conversation for a while
+    #: no similar finding was reported for this conversation recently
     is_news: bool = False
 
 
 @dataclass(slots=True)
 class Watched:
-    """One conversation with one model."""
-
     conversation: str
-    #: which conversations it may be told apart from: a hash of the session, else of the label
+    #: conversations are matched within a pool: a hash of the session, otherwise of the label
     pool: int
     #: (provider, model)
     owner: tuple[str, str]
     label: str
     prompt: Prompt
-    #: Unix seconds: when the last call was asked, and when its answer began
+    #: Unix seconds: the last request, and the start of its response
     at: float = 0.0
     answered_at: float = 0.0
-    #: tokens of the last prompt that should be in the cache, or may be: nothing told so
+    #: tokens of the last prompt that should be cached (a guess if no figures were reported)
     cached: int = 0
     is_guess: bool = True
     calls: int = 0
@@ -13177,36 +12861,32 @@ class Watched:
     cache_read: int = 0
     lost: int = 0
     verdict: str = ""
-    #: kind of break -> (the last one, how many there were, when one was told last)
+    #: kind of break -> (the last one, their number, when one was last reported)
     breaks: dict[str, tuple[CacheFinding, int, float]] = field(default_factory=dict)
 
     def shared(self, turns: set[int]) -> int:
-        """How many of `turns` it has as well."""
         return len(turns.intersection(self.prompt.hashes[self.prompt.start :]))
 
     def is_like(self, first: int, turns: set[int]) -> bool:
-        """Whether a prompt with these turns, `first` the first of them, may go on from here."""
+        """Whether a prompt with these turns, starting with `first`, may continue this one."""
         own = self.prompt
         if own.first == first:
             return True
         return own.last in turns and self.shared(turns) * 2 >= len(own.hashes) - own.start
 
     def break_of(self, found: Difference, prompt: Prompt) -> str:
-        """The verdict for a prompt that does not go on from here: changed or shortened."""
+        """The verdict for a prompt that does not continue this one: changed or shortened."""
         in_turns = found.at >= max(self.prompt.start, prompt.start)
         is_shorter = len(prompt.roles) < len(self.prompt.roles) or found.how == "removed"
         return "shortened" if not found.how or (in_turns and is_shorter) else "changed"
 
     def changed_setting(self, prompt: Prompt) -> str:
-        """The name of a setting that differs in `prompt`, "" where none does."""
+        """The name of the first setting that differs in `prompt`, or ""."""
         old, new = self.prompt.settings, prompt.settings
         return next((key for key in PROMPT_SETTINGS if old.get(key) != new.get(key)), "")
 
     def take(self, prompt: Prompt, answer: Answer, finding: CacheFinding, writes: bool) -> None:
-        """Counts a call, which becomes the one that the next is compared with.
-
-        `writes`: the service would have told what it has written to the cache.
-        """
+        """`writes`: the service reports what it writes to the cache."""
         wait_s = answer.duration_s if answer.first_byte_s is None else answer.first_byte_s
         held = answer.usage.cache_read + answer.usage.cache_write
         self.is_guess = not held and not writes
@@ -13226,7 +12906,7 @@ class Watched:
         self.breaks[kind] = finding, times + 1, answer.at if finding.is_news else told_at
 
     def as_json(self, is_told: bool) -> Json:
-        """A row of `/v1/usage?cache=1`; no ratio where the service tells no figures."""
+        """A row of `/v1/usage?cache=1`; no ratio if the service reports no cache figures."""
         changes = [row for row in self.breaks.values() if row[0].verdict == "changed"]
         finding, times, _ = max(changes, key=lambda row: row[1], default=(None, 0, 0.0))
         ratio = self.cache_read / self.input_tokens if is_told and self.input_tokens else None
@@ -13253,23 +12933,20 @@ class Watched:
 
 
 class CacheGuard:
-    """Finds out which block broke a prompt cache: by the last prompt of each conversation."""
+    """Finds the block that broke a prompt cache, from the last prompt of each conversation."""
 
     def __init__(self, salt: bytes) -> None:
         self.salt = salt
-        #: the least recently used first
+        #: least recently used first
         self.watched: dict[int, Watched] = {}
         self.number = 0
-        #: (provider, model) -> whether it tells what it writes to the cache, of those that tell
-        #: what they read
+        #: (provider, model) of services that report cache reads -> whether they report writes too
         self.telling: dict[tuple[str, str], bool] = {}
 
     def clear(self) -> None:
-        """Forgets all conversations."""
         self.watched.clear()
 
     def record(self, answer: Answer, session: str, prompt: Prompt) -> CacheFinding:
-        """Compares one answered call with the one before it in its conversation."""
         self.forget(answer.at)
         pool = hash_block([session, "" if session else answer.label], self.salt)[0]
         number, before = self.find(answer, pool, prompt)
@@ -13289,7 +12966,6 @@ class CacheGuard:
         return finding
 
     def forget(self, now: float) -> None:
-        """Drops what is old, and what is too much."""
         while self.watched:
             oldest = next(iter(self.watched))
             is_old = now - self.watched[oldest].at > CACHE_WATCH_SECONDS
@@ -13298,7 +12974,7 @@ class CacheGuard:
             del self.watched[oldest]
 
     def is_told(self, answer: Answer) -> bool:
-        """Whether the figures of `answer` say what was read from the cache, not only nothing."""
+        """Whether the record's cache figures are real rather than merely absent."""
         pair, usage = (answer.provider, answer.model), answer.usage
         if usage.source != "reported":
             return False
@@ -13310,11 +12986,7 @@ class CacheGuard:
         return pair in self.telling
 
     def find(self, answer: Answer, pool: int, prompt: Prompt) -> tuple[int, Watched | None]:
-        """The conversation that `prompt` goes on with.
-
-        An agent holds several conversations in one session, and a date in the system prompt must
-        not make a new one of each call: it is known by its turns, not by what stands above them.
-        """
+        """Matched by turns: a date in the system prompt must not start a new conversation."""
         turns = set(prompt.hashes[prompt.start :])
         found = [
             (number, row)
@@ -13334,14 +13006,13 @@ class CacheGuard:
     def judge(
         self, before: Watched | None, prompt: Prompt, answer: Answer, is_told: bool
     ) -> CacheFinding:
-        """What became of the prompt that `before` should have left in the cache."""
         if before is None:
             return CacheFinding("first")
         found = compare_prompts(before.prompt, prompt)
         goes_on = found.at == len(before.prompt.hashes)
         is_other = before.owner != (answer.provider, answer.model)
         if is_other and found.at < before.prompt.start:
-            return CacheFinding("first")  # the model of another task, with other instructions
+            return CacheFinding("first")  # another task, with other instructions
         held = min(before.cached, answer.usage.prompt)
         if held < MIN_CACHED_TOKENS:
             return CacheFinding("uncached")
@@ -13367,7 +13038,7 @@ class CacheGuard:
         return CacheFinding(verdict, shown, lost, cache_hint(verdict, shown))
 
     def report(self, now: float) -> list[Json]:
-        """The rows of `/v1/usage?cache=1`, the latest first."""
+        """The rows of `/v1/usage?cache=1`, latest first."""
         self.forget(now)
         latest = sorted(self.watched.values(), key=lambda row: row.at, reverse=True)
         return [row.as_json(row.owner in self.telling) for row in latest]
@@ -13375,7 +13046,7 @@ class CacheGuard:
 
 # ==== the I/O line ==============================================================================
 #
-# Above: arithmetic on values.  Below: sockets, files, clocks, processes.
+# Above: pure functions of values.  Below: sockets, files, clocks, processes.
 
 # ---- 11. Ticker --------------------------------------------------------------------------------
 
@@ -13384,7 +13055,7 @@ PLAIN_WORD = re.compile(r"[!#-<>-~]+")
 
 
 def log_event(level: str, event: str, **details_: object) -> None:
-    """One line in the log: `event key=value ...`.  Never content, never a secret."""
+    """Logs one line: `event key=value ...`.  Never content, never a secret."""
     logger = logging.getLogger("aiclient-api")
     number = getattr(logging, level.upper())
     if not logger.isEnabledFor(number):
@@ -13397,9 +13068,9 @@ def log_event(level: str, event: str, **details_: object) -> None:
 
 
 class SecondFormatter:
-    """`2026-11-22T13:14:15.123Z INFO event key=value`; a second's stamp is worked out once.
+    """`2026-11-22T13:14:15.123Z INFO event key=value`; the stamp is computed once per second.
 
-    With `priorities` each line begins with its level as systemd's journal reads it: `<6>`.
+    With `priorities` each line begins with its level as systemd's journal expects it: `<6>`.
     """
 
     PRIORITIES: ClassVar = {"DEBUG": "<7>", "INFO": "<6>", "WARNING": "<4>", "ERROR": "<3>"}
@@ -13410,7 +13081,7 @@ class SecondFormatter:
         self.priorities = self.PRIORITIES if priorities else {}
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line; a traceback follows it, indented: none of its lines can pass for an event."""
+        """A traceback follows its line, indented, so that no line of it looks like an event."""
         second = int(record.created)
         if second != self.second:
             self.second = second
@@ -13425,10 +13096,7 @@ class SecondFormatter:
 
 
 def close_to_others(handle: int) -> bool:
-    """Takes a plain file from all but its owner; whether others could do anything with it before.
-
-    Raises OSError where it is not ours to change.
-    """
+    """Removes the access of others; returns whether there was any.  Raises OSError if not ours."""
     status = os.fstat(handle)
     has_owner = hasattr(os, "getuid") and stat.S_ISREG(status.st_mode)
     if not has_owner or not status.st_mode & 0o077:
@@ -13438,7 +13106,7 @@ def close_to_others(handle: int) -> bool:
 
 
 def make_private(handle: int, path: str, what: str) -> None:
-    """As `close_to_others`, with a warning about `what`, also where nothing can be done."""
+    """`close_to_others` with a warning about `what`, also if the mode cannot be changed."""
     try:
         if close_to_others(handle):
             log_event("warning", f"{what}_was_readable", path=path)
@@ -13447,10 +13115,10 @@ def make_private(handle: int, path: str, what: str) -> None:
 
 
 class LogFile:
-    """A log file for a StreamHandler: rotated at a size, followed when it is moved away.
+    """A log file for a StreamHandler: rotated by size, reopened after it was moved away.
 
-    A line that cannot be written is dropped and counted: a full disk must not end the gateway.
-    With `is_stderr` standard error is the same file: what Python itself says is not lost.
+    A line that cannot be written is dropped and counted: a full disk must not stop the gateway.
+    With `is_stderr` standard error goes to the same file, so that Python's own messages are kept.
     """
 
     def __init__(
@@ -13464,8 +13132,8 @@ class LogFile:
         self.open()
 
     def open(self) -> None:
-        """Opens the file at `path`; raises OSError, and goes on with the old one then."""
-        # Without waiting for whoever may read a FIFO some day.
+        """Opens the file at `path`; if that raises OSError, the old one stays open."""
+        # O_NONBLOCK: opening a FIFO must not wait for a reader.
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
         handle = os.open(self.path, flags, 0o600)
         self.close()
@@ -13479,7 +13147,7 @@ class LogFile:
         make_private(handle, self.path, "log")
 
     def write(self, text: str) -> None:
-        """Adds `text`, whole lines, in one write."""
+        """Appends `text`, complete lines, in one write."""
         data = text.encode("utf-8", "backslashreplace")
         try:
             if time.monotonic() > self.look_at:
@@ -13491,7 +13159,7 @@ class LogFile:
             self.dropped += text.count("\n")
 
     def look(self) -> None:
-        """Opens the file anew if it was moved away, or written to by another process."""
+        """Reopens the file if it was moved away; notices what other processes have written."""
         self.look_at = time.monotonic() + LOG_LOOK_SECONDS
         try:
             status = os.stat(self.path)
@@ -13503,10 +13171,10 @@ class LogFile:
         self.size = status.st_size
 
     def rotate(self) -> None:
-        """`daemon.log` -> `daemon.log.1` -> `daemon.log.2`, which is lost."""
+        """`daemon.log` -> `daemon.log.1` -> `daemon.log.2`, whose old content is lost."""
         self.look()
         if self.size < self.max_bytes // 2:
-            return  # a process that takes over has just done it
+            return  # a process taking over has just rotated
         for number in range(LOG_FILES - 1, 0, -1):
             older = self.path if number == 1 else f"{self.path}.{number - 1}"
             if os.path.exists(older):
@@ -13514,39 +13182,37 @@ class LogFile:
         self.open()
 
     def flush(self) -> None:
-        """Every line is out already."""
+        """Nothing to do: every line is written at once."""
 
     def close(self) -> None:
-        """Closes the file."""
         if self.handle >= 0:
             os.close(self.handle)
         self.handle = -1
 
 
 def start_log(level: str, path: str = "", is_stderr: bool = False) -> LogFile | None:
-    """The log in a file, or on standard error: a line per event, times in UTC.  Raises OSError."""
+    """Logs to a file, or to standard error: a line per event, times in UTC.  Raises OSError."""
     file = LogFile(path, is_stderr=is_stderr) if path else None
     handler: logging.StreamHandler[Any] = logging.StreamHandler(file or sys.stderr)
     journal = file is None and "JOURNAL_STREAM" in os.environ
-    handler.setFormatter(SecondFormatter(journal))  # type: ignore[arg-type]  # made before logging
+    handler.setFormatter(SecondFormatter(journal))  # type: ignore[arg-type]  # logging is lazy
     root = logging.getLogger()
     root.handlers[:] = [handler]
     set_log_level(level)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
-    # The documented way to spare what no line shows (logging HOWTO, "Optimization").
+    # The documented way to skip what no line shows (logging HOWTO, "Optimization").
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    logging.raiseExceptions = False  # a line that cannot be written is no reason to speak of it
-    setattr(logging, "_srcfile", None)  # noqa: B010 - as that page says
+    logging.raiseExceptions = False  # no report of lines that cannot be written
+    setattr(logging, "_srcfile", None)  # noqa: B010 - see the same page
     return file
 
 
 def set_log_level(level: str) -> None:
-    """From now on."""
     logging.getLogger().setLevel(getattr(logging, level.upper()))
 
 
 def internal_error(event: str) -> ApiError:
-    """What a client is told of the exception in hand, a bug; the log gets its traceback."""
+    """The client's error for the current exception, a bug; the log gets the traceback."""
     logging.getLogger("aiclient-api").exception(event)
     return ApiError("The gateway failed; its log says how.")
 
@@ -13554,7 +13220,7 @@ def internal_error(event: str) -> ApiError:
 class Ticker:
     """One coarse clock for every deadline: a timer per read would cost more than the read.
 
-    Watchers are called with the loop's monotonic time each TICK_SECONDS, as long as there are any.
+    While there are watchers, they are called every TICK_SECONDS with the loop's monotonic time.
     """
 
     def __init__(self) -> None:
@@ -13562,17 +13228,14 @@ class Ticker:
         self.timer: asyncio.TimerHandle | None = None
 
     def add(self, watcher: Callable[[float], None]) -> None:
-        """Begins to call `watcher`."""
         self.watchers.add(watcher)
         if self.timer is None:
             self.timer = asyncio.get_running_loop().call_later(TICK_SECONDS, self.tick)
 
     def discard(self, watcher: Callable[[float], None]) -> None:
-        """Stops calling `watcher`."""
         self.watchers.discard(watcher)
 
     def tick(self) -> None:
-        """Calls every watcher once."""
         loop = asyncio.get_running_loop()
         now = loop.time()
         for watcher in list(self.watchers):
@@ -13587,14 +13250,14 @@ class Ticker:
 if TYPE_CHECKING:
     StreamProtocol = asyncio.Protocol
 else:
-    StreamProtocol = object  # asyncio asks for methods, not for a base: see `lazy_module`
+    StreamProtocol = object  # asyncio needs the methods, not the base class: see `lazy_module`
 
 
 class Wire(StreamProtocol):
-    """One connection: asyncio's streams, and a relay mode for bodies.
+    """One connection: asyncio's streams, plus a relay mode for bodies.
 
-    In relay mode (`sink` is set) bytes go to a function as they arrive, without a task that wakes
-    up for each of them.  `on_end` hears of the peer's end, `on_flow` of the transport's pauses.
+    In relay mode (`sink` is set) bytes go to a function as they arrive, without waking a task each
+    time.  `on_end` is called at the peer's EOF, `on_flow` when the transport pauses writing.
     """
 
     def __init__(self) -> None:
@@ -13603,21 +13266,20 @@ class Wire(StreamProtocol):
         self.transport: asyncio.Transport
         self.writer: asyncio.StreamWriter
         self.sink: Callable[[bytes], None] | None = None
-        #: called with False when the peer has sent its last byte, with True when it is gone
+        #: called with False at the peer's EOF, with True when the connection is lost
         self.on_end: Callable[[bool], None] | None = None
-        #: called with True when writing must pause, with False when it may go on
+        #: called with True to pause writing, with False to resume
         self.on_flow: Callable[[bool], None] | None = None
-        #: the peer has sent its last byte; `ended`: that, or the connection is gone
+        #: the peer has sent EOF; `ended`: that, or the connection is lost
         self.finished = False
         self.ended = False
-        #: something has come since this was last set to False
+        #: something was received since this was last set to False
         self.heard = False
         self.lost = asyncio.Event()
-        #: what this connection runs through and must not outlive
+        #: the proxy tunnel under this TLS connection, referenced to keep it alive
         self.tunnel: Wire | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """The connection is up."""
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
         self.streams.connection_made(transport)
@@ -13629,7 +13291,6 @@ class Wire(StreamProtocol):
         setattr(transport, "max_size", RECV_BYTES)  # noqa: B010 - not in the declared interface
 
     def data_received(self, data: bytes) -> None:
-        """Bytes: to the sink in relay mode, else to the stream."""
         self.heard = True
         if self.sink is not None:
             self.sink(data)
@@ -13637,30 +13298,28 @@ class Wire(StreamProtocol):
             self.streams.data_received(data)
 
     def eof_received(self) -> bool | None:
-        """The peer has sent its last byte."""
         self.finished = True
         self.end(False)
         return self.streams.eof_received()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The connection is gone."""
         self.lost.set()
         self.end(True)
         self.streams.connection_lost(exc)
-        # asyncio keeps the error for a `wait_closed` that nobody calls, and reports it as forgotten
-        # where the garbage collector meets the future before its owner (seen in Python 3.13).
+        # asyncio stores the error for a `wait_closed` that is never called, and logs it as never
+        # retrieved if the garbage collector meets the future before its owner (seen in Python
+        # 3.13).
         closed = getattr(self.streams, "_closed", None)
         if exc is not None and closed is not None and closed.done():
             closed.exception()
 
     def end(self, gone: bool) -> None:
-        """Tells `on_end`."""
         self.ended = True
         if self.on_end is not None:
             self.on_end(gone)
 
     def ended_cleanly(self) -> bool:
-        """Whether the end was the peer's own word: over TLS its close_notify (RFC 9112, 9.8)."""
+        """Whether the peer ended it on purpose: over TLS with a close_notify (RFC 9112, 9.8)."""
         tls = self.transport.get_extra_info("ssl_object")
         if tls is None:
             return self.finished
@@ -13672,13 +13331,11 @@ class Wire(StreamProtocol):
             return False
 
     def pause_writing(self) -> None:
-        """The peer reads too slowly."""
         self.streams.pause_writing()
         if self.on_flow is not None:
             self.on_flow(True)
 
     def resume_writing(self) -> None:
-        """The peer has caught up."""
         self.streams.resume_writing()
         if self.on_flow is not None:
             self.on_flow(False)
@@ -13688,7 +13345,7 @@ class Wire(StreamProtocol):
 
 
 class Origin(NamedTuple):
-    """What a pooled connection is good for."""
+    """The key of the connection pool: only requests with the same origin share a connection."""
 
     scheme: str
     host: str
@@ -13698,7 +13355,6 @@ class Origin(NamedTuple):
 
 
 def split_url(url: str) -> tuple[str, str, int, str]:
-    """(scheme, host, port, path with query) of an upstream URL."""
     parts = urllib.parse.urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     path = parts.path or "/"
@@ -13711,14 +13367,13 @@ def split_url(url: str) -> tuple[str, str, int, str]:
 
 
 def shown_host(host: str) -> str:
-    """A host as it stands in a URL."""
     return f"[{host}]" if ":" in host else host
 
 
 def environment_proxy(scheme: str, host: str) -> str:
-    """The proxy that the environment or the system names for a host, or ""."""
+    """The proxy that the environment or the system configures for a host, or ""."""
     if sys.platform == "linux" and not any(k.lower().endswith("_proxy") for k in os.environ):
-        return ""  # spares importing urllib.request
+        return ""  # avoids importing urllib.request
     if urllib.request.proxy_bypass(host):
         return ""
     proxies = urllib.request.getproxies()
@@ -13726,52 +13381,52 @@ def environment_proxy(scheme: str, host: str) -> str:
 
 
 def count_unsent(connection: socket.socket) -> int:
-    """Bytes that the peer's kernel has not acknowledged; 0 where the system cannot tell."""
+    """Bytes that the peer's kernel has not acknowledged; 0 if the system cannot tell."""
     if fcntl is None or termios is None:
         return 0
     try:
         answer = fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, b"\0" * 4)
     except (OSError, ValueError):
-        return 0  # it is closed
+        return 0  # closed
     return int.from_bytes(answer, sys.byteorder)
 
 
 def is_readable(connection: socket.socket) -> bool:
-    """Whether a socket has bytes, an end or an error that the event loop has not seen yet."""
+    """Whether a socket has data, EOF or an error that the event loop has not seen yet."""
     if not hasattr(select, "poll"):
-        return False  # Windows: the loop hears of it a moment later
+        return False  # Windows: the loop notices a moment later
     poll = select.poll()
     poll.register(connection, select.POLLIN)
     return bool(poll.poll(0))
 
 
 class Source(Protocol):
-    """An answer's body on its way in."""
+    """The incoming body of a response."""
 
     def first(self) -> Awaitable[bytes]:
-        """The first payload that is there, b"" when the body has ended."""
+        """The bytes received so far, or else the next ones; b"" once the body has ended."""
 
     def relay(self, sink: Callable[[bytes], None]) -> Awaitable[None]:
-        """Hands every further payload to `sink`; returns at the body's end, raises ApiError."""
+        """Passes all further bytes to `sink`; returns at the end of the body, raises ApiError."""
 
     def hold(self, paused: bool) -> None:
-        """Holds the upstream back, or lets it go on."""
+        """Pauses or resumes reading from the upstream."""
 
     def fail(self, error: ApiError) -> None:
-        """Makes `relay` raise."""
+        """Makes `relay` raise `error`."""
 
     def stop(self) -> None:
-        """Makes `relay` return: enough is known."""
+        """Makes `relay` return before the end of the body."""
 
     def close(self, ended: bool) -> None:
-        """Gives the connection back after a body read to its end, else drops it.
+        """Returns the connection to the pool if the body was read to its end, otherwise drops it.
 
-        `ended`: the answer is complete, so that only the end of the body can be missing.
+        `ended`: the response is complete, so that only the end of the body can be missing.
         """
 
 
 class UpstreamAnswer:
-    """The head of an answer, and its body as a Source.  Whoever opened it must `close` it."""
+    """The head of a response, and its body as a Source.  Whoever opens it must `close` it."""
 
     def __init__(
         self, client: HttpClient, connection: Connection, head: ResponseHead, body: Body
@@ -13783,7 +13438,7 @@ class UpstreamAnswer:
         self.body = body
         self.reusable = head.minor == 1 and not head.headers.has_token("connection", "close")
         coding = head.headers.get("content-encoding", "identity").lower()
-        # All requests ask for identity, but a middlebox may know better.
+        # All requests ask for identity, but a middlebox may compress all the same.
         wbits = {"gzip": GZIP_WBITS, "x-gzip": GZIP_WBITS, "deflate": ZLIB_WBITS}.get(coding)
         self.inflater = Inflater(wbits) if wbits else None
         self.sink: Callable[[bytes], None] | None = None
@@ -13793,8 +13448,8 @@ class UpstreamAnswer:
         if wbits is None and coding != "identity":
             self.error = UpstreamError("The upstream's answer has a coding that nobody asked for.")
         self.done = body.done
-        self.full = False  # more waits here than should
-        self.slow = False  # the client does not keep up
+        self.full = False  # `waiting` is over its limit
+        self.slow = False  # the client reads too slowly
         self.held = False
         self.last_at = asyncio.get_running_loop().time()
         wire = connection.wire
@@ -13802,9 +13457,8 @@ class UpstreamAnswer:
         client.ticker.add(self.watch)
 
     def take(self, data: bytes) -> None:
-        """Bytes from the wire."""
         self.last_at = asyncio.get_running_loop().time()
-        if self.body.done or self.error:  # nothing may follow, and nothing of it is kept
+        if self.body.done or self.error:  # unexpected bytes: discarded
             self.reusable = False
             self.connection.wire.transport.abort()
             return
@@ -13830,14 +13484,13 @@ class UpstreamAnswer:
             self.wake()
 
     def deliver(self, payload: bytes, sink: Callable[[bytes], None]) -> None:
-        """Hands over a payload.  Whatever fails there is no fault of the upstream's."""
+        """Passes bytes to the sink, whose errors are not the upstream's fault."""
         try:
             sink(payload)
-        except Exception:  # noqa: BLE001 - asyncio would take a bug for a broken connection
+        except Exception:  # noqa: BLE001 - asyncio would drop the connection
             self.fail(internal_error("a response could not be processed"))
 
     def lose(self, gone: bool) -> None:
-        """The peer has ended its side, or the connection is gone: no more will come."""
         if self.done or self.error:
             return
         try:
@@ -13852,7 +13505,7 @@ class UpstreamAnswer:
         self.complete()
 
     def complete(self) -> None:
-        """The body has ended; so must what was packed in it."""
+        """The body has ended; a compressed one must be complete, too."""
         if self.inflater is not None and not self.inflater.done:
             self.fail(UpstreamError(BROKEN_OFF))
             return
@@ -13860,23 +13513,19 @@ class UpstreamAnswer:
         self.wake()
 
     def wake(self) -> None:
-        """Lets whoever waits look again."""
         if self.changed is not None and not self.changed.done():
             self.changed.set_result(None)
 
     async def wait(self) -> None:
-        """Until something has changed."""
         self.changed = asyncio.get_running_loop().create_future()
         await self.changed
 
     def watch(self, now: float) -> None:
-        """Ends an answer that has said nothing for too long."""
         limit_s = self.client.network.stream_idle_seconds
         if not self.held and not self.done and now - self.last_at > limit_s:
             self.fail(UpstreamTimeout(f"The upstream was silent for {limit_s:g} s."))
 
     async def first(self) -> bytes:
-        """The payload that has come, or the next one; b"" at the end."""
         while not self.waiting:
             if self.error:
                 raise self.error
@@ -13886,7 +13535,6 @@ class UpstreamAnswer:
         return self.take_waiting()
 
     def take_waiting(self) -> bytes:
-        """What has come and was not asked for yet."""
         data = bytes(self.waiting)
         self.waiting.clear()
         self.full = False
@@ -13894,11 +13542,10 @@ class UpstreamAnswer:
         return data
 
     def put_back(self, data: bytes) -> None:
-        """Makes `data` what comes next: it was looked at, not used."""
         self.waiting[:0] = data
 
     async def read(self, limit: int) -> bytes:
-        """The whole body; raises UpstreamError over `limit` bytes."""
+        """The entire body; raises UpstreamError if it exceeds `limit` bytes."""
         body = bytearray()
         while data := await self.first():
             body += data
@@ -13907,7 +13554,6 @@ class UpstreamAnswer:
         return bytes(body)
 
     async def relay(self, sink: Callable[[bytes], None]) -> None:
-        """Hands over every payload as it comes."""
         waiting = self.take_waiting()
         if waiting:
             self.deliver(waiting, sink)
@@ -13918,12 +13564,10 @@ class UpstreamAnswer:
             raise self.error
 
     def hold(self, paused: bool) -> None:
-        """The client reads too slowly, or has caught up."""
         self.slow = paused
         self.update_reading()
 
     def update_reading(self) -> None:
-        """Reads from the upstream, or not, as there is room for more."""
         hold = self.full or self.slow
         transport = self.connection.wire.transport
         if hold is self.held or transport.is_closing():
@@ -13936,19 +13580,16 @@ class UpstreamAnswer:
             transport.resume_reading()
 
     def fail(self, error: ApiError) -> None:
-        """Ends the answer with an error."""
         if not self.done:
             self.error = self.error or error
             self.reusable = False
             self.wake()
 
     def stop(self) -> None:
-        """Ends the answer early."""
         self.done = True
         self.wake()
 
     def close(self, ended: bool) -> None:
-        """Back to the pool after a body read to its end, else gone."""
         self.client.ticker.discard(self.watch)
         wire = self.connection.wire
         self.full = self.slow = False
@@ -13958,7 +13599,7 @@ class UpstreamAnswer:
         elif self.body.done:
             self.release()
         elif ended:
-            # The last chunk is often a packet of its own, and a new TLS connection is dear.
+            # The last chunk is often a packet of its own, and a new TLS connection is expensive.
             wire.sink, wire.on_end = self.take_end, lambda _: self.drop()
             self.last_at = asyncio.get_running_loop().time()
             self.client.ticker.add(self.watch_end)
@@ -13966,7 +13607,6 @@ class UpstreamAnswer:
             self.drop()
 
     def take_end(self, data: bytes) -> None:
-        """What comes behind a complete answer: the end of its body."""
         try:
             self.body.feed(data)
         except WireError:
@@ -13976,12 +13616,11 @@ class UpstreamAnswer:
             self.release()
 
     def watch_end(self, now: float) -> None:
-        """Does not wait for long."""
         if now - self.last_at > LINGER_SECONDS:
             self.drop()
 
     def release(self) -> None:
-        """Back to the pool, unless something follows the body."""
+        """Returns the connection to the pool, unless something follows the body."""
         if self.body.rest:
             self.drop()
             return
@@ -13990,7 +13629,6 @@ class UpstreamAnswer:
         self.client.pool.give_back(self.connection, asyncio.get_running_loop().time())
 
     def drop(self) -> None:
-        """Ends the connection."""
         self.client.ticker.discard(self.watch_end)
         wire = self.connection.wire
         wire.sink = wire.on_end = None
@@ -13998,28 +13636,25 @@ class UpstreamAnswer:
 
 
 class Connection:
-    """One upstream connection and what the pool knows of it."""
-
     def __init__(self, origin: Origin, wire: Wire) -> None:
         self.origin = origin
         self.wire = wire
-        #: under TLS and a tunnel
+        #: the TCP socket, below TLS and a tunnel
         self.socket: socket.socket = wire.transport.get_extra_info("socket")
-        #: answers it has carried
+        #: responses it has carried
         self.used = 0
         self.idle_since = 0.0
 
     def is_dead(self, now: float) -> bool:
-        """Whether the peer has closed it, or it has been idle for too long."""
         gone = self.wire.ended or self.wire.transport.is_closing()
         return gone or now - self.idle_since > POOL_IDLE_SECONDS or is_readable(self.socket)
 
     def left_unread(self, error: Exception, message: bytes, sent_at: float) -> bool:
-        """Whether the peer cannot have read `message`, after which it ended the connection.
+        """Whether the peer, which then ended the connection, cannot have read `message`.
 
-        Only then may a POST be sent again (RFC 9110 section 9.2.2).  A peer that closes
-        acknowledges what it has read.  A reset acknowledges nothing: one that comes at once is
-        the answer of a machine on which the connection has ended already.
+        Only then may a POST be sent again (RFC 9110 section 9.2.2).  A peer that closes normally
+        acknowledges what it has read.  A reset acknowledges nothing: an immediate one means that
+        the connection had already ended at the peer.
         """
         if isinstance(error, EOFError):
             unsent = self.wire.transport.get_write_buffer_size() + count_unsent(self.socket)
@@ -14031,13 +13666,13 @@ SAFE_METHODS = ("GET", "HEAD")  # RFC 9110 section 9.2.1
 
 
 class Pool:
-    """Idle connections by origin.  It decides; whoever asks does the opening and closing."""
+    """Idle connections by origin.  `take` and `give_back` never wait and never open anything."""
 
     def __init__(self) -> None:
         self.idle: dict[Origin, list[Connection]] = {}
 
     def take(self, origin: Origin, now: float) -> Connection | None:
-        """The connection used last, so that the others may grow old."""
+        """The most recently used connection, so that the others can expire."""
         stack = self.idle.get(origin, [])
         while stack:
             connection = stack.pop()
@@ -14048,18 +13683,16 @@ class Pool:
         return None
 
     def give_back(self, connection: Connection, now: float) -> None:
-        """Keeps a connection whose answer was read to its end."""
         connection.used += 1
         connection.idle_since = now
         stack = self.idle.setdefault(connection.origin, [])
         stack.append(connection)
-        # Whatever an idle peer says, it is not an answer.
+        # Whatever an idle peer sends, it is not a response.
         connection.wire.sink = lambda _: connection.wire.transport.abort()
         if len(stack) > POOL_IDLE_PER_HOST:
             stack.pop(0).wire.transport.abort()
 
     def watch(self, now: float) -> None:
-        """Closes what has been idle for too long."""
         for origin, stack in list(self.idle.items()):
             for connection in [c for c in stack if c.is_dead(now)]:
                 stack.remove(connection)
@@ -14068,7 +13701,6 @@ class Pool:
                 del self.idle[origin]
 
     def close(self) -> None:
-        """Closes every idle connection."""
         for stack in self.idle.values():
             for connection in stack:
                 connection.wire.transport.abort()
@@ -14076,7 +13708,7 @@ class Pool:
 
 
 class HttpClient:
-    """HTTP/1.1 to upstreams: pooled, never following a redirect, one answer per connection."""
+    """HTTP/1.1 to upstreams: pooled, no redirects followed, no pipelining."""
 
     def __init__(self, network: NetworkConfig, ticker: Ticker) -> None:
         self.network = network
@@ -14084,20 +13716,16 @@ class HttpClient:
         self.pool = Pool()
         self.plan = functools.lru_cache(maxsize=MAX_PLANNED_URLS)(self.plan_url)
         self.tls: ssl.SSLContext | None = None
-        #: the wall clock less the monotonic one
+        #: wall clock minus monotonic clock
         self.clock_offset = time.time() - time.monotonic()
         ticker.add(self.watch)
 
     def close(self) -> None:
-        """Drops every idle connection."""
         self.ticker.discard(self.watch)
         self.pool.close()
 
     def watch(self, now: float) -> None:
-        """Drops connections that were idle for too long, and all after the machine has slept.
-
-        Linux's monotonic clock stands still meanwhile; the peers' clocks do not.
-        """
+        """Drops expired connections, and all after a sleep (Linux's monotonic clock stops then)."""
         self.pool.watch(now)
         offset = time.time() - time.monotonic()
         jumped_s = offset - self.clock_offset
@@ -14107,7 +13735,6 @@ class HttpClient:
             self.pool.close()
 
     def tls_context(self) -> ssl.SSLContext:
-        """The one TLS context: the system's store and `network.ca_file`."""
         if self.tls is None:
             self.tls = ssl.create_default_context()
             if self.network.ca_file:
@@ -14116,10 +13743,7 @@ class HttpClient:
         return self.tls
 
     def plan_url(self, url: str) -> tuple[Origin, str, str]:
-        """(where to connect, the Host field, the path) for a URL; `plan` remembers the last ones.
-
-        Loopback is never reached through a proxy.
-        """
+        """(origin, Host field, path), cached by `plan`; loopback never goes through a proxy."""
         scheme, host, port, path = split_url(url)
         proxy = ""
         if not is_loopback(host):
@@ -14136,11 +13760,10 @@ class HttpClient:
         body: bytes = b"",
         first_byte_s: float | None = None,
     ) -> UpstreamAnswer:
-        """Sends a request and returns its answer's head.  Raises UpstreamError and its kin.
+        """Sends a request, reads the response's head; raises UpstreamError or UpstreamTimeout.
 
-        `headers` is asked for each sending: some must never be the same twice.
-
-        What a pooled connection has not delivered is sent again, once, on a fresh one.
+        `headers` is called for each attempt: some values must never be sent twice.  A request that
+        a stale pooled connection did not deliver is sent once more on a fresh one.
         """
         origin, host, path = self.plan(url)
         length = [("Content-Length", str(len(body)))] if body or method == "POST" else []
@@ -14163,7 +13786,7 @@ class HttpClient:
     async def exchange(
         self, connection: Connection, method: str, message: bytes, limit_s: float
     ) -> UpstreamAnswer | None:
-        """One request on one connection; None where that was stale and another may be tried."""
+        """One request on one connection; None if it was stale and another may be tried."""
         wire = connection.wire
         host = connection.origin.host
         sent_at = asyncio.get_running_loop().time()
@@ -14198,7 +13821,7 @@ class HttpClient:
 
     @staticmethod
     async def read_answer_head(wire: Wire, method: str) -> tuple[ResponseHead, Body, bytes]:
-        """(head, body, bytes behind the head); raises EOFError, also inside a head."""
+        """(head, body, bytes after the head); raises EOFError, also within a head."""
         buffer, scanned, heads = b"", 0, 0
         while True:
             end = head_end(buffer, scanned)
@@ -14206,7 +13829,7 @@ class HttpClient:
                 if len(buffer) > MAX_HEAD_BYTES:
                     raise WireError("head too long")
                 scanned = len(buffer)
-                # Takes all there is, so that relay mode can begin without leftovers.
+                # Reads everything available, so that relay mode can begin without leftovers.
                 data = await wire.reader.read(READ_BYTES)
                 if not data:
                     raise EOFError
@@ -14224,7 +13847,7 @@ class HttpClient:
                 raise WireError("too many interim responses")
 
     async def connect(self, origin: Origin) -> Connection:
-        """A fresh connection, through the proxy where there is one; raises Unreachable."""
+        """A new connection, through the proxy if one is configured; raises Unreachable."""
         where = origin.host if not origin.proxy else f"{origin.host} through the proxy"
         try:
             async with asyncio.timeout(self.network.connect_seconds):
@@ -14246,7 +13869,6 @@ class HttpClient:
         return Connection(origin, wire)
 
     async def connect_directly(self, origin: Origin) -> Wire:
-        """TCP, and TLS for https."""
         loop = asyncio.get_running_loop()
         secure: Json = {}
         if origin.scheme == "https":
@@ -14300,7 +13922,7 @@ class HttpClient:
     async def fetch(
         self, method: str, url: str, headers: dict[str, str], limit_s: float, body: bytes = b""
     ) -> tuple[int, Headers, bytes]:
-        """(status, headers, whole body) of a small answer, all within `limit_s` seconds."""
+        """(status, headers, entire body) of a small response, all within `limit_s` seconds."""
         try:
             async with asyncio.timeout(limit_s):
                 answer = await self.open(method, url, lambda: headers, body, limit_s)
