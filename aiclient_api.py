@@ -13940,7 +13940,7 @@ class HttpClient:
 
 @dataclass(slots=True)
 class Response:
-    """An answer: `body` at once, or `stream`, which writes to an Outlet until it returns."""
+    """A response: either `body`, or `stream`, which writes to an Outlet until it returns."""
 
     status: int
     body: bytes = b""
@@ -13950,16 +13950,11 @@ class Response:
 
 
 class BodyBudget:
-    """The memory that the bodies of all requests take together."""
-
     def __init__(self) -> None:
         self.taken = 0
 
     def grow(self, held: int, size: int) -> int:
-        """Makes the `held` bytes of one request at least `size`; returns them, or raises Busy.
-
-        A body that is alone may be as large as the configuration lets it be.
-        """
+        """Returns `held` grown to `size`; raises Busy, but never for a body that is alone."""
         others = self.taken - held
         if size > held and others and others + size > MAX_BODIES_BYTES:
             raise Busy("The requests in hand take all the memory that there is.", retry_after=1)
@@ -13968,7 +13963,7 @@ class BodyBudget:
 
 
 class Request:
-    """One request; its body is read only when a handler asks for it."""
+    """Its body is read only when a handler asks for it."""
 
     def __init__(self, connection: ClientConnection, head: RequestHead, body: Body) -> None:
         self.method = head.method
@@ -13978,19 +13973,19 @@ class Request:
         self.minor = head.minor
         self.client = connection.peer
         self.body = body
-        #: bytes that are counted in the server's budget until the request is answered
+        #: bytes counted in the server's budget until the request is answered
         self.held = 0
         self.connection = connection
         #: set by the outermost layer; `begun_at` is monotonic
         self.id = ""
         self.begun_at = 0.0
-        #: the name of its key; "" where it has none
+        #: of its API key; "" if it has none
         self.key_name = ""
-        #: what it cost, when that is known
+        #: its usage, once known
         self.answer: Answer | None = None
 
     async def read_body(self) -> bytes:
-        """The body, decoded; raises ApiError for what may not be sent here."""
+        """Decodes gzip and deflate; raises ApiError."""
         limit = self.connection.server.config.max_body_mib * MIB
         length = parse_length(self.headers)
         if length is not None and length > limit:
@@ -14011,20 +14006,16 @@ class Request:
         return data
 
     def hold(self, size: int) -> None:
-        """Counts `size` bytes of the body, in all, as memory that is taken; raises Busy."""
+        """Counts `size` bytes, in total, against the server's budget; raises Busy."""
         self.held = self.connection.server.bodies.grow(self.held, size)
 
     def cancel_on_hangup(self, watching: bool, patient: bool = False) -> None:
-        """Whether the current task ends when the client goes away.
-
-        A client that ends only its sending side has gone as well, unless `patient`: that is for
-        answers that cost nothing.
-        """
+        """A half-close counts as a disconnect unless `patient`, for responses that cost nothing."""
         self.connection.cancel_on_hangup(watching, patient)
 
 
 class Outlet:
-    """The body of a streamed answer.  Its head leaves with the first bytes, in one write."""
+    """The body of a streamed response; its head goes out with the first bytes, in one write."""
 
     def __init__(self, connection: ClientConnection, head: bytes, chunked: bool) -> None:
         self.connection = connection
@@ -14032,22 +14023,19 @@ class Outlet:
         self.head = head
         self.chunked = chunked
         self.last_at = asyncio.get_running_loop().time()
-        #: hears of the client's slowness: True is "hold the source back"
+        #: called when the client's reading lags (True: pause the source) or has caught up (False)
         self.on_flow: Callable[[bool], None] | None = None
-        #: hears that the server must stop
+        #: called when the server has to stop
         self.on_stop: Callable[[], None] | None = None
 
     def write(self, data: bytes) -> None:
-        """Sends `data` on."""
         if data:
             self.send(write_chunk(data) if self.chunked else data)
 
     def finish(self) -> None:
-        """Ends the body."""
         self.send(LAST_CHUNK if self.chunked else b"")
 
     def send(self, data: bytes) -> None:
-        """Writes `data`, behind the head where that has not gone out yet."""
         if not self.connection.answered:
             self.connection.answered = True
             data = self.head + data
@@ -14056,7 +14044,7 @@ class Outlet:
 
 
 async def linger(wire: Wire) -> None:
-    """Ends our side and swallows the peer's rest for a moment: a reset would eat the answer."""
+    """Lingering close, as in nginx: an RST would discard the response."""
     if wire.transport.is_closing():
         return
     try:
@@ -14065,11 +14053,11 @@ async def linger(wire: Wire) -> None:
             while await wire.reader.read(READ_BYTES):
                 pass
     except (TimeoutError, OSError):
-        pass  # it had its time, or is gone already
+        pass  # timed out, or already gone
 
 
 class ClientConnection:
-    """One client: reads its requests one after the other and writes their answers in order."""
+    """One client: its requests are read one at a time and answered in order."""
 
     def __init__(self, server: Server, wire: Wire) -> None:
         self.server = server
@@ -14081,10 +14069,10 @@ class ClientConnection:
         self.watched: asyncio.Task[None] | None = None
         self.patient = False
         self.outlet: Outlet | None = None
-        #: the one in hand, and whether the head of its response has gone out: there is only one
+        #: the request in progress, and whether its response head has gone out: there is only one
         self.request: Request | None = None
         self.answered = False
-        #: when the client last took something of what waits for it, and how much waited then
+        #: when the client last took some of the pending bytes, and how many were pending then
         self.taken_at = 0.0
         self.unsent = 0
         self.closing = False
@@ -14094,12 +14082,11 @@ class ClientConnection:
         wire.on_flow = self.flow
 
     def await_phase(self, phase: str, seconds: float) -> None:
-        """Begins a phase with a deadline that no later byte renews."""
+        """Starts a phase whose deadline later bytes do not extend."""
         self.phase = phase
         self.due_at = asyncio.get_running_loop().time() + seconds
 
     def watch(self, now: float) -> None:
-        """Ends what takes too long."""
         if self.is_stalled(now):
             self.wire.transport.abort()
         elif self.phase == "idle" and now > self.due_at and self.unsent:
@@ -14111,7 +14098,7 @@ class ClientConnection:
             self.wire.transport.close()
 
     def is_stalled(self, now: float) -> bool:
-        """Whether the client has taken nothing of what waits for it, for too long."""
+        """Whether the client has taken none of the pending bytes for WRITE_STALL_SECONDS."""
         waiting = self.wire.transport.get_write_buffer_size()
         if waiting or (self.phase == "idle" and now > self.due_at):
             waiting += count_unsent(self.wire.transport.get_extra_info("socket"))
@@ -14121,24 +14108,21 @@ class ClientConnection:
         return now - self.taken_at > WRITE_STALL_SECONDS
 
     def flow(self, paused: bool) -> None:
-        """The client's reading has become slow, or has caught up."""
         if self.outlet is not None and self.outlet.on_flow is not None:
             self.outlet.on_flow(paused)
 
     def hang_up(self, gone: bool) -> None:
-        """The client is gone, or has ended its side and may still be listening."""
+        """Not `gone`: the client has half-closed and may still be reading."""
         if self.watched is not None and (gone or not self.patient):
             self.watched.cancel()
 
     def cancel_on_hangup(self, watching: bool, patient: bool) -> None:
-        """See Request.cancel_on_hangup."""
         self.watched = self.task if watching else None
         self.patient = patient
         if self.wire.ended:
             self.hang_up(self.wire.transport.is_closing())
 
     async def serve(self) -> None:
-        """Serves requests until one side has had enough."""
         try:
             while not (self.closing or self.server.draining):
                 head = await self.read_head()
@@ -14148,7 +14132,7 @@ class ClientConnection:
         except WireError as error:
             await self.give_up(wire_api_error(error))
         except (ConnectionError, TimeoutError):
-            pass  # the client is gone: nobody is left to tell
+            pass  # the client has disconnected
         except asyncio.CancelledError:
             if not self.wire.ended:
                 await self.give_up(Overloaded("The gateway is stopping."))
@@ -14156,13 +14140,13 @@ class ClientConnection:
             await self.give_up(internal_error("connection failed"))
         finally:
             self.wire.transport.close()
-        await self.wire.lost.wait()  # what a slow client has not taken is still being sent
+        await self.wire.lost.wait()  # a slow client may still be receiving
 
     async def read_head(self) -> RequestHead | None:
-        """The next request's head; None when the client has ended."""
+        """None at EOF."""
         server = self.server.config
         if not self.buffer:
-            if self.phase != "head":  # a new connection has its deadline since it was accepted
+            if self.phase != "head":  # a new connection's deadline runs since it was accepted
                 self.await_phase("idle", server.idle_seconds)
             self.buffer = await self.wire.reader.read(READ_BYTES)
         self.await_phase("head", server.head_seconds)
@@ -14188,7 +14172,6 @@ class ClientConnection:
         return parse_request_head(data)
 
     def check_partial_head(self, scanned: int) -> None:
-        """Refuses at once what cannot become a head any more."""
         data = self.buffer
         if len(data) > MAX_HEAD_BYTES:
             raise WireError("request head too long", 431)
@@ -14200,7 +14183,6 @@ class ClientConnection:
             raise WireError("bare CR or NUL in the head")
 
     async def answer(self, head: RequestHead) -> None:
-        """One request, from its head to the last byte of its answer."""
         request = self.request = Request(self, head, request_body(head))
         if head.headers.get("expect", "100-continue").lower() != "100-continue":
             raise WireError("unknown expectation", 417)
@@ -14218,20 +14200,19 @@ class ClientConnection:
         self.request, self.answered = None, False
 
     def must_close(self, request: Request) -> bool:
-        """Whether the connection ends with this answer."""
         headers = request.headers
         if self.server.closing or not request.body.done or headers.has_token("connection", "close"):
             return True
         return request.minor == 0 and not headers.has_token("connection", "keep-alive")
 
     def finish_body(self, request: Request) -> None:
-        """Takes what has come of an unwanted body, so that the next request is found."""
+        """Consumes what has arrived of an unread body, so that the next request is found."""
         if not request.body.done and self.buffer:
             request.body.feed(self.buffer)
             self.buffer = request.body.rest
 
     async def read_body(self, request: Request, limit: int) -> bytes:
-        """The rest of a body; raises Busy, BodyTooLarge and WireError."""
+        """The body, still encoded; raises Busy, BodyTooLarge and WireError."""
         body, collected = request.body, bytearray()
         if body.done:
             return b""
@@ -14258,7 +14239,6 @@ class ClientConnection:
         return bytes(collected)
 
     async def respond(self, request: Request, response: Response) -> None:
-        """Writes one answer."""
         bare = request.method == "HEAD" or response.status in NO_BODY_STATUSES
         headers: list[tuple[str, str]] = []
         chunked = response.stream is not None and request.minor > 0
@@ -14285,33 +14265,30 @@ class ClientConnection:
         await self.wire.writer.drain()
 
     async def give_up(self, error: ApiError) -> None:
-        """Ends a request that nothing else ends: with a response, unless one has begun."""
+        """Sends an error response, or aborts if a response has begun."""
         if self.answered:
-            self.wire.transport.abort()  # an unfinished body must not look finished
+            self.wire.transport.abort()  # an unfinished body must not look complete
             return
         self.send_error(error)
         await linger(self.wire)
 
     def send_error(self, error: ApiError) -> None:
-        """Writes an error as the last response of the connection."""
         self.phase = "busy"
         self.answered = True
         self.wire.transport.write(self.server.error_bytes(error, self.request))
 
 
 def wire_api_error(error: WireError) -> ApiError:
-    """A wire error as an answer, under its own status."""
     answer = InvalidRequest(f"Malformed HTTP: {error}.")
     answer.status = error.status
     return answer
 
 
-# What binding an address says that this machine has not, as asyncio's servers take it.
+# What bind() raises for an address that this machine lacks, as asyncio treats it.
 NOT_OF_THIS_MACHINE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
 def open_listener(family: int, kind: int, protocol: int, address: Any) -> socket.socket:
-    """A socket that listens on one address; raises OSError."""
     listener = socket.socket(family, kind, protocol)
     try:
         if os.name == "posix":  # elsewhere it would let two gateways listen
@@ -14327,10 +14304,7 @@ def open_listener(family: int, kind: int, protocol: int, address: Any) -> socket
 
 
 def open_listeners(host: str, port: int) -> list[socket.socket]:
-    """Listening sockets on every address of `host` that this machine has, on one at least.
-
-    Port 0 is any free one.  Raises OSError, also where one of the addresses is taken.
-    """
+    """Every address of `host` that this machine has, at least one; port 0: any.  Raises OSError."""
     flags = socket.AI_PASSIVE
     found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=flags)
     listeners: list[socket.socket] = []
@@ -14356,7 +14330,7 @@ def open_listeners(host: str, port: int) -> list[socket.socket]:
 
 
 class Server:
-    """Accepts connections and hands requests to one handler.  It never hears of AI."""
+    """Accepts connections and passes requests to one handler.  It never hears of AI."""
 
     def __init__(
         self,
@@ -14373,13 +14347,13 @@ class Server:
         self.bodies = BodyBudget()
         self.turning: set[asyncio.Task[None]] = set()
         self.date, self.date_second = "", 0
-        #: every answer is the last one of its connection
+        #: every response is the last one of its connection
         self.closing = False
         self.draining = False
         self.listeners: list[asyncio.Server] = []
 
     async def listen(self, listeners: list[socket.socket]) -> None:
-        """Begins to accept; the sockets are the server's from now on."""
+        """Takes ownership of the sockets."""
         loop = asyncio.get_running_loop()
         for listener in listeners:
             server = await loop.create_server(
@@ -14388,11 +14362,9 @@ class Server:
             self.listeners.append(server)
 
     def count_busy(self) -> int:
-        """Requests whose answer is not out yet."""
         return sum(connection.request is not None for connection in self.connections)
 
     def accept(self, wire: Wire) -> None:
-        """Serves a new connection, or turns it away."""
         if self.draining or len(self.connections) >= self.config.max_connections:
             task = asyncio.get_running_loop().create_task(self.turn_away(wire))
             self.turning.add(task)
@@ -14405,44 +14377,40 @@ class Server:
         connection.task.add_done_callback(lambda _: self.forget(connection))
 
     async def turn_away(self, wire: Wire) -> None:
-        """Tells a client that there is no room, and closes."""
         wire.transport.write(self.error_bytes(Busy("Too many connections.", retry_after=1)))
         await linger(wire)
         wire.transport.close()
 
     def forget(self, connection: ClientConnection) -> None:
-        """A connection has ended."""
         self.connections.discard(connection)
         self.ticker.discard(connection.watch)
 
     def error_bytes(self, error: ApiError, request: Request | None = None) -> bytes:
-        """A whole error answer that closes the connection."""
         response = self.write_error(error, request)
         headers = [("Content-Length", str(len(response.body))), ("Connection", "close")]
         return self.response_head(response, headers) + response.body
 
     def response_head(self, response: Response, headers: list[tuple[str, str]]) -> bytes:
-        """The head of a response, with the `headers` of its connection."""
         second = int(time.time())
-        if second != self.date_second:  # the Date field (RFC 9110 section 6.6.1) of many responses
+        if second != self.date_second:  # Date (RFC 9110 section 6.6.1), formatted once a second
             self.date_second = second
             self.date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second))
         own = [("Date", self.date), ("Content-Type", response.content_type)]
         return write_head(status_line(response.status), [*own, *response.headers.items(), *headers])
 
     def stop_accepting(self) -> None:
-        """Closes the listening sockets; those of a process that has them too stay open."""
+        """Closes the listening sockets; another process that has inherited them keeps them open."""
         self.closing = True
         for listener in self.listeners:
             listener.close()
         self.listeners.clear()
 
     async def retire(self, seconds: float) -> None:
-        """Stops accepting as another process listens on the same sockets: nothing is refused.
+        """Stops accepting while another process listens on the same sockets: nothing is refused.
 
-        A request that is on its way on an open connection is answered, and the answer closes it.
+        Requests still on their way on open connections are answered; the response closes them.
         asyncio drops a connection that it has accepted but not yet set up when its server closes
-        (Server._attach, seen in 3.11): so we stop looking at the sockets, wait, and then close.
+        (Server._attach, seen in 3.11): so the sockets are unregistered, and closed a tick later.
         """
         self.closing = True
         loop = asyncio.get_running_loop()
@@ -14456,9 +14424,10 @@ class Server:
             await asyncio.sleep(TICK_SECONDS)
 
     async def drain(self, seconds: float) -> None:
-        """Stops accepting, lets answers finish for `seconds`, then ends the rest.
+        """Stops accepting, lets responses finish for `seconds`, then ends the rest.
 
-        What has begun ends with an error, what has not is told so, and who does not read is left.
+        Streams that have begun end with an error, other requests get an error response, and clients
+        that do not read are aborted.
         """
         self.draining = True
         self.stop_accepting()
@@ -14479,20 +14448,17 @@ class Server:
             task.cancel()
         if late:
             await asyncio.wait(late, timeout=LINGER_SECONDS)
-        for connection in connections:  # a client that does not read would never let go
+        for connection in connections:  # a client that does not read would keep it open
             connection.wire.transport.abort()
         await asyncio.gather(*late, return_exceptions=True)
 
 
 class ServerWire(Wire):
-    """A connection that somebody opened to us."""
-
     def __init__(self, server: Server) -> None:
         super().__init__()
         self.server = server
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begins to serve it."""
         super().connection_made(transport)
         self.server.accept(self)
 
@@ -14503,24 +14469,22 @@ class ServerWire(Wire):
 
 @dataclass(slots=True)
 class Paths:
-    """Where files live, by the XDG base directory specification."""
+    """Where files live, by the XDG Base Directory specification."""
 
     config_dir: str
     state_dir: str
 
     @property
     def config_file(self) -> str:
-        """The configuration."""
         return os.path.join(self.config_dir, "config.toml")
 
     @property
     def machine_file(self) -> str:
-        """The random ids of this install."""
         return os.path.join(self.state_dir, "machine.json")
 
     @property
     def notices_file(self) -> str:
-        """What this user has been told already."""
+        """What this user has been shown already."""
         return os.path.join(self.state_dir, "notices.json")
 
     @property
@@ -14530,31 +14494,28 @@ class Paths:
 
     @property
     def log_file(self) -> str:
-        """Where the daemon logs unless told otherwise."""
         return os.path.join(self.state_dir, "daemon.log")
 
     @property
     def socket_file(self) -> str:
-        """The control socket, where its path is not too long."""
+        """The control socket, unless its path is too long."""
         return os.path.join(self.state_dir, "daemon.sock")
 
     @property
     def usage_file(self) -> str:
-        """The usage database."""
         return os.path.join(self.state_dir, "usage.db")
 
     @property
     def bytecode_dir(self) -> str:
-        """This file, compiled: a script is compiled at every start else."""
+        """This file, compiled: a script would otherwise be compiled at every start."""
         return os.path.join(self.state_dir, "bytecode")
 
     def token_file(self, provider: str) -> str:
-        """A provider's sign-in."""
         return os.path.join(self.config_dir, provider, "token.json")
 
 
 def find_paths(environ: dict[str, str]) -> Paths:
-    """The paths for this user; relative XDG values are ignored, as the specification says."""
+    """Relative XDG values are ignored, as the specification says."""
 
     def base(variable: str, fallback: str) -> str:
         value = environ.get(variable, "")
@@ -14565,10 +14526,7 @@ def find_paths(environ: dict[str, str]) -> Paths:
 
 
 def check_owner(path: str, status: os.stat_result) -> None:
-    """Raises PermissionError where others than this user and root may have written to `path`.
-
-    Nothing is repaired: a chmod would not undo what has come in.
-    """
+    """Raises PermissionError if others may have written to `path`: a chmod would not undo that."""
     if not hasattr(os, "getuid"):
         return  # Windows has no such modes
     if status.st_uid not in (os.getuid(), 0):
@@ -14582,10 +14540,10 @@ def check_owner(path: str, status: os.stat_result) -> None:
 
 
 def check_folder(folder: str) -> None:
-    """`check_owner` of a folder; nor may a folder above it let everybody replace it.
+    """`check_owner` of a folder; nor may everybody be able to replace a folder above it.
 
-    (Above it a group may write: `~/.local` is made so where each user has a group of its own.)
-    Where the path leads through links both the links and what they lead to count.  Raises OSError.
+    Parents may be writable for a group: `~/.local` is, where each user has a group of their own.
+    Symbolic links on the way are checked as well as their targets.  Raises OSError.
     """
     check_owner(folder, os.stat(folder))
     for path in (os.path.abspath(folder), os.path.realpath(folder)):
@@ -14601,17 +14559,17 @@ def check_folder(folder: str) -> None:
 
 
 def open_flags(*names: str) -> int:
-    """Flags of `os.open`; Windows does not have them all."""
+    """Flags for `os.open`; those that Windows lacks are 0."""
     return sum(getattr(os, name, 0) for name in names)
 
 
 def open_trusted(path: str, *flags: str) -> int:
-    """A descriptor of a plain file that only this user and root can have written; raises OSError.
+    """The fd of a regular file that only this user and root can have written; raises OSError.
 
-    All files of ours are opened here.  A link is followed unless `flags` has O_NOFOLLOW.
+    All our files are opened here.  Symbolic links are followed unless `flags` has O_NOFOLLOW.
     """
     check_folder(os.path.dirname(path))
-    names = ("O_BINARY", "O_CLOEXEC", "O_NONBLOCK", *flags)  # without waiting for a FIFO's writer
+    names = ("O_BINARY", "O_CLOEXEC", "O_NONBLOCK", *flags)  # does not wait for a FIFO's writer
     handle = os.open(path, open_flags(*names), 0o600)
     try:
         status = os.fstat(handle)
@@ -14627,7 +14585,7 @@ def open_trusted(path: str, *flags: str) -> int:
 
 
 def load_config_text(where: str) -> str:
-    """The configuration file, its line ends kept; "" where there is none.  Raises ConfigError."""
+    """The file with its line endings; "" if there is none.  Raises ConfigError."""
     try:
         with os.fdopen(open_trusted(where, "O_RDONLY"), encoding="utf-8", newline="") as file:
             return file.read()
@@ -14640,7 +14598,7 @@ def load_config_text(where: str) -> str:
 
 
 def load_config(paths: Paths, environ: dict[str, str], flags: dict[str, str | None]) -> Config:
-    """File, environment and flags, the later over the earlier; raises ConfigError."""
+    """The environment overrides the file, flags override both; raises ConfigError."""
     config = read_config_text(load_config_text(paths.config_file), paths.config_file)
     if config.api_keys or any(map(is_secret_setting, config.origins)):
         with os.fdopen(open_trusted(paths.config_file, "O_RDONLY"), "rb") as file:
@@ -14652,20 +14610,19 @@ def load_config(paths: Paths, environ: dict[str, str], flags: dict[str, str | No
 
 
 def program_words(argv0: str) -> str:
-    """What a person types to run this program, for texts that say what to type next."""
+    """What to type to run this program, for hints."""
     name = os.path.basename(argv0)
     is_file = name.endswith(".py") and name != "__main__.py"
     return f"python3 {argv0}" if is_file else "aiclient-api"
 
 
 def sign_in_command(kind: str, name: str) -> str:
-    """What a person types to sign in to the provider `name` of the type `kind`."""
     named = "" if name == kind else f" --name {name}"
     return f"{program_words(sys.argv[0])} auth {kind}{named}"
 
 
 def make_private_dir(path: str) -> None:
-    """A folder that only its owner can enter; raises OSError, also where others could write."""
+    """Mode 0700; raises OSError, also if others could write to it."""
     os.makedirs(path, mode=0o700, exist_ok=True)
     check_folder(path)
     if hasattr(os, "getuid") and os.stat(path).st_mode & 0o077:
@@ -14673,10 +14630,10 @@ def make_private_dir(path: str) -> None:
 
 
 def replace_file(path: str, data: bytes) -> None:
-    """Replaces a file at once and for good: 0600 from its first byte, never a half of it.
+    """Replaces a file atomically and durably, with mode 0600 from the first byte.
 
-    A link planted at `path` is replaced, not followed; what is neither a link nor a plain file is
-    left alone.  Raises OSError; the old file then stays.
+    A symbolic link planted at `path` is replaced, not followed; anything else that is not a
+    regular file is left alone.  Raises OSError; the old file is then kept.
     """
     if os.path.lexists(path) and not os.path.islink(path) and not os.path.isfile(path):
         raise FileExistsError(errno.EEXIST, "something that is not a plain file is in its place")
@@ -14701,19 +14658,16 @@ def replace_file(path: str, data: bytes) -> None:
 
 
 def edit_config(paths: Paths, edit: Callable[[str], str]) -> None:
-    """Replaces the file's text by `edit` of it, one change at a time; raises ConfigError.
-
-    What `edit` raises leaves the file as it is.
-    """
+    """Replaces the text by `edit(text)`, under a lock, unless that raises; raises ConfigError."""
     where = paths.config_file
     try:
         make_private_dir(paths.config_dir)
         folder = os.open(paths.config_dir, os.O_RDONLY)
         try:
             if fcntl is not None:
-                fcntl.flock(folder, fcntl.LOCK_EX)  # two changes at once: one after the other
+                fcntl.flock(folder, fcntl.LOCK_EX)
             text = edit(load_config_text(where))
-            # A link, as people keep such files elsewhere, stays one.
+            # A symbolic link, as dotfile managers make them, is kept.
             replace_file(os.path.realpath(where), text.encode())
         finally:
             os.close(folder)
@@ -14722,7 +14676,7 @@ def edit_config(paths: Paths, edit: Callable[[str], str]) -> None:
 
 
 def change_config(paths: Paths, environ: dict[str, str], key: str, value: str) -> None:
-    """Sets one key in the file, all else in it kept; raises ConfigError, with nothing changed."""
+    """Sets one key and keeps everything else; on ConfigError nothing has changed."""
     where = paths.config_file
 
     def edit(text: str) -> str:
@@ -14736,7 +14690,7 @@ def change_config(paths: Paths, environ: dict[str, str], key: str, value: str) -
 
 
 def change_provider(paths: Paths, environ: dict[str, str], name: str, enabled: str) -> None:
-    """Sets `enabled`, true or false, of a provider that there is; raises ConfigError."""
+    """Sets `enabled`, "true" or "false", of an existing provider; raises ConfigError."""
     known = load_config(paths, environ, {}).providers
     if name not in known:
         have = ", ".join(known)
@@ -14747,7 +14701,6 @@ def change_provider(paths: Paths, environ: dict[str, str], name: str, enabled: s
 
 
 def open_state(paths: Paths) -> None:
-    """Makes the state folder, private; raises ProgramError where it cannot be used."""
     hint = "or set XDG_STATE_HOME to a folder of yours"
     try:
         make_private_dir(paths.state_dir)
@@ -14758,16 +14711,12 @@ def open_state(paths: Paths) -> None:
 
 
 def save_private_json(path: str, value: Json) -> None:
-    """`replace_file` in a folder of our own; raises OSError."""
     make_private_dir(os.path.dirname(path))
     replace_file(path, dump_json(value) + b"\n")
 
 
 def open_private(path: str) -> int:
-    """`open_trusted` for reading, without following a link; raises OSError.
-
-    A file that others can read is closed to them, with a warning.
-    """
+    """Makes a file that others can read private; raises OSError, also for a symbolic link."""
     handle = open_trusted(path, "O_RDONLY", "O_NOFOLLOW")
     try:
         if close_to_others(handle):
@@ -14779,11 +14728,11 @@ def open_private(path: str) -> int:
 
 
 class Damaged(ProgramError):
-    """A file of ours that cannot be understood."""
+    """One of our files cannot be parsed."""
 
 
 def load_private_json(path: str) -> Json | None:
-    """The object in a private file, None where there is no file; raises ProgramError."""
+    """None if there is no file; raises ProgramError."""
     try:
         with os.fdopen(open_private(path), "rb") as file:
             value = load_object(file.read(MIB))
@@ -14799,7 +14748,7 @@ def load_private_json(path: str) -> Json | None:
 
 
 def keep_aside(path: str, word: str = "damaged") -> str:
-    """Renames a damaged file, so that nothing is lost when it is replaced: its new path."""
+    """Renames a file instead of overwriting it; returns the new path."""
     aside = f"{path}.{word}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
     os.replace(path, aside)
     log_event("warning", f"{word}_file_kept", path=aside)
@@ -14807,16 +14756,13 @@ def keep_aside(path: str, word: str = "damaged") -> str:
 
 
 def lock_file(path: str) -> int | None:
-    """A descriptor with the lock on a file, which is made if need be; None if it is another's.
-
-    The kernel drops the lock when the last process that has it ends.  Raises OSError.
-    """
+    """An fd that holds the lock until its last copy is closed; None if taken.  Raises OSError."""
     while True:
         handle = open_trusted(path, "O_RDWR", "O_CREAT", "O_NOFOLLOW")
         is_ours = False
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Somebody may have removed or replaced it meanwhile: then it locks nothing.
+            # If it has been removed or replaced meanwhile, the lock is worthless.
             is_ours = os.path.samestat(os.fstat(handle), os.stat(path, follow_symlinks=False))
             if is_ours:
                 return handle
@@ -14830,10 +14776,10 @@ def lock_file(path: str) -> int | None:
 
 
 class FileLock:
-    """A lock between processes, held by `async with`; the kernel drops it when its holder dies.
+    """A lock between processes, held by `async with`; the kernel releases it if the holder dies.
 
-    Where the file cannot be made, or the system has no flock, there is none.  Raises Overloaded
-    when somebody else holds it for LOCK_SECONDS.
+    Without flock, or if the file cannot be created, nothing is locked.  Raises Overloaded if
+    another process holds it for LOCK_SECONDS.
     """
 
     def __init__(self, path: str) -> None:
@@ -14855,7 +14801,7 @@ class FileLock:
             self.handle = -1
 
     def try_lock(self) -> bool:
-        """Whether nobody else holds it now."""
+        """True also if locking is impossible."""
         if fcntl is None:
             return True
         try:
@@ -14870,27 +14816,26 @@ class FileLock:
 
 
 class TokenFile:
-    """A provider's sign-in on disk, which other processes may change at any time."""
+    """A provider's sign-in on disk; other processes may change it at any time."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.seen: tuple[int, int, int] | None = None
-        #: whose it is, as far as the last look told
+        #: whose it is, as of the last read
         self.user = ""
-        #: what could not be written: it must not be lost, as a rotated token comes only once
+        #: changes not written yet: they must not be lost, as a rotated token is issued only once
         self.unsaved: Json = {}
         self.save_again_at = 0.0
-        #: what `peek` found last, in which file, and until when (monotonic) that will do
+        #: the cache of `peek`: result, identity of the file, monotonic expiry
         self.shown: Json | ProgramError | None = None
         self.shown_file: tuple[int, int, int] | None = None
         self.shown_until = 0.0
 
     def lock(self) -> FileLock:
-        """One at a time among all processes."""
         return FileLock(os.path.join(os.path.dirname(self.path), "token.lock"))
 
     def identity(self) -> tuple[int, int, int] | None:
-        """What tells this file from its successor; None where there is no file."""
+        """Tells this file from its replacement; None if there is no file."""
         try:
             found = os.stat(self.path, follow_symlinks=False)
         except OSError:
@@ -14898,24 +14843,23 @@ class TokenFile:
         return found.st_ino, found.st_mtime_ns, found.st_size
 
     def changed(self) -> bool:
-        """Whether it is another file than when this was last asked, or saved here."""
+        """Whether another process has replaced the file since last asked; retries a failed save."""
         before, self.seen = self.seen, self.identity()
         if self.seen != before:
-            self.unsaved = {}  # somebody's newer word counts
+            self.unsaved = {}  # a newer file wins
             return True
         if self.unsaved and time.monotonic() >= self.save_again_at:
             self.save({})
         return False
 
     def is_refused(self) -> bool:
-        """Whether it is known to be dead: this process, or another, has tried."""
         try:
             return bool((self.load() or {}).get("refused"))
         except ProgramError:
             return False
 
     def load(self) -> Json | None:
-        """Its content, None where there is none; raises ProgramError."""
+        """None if there is no file; raises ProgramError."""
         kept = load_private_json(self.path)
         if kept is None:
             return None
@@ -14923,7 +14867,7 @@ class TokenFile:
         return {**kept, **self.unsaved}
 
     def peek(self) -> Json | None:
-        """As `load`, for those who only show it, and ask often: a file is read once a second."""
+        """`load` for frequent read-only use: cached for TOKEN_LOOK_SECONDS."""
         now, identity = time.monotonic(), self.identity()
         if now >= self.shown_until or identity != self.shown_file:
             self.shown_file, self.shown_until = identity, now + TOKEN_LOOK_SECONDS
@@ -14936,7 +14880,6 @@ class TokenFile:
         return None if self.shown is None else dict(self.shown)
 
     def need(self, provider: str, service: str, *, peeks: bool = False) -> Json:
-        """As `load` or `peek`; raises NotSignedIn where there is nothing to be had."""
         try:
             kept = self.peek() if peeks else self.load()
         except ProgramError as error:
@@ -14946,13 +14889,10 @@ class TokenFile:
         return kept
 
     def save(self, changes: Json) -> None:
-        """Merges changes into the file; None removes a key.  A damaged file is kept aside.
-
-        What cannot be written is told, kept in memory, and tried again.
-        """
+        """None removes a key.  What cannot be written is logged, kept in memory, and retried."""
         self.unsaved = {**self.unsaved, **changes}
         if self.seen is not None and self.identity() is None:
-            self.unsaved = {}  # somebody has revoked it meanwhile
+            self.unsaved = {}  # revoked meanwhile
             return
         try:
             try:
@@ -14971,22 +14911,20 @@ class TokenFile:
         self.seen = self.identity()
 
     def flush(self) -> None:
-        """A last try to write what could not be written, before the process ends."""
         if self.unsaved:
             self.save({})
 
     def replace(self, content: Json) -> None:
-        """A new sign-in in the place of whatever was there; raises OSError."""
         try:
             load_private_json(self.path)
         except Damaged:
             keep_aside(self.path)
         except ProgramError:
-            pass  # a link, or not ours to read: only its name is taken
+            pass  # a link, or not ours to read: only its name is reused
         save_private_json(self.path, content)
 
     def remove(self) -> list[str]:
-        """Removes the sign-in and what was kept of damaged ones: the paths; raises OSError."""
+        """Deletes the sign-in and damaged ones kept aside; returns their paths; raises OSError."""
         folder = os.path.dirname(self.path)
         removed = []
         for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
@@ -14997,11 +14935,10 @@ class TokenFile:
 
 
 class SharedLogin:
-    """A Kiro sign-in that another program lives on as well: read before it is refreshed, and
-    written back, merged, after.  Its refresh token is good for one of us only.
+    """A Kiro sign-in shared with another program; a refresh token can be used by only one of us.
 
-    `source`, as it is kept in our token file: {"program": "kiro-ide", "path": "..."}, with the
-    "key" of its row where the path is a database's.
+    So it is read before a refresh, and the result is merged back.  `source`, from our token file:
+    {"program": "kiro-ide", "path": "..."}, with the "key" of its row if the path is a database's.
     """
 
     def __init__(self, source: Json) -> None:
@@ -15009,7 +14946,7 @@ class SharedLogin:
         self.key = text_of_key(source, "key")
 
     def read(self) -> Json | None:
-        """Our token file's content for it; None where it is gone or of no use."""
+        """As our token file's content; None if it is gone or unusable."""
         try:
             if self.key:
                 return read_cli_login(self.path, self.key)
@@ -15019,7 +14956,7 @@ class SharedLogin:
             return None
 
     def write(self, changes: Json, spent: str) -> None:
-        """Puts refreshed tokens where the token `spent` still stands; a failure is told."""
+        """Stores refreshed tokens if the token `spent` is still there; a failure is logged."""
         try:
             if self.key:
                 self.write_row(changes, spent)
@@ -15030,7 +14967,7 @@ class SharedLogin:
             log_event("warning", "shared_login_not_updated", path=self.path, reason=reason)
 
     def write_file(self, changes: Json, spent: str) -> None:
-        """The IDE's file; where it is a link, what that leads to.  Its folder is left alone."""
+        """Follows a symbolic link; the mode of the folder is left alone."""
         path = os.path.realpath(self.path)
         with open(path, "rb") as file:
             body = load_object(file.read(MIB)) or {}
@@ -15038,7 +14975,6 @@ class SharedLogin:
             replace_file(path, json.dumps(with_tokens(body, changes), indent=2).encode())
 
     def write_row(self, changes: Json, spent: str) -> None:
-        """The row of the CLI's database, in one transaction."""
         with contextlib.closing(open_database(self.path, "rw")) as database:
             database.execute("BEGIN IMMEDIATE")
             body = read_row(database, "auth_kv", self.key)
@@ -15049,19 +14985,16 @@ class SharedLogin:
 
 
 def open_database(path: str, mode: str) -> sqlite3.Connection:
-    """Another program's database, which must exist; raises sqlite3.Error."""
     url = f"file:{urllib.parse.quote(os.path.realpath(path))}?mode={mode}"
     return sqlite3.connect(url, uri=True, timeout=5, isolation_level=None)
 
 
 def read_row(database: sqlite3.Connection, table: str, key: str) -> Json:
-    """The JSON object at `key`, {} where there is none."""
     found = database.execute(f"SELECT value FROM {table} WHERE key = ?", (key,)).fetchone()
     return load_object(found[0]) or {} if found and isinstance(found[0], (str, bytes)) else {}
 
 
 def read_some_json(path: str) -> Json:
-    """The object in another program's file, {} where there is none."""
     try:
         with open(path, "rb") as file:
             return load_object(file.read(MIB)) or {}
@@ -15070,7 +15003,7 @@ def read_some_json(path: str) -> Json:
 
 
 def read_ide_login(path: str) -> Json:
-    """Our token file's content for the Kiro IDE's; raises OSError and ValueError."""
+    """The Kiro IDE's sign-in as our token file's content; raises OSError and ValueError."""
     with open(path, "rb") as file:
         body = load_object(file.read(MIB))
     if body is None:
@@ -15087,20 +15020,19 @@ def read_ide_login(path: str) -> Json:
 
 
 def newest_registration(folder: str) -> Json:
-    """The client's registration beside an IDE file that does not name it."""
+    """The client registration beside an IDE file that does not name it."""
     found = [read_some_json(entry.path) for entry in os.scandir(folder) if entry.is_file()]
     found = [body for body in found if body.get("clientId") and body.get("clientSecret")]
     return max(found, key=lambda body: read_time(body.get("expiresAt")), default={})
 
 
 def ide_profile_path() -> str:
-    """Where the Kiro IDE keeps the organisation's profile that was chosen in it."""
     base = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
     base = "~/Library/Application Support" if sys.platform == "darwin" else base
     return os.path.expanduser(f"{base}/Kiro/User/globalStorage/kiro.kiroagent/profile.json")
 
 
-# The rows of a sign-in, best first, with the kind they tell; "odic" is the real spelling.
+# Row of a sign-in -> its kind, best first; "odic" is the actual spelling.
 CLI_ROWS = {
     "kirocli:social:token": "social",
     "kirocli:external-idp:token": "external_idp",
@@ -15111,17 +15043,14 @@ CLI_ROWS = {
 
 
 def read_cli_login(path: str, key: str) -> Json:
-    """Our token file's content for a row of kiro-cli or Amazon Q; raises ValueError, sqlite3.Error.
-
-    Where there is no start URL a sign-in is Builder ID's.
-    """
+    """Without a start URL it is Builder ID's.  Raises ValueError and sqlite3.Error."""
     with contextlib.closing(open_database(path, "ro")) as database:
         body = read_row(database, "auth_kv", key)
         beside = key.rpartition(":")[0] + ":device-registration"
         registration = read_row(database, "auth_kv", beside)
         try:
             profile = read_row(database, "state", "api.codewhisperer.profile")
-        except sqlite3.OperationalError:  # an older one has no such table
+        except sqlite3.OperationalError:  # older versions have no such table
             profile = {}
     kind = CLI_ROWS[key]
     if kind == "idc" and text_of_key(body, "start_url") in ("", KIRO_BUILDER_START_URL):
@@ -15130,10 +15059,7 @@ def read_cli_login(path: str, key: str) -> Json:
 
 
 def load_machine(paths: Paths) -> tuple[str, str]:
-    """(machine id, device id) of this install: random, made once, told to Copilot like an editor's.
-
-    Where they cannot be kept, they last for this process.
-    """
+    """(machine id, device id): random, made once, or per process if they cannot be saved."""
     try:
         kept = load_private_json(paths.machine_file) or {}
         machine, device = kept.get("machine_id"), kept.get("device_id")
@@ -15154,14 +15080,13 @@ LOG_LINE = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+Z ([A-Z]+) ")
 
 
 class LogFilter:
-    """Which lines of a log are of a level or above it; what follows a line goes with it."""
+    """Selects log lines of a level or above; continuation lines go with the line before."""
 
     def __init__(self, level: str) -> None:
         self.wanted = LEVELS[LEVELS.index(level.upper()) :]
         self.taking = True
 
     def takes(self, line: str) -> bool:
-        """Whether this line, the next of the log, is wanted."""
         found = LOG_LINE.match(line)
         if found:
             self.taking = found[1] in self.wanted or found[1] not in LEVELS
@@ -15169,7 +15094,7 @@ class LogFilter:
 
 
 def read_log_tail(file: TextIO, path: str, lines: int, level: str) -> list[str]:
-    """The last lines of a log, whose current file is read to its end, and of its older files."""
+    """The last lines of a log: `file`, read to its end, then rotated files as far as needed."""
     lines = min(max(lines, 0), MAX_LOG_LINES)
     wanted = LogFilter(level)
     tail = [line for line in file.read().splitlines() if wanted.takes(line)]
@@ -15189,7 +15114,6 @@ def read_log_tail(file: TextIO, path: str, lines: int, level: str) -> list[str]:
 
 
 def load_log_tail(path: str, lines: int, level: str) -> list[str]:
-    """As `read_log_tail`; raises ProgramError where there is no log."""
     try:
         with open(path, errors="replace") as file:
             return read_log_tail(file, path, lines, level)
@@ -15201,26 +15125,10 @@ def load_log_tail(path: str, lines: int, level: str) -> list[str]:
 
 USAGE_VERSION = 1
 ANSWER_COLUMNS = (
-    "at",
-    "provider",
-    "account",
-    "model",
-    "label",
-    "dialect",
-    "streamed",
-    "status",
-    "kind",
-    "duration_s",
-    "first_byte_s",
-    "input",
-    "cache_read",
-    "cache_write",
-    "output",
-    "reasoning",
-    "nano_credits",
-    "source",
-    "credits_source",
-)
+    "at", "provider", "account", "model", "label", "dialect", "streamed", "status", "kind",
+    "duration_s", "first_byte_s", "input", "cache_read", "cache_write", "output", "reasoning",
+    "nano_credits", "source", "credits_source",
+)  # fmt: skip
 USAGE_SCHEMA = f"""
     -- what was asked lately, one by one
     CREATE TABLE answers (id INTEGER PRIMARY KEY, {", ".join(ANSWER_COLUMNS)});
@@ -15238,7 +15146,7 @@ USAGE_SCHEMA = f"""
 
 
 def insert_sql(table: str, columns: Iterable[str], summed: Iterable[str] = ()) -> str:
-    """The statement that adds a row; into one with the same key the `summed` columns are added."""
+    """Columns in `summed` are added up if the key exists."""
     names = tuple(columns)
     marks = ", ".join("?" * len(names))
     sets = ", ".join(f"{name} = {name} + excluded.{name}" for name in summed)
@@ -15252,9 +15160,9 @@ ADD_SPENT = insert_sql(
     "spent", ("day", "provider", "label", "tokens", "nano_credits"), ("tokens", "nano_credits")
 )
 DAY_SLOTS = 86400 // SLOT_SECONDS
-# Added up as numbers of any size: `sum` fails beyond 2**63.
+# `total` adds numbers of any size; `sum` fails beyond 2**63.
 SUMMED = ", ".join(f"CAST(total({name}) AS INTEGER)" for name in SUM_FIELDS)
-# What tells groups of sums apart -> the same in SQL.
+# Column to group by -> SQL.
 GROUP_SQL = {
     "day": f"strftime('%Y-%m-%d', slot * {SLOT_SECONDS}, 'unixepoch', 'localtime')",
     **{name: name for name in SUM_KEYS},
@@ -15262,7 +15170,6 @@ GROUP_SQL = {
 
 
 def answer_row(answer: Answer) -> tuple[Any, ...]:
-    """An answer as ANSWER_COLUMNS."""
     usage = answer.usage
     return tuple(
         getattr(answer if hasattr(answer, name) else usage, name) for name in ANSWER_COLUMNS
@@ -15270,7 +15177,6 @@ def answer_row(answer: Answer) -> tuple[Any, ...]:
 
 
 def read_answer_row(row: tuple[Any, ...]) -> Answer:
-    """An answer from ANSWER_COLUMNS."""
     found = dict(zip(ANSWER_COLUMNS, row, strict=True))
     usage = Usage(
         **{item.name: found.pop(item.name) for item in fields(Usage) if item.name in found}
@@ -15278,7 +15184,7 @@ def read_answer_row(row: tuple[Any, ...]) -> Answer:
     return Answer(**{**found, "streamed": bool(found["streamed"]), "usage": usage})
 
 
-# How SQLite says that tables are not those that were expected.
+# How SQLite reports an unexpected schema.
 OTHER_TABLES = re.compile(r"no such (?:table|column)|has no column|already exists")
 
 
@@ -15287,9 +15193,9 @@ class NewerDatabase(Exception):
 
 
 class UsageStore:
-    """The usage database.  Several processes may count in one; each writes in batches.
+    """The usage database.  Several processes may share one; each writes in batches.
 
-    What cannot be written now stays in memory, is part of every report, and is tried again: no
+    What cannot be written now stays in memory, is included in every report, and is retried: no
     request ever waits for it.  To be used by one thread at a time.
     """
 
@@ -15305,31 +15211,30 @@ class UsageStore:
         self.locked_s = locked_s
         self.max_pages = max_pages
         self.connection: sqlite3.Connection | None = None
-        #: of the file that is open: somebody else may set it aside
+        #: of the open file: another process may set it aside
         self.identity: tuple[int, int] | None = None
-        #: what waits to be written
+        #: not written yet
         self.answers: list[Answer] = []
         self.sums: Sums = {}
         self.spent: dict[tuple[str, str, str], list[int]] = {}
-        #: rows of single answers that had to be forgotten; their sums never are
+        #: rows of single responses that were dropped; their sums never are
         self.lost = 0
-        #: the trouble that was told last: it is told once
+        #: the last problem logged, so that it is logged once
         self.trouble = ""
         #: monotonic
         self.locked_since: float | None = None
         self.pruned_at = float("-inf")
-        #: rows of sums written since then
         self.unpruned = 0
 
     # -- opening
 
     def open(self) -> sqlite3.Connection:
-        """The database, made if need be; raises sqlite3.Error and OSError."""
+        """The database, created if need be; raises sqlite3.Error and OSError."""
         if self.connection is not None and self.identity == self.find_identity():
             return self.connection
         self.close()
         make_private_dir(os.path.dirname(self.path))
-        # SQLite gives its other files the same mode.
+        # SQLite gives its -wal and -shm files the same mode.
         os.close(open_trusted(self.path, "O_RDWR", "O_CREAT", "O_NOFOLLOW"))
         connection = sqlite3.connect(
             self.path, timeout=self.busy_s, isolation_level=None, check_same_thread=False
@@ -15343,7 +15248,6 @@ class UsageStore:
         return connection
 
     def prepare(self, connection: sqlite3.Connection) -> None:
-        """Settings of this connection, and the tables where there are none."""
         for pragma in (
             "journal_mode = WAL",
             "synchronous = NORMAL",
@@ -15359,7 +15263,6 @@ class UsageStore:
                 connection.execute(statement)
 
     def find_identity(self) -> tuple[int, int] | None:
-        """What tells the file from another of its name."""
         try:
             found = os.stat(self.path, follow_symlinks=False)
         except OSError:
@@ -15367,7 +15270,6 @@ class UsageStore:
         return found.st_dev, found.st_ino
 
     def close(self) -> None:
-        """Closes the database."""
         if self.connection is not None:
             self.connection.close()
             self.connection = None
@@ -15375,7 +15277,7 @@ class UsageStore:
     # -- trouble
 
     def recover(self, error: sqlite3.Error | OSError | NewerDatabase) -> bool:
-        """Whether to try again at once, after `error`; tells what is wrong, once."""
+        """Whether to retry at once after `error`; logs what is wrong, once."""
         code = getattr(error, "sqlite_errorcode", None)
         primary = None if code is None else code & 0xFF
         if primary in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
@@ -15393,7 +15295,7 @@ class UsageStore:
         return self.complain(error)
 
     def complain(self, error: Exception) -> bool:
-        """Logs a trouble, once; False, as nothing has been done about it."""
+        """Logs a problem, once; returns False, as nothing has been done about it."""
         reason = getattr(error, "strerror", None) or str(error)
         if reason != self.trouble:
             self.trouble = reason
@@ -15401,7 +15303,7 @@ class UsageStore:
         return False
 
     def set_aside(self, word: str, error: Exception) -> bool:
-        """Renames a database that is of no use, so that a new one is begun; whether it is gone."""
+        """Renames an unusable database so that a new one is created; whether it is gone."""
         log_event("error", "usage_database_unusable", path=self.path, reason=error)
         self.locked_since = None
         self.close()
@@ -15414,7 +15316,7 @@ class UsageStore:
         return True
 
     def halve(self) -> bool:
-        """Forgets or joins half, so that the file need not grow; False where the disk is full."""
+        """Deletes or folds half of the rows, to reuse their space; False if the disk is full."""
         if self.connection is None:
             return False
         log_event("warning", "usage_database_full", path=self.path)
@@ -15435,7 +15337,6 @@ class UsageStore:
         return True
 
     def do(self, work: Callable[[sqlite3.Connection], Any]) -> bool:
-        """Does `work` in one transaction; whether that went well."""
         for _ in range(2):
             try:
                 connection = self.open()
@@ -15454,7 +15355,7 @@ class UsageStore:
     # -- writing
 
     def take(self, answers: list[Answer]) -> None:
-        """Adds answers to what waits to be written; what no database can hold is dropped."""
+        """Queues records; drops those that no database can hold."""
         given, answers = answers, list(filter(is_storable, answers))
         if len(answers) < len(given):
             log_event("error", "usage_rows_dropped", rows=len(given) - len(answers))
@@ -15475,10 +15376,7 @@ class UsageStore:
             del self.answers[:-MAX_WAITING_ANSWERS]
 
     def write(self, answers: list[Answer], month: str = "") -> list[tuple[Any, ...]] | None:
-        """Writes answers, with all that waits; what was spent since the first of `month` after it.
-
-        None where it could not be written, or `month` is "".
-        """
+        """Returns what was spent from the day `month` on; None on failure, or if that is ""."""
         self.take(answers)
         spent: list[tuple[Any, ...]] = []
 
@@ -15500,7 +15398,6 @@ class UsageStore:
         return spent if month else None
 
     def prune(self, connection: sqlite3.Connection) -> None:
-        """Forgets what is too old or too much."""
         connection.execute(
             "DELETE FROM answers WHERE id <= (SELECT max(id) FROM answers) - ?", (MAX_ANSWER_ROWS,)
         )
@@ -15517,10 +15414,10 @@ class UsageStore:
 
     @staticmethod
     def fold(connection: sqlite3.Connection, most: int) -> bool:
-        """Joins rows to "other" where there are more than `most`; whether there were any to join.
+        """Merges rows into "other" if there are more than `most`; whether there were any to merge.
 
-        Only days with more than their share lose something, their smallest rows: whoever makes
-        up names today costs no other day anything.
+        Only days with more than their share lose rows, the smallest ones: a client that makes up
+        names today costs no other day anything.
         """
         told_apart = f"model != '{OTHER}' OR label != '{OTHER}'"
         sql = f"SELECT slot / {DAY_SLOTS}, count(*) FROM sums WHERE {told_apart} GROUP BY 1"
@@ -15546,7 +15443,7 @@ class UsageStore:
         return True
 
     def reset(self) -> bool:
-        """Forgets all but what caps look at; whether that went well: else nothing is forgotten."""
+        """Deletes all but what caps need; False if that failed and nothing was deleted."""
 
         def work(connection: sqlite3.Connection) -> None:
             connection.execute("DELETE FROM answers")
@@ -15560,7 +15457,7 @@ class UsageStore:
     # -- reading
 
     def report(self, query: UsageQuery, now: float) -> Json:
-        """What `/v1/usage` answers, without what only a running gateway knows."""
+        """The response of `/v1/usage`, without what only a running gateway knows."""
         first_slot = 0 if query.since is None else int(query.since) // SLOT_SECONDS
         found: Json = {}
 
@@ -15596,7 +15493,6 @@ class UsageStore:
     def read_sums(
         self, connection: sqlite3.Connection, names: tuple[str, ...], first_slot: int
     ) -> Sums:
-        """The sums of groups that `names` tell apart, with what waits to be written."""
         columns = ", ".join(GROUP_SQL[name] for name in names)
         rows = connection.execute(
             f"SELECT {columns}, {SUMMED} FROM sums WHERE slot >= ? GROUP BY {columns}",
@@ -15607,7 +15503,6 @@ class UsageStore:
         return groups
 
     def add_waiting(self, groups: Sums, names: tuple[str, ...], first_slot: int) -> None:
-        """Adds what waits to be written to the sums of groups."""
         for key, total in self.sums.items():
             if key[0] >= first_slot:
                 row = dict(zip(("slot", *SUM_KEYS), key, strict=True))
@@ -15617,7 +15512,6 @@ class UsageStore:
 
     @staticmethod
     def read_recent(connection: sqlite3.Connection, query: UsageQuery) -> list[Answer]:
-        """The newest answers."""
         columns = ", ".join(ANSWER_COLUMNS)
         sql = f"SELECT {columns} FROM answers WHERE at >= ? ORDER BY id DESC LIMIT ?"
         rows = connection.execute(sql, (query.since or 0.0, query.recent))
@@ -15626,7 +15520,7 @@ class UsageStore:
 
 @contextlib.contextmanager
 def transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    """All of it or nothing; the right to write is taken at its beginning."""
+    """All or nothing; takes the write lock at the start."""
     connection.execute("BEGIN IMMEDIATE")
     try:
         yield
@@ -15638,7 +15532,7 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
 
 
 class Ledger:
-    """All that is counted.  It belongs to the event loop; its database to a thread of its own."""
+    """All that is counted.  Owned by the event loop; its database by a thread of its own."""
 
     def __init__(self, path: str, ticker: Ticker) -> None:
         self.store = UsageStore(path)
@@ -15646,12 +15540,12 @@ class Ledger:
         self.thread = concurrent.futures.ThreadPoolExecutor(1, "usage")
         self.pending: list[Answer] = []
         self.writing: asyncio.Future[Any] | None = None
-        #: monotonic: when what is pending is to be written
+        #: monotonic time of the next write
         self.due_at = math.inf
         self.labels = NameTable(MAX_LABELS)
         self.models = NameTable(MAX_MODELS)
         self.spending = Spending()
-        #: caps are set: what was spent is read from the database, now and after each write
+        #: set if there are caps: spending is read from the database, now and after each write
         self.reading: asyncio.Future[None] | None = None
         self.guard = RepeatGuard()
         self.metrics = Metrics()
@@ -15660,13 +15554,13 @@ class Ledger:
     # -- counting
 
     def label(self, user_agent: str, limits: LimitsConfig) -> str:
-        """`caller_label`, of which a day has not too many; one that has a cap is always itself."""
+        """`caller_label`, limited to MAX_LABELS a day; one that has a cap is always kept."""
         label = caller_label(user_agent)
         today = local_day(int(time.time()) // SLOT_SECONDS)
         return label if label in limits.labels else self.labels.known(label, today)
 
     def record(self, answer: Answer) -> None:
-        """Counts an answer; it is in the database within USAGE_WRITE_SECONDS and a tick."""
+        """Counts a response; it is in the database within USAGE_WRITE_SECONDS and a tick."""
         normalize_answer(answer)
         name = f"{answer.provider}/{answer.model}"
         if self.models.known(name, local_day(int(answer.at) // SLOT_SECONDS)) != name:
@@ -15680,15 +15574,10 @@ class Ledger:
             self.ticker.add(self.tick)
 
     def count_waiting(self) -> int:
-        """Answers that are not in the database yet."""
         return len(self.pending) + len(self.store.answers)
 
     def watch_cache(self, answer: Answer, outline: Outline, dialect: str, body: Json) -> None:
-        """Looks for what broke a prompt cache, once the caller has its answer.
-
-        `body` is what the upstream was sent; it is kept until its blocks are hashed.  What is too
-        short to be cached is not looked at.
-        """
+        """`body`: as sent upstream, held until hashed.  Runs after the client has its response."""
         if answer.usage.prompt < MIN_CACHED_TOKENS:
             return
         loop = asyncio.get_running_loop()
@@ -15701,7 +15590,6 @@ class Ledger:
             loop.call_soon(lambda: take(read()))
 
     def take_prompt(self, answer: Answer, session: str, prompt: Prompt) -> None:
-        """Compares a prompt with the one before it; tells what broke its cache."""
         finding = self.cache.record(answer, session, prompt)
         if finding.is_news:
             log_event(
@@ -15718,12 +15606,10 @@ class Ledger:
             )
 
     def tick(self, now: float) -> None:
-        """Begins to write when it is time."""
         if now >= self.due_at and self.writing is None:
             self.begin_write()
 
     def begin_write(self) -> asyncio.Future[Any]:
-        """Writes what is pending."""
         batch, self.pending = self.pending, []
         self.spending.begin_write()
         month = time.strftime("%Y-%m-01") if self.reading else ""
@@ -15733,7 +15619,6 @@ class Ledger:
         return self.writing
 
     def end_write(self, done: asyncio.Future[Any]) -> None:
-        """Takes what was spent; plans the next write, where there is more to be written."""
         self.writing = None
         if done.result() is not None:
             self.spending.replace(done.result())
@@ -15744,7 +15629,7 @@ class Ledger:
             self.ticker.discard(self.tick)
 
     async def flush(self, reads: bool = False) -> None:
-        """Writes all there is; `reads`: also nothing, to learn what others have written."""
+        """Writes all there is; `reads`: even nothing, to learn what other processes have spent."""
         while self.writing is not None:
             await asyncio.wait((self.writing,))
         if reads or self.pending or self.store.sums:
@@ -15755,10 +15640,7 @@ class Ledger:
     async def check(
         self, limits: LimitsConfig, provider: str, label: str, request: int | None
     ) -> None:
-        """Raises LimitReached where a cap is used up, or a program caught in a loop.
-
-        `request` is a hash of it, None where it was checked before, for another provider.
-        """
+        """Raises LimitReached at a cap or in a loop; `request`: a hash, None if already checked."""
         if request is not None:
             self.guard.check(limits, request, asyncio.get_running_loop().time())
         if limits.providers or limits.labels:
@@ -15766,14 +15648,12 @@ class Ledger:
             self.spending.check(limits, provider, label, time.time())
 
     async def read_spending(self) -> None:
-        """Learns what was spent before this process began, once."""
         if self.reading is None:
             self.reading = asyncio.ensure_future(self.flush(reads=True))
         if not self.reading.done():
             await asyncio.wait((self.reading,))
 
     async def report(self, query: UsageQuery, limits: LimitsConfig) -> Json:
-        """What `/v1/usage` answers."""
         if limits.providers or limits.labels:
             await self.read_spending()
         await self.flush()
@@ -15786,7 +15666,7 @@ class Ledger:
         return report
 
     async def reset(self) -> None:
-        """Starts from nothing; caps still know what was spent.  Raises Overloaded."""
+        """Deletes all but what caps need.  Raises Overloaded."""
         await self.flush()
         loop = asyncio.get_running_loop()
         if not await loop.run_in_executor(self.thread, self.store.reset):
@@ -15794,7 +15674,6 @@ class Ledger:
         self.cache.clear()
 
     async def close(self) -> None:
-        """Writes all there is, and closes the database."""
         await self.flush()
         self.ticker.discard(self.tick)
         await asyncio.get_running_loop().run_in_executor(self.thread, self.store.close)
@@ -15806,57 +15685,56 @@ class Ledger:
 
 @dataclass(slots=True)
 class Call:
-    """What the gateway asks of a provider: a body in a dialect that the model speaks."""
+    """A request to a provider: a body in a dialect that the model speaks."""
 
     model: Model
     dialect: str
     body: Json
     outline: Outline
-    #: the caller's anthropic-beta field
+    #: the client's anthropic-beta header
     betas: str = ""
     #: names of what was left out; the provider adds to them
     dropped: list[str] = field(default_factory=list)
-    #: names of the rules that changed the conversation
     touched: list[str] = field(default_factory=list)
-    #: how often it was sent, and the kinds of errors that came of it; the provider adds to them
+    #: how often it was sent, and the kinds of errors received; the provider adds to them
     attempts: int = 0
     refusals: list[str] = field(default_factory=list)
-    #: the body that was sent last, where the provider's rules made one of their own
+    #: the body last sent, if the provider's rules made one of their own
     sent: Json | None = None
 
 
 class Provider(Protocol):
-    """One account of one upstream service.  It never sees the caller's dialect."""
+    """One account of one upstream service.  It never sees the client's dialect."""
 
     name: str
-    #: what a person types when a NotSignedIn comes out of it
+    #: the command to type after a NotSignedIn
     sign_in: str
-    #: it answers on this machine, at no cost
+    #: answers on this machine, at no cost
     local: bool
 
     def models(self, refresh: bool = False) -> Awaitable[dict[str, Model]]:
-        """The catalogue by id, from memory while it is fresh; raises ApiError."""
+        """The catalogue by id, cached while fresh; raises ApiError."""
 
     def listed(self) -> dict[str, Model] | None:
-        """The catalogue, where it is in memory and fresh."""
+        """The catalogue, if it is cached and fresh."""
 
     def guess(self, model_id: str) -> Model | None:
-        """A model that the catalogue does not list but may exist all the same."""
+        """A model that the catalogue does not list but that may still exist."""
 
     def open(self, call: Call) -> Awaitable[Source]:
-        """The upstream's answer, its status good; retries are the provider's.  Raises ApiError."""
+        """A successful upstream response; retries are the provider's.  Raises ApiError."""
 
     def embed(self, body: Json, model: Model) -> Awaitable[tuple[Json, Usage]]:
-        """Embeddings in OpenAI's form, and what they cost.  Raises ApiError."""
+        """Embeddings in OpenAI's form, and their usage.  Raises ApiError."""
 
     def keep_reasoning(self, calls: list[str], text: str, opaque: str) -> None:
-        """Remembers reasoning that the caller's dialect cannot carry."""
+        """Remembers reasoning that the client's dialect cannot carry."""
 
     def user(self) -> str:
-        """Who the service knows the account as; "" where that is not known."""
+        """The account's name at the service; "" if unknown."""
 
     def status(self) -> Json:
-        """How things stand, without asking the service.
+        """The current state, without asking the service.
 
         `{"health": "ready" | "resting" | "failing" | "not signed in", "reason": TEXT,
         "token_expires_at": Unix seconds, "cool_downs": {MODEL, or "*" for all: seconds},
@@ -15864,25 +15742,22 @@ class Provider(Protocol):
         """
 
     def quota(self) -> Awaitable[Quota | None]:
-        """What is left of the plan, asked of the service; None where there is none.
-
-        Raises ApiError.
-        """
+        """Asks the service what is left of the plan; None if there is none.  Raises ApiError."""
 
     def known_quota(self) -> Quota | None:
-        """What was last heard of it, and when; None where that is nothing.  Asks nobody."""
+        """The last known quota, None if there is none.  Asks nobody."""
 
     def refused(self, model_id: str, error: ApiError) -> None:
-        """Told of a refusal that stood in the place of an answer: what it concerns rests."""
+        """A refusal came inside a 200 response: starts a cool-down."""
 
     def wake(self) -> None:
         """Ends every cool-down."""
 
     def settle(self) -> Awaitable[None]:
-        """Waits for what must not be broken off."""
+        """Waits for what must not be interrupted."""
 
     def close(self) -> None:
-        """Ends whatever runs in the background."""
+        """Stops what runs in the background."""
 
 
 # 15.1 what providers share
@@ -15890,7 +15765,7 @@ class Provider(Protocol):
 
 @contextlib.contextmanager
 def advising(provider: Provider) -> Iterator[None]:
-    """Within it, who is not signed in learns what to type."""
+    """Adds to a NotSignedIn what to type."""
     try:
         yield
     except NotSignedIn as error:
@@ -15899,7 +15774,7 @@ def advising(provider: Provider) -> Iterator[None]:
 
 
 class Catalogue:
-    """A provider's models: asked for when needed, kept while fresh; an old list beats none."""
+    """A provider's models: fetched when needed, cached while fresh; a stale list beats none."""
 
     def __init__(self, provider: str, fetch: Callable[[], Awaitable[dict[str, Model]]]) -> None:
         self.provider = provider
@@ -15909,20 +15784,18 @@ class Catalogue:
         #: model -> monotonic time it was last listed
         self.listed_at: dict[str, float] = {}
         self.fetched_at = float("-inf")
-        #: when an unknown name last made it ask again
+        #: when an unknown name last forced a refresh
         self.missed_at = float("-inf")
 
     def listed(self) -> dict[str, Model] | None:
-        """The models, while the list is fresh."""
         age_s = asyncio.get_running_loop().time() - self.fetched_at
         return self.models if age_s < MODELS_FRESH_SECONDS else None
 
     def expire(self) -> None:
-        """The list is wrong: the next one who asks gets a new one."""
         self.fetched_at = float("-inf")
 
     async def get(self, refresh: bool = False) -> dict[str, Model]:
-        """The models; raises ApiError where there never was a list."""
+        """Raises ApiError if there never was a list."""
         now = asyncio.get_running_loop().time()
         if refresh and now - self.missed_at >= MODELS_MISS_SECONDS:
             self.missed_at = now
@@ -15931,7 +15804,7 @@ class Catalogue:
         if listed is not None:
             return listed
         async with self.lock:
-            listed = self.listed()  # somebody else may have been quicker
+            listed = self.listed()  # another task may have been quicker
             if listed is not None:
                 return listed
             try:
@@ -15944,7 +15817,7 @@ class Catalogue:
         return self.models
 
     def merge(self, found: dict[str, Model]) -> None:
-        """Takes a new list; an entitled model may be missing from one of them."""
+        """Keeps models missing from the new list for a while: even entitled ones may be missing."""
         now = asyncio.get_running_loop().time()
         for model_id in found:
             self.listed_at[model_id] = now
@@ -15957,7 +15830,7 @@ class Catalogue:
         self.fetched_at = now
 
     def stand_in(self, models: dict[str, Model]) -> None:
-        """A list of our own for a minute, where the service's cannot be had."""
+        """Uses a built-in list for MODELS_RETRY_SECONDS when the service's cannot be had."""
         self.models = models
         now = asyncio.get_running_loop().time()
         self.fetched_at = now - MODELS_FRESH_SECONDS + MODELS_RETRY_SECONDS
@@ -15965,23 +15838,21 @@ class Catalogue:
 
 @dataclass(slots=True, eq=False)
 class Rest:
-    """Why a model, or all of an account, is not asked, and until when."""
+    """A cool-down of a model, or of the account: why, and until when."""
 
     error: ApiError
-    #: monotonic; from then on one request finds out how things are
+    #: monotonic; after it one request probes
     until: float
-    #: monotonic time at which it ought to pass by the service's word; 0 = not said
+    #: monotonic time of recovery, as announced by the service; 0 = unknown
     passes_at: float
     length_s: float
-    #: a request is finding out: its answer ends this rest, its refusal begins another one
+    #: a probe is in flight: success ends this cool-down, a refusal starts another
     probing: bool = False
 
     def is_over(self, now: float) -> bool:
-        """Whether it ended so long ago that nothing needs to be found out any more."""
         return now >= max(self.until + COOL_DOWN_SECONDS, self.passes_at) and not self.probing
 
     def told(self, now: float) -> ApiError:
-        """The error for whoever asks meanwhile."""
         wait_s = None
         if self.error.retry_after is not None:
             wait_s = max(max(self.passes_at, self.until) - now, PAUSE_SECONDS[0])
@@ -15989,24 +15860,23 @@ class Rest:
 
 
 class CoolDowns:
-    """Models that rest, as clients' retries would dig the hole deeper.
+    """One circuit breaker per model: clients' retries would make matters worse.
 
-    When a rest ends, one request finds out (half-open, as circuit breakers call it); the others
-    are told to wait until it has.
+    After a cool-down one request probes (half-open); the others fail until it has finished.
     """
 
     def __init__(self, provider: str = "") -> None:
         self.provider = provider
-        #: by model, "" for all of the account
+        #: by model, "" for the whole account
         self.resting: dict[str, Rest] = {}
 
     def rest(
         self, model_id: str, error: ApiError, wait_s: float | None, passes_s: float | None = None
     ) -> float:
-        """Lets a model, or all where `model_id` is "", rest for `wait_s` seconds; returns them.
+        """Starts a cool-down of a model ("" = the account); returns its seconds.
 
-        Never for longer than COOL_DOWN_SECONDS: then one request finds out how things are.  Where
-        nothing was said, longer each time.  `passes_s`: until it ought to pass, where known.
+        At most COOL_DOWN_SECONDS, then one request probes.  Without `wait_s` it doubles each time.
+        `passes_s`: seconds to the expected recovery, if known.
         """
         now = asyncio.get_running_loop().time()
         before = self.resting.get(model_id)
@@ -16035,12 +15905,12 @@ class CoolDowns:
         return rest_s
 
     def refused(self, model_id: str, verdict: Verdict) -> None:
-        """Takes a final refusal: where only time helps, the model or the account rests."""
+        """After a final refusal: starts a cool-down if only time helps."""
         error, said = verdict.error, verdict.wait_s
         if verdict.remedy not in ("pause", "rest") and (said or 0.0) <= MAX_WAIT_SECONDS:
             return
         if isinstance(error, Overloaded) and not said:
-            return  # it may have room again for the very next request
+            return  # it may have room for the very next request
         passes_s = verdict.passes_s or said
         wait_s = said or (COOL_DOWN_SECONDS if verdict.remedy == "rest" else None)
         rest_s = self.rest("" if verdict.for_all else model_id, error, wait_s, passes_s)
@@ -16048,7 +15918,6 @@ class CoolDowns:
             error.retry_after = rest_s
 
     def check(self, model_id: str) -> None:
-        """Raises the error that made a model rest, as long as it rests."""
         now = asyncio.get_running_loop().time()
         for key in (model_id, ""):
             rest = self.resting.get(key)
@@ -16059,7 +15928,7 @@ class CoolDowns:
 
     @contextlib.contextmanager
     def passing(self, model_id: str) -> Iterator[None]:
-        """Around one request: raises while the model rests; a good end is the end of its rest."""
+        """Around one request: raises during a cool-down; success ends one."""
         self.check(model_id)
         probed = [self.resting[key] for key in (model_id, "") if key in self.resting]
         for rest in probed:
@@ -16074,14 +15943,13 @@ class CoolDowns:
             log_event("info", "rest_ended", provider=self.provider, model=key or "*")
 
     def clear(self) -> None:
-        """Nothing rests any more."""
         self.resting.clear()
 
     def rows(self) -> list[Json]:
-        """What rests now: `[{"model": ID or "*", "seconds", "kind", "reason", "passes_at", ...}]`.
+        """`[{"model": ID or "*", "seconds", "kind", "reason", "passes_at", "probing"}]`.
 
-        `seconds` until a request finds out, 0 while one does (`probing`); `passes_at`: when it
-        ought to pass, in Unix seconds, None where nobody knows.
+        `seconds` to the next probe, 0 during one; `passes_at`: Unix seconds of the expected
+        recovery, None if unknown.
         """
         now, wall = asyncio.get_running_loop().time(), time.time()
         return [
@@ -16099,10 +15967,7 @@ class CoolDowns:
 
 
 class Backoff:
-    """How long a refused sign-in is left alone: its endpoints watch for storms.
-
-    1, 2, 4 ... seconds to SIGN_IN_RETRY_MAX_SECONDS; for ever where its token is dead.
-    """
+    """Sign-in endpoints watch for storms: retries after 1, 2, 4 ... s, never with a dead token."""
 
     def __init__(self) -> None:
         self.wait_s = 0.0
@@ -16111,7 +15976,6 @@ class Backoff:
         self.error: ApiError | None = None
 
     def failed(self, error: ApiError, secret: str) -> None:
-        """`secret` was refused, or nobody answered."""
         is_refused = isinstance(error, NotSignedIn)
         doubled_s = max(1.0, 2 * self.wait_s) if secret == self.secret else 1.0
         self.wait_s = min(doubled_s, SIGN_IN_RETRY_MAX_SECONDS)
@@ -16123,17 +15987,14 @@ class Backoff:
         self.secret, self.error = secret, error
 
     def succeeded(self) -> None:
-        """All is well again."""
         self.wait_s, self.error = 0.0, None
 
     def reason(self, secret: str) -> ApiError | None:
-        """Why `secret` must not be tried now; None when it may be."""
         now = asyncio.get_running_loop().time()
         return self.error if now < self.retry_at and secret == self.secret else None
 
 
 def account_status(provider: CopilotProvider | KiroProvider) -> Json:
-    """`Provider.status` of a provider with an account."""
     account = provider.account
     rests = provider.rests.rows()
     health, reason = "resting" if rests else "ready", ""
@@ -16156,13 +16017,11 @@ def account_status(provider: CopilotProvider | KiroProvider) -> Json:
 
 
 def come_back(at: float) -> str:
-    """The hint of spent credits; `at` in Unix seconds."""
+    """The hint for spent credits; `at` in Unix seconds."""
     return f"They come back on {plain_day(at)}."
 
 
 class Attempt:
-    """The attempts at one call: what has been tried, and what may help."""
-
     def __init__(self, provider: str, call: Call, rests: CoolDowns) -> None:
         self.provider_name = provider
         self.call = call
@@ -16171,23 +16030,21 @@ class Attempt:
         self.tried: set[str] = set()
 
     async def send(self) -> UpstreamAnswer:
-        """One attempt."""
         raise NotImplementedError
 
     async def judge(self, answer: UpstreamAnswer) -> Verdict | None:
-        """What an answer's refusal means; None for one that can be passed on."""
+        """What a refusal means; None if the response can be passed on."""
         raise NotImplementedError
 
     async def mend(self, verdict: Verdict) -> None:
-        """Does what may help, or raises the verdict's error."""
+        """Applies the verdict's remedy, or raises its error."""
         raise NotImplementedError
 
     def unanswered(self, error: UpstreamError) -> Verdict:
-        """What it means that no answer came; only what was never sent is safe to send again."""
+        """No response came; only a request that was never sent is safe to send again."""
         return Verdict(error, "wait" if isinstance(error, Unreachable) else "")
 
     async def run(self) -> UpstreamAnswer:
-        """Tries until there is a good answer, a final refusal, or no attempt left."""
         while True:
             self.count += 1
             self.call.attempts = self.count
@@ -16218,7 +16075,7 @@ class Attempt:
                 raise
 
     def with_window(self, error: ApiError) -> ApiError:
-        """A full context in the words that clients know: how much, and of how much."""
+        """Adds to a full context the numbers that clients look for: tokens, and their limit."""
         window = self.call.model.max_prompt
         if not isinstance(error, ContextTooLong) or error.is_counted or not window:
             return error
@@ -16226,7 +16083,7 @@ class Attempt:
 
     @staticmethod
     async def read_refusal(answer: UpstreamAnswer) -> bytes:
-        """The body of an error answer, or of what is left of it: the status alone must do then."""
+        """The body of an error response; b"" if it breaks off: the status must do then."""
         try:
             return await answer.read(MAX_ERROR_BODY_BYTES)
         except ApiError:
@@ -16235,7 +16092,6 @@ class Attempt:
             answer.close(ended=False)
 
     async def pause(self, verdict: Verdict, step: int) -> None:
-        """Waits before the next attempt; raises the error where that would be too long."""
         wait_s = verdict.wait_s
         if wait_s is None:
             steps = PAUSE_SECONDS if verdict.remedy == "pause" else BACKOFF_SECONDS
@@ -16246,14 +16102,11 @@ class Attempt:
 
 
 class QuotaWatch:
-    """What is known of a provider's plan: kept up while it is used; warns when little is left.
-
-    Asking is left to the background, and never hurts a request.
-    """
+    """Polled in the background while the provider is used; warns when little is left."""
 
     def __init__(self, provider: str, ask: Callable[[], Awaitable[Quota | None]]) -> None:
         self.provider = provider
-        #: asks the service, and hands what it hears to `learn`
+        #: asks the service, and passes the result to `learn`
         self.ask = ask
         self.soon_s = QUOTA_SOON_SECONDS
         self.gap_s = QUOTA_LOOK_SECONDS
@@ -16263,30 +16116,25 @@ class QuotaWatch:
         self.forget()
 
     def forget(self) -> None:
-        """Another account: what was known is of no use."""
         self.known: Quota | None = None
         self.alarm = QuotaAlarm()
-        #: the fields of the last answer that had any
+        #: the quota headers of the last response that had any
         self.fields: dict[str, str] = {}
-        #: whether the service was asked, with success: only then it names plan and units
+        #: whether a poll has succeeded: only then plan and units are known
         self.is_complete = False
-        #: monotonic, of the last look, also where it was in vain
+        #: monotonic time of the last poll, even a failed one
         self.looked_at = float("-inf")
         self.close()
 
     def close(self) -> None:
-        """No look comes any more."""
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None
-        # A look that finds that somebody else has signed in calls `forget`, and may go on.
+        # A poll that finds a new sign-in calls `forget`, and may go on.
         if self.looking is not None and self.looking is not asyncio.current_task():
             self.looking.cancel()
 
-    # What is heard...
-
     def learn(self, quota: Quota) -> Quota:
-        """Takes the service's answer, whoever asked: a look that was planned is not needed."""
         self.is_complete = True
         self.looked_at = asyncio.get_running_loop().time()
         if self.timer is not None:
@@ -16295,7 +16143,6 @@ class QuotaWatch:
         return self.keep(quota)
 
     def keep(self, quota: Quota) -> Quota:
-        """Takes what is known from now on, and warns in the log."""
         quota.as_of = time.time()
         self.known = quota
         for row in self.alarm.news(quota, quota.as_of):
@@ -16312,7 +16159,7 @@ class QuotaWatch:
         return quota
 
     def harvest(self, headers: Headers) -> None:
-        """Takes what a good answer tells in its fields; plans a look where that is too little."""
+        """Reads the headers of a good response; plans a poll if they say too little."""
         found = quota_fields(headers)
         if not found or not self.is_complete:
             self.used()
@@ -16323,22 +16170,20 @@ class QuotaWatch:
         elif found and self.known is not None:
             self.known.as_of = time.time()
 
-    # What is asked...
-
     def used(self) -> None:
-        """After a request: a look soon, but not often."""
+        """After a request: polls soon, but not often."""
         if self.timer is None:
             now = asyncio.get_running_loop().time()
             self.plan(max(now + self.soon_s, self.looked_at + self.gap_s))
 
     def heed(self, error: ApiError) -> None:
-        """After an error: a look soon where the credits are said to be gone."""
+        """After an error: polls soon if the credits are said to be spent."""
         if isinstance(error, QuotaExceeded):
             now = asyncio.get_running_loop().time()
             self.plan(max(now + self.soon_s, self.looked_at + self.again_s))
 
     def plan(self, at: float) -> None:
-        """A look at the monotonic time `at`, unless one is planned for before that."""
+        """Plans a poll at the monotonic time `at`, unless an earlier one is planned."""
         if self.timer is not None:
             if self.timer.when() <= at:
                 return
@@ -16346,13 +16191,11 @@ class QuotaWatch:
         self.timer = asyncio.get_running_loop().call_at(at, self.start)
 
     def start(self) -> None:
-        """The time has come."""
         self.timer = None
         if self.looking is None or self.looking.done():
             self.looking = asyncio.get_running_loop().create_task(self.look())
 
     async def look(self) -> None:
-        """Asks; where that fails, what was known before stays."""
         self.looked_at = asyncio.get_running_loop().time()
         try:
             await self.ask()
@@ -16367,7 +16210,6 @@ ECHO_CALL_WORDS = "call the tool"
 
 
 def sample_value(schema: Any) -> Any:
-    """A value that fits a simple JSON Schema: for tool arguments made up by the echo provider."""
     if not isinstance(schema, dict):
         return "echo"
     if isinstance(schema.get("enum"), list) and schema["enum"]:
@@ -16383,12 +16225,11 @@ def sample_value(schema: Any) -> Any:
 
 
 def last_said(chat: Chat) -> list[Block]:
-    """The last thing that was not the system's: Claude Code adds its own words behind it."""
+    """The last turn that is not the system's: Claude Code adds system text after the prompt."""
     return next((t.blocks for t in reversed(chat.turns) if t.role != "system"), [])
 
 
 def echo_call(chat: Chat) -> ToolCall | None:
-    """The call of the first tool, where the last words ask for it."""
     words = plain_text(last_said(chat))
     if not chat.tools or ECHO_CALL_WORDS not in words.lower():
         return None
@@ -16398,7 +16239,6 @@ def echo_call(chat: Chat) -> ToolCall | None:
 
 
 def echo_words(chat: Chat) -> str:
-    """The last words, labelled; what a tool said, and how many images there were."""
     blocks = last_said(chat)
     results = [block for block in blocks if isinstance(block, ToolResult)]
     said = [f"The tool said: {plain_text(result.blocks)}" for result in results]
@@ -16408,7 +16248,6 @@ def echo_words(chat: Chat) -> str:
 
 
 def echo_events(chat: Chat, prompt_tokens: int) -> Iterator[Event]:
-    """The echo's answer: a tool call when asked for one, else the last words."""
     yield Started()
     call = echo_call(chat)
     text = call.arguments if call else echo_words(chat)
@@ -16426,8 +16265,6 @@ def echo_events(chat: Chat, prompt_tokens: int) -> Iterator[Event]:
 
 
 class LocalAnswer:
-    """A Source of bytes that are made here."""
-
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self.pieces = pieces
         self.error: ApiError | None = None
@@ -16436,11 +16273,9 @@ class LocalAnswer:
         self.stopped = False
 
     async def first(self) -> bytes:
-        """The next piece."""
         return next(self.pieces, b"")
 
     async def relay(self, sink: Callable[[bytes], None]) -> None:
-        """All further pieces, as fast as they are taken."""
         for piece in self.pieces:
             await self.may_go.wait()
             if self.error:
@@ -16451,31 +16286,24 @@ class LocalAnswer:
             await asyncio.sleep(0)
 
     def hold(self, paused: bool) -> None:
-        """Waits, or goes on."""
         if paused:
             self.may_go.clear()
         else:
             self.may_go.set()
 
     def fail(self, error: ApiError) -> None:
-        """Makes `relay` raise."""
         self.error = error
         self.may_go.set()
 
     def stop(self) -> None:
-        """Makes `relay` return."""
         self.stopped = True
         self.may_go.set()
 
-    def close(self, ended: bool) -> None:
-        """Nothing is held."""
+    def close(self, ended: bool) -> None: ...
 
 
 class EchoProvider:
-    """Answers on this machine, without an account: a newcomer's first answer, a client's target.
-
-    It speaks OpenAI chat like an upstream would, so every other dialect is really converted.
-    """
+    """Answers locally; speaks OpenAI chat, so that every other dialect is really converted."""
 
     local = True
 
@@ -16496,19 +16324,15 @@ class EchoProvider:
         }
 
     async def models(self, refresh: bool = False) -> dict[str, Model]:
-        """The one model."""
         return self.catalogue
 
     def listed(self) -> dict[str, Model] | None:
-        """The one model."""
         return self.catalogue
 
     def guess(self, model_id: str) -> Model | None:
-        """There is no other."""
         return None
 
     async def open(self, call: Call) -> Source:
-        """The echo."""
         chat = CHAT.read_request(call.body)
         if not chat.turns:
             raise InvalidRequest("messages: there is nothing to echo.", param="messages")
@@ -16525,18 +16349,14 @@ class EchoProvider:
         return LocalAnswer(pieces())
 
     async def embed(self, body: Json, model: Model) -> tuple[Json, Usage]:
-        """There is no such model here."""
         raise UnsupportedFeature(f"{model.id} makes no embeddings.", param="model")
 
-    def keep_reasoning(self, calls: list[str], text: str, opaque: str) -> None:
-        """The echo does not reason."""
+    def keep_reasoning(self, calls: list[str], text: str, opaque: str) -> None: ...
 
     def user(self) -> str:
-        """There is no account."""
         return ""
 
     def status(self) -> Json:
-        """Always ready."""
         return {
             "health": "ready",
             "reason": "answers locally, needs no account",
@@ -16546,24 +16366,18 @@ class EchoProvider:
         }
 
     async def quota(self) -> Quota | None:
-        """There is none."""
         return None
 
     def known_quota(self) -> Quota | None:
-        """There is none."""
         return None
 
-    def refused(self, model_id: str, error: ApiError) -> None:
-        """The echo refuses nobody."""
+    def refused(self, model_id: str, error: ApiError) -> None: ...
 
-    def wake(self) -> None:
-        """The echo never rests."""
+    def wake(self) -> None: ...
 
-    async def settle(self) -> None:
-        """Nothing runs."""
+    async def settle(self) -> None: ...
 
-    def close(self) -> None:
-        """Nothing runs."""
+    def close(self) -> None: ...
 
 
 # 15.3 Copilot
@@ -16584,7 +16398,7 @@ class CopilotAccount:
         self.config = config
         self.file = TokenFile(paths.token_file(name))
         self.client = client
-        #: called when somebody else has signed in
+        #: called when another account has signed in
         self.on_change = on_change
         self.lock = asyncio.Lock()
         self.github_token = ""
@@ -16597,7 +16411,7 @@ class CopilotAccount:
         self.refresher: asyncio.Task[None] | None = None
 
     def load(self, *, peeks: bool = False) -> Json:
-        """The token file; raises NotSignedIn."""
+        """Raises NotSignedIn."""
         kept = self.file.need(self.name, "Copilot", peeks=peeks)
         try:
             kept["github_token"] = bare_token(text_of_key(kept, "github_token"))
@@ -16610,7 +16424,7 @@ class CopilotAccount:
         return kept
 
     def current(self) -> CopilotToken | None:
-        """The token in use, while it lasts and nobody has changed the sign-in."""
+        """The token in use, until it expires or the token file changes."""
         if self.file.changed():
             self.kept = None
             if not self.file.is_refused():
@@ -16619,7 +16433,7 @@ class CopilotAccount:
         return self.kept if self.is_fresh(self.kept) else None
 
     def is_fresh(self, token: CopilotToken | None, margin_s: float | None = None) -> bool:
-        """Whether a token will last for `margin_s` seconds more, by both clocks."""
+        """Whether `token` is valid for `margin_s` more seconds, by both clocks."""
         if token is None:
             return False
         margin_s = token.margin_s if margin_s is None else margin_s
@@ -16627,7 +16441,7 @@ class CopilotAccount:
         return token.expires_at - time.time() > margin_s and self.stale_at - monotonic > margin_s
 
     async def token(self) -> CopilotToken:
-        """A token that will last; callers at the same time share one exchange.  Raises ApiError."""
+        """A token that will last; concurrent calls share one exchange.  Raises ApiError."""
         self.used = True
         current = self.current()
         if current is not None:
@@ -16636,11 +16450,11 @@ class CopilotAccount:
             return self.current() or await self.exchange()
 
     async def renew(self, refused: CopilotToken) -> CopilotToken | None:
-        """A token other than `refused`; None when one was forced only a moment ago."""
+        """A token other than `refused`; None if one was forced only a moment ago."""
         async with self.lock, self.file.lock():
             current = self.current()
             if current is not None and current.token != refused.token:
-                return current  # somebody else was quicker
+                return current  # another task was quicker
             now = asyncio.get_running_loop().time()
             if now - self.forced_at < FORCED_RENEWAL_GAP_SECONDS:
                 return None
@@ -16649,7 +16463,7 @@ class CopilotAccount:
             return await self.exchange()
 
     def take_saved(self) -> None:
-        """The Copilot token of an earlier run or of another process: spares an exchange."""
+        """Uses the Copilot token of an earlier run or of another process: saves an exchange."""
         saved = self.load()
         token, url = saved.get("copilot_token"), saved.get("api_url")
         if not isinstance(token, str) or not isinstance(url, str):
@@ -16665,7 +16479,6 @@ class CopilotAccount:
             self.use(CopilotToken(token, url, until, life))
 
     def use(self, token: CopilotToken) -> None:
-        """Makes `token` the current one and plans its successor."""
         self.kept = token
         loop = asyncio.get_running_loop()
         self.stale_at = loop.time() + token.expires_at - time.time()
@@ -16674,7 +16487,7 @@ class CopilotAccount:
             self.refresher = loop.create_task(self.refresh_in_background())
 
     async def exchange(self) -> CopilotToken:
-        """Asks GitHub for a token; an old one that still lasts is kept when that fails."""
+        """Asks GitHub for a token; if that fails, an old one that is still valid is kept."""
         saved = self.load()
         github_token = saved["github_token"]
         resting = self.backoff.reason(github_token)
@@ -16701,7 +16514,7 @@ class CopilotAccount:
         return token
 
     async def refresh_in_background(self) -> None:
-        """Renews the token shortly before it is due, as long as somebody uses it."""
+        """Renews the token shortly before it is due, while it is in use."""
         while self.kept is not None:
             loop = asyncio.get_running_loop()
             due_s = self.stale_at - loop.time() - 2 * COPILOT_REFRESH_EARLY_SECONDS
@@ -16717,14 +16530,12 @@ class CopilotAccount:
                 return
 
     def close(self) -> None:
-        """Ends the background task."""
         self.file.flush()
         if self.refresher is not None:
             self.refresher.cancel()
 
 
 def saved_token(token: CopilotToken) -> Json:
-    """What a token changes in the token file."""
     return {
         "copilot_token": token.token,
         "expires_at": int(token.expires_at),
@@ -16737,7 +16548,7 @@ def saved_token(token: CopilotToken) -> Json:
 async def ask_github(
     client: HttpClient, config: CopilotConfig, path: str, github_token: str
 ) -> tuple[int, Headers, bytes]:
-    """(status, headers, body) of a GET on GitHub's API; raises UpstreamError and its kin."""
+    """(status, headers, body) of a GET on GitHub's API; raises UpstreamError and the like."""
     url = config.github_api_url.rstrip("/") + path
     return await client.fetch("GET", url, exchange_headers(github_token), EXCHANGE_SECONDS)
 
@@ -16745,10 +16556,7 @@ async def ask_github(
 async def obtain_copilot_token(
     client: HttpClient, config: CopilotConfig, github_token: str
 ) -> CopilotToken:
-    """Exchanges a GitHub token; one that is not exchanged is used itself where Copilot takes it.
-
-    Raises NotSignedIn, NotEntitled and what may pass.
-    """
+    """Raises NotSignedIn, NotEntitled, temporary errors; DIRECT_TOKENS may be used as they are."""
     status, headers, data = await ask_github(
         client, config, "/copilot_internal/v2/token", github_token
     )
@@ -16768,7 +16576,6 @@ async def obtain_copilot_token(
 async def obtain_direct_token(
     client: HttpClient, config: CopilotConfig, github_token: str
 ) -> CopilotToken:
-    """The GitHub token itself, for the host that GitHub names for its account."""
     status, headers, data = await ask_github(client, config, "/copilot_internal/user", github_token)
     if status == 401:
         raise judge_exchange(status, headers, data, time.time()).error
@@ -16777,8 +16584,6 @@ async def obtain_direct_token(
 
 
 class CopilotProvider:
-    """GitHub Copilot."""
-
     local = False
 
     def __init__(
@@ -16801,7 +16606,6 @@ class CopilotProvider:
         self.forget_account()
 
     def forget_account(self) -> None:
-        """What was learned of an account ends with its sign-in."""
         self.learned = Learned()
         self.reasoning = ReasoningMemory()
         self.catalogue = Catalogue(self.name, self.fetch_models)
@@ -16809,19 +16613,16 @@ class CopilotProvider:
         self.rests = CoolDowns(self.name)
 
     async def settle(self) -> None:
-        """A token exchange may be broken off: the next one brings another."""
+        """A token exchange may be interrupted: the next one brings another token."""
 
     def close(self) -> None:
-        """Ends whatever runs in the background."""
         self.account.close()
         self.quota_watch.close()
 
     def keep_reasoning(self, calls: list[str], text: str, opaque: str) -> None:
-        """Remembers a reasoning signature by its calls."""
         self.reasoning.keep(calls, text, opaque)
 
     def headers(self, token: CopilotToken, intent: str) -> dict[str, str]:
-        """The headers of any request with `token`."""
         if token.token != self.identity_token:
             machine, device = self.machine
             shown = copilot_authorization(token.token, split_url(token.api_url)[1])
@@ -16837,15 +16638,12 @@ class CopilotProvider:
         }
 
     def listed(self) -> dict[str, Model] | None:
-        """The catalogue, while it is fresh."""
         return self.catalogue.listed()
 
     async def models(self, refresh: bool = False) -> dict[str, Model]:
-        """The catalogue."""
         return await self.catalogue.get(refresh)
 
     async def fetch_models(self) -> dict[str, Model]:
-        """The service's own list."""
         token = await self.account.token()
         status, data = 0, b""
         for _ in range(2):
@@ -16866,12 +16664,10 @@ class CopilotProvider:
         return read_copilot_models(body, self.name)
 
     async def embed(self, body: Json, model: Model) -> tuple[Json, Usage]:
-        """Embeddings, as many inputs at a time as Copilot takes."""
         with self.rests.passing(model.id):
             return await self.embed_all(body, model)
 
     async def embed_all(self, body: Json, model: Model) -> tuple[Json, Usage]:
-        """As `embed`, whatever rests."""
         texts, is_packed = read_embeddings(body)
         more = {key: body[key] for key in ("dimensions",) if body.get(key) is not None}
         rows: list[Json] = []
@@ -16886,7 +16682,7 @@ class CopilotProvider:
         return write_embeddings(rows, usage, is_packed), usage
 
     async def ask(self, path: str, body: Json, model: Model) -> Json:
-        """A small answer of the model service; a stale token is renewed once."""
+        """A small non-streaming request; a stale token is renewed once."""
         token = await self.account.token()
         for step in range(MAX_ATTEMPTS):
             headers = self.headers(token, "conversation-other")
@@ -16912,15 +16708,12 @@ class CopilotProvider:
         raise verdict.error
 
     def user(self) -> str:
-        """Its account's."""
         return self.account.file.user
 
     def status(self) -> Json:
-        """Its account's."""
         return account_status(self)
 
     async def quota(self) -> Quota | None:
-        """What GitHub says of the plan."""
         account = self.account
         status, headers, data = await ask_github(
             self.client, account.config, "/copilot_internal/user", account.load()["github_token"]
@@ -16933,28 +16726,24 @@ class CopilotProvider:
         return self.quota_watch.learn(read_copilot_quota(body))
 
     def known_quota(self) -> Quota | None:
-        """What GitHub last said, by itself or in an answer's fields."""
         return self.quota_watch.known
 
     def wake(self) -> None:
-        """Ends every cool-down."""
         self.rests.clear()
 
     def guess(self, model_id: str) -> Model | None:
-        """A model named exactly is tried, listed or not."""
+        """Any exact name is tried, listed or not."""
         return guess_copilot_model(model_id, self.name)
 
     async def open(self, call: Call) -> Source:
-        """Tries until there is a good status, a final refusal, or no attempt left."""
         with self.rests.passing(call.model.id):
             return await CopilotAttempt(self, call, await self.account.token()).run()
 
     def refused(self, model_id: str, error: ApiError) -> None:
-        """What an answer told instead of an answer; it names no time."""
+        """An error inside a 200 response names no time."""
         self.rests.refused(model_id, Verdict(error, "pause"))
 
     async def ask_reset(self, verdict: Verdict) -> None:
-        """Puts into a verdict on spent credits when they come back, where GitHub knows."""
         watch = self.quota_watch
         if asyncio.get_running_loop().time() - watch.looked_at >= watch.again_s:
             await watch.look()
@@ -16968,8 +16757,6 @@ class CopilotProvider:
 
 
 class CopilotAttempt(Attempt):
-    """The attempts at one call of Copilot."""
-
     def __init__(self, provider: CopilotProvider, call: Call, token: CopilotToken) -> None:
         super().__init__(provider.name, call, provider.rests)
         self.provider = provider
@@ -16980,7 +16767,6 @@ class CopilotAttempt(Attempt):
         self.lessons: Lessons = {}
 
     def body(self) -> Json:
-        """The call's body as Copilot takes it today."""
         provider, call = self.provider, self.call
         model = call.model
         now = asyncio.get_running_loop().time()
@@ -16996,7 +16782,6 @@ class CopilotAttempt(Attempt):
         return scrub.body
 
     async def send(self) -> UpstreamAnswer:
-        """One attempt."""
         self.call.sent = body = self.body()
         url = self.token.api_url + DIALECT_PATHS[self.call.dialect]
 
@@ -17006,7 +16791,6 @@ class CopilotAttempt(Attempt):
         return await self.provider.client.open("POST", url, headers, dump_json(body))
 
     def headers(self, body: Json) -> dict[str, str]:
-        """The headers of one sending of `body`."""
         provider, call = self.provider, self.call
         headers = provider.headers(self.token, "conversation-agent")
         headers["Content-Type"] = "application/json"
@@ -17025,7 +16809,6 @@ class CopilotAttempt(Attempt):
         return headers | added
 
     async def judge(self, answer: UpstreamAnswer) -> Verdict | None:
-        """What a refusal means; a good status is enough."""
         if answer.status == 200:
             self.provider.quota_watch.harvest(answer.headers)
             return None
@@ -17040,14 +16823,13 @@ class CopilotAttempt(Attempt):
 
     @staticmethod
     def refused_again(error: ApiError) -> ApiError:
-        """The error where a token was renewed only a moment ago: signing in would not help."""
+        """The error after a token was renewed only a moment ago: signing in would not help."""
         if not isinstance(error, NotSignedIn):
             return error
         wait_s = FORCED_RENEWAL_GAP_SECONDS
         return Overloaded("Copilot refuses a token it has just given.", retry_after=wait_s)
 
     async def mend(self, verdict: Verdict) -> None:
-        """Does what may help, or raises the verdict's error."""
         remedy = verdict.remedy
         if remedy == "refresh" and remedy in self.tried:
             raise self.refused_again(verdict.error)
@@ -17082,7 +16864,7 @@ class CopilotAttempt(Attempt):
 
 
 def system_tag() -> str:
-    """This system in the words of the vendor's clients: `linux#6.8.0`."""
+    """This system as the vendor's clients name it: `linux#6.8.0`."""
     if hasattr(os, "uname"):
         named = os.uname()
         return f"{named.sysname.lower()}#{named.release.partition('-')[0]}"
@@ -17093,7 +16875,7 @@ Login = TypeVar("Login", bound="KiroLogin | None")
 
 
 class KiroAccount:
-    """A Kiro sign-in: a token file, whose tokens are renewed here and maybe by other programs."""
+    """A Kiro sign-in: a token file, whose tokens are refreshed here and maybe by other programs."""
 
     def __init__(
         self,
@@ -17107,7 +16889,7 @@ class KiroAccount:
         self.config = config
         self.file = TokenFile(paths.token_file(name))
         self.client = client
-        #: called when somebody else has signed in
+        #: called when another account has signed in
         self.on_change = on_change
         self.lock = asyncio.Lock()
         self.kept: KiroLogin | None = None
@@ -17119,15 +16901,13 @@ class KiroAccount:
         self.tasks: set[asyncio.Task[Any]] = set()
 
     def load(self, *, peeks: bool = False) -> KiroLogin:
-        """The token file; raises NotSignedIn."""
+        """Raises NotSignedIn."""
         return self.read(self.load_file(peeks=peeks))
 
     def load_file(self, *, peeks: bool = False) -> Json:
-        """The token file's content; raises NotSignedIn."""
         return self.file.need(self.name, "Kiro", peeks=peeks)
 
     def read(self, kept: Json) -> KiroLogin:
-        """The sign-in in a token file's content; raises NotSignedIn."""
         try:
             login = read_kiro_login(kept)
         except ValueError as error:
@@ -17155,11 +16935,10 @@ class KiroAccount:
 
     @staticmethod
     def lasts(login: KiroLogin, margin_s: float) -> bool:
-        """Whether the access token will last for `margin_s` seconds."""
         return bool(login.access) and login.expires_at - time.time() > margin_s
 
     def current(self) -> KiroLogin | None:
-        """The sign-in in use, while it lasts and nobody has changed it."""
+        """The sign-in in use, until it expires or the token file changes."""
         if self.file.changed():
             self.kept = None
             if not self.file.is_refused():
@@ -17171,7 +16950,6 @@ class KiroAccount:
         return None
 
     def use(self, login: KiroLogin) -> KiroLogin:
-        """`login`, the current one from now on."""
         self.kept = login
         left_s = login.expires_at - time.time()
         if login.kind != "api_key":
@@ -17180,28 +16958,24 @@ class KiroAccount:
         return login
 
     async def login(self) -> KiroLogin:
-        """A sign-in that will last; callers at the same time share one refresh.
-
-        Raises NotSignedIn and other ApiErrors.
-        """
+        """A sign-in that will last; concurrent calls share one refresh.  Raises ApiError."""
         current = self.current()
         return current if current is not None else await self.finish(self.load_or_refresh())
 
     async def finish(self, work: Coroutine[Any, Any, Login]) -> Login:
-        """Does `work` to its end, even when the caller leaves: a rotated token comes only once."""
+        """Runs `work` to its end even if we are cancelled: a rotated token is issued only once."""
         task = asyncio.ensure_future(work)
         self.tasks.add(task)
         task.add_done_callback(self.forget)
         return await asyncio.shield(task)
 
     def forget(self, task: asyncio.Task[Any]) -> None:
-        """A refresh is done; its error was for whoever still waits."""
+        """Marks the exception as retrieved: it was for the tasks that still wait."""
         self.tasks.discard(task)
         if not task.cancelled():
             task.exception()
 
     async def load_or_refresh(self) -> KiroLogin:
-        """The sign-in as it is kept, as it is on disk, or renewed."""
         async with self.lock:
             current = self.current()
             if current is not None:
@@ -17220,22 +16994,20 @@ class KiroAccount:
                     if not self.lasts(saved, 0):
                         raise
                     log_event("warning", "token_refresh_failed", provider=self.name, reason=error)
-                    return saved  # it is good for some minutes more
+                    return saved  # still valid for some minutes
 
     async def renew(self, refused: KiroLogin) -> KiroLogin | None:
-        """A sign-in other than `refused`; None where there is none to be had just now."""
         return await self.finish(self.replace(refused))
 
     async def replace(self, refused: KiroLogin) -> KiroLogin | None:
-        """A newer sign-in: kept, on disk, or renewed."""
         async with self.lock:
             current = self.current()
             if current is not None and current.access != refused.access:
-                return current  # somebody else was quicker
+                return current  # another task was quicker
             async with self.file.lock():
                 saved = await self.latest()
                 if saved.access != refused.access and self.lasts(saved, 0):
-                    return self.use(saved)  # another program was
+                    return self.use(saved)  # another program was quicker
                 now = asyncio.get_running_loop().time()
                 if saved.kind == "api_key" or now - self.forced_at < KIRO_FORCED_GAP_SECONDS:
                     return None
@@ -17243,7 +17015,7 @@ class KiroAccount:
                 return await self.refresh(saved)
 
     async def refresh(self, saved: KiroLogin) -> KiroLogin:
-        """Asks for new tokens and keeps them on disk before anybody uses them."""
+        """Fetches new tokens and saves them before they are used."""
         resting = self.backoff.reason(saved.refresh)
         if resting is not None:
             raise resting
@@ -17266,7 +17038,7 @@ class KiroAccount:
         return self.use(await self.save({**changes, "refused": None}, saved))
 
     async def ask(self, login: KiroLogin) -> Json:
-        """One refresh; raises NotSignedIn where its token is dead."""
+        """One refresh; raises NotSignedIn if the refresh token is dead."""
         url, headers, body = kiro_refresh(login, self.config)
         status, fields_, data = await self.client.fetch(
             "POST", url, headers, KIRO_REFRESH_SECONDS, body
@@ -17279,8 +17051,8 @@ class KiroAccount:
         return read_refresh_answer(answer, time.time())
 
     async def reread(self, dead: KiroLogin) -> KiroLogin | None:
-        """What another program has made of the token file meanwhile, if anything."""
-        for wait_s in (0.0, 0.5, 1.0):  # its answer may have come before its file
+        """The sign-in of another program that has refreshed meanwhile, if any."""
+        for wait_s in (0.0, 0.5, 1.0):  # the other program may not have written its file yet
             await asyncio.sleep(wait_s)
             saved = await self.latest()
             if (saved.refresh, saved.access) != (dead.refresh, dead.access):
@@ -17288,7 +17060,6 @@ class KiroAccount:
         return None
 
     async def save(self, changes: Json, login: KiroLogin) -> KiroLogin:
-        """Merges changes into the token file, and into that of the program it is shared with."""
         self.file.save({**changes, "machine_id": login.machine_id})
         source = details(self.load_file(), "source")
         if source:
@@ -17320,41 +17091,37 @@ class KiroProvider:
         self.forget_account()
 
     def forget_account(self) -> None:
-        """What was learned of an account ends with its sign-in."""
         self.catalogue = Catalogue(self.name, self.fetch_models)
         self.rests = CoolDowns(self.name)
         self.reasoning = ReasoningMemory()
         self.quota_watch.forget()
         self.profile_sought = False
-        #: names an organisation's profiles, of which one must be set
+        #: lists an organisation's profiles, of which one must be configured
         self.profile_unclear: NotEntitled | None = None
-        #: the way to ask that worked last
+        #: the endpoint that worked last
         self.winner: KiroEndpoint | None = None
 
     async def settle(self) -> None:
-        """Waits for a refresh: its rotated token comes only once."""
+        """Waits for a refresh: its rotated token is issued only once."""
         if self.account.tasks:
             await asyncio.wait(self.account.tasks)
 
     def close(self) -> None:
-        """Ends whatever runs in the background but a refresh."""
+        """Lets a refresh go on."""
         self.account.file.flush()
         self.quota_watch.close()
 
     async def embed(self, body: Json, model: Model) -> tuple[Json, Usage]:
-        """There is no such model here."""
         raise UnsupportedFeature(f"{model.id} makes no embeddings.", param="model")
 
     def keep_reasoning(self, calls: list[str], text: str, opaque: str) -> None:
-        """Remembers a thought and its signature by its calls."""
         self.reasoning.keep(calls, text, opaque)
 
     def listed(self) -> dict[str, Model] | None:
-        """The catalogue, while it is fresh."""
         return self.catalogue.listed()
 
     async def models(self, refresh: bool = False) -> dict[str, Model]:
-        """The catalogue; a marked built-in one where the service does not tell."""
+        """The catalogue; a built-in one, marked as such, if the service's cannot be had."""
         try:
             return await self.catalogue.get(refresh)
         except NotSignedIn:
@@ -17365,14 +17132,14 @@ class KiroProvider:
             return self.catalogue.models
 
     def guess(self, model_id: str) -> Model | None:
-        """A model named exactly is tried, listed or not."""
+        """Any exact name is tried, listed or not."""
         model = read_kiro_model({"modelId": model_spellings(model_id)[-1]}, self.name)
         if model is not None:
             model.guessed = True
         return model
 
     async def login(self) -> KiroLogin:
-        """The sign-in; an organisation's needs its profile, which is looked up once."""
+        """An organisation's sign-in needs its profile, which is looked up once."""
         login = await self.account.login()
         if login.arn or login.kind not in ("idc", "external_idp"):
             return login
@@ -17419,7 +17186,7 @@ class KiroProvider:
     async def ask_control(
         self, login: KiroLogin, method: str, bases: list[str], path: str, body: bytes = b""
     ) -> Json | Verdict:
-        """An answer of the control plane: every host in turn, with both spellings of the path."""
+        """A response of the control plane: each host in turn, with both spellings of the path."""
         headers = kiro_control_headers(login, self.config.kiro_version, self.system)
         headers["amz-sdk-request"] = "attempt=1; max=1"
         if body:
@@ -17446,10 +17213,7 @@ class KiroProvider:
         return verdict
 
     async def control(self, path: str, query: dict[str, str]) -> Json:
-        """An answer of the control plane about this account; a stale token is renewed once.
-
-        Some sign-ins are refused together with a profile.  Raises ApiError.
-        """
+        """Renews a stale token once; some sign-ins may not name a profile.  Raises ApiError."""
         login = await self.login()
         own = login.arn or kiro_endpoints(login, self.config)[0].arn
         verdict = Verdict(UpstreamError("Kiro was not asked."))
@@ -17470,14 +17234,13 @@ class KiroProvider:
         raise verdict.error
 
     async def fetch_models(self) -> dict[str, Model]:
-        """The service's own list, page by page."""
         await self.login()
         entries: list[Any] = []
         query = {"origin": KIRO_ORIGINS["ide"], "maxResults": "50"}
         for _ in range(KIRO_MODEL_PAGES):
             try:
                 body = await self.control("/ListAvailableModels", query)
-            except NotSignedIn as error:  # the hosts of the models may think otherwise
+            except NotSignedIn as error:  # the hosts of the models may still accept it
                 raise UpstreamError(f"Kiro refused its model list: {error.message}") from None
             rows = body.get("models")
             entries += rows if isinstance(rows, list) else []
@@ -17491,7 +17254,6 @@ class KiroProvider:
         return found
 
     async def limits(self, with_user: bool = False) -> KiroLimits:
-        """What is left of the account's credits, and whose they are if asked; raises ApiError."""
         query = {"origin": KIRO_ORIGINS["ide"], "resourceType": "AGENTIC_REQUEST"}
         if with_user:
             query["isEmailRequired"] = "true"
@@ -17500,33 +17262,27 @@ class KiroProvider:
         return read_kiro_limits(body, now)
 
     def user(self) -> str:
-        """Its account's."""
         return self.account.file.user
 
     def status(self) -> Json:
-        """Its account's."""
         return account_status(self)
 
     async def quota(self) -> Quota | None:
-        """The credits."""
         await self.limits()
         return self.quota_watch.known
 
     def known_quota(self) -> Quota | None:
-        """What the service last said."""
         return self.quota_watch.known
 
     def wake(self) -> None:
-        """Ends every cool-down."""
         self.rests.clear()
 
     async def open(self, call: Call) -> Source:
-        """Tries until there is a good answer, a final refusal, or nothing left to try."""
         with self.rests.passing(call.model.id):
             return await KiroAttempt(self, call, await self.login()).run()
 
     def refused(self, model_id: str, error: ApiError) -> None:
-        """What an answer told instead of an answer; it names no time."""
+        """An error inside a 200 response names no time."""
         if isinstance(error, RateLimited):  # a spent quota may be one conversation's
             self.rests.refused(model_id, Verdict(error, "pause", for_all=True))
 
@@ -17538,7 +17294,7 @@ def kebab_path(path: str) -> str:
 
 
 class KiroAttempt(Attempt):
-    """The attempts at one call of Kiro, over the ways that lead there."""
+    """`ways`: the endpoints left to try, the one that worked last first."""
 
     def __init__(self, provider: KiroProvider, call: Call, login: KiroLogin) -> None:
         super().__init__(provider.name, call, provider.rests)
@@ -17554,7 +17310,6 @@ class KiroAttempt(Attempt):
         attach_kiro_thinking(call.body, provider.reasoning)
 
     async def send(self) -> UpstreamAnswer:
-        """One attempt, by the first way that is left."""
         way, provider = self.ways[0], self.provider
         body = place_kiro_call(self.call.body, way, self.conversation, self.run_id)
         fixed = kiro_call_headers(self.login, way, provider.config.kiro_version, provider.system)
@@ -17571,11 +17326,11 @@ class KiroAttempt(Attempt):
         return await provider.client.open("POST", url, headers, dump_json(body))
 
     def unanswered(self, error: UpstreamError) -> Verdict:
-        """Another host may be there; what was sent is not sent again."""
+        """Another host may be reachable; what was sent is not sent again."""
         return Verdict(error, "reroute" if isinstance(error, Unreachable) else "")
 
     async def judge(self, answer: UpstreamAnswer) -> Verdict | None:
-        """What an answer means: a good status says nothing yet, so the first event is awaited."""
+        """A 200 means nothing yet, so the first event is awaited."""
         kind = answer.headers.get("content-type", "").lower()
         if answer.status == 200 and "json" not in kind and "html" not in kind:
             try:
@@ -17595,10 +17350,10 @@ class KiroAttempt(Attempt):
         return self.explain(verdict)
 
     async def peek(self, answer: UpstreamAnswer) -> Verdict | None:
-        """Reads until the answer says something, and puts it all back; else what is wrong.
+        """Reads until the response has content, and puts it all back; otherwise what is wrong.
 
-        Nothing has gone to the caller yet, so an exception, a broken stream or an answer without
-        any event can still be tried again.
+        Nothing has gone to the client yet, so an exception, a broken stream or a response without
+        any event can still be retried.
         """
         framing, seen = KIRO.framing(), []
         try:
@@ -17617,12 +17372,11 @@ class KiroAttempt(Attempt):
             return Verdict(error, "again")
         if "empty" in self.tried:
             answer.put_back(b"".join(seen))
-            return None  # twice: so be it
+            return None  # empty twice: accept it
         return Verdict(UpstreamError("Kiro answered nothing."), "empty")
 
     @staticmethod
     def judge_frame(frame: Json) -> Verdict:
-        """What an exception in the place of an answer means."""
         said = details(frame, "error") or details(frame, "invalidStateEvent")
         code, reason, message = read_kiro_words(said)
         verdict = judge_kiro_words(code, reason, message) or judge_kiro_status(500, message)
@@ -17630,7 +17384,7 @@ class KiroAttempt(Attempt):
         return verdict
 
     def explain(self, verdict: Verdict) -> Verdict:
-        """A refusal of the conversation's form, explained: the rules that touched it, its size."""
+        """Explains why a conversation's form was refused: the rules that changed it, its size."""
         if type(verdict.error) is not InvalidRequest or verdict.remedy:
             return verdict
         call = self.call
@@ -17654,7 +17408,7 @@ class KiroAttempt(Attempt):
         return verdict
 
     def remedy_for(self, verdict: Verdict) -> str:
-        """The verdict's remedy; a busy host without another one is waited for."""
+        """The verdict's remedy; a busy host is waited for if there is no other one."""
         elsewhere = any(way.url != self.ways[0].url for way in self.ways)
         passing = isinstance(verdict.error, (Overloaded, Unreachable))
         return (
@@ -17662,14 +17416,13 @@ class KiroAttempt(Attempt):
         )
 
     async def mend(self, verdict: Verdict) -> None:
-        """Does what may help, or raises the verdict's error."""
         remedy = self.remedy_for(verdict)
         tried = remedy in self.tried
         self.tried.add(remedy)
         if remedy == "refresh" and not tried:
             renewed = await self.provider.account.renew(self.login)
             if renewed is not None:
-                if renewed.arn != self.login.arn:  # the answer has told the profile
+                if renewed.arn != self.login.arn:  # the refresh has named the profile
                     self.ways = kiro_endpoints(renewed, self.provider.config)
                 self.login = renewed
                 return
@@ -17692,10 +17445,7 @@ class KiroAttempt(Attempt):
             await self.give_up(verdict)
 
     def drop_way(self, verdict: Verdict) -> None:
-        """Leaves the way that was refused; raises the error where none is left.
-
-        A token may be good for another host, or another profile, only.
-        """
+        """A token may still be valid for another host or profile; raises if no endpoint is left."""
         refused = self.ways[0]
         ways = self.ways[1:]
         if isinstance(verdict.error, (Overloaded, Unreachable)):
@@ -17705,7 +17455,6 @@ class KiroAttempt(Attempt):
         self.ways = ways
 
     async def limits(self) -> KiroLimits | None:
-        """What is left of the credits; None where the service does not tell now."""
         try:
             return await self.provider.limits()
         except ApiError as error:
@@ -17713,7 +17462,7 @@ class KiroAttempt(Attempt):
             return None
 
     async def judge_lasting(self, verdict: Verdict) -> None:
-        """Looks once more at a limit that does not pass: spent credits look the same as haste."""
+        """Re-examines a rate limit that lasts: spent credits look the same."""
         limits = await self.limits() if isinstance(verdict.error, RateLimited) else None
         if limits is not None and limits.spent:
             words = f"The Kiro credits are used up: {limits.used:g} of {limits.limit:g}."
@@ -17722,14 +17471,12 @@ class KiroAttempt(Attempt):
 
     @staticmethod
     def tell_reset(verdict: Verdict, limits: KiroLimits) -> None:
-        """Puts into a verdict on spent credits when they come back, where that is known."""
         left_s = limits.resets_at - time.time()
         if left_s > 0:
             verdict.passes_s = left_s
             verdict.error.hint = come_back(limits.resets_at)
 
     async def give_up(self, verdict: Verdict) -> None:
-        """Raises the verdict's error, and remembers what follows from it."""
         if verdict.remedy == "relist":
             self.provider.catalogue.expire()
         elif verdict.remedy == "rest":
@@ -17741,13 +17488,13 @@ class KiroAttempt(Attempt):
         raise verdict.error
 
 
-# 15.5 all of them
+# 15.5 all providers
 
 
 def make_providers(
     config: Config, paths: Paths, client: HttpClient, kept: dict[str, Provider]
 ) -> dict[str, Provider]:
-    """The enabled providers by name, in the order of the configuration; `kept` ones stay."""
+    """The enabled providers by name, in the order of the configuration; `kept` ones are reused."""
     machine: tuple[str, str] | None = None
     providers: dict[str, Provider] = {}
     for name, entry in config.providers.items():
@@ -17766,7 +17513,7 @@ def make_providers(
 
 
 def quotas(providers: dict[str, Provider]) -> Json:
-    """`{NAME: Quota.as_json()}` of those of which something is known.  Asks nobody."""
+    """`{NAME: Quota.as_json()}` of the known quotas.  Asks nobody."""
     known = {name: provider.known_quota() for name, provider in providers.items()}
     return {name: quota.as_json() for name, quota in known.items() if quota is not None}
 
@@ -17809,12 +17556,11 @@ REVOKE_AT = {
 
 
 def is_terminal(stream: Any) -> bool:
-    """Whether a standard stream is a terminal."""
     return bool(stream.isatty())
 
 
 def is_in_front() -> bool:
-    """Whether this process may read from its terminal: a shell's `command &` would be stopped."""
+    """Whether this process may read from its terminal: a background job would be stopped."""
     try:
         return os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
     except (AttributeError, OSError):
@@ -17822,7 +17568,7 @@ def is_in_front() -> bool:
 
 
 class Console:
-    """The person at the terminal, or the pipe: talk goes to standard error, results to output."""
+    """The user, at a terminal or a pipe: messages go to standard error, results to output."""
 
     def __init__(self) -> None:
         self.interactive = is_terminal(sys.stdin) and is_terminal(sys.stderr) and is_in_front()
@@ -17831,12 +17577,12 @@ class Console:
         self.typed = b""
 
     def say(self, *lines: str) -> None:
-        """Lines of talk, with nothing in them that could steer a terminal."""
+        """Control characters, which could steer a terminal, are removed."""
         self.close_line()
         print("\n".join(map(one_line, lines)), file=sys.stderr, flush=True)
 
     def status(self, text: str) -> None:
-        """A line that the next one replaces; without a terminal, one a minute is enough."""
+        """A line that the next one replaces; without a terminal, at most one a minute."""
         if is_terminal(sys.stderr):
             self.line_open = True
             shown = one_line(text)[: shutil.get_terminal_size().columns - 1]
@@ -17846,13 +17592,12 @@ class Console:
             self.say(text)
 
     def close_line(self) -> None:
-        """Ends a status line."""
         if self.line_open:
             self.line_open = False
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
     async def line(self) -> str:
-        """The next line typed; raises EOFError.  Other tasks run meanwhile, and Ctrl-C works."""
+        """The next line typed; raises EOFError.  Other tasks keep running, and Ctrl-C works."""
         while b"\n" not in self.typed:
             data = await self.read_some()
             if not data:
@@ -17864,7 +17609,7 @@ class Console:
         return line.decode("utf-8", "replace").strip()
 
     async def read_some(self) -> bytes:
-        """What standard input has, as soon as it has anything; b"" at its end."""
+        """What standard input has, as soon as it has anything; b"" at EOF."""
         loop = asyncio.get_running_loop()
         ready = loop.create_future()
         number = sys.stdin.fileno()
@@ -17884,7 +17629,7 @@ class Console:
             loop.remove_reader(number)
 
     async def ask(self, question: str, default: str = "") -> str:
-        """An answer; raises SignInFailed where nobody can give one."""
+        """Raises SignInFailed if nobody can answer."""
         if not self.interactive:
             raise SignInFailed(f"this needs a terminal to ask: {question}")
         self.close_line()
@@ -17896,7 +17641,6 @@ class Console:
             raise SignInFailed("the input ended before an answer") from None
 
     async def confirm(self, question: str, default: bool = True) -> bool:
-        """Yes or no."""
         while True:
             answer = (await self.ask(question, "Y/n" if default else "y/N")).lower()
             if answer in ("y/n", "y", "yes", "n", "no"):
@@ -17904,7 +17648,6 @@ class Console:
             self.say("Please answer y or n.")
 
     async def choose(self, question: str, options: dict[str, str]) -> str:
-        """The key of one of the options, which are shown by number."""
         names = list(options)
         self.say(question)
         for number, words in enumerate(options.values(), 1):
@@ -17919,17 +17662,14 @@ class Console:
 
 
 def open_browser(url: str) -> bool:
-    """Tries to open a browser; False where there is none to be seen by whoever sits here.
-
-    A browser that runs inside of the terminal would take it over, so it must be a window's.
-    """
+    """False without a graphical one: a browser in the terminal would take it over."""
     has_window = sys.platform in ("darwin", "win32") or any(
         os.environ.get(name) for name in ("BROWSER", "DISPLAY", "WAYLAND_DISPLAY")
     )
     is_remote = os.environ.get("SSH_CONNECTION") and not os.environ.get("BROWSER")
     if not has_window or is_remote or check_url(url.partition("?")[0]):
         return False
-    try:  # in a process of its own, whose talk does not end up in this terminal
+    try:  # in a process of its own, whose output does not reach this terminal
         subprocess.Popen(
             [sys.executable, "-I", "-m", "webbrowser", url],
             stdin=subprocess.DEVNULL,
@@ -17938,15 +17678,12 @@ def open_browser(url: str) -> bool:
             start_new_session=True,
         )
     except OSError:
-        return False  # the link stands in the terminal as well
+        return False  # the link is on the terminal as well
     return True
 
 
 def with_provider(text: str, where: str, name: str, kind: str, settings: dict[str, str]) -> str:
-    """The configuration `text` with what its `[providers.NAME]` lacks; raises ConfigError.
-
-    What the file says otherwise is its owner's to change.
-    """
+    """Adds what `[providers.NAME]` lacks; raises ConfigError if the file says otherwise."""
     wanted = {"type": kind, **settings}
     own = details(details(tomllib.loads(text), "providers"), name)
     for key, value in wanted.items():
@@ -17977,7 +17714,6 @@ class Desk:
     browser: bool = True
 
     def provider_config(self, name: str, kind: str) -> ProviderConfig:
-        """The settings of the provider `name`, or the defaults of its type; raises WrongUsage."""
         if not PROVIDER_NAME.fullmatch(name):
             raise WrongUsage(f"--name {name}: a name is letters, digits, '-' and '_'")
         found = self.config.providers.get(name)
@@ -17986,11 +17722,10 @@ class Desk:
         return found or PROVIDER_CONFIGS[kind]()
 
     def file(self, name: str) -> TokenFile:
-        """The token file of the provider `name`."""
         return TokenFile(self.paths.token_file(name))
 
     def check_disk(self, name: str) -> None:
-        """Raises SignInFailed where a sign-in could not be kept: better before than after."""
+        """Raises SignInFailed if a sign-in could not be saved: better before than after."""
         path = self.paths.token_file(name)
         try:
             make_private_dir(os.path.dirname(path))
@@ -18001,7 +17736,7 @@ class Desk:
             raise SignInFailed(f"{path}: cannot be written: {error.strerror}") from None
 
     async def keep(self, name: str, content: Json) -> None:
-        """Writes a sign-in, and waits for a person to make room where there is none."""
+        """Saves a sign-in; if that fails, lets the user fix the cause and retry."""
         file = self.file(name)
         while True:
             try:
@@ -18018,7 +17753,7 @@ class Desk:
                 raise SignInFailed("the sign-in was not kept")
 
     def tell_terms(self, kind: str) -> None:
-        """The vendor's terms, once, before the first sign-in."""
+        """Shows the vendor's terms, once, before the first sign-in."""
         path = self.paths.notices_file
         try:
             kept = load_private_json(path) or {}
@@ -18036,12 +17771,11 @@ class Desk:
             log_event("warning", "notices_not_saved", reason=error.strerror)
 
     def has_provider(self, name: str, settings: dict[str, str]) -> bool:
-        """Whether the configuration needs no change for it."""
         found = self.config.providers.get(name)
         return found is not None and all(getattr(found, k) == v for k, v in settings.items())
 
     def check_provider(self, name: str, kind: str, settings: dict[str, str]) -> None:
-        """As `add_provider`, but changes nothing: better told before a sign-in than after."""
+        """A dry run of `add_provider`: better to fail before a sign-in than after."""
         found = self.config.providers.get(name)
         if found is not None and not found.enabled:
             self.console.say(f"Provider {name!r} is disabled; nobody will use this sign-in.", "")
@@ -18050,7 +17784,6 @@ class Desk:
             with_provider(load_config_text(path), path, name, kind, settings)
 
     def add_provider(self, name: str, kind: str, settings: dict[str, str]) -> None:
-        """Adds to the configuration what it lacks of a provider; raises ConfigError."""
         if self.has_provider(name, settings):
             return
         path = self.paths.config_file
@@ -18061,7 +17794,7 @@ class Desk:
     async def ask(
         self, method: str, url: str, headers: dict[str, str], body: Json, service: str
     ) -> tuple[int, Headers, bytes]:
-        """(status, headers, body) of one request; raises SignInFailed where none comes."""
+        """(status, headers, body) of one request; raises SignInFailed if there is no response."""
         headers = {
             "Accept": "application/json",
             "Accept-Encoding": "identity",
@@ -18079,10 +17812,7 @@ class Desk:
         service: str,
         poll: Callable[[], Awaitable[tuple[int, Headers, bytes]]],
     ) -> Json:
-        """Shows a code and waits until it was typed: the token answer.
-
-        Raises CodeExpired and SignInFailed.
-        """
+        """Shows a code, and polls until it was entered.  Raises CodeExpired and SignInFailed."""
         say = self.console.say
         say(f"Open    {device.url}")
         say(f"and type    {device.user_code}", "")
@@ -18119,7 +17849,6 @@ class Desk:
                 raise SignInFailed(f"{service} refuses the sign-in: {found.words}")
 
     async def count_down(self, until: float, ends_at: float, trouble: str) -> None:
-        """Waits until `until`, and shows how long the code will last."""
         loop = asyncio.get_running_loop()
         while True:
             left = max(int(ends_at - loop.time()), 0)
@@ -18131,7 +17860,6 @@ class Desk:
             await asyncio.sleep(min(rest_s, 1.0))
 
     async def with_new_codes(self, attempt: Callable[[], Awaitable[Json]]) -> Json:
-        """`attempt`, again as long as its code expires and the person wants another."""
         while True:
             try:
                 return await attempt()
@@ -18147,10 +17875,9 @@ class Desk:
 
 
 async def sign_in_copilot(desk: Desk, name: str, host: str, token: str) -> str:
-    """Signs in to Copilot at `host` ("" = as configured): who is signed in, for a person.
+    """Signs in at `host` ("" = as configured); returns who it is, for the user.
 
-    A `token` that is given is taken, else one is got by GitHub's device flow.  It is kept only when
-    Copilot takes it, or nobody can tell just now.
+    `token`: "" = GitHub's device flow.  It is saved unless Copilot refuses it.
     """
     config = desk.provider_config(name, "copilot")
     assert isinstance(config, CopilotConfig)
@@ -18172,7 +17899,6 @@ async def sign_in_copilot(desk: Desk, name: str, host: str, token: str) -> str:
 
 
 async def ask_github_device(desk: Desk, config: CopilotConfig) -> Json:
-    """GitHub's device flow: the token answer."""
     base = config.github_url.rstrip("/")
     headers = {"User-Agent": COPILOT_USER_AGENT}
     asked = {"client_id": COPILOT_CLIENT_ID, "scope": COPILOT_SCOPE}
@@ -18192,7 +17918,7 @@ async def ask_github_device(desk: Desk, config: CopilotConfig) -> Json:
 
 
 async def check_copilot(desk: Desk, config: CopilotConfig, token: str) -> tuple[Json, str]:
-    """(token file, words on who it is) for a GitHub token; raises SignInFailed at a refusal."""
+    """(token file content, whose it is for the user); raises SignInFailed if it is refused."""
     content: Json = {"type": "copilot", "github_token": token}
     try:
         content |= saved_token(await obtain_copilot_token(desk.client, config, token))
@@ -18224,19 +17950,17 @@ async def check_copilot(desk: Desk, config: CopilotConfig, token: str) -> tuple[
 
 @dataclass(slots=True)
 class KiroSignIn:
-    """How somebody wants to sign in to Kiro."""
-
     #: one of KIRO_METHODS, or "" to be asked
     method: str = ""
     #: of an organisation
     start_url: str = ""
     region: str = ""
-    #: instead of all that: an API key
+    #: an API key, instead of all that
     token: str = ""
 
 
 async def sign_in_kiro(desk: Desk, name: str, wish: KiroSignIn) -> str:
-    """Signs in to Kiro: who is signed in, for a person.  Raises SignInFailed."""
+    """Returns who is signed in, for the user.  Raises SignInFailed."""
     config = desk.provider_config(name, "kiro")
     assert isinstance(config, KiroConfig)
     method = wish.method or ("organisation" if wish.start_url else "")
@@ -18269,15 +17993,12 @@ async def sign_in_kiro(desk: Desk, name: str, wish: KiroSignIn) -> str:
 
 
 async def settle_kiro(desk: Desk, name: str, content: Json) -> str:
-    """Keeps a sign-in: who it is, for a person.  One that Kiro refuses gives way to the old one.
-
-    Raises SignInFailed.
-    """
+    """Saves a sign-in; if Kiro refuses it, restores the old one and raises SignInFailed."""
     file = desk.file(name)
     try:
         before = file.load()
     except ProgramError:
-        before = None  # it is kept aside, or only a link
+        before = None  # kept aside, or only a link
     await desk.keep(name, content)
     try:
         return await describe_kiro(desk, name)
@@ -18290,10 +18011,7 @@ async def settle_kiro(desk: Desk, name: str, content: Json) -> str:
 
 
 async def describe_kiro(desk: Desk, name: str) -> str:
-    """Who a new sign-in belongs to, which is kept with it; finds an organisation's profile.
-
-    Raises NotSignedIn where it is no good at all.
-    """
+    """Whose a new sign-in is, for the user; raises NotSignedIn if it is unusable."""
     config = desk.provider_config(name, "kiro")
     assert isinstance(config, KiroConfig)
     provider = KiroProvider(name, config, desk.paths, desk.client)
@@ -18312,7 +18030,6 @@ async def describe_kiro(desk: Desk, name: str) -> str:
 
 
 async def choose_profile(desk: Desk, provider: KiroProvider) -> None:
-    """An organisation's profile: found, or chosen where there are several."""
     login = await provider.account.login()
     if login.kind != "idc" or login.arn:
         return
@@ -18322,12 +18039,11 @@ async def choose_profile(desk: Desk, provider: KiroProvider) -> None:
     elif len(found) == 1:
         arn = next(iter(found))
     else:
-        return  # asked for with the first request, which says what to set
+        return  # the first request will say what to set
     await provider.account.save({"profile_arn": arn}, login)
 
 
 def check_organisation(start_url: str, region: str) -> None:
-    """Raises WrongUsage for what cannot be an organisation's."""
     if check_url(start_url) or not start_url.startswith("https://"):
         raise WrongUsage("--start-url: must be like https://d-1234567890.awsapps.com/start")
     if not AWS_REGION.fullmatch(region):
@@ -18335,7 +18051,7 @@ def check_organisation(start_url: str, region: str) -> None:
 
 
 async def sign_in_at_aws(desk: Desk, config: KiroConfig, start_url: str, region: str) -> Json:
-    """The device flow of AWS: token file content without its type.  Raises SignInFailed."""
+    """AWS's device flow: token file content without its type.  Raises SignInFailed."""
     check_organisation(start_url, region)
     base = (config.oidc_url or KIRO_OIDC_URL.format(region=region)).rstrip("/")
 
@@ -18431,7 +18147,7 @@ CALLBACK_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>a
 
 
 class CallbackListener:
-    """Waits on loopback for a browser to come back, once, with the right state (RFC 8252)."""
+    """Waits on loopback for the browser's redirect, once, with the right state (RFC 8252)."""
 
     def __init__(self, ticker: Ticker, state: str, option: str) -> None:
         self.ticker = ticker
@@ -18442,25 +18158,23 @@ class CallbackListener:
         self.port = 0
 
     async def listen(self) -> int:
-        """The first free port of those the portal knows; 0 where all are taken."""
+        """The first free port of those the portal knows; 0 if all are taken."""
         for port in KIRO_PORTAL_PORTS:
             with contextlib.suppress(OSError):
                 await self.open("127.0.0.1", port)
                 self.port = port
-                with contextlib.suppress(OSError):  # some machines have it, and call it localhost
+                with contextlib.suppress(OSError):  # localhost may be this one
                     await self.open("::1", port)
                 return port
         return 0
 
     async def open(self, host: str, port: int) -> None:
-        """Listens on one address; raises OSError."""
         config = ServerConfig(host=host, port=port, max_connections=16)
         server = Server(config, self.ticker, self.answer, self.write_error)
         await server.listen(open_listeners(host, port))
         self.servers.append(server)
 
     async def answer(self, request: Request) -> Response:
-        """The page that the browser ends at."""
         if request.headers.get("host") not in (f"localhost:{self.port}", f"127.0.0.1:{self.port}"):
             return self.page(421, "Not here", "This address is not served.")
         if request.path not in CALLBACK_PATHS or request.method != "GET":
@@ -18479,12 +18193,11 @@ class CallbackListener:
         return self.page(200, "That was it", "Close this window and go back to the terminal.")
 
     def write_error(self, error: ApiError, request: Request | None = None) -> Response:
-        """A request that is no good HTTP."""
         return self.page(error.status, "Not here", "This request cannot be answered.")
 
     @staticmethod
     def page(status: int, title: str, words: str) -> Response:
-        """Fixed text, which repeats nothing that came in."""
+        """Fixed text, which repeats nothing from the request."""
         headers = {
             "Cache-Control": "no-store",
             "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'",
@@ -18503,14 +18216,14 @@ class CallbackListener:
 async def wait_for_callback(
     desk: Desk, listener: CallbackListener, state: str, option: str
 ) -> Callback:
-    """What the browser brings back, or a person pastes; raises SignInFailed."""
+    """What the browser brings back, or the user pastes; raises SignInFailed."""
 
     async def read_pasted() -> Callback:
         while True:
             try:
                 pasted = await desk.console.line()
             except EOFError:
-                return await listener.found  # nobody can paste; the browser still can come
+                return await listener.found  # nothing can be pasted; the browser may still come
             try:
                 return read_callback(pasted, state, option)
             except ValueError as error:
@@ -18529,35 +18242,31 @@ async def wait_for_callback(
             future.cancel()
 
 
-# 16.3 sign-ins that other programs have on this machine
+# 16.3 sign-ins of other programs on this machine
 
 
 @dataclass(slots=True)
 class Found:
-    """One of them."""
+    """A sign-in of another program."""
 
-    #: the provider's type
     kind: str
-    #: whose it is, for a person
+    #: whose it is, for the user
     program: str
     path: str
-    #: what is known of whom it belongs to
+    #: what is known of the account
     account: str
-    #: of a token file
     content: Json = field(repr=False)
-    #: of GitHub
+    #: GitHub's; "" for Kiro
     host: str = ""
 
 
 def plugin_folder() -> str:
-    """Where the Copilot plugins of editors keep their sign-in."""
     base = os.environ.get("LOCALAPPDATA") if sys.platform == "win32" else None
     base = base or os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
     return os.path.join(base, "github-copilot")
 
 
 def copilot_found(program: str, path: str, host: str, user: str, token: str) -> Found:
-    """A GitHub token that was found."""
     content = {"type": "copilot", "github_token": token, "login": user}
     account = f"{user or 'an account'} at {host}"
     return Found("copilot", program, path, account, content, host)
@@ -18574,7 +18283,7 @@ def find_plugin_logins() -> list[Found]:
 
 
 def find_environment_login() -> list[Found]:
-    """The variable that the Copilot CLI looks at first."""
+    """The variable that the Copilot CLI reads first."""
     token = os.environ.get("COPILOT_GITHUB_TOKEN", "").strip()
     if not token or not TARGET.fullmatch(token):
         return []
@@ -18582,7 +18291,6 @@ def find_environment_login() -> list[Found]:
 
 
 def find_gh_login() -> list[Found]:
-    """GitHub's own command line, which is asked for its token."""
     try:
         said = subprocess.run(
             ["gh", "auth", "token"], capture_output=True, timeout=10, check=True, text=True
@@ -18594,7 +18302,7 @@ def find_gh_login() -> list[Found]:
 
 
 def kiro_found(program: str, path: str, content: Json, source: Json) -> Found:
-    """A sign-in of one of Kiro's own programs, which goes on using it."""
+    """A sign-in of one of Kiro's own programs, which keeps using it."""
     words = {"idc": "organisation", "builder_id": "AWS Builder ID", "external_idp": "company"}
     method: str = content["auth_method"]
     where = f" at {content['start_url']}" if method == "idc" and "start_url" in content else ""
@@ -18603,7 +18311,6 @@ def kiro_found(program: str, path: str, content: Json, source: Json) -> Found:
 
 
 def find_ide_login() -> list[Found]:
-    """The Kiro IDE."""
     path = os.path.expanduser("~/.aws/sso/cache/kiro-auth-token.json")
     try:
         content = read_ide_login(path)
@@ -18613,7 +18320,6 @@ def find_ide_login() -> list[Found]:
 
 
 def find_cli_logins(program: str, folder: str, path: str = "") -> list[Found]:
-    """The first sign-in in the database of kiro-cli or of Amazon Q."""
     base = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
     if sys.platform == "darwin":
         base = "~/Library/Application Support"
@@ -18631,7 +18337,7 @@ def find_cli_logins(program: str, folder: str, path: str = "") -> list[Found]:
     return []
 
 
-# What `auth import --from` takes, and whom to ask.
+# Values of `auth import --from`, and where they look.
 IMPORTS: dict[str, Callable[[], list[Found]]] = {
     "copilot-plugin": find_plugin_logins,
     "environment": find_environment_login,
@@ -18646,7 +18352,7 @@ ONLY_ON_REQUEST = ("gh",)  # its tokens can do more than Copilot
 
 
 def find_logins(origins: Iterable[str] = ()) -> list[Found]:
-    """What there is, from `origins` or from all that may be looked at without being asked."""
+    """From `origins`, or from all that may be searched without being asked for."""
     origins = origins or [name for name in IMPORTS if name not in ONLY_ON_REQUEST]
     return [found for name in origins for found in IMPORTS[name]()]
 
@@ -18662,9 +18368,9 @@ def target_name(config: Config, found: Found) -> str:
 
 
 async def import_logins(desk: Desk, found: list[Found], name: str, sure: bool) -> list[str]:
-    """Takes what a person agrees to, or with `sure` what replaces nothing: who is signed in now.
+    """Imports what the user agrees to, or with `sure` what replaces nothing.
 
-    `name` is the provider's, "" for a fitting one.  Raises SignInFailed where nothing came of it.
+    `name`: the provider's, "" for a matching one.  Raises SignInFailed if nothing was imported.
     """
     results: list[str] = []
     failures = 0
@@ -18698,7 +18404,6 @@ async def import_logins(desk: Desk, found: list[Found], name: str, sure: bool) -
 
 
 async def import_login(desk: Desk, found: Found, name: str) -> str:
-    """Makes a sign-in that was found the provider `name`'s: who it is, for a person."""
     config = desk.provider_config(name, found.kind)
     if isinstance(config, CopilotConfig):
         host = found.host if found.host != split_url(config.github_url)[1] else ""
@@ -18713,11 +18418,11 @@ async def import_login(desk: Desk, found: Found, name: str) -> str:
     )
 
 
-# 16.4 what there is
+# 16.4 accounts
 
 
 def account_row(name: str, entry: CopilotConfig | KiroConfig, file: TokenFile) -> Json:
-    """A provider's sign-in, without a secret; times in Unix seconds, None for never or unknown."""
+    """Without secrets; times in Unix seconds, None for never or unknown."""
     is_kiro = isinstance(entry, KiroConfig)
     kind = "" if isinstance(entry, KiroConfig) else split_url(entry.github_url)[1]
     row: Json = {"name": name, "type": entry.type, "enabled": entry.enabled, "kind": kind}
@@ -18747,7 +18452,6 @@ def account_row(name: str, entry: CopilotConfig | KiroConfig, file: TokenFile) -
 
 
 def account_rows(config: Config, paths: Paths) -> list[Json]:
-    """The sign-ins of all providers that need one."""
     return [
         account_row(name, entry, TokenFile(paths.token_file(name)))
         for name, entry in config.providers.items()
@@ -18756,10 +18460,7 @@ def account_rows(config: Config, paths: Paths) -> list[Json]:
 
 
 async def revoke_login(desk: Desk, name: str) -> str:
-    """Removes a sign-in from this machine: what is left to do, for a person.
-
-    Raises WrongUsage where there is none.  A running gateway notices at its next request.
-    """
+    """Returns what is left to do, for the user.  Raises WrongUsage and ProgramError."""
     path = desk.paths.token_file(name)
     known = [row["name"] for row in account_rows(desk.config, desk.paths)]
     is_folder = PROVIDER_NAME.fullmatch(name) and os.path.isdir(os.path.dirname(path))
@@ -18769,7 +18470,7 @@ async def revoke_login(desk: Desk, name: str) -> str:
     if not is_folder:
         raise ProgramError(f"{name}: there is no sign-in to remove")
     kind = "copilot"
-    with contextlib.suppress(ProgramError, ValueError):  # whatever it is, it goes
+    with contextlib.suppress(ProgramError, ValueError):  # removed whatever it is
         kept = load_private_json(path) or {}
         if text_of_key(kept, "type") == "kiro":
             kind = text_of_key(kept, "auth_method") or read_kiro_login(kept).kind
@@ -18777,7 +18478,7 @@ async def revoke_login(desk: Desk, name: str) -> str:
     try:
         async with file.lock() as lock:
             removed = file.remove()
-            with contextlib.suppress(OSError):  # a folder with more in it stays
+            with contextlib.suppress(OSError):  # a folder with other files in it stays
                 os.unlink(lock.path)
                 os.rmdir(os.path.dirname(path))
     except OSError as error:
@@ -18791,7 +18492,7 @@ async def revoke_login(desk: Desk, name: str) -> str:
 
 
 async def offer_sign_in(desk: Desk) -> None:
-    """The first start on a terminal: what is there to be used, or a way to sign in."""
+    """The first start on a terminal: offers what is on this machine, or a sign-in."""
     found = find_logins()
     say = desk.console.say
     options = {"copilot": "sign in to GitHub Copilot", "kiro": "sign in to Kiro"}
