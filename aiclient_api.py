@@ -19609,34 +19609,19 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 # 17.1 paths and the shield
 
-# How clients write the same path: /v1 twice, not at all, with slashes to spare.
+# Clients write the same path with /v1 twice, without it, and with extra slashes.
 SLASHES = re.compile(r"/{2,}")
 BARE_ENDPOINTS = (
-    "/chat/completions",
-    "/embeddings",
-    "/messages",
-    "/messages/count_tokens",
-    "/models",
-    "/responses",
-    "/responses/input_tokens",
-    "/status",
-    "/usage",
-)
-
-
-COSTLY_ENDPOINTS = (
-    "/v1/chat/completions",
-    "/v1/messages",
-    "/v1/responses",
-    "/v1/embeddings",
-)
-POLLED_ROUTES = ("/healthz", "/metrics", "/v1/status", "/v1/usage")  # by machines, all the time
-OPEN_ROUTES = ("/v1/models/", "/v1/responses/")  # with an id behind them
+    "/chat/completions", "/embeddings", "/messages", "/messages/count_tokens", "/models",
+    "/responses", "/responses/input_tokens", "/status", "/usage",
+)  # fmt: skip
+COSTLY_ENDPOINTS = ("/v1/chat/completions", "/v1/messages", "/v1/responses", "/v1/embeddings")
+POLLED_ROUTES = ("/healthz", "/metrics", "/v1/status", "/v1/usage")  # logged at debug level
+OPEN_ROUTES = ("/v1/models/", "/v1/responses/")  # followed by an id
 
 
 @functools.lru_cache(maxsize=256)
 def plain_path(path: str) -> str:
-    """The path as the route table knows it."""
     path = SLASHES.sub("/", path)
     path = path.rstrip("/") or "/"
     while path.startswith("/v1/v1/") or path == "/v1/v1":
@@ -19647,14 +19632,13 @@ def plain_path(path: str) -> str:
 
 
 def unanswered_status(error: BaseException) -> int:
-    """The status to count for a request whose handler was broken off: 499 is nginx's."""
+    """The status to count for a request whose handler was interrupted; 499 is nginx's."""
     if isinstance(error, WireError):
         return error.status
     return 499 if isinstance(error, (asyncio.CancelledError, ConnectionError)) else 500
 
 
 def needs_body(method: str) -> bool:
-    """Whether a method's requests carry JSON."""
     return method in ("POST", "PUT", "PATCH")
 
 
@@ -19662,7 +19646,7 @@ JSON_TYPE = re.compile(r"application/(?:[!#$&^_.+a-z0-9-]+\+)?json")
 
 
 class Shield:
-    """Keeps web pages out: they can reach loopback, and would spend the subscription."""
+    """Guards against DNS rebinding and cross-site requests: web pages can reach loopback."""
 
     def __init__(self, config: ServerConfig) -> None:
         own = {name.lower() for name in config.allowed_hosts}
@@ -19687,7 +19671,7 @@ class Shield:
         listed = origin is not None and self.is_listed(origin)
         if headers.get("sec-fetch-site", "").lower() == "cross-site" and not listed:
             raise Forbidden("Cross-site requests of browsers are refused.")
-        # Pages may send other kinds of body, or a body of no kind, without asking first.
+        # Pages may send other content types, or none, without a CORS preflight.
         kind = headers.get("content-type", "").partition(";")[0].strip(" \t").lower()
         empty = request.body.done and not kind
         if needs_body(request.method) and not empty and not JSON_TYPE.fullmatch(kind):
@@ -19697,12 +19681,11 @@ class Shield:
             )
 
     def is_own_host(self, host: str) -> bool:
-        """Whether a Host field names this gateway; compared whole, never by its beginning."""
+        """Whether a Host field names this gateway; whole names are compared, never prefixes."""
         name = (split_host(host) or ("",))[0].lower()
         return name.strip("[]") in self.hosts or is_loopback(name) or host.lower() in self.hosts
 
     def may_call(self, origin: str) -> bool:
-        """Whether a page of this origin may send requests."""
         if self.is_listed(origin):
             return True
         scheme, slashes, rest = origin.partition("://")
@@ -19712,14 +19695,13 @@ class Shield:
         return is_loopback(host[0])
 
     def is_listed(self, origin: str) -> bool:
-        """Whether an origin gets CORS grants; `:*` in the list stands for any port."""
+        """`:*` in the list stands for any port."""
         if origin in self.origins:
             return True
         base, colon, port = origin.rpartition(":")
         return bool(colon) and port.isdigit() and f"{base}:*" in self.origins
 
     def grants(self, request: Request) -> dict[str, str]:
-        """The CORS headers of an answer: none for origins that are not listed."""
         origin = request.headers.get("origin")
         if origin is None or not self.is_listed(origin):
             return {}
@@ -19732,7 +19714,6 @@ class Shield:
         }
 
     def preflight(self, request: Request) -> Response:
-        """The answer to a browser's question before its request."""
         grants = self.grants(request)
         if not grants:
             raise Forbidden("Web pages of this origin may not use the gateway.")
@@ -20209,15 +20190,15 @@ PAGE = """\
 
 
 def write_source(text: str) -> str:
-    """What a Content-Security-Policy calls an inline text: `'sha256-...'`."""
+    """The Content-Security-Policy source for an inline script or style: `'sha256-...'`."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 @functools.cache
 def write_page() -> tuple[bytes, dict[str, str]]:
-    """The page and its headers: the same for everybody, as it holds no figure and no name.
+    """The page and its headers: the same for everybody, as it holds no figures and no names.
 
-    Nothing but these very words may run or colour it, and it may ask nobody but this gateway.
+    The policy allows only this very script and style, and requests to this gateway only.
     """
     policy = (
         "default-src 'none'",
@@ -20241,24 +20222,15 @@ def write_page() -> tuple[bytes, dict[str, str]]:
 
 # 17.3 the gateway
 
-#: what /v1/status tells of `Daemon.status`: no path and no process, whatever is added there
+#: the fields of `Daemon.status` in /v1/status: an allowlist, as it must not show paths or pids
 TOLD_STATUS = (
-    "version",
-    "url",
-    "state",
-    "uptime_s",
-    "connections",
-    "requests_in_flight",
-    "memory_bytes",
-    "needs_key",
-    "log_lines_dropped",
-    "warnings",
-    "providers",
-)
+    "version", "url", "state", "uptime_s", "connections", "requests_in_flight", "memory_bytes",
+    "needs_key", "log_lines_dropped", "warnings", "providers",
+)  # fmt: skip
 
 
 def given_key(headers: Headers) -> str | None:
-    """The key a request carries; raises InvalidKey where there are two of a kind."""
+    """The key a request carries; raises InvalidKey if a header with a key is repeated."""
     if {"authorization", "x-api-key", "api-key"} & headers.repeated:
         raise InvalidKey("More than one key was sent.")
     scheme, _, value = headers.get("authorization", "").partition(" ")
@@ -20268,7 +20240,7 @@ def given_key(headers: Headers) -> str | None:
 
 
 def error_headers(error: ApiError) -> dict[str, str]:
-    """What the vendors' SDKs act on."""
+    """The error's own, and the `Retry-After` and `x-should-retry` that the vendors' SDKs obey."""
     headers = dict(error.headers)
     wait_s = error.retry_after
     if (error.status == 429 and error.retry is not False) or wait_s is not None:
@@ -20280,7 +20252,7 @@ def error_headers(error: ApiError) -> dict[str, str]:
 
 
 async def run_step(step: Callable[..., Result], *arguments: Any) -> Result:
-    """The result of a step that computes; after a long one, others have their turn first."""
+    """Runs a CPU-bound step; after a long one, lets other tasks run before it returns."""
     loop = asyncio.get_running_loop()
     begun_at = loop.time()
     result = step(*arguments)
@@ -20290,7 +20262,7 @@ async def run_step(step: Callable[..., Result], *arguments: Any) -> Result:
 
 
 class Gateway:
-    """What happens between a request and its answer.  It owns nothing but references."""
+    """What happens between a request and its response.  It owns nothing but references."""
 
     def __init__(
         self,
@@ -20304,7 +20276,7 @@ class Gateway:
         self.providers = providers
         self.ticker = ticker
         self.ledger = ledger
-        #: how the whole process stands, as Daemon.status tells it
+        #: `Daemon.status`
         self.status = status
         self.router = Router(config, list(providers))
         self.limiter = RateLimiter(config.server.rate_limit_seconds)
@@ -20333,8 +20305,6 @@ class Gateway:
     # -- layers, innermost first
 
     def with_rate_limit(self, inner: Handler) -> Handler:
-        """One client address may ask for an answer only every so often."""
-
         async def handle(request: Request) -> Response:
             if request.method == "POST" and plain_path(request.path) in COSTLY_ENDPOINTS:
                 now = asyncio.get_running_loop().time()
@@ -20346,13 +20316,13 @@ class Gateway:
         return handle
 
     def with_key(self, inner: Handler) -> Handler:
-        """Everything but the health check and the page wants a key, when there is one."""
+        """If keys are configured, everything but the health check and the page needs one."""
         keys = {"": self.config.api_key.encode()} if self.config.api_key else {}
         keys |= {name: key.encode() for name, key in self.config.api_keys.items()}
 
         async def handle(request: Request) -> Response:
             if keys and not self.is_open(request):
-                # latin-1 gives back the bytes that were sent
+                # latin-1 restores the bytes that were sent
                 given = (given_key(request.headers) or "").encode("latin-1")
                 matches = [name for name, key in keys.items() if hmac.compare_digest(given, key)]
                 if matches:
@@ -20369,13 +20339,11 @@ class Gateway:
 
     @staticmethod
     def is_open(request: Request) -> bool:
-        """Whether a request is answered without the key: clients probe before they sign in."""
+        """Whether a request needs no key: clients probe these paths before they authenticate."""
         path = plain_path(request.path)
         return path == "/healthz" or (path == "/" and request.method in ("HEAD", "GET"))
 
     def with_shield(self, inner: Handler) -> Handler:
-        """Web pages stay out, unless their origin is listed."""
-
         async def handle(request: Request) -> Response:
             self.shield.check(request)
             if request.method == "OPTIONS":
@@ -20385,8 +20353,6 @@ class Gateway:
         return handle
 
     def with_errors(self, inner: Handler) -> Handler:
-        """Every ApiError becomes an answer in the caller's dialect."""
-
         async def handle(request: Request) -> Response:
             try:
                 response = await inner(request)
@@ -20401,7 +20367,7 @@ class Gateway:
         return handle
 
     def with_log(self, inner: Handler) -> Handler:
-        """A request id; a line in the log, and a count, when the answer is out."""
+        """Sets the request id; logs and counts the request once its response has been sent."""
 
         async def handle(request: Request) -> Response:
             loop = asyncio.get_running_loop()
@@ -20440,7 +20406,7 @@ class Gateway:
         return handle
 
     def count_request(self, request: Request, status: int) -> None:
-        """Counts a request that has ended, by the route that it took."""
+        """Labels are routes, not paths: ids, and unknown paths, share one label each."""
         route = plain_path(request.path)
         if route not in self.routes:
             prefix = next((p for p in OPEN_ROUTES if route.startswith(p)), "")
@@ -20449,7 +20415,7 @@ class Gateway:
 
     @staticmethod
     def log_access(request: Request, response: Response, seconds: float, outcome: str) -> None:
-        """The access line: metadata only."""
+        """Metadata only."""
         headers, cost = response.headers, dict[str, str]()
         quiet = response.status < 400 and plain_path(request.path) in POLLED_ROUTES
         if request.answer is not None:
@@ -20472,10 +20438,9 @@ class Gateway:
             end=outcome or "ok",
         )
 
-    # -- answers that need no upstream
+    # -- responses that need no upstream
 
     def dialect_of(self, request: Request | None) -> Dialect:
-        """The dialect a request is answered in: asked for, the endpoint's, or the default."""
         if request is not None:
             asked = request.headers.get("x-output-format", "").lower()
             if asked in FORMATS:
@@ -20492,19 +20457,17 @@ class Gateway:
         return FORMATS[self.config.default_format]
 
     def write_error(self, error: ApiError, request: Request | None = None) -> Response:
-        """An error in the dialect of whoever asked."""
         dialect = self.dialect_of(request)
         request_id = (request and request.id) or "req_" + os.urandom(12).hex()
         body = dump_json(dialect.error_body(error, request_id))
         headers = error_headers(error)
         headers.update({"request-id": request_id, "x-request-id": request_id})
         headers["X-Content-Type-Options"] = "nosniff"
-        # Codex retries a 401 or 503 for minutes; only whoever speaks for the wire sets a status.
+        # The dialect chooses the status: Codex, for one, retries a 401 or 503 for minutes.
         status = dialect.error_status(error)
         return Response(status, body, headers)
 
     async def dispatch(self, request: Request) -> Response:
-        """The route table."""
         path = plain_path(request.path)
         methods = self.routes.get(path)
         if methods is None and path.startswith("/v1/models/"):
@@ -20521,45 +20484,40 @@ class Gateway:
         return await methods[method](request)
 
     async def get_health(self, request: Request) -> Response:
-        """`{"status": "ok"}`."""
         return Response(200, b'{"status":"ok"}')
 
     async def get_page(self, request: Request) -> Response:
-        """The page, for browsers; for programs, which probe this path, the health check."""
+        """The page for browsers, the health check for programs, which probe this path."""
         if not prefers_html(request.headers.get("accept", "")):
             return await self.get_health(request)
         page, headers = write_page()
         return Response(200, page, dict(headers), content_type="text/html; charset=utf-8")
 
     async def get_status(self, request: Request) -> Response:
-        """How things stand."""
         status = self.status()
         told = {name: status[name] for name in TOLD_STATUS if name in status}
         return Response(200, dump_json(told))
 
     async def post_telemetry(self, request: Request) -> Response:
-        """Older Claude Code sends its telemetry here: taken and thrown away."""
+        """Older Claude Code sends its telemetry here: read and discarded."""
         await request.read_body()
         return Response(200, b"{}")
 
     async def get_usage(self, request: Request) -> Response:
-        """What was used, and what it cost."""
         given = dict(urllib.parse.parse_qsl(request.query, keep_blank_values=True))
         return Response(200, dump_json(await self.report_usage(given)))
 
     async def report_usage(self, given: dict[str, str]) -> Json:
-        """The report for the parameters of `/v1/usage`; raises InvalidRequest."""
+        """`given` are the query parameters of `/v1/usage`; raises InvalidRequest."""
         query = read_usage_query(given, time.time())
         report = await self.ledger.report(query, self.config.limits)
         return {**report, "quota": quotas(self.providers)}
 
     async def get_metrics(self, request: Request) -> Response:
-        """What Prometheus scrapes."""
         text = self.ledger.metrics.render(read_status(self.status()))
         return Response(200, text.encode(), content_type=METRICS_TYPE)
 
     async def delete_usage(self, request: Request) -> Response:
-        """Resets the counters and returns the empty report."""
         await self.ledger.reset()
         return Response(200, dump_json(await self.report_usage({})))
 
@@ -20574,7 +20532,7 @@ class Gateway:
         streamed: bool = False,
         first_byte_at: float | None = None,
     ) -> None:
-        """Counts an answer, whatever has become of it; `first_byte_at` is monotonic."""
+        """Records a completion, successful or not; `first_byte_at` is monotonic."""
         duration_s = asyncio.get_running_loop().time() - request.begun_at
         status, kind = 200, ""
         if isinstance(failure, ApiError):
@@ -20591,7 +20549,7 @@ class Gateway:
             at=time.time() - duration_s,
             provider=provider.name,
             account=provider.user(),
-            model=OTHER if model.guessed and kind else model.id,  # anybody can make up a name
+            model=OTHER if model.guessed and kind else model.id,  # clients can make up any name
             label=self.label(request),
             dialect=dialect,
             streamed=streamed,
@@ -20605,42 +20563,39 @@ class Gateway:
         self.ledger.record(request.answer)
 
     def label(self, request: Request) -> str:
-        """Who asks: the name of the key, else the family of the user agent."""
         user_agent = request.headers.get("user-agent", "")
         return request.key_name or self.ledger.label(user_agent, self.config.limits)
 
     async def check_limits(
         self, request: Request, provider: Provider, body_hash: int | None
     ) -> None:
-        """Raises LimitReached; `body_hash` is None where the request was counted before."""
+        """Raises LimitReached; `body_hash` is None if the request was counted before."""
         label = self.label(request)
         await self.ledger.check(self.config.limits, provider.name, label, body_hash)
 
     async def post_count_tokens(self, request: Request) -> Response:
-        """Estimated here: never an upstream call, as Claude Code asks in bursts."""
+        """Estimated locally, without an upstream call: Claude Code asks in bursts."""
         body = await run_step(load_body, await request.read_body())
         message_list(body)
         return Response(200, dump_json({"input_tokens": estimate_request(body)}))
 
     async def post_input_tokens(self, request: Request) -> Response:
-        """The same estimate in the form of the responses API."""
         body = await run_step(load_body, await request.read_body())
         input_items(body)
         said = {"object": "response.input_tokens", "input_tokens": estimate_request(body)}
         return Response(200, dump_json(said))
 
     async def get_responses(self, request: Request) -> Response:
-        """A websocket is offered to nobody: clients then go on with POST."""
+        """WebSocket upgrades are refused; clients then fall back to POST."""
         if "upgrade" not in request.headers:
             raise MethodNotAllowed("/v1/responses takes POST.", headers={"Allow": "POST"})
         raise UpgradeRefused("Websockets are not offered here; use POST.")
 
     async def refuse_stored(self, request: Request) -> Response:
-        """`/v1/responses/ID` and what is below it."""
         raise NotStored("Responses are not stored by this gateway.", param="response_id")
 
     async def catalogues(self) -> dict[str, dict[str, Model]]:
-        """The models of every provider that can tell."""
+        """The models of each provider; those whose list is unavailable are logged and left out."""
         listed = {name: provider.listed() for name, provider in self.providers.items()}
         found = {name: models for name, models in listed.items() if models is not None}
         names = [name for name in listed if name not in found]
@@ -20657,9 +20612,9 @@ class Gateway:
         return {name: found[name] for name in self.providers if name in found}
 
     def rows(self, catalogues: dict[str, dict[str, Model]], raw: bool) -> list[Json]:
-        """The models to list: those that can be used, by their shortest unambiguous name.
+        """The rows of /v1/models: usable models by their shortest unambiguous names, and aliases.
 
-        `raw` adds what the upstream itself says of them.
+        `raw` adds the upstream's own entry.
         """
         found: list[tuple[str, Model]] = []
         ids = Counter(model for models in catalogues.values() for model in models)
@@ -20675,7 +20630,7 @@ class Gateway:
         return [self.row(shown, model) | dict.fromkeys(keys, model.raw) for shown, model in found]
 
     def look_up(self, name: str, catalogues: dict[str, dict[str, Model]]) -> Model | None:
-        """The model of a name, of an alias the first that there is; None where nobody has it."""
+        """The model for a name; for an alias, its first candidate that exists; otherwise None."""
         try:
             routes = [self.router.place(r, catalogues) for r in self.router.candidates(name, None)]
         except ApiError:
@@ -20690,7 +20645,7 @@ class Gateway:
         return None
 
     def row(self, shown: str, model: Model) -> Json:
-        """One model in both vendors' shapes at once: either SDK takes what it knows."""
+        """One model with the fields of both APIs: either SDK ignores what it does not know."""
         row: Json = {
             "id": shown,
             "object": "model",
@@ -20708,45 +20663,39 @@ class Gateway:
         }
         row.update({key: value for key, value in limits.items() if value})
         if model.guessed:
-            row["guessed"] = True  # from a built-in list: the service did not tell
+            row["guessed"] = True  # from a built-in list: the service sent none
         if shown in self.router.aliases:
             row["alias_of"] = self.router.aliases[shown]
         return row
 
     async def get_models(self, request: Request) -> Response:
-        """All models, in both vendors' shapes."""
         rows = self.rows(await self.catalogues(), "raw=1" in request.query.split("&"))
         first, last = (rows[0]["id"], rows[-1]["id"]) if rows else (None, None)
         ends = {"first_id": first, "last_id": last, "has_more": False}
         return Response(200, dump_json({"object": "list", "data": rows, **ends}))
 
     async def get_model(self, request: Request) -> Response:
-        """One model."""
         name = plain_path(request.path).removeprefix("/v1/models/")
         catalogues = await self.catalogues()
-        self.router.candidates(name, None)  # says what is wrong with a name
+        self.router.candidates(name, None)  # raises if the name is malformed
         model = self.look_up(name, catalogues)
         if model is None:
             raise self.router.not_found(name, catalogues)
         raw = {"raw": model.raw} if "raw=1" in request.query.split("&") else {}
         return Response(200, dump_json({**self.row(name, model), **raw}))
 
-    # -- the story of one conversation
+    # -- completions and embeddings
 
     async def post_chat(self, request: Request) -> Response:
-        """OpenAI chat completions."""
         return await self.converse(request, CHAT)
 
     async def post_messages(self, request: Request) -> Response:
-        """Anthropic messages."""
         return await self.converse(request, MESSAGES)
 
     async def post_responses(self, request: Request) -> Response:
-        """OpenAI responses."""
         return await self.converse(request, RESPONSES)
 
     async def post_embeddings(self, request: Request) -> Response:
-        """OpenAI embeddings, by a provider that has such models."""
         data = await request.read_body()
         body = await run_step(load_body, data)
         request.cancel_on_hangup(True)
@@ -20758,7 +20707,6 @@ class Gateway:
     async def embed(
         self, request: Request, body: Json, provider: Provider, model: Model
     ) -> Response:
-        """The embeddings of one model."""
         if not model.embeds:
             raise WrongDialect(f"{model.id} makes no embeddings.", param="model")
         try:
@@ -20780,17 +20728,16 @@ class Gateway:
         body_hash: int | None,
         ask: Callable[[Provider, Model], Awaitable[Response]],
     ) -> Response:
-        """The answer of the first candidate that gives one; of most names there is only one.
+        """The response of the first candidate that gives one; most names have only one candidate.
 
-        The next one is asked only while nothing has gone to the caller, and only where the error
-        says nothing against the request: as long as a response has not been returned, its head
-        has not gone out.
+        Falls back only on errors that are not the request's fault, and only while nothing has been
+        sent to the client: until a response is returned, its head has not gone out.
         """
         passed: list[tuple[str, ApiError]] = []
         for route in routes:
             try:
                 provider, model = await self.find_model(request, name, route)
-                if not provider.local:  # what answers on this machine costs nothing
+                if not provider.local:  # a local provider costs nothing
                     uncounted, body_hash = body_hash, None
                     await self.check_limits(request, provider, uncounted)
                 response = await ask(provider, model)
@@ -20809,7 +20756,6 @@ class Gateway:
 
     @staticmethod
     def pass_over(request: Request, name: str, route: Route, error: ApiError) -> None:
-        """Tells the log who was passed over, and why."""
         log_event(
             "info",
             "passed_over",
@@ -20821,7 +20767,7 @@ class Gateway:
         )
 
     async def find_model(self, request: Request, name: str, route: Route) -> tuple[Provider, Model]:
-        """Who answers, and as which model, by one route of a name; raises ModelNotFound."""
+        """The provider and the model that a route of a name leads to; raises ModelNotFound."""
         catalogues: dict[str, dict[str, Model]] = {}
         if not route.provider:
             catalogues = await self.catalogues()
@@ -20849,7 +20795,7 @@ class Gateway:
 
     @staticmethod
     def choose_dialect(model: Model, asked: Dialect) -> UpstreamDialect:
-        """The caller's own dialect where the model speaks it, else the least lossy."""
+        """The client's own dialect if the model speaks it, otherwise the least lossy one."""
         for name in DIALECT_ORDER[asked.name]:
             if name in model.dialects:
                 return UPSTREAM_DIALECTS[name]
@@ -20860,7 +20806,6 @@ class Gateway:
         )
 
     async def converse(self, request: Request, asked: Dialect) -> Response:
-        """One request for an answer, in the dialect `asked`."""
         data = await request.read_body()
         body = await run_step(load_body, data)
         outline = asked.outline(body)
@@ -20872,7 +20817,7 @@ class Gateway:
             outline.initiator = initiator
         request.cancel_on_hangup(True, patient=True)
         body_hash = hash(data)
-        del data  # it may be large, and the answer long
+        del data  # it may be large, and the response long
         routes = self.router.candidates(outline.model, request.headers.get("x-provider"))
         now = asyncio.get_running_loop().time
         held_until = now() + HOLD_LIST_SECONDS
@@ -20883,7 +20828,7 @@ class Gateway:
             try:
                 return await self.exchange(*told)
             except WrongDialect:
-                # The provider has crossed that dialect out; another one is tried once.
+                # The provider has just ruled that dialect out; another one is tried, once.
                 return await self.exchange(*told)
 
         return await self.first_answer(request, outline.model, routes, body_hash, ask)
@@ -20898,7 +20843,7 @@ class Gateway:
         model: Model,
         hold_s: float,
     ) -> Response:
-        """One attempt to have a request answered by one model; its status waits for `hold_s`."""
+        """One attempt with one model; the status is held back for up to `hold_s`."""
         spoken = self.choose_dialect(model, asked)
         answered = self.dialect_of(request)
 
@@ -20930,7 +20875,7 @@ class Gateway:
         terms: Terms,
         outline: Outline,
     ) -> Call:
-        """The upstream's body: the caller's own where it speaks that, else converted."""
+        """The upstream request: the client's body if the dialects match, otherwise converted."""
         legacy = asked is CHAT and "functions" in body and "tools" not in body
         terms.rewritten = asked is RESPONSES and searches_tools(body)
         effort = implied_effort(outline.model, model)
@@ -20961,7 +20906,7 @@ class Gateway:
 
 
 class Exchange:
-    """One upstream answer on its way to one client."""
+    """One upstream response on its way to one client."""
 
     def __init__(
         self,
@@ -20977,7 +20922,7 @@ class Exchange:
         self.provider = provider
         self.call = call
         self.flow = flow
-        #: the caller's dialect
+        #: the client's dialect
         self.asked = asked
         self.source: Source | None = None
         #: monotonic
@@ -20985,9 +20930,9 @@ class Exchange:
         self.counted = False
 
     async def run(self, hold_s: float) -> Response:
-        """The response; its status waits for the upstream's first event, for `hold_s` at most.
+        """The response; its status waits up to `hold_s` for the upstream's first event.
 
-        Once it is returned, this exchange is the answer: its head names who answers.
+        Once it is returned there is no fallback: its head names the provider and the model.
         """
         self.request.cancel_on_hangup(True, self.provider.local)
         if not self.flow.stream:
@@ -21016,15 +20961,14 @@ class Exchange:
 
     @staticmethod
     async def abandon(opening: asyncio.Future[bytes]) -> None:
-        """Ends an opening that nobody waits for any more."""
         if not opening.done():
             opening.cancel()
             await asyncio.wait((opening,))
         if not opening.cancelled():
-            opening.exception()  # known, or of no interest to anybody now
+            opening.exception()  # retrieved, or asyncio would log it
 
     async def open(self) -> bytes:
-        """Opens the upstream and returns the first bytes for the caller; all of them if whole."""
+        """Returns the client's first bytes, or all of them if the upstream does not stream."""
         with advising(self.provider):
             self.source = await self.provider.open(self.call)
         first = await self.source.first()
@@ -21040,7 +20984,7 @@ class Exchange:
         return data
 
     async def open_whole(self, first: bytes) -> bytes:
-        """An upstream that answered with one JSON object instead of a stream."""
+        """For an upstream that sends one JSON object instead of a stream."""
         assert self.source is not None
         whole = bytearray(first)
         while piece := await self.source.first():
@@ -21050,7 +20994,6 @@ class Exchange:
         return self.flow.feed_whole(bytes(whole))
 
     async def drain(self) -> None:
-        """Takes the rest of a stream for a caller that wants a whole answer."""
         assert self.source is not None
         while not self.flow.over:
             piece = await self.source.first()
@@ -21060,7 +21003,6 @@ class Exchange:
                 self.flow.end()
 
     async def run_whole(self) -> Response:
-        """The whole answer, or its error."""
         try:
             await self.open()
             body = self.flow.whole()
@@ -21071,7 +21013,7 @@ class Exchange:
         return Response(200, dump_json(body), self.headers())
 
     def headers(self) -> dict[str, str]:
-        """Who answered, what was left out, and what a whole answer cost."""
+        """No credits on a stream: what it costs is not known yet."""
         headers = {
             "x-aiclient-provider": self.provider.name,
             "x-aiclient-model": self.call.model.id,
@@ -21085,7 +21027,7 @@ class Exchange:
         return headers
 
     async def pump(self, outlet: Outlet, opening: asyncio.Future[bytes]) -> None:
-        """The stream: what has come, what comes, pings in silences, and a legal end."""
+        """Relays the stream, pings during silences, and always ends it properly."""
         flow, ticker = self.flow, self.gateway.ticker
         failure: BaseException | None = None
 
@@ -21102,7 +21044,7 @@ class Exchange:
         self.request.cancel_on_hangup(True, self.provider.local)
         try:
             if not opening.done():
-                flow.begun = True  # the head goes out before the upstream's first word
+                flow.begun = True  # the head goes out before the upstream's first event
                 outlet.write(flow.caller.ping(False))
             first = await opening
             assert self.source is not None
@@ -21116,7 +21058,7 @@ class Exchange:
         except ApiError as error:
             failure = error
             outlet.write(flow.end(error))
-        except Exception:  # noqa: BLE001 - a bug, while the client can still be told
+        except Exception:  # noqa: BLE001 - a bug: the client gets an error event
             failure = internal_error("a response could not be processed")
             outlet.write(flow.end(failure))
         except BaseException as error:
@@ -21128,12 +21070,11 @@ class Exchange:
             self.finish(failure)
 
     def stop(self) -> None:
-        """The server must end: the answer ends with an error in its dialect."""
+        """On shutdown: ends the stream with an error in the client's dialect."""
         if self.source is not None:
             self.source.fail(Overloaded("The gateway is stopping."))
 
     def finish(self, failure: BaseException | None) -> None:
-        """Gives the upstream back and counts the answer, once."""
         self.request.cancel_on_hangup(False)
         if self.source is not None:
             self.source.close(self.flow.ended)
@@ -21142,17 +21083,16 @@ class Exchange:
             self.count(failure)
 
     def count(self, failure: BaseException | None) -> None:
-        """What was tried, what it cost, and what became of the prompt cache."""
         call, ledger = self.call, self.gateway.ledger
         ledger.metrics.count_attempts(self.provider.name, call.attempts, call.refusals)
         if isinstance(failure, WrongDialect):
-            return  # of another dialect it is asked once more
+            return  # will be asked again in another dialect
         if self.source is not None and isinstance(failure, (QuotaExceeded, RateLimited)):
             self.provider.refused(call.model.id, failure)
         flow = self.flow
         usage = flow.usage
         if not usage.source and failure is not None and not isinstance(failure, ApiError):
-            usage = settle_usage(usage, flow.terms, flow.relay.said)  # whoever left pays for it too
+            usage = settle_usage(usage, flow.terms, flow.relay.said)  # a client that left pays, too
         self.gateway.record(
             self.request,
             self.provider,
