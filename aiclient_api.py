@@ -21111,37 +21111,35 @@ class Exchange:
 
 # ---- 18. Daemon --------------------------------------------------------------------------------
 #
-# One gateway per state folder: who holds the lock on daemon.pid is it.  The kernel drops the lock
-# when the last process that has it open ends, so a number in a file is never taken for life.
-# `start` takes the lock and opens the port, forks, and hands both to a fresh process, which reads
+# One gateway per state folder: the process that holds the lock on daemon.pid.  The kernel drops
+# the lock when the last process that has it open exits, so a stale pid is never trusted.
+# `start` takes the lock and opens the port, forks, and passes both to a fresh process, which reads
 # its Launch from standard input.  A restart does the same from inside the running process: the
 # successor has the same lock and the same sockets before the old process lets go of them.
 
 
 @dataclass(slots=True)
 class Launch:
-    """What a gateway process begins with, and hands to the process that replaces it."""
+    """What a gateway process starts with, and passes to its successor."""
 
-    #: of the command line; the key may be among them: never in argv or in a file
+    #: from the command line; the key may be among them: never in argv or in a file
     flags: dict[str, str | None] = field(default_factory=dict, repr=False)
-    #: how the program was called, for words that say what to type
+    #: argv[0], for hints on what to type
     program: str = "aiclient-api"
     #: "" = standard error
     log_file: str = ""
-    #: it runs in the background
     detached: bool = False
     #: as configured when the sockets were opened
     host: str = ""
     port: int = 0
-    #: a service manager opened the sockets: they stay whatever the configuration says
+    #: a service manager opened the sockets: they are kept whatever the configuration says
     activated: bool = False
-    #: descriptors: of the listening sockets, of the lock, of a pipe for the first report
+    #: descriptors: the listening sockets, the lock, a pipe for the first report
     listeners: list[int] = field(default_factory=list)
     lock: int = -1
     report: int = -1
 
     def descriptors(self) -> list[int]:
-        """All that a successor inherits."""
         return [number for number in (*self.listeners, self.lock, self.report) if number >= 0]
 
 
@@ -21149,23 +21147,20 @@ class Launch:
 
 
 def open_lock(path: str) -> int | None:
-    """The descriptor that holds the lock, -1 where there are none; None if another process has it.
-
-    Raises ProgramError.
-    """
+    """The lock's descriptor, -1 without fcntl, None if it is taken; raises ProgramError."""
     if fcntl is None:
         return -1
     try:
         handle = lock_file(path)
         if handle is not None:
-            os.ftruncate(handle, 0)  # the last daemon's number must not be taken for ours
+            os.ftruncate(handle, 0)  # the last daemon's pid must not be taken for ours
     except OSError as error:
         raise ProgramError(f"{path}: cannot be used as the lock: {error.strerror}") from None
     return handle
 
 
 def take_lock(path: str) -> int | None:
-    """As `open_lock`; whoever looks at the lock has it for a moment, which is waited for."""
+    """As `open_lock`, with retries: an `is_locked` elsewhere holds the lock for a moment."""
     until = time.monotonic() + LOOK_SECONDS
     while True:
         handle = open_lock(path)
@@ -21175,7 +21170,7 @@ def take_lock(path: str) -> int | None:
 
 
 def is_locked(path: str) -> bool:
-    """Whether a daemon lives; raises ProgramError where the file cannot be trusted."""
+    """Whether a daemon is alive; raises ProgramError if the file cannot be trusted."""
     if fcntl is None:
         return False
     try:
@@ -21194,9 +21189,9 @@ def is_locked(path: str) -> bool:
 
 
 def read_pid_file(path: str) -> tuple[int, str]:
-    """(process id, path of the control socket); (0, "") where it names none that may be asked.
+    """(process id, path of the control socket), or (0, "") if it names no other process.
 
-    Raises ProgramError where the file cannot be trusted.
+    Raises ProgramError if the file cannot be trusted.
     """
     try:
         with os.fdopen(open_trusted(path, "O_RDONLY", "O_NOFOLLOW"), "rb") as file:
@@ -21210,7 +21205,7 @@ def read_pid_file(path: str) -> tuple[int, str]:
 
 
 def write_pid_file(lock: int, socket_path: str) -> None:
-    """Puts this process in charge; raises OSError."""
+    """Written through the lock's descriptor; raises OSError."""
     if lock >= 0:
         data = os.fsencode(f"{os.getpid()}\n{socket_path}\n")
         os.pwrite(lock, data, 0)
@@ -21218,10 +21213,10 @@ def write_pid_file(lock: int, socket_path: str) -> None:
 
 
 def signal_daemon(path: str, pid: int, number: int) -> None:
-    """Sends a signal to the process that the file names, as long as it is a living daemon's.
+    """Signals the process that the file names, if it is a live daemon's.
 
-    The process is held by a descriptor where the system has such, and the lock is looked at
-    after that: a number that meanwhile belongs to another process hurts nobody.
+    Opens a pidfd, if the system has them, before it checks the lock: a process that has got the
+    same pid since is never signalled.
     """
     handle = -1
     try:
@@ -21234,7 +21229,7 @@ def signal_daemon(path: str, pid: int, number: int) -> None:
         else:
             os.kill(pid, number)
     except ProcessLookupError:
-        pass  # it has ended by itself
+        pass  # it has exited by itself
     except PermissionError:
         raise ProgramError(f"process {pid} belongs to another user") from None
     finally:
@@ -21246,7 +21241,6 @@ def signal_daemon(path: str, pid: int, number: int) -> None:
 
 
 def read_proc(path: str) -> str:
-    """A file of /proc; "" where it is not there, or not for us."""
     try:
         with open(path, encoding="ascii", errors="replace") as file:
             return file.read()
@@ -21255,16 +21249,16 @@ def read_proc(path: str) -> str:
 
 
 def listed_sockets(pid: str) -> list[str]:
-    """What the descriptors of a process are, as far as we may know: `socket:[INODE]`."""
+    """The link targets of a process's descriptors, such as `socket:[INODE]`."""
     folder = f"/proc/{pid}/fd"
     try:
         return [os.readlink(f"{folder}/{number}") for number in os.listdir(folder)]
     except OSError:
-        return []  # it has ended, or is another user's
+        return []  # it has exited, or is another user's
 
 
 def find_port_holder(port: int) -> str:
-    """`process 123 (nginx)`, which listens on `port`; "" where the system does not tell."""
+    """`process 123 (nginx)`, which listens on `port`; "" if unknown."""
     rows = (read_proc("/proc/net/tcp") + read_proc("/proc/net/tcp6")).splitlines()
     columns = [row.split() for row in rows]
     listening = [c for c in columns if len(c) > 9 and c[3] == "0A"]
@@ -21278,7 +21272,7 @@ def find_port_holder(port: int) -> str:
 
 
 def inherited_listeners(numbers: list[int]) -> list[socket.socket]:
-    """The listening sockets behind inherited descriptors; raises ProgramError for anything else."""
+    """Raises ProgramError for anything but TCP sockets."""
     found = []
     for number in numbers:
         try:
@@ -21301,7 +21295,7 @@ def activated_descriptors(environ: dict[str, str]) -> list[int]:
 
 
 def launch_listeners(launch: Launch, config: Config) -> list[socket.socket]:
-    """The sockets to listen on: inherited ones, or new ones.  Raises ProgramError."""
+    """Inherited sockets if they fit the configuration, otherwise new ones; raises ProgramError."""
     server = config.server
     same = (launch.host, launch.port) == (server.host, server.port)
     if launch.listeners and (same or launch.activated):
@@ -21311,7 +21305,7 @@ def launch_listeners(launch: Launch, config: Config) -> list[socket.socket]:
             check_exposure(config)
     else:
         for number in launch.listeners:
-            os.close(number)  # a port that nobody answers on must not look open
+            os.close(number)  # a port that is not served must not look open
         listeners = open_port(server)
     launch.host, launch.port = server.host, server.port
     launch.listeners = [listener.fileno() for listener in listeners]
@@ -21319,7 +21313,7 @@ def launch_listeners(launch: Launch, config: Config) -> list[socket.socket]:
 
 
 def open_port(server: ServerConfig) -> list[socket.socket]:
-    """New listening sockets; raises ProgramError, which names who has the port."""
+    """Raises ProgramError, which names the process that has the port."""
     try:
         return open_listeners(server.host, server.port)
     except OSError as error:
@@ -21333,10 +21327,10 @@ def open_port(server: ServerConfig) -> list[socket.socket]:
 
 # 18.3 the process
 
-# A background process runs bytecode: to compile this file takes half a second, and 30 MiB that are
-# never given back.  Whoever starts it reads the file and hands over the bytecode of just what was
-# read, so what runs is what `--version` hashes.  The Launch comes behind it: the flags of `start`,
-# the key among them, are not in the arguments that every user can list.
+# A background process runs bytecode: compiling this file takes half a second, and 30 MiB that are
+# never given back.  Its parent reads the file and passes the bytecode of exactly what was read, so
+# what runs is what `--version` hashes.  The Launch follows: the flags of `start`, the key among
+# them, are not in the arguments, which every user can list.
 LAUNCHER = """\
 import marshal, os, sys, types
 file, size = sys.argv[1], int(sys.argv[2])
@@ -21358,17 +21352,16 @@ sys.stdout.buffer.write(marshal.dumps(code))
 
 
 def program_file() -> str:
-    """The path of this file."""
     return os.path.realpath(__file__)
 
 
 def detached_command(bytecode: bytes) -> list[str]:
-    """The command of a process that waits for `bytecode`, and then for its Launch."""
+    """The process reads `bytecode` and then its Launch from standard input."""
     return [sys.executable, "-I", "-c", LAUNCHER, program_file(), str(len(bytecode))]
 
 
 def compile_program(source: bytes) -> bytes:
-    """The bytecode of this file, made by another process; raises ProgramError."""
+    """In a child process, so that its memory is given back; raises ProgramError."""
     command = [sys.executable, "-I", "-c", COMPILER, program_file()]
     try:
         done = subprocess.run(command, input=source, capture_output=True, check=False)
@@ -21382,7 +21375,7 @@ def compile_program(source: bytes) -> bytes:
 
 
 def hash_bytecode(source: bytes, bytecode: bytes) -> bytes:
-    """What ties bytecode to the source it was made from, and to the Python that made it."""
+    """Ties bytecode to its source, and to the Python that compiled it."""
     digest = hashlib.sha256(importlib.util.MAGIC_NUMBER + os.fsencode(program_file()))
     digest.update(source)
     digest.update(bytecode)
@@ -21392,8 +21385,8 @@ def hash_bytecode(source: bytes, bytecode: bytes) -> bytes:
 def load_bytecode(paths: Paths) -> bytes:
     """This file as it is now, compiled; raises ProgramError.
 
-    The state folder keeps it behind its hash.  Where that does not match, because the bytecode is
-    old, torn or another Python's, the file is compiled and the bytecode replaced.
+    The state folder caches it, preceded by its hash.  If that does not match, because the bytecode
+    is old, torn or another Python's, the file is compiled again and the cache replaced.
     """
     path = os.path.join(paths.bytecode_dir, f"aiclient_api.{sys.implementation.cache_tag}.pyc")
     try:
@@ -21422,10 +21415,10 @@ def load_bytecode(paths: Paths) -> bytes:
 
 
 def read_launch() -> Launch:
-    """The Launch on standard input, which then leads nowhere, as standard output does."""
+    """Reads standard input to its end; then it and standard output lead to /dev/null."""
     with os.fdopen(os.dup(0), "rb") as file:
         given = json.loads(file.read())
-    known = [item.name for item in fields(Launch)]  # another version may know others
+    known = [item.name for item in fields(Launch)]  # another version may have others
     launch = Launch(**{name: given[name] for name in known if name in given})
     sys.argv[:] = [launch.program]
     nowhere = os.open(os.devnull, os.O_RDWR)
@@ -21438,17 +21431,16 @@ def read_launch() -> Launch:
 
 
 def send_launch(stdin: IO[bytes], bytecode: bytes, launch: Launch) -> None:
-    """Writes both into the standard input of a process, and closes that."""
     data = dump_json({item.name: getattr(launch, item.name) for item in fields(launch)})
     try:
         with stdin:
             stdin.write(bytecode + data)
     except BrokenPipeError:
-        pass  # it has ended: that it says nothing tells
+        pass  # it has exited: read_report will notice
 
 
 def keep_descriptors(kept: list[int]) -> None:
-    """Lets the next program inherit these and the standard ones, and no other that is open."""
+    """Closes all descriptors but these and the standard ones; these become inheritable."""
     low = 3
     for number in sorted(kept):
         os.closerange(low, number)
@@ -21458,10 +21450,10 @@ def keep_descriptors(kept: list[int]) -> None:
 
 
 def fork_daemon(launch: Launch, paths: Paths, errors: int) -> None:
-    """Starts `launch` in a session of its own, its standard error in `errors`.
+    """Starts `launch` in its own session, with standard error in the descriptor `errors`.
 
-    Two forks: the process has no terminal and can never get one.  It must be called while there
-    is one thread only and no event loop.
+    Forks twice, so that the process can never acquire a terminal.  It must be called while there
+    is only one thread and no event loop.
     """
     bytecode = load_bytecode(paths)
     reader, writer = os.pipe()
@@ -21485,7 +21477,7 @@ def fork_daemon(launch: Launch, paths: Paths, errors: int) -> None:
 
 
 def read_report(handle: int, seconds: float) -> Json | None:
-    """What a new process says when it is ready, or why it is not; None when it says nothing."""
+    """The new process's status or `{"error"}`; None if it exits or times out without one."""
     os.set_blocking(handle, False)
     until = time.monotonic() + seconds
     said = b""
@@ -21502,7 +21494,7 @@ def read_report(handle: int, seconds: float) -> Json | None:
 
 
 def write_report(handle: int, report: Json) -> bool:
-    """Says it, and whether somebody was there to hear it."""
+    """False if nobody reads: the process that waits for the start has gone."""
     try:
         os.write(handle, dump_json(report))
     except BrokenPipeError:
@@ -21512,7 +21504,7 @@ def write_report(handle: int, report: Json) -> bool:
 
 
 def notify_manager(words: str) -> None:
-    """Tells systemd how things are, where it started us (sd_notify(3))."""
+    """Notifies systemd, if it started us: sd_notify(3)."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return
@@ -21524,7 +21516,7 @@ def notify_manager(words: str) -> None:
 
 
 def raise_descriptor_limit() -> None:
-    """As many open files as we may have: each answer needs two."""
+    """Each request in flight needs two descriptors."""
     if resource is None:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -21534,15 +21526,14 @@ def raise_descriptor_limit() -> None:
 
 
 def count_memory() -> int | None:
-    """Bytes of memory in use; None where the system does not tell."""
+    """Resident bytes; None without /proc."""
     figures = read_proc("/proc/self/statm").split()
     return int(figures[1]) * os.sysconf("SC_PAGE_SIZE") if len(figures) > 1 else None
 
 
 def count_open_files() -> int | None:
-    """Open files and sockets; None where the system does not tell."""
     try:
-        return len(os.listdir("/proc/self/fd")) - 1  # less the one that was open to look
+        return len(os.listdir("/proc/self/fd")) - 1  # less the one used to list them
     except OSError:
         return None
 
@@ -21556,13 +21547,12 @@ class RetiredGateway:
 
     requests: list[Request]
     providers: list[Provider]
-    #: the HTTP client, where a reload has replaced that as well
+    #: if the reload replaced it as well
     client: HttpClient | None
-    #: the providers come to rest, once no request uses them any more
+    #: waits for the providers to settle, once no request uses them any more
     settling: asyncio.Future[Any] | None = None
 
     def close(self) -> None:
-        """Ends what runs in the background, and closes the connections."""
         for provider in self.providers:
             provider.close()
         if self.client is not None:
@@ -21570,9 +21560,9 @@ class RetiredGateway:
 
 
 class Daemon:
-    """The running gateway: what it is made of, and how that is exchanged while it serves.
+    """The running gateway: it owns all parts, and replaces them while it serves.
 
-    It owns all of it.  Nothing here may be called from another thread than the event loop's.
+    Nothing here may be called from another thread than the event loop's.
     """
 
     def __init__(
@@ -21597,21 +21587,19 @@ class Daemon:
         self.state = "serving"
         self.ending = asyncio.Event()
         self.told_to_stop = False
-        #: monotonic: until then nobody needs to hear again that descriptors are lacking
+        #: monotonic: until then a lack of descriptors is not logged again
         self.full_until = 0.0
 
     def make_gateway(self, kept: dict[str, Provider]) -> Gateway:
-        """A gateway of the configuration; the providers in `kept` stay as they are."""
         providers = make_providers(self.config, self.paths, self.client, kept)
         return Gateway(self.config, providers, self.ticker, self.ledger, self.status)
 
     async def listen(self, listeners: list[socket.socket]) -> None:
-        """Begins to serve."""
         self.port = listeners[0].getsockname()[1]
         await self.server.listen(listeners)
 
     async def run(self) -> None:
-        """Serves until a signal, or a successor, ends it; then finishes what has begun."""
+        """Serves until a signal or a successor ends it; then lets requests in flight finish."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop)
@@ -21638,29 +21626,27 @@ class Daemon:
     # -- signals
 
     def stop(self) -> None:
-        """Stops accepting and finishes what has begun; asked a second time, ends at once."""
+        """Stops accepting and drains; a second call exits at once."""
         if self.told_to_stop:
             os._exit(1)
         self.told_to_stop = True
-        if self.state != "restarting":  # else as soon as the successor can be told as well
+        if self.state != "restarting":  # otherwise once the successor can be stopped as well
             self.end()
 
     def end(self) -> None:
-        """Makes `run` come to its end."""
         if self.state != "replaced":
             self.state = "stopping"
             notify_manager("STOPPING=1")
         self.ending.set()
 
     def reload_at_signal(self) -> None:
-        """As `reload`; what is wrong stands in the log."""
         try:
             self.reload()
         except ProgramError as error:
             log_event("error", "configuration_not_reloaded", reason=error)
 
     def reopen_log(self) -> None:
-        """For log rotation by others."""
+        """For log rotation by other programs."""
         try:
             if self.log_file is not None:
                 self.log_file.open()
@@ -21668,7 +21654,7 @@ class Daemon:
             log_event("error", "log_not_reopened", reason=error.strerror)
 
     def report_error(self, loop: asyncio.AbstractEventLoop, context: Json) -> None:
-        """Logs what nobody caught.  asyncio tells of every connection that lacks a file."""
+        """asyncio reports EMFILE for every connection: logged once per FULL_SECONDS."""
         error = context.get("exception")
         if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
             loop.default_exception_handler(context)
@@ -21680,10 +21666,10 @@ class Daemon:
     # -- reload
 
     def reload(self) -> Json:
-        """Takes the configuration as it is now; raises ConfigError, and keeps the old one then.
+        """Applies the configuration file; on ConfigError the old one stays in effect.
 
-        `{"changed": [KEY], "needs_restart": [KEY]}`.  Requests in flight end with what they began
-        with; a provider whose table is the same stays, with its tokens and its models.
+        `{"changed": [KEY], "needs_restart": [KEY]}`.  Requests in flight finish with what they
+        started with; a provider whose table is the same is kept, with its tokens and models.
         """
         new = load_config(self.paths, self.environ, self.launch.flags)
         changed = changed_settings(self.config, new)
@@ -21700,7 +21686,7 @@ class Daemon:
         return {"changed": changed, "needs_restart": [] if self.launch.activated else pinned}
 
     def exchange_gateway(self, old: Config) -> RetiredGateway:
-        """Makes the next request go to a new gateway; returns what the new one does without."""
+        """Sends new requests to a new gateway; returns what the new one does not use."""
         gateway, client, new = self.gateway, self.client, self.config
         kept = {}
         if old.network == new.network:
@@ -21722,7 +21708,7 @@ class Daemon:
         )
 
     def sweep(self, now: float) -> None:
-        """Closes what no request uses any more, once its providers have come to rest."""
+        """Closes what no request uses any more, once its providers have settled."""
         current = {connection.request for connection in self.server.connections}
         for entry in list(self.retired):
             entry.requests = [request for request in entry.requests if request in current]
@@ -21739,7 +21725,7 @@ class Daemon:
     async def restart(self) -> Json:
         """Hands the port to a new process with the same flags; returns that one's `status`.
 
-        Raises ProgramError where it does not come to serve: this process goes on then.
+        Raises ProgramError if that one does not start: this process keeps serving.
         """
         if self.state != "serving":
             raise ProgramError(f"the gateway is {self.state} already")
@@ -21754,7 +21740,7 @@ class Daemon:
             self.state = "serving"
         if self.told_to_stop:
             if "pid" in report:
-                os.kill(report["pid"], signal.SIGTERM)  # our child: its number is its own
+                os.kill(report["pid"], signal.SIGTERM)  # our child: its pid is not reused
             self.end()
             raise ProgramError("the gateway was told to stop meanwhile")
         if "error" in report:
@@ -21766,7 +21752,7 @@ class Daemon:
         return report
 
     def start_successor(self) -> Json:
-        """Starts another process on the same sockets and waits for its report (in a thread)."""
+        """Starts a process on the same sockets and waits for its report; runs in a thread."""
         with contextlib.ExitStack() as descriptors:
             try:
                 bytecode = load_bytecode(self.paths)
@@ -21793,7 +21779,7 @@ class Daemon:
             child.wait()
         return report or {"error": "the new process ended without a word; see the log"}
 
-    # -- what it tells
+    # -- status
 
     def status(self) -> Json:
         """`{"version", "pid", "url", "uptime_s", ..., "providers": [{"name", "type", ...}]}`."""
@@ -21825,12 +21811,10 @@ class Daemon:
         }
 
     def warnings(self) -> list[str]:
-        """What a person should know soon, in words: plans of which little is left."""
         now, rows = time.time(), self.gateway.providers.items()
         return [text for n, row in rows for text in quota_warnings(n, row.known_quota(), now)]
 
     def provider_status(self, name: str, entry: ProviderConfig, provider: Provider) -> Json:
-        """`Provider.status` with its name and type, and what the sign-in tells of the account."""
         found = {"name": name, "type": entry.type, "account": None, "plan": None}
         found |= provider.status()
         if not isinstance(provider, (CopilotProvider, KiroProvider)):
