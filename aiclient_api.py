@@ -21829,24 +21829,23 @@ class Daemon:
 
 # ---- 19. Control channel -----------------------------------------------------------------------
 #
-# A Unix socket; each message is a 4-byte big-endian length and then JSON.  Asked is
-# {"method": "status", "params": {}}, answered {"ok": true, "data": {...}} or
+# A Unix socket; each message is a 4-byte big-endian length and then JSON.  A request is
+# {"method": "status", "params": {}}, a response {"ok": true, "data": {...}} or
 # {"ok": false, "error": "..."}.  Threads of socketserver carry the bytes, one for each client; all
 # the work is done by the event loop, which is reached only by `run_coroutine_threadsafe`.
 # Secrets never travel over it.
 
-
-# Of the name under which a socket is made: it takes its place only when it listens, at once, so
-# that there is no moment without one, whoever had the place before.
+# A socket is created under a name with this suffix and renamed once it listens: there is no moment
+# without one, even if it replaces another.
 SOCKET_SUFFIX = ".new"
 
 
 class NoFrame(Exception):
-    """The peer has sent too much, or something else that is no frame."""
+    """The peer has sent too large a message, or something that is not a frame."""
 
 
 def receive_exactly(peer: socket.socket, size: int, by: float) -> bytes:
-    """`size` bytes, fewer when the peer ends first; raises OSError after the monotonic `by`."""
+    """`size` bytes, fewer at EOF; raises OSError after the monotonic deadline `by`."""
     data = bytearray()
     while len(data) < size:
         peer.settimeout(max(0.001, by - time.monotonic()))
@@ -21858,7 +21857,7 @@ def receive_exactly(peer: socket.socket, size: int, by: float) -> bytes:
 
 
 def read_frame(peer: socket.socket, seconds: float) -> bytes | None:
-    """The next message, None at the end; raises NoFrame, and OSError when it takes too long."""
+    """The next message, None at EOF; raises NoFrame, and OSError on a timeout."""
     by = time.monotonic() + seconds
     head = receive_exactly(peer, 4, by)
     if len(head) < 4:
@@ -21871,14 +21870,14 @@ def read_frame(peer: socket.socket, seconds: float) -> bytes | None:
 
 
 def write_frame(peer: socket.socket, message: Json) -> None:
-    """Sends one message; raises OSError when the peer does not take it in time."""
+    """Raises OSError, also if the peer does not read it in time."""
     data = dump_json(message)
     peer.settimeout(CONTROL_SECONDS)
     peer.sendall(len(data).to_bytes(4, "big") + data)
 
 
 def find_peer_user(peer: socket.socket) -> int | None:
-    """The user at the other end; None where the system does not tell."""
+    """The peer's user id; None if unknown."""
     if hasattr(socket, "SO_PEERCRED"):  # Linux: struct ucred
         data = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         return int(struct.unpack("3i", data)[1])
@@ -21889,7 +21888,7 @@ def find_peer_user(peer: socket.socket) -> int | None:
 
 
 def is_trusted_peer(peer: socket.socket) -> bool:
-    """Whether this user, or root, is at the other end; False too where it has gone."""
+    """Whether the peer is this user or root; False if it has hung up."""
     try:
         return find_peer_user(peer) in (None, 0, os.getuid())
     except OSError:
@@ -21897,7 +21896,7 @@ def is_trusted_peer(peer: socket.socket) -> bool:
 
 
 def check_socket(path: str) -> None:
-    """Raises OSError where anything but a socket of this user is at `path`: it would be lost."""
+    """Raises OSError if `path` is anything but a socket of this user: it would be lost."""
     if os.path.lexists(path):
         status = os.lstat(path)
         if not stat.S_ISSOCK(status.st_mode) or status.st_uid != os.getuid():
@@ -21906,9 +21905,9 @@ def check_socket(path: str) -> None:
 
 
 def check_private(folder: str) -> None:
-    """Makes a folder that nobody else can enter; raises ProgramError where it is not just that.
+    """Creates or checks a folder that nobody else can enter; raises ProgramError.
 
-    What is there already is not mended: in a folder for everybody it may be a trap.
+    An existing one is not repaired: in a shared folder such as /tmp it may be a trap.
     """
     try:
         if not os.path.lexists(folder):
@@ -21925,7 +21924,7 @@ def check_private(folder: str) -> None:
 
 
 def choose_socket_path(paths: Paths, environ: dict[str, str]) -> str:
-    """Where the control socket goes: a Unix socket's path must be short.  Raises ProgramError."""
+    """In the state folder, unless its path is too long for a socket; raises ProgramError."""
 
     def fits(path: str) -> bool:
         return len(os.fsencode(path)) + len(SOCKET_SUFFIX) <= MAX_SOCKET_PATH_BYTES
@@ -21947,17 +21946,15 @@ def choose_socket_path(paths: Paths, environ: dict[str, str]) -> str:
 
 
 class ControlServer:
-    """Serves the control socket in threads: `answer` turns a message's bytes into the answer."""
+    """Serves the control socket in threads; `answer` turns a request's bytes into the response."""
 
     def __init__(self, path: str, answer: Callable[[bytes], Json]) -> None:
         self.path = path
         slots = self.slots = threading.BoundedSemaphore(MAX_CONTROL_CLIENTS)
 
         class Channel(socketserver.BaseRequestHandler):
-            """One client, any number of messages."""
-
             def handle(self) -> None:
-                with contextlib.suppress(OSError):  # gone, or too slow: it had its time
+                with contextlib.suppress(OSError):  # it hung up or timed out
                     try:
                         while (data := read_frame(self.request, CONTROL_SECONDS)) is not None:
                             write_frame(self.request, answer(data))
@@ -21965,15 +21962,13 @@ class ControlServer:
                         write_frame(self.request, {"ok": False, "error": str(error)})
 
         class Listener(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
-            """A thread for each client, up to a number."""
-
             daemon_threads = True
             request_queue_size = 4 * MAX_CONTROL_CLIENTS
 
             def get_request(self) -> tuple[Any, Any]:
                 try:
                     return super().get_request()
-                except OSError:  # the client goes on waiting, and the socket goes on being ready
+                except OSError:  # still pending, and the socket still ready: do not spin
                     time.sleep(CONTROL_ACCEPT_SECONDS)
                     raise
 
@@ -21986,7 +21981,7 @@ class ControlServer:
                     return
                 try:
                     super().process_request(request, client_address)
-                except BaseException:  # no thread could be started that would release it
+                except BaseException:  # no thread was started that would release it
                     slots.release()
                     raise
 
@@ -22015,12 +22010,12 @@ class ControlServer:
         except BaseException:
             self.server.server_close()
             raise
-        # It ends with the process: an end of its own would need it to wake up all the time.
+        # It ends with the process: `shutdown` would need a short poll_interval.
         serving = functools.partial(self.server.serve_forever, poll_interval=3600)
         threading.Thread(target=serving, daemon=True).start()
 
     def close(self) -> None:
-        """Takes the socket away, unless it is a successor's, and lets answers go out (waits)."""
+        """Unlinks the socket, unless it is a successor's, and lets responses go out (blocks)."""
         try:
             if os.stat(self.path).st_ino == self.identity:
                 os.unlink(self.path)
@@ -22031,11 +22026,10 @@ class ControlServer:
             self.slots.acquire(timeout=max(0.0, by - time.monotonic()))
 
 
-# -- methods: an async function of (daemon, params), and a line in the table
+# -- methods: each an async function of (daemon, params) and a line in the table
 
 
 async def control_status(daemon: Daemon, params: Json) -> Json:
-    """`Daemon.status`."""
     return daemon.status()
 
 
@@ -22045,7 +22039,7 @@ async def control_models(daemon: Daemon, params: Json) -> Json:
 
 
 async def control_usage(daemon: Daemon, params: Json) -> Json:
-    """What /v1/usage answers to the same parameters; with `reset` after it was emptied."""
+    """As /v1/usage with the same parameters; with `reset`, after emptying it."""
     given = {name: str(value) for name, value in params.items() if name != "reset"}
     if params.get("reset"):
         await daemon.ledger.reset()
@@ -22055,7 +22049,7 @@ async def control_usage(daemon: Daemon, params: Json) -> Json:
 async def control_quota(daemon: Daemon, params: Json) -> Json:
     """`{"providers": {NAME: Quota.as_json() or {"error": TEXT}}}`, of those that have any.
 
-    Where a service does not answer, its error stands beside what was last known of it.
+    If a service fails, the error is added to what was last known of it.
     """
 
     async def ask(provider: Provider) -> Json | None:
@@ -22079,7 +22073,7 @@ async def control_config_show(daemon: Daemon, params: Json) -> Json:
 
 
 async def control_config_set(daemon: Daemon, params: Json) -> Json:
-    """Sets `key` to the words `value` in the file, and reloads; not for secrets."""
+    """`value` is text, as on the command line; secrets are refused."""
     key, value = need_str(params, "key"), need_str(params, "value")
     if is_secret_setting(key):
         raise ProgramError(f"{key}: secrets do not travel here; set it in the file, then reload")
@@ -22088,12 +22082,11 @@ async def control_config_set(daemon: Daemon, params: Json) -> Json:
 
 
 async def control_config_reload(daemon: Daemon, params: Json) -> Json:
-    """`Daemon.reload`."""
     return daemon.reload()
 
 
 async def switch_provider(daemon: Daemon, params: Json, enabled: str) -> Json:
-    """Persists and applies it; an enabled provider rests no more."""
+    """Saves and applies it; enabling a provider also ends its cool-downs."""
     name = need_str(params, "name")
     change_provider(daemon.paths, daemon.environ, name, enabled)
     done = daemon.reload()
@@ -22103,12 +22096,10 @@ async def switch_provider(daemon: Daemon, params: Json, enabled: str) -> Json:
 
 
 async def control_provider_enable(daemon: Daemon, params: Json) -> Json:
-    """Enables the provider `name`."""
     return await switch_provider(daemon, params, "true")
 
 
 async def control_provider_disable(daemon: Daemon, params: Json) -> Json:
-    """Disables the provider `name`."""
     return await switch_provider(daemon, params, "false")
 
 
@@ -22126,7 +22117,6 @@ async def control_logs_tail(daemon: Daemon, params: Json) -> Json:
 
 
 async def control_restart(daemon: Daemon, params: Json) -> Json:
-    """`Daemon.restart`."""
     return await daemon.restart()
 
 
@@ -22146,7 +22136,6 @@ CONTROL_METHODS: dict[str, Callable[[Daemon, Json], Awaitable[Json]]] = {
 
 
 async def answer_control(daemon: Daemon, data: bytes) -> Json:
-    """The answer to one message, whatever it is."""
     try:
         message = load_object(data)
         method = message.get("method") if message is not None else None
@@ -22163,7 +22152,7 @@ async def answer_control(daemon: Daemon, data: bytes) -> Json:
 
 
 def open_control(daemon: Daemon, path: str) -> ControlServer:
-    """The control channel of a daemon; raises ProgramError."""
+    """Raises ProgramError."""
     loop = asyncio.get_running_loop()
 
     def answer(data: bytes) -> Json:
@@ -22180,11 +22169,10 @@ def open_control(daemon: Daemon, path: str) -> ControlServer:
         raise ProgramError(f"{path}: cannot be made: {error.strerror}") from None
 
 
-# -- the other end, which needs no event loop
+# -- the client, which needs no event loop
 
 
 def not_running() -> NotRunning:
-    """The error where there is no daemon to ask."""
     start = f"{program_words(sys.argv[0])} start"
     return NotRunning(f"the gateway is not running; start it with: {start}")
 
@@ -22192,10 +22180,10 @@ def not_running() -> NotRunning:
 def ask_daemon(
     paths: Paths, method: str, params: Json | None = None, seconds: float = CONTROL_WORK_SECONDS
 ) -> Json:
-    """What the running daemon answers; raises NotRunning and ProgramError."""
+    """The `data` of the running daemon's response; raises NotRunning and ProgramError."""
     if fcntl is None:
         raise ProgramError("this needs a Unix socket, which this system has not")
-    for _ in range(2):  # a daemon that is being replaced may leave one question open
+    for _ in range(2):  # a daemon that is being replaced may drop one request
         pid, path = read_pid_file(paths.pid_file)
         if not path:
             break
