@@ -22215,7 +22215,6 @@ def ask_daemon(
 
 
 def make_environ() -> dict[str, str]:
-    """The environment as a plain dict."""
     return dict(os.environ)
 
 
@@ -22223,12 +22222,12 @@ def make_environ() -> dict[str, str]:
 
 
 def tell(*lines: str) -> None:
-    """Lines of a result for a person, with nothing in them that could steer a terminal."""
+    """Prints lines for a person, without control characters that could steer a terminal."""
     print("\n".join(map(one_line, lines)), flush=True)
 
 
 def shown_duration(seconds: float) -> str:
-    """`2 d 3 h`, `5 min 10 s`: the two largest units that count."""
+    """`2 d 3 h`, `5 min 10 s`: the two largest units that are not zero."""
     parts: list[str] = []
     left = int(seconds)
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")):
@@ -22239,23 +22238,22 @@ def shown_duration(seconds: float) -> str:
 
 
 def shown_figure(value: Any) -> str:
-    """A number in few characters, `-` for none."""
     return "-" if value is None else plain_figure(value)
 
 
 def shown_credits(value: float) -> str:
-    """Credits, of which an answer may cost a thousandth."""
+    """With more decimals if small: a request may cost a thousandth of a credit."""
     if 0 < value < 0.1:
         return f"{value:.4f}" if value >= 0.0001 else "<0.0001"
     return shown_figure(value)
 
 
 def shown_day(moment: float | None) -> str:
-    """A day in UTC, `-` for none."""
+    """In UTC; `-` for none."""
     return plain_day(moment or 0.0) or "-"
 
 
-# Eighths of a character; in a terminal that has no such letters whole ones.
+# Eighths of a character; terminals that cannot show them get `#`.
 BAR_STEPS = (
     " \N{LEFT ONE EIGHTH BLOCK}\N{LEFT ONE QUARTER BLOCK}\N{LEFT THREE EIGHTHS BLOCK}"
     "\N{LEFT HALF BLOCK}\N{LEFT FIVE EIGHTHS BLOCK}\N{LEFT THREE QUARTERS BLOCK}"
@@ -22264,7 +22262,7 @@ BAR_STEPS = (
 
 
 def shown_bar(share: float, width: int) -> str:
-    """A bar of so many characters for 1.0, without what it does not fill; never none for some."""
+    """`width` characters for 1.0, without padding; never empty unless `share` is 0."""
     share = min(max(share, 0.0), 1.0)
     try:
         BAR_STEPS.encode(sys.stdout.encoding or "ascii")
@@ -22279,7 +22277,6 @@ STATES = re.compile("|".join(COLOURS))
 
 
 def coloured(text: str) -> str:
-    """`text` with every state in its colour, where a terminal shows that."""
     if not sys.stdout.isatty() or "NO_COLOR" in os.environ:
         return text
     return STATES.sub(lambda found: f"\x1b[{COLOURS[found[0]]}m{found[0]}\x1b[0m", text)
@@ -22289,7 +22286,7 @@ FIGURE = re.compile(r"-|(?:~?<?[\d,.]+(?: %| ms| s)?)?")
 
 
 def table_lines(rows: list[list[str]]) -> list[str]:
-    """Rows as lines with aligned columns, figures to the right; nothing can steer a terminal."""
+    """Columns are aligned, figures to the right; control characters are removed."""
     columns = list(zip(*(map(one_line, row) for row in rows), strict=True))
     for index, column in enumerate(columns):
         width = max(map(len, column))
@@ -22300,7 +22297,7 @@ def table_lines(rows: list[list[str]]) -> list[str]:
 
 
 def print_table(head: tuple[str, ...], rows: list[list[str]], spare: tuple[str, ...] = ()) -> None:
-    """Columns as wide as they must be; where that is too wide, those in `spare` go, in order."""
+    """If it is too wide for the terminal, the columns in `spare` are dropped, in order."""
     table = [list(head), *rows]
     for name in spare:
         if max(map(len, table_lines(table))) > shutil.get_terminal_size().columns:
@@ -22310,7 +22307,7 @@ def print_table(head: tuple[str, ...], rows: list[list[str]], spare: tuple[str, 
 
 
 def show(options: argparse.Namespace, found: Json, print_it: Callable[[Json], None]) -> int:
-    """A table on a terminal, JSON with --json or in a pipe; the exit status of success."""
+    """A table on a terminal, JSON with --json or in a pipe; returns the exit status 0."""
     if options.json or not sys.stdout.isatty():
         text = json.dumps(found, indent=2, ensure_ascii=False)
         print(UNSEEN.sub(lambda c: c[0] if c[0] == "\n" else json.dumps(c[0])[1:-1], text))
@@ -22320,7 +22317,6 @@ def show(options: argparse.Namespace, found: Json, print_it: Callable[[Json], No
 
 
 def print_ready(status: Json) -> None:
-    """What a person needs next: address, providers, a first request to paste."""
     url = status["url"]
     tell(f"aiclient-api {status['version']} listening on {url} (process {status['pid']})")
     for row in status["providers"]:
@@ -22337,7 +22333,6 @@ def print_ready(status: Json) -> None:
 
 
 def shown_rest(rest: Json) -> str:
-    """Why something rests, and until when, for people."""
     who = "all models rest" if rest["model"] == "*" else f"{rest['model']} rests"
     how_long = "while one request tries" if rest["probing"] else f"for {rest['seconds']} s"
     at = rest["passes_at"]
@@ -22346,7 +22341,6 @@ def shown_rest(rest: Json) -> str:
 
 
 def print_status(status: Json) -> None:
-    """`status` for people."""
     uptime = shown_duration(status["uptime_s"])
     tell(f"aiclient-api {status['version']}, process {status['pid']}, {status['state']}: {uptime}")
     memory = status["memory_bytes"]
@@ -22386,7 +22380,6 @@ def print_status(status: Json) -> None:
 
 
 def print_accounts(found: Json) -> None:
-    """`auth list` for people."""
     rows = []
     for row in found["accounts"]:
         health = row["health"] if row["enabled"] else f"disabled; {row['health']}"
@@ -22396,7 +22389,6 @@ def print_accounts(found: Json) -> None:
 
 
 def print_models(found: Json) -> None:
-    """`models` for people."""
     rows = [
         [
             row["id"],
@@ -22411,20 +22403,12 @@ def print_models(found: Json) -> None:
 
 BAR_WIDTH = 10
 USAGE_HEAD = (
-    "REQUESTS",
-    "ERRORS",
-    "INPUT",
-    "CACHED",
-    "OUTPUT",
-    "CREDITS",
-    "TIME",
-    "FIRST BYTE",
-    "TOKENS",
-)
+    "REQUESTS", "ERRORS", "INPUT", "CACHED", "OUTPUT", "CREDITS", "TIME", "FIRST BYTE", "TOKENS",
+)  # fmt: skip
 
 
 def usage_cells(row: Json, most: int) -> list[str]:
-    """A row of `/v1/usage` under USAGE_HEAD; ~ is before what was not all reported."""
+    """A row of `/v1/usage` under USAGE_HEAD; ~ marks what was not all reported."""
     rough = "" if row["token_sources"].keys() <= {"reported"} else "~"
     cost_rough = "" if row["credit_sources"].keys() <= {"reported"} else "~"
     prompt, total = row["input_tokens"], row["total_tokens"]
@@ -22444,7 +22428,7 @@ def usage_cells(row: Json, most: int) -> list[str]:
 
 
 def usage_table(report: Json) -> tuple[list[str], list[Json]]:
-    """(the names of what tells rows apart, the rows) of a report: by model unless asked else."""
+    """(names of the group columns, rows) of a report; by model, unless grouped otherwise."""
     if "rows" in report:
         return list(USAGE_GROUPS[report["by"]]), report["rows"]
     rows = [
@@ -22456,7 +22440,6 @@ def usage_table(report: Json) -> tuple[list[str], list[Json]]:
 
 
 def print_usage(report: Json) -> None:
-    """`usage` for people."""
     names, rows = usage_table(report)
     most = max((row["total_tokens"] for row in rows), default=0)
     cells = [[*(str(row[n]) for n in names), *usage_cells(row, most)] for row in rows]
@@ -22479,7 +22462,6 @@ def print_usage(report: Json) -> None:
 
 
 def print_recent(answers: list[Json]) -> None:
-    """Single answers, the newest first."""
     rows = []
     for row in answers:
         rough = "" if row["input_source"] in ("reported", None) else "~"
@@ -22504,7 +22486,6 @@ def print_recent(answers: list[Json]) -> None:
 
 
 def print_usage_csv(report: Json) -> None:
-    """`usage --csv`: answers or conversations where they were asked for, else the table's rows."""
     names, rows = usage_table(report)
     rows = report.get("recent", rows)
     if "cache" in report:
@@ -22519,7 +22500,6 @@ def print_usage_csv(report: Json) -> None:
 
 
 def print_cache(report: Json) -> None:
-    """`usage --cache` for people."""
     rows, hints = [], []
     found = report["cache"]["conversations"]
     for row in found:
@@ -22549,14 +22529,14 @@ def print_cache(report: Json) -> None:
 
 
 def shown_share(percent: float | None) -> str:
-    """` 42 %  ####`, `-` for none; 100 % only where it is all used."""
+    """` 42 %  ####`, `-` for none; 100 % only if all is used."""
     if percent is None:
         return "-"
     return f"{int(percent):3d} %  {shown_bar(percent / 100, BAR_WIDTH)}"
 
 
 def shown_reset(moment: float | None, now: float) -> str:
-    """`2026-12-01, 9 days`: a day in UTC, and how far that is; `-` for none."""
+    """`2026-12-01, 9 days`: the day in UTC, and the time left; `-` for none."""
     if not moment or moment <= now:
         return shown_day(moment)
     days = math.ceil((moment - now) / 86400)
@@ -22576,7 +22556,6 @@ def shown_left(row: Json) -> str:
 
 
 def quota_rows(name: str, quota: Json, now: float) -> list[list[str]]:
-    """The rows of one provider in the table of `quota`."""
     first, rows = [name, quota["plan"] or "-"], []
     for row in quota["allowances"]:
         resets = shown_reset(row["resets_at"], now)
@@ -22593,7 +22572,7 @@ def quota_rows(name: str, quota: Json, now: float) -> list[list[str]]:
 
 
 def quota_notes(name: str, quota: Json, now: float) -> list[str]:
-    """What the table does not say of one provider: overage, and how old it is."""
+    """What the table does not show: overage, and the age of figures after an error."""
     notes = [
         f"{name}: {row['name']}: {shown_figure(row['overage_used'])} beyond the limit"
         for row in quota.get("allowances", ())
@@ -22607,7 +22586,6 @@ def quota_notes(name: str, quota: Json, now: float) -> list[str]:
 
 
 def print_quota(found: Json) -> None:
-    """`quota` for people."""
     now, rows, notes = time.time(), [], []
     for name, quota in found["providers"].items():
         rows += quota_rows(name, quota, now) if "allowances" in quota else []
@@ -22618,13 +22596,11 @@ def print_quota(found: Json) -> None:
 
 
 def print_settings(found: Json) -> None:
-    """`config show` for people."""
     rows = [[r["key"], write_toml(r["value"]), r["origin"]] for r in found["settings"]]
     print_table(("KEY", "VALUE", "FROM"), rows)
 
 
 def print_changes(done: Json) -> None:
-    """What a reload did."""
     tell("changed: " + (", ".join(done["changed"]) or "nothing"))
     if done["needs_restart"]:
         keys = ", ".join(done["needs_restart"])
@@ -22641,9 +22617,9 @@ async def serve(
     listeners: list[socket.socket],
     report: Callable[[Json], bool],
 ) -> int:
-    """Runs the gateway until it is told to end; every object is made here.  The exit status.
+    """Creates every object and runs the gateway until it is stopped; returns the exit status.
 
-    `report` hears of the status when all is ready, and says whether somebody waited for it.
+    `report` gets the status when all is ready, and returns whether somebody waited for it.
     """
     try:
         log_file = start_log(config.logging.level, launch.log_file, launch.detached)
@@ -22672,7 +22648,7 @@ async def serve(
 
 
 def main_detached() -> int:
-    """What a background process runs: its Launch comes on standard input.  The exit status."""
+    """The entry point of a background process, named in LAUNCHER; returns the exit status."""
     launch = read_launch()
     handle, launch.report = launch.report, -1
 
@@ -22689,12 +22665,12 @@ def main_detached() -> int:
         listeners = launch_listeners(launch, config)
         return run_in_loop(serve(launch, paths, config, listeners, report))
     except ProgramError as error:
-        write_report(handle, {"error": str(error)})  # whose end is that of this process
+        write_report(handle, {"error": str(error)})  # closed when this process exits
         return error.exit_status
 
 
 def await_daemon(paths: Paths) -> Json | None:
-    """The status of the daemon that has the lock, once it serves; None if it gives the lock up."""
+    """The status of the daemon that has the lock, once it serves; None if it releases the lock."""
     until = time.monotonic() + START_SECONDS
     while True:
         try:
@@ -22712,7 +22688,7 @@ def await_daemon(paths: Paths) -> Json | None:
 
 
 def tell_running(status: Json, asked: bool) -> int:
-    """`start` where a gateway runs: success, unless it was `asked` to be another one."""
+    """`start` while a gateway runs: fails only if other settings were `asked` for."""
     tell(f"aiclient-api runs already: {status['url']} (process {status['pid']})")
     if not asked:
         return 0
@@ -22720,7 +22696,6 @@ def tell_running(status: Json, asked: bool) -> int:
 
 
 def ask_health(url: str) -> bool:
-    """Whether the gateway at `url` answers."""
     parts = urllib.parse.urlsplit(url)
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(parts.hostname or "", parts.hostname)
     try:
@@ -22732,7 +22707,7 @@ def ask_health(url: str) -> bool:
 
 
 def last_lines(path: str, begin: int) -> tuple[str, ...]:
-    """What a log says from the byte `begin` on, the last lines of it."""
+    """The last lines of a log, from the byte offset `begin` on."""
     try:
         with open(path, "rb") as file:
             file.seek(begin)
@@ -22743,7 +22718,6 @@ def last_lines(path: str, begin: int) -> tuple[str, ...]:
 
 
 def start_detached(launch: Launch, paths: Paths) -> int:
-    """Starts the gateway in the background and waits until it answers; raises ProgramError."""
     log = launch.log_file
     try:
         log_file = start_log("info", log)
@@ -22770,9 +22744,9 @@ KEY_VARIABLE = "AICLIENT_START_KEY"
 
 
 def hide_key(options: argparse.Namespace) -> None:
-    """Begins the program anew without --api-key, as everybody on a machine can read command lines.
+    """Re-executes the program without --api-key: all users of a machine can read command lines.
 
-    The key goes by the environment, which only its user can read, and is taken out of there.
+    The key travels in the environment, which only its user can read, and is removed from there.
     """
     if options.api_key is None:
         options.api_key = os.environ.pop(KEY_VARIABLE, None)
@@ -22816,7 +22790,7 @@ def cmd_start(options: argparse.Namespace) -> int:
         launch.listeners = activated_descriptors(environ)
         launch.activated = bool(launch.listeners)
     listeners = launch_listeners(launch, config)
-    # All is checked and nothing is forked: a person at the terminal can still be asked.
+    # Everything is checked and nothing is forked yet: it can still ask at the terminal.
     accounts = [row for row in account_rows(config, paths) if row["enabled"]]
     is_new = accounts and all(row["health"] == "not signed in" for row in accounts)
     if is_new and Console().interactive:
@@ -22841,7 +22815,7 @@ def cmd_stop(options: argparse.Namespace) -> int:
     try:
         drain_s = load_config(paths, environ, {}).server.drain_seconds
     except ConfigError:
-        drain_s = ServerConfig().drain_seconds  # what is broken has to go all the same
+        drain_s = ServerConfig().drain_seconds  # a broken configuration must not keep it running
     kill_at = time.monotonic() + drain_s + INSIST_SECONDS
     number, told = signal.SIGTERM, set()
     while is_locked(path):
@@ -22874,7 +22848,7 @@ def at_desk(
 ) -> Result:
     """Runs `work` with what a sign-in needs.
 
-    A running gateway sees a new token file by itself; of a new provider it is told.
+    A running gateway notices a new token file by itself; for a new provider it is reloaded.
     """
     before = dict(config.providers)
 
@@ -22898,7 +22872,6 @@ def at_desk(
 
 
 def load_desk() -> tuple[Config, Paths]:
-    """(configuration, paths) of a command about accounts."""
     paths = find_paths(dict(os.environ))
     config = load_config(paths, dict(os.environ), {})
     start_log("warning")
@@ -22906,7 +22879,7 @@ def load_desk() -> tuple[Config, Paths]:
 
 
 def read_secret(prompt: str) -> str:
-    """A token from standard input: typed unseen, or piped."""
+    """From standard input: typed without echo, or piped."""
     try:
         text = getpass.getpass(prompt) if is_terminal(sys.stdin) else sys.stdin.readline()
     except (EOFError, UnicodeDecodeError):
@@ -23013,7 +22986,7 @@ def cmd_usage(options: argparse.Namespace) -> int:
 
 
 def load_usage(paths: Paths, given: dict[str, str]) -> Json:
-    """The report without a gateway; raises ProgramError."""
+    """From the file, without a gateway; raises ProgramError."""
     now = time.time()
     try:
         query = read_usage_query(given, now)
@@ -23034,7 +23007,7 @@ def cmd_quota(options: argparse.Namespace) -> int:
 
 
 def reload_if_running(paths: Paths) -> Json | None:
-    """What the running gateway makes of a changed file; None where none runs."""
+    """As `Daemon.reload`; None if no gateway is running."""
     try:
         return ask_daemon(paths, "config.reload")
     except NotRunning:
@@ -23044,7 +23017,7 @@ def reload_if_running(paths: Paths) -> Json | None:
 
 
 def tell_saved(paths: Paths, key: str = "") -> int:
-    """Applies a changed file and says what that did, also where something else beats `key`."""
+    """Applies a changed file; reports what changed, and whether something overrides `key`."""
     done = reload_if_running(paths)
     tell(f"saved in {paths.config_file}")
     if done is None:
@@ -23088,12 +23061,11 @@ INIT_HEAD = "# aiclient-api; README.md lists every setting.\n"
 
 
 def ask_line(question: str, default: str) -> str:
-    """A person's answer; `default` for an empty one."""
     return input(f"{question} [{default}]: ").strip() or default
 
 
 def ask_settings() -> dict[str, str]:
-    """What the wizard asks: key -> words."""
+    """Setting -> text, as for `change_setting`."""
     print("Which service should answer when a model's name does not tell?")
     settings = {"default_provider": ask_line("copilot, kiro or echo", "copilot")}
     settings["server.port"] = ask_line("Port to listen on", "9090")
@@ -23125,7 +23097,6 @@ def cmd_config_init(options: argparse.Namespace) -> int:
 
 
 def switch_one(options: argparse.Namespace, method: str, enabled: str) -> int:
-    """Enables or disables a provider, in the running gateway too where there is one."""
     environ = make_environ()
     paths = find_paths(environ)
     try:
@@ -23152,7 +23123,7 @@ def cmd_provider_disable(options: argparse.Namespace) -> int:
 
 
 def find_log(paths: Paths) -> str:
-    """The file that the gateway logs to; raises ProgramError where it has none."""
+    """The file that the gateway logs to; raises ProgramError if it has none."""
     try:
         path = ask_daemon(paths, "status", seconds=CONTROL_SECONDS).get("log_file")
     except ProgramError:
@@ -23163,12 +23134,12 @@ def find_log(paths: Paths) -> str:
 
 
 def follow_log(file: TextIO, path: str, level: str) -> None:
-    """Prints what is added to a log, through its rotations, until interrupted."""
+    """Prints new lines of a log, across rotations, until interrupted."""
     wanted = LogFilter(level)
     rest = ""
     while True:
         is_moved = not is_open_at(file, path)
-        piece = rest + file.read()  # after the look: all that the moved file will ever hold
+        piece = rest + file.read()  # after the check: all that the moved file will ever hold
         *lines, rest = piece.split("\n")
         for line in filter(wanted.takes, lines):
             tell(line)
@@ -23180,7 +23151,7 @@ def follow_log(file: TextIO, path: str, level: str) -> None:
 
 
 def is_open_at(file: TextIO, path: str) -> bool:
-    """Whether `path` still is the file that is open."""
+    """False once the open file has been rotated away from `path`."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except FileNotFoundError:
@@ -23207,7 +23178,7 @@ SERVICE_NAME = "aiclient-api"
 
 
 def quote_unit(text: str) -> str:
-    """A value in a systemd unit, where `%`, quotes and backslashes mean something.
+    """A value in a systemd unit, where `%`, quotes and backslashes are special.
 
     Variables are expanded in commands only: see `unit_command`.
     """
@@ -23227,18 +23198,17 @@ def unit_command(command: list[str]) -> str:
 
 
 def service_command(*words: str) -> list[str]:
-    """The command that a service manager runs: this file, by this Python, nothing else."""
     return [sys.executable, "-I", os.path.realpath(__file__), *words]
 
 
 def service_environment(environ: dict[str, str]) -> dict[str, str]:
-    """What decides where files are; secrets stay out of world-readable places."""
+    """What decides where files are.  No secrets: service files are world-readable."""
     names = ("XDG_CONFIG_HOME", "XDG_STATE_HOME")
     return {name: environ[name] for name in names if environ.get(name)}
 
 
 def systemd_unit(environ: dict[str, str]) -> str:
-    """The user unit.  A restart by `aiclient-api restart` changes its main process."""
+    """NotifyAccess=all, because `aiclient-api restart` changes the main process."""
     start = unit_command(service_command("start", "--foreground"))
     reload = unit_command(service_command("config", "reload"))
     settings = service_environment(environ).items()
@@ -23255,7 +23225,6 @@ def systemd_unit(environ: dict[str, str]) -> str:
 
 
 def launchd_agent(environ: dict[str, str]) -> str:
-    """The agent of macOS."""
     log = find_paths(environ).log_file
     agent = {
         "Label": SERVICE_NAME,
@@ -23266,23 +23235,21 @@ def launchd_agent(environ: dict[str, str]) -> str:
     }
     try:
         return str(plistlib.dumps(agent).decode())
-    except ValueError as error:  # control characters, or bytes that are no text
+    except ValueError as error:  # control characters, or bytes that are not text
         raise ProgramError(f"a path of this gateway cannot be told to launchd: {error}") from None
 
 
 class ServiceManager(NamedTuple):
-    """Where a service file goes, what is in it, and the commands that make it known."""
-
     path: str
     text: str
     install: list[list[str]]
     remove: list[list[str]]
-    #: said after an installation
+    #: printed after an installation
     hint: str
 
 
 def find_manager(kind: str) -> ServiceManager:
-    """systemd or launchd; "" is this system's."""
+    """`kind` is "systemd", "launchd", or "" for this system's."""
     environ = make_environ()
     home = os.path.expanduser("~")
     if (kind or sys.platform) in ("launchd", "darwin"):
@@ -23308,7 +23275,7 @@ def find_manager(kind: str) -> ServiceManager:
 
 
 def run_manager(commands: list[list[str]]) -> None:
-    """Runs a service manager's commands; raises ProgramError with what it said."""
+    """Raises ProgramError with the command's standard error."""
     for command in commands:
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -23334,7 +23301,7 @@ def cmd_service_install(options: argparse.Namespace) -> int:
     if shutil.which(manager.install[0][0]) is None:
         raise ProgramError(f"there is no {manager.install[0][0]} here; see: service print")
     try:
-        path = os.path.realpath(manager.path)  # a link, as people keep such files elsewhere
+        path = os.path.realpath(manager.path)  # a symlink, as people keep such files elsewhere
         os.makedirs(os.path.dirname(path), exist_ok=True)
         replace_file(path, os.fsencode(manager.text))
     except OSError as error:
@@ -23378,8 +23345,8 @@ complete -o default -F _aiclient_api aiclient-api
 
 
 def parser_words(parser: argparse.ArgumentParser, path: str = "") -> Iterator[tuple[str, str, str]]:
-    """(path of the verb, word that may follow it, help) for every verb and flag of a parser."""
-    for action in parser._actions:  # noqa: SLF001 - argparse has no other door
+    """(path of the verb, word that may follow it, help) for every verb and flag."""
+    for action in parser._actions:  # noqa: SLF001 - argparse has no public way
         if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001 - the same
             helps = {a.dest: a.help or "" for a in action._choices_actions}  # noqa: SLF001
             for name, inner in action.choices.items():
@@ -23392,7 +23359,6 @@ def parser_words(parser: argparse.ArgumentParser, path: str = "") -> Iterator[tu
 
 
 def write_bash(words: list[tuple[str, str, str]]) -> str:
-    """The completion of bash; zsh takes the same."""
     paths = list(dict.fromkeys(path for path, _, _ in words))
     groups = " ".join(path.rstrip("/") for path in paths if path)
     cases = [
@@ -23403,12 +23369,10 @@ def write_bash(words: list[tuple[str, str, str]]) -> str:
 
 
 def write_zsh(words: list[tuple[str, str, str]]) -> str:
-    """The completion of zsh: its own reading of bash's."""
     return "autoload -U +X compinit bashcompinit\ncompinit\nbashcompinit\n" + write_bash(words)
 
 
 def write_fish(words: list[tuple[str, str, str]]) -> str:
-    """The completion of fish."""
     top = " ".join(word for path, word, _ in words if not path and not word.startswith("-"))
     lines = ["complete -c aiclient-api -f"]
     for path, word, said in words:
@@ -23434,7 +23398,7 @@ def cmd_completion(options: argparse.Namespace) -> int:
 
 
 def version_text() -> str:
-    """Version, Python, path, and the file's own SHA-256: a copied file can be checked."""
+    """With the file's own SHA-256, so that a copied file can be checked."""
     path = os.path.realpath(__file__)
     with open(path, "rb") as file:
         digest = hashlib.sha256(file.read()).hexdigest()
@@ -23443,24 +23407,20 @@ def version_text() -> str:
 
 
 class Argument(NamedTuple):
-    """One argument of a verb, as argparse takes it."""
+    """`settings` are the keyword arguments of `add_argument`."""
 
     name: str
     settings: Json
 
 
 def argument(name: str, said: str, **settings: Any) -> Argument:
-    """An argument with its help."""
     return Argument(name, {"help": said, **settings})
 
 
 AS_JSON = argument("--json", "JSON instead of a table, as in a pipe", action="store_true")
 PROVIDER_ARGUMENT = argument("name", "the provider, as in [providers.NAME]", metavar="NAME")
 MANAGER_ARGUMENT = argument(
-    "--manager",
-    "of another system than this one",
-    choices=("launchd", "systemd"),
-    default="",
+    "--manager", "of another system than this one", choices=("launchd", "systemd"), default=""
 )
 START_ARGUMENTS = (
     argument("--foreground", "stay in this terminal and log to it", action="store_true"),
@@ -23482,8 +23442,6 @@ LOG_ARGUMENTS = (
     ),
     argument("--follow", "go on with what is added, until Ctrl-C", action="store_true"),
 )
-
-
 USAGE_ARGUMENTS = (
     argument("--since", "7d, 24h, today, 2026-11-01 or Unix seconds", metavar="TIME"),
     argument("--by", "what rows are told apart by (default model)", choices=tuple(USAGE_GROUPS)),
@@ -23496,7 +23454,7 @@ USAGE_ARGUMENTS = (
 
 
 class Verb(NamedTuple):
-    """One verb: its words, what it does, its arguments, and examples of all after the name."""
+    """`run.__doc__` is the description in --help; `example` lacks the program's name."""
 
     words: str
     run: Callable[[argparse.Namespace], int]
@@ -23509,7 +23467,6 @@ NO_BROWSER = argument("--no-browser", "only show the link", dest="browser", acti
 
 
 def account_arguments(kind: str, secret: str) -> tuple[Argument, ...]:
-    """What all ways to sign in take."""
     said = f"read a {secret} from standard input"
     return (
         argument("--name", f"of the provider (default {kind})", default=kind),
@@ -23621,7 +23578,6 @@ VERBS = (
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line, from the table of verbs."""
     parser = argparse.ArgumentParser(
         prog="aiclient-api",
         description="A local gateway: GitHub Copilot and Kiro as the OpenAI and Anthropic API.",
@@ -23649,21 +23605,21 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def open_standard_streams() -> None:
-    """Opens those that were closed: a socket must not become what others take for their input."""
+    """Opens /dev/null for closed ones: a socket must never become descriptor 0, 1 or 2."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+            os.open(os.devnull, os.O_RDWR)  # the lowest free descriptor: this one
         if getattr(sys, name) is None:
             mode = "w" if number else "r"
             setattr(sys, name, os.fdopen(number, mode, encoding="utf-8"))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command: 0 done, 1 failed, 2 wrong usage, 3 the gateway is not running."""
+    """Exit status: 0 done, 1 failed, 2 wrong usage, 3 the gateway is not running."""
     open_standard_streams()
-    os.umask(0o077)  # of all that it makes
+    os.umask(0o077)  # for every file it creates
     options = make_parser().parse_args(arguments)
     try:
         if options.version:
