@@ -18520,34 +18520,19 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 # 17.1 paths and the shield
 
-# How clients write the same path: /v1 twice, not at all, with slashes to spare.
+# Clients write the same path with /v1 twice, without it, and with extra slashes.
 SLASHES = re.compile(r"/{2,}")
 BARE_ENDPOINTS = (
-    "/chat/completions",
-    "/embeddings",
-    "/messages",
-    "/messages/count_tokens",
-    "/models",
-    "/responses",
-    "/responses/input_tokens",
-    "/status",
-    "/usage",
-)
-
-
-COSTLY_ENDPOINTS = (
-    "/v1/chat/completions",
-    "/v1/messages",
-    "/v1/responses",
-    "/v1/embeddings",
-)
-POLLED_ROUTES = ("/healthz", "/metrics", "/v1/status", "/v1/usage")  # by machines, all the time
-OPEN_ROUTES = ("/v1/models/", "/v1/responses/")  # with an id behind them
+    "/chat/completions", "/embeddings", "/messages", "/messages/count_tokens", "/models",
+    "/responses", "/responses/input_tokens", "/status", "/usage",
+)  # fmt: skip
+COSTLY_ENDPOINTS = ("/v1/chat/completions", "/v1/messages", "/v1/responses", "/v1/embeddings")
+POLLED_ROUTES = ("/healthz", "/metrics", "/v1/status", "/v1/usage")  # logged at debug level
+OPEN_ROUTES = ("/v1/models/", "/v1/responses/")  # followed by an id
 
 
 @functools.lru_cache(maxsize=256)
 def plain_path(path: str) -> str:
-    """The path as the route table knows it."""
     path = SLASHES.sub("/", path)
     path = path.rstrip("/") or "/"
     while path.startswith("/v1/v1/") or path == "/v1/v1":
@@ -18558,14 +18543,13 @@ def plain_path(path: str) -> str:
 
 
 def unanswered_status(error: BaseException) -> int:
-    """The status to count for a request whose handler was broken off: 499 is nginx's."""
+    """The status to count for a request whose handler was interrupted; 499 is nginx's."""
     if isinstance(error, WireError):
         return error.status
     return 499 if isinstance(error, (asyncio.CancelledError, ConnectionError)) else 500
 
 
 def needs_body(method: str) -> bool:
-    """Whether a method's requests carry JSON."""
     return method in ("POST", "PUT", "PATCH")
 
 
@@ -18573,7 +18557,7 @@ JSON_TYPE = re.compile(r"application/(?:[!#$&^_.+a-z0-9-]+\+)?json")
 
 
 class Shield:
-    """Keeps web pages out: they can reach loopback, and would spend the subscription."""
+    """Guards against DNS rebinding and cross-site requests: web pages can reach loopback."""
 
     def __init__(self, config: ServerConfig) -> None:
         own = {name.lower() for name in config.allowed_hosts}
@@ -18598,7 +18582,7 @@ class Shield:
         listed = origin is not None and self.is_listed(origin)
         if headers.get("sec-fetch-site", "").lower() == "cross-site" and not listed:
             raise Forbidden("Cross-site requests of browsers are refused.")
-        # Pages may send other kinds of body, or a body of no kind, without asking first.
+        # Pages may send other content types, or none, without a CORS preflight.
         kind = headers.get("content-type", "").partition(";")[0].strip(" \t").lower()
         empty = request.body.done and not kind
         if needs_body(request.method) and not empty and not JSON_TYPE.fullmatch(kind):
@@ -18608,12 +18592,11 @@ class Shield:
             )
 
     def is_own_host(self, host: str) -> bool:
-        """Whether a Host field names this gateway; compared whole, never by its beginning."""
+        """Whether a Host field names this gateway; whole names are compared, never prefixes."""
         name = (split_host(host) or ("",))[0].lower()
         return name.strip("[]") in self.hosts or is_loopback(name) or host.lower() in self.hosts
 
     def may_call(self, origin: str) -> bool:
-        """Whether a page of this origin may send requests."""
         if self.is_listed(origin):
             return True
         scheme, slashes, rest = origin.partition("://")
@@ -18623,14 +18606,13 @@ class Shield:
         return is_loopback(host[0])
 
     def is_listed(self, origin: str) -> bool:
-        """Whether an origin gets CORS grants; `:*` in the list stands for any port."""
+        """`:*` in the list stands for any port."""
         if origin in self.origins:
             return True
         base, colon, port = origin.rpartition(":")
         return bool(colon) and port.isdigit() and f"{base}:*" in self.origins
 
     def grants(self, request: Request) -> dict[str, str]:
-        """The CORS headers of an answer: none for origins that are not listed."""
         origin = request.headers.get("origin")
         if origin is None or not self.is_listed(origin):
             return {}
@@ -18643,7 +18625,6 @@ class Shield:
         }
 
     def preflight(self, request: Request) -> Response:
-        """The answer to a browser's question before its request."""
         grants = self.grants(request)
         if not grants:
             raise Forbidden("Web pages of this origin may not use the gateway.")
@@ -19120,15 +19101,15 @@ PAGE = """\
 
 
 def write_source(text: str) -> str:
-    """What a Content-Security-Policy calls an inline text: `'sha256-...'`."""
+    """The Content-Security-Policy source for an inline script or style: `'sha256-...'`."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 @functools.cache
 def write_page() -> tuple[bytes, dict[str, str]]:
-    """The page and its headers: the same for everybody, as it holds no figure and no name.
+    """The page and its headers: the same for everybody, as it holds no figures and no names.
 
-    Nothing but these very words may run or colour it, and it may ask nobody but this gateway.
+    The policy allows only this very script and style, and requests to this gateway only.
     """
     policy = (
         "default-src 'none'",
@@ -19152,24 +19133,15 @@ def write_page() -> tuple[bytes, dict[str, str]]:
 
 # 17.3 the gateway
 
-#: what /v1/status tells of `Daemon.status`: no path and no process, whatever is added there
+#: the fields of `Daemon.status` in /v1/status: an allowlist, as it must not show paths or pids
 TOLD_STATUS = (
-    "version",
-    "url",
-    "state",
-    "uptime_s",
-    "connections",
-    "requests_in_flight",
-    "memory_bytes",
-    "needs_key",
-    "log_lines_dropped",
-    "warnings",
-    "providers",
-)
+    "version", "url", "state", "uptime_s", "connections", "requests_in_flight", "memory_bytes",
+    "needs_key", "log_lines_dropped", "warnings", "providers",
+)  # fmt: skip
 
 
 def given_key(headers: Headers) -> str | None:
-    """The key a request carries; raises InvalidKey where there are two of a kind."""
+    """The key a request carries; raises InvalidKey if a header with a key is repeated."""
     if {"authorization", "x-api-key", "api-key"} & headers.repeated:
         raise InvalidKey("More than one key was sent.")
     scheme, _, value = headers.get("authorization", "").partition(" ")
@@ -19179,7 +19151,7 @@ def given_key(headers: Headers) -> str | None:
 
 
 def error_headers(error: ApiError) -> dict[str, str]:
-    """What the vendors' SDKs act on."""
+    """The error's own, and the `Retry-After` and `x-should-retry` that the vendors' SDKs obey."""
     headers = dict(error.headers)
     wait_s = error.retry_after
     if (error.status == 429 and error.retry is not False) or wait_s is not None:
@@ -19191,7 +19163,7 @@ def error_headers(error: ApiError) -> dict[str, str]:
 
 
 async def run_step(step: Callable[..., Result], *arguments: Any) -> Result:
-    """The result of a step that computes; after a long one, others have their turn first."""
+    """Runs a CPU-bound step; after a long one, lets other tasks run before it returns."""
     loop = asyncio.get_running_loop()
     begun_at = loop.time()
     result = step(*arguments)
@@ -19201,7 +19173,7 @@ async def run_step(step: Callable[..., Result], *arguments: Any) -> Result:
 
 
 class Gateway:
-    """What happens between a request and its answer.  It owns nothing but references."""
+    """What happens between a request and its response.  It owns nothing but references."""
 
     def __init__(
         self,
@@ -19215,7 +19187,7 @@ class Gateway:
         self.providers = providers
         self.ticker = ticker
         self.ledger = ledger
-        #: how the whole process stands, as Daemon.status tells it
+        #: `Daemon.status`
         self.status = status
         self.router = Router(config, list(providers))
         self.limiter = RateLimiter(config.server.rate_limit_seconds)
@@ -19244,8 +19216,6 @@ class Gateway:
     # -- layers, innermost first
 
     def with_rate_limit(self, inner: Handler) -> Handler:
-        """One client address may ask for an answer only every so often."""
-
         async def handle(request: Request) -> Response:
             if request.method == "POST" and plain_path(request.path) in COSTLY_ENDPOINTS:
                 now = asyncio.get_running_loop().time()
@@ -19257,13 +19227,13 @@ class Gateway:
         return handle
 
     def with_key(self, inner: Handler) -> Handler:
-        """Everything but the health check and the page wants a key, when there is one."""
+        """If keys are configured, everything but the health check and the page needs one."""
         keys = {"": self.config.api_key.encode()} if self.config.api_key else {}
         keys |= {name: key.encode() for name, key in self.config.api_keys.items()}
 
         async def handle(request: Request) -> Response:
             if keys and not self.is_open(request):
-                # latin-1 gives back the bytes that were sent
+                # latin-1 restores the bytes that were sent
                 given = (given_key(request.headers) or "").encode("latin-1")
                 matches = [name for name, key in keys.items() if hmac.compare_digest(given, key)]
                 if matches:
@@ -19280,13 +19250,11 @@ class Gateway:
 
     @staticmethod
     def is_open(request: Request) -> bool:
-        """Whether a request is answered without the key: clients probe before they sign in."""
+        """Whether a request needs no key: clients probe these paths before they authenticate."""
         path = plain_path(request.path)
         return path == "/healthz" or (path == "/" and request.method in ("HEAD", "GET"))
 
     def with_shield(self, inner: Handler) -> Handler:
-        """Web pages stay out, unless their origin is listed."""
-
         async def handle(request: Request) -> Response:
             self.shield.check(request)
             if request.method == "OPTIONS":
@@ -19296,8 +19264,6 @@ class Gateway:
         return handle
 
     def with_errors(self, inner: Handler) -> Handler:
-        """Every ApiError becomes an answer in the caller's dialect."""
-
         async def handle(request: Request) -> Response:
             try:
                 response = await inner(request)
@@ -19312,7 +19278,7 @@ class Gateway:
         return handle
 
     def with_log(self, inner: Handler) -> Handler:
-        """A request id; a line in the log, and a count, when the answer is out."""
+        """Sets the request id; logs and counts the request once its response has been sent."""
 
         async def handle(request: Request) -> Response:
             loop = asyncio.get_running_loop()
@@ -19351,7 +19317,7 @@ class Gateway:
         return handle
 
     def count_request(self, request: Request, status: int) -> None:
-        """Counts a request that has ended, by the route that it took."""
+        """Labels are routes, not paths: ids, and unknown paths, share one label each."""
         route = plain_path(request.path)
         if route not in self.routes:
             prefix = next((p for p in OPEN_ROUTES if route.startswith(p)), "")
@@ -19360,7 +19326,7 @@ class Gateway:
 
     @staticmethod
     def log_access(request: Request, response: Response, seconds: float, outcome: str) -> None:
-        """The access line: metadata only."""
+        """Metadata only."""
         headers, cost = response.headers, dict[str, str]()
         quiet = response.status < 400 and plain_path(request.path) in POLLED_ROUTES
         if request.answer is not None:
@@ -19383,10 +19349,9 @@ class Gateway:
             end=outcome or "ok",
         )
 
-    # -- answers that need no upstream
+    # -- responses that need no upstream
 
     def dialect_of(self, request: Request | None) -> Dialect:
-        """The dialect a request is answered in: asked for, the endpoint's, or the default."""
         if request is not None:
             asked = request.headers.get("x-output-format", "").lower()
             if asked in FORMATS:
@@ -19403,19 +19368,17 @@ class Gateway:
         return FORMATS[self.config.default_format]
 
     def write_error(self, error: ApiError, request: Request | None = None) -> Response:
-        """An error in the dialect of whoever asked."""
         dialect = self.dialect_of(request)
         request_id = (request and request.id) or "req_" + os.urandom(12).hex()
         body = dump_json(dialect.error_body(error, request_id))
         headers = error_headers(error)
         headers.update({"request-id": request_id, "x-request-id": request_id})
         headers["X-Content-Type-Options"] = "nosniff"
-        # Codex retries a 401 or 503 for minutes; only whoever speaks for the wire sets a status.
+        # The dialect chooses the status: Codex, for one, retries a 401 or 503 for minutes.
         status = dialect.error_status(error)
         return Response(status, body, headers)
 
     async def dispatch(self, request: Request) -> Response:
-        """The route table."""
         path = plain_path(request.path)
         methods = self.routes.get(path)
         if methods is None and path.startswith("/v1/models/"):
@@ -19432,45 +19395,40 @@ class Gateway:
         return await methods[method](request)
 
     async def get_health(self, request: Request) -> Response:
-        """`{"status": "ok"}`."""
         return Response(200, b'{"status":"ok"}')
 
     async def get_page(self, request: Request) -> Response:
-        """The page, for browsers; for programs, which probe this path, the health check."""
+        """The page for browsers, the health check for programs, which probe this path."""
         if not prefers_html(request.headers.get("accept", "")):
             return await self.get_health(request)
         page, headers = write_page()
         return Response(200, page, dict(headers), content_type="text/html; charset=utf-8")
 
     async def get_status(self, request: Request) -> Response:
-        """How things stand."""
         status = self.status()
         told = {name: status[name] for name in TOLD_STATUS if name in status}
         return Response(200, dump_json(told))
 
     async def post_telemetry(self, request: Request) -> Response:
-        """Older Claude Code sends its telemetry here: taken and thrown away."""
+        """Older Claude Code sends its telemetry here: read and discarded."""
         await request.read_body()
         return Response(200, b"{}")
 
     async def get_usage(self, request: Request) -> Response:
-        """What was used, and what it cost."""
         given = dict(urllib.parse.parse_qsl(request.query, keep_blank_values=True))
         return Response(200, dump_json(await self.report_usage(given)))
 
     async def report_usage(self, given: dict[str, str]) -> Json:
-        """The report for the parameters of `/v1/usage`; raises InvalidRequest."""
+        """`given` are the query parameters of `/v1/usage`; raises InvalidRequest."""
         query = read_usage_query(given, time.time())
         report = await self.ledger.report(query, self.config.limits)
         return {**report, "quota": quotas(self.providers)}
 
     async def get_metrics(self, request: Request) -> Response:
-        """What Prometheus scrapes."""
         text = self.ledger.metrics.render(read_status(self.status()))
         return Response(200, text.encode(), content_type=METRICS_TYPE)
 
     async def delete_usage(self, request: Request) -> Response:
-        """Resets the counters and returns the empty report."""
         await self.ledger.reset()
         return Response(200, dump_json(await self.report_usage({})))
 
@@ -19485,7 +19443,7 @@ class Gateway:
         streamed: bool = False,
         first_byte_at: float | None = None,
     ) -> None:
-        """Counts an answer, whatever has become of it; `first_byte_at` is monotonic."""
+        """Records a completion, successful or not; `first_byte_at` is monotonic."""
         duration_s = asyncio.get_running_loop().time() - request.begun_at
         status, kind = 200, ""
         if isinstance(failure, ApiError):
@@ -19502,7 +19460,7 @@ class Gateway:
             at=time.time() - duration_s,
             provider=provider.name,
             account=provider.user(),
-            model=OTHER if model.guessed and kind else model.id,  # anybody can make up a name
+            model=OTHER if model.guessed and kind else model.id,  # clients can make up any name
             label=self.label(request),
             dialect=dialect,
             streamed=streamed,
@@ -19516,42 +19474,39 @@ class Gateway:
         self.ledger.record(request.answer)
 
     def label(self, request: Request) -> str:
-        """Who asks: the name of the key, else the family of the user agent."""
         user_agent = request.headers.get("user-agent", "")
         return request.key_name or self.ledger.label(user_agent, self.config.limits)
 
     async def check_limits(
         self, request: Request, provider: Provider, body_hash: int | None
     ) -> None:
-        """Raises LimitReached; `body_hash` is None where the request was counted before."""
+        """Raises LimitReached; `body_hash` is None if the request was counted before."""
         label = self.label(request)
         await self.ledger.check(self.config.limits, provider.name, label, body_hash)
 
     async def post_count_tokens(self, request: Request) -> Response:
-        """Estimated here: never an upstream call, as Claude Code asks in bursts."""
+        """Estimated locally, without an upstream call: Claude Code asks in bursts."""
         body = await run_step(load_body, await request.read_body())
         message_list(body)
         return Response(200, dump_json({"input_tokens": estimate_request(body)}))
 
     async def post_input_tokens(self, request: Request) -> Response:
-        """The same estimate in the form of the responses API."""
         body = await run_step(load_body, await request.read_body())
         input_items(body)
         said = {"object": "response.input_tokens", "input_tokens": estimate_request(body)}
         return Response(200, dump_json(said))
 
     async def get_responses(self, request: Request) -> Response:
-        """A websocket is offered to nobody: clients then go on with POST."""
+        """WebSocket upgrades are refused; clients then fall back to POST."""
         if "upgrade" not in request.headers:
             raise MethodNotAllowed("/v1/responses takes POST.", headers={"Allow": "POST"})
         raise UpgradeRefused("Websockets are not offered here; use POST.")
 
     async def refuse_stored(self, request: Request) -> Response:
-        """`/v1/responses/ID` and what is below it."""
         raise NotStored("Responses are not stored by this gateway.", param="response_id")
 
     async def catalogues(self) -> dict[str, dict[str, Model]]:
-        """The models of every provider that can tell."""
+        """The models of each provider; those whose list is unavailable are logged and left out."""
         listed = {name: provider.listed() for name, provider in self.providers.items()}
         found = {name: models for name, models in listed.items() if models is not None}
         names = [name for name in listed if name not in found]
@@ -19568,9 +19523,9 @@ class Gateway:
         return {name: found[name] for name in self.providers if name in found}
 
     def rows(self, catalogues: dict[str, dict[str, Model]], raw: bool) -> list[Json]:
-        """The models to list: those that can be used, by their shortest unambiguous name.
+        """The rows of /v1/models: usable models by their shortest unambiguous names, and aliases.
 
-        `raw` adds what the upstream itself says of them.
+        `raw` adds the upstream's own entry.
         """
         found: list[tuple[str, Model]] = []
         ids = Counter(model for models in catalogues.values() for model in models)
@@ -19586,7 +19541,7 @@ class Gateway:
         return [self.row(shown, model) | dict.fromkeys(keys, model.raw) for shown, model in found]
 
     def look_up(self, name: str, catalogues: dict[str, dict[str, Model]]) -> Model | None:
-        """The model of a name, of an alias the first that there is; None where nobody has it."""
+        """The model for a name; for an alias, its first candidate that exists; otherwise None."""
         try:
             routes = [self.router.place(r, catalogues) for r in self.router.candidates(name, None)]
         except ApiError:
@@ -19601,7 +19556,7 @@ class Gateway:
         return None
 
     def row(self, shown: str, model: Model) -> Json:
-        """One model in both vendors' shapes at once: either SDK takes what it knows."""
+        """One model with the fields of both APIs: either SDK ignores what it does not know."""
         row: Json = {
             "id": shown,
             "object": "model",
@@ -19619,45 +19574,39 @@ class Gateway:
         }
         row.update({key: value for key, value in limits.items() if value})
         if model.guessed:
-            row["guessed"] = True  # from a built-in list: the service did not tell
+            row["guessed"] = True  # from a built-in list: the service sent none
         if shown in self.router.aliases:
             row["alias_of"] = self.router.aliases[shown]
         return row
 
     async def get_models(self, request: Request) -> Response:
-        """All models, in both vendors' shapes."""
         rows = self.rows(await self.catalogues(), "raw=1" in request.query.split("&"))
         first, last = (rows[0]["id"], rows[-1]["id"]) if rows else (None, None)
         ends = {"first_id": first, "last_id": last, "has_more": False}
         return Response(200, dump_json({"object": "list", "data": rows, **ends}))
 
     async def get_model(self, request: Request) -> Response:
-        """One model."""
         name = plain_path(request.path).removeprefix("/v1/models/")
         catalogues = await self.catalogues()
-        self.router.candidates(name, None)  # says what is wrong with a name
+        self.router.candidates(name, None)  # raises if the name is malformed
         model = self.look_up(name, catalogues)
         if model is None:
             raise self.router.not_found(name, catalogues)
         raw = {"raw": model.raw} if "raw=1" in request.query.split("&") else {}
         return Response(200, dump_json({**self.row(name, model), **raw}))
 
-    # -- the story of one conversation
+    # -- completions and embeddings
 
     async def post_chat(self, request: Request) -> Response:
-        """OpenAI chat completions."""
         return await self.converse(request, CHAT)
 
     async def post_messages(self, request: Request) -> Response:
-        """Anthropic messages."""
         return await self.converse(request, MESSAGES)
 
     async def post_responses(self, request: Request) -> Response:
-        """OpenAI responses."""
         return await self.converse(request, RESPONSES)
 
     async def post_embeddings(self, request: Request) -> Response:
-        """OpenAI embeddings, by a provider that has such models."""
         data = await request.read_body()
         body = await run_step(load_body, data)
         request.cancel_on_hangup(True)
@@ -19669,7 +19618,6 @@ class Gateway:
     async def embed(
         self, request: Request, body: Json, provider: Provider, model: Model
     ) -> Response:
-        """The embeddings of one model."""
         if not model.embeds:
             raise WrongDialect(f"{model.id} makes no embeddings.", param="model")
         try:
@@ -19691,17 +19639,16 @@ class Gateway:
         body_hash: int | None,
         ask: Callable[[Provider, Model], Awaitable[Response]],
     ) -> Response:
-        """The answer of the first candidate that gives one; of most names there is only one.
+        """The response of the first candidate that gives one; most names have only one candidate.
 
-        The next one is asked only while nothing has gone to the caller, and only where the error
-        says nothing against the request: as long as a response has not been returned, its head
-        has not gone out.
+        Falls back only on errors that are not the request's fault, and only while nothing has been
+        sent to the client: until a response is returned, its head has not gone out.
         """
         passed: list[tuple[str, ApiError]] = []
         for route in routes:
             try:
                 provider, model = await self.find_model(request, name, route)
-                if not provider.local:  # what answers on this machine costs nothing
+                if not provider.local:  # a local provider costs nothing
                     uncounted, body_hash = body_hash, None
                     await self.check_limits(request, provider, uncounted)
                 response = await ask(provider, model)
@@ -19720,7 +19667,6 @@ class Gateway:
 
     @staticmethod
     def pass_over(request: Request, name: str, route: Route, error: ApiError) -> None:
-        """Tells the log who was passed over, and why."""
         log_event(
             "info",
             "passed_over",
@@ -19732,7 +19678,7 @@ class Gateway:
         )
 
     async def find_model(self, request: Request, name: str, route: Route) -> tuple[Provider, Model]:
-        """Who answers, and as which model, by one route of a name; raises ModelNotFound."""
+        """The provider and the model that a route of a name leads to; raises ModelNotFound."""
         catalogues: dict[str, dict[str, Model]] = {}
         if not route.provider:
             catalogues = await self.catalogues()
@@ -19760,7 +19706,7 @@ class Gateway:
 
     @staticmethod
     def choose_dialect(model: Model, asked: Dialect) -> UpstreamDialect:
-        """The caller's own dialect where the model speaks it, else the least lossy."""
+        """The client's own dialect if the model speaks it, otherwise the least lossy one."""
         for name in DIALECT_ORDER[asked.name]:
             if name in model.dialects:
                 return UPSTREAM_DIALECTS[name]
@@ -19771,7 +19717,6 @@ class Gateway:
         )
 
     async def converse(self, request: Request, asked: Dialect) -> Response:
-        """One request for an answer, in the dialect `asked`."""
         data = await request.read_body()
         body = await run_step(load_body, data)
         outline = asked.outline(body)
@@ -19783,7 +19728,7 @@ class Gateway:
             outline.initiator = initiator
         request.cancel_on_hangup(True, patient=True)
         body_hash = hash(data)
-        del data  # it may be large, and the answer long
+        del data  # it may be large, and the response long
         routes = self.router.candidates(outline.model, request.headers.get("x-provider"))
         now = asyncio.get_running_loop().time
         held_until = now() + HOLD_LIST_SECONDS
@@ -19794,7 +19739,7 @@ class Gateway:
             try:
                 return await self.exchange(*told)
             except WrongDialect:
-                # The provider has crossed that dialect out; another one is tried once.
+                # The provider has just ruled that dialect out; another one is tried, once.
                 return await self.exchange(*told)
 
         return await self.first_answer(request, outline.model, routes, body_hash, ask)
@@ -19809,7 +19754,7 @@ class Gateway:
         model: Model,
         hold_s: float,
     ) -> Response:
-        """One attempt to have a request answered by one model; its status waits for `hold_s`."""
+        """One attempt with one model; the status is held back for up to `hold_s`."""
         spoken = self.choose_dialect(model, asked)
         answered = self.dialect_of(request)
 
@@ -19841,7 +19786,7 @@ class Gateway:
         terms: Terms,
         outline: Outline,
     ) -> Call:
-        """The upstream's body: the caller's own where it speaks that, else converted."""
+        """The upstream request: the client's body if the dialects match, otherwise converted."""
         legacy = asked is CHAT and "functions" in body and "tools" not in body
         terms.rewritten = asked is RESPONSES and searches_tools(body)
         effort = implied_effort(outline.model, model)
@@ -19872,7 +19817,7 @@ class Gateway:
 
 
 class Exchange:
-    """One upstream answer on its way to one client."""
+    """One upstream response on its way to one client."""
 
     def __init__(
         self,
@@ -19888,7 +19833,7 @@ class Exchange:
         self.provider = provider
         self.call = call
         self.flow = flow
-        #: the caller's dialect
+        #: the client's dialect
         self.asked = asked
         self.source: Source | None = None
         #: monotonic
@@ -19896,9 +19841,9 @@ class Exchange:
         self.counted = False
 
     async def run(self, hold_s: float) -> Response:
-        """The response; its status waits for the upstream's first event, for `hold_s` at most.
+        """The response; its status waits up to `hold_s` for the upstream's first event.
 
-        Once it is returned, this exchange is the answer: its head names who answers.
+        Once it is returned there is no fallback: its head names the provider and the model.
         """
         self.request.cancel_on_hangup(True, self.provider.local)
         if not self.flow.stream:
@@ -19927,15 +19872,14 @@ class Exchange:
 
     @staticmethod
     async def abandon(opening: asyncio.Future[bytes]) -> None:
-        """Ends an opening that nobody waits for any more."""
         if not opening.done():
             opening.cancel()
             await asyncio.wait((opening,))
         if not opening.cancelled():
-            opening.exception()  # known, or of no interest to anybody now
+            opening.exception()  # retrieved, or asyncio would log it
 
     async def open(self) -> bytes:
-        """Opens the upstream and returns the first bytes for the caller; all of them if whole."""
+        """Returns the client's first bytes, or all of them if the upstream does not stream."""
         with advising(self.provider):
             self.source = await self.provider.open(self.call)
         first = await self.source.first()
@@ -19951,7 +19895,7 @@ class Exchange:
         return data
 
     async def open_whole(self, first: bytes) -> bytes:
-        """An upstream that answered with one JSON object instead of a stream."""
+        """For an upstream that sends one JSON object instead of a stream."""
         assert self.source is not None
         whole = bytearray(first)
         while piece := await self.source.first():
@@ -19961,7 +19905,6 @@ class Exchange:
         return self.flow.feed_whole(bytes(whole))
 
     async def drain(self) -> None:
-        """Takes the rest of a stream for a caller that wants a whole answer."""
         assert self.source is not None
         while not self.flow.over:
             piece = await self.source.first()
@@ -19971,7 +19914,6 @@ class Exchange:
                 self.flow.end()
 
     async def run_whole(self) -> Response:
-        """The whole answer, or its error."""
         try:
             await self.open()
             body = self.flow.whole()
@@ -19982,7 +19924,7 @@ class Exchange:
         return Response(200, dump_json(body), self.headers())
 
     def headers(self) -> dict[str, str]:
-        """Who answered, what was left out, and what a whole answer cost."""
+        """No credits on a stream: what it costs is not known yet."""
         headers = {
             "x-aiclient-provider": self.provider.name,
             "x-aiclient-model": self.call.model.id,
@@ -19996,7 +19938,7 @@ class Exchange:
         return headers
 
     async def pump(self, outlet: Outlet, opening: asyncio.Future[bytes]) -> None:
-        """The stream: what has come, what comes, pings in silences, and a legal end."""
+        """Relays the stream, pings during silences, and always ends it properly."""
         flow, ticker = self.flow, self.gateway.ticker
         failure: BaseException | None = None
 
@@ -20013,7 +19955,7 @@ class Exchange:
         self.request.cancel_on_hangup(True, self.provider.local)
         try:
             if not opening.done():
-                flow.begun = True  # the head goes out before the upstream's first word
+                flow.begun = True  # the head goes out before the upstream's first event
                 outlet.write(flow.caller.ping(False))
             first = await opening
             assert self.source is not None
@@ -20027,7 +19969,7 @@ class Exchange:
         except ApiError as error:
             failure = error
             outlet.write(flow.end(error))
-        except Exception:  # noqa: BLE001 - a bug, while the client can still be told
+        except Exception:  # noqa: BLE001 - a bug: the client gets an error event
             failure = internal_error("a response could not be processed")
             outlet.write(flow.end(failure))
         except BaseException as error:
@@ -20039,12 +19981,11 @@ class Exchange:
             self.finish(failure)
 
     def stop(self) -> None:
-        """The server must end: the answer ends with an error in its dialect."""
+        """On shutdown: ends the stream with an error in the client's dialect."""
         if self.source is not None:
             self.source.fail(Overloaded("The gateway is stopping."))
 
     def finish(self, failure: BaseException | None) -> None:
-        """Gives the upstream back and counts the answer, once."""
         self.request.cancel_on_hangup(False)
         if self.source is not None:
             self.source.close(self.flow.ended)
@@ -20053,17 +19994,16 @@ class Exchange:
             self.count(failure)
 
     def count(self, failure: BaseException | None) -> None:
-        """What was tried, what it cost, and what became of the prompt cache."""
         call, ledger = self.call, self.gateway.ledger
         ledger.metrics.count_attempts(self.provider.name, call.attempts, call.refusals)
         if isinstance(failure, WrongDialect):
-            return  # of another dialect it is asked once more
+            return  # will be asked again in another dialect
         if self.source is not None and isinstance(failure, (QuotaExceeded, RateLimited)):
             self.provider.refused(call.model.id, failure)
         flow = self.flow
         usage = flow.usage
         if not usage.source and failure is not None and not isinstance(failure, ApiError):
-            usage = settle_usage(usage, flow.terms, flow.relay.said)  # whoever left pays for it too
+            usage = settle_usage(usage, flow.terms, flow.relay.said)  # a client that left pays, too
         self.gateway.record(
             self.request,
             self.provider,
@@ -20082,37 +20022,35 @@ class Exchange:
 
 # ---- 18. Daemon --------------------------------------------------------------------------------
 #
-# One gateway per state folder: who holds the lock on daemon.pid is it.  The kernel drops the lock
-# when the last process that has it open ends, so a number in a file is never taken for life.
-# `start` takes the lock and opens the port, forks, and hands both to a fresh process, which reads
+# One gateway per state folder: the process that holds the lock on daemon.pid.  The kernel drops
+# the lock when the last process that has it open exits, so a stale pid is never trusted.
+# `start` takes the lock and opens the port, forks, and passes both to a fresh process, which reads
 # its Launch from standard input.  A restart does the same from inside the running process: the
 # successor has the same lock and the same sockets before the old process lets go of them.
 
 
 @dataclass(slots=True)
 class Launch:
-    """What a gateway process begins with, and hands to the process that replaces it."""
+    """What a gateway process starts with, and passes to its successor."""
 
-    #: of the command line; the key may be among them: never in argv or in a file
+    #: from the command line; the key may be among them: never in argv or in a file
     flags: dict[str, str | None] = field(default_factory=dict, repr=False)
-    #: how the program was called, for words that say what to type
+    #: argv[0], for hints on what to type
     program: str = "aiclient-api"
     #: "" = standard error
     log_file: str = ""
-    #: it runs in the background
     detached: bool = False
     #: as configured when the sockets were opened
     host: str = ""
     port: int = 0
-    #: a service manager opened the sockets: they stay whatever the configuration says
+    #: a service manager opened the sockets: they are kept whatever the configuration says
     activated: bool = False
-    #: descriptors: of the listening sockets, of the lock, of a pipe for the first report
+    #: descriptors: the listening sockets, the lock, a pipe for the first report
     listeners: list[int] = field(default_factory=list)
     lock: int = -1
     report: int = -1
 
     def descriptors(self) -> list[int]:
-        """All that a successor inherits."""
         return [number for number in (*self.listeners, self.lock, self.report) if number >= 0]
 
 
@@ -20120,23 +20058,20 @@ class Launch:
 
 
 def open_lock(path: str) -> int | None:
-    """The descriptor that holds the lock, -1 where there are none; None if another process has it.
-
-    Raises ProgramError.
-    """
+    """The lock's descriptor, -1 without fcntl, None if it is taken; raises ProgramError."""
     if fcntl is None:
         return -1
     try:
         handle = lock_file(path)
         if handle is not None:
-            os.ftruncate(handle, 0)  # the last daemon's number must not be taken for ours
+            os.ftruncate(handle, 0)  # the last daemon's pid must not be taken for ours
     except OSError as error:
         raise ProgramError(f"{path}: cannot be used as the lock: {error.strerror}") from None
     return handle
 
 
 def take_lock(path: str) -> int | None:
-    """As `open_lock`; whoever looks at the lock has it for a moment, which is waited for."""
+    """As `open_lock`, with retries: an `is_locked` elsewhere holds the lock for a moment."""
     until = time.monotonic() + LOOK_SECONDS
     while True:
         handle = open_lock(path)
@@ -20146,7 +20081,7 @@ def take_lock(path: str) -> int | None:
 
 
 def is_locked(path: str) -> bool:
-    """Whether a daemon lives; raises ProgramError where the file cannot be trusted."""
+    """Whether a daemon is alive; raises ProgramError if the file cannot be trusted."""
     if fcntl is None:
         return False
     try:
@@ -20165,9 +20100,9 @@ def is_locked(path: str) -> bool:
 
 
 def read_pid_file(path: str) -> tuple[int, str]:
-    """(process id, path of the control socket); (0, "") where it names none that may be asked.
+    """(process id, path of the control socket), or (0, "") if it names no other process.
 
-    Raises ProgramError where the file cannot be trusted.
+    Raises ProgramError if the file cannot be trusted.
     """
     try:
         with os.fdopen(open_trusted(path, "O_RDONLY", "O_NOFOLLOW"), "rb") as file:
@@ -20181,7 +20116,7 @@ def read_pid_file(path: str) -> tuple[int, str]:
 
 
 def write_pid_file(lock: int, socket_path: str) -> None:
-    """Puts this process in charge; raises OSError."""
+    """Written through the lock's descriptor; raises OSError."""
     if lock >= 0:
         data = os.fsencode(f"{os.getpid()}\n{socket_path}\n")
         os.pwrite(lock, data, 0)
@@ -20189,10 +20124,10 @@ def write_pid_file(lock: int, socket_path: str) -> None:
 
 
 def signal_daemon(path: str, pid: int, number: int) -> None:
-    """Sends a signal to the process that the file names, as long as it is a living daemon's.
+    """Signals the process that the file names, if it is a live daemon's.
 
-    The process is held by a descriptor where the system has such, and the lock is looked at
-    after that: a number that meanwhile belongs to another process hurts nobody.
+    Opens a pidfd, if the system has them, before it checks the lock: a process that has got the
+    same pid since is never signalled.
     """
     handle = -1
     try:
@@ -20205,7 +20140,7 @@ def signal_daemon(path: str, pid: int, number: int) -> None:
         else:
             os.kill(pid, number)
     except ProcessLookupError:
-        pass  # it has ended by itself
+        pass  # it has exited by itself
     except PermissionError:
         raise ProgramError(f"process {pid} belongs to another user") from None
     finally:
@@ -20217,7 +20152,6 @@ def signal_daemon(path: str, pid: int, number: int) -> None:
 
 
 def read_proc(path: str) -> str:
-    """A file of /proc; "" where it is not there, or not for us."""
     try:
         with open(path, encoding="ascii", errors="replace") as file:
             return file.read()
@@ -20226,16 +20160,16 @@ def read_proc(path: str) -> str:
 
 
 def listed_sockets(pid: str) -> list[str]:
-    """What the descriptors of a process are, as far as we may know: `socket:[INODE]`."""
+    """The link targets of a process's descriptors, such as `socket:[INODE]`."""
     folder = f"/proc/{pid}/fd"
     try:
         return [os.readlink(f"{folder}/{number}") for number in os.listdir(folder)]
     except OSError:
-        return []  # it has ended, or is another user's
+        return []  # it has exited, or is another user's
 
 
 def find_port_holder(port: int) -> str:
-    """`process 123 (nginx)`, which listens on `port`; "" where the system does not tell."""
+    """`process 123 (nginx)`, which listens on `port`; "" if unknown."""
     rows = (read_proc("/proc/net/tcp") + read_proc("/proc/net/tcp6")).splitlines()
     columns = [row.split() for row in rows]
     listening = [c for c in columns if len(c) > 9 and c[3] == "0A"]
@@ -20249,7 +20183,7 @@ def find_port_holder(port: int) -> str:
 
 
 def inherited_listeners(numbers: list[int]) -> list[socket.socket]:
-    """The listening sockets behind inherited descriptors; raises ProgramError for anything else."""
+    """Raises ProgramError for anything but TCP sockets."""
     found = []
     for number in numbers:
         try:
@@ -20272,7 +20206,7 @@ def activated_descriptors(environ: dict[str, str]) -> list[int]:
 
 
 def launch_listeners(launch: Launch, config: Config) -> list[socket.socket]:
-    """The sockets to listen on: inherited ones, or new ones.  Raises ProgramError."""
+    """Inherited sockets if they fit the configuration, otherwise new ones; raises ProgramError."""
     server = config.server
     same = (launch.host, launch.port) == (server.host, server.port)
     if launch.listeners and (same or launch.activated):
@@ -20282,7 +20216,7 @@ def launch_listeners(launch: Launch, config: Config) -> list[socket.socket]:
             check_exposure(config)
     else:
         for number in launch.listeners:
-            os.close(number)  # a port that nobody answers on must not look open
+            os.close(number)  # a port that is not served must not look open
         listeners = open_port(server)
     launch.host, launch.port = server.host, server.port
     launch.listeners = [listener.fileno() for listener in listeners]
@@ -20290,7 +20224,7 @@ def launch_listeners(launch: Launch, config: Config) -> list[socket.socket]:
 
 
 def open_port(server: ServerConfig) -> list[socket.socket]:
-    """New listening sockets; raises ProgramError, which names who has the port."""
+    """Raises ProgramError, which names the process that has the port."""
     try:
         return open_listeners(server.host, server.port)
     except OSError as error:
@@ -20304,10 +20238,10 @@ def open_port(server: ServerConfig) -> list[socket.socket]:
 
 # 18.3 the process
 
-# A background process runs bytecode: to compile this file takes half a second, and 30 MiB that are
-# never given back.  Whoever starts it reads the file and hands over the bytecode of just what was
-# read, so what runs is what `--version` hashes.  The Launch comes behind it: the flags of `start`,
-# the key among them, are not in the arguments that every user can list.
+# A background process runs bytecode: compiling this file takes half a second, and 30 MiB that are
+# never given back.  Its parent reads the file and passes the bytecode of exactly what was read, so
+# what runs is what `--version` hashes.  The Launch follows: the flags of `start`, the key among
+# them, are not in the arguments, which every user can list.
 LAUNCHER = """\
 import marshal, os, sys, types
 file, size = sys.argv[1], int(sys.argv[2])
@@ -20329,17 +20263,16 @@ sys.stdout.buffer.write(marshal.dumps(code))
 
 
 def program_file() -> str:
-    """The path of this file."""
     return os.path.realpath(__file__)
 
 
 def detached_command(bytecode: bytes) -> list[str]:
-    """The command of a process that waits for `bytecode`, and then for its Launch."""
+    """The process reads `bytecode` and then its Launch from standard input."""
     return [sys.executable, "-I", "-c", LAUNCHER, program_file(), str(len(bytecode))]
 
 
 def compile_program(source: bytes) -> bytes:
-    """The bytecode of this file, made by another process; raises ProgramError."""
+    """In a child process, so that its memory is given back; raises ProgramError."""
     command = [sys.executable, "-I", "-c", COMPILER, program_file()]
     try:
         done = subprocess.run(command, input=source, capture_output=True, check=False)
@@ -20353,7 +20286,7 @@ def compile_program(source: bytes) -> bytes:
 
 
 def hash_bytecode(source: bytes, bytecode: bytes) -> bytes:
-    """What ties bytecode to the source it was made from, and to the Python that made it."""
+    """Ties bytecode to its source, and to the Python that compiled it."""
     digest = hashlib.sha256(importlib.util.MAGIC_NUMBER + os.fsencode(program_file()))
     digest.update(source)
     digest.update(bytecode)
@@ -20363,8 +20296,8 @@ def hash_bytecode(source: bytes, bytecode: bytes) -> bytes:
 def load_bytecode(paths: Paths) -> bytes:
     """This file as it is now, compiled; raises ProgramError.
 
-    The state folder keeps it behind its hash.  Where that does not match, because the bytecode is
-    old, torn or another Python's, the file is compiled and the bytecode replaced.
+    The state folder caches it, preceded by its hash.  If that does not match, because the bytecode
+    is old, torn or another Python's, the file is compiled again and the cache replaced.
     """
     path = os.path.join(paths.bytecode_dir, f"aiclient_api.{sys.implementation.cache_tag}.pyc")
     try:
@@ -20393,10 +20326,10 @@ def load_bytecode(paths: Paths) -> bytes:
 
 
 def read_launch() -> Launch:
-    """The Launch on standard input, which then leads nowhere, as standard output does."""
+    """Reads standard input to its end; then it and standard output lead to /dev/null."""
     with os.fdopen(os.dup(0), "rb") as file:
         given = json.loads(file.read())
-    known = [item.name for item in fields(Launch)]  # another version may know others
+    known = [item.name for item in fields(Launch)]  # another version may have others
     launch = Launch(**{name: given[name] for name in known if name in given})
     sys.argv[:] = [launch.program]
     nowhere = os.open(os.devnull, os.O_RDWR)
@@ -20409,17 +20342,16 @@ def read_launch() -> Launch:
 
 
 def send_launch(stdin: IO[bytes], bytecode: bytes, launch: Launch) -> None:
-    """Writes both into the standard input of a process, and closes that."""
     data = dump_json({item.name: getattr(launch, item.name) for item in fields(launch)})
     try:
         with stdin:
             stdin.write(bytecode + data)
     except BrokenPipeError:
-        pass  # it has ended: that it says nothing tells
+        pass  # it has exited: read_report will notice
 
 
 def keep_descriptors(kept: list[int]) -> None:
-    """Lets the next program inherit these and the standard ones, and no other that is open."""
+    """Closes all descriptors but these and the standard ones; these become inheritable."""
     low = 3
     for number in sorted(kept):
         os.closerange(low, number)
@@ -20429,10 +20361,10 @@ def keep_descriptors(kept: list[int]) -> None:
 
 
 def fork_daemon(launch: Launch, paths: Paths, errors: int) -> None:
-    """Starts `launch` in a session of its own, its standard error in `errors`.
+    """Starts `launch` in its own session, with standard error in the descriptor `errors`.
 
-    Two forks: the process has no terminal and can never get one.  It must be called while there
-    is one thread only and no event loop.
+    Forks twice, so that the process can never acquire a terminal.  It must be called while there
+    is only one thread and no event loop.
     """
     bytecode = load_bytecode(paths)
     reader, writer = os.pipe()
@@ -20456,7 +20388,7 @@ def fork_daemon(launch: Launch, paths: Paths, errors: int) -> None:
 
 
 def read_report(handle: int, seconds: float) -> Json | None:
-    """What a new process says when it is ready, or why it is not; None when it says nothing."""
+    """The new process's status or `{"error"}`; None if it exits or times out without one."""
     os.set_blocking(handle, False)
     until = time.monotonic() + seconds
     said = b""
@@ -20473,7 +20405,7 @@ def read_report(handle: int, seconds: float) -> Json | None:
 
 
 def write_report(handle: int, report: Json) -> bool:
-    """Says it, and whether somebody was there to hear it."""
+    """False if nobody reads: the process that waits for the start has gone."""
     try:
         os.write(handle, dump_json(report))
     except BrokenPipeError:
@@ -20483,7 +20415,7 @@ def write_report(handle: int, report: Json) -> bool:
 
 
 def notify_manager(words: str) -> None:
-    """Tells systemd how things are, where it started us (sd_notify(3))."""
+    """Notifies systemd, if it started us: sd_notify(3)."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return
@@ -20495,7 +20427,7 @@ def notify_manager(words: str) -> None:
 
 
 def raise_descriptor_limit() -> None:
-    """As many open files as we may have: each answer needs two."""
+    """Each request in flight needs two descriptors."""
     if resource is None:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -20505,15 +20437,14 @@ def raise_descriptor_limit() -> None:
 
 
 def count_memory() -> int | None:
-    """Bytes of memory in use; None where the system does not tell."""
+    """Resident bytes; None without /proc."""
     figures = read_proc("/proc/self/statm").split()
     return int(figures[1]) * os.sysconf("SC_PAGE_SIZE") if len(figures) > 1 else None
 
 
 def count_open_files() -> int | None:
-    """Open files and sockets; None where the system does not tell."""
     try:
-        return len(os.listdir("/proc/self/fd")) - 1  # less the one that was open to look
+        return len(os.listdir("/proc/self/fd")) - 1  # less the one used to list them
     except OSError:
         return None
 
@@ -20527,13 +20458,12 @@ class RetiredGateway:
 
     requests: list[Request]
     providers: list[Provider]
-    #: the HTTP client, where a reload has replaced that as well
+    #: if the reload replaced it as well
     client: HttpClient | None
-    #: the providers come to rest, once no request uses them any more
+    #: waits for the providers to settle, once no request uses them any more
     settling: asyncio.Future[Any] | None = None
 
     def close(self) -> None:
-        """Ends what runs in the background, and closes the connections."""
         for provider in self.providers:
             provider.close()
         if self.client is not None:
@@ -20541,9 +20471,9 @@ class RetiredGateway:
 
 
 class Daemon:
-    """The running gateway: what it is made of, and how that is exchanged while it serves.
+    """The running gateway: it owns all parts, and replaces them while it serves.
 
-    It owns all of it.  Nothing here may be called from another thread than the event loop's.
+    Nothing here may be called from another thread than the event loop's.
     """
 
     def __init__(
@@ -20568,21 +20498,19 @@ class Daemon:
         self.state = "serving"
         self.ending = asyncio.Event()
         self.told_to_stop = False
-        #: monotonic: until then nobody needs to hear again that descriptors are lacking
+        #: monotonic: until then a lack of descriptors is not logged again
         self.full_until = 0.0
 
     def make_gateway(self, kept: dict[str, Provider]) -> Gateway:
-        """A gateway of the configuration; the providers in `kept` stay as they are."""
         providers = make_providers(self.config, self.paths, self.client, kept)
         return Gateway(self.config, providers, self.ticker, self.ledger, self.status)
 
     async def listen(self, listeners: list[socket.socket]) -> None:
-        """Begins to serve."""
         self.port = listeners[0].getsockname()[1]
         await self.server.listen(listeners)
 
     async def run(self) -> None:
-        """Serves until a signal, or a successor, ends it; then finishes what has begun."""
+        """Serves until a signal or a successor ends it; then lets requests in flight finish."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop)
@@ -20609,29 +20537,27 @@ class Daemon:
     # -- signals
 
     def stop(self) -> None:
-        """Stops accepting and finishes what has begun; asked a second time, ends at once."""
+        """Stops accepting and drains; a second call exits at once."""
         if self.told_to_stop:
             os._exit(1)
         self.told_to_stop = True
-        if self.state != "restarting":  # else as soon as the successor can be told as well
+        if self.state != "restarting":  # otherwise once the successor can be stopped as well
             self.end()
 
     def end(self) -> None:
-        """Makes `run` come to its end."""
         if self.state != "replaced":
             self.state = "stopping"
             notify_manager("STOPPING=1")
         self.ending.set()
 
     def reload_at_signal(self) -> None:
-        """As `reload`; what is wrong stands in the log."""
         try:
             self.reload()
         except ProgramError as error:
             log_event("error", "configuration_not_reloaded", reason=error)
 
     def reopen_log(self) -> None:
-        """For log rotation by others."""
+        """For log rotation by other programs."""
         try:
             if self.log_file is not None:
                 self.log_file.open()
@@ -20639,7 +20565,7 @@ class Daemon:
             log_event("error", "log_not_reopened", reason=error.strerror)
 
     def report_error(self, loop: asyncio.AbstractEventLoop, context: Json) -> None:
-        """Logs what nobody caught.  asyncio tells of every connection that lacks a file."""
+        """asyncio reports EMFILE for every connection: logged once per FULL_SECONDS."""
         error = context.get("exception")
         if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
             loop.default_exception_handler(context)
@@ -20651,10 +20577,10 @@ class Daemon:
     # -- reload
 
     def reload(self) -> Json:
-        """Takes the configuration as it is now; raises ConfigError, and keeps the old one then.
+        """Applies the configuration file; on ConfigError the old one stays in effect.
 
-        `{"changed": [KEY], "needs_restart": [KEY]}`.  Requests in flight end with what they began
-        with; a provider whose table is the same stays, with its tokens and its models.
+        `{"changed": [KEY], "needs_restart": [KEY]}`.  Requests in flight finish with what they
+        started with; a provider whose table is the same is kept, with its tokens and models.
         """
         new = load_config(self.paths, self.environ, self.launch.flags)
         changed = changed_settings(self.config, new)
@@ -20671,7 +20597,7 @@ class Daemon:
         return {"changed": changed, "needs_restart": [] if self.launch.activated else pinned}
 
     def exchange_gateway(self, old: Config) -> RetiredGateway:
-        """Makes the next request go to a new gateway; returns what the new one does without."""
+        """Sends new requests to a new gateway; returns what the new one does not use."""
         gateway, client, new = self.gateway, self.client, self.config
         kept = {}
         if old.network == new.network:
@@ -20693,7 +20619,7 @@ class Daemon:
         )
 
     def sweep(self, now: float) -> None:
-        """Closes what no request uses any more, once its providers have come to rest."""
+        """Closes what no request uses any more, once its providers have settled."""
         current = {connection.request for connection in self.server.connections}
         for entry in list(self.retired):
             entry.requests = [request for request in entry.requests if request in current]
@@ -20710,7 +20636,7 @@ class Daemon:
     async def restart(self) -> Json:
         """Hands the port to a new process with the same flags; returns that one's `status`.
 
-        Raises ProgramError where it does not come to serve: this process goes on then.
+        Raises ProgramError if that one does not start: this process keeps serving.
         """
         if self.state != "serving":
             raise ProgramError(f"the gateway is {self.state} already")
@@ -20725,7 +20651,7 @@ class Daemon:
             self.state = "serving"
         if self.told_to_stop:
             if "pid" in report:
-                os.kill(report["pid"], signal.SIGTERM)  # our child: its number is its own
+                os.kill(report["pid"], signal.SIGTERM)  # our child: its pid is not reused
             self.end()
             raise ProgramError("the gateway was told to stop meanwhile")
         if "error" in report:
@@ -20737,7 +20663,7 @@ class Daemon:
         return report
 
     def start_successor(self) -> Json:
-        """Starts another process on the same sockets and waits for its report (in a thread)."""
+        """Starts a process on the same sockets and waits for its report; runs in a thread."""
         with contextlib.ExitStack() as descriptors:
             try:
                 bytecode = load_bytecode(self.paths)
@@ -20764,7 +20690,7 @@ class Daemon:
             child.wait()
         return report or {"error": "the new process ended without a word; see the log"}
 
-    # -- what it tells
+    # -- status
 
     def status(self) -> Json:
         """`{"version", "pid", "url", "uptime_s", ..., "providers": [{"name", "type", ...}]}`."""
@@ -20796,12 +20722,10 @@ class Daemon:
         }
 
     def warnings(self) -> list[str]:
-        """What a person should know soon, in words: plans of which little is left."""
         now, rows = time.time(), self.gateway.providers.items()
         return [text for n, row in rows for text in quota_warnings(n, row.known_quota(), now)]
 
     def provider_status(self, name: str, entry: ProviderConfig, provider: Provider) -> Json:
-        """`Provider.status` with its name and type, and what the sign-in tells of the account."""
         found = {"name": name, "type": entry.type, "account": None, "plan": None}
         found |= provider.status()
         if not isinstance(provider, (CopilotProvider, KiroProvider)):
@@ -20816,24 +20740,23 @@ class Daemon:
 
 # ---- 19. Control channel -----------------------------------------------------------------------
 #
-# A Unix socket; each message is a 4-byte big-endian length and then JSON.  Asked is
-# {"method": "status", "params": {}}, answered {"ok": true, "data": {...}} or
+# A Unix socket; each message is a 4-byte big-endian length and then JSON.  A request is
+# {"method": "status", "params": {}}, a response {"ok": true, "data": {...}} or
 # {"ok": false, "error": "..."}.  Threads of socketserver carry the bytes, one for each client; all
 # the work is done by the event loop, which is reached only by `run_coroutine_threadsafe`.
 # Secrets never travel over it.
 
-
-# Of the name under which a socket is made: it takes its place only when it listens, at once, so
-# that there is no moment without one, whoever had the place before.
+# A socket is created under a name with this suffix and renamed once it listens: there is no moment
+# without one, even if it replaces another.
 SOCKET_SUFFIX = ".new"
 
 
 class NoFrame(Exception):
-    """The peer has sent too much, or something else that is no frame."""
+    """The peer has sent too large a message, or something that is not a frame."""
 
 
 def receive_exactly(peer: socket.socket, size: int, by: float) -> bytes:
-    """`size` bytes, fewer when the peer ends first; raises OSError after the monotonic `by`."""
+    """`size` bytes, fewer at EOF; raises OSError after the monotonic deadline `by`."""
     data = bytearray()
     while len(data) < size:
         peer.settimeout(max(0.001, by - time.monotonic()))
@@ -20845,7 +20768,7 @@ def receive_exactly(peer: socket.socket, size: int, by: float) -> bytes:
 
 
 def read_frame(peer: socket.socket, seconds: float) -> bytes | None:
-    """The next message, None at the end; raises NoFrame, and OSError when it takes too long."""
+    """The next message, None at EOF; raises NoFrame, and OSError on a timeout."""
     by = time.monotonic() + seconds
     head = receive_exactly(peer, 4, by)
     if len(head) < 4:
@@ -20858,14 +20781,14 @@ def read_frame(peer: socket.socket, seconds: float) -> bytes | None:
 
 
 def write_frame(peer: socket.socket, message: Json) -> None:
-    """Sends one message; raises OSError when the peer does not take it in time."""
+    """Raises OSError, also if the peer does not read it in time."""
     data = dump_json(message)
     peer.settimeout(CONTROL_SECONDS)
     peer.sendall(len(data).to_bytes(4, "big") + data)
 
 
 def find_peer_user(peer: socket.socket) -> int | None:
-    """The user at the other end; None where the system does not tell."""
+    """The peer's user id; None if unknown."""
     if hasattr(socket, "SO_PEERCRED"):  # Linux: struct ucred
         data = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         return int(struct.unpack("3i", data)[1])
@@ -20876,7 +20799,7 @@ def find_peer_user(peer: socket.socket) -> int | None:
 
 
 def is_trusted_peer(peer: socket.socket) -> bool:
-    """Whether this user, or root, is at the other end; False too where it has gone."""
+    """Whether the peer is this user or root; False if it has hung up."""
     try:
         return find_peer_user(peer) in (None, 0, os.getuid())
     except OSError:
@@ -20884,7 +20807,7 @@ def is_trusted_peer(peer: socket.socket) -> bool:
 
 
 def check_socket(path: str) -> None:
-    """Raises OSError where anything but a socket of this user is at `path`: it would be lost."""
+    """Raises OSError if `path` is anything but a socket of this user: it would be lost."""
     if os.path.lexists(path):
         status = os.lstat(path)
         if not stat.S_ISSOCK(status.st_mode) or status.st_uid != os.getuid():
@@ -20893,9 +20816,9 @@ def check_socket(path: str) -> None:
 
 
 def check_private(folder: str) -> None:
-    """Makes a folder that nobody else can enter; raises ProgramError where it is not just that.
+    """Creates or checks a folder that nobody else can enter; raises ProgramError.
 
-    What is there already is not mended: in a folder for everybody it may be a trap.
+    An existing one is not repaired: in a shared folder such as /tmp it may be a trap.
     """
     try:
         if not os.path.lexists(folder):
@@ -20912,7 +20835,7 @@ def check_private(folder: str) -> None:
 
 
 def choose_socket_path(paths: Paths, environ: dict[str, str]) -> str:
-    """Where the control socket goes: a Unix socket's path must be short.  Raises ProgramError."""
+    """In the state folder, unless its path is too long for a socket; raises ProgramError."""
 
     def fits(path: str) -> bool:
         return len(os.fsencode(path)) + len(SOCKET_SUFFIX) <= MAX_SOCKET_PATH_BYTES
@@ -20934,17 +20857,15 @@ def choose_socket_path(paths: Paths, environ: dict[str, str]) -> str:
 
 
 class ControlServer:
-    """Serves the control socket in threads: `answer` turns a message's bytes into the answer."""
+    """Serves the control socket in threads; `answer` turns a request's bytes into the response."""
 
     def __init__(self, path: str, answer: Callable[[bytes], Json]) -> None:
         self.path = path
         slots = self.slots = threading.BoundedSemaphore(MAX_CONTROL_CLIENTS)
 
         class Channel(socketserver.BaseRequestHandler):
-            """One client, any number of messages."""
-
             def handle(self) -> None:
-                with contextlib.suppress(OSError):  # gone, or too slow: it had its time
+                with contextlib.suppress(OSError):  # it hung up or timed out
                     try:
                         while (data := read_frame(self.request, CONTROL_SECONDS)) is not None:
                             write_frame(self.request, answer(data))
@@ -20952,15 +20873,13 @@ class ControlServer:
                         write_frame(self.request, {"ok": False, "error": str(error)})
 
         class Listener(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
-            """A thread for each client, up to a number."""
-
             daemon_threads = True
             request_queue_size = 4 * MAX_CONTROL_CLIENTS
 
             def get_request(self) -> tuple[Any, Any]:
                 try:
                     return super().get_request()
-                except OSError:  # the client goes on waiting, and the socket goes on being ready
+                except OSError:  # still pending, and the socket still ready: do not spin
                     time.sleep(CONTROL_ACCEPT_SECONDS)
                     raise
 
@@ -20973,7 +20892,7 @@ class ControlServer:
                     return
                 try:
                     super().process_request(request, client_address)
-                except BaseException:  # no thread could be started that would release it
+                except BaseException:  # no thread was started that would release it
                     slots.release()
                     raise
 
@@ -21002,12 +20921,12 @@ class ControlServer:
         except BaseException:
             self.server.server_close()
             raise
-        # It ends with the process: an end of its own would need it to wake up all the time.
+        # It ends with the process: `shutdown` would need a short poll_interval.
         serving = functools.partial(self.server.serve_forever, poll_interval=3600)
         threading.Thread(target=serving, daemon=True).start()
 
     def close(self) -> None:
-        """Takes the socket away, unless it is a successor's, and lets answers go out (waits)."""
+        """Unlinks the socket, unless it is a successor's, and lets responses go out (blocks)."""
         try:
             if os.stat(self.path).st_ino == self.identity:
                 os.unlink(self.path)
@@ -21018,11 +20937,10 @@ class ControlServer:
             self.slots.acquire(timeout=max(0.0, by - time.monotonic()))
 
 
-# -- methods: an async function of (daemon, params), and a line in the table
+# -- methods: each an async function of (daemon, params) and a line in the table
 
 
 async def control_status(daemon: Daemon, params: Json) -> Json:
-    """`Daemon.status`."""
     return daemon.status()
 
 
@@ -21032,7 +20950,7 @@ async def control_models(daemon: Daemon, params: Json) -> Json:
 
 
 async def control_usage(daemon: Daemon, params: Json) -> Json:
-    """What /v1/usage answers to the same parameters; with `reset` after it was emptied."""
+    """As /v1/usage with the same parameters; with `reset`, after emptying it."""
     given = {name: str(value) for name, value in params.items() if name != "reset"}
     if params.get("reset"):
         await daemon.ledger.reset()
@@ -21042,7 +20960,7 @@ async def control_usage(daemon: Daemon, params: Json) -> Json:
 async def control_quota(daemon: Daemon, params: Json) -> Json:
     """`{"providers": {NAME: Quota.as_json() or {"error": TEXT}}}`, of those that have any.
 
-    Where a service does not answer, its error stands beside what was last known of it.
+    If a service fails, the error is added to what was last known of it.
     """
 
     async def ask(provider: Provider) -> Json | None:
@@ -21066,7 +20984,7 @@ async def control_config_show(daemon: Daemon, params: Json) -> Json:
 
 
 async def control_config_set(daemon: Daemon, params: Json) -> Json:
-    """Sets `key` to the words `value` in the file, and reloads; not for secrets."""
+    """`value` is text, as on the command line; secrets are refused."""
     key, value = need_str(params, "key"), need_str(params, "value")
     if is_secret_setting(key):
         raise ProgramError(f"{key}: secrets do not travel here; set it in the file, then reload")
@@ -21075,12 +20993,11 @@ async def control_config_set(daemon: Daemon, params: Json) -> Json:
 
 
 async def control_config_reload(daemon: Daemon, params: Json) -> Json:
-    """`Daemon.reload`."""
     return daemon.reload()
 
 
 async def switch_provider(daemon: Daemon, params: Json, enabled: str) -> Json:
-    """Persists and applies it; an enabled provider rests no more."""
+    """Saves and applies it; enabling a provider also ends its cool-downs."""
     name = need_str(params, "name")
     change_provider(daemon.paths, daemon.environ, name, enabled)
     done = daemon.reload()
@@ -21090,12 +21007,10 @@ async def switch_provider(daemon: Daemon, params: Json, enabled: str) -> Json:
 
 
 async def control_provider_enable(daemon: Daemon, params: Json) -> Json:
-    """Enables the provider `name`."""
     return await switch_provider(daemon, params, "true")
 
 
 async def control_provider_disable(daemon: Daemon, params: Json) -> Json:
-    """Disables the provider `name`."""
     return await switch_provider(daemon, params, "false")
 
 
@@ -21113,7 +21028,6 @@ async def control_logs_tail(daemon: Daemon, params: Json) -> Json:
 
 
 async def control_restart(daemon: Daemon, params: Json) -> Json:
-    """`Daemon.restart`."""
     return await daemon.restart()
 
 
@@ -21133,7 +21047,6 @@ CONTROL_METHODS: dict[str, Callable[[Daemon, Json], Awaitable[Json]]] = {
 
 
 async def answer_control(daemon: Daemon, data: bytes) -> Json:
-    """The answer to one message, whatever it is."""
     try:
         message = load_object(data)
         method = message.get("method") if message is not None else None
@@ -21150,7 +21063,7 @@ async def answer_control(daemon: Daemon, data: bytes) -> Json:
 
 
 def open_control(daemon: Daemon, path: str) -> ControlServer:
-    """The control channel of a daemon; raises ProgramError."""
+    """Raises ProgramError."""
     loop = asyncio.get_running_loop()
 
     def answer(data: bytes) -> Json:
@@ -21167,11 +21080,10 @@ def open_control(daemon: Daemon, path: str) -> ControlServer:
         raise ProgramError(f"{path}: cannot be made: {error.strerror}") from None
 
 
-# -- the other end, which needs no event loop
+# -- the client, which needs no event loop
 
 
 def not_running() -> NotRunning:
-    """The error where there is no daemon to ask."""
     start = f"{program_words(sys.argv[0])} start"
     return NotRunning(f"the gateway is not running; start it with: {start}")
 
@@ -21179,10 +21091,10 @@ def not_running() -> NotRunning:
 def ask_daemon(
     paths: Paths, method: str, params: Json | None = None, seconds: float = CONTROL_WORK_SECONDS
 ) -> Json:
-    """What the running daemon answers; raises NotRunning and ProgramError."""
+    """The `data` of the running daemon's response; raises NotRunning and ProgramError."""
     if fcntl is None:
         raise ProgramError("this needs a Unix socket, which this system has not")
-    for _ in range(2):  # a daemon that is being replaced may leave one question open
+    for _ in range(2):  # a daemon that is being replaced may drop one request
         pid, path = read_pid_file(paths.pid_file)
         if not path:
             break
@@ -21214,7 +21126,6 @@ def ask_daemon(
 
 
 def make_environ() -> dict[str, str]:
-    """The environment as a plain dict."""
     return dict(os.environ)
 
 
@@ -21222,12 +21133,12 @@ def make_environ() -> dict[str, str]:
 
 
 def tell(*lines: str) -> None:
-    """Lines of a result for a person, with nothing in them that could steer a terminal."""
+    """Prints lines for a person, without control characters that could steer a terminal."""
     print("\n".join(map(one_line, lines)), flush=True)
 
 
 def shown_duration(seconds: float) -> str:
-    """`2 d 3 h`, `5 min 10 s`: the two largest units that count."""
+    """`2 d 3 h`, `5 min 10 s`: the two largest units that are not zero."""
     parts: list[str] = []
     left = int(seconds)
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")):
@@ -21238,23 +21149,22 @@ def shown_duration(seconds: float) -> str:
 
 
 def shown_figure(value: Any) -> str:
-    """A number in few characters, `-` for none."""
     return "-" if value is None else plain_figure(value)
 
 
 def shown_credits(value: float) -> str:
-    """Credits, of which an answer may cost a thousandth."""
+    """With more decimals if small: a request may cost a thousandth of a credit."""
     if 0 < value < 0.1:
         return f"{value:.4f}" if value >= 0.0001 else "<0.0001"
     return shown_figure(value)
 
 
 def shown_day(moment: float | None) -> str:
-    """A day in UTC, `-` for none."""
+    """In UTC; `-` for none."""
     return plain_day(moment or 0.0) or "-"
 
 
-# Eighths of a character; in a terminal that has no such letters whole ones.
+# Eighths of a character; terminals that cannot show them get `#`.
 BAR_STEPS = (
     " \N{LEFT ONE EIGHTH BLOCK}\N{LEFT ONE QUARTER BLOCK}\N{LEFT THREE EIGHTHS BLOCK}"
     "\N{LEFT HALF BLOCK}\N{LEFT FIVE EIGHTHS BLOCK}\N{LEFT THREE QUARTERS BLOCK}"
@@ -21263,7 +21173,7 @@ BAR_STEPS = (
 
 
 def shown_bar(share: float, width: int) -> str:
-    """A bar of so many characters for 1.0, without what it does not fill; never none for some."""
+    """`width` characters for 1.0, without padding; never empty unless `share` is 0."""
     share = min(max(share, 0.0), 1.0)
     try:
         BAR_STEPS.encode(sys.stdout.encoding or "ascii")
@@ -21278,7 +21188,6 @@ STATES = re.compile("|".join(COLOURS))
 
 
 def coloured(text: str) -> str:
-    """`text` with every state in its colour, where a terminal shows that."""
     if not sys.stdout.isatty() or "NO_COLOR" in os.environ:
         return text
     return STATES.sub(lambda found: f"\x1b[{COLOURS[found[0]]}m{found[0]}\x1b[0m", text)
@@ -21288,7 +21197,7 @@ FIGURE = re.compile(r"-|(?:~?<?[\d,.]+(?: %| ms| s)?)?")
 
 
 def table_lines(rows: list[list[str]]) -> list[str]:
-    """Rows as lines with aligned columns, figures to the right; nothing can steer a terminal."""
+    """Columns are aligned, figures to the right; control characters are removed."""
     columns = list(zip(*(map(one_line, row) for row in rows), strict=True))
     for index, column in enumerate(columns):
         width = max(map(len, column))
@@ -21299,7 +21208,7 @@ def table_lines(rows: list[list[str]]) -> list[str]:
 
 
 def print_table(head: tuple[str, ...], rows: list[list[str]], spare: tuple[str, ...] = ()) -> None:
-    """Columns as wide as they must be; where that is too wide, those in `spare` go, in order."""
+    """If it is too wide for the terminal, the columns in `spare` are dropped, in order."""
     table = [list(head), *rows]
     for name in spare:
         if max(map(len, table_lines(table))) > shutil.get_terminal_size().columns:
@@ -21309,7 +21218,7 @@ def print_table(head: tuple[str, ...], rows: list[list[str]], spare: tuple[str, 
 
 
 def show(options: argparse.Namespace, found: Json, print_it: Callable[[Json], None]) -> int:
-    """A table on a terminal, JSON with --json or in a pipe; the exit status of success."""
+    """A table on a terminal, JSON with --json or in a pipe; returns the exit status 0."""
     if options.json or not sys.stdout.isatty():
         text = json.dumps(found, indent=2, ensure_ascii=False)
         print(UNSEEN.sub(lambda c: c[0] if c[0] == "\n" else json.dumps(c[0])[1:-1], text))
@@ -21319,7 +21228,6 @@ def show(options: argparse.Namespace, found: Json, print_it: Callable[[Json], No
 
 
 def print_ready(status: Json) -> None:
-    """What a person needs next: address, providers, a first request to paste."""
     url = status["url"]
     tell(f"aiclient-api {status['version']} listening on {url} (process {status['pid']})")
     for row in status["providers"]:
@@ -21336,7 +21244,6 @@ def print_ready(status: Json) -> None:
 
 
 def shown_rest(rest: Json) -> str:
-    """Why something rests, and until when, for people."""
     who = "all models rest" if rest["model"] == "*" else f"{rest['model']} rests"
     how_long = "while one request tries" if rest["probing"] else f"for {rest['seconds']} s"
     at = rest["passes_at"]
@@ -21345,7 +21252,6 @@ def shown_rest(rest: Json) -> str:
 
 
 def print_status(status: Json) -> None:
-    """`status` for people."""
     uptime = shown_duration(status["uptime_s"])
     tell(f"aiclient-api {status['version']}, process {status['pid']}, {status['state']}: {uptime}")
     memory = status["memory_bytes"]
@@ -21385,7 +21291,6 @@ def print_status(status: Json) -> None:
 
 
 def print_accounts(found: Json) -> None:
-    """`auth list` for people."""
     rows = []
     for row in found["accounts"]:
         health = row["health"] if row["enabled"] else f"disabled; {row['health']}"
@@ -21395,7 +21300,6 @@ def print_accounts(found: Json) -> None:
 
 
 def print_models(found: Json) -> None:
-    """`models` for people."""
     rows = [
         [
             row["id"],
@@ -21410,20 +21314,12 @@ def print_models(found: Json) -> None:
 
 BAR_WIDTH = 10
 USAGE_HEAD = (
-    "REQUESTS",
-    "ERRORS",
-    "INPUT",
-    "CACHED",
-    "OUTPUT",
-    "CREDITS",
-    "TIME",
-    "FIRST BYTE",
-    "TOKENS",
-)
+    "REQUESTS", "ERRORS", "INPUT", "CACHED", "OUTPUT", "CREDITS", "TIME", "FIRST BYTE", "TOKENS",
+)  # fmt: skip
 
 
 def usage_cells(row: Json, most: int) -> list[str]:
-    """A row of `/v1/usage` under USAGE_HEAD; ~ is before what was not all reported."""
+    """A row of `/v1/usage` under USAGE_HEAD; ~ marks what was not all reported."""
     rough = "" if row["token_sources"].keys() <= {"reported"} else "~"
     cost_rough = "" if row["credit_sources"].keys() <= {"reported"} else "~"
     prompt, total = row["input_tokens"], row["total_tokens"]
@@ -21443,7 +21339,7 @@ def usage_cells(row: Json, most: int) -> list[str]:
 
 
 def usage_table(report: Json) -> tuple[list[str], list[Json]]:
-    """(the names of what tells rows apart, the rows) of a report: by model unless asked else."""
+    """(names of the group columns, rows) of a report; by model, unless grouped otherwise."""
     if "rows" in report:
         return list(USAGE_GROUPS[report["by"]]), report["rows"]
     rows = [
@@ -21455,7 +21351,6 @@ def usage_table(report: Json) -> tuple[list[str], list[Json]]:
 
 
 def print_usage(report: Json) -> None:
-    """`usage` for people."""
     names, rows = usage_table(report)
     most = max((row["total_tokens"] for row in rows), default=0)
     cells = [[*(str(row[n]) for n in names), *usage_cells(row, most)] for row in rows]
@@ -21478,7 +21373,6 @@ def print_usage(report: Json) -> None:
 
 
 def print_recent(answers: list[Json]) -> None:
-    """Single answers, the newest first."""
     rows = []
     for row in answers:
         rough = "" if row["input_source"] in ("reported", None) else "~"
@@ -21503,7 +21397,6 @@ def print_recent(answers: list[Json]) -> None:
 
 
 def print_usage_csv(report: Json) -> None:
-    """`usage --csv`: answers or conversations where they were asked for, else the table's rows."""
     names, rows = usage_table(report)
     rows = report.get("recent", rows)
     if "cache" in report:
@@ -21518,7 +21411,6 @@ def print_usage_csv(report: Json) -> None:
 
 
 def print_cache(report: Json) -> None:
-    """`usage --cache` for people."""
     rows, hints = [], []
     found = report["cache"]["conversations"]
     for row in found:
@@ -21548,14 +21440,14 @@ def print_cache(report: Json) -> None:
 
 
 def shown_share(percent: float | None) -> str:
-    """` 42 %  ####`, `-` for none; 100 % only where it is all used."""
+    """` 42 %  ####`, `-` for none; 100 % only if all is used."""
     if percent is None:
         return "-"
     return f"{int(percent):3d} %  {shown_bar(percent / 100, BAR_WIDTH)}"
 
 
 def shown_reset(moment: float | None, now: float) -> str:
-    """`2026-12-01, 9 days`: a day in UTC, and how far that is; `-` for none."""
+    """`2026-12-01, 9 days`: the day in UTC, and the time left; `-` for none."""
     if not moment or moment <= now:
         return shown_day(moment)
     days = math.ceil((moment - now) / 86400)
@@ -21575,7 +21467,6 @@ def shown_left(row: Json) -> str:
 
 
 def quota_rows(name: str, quota: Json, now: float) -> list[list[str]]:
-    """The rows of one provider in the table of `quota`."""
     first, rows = [name, quota["plan"] or "-"], []
     for row in quota["allowances"]:
         resets = shown_reset(row["resets_at"], now)
@@ -21592,7 +21483,7 @@ def quota_rows(name: str, quota: Json, now: float) -> list[list[str]]:
 
 
 def quota_notes(name: str, quota: Json, now: float) -> list[str]:
-    """What the table does not say of one provider: overage, and how old it is."""
+    """What the table does not show: overage, and the age of figures after an error."""
     notes = [
         f"{name}: {row['name']}: {shown_figure(row['overage_used'])} beyond the limit"
         for row in quota.get("allowances", ())
@@ -21606,7 +21497,6 @@ def quota_notes(name: str, quota: Json, now: float) -> list[str]:
 
 
 def print_quota(found: Json) -> None:
-    """`quota` for people."""
     now, rows, notes = time.time(), [], []
     for name, quota in found["providers"].items():
         rows += quota_rows(name, quota, now) if "allowances" in quota else []
@@ -21617,13 +21507,11 @@ def print_quota(found: Json) -> None:
 
 
 def print_settings(found: Json) -> None:
-    """`config show` for people."""
     rows = [[r["key"], write_toml(r["value"]), r["origin"]] for r in found["settings"]]
     print_table(("KEY", "VALUE", "FROM"), rows)
 
 
 def print_changes(done: Json) -> None:
-    """What a reload did."""
     tell("changed: " + (", ".join(done["changed"]) or "nothing"))
     if done["needs_restart"]:
         keys = ", ".join(done["needs_restart"])
@@ -21640,9 +21528,9 @@ async def serve(
     listeners: list[socket.socket],
     report: Callable[[Json], bool],
 ) -> int:
-    """Runs the gateway until it is told to end; every object is made here.  The exit status.
+    """Creates every object and runs the gateway until it is stopped; returns the exit status.
 
-    `report` hears of the status when all is ready, and says whether somebody waited for it.
+    `report` gets the status when all is ready, and returns whether somebody waited for it.
     """
     try:
         log_file = start_log(config.logging.level, launch.log_file, launch.detached)
@@ -21671,7 +21559,7 @@ async def serve(
 
 
 def main_detached() -> int:
-    """What a background process runs: its Launch comes on standard input.  The exit status."""
+    """The entry point of a background process, named in LAUNCHER; returns the exit status."""
     launch = read_launch()
     handle, launch.report = launch.report, -1
 
@@ -21688,12 +21576,12 @@ def main_detached() -> int:
         listeners = launch_listeners(launch, config)
         return run_in_loop(serve(launch, paths, config, listeners, report))
     except ProgramError as error:
-        write_report(handle, {"error": str(error)})  # whose end is that of this process
+        write_report(handle, {"error": str(error)})  # closed when this process exits
         return error.exit_status
 
 
 def await_daemon(paths: Paths) -> Json | None:
-    """The status of the daemon that has the lock, once it serves; None if it gives the lock up."""
+    """The status of the daemon that has the lock, once it serves; None if it releases the lock."""
     until = time.monotonic() + START_SECONDS
     while True:
         try:
@@ -21711,7 +21599,7 @@ def await_daemon(paths: Paths) -> Json | None:
 
 
 def tell_running(status: Json, asked: bool) -> int:
-    """`start` where a gateway runs: success, unless it was `asked` to be another one."""
+    """`start` while a gateway runs: fails only if other settings were `asked` for."""
     tell(f"aiclient-api runs already: {status['url']} (process {status['pid']})")
     if not asked:
         return 0
@@ -21719,7 +21607,6 @@ def tell_running(status: Json, asked: bool) -> int:
 
 
 def ask_health(url: str) -> bool:
-    """Whether the gateway at `url` answers."""
     parts = urllib.parse.urlsplit(url)
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(parts.hostname or "", parts.hostname)
     try:
@@ -21731,7 +21618,7 @@ def ask_health(url: str) -> bool:
 
 
 def last_lines(path: str, begin: int) -> tuple[str, ...]:
-    """What a log says from the byte `begin` on, the last lines of it."""
+    """The last lines of a log, from the byte offset `begin` on."""
     try:
         with open(path, "rb") as file:
             file.seek(begin)
@@ -21742,7 +21629,6 @@ def last_lines(path: str, begin: int) -> tuple[str, ...]:
 
 
 def start_detached(launch: Launch, paths: Paths) -> int:
-    """Starts the gateway in the background and waits until it answers; raises ProgramError."""
     log = launch.log_file
     try:
         log_file = start_log("info", log)
@@ -21769,9 +21655,9 @@ KEY_VARIABLE = "AICLIENT_START_KEY"
 
 
 def hide_key(options: argparse.Namespace) -> None:
-    """Begins the program anew without --api-key, as everybody on a machine can read command lines.
+    """Re-executes the program without --api-key: all users of a machine can read command lines.
 
-    The key goes by the environment, which only its user can read, and is taken out of there.
+    The key travels in the environment, which only its user can read, and is removed from there.
     """
     if options.api_key is None:
         options.api_key = os.environ.pop(KEY_VARIABLE, None)
@@ -21815,7 +21701,7 @@ def cmd_start(options: argparse.Namespace) -> int:
         launch.listeners = activated_descriptors(environ)
         launch.activated = bool(launch.listeners)
     listeners = launch_listeners(launch, config)
-    # All is checked and nothing is forked: a person at the terminal can still be asked.
+    # Everything is checked and nothing is forked yet: it can still ask at the terminal.
     accounts = [row for row in account_rows(config, paths) if row["enabled"]]
     is_new = accounts and all(row["health"] == "not signed in" for row in accounts)
     if is_new and Console().interactive:
@@ -21840,7 +21726,7 @@ def cmd_stop(options: argparse.Namespace) -> int:
     try:
         drain_s = load_config(paths, environ, {}).server.drain_seconds
     except ConfigError:
-        drain_s = ServerConfig().drain_seconds  # what is broken has to go all the same
+        drain_s = ServerConfig().drain_seconds  # a broken configuration must not keep it running
     kill_at = time.monotonic() + drain_s + INSIST_SECONDS
     number, told = signal.SIGTERM, set()
     while is_locked(path):
@@ -21873,7 +21759,7 @@ def at_desk(
 ) -> Result:
     """Runs `work` with what a sign-in needs.
 
-    A running gateway sees a new token file by itself; of a new provider it is told.
+    A running gateway notices a new token file by itself; for a new provider it is reloaded.
     """
     before = dict(config.providers)
 
@@ -21897,7 +21783,6 @@ def at_desk(
 
 
 def load_desk() -> tuple[Config, Paths]:
-    """(configuration, paths) of a command about accounts."""
     paths = find_paths(dict(os.environ))
     config = load_config(paths, dict(os.environ), {})
     start_log("warning")
@@ -21905,7 +21790,7 @@ def load_desk() -> tuple[Config, Paths]:
 
 
 def read_secret(prompt: str) -> str:
-    """A token from standard input: typed unseen, or piped."""
+    """From standard input: typed without echo, or piped."""
     try:
         text = getpass.getpass(prompt) if is_terminal(sys.stdin) else sys.stdin.readline()
     except (EOFError, UnicodeDecodeError):
@@ -22012,7 +21897,7 @@ def cmd_usage(options: argparse.Namespace) -> int:
 
 
 def load_usage(paths: Paths, given: dict[str, str]) -> Json:
-    """The report without a gateway; raises ProgramError."""
+    """From the file, without a gateway; raises ProgramError."""
     now = time.time()
     try:
         query = read_usage_query(given, now)
@@ -22033,7 +21918,7 @@ def cmd_quota(options: argparse.Namespace) -> int:
 
 
 def reload_if_running(paths: Paths) -> Json | None:
-    """What the running gateway makes of a changed file; None where none runs."""
+    """As `Daemon.reload`; None if no gateway is running."""
     try:
         return ask_daemon(paths, "config.reload")
     except NotRunning:
@@ -22043,7 +21928,7 @@ def reload_if_running(paths: Paths) -> Json | None:
 
 
 def tell_saved(paths: Paths, key: str = "") -> int:
-    """Applies a changed file and says what that did, also where something else beats `key`."""
+    """Applies a changed file; reports what changed, and whether something overrides `key`."""
     done = reload_if_running(paths)
     tell(f"saved in {paths.config_file}")
     if done is None:
@@ -22087,12 +21972,11 @@ INIT_HEAD = "# aiclient-api; README.md lists every setting.\n"
 
 
 def ask_line(question: str, default: str) -> str:
-    """A person's answer; `default` for an empty one."""
     return input(f"{question} [{default}]: ").strip() or default
 
 
 def ask_settings() -> dict[str, str]:
-    """What the wizard asks: key -> words."""
+    """Setting -> text, as for `change_setting`."""
     print("Which service should answer when a model's name does not tell?")
     settings = {"default_provider": ask_line("copilot, kiro or echo", "copilot")}
     settings["server.port"] = ask_line("Port to listen on", "9090")
@@ -22124,7 +22008,6 @@ def cmd_config_init(options: argparse.Namespace) -> int:
 
 
 def switch_one(options: argparse.Namespace, method: str, enabled: str) -> int:
-    """Enables or disables a provider, in the running gateway too where there is one."""
     environ = make_environ()
     paths = find_paths(environ)
     try:
@@ -22151,7 +22034,7 @@ def cmd_provider_disable(options: argparse.Namespace) -> int:
 
 
 def find_log(paths: Paths) -> str:
-    """The file that the gateway logs to; raises ProgramError where it has none."""
+    """The file that the gateway logs to; raises ProgramError if it has none."""
     try:
         path = ask_daemon(paths, "status", seconds=CONTROL_SECONDS).get("log_file")
     except ProgramError:
@@ -22162,12 +22045,12 @@ def find_log(paths: Paths) -> str:
 
 
 def follow_log(file: TextIO, path: str, level: str) -> None:
-    """Prints what is added to a log, through its rotations, until interrupted."""
+    """Prints new lines of a log, across rotations, until interrupted."""
     wanted = LogFilter(level)
     rest = ""
     while True:
         is_moved = not is_open_at(file, path)
-        piece = rest + file.read()  # after the look: all that the moved file will ever hold
+        piece = rest + file.read()  # after the check: all that the moved file will ever hold
         *lines, rest = piece.split("\n")
         for line in filter(wanted.takes, lines):
             tell(line)
@@ -22179,7 +22062,7 @@ def follow_log(file: TextIO, path: str, level: str) -> None:
 
 
 def is_open_at(file: TextIO, path: str) -> bool:
-    """Whether `path` still is the file that is open."""
+    """False once the open file has been rotated away from `path`."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except FileNotFoundError:
@@ -22206,7 +22089,7 @@ SERVICE_NAME = "aiclient-api"
 
 
 def quote_unit(text: str) -> str:
-    """A value in a systemd unit, where `%`, quotes and backslashes mean something.
+    """A value in a systemd unit, where `%`, quotes and backslashes are special.
 
     Variables are expanded in commands only: see `unit_command`.
     """
@@ -22226,18 +22109,17 @@ def unit_command(command: list[str]) -> str:
 
 
 def service_command(*words: str) -> list[str]:
-    """The command that a service manager runs: this file, by this Python, nothing else."""
     return [sys.executable, "-I", os.path.realpath(__file__), *words]
 
 
 def service_environment(environ: dict[str, str]) -> dict[str, str]:
-    """What decides where files are; secrets stay out of world-readable places."""
+    """What decides where files are.  No secrets: service files are world-readable."""
     names = ("XDG_CONFIG_HOME", "XDG_STATE_HOME")
     return {name: environ[name] for name in names if environ.get(name)}
 
 
 def systemd_unit(environ: dict[str, str]) -> str:
-    """The user unit.  A restart by `aiclient-api restart` changes its main process."""
+    """NotifyAccess=all, because `aiclient-api restart` changes the main process."""
     start = unit_command(service_command("start", "--foreground"))
     reload = unit_command(service_command("config", "reload"))
     settings = service_environment(environ).items()
@@ -22254,7 +22136,6 @@ def systemd_unit(environ: dict[str, str]) -> str:
 
 
 def launchd_agent(environ: dict[str, str]) -> str:
-    """The agent of macOS."""
     log = find_paths(environ).log_file
     agent = {
         "Label": SERVICE_NAME,
@@ -22265,23 +22146,21 @@ def launchd_agent(environ: dict[str, str]) -> str:
     }
     try:
         return str(plistlib.dumps(agent).decode())
-    except ValueError as error:  # control characters, or bytes that are no text
+    except ValueError as error:  # control characters, or bytes that are not text
         raise ProgramError(f"a path of this gateway cannot be told to launchd: {error}") from None
 
 
 class ServiceManager(NamedTuple):
-    """Where a service file goes, what is in it, and the commands that make it known."""
-
     path: str
     text: str
     install: list[list[str]]
     remove: list[list[str]]
-    #: said after an installation
+    #: printed after an installation
     hint: str
 
 
 def find_manager(kind: str) -> ServiceManager:
-    """systemd or launchd; "" is this system's."""
+    """`kind` is "systemd", "launchd", or "" for this system's."""
     environ = make_environ()
     home = os.path.expanduser("~")
     if (kind or sys.platform) in ("launchd", "darwin"):
@@ -22307,7 +22186,7 @@ def find_manager(kind: str) -> ServiceManager:
 
 
 def run_manager(commands: list[list[str]]) -> None:
-    """Runs a service manager's commands; raises ProgramError with what it said."""
+    """Raises ProgramError with the command's standard error."""
     for command in commands:
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -22333,7 +22212,7 @@ def cmd_service_install(options: argparse.Namespace) -> int:
     if shutil.which(manager.install[0][0]) is None:
         raise ProgramError(f"there is no {manager.install[0][0]} here; see: service print")
     try:
-        path = os.path.realpath(manager.path)  # a link, as people keep such files elsewhere
+        path = os.path.realpath(manager.path)  # a symlink, as people keep such files elsewhere
         os.makedirs(os.path.dirname(path), exist_ok=True)
         replace_file(path, os.fsencode(manager.text))
     except OSError as error:
@@ -22377,8 +22256,8 @@ complete -o default -F _aiclient_api aiclient-api
 
 
 def parser_words(parser: argparse.ArgumentParser, path: str = "") -> Iterator[tuple[str, str, str]]:
-    """(path of the verb, word that may follow it, help) for every verb and flag of a parser."""
-    for action in parser._actions:  # noqa: SLF001 - argparse has no other door
+    """(path of the verb, word that may follow it, help) for every verb and flag."""
+    for action in parser._actions:  # noqa: SLF001 - argparse has no public way
         if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001 - the same
             helps = {a.dest: a.help or "" for a in action._choices_actions}  # noqa: SLF001
             for name, inner in action.choices.items():
@@ -22391,7 +22270,6 @@ def parser_words(parser: argparse.ArgumentParser, path: str = "") -> Iterator[tu
 
 
 def write_bash(words: list[tuple[str, str, str]]) -> str:
-    """The completion of bash; zsh takes the same."""
     paths = list(dict.fromkeys(path for path, _, _ in words))
     groups = " ".join(path.rstrip("/") for path in paths if path)
     cases = [
@@ -22402,12 +22280,10 @@ def write_bash(words: list[tuple[str, str, str]]) -> str:
 
 
 def write_zsh(words: list[tuple[str, str, str]]) -> str:
-    """The completion of zsh: its own reading of bash's."""
     return "autoload -U +X compinit bashcompinit\ncompinit\nbashcompinit\n" + write_bash(words)
 
 
 def write_fish(words: list[tuple[str, str, str]]) -> str:
-    """The completion of fish."""
     top = " ".join(word for path, word, _ in words if not path and not word.startswith("-"))
     lines = ["complete -c aiclient-api -f"]
     for path, word, said in words:
@@ -22433,7 +22309,7 @@ def cmd_completion(options: argparse.Namespace) -> int:
 
 
 def version_text() -> str:
-    """Version, Python, path, and the file's own SHA-256: a copied file can be checked."""
+    """With the file's own SHA-256, so that a copied file can be checked."""
     path = os.path.realpath(__file__)
     with open(path, "rb") as file:
         digest = hashlib.sha256(file.read()).hexdigest()
@@ -22442,24 +22318,20 @@ def version_text() -> str:
 
 
 class Argument(NamedTuple):
-    """One argument of a verb, as argparse takes it."""
+    """`settings` are the keyword arguments of `add_argument`."""
 
     name: str
     settings: Json
 
 
 def argument(name: str, said: str, **settings: Any) -> Argument:
-    """An argument with its help."""
     return Argument(name, {"help": said, **settings})
 
 
 AS_JSON = argument("--json", "JSON instead of a table, as in a pipe", action="store_true")
 PROVIDER_ARGUMENT = argument("name", "the provider, as in [providers.NAME]", metavar="NAME")
 MANAGER_ARGUMENT = argument(
-    "--manager",
-    "of another system than this one",
-    choices=("launchd", "systemd"),
-    default="",
+    "--manager", "of another system than this one", choices=("launchd", "systemd"), default=""
 )
 START_ARGUMENTS = (
     argument("--foreground", "stay in this terminal and log to it", action="store_true"),
@@ -22481,8 +22353,6 @@ LOG_ARGUMENTS = (
     ),
     argument("--follow", "go on with what is added, until Ctrl-C", action="store_true"),
 )
-
-
 USAGE_ARGUMENTS = (
     argument("--since", "7d, 24h, today, 2026-11-01 or Unix seconds", metavar="TIME"),
     argument("--by", "what rows are told apart by (default model)", choices=tuple(USAGE_GROUPS)),
@@ -22495,7 +22365,7 @@ USAGE_ARGUMENTS = (
 
 
 class Verb(NamedTuple):
-    """One verb: its words, what it does, its arguments, and examples of all after the name."""
+    """`run.__doc__` is the description in --help; `example` lacks the program's name."""
 
     words: str
     run: Callable[[argparse.Namespace], int]
@@ -22508,7 +22378,6 @@ NO_BROWSER = argument("--no-browser", "only show the link", dest="browser", acti
 
 
 def account_arguments(kind: str, secret: str) -> tuple[Argument, ...]:
-    """What all ways to sign in take."""
     said = f"read a {secret} from standard input"
     return (
         argument("--name", f"of the provider (default {kind})", default=kind),
@@ -22620,7 +22489,6 @@ VERBS = (
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line, from the table of verbs."""
     parser = argparse.ArgumentParser(
         prog="aiclient-api",
         description="A local gateway: GitHub Copilot and Kiro as the OpenAI and Anthropic API.",
@@ -22648,21 +22516,21 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def open_standard_streams() -> None:
-    """Opens those that were closed: a socket must not become what others take for their input."""
+    """Opens /dev/null for closed ones: a socket must never become descriptor 0, 1 or 2."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+            os.open(os.devnull, os.O_RDWR)  # the lowest free descriptor: this one
         if getattr(sys, name) is None:
             mode = "w" if number else "r"
             setattr(sys, name, os.fdopen(number, mode, encoding="utf-8"))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command: 0 done, 1 failed, 2 wrong usage, 3 the gateway is not running."""
+    """Exit status: 0 done, 1 failed, 2 wrong usage, 3 the gateway is not running."""
     open_standard_streams()
-    os.umask(0o077)  # of all that it makes
+    os.umask(0o077)  # for every file it creates
     options = make_parser().parse_args(arguments)
     try:
         if options.version:
