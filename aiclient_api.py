@@ -126,10 +126,7 @@ from typing import IO, TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TextI
 
 
 def lazy_module(name: str) -> Any:
-    """The module `name`, imported when one of its attributes is first used.
-
-    None if this system does not have it (fcntl on Windows).
-    """
+    """The module, imported on first use of an attribute; None if this system lacks it (fcntl)."""
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.find_spec(name)
@@ -220,10 +217,7 @@ Result = TypeVar("Result")
 
 
 def run_in_loop(work: Coroutine[Any, Any, Result]) -> Result:
-    """`asyncio.run`, after loading all lazy modules that the loop or its threads use.
-
-    Before Python 3.13 the lazy loader is not thread-safe (gh-114763).
-    """
+    """`asyncio.run`, with no module left lazy: until 3.13 that is not thread-safe (gh-114763)."""
     for module in (
         base64, concurrent.futures, difflib, dt, email.utils, fcntl, hashlib, hmac, ipaddress,
         logging, resource, select, shlex, shutil, signal, socket, socketserver, sqlite3, ssl,
@@ -656,8 +650,6 @@ class RequestTimeout(ApiError):
 
 
 class BodyTooLarge(ApiError):
-    """More bytes or JSON values than this gateway or the upstream takes."""
-
     status = 413
     kind = "body_too_large"
 
@@ -668,8 +660,6 @@ class UnsupportedMediaType(ApiError):
 
 
 class UnsupportedEncoding(ApiError):
-    """A content coding that the standard library cannot decode."""
-
     status = 415
     kind = "unsupported_encoding"
 
@@ -700,8 +690,6 @@ class RequestRepeated(LimitReached):
 
 
 class UpstreamError(ApiError):
-    """The upstream failed, or its response makes no sense."""
-
     status = 502
     kind = "upstream_error"
 
@@ -723,14 +711,12 @@ class NotEntitled(NotSignedIn):
 
 
 class Overloaded(ApiError):
-    """The upstream is overloaded."""
-
     status = 503
     kind = "overloaded"
 
 
 class Busy(ApiError):
-    """This gateway is at its own limits."""
+    """Not the upstream but this gateway is overloaded."""
 
     status = 503
     kind = "overloaded"
@@ -755,10 +741,8 @@ class Verdict:
     remedy: str = ""
     wait_s: float | None = None
     for_all: bool = False  #: all models of the account are affected
-    #: seconds until the expected recovery, if known and too long for a client to wait
-    passes_s: float | None = None
-    #: for remedy "repair": what `Learned` is to remember
-    lessons: list[tuple[str, str]] = field(default_factory=list)
+    passes_s: float | None = None  #: seconds to the expected recovery, if too long to wait
+    lessons: list[tuple[str, str]] = field(default_factory=list)  #: for the remedy repair
 
 
 class WireError(Exception):
@@ -795,12 +779,11 @@ def dump_json(value: Any) -> bytes:
 
 
 def refuse_constant(name: str) -> Any:
-    """For `json.loads`: NaN and Infinity are not JSON."""
     raise ValueError(f"{name} is not JSON")
 
 
 def finite_float(text: str) -> float:
-    """For `json.loads`: rejects 1e999, which Python reads as Infinity."""
+    """For `json.loads`, which would read 1e999 as Infinity."""
     value = float(text)
     if value in (float("inf"), float("-inf")):
         raise ValueError("a number is too large")
@@ -831,20 +814,15 @@ def count_marks(data: bytes) -> int:
 
 
 def has_too_many_marks(data: bytes) -> bool:
-    """Whether JSON has more than MAX_JSON_MARKS of `[ { , :` outside its strings.
-
-    Every string but one follows a mark, so no more strings than that need to be cut out.
-    """
+    """Whether JSON has more than MAX_JSON_MARKS of `[ { , :` outside its strings."""
     if len(data) <= MAX_JSON_MARKS or count_marks(data) <= MAX_JSON_MARKS:
         return False
+    # Every string but one follows a mark, so no more strings need to be cut out.
     return count_marks(JSON_STRING.sub(b"", data, MAX_JSON_MARKS + 1)) > MAX_JSON_MARKS
 
 
 def scan_object(text: str) -> Json | None:
-    """The JSON object in `text`, read member by member; None for anything else.
-
-    A duplicate key raises InvalidRequest: two parsers could disagree on which one counts.
-    """
+    """The JSON object in `text`, or None; refuses duplicate keys: parsers read them differently."""
     found: Json = {}
     try:
         mark = JSON_OPENING.match(text)
@@ -998,10 +976,7 @@ UNSEEN = re.compile(
 
 
 def one_line(text: str) -> str:
-    """Untrusted `text` on one line, safe to show anywhere.
-
-    White space of any kind becomes a space; other characters of UNSEEN are dropped.
-    """
+    """Untrusted `text` on one line: white space becomes spaces, the rest of UNSEEN is dropped."""
     if text.isascii() and text.isprintable():
         return text
     return UNSEEN.sub(lambda found: " " if found[0].isspace() else "", text)
@@ -1033,10 +1008,7 @@ SECRET_MARGIN = 64  # characters; more than any pattern's shortest match
 
 
 def redact(text: str, limit: int) -> str:
-    """The first `limit` characters of `text`, with secrets masked.
-
-    Not all of a long text is searched, but a secret that begins before the limit is recognised.
-    """
+    """The first `limit` characters, secrets masked, also one that goes on beyond the limit."""
     return SECRET_SHAPES.sub("[secret]", text[: limit + SECRET_MARGIN])[:limit]
 
 
@@ -1060,8 +1032,7 @@ class ServerConfig:
 
 @dataclass(slots=True)
 class NetworkConfig:
-    #: "" = the environment's HTTPS_PROXY and NO_PROXY; it may hold a password
-    proxy: str = field(default="", repr=False)
+    proxy: str = field(default="", repr=False)  #: "" = HTTPS_PROXY, NO_PROXY; may hold a password
     ca_file: str = ""  #: an additional PEM bundle
     connect_seconds: float = 10.0
     first_byte_seconds: float = 120.0  #: until the upstream's response head
@@ -1072,8 +1043,7 @@ class NetworkConfig:
 class CopilotConfig:
     type: str = "copilot"
     enabled: bool = True
-    #: individual, business or enterprise: selects the host if the token response names none
-    account_type: str = "individual"
+    account_type: str = "individual"  #: selects the host if the token response names none
     github_url: str = GITHUB_URL
     github_api_url: str = GITHUB_API_URL
     api_url: str = ""  #: "" = endpoints.api of the token response
@@ -1083,11 +1053,9 @@ class CopilotConfig:
 class KiroConfig:
     type: str = "kiro"
     enabled: bool = True
-    #: of the models; "" = the profile's, or the nearer one of us-east-1 and eu-central-1
-    region: str = ""
+    region: str = ""  #: "" = the profile's, or the nearer one of us-east-1 and eu-central-1
     profile_arn: str = ""  #: for an organisation with several; "" = the sign-in's
-    #: data plane: the only host tried, and the control plane too unless management_url is set
-    api_url: str = ""
+    api_url: str = ""  #: data plane, the only host tried; control plane too unless that is set
     management_url: str = ""
     oidc_url: str = ""  #: instead of https://oidc.REGION.amazonaws.com
     auth_url: str = ""  #: instead of https://prod.us-east-1.auth.desktop.kiro.dev
@@ -1107,10 +1075,7 @@ class LoggingConfig:
 
 @dataclass(slots=True)
 class CapConfig:
-    """`[limits.providers.NAME]` or `[limits.labels.LABEL]`: 0 = no cap.
-
-    Days and months are in this machine's time zone.
-    """
+    """`[limits.providers.NAME]`, `[limits.labels.LABEL]`: 0 = no cap; local days and months."""
 
     daily_credits: float = 0.0
     monthly_credits: float = 0.0
@@ -1145,12 +1110,10 @@ def default_providers() -> dict[str, ProviderConfig]:
 class Config:
     """The checked configuration.  `repr` shows no secret."""
 
-    #: openai or anthropic: the format where the endpoint decides none
-    default_format: str = "openai"
+    default_format: str = "openai"  #: or anthropic; for what the endpoint does not decide
     default_provider: str = "copilot"
     api_key: str = field(default="", repr=False)  #: "" = no key required
-    #: more keys, by the name that their usage is recorded under
-    api_keys: dict[str, str] = field(default_factory=dict, repr=False)
+    api_keys: dict[str, str] = field(default_factory=dict, repr=False)  #: usage label -> key
     server: ServerConfig = field(default_factory=ServerConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     providers: dict[str, ProviderConfig] = field(default_factory=default_providers)
@@ -1223,7 +1186,6 @@ def split_host(value: str) -> tuple[str, str] | None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether `host`, a name or an address, can only be this machine."""
     host = host.strip("[]").lower()
     if host in LOOPBACK_NAMES:
         return True
@@ -1236,7 +1198,6 @@ def is_loopback(host: str) -> bool:
 
 
 def has_type(value: object, kind: str) -> bool:
-    """Whether a TOML value matches the annotation `kind` of a settings field."""
     if kind == "bool":
         return isinstance(value, bool)
     if isinstance(value, bool):
@@ -1248,7 +1209,6 @@ def has_type(value: object, kind: str) -> bool:
 
 
 def check_url(value: str) -> str:
-    """The problem with an upstream URL, or ""."""
     try:
         parts = urllib.parse.urlsplit(value)
         host, _ = parts.hostname, parts.port
@@ -1265,7 +1225,7 @@ def check_url(value: str) -> str:
 
 
 def check_proxy(value: str) -> str:
-    """The problem with a proxy URL, or "".  Never repeats the value: it may hold a password."""
+    """The problem, or "".  Never repeats the value: it may hold a password."""
     try:
         parts = urllib.parse.urlsplit(value)
         usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
@@ -1275,7 +1235,6 @@ def check_proxy(value: str) -> str:
 
 
 def check_setting(key: str, value: Any, kind: str) -> str:
-    """The problem with the value of setting `key` (not dotted), or ""."""
     if not has_type(value, kind):
         return f"must be {TYPE_WORDS[kind]}"
     if key in SETTING_CHOICES and value not in SETTING_CHOICES[key]:
@@ -1349,7 +1308,6 @@ class ConfigReader:
             setattr(target, name, value)
 
     def setting(self, key: str, name: str, value: Any, kind: str) -> Any:
-        """The checked value; an integer is accepted for a float."""
         problem = check_setting(name, value, kind)
         if problem:
             raise self.error(key, problem)
@@ -1397,7 +1355,6 @@ class ConfigReader:
             raise self.error(key, words)
 
     def read_keys(self, table: Json) -> dict[str, str]:
-        """`[api_keys]`: name = "key"."""
         for name, secret in table.items():
             key = f"api_keys.{name}"
             if not LABEL.fullmatch(name):
@@ -1411,7 +1368,6 @@ class ConfigReader:
         return dict(table)
 
     def read_caps(self, table: Json, path: str) -> dict[str, CapConfig]:
-        """`[limits.providers.NAME]` and `[limits.labels.LABEL]`."""
         caps = {}
         for name, entry in table.items():
             key = f"{path}.{name}"
@@ -1487,10 +1443,7 @@ def apply_environment(config: Config, environ: dict[str, str]) -> None:
 
 
 def apply_flags(config: Config, flags: dict[str, str | None]) -> None:
-    """Flags override everything; None means not given.
-
-    Unknown ones are ignored: a gateway passes its flags to a successor of perhaps another version.
-    """
+    """None = not given.  Unknown ones may come from a process of another version: ignored."""
     slots = {key: (owner, name, kind) for key, owner, name, kind in setting_slots(config)}
     reader = ConfigReader("command line")
     for key, text in flags.items():
@@ -1547,7 +1500,7 @@ def changed_settings(old: Config, new: Config) -> list[str]:
     return sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
 
 
-# 4.1 editing config.toml in place: every byte but one value stays
+# 4.1 editing config.toml in place: comments and order are kept
 
 TOML_STRING_OR_COMMENT = re.compile(
     r'"""(?:\\.|[^\\])*?"{3,5}|\'\'\'.*?\'{3,5}|"(?:\\.|[^"\\\n])*"|\'[^\'\n]*\'|#[^\n]*',
@@ -1645,7 +1598,6 @@ def insert_toml(text: str, path: tuple[str, ...], line: str) -> str:
 
 
 def set_toml(text: str, path: tuple[str, ...], value: Any) -> str:
-    """`text` with one value set; comments and order are kept."""
     found = next((s for s in toml_statements(text) if s.path == path and s.table != path), None)
     if found is not None:
         return text[: found.begin] + write_toml(value) + text[found.end :]
@@ -1653,7 +1605,6 @@ def set_toml(text: str, path: tuple[str, ...], value: Any) -> str:
 
 
 def has_toml(text: str, table: Json) -> bool:
-    """Whether `text` is valid and parses to `table`."""
     try:
         return tomllib.loads(text) == table
     except tomllib.TOMLDecodeError:
@@ -1683,10 +1634,7 @@ def setting_kind(config: Config, key: str, value: str) -> str:
 
 
 def change_setting(text: str, where: str, key: str, value: str) -> str:
-    """The file's `text` with one setting changed; raises ConfigError.
-
-    The result is parsed again and refused if the line-based edit went wrong.
-    """
+    """The edited `text`; raises ConfigError, also if parsing it again shows a failed edit."""
     config = read_config_text(text, where)
     reader = ConfigReader(where)
     parsed = parse_setting(value, setting_kind(config, key, value))
@@ -1766,10 +1714,7 @@ class ResponseHead:
 
 
 def head_end(buffer: bytes | bytearray, start: int = 0) -> int:
-    """The offset after the empty line that ends a head, or -1 if it is incomplete.
-
-    An empty line of bare LFs counts, so that it is refused at once, not waited for.
-    """
+    """The offset after a head's final empty line, or -1; bare LFs count, to be refused at once."""
     start = max(0, start - 3)
     bare, full = buffer.find(b"\n\n", start), buffer.find(b"\n\r\n", start)
     if bare < 0:
@@ -1877,7 +1822,7 @@ def parse_length(headers: Headers) -> int | None:
 
 
 class Body:
-    """An incoming message body; `rest` holds the bytes after its end.  Raises WireError."""
+    """An incoming body: `end` is called when the connection ended, `rest` holds excess bytes."""
 
     def __init__(self) -> None:
         self.done = False
@@ -1885,11 +1830,9 @@ class Body:
         self.left = 0  # payload bytes announced but not received
 
     def feed(self, data: bytes) -> bytes:
-        """The payload in `data`."""
         raise NotImplementedError
 
     def end(self) -> None:
-        """To be called when the connection ended."""
         if not self.done:
             raise WireError("the connection ended inside a message body")
 
@@ -2002,7 +1945,7 @@ class ChunkedBody(Body):
 
 
 def request_body(head: RequestHead) -> Body:
-    """Raises WireError where two programs could disagree on the framing."""
+    """Raises WireError if two programs could disagree on the framing."""
     headers = head.headers
     length = parse_length(headers)
     coding = headers.get("transfer-encoding")
@@ -2089,7 +2032,6 @@ class Inflater:
 
     @property
     def done(self) -> bool:
-        """Whether the data may end here."""
         return self.unpacker.eof
 
     def feed(self, data: bytes, limit: int) -> bytes:
@@ -2141,14 +2083,10 @@ class SseReader:
         self.after_cr = False
 
     def feed(self, data: bytes) -> list[tuple[bytes, bytes]]:
-        """The events that `data` completes; raises UpstreamError over MAX_FRAME_BYTES."""
         return self.parse_all(self.complete(data))
 
     def complete(self, data: bytes) -> bytes:
-        """The events that `data` completes, unparsed, with LF line ends.
-
-        Each byte is searched only once, as an event may be huge.
-        """
+        """The completed events, unparsed, with LF line ends; searches each byte only once."""
         if not self.begun:
             data = bytes(self.kept) + data
             self.kept.clear()
@@ -2212,10 +2150,7 @@ class SseReader:
 
 
 def load_frame(data: bytes) -> Json | None:
-    """The JSON object of one event, or None.
-
-    The shared decoder's scanner takes half the time of `json.loads` with its options.
-    """
+    """The JSON object of one event, or None; half as expensive as `json.loads` with its options."""
     try:
         text = data.decode()
         value, end = json_decoder.scan_once(text, 0)
@@ -2263,7 +2198,6 @@ FIXED_SIZES = {2: 1, 3: 2, 4: 4, 5: 8, 8: 8, 9: 16}
 
 
 def parse_event_headers(block: bytes) -> dict[str, Any]:
-    """All ten header types.  Raises WireError."""
     headers: dict[str, Any] = {}
     at, end = 0, len(block)
     while at < end:
@@ -2290,10 +2224,7 @@ def parse_event_headers(block: bytes) -> dict[str, Any]:
 
 
 class EventStreamReader:
-    """Event stream bytes in, messages out, wherever the reads are split.
-
-    A wrong length or checksum sets `error`; nothing is read after it, but earlier messages count.
-    """
+    """A wrong length or checksum sets `error` and ends reading; earlier messages still count."""
 
     def __init__(self) -> None:
         self.kept = bytearray()  # an incomplete message
@@ -2331,7 +2262,6 @@ class EventStreamReader:
 
     @staticmethod
     def read_prelude(data: bytes, at: int) -> tuple[int, int]:
-        """(length of the message, length of its headers)"""
         total, headers_size, checksum = PRELUDE.unpack_from(data, at)
         if zlib.crc32(data[at : at + 8]) != checksum:
             raise WireError("the checksum of an event's prelude is wrong")
@@ -2371,7 +2301,6 @@ class EventStreamFraming:
         self.opening = self.member = b""
 
     def complete(self, data: bytes) -> bytes:
-        """The events that `data` completes."""
         broken = bool(self.reader.error)
         rows = [self.write(headers, payload) for headers, payload in self.reader.feed(data)]
         if self.reader.error and not broken:
@@ -2454,8 +2383,6 @@ class Image:
 
 @dataclass(slots=True)
 class Document:
-    """Base64 `data`, or plain `text`."""
-
     media_type: str = ""
     data: str = ""
     text: str = ""
@@ -2483,8 +2410,6 @@ class ToolCall:
 
 @dataclass(slots=True)
 class ToolResult:
-    """The result of tool call `id`."""
-
     id: str
     blocks: list[Block]
     is_error: bool = False
@@ -2515,8 +2440,7 @@ class Tool:
     description: str
     schema: Json
     strict: bool | None = None
-    #: function, custom (takes plain text, not JSON arguments) or tool_search
-    kind: str = "function"
+    kind: str = "function"  #: or custom (plain text instead of JSON arguments), tool_search
     namespace: str = ""  #: prefix of `name` here; a separate field in the responses dialect
 
 
@@ -2544,8 +2468,6 @@ EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 @dataclass(slots=True)
 class Chat:
-    """One request, whatever the client's dialect."""
-
     model: str = ""
     system: list[Text] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
@@ -2563,15 +2485,11 @@ class Chat:
     verbosity: str | None = None  #: OpenAI's low, medium or high
     session: str = ""  #: stable id of the conversation, for prompt caches
     prefilled: bool = False  #: prefill: the last turn is the assistant's
-    #: thinking is requested in the prompt, so it comes as tags in the text
-    tagged_thinking: bool = False
+    tagged_thinking: bool = False  #: thinking is prompted for, and comes as tags in the text
     hosted: list[str] = field(default_factory=list)  #: server-side tools
-    #: fields that could not be converted, for x-aiclient-dropped
-    dropped: list[str] = field(default_factory=list)
-    #: rules that changed the conversation, for the log
-    touched: list[str] = field(default_factory=list)
-    #: the client's tool names -> names that every vendor takes
-    names: dict[str, str] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)  #: not convertible; for x-aiclient-dropped
+    touched: list[str] = field(default_factory=list)  #: rules that changed it, for the log
+    names: dict[str, str] = field(default_factory=dict)  #: client's tool names -> wire names
     turns_field: str = "messages"  #: the request's field for the turns, for errors
 
     def refuse_prefill(self) -> None:
@@ -2596,7 +2514,6 @@ class Chat:
         self.names = wire_table([*(tool.name for tool in self.tools), *called])
 
     def wire_name(self, name: str) -> str:
-        """The tool's name upstream."""
         return self.names.get(name) or wire_name(name)
 
     def settle(self) -> None:
@@ -2642,14 +2559,10 @@ class Usage:
     cache_write: int = 0
     output: int = 0
     reasoning: int = 0
-    #: billionths of the upstream's billing unit: Copilot's AI credit, Kiro's credit
-    nano_credits: int = 0
-    #: like `source`, for credits; "" if the upstream bills or reports none
-    credits_source: str = ""
+    nano_credits: int = 0  #: billionths of the billing unit: Copilot's AI credit, Kiro's credit
+    credits_source: str = ""  #: like `source`, for credits; "" if none are billed or reported
     context: int = 0  #: tokens in the context after the response, if the upstream reports only that
-    #: of the input count: reported (by the upstream), derived (from `context`), estimated (here);
-    #: "" = not counted yet
-    source: str = ""
+    source: str = ""  #: of the input: "", reported, derived (from `context`) or estimated here
 
     @property
     def output_source(self) -> str:
@@ -2674,15 +2587,12 @@ class Started:
 
 @dataclass(slots=True)
 class Opened:
-    """A block begins: `kind` is text, thinking, redacted, refusal, tool or opaque.
-
-    `raw` is the upstream's own block, if only its dialect can express it.
-    """
+    """A block begins: `kind` is text, thinking, redacted, refusal, tool or opaque."""
 
     kind: str
     id: str = ""
     name: str = ""
-    raw: Json | None = None
+    raw: Json | None = None  #: the upstream's block, if only its own dialect can express it
 
 
 @dataclass(slots=True)
@@ -2717,8 +2627,6 @@ class Finished:
 
 @dataclass(slots=True)
 class Failed:
-    """The upstream reported an error."""
-
     error: ApiError
 
 
@@ -2748,10 +2656,7 @@ RUNAWAY = re.compile(f"[{LINE_BREAKS}]{{{MAX_BLANK_RUN + 1}}}")
 
 
 class RunawayGuard:
-    """Detects a model that fills tool-call arguments with line breaks until it runs out of tokens.
-
-    More than MAX_BLANK_RUN in a row, spaces not counted (seen in Floway, 2026-08).
-    """
+    """Detects a model stuck writing line breaks into tool-call arguments (Floway, 2026-08)."""
 
     def __init__(self) -> None:
         self.run = ""  # trailing line breaks and tabs so far
@@ -2795,10 +2700,7 @@ class Checker:
 
 
 class StopCutter:
-    """Ends a response at a stop string, for upstreams without such a field.
-
-    Text that could begin a stop string is held back until that is clear.
-    """
+    """Applies stop strings for upstreams without that field; a possible beginning is held back."""
 
     def __init__(self, stops: list[str]) -> None:
         self.stops = stops
@@ -2819,7 +2721,6 @@ class StopCutter:
         return [event]
 
     def cut(self, text: str) -> list[Event]:
-        """`text` up to a stop string, or to a possible beginning of one."""
         found = [(at, stop) for stop in self.stops if (at := text.find(stop)) >= 0]
         if found:
             # The one completed first, so that chunk boundaries do not matter.
@@ -2966,10 +2867,7 @@ class CallIds:
 
 
 def distinct_calls(turns: list[Turn]) -> list[Turn]:
-    """Gives each call of settled turns a unique id that every vendor takes.
-
-    Identical calls in a turn become one, and so do several results of one call.
-    """
+    """Gives each call a unique valid id; merges a turn's equal calls, and results of one call."""
     call_ids = CallIds()
     distinct: list[Turn] = []
     ids: dict[str, deque[str]] = {}  # of the last turn: the client's id -> our ids, in order
@@ -3011,10 +2909,7 @@ def answer_calls(turn: Turn, ids: dict[str, deque[str]]) -> Turn:
 
 
 def downgrade_system_turns(turns: list[Turn]) -> list[Turn]:
-    """System turns as marked user text, in place, for models without that role.
-
-    Claude Code marks them like this for older models (seen in 2.1.197, 2026-11).
-    """
+    """System turns as user text, marked as Claude Code does it (seen in 2.1.197, 2026-11)."""
     plain = []
     for turn in turns:
         if turn.role == "system":
@@ -3082,7 +2977,6 @@ def whole_arguments(text: str) -> str:
 
 
 def is_complete_object(text: str) -> bool:
-    """Whether streamed arguments are already a complete JSON object."""
     return text.rstrip().endswith("}") and load_object(text) is not None
 
 
@@ -3135,7 +3029,6 @@ def split_stops(stops: list[str], dialect: str, model: Model) -> tuple[list[str]
 
 
 def output_instruction(output: OutputFormat) -> str:
-    """Structured output as a prompt, for upstreams without a field for it."""
     if output.schema is None:
         return "Reply with one JSON object and nothing else: no prose, no code fence."
     schema = dump_json(output.schema).decode()
@@ -3157,7 +3050,6 @@ DATA_URL = re.compile(r"data:([\w.+/-]*)((?:;[\w=.+-]+)*?)(;base64)?,", re.ASCII
 
 
 def image_type(data: str, claimed: str, path: str) -> str:
-    """The media type of a base64 image; raises UnsupportedFeature for unsupported ones."""
     for start, kind in IMAGE_SIGNATURES:
         if data.startswith(start):
             return kind
