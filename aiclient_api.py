@@ -10,31 +10,31 @@ One file, Python 3.11 or newer, standard library only.  Start it with
     python3 aiclient_api.py start
 
 and point an OpenAI client at http://127.0.0.1:9090/v1 or an Anthropic client at
-http://127.0.0.1:9090.  README.md tells the rest.
+http://127.0.0.1:9090.  See README.md for the rest.
 
 Map
 ---
     1  Numbers          every limit, timeout, margin and default, with its reason
-    2  Errors           one tree; each error has a status, a kind and a hint
+    2  Errors           one tree; each API error has a status, a kind and a hint
     3  Small tools      typed JSON fields, compact JSON, redaction
-    4  Configuration    TOML tables as dataclasses; changing a file and keeping its comments
+    4  Configuration    TOML tables as dataclasses; editing the file in place, comments kept
     5  HTTP wire        message heads and body framing: bytes in, values out
     6  Stream framing   server-sent events; the Amazon event stream
     7  Conversation     Chat, events, usage, the invariant checker, token estimate
-    8  Dialects         the contract; chat; messages; responses; Kiro; the flow of one answer
-    9  Upstream rules   what Copilot and Kiro refuse, add and mean: the pure half of the providers
+    8  Dialects         the contract; chat; messages; responses; Kiro; translating one response
+    9  Upstream rules   the quirks and limits of Copilot and Kiro: the pure half of the providers
    10  Routing          model names, rate limit; usage, limits, metrics, the cache guard
-   ==  the I/O line: above it no socket, file, clock, randomness or await
+   ==  the I/O line: no socket, file, clock, randomness or await above it
    11  Ticker           the log, one coarse clock for every deadline, connections
    12  HTTP client      connection pool, TLS, proxies, streamed bodies
    13  HTTP server      accept, keep-alive, slow-client limits, drain
    14  State on disk    XDG paths, config file, token files, the usage database
    15  Providers        the contract; Echo; Copilot; Kiro
-   16  Sign-in          device codes, the browser's way back, import; the person at the terminal
-   17  Gateway          the page for browsers; the story of one request; layers; the route table
-   18  Daemon           the lock, the port, fork, signals, reload, restart without a gap
+   16  Sign-in          device codes, the browser's redirect, import; the terminal dialogue
+   17  Gateway          the status page; one request from start to end; layers; the route table
+   18  Daemon           the lock, the port, fork, signals, reload, restart without downtime
    19  Control channel  a Unix socket, framed JSON, a table of methods
-   20  Command line     a table of verbs, serve() where every object is made, main
+   20  Command line     a table of verbs, serve() where every object is created, main
 
 One request
 -----------
@@ -44,48 +44,47 @@ One request
 
 Glossary
 --------
-    caller      the program that talks to this gateway
+    client      the program that talks to this gateway
     upstream    the service this gateway talks to
     dialect     one wire format: "chat" (OpenAI chat completions), "messages" (Anthropic messages),
-                "responses" (OpenAI responses), "kiro" (spoken upstream only)
-    Chat        what was asked, in the one form that every dialect is read into and written from
-    event       one step of an answer, in the one form between all dialects
+                "responses" (OpenAI responses), "kiro" (upstream only)
+    Chat        a request in the form that all dialects are read into and written from
+    event       one step of a response, in the form between all dialects
     frame       one event of a stream in its dialect, as decoded JSON
-    way         a host, a manner of asking and a profile: Kiro answers to several
-    native      the upstream speaks the caller's dialect: frames are relayed, not converted
-    whole       an answer that is not streamed
+    way         one of Kiro's endpoints: a host, a request style and a profile
+    native      the upstream speaks the client's dialect: frames are relayed, not converted
+    whole       non-streaming
 
 Hosts contacted
 ---------------
-    https://github.com, or the configured github_url: the device code of a sign-in
-    https://api.github.com, or the configured github_api_url: token exchange, whose account it is,
-        what is left of its plan
-    the host named in that answer, under githubcopilot.com or ghe.com: models and answers
+    https://github.com, or the configured github_url: device-code sign-in
+    https://api.github.com, or the configured github_api_url: token exchange, account, quota
+    the host named by the token response, under githubcopilot.com or ghe.com: models, completions
     https://runtime.REGION.kiro.dev, or https://q.REGION.amazonaws.com, or
-        https://codewhisperer.us-east-1.amazonaws.com: Kiro's answers
-    https://management.REGION.kiro.dev, or q.REGION: Kiro's models, profiles and limits
+        https://codewhisperer.us-east-1.amazonaws.com: Kiro's completions
+    https://management.REGION.kiro.dev, or q.REGION: Kiro's models, profiles and quota
     https://oidc.REGION.amazonaws.com, or https://prod.us-east-1.auth.desktop.kiro.dev, or the
-        token_endpoint of a company's sign-in: sign-in to Kiro, refresh of its tokens
-    only named, for a person to open, or compared with: https://app.kiro.dev, https://kiro.dev,
+        token_endpoint of a company's sign-in: Kiro's sign-in and token refresh
+    never contacted, only shown as links or compared with: https://app.kiro.dev, https://kiro.dev,
         https://docs.github.com, https://profile.aws.amazon.com, https://myaccount.google.com,
         https://view.awsapps.com, https://awsapps.com
 
 Files read and written
 ----------------------
-    $XDG_CONFIG_HOME/aiclient-api/config.toml            read; `auth --name` adds a table,
-        the verbs config and provider change it
+    $XDG_CONFIG_HOME/aiclient-api/config.toml            read; changed by `auth --name`
+        and by the verbs config and provider
     $XDG_CONFIG_HOME/aiclient-api/<provider>/token.json  read, written (0600)
-    $XDG_CONFIG_HOME/aiclient-api/<provider>/token.lock  held while a token is renewed
+    $XDG_CONFIG_HOME/aiclient-api/<provider>/token.lock  held while a token is refreshed
     $XDG_STATE_HOME/aiclient-api/usage.db                read, written (0600), with -wal and -shm
     $XDG_STATE_HOME/aiclient-api/machine.json            read, written (0600): random ids
     $XDG_STATE_HOME/aiclient-api/daemon.pid, .sock, .log, .log.1, .log.2  (0600), of the daemon;
-        the socket of a path too long is in $XDG_RUNTIME_DIR or the temporary folder
-    $XDG_STATE_HOME/aiclient-api/bytecode/               this file, compiled
+        if its path would be too long, the socket is in $XDG_RUNTIME_DIR or the temporary folder
+    $XDG_STATE_HOME/aiclient-api/bytecode/               compiled copy of this file
     $XDG_CONFIG_HOME/systemd/user/aiclient-api.service, or on macOS
         ~/Library/LaunchAgents/aiclient-api.plist        written by `service install` only
-    $XDG_STATE_HOME/aiclient-api/notices.json            read, written: terms that were told
+    $XDG_STATE_HOME/aiclient-api/notices.json            read, written: terms already shown
     by `auth import` only: ~/.config/github-copilot, ~/.aws/sso/cache, the databases of kiro-cli
-        and Amazon Q; a Kiro sign-in that was imported is refreshed where it came from as well
+        and Amazon Q; an imported Kiro sign-in is refreshed at its source as well
 """
 
 from __future__ import annotations
@@ -127,10 +126,7 @@ from typing import IO, TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TextI
 
 
 def lazy_module(name: str) -> Any:
-    """The module `name`, imported when one of its attributes is first used; None where it is not.
-
-    (What is not there is not there on this system: fcntl on Windows.)
-    """
+    """The module, imported on first use of an attribute; None if this system lacks it (fcntl)."""
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.find_spec(name)
@@ -143,8 +139,8 @@ def lazy_module(name: str) -> Any:
     return module
 
 
-# The modules that cost a start dearly (asyncio alone 70 ms) are loaded on first use, so that
-# `--version` and the other small verbs never pay for them.  This is the only such place.
+# Slow imports (asyncio alone takes 70 ms) are loaded on first use, so that `--version` and the
+# other small verbs never pay for them.  All lazy imports are here.
 if TYPE_CHECKING:
     import argparse
     import asyncio
@@ -221,11 +217,7 @@ Result = TypeVar("Result")
 
 
 def run_in_loop(work: Coroutine[Any, Any, Result]) -> Result:
-    """`asyncio.run`, once all is loaded that the loop or its threads use late.
-
-    Two threads must not be the first to use a module: before Python 3.13 the lazy loader is not
-    thread-safe (gh-114763).
-    """
+    """`asyncio.run`, with no module left lazy: until 3.13 that is not thread-safe (gh-114763)."""
     for module in (
         base64, concurrent.futures, difflib, dt, email.utils, fcntl, hashlib, hmac, ipaddress,
         logging, resource, select, shlex, shutil, signal, socket, socketserver, sqlite3, ssl,
@@ -252,201 +244,200 @@ MAX_INTERIM_HEADS = 16  # before a response; servers send one or two, 100 and 10
 MAX_FIELDS = 128  # hyper and Envoy: 100
 MAX_CHUNK_LINE_BYTES = 8 * KIB
 MAX_TRAILER_BYTES = 8 * KIB
-MAX_GZIP_MEMBERS = 64  # behind the first one of a compressed body; clients send one
-# Out of one read of 64 KiB: text shrinks to a tenth or a fiftieth, bombs to a thousandth.
+MAX_GZIP_MEMBERS = 64  # after the first one of a compressed body; clients send one
+# Per read of 64 KiB: text compresses 10 to 50 times, bombs 1,000 times.
 MAX_INFLATED_BYTES = 4 * MIB
-# Anthropic's API takes 32 MB.  Text that is nothing but escapes costs 9 ms per MiB to count and
-# to parse, in a piece: with twice as much, nobody else would be served for half a second.
+# Anthropic's API takes 32 MB.  Counting and parsing text made only of escapes blocks for 9 ms per
+# MiB: twice as much would stall all other requests for half a second.
 MAX_BODY_MIB = 32
-MAX_BODIES_BYTES = 256 * MIB  # of all requests in hand: eight of the largest, hundreds of usual
+MAX_BODIES_BYTES = 256 * MIB  # of all requests in flight: eight of the largest, hundreds of typical
 MAX_EMPTY_LINES = 8  # before a request line: RFC 9112 section 2.2 says "at least one"
 MAX_LENGTH_DIGITS = 19  # 2**63 has 19 digits
-MAX_PORT = 65_535  # of TCP: 16 bits
-# A JSON body is parsed, converted and written while every stream waits: 30 MiB of tiny values took
-# 7 s and gigabytes, so the brackets, commas and colons outside its strings are counted before
-# parsing.  The costliest so many, 10,000 pairs of turns that are converted, take 0.3 s in a piece.
+MAX_PORT = 65_535
+# Parsing and converting a JSON body blocks all streams: 30 MiB of tiny values took 7 s and
+# gigabytes, so brackets, commas and colons outside strings are counted before parsing.  The most
+# expensive body below this limit, 10,000 pairs of turns to be converted, blocks for 0.3 s.
 MAX_JSON_MARKS = 200_000
 MAX_JSON_KEYS = 1000  # at the top level of a body; no API has 100
 MAX_JSON_DEPTH = 100
 MAX_ERROR_TEXT = 4000  # characters of an error message
 MAX_REFUSAL_TEXT = 2000  # characters kept of an upstream's message
-MAX_CODE_TEXT = 100  # and of its code
-MAX_LOG_LINE = 16_000  # characters; of a traceback, too
-MAX_ERROR_BODY_BYTES = 64 * KIB  # of an upstream's error answer; the rest is not read
-MAX_WHOLE_ANSWER_BYTES = 64 * MIB  # of an upstream's JSON answer, or a stream that is collected
-FIRST_PARSED_EVENTS = 4  # of a read, before its plain deltas are copied
+MAX_CODE_TEXT = 100  # and of its error code
+MAX_LOG_LINE = 16_000  # characters; tracebacks, too
+MAX_ERROR_BODY_BYTES = 64 * KIB  # of an upstream's error response; the rest is not read
+MAX_WHOLE_ANSWER_BYTES = 64 * MIB  # of an upstream's JSON response, or of an aggregated stream
+FIRST_PARSED_EVENTS = 4  # per read, before its plain deltas are copied
 MAX_FRAME_BYTES = 16 * MIB  # one server-sent event: images come as one frame
-MAX_EVENT_LINES = 100_000  # of one server-sent event: those seen have two
+MAX_EVENT_LINES = 100_000  # of one server-sent event: real ones have two
 MAX_EVENT_MESSAGE_BYTES = 25 * MIB  # AWS: payloads up to 24 MiB, headers up to 128 KiB
 
-# One read takes everything the kernel and the stream reader hold: both stay far below this.
+# One read takes all that the kernel and the StreamReader buffer: both stay far below this.
 READ_BYTES = MIB
 STREAM_BUFFER_BYTES = 64 * KIB
-RECV_BYTES = 64 * KIB  # below the 128 KiB from which malloc asks the system for fresh pages
-# A slow client holds its upstream back when this much waits for it.
+RECV_BYTES = 64 * KIB  # below the 128 KiB from which malloc uses mmap
+# With this much unsent to a slow client, reading from the upstream pauses.
 WRITE_HIGH_WATER_BYTES = 128 * KIB
 
-# After a step of a request that took so long, the others are served for a moment before the next.
+# After a step this long, a request yields to the others for a moment.
 LONG_STEP_SECONDS = 0.03
 GIVE_WAY_SECONDS = 0.01
-TICK_SECONDS = 0.25  # the coarse clock that all deadlines are read from
-WRITE_STALL_SECONDS = 60.0  # no byte accepted by the client for so long: it is gone
-LINGER_SECONDS = 1.0  # for a peer's last bytes: a reset would eat our answer, or spoil the pool
-LISTEN_BACKLOG = 1024  # connections that the kernel keeps for us; systems may cut it
+TICK_SECONDS = 0.25  # resolution of the clock that all deadlines are checked with
+WRITE_STALL_SECONDS = 60.0  # a client that accepts no byte for this long is gone
+LINGER_SECONDS = 1.0  # lingering close: an RST would discard our response, or spoil the pool
+LISTEN_BACKLOG = 1024  # the system may cap it
 PING_SECONDS = 15.0  # Codex and Claude Code give up on silence after minutes, proxies after 30-60 s
-# The status waits for the first upstream event, so that upstream errors become real statuses,
-# but no longer than a caller's patience for a response head.
+# The response head waits for the first upstream event, so that upstream errors become real status
+# codes, but no longer than clients wait for a head.
 HOLD_STATUS_SECONDS = 25.0
-# The same for a request with several candidates, all of them together: proxies give up at 60 s.
+# The same for all candidates of a request together: proxies give up at 60 s.
 HOLD_LIST_SECONDS = 50.0
 
 POOL_IDLE_SECONDS = 30.0  # below the 60 s at which common load balancers close
 POOL_IDLE_PER_HOST = 32
-MAX_PLANNED_URLS = 256  # a provider uses ten; those with a query of their own are many
-RESET_SECONDS = 0.3  # a round trip around the world: a stale connection is reset by then
+MAX_PLANNED_URLS = 256  # a provider uses ten, but queries vary
+RESET_SECONDS = 0.3  # a round trip around the world: the RST of a stale connection is here by then
 
 # Upstream attempts (facts: VS Code, gh-aw-firewall; 2026-08).
 MAX_ATTEMPTS = 3
-MAX_WAIT_SECONDS = 10.0  # a longer Retry-After is the caller's to wait, not ours
-MAX_RETRY_AFTER_SECONDS = 60.0  # anthropic 2.x sleeps for whatever it is told, even for days
-# Cool-downs that outlast the reset are a plague of this field: a minute, then one request probes.
+MAX_WAIT_SECONDS = 10.0  # a longer Retry-After is left to the client
+MAX_RETRY_AFTER_SECONDS = 60.0  # anthropic 2.x obeys any value, even days
+# A cool-down must not outlast the upstream's limit: after a minute one request probes.
 COOL_DOWN_SECONDS = 60.0
-MAX_RESTING = 100  # models of one provider; clients may name what no list has
-REST_SECONDS = 4.0  # after a limit that names no time; twice as long each time it still holds
+MAX_RESTING = 100  # models per provider; clients may name models that no list has
+REST_SECONDS = 4.0  # after a limit without a reset time; doubles while it still holds
 BACKOFF_SECONDS = (0.5, 1.5)
 PAUSE_SECONDS = (2.0, 4.0)  # after a 429 or 503 that names no time
-UNSUPPORTED_MODEL_WAITS = (1.0, 2.0)  # Copilot's catalogue wobbles: seen in gh-aw-firewall, 2026-08
+UNSUPPORTED_MODEL_WAITS = (1.0, 2.0)  # Copilot's catalogue flaps (seen in gh-aw-firewall, 2026-08)
 
 COPILOT_REFRESH_MARGIN_SECONDS = 300.0  # VS Code refreshes when less than 5 minutes are left
-COPILOT_REFRESH_MARGIN_SHARE = 0.2  # but a short-lived token must not be renewed all the time
-COPILOT_DIRECT_SECONDS = 3600.0  # between two looks at the account of a token that is used itself
+COPILOT_REFRESH_MARGIN_SHARE = 0.2  # of its life, if that is less: a short-lived token
+COPILOT_DIRECT_SECONDS = 3600.0  # between account checks of a GitHub token used directly
 COPILOT_REFRESH_EARLY_SECONDS = 60.0  # the background timer: refresh_in minus this
 COPILOT_DEFAULT_LIFE_SECONDS = 1500.0
-FORCED_RENEWAL_GAP_SECONDS = 60.0  # a lasting 403 must not become an exchange storm
+FORCED_RENEWAL_GAP_SECONDS = 60.0  # a persistent 403 must not cause a storm of exchanges
 SIGN_IN_RETRY_MAX_SECONDS = 300.0
-SIGN_IN_RETRY_AFTER_SECONDS = 3600.0  # GitHub's own limits last an hour; no header stops us longer
+SIGN_IN_RETRY_AFTER_SECONDS = 3600.0  # GitHub's own limits last an hour
 EXCHANGE_SECONDS = 15.0
 MODELS_SECONDS = 30.0
 MODELS_FRESH_SECONDS = 900.0  # VS Code 10 min, opencode 1 h
-MODELS_KEPT_SECONDS = 24 * 3600.0  # an entitled model may be missing from one answer
-MODELS_RETRY_SECONDS = 60.0  # after a list that could not be had
-MODELS_MISS_SECONDS = 30.0  # an unknown name may refresh the list, but not more often
-MAX_MODEL_HEADERS = 16  # that a catalogue adds to the requests for a model
-MAX_BLANK_RUN = 20  # line breaks and tabs in a row inside a call's arguments
-MAX_TOOLS = 128  # VS Code cuts there
-MAX_CACHE_MARKS = 4  # Anthropic and Copilot
-MAX_CHAT_STOPS = 4  # OpenAI
-# Of all stop strings of a request together: those that no upstream field takes are looked for in
-# every piece of the answer, and a stop string is a word or a tag.
+MODELS_KEPT_SECONDS = 24 * 3600.0  # one response may omit an entitled model
+MODELS_RETRY_SECONDS = 60.0  # after a failed fetch
+MODELS_MISS_SECONDS = 30.0  # between refreshes caused by unknown names
+MAX_MODEL_HEADERS = 16  # that a catalogue adds to a model's requests
+MAX_BLANK_RUN = 20  # line breaks and tabs in a row inside tool-call arguments
+MAX_TOOLS = 128  # VS Code cuts the list there
+MAX_CACHE_MARKS = 4  # cache breakpoints: limit of Anthropic and Copilot
+MAX_CHAT_STOPS = 4  # OpenAI's limit
+# Of all stop strings together: those that no upstream field takes are searched for in every delta.
+# A stop string is a word or a tag.
 MAX_STOP_CHARACTERS = 8192
-MAX_EMBEDDED = 256  # texts at a time: Copilot takes 512, VS Code sends 256
+MAX_EMBEDDED = 256  # texts per request: Copilot takes 512, VS Code sends 256
 EMBEDDINGS_SECONDS = 60.0
 REASONING_MEMORY_ENTRIES = 500
-# What an upstream refused is left out of later requests; a service that changed its mind, or that
-# refused one client's oddity, is asked again after an hour, at the price of one refused attempt.
+# What an upstream rejected is left out of later requests.  It is tried again after an hour, at the
+# price of one refused attempt: the service may have changed, or one client been odd.
 LESSON_SECONDS = 3600.0
-MAX_LESSONS = 16  # of one model in one dialect; a client made by hand adds no more
-MAX_LESSON_SCOPES = 64  # models and dialects
-MAX_LESSON_STEPS = 12  # of a path; the deepest known has 9
+MAX_LESSONS = 16  # per model and dialect, whatever odd clients add
+MAX_LESSON_SCOPES = 64  # pairs of model and dialect
+MAX_LESSON_STEPS = 12  # in a path; the deepest known has 9
 
 # The cache guard.
 CACHE_LIFE_SECONDS = 300.0  # Anthropic: 5 min since the last use; OpenAI: 5 to 10
 MIN_CACHED_TOKENS = 1024  # no shorter prompt is cached (Anthropic, OpenAI; some models want more)
-CACHE_SLACK_SHARE = 0.1  # of a cached prompt, read anew: the end of it, not a miss
-CACHE_QUIET_SECONDS = 600.0  # between two lines of log about the same of one conversation
-CACHE_WATCH_SECONDS = 3600.0  # the longest life of a cache that is sold
+CACHE_SLACK_SHARE = 0.1  # of a cached prompt: less than this uncached is its end, not a miss
+CACHE_QUIET_SECONDS = 600.0  # between equal log lines about one conversation
+CACHE_WATCH_SECONDS = 3600.0  # the longest cache lifetime on offer
 MAX_WATCHED = 200  # conversations
-MAX_WATCHED_BLOCKS = 2000  # of one prompt, 20 bytes each; what comes behind is not compared
-CACHE_INLINE_BYTES = 128 * KIB  # of a request, hashed at once in 0.4 ms; more goes to a thread
-DEFAULT_MAX_TOKENS = 32_000  # when a caller names none and the catalogue has no limit
+MAX_WATCHED_BLOCKS = 2000  # per prompt, 20 bytes each; later ones are not compared
+CACHE_INLINE_BYTES = 128 * KIB  # hashed inline in 0.4 ms; larger requests go to a thread
+DEFAULT_MAX_TOKENS = 32_000  # if the client sends none and the catalogue has no limit
 MIN_THINKING_BUDGET = 1024
 
-KIRO_REFRESH_MARGIN_SECONDS = 300.0  # the vendor's CLI 1 min, other clients 2 to 10
-KIRO_FORCED_GAP_SECONDS = 10.0  # between two refreshes that a refused token causes
-KIRO_TOKEN_SECONDS = 3600.0  # the life of every token seen
+KIRO_REFRESH_MARGIN_SECONDS = 300.0  # the vendor's CLI: 1 min; other clients: 2 to 10
+KIRO_FORCED_GAP_SECONDS = 10.0  # between refreshes caused by rejected tokens
+KIRO_TOKEN_SECONDS = 3600.0  # lifetime of every token seen
 KIRO_REFRESH_SECONDS = 30.0
-SETTLE_SECONDS = 3.0  # what a stop waits for a refresh's answer, which may be the last
+SETTLE_SECONDS = 3.0  # for a pending refresh at shutdown: losing its response may lose the sign-in
 KIRO_CONTROL_SECONDS = 30.0
-KIRO_MODEL_PAGES = 5  # of a list that never ends
-MAX_TOKEN_SECONDS = 24 * 3600.0  # a token that says it lasts longer met a wrong clock
+KIRO_MODEL_PAGES = 5  # in case a list never ends
+MAX_TOKEN_SECONDS = 24 * 3600.0  # a longer lifetime is due to a wrong clock
 
-# Numbers from outside, which may be NaN, infinite or have a thousand digits.
-MAX_FIGURE = 10**15  # of tokens, nano-credits, quotas: below 2**53, so exact wherever it goes
-MAX_RESET_SECONDS = 31 * 86400.0  # a wait: plans begin anew each month
-MAX_UNIX_SECONDS = 1e10  # a time: in the year 2286; what is larger counts milliseconds
-MAX_PERCENT_USED = 10_000.0  # a plan may be overdrawn; a limit near 0 would make it endless
+# Numbers from outside may be NaN, infinite or a thousand digits long.
+MAX_FIGURE = 10**15  # tokens, nano-credits, quotas: below 2**53, so exact as a double
+MAX_RESET_SECONDS = 31 * 86400.0  # a wait: plans reset monthly
+MAX_UNIX_SECONDS = 1e10  # the year 2286; larger timestamps are in milliseconds
+MAX_PERCENT_USED = 10_000.0  # a plan may be overdrawn; a limit near 0 would give a huge figure
 
-# What is left of a plan.  No client seen asks for that more often than every few minutes.
-QUOTA_WARNING_PERCENTS = (80.0, 95.0)  # used; then, and at 100, a person is warned
-QUOTA_SOON_SECONDS = 5.0  # from the first use to the first look: a short answer is billed by then
-QUOTA_LOOK_SECONDS = 600.0  # between two looks while the provider is used
-QUOTA_AGAIN_SECONDS = 300.0  # between two looks that "out of credits" causes: facts, Copilot 8.1
-MAX_ALLOWANCES = 32  # kept of what header fields name; Copilot names 5
+# Quotas.  No known client polls them more often than every few minutes.
+QUOTA_WARNING_PERCENTS = (80.0, 95.0)  # used; a warning at each of these and at 100
+QUOTA_SOON_SECONDS = 5.0  # from first use to first poll: a short response is billed by then
+QUOTA_LOOK_SECONDS = 600.0  # between polls while the provider is in use
+QUOTA_AGAIN_SECONDS = 300.0  # between polls caused by "out of credits"
+MAX_ALLOWANCES = 32  # quotas kept from header fields; Copilot sends 5
 
 # Signing in (RFC 8628, RFC 8252).
-SIGN_IN_SECONDS = 30.0  # one request
-DEVICE_LIFE_SECONDS = 600.0  # where the service names none
+SIGN_IN_SECONDS = 30.0  # per request
+DEVICE_LIFE_SECONDS = 600.0  # if the service names none
 DEVICE_INTERVAL_SECONDS = 5.0  # RFC 8628 section 3.2
 DEVICE_EXTRA_SECONDS = 1.0  # timers of virtual machines run early, and GitHub is strict
 DEVICE_SLOWER_SECONDS = 5.0  # what slow_down adds: RFC 8628 section 3.5
-CALLBACK_SECONDS = 300.0  # a browser's way back; the portal itself waits for 10 minutes
+CALLBACK_SECONDS = 300.0  # for the browser's redirect; the portal itself waits for 10 minutes
 LOCK_SECONDS = 45.0  # another process's refresh takes KIRO_REFRESH_SECONDS at most
 LOCK_POLL_SECONDS = 0.05
-TOKEN_LOOK_SECONDS = 1.0  # between two readings of a token file that only show what is in it
-SAVE_AGAIN_SECONDS = 30.0  # a token that the disk had no room for
-CLOCK_JUMP_SECONDS = 30.0  # of the wall clock against the monotonic one: the machine has slept
+TOKEN_LOOK_SECONDS = 1.0  # between reads of a token file for display
+SAVE_AGAIN_SECONDS = 30.0  # before a failed write of a token is retried
+CLOCK_JUMP_SECONDS = 30.0  # wall clock against monotonic: beyond this the machine has slept
 
 # The daemon.
 START_SECONDS = 30.0  # until a new process listens; a cold, busy machine needs 5
-HEALTH_SECONDS = 5.0  # for the first answer of a gateway that says it listens
-INSIST_SECONDS = 5.0  # after the drain: then a daemon that is asked to stop is killed
-POLL_SECONDS = 0.05  # between two looks at a lock or a file
-LOOK_SECONDS = 0.3  # whoever looks at the daemon's lock holds it for a moment
-RETIRE_SECONDS = 5.0  # for clients of a replaced process to come with one more request
+HEALTH_SECONDS = 5.0  # for the first response of a gateway that reports it is listening
+INSIST_SECONDS = 5.0  # after the drain; then a daemon that does not stop is killed
+POLL_SECONDS = 0.05  # between checks of a lock or a file
+LOOK_SECONDS = 0.3  # probing the daemon's lock holds it for a moment
+RETIRE_SECONDS = 5.0  # for one more request on a replaced process's connections
 MAX_LOG_BYTES = 10 * MIB
 LOG_FILES = 3  # the current one and two older
-LOG_LOOK_SECONDS = 1.0  # between two looks at whether the log file was moved away
-FULL_SECONDS = 60.0  # between two complaints that the system gives no more files
-MAX_DESCRIPTORS = 65_536  # files and sockets that are open at a time
-MAX_LOG_LINES = 10_000  # that can be asked for at a time
+LOG_LOOK_SECONDS = 1.0  # between checks whether the log file was moved away
+FULL_SECONDS = 60.0  # between log lines about too many open files
+MAX_DESCRIPTORS = 65_536  # open files and sockets
+MAX_LOG_LINES = 10_000  # per query
 DEFAULT_LOG_LINES = 50
 
 # The control channel.
 MAX_CONTROL_BYTES = MIB
-CONTROL_SECONDS = 5.0  # for a whole frame to come or to be taken
-CONTROL_WORK_SECONDS = 90.0  # model lists and quotas are asked of the services
-CONTROL_ACCEPT_SECONDS = 0.5  # until a client is accepted that no descriptor was left for
+CONTROL_SECONDS = 5.0  # to read or to write one frame
+CONTROL_WORK_SECONDS = 90.0  # model lists and quotas are fetched from upstream
+CONTROL_ACCEPT_SECONDS = 0.5  # before accepting again after too many open files
 MAX_CONTROL_CLIENTS = 16
-MAX_SOCKET_PATH_BYTES = 103  # macOS 104 with the final zero, Linux 108
+MAX_SOCKET_PATH_BYTES = 103  # macOS: 104 with the final NUL; Linux: 108
 
 # Usage.
-USAGE_WRITE_SECONDS = 0.4  # between two writes: with a tick and the write less than a second
-USAGE_BUSY_SECONDS = 5.0  # that one write waits for another process's
-USAGE_LOCKED_SECONDS = 60.0  # a database that stays locked for so long is set aside
+USAGE_WRITE_SECONDS = 0.4  # between writes: under a second with a tick and the write itself
+USAGE_BUSY_SECONDS = 5.0  # that a write waits for another process's lock
+USAGE_LOCKED_SECONDS = 60.0  # a database that stays locked for this long is quarantined
 USAGE_PRUNE_SECONDS = 3600.0
-SLOT_SECONDS = 900  # sums are kept by quarter of an hour: time zones differ by that at least
-MAX_ANSWER_ROWS = 50_000  # answers that are kept one by one, 9 MB
-MAX_SUM_ROWS = 200_000  # years of one person's sums, 40 MB
-PRUNE_SUM_ROWS = 20_000  # that are written without a look at how many there are
+SLOT_SECONDS = 900  # totals are kept per quarter of an hour: the grid of all time zones
+MAX_ANSWER_ROWS = 50_000  # single requests, 9 MB
+MAX_SUM_ROWS = 200_000  # years of one person's totals, 40 MB
+PRUNE_SUM_ROWS = 20_000  # written between two counts of the table
 MAX_SUM_DAYS = 800
-MAX_SPENT_DAYS = 62  # caps look back at a month
-MAX_USAGE_PAGES = 24_576  # of 4 KiB: 96 MiB, whatever the counts above come to
-MAX_WAITING_ANSWERS = 5_000  # rows kept in memory while there is no database; sums are all kept
-MAX_RECENT_ANSWERS = 1_000  # that can be asked for at a time
-MAX_WAITING_SUMS = 20_000  # rows of sums in memory, 20 MB; beyond them no name is told apart
-# Names that clients make up, told apart in one day: 200 user agents and 200 models are more than
-# anybody uses.
+MAX_SPENT_DAYS = 62  # caps look back a month
+MAX_USAGE_PAGES = 24_576  # of 4 KiB: 96 MiB, whatever the row limits above allow
+MAX_WAITING_ANSWERS = 5_000  # held in memory without a database; totals are all kept
+MAX_RECENT_ANSWERS = 1_000  # per query
+MAX_WAITING_SUMS = 20_000  # totals in memory, 20 MB; beyond them names are merged
+# Distinct client-supplied names per day: nobody uses 200 user agents or 200 models.
 MAX_LABELS = 200
 MAX_MODELS = 200
-MAX_NAME_CHARS = 200  # of a name that is counted
-MAX_RUNAWAYS = 1_000  # requests that are remembered by their hash
+MAX_NAME_CHARS = 200  # of a recorded name
+MAX_RUNAWAYS = 1_000  # request hashes remembered
 
-# GET /metrics.  OpenTelemetry's advice for such histograms ends at 82 s (GenAI metrics, 2026): an
-# agent's turn takes 2 to 60 s, long reasoning minutes, and its first byte comes after the thinking.
+# GET /metrics.  OpenTelemetry's recommended buckets end at 82 s (GenAI metrics, 2026), but an
+# agent's turn takes 2 to 60 s, long reasoning minutes, and the first byte comes after it.
 ANSWER_SECONDS_BUCKETS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
 FIRST_BYTE_SECONDS_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 120.0)
-# Pairs of provider and model; all others share one, for good, as no series may end.  A provider
-# lists 15 to 40 models; each one that was used has 40 lines of a scrape, which take 45 us.
+# Pairs of provider and model; later ones share one series for good, as a series must not end.  A
+# provider lists 15 to 40 models; each one used adds 40 lines to a scrape, which take 45 us.
 MAX_METRIC_SERIES = 200
 
 GITHUB_URL = "https://github.com"
@@ -459,12 +450,12 @@ COPILOT_HOSTS = {
 COPILOT_ANY_HOST = "https://api.githubcopilot.com"
 COPILOT_CLIENT_ID = "Iv1.b507a08c87ecfe98"  # the GitHub App of the editors' plugins
 COPILOT_SCOPE = "read:user"
-# Kinds of GitHub token that Copilot takes itself (Copilot CLI and SDK, opencode, 2026-08).
+# GitHub tokens that Copilot accepts directly (Copilot CLI and SDK, opencode, 2026-08).
 DIRECT_TOKENS = ("gho_", "github_pat_", "ghs_")
-# Where a token may be sent: a token answer naming another host is refused.
+# Where a token may be sent: a token response naming any other host is refused.
 COPILOT_HOST_SUFFIXES = (".githubcopilot.com", ".ghe.com")
-# The four version values are one set in a real editor build (seen in Floway, 2026-09).  When GitHub
-# retires them it answers 466.
+# The four version values are a set from a real editor build (seen in Floway, 2026-09).  When GitHub
+# retires them it responds with 466.
 EDITOR_VERSION = "vscode/1.124.2"
 EDITOR_PLUGIN_VERSION = "copilot-chat/0.52.0"
 COPILOT_USER_AGENT = "GitHubCopilotChat/0.52.0"
@@ -472,7 +463,7 @@ COPILOT_API_VERSION = "2026-06-01"
 GITHUB_API_VERSION = "2025-04-01"
 COPILOT_INTEGRATION_ID = "vscode-chat"
 
-# Kiro moved to hosts of its own in mid-2026; the older ones still answer (opencodex, pi, 2026-08).
+# Kiro moved to hosts of its own in mid-2026; the older ones still work (opencodex, pi, 2026-08).
 KIRO_RUNTIME_URL = "https://runtime.{region}.kiro.dev"
 KIRO_MANAGEMENT_URL = "https://management.{region}.kiro.dev"
 KIRO_Q_URL = "https://q.{region}.amazonaws.com"
@@ -480,47 +471,38 @@ KIRO_OLD_URL = "https://codewhisperer.us-east-1.amazonaws.com"
 KIRO_OIDC_URL = "https://oidc.{region}.amazonaws.com"
 KIRO_AUTH_URL = "https://prod.us-east-1.auth.desktop.kiro.dev"
 KIRO_BUILDER_START_URL = "https://view.awsapps.com/start"
-# Constants of the public IDE, not somebody's account.
+# Constants of the public IDE, not of an account.
 KIRO_BUILDER_ARN = "arn:aws:codewhisperer:us-east-1:638616132270:profile/AAAACCCCXXXX"
 KIRO_SOCIAL_ARN = "arn:aws:codewhisperer:us-east-1:699475941385:profile/EHGA3GRVQMUK"
 DEVICE_GRANT = "urn:ietf:params:oauth:grant-type:device_code"
 KIRO_PORTAL_URL = "https://app.kiro.dev/signin"
-# The only ports the portal sends a browser back to.
+# The only ports that the portal redirects to.
 KIRO_PORTAL_PORTS = (3128, 4649, 6588, 8008, 9091, 49153, 50153, 51153, 52153, 53153)
 KIRO_CLIENT_NAME = "Kiro IDE"
 KIRO_SCOPES = (
-    "codewhisperer:completions",
-    "codewhisperer:analysis",
-    "codewhisperer:conversations",
-    "codewhisperer:transformations",
-    "codewhisperer:taskassist",
-)
-KIRO_VERSION = "1.1.14"  # of the IDE, seen in 2026-09; no old one was ever refused
+    "codewhisperer:completions", "codewhisperer:analysis", "codewhisperer:conversations",
+    "codewhisperer:transformations", "codewhisperer:taskassist",
+)  # fmt: skip
+KIRO_VERSION = "1.1.14"  # of the IDE, seen in 2026-09; older ones were never refused
 
 
 # ---- 2. Errors ---------------------------------------------------------------------------------
 #
-#   ProgramError                 what the command line reports and exits with
-#     WrongUsage                 the command line is wrong
-#     ConfigError                the configuration file, a flag or a variable is wrong
-#     SignInFailed               signing in came to nothing
-#       CodeExpired              nobody typed the code in time
-#     NotRunning                 there is no daemon to ask
-#   ApiError                     what a caller is answered with, in its own dialect
-#     InvalidRequest  400        ContextTooLong, UnsupportedFeature, WrongDialect
-#     InvalidKey 401  Forbidden 403  ModelNotFound 404  UnknownUrl 404  MethodNotAllowed 405
-#     RequestTimeout 408  BodyTooLarge 413  UnsupportedMediaType 415  UnsupportedEncoding 415
-#     RateLimited 429  QuotaExceeded 429  LimitReached 429: RequestRepeated
-#     UpstreamError 502          Unreachable
-#     NotSignedIn 503        NotEntitled
-#     Overloaded 503  Busy 503  UpstreamTimeout 504
-#   WireError                    a peer broke HTTP: never shown to a caller as it is
+#   ProgramError   a command failed: WrongUsage, ConfigError, SignInFailed (CodeExpired), NotRunning
+#   ApiError       the error response to a client, in its own dialect:
+#     400 InvalidRequest (UnsupportedFeature, WrongDialect, ContextTooLong)   401 InvalidKey
+#     403 Forbidden   404 ModelNotFound, UnknownUrl, NotStored   405 MethodNotAllowed
+#     408 RequestTimeout   413 BodyTooLarge   415 UnsupportedMediaType, UnsupportedEncoding
+#     426 UpgradeRefused   429 RateLimited, QuotaExceeded, LimitReached (RequestRepeated)
+#     502 UpstreamError (Unreachable)   503 NotSignedIn (NotEntitled), Overloaded, Busy
+#     504 UpstreamTimeout
+#   WireError      a peer violated HTTP: never shown to a client as it is
 #
-# `str(error)` is always safe to show: no token, key, prompt or answer is ever put into one.
+# `str(error)` is always safe to show: it never holds a token, key, prompt or completion.
 
 
 class ProgramError(Exception):
-    """What stops a command; `str()` is one line for a person, `log` what a log says of it."""
+    """A command failed: `str()` is one line for the terminal, `log` further lines."""
 
     exit_status = 1
 
@@ -530,8 +512,6 @@ class ProgramError(Exception):
 
 
 class WrongUsage(ProgramError):
-    """The command line asks for something that is not there."""
-
     exit_status = 2
 
 
@@ -540,26 +520,23 @@ class ConfigError(ProgramError):
 
 
 class SignInFailed(ProgramError):
-    """Nobody was signed in, and nothing was changed."""
+    """Sign-in failed; nothing was changed."""
 
 
 class CodeExpired(SignInFailed):
-    """A device code that ran out: a new one may be had."""
+    """The device code expired; a new one may be requested."""
 
 
 class NotRunning(ProgramError):
-    """There is no daemon to ask."""
-
     exit_status = 3
 
 
 class ApiError(Exception):
-    """What a caller is answered with.
+    """An error response to a client.
 
-    `kind` names what happened (each dialect has a table from kinds to its vendor's types), `hint`
-    says what to do next, `param` is the path of the field at fault, `retry_after` is in seconds,
-    `retry` False tells the vendors' SDKs not to try again, `code` is OpenAI's where the kind has
-    several.
+    `kind` names what happened (each dialect maps kinds to its vendor's error types), `hint` says
+    what to do next, `param` is the path of the offending field, `retry_after` is in seconds,
+    `retry` False tells the vendors' SDKs not to retry, `code` is OpenAI's, if the kind has several.
     """
 
     status = 500
@@ -585,11 +562,10 @@ class ApiError(Exception):
         self.headers = headers or {}
 
     def text(self) -> str:
-        """The message with its hint, at a length that does not depend on what was sent."""
         return f"{self.message[:MAX_ERROR_TEXT]} {self.hint}".strip()
 
     def anew(self, hint: str, retry_after: float | None) -> ApiError:
-        """The same error once more: one that is kept is told to many, at different times."""
+        """A copy with another hint and retry_after: a cached error is raised many times."""
         return type(self)(
             self.message,
             hint=hint,
@@ -601,22 +577,20 @@ class ApiError(Exception):
 
 
 class InvalidRequest(ApiError):
-    """The request cannot be served as it is."""
-
     status = 400
     kind = "invalid_request"
 
 
 class UnsupportedFeature(InvalidRequest):
-    """A field asks for something this model or gateway cannot do without losing it."""
+    """A field asks for what this model or gateway could only ignore."""
 
 
 class WrongDialect(InvalidRequest):
-    """The model does not speak the dialect it was asked in, whatever the catalogue says."""
+    """The model does not support the requested dialect, whatever the catalogue says."""
 
 
 class ContextTooLong(InvalidRequest):
-    """The prompt does not fit; clients compact when they recognise the vendor's words."""
+    """The prompt does not fit; clients compact when they recognise the vendor's wording."""
 
     kind = "context_too_long"
 
@@ -629,7 +603,7 @@ class ContextTooLong(InvalidRequest):
 
 
 class InvalidKey(ApiError):
-    """The gateway's own key is missing or wrong.  Claude Code retries a 401 without end else."""
+    """The gateway's own key; without `retry` False, Claude Code retries a 401 forever."""
 
     status = 401
     kind = "invalid_key"
@@ -637,84 +611,66 @@ class InvalidKey(ApiError):
 
 
 class Forbidden(ApiError):
-    """The shield, or the account's plan or policy, does not allow it."""
+    """Refused by the gateway's host or origin check, or by the account's plan or policy."""
 
     status = 403
     kind = "forbidden"
 
 
 class ModelNotFound(ApiError):
-    """No enabled provider has a model of that name."""
-
     status = 404
     kind = "model_not_found"
 
 
 class UnknownUrl(ApiError):
-    """No such endpoint."""
-
     status = 404
     kind = "unknown_url"
 
 
 class NotStored(ApiError):
-    """An answer of earlier is asked for, or something else that is not kept."""
+    """Stored responses and the like are not supported."""
 
     status = 404
     kind = "not_stored"
 
 
 class UpgradeRefused(ApiError):
-    """The connection stays what it is."""
-
     status = 426
     kind = "upgrade_refused"
 
 
 class MethodNotAllowed(ApiError):
-    """The endpoint exists, with other methods."""
-
     status = 405
     kind = "method_not_allowed"
 
 
 class RequestTimeout(ApiError):
-    """The caller took too long to send its request."""
-
     status = 408
     kind = "request_timeout"
 
 
 class BodyTooLarge(ApiError):
-    """More bytes, or more values, than this gateway or the upstream takes."""
-
     status = 413
     kind = "body_too_large"
 
 
 class UnsupportedMediaType(ApiError):
-    """The body is not JSON."""
-
     status = 415
     kind = "unsupported_media_type"
 
 
 class UnsupportedEncoding(ApiError):
-    """The body is compressed in a way the standard library cannot read."""
-
     status = 415
     kind = "unsupported_encoding"
 
 
 class RateLimited(ApiError):
-    """Too many requests, here or upstream."""
-
     status = 429
     kind = "rate_limited"
 
 
 class QuotaExceeded(ApiError):
-    """The subscription has nothing left: trying again does not help."""
+    """The plan's quota is used up: retrying does not help."""
 
     status = 429
     kind = "quota_exceeded"
@@ -722,7 +678,7 @@ class QuotaExceeded(ApiError):
 
 
 class LimitReached(ApiError):
-    """A limit of the user's own in `[limits]` is reached: nothing goes up."""
+    """A limit of the user's own in `[limits]`; nothing is sent upstream."""
 
     status = 429
     kind = "limit_reached"
@@ -730,22 +686,20 @@ class LimitReached(ApiError):
 
 
 class RequestRepeated(LimitReached):
-    """The very same request too often: no other provider should answer it either."""
+    """The same request too often: no fallback to another provider either."""
 
 
 class UpstreamError(ApiError):
-    """The upstream failed, or answered something that makes no sense."""
-
     status = 502
     kind = "upstream_error"
 
 
 class Unreachable(UpstreamError):
-    """No connection came about, or it ended before anything was sent: trying again is safe."""
+    """The connection failed before anything was sent: retrying is safe."""
 
 
 class NotSignedIn(ApiError):
-    """The account has no usable sign-in.  503, because clients retry a 401 (seen in 2026-10)."""
+    """No usable sign-in.  503, because clients retry a 401 (seen in 2026-10)."""
 
     status = 503
     kind = "not_signed_in"
@@ -753,53 +707,46 @@ class NotSignedIn(ApiError):
 
 
 class NotEntitled(NotSignedIn):
-    """The sign-in is good, but its account may not use the service: signing in would not help."""
+    """The sign-in is valid, but the account may not use the service."""
 
 
 class Overloaded(ApiError):
-    """The upstream is busy."""
-
     status = 503
     kind = "overloaded"
 
 
 class Busy(ApiError):
-    """This gateway has no room for the request now."""
+    """Not the upstream but this gateway is overloaded."""
 
     status = 503
     kind = "overloaded"
 
 
 class UpstreamTimeout(ApiError):
-    """The upstream did not answer in time."""
-
     status = 504
     kind = "upstream_timeout"
 
 
 @dataclass(slots=True)
 class Verdict:
-    """What one refused attempt means: the error for the caller, and what may help before that.
+    """What one refused attempt means: the error for the client, and what to try before that.
 
-    `remedy` is "" (nothing helps), wait (a backoff), pause (what the upstream asked for, or
-    longer than a backoff), again (a backoff, but only once), refresh (the token), relist (the
-    models), reroute (to another dialect or another host), repair (the body: something new was
-    learned), forget (replayed reasoning), rest (nothing helps for some time).
+    `remedy` is "" (nothing helps), wait (back off), pause (as long as the upstream asks, or longer
+    than a backoff), again (back off, but only once), refresh (the token), relist (the models),
+    reroute (to another dialect or host), repair (the body, by a new lesson), forget (replayed
+    reasoning), rest (cool down).
     """
 
     error: ApiError
     remedy: str = ""
     wait_s: float | None = None
-    #: it concerns every model of the account
-    for_all: bool = False
-    #: seconds until it ought to pass, where that is known and no wait for a program
-    passes_s: float | None = None
-    #: what a repair has to heed, as `Learned` remembers it
-    lessons: list[tuple[str, str]] = field(default_factory=list)
+    for_all: bool = False  #: all models of the account are affected
+    passes_s: float | None = None  #: seconds to the expected recovery, if too long to wait
+    lessons: list[tuple[str, str]] = field(default_factory=list)  #: for the remedy repair
 
 
 class WireError(Exception):
-    """A peer broke HTTP; `status` is what a server answers to it."""
+    """A peer violated HTTP; `status` is a server's response to it."""
 
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)
@@ -815,10 +762,10 @@ json_encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow
 
 
 def dump_json(value: Any) -> bytes:
-    """`value` as compact UTF-8 JSON, key order kept: prompt caches depend on stable bytes.
+    """Compact UTF-8 JSON, key order kept: prompt caches depend on stable bytes.
 
-    JavaScript clients cut emoji in half; vendors refuse the lone surrogate that is left (seen in
-    2026-09), and a conversation that holds one would be stuck for ever: it becomes U+FFFD.
+    JavaScript clients cut emoji in half; vendors reject the lone surrogate that is left (seen in
+    2026-09), and a conversation with one would fail forever: it becomes U+FFFD.
     """
     try:
         text = json_encoder.encode(value)
@@ -832,31 +779,30 @@ def dump_json(value: Any) -> bytes:
 
 
 def refuse_constant(name: str) -> Any:
-    """For `json.loads`: NaN and Infinity are not JSON."""
     raise ValueError(f"{name} is not JSON")
 
 
 def finite_float(text: str) -> float:
-    """For `json.loads`: 1e999 would go on as Infinity."""
+    """For `json.loads`, which would read 1e999 as Infinity."""
     value = float(text)
     if value in (float("inf"), float("-inf")):
         raise ValueError("a number is too large")
     return value
 
 
-# Kept, as making one per call costs as much as parsing a small body.
+# Shared: creating one costs as much as parsing a small body.
 json_decoder: Any = json.JSONDecoder(parse_constant=refuse_constant, parse_float=finite_float)
 
 
 def load_json(data: bytes | str) -> Any:
-    """Strict JSON; raises ValueError for whatever is not, however it is broken."""
+    """Strict JSON; raises ValueError for anything else, nesting too deep included."""
     try:
         return json_decoder.decode(data if isinstance(data, str) else data.decode())
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
 
-# Matches at every quote, an unterminated string up to the end: so the search stays linear.
+# Matches at every quote, an unterminated string up to the end, so that the search is linear.
 JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 JSON_OPENING = re.compile(r'[ \t\n\r]*+\{[ \t\n\r]*+(?:(")|\}[ \t\n\r]*+\Z)')
 JSON_COLON = re.compile(r"[ \t\n\r]*+:[ \t\n\r]*+")
@@ -864,25 +810,19 @@ JSON_NEXT = re.compile(r'[ \t\n\r]*+(?:,[ \t\n\r]*+(")|\}[ \t\n\r]*+\Z)')
 
 
 def count_marks(data: bytes) -> int:
-    """How many of `[ { , :` there are."""
     return len(data) - len(data.translate(None, b"[{,:"))
 
 
 def has_too_many_marks(data: bytes) -> bool:
-    """Whether JSON holds more than MAX_JSON_MARKS of `[ { , :` outside its strings.
-
-    Every string but one comes after a mark, so no more than that many need to be cut out.
-    """
+    """Whether JSON has more than MAX_JSON_MARKS of `[ { , :` outside its strings."""
     if len(data) <= MAX_JSON_MARKS or count_marks(data) <= MAX_JSON_MARKS:
         return False
+    # Every string but one follows a mark, so no more strings need to be cut out.
     return count_marks(JSON_STRING.sub(b"", data, MAX_JSON_MARKS + 1)) > MAX_JSON_MARKS
 
 
 def scan_object(text: str) -> Json | None:
-    """The JSON object that is `text`, read member by member; None for anything else.
-
-    A key that stands twice raises InvalidRequest: two readers would disagree on which one counts.
-    """
+    """The JSON object in `text`, or None; refuses duplicate keys: parsers read them differently."""
     found: Json = {}
     try:
         mark = JSON_OPENING.match(text)
@@ -903,7 +843,6 @@ def scan_object(text: str) -> Json | None:
 
 
 def is_deeper(value: Any, limit: int) -> bool:
-    """Whether lists and objects are nested deeper than `limit`."""
     level = [value]
     for _ in range(limit):
         rows = [item.values() if isinstance(item, dict) else item for item in level]
@@ -914,14 +853,14 @@ def is_deeper(value: Any, limit: int) -> bool:
 
 
 def load_body(data: bytes) -> Json:
-    """A request's body, one JSON object; raises InvalidRequest and BodyTooLarge."""
+    """The JSON object of a request body; raises InvalidRequest and BodyTooLarge."""
     if has_too_many_marks(data):
         raise BodyTooLarge(f"The body holds more than {MAX_JSON_MARKS} values.")
     try:
         text = data.decode()
         body = scan_object(text)
         if body is None:
-            load_json(text)  # which knows what is wrong
+            load_json(text)  # raises a better error
             raise InvalidRequest("The body must be a JSON object.")
     except UnicodeDecodeError:
         raise InvalidRequest("The body is not UTF-8.") from None
@@ -933,7 +872,6 @@ def load_body(data: bytes) -> Json:
 
 
 def load_object(data: bytes | str) -> Json | None:
-    """The JSON object in `data`, or None where there is none: for an upstream's words."""
     try:
         value = load_json(data)
     except ValueError:
@@ -942,17 +880,16 @@ def load_object(data: bytes | str) -> Json | None:
 
 
 def join_path(path: str, key: str | int) -> str:
-    """`messages`, 3 -> `messages.3`: the way Anthropic writes a path."""
+    """`messages`, 3 -> `messages.3`, as in Anthropic's errors."""
     return f"{path}.{key}" if path else str(key)
 
 
 def wrong_type(path: str, wanted: str) -> InvalidRequest:
-    """The 400 for a field of the wrong type."""
     return InvalidRequest(f"{path}: must be {wanted}.", param=path)
 
 
 def str_field(obj: Json, key: str, path: str = "") -> str | None:
-    """The string at `key`; None where it is absent or null."""
+    """The string at `key`, None if absent or null; like all below raises InvalidRequest."""
     value = obj.get(key)
     if value is None or isinstance(value, str):
         return value
@@ -960,7 +897,6 @@ def str_field(obj: Json, key: str, path: str = "") -> str | None:
 
 
 def word_field(obj: Json, key: str, words: Iterable[str], path: str = "") -> str | None:
-    """The string at `key`, one of `words`; None where it is absent or null."""
     value = str_field(obj, key, path)
     if value is None or value in words:
         return value
@@ -968,7 +904,7 @@ def word_field(obj: Json, key: str, words: Iterable[str], path: str = "") -> str
 
 
 def int_field(obj: Json, key: str, path: str = "") -> int | None:
-    """The integer at `key`; a float without fraction counts."""
+    """The integer at `key`; 2.0 counts as one."""
     value = obj.get(key)
     if value is None or (isinstance(value, int) and not isinstance(value, bool)):
         return value
@@ -978,7 +914,6 @@ def int_field(obj: Json, key: str, path: str = "") -> int | None:
 
 
 def number_field(obj: Json, key: str, path: str = "") -> float | None:
-    """The number at `key`."""
     value = obj.get(key)
     if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
         return value
@@ -986,7 +921,6 @@ def number_field(obj: Json, key: str, path: str = "") -> float | None:
 
 
 def bool_field(obj: Json, key: str, path: str = "") -> bool | None:
-    """The boolean at `key`."""
     value = obj.get(key)
     if value is None or isinstance(value, bool):
         return value
@@ -994,7 +928,6 @@ def bool_field(obj: Json, key: str, path: str = "") -> bool | None:
 
 
 def list_field(obj: Json, key: str, path: str = "") -> list[Any]:
-    """The list at `key`; empty where it is absent or null."""
     value = obj.get(key)
     if value is None:
         return []
@@ -1004,7 +937,6 @@ def list_field(obj: Json, key: str, path: str = "") -> list[Any]:
 
 
 def dict_field(obj: Json, key: str, path: str = "") -> Json:
-    """The object at `key`; empty where it is absent or null."""
     value = obj.get(key)
     if value is None:
         return {}
@@ -1014,14 +946,12 @@ def dict_field(obj: Json, key: str, path: str = "") -> Json:
 
 
 def need_dict(value: Any, path: str) -> Json:
-    """`value` itself, which must be an object."""
     if isinstance(value, dict):
         return value
     raise wrong_type(path, "an object")
 
 
 def need_str(obj: Json, key: str, path: str = "") -> str:
-    """The string at `key`, which must be there."""
     value = str_field(obj, key, path)
     if value is None:
         where = join_path(path, key)
@@ -1030,14 +960,13 @@ def need_str(obj: Json, key: str, path: str = "") -> str:
 
 
 def text_of_key(kept: Json, key: str) -> str:
-    """The text at `key`, "" for anything else."""
+    """The string at `key`, stripped; "" for any other type."""
     value = kept.get(key)
     return value.strip() if isinstance(value, str) else ""
 
 
-# What steers a terminal or is not seen there: controls, bidi marks, line separators, all that
-# Unicode calls ignorable (DerivedCoreProperties: Default_Ignorable_Code_Point), and halves of
-# characters, which cannot even be written.
+# What controls a terminal or is invisible there: controls, bidi marks, line separators, Unicode's
+# Default_Ignorable_Code_Point (DerivedCoreProperties); and lone surrogates: they have no encoding.
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 UNSEEN = re.compile(
     "[\x00-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
@@ -1047,47 +976,39 @@ UNSEEN = re.compile(
 
 
 def one_line(text: str) -> str:
-    """`text` as one line that can be shown anywhere: for all that is not written in this file.
-
-    Blanks of any kind become spaces; what else is in UNSEEN goes.
-    """
+    """Untrusted `text` on one line: white space becomes spaces, the rest of UNSEEN is dropped."""
     if text.isascii() and text.isprintable():
         return text
     return UNSEEN.sub(lambda found: " " if found[0].isspace() else "", text)
 
 
 def str_or_empty(obj: Json, key: str) -> str:
-    """The string at `key` as it is, "" for anything else."""
+    """The string at `key` as it is; "" for any other type."""
     value = obj.get(key)
     return value if isinstance(value, str) else ""
 
 
 def short_hash(text: str, length: int) -> str:
-    """The first `length` hex digits of SHA-256."""
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:length]
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """The names most like `name`, best first."""
     by_lower = {item.lower(): item for item in known}
     found = difflib.get_close_matches(name.lower(), by_lower, count, 0.5)
     return [by_lower[item] for item in found]
 
 
-# Each shape matches from its first characters on, however it ends: text may be cut behind them.
+# Each pattern matches a prefix of the secret, as the text may be truncated after it.
 SECRET_SHAPES = re.compile(
     r"gh[opsur]_[A-Za-z0-9_]{4,}|github_pat_\w{4,}|tid=[^\s\"']+"
     r"|(?i:bearer|token)\s+(?=[^\s\"']*[0-9_-]|[^\s\"']{20})[^\s\"']{8,}"
     r"|ao[ar][A-Za-z0-9_.:/+=-]{8,}|ksk_\w{4,}|eyJ[\w-]{4,}(?:\.[\w-]*){0,2}|sk-[\w-]{8,}"
 )
-SECRET_MARGIN = 64  # characters; more than the shortest match of any shape
+SECRET_MARGIN = 64  # characters; more than any pattern's shortest match
 
 
 def redact(text: str, limit: int) -> str:
-    """The first `limit` characters of `text`, without anything that looks like a secret.
-
-    What is cut off is never searched; a secret that begins before the limit is still recognised.
-    """
+    """The first `limit` characters, secrets masked, also one that goes on beyond the limit."""
     return SECRET_SHAPES.sub("[secret]", text[: limit + SECRET_MARGIN])[:limit]
 
 
@@ -1096,95 +1017,65 @@ def redact(text: str, limit: int) -> str:
 
 @dataclass(slots=True)
 class ServerConfig:
-    """`[server]`: where the gateway listens and how much it takes."""
-
     host: str = "127.0.0.1"
     port: int = 9090
-    #: minimum gap between two requests of one client IP; 0 = off
-    rate_limit_seconds: float = 0.0
+    rate_limit_seconds: float = 0.0  #: between two requests of one client IP; 0 = off
     allowed_hosts: list[str] = field(default_factory=list)
     cors_origins: list[str] = field(default_factory=list)
     max_body_mib: int = MAX_BODY_MIB
     max_connections: int = 1024
-    #: from the first byte to the end of the head
-    head_seconds: float = 10.0
+    head_seconds: float = 10.0  #: from the first byte to the end of the head
     body_seconds: float = 60.0
-    #: between two requests on one connection
-    idle_seconds: float = 75.0
+    idle_seconds: float = 75.0  #: between requests on one connection
     drain_seconds: float = 30.0
 
 
 @dataclass(slots=True)
 class NetworkConfig:
-    """`[network]`: how upstreams are reached."""
-
-    #: "" = the environment's HTTPS_PROXY and NO_PROXY; it may hold a password
-    proxy: str = field(default="", repr=False)
-    #: an extra PEM bundle, beside the system's
-    ca_file: str = ""
+    proxy: str = field(default="", repr=False)  #: "" = HTTPS_PROXY, NO_PROXY; may hold a password
+    ca_file: str = ""  #: an additional PEM bundle
     connect_seconds: float = 10.0
-    #: until the head of the upstream's answer
-    first_byte_seconds: float = 120.0
-    #: between two bytes of an upstream's stream
-    stream_idle_seconds: float = 300.0
+    first_byte_seconds: float = 120.0  #: until the upstream's response head
+    stream_idle_seconds: float = 300.0  #: between two bytes of the stream
 
 
 @dataclass(slots=True)
 class CopilotConfig:
-    """`[providers.NAME]` with `type = "copilot"`."""
-
     type: str = "copilot"
     enabled: bool = True
-    #: individual, business or enterprise: the host when the token answer names none
-    account_type: str = "individual"
+    account_type: str = "individual"  #: selects the host if the token response names none
     github_url: str = GITHUB_URL
     github_api_url: str = GITHUB_API_URL
-    #: set: always used; empty: endpoints.api of the token answer
-    api_url: str = ""
+    api_url: str = ""  #: "" = endpoints.api of the token response
 
 
 @dataclass(slots=True)
 class KiroConfig:
-    """`[providers.NAME]` with `type = "kiro"`."""
-
     type: str = "kiro"
     enabled: bool = True
-    #: of the models; "" = the profile's, else us-east-1 or eu-central-1, whichever is nearer
-    region: str = ""
-    #: of an organisation with several; "" = the sign-in's
-    profile_arn: str = ""
-    #: data plane; set: the only host tried, and the control plane too unless that is set
-    api_url: str = ""
+    region: str = ""  #: "" = the profile's, or the nearer one of us-east-1 and eu-central-1
+    profile_arn: str = ""  #: for an organisation with several; "" = the sign-in's
+    api_url: str = ""  #: data plane, the only host tried; control plane too unless that is set
     management_url: str = ""
-    #: set: used instead of https://oidc.REGION.amazonaws.com
-    oidc_url: str = ""
-    #: set: used instead of https://prod.us-east-1.auth.desktop.kiro.dev
-    auth_url: str = ""
-    #: the version of the IDE that requests name
-    kiro_version: str = KIRO_VERSION
+    oidc_url: str = ""  #: instead of https://oidc.REGION.amazonaws.com
+    auth_url: str = ""  #: instead of https://prod.us-east-1.auth.desktop.kiro.dev
+    kiro_version: str = KIRO_VERSION  #: the IDE version sent in requests
 
 
 @dataclass(slots=True)
 class EchoConfig:
-    """`[providers.NAME]` with `type = "echo"`."""
-
     type: str = "echo"
     enabled: bool = True
 
 
 @dataclass(slots=True)
 class LoggingConfig:
-    """`[logging]`."""
-
     level: str = "info"
 
 
 @dataclass(slots=True)
 class CapConfig:
-    """`[limits.providers.NAME]` or `[limits.labels.LABEL]`: 0 = no cap.
-
-    Days and months are those of this machine's clock.
-    """
+    """`[limits.providers.NAME]`, `[limits.labels.LABEL]`: 0 = no cap; local days and months."""
 
     daily_credits: float = 0.0
     monthly_credits: float = 0.0
@@ -1194,13 +1085,12 @@ class CapConfig:
 
 @dataclass(slots=True)
 class LimitsConfig:
-    """`[limits]`: what may be spent; a request over a limit gets a 429 and goes to no upstream."""
+    """`[limits]`: a request over a limit gets a 429 and is not sent upstream."""
 
-    #: the very same request may come so often within `runaway_seconds`; 0 = off
-    runaway_requests: int = 50
+    runaway_requests: int = 50  #: identical requests allowed within `runaway_seconds`; 0 = off
     runaway_seconds: float = 300.0
     providers: dict[str, CapConfig] = field(default_factory=dict)
-    #: of a key's name in [api_keys], or a user agent's family as `usage --by label` shows it
+    #: by name of a key in [api_keys], or user agent family as shown by `usage --by label`
     labels: dict[str, CapConfig] = field(default_factory=dict)
 
 
@@ -1213,29 +1103,25 @@ PROVIDER_CONFIGS: dict[str, type[ProviderConfig]] = {
 
 
 def default_providers() -> dict[str, ProviderConfig]:
-    """The providers of a machine without a configuration file."""
     return {name: make() for name, make in PROVIDER_CONFIGS.items()}
 
 
 @dataclass(slots=True)
 class Config:
-    """The whole configuration, checked.  `repr` shows no secret."""
+    """The checked configuration.  `repr` shows no secret."""
 
-    #: shape of what no endpoint decides: openai or anthropic
-    default_format: str = "openai"
+    default_format: str = "openai"  #: or anthropic; for what the endpoint does not decide
     default_provider: str = "copilot"
-    #: "" = no key is asked
-    api_key: str = field(default="", repr=False)
-    #: more keys by name, so that usage can be told apart
-    api_keys: dict[str, str] = field(default_factory=dict, repr=False)
+    api_key: str = field(default="", repr=False)  #: "" = no key required
+    api_keys: dict[str, str] = field(default_factory=dict, repr=False)  #: usage label -> key
     server: ServerConfig = field(default_factory=ServerConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     providers: dict[str, ProviderConfig] = field(default_factory=default_providers)
-    #: alias -> provider/model, or a list of them that are tried in order
+    #: alias -> provider/model, or several, tried in order
     models: dict[str, str | list[str]] = field(default_factory=dict)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    #: dotted key -> where its value is from, unless it is the default; no setting itself
+    #: dotted key -> origin of its value, unless it is the default; not a setting
     origins: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
 
@@ -1244,7 +1130,7 @@ SETTING_CHOICES = {
     "account_type": ("individual", "business", "enterprise"),
     "level": ("debug", "info", "warning", "error"),
 }
-# What some settings become a part of: a host's name, a header.
+# These settings become part of a host name or a header.
 AWS_REGION = re.compile(r"[a-z]{2}(?:-[a-z]+)+-[0-9]", re.ASCII)
 KIRO_ARN = re.compile(
     r"arn:aws[a-z-]*:codewhisperer:([a-z0-9-]+):[0-9]{12}:profile/[\w-]+", re.ASCII
@@ -1277,7 +1163,7 @@ TYPE_WORDS = {
 PROVIDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 LABEL = re.compile(r"[A-Za-z0-9][\w.+-]{0,63}", re.ASCII)
 MODEL_NAME = re.compile(r"(?!.*(?://|\.\.))[A-Za-z0-9][\w./:\[\]@+-]{0,199}", re.ASCII)
-# RFC 3986 section 3.2 without user information and percent-escapes, which no host in use has.
+# RFC 3986 section 3.2 without userinfo and percent-encoding, which no real host has.
 HOST_VALUE = re.compile(
     r"(\[[0-9A-Fa-f:.]+\]|[\w~!$&'()*+,;=-]+(?:\.[\w~!$&'()*+,;=-]+)*\.?)(?::([0-9]{0,5}))?",
     re.ASCII,
@@ -1287,7 +1173,7 @@ LOOPBACK_NAMES = ("localhost", "localhost.localdomain", "ip6-localhost")
 
 
 def split_host(value: str) -> tuple[str, str] | None:
-    """(host, port or "") of a Host field or a URL's authority; None where it is malformed."""
+    """(host, port or "") of a Host field or a URL's authority; None if malformed."""
     match = HOST_VALUE.fullmatch(value)
     if match is None or int(match[2] or 0) > MAX_PORT:
         return None
@@ -1300,7 +1186,6 @@ def split_host(value: str) -> tuple[str, str] | None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether `host`, a name or an address, can only be this machine."""
     host = host.strip("[]").lower()
     if host in LOOPBACK_NAMES:
         return True
@@ -1308,12 +1193,11 @@ def is_loopback(host: str) -> bool:
         address = ipaddress.ip_address(host)
     except ValueError:
         return False
-    mapped = getattr(address, "ipv4_mapped", None)  # which is_loopback knows from 3.13 on
+    mapped = getattr(address, "ipv4_mapped", None)  # is_loopback handles it from 3.13 on
     return (mapped or address).is_loopback
 
 
 def has_type(value: object, kind: str) -> bool:
-    """Whether a TOML value fits the annotation `kind` of a settings field."""
     if kind == "bool":
         return isinstance(value, bool)
     if isinstance(value, bool):
@@ -1325,7 +1209,6 @@ def has_type(value: object, kind: str) -> bool:
 
 
 def check_url(value: str) -> str:
-    """What is wrong with an upstream URL, or ""."""
     try:
         parts = urllib.parse.urlsplit(value)
         host, _ = parts.hostname, parts.port
@@ -1342,7 +1225,7 @@ def check_url(value: str) -> str:
 
 
 def check_proxy(value: str) -> str:
-    """What is wrong with a proxy URL, or "".  Never repeats the value: it may hold a password."""
+    """The problem, or "".  Never repeats the value: it may hold a password."""
     try:
         parts = urllib.parse.urlsplit(value)
         usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
@@ -1352,7 +1235,6 @@ def check_proxy(value: str) -> str:
 
 
 def check_setting(key: str, value: Any, kind: str) -> str:
-    """What is wrong with one setting of the right name, or ""."""
     if not has_type(value, kind):
         return f"must be {TYPE_WORDS[kind]}"
     if key in SETTING_CHOICES and value not in SETTING_CHOICES[key]:
@@ -1373,30 +1255,26 @@ def check_setting(key: str, value: Any, kind: str) -> str:
 
 
 def dotted(path: str, key: str) -> str:
-    """`server`, `port` -> `server.port`."""
     return f"{path}.{key}" if path else key
 
 
 class ConfigReader:
-    """Reads TOML tables into the dataclasses above; every error is `where: key: what is wrong`."""
+    """Reads TOML tables into the dataclasses above; errors are `where: key: problem`."""
 
     def __init__(self, where: str) -> None:
         self.where = where
         self.origins: dict[str, str] = {}
 
     def error(self, key: str, problem: str) -> ConfigError:
-        """The error for one key."""
         return ConfigError(f"{self.where}: {key}: {problem}")
 
     def unknown(self, key: str, name: str, known: Iterable[str]) -> ConfigError:
-        """The error for a key nobody knows, with the nearest one."""
         known = sorted(known)
         close = nearest(name, known, 1)
         advice = f"did you mean {close[0]!r}?" if close else "known here: " + ", ".join(known)
         return self.error(key, f"is not a known key; {advice}")
 
     def read_config(self, table: Json) -> Config:
-        """The whole file."""
         config = Config(origins=self.origins)
         self.fill(config, table, "")
         if config.default_provider not in config.providers:
@@ -1408,7 +1286,6 @@ class ConfigReader:
         return config
 
     def fill(self, target: Any, table: Json, path: str) -> None:
-        """Puts every key of `table` into the dataclass `target`."""
         known = {item.name: str(item.type) for item in fields(target) if item.name != "origins"}
         for name, value in table.items():
             key = dotted(path, name)
@@ -1431,20 +1308,18 @@ class ConfigReader:
             setattr(target, name, value)
 
     def setting(self, key: str, name: str, value: Any, kind: str) -> Any:
-        """One checked value; whole numbers are welcome where fractions are allowed."""
         problem = check_setting(name, value, kind)
         if problem:
             raise self.error(key, problem)
         return float(value) if kind == "float" else value
 
     def table(self, value: Any, key: str) -> Json:
-        """`value`, which must be a TOML table."""
         if not isinstance(value, dict):
             raise self.error(key, "must be a table")
         return value
 
     def read_providers(self, table: Json) -> dict[str, ProviderConfig]:
-        """`[providers.*]`; the built-in ones stay unless the file names them."""
+        """`[providers.*]`; built-in ones that the file omits keep their defaults."""
         providers = default_providers()
         for name, value in table.items():
             key = f"providers.{name}"
@@ -1461,7 +1336,7 @@ class ConfigReader:
         return providers
 
     def read_aliases(self, table: Json) -> dict[str, str | list[str]]:
-        """`[models]`: alias = "provider/model", or a list of such names in the order of trial."""
+        """`[models]`: alias = "provider/model", or a list of them, tried in order."""
         for alias, target in table.items():
             key = f'models."{alias}"'
             if isinstance(target, list):
@@ -1476,12 +1351,10 @@ class ConfigReader:
         return dict(table)
 
     def check_target(self, key: str, name: Any, words: str) -> None:
-        """Raises ConfigError for what an alias cannot lead to."""
         if not isinstance(name, str) or not MODEL_NAME.fullmatch(name) or name.endswith("/"):
             raise self.error(key, words)
 
     def read_keys(self, table: Json) -> dict[str, str]:
-        """`[api_keys]`: name = "key"."""
         for name, secret in table.items():
             key = f"api_keys.{name}"
             if not LABEL.fullmatch(name):
@@ -1495,7 +1368,6 @@ class ConfigReader:
         return dict(table)
 
     def read_caps(self, table: Json, path: str) -> dict[str, CapConfig]:
-        """`[limits.providers.NAME]` and `[limits.labels.LABEL]`."""
         caps = {}
         for name, entry in table.items():
             key = f"{path}.{name}"
@@ -1507,7 +1379,6 @@ class ConfigReader:
 
 
 def read_config_text(text: str, where: str) -> Config:
-    """The configuration in TOML `text`; raises ConfigError."""
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -1518,12 +1389,12 @@ def read_config_text(text: str, where: str) -> Config:
 
 
 ENV_PREFIX = "AICLIENT_API_"
-# Short forms of what the command line's flags set.
+# Short forms, like the command line's flags.
 ENV_SHORT = {"HOST": "SERVER_HOST", "PORT": "SERVER_PORT", "KEY": "API_KEY"}
 
 
 def setting_slots(target: Any, path: str = "") -> Iterator[tuple[str, Any, str, str]]:
-    """Every simple setting below `target`: (dotted key, owner, field name, type)."""
+    """Every scalar setting below `target`: (dotted key, owner, field name, type)."""
     for item in fields(target):
         value = getattr(target, item.name)
         key = dotted(path, item.name)
@@ -1538,7 +1409,7 @@ def setting_slots(target: Any, path: str = "") -> Iterator[tuple[str, Any, str, 
 
 
 def parse_setting(text: str, kind: str) -> Any:
-    """A value given as text in a flag or a variable; itself where it does not fit `kind`."""
+    """A value given as text in a flag or variable; the text itself if it is not of `kind`."""
     words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
     if kind == "bool":
         return words.get(text.strip().lower(), text)
@@ -1553,7 +1424,7 @@ def parse_setting(text: str, kind: str) -> Any:
 
 
 def apply_environment(config: Config, environ: dict[str, str]) -> None:
-    """`AICLIENT_API_SERVER_PORT=8080` overrides `server.port`; short: HOST, PORT, KEY."""
+    """`AICLIENT_API_SERVER_PORT=8080` overrides `server.port`; short forms: HOST, PORT, KEY."""
     slots = {
         key.upper().replace(".", "_").replace("-", "_"): (key, owner, name, kind)
         for key, owner, name, kind in setting_slots(config)
@@ -1572,10 +1443,7 @@ def apply_environment(config: Config, environ: dict[str, str]) -> None:
 
 
 def apply_flags(config: Config, flags: dict[str, str | None]) -> None:
-    """Flags that were given override everything; None is a flag that was not given.
-
-    A gateway hands them to its successor, which may be of a version that has not all of them.
-    """
+    """None = not given.  Unknown ones may come from a process of another version: ignored."""
     slots = {key: (owner, name, kind) for key, owner, name, kind in setting_slots(config)}
     reader = ConfigReader("command line")
     for key, text in flags.items():
@@ -1587,7 +1455,7 @@ def apply_flags(config: Config, flags: dict[str, str | None]) -> None:
 
 
 def check_exposure(config: Config) -> None:
-    """Beyond loopback a key is a must: anyone on the network could spend the subscription."""
+    """Requires a key beyond loopback: anyone on the network could spend the subscription."""
     keys = config.api_key.strip() or config.api_keys
     if not keys and not is_loopback(config.server.host):
         raise ConfigError(
@@ -1596,17 +1464,15 @@ def check_exposure(config: Config) -> None:
         )
 
 
-# They never leave the process: not in answers, not in tables, not over the control channel.
+# They never leave the process: not in responses, in tables or over the control channel.
 SECRET_SETTINGS = ("api_key", "network.proxy")
 
 
 def is_secret_setting(key: str) -> bool:
-    """Whether the value of a dotted key must not be shown."""
     return key in SECRET_SETTINGS or key.startswith("api_keys.")
 
 
 def effective_settings(config: Config) -> Iterator[tuple[str, Any]]:
-    """Every setting: (dotted key, value)."""
     for key, owner, name, _ in setting_slots(config):
         yield key, getattr(owner, name)
     for name, entry in config.providers.items():
@@ -1630,12 +1496,11 @@ def shown_settings(config: Config) -> list[Json]:
 
 
 def changed_settings(old: Config, new: Config) -> list[str]:
-    """The keys of settings that differ."""
     before, after = dict(effective_settings(old)), dict(effective_settings(new))
     return sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
 
 
-# 4.1 changing a file, of which every byte but one value must stay
+# 4.1 editing config.toml in place: comments and order are kept
 
 TOML_STRING_OR_COMMENT = re.compile(
     r'"""(?:\\.|[^\\])*?"{3,5}|\'\'\'.*?\'{3,5}|"(?:\\.|[^"\\\n])*"|\'[^\'\n]*\'|#[^\n]*',
@@ -1647,21 +1512,17 @@ LEADING_COMMENT = re.compile(r"(?:[ \t]*#[^\n]*\n)+(?=\s*\n)")
 
 @dataclass(slots=True)
 class TomlStatement:
-    """A table's header, or a key with its value."""
+    """A table header, or a key with its value."""
 
-    #: of the table that it opens or stands in
-    table: tuple[str, ...]
-    #: of the value; the table's own for a header
-    path: tuple[str, ...]
-    #: where the value stands
-    begin: int
+    table: tuple[str, ...]  #: path of the table that it opens or belongs to
+    path: tuple[str, ...]  #: full path of the key; for a header, the table's own
+    begin: int  #: offsets of the value
     end: int
-    #: behind the line's break
-    next_line: int
+    next_line: int  #: offset after the line break
 
 
 def end_of_statement(text: str, at: int) -> tuple[int, int]:
-    """(end of what counts, end of the line) of the statement at `at`; values may span lines."""
+    """(end without blanks and comment, end of line) of the, perhaps multi-line, statement."""
     depth, end = 0, at
     while at < len(text):
         found = TOML_STRING_OR_COMMENT.match(text, at)
@@ -1678,7 +1539,7 @@ def end_of_statement(text: str, at: int) -> tuple[int, int]:
 
 
 def toml_path(text: str) -> tuple[str, ...]:
-    """The path of a header or of a key: `a."b.c"=0` -> ("a", "b.c")."""
+    """The path of a header or a key: `a."b.c"=0` -> ("a", "b.c")."""
     table: Any = tomllib.loads(text)
     path = []
     while isinstance(table, dict) and table:
@@ -1688,7 +1549,6 @@ def toml_path(text: str) -> tuple[str, ...]:
 
 
 def toml_statements(text: str) -> Iterator[TomlStatement]:
-    """The statements of a valid TOML text, in order."""
     table: tuple[str, ...] = ()
     at = 0
     while at < len(text):
@@ -1696,7 +1556,7 @@ def toml_statements(text: str) -> Iterator[TomlStatement]:
         begin = at + len(text[at:end]) - len(text[at:end].lstrip())
         at = line_end + 1
         if begin == end:
-            continue  # blank, or only a comment
+            continue  # blank or only a comment
         if text[begin] == "[":
             table = toml_path(text[begin:end])
             yield TomlStatement(table, table, begin, end, at)
@@ -1711,10 +1571,9 @@ def toml_statements(text: str) -> Iterator[TomlStatement]:
 
 
 def write_toml(value: Any) -> str:
-    """A setting's value in TOML."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return json.dumps(value, ensure_ascii=False)  # the same in TOML for what settings can be
+    return json.dumps(value, ensure_ascii=False)  # the same in TOML for all types of settings
 
 
 def write_toml_path(path: Iterable[str]) -> str:
@@ -1723,7 +1582,7 @@ def write_toml_path(path: Iterable[str]) -> str:
 
 
 def insert_toml(text: str, path: tuple[str, ...], line: str) -> str:
-    """`text` with one more line in the table of `path`, which is added where there is none."""
+    """`text` with `line` added to the table of `path`, which is created if missing."""
     newline = "\r\n" if "\r\n" in text else "\n"
     table = path[:-1]
     ends = [s.next_line for s in toml_statements(text) if s.table == table]
@@ -1739,7 +1598,6 @@ def insert_toml(text: str, path: tuple[str, ...], line: str) -> str:
 
 
 def set_toml(text: str, path: tuple[str, ...], value: Any) -> str:
-    """`text` with one value set, its comments and order kept, where its form allows that."""
     found = next((s for s in toml_statements(text) if s.path == path and s.table != path), None)
     if found is not None:
         return text[: found.begin] + write_toml(value) + text[found.end :]
@@ -1747,7 +1605,6 @@ def set_toml(text: str, path: tuple[str, ...], value: Any) -> str:
 
 
 def has_toml(text: str, table: Json) -> bool:
-    """Whether `text` is TOML that says just this."""
     try:
         return tomllib.loads(text) == table
     except tomllib.TOMLDecodeError:
@@ -1755,7 +1612,7 @@ def has_toml(text: str, table: Json) -> bool:
 
 
 def split_setting_key(key: str) -> tuple[str, ...]:
-    """`models.gpt-4.1` -> ("models", "gpt-4.1"): names of the user's own may hold dots."""
+    """`models.gpt-4.1` -> ("models", "gpt-4.1"): user-defined names may contain dots."""
     first, _, rest = key.partition(".")
     if first in ("models", "api_keys") and rest:
         return first, rest
@@ -1766,9 +1623,9 @@ def split_setting_key(key: str) -> tuple[str, ...]:
 
 
 def setting_kind(config: Config, key: str, value: str) -> str:
-    """The type of a setting; caps have one before they are set, `models.NAME` takes two."""
+    """The type of a setting; caps may not be set yet, and `models.NAME` has two types."""
     path = split_setting_key(key)
-    if path[0] == "models" and "," in value:  # no model's name has one
+    if path[0] == "models" and "," in value:  # no model name has a comma
         return "list[str]"
     caps = path[:2] in (("limits", "providers"), ("limits", "labels")) and len(path) == 4
     slots = setting_slots(CapConfig()) if caps else setting_slots(config)
@@ -1777,10 +1634,7 @@ def setting_kind(config: Config, key: str, value: str) -> str:
 
 
 def change_setting(text: str, where: str, key: str, value: str) -> str:
-    """The file's `text` with one setting given as words; raises ConfigError, also for nonsense.
-
-    The result is read again: what an editor of lines cannot do right is left to a person.
-    """
+    """The edited `text`; raises ConfigError, also if parsing it again shows a failed edit."""
     config = read_config_text(text, where)
     reader = ConfigReader(where)
     parsed = parse_setting(value, setting_kind(config, key, value))
@@ -1801,11 +1655,11 @@ def change_setting(text: str, where: str, key: str, value: str) -> str:
 
 # ---- 5. HTTP wire ------------------------------------------------------------------------------
 #
-# One strict grammar for both sides (RFC 9110, RFC 9112).  What is read twice differently by two
-# programs in a row is how requests are smuggled, so anything doubtful is refused.
+# One strict grammar for both sides (RFC 9110, RFC 9112).  Two programs in a row that parse the same
+# bytes differently allow request smuggling, so anything ambiguous is refused.
 
 TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
-# CTLs other than HTAB (RFC 9110 section 5.5); CR and LF are counted against the line ends.
+# CTLs other than HTAB (RFC 9110 section 5.5); CR and LF are checked apart, against the line ends.
 FORBIDDEN_CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 DIGITS = re.compile(rf"[0-9]{{1,{MAX_LENGTH_DIGITS}}}")
 CHUNK_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
@@ -1818,42 +1672,24 @@ STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) ([1-5][0-9][0-9])(?: ([^\r\n]*))?")
 FIELD_BREAKS = re.compile(r"[\r\n\0]")
 NO_BODY_STATUSES = (204, 304)
 REASONS = {
-    100: "Continue",
-    200: "OK",
-    204: "No Content",
-    400: "Bad Request",
-    401: "Unauthorized",
-    402: "Payment Required",
-    403: "Forbidden",
-    404: "Not Found",
-    405: "Method Not Allowed",
-    408: "Request Timeout",
-    413: "Content Too Large",
-    414: "URI Too Long",
-    415: "Unsupported Media Type",
-    417: "Expectation Failed",
-    421: "Misdirected Request",
-    422: "Unprocessable Content",
-    426: "Upgrade Required",
-    429: "Too Many Requests",
-    431: "Request Header Fields Too Large",
-    500: "Internal Server Error",
-    501: "Not Implemented",
-    502: "Bad Gateway",
-    503: "Service Unavailable",
-    504: "Gateway Timeout",
-    505: "HTTP Version Not Supported",
-    529: "Overloaded",
-}
+    100: "Continue", 200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized",
+    402: "Payment Required", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed",
+    408: "Request Timeout", 413: "Content Too Large", 414: "URI Too Long",
+    415: "Unsupported Media Type", 417: "Expectation Failed", 421: "Misdirected Request",
+    422: "Unprocessable Content", 426: "Upgrade Required", 429: "Too Many Requests",
+    431: "Request Header Fields Too Large", 500: "Internal Server Error",
+    501: "Not Implemented", 502: "Bad Gateway", 503: "Service Unavailable",
+    504: "Gateway Timeout", 505: "HTTP Version Not Supported", 529: "Overloaded",
+}  # fmt: skip
 
 
 class Headers(dict[str, str]):
-    """Fields by lower-case name; repeated ones are joined by ", " and named in `repeated`."""
+    """By lower-case name; repeated fields are joined by ", " and listed in `repeated`."""
 
     repeated: frozenset[str] = frozenset()
 
     def has_token(self, name: str, token: str) -> bool:
-        """Whether the comma list in field `name` holds `token`, in any case."""
+        """Whether the comma list in field `name` contains the lower-case `token`."""
         value = self.get(name)
         if value is None:
             return False
@@ -1862,32 +1698,23 @@ class Headers(dict[str, str]):
 
 @dataclass(slots=True)
 class RequestHead:
-    """A request line and its fields."""
-
     method: str
     target: str
-    #: percent-decoded, without the query
-    path: str
+    path: str  #: percent-decoded, without the query
     query: str
-    #: 0 for HTTP/1.0, 1 for HTTP/1.1
-    minor: int
+    minor: int  #: 0 for HTTP/1.0, 1 for HTTP/1.1
     headers: Headers
 
 
 @dataclass(slots=True)
 class ResponseHead:
-    """A status line and its fields."""
-
     status: int
     minor: int
     headers: Headers
 
 
 def head_end(buffer: bytes | bytearray, start: int = 0) -> int:
-    """The offset behind the empty line that ends a head, or -1 while it has not come.
-
-    An empty line made of bare LFs ends it as well, so that it is refused at once, not waited for.
-    """
+    """The offset after a head's final empty line, or -1; bare LFs count, to be refused at once."""
     start = max(0, start - 3)
     bare, full = buffer.find(b"\n\n", start), buffer.find(b"\n\r\n", start)
     if bare < 0:
@@ -1896,7 +1723,7 @@ def head_end(buffer: bytes | bytearray, start: int = 0) -> int:
 
 
 def head_lines(data: bytes) -> list[str]:
-    """The lines of a head that ends with an empty line; raises WireError on stray CR, LF, NUL."""
+    """The lines of a complete head; raises WireError on control characters and stray CR or LF."""
     text = data.decode("latin-1")
     lines = text.split("\r\n")
     if text.count("\n") != len(lines) - 1 or text.count("\r") != len(lines) - 1:
@@ -1907,14 +1734,13 @@ def head_lines(data: bytes) -> list[str]:
 
 
 def parse_fields(lines: list[str]) -> Headers:
-    """Header or trailer fields; raises WireError."""
     if len(lines) > MAX_FIELDS:
         raise WireError(f"more than {MAX_FIELDS} header fields", 431)
     headers = Headers()
     repeated = set()
     for line in lines:
         name, colon, value = line.partition(":")
-        # Also refuses white space before the colon and a line folded under the one before it.
+        # Also refuses white space before the colon, and obsolete line folding.
         if not colon or not TOKEN.fullmatch(name):
             raise WireError("malformed header field")
         name = name.lower()
@@ -1928,7 +1754,7 @@ def parse_fields(lines: list[str]) -> Headers:
 
 
 def parse_target(method: str, target: str) -> tuple[str, str, str]:
-    """(path, query, host) of a request target; host is "" unless it is in absolute form."""
+    """(path, query, host) of a request target; host is "" unless it is in absolute-form."""
     if not TARGET.fullmatch(target) or "#" in target:
         raise WireError("malformed request target")
     host = ""
@@ -1952,7 +1778,6 @@ def parse_target(method: str, target: str) -> tuple[str, str, str]:
 
 
 def parse_request_head(data: bytes) -> RequestHead:
-    """A request head with its final empty line; raises WireError."""
     lines = head_lines(data)
     if len(lines[0]) > MAX_REQUEST_LINE_BYTES:
         raise WireError("request line too long", 414)
@@ -1979,7 +1804,6 @@ def parse_request_head(data: bytes) -> RequestHead:
 
 
 def parse_response_head(data: bytes) -> ResponseHead:
-    """A response head with its final empty line; raises WireError."""
     lines = head_lines(data)
     match = STATUS_LINE.fullmatch(lines[0])
     if match is None:
@@ -1988,7 +1812,7 @@ def parse_response_head(data: bytes) -> ResponseHead:
 
 
 def parse_length(headers: Headers) -> int | None:
-    """Content-Length; RFC 9112 section 6.3 makes every doubt unrecoverable."""
+    """Content-Length; any ambiguity is an error (RFC 9112 section 6.3)."""
     value = headers.get("content-length")
     if value is None:
         return None
@@ -1998,34 +1822,28 @@ def parse_length(headers: Headers) -> int | None:
 
 
 class Body:
-    """A message body on its way in: `feed` gives the payload, `rest` what came behind the end."""
+    """An incoming body: `end` is called when the connection ended, `rest` holds excess bytes."""
 
     def __init__(self) -> None:
         self.done = False
         self.rest = b""
-        #: payload bytes that are announced but have not come
-        self.left = 0
+        self.left = 0  # payload bytes announced but not received
 
     def feed(self, data: bytes) -> bytes:
-        """The payload in `data`; raises WireError."""
         raise NotImplementedError
 
     def end(self) -> None:
-        """The connection ended; raises WireError when the body is not complete."""
         if not self.done:
             raise WireError("the connection ended inside a message body")
 
 
 class LengthBody(Body):
-    """A body of known length."""
-
     def __init__(self, length: int) -> None:
         super().__init__()
         self.left = length
         self.done = length == 0
 
     def feed(self, data: bytes) -> bytes:
-        """The payload in `data`."""
         if len(data) > self.left:
             self.rest += data[self.left :]
             data = data[: self.left]
@@ -2035,19 +1853,17 @@ class LengthBody(Body):
 
 
 class UntilCloseBody(Body):
-    """A body that the end of the connection ends."""
+    """A body that ends with the connection."""
 
     def feed(self, data: bytes) -> bytes:
-        """The payload in `data`: all of it."""
         return data
 
     def end(self) -> None:
-        """The connection's end is the body's."""
         self.done = True
 
 
 class ChunkedBody(Body):
-    """The chunked coding (RFC 9112 section 7.1): extensions and trailers are checked, not kept."""
+    """Chunked coding (RFC 9112 section 7.1); extensions and trailers are checked and dropped."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -2056,7 +1872,6 @@ class ChunkedBody(Body):
         self.in_trailers = False
 
     def feed(self, data: bytes) -> bytes:
-        """The payload in `data`."""
         if self.buffer:
             data = self.buffer + data
         payload: list[bytes] = []
@@ -2077,7 +1892,7 @@ class ChunkedBody(Body):
         return payload[0] if len(payload) == 1 else b"".join(payload)
 
     def take_chunk(self, data: bytes, at: int, payload: list[bytes]) -> int:
-        """Takes chunk data from offset `at`; the new offset, or -1 when more is needed."""
+        """The new offset, or -1 if more data is needed; so do the next two."""
         end = at + self.left
         if len(data) >= end + 2:
             if data[end : end + 2] != b"\r\n":
@@ -2095,7 +1910,6 @@ class ChunkedBody(Body):
         return -1
 
     def take_size(self, data: bytes, at: int) -> int:
-        """Takes a chunk-size line from offset `at`; the new offset, or -1."""
         end = data.find(b"\n", at)
         if end < 0:
             if len(data) - at > MAX_CHUNK_LINE_BYTES:
@@ -2113,7 +1927,6 @@ class ChunkedBody(Body):
         return end + 1
 
     def take_trailers(self, data: bytes, at: int) -> int:
-        """Takes the trailer section from offset `at`; the new offset, or -1."""
         if data.startswith(b"\r\n", at):
             self.done = True
             return at + 2
@@ -2132,7 +1945,7 @@ class ChunkedBody(Body):
 
 
 def request_body(head: RequestHead) -> Body:
-    """The body that follows a request head; raises WireError where two programs could disagree."""
+    """Raises WireError if two programs could disagree on the framing."""
     headers = head.headers
     length = parse_length(headers)
     coding = headers.get("transfer-encoding")
@@ -2150,7 +1963,7 @@ def request_body(head: RequestHead) -> Body:
 
 
 def response_body(head: ResponseHead, method: str) -> Body:
-    """The body that follows a response head (RFC 9112 section 6.3)."""
+    """RFC 9112 section 6.3"""
     if method == "HEAD" or head.status in NO_BODY_STATUSES or head.status < 200:
         return LengthBody(0)
     coding = head.headers.get("transfer-encoding")
@@ -2163,7 +1976,7 @@ def response_body(head: ResponseHead, method: str) -> Body:
 
 
 def write_head(first_line: str, headers: Iterable[tuple[str, str]]) -> bytes:
-    """A request or response head.  Values come from tables, checked names and numbers only."""
+    """A request or response head.  Values come only from tables, checked names and numbers."""
     lines = [first_line]
     for name, value in headers:
         if not value.isprintable() and FIELD_BREAKS.search(value):
@@ -2174,7 +1987,6 @@ def write_head(first_line: str, headers: Iterable[tuple[str, str]]) -> bytes:
 
 
 def status_line(status: int) -> str:
-    """`HTTP/1.1 200 OK`."""
     return f"HTTP/1.1 {status} {REASONS.get(status, 'Unknown')}"
 
 
@@ -2182,49 +1994,48 @@ QUALITY = re.compile(r"q[ \t]*=[ \t]*(0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?)")
 
 
 def accept_quality(accept: str, media_type: str) -> float:
-    """How much an Accept field wants a media type, 0 to 1: RFC 9110 section 12.5.1."""
+    """The weight, 0 to 1, of a media type in an Accept field (RFC 9110 section 12.5.1)."""
     wanted: dict[str, float] = {}
     for item in accept.lower().split(","):
         name, *options = (part.strip(" \t") for part in item.split(";"))
         found = [match for match in map(QUALITY.fullmatch, options) if match]
         wanted[name] = max(wanted.get(name, 0.0), float(found[0][1]) if found else 1.0)
-    ranges = (media_type, media_type.partition("/")[0] + "/*", "*/*")  # the most exact one counts
+    ranges = (media_type, media_type.partition("/")[0] + "/*", "*/*")  # most specific first
     return next((wanted[name] for name in ranges if name in wanted), 0.0)
 
 
 def prefers_html(accept: str) -> bool:
-    """Whether an Accept field is that of somebody who looks, not of a program."""
+    """Whether the client is a browser."""
     return accept_quality(accept, "text/html") > accept_quality(accept, "application/json")
 
 
 def write_chunk(data: bytes) -> bytes:
-    """`data` as one chunk; empty data would end the body, so it is nothing."""
+    """`data` as one chunk; b"" for no data, as an empty chunk would end the body."""
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
 
 
 LAST_CHUNK = b"0\r\n\r\n"
 
 
-# How zlib is told what to expect; 47 is zlib or gzip by its own header.
+# zlib's wbits; 47 detects zlib or gzip by its header.
 GZIP_WBITS, ZLIB_WBITS, RAW_WBITS = 31, 47, -15
 
 
 class Inflater:
-    """gzip or deflate, decoded as it comes; raises WireError for what is neither."""
+    """Incremental gzip or deflate decoder; raises WireError for malformed data."""
 
     def __init__(self, wbits: int) -> None:
         self.wbits = wbits
         self.unpacker = zlib.decompressobj(wbits)
-        # gzip may have several members (RFC 1952 section 2.2).
+        # RFC 1952 section 2.2
         self.members_left = MAX_GZIP_MEMBERS if wbits == GZIP_WBITS else 0
 
     @property
     def done(self) -> bool:
-        """Whether this can be the end."""
         return self.unpacker.eof
 
     def feed(self, data: bytes, limit: int) -> bytes:
-        """What `data` holds, decoded; `limit` + 1 bytes where it is more than `limit`."""
+        """The decoded data, at most `limit` + 1 bytes."""
         decoded = bytearray()
         while data and len(decoded) <= limit:
             if self.unpacker.eof:
@@ -2241,12 +2052,12 @@ class Inflater:
 
 
 def inflate(data: bytes, coding: str, limit: int) -> bytes:
-    """A gzip or deflate body, decoded; raises ApiError for a bomb, a torn or a foreign one."""
-    # Raw deflate is tried second, as some clients send it.
+    """A decoded gzip or deflate body; raises ApiError if it is oversized, truncated or corrupt."""
+    # Some clients send raw deflate.
     for wbits in (ZLIB_WBITS, RAW_WBITS) if coding == "deflate" else (GZIP_WBITS,):
         inflater, decoded = Inflater(wbits), bytearray()
         with contextlib.suppress(WireError):
-            for at in range(0, len(data), READ_BYTES):  # each gzip member copies what follows it
+            for at in range(0, len(data), READ_BYTES):  # as each gzip member copies what follows
                 decoded += inflater.feed(data[at : at + READ_BYTES], limit - len(decoded))
                 if len(decoded) > limit:
                     raise BodyTooLarge(f"The decoded body is larger than {limit // MIB} MiB.")
@@ -2259,27 +2070,23 @@ def inflate(data: bytes, coding: str, limit: int) -> bytes:
 
 
 class SseReader:
-    """Server-sent events in, `(event name, data)` out, wherever the bytes are cut.
+    """Server-sent events in, `(event name, data)` out, wherever the reads are split.
 
-    Takes LF, CRLF and CR as line ends, `data:` with and without the space, several data lines,
-    comments, a byte order mark, a last event without its empty line, and a bare JSON object where
-    an event should be (Copilot appends errors like that, seen in 2026-08).
+    Accepts LF, CRLF and CR as line ends, `data:` with and without the space, several data lines,
+    comments, a byte order mark, a last event without its empty line, and a bare JSON object as an
+    event (Copilot appends such errors, seen in 2026-08).
     """
 
     def __init__(self) -> None:
-        self.kept = bytearray()  # of an event that is not complete: no end of one is in it
+        self.kept = bytearray()  # an incomplete event
         self.begun = False
         self.after_cr = False
 
     def feed(self, data: bytes) -> list[tuple[bytes, bytes]]:
-        """The events that `data` completes; raises UpstreamError over MAX_FRAME_BYTES."""
         return self.parse_all(self.complete(data))
 
     def complete(self, data: bytes) -> bytes:
-        """The events that `data` completes, unparsed, line ends made LF; the rest is kept.
-
-        Each byte is searched once, wherever the reads are cut: an event may be huge.
-        """
+        """The completed events, unparsed, with LF line ends; searches each byte only once."""
         if not self.begun:
             data = bytes(self.kept) + data
             self.kept.clear()
@@ -2300,35 +2107,32 @@ class SseReader:
         return blocks
 
     def with_lf(self, data: bytes) -> bytes:
-        """`data` with LF for CRLF and CR, also for a CRLF that two reads have torn."""
+        """`data` with LF for CRLF and CR, even if a CRLF is split over two reads."""
         if self.after_cr:
             data = data.removeprefix(b"\n")
         self.after_cr = data.endswith(b"\r")
         return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
     def parse_all(self, blocks: bytes) -> list[tuple[bytes, bytes]]:
-        """The events in unparsed ones."""
         rows = blocks.split(b"\n\n")
         return [event for row in rows if row and (event := self.parse(row))]
 
     def end(self) -> list[tuple[bytes, bytes]]:
-        """The last event, where the stream ended without an empty line."""
+        """The last event, if the stream ended without an empty line."""
         block = bytes(self.kept).rstrip(b"\n")
         self.kept.clear()
         event = self.parse(block) if block else None
         return [event] if event else []
 
     def frames(self, blocks: bytes) -> list[Json]:
-        """The frames in unparsed events."""
         return load_frames(self.parse_all(blocks))
 
     def last_frames(self) -> list[Json]:
-        """The frame of the last event, where there is one."""
         return load_frames(self.end())
 
     @staticmethod
     def parse(block: bytes) -> tuple[bytes, bytes] | None:
-        """One block of lines; None for comments and other nothings."""
+        """(name, data); None for a block without data, such as comments."""
         if b"\n" not in block and block.startswith(b"data: "):
             return b"", block[6:]
         name, data = b"", []
@@ -2346,24 +2150,20 @@ class SseReader:
 
 
 def load_frame(data: bytes) -> Json | None:
-    """The JSON object of one event; None where there is none.
-
-    The kept decoder's scanner costs half of `json.loads` with its options.
-    """
+    """The JSON object of one event, or None; half as expensive as `json.loads` with its options."""
     try:
         text = data.decode()
         value, end = json_decoder.scan_once(text, 0)
     except (ValueError, StopIteration, RecursionError):
-        return load_object(data)  # which also knows blanks around the object
+        return load_object(data)  # which allows white space around the object
     whole = end == len(text) or not text[end:].strip()
     return value if isinstance(value, dict) and whole else None
 
 
 def load_frames(events: list[tuple[bytes, bytes]]) -> list[Json]:
-    """The events' data as JSON objects; one that is none becomes an error frame, and the last.
+    """The events' data as JSON objects; one that is not becomes an error frame, and the last.
 
-    An object without a `type` takes it from the event's name, and `[DONE]` becomes
-    `{"type": "[DONE]"}`.
+    An object without a `type` gets the event's name, and `[DONE]` becomes `{"type": "[DONE]"}`.
     """
     frames: list[Json] = []
     for name, data in events:
@@ -2381,7 +2181,6 @@ def load_frames(events: list[tuple[bytes, bytes]]) -> list[Json]:
 
 
 def write_sse(frame: Json, name: str = "") -> bytes:
-    """One event."""
     if name:
         return b"event: %b\ndata: %b\n\n" % (name.encode(), dump_json(frame))
     return b"data: %b\n\n" % dump_json(frame)
@@ -2389,19 +2188,16 @@ def write_sse(frame: Json, name: str = "") -> bytes:
 
 # The Amazon event stream: `application/vnd.amazon.eventstream` (Smithy's specification).
 
-
-#: One message of an event stream, its checksums good: headers and payload.
-EventMessage = tuple[dict[str, Any], bytes]
+EventMessage = tuple[dict[str, Any], bytes]  # headers and payload, checksums verified
 
 PRELUDE = struct.Struct(">III")  # total length, headers length, CRC-32 of these two
 MESSAGE_OVERHEAD = 16  # the prelude and the CRC-32 of the whole
-# Header types of a fixed size: 2 to 5 are integers, 8 is a time in ms; 9 is a UUID, kept as bytes.
+# Header types of fixed size: 2 to 5 are integers, 8 is a timestamp in ms, 9 a UUID, left as bytes.
 FIXED_HEADERS = {2: ">b", 3: ">h", 4: ">i", 5: ">q", 8: ">q"}
 FIXED_SIZES = {2: 1, 3: 2, 4: 4, 5: 8, 8: 8, 9: 16}
 
 
 def parse_event_headers(block: bytes) -> dict[str, Any]:
-    """The headers of a message: all ten types.  Raises WireError."""
     headers: dict[str, Any] = {}
     at, end = 0, len(block)
     while at < end:
@@ -2428,23 +2224,19 @@ def parse_event_headers(block: bytes) -> dict[str, Any]:
 
 
 class EventStreamReader:
-    """Event stream bytes in, messages out, wherever the bytes are cut.
-
-    After a wrong length or checksum no byte can be trusted any more: `error` says so, the messages
-    before it still count, and nothing is read behind it.
-    """
+    """A wrong length or checksum sets `error` and ends reading; earlier messages still count."""
 
     def __init__(self) -> None:
-        self.kept = bytearray()  # of a message that is not complete
+        self.kept = bytearray()  # an incomplete message
         self.needed = PRELUDE.size
         self.error = ""
-        self.known: dict[bytes, dict[str, Any]] = {}  # header blocks: an answer has few
+        self.known: dict[bytes, dict[str, Any]] = {}  # by header block: there are few
 
     def feed(self, data: bytes) -> list[EventMessage]:
-        """The messages that `data` completes; those with equal headers share one object."""
+        """The messages that `data` completes; equal headers are one shared object."""
         if self.error:
             return []
-        if self.kept:  # joined only when that completes a message, which may be huge
+        if self.kept:  # joined only once complete, as a message may be huge
             self.kept += data
             if len(self.kept) < self.needed:
                 return []
@@ -2470,7 +2262,6 @@ class EventStreamReader:
 
     @staticmethod
     def read_prelude(data: bytes, at: int) -> tuple[int, int]:
-        """(length of the message, length of its headers)."""
         total, headers_size, checksum = PRELUDE.unpack_from(data, at)
         if zlib.crc32(data[at : at + 8]) != checksum:
             raise WireError("the checksum of an event's prelude is wrong")
@@ -2481,7 +2272,6 @@ class EventStreamReader:
         return total, headers_size
 
     def read_message(self, data: bytes, at: int, headers_size: int, end: int) -> EventMessage:
-        """The complete message from `at` to `end`."""
         message = data[at : end - 4]
         if zlib.crc32(message) != int.from_bytes(data[end - 4 : end], "big"):
             raise WireError("the checksum of an event is wrong")
@@ -2499,19 +2289,18 @@ EVENT_NAME = re.compile(r"[\w.:-]{1,100}", re.ASCII)
 
 
 class EventStreamFraming:
-    """An event stream as the server-sent events that it would be.
+    """An event stream, rewritten as server-sent events.
 
-    A message becomes `data: {"assistantResponseEvent": {"content": "Hi"}}`, the union that its
+    A message becomes `data: {"assistantResponseEvent": {"content": "Hi"}}`, the union that the
     service defines; exceptions and errors become `data: {"error": {"code", "message", ...}}`.
     """
 
     def __init__(self) -> None:
         self.reader = EventStreamReader()
-        self.headers: dict[str, Any] = {}  # of the last event, and what is written for them
+        self.headers: dict[str, Any] = {}  # of the last event, with the text written for them
         self.opening = self.member = b""
 
     def complete(self, data: bytes) -> bytes:
-        """The events that `data` completes; the rest is kept."""
         broken = bool(self.reader.error)
         rows = [self.write(headers, payload) for headers, payload in self.reader.feed(data)]
         if self.reader.error and not broken:
@@ -2520,7 +2309,6 @@ class EventStreamFraming:
         return b"".join(rows)
 
     def write(self, headers: dict[str, Any], payload: bytes) -> bytes:
-        """One message as one event."""
         if headers is not self.headers:
             kind = headers.get(":message-type", "event")
             if kind != "event":
@@ -2534,15 +2322,14 @@ class EventStreamFraming:
         return b"%b%b}\n\n" % (self.opening, payload or b"{}")
 
     def plain(self, payload: bytes) -> bytes:
-        """A payload on one line, without the member's name that some hosts put around it."""
+        """The payload on one line, unwrapped: some hosts put it under the member's name."""
         said = load_object(payload)
         if said is None:
-            return b"?"  # which makes the event malformed
+            return b"?"  # makes the event malformed
         inner = said.get(self.member.decode()) if len(said) == 1 else None
         return dump_json(inner if isinstance(inner, dict) else said)
 
     def write_failure(self, kind: Any, headers: dict[str, Any], payload: bytes) -> bytes:
-        """An exception or error as the event that ends the answer."""
         if kind == "exception":
             said = load_object(payload) or {"message": payload.decode("utf-8", "replace")}
             return self.write_error({**said, "code": headers.get(":exception-type")})
@@ -2551,20 +2338,19 @@ class EventStreamFraming:
 
     @staticmethod
     def write_error(said: Json) -> bytes:
-        """The event that ends the answer."""
         return write_sse({"error": said})
 
     def frames(self, blocks: bytes) -> list[Json]:
-        """The frames in unparsed events, each with one member; a malformed one is the last."""
+        """The frames of unparsed events, each with one member; a malformed one is the last."""
         frames = load_frames([(b"", row[6:]) for row in blocks.split(b"\n\n") if row])
         for at, frame in enumerate(frames):
-            if len(frame) != 1:  # an error of `load_frames`, or more than was in the payload
+            if len(frame) != 1:  # malformed, or its payload closed the object early
                 message = "The upstream sent an event that is not a JSON object."
                 return [*frames[:at], {"error": {"code": "WireError", "message": message}}]
         return frames
 
     def last_frames(self) -> list[Json]:
-        """Nothing is held back; raises UpstreamError where a message is cut short."""
+        """Always empty; raises UpstreamError if a message is truncated."""
         if self.reader.kept and not self.reader.error:
             raise UpstreamError(BROKEN_OFF)
         return []
@@ -2576,44 +2362,37 @@ SSE_COMMENT_PING = b": ping\n\n"
 
 # ---- 7. Conversation ---------------------------------------------------------------------------
 #
-# What was asked (Chat) and what comes back (events), in a form that loses nothing of any dialect.
+# The request (Chat) and the response (events), in a form that loses nothing of any dialect.
 
 
 @dataclass(slots=True)
 class Text:
-    """Words of a turn or of the system prompt."""
-
     text: str
 
 
 @dataclass(slots=True)
 class Image:
-    """A picture: base64 `data` with its `media_type`, or an https `url`."""
+    """Base64 `data` with its `media_type`, or an https `url`."""
 
     media_type: str = ""
     data: str = ""
     url: str = ""
-    #: OpenAI's low, high or auto
-    detail: str = ""
-    #: where it stood in the request, for errors
-    path: str = field(default="", compare=False)
+    detail: str = ""  #: OpenAI's low, high or auto
+    path: str = field(default="", compare=False)  #: position in the request, for errors
 
 
 @dataclass(slots=True)
 class Document:
-    """A file: base64 `data`, or plain `text`."""
-
     media_type: str = ""
     data: str = ""
     text: str = ""
     title: str = ""
-    #: where it stood in the request, for errors
-    path: str = ""
+    path: str = ""  #: position in the request, for errors
 
 
 @dataclass(slots=True)
 class Thinking:
-    """Reasoning: readable `text` with its maker's `signature`, or only `redacted` data."""
+    """Reasoning: `text` with the vendor's `signature`, or only `redacted` (encrypted) data."""
 
     text: str = ""
     signature: str = ""
@@ -2622,7 +2401,7 @@ class Thinking:
 
 @dataclass(slots=True)
 class ToolCall:
-    """The model asks for a tool; `arguments` is JSON text as the model wrote it."""
+    """`arguments` is JSON text, as the model wrote it."""
 
     id: str
     name: str
@@ -2631,8 +2410,6 @@ class ToolCall:
 
 @dataclass(slots=True)
 class ToolResult:
-    """What a tool said to the call `id`."""
-
     id: str
     blocks: list[Block]
     is_error: bool = False
@@ -2640,8 +2417,6 @@ class ToolResult:
 
 @dataclass(slots=True)
 class Refusal:
-    """The model declined, in words."""
-
     text: str
 
 
@@ -2651,7 +2426,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Turn:
-    """One side's say: `role` is user, assistant or system (in the middle of a conversation)."""
+    """One message; `role` is user, assistant or system (mid-conversation)."""
 
     role: str
     blocks: list[Block]
@@ -2659,21 +2434,19 @@ class Turn:
 
 @dataclass(slots=True)
 class Tool:
-    """A function the model may call; `schema` is a JSON Schema of type object."""
+    """A function; `schema` is a JSON Schema of type object."""
 
     name: str
     description: str
     schema: Json
     strict: bool | None = None
-    #: how the caller declared it: function, custom (a text instead of arguments) or tool_search
-    kind: str = "function"
-    #: what its name begins with here, and has beside it in the responses dialect
-    namespace: str = ""
+    kind: str = "function"  #: or custom (plain text instead of JSON arguments), tool_search
+    namespace: str = ""  #: prefix of `name` here; a separate field in the responses dialect
 
 
 @dataclass(slots=True)
 class ToolChoice:
-    """`mode`: auto, none, required, or named with `name`."""
+    """`mode` is auto, none, required, or named (with `name`)."""
 
     mode: str
     name: str = ""
@@ -2681,7 +2454,7 @@ class ToolChoice:
 
 @dataclass(slots=True)
 class OutputFormat:
-    """Structured output: `schema` None means any JSON object."""
+    """Structured output; `schema` None means any JSON object."""
 
     schema: Json | None
     name: str = "structured_output"
@@ -2689,51 +2462,38 @@ class OutputFormat:
     description: str = ""
 
 
-# From no reasoning to most; dialects and models know subsets.
+# From least reasoning to most; dialects and models support subsets.
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
 @dataclass(slots=True)
 class Chat:
-    """One request for an answer, whoever asked in whatever dialect."""
-
     model: str = ""
     system: list[Text] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
     tools: list[Tool] = field(default_factory=list)
     choice: ToolChoice | None = None
-    #: None = the vendor's default
-    parallel: bool | None = None
+    parallel: bool | None = None  #: None = the vendor's default
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
     stop: list[str] = field(default_factory=list)
-    #: one of EFFORTS; None = the vendor's default
-    effort: str | None = None
+    effort: str | None = None  #: one of EFFORTS; None = the vendor's default
     thinking_budget: int | None = None
     output: OutputFormat | None = None
-    #: OpenAI's low, medium or high
-    verbosity: str | None = None
-    #: a stable key of the conversation, for prompt caches
-    session: str = ""
-    #: the caller began the answer itself: its last turn is the assistant's
-    prefilled: bool = False
-    #: thinking was asked for in words, so it comes inside of the text
-    tagged_thinking: bool = False
-    #: tools that only the vendor could run
-    hosted: list[str] = field(default_factory=list)
-    #: names of what could not be carried over, for x-aiclient-dropped
-    dropped: list[str] = field(default_factory=list)
-    #: names of the rules that changed the conversation, for the log
-    touched: list[str] = field(default_factory=list)
-    #: the caller's tool names -> names that every vendor takes
-    names: dict[str, str] = field(default_factory=dict)
-    #: what the request calls the turns, for errors
-    turns_field: str = "messages"
+    verbosity: str | None = None  #: OpenAI's low, medium or high
+    session: str = ""  #: stable id of the conversation, for prompt caches
+    prefilled: bool = False  #: prefill: the last turn is the assistant's
+    tagged_thinking: bool = False  #: thinking is prompted for, and comes as tags in the text
+    hosted: list[str] = field(default_factory=list)  #: server-side tools
+    dropped: list[str] = field(default_factory=list)  #: not convertible; for x-aiclient-dropped
+    touched: list[str] = field(default_factory=list)  #: rules that changed it, for the log
+    names: dict[str, str] = field(default_factory=dict)  #: client's tool names -> wire names
+    turns_field: str = "messages"  #: the request's field for the turns, for errors
 
     def refuse_prefill(self) -> None:
-        """Raises UnsupportedFeature where the last turn is one the model is to go on with."""
+        """Raises UnsupportedFeature if the model is to continue the last turn."""
         if self.prefilled:
             where = self.turns_field
             raise UnsupportedFeature(
@@ -2742,12 +2502,11 @@ class Chat:
             )
 
     def refuse_empty(self) -> InvalidRequest:
-        """The 400 for a conversation in which nothing is left to answer."""
         where = self.turns_field
         return InvalidRequest(f"{where}: the conversation says nothing.", param=where)
 
     def name_tools(self) -> None:
-        """Finds names for all tools, those that were only called before as well."""
+        """Sets `names` for declared tools and for those only called in earlier turns."""
         if any(not tool.name for tool in self.tools):
             raise InvalidRequest("tools: a tool has no name.", param="tools")
         blocks = (block for turn in self.turns for block in turn.blocks)
@@ -2755,11 +2514,10 @@ class Chat:
         self.names = wire_table([*(tool.name for tool in self.tools), *called])
 
     def wire_name(self, name: str) -> str:
-        """The name of a tool upstream."""
         return self.names.get(name) or wire_name(name)
 
     def settle(self) -> None:
-        """Brings the turns into the order every vendor demands; raises InvalidRequest."""
+        """Normalizes the turns for all vendors; raises InvalidRequest if there are none."""
         settled = distinct_calls(settle_turns(self.turns))
         if not settled and not self.system:
             raise self.refuse_empty()
@@ -2770,61 +2528,45 @@ class Chat:
 
 @dataclass(slots=True)
 class Model:
-    """One model of one provider, as the upstream describes it."""
-
     id: str
     provider: str
-    #: the dialects it speaks upstream, best known first
-    dialects: tuple[str, ...] = ("chat",)
+    dialects: tuple[str, ...] = ("chat",)  #: supported upstream, preferred first
     name: str = ""
     family: str = ""
     vendor: str = ""
     max_output: int | None = None
     max_prompt: int | None = None
     context: int | None = None
-    #: the efforts it lists
     efforts: tuple[str, ...] = ()
     adaptive: bool = False
-    #: (least, most) thinking tokens
-    budget: tuple[int, int] | None = None
-    #: how many stop strings it takes; None = any number
-    stops: int | None = None
-    #: takes PDF parts in the chat dialect
-    files: bool = False
+    budget: tuple[int, int] | None = None  #: (min, max) thinking tokens
+    stops: int | None = None  #: how many stop strings it takes; None = no known limit
+    files: bool = False  #: takes PDF parts in the chat dialect
     streaming: bool = True
-    #: shown in lists by default
-    listed: bool = True
-    #: headers the upstream wants with this model
-    headers: dict[str, str] = field(default_factory=dict)
-    #: not from the upstream's list: named by the caller
-    guessed: bool = False
-    #: makes embeddings, and nothing else
-    embeds: bool = False
+    listed: bool = True  #: in model lists by default
+    headers: dict[str, str] = field(default_factory=dict)  #: to send upstream with this model
+    guessed: bool = False  #: not in the upstream's list, only named by the client
+    embeds: bool = False  #: an embedding model
     raw: Json = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class Usage:
-    """Tokens of one answer; `input` excludes both caches, `output` includes reasoning."""
+    """Tokens of one response; `input` excludes both caches, `output` includes reasoning."""
 
     input: int = 0
     cache_read: int = 0
     cache_write: int = 0
     output: int = 0
     reasoning: int = 0
-    #: thousand-millionths of the unit the upstream bills in: Copilot's AI credit, Kiro's credit
-    nano_credits: int = 0
-    #: as `source`, of the credits; "" where the upstream bills nothing or does not say
-    credits_source: str = ""
-    #: tokens in the context after the answer, where the upstream tells only that
-    context: int = 0
-    #: where the input is from: reported by the upstream, derived from `context`, estimated here;
-    #: "" while nobody has counted
-    source: str = ""
+    nano_credits: int = 0  #: billionths of the billing unit: Copilot's AI credit, Kiro's credit
+    credits_source: str = ""  #: like `source`, for credits; "" if none are billed or reported
+    context: int = 0  #: tokens in the context after the response, if the upstream reports only that
+    source: str = ""  #: of the input: "", reported, derived (from `context`) or estimated here
 
     @property
     def output_source(self) -> str:
-        """As `source`, of the output: what is not reported is counted by its words."""
+        """Like `source`, for output: estimated from the text unless reported."""
         return self.source if self.source in ("", "reported") else "estimated"
 
     @property
@@ -2833,34 +2575,29 @@ class Usage:
         return self.input + self.cache_read + self.cache_write
 
 
-# Events.  An answer is  Started (Opened Added* Closed | Counted)* (Finished | Failed)  and nothing
+# Events.  A response is  Started (Opened Added* Closed | Counted)* (Finished | Failed)  and nothing
 # after that; blocks never overlap, so they need no index.
 
 
 @dataclass(slots=True)
 class Started:
-    """The upstream began to answer."""
-
     id: str = ""
     model: str = ""
 
 
 @dataclass(slots=True)
 class Opened:
-    """A block begins: `kind` is text, thinking, redacted, refusal, tool or opaque.
-
-    `raw` is the block as the upstream wrote it, where only its own dialect can express it.
-    """
+    """A block begins: `kind` is text, thinking, redacted, refusal, tool or opaque."""
 
     kind: str
     id: str = ""
     name: str = ""
-    raw: Json | None = None
+    raw: Json | None = None  #: the upstream's block, if only its own dialect can express it
 
 
 @dataclass(slots=True)
 class Added:
-    """More of the open block: `part` is text, arguments, signature or citation."""
+    """A delta of the open block: `part` is text, arguments, signature or citation."""
 
     part: str
     text: str
@@ -2874,14 +2611,14 @@ class Closed:
 
 @dataclass(slots=True)
 class Counted:
-    """The usage so far; the last one counts."""
+    """Cumulative usage: the last one counts."""
 
     usage: Usage
 
 
 @dataclass(slots=True)
 class Finished:
-    """The answer is complete: `reason` is end, stop, tool, length, context, filter or pause."""
+    """The response is complete: `reason` is end, stop, tool, length, context, filter or pause."""
 
     reason: str
     stop_text: str | None = None
@@ -2890,8 +2627,6 @@ class Finished:
 
 @dataclass(slots=True)
 class Failed:
-    """The upstream said that it failed."""
-
     error: ApiError
 
 
@@ -2900,7 +2635,7 @@ if TYPE_CHECKING:
 
 OFF_PROTOCOL = "The upstream's answer does not follow its own protocol."
 
-# (state, event) -> state; what is not here is a broken stream.  Failed ends every state.
+# (state, event) -> state; any other pair is a protocol error.
 ANSWER_STATES: dict[tuple[str, str], str] = {
     ("new", "Started"): "open",
     ("new", "Counted"): "new",
@@ -2921,16 +2656,12 @@ RUNAWAY = re.compile(f"[{LINE_BREAKS}]{{{MAX_BLANK_RUN + 1}}}")
 
 
 class RunawayGuard:
-    """Notices a model that fills a call's arguments with line breaks until its tokens are spent.
-
-    More than MAX_BLANK_RUN in a row, spaces not counted (seen in Floway, 2026-08).
-    """
+    """Detects a model stuck writing line breaks into tool-call arguments (Floway, 2026-08)."""
 
     def __init__(self) -> None:
-        self.run = ""  # what the arguments end with so far
+        self.run = ""  # trailing line breaks and tabs so far
 
     def check(self, text: str) -> None:
-        """Raises UpstreamError when `text` makes the run too long."""
         text = self.run + text.replace(" ", "")
         if RUNAWAY.search(text):
             raise UpstreamError("The model got stuck inside a tool call.")
@@ -2938,7 +2669,7 @@ class RunawayGuard:
 
 
 class Checker:
-    """Holds every reader to the grammar of events, so that writers can trust it."""
+    """Enforces ANSWER_STATES on every reader, so that writers can rely on it."""
 
     def __init__(self) -> None:
         self.state = "new"
@@ -2946,7 +2677,7 @@ class Checker:
         self.guard = RunawayGuard()
 
     def check(self, event: Event) -> Event:
-        """`event`, with a tool call's finish reason set right; raises UpstreamError."""
+        """`event`, with the finish reason corrected after a tool call; raises UpstreamError."""
         state = ANSWER_STATES.get((self.state, type(event).__name__))
         if state is None:
             raise UpstreamError(OFF_PROTOCOL)
@@ -2963,16 +2694,13 @@ class Checker:
         return event
 
     def end(self) -> None:
-        """The upstream ended; raises UpstreamError when the answer had not."""
+        """Called when the upstream's stream ends; raises UpstreamError if it is incomplete."""
         if self.state != "over":
             raise UpstreamError(BROKEN_OFF)
 
 
 class StopCutter:
-    """Ends an answer at a stop string, for upstreams that have no such field.
-
-    Text that could be the beginning of a stop string is held back until it is clear.
-    """
+    """Applies stop strings for upstreams without that field; a possible beginning is held back."""
 
     def __init__(self, stops: list[str]) -> None:
         self.stops = stops
@@ -2981,7 +2709,6 @@ class StopCutter:
         self.hit = False
 
     def take(self, event: Event) -> list[Event]:
-        """The events that may go on."""
         if self.hit:
             return [event] if isinstance(event, Counted) else []
         if isinstance(event, Opened):
@@ -2994,10 +2721,9 @@ class StopCutter:
         return [event]
 
     def cut(self, text: str) -> list[Event]:
-        """`text` up to a stop string, or up to what could become one."""
         found = [(at, stop) for stop in self.stops if (at := text.find(stop)) >= 0]
         if found:
-            # The one that is complete first, so that it does not matter how the text was cut.
+            # The one completed first, so that chunk boundaries do not matter.
             at, stop = min(found, key=lambda hit: (hit[0] + len(hit[1]), hit[0]))
             self.hit = True
             before: list[Event] = [Added("text", text[:at])] if at else []
@@ -3009,7 +2735,7 @@ class StopCutter:
 
     @staticmethod
     def overlap(text: str, stop: str) -> int:
-        """How many last characters of `text` begin `stop`."""
+        """The length of the longest suffix of `text` that begins `stop`."""
         at = max(0, len(text) - len(stop) + 1)
         while (at := text.find(stop[0], at)) >= 0:
             if stop.startswith(text[at:]):
@@ -3023,18 +2749,18 @@ NOT_NAME = re.compile(r"[^A-Za-z0-9_-]")
 
 
 def wire_name(name: str) -> str:
-    """A tool name every vendor takes; the same for the same name, so history needs no state."""
+    """A tool name that every vendor takes; deterministic, so that history needs no state."""
     clean = NOT_NAME.sub("_", name)
     return clean if len(clean) <= 64 else f"{clean[:55]}_{short_hash(name, 8)}"
 
 
 def wire_id(call_id: str) -> str:
-    """A call id every vendor takes; the same for the call and its result."""
+    """A call id that every vendor takes; deterministic, so that calls and results still match."""
     return call_id if WIRE_NAME.fullmatch(call_id) else "call_" + short_hash(call_id, 24)
 
 
 def fits_strict(schema: Any) -> bool:
-    """Whether OpenAI takes a schema as strict: closed objects that require all they have."""
+    """Whether OpenAI accepts a strict schema: closed objects with all properties required."""
     if isinstance(schema, list):
         return all(fits_strict(item) for item in schema)
     if not isinstance(schema, dict):
@@ -3055,14 +2781,14 @@ INTERRUPTED = "[no result: call interrupted]"
 
 
 def is_blank(block: Block) -> bool:
-    """Whether a block says nothing: vendors refuse such text."""
+    """Whether a block has no content: vendors reject blank text."""
     if isinstance(block, (Text, Refusal)):
         return not block.text.strip()
     return isinstance(block, Thinking) and not (block.text or block.signature or block.redacted)
 
 
 def merge_turns(turns: list[Turn]) -> list[Turn]:
-    """Turns without blank blocks and empty turns, neighbours of one role joined."""
+    """Drops blank blocks and empty turns, and joins adjacent turns of one role."""
     merged: list[Turn] = []
     for turn in turns:
         blocks = [block for block in turn.blocks if not is_blank(block)]
@@ -3076,7 +2802,7 @@ def merge_turns(turns: list[Turn]) -> list[Turn]:
 
 
 def without_results(turn: Turn, ids: Container[str] = ()) -> Turn:
-    """`turn` without the results of `ids`; other results become plain content, not lost."""
+    """Drops the results of `ids`; other results become plain content."""
     blocks: list[Block] = []
     for block in turn.blocks:
         if not isinstance(block, ToolResult):
@@ -3088,10 +2814,10 @@ def without_results(turn: Turn, ids: Container[str] = ()) -> Turn:
 
 
 def settle_turns(turns: list[Turn]) -> list[Turn]:
-    """Turns in the order every vendor demands.
+    """Turns in the order that every vendor demands.
 
     Each assistant turn with calls is followed by one user turn that begins with their results, in
-    the order of the calls; a missing result is filled in, as vendors refuse the conversation else.
+    the order of the calls; missing results are filled in, as vendors otherwise reject the request.
     """
     queue = merge_turns(turns)
     settled: list[Turn] = []
@@ -3124,14 +2850,14 @@ def settle_turns(turns: list[Turn]) -> list[Turn]:
 
 
 class CallIds:
-    """The call ids of one conversation: an id that is used again gets a number."""
+    """The call ids of one conversation; repeated ones get a numeric suffix."""
 
     def __init__(self) -> None:
         self.used: set[str] = set()
-        self.numbers: dict[str, int] = {}  # the last one behind each stem
+        self.numbers: dict[str, int] = {}  # last suffix of each stem
 
     def add(self, call_id: str) -> str:
-        """`call_id`, or where it is taken a new one of at most 64 characters."""
+        """`call_id`, or if it is taken a new one of at most 64 characters."""
         new, stem = call_id, call_id[:56]
         while new in self.used:
             number = self.numbers[stem] = self.numbers.get(stem, 1) + 1
@@ -3141,13 +2867,10 @@ class CallIds:
 
 
 def distinct_calls(turns: list[Turn]) -> list[Turn]:
-    """Settled turns in which each call has an id of its own that every vendor takes.
-
-    The same call said twice in a turn is one call, and several results of one call are one.
-    """
+    """Gives each call a unique valid id; merges a turn's equal calls, and results of one call."""
     call_ids = CallIds()
     distinct: list[Turn] = []
-    ids: dict[str, deque[str]] = {}  # of the last turn: the client's id -> ours, in order
+    ids: dict[str, deque[str]] = {}  # of the last turn: the client's id -> our ids, in order
     for turn in turns:
         if turn.role != "assistant":
             distinct.append(answer_calls(turn, ids))
@@ -3168,8 +2891,8 @@ def distinct_calls(turns: list[Turn]) -> list[Turn]:
 
 
 def answer_calls(turn: Turn, ids: dict[str, deque[str]]) -> Turn:
-    """`turn` with its results under the new ids of their calls, one result for each call."""
-    results: dict[str, ToolResult] = {}  # the last one of each of the client's ids
+    """`turn` with its results under the calls' new ids, one result for each call."""
+    results: dict[str, ToolResult] = {}  # by the client's id, the last one
     blocks: list[Block] = []
     for block in turn.blocks:
         if not isinstance(block, ToolResult) or block.id not in ids:
@@ -3186,10 +2909,7 @@ def answer_calls(turn: Turn, ids: dict[str, deque[str]]) -> Turn:
 
 
 def downgrade_system_turns(turns: list[Turn]) -> list[Turn]:
-    """System turns as marked user text, in place: for models without that role.
-
-    The mark is the one Claude Code itself uses for older models (seen in 2.1.197, 2026-11).
-    """
+    """System turns as user text, marked as Claude Code does it (seen in 2.1.197, 2026-11)."""
     plain = []
     for turn in turns:
         if turn.role == "system":
@@ -3202,7 +2922,6 @@ def downgrade_system_turns(turns: list[Turn]) -> list[Turn]:
 
 
 def as_reminder(text: str) -> str:
-    """A system text inside a user turn."""
     return f"<system-reminder>\n{text}\n</system-reminder>"
 
 
@@ -3210,7 +2929,7 @@ SCHEMA_UNIONS = ("allOf", "anyOf", "oneOf")
 
 
 def plain_schema(tool: Tool) -> Json:
-    """A tool's schema for vendors that want properties at its top; raises UnsupportedFeature."""
+    """For vendors that need top-level properties; raises UnsupportedFeature for bare unions."""
     if not tool.schema.get("properties") and any(word in tool.schema for word in SCHEMA_UNIONS):
         raise UnsupportedFeature(
             f"tools: the schema of {tool.name!r} must have properties at its top.", param="tools"
@@ -3219,7 +2938,7 @@ def plain_schema(tool: Tool) -> Json:
 
 
 def wire_table(names: Iterable[str]) -> dict[str, str]:
-    """The caller's names -> wire names, one of its own for each: clean ones stay as they are."""
+    """The client's names -> unique wire names; valid names stay as they are."""
     table: dict[str, str] = {}
     taken: set[str] = set()
     for name in sorted(set(names), key=lambda name: (wire_name(name) != name, name)):
@@ -3232,7 +2951,7 @@ def wire_table(names: Iterable[str]) -> dict[str, str]:
 
 
 def wire_names(names: Iterable[str]) -> dict[str, str]:
-    """wire name -> the caller's, for a native body; raises InvalidRequest where two become one."""
+    """wire name -> the client's, for a native body; raises InvalidRequest on a collision."""
     table: dict[str, str] = {}
     for name in names:
         wire = wire_name(name)
@@ -3245,7 +2964,7 @@ def wire_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def parse_arguments(text: str) -> Json:
-    """A call's arguments as an object; text that is none is kept under `_raw`, never lost."""
+    """A call's arguments as an object; other text is kept under `_raw`."""
     if not text.strip():
         return {}
     value = load_object(text)
@@ -3253,17 +2972,16 @@ def parse_arguments(text: str) -> Json:
 
 
 def whole_arguments(text: str) -> str:
-    """A call's arguments as JSON text of an object: the model's own where they are one."""
+    """A call's arguments as the JSON text of an object, unchanged if they are one."""
     return text.strip() if is_complete_object(text) else dump_json(parse_arguments(text)).decode()
 
 
 def is_complete_object(text: str) -> bool:
-    """Whether streamed arguments are a whole JSON object already."""
     return text.rstrip().endswith("}") and load_object(text) is not None
 
 
 def object_schema(schema: Any, path: str) -> Json:
-    """A tool's JSON Schema with what every vendor wants: type object and properties."""
+    """A tool's JSON Schema with `type` and `properties`, as every vendor requires."""
     if schema is None:
         return {"type": "object", "properties": {}}
     fitted = dict(need_dict(schema, path))
@@ -3274,7 +2992,7 @@ def object_schema(schema: Any, path: str) -> Json:
 
 
 def clamp_effort(effort: str, listed: Iterable[str]) -> str | None:
-    """The listed effort nearest to `effort`, below it before above it; None where none is."""
+    """The listed effort nearest to `effort`, lower ones first; None if none is listed."""
     ranks = sorted(EFFORTS.index(item) for item in listed if item in EFFORTS)
     if not ranks:
         return None
@@ -3284,29 +3002,24 @@ def clamp_effort(effort: str, listed: Iterable[str]) -> str | None:
 
 
 EFFORT_BUDGETS = {
-    "minimal": 1024,
-    "low": 4096,
-    "medium": 10_000,
-    "high": 24_000,
-    "xhigh": 31_999,
+    "minimal": 1024, "low": 4096, "medium": 10_000, "high": 24_000, "xhigh": 31_999,
     "max": 31_999,
-}
+}  # fmt: skip
 
 
 def effort_of_budget(budget: int) -> str:
-    """The effort that a thinking budget in tokens stands for."""
     return "low" if budget <= 4096 else "medium" if budget <= 16_384 else "high"
 
 
 def clamp_budget(budget: int, limits: tuple[int, int] | None, max_tokens: int) -> int | None:
-    """A thinking budget a model takes; None where it leaves no room for thinking at all."""
+    """A thinking budget that the model takes; None if there is no room for thinking."""
     low, high = limits or (MIN_THINKING_BUDGET, max_tokens)
     budget = min(max(budget, low, MIN_THINKING_BUDGET), high, max_tokens - 1)
     return budget if budget >= max(low, MIN_THINKING_BUDGET) else None
 
 
 def split_stops(stops: list[str], dialect: str, model: Model) -> tuple[list[str], list[str]]:
-    """(what the upstream can be asked to stop at, what has to be cut here)."""
+    """(stop strings the upstream takes, stop strings to be applied here)"""
     if dialect in ("responses", "kiro"):
         return [], stops
     if dialect == "messages":
@@ -3316,7 +3029,6 @@ def split_stops(stops: list[str], dialect: str, model: Model) -> tuple[list[str]
 
 
 def output_instruction(output: OutputFormat) -> str:
-    """Structured output in words, for upstreams without a field for it."""
     if output.schema is None:
         return "Reply with one JSON object and nothing else: no prose, no code fence."
     schema = dump_json(output.schema).decode()
@@ -3326,7 +3038,7 @@ def output_instruction(output: OutputFormat) -> str:
     )
 
 
-# Data URLs and what image bytes say about themselves: clients name wrong types.
+# Magic numbers, in base64: clients send wrong media types.
 IMAGE_SIGNATURES = (
     ("iVBORw0KGgo", "image/png"),
     ("/9j/", "image/jpeg"),
@@ -3338,10 +3050,6 @@ DATA_URL = re.compile(r"data:([\w.+/-]*)((?:;[\w=.+-]+)*?)(;base64)?,", re.ASCII
 
 
 def image_type(data: str, claimed: str, path: str) -> str:
-    """The media type of base64 image `data`; raises UnsupportedFeature for other kinds.
-
-    The data says what it is; what a client claims is often wrong.
-    """
     for start, kind in IMAGE_SIGNATURES:
         if data.startswith(start):
             return kind
@@ -3355,12 +3063,12 @@ def image_type(data: str, claimed: str, path: str) -> str:
 
 
 def bare_base64(data: str) -> str:
-    """Base64 without line breaks: some programs wrap it."""
+    """Without line breaks: some programs wrap base64."""
     return "".join(data.split()) if any(blank in data[:200] for blank in "\n\r ") else data
 
 
 def read_data_url(url: str, path: str) -> tuple[str, str]:
-    """(media type, base64 data) of a data URL."""
+    """(media type, base64 data)"""
     match = DATA_URL.match(url)
     if match is None:
         raise InvalidRequest(f"{path}: is not a valid data URL.", param=path)
@@ -3371,7 +3079,7 @@ def read_data_url(url: str, path: str) -> tuple[str, str]:
 
 
 def read_image_url(url: str, path: str) -> Image:
-    """An image from a data URL or an https URL; nothing is ever fetched for a caller."""
+    """An image from a data URL or an https URL; the gateway never fetches it."""
     if url.startswith("data:"):
         claimed, data = read_data_url(url, path)
         data = bare_base64(data)
@@ -3381,11 +3089,11 @@ def read_image_url(url: str, path: str) -> Image:
     raise UnsupportedFeature(f"{path}: must be a data URL or an https URL.", param=path)
 
 
-# What a byte of UTF-8 costs in 1/64 token: to Claude up to 4.6, to Claude from 4.7 on, to OpenAI.
-# A character's price is on its first byte.  Fitted in 2026-11 by least squares of the relative
-# error over 1870 samples (prose in 30 languages, code, JSON, tool output, chat requests, numbers)
-# against o200k_base and a public reconstruction of Claude's counts, then raised by 5 %: a client
-# that compacts too late fails.  Digits are set between prose (1 a digit) and ids (1/3).
+# Cost of a UTF-8 byte in 1/64 token: for Claude up to 4.6, Claude from 4.7 on, OpenAI.  A character
+# is charged on its first byte.  Fitted in 2026-11 by least squares of the relative error over 1870
+# samples (prose in 30 languages, code, JSON, tool output, chats, numbers) against o200k_base and a
+# public reconstruction of Claude's counts, then raised by 5 %: a client that compacts too late
+# fails.  Digits are set between prose (1 token a digit) and ids (1/3).
 BYTE_PRICES: tuple[tuple[bytes, int, int, int], ...] = (
     (b"aiotcpsvbfym", 11, 18, 13),
     (b"erlnwgdukh", 17, 23, 11),
@@ -3414,7 +3122,7 @@ BYTE_PRICES: tuple[tuple[bytes, int, int, int], ...] = (
 
 
 def price_table(tokenizer: int) -> bytes:
-    """The prices of one column of BYTE_PRICES by byte."""
+    """One column of BYTE_PRICES, indexed by byte."""
     table = bytearray(256)
     for characters, *prices in BYTE_PRICES:
         for byte in characters:
@@ -3430,13 +3138,13 @@ OPENAI_MODEL = re.compile(r"gpt|codex|\bo[1-9]\b")
 
 
 def claude_version(model_id: str) -> tuple[int, int] | None:
-    """(4, 8) for `claude-opus-4.8`; None for what is not a Claude of that naming."""
+    """(4, 8) for `claude-opus-4.8`; None for other names."""
     match = CLAUDE_VERSION.match(model_id)
     return (int(match[1]), int(match[2] or 0)) if match else None
 
 
 def prices_of(model: str) -> bytes:
-    """The byte prices of a model's tokenizer; those of Claude up to 4.6 where none is known."""
+    """The byte prices of a model's tokenizer; those of Claude up to 4.6 if it is unknown."""
     name = model.rpartition("/")[2].lower()
     version = claude_version(name)
     if version and version >= (4, 7):
@@ -3445,24 +3153,23 @@ def prices_of(model: str) -> bytes:
 
 
 def sum_bytes(data: bytes) -> int:
-    """`sum(data)`, in a tenth of the time: Adler-32's low half, which 256 bytes cannot overflow."""
+    """`sum(data)` in a tenth of the time: Adler-32's low half, which 256 bytes cannot overflow."""
     view = memoryview(data)
     slices = range(0, len(data), 256)
     return sum(zlib.adler32(view[at : at + 256]) & 0xFFFF for at in slices) - len(slices)
 
 
 def estimate_bytes(text: bytes, prices: bytes = CLAUDE_PRICES) -> float:
-    """Tokens in UTF-8 `text`, roughly: the sum of its bytes' prices, so exact over joining."""
+    """Approximate tokens of UTF-8 `text`: a sum over its bytes, so additive under concatenation."""
     return sum_bytes(text.translate(prices)) / 64
 
 
 def estimate_text(text: str, prices: bytes = CLAUDE_PRICES) -> float:
-    """Tokens in `text`, roughly."""
     return estimate_bytes(text.encode("utf-8", "replace"), prices)
 
 
 def estimate_quoted(text: bytes, count_: int) -> float:
-    """Tokens in `count_` JSON texts without their quotes, a blank between two of them."""
+    """Approximate tokens of `count_` JSON strings, given without quotes, joined by blanks."""
     if b"\\" in text:
         text = json_decoder.decode(f'"{text.decode()}"').encode("utf-8", "replace")
     return estimate_bytes(text) - (count_ - 1) * CLAUDE_PRICES[32] / 64
@@ -3489,7 +3196,7 @@ IMAGE_KEYS = ("data", "url", "image_url", "file_data")
 
 
 def estimate_value(value: Any, prices: bytes = CLAUDE_PRICES, key_tokens: float = 1.5) -> float:
-    """Tokens of any piece of a request body, base64 counted as what it shows."""
+    """Tokens of any part of a request body; base64 images count by their size."""
     total = 0.0
     waiting: list[tuple[str, Any]] = [("", value)]
     while waiting:
@@ -3510,10 +3217,10 @@ def estimate_value(value: Any, prices: bytes = CLAUDE_PRICES, key_tokens: float 
 
 
 def estimate_request(body: Json) -> int:
-    """Input tokens of a chat, messages or responses body, roughly and never under 2.
+    """Approximate input tokens of a chat, messages or responses body, at least 2.
 
-    What vendors add around tools, and what a key of a tool's schema costs, was measured in 2026-11:
-    Claude is shown JSON and some 500 tokens of instructions, OpenAI's models terser declarations.
+    What vendors add for tools, and what a key of a tool's schema costs, was measured in 2026-11:
+    Claude gets JSON and some 500 tokens of instructions, OpenAI's models terser declarations.
     """
     prices = prices_of(str(body.get("model") or ""))
     is_claude_like = prices is not OPENAI_PRICES
