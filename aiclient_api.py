@@ -1004,12 +1004,26 @@ SECRET_SHAPES = re.compile(
     r"|(?i:bearer|token)\s+(?=[^\s\"']*[0-9_-]|[^\s\"']{20})[^\s\"']{8,}"
     r"|ao[ar][A-Za-z0-9_.:/+=-]{8,}|ksk_\w{4,}|eyJ[\w-]{4,}(?:\.[\w-]*){0,2}|sk-[\w-]{8,}"
 )
+SECRET_START = 12  # characters by which a known secret is recognised
+SHORTEST_SECRET = 6  # a shorter one may stand in any text
 SECRET_MARGIN = 64  # characters; more than any pattern's shortest match
 
 
 def redact(text: str, limit: int) -> str:
     """The first `limit` characters, secrets masked, also one that goes on beyond the limit."""
     return SECRET_SHAPES.sub("[secret]", text[: limit + SECRET_MARGIN])[:limit]
+
+
+def hide(text: str, live: Iterable[str]) -> str:
+    """`text` without any of the `live` secrets, even if only the beginning of one is left."""
+    for secret in live:
+        start = secret[:SECRET_START]
+        at = text.find(start) if len(start) >= SHORTEST_SECRET else -1
+        while at >= 0:
+            size = next(n for n in range(len(secret), 0, -1) if text.startswith(secret[:n], at))
+            text = f"{text[:at]}[secret]{text[at + size :]}"
+            at = text.find(start, at + 1)
+    return text
 
 
 # ---- 4. Configuration --------------------------------------------------------------------------
@@ -3280,6 +3294,8 @@ class Terms:
     #: upstream model id -> context window (0 = unknown), for an upstream that reports a percentage
     window: Callable[[str], int] | None = None
     tagged_thinking: bool = False  #: the upstream was asked in the prompt to think between tags
+    #: the tokens and keys in use, which no error message may show
+    secrets: Callable[[], Iterable[str]] = tuple
 
 
 class Framing(Protocol):
@@ -8438,6 +8454,7 @@ class Flow:
     def fail(self, error: ApiError) -> bytes:
         """Ends the response: with a frame if a byte was sent, otherwise only in `self.error`."""
         self.over = True
+        error.message = hide(error.message[:MAX_ERROR_TEXT], self.terms.secrets())
         self.error = error
         if not self.begun:
             return b""
@@ -12786,6 +12803,8 @@ class SecondFormatter:
         self.second = 0
         self.stamp = ""
         self.priorities = self.PRIORITIES if priorities else {}
+        #: the tokens and keys in use, whatever they look like
+        self.secrets: Callable[[], Iterable[str]] = tuple
 
     def format(self, record: logging.LogRecord) -> str:
         """A traceback follows its line, indented, so that no line of it looks like an event."""
@@ -12799,7 +12818,7 @@ class SecondFormatter:
         if record.exc_info:
             trace = redact(logging.Formatter().formatException(record.exc_info), MAX_LOG_LINE)
             line += "".join(f"\n  {one_line(row)}" for row in trace.split("\n"))
-        return self.priorities.get(level, "") + line
+        return self.priorities.get(level, "") + hide(line, self.secrets())
 
 
 def close_to_others(handle: int) -> bool:
@@ -12912,6 +12931,13 @@ def start_log(level: str, path: str = "", is_stderr: bool = False) -> LogFile | 
     logging.raiseExceptions = False  # no report of lines that cannot be written
     setattr(logging, "_srcfile", None)  # noqa: B010 - see the same page
     return file
+
+
+def hide_in_log(secrets: Callable[[], Iterable[str]]) -> None:
+    """Keeps what `secrets` returns out of every line from now on."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler.formatter, SecondFormatter):
+            handler.formatter.secrets = secrets
 
 
 def set_log_level(level: str) -> None:
@@ -15440,6 +15466,9 @@ class Provider(Protocol):
     def user(self) -> str:
         """The account's name at the service; "" if unknown."""
 
+    def secrets(self) -> tuple[str, ...]:
+        """The tokens in use: no log line and no error message may show them."""
+
     def status(self) -> Json:
         """The current state, without asking the service.
 
@@ -16063,6 +16092,9 @@ class EchoProvider:
     def user(self) -> str:
         return ""
 
+    def secrets(self) -> tuple[str, ...]:
+        return ()
+
     def status(self) -> Json:
         return {
             "health": "ready",
@@ -16416,6 +16448,10 @@ class CopilotProvider:
 
     def user(self) -> str:
         return self.account.file.user
+
+    def secrets(self) -> tuple[str, ...]:
+        account = self.account
+        return (account.github_token, account.kept.token if account.kept else "")
 
     def status(self) -> Json:
         return account_status(self)
@@ -16970,6 +17006,10 @@ class KiroProvider:
 
     def user(self) -> str:
         return self.account.file.user
+
+    def secrets(self) -> tuple[str, ...]:
+        login = self.account.kept
+        return (login.access, login.refresh, login.client_secret) if login else ()
 
     def status(self) -> Json:
         return account_status(self)
@@ -19074,8 +19114,14 @@ class Gateway:
                 return MESSAGES
         return FORMATS[self.config.default_format]
 
+    def secrets(self) -> list[str]:
+        """The tokens and keys in use."""
+        keys = [self.config.api_key, *self.config.api_keys.values()]
+        return keys + [item for provider in self.providers.values() for item in provider.secrets()]
+
     def write_error(self, error: ApiError, request: Request | None = None) -> Response:
         dialect = self.dialect_of(request)
+        error.message = hide(error.message[:MAX_ERROR_TEXT], self.secrets())
         request_id = (request and request.id) or "req_" + os.urandom(12).hex()
         body = dump_json(dialect.error_body(error, request_id))
         headers = error_headers(error)
@@ -19477,6 +19523,7 @@ class Gateway:
             keep=provider.keep_reasoning,
             provider=provider.name,
             window=window,
+            secrets=self.secrets,
         )
         call = await run_step(self.write_call, body, asked, spoken, model, terms, outline)
         call.betas = request.headers.get("anthropic-beta", "")
@@ -21246,6 +21293,7 @@ async def serve(
         raise ProgramError(f"{where}: the log cannot be written: {error.strerror}") from None
     raise_descriptor_limit()
     daemon = Daemon(launch, paths, config, log_file)
+    hide_in_log(lambda: daemon.gateway.secrets())
     await daemon.listen(listeners)
     control = None
     if fcntl is not None:

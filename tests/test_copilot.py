@@ -1037,6 +1037,24 @@ def test_a_reset_before_the_head_on_a_used_connection_is_repeated(pair: Pair) ->
     assert len(pair.fake.calls) == 3
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["status", "frame"])
+def test_a_key_that_an_upstream_repeats_is_neither_returned_nor_logged(stream: bool) -> None:
+    """Whatever it looks like, before the first byte and after it."""
+    key = "correct-horse-battery"
+    with ExitStack() as stack:
+        pair = start(stack, f'api_key = "{key}"')
+        failure = {"error": {"message": f"no {key} here"}}
+        begun = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": "x"}}]}
+        frames = sse(begun, failure) if stream else dump(failure)
+        kind = "text/event-stream" if stream else "application/json"
+        status = 200 if stream else 400
+        pair.fake.queue(Answer(status, {"Content-Type": kind}, frames, strict=False))
+        body = {**asking("hi", GPT), "stream": stream}
+        reply = pair.post(CHAT, body, Authorization=f"Bearer {key}")
+        assert "no [secret] here" in reply.text and key not in reply.text
+        assert key not in pair.gateway.log()
+
+
 # ---- learn and strip -----------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from aiclient_api import (
     bool_field,
     dict_field,
     dump_json,
+    hide,
     int_field,
     join_path,
     list_field,
@@ -298,6 +299,15 @@ def test_a_secret_that_the_limit_cuts_in_two_is_taken_out_all_the_same(secret: s
         shown = redact(f"why: {secret} " + "x" * 500, limit)
         assert len(shown) <= limit
         assert not any(secret[at : at + 12] in shown for at in range(4, len(secret) - 12))
+
+
+def test_a_secret_in_use_is_hidden_whatever_it_looks_like() -> None:
+    """Also where a limit has left only the beginning of it."""
+    secret = "correct horse battery staple"
+    for cut in (len(secret), 20, 12):
+        shown = hide(f"no {secret[:cut]}, and again {secret[:cut]}", ["", "no", secret])
+        assert shown == "no [secret], and again [secret]"
+    assert hide("a correct answer", [secret]) == "a correct answer"
 
 
 def test_what_stands_behind_the_limit_costs_nothing() -> None:
