@@ -126,7 +126,7 @@ from typing import IO, TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TextI
 
 
 def lazy_module(name: str) -> Any:
-    """The module, imported on first use of an attribute; None if this system lacks it (fcntl)."""
+    """Imported on first use of an attribute; None if this system lacks it (fcntl on Windows)."""
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.find_spec(name)
@@ -310,7 +310,7 @@ PAUSE_SECONDS = (2.0, 4.0)  # after a 429 or 503 that names no time
 UNSUPPORTED_MODEL_WAITS = (1.0, 2.0)  # Copilot's catalogue flaps (seen in gh-aw-firewall, 2026-08)
 
 COPILOT_REFRESH_MARGIN_SECONDS = 300.0  # VS Code refreshes when less than 5 minutes are left
-COPILOT_REFRESH_MARGIN_SHARE = 0.2  # of its life, if that is less: a short-lived token
+COPILOT_REFRESH_MARGIN_SHARE = 0.2  # of a short-lived token's life, if that is less
 COPILOT_DIRECT_SECONDS = 3600.0  # between account checks of a GitHub token used directly
 COPILOT_REFRESH_EARLY_SECONDS = 60.0  # the background timer: refresh_in minus this
 COPILOT_DEFAULT_LIFE_SECONDS = 1500.0
@@ -795,7 +795,7 @@ json_decoder: Any = json.JSONDecoder(parse_constant=refuse_constant, parse_float
 
 
 def load_json(data: bytes | str) -> Any:
-    """Strict JSON; raises ValueError for anything else, nesting too deep included."""
+    """Strict JSON; raises ValueError for anything else, also for excessive nesting."""
     try:
         return json_decoder.decode(data if isinstance(data, str) else data.decode())
     except RecursionError:
@@ -1010,7 +1010,7 @@ SECRET_MARGIN = 64  # characters; more than any pattern's shortest match
 
 
 def redact(text: str, limit: int) -> str:
-    """The first `limit` characters, secrets masked, also one that goes on beyond the limit."""
+    """The first `limit` characters with secrets masked, even one that the limit cuts."""
     return SECRET_SHAPES.sub("[secret]", text[: limit + SECRET_MARGIN])[:limit]
 
 
@@ -1457,7 +1457,7 @@ def apply_environment(config: Config, environ: dict[str, str]) -> None:
 
 
 def apply_flags(config: Config, flags: dict[str, str | None]) -> None:
-    """None = not given.  Unknown ones may come from a process of another version: ignored."""
+    """None means not given; unknown keys are ignored: another version's process may pass them."""
     slots = {key: (owner, name, kind) for key, owner, name, kind in setting_slots(config)}
     reader = ConfigReader("command line")
     for key, text in flags.items():
@@ -1536,7 +1536,7 @@ class TomlStatement:
 
 
 def end_of_statement(text: str, at: int) -> tuple[int, int]:
-    """(end without blanks and comment, end of line) of the, perhaps multi-line, statement."""
+    """(end without blanks and comment, end of line); a statement may span lines."""
     depth, end = 0, at
     while at < len(text):
         found = TOML_STRING_OR_COMMENT.match(text, at)
@@ -1906,7 +1906,7 @@ class ChunkedBody(Body):
         return payload[0] if len(payload) == 1 else b"".join(payload)
 
     def take_chunk(self, data: bytes, at: int, payload: list[bytes]) -> int:
-        """The new offset, or -1 if more data is needed; so do the next two."""
+        """The new offset, or -1 if more data is needed; the next two return the same."""
         end = at + self.left
         if len(data) >= end + 2:
             if data[end : end + 2] != b"\r\n":
@@ -1977,7 +1977,7 @@ def request_body(head: RequestHead) -> Body:
 
 
 def response_body(head: ResponseHead, method: str) -> Body:
-    """RFC 9112 section 6.3"""
+    """As RFC 9112 section 6.3 says."""
     if method == "HEAD" or head.status in NO_BODY_STATUSES or head.status < 200:
         return LengthBody(0)
     coding = head.headers.get("transfer-encoding")
@@ -2670,7 +2670,7 @@ RUNAWAY = re.compile(f"[{LINE_BREAKS}]{{{MAX_BLANK_RUN + 1}}}")
 
 
 class RunawayGuard:
-    """Detects a model stuck writing line breaks into tool-call arguments (Floway, 2026-08)."""
+    """Detects line breaks without end in tool-call arguments (seen in Floway, 2026-08)."""
 
     def __init__(self) -> None:
         self.run = ""  # trailing line breaks and tabs so far
