@@ -538,7 +538,9 @@ def test_a_bomb_is_refused_before_it_grows() -> None:
 
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate"])
-@pytest.mark.parametrize("data", [b"", b"x", b"{}", gzip.compress(b"abc", mtime=0)[:-1], b"\x1f\x8b\x08"])
+@pytest.mark.parametrize(
+    "data", [b"", b"x", b"{}", gzip.compress(b"abc", mtime=0)[:-1], b"\x1f\x8b\x08"]
+)
 def test_a_torn_or_foreign_body_is_a_400(coding: str, data: bytes) -> None:
     """Not a crash of zlib."""
     with pytest.raises(InvalidRequest, match=f"not valid {coding}"):
@@ -553,10 +555,15 @@ def test_what_stands_behind_a_compressed_body_is_refused() -> None:
 
 def test_a_gzip_body_of_several_members_is_one_body() -> None:
     """RFC 1952 section 2.2: members follow one another; `cat a.gz b.gz` is a gzip file."""
-    assert inflate(gzip.compress(b'{"a":', mtime=0) + gzip.compress(b"1}", mtime=0), "gzip", 1000) == b'{"a":1}'
+    assert (
+        inflate(gzip.compress(b'{"a":', mtime=0) + gzip.compress(b"1}", mtime=0), "gzip", 1000)
+        == b'{"a":1}'
+    )
 
 
-@pytest.mark.parametrize("second", [b"\x1f\x8b", gzip.compress(b"1}", mtime=0)[:-1], zlib.compress(b"1}")])
+@pytest.mark.parametrize(
+    "second", [b"\x1f\x8b", gzip.compress(b"1}", mtime=0)[:-1], zlib.compress(b"1}")]
+)
 def test_a_torn_or_foreign_second_member_is_a_400(second: bytes) -> None:
     """Half of a body is none."""
     with pytest.raises(InvalidRequest, match="not valid gzip"):
