@@ -266,8 +266,12 @@ MAX_PORT = 65_535  # of TCP: 16 bits
 # 7 s and gigabytes, so the brackets, commas and colons outside its strings are counted before
 # parsing.  The costliest so many, 10,000 pairs of turns that are converted, take 0.3 s in a piece.
 MAX_JSON_MARKS = 200_000
+MAX_URL_ESCAPES = 100_000  # like %41, in a data URL: pictures and files come as base64
+MAX_PACKED_MARKS = 100  # in what a client gives back of ours; it has 10
 MAX_JSON_KEYS = 1000  # at the top level of a body; no API has 100
 MAX_JSON_DEPTH = 100
+MAX_INTEGER_DIGITS = 310  # the largest float has 309; int() and str() take quadratic time
+MAX_HALVES = 10_000  # halves of characters in a body, each 0.2 us; cut emoji are a few
 MAX_ERROR_TEXT = 4000  # characters of an error message
 MAX_REFUSAL_TEXT = 2000  # characters kept of an upstream's message
 MAX_CODE_TEXT = 100  # and of its code
@@ -334,6 +338,9 @@ MODELS_MISS_SECONDS = 30.0  # an unknown name may refresh the list, but not more
 MAX_MODEL_HEADERS = 16  # that a catalogue adds to the requests for a model
 MAX_BLANK_RUN = 20  # line breaks and tabs in a row inside a call's arguments
 MAX_TOOLS = 128  # VS Code cuts there
+# That definitions may add to the schemas of a request where `$ref`s are inlined: 16 KiB a tool.
+MAX_INLINED_BYTES = 2 * MIB
+INLINED_VALUE_BYTES = 16  # of them, for a value, besides its texts
 MAX_CACHE_MARKS = 4  # Anthropic and Copilot
 MAX_CHAT_STOPS = 4  # OpenAI
 # Of all stop strings of a request together: those that no upstream field takes are looked for in
@@ -438,7 +445,8 @@ MAX_WAITING_SUMS = 20_000  # rows of sums in memory, 20 MB; beyond them no name 
 # anybody uses.
 MAX_LABELS = 200
 MAX_MODELS = 200
-MAX_NAME_CHARS = 200  # of a name that is counted
+MAX_NAME_CHARS = 200  # of a name that is counted, or of a session
+MAX_USER_ID_CHARS = 2000  # of `metadata.user_id` where it is JSON; Claude Code's has 250
 MAX_RUNAWAYS = 1_000  # requests that are remembered by their hash
 
 # GET /metrics.  OpenTelemetry's advice for such histograms ends at 82 s (GenAI metrics, 2026): an
@@ -818,7 +826,8 @@ def dump_json(value: Any) -> bytes:
     """`value` as compact UTF-8 JSON, key order kept: prompt caches depend on stable bytes.
 
     JavaScript clients cut emoji in half; vendors refuse the lone surrogate that is left (seen in
-    2026-09), and a conversation that holds one would be stuck for ever: it becomes U+FFFD.
+    2026-09), and a conversation that holds one would be stuck for ever: it becomes U+FFFD, or
+    "?" where nothing can be meant by so many.
     """
     try:
         text = json_encoder.encode(value)
@@ -827,6 +836,9 @@ def dump_json(value: Any) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError:
+        plain = text.encode("utf-8", "replace")
+        if len(text.encode("utf-8", "surrogatepass")) - len(plain) > 2 * MAX_HALVES:
+            return plain
         whole_pairs = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
         return whole_pairs.encode()
 
@@ -834,6 +846,13 @@ def dump_json(value: Any) -> bytes:
 def refuse_constant(name: str) -> Any:
     """For `json.loads`: NaN and Infinity are not JSON."""
     raise ValueError(f"{name} is not JSON")
+
+
+def short_integer(text: str) -> int:
+    """For `json.loads`: one of thousands of digits costs more than it can mean."""
+    if len(text) > MAX_INTEGER_DIGITS:
+        raise ValueError("a number is too large")
+    return int(text)
 
 
 def finite_float(text: str) -> float:
@@ -845,7 +864,9 @@ def finite_float(text: str) -> float:
 
 
 # Kept, as making one per call costs as much as parsing a small body.
-json_decoder: Any = json.JSONDecoder(parse_constant=refuse_constant, parse_float=finite_float)
+json_decoder: Any = json.JSONDecoder(
+    parse_constant=refuse_constant, parse_float=finite_float, parse_int=short_integer
+)
 
 
 def load_json(data: bytes | str) -> Any:
@@ -860,6 +881,7 @@ def load_json(data: bytes | str) -> Any:
 JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 JSON_OPENING = re.compile(r'[ \t\n\r]*+\{[ \t\n\r]*+(?:(")|\}[ \t\n\r]*+\Z)')
 JSON_COLON = re.compile(r"[ \t\n\r]*+:[ \t\n\r]*+")
+INNER_JSON = re.compile(r"\s*+[{\[]")
 JSON_NEXT = re.compile(r'[ \t\n\r]*+(?:,[ \t\n\r]*+(")|\}[ \t\n\r]*+\Z)')
 
 
@@ -868,14 +890,26 @@ def count_marks(data: bytes) -> int:
     return len(data) - len(data.translate(None, b"[{,:"))
 
 
-def has_too_many_marks(data: bytes) -> bool:
-    """Whether JSON holds more than MAX_JSON_MARKS of `[ { , :` outside its strings.
+def count_values(data: bytes) -> int:
+    """How many of `[ { , :` JSON holds outside its strings, or more than MAX_JSON_MARKS.
 
     Every string but one comes after a mark, so no more than that many need to be cut out.
     """
-    if len(data) <= MAX_JSON_MARKS or count_marks(data) <= MAX_JSON_MARKS:
-        return False
-    return count_marks(JSON_STRING.sub(b"", data, MAX_JSON_MARKS + 1)) > MAX_JSON_MARKS
+    return count_marks(JSON_STRING.sub(b"", data, MAX_JSON_MARKS + 1))
+
+
+def inner_texts(body: Json) -> Iterator[str]:
+    """What looks like JSON in the strings of a body that are parsed in their turn: in calls."""
+    waiting = list(body.values())
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, list):
+            waiting += item
+        elif isinstance(item, dict):
+            waiting += item.values()
+            for text in (item.get("arguments"), item.get("input")):
+                if isinstance(text, str) and INNER_JSON.match(text):
+                    yield text
 
 
 def scan_object(text: str) -> Json | None:
@@ -915,8 +949,11 @@ def is_deeper(value: Any, limit: int) -> bool:
 
 def load_body(data: bytes) -> Json:
     """A request's body, one JSON object; raises InvalidRequest and BodyTooLarge."""
-    if has_too_many_marks(data):
-        raise BodyTooLarge(f"The body holds more than {MAX_JSON_MARKS} values.")
+    too_many = BodyTooLarge(f"The body holds more than {MAX_JSON_MARKS} values.")
+    is_long = len(data) > MAX_JSON_MARKS
+    is_dense = is_long and count_marks(data) > MAX_JSON_MARKS
+    if is_dense and count_values(data) > MAX_JSON_MARKS:
+        raise too_many
     try:
         text = data.decode()
         body = scan_object(text)
@@ -929,6 +966,12 @@ def load_body(data: bytes) -> Json:
         raise InvalidRequest(f"The body is not valid JSON: {redact(str(error), 200)}.") from None
     if is_deeper(body, MAX_JSON_DEPTH):
         raise InvalidRequest(f"The body is nested deeper than {MAX_JSON_DEPTH} levels.")
+    if is_dense or (is_long and b"\\u00" in data):  # which may stand for a mark
+        left = MAX_JSON_MARKS
+        for text in inner_texts(body):
+            left -= count_values(text.encode("utf-8", "replace"))
+            if left < 0:
+                raise too_many
     return body
 
 
@@ -3334,7 +3377,7 @@ IMAGE_SIGNATURES = (
     ("UklGR", "image/webp"),
 )
 IMAGE_TYPES = tuple(kind for _, kind in IMAGE_SIGNATURES)
-DATA_URL = re.compile(r"data:([\w.+/-]*)((?:;[\w=.+-]+)*?)(;base64)?,", re.ASCII)
+DATA_URL = re.compile(r"data:([\w.+/-]{0,100})(?:;[\w=.+-]{1,300}){0,8}?(;base64)?,", re.ASCII)
 
 
 def image_type(data: str, claimed: str, path: str) -> str:
@@ -3356,7 +3399,10 @@ def image_type(data: str, claimed: str, path: str) -> str:
 
 def bare_base64(data: str) -> str:
     """Base64 without line breaks: some programs wrap it."""
-    return "".join(data.split()) if any(blank in data[:200] for blank in "\n\r ") else data
+    if any(blank in data[:200] for blank in "\n\r "):
+        for blank in "\n\r\t ":
+            data = data.replace(blank, "")
+    return data
 
 
 def read_data_url(url: str, path: str) -> tuple[str, str]:
@@ -3365,7 +3411,9 @@ def read_data_url(url: str, path: str) -> tuple[str, str]:
     if match is None:
         raise InvalidRequest(f"{path}: is not a valid data URL.", param=path)
     rest = url[match.end() :]
-    if not match[3]:
+    if not match[2]:
+        if rest.count("%") > MAX_URL_ESCAPES:
+            raise InvalidRequest(f"{path}: so long a data URL must be base64.", param=path)
         rest = base64.b64encode(urllib.parse.unquote_to_bytes(rest)).decode()
     return match[1].lower(), rest
 
@@ -4119,19 +4167,22 @@ def details(obj: Json, key: str) -> Json:
     return value if isinstance(value, dict) else {}
 
 
-def inline_refs(schema: Json) -> Any:
+def inline_refs(schema: Json, tools: int = MAX_TOOLS) -> Any:
     """A tool's schema with its `$ref`s replaced by the definitions that they name.
 
     A circle ends in an open object, and so does what would grow or go deep without bounds:
-    definitions that name one another several times.
+    definitions that name one another several times, long ones that many name.  `tools`: how many
+    schemas share what may be added.
     """
     definitions = {**details(schema, "definitions"), **details(schema, "$defs")}
     bare = {key: schema[key] for key in schema if key not in ("definitions", "$defs")}
-    left = len(dump_json(schema))  # copies of values: some ten times what the schema has
+    left = MAX_INLINED_BYTES // max(tools, MAX_TOOLS)
 
     def inline(value: Any, inside: tuple[str, ...], depth: int) -> Any:
         nonlocal left
-        left -= bool(inside)
+        if inside:
+            texts = value if isinstance(value, dict) else (value,)
+            left -= INLINED_VALUE_BYTES + sum(len(t) for t in texts if isinstance(t, str))
         if isinstance(value, list):
             return [inline(item, inside, depth + 1) for item in value]
         if not isinstance(value, dict):
@@ -5434,7 +5485,7 @@ def session_of_user_id(user_id: Any) -> str:
     """The session in Claude Code's `metadata.user_id`: JSON today, underscores before."""
     if not isinstance(user_id, str):
         return ""
-    session = (load_object(user_id) or {}).get("session_id")
+    session = (load_object(user_id[:MAX_USER_ID_CHARS]) or {}).get("session_id")
     if isinstance(session, str):
         return session
     match = SESSION_MARK.search(user_id)
@@ -6363,7 +6414,8 @@ def unpack(mark: str, text: str) -> Json | None:
     if not text.startswith(mark):
         return None
     try:
-        return load_object(base64.urlsafe_b64decode(text.removeprefix(mark)))
+        data = base64.urlsafe_b64decode(text.removeprefix(mark))
+        return load_object(data) if count_values(data) <= MAX_PACKED_MARKS else None
     except ValueError:
         return None
 
@@ -8125,15 +8177,15 @@ def fit_kiro_schemas(draft: KiroDraft) -> bool:
     """Schemas without references and without words that Kiro refuses."""
     touched = False
     for tool in draft.tools:
-        schema = fit_kiro_schema(tool.schema)
+        schema = fit_kiro_schema(tool.schema, len(draft.tools))
         touched = touched or schema != tool.schema
         tool.schema = schema
     return touched
 
 
-def fit_kiro_schema(schema: Json) -> Json:
+def fit_kiro_schema(schema: Json, tools: int = 1) -> Json:
     """A tool's schema: an object whose unions at the top are folded into its properties."""
-    fitted: Json = strip_schema(inline_refs(schema))
+    fitted: Json = strip_schema(inline_refs(schema, tools))
     properties = dict(details(fitted, "properties"))
     required = list(fitted.get("required", ()))
     for word in SCHEMA_UNIONS:
@@ -12921,7 +12973,8 @@ def read_usage_query(given: dict[str, str], now: float) -> UsageQuery:
             query.cache = text == "1"
         else:
             have = "since, by, recent and cache"
-            raise InvalidRequest(f"{name[:100]}: is not a parameter; there are {have}.", param=name)
+            name = name[:100]
+            raise InvalidRequest(f"{name}: is not a parameter; there are {have}.", param=name)
     return query
 
 
@@ -14935,6 +14988,8 @@ class ClientConnection:
                 if head is None:
                     break
                 await self.answer(head)
+                if self.buffer:  # who sends ahead has its turn after the others
+                    await asyncio.sleep(0)
         except WireError as error:
             await self.give_up(wire_api_error(error))
         except (ConnectionError, TimeoutError):
@@ -20867,6 +20922,8 @@ class Gateway:
         outline.size = len(data)
         session = request.headers.get("x-claude-code-session-id", "")
         outline.session = outline.session or session
+        if len(outline.session) > MAX_NAME_CHARS:
+            outline.session = short_hash(outline.session, 32)
         initiator = request.headers.get("x-initiator", "").lower()
         if initiator in ("user", "agent"):
             outline.initiator = initiator
