@@ -14793,7 +14793,7 @@ class Response:
 
 
 class BodyBudget:
-    """The memory that the bodies of all requests take together."""
+    """The memory that the bodies of all requests take together: what has come, not what may."""
 
     def __init__(self) -> None:
         self.taken = 0
@@ -15080,7 +15080,6 @@ class ClientConnection:
         body, collected = request.body, bytearray()
         if body.done:
             return b""
-        request.hold(body.left)
         if "expect" in request.headers and request.minor and not self.buffer:
             self.wire.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.await_phase("body", self.server.config.body_seconds)
@@ -15088,10 +15087,9 @@ class ClientConnection:
         try:
             while True:
                 collected += body.feed(data)
-                size = len(collected) + body.left
-                if size > limit:
+                if len(collected) + body.left > limit:
                     raise BodyTooLarge(f"The body is larger than {limit // MIB} MiB.")
-                request.hold(size)
+                request.hold(len(collected))
                 if body.done:
                     break
                 data = await self.wire.reader.read(READ_BYTES)
