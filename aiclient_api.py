@@ -16731,6 +16731,16 @@ class Provider(Protocol):
 # 15.1 what providers share
 
 
+async def run_step(step: Callable[..., Result], *arguments: Any) -> Result:
+    """The result of a step that computes; after a long one, others have their turn first."""
+    loop = asyncio.get_running_loop()
+    begun_at = loop.time()
+    result = step(*arguments)
+    if loop.time() - begun_at > LONG_STEP_SECONDS:
+        await asyncio.sleep(GIVE_WAY_SECONDS)
+    return result
+
+
 @contextlib.contextmanager
 def advising(provider: Provider) -> Iterator[None]:
     """Within it, who is not signed in learns what to type."""
@@ -17840,13 +17850,14 @@ class CopilotAttempt(Attempt):
 
     async def send(self) -> UpstreamAnswer:
         """One attempt."""
-        self.call.sent = body = self.body()
+        self.call.sent = body = await run_step(self.body)
         url = self.token.api_url + DIALECT_PATHS[self.call.dialect]
 
         def headers() -> dict[str, str]:
             return self.headers(body)
 
-        return await self.provider.client.open("POST", url, headers, dump_json(body))
+        data = await run_step(dump_json, body)
+        return await self.provider.client.open("POST", url, headers, data)
 
     def headers(self, body: Json) -> dict[str, str]:
         """The headers of one sending of `body`."""
@@ -20332,16 +20343,6 @@ def error_headers(error: ApiError) -> dict[str, str]:
     return headers
 
 
-async def run_step(step: Callable[..., Result], *arguments: Any) -> Result:
-    """The result of a step that computes; after a long one, others have their turn first."""
-    loop = asyncio.get_running_loop()
-    begun_at = loop.time()
-    result = step(*arguments)
-    if loop.time() - begun_at > LONG_STEP_SECONDS:
-        await asyncio.sleep(GIVE_WAY_SECONDS)
-    return result
-
-
 class Gateway:
     """What happens between a request and its answer.  It owns nothing but references."""
 
@@ -20970,26 +20971,34 @@ class Gateway:
             provider=provider.name,
             window=window,
         )
-        call = await run_step(self.write_call, body, asked, spoken, model, terms, outline)
+        chat = await run_step(self.read_call, body, asked, spoken, terms)
+        call = await run_step(self.write_call, body, chat, spoken, model, terms, outline)
         call.betas = request.headers.get("anthropic-beta", "")
         flow = Flow(spoken, answered, terms, outline.stream, request.id)
         exchange = Exchange(self, request, provider, call, flow, asked.name)
         return await exchange.run(hold_s)
 
     @staticmethod
+    def read_call(body: Json, asked: Dialect, spoken: UpstreamDialect, terms: Terms) -> Chat | None:
+        """The request in the form of all dialects; None where it goes up in the caller's own."""
+        terms.legacy_functions = asked is CHAT and "functions" in body and "tools" not in body
+        terms.rewritten = asked is RESPONSES and searches_tools(body)
+        if spoken is asked and not terms.legacy_functions and not terms.rewritten:
+            return None
+        return asked.read_request(body)
+
+    @staticmethod
     def write_call(
         body: Json,
-        asked: Dialect,
+        chat: Chat | None,
         spoken: UpstreamDialect,
         model: Model,
         terms: Terms,
         outline: Outline,
     ) -> Call:
-        """The upstream's body: the caller's own where it speaks that, else converted."""
-        legacy = asked is CHAT and "functions" in body and "tools" not in body
-        terms.rewritten = asked is RESPONSES and searches_tools(body)
+        """The upstream's body: the caller's own where there is no `chat` to be written instead."""
         effort = implied_effort(outline.model, model)
-        if spoken is asked and not legacy and not terms.rewritten:
+        if chat is None:
             body = with_effort(body, spoken.name, effort) if effort else body
             names = wire_names(tool_names(body))
             terms.names = {wire: name for wire, name in names.items() if wire != name}
@@ -20997,13 +21006,11 @@ class Gateway:
             if spoken is CHAT and model.stops is not None and body.get("stop"):
                 terms.cut = read_stops(body, "stop")[model.stops :]
             return Call(model, spoken.name, body, outline)
-        chat = asked.read_request(body)
         if chat.effort is None and chat.thinking_budget is None:
             chat.effort = effort
         chat.stop, terms.cut = split_stops(chat.stop, spoken.name, model)
         terms.names = {wire: name for name, wire in chat.names.items() if wire != name}
         terms.tools = {tool.name: tool for tool in chat.tools}
-        terms.legacy_functions = legacy
         shown = details(body, "thinking").get("display"), details(body, "reasoning").get("summary")
         terms.hide_thinking = shown[0] == "omitted" or shown[1] == "none"
         written = spoken.write_request(chat, model)
