@@ -10979,6 +10979,16 @@ TOKEN_COUNTS = (
 TOO_LONG = ("context_length_exceeded", "model_max_prompt_tokens_exceeded")
 TOO_LONG_WORDS = ("prompt is too long", "too large for model context window", "context length")
 BETA_REFUSED = re.compile(r"Unexpected value\(s\) (.{1,500}?) for the `?anthropic-beta`? header")
+# At the beginning of a message: further behind may stand the caller's own words.
+REFUSAL_OPENING = r"(?:(?:invalid_\w{1,40}|messages\.\d{1,9}): )?"
+EFFORT_REFUSED = re.compile(
+    REFUSAL_OPENING + r"(?:Un(?:supported|known|recognized) [\w ]{1,40}: )?"
+    r"[\"'`]?(?:reasoning_effort|output_config\.effort)\b"
+)
+THINKING_REFUSED = re.compile(REFUSAL_OPENING + r"[\"'`]?thinking\.type\.enabled\b")
+SYSTEM_REFUSED = re.compile(
+    REFUSAL_OPENING + r"""(?:Unexpected role "system"|role 'system' is not supported)"""
+)
 EXTRA_FIELD = re.compile(r"(?<![^\s,;])([\w.-]{1,300}): Extra inputs are not permitted")
 NOT_SERVED = re.compile(
     r'(?:The requested )?model "?[\w.:/-]{1,200}"? is not accessible via the /', re.IGNORECASE
@@ -11090,12 +11100,12 @@ def judge_400(message: str, code: str, model: Model, sent: Json, lessons: Lesson
 
 def read_lessons(message: str, code: str, sent: Json) -> list[tuple[str, str]]:
     """What a refusal teaches, as (kind, name): only of what `sent` has."""
-    if "thinking.type.enabled" in message and details(sent, "thinking").get("type") == "enabled":
+    if THINKING_REFUSED.match(message) and details(sent, "thinking").get("type") == "enabled":
         return [("thinking", "enabled")]
-    if code == "invalid_reasoning_effort" or "reasoning_effort" in message:
+    if code == "invalid_reasoning_effort" or EFFORT_REFUSED.match(message):
         effort = details(sent, "output_config").get("effort") or sent.get("reasoning_effort")
         return [("effort", effort)] if isinstance(effort, str) else []
-    if 'Unexpected role "system"' in message or "role 'system' is not supported" in message:
+    if SYSTEM_REFUSED.match(message):
         roles = [details({"": turn}, "").get("role") for turn in sent.get("messages", ())]
         return [("system", "turns")] if "system" in roles else []
     betas = BETA_REFUSED.match(message)
@@ -17926,7 +17936,10 @@ class CopilotAttempt(Attempt):
             await asyncio.sleep(UNSUPPORTED_MODEL_WAITS[self.count - 1])
         elif remedy == "reroute":
             model = self.call.model
-            model.dialects = tuple(d for d in model.dialects if d != self.call.dialect)
+            others = tuple(d for d in model.dialects if d != self.call.dialect)
+            if not others:  # then nothing would be left to ask it in
+                raise verdict.error
+            model.dialects = others
             raise WrongDialect(verdict.error.message, param="model")
         elif remedy in ("wait", "again", "pause"):
             await self.pause(verdict, self.count)
