@@ -1202,6 +1202,7 @@ def test_an_error_does_not_grow_with_what_was_sent(gateway: Gateway, path: str) 
     long = "x" * 30_000
     checked(gateway.request("GET", path + "%01" * 5000))
     checked(gateway.request("GET", f"/v1/models/{long[:15_000]}"))
+    checked(gateway.request("GET", f"/v1/usage?{'%01' * 5000}"))
     for name in ("Content-Encoding", "Content-Type", "X-Provider", "X-Output-Format"):
         checked(gateway.request("POST", path, asking("hi"), {name: long}))
     strange: list[dict[str, Any]] = [
