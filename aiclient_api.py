@@ -258,8 +258,12 @@ MAX_PORT = 65_535
 # gigabytes, so brackets, commas and colons outside strings are counted before parsing.  The most
 # expensive body below this limit, 10,000 pairs of turns to be converted, blocks for 0.3 s.
 MAX_JSON_MARKS = 200_000
+MAX_URL_ESCAPES = 100_000  # like %41, in a data URL: pictures and files come as base64
+MAX_PACKED_MARKS = 100  # in what a client gives back of ours; it has 10
 MAX_JSON_KEYS = 1000  # at the top level of a body; no API has 100
 MAX_JSON_DEPTH = 100
+MAX_INTEGER_DIGITS = 310  # the largest float has 309; int() and str() take quadratic time
+MAX_HALVES = 10_000  # halves of characters in a body, each 0.2 us; cut emoji are a few
 MAX_ERROR_TEXT = 4000  # characters of an error message
 MAX_REFUSAL_TEXT = 2000  # characters kept of an upstream's message
 MAX_CODE_TEXT = 100  # and of its error code
@@ -320,16 +324,19 @@ SIGN_IN_RETRY_AFTER_SECONDS = 3600.0  # GitHub's own limits last an hour
 EXCHANGE_SECONDS = 15.0
 MODELS_SECONDS = 30.0
 MODELS_FRESH_SECONDS = 900.0  # VS Code 10 min, opencode 1 h
-MODELS_KEPT_SECONDS = 24 * 3600.0  # one response may omit an entitled model
-MODELS_RETRY_SECONDS = 60.0  # after a failed fetch
-MODELS_MISS_SECONDS = 30.0  # between refreshes caused by unknown names
-MAX_MODEL_HEADERS = 16  # that a catalogue adds to a model's requests
-MAX_BLANK_RUN = 20  # line breaks and tabs in a row inside tool-call arguments
-MAX_TOOLS = 128  # VS Code cuts the list there
-MAX_CACHE_MARKS = 4  # cache breakpoints: limit of Anthropic and Copilot
-MAX_CHAT_STOPS = 4  # OpenAI's limit
-# Of all stop strings together: those that no upstream field takes are searched for in every delta.
-# A stop string is a word or a tag.
+MODELS_KEPT_SECONDS = 24 * 3600.0  # an entitled model may be missing from one answer
+MODELS_RETRY_SECONDS = 60.0  # after a list that could not be had
+MODELS_MISS_SECONDS = 30.0  # an unknown name may refresh the list, but not more often
+MAX_MODEL_HEADERS = 16  # that a catalogue adds to the requests for a model
+MAX_BLANK_RUN = 20  # line breaks and tabs in a row inside a call's arguments
+MAX_TOOLS = 128  # VS Code cuts there
+# That definitions may add to the schemas of a request where `$ref`s are inlined: 16 KiB a tool.
+MAX_INLINED_BYTES = 2 * MIB
+INLINED_VALUE_BYTES = 16  # of them, for a value, besides its texts
+MAX_CACHE_MARKS = 4  # Anthropic and Copilot
+MAX_CHAT_STOPS = 4  # OpenAI
+# Of all stop strings of a request together: those that no upstream field takes are looked for in
+# every piece of the answer, and a stop string is a word or a tag.
 MAX_STOP_CHARACTERS = 8192
 MAX_EMBEDDED = 256  # texts per request: Copilot takes 512, VS Code sends 256
 EMBEDDINGS_SECONDS = 60.0
@@ -429,8 +436,9 @@ MAX_WAITING_SUMS = 20_000  # totals in memory, 20 MB; beyond them names are merg
 # Distinct client-supplied names per day: nobody uses 200 user agents or 200 models.
 MAX_LABELS = 200
 MAX_MODELS = 200
-MAX_NAME_CHARS = 200  # of a recorded name
-MAX_RUNAWAYS = 1_000  # request hashes remembered
+MAX_NAME_CHARS = 200  # of a name that is counted, or of a session
+MAX_USER_ID_CHARS = 2000  # of `metadata.user_id` where it is JSON; Claude Code's has 250
+MAX_RUNAWAYS = 1_000  # requests that are remembered by their hash
 
 # GET /metrics.  OpenTelemetry's recommended buckets end at 82 s (GenAI metrics, 2026), but an
 # agent's turn takes 2 to 60 s, long reasoning minutes, and the first byte comes after it.
@@ -764,8 +772,9 @@ json_encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow
 def dump_json(value: Any) -> bytes:
     """Compact UTF-8 JSON, key order kept: prompt caches depend on stable bytes.
 
-    JavaScript clients cut emoji in half; vendors reject the lone surrogate that is left (seen in
-    2026-09), and a conversation with one would fail forever: it becomes U+FFFD.
+    JavaScript clients cut emoji in half; vendors refuse the lone surrogate that is left (seen in
+    2026-09), and a conversation that holds one would be stuck for ever: it becomes U+FFFD, or
+    "?" where nothing can be meant by so many.
     """
     try:
         text = json_encoder.encode(value)
@@ -774,12 +783,22 @@ def dump_json(value: Any) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError:
+        plain = text.encode("utf-8", "replace")
+        if len(text.encode("utf-8", "surrogatepass")) - len(plain) > 2 * MAX_HALVES:
+            return plain
         whole_pairs = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
         return whole_pairs.encode()
 
 
 def refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
+
+
+def short_integer(text: str) -> int:
+    """For `json.loads`: one of thousands of digits costs more than it can mean."""
+    if len(text) > MAX_INTEGER_DIGITS:
+        raise ValueError("a number is too large")
+    return int(text)
 
 
 def finite_float(text: str) -> float:
@@ -790,8 +809,10 @@ def finite_float(text: str) -> float:
     return value
 
 
-# Shared: creating one costs as much as parsing a small body.
-json_decoder: Any = json.JSONDecoder(parse_constant=refuse_constant, parse_float=finite_float)
+# Kept, as making one per call costs as much as parsing a small body.
+json_decoder: Any = json.JSONDecoder(
+    parse_constant=refuse_constant, parse_float=finite_float, parse_int=short_integer
+)
 
 
 def load_json(data: bytes | str) -> Any:
@@ -806,6 +827,7 @@ def load_json(data: bytes | str) -> Any:
 JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 JSON_OPENING = re.compile(r'[ \t\n\r]*+\{[ \t\n\r]*+(?:(")|\}[ \t\n\r]*+\Z)')
 JSON_COLON = re.compile(r"[ \t\n\r]*+:[ \t\n\r]*+")
+INNER_JSON = re.compile(r"\s*+[{\[]")
 JSON_NEXT = re.compile(r'[ \t\n\r]*+(?:,[ \t\n\r]*+(")|\}[ \t\n\r]*+\Z)')
 
 
@@ -813,12 +835,26 @@ def count_marks(data: bytes) -> int:
     return len(data) - len(data.translate(None, b"[{,:"))
 
 
-def has_too_many_marks(data: bytes) -> bool:
-    """Whether JSON has more than MAX_JSON_MARKS of `[ { , :` outside its strings."""
-    if len(data) <= MAX_JSON_MARKS or count_marks(data) <= MAX_JSON_MARKS:
-        return False
-    # Every string but one follows a mark, so no more strings need to be cut out.
-    return count_marks(JSON_STRING.sub(b"", data, MAX_JSON_MARKS + 1)) > MAX_JSON_MARKS
+def count_values(data: bytes) -> int:
+    """How many of `[ { , :` JSON holds outside its strings, or more than MAX_JSON_MARKS.
+
+    Every string but one comes after a mark, so no more than that many need to be cut out.
+    """
+    return count_marks(JSON_STRING.sub(b"", data, MAX_JSON_MARKS + 1))
+
+
+def inner_texts(body: Json) -> Iterator[str]:
+    """What looks like JSON in the strings of a body that are parsed in their turn: in calls."""
+    waiting = list(body.values())
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, list):
+            waiting += item
+        elif isinstance(item, dict):
+            waiting += item.values()
+            for text in (item.get("arguments"), item.get("input")):
+                if isinstance(text, str) and INNER_JSON.match(text):
+                    yield text
 
 
 def scan_object(text: str) -> Json | None:
@@ -853,9 +889,12 @@ def is_deeper(value: Any, limit: int) -> bool:
 
 
 def load_body(data: bytes) -> Json:
-    """The JSON object of a request body; raises InvalidRequest and BodyTooLarge."""
-    if has_too_many_marks(data):
-        raise BodyTooLarge(f"The body holds more than {MAX_JSON_MARKS} values.")
+    """A request's body, one JSON object; raises InvalidRequest and BodyTooLarge."""
+    too_many = BodyTooLarge(f"The body holds more than {MAX_JSON_MARKS} values.")
+    is_long = len(data) > MAX_JSON_MARKS
+    is_dense = is_long and count_marks(data) > MAX_JSON_MARKS
+    if is_dense and count_values(data) > MAX_JSON_MARKS:
+        raise too_many
     try:
         text = data.decode()
         body = scan_object(text)
@@ -868,6 +907,12 @@ def load_body(data: bytes) -> Json:
         raise InvalidRequest(f"The body is not valid JSON: {redact(str(error), 200)}.") from None
     if is_deeper(body, MAX_JSON_DEPTH):
         raise InvalidRequest(f"The body is nested deeper than {MAX_JSON_DEPTH} levels.")
+    if is_dense or (is_long and b"\\u00" in data):  # which may stand for a mark
+        left = MAX_JSON_MARKS
+        for text in inner_texts(body):
+            left -= count_values(text.encode("utf-8", "replace"))
+            if left < 0:
+                raise too_many
     return body
 
 
@@ -3060,7 +3105,7 @@ IMAGE_SIGNATURES = (
     ("UklGR", "image/webp"),
 )
 IMAGE_TYPES = tuple(kind for _, kind in IMAGE_SIGNATURES)
-DATA_URL = re.compile(r"data:([\w.+/-]*)((?:;[\w=.+-]+)*?)(;base64)?,", re.ASCII)
+DATA_URL = re.compile(r"data:([\w.+/-]{0,100})(?:;[\w=.+-]{1,300}){0,8}?(;base64)?,", re.ASCII)
 
 
 def image_type(data: str, claimed: str, path: str) -> str:
@@ -3077,8 +3122,11 @@ def image_type(data: str, claimed: str, path: str) -> str:
 
 
 def bare_base64(data: str) -> str:
-    """Without line breaks: some programs wrap base64."""
-    return "".join(data.split()) if any(blank in data[:200] for blank in "\n\r ") else data
+    """Base64 without line breaks: some programs wrap it."""
+    if any(blank in data[:200] for blank in "\n\r "):
+        for blank in "\n\r\t ":
+            data = data.replace(blank, "")
+    return data
 
 
 def read_data_url(url: str, path: str) -> tuple[str, str]:
@@ -3087,7 +3135,9 @@ def read_data_url(url: str, path: str) -> tuple[str, str]:
     if match is None:
         raise InvalidRequest(f"{path}: is not a valid data URL.", param=path)
     rest = url[match.end() :]
-    if not match[3]:
+    if not match[2]:
+        if rest.count("%") > MAX_URL_ESCAPES:
+            raise InvalidRequest(f"{path}: so long a data URL must be base64.", param=path)
         rest = base64.b64encode(urllib.parse.unquote_to_bytes(rest)).decode()
     return match[1].lower(), rest
 
@@ -3792,19 +3842,22 @@ def details(obj: Json, key: str) -> Json:
     return value if isinstance(value, dict) else {}
 
 
-def inline_refs(schema: Json) -> Any:
-    """A tool's schema with each `$ref` replaced by its definition.
+def inline_refs(schema: Json, tools: int = MAX_TOOLS) -> Any:
+    """A tool's schema with its `$ref`s replaced by the definitions that they name.
 
-    Cycles become an open object, and so does whatever would grow or nest without bound: definitions
-    that refer to one another several times.
+    A circle ends in an open object, and so does what would grow or go deep without bounds:
+    definitions that name one another several times, long ones that many name.  `tools`: how many
+    schemas share what may be added.
     """
     definitions = {**details(schema, "definitions"), **details(schema, "$defs")}
     bare = {key: schema[key] for key in schema if key not in ("definitions", "$defs")}
-    left = len(dump_json(schema))  # budget for copied values: some ten times the schema's own
+    left = MAX_INLINED_BYTES // max(tools, MAX_TOOLS)
 
     def inline(value: Any, inside: tuple[str, ...], depth: int) -> Any:
         nonlocal left
-        left -= bool(inside)
+        if inside:
+            texts = value if isinstance(value, dict) else (value,)
+            left -= INLINED_VALUE_BYTES + sum(len(t) for t in texts if isinstance(t, str))
         if isinstance(value, list):
             return [inline(item, inside, depth + 1) for item in value]
         if not isinstance(value, dict):
@@ -5005,7 +5058,7 @@ def session_of_user_id(user_id: Any) -> str:
     """The session in Claude Code's `metadata.user_id`: JSON today, underscore-joined before."""
     if not isinstance(user_id, str):
         return ""
-    session = (load_object(user_id) or {}).get("session_id")
+    session = (load_object(user_id[:MAX_USER_ID_CHARS]) or {}).get("session_id")
     if isinstance(session, str):
         return session
     match = SESSION_MARK.search(user_id)
@@ -5860,7 +5913,8 @@ def unpack(mark: str, text: str) -> Json | None:
     if not text.startswith(mark):
         return None
     try:
-        return load_object(base64.urlsafe_b64decode(text.removeprefix(mark)))
+        data = base64.urlsafe_b64decode(text.removeprefix(mark))
+        return load_object(data) if count_values(data) <= MAX_PACKED_MARKS else None
     except ValueError:
         return None
 
@@ -7495,15 +7549,15 @@ def fit_descriptions(draft: KiroDraft) -> bool:
 def fit_kiro_schemas(draft: KiroDraft) -> bool:
     touched = False
     for tool in draft.tools:
-        schema = fit_kiro_schema(tool.schema)
+        schema = fit_kiro_schema(tool.schema, len(draft.tools))
         touched = touched or schema != tool.schema
         tool.schema = schema
     return touched
 
 
-def fit_kiro_schema(schema: Json) -> Json:
-    """A tool's schema as an object; top-level unions are merged into its properties."""
-    fitted: Json = strip_schema(inline_refs(schema))
+def fit_kiro_schema(schema: Json, tools: int = 1) -> Json:
+    """A tool's schema: an object whose unions at the top are folded into its properties."""
+    fitted: Json = strip_schema(inline_refs(schema, tools))
     properties = dict(details(fitted, "properties"))
     required = list(fitted.get("required", ()))
     for word in SCHEMA_UNIONS:
@@ -10107,6 +10161,16 @@ TOKEN_COUNTS = (
 TOO_LONG = ("context_length_exceeded", "model_max_prompt_tokens_exceeded")
 TOO_LONG_WORDS = ("prompt is too long", "too large for model context window", "context length")
 BETA_REFUSED = re.compile(r"Unexpected value\(s\) (.{1,500}?) for the `?anthropic-beta`? header")
+# At the beginning of a message: further behind may stand the caller's own words.
+REFUSAL_OPENING = r"(?:(?:invalid_\w{1,40}|messages\.\d{1,9}): )?"
+EFFORT_REFUSED = re.compile(
+    REFUSAL_OPENING + r"(?:Un(?:supported|known|recognized) [\w ]{1,40}: )?"
+    r"[\"'`]?(?:reasoning_effort|output_config\.effort)\b"
+)
+THINKING_REFUSED = re.compile(REFUSAL_OPENING + r"[\"'`]?thinking\.type\.enabled\b")
+SYSTEM_REFUSED = re.compile(
+    REFUSAL_OPENING + r"""(?:Unexpected role "system"|role 'system' is not supported)"""
+)
 EXTRA_FIELD = re.compile(r"(?<![^\s,;])([\w.-]{1,300}): Extra inputs are not permitted")
 NOT_SERVED = re.compile(
     r'(?:The requested )?model "?[\w.:/-]{1,200}"? is not accessible via the /', re.IGNORECASE
@@ -10186,13 +10250,13 @@ def judge_400(message: str, code: str, model: Model, sent: Json, lessons: Lesson
 
 
 def read_lessons(message: str, code: str, sent: Json) -> list[tuple[str, str]]:
-    """What a refusal teaches, as (kind, name), limited to what `sent` contains."""
-    if "thinking.type.enabled" in message and details(sent, "thinking").get("type") == "enabled":
+    """What a refusal teaches, as (kind, name): only of what `sent` has."""
+    if THINKING_REFUSED.match(message) and details(sent, "thinking").get("type") == "enabled":
         return [("thinking", "enabled")]
-    if code == "invalid_reasoning_effort" or "reasoning_effort" in message:
+    if code == "invalid_reasoning_effort" or EFFORT_REFUSED.match(message):
         effort = details(sent, "output_config").get("effort") or sent.get("reasoning_effort")
         return [("effort", effort)] if isinstance(effort, str) else []
-    if 'Unexpected role "system"' in message or "role 'system' is not supported" in message:
+    if SYSTEM_REFUSED.match(message):
         roles = [details({"": turn}, "").get("role") for turn in sent.get("messages", ())]
         return [("system", "turns")] if "system" in roles else []
     betas = BETA_REFUSED.match(message)
@@ -11952,7 +12016,8 @@ def read_usage_query(given: dict[str, str], now: float) -> UsageQuery:
             query.cache = text == "1"
         else:
             have = "since, by, recent and cache"
-            raise InvalidRequest(f"{name[:100]}: is not a parameter; there are {have}.", param=name)
+            name = name[:100]
+            raise InvalidRequest(f"{name}: is not a parameter; there are {have}.", param=name)
     return query
 
 
@@ -13683,6 +13748,8 @@ class Response:
 
 
 class BodyBudget:
+    """The memory that the bodies of all requests take together: what has come, not what may."""
+
     def __init__(self) -> None:
         self.taken = 0
 
@@ -13862,6 +13929,8 @@ class ClientConnection:
                 if head is None:
                     break
                 await self.answer(head)
+                if self.buffer:  # who sends ahead has its turn after the others
+                    await asyncio.sleep(0)
         except WireError as error:
             await self.give_up(wire_api_error(error))
         except (ConnectionError, TimeoutError):
@@ -13949,7 +14018,6 @@ class ClientConnection:
         body, collected = request.body, bytearray()
         if body.done:
             return b""
-        request.hold(body.left)
         if "expect" in request.headers and request.minor and not self.buffer:
             self.wire.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.await_phase("body", self.server.config.body_seconds)
@@ -13957,10 +14025,9 @@ class ClientConnection:
         try:
             while True:
                 collected += body.feed(data)
-                size = len(collected) + body.left
-                if size > limit:
+                if len(collected) + body.left > limit:
                     raise BodyTooLarge(f"The body is larger than {limit // MIB} MiB.")
-                request.hold(size)
+                request.hold(len(collected))
                 if body.done:
                     break
                 data = await self.wire.reader.read(READ_BYTES)
@@ -15499,6 +15566,16 @@ class Provider(Protocol):
 # 15.1 what providers share
 
 
+async def run_step(step: Callable[..., Result], *arguments: Any) -> Result:
+    """The result of a step that computes; after a long one, others have their turn first."""
+    loop = asyncio.get_running_loop()
+    begun_at = loop.time()
+    result = step(*arguments)
+    if loop.time() - begun_at > LONG_STEP_SECONDS:
+        await asyncio.sleep(GIVE_WAY_SECONDS)
+    return result
+
+
 @contextlib.contextmanager
 def advising(provider: Provider) -> Iterator[None]:
     """Adds to a NotSignedIn what to type."""
@@ -16525,13 +16602,15 @@ class CopilotAttempt(Attempt):
         return scrub.body
 
     async def send(self) -> UpstreamAnswer:
-        self.call.sent = body = self.body()
+        """One attempt."""
+        self.call.sent = body = await run_step(self.body)
         url = self.token.api_url + DIALECT_PATHS[self.call.dialect]
 
         def headers() -> dict[str, str]:
             return self.headers(body)
 
-        return await self.provider.client.open("POST", url, headers, dump_json(body))
+        data = await run_step(dump_json, body)
+        return await self.provider.client.open("POST", url, headers, data)
 
     def headers(self, body: Json) -> dict[str, str]:
         provider, call = self.provider, self.call
@@ -16597,7 +16676,10 @@ class CopilotAttempt(Attempt):
             await asyncio.sleep(UNSUPPORTED_MODEL_WAITS[self.count - 1])
         elif remedy == "reroute":
             model = self.call.model
-            model.dialects = tuple(d for d in model.dialects if d != self.call.dialect)
+            others = tuple(d for d in model.dialects if d != self.call.dialect)
+            if not others:  # then nothing would be left to ask it in
+                raise verdict.error
+            model.dialects = others
             raise WrongDialect(verdict.error.message, param="model")
         elif remedy in ("wait", "again", "pause"):
             await self.pause(verdict, self.count)
@@ -18909,16 +18991,6 @@ def error_headers(error: ApiError) -> dict[str, str]:
     return headers
 
 
-async def run_step(step: Callable[..., Result], *arguments: Any) -> Result:
-    """Runs a CPU-bound step; after a long one, lets other tasks run before it returns."""
-    loop = asyncio.get_running_loop()
-    begun_at = loop.time()
-    result = step(*arguments)
-    if loop.time() - begun_at > LONG_STEP_SECONDS:
-        await asyncio.sleep(GIVE_WAY_SECONDS)
-    return result
-
-
 class Gateway:
     """What happens between a request and its response.  It owns nothing but references."""
 
@@ -19476,6 +19548,8 @@ class Gateway:
         outline.size = len(data)
         session = request.headers.get("x-claude-code-session-id", "")
         outline.session = outline.session or session
+        if len(outline.session) > MAX_NAME_CHARS:
+            outline.session = short_hash(outline.session, 32)
         initiator = request.headers.get("x-initiator", "").lower()
         if initiator in ("user", "agent"):
             outline.initiator = initiator
@@ -19525,26 +19599,34 @@ class Gateway:
             window=window,
             secrets=self.secrets,
         )
-        call = await run_step(self.write_call, body, asked, spoken, model, terms, outline)
+        chat = await run_step(self.read_call, body, asked, spoken, terms)
+        call = await run_step(self.write_call, body, chat, spoken, model, terms, outline)
         call.betas = request.headers.get("anthropic-beta", "")
         flow = Flow(spoken, answered, terms, outline.stream, request.id)
         exchange = Exchange(self, request, provider, call, flow, asked.name)
         return await exchange.run(hold_s)
 
     @staticmethod
+    def read_call(body: Json, asked: Dialect, spoken: UpstreamDialect, terms: Terms) -> Chat | None:
+        """The request in the form of all dialects; None where it goes up in the caller's own."""
+        terms.legacy_functions = asked is CHAT and "functions" in body and "tools" not in body
+        terms.rewritten = asked is RESPONSES and searches_tools(body)
+        if spoken is asked and not terms.legacy_functions and not terms.rewritten:
+            return None
+        return asked.read_request(body)
+
+    @staticmethod
     def write_call(
         body: Json,
-        asked: Dialect,
+        chat: Chat | None,
         spoken: UpstreamDialect,
         model: Model,
         terms: Terms,
         outline: Outline,
     ) -> Call:
-        """The upstream request: the client's body if the dialects match, otherwise converted."""
-        legacy = asked is CHAT and "functions" in body and "tools" not in body
-        terms.rewritten = asked is RESPONSES and searches_tools(body)
+        """The upstream's body: the caller's own where there is no `chat` to be written instead."""
         effort = implied_effort(outline.model, model)
-        if spoken is asked and not legacy and not terms.rewritten:
+        if chat is None:
             body = with_effort(body, spoken.name, effort) if effort else body
             names = wire_names(tool_names(body))
             terms.names = {wire: name for wire, name in names.items() if wire != name}
@@ -19552,13 +19634,11 @@ class Gateway:
             if spoken is CHAT and model.stops is not None and body.get("stop"):
                 terms.cut = read_stops(body, "stop")[model.stops :]
             return Call(model, spoken.name, body, outline)
-        chat = asked.read_request(body)
         if chat.effort is None and chat.thinking_budget is None:
             chat.effort = effort
         chat.stop, terms.cut = split_stops(chat.stop, spoken.name, model)
         terms.names = {wire: name for name, wire in chat.names.items() if wire != name}
         terms.tools = {tool.name: tool for tool in chat.tools}
-        terms.legacy_functions = legacy
         shown = details(body, "thinking").get("display"), details(body, "reasoning").get("summary")
         terms.hide_thinking = shown[0] == "omitted" or shown[1] == "none"
         written = spoken.write_request(chat, model)

@@ -7,6 +7,7 @@ at its full size; only what takes long there is sent at a quarter of it as well.
 
 from __future__ import annotations
 
+import base64
 import json
 import socket
 import threading
@@ -404,6 +405,27 @@ def one_call(arguments: str) -> Json:
     return chat(messages=[*OK, {"role": "assistant", "tool_calls": [call]}, result])
 
 
+def definitions(count: int, words: int = 0) -> Json:
+    """A tool whose definitions name one another twice each, the last one with a description."""
+    deeper = {f"d{i}": {"properties": {key: {"$ref": f"#/$defs/d{i + 1}"} for key in "lr"}}
+              for i in range(count)}  # fmt: skip
+    named = {**deeper, f"d{count}": {"type": "object", "description": "a" * words}}
+    schema = {"type": "object", "properties": {"a": {"$ref": "#/$defs/d0"}}, "$defs": named}
+    return chat(tools=[{"type": "function", "function": {"name": "f", "parameters": schema}}])
+
+
+def picture(url: str) -> Json:
+    """A question about a picture."""
+    part = {"type": "image_url", "image_url": {"url": url}}
+    return chat(messages=[{"role": "user", "content": [part]}])
+
+
+def packed(count: int) -> Json:
+    """Reasoning that claims to be ours."""
+    text = base64.urlsafe_b64encode(b'{"a":[' + b"{}," * count + b"1]}").decode()
+    return responses({"type": "reasoning", "id": "r", "encrypted_content": f"gw1.a.{text}"})
+
+
 #: (name, path, body of a number, that number at full size)
 CLIENT_SHAPES: list[tuple[str, str, Callable[[int], Json], int]] = [
     ("turns", CHAT, lambda n: chat(messages=twice(user_and_assistant, n) + OK), 8000),
@@ -422,8 +444,16 @@ CLIENT_SHAPES: list[tuple[str, str, Callable[[int], Json], int]] = [
         "name": "f", "parameters": {"anyOf": [SCHEMA] * n}}}]), 8000),
     ("arguments", CHAT, lambda n: one_call(json.dumps({"a": "x\n" * n})), 1_000_000),
     ("broken arguments", CHAT, lambda n: one_call('{"a":"' + "\\n" * n), 1_000_000),
+    ("dense arguments", CHAT, lambda n: one_call('{"a":[' + "{}," * n + "1]}"), 5_000_000),
     ("long text", CHAT, lambda n: chat(messages=[{"role": "user", "content": "a, b\n" * n}]),
      1_000_000),
+    ("halves", CHAT, lambda n: chat(messages=user("\ud800a" * n)), 4_000_000),
+    ("definitions", CHAT, definitions, 8000),
+    ("a long definition", CHAT, lambda n: definitions(20, n), 1_000_000),
+    ("no data URL", CHAT, lambda n: picture("data:" + ";a" * n), 8_000_000),
+    ("escaped data URL", CHAT, lambda n: picture("data:image/png," + "%41" * n), 8_000_000),
+    ("wrapped data URL", CHAT, lambda n: picture("data:image/png;base64,iVBORw0KGgo" + "A\n" * n),
+     8_000_000),
     ("stops", CHAT, lambda n: chat(stop=["s"] * n), 100_000),
     ("bias", CHAT, lambda n: chat(logit_bias={str(i): 1 for i in range(n)}), 100_000),
     ("metadata", CHAT, lambda n: chat(metadata={str(i): "x" for i in range(n)}), 100_000),
@@ -465,6 +495,11 @@ CLIENT_SHAPES: list[tuple[str, str, Callable[[int], Json], int]] = [
     ("long system", MESSAGES, lambda n: messages(system="x-anthropic-billing-header: " * n),
      200_000),
     ("metadata", MESSAGES, lambda n: messages(metadata={"user_id": '{"a":' * n}), 200_000),
+    ("user id", MESSAGES, lambda n: messages(metadata={"user_id": '{"a":[' + "{}," * n + "1]}"}),
+     5_000_000),
+    ("long user id", MESSAGES, lambda n: messages(metadata={"user_id": "a" * n}), 20_000_000),
+    ("numbers", MESSAGES, lambda n: messages(tools=[
+        {"name": "f", "input_schema": {"type": "object", "enum": [10**4000] * n}}]), 2000),
     ("items", RESPONSES, lambda n: responses(*twice(user_and_assistant, n)), 8000),
     ("parts", RESPONSES, lambda n: responses({"role": "user", "content": [
         {"type": "input_text", "text": f"t{i}"} for i in range(n)]}), 16000),
@@ -477,6 +512,7 @@ CLIENT_SHAPES: list[tuple[str, str, Callable[[int], Json], int]] = [
     ("reasoning", RESPONSES, lambda n: responses(*[
         {"type": "reasoning", "id": f"rs_{i}", "summary": [], "encrypted_content": "e"}
         for i in range(n)]), 8000),
+    ("packed reasoning", RESPONSES, packed, 5_000_000),
     ("unknown items", RESPONSES, lambda n: responses(*[{"type": f"t{i}"} for i in range(n)]), 8000),
     ("custom calls", RESPONSES, lambda n: responses(*twice(lambda i: (
         {"type": "custom_tool_call", "call_id": f"c{i}", "name": "p", "input": "x"},
@@ -562,6 +598,19 @@ BROKEN_SHAPES: list[tuple[str, Callable[[int], bytes], int]] = [
     ("halves", lambda n: b'{"a":"' + b"\\ud800" * n + b'"}', 4_000_000),
     ("no text", lambda n: b"\xff" * n, 16_000_000),
 ]
+
+
+def test_requests_that_are_sent_ahead_wait_for_those_of_others(rig: Rig) -> None:
+    """Thousands on one connection, each answered at once, are not answered in one go."""
+    count = 4000
+    head = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with rig.gateway.wire() as wire:
+        rig.waits.clear()
+        wire.send(head * count)
+        for _ in range(count):
+            assert wire.reply().status == 200
+    assert len(rig.waits) > 5
+    assert max(rig.waits) < BLOCKED_S
 
 
 @READS_PROC

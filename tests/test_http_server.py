@@ -1202,6 +1202,7 @@ def test_an_error_does_not_grow_with_what_was_sent(gateway: Gateway, path: str) 
     long = "x" * 30_000
     checked(gateway.request("GET", path + "%01" * 5000))
     checked(gateway.request("GET", f"/v1/models/{long[:15_000]}"))
+    checked(gateway.request("GET", f"/v1/usage?{'%01' * 5000}"))
     for name in ("Content-Encoding", "Content-Type", "X-Provider", "X-Output-Format"):
         checked(gateway.request("POST", path, asking("hi"), {name: long}))
     strange: list[dict[str, Any]] = [
@@ -1863,21 +1864,11 @@ def test_200_idle_connections_do_not_hold_a_request_up(gateway: Gateway) -> None
 
 # ---- large requests ----------------------------------------------------------------------------
 
-LARGE = 30 * MIB
+LARGE = 32 * MIB
 ANNOUNCED = {
-    "length": head(JSON_TYPE, f"Content-Length: {LARGE}", "Expect: 100-continue"),
-    "chunk": head(JSON_TYPE, CHUNKED, "Expect: 100-continue") + b"%x\r\n" % LARGE,
+    "length": head(JSON_TYPE, f"Content-Length: {LARGE}"),
+    "chunk": head(JSON_TYPE, CHUNKED) + b"%x\r\n" % LARGE,
 }
-
-
-def let_in(wire: Wire, data: bytes) -> Reply | None:
-    """None once a large body is being received, else the refusal."""
-    wire.send(data)
-    try:
-        reply = wire.reply(seconds=0.3)
-    except TimeoutError:  # what has sent a byte of its body is not told to continue
-        return None
-    return None if reply.status == 100 else reply
 
 
 @pytest.mark.parametrize("name", ANNOUNCED)
@@ -1887,23 +1878,33 @@ def test_large_bodies_share_a_budget_and_the_next_one_is_told_to_come_again(
 ) -> None:
     data = ANNOUNCED[name].replace(MESSAGES.encode(), path.encode(), 1)
     with Gateway() as gateway, ExitStack() as stack:
-        wires = [stack.enter_context(gateway.wire()) for _ in range(11)]
-        replies = [let_in(wire, data) for wire in wires[:10]]
-        assert replies[:8] == [None] * 8
-        for reply in replies[8:]:
-            assert reply is not None
-            refused(reply, 503, path)
-            assert reply.headers["retry-after"] == "1"
+        wires = [stack.enter_context(gateway.wire()) for _ in range(8)]
+        for wire in wires:
+            wire.send(data + b" " * (LARGE - MIB))
         assert "hi" in said(checked(gateway.request("POST", path, asking("hi"))))
-        for wire in wires[:10]:
+        reply = only(gateway.raw(data + b" " * (LARGE - MIB), read_seconds=10))
+        refused(reply, 503, path)
+        assert reply.headers["retry-after"] == "1"
+        for wire in wires:
             wire.abort()
         assert checked(gateway.request("GET", "/healthz")).status == 200
-        assert let_in(wires[10], data) is None
+        late = gateway.raw(data + b" " * (LARGE - MIB), read_seconds=0.5)
+        assert (late.ended, late) == ("deadline", b"")
+
+
+@pytest.mark.parametrize("name", ANNOUNCED)
+def test_a_body_that_is_only_announced_takes_nothing_from_others(
+    gateway: Gateway, name: str
+) -> None:
+    with ExitStack() as stack:
+        for _ in range(20):
+            stack.enter_context(gateway.wire()).send(ANNOUNCED[name] + b"{")
+        assert "hi" in said(checked(gateway.request("POST", MESSAGES, asking("hi"))))
 
 
 def test_a_large_body_that_was_refused_or_answered_leaves_the_budget(gateway: Gateway) -> None:
-    blanks, field = gzip.compress(b" " * LARGE), {"Content-Encoding": "gzip"}
-    for body in (blanks, blanks[:-9], gzip.compress(packed("hi") + b" " * LARGE)) * 3:
+    blanks, field = gzip.compress(b" " * (LARGE - MIB)), {"Content-Encoding": "gzip"}
+    for body in (blanks, blanks[:-9], gzip.compress(packed("hi") + b" " * (LARGE - MIB))) * 3:
         reply = checked(gateway.request("POST", CHAT, body, field))
         assert reply.status in (200, 400), reply
 

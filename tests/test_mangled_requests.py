@@ -565,7 +565,8 @@ def exchange(name: str, spoken: str, body: Json, model: gw.Model) -> None:
     asked, upstream = gw.DIALECTS[name], gw.UPSTREAM_DIALECTS[spoken]
     outline = asked.outline(body)
     terms = gw.Terms("id", 1, "m", asked=body, include_usage=outline.include_usage)
-    call = gw.Gateway.write_call(body, asked, upstream, model, terms, outline)
+    chat = gw.Gateway.read_call(body, asked, upstream, terms)
+    call = gw.Gateway.write_call(body, chat, upstream, model, terms, outline)
     flow = gw.Flow(upstream, asked, terms, outline.stream, "r")
     send(spoken, call, body)
     if spoken in ANSWERS:

@@ -1499,6 +1499,19 @@ def test_the_name_of_a_stray_field_teaches_nothing_but_itself(message: str) -> N
     assert all(kind == "field" for kind, _ in verdict.lessons)
 
 
+@pytest.mark.parametrize("why", [
+    "Invalid schema for function 'reasoning_effort': it has no type.",
+    "Invalid value: 'reasoning_effort'.",
+    "tools.0.custom.input_schema.properties.thinking.type.enabled: Input should be an object",
+    "messages.0.content: role 'system' is not supported",
+    """tools.0.name: 'Unexpected role "system"' is no name""",
+])  # fmt: skip
+def test_words_of_the_caller_in_a_refusal_teach_nothing(why: str) -> None:
+    turns = [{"role": "system", "content": "s"}]
+    sent = {"thinking": {"type": "enabled"}, "reasoning_effort": "high", "messages": turns}
+    assert gw.read_lessons(why, "invalid_request_body", sent) == []
+
+
 def test_only_what_was_sent_can_be_refused() -> None:
     for why in (
         '"thinking.type.enabled" is not supported for this model.',
