@@ -258,22 +258,23 @@ MAX_PORT = 65_535
 # gigabytes, so brackets, commas and colons outside strings are counted before parsing.  The most
 # expensive body below this limit, 10,000 pairs of turns to be converted, blocks for 0.3 s.
 MAX_JSON_MARKS = 200_000
-MAX_URL_ESCAPES = 100_000  # like %41, in a data URL: pictures and files come as base64
-MAX_PACKED_MARKS = 100  # in what a client gives back of ours; it has 10
+MAX_EMBEDDING_MARKS = 1_000_000  # numbers cost less; 256 texts of 3,072 dimensions are fewer
 MAX_JSON_KEYS = 1000  # at the top level of a body; no API has 100
 MAX_JSON_DEPTH = 100
 MAX_INTEGER_DIGITS = 310  # the largest float has 309; int() and str() take quadratic time
 MAX_HALVES = 10_000  # halves of characters in a body, each 0.2 us; cut emoji are a few
 MAX_ERROR_TEXT = 4000  # characters of an error message
 MAX_REFUSAL_TEXT = 2000  # characters kept of an upstream's message
-MAX_CODE_TEXT = 100  # and of its error code
-MAX_LOG_LINE = 16_000  # characters; tracebacks, too
-MAX_ERROR_BODY_BYTES = 64 * KIB  # of an upstream's error response; the rest is not read
-MAX_WHOLE_ANSWER_BYTES = 64 * MIB  # of an upstream's JSON response, or of an aggregated stream
-FIRST_PARSED_EVENTS = 4  # per read, before its plain deltas are copied
-MAX_FRAME_BYTES = 16 * MIB  # one server-sent event: images come as one frame
-MAX_EVENT_LINES = 100_000  # of one server-sent event: real ones have two
-MAX_EVENT_MESSAGE_BYTES = 25 * MIB  # AWS: payloads up to 24 MiB, headers up to 128 KiB
+MAX_CODE_TEXT = 100  # and of its code
+MAX_LOG_LINE = 16_000  # characters; of a traceback, too
+MAX_ERROR_BODY_BYTES = 64 * KIB  # of an upstream's error answer; the rest is not read
+MAX_COLLECTED_BYTES = 64 * MIB  # of an upstream's stream, for a caller that wants no stream
+FIRST_PARSED_EVENTS = 4  # of a read, before its plain deltas are copied
+# One server-sent event, as images come as one frame, or an answer that is not streamed.
+MAX_FRAME_BYTES = 16 * MIB
+MAX_EVENT_LINES = 100_000  # of one server-sent event: those seen have two
+MAX_EVENT_MESSAGE_BYTES = 25 * MIB  # AWS: payloads up to 24 MiB
+MAX_EVENT_HEADERS_BYTES = 128 * KIB  # AWS; each of them becomes an object
 
 # One read takes all that the kernel and the StreamReader buffer: both stay far below this.
 READ_BYTES = MIB
@@ -327,6 +328,7 @@ MODELS_FRESH_SECONDS = 900.0  # VS Code 10 min, opencode 1 h
 MODELS_KEPT_SECONDS = 24 * 3600.0  # an entitled model may be missing from one answer
 MODELS_RETRY_SECONDS = 60.0  # after a list that could not be had
 MODELS_MISS_SECONDS = 30.0  # an unknown name may refresh the list, but not more often
+MAX_LISTED_MODELS = 1000  # of one provider, which lists 15 to 40
 MAX_MODEL_HEADERS = 16  # that a catalogue adds to the requests for a model
 MAX_BLANK_RUN = 20  # line breaks and tabs in a row inside a call's arguments
 MAX_TOOLS = 128  # VS Code cuts there
@@ -366,8 +368,9 @@ KIRO_TOKEN_SECONDS = 3600.0  # lifetime of every token seen
 KIRO_REFRESH_SECONDS = 30.0
 SETTLE_SECONDS = 3.0  # for a pending refresh at shutdown: losing its response may lose the sign-in
 KIRO_CONTROL_SECONDS = 30.0
-KIRO_MODEL_PAGES = 5  # in case a list never ends
-MAX_TOKEN_SECONDS = 24 * 3600.0  # a longer lifetime is due to a wrong clock
+KIRO_PEEK_BYTES = 256 * KIB  # of an answer, in which a first word is looked for
+KIRO_MODEL_PAGES = 5  # of a list that never ends
+MAX_TOKEN_SECONDS = 24 * 3600.0  # a token that says it lasts longer met a wrong clock
 
 # Numbers from outside may be NaN, infinite or a thousand digits long.
 MAX_FIGURE = 10**15  # tokens, nano-credits, quotas: below 2**53, so exact as a double
@@ -835,26 +838,14 @@ def count_marks(data: bytes) -> int:
     return len(data) - len(data.translate(None, b"[{,:"))
 
 
-def count_values(data: bytes) -> int:
-    """How many of `[ { , :` JSON holds outside its strings, or more than MAX_JSON_MARKS.
+def has_too_many_marks(data: bytes, most: int = MAX_JSON_MARKS) -> bool:
+    """Whether JSON holds more than `most` of `[ { , :` outside its strings.
 
     Every string but one comes after a mark, so no more than that many need to be cut out.
     """
-    return count_marks(JSON_STRING.sub(b"", data, MAX_JSON_MARKS + 1))
-
-
-def inner_texts(body: Json) -> Iterator[str]:
-    """What looks like JSON in the strings of a body that are parsed in their turn: in calls."""
-    waiting = list(body.values())
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, list):
-            waiting += item
-        elif isinstance(item, dict):
-            waiting += item.values()
-            for text in (item.get("arguments"), item.get("input")):
-                if isinstance(text, str) and INNER_JSON.match(text):
-                    yield text
+    if len(data) <= most or count_marks(data) <= most:
+        return False
+    return count_marks(JSON_STRING.sub(b"", data, most + 1)) > most
 
 
 def scan_object(text: str) -> Json | None:
@@ -916,8 +907,16 @@ def load_body(data: bytes) -> Json:
     return body
 
 
-def load_object(data: bytes | str) -> Json | None:
+def load_object(data: bytes | str, most_marks: int = MAX_JSON_MARKS) -> Json | None:
+    """The JSON object in `data`, or None where there is none, or one of too many values.
+
+    For an upstream's words: they are as little trusted as a client's.
+    """
     try:
+        if len(data) > most_marks:
+            raw = data.encode("utf-8", "replace") if isinstance(data, str) else data
+            if has_too_many_marks(raw, most_marks):
+                return None
         value = load_json(data)
     except ValueError:
         return None
@@ -2209,7 +2208,12 @@ class SseReader:
 
 
 def load_frame(data: bytes) -> Json | None:
-    """The JSON object of one event, or None; half as expensive as `json.loads` with its options."""
+    """The JSON object of one event; None where there is none.
+
+    The kept decoder's scanner costs half of `json.loads` with its options.
+    """
+    if has_too_many_marks(data):
+        return None
     try:
         text = data.decode()
         value, end = json_decoder.scan_once(text, 0)
@@ -2326,8 +2330,8 @@ class EventStreamReader:
             raise WireError("the checksum of an event's prelude is wrong")
         if not MESSAGE_OVERHEAD <= total <= MAX_EVENT_MESSAGE_BYTES:
             raise WireError("an event has an impossible length")
-        if headers_size > total - MESSAGE_OVERHEAD:
-            raise WireError("an event's headers are longer than the event")
+        if headers_size > min(total - MESSAGE_OVERHEAD, MAX_EVENT_HEADERS_BYTES):
+            raise WireError("an event's headers are too long")
         return total, headers_size
 
     def read_message(self, data: bytes, at: int, headers_size: int, end: int) -> EventMessage:
@@ -2391,8 +2395,8 @@ class EventStreamFraming:
     def write_failure(self, kind: Any, headers: dict[str, Any], payload: bytes) -> bytes:
         if kind == "exception":
             said = load_object(payload) or {"message": payload.decode("utf-8", "replace")}
-            return self.write_error({**said, "code": headers.get(":exception-type")})
-        code, words = headers.get(":error-code"), headers.get(":error-message")
+            return self.write_error({**said, "code": str_or_empty(headers, ":exception-type")})
+        code, words = (str_or_empty(headers, f":error-{name}") for name in ("code", "message"))
         return self.write_error({"code": code, "message": words})
 
     @staticmethod
@@ -8411,7 +8415,7 @@ class Flow:
         written: list[bytes] = []
         try:
             self.kept_bytes += 0 if self.stream else len(data)
-            if self.kept_bytes > MAX_WHOLE_ANSWER_BYTES:
+            if self.kept_bytes > MAX_COLLECTED_BYTES:
                 raise UpstreamError("The upstream's answer is too large.")
             blocks = self.framing.complete(data)
             step = FIRST_PARSED_EVENTS if self.may_copy else len(blocks)
@@ -8570,11 +8574,11 @@ def read_copilot_model(entry: Json, provider: str) -> Model | None:
         provider=provider,
         dialects=()
         if kind == "embeddings"
-        else tuple(ENDPOINT_DIALECTS[e] for e in endpoints if e in ENDPOINT_DIALECTS),
+        else tuple(ENDPOINT_DIALECTS[e] for e in map(str, endpoints) if e in ENDPOINT_DIALECTS),
         embeds=kind == "embeddings",
-        name=str(entry.get("name") or model_id),
-        family=str(capabilities.get("family") or "").lower(),
-        vendor=str(entry.get("vendor") or ""),
+        name=text_of_key(entry, "name")[:MAX_NAME_CHARS] or model_id,
+        family=text_of_key(capabilities, "family")[:MAX_NAME_CHARS].lower(),
+        vendor=text_of_key(entry, "vendor")[:MAX_NAME_CHARS],
         max_output=positive(limits.get("max_output_tokens")),
         max_prompt=positive(limits.get("max_prompt_tokens")),
         context=positive(limits.get("max_context_window_tokens")),
@@ -8600,7 +8604,7 @@ def read_copilot_models(body: Json, provider: str) -> dict[str, Model]:
     """The catalogue by id: malformed entries are skipped, the first of duplicate ids wins."""
     models: dict[str, Model] = {}
     entries = body.get("data")
-    for entry in entries if isinstance(entries, list) else ():
+    for entry in entries[:MAX_LISTED_MODELS] if isinstance(entries, list) else ():
         model = read_copilot_model(entry, provider) if isinstance(entry, dict) else None
         if model is not None:
             models.setdefault(model.id, model)
@@ -10002,7 +10006,10 @@ def write_embeddings(rows: list[Json], usage: Usage, is_packed: bool) -> Json:
     for index, row in enumerate(rows):
         vector = row.get("embedding")
         if is_packed and isinstance(vector, list):
-            packed = struct.pack(f"<{len(vector)}f", *vector)
+            try:
+                packed = struct.pack(f"<{len(vector)}f", *vector)
+            except (struct.error, OverflowError):
+                raise UpstreamError("The upstream's embeddings are not numbers.") from None
             vector = base64.b64encode(packed).decode()
         data.append({"object": "embedding", "index": index, "embedding": vector})
     said = {"prompt_tokens": usage.input, "total_tokens": usage.input}
@@ -11174,7 +11181,7 @@ def read_kiro_model(entry: Json, provider: str) -> Model | None:
         id=model_id,
         provider=provider,
         dialects=(KIRO.name,),
-        name=str(entry.get("modelName") or model_id),
+        name=text_of_key(entry, "modelName")[:MAX_NAME_CHARS] or model_id,
         vendor=KIRO_VENDORS.get(re.split(r"[-.]", model_id.lower())[0], ""),
         max_output=positive(limits.get("maxOutputTokens")),
         max_prompt=window,
@@ -15622,10 +15629,12 @@ class Catalogue:
                 return listed
             try:
                 self.merge(await self.fetch())
-            except ApiError as error:
+            except Exception as error:  # noqa: BLE001 - the others' models are listed all the same
+                known = isinstance(error, ApiError)
+                reason = error if known else internal_error("a model list could not be read")
                 if not self.models:
-                    raise
-                log_event("warning", "models_not_refreshed", provider=self.provider, reason=error)
+                    raise reason from None
+                log_event("warning", "models_not_refreshed", provider=self.provider, reason=reason)
                 self.fetched_at = now
         return self.models
 
@@ -16492,7 +16501,9 @@ class CopilotProvider:
             asked = {"model": model.id, "input": texts[at : at + MAX_EMBEDDED], **more}
             answer = await self.ask("/embeddings", asked, model)
             found = answer.get("data")
-            batch = [row for row in found if isinstance(row, dict)] if found else []
+            batch = [row for row in found if isinstance(row, dict)] if type(found) is list else []
+            if len(batch) != len(asked["input"]):
+                raise UpstreamError("Copilot's embeddings are not as many as the texts.")
             rows += sorted(batch, key=lambda row: count(row, "index", 0))
             usage.input += count(details(answer, "usage"), "prompt_tokens", 0)
         return write_embeddings(rows, usage, is_packed), usage
@@ -16506,7 +16517,7 @@ class CopilotProvider:
             status, fields_, data = await self.client.fetch(
                 "POST", token.api_url + path, headers, EMBEDDINGS_SECONDS, dump_json(body)
             )
-            answer = load_object(data)
+            answer = load_object(data, MAX_EMBEDDING_MARKS)
             if status == 200 and answer is not None:
                 return answer
             if status == 200:
@@ -17068,7 +17079,7 @@ class KiroProvider:
             except NotSignedIn as error:  # the hosts of the models may still accept it
                 raise UpstreamError(f"Kiro refused its model list: {error.message}") from None
             rows = body.get("models")
-            entries += rows if isinstance(rows, list) else []
+            entries += rows[: MAX_LISTED_MODELS - len(entries)] if isinstance(rows, list) else []
             following = body.get("nextToken")
             if not isinstance(following, str) or not following:
                 break
@@ -17188,6 +17199,8 @@ class KiroAttempt(Attempt):
         try:
             while data := await answer.first():
                 seen.append(data)
+                if sum(map(len, seen)) > KIRO_PEEK_BYTES:
+                    break
                 for frame in framing.frames(framing.complete(data)):
                     if "error" in frame or "invalidStateEvent" in frame:
                         return self.judge_frame(frame)
@@ -17196,12 +17209,13 @@ class KiroAttempt(Attempt):
                     if KIRO_WORDS & frame.keys() and not blank:
                         answer.put_back(b"".join(seen))
                         return None
-            framing.last_frames()
+            if not data:
+                framing.last_frames()
         except UpstreamError as error:
             return Verdict(error, "again")
-        if "empty" in self.tried:
+        if data or "empty" in self.tried:
             answer.put_back(b"".join(seen))
-            return None  # empty twice: accept it
+            return None  # it goes on, or is empty twice: so be it
         return Verdict(UpstreamError("Kiro answered nothing."), "empty")
 
     @staticmethod
@@ -19734,7 +19748,7 @@ class Exchange:
         whole = bytearray(first)
         while piece := await self.source.first():
             whole += piece
-            if len(whole) > MAX_WHOLE_ANSWER_BYTES:
+            if len(whole) > MAX_FRAME_BYTES:
                 raise UpstreamError("The upstream's answer is too large.")
         return self.flow.feed_whole(bytes(whole))
 

@@ -18,6 +18,7 @@ from fake_kiro import error_frame, exception_frame, frame, message
 from goldens import VECTORS, Json, one_by_one
 
 from aiclient_api import (
+    MAX_EVENT_HEADERS_BYTES,
     MAX_EVENT_MESSAGE_BYTES,
     EventMessage,
     EventStreamFraming,
@@ -277,6 +278,13 @@ def test_the_longest_length_waits_for_its_bytes() -> None:
 def test_headers_longer_than_their_message_are_an_error(headers_size: int) -> None:
     """kiro.md 5.1: H <= T - 16."""
     _, reader = read_all([packed(16, headers_size, b"")])
+    assert "headers" in reader.error
+
+
+def test_headers_beyond_the_limit_of_aws_are_an_error_at_once() -> None:
+    """Millions of three bytes each would hold everybody up."""
+    size = MAX_EVENT_HEADERS_BYTES + 1
+    _, reader = read_all([packed(size + 16, size, b"")[:12]])
     assert "headers" in reader.error
 
 
@@ -545,6 +553,15 @@ def test_an_exception_without_json_keeps_its_words(payload: bytes, words: str) -
         "error": {"message": words, "code": "ValidationException"}
     }
     assert len(framed(message(head, payload))) == 1
+
+
+@pytest.mark.parametrize("kind", ["exception", "error"])
+def test_a_failure_whose_headers_are_no_text_is_still_one(kind: str) -> None:
+    names = (":exception-type", ":error-code", ":error-message")
+    data = message({":message-type": kind, **dict.fromkeys(names, b"\xff\x00")}, b"{}")
+    framing = EventStreamFraming()
+    (found,) = framing.frames(framing.complete(data))
+    assert found["error"]["code"] == ""
 
 
 def test_an_exceptions_own_code_does_not_hide_its_type() -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_kiro import frame
+from fake_kiro import frame, message
 from fakes import default_models, sse
 from support import Gateway, Reply
 
@@ -688,6 +688,12 @@ def error_in(dialect: str) -> Callable[[int], bytes]:
     }[dialect]
 
 
+def dense(before: bytes, count: int) -> bytes:
+    """One event of so many values, where each dialect has some."""
+    rows = b"[%b1]" % (b"{}," * count)
+    return b'%b{"content":"x","choices":%b,"response":{"output":%b}}\n\n' % (before, rows, rows)
+
+
 TOOL_USE = {"toolUseId": "t", "name": "f"}
 #: (name, the path upstream, response of a number, that number)
 UPSTREAM_SHAPES: list[tuple[str, str, Callable[[int], bytes], int]] = [
@@ -734,6 +740,16 @@ UPSTREAM_SHAPES: list[tuple[str, str, Callable[[int], bytes], int]] = [
         for i in range(n)]), KIRO_KIND), 4_000),
     ("meters", "kiro", lambda n: stream(kiro_stream(
         *[("meteringEvent", {"usage": 1e300})] * n), KIRO_KIND), 8_000),
+    ("no words", "kiro", lambda n: stream(kiro_stream(
+        *[("newEvent", {"x": "y" * 1000})] * n), KIRO_KIND), 40_000),
+    ("values", "chat", lambda n: stream(dense(b"data: ", n)), 4_000_000),
+    ("values, whole", "chat", lambda n: reply(dense(b"", n)), 4_000_000),
+    ("values", "messages", lambda n: stream(dense(b"event: message_start\ndata: ", n)), 4_000_000),
+    ("values", "responses", lambda n: stream(dense(b"event: response.created\ndata: ", n)),
+     4_000_000),
+    ("values", "kiro", lambda n: stream(message(
+        {":message-type": "event", ":event-type": "assistantResponseEvent"}, dense(b"", n).strip()
+    ), KIRO_KIND), 4_000_000),
     ("refusal", "kiro", lambda n: reply(dump({"message": "Throttling again in 1 s " * n}),
                                         status=400), 100_000),
 ]  # fmt: skip

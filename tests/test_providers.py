@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 import aiclient_api as gw
 
 
@@ -32,3 +34,14 @@ def test_models_that_clients_make_up_rest_in_a_bounded_table() -> None:
     models = asyncio.run(refuse())
     assert len(models) == gw.MAX_RESTING
     assert {"*", f"made-up-{gw.MAX_RESTING * 3 - 1}"} <= set(models)
+
+
+def test_a_list_that_no_code_can_read_is_an_error_of_its_provider_alone() -> None:
+    async def fetch() -> dict[str, gw.Model]:
+        raise TypeError
+
+    async def ask() -> None:
+        await gw.Catalogue("p", fetch).get()
+
+    with pytest.raises(gw.ApiError, match="log"):
+        asyncio.run(ask())

@@ -11,6 +11,7 @@ import pytest
 from aiclient_api import (
     MAX_EVENT_LINES,
     MAX_FRAME_BYTES,
+    MAX_JSON_MARKS,
     SSE_COMMENT_PING,
     SSE_DONE,
     SseReader,
@@ -137,6 +138,13 @@ def test_an_event_of_too_many_lines_is_refused() -> None:
     assert SseReader().feed(b"data:x\n" * MAX_EVENT_LINES + b"\n")
     with pytest.raises(UpstreamError, match="too many lines"):
         SseReader().feed(b"data:x\n" * (MAX_EVENT_LINES + 2) + b"\n")
+
+
+def test_an_event_of_too_many_values_is_refused() -> None:
+    """16 MiB of tiny ones take seconds and gigabytes."""
+    row = b'{"x":[' + b"{}," * MAX_JSON_MARKS + b"1]}"
+    assert load_frames([(b"", row)])[0]["type"] == "error"
+    assert load_frames([(b"", b'{"x":"%b"}' % (b"[," * MAX_JSON_MARKS))]) != []
 
 
 def test_an_endless_event_is_refused() -> None:

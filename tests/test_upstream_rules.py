@@ -115,6 +115,19 @@ THOUGHT = {"type": "thinking", "thinking": "hm", "signature": "GENUINE"}
 # ---- the model list ------------------------------------------------------------------------------
 
 
+def test_a_list_without_end_is_read_in_part() -> None:
+    rows = [{"id": f"m-{number}", "name": "n" * 1000, "vendor": []} for number in range(5000)]
+    models = gw.read_copilot_models({"data": rows}, "copilot")
+    assert len(models) == gw.MAX_LISTED_MODELS
+    assert len(models["m-0"].name) == gw.MAX_NAME_CHARS and models["m-0"].vendor == ""
+
+
+@pytest.mark.parametrize("odd", [None, "1", [], 1e39, 10**400])
+def test_embeddings_that_are_no_numbers_are_an_error_of_the_upstream(odd: Any) -> None:
+    with pytest.raises(gw.UpstreamError, match="not numbers"):
+        gw.write_embeddings([{"embedding": [0.5, odd]}], gw.Usage(), is_packed=True)
+
+
 def test_the_list_skips_odd_entries_and_keeps_the_first_of_doubled_ids() -> None:
     odd: list[Any] = [None, "text", {"object": "model"}, {"id": ""}, {"id": 5}, {"id": None}]
     models = gw.read_copilot_models({"data": [*odd, *default_models()]}, "copilot")
@@ -154,6 +167,7 @@ def test_everything_but_the_id_may_be_missing(entry: Json) -> None:
         (["/v1/messages", "/chat/completions"], ("messages", "chat")),
         (["/responses", "ws:/responses"], ("responses",)),
         (["/chat/completions", "/new"], ("chat",)),
+        ([[], {}, None, "/chat/completions"], ("chat",)),
         ([], ()),
     ],
 )
