@@ -686,6 +686,18 @@ def test_a_file_that_others_can_write_to_is_refused(machine: Machine, name: str)
         assert f"{path} belongs to another user" in machine.run("start", "--port", "0").failure()
 
 
+def test_a_linked_configuration_that_everybody_can_replace_is_refused(machine: Machine) -> None:
+    machine.config.mkdir(parents=True, mode=0o700)
+    folder = machine.folder / "shared"
+    folder.mkdir()
+    folder.chmod(0o777)
+    (folder / "config.toml").write_text("")
+    machine.config_file.symlink_to(folder / "config.toml")
+    assert f"chmod o-w {folder}" in machine.run("start", "--port", "0").failure()
+    folder.chmod(0o775)  # a group may be that of one user
+    machine.start()
+
+
 def test_a_running_gateway_is_not_lost_when_its_folder_is_opened_to_others(
     machine: Machine,
 ) -> None:
@@ -810,6 +822,25 @@ def test_a_state_folder_that_cannot_be_is_told(machine: Machine) -> None:
     said = machine.run("start", "--port", "0").failure()
     assert "cannot be used: " in said and "XDG_STATE_HOME" in said
     assert machine.run("status").failure(3)
+
+
+@pytest.mark.parametrize("odd", ["a\nb", "end\n", "\udcff", " %h$HOME\t\x1b[3m"])
+def test_folders_of_any_name_serve_all_verbs(machine: Machine, odd: str) -> None:
+    folder = machine.folder / odd
+    machine.env |= {"XDG_STATE_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)}
+    assert machine.run("start", "--port", "0").status == 0
+    for words in ("status", "logs", "config set logging.level debug", "restart", "service print"):
+        done = machine.run(*words.split(), env={"PYTHONIOENCODING": "ascii:strict"})
+        assert done.status == 0, (words, done)
+    assert machine.run("stop").status == 0
+
+
+@pytest.mark.parametrize("home", ["", "here"])
+def test_a_home_that_is_no_absolute_path_is_refused(machine: Machine, home: str) -> None:
+    del machine.env["XDG_STATE_HOME"]
+    machine.env["HOME"] = home
+    for verb in ("start", "status", "logs", "stop"):
+        assert "set HOME or XDG_STATE_HOME" in machine.run(verb).failure()
 
 
 def test_a_config_that_cannot_be_read_is_told(machine: Machine) -> None:
