@@ -13860,6 +13860,14 @@ def make_private(handle: int, path: str, what: str) -> None:
         log_event("warning", f"{what}_is_readable", path=path, reason=error.strerror)
 
 
+def check_link(path: str) -> None:
+    """Raises PermissionError where a link that another user has made is at `path`."""
+    if not hasattr(os, "getuid") or not os.path.islink(path):
+        return
+    if os.lstat(path).st_uid not in (os.getuid(), 0):
+        raise PermissionError(errno.EPERM, f"{path} is a link that another user has made")
+
+
 class LogFile:
     """A log file for a StreamHandler: rotated at a size, followed when it is moved away.
 
@@ -13879,6 +13887,7 @@ class LogFile:
 
     def open(self) -> None:
         """Opens the file at `path`; raises OSError, and goes on with the old one then."""
+        check_link(self.path)
         # Without waiting for whoever may read a FIFO some day.
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
         handle = os.open(self.path, flags, 0o600)
@@ -15431,6 +15440,7 @@ def open_trusted(path: str, *flags: str) -> int:
     try:
         check_owner(path, os.fstat(handle))
         if os.path.islink(path):
+            check_link(path)
             check_above(path)
     except BaseException:
         os.close(handle)
@@ -22319,7 +22329,7 @@ def not_running() -> NotRunning:
 
 
 def ask_daemon(
-    paths: Paths, method: str, params: Json | None = None, seconds: float = CONTROL_WORK_SECONDS
+    paths: Paths, method: str, params: Json | None = None, seconds: float = CONTROL_SECONDS
 ) -> Json:
     """What the running daemon answers; raises NotRunning and ProgramError."""
     if fcntl is None:
@@ -22842,7 +22852,7 @@ def await_daemon(paths: Paths) -> Json | None:
     until = time.monotonic() + START_SECONDS
     while True:
         try:
-            status = ask_daemon(paths, "status", seconds=CONTROL_SECONDS)
+            status = ask_daemon(paths, "status")
             if status.get("state") != "stopping":
                 return status
             problem = ProgramError(f"process {status.get('pid')} is still stopping; see: status")
@@ -23135,7 +23145,8 @@ def cmd_status(options: argparse.Namespace) -> int:
 
 def cmd_models(options: argparse.Namespace) -> int:
     """Lists the models that can be asked for."""
-    return show(options, ask_daemon(find_paths(make_environ()), "models"), print_models)
+    paths = find_paths(make_environ())
+    return show(options, ask_daemon(paths, "models", None, CONTROL_WORK_SECONDS), print_models)
 
 
 def cmd_usage(options: argparse.Namespace) -> int:
@@ -23145,7 +23156,8 @@ def cmd_usage(options: argparse.Namespace) -> int:
     asked["cache"] = int(options.cache)
     given = {name: str(value) for name, value in asked.items() if value}
     try:
-        report = ask_daemon(paths, "usage", {**given, "reset": options.reset})
+        asked = {**given, "reset": options.reset}
+        report = ask_daemon(paths, "usage", asked, CONTROL_WORK_SECONDS)
     except NotRunning:
         if options.reset or options.cache or not os.path.exists(paths.usage_file):
             raise
@@ -23171,7 +23183,8 @@ def load_usage(paths: Paths, given: dict[str, str]) -> Json:
 
 def cmd_quota(options: argparse.Namespace) -> int:
     """Asks the services what is left of your plans."""
-    return show(options, ask_daemon(find_paths(make_environ()), "quota"), print_quota)
+    paths = find_paths(make_environ())
+    return show(options, ask_daemon(paths, "quota", None, CONTROL_WORK_SECONDS), print_quota)
 
 
 # 20.5 configuration
@@ -23298,7 +23311,7 @@ def cmd_provider_disable(options: argparse.Namespace) -> int:
 def find_log(paths: Paths) -> str:
     """The file that the gateway logs to; raises ProgramError where it has none."""
     try:
-        path = ask_daemon(paths, "status", seconds=CONTROL_SECONDS).get("log_file")
+        path = ask_daemon(paths, "status").get("log_file")
     except ProgramError:
         return paths.log_file
     if path is None:
@@ -23484,7 +23497,7 @@ def cmd_service_install(options: argparse.Namespace) -> int:
     except OSError as error:
         raise ProgramError(f"{manager.path}: cannot be written: {error.strerror}") from None
     run_manager(manager.install)
-    print(f"installed {manager.path}\n{manager.hint}")
+    tell(f"installed {manager.path}", manager.hint)
     return 0
 
 

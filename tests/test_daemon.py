@@ -316,6 +316,19 @@ def test_stop_insists_in_the_end(machine: Machine) -> None:
     assert machine.processes() == []
 
 
+def test_a_frozen_gateway_is_told_and_ended(machine: Machine) -> None:
+    """Each verb soon, where no service is asked."""
+    pid = machine.start()["pid"]
+    machine.run("config", "set", "server.drain_seconds", "1")
+    os.kill(pid, signal.SIGSTOP)
+    verbs = ("status", "config show", "config reload", "provider disable echo")
+    asked = [machine.popen(*words.split()) for words in verbs]
+    for process in asked:
+        said = process.communicate(timeout=30)[1]
+        assert process.returncode == 1 and "does not answer now" in said, said
+    assert machine.run("stop").status == 0 and not is_alive(pid)
+
+
 def test_a_second_signal_ends_it_at_once(machine: Machine) -> None:
     status = machine.start()
     with open_stream(status):
@@ -696,6 +709,21 @@ def test_a_linked_configuration_that_everybody_can_replace_is_refused(machine: M
     assert f"chmod o-w {folder}" in machine.run("start", "--port", "0").failure()
     folder.chmod(0o775)  # a group may be that of one user
     machine.start()
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="needs two users")
+@pytest.mark.parametrize("name", ["config.toml", "daemon.log"])
+def test_a_link_that_another_user_has_made_is_not_followed(machine: Machine, name: str) -> None:
+    folder = machine.config if name == "config.toml" else machine.state
+    folder.mkdir(parents=True, mode=0o700)
+    (machine.folder / "victim").write_text("")
+    (folder / name).symlink_to(machine.folder / "victim")
+    machine.run("start", "--port", "0")
+    machine.run("stop")
+    before = (machine.folder / "victim").read_text()
+    os.lchown(folder / name, 12345, 12345)
+    assert "link that another user" in machine.run("start", "--port", "0").failure()
+    assert (machine.folder / "victim").read_text() == before
 
 
 def test_a_running_gateway_is_not_lost_when_its_folder_is_opened_to_others(
