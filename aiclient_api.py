@@ -16478,6 +16478,7 @@ class Ledger:
         self.store = UsageStore(path)
         self.ticker = ticker
         self.thread = concurrent.futures.ThreadPoolExecutor(1, "usage")
+        self.thread.submit(int)  # it begins now: when it is needed, there may be none to be had
         self.pending: list[Answer] = []
         self.writing: asyncio.Future[Any] | None = None
         #: monotonic: when what is pending is to be written
@@ -22298,6 +22299,8 @@ async def answer_control(daemon: Daemon, data: bytes) -> Json:
         return {"ok": False, "error": error.text()}
     except ProgramError as error:
         return {"ok": False, "error": str(error)}
+    except Exception:  # noqa: BLE001 - silence would be taken for a gateway that is starting
+        return {"ok": False, "error": internal_error("a control request failed").text()}
     return {"ok": True, "data": found}
 
 
