@@ -1309,6 +1309,8 @@ def check_setting(key: str, value: Any, kind: str) -> str:
         return check_proxy(value)
     if kind == "str" and any(ord(letter) < 32 or ord(letter) == 127 for letter in value):
         return "must not hold control characters"
+    if kind == "str" and HALF_CHARACTER.search(value):
+        return "must not hold bytes that are no text"
     return ""
 
 
@@ -12912,6 +12914,14 @@ def make_private(handle: int, path: str, what: str) -> None:
         log_event("warning", f"{what}_is_readable", path=path, reason=error.strerror)
 
 
+def check_link(path: str) -> None:
+    """Raises PermissionError where a link that another user has made is at `path`."""
+    if not hasattr(os, "getuid") or not os.path.islink(path):
+        return
+    if os.lstat(path).st_uid not in (os.getuid(), 0):
+        raise PermissionError(errno.EPERM, f"{path} is a link that another user has made")
+
+
 class LogFile:
     """A log file for a StreamHandler: rotated by size, reopened after it was moved away.
 
@@ -12930,8 +12940,9 @@ class LogFile:
         self.open()
 
     def open(self) -> None:
-        """Opens the file at `path`; if that raises OSError, the old one stays open."""
-        # O_NONBLOCK: opening a FIFO must not wait for a reader.
+        """Opens the file at `path`; raises OSError, and goes on with the old one then."""
+        check_link(self.path)
+        # Without waiting for whoever may read a FIFO some day.
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
         handle = os.open(self.path, flags, 0o600)
         self.close()
@@ -14322,12 +14333,18 @@ class Paths:
 
 
 def find_paths(environ: dict[str, str]) -> Paths:
-    """Relative XDG values are ignored, as the specification says."""
+    """The paths for this user; relative XDG values are ignored, as the specification says.
+
+    Raises ProgramError where there is no home: a relative one is another in each folder.
+    """
+    home = "" if environ.get("HOME") == "" else os.path.expanduser("~")
 
     def base(variable: str, fallback: str) -> str:
         value = environ.get(variable, "")
-        home = os.path.join(os.path.expanduser("~"), fallback)
-        return os.path.join(value if os.path.isabs(value) else home, "aiclient-api")
+        value = value if os.path.isabs(value) else os.path.join(home, fallback)
+        if not os.path.isabs(value):
+            raise ProgramError(f"set HOME or {variable} to the absolute path of a folder of yours")
+        return os.path.join(value, "aiclient-api")
 
     return Paths(base("XDG_CONFIG_HOME", ".config"), base("XDG_STATE_HOME", ".local/state"))
 
@@ -14346,23 +14363,28 @@ def check_owner(path: str, status: os.stat_result) -> None:
         )
 
 
-def check_folder(folder: str) -> None:
-    """`check_owner` of a folder; nor may everybody be able to replace a folder above it.
+def check_above(place: str) -> None:
+    """Raises PermissionError where a folder above `place` lets everybody replace it.
 
-    Parents may be writable for a group: `~/.local` is, where each user has a group of their own.
-    Symbolic links on the way are checked as well as their targets.  Raises OSError.
+    (A group may write there: `~/.local` is made so where each user has a group of its own.)
+    Where the path leads through links both the links and what they lead to count.  Raises OSError.
     """
-    check_owner(folder, os.stat(folder))
-    for path in (os.path.abspath(folder), os.path.realpath(folder)):
+    for path in (os.path.abspath(place), os.path.realpath(place)):
         while path != os.path.dirname(path):
             path = os.path.dirname(path)
             mode = os.stat(path).st_mode
             if mode & 0o002 and not mode & stat.S_ISVTX and hasattr(os, "getuid"):
                 raise PermissionError(
                     errno.EPERM,
-                    f"every user can replace what is in {path}; check that all in {folder} is "
-                    f"yours, and then run: chmod o-w {shlex.quote(path)}",
+                    f"every user can replace what is in {path}; check that {place} is as you left "
+                    f"it, and then run: chmod o-w {shlex.quote(path)}",
                 )
+
+
+def check_folder(folder: str) -> None:
+    """`check_owner` and `check_above` of a folder; raises OSError."""
+    check_owner(folder, os.stat(folder))
+    check_above(folder)
 
 
 def open_flags(*names: str) -> int:
@@ -14370,21 +14392,31 @@ def open_flags(*names: str) -> int:
     return sum(getattr(os, name, 0) for name in names)
 
 
+def open_plain(path: str, *flags: str) -> int:
+    """A descriptor of a plain file: one that is read to an end, and at once.  Raises OSError."""
+    names = ("O_BINARY", "O_CLOEXEC", "O_NONBLOCK", *flags)  # without waiting for a FIFO's writer
+    handle = os.open(path, open_flags(*names), 0o600)
+    mode = os.fstat(handle).st_mode
+    if stat.S_ISREG(mode):
+        return handle
+    os.close(handle)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "Is a directory, not a plain file")
+    raise PermissionError(errno.EPERM, "it is not a plain file")
+
+
 def open_trusted(path: str, *flags: str) -> int:
-    """The fd of a regular file that only this user and root can have written; raises OSError.
+    """`open_plain` of a file that only this user and root can have written; raises OSError.
 
     All our files are opened here.  Symbolic links are followed unless `flags` has O_NOFOLLOW.
     """
     check_folder(os.path.dirname(path))
-    names = ("O_BINARY", "O_CLOEXEC", "O_NONBLOCK", *flags)  # does not wait for a FIFO's writer
-    handle = os.open(path, open_flags(*names), 0o600)
+    handle = open_plain(path, *flags)
     try:
-        status = os.fstat(handle)
-        if stat.S_ISDIR(status.st_mode):
-            raise IsADirectoryError(errno.EISDIR, "Is a directory, not a plain file")
-        if not stat.S_ISREG(status.st_mode):
-            raise PermissionError(errno.EPERM, "it is not a plain file")
-        check_owner(path, status)
+        check_owner(path, os.fstat(handle))
+        if os.path.islink(path):
+            check_link(path)
+            check_above(path)
     except BaseException:
         os.close(handle)
         raise
@@ -14478,6 +14510,8 @@ def edit_config(paths: Paths, edit: Callable[[str], str]) -> None:
             replace_file(os.path.realpath(where), text.encode())
         finally:
             os.close(folder)
+    except UnicodeEncodeError:
+        raise ConfigError(f"{where}: a setting must not hold bytes that are no text") from None
     except OSError as error:
         raise ConfigError(f"{where}: cannot be written: {error.strerror}") from None
 
@@ -14741,6 +14775,12 @@ class TokenFile:
         return removed
 
 
+def read_json_file(path: str) -> Json | None:
+    """The object in another program's file, None where that holds none; raises OSError."""
+    with os.fdopen(open_plain(path, "O_RDONLY"), "rb") as file:
+        return load_object(file.read(MIB))
+
+
 class SharedLogin:
     """A Kiro sign-in shared with another program; a refresh token can be used by only one of us.
 
@@ -14776,8 +14816,7 @@ class SharedLogin:
     def write_file(self, changes: Json, spent: str) -> None:
         """Follows a symbolic link; the mode of the folder is left alone."""
         path = os.path.realpath(self.path)
-        with open(path, "rb") as file:
-            body = load_object(file.read(MIB)) or {}
+        body = read_json_file(path) or {}
         if either(body, "refresh_token") == spent:
             replace_file(path, json.dumps(with_tokens(body, changes), indent=2).encode())
 
@@ -14792,6 +14831,8 @@ class SharedLogin:
 
 
 def open_database(path: str, mode: str) -> sqlite3.Connection:
+    """Another program's database, which must exist; raises sqlite3.Error and OSError."""
+    os.close(open_plain(path, "O_RDONLY"))
     url = f"file:{urllib.parse.quote(os.path.realpath(path))}?mode={mode}"
     return sqlite3.connect(url, uri=True, timeout=5, isolation_level=None)
 
@@ -14802,17 +14843,16 @@ def read_row(database: sqlite3.Connection, table: str, key: str) -> Json:
 
 
 def read_some_json(path: str) -> Json:
+    """As `read_json_file`, {} where there is none."""
     try:
-        with open(path, "rb") as file:
-            return load_object(file.read(MIB)) or {}
+        return read_json_file(path) or {}
     except OSError:
         return {}
 
 
 def read_ide_login(path: str) -> Json:
-    """The Kiro IDE's sign-in as our token file's content; raises OSError and ValueError."""
-    with open(path, "rb") as file:
-        body = load_object(file.read(MIB))
+    """Our token file's content for the Kiro IDE's; raises OSError and ValueError."""
+    body = read_json_file(path)
     if body is None:
         raise ValueError("it is not a JSON object")
     folder = os.path.dirname(path)
@@ -14850,7 +14890,11 @@ CLI_ROWS = {
 
 
 def read_cli_login(path: str, key: str) -> Json:
-    """Without a start URL it is Builder ID's.  Raises ValueError and sqlite3.Error."""
+    """Our token file's content for a row of kiro-cli or Amazon Q.
+
+    Where there is no start URL a sign-in is Builder ID's.  Raises OSError, ValueError and
+    sqlite3.Error.
+    """
     with contextlib.closing(open_database(path, "ro")) as database:
         body = read_row(database, "auth_kv", key)
         beside = key.rpartition(":")[0] + ":device-registration"
@@ -14900,6 +14944,11 @@ class LogFilter:
         return self.taking
 
 
+def open_log(path: str) -> TextIO:
+    """A log file, to be read; raises OSError."""
+    return os.fdopen(open_plain(path, "O_RDONLY"), encoding="utf-8", errors="replace")
+
+
 def read_log_tail(file: TextIO, path: str, lines: int, level: str) -> list[str]:
     """The last lines of a log: `file`, read to its end, then rotated files as far as needed."""
     lines = min(max(lines, 0), MAX_LOG_LINES)
@@ -14909,7 +14958,7 @@ def read_log_tail(file: TextIO, path: str, lines: int, level: str) -> list[str]:
         if len(tail) >= lines:
             break
         try:
-            with open(f"{path}.{number}", errors="replace") as older:
+            with open_log(f"{path}.{number}") as older:
                 wanted = LogFilter(level)
                 tail = [line for line in older.read().splitlines() if wanted.takes(line)] + tail
         except OSError:
@@ -14922,7 +14971,7 @@ def read_log_tail(file: TextIO, path: str, lines: int, level: str) -> list[str]:
 
 def load_log_tail(path: str, lines: int, level: str) -> list[str]:
     try:
-        with open(path, errors="replace") as file:
+        with open_log(path) as file:
             return read_log_tail(file, path, lines, level)
     except OSError as error:
         raise ProgramError(f"{path}: cannot be read: {error.strerror}") from None
@@ -15345,6 +15394,7 @@ class Ledger:
         self.store = UsageStore(path)
         self.ticker = ticker
         self.thread = concurrent.futures.ThreadPoolExecutor(1, "usage")
+        self.thread.submit(int)  # it begins now: when it is needed, there may be none to be had
         self.pending: list[Answer] = []
         self.writing: asyncio.Future[Any] | None = None
         #: monotonic time of the next write
@@ -18169,12 +18219,10 @@ def find_cli_logins(program: str, folder: str, path: str = "") -> list[Found]:
     elif sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA") or "~"
     path = path or os.path.expanduser(os.path.join(base, folder, "data.sqlite3"))
-    if not os.path.exists(path):
-        return []
     for key in CLI_ROWS:
         try:
             content = read_cli_login(path, key)
-        except (ValueError, sqlite3.Error):
+        except (OSError, ValueError, sqlite3.Error):
             continue  # it has another one, or none
         return [kiro_found(program, path, content, {"program": folder, "key": key})]
     return []
@@ -19954,13 +20002,14 @@ def read_pid_file(path: str) -> tuple[int, str]:
     """
     try:
         with os.fdopen(open_trusted(path, "O_RDONLY", "O_NOFOLLOW"), "rb") as file:
-            lines = os.fsdecode(file.read(4096)).split("\n")
+            number, _, socket_path = os.fsdecode(file.read(8 * KIB)).partition("\n")
     except (FileNotFoundError, NotADirectoryError):
         return 0, ""
     except OSError as error:
         raise ProgramError(f"{path}: cannot be read: {error.strerror}") from None
-    pid = int(lines[0]) if re.fullmatch(r"[0-9]{1,10}", lines[0]) else 0
-    return (pid, lines[1]) if pid > 1 and pid != os.getpid() and len(lines) > 2 else (0, "")
+    pid = int(number) if re.fullmatch(r"[0-9]{1,10}", number) else 0
+    is_whole = pid > 1 and pid != os.getpid() and socket_path.endswith("\n")
+    return (pid, socket_path[:-1]) if is_whole else (0, "")
 
 
 def write_pid_file(lock: int, socket_path: str) -> None:
@@ -20110,8 +20159,31 @@ sys.stdout.buffer.write(marshal.dumps(code))
 """
 
 
+def system_words(error: OSError) -> str:
+    """What the system refused at a place where nothing else can be done about it."""
+    where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
+    return f"{where}the system refused: {error.strerror or error}"
+
+
+def dump_message(message: Json) -> bytes:
+    """JSON between processes of this program; names of files may hold bytes that are no text."""
+    return json.dumps(message).encode()
+
+
 def program_file() -> str:
     return os.path.realpath(__file__)
+
+
+def read_program() -> bytes:
+    """This file as it is now; raises ProgramError."""
+    path = program_file()
+    try:
+        with os.fdopen(open_plain(path, "O_RDONLY"), "rb") as file:
+            return file.read()
+    except NotADirectoryError:
+        raise ProgramError(f"{path}: take it out of the archive, to run as a plain file") from None
+    except OSError as error:
+        raise ProgramError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def detached_command(bytecode: bytes) -> list[str]:
@@ -20148,11 +20220,7 @@ def load_bytecode(paths: Paths) -> bytes:
     is old, torn or another Python's, the file is compiled again and the cache replaced.
     """
     path = os.path.join(paths.bytecode_dir, f"aiclient_api.{sys.implementation.cache_tag}.pyc")
-    try:
-        with open(program_file(), "rb") as file:
-            source = file.read()
-    except OSError as error:
-        raise ProgramError(f"{program_file()}: cannot be read: {error.strerror}") from None
+    source = read_program()
     try:
         with os.fdopen(open_trusted(path, "O_RDONLY", "O_NOFOLLOW"), "rb") as file:
             digest, bytecode = file.read(hashlib.sha256().digest_size), file.read()
@@ -20190,7 +20258,8 @@ def read_launch() -> Launch:
 
 
 def send_launch(stdin: IO[bytes], bytecode: bytes, launch: Launch) -> None:
-    data = dump_json({item.name: getattr(launch, item.name) for item in fields(launch)})
+    """Writes both into the standard input of a process, and closes that."""
+    data = dump_message({item.name: getattr(launch, item.name) for item in fields(launch)})
     try:
         with stdin:
             stdin.write(bytecode + data)
@@ -20255,7 +20324,7 @@ def read_report(handle: int, seconds: float) -> Json | None:
 def write_report(handle: int, report: Json) -> bool:
     """False if nobody reads: the process that waits for the start has gone."""
     try:
-        os.write(handle, dump_json(report))
+        os.write(handle, dump_message(report))
     except BrokenPipeError:
         log_event("error", "nobody_waits_for_the_start")
         return False
@@ -20629,8 +20698,8 @@ def read_frame(peer: socket.socket, seconds: float) -> bytes | None:
 
 
 def write_frame(peer: socket.socket, message: Json) -> None:
-    """Raises OSError, also if the peer does not read it in time."""
-    data = dump_json(message)
+    """Sends one message; raises OSError when the peer does not take it in time."""
+    data = dump_message(message)
     peer.settimeout(CONTROL_SECONDS)
     peer.sendall(len(data).to_bytes(4, "big") + data)
 
@@ -20692,7 +20761,8 @@ def choose_socket_path(paths: Paths, environ: dict[str, str]) -> str:
         return paths.socket_file
     name = short_hash(paths.state_dir, 16) + ".sock"
     runtime = environ.get("XDG_RUNTIME_DIR", "")
-    folders = [os.path.join(runtime, "aiclient-api")] if os.path.isdir(runtime) else []
+    usable = os.path.isabs(runtime) and os.path.isdir(runtime)
+    folders = [os.path.join(runtime, "aiclient-api")] if usable else []
     folders.append(os.path.join(tempfile.gettempdir(), f"aiclient-api-{os.getuid()}"))
     for folder in folders:
         path = os.path.join(folder, name)
@@ -20907,6 +20977,8 @@ async def answer_control(daemon: Daemon, data: bytes) -> Json:
         return {"ok": False, "error": error.text()}
     except ProgramError as error:
         return {"ok": False, "error": str(error)}
+    except Exception:  # noqa: BLE001 - silence would be taken for a gateway that is starting
+        return {"ok": False, "error": internal_error("a control request failed").text()}
     return {"ok": True, "data": found}
 
 
@@ -20937,7 +21009,7 @@ def not_running() -> NotRunning:
 
 
 def ask_daemon(
-    paths: Paths, method: str, params: Json | None = None, seconds: float = CONTROL_WORK_SECONDS
+    paths: Paths, method: str, params: Json | None = None, seconds: float = CONTROL_SECONDS
 ) -> Json:
     """The `data` of the running daemon's response; raises NotRunning and ProgramError."""
     if fcntl is None:
@@ -21427,6 +21499,9 @@ def main_detached() -> int:
     except ProgramError as error:
         write_report(handle, {"error": str(error)})  # closed when this process exits
         return error.exit_status
+    except OSError as error:
+        write_report(handle, {"error": system_words(error)})
+        return 1
 
 
 def await_daemon(paths: Paths) -> Json | None:
@@ -21434,7 +21509,7 @@ def await_daemon(paths: Paths) -> Json | None:
     until = time.monotonic() + START_SECONDS
     while True:
         try:
-            status = ask_daemon(paths, "status", seconds=CONTROL_SECONDS)
+            status = ask_daemon(paths, "status")
             if status.get("state") != "stopping":
                 return status
             problem = ProgramError(f"process {status.get('pid')} is still stopping; see: status")
@@ -21469,7 +21544,7 @@ def ask_health(url: str) -> bool:
 def last_lines(path: str, begin: int) -> tuple[str, ...]:
     """The last lines of a log, from the byte offset `begin` on."""
     try:
-        with open(path, "rb") as file:
+        with os.fdopen(open_plain(path, "O_RDONLY"), "rb") as file:
             file.seek(begin)
             lines = file.read(MIB).decode("utf-8", "replace").splitlines()
     except OSError:
@@ -21724,7 +21799,8 @@ def cmd_status(options: argparse.Namespace) -> int:
 
 def cmd_models(options: argparse.Namespace) -> int:
     """Lists the models that can be asked for."""
-    return show(options, ask_daemon(find_paths(make_environ()), "models"), print_models)
+    paths = find_paths(make_environ())
+    return show(options, ask_daemon(paths, "models", None, CONTROL_WORK_SECONDS), print_models)
 
 
 def cmd_usage(options: argparse.Namespace) -> int:
@@ -21734,7 +21810,8 @@ def cmd_usage(options: argparse.Namespace) -> int:
     asked["cache"] = int(options.cache)
     given = {name: str(value) for name, value in asked.items() if value}
     try:
-        report = ask_daemon(paths, "usage", {**given, "reset": options.reset})
+        asked = {**given, "reset": options.reset}
+        report = ask_daemon(paths, "usage", asked, CONTROL_WORK_SECONDS)
     except NotRunning:
         if options.reset or options.cache or not os.path.exists(paths.usage_file):
             raise
@@ -21760,7 +21837,8 @@ def load_usage(paths: Paths, given: dict[str, str]) -> Json:
 
 def cmd_quota(options: argparse.Namespace) -> int:
     """Asks the services what is left of your plans."""
-    return show(options, ask_daemon(find_paths(make_environ()), "quota"), print_quota)
+    paths = find_paths(make_environ())
+    return show(options, ask_daemon(paths, "quota", None, CONTROL_WORK_SECONDS), print_quota)
 
 
 # 20.5 configuration
@@ -21885,7 +21963,7 @@ def cmd_provider_disable(options: argparse.Namespace) -> int:
 def find_log(paths: Paths) -> str:
     """The file that the gateway logs to; raises ProgramError if it has none."""
     try:
-        path = ask_daemon(paths, "status", seconds=CONTROL_SECONDS).get("log_file")
+        path = ask_daemon(paths, "status").get("log_file")
     except ProgramError:
         return paths.log_file
     if path is None:
@@ -21905,7 +21983,7 @@ def follow_log(file: TextIO, path: str, level: str) -> None:
             tell(line)
         if is_moved and os.path.exists(path):
             file.close()
-            file = open(path, errors="replace")  # noqa: SIM115 - until the next rotation
+            file = open_log(path)
         elif not lines:
             time.sleep(POLL_SECONDS)
 
@@ -21922,7 +22000,7 @@ def cmd_logs(options: argparse.Namespace) -> int:
     """Shows the last lines of the log."""
     path = find_log(find_paths(make_environ()))
     try:
-        file = open(path, errors="replace")  # noqa: SIM115 - followed, maybe
+        file = open_log(path)
     except OSError as error:
         raise ProgramError(f"{path}: cannot be read: {error.strerror}") from None
     for line in read_log_tail(file, path, options.lines, options.level):
@@ -22067,7 +22145,7 @@ def cmd_service_install(options: argparse.Namespace) -> int:
     except OSError as error:
         raise ProgramError(f"{manager.path}: cannot be written: {error.strerror}") from None
     run_manager(manager.install)
-    print(f"installed {manager.path}\n{manager.hint}")
+    tell(f"installed {manager.path}", manager.hint)
     return 0
 
 
@@ -22158,12 +22236,10 @@ def cmd_completion(options: argparse.Namespace) -> int:
 
 
 def version_text() -> str:
-    """With the file's own SHA-256, so that a copied file can be checked."""
-    path = os.path.realpath(__file__)
-    with open(path, "rb") as file:
-        digest = hashlib.sha256(file.read()).hexdigest()
+    """Version, Python, path, and the file's own SHA-256: a copied file can be checked."""
+    digest = hashlib.sha256(read_program()).hexdigest()
     python = sys.version.split()[0]
-    return f"aiclient-api {__version__}\nPython {python}\n{path}\nsha256 {digest}"
+    return f"aiclient-api {__version__}\nPython {python}\n{program_file()}\nsha256 {digest}"
 
 
 class Argument(NamedTuple):
@@ -22365,7 +22441,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def open_standard_streams() -> None:
-    """Opens /dev/null for closed ones: a socket must never become descriptor 0, 1 or 2."""
+    """Opens those that were closed: a socket must not become what others take for their input.
+
+    What the terminal has no letters for is shown as escapes.
+    """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -22374,6 +22453,8 @@ def open_standard_streams() -> None:
         if getattr(sys, name) is None:
             mode = "w" if number else "r"
             setattr(sys, name, os.fdopen(number, mode, encoding="utf-8"))
+    if sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22395,8 +22476,12 @@ def main(arguments: list[str] | None = None) -> int:
         lines = (f"aiclient-api: {error}", *error.log)
         print("\n".join(map(one_line, lines)), file=sys.stderr)
         return error.exit_status
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # `| head` has seen enough
+    except OSError as error:
+        # What was not written yet cannot be: `| head` has seen enough, or the disk is full.
+        os.close(1)
+        os.open(os.devnull, os.O_WRONLY)  # the lowest number that is free: this one
+        if not isinstance(error, BrokenPipeError):
+            print(one_line(f"aiclient-api: {system_words(error)}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

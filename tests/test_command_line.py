@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import tomllib
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,37 @@ def test_every_verb_has_help_with_an_example(verb: gw.Verb, capsys: Any) -> None
     assert f"example: aiclient-api {verb.words}" in shown
     first = " ".join((verb.run.__doc__ or "").split(".")[0].split())
     assert first and first in shown
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full device here")
+def test_an_output_that_is_full_is_told(running: Machine) -> None:
+    for words in ("status", "logs", "--version", "config set logging.level info"):
+        with open("/dev/full", "w") as full:
+            process = running.popen(*words.split(), stdout=full)
+            said = process.communicate(timeout=60)[1]
+        assert process.returncode == 1 and "Traceback" not in said, said
+        assert said.startswith("aiclient-api: ") and "No space left on device" in said
+
+
+def test_what_no_verb_can_do_without_is_told(machine: Machine) -> None:
+    done = subprocess.run(
+        ["sh", "-c", 'ulimit -n 7; exec "$@"', "-", *machine.command("start", "--port", "0")],
+        env=machine.environment(), capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done
+    assert done.stderr.startswith("aiclient-api: ") and "Too many open files" in done.stderr
+
+
+def test_a_program_in_an_archive_asks_to_be_taken_out(machine: Machine) -> None:
+    archive = machine.folder / "a.pyz"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.write(PROGRAM, "__main__.py")
+    for verb in ("--version", "start"):
+        done = subprocess.run(
+            [sys.executable, str(archive), verb],
+            env=machine.environment(), capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert done.returncode == 1 and "take it out of the archive" in done.stderr, done
 
 
 # ---- people and programs -------------------------------------------------------------------------
@@ -335,6 +367,15 @@ def test_nonsense_is_not_written(machine: Machine, key: str, value: str, words: 
     assert not machine.config_file.exists()
 
 
+def test_bytes_that_are_no_text_are_no_setting(machine: Machine) -> None:
+    for words in (
+        "config set api_key \udcff",
+        "config set server.host \udcff",
+        "start --host \udcff",
+    ):
+        assert "no text" in machine.run(*words.split()).failure()
+
+
 def test_a_linked_configuration_stays_a_link(machine: Machine) -> None:
     elsewhere = machine.folder / "dotfiles.toml"
     elsewhere.write_text("[server]\nport = 1\n")
@@ -434,6 +475,20 @@ def test_following_goes_on_through_rotations(logged: Machine) -> None:
 
 def test_no_log_is_told(machine: Machine) -> None:
     assert "cannot be read: No such file" in machine.run("logs").failure()
+
+
+def test_what_is_no_plain_file_is_not_read_as_a_log(machine: Machine) -> None:
+    """Not waited for, as whoever opens a FIFO does, and not read without an end."""
+    machine.state.mkdir(parents=True, mode=0o700)
+    os.mkfifo(machine.log_file)
+    assert "not a plain file" in machine.run("logs", "--follow").failure()
+    machine.log_file.unlink()
+    machine.log_file.symlink_to("/dev/zero")
+    assert "not a plain file" in machine.run("logs").failure()
+    machine.log_file.unlink()
+    machine.log_file.write_text("line\n")
+    os.mkfifo(machine.state / "daemon.log.1")
+    assert machine.run("logs").out == "line\n"
 
 
 def test_a_log_file_is_rotated_and_three_are_kept(tmp_path: Path) -> None:

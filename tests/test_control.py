@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -81,6 +82,12 @@ def test_nonsense_is_answered_and_hurts_nothing(
         assert answer["ok"] is False and words in answer["error"]
         send_frame(peer, {"method": "status"})
         assert read_frame(peer)["ok"]
+
+
+def test_a_method_that_fails_is_answered() -> None:
+    broken: Any = None
+    answer = asyncio.run(gw.answer_control(broken, b'{"method":"status"}'))
+    assert answer == {"ok": False, "error": "The gateway failed; its log says how."}
 
 
 def test_a_level_that_is_none_is_told(running: Machine) -> None:

@@ -316,6 +316,19 @@ def test_stop_insists_in_the_end(machine: Machine) -> None:
     assert machine.processes() == []
 
 
+def test_a_frozen_gateway_is_told_and_ended(machine: Machine) -> None:
+    """Each verb soon, where no service is asked."""
+    pid = machine.start()["pid"]
+    machine.run("config", "set", "server.drain_seconds", "1")
+    os.kill(pid, signal.SIGSTOP)
+    verbs = ("status", "config show", "config reload", "provider disable echo")
+    asked = [machine.popen(*words.split()) for words in verbs]
+    for process in asked:
+        said = process.communicate(timeout=30)[1]
+        assert process.returncode == 1 and "does not answer now" in said, said
+    assert machine.run("stop").status == 0 and not is_alive(pid)
+
+
 def test_a_second_signal_ends_it_at_once(machine: Machine) -> None:
     status = machine.start()
     with open_stream(status):
@@ -686,6 +699,33 @@ def test_a_file_that_others_can_write_to_is_refused(machine: Machine, name: str)
         assert f"{path} belongs to another user" in machine.run("start", "--port", "0").failure()
 
 
+def test_a_linked_configuration_that_everybody_can_replace_is_refused(machine: Machine) -> None:
+    machine.config.mkdir(parents=True, mode=0o700)
+    folder = machine.folder / "shared"
+    folder.mkdir()
+    folder.chmod(0o777)
+    (folder / "config.toml").write_text("")
+    machine.config_file.symlink_to(folder / "config.toml")
+    assert f"chmod o-w {folder}" in machine.run("start", "--port", "0").failure()
+    folder.chmod(0o775)  # a group may be that of one user
+    machine.start()
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="needs two users")
+@pytest.mark.parametrize("name", ["config.toml", "daemon.log"])
+def test_a_link_that_another_user_has_made_is_not_followed(machine: Machine, name: str) -> None:
+    folder = machine.config if name == "config.toml" else machine.state
+    folder.mkdir(parents=True, mode=0o700)
+    (machine.folder / "victim").write_text("")
+    (folder / name).symlink_to(machine.folder / "victim")
+    machine.run("start", "--port", "0")
+    machine.run("stop")
+    before = (machine.folder / "victim").read_text()
+    os.lchown(folder / name, 12345, 12345)
+    assert "link that another user" in machine.run("start", "--port", "0").failure()
+    assert (machine.folder / "victim").read_text() == before
+
+
 def test_a_running_gateway_is_not_lost_when_its_folder_is_opened_to_others(
     machine: Machine,
 ) -> None:
@@ -810,6 +850,25 @@ def test_a_state_folder_that_cannot_be_is_told(machine: Machine) -> None:
     said = machine.run("start", "--port", "0").failure()
     assert "cannot be used: " in said and "XDG_STATE_HOME" in said
     assert machine.run("status").failure(3)
+
+
+@pytest.mark.parametrize("odd", ["a\nb", "end\n", "\udcff", " %h$HOME\t\x1b[3m"])
+def test_folders_of_any_name_serve_all_verbs(machine: Machine, odd: str) -> None:
+    folder = machine.folder / odd
+    machine.env |= {"XDG_STATE_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)}
+    assert machine.run("start", "--port", "0").status == 0
+    for words in ("status", "logs", "config set logging.level debug", "restart", "service print"):
+        done = machine.run(*words.split(), env={"PYTHONIOENCODING": "ascii:strict"})
+        assert done.status == 0, (words, done)
+    assert machine.run("stop").status == 0
+
+
+@pytest.mark.parametrize("home", ["", "here"])
+def test_a_home_that_is_no_absolute_path_is_refused(machine: Machine, home: str) -> None:
+    del machine.env["XDG_STATE_HOME"]
+    machine.env["HOME"] = home
+    for verb in ("start", "status", "logs", "stop"):
+        assert "set HOME or XDG_STATE_HOME" in machine.run(verb).failure()
 
 
 def test_a_config_that_cannot_be_read_is_told(machine: Machine) -> None:

@@ -385,6 +385,13 @@ def test_a_fat_day_costs_no_other_day_anything(store: gw.UsageStore) -> None:
     assert {"ma", "mb", "other"} <= {row["model"] for row in found["rows"]}
 
 
+def test_the_thread_that_writes_is_there_before_it_is_needed(path: str) -> None:
+    """No thread may be left to be had by then, and what was counted would be lost at the end."""
+    ledger = gw.Ledger(path, gw.Ticker())
+    assert any(thread.name.startswith("usage") for thread in threading.enumerate())
+    ledger.thread.shutdown()
+
+
 def test_a_full_file_joins_rows_of_its_fattest_day_first(path: str) -> None:
     with closing(gw.UsageStore(path, max_pages=60)) as small:
         small.write([answer(at=NOON - 86400 * day) for day in range(30)])
