@@ -258,6 +258,8 @@ MAX_PORT = 65_535
 # gigabytes, so brackets, commas and colons outside strings are counted before parsing.  The most
 # expensive body below this limit, 10,000 pairs of turns to be converted, blocks for 0.3 s.
 MAX_JSON_MARKS = 200_000
+MAX_URL_ESCAPES = 100_000  # like %41, in a data URL: pictures and files come as base64
+MAX_PACKED_MARKS = 100  # in what a client gives back of ours; it has 10
 MAX_EMBEDDING_MARKS = 1_000_000  # numbers cost less; 256 texts of 3,072 dimensions are fewer
 MAX_JSON_KEYS = 1000  # at the top level of a body; no API has 100
 MAX_JSON_DEPTH = 100
@@ -838,14 +840,31 @@ def count_marks(data: bytes) -> int:
     return len(data) - len(data.translate(None, b"[{,:"))
 
 
-def has_too_many_marks(data: bytes, most: int = MAX_JSON_MARKS) -> bool:
-    """Whether JSON holds more than `most` of `[ { , :` outside its strings.
+def count_values(data: bytes, most: int = MAX_JSON_MARKS) -> int:
+    """How many of `[ { , :` JSON holds outside its strings, or more than `most`.
 
-    Every string but one comes after a mark, so no more than that many need to be cut out.
+    Every string but one follows a mark, so no more than that many strings need to be cut out.
     """
-    if len(data) <= most or count_marks(data) <= most:
-        return False
-    return count_marks(JSON_STRING.sub(b"", data, most + 1)) > most
+    return count_marks(JSON_STRING.sub(b"", data, most + 1))
+
+
+def has_too_many_values(data: bytes, most: int = MAX_JSON_MARKS) -> bool:
+    """Whether `count_values` is over `most`, with less work for most JSON."""
+    return len(data) > most and count_marks(data) > most and count_values(data, most) > most
+
+
+def inner_texts(body: Json) -> Iterator[str]:
+    """The strings of a body that are parsed as JSON themselves: the arguments of calls."""
+    waiting = list(body.values())
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, list):
+            waiting += item
+        elif isinstance(item, dict):
+            waiting += item.values()
+            for text in (item.get("arguments"), item.get("input")):
+                if isinstance(text, str) and INNER_JSON.match(text):
+                    yield text
 
 
 def scan_object(text: str) -> Json | None:
@@ -898,7 +917,7 @@ def load_body(data: bytes) -> Json:
         raise InvalidRequest(f"The body is not valid JSON: {redact(str(error), 200)}.") from None
     if is_deeper(body, MAX_JSON_DEPTH):
         raise InvalidRequest(f"The body is nested deeper than {MAX_JSON_DEPTH} levels.")
-    if is_dense or (is_long and b"\\u00" in data):  # which may stand for a mark
+    if is_dense or (is_long and b"\\u00" in data):  # marks may hide in strings, and in escapes
         left = MAX_JSON_MARKS
         for text in inner_texts(body):
             left -= count_values(text.encode("utf-8", "replace"))
@@ -908,14 +927,11 @@ def load_body(data: bytes) -> Json:
 
 
 def load_object(data: bytes | str, most_marks: int = MAX_JSON_MARKS) -> Json | None:
-    """The JSON object in `data`, or None where there is none, or one of too many values.
-
-    For an upstream's words: they are as little trusted as a client's.
-    """
+    """The JSON object in untrusted `data`, or None, also if it has too many values."""
     try:
         if len(data) > most_marks:
             raw = data.encode("utf-8", "replace") if isinstance(data, str) else data
-            if has_too_many_marks(raw, most_marks):
+            if has_too_many_values(raw, most_marks):
                 return None
         value = load_json(data)
     except ValueError:
@@ -2214,7 +2230,7 @@ def load_frame(data: bytes) -> Json | None:
 
     The kept decoder's scanner costs half of `json.loads` with its options.
     """
-    if has_too_many_marks(data):
+    if has_too_many_values(data):
         return None
     try:
         text = data.decode()
