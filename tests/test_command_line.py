@@ -491,6 +491,14 @@ def test_what_is_no_plain_file_is_not_read_as_a_log(machine: Machine) -> None:
     assert machine.run("logs").out == "line\n"
 
 
+def test_no_sign_in_of_another_program_is_waited_for(machine: Machine) -> None:
+    home = Path(machine.env["HOME"])
+    for name in (".aws/sso/cache/kiro-auth-token.json", ".local/share/kiro-cli/data.sqlite3"):
+        (home / name).parent.mkdir(parents=True)
+        os.mkfifo(home / name)
+    assert "no sign-in of another program" in machine.run("auth", "import", "--yes").failure()
+
+
 def test_a_log_file_is_rotated_and_three_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "x.log"
     log = gw.LogFile(str(path), max_bytes=1000)
