@@ -274,6 +274,7 @@ MAX_REFUSAL_TEXT = 2000  # characters kept of an upstream's message
 MAX_CODE_TEXT = 100  # and of its code
 MAX_LOG_LINE = 16_000  # characters; of a traceback, too
 MAX_ERROR_BODY_BYTES = 64 * KIB  # of an upstream's error answer; the rest is not read
+ERROR_BODY_SECONDS = 5.0  # for all of it, as a byte now and then is no silence
 MAX_COLLECTED_BYTES = 64 * MIB  # of an upstream's stream, for a caller that wants no stream
 FIRST_PARSED_EVENTS = 4  # of a read, before its plain deltas are copied
 # One server-sent event, as images come as one frame, or an answer that is not streamed.
@@ -1066,6 +1067,11 @@ def one_line(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
     return UNSEEN.sub(lambda found: " " if found[0].isspace() else "", text)
+
+
+def name_of_key(kept: Json, key: str) -> str:
+    """The name at `key`, cut; "" for anything else: for what services call things."""
+    return text_of_key(kept, key)[:MAX_NAME_CHARS]
 
 
 def str_or_empty(obj: Json, key: str) -> str:
@@ -9220,9 +9226,9 @@ def read_copilot_model(entry: Json, provider: str) -> Model | None:
         if kind == "embeddings"
         else tuple(ENDPOINT_DIALECTS[e] for e in map(str, endpoints) if e in ENDPOINT_DIALECTS),
         embeds=kind == "embeddings",
-        name=text_of_key(entry, "name")[:MAX_NAME_CHARS] or model_id,
-        family=text_of_key(capabilities, "family")[:MAX_NAME_CHARS].lower(),
-        vendor=text_of_key(entry, "vendor")[:MAX_NAME_CHARS],
+        name=name_of_key(entry, "name") or model_id,
+        family=name_of_key(capabilities, "family").lower(),
+        vendor=name_of_key(entry, "vendor"),
         max_output=positive(limits.get("max_output_tokens")),
         max_prompt=positive(limits.get("max_prompt_tokens")),
         context=positive(limits.get("max_context_window_tokens")),
@@ -10776,6 +10782,8 @@ def write_embeddings(rows: list[Json], usage: Usage, is_packed: bool) -> Json:
     data = []
     for index, row in enumerate(rows):
         vector = row.get("embedding")
+        if not isinstance(vector, (list, str)):
+            raise UpstreamError("The upstream's answer misses an embedding.")
         if is_packed and isinstance(vector, list):
             try:
                 packed = struct.pack(f"<{len(vector)}f", *vector)
@@ -11435,13 +11443,13 @@ def read_copilot_quota(body: Json) -> Quota:
         names = [*dict.fromkeys([*monthly, *left])][:MAX_ALLOWANCES]
         rows = {n: {"entitlement": monthly.get(n), "remaining": left.get(n)} for n in names}
     by_tokens = read_flag(body.get("token_based_billing"))
-    named = {ALLOWANCE_NAMES.get(name, name): row for name, row in rows.items()}
+    named = {ALLOWANCE_NAMES.get(n, n)[:MAX_NAME_CHARS]: row for n, row in rows.items()}
     found = (read_allowance(name, row, by_tokens) for name, row in named.items())
     dates = ("quota_reset_date_utc", "quota_reset_date", "limited_user_reset_date")
     free = "free_limited" in text_of_key(body, "access_type_sku")  # whatever the plan is called
     return Quota(
-        account=text_of_key(body, "login"),
-        plan="free" if free else text_of_key(body, "copilot_plan"),
+        account=name_of_key(body, "login"),
+        plan="free" if free else name_of_key(body, "copilot_plan"),
         allowances=[row for row in found if row is not None],
         resets_at=next(filter(None, (read_time(body.get(key)) for key in dates)), 0.0),
     )
@@ -12029,7 +12037,7 @@ def read_kiro_model(entry: Json, provider: str) -> Model | None:
         id=model_id,
         provider=provider,
         dialects=(KIRO.name,),
-        name=text_of_key(entry, "modelName")[:MAX_NAME_CHARS] or model_id,
+        name=name_of_key(entry, "modelName") or model_id,
         vendor=KIRO_VENDORS.get(re.split(r"[-.]", model_id.lower())[0], ""),
         max_output=positive(limits.get("maxOutputTokens")),
         max_prompt=window,
@@ -12107,7 +12115,7 @@ def kiro_credit_parts(row: Json, now: float) -> list[AllowancePart]:
     for bonus in bonuses[:MAX_ALLOWANCES] if isinstance(bonuses, list) else ():
         if isinstance(bonus, dict) and bonus.get("status", "ACTIVE") == "ACTIVE":
             until = read_time(bonus.get("expiresAt"))
-            name = text_of_key(bonus, "displayName") or "bonus"
+            name = name_of_key(bonus, "displayName") or "bonus"
             parts += [part(name, bonus, until)] if not until or until > now else []
     return parts
 
@@ -12119,12 +12127,12 @@ def read_kiro_limits(body: Json, now: float) -> KiroLimits:
     overage = details(body, "overageConfiguration").get("overageStatus") == "ENABLED"
     reset = row.get("nextDateReset") or body.get("nextDateReset")
     return KiroLimits(
-        plan=text_of_key(details(body, "subscriptionInfo"), "subscriptionTitle"),
+        plan=name_of_key(details(body, "subscriptionInfo"), "subscriptionTitle"),
         used=float(sum(part.used for part in parts)),
         limit=float(sum(part.limit for part in parts)),
         resets_at=read_time(reset),
         overage=overage,
-        user=text_of_key(details(body, "userInfo"), "email"),
+        user=name_of_key(details(body, "userInfo"), "email"),
     )
 
 
@@ -17037,8 +17045,9 @@ class Attempt:
     async def read_refusal(answer: UpstreamAnswer) -> bytes:
         """The body of an error answer, or of what is left of it: the status alone must do then."""
         try:
-            return await answer.read(MAX_ERROR_BODY_BYTES)
-        except ApiError:
+            async with asyncio.timeout(ERROR_BODY_SECONDS):
+                return await answer.read(MAX_ERROR_BODY_BYTES)
+        except (ApiError, TimeoutError):
             return b""
         finally:
             answer.close(ended=False)
