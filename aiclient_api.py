@@ -374,6 +374,7 @@ SETTLE_SECONDS = 3.0  # what a stop waits for a refresh's answer, which may be t
 KIRO_CONTROL_SECONDS = 30.0
 KIRO_PEEK_BYTES = 256 * KIB  # of an answer, in which a first word is looked for
 KIRO_MODEL_PAGES = 5  # of a list that never ends
+KIRO_PROFILES = 10  # of an organisation, which are named where one must be chosen
 MAX_TOKEN_SECONDS = 24 * 3600.0  # a token that says it lasts longer met a wrong clock
 
 # Numbers from outside, which may be NaN, infinite or have a thousand digits.
@@ -18221,7 +18222,11 @@ class KiroProvider:
             bases = [KIRO_MANAGEMENT_URL.format(region=region) for region in KIRO_REGIONS]
         for base in bases:
             body = await self.ask_control(
-                login, "POST", [base], "/ListAvailableProfiles", dump_json({"maxResults": 10})
+                login,
+                "POST",
+                [base],
+                "/ListAvailableProfiles",
+                dump_json({"maxResults": KIRO_PROFILES}),
             )
             if isinstance(body, Verdict):
                 error = body.error
@@ -18230,10 +18235,10 @@ class KiroProvider:
                     self.profile_sought = False  # it may be found the next time
                 continue
             rows = body.get("profiles")
-            for row in rows if isinstance(rows, list) else ():
+            for row in rows[:KIRO_PROFILES] if isinstance(rows, list) else ():
                 arn = row.get("arn") if isinstance(row, dict) else None
                 if isinstance(arn, str) and KIRO_ARN.fullmatch(arn):
-                    found[arn] = str(row.get("profileName") or "unnamed")
+                    found[arn] = name_of_key(row, "profileName") or "unnamed"
         return found
 
     async def ask_control(
@@ -18302,7 +18307,7 @@ class KiroProvider:
             rows = body.get("models")
             entries += rows[: MAX_LISTED_MODELS - len(entries)] if isinstance(rows, list) else []
             following = body.get("nextToken")
-            if not isinstance(following, str) or not following:
+            if not isinstance(following, str) or not TARGET.fullmatch(following):
                 break
             query["nextToken"] = following
         found = read_kiro_models(entries, self.name)
