@@ -270,6 +270,7 @@ MAX_REFUSAL_TEXT = 2000  # characters kept of an upstream's message
 MAX_CODE_TEXT = 100  # and of its code
 MAX_LOG_LINE = 16_000  # characters; of a traceback, too
 MAX_ERROR_BODY_BYTES = 64 * KIB  # of an upstream's error answer; the rest is not read
+ERROR_BODY_SECONDS = 5.0  # for all of it, as a byte now and then is no silence
 MAX_COLLECTED_BYTES = 64 * MIB  # of an upstream's stream, for a caller that wants no stream
 FIRST_PARSED_EVENTS = 4  # of a read, before its plain deltas are copied
 # One server-sent event, as images come as one frame, or an answer that is not streamed.
@@ -372,6 +373,7 @@ SETTLE_SECONDS = 3.0  # for a pending refresh at shutdown: losing its response m
 KIRO_CONTROL_SECONDS = 30.0
 KIRO_PEEK_BYTES = 256 * KIB  # of an answer, in which a first word is looked for
 KIRO_MODEL_PAGES = 5  # of a list that never ends
+KIRO_PROFILES = 10  # of an organisation, which are named where one must be chosen
 MAX_TOKEN_SECONDS = 24 * 3600.0  # a token that says it lasts longer met a wrong clock
 
 # Numbers from outside may be NaN, infinite or a thousand digits long.
@@ -1040,6 +1042,11 @@ def one_line(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
     return UNSEEN.sub(lambda found: " " if found[0].isspace() else "", text)
+
+
+def name_of_key(kept: Json, key: str) -> str:
+    """The name at `key`, cut; "" for anything else: for what services call things."""
+    return text_of_key(kept, key)[:MAX_NAME_CHARS]
 
 
 def str_or_empty(obj: Json, key: str) -> str:
@@ -8594,9 +8601,9 @@ def read_copilot_model(entry: Json, provider: str) -> Model | None:
         if kind == "embeddings"
         else tuple(ENDPOINT_DIALECTS[e] for e in map(str, endpoints) if e in ENDPOINT_DIALECTS),
         embeds=kind == "embeddings",
-        name=text_of_key(entry, "name")[:MAX_NAME_CHARS] or model_id,
-        family=text_of_key(capabilities, "family")[:MAX_NAME_CHARS].lower(),
-        vendor=text_of_key(entry, "vendor")[:MAX_NAME_CHARS],
+        name=name_of_key(entry, "name") or model_id,
+        family=name_of_key(capabilities, "family").lower(),
+        vendor=name_of_key(entry, "vendor"),
         max_output=positive(limits.get("max_output_tokens")),
         max_prompt=positive(limits.get("max_prompt_tokens")),
         context=positive(limits.get("max_context_window_tokens")),
@@ -10023,6 +10030,8 @@ def write_embeddings(rows: list[Json], usage: Usage, is_packed: bool) -> Json:
     data = []
     for index, row in enumerate(rows):
         vector = row.get("embedding")
+        if not isinstance(vector, (list, str)):
+            raise UpstreamError("The upstream's answer misses an embedding.")
         if is_packed and isinstance(vector, list):
             try:
                 packed = struct.pack(f"<{len(vector)}f", *vector)
@@ -10634,13 +10643,13 @@ def read_copilot_quota(body: Json) -> Quota:
         names = [*dict.fromkeys([*monthly, *left])][:MAX_ALLOWANCES]
         rows = {n: {"entitlement": monthly.get(n), "remaining": left.get(n)} for n in names}
     by_tokens = read_flag(body.get("token_based_billing"))
-    named = {ALLOWANCE_NAMES.get(name, name): row for name, row in rows.items()}
+    named = {ALLOWANCE_NAMES.get(n, n)[:MAX_NAME_CHARS]: row for n, row in rows.items()}
     found = (read_allowance(name, row, by_tokens) for name, row in named.items())
     dates = ("quota_reset_date_utc", "quota_reset_date", "limited_user_reset_date")
     free = "free_limited" in text_of_key(body, "access_type_sku")  # whatever `copilot_plan` says
     return Quota(
-        account=text_of_key(body, "login"),
-        plan="free" if free else text_of_key(body, "copilot_plan"),
+        account=name_of_key(body, "login"),
+        plan="free" if free else name_of_key(body, "copilot_plan"),
         allowances=[row for row in found if row is not None],
         resets_at=next(filter(None, (read_time(body.get(key)) for key in dates)), 0.0),
     )
@@ -11199,7 +11208,7 @@ def read_kiro_model(entry: Json, provider: str) -> Model | None:
         id=model_id,
         provider=provider,
         dialects=(KIRO.name,),
-        name=text_of_key(entry, "modelName")[:MAX_NAME_CHARS] or model_id,
+        name=name_of_key(entry, "modelName") or model_id,
         vendor=KIRO_VENDORS.get(re.split(r"[-.]", model_id.lower())[0], ""),
         max_output=positive(limits.get("maxOutputTokens")),
         max_prompt=window,
@@ -11269,7 +11278,7 @@ def kiro_credit_parts(row: Json, now: float) -> list[AllowancePart]:
     for bonus in bonuses[:MAX_ALLOWANCES] if isinstance(bonuses, list) else ():
         if isinstance(bonus, dict) and bonus.get("status", "ACTIVE") == "ACTIVE":
             until = read_time(bonus.get("expiresAt"))
-            name = text_of_key(bonus, "displayName") or "bonus"
+            name = name_of_key(bonus, "displayName") or "bonus"
             parts += [part(name, bonus, until)] if not until or until > now else []
     return parts
 
@@ -11280,12 +11289,12 @@ def read_kiro_limits(body: Json, now: float) -> KiroLimits:
     overage = details(body, "overageConfiguration").get("overageStatus") == "ENABLED"
     reset = row.get("nextDateReset") or body.get("nextDateReset")
     return KiroLimits(
-        plan=text_of_key(details(body, "subscriptionInfo"), "subscriptionTitle"),
+        plan=name_of_key(details(body, "subscriptionInfo"), "subscriptionTitle"),
         used=float(sum(part.used for part in parts)),
         limit=float(sum(part.limit for part in parts)),
         resets_at=read_time(reset),
         overage=overage,
-        user=text_of_key(details(body, "userInfo"), "email"),
+        user=name_of_key(details(body, "userInfo"), "email"),
     )
 
 
@@ -15973,8 +15982,9 @@ class Attempt:
     async def read_refusal(answer: UpstreamAnswer) -> bytes:
         """The body of an error response; b"" if it breaks off: the status must do then."""
         try:
-            return await answer.read(MAX_ERROR_BODY_BYTES)
-        except ApiError:
+            async with asyncio.timeout(ERROR_BODY_SECONDS):
+                return await answer.read(MAX_ERROR_BODY_BYTES)
+        except (ApiError, TimeoutError):
             return b""
         finally:
             answer.close(ended=False)
@@ -17070,7 +17080,11 @@ class KiroProvider:
             bases = [KIRO_MANAGEMENT_URL.format(region=region) for region in KIRO_REGIONS]
         for base in bases:
             body = await self.ask_control(
-                login, "POST", [base], "/ListAvailableProfiles", dump_json({"maxResults": 10})
+                login,
+                "POST",
+                [base],
+                "/ListAvailableProfiles",
+                dump_json({"maxResults": KIRO_PROFILES}),
             )
             if isinstance(body, Verdict):
                 error = body.error
@@ -17079,10 +17093,10 @@ class KiroProvider:
                     self.profile_sought = False  # it may be found the next time
                 continue
             rows = body.get("profiles")
-            for row in rows if isinstance(rows, list) else ():
+            for row in rows[:KIRO_PROFILES] if isinstance(rows, list) else ():
                 arn = row.get("arn") if isinstance(row, dict) else None
                 if isinstance(arn, str) and KIRO_ARN.fullmatch(arn):
-                    found[arn] = str(row.get("profileName") or "unnamed")
+                    found[arn] = name_of_key(row, "profileName") or "unnamed"
         return found
 
     async def ask_control(
@@ -17147,7 +17161,7 @@ class KiroProvider:
             rows = body.get("models")
             entries += rows[: MAX_LISTED_MODELS - len(entries)] if isinstance(rows, list) else []
             following = body.get("nextToken")
-            if not isinstance(following, str) or not following:
+            if not isinstance(following, str) or not TARGET.fullmatch(following):
                 break
             query["nextToken"] = following
         found = read_kiro_models(entries, self.name)

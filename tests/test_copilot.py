@@ -1267,6 +1267,12 @@ def test_an_upstream_that_falls_silent_ends_with_an_error(
     hasty.fake.cancelled.clear()
 
 
+def test_an_error_whose_words_do_not_come_is_told_by_its_status(pair: Pair) -> None:
+    pair.fake.queue(Answer(413, {"Content-Type": "application/json"}, [b"{"], then="hang"))
+    reply = pair.ask(CHAT, "hi", GPT)
+    assert reply.status == 413, reply
+
+
 @BOTH
 def test_an_upstream_that_never_answers_is_a_timeout(hasty: Pair, path: str) -> None:
     hasty.fake.calls.clear()

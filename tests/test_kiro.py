@@ -483,6 +483,13 @@ def test_a_list_without_end_is_left_after_some_pages(make: Make) -> None:
     assert len(pair.controls("ListAvailableModels")) < 20
 
 
+def test_a_list_whose_next_page_has_no_name_ends_there(make: Make) -> None:
+    pair = make()
+    page = b'{"models":[{"modelId":"claude-sonnet-4.5"}],"nextToken":"\\ud800"}'
+    pair.fake.models_answers.append(Answer(200, {"Content-Type": "application/json"}, page))
+    assert set(pair.models()) == {SONNET}
+
+
 @pytest.mark.parametrize("status", [200, 503])
 def test_a_list_that_cannot_be_had_is_replaced_by_one_marked_as_guessed(
     make: Make, status: int
@@ -1306,10 +1313,11 @@ def test_the_profile_of_an_organisation_is_found_and_saved(
 def test_several_profiles_are_named_until_one_is_set(make: Make) -> None:
     other = "arn:aws:codewhisperer:us-east-1:000000000000:profile/EXAMPLEOTHER"
     pair = make("idc", token={"profile_arn": None})
-    pair.fake.profiles.append({"arn": other, "profileName": "EXAMPLE two", "status": "ACTIVE"})
+    name = "EXAMPLE two" + "o" * 100_000
+    pair.fake.profiles.append({"arn": other, "profileName": name, "status": "ACTIVE"})
     for path in (CHAT, MESSAGES, CHAT):
         reply = pair.ask(path, "hi")
-        assert reply.status == 503
+        assert reply.status == 503 and len(reply.body) < 2000
         assert reply.headers["x-should-retry"] == "false"
         for words in ("profile_arn", str(pair.fake.arn), other, "EXAMPLE two"):
             assert words in error(reply)["message"]

@@ -122,6 +122,15 @@ def test_a_list_without_end_is_read_in_part() -> None:
     assert len(models["m-0"].name) == gw.MAX_NAME_CHARS and models["m-0"].vendor == ""
 
 
+def test_names_without_end_are_cut_wherever_they_are_shown() -> None:
+    long = "n" * 100_000
+    body = {"login": long, "copilot_plan": long, "quota_snapshots": {long: {"entitlement": 9}}}
+    credits_ = {"currentUsage": 1, "usageLimit": 2, "bonuses": [{"displayName": long}]}
+    limits = {"subscriptionInfo": {"subscriptionTitle": long}, "usageBreakdownList": [credits_]}
+    for quota in (gw.read_copilot_quota(body), gw.read_kiro_quota(limits, 0.0)):
+        assert quota.allowances and len(gw.dump_json(quota.as_json())) < 2000
+
+
 @pytest.mark.parametrize("odd", [None, "1", [], 1e39, 10**400])
 def test_embeddings_that_are_no_numbers_are_an_error_of_the_upstream(odd: Any) -> None:
     with pytest.raises(gw.UpstreamError, match="not numbers"):
