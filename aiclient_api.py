@@ -743,7 +743,7 @@ class UpstreamTimeout(ApiError):
 
 
 @dataclass(slots=True)
-class Verdict:
+class RetryDecision:
     """What one refused attempt means: the error for the client, and what to try before that.
 
     `remedy` is "" (nothing helps), wait (back off), pause (as long as the upstream asks, or longer
@@ -2555,7 +2555,7 @@ EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
 @dataclass(slots=True)
-class Chat:
+class Conversation:
     model: str = ""
     system: list[Text] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
@@ -2668,13 +2668,13 @@ class Usage:
 
 
 @dataclass(slots=True)
-class Started:
+class MessageStart:
     id: str = ""
     model: str = ""
 
 
 @dataclass(slots=True)
-class Opened:
+class BlockStart:
     """A block begins: `kind` is text, thinking, redacted, refusal, tool or opaque."""
 
     kind: str
@@ -2684,7 +2684,7 @@ class Opened:
 
 
 @dataclass(slots=True)
-class Added:
+class BlockDelta:
     """A delta of the open block: `part` is text, arguments, signature or citation."""
 
     part: str
@@ -2693,19 +2693,19 @@ class Added:
 
 
 @dataclass(slots=True)
-class Closed:
+class BlockStop:
     """The open block is complete."""
 
 
 @dataclass(slots=True)
-class Counted:
+class UsageUpdate:
     """Cumulative usage: the last one counts."""
 
     usage: Usage
 
 
 @dataclass(slots=True)
-class Finished:
+class MessageStop:
     """The response is complete: `reason` is end, stop, tool, length, context, filter or pause."""
 
     reason: str
@@ -2714,28 +2714,30 @@ class Finished:
 
 
 @dataclass(slots=True)
-class Failed:
+class StreamError:
     error: ApiError
 
 
 if TYPE_CHECKING:
-    Event = Started | Opened | Added | Closed | Counted | Finished | Failed
+    Event = (
+        MessageStart | BlockStart | BlockDelta | BlockStop | UsageUpdate | MessageStop | StreamError
+    )
 
 OFF_PROTOCOL = "The upstream's answer does not follow its own protocol."
 
 # (state, event) -> state; any other pair is a protocol error.
 ANSWER_STATES: dict[tuple[str, str], str] = {
-    ("new", "Started"): "open",
-    ("new", "Counted"): "new",
-    ("open", "Opened"): "block",
-    ("open", "Counted"): "open",
-    ("open", "Finished"): "over",
-    ("block", "Added"): "block",
-    ("block", "Counted"): "block",
-    ("block", "Closed"): "open",
-    ("new", "Failed"): "over",
-    ("open", "Failed"): "over",
-    ("block", "Failed"): "over",
+    ("new", "MessageStart"): "open",
+    ("new", "UsageUpdate"): "new",
+    ("open", "BlockStart"): "block",
+    ("open", "UsageUpdate"): "open",
+    ("open", "MessageStop"): "over",
+    ("block", "BlockDelta"): "block",
+    ("block", "UsageUpdate"): "block",
+    ("block", "BlockStop"): "open",
+    ("new", "StreamError"): "over",
+    ("open", "StreamError"): "over",
+    ("block", "StreamError"): "over",
 }
 
 
@@ -2770,15 +2772,15 @@ class Checker:
         if state is None:
             raise UpstreamError(OFF_PROTOCOL)
         self.state = state
-        if isinstance(event, Added):
+        if isinstance(event, BlockDelta):
             if event.part == "arguments":
                 self.guard.check(event.text)
-        elif isinstance(event, Opened) and event.kind == "tool":
+        elif isinstance(event, BlockStart) and event.kind == "tool":
             self.called = True
             self.guard = RunawayGuard()
         # Copilot and others say "stop" after a tool call (seen in 2026-08).
-        if isinstance(event, Finished) and self.called and event.reason in ("end", "stop"):
-            return Finished("tool")
+        if isinstance(event, MessageStop) and self.called and event.reason in ("end", "stop"):
+            return MessageStop("tool")
         return event
 
     def end(self) -> None:
@@ -2798,14 +2800,14 @@ class StopCutter:
 
     def take(self, event: Event) -> list[Event]:
         if self.hit:
-            return [event] if isinstance(event, Counted) else []
-        if isinstance(event, Opened):
+            return [event] if isinstance(event, UsageUpdate) else []
+        if isinstance(event, BlockStart):
             self.in_text = event.kind == "text"
-        elif isinstance(event, Added) and self.in_text and event.part == "text":
+        elif isinstance(event, BlockDelta) and self.in_text and event.part == "text":
             return self.cut(self.held + event.text)
-        elif isinstance(event, Closed) and self.held:
+        elif isinstance(event, BlockStop) and self.held:
             held, self.held = self.held, ""
-            return [Added("text", held), event]
+            return [BlockDelta("text", held), event]
         return [event]
 
     def cut(self, text: str) -> list[Event]:
@@ -2814,12 +2816,12 @@ class StopCutter:
             # The one completed first, so that chunk boundaries do not matter.
             at, stop = min(found, key=lambda hit: (hit[0] + len(hit[1]), hit[0]))
             self.hit = True
-            before: list[Event] = [Added("text", text[:at])] if at else []
-            return [*before, Closed(), Finished("stop", stop)]
+            before: list[Event] = [BlockDelta("text", text[:at])] if at else []
+            return [*before, BlockStop(), MessageStop("stop", stop)]
         keep = max(self.overlap(text, stop) for stop in self.stops)
         self.held = text[len(text) - keep :]
         text = text[: len(text) - keep]
-        return [Added("text", text)] if text else []
+        return [BlockDelta("text", text)] if text else []
 
     @staticmethod
     def overlap(text: str, stop: str) -> int:
@@ -3335,7 +3337,7 @@ def estimate_request(body: Json) -> int:
 
 
 @dataclass(slots=True)
-class Outline:
+class RequestInfo:
     """The facts that routing and billing need from a request body, read without converting it."""
 
     model: str
@@ -3348,7 +3350,7 @@ class Outline:
 
 
 @dataclass(slots=True)
-class Terms:
+class ResponseContext:
     """What shapes one response besides the upstream's bytes."""
 
     id: str
@@ -3426,12 +3428,12 @@ class UpstreamDialect(Protocol):
 
     name: str
 
-    def write_request(self, chat: Chat, model: Model) -> Json:
+    def write_request(self, chat: Conversation, model: Model) -> Json:
         """The body of a streaming request to `model`; raises InvalidRequest."""
 
     def framing(self) -> Framing: ...
 
-    def reader(self, terms: Terms) -> Reader: ...
+    def reader(self, terms: ResponseContext) -> Reader: ...
 
     def unfold(self, whole: Json) -> list[Json]:
         """The frames equivalent to a non-streaming response."""
@@ -3447,17 +3449,17 @@ class Dialect(UpstreamDialect, Protocol):
     is_numbered: bool  #: its frames carry a `sequence_number`
     id_prefix: str  #: prefix of its response ids
 
-    def outline(self, body: Json) -> Outline:
+    def outline(self, body: Json) -> RequestInfo:
         """The facts routing needs; raises InvalidRequest."""
 
-    def read_request(self, body: Json) -> Chat:
+    def read_request(self, body: Json) -> Conversation:
         """Raises InvalidRequest for what cannot be converted."""
 
     def has_image(self, body: Json) -> bool: ...
 
-    def writer(self, terms: Terms) -> Writer: ...
+    def writer(self, terms: ResponseContext) -> Writer: ...
 
-    def relay(self, terms: Terms) -> Relay: ...
+    def relay(self, terms: ResponseContext) -> Relay: ...
 
     def fold(self, frames: list[Json]) -> Json:
         """The non-streaming response equivalent to a finished stream of frames."""
@@ -3471,14 +3473,14 @@ class Dialect(UpstreamDialect, Protocol):
         """The status that this dialect's clients expect for `error`."""
 
     def error_frames(
-        self, error: ApiError, request_id: str, terms: Terms, begun: bool
+        self, error: ApiError, request_id: str, terms: ResponseContext, begun: bool
     ) -> list[Json]:
         """The frames that end a stream with an error; `begun`: others were sent before."""
 
     def ping(self, begun: bool) -> bytes:
         """A keep-alive in the form that its clients accept."""
 
-    def alive(self, terms: Terms) -> Json | None:
+    def alive(self, terms: ResponseContext) -> Json | None:
         """A frame that serves as keep-alive, if its clients do not accept a ping."""
 
 
@@ -3957,7 +3959,7 @@ def read_messages_usage(said: Json, usage: Usage) -> None:
     usage.source = "reported"
 
 
-def settle_usage(usage: Usage, terms: Terms, said: float) -> Usage:
+def settle_usage(usage: Usage, terms: ResponseContext, said: float) -> Usage:
     """The usage to report at the end of a response; `said`: its estimated output tokens.
 
     If the context size after the response is known, it is taken as input plus output (seen in
@@ -4057,13 +4059,13 @@ def write_openai_error(error: ApiError, conversation: str = "messages") -> Json:
 class ChatRequestReader:
     def __init__(self, body: Json) -> None:
         self.body = body
-        self.chat = Chat()
+        self.chat = Conversation()
         #: call id -> results still to come, in order; matches results that have no id
         self.pending: OrderedDict[str, int] = OrderedDict()
         names = [m.get("name") for m in message_list(body) if m.get("role") == "user"]
         self.named = len({name for name in names if isinstance(name, str)}) > 1
 
-    def read(self) -> Chat:
+    def read(self) -> Conversation:
         self.refuse_lossy()
         for index, message in enumerate(message_list(self.body)):
             self.read_message(message, f"messages.{index}")
@@ -4252,7 +4254,7 @@ def write_chat_document(document: Document, model: Model) -> Json:
 
 
 class ChatRequestWriter:
-    def __init__(self, chat: Chat, model: Model) -> None:
+    def __init__(self, chat: Conversation, model: Model) -> None:
         self.chat = chat
         self.model = model
 
@@ -4468,7 +4470,7 @@ class ChatReader:
     buffered until it is complete.
     """
 
-    def __init__(self, terms: Terms) -> None:
+    def __init__(self, terms: ResponseContext) -> None:
         self.terms = terms
         self.usage = Usage()
         self.live = ""  # kind of the open block
@@ -4483,7 +4485,7 @@ class ChatReader:
 
     def read(self, frame: Json) -> list[Event]:
         if frame.get("error"):
-            return [Failed(read_stream_error(frame["error"]))]
+            return [StreamError(read_stream_error(frame["error"]))]
         if frame.get("type") == "[DONE]":
             return self.end()
         events: list[Event] = []
@@ -4491,7 +4493,7 @@ class ChatReader:
         choices = choices if isinstance(choices, list) else []
         if not self.started and (choices or frame.get("usage")):
             self.started = True
-            events.append(Started(str(frame.get("id") or ""), str(frame.get("model") or "")))
+            events.append(MessageStart(str(frame.get("id") or ""), str(frame.get("model") or "")))
         for choice in choices:
             if isinstance(choice, dict):
                 self.read_choice(choice, events)
@@ -4552,14 +4554,14 @@ class ChatReader:
         call = self.calls[key]
         call.id = call.id or f"call_{short_hash(f'{call.name}{key}', 16)}"
         self.live, self.live_call = "tool", call
-        events.append(Opened("tool", call.id, call.name))
+        events.append(BlockStart("tool", call.id, call.name))
         self.send_arguments(call, events)
 
     @staticmethod
     def send_arguments(call: StreamedCall, events: list[Event]) -> None:
         text = call.unsent()
         if text:
-            events.append(Added("arguments", text))
+            events.append(BlockDelta("arguments", text))
 
     def add(self, kind: str, words: str, events: list[Event]) -> None:
         """Adds text to a block of `kind`, now or once the live call is complete."""
@@ -4571,18 +4573,18 @@ class ChatReader:
         if self.live != kind:
             self.close(events)
             self.live = kind
-            events.append(Opened(kind))
-        events.append(Added("text", words))
+            events.append(BlockStart(kind))
+        events.append(BlockDelta("text", words))
 
     def close(self, events: list[Event]) -> None:
         if not self.live:
             return
         if self.live == "thinking" and self.opaque:
-            events.append(Added("signature", CHAT_ENVELOPE + self.opaque))
+            events.append(BlockDelta("signature", CHAT_ENVELOPE + self.opaque))
             self.opaque = ""
         if self.live_call is not None:
             self.live_call.closed = True
-        events.append(Closed())
+        events.append(BlockStop())
         self.live, self.live_call = "", None
 
     def end(self) -> list[Event]:
@@ -4603,22 +4605,25 @@ class ChatReader:
             self.terms.keep([call.id for call in self.calls.values()], thought, self.sealed)
         if self.opaque:
             # The signature came after the thinking block, or without one.
-            events += [Opened("redacted", raw={"data": CHAT_ENVELOPE + self.opaque}), Closed()]
+            events += [
+                BlockStart("redacted", raw={"data": CHAT_ENVELOPE + self.opaque}),
+                BlockStop(),
+            ]
         if self.usage.source:
-            events.append(Counted(self.usage))
+            events.append(UsageUpdate(self.usage))
         reason = "tool" if self.calls else CHAT_FINISHES.get(self.finish, "")
         if self.finish == "length":
             reason = "length"
         if reason:
-            events.append(Finished(reason))
+            events.append(MessageStop(reason))
         else:
-            events.append(Failed(UpstreamError(f"The upstream ended with {self.finish!r}.")))
+            events.append(StreamError(UpstreamError(f"The upstream ended with {self.finish!r}.")))
         self.finish = ""
         return events
 
 
 class ChatWriter:
-    def __init__(self, terms: Terms) -> None:
+    def __init__(self, terms: ResponseContext) -> None:
         self.terms = terms
         self.usage = Usage()
         self.calls = -1
@@ -4635,29 +4640,29 @@ class ChatWriter:
         }
 
     def write(self, event: Event) -> list[Json]:
-        if isinstance(event, Added):
+        if isinstance(event, BlockDelta):
             return self.write_added(event)
-        if isinstance(event, Started):
+        if isinstance(event, MessageStart):
             return [self.chunk({"role": "assistant", "content": ""})]
-        if isinstance(event, Opened):
+        if isinstance(event, BlockStart):
             self.kind = event.kind
             if event.kind != "tool":
                 return []
             self.calls += 1
             self.empty_call = True
             return [self.write_call(event)]
-        if isinstance(event, Closed):
+        if isinstance(event, BlockStop):
             if self.kind == "tool" and self.empty_call:
                 return [self.chunk(self.arguments_delta("{}"))]
             return []
-        if isinstance(event, Counted):
+        if isinstance(event, UsageUpdate):
             self.usage = event.usage
             return []
-        if isinstance(event, Finished):
+        if isinstance(event, MessageStop):
             return self.write_finish(event)
         raise event.error
 
-    def write_added(self, event: Added) -> list[Json]:
+    def write_added(self, event: BlockDelta) -> list[Json]:
         """Signatures and citations have no place in this dialect."""
         if self.kind == "tool":
             if event.part != "arguments" or not event.text:
@@ -4671,7 +4676,7 @@ class ChatWriter:
         key = "content" if self.kind == "text" else "refusal"
         return [self.chunk({key: event.text})]
 
-    def write_call(self, event: Opened) -> Json:
+    def write_call(self, event: BlockStart) -> Json:
         """The first fragment of a call, the only one with id, type and name."""
         function = {"name": event.name, "arguments": ""}
         if self.terms.legacy_functions:
@@ -4684,7 +4689,7 @@ class ChatWriter:
             return {"function_call": {"arguments": text}}
         return {"tool_calls": [{"index": self.calls, "function": {"arguments": text}}]}
 
-    def write_finish(self, event: Finished) -> list[Json]:
+    def write_finish(self, event: MessageStop) -> list[Json]:
         word = CHAT_FINISH_WORDS[event.reason]
         if word == "tool_calls" and self.terms.legacy_functions:
             word = "function_call"
@@ -4762,7 +4767,7 @@ class ChatRelay:
     and in its place.
     """
 
-    def __init__(self, terms: Terms) -> None:
+    def __init__(self, terms: ResponseContext) -> None:
         self.terms = terms
         self.usage = Usage()
         self.said = 0.0
@@ -4911,13 +4916,13 @@ class ChatDialect:
     is_numbered = False
     id_prefix = "chatcmpl-"
 
-    def outline(self, body: Json) -> Outline:
+    def outline(self, body: Json) -> RequestInfo:
         messages = message_list(body)
         last = messages[-1].get("role")
         session = body.get("prompt_cache_key") or body.get("user") or ""
         system = next((m.get("content") for m in messages if m.get("role") == "system"), "")
         options = dict_field(body, "stream_options")
-        return Outline(
+        return RequestInfo(
             model=need_str(body, "model"),
             stream=take_bool(body, "stream"),
             include_usage=bool_field(options, "include_usage", "stream_options") or False,
@@ -4926,10 +4931,10 @@ class ChatDialect:
             opening=opening_words(system, messages),
         )
 
-    def read_request(self, body: Json) -> Chat:
+    def read_request(self, body: Json) -> Conversation:
         return ChatRequestReader(body).read()
 
-    def write_request(self, chat: Chat, model: Model) -> Json:
+    def write_request(self, chat: Conversation, model: Model) -> Json:
         return ChatRequestWriter(chat, model).write()
 
     def has_image(self, body: Json) -> bool:
@@ -4943,13 +4948,13 @@ class ChatDialect:
     def framing(self) -> Framing:
         return SseReader()
 
-    def reader(self, terms: Terms) -> Reader:
+    def reader(self, terms: ResponseContext) -> Reader:
         return ChatReader(terms)
 
-    def writer(self, terms: Terms) -> Writer:
+    def writer(self, terms: ResponseContext) -> Writer:
         return ChatWriter(terms)
 
-    def relay(self, terms: Terms) -> Relay:
+    def relay(self, terms: ResponseContext) -> Relay:
         return ChatRelay(terms)
 
     def fold(self, frames: list[Json]) -> Json:
@@ -5018,11 +5023,11 @@ class ChatDialect:
         return error.status
 
     def error_frames(
-        self, error: ApiError, request_id: str, terms: Terms, begun: bool
+        self, error: ApiError, request_id: str, terms: ResponseContext, begun: bool
     ) -> list[Json]:
         return [self.error_body(error, request_id)]
 
-    def alive(self, terms: Terms) -> Json | None:
+    def alive(self, terms: ResponseContext) -> Json | None:
         return None
 
     def ping(self, begun: bool) -> bytes:
@@ -5097,9 +5102,9 @@ def session_of_user_id(user_id: Any) -> str:
 class MessagesRequestReader:
     def __init__(self, body: Json) -> None:
         self.body = body
-        self.chat = Chat()
+        self.chat = Conversation()
 
-    def read(self) -> Chat:
+    def read(self) -> Conversation:
         body, chat = self.body, self.chat
         chat.model = need_str(body, "model")
         for key in ("mcp_servers", "container"):
@@ -5251,7 +5256,7 @@ def mark_prompt(body: Json) -> None:
 
 
 class MessagesRequestWriter:
-    def __init__(self, chat: Chat, model: Model) -> None:
+    def __init__(self, chat: Conversation, model: Model) -> None:
         self.chat = chat
         self.model = model
 
@@ -5372,7 +5377,7 @@ class MessagesRequestWriter:
 class MessagesReader:
     def __init__(self) -> None:
         self.usage = Usage()
-        self.finish: Finished | None = None
+        self.finish: MessageStop | None = None
 
     def read(self, frame: Json) -> list[Event]:
         """Unknown types are ignored."""
@@ -5382,17 +5387,17 @@ class MessagesReader:
         if kind == "content_block_start":
             return self.read_block(details(frame, "content_block"))
         if kind == "content_block_stop":
-            return [Closed()]
+            return [BlockStop()]
         if kind == "message_start":
             message = details(frame, "message")
             read_messages_usage(details(message, "usage"), self.usage)
-            return [Started(str(message.get("id") or ""), str(message.get("model") or ""))]
+            return [MessageStart(str(message.get("id") or ""), str(message.get("model") or ""))]
         if kind == "message_delta":
             self.read_finish(frame)
         elif kind == "message_stop":
             return self.end()
         elif kind == "error" or "error" in frame:
-            return [Failed(read_stream_error(frame.get("error")))]
+            return [StreamError(read_stream_error(frame.get("error")))]
         return []
 
     def read_finish(self, frame: Json) -> None:
@@ -5402,7 +5407,7 @@ class MessagesReader:
         reason = delta.get("stop_reason")
         if isinstance(reason, str) and reason:
             stop_text = delta.get("stop_sequence")
-            self.finish = Finished(
+            self.finish = MessageStop(
                 MESSAGES_FINISHES.get(reason, "end"),
                 stop_text if isinstance(stop_text, str) else None,
                 details(delta, "stop_details") or None,
@@ -5413,35 +5418,35 @@ class MessagesReader:
         kind = block.get("type")
         if kind in ("text", "thinking"):
             words = block.get(str(kind))
-            opened: list[Event] = [Opened(str(kind))]
+            opened: list[Event] = [BlockStart(str(kind))]
             if isinstance(words, str) and words:
-                opened.append(Added("text", words))
+                opened.append(BlockDelta("text", words))
             return opened
         if kind == "tool_use":
-            opened = [Opened("tool", str(block.get("id") or ""), str(block.get("name") or ""))]
+            opened = [BlockStart("tool", str(block.get("id") or ""), str(block.get("name") or ""))]
             if block.get("input"):
-                opened.append(Added("arguments", dump_text(block["input"])))
+                opened.append(BlockDelta("arguments", dump_text(block["input"])))
             return opened
-        return [Opened("redacted" if kind == "redacted_thinking" else "opaque", raw=block)]
+        return [BlockStart("redacted" if kind == "redacted_thinking" else "opaque", raw=block)]
 
     @staticmethod
     def read_delta(delta: Json) -> list[Event]:
         kind = delta.get("type")
         if kind == "text_delta":
-            return [Added("text", str(delta.get("text") or ""))]
+            return [BlockDelta("text", str(delta.get("text") or ""))]
         if kind == "input_json_delta":
-            return [Added("arguments", str(delta.get("partial_json") or ""))]
+            return [BlockDelta("arguments", str(delta.get("partial_json") or ""))]
         if kind == "thinking_delta":
-            return [Added("text", str(delta.get("thinking") or ""))]
+            return [BlockDelta("text", str(delta.get("thinking") or ""))]
         if kind == "signature_delta":
-            return [Added("signature", str(delta.get("signature") or ""))]
-        return [Added("citation", "", delta)]
+            return [BlockDelta("signature", str(delta.get("signature") or ""))]
+        return [BlockDelta("citation", "", delta)]
 
     def end(self) -> list[Event]:
         if self.finish is None:
             return []
         finish, self.finish = self.finish, None
-        counted: list[Event] = [Counted(self.usage)] if self.usage.source else []
+        counted: list[Event] = [UsageUpdate(self.usage)] if self.usage.source else []
         return [*counted, finish]
 
 
@@ -5476,7 +5481,7 @@ class MessagesWriter:
     keeps it, keyed by the calls that follow it.
     """
 
-    def __init__(self, terms: Terms) -> None:
+    def __init__(self, terms: ResponseContext) -> None:
         self.terms = terms
         self.usage = Usage()
         self.index = -1
@@ -5494,46 +5499,46 @@ class MessagesWriter:
         """
         frames = self.write_event(event)
         if self.late is None:
-            is_late = self.index > 0 and isinstance(event, Opened) and event.kind == "thinking"
+            is_late = self.index > 0 and isinstance(event, BlockStart) and event.kind == "thinking"
             if is_late:
                 self.late = frames
             return [] if is_late else frames
-        if isinstance(event, Finished) and event.reason != "tool":
+        if isinstance(event, MessageStop) and event.reason != "tool":
             return frames
         held = self.late
         held += frames
-        has_words = isinstance(event, Added) and event.part != "signature"
-        if has_words or isinstance(event, (Opened, Finished)):
+        has_words = isinstance(event, BlockDelta) and event.part != "signature"
+        if has_words or isinstance(event, (BlockStart, MessageStop)):
             self.late = None
             return held
         return []
 
     def write_event(self, event: Event) -> list[Json]:
-        if isinstance(event, Opened) and event.kind == "redacted" and not self.shows_sealed:
+        if isinstance(event, BlockStart) and event.kind == "redacted" and not self.shows_sealed:
             self.kind = "unseen"
             return []
         if self.kind == "unseen":
-            self.kind = "" if isinstance(event, Closed) else "unseen"
+            self.kind = "" if isinstance(event, BlockStop) else "unseen"
             return []
-        if isinstance(event, Added):
+        if isinstance(event, BlockDelta):
             delta = self.write_delta(event)
             if delta is None:
                 return []
             return [{"type": "content_block_delta", "index": self.index, "delta": delta}]
-        if isinstance(event, Started):
+        if isinstance(event, MessageStart):
             return [self.write_start()]
-        if isinstance(event, Opened):
+        if isinstance(event, BlockStart):
             self.index += 1
             self.kind = event.kind
             self.refused = self.refused or event.kind == "refusal"
             block = self.write_block(event)
             return [{"type": "content_block_start", "index": self.index, "content_block": block}]
-        if isinstance(event, Closed):
+        if isinstance(event, BlockStop):
             return [{"type": "content_block_stop", "index": self.index}]
-        if isinstance(event, Counted):
+        if isinstance(event, UsageUpdate):
             self.usage = event.usage
             return []
-        if isinstance(event, Finished):
+        if isinstance(event, MessageStop):
             return self.write_finish(event)
         raise event.error
 
@@ -5553,7 +5558,7 @@ class MessagesWriter:
         return {"type": "message_start", "message": message}
 
     @staticmethod
-    def write_block(event: Opened) -> Json:
+    def write_block(event: BlockStart) -> Json:
         if event.kind == "tool":
             return {"type": "tool_use", "id": event.id, "name": event.name, "input": {}}
         if event.kind == "redacted":
@@ -5562,7 +5567,7 @@ class MessagesWriter:
             return event.raw or {"type": "text", "text": ""}
         return dict(BLOCK_STARTS[event.kind])
 
-    def write_delta(self, event: Added) -> Json | None:
+    def write_delta(self, event: BlockDelta) -> Json | None:
         if event.part == "arguments":
             return {"type": "input_json_delta", "partial_json": event.text}
         if event.part == "signature":
@@ -5575,7 +5580,7 @@ class MessagesWriter:
             return {"type": "thinking_delta", "thinking": event.text}
         return {"type": "text_delta", "text": event.text}
 
-    def write_finish(self, event: Finished) -> list[Json]:
+    def write_finish(self, event: MessageStop) -> list[Json]:
         reason = "filter" if self.refused and event.reason == "end" else event.reason
         word = MESSAGES_FINISH_WORDS[reason]
         if reason == "stop" and event.stop_text is None:
@@ -5608,7 +5613,7 @@ EMPTY_MESSAGE: Json = {
 class MessagesRelay:
     """Native Anthropic frames, repaired: model name, unknown events, a missing end."""
 
-    def __init__(self, terms: Terms) -> None:
+    def __init__(self, terms: ResponseContext) -> None:
         self.terms = terms
         self.usage = Usage()
         self.said = 0.0
@@ -5710,7 +5715,7 @@ class MessagesRelay:
         return [{"type": "message_stop"}]
 
 
-class MessagesFold:
+class MessagesAggregator:
     def __init__(self) -> None:
         self.message: Json = {}
         #: (block, key) -> its text in pieces; `input` is JSON
@@ -5789,9 +5794,9 @@ class MessagesDialect:
     is_numbered = False
     id_prefix = "msg_"
 
-    def outline(self, body: Json) -> Outline:
+    def outline(self, body: Json) -> RequestInfo:
         messages = message_list(body)
-        return Outline(
+        return RequestInfo(
             model=need_str(body, "model"),
             stream=take_bool(body, "stream"),
             include_usage=True,
@@ -5819,10 +5824,10 @@ class MessagesDialect:
         spoken = any(isinstance(text, str) and not is_reminder(text) for text in words)
         return "user" if spoken else "agent"
 
-    def read_request(self, body: Json) -> Chat:
+    def read_request(self, body: Json) -> Conversation:
         return MessagesRequestReader(body).read()
 
-    def write_request(self, chat: Chat, model: Model) -> Json:
+    def write_request(self, chat: Conversation, model: Model) -> Json:
         return MessagesRequestWriter(chat, model).write()
 
     def has_image(self, body: Json) -> bool:
@@ -5831,17 +5836,17 @@ class MessagesDialect:
     def framing(self) -> Framing:
         return SseReader()
 
-    def reader(self, terms: Terms) -> Reader:
+    def reader(self, terms: ResponseContext) -> Reader:
         return MessagesReader()
 
-    def writer(self, terms: Terms) -> Writer:
+    def writer(self, terms: ResponseContext) -> Writer:
         return MessagesWriter(terms)
 
-    def relay(self, terms: Terms) -> Relay:
+    def relay(self, terms: ResponseContext) -> Relay:
         return MessagesRelay(terms)
 
     def fold(self, frames: list[Json]) -> Json:
-        fold = MessagesFold()
+        fold = MessagesAggregator()
         for frame in frames:
             fold.take(frame)
         return fold.whole()
@@ -5878,11 +5883,11 @@ class MessagesDialect:
         return 529 if isinstance(error, Overloaded) else error.status
 
     def error_frames(
-        self, error: ApiError, request_id: str, terms: Terms, begun: bool
+        self, error: ApiError, request_id: str, terms: ResponseContext, begun: bool
     ) -> list[Json]:
         return [self.error_body(error, request_id)]
 
-    def alive(self, terms: Terms) -> Json | None:
+    def alive(self, terms: ResponseContext) -> Json | None:
         return None
 
     def ping(self, begun: bool) -> bytes:
@@ -6057,7 +6062,7 @@ class AssistantTurn:
 class ResponsesRequestReader:
     def __init__(self, body: Json) -> None:
         self.body = body
-        self.chat = Chat(turns_field="input")
+        self.chat = Conversation(turns_field="input")
         self.turns: list[Turn | AssistantTurn] = []
         self.tools: dict[str, Tool] = {}  # by their names in the Chat
         self.called: dict[str, AssistantTurn] = {}  # call id -> the turn that holds it
@@ -6065,7 +6070,7 @@ class ResponsesRequestReader:
         #: those of them whose result is still to come
         self.waiting: OrderedDict[str, AssistantTurn] = OrderedDict()
 
-    def read(self) -> Chat:
+    def read(self) -> Conversation:
         body, chat = self.body, self.chat
         refuse_state(body)
         instructions = str_field(body, "instructions")
@@ -6303,7 +6308,7 @@ def write_input_part(block: Block) -> Json | None:
 
 
 class ResponsesRequestWriter:
-    def __init__(self, chat: Chat, model: Model) -> None:
+    def __init__(self, chat: Conversation, model: Model) -> None:
         self.chat = chat
         self.model = model
 
@@ -6491,7 +6496,7 @@ class OutputItem:
 
 
 class ResponsesReader:
-    def __init__(self, terms: Terms) -> None:
+    def __init__(self, terms: ResponseContext) -> None:
         self.terms = terms
         self.usage = Usage()
         self.items: dict[int, OutputItem] = {}
@@ -6518,7 +6523,9 @@ class ResponsesReader:
     def start(self, response: Json, events: list[Event]) -> None:
         if not self.started:
             self.started = True
-            events.append(Started(str(response.get("id") or ""), str(response.get("model") or "")))
+            events.append(
+                MessageStart(str(response.get("id") or ""), str(response.get("model") or ""))
+            )
 
     def read_item_frame(self, kind: str, frame: Json, item: OutputItem) -> None:
         if item.done:
@@ -6548,10 +6555,10 @@ class ResponsesReader:
         if item.open != block:
             ResponsesReader.end_block(item)
             item.open = block
-            item.events.append(Opened(block))
+            item.events.append(BlockStart(block))
         item.spoken = True
         item.pieces.append(words)
-        item.events.append(Added("arguments" if block == "tool" else "text", words))
+        item.events.append(BlockDelta("arguments" if block == "tool" else "text", words))
 
     def end_part(self, part: Json, item: OutputItem) -> None:
         """Ends a content part; text that came only with it is added."""
@@ -6566,7 +6573,7 @@ class ResponsesReader:
     def end_block(item: OutputItem) -> None:
         """Closes an open text block; calls and thinking end with their item."""
         if item.open in ("text", "refusal"):
-            item.events.append(Closed())
+            item.events.append(BlockStop())
             item.open = ""
 
     def open_item(self, said: Json, item: OutputItem) -> None:
@@ -6576,7 +6583,7 @@ class ResponsesReader:
             name = flat_name(text_of_key(said, "namespace"), str(said.get("name") or ""))
             call_id = str(said.get("call_id") or said.get("id") or "")
             self.calls.append(call_id)
-            item.events.append(Opened("tool", call_id, name))
+            item.events.append(BlockStart("tool", call_id, name))
 
     def close_item(self, said: Json, item: OutputItem) -> None:
         """Ends an item; content that came only with it is added."""
@@ -6597,7 +6604,7 @@ class ResponsesReader:
             self.close_thought(said, item)
         self.end_block(item)
         if item.open:
-            item.events.append(Closed())
+            item.events.append(BlockStop())
         item.open, item.done = "", True
 
     def close_thought(self, said: Json, item: OutputItem) -> None:
@@ -6613,9 +6620,9 @@ class ResponsesReader:
         signature = pack(RESPONSES_ENVELOPE, {"id": said.get("id"), "enc": encrypted})
         self.thought = (item.text, signature)
         if item.open == "thinking":
-            item.events.append(Added("signature", signature))
+            item.events.append(BlockDelta("signature", signature))
         else:
-            item.events += [Opened("redacted", raw={"data": signature}), Closed()]
+            item.events += [BlockStart("redacted", raw={"data": signature}), BlockStop()]
 
     def flush(self, events: list[Event]) -> None:
         while self.at in self.items:
@@ -6629,7 +6636,7 @@ class ResponsesReader:
     def read_end(self, kind: str, frame: Json) -> list[Event]:
         """The terminal frame: items that were never streamed, usage, finish."""
         if kind in ("response.failed", "response.cancelled", "error", ""):
-            return [Failed(read_responses_error(frame))]
+            return [StreamError(read_responses_error(frame))]
         response = details(frame, "response")
         events: list[Event] = []
         self.start(response, events)
@@ -6649,11 +6656,11 @@ class ResponsesReader:
         read_responses_usage(response, self.usage)
         read_copilot_usage(frame, self.usage)
         if self.usage.source:
-            events.append(Counted(self.usage))
+            events.append(UsageUpdate(self.usage))
         if self.calls and self.thought[1] and self.terms.keep:
             self.terms.keep(self.calls, *self.thought)
         incomplete = kind == "response.incomplete"
-        events.append(Finished(read_incomplete(response) if incomplete else "end"))
+        events.append(MessageStop(read_incomplete(response) if incomplete else "end"))
         return events
 
     def end(self) -> list[Event]:
@@ -6674,7 +6681,7 @@ def write_responses_usage(usage: Usage) -> Json:
     }
 
 
-def write_response(terms: Terms, status: str, output: list[Json]) -> Json:
+def write_response(terms: ResponseContext, status: str, output: list[Json]) -> Json:
     response: Json = {
         "id": terms.id,
         "object": "response",
@@ -6703,9 +6710,9 @@ def unwrap_input(arguments: str) -> str:
 
 
 class ResponsesWriter:
-    """Events -> responses stream events.  `Flow` adds their sequence numbers."""
+    """Events -> responses stream events.  `StreamTranslator` adds their sequence numbers."""
 
-    def __init__(self, terms: Terms) -> None:
+    def __init__(self, terms: ResponseContext) -> None:
         self.terms = terms
         self.usage = Usage()
         self.output: list[Json] = []
@@ -6719,22 +6726,22 @@ class ResponsesWriter:
         return "".join(self.pieces)
 
     def write(self, event: Event) -> list[Json]:
-        if isinstance(event, Added):
+        if isinstance(event, BlockDelta):
             return self.write_added(event)
-        if isinstance(event, Started):
+        if isinstance(event, MessageStart):
             response = write_response(self.terms, "in_progress", [])
             return [
                 {"type": "response.created", "response": response},
                 {"type": "response.in_progress", "response": response},
             ]
-        if isinstance(event, Opened):
+        if isinstance(event, BlockStart):
             return self.write_opened(event)
-        if isinstance(event, Closed):
+        if isinstance(event, BlockStop):
             return self.write_closed()
-        if isinstance(event, Counted):
+        if isinstance(event, UsageUpdate):
             self.usage = event.usage
             return []
-        if isinstance(event, Finished):
+        if isinstance(event, MessageStop):
             return self.write_finish(event)
         raise event.error
 
@@ -6749,7 +6756,7 @@ class ResponsesWriter:
     def new_id(self, prefix: str) -> str:
         return prefix + short_hash(f"{self.terms.id} {len(self.output)}", 24)
 
-    def write_opened(self, event: Opened) -> list[Json]:
+    def write_opened(self, event: BlockStart) -> list[Json]:
         self.kind, self.pieces, self.signature = event.kind, [], []
         if event.kind in ("text", "refusal"):
             self.item = {
@@ -6775,7 +6782,7 @@ class ResponsesWriter:
         """`output_item.added` with a snapshot of the item, which will still grow."""
         return {**self.item_frame("added"), "item": dict(self.item)}
 
-    def new_call(self, event: Opened) -> Json:
+    def new_call(self, event: BlockStart) -> Json:
         tool = self.terms.tools.get(event.name)
         kind = tool.kind if tool else "function"
         state = {"call_id": event.id, "status": "in_progress"}
@@ -6798,7 +6805,7 @@ class ResponsesWriter:
             return {"type": "refusal", "refusal": self.text}
         return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": []}
 
-    def write_added(self, event: Added) -> list[Json]:
+    def write_added(self, event: BlockDelta) -> list[Json]:
         if event.part == "signature":
             self.signature.append(event.text)
             return []
@@ -6885,7 +6892,7 @@ class ResponsesWriter:
         self.item = {**self.item, "status": "completed"}
         return frames
 
-    def write_finish(self, event: Finished) -> list[Json]:
+    def write_finish(self, event: MessageStop) -> list[Json]:
         reasons = {
             "length": "max_output_tokens",
             "context": "max_output_tokens",
@@ -6895,7 +6902,7 @@ class ResponsesWriter:
         frames: list[Json] = []
         explanation = (event.details or {}).get("explanation")
         if event.reason == "filter" and isinstance(explanation, str) and explanation:
-            steps = (Opened("refusal"), Added("text", explanation), Closed())
+            steps = (BlockStart("refusal"), BlockDelta("text", explanation), BlockStop())
             frames = [frame for step in steps for frame in self.write(step)]
             reason = None
         status = "incomplete" if reason else "completed"
@@ -6919,7 +6926,7 @@ class ResponsesRelay:
     each output index keeps one id, as clients match by it.
     """
 
-    def __init__(self, terms: Terms) -> None:
+    def __init__(self, terms: ResponseContext) -> None:
         self.terms = terms
         self.usage = Usage()
         self.said = 0.0
@@ -7091,7 +7098,7 @@ class ResponsesDialect:
     is_numbered = True
     id_prefix = "resp_"
 
-    def outline(self, body: Json) -> Outline:
+    def outline(self, body: Json) -> RequestInfo:
         refuse_state(body)
         items = input_items(body)
         session = body.get("prompt_cache_key") or body.get("user") or ""
@@ -7099,7 +7106,7 @@ class ResponsesDialect:
             (i for i in reversed(items) if i.get("role") not in ("system", "developer")), items[-1]
         )
         system = [i.get("content") for i in items if i.get("role") in ("system", "developer")][:1]
-        return Outline(
+        return RequestInfo(
             model=need_str(body, "model"),
             stream=take_bool(body, "stream"),
             include_usage=True,
@@ -7108,10 +7115,10 @@ class ResponsesDialect:
             opening=opening_words(body.get("instructions") or (system or [""])[0], items),
         )
 
-    def read_request(self, body: Json) -> Chat:
+    def read_request(self, body: Json) -> Conversation:
         return ResponsesRequestReader(body).read()
 
-    def write_request(self, chat: Chat, model: Model) -> Json:
+    def write_request(self, chat: Conversation, model: Model) -> Json:
         return ResponsesRequestWriter(chat, model).write()
 
     def has_image(self, body: Json) -> bool:
@@ -7127,13 +7134,13 @@ class ResponsesDialect:
     def framing(self) -> Framing:
         return SseReader()
 
-    def reader(self, terms: Terms) -> Reader:
+    def reader(self, terms: ResponseContext) -> Reader:
         return ResponsesReader(terms)
 
-    def writer(self, terms: Terms) -> Writer:
+    def writer(self, terms: ResponseContext) -> Writer:
         return ResponsesWriter(terms)
 
-    def relay(self, terms: Terms) -> Relay:
+    def relay(self, terms: ResponseContext) -> Relay:
         return ResponsesRelay(terms)
 
     def fold(self, frames: list[Json]) -> Json:
@@ -7182,7 +7189,7 @@ class ResponsesDialect:
         return 400 if isinstance(error, NotSignedIn) else error.status
 
     def error_frames(
-        self, error: ApiError, request_id: str, terms: Terms, begun: bool
+        self, error: ApiError, request_id: str, terms: ResponseContext, begun: bool
     ) -> list[Json]:
         """`response.failed`, after `response.created` if nothing was sent before."""
         said = write_openai_error(error, "input")
@@ -7198,7 +7205,7 @@ class ResponsesDialect:
     def ping(self, begun: bool) -> bytes:
         return SSE_COMMENT_PING
 
-    def alive(self, terms: Terms) -> Json | None:
+    def alive(self, terms: ResponseContext) -> Json | None:
         """`response.in_progress` again: Codex does not count comments as activity."""
         response = write_response(terms, "in_progress", [])
         return {"type": "response.in_progress", "response": response}
@@ -7350,7 +7357,7 @@ def find_kiro_fault(text: str, sentences: bool = False) -> KiroFault | None:
     return None
 
 
-def judge_kiro_words(code: str, reason: str, message: str) -> Verdict | None:
+def judge_kiro_words(code: str, reason: str, message: str) -> RetryDecision | None:
     """Classifies a refusal by Kiro's error text, in an error response or inside a stream."""
     named = find_kiro_fault(f"{code} {reason}")
     # The refusal of one request may quote the client's own names, such as a tool's.
@@ -7360,10 +7367,10 @@ def judge_kiro_words(code: str, reason: str, message: str) -> Verdict | None:
         return None
     fault = min(found, key=KIRO_FAULTS.index)
     if fault.error is ContextTooLong:
-        return Verdict(ContextTooLong())
+        return RetryDecision(ContextTooLong())
     words = ": ".join(filter(None, [fault.text, message.strip(" .")]))
     tail = f" ({reason})" if reason and reason not in message else ""
-    return Verdict(fault.error(f"{words}{tail}.", hint=fault.hint), fault.remedy)
+    return RetryDecision(fault.error(f"{words}{tail}.", hint=fault.hint), fault.remedy)
 
 
 def read_kiro_words(said: Json) -> tuple[str, str, str]:
@@ -7404,7 +7411,7 @@ KIRO_DOCUMENTS = {
 
 @dataclass(slots=True)
 class KiroDraft:
-    chat: Chat
+    chat: Conversation
     model: Model
     turns: list[Turn]
     tools: list[Tool]
@@ -7766,7 +7773,7 @@ KIRO_RULES: tuple[Callable[[KiroDraft], bool], ...] = (
 class KiroRequestWriter:
     """Writes a Chat as a conversation state; the provider adds ids, `origin` and `profileArn`."""
 
-    def __init__(self, chat: Chat, model: Model) -> None:
+    def __init__(self, chat: Conversation, model: Model) -> None:
         self.model = model
         self.draft = KiroDraft(
             chat,
@@ -7974,7 +7981,7 @@ class KiroReader:
     interleave with text; one block is live, the others are buffered until it is complete.
     """
 
-    def __init__(self, terms: Terms) -> None:
+    def __init__(self, terms: ResponseContext) -> None:
         self.terms = terms
         self.mark = kiro_mark(terms.provider)
         self.tags = ThinkingTags() if terms.tagged_thinking else None
@@ -8022,7 +8029,7 @@ class KiroReader:
     def start(self, events: list[Event]) -> None:
         if not self.started:
             self.started = True
-            events.append(Started("", self.model))
+            events.append(MessageStart("", self.model))
 
     def take_text(self, said: Json, events: list[Event]) -> None:
         if isinstance(said.get("modelId"), str):
@@ -8096,7 +8103,7 @@ class KiroReader:
             self.add(kind, words, events)
         self.close(events)
         self.live, self.live_call = "tool", call
-        events.append(Opened("tool", call.id, call.name))
+        events.append(BlockStart("tool", call.id, call.name))
 
     def add(self, kind: str, words: str, events: list[Event]) -> None:
         """Adds text to a block of `kind`, now or once the live call is complete."""
@@ -8107,15 +8114,15 @@ class KiroReader:
             self.close(events)
         if kind == "redacted":
             self.close(events)
-            events += [Opened(kind, raw={"data": self.mark + words}), Closed()]
+            events += [BlockStart(kind, raw={"data": self.mark + words}), BlockStop()]
             return
         if self.live != kind:
             self.close(events)
             self.live = kind
-            events.append(Opened(kind))
+            events.append(BlockStart(kind))
         if kind == "thinking":
             self.thought.append(words)
-        events.append(Added("text", words))
+        events.append(BlockDelta("text", words))
 
     def close(self, events: list[Event]) -> None:
         if not self.live:
@@ -8126,13 +8133,13 @@ class KiroReader:
         elif call is not None:
             call.closed = True
             self.cut = self.cut or not (call.is_blank or call.is_whole())
-        events.append(Closed())
+        events.append(BlockStop())
         self.live, self.live_call = "", None
 
     def sign(self, events: list[Event]) -> None:
         if self.signature:
             signature = "".join(self.signature)
-            events.append(Added("signature", self.mark + signature))
+            events.append(BlockDelta("signature", self.mark + signature))
             self.signed = "".join(self.thought), signature
         self.thought, self.signature = [], []
 
@@ -8140,10 +8147,10 @@ class KiroReader:
         self.share = fraction(said, "contextUsagePercentage", 1000) or self.share
         events.append(self.count())
 
-    def count(self) -> Counted:
+    def count(self) -> UsageUpdate:
         window = self.terms.window(self.model) if self.terms.window else 0
         self.usage.context = int(self.share / 100 * window)
-        return Counted(replace(self.usage))
+        return UsageUpdate(replace(self.usage))
 
     def take_metering(self, said: Json, events: list[Event]) -> None:
         """The cost of this response in credits; several events add up."""
@@ -8175,10 +8182,10 @@ class KiroReader:
             return
         words = message or code or "no reason given"
         failure = UpstreamError(f"Kiro failed while it answered: {words}")
-        events.append(Failed(verdict.error if verdict else failure))
+        events.append(StreamError(verdict.error if verdict else failure))
 
     def take_overload(self, said: Json, events: list[Event]) -> None:
-        events.append(Failed(Overloaded("This model is overloaded at Kiro.")))
+        events.append(StreamError(Overloaded("This model is overloaded at Kiro.")))
 
     def end(self) -> list[Event]:
         """Only EOF marks the end; truncated calls are dropped: the client must not run them."""
@@ -8206,11 +8213,11 @@ class KiroReader:
         self.close(events)
         if self.signature:  # a signature without any thinking text
             self.thought = self.hidden
-            events.append(Opened("thinking"))
+            events.append(BlockStart("thinking"))
             self.sign(events)
-            events.append(Closed())
+            events.append(BlockStop())
         self.remember()
-        events += [self.count(), Finished(self.finish())]
+        events += [self.count(), MessageStop(self.finish())]
         return events
 
     def remember(self) -> None:
@@ -8236,13 +8243,13 @@ KIRO_WORDS = {"assistantResponseEvent", "codeEvent", "reasoningContentEvent", "t
 class KiroDialect:
     name = "kiro"
 
-    def write_request(self, chat: Chat, model: Model) -> Json:
+    def write_request(self, chat: Conversation, model: Model) -> Json:
         return KiroRequestWriter(chat, model).write()
 
     def framing(self) -> Framing:
         return EventStreamFraming()
 
-    def reader(self, terms: Terms) -> Reader:
+    def reader(self, terms: ResponseContext) -> Reader:
         return KiroReader(terms)
 
     def unfold(self, whole: Json) -> list[Json]:
@@ -8267,7 +8274,7 @@ UPSTREAM_DIALECTS: dict[str, UpstreamDialect] = {**DIALECTS, KIRO.name: KIRO}
 class Converter:
     """A Relay between two dialects: frames -> events -> checks and filters -> frames."""
 
-    def __init__(self, reader: Reader, writer: Writer, terms: Terms) -> None:
+    def __init__(self, reader: Reader, writer: Writer, terms: ResponseContext) -> None:
         self.reader = reader
         self.writer = writer
         self.terms = terms
@@ -8300,23 +8307,23 @@ class Converter:
 
     def write_event(self, event: Event) -> list[Json]:
         """Checks one event; usage that was not reported is estimated before the finish."""
-        if isinstance(event, Failed):
+        if isinstance(event, StreamError):
             raise event.error
         event = self.checker.check(event)
-        if isinstance(event, Added):
+        if isinstance(event, BlockDelta):
             if event.part != "signature":
                 self.said += estimate_text(event.text)
-        elif isinstance(event, Opened) and event.kind == "tool":
+        elif isinstance(event, BlockStart) and event.kind == "tool":
             if not event.name:
                 raise UpstreamError(OFF_PROTOCOL)
             event.name = self.terms.names.get(event.name, event.name)
             self.calls += 1
             event.id = event.id or "call_" + short_hash(f"{self.terms.id} {self.calls}", 24)
-        elif isinstance(event, Counted):
+        elif isinstance(event, UsageUpdate):
             self.usage = event.usage
-        elif isinstance(event, Finished) and self.usage.source != "reported":
+        elif isinstance(event, MessageStop) and self.usage.source != "reported":
             self.usage = settle_usage(self.usage, self.terms, self.said)
-            return [*self.writer.write(Counted(self.usage)), *self.writer.write(event)]
+            return [*self.writer.write(UsageUpdate(self.usage)), *self.writer.write(event)]
         return self.writer.write(event)
 
 
@@ -8383,7 +8390,7 @@ def first_events(blocks: bytes, count_: int) -> tuple[bytes, bytes]:
     return blocks[:end], blocks[end:]
 
 
-class Flow:
+class StreamTranslator:
     """One response in transit: upstream bytes in, client bytes out.
 
     Without `stream` frames are collected, and `whole` returns the response at the end.  An error
@@ -8394,7 +8401,7 @@ class Flow:
         self,
         upstream: UpstreamDialect,
         caller: Dialect,
-        terms: Terms,
+        terms: ResponseContext,
         stream: bool,
         request_id: str,
     ) -> None:
@@ -8834,10 +8841,10 @@ def messages_betas(body: Json, asked: str, refused: Collection[str], model: Mode
 
 #: kind of lesson -> what one model refuses: "thinking" (a budget), "effort" (levels), "system"
 #: (turns), "beta" (names), "field" (dotted paths, `*` for any list index)
-Lessons = Mapping[str, Collection[str]]
+Rejections = Mapping[str, Collection[str]]
 
 
-class Learned:
+class RejectionMemory:
     """What upstreams refused: left out for that model and dialect until it expires."""
 
     def __init__(self) -> None:
@@ -8853,7 +8860,7 @@ class Learned:
             while len(table) > most:
                 del table[next(iter(table))]
 
-    def lessons(self, model: str, dialect: str, now: float) -> Lessons:
+    def lessons(self, model: str, dialect: str, now: float) -> Rejections:
         found: dict[str, list[str]] = {}
         for (kind, name), until in self.scopes.get((model, dialect), {}).items():
             if now < until:
@@ -8862,12 +8869,12 @@ class Learned:
 
 
 @dataclass(slots=True)
-class Scrub:
+class BodyDraft:
     """A body while the rules are applied to it, one after the other."""
 
     body: Json
     model: Model
-    lessons: Lessons
+    lessons: Rejections
     #: names of the fields left out
     dropped: list[str]
 
@@ -8947,7 +8954,7 @@ def is_settled(messages: list[Json]) -> bool:
     return not calls
 
 
-def settle_messages(scrub: Scrub) -> None:
+def settle_messages(scrub: BodyDraft) -> None:
     """Makes roles alternate, gives each call its result in the next message, drops empty ones."""
     if is_settled(scrub.body["messages"]):
         return
@@ -9019,7 +9026,7 @@ STRING_FIELDS = {
 }
 
 
-def check_messages(scrub: Scrub) -> None:
+def check_messages(scrub: BodyDraft) -> None:
     """Refuses what no vendor accepts, so that the other rules can rely on the shapes."""
     check_content(scrub.body.get("system"), "system")
     for index, message in enumerate(scrub.body["messages"]):
@@ -9053,7 +9060,7 @@ MESSAGES_KEYS = (
 )  # fmt: skip
 
 
-def keep_messages_keys(scrub: Scrub) -> None:
+def keep_messages_keys(scrub: BodyDraft) -> None:
     """Upstream, unknown keys are a 400.  `metadata` holds the user's device ids."""
     for key in [key for key in scrub.body if key not in MESSAGES_KEYS]:
         value = scrub.body.pop(key)
@@ -9061,14 +9068,14 @@ def keep_messages_keys(scrub: Scrub) -> None:
             scrub.dropped.append(key)
 
 
-def limit_max_tokens(scrub: Scrub) -> None:
+def limit_max_tokens(scrub: BodyDraft) -> None:
     """`max_tokens` is required; it is capped at the model's limit."""
     limit = scrub.model.max_output or DEFAULT_MAX_TOKENS
     wanted = int_field(scrub.body, "max_tokens")  # 0: only warms the cache
     scrub.body["max_tokens"] = limit if wanted is None else min(wanted, limit)
 
 
-def drop_billing_line(scrub: Scrub) -> None:
+def drop_billing_line(scrub: BodyDraft) -> None:
     """Claude Code's billing line changes with every request and defeats the prompt cache."""
     system = scrub.body.get("system")
     if isinstance(system, list):
@@ -9084,7 +9091,7 @@ def drop_billing_line(scrub: Scrub) -> None:
         scrub.body.pop("system", None)
 
 
-def keep_own_thinking(scrub: Scrub) -> None:
+def keep_own_thinking(scrub: BodyDraft) -> None:
     """Thinking is sent back only with Anthropic's own signature; anything else is a 400."""
     for message in scrub.body["messages"]:
         content = message.get("content")
@@ -9099,7 +9106,7 @@ def is_foreign_thinking(part: Any) -> bool:
     return not isinstance(mark, str) or not mark or mark.startswith(FOREIGN_SIGNATURES)
 
 
-def plain_documents(scrub: Scrub) -> None:
+def plain_documents(scrub: BodyDraft) -> None:
     """Text documents and tool references become text: only PDFs and text are known to work."""
     for index, message in enumerate(scrub.body["messages"]):
         simplify_parts(message, f"messages.{index}")
@@ -9198,7 +9205,7 @@ def fit_google(schema: Json) -> Json:
 TOOL_KEYS = ("name", "description", "input_schema", "cache_control")
 
 
-def plain_tools(scrub: Scrub) -> None:
+def plain_tools(scrub: BodyDraft) -> None:
     """Custom tools with the keys every backend accepts; server-side tools are not available."""
     body = scrub.body
     choice = dict_field(body, "tool_choice")
@@ -9231,7 +9238,7 @@ def plain_tools(scrub: Scrub) -> None:
         body.pop("tool_choice", None)
 
 
-def word_output_format(scrub: Scrub) -> None:
+def word_output_format(scrub: BodyDraft) -> None:
     """Puts an output JSON schema into the prompt: Vertex backends refuse the field."""
     body = scrub.body
     settings = dict(dict_field(body, "output_config"))
@@ -9247,7 +9254,7 @@ def word_output_format(scrub: Scrub) -> None:
     scrub.dropped.append("output_config.format")
 
 
-def fit_thinking(scrub: Scrub) -> None:
+def fit_thinking(scrub: BodyDraft) -> None:
     body, model = scrub.body, scrub.model
     thinking = dict_field(body, "thinking")
     settings = dict_field(body, "output_config")
@@ -9271,7 +9278,7 @@ def fit_thinking(scrub: Scrub) -> None:
     fit_sampling(scrub, adaptive)
 
 
-def fit_budget(scrub: Scrub, thinking: Json, adaptive: bool) -> None:
+def fit_budget(scrub: BodyDraft, thinking: Json, adaptive: bool) -> None:
     """A thinking budget within the model's limits; none if there is no room for one."""
     body, model = scrub.body, scrub.model
     budget = int_field(thinking, "budget_tokens", "thinking") or 0
@@ -9290,7 +9297,7 @@ def fit_budget(scrub: Scrub, thinking: Json, adaptive: bool) -> None:
         body["thinking"] = {**thinking, "budget_tokens": tokens}
 
 
-def fit_effort(scrub: Scrub) -> None:
+def fit_effort(scrub: BodyDraft) -> None:
     """`output_config.effort` as the model lists it, or none."""
     body, model = scrub.body, scrub.model
     settings = dict(dict_field(body, "output_config"))
@@ -9308,7 +9315,7 @@ def fit_effort(scrub: Scrub) -> None:
         body.pop("output_config")
 
 
-def fit_sampling(scrub: Scrub, adaptive: bool) -> None:
+def fit_sampling(scrub: BodyDraft, adaptive: bool) -> None:
     """No sampling parameters with thinking or on newer models; otherwise only one of the two."""
     body = scrub.body
     version = claude_version(scrub.model.id) or (0, 0)
@@ -9322,7 +9329,7 @@ def fit_sampling(scrub: Scrub, adaptive: bool) -> None:
         scrub.dropped.append("top_p")
 
 
-def limit_cache_marks(scrub: Scrub) -> None:
+def limit_cache_marks(scrub: BodyDraft) -> None:
     """At most four plain cache breakpoints, none on thinking; the last ones are kept."""
     body = scrub.body
     holders = list(parts_of([{"content": body.get("tools")}, {"content": body.get("system")}]))
@@ -9342,7 +9349,7 @@ def limit_cache_marks(scrub: Scrub) -> None:
         holder["cache_control"] = {"type": "ephemeral"}
 
 
-def end_with_user(scrub: Scrub) -> None:
+def end_with_user(scrub: BodyDraft) -> None:
     """A trailing assistant message is refused: asks to continue, like the official client."""
     if not scrub.body["messages"]:
         raise InvalidRequest("messages: all messages are empty.", param="messages")
@@ -9351,13 +9358,13 @@ def end_with_user(scrub: Scrub) -> None:
         scrub.body["messages"].append({"role": "user", "content": [text_part("Please continue.")]})
 
 
-def fit_context_management(scrub: Scrub) -> None:
+def fit_context_management(scrub: BodyDraft) -> None:
     """Context edits are supported by Claude models without the 1m window only."""
     if "1m" in scrub.model.id.split("-") and scrub.body.pop("context_management", None):
         scrub.dropped.append("context_management")
 
 
-def strip_learned(scrub: Scrub) -> None:
+def strip_learned(scrub: BodyDraft) -> None:
     paths = scrub.lessons.get("field", ())
     if paths:
         dropped: dict[str, None] = {}
@@ -9402,7 +9409,7 @@ def without_fields(value: Any, tree: Json, dropped: dict[str, None]) -> Any:
     return value
 
 
-MESSAGES_RULES: tuple[Callable[[Scrub], None], ...] = (
+MESSAGES_RULES: tuple[Callable[[BodyDraft], None], ...] = (
     check_messages, keep_messages_keys, limit_max_tokens, drop_billing_line, keep_own_thinking,
     plain_documents, settle_messages, plain_tools, word_output_format, fit_thinking,
     fit_context_management, end_with_user, limit_cache_marks, strip_learned,
@@ -9429,7 +9436,7 @@ def is_openai(model: Model) -> bool:
     return "OpenAI" in model.vendor or (not model.vendor and not model.id.startswith("gemini"))
 
 
-def keep_chat_keys(scrub: Scrub) -> None:
+def keep_chat_keys(scrub: BodyDraft) -> None:
     refused = [*CHAT_REFUSED_KEYS, *CHAT_FOREIGN_KEYS]
     if not is_openai(scrub.model):
         if (int_field(scrub.body, "n") or 1) > 1:
@@ -9444,7 +9451,7 @@ def keep_chat_keys(scrub: Scrub) -> None:
         del scrub.body[key]
 
 
-def fit_chat_limits(scrub: Scrub) -> None:
+def fit_chat_limits(scrub: BodyDraft) -> None:
     body, model = scrub.body, scrub.model
     wanted = int_field(body, "max_completion_tokens") or int_field(body, "max_tokens")
     body.pop("max_tokens", None)
@@ -9457,7 +9464,7 @@ def fit_chat_limits(scrub: Scrub) -> None:
         body[key] = wanted
 
 
-def fit_chat_sampling(scrub: Scrub) -> None:
+def fit_chat_sampling(scrub: BodyDraft) -> None:
     body, model = scrub.body, scrub.model
     effort = body.pop("reasoning_effort", None)
     if isinstance(effort, str) and effort in EFFORTS:
@@ -9481,7 +9488,7 @@ def fit_chat_sampling(scrub: Scrub) -> None:
         body.pop("stop", None)  # the gateway cuts instead
 
 
-def fit_chat_tools(scrub: Scrub) -> None:
+def fit_chat_tools(scrub: BodyDraft) -> None:
     body = scrub.body
     tools = list_field(body, "tools")
     if len(tools) > MAX_TOOLS:
@@ -9517,7 +9524,7 @@ def fit_chat_tools(scrub: Scrub) -> None:
             body["tool_choice"] = {"type": "function", "function": named}
 
 
-def fit_chat_messages(scrub: Scrub) -> None:
+def fit_chat_messages(scrub: BodyDraft) -> None:
     model = scrub.model
     messages: list[Json] = []
     moved: list[Json] = []
@@ -9635,7 +9642,7 @@ def fit_call(call: Json) -> Json:
     return {k: v for k, v in {**fitted, "function": named}.items() if v is not None}
 
 
-def word_response_format(scrub: Scrub) -> None:
+def word_response_format(scrub: BodyDraft) -> None:
     wanted = scrub.body.get("response_format")
     if not wanted or is_openai(scrub.model):
         return
@@ -9654,7 +9661,7 @@ def word_response_format(scrub: Scrub) -> None:
     scrub.dropped.append("response_format")
 
 
-def ask_for_usage(scrub: Scrub) -> None:
+def ask_for_usage(scrub: BodyDraft) -> None:
     """Every stream reports usage, whether the client asked for it or not."""
     scrub.body.pop("stream_options", None)
     if scrub.body.get("stream"):
@@ -9663,7 +9670,7 @@ def ask_for_usage(scrub: Scrub) -> None:
         scrub.body.pop("prediction", None)
 
 
-CHAT_RULES: tuple[Callable[[Scrub], None], ...] = (
+CHAT_RULES: tuple[Callable[[BodyDraft], None], ...] = (
     check_messages, keep_chat_keys, fit_chat_limits, fit_chat_messages, fit_chat_tools,
     fit_chat_sampling, word_response_format, ask_for_usage, strip_learned,
 )  # fmt: skip
@@ -9678,7 +9685,7 @@ ENCRYPTED_REASONING = "reasoning.encrypted_content"
 CALL_ITEMS = ("function_call", "custom_tool_call", "tool_search_call", *CLIENT_CALLS)
 
 
-def check_items(scrub: Scrub) -> None:
+def check_items(scrub: BodyDraft) -> None:
     """Refuses, with a clearer message, what the responses endpoint would refuse."""
     refuse_state(scrub.body)
     for index, item in enumerate(input_items(scrub.body)):
@@ -9692,7 +9699,7 @@ def check_items(scrub: Scrub) -> None:
             raise InvalidRequest(f"input.{index}.type: is required.", param=f"input.{index}.type")
 
 
-def keep_responses_keys(scrub: Scrub) -> None:
+def keep_responses_keys(scrub: BodyDraft) -> None:
     """Keeps the keys Copilot accepts; nothing is stored, so reasoning has to come encrypted."""
     body = scrub.body
     for key in [key for key in body if key not in RESPONSES_KEYS]:
@@ -9705,7 +9712,7 @@ def keep_responses_keys(scrub: Scrub) -> None:
         body["prompt_cache_key"] = short_hash(cache_key, 64)
 
 
-def offer_added_tools(scrub: Scrub) -> None:
+def offer_added_tools(scrub: BodyDraft) -> None:
     """Tools that Codex declares inside the conversation (seen in 0.169 for GPT-5.6, 2026-11)."""
     body = scrub.body
     if isinstance(body["input"], list):
@@ -9713,7 +9720,7 @@ def offer_added_tools(scrub: Scrub) -> None:
         body["input"] = [item for item in body["input"] if item_kind(item) != "additional_tools"]
 
 
-def fit_items(scrub: Scrub) -> None:
+def fit_items(scrub: BodyDraft) -> None:
     """Items without the ids that Copilot issues and then refuses, each call with its output."""
     if not isinstance(scrub.body["input"], list):
         return
@@ -9881,7 +9888,7 @@ def fit_responses_choice(choice: Json, hosted: set[str], path: str) -> Json:
     return fitted
 
 
-def fit_responses_tools(scrub: Scrub) -> None:
+def fit_responses_tools(scrub: BodyDraft) -> None:
     body = scrub.body
     tools: list[Json] = []
     hosted: list[str] = []
@@ -9932,7 +9939,7 @@ def fit_responses_tool(tool: Json, path: str) -> Json:
     return tool
 
 
-def fit_responses_settings(scrub: Scrub) -> None:
+def fit_responses_settings(scrub: BodyDraft) -> None:
     body, model = scrub.body, scrub.model
     most = int_field(body, "max_output_tokens")
     if most is not None:
@@ -9963,7 +9970,7 @@ def fit_responses_settings(scrub: Scrub) -> None:
         body["text"] = {key: value for key, value in text.items() if value is not None}
 
 
-RESPONSES_RULES: tuple[Callable[[Scrub], None], ...] = (
+RESPONSES_RULES: tuple[Callable[[BodyDraft], None], ...] = (
     check_items, keep_responses_keys, offer_added_tools, fit_items, fit_responses_tools,
     fit_responses_settings, strip_learned,
 )  # fmt: skip
@@ -9982,13 +9989,15 @@ def copy_parts(rows: list[Any]) -> list[Any]:
     return copied
 
 
-def scrub_body(dialect: str, body: Json, model: Model, lessons: Lessons, streaming: bool) -> Scrub:
+def scrub_body(
+    dialect: str, body: Json, model: Model, lessons: Rejections, streaming: bool
+) -> BodyDraft:
     """A body as Copilot accepts it; raises InvalidRequest for what cannot be left out."""
     own = {**body, "model": model.id, "stream": streaming}
     for key in ("messages", "system", "tools", "input"):
         if isinstance(own.get(key), list):
             own[key] = copy_parts(own[key])
-    scrub = Scrub(own, model, lessons, [])
+    scrub = BodyDraft(own, model, lessons, [])
     for rule in RULES[dialect]:
         rule(scrub)
     return scrub
@@ -10245,42 +10254,44 @@ STALE_REASONING = (
 )
 
 
-def judge_400(message: str, code: str, model: Model, sent: Json, lessons: Lessons) -> Verdict:
+def judge_400(
+    message: str, code: str, model: Model, sent: Json, lessons: Rejections
+) -> RetryDecision:
     """A 400 of the model service; `lessons` are those applied when `sent` was written."""
     text = message.lower()
     for pattern in TOKEN_COUNTS:
         found = pattern.search(message)
         if found:
-            return Verdict(ContextTooLong(int(found[1]), int(found[2])))
+            return RetryDecision(ContextTooLong(int(found[1]), int(found[2])))
     if code in TOO_LONG or any(words in text for words in TOO_LONG_WORDS):
-        return Verdict(ContextTooLong())
+        return RetryDecision(ContextTooLong())
     if code == "model_not_supported" or "requested model is not supported" in text:
         error = ModelNotFound(
             f"Copilot does not offer {model.id} to this account.",
             hint="It may need to be enabled at github.com/settings/copilot.",
             param="model",
         )
-        return Verdict(error, "relist")
+        return RetryDecision(error, "relist")
     if code == "unsupported_api_for_model" or NOT_SERVED.match(message):
         error_text = f"{model.id} is not served in a dialect this gateway speaks yet."
-        return Verdict(InvalidRequest(error_text, param="model"), "reroute")
+        return RetryDecision(InvalidRequest(error_text, param="model"), "reroute")
     refused = InvalidRequest(message or "The upstream refused the request without a reason.")
     if not message:
-        return Verdict(refused, "again")
+        return RetryDecision(refused, "again")
     if EXTRA_FIELD.search(message):  # the rest may quote the client
         known = lessons.get("field", ())
         news = [("field", path) for path in refused_paths(message) if path not in known]
     else:
         news = read_lessons(message, code, sent)
     if news:
-        return Verdict(refused, "repair", lessons=news)
+        return RetryDecision(refused, "repair", lessons=news)
     if code == "invalid_request_body" or any(words in text for words in STALE_REASONING):
-        return Verdict(refused, "forget")
+        return RetryDecision(refused, "forget")
     if "copilot-vision-request" in text:
         refused.hint = (
             "Images may be switched off by your organisation's editor preview features policy."
         )
-    return Verdict(refused)
+    return RetryDecision(refused)
 
 
 def read_lessons(message: str, code: str, sent: Json) -> list[tuple[str, str]]:
@@ -10331,9 +10342,9 @@ def judge_copilot(
     data: bytes,
     model: Model,
     sent: Json,
-    lessons: Lessons,
+    lessons: Rejections,
     now: float,
-) -> Verdict:
+) -> RetryDecision:
     message, code = read_error_answer(status, data)
     support = headers.get("x-github-request-id", "")
     tail = f" (GitHub request {support})" if SUPPORT_ID.fullmatch(support) else ""
@@ -10342,48 +10353,52 @@ def judge_copilot(
         return judge_400(message, code, model, sent, lessons)
     if status in (401, 403, 421):
         if b'"authorize_url"' in data:  # a third-party agent needs a sign-in of its own
-            return Verdict(Forbidden(f"Copilot wants another authorization: {message}.{tail}"))
+            return RetryDecision(
+                Forbidden(f"Copilot wants another authorization: {message}.{tail}")
+            )
         return judge_identity(status, message, tail)
     if status == 402:
         # Only the model cools down: on older plans the models without a price still work (facts,
         # 8.4).
         error_text = f"Your Copilot quota is used up: {message or code}.{tail}"
-        return Verdict(QuotaExceeded(error_text, retry_after=wait_s), "rest", wait_s)
+        return RetryDecision(QuotaExceeded(error_text, retry_after=wait_s), "rest", wait_s)
     if status == 404:
         hint = "Its policy may need to be accepted at github.com/settings/copilot."
-        return Verdict(ModelNotFound(f"Copilot does not serve {model.id}.", hint=hint))
+        return RetryDecision(ModelNotFound(f"Copilot does not serve {model.id}.", hint=hint))
     if status == 413:
-        return Verdict(BodyTooLarge("The request is larger than Copilot takes."))
+        return RetryDecision(BodyTooLarge("The request is larger than Copilot takes."))
     if status == 422:
-        return Verdict(InvalidRequest(f"Refused by the upstream's content filter: {message}"))
+        return RetryDecision(InvalidRequest(f"Refused by the upstream's content filter: {message}"))
     if status == 429:
         error = RateLimited(
             f"Copilot's rate limit: {message or code or 'no reason given'}.{tail}",
             retry_after=wait_s,
         )
-        return Verdict(error, "pause", wait_s, code in ACCOUNT_LIMITS)
+        return RetryDecision(error, "pause", wait_s, code in ACCOUNT_LIMITS)
     if status == 466:
         hint = "Update aiclient-api: its editor version is too old for GitHub."
-        return Verdict(
+        return RetryDecision(
             UpstreamError(f"Copilot refused this client's version: {message}", hint=hint)
         )
     if status in (503, 529):
-        return Verdict(Overloaded(f"Copilot is busy.{tail}", retry_after=wait_s), "pause", wait_s)
+        return RetryDecision(
+            Overloaded(f"Copilot is busy.{tail}", retry_after=wait_s), "pause", wait_s
+        )
     if status in (408, 504):
-        return Verdict(UpstreamTimeout(f"Copilot timed out.{tail}"), "again")
+        return RetryDecision(UpstreamTimeout(f"Copilot timed out.{tail}"), "again")
     if status >= 500 or status == 499:
-        return Verdict(UpstreamError(f"Copilot failed with status {status}.{tail}"), "wait")
-    return Verdict(UpstreamError(f"Copilot answered with status {status}: {message}{tail}"))
+        return RetryDecision(UpstreamError(f"Copilot failed with status {status}.{tail}"), "wait")
+    return RetryDecision(UpstreamError(f"Copilot answered with status {status}: {message}{tail}"))
 
 
-def judge_identity(status: int, message: str, tail: str) -> Verdict:
+def judge_identity(status: int, message: str, tail: str) -> RetryDecision:
     """A 401, 403 or 421 of the model service: usually an expired token, or one for another host."""
     if "Personal Access Token" in message:
-        return Verdict(NotSignedIn(f"Copilot refused the token: {message}."))
+        return RetryDecision(NotSignedIn(f"Copilot refused the token: {message}."))
     if status == 401:
-        return Verdict(NotSignedIn(f"Copilot refused the token.{tail}"), "refresh")
+        return RetryDecision(NotSignedIn(f"Copilot refused the token.{tail}"), "refresh")
     error = Forbidden(f"Copilot does not allow this: {message or status}{tail}.")
-    return Verdict(error, "refresh")
+    return RetryDecision(error, "refresh")
 
 
 FINAL_NOTICES = {
@@ -10396,19 +10411,19 @@ FINAL_NOTICES = {
 }
 
 
-def judge_exchange(status: int, headers: Headers, data: bytes, now: float) -> Verdict:
+def judge_exchange(status: int, headers: Headers, data: bytes, now: float) -> RetryDecision:
     """Classifies a failed token exchange: `wait` if it is temporary."""
     message, _ = read_error_answer(status, data)
     body = load_object(data) or {}
     envelope = details(body, "error_details")
     wait_s = parse_retry_after(headers.get("retry-after"), now)
     if status == 401:
-        return Verdict(NotSignedIn("GitHub does not know the token any more."))
+        return RetryDecision(NotSignedIn("GitHub does not know the token any more."))
     if status == 403 and "rate limit" in message.lower():
         error: ApiError = RateLimited(
             "GitHub's rate limit for token exchanges.", retry_after=wait_s
         )
-        return Verdict(error, "wait", wait_s)
+        return RetryDecision(error, "wait", wait_s)
     if status == 403:
         notice = envelope.get("notification_id")
         said = envelope.get("message")
@@ -10421,13 +10436,13 @@ def judge_exchange(status: int, headers: Headers, data: bytes, now: float) -> Ve
             f"GitHub refuses Copilot: {redact(why, 300) or 'no reason'}.",
             hint=hint or "GitHub decides this: see https://github.com/settings/copilot.",
         )
-        return Verdict(error, "wait" if notice == "server_error" else "")
+        return RetryDecision(error, "wait" if notice == "server_error" else "")
     if status == 404:
-        return Verdict(NotSignedIn("GitHub does not exchange this token for one of Copilot."))
+        return RetryDecision(NotSignedIn("GitHub does not exchange this token for one of Copilot."))
     if status == 429 or status >= 500:
         error = Overloaded(f"GitHub's token exchange failed, status {status}.", retry_after=wait_s)
-        return Verdict(error, "wait", wait_s)
-    return Verdict(UpstreamError(f"GitHub's token exchange answered with status {status}."))
+        return RetryDecision(error, "wait", wait_s)
+    return RetryDecision(UpstreamError(f"GitHub's token exchange answered with status {status}."))
 
 
 @dataclass(slots=True)
@@ -10992,18 +11007,18 @@ def read_refresh_answer(body: Json, now: float) -> Json:
     return changes
 
 
-def judge_kiro_refresh(status: int, headers: Headers, data: bytes, now: float) -> Verdict:
+def judge_kiro_refresh(status: int, headers: Headers, data: bytes, now: float) -> RetryDecision:
     """Classifies a failed refresh: `wait` if it is temporary, `refresh` if the token is dead."""
     message, code = read_error_answer(status, data)
     wait_s = parse_retry_after(headers.get("retry-after"), now)
     if status in (400, 401, 403):
         why = message or code or f"status {status}"
         error = NotSignedIn(f"Kiro's sign-in has ended: {why}.")
-        return Verdict(error, "refresh")
+        return RetryDecision(error, "refresh")
     if status in (408, 429) or status >= 500:
         error_text = f"Kiro's token refresh failed, status {status}."
-        return Verdict(Overloaded(error_text, retry_after=wait_s), "wait", wait_s)
-    return Verdict(UpstreamError(f"Kiro's token refresh answered with status {status}."))
+        return RetryDecision(Overloaded(error_text, retry_after=wait_s), "wait", wait_s)
+    return RetryDecision(UpstreamError(f"Kiro's token refresh answered with status {status}."))
 
 
 def kiro_region(login: KiroLogin, config: KiroConfig) -> str:
@@ -11318,7 +11333,7 @@ def read_kiro_quota(body: Json, now: float) -> Quota:
     return Quota("", limits.plan, allowances, limits.resets_at, as_of=now)
 
 
-def settle_kiro_wait(verdict: Verdict, wait_s: float | None) -> None:
+def settle_kiro_wait(verdict: RetryDecision, wait_s: float | None) -> None:
     """Adds to a verdict how long it lasts, if known, and whether it concerns the whole account."""
     if wait_s is not None and verdict.remedy in ("pause", "wait", "rest"):
         verdict.wait_s = wait_s
@@ -11327,7 +11342,7 @@ def settle_kiro_wait(verdict: Verdict, wait_s: float | None) -> None:
     verdict.for_all = isinstance(verdict.error, (QuotaExceeded, RateLimited))
 
 
-def judge_kiro(status: int, headers: Headers, data: bytes, now: float) -> Verdict:
+def judge_kiro(status: int, headers: Headers, data: bytes, now: float) -> RetryDecision:
     """Classifies an error response, first by its message, then by status; `now` is Unix time."""
     text = data.decode("utf-8", "replace").strip()
     said = load_object(text) or {"message": read_error_answer(status, data)[0]}
@@ -11344,29 +11359,31 @@ def judge_kiro(status: int, headers: Headers, data: bytes, now: float) -> Verdic
     return verdict
 
 
-def judge_kiro_status(status: int, message: str) -> Verdict:
+def judge_kiro_status(status: int, message: str) -> RetryDecision:
     words = f": {message.strip(' .')}." if message else "."
     if status == 401:
-        return Verdict(NotSignedIn(f"Kiro does not accept the token{words}"), "refresh")
+        return RetryDecision(NotSignedIn(f"Kiro does not accept the token{words}"), "refresh")
     if status == 402:
-        return Verdict(QuotaExceeded(f"The Kiro credits are used up{words}"), "rest")
+        return RetryDecision(QuotaExceeded(f"The Kiro credits are used up{words}"), "rest")
     if status in (403, 423):
-        return Verdict(Forbidden(f"Kiro does not allow this{words}"), "reroute")
+        return RetryDecision(Forbidden(f"Kiro does not allow this{words}"), "reroute")
     if status in (404, 405):
-        return Verdict(UpstreamError(f"Kiro answered with status {status}{words}"), "reroute")
+        return RetryDecision(UpstreamError(f"Kiro answered with status {status}{words}"), "reroute")
     if status == 413:
-        return Verdict(BodyTooLarge("The request is larger than Kiro takes."))
+        return RetryDecision(BodyTooLarge("The request is larger than Kiro takes."))
     if status == 429:
-        return Verdict(RateLimited(f"Kiro's rate limit{words}"), "pause")
+        return RetryDecision(RateLimited(f"Kiro's rate limit{words}"), "pause")
     if status in (502, 503, 529):
-        return Verdict(Overloaded(f"Kiro is busy, status {status}{words}"), "reroute")
+        return RetryDecision(Overloaded(f"Kiro is busy, status {status}{words}"), "reroute")
     if status in (408, 504, 524):  # 524 comes after minutes: no retry
-        return Verdict(UpstreamTimeout(f"Kiro timed out{words}"), "again" if status != 524 else "")
+        return RetryDecision(
+            UpstreamTimeout(f"Kiro timed out{words}"), "again" if status != 524 else ""
+        )
     if status >= 500:
-        return Verdict(UpstreamError(f"Kiro failed with status {status}{words}"), "wait")
+        return RetryDecision(UpstreamError(f"Kiro failed with status {status}{words}"), "wait")
     if status == 200:
-        return Verdict(UpstreamError(f"Kiro answered without a stream{words}"), "again")
-    return Verdict(InvalidRequest(f"Kiro refused the request, status {status}{words}"))
+        return RetryDecision(UpstreamError(f"Kiro answered without a stream{words}"), "again")
+    return RetryDecision(InvalidRequest(f"Kiro refused the request, status {status}{words}"))
 
 
 # 9.6 signing in: device codes, the browser's redirect, other programs' files
@@ -11774,7 +11791,7 @@ class RateLimiter:
 
 
 @dataclass(slots=True)
-class Answer:
+class UsageRecord:
     """The usage record of one request that reached a provider.  Never content."""
 
     #: Unix seconds of the request
@@ -11863,7 +11880,7 @@ class NameTable:
         return name
 
 
-def normalize_answer(answer: Answer) -> None:
+def normalize_usage_record(answer: UsageRecord) -> None:
     for name in ANSWER_NAMES:
         setattr(answer, name, one_line(getattr(answer, name)[:MAX_NAME_CHARS]))
     given = {name: getattr(answer.usage, name) for name in USAGE_FIGURES}
@@ -11872,7 +11889,7 @@ def normalize_answer(answer: Answer) -> None:
         answer.usage = replace(answer.usage, **figures)
 
 
-def is_storable(answer: Answer) -> bool:
+def is_storable(answer: UsageRecord) -> bool:
     figures = [getattr(answer.usage, name) for name in USAGE_FIGURES]
     times = (answer.at, answer.duration_s, answer.first_byte_s or 0.0)
     names = [getattr(answer, name) for name in ANSWER_NAMES]
@@ -11926,7 +11943,7 @@ class Totals:
         }
 
 
-def answer_figures(answer: Answer) -> tuple[int, ...]:
+def usage_figures(answer: UsageRecord) -> tuple[int, ...]:
     """A record's figures in the order of SUM_FIELDS."""
     usage, source, bill = answer.usage, answer.usage.source, answer.usage.credits_source
     cancelled = answer.kind == "cancelled"
@@ -12096,7 +12113,7 @@ class Spending:
         #: added since the last write began: (day, provider, label, tokens, nano-credits)
         self.unwritten: list[tuple[str, str, str, int, int]] = []
 
-    def add(self, answer: Answer) -> None:
+    def add(self, answer: UsageRecord) -> None:
         usage = answer.usage
         day = local_day(int(answer.at) // SLOT_SECONDS)
         tokens = usage.prompt + usage.output
@@ -12394,7 +12411,7 @@ class Metrics:
         for kind in refusals:
             self.counts["upstream_refusals_total"][provider, kind] += 1
 
-    def observe(self, answer: Answer) -> None:
+    def observe(self, answer: UsageRecord) -> None:
         """Counts one record, in some 2 microseconds."""
         provider, usage, kind = answer.provider, answer.usage, answer.kind
         model = self.model_label(answer)
@@ -12414,7 +12431,7 @@ class Metrics:
         if answer.first_byte_s is not None:
             self.histograms["answer_first_byte_seconds"].add(key, answer.first_byte_s)
 
-    def model_label(self, answer: Answer) -> str:
+    def model_label(self, answer: UsageRecord) -> str:
         """OTHER once there are too many, and for unknown names: clients can name any model."""
         name = f"{answer.provider}/{answer.model}"
         if answer.kind == "model_not_found" and name not in self.models.names:
@@ -12665,7 +12682,7 @@ class CacheFinding:
 
 
 @dataclass(slots=True)
-class Watched:
+class TrackedConversation:
     conversation: str
     #: conversations are matched within a pool: a hash of the session, otherwise of the label
     pool: int
@@ -12708,7 +12725,9 @@ class Watched:
         old, new = self.prompt.settings, prompt.settings
         return next((key for key in PROMPT_SETTINGS if old.get(key) != new.get(key)), "")
 
-    def take(self, prompt: Prompt, answer: Answer, finding: CacheFinding, writes: bool) -> None:
+    def take(
+        self, prompt: Prompt, answer: UsageRecord, finding: CacheFinding, writes: bool
+    ) -> None:
         """`writes`: the service reports what it writes to the cache."""
         wait_s = answer.duration_s if answer.first_byte_s is None else answer.first_byte_s
         held = answer.usage.cache_read + answer.usage.cache_write
@@ -12761,7 +12780,7 @@ class CacheGuard:
     def __init__(self, salt: bytes) -> None:
         self.salt = salt
         #: least recently used first
-        self.watched: dict[int, Watched] = {}
+        self.watched: dict[int, TrackedConversation] = {}
         self.number = 0
         #: (provider, model) of services that report cache reads -> whether they report writes too
         self.telling: dict[tuple[str, str], bool] = {}
@@ -12769,7 +12788,7 @@ class CacheGuard:
     def clear(self) -> None:
         self.watched.clear()
 
-    def record(self, answer: Answer, session: str, prompt: Prompt) -> CacheFinding:
+    def record(self, answer: UsageRecord, session: str, prompt: Prompt) -> CacheFinding:
         self.forget(answer.at)
         pool = hash_block([session, "" if session else answer.label], self.salt)[0]
         number, before = self.find(answer, pool, prompt)
@@ -12780,7 +12799,7 @@ class CacheGuard:
             self.number += 1
             number = self.number
             name = f"{hash_block([pool, prompt.first], self.salt)[0] >> 32:08x}"
-            before = Watched(name, pool, owner, answer.label, prompt)
+            before = TrackedConversation(name, pool, owner, answer.label, prompt)
         self.watched.pop(number, None)
         self.watched[number] = before
         before.take(prompt, answer, finding, is_told and self.telling[owner])
@@ -12796,7 +12815,7 @@ class CacheGuard:
                 return
             del self.watched[oldest]
 
-    def is_told(self, answer: Answer) -> bool:
+    def is_told(self, answer: UsageRecord) -> bool:
         """Whether the record's cache figures are real rather than merely absent."""
         pair, usage = (answer.provider, answer.model), answer.usage
         if usage.source != "reported":
@@ -12808,7 +12827,9 @@ class CacheGuard:
                 del self.telling[next(iter(self.telling))]
         return pair in self.telling
 
-    def find(self, answer: Answer, pool: int, prompt: Prompt) -> tuple[int, Watched | None]:
+    def find(
+        self, answer: UsageRecord, pool: int, prompt: Prompt
+    ) -> tuple[int, TrackedConversation | None]:
         """Matched by turns: a date in the system prompt must not start a new conversation."""
         turns = set(prompt.hashes[prompt.start :])
         found = [
@@ -12820,14 +12841,14 @@ class CacheGuard:
             return 0, None
         owner = answer.provider, answer.model
 
-        def likeness(item: tuple[int, Watched]) -> tuple[bool, int, float]:
+        def likeness(item: tuple[int, TrackedConversation]) -> tuple[bool, int, float]:
             row = item[1]
             return row.owner == owner, row.shared(turns), row.at
 
         return found[0] if len(found) == 1 else max(found, key=likeness)
 
     def judge(
-        self, before: Watched | None, prompt: Prompt, answer: Answer, is_told: bool
+        self, before: TrackedConversation | None, prompt: Prompt, answer: UsageRecord, is_told: bool
     ) -> CacheFinding:
         if before is None:
             return CacheFinding("first")
@@ -13089,12 +13110,12 @@ class Ticker:
 
 
 if TYPE_CHECKING:
-    StreamProtocol = asyncio.Protocol
+    ProtocolBase = asyncio.Protocol
 else:
-    StreamProtocol = object  # asyncio needs the methods, not the base class: see `lazy_module`
+    ProtocolBase = object  # asyncio needs the methods, not the base class: see `lazy_module`
 
 
-class Wire(StreamProtocol):
+class StreamProtocol(ProtocolBase):
     """One connection: asyncio's streams, plus a relay mode for bodies.
 
     In relay mode (`sink` is set) bytes go to a function as they arrive, without waking a task each
@@ -13118,7 +13139,7 @@ class Wire(StreamProtocol):
         self.heard = False
         self.lost = asyncio.Event()
         #: the proxy tunnel under this TLS connection, referenced to keep it alive
-        self.tunnel: Wire | None = None
+        self.tunnel: StreamProtocol | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -13241,7 +13262,7 @@ def is_readable(connection: socket.socket) -> bool:
     return bool(poll.poll(0))
 
 
-class Source(Protocol):
+class BodyStream(Protocol):
     """The incoming body of a response."""
 
     def first(self) -> Awaitable[bytes]:
@@ -13266,11 +13287,11 @@ class Source(Protocol):
         """
 
 
-class UpstreamAnswer:
+class UpstreamResponse:
     """The head of a response, and its body as a Source.  Whoever opens it must `close` it."""
 
     def __init__(
-        self, client: HttpClient, connection: Connection, head: ResponseHead, body: Body
+        self, client: HttpClient, connection: PooledConnection, head: ResponseHead, body: Body
     ) -> None:
         self.status = head.status
         self.headers = head.headers
@@ -13476,8 +13497,8 @@ class UpstreamAnswer:
         wire.transport.abort()
 
 
-class Connection:
-    def __init__(self, origin: Origin, wire: Wire) -> None:
+class PooledConnection:
+    def __init__(self, origin: Origin, wire: StreamProtocol) -> None:
         self.origin = origin
         self.wire = wire
         #: the TCP socket, below TLS and a tunnel
@@ -13510,9 +13531,9 @@ class Pool:
     """Idle connections by origin.  `take` and `give_back` never wait and never open anything."""
 
     def __init__(self) -> None:
-        self.idle: dict[Origin, list[Connection]] = {}
+        self.idle: dict[Origin, list[PooledConnection]] = {}
 
-    def take(self, origin: Origin, now: float) -> Connection | None:
+    def take(self, origin: Origin, now: float) -> PooledConnection | None:
         """The most recently used connection, so that the others can expire."""
         stack = self.idle.get(origin, [])
         while stack:
@@ -13523,7 +13544,7 @@ class Pool:
             connection.wire.transport.abort()
         return None
 
-    def give_back(self, connection: Connection, now: float) -> None:
+    def give_back(self, connection: PooledConnection, now: float) -> None:
         connection.used += 1
         connection.idle_since = now
         stack = self.idle.setdefault(connection.origin, [])
@@ -13600,7 +13621,7 @@ class HttpClient:
         headers: Callable[[], dict[str, str]],
         body: bytes = b"",
         first_byte_s: float | None = None,
-    ) -> UpstreamAnswer:
+    ) -> UpstreamResponse:
         """Sends a request, reads the response's head; raises UpstreamError or UpstreamTimeout.
 
         `headers` is called for each attempt: some values must never be sent twice.  A request that
@@ -13625,8 +13646,8 @@ class HttpClient:
         return answer
 
     async def exchange(
-        self, connection: Connection, method: str, message: bytes, limit_s: float
-    ) -> UpstreamAnswer | None:
+        self, connection: PooledConnection, method: str, message: bytes, limit_s: float
+    ) -> UpstreamResponse | None:
         """One request on one connection; None if it was stale and another may be tried."""
         wire = connection.wire
         host = connection.origin.host
@@ -13653,7 +13674,7 @@ class HttpClient:
         except asyncio.CancelledError:
             wire.transport.abort()
             raise
-        answer = UpstreamAnswer(self, connection, head, body)
+        answer = UpstreamResponse(self, connection, head, body)
         if rest:
             answer.take(rest)
         if wire.ended:
@@ -13661,7 +13682,9 @@ class HttpClient:
         return answer
 
     @staticmethod
-    async def read_answer_head(wire: Wire, method: str) -> tuple[ResponseHead, Body, bytes]:
+    async def read_answer_head(
+        wire: StreamProtocol, method: str
+    ) -> tuple[ResponseHead, Body, bytes]:
         """(head, body, bytes after the head); raises EOFError, also within a head."""
         buffer, scanned, heads = b"", 0, 0
         while True:
@@ -13687,7 +13710,7 @@ class HttpClient:
             if heads == MAX_INTERIM_HEADS:
                 raise WireError("too many interim responses")
 
-    async def connect(self, origin: Origin) -> Connection:
+    async def connect(self, origin: Origin) -> PooledConnection:
         """A new connection, through the proxy if one is configured; raises Unreachable."""
         where = origin.host if not origin.proxy else f"{origin.host} through the proxy"
         try:
@@ -13707,19 +13730,19 @@ class HttpClient:
         except (OSError, EOFError) as error:
             reason = error.strerror or type(error).__name__ if isinstance(error, OSError) else "EOF"
             raise Unreachable(f"No connection to {where}: {reason}.") from None
-        return Connection(origin, wire)
+        return PooledConnection(origin, wire)
 
-    async def connect_directly(self, origin: Origin) -> Wire:
+    async def connect_directly(self, origin: Origin) -> StreamProtocol:
         loop = asyncio.get_running_loop()
         secure: Json = {}
         if origin.scheme == "https":
             secure = {"ssl": self.tls_context(), "server_hostname": origin.host}
         _, wire = await loop.create_connection(
-            Wire, origin.host, origin.port, happy_eyeballs_delay=0.25, **secure
+            StreamProtocol, origin.host, origin.port, happy_eyeballs_delay=0.25, **secure
         )
         return wire
 
-    async def connect_by_proxy(self, origin: Origin) -> Wire:
+    async def connect_by_proxy(self, origin: Origin) -> StreamProtocol:
         """A CONNECT tunnel (RFC 9110 section 9.3.6), with TLS inside for https."""
         proxy = urllib.parse.urlsplit(origin.proxy)
         if proxy.scheme not in ("http", "https") or not proxy.hostname:
@@ -13744,7 +13767,7 @@ class HttpClient:
                 raise Unreachable(f"The proxy refused the tunnel: {head.status}.", hint=hint)
             if origin.scheme == "http":
                 return tunnel
-            wire = Wire()
+            wire = StreamProtocol()
             loop = asyncio.get_running_loop()
             transport = await loop.start_tls(
                 tunnel.transport, wire, self.tls_context(), server_hostname=origin.host
@@ -13786,7 +13809,7 @@ class Response:
     status: int
     body: bytes = b""
     headers: dict[str, str] = field(default_factory=dict)
-    stream: Callable[[Outlet], Awaitable[None]] | None = None
+    stream: Callable[[ResponseWriter], Awaitable[None]] | None = None
     content_type: str = "application/json"
 
 
@@ -13808,7 +13831,7 @@ class BodyBudget:
 class Request:
     """Its body is read only when a handler asks for it."""
 
-    def __init__(self, connection: ClientConnection, head: RequestHead, body: Body) -> None:
+    def __init__(self, connection: ServerConnection, head: RequestHead, body: Body) -> None:
         self.method = head.method
         self.path = head.path
         self.query = head.query
@@ -13825,7 +13848,7 @@ class Request:
         #: of its API key; "" if it has none
         self.key_name = ""
         #: its usage, once known
-        self.answer: Answer | None = None
+        self.answer: UsageRecord | None = None
 
     async def read_body(self) -> bytes:
         """Decodes gzip and deflate; raises ApiError."""
@@ -13857,10 +13880,10 @@ class Request:
         self.connection.cancel_on_hangup(watching, patient)
 
 
-class Outlet:
+class ResponseWriter:
     """The body of a streamed response; its head goes out with the first bytes, in one write."""
 
-    def __init__(self, connection: ClientConnection, head: bytes, chunked: bool) -> None:
+    def __init__(self, connection: ServerConnection, head: bytes, chunked: bool) -> None:
         self.connection = connection
         self.transport = connection.wire.transport
         self.head = head
@@ -13886,7 +13909,7 @@ class Outlet:
         self.transport.write(data)
 
 
-async def linger(wire: Wire) -> None:
+async def linger(wire: StreamProtocol) -> None:
     """Lingering close, as in nginx: an RST would discard the response."""
     if wire.transport.is_closing():
         return
@@ -13899,10 +13922,10 @@ async def linger(wire: Wire) -> None:
         pass  # timed out, or already gone
 
 
-class ClientConnection:
+class ServerConnection:
     """One client: its requests are read one at a time and answered in order."""
 
-    def __init__(self, server: Server, wire: Wire) -> None:
+    def __init__(self, server: Server, wire: StreamProtocol) -> None:
         self.server = server
         self.wire = wire
         self.buffer = b""
@@ -13911,7 +13934,7 @@ class ClientConnection:
         self.task: asyncio.Task[None] | None = None
         self.watched: asyncio.Task[None] | None = None
         self.patient = False
-        self.outlet: Outlet | None = None
+        self.outlet: ResponseWriter | None = None
         #: the request in progress, and whether its response head has gone out: there is only one
         self.request: Request | None = None
         self.answered = False
@@ -14101,7 +14124,7 @@ class ClientConnection:
             self.answered = True
             self.wire.transport.write(head if bare else head + response.body)
         else:
-            self.outlet = Outlet(self, head, chunked)
+            self.outlet = ResponseWriter(self, head, chunked)
             await response.stream(self.outlet)
             self.outlet.finish()
             self.outlet = None
@@ -14186,7 +14209,7 @@ class Server:
         self.ticker = ticker
         self.handler = handler
         self.write_error = write_error
-        self.connections: set[ClientConnection] = set()
+        self.connections: set[ServerConnection] = set()
         self.bodies = BodyBudget()
         self.turning: set[asyncio.Task[None]] = set()
         self.date, self.date_second = "", 0
@@ -14200,31 +14223,31 @@ class Server:
         loop = asyncio.get_running_loop()
         for listener in listeners:
             server = await loop.create_server(
-                lambda: ServerWire(self), sock=listener, backlog=LISTEN_BACKLOG
+                lambda: ServerProtocol(self), sock=listener, backlog=LISTEN_BACKLOG
             )
             self.listeners.append(server)
 
     def count_busy(self) -> int:
         return sum(connection.request is not None for connection in self.connections)
 
-    def accept(self, wire: Wire) -> None:
+    def accept(self, wire: StreamProtocol) -> None:
         if self.draining or len(self.connections) >= self.config.max_connections:
             task = asyncio.get_running_loop().create_task(self.turn_away(wire))
             self.turning.add(task)
             task.add_done_callback(self.turning.discard)
             return
-        connection = ClientConnection(self, wire)
+        connection = ServerConnection(self, wire)
         self.connections.add(connection)
         self.ticker.add(connection.watch)
         connection.task = asyncio.get_running_loop().create_task(connection.serve())
         connection.task.add_done_callback(lambda _: self.forget(connection))
 
-    async def turn_away(self, wire: Wire) -> None:
+    async def turn_away(self, wire: StreamProtocol) -> None:
         wire.transport.write(self.error_bytes(Busy("Too many connections.", retry_after=1)))
         await linger(wire)
         wire.transport.close()
 
-    def forget(self, connection: ClientConnection) -> None:
+    def forget(self, connection: ServerConnection) -> None:
         self.connections.discard(connection)
         self.ticker.discard(connection.watch)
 
@@ -14296,7 +14319,7 @@ class Server:
         await asyncio.gather(*late, return_exceptions=True)
 
 
-class ServerWire(Wire):
+class ServerProtocol(StreamProtocol):
     def __init__(self, server: Server) -> None:
         super().__init__()
         self.server = server
@@ -15050,19 +15073,19 @@ GROUP_SQL = {
 }
 
 
-def answer_row(answer: Answer) -> tuple[Any, ...]:
+def usage_row(answer: UsageRecord) -> tuple[Any, ...]:
     usage = answer.usage
     return tuple(
         getattr(answer if hasattr(answer, name) else usage, name) for name in ANSWER_COLUMNS
     )
 
 
-def read_answer_row(row: tuple[Any, ...]) -> Answer:
+def read_usage_row(row: tuple[Any, ...]) -> UsageRecord:
     found = dict(zip(ANSWER_COLUMNS, row, strict=True))
     usage = Usage(
         **{item.name: found.pop(item.name) for item in fields(Usage) if item.name in found}
     )
-    return Answer(**{**found, "streamed": bool(found["streamed"]), "usage": usage})
+    return UsageRecord(**{**found, "streamed": bool(found["streamed"]), "usage": usage})
 
 
 # How SQLite reports an unexpected schema.
@@ -15095,7 +15118,7 @@ class UsageStore:
         #: of the open file: another process may set it aside
         self.identity: tuple[int, int] | None = None
         #: not written yet
-        self.answers: list[Answer] = []
+        self.answers: list[UsageRecord] = []
         self.sums: Sums = {}
         self.spent: dict[tuple[str, str, str], list[int]] = {}
         #: rows of single responses that were dropped; their sums never are
@@ -15235,7 +15258,7 @@ class UsageStore:
 
     # -- writing
 
-    def take(self, answers: list[Answer]) -> None:
+    def take(self, answers: list[UsageRecord]) -> None:
         """Queues records; drops those that no database can hold."""
         given, answers = answers, list(filter(is_storable, answers))
         if len(answers) < len(given):
@@ -15245,7 +15268,7 @@ class UsageStore:
             key = (slot, *(getattr(answer, name) for name in SUM_KEYS))
             if key not in self.sums and len(self.sums) >= MAX_WAITING_SUMS:
                 key = (slot, answer.provider, answer.account, OTHER, OTHER)
-            self.sums.setdefault(key, Totals()).add(answer_figures(answer))
+            self.sums.setdefault(key, Totals()).add(usage_figures(answer))
             if not answer.costs:
                 continue
             spent = self.spent.setdefault((local_day(slot), answer.provider, answer.label), [0, 0])
@@ -15256,13 +15279,13 @@ class UsageStore:
             self.lost += len(self.answers) - MAX_WAITING_ANSWERS
             del self.answers[:-MAX_WAITING_ANSWERS]
 
-    def write(self, answers: list[Answer], month: str = "") -> list[tuple[Any, ...]] | None:
+    def write(self, answers: list[UsageRecord], month: str = "") -> list[tuple[Any, ...]] | None:
         """Returns what was spent from the day `month` on; None on failure, or if that is ""."""
         self.take(answers)
         spent: list[tuple[Any, ...]] = []
 
         def work(connection: sqlite3.Connection) -> None:
-            connection.executemany(INSERT_ANSWER, map(answer_row, self.answers))
+            connection.executemany(INSERT_ANSWER, map(usage_row, self.answers))
             rows = ((*key, *total.figures) for key, total in self.sums.items())
             connection.executemany(ADD_SUMS, rows)
             self.unpruned += len(self.sums)
@@ -15392,11 +15415,11 @@ class UsageStore:
                 groups.setdefault(group, Totals()).add(total.figures)
 
     @staticmethod
-    def read_recent(connection: sqlite3.Connection, query: UsageQuery) -> list[Answer]:
+    def read_recent(connection: sqlite3.Connection, query: UsageQuery) -> list[UsageRecord]:
         columns = ", ".join(ANSWER_COLUMNS)
         sql = f"SELECT {columns} FROM answers WHERE at >= ? ORDER BY id DESC LIMIT ?"
         rows = connection.execute(sql, (query.since or 0.0, query.recent))
-        return [read_answer_row(row) for row in rows]
+        return [read_usage_row(row) for row in rows]
 
 
 @contextlib.contextmanager
@@ -15420,7 +15443,7 @@ class Ledger:
         self.ticker = ticker
         self.thread = concurrent.futures.ThreadPoolExecutor(1, "usage")
         self.thread.submit(int)  # it begins now: when it is needed, there may be none to be had
-        self.pending: list[Answer] = []
+        self.pending: list[UsageRecord] = []
         self.writing: asyncio.Future[Any] | None = None
         #: monotonic time of the next write
         self.due_at = math.inf
@@ -15441,9 +15464,9 @@ class Ledger:
         today = local_day(int(time.time()) // SLOT_SECONDS)
         return label if label in limits.labels else self.labels.known(label, today)
 
-    def record(self, answer: Answer) -> None:
+    def record(self, answer: UsageRecord) -> None:
         """Counts a response; it is in the database within USAGE_WRITE_SECONDS and a tick."""
-        normalize_answer(answer)
+        normalize_usage_record(answer)
         name = f"{answer.provider}/{answer.model}"
         if self.models.known(name, local_day(int(answer.at) // SLOT_SECONDS)) != name:
             answer.model = OTHER
@@ -15458,7 +15481,9 @@ class Ledger:
     def count_waiting(self) -> int:
         return len(self.pending) + len(self.store.answers)
 
-    def watch_cache(self, answer: Answer, outline: Outline, dialect: str, body: Json) -> None:
+    def watch_cache(
+        self, answer: UsageRecord, outline: RequestInfo, dialect: str, body: Json
+    ) -> None:
         """`body`: as sent upstream, held until hashed.  Runs after the client has its response."""
         if answer.usage.prompt < MIN_CACHED_TOKENS:
             return
@@ -15471,7 +15496,7 @@ class Ledger:
         else:
             loop.call_soon(lambda: take(read()))
 
-    def take_prompt(self, answer: Answer, session: str, prompt: Prompt) -> None:
+    def take_prompt(self, answer: UsageRecord, session: str, prompt: Prompt) -> None:
         finding = self.cache.record(answer, session, prompt)
         if finding.is_news:
             log_event(
@@ -15572,7 +15597,7 @@ class Call:
     model: Model
     dialect: str
     body: Json
-    outline: Outline
+    outline: RequestInfo
     #: the client's anthropic-beta header
     betas: str = ""
     #: names of what was left out; the provider adds to them
@@ -15603,7 +15628,7 @@ class Provider(Protocol):
     def guess(self, model_id: str) -> Model | None:
         """A model that the catalogue does not list but that may still exist."""
 
-    def open(self, call: Call) -> Awaitable[Source]:
+    def open(self, call: Call) -> Awaitable[BodyStream]:
         """A successful upstream response; retries are the provider's.  Raises ApiError."""
 
     def embed(self, body: Json, model: Model) -> Awaitable[tuple[Json, Usage]]:
@@ -15734,7 +15759,7 @@ class Catalogue:
 
 
 @dataclass(slots=True, eq=False)
-class Rest:
+class Cooldown:
     """A cool-down of a model, or of the account: why, and until when."""
 
     error: ApiError
@@ -15756,7 +15781,7 @@ class Rest:
         return self.error.anew(self.error.hint, wait_s)
 
 
-class CoolDowns:
+class Cooldowns:
     """One circuit breaker per model: clients' retries would make matters worse.
 
     After a cool-down one request probes (half-open); the others fail until it has finished.
@@ -15765,7 +15790,7 @@ class CoolDowns:
     def __init__(self, provider: str = "") -> None:
         self.provider = provider
         #: by model, "" for the whole account
-        self.resting: dict[str, Rest] = {}
+        self.resting: dict[str, Cooldown] = {}
 
     def rest(
         self, model_id: str, error: ApiError, wait_s: float | None, passes_s: float | None = None
@@ -15790,7 +15815,7 @@ class CoolDowns:
         self.resting.pop(model_id, None)
         if len(self.resting) >= MAX_RESTING:
             del self.resting[next(filter(None, self.resting))]  # the oldest one of a model
-        self.resting[model_id] = Rest(error, until, passes_at, rest_s)
+        self.resting[model_id] = Cooldown(error, until, passes_at, rest_s)
         log_event(
             "info",
             "resting",
@@ -15801,7 +15826,7 @@ class CoolDowns:
         )
         return rest_s
 
-    def refused(self, model_id: str, verdict: Verdict) -> None:
+    def refused(self, model_id: str, verdict: RetryDecision) -> None:
         """After a final refusal: starts a cool-down if only time helps."""
         error, said = verdict.error, verdict.wait_s
         if verdict.remedy not in ("pause", "rest") and (said or 0.0) <= MAX_WAIT_SECONDS:
@@ -15919,36 +15944,36 @@ def come_back(at: float) -> str:
 
 
 class Attempt:
-    def __init__(self, provider: str, call: Call, rests: CoolDowns) -> None:
+    def __init__(self, provider: str, call: Call, rests: Cooldowns) -> None:
         self.provider_name = provider
         self.call = call
         self.rests = rests
         self.count = 0
         self.tried: set[str] = set()
 
-    async def send(self) -> UpstreamAnswer:
+    async def send(self) -> UpstreamResponse:
         raise NotImplementedError
 
-    async def judge(self, answer: UpstreamAnswer) -> Verdict | None:
+    async def judge(self, answer: UpstreamResponse) -> RetryDecision | None:
         """What a refusal means; None if the response can be passed on."""
         raise NotImplementedError
 
-    async def mend(self, verdict: Verdict) -> None:
+    async def mend(self, verdict: RetryDecision) -> None:
         """Applies the verdict's remedy, or raises its error."""
         raise NotImplementedError
 
-    def unanswered(self, error: UpstreamError) -> Verdict:
+    def unanswered(self, error: UpstreamError) -> RetryDecision:
         """No response came; only a request that was never sent is safe to send again."""
-        return Verdict(error, "wait" if isinstance(error, Unreachable) else "")
+        return RetryDecision(error, "wait" if isinstance(error, Unreachable) else "")
 
-    async def run(self) -> UpstreamAnswer:
+    async def run(self) -> UpstreamResponse:
         while True:
             self.count += 1
             self.call.attempts = self.count
             try:
                 answer = await self.send()
             except UpstreamError as error:
-                verdict: Verdict | None = self.unanswered(error)
+                verdict: RetryDecision | None = self.unanswered(error)
             else:
                 verdict = await self.judge(answer)
                 if verdict is None:
@@ -15979,7 +16004,7 @@ class Attempt:
         return ContextTooLong(max(int(estimate_value(self.call.body)), window + 1), window)
 
     @staticmethod
-    async def read_refusal(answer: UpstreamAnswer) -> bytes:
+    async def read_refusal(answer: UpstreamResponse) -> bytes:
         """The body of an error response; b"" if it breaks off: the status must do then."""
         try:
             async with asyncio.timeout(ERROR_BODY_SECONDS):
@@ -15989,7 +16014,7 @@ class Attempt:
         finally:
             answer.close(ended=False)
 
-    async def pause(self, verdict: Verdict, step: int) -> None:
+    async def pause(self, verdict: RetryDecision, step: int) -> None:
         wait_s = verdict.wait_s
         if wait_s is None:
             steps = PAUSE_SECONDS if verdict.remedy == "pause" else BACKOFF_SECONDS
@@ -16122,12 +16147,12 @@ def sample_value(schema: Any) -> Any:
     return plain.get(kind, "echo") if isinstance(kind, str) else "echo"
 
 
-def last_said(chat: Chat) -> list[Block]:
+def last_said(chat: Conversation) -> list[Block]:
     """The last turn that is not the system's: Claude Code adds system text after the prompt."""
     return next((t.blocks for t in reversed(chat.turns) if t.role != "system"), [])
 
 
-def echo_call(chat: Chat) -> ToolCall | None:
+def echo_call(chat: Conversation) -> ToolCall | None:
     words = plain_text(last_said(chat))
     if not chat.tools or ECHO_CALL_WORDS not in words.lower():
         return None
@@ -16136,7 +16161,7 @@ def echo_call(chat: Chat) -> ToolCall | None:
     return ToolCall(call_id, tool.name, dump_text(sample_value(tool.schema)))
 
 
-def echo_words(chat: Chat) -> str:
+def echo_words(chat: Conversation) -> str:
     blocks = last_said(chat)
     results = [block for block in blocks if isinstance(block, ToolResult)]
     said = [f"The tool said: {plain_text(result.blocks)}" for result in results]
@@ -16145,24 +16170,26 @@ def echo_words(chat: Chat) -> str:
     return f"{ECHO_LABEL}{words}" + (f" (images seen: {len(seen)})" if seen else "")
 
 
-def echo_events(chat: Chat, prompt_tokens: int) -> Iterator[Event]:
-    yield Started()
+def echo_events(chat: Conversation, prompt_tokens: int) -> Iterator[Event]:
+    yield MessageStart()
     call = echo_call(chat)
     text = call.arguments if call else echo_words(chat)
     if call:
-        yield Opened("tool", call.id, call.name)
-        yield Added("arguments", text)
+        yield BlockStart("tool", call.id, call.name)
+        yield BlockDelta("arguments", text)
     else:
         size = max(8, len(text) // 400)
-        yield Opened("text")
+        yield BlockStart("text")
         for at in range(0, len(text), size):
-            yield Added("text", text[at : at + size])
-    yield Closed()
-    yield Counted(Usage(prompt_tokens, output=max(1, int(estimate_text(text))), source="reported"))
-    yield Finished("tool" if call else "end")
+            yield BlockDelta("text", text[at : at + size])
+    yield BlockStop()
+    yield UsageUpdate(
+        Usage(prompt_tokens, output=max(1, int(estimate_text(text))), source="reported")
+    )
+    yield MessageStop("tool" if call else "end")
 
 
-class LocalAnswer:
+class LocalResponse:
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self.pieces = pieces
         self.error: ApiError | None = None
@@ -16230,12 +16257,14 @@ class EchoProvider:
     def guess(self, model_id: str) -> Model | None:
         return None
 
-    async def open(self, call: Call) -> Source:
+    async def open(self, call: Call) -> BodyStream:
         chat = CHAT.read_request(call.body)
         if not chat.turns:
             raise InvalidRequest("messages: there is nothing to echo.", param="messages")
         events = echo_events(chat, estimate_request(call.body))
-        terms = Terms(CHAT.id_prefix + os.urandom(12).hex(), int(time.time()), "echo", True)
+        terms = ResponseContext(
+            CHAT.id_prefix + os.urandom(12).hex(), int(time.time()), "echo", True
+        )
         writer = CHAT.writer(terms)
 
         def pieces() -> Iterator[bytes]:
@@ -16244,7 +16273,7 @@ class EchoProvider:
                     yield CHAT.encode(frame)
             yield CHAT.tail
 
-        return LocalAnswer(pieces())
+        return LocalResponse(pieces())
 
     async def embed(self, body: Json, model: Model) -> tuple[Json, Usage]:
         raise UnsupportedFeature(f"{model.id} makes no embeddings.", param="model")
@@ -16507,11 +16536,11 @@ class CopilotProvider:
         self.forget_account()
 
     def forget_account(self) -> None:
-        self.learned = Learned()
+        self.learned = RejectionMemory()
         self.reasoning = ReasoningMemory()
         self.catalogue = Catalogue(self.name, self.fetch_models)
         self.quota_watch.forget()
-        self.rests = CoolDowns(self.name)
+        self.rests = Cooldowns(self.name)
 
     async def settle(self) -> None:
         """A token exchange may be interrupted: the next one brings another token."""
@@ -16642,15 +16671,15 @@ class CopilotProvider:
         """Any exact name is tried, listed or not."""
         return guess_copilot_model(model_id, self.name)
 
-    async def open(self, call: Call) -> Source:
+    async def open(self, call: Call) -> BodyStream:
         with self.rests.passing(call.model.id):
             return await CopilotAttempt(self, call, await self.account.token()).run()
 
     def refused(self, model_id: str, error: ApiError) -> None:
         """An error inside a 200 response names no time."""
-        self.rests.refused(model_id, Verdict(error, "pause"))
+        self.rests.refused(model_id, RetryDecision(error, "pause"))
 
-    async def ask_reset(self, verdict: Verdict) -> None:
+    async def ask_reset(self, verdict: RetryDecision) -> None:
         watch = self.quota_watch
         if asyncio.get_running_loop().time() - watch.looked_at >= watch.again_s:
             await watch.look()
@@ -16671,7 +16700,7 @@ class CopilotAttempt(Attempt):
         self.forgetful = False
         self.interaction = hash_uuid(call.outline.session or call.model.id + call.outline.opening)
         self.kept_dropped = list(call.dropped)
-        self.lessons: Lessons = {}
+        self.lessons: Rejections = {}
 
     def body(self) -> Json:
         provider, call = self.provider, self.call
@@ -16688,7 +16717,7 @@ class CopilotAttempt(Attempt):
         call.dropped[:] = list(dict.fromkeys([*self.kept_dropped, *scrub.dropped]))
         return scrub.body
 
-    async def send(self) -> UpstreamAnswer:
+    async def send(self) -> UpstreamResponse:
         """One attempt."""
         self.call.sent = body = await run_step(self.body)
         url = self.token.api_url + DIALECT_PATHS[self.call.dialect]
@@ -16717,7 +16746,7 @@ class CopilotAttempt(Attempt):
         added = {name: value for name, value in call.model.headers.items() if name not in own}
         return headers | added
 
-    async def judge(self, answer: UpstreamAnswer) -> Verdict | None:
+    async def judge(self, answer: UpstreamResponse) -> RetryDecision | None:
         if answer.status == 200:
             self.provider.quota_watch.harvest(answer.headers)
             return None
@@ -16738,7 +16767,7 @@ class CopilotAttempt(Attempt):
         wait_s = FORCED_RENEWAL_GAP_SECONDS
         return Overloaded("Copilot refuses a token it has just given.", retry_after=wait_s)
 
-    async def mend(self, verdict: Verdict) -> None:
+    async def mend(self, verdict: RetryDecision) -> None:
         remedy = verdict.remedy
         if remedy == "refresh" and remedy in self.tried:
             raise self.refused_again(verdict.error)
@@ -17004,7 +17033,7 @@ class KiroProvider:
 
     def forget_account(self) -> None:
         self.catalogue = Catalogue(self.name, self.fetch_models)
-        self.rests = CoolDowns(self.name)
+        self.rests = Cooldowns(self.name)
         self.reasoning = ReasoningMemory()
         self.quota_watch.forget()
         self.profile_sought = False
@@ -17086,7 +17115,7 @@ class KiroProvider:
                 "/ListAvailableProfiles",
                 dump_json({"maxResults": KIRO_PROFILES}),
             )
-            if isinstance(body, Verdict):
+            if isinstance(body, RetryDecision):
                 error = body.error
                 log_event("info", "profiles_unavailable", provider=self.name, reason=error)
                 if isinstance(error, (UpstreamError, UpstreamTimeout, Overloaded)):
@@ -17101,13 +17130,13 @@ class KiroProvider:
 
     async def ask_control(
         self, login: KiroLogin, method: str, bases: list[str], path: str, body: bytes = b""
-    ) -> Json | Verdict:
+    ) -> Json | RetryDecision:
         """A response of the control plane: each host in turn, with both spellings of the path."""
         headers = kiro_control_headers(login, self.config.kiro_version, self.system)
         headers["amz-sdk-request"] = "attempt=1; max=1"
         if body:
             headers["Content-Type"] = "application/json"
-        verdict = Verdict(UpstreamError("Kiro has no host for this."))
+        verdict = RetryDecision(UpstreamError("Kiro has no host for this."))
         for base in bases:
             for spelled in (path, kebab_path(path)):
                 headers["amz-sdk-invocation-id"] = format_uuid(os.urandom(16).hex())
@@ -17116,7 +17145,7 @@ class KiroProvider:
                         method, base + spelled, headers, KIRO_CONTROL_SECONDS, body
                     )
                 except (UpstreamError, UpstreamTimeout) as error:
-                    verdict = Verdict(error, "wait")
+                    verdict = RetryDecision(error, "wait")
                     break
                 answer = load_object(data)
                 if status == 200 and answer is not None:
@@ -17132,13 +17161,13 @@ class KiroProvider:
         """Renews a stale token once; some sign-ins may not name a profile.  Raises ApiError."""
         login = await self.login()
         own = login.arn or kiro_endpoints(login, self.config)[0].arn
-        verdict = Verdict(UpstreamError("Kiro was not asked."))
+        verdict = RetryDecision(UpstreamError("Kiro was not asked."))
         for arn in dict.fromkeys((own, "")):
             asked = {**query, "profileArn": arn} if arn else query
             url = f"{path}?{urllib.parse.urlencode(asked)}"
             for _ in range(2):
                 found = await self.ask_control(login, "GET", kiro_controls(login, self.config), url)
-                if not isinstance(found, Verdict):
+                if not isinstance(found, RetryDecision):
                     return found
                 verdict = found
                 renewed = await self.account.renew(login) if found.remedy == "refresh" else None
@@ -17197,14 +17226,14 @@ class KiroProvider:
     def wake(self) -> None:
         self.rests.clear()
 
-    async def open(self, call: Call) -> Source:
+    async def open(self, call: Call) -> BodyStream:
         with self.rests.passing(call.model.id):
             return await KiroAttempt(self, call, await self.login()).run()
 
     def refused(self, model_id: str, error: ApiError) -> None:
         """An error inside a 200 response names no time."""
         if isinstance(error, RateLimited):  # a spent quota may be one conversation's
-            self.rests.refused(model_id, Verdict(error, "pause", for_all=True))
+            self.rests.refused(model_id, RetryDecision(error, "pause", for_all=True))
 
 
 def kebab_path(path: str) -> str:
@@ -17229,7 +17258,7 @@ class KiroAttempt(Attempt):
         self.run_id = format_uuid(os.urandom(16).hex())
         attach_kiro_thinking(call.body, provider.reasoning)
 
-    async def send(self) -> UpstreamAnswer:
+    async def send(self) -> UpstreamResponse:
         way, provider = self.ways[0], self.provider
         body = place_kiro_call(self.call.body, way, self.conversation, self.run_id)
         fixed = kiro_call_headers(self.login, way, provider.config.kiro_version, provider.system)
@@ -17245,11 +17274,11 @@ class KiroAttempt(Attempt):
         url = way.url + KIRO_PATHS[way.shape]
         return await provider.client.open("POST", url, headers, dump_json(body))
 
-    def unanswered(self, error: UpstreamError) -> Verdict:
+    def unanswered(self, error: UpstreamError) -> RetryDecision:
         """Another host may be reachable; what was sent is not sent again."""
-        return Verdict(error, "reroute" if isinstance(error, Unreachable) else "")
+        return RetryDecision(error, "reroute" if isinstance(error, Unreachable) else "")
 
-    async def judge(self, answer: UpstreamAnswer) -> Verdict | None:
+    async def judge(self, answer: UpstreamResponse) -> RetryDecision | None:
         """A 200 means nothing yet, so the first event is awaited."""
         kind = answer.headers.get("content-type", "").lower()
         if answer.status == 200 and "json" not in kind and "html" not in kind:
@@ -17269,7 +17298,7 @@ class KiroAttempt(Attempt):
         self.provider.quota_watch.heed(verdict.error)
         return self.explain(verdict)
 
-    async def peek(self, answer: UpstreamAnswer) -> Verdict | None:
+    async def peek(self, answer: UpstreamResponse) -> RetryDecision | None:
         """Reads until the response has content, and puts it all back; otherwise what is wrong.
 
         Nothing has gone to the client yet, so an exception, a broken stream or a response without
@@ -17292,21 +17321,21 @@ class KiroAttempt(Attempt):
             if not data:
                 framing.last_frames()
         except UpstreamError as error:
-            return Verdict(error, "again")
+            return RetryDecision(error, "again")
         if data or "empty" in self.tried:
             answer.put_back(b"".join(seen))
             return None  # it goes on, or is empty twice: so be it
-        return Verdict(UpstreamError("Kiro answered nothing."), "empty")
+        return RetryDecision(UpstreamError("Kiro answered nothing."), "empty")
 
     @staticmethod
-    def judge_frame(frame: Json) -> Verdict:
+    def judge_frame(frame: Json) -> RetryDecision:
         said = details(frame, "error") or details(frame, "invalidStateEvent")
         code, reason, message = read_kiro_words(said)
         verdict = judge_kiro_words(code, reason, message) or judge_kiro_status(500, message)
         settle_kiro_wait(verdict, read_wait_words(message, time.time()))
         return verdict
 
-    def explain(self, verdict: Verdict) -> Verdict:
+    def explain(self, verdict: RetryDecision) -> RetryDecision:
         """Explains why a conversation's form was refused: the rules that changed it, its size."""
         if type(verdict.error) is not InvalidRequest or verdict.remedy:
             return verdict
@@ -17323,14 +17352,14 @@ class KiroAttempt(Attempt):
         )
         log_event("debug", "conversation_form", form=kiro_shape(call.body))
         if window and tokens > 0.9 * window:
-            return Verdict(ContextTooLong(tokens, window))
+            return RetryDecision(ContextTooLong(tokens, window))
         state = call.body["conversationState"]["currentMessage"]["userInputMessage"]
         tools = len(details(state, "userInputMessageContext").get("tools", ()))
         if tools > 48:
             verdict.error.hint = f"{tools} tools are offered; fewer may help."
         return verdict
 
-    def remedy_for(self, verdict: Verdict) -> str:
+    def remedy_for(self, verdict: RetryDecision) -> str:
         """The verdict's remedy; a busy host is waited for if there is no other one."""
         elsewhere = any(way.url != self.ways[0].url for way in self.ways)
         passing = isinstance(verdict.error, (Overloaded, Unreachable))
@@ -17338,7 +17367,7 @@ class KiroAttempt(Attempt):
             "wait" if verdict.remedy == "reroute" and passing and not elsewhere else verdict.remedy
         )
 
-    async def mend(self, verdict: Verdict) -> None:
+    async def mend(self, verdict: RetryDecision) -> None:
         remedy = self.remedy_for(verdict)
         tried = remedy in self.tried
         self.tried.add(remedy)
@@ -17367,7 +17396,7 @@ class KiroAttempt(Attempt):
         else:
             await self.give_up(verdict)
 
-    def drop_way(self, verdict: Verdict) -> None:
+    def drop_way(self, verdict: RetryDecision) -> None:
         """A token may still be valid for another host or profile; raises if no endpoint is left."""
         refused = self.ways[0]
         ways = self.ways[1:]
@@ -17384,7 +17413,7 @@ class KiroAttempt(Attempt):
             log_event("info", "limits_unavailable", provider=self.provider.name, reason=error)
             return None
 
-    async def judge_lasting(self, verdict: Verdict) -> None:
+    async def judge_lasting(self, verdict: RetryDecision) -> None:
         """Re-examines a rate limit that lasts: spent credits look the same."""
         limits = await self.limits() if isinstance(verdict.error, RateLimited) else None
         if limits is not None and limits.spent:
@@ -17393,13 +17422,13 @@ class KiroAttempt(Attempt):
             self.tell_reset(verdict, limits)
 
     @staticmethod
-    def tell_reset(verdict: Verdict, limits: KiroLimits) -> None:
+    def tell_reset(verdict: RetryDecision, limits: KiroLimits) -> None:
         left_s = limits.resets_at - time.time()
         if left_s > 0:
             verdict.passes_s = left_s
             verdict.error.hint = come_back(limits.resets_at)
 
-    async def give_up(self, verdict: Verdict) -> None:
+    async def give_up(self, verdict: RetryDecision) -> None:
         if verdict.remedy == "relist":
             self.provider.catalogue.expire()
         elif verdict.remedy == "rest":
@@ -17627,7 +17656,7 @@ def with_provider(text: str, where: str, name: str, kind: str, settings: dict[st
 
 
 @dataclass(slots=True)
-class Desk:
+class SignInContext:
     """What every sign-in needs."""
 
     config: Config
@@ -17797,7 +17826,7 @@ class Desk:
 # 16.1 Copilot
 
 
-async def sign_in_copilot(desk: Desk, name: str, host: str, token: str) -> str:
+async def sign_in_copilot(desk: SignInContext, name: str, host: str, token: str) -> str:
     """Signs in at `host` ("" = as configured); returns who it is, for the user.
 
     `token`: "" = GitHub's device flow.  It is saved unless Copilot refuses it.
@@ -17821,7 +17850,7 @@ async def sign_in_copilot(desk: Desk, name: str, host: str, token: str) -> str:
     return words
 
 
-async def ask_github_device(desk: Desk, config: CopilotConfig) -> Json:
+async def ask_github_device(desk: SignInContext, config: CopilotConfig) -> Json:
     base = config.github_url.rstrip("/")
     headers = {"User-Agent": COPILOT_USER_AGENT}
     asked = {"client_id": COPILOT_CLIENT_ID, "scope": COPILOT_SCOPE}
@@ -17840,7 +17869,7 @@ async def ask_github_device(desk: Desk, config: CopilotConfig) -> Json:
     )
 
 
-async def check_copilot(desk: Desk, config: CopilotConfig, token: str) -> tuple[Json, str]:
+async def check_copilot(desk: SignInContext, config: CopilotConfig, token: str) -> tuple[Json, str]:
     """(token file content, whose it is for the user); raises SignInFailed if it is refused."""
     content: Json = {"type": "copilot", "github_token": token}
     try:
@@ -17882,7 +17911,7 @@ class KiroSignIn:
     token: str = ""
 
 
-async def sign_in_kiro(desk: Desk, name: str, wish: KiroSignIn) -> str:
+async def sign_in_kiro(desk: SignInContext, name: str, wish: KiroSignIn) -> str:
     """Returns who is signed in, for the user.  Raises SignInFailed."""
     config = desk.provider_config(name, "kiro")
     assert isinstance(config, KiroConfig)
@@ -17915,7 +17944,7 @@ async def sign_in_kiro(desk: Desk, name: str, wish: KiroSignIn) -> str:
     return await settle_kiro(desk, name, content)
 
 
-async def settle_kiro(desk: Desk, name: str, content: Json) -> str:
+async def settle_kiro(desk: SignInContext, name: str, content: Json) -> str:
     """Saves a sign-in; if Kiro refuses it, restores the old one and raises SignInFailed."""
     file = desk.file(name)
     try:
@@ -17933,7 +17962,7 @@ async def settle_kiro(desk: Desk, name: str, content: Json) -> str:
         raise SignInFailed(error.text()) from None
 
 
-async def describe_kiro(desk: Desk, name: str) -> str:
+async def describe_kiro(desk: SignInContext, name: str) -> str:
     """Whose a new sign-in is, for the user; raises NotSignedIn if it is unusable."""
     config = desk.provider_config(name, "kiro")
     assert isinstance(config, KiroConfig)
@@ -17952,7 +17981,7 @@ async def describe_kiro(desk: Desk, name: str) -> str:
     return f"Signed in to Kiro{who}{plan}{credits_}"
 
 
-async def choose_profile(desk: Desk, provider: KiroProvider) -> None:
+async def choose_profile(desk: SignInContext, provider: KiroProvider) -> None:
     login = await provider.account.login()
     if login.kind != "idc" or login.arn:
         return
@@ -17973,7 +18002,9 @@ def check_organisation(start_url: str, region: str) -> None:
         raise WrongUsage(f"--region {region}: must be a region like us-east-1")
 
 
-async def sign_in_at_aws(desk: Desk, config: KiroConfig, start_url: str, region: str) -> Json:
+async def sign_in_at_aws(
+    desk: SignInContext, config: KiroConfig, start_url: str, region: str
+) -> Json:
     """AWS's device flow: token file content without its type.  Raises SignInFailed."""
     check_organisation(start_url, region)
     base = (config.oidc_url or KIRO_OIDC_URL.format(region=region)).rstrip("/")
@@ -18020,7 +18051,7 @@ async def sign_in_at_aws(desk: Desk, config: KiroConfig, start_url: str, region:
     }
 
 
-async def sign_in_by_portal(desk: Desk, config: KiroConfig, method: str) -> Json:
+async def sign_in_by_portal(desk: SignInContext, config: KiroConfig, method: str) -> Json:
     """Kiro's own page in a browser (PKCE): token file content without its type."""
     state, verifier, machine = b64url(os.urandom(24)), b64url(os.urandom(32)), os.urandom(32).hex()
     listener = CallbackListener(desk.client.ticker, state, method)
@@ -18137,7 +18168,7 @@ class CallbackListener:
 
 
 async def wait_for_callback(
-    desk: Desk, listener: CallbackListener, state: str, option: str
+    desk: SignInContext, listener: CallbackListener, state: str, option: str
 ) -> Callback:
     """What the browser brings back, or the user pastes; raises SignInFailed."""
 
@@ -18169,7 +18200,7 @@ async def wait_for_callback(
 
 
 @dataclass(slots=True)
-class Found:
+class FoundLogin:
     """A sign-in of another program."""
 
     kind: str
@@ -18189,15 +18220,15 @@ def plugin_folder() -> str:
     return os.path.join(base, "github-copilot")
 
 
-def copilot_found(program: str, path: str, host: str, user: str, token: str) -> Found:
+def copilot_found(program: str, path: str, host: str, user: str, token: str) -> FoundLogin:
     content = {"type": "copilot", "github_token": token, "login": user}
     account = f"{user or 'an account'} at {host}"
-    return Found("copilot", program, path, account, content, host)
+    return FoundLogin("copilot", program, path, account, content, host)
 
 
-def find_plugin_logins() -> list[Found]:
+def find_plugin_logins() -> list[FoundLogin]:
     """Copilot's editor plugins; VS Code itself keeps its tokens in the system's secret store."""
-    found: dict[str, Found] = {}
+    found: dict[str, FoundLogin] = {}
     for name in ("apps.json", "hosts.json"):
         path = os.path.join(plugin_folder(), name)
         for host, user, token in read_plugin_logins(read_some_json(path)):
@@ -18205,7 +18236,7 @@ def find_plugin_logins() -> list[Found]:
     return list(found.values())
 
 
-def find_environment_login() -> list[Found]:
+def find_environment_login() -> list[FoundLogin]:
     """The variable that the Copilot CLI reads first."""
     token = os.environ.get("COPILOT_GITHUB_TOKEN", "").strip()
     if not token or not TARGET.fullmatch(token):
@@ -18213,7 +18244,7 @@ def find_environment_login() -> list[Found]:
     return [copilot_found("the environment", "COPILOT_GITHUB_TOKEN", "github.com", "", token)]
 
 
-def find_gh_login() -> list[Found]:
+def find_gh_login() -> list[FoundLogin]:
     try:
         said = subprocess.run(
             ["gh", "auth", "token"], capture_output=True, timeout=10, check=True, text=True
@@ -18224,16 +18255,18 @@ def find_gh_login() -> list[Found]:
     return [copilot_found("GitHub CLI", "gh auth token", "github.com", "", token)]
 
 
-def kiro_found(program: str, path: str, content: Json, source: Json) -> Found:
+def kiro_found(program: str, path: str, content: Json, source: Json) -> FoundLogin:
     """A sign-in of one of Kiro's own programs, which keeps using it."""
     words = {"idc": "organisation", "builder_id": "AWS Builder ID", "external_idp": "company"}
     method: str = content["auth_method"]
     where = f" at {content['start_url']}" if method == "idc" and "start_url" in content else ""
     account = f"{words.get(method, method)}{where}"
-    return Found("kiro", program, path, account, {**content, "source": {**source, "path": path}})
+    return FoundLogin(
+        "kiro", program, path, account, {**content, "source": {**source, "path": path}}
+    )
 
 
-def find_ide_login() -> list[Found]:
+def find_ide_login() -> list[FoundLogin]:
     path = os.path.expanduser("~/.aws/sso/cache/kiro-auth-token.json")
     try:
         content = read_ide_login(path)
@@ -18242,7 +18275,7 @@ def find_ide_login() -> list[Found]:
     return [kiro_found("the Kiro IDE", path, content, {"program": "kiro-ide"})]
 
 
-def find_cli_logins(program: str, folder: str, path: str = "") -> list[Found]:
+def find_cli_logins(program: str, folder: str, path: str = "") -> list[FoundLogin]:
     base = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
     if sys.platform == "darwin":
         base = "~/Library/Application Support"
@@ -18259,7 +18292,7 @@ def find_cli_logins(program: str, folder: str, path: str = "") -> list[Found]:
 
 
 # Values of `auth import --from`, and where they look.
-IMPORTS: dict[str, Callable[[], list[Found]]] = {
+IMPORTS: dict[str, Callable[[], list[FoundLogin]]] = {
     "copilot-plugin": find_plugin_logins,
     "environment": find_environment_login,
     "gh": find_gh_login,
@@ -18272,13 +18305,13 @@ IMPORTS: dict[str, Callable[[], list[Found]]] = {
 ONLY_ON_REQUEST = ("gh",)  # its tokens can do more than Copilot
 
 
-def find_logins(origins: Iterable[str] = ()) -> list[Found]:
+def find_logins(origins: Iterable[str] = ()) -> list[FoundLogin]:
     """From `origins`, or from all that may be searched without being asked for."""
     origins = origins or [name for name in IMPORTS if name not in ONLY_ON_REQUEST]
     return [found for name in origins for found in IMPORTS[name]()]
 
 
-def target_name(config: Config, found: Found) -> str:
+def target_name(config: Config, found: FoundLogin) -> str:
     """The provider that a sign-in would be for: the first of its type, and of its host."""
     for name, entry in config.providers.items():
         if isinstance(entry, CopilotConfig) and split_url(entry.github_url)[1] != found.host:
@@ -18288,7 +18321,9 @@ def target_name(config: Config, found: Found) -> str:
     return f"{found.kind}-{found.host.partition('.')[0]}"
 
 
-async def import_logins(desk: Desk, found: list[Found], name: str, sure: bool) -> list[str]:
+async def import_logins(
+    desk: SignInContext, found: list[FoundLogin], name: str, sure: bool
+) -> list[str]:
     """Imports what the user agrees to, or with `sure` what replaces nothing.
 
     `name`: the provider's, "" for a matching one.  Raises SignInFailed if nothing was imported.
@@ -18324,7 +18359,7 @@ async def import_logins(desk: Desk, found: list[Found], name: str, sure: bool) -
     return results
 
 
-async def import_login(desk: Desk, found: Found, name: str) -> str:
+async def import_login(desk: SignInContext, found: FoundLogin, name: str) -> str:
     config = desk.provider_config(name, found.kind)
     if isinstance(config, CopilotConfig):
         host = found.host if found.host != split_url(config.github_url)[1] else ""
@@ -18380,7 +18415,7 @@ def account_rows(config: Config, paths: Paths) -> list[Json]:
     ]
 
 
-async def revoke_login(desk: Desk, name: str) -> str:
+async def revoke_login(desk: SignInContext, name: str) -> str:
     """Returns what is left to do, for the user.  Raises WrongUsage and ProgramError."""
     path = desk.paths.token_file(name)
     known = [row["name"] for row in account_rows(desk.config, desk.paths)]
@@ -18412,7 +18447,7 @@ async def revoke_login(desk: Desk, name: str) -> str:
     )
 
 
-async def offer_sign_in(desk: Desk) -> None:
+async def offer_sign_in(desk: SignInContext) -> None:
     """The first start on a terminal: offers what is on this machine, or a sign-in."""
     found = find_logins()
     say = desk.console.say
@@ -19213,7 +19248,7 @@ class Gateway:
                 return response
             stream = response.stream
 
-            async def logged(outlet: Outlet) -> None:
+            async def logged(outlet: ResponseWriter) -> None:
                 outcome = "cancelled"
                 try:
                     await stream(outlet)
@@ -19373,7 +19408,7 @@ class Gateway:
         if price is not None:
             source = "derived" if usage.source == "reported" else "estimated"
             usage = replace(usage, nano_credits=price, credits_source=source)
-        request.answer = Answer(
+        request.answer = UsageRecord(
             at=time.time() - duration_s,
             provider=provider.name,
             account=provider.user(),
@@ -19668,7 +19703,7 @@ class Gateway:
         request: Request,
         asked: Dialect,
         body: Json,
-        outline: Outline,
+        outline: RequestInfo,
         provider: Provider,
         model: Model,
         hold_s: float,
@@ -19680,7 +19715,7 @@ class Gateway:
         def window(model_id: str) -> int:
             return ((provider.listed() or {}).get(model_id) or model).context or 0
 
-        terms = Terms(
+        terms = ResponseContext(
             id=answered.id_prefix + os.urandom(12).hex(),
             created=int(time.time()),
             model=outline.model,
@@ -19694,12 +19729,14 @@ class Gateway:
         chat = await run_step(self.read_call, body, asked, spoken, terms)
         call = await run_step(self.write_call, body, chat, spoken, model, terms, outline)
         call.betas = request.headers.get("anthropic-beta", "")
-        flow = Flow(spoken, answered, terms, outline.stream, request.id)
+        flow = StreamTranslator(spoken, answered, terms, outline.stream, request.id)
         exchange = Exchange(self, request, provider, call, flow, asked.name)
         return await exchange.run(hold_s)
 
     @staticmethod
-    def read_call(body: Json, asked: Dialect, spoken: UpstreamDialect, terms: Terms) -> Chat | None:
+    def read_call(
+        body: Json, asked: Dialect, spoken: UpstreamDialect, terms: ResponseContext
+    ) -> Conversation | None:
         """The request in the form of all dialects; None where it goes up in the caller's own."""
         terms.legacy_functions = asked is CHAT and "functions" in body and "tools" not in body
         terms.rewritten = asked is RESPONSES and searches_tools(body)
@@ -19710,11 +19747,11 @@ class Gateway:
     @staticmethod
     def write_call(
         body: Json,
-        chat: Chat | None,
+        chat: Conversation | None,
         spoken: UpstreamDialect,
         model: Model,
-        terms: Terms,
-        outline: Outline,
+        terms: ResponseContext,
+        outline: RequestInfo,
     ) -> Call:
         """The upstream's body: the caller's own where there is no `chat` to be written instead."""
         effort = implied_effort(outline.model, model)
@@ -19751,7 +19788,7 @@ class Exchange:
         request: Request,
         provider: Provider,
         call: Call,
-        flow: Flow,
+        flow: StreamTranslator,
         asked: str,
     ) -> None:
         self.gateway = gateway
@@ -19761,7 +19798,7 @@ class Exchange:
         self.flow = flow
         #: the client's dialect
         self.asked = asked
-        self.source: Source | None = None
+        self.source: BodyStream | None = None
         #: monotonic
         self.first_byte_at: float | None = None
         self.counted = False
@@ -19863,7 +19900,7 @@ class Exchange:
             headers["x-aiclient-credits"] = f"{answer.usage.nano_credits / 1e9:.9g}"
         return headers
 
-    async def pump(self, outlet: Outlet, opening: asyncio.Future[bytes]) -> None:
+    async def pump(self, outlet: ResponseWriter, opening: asyncio.Future[bytes]) -> None:
         """Relays the stream, pings during silences, and always ends it properly."""
         flow, ticker = self.flow, self.gateway.ticker
         failure: BaseException | None = None
@@ -20698,7 +20735,7 @@ class Daemon:
 SOCKET_SUFFIX = ".new"
 
 
-class NoFrame(Exception):
+class IncompleteFrame(Exception):
     """The peer has sent too large a message, or something that is not a frame."""
 
 
@@ -20722,7 +20759,7 @@ def read_frame(peer: socket.socket, seconds: float) -> bytes | None:
         return None
     size = int.from_bytes(head, "big")
     if size > MAX_CONTROL_BYTES:
-        raise NoFrame(f"a message may have {MAX_CONTROL_BYTES} bytes, not {size}")
+        raise IncompleteFrame(f"a message may have {MAX_CONTROL_BYTES} bytes, not {size}")
     data = receive_exactly(peer, size, by)
     return data if len(data) == size else None
 
@@ -20817,7 +20854,7 @@ class ControlServer:
                     try:
                         while (data := read_frame(self.request, CONTROL_SECONDS)) is not None:
                             write_frame(self.request, answer(data))
-                    except NoFrame as error:
+                    except IncompleteFrame as error:
                         write_frame(self.request, {"ok": False, "error": str(error)})
 
         class Listener(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
@@ -21056,7 +21093,7 @@ def ask_daemon(
                     raise ProgramError(f"{path}: another user answers there")
                 write_frame(peer, {"method": method, "params": params or {}})
                 data = read_frame(peer, seconds)
-            except (OSError, NoFrame) as error:
+            except (OSError, IncompleteFrame) as error:
                 if not is_locked(paths.pid_file):
                     raise not_running() from None
                 who = f"the gateway (process {pid})" if pid else "the gateway"
@@ -21709,7 +21746,10 @@ def cmd_restart(options: argparse.Namespace) -> int:
 
 
 def at_desk(
-    work: Callable[[Desk], Awaitable[Result]], config: Config, paths: Paths, browser: bool = True
+    work: Callable[[SignInContext], Awaitable[Result]],
+    config: Config,
+    paths: Paths,
+    browser: bool = True,
 ) -> Result:
     """Runs `work` with what a sign-in needs.
 
@@ -21720,7 +21760,7 @@ def at_desk(
     async def run() -> Result:
         client = HttpClient(config.network, Ticker())
         try:
-            return await work(Desk(config, paths, client, Console(), browser))
+            return await work(SignInContext(config, paths, client, Console(), browser))
         except ApiError as error:
             raise ProgramError(error.text()) from None
         finally:
@@ -21761,7 +21801,7 @@ def cmd_auth_copilot(options: argparse.Namespace) -> int:
     host = plain_host(options.github_host) if options.github_host else ""
     token = read_secret("GitHub token: ") if options.token_stdin else ""
 
-    async def work(desk: Desk) -> str:
+    async def work(desk: SignInContext) -> str:
         return await sign_in_copilot(desk, options.name, host, token)
 
     tell(at_desk(work, config, paths, options.browser))
@@ -21780,7 +21820,7 @@ def cmd_auth_kiro(options: argparse.Namespace) -> int:
     method = options.method or ("organisation" if is_organisation else "")
     wish = KiroSignIn(method, options.start_url or "", options.region or "", token)
 
-    async def work(desk: Desk) -> str:
+    async def work(desk: SignInContext) -> str:
         return await sign_in_kiro(desk, options.name, wish)
 
     tell(at_desk(work, config, paths, options.browser))
@@ -21795,7 +21835,7 @@ def cmd_auth_import(options: argparse.Namespace) -> int:
         looked = ", ".join(options.origins or [n for n in IMPORTS if n not in ONLY_ON_REQUEST])
         raise ProgramError(f"no sign-in of another program was found; looked at: {looked}")
 
-    async def work(desk: Desk) -> list[str]:
+    async def work(desk: SignInContext) -> list[str]:
         return await import_logins(desk, found, options.name or "", options.yes)
 
     for words in at_desk(work, config, paths) or ["Nothing was changed"]:
@@ -21812,7 +21852,7 @@ def cmd_auth_revoke(options: argparse.Namespace) -> int:
     """Removes a sign-in from this machine, and says where to end it at the vendor."""
     config, paths = load_desk()
 
-    async def work(desk: Desk) -> str:
+    async def work(desk: SignInContext) -> str:
         return await revoke_login(desk, options.name)
 
     tell(at_desk(work, config, paths))

@@ -19,7 +19,7 @@ from typing import Any
 
 from fake_kiro import message
 
-from aiclient_api import DIALECTS, UPSTREAM_DIALECTS, ApiError, Flow, Terms
+from aiclient_api import DIALECTS, UPSTREAM_DIALECTS, ApiError, ResponseContext, StreamTranslator
 
 Json = dict[str, Any]
 
@@ -28,17 +28,21 @@ CREATED = 1763800000
 REQUEST_ID = "req_1"
 
 
-def make_terms(**changes: Any) -> Terms:
+def make_terms(**changes: Any) -> ResponseContext:
     """The terms every golden case is played under."""
     values: Json = {"id": "gw-1", "created": CREATED, "model": "asked", "include_usage": True}
     asked = {"messages": [{"content": "hi"}], "thinking": {"type": "enabled"}}
-    return Terms(**{**values, "asked": asked, **changes})
+    return ResponseContext(**{**values, "asked": asked, **changes})
 
 
-def make_flow(upstream: str, caller: str, *, stream: bool = True, **changes: Any) -> Flow:
+def make_flow(
+    upstream: str, caller: str, *, stream: bool = True, **changes: Any
+) -> StreamTranslator:
     """One answer between two dialects."""
     terms = make_terms(**changes)
-    return Flow(UPSTREAM_DIALECTS[upstream], DIALECTS[caller], terms, stream, REQUEST_ID)
+    return StreamTranslator(
+        UPSTREAM_DIALECTS[upstream], DIALECTS[caller], terms, stream, REQUEST_ID
+    )
 
 
 class Case:
@@ -131,7 +135,7 @@ KIRO_PAIR_IDS = [f"{case.name}-to-{caller}" for case, caller in KIRO_PAIRS]
 VECTORS = read_vectors()
 
 
-def play(flow: Flow, reads: Iterable[bytes]) -> bytes:
+def play(flow: StreamTranslator, reads: Iterable[bytes]) -> bytes:
     """Everything the caller gets when the upstream's reads are these and then it ends."""
     sent = b"".join(flow.feed(data) for data in reads)
     return sent + flow.end()
@@ -597,7 +601,7 @@ GRAMMARS: dict[str, Callable[[bytes], str]] = {
 }
 
 
-def check_ending(flow: Flow, caller: str, sent: bytes) -> str:
+def check_ending(flow: StreamTranslator, caller: str, sent: bytes) -> str:
     """The grammar's word on what was sent, which must agree with the flow's own."""
     native = caller == "responses" and flow.upstream is flow.caller
     outcome = check_responses(sent, native=True) if native else GRAMMARS[caller](sent)

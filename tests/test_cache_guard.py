@@ -229,9 +229,9 @@ def answer(
     model: str = "claude-sonnet-4.5",
     label: str = "claude-cli",
     first_byte_s: float | None = 1.0,
-) -> gw.Answer:
+) -> gw.UsageRecord:
     """An answer with these tokens in its prompt."""
-    return gw.Answer(
+    return gw.UsageRecord(
         at=at,
         provider="copilot",
         account="",

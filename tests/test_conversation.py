@@ -15,22 +15,21 @@ import pytest
 from aiclient_api import (
     EFFORTS,
     INTERRUPTED,
-    Added,
+    BlockDelta,
+    BlockStart,
+    BlockStop,
     CallIds,
     Checker,
-    Closed,
-    Counted,
-    Failed,
-    Finished,
     Image,
     InvalidRequest,
+    MessageStart,
+    MessageStop,
     Model,
-    Opened,
     Overloaded,
     Refusal,
     RunawayGuard,
-    Started,
     StopCutter,
+    StreamError,
     Text,
     Thinking,
     Tool,
@@ -40,6 +39,7 @@ from aiclient_api import (
     UnsupportedFeature,
     UpstreamError,
     Usage,
+    UsageUpdate,
     clamp_budget,
     clamp_effort,
     downgrade_system_turns,
@@ -69,25 +69,35 @@ Blocks = list[Any]
 # ---- the checker -------------------------------------------------------------------------------
 
 EVENTS: dict[str, Any] = {
-    "Started": Started(),
-    "Opened": Opened("text"),
-    "Added": Added("text", "x"),
-    "Closed": Closed(),
-    "Counted": Counted(Usage()),
-    "Finished": Finished("end"),
-    "Failed": Failed(Overloaded("busy")),
+    "MessageStart": MessageStart(),
+    "BlockStart": BlockStart("text"),
+    "BlockDelta": BlockDelta("text", "x"),
+    "BlockStop": BlockStop(),
+    "UsageUpdate": UsageUpdate(Usage()),
+    "MessageStop": MessageStop("end"),
+    "StreamError": StreamError(Overloaded("busy")),
 }
 # A way into each state, and which events it allows: design.md section 2, formats.md 6.3.
 WAYS: dict[str, list[str]] = {
     "new": [],
-    "open": ["Started"],
-    "block": ["Started", "Opened"],
-    "over": ["Started", "Finished"],
+    "open": ["MessageStart"],
+    "block": ["MessageStart", "BlockStart"],
+    "over": ["MessageStart", "MessageStop"],
 }
 ALLOWED: dict[str, dict[str, str]] = {
-    "new": {"Started": "open", "Counted": "new", "Failed": "over"},
-    "open": {"Opened": "block", "Counted": "open", "Finished": "over", "Failed": "over"},
-    "block": {"Added": "block", "Counted": "block", "Closed": "open", "Failed": "over"},
+    "new": {"MessageStart": "open", "UsageUpdate": "new", "StreamError": "over"},
+    "open": {
+        "BlockStart": "block",
+        "UsageUpdate": "open",
+        "MessageStop": "over",
+        "StreamError": "over",
+    },
+    "block": {
+        "BlockDelta": "block",
+        "UsageUpdate": "block",
+        "BlockStop": "open",
+        "StreamError": "over",
+    },
     "over": {},
 }
 
@@ -133,17 +143,17 @@ def test_an_end_before_the_finish_is_an_error(state: str) -> None:
 def test_a_call_makes_the_reason_tool(said: str, reason: str) -> None:
     """formats.md 4.1: any call in the answer, unless a limit ended it."""
     checker = Checker()
-    for event in (Started(), Opened("tool", "a", "f"), Closed()):
+    for event in (MessageStart(), BlockStart("tool", "a", "f"), BlockStop()):
         checker.check(event)
-    finished = checker.check(Finished(said))
-    assert isinstance(finished, Finished) and finished.reason == reason
+    finished = checker.check(MessageStop(said))
+    assert isinstance(finished, MessageStop) and finished.reason == reason
 
 
 def test_a_stop_without_a_call_stays() -> None:
     """With the string that was found."""
     checker = Checker()
-    checker.check(Started())
-    assert checker.check(Finished("stop", "END")) == Finished("stop", "END")
+    checker.check(MessageStart())
+    assert checker.check(MessageStop("stop", "END")) == MessageStop("stop", "END")
 
 
 # ---- stop strings ------------------------------------------------------------------------------
@@ -152,15 +162,15 @@ def test_a_stop_without_a_call_stays() -> None:
 def cut(stops: list[str], parts: list[str], end: bool = True) -> tuple[str, str | None]:
     """(text that goes on, the stop string that was found) for text in these deltas."""
     cutter = StopCutter(stops)
-    events: list[Any] = [Opened("text"), *(Added("text", part) for part in parts)]
+    events: list[Any] = [BlockStart("text"), *(BlockDelta("text", part) for part in parts)]
     if end:
-        events += [Closed(), Finished("end")]
+        events += [BlockStop(), MessageStop("end")]
     kept = [item for event in events for item in cutter.take(event)]
     checker = Checker()
-    for event in [Started(), *kept]:
+    for event in [MessageStart(), *kept]:
         checker.check(event)
-    finish = [event for event in kept if isinstance(event, Finished)]
-    text = "".join(event.text for event in kept if isinstance(event, Added))
+    finish = [event for event in kept if isinstance(event, MessageStop)]
+    text = "".join(event.text for event in kept if isinstance(event, BlockDelta))
     return text, finish[0].stop_text if finish else None
 
 
@@ -217,18 +227,23 @@ def test_only_words_are_cut() -> None:
     """Not thinking, not arguments."""
     for kind, part in (("thinking", "text"), ("tool", "arguments")):
         cutter = StopCutter(["END"])
-        events: list[Any] = [Opened(kind), Added(part, "END"), Closed(), Finished("end")]
+        events: list[Any] = [
+            BlockStart(kind),
+            BlockDelta(part, "END"),
+            BlockStop(),
+            MessageStop("end"),
+        ]
         assert [item for event in events for item in cutter.take(event)] == events
 
 
 def test_usage_is_still_counted_behind_a_stop() -> None:
     """Everything else behind it is not heard."""
     cutter = StopCutter(["END"])
-    cutter.take(Opened("text"))
-    cutter.take(Added("text", "END"))
-    assert cutter.take(Added("text", "more")) == []
-    assert cutter.take(Counted(Usage(output=3))) == [Counted(Usage(output=3))]
-    assert cutter.take(Finished("end")) == []
+    cutter.take(BlockStart("text"))
+    cutter.take(BlockDelta("text", "END"))
+    assert cutter.take(BlockDelta("text", "more")) == []
+    assert cutter.take(UsageUpdate(Usage(output=3))) == [UsageUpdate(Usage(output=3))]
+    assert cutter.take(MessageStop("end")) == []
 
 
 @pytest.mark.parametrize(
@@ -753,14 +768,14 @@ def test_a_runaway_is_noticed_however_it_is_cut_and_spaces_do_not_count() -> Non
 
 def test_a_runaway_is_of_one_call() -> None:
     checker = Checker()
-    checker.check(Started())
+    checker.check(MessageStart())
     for _ in range(3):
-        checker.check(Opened("tool"))
-        checker.check(Added("arguments", "\n" * 20))
-        checker.check(Closed())
-    checker.check(Opened("tool"))
+        checker.check(BlockStart("tool"))
+        checker.check(BlockDelta("arguments", "\n" * 20))
+        checker.check(BlockStop())
+    checker.check(BlockStart("tool"))
     with pytest.raises(UpstreamError):
-        checker.check(Added("arguments", "\n" * 21))
+        checker.check(BlockDelta("arguments", "\n" * 21))
 
 
 def test_a_long_stop_string_is_as_cheap_as_a_short_one() -> None:
@@ -768,10 +783,10 @@ def test_a_long_stop_string_is_as_cheap_as_a_short_one() -> None:
     took = []
     for stop in ("a" * 8 + "b", "a" * 8000 + "b"):
         cutter = StopCutter([stop])
-        cutter.take(Opened("text"))
+        cutter.take(BlockStart("text"))
         began = time.process_time()
         for _ in range(2000):
-            cutter.take(Added("text", "aaac" * 10))
-            cutter.take(Added("text", "aaaa" * 10))
+            cutter.take(BlockDelta("text", "aaac" * 10))
+            cutter.take(BlockDelta("text", "aaaa" * 10))
         took.append(time.process_time() - began)
     assert took[1] < 20 * took[0]

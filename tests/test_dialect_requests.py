@@ -22,11 +22,11 @@ from aiclient_api import (
     MIN_THINKING_BUDGET,
     UPSTREAM_DIALECTS,
     ApiError,
-    Chat,
+    Conversation,
     Dialect,
     InvalidRequest,
-    Lessons,
     Model,
+    Rejections,
     UnsupportedFeature,
     dump_json,
     fit_kiro_schema,
@@ -113,7 +113,7 @@ def c_to_a(body: Json, model: Model = CLAUDE) -> Json:
     return written
 
 
-def a_to_a(body: Json, model: Model = CLAUDE, lessons: Lessons | None = None) -> Json:
+def a_to_a(body: Json, model: Model = CLAUDE, lessons: Rejections | None = None) -> Json:
     """What Copilot's own messages endpoint is asked."""
     scrubbed = scrub_body("messages", copy.deepcopy(body), model, lessons or {}, True)
     return scrubbed.body
@@ -1030,7 +1030,7 @@ def test_no_strange_value_in_a_body_is_more_than_a_400(dialect: str, body: Json)
     """Whatever stands at any path: a request upstream or an ApiError, never a crash."""
     broken = set()
     other = OTHER[dialect]
-    assert isinstance(DIALECTS[dialect].read_request(copy.deepcopy(body)), Chat)
+    assert isinstance(DIALECTS[dialect].read_request(copy.deepcopy(body)), Conversation)
     for where, changed in replaced(body):
         for step in ("outline", "image", "read"):
             try:

@@ -35,10 +35,10 @@ from aiclient_api import (
     DIALECTS,
     ApiError,
     ContextTooLong,
-    Flow,
     Overloaded,
     RateLimited,
     SseReader,
+    StreamTranslator,
     UpstreamError,
     load_frames,
 )
@@ -1093,7 +1093,7 @@ def random_messages_frames(rng: random.Random) -> list[Json]:
     return [*frames, *message_end("end_turn")]
 
 
-def slow_twin(upstream: str, caller: str, data: bytes) -> tuple[bytes, Flow]:
+def slow_twin(upstream: str, caller: str, data: bytes) -> tuple[bytes, StreamTranslator]:
     """What a flow sends when every frame is read and mended by itself."""
     flow = make_flow(upstream, caller)
     frames = load_frames(SseReader().feed(data))

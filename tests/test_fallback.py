@@ -426,23 +426,23 @@ def test_a_request_that_finds_nothing_out_leaves_it_to_the_next(trio: Trio) -> N
     assert len(trio.copilot.calls) == 3
 
 
-def story(steps: Callable[[gw.CoolDowns], None]) -> None:
+def story(steps: Callable[[gw.Cooldowns], None]) -> None:
     """Plays with cool-downs where there is a clock."""
 
     async def play() -> None:
-        steps(gw.CoolDowns())
+        steps(gw.Cooldowns())
 
     asyncio.run(play())
 
 
-def end_rest(rests: gw.CoolDowns, model: str = "m", ago: float = 0.0) -> None:
+def end_rest(rests: gw.Cooldowns, model: str = "m", ago: float = 0.0) -> None:
     """Lets a rest have ended."""
     rest = rests.resting[model]
     rest.until = asyncio.get_running_loop().time() - ago
 
 
 def test_a_rest_without_a_time_grows_with_each_refusal_up_to_a_minute() -> None:
-    def steps(rests: gw.CoolDowns) -> None:
+    def steps(rests: gw.Cooldowns) -> None:
         lengths = []
         for _ in range(6):
             lengths.append(rests.rest("m", gw.RateLimited("no"), None))
@@ -453,7 +453,7 @@ def test_a_rest_without_a_time_grows_with_each_refusal_up_to_a_minute() -> None:
 
 
 def test_refusals_at_the_same_time_do_not_make_a_rest_grow() -> None:
-    def steps(rests: gw.CoolDowns) -> None:
+    def steps(rests: gw.Cooldowns) -> None:
         assert [rests.rest("m", gw.RateLimited("no"), None) for _ in range(5)] == [4] * 5
         assert rests.rest("m", gw.RateLimited("no"), 30.0) == 30
         rests.rest("m", gw.RateLimited("no"), 2.0)
@@ -463,7 +463,7 @@ def test_refusals_at_the_same_time_do_not_make_a_rest_grow() -> None:
 
 
 def test_a_good_answer_lets_the_next_rest_begin_small() -> None:
-    def steps(rests: gw.CoolDowns) -> None:
+    def steps(rests: gw.Cooldowns) -> None:
         for _ in range(4):
             rests.rest("m", gw.RateLimited("no"), None)
             end_rest(rests)
@@ -476,7 +476,7 @@ def test_a_good_answer_lets_the_next_rest_begin_small() -> None:
 
 
 def test_a_request_of_before_the_rest_does_not_end_it() -> None:
-    def steps(rests: gw.CoolDowns) -> None:
+    def steps(rests: gw.Cooldowns) -> None:
         with rests.passing("m"):
             rests.rest("m", gw.RateLimited("no"), 30.0)
         with pytest.raises(gw.RateLimited):
@@ -486,7 +486,7 @@ def test_a_request_of_before_the_rest_does_not_end_it() -> None:
 
 
 def test_one_request_finds_out_for_its_model_and_the_account() -> None:
-    def steps(rests: gw.CoolDowns) -> None:
+    def steps(rests: gw.Cooldowns) -> None:
         for model in ("m", ""):
             rests.rest(model, gw.RateLimited("no"), 30.0)
             end_rest(rests, model)
@@ -498,7 +498,7 @@ def test_one_request_finds_out_for_its_model_and_the_account() -> None:
 
 
 def test_what_has_ended_long_ago_needs_nobody_to_find_out() -> None:
-    def steps(rests: gw.CoolDowns) -> None:
+    def steps(rests: gw.Cooldowns) -> None:
         rests.rest("m", gw.RateLimited("no"), 30.0)
         end_rest(rests, ago=gw.COOL_DOWN_SECONDS)
         with rests.passing("m"), rests.passing("m"):
@@ -512,7 +512,7 @@ def test_what_has_ended_long_ago_needs_nobody_to_find_out() -> None:
 
 
 def test_a_rest_is_told_with_the_time_that_is_left_of_it() -> None:
-    def steps(rests: gw.CoolDowns) -> None:
+    def steps(rests: gw.Cooldowns) -> None:
         rests.rest("m", gw.RateLimited("no", retry_after=7200.0), 7200.0)
         with pytest.raises(gw.RateLimited) as caught:
             rests.check("m")

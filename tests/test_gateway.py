@@ -19,17 +19,17 @@ class FaultyProvider(gw.EchoProvider):
         super().__init__("echo")
         self.pieces = pieces
 
-    async def open(self, call: gw.Call) -> gw.Source:
+    async def open(self, call: gw.Call) -> gw.BodyStream:
         """The echo, with the bug."""
         source = await super().open(call)
-        assert isinstance(source, gw.LocalAnswer)
+        assert isinstance(source, gw.LocalResponse)
         whole = list(source.pieces)
 
         def pieces() -> Iterator[bytes]:
             yield from whole[: self.pieces]
             raise KeyError("content")
 
-        return gw.LocalAnswer(pieces())
+        return gw.LocalResponse(pieces())
 
 
 async def ask(provider: gw.Provider, path: str, usage_file: str) -> Reply:

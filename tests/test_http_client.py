@@ -586,11 +586,11 @@ def test_a_post_that_was_worked_on_before_a_reset_is_not_sent_again() -> None:
         run(count(script, 2))
 
 
-async def pooled(client: gw.HttpClient, url: str, ours: socket.socket) -> gw.Connection:
+async def pooled(client: gw.HttpClient, url: str, ours: socket.socket) -> gw.PooledConnection:
     """A connected socket as an idle connection to `url`."""
     loop = asyncio.get_running_loop()
-    _, wire = await loop.create_connection(gw.Wire, sock=ours)
-    connection = gw.Connection(client.plan(url)[0], wire)
+    _, wire = await loop.create_connection(gw.StreamProtocol, sock=ours)
+    connection = gw.PooledConnection(client.plan(url)[0], wire)
     client.pool.give_back(connection, loop.time())
     return connection
 
@@ -617,7 +617,7 @@ def test_a_post_of_which_nothing_was_read_before_the_close_is_sent_again(read: i
 
 @pytest.mark.parametrize("last", [b"", b"x"], ids=["closed", "spoken to"])
 def test_a_connection_whose_end_the_loop_has_not_seen_yet_is_not_used(last: bytes) -> None:
-    async def story() -> gw.Connection | None:
+    async def story() -> gw.PooledConnection | None:
         async with using() as client:
             ours, theirs = socket.socketpair()
             idle = await pooled(client, "http://127.0.0.1/", ours)

@@ -38,7 +38,17 @@ from kiro_rules import (
 from kiro_rules import check_size as check_size_upstream
 
 import aiclient_api as gw
-from aiclient_api import CHAT, KIRO, KIRO_RULES, MESSAGES, Chat, Dialect, KiroDraft, Model, Turn
+from aiclient_api import (
+    CHAT,
+    KIRO,
+    KIRO_RULES,
+    MESSAGES,
+    Conversation,
+    Dialect,
+    KiroDraft,
+    Model,
+    Turn,
+)
 
 Json = dict[str, Any]
 Rule = Callable[[KiroDraft], bool]
@@ -127,7 +137,7 @@ def c_body(*messages: Json, **more: Any) -> Json:
     return {"model": "m", "messages": list(messages) or [user("hi")], **more}
 
 
-def convert(dialect: Dialect, body: Json, model: Model) -> tuple[Json, Chat]:
+def convert(dialect: Dialect, body: Json, model: Model) -> tuple[Json, Conversation]:
     """(What Kiro is asked, the Chat after that); the caller's body must not be changed."""
     before = copy.deepcopy(body)
     chat = dialect.read_request(body)
@@ -231,7 +241,7 @@ def draft_of(
     *rows: Turn, model: str = SONNET, tools: list[gw.Tool] | None = None, **more: Any
 ) -> KiroDraft:
     """A draft as the writer begins with it."""
-    chat = Chat(turns=list(rows), tools=list(tools or ()), **more)
+    chat = Conversation(turns=list(rows), tools=list(tools or ()), **more)
     preface = [words.text for words in chat.system]
     return KiroDraft(chat, MODELS[model], [*chat.turns], [*chat.tools], preface)
 

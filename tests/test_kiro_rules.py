@@ -388,7 +388,7 @@ def test_a_refresh_without_a_token_is_an_error(answer: Json) -> None:
         gw.read_refresh_answer({**answer, "refreshToken": REFRESH}, NOW)
 
 
-def refused_refresh(status: int, body: Any = None, **headers: str) -> gw.Verdict:
+def refused_refresh(status: int, body: Any = None, **headers: str) -> gw.RetryDecision:
     """What a refused refresh means."""
     data = body if isinstance(body, bytes) else json.dumps(body or {}).encode()
     fields = gw.Headers({name.replace("_", "-"): value for name, value in headers.items()})
@@ -1041,7 +1041,9 @@ def test_odd_limits_are_none(body: Json) -> None:
 # ---- refusals ------------------------------------------------------------------------------------
 
 
-def judge(status: int, kind: str = "", message: str = "", reason: str | None = None) -> gw.Verdict:
+def judge(
+    status: int, kind: str = "", message: str = "", reason: str | None = None
+) -> gw.RetryDecision:
     """What an error answer of the REST form means."""
     headers = gw.Headers({"x-amzn-errortype": f"{kind}:http://internal.example/"} if kind else {})
     data = json.dumps({"message": message, "reason": reason}).encode()

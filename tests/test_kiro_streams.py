@@ -35,7 +35,6 @@ from aiclient_api import (
     ApiError,
     ContextTooLong,
     EventStreamFraming,
-    Flow,
     Forbidden,
     InvalidRequest,
     ModelNotFound,
@@ -43,6 +42,7 @@ from aiclient_api import (
     Overloaded,
     QuotaExceeded,
     RateLimited,
+    StreamTranslator,
     ThinkingTags,
     UpstreamError,
     estimate_request,
@@ -185,7 +185,9 @@ def thinking(words: str, signature: str = "") -> Json:
     return {"type": "thinking", "thinking": words, "signature": signature}
 
 
-def played(*messages: bytes, caller: str = "messages", **changes: Any) -> tuple[Flow, bytes]:
+def played(
+    *messages: bytes, caller: str = "messages", **changes: Any
+) -> tuple[StreamTranslator, bytes]:
     """A streaming flow after its end, and what it sent."""
     flow = make_flow("kiro", caller, **changes)
     return flow, play(flow, [b"".join(messages)])
@@ -1353,7 +1355,7 @@ def grouped(rng: random.Random, messages: list[bytes]) -> list[bytes]:
     return [*reads, messages[-1]]
 
 
-def slow_twin(caller: str, messages: list[bytes], **changes: Any) -> tuple[bytes, Flow]:
+def slow_twin(caller: str, messages: list[bytes], **changes: Any) -> tuple[bytes, StreamTranslator]:
     """What a flow sends when every frame is read and written by itself."""
     flow, framing = make_flow("kiro", caller, **changes), EventStreamFraming()
     sent = b""

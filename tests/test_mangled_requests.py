@@ -564,10 +564,10 @@ def exchange(name: str, spoken: str, body: Json, model: gw.Model) -> None:
     """One request and its answer, by the functions that gateway and providers use."""
     asked, upstream = gw.DIALECTS[name], gw.UPSTREAM_DIALECTS[spoken]
     outline = asked.outline(body)
-    terms = gw.Terms("id", 1, "m", asked=body, include_usage=outline.include_usage)
+    terms = gw.ResponseContext("id", 1, "m", asked=body, include_usage=outline.include_usage)
     chat = gw.Gateway.read_call(body, asked, upstream, terms)
     call = gw.Gateway.write_call(body, chat, upstream, model, terms, outline)
-    flow = gw.Flow(upstream, asked, terms, outline.stream, "r")
+    flow = gw.StreamTranslator(upstream, asked, terms, outline.stream, "r")
     send(spoken, call, body)
     if spoken in ANSWERS:
         flow.pass_on(upstream.unfold(copy.deepcopy(ANSWERS[spoken])))

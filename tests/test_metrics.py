@@ -158,17 +158,17 @@ def test_the_reader_of_these_tests_is_strict(text: str) -> None:
 # ---- what is rendered ----------------------------------------------------------------------------
 
 
-def answer(model: str = "gpt-4.1", provider: str = "copilot", **more: Any) -> gw.Answer:
+def answer(model: str = "gpt-4.1", provider: str = "copilot", **more: Any) -> gw.UsageRecord:
     """A good answer."""
     fields: Json = {
         "at": 1_800_000_000.0, "provider": provider, "account": "somebody", "model": model,
         "label": "claude-cli", "dialect": "chat", "streamed": True, "duration_s": 3.0,
         "first_byte_s": 0.5, "usage": gw.Usage(100, 20, 3, 40, 30, 1_500_000_000), **more,
     }  # fmt: skip
-    return gw.Answer(**fields)
+    return gw.UsageRecord(**fields)
 
 
-def scrape(*answers: gw.Answer) -> dict[str, Family]:
+def scrape(*answers: gw.UsageRecord) -> dict[str, Family]:
     """What is rendered after these answers."""
     metrics = gw.Metrics()
     for one in answers:
@@ -371,7 +371,7 @@ def test_too_many_models_become_one() -> None:
 
 
 def test_a_name_that_the_upstream_does_not_know_gets_no_series() -> None:
-    denied: Callable[[str], gw.Answer] = lambda name: answer(  # noqa: E731
+    denied: Callable[[str], gw.UsageRecord] = lambda name: answer(  # noqa: E731
         name, status=404, kind="model_not_found", first_byte_s=None, usage=gw.Usage()
     )
     families = scrape(denied("made-up-1"), denied("made-up-2"), answer("real"), denied("real"))

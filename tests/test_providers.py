@@ -25,7 +25,7 @@ def test_a_sign_in_that_fails_for_days_is_still_left_alone_for_minutes() -> None
 
 def test_models_that_clients_make_up_rest_in_a_bounded_table() -> None:
     async def refuse() -> list[str]:
-        rests = gw.CoolDowns("p")
+        rests = gw.Cooldowns("p")
         rests.rest("", gw.RateLimited("all"), 60)
         for number in range(gw.MAX_RESTING * 3):
             rests.rest(f"made-up-{number}", gw.RateLimited("busy"), 60)

@@ -35,7 +35,7 @@ from kiro_rules import (
 from support import growth
 
 import aiclient_api as gw
-from aiclient_api import CHAT, KIRO, MESSAGES, RESPONSES, Chat, Dialect, Model
+from aiclient_api import CHAT, KIRO, MESSAGES, RESPONSES, Conversation, Dialect, Model
 
 Json = dict[str, Any]
 
@@ -187,7 +187,7 @@ def c_body(*messages: Json, **more: Any) -> Json:
 # ---- what is sent --------------------------------------------------------------------------------
 
 
-def read(body: Json, dialect: Dialect = RESPONSES) -> Chat:
+def read(body: Json, dialect: Dialect = RESPONSES) -> Conversation:
     """The Chat in a body, which must not be changed."""
     before = copy.deepcopy(body)
     chat = dialect.read_request(body)
@@ -300,7 +300,7 @@ def items_of(*items: Any, model: str = CODEX, issued: Issued | None = None) -> l
     return rows
 
 
-def scrubbed(*items: Json, model: Model | None = None, **more: Any) -> gw.Scrub:
+def scrubbed(*items: Json, model: Model | None = None, **more: Any) -> gw.BodyDraft:
     """A native body after the rules, unseen by the imitation."""
     return gw.scrub_body("responses", r_body(*items, **more), model or MODELS[CODEX], {}, True)
 
@@ -428,16 +428,16 @@ def test_a_namespace_is_part_of_the_name_where_there_are_none() -> None:
     assert (item["type"], item["name"], item["namespace"]) == ("function_call", "go", "mcp__x")
 
 
-def answered_call(chat: Chat, name: str, arguments: str) -> Json:
+def answered_call(chat: Conversation, name: str, arguments: str) -> Json:
     """The item that the caller gets for a call of the tool that is upstream called so."""
-    terms = gw.Terms("resp_1", 0, "m", tools={tool.name: tool for tool in chat.tools})
+    terms = gw.ResponseContext("resp_1", 0, "m", tools={tool.name: tool for tool in chat.tools})
     terms.names = {wire: own for own, wire in chat.names.items()}
     writer = RESPONSES.writer(terms)
     events: list[Any] = [
-        gw.Started("x", "m"),
-        gw.Opened("tool", "c9", terms.names.get(name, name)),
-        gw.Added("arguments", arguments),
-        gw.Closed(),
+        gw.MessageStart("x", "m"),
+        gw.BlockStart("tool", "c9", terms.names.get(name, name)),
+        gw.BlockDelta("arguments", arguments),
+        gw.BlockStop(),
     ]
     frames = [frame for event in events for frame in writer.write(event)]
     (item,) = [f["item"] for f in frames if f["type"] == "response.output_item.done"]
@@ -526,7 +526,7 @@ def test_a_thought_comes_back_to_its_maker_byte_by_byte() -> None:
     """Case 50: summary parts and encrypted content of R, carried by a client of A."""
     issued = Issued()
     sealed = issued.seal([])
-    terms = gw.Terms("msg_1", 0, "m")
+    terms = gw.ResponseContext("msg_1", 0, "m")
     reader, writer = RESPONSES.reader(terms), MESSAGES.writer(terms)
     item = reasoning(sealed, "a \n", "\tb", id="rs_1")
     frames: list[Json] = [
@@ -1491,8 +1491,8 @@ def carried(**fields: Any) -> Json:
 
 def written_thoughts(*events: Any) -> list[Json]:
     """The items that a caller of R gets for an answer's thoughts."""
-    writer = RESPONSES.writer(gw.Terms("resp_1", 0, "m"))
-    frames = [f for e in (gw.Started("x", "m"), *events) for f in writer.write(e)]
+    writer = RESPONSES.writer(gw.ResponseContext("resp_1", 0, "m"))
+    frames = [f for e in (gw.MessageStart("x", "m"), *events) for f in writer.write(e)]
     return [dict(f["item"]) for f in frames if f["type"] == "response.output_item.done"]
 
 
@@ -1500,8 +1500,8 @@ def test_a_thought_of_anthropic_goes_through_a_responses_client_byte_by_byte() -
     """4.5: the text stands in the envelope, as the client may reformat the summary."""
     issued = Issued()
     signature = issued.sign(THOUGHT)
-    added = [gw.Added("text", THOUGHT), gw.Added("signature", signature)]
-    (item,) = written_thoughts(gw.Opened("thinking"), *added, gw.Closed())
+    added = [gw.BlockDelta("text", THOUGHT), gw.BlockDelta("signature", signature)]
+    (item,) = written_thoughts(gw.BlockStart("thinking"), *added, gw.BlockStop())
     said_in = opened("gw1.a.", item["encrypted_content"])
     assert (said_in["thinking"], said_in["signature"]) == (THOUGHT, signature)
     item["summary"] = [{"type": "summary_text", "text": "reformatted"}]
@@ -1515,7 +1515,10 @@ def test_a_hidden_thought_of_anthropic_goes_through_a_responses_client() -> None
     """4.5: redacted data."""
     issued = Issued()
     data = issued.sign("hidden")
-    events = [gw.Opened("redacted", raw={"type": "redacted_thinking", "data": data}), gw.Closed()]
+    events = [
+        gw.BlockStart("redacted", raw={"type": "redacted_thinking", "data": data}),
+        gw.BlockStop(),
+    ]
     (item,) = written_thoughts(*events)
     assert item["summary"] == [] and opened("gw1.a.", item["encrypted_content"])["data"] == data
     written = to_messages(r_body(user("q"), item, said("T"), user("on")), SONNET, issued)

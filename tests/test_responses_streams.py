@@ -41,13 +41,13 @@ from aiclient_api import (
     UPSTREAM_DIALECTS,
     ApiError,
     ContextTooLong,
-    Flow,
     InvalidRequest,
     Model,
     Overloaded,
     QuotaExceeded,
     RateLimited,
     SseReader,
+    StreamTranslator,
     Thinking,
     Tool,
     ToolCall,
@@ -346,7 +346,7 @@ def whole_of(upstream: str, frames: list[Json], caller: str = "responses", **cha
 
 def failed(
     upstream: str, frames: list[Json], caller: str = "responses", **changes: Any
-) -> tuple[Flow, list[Json]]:
+) -> tuple[StreamTranslator, list[Json]]:
     """A flow that ended in an error, and what it sent."""
     flow = make_flow(upstream, caller, **changes)
     sent = play(flow, [wire(upstream, frames)])
@@ -1828,7 +1828,7 @@ def odd_streams() -> Iterator[tuple[str, bytes]]:
             yield place, b"".join([*rows[:at], row, *rows[at + 1 :]])
 
 
-def strange(flow: Flow, run: Callable[[], object]) -> str:
+def strange(flow: StreamTranslator, run: Callable[[], object]) -> str:
     """What went wrong in a way that it must not; an ApiError is right."""
     try:
         run()

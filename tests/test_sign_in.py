@@ -508,7 +508,7 @@ def test_what_is_changed_in_the_configuration_meanwhile_stays(tmp_path: Path) ->
 
     async def meanwhile() -> None:
         client = gw.HttpClient(gw.NetworkConfig(), gw.Ticker())
-        desk = gw.Desk(gw.load_config(paths, {}, {}), paths, client, gw.Console())
+        desk = gw.SignInContext(gw.load_config(paths, {}, {}), paths, client, gw.Console())
         desk.check_provider("work", "copilot", {})
         assert file.read_text() == "# mine\n"
         gw.change_config(paths, {}, "server.port", "8080")

@@ -368,7 +368,7 @@ def test_how_a_token_is_shown(token: str, host: str, shown: str) -> None:
 
 
 def test_a_refused_exchange() -> None:
-    def judged(status: int, body: Any) -> gw.Verdict:
+    def judged(status: int, body: Any) -> gw.RetryDecision:
         return gw.judge_exchange(status, NO_HEADERS, data(body), NOW)
 
     assert type(judged(401, {"message": "Bad credentials"}).error) is gw.NotSignedIn

@@ -79,7 +79,9 @@ def function(name: str = "look", schema: Json | None = None, **more: Any) -> Jso
     }
 
 
-def scrub(dialect: str, model: str, lessons: gw.Lessons | None = None, **fields: Any) -> gw.Scrub:
+def scrub(
+    dialect: str, model: str, lessons: gw.Rejections | None = None, **fields: Any
+) -> gw.BodyDraft:
     """A body after the rules; `fields` complete or replace the plainest one."""
     body: Json = {"messages": [user("hello")], **fields}
     if dialect == "messages":
@@ -1268,7 +1270,7 @@ JUDGED: dict[str, tuple[int, bytes, type[gw.ApiError], str]] = {
 
 def judge(
     status: int, body: bytes, headers: Json | None = None, sent: Json | None = None
-) -> gw.Verdict:
+) -> gw.RetryDecision:
     """The verdict on one answer to a call of SONNET."""
     fields = gw.Headers(headers or {})
     turn = {"role": "system", "content": "s"}
@@ -1419,7 +1421,7 @@ LEARNED: dict[str, tuple[Json, Json]] = {
 }  # fmt: skip
 
 
-def field_lessons(*paths: str) -> gw.Lessons:
+def field_lessons(*paths: str) -> gw.Rejections:
     """What a refusal of these paths teaches."""
     return {"field": [p for path in paths for p in gw.refused_paths(refusal_of(path))]}
 
@@ -1546,7 +1548,7 @@ def test_only_what_was_sent_can_be_refused() -> None:
 
 
 def test_a_lesson_is_for_its_model_and_dialect_and_ends() -> None:
-    learned = gw.Learned()
+    learned = gw.RejectionMemory()
     learned.learn(SONNET, "messages", [("field", "context_management")], 100.0)
     assert learned.lessons(SONNET, "messages", 101.0) == {"field": ["context_management"]}
     assert not learned.lessons(HAIKU, "messages", 101.0)
@@ -1556,7 +1558,7 @@ def test_a_lesson_is_for_its_model_and_dialect_and_ends() -> None:
 
 def test_lessons_are_few() -> None:
     """Whoever makes up fields makes the oldest lessons go, and costs nobody time."""
-    learned = gw.Learned()
+    learned = gw.RejectionMemory()
     for number in range(1000):
         learned.learn(SONNET, "messages", [("field", f"messages.*.stray{number}")], 0.0)
         learned.learn(f"made-up-{number}", "messages", [("field", "x")], 0.0)

@@ -33,14 +33,14 @@ MESSAGES = "/v1/messages"
 NOON = dt.datetime(2026, 11, 22, 12, 0).timestamp()
 
 
-def answer(number: int = 1, at: float = NOON, **more: Any) -> gw.Answer:
+def answer(number: int = 1, at: float = NOON, **more: Any) -> gw.UsageRecord:
     """An answer whose figures tell it apart from others."""
     usage = gw.Usage(
         number, number * 2, number * 3, number * 5, number, number * 7,
         source="reported", credits_source="reported",
     )  # fmt: skip
     fields = {"provider": "p", "account": "", "model": "m", "label": "l", "dialect": "chat"}
-    return gw.Answer(at=at, streamed=False, usage=usage, **{**fields, **more})
+    return gw.UsageRecord(at=at, streamed=False, usage=usage, **{**fields, **more})
 
 
 def report(store: gw.UsageStore, now: float = NOON, **given: str) -> Json:
@@ -412,7 +412,7 @@ def test_a_row_that_no_database_can_hold_is_dropped_alone(
     assert [record.message for record in caplog.records] == ["usage_rows_dropped rows=2"] * 2
 
 
-def ledger_rows(path: str, answers: list[gw.Answer]) -> Json:
+def ledger_rows(path: str, answers: list[gw.UsageRecord]) -> Json:
     """The report of a ledger that has counted these answers."""
 
     async def count() -> Json:
@@ -539,7 +539,7 @@ store = gw.UsageStore(sys.argv[2])
 waiting = []
 for batch in range(100):
     rows = [
-        gw.Answer(1795350000.0 + n, "p", "", f"m{n % 3}", sys.argv[3], "chat", False,
+        gw.UsageRecord(1795350000.0 + n, "p", "", f"m{n % 3}", sys.argv[3], "chat", False,
                   gw.Usage(n, output=1, source="reported"))
         for n in range(20)
     ]
