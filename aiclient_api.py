@@ -311,8 +311,8 @@ MAX_WAIT_SECONDS = 10.0  # a longer Retry-After is left to the client
 MAX_RETRY_AFTER_SECONDS = 60.0  # anthropic 2.x obeys any value, even days
 # A cool-down must not outlast the upstream's limit: after a minute one request probes.
 COOL_DOWN_SECONDS = 60.0
-MAX_RESTING = 100  # models per provider; clients may name models that no list has
-REST_SECONDS = 4.0  # after a limit without a reset time; doubles while it still holds
+MAX_COOLDOWNS = 100  # models per provider; clients may name models that no list has
+COOLDOWN_SECONDS = 4.0  # after a limit without a reset time; doubles while it still holds
 BACKOFF_SECONDS = (0.5, 1.5)
 PAUSE_SECONDS = (2.0, 4.0)  # after a 429 or 503 that names no time
 UNSUPPORTED_MODEL_WAITS = (1.0, 2.0)  # Copilot's catalogue flaps (seen in gh-aw-firewall, 2026-08)
@@ -338,7 +338,7 @@ MAX_TOOLS = 128  # VS Code cuts there
 # That definitions may add to the schemas of a request where `$ref`s are inlined: 16 KiB a tool.
 MAX_INLINED_BYTES = 2 * MIB
 INLINED_VALUE_BYTES = 16  # of them, for a value, besides its texts
-MAX_CACHE_MARKS = 4  # Anthropic and Copilot
+MAX_CACHE_BREAKPOINTS = 4  # Anthropic and Copilot
 MAX_CHAT_STOPS = 4  # OpenAI
 # Of all stop strings of a request together: those that no upstream field takes are looked for in
 # every piece of the answer, and a stop string is a word or a tag.
@@ -348,10 +348,10 @@ EMBEDDINGS_SECONDS = 60.0
 REASONING_MEMORY_ENTRIES = 500
 # What an upstream rejected is left out of later requests.  It is tried again after an hour, at the
 # price of one refused attempt: the service may have changed, or one client been odd.
-LESSON_SECONDS = 3600.0
-MAX_LESSONS = 16  # per model and dialect, whatever odd clients add
-MAX_LESSON_SCOPES = 64  # pairs of model and dialect
-MAX_LESSON_STEPS = 12  # in a path; the deepest known has 9
+REJECTION_SECONDS = 3600.0
+MAX_REJECTIONS = 16  # per model and dialect, whatever odd clients add
+MAX_REJECTION_SCOPES = 64  # pairs of model and dialect
+MAX_REJECTION_STEPS = 12  # in a path; the deepest known has 9
 
 # The cache guard.
 CACHE_LIFE_SECONDS = 300.0  # Anthropic: 5 min since the last use; OpenAI: 5 to 10
@@ -755,9 +755,9 @@ class RetryDecision:
     error: ApiError
     remedy: str = ""
     wait_s: float | None = None
-    for_all: bool = False  #: all models of the account are affected
-    passes_s: float | None = None  #: seconds to the expected recovery, if too long to wait
-    lessons: list[tuple[str, str]] = field(default_factory=list)  #: for the remedy repair
+    account_wide: bool = False  #: all models of the account are affected
+    resets_in: float | None = None  #: seconds to the expected recovery, if too long to wait
+    rejections: list[tuple[str, str]] = field(default_factory=list)  #: for the remedy repair
 
 
 class WireError(Exception):
@@ -890,7 +890,7 @@ def scan_object(text: str) -> Json | None:
     return None if mark is None else found
 
 
-def is_deeper(value: Any, limit: int) -> bool:
+def exceeds_depth(value: Any, limit: int) -> bool:
     level = [value]
     for _ in range(limit):
         rows = [item.values() if isinstance(item, dict) else item for item in level]
@@ -917,7 +917,7 @@ def load_body(data: bytes) -> Json:
         raise InvalidRequest("The body is not UTF-8.") from None
     except ValueError as error:
         raise InvalidRequest(f"The body is not valid JSON: {redact(str(error), 200)}.") from None
-    if is_deeper(body, MAX_JSON_DEPTH):
+    if exceeds_depth(body, MAX_JSON_DEPTH):
         raise InvalidRequest(f"The body is nested deeper than {MAX_JSON_DEPTH} levels.")
     if is_dense or (is_long and b"\\u00" in data):  # marks may hide in strings, and in escapes
         left = MAX_JSON_MARKS
@@ -1021,7 +1021,7 @@ def need_str(obj: Json, key: str, path: str = "") -> str:
     return value
 
 
-def text_of_key(kept: Json, key: str) -> str:
+def get_str(kept: Json, key: str) -> str:
     """The string at `key`, stripped; "" for any other type."""
     value = kept.get(key)
     return value.strip() if isinstance(value, str) else ""
@@ -1046,7 +1046,7 @@ def one_line(text: str) -> str:
 
 def name_of_key(kept: Json, key: str) -> str:
     """The name at `key`, cut; "" for anything else: for what services call things."""
-    return text_of_key(kept, key)[:MAX_NAME_CHARS]
+    return get_str(kept, key)[:MAX_NAME_CHARS]
 
 
 def str_or_empty(obj: Json, key: str) -> str:
@@ -1476,17 +1476,17 @@ ENV_PREFIX = "AICLIENT_API_"
 ENV_SHORT = {"HOST": "SERVER_HOST", "PORT": "SERVER_PORT", "KEY": "API_KEY"}
 
 
-def setting_slots(target: Any, path: str = "") -> Iterator[tuple[str, Any, str, str]]:
+def iter_settings(target: Any, path: str = "") -> Iterator[tuple[str, Any, str, str]]:
     """Every scalar setting below `target`: (dotted key, owner, field name, type)."""
     for item in fields(target):
         value = getattr(target, item.name)
         key = dotted(path, item.name)
         if is_dataclass(value):
-            yield from setting_slots(value, key)
+            yield from iter_settings(value, key)
         elif isinstance(value, dict):
             for name, entry in value.items():
                 if is_dataclass(entry):
-                    yield from setting_slots(entry, f"{key}.{name}")
+                    yield from iter_settings(entry, f"{key}.{name}")
         elif str(item.type) in TYPE_WORDS and item.name != "type":
             yield key, target, item.name, str(item.type)
 
@@ -1510,7 +1510,7 @@ def apply_environment(config: Config, environ: dict[str, str]) -> None:
     """`AICLIENT_API_SERVER_PORT=8080` overrides `server.port`; short forms: HOST, PORT, KEY."""
     slots = {
         key.upper().replace(".", "_").replace("-", "_"): (key, owner, name, kind)
-        for key, owner, name, kind in setting_slots(config)
+        for key, owner, name, kind in iter_settings(config)
     }
     for variable, text in sorted(environ.items()):
         if not variable.startswith(ENV_PREFIX):
@@ -1527,7 +1527,7 @@ def apply_environment(config: Config, environ: dict[str, str]) -> None:
 
 def apply_flags(config: Config, flags: dict[str, str | None]) -> None:
     """None means not given; unknown keys are ignored: another version's process may pass them."""
-    slots = {key: (owner, name, kind) for key, owner, name, kind in setting_slots(config)}
+    slots = {key: (owner, name, kind) for key, owner, name, kind in iter_settings(config)}
     reader = ConfigReader("command line")
     for key, text in flags.items():
         if text is not None and key in slots:
@@ -1556,7 +1556,7 @@ def is_secret_setting(key: str) -> bool:
 
 
 def effective_settings(config: Config) -> Iterator[tuple[str, Any]]:
-    for key, owner, name, _ in setting_slots(config):
+    for key, owner, name, _ in iter_settings(config):
         yield key, getattr(owner, name)
     for name, entry in config.providers.items():
         yield f"providers.{name}.type", entry.type
@@ -1566,7 +1566,7 @@ def effective_settings(config: Config) -> Iterator[tuple[str, Any]]:
         yield f"api_keys.{name}", secret
 
 
-def shown_settings(config: Config) -> list[Json]:
+def describe_settings(config: Config) -> list[Json]:
     """`[{"key", "value", "origin"}]`: file, a variable, a flag or default; secrets are masked."""
     return [
         {
@@ -1711,7 +1711,7 @@ def setting_kind(config: Config, key: str, value: str) -> str:
     if path[0] == "models" and "," in value:  # no model name has a comma
         return "list[str]"
     caps = path[:2] in (("limits", "providers"), ("limits", "labels")) and len(path) == 4
-    slots = setting_slots(CapConfig()) if caps else setting_slots(config)
+    slots = iter_settings(CapConfig()) if caps else iter_settings(config)
     wanted = path[-1] if caps else key
     return next((kind for slot, _, _, kind in slots if slot == wanted), "str")
 
@@ -2606,7 +2606,7 @@ class Conversation:
 
     def settle(self) -> None:
         """Normalizes the turns for all vendors; raises InvalidRequest if there are none."""
-        settled = distinct_calls(settle_turns(self.turns))
+        settled = distinct_calls(normalize_turns(self.turns))
         if not settled and not self.system:
             raise self.refuse_empty()
         if settled != self.turns:
@@ -2903,7 +2903,7 @@ def without_results(turn: Turn, ids: Container[str] = ()) -> Turn:
     return Turn(turn.role, blocks)
 
 
-def settle_turns(turns: list[Turn]) -> list[Turn]:
+def normalize_turns(turns: list[Turn]) -> list[Turn]:
     """Turns in the order that every vendor demands.
 
     Each assistant turn with calls is followed by one user turn that begins with their results, in
@@ -3416,7 +3416,7 @@ class Relay(Protocol):
     @property
     def finished(self) -> bool: ...
 
-    def mend(self, frame: Json) -> list[Json]:
+    def repair(self, frame: Json) -> list[Json]:
         """The frames that replace one frame; raises ApiError if it is an error."""
 
     def end(self) -> list[Json]:
@@ -3435,7 +3435,7 @@ class UpstreamDialect(Protocol):
 
     def reader(self, terms: ResponseContext) -> Reader: ...
 
-    def unfold(self, whole: Json) -> list[Json]:
+    def expand(self, whole: Json) -> list[Json]:
         """The frames equivalent to a non-streaming response."""
 
     def plain_text(self, frame: Json) -> str | None:
@@ -3461,7 +3461,7 @@ class Dialect(UpstreamDialect, Protocol):
 
     def relay(self, terms: ResponseContext) -> Relay: ...
 
-    def fold(self, frames: list[Json]) -> Json:
+    def aggregate(self, frames: list[Json]) -> Json:
         """The non-streaming response equivalent to a finished stream of frames."""
 
     def encode(self, frame: Json) -> bytes: ...
@@ -3959,7 +3959,7 @@ def read_messages_usage(said: Json, usage: Usage) -> None:
     usage.source = "reported"
 
 
-def settle_usage(usage: Usage, terms: ResponseContext, said: float) -> Usage:
+def finalize_usage(usage: Usage, terms: ResponseContext, said: float) -> Usage:
     """The usage to report at the end of a response; `said`: its estimated output tokens.
 
     If the context size after the response is known, it is taken as input plus output (seen in
@@ -4783,7 +4783,7 @@ class ChatRelay:
         self.reasoning: list[str] = []
         self.opaque = ""
 
-    def mend(self, frame: Json) -> list[Json]:
+    def repair(self, frame: Json) -> list[Json]:
         if self.finished:
             return []
         if frame.get("error"):
@@ -4806,7 +4806,7 @@ class ChatRelay:
             created=self.created,
             model=self.terms.model,
         )
-        frame["choices"] = [mended for item in choices if (mended := self.mend_choice(item))]
+        frame["choices"] = [repaired for item in choices if (repaired := self.mend_choice(item))]
         if not frame["choices"]:
             return []
         if not self.terms.many:
@@ -4845,12 +4845,12 @@ class ChatRelay:
             self.opaque = delta["reasoning_opaque"]
         calls = delta.pop("tool_calls", None)
         if isinstance(calls, list):
-            mended = [
+            repaired = [
                 self.mend_call(index, order, call)
                 for order, call in enumerate(calls)
                 if isinstance(call, dict)
             ]
-            delta["tool_calls"] = mended
+            delta["tool_calls"] = repaired
         if isinstance(delta.get("content"), str):
             self.said += estimate_text(delta["content"])
         if finish and not any(value for key, value in delta.items() if key != "role"):
@@ -4904,7 +4904,7 @@ class ChatRelay:
             frames.append({**base, "choices": [choice]})
         if self.terms.include_usage:
             usage = self.usage_frame or write_chat_usage(
-                settle_usage(self.usage, self.terms, self.said)
+                finalize_usage(self.usage, self.terms, self.said)
             )
             frames.append({**base, "choices": [], "usage": usage})
         return frames
@@ -4957,7 +4957,7 @@ class ChatDialect:
     def relay(self, terms: ResponseContext) -> Relay:
         return ChatRelay(terms)
 
-    def fold(self, frames: list[Json]) -> Json:
+    def aggregate(self, frames: list[Json]) -> Json:
         whole: Json = {"id": "", "object": "chat.completion", "created": 0, "model": ""}
         choices: dict[int, Json] = {}
         merger = DeltaMerger()
@@ -4987,7 +4987,7 @@ class ChatDialect:
         whole["usage"] = usage
         return whole
 
-    def unfold(self, whole: Json) -> list[Json]:
+    def expand(self, whole: Json) -> list[Json]:
         base = {key: value for key, value in whole.items() if key not in ("choices", "usage")}
         base["object"] = "chat.completion.chunk"
         choices = []
@@ -5232,7 +5232,7 @@ def write_thinking(effort: str | None, budget: int | None, model: Model, body: J
     return {"thinking": {"type": "enabled", "budget_tokens": tokens}} if tokens else {}
 
 
-def goes_on(body: Json) -> bool:
+def is_multi_turn(body: Json) -> bool:
     """Whether the conversation will be sent again with more turns, as agents and chats do.
 
     Only then does caching pay: a cache write costs a quarter more than plain input.
@@ -5240,13 +5240,13 @@ def goes_on(body: Json) -> bool:
     return bool(body.get("tools")) or any(m["role"] == "assistant" for m in body["messages"])
 
 
-def mark_prompt(body: Json) -> None:
+def add_cache_breakpoints(body: Json) -> None:
     """Sets cache breakpoints on what the next request will begin with.
 
     Clients of OpenAI's dialects set none, and Claude caches nothing without them.  The breakpoint
     on the previous turn finds what the last request wrote.
     """
-    if not goes_on(body):
+    if not is_multi_turn(body):
         return
     fixed = body.get("system") or body.get("tools") or []
     turns = [message["content"] for message in body["messages"] if message["role"] == "user"]
@@ -5469,9 +5469,9 @@ BLOCK_STARTS: dict[str, Json] = {
 }
 
 
-def asks_thinking(asked: Json) -> bool:
+def wants_thinking(asked: Json) -> bool:
     """Whether the client expects thinking; otherwise `content[0].text` must be text."""
-    return text_of_key(details(asked, "thinking"), "type") not in ("", "disabled")
+    return get_str(details(asked, "thinking"), "type") not in ("", "disabled")
 
 
 class MessagesWriter:
@@ -5487,7 +5487,7 @@ class MessagesWriter:
         self.index = -1
         self.kind = ""
         self.refused = False
-        self.shows_sealed = asks_thinking(terms.asked)
+        self.shows_sealed = wants_thinking(terms.asked)
         #: held frames of a late thinking block that has no text yet; None if there is none
         self.late: list[Json] | None = None
 
@@ -5625,7 +5625,7 @@ class MessagesRelay:
         self.in_block = False
         self.guard = RunawayGuard()  # of the open block
 
-    def mend(self, frame: Json) -> list[Json]:
+    def repair(self, frame: Json) -> list[Json]:
         kind = frame.get("type")
         if self.finished:
             return []
@@ -5767,7 +5767,7 @@ GROWING_FIELDS = {
 }
 
 
-def unfold_block(index: int, block: Json) -> list[Json]:
+def expand_block(index: int, block: Json) -> list[Json]:
     """The frames of one block: clients read text and tool input from deltas only."""
     deltas: list[Json] = []
     start = dict(block)
@@ -5845,19 +5845,19 @@ class MessagesDialect:
     def relay(self, terms: ResponseContext) -> Relay:
         return MessagesRelay(terms)
 
-    def fold(self, frames: list[Json]) -> Json:
-        fold = MessagesAggregator()
+    def aggregate(self, frames: list[Json]) -> Json:
+        aggregate = MessagesAggregator()
         for frame in frames:
-            fold.take(frame)
-        return fold.whole()
+            aggregate.take(frame)
+        return aggregate.whole()
 
-    def unfold(self, whole: Json) -> list[Json]:
+    def expand(self, whole: Json) -> list[Json]:
         usage = details(whole, "usage")
         opening = {**whole, "content": [], "stop_reason": None, "stop_sequence": None}
         frames: list[Json] = [{"type": "message_start", "message": opening}]
         content = whole.get("content")
         for index, block in enumerate(content if isinstance(content, list) else ()):
-            frames += unfold_block(index, block if isinstance(block, dict) else {})
+            frames += expand_block(index, block if isinstance(block, dict) else {})
         delta = {key: whole.get(key) for key in ("stop_reason", "stop_sequence")}
         last: Json = {"type": "message_delta", "delta": delta, "usage": dict(usage)}
         if "copilot_usage" in whole:
@@ -6191,7 +6191,7 @@ class ResponsesRequestReader:
 
     def read_reasoning(self, item: Json) -> None:
         """Only thinking that we packed for another upstream; the rest is not for it."""
-        carried = unpack(CARRIED_THINKING, text_of_key(item, "encrypted_content"))
+        carried = unpack(CARRIED_THINKING, get_str(item, "encrypted_content"))
         if carried is not None:
             said = [carried.get(key) for key in ("thinking", "signature", "data")]
             thinking, signature, data = (item if isinstance(item, str) else "" for item in said)
@@ -6439,7 +6439,7 @@ class ResponsesRequestWriter:
 def write_reasoning_item(text: str, signature: str) -> Json | None:
     """Reasoning from a responses upstream, as an item; None for another vendor's thinking."""
     carried = unpack(RESPONSES_ENVELOPE, signature)
-    if carried is None or not text_of_key(carried, "enc"):
+    if carried is None or not get_str(carried, "enc"):
         return None
     summary = [{"type": "summary_text", "text": text}] if text else []
     return {"type": "reasoning", "summary": summary, "encrypted_content": carried["enc"]}
@@ -6580,7 +6580,7 @@ class ResponsesReader:
         item.kind = str(said.get("type") or "")
         if item.kind in ("function_call", "custom_tool_call") and said.get("name"):
             item.open = "tool"
-            name = flat_name(text_of_key(said, "namespace"), str(said.get("name") or ""))
+            name = flat_name(get_str(said, "namespace"), str(said.get("name") or ""))
             call_id = str(said.get("call_id") or said.get("id") or "")
             self.calls.append(call_id)
             item.events.append(BlockStart("tool", call_id, name))
@@ -6938,7 +6938,7 @@ class ResponsesRelay:
         self.guards: defaultdict[int, RunawayGuard] = defaultdict(RunawayGuard)  # per item
         self.begun = False
 
-    def mend(self, frame: Json) -> list[Json]:
+    def repair(self, frame: Json) -> list[Json]:
         kind = str(frame.get("type") or "")
         if self.finished:
             return []
@@ -7009,7 +7009,7 @@ class ResponsesRelay:
         if isinstance(item, dict):
             item["id"] = self.pinned(index, str(item.get("type")))
             self.rename(item)
-            encrypted = text_of_key(item, "encrypted_content")
+            encrypted = get_str(item, "encrypted_content")
             if frame["type"] == "response.output_item.done":
                 self.done[index] = item
                 self.sealed.update({index: encrypted} if encrypted else {})
@@ -7048,7 +7048,7 @@ class ResponsesRelay:
         return []
 
 
-def unfold_item(index: int, item: Json) -> list[Json]:
+def expand_item(index: int, item: Json) -> list[Json]:
     """The frames of one item: clients read text and arguments from deltas only."""
     at = {"output_index": index, "item_id": item.get("id")}
     start = {**item, "status": "in_progress"}
@@ -7058,7 +7058,7 @@ def unfold_item(index: int, item: Json) -> list[Json]:
         start["content"] = []
         for number, part in enumerate(content if isinstance(content, list) else ()):
             if isinstance(part, dict):
-                deltas += unfold_part({**at, "content_index": number}, part)
+                deltas += expand_part({**at, "content_index": number}, part)
     elif item.get("type") == "reasoning":
         start = {"id": item.get("id"), "type": "reasoning", "summary": []}
     for key, kind in (
@@ -7080,7 +7080,7 @@ def unfold_item(index: int, item: Json) -> list[Json]:
     ]
 
 
-def unfold_part(at: Json, part: Json) -> list[Json]:
+def expand_part(at: Json, part: Json) -> list[Json]:
     key, kind = ("refusal", "refusal") if part.get("type") == "refusal" else ("text", "output_text")
     words = part.get(key)
     words = words if isinstance(words, str) else ""
@@ -7143,11 +7143,11 @@ class ResponsesDialect:
     def relay(self, terms: ResponseContext) -> Relay:
         return ResponsesRelay(terms)
 
-    def fold(self, frames: list[Json]) -> Json:
+    def aggregate(self, frames: list[Json]) -> Json:
         whole: Json = frames[-1]["response"]
         return whole
 
-    def unfold(self, whole: Json) -> list[Json]:
+    def expand(self, whole: Json) -> list[Json]:
         output = whole.get("output")
         frames: list[Json] = [
             {
@@ -7158,7 +7158,7 @@ class ResponsesDialect:
         if not isinstance(output, list):
             raise UpstreamError("The upstream's answer holds no output.")
         for index, item in enumerate(output):
-            frames += unfold_item(index, item if isinstance(item, dict) else {})
+            frames += expand_item(index, item if isinstance(item, dict) else {})
         status = whole.get("status")
         ends = ("incomplete", "failed", "cancelled")
         last = f"response.{status if status in ends else 'completed'}"
@@ -7357,7 +7357,7 @@ def find_kiro_fault(text: str, sentences: bool = False) -> KiroFault | None:
     return None
 
 
-def judge_kiro_words(code: str, reason: str, message: str) -> RetryDecision | None:
+def classify_kiro_message(code: str, reason: str, message: str) -> RetryDecision | None:
     """Classifies a refusal by Kiro's error text, in an error response or inside a stream."""
     named = find_kiro_fault(f"{code} {reason}")
     # The refusal of one request may quote the client's own names, such as a tool's.
@@ -7420,7 +7420,7 @@ class KiroDraft:
     extra: Json = field(default_factory=dict)  #: additionalModelRequestFields
 
 
-def word_system_turns(draft: KiroDraft) -> bool:
+def inline_system_turns(draft: KiroDraft) -> bool:
     """Turns a system message in mid-conversation into marked user text."""
     if all(turn.role != "system" for turn in draft.turns):
         return False
@@ -7428,7 +7428,7 @@ def word_system_turns(draft: KiroDraft) -> bool:
     return True
 
 
-def word_strange_parts(draft: KiroDraft) -> bool:
+def textify_unsupported_parts(draft: KiroDraft) -> bool:
     """Replaces what an assistant turn cannot hold with text."""
     touched = False
     for turn in draft.turns:
@@ -7443,7 +7443,7 @@ def word_strange_parts(draft: KiroDraft) -> bool:
     return touched
 
 
-def tell_calls_apart(draft: KiroDraft) -> bool:
+def dedupe_call_ids(draft: KiroDraft) -> bool:
     """A call id occurs once per conversation; the same call twice in a turn is one call."""
     distinct = distinct_calls(draft.turns)
     changed = distinct != draft.turns
@@ -7451,14 +7451,14 @@ def tell_calls_apart(draft: KiroDraft) -> bool:
     return changed
 
 
-def begin_with_user(draft: KiroDraft) -> bool:
+def ensure_first_turn_is_user(draft: KiroDraft) -> bool:
     if draft.turns and draft.turns[0].role == "user":
         return False
     draft.turns.insert(0, Turn("user", [Text(KIRO_FIRST)]))
     return True
 
 
-def close_with_user(draft: KiroDraft) -> bool:
+def ensure_last_turn_is_user(draft: KiroDraft) -> bool:
     """The last turn must be the user's: a prefilled response becomes history."""
     last = draft.turns[-1]
     if last.role == "user":
@@ -7500,7 +7500,7 @@ def keep_own_thinking_turns(draft: KiroDraft) -> bool:
     """Drops thinking that is unsigned or another vendor's: Kiro would refuse it."""
     mark, touched = kiro_mark(draft.model.provider), False
     for turn in draft.turns:
-        own = [block for block in turn.blocks if not is_strange_thinking(block, mark)]
+        own = [block for block in turn.blocks if not is_foreign_kiro_thinking(block, mark)]
         if all(isinstance(block, Thinking) for block in own):
             own = []  # a turn of nothing but thinking counts as empty
         touched = touched or len(own) < len(turn.blocks)
@@ -7509,7 +7509,7 @@ def keep_own_thinking_turns(draft: KiroDraft) -> bool:
     return touched
 
 
-def is_strange_thinking(block: Block, mark: str) -> bool:
+def is_foreign_kiro_thinking(block: Block, mark: str) -> bool:
     """Whether a block is thinking that this Kiro account did not sign."""
     if not isinstance(block, Thinking):
         return False
@@ -7517,7 +7517,7 @@ def is_strange_thinking(block: Block, mark: str) -> bool:
     return not (signed.startswith(mark) and len(signed) > len(mark))
 
 
-def fill_silent_turns(draft: KiroDraft) -> bool:
+def fill_empty_turns(draft: KiroDraft) -> bool:
     """A user turn with neither text nor results gets a placeholder, even beside an image."""
     touched = False
     for turn in draft.turns:
@@ -7529,7 +7529,7 @@ def fill_silent_turns(draft: KiroDraft) -> bool:
     return touched
 
 
-def word_tool_choice(draft: KiroDraft) -> bool:
+def inline_tool_choice(draft: KiroDraft) -> bool:
     """Kiro has no `tool_choice`: "none" drops the tools, other modes are put into the prompt."""
     choice, chat = draft.chat.choice, draft.chat
     if choice and choice.mode == "none":
@@ -7565,7 +7565,7 @@ def rename_tools(draft: KiroDraft) -> bool:
     return renamed
 
 
-def fit_descriptions(draft: KiroDraft) -> bool:
+def adapt_descriptions(draft: KiroDraft) -> bool:
     """Every tool needs a short description; a longer one moves into the system prompt."""
     touched = False
     for tool in draft.tools:
@@ -7582,16 +7582,16 @@ def fit_descriptions(draft: KiroDraft) -> bool:
     return touched
 
 
-def fit_kiro_schemas(draft: KiroDraft) -> bool:
+def adapt_kiro_schemas(draft: KiroDraft) -> bool:
     touched = False
     for tool in draft.tools:
-        schema = fit_kiro_schema(tool.schema, len(draft.tools))
+        schema = adapt_kiro_schema(tool.schema, len(draft.tools))
         touched = touched or schema != tool.schema
         tool.schema = schema
     return touched
 
 
-def fit_kiro_schema(schema: Json, tools: int = 1) -> Json:
+def adapt_kiro_schema(schema: Json, tools: int = 1) -> Json:
     """A tool's schema: an object whose unions at the top are folded into its properties."""
     fitted: Json = strip_schema(inline_refs(schema, tools))
     properties = dict(details(fitted, "properties"))
@@ -7634,7 +7634,7 @@ def strip_schema(schema: Any) -> Any:
     return kept
 
 
-def word_output(draft: KiroDraft) -> bool:
+def inline_output_format(draft: KiroDraft) -> bool:
     """Puts structured output into the prompt: Kiro has no field for it."""
     if draft.chat.output:
         draft.preface.append(output_instruction(draft.chat.output))
@@ -7652,7 +7652,7 @@ def kiro_efforts(described: Json) -> list[str]:
     return [e for e in listed if isinstance(e, str)] if isinstance(listed, list) else []
 
 
-def ask_for_thinking(draft: KiroDraft) -> bool:
+def request_thinking(draft: KiroDraft) -> bool:
     """Asks for thinking in the model's own fields, or in the prompt if it has none.
 
     In the prompt, `enabled` works with all of the older models, `adaptive` does not
@@ -7667,7 +7667,7 @@ def ask_for_thinking(draft: KiroDraft) -> bool:
         level = clamp_effort(effort, kiro_efforts(known["reasoning"]))
         draft.extra.update({"reasoning": {"effort": level}} if level else {})
     elif "thinking" in known or "output_config" in known:
-        ask_claude_to_think(draft, known, effort)
+        prompt_for_thinking(draft, known, effort)
     elif is_claude(draft.model) and effort != "none":
         low, high = KIRO_TAG_BUDGETS
         tokens = min(max(budget or EFFORT_BUDGETS[effort], low), high)
@@ -7682,7 +7682,7 @@ def ask_for_thinking(draft: KiroDraft) -> bool:
     return True
 
 
-def ask_claude_to_think(draft: KiroDraft, known: Json, effort: str) -> None:
+def prompt_for_thinking(draft: KiroDraft, known: Json, effort: str) -> None:
     """`thinking` and `output_config`; without `display` the text of thinking may be hidden."""
     shape = details(details(known, "thinking"), "properties")
     kinds = details(shape, "type").get("enum")
@@ -7732,21 +7732,21 @@ def place_preface(draft: KiroDraft) -> bool:
     return bool(words or draft.notes)
 
 
-def check_size(draft: KiroDraft) -> bool:
+def check_context_window(draft: KiroDraft) -> bool:
     """Refuses a conversation far above the model's window with an error that clients know.
 
     Kiro answers some with just "Improperly formed request", and clients that are not told cannot
     compact.  The estimate may be off by a third, hence the margin.
     """
     window = draft.model.max_prompt
-    for shorten in (str, shorten_runs):  # the second pass is expensive, and rare
+    for shorten in (str, collapse_runs):  # the second pass is expensive, and rare
         tokens = sum(estimate_text(shorten(text)) for text in draft_words(draft))
         if not window or tokens <= 1.5 * window:
             return False
     raise ContextTooLong(int(tokens), window)
 
 
-def shorten_runs(text: str) -> str:
+def collapse_runs(text: str) -> str:
     """`text` with an eighth of each run of one character: one token covers many of them."""
     return re.sub(r"(.)\1{7,}", lambda run: run[0][: len(run[0]) // 8], text, flags=re.DOTALL)
 
@@ -7763,10 +7763,10 @@ def draft_words(draft: KiroDraft) -> Iterator[str]:
 
 
 KIRO_RULES: tuple[Callable[[KiroDraft], bool], ...] = (
-    word_system_turns, word_strange_parts, keep_own_thinking_turns, tell_calls_apart,
-    begin_with_user, close_with_user, lift_media, fill_silent_turns, word_tool_choice,
-    declare_called_tools, rename_tools, fit_descriptions, fit_kiro_schemas, word_output,
-    ask_for_thinking, pass_settings, place_preface, check_size,
+    inline_system_turns, textify_unsupported_parts, keep_own_thinking_turns, dedupe_call_ids,
+    ensure_first_turn_is_user, ensure_last_turn_is_user, lift_media, fill_empty_turns, inline_tool_choice,
+    declare_called_tools, rename_tools, adapt_descriptions, adapt_kiro_schemas, inline_output_format,
+    request_thinking, pass_settings, place_preface, check_context_window,
 )  # fmt: skip
 
 
@@ -8175,7 +8175,7 @@ class KiroReader:
     def take_error(self, said: Json, events: list[Event]) -> None:
         """An error in mid-stream; content sent before it still counts."""
         code, reason, message = read_kiro_words(said)
-        verdict = judge_kiro_words(code, reason, message)
+        verdict = classify_kiro_message(code, reason, message)
         if verdict and isinstance(verdict.error, ContextTooLong) and self.started:
             self.reason = "MODEL_CONTEXT_WINDOW_EXCEEDED"
             events += self.end()
@@ -8252,7 +8252,7 @@ class KiroDialect:
     def reader(self, terms: ResponseContext) -> Reader:
         return KiroReader(terms)
 
-    def unfold(self, whole: Json) -> list[Json]:
+    def expand(self, whole: Json) -> list[Json]:
         """Kiro always streams: a JSON object is an error."""
         return [{"error": whole}]
 
@@ -8288,7 +8288,7 @@ class Converter:
     def finished(self) -> bool:
         return self.checker.state == "over"
 
-    def mend(self, frame: Json) -> list[Json]:
+    def repair(self, frame: Json) -> list[Json]:
         return self.write(self.reader.read(frame))
 
     def end(self) -> list[Json]:
@@ -8322,7 +8322,7 @@ class Converter:
         elif isinstance(event, UsageUpdate):
             self.usage = event.usage
         elif isinstance(event, MessageStop) and self.usage.source != "reported":
-            self.usage = settle_usage(self.usage, self.terms, self.said)
+            self.usage = finalize_usage(self.usage, self.terms, self.said)
             return [*self.writer.write(UsageUpdate(self.usage)), *self.writer.write(event)]
         return self.writer.write(event)
 
@@ -8436,7 +8436,7 @@ class StreamTranslator:
         usage = self.relay.usage
         if usage.source or not (self.begun or self.frames):
             return usage
-        return settle_usage(usage, self.terms, self.relay.said)
+        return finalize_usage(usage, self.terms, self.relay.said)
 
     @property
     def ended(self) -> bool:
@@ -8477,7 +8477,7 @@ class StreamTranslator:
             self.template = Template.learn(row, self.caller.encode(self.last), text)
         return written
 
-    def feed_whole(self, data: bytes) -> bytes:
+    def feed_buffered(self, data: bytes) -> bytes:
         """The client's bytes for a non-streaming upstream response."""
         whole = load_object(data)
         if whole is None:
@@ -8485,7 +8485,7 @@ class StreamTranslator:
         try:
             if whole.get("error"):
                 raise read_stream_error(whole["error"])
-            return self.pass_on(self.upstream.unfold(whole)) + self.end()
+            return self.pass_on(self.upstream.expand(whole)) + self.end()
         except ApiError as error:
             return self.fail(error)
 
@@ -8496,9 +8496,9 @@ class StreamTranslator:
             for frame in frames:
                 if self.relay.finished:
                     break  # nothing may follow the end
-                mended = self.relay.mend(frame)
-                self.last = mended[0] if len(mended) == 1 else None
-                written += self.write(mended)
+                repaired = self.relay.repair(frame)
+                self.last = repaired[0] if len(repaired) == 1 else None
+                written += self.write(repaired)
         except ApiError as error:
             written.append(self.fail(error))
         if self.relay.finished and not self.over:
@@ -8555,7 +8555,7 @@ class StreamTranslator:
         """The non-streaming response; raises the error that ended it."""
         if self.error:
             raise self.error
-        return self.caller.fold(self.frames)
+        return self.caller.aggregate(self.frames)
 
 
 # ---- 9. Upstream rules -------------------------------------------------------------------------
@@ -8855,12 +8855,12 @@ class RejectionMemory:
         """Remembers `(kind, name)` pairs; beyond the limits the oldest are forgotten."""
         scope = self.scopes.setdefault((model, dialect), {})
         for lesson in news:
-            scope[lesson] = now + LESSON_SECONDS
-        for table, most in ((scope, MAX_LESSONS), (self.scopes, MAX_LESSON_SCOPES)):
+            scope[lesson] = now + REJECTION_SECONDS
+        for table, most in ((scope, MAX_REJECTIONS), (self.scopes, MAX_REJECTION_SCOPES)):
             while len(table) > most:
                 del table[next(iter(table))]
 
-    def lessons(self, model: str, dialect: str, now: float) -> Rejections:
+    def rejections(self, model: str, dialect: str, now: float) -> Rejections:
         found: dict[str, list[str]] = {}
         for (kind, name), until in self.scopes.get((model, dialect), {}).items():
             if now < until:
@@ -8874,7 +8874,7 @@ class BodyDraft:
 
     body: Json
     model: Model
-    lessons: Rejections
+    rejections: Rejections
     #: names of the fields left out
     dropped: list[str]
 
@@ -8913,7 +8913,7 @@ def read_raw_part(part: Any) -> list[Any]:
 
 
 def write_raw_block(block: Any) -> Json:
-    """The reverse of `read_raw_part`, also for blocks that `settle_turns` added."""
+    """The reverse of `read_raw_part`, also for blocks that `normalize_turns` added."""
     if isinstance(block, RawCall):
         name = wire_name(block.name)
         return {**block.raw, "id": wire_id(block.id), "name": name}
@@ -8927,7 +8927,7 @@ def write_raw_block(block: Any) -> Json:
     return {"type": "text", "text": block.text}
 
 
-def is_settled(messages: list[Json]) -> bool:
+def is_normalized(messages: list[Json]) -> bool:
     """Whether the conversation is well-formed already and can be sent unchanged."""
     calls: list[str] = []
     role = "assistant"
@@ -8954,24 +8954,24 @@ def is_settled(messages: list[Json]) -> bool:
     return not calls
 
 
-def settle_messages(scrub: BodyDraft) -> None:
+def normalize_messages(draft: BodyDraft) -> None:
     """Makes roles alternate, gives each call its result in the next message, drops empty ones."""
-    if is_settled(scrub.body["messages"]):
+    if is_normalized(draft.body["messages"]):
         return
     turns = []
-    for message in scrub.body["messages"]:
+    for message in draft.body["messages"]:
         content = message.get("content")
         if isinstance(content, str):
             blocks: list[Any] = [Text(content)]
         else:
             blocks = [block for part in content or () for block in read_raw_part(part)]
         turns.append(Turn(str(message.get("role")), blocks))
-    turns = settle_turns(turns)
-    if "system" in scrub.lessons or not takes_system_turns(scrub.model.id):
+    turns = normalize_turns(turns)
+    if "system" in draft.rejections or not takes_system_turns(draft.model.id):
         turns = downgrade_native_system(turns, every=True)
     else:
         turns = downgrade_native_system(turns, every=False)
-    scrub.body["messages"] = [
+    draft.body["messages"] = [
         {
             "role": turn.role,
             "content": turn.blocks[0].text
@@ -9026,10 +9026,10 @@ STRING_FIELDS = {
 }
 
 
-def check_messages(scrub: BodyDraft) -> None:
+def check_messages(draft: BodyDraft) -> None:
     """Refuses what no vendor accepts, so that the other rules can rely on the shapes."""
-    check_content(scrub.body.get("system"), "system")
-    for index, message in enumerate(scrub.body["messages"]):
+    check_content(draft.body.get("system"), "system")
+    for index, message in enumerate(draft.body["messages"]):
         path = f"messages.{index}"
         need_str(message, "role", path)
         check_content(message.get("content"), f"{path}.content")
@@ -9060,24 +9060,24 @@ MESSAGES_KEYS = (
 )  # fmt: skip
 
 
-def keep_messages_keys(scrub: BodyDraft) -> None:
+def keep_messages_keys(draft: BodyDraft) -> None:
     """Upstream, unknown keys are a 400.  `metadata` holds the user's device ids."""
-    for key in [key for key in scrub.body if key not in MESSAGES_KEYS]:
-        value = scrub.body.pop(key)
+    for key in [key for key in draft.body if key not in MESSAGES_KEYS]:
+        value = draft.body.pop(key)
         if value is not None and key != "metadata":
-            scrub.dropped.append(key)
+            draft.dropped.append(key)
 
 
-def limit_max_tokens(scrub: BodyDraft) -> None:
+def limit_max_tokens(draft: BodyDraft) -> None:
     """`max_tokens` is required; it is capped at the model's limit."""
-    limit = scrub.model.max_output or DEFAULT_MAX_TOKENS
-    wanted = int_field(scrub.body, "max_tokens")  # 0: only warms the cache
-    scrub.body["max_tokens"] = limit if wanted is None else min(wanted, limit)
+    limit = draft.model.max_output or DEFAULT_MAX_TOKENS
+    wanted = int_field(draft.body, "max_tokens")  # 0: only warms the cache
+    draft.body["max_tokens"] = limit if wanted is None else min(wanted, limit)
 
 
-def drop_billing_line(scrub: BodyDraft) -> None:
+def drop_billing_line(draft: BodyDraft) -> None:
     """Claude Code's billing line changes with every request and defeats the prompt cache."""
-    system = scrub.body.get("system")
+    system = draft.body.get("system")
     if isinstance(system, list):
         kept = [
             block
@@ -9086,14 +9086,14 @@ def drop_billing_line(scrub: BodyDraft) -> None:
             and isinstance(block, dict)
             and str(block.get("text") or "").strip()
         ]
-        scrub.body["system"] = kept
-    if not text_of(scrub.body.get("system")).strip():
-        scrub.body.pop("system", None)
+        draft.body["system"] = kept
+    if not text_of(draft.body.get("system")).strip():
+        draft.body.pop("system", None)
 
 
-def keep_own_thinking(scrub: BodyDraft) -> None:
+def keep_own_thinking(draft: BodyDraft) -> None:
     """Thinking is sent back only with Anthropic's own signature; anything else is a 400."""
-    for message in scrub.body["messages"]:
+    for message in draft.body["messages"]:
         content = message.get("content")
         if isinstance(content, list):
             message["content"] = [part for part in content if not is_foreign_thinking(part)]
@@ -9106,9 +9106,9 @@ def is_foreign_thinking(part: Any) -> bool:
     return not isinstance(mark, str) or not mark or mark.startswith(FOREIGN_SIGNATURES)
 
 
-def plain_documents(scrub: BodyDraft) -> None:
+def plain_documents(draft: BodyDraft) -> None:
     """Text documents and tool references become text: only PDFs and text are known to work."""
-    for index, message in enumerate(scrub.body["messages"]):
+    for index, message in enumerate(draft.body["messages"]):
         simplify_parts(message, f"messages.{index}")
 
 
@@ -9162,31 +9162,31 @@ GOOGLE_KNOWN = (
 )  # fmt: skip
 
 
-def fit_schema(schema: Json, google: bool) -> Json:
-    fitted: Json = fit_subschema(inline_refs(schema) if google else schema, google)
+def adapt_schema(schema: Json, google: bool) -> Json:
+    fitted: Json = adapt_subschema(inline_refs(schema) if google else schema, google)
     return fitted
 
 
-def fit_subschema(schema: Any, google: bool) -> Any:
-    """One level of `fit_schema`: no `$schema` and `$id`, arrays get items, only known keywords."""
+def adapt_subschema(schema: Any, google: bool) -> Any:
+    """One level of `adapt_schema`: no `$schema` and `$id`, arrays get items, only known keywords."""
     if isinstance(schema, list):
-        return [fit_subschema(item, google) for item in schema]
+        return [adapt_subschema(item, google) for item in schema]
     if not isinstance(schema, dict):
         return schema
     fitted: Json = {}
     for key, value in schema.items():
         if key == "properties" and isinstance(value, dict):
-            fitted[key] = {name: fit_subschema(item, google) for name, item in value.items()}
+            fitted[key] = {name: adapt_subschema(item, google) for name, item in value.items()}
         elif key in ("enum", "const", "default", "examples", "required"):
             fitted[key] = value
         elif key not in ("$schema", "$id"):
-            fitted[key] = fit_subschema(value, google)
+            fitted[key] = adapt_subschema(value, google)
     if fitted.get("type") == "array":
         fitted.setdefault("items", {})
-    return fit_google(fitted) if google else fitted
+    return adapt_google_schema(fitted) if google else fitted
 
 
-def fit_google(schema: Json) -> Json:
+def adapt_google_schema(schema: Json) -> Json:
     kinds = schema.get("type")
     if "const" in schema:
         schema.setdefault("enum", [schema["const"]])
@@ -9205,9 +9205,9 @@ def fit_google(schema: Json) -> Json:
 TOOL_KEYS = ("name", "description", "input_schema", "cache_control")
 
 
-def plain_tools(scrub: BodyDraft) -> None:
+def plain_tools(draft: BodyDraft) -> None:
     """Custom tools with the keys every backend accepts; server-side tools are not available."""
-    body = scrub.body
+    body = draft.body
     choice = dict_field(body, "tool_choice")
     tools, hosted = [], []
     for index, item in enumerate(list_field(body, "tools")):
@@ -9223,10 +9223,10 @@ def plain_tools(scrub: BodyDraft) -> None:
                 continue
         plain = {key: tool[key] for key in TOOL_KEYS if tool.get(key) is not None}
         plain["name"] = wire_name(name)
-        plain["input_schema"] = fit_schema(object_schema(schema, f"{path}.input_schema"), False)
+        plain["input_schema"] = adapt_schema(object_schema(schema, f"{path}.input_schema"), False)
         tools.append(plain)
     forced = str_field(choice, "name", "tool_choice") or ""
-    drop_hosted(hosted, len(tools), forced, scrub.dropped)
+    drop_hosted(hosted, len(tools), forced, draft.dropped)
     if not tools and any(part.get("type") == "tool_use" for part in parts_of(body["messages"])):
         tools = [{"name": "none", "description": "Do not call.", "input_schema": EMPTY_SCHEMA}]
     if tools:
@@ -9238,9 +9238,9 @@ def plain_tools(scrub: BodyDraft) -> None:
         body.pop("tool_choice", None)
 
 
-def word_output_format(scrub: BodyDraft) -> None:
+def inline_messages_format(draft: BodyDraft) -> None:
     """Puts an output JSON schema into the prompt: Vertex backends refuse the field."""
-    body = scrub.body
+    body = draft.body
     settings = dict(dict_field(body, "output_config"))
     wanted = settings.pop("format", None) or body.get("output_format")
     body.pop("output_format", None)
@@ -9251,21 +9251,21 @@ def word_output_format(scrub: BodyDraft) -> None:
     system = body.get("system") or []
     rows = [text_part(system)] if isinstance(system, str) else [*system]
     body["system"] = [*rows, text_part(output_instruction(OutputFormat(schema)))]
-    scrub.dropped.append("output_config.format")
+    draft.dropped.append("output_config.format")
 
 
-def fit_thinking(scrub: BodyDraft) -> None:
-    body, model = scrub.body, scrub.model
+def adapt_thinking(draft: BodyDraft) -> None:
+    body, model = draft.body, draft.model
     thinking = dict_field(body, "thinking")
     settings = dict_field(body, "output_config")
     effort = str_field(settings, "effort", "output_config")
     kind = str_field(thinking, "type", "thinking")
-    adaptive = model.adaptive or "thinking" in scrub.lessons
+    adaptive = model.adaptive or "thinking" in draft.rejections
     if is_forced(body.get("tool_choice") or {}):
         body.pop("thinking", None)
         kind = None
     elif kind == "enabled":
-        fit_budget(scrub, thinking, adaptive)
+        adapt_budget(draft, thinking, adaptive)
     elif kind == "adaptive" and not adaptive:
         body.pop("thinking")
         wanted = effort if effort in EFFORT_BUDGETS else "high"
@@ -9274,18 +9274,18 @@ def fit_thinking(scrub: BodyDraft) -> None:
         body.pop("thinking", None)
     if body.get("thinking", {}).get("type") == "disabled" and not adaptive:
         body.pop("thinking")
-    fit_effort(scrub)
-    fit_sampling(scrub, adaptive)
+    adapt_effort(draft)
+    adapt_sampling(draft, adaptive)
 
 
-def fit_budget(scrub: BodyDraft, thinking: Json, adaptive: bool) -> None:
+def adapt_budget(draft: BodyDraft, thinking: Json, adaptive: bool) -> None:
     """A thinking budget within the model's limits; none if there is no room for one."""
-    body, model = scrub.body, scrub.model
+    body, model = draft.body, draft.model
     budget = int_field(thinking, "budget_tokens", "thinking") or 0
     body.pop("thinking")
     if budget <= 0:
         return
-    if adaptive and (model.budget is None or "thinking" in scrub.lessons):
+    if adaptive and (model.budget is None or "thinking" in draft.rejections):
         body["thinking"] = {"type": "adaptive", "display": thinking.get("display", "summarized")}
         settings = {"effort": effort_of_budget(budget), **dict_field(body, "output_config")}
         body["output_config"] = settings
@@ -9297,9 +9297,9 @@ def fit_budget(scrub: BodyDraft, thinking: Json, adaptive: bool) -> None:
         body["thinking"] = {**thinking, "budget_tokens": tokens}
 
 
-def fit_effort(scrub: BodyDraft) -> None:
+def adapt_effort(draft: BodyDraft) -> None:
     """`output_config.effort` as the model lists it, or none."""
-    body, model = scrub.body, scrub.model
+    body, model = draft.body, draft.model
     settings = dict(dict_field(body, "output_config"))
     effort = settings.pop("effort", None)
     if isinstance(effort, str) and effort in EFFORTS:
@@ -9307,7 +9307,7 @@ def fit_effort(scrub: BodyDraft) -> None:
         if details(body, "thinking").get("type") == "disabled":
             listed = tuple(item for item in listed if item not in ("xhigh", "max"))
         level = clamp_effort(effort, listed)
-        if level and level not in scrub.lessons.get("effort", ()):
+        if level and level not in draft.rejections.get("effort", ()):
             settings["effort"] = level
     # No backend knows the rest (task_budget).
     body["output_config"] = {key: value for key, value in settings.items() if key == "effort"}
@@ -9315,23 +9315,23 @@ def fit_effort(scrub: BodyDraft) -> None:
         body.pop("output_config")
 
 
-def fit_sampling(scrub: BodyDraft, adaptive: bool) -> None:
+def adapt_sampling(draft: BodyDraft, adaptive: bool) -> None:
     """No sampling parameters with thinking or on newer models; otherwise only one of the two."""
-    body = scrub.body
-    version = claude_version(scrub.model.id) or (0, 0)
+    body = draft.body
+    version = claude_version(draft.model.id) or (0, 0)
     thinks = details(body, "thinking").get("type") in ("enabled", "adaptive")
     if thinks or adaptive or version >= (4, 7):
         for key in ("temperature", "top_p", "top_k"):
             if body.pop(key, None) is not None:
-                scrub.dropped.append(key)
+                draft.dropped.append(key)
     elif "temperature" in body and "top_p" in body:
         body.pop("top_p")
-        scrub.dropped.append("top_p")
+        draft.dropped.append("top_p")
 
 
-def limit_cache_marks(scrub: BodyDraft) -> None:
+def limit_cache_breakpoints(draft: BodyDraft) -> None:
     """At most four plain cache breakpoints, none on thinking; the last ones are kept."""
-    body = scrub.body
+    body = draft.body
     holders = list(parts_of([{"content": body.get("tools")}, {"content": body.get("system")}]))
     spread = list(parts_of(body["messages"]))
     if body.pop("cache_control", None) and spread:
@@ -9345,31 +9345,31 @@ def limit_cache_marks(scrub: BodyDraft) -> None:
             continue
         if holder.get("type") not in ("thinking", "redacted_thinking"):
             marked.append(holder)
-    for holder in marked[-MAX_CACHE_MARKS:]:
+    for holder in marked[-MAX_CACHE_BREAKPOINTS:]:
         holder["cache_control"] = {"type": "ephemeral"}
 
 
-def end_with_user(scrub: BodyDraft) -> None:
+def end_with_user(draft: BodyDraft) -> None:
     """A trailing assistant message is refused: asks to continue, like the official client."""
-    if not scrub.body["messages"]:
+    if not draft.body["messages"]:
         raise InvalidRequest("messages: all messages are empty.", param="messages")
-    last = [m for m in scrub.body["messages"] if m["role"] != "system"][-1:]
+    last = [m for m in draft.body["messages"] if m["role"] != "system"][-1:]
     if last and last[0]["role"] == "assistant":
-        scrub.body["messages"].append({"role": "user", "content": [text_part("Please continue.")]})
+        draft.body["messages"].append({"role": "user", "content": [text_part("Please continue.")]})
 
 
-def fit_context_management(scrub: BodyDraft) -> None:
+def adapt_context_management(draft: BodyDraft) -> None:
     """Context edits are supported by Claude models without the 1m window only."""
-    if "1m" in scrub.model.id.split("-") and scrub.body.pop("context_management", None):
-        scrub.dropped.append("context_management")
+    if "1m" in draft.model.id.split("-") and draft.body.pop("context_management", None):
+        draft.dropped.append("context_management")
 
 
-def strip_learned(scrub: BodyDraft) -> None:
-    paths = scrub.lessons.get("field", ())
+def strip_rejected_fields(draft: BodyDraft) -> None:
+    paths = draft.rejections.get("field", ())
     if paths:
         dropped: dict[str, None] = {}
-        scrub.body = without_fields(scrub.body, field_tree(paths), dropped)
-        scrub.dropped += dropped
+        draft.body = without_fields(draft.body, field_tree(paths), dropped)
+        draft.dropped += dropped
 
 
 def field_tree(paths: Iterable[str]) -> Json:
@@ -9411,8 +9411,8 @@ def without_fields(value: Any, tree: Json, dropped: dict[str, None]) -> Any:
 
 MESSAGES_RULES: tuple[Callable[[BodyDraft], None], ...] = (
     check_messages, keep_messages_keys, limit_max_tokens, drop_billing_line, keep_own_thinking,
-    plain_documents, settle_messages, plain_tools, word_output_format, fit_thinking,
-    fit_context_management, end_with_user, limit_cache_marks, strip_learned,
+    plain_documents, normalize_messages, plain_tools, inline_messages_format, adapt_thinking,
+    adapt_context_management, end_with_user, limit_cache_breakpoints, strip_rejected_fields,
 )  # fmt: skip
 
 CHAT_REFUSED_KEYS = ("service_tier", "store", "metadata", "prompt_cache_options", "moderation")
@@ -9436,23 +9436,23 @@ def is_openai(model: Model) -> bool:
     return "OpenAI" in model.vendor or (not model.vendor and not model.id.startswith("gemini"))
 
 
-def keep_chat_keys(scrub: BodyDraft) -> None:
+def keep_chat_keys(draft: BodyDraft) -> None:
     refused = [*CHAT_REFUSED_KEYS, *CHAT_FOREIGN_KEYS]
-    if not is_openai(scrub.model):
-        if (int_field(scrub.body, "n") or 1) > 1:
+    if not is_openai(draft.model):
+        if (int_field(draft.body, "n") or 1) > 1:
             raise UnsupportedFeature("n: only one choice is offered on this model.", param="n")
         refused += CHAT_OPENAI_ONLY
     for key in refused:
-        value = scrub.body.pop(key, None)
+        value = draft.body.pop(key, None)
         said_nothing = value is None or value is False or value in ({}, [])
         if not said_nothing and (key, value) != ("n", 1):
-            scrub.dropped.append(key)
-    for key in [key for key, value in scrub.body.items() if value is None]:
-        del scrub.body[key]
+            draft.dropped.append(key)
+    for key in [key for key, value in draft.body.items() if value is None]:
+        del draft.body[key]
 
 
-def fit_chat_limits(scrub: BodyDraft) -> None:
-    body, model = scrub.body, scrub.model
+def adapt_chat_limits(draft: BodyDraft) -> None:
+    body, model = draft.body, draft.model
     wanted = int_field(body, "max_completion_tokens") or int_field(body, "max_tokens")
     body.pop("max_tokens", None)
     body.pop("max_completion_tokens", None)
@@ -9464,12 +9464,12 @@ def fit_chat_limits(scrub: BodyDraft) -> None:
         body[key] = wanted
 
 
-def fit_chat_sampling(scrub: BodyDraft) -> None:
-    body, model = scrub.body, scrub.model
+def adapt_chat_sampling(draft: BodyDraft) -> None:
+    body, model = draft.body, draft.model
     effort = body.pop("reasoning_effort", None)
     if isinstance(effort, str) and effort in EFFORTS:
         level = clamp_effort(effort, model.efforts)
-        if level in scrub.lessons.get("effort", ()):
+        if level in draft.rejections.get("effort", ()):
             return
         if level:
             body["reasoning_effort"] = level
@@ -9483,13 +9483,13 @@ def fit_chat_sampling(scrub: BodyDraft) -> None:
     for key in ("temperature", "top_p"):
         both = version is not None and key == "top_p" and "temperature" in body
         if (reasons or both or (version or (0, 0)) >= (4, 7)) and body.pop(key, None) is not None:
-            scrub.dropped.append(key)
+            draft.dropped.append(key)
     if REASONING_GPT.match(model.id):
         body.pop("stop", None)  # the gateway cuts instead
 
 
-def fit_chat_tools(scrub: BodyDraft) -> None:
-    body = scrub.body
+def adapt_chat_tools(draft: BodyDraft) -> None:
+    body = draft.body
     tools = list_field(body, "tools")
     if len(tools) > MAX_TOOLS:
         raise UnsupportedFeature(
@@ -9503,13 +9503,13 @@ def fit_chat_tools(scrub: BodyDraft) -> None:
         name = wire_name(need_str(function, "name", f"tools.{index}.function"))
         schema = function.get("parameters", function.get("input_schema"))
         schema = object_schema(schema, f"tools.{index}.function.parameters")
-        schema = fit_schema(schema, scrub.model.vendor == "Google")
+        schema = adapt_schema(schema, draft.model.vendor == "Google")
         entry = {"name": name, "description": function.get("description"), "parameters": schema}
-        if isinstance(function.get("strict"), bool) and is_openai(scrub.model):
+        if isinstance(function.get("strict"), bool) and is_openai(draft.model):
             entry["strict"] = function["strict"]
         plain.append({"type": "function", "function": {k: v for k, v in entry.items() if v}})
     called = any(message.get("tool_calls") for message in body["messages"])
-    if not plain and called and not is_openai(scrub.model):
+    if not plain and called and not is_openai(draft.model):
         empty = {"name": "none", "description": "Do not call.", "parameters": EMPTY_SCHEMA}
         plain = [{"type": "function", "function": empty}]
     for key in ("tools", "tool_choice", "parallel_tool_calls"):
@@ -9524,11 +9524,11 @@ def fit_chat_tools(scrub: BodyDraft) -> None:
             body["tool_choice"] = {"type": "function", "function": named}
 
 
-def fit_chat_messages(scrub: BodyDraft) -> None:
-    model = scrub.model
+def adapt_chat_messages(draft: BodyDraft) -> None:
+    model = draft.model
     messages: list[Json] = []
     moved: list[Json] = []
-    for message in scrub.body["messages"]:
+    for message in draft.body["messages"]:
         role = message["role"]
         fitted = {key: message[key] for key in CHAT_MESSAGE_KEYS if message.get(key) is not None}
         if role == "developer" and not REASONING_GPT.match(model.id):
@@ -9538,11 +9538,11 @@ def fit_chat_messages(scrub: BodyDraft) -> None:
             moved = []
         if not fitted.get("content") and isinstance(message.get("refusal"), str):
             fitted["content"] = message["refusal"]
-        if model.vendor == "Anthropic" and is_cache_marked(message):
+        if model.vendor == "Anthropic" and has_cache_breakpoint(message):
             fitted["copilot_cache_control"] = {"type": "ephemeral"}
-        fit_chat_content(fitted, model, moved)
+        adapt_chat_content(fitted, model, moved)
         if fitted.get("tool_calls"):
-            fitted["tool_calls"] = [fit_call(call) for call in fitted["tool_calls"]]
+            fitted["tool_calls"] = [adapt_call(call) for call in fitted["tool_calls"]]
         else:
             fitted.pop("tool_calls", None)
         if role == "assistant" and not fitted.get("content") and "tool_calls" not in fitted:
@@ -9553,22 +9553,22 @@ def fit_chat_messages(scrub: BodyDraft) -> None:
     if not messages:
         raise InvalidRequest("messages: all messages are empty.", param="messages")
     marked = [message for message in messages if "copilot_cache_control" in message]
-    if model.vendor == "Anthropic" and not marked and goes_on(scrub.body):
-        mark_chat_prompt(messages)
-    for message in marked[:-MAX_CACHE_MARKS]:
+    if model.vendor == "Anthropic" and not marked and is_multi_turn(draft.body):
+        add_chat_cache_breakpoints(messages)
+    for message in marked[:-MAX_CACHE_BREAKPOINTS]:
         del message["copilot_cache_control"]
-    scrub.body["messages"] = join_neighbours(messages) if model.vendor == "Google" else messages
+    draft.body["messages"] = join_neighbours(messages) if model.vendor == "Google" else messages
 
 
-def mark_chat_prompt(messages: list[Json]) -> None:
-    """Like `mark_prompt`, but marks entire messages (as seen in other gateways, 2026-08)."""
+def add_chat_cache_breakpoints(messages: list[Json]) -> None:
+    """Like `add_cache_breakpoints`, but marks entire messages (as seen in other gateways, 2026-08)."""
     lead = next((n for n, m in enumerate(messages) if m["role"] != "system"), len(messages))
     turns = [message for message in messages[lead:] if message["role"] in ("user", "tool")]
     for message in (*messages[:lead][-1:], *turns[-2:]):
         message["copilot_cache_control"] = {"type": "ephemeral"}
 
 
-def is_cache_marked(message: Json) -> bool:
+def has_cache_breakpoint(message: Json) -> bool:
     """Whether a message or one of its parts has a cache breakpoint (opencode marks both)."""
     content = message.get("content")
     parts = content if isinstance(content, list) else []
@@ -9598,7 +9598,7 @@ def join_messages(group: list[Json]) -> Json:
     return {**group[0], "content": [part for row in rows for part in row]}
 
 
-def fit_chat_content(message: Json, model: Model, moved: list[Json]) -> None:
+def adapt_chat_content(message: Json, model: Model, moved: list[Json]) -> None:
     """Drops blank parts from a message's content; the images of a tool result go into `moved`."""
     content = message.get("content")
     role = message["role"]
@@ -9630,7 +9630,7 @@ def text_or_parts(content: Any) -> bool:
     return bool(content.strip()) if isinstance(content, str) else bool(content)
 
 
-def fit_call(call: Json) -> Json:
+def adapt_call(call: Json) -> Json:
     """A call in the history, with its type and with arguments that are valid JSON text."""
     function = function_of(call, "tool_calls")
     arguments = function.get("arguments", function.get("input"))
@@ -9642,37 +9642,37 @@ def fit_call(call: Json) -> Json:
     return {k: v for k, v in {**fitted, "function": named}.items() if v is not None}
 
 
-def word_response_format(scrub: BodyDraft) -> None:
-    wanted = scrub.body.get("response_format")
-    if not wanted or is_openai(scrub.model):
+def inline_response_format(draft: BodyDraft) -> None:
+    wanted = draft.body.get("response_format")
+    if not wanted or is_openai(draft.model):
         return
-    scrub.body.pop("response_format")
+    draft.body.pop("response_format")
     entry = details(need_dict(wanted, "response_format"), "json_schema")
     if wanted.get("type") == "text":
         return
     schema = entry.get("schema") if wanted.get("type") == "json_schema" else None
     words = output_instruction(OutputFormat(schema if isinstance(schema, dict) else None))
-    messages = scrub.body["messages"]
+    messages = draft.body["messages"]
     system = {"role": "system", "content": words}
     if messages[0].get("role") == "system" and isinstance(messages[0].get("content"), str):
         system["content"] = f"{messages[0]['content']}\n\n{words}"
         messages = messages[1:]
-    scrub.body["messages"] = [system, *messages]
-    scrub.dropped.append("response_format")
+    draft.body["messages"] = [system, *messages]
+    draft.dropped.append("response_format")
 
 
-def ask_for_usage(scrub: BodyDraft) -> None:
+def request_usage(draft: BodyDraft) -> None:
     """Every stream reports usage, whether the client asked for it or not."""
-    scrub.body.pop("stream_options", None)
-    if scrub.body.get("stream"):
-        scrub.body["stream_options"] = {"include_usage": True}
-    if not dict_field(scrub.body, "prediction").get("content"):
-        scrub.body.pop("prediction", None)
+    draft.body.pop("stream_options", None)
+    if draft.body.get("stream"):
+        draft.body["stream_options"] = {"include_usage": True}
+    if not dict_field(draft.body, "prediction").get("content"):
+        draft.body.pop("prediction", None)
 
 
 CHAT_RULES: tuple[Callable[[BodyDraft], None], ...] = (
-    check_messages, keep_chat_keys, fit_chat_limits, fit_chat_messages, fit_chat_tools,
-    fit_chat_sampling, word_response_format, ask_for_usage, strip_learned,
+    check_messages, keep_chat_keys, adapt_chat_limits, adapt_chat_messages, adapt_chat_tools,
+    adapt_chat_sampling, inline_response_format, request_usage, strip_rejected_fields,
 )  # fmt: skip
 RESPONSES_KEYS = (
     "context_management", "include", "input", "instructions", "max_output_tokens", "model",
@@ -9685,10 +9685,10 @@ ENCRYPTED_REASONING = "reasoning.encrypted_content"
 CALL_ITEMS = ("function_call", "custom_tool_call", "tool_search_call", *CLIENT_CALLS)
 
 
-def check_items(scrub: BodyDraft) -> None:
+def check_items(draft: BodyDraft) -> None:
     """Refuses, with a clearer message, what the responses endpoint would refuse."""
-    refuse_state(scrub.body)
-    for index, item in enumerate(input_items(scrub.body)):
+    refuse_state(draft.body)
+    for index, item in enumerate(input_items(draft.body)):
         if item_kind(item) == "item_reference":
             raise InvalidRequest(
                 f"input.{index}: items are not stored here; send the item itself.",
@@ -9699,35 +9699,35 @@ def check_items(scrub: BodyDraft) -> None:
             raise InvalidRequest(f"input.{index}.type: is required.", param=f"input.{index}.type")
 
 
-def keep_responses_keys(scrub: BodyDraft) -> None:
+def keep_responses_keys(draft: BodyDraft) -> None:
     """Keeps the keys Copilot accepts; nothing is stored, so reasoning has to come encrypted."""
-    body = scrub.body
+    body = draft.body
     for key in [key for key in body if key not in RESPONSES_KEYS]:
         value = body.pop(key)
         if value is not None and key not in (*RESPONSES_SILENT, "metadata", "stream_options"):
-            scrub.dropped.append(key)
+            draft.dropped.append(key)
     body.update(store=False, include=[ENCRYPTED_REASONING])
     cache_key = body.get("prompt_cache_key")
     if isinstance(cache_key, str) and len(cache_key) > 64:
         body["prompt_cache_key"] = short_hash(cache_key, 64)
 
 
-def offer_added_tools(scrub: BodyDraft) -> None:
+def offer_added_tools(draft: BodyDraft) -> None:
     """Tools that Codex declares inside the conversation (seen in 0.169 for GPT-5.6, 2026-11)."""
-    body = scrub.body
+    body = draft.body
     if isinstance(body["input"], list):
         body["tools"] = all_tools(body)
         body["input"] = [item for item in body["input"] if item_kind(item) != "additional_tools"]
 
 
-def fit_items(scrub: BodyDraft) -> None:
+def adapt_items(draft: BodyDraft) -> None:
     """Items without the ids that Copilot issues and then refuses, each call with its output."""
-    if not isinstance(scrub.body["input"], list):
+    if not isinstance(draft.body["input"], list):
         return
     items: list[Json] = []
-    for index, item in enumerate(scrub.body["input"]):
+    for index, item in enumerate(draft.body["input"]):
         kind = item_kind(item)
-        encrypted = text_of_key(item, "encrypted_content")
+        encrypted = get_str(item, "encrypted_content")
         if kind in CALL_ITEMS or kind.endswith("_output"):
             item["call_id"] = wire_id(need_str(item, "call_id", f"input.{index}"))
         if kind == "function_call":
@@ -9738,7 +9738,7 @@ def fit_items(scrub: BodyDraft) -> None:
             continue
         if kind in HOSTED_ITEMS:
             words = hosted_words(item)
-            scrub.dropped += [] if words else [f"input.{kind}"]
+            draft.dropped += [] if words else [f"input.{kind}"]
             item = {"type": "message", "role": "assistant", "content": f"[{kind}: {words}]"}
             if not words:
                 continue
@@ -9748,7 +9748,7 @@ def fit_items(scrub: BodyDraft) -> None:
             item.pop("content", None)
             item.pop("status", None)
             item["summary"] = item.get("summary") or []
-        elif kind == "message" and not fit_message(item, f"input.{index}.content"):
+        elif kind == "message" and not adapt_message(item, f"input.{index}.content"):
             continue  # an empty one would be refused
         for key in [key for key, value in item.items() if value is None]:
             del item[key]
@@ -9757,10 +9757,10 @@ def fit_items(scrub: BodyDraft) -> None:
         if isinstance(item.get("namespace"), str):
             item["namespace"] = wire_name(item["namespace"])
         items.append(item)
-    settled = settle_items(items)
+    settled = normalize_items(items)
     if not settled:
         raise InvalidRequest("input: the conversation says nothing.", param="input")
-    scrub.body["input"] = [
+    draft.body["input"] = [
         item
         for item, following in zip(settled, [*settled[1:], {}])  # noqa: B905 - of one length
         if item_kind(item) != "reasoning" or is_said(following)
@@ -9773,7 +9773,7 @@ def is_said(item: Json) -> bool:
     return kind in (*CALL_ITEMS, "reasoning") or item.get("role") == "assistant"
 
 
-def fit_message(item: Json, path: str) -> bool:
+def adapt_message(item: Json, path: str) -> bool:
     """Drops empty text and fills in the detail of images; False if nothing is left."""
     content = item.get("content")
     if isinstance(content, str):
@@ -9795,7 +9795,7 @@ def fit_message(item: Json, path: str) -> bool:
     return bool(parts)
 
 
-def settle_items(items: list[Json]) -> list[Json]:
+def normalize_items(items: list[Json]) -> list[Json]:
     """Puts each call's output directly after the calls; a missing output is filled in."""
     outputs: defaultdict[str, deque[Json]] = defaultdict(deque)
     calls: defaultdict[str, int] = defaultdict(int)
@@ -9818,7 +9818,7 @@ def settle_items(items: list[Json]) -> list[Json]:
             if item["call_id"] not in calls:
                 head = f"[tool output for unknown call {item['call_id']}]"
                 text = f"{head}\n{text_of(item.get('output'))}".strip()
-                parts = [{"type": "input_text", "text": text}, *shown_parts(item.get("output"))]
+                parts = [{"type": "input_text", "text": text}, *visible_parts(item.get("output"))]
                 settled.append({"type": "message", "role": "user", "content": parts})
             continue
         if item:
@@ -9826,7 +9826,7 @@ def settle_items(items: list[Json]) -> list[Json]:
     return settled
 
 
-def shown_parts(output: Any) -> list[Json]:
+def visible_parts(output: Any) -> list[Json]:
     rows = [row for row in output if isinstance(row, dict)] if isinstance(output, list) else []
     shown = [dict(row) for row in rows if row.get("type") not in ("input_text", "output_text")]
     for row in shown:
@@ -9858,7 +9858,7 @@ def answer_items(
         if not calls[call_id]:
             found += waiting
         call["call_id"] = call_ids.add(call_id)
-        images = [part for item in found for part in shown_parts(item.get("output"))]
+        images = [part for item in found for part in visible_parts(item.get("output"))]
         words = "\n\n".join(filter(str.strip, (words_of_output(item) for item in found)))
         if images:
             head = f"From tool call {call['call_id']}:"
@@ -9873,7 +9873,7 @@ def answer_items(
     return answers
 
 
-def fit_responses_choice(choice: Json, hosted: set[str], path: str) -> Json:
+def adapt_responses_choice(choice: Json, hosted: set[str], path: str) -> Json:
     fitted = {**choice}
     name = str_field(choice, "name", path)
     if name:
@@ -9884,12 +9884,12 @@ def fit_responses_choice(choice: Json, hosted: set[str], path: str) -> Json:
             where = f"{path}.tools.{index}"
             tool = need_dict(item, where)
             if str_field(tool, "type", where) not in hosted:
-                fitted["tools"].append(fit_responses_choice(tool, hosted, where))
+                fitted["tools"].append(adapt_responses_choice(tool, hosted, where))
     return fitted
 
 
-def fit_responses_tools(scrub: BodyDraft) -> None:
-    body = scrub.body
+def adapt_responses_tools(draft: BodyDraft) -> None:
+    body = draft.body
     tools: list[Json] = []
     hosted: list[str] = []
     for index, item in enumerate(list_field(body, "tools")):
@@ -9898,14 +9898,14 @@ def fit_responses_tools(scrub: BodyDraft) -> None:
         if kind not in ("function", "custom", "namespace"):
             hosted.append(kind)
             continue
-        tools.append(fit_responses_tool(tool, f"tools.{index}"))
+        tools.append(adapt_responses_tool(tool, f"tools.{index}"))
     choice = body.get("tool_choice")
     forced = ""
     if isinstance(choice, dict):
         kind = need_str(choice, "type", "tool_choice")
         forced = "" if kind in ("function", "custom", "allowed_tools") else kind
-        body["tool_choice"] = fit_responses_choice(choice, set(hosted), "tool_choice")
-    drop_hosted(hosted, len(tools), forced, scrub.dropped)
+        body["tool_choice"] = adapt_responses_choice(choice, set(hosted), "tool_choice")
+    drop_hosted(hosted, len(tools), forced, draft.dropped)
     if forced:
         raise UnsupportedFeature(f"{forced} is not available on this model.", param="tools")
     if tools:
@@ -9915,7 +9915,7 @@ def fit_responses_tools(scrub: BodyDraft) -> None:
             body.pop(key, None)
 
 
-def fit_responses_tool(tool: Json, path: str) -> Json:
+def adapt_responses_tool(tool: Json, path: str) -> Json:
     tool = {key: value for key, value in tool.items() if value is not None}
     name = need_str(tool, "name", path)
     tool.pop("defer_loading", None)
@@ -9926,21 +9926,21 @@ def fit_responses_tool(tool: Json, path: str) -> Json:
         tool["description"] = str_field(tool, "description", path) or name
         inner = list_field(tool, "tools", path)
         tool["tools"] = [
-            fit_responses_tool(need_dict(item, f"{path}.tools.{at}"), f"{path}.tools.{at}")
+            adapt_responses_tool(need_dict(item, f"{path}.tools.{at}"), f"{path}.tools.{at}")
             for at, item in enumerate(inner)
         ]
         return tool
     tool["name"] = wire_name(name)
     if kind == "function":
         schema = object_schema(tool.get("parameters"), f"{path}.parameters")
-        tool["parameters"] = fit_schema(schema, google=False)
+        tool["parameters"] = adapt_schema(schema, google=False)
         if tool.get("strict") is None:
             tool["strict"] = False
     return tool
 
 
-def fit_responses_settings(scrub: BodyDraft) -> None:
-    body, model = scrub.body, scrub.model
+def adapt_responses_settings(draft: BodyDraft) -> None:
+    body, model = draft.body, draft.model
     most = int_field(body, "max_output_tokens")
     if most is not None:
         body["max_output_tokens"] = max(16, min(most, model.max_output or most))
@@ -9962,7 +9962,7 @@ def fit_responses_settings(scrub: BodyDraft) -> None:
     for key in ("temperature", "top_p"):
         if body.get(key) is not None and REASONING_GPT.match(model.id):
             del body[key]
-            scrub.dropped.append(key)
+            draft.dropped.append(key)
     for key in [key for key, value in body.items() if value is None]:
         del body[key]
     if "text" in body:
@@ -9971,8 +9971,8 @@ def fit_responses_settings(scrub: BodyDraft) -> None:
 
 
 RESPONSES_RULES: tuple[Callable[[BodyDraft], None], ...] = (
-    check_items, keep_responses_keys, offer_added_tools, fit_items, fit_responses_tools,
-    fit_responses_settings, strip_learned,
+    check_items, keep_responses_keys, offer_added_tools, adapt_items, adapt_responses_tools,
+    adapt_responses_settings, strip_rejected_fields,
 )  # fmt: skip
 RULES = {"chat": CHAT_RULES, "messages": MESSAGES_RULES, "responses": RESPONSES_RULES}
 
@@ -9989,18 +9989,18 @@ def copy_parts(rows: list[Any]) -> list[Any]:
     return copied
 
 
-def scrub_body(
-    dialect: str, body: Json, model: Model, lessons: Rejections, streaming: bool
+def sanitize_body(
+    dialect: str, body: Json, model: Model, rejections: Rejections, streaming: bool
 ) -> BodyDraft:
     """A body as Copilot accepts it; raises InvalidRequest for what cannot be left out."""
     own = {**body, "model": model.id, "stream": streaming}
     for key in ("messages", "system", "tools", "input"):
         if isinstance(own.get(key), list):
             own[key] = copy_parts(own[key])
-    scrub = BodyDraft(own, model, lessons, [])
+    draft = BodyDraft(own, model, rejections, [])
     for rule in RULES[dialect]:
-        rule(scrub)
-    return scrub
+        rule(draft)
+    return draft
 
 
 def strip_reasoning(body: Json) -> bool:
@@ -10241,7 +10241,7 @@ NESTED_KEYS = frozenset(key for keys in TYPED_KEYS.values() for key in keys) | f
     "tool_calls", "type", "url", "*",
 ))  # fmt: skip
 # Anything below one of these keys is the client's own data.
-OWN_DATA = frozenset(("input_schema", "parameters", "arguments", "input", "schema"))
+CLIENT_DATA = frozenset(("input_schema", "parameters", "arguments", "input", "schema"))
 
 
 # How a refusal of replayed reasoning is worded.
@@ -10254,10 +10254,10 @@ STALE_REASONING = (
 )
 
 
-def judge_400(
-    message: str, code: str, model: Model, sent: Json, lessons: Rejections
+def classify_400(
+    message: str, code: str, model: Model, sent: Json, rejections: Rejections
 ) -> RetryDecision:
-    """A 400 of the model service; `lessons` are those applied when `sent` was written."""
+    """A 400 of the model service; `rejections` are those applied when `sent` was written."""
     text = message.lower()
     for pattern in TOKEN_COUNTS:
         found = pattern.search(message)
@@ -10279,12 +10279,12 @@ def judge_400(
     if not message:
         return RetryDecision(refused, "again")
     if EXTRA_FIELD.search(message):  # the rest may quote the client
-        known = lessons.get("field", ())
-        news = [("field", path) for path in refused_paths(message) if path not in known]
+        known = rejections.get("field", ())
+        news = [("field", path) for path in rejected_paths(message) if path not in known]
     else:
-        news = read_lessons(message, code, sent)
+        news = read_rejections(message, code, sent)
     if news:
-        return RetryDecision(refused, "repair", lessons=news)
+        return RetryDecision(refused, "repair", rejections=news)
     if code == "invalid_request_body" or any(words in text for words in STALE_REASONING):
         return RetryDecision(refused, "forget")
     if "copilot-vision-request" in text:
@@ -10294,7 +10294,7 @@ def judge_400(
     return RetryDecision(refused)
 
 
-def read_lessons(message: str, code: str, sent: Json) -> list[tuple[str, str]]:
+def read_rejections(message: str, code: str, sent: Json) -> list[tuple[str, str]]:
     """What a refusal teaches, as (kind, name): only of what `sent` has."""
     if THINKING_REFUSED.match(message) and details(sent, "thinking").get("type") == "enabled":
         return [("thinking", "enabled")]
@@ -10309,21 +10309,21 @@ def read_lessons(message: str, code: str, sent: Json) -> list[tuple[str, str]]:
     return [("beta", name) for name in names if name in (INTERLEAVED_BETA, CONTEXT_BETA)]
 
 
-def refused_paths(message: str) -> list[str]:
+def rejected_paths(message: str) -> list[str]:
     """`tools.0.custom.strict` -> `tools.*.custom.strict`, for fields the request can do without."""
     paths = []
     for found in EXTRA_FIELD.finditer(message):
         steps = ["*" if step.isdecimal() else step for step in found[1].split(".")]
-        if may_lose(steps):
+        if may_strip(steps):
             paths.append(".".join(steps))
     return paths
 
 
-def may_lose(steps: list[str]) -> bool:
+def may_strip(steps: list[str]) -> bool:
     *above, last = steps
     if not above:
         return last not in BODY_KEYS
-    if len(steps) > MAX_LESSON_STEPS or OWN_DATA & set(above[1:]):
+    if len(steps) > MAX_REJECTION_STEPS or CLIENT_DATA & set(above[1:]):
         return False
     return last not in TYPED_KEYS.get(above[-1], NESTED_KEYS)
 
@@ -10336,13 +10336,13 @@ ACCOUNT_LIMITS = (
 SUPPORT_ID = re.compile(r"[\w:.-]{1,100}", re.ASCII)
 
 
-def judge_copilot(
+def classify_copilot_error(
     status: int,
     headers: Headers,
     data: bytes,
     model: Model,
     sent: Json,
-    lessons: Rejections,
+    rejections: Rejections,
     now: float,
 ) -> RetryDecision:
     message, code = read_error_answer(status, data)
@@ -10350,13 +10350,13 @@ def judge_copilot(
     tail = f" (GitHub request {support})" if SUPPORT_ID.fullmatch(support) else ""
     wait_s = read_wait(headers, message, now)
     if status == 400:
-        return judge_400(message, code, model, sent, lessons)
+        return classify_400(message, code, model, sent, rejections)
     if status in (401, 403, 421):
         if b'"authorize_url"' in data:  # a third-party agent needs a sign-in of its own
             return RetryDecision(
                 Forbidden(f"Copilot wants another authorization: {message}.{tail}")
             )
-        return judge_identity(status, message, tail)
+        return classify_identity_error(status, message, tail)
     if status == 402:
         # Only the model cools down: on older plans the models without a price still work (facts,
         # 8.4).
@@ -10391,7 +10391,7 @@ def judge_copilot(
     return RetryDecision(UpstreamError(f"Copilot answered with status {status}: {message}{tail}"))
 
 
-def judge_identity(status: int, message: str, tail: str) -> RetryDecision:
+def classify_identity_error(status: int, message: str, tail: str) -> RetryDecision:
     """A 401, 403 or 421 of the model service: usually an expired token, or one for another host."""
     if "Personal Access Token" in message:
         return RetryDecision(NotSignedIn(f"Copilot refused the token: {message}."))
@@ -10411,7 +10411,9 @@ FINAL_NOTICES = {
 }
 
 
-def judge_exchange(status: int, headers: Headers, data: bytes, now: float) -> RetryDecision:
+def classify_exchange_error(
+    status: int, headers: Headers, data: bytes, now: float
+) -> RetryDecision:
     """Classifies a failed token exchange: `wait` if it is temporary."""
     message, _ = read_error_answer(status, data)
     body = load_object(data) or {}
@@ -10661,7 +10663,7 @@ def read_copilot_quota(body: Json) -> Quota:
     named = {ALLOWANCE_NAMES.get(n, n)[:MAX_NAME_CHARS]: row for n, row in rows.items()}
     found = (read_allowance(name, row, by_tokens) for name, row in named.items())
     dates = ("quota_reset_date_utc", "quota_reset_date", "limited_user_reset_date")
-    free = "free_limited" in text_of_key(body, "access_type_sku")  # whatever `copilot_plan` says
+    free = "free_limited" in get_str(body, "access_type_sku")  # whatever `copilot_plan` says
     return Quota(
         account=name_of_key(body, "login"),
         plan="free" if free else name_of_key(body, "copilot_plan"),
@@ -10869,7 +10871,7 @@ class KiroLogin:
 
 def read_kiro_login(kept: Json) -> KiroLogin:
     """The sign-in in a token file; the ValueError it raises says what is wrong."""
-    access, refresh = text_of_key(kept, "access_token"), text_of_key(kept, "refresh_token")
+    access, refresh = get_str(kept, "access_token"), get_str(kept, "refresh_token")
     kind = kiro_kind(kept)
     if kind == "api_key":
         refresh = ""
@@ -10882,7 +10884,7 @@ def read_kiro_login(kept: Json) -> KiroLogin:
             raise ValueError(f"its {name} is cut short: it was copied from a display")
         if value and not TARGET.fullmatch(value):
             raise ValueError(f"its {name} holds characters no token has")
-    region = text_of_key(kept, "idc_region") or text_of_key(kept, "region") or "us-east-1"
+    region = get_str(kept, "idc_region") or get_str(kept, "region") or "us-east-1"
     if not AWS_REGION.fullmatch(region):
         raise ValueError("its idc_region is not a region")
     seed = f"KiroAPIKey/{access}" if kind == "api_key" else f"KotlinNativeAPI/{refresh}"
@@ -10890,15 +10892,15 @@ def read_kiro_login(kept: Json) -> KiroLogin:
         kind,
         access,
         refresh,
-        client_id=text_of_key(kept, "client_id"),
-        client_secret=text_of_key(kept, "client_secret"),
+        client_id=get_str(kept, "client_id"),
+        client_secret=get_str(kept, "client_secret"),
         sso_region=region,
-        arn=text_of_key(kept, "profile_arn"),
+        arn=get_str(kept, "profile_arn"),
         expires_at=math.inf if kind == "api_key" else read_time(kept.get("expires_at")),
-        machine_id=kiro_machine_id(text_of_key(kept, "machine_id")) or short_hash(seed, 64),
-        token_url=text_of_key(kept, "token_endpoint"),
-        scope=text_of_key(kept, "scope"),
-        internal=text_of_key(kept, "provider") == "Internal",
+        machine_id=kiro_machine_id(get_str(kept, "machine_id")) or short_hash(seed, 64),
+        token_url=get_str(kept, "token_endpoint"),
+        scope=get_str(kept, "scope"),
+        internal=get_str(kept, "provider") == "Internal",
     )
     if kind in KIRO_CLIENTS and not (login.client_id and login.client_secret):
         raise ValueError("it holds no client_id and client_secret, which its refresh needs")
@@ -10918,27 +10920,27 @@ def kiro_machine_id(text: str) -> str:
 
 def kiro_kind(kept: Json) -> str:
     """The kind of sign-in: as the file states it, otherwise inferred from its fields."""
-    said = text_of_key(kept, "auth_method").lower().replace("_", "").replace("-", "")
+    said = get_str(kept, "auth_method").lower().replace("_", "").replace("-", "")
     kind = KIRO_KINDS.get(said, "")
-    builder = text_of_key(kept, "start_url").rstrip("/") in ("", KIRO_BUILDER_START_URL)
+    builder = get_str(kept, "start_url").rstrip("/") in ("", KIRO_BUILDER_START_URL)
     if kind == "idc" and (
-        text_of_key(kept, "provider") == "BuilderId" or (builder and text_of_key(kept, "start_url"))
+        get_str(kept, "provider") == "BuilderId" or (builder and get_str(kept, "start_url"))
     ):
         return "builder_id"
     if kind:
         return kind
-    if text_of_key(kept, "access_token").startswith("ksk_"):
+    if get_str(kept, "access_token").startswith("ksk_"):
         return "api_key"
-    if text_of_key(kept, "token_endpoint"):
+    if get_str(kept, "token_endpoint"):
         return "external_idp"
-    if text_of_key(kept, "client_id"):
+    if get_str(kept, "client_id"):
         return "builder_id" if builder else "idc"
     return "social"
 
 
 def is_own_endpoint(url: str, kept: Json) -> bool:
     """Whether the refresh token may be sent to this URL: https, at the issuer's host."""
-    issuer = text_of_key(kept, "issuer_url")
+    issuer = get_str(kept, "issuer_url")
     if check_url(url) or (issuer and check_url(issuer)):
         return False
     host = urllib.parse.urlsplit(url).hostname
@@ -11007,7 +11009,7 @@ def read_refresh_answer(body: Json, now: float) -> Json:
     return changes
 
 
-def judge_kiro_refresh(status: int, headers: Headers, data: bytes, now: float) -> RetryDecision:
+def classify_kiro_refresh(status: int, headers: Headers, data: bytes, now: float) -> RetryDecision:
     """Classifies a failed refresh: `wait` if it is temporary, `refresh` if the token is dead."""
     message, code = read_error_answer(status, data)
     wait_s = parse_retry_after(headers.get("retry-after"), now)
@@ -11333,33 +11335,33 @@ def read_kiro_quota(body: Json, now: float) -> Quota:
     return Quota("", limits.plan, allowances, limits.resets_at, as_of=now)
 
 
-def settle_kiro_wait(verdict: RetryDecision, wait_s: float | None) -> None:
+def apply_kiro_wait(verdict: RetryDecision, wait_s: float | None) -> None:
     """Adds to a verdict how long it lasts, if known, and whether it concerns the whole account."""
     if wait_s is not None and verdict.remedy in ("pause", "wait", "rest"):
         verdict.wait_s = wait_s
         if not isinstance(verdict.error, QuotaExceeded):
             verdict.error.retry_after = wait_s
-    verdict.for_all = isinstance(verdict.error, (QuotaExceeded, RateLimited))
+    verdict.account_wide = isinstance(verdict.error, (QuotaExceeded, RateLimited))
 
 
-def judge_kiro(status: int, headers: Headers, data: bytes, now: float) -> RetryDecision:
+def classify_kiro_error(status: int, headers: Headers, data: bytes, now: float) -> RetryDecision:
     """Classifies an error response, first by its message, then by status; `now` is Unix time."""
     text = data.decode("utf-8", "replace").strip()
     said = load_object(text) or {"message": read_error_answer(status, data)[0]}
     code, reason, message = read_kiro_words(said)
     code = headers.get("x-amzn-errortype", "").partition(":")[0] or code
     wait_s = read_wait(headers, message, now)
-    verdict = judge_kiro_words(code, reason, message) or judge_kiro_status(status, message)
+    verdict = classify_kiro_message(code, reason, message) or classify_kiro_status(status, message)
     if status == 401 and isinstance(verdict.error, Forbidden) and verdict.remedy != "rest":
-        verdict = judge_kiro_status(status, message)
-    settle_kiro_wait(verdict, wait_s)
+        verdict = classify_kiro_status(status, message)
+    apply_kiro_wait(verdict, wait_s)
     request = headers.get("x-amzn-requestid", "")
     if SUPPORT_ID.fullmatch(request):
         verdict.error.message += f" (Kiro request {request})"
     return verdict
 
 
-def judge_kiro_status(status: int, message: str) -> RetryDecision:
+def classify_kiro_status(status: int, message: str) -> RetryDecision:
     words = f": {message.strip(' .')}." if message else "."
     if status == 401:
         return RetryDecision(NotSignedIn(f"Kiro does not accept the token{words}"), "refresh")
@@ -11474,7 +11476,7 @@ def load_answer(data: bytes) -> Json | None:
     return body
 
 
-def judge_poll(status: int, headers: Headers, data: bytes) -> Poll:
+def classify_poll(status: int, headers: Headers, data: bytes) -> Poll:
     """Classifies a poll's response by its content, not its status (GitHub's is always 200)."""
     body = load_answer(data) or {}
     if status == 200 and isinstance(either(body, "access_token"), str):
@@ -11570,9 +11572,9 @@ def read_plugin_logins(body: Json) -> list[tuple[str, str, str]]:
     """(host, user, GitHub token) from the editor plugins' apps.json and hosts.json."""
     found = []
     for key, entry in body.items():
-        token = text_of_key(entry, "oauth_token") if isinstance(entry, dict) else ""
+        token = get_str(entry, "oauth_token") if isinstance(entry, dict) else ""
         if token and TARGET.fullmatch(token):
-            found.append((key.partition(":")[0].lower(), text_of_key(entry, "user"), token))
+            found.append((key.partition(":")[0].lower(), get_str(entry, "user"), token))
     return found
 
 
@@ -11596,12 +11598,12 @@ def read_kiro_import(body: Json, registration: Json, profile: Json, kind: str = 
             kept[name] = value.strip()
     if not kept.get("refresh_token"):
         raise ValueError("it holds no refresh token")
-    kept["idc_region"] = text_of_key(body, "region") or text_of_key(registration, "region")
+    kept["idc_region"] = get_str(body, "region") or get_str(registration, "region")
     kept["expires_at"] = int(read_time(either(body, "expires_at")))
     until = either(registration, "client_secret_expires_at") or registration.get("expiresAt")
     kept["sign_in_expires_at"] = int(read_time(until))
-    kept.setdefault("profile_arn", text_of_key(profile, "arn"))
-    said = kept.get("provider") or kind or text_of_key(body, "authMethod")
+    kept.setdefault("profile_arn", get_str(profile, "arn"))
+    said = kept.get("provider") or kind or get_str(body, "authMethod")
     kept["auth_method"] = said
     grouped = kiro_kind(kept)
     kept["auth_method"] = (kiro_method(said) or grouped) if grouped == "social" else grouped
@@ -11738,7 +11740,7 @@ PASSED_OVER = (
 )  # fmt: skip
 
 
-def may_pass_over(error: ApiError) -> bool:
+def may_fall_back(error: ApiError) -> bool:
     """Whether to fall back to the next candidate after an error before the first byte."""
     if isinstance(error, (RequestRepeated, WrongDialect)):
         return isinstance(error, WrongDialect)
@@ -11759,7 +11761,7 @@ def usefulness(error: ApiError) -> tuple[int, float]:
     return ranks.get(error.kind, len(order) + 1), 0.0
 
 
-def sum_up(passed: list[tuple[str, ApiError]]) -> ApiError:
+def summarize_errors(passed: list[tuple[str, ApiError]]) -> ApiError:
     best = min((error for _, error in passed), key=usefulness)
     asked = ", ".join(f"{name} ({error.kind})" for name, error in passed)
     return best.anew(f"{best.hint} All of these were tried: {asked}.".strip(), best.retry_after)
@@ -11850,7 +11852,7 @@ USER_AGENT = re.compile(r"([A-Za-z][\w.+-]{0,39})(?:/([A-Za-z]{1,20})\b)?", re.A
 
 
 @functools.lru_cache(maxsize=256)
-def caller_label(user_agent: str) -> str:
+def client_label(user_agent: str) -> str:
     """`claude-cli/2.1 (external)` -> claude-cli; SDKs: `OpenAI/Python 2.1` -> openai-python."""
     found = USER_AGENT.match(user_agent)
     if found is None:
@@ -12156,7 +12158,7 @@ class Spending:
                 key = f"limits.{scope}.{name}.{setting}"
                 raise LimitReached(
                     f"Your own limit {key} is reached: {used:,.10g} of {limit:,.10g} {unit}.",
-                    hint=f"A new {period} begins {shown_minute(ends_at)}; or raise it: "
+                    hint=f"A new {period} begins {format_minute(ends_at)}; or raise it: "
                     f"aiclient-api config set {key} N",
                     retry_after=ends_at - now,
                 )
@@ -12176,7 +12178,7 @@ class Spending:
         ]
 
 
-def shown_minute(moment: float) -> str:
+def format_minute(moment: float) -> str:
     """`2026-12-01 00:00` in the local time zone."""
     return f"{dt.datetime.fromtimestamp(moment):%Y-%m-%d %H:%M}"
 
@@ -12383,12 +12385,12 @@ def read_status(status: Json) -> dict[str, Series]:
     python = ".".join(map(str, sys.version_info[:3]))
     series["build_info"] = {(status["version"], python): 1}
     ready: Series = {}
-    rests: Series = {}
+    cooldowns: Series = {}
     for row in status["providers"]:
         resting = {"*": 0, **row["cool_downs"]}
         ready[row["name"],] = int(row["health"] in ("ready", "resting") and not resting["*"])
-        rests.update({(row["name"], model): seconds for model, seconds in resting.items()})
-    return {**series, "provider_ready": ready, "cool_down_seconds": rests}
+        cooldowns.update({(row["name"], model): seconds for model, seconds in resting.items()})
+    return {**series, "provider_ready": ready, "cool_down_seconds": cooldowns}
 
 
 class Metrics:
@@ -12793,7 +12795,7 @@ class CacheGuard:
         pool = hash_block([session, "" if session else answer.label], self.salt)[0]
         number, before = self.find(answer, pool, prompt)
         is_told = self.is_told(answer)
-        finding = self.judge(before, prompt, answer, is_told)
+        finding = self.classify(before, prompt, answer, is_told)
         owner = answer.provider, answer.model
         if before is None or before.owner != owner:
             self.number += 1
@@ -12847,13 +12849,13 @@ class CacheGuard:
 
         return found[0] if len(found) == 1 else max(found, key=likeness)
 
-    def judge(
+    def classify(
         self, before: TrackedConversation | None, prompt: Prompt, answer: UsageRecord, is_told: bool
     ) -> CacheFinding:
         if before is None:
             return CacheFinding("first")
         found = compare_prompts(before.prompt, prompt)
-        goes_on = found.at == len(before.prompt.hashes)
+        is_multi_turn = found.at == len(before.prompt.hashes)
         is_other = before.owner != (answer.provider, answer.model)
         if is_other and found.at < before.prompt.start:
             return CacheFinding("first")  # another task, with other instructions
@@ -12865,13 +12867,13 @@ class CacheGuard:
             at = 0 if is_other else found.at
             shares = before.cached * before.prompt.share(at), answer.usage.prompt * prompt.share(at)
             lost = int(min(shares))
-        is_enough = goes_on and before.is_guess and answer.usage.cache_read > 0
+        is_enough = is_multi_turn and before.is_guess and answer.usage.cache_read > 0
         if is_enough or lost <= max(MIN_CACHED_TOKENS, held * CACHE_SLACK_SHARE):
             return CacheFinding("hit" if is_told else "unreported")
         if answer.at < before.answered_at:
             return CacheFinding("overlapping")
-        verdict = "unexplained" if goes_on else before.break_of(found, prompt)
-        setting = before.changed_setting(prompt) if goes_on else ""
+        verdict = "unexplained" if is_multi_turn else before.break_of(found, prompt)
+        setting = before.changed_setting(prompt) if is_multi_turn else ""
         if is_other:
             verdict = "model"
         elif answer.at - before.at > CACHE_LIFE_SECONDS:
@@ -13228,7 +13230,7 @@ def split_url(url: str) -> tuple[str, str, int, str]:
     )
 
 
-def shown_host(host: str) -> str:
+def format_host(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
@@ -13611,7 +13613,7 @@ class HttpClient:
         if not is_loopback(host):
             proxy = self.network.proxy or environment_proxy(scheme, host)
         default = (scheme, port) in (("https", 443), ("http", 80))
-        field_ = shown_host(host) if default else f"{shown_host(host)}:{port}"
+        field_ = format_host(host) if default else f"{format_host(host)}:{port}"
         return Origin(scheme, host, port, proxy), field_, path
 
     async def open(
@@ -13752,7 +13754,7 @@ class HttpClient:
         port = proxy.port or (443 if proxy.scheme == "https" else 8080)
         hop = Origin(proxy.scheme, proxy.hostname, port, "")
         tunnel = await self.connect_directly(hop)
-        target = f"{shown_host(origin.host)}:{origin.port}"
+        target = f"{format_host(origin.host)}:{origin.port}"
         fields_ = [("Host", target)]
         if proxy.username is not None:
             user = urllib.parse.unquote(proxy.username)
@@ -14636,7 +14638,7 @@ def load_private_json(path: str) -> Json | None:
     return value
 
 
-def keep_aside(path: str, word: str = "damaged") -> str:
+def quarantine(path: str, word: str = "damaged") -> str:
     """Renames a file instead of overwriting it; returns the new path."""
     aside = f"{path}.{word}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
     os.replace(path, aside)
@@ -14752,7 +14754,7 @@ class TokenFile:
         kept = load_private_json(self.path)
         if kept is None:
             return None
-        self.user = text_of_key(kept, "user") or text_of_key(kept, "login")
+        self.user = get_str(kept, "user") or get_str(kept, "login")
         return {**kept, **self.unsaved}
 
     def peek(self) -> Json | None:
@@ -14787,7 +14789,7 @@ class TokenFile:
             try:
                 kept = load_private_json(self.path) or {}
             except Damaged:
-                keep_aside(self.path)
+                quarantine(self.path)
                 kept = {}
             merged = {k: v for k, v in {**kept, **self.unsaved}.items() if v is not None}
             save_private_json(self.path, merged)
@@ -14807,7 +14809,7 @@ class TokenFile:
         try:
             load_private_json(self.path)
         except Damaged:
-            keep_aside(self.path)
+            quarantine(self.path)
         except ProgramError:
             pass  # a link, or not ours to read: only its name is reused
         save_private_json(self.path, content)
@@ -14837,8 +14839,8 @@ class SharedLogin:
     """
 
     def __init__(self, source: Json) -> None:
-        self.path = text_of_key(source, "path")
-        self.key = text_of_key(source, "key")
+        self.path = get_str(source, "path")
+        self.key = get_str(source, "key")
 
     def read(self) -> Json | None:
         """As our token file's content; None if it is gone or unusable."""
@@ -14905,10 +14907,10 @@ def read_ide_login(path: str) -> Json:
         raise ValueError("it is not a JSON object")
     folder = os.path.dirname(path)
     registration: Json = {}
-    name = text_of_key(body, "clientIdHash")
+    name = get_str(body, "clientIdHash")
     if re.fullmatch(r"[0-9a-f]{40}", name):
         registration = read_some_json(os.path.join(folder, f"{name}.json"))
-    if not registration and text_of_key(body, "authMethod").lower() == "idc":
+    if not registration and get_str(body, "authMethod").lower() == "idc":
         registration = newest_registration(folder)
     profile = {} if either(body, "profile_arn") else read_some_json(ide_profile_path())
     return read_kiro_import(body, registration, profile)
@@ -14952,7 +14954,7 @@ def read_cli_login(path: str, key: str) -> Json:
         except sqlite3.OperationalError:  # older versions have no such table
             profile = {}
     kind = CLI_ROWS[key]
-    if kind == "idc" and text_of_key(body, "start_url") in ("", KIRO_BUILDER_START_URL):
+    if kind == "idc" and get_str(body, "start_url") in ("", KIRO_BUILDER_START_URL):
         kind = "builder_id"
     return read_kiro_import(body, registration, profile, kind)
 
@@ -15189,10 +15191,10 @@ class UsageStore:
             self.locked_since = now if self.locked_since is None else self.locked_since
             if now - self.locked_since < self.locked_s:
                 return self.complain(error)
-            return self.set_aside("locked", error)
+            return self.quarantine("locked", error)
         foreign = primary == sqlite3.SQLITE_ERROR and OTHER_TABLES.search(str(error))
         if primary in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or foreign:
-            return self.set_aside("damaged", error)
+            return self.quarantine("damaged", error)
         if primary == sqlite3.SQLITE_FULL and self.halve():
             return True
         self.close()
@@ -15206,7 +15208,7 @@ class UsageStore:
             log_event("warning", "usage_not_written", path=self.path, reason=reason)
         return False
 
-    def set_aside(self, word: str, error: Exception) -> bool:
+    def quarantine(self, word: str, error: Exception) -> bool:
         """Renames an unusable database so that a new one is created; whether it is gone."""
         log_event("error", "usage_database_unusable", path=self.path, reason=error)
         self.locked_since = None
@@ -15214,7 +15216,7 @@ class UsageStore:
         try:
             for suffix in ("", "-wal", "-shm"):
                 if os.path.lexists(self.path + suffix):
-                    keep_aside(self.path + suffix, word)
+                    quarantine(self.path + suffix, word)
         except OSError as stuck:
             return self.complain(stuck)
         return True
@@ -15229,7 +15231,7 @@ class UsageStore:
                 for table, column in (("answers", "id"), ("sums", "slot")):
                     sql = f"SELECT count(*) / 2 FROM {table}"
                     (half,) = self.connection.execute(sql).fetchone()
-                    if table == "sums" and self.fold(self.connection, half):
+                    if table == "sums" and self.aggregate(self.connection, half):
                         continue
                     self.connection.execute(
                         f"DELETE FROM {table} WHERE {column} <= "
@@ -15312,12 +15314,12 @@ class UsageStore:
         slot = int(time.time()) // SLOT_SECONDS
         oldest = slot - MAX_SUM_DAYS * 86400 // SLOT_SECONDS
         connection.execute("DELETE FROM sums WHERE slot < ?", (oldest,))
-        self.fold(connection, MAX_SUM_ROWS)
+        self.aggregate(connection, MAX_SUM_ROWS)
         day = local_day(slot - MAX_SPENT_DAYS * 86400 // SLOT_SECONDS)
         connection.execute("DELETE FROM spent WHERE day < ?", (day,))
 
     @staticmethod
-    def fold(connection: sqlite3.Connection, most: int) -> bool:
+    def aggregate(connection: sqlite3.Connection, most: int) -> bool:
         """Merges rows into "other" if there are more than `most`; whether there were any to merge.
 
         Only days with more than their share lose rows, the smallest ones: a client that makes up
@@ -15459,8 +15461,8 @@ class Ledger:
     # -- counting
 
     def label(self, user_agent: str, limits: LimitsConfig) -> str:
-        """`caller_label`, limited to MAX_LABELS a day; one that has a cap is always kept."""
-        label = caller_label(user_agent)
+        """`client_label`, limited to MAX_LABELS a day; one that has a cap is always kept."""
+        label = client_label(user_agent)
         today = local_day(int(time.time()) // SLOT_SECONDS)
         return label if label in limits.labels else self.labels.known(label, today)
 
@@ -15634,7 +15636,7 @@ class Provider(Protocol):
     def embed(self, body: Json, model: Model) -> Awaitable[tuple[Json, Usage]]:
         """Embeddings in OpenAI's form, and their usage.  Raises ApiError."""
 
-    def keep_reasoning(self, calls: list[str], text: str, opaque: str) -> None:
+    def store_reasoning(self, calls: list[str], text: str, opaque: str) -> None:
         """Remembers reasoning that the client's dialect cannot carry."""
 
     def user(self) -> str:
@@ -15766,18 +15768,18 @@ class Cooldown:
     #: monotonic; after it one request probes
     until: float
     #: monotonic time of recovery, as announced by the service; 0 = unknown
-    passes_at: float
+    recovers_at: float
     length_s: float
     #: a probe is in flight: success ends this cool-down, a refusal starts another
     probing: bool = False
 
     def is_over(self, now: float) -> bool:
-        return now >= max(self.until + COOL_DOWN_SECONDS, self.passes_at) and not self.probing
+        return now >= max(self.until + COOL_DOWN_SECONDS, self.recovers_at) and not self.probing
 
     def told(self, now: float) -> ApiError:
         wait_s = None
         if self.error.retry_after is not None:
-            wait_s = max(max(self.passes_at, self.until) - now, PAUSE_SECONDS[0])
+            wait_s = max(max(self.recovers_at, self.until) - now, PAUSE_SECONDS[0])
         return self.error.anew(self.error.hint, wait_s)
 
 
@@ -15793,12 +15795,12 @@ class Cooldowns:
         self.resting: dict[str, Cooldown] = {}
 
     def rest(
-        self, model_id: str, error: ApiError, wait_s: float | None, passes_s: float | None = None
+        self, model_id: str, error: ApiError, wait_s: float | None, resets_in: float | None = None
     ) -> float:
         """Starts a cool-down of a model ("" = the account); returns its seconds.
 
         At most COOL_DOWN_SECONDS, then one request probes.  Without `wait_s` it doubles each time.
-        `passes_s`: seconds to the expected recovery, if known.
+        `resets_in`: seconds to the expected recovery, if known.
         """
         now = asyncio.get_running_loop().time()
         before = self.resting.get(model_id)
@@ -15806,16 +15808,16 @@ class Cooldowns:
             before = None
         if not wait_s:
             has_ended = before is not None and before.until <= now
-            last_s = before.length_s if before is not None else REST_SECONDS
+            last_s = before.length_s if before is not None else COOLDOWN_SECONDS
             wait_s = 2 * last_s if has_ended else last_s
         rest_s = min(max(wait_s, 1.0), COOL_DOWN_SECONDS)
         until = max(now + rest_s, before.until if before is not None else 0.0)
-        passes_s = error.retry_after if passes_s is None else passes_s
-        passes_at = now + passes_s if passes_s else 0.0
+        resets_in = error.retry_after if resets_in is None else resets_in
+        recovers_at = now + resets_in if resets_in else 0.0
         self.resting.pop(model_id, None)
-        if len(self.resting) >= MAX_RESTING:
+        if len(self.resting) >= MAX_COOLDOWNS:
             del self.resting[next(filter(None, self.resting))]  # the oldest one of a model
-        self.resting[model_id] = Cooldown(error, until, passes_at, rest_s)
+        self.resting[model_id] = Cooldown(error, until, recovers_at, rest_s)
         log_event(
             "info",
             "resting",
@@ -15833,9 +15835,9 @@ class Cooldowns:
             return
         if isinstance(error, Overloaded) and not said:
             return  # it may have room for the very next request
-        passes_s = verdict.passes_s or said
+        resets_in = verdict.resets_in or said
         wait_s = said or (COOL_DOWN_SECONDS if verdict.remedy == "rest" else None)
-        rest_s = self.rest("" if verdict.for_all else model_id, error, wait_s, passes_s)
+        rest_s = self.rest("" if verdict.account_wide else model_id, error, wait_s, resets_in)
         if not error.retry_after and isinstance(error, RateLimited):
             error.retry_after = rest_s
 
@@ -15870,7 +15872,7 @@ class Cooldowns:
     def rows(self) -> list[Json]:
         """`[{"model": ID or "*", "seconds", "kind", "reason", "passes_at", "probing"}]`.
 
-        `seconds` to the next probe, 0 during one; `passes_at`: Unix seconds of the expected
+        `seconds` to the next probe, 0 during one; `recovers_at`: Unix seconds of the expected
         recovery, None if unknown.
         """
         now, wall = asyncio.get_running_loop().time(), time.time()
@@ -15880,7 +15882,7 @@ class Cooldowns:
                 "seconds": max(0, math.ceil(rest.until - now)),
                 "kind": rest.error.kind,
                 "reason": rest.error.text(),
-                "passes_at": int(wall + rest.passes_at - now) if rest.passes_at else None,
+                "passes_at": int(wall + rest.recovers_at - now) if rest.recovers_at else None,
                 "probing": rest.probing,
             }
             for key, rest in self.resting.items()
@@ -15918,8 +15920,8 @@ class Backoff:
 
 def account_status(provider: CopilotProvider | KiroProvider) -> Json:
     account = provider.account
-    rests = provider.rests.rows()
-    health, reason = "resting" if rests else "ready", ""
+    cooldowns = provider.cooldowns.rows()
+    health, reason = "resting" if cooldowns else "ready", ""
     try:
         with advising(provider):
             account.load(peeks=True)
@@ -15933,32 +15935,32 @@ def account_status(provider: CopilotProvider | KiroProvider) -> Json:
         "health": health,
         "reason": reason,
         "token_expires_at": None if expires_at == math.inf else expires_at,
-        "cool_downs": {row["model"]: row["seconds"] for row in rests},
-        "rests": rests,
+        "cool_downs": {row["model"]: row["seconds"] for row in cooldowns},
+        "rests": cooldowns,
     }
 
 
-def come_back(at: float) -> str:
+def reset_hint(at: float) -> str:
     """The hint for spent credits; `at` in Unix seconds."""
     return f"They come back on {plain_day(at)}."
 
 
 class Attempt:
-    def __init__(self, provider: str, call: Call, rests: Cooldowns) -> None:
+    def __init__(self, provider: str, call: Call, cooldowns: Cooldowns) -> None:
         self.provider_name = provider
         self.call = call
-        self.rests = rests
+        self.cooldowns = cooldowns
         self.count = 0
         self.tried: set[str] = set()
 
     async def send(self) -> UpstreamResponse:
         raise NotImplementedError
 
-    async def judge(self, answer: UpstreamResponse) -> RetryDecision | None:
+    async def classify(self, answer: UpstreamResponse) -> RetryDecision | None:
         """What a refusal means; None if the response can be passed on."""
         raise NotImplementedError
 
-    async def mend(self, verdict: RetryDecision) -> None:
+    async def repair(self, verdict: RetryDecision) -> None:
         """Applies the verdict's remedy, or raises its error."""
         raise NotImplementedError
 
@@ -15975,7 +15977,7 @@ class Attempt:
             except UpstreamError as error:
                 verdict: RetryDecision | None = self.unanswered(error)
             else:
-                verdict = await self.judge(answer)
+                verdict = await self.classify(answer)
                 if verdict is None:
                     return answer
             assert verdict is not None
@@ -15991,9 +15993,9 @@ class Attempt:
                 attempt=self.count,
             )
             try:
-                await self.mend(verdict)
+                await self.repair(verdict)
             except ApiError:
-                self.rests.refused(self.call.model.id, verdict)
+                self.cooldowns.refused(self.call.model.id, verdict)
                 raise
 
     def with_window(self, error: ApiError) -> ApiError:
@@ -16278,7 +16280,7 @@ class EchoProvider:
     async def embed(self, body: Json, model: Model) -> tuple[Json, Usage]:
         raise UnsupportedFeature(f"{model.id} makes no embeddings.", param="model")
 
-    def keep_reasoning(self, calls: list[str], text: str, opaque: str) -> None: ...
+    def store_reasoning(self, calls: list[str], text: str, opaque: str) -> None: ...
 
     def user(self) -> str:
         return ""
@@ -16344,7 +16346,7 @@ class CopilotAccount:
         """Raises NotSignedIn."""
         kept = self.file.need(self.name, "Copilot", peeks=peeks)
         try:
-            kept["github_token"] = bare_token(text_of_key(kept, "github_token"))
+            kept["github_token"] = bare_token(get_str(kept, "github_token"))
         except SignInFailed:
             raise NotSignedIn(f"{self.file.path} holds no github_token.") from None
         if kept["github_token"] != self.github_token:
@@ -16493,7 +16495,7 @@ async def obtain_copilot_token(
     if status == 404 and github_token.startswith(DIRECT_TOKENS):
         return await obtain_direct_token(client, config, github_token)
     if status != 200:
-        verdict = judge_exchange(status, headers, data, time.time())
+        verdict = classify_exchange_error(status, headers, data, time.time())
         if isinstance(verdict.error, NotSignedIn) and verdict.remedy == "wait":
             raise Overloaded(verdict.error.message)
         raise verdict.error
@@ -16508,7 +16510,7 @@ async def obtain_direct_token(
 ) -> CopilotToken:
     status, headers, data = await ask_github(client, config, "/copilot_internal/user", github_token)
     if status == 401:
-        raise judge_exchange(status, headers, data, time.time()).error
+        raise classify_exchange_error(status, headers, data, time.time()).error
     user = load_object(data) if status == 200 else None  # a fine-grained token may not ask this
     return direct_token(github_token, user or {}, config, time.time())
 
@@ -16540,7 +16542,7 @@ class CopilotProvider:
         self.reasoning = ReasoningMemory()
         self.catalogue = Catalogue(self.name, self.fetch_models)
         self.quota_watch.forget()
-        self.rests = Cooldowns(self.name)
+        self.cooldowns = Cooldowns(self.name)
 
     async def settle(self) -> None:
         """A token exchange may be interrupted: the next one brings another token."""
@@ -16549,7 +16551,7 @@ class CopilotProvider:
         self.account.close()
         self.quota_watch.close()
 
-    def keep_reasoning(self, calls: list[str], text: str, opaque: str) -> None:
+    def store_reasoning(self, calls: list[str], text: str, opaque: str) -> None:
         self.reasoning.keep(calls, text, opaque)
 
     def headers(self, token: CopilotToken, intent: str) -> dict[str, str]:
@@ -16588,13 +16590,13 @@ class CopilotProvider:
             token = renewed
         body = load_object(data)
         if status in (401, 403, 421):
-            raise judge_identity(status, read_error_answer(status, data)[0], "").error
+            raise classify_identity_error(status, read_error_answer(status, data)[0], "").error
         if status != 200 or body is None:
             raise UpstreamError(f"Copilot's model list came with status {status}.")
         return read_copilot_models(body, self.name)
 
     async def embed(self, body: Json, model: Model) -> tuple[Json, Usage]:
-        with self.rests.passing(model.id):
+        with self.cooldowns.passing(model.id):
             return await self.embed_all(body, model)
 
     async def embed_all(self, body: Json, model: Model) -> tuple[Json, Usage]:
@@ -16627,7 +16629,7 @@ class CopilotProvider:
                 return answer
             if status == 200:
                 raise UpstreamError("Copilot's embeddings are not JSON.")
-            verdict = judge_copilot(status, fields_, data, model, body, {}, time.time())
+            verdict = classify_copilot_error(status, fields_, data, model, body, {}, time.time())
             self.quota_watch.heed(verdict.error)
             renewed = await self.account.renew(token) if verdict.remedy == "refresh" else None
             wait_s = BACKOFF_SECONDS[0] if verdict.wait_s is None else verdict.wait_s
@@ -16636,7 +16638,7 @@ class CopilotProvider:
                 break
             token = renewed or token
             await asyncio.sleep(0 if renewed else wait_s)
-        self.rests.refused(model.id, verdict)
+        self.cooldowns.refused(model.id, verdict)
         raise verdict.error
 
     def user(self) -> str:
@@ -16655,7 +16657,7 @@ class CopilotProvider:
             self.client, account.config, "/copilot_internal/user", account.load()["github_token"]
         )
         if status != 200:
-            raise judge_exchange(status, headers, data, time.time()).error
+            raise classify_exchange_error(status, headers, data, time.time()).error
         body = load_object(data)
         if body is None:
             raise UpstreamError("GitHub's answer about the account is not JSON.")
@@ -16665,19 +16667,19 @@ class CopilotProvider:
         return self.quota_watch.known
 
     def wake(self) -> None:
-        self.rests.clear()
+        self.cooldowns.clear()
 
     def guess(self, model_id: str) -> Model | None:
         """Any exact name is tried, listed or not."""
         return guess_copilot_model(model_id, self.name)
 
     async def open(self, call: Call) -> BodyStream:
-        with self.rests.passing(call.model.id):
+        with self.cooldowns.passing(call.model.id):
             return await CopilotAttempt(self, call, await self.account.token()).run()
 
     def refused(self, model_id: str, error: ApiError) -> None:
         """An error inside a 200 response names no time."""
-        self.rests.refused(model_id, RetryDecision(error, "pause"))
+        self.cooldowns.refused(model_id, RetryDecision(error, "pause"))
 
     async def ask_reset(self, verdict: RetryDecision) -> None:
         watch = self.quota_watch
@@ -16688,34 +16690,34 @@ class CopilotProvider:
             return
         left_s = known.resets_at - time.time()
         if left_s > 0:
-            verdict.passes_s = left_s
-            verdict.error.hint = come_back(known.resets_at)
+            verdict.resets_in = left_s
+            verdict.error.hint = reset_hint(known.resets_at)
 
 
 class CopilotAttempt(Attempt):
     def __init__(self, provider: CopilotProvider, call: Call, token: CopilotToken) -> None:
-        super().__init__(provider.name, call, provider.rests)
+        super().__init__(provider.name, call, provider.cooldowns)
         self.provider = provider
         self.token = token
         self.forgetful = False
         self.interaction = hash_uuid(call.outline.session or call.model.id + call.outline.opening)
         self.kept_dropped = list(call.dropped)
-        self.lessons: Rejections = {}
+        self.rejections: Rejections = {}
 
     def body(self) -> Json:
         provider, call = self.provider, self.call
         model = call.model
         now = asyncio.get_running_loop().time()
-        self.lessons = provider.learned.lessons(model.id, call.dialect, now)
-        scrub = scrub_body(call.dialect, call.body, model, self.lessons, model.streaming)
+        self.rejections = provider.learned.rejections(model.id, call.dialect, now)
+        draft = sanitize_body(call.dialect, call.body, model, self.rejections, model.streaming)
         if self.forgetful:
-            strip_reasoning(scrub.body)
+            strip_reasoning(draft.body)
         elif call.dialect == "responses":
-            provider.reasoning.attach_items(scrub.body)
+            provider.reasoning.attach_items(draft.body)
         elif call.dialect == "chat" and not is_openai(model):
-            provider.reasoning.attach(scrub.body)
-        call.dropped[:] = list(dict.fromkeys([*self.kept_dropped, *scrub.dropped]))
-        return scrub.body
+            provider.reasoning.attach(draft.body)
+        call.dropped[:] = list(dict.fromkeys([*self.kept_dropped, *draft.dropped]))
+        return draft.body
 
     async def send(self) -> UpstreamResponse:
         """One attempt."""
@@ -16739,23 +16741,25 @@ class CopilotAttempt(Attempt):
             headers["Copilot-Vision-Request"] = "true"
         if call.dialect == "messages":
             headers["anthropic-version"] = "2023-06-01"
-            betas = messages_betas(body, call.betas, self.lessons.get("beta", ()), call.model)
+            betas = messages_betas(body, call.betas, self.rejections.get("beta", ()), call.model)
             if betas:
                 headers["anthropic-beta"] = betas
         own = {name.lower() for name in headers}
         added = {name: value for name, value in call.model.headers.items() if name not in own}
         return headers | added
 
-    async def judge(self, answer: UpstreamResponse) -> RetryDecision | None:
+    async def classify(self, answer: UpstreamResponse) -> RetryDecision | None:
         if answer.status == 200:
             self.provider.quota_watch.harvest(answer.headers)
             return None
         data = await self.read_refusal(answer)
         call = self.call
         refusal = (answer.status, answer.headers, data)
-        verdict = judge_copilot(*refusal, call.model, call.sent or {}, self.lessons, time.time())
+        verdict = classify_copilot_error(
+            *refusal, call.model, call.sent or {}, self.rejections, time.time()
+        )
         now = asyncio.get_running_loop().time()
-        self.provider.learned.learn(call.model.id, call.dialect, verdict.lessons, now)
+        self.provider.learned.learn(call.model.id, call.dialect, verdict.rejections, now)
         self.provider.quota_watch.heed(verdict.error)
         return verdict
 
@@ -16767,7 +16771,7 @@ class CopilotAttempt(Attempt):
         wait_s = FORCED_RENEWAL_GAP_SECONDS
         return Overloaded("Copilot refuses a token it has just given.", retry_after=wait_s)
 
-    async def mend(self, verdict: RetryDecision) -> None:
+    async def repair(self, verdict: RetryDecision) -> None:
         remedy = verdict.remedy
         if remedy == "refresh" and remedy in self.tried:
             raise self.refused_again(verdict.error)
@@ -16854,7 +16858,7 @@ class KiroAccount:
         except ValueError as error:
             raise NotSignedIn(f"{self.file.path} cannot be used: {error}.") from None
         login.arn = self.config.profile_arn or login.arn
-        named = kiro_machine_id(text_of_key(kept, "machine_id"))
+        named = kiro_machine_id(get_str(kept, "machine_id"))
         if named and self.machine_id and named != self.machine_id:
             self.on_change()
         login.machine_id = self.machine_id = named or self.machine_id or login.machine_id
@@ -16985,7 +16989,7 @@ class KiroAccount:
             "POST", url, headers, KIRO_REFRESH_SECONDS, body
         )
         if status != 200:
-            raise judge_kiro_refresh(status, fields_, data, time.time()).error
+            raise classify_kiro_refresh(status, fields_, data, time.time()).error
         answer = load_object(data)
         if answer is None:
             raise UpstreamError("The answer to Kiro's token refresh is not JSON.")
@@ -17033,7 +17037,7 @@ class KiroProvider:
 
     def forget_account(self) -> None:
         self.catalogue = Catalogue(self.name, self.fetch_models)
-        self.rests = Cooldowns(self.name)
+        self.cooldowns = Cooldowns(self.name)
         self.reasoning = ReasoningMemory()
         self.quota_watch.forget()
         self.profile_sought = False
@@ -17055,7 +17059,7 @@ class KiroProvider:
     async def embed(self, body: Json, model: Model) -> tuple[Json, Usage]:
         raise UnsupportedFeature(f"{model.id} makes no embeddings.", param="model")
 
-    def keep_reasoning(self, calls: list[str], text: str, opaque: str) -> None:
+    def store_reasoning(self, calls: list[str], text: str, opaque: str) -> None:
         self.reasoning.keep(calls, text, opaque)
 
     def listed(self) -> dict[str, Model] | None:
@@ -17150,7 +17154,7 @@ class KiroProvider:
                 answer = load_object(data)
                 if status == 200 and answer is not None:
                     return answer
-                verdict = judge_kiro(status, fields_, data, time.time())
+                verdict = classify_kiro_error(status, fields_, data, time.time())
                 if status not in (404, 405):
                     break
             if verdict.remedy in ("", "refresh", "rest"):
@@ -17224,16 +17228,16 @@ class KiroProvider:
         return self.quota_watch.known
 
     def wake(self) -> None:
-        self.rests.clear()
+        self.cooldowns.clear()
 
     async def open(self, call: Call) -> BodyStream:
-        with self.rests.passing(call.model.id):
+        with self.cooldowns.passing(call.model.id):
             return await KiroAttempt(self, call, await self.login()).run()
 
     def refused(self, model_id: str, error: ApiError) -> None:
         """An error inside a 200 response names no time."""
         if isinstance(error, RateLimited):  # a spent quota may be one conversation's
-            self.rests.refused(model_id, RetryDecision(error, "pause", for_all=True))
+            self.cooldowns.refused(model_id, RetryDecision(error, "pause", account_wide=True))
 
 
 def kebab_path(path: str) -> str:
@@ -17246,7 +17250,7 @@ class KiroAttempt(Attempt):
     """`ways`: the endpoints left to try, the one that worked last first."""
 
     def __init__(self, provider: KiroProvider, call: Call, login: KiroLogin) -> None:
-        super().__init__(provider.name, call, provider.rests)
+        super().__init__(provider.name, call, provider.cooldowns)
         self.provider = provider
         self.login = login
         ways = kiro_endpoints(login, provider.config)
@@ -17278,7 +17282,7 @@ class KiroAttempt(Attempt):
         """Another host may be reachable; what was sent is not sent again."""
         return RetryDecision(error, "reroute" if isinstance(error, Unreachable) else "")
 
-    async def judge(self, answer: UpstreamResponse) -> RetryDecision | None:
+    async def classify(self, answer: UpstreamResponse) -> RetryDecision | None:
         """A 200 means nothing yet, so the first event is awaited."""
         kind = answer.headers.get("content-type", "").lower()
         if answer.status == 200 and "json" not in kind and "html" not in kind:
@@ -17294,7 +17298,7 @@ class KiroAttempt(Attempt):
             answer.close(ended=False)
         else:
             data = await self.read_refusal(answer)
-            verdict = judge_kiro(answer.status, answer.headers, data, time.time())
+            verdict = classify_kiro_error(answer.status, answer.headers, data, time.time())
         self.provider.quota_watch.heed(verdict.error)
         return self.explain(verdict)
 
@@ -17331,8 +17335,8 @@ class KiroAttempt(Attempt):
     def judge_frame(frame: Json) -> RetryDecision:
         said = details(frame, "error") or details(frame, "invalidStateEvent")
         code, reason, message = read_kiro_words(said)
-        verdict = judge_kiro_words(code, reason, message) or judge_kiro_status(500, message)
-        settle_kiro_wait(verdict, read_wait_words(message, time.time()))
+        verdict = classify_kiro_message(code, reason, message) or classify_kiro_status(500, message)
+        apply_kiro_wait(verdict, read_wait_words(message, time.time()))
         return verdict
 
     def explain(self, verdict: RetryDecision) -> RetryDecision:
@@ -17367,7 +17371,7 @@ class KiroAttempt(Attempt):
             "wait" if verdict.remedy == "reroute" and passing and not elsewhere else verdict.remedy
         )
 
-    async def mend(self, verdict: RetryDecision) -> None:
+    async def repair(self, verdict: RetryDecision) -> None:
         remedy = self.remedy_for(verdict)
         tried = remedy in self.tried
         self.tried.add(remedy)
@@ -17425,14 +17429,14 @@ class KiroAttempt(Attempt):
     def tell_reset(verdict: RetryDecision, limits: KiroLimits) -> None:
         left_s = limits.resets_at - time.time()
         if left_s > 0:
-            verdict.passes_s = left_s
-            verdict.error.hint = come_back(limits.resets_at)
+            verdict.resets_in = left_s
+            verdict.error.hint = reset_hint(limits.resets_at)
 
     async def give_up(self, verdict: RetryDecision) -> None:
         if verdict.remedy == "relist":
             self.provider.catalogue.expire()
         elif verdict.remedy == "rest":
-            verdict.for_all = True
+            verdict.account_wide = True
             if isinstance(verdict.error, QuotaExceeded):
                 limits = await self.limits()
                 if limits is not None and 0 < limits.limit <= limits.used:
@@ -17511,7 +17515,7 @@ def is_terminal(stream: Any) -> bool:
     return bool(stream.isatty())
 
 
-def is_in_front() -> bool:
+def is_foreground() -> bool:
     """Whether this process may read from its terminal: a background job would be stopped."""
     try:
         return os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
@@ -17523,7 +17527,7 @@ class Console:
     """The user, at a terminal or a pipe: messages go to standard error, results to output."""
 
     def __init__(self) -> None:
-        self.interactive = is_terminal(sys.stdin) and is_terminal(sys.stderr) and is_in_front()
+        self.interactive = is_terminal(sys.stdin) and is_terminal(sys.stderr) and is_foreground()
         self.line_open = False
         self.said_at = float("-inf")
         self.typed = b""
@@ -17780,7 +17784,7 @@ class SignInContext:
             if loop.time() >= ends_at:
                 raise CodeExpired("the code has expired")
             try:
-                found = judge_poll(*await poll())
+                found = classify_poll(*await poll())
             except SignInFailed as error:
                 found = Poll("unreachable", {}, str(error))
             trouble = f" ({found.words}; trying again)" if found.state == "unreachable" else ""
@@ -17881,11 +17885,11 @@ async def check_copilot(desk: SignInContext, config: CopilotConfig, token: str) 
         trouble = f".  It could not be checked now, and is tried at the first request: {error}"
     try:
         status, _, data = await ask_github(desk.client, config, "/user", token)
-        content["login"] = text_of_key(load_object(data) or {} if status == 200 else {}, "login")
+        content["login"] = get_str(load_object(data) or {} if status == 200 else {}, "login")
         status, _, data = await ask_github(desk.client, config, "/copilot_internal/user", token)
         user = load_object(data) or {} if status == 200 else {}
-        content["login"] = content["login"] or text_of_key(user, "login")
-        content["plan"] = text_of_key(user, "copilot_plan")
+        content["login"] = content["login"] or get_str(user, "login")
+        content["plan"] = get_str(user, "copilot_plan")
     except ApiError as error:
         trouble = trouble or f".  GitHub did not say who this is: {error}"
     host = split_url(config.github_url)[1]
@@ -18013,7 +18017,7 @@ async def sign_in_at_aws(
         status, headers, data = await desk.ask("POST", base + path, {}, body, "AWS")
         answer = load_object(data)
         if status != 200 or answer is None:
-            words = judge_poll(status, headers, data).words
+            words = classify_poll(status, headers, data).words
             hint = "; are the start URL and the region right?" if path != "/client/register" else ""
             raise SignInFailed(f"AWS refuses the sign-in: {words or f'status {status}'}{hint}")
         return answer
@@ -18026,8 +18030,8 @@ async def sign_in_at_aws(
         "issuerUrl": start_url,
     }
     client = await ask("/client/register", asked)
-    named = {"clientId": text_of_key(client, "clientId")}
-    named["clientSecret"] = text_of_key(client, "clientSecret")
+    named = {"clientId": get_str(client, "clientId")}
+    named["clientSecret"] = get_str(client, "clientSecret")
 
     async def attempt() -> Json:
         device = read_device_code(
@@ -18389,18 +18393,18 @@ def account_row(name: str, entry: CopilotConfig | KiroConfig, file: TokenFile) -
         if kept is None:
             return row
         if is_kiro:
-            row["kind"] = text_of_key(kept, "auth_method") or read_kiro_login(kept).kind
+            row["kind"] = get_str(kept, "auth_method") or read_kiro_login(kept).kind
             read_kiro_login(kept)
             row["expires_at"] = int(read_time(kept.get("sign_in_expires_at"))) or None
         else:
-            bare_token(text_of_key(kept, "github_token"))
+            bare_token(get_str(kept, "github_token"))
     except (ProgramError, ValueError) as error:
         words = str(error).removeprefix(f"{file.path}: ")
         return {**row, "health": f"unusable: {words}"}
-    row["user"] = text_of_key(kept, "user") or text_of_key(kept, "login")
-    row["plan"] = text_of_key(kept, "plan")
+    row["user"] = get_str(kept, "user") or get_str(kept, "login")
+    row["plan"] = get_str(kept, "plan")
     row["token_expires_at"] = int(read_time(kept.get("expires_at"))) or None
-    refused = text_of_key(kept, "refused")
+    refused = get_str(kept, "refused")
     row["health"] = f"needs sign-in: {refused}" if refused else "ok"
     if row["expires_at"] and row["expires_at"] < time.time():
         row["health"] = "needs sign-in: it has expired"
@@ -18428,8 +18432,8 @@ async def revoke_login(desk: SignInContext, name: str) -> str:
     kind = "copilot"
     with contextlib.suppress(ProgramError, ValueError):  # removed whatever it is
         kept = load_private_json(path) or {}
-        if text_of_key(kept, "type") == "kiro":
-            kind = text_of_key(kept, "auth_method") or read_kiro_login(kept).kind
+        if get_str(kept, "type") == "kiro":
+            kind = get_str(kept, "auth_method") or read_kiro_login(kept).kind
     file = desk.file(name)
     try:
         async with file.lock() as lock:
@@ -19605,9 +19609,9 @@ class Gateway:
                     await self.check_limits(request, provider, uncounted)
                 response = await ask(provider, model)
             except ApiError as error:
-                if len(routes) == 1 or not may_pass_over(error):
+                if len(routes) == 1 or not may_fall_back(error):
                     raise
-                self.pass_over(request, name, route, error)
+                self.log_fallback(request, name, route, error)
                 passed.append((str(route), error))
                 request.cancel_on_hangup(True, patient=True)
                 continue
@@ -19615,10 +19619,10 @@ class Gateway:
                 told = ", ".join(f"{asked} {error.kind}" for asked, error in passed)
                 response.headers["x-aiclient-passed-over"] = told
             return response
-        raise sum_up(passed)
+        raise summarize_errors(passed)
 
     @staticmethod
-    def pass_over(request: Request, name: str, route: Route, error: ApiError) -> None:
+    def log_fallback(request: Request, name: str, route: Route, error: ApiError) -> None:
         log_event(
             "info",
             "passed_over",
@@ -19721,7 +19725,7 @@ class Gateway:
             model=outline.model,
             include_usage=outline.include_usage or not outline.stream,
             asked=body,
-            keep=provider.keep_reasoning,
+            keep=provider.store_reasoning,
             provider=provider.name,
             window=window,
             secrets=self.secrets,
@@ -19772,7 +19776,7 @@ class Gateway:
         terms.hide_thinking = shown[0] == "omitted" or shown[1] == "none"
         written = spoken.write_request(chat, model)
         if spoken is MESSAGES:
-            mark_prompt(written)
+            add_cache_breakpoints(written)
         terms.tagged_thinking = chat.tagged_thinking
         return Call(
             model, spoken.name, written, outline, dropped=chat.dropped, touched=chat.touched
@@ -19810,7 +19814,7 @@ class Exchange:
         """
         self.request.cancel_on_hangup(True, self.provider.local)
         if not self.flow.stream:
-            return await self.run_whole()
+            return await self.run_buffered()
         opening = asyncio.ensure_future(self.open())
         try:
             await asyncio.wait((opening,), timeout=hold_s)
@@ -19865,7 +19869,7 @@ class Exchange:
             whole += piece
             if len(whole) > MAX_FRAME_BYTES:
                 raise UpstreamError("The upstream's answer is too large.")
-        return self.flow.feed_whole(bytes(whole))
+        return self.flow.feed_buffered(bytes(whole))
 
     async def drain(self) -> None:
         assert self.source is not None
@@ -19876,7 +19880,7 @@ class Exchange:
             else:
                 self.flow.end()
 
-    async def run_whole(self) -> Response:
+    async def run_buffered(self) -> Response:
         try:
             await self.open()
             body = self.flow.whole()
@@ -19966,7 +19970,9 @@ class Exchange:
         flow = self.flow
         usage = flow.usage
         if not usage.source and failure is not None and not isinstance(failure, ApiError):
-            usage = settle_usage(usage, flow.terms, flow.relay.said)  # a client that left pays, too
+            usage = finalize_usage(
+                usage, flow.terms, flow.relay.said
+            )  # a client that left pays, too
         self.gateway.record(
             self.request,
             self.provider,
@@ -20195,7 +20201,7 @@ def open_port(server: ServerConfig) -> list[socket.socket]:
         reason = error.strerror or str(error)
         holder = find_port_holder(server.port) if error.errno == errno.EADDRINUSE else ""
         reason += f" by {holder}" if holder else ""
-        where = f"{shown_host(server.host)}:{server.port}"
+        where = f"{format_host(server.host)}:{server.port}"
         option = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
         raise ProgramError(f"cannot listen on {where}: {reason}; try {option}") from None
 
@@ -20301,7 +20307,7 @@ def load_bytecode(paths: Paths) -> bytes:
     try:
         make_private_dir(paths.bytecode_dir)
         if os.path.isdir(path):
-            keep_aside(path)
+            quarantine(path)
         replace_file(path, hash_bytecode(source, bytecode) + bytecode)
     except OSError as error:
         log_event("warning", "bytecode_not_saved", path=path, reason=error.strerror)
@@ -20481,7 +20487,7 @@ class Daemon:
         #: serving, restarting, replaced (a successor has taken over) or stopping
         self.state = "serving"
         self.ending = asyncio.Event()
-        self.told_to_stop = False
+        self.stop_requested = False
         #: monotonic: until then a lack of descriptors is not logged again
         self.full_until = 0.0
 
@@ -20522,9 +20528,9 @@ class Daemon:
 
     def stop(self) -> None:
         """Stops accepting and drains; a second call exits at once."""
-        if self.told_to_stop:
+        if self.stop_requested:
             os._exit(1)
-        self.told_to_stop = True
+        self.stop_requested = True
         if self.state != "restarting":  # otherwise once the successor can be stopped as well
             self.end()
 
@@ -20633,7 +20639,7 @@ class Daemon:
             report = await asyncio.to_thread(self.start_successor)
         finally:
             self.state = "serving"
-        if self.told_to_stop:
+        if self.stop_requested:
             if "pid" in report:
                 os.kill(report["pid"], signal.SIGTERM)  # our child: its pid is not reused
             self.end()
@@ -20682,7 +20688,7 @@ class Daemon:
         return {
             "version": __version__,
             "pid": os.getpid(),
-            "url": f"http://{shown_host(config.server.host)}:{self.port}",
+            "url": f"http://{format_host(config.server.host)}:{self.port}",
             "state": self.state,
             "started_at": self.started_at,
             "uptime_s": int(time.time() - self.started_at),
@@ -20965,7 +20971,7 @@ async def control_quota(daemon: Daemon, params: Json) -> Json:
 
 async def control_config_show(daemon: Daemon, params: Json) -> Json:
     """`{"settings": [{"key", "value", "origin"}]}`, secrets masked."""
-    return {"settings": shown_settings(daemon.config)}
+    return {"settings": describe_settings(daemon.config)}
 
 
 async def control_config_set(daemon: Daemon, params: Json) -> Json:
@@ -21124,7 +21130,7 @@ def tell(*lines: str) -> None:
     print("\n".join(map(one_line, lines)), flush=True)
 
 
-def shown_duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """`2 d 3 h`, `5 min 10 s`: the two largest units that are not zero."""
     parts: list[str] = []
     left = int(seconds)
@@ -21135,18 +21141,18 @@ def shown_duration(seconds: float) -> str:
     return " ".join(parts[:2])
 
 
-def shown_figure(value: Any) -> str:
+def format_number(value: Any) -> str:
     return "-" if value is None else plain_figure(value)
 
 
-def shown_credits(value: float) -> str:
+def format_credits(value: float) -> str:
     """With more decimals if small: a request may cost a thousandth of a credit."""
     if 0 < value < 0.1:
         return f"{value:.4f}" if value >= 0.0001 else "<0.0001"
-    return shown_figure(value)
+    return format_number(value)
 
 
-def shown_day(moment: float | None) -> str:
+def format_day(moment: float | None) -> str:
     """In UTC; `-` for none."""
     return plain_day(moment or 0.0) or "-"
 
@@ -21159,7 +21165,7 @@ BAR_STEPS = (
 )
 
 
-def shown_bar(share: float, width: int) -> str:
+def format_bar(share: float, width: int) -> str:
     """`width` characters for 1.0, without padding; never empty unless `share` is 0."""
     share = min(max(share, 0.0), 1.0)
     try:
@@ -21230,16 +21236,16 @@ def print_ready(status: Json) -> None:
     sys.stdout.flush()
 
 
-def shown_rest(rest: Json) -> str:
+def format_cooldown(rest: Json) -> str:
     who = "all models rest" if rest["model"] == "*" else f"{rest['model']} rests"
     how_long = "while one request tries" if rest["probing"] else f"for {rest['seconds']} s"
     at = rest["passes_at"]
-    passes = f" It ought to pass in {shown_duration(max(0, at - time.time()))}." if at else ""
+    passes = f" It ought to pass in {format_duration(max(0, at - time.time()))}." if at else ""
     return f"{who} {how_long}: {rest['reason']}{passes}"
 
 
 def print_status(status: Json) -> None:
-    uptime = shown_duration(status["uptime_s"])
+    uptime = format_duration(status["uptime_s"])
     tell(f"aiclient-api {status['version']}, process {status['pid']}, {status['state']}: {uptime}")
     memory = status["memory_bytes"]
     tell(f"address      {status['url']}")
@@ -21255,7 +21261,7 @@ def print_status(status: Json) -> None:
     rows = []
     for row in status["providers"]:
         left = row["token_expires_at"]
-        rests = [f"{model} {seconds} s" for model, seconds in row["cool_downs"].items()]
+        cooldowns = [f"{model} {seconds} s" for model, seconds in row["cool_downs"].items()]
         rows.append(
             [
                 row["name"],
@@ -21263,8 +21269,8 @@ def print_status(status: Json) -> None:
                 row["health"],
                 row["account"] or "-",
                 row["plan"] or "-",
-                "-" if left is None else shown_duration(max(0, left - now)),
-                ", ".join(rests) or "-",
+                "-" if left is None else format_duration(max(0, left - now)),
+                ", ".join(cooldowns) or "-",
             ]
         )
     print(coloured("\n".join(table_lines([list(head), *rows]))))
@@ -21272,7 +21278,7 @@ def print_status(status: Json) -> None:
         if row["health"] != "ready" and row["reason"]:
             tell(f"{row['name']}: {row['reason']}")
         for rest in row["rests"]:
-            tell(f"{row['name']}: {shown_rest(rest)}")
+            tell(f"{row['name']}: {format_cooldown(rest)}")
     for text in status["warnings"]:
         tell(f"warning: {text}")
 
@@ -21282,7 +21288,7 @@ def print_accounts(found: Json) -> None:
     for row in found["accounts"]:
         health = row["health"] if row["enabled"] else f"disabled; {row['health']}"
         named = [row[key] or "-" for key in ("name", "type", "kind", "user", "plan")]
-        rows.append([*named, shown_day(row["expires_at"]), health])
+        rows.append([*named, format_day(row["expires_at"]), health])
     print_table(("NAME", "TYPE", "KIND", "USER", "PLAN", "EXPIRES", "HEALTH"), rows)
 
 
@@ -21291,8 +21297,8 @@ def print_models(found: Json) -> None:
         [
             row["id"],
             row["provider"],
-            shown_figure(row.get("context_window")),
-            shown_figure(row.get("max_tokens")),
+            format_number(row.get("context_window")),
+            format_number(row.get("max_tokens")),
         ]
         for row in found["models"]
     ]
@@ -21313,15 +21319,15 @@ def usage_cells(row: Json, most: int) -> list[str]:
     first_byte = row["first_byte_ms"]
     costs = row.get("credits") if row["credit_sources"] else None
     return [
-        shown_figure(row["request_count"]),
-        shown_figure(row["error_count"]),
-        rough + shown_figure(prompt),
+        format_number(row["request_count"]),
+        format_number(row["error_count"]),
+        rough + format_number(prompt),
         f"{row['cache_read_tokens'] / prompt:.0%}".replace("%", " %") if prompt else "-",
-        rough + shown_figure(row["output_tokens"]),
-        "-" if costs is None else cost_rough + shown_credits(costs),
+        rough + format_number(row["output_tokens"]),
+        "-" if costs is None else cost_rough + format_credits(costs),
         f"{row['duration_ms']:,} ms",
         "-" if first_byte is None else f"{first_byte:,} ms",
-        shown_bar(total / most, BAR_WIDTH) if most and total else "",
+        format_bar(total / most, BAR_WIDTH) if most and total else "",
     ]
 
 
@@ -21347,10 +21353,10 @@ def print_usage(report: Json) -> None:
     spare = ("FIRST BYTE", "TIME", "ERRORS", "TOKENS", "CACHED")
     print_table((*map(str.upper, names), *USAGE_HEAD), cells, spare)
     if report["since"]:
-        tell(f"since {shown_minute(report['since'])}; ~ is derived or estimated")
+        tell(f"since {format_minute(report['since'])}; ~ is derived or estimated")
     for row in report["limits"]:
-        used, limit = shown_figure(row["used"]), shown_figure(row["limit"])
-        share = shown_bar(row["used"] / row["limit"], BAR_WIDTH)
+        used, limit = format_number(row["used"]), format_number(row["limit"])
+        share = format_bar(row["used"] / row["limit"], BAR_WIDTH)
         tell(f"limit {row['name']}: {used} of {limit} {row['unit']}  {share}")
     if "recent" in report:
         print()
@@ -21373,10 +21379,10 @@ def print_recent(answers: list[Json]) -> None:
                 row["kind"] or str(row["status"]),
                 f"{row['duration_ms']:,} ms",
                 "-" if first_byte is None else f"{first_byte:,} ms",
-                rough + shown_figure(row["input_tokens"]),
-                shown_figure(row["cache_read_tokens"]),
-                rough + shown_figure(row["output_tokens"]),
-                cost_rough + shown_credits(row["credits"]) if row["credits_source"] else "-",
+                rough + format_number(row["input_tokens"]),
+                format_number(row["cache_read_tokens"]),
+                rough + format_number(row["output_tokens"]),
+                cost_rough + format_credits(row["credits"]) if row["credits_source"] else "-",
             ]
         )
     head = ("WHEN", "MODEL", "LABEL", "END", "TIME", "FIRST BYTE", "INPUT", "CACHED", "OUTPUT")
@@ -21407,9 +21413,9 @@ def print_cache(report: Json) -> None:
                 row["conversation"],
                 f"{row['provider']}/{row['model']}",
                 row["label"],
-                shown_figure(row["calls"]),
+                format_number(row["calls"]),
                 "-" if ratio is None else f"{ratio:.0%}",
-                *(shown_figure(row[f"{key}_tokens"]) for key in ("input", "cache_read", "lost")),
+                *(format_number(row[f"{key}_tokens"]) for key in ("input", "cache_read", "lost")),
                 row["last"],
             ]
         )
@@ -21426,59 +21432,59 @@ def print_cache(report: Json) -> None:
             tell(f"{verdict}: {meaning}")
 
 
-def shown_share(percent: float | None) -> str:
+def format_share(percent: float | None) -> str:
     """` 42 %  ####`, `-` for none; 100 % only if all is used."""
     if percent is None:
         return "-"
-    return f"{int(percent):3d} %  {shown_bar(percent / 100, BAR_WIDTH)}"
+    return f"{int(percent):3d} %  {format_bar(percent / 100, BAR_WIDTH)}"
 
 
-def shown_reset(moment: float | None, now: float) -> str:
+def format_reset(moment: float | None, now: float) -> str:
     """`2026-12-01, 9 days`: the day in UTC, and the time left; `-` for none."""
     if not moment or moment <= now:
-        return shown_day(moment)
+        return format_day(moment)
     days = math.ceil((moment - now) / 86400)
-    left = f"{days} days" if days > 1 else shown_duration(moment - now)
-    return f"{shown_day(moment)}, {left}"
+    left = f"{days} days" if days > 1 else format_duration(moment - now)
+    return f"{format_day(moment)}, {left}"
 
 
-def shown_left(row: Json) -> str:
+def format_remaining(row: Json) -> str:
     """`1,210.4 of 1,500 credits`, as much as is known."""
     unit = f" {row['unit']}" if row["unit"] else ""
     if row["unlimited"]:
         return "no limit"
     if row["remaining"] is None:
-        return "-" if row["limit"] is None else f"? of {shown_figure(row['limit'])}{unit}"
-    of = "" if row["limit"] is None else f" of {shown_figure(row['limit'])}"
-    return f"{shown_figure(row['remaining'])}{of}{unit}"
+        return "-" if row["limit"] is None else f"? of {format_number(row['limit'])}{unit}"
+    of = "" if row["limit"] is None else f" of {format_number(row['limit'])}"
+    return f"{format_number(row['remaining'])}{of}{unit}"
 
 
 def quota_rows(name: str, quota: Json, now: float) -> list[list[str]]:
     first, rows = [name, quota["plan"] or "-"], []
     for row in quota["allowances"]:
-        resets = shown_reset(row["resets_at"], now)
+        resets = format_reset(row["resets_at"], now)
         rows.append(
-            [*first, row["name"], shown_share(row["percent_used"]), shown_left(row), resets]
+            [*first, row["name"], format_share(row["percent_used"]), format_remaining(row), resets]
         )
         for part in row.get("parts", ()):
             left = max(0.0, part["limit"] - part["used"])
-            share = shown_share(100 * part["used"] / part["limit"] if part["limit"] else None)
-            rest = f"{shown_figure(left)} of {shown_figure(part['limit'])}"
-            ends = shown_reset(part["ends_at"], now)
+            share = format_share(100 * part["used"] / part["limit"] if part["limit"] else None)
+            rest = f"{format_number(left)} of {format_number(part['limit'])}"
+            ends = format_reset(part["ends_at"], now)
             rows.append(["", "", f"  {part['name']}", share, rest, ends if part["ends_at"] else ""])
-    return rows or [[*first, "-", "-", "-", shown_reset(quota["resets_at"], now)]]
+    return rows or [[*first, "-", "-", "-", format_reset(quota["resets_at"], now)]]
 
 
 def quota_notes(name: str, quota: Json, now: float) -> list[str]:
     """What the table does not show: overage, and the age of figures after an error."""
     notes = [
-        f"{name}: {row['name']}: {shown_figure(row['overage_used'])} beyond the limit"
+        f"{name}: {row['name']}: {format_number(row['overage_used'])} beyond the limit"
         for row in quota.get("allowances", ())
         if row["overage_used"]
     ]
     if "error" in quota:
         age = now - quota.get("as_of", now)
-        old = f"  The figures are {shown_duration(age)} old." if "as_of" in quota else ""
+        old = f"  The figures are {format_duration(age)} old." if "as_of" in quota else ""
         notes.append(f"{name}: {quota['error']}{old}")
     return notes
 
@@ -21589,7 +21595,7 @@ def await_daemon(paths: Paths) -> Json | None:
         time.sleep(POLL_SECONDS)
 
 
-def tell_running(status: Json, asked: bool) -> int:
+def report_running(status: Json, asked: bool) -> int:
     """`start` while a gateway runs: fails only if other settings were `asked` for."""
     tell(f"aiclient-api runs already: {status['url']} (process {status['pid']})")
     if not asked:
@@ -21686,7 +21692,7 @@ def cmd_start(options: argparse.Namespace) -> int:
         status = await_daemon(paths)
         if status is not None:
             asked = options.foreground or log_file or any(v is not None for v in flags.values())
-            return tell_running(status, bool(asked))
+            return report_running(status, bool(asked))
     launch.lock = lock
     if not detached:
         launch.listeners = activated_descriptors(environ)
@@ -21924,7 +21930,7 @@ def reload_if_running(paths: Paths) -> Json | None:
         raise ProgramError(f"saved, but the running gateway goes on as before: {error}") from None
 
 
-def tell_saved(paths: Paths, key: str = "") -> int:
+def report_saved(paths: Paths, key: str = "") -> int:
     """Applies a changed file; reports what changed, and whether something overrides `key`."""
     done = reload_if_running(paths)
     tell(f"saved in {paths.config_file}")
@@ -21944,7 +21950,7 @@ def cmd_config_show(options: argparse.Namespace) -> int:
     try:
         found = ask_daemon(paths, "config.show")
     except NotRunning:
-        found = {"settings": shown_settings(load_config(paths, environ, {}))}
+        found = {"settings": describe_settings(load_config(paths, environ, {}))}
     return show(options, found, print_settings)
 
 
@@ -21956,7 +21962,7 @@ def cmd_config_set(options: argparse.Namespace) -> int:
     if value == "-":
         value = sys.stdin.readline().rstrip("\r\n")
     change_config(paths, environ, options.key, value)
-    return tell_saved(paths, options.key)
+    return report_saved(paths, options.key)
 
 
 def cmd_config_reload(options: argparse.Namespace) -> int:
@@ -22001,7 +22007,7 @@ def cmd_config_init(options: argparse.Namespace) -> int:
         print("nothing was written")
         return 1
     edit_config(paths, lambda _: text)
-    return tell_saved(paths)
+    return report_saved(paths)
 
 
 def switch_one(options: argparse.Namespace, method: str, enabled: str) -> int:

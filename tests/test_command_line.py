@@ -309,7 +309,7 @@ def test_free_plans_of_earlier_have_a_form_of_their_own() -> None:
         ("chat", 40),
         ("completions", None),
     ]
-    assert gw.shown_day(quota.resets_at) == "2026-12-05" and quota.account == "octocat"
+    assert gw.format_day(quota.resets_at) == "2026-12-05" and quota.account == "octocat"
 
 
 # ---- config --------------------------------------------------------------------------------------

@@ -17,10 +17,10 @@ from aiclient_api import (
     apply_environment,
     apply_flags,
     check_exposure,
+    describe_settings,
     is_loopback,
+    iter_settings,
     read_config_text,
-    setting_slots,
-    shown_settings,
 )
 
 WHERE = "/home/u/config.toml"
@@ -293,7 +293,7 @@ def test_every_setting_can_be_given_in_the_environment() -> None:
     choices = {"default_format": "anthropic", "account_type": "business", "level": "debug"}
     choices["region"] = "eu-central-1"
     choices["profile_arn"] = "arn:aws:codewhisperer:us-east-1:000000000000:profile/EXAMPLE"
-    for key, _, name, kind in setting_slots(Config()):
+    for key, _, name, kind in iter_settings(Config()):
         text = choices.get(name, "https://h" if name.endswith("_url") else examples[kind])
         if name == "proxy":
             text = "http://p:1"
@@ -375,7 +375,7 @@ def test_named_keys_are_not_shown() -> None:
     """Neither by `repr` nor by `config show`."""
     config = read(f'[api_keys]\nlaptop = "{SECRET}"')
     assert SECRET not in shown_by(config)
-    rows = {row["key"]: row for row in shown_settings(config)}
+    rows = {row["key"]: row for row in describe_settings(config)}
     assert rows["api_keys.laptop"]["value"] == "(set, not shown)"
     assert rows["api_keys.laptop"]["origin"] == "file"
 

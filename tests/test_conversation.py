@@ -49,13 +49,13 @@ from aiclient_api import (
     image_type,
     is_complete_object,
     merge_turns,
+    normalize_turns,
     object_schema,
     parse_arguments,
     plain_schema,
     png_size,
     read_data_url,
     read_image_url,
-    settle_turns,
     split_stops,
     wire_id,
     wire_name,
@@ -329,7 +329,7 @@ def turn(role: str, *blocks: Any) -> Turn:
 )
 def test_turns_are_put_in_the_order_vendors_demand(turns: list[Turn], settled: list[Turn]) -> None:
     """formats.md 1.5."""
-    assert settle_turns(copy.deepcopy(turns)) == settled
+    assert normalize_turns(copy.deepcopy(turns)) == settled
 
 
 def random_turns(rng: random.Random) -> list[Turn]:
@@ -388,7 +388,7 @@ def test_settled_turns_keep_what_they_promise(seed: int) -> None:
     rng = random.Random(SEED + seed)
     for _ in range(400):
         turns = random_turns(rng)
-        settled = settle_turns(copy.deepcopy(turns))
+        settled = normalize_turns(copy.deepcopy(turns))
         for before, after in itertools.pairwise(settled):
             assert before.role != after.role
         assert all(item.blocks for item in settled)
@@ -406,7 +406,7 @@ def test_settled_turns_keep_what_they_promise(seed: int) -> None:
                 assert settled[index + 1].role == "user"
         assert words_of(settled) == words_of(turns)
         assert results_of(settled) == results_of(turns)
-        assert settle_turns(copy.deepcopy(settled)) == settled
+        assert normalize_turns(copy.deepcopy(settled)) == settled
 
 
 def test_all_results_of_one_call_are_kept_in_order_and_in_place() -> None:
@@ -417,7 +417,7 @@ def test_all_results_of_one_call_are_kept_in_order_and_in_place() -> None:
         turn("system", "s"),
         turn("user", result("1", "new")),
     ]
-    assert settle_turns(copy.deepcopy(turns)) == [
+    assert normalize_turns(copy.deepcopy(turns)) == [
         turn("assistant", call("1"), call("2")),
         turn(
             "user",
@@ -436,7 +436,7 @@ def test_a_call_id_used_twice_has_a_result_each() -> None:
         turn("assistant", call("1")),
         turn("user", result("1", "second")),
     ]
-    assert settle_turns(copy.deepcopy(turns)) == turns
+    assert normalize_turns(copy.deepcopy(turns)) == turns
 
 
 def test_merging_leaves_the_given_turns_alone() -> None:

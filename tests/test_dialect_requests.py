@@ -28,11 +28,11 @@ from aiclient_api import (
     Model,
     Rejections,
     UnsupportedFeature,
+    adapt_kiro_schema,
+    adapt_schema,
+    classify_400,
     dump_json,
-    fit_kiro_schema,
-    fit_schema,
-    judge_400,
-    scrub_body,
+    sanitize_body,
 )
 
 Json = dict[str, Any]
@@ -115,7 +115,7 @@ def c_to_a(body: Json, model: Model = CLAUDE) -> Json:
 
 def a_to_a(body: Json, model: Model = CLAUDE, lessons: Rejections | None = None) -> Json:
     """What Copilot's own messages endpoint is asked."""
-    scrubbed = scrub_body("messages", copy.deepcopy(body), model, lessons or {}, True)
+    scrubbed = sanitize_body("messages", copy.deepcopy(body), model, lessons or {}, True)
     return scrubbed.body
 
 
@@ -891,12 +891,12 @@ def test_a_field_that_was_refused_once_is_left_out_from_then_on() -> None:
     message = "tools.0.custom.cache_control: Extra inputs are not permitted"
     sent = a_to_a(body)
     assert "cache_control" in sent["tools"][0]
-    verdict = judge_400(message, "", CLAUDE, sent, {})
+    verdict = classify_400(message, "", CLAUDE, sent, {})
     assert verdict.remedy == "repair"
-    lessons = {kind: [name] for kind, name in verdict.lessons}
+    lessons = {kind: [name] for kind, name in verdict.rejections}
     sent = a_to_a(body, lessons=lessons)
     assert "cache_control" not in sent["tools"][0]
-    assert judge_400(message, "", CLAUDE, sent, lessons).remedy != "repair"
+    assert classify_400(message, "", CLAUDE, sent, lessons).remedy != "repair"
 
 
 def test_eager_input_streaming_is_never_sent() -> None:
@@ -1058,7 +1058,7 @@ def test_no_strange_value_in_a_native_body_is_more_than_a_400(dialect: str, body
         for model in (GPT, CLAUDE, NEW_CLAUDE):
             try:
                 DIALECTS[dialect].outline(copy.deepcopy(changed))
-                scrubbed = scrub_body(dialect, copy.deepcopy(changed), model, {}, True)
+                scrubbed = sanitize_body(dialect, copy.deepcopy(changed), model, {}, True)
                 json.dumps(scrubbed.body)
             except ApiError:
                 pass
@@ -1099,7 +1099,7 @@ def test_eight_times_the_calls_cost_some_eight_times_as_much(
     def work(count: int) -> Callable[[], object]:
         body = many_calls(dialect, [ids.format(at // 2, "p" * 60) for at in range(count)])
         if asked is spoken:
-            return lambda: scrub_body(upstream, body, GPT, {}, True)
+            return lambda: sanitize_body(upstream, body, GPT, {}, True)
         return lambda: spoken.write_request(asked.read_request(body), CLAUDE)
 
     assert growth(work) < 24  # 64 where each call is compared with each
@@ -1124,6 +1124,6 @@ def test_inlined_definitions_stay_a_small_multiple_of_their_schema() -> None:
             for at in range(count)
         }
         schema = {"$defs": definitions, "properties": {"p": {"$ref": "d0"}}}
-        for fitted in (fit_schema(schema, google=True), fit_kiro_schema(schema)):
+        for fitted in (adapt_schema(schema, google=True), adapt_kiro_schema(schema)):
             assert len(dump_json(fitted)) < 20 * len(dump_json(schema))
             assert fitted["properties"]["p"]["properties"]["a"]["properties"]

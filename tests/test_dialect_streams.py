@@ -822,7 +822,7 @@ def test_copilots_split_choices_become_one() -> None:
     ]
     for caller in CALLERS:
         flow = make_flow("chat", caller, stream=False)
-        assert flow.feed_whole(json.dumps({"id": "x", "choices": choices}).encode()) == b""
+        assert flow.feed_buffered(json.dumps({"id": "x", "choices": choices}).encode()) == b""
         whole = flow.whole()
         if caller == "chat":
             assert len(whole["choices"]) == 1
@@ -1343,7 +1343,7 @@ def test_an_upstreams_whole_answer_means_what_its_stream_means(
     """Unfolding is the inverse of folding, for callers who stream and who do not."""
     whole = case.whole(case.upstream)
     flow = make_flow(case.upstream, caller, stream=stream)
-    sent = flow.feed_whole(json.dumps(whole).encode())
+    sent = flow.feed_buffered(json.dumps(whole).encode())
     assert flow.error is None and flow.over
     if stream:
         assert GRAMMARS[caller](sent) == "complete"
@@ -1357,7 +1357,7 @@ def test_an_upstreams_whole_answer_means_what_its_stream_means(
 def test_a_whole_answer_unfolds_into_the_words_of_its_stream(case: Case, caller: str) -> None:
     """They come as deltas: clients do not read the words in a block's start."""
     flow = make_flow(case.upstream, caller)
-    sent = flow.feed_whole(json.dumps(case.whole(case.upstream)).encode())
+    sent = flow.feed_buffered(json.dumps(case.whole(case.upstream)).encode())
     assert text_sent(sent) == text_sent(case.expected(caller))
 
 
@@ -1367,7 +1367,7 @@ def test_a_whole_answer_unfolds_into_the_words_of_its_stream(case: Case, caller:
 def test_a_whole_answer_that_is_none_is_an_error(upstream: str, caller: str, data: bytes) -> None:
     """Never a 200 with nothing in it."""
     flow = make_flow(upstream, caller, stream=False)
-    assert flow.feed_whole(data) == b""
+    assert flow.feed_buffered(data) == b""
     assert isinstance(flow.error, UpstreamError)
 
 

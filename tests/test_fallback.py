@@ -108,7 +108,7 @@ class Trio:
             body = {"model": model, "input": words, **more}
         return self.gateway.request("POST", path, body)
 
-    def rests(self, name: str) -> list[Json]:
+    def cooldowns(self, name: str) -> list[Json]:
         """What `status` says of a provider's rests."""
         rows = self.gateway.control("status")["providers"]
         row: Json = next(row for row in rows if row["name"] == name)
@@ -204,14 +204,14 @@ def test_what_copilot_limits_rests_for_as_long_as_it_said(
     first = trio.ask(CHAT, "single", stream=stream)
     assert first.status == (503 if kind == "overloaded" else 429)
     assert len(trio.copilot.calls) == 1
-    (rest,) = trio.rests("copilot")
+    (rest,) = trio.cooldowns("copilot")
     assert (rest["model"], rest["kind"], rest["probing"]) == (model, kind, False)
     assert most - 5 <= rest["seconds"] <= most
     assert rest["reason"].startswith(error(first)["message"][:20])
     if passes is None:
-        assert rest["passes_at"] is None
+        assert rest["recovers_at"] is None
     else:
-        assert close_to(rest["passes_at"], time.time() + passes)
+        assert close_to(rest["recovers_at"], time.time() + passes)
     again = trio.ask(MESSAGES, "single", "again")
     assert again.status in (429, 529)
     assert error(again)["message"] == error(first)["message"]
@@ -252,13 +252,13 @@ def test_what_kiro_limits_rests_for_as_long_as_it_said(trio: Trio, name: str) ->
     first = trio.ask(CHAT, f"kiro/{SONNET}")
     assert first.status in (403, 429, 503)
     assert len(trio.kiro.calls) == 1
-    (rest,) = trio.rests("kiro")
+    (rest,) = trio.cooldowns("kiro")
     assert (rest["model"], rest["kind"], rest["probing"]) == (model, kind, False)
     assert most - 5 <= rest["seconds"] <= most
     if passes is None:
-        assert rest["passes_at"] is None
+        assert rest["recovers_at"] is None
     else:
-        assert close_to(rest["passes_at"], time.time() + passes)
+        assert close_to(rest["recovers_at"], time.time() + passes)
     again = trio.ask(CHAT, f"kiro/{SONNET}", "again", stream=True)
     assert (again.status, len(trio.kiro.calls)) == (first.status, 1)
     other = trio.ask(CHAT, "kiro/claude-opus-4.8")
@@ -269,7 +269,7 @@ def test_a_limit_of_one_conversation_rests_nobody(trio: Trio) -> None:
     no = kiro_no(402, "x", "CONVERSATION_LIMIT_EXCEEDED", "ServiceQuotaExceededException")
     trio.kiro.queue(no)
     assert trio.ask(CHAT, f"kiro/{SONNET}").status == 429
-    assert trio.rests("kiro") == []
+    assert trio.cooldowns("kiro") == []
     assert trio.ask(CHAT, f"kiro/{SONNET}").status == 200
 
 
@@ -282,8 +282,8 @@ def test_spent_credits_of_copilot_are_told_with_the_day_they_come_back(trio: Tri
         reply = trio.ask(CHAT, "single")
         assert (reply.status, reply.headers["x-should-retry"]) == (429, "false")
         assert f"come back on {day}" in error(reply)["message"]
-    (rest,) = trio.rests("copilot")
-    assert close_to(rest["passes_at"], trio.copilot.resets_at)
+    (rest,) = trio.cooldowns("copilot")
+    assert close_to(rest["recovers_at"], trio.copilot.resets_at)
     assert rest["seconds"] <= 60
     asked = [seen.path for seen in trio.copilot.requests].count("/copilot_internal/user")
     trio.copilot.queue(copilot_no(402, "You have no quota", "quota_exceeded"))
@@ -310,8 +310,8 @@ def test_spent_credits_of_kiro_are_told_with_the_day_they_come_back(trio: Trio, 
         assert (reply.status, reply.headers["x-should-retry"]) == (429, "false")
         day = time.strftime("%Y-%m-%d", time.gmtime(resets_at))
         assert f"come back on {day}" in error(reply)["message"]
-        (rest,) = trio.rests("kiro")
-        assert close_to(rest["passes_at"], resets_at)
+        (rest,) = trio.cooldowns("kiro")
+        assert close_to(rest["recovers_at"], resets_at)
         assert (rest["model"], rest["kind"]) == ("*", "quota_exceeded")
     finally:
         trio.kiro.usage_limits = before
@@ -322,8 +322,8 @@ def test_a_limit_that_names_no_time_makes_the_model_rest_briefly(trio: Trio) -> 
         trio.copilot.queue(copilot_no(429, "slow down", "rate_limited", Retry_After="0"))
     reply = trio.ask(CHAT, "single")
     assert (reply.status, reply.headers["retry-after"]) == (429, "4")
-    (rest,) = trio.rests("copilot")
-    assert (rest["model"], rest["passes_at"]) == (GPT, None)
+    (rest,) = trio.cooldowns("copilot")
+    assert (rest["model"], rest["recovers_at"]) == (GPT, None)
     assert 1 <= rest["seconds"] <= 4
 
 
@@ -333,7 +333,7 @@ def test_embeddings_rest_as_well(trio: Trio) -> None:
     for _ in range(2):
         assert trio.gateway.request("POST", "/v1/embeddings", body).status == 429
     assert len(trio.copilot.calls) == 1
-    assert trio.rests("copilot")[0]["model"] == "text-embedding-3-small"
+    assert trio.cooldowns("copilot")[0]["model"] == "text-embedding-3-small"
     assert trio.ask(CHAT, "single").status == 200
 
 
@@ -345,8 +345,8 @@ def rested(trio: Trio, times: int = 1) -> None:
     for _ in range(times):
         trio.copilot.queue(copilot_no(402, "You have no quota", "quota_exceeded", Retry_After="1"))
         assert trio.ask(CHAT, "single").status == 429
-        assert trio.rests("copilot")
-        assert until(lambda: not trio.rests("copilot"))
+        assert trio.cooldowns("copilot")
+        assert until(lambda: not trio.cooldowns("copilot"))
     trio.copilot.calls.clear()
 
 
@@ -386,11 +386,11 @@ def test_after_a_rest_one_request_finds_out_while_others_are_told_to_wait(trio: 
             others = list(pool.map(lambda at: trio.ask(CHAT, "single", f"{at}"), range(8)))
         assert {reply.status for reply in others} == {429}
         assert len(trio.copilot.calls) == 1
-        (rest,) = trio.rests("copilot")
+        (rest,) = trio.cooldowns("copilot")
         assert (rest["seconds"], rest["probing"]) == (0, True)
         go.set()
         assert wire.reply().status == 200
-    assert trio.rests("copilot") == []
+    assert trio.cooldowns("copilot") == []
     assert trio.ask(CHAT, "single").status == 200
 
 
@@ -411,7 +411,7 @@ def test_a_refusal_prolongs_the_rest(trio: Trio) -> None:
     trio.copilot.queue(copilot_no(402, "You have no quota", "quota_exceeded", Retry_After=LONG))
     assert [trio.ask(CHAT, "single").status for _ in range(3)] == [429, 429, 429]
     assert len(trio.copilot.calls) == 1
-    assert 55 <= trio.rests("copilot")[0]["seconds"] <= 60
+    assert 55 <= trio.cooldowns("copilot")[0]["seconds"] <= 60
 
 
 def test_a_request_that_finds_nothing_out_leaves_it_to_the_next(trio: Trio) -> None:
@@ -419,7 +419,7 @@ def test_a_request_that_finds_nothing_out_leaves_it_to_the_next(trio: Trio) -> N
     answer, _ = held(good_answer())
     probe(trio, answer).abort()
     assert trio.copilot.wait_cancelled()
-    assert until(lambda: not trio.rests("copilot"))
+    assert until(lambda: not trio.cooldowns("copilot"))
     trio.copilot.queue(copilot_no(400, "no", "invalid_value"))
     assert trio.ask(CHAT, "single").status == 400
     assert trio.ask(CHAT, "single").status == 200
@@ -521,7 +521,7 @@ def test_a_rest_is_told_with_the_time_that_is_left_of_it() -> None:
         with pytest.raises(gw.QuotaExceeded) as spent:
             rests.check("n")
         assert spent.value.retry_after is None  # no program should wait for that
-        assert close_to(rests.rows()[1]["passes_at"], time.time() + 7200)
+        assert close_to(rests.rows()[1]["recovers_at"], time.time() + 7200)
 
     story(steps)
 
@@ -529,11 +529,11 @@ def test_a_rest_is_told_with_the_time_that_is_left_of_it() -> None:
 def test_rests_are_told_to_people() -> None:
     row = {
         "model": GPT, "seconds": 12, "reason": "Copilot's rate limit: no.", "probing": False,
-        "passes_at": None,
+        "recovers_at": None,
     }  # fmt: skip
-    assert gw.shown_rest(row) == f"{GPT} rests for 12 s: Copilot's rate limit: no."
-    row |= {"model": "*", "probing": True, "passes_at": time.time() + 7290}
-    assert gw.shown_rest(row) == (
+    assert gw.format_cooldown(row) == f"{GPT} rests for 12 s: Copilot's rate limit: no."
+    row |= {"model": "*", "probing": True, "recovers_at": time.time() + 7290}
+    assert gw.format_cooldown(row) == (
         "all models rest while one request tries: Copilot's rate limit: no."
         " It ought to pass in 2 h 1 min."
     )
@@ -698,7 +698,7 @@ def test_after_the_first_byte_nobody_else_is_asked(trio: Trio, path: str, stream
     assert (reply.status, reply.headers["x-aiclient-provider"]) == (200, "copilot")
     assert stream_error(reply.body)["message"]
     assert trio.kiro.calls == []
-    assert trio.rests("copilot")[0]["model"] == GPT  # a limit all the same
+    assert trio.cooldowns("copilot")[0]["model"] == GPT  # a limit all the same
 
 
 def test_a_whole_answer_that_breaks_in_the_middle_is_asked_of_the_next(trio: Trio) -> None:

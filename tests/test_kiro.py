@@ -1717,7 +1717,12 @@ def test_a_refused_form_names_the_rules_that_touched_it_and_no_content(make: Mak
     assert until(lambda: "conversation_refused" in pair.gateway.log())
     log = pair.gateway.log()
     (line,) = (row for row in log.splitlines() if "conversation_refused" in row)
-    for rule in ("begin_with_user", "close_with_user", "rename_tools", "place_preface"):
+    for rule in (
+        "ensure_first_turn_is_user",
+        "ensure_last_turn_is_user",
+        "rename_tools",
+        "place_preface",
+    ):
         assert rule in line
     assert "MARK" not in log
 

@@ -298,22 +298,22 @@ def test_a_conversation_that_needs_no_rule_names_none() -> None:
 
 LONG = "long description " * 1000
 TOUCHING: dict[str, Json] = {
-    "word_system_turns": a_body(user("a"), {"role": "system", "content": "R"}, user("b")),
+    "inline_system_turns": a_body(user("a"), {"role": "system", "content": "R"}, user("b")),
     "keep_own_thinking_turns": a_body(
         user("a"), assistant([thinking("x", "EqQB"), text("T")]), user("b")
     ),
-    "begin_with_user": a_body(assistant("T"), user("b")),
-    "close_with_user": a_body(user("a"), assistant("T")),
-    "word_strange_parts": a_body(user("a"), assistant([IMAGE]), user("b")),
+    "ensure_first_turn_is_user": a_body(assistant("T"), user("b")),
+    "ensure_last_turn_is_user": a_body(user("a"), assistant("T")),
+    "textify_unsupported_parts": a_body(user("a"), assistant([IMAGE]), user("b")),
     "lift_media": a_body(user("a"), assistant([use("t1")]), user([result("t1", [IMAGE])])),
-    "fill_silent_turns": a_body(user([IMAGE])),
-    "word_tool_choice": a_body(tools=[a_tool()], tool_choice={"type": "any"}),
+    "fill_empty_turns": a_body(user([IMAGE])),
+    "inline_tool_choice": a_body(tools=[a_tool()], tool_choice={"type": "any"}),
     "declare_called_tools": a_body(user("a"), assistant([use("t1")]), user([result("t1")])),
     "rename_tools": a_body(tools=[a_tool("a.b")]),
-    "fit_descriptions": a_body(tools=[a_tool(description="")]),
-    "fit_kiro_schemas": a_body(tools=[a_tool(schema={**EMPTY_SCHEMA, "required": []})]),
-    "word_output": a_body(output_config={"format": {"type": "json_schema", "schema": {}}}),
-    "ask_for_thinking": a_body(thinking={"type": "enabled", "budget_tokens": 2000}),
+    "adapt_descriptions": a_body(tools=[a_tool(description="")]),
+    "adapt_kiro_schemas": a_body(tools=[a_tool(schema={**EMPTY_SCHEMA, "required": []})]),
+    "inline_output_format": a_body(output_config={"format": {"type": "json_schema", "schema": {}}}),
+    "request_thinking": a_body(thinking={"type": "enabled", "budget_tokens": 2000}),
     "pass_settings": a_body(),
     "place_preface": a_body(system="S"),
 }
@@ -331,13 +331,13 @@ def test_a_rule_that_changes_something_is_named(name: str) -> None:
 def test_every_rule_is_tried_by_a_conversation_that_needs_it() -> None:
     """The readers have told calls apart before, and the check of the size changes nothing."""
     untried = [rule.__name__ for rule in KIRO_RULES if rule.__name__ not in TOUCHING]
-    assert untried == ["tell_calls_apart", "check_size"]
+    assert untried == ["dedupe_call_ids", "check_context_window"]
 
 
 def test_a_system_turn_becomes_marked_user_text() -> None:
     """4.6 rule 1; its neighbours are joined with it."""
     draft = draft_of(said("user", "a"), said("system", "R"), said("user", "b"))
-    assert gw.word_system_turns(draft)
+    assert gw.inline_system_turns(draft)
     reminder = "<system-reminder>\nR\n</system-reminder>"
     assert draft.turns == [said("user", "a", reminder, "b")]
 
@@ -376,7 +376,7 @@ def test_an_id_used_again_in_a_later_turn_is_another_one() -> None:
         said("assistant", call("t1")),
         said("user", answer("t1", "second")),
     )
-    assert gw.tell_calls_apart(draft)
+    assert gw.dedupe_call_ids(draft)
     assert draft.turns[1:] == [
         said("assistant", call("t1")),
         said("user", answer("t1", "first")),
@@ -392,14 +392,14 @@ def test_a_call_said_twice_in_one_turn_is_one_call() -> None:
         said("assistant", call("t1"), call("t1")),
         said("user", answer("t1", "one")),
     )
-    assert gw.tell_calls_apart(draft)
+    assert gw.dedupe_call_ids(draft)
     assert draft.turns[1:] == [said("assistant", call("t1")), said("user", answer("t1", "one"))]
 
 
 def test_the_first_turn_is_made_the_users() -> None:
     """4.6 rule 5."""
     draft = draft_of(said("assistant", "T"), said("user", "b"))
-    assert gw.begin_with_user(draft)
+    assert gw.ensure_first_turn_is_user(draft)
     assert [turn.role for turn in draft.turns] == ["user", "assistant", "user"]
     assert isinstance(draft.turns[0].blocks[0], gw.Text)
 
@@ -407,14 +407,14 @@ def test_the_first_turn_is_made_the_users() -> None:
 def test_an_answer_begun_by_the_caller_becomes_history() -> None:
     """4.6 rule 6."""
     draft = draft_of(said("user", "a"), said("assistant", "It is"))
-    assert gw.close_with_user(draft)
+    assert gw.ensure_last_turn_is_user(draft)
     assert draft.turns == [said("user", "a"), said("assistant", "It is"), said("user", "Continue")]
 
 
 def test_a_bare_brace_to_begin_with_is_a_wish_for_json() -> None:
     """4.6 rule 6: the brace itself goes."""
     draft = draft_of(said("user", "a"), said("assistant", "{"))
-    assert gw.close_with_user(draft)
+    assert gw.ensure_last_turn_is_user(draft)
     assert draft.turns == [said("user", "a")]
     assert "JSON" in " ".join(draft.notes)
 
@@ -435,7 +435,7 @@ def test_a_turn_of_an_image_alone_gets_words() -> None:
     """4.6 rule 7: else REQUEST_BODY_INVALID."""
     image = gw.Image("image/png", PNG)
     draft = draft_of(said("user", image))
-    assert gw.fill_silent_turns(draft)
+    assert gw.fill_empty_turns(draft)
     assert gw.plain_text(draft.turns[0].blocks).strip()
     assert image in draft.turns[0].blocks
 
@@ -451,7 +451,7 @@ def test_a_turn_of_an_image_alone_gets_words() -> None:
 def test_a_tool_choice_is_said_in_words(choice: gw.ToolChoice, names: list[str], note: str) -> None:
     """4.7: there is no field for it."""
     draft = draft_of(said("user", "a"), tools=[declared(), declared("g")], choice=choice)
-    assert gw.word_tool_choice(draft)
+    assert gw.inline_tool_choice(draft)
     assert [tool.name for tool in draft.tools] == names
     assert note in " ".join(draft.notes) and bool(draft.notes) == bool(note)
 
@@ -459,14 +459,14 @@ def test_a_tool_choice_is_said_in_words(choice: gw.ToolChoice, names: list[str],
 def test_one_call_at_a_time_is_said_in_words_where_there_are_tools() -> None:
     """4.7: there is no switch."""
     draft = draft_of(said("user", "a"), tools=[declared()], parallel=False)
-    assert gw.word_tool_choice(draft)
+    assert gw.inline_tool_choice(draft)
     assert "one tool" in " ".join(draft.notes)
 
 
 def test_without_tools_one_call_at_a_time_changes_nothing() -> None:
     """So the rule says."""
     draft = draft_of(said("user", "a"), parallel=False)
-    assert gw.word_tool_choice(draft) is False
+    assert gw.inline_tool_choice(draft) is False
     assert draft.notes == []
 
 
@@ -504,7 +504,7 @@ def test_a_tool_has_a_name_that_kiro_takes(name: str, wire: str) -> None:
 def test_a_tool_without_a_description_is_described_by_its_name(description: str) -> None:
     """4.7."""
     draft = draft_of(said("user", "a"), tools=[declared("f", description)])
-    assert gw.fit_descriptions(draft)
+    assert gw.adapt_descriptions(draft)
     assert draft.tools[0].description == "f" and draft.preface == []
 
 
@@ -515,7 +515,7 @@ def test_a_long_description_is_cut_between_characters_and_kept_whole_elsewhere(
     """4.7: at most 10,240 bytes, and nothing is lost."""
     whole = letter * 12_000
     draft = draft_of(said("user", "a"), tools=[declared("f", whole)])
-    assert gw.fit_descriptions(draft)
+    assert gw.adapt_descriptions(draft)
     kept = draft.tools[0].description
     assert len(kept.encode("utf-8", "replace")) <= 10_240
     assert kept.startswith(letter.encode("utf-8", "replace").decode() * 100)
@@ -525,14 +525,14 @@ def test_a_long_description_is_cut_between_characters_and_kept_whole_elsewhere(
 def test_a_description_of_the_longest_size_stays() -> None:
     """The limit counts bytes."""
     draft = draft_of(said("user", "a"), tools=[declared("f", "x" * gw.KIRO_DESCRIPTION_BYTES)])
-    assert gw.fit_descriptions(draft) is False
+    assert gw.adapt_descriptions(draft) is False
 
 
 def test_structured_output_is_asked_for_in_words() -> None:
     """The schema is in them."""
     schema = {"type": "object", "properties": {"answer": {"type": "string"}}}
     draft = draft_of(said("user", "a"), output=gw.OutputFormat(schema))
-    assert gw.word_output(draft)
+    assert gw.inline_output_format(draft)
     assert json.dumps(schema, separators=(",", ":")) in draft.preface[-1]
 
 
@@ -553,7 +553,7 @@ def test_a_conversation_far_above_the_window_is_refused_here() -> None:
     """4.9: in the words that clients know, with both figures."""
     draft = draft_of(said("user", "a " * 1_000_000))
     with pytest.raises(gw.ContextTooLong, match=r"prompt is too long: \d+ tokens > 200000"):
-        gw.check_size(draft)
+        gw.check_context_window(draft)
 
 
 @pytest.mark.parametrize(
@@ -566,16 +566,18 @@ def test_a_conversation_far_above_the_window_is_refused_here() -> None:
 def test_results_and_arguments_count_for_the_size(rows: list[Turn]) -> None:
     """They are what fills a window."""
     with pytest.raises(gw.ContextTooLong):
-        gw.check_size(draft_of(*rows))
+        gw.check_context_window(draft_of(*rows))
 
 
 def test_a_conversation_near_the_window_is_left_to_kiro() -> None:
     """The estimate may be wrong by a third; and an unknown window is no limit."""
-    assert gw.check_size(draft_of(said("user", "a " * 400_000))) is False
-    assert gw.check_size(draft_of(said("user", "x" * 400_000))) is False, "a long run is few tokens"
+    assert gw.check_context_window(draft_of(said("user", "a " * 400_000))) is False
+    assert gw.check_context_window(draft_of(said("user", "x" * 400_000))) is False, (
+        "a long run is few tokens"
+    )
     draft = draft_of(said("user", "a " * 1_000_000), model="claude-sonnet-4")
-    assert draft.model.max_prompt is None and gw.check_size(draft) is False
-    assert gw.check_size(draft_of(said("user", "a " * 1_000_000), model=OPUS)) is False
+    assert draft.model.max_prompt is None and gw.check_context_window(draft) is False
+    assert gw.check_context_window(draft_of(said("user", "a " * 1_000_000), model=OPUS)) is False
 
 
 # ---- schemas -------------------------------------------------------------------------------------
@@ -615,7 +617,7 @@ KEYWORDS = [
 def fit(schema: Json) -> Json:
     """A schema as it is sent: without faults, the caller's own not changed."""
     before = copy.deepcopy(schema)
-    fitted = gw.fit_kiro_schema(schema)
+    fitted = gw.adapt_kiro_schema(schema)
     assert schema == before
     assert schema_fault(fitted, "") == "" and fitted["type"] == "object"
     return fitted
@@ -725,7 +727,7 @@ def test_definitions_that_refer_to_one_another_stay_small() -> None:
         "properties": {"page": {"$ref": "#/$defs/k0"}},
         "$defs": dict.fromkeys(kinds, holder),
     }
-    size = len(gw.dump_json(gw.fit_kiro_schema(schema)))
+    size = len(gw.dump_json(gw.adapt_kiro_schema(schema)))
     assert size < 100_000
 
 

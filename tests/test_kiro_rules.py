@@ -392,7 +392,7 @@ def refused_refresh(status: int, body: Any = None, **headers: str) -> gw.RetryDe
     """What a refused refresh means."""
     data = body if isinstance(body, bytes) else json.dumps(body or {}).encode()
     fields = gw.Headers({name.replace("_", "-"): value for name, value in headers.items()})
-    return gw.judge_kiro_refresh(status, fields, data, NOW)
+    return gw.classify_kiro_refresh(status, fields, data, NOW)
 
 
 @pytest.mark.parametrize(
@@ -1047,7 +1047,7 @@ def judge(
     """What an error answer of the REST form means."""
     headers = gw.Headers({"x-amzn-errortype": f"{kind}:http://internal.example/"} if kind else {})
     data = json.dumps({"message": message, "reason": reason}).encode()
-    return gw.judge_kiro(status, headers, data, NOW)
+    return gw.classify_kiro_error(status, headers, data, NOW)
 
 
 @pytest.mark.parametrize(
@@ -1059,7 +1059,7 @@ def test_a_clients_own_words_in_a_refusal_concern_no_other_request(name: str) ->
     for reason in (None, "TOOL_SCHEMA_INVALID"):
         verdict = judge(400, "ValidationException", f"Invalid tool: {name}", reason)
         assert type(verdict.error) is gw.InvalidRequest
-        assert verdict.remedy == "" and not verdict.for_all
+        assert verdict.remedy == "" and not verdict.account_wide
 
 
 INVALID_BEARER = "The bearer token included in the request is invalid."
@@ -1158,14 +1158,14 @@ def test_a_refusal_means_what_was_seen_in_the_field(
 
 
 @pytest.mark.parametrize(
-    ("reason", "for_all"),
+    ("reason", "account_wide"),
     [("MONTHLY_REQUEST_COUNT", True), (None, True), ("INSUFFICIENT_MODEL_CAPACITY", False)],
 )
 def test_a_limit_concerns_the_account_and_a_load_the_model(
     reason: str | None, for_all: bool
 ) -> None:
     """8.3: a cool-down is shared by all requests of the account."""
-    assert judge(429, THROTTLING, "x", reason).for_all is for_all
+    assert judge(429, THROTTLING, "x", reason).account_wide is for_all
 
 
 def test_a_suspension_gives_the_words_and_a_hint() -> None:
@@ -1191,10 +1191,10 @@ def test_a_reason_is_told_with_the_refusal() -> None:
 def test_the_request_id_is_in_the_message() -> None:
     """4.2: unless it is none."""
     headers = gw.Headers({"x-amzn-requestid": "5d7c2f0e-EXAMPLE"})
-    error = gw.judge_kiro(500, headers, b"", NOW).error
+    error = gw.classify_kiro_error(500, headers, b"", NOW).error
     assert "5d7c2f0e-EXAMPLE" in error.text()
     headers = gw.Headers({"x-amzn-requestid": "EXAMPLE <b>"})
-    assert "EXAMPLE" not in gw.judge_kiro(500, headers, b"", NOW).error.text()
+    assert "EXAMPLE" not in gw.classify_kiro_error(500, headers, b"", NOW).error.text()
 
 
 def dressed(kind: str, message: str, reason: str | None, shape: str) -> tuple[gw.Headers, bytes]:
@@ -1234,7 +1234,7 @@ def test_an_error_is_read_in_all_its_shapes(shape: str) -> None:
         ("SomeException", INVALID_BEARER, None, gw.NotSignedIn, "refresh"),
     ):
         headers, data = dressed(kind, message, reason, shape)
-        verdict = gw.judge_kiro(400, headers, data, NOW)
+        verdict = gw.classify_kiro_error(400, headers, data, NOW)
         assert (type(verdict.error), verdict.remedy) == (error, remedy)
 
 
@@ -1243,7 +1243,9 @@ def test_the_words_of_an_error_reach_the_caller(shape: str) -> None:
     """8.1."""
     headers, data = dressed("SomeException", "the EXAMPLE words", None, shape)
     for status in (400, 403, 404, 429, 500):
-        assert "the EXAMPLE words" in gw.judge_kiro(status, headers, data, NOW).error.text()
+        assert (
+            "the EXAMPLE words" in gw.classify_kiro_error(status, headers, data, NOW).error.text()
+        )
 
 
 @pytest.mark.parametrize(
@@ -1264,9 +1266,9 @@ def test_the_words_of_an_error_reach_the_caller(shape: str) -> None:
 @pytest.mark.parametrize("status", [400, 401, 402, 403, 404, 418, 429, 500, 502, 503])
 def test_an_error_of_any_bytes_has_a_meaning(status: int, data: bytes, words: str) -> None:
     """8.1: plain text, HTML of a proxy, rubbish; the status decides then."""
-    verdict = gw.judge_kiro(status, gw.Headers(), data, NOW)
+    verdict = gw.classify_kiro_error(status, gw.Headers(), data, NOW)
     assert words in verdict.error.text() and "EXAMPLE" not in verdict.error.text()
-    bare = gw.judge_kiro(status, gw.Headers(), b"", NOW)
+    bare = gw.classify_kiro_error(status, gw.Headers(), b"", NOW)
     assert (type(verdict.error), verdict.remedy) == (type(bare.error), bare.remedy)
 
 
@@ -1274,8 +1276,8 @@ def test_an_error_of_any_bytes_has_a_meaning(status: int, data: bytes, words: st
 def test_an_error_with_a_good_status_is_an_error(kind: str) -> None:
     """5.2: seen; words first, else it is tried again."""
     data = json.dumps({kind: "ThrottlingException"}).encode()
-    assert isinstance(gw.judge_kiro(200, gw.Headers(), data, NOW).error, gw.RateLimited)
-    verdict = gw.judge_kiro(200, gw.Headers(), b"{}", NOW)
+    assert isinstance(gw.classify_kiro_error(200, gw.Headers(), data, NOW).error, gw.RateLimited)
+    verdict = gw.classify_kiro_error(200, gw.Headers(), b"{}", NOW)
     assert (type(verdict.error), verdict.remedy) == (gw.UpstreamError, "again")
 
 
@@ -1286,7 +1288,7 @@ def test_an_error_with_a_good_status_is_an_error(kind: str) -> None:
 def test_a_rate_limit_tells_how_long(said: str | None, wait_s: float | None) -> None:
     """8.3: Retry-After if present."""
     headers = gw.Headers({"retry-after": said} if said else {})
-    verdict = gw.judge_kiro(429, headers, b"", NOW)
+    verdict = gw.classify_kiro_error(429, headers, b"", NOW)
     assert (verdict.wait_s, verdict.error.retry_after) == (wait_s, wait_s)
 
 
@@ -1294,14 +1296,14 @@ def test_a_rate_limit_may_name_a_date() -> None:
     """8.3: seconds or HTTP date."""
     date = dt.datetime.fromtimestamp(NOW + 30, dt.UTC)
     headers = gw.Headers({"retry-after": date.strftime("%a, %d %b %Y %H:%M:%S GMT")})
-    assert gw.judge_kiro(429, headers, b"", NOW).wait_s == 30.0
+    assert gw.classify_kiro_error(429, headers, b"", NOW).wait_s == 30.0
 
 
 @pytest.mark.parametrize("status", [402, 429])
 def test_spent_credits_do_not_come_back_in_seconds(status: int) -> None:
     """8.3: no Retry-After of seconds for the client."""
     data = json.dumps({"message": "x", "reason": "MONTHLY_REQUEST_COUNT"}).encode()
-    verdict = gw.judge_kiro(status, gw.Headers({"retry-after": "3"}), data, NOW)
+    verdict = gw.classify_kiro_error(status, gw.Headers({"retry-after": "3"}), data, NOW)
     assert isinstance(verdict.error, gw.QuotaExceeded)
     assert verdict.error.retry_after is None
 
@@ -1325,7 +1327,7 @@ def test_no_secret_is_repeated(status: int, secret: str) -> None:
             json.dumps({"Output": {"__type": "x#y", "Message": message}}).encode(),
             message.encode(),
         ):
-            verdict = gw.judge_kiro(status, gw.Headers(), data, NOW)
+            verdict = gw.classify_kiro_error(status, gw.Headers(), data, NOW)
             assert secret not in verdict.error.text() + str(verdict.error)
             tail = secret[-8:]
             assert tail not in verdict.error.text()
@@ -1350,19 +1352,19 @@ def test_an_exception_inside_a_stream_is_judged_by_its_words(
     code: str, reason: str, message: str, error: type[gw.ApiError]
 ) -> None:
     """5.2."""
-    verdict = gw.judge_kiro_words(code, reason, message)
+    verdict = gw.classify_kiro_message(code, reason, message)
     assert verdict is not None and type(verdict.error) is error
 
 
 def test_an_exception_of_unknown_words_is_left_to_the_status() -> None:
     """8.3: the last rows."""
-    assert gw.judge_kiro_words("InternalServerException", "", "boom") is None
+    assert gw.classify_kiro_message("InternalServerException", "", "boom") is None
 
 
 @pytest.mark.parametrize("status", range(200, 600))
 def test_every_status_has_a_verdict(status: int) -> None:
     """Nothing falls through, and no wording is left empty."""
-    verdict = gw.judge_kiro_status(status, "")
+    verdict = gw.classify_kiro_status(status, "")
     assert verdict.error.text().endswith(".") and "  " not in verdict.error.text()
 
 

@@ -45,9 +45,9 @@ from aiclient_api import (
     StreamTranslator,
     ThinkingTags,
     UpstreamError,
+    classify_kiro_message,
     estimate_request,
     estimate_text,
-    judge_kiro_words,
     kiro_mark,
 )
 
@@ -1554,20 +1554,20 @@ def test_kiros_words_are_judged(
     code: str, reason: str, words: str, kind: type[ApiError], remedy: str
 ) -> None:
     """kiro.md 8.3: the words before any status."""
-    verdict = judge_kiro_words(code, reason, words)
+    verdict = classify_kiro_message(code, reason, words)
     assert verdict is not None
     assert (type(verdict.error), verdict.remedy) == (kind, remedy)
 
 
 def test_words_that_nobody_knows_are_not_judged() -> None:
     """The status decides then."""
-    assert judge_kiro_words("InternalServerException", "", "boom") is None
-    assert judge_kiro_words("", "", "") is None
+    assert classify_kiro_message("InternalServerException", "", "boom") is None
+    assert classify_kiro_message("", "", "") is None
 
 
 def test_a_reason_is_told_to_the_caller() -> None:
     """It is what a user can search for."""
-    verdict = judge_kiro_words("ValidationException", "TOOL_DUPLICATE", "Bad tools.")
+    verdict = classify_kiro_message("ValidationException", "TOOL_DUPLICATE", "Bad tools.")
     assert verdict and "TOOL_DUPLICATE" in str(verdict.error) and "Bad tools" in str(verdict.error)
 
 
@@ -1694,7 +1694,7 @@ def test_a_json_body_instead_of_a_stream_is_an_error(
 ) -> None:
     """kiro.md 5.2: HTTP 200 with a JSON body has been seen."""
     flow = make_flow("kiro", caller, stream=stream)
-    assert flow.feed_whole(json.dumps(body).encode()) == b""
+    assert flow.feed_buffered(json.dumps(body).encode()) == b""
     assert type(flow.error) is kind
 
 

@@ -547,7 +547,7 @@ def send(spoken: str, call: gw.Call, body: Json) -> None:
         gw.kiro_shape(call.body)
         return
     lessons = {"thinking": ["enabled"], "system": ["turns"]} if body.get("stream") else {}
-    scrub = gw.scrub_body(spoken, call.body, model, lessons, True)
+    scrub = gw.sanitize_body(spoken, call.body, model, lessons, True)
     gw.DIALECTS[spoken].has_image(scrub.body)
     gw.messages_betas(scrub.body, "", set(), model)
     if spoken == "chat":
@@ -570,7 +570,7 @@ def exchange(name: str, spoken: str, body: Json, model: gw.Model) -> None:
     flow = gw.StreamTranslator(upstream, asked, terms, outline.stream, "r")
     send(spoken, call, body)
     if spoken in ANSWERS:
-        flow.pass_on(upstream.unfold(copy.deepcopy(ANSWERS[spoken])))
+        flow.pass_on(upstream.expand(copy.deepcopy(ANSWERS[spoken])))
         flow.end()
         assert outline.stream or flow.whole()
 

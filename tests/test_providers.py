@@ -27,13 +27,13 @@ def test_models_that_clients_make_up_rest_in_a_bounded_table() -> None:
     async def refuse() -> list[str]:
         rests = gw.Cooldowns("p")
         rests.rest("", gw.RateLimited("all"), 60)
-        for number in range(gw.MAX_RESTING * 3):
+        for number in range(gw.MAX_COOLDOWNS * 3):
             rests.rest(f"made-up-{number}", gw.RateLimited("busy"), 60)
         return [row["model"] for row in rests.rows()]
 
     models = asyncio.run(refuse())
-    assert len(models) == gw.MAX_RESTING
-    assert {"*", f"made-up-{gw.MAX_RESTING * 3 - 1}"} <= set(models)
+    assert len(models) == gw.MAX_COOLDOWNS
+    assert {"*", f"made-up-{gw.MAX_COOLDOWNS * 3 - 1}"} <= set(models)
 
 
 def test_a_list_that_no_code_can_read_is_an_error_of_its_provider_alone() -> None:

@@ -716,12 +716,12 @@ def test_what_is_old_or_not_known_is_said_below_the_table(
     ],
 )
 def test_as_much_is_shown_as_is_known(row: Json, shown: str) -> None:
-    assert gw.shown_left({"unlimited": False, **row}) == shown
+    assert gw.format_remaining({"unlimited": False, **row}) == shown
 
 
 def test_a_reset_says_how_far_it_is() -> None:
     shown = [
-        gw.shown_reset(at, NOW) for at in (None, NOW - 1, NOW + 7200, NOW + DAY, NOW + 2 * DAY)
+        gw.format_reset(at, NOW) for at in (None, NOW - 1, NOW + 7200, NOW + DAY, NOW + 2 * DAY)
     ]
     assert [text.partition(", ")[2] for text in shown] == ["", "", "2 h", "1 d", "2 days"]
     assert shown[0] == "-"
@@ -729,7 +729,9 @@ def test_a_reset_says_how_far_it_is() -> None:
 
 def test_a_terminal_without_blocks_gets_ascii() -> None:
     def shown(encoding: str) -> str:
-        code = "import aiclient_api as gw; print([gw.shown_share(p) for p in (0, 55.5, 99.9, 130)])"
+        code = (
+            "import aiclient_api as gw; print([gw.format_share(p) for p in (0, 55.5, 99.9, 130)])"
+        )
         command = [sys.executable, "-c", code]
         env = {**os.environ, "PYTHONIOENCODING": encoding}
         done = subprocess.run(

@@ -204,7 +204,7 @@ def on_the_wire(body: Json) -> Json:
 def accept(dialect: str, body: Json, model: str, issued: Issued | None = None) -> Json:
     """A body after the rules, once the imitation has taken it; the body must not be changed."""
     before = copy.deepcopy(body)
-    scrubbed = gw.scrub_body(dialect, body, MODELS[model], {}, True).body
+    scrubbed = gw.sanitize_body(dialect, body, MODELS[model], {}, True).body
     assert body == before
     sent, issued = on_the_wire(scrubbed), issued or Issued()
     if dialect == "chat":
@@ -302,7 +302,7 @@ def items_of(*items: Any, model: str = CODEX, issued: Issued | None = None) -> l
 
 def scrubbed(*items: Json, model: Model | None = None, **more: Any) -> gw.BodyDraft:
     """A native body after the rules, unseen by the imitation."""
-    return gw.scrub_body("responses", r_body(*items, **more), model or MODELS[CODEX], {}, True)
+    return gw.sanitize_body("responses", r_body(*items, **more), model or MODELS[CODEX], {}, True)
 
 
 def refused(body: Json, dialect: Dialect = RESPONSES) -> gw.InvalidRequest:
@@ -316,7 +316,7 @@ def refused(body: Json, dialect: Dialect = RESPONSES) -> gw.InvalidRequest:
 def refused_natively(body: Json) -> gw.InvalidRequest:
     """The 400 for a body that is to go up in its own dialect."""
     with pytest.raises(gw.InvalidRequest) as caught:
-        gw.scrub_body("responses", body, MODELS[CODEX], {}, True)
+        gw.sanitize_body("responses", body, MODELS[CODEX], {}, True)
     assert caught.value.status == 400
     return caught.value
 
@@ -1900,7 +1900,7 @@ def test_a_string_goes_up_as_it_came() -> None:
 @pytest.mark.parametrize("streaming", [True, False])
 def test_the_model_and_the_stream_are_the_upstreams(streaming: bool) -> None:
     body = {"model": "copilot/Gpt-5.3-Codex", "input": "hi"}
-    sent = gw.scrub_body("responses", body, MODELS[CODEX], {}, streaming).body
+    sent = gw.sanitize_body("responses", body, MODELS[CODEX], {}, streaming).body
     assert (sent["model"], sent["stream"]) == (CODEX, streaming)
 
 
@@ -2322,7 +2322,7 @@ def test_what_was_refused_once_is_left_out_and_named() -> None:
     body = r_body(user(), truncation="auto", text={"verbosity": "low", "format": FORMAT},
                   tools=[function()])  # fmt: skip
     before = copy.deepcopy(body)
-    scrub = gw.scrub_body("responses", body, MODELS[CODEX], lessons, True)
+    scrub = gw.sanitize_body("responses", body, MODELS[CODEX], lessons, True)
     assert body == before
     assert scrub.body["text"] == {"format": FORMAT}
     assert "truncation" not in scrub.body and "strict" not in scrub.body["tools"][0]
@@ -2355,7 +2355,7 @@ def test_the_callers_own_body_is_never_changed() -> None:
     }
     body = r_body(*items, **more)
     before = copy.deepcopy(body)
-    sent = gw.scrub_body("responses", body, MODELS[CODEX], {}, True).body
+    sent = gw.sanitize_body("responses", body, MODELS[CODEX], {}, True).body
     gw.strip_reasoning(sent)
     gw.ReasoningMemory().attach_items(sent)
     assert body == before
@@ -2889,7 +2889,7 @@ def test_eight_times_the_tools_cost_some_eight_times_as_much() -> None:
 
         def run() -> None:
             RESPONSES.read_request(body)
-            gw.scrub_body("responses", body, native, {}, True)
+            gw.sanitize_body("responses", body, native, {}, True)
 
         return run
 

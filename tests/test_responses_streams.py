@@ -733,7 +733,7 @@ def test_case_46_split_choices_are_one_answer() -> None:
         {"index": 1, "message": silent, "finish_reason": "tool_calls"},
     ]
     flow = make_flow("chat", "responses", stream=False)
-    assert flow.feed_whole(json.dumps({"id": "x", "choices": choices}).encode()) == b""
+    assert flow.feed_buffered(json.dumps({"id": "x", "choices": choices}).encode()) == b""
     assert items_told(flow.whole()) == [("text", "T"), ("call", "c1", "f", {})]
 
 
@@ -1439,7 +1439,7 @@ def test_a_cancelled_response_is_a_failure(caller: str) -> None:
     frames = [created(), *text_item("x")[:3], event("cancelled", response=cancelled)]
     failed("responses", frames, caller)
     flow = make_flow("responses", caller, stream=False)
-    flow.feed_whole(json.dumps(cancelled).encode())
+    flow.feed_buffered(json.dumps(cancelled).encode())
     assert flow.error is not None
 
 
@@ -1700,11 +1700,11 @@ def test_an_upstreams_whole_answer_means_what_its_stream_means(case: Case, calle
     """An upstream may answer with one object, whatever it was asked."""
     data = json.dumps(said_whole(case)).encode()
     flow = make_flow("responses", caller, stream=False)
-    assert flow.feed_whole(data) == b""
+    assert flow.feed_buffered(data) == b""
     if case.folder.name != "copilot_ids":  # whose bill and other ids stand beside the response
         assert plain_whole(flow.whole()) == case.whole(caller)
     flow = make_flow("responses", caller)
-    sent = flow.feed_whole(data)
+    sent = flow.feed_buffered(data)
     assert check_ending(flow, caller, sent) == "complete"
 
 
@@ -1713,7 +1713,7 @@ def test_a_whole_answer_unfolds_into_the_words_of_its_stream(case: Case) -> None
     """They come as deltas for a native caller too: AI SDK clients read nothing else."""
     whole = said_whole(case)
     flow = make_flow("responses", "responses")
-    sent = frames_of(flow.feed_whole(json.dumps(whole).encode()))
+    sent = frames_of(flow.feed_buffered(json.dumps(whole).encode()))
 
     def words(told: list[Json]) -> str:
         return "".join(f["delta"] for f in told if f["type"].endswith("output_text.delta"))
@@ -1735,7 +1735,7 @@ def test_a_whole_answer_that_is_none_is_an_error(caller: str, data: bytes) -> No
     """Never a 200 with nothing in it."""
     for stream in (True, False):
         flow = make_flow("responses", caller, stream=stream)
-        flow.feed_whole(data)
+        flow.feed_buffered(data)
         assert flow.error is not None
 
 
@@ -1866,7 +1866,7 @@ def test_no_strange_value_anywhere_in_a_whole_answer_is_more_than_an_error(
     for place, whole in odd_versions(everything()[-1]["response"]):
         flow = make_flow("responses", caller, stream=stream)
         data = json.dumps(whole).encode()
-        fault = strange(flow, functools.partial(flow.feed_whole, data))
+        fault = strange(flow, functools.partial(flow.feed_buffered, data))
         broken |= {f"response{place}: {fault}"} if fault else set()
     assert not broken, "\n".join(sorted(broken))
 

@@ -138,7 +138,7 @@ def test_a_provider_that_could_not_list_its_models_is_still_the_default() -> Non
 def test_only_what_is_not_the_request_s_own_fault_moves_it_on(
     error: gw.ApiError, moves: bool
 ) -> None:
-    assert gw.may_pass_over(error) is moves
+    assert gw.may_fall_back(error) is moves
 
 
 USEFUL = [
@@ -155,15 +155,15 @@ def test_when_all_fail_the_error_is_told_that_says_when_to_come_back() -> None:
     """In the order above; one that lasts for hours is no help."""
     asked = [(f"m{at}", error) for at, error in enumerate(USEFUL)]
     for at in range(len(asked)):
-        told = gw.sum_up(asked[at:][::-1])
+        told = gw.summarize_errors(asked[at:][::-1])
         assert (type(told), told.message) == (type(USEFUL[at]), USEFUL[at].message)
     hours = gw.RateLimited("in hours", retry_after=7200.0)
-    assert gw.sum_up([("a", hours), ("b", USEFUL[1])]).message == "later"
+    assert gw.summarize_errors([("a", hours), ("b", USEFUL[1])]).message == "later"
 
 
 def test_the_sum_names_all_who_were_asked_and_changes_nobody_s_error() -> None:
     first = gw.RateLimited("slow down", hint="Wait.", retry_after=9.0)
-    told = gw.sum_up([("copilot/a", first), ("kiro/b", gw.NotSignedIn("who?"))])
+    told = gw.summarize_errors([("copilot/a", first), ("kiro/b", gw.NotSignedIn("who?"))])
     assert told.text() == (
         "slow down Wait. All of these were tried: copilot/a (rate_limited), kiro/b (not_signed_in)."
     )

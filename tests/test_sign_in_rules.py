@@ -89,24 +89,24 @@ def test_a_poll_is_judged_by_its_words(name: str, state: str) -> None:
         answers.append((400, gw.Headers([("x-amzn-errortype", value)]), b"{}"))
         answers.append((400, gw.Headers([("x-amzn-errortype", value)]), b""))
     for answer in answers:
-        assert gw.judge_poll(*answer).state == state, answer
+        assert gw.classify_poll(*answer).state == state, answer
 
 
 def test_a_poll_that_nobody_answered_properly() -> None:
     for status in (429, 500, 502, 503):
         for body in (b"", b"<html>Unicorn!</html>", data({"message": "x"})):
-            assert gw.judge_poll(status, NO_HEADERS, body).state == "unreachable"
+            assert gw.classify_poll(status, NO_HEADERS, body).state == "unreachable"
     for body in (b"", b"<html></html>", b"[]", b'{"access_token":1}', b"\xff"):
-        assert gw.judge_poll(200, NO_HEADERS, body).state == "failed", body
+        assert gw.classify_poll(200, NO_HEADERS, body).state == "failed", body
     # A token in an answer that failed is none.
-    assert gw.judge_poll(500, NO_HEADERS, data({"access_token": "ghu_EXAMPLE"})).state != "done"
+    assert gw.classify_poll(500, NO_HEADERS, data({"access_token": "ghu_EXAMPLE"})).state != "done"
     for token in ({"access_token": "ghu_EXAMPLE"}, {"accessToken": "aoaEXAMPLE"}):
-        assert gw.judge_poll(200, NO_HEADERS, data(token)).state == "done"
+        assert gw.classify_poll(200, NO_HEADERS, data(token)).state == "done"
 
 
 def test_words_of_a_failed_poll_show_no_secret() -> None:
     said = {"error": "x", "error_description": "token ghu_EXAMPLE0000000000 " + "long " * 200}
-    poll = gw.judge_poll(400, NO_HEADERS, data(said))
+    poll = gw.classify_poll(400, NO_HEADERS, data(said))
     assert "ghu_" not in poll.words
     assert len(poll.words) <= 300
 
@@ -369,7 +369,7 @@ def test_how_a_token_is_shown(token: str, host: str, shown: str) -> None:
 
 def test_a_refused_exchange() -> None:
     def judged(status: int, body: Any) -> gw.RetryDecision:
-        return gw.judge_exchange(status, NO_HEADERS, data(body), NOW)
+        return gw.classify_exchange_error(status, NO_HEADERS, data(body), NOW)
 
     assert type(judged(401, {"message": "Bad credentials"}).error) is gw.NotSignedIn
     assert type(judged(404, {"message": "Not Found"}).error) is gw.NotSignedIn

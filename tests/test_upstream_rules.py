@@ -86,7 +86,7 @@ def scrub(
     body: Json = {"messages": [user("hello")], **fields}
     if dialect == "messages":
         body.setdefault("max_tokens", 4000)
-    return gw.scrub_body(dialect, body, MODELS[model], lessons or {}, True)
+    return gw.sanitize_body(dialect, body, MODELS[model], lessons or {}, True)
 
 
 def messages(model: str = SONNET, **fields: Any) -> Json:
@@ -703,7 +703,7 @@ def test_a_budget_is_dropped_in_a_tool_loop_that_began_without_a_thought() -> No
 def test_context_edits_stay_away_from_the_long_window() -> None:
     model = gw.Model("claude-opus-4.6-1m", "copilot", ("messages",), max_output=1000)
     body = {"messages": [user("a")], "max_tokens": 5, "context_management": {"edits": []}}
-    scrubbed = gw.scrub_body("messages", body, model, {}, True)
+    scrubbed = gw.sanitize_body("messages", body, model, {}, True)
     assert "context_management" not in scrubbed.body
     assert scrubbed.dropped == ["context_management"]
 
@@ -1033,7 +1033,7 @@ def test_usage_is_always_asked_for_and_an_empty_prediction_is_not_sent() -> None
     body = chat(stream_options={"include_usage": False, "x": 1}, prediction={"content": ""})
     assert body["stream_options"] == {"include_usage": True}
     assert "prediction" not in body
-    whole = gw.scrub_body("chat", {"messages": [user("a")]}, MODELS["gpt-4.1"], {}, False)
+    whole = gw.sanitize_body("chat", {"messages": [user("a")]}, MODELS["gpt-4.1"], {}, False)
     assert "stream_options" not in whole.body
 
 
@@ -1078,9 +1078,9 @@ def test_a_second_attempt_is_made_from_an_unchanged_request(dialect: str) -> Non
     model, fields = WHOLE_BODIES[dialect]
     body = {"max_tokens": 4000, **copy.deepcopy(fields)}
     before = copy.deepcopy(body)
-    first = gw.scrub_body(dialect, body, MODELS[model], {}, True)
+    first = gw.sanitize_body(dialect, body, MODELS[model], {}, True)
     once = copy.deepcopy(first.body)
-    second = gw.scrub_body(dialect, body, MODELS[model], {}, True)
+    second = gw.sanitize_body(dialect, body, MODELS[model], {}, True)
     assert second.body == once
     assert second.dropped == first.dropped
     assert body == before
@@ -1090,7 +1090,7 @@ def test_a_field_that_was_learned_is_named_at_every_attempt() -> None:
     lessons = {"field": ["messages.*.content.*.text.citations"]}
     body = {"max_tokens": 4000, "messages": [user([text("a", citations=[])])]}
     for _ in range(2):
-        dropped = gw.scrub_body("messages", body, MODELS[OPUS], lessons, True).dropped
+        dropped = gw.sanitize_body("messages", body, MODELS[OPUS], lessons, True).dropped
         assert dropped == ["messages.*.content.*.text.citations"]
 
 
@@ -1277,7 +1277,7 @@ def judge(
     sent = sent or {
         "thinking": BUDGET, "output_config": {"effort": "high"}, "messages": [turn]
     }  # fmt: skip
-    return gw.judge_copilot(status, fields, body, MODELS[SONNET], sent, {}, NOW)
+    return gw.classify_copilot_error(status, fields, body, MODELS[SONNET], sent, {}, NOW)
 
 
 @pytest.mark.parametrize("name", JUDGED)
@@ -1365,7 +1365,7 @@ def test_a_model_without_the_asked_endpoint_is_asked_in_another_dialect() -> Non
     for body in (said(why), said("no", "unsupported_api_for_model")):
         verdict = judge(400, body)
         assert (type(verdict.error), verdict.remedy) == (gw.InvalidRequest, "reroute")
-        assert verdict.lessons == []  # the provider's models remember it
+        assert verdict.rejections == []  # the provider's models remember it
 
 
 def test_github_s_request_id_is_named_and_tokens_are_not() -> None:
@@ -1423,7 +1423,7 @@ LEARNED: dict[str, tuple[Json, Json]] = {
 
 def field_lessons(*paths: str) -> gw.Rejections:
     """What a refusal of these paths teaches."""
-    return {"field": [p for path in paths for p in gw.refused_paths(refusal_of(path))]}
+    return {"field": [p for path in paths for p in gw.rejected_paths(refusal_of(path))]}
 
 
 def refusal_of(path: str) -> str:
@@ -1436,12 +1436,12 @@ def test_a_field_that_was_refused_once_is_left_out_from_then_on(path: str) -> No
     fields, left = LEARNED[path]
     verdict = judge(400, anthropic(refusal_of(path)))
     assert verdict.remedy == "repair"
-    lessons = {"field": [name for kind, name in verdict.lessons if kind == "field"]}
+    lessons = {"field": [name for kind, name in verdict.rejections if kind == "field"]}
     asked = scrub("messages", SONNET, lessons, **copy.deepcopy(fields))
     assert asked.body == scrub("messages", SONNET, **copy.deepcopy(left)).body
     assert asked.dropped
-    again = gw.judge_400(refusal_of(path), "", MODELS[SONNET], asked.body, lessons)
-    assert (again.remedy, again.lessons) == ("", [])
+    again = gw.classify_400(refusal_of(path), "", MODELS[SONNET], asked.body, lessons)
+    assert (again.remedy, again.rejections) == ("", [])
 
 
 SEMANTIC = (
@@ -1464,7 +1464,7 @@ SEMANTIC = (
 @pytest.mark.parametrize("path", SEMANTIC)
 def test_a_field_that_carries_the_meaning_is_never_learned(path: str) -> None:
     verdict = judge(400, anthropic(refusal_of(path)))
-    assert (verdict.remedy, verdict.lessons) == ("", [])
+    assert (verdict.remedy, verdict.rejections) == ("", [])
 
 
 STRAY: dict[str, Json] = {
@@ -1521,7 +1521,7 @@ def test_the_name_of_a_stray_field_teaches_nothing_but_itself(message: str) -> N
     """A client may name a field as it likes, and a refusal repeats the name."""
     verdict = judge(400, anthropic(message))
     assert verdict.remedy in ("", "repair")
-    assert all(kind == "field" for kind, _ in verdict.lessons)
+    assert all(kind == "field" for kind, _ in verdict.rejections)
 
 
 @pytest.mark.parametrize("why", [
@@ -1534,7 +1534,7 @@ def test_the_name_of_a_stray_field_teaches_nothing_but_itself(message: str) -> N
 def test_words_of_the_caller_in_a_refusal_teach_nothing(why: str) -> None:
     turns = [{"role": "system", "content": "s"}]
     sent = {"thinking": {"type": "enabled"}, "reasoning_effort": "high", "messages": turns}
-    assert gw.read_lessons(why, "invalid_request_body", sent) == []
+    assert gw.read_rejections(why, "invalid_request_body", sent) == []
 
 
 def test_only_what_was_sent_can_be_refused() -> None:
@@ -1544,16 +1544,16 @@ def test_only_what_was_sent_can_be_refused() -> None:
         "role 'system' is not supported on this model",
         "Unexpected value(s) `somebody-elses-beta` for the `anthropic-beta` header.",
     ):
-        assert judge(400, anthropic(why), sent={"messages": [user("a")]}).lessons == []
+        assert judge(400, anthropic(why), sent={"messages": [user("a")]}).rejections == []
 
 
 def test_a_lesson_is_for_its_model_and_dialect_and_ends() -> None:
     learned = gw.RejectionMemory()
     learned.learn(SONNET, "messages", [("field", "context_management")], 100.0)
-    assert learned.lessons(SONNET, "messages", 101.0) == {"field": ["context_management"]}
-    assert not learned.lessons(HAIKU, "messages", 101.0)
-    assert not learned.lessons(SONNET, "chat", 101.0)
-    assert not learned.lessons(SONNET, "messages", 100.0 + gw.LESSON_SECONDS)
+    assert learned.rejections(SONNET, "messages", 101.0) == {"field": ["context_management"]}
+    assert not learned.rejections(HAIKU, "messages", 101.0)
+    assert not learned.rejections(SONNET, "chat", 101.0)
+    assert not learned.rejections(SONNET, "messages", 100.0 + gw.REJECTION_SECONDS)
 
 
 def test_lessons_are_few() -> None:
@@ -1563,12 +1563,12 @@ def test_lessons_are_few() -> None:
         learned.learn(SONNET, "messages", [("field", f"messages.*.stray{number}")], 0.0)
         learned.learn(f"made-up-{number}", "messages", [("field", "x")], 0.0)
     learned.learn(SONNET, "messages", [("field", "y")], 0.0)
-    assert len(learned.scopes) <= gw.MAX_LESSON_SCOPES
-    assert all(len(scope) <= gw.MAX_LESSONS for scope in learned.scopes.values())
+    assert len(learned.scopes) <= gw.MAX_REJECTION_SCOPES
+    assert all(len(scope) <= gw.MAX_REJECTIONS for scope in learned.scopes.values())
 
 
 def test_a_model_that_turned_out_adaptive_is_asked_adaptively() -> None:
-    kind, name = judge(*JUDGED["400 thinking"][:2]).lessons[0]
+    kind, name = judge(*JUDGED["400 thinking"][:2]).rejections[0]
     body = scrub("messages", SONNET, {kind: [name]}, thinking=BUDGET).body
     assert body["thinking"]["type"] == "adaptive"
 
@@ -1617,20 +1617,20 @@ EXCHANGES: dict[str, tuple[int, bytes, type[gw.ApiError], str]] = {
 @pytest.mark.parametrize("name", EXCHANGES)
 def test_a_refused_exchange_means_what_the_table_says(name: str) -> None:
     status, body, kind, remedy = EXCHANGES[name]
-    verdict = gw.judge_exchange(status, gw.Headers(), body, NOW)
+    verdict = gw.classify_exchange_error(status, gw.Headers(), body, NOW)
     assert isinstance(verdict.error, kind)
     assert verdict.remedy == remedy
     assert "<html" not in verdict.error.text()
 
 
 def test_a_refusal_of_copilot_shows_github_s_page_and_no_other() -> None:
-    ours = gw.judge_exchange(403, gw.Headers(), envelope("x"), NOW).error
+    ours = gw.classify_exchange_error(403, gw.Headers(), envelope("x"), NOW).error
     assert "https://github.com/github-copilot/signup" in ours.text()
     assert "No access found" in ours.text()
     foreign = envelope("x", "https://evil.example/signup")
-    assert "evil" not in gw.judge_exchange(403, gw.Headers(), foreign, NOW).error.text()
+    assert "evil" not in gw.classify_exchange_error(403, gw.Headers(), foreign, NOW).error.text()
 
 
 def test_a_rate_limited_exchange_says_when_to_come_back() -> None:
-    verdict = gw.judge_exchange(403, gw.Headers({"retry-after": "90"}), LIMITED, NOW)
+    verdict = gw.classify_exchange_error(403, gw.Headers({"retry-after": "90"}), LIMITED, NOW)
     assert verdict.wait_s == verdict.error.retry_after == 90

@@ -68,7 +68,7 @@ def report(store: gw.UsageStore, now: float = NOON, **given: str) -> Json:
     ],
 )
 def test_a_caller_is_labelled_by_the_family_of_its_user_agent(agent: str, label: str) -> None:
-    assert gw.caller_label(agent) == label
+    assert gw.client_label(agent) == label
 
 
 @pytest.mark.parametrize(
