@@ -746,14 +746,14 @@ class UpstreamTimeout(ApiError):
 class RetryDecision:
     """What one refused attempt means: the error for the client, and what to try before that.
 
-    `remedy` is "" (nothing helps), wait (back off), pause (as long as the upstream asks, or longer
+    `action` is "" (nothing helps), wait (back off), pause (as long as the upstream asks, or longer
     than a backoff), again (back off, but only once), refresh (the token), relist (the models),
     reroute (to another dialect or host), repair (the body, by a new lesson), forget (replayed
     reasoning), rest (cool down).
     """
 
     error: ApiError
-    remedy: str = ""
+    action: str = ""
     wait_s: float | None = None
     account_wide: bool = False  #: all models of the account are affected
     resets_in: float | None = None  #: seconds to the expected recovery, if too long to wait
@@ -3433,7 +3433,7 @@ class UpstreamDialect(Protocol):
 
     def framing(self) -> Framing: ...
 
-    def reader(self, terms: ResponseContext) -> Reader: ...
+    def reader(self, context: ResponseContext) -> Reader: ...
 
     def expand(self, whole: Json) -> list[Json]:
         """The frames equivalent to a non-streaming response."""
@@ -3449,7 +3449,7 @@ class Dialect(UpstreamDialect, Protocol):
     is_numbered: bool  #: its frames carry a `sequence_number`
     id_prefix: str  #: prefix of its response ids
 
-    def outline(self, body: Json) -> RequestInfo:
+    def request_info(self, body: Json) -> RequestInfo:
         """The facts routing needs; raises InvalidRequest."""
 
     def read_request(self, body: Json) -> Conversation:
@@ -3457,9 +3457,9 @@ class Dialect(UpstreamDialect, Protocol):
 
     def has_image(self, body: Json) -> bool: ...
 
-    def writer(self, terms: ResponseContext) -> Writer: ...
+    def writer(self, context: ResponseContext) -> Writer: ...
 
-    def relay(self, terms: ResponseContext) -> Relay: ...
+    def relay(self, context: ResponseContext) -> Relay: ...
 
     def aggregate(self, frames: list[Json]) -> Json:
         """The non-streaming response equivalent to a finished stream of frames."""
@@ -3473,14 +3473,14 @@ class Dialect(UpstreamDialect, Protocol):
         """The status that this dialect's clients expect for `error`."""
 
     def error_frames(
-        self, error: ApiError, request_id: str, terms: ResponseContext, begun: bool
+        self, error: ApiError, request_id: str, context: ResponseContext, begun: bool
     ) -> list[Json]:
         """The frames that end a stream with an error; `begun`: others were sent before."""
 
     def ping(self, begun: bool) -> bytes:
         """A keep-alive in the form that its clients accept."""
 
-    def alive(self, terms: ResponseContext) -> Json | None:
+    def alive(self, context: ResponseContext) -> Json | None:
         """A frame that serves as keep-alive, if its clients do not accept a ping."""
 
 
@@ -3959,7 +3959,7 @@ def read_messages_usage(said: Json, usage: Usage) -> None:
     usage.source = "reported"
 
 
-def finalize_usage(usage: Usage, terms: ResponseContext, said: float) -> Usage:
+def finalize_usage(usage: Usage, context: ResponseContext, said: float) -> Usage:
     """The usage to report at the end of a response; `said`: its estimated output tokens.
 
     If the context size after the response is known, it is taken as input plus output (seen in
@@ -3970,7 +3970,7 @@ def finalize_usage(usage: Usage, terms: ResponseContext, said: float) -> Usage:
     output = usage.output or max(1, int(said))
     if usage.context:
         return replace(usage, input=max(0, usage.context - output), output=output, source="derived")
-    return replace(usage, input=estimate_request(terms.asked), output=output, source="estimated")
+    return replace(usage, input=estimate_request(context.asked), output=output, source="estimated")
 
 
 # Errors inside a stream, in any vendor's shape.
@@ -4470,8 +4470,8 @@ class ChatReader:
     buffered until it is complete.
     """
 
-    def __init__(self, terms: ResponseContext) -> None:
-        self.terms = terms
+    def __init__(self, context: ResponseContext) -> None:
+        self.context = context
         self.usage = Usage()
         self.live = ""  # kind of the open block
         self.live_call: StreamedCall | None = None
@@ -4600,9 +4600,9 @@ class ChatReader:
         for kind, words in waiting:
             self.add(kind, words, events)
         self.close(events)
-        if self.calls and self.sealed and self.terms.keep:
+        if self.calls and self.sealed and self.context.keep:
             thought = "".join(self.thought)
-            self.terms.keep([call.id for call in self.calls.values()], thought, self.sealed)
+            self.context.keep([call.id for call in self.calls.values()], thought, self.sealed)
         if self.opaque:
             # The signature came after the thinking block, or without one.
             events += [
@@ -4623,8 +4623,8 @@ class ChatReader:
 
 
 class ChatWriter:
-    def __init__(self, terms: ResponseContext) -> None:
-        self.terms = terms
+    def __init__(self, context: ResponseContext) -> None:
+        self.context = context
         self.usage = Usage()
         self.calls = -1
         self.kind = ""
@@ -4632,10 +4632,10 @@ class ChatWriter:
 
     def chunk(self, delta: Json, finish: str | None = None) -> Json:
         return {
-            "id": self.terms.id,
+            "id": self.context.id,
             "object": "chat.completion.chunk",
-            "created": self.terms.created,
-            "model": self.terms.model,
+            "created": self.context.created,
+            "model": self.context.model,
             "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}],
         }
 
@@ -4679,25 +4679,25 @@ class ChatWriter:
     def write_call(self, event: BlockStart) -> Json:
         """The first fragment of a call, the only one with id, type and name."""
         function = {"name": event.name, "arguments": ""}
-        if self.terms.legacy_functions:
+        if self.context.legacy_functions:
             return self.chunk({"function_call": function})
         call = {"index": self.calls, "id": event.id, "type": "function", "function": function}
         return self.chunk({"tool_calls": [call]})
 
     def arguments_delta(self, text: str) -> Json:
-        if self.terms.legacy_functions:
+        if self.context.legacy_functions:
             return {"function_call": {"arguments": text}}
         return {"tool_calls": [{"index": self.calls, "function": {"arguments": text}}]}
 
     def write_finish(self, event: MessageStop) -> list[Json]:
         word = CHAT_FINISH_WORDS[event.reason]
-        if word == "tool_calls" and self.terms.legacy_functions:
+        if word == "tool_calls" and self.context.legacy_functions:
             word = "function_call"
         frames = [self.chunk({}, word)]
         explanation = (event.details or {}).get("explanation")
         if event.reason == "filter" and isinstance(explanation, str) and explanation:
             frames.insert(0, self.chunk({"refusal": explanation}))
-        if self.terms.include_usage:
+        if self.context.include_usage:
             usage_chunk = self.chunk({})
             usage_chunk["choices"] = []
             usage_chunk["usage"] = write_chat_usage(self.usage)
@@ -4767,8 +4767,8 @@ class ChatRelay:
     and in its place.
     """
 
-    def __init__(self, terms: ResponseContext) -> None:
-        self.terms = terms
+    def __init__(self, context: ResponseContext) -> None:
+        self.context = context
         self.usage = Usage()
         self.said = 0.0
         self.finished = False
@@ -4798,18 +4798,18 @@ class ChatRelay:
         choices = [c for c in said if isinstance(c, dict)] if isinstance(said, list) else []
         if not choices:
             return []  # prompt filter results, copilot_references, the usage chunk
-        self.id = self.id or str(frame.get("id") or self.terms.id)
-        self.created = self.created or positive(frame.get("created")) or self.terms.created
+        self.id = self.id or str(frame.get("id") or self.context.id)
+        self.created = self.created or positive(frame.get("created")) or self.context.created
         frame.update(
             id=self.id,
             object="chat.completion.chunk",
             created=self.created,
-            model=self.terms.model,
+            model=self.context.model,
         )
         frame["choices"] = [repaired for item in choices if (repaired := self.mend_choice(item))]
         if not frame["choices"]:
             return []
-        if not self.terms.many:
+        if not self.context.many:
             first_choice, *others = frame["choices"]
             merger = DeltaMerger()
             for other in others:
@@ -4832,7 +4832,7 @@ class ChatRelay:
         """One choice as strict clients expect it; None if nothing is left of it."""
         said = choice.get("index")
         index = said if isinstance(said, int) else 0
-        shown = index if self.terms.many else 0
+        shown = index if self.context.many else 0
         delta = {k: v for k, v in details(choice, "delta").items() if k not in CHAT_FILLINGS}
         finish = choice.get("finish_reason")
         if isinstance(finish, str) and finish and self.finish.get(shown) != "tool_calls":
@@ -4874,8 +4874,8 @@ class ChatRelay:
         if not is_new:
             return {"index": number, "function": fragment}
         name = str(function.get("name") or "")
-        fragment = {"name": self.terms.names.get(name, name), **fragment}
-        call_id = call.get("id") or f"call_{short_hash(f'{self.terms.id}{key}', 16)}"
+        fragment = {"name": self.context.names.get(name, name), **fragment}
+        call_id = call.get("id") or f"call_{short_hash(f'{self.context.id}{key}', 16)}"
         self.called.append(str(call_id))
         first = {"index": number, "id": call_id, "type": "function", "function": fragment}
         return {**{k: v for k, v in call.items() if k not in first}, **first}
@@ -4886,14 +4886,14 @@ class ChatRelay:
         if not self.finish:
             raise UpstreamError(BROKEN_OFF)
         self.finished = True
-        if self.opaque and self.terms.keep:
-            self.terms.keep(self.called, "".join(self.reasoning), self.opaque)
+        if self.opaque and self.context.keep:
+            self.context.keep(self.called, "".join(self.reasoning), self.opaque)
         frames = []
         base = {
             "id": self.id,
             "object": "chat.completion.chunk",
             "created": self.created,
-            "model": self.terms.model,
+            "model": self.context.model,
         }
         for index, finish in sorted(self.finish.items()):
             if finish not in CHAT_FINISHES:
@@ -4902,9 +4902,9 @@ class ChatRelay:
                 finish = "tool_calls"
             choice = {"index": index, "delta": {}, "logprobs": None, "finish_reason": finish}
             frames.append({**base, "choices": [choice]})
-        if self.terms.include_usage:
+        if self.context.include_usage:
             usage = self.usage_frame or write_chat_usage(
-                finalize_usage(self.usage, self.terms, self.said)
+                finalize_usage(self.usage, self.context, self.said)
             )
             frames.append({**base, "choices": [], "usage": usage})
         return frames
@@ -4916,7 +4916,7 @@ class ChatDialect:
     is_numbered = False
     id_prefix = "chatcmpl-"
 
-    def outline(self, body: Json) -> RequestInfo:
+    def request_info(self, body: Json) -> RequestInfo:
         messages = message_list(body)
         last = messages[-1].get("role")
         session = body.get("prompt_cache_key") or body.get("user") or ""
@@ -4948,14 +4948,14 @@ class ChatDialect:
     def framing(self) -> Framing:
         return SseReader()
 
-    def reader(self, terms: ResponseContext) -> Reader:
-        return ChatReader(terms)
+    def reader(self, context: ResponseContext) -> Reader:
+        return ChatReader(context)
 
-    def writer(self, terms: ResponseContext) -> Writer:
-        return ChatWriter(terms)
+    def writer(self, context: ResponseContext) -> Writer:
+        return ChatWriter(context)
 
-    def relay(self, terms: ResponseContext) -> Relay:
-        return ChatRelay(terms)
+    def relay(self, context: ResponseContext) -> Relay:
+        return ChatRelay(context)
 
     def aggregate(self, frames: list[Json]) -> Json:
         whole: Json = {"id": "", "object": "chat.completion", "created": 0, "model": ""}
@@ -5023,11 +5023,11 @@ class ChatDialect:
         return error.status
 
     def error_frames(
-        self, error: ApiError, request_id: str, terms: ResponseContext, begun: bool
+        self, error: ApiError, request_id: str, context: ResponseContext, begun: bool
     ) -> list[Json]:
         return [self.error_body(error, request_id)]
 
-    def alive(self, terms: ResponseContext) -> Json | None:
+    def alive(self, context: ResponseContext) -> Json | None:
         return None
 
     def ping(self, begun: bool) -> bytes:
@@ -5481,13 +5481,13 @@ class MessagesWriter:
     keeps it, keyed by the calls that follow it.
     """
 
-    def __init__(self, terms: ResponseContext) -> None:
-        self.terms = terms
+    def __init__(self, context: ResponseContext) -> None:
+        self.context = context
         self.usage = Usage()
         self.index = -1
         self.kind = ""
         self.refused = False
-        self.shows_sealed = wants_thinking(terms.asked)
+        self.shows_sealed = wants_thinking(context.asked)
         #: held frames of a late thinking block that has no text yet; None if there is none
         self.late: list[Json] | None = None
 
@@ -5544,12 +5544,12 @@ class MessagesWriter:
 
     def write_start(self) -> Json:
         """Input tokens are estimated here; otherwise clients show the context as empty."""
-        usage = Usage(input=estimate_request(self.terms.asked))
+        usage = Usage(input=estimate_request(self.context.asked))
         message: Json = {
-            "id": self.terms.id,
+            "id": self.context.id,
             "type": "message",
             "role": "assistant",
-            "model": self.terms.model,
+            "model": self.context.model,
             "content": [],
             "stop_reason": None,
             "stop_sequence": None,
@@ -5575,7 +5575,7 @@ class MessagesWriter:
         if event.part == "citation":
             return event.raw
         if self.kind == "thinking":
-            if self.terms.hide_thinking:
+            if self.context.hide_thinking:
                 return None
             return {"type": "thinking_delta", "thinking": event.text}
         return {"type": "text_delta", "text": event.text}
@@ -5613,8 +5613,8 @@ EMPTY_MESSAGE: Json = {
 class MessagesRelay:
     """Native Anthropic frames, repaired: model name, unknown events, a missing end."""
 
-    def __init__(self, terms: ResponseContext) -> None:
-        self.terms = terms
+    def __init__(self, context: ResponseContext) -> None:
+        self.context = context
         self.usage = Usage()
         self.said = 0.0
         self.finished = False
@@ -5680,8 +5680,8 @@ class MessagesRelay:
         usage["output_tokens"] = self.usage.output
         usage["input_tokens"] = self.usage.input
         if not self.usage.prompt:
-            usage["input_tokens"] = estimate_request(self.terms.asked)
-        return {**EMPTY_MESSAGE, **message, "model": self.terms.model, "usage": usage}
+            usage["input_tokens"] = estimate_request(self.context.asked)
+        return {**EMPTY_MESSAGE, **message, "model": self.context.model, "usage": usage}
 
     def mend_block(self, block: Json) -> None:
         if block.get("type") == "tool_use":
@@ -5689,7 +5689,7 @@ class MessagesRelay:
             self.guard = RunawayGuard()
             name = block.get("name")
             if isinstance(name, str):
-                block["name"] = self.terms.names.get(name, name)
+                block["name"] = self.context.names.get(name, name)
 
     def mend_finish(self, frame: Json) -> None:
         delta = details(frame, "delta")
@@ -5703,7 +5703,7 @@ class MessagesRelay:
         usage["output_tokens"] = self.usage.output
         frame["usage"] = usage
         frame["delta"] = delta
-        if "context_management" not in self.terms.asked:
+        if "context_management" not in self.context.asked:
             frame.pop("context_management", None)  # langchain fails on it unless it asked
 
     def end(self) -> list[Json]:
@@ -5794,7 +5794,7 @@ class MessagesDialect:
     is_numbered = False
     id_prefix = "msg_"
 
-    def outline(self, body: Json) -> RequestInfo:
+    def request_info(self, body: Json) -> RequestInfo:
         messages = message_list(body)
         return RequestInfo(
             model=need_str(body, "model"),
@@ -5836,14 +5836,14 @@ class MessagesDialect:
     def framing(self) -> Framing:
         return SseReader()
 
-    def reader(self, terms: ResponseContext) -> Reader:
+    def reader(self, context: ResponseContext) -> Reader:
         return MessagesReader()
 
-    def writer(self, terms: ResponseContext) -> Writer:
-        return MessagesWriter(terms)
+    def writer(self, context: ResponseContext) -> Writer:
+        return MessagesWriter(context)
 
-    def relay(self, terms: ResponseContext) -> Relay:
-        return MessagesRelay(terms)
+    def relay(self, context: ResponseContext) -> Relay:
+        return MessagesRelay(context)
 
     def aggregate(self, frames: list[Json]) -> Json:
         aggregate = MessagesAggregator()
@@ -5883,11 +5883,11 @@ class MessagesDialect:
         return 529 if isinstance(error, Overloaded) else error.status
 
     def error_frames(
-        self, error: ApiError, request_id: str, terms: ResponseContext, begun: bool
+        self, error: ApiError, request_id: str, context: ResponseContext, begun: bool
     ) -> list[Json]:
         return [self.error_body(error, request_id)]
 
-    def alive(self, terms: ResponseContext) -> Json | None:
+    def alive(self, context: ResponseContext) -> Json | None:
         return None
 
     def ping(self, begun: bool) -> bytes:
@@ -6496,8 +6496,8 @@ class OutputItem:
 
 
 class ResponsesReader:
-    def __init__(self, terms: ResponseContext) -> None:
-        self.terms = terms
+    def __init__(self, context: ResponseContext) -> None:
+        self.context = context
         self.usage = Usage()
         self.items: dict[int, OutputItem] = {}
         self.at = 0  # index of the item whose events are passed on
@@ -6657,8 +6657,8 @@ class ResponsesReader:
         read_copilot_usage(frame, self.usage)
         if self.usage.source:
             events.append(UsageUpdate(self.usage))
-        if self.calls and self.thought[1] and self.terms.keep:
-            self.terms.keep(self.calls, *self.thought)
+        if self.calls and self.thought[1] and self.context.keep:
+            self.context.keep(self.calls, *self.thought)
         incomplete = kind == "response.incomplete"
         events.append(MessageStop(read_incomplete(response) if incomplete else "end"))
         return events
@@ -6681,20 +6681,20 @@ def write_responses_usage(usage: Usage) -> Json:
     }
 
 
-def write_response(terms: ResponseContext, status: str, output: list[Json]) -> Json:
+def write_response(context: ResponseContext, status: str, output: list[Json]) -> Json:
     response: Json = {
-        "id": terms.id,
+        "id": context.id,
         "object": "response",
-        "created_at": terms.created,
+        "created_at": context.created,
         "status": status,
         "error": None,
         "incomplete_details": None,
-        "model": terms.model,
+        "model": context.model,
         "output": output,
         "store": False,
         "usage": None,
     }
-    asked = {key: terms.asked.get(key) for key in RESPONSES_ECHOED}
+    asked = {key: context.asked.get(key) for key in RESPONSES_ECHOED}
     for key, default in RESPONSES_ECHOED.items():
         response[key] = default if asked[key] is None else asked[key]
     return response
@@ -6712,8 +6712,8 @@ def unwrap_input(arguments: str) -> str:
 class ResponsesWriter:
     """Events -> responses stream events.  `StreamTranslator` adds their sequence numbers."""
 
-    def __init__(self, terms: ResponseContext) -> None:
-        self.terms = terms
+    def __init__(self, context: ResponseContext) -> None:
+        self.context = context
         self.usage = Usage()
         self.output: list[Json] = []
         self.item: Json = {}
@@ -6729,7 +6729,7 @@ class ResponsesWriter:
         if isinstance(event, BlockDelta):
             return self.write_added(event)
         if isinstance(event, MessageStart):
-            response = write_response(self.terms, "in_progress", [])
+            response = write_response(self.context, "in_progress", [])
             return [
                 {"type": "response.created", "response": response},
                 {"type": "response.in_progress", "response": response},
@@ -6754,7 +6754,7 @@ class ResponsesWriter:
         return {"type": f"response.output_item.{kind}", "output_index": index, "item": self.item}
 
     def new_id(self, prefix: str) -> str:
-        return prefix + short_hash(f"{self.terms.id} {len(self.output)}", 24)
+        return prefix + short_hash(f"{self.context.id} {len(self.output)}", 24)
 
     def write_opened(self, event: BlockStart) -> list[Json]:
         self.kind, self.pieces, self.signature = event.kind, [], []
@@ -6783,7 +6783,7 @@ class ResponsesWriter:
         return {**self.item_frame("added"), "item": dict(self.item)}
 
     def new_call(self, event: BlockStart) -> Json:
-        tool = self.terms.tools.get(event.name)
+        tool = self.context.tools.get(event.name)
         kind = tool.kind if tool else "function"
         state = {"call_id": event.id, "status": "in_progress"}
         if kind == "tool_search":
@@ -6819,7 +6819,7 @@ class ResponsesWriter:
         if self.kind == "refusal":
             return [self.frame("refusal.delta", content_index=0, delta=event.text)]
         if self.kind == "thinking":
-            if self.terms.hide_thinking:
+            if self.context.hide_thinking:
                 return []
             part = {"type": "summary_text", "text": ""}
             first = [self.frame("reasoning_summary_part.added", summary_index=0, part=part)]
@@ -6856,7 +6856,7 @@ class ResponsesWriter:
     def close_thought(self) -> list[Json]:
         frames = []
         text, signature = self.text, "".join(self.signature)
-        if text and not self.terms.hide_thinking:
+        if text and not self.context.hide_thinking:
             part = {"type": "summary_text", "text": text}
             frames = [
                 self.frame("reasoning_summary_text.done", summary_index=0, text=text),
@@ -6906,7 +6906,7 @@ class ResponsesWriter:
             frames = [frame for step in steps for frame in self.write(step)]
             reason = None
         status = "incomplete" if reason else "completed"
-        response = write_response(self.terms, status, self.output)
+        response = write_response(self.context, status, self.output)
         response["usage"] = write_responses_usage(self.usage)
         if reason:
             response["incomplete_details"] = {"reason": reason}
@@ -6926,8 +6926,8 @@ class ResponsesRelay:
     each output index keeps one id, as clients match by it.
     """
 
-    def __init__(self, terms: ResponseContext) -> None:
-        self.terms = terms
+    def __init__(self, context: ResponseContext) -> None:
+        self.context = context
         self.usage = Usage()
         self.said = 0.0
         self.finished = False
@@ -6996,12 +6996,12 @@ class ResponsesRelay:
         return frames
 
     def opening(self) -> list[Json]:
-        response = write_response(self.terms, "in_progress", [])
+        response = write_response(self.context, "in_progress", [])
         return [{"type": "response.created", "response": response}]
 
     def pinned(self, index: int, kind: str) -> str:
         prefix = ITEM_PREFIXES.get(kind, "item_")
-        made = prefix + short_hash(f"{self.terms.id} {index}", 24)
+        made = prefix + short_hash(f"{self.context.id} {index}", 24)
         return self.ids.setdefault(index, made)
 
     def mend_item(self, index: int, frame: Json) -> None:
@@ -7022,14 +7022,16 @@ class ResponsesRelay:
         for key in ("name", "namespace"):
             name = holder.get(key)
             if isinstance(name, str):
-                holder[key] = self.terms.names.get(name, name)
+                holder[key] = self.context.names.get(name, name)
 
     def mend_response(self, response: Json, is_last: bool) -> Json:
-        response.update(id=self.terms.id, model=self.terms.model, created_at=self.terms.created)
+        response.update(
+            id=self.context.id, model=self.context.model, created_at=self.context.created
+        )
         response.setdefault("store", False)
         for key in ("metadata", "user"):  # Copilot does not take them
-            if self.terms.asked.get(key) is not None:
-                response[key] = self.terms.asked[key]
+            if self.context.asked.get(key) is not None:
+                response[key] = self.context.asked[key]
         response.pop("output_text", None)
         output = response.get("output")
         if is_last and not output:  # its items may have been streamed before
@@ -7098,7 +7100,7 @@ class ResponsesDialect:
     is_numbered = True
     id_prefix = "resp_"
 
-    def outline(self, body: Json) -> RequestInfo:
+    def request_info(self, body: Json) -> RequestInfo:
         refuse_state(body)
         items = input_items(body)
         session = body.get("prompt_cache_key") or body.get("user") or ""
@@ -7134,14 +7136,14 @@ class ResponsesDialect:
     def framing(self) -> Framing:
         return SseReader()
 
-    def reader(self, terms: ResponseContext) -> Reader:
-        return ResponsesReader(terms)
+    def reader(self, context: ResponseContext) -> Reader:
+        return ResponsesReader(context)
 
-    def writer(self, terms: ResponseContext) -> Writer:
-        return ResponsesWriter(terms)
+    def writer(self, context: ResponseContext) -> Writer:
+        return ResponsesWriter(context)
 
-    def relay(self, terms: ResponseContext) -> Relay:
-        return ResponsesRelay(terms)
+    def relay(self, context: ResponseContext) -> Relay:
+        return ResponsesRelay(context)
 
     def aggregate(self, frames: list[Json]) -> Json:
         whole: Json = frames[-1]["response"]
@@ -7189,25 +7191,25 @@ class ResponsesDialect:
         return 400 if isinstance(error, NotSignedIn) else error.status
 
     def error_frames(
-        self, error: ApiError, request_id: str, terms: ResponseContext, begun: bool
+        self, error: ApiError, request_id: str, context: ResponseContext, begun: bool
     ) -> list[Json]:
         """`response.failed`, after `response.created` if nothing was sent before."""
         said = write_openai_error(error, "input")
-        response = write_response(terms, "failed", [])
+        response = write_response(context, "failed", [])
         code = said["code"] or said["type"]
         plain = {"upstream_error", "upstream_timeout", "internal_error"}
         code = "server_error" if code in plain else code  # the codes that its clients know
         response["error"] = {"code": code, "message": said["message"]}
-        first = {"type": "response.created", "response": write_response(terms, "in_progress", [])}
+        first = {"type": "response.created", "response": write_response(context, "in_progress", [])}
         failed = {"type": "response.failed", "response": response}
         return [failed] if begun else [first, failed]
 
     def ping(self, begun: bool) -> bytes:
         return SSE_COMMENT_PING
 
-    def alive(self, terms: ResponseContext) -> Json | None:
+    def alive(self, context: ResponseContext) -> Json | None:
         """`response.in_progress` again: Codex does not count comments as activity."""
-        response = write_response(terms, "in_progress", [])
+        response = write_response(context, "in_progress", [])
         return {"type": "response.in_progress", "response": response}
 
 
@@ -7240,7 +7242,7 @@ class KiroFault(NamedTuple):
     pattern: str
     error: type[ApiError]
     text: str
-    remedy: str = ""
+    action: str = ""
     hint: str = ""
 
 
@@ -7345,14 +7347,14 @@ KIRO_FAULTS = (
 
 
 KIRO_PATTERNS = [(fault, re.compile(fault.pattern)) for fault in KIRO_FAULTS]
-LASTING_REMEDIES = ("rest", "pause", "refresh")  # they affect more than one request
+LASTING_ACTIONS = ("rest", "pause", "refresh")  # they affect more than one request
 
 
 def find_kiro_fault(text: str, sentences: bool = False) -> KiroFault | None:
     """The first fault found in `text`; with `sentences` one word gives no lasting remedy."""
     for fault, pattern in KIRO_PATTERNS:
         found = pattern.search(text)
-        if found and (" " in found[0] or not sentences or fault.remedy not in LASTING_REMEDIES):
+        if found and (" " in found[0] or not sentences or fault.action not in LASTING_ACTIONS):
             return fault
     return None
 
@@ -7370,7 +7372,7 @@ def classify_kiro_message(code: str, reason: str, message: str) -> RetryDecision
         return RetryDecision(ContextTooLong())
     words = ": ".join(filter(None, [fault.text, message.strip(" .")]))
     tail = f" ({reason})" if reason and reason not in message else ""
-    return RetryDecision(fault.error(f"{words}{tail}.", hint=fault.hint), fault.remedy)
+    return RetryDecision(fault.error(f"{words}{tail}.", hint=fault.hint), fault.action)
 
 
 def read_kiro_words(said: Json) -> tuple[str, str, str]:
@@ -7981,10 +7983,10 @@ class KiroReader:
     interleave with text; one block is live, the others are buffered until it is complete.
     """
 
-    def __init__(self, terms: ResponseContext) -> None:
-        self.terms = terms
-        self.mark = kiro_mark(terms.provider)
-        self.tags = ThinkingTags() if terms.tagged_thinking else None
+    def __init__(self, context: ResponseContext) -> None:
+        self.context = context
+        self.mark = kiro_mark(context.provider)
+        self.tags = ThinkingTags() if context.tagged_thinking else None
         self.usage = Usage()
         self.model = ""  # as the response names it: "auto" is resolved to another model
         self.share = 0.0  # percentage of the context that is used
@@ -8078,7 +8080,7 @@ class KiroReader:
         last = next(reversed(self.calls.values()), None)
         if last is not None and not last.complete and said.get("name") in (None, last.name):
             return last.id
-        return "tooluse_" + short_hash(f"{self.terms.id} {len(self.calls)}", 22)
+        return "tooluse_" + short_hash(f"{self.context.id} {len(self.calls)}", 22)
 
     def advance(self, spoken: StreamedCall, events: list[Event]) -> None:
         """Passes on what is ready of calls and text; `spoken` is the call that grew last."""
@@ -8148,7 +8150,7 @@ class KiroReader:
         events.append(self.count())
 
     def count(self) -> UsageUpdate:
-        window = self.terms.window(self.model) if self.terms.window else 0
+        window = self.context.window(self.model) if self.context.window else 0
         self.usage.context = int(self.share / 100 * window)
         return UsageUpdate(replace(self.usage))
 
@@ -8175,14 +8177,14 @@ class KiroReader:
     def take_error(self, said: Json, events: list[Event]) -> None:
         """An error in mid-stream; content sent before it still counts."""
         code, reason, message = read_kiro_words(said)
-        verdict = classify_kiro_message(code, reason, message)
-        if verdict and isinstance(verdict.error, ContextTooLong) and self.started:
+        decision = classify_kiro_message(code, reason, message)
+        if decision and isinstance(decision.error, ContextTooLong) and self.started:
             self.reason = "MODEL_CONTEXT_WINDOW_EXCEEDED"
             events += self.end()
             return
         words = message or code or "no reason given"
         failure = UpstreamError(f"Kiro failed while it answered: {words}")
-        events.append(StreamError(verdict.error if verdict else failure))
+        events.append(StreamError(decision.error if decision else failure))
 
     def take_overload(self, said: Json, events: list[Event]) -> None:
         events.append(StreamError(Overloaded("This model is overloaded at Kiro.")))
@@ -8223,8 +8225,8 @@ class KiroReader:
     def remember(self) -> None:
         """Has the provider keep a signature for clients whose dialect cannot carry it."""
         calls = [call.id for call in self.calls.values() if call.closed]
-        if calls and self.signed[1] and self.terms.keep:
-            self.terms.keep(calls, *self.signed)
+        if calls and self.signed[1] and self.context.keep:
+            self.context.keep(calls, *self.signed)
 
     def finish(self) -> str:
         if self.cut:
@@ -8249,8 +8251,8 @@ class KiroDialect:
     def framing(self) -> Framing:
         return EventStreamFraming()
 
-    def reader(self, terms: ResponseContext) -> Reader:
-        return KiroReader(terms)
+    def reader(self, context: ResponseContext) -> Reader:
+        return KiroReader(context)
 
     def expand(self, whole: Json) -> list[Json]:
         """Kiro always streams: a JSON object is an error."""
@@ -8274,12 +8276,12 @@ UPSTREAM_DIALECTS: dict[str, UpstreamDialect] = {**DIALECTS, KIRO.name: KIRO}
 class Converter:
     """A Relay between two dialects: frames -> events -> checks and filters -> frames."""
 
-    def __init__(self, reader: Reader, writer: Writer, terms: ResponseContext) -> None:
+    def __init__(self, reader: Reader, writer: Writer, context: ResponseContext) -> None:
         self.reader = reader
         self.writer = writer
-        self.terms = terms
+        self.context = context
         self.checker = Checker()
-        self.cutter = StopCutter(terms.cut) if terms.cut else None
+        self.cutter = StopCutter(context.cut) if context.cut else None
         self.usage = Usage()
         self.said = 0.0
         self.calls = 0
@@ -8316,13 +8318,13 @@ class Converter:
         elif isinstance(event, BlockStart) and event.kind == "tool":
             if not event.name:
                 raise UpstreamError(OFF_PROTOCOL)
-            event.name = self.terms.names.get(event.name, event.name)
+            event.name = self.context.names.get(event.name, event.name)
             self.calls += 1
-            event.id = event.id or "call_" + short_hash(f"{self.terms.id} {self.calls}", 24)
+            event.id = event.id or "call_" + short_hash(f"{self.context.id} {self.calls}", 24)
         elif isinstance(event, UsageUpdate):
             self.usage = event.usage
         elif isinstance(event, MessageStop) and self.usage.source != "reported":
-            self.usage = finalize_usage(self.usage, self.terms, self.said)
+            self.usage = finalize_usage(self.usage, self.context, self.said)
             return [*self.writer.write(UsageUpdate(self.usage)), *self.writer.write(event)]
         return self.writer.write(event)
 
@@ -8400,29 +8402,29 @@ class StreamTranslator:
     def __init__(
         self,
         upstream: UpstreamDialect,
-        caller: Dialect,
-        terms: ResponseContext,
+        client: Dialect,
+        context: ResponseContext,
         stream: bool,
         request_id: str,
     ) -> None:
-        self.caller = caller
+        self.client = client
         self.upstream = upstream
-        self.terms = terms
+        self.context = context
         self.stream = stream
         self.request_id = request_id
         self.framing = upstream.framing()
-        same = upstream is caller and not terms.cut
-        native = same and not terms.legacy_functions and not terms.rewritten
+        same = upstream is client and not context.cut
+        native = same and not context.legacy_functions and not context.rewritten
         self.relay: Relay = (
-            caller.relay(terms)
+            client.relay(context)
             if native
-            else Converter(upstream.reader(terms), caller.writer(terms), terms)
+            else Converter(upstream.reader(context), client.writer(context), context)
         )
         self.frames: list[Json] = []
         self.kept_bytes = 0  # upstream bytes that `frames` were parsed from
         #: matching deltas need no parsing; nothing else may change the response meanwhile
         self.template: Template | None = None
-        self.may_copy = stream and not terms.cut
+        self.may_copy = stream and not context.cut
         self.last: Json | None = None  # what the last frame became, if that was one frame
         #: a byte was sent, so an error can only be a frame; `spoken`: a frame was sent
         self.begun = False
@@ -8436,12 +8438,12 @@ class StreamTranslator:
         usage = self.relay.usage
         if usage.source or not (self.begun or self.frames):
             return usage
-        return finalize_usage(usage, self.terms, self.relay.said)
+        return finalize_usage(usage, self.context, self.relay.said)
 
     @property
     def ended(self) -> bool:
         """Whether the upstream finished: it did not fail and was not cut short here."""
-        return self.over and self.error is None and not self.terms.cut
+        return self.over and self.error is None and not self.context.cut
 
     def feed(self, data: bytes) -> bytes:
         written: list[bytes] = []
@@ -8472,9 +8474,9 @@ class StreamTranslator:
             return b""
         text = self.upstream.plain_text(frames[-1]) if self.may_copy else None
         written = self.pass_on(frames)
-        if text and not self.over and self.last and self.caller.plain_text(self.last) == text:
+        if text and not self.over and self.last and self.client.plain_text(self.last) == text:
             row = blocks[:-2].rpartition(b"\n\n")[2] + b"\n\n"
-            self.template = Template.learn(row, self.caller.encode(self.last), text)
+            self.template = Template.learn(row, self.client.encode(self.last), text)
         return written
 
     def feed_buffered(self, data: bytes) -> bytes:
@@ -8503,15 +8505,15 @@ class StreamTranslator:
             written.append(self.fail(error))
         if self.relay.finished and not self.over:
             self.over = True
-            written.append(self.caller.tail if self.stream else b"")
+            written.append(self.client.tail if self.stream else b"")
         return b"".join(written)
 
     def write(self, frames: list[Json]) -> list[bytes]:
         if frames and self.stream:
             self.begun = self.spoken = True
-            if self.caller.is_numbered:
+            if self.client.is_numbered:
                 frames = [self.numbered(frame) for frame in frames]
-            return [self.caller.encode(frame) for frame in frames]
+            return [self.client.encode(frame) for frame in frames]
         self.frames += frames
         return []
 
@@ -8522,8 +8524,8 @@ class StreamTranslator:
         return frame
 
     def ping(self) -> bytes:
-        frame = self.caller.alive(self.terms) if self.spoken else None
-        return b"".join(self.write([frame])) if frame else self.caller.ping(self.spoken)
+        frame = self.client.alive(self.context) if self.spoken else None
+        return b"".join(self.write([frame])) if frame else self.client.ping(self.spoken)
 
     def end(self, error: ApiError | None = None) -> bytes:
         if self.over:
@@ -8539,23 +8541,23 @@ class StreamTranslator:
         except ApiError as broken:
             return written + self.fail(broken)
         self.over = True
-        return written + last + (self.caller.tail if self.stream else b"")
+        return written + last + (self.client.tail if self.stream else b"")
 
     def fail(self, error: ApiError) -> bytes:
         """Ends the response: with a frame if a byte was sent, otherwise only in `self.error`."""
         self.over = True
-        error.message = hide(error.message[:MAX_ERROR_TEXT], self.terms.secrets())
+        error.message = hide(error.message[:MAX_ERROR_TEXT], self.context.secrets())
         self.error = error
         if not self.begun:
             return b""
-        frames = self.caller.error_frames(error, self.request_id, self.terms, self.spoken)
+        frames = self.client.error_frames(error, self.request_id, self.context, self.spoken)
         return b"".join(self.write(frames))
 
     def whole(self) -> Json:
         """The non-streaming response; raises the error that ended it."""
         if self.error:
             raise self.error
-        return self.caller.aggregate(self.frames)
+        return self.client.aggregate(self.frames)
 
 
 # ---- 9. Upstream rules -------------------------------------------------------------------------
@@ -11335,13 +11337,13 @@ def read_kiro_quota(body: Json, now: float) -> Quota:
     return Quota("", limits.plan, allowances, limits.resets_at, as_of=now)
 
 
-def apply_kiro_wait(verdict: RetryDecision, wait_s: float | None) -> None:
+def apply_kiro_wait(decision: RetryDecision, wait_s: float | None) -> None:
     """Adds to a verdict how long it lasts, if known, and whether it concerns the whole account."""
-    if wait_s is not None and verdict.remedy in ("pause", "wait", "rest"):
-        verdict.wait_s = wait_s
-        if not isinstance(verdict.error, QuotaExceeded):
-            verdict.error.retry_after = wait_s
-    verdict.account_wide = isinstance(verdict.error, (QuotaExceeded, RateLimited))
+    if wait_s is not None and decision.action in ("pause", "wait", "rest"):
+        decision.wait_s = wait_s
+        if not isinstance(decision.error, QuotaExceeded):
+            decision.error.retry_after = wait_s
+    decision.account_wide = isinstance(decision.error, (QuotaExceeded, RateLimited))
 
 
 def classify_kiro_error(status: int, headers: Headers, data: bytes, now: float) -> RetryDecision:
@@ -11351,14 +11353,14 @@ def classify_kiro_error(status: int, headers: Headers, data: bytes, now: float) 
     code, reason, message = read_kiro_words(said)
     code = headers.get("x-amzn-errortype", "").partition(":")[0] or code
     wait_s = read_wait(headers, message, now)
-    verdict = classify_kiro_message(code, reason, message) or classify_kiro_status(status, message)
-    if status == 401 and isinstance(verdict.error, Forbidden) and verdict.remedy != "rest":
-        verdict = classify_kiro_status(status, message)
-    apply_kiro_wait(verdict, wait_s)
+    decision = classify_kiro_message(code, reason, message) or classify_kiro_status(status, message)
+    if status == 401 and isinstance(decision.error, Forbidden) and decision.action != "rest":
+        decision = classify_kiro_status(status, message)
+    apply_kiro_wait(decision, wait_s)
     request = headers.get("x-amzn-requestid", "")
     if SUPPORT_ID.fullmatch(request):
-        verdict.error.message += f" (Kiro request {request})"
-    return verdict
+        decision.error.message += f" (Kiro request {request})"
+    return decision
 
 
 def classify_kiro_status(status: int, message: str) -> RetryDecision:
@@ -12646,9 +12648,9 @@ CACHE_VERDICTS = {
 }
 
 
-def cache_hint(verdict: str, found: Difference) -> str:
-    if verdict != "changed":
-        return CACHE_VERDICTS[verdict]
+def cache_hint(decision: str, found: Difference) -> str:
+    if decision != "changed":
+        return CACHE_VERDICTS[decision]
     part, how = found.part, found.how
     if part == "tools":
         return {
@@ -12672,7 +12674,7 @@ def cache_hint(verdict: str, found: Difference) -> str:
 @dataclass(slots=True)
 class CacheFinding:
     #: a key of CACHE_VERDICTS
-    verdict: str
+    decision: str
     #: the changed block, if any
     found: Difference = NOWHERE
     #: tokens billed in full again, approximately
@@ -12702,7 +12704,7 @@ class TrackedConversation:
     input_tokens: int = 0
     cache_read: int = 0
     lost: int = 0
-    verdict: str = ""
+    decision: str = ""
     #: kind of break -> (the last one, their number, when one was last reported)
     breaks: dict[str, tuple[CacheFinding, int, float]] = field(default_factory=dict)
 
@@ -12740,18 +12742,18 @@ class TrackedConversation:
         self.calls += 1
         self.input_tokens += answer.usage.prompt
         self.cache_read += answer.usage.cache_read
-        self.verdict = finding.verdict
+        self.decision = finding.decision
         if not finding.lost:
             return
         self.lost += finding.lost
-        kind = f"{finding.verdict} {finding.found.part} {finding.found.how}"
+        kind = f"{finding.decision} {finding.found.part} {finding.found.how}"
         _, times, told_at = self.breaks.pop(kind, (finding, 0, -math.inf))
         finding.is_news = answer.at - told_at >= CACHE_QUIET_SECONDS
         self.breaks[kind] = finding, times + 1, answer.at if finding.is_news else told_at
 
     def as_json(self, is_told: bool) -> Json:
         """A row of `/v1/usage?cache=1`; no ratio if the service reports no cache figures."""
-        changes = [row for row in self.breaks.values() if row[0].verdict == "changed"]
+        changes = [row for row in self.breaks.values() if row[0].decision == "changed"]
         finding, times, _ = max(changes, key=lambda row: row[1], default=(None, 0, 0.0))
         ratio = self.cache_read / self.input_tokens if is_told and self.input_tokens else None
         return {
@@ -12765,7 +12767,7 @@ class TrackedConversation:
             "cache_read_tokens": self.cache_read,
             "lost_tokens": self.lost,
             "last_at": self.at,
-            "last": self.verdict,
+            "last": self.decision,
             "changed": finding
             and {
                 "block": finding.found.name,
@@ -12872,16 +12874,16 @@ class CacheGuard:
             return CacheFinding("hit" if is_told else "unreported")
         if answer.at < before.answered_at:
             return CacheFinding("overlapping")
-        verdict = "unexplained" if is_multi_turn else before.break_of(found, prompt)
+        decision = "unexplained" if is_multi_turn else before.break_of(found, prompt)
         setting = before.changed_setting(prompt) if is_multi_turn else ""
         if is_other:
-            verdict = "model"
+            decision = "model"
         elif answer.at - before.at > CACHE_LIFE_SECONDS:
-            verdict = "expired"
+            decision = "expired"
         elif setting:
-            verdict, found = "changed", Difference(found.at, "changed", setting, "setting")
-        shown = found if verdict == "changed" else NOWHERE
-        return CacheFinding(verdict, shown, lost, cache_hint(verdict, shown))
+            decision, found = "changed", Difference(found.at, "changed", setting, "setting")
+        shown = found if decision == "changed" else NOWHERE
+        return CacheFinding(decision, shown, lost, cache_hint(decision, shown))
 
     def report(self, now: float) -> list[Json]:
         """The rows of `/v1/usage?cache=1`, latest first."""
@@ -13936,7 +13938,7 @@ class ServerConnection:
         self.task: asyncio.Task[None] | None = None
         self.watched: asyncio.Task[None] | None = None
         self.patient = False
-        self.outlet: ResponseWriter | None = None
+        self.writer: ResponseWriter | None = None
         #: the request in progress, and whether its response head has gone out: there is only one
         self.request: Request | None = None
         self.answered = False
@@ -13976,8 +13978,8 @@ class ServerConnection:
         return now - self.taken_at > WRITE_STALL_SECONDS
 
     def flow(self, paused: bool) -> None:
-        if self.outlet is not None and self.outlet.on_flow is not None:
-            self.outlet.on_flow(paused)
+        if self.writer is not None and self.writer.on_flow is not None:
+            self.writer.on_flow(paused)
 
     def hang_up(self, gone: bool) -> None:
         """Not `gone`: the client has half-closed and may still be reading."""
@@ -14126,10 +14128,10 @@ class ServerConnection:
             self.answered = True
             self.wire.transport.write(head if bare else head + response.body)
         else:
-            self.outlet = ResponseWriter(self, head, chunked)
-            await response.stream(self.outlet)
-            self.outlet.finish()
-            self.outlet = None
+            self.writer = ResponseWriter(self, head, chunked)
+            await response.stream(self.writer)
+            self.writer.finish()
+            self.writer = None
         await self.wire.writer.drain()
 
     async def give_up(self, error: ApiError) -> None:
@@ -14306,8 +14308,8 @@ class Server:
         if tasks:
             await asyncio.wait(tasks, timeout=seconds)
         for connection in list(self.connections):
-            if connection.outlet is not None and connection.outlet.on_stop is not None:
-                connection.outlet.on_stop()
+            if connection.writer is not None and connection.writer.on_stop is not None:
+                connection.writer.on_stop()
         connections = list(self.connections)
         late = {c.task for c in connections if c.task is not None}
         if late:
@@ -15484,15 +15486,15 @@ class Ledger:
         return len(self.pending) + len(self.store.answers)
 
     def watch_cache(
-        self, answer: UsageRecord, outline: RequestInfo, dialect: str, body: Json
+        self, answer: UsageRecord, request_info: RequestInfo, dialect: str, body: Json
     ) -> None:
         """`body`: as sent upstream, held until hashed.  Runs after the client has its response."""
         if answer.usage.prompt < MIN_CACHED_TOKENS:
             return
         loop = asyncio.get_running_loop()
         read = functools.partial(read_prompt, dialect, body, self.cache.salt)
-        take = functools.partial(self.take_prompt, answer, outline.session)
-        if outline.size > CACHE_INLINE_BYTES:
+        take = functools.partial(self.take_prompt, answer, request_info.session)
+        if request_info.size > CACHE_INLINE_BYTES:
             reading = loop.run_in_executor(None, read)
             reading.add_done_callback(lambda done: done.cancelled() or take(done.result()))
         else:
@@ -15507,7 +15509,7 @@ class Ledger:
                 provider=answer.provider,
                 model=answer.model,
                 conversation=finding.conversation,
-                why=finding.verdict,
+                why=finding.decision,
                 block=finding.found.name or "none",
                 how=finding.found.how or "none",
                 tokens=finding.lost,
@@ -15599,7 +15601,7 @@ class Call:
     model: Model
     dialect: str
     body: Json
-    outline: RequestInfo
+    request_info: RequestInfo
     #: the client's anthropic-beta header
     betas: str = ""
     #: names of what was left out; the provider adds to them
@@ -15828,16 +15830,16 @@ class Cooldowns:
         )
         return rest_s
 
-    def refused(self, model_id: str, verdict: RetryDecision) -> None:
+    def refused(self, model_id: str, decision: RetryDecision) -> None:
         """After a final refusal: starts a cool-down if only time helps."""
-        error, said = verdict.error, verdict.wait_s
-        if verdict.remedy not in ("pause", "rest") and (said or 0.0) <= MAX_WAIT_SECONDS:
+        error, said = decision.error, decision.wait_s
+        if decision.action not in ("pause", "rest") and (said or 0.0) <= MAX_WAIT_SECONDS:
             return
         if isinstance(error, Overloaded) and not said:
             return  # it may have room for the very next request
-        resets_in = verdict.resets_in or said
-        wait_s = said or (COOL_DOWN_SECONDS if verdict.remedy == "rest" else None)
-        rest_s = self.rest("" if verdict.account_wide else model_id, error, wait_s, resets_in)
+        resets_in = decision.resets_in or said
+        wait_s = said or (COOL_DOWN_SECONDS if decision.action == "rest" else None)
+        rest_s = self.rest("" if decision.account_wide else model_id, error, wait_s, resets_in)
         if not error.retry_after and isinstance(error, RateLimited):
             error.retry_after = rest_s
 
@@ -15960,7 +15962,7 @@ class Attempt:
         """What a refusal means; None if the response can be passed on."""
         raise NotImplementedError
 
-    async def repair(self, verdict: RetryDecision) -> None:
+    async def repair(self, decision: RetryDecision) -> None:
         """Applies the verdict's remedy, or raises its error."""
         raise NotImplementedError
 
@@ -15975,27 +15977,27 @@ class Attempt:
             try:
                 answer = await self.send()
             except UpstreamError as error:
-                verdict: RetryDecision | None = self.unanswered(error)
+                decision: RetryDecision | None = self.unanswered(error)
             else:
-                verdict = await self.classify(answer)
-                if verdict is None:
+                decision = await self.classify(answer)
+                if decision is None:
                     return answer
-            assert verdict is not None
-            verdict.error = self.with_window(verdict.error)
-            self.call.refusals.append(verdict.error.kind)
+            assert decision is not None
+            decision.error = self.with_window(decision.error)
+            self.call.refusals.append(decision.error.kind)
             log_event(
                 "info",
                 "upstream_refused",
                 provider=self.provider_name,
                 model=self.call.model.id,
-                kind=verdict.error.kind,
-                remedy=verdict.remedy or "none",
+                kind=decision.error.kind,
+                action=decision.action or "none",
                 attempt=self.count,
             )
             try:
-                await self.repair(verdict)
+                await self.repair(decision)
             except ApiError:
-                self.cooldowns.refused(self.call.model.id, verdict)
+                self.cooldowns.refused(self.call.model.id, decision)
                 raise
 
     def with_window(self, error: ApiError) -> ApiError:
@@ -16016,13 +16018,13 @@ class Attempt:
         finally:
             answer.close(ended=False)
 
-    async def pause(self, verdict: RetryDecision, step: int) -> None:
-        wait_s = verdict.wait_s
+    async def pause(self, decision: RetryDecision, step: int) -> None:
+        wait_s = decision.wait_s
         if wait_s is None:
-            steps = PAUSE_SECONDS if verdict.remedy == "pause" else BACKOFF_SECONDS
+            steps = PAUSE_SECONDS if decision.action == "pause" else BACKOFF_SECONDS
             wait_s = steps[min(step, len(steps)) - 1] * (1 + os.urandom(1)[0] / 1024)
         if wait_s > MAX_WAIT_SECONDS:
-            raise verdict.error
+            raise decision.error
         await asyncio.sleep(wait_s)
 
 
@@ -16264,10 +16266,10 @@ class EchoProvider:
         if not chat.turns:
             raise InvalidRequest("messages: there is nothing to echo.", param="messages")
         events = echo_events(chat, estimate_request(call.body))
-        terms = ResponseContext(
+        context = ResponseContext(
             CHAT.id_prefix + os.urandom(12).hex(), int(time.time()), "echo", True
         )
-        writer = CHAT.writer(terms)
+        writer = CHAT.writer(context)
 
         def pieces() -> Iterator[bytes]:
             for event in events:
@@ -16495,10 +16497,10 @@ async def obtain_copilot_token(
     if status == 404 and github_token.startswith(DIRECT_TOKENS):
         return await obtain_direct_token(client, config, github_token)
     if status != 200:
-        verdict = classify_exchange_error(status, headers, data, time.time())
-        if isinstance(verdict.error, NotSignedIn) and verdict.remedy == "wait":
-            raise Overloaded(verdict.error.message)
-        raise verdict.error
+        decision = classify_exchange_error(status, headers, data, time.time())
+        if isinstance(decision.error, NotSignedIn) and decision.action == "wait":
+            raise Overloaded(decision.error.message)
+        raise decision.error
     body = load_object(data)
     if body is None:
         raise UpstreamError("GitHub's token answer is not JSON.")
@@ -16629,17 +16631,17 @@ class CopilotProvider:
                 return answer
             if status == 200:
                 raise UpstreamError("Copilot's embeddings are not JSON.")
-            verdict = classify_copilot_error(status, fields_, data, model, body, {}, time.time())
-            self.quota_watch.heed(verdict.error)
-            renewed = await self.account.renew(token) if verdict.remedy == "refresh" else None
-            wait_s = BACKOFF_SECONDS[0] if verdict.wait_s is None else verdict.wait_s
-            passing = verdict.remedy in ("wait", "again", "pause") and wait_s <= MAX_WAIT_SECONDS
+            decision = classify_copilot_error(status, fields_, data, model, body, {}, time.time())
+            self.quota_watch.heed(decision.error)
+            renewed = await self.account.renew(token) if decision.action == "refresh" else None
+            wait_s = BACKOFF_SECONDS[0] if decision.wait_s is None else decision.wait_s
+            passing = decision.action in ("wait", "again", "pause") and wait_s <= MAX_WAIT_SECONDS
             if step + 1 == MAX_ATTEMPTS or not (renewed or passing):
                 break
             token = renewed or token
             await asyncio.sleep(0 if renewed else wait_s)
-        self.cooldowns.refused(model.id, verdict)
-        raise verdict.error
+        self.cooldowns.refused(model.id, decision)
+        raise decision.error
 
     def user(self) -> str:
         return self.account.file.user
@@ -16681,7 +16683,7 @@ class CopilotProvider:
         """An error inside a 200 response names no time."""
         self.cooldowns.refused(model_id, RetryDecision(error, "pause"))
 
-    async def ask_reset(self, verdict: RetryDecision) -> None:
+    async def ask_reset(self, decision: RetryDecision) -> None:
         watch = self.quota_watch
         if asyncio.get_running_loop().time() - watch.looked_at >= watch.again_s:
             await watch.look()
@@ -16690,8 +16692,8 @@ class CopilotProvider:
             return
         left_s = known.resets_at - time.time()
         if left_s > 0:
-            verdict.resets_in = left_s
-            verdict.error.hint = reset_hint(known.resets_at)
+            decision.resets_in = left_s
+            decision.error.hint = reset_hint(known.resets_at)
 
 
 class CopilotAttempt(Attempt):
@@ -16700,7 +16702,9 @@ class CopilotAttempt(Attempt):
         self.provider = provider
         self.token = token
         self.forgetful = False
-        self.interaction = hash_uuid(call.outline.session or call.model.id + call.outline.opening)
+        self.interaction = hash_uuid(
+            call.request_info.session or call.model.id + call.request_info.opening
+        )
         self.kept_dropped = list(call.dropped)
         self.rejections: Rejections = {}
 
@@ -16736,7 +16740,7 @@ class CopilotAttempt(Attempt):
         headers["Content-Type"] = "application/json"
         headers["Accept"] = "text/event-stream" if body["stream"] else "application/json"
         headers["X-Interaction-Id"] = self.interaction
-        headers["X-Initiator"] = call.outline.initiator if self.count == 1 else "agent"
+        headers["X-Initiator"] = call.request_info.initiator if self.count == 1 else "agent"
         if DIALECTS[call.dialect].has_image(body):
             headers["Copilot-Vision-Request"] = "true"
         if call.dialect == "messages":
@@ -16755,13 +16759,13 @@ class CopilotAttempt(Attempt):
         data = await self.read_refusal(answer)
         call = self.call
         refusal = (answer.status, answer.headers, data)
-        verdict = classify_copilot_error(
+        decision = classify_copilot_error(
             *refusal, call.model, call.sent or {}, self.rejections, time.time()
         )
         now = asyncio.get_running_loop().time()
-        self.provider.learned.learn(call.model.id, call.dialect, verdict.rejections, now)
-        self.provider.quota_watch.heed(verdict.error)
-        return verdict
+        self.provider.learned.learn(call.model.id, call.dialect, decision.rejections, now)
+        self.provider.quota_watch.heed(decision.error)
+        return decision
 
     @staticmethod
     def refused_again(error: ApiError) -> ApiError:
@@ -16771,38 +16775,38 @@ class CopilotAttempt(Attempt):
         wait_s = FORCED_RENEWAL_GAP_SECONDS
         return Overloaded("Copilot refuses a token it has just given.", retry_after=wait_s)
 
-    async def repair(self, verdict: RetryDecision) -> None:
-        remedy = verdict.remedy
-        if remedy == "refresh" and remedy in self.tried:
-            raise self.refused_again(verdict.error)
-        if remedy == "rest" and verdict.wait_s is None:
-            await self.provider.ask_reset(verdict)
-        repeated = remedy in self.tried and remedy not in ("wait", "pause", "repair", "relist")
-        if remedy in ("", "rest") or repeated or self.count >= MAX_ATTEMPTS:
-            raise verdict.error
-        self.tried.add(remedy)
-        if remedy == "refresh":
+    async def repair(self, decision: RetryDecision) -> None:
+        action = decision.action
+        if action == "refresh" and action in self.tried:
+            raise self.refused_again(decision.error)
+        if action == "rest" and decision.wait_s is None:
+            await self.provider.ask_reset(decision)
+        repeated = action in self.tried and action not in ("wait", "pause", "repair", "relist")
+        if action in ("", "rest") or repeated or self.count >= MAX_ATTEMPTS:
+            raise decision.error
+        self.tried.add(action)
+        if action == "refresh":
             renewed = await self.provider.account.renew(self.token)
             if renewed is None:
-                raise self.refused_again(verdict.error)
+                raise self.refused_again(decision.error)
             self.token = renewed
-        elif remedy == "forget":
+        elif action == "forget":
             if not strip_reasoning(self.call.body if self.forgetful else self.body()):
-                raise verdict.error
+                raise decision.error
             self.forgetful = True
-        elif remedy == "relist":
+        elif action == "relist":
             if self.call.model.guessed:
-                raise verdict.error
+                raise decision.error
             await asyncio.sleep(UNSUPPORTED_MODEL_WAITS[self.count - 1])
-        elif remedy == "reroute":
+        elif action == "reroute":
             model = self.call.model
             others = tuple(d for d in model.dialects if d != self.call.dialect)
             if not others:  # then nothing would be left to ask it in
-                raise verdict.error
+                raise decision.error
             model.dialects = others
-            raise WrongDialect(verdict.error.message, param="model")
-        elif remedy in ("wait", "again", "pause"):
-            await self.pause(verdict, self.count)
+            raise WrongDialect(decision.error.message, param="model")
+        elif action in ("wait", "again", "pause"):
+            await self.pause(decision, self.count)
 
 
 # 15.4 Kiro
@@ -17140,7 +17144,7 @@ class KiroProvider:
         headers["amz-sdk-request"] = "attempt=1; max=1"
         if body:
             headers["Content-Type"] = "application/json"
-        verdict = RetryDecision(UpstreamError("Kiro has no host for this."))
+        decision = RetryDecision(UpstreamError("Kiro has no host for this."))
         for base in bases:
             for spelled in (path, kebab_path(path)):
                 headers["amz-sdk-invocation-id"] = format_uuid(os.urandom(16).hex())
@@ -17149,23 +17153,23 @@ class KiroProvider:
                         method, base + spelled, headers, KIRO_CONTROL_SECONDS, body
                     )
                 except (UpstreamError, UpstreamTimeout) as error:
-                    verdict = RetryDecision(error, "wait")
+                    decision = RetryDecision(error, "wait")
                     break
                 answer = load_object(data)
                 if status == 200 and answer is not None:
                     return answer
-                verdict = classify_kiro_error(status, fields_, data, time.time())
+                decision = classify_kiro_error(status, fields_, data, time.time())
                 if status not in (404, 405):
                     break
-            if verdict.remedy in ("", "refresh", "rest"):
+            if decision.action in ("", "refresh", "rest"):
                 break  # another host would say the same
-        return verdict
+        return decision
 
     async def control(self, path: str, query: dict[str, str]) -> Json:
         """Renews a stale token once; some sign-ins may not name a profile.  Raises ApiError."""
         login = await self.login()
         own = login.arn or kiro_endpoints(login, self.config)[0].arn
-        verdict = RetryDecision(UpstreamError("Kiro was not asked."))
+        decision = RetryDecision(UpstreamError("Kiro was not asked."))
         for arn in dict.fromkeys((own, "")):
             asked = {**query, "profileArn": arn} if arn else query
             url = f"{path}?{urllib.parse.urlencode(asked)}"
@@ -17173,14 +17177,16 @@ class KiroProvider:
                 found = await self.ask_control(login, "GET", kiro_controls(login, self.config), url)
                 if not isinstance(found, RetryDecision):
                     return found
-                verdict = found
-                renewed = await self.account.renew(login) if found.remedy == "refresh" else None
+                decision = found
+                renewed = await self.account.renew(login) if found.action == "refresh" else None
                 if renewed is None:
                     break
                 login = renewed
-            if verdict.remedy == "rest" or not isinstance(verdict.error, (NotSignedIn, Forbidden)):
+            if decision.action == "rest" or not isinstance(
+                decision.error, (NotSignedIn, Forbidden)
+            ):
                 break
-        raise verdict.error
+        raise decision.error
 
     async def fetch_models(self) -> dict[str, Model]:
         await self.login()
@@ -17256,8 +17262,8 @@ class KiroAttempt(Attempt):
         ways = kiro_endpoints(login, provider.config)
         self.ways = sorted(ways, key=lambda way: way != provider.winner)
         self.waits = 0
-        session = UUID_TEXT.search(call.outline.session)
-        key = call.outline.session or call.model.id + call.outline.opening
+        session = UUID_TEXT.search(call.request_info.session)
+        key = call.request_info.session or call.model.id + call.request_info.opening
         self.conversation = session[0].lower() if session else hash_uuid(key)
         self.run_id = format_uuid(os.urandom(16).hex())
         attach_kiro_thinking(call.body, provider.reasoning)
@@ -17287,20 +17293,20 @@ class KiroAttempt(Attempt):
         kind = answer.headers.get("content-type", "").lower()
         if answer.status == 200 and "json" not in kind and "html" not in kind:
             try:
-                verdict = await self.peek(answer)
+                decision = await self.peek(answer)
             except BaseException:
                 answer.close(ended=False)
                 raise
-            if verdict is None:
+            if decision is None:
                 self.provider.winner = self.ways[0]
                 self.provider.quota_watch.used()
                 return None
             answer.close(ended=False)
         else:
             data = await self.read_refusal(answer)
-            verdict = classify_kiro_error(answer.status, answer.headers, data, time.time())
-        self.provider.quota_watch.heed(verdict.error)
-        return self.explain(verdict)
+            decision = classify_kiro_error(answer.status, answer.headers, data, time.time())
+        self.provider.quota_watch.heed(decision.error)
+        return self.explain(decision)
 
     async def peek(self, answer: UpstreamResponse) -> RetryDecision | None:
         """Reads until the response has content, and puts it all back; otherwise what is wrong.
@@ -17335,14 +17341,16 @@ class KiroAttempt(Attempt):
     def judge_frame(frame: Json) -> RetryDecision:
         said = details(frame, "error") or details(frame, "invalidStateEvent")
         code, reason, message = read_kiro_words(said)
-        verdict = classify_kiro_message(code, reason, message) or classify_kiro_status(500, message)
-        apply_kiro_wait(verdict, read_wait_words(message, time.time()))
-        return verdict
+        decision = classify_kiro_message(code, reason, message) or classify_kiro_status(
+            500, message
+        )
+        apply_kiro_wait(decision, read_wait_words(message, time.time()))
+        return decision
 
-    def explain(self, verdict: RetryDecision) -> RetryDecision:
+    def explain(self, decision: RetryDecision) -> RetryDecision:
         """Explains why a conversation's form was refused: the rules that changed it, its size."""
-        if type(verdict.error) is not InvalidRequest or verdict.remedy:
-            return verdict
+        if type(decision.error) is not InvalidRequest or decision.action:
+            return decision
         call = self.call
         tokens = int(estimate_value(call.body))
         window = call.model.max_prompt
@@ -17360,54 +17368,56 @@ class KiroAttempt(Attempt):
         state = call.body["conversationState"]["currentMessage"]["userInputMessage"]
         tools = len(details(state, "userInputMessageContext").get("tools", ()))
         if tools > 48:
-            verdict.error.hint = f"{tools} tools are offered; fewer may help."
-        return verdict
+            decision.error.hint = f"{tools} tools are offered; fewer may help."
+        return decision
 
-    def remedy_for(self, verdict: RetryDecision) -> str:
+    def remedy_for(self, decision: RetryDecision) -> str:
         """The verdict's remedy; a busy host is waited for if there is no other one."""
         elsewhere = any(way.url != self.ways[0].url for way in self.ways)
-        passing = isinstance(verdict.error, (Overloaded, Unreachable))
+        passing = isinstance(decision.error, (Overloaded, Unreachable))
         return (
-            "wait" if verdict.remedy == "reroute" and passing and not elsewhere else verdict.remedy
+            "wait"
+            if decision.action == "reroute" and passing and not elsewhere
+            else decision.action
         )
 
-    async def repair(self, verdict: RetryDecision) -> None:
-        remedy = self.remedy_for(verdict)
-        tried = remedy in self.tried
-        self.tried.add(remedy)
-        if remedy == "refresh" and not tried:
+    async def repair(self, decision: RetryDecision) -> None:
+        action = self.remedy_for(decision)
+        tried = action in self.tried
+        self.tried.add(action)
+        if action == "refresh" and not tried:
             renewed = await self.provider.account.renew(self.login)
             if renewed is not None:
                 if renewed.arn != self.login.arn:  # the refresh has named the profile
                     self.ways = kiro_endpoints(renewed, self.provider.config)
                 self.login = renewed
                 return
-        if remedy in ("refresh", "reroute"):
-            self.drop_way(verdict)
-        elif remedy == "forget":
+        if action in ("refresh", "reroute"):
+            self.drop_way(decision)
+        elif action == "forget":
             if tried or not strip_kiro_thinking(self.call.body):
-                raise verdict.error
-        elif remedy in ("again", "empty"):
+                raise decision.error
+        elif action in ("again", "empty"):
             if tried:
-                raise verdict.error
-            await self.pause(verdict, 1)
-        elif remedy in ("wait", "pause"):
+                raise decision.error
+            await self.pause(decision, 1)
+        elif action in ("wait", "pause"):
             self.waits += 1
             if self.waits >= MAX_ATTEMPTS:
-                await self.judge_lasting(verdict)
-                raise verdict.error
-            await self.pause(verdict, self.waits)
+                await self.judge_lasting(decision)
+                raise decision.error
+            await self.pause(decision, self.waits)
         else:
-            await self.give_up(verdict)
+            await self.give_up(decision)
 
-    def drop_way(self, verdict: RetryDecision) -> None:
+    def drop_way(self, decision: RetryDecision) -> None:
         """A token may still be valid for another host or profile; raises if no endpoint is left."""
         refused = self.ways[0]
         ways = self.ways[1:]
-        if isinstance(verdict.error, (Overloaded, Unreachable)):
+        if isinstance(decision.error, (Overloaded, Unreachable)):
             ways = [way for way in ways if way.url != refused.url]
         if not ways:
-            raise verdict.error
+            raise decision.error
         self.ways = ways
 
     async def limits(self) -> KiroLimits | None:
@@ -17417,31 +17427,31 @@ class KiroAttempt(Attempt):
             log_event("info", "limits_unavailable", provider=self.provider.name, reason=error)
             return None
 
-    async def judge_lasting(self, verdict: RetryDecision) -> None:
+    async def judge_lasting(self, decision: RetryDecision) -> None:
         """Re-examines a rate limit that lasts: spent credits look the same."""
-        limits = await self.limits() if isinstance(verdict.error, RateLimited) else None
+        limits = await self.limits() if isinstance(decision.error, RateLimited) else None
         if limits is not None and limits.spent:
             words = f"The Kiro credits are used up: {limits.used:g} of {limits.limit:g}."
-            verdict.error, verdict.remedy = QuotaExceeded(words), "rest"
-            self.tell_reset(verdict, limits)
+            decision.error, decision.action = QuotaExceeded(words), "rest"
+            self.tell_reset(decision, limits)
 
     @staticmethod
-    def tell_reset(verdict: RetryDecision, limits: KiroLimits) -> None:
+    def tell_reset(decision: RetryDecision, limits: KiroLimits) -> None:
         left_s = limits.resets_at - time.time()
         if left_s > 0:
-            verdict.resets_in = left_s
-            verdict.error.hint = reset_hint(limits.resets_at)
+            decision.resets_in = left_s
+            decision.error.hint = reset_hint(limits.resets_at)
 
-    async def give_up(self, verdict: RetryDecision) -> None:
-        if verdict.remedy == "relist":
+    async def give_up(self, decision: RetryDecision) -> None:
+        if decision.action == "relist":
             self.provider.catalogue.expire()
-        elif verdict.remedy == "rest":
-            verdict.account_wide = True
-            if isinstance(verdict.error, QuotaExceeded):
+        elif decision.action == "rest":
+            decision.account_wide = True
+            if isinstance(decision.error, QuotaExceeded):
                 limits = await self.limits()
                 if limits is not None and 0 < limits.limit <= limits.used:
-                    self.tell_reset(verdict, limits)
-        raise verdict.error
+                    self.tell_reset(decision, limits)
+        raise decision.error
 
 
 # 15.5 all providers
@@ -17830,35 +17840,35 @@ class SignInContext:
 # 16.1 Copilot
 
 
-async def sign_in_copilot(desk: SignInContext, name: str, host: str, token: str) -> str:
+async def sign_in_copilot(context: SignInContext, name: str, host: str, token: str) -> str:
     """Signs in at `host` ("" = as configured); returns who it is, for the user.
 
     `token`: "" = GitHub's device flow.  It is saved unless Copilot refuses it.
     """
-    config = desk.provider_config(name, "copilot")
+    config = context.provider_config(name, "copilot")
     assert isinstance(config, CopilotConfig)
     settings = {}
     if host:
         settings = {"github_url": f"https://{host}", "github_api_url": f"https://api.{host}"}
         config = replace(config, github_url=settings["github_url"])
         config.github_api_url = settings["github_api_url"]
-    desk.check_provider(name, "copilot", settings)
-    desk.check_disk(name)
-    desk.tell_terms("copilot")
+    context.check_provider(name, "copilot", settings)
+    context.check_disk(name)
+    context.tell_terms("copilot")
     if not token:
-        answer = await desk.with_new_codes(lambda: ask_github_device(desk, config))
+        answer = await context.with_new_codes(lambda: ask_github_device(context, config))
         token = bare_token(str(answer["access_token"]))
-    content, words = await check_copilot(desk, config, token)
-    desk.add_provider(name, "copilot", settings)
-    await desk.keep(name, content)
+    content, words = await check_copilot(context, config, token)
+    context.add_provider(name, "copilot", settings)
+    await context.keep(name, content)
     return words
 
 
-async def ask_github_device(desk: SignInContext, config: CopilotConfig) -> Json:
+async def ask_github_device(context: SignInContext, config: CopilotConfig) -> Json:
     base = config.github_url.rstrip("/")
     headers = {"User-Agent": COPILOT_USER_AGENT}
     asked = {"client_id": COPILOT_CLIENT_ID, "scope": COPILOT_SCOPE}
-    status, _, data = await desk.ask(
+    status, _, data = await context.ask(
         "POST", base + "/login/device/code", headers, asked, split_url(base)[1]
     )
     body = load_answer(data)
@@ -17868,25 +17878,27 @@ async def ask_github_device(desk: SignInContext, config: CopilotConfig) -> Json:
     device = read_device_code(body, "GitHub")
     grant = {"client_id": COPILOT_CLIENT_ID, "device_code": device.code, "grant_type": DEVICE_GRANT}
     url = base + "/login/oauth/access_token"
-    return await desk.await_device(
-        device, "GitHub", lambda: desk.ask("POST", url, headers, grant, "GitHub")
+    return await context.await_device(
+        device, "GitHub", lambda: context.ask("POST", url, headers, grant, "GitHub")
     )
 
 
-async def check_copilot(desk: SignInContext, config: CopilotConfig, token: str) -> tuple[Json, str]:
+async def check_copilot(
+    context: SignInContext, config: CopilotConfig, token: str
+) -> tuple[Json, str]:
     """(token file content, whose it is for the user); raises SignInFailed if it is refused."""
     content: Json = {"type": "copilot", "github_token": token}
     try:
-        content |= saved_token(await obtain_copilot_token(desk.client, config, token))
+        content |= saved_token(await obtain_copilot_token(context.client, config, token))
         trouble = ""
     except NotSignedIn as error:
         raise SignInFailed(error.text()) from None
     except ApiError as error:
         trouble = f".  It could not be checked now, and is tried at the first request: {error}"
     try:
-        status, _, data = await ask_github(desk.client, config, "/user", token)
+        status, _, data = await ask_github(context.client, config, "/user", token)
         content["login"] = get_str(load_object(data) or {} if status == 200 else {}, "login")
-        status, _, data = await ask_github(desk.client, config, "/copilot_internal/user", token)
+        status, _, data = await ask_github(context.client, config, "/copilot_internal/user", token)
         user = load_object(data) or {} if status == 200 else {}
         content["login"] = content["login"] or get_str(user, "login")
         content["plan"] = get_str(user, "copilot_plan")
@@ -17915,64 +17927,68 @@ class KiroSignIn:
     token: str = ""
 
 
-async def sign_in_kiro(desk: SignInContext, name: str, wish: KiroSignIn) -> str:
+async def sign_in_kiro(context: SignInContext, name: str, wish: KiroSignIn) -> str:
     """Returns who is signed in, for the user.  Raises SignInFailed."""
-    config = desk.provider_config(name, "kiro")
+    config = context.provider_config(name, "kiro")
     assert isinstance(config, KiroConfig)
     method = wish.method or ("organisation" if wish.start_url else "")
     check_organisation(wish.start_url or KIRO_BUILDER_START_URL, wish.region or "us-east-1")
-    if not (method or wish.token or desk.console.interactive):
+    if not (method or wish.token or context.console.interactive):
         raise WrongUsage(f"there is no terminal to ask on: say --method {'|'.join(KIRO_METHODS)}")
-    desk.check_provider(name, "kiro", {})
-    desk.check_disk(name)
-    desk.tell_terms("kiro")
+    context.check_provider(name, "kiro", {})
+    context.check_disk(name)
+    context.tell_terms("kiro")
     content: Json = {"auth_method": "api_key", "access_token": wish.token}
     if not wish.token:
-        method = method or await desk.console.choose("How do you sign in to Kiro?", KIRO_METHODS)
+        method = method or await context.console.choose("How do you sign in to Kiro?", KIRO_METHODS)
         if method in ("google", "github"):
-            content = await sign_in_by_portal(desk, config, method)
+            content = await sign_in_by_portal(context, config, method)
         elif method == "builder-id":
-            content = await sign_in_at_aws(desk, config, KIRO_BUILDER_START_URL, "us-east-1")
+            content = await sign_in_at_aws(context, config, KIRO_BUILDER_START_URL, "us-east-1")
         else:
-            start_url = wish.start_url or await desk.console.ask("Your organisation's start URL:")
+            start_url = wish.start_url or await context.console.ask(
+                "Your organisation's start URL:"
+            )
             region = wish.region
-            if not region and desk.console.interactive:
-                region = await desk.console.ask("Region of its IAM Identity Center:", "us-east-1")
-            content = await sign_in_at_aws(desk, config, start_url, region or "us-east-1")
+            if not region and context.console.interactive:
+                region = await context.console.ask(
+                    "Region of its IAM Identity Center:", "us-east-1"
+                )
+            content = await sign_in_at_aws(context, config, start_url, region or "us-east-1")
     content["type"] = "kiro"
     try:
         content["machine_id"] = read_kiro_login(content).machine_id
     except ValueError as error:
         raise SignInFailed(f"Kiro's answer cannot be used: {error}") from None
-    desk.add_provider(name, "kiro", {})
-    return await settle_kiro(desk, name, content)
+    context.add_provider(name, "kiro", {})
+    return await settle_kiro(context, name, content)
 
 
-async def settle_kiro(desk: SignInContext, name: str, content: Json) -> str:
+async def settle_kiro(context: SignInContext, name: str, content: Json) -> str:
     """Saves a sign-in; if Kiro refuses it, restores the old one and raises SignInFailed."""
-    file = desk.file(name)
+    file = context.file(name)
     try:
         before = file.load()
     except ProgramError:
         before = None  # kept aside, or only a link
-    await desk.keep(name, content)
+    await context.keep(name, content)
     try:
-        return await describe_kiro(desk, name)
+        return await describe_kiro(context, name)
     except NotSignedIn as error:
         if before is None:
             os.unlink(file.path)
         else:
-            await desk.keep(name, before)
+            await context.keep(name, before)
         raise SignInFailed(error.text()) from None
 
 
-async def describe_kiro(desk: SignInContext, name: str) -> str:
+async def describe_kiro(context: SignInContext, name: str) -> str:
     """Whose a new sign-in is, for the user; raises NotSignedIn if it is unusable."""
-    config = desk.provider_config(name, "kiro")
+    config = context.provider_config(name, "kiro")
     assert isinstance(config, KiroConfig)
-    provider = KiroProvider(name, config, desk.paths, desk.client)
+    provider = KiroProvider(name, config, context.paths, context.client)
     try:
-        await choose_profile(desk, provider)
+        await choose_profile(context, provider)
         limits = await provider.limits(with_user=True)
     except ApiError as error:
         if isinstance(error, NotSignedIn) and not isinstance(error, NotEntitled):
@@ -17985,13 +18001,13 @@ async def describe_kiro(desk: SignInContext, name: str) -> str:
     return f"Signed in to Kiro{who}{plan}{credits_}"
 
 
-async def choose_profile(desk: SignInContext, provider: KiroProvider) -> None:
+async def choose_profile(context: SignInContext, provider: KiroProvider) -> None:
     login = await provider.account.login()
     if login.kind != "idc" or login.arn:
         return
     found = await provider.find_profiles(login)
-    if len(found) > 1 and desk.console.interactive:
-        arn = await desk.console.choose("Which profile?", found)
+    if len(found) > 1 and context.console.interactive:
+        arn = await context.console.choose("Which profile?", found)
     elif len(found) == 1:
         arn = next(iter(found))
     else:
@@ -18007,14 +18023,14 @@ def check_organisation(start_url: str, region: str) -> None:
 
 
 async def sign_in_at_aws(
-    desk: SignInContext, config: KiroConfig, start_url: str, region: str
+    context: SignInContext, config: KiroConfig, start_url: str, region: str
 ) -> Json:
     """AWS's device flow: token file content without its type.  Raises SignInFailed."""
     check_organisation(start_url, region)
     base = (config.oidc_url or KIRO_OIDC_URL.format(region=region)).rstrip("/")
 
     async def ask(path: str, body: Json) -> Json:
-        status, headers, data = await desk.ask("POST", base + path, {}, body, "AWS")
+        status, headers, data = await context.ask("POST", base + path, {}, body, "AWS")
         answer = load_object(data)
         if status != 200 or answer is None:
             words = classify_poll(status, headers, data).words
@@ -18038,11 +18054,11 @@ async def sign_in_at_aws(
             await ask("/device_authorization", {**named, "startUrl": start_url}), "AWS"
         )
         grant = {**named, "grantType": DEVICE_GRANT, "deviceCode": device.code}
-        return await desk.await_device(
-            device, "AWS", lambda: desk.ask("POST", base + "/token", {}, grant, "AWS")
+        return await context.await_device(
+            device, "AWS", lambda: context.ask("POST", base + "/token", {}, grant, "AWS")
         )
 
-    answer = await desk.with_new_codes(attempt)
+    answer = await context.with_new_codes(attempt)
     is_builder = start_url.rstrip("/") == KIRO_BUILDER_START_URL
     return {
         "auth_method": "builder_id" if is_builder else "idc",
@@ -18055,29 +18071,29 @@ async def sign_in_at_aws(
     }
 
 
-async def sign_in_by_portal(desk: SignInContext, config: KiroConfig, method: str) -> Json:
+async def sign_in_by_portal(context: SignInContext, config: KiroConfig, method: str) -> Json:
     """Kiro's own page in a browser (PKCE): token file content without its type."""
     state, verifier, machine = b64url(os.urandom(24)), b64url(os.urandom(32)), os.urandom(32).hex()
-    listener = CallbackListener(desk.client.ticker, state, method)
+    listener = CallbackListener(context.client.ticker, state, method)
     port = await listener.listen() or KIRO_PORTAL_PORTS[0]
     try:
         url = portal_url(state, verifier, port)
-        desk.console.say(f"Open    {url}", "")
-        if desk.browser and open_browser(url):
-            desk.console.say("A browser should open by itself.", "")
-        desk.console.say(
+        context.console.say(f"Open    {url}", "")
+        if context.browser and open_browser(url):
+            context.console.say("A browser should open by itself.", "")
+        context.console.say(
             "Where that browser cannot reach this machine, it will end at an address that begins",
             f"with http://localhost:{port}/ and shows an error: copy that whole address and paste "
             "it here.",
             "",
         )
-        back = await wait_for_callback(desk, listener, state, method)
+        back = await wait_for_callback(context, listener, state, method)
     finally:
         await listener.close()
     if back.option not in ("google", "github"):
         if back.option not in ("builderid", "awsidc", "internal") or not back.issuer_url:
             raise SignInFailed(f"a sign-in by {back.option} has to be imported: type auth import")
-        return await sign_in_at_aws(desk, config, back.issuer_url, back.region or "us-east-1")
+        return await sign_in_at_aws(context, config, back.issuer_url, back.region or "us-east-1")
     redirect = f"http://localhost:{port}{back.path}"
     asked = {
         "code": back.code,
@@ -18087,7 +18103,7 @@ async def sign_in_by_portal(desk: SignInContext, config: KiroConfig, method: str
     base = (config.auth_url or KIRO_AUTH_URL).rstrip("/")
     headers = {"User-Agent": f"KiroIDE-{config.kiro_version}-{machine}"}
     headers["Accept"] = "application/json, text/plain, */*"
-    status, _, data = await desk.ask("POST", base + "/oauth/token", headers, asked, "Kiro")
+    status, _, data = await context.ask("POST", base + "/oauth/token", headers, asked, "Kiro")
     body = load_object(data)
     if status != 200 or body is None:
         said = read_error_answer(status, data)[0] or f"status {status}"
@@ -18172,20 +18188,20 @@ class CallbackListener:
 
 
 async def wait_for_callback(
-    desk: SignInContext, listener: CallbackListener, state: str, option: str
+    context: SignInContext, listener: CallbackListener, state: str, option: str
 ) -> Callback:
     """What the browser brings back, or the user pastes; raises SignInFailed."""
 
     async def read_pasted() -> Callback:
         while True:
             try:
-                pasted = await desk.console.line()
+                pasted = await context.console.line()
             except EOFError:
                 return await listener.found  # nothing can be pasted; the browser may still come
             try:
                 return read_callback(pasted, state, option)
             except ValueError as error:
-                desk.console.say(f"That is not it: {error}.  Paste the whole address.")
+                context.console.say(f"That is not it: {error}.  Paste the whole address.")
 
     waiting = [listener.found, asyncio.ensure_future(read_pasted())]
     try:
@@ -18326,7 +18342,7 @@ def target_name(config: Config, found: FoundLogin) -> str:
 
 
 async def import_logins(
-    desk: SignInContext, found: list[FoundLogin], name: str, sure: bool
+    context: SignInContext, found: list[FoundLogin], name: str, sure: bool
 ) -> list[str]:
     """Imports what the user agrees to, or with `sure` what replaces nothing.
 
@@ -18335,44 +18351,46 @@ async def import_logins(
     results: list[str] = []
     failures = 0
     taken: set[str] = set()
-    desk.console.say("Found on this machine:")
+    context.console.say("Found on this machine:")
     for item in found:
-        desk.console.say(f"  {item.kind}: {item.account} ({item.program}, {item.path})")
+        context.console.say(f"  {item.kind}: {item.account} ({item.program}, {item.path})")
     for item in found:
-        target = name or target_name(desk.config, item)
+        target = name or target_name(context.config, item)
         if target in taken:
             continue
-        is_there = os.path.lexists(desk.paths.token_file(target))
+        is_there = os.path.lexists(context.paths.token_file(target))
         if not sure:
-            desk.tell_terms(item.kind)
+            context.tell_terms(item.kind)
             instead = " instead of its present sign-in" if is_there else ""
             question = f"Use {item.account} of {item.program} as provider {target!r}{instead}?"
-            if not await desk.console.confirm(question, not is_there):
+            if not await context.console.confirm(question, not is_there):
                 continue
         elif is_there and not name:
-            desk.console.say(f"Provider {target!r} is signed in already; --name {target} replaces.")
+            context.console.say(
+                f"Provider {target!r} is signed in already; --name {target} replaces."
+            )
             continue
         try:
-            results.append(await import_login(desk, item, target))
+            results.append(await import_login(context, item, target))
             taken.add(target)
         except SignInFailed as error:
             failures += 1
-            desk.console.say(f"{item.account} of {item.program}: {error}")
+            context.console.say(f"{item.account} of {item.program}: {error}")
     if failures and not results:
         raise SignInFailed("nothing was imported")
     return results
 
 
-async def import_login(desk: SignInContext, found: FoundLogin, name: str) -> str:
-    config = desk.provider_config(name, found.kind)
+async def import_login(context: SignInContext, found: FoundLogin, name: str) -> str:
+    config = context.provider_config(name, found.kind)
     if isinstance(config, CopilotConfig):
         host = found.host if found.host != split_url(config.github_url)[1] else ""
-        return await sign_in_copilot(desk, name, host, found.content["github_token"])
-    desk.check_provider(name, found.kind, {})
-    desk.check_disk(name)
-    desk.tell_terms(found.kind)
-    desk.add_provider(name, found.kind, {})
-    words = await settle_kiro(desk, name, found.content)
+        return await sign_in_copilot(context, name, host, found.content["github_token"])
+    context.check_provider(name, found.kind, {})
+    context.check_disk(name)
+    context.tell_terms(found.kind)
+    context.add_provider(name, found.kind, {})
+    words = await settle_kiro(context, name, found.content)
     return (
         f"{words}.  It stays shared with {found.program}: what is refreshed here goes back there."
     )
@@ -18419,10 +18437,10 @@ def account_rows(config: Config, paths: Paths) -> list[Json]:
     ]
 
 
-async def revoke_login(desk: SignInContext, name: str) -> str:
+async def revoke_login(context: SignInContext, name: str) -> str:
     """Returns what is left to do, for the user.  Raises WrongUsage and ProgramError."""
-    path = desk.paths.token_file(name)
-    known = [row["name"] for row in account_rows(desk.config, desk.paths)]
+    path = context.paths.token_file(name)
+    known = [row["name"] for row in account_rows(context.config, context.paths)]
     is_folder = PROVIDER_NAME.fullmatch(name) and os.path.isdir(os.path.dirname(path))
     if not is_folder and name not in known:
         close = nearest(name, known, 1) or known
@@ -18434,7 +18452,7 @@ async def revoke_login(desk: SignInContext, name: str) -> str:
         kept = load_private_json(path) or {}
         if get_str(kept, "type") == "kiro":
             kind = get_str(kept, "auth_method") or read_kiro_login(kept).kind
-    file = desk.file(name)
+    file = context.file(name)
     try:
         async with file.lock() as lock:
             removed = file.remove()
@@ -18451,24 +18469,24 @@ async def revoke_login(desk: SignInContext, name: str) -> str:
     )
 
 
-async def offer_sign_in(desk: SignInContext) -> None:
+async def offer_sign_in(context: SignInContext) -> None:
     """The first start on a terminal: offers what is on this machine, or a sign-in."""
     found = find_logins()
-    say = desk.console.say
+    say = context.console.say
     options = {"copilot": "sign in to GitHub Copilot", "kiro": "sign in to Kiro"}
     if found:
         whose = ", ".join(sorted({f"{item.kind} of {item.program}" for item in found}))
         options = {"import": f"use what is on this machine: {whose}", **options}
     options["later"] = "not now; only the model `echo` will answer"
     try:
-        choice = await desk.console.choose("There is no account yet.", options)
+        choice = await context.console.choose("There is no account yet.", options)
         if choice == "import":
-            for words in await import_logins(desk, found, "", sure=False):
+            for words in await import_logins(context, found, "", sure=False):
                 say(words)
         elif choice == "copilot":
-            say(await sign_in_copilot(desk, "copilot", "", ""))
+            say(await sign_in_copilot(context, "copilot", "", ""))
         elif choice == "kiro":
-            say(await sign_in_kiro(desk, "kiro", KiroSignIn()))
+            say(await sign_in_kiro(context, "kiro", KiroSignIn()))
     except ProgramError as error:
         say(f"{error}.  The gateway starts without.")
     say()
@@ -19252,10 +19270,10 @@ class Gateway:
                 return response
             stream = response.stream
 
-            async def logged(outlet: ResponseWriter) -> None:
+            async def logged(writer: ResponseWriter) -> None:
                 outcome = "cancelled"
                 try:
-                    await stream(outlet)
+                    await stream(writer)
                     outcome = ""
                 finally:
                     self.log_access(request, response, loop.time() - begun_at, outcome)
@@ -19675,39 +19693,39 @@ class Gateway:
     async def converse(self, request: Request, asked: Dialect) -> Response:
         data = await request.read_body()
         body = await run_step(load_body, data)
-        outline = asked.outline(body)
-        outline.size = len(data)
+        request_info = asked.request_info(body)
+        request_info.size = len(data)
         session = request.headers.get("x-claude-code-session-id", "")
-        outline.session = outline.session or session
-        if len(outline.session) > MAX_NAME_CHARS:
-            outline.session = short_hash(outline.session, 32)
+        request_info.session = request_info.session or session
+        if len(request_info.session) > MAX_NAME_CHARS:
+            request_info.session = short_hash(request_info.session, 32)
         initiator = request.headers.get("x-initiator", "").lower()
         if initiator in ("user", "agent"):
-            outline.initiator = initiator
+            request_info.initiator = initiator
         request.cancel_on_hangup(True, patient=True)
         body_hash = hash(data)
         del data  # it may be large, and the response long
-        routes = self.router.candidates(outline.model, request.headers.get("x-provider"))
+        routes = self.router.candidates(request_info.model, request.headers.get("x-provider"))
         now = asyncio.get_running_loop().time
         held_until = now() + HOLD_LIST_SECONDS
 
         async def ask(provider: Provider, model: Model) -> Response:
             hold_s = HOLD_STATUS_SECONDS if len(routes) == 1 else max(0.0, held_until - now())
-            told = (request, asked, body, outline, provider, model, hold_s)
+            told = (request, asked, body, request_info, provider, model, hold_s)
             try:
                 return await self.exchange(*told)
             except WrongDialect:
                 # The provider has just ruled that dialect out; another one is tried, once.
                 return await self.exchange(*told)
 
-        return await self.first_answer(request, outline.model, routes, body_hash, ask)
+        return await self.first_answer(request, request_info.model, routes, body_hash, ask)
 
     async def exchange(
         self,
         request: Request,
         asked: Dialect,
         body: Json,
-        outline: RequestInfo,
+        request_info: RequestInfo,
         provider: Provider,
         model: Model,
         hold_s: float,
@@ -19719,32 +19737,32 @@ class Gateway:
         def window(model_id: str) -> int:
             return ((provider.listed() or {}).get(model_id) or model).context or 0
 
-        terms = ResponseContext(
+        context = ResponseContext(
             id=answered.id_prefix + os.urandom(12).hex(),
             created=int(time.time()),
-            model=outline.model,
-            include_usage=outline.include_usage or not outline.stream,
+            model=request_info.model,
+            include_usage=request_info.include_usage or not request_info.stream,
             asked=body,
             keep=provider.store_reasoning,
             provider=provider.name,
             window=window,
             secrets=self.secrets,
         )
-        chat = await run_step(self.read_call, body, asked, spoken, terms)
-        call = await run_step(self.write_call, body, chat, spoken, model, terms, outline)
+        chat = await run_step(self.read_call, body, asked, spoken, context)
+        call = await run_step(self.write_call, body, chat, spoken, model, context, request_info)
         call.betas = request.headers.get("anthropic-beta", "")
-        flow = StreamTranslator(spoken, answered, terms, outline.stream, request.id)
+        flow = StreamTranslator(spoken, answered, context, request_info.stream, request.id)
         exchange = Exchange(self, request, provider, call, flow, asked.name)
         return await exchange.run(hold_s)
 
     @staticmethod
     def read_call(
-        body: Json, asked: Dialect, spoken: UpstreamDialect, terms: ResponseContext
+        body: Json, asked: Dialect, spoken: UpstreamDialect, context: ResponseContext
     ) -> Conversation | None:
         """The request in the form of all dialects; None where it goes up in the caller's own."""
-        terms.legacy_functions = asked is CHAT and "functions" in body and "tools" not in body
-        terms.rewritten = asked is RESPONSES and searches_tools(body)
-        if spoken is asked and not terms.legacy_functions and not terms.rewritten:
+        context.legacy_functions = asked is CHAT and "functions" in body and "tools" not in body
+        context.rewritten = asked is RESPONSES and searches_tools(body)
+        if spoken is asked and not context.legacy_functions and not context.rewritten:
             return None
         return asked.read_request(body)
 
@@ -19754,32 +19772,32 @@ class Gateway:
         chat: Conversation | None,
         spoken: UpstreamDialect,
         model: Model,
-        terms: ResponseContext,
-        outline: RequestInfo,
+        context: ResponseContext,
+        request_info: RequestInfo,
     ) -> Call:
         """The upstream's body: the caller's own where there is no `chat` to be written instead."""
-        effort = implied_effort(outline.model, model)
+        effort = implied_effort(request_info.model, model)
         if chat is None:
             body = with_effort(body, spoken.name, effort) if effort else body
             names = wire_names(tool_names(body))
-            terms.names = {wire: name for wire, name in names.items() if wire != name}
-            terms.many = spoken is CHAT and (int_field(body, "n") or 1) > 1
+            context.names = {wire: name for wire, name in names.items() if wire != name}
+            context.many = spoken is CHAT and (int_field(body, "n") or 1) > 1
             if spoken is CHAT and model.stops is not None and body.get("stop"):
-                terms.cut = read_stops(body, "stop")[model.stops :]
-            return Call(model, spoken.name, body, outline)
+                context.cut = read_stops(body, "stop")[model.stops :]
+            return Call(model, spoken.name, body, request_info)
         if chat.effort is None and chat.thinking_budget is None:
             chat.effort = effort
-        chat.stop, terms.cut = split_stops(chat.stop, spoken.name, model)
-        terms.names = {wire: name for name, wire in chat.names.items() if wire != name}
-        terms.tools = {tool.name: tool for tool in chat.tools}
+        chat.stop, context.cut = split_stops(chat.stop, spoken.name, model)
+        context.names = {wire: name for name, wire in chat.names.items() if wire != name}
+        context.tools = {tool.name: tool for tool in chat.tools}
         shown = details(body, "thinking").get("display"), details(body, "reasoning").get("summary")
-        terms.hide_thinking = shown[0] == "omitted" or shown[1] == "none"
+        context.hide_thinking = shown[0] == "omitted" or shown[1] == "none"
         written = spoken.write_request(chat, model)
         if spoken is MESSAGES:
             add_cache_breakpoints(written)
-        terms.tagged_thinking = chat.tagged_thinking
+        context.tagged_thinking = chat.tagged_thinking
         return Call(
-            model, spoken.name, written, outline, dropped=chat.dropped, touched=chat.touched
+            model, spoken.name, written, request_info, dropped=chat.dropped, touched=chat.touched
         )
 
 
@@ -19833,7 +19851,7 @@ class Exchange:
                 "Cache-Control": "no-cache",
                 "X-Accel-Buffering": "no",
             },
-            stream=lambda outlet: self.pump(outlet, opening),
+            stream=lambda writer: self.pump(writer, opening),
             content_type="text/event-stream; charset=utf-8",
         )
 
@@ -19904,17 +19922,17 @@ class Exchange:
             headers["x-aiclient-credits"] = f"{answer.usage.nano_credits / 1e9:.9g}"
         return headers
 
-    async def pump(self, outlet: ResponseWriter, opening: asyncio.Future[bytes]) -> None:
+    async def pump(self, writer: ResponseWriter, opening: asyncio.Future[bytes]) -> None:
         """Relays the stream, pings during silences, and always ends it properly."""
         flow, ticker = self.flow, self.gateway.ticker
         failure: BaseException | None = None
 
         def ping(now: float) -> None:
-            if now - outlet.last_at >= PING_SECONDS and not flow.over:
-                outlet.write(flow.ping())
+            if now - writer.last_at >= PING_SECONDS and not flow.over:
+                writer.write(flow.ping())
 
         def sink(data: bytes) -> None:
-            outlet.write(flow.feed(data))
+            writer.write(flow.feed(data))
             if flow.over and self.source is not None:
                 self.source.stop()
 
@@ -19923,22 +19941,22 @@ class Exchange:
         try:
             if not opening.done():
                 flow.begun = True  # the head goes out before the upstream's first event
-                outlet.write(flow.caller.ping(False))
+                writer.write(flow.client.ping(False))
             first = await opening
             assert self.source is not None
-            outlet.on_flow = self.source.hold
-            outlet.on_stop = self.stop
-            outlet.write(first)
+            writer.on_flow = self.source.hold
+            writer.on_stop = self.stop
+            writer.write(first)
             if not flow.over:
                 await self.source.relay(sink)
-            outlet.write(flow.end())
+            writer.write(flow.end())
             failure = flow.error
         except ApiError as error:
             failure = error
-            outlet.write(flow.end(error))
+            writer.write(flow.end(error))
         except Exception:  # noqa: BLE001 - a bug: the client gets an error event
             failure = internal_error("a response could not be processed")
-            outlet.write(flow.end(failure))
+            writer.write(flow.end(failure))
         except BaseException as error:
             failure = error
             raise
@@ -19971,7 +19989,7 @@ class Exchange:
         usage = flow.usage
         if not usage.source and failure is not None and not isinstance(failure, ApiError):
             usage = finalize_usage(
-                usage, flow.terms, flow.relay.said
+                usage, flow.context, flow.relay.said
             )  # a client that left pays, too
         self.gateway.record(
             self.request,
@@ -19986,7 +20004,7 @@ class Exchange:
         answer = self.request.answer
         if answer is not None and not self.provider.local and (failure is None or flow.ended):
             body = call.body if call.sent is None else call.sent
-            ledger.watch_cache(answer, call.outline, call.dialect, body)
+            ledger.watch_cache(answer, call.request_info, call.dialect, body)
 
 
 # ---- 18. Daemon --------------------------------------------------------------------------------
@@ -21427,9 +21445,9 @@ def print_cache(report: Json) -> None:
     print_table(head, rows)
     for hint in hints:
         tell(hint)
-    for verdict, meaning in CACHE_VERDICTS.items():
-        if verdict not in ("hit", "changed") and any(row["last"] == verdict for row in found):
-            tell(f"{verdict}: {meaning}")
+    for decision, meaning in CACHE_VERDICTS.items():
+        if decision not in ("hit", "changed") and any(row["last"] == decision for row in found):
+            tell(f"{decision}: {meaning}")
 
 
 def format_share(percent: float | None) -> str:
@@ -21807,8 +21825,8 @@ def cmd_auth_copilot(options: argparse.Namespace) -> int:
     host = plain_host(options.github_host) if options.github_host else ""
     token = read_secret("GitHub token: ") if options.token_stdin else ""
 
-    async def work(desk: SignInContext) -> str:
-        return await sign_in_copilot(desk, options.name, host, token)
+    async def work(context: SignInContext) -> str:
+        return await sign_in_copilot(context, options.name, host, token)
 
     tell(at_desk(work, config, paths, options.browser))
     return 0
@@ -21826,8 +21844,8 @@ def cmd_auth_kiro(options: argparse.Namespace) -> int:
     method = options.method or ("organisation" if is_organisation else "")
     wish = KiroSignIn(method, options.start_url or "", options.region or "", token)
 
-    async def work(desk: SignInContext) -> str:
-        return await sign_in_kiro(desk, options.name, wish)
+    async def work(context: SignInContext) -> str:
+        return await sign_in_kiro(context, options.name, wish)
 
     tell(at_desk(work, config, paths, options.browser))
     return 0
@@ -21841,8 +21859,8 @@ def cmd_auth_import(options: argparse.Namespace) -> int:
         looked = ", ".join(options.origins or [n for n in IMPORTS if n not in ONLY_ON_REQUEST])
         raise ProgramError(f"no sign-in of another program was found; looked at: {looked}")
 
-    async def work(desk: SignInContext) -> list[str]:
-        return await import_logins(desk, found, options.name or "", options.yes)
+    async def work(context: SignInContext) -> list[str]:
+        return await import_logins(context, found, options.name or "", options.yes)
 
     for words in at_desk(work, config, paths) or ["Nothing was changed"]:
         tell(words)
@@ -21858,8 +21876,8 @@ def cmd_auth_revoke(options: argparse.Namespace) -> int:
     """Removes a sign-in from this machine, and says where to end it at the vendor."""
     config, paths = load_desk()
 
-    async def work(desk: SignInContext) -> str:
-        return await revoke_login(desk, options.name)
+    async def work(context: SignInContext) -> str:
+        return await revoke_login(context, options.name)
 
     tell(at_desk(work, config, paths))
     return 0

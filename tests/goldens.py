@@ -102,7 +102,7 @@ class KiroCase(Case):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.terms: Json = {"window": kiro_window, **KIRO_TERMS.get(folder.name, {})}
+        self.context: Json = {"window": kiro_window, **KIRO_TERMS.get(folder.name, {})}
 
     def read_stream(self) -> bytes:
         """What the upstream sends."""
@@ -603,7 +603,7 @@ GRAMMARS: dict[str, Callable[[bytes], str]] = {
 
 def check_ending(flow: StreamTranslator, caller: str, sent: bytes) -> str:
     """The grammar's word on what was sent, which must agree with the flow's own."""
-    native = caller == "responses" and flow.upstream is flow.caller
+    native = caller == "responses" and flow.upstream is flow.client
     outcome = check_responses(sent, native=True) if native else GRAMMARS[caller](sent)
     assert flow.over
     if outcome == "nothing":

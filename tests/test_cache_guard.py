@@ -324,7 +324,7 @@ def test_what_changed_is_told_by_its_place(change: Change, block: str, how: str,
     change(later)
     first = guard.record(answer(**WRITTEN), "s", prompt(body))
     found = guard.record(answer(10.0, **MISS), "s", prompt(later))
-    assert (first.verdict, found.verdict) == ("first", "changed")
+    assert (first.decision, found.decision) == ("first", "changed")
     assert (found.found.name, found.found.how, found.lost) == (block, how, 19_000)
     assert hint in found.hint and found.is_news
     assert found.conversation == first.conversation
@@ -338,7 +338,7 @@ def test_what_was_read_from_the_cache_is_a_hit_whatever_changed(change: Change) 
     change(later)
     guard.record(answer(**WRITTEN), "s", prompt(body))
     found = guard.record(answer(10.0, **HIT), "s", prompt(later))
-    assert (found.verdict, found.lost, found.is_news) == ("hit", 0, False)
+    assert (found.decision, found.lost, found.is_news) == ("hit", 0, False)
 
 
 def again(body: Json) -> Json:
@@ -414,7 +414,7 @@ def test_verdicts(change: Callable[[Json], Json], before: Kw, after: Kw, verdict
     guard, body = gw.CacheGuard(SALT), conversation()
     guard.record(answer(**before), "s", prompt(body))
     found = guard.record(answer(**{"at": 10.0, **after}), "s", prompt(change(body)))
-    assert found.verdict == verdict in gw.CACHE_VERDICTS
+    assert found.decision == verdict in gw.CACHE_VERDICTS
     lossy = verdict in ("changed", "shortened", "expired", "model", "unexplained")
     assert (found.lost > 0) == found.is_news == lossy
     assert bool(found.hint) == lossy
@@ -435,9 +435,9 @@ def test_a_change_is_told_where_the_service_tells_no_figures() -> None:
     usage: Kw = {"fresh": 20_000, "source": "derived"}
     guard.record(answer(0.0, **usage), "s", prompt(kiro(*turns[:3]), "kiro"))
     found = guard.record(answer(10.0, **usage), "s", prompt(kiro(*turns), "kiro"))
-    assert found.verdict == "unreported"
+    assert found.decision == "unreported"
     found = guard.record(answer(20.0, **usage), "s", prompt(kiro(*changed), "kiro"))
-    assert (found.verdict, found.found.name) == ("changed", "history[0] (user)")
+    assert (found.decision, found.found.name) == ("changed", "history[0] (user)")
     assert 15_000 < found.lost <= 20_000 and "Kiro" in found.hint
     row = guard.report(20.0)[0]
     assert row["hit_ratio"] is None and row["changed"]["times"] == 1
@@ -450,10 +450,10 @@ def test_openai_tells_what_it_read_only() -> None:
     guard.record(answer(0.0, fresh=20_000, **gpt), "s", prompt(body))
     later = grown(body)
     found = guard.record(answer(10.0, read=19_968, fresh=500, **gpt), "s", prompt(later))
-    assert found.verdict == "hit"
+    assert found.decision == "hit"
     date(later)
     found = guard.record(answer(20.0, fresh=21_000, **gpt), "s", prompt(grown(later)))
-    assert (found.verdict, found.found.name, found.lost) == ("changed", "system[1]", 19_968)
+    assert (found.decision, found.found.name, found.lost) == ("changed", "system[1]", 19_968)
 
 
 def test_a_service_that_marks_alone_fill_is_not_blamed() -> None:
@@ -464,7 +464,7 @@ def test_a_service_that_marks_alone_fill_is_not_blamed() -> None:
     other["messages"][0] = user("another conversation")
     guard.record(answer(10.0, fresh=20_000), "t", prompt(other))
     found = guard.record(answer(20.0, fresh=20_500), "t", prompt(grown(other)))
-    assert found.verdict == "uncached"
+    assert found.decision == "uncached"
 
 
 # ---- which conversation it is ------------------------------------------------------------------
@@ -476,11 +476,11 @@ def test_an_agent_holds_several_conversations_in_one_session() -> None:
     helper = {**conversation(), "tools": [tool("search")], "messages": [user("find it")]}
     guard.record(answer(0.0, **WRITTEN), "s", prompt(body))
     found = guard.record(answer(5.0, **WRITTEN), "s", prompt(helper))
-    assert found.verdict == "first"
+    assert found.decision == "first"
     for at in (10.0, 20.0, 30.0):
         body, helper = grown(body), grown(helper)
         for asked in (body, helper):
-            assert guard.record(answer(at, **HIT), "s", prompt(asked)).verdict == "hit"
+            assert guard.record(answer(at, **HIT), "s", prompt(asked)).decision == "hit"
     rows = guard.report(30.0)
     assert [row["calls"] for row in rows] == [4, 4]
     assert len({row["conversation"] for row in rows}) == 2
@@ -493,7 +493,7 @@ def test_a_date_in_the_system_prompt_makes_no_new_conversation() -> None:
         body["system"][1]["text"] = f"It is 12:0{minute}."
         found = guard.record(answer(60.0 * minute, **MISS), "", prompt(body))
         body = grown(body)
-    assert (found.verdict, found.found.name) == ("changed", "system[1]")
+    assert (found.decision, found.found.name) == ("changed", "system[1]")
     [row] = guard.report(240.0)
     assert row["changed"]["times"] == 3 and row["calls"] == 4
 
@@ -504,7 +504,7 @@ def test_a_first_message_that_changes_each_time_is_found_at_the_third_call() -> 
     verdicts = []
     for minute in range(4):
         body["messages"][:1] = [user(f"It is 12:0{minute}.")]
-        verdicts.append(guard.record(answer(60.0 * minute, **MISS), "", prompt(body)).verdict)
+        verdicts.append(guard.record(answer(60.0 * minute, **MISS), "", prompt(body)).decision)
         body = grown(body, call(city=str(minute)), result("ok"))
     assert verdicts == ["first", "first", "changed", "changed"]
 
@@ -514,14 +514,14 @@ def test_conversations_with_one_prompt_are_apart() -> None:
     guard = gw.CacheGuard(SALT)
     for number in range(5):
         body = {**conversation(), "messages": [user(f"question {number}")]}
-        assert guard.record(answer(float(number), **MISS), "", prompt(body)).verdict == "first"
+        assert guard.record(answer(float(number), **MISS), "", prompt(body)).decision == "first"
 
 
 def test_sessions_and_labels_are_apart() -> None:
     guard, body = gw.CacheGuard(SALT), conversation()
     for session, label in (("s", "one"), ("t", "one"), ("", "one"), ("", "two")):
         found = guard.record(answer(0.0, label=label, **MISS), session, prompt(body))
-        assert found.verdict == "first"
+        assert found.decision == "first"
     assert len({row["conversation"] for row in guard.report(0.0)}) == 4
 
 
@@ -531,9 +531,9 @@ def test_each_model_goes_on_where_it_was() -> None:
     guard.record(answer(0.0, **WRITTEN), "s", prompt(body))
     opus: Kw = {"model": "claude-opus-4.5"}
     found = guard.record(answer(10.0, **opus, **MISS), "s", prompt(grown(body)))
-    assert found.verdict == "model"
+    assert found.decision == "model"
     found = guard.record(answer(20.0, **HIT), "s", prompt(grown(body)))
-    assert found.verdict == "hit"
+    assert found.decision == "hit"
     rows = guard.report(20.0)
     assert [(row["model"], row["calls"]) for row in rows] == [
         ("claude-sonnet-4.5", 2),
@@ -548,7 +548,7 @@ def test_another_models_own_task_is_no_switch() -> None:
     guard.record(answer(0.0, **WRITTEN), "s", prompt(body))
     title = {"system": "Find a title.", "messages": body["messages"][:1]}
     found = guard.record(answer(10.0, model="haiku", fresh=5000), "s", prompt(title))
-    assert found.verdict == "first"
+    assert found.decision == "first"
 
 
 # ---- what is kept and told ---------------------------------------------------------------------
@@ -648,16 +648,16 @@ def test_blocks_are_bounded() -> None:
     assert len(found.hashes) == len(found.sizes) == gw.MAX_WATCHED_BLOCKS
     guard.record(answer(0.0, **WRITTEN), "s", found)
     body["messages"][-1] = user("other")
-    assert guard.record(answer(10.0, **HIT), "s", prompt(grown(body))).verdict == "hit"
-    assert guard.record(answer(20.0, **MISS), "s", prompt(body)).verdict == "unexplained"
+    assert guard.record(answer(10.0, **HIT), "s", prompt(grown(body))).decision == "hit"
+    assert guard.record(answer(20.0, **MISS), "s", prompt(body)).decision == "unexplained"
 
 
 def test_a_clock_set_back_breaks_nothing() -> None:
     guard, body = gw.CacheGuard(SALT), conversation()
     guard.record(answer(10_000.0, **WRITTEN), "s", prompt(body))
     found = guard.record(answer(10.0, **MISS), "s", prompt(grown(body)))
-    assert found.verdict == "overlapping"
-    assert guard.record(answer(20.0, **HIT), "s", prompt(grown(body))).verdict == "hit"
+    assert found.decision == "overlapping"
+    assert guard.record(answer(20.0, **HIT), "s", prompt(grown(body))).decision == "hit"
 
 
 # ---- end to end --------------------------------------------------------------------------------

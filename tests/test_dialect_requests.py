@@ -892,11 +892,11 @@ def test_a_field_that_was_refused_once_is_left_out_from_then_on() -> None:
     sent = a_to_a(body)
     assert "cache_control" in sent["tools"][0]
     verdict = classify_400(message, "", CLAUDE, sent, {})
-    assert verdict.remedy == "repair"
+    assert verdict.action == "repair"
     lessons = {kind: [name] for kind, name in verdict.rejections}
     sent = a_to_a(body, lessons=lessons)
     assert "cache_control" not in sent["tools"][0]
-    assert classify_400(message, "", CLAUDE, sent, lessons).remedy != "repair"
+    assert classify_400(message, "", CLAUDE, sent, lessons).action != "repair"
 
 
 def test_eager_input_streaming_is_never_sent() -> None:
@@ -929,7 +929,7 @@ def test_eager_input_streaming_is_never_sent() -> None:
 )
 def test_who_spoke_last_in_messages(messages: list[Json], initiator: str) -> None:
     """X-Initiator: a person's turn is billed, a tool loop is not."""
-    assert MESSAGES.outline(a_body(*messages)).initiator == initiator
+    assert MESSAGES.request_info(a_body(*messages)).initiator == initiator
 
 
 @pytest.mark.parametrize(
@@ -938,7 +938,9 @@ def test_who_spoke_last_in_messages(messages: list[Json], initiator: str) -> Non
 )
 def test_who_spoke_last_in_chat(last: str, initiator: str) -> None:
     """The same for OpenAI's roles."""
-    assert CHAT.outline(c_body(user("a"), {"role": last, "content": "x"})).initiator == initiator
+    assert (
+        CHAT.request_info(c_body(user("a"), {"role": last, "content": "x"})).initiator == initiator
+    )
 
 
 @pytest.mark.parametrize(
@@ -948,7 +950,7 @@ def test_who_spoke_last_in_chat(last: str, initiator: str) -> None:
 def test_an_outline_of_a_bad_body_is_a_400(dialect: str, body: Json) -> None:
     """It is the first look at what a caller sent."""
     with pytest.raises(InvalidRequest):
-        DIALECTS[dialect].outline(body)
+        DIALECTS[dialect].request_info(body)
 
 
 def test_the_opening_is_the_same_in_every_request_of_one_conversation() -> None:
@@ -957,7 +959,7 @@ def test_the_opening_is_the_same_in_every_request_of_one_conversation() -> None:
     for number in range(3):
         billing = text(f"x-anthropic-billing-header: cch={number};")
         messages = [user("first"), assistant("x"), user(f"later {number}")]
-        openings.add(MESSAGES.outline(a_body(*messages, system=[billing, text("S")])).opening)
+        openings.add(MESSAGES.request_info(a_body(*messages, system=[billing, text("S")])).opening)
     assert len(openings) == 1
 
 
@@ -1039,9 +1041,9 @@ def test_no_strange_value_in_a_body_is_more_than_a_400(dialect: str, body: Json)
                     for model in (GPT, NEW_CLAUDE):
                         json.dumps(other.write_request(copy.deepcopy(chat), model))
                 elif step == "outline":
-                    DIALECTS[dialect].outline(copy.deepcopy(changed))
+                    DIALECTS[dialect].request_info(copy.deepcopy(changed))
                 else:
-                    DIALECTS[dialect].outline(copy.deepcopy(changed))
+                    DIALECTS[dialect].request_info(copy.deepcopy(changed))
                     DIALECTS[dialect].has_image(copy.deepcopy(changed))
             except ApiError:
                 pass
@@ -1057,7 +1059,7 @@ def test_no_strange_value_in_a_native_body_is_more_than_a_400(dialect: str, body
     for where, changed in replaced(body):
         for model in (GPT, CLAUDE, NEW_CLAUDE):
             try:
-                DIALECTS[dialect].outline(copy.deepcopy(changed))
+                DIALECTS[dialect].request_info(copy.deepcopy(changed))
                 scrubbed = sanitize_body(dialect, copy.deepcopy(changed), model, {}, True)
                 json.dumps(scrubbed.body)
             except ApiError:

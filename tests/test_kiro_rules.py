@@ -409,7 +409,7 @@ def refused_refresh(status: int, body: Any = None, **headers: str) -> gw.RetryDe
 def test_a_dead_refresh_token_needs_a_sign_in(status: int, body: Json) -> None:
     """1.6, permanent failures; what to type is said by whoever knows the provider's name."""
     verdict = refused_refresh(status, body)
-    assert type(verdict.error) is gw.NotSignedIn and verdict.remedy == "refresh"
+    assert type(verdict.error) is gw.NotSignedIn and verdict.action == "refresh"
     assert "sign-in has ended" in verdict.error.message
 
 
@@ -418,7 +418,7 @@ def test_a_refresh_that_fails_for_now_marks_nothing_dead(status: int) -> None:
     """1.6, transient failures."""
     verdict = refused_refresh(status, b"<html>busy</html>", retry_after="7")
     assert not isinstance(verdict.error, gw.NotSignedIn)
-    assert (verdict.remedy, verdict.wait_s, verdict.error.retry_after) == ("wait", 7.0, 7.0)
+    assert (verdict.action, verdict.wait_s, verdict.error.retry_after) == ("wait", 7.0, 7.0)
 
 
 @pytest.mark.parametrize(
@@ -1059,7 +1059,7 @@ def test_a_clients_own_words_in_a_refusal_concern_no_other_request(name: str) ->
     for reason in (None, "TOOL_SCHEMA_INVALID"):
         verdict = judge(400, "ValidationException", f"Invalid tool: {name}", reason)
         assert type(verdict.error) is gw.InvalidRequest
-        assert verdict.remedy == "" and not verdict.account_wide
+        assert verdict.action == "" and not verdict.account_wide
 
 
 INVALID_BEARER = "The bearer token included in the request is invalid."
@@ -1154,7 +1154,7 @@ def test_a_refusal_means_what_was_seen_in_the_field(
 ) -> None:
     """8.3, every row: the words before the status."""
     verdict = judge(status, kind, message, reason)
-    assert (type(verdict.error), verdict.remedy) == (error, remedy)
+    assert (type(verdict.error), verdict.action) == (error, remedy)
 
 
 @pytest.mark.parametrize(
@@ -1235,7 +1235,7 @@ def test_an_error_is_read_in_all_its_shapes(shape: str) -> None:
     ):
         headers, data = dressed(kind, message, reason, shape)
         verdict = gw.classify_kiro_error(400, headers, data, NOW)
-        assert (type(verdict.error), verdict.remedy) == (error, remedy)
+        assert (type(verdict.error), verdict.action) == (error, remedy)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -1269,7 +1269,7 @@ def test_an_error_of_any_bytes_has_a_meaning(status: int, data: bytes, words: st
     verdict = gw.classify_kiro_error(status, gw.Headers(), data, NOW)
     assert words in verdict.error.text() and "EXAMPLE" not in verdict.error.text()
     bare = gw.classify_kiro_error(status, gw.Headers(), b"", NOW)
-    assert (type(verdict.error), verdict.remedy) == (type(bare.error), bare.remedy)
+    assert (type(verdict.error), verdict.action) == (type(bare.error), bare.action)
 
 
 @pytest.mark.parametrize("kind", ["__type", "message"])
@@ -1278,7 +1278,7 @@ def test_an_error_with_a_good_status_is_an_error(kind: str) -> None:
     data = json.dumps({kind: "ThrottlingException"}).encode()
     assert isinstance(gw.classify_kiro_error(200, gw.Headers(), data, NOW).error, gw.RateLimited)
     verdict = gw.classify_kiro_error(200, gw.Headers(), b"{}", NOW)
-    assert (type(verdict.error), verdict.remedy) == (gw.UpstreamError, "again")
+    assert (type(verdict.error), verdict.action) == (gw.UpstreamError, "again")
 
 
 @pytest.mark.parametrize(

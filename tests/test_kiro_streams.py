@@ -211,7 +211,7 @@ def test_there_are_goldens() -> None:
 def test_a_golden_stream_becomes_what_was_written_down(case: KiroCase, caller: str) -> None:
     """Whole, and message by message."""
     for reads in ([case.stream], case.messages()):
-        flow = make_flow("kiro", caller, **case.terms)
+        flow = make_flow("kiro", caller, **case.context)
         sent = play(flow, reads)
         assert joined(sent) == joined(case.expected(caller))
         assert check_ending(flow, caller, sent) == "complete"
@@ -226,7 +226,7 @@ def test_what_was_written_down_follows_the_grammar(case: KiroCase, caller: str) 
 @pytest.mark.parametrize(("case", "caller"), KIRO_PAIRS, ids=KIRO_PAIR_IDS)
 def test_a_golden_stream_fed_byte_by_byte_becomes_the_same(case: KiroCase, caller: str) -> None:
     """Reads may end anywhere, in the middle of a character too."""
-    sent = play(make_flow("kiro", caller, **case.terms), one_by_one(case.stream))
+    sent = play(make_flow("kiro", caller, **case.context), one_by_one(case.stream))
     assert joined(sent) == joined(case.expected(caller))
 
 
@@ -236,7 +236,7 @@ def test_a_golden_stream_in_random_reads_becomes_the_same(case: KiroCase, caller
     rng = random.Random(f"{SEED}{case.name}")
     told = joined(case.expected(caller))
     for _ in range(50):
-        sent = play(make_flow("kiro", caller, **case.terms), random_reads(rng, case.stream))
+        sent = play(make_flow("kiro", caller, **case.context), random_reads(rng, case.stream))
         assert joined(sent) == told
 
 
@@ -244,7 +244,7 @@ def test_a_golden_stream_in_random_reads_becomes_the_same(case: KiroCase, caller
 def test_a_golden_stream_folds_to_the_whole_answer(case: KiroCase, caller: str) -> None:
     """Without streaming nothing is sent before the end, and the answer is the fold."""
     for reads in ([case.stream], one_by_one(case.stream)):
-        flow = make_flow("kiro", caller, stream=False, **case.terms)
+        flow = make_flow("kiro", caller, stream=False, **case.context)
         assert play(flow, reads) == b""
         assert flow.whole() == case.whole(caller)
 
@@ -259,7 +259,7 @@ def test_a_golden_stream_cut_inside_a_message_is_an_error(
     for cut in range(0, len(case.stream), 1 if len(case.stream) < 1500 else 3):
         if cut in borders:
             continue
-        flow = make_flow("kiro", caller, stream=stream, **case.terms)
+        flow = make_flow("kiro", caller, stream=stream, **case.context)
         sent = play(flow, [case.stream[:cut]])
         assert check_ending(flow, caller, sent) == "error", cut
         assert isinstance(flow.error, UpstreamError)
@@ -270,7 +270,7 @@ def test_a_golden_stream_cut_between_messages_is_an_answer(case: KiroCase, calle
     """kiro.md 5.1: there is no message that ends a stream; what is cut is no finished call."""
     messages = case.messages()
     for count in range(1, len(messages)):
-        flow = make_flow("kiro", caller, **case.terms)
+        flow = make_flow("kiro", caller, **case.context)
         sent = play(flow, messages[:count])
         assert check_ending(flow, caller, sent) == "complete", count
 
@@ -279,7 +279,7 @@ def test_a_golden_stream_cut_between_messages_is_an_answer(case: KiroCase, calle
 def test_an_error_from_below_at_any_offset_ends_the_answer(case: KiroCase, caller: str) -> None:
     """A reset or a timeout of the connection is told the same way as the upstream's own word."""
     for cut in range(0, len(case.stream), 7):
-        flow = make_flow("kiro", caller, **case.terms)
+        flow = make_flow("kiro", caller, **case.context)
         sent = flow.feed(case.stream[:cut])
         sent += flow.end(UpstreamError("The connection broke."))
         assert check_ending(flow, caller, sent) == "error"
@@ -315,7 +315,7 @@ def test_no_strange_value_anywhere_in_a_stream_is_more_than_an_error(
         for where, odd in odd_versions(json.loads(payload)):
             row = f"{name} {json.dumps(odd)}\n".encode()
             data = write_events(b"".join([*lines[:at], row, *lines[at + 1 :]]))
-            flow = make_flow("kiro", caller, stream=stream, **case.terms)
+            flow = make_flow("kiro", caller, stream=stream, **case.context)
             try:
                 play(flow, [b"".join(data)])
                 if not stream and not flow.error:
@@ -1556,7 +1556,7 @@ def test_kiros_words_are_judged(
     """kiro.md 8.3: the words before any status."""
     verdict = classify_kiro_message(code, reason, words)
     assert verdict is not None
-    assert (type(verdict.error), verdict.remedy) == (kind, remedy)
+    assert (type(verdict.error), verdict.action) == (kind, remedy)
 
 
 def test_words_that_nobody_knows_are_not_judged() -> None:

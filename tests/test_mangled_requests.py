@@ -563,7 +563,7 @@ def send(spoken: str, call: gw.Call, body: Json) -> None:
 def exchange(name: str, spoken: str, body: Json, model: gw.Model) -> None:
     """One request and its answer, by the functions that gateway and providers use."""
     asked, upstream = gw.DIALECTS[name], gw.UPSTREAM_DIALECTS[spoken]
-    outline = asked.outline(body)
+    outline = asked.request_info(body)
     terms = gw.ResponseContext("id", 1, "m", asked=body, include_usage=outline.include_usage)
     chat = gw.Gateway.read_call(body, asked, upstream, terms)
     call = gw.Gateway.write_call(body, chat, upstream, model, terms, outline)

@@ -761,7 +761,7 @@ def test_state_that_is_kept_nowhere_is_refused(
     error = refuse(r_body(user(), **{key: value}))
     assert (error.param, error.code) == (key, code)
     with pytest.raises(gw.InvalidRequest):
-        RESPONSES.outline(r_body(user(), **{key: value}))
+        RESPONSES.request_info(r_body(user(), **{key: value}))
 
 
 # ---- input items (3.3) ---------------------------------------------------------------------------
@@ -2603,7 +2603,7 @@ def test_a_name_finds_a_model_and_may_ask_for_an_effort(
 )
 def test_who_spoke_last(items: list[Json], initiator: str) -> None:
     """What a developer says in the middle of a run is nobody's word."""
-    assert RESPONSES.outline(r_body(*items)).initiator == initiator
+    assert RESPONSES.request_info(r_body(*items)).initiator == initiator
 
 
 @pytest.mark.parametrize(
@@ -2636,7 +2636,7 @@ def test_an_image_is_seen_wherever_it_stands(body: Json, has_image: bool) -> Non
 def test_an_outline_of_a_bad_body_is_a_400(body: Json) -> None:
     """It is the first look at what a caller sent."""
     with pytest.raises(gw.InvalidRequest):
-        RESPONSES.outline(body)
+        RESPONSES.request_info(body)
 
 
 # ---- conversations by chance ---------------------------------------------------------------------

@@ -71,7 +71,7 @@ FROM_RESPONSES = pytest.mark.parametrize(
 
 def terms_of(case: Case) -> Json:
     """What a case was asked with."""
-    return case.terms if isinstance(case, KiroCase) else {}
+    return case.context if isinstance(case, KiroCase) else {}
 
 
 def response(status: str = "in_progress", **more: Any) -> Json:

@@ -378,11 +378,11 @@ def test_a_refused_exchange() -> None:
                                       "url": "https://github.com/x"}}  # fmt: skip
         verdict = judged(403, envelope)
         assert isinstance(verdict.error, gw.NotEntitled)
-        assert verdict.remedy != "wait"
+        assert verdict.action != "wait"
         assert verdict.error.hint == "See https://github.com/x"
     evil = {"error_details": {"notification_id": "x", "url": "https://github.com.evil.example/"}}
     assert "evil" not in (judged(403, evil).error.hint or "")
-    assert judged(403, {"error_details": {"notification_id": "server_error"}}).remedy == "wait"
-    assert judged(403, {"message": "API rate limit exceeded for user ID 1."}).remedy == "wait"
+    assert judged(403, {"error_details": {"notification_id": "server_error"}}).action == "wait"
+    assert judged(403, {"message": "API rate limit exceeded for user ID 1."}).action == "wait"
     for status in (429, 500, 503):
-        assert judged(status, {}).remedy == "wait"
+        assert judged(status, {}).action == "wait"

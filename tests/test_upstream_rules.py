@@ -1285,7 +1285,7 @@ def test_an_error_answer_means_what_the_table_says(name: str) -> None:
     status, body, kind, remedy = JUDGED[name]
     verdict = judge(status, body)
     assert isinstance(verdict.error, kind)
-    assert verdict.remedy == remedy
+    assert verdict.action == remedy
     assert not any(mark in verdict.error.text() for mark in ("<html", "<!DOCTYPE", "{"))
 
 
@@ -1311,7 +1311,7 @@ def test_retry_after_is_read_as_seconds_or_as_a_date(
 ) -> None:
     verdict = judge(status, b"", {"retry-after": value})
     assert verdict.error.retry_after == verdict.wait_s == seconds
-    assert verdict.remedy == ("rest" if status == 402 else "pause")  # a quota is never waited for
+    assert verdict.action == ("rest" if status == 402 else "pause")  # a quota is never waited for
 
 
 WILD = [math.inf, -math.inf, math.nan, 10**400, -(10**400), 1e300, 1e-300, -5, True, "9" * 5000, []]
@@ -1364,7 +1364,7 @@ def test_a_model_without_the_asked_endpoint_is_asked_in_another_dialect() -> Non
     why = f'model "{SONNET}" is not accessible via the /v1/messages endpoint'
     for body in (said(why), said("no", "unsupported_api_for_model")):
         verdict = judge(400, body)
-        assert (type(verdict.error), verdict.remedy) == (gw.InvalidRequest, "reroute")
+        assert (type(verdict.error), verdict.action) == (gw.InvalidRequest, "reroute")
         assert verdict.rejections == []  # the provider's models remember it
 
 
@@ -1435,13 +1435,13 @@ def refusal_of(path: str) -> str:
 def test_a_field_that_was_refused_once_is_left_out_from_then_on(path: str) -> None:
     fields, left = LEARNED[path]
     verdict = judge(400, anthropic(refusal_of(path)))
-    assert verdict.remedy == "repair"
+    assert verdict.action == "repair"
     lessons = {"field": [name for kind, name in verdict.rejections if kind == "field"]}
     asked = scrub("messages", SONNET, lessons, **copy.deepcopy(fields))
     assert asked.body == scrub("messages", SONNET, **copy.deepcopy(left)).body
     assert asked.dropped
     again = gw.classify_400(refusal_of(path), "", MODELS[SONNET], asked.body, lessons)
-    assert (again.remedy, again.rejections) == ("", [])
+    assert (again.action, again.rejections) == ("", [])
 
 
 SEMANTIC = (
@@ -1464,7 +1464,7 @@ SEMANTIC = (
 @pytest.mark.parametrize("path", SEMANTIC)
 def test_a_field_that_carries_the_meaning_is_never_learned(path: str) -> None:
     verdict = judge(400, anthropic(refusal_of(path)))
-    assert (verdict.remedy, verdict.rejections) == ("", [])
+    assert (verdict.action, verdict.rejections) == ("", [])
 
 
 STRAY: dict[str, Json] = {
@@ -1520,7 +1520,7 @@ def test_a_stray_field_goes_from_its_own_place_only() -> None:
 def test_the_name_of_a_stray_field_teaches_nothing_but_itself(message: str) -> None:
     """A client may name a field as it likes, and a refusal repeats the name."""
     verdict = judge(400, anthropic(message))
-    assert verdict.remedy in ("", "repair")
+    assert verdict.action in ("", "repair")
     assert all(kind == "field" for kind, _ in verdict.rejections)
 
 
@@ -1619,7 +1619,7 @@ def test_a_refused_exchange_means_what_the_table_says(name: str) -> None:
     status, body, kind, remedy = EXCHANGES[name]
     verdict = gw.classify_exchange_error(status, gw.Headers(), body, NOW)
     assert isinstance(verdict.error, kind)
-    assert verdict.remedy == remedy
+    assert verdict.action == remedy
     assert "<html" not in verdict.error.text()
 
 
