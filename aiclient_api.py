@@ -3852,22 +3852,22 @@ def read_figure(value: Any, least: float = -MAX_FIGURE, most: float = MAX_FIGURE
     return float(value) if usable and least <= value <= most else None
 
 
-def positive(value: Any) -> int | None:
+def positive_int(value: Any) -> int | None:
     return value if isinstance(value, int) and read_figure(value, 1) else None
 
 
-def count(obj: Json, key: str, before: int) -> int:
+def get_int(obj: Json, key: str, before: int) -> int:
     """The non-negative integer at `key`, or `before`."""
     value = obj.get(key)
     return value if isinstance(value, int) and read_figure(value, 0) is not None else before
 
 
-def fraction(obj: Json, key: str, most: float) -> float:
+def get_float(obj: Json, key: str, most: float) -> float:
     """The number at `key` between 0 and `most`; 0 for anything else."""
     return read_figure(obj.get(key), 0, most) or 0.0
 
 
-def details(obj: Json, key: str) -> Json:
+def get_dict(obj: Json, key: str) -> Json:
     """The object at `key`, or an empty one."""
     value = obj.get(key)
     return value if isinstance(value, dict) else {}
@@ -3880,7 +3880,7 @@ def inline_refs(schema: Json, tools: int = MAX_TOOLS) -> Any:
     definitions that name one another several times, long ones that many name.  `tools`: how many
     schemas share what may be added.
     """
-    definitions = {**details(schema, "definitions"), **details(schema, "$defs")}
+    definitions = {**get_dict(schema, "definitions"), **get_dict(schema, "$defs")}
     bare = {key: schema[key] for key in schema if key not in ("definitions", "$defs")}
     left = MAX_INLINED_BYTES // max(tools, MAX_TOOLS)
 
@@ -3898,7 +3898,7 @@ def inline_refs(schema: Json, tools: int = MAX_TOOLS) -> Any:
             return {key: inline(item, inside, depth + 1) for key, item in value.items()}
         rest = {k: inline(item, inside, depth + 1) for k, item in value.items() if k != "$ref"}
         name = name.rpartition("/")[2]
-        named = details(definitions, name)
+        named = get_dict(definitions, name)
         if name in inside or not named or left < 0 or depth > MAX_JSON_DEPTH:
             return {"type": "object", **rest}
         return {**inline(named, (*inside, name), depth + 1), **rest}
@@ -3912,17 +3912,17 @@ def read_copilot_usage(frame: Json, usage: Usage) -> None:
     `{"total_nano_aiu": 120000, "token_details": [{"token_type": "input", "token_count": 9}]}`,
     1e9 nano-AIU = 1 AI credit = 0.01 USD (seen in gh-aw-firewall, 2026-08).
     """
-    bill = details(frame, "copilot_usage")
+    bill = get_dict(frame, "copilot_usage")
     if not bill:
         return
     if "total_nano_aiu" in bill:
-        usage.nano_credits = count(bill, "total_nano_aiu", usage.nano_credits)
+        usage.nano_credits = get_int(bill, "total_nano_aiu", usage.nano_credits)
         usage.credits_source = "reported"
     rows = bill.get("token_details")
     amounts: dict[str, int] = {}
     for row in rows if isinstance(rows, list) else ():
         if isinstance(row, dict) and isinstance(row.get("token_type"), str):
-            amounts[row["token_type"]] = count(row, "token_count", 0)
+            amounts[row["token_type"]] = get_int(row, "token_count", 0)
     if "input" in amounts:
         usage.input = amounts["input"]
         usage.cache_read = amounts.get("cache_read", usage.cache_read)
@@ -3931,17 +3931,17 @@ def read_copilot_usage(frame: Json, usage: Usage) -> None:
 
 def read_chat_usage(frame: Json, usage: Usage) -> bool:
     """Updates `usage` from OpenAI's `usage` in a frame; False if it has none."""
-    said = details(frame, "usage")
+    said = get_dict(frame, "usage")
     if not said:
         return False
-    prompt_details = details(said, "prompt_tokens_details")
-    usage.cache_read = count(prompt_details, "cached_tokens", usage.cache_read)
-    usage.cache_write = count(prompt_details, "cache_write_tokens", usage.cache_write)
-    prompt = count(said, "prompt_tokens", usage.prompt)
+    prompt_details = get_dict(said, "prompt_tokens_details")
+    usage.cache_read = get_int(prompt_details, "cached_tokens", usage.cache_read)
+    usage.cache_write = get_int(prompt_details, "cache_write_tokens", usage.cache_write)
+    prompt = get_int(said, "prompt_tokens", usage.prompt)
     usage.input = max(0, prompt - usage.cache_read - usage.cache_write)
-    usage.output = count(said, "completion_tokens", usage.output)
-    reasoning = details(said, "completion_tokens_details")
-    usage.reasoning = count(reasoning, "reasoning_tokens", usage.reasoning)
+    usage.output = get_int(said, "completion_tokens", usage.output)
+    reasoning = get_dict(said, "completion_tokens_details")
+    usage.reasoning = get_int(reasoning, "reasoning_tokens", usage.reasoning)
     usage.source = "reported"
     read_copilot_usage(frame, usage)
     return True
@@ -3950,12 +3950,12 @@ def read_chat_usage(frame: Json, usage: Usage) -> bool:
 def read_messages_usage(said: Json, usage: Usage) -> None:
     if not said:
         return
-    usage.input = count(said, "input_tokens", usage.input)
-    usage.cache_read = count(said, "cache_read_input_tokens", usage.cache_read)
-    usage.cache_write = count(said, "cache_creation_input_tokens", usage.cache_write)
-    usage.output = count(said, "output_tokens", usage.output)
-    thinking = details(said, "output_tokens_details")
-    usage.reasoning = count(thinking, "thinking_tokens", usage.reasoning)
+    usage.input = get_int(said, "input_tokens", usage.input)
+    usage.cache_read = get_int(said, "cache_read_input_tokens", usage.cache_read)
+    usage.cache_write = get_int(said, "cache_creation_input_tokens", usage.cache_write)
+    usage.output = get_int(said, "output_tokens", usage.output)
+    thinking = get_dict(said, "output_tokens_details")
+    usage.reasoning = get_int(thinking, "thinking_tokens", usage.reasoning)
     usage.source = "reported"
 
 
@@ -4502,7 +4502,7 @@ class ChatReader:
 
     def read_choice(self, choice: Json, events: list[Event]) -> None:
         """Copilot's Claude spreads one response over several choices (seen in 2026-08)."""
-        delta = details(choice, "delta") or details(choice, "message")
+        delta = get_dict(choice, "delta") or get_dict(choice, "message")
         for key in REASONING_FIELDS:
             if isinstance(delta.get(key), str) and delta[key]:
                 self.thought.append(delta[key])
@@ -4516,7 +4516,7 @@ class ChatReader:
             self.add("refusal", delta["refusal"], events)
         index = choice.get("index")
         fragments = delta.get("tool_calls")
-        if details(delta, "function_call"):
+        if get_dict(delta, "function_call"):
             fragments = [{"function": delta["function_call"]}]
         for order, fragment in enumerate(fragments if isinstance(fragments, list) else ()):
             if isinstance(fragment, dict):
@@ -4532,7 +4532,7 @@ class ChatReader:
     def read_fragment(self, key: tuple[int, int], fragment: Json, events: list[Event]) -> None:
         """One fragment of one call; repeated ids and names are ignored."""
         call = self.calls.get(key) or self.calls.setdefault(key, StreamedCall())
-        function = details(fragment, "function")
+        function = get_dict(fragment, "function")
         if isinstance(fragment.get("id"), str) and not call.id:
             call.id = fragment["id"]
         if isinstance(function.get("name"), str) and not call.name:
@@ -4799,7 +4799,7 @@ class ChatRelay:
         if not choices:
             return []  # prompt filter results, copilot_references, the usage chunk
         self.id = self.id or str(frame.get("id") or self.context.id)
-        self.created = self.created or positive(frame.get("created")) or self.context.created
+        self.created = self.created or positive_int(frame.get("created")) or self.context.created
         frame.update(
             id=self.id,
             object="chat.completion.chunk",
@@ -4833,7 +4833,7 @@ class ChatRelay:
         said = choice.get("index")
         index = said if isinstance(said, int) else 0
         shown = index if self.context.many else 0
-        delta = {k: v for k, v in details(choice, "delta").items() if k not in CHAT_FILLINGS}
+        delta = {k: v for k, v in get_dict(choice, "delta").items() if k not in CHAT_FILLINGS}
         finish = choice.get("finish_reason")
         if isinstance(finish, str) and finish and self.finish.get(shown) != "tool_calls":
             self.finish[shown] = finish
@@ -4864,7 +4864,7 @@ class ChatRelay:
         """A fragment with a dense index; id, type and name only in the first one of each call."""
         at = call.get("index")
         key = (index, at if isinstance(at, int) else order)
-        function = details(call, "function")
+        function = get_dict(call, "function")
         fragment: Json = {"arguments": function.get("arguments") or ""}
         if isinstance(fragment["arguments"], dict):
             fragment["arguments"] = dump_text(fragment["arguments"])
@@ -4994,7 +4994,7 @@ class ChatDialect:
         for choice in whole.get("choices") or ():
             if isinstance(choice, dict):
                 rest = {key: value for key, value in choice.items() if key != "message"}
-                choices.append({**rest, "delta": details(choice, "message")})
+                choices.append({**rest, "delta": get_dict(choice, "message")})
         frames: list[Json] = [{**base, "choices": choices}]
         if whole.get("usage"):
             bill = {"usage": whole["usage"], "copilot_usage": whole.get("copilot_usage")}
@@ -5383,14 +5383,14 @@ class MessagesReader:
         """Unknown types are ignored."""
         kind = frame.get("type")
         if kind == "content_block_delta":
-            return self.read_delta(details(frame, "delta"))
+            return self.read_delta(get_dict(frame, "delta"))
         if kind == "content_block_start":
-            return self.read_block(details(frame, "content_block"))
+            return self.read_block(get_dict(frame, "content_block"))
         if kind == "content_block_stop":
             return [BlockStop()]
         if kind == "message_start":
-            message = details(frame, "message")
-            read_messages_usage(details(message, "usage"), self.usage)
+            message = get_dict(frame, "message")
+            read_messages_usage(get_dict(message, "usage"), self.usage)
             return [MessageStart(str(message.get("id") or ""), str(message.get("model") or ""))]
         if kind == "message_delta":
             self.read_finish(frame)
@@ -5401,16 +5401,16 @@ class MessagesReader:
         return []
 
     def read_finish(self, frame: Json) -> None:
-        read_messages_usage(details(frame, "usage"), self.usage)
+        read_messages_usage(get_dict(frame, "usage"), self.usage)
         read_copilot_usage(frame, self.usage)
-        delta = details(frame, "delta")
+        delta = get_dict(frame, "delta")
         reason = delta.get("stop_reason")
         if isinstance(reason, str) and reason:
             stop_text = delta.get("stop_sequence")
             self.finish = MessageStop(
                 MESSAGES_FINISHES.get(reason, "end"),
                 stop_text if isinstance(stop_text, str) else None,
-                details(delta, "stop_details") or None,
+                get_dict(delta, "stop_details") or None,
             )
 
     @staticmethod
@@ -5471,7 +5471,7 @@ BLOCK_STARTS: dict[str, Json] = {
 
 def wants_thinking(asked: Json) -> bool:
     """Whether the client expects thinking; otherwise `content[0].text` must be text."""
-    return get_str(details(asked, "thinking"), "type") not in ("", "disabled")
+    return get_str(get_dict(asked, "thinking"), "type") not in ("", "disabled")
 
 
 class MessagesWriter:
@@ -5636,13 +5636,13 @@ class MessagesRelay:
             return []
         if kind == "message_start":
             self.begun = True
-            frame["message"] = self.mend_start(details(frame, "message"))
+            frame["message"] = self.mend_start(get_dict(frame, "message"))
         elif not self.begun:
             raise UpstreamError(OFF_PROTOCOL)
         elif str(kind).startswith("content_block_"):
             self.check_block(str(kind), frame)
-            self.mend_block(details(frame, "content_block"))
-            self.read_delta(details(frame, "delta"))
+            self.mend_block(get_dict(frame, "content_block"))
+            self.read_delta(get_dict(frame, "delta"))
         elif kind == "message_delta":
             self.mend_finish(frame)
         elif kind == "message_stop":
@@ -5668,14 +5668,14 @@ class MessagesRelay:
             opens is self.in_block
             or frame.get("index") != self.blocks - 1
             or isinstance(frame["index"], bool)
-            or (needed and not details(frame, needed))
+            or (needed and not get_dict(frame, needed))
         ):
             raise UpstreamError(OFF_PROTOCOL)
         self.in_block = kind != "content_block_stop"
 
     def mend_start(self, message: Json) -> Json:
         """Sets the client's model name and a non-zero input count."""
-        usage = dict(details(message, "usage"))
+        usage = dict(get_dict(message, "usage"))
         read_messages_usage(usage, self.usage)
         usage["output_tokens"] = self.usage.output
         usage["input_tokens"] = self.usage.input
@@ -5692,12 +5692,12 @@ class MessagesRelay:
                 block["name"] = self.context.names.get(name, name)
 
     def mend_finish(self, frame: Json) -> None:
-        delta = details(frame, "delta")
+        delta = get_dict(frame, "delta")
         if delta.get("stop_reason"):
             self.stopped = True
             if self.called and delta["stop_reason"] == "end_turn":
                 delta["stop_reason"] = "tool_use"
-        usage = dict(details(frame, "usage"))
+        usage = dict(get_dict(frame, "usage"))
         read_messages_usage(usage, self.usage)
         read_copilot_usage(frame, self.usage)
         usage["output_tokens"] = self.usage.output
@@ -5724,15 +5724,15 @@ class MessagesAggregator:
     def take(self, frame: Json) -> None:
         kind = frame["type"]
         if kind == "message_start":
-            self.message = dict(details(frame, "message"))
+            self.message = dict(get_dict(frame, "message"))
             self.message["content"] = []
         elif kind == "content_block_start":
-            self.message["content"].append(dict(details(frame, "content_block")))
+            self.message["content"].append(dict(get_dict(frame, "content_block")))
         elif kind == "content_block_delta":
-            self.grow(frame["index"], details(frame, "delta"))
+            self.grow(frame["index"], get_dict(frame, "delta"))
         elif kind == "message_delta":
             extra = {k: v for k, v in frame.items() if k not in ("type", "delta", "usage")}
-            self.message.update({**extra, **details(frame, "delta")})
+            self.message.update({**extra, **get_dict(frame, "delta")})
             said = {k: v for k, v in frame["usage"].items() if v is not None}
             self.message["usage"] = {**self.message["usage"], **said}
 
@@ -5852,7 +5852,7 @@ class MessagesDialect:
         return aggregate.whole()
 
     def expand(self, whole: Json) -> list[Json]:
-        usage = details(whole, "usage")
+        usage = get_dict(whole, "usage")
         opening = {**whole, "content": [], "stop_reason": None, "stop_sequence": None}
         frames: list[Json] = [{"type": "message_start", "message": opening}]
         content = whole.get("content")
@@ -6446,23 +6446,23 @@ def write_reasoning_item(text: str, signature: str) -> Json | None:
 
 
 def read_responses_usage(response: Json, usage: Usage) -> None:
-    said = details(response, "usage")
+    said = get_dict(response, "usage")
     if not said:
         return
-    cached = details(said, "input_tokens_details")
-    usage.cache_read = count(cached, "cached_tokens", usage.cache_read)
-    usage.cache_write = count(cached, "cache_write_tokens", usage.cache_write)
-    prompt = count(said, "input_tokens", usage.prompt)
+    cached = get_dict(said, "input_tokens_details")
+    usage.cache_read = get_int(cached, "cached_tokens", usage.cache_read)
+    usage.cache_write = get_int(cached, "cache_write_tokens", usage.cache_write)
+    prompt = get_int(said, "input_tokens", usage.prompt)
     usage.input = max(0, prompt - usage.cache_read - usage.cache_write)
-    usage.output = count(said, "output_tokens", usage.output)
-    reasoning = details(said, "output_tokens_details")
-    usage.reasoning = count(reasoning, "reasoning_tokens", usage.reasoning)
+    usage.output = get_int(said, "output_tokens", usage.output)
+    reasoning = get_dict(said, "output_tokens_details")
+    usage.reasoning = get_int(reasoning, "reasoning_tokens", usage.reasoning)
     usage.source = "reported"
     read_copilot_usage(response, usage)
 
 
 def read_incomplete(response: Json) -> str:
-    reason = details(response, "incomplete_details").get("reason")
+    reason = get_dict(response, "incomplete_details").get("reason")
     return "filter" if reason == "content_filter" else "length"
 
 
@@ -6474,7 +6474,7 @@ RESPONSES_ENDS = (
 
 def read_responses_error(frame: Json) -> ApiError:
     """The error in a terminal frame: the response's, or the frame's own, nested or flat."""
-    response = details(frame, "response")
+    response = get_dict(frame, "response")
     return read_stream_error(response.get("error") or frame.get("error") or frame)
 
 
@@ -6511,7 +6511,7 @@ class ResponsesReader:
             return self.read_end(kind, frame)
         events: list[Event] = []
         if kind == "response.created":
-            response = details(frame, "response")
+            response = get_dict(frame, "response")
             self.start(response, events)
         elif isinstance(frame.get("output_index"), int):
             self.start({}, events)
@@ -6531,9 +6531,9 @@ class ResponsesReader:
         if item.done:
             return
         if kind == "response.output_item.added":
-            self.open_item(details(frame, "item"), item)
+            self.open_item(get_dict(frame, "item"), item)
         elif kind == "response.output_item.done":
-            self.close_item(details(frame, "item"), item)
+            self.close_item(get_dict(frame, "item"), item)
         elif kind in ("response.output_text.delta", "response.refusal.delta"):
             block = "text" if "output_text" in kind else "refusal"
             self.add(item, block, frame.get("delta"))
@@ -6542,7 +6542,7 @@ class ResponsesReader:
         elif kind == "response.reasoning_summary_part.added" and item.pieces:
             self.add(item, "thinking", "\n\n")
         elif kind == "response.content_part.done":
-            self.end_part(details(frame, "part"), item)
+            self.end_part(get_dict(frame, "part"), item)
         elif kind == "response.custom_tool_call_input.delta":
             item.pieces.append(str_or_empty(frame, "delta"))
         elif kind == "response.function_call_arguments.delta" and item.open:
@@ -6637,7 +6637,7 @@ class ResponsesReader:
         """The terminal frame: items that were never streamed, usage, finish."""
         if kind in ("response.failed", "response.cancelled", "error", ""):
             return [StreamError(read_responses_error(frame))]
-        response = details(frame, "response")
+        response = get_dict(frame, "response")
         events: list[Event] = []
         self.start(response, events)
         output = response.get("output")
@@ -6962,11 +6962,11 @@ class ResponsesRelay:
         if kind == "response.reasoning_summary_part.added" and isinstance(index, int):
             self.summarised.add(index)
         elif kind == "response.output_item.done" and isinstance(index, int):
-            first += self.late_summary(index, details(frame, "item"))
+            first += self.late_summary(index, get_dict(frame, "item"))
         if isinstance(frame.get("response"), dict):
             frame["response"] = self.mend_response(frame["response"], kind in RESPONSES_ENDS)
         if kind in RESPONSES_ENDS:
-            frame["response"] = response = details(frame, "response")
+            frame["response"] = response = get_dict(frame, "response")
             if "id" not in response:
                 raise UpstreamError(OFF_PROTOCOL)
             read_responses_usage(response, self.usage)
@@ -7377,7 +7377,7 @@ def classify_kiro_message(code: str, reason: str, message: str) -> RetryDecision
 
 def read_kiro_words(said: Json) -> tuple[str, str, str]:
     """(code, reason, message) of an error object, whichever names its members have; redacted."""
-    inner = details(said, "Output") or said
+    inner = get_dict(said, "Output") or said
     code = next((inner[k] for k in ("code", "__type") if isinstance(inner.get(k), str)), "")
     reason = inner.get("reason")
     keys = ("message", "Message", "errorMessage", "error")
@@ -7596,14 +7596,14 @@ def adapt_kiro_schemas(draft: KiroDraft) -> bool:
 def adapt_kiro_schema(schema: Json, tools: int = 1) -> Json:
     """A tool's schema: an object whose unions at the top are folded into its properties."""
     fitted: Json = strip_schema(inline_refs(schema, tools))
-    properties = dict(details(fitted, "properties"))
+    properties = dict(get_dict(fitted, "properties"))
     required = list(fitted.get("required", ()))
     for word in SCHEMA_UNIONS:
         branches = fitted.pop(word, None)
         for branch in branches if isinstance(branches, list) else ():
             if not isinstance(branch, dict):
                 continue
-            for name, value in details(branch, "properties").items():
+            for name, value in get_dict(branch, "properties").items():
                 properties.setdefault(name, value)
             if word == "allOf":
                 required += branch.get("required", ())
@@ -7645,12 +7645,12 @@ def inline_output_format(draft: KiroDraft) -> bool:
 
 def kiro_fields(model: Model) -> Json:
     """The extra request fields a model takes, as its own schema describes them."""
-    return details(details(model.raw, "additionalModelRequestFieldsSchema"), "properties")
+    return get_dict(get_dict(model.raw, "additionalModelRequestFieldsSchema"), "properties")
 
 
 def kiro_efforts(described: Json) -> list[str]:
     """The efforts listed in `{"properties": {"effort": {"enum": [...]}}}`."""
-    listed = details(details(described, "properties"), "effort").get("enum")
+    listed = get_dict(get_dict(described, "properties"), "effort").get("enum")
     return [e for e in listed if isinstance(e, str)] if isinstance(listed, list) else []
 
 
@@ -7686,14 +7686,14 @@ def request_thinking(draft: KiroDraft) -> bool:
 
 def prompt_for_thinking(draft: KiroDraft, known: Json, effort: str) -> None:
     """`thinking` and `output_config`; without `display` the text of thinking may be hidden."""
-    shape = details(details(known, "thinking"), "properties")
-    kinds = details(shape, "type").get("enum")
+    shape = get_dict(get_dict(known, "thinking"), "properties")
+    kinds = get_dict(shape, "type").get("enum")
     kind = "disabled" if effort == "none" else "adaptive"
     if "thinking" in known and (not isinstance(kinds, list) or kind in kinds):
         draft.extra["thinking"] = {"type": kind}
         if kind == "adaptive" and (not shape or "display" in shape):
             draft.extra["thinking"]["display"] = "summarized"
-    level = clamp_effort(effort, kiro_efforts(details(known, "output_config")))
+    level = clamp_effort(effort, kiro_efforts(get_dict(known, "output_config")))
     if level and effort != "none":
         draft.extra["output_config"] = {"effort": level}
 
@@ -7705,7 +7705,7 @@ def is_claude(model: Model) -> bool:
 
 def pass_settings(draft: KiroDraft) -> bool:
     """`max_tokens`, if the model has a field for it; the other settings have none."""
-    chat, described = draft.chat, details(kiro_fields(draft.model), "max_tokens")
+    chat, described = draft.chat, get_dict(kiro_fields(draft.model), "max_tokens")
     if chat.max_tokens and described:
         low, high = described.get("minimum", 1), described.get("maximum", chat.max_tokens)
         if isinstance(low, int) and isinstance(high, int):
@@ -8146,7 +8146,7 @@ class KiroReader:
         self.thought, self.signature = [], []
 
     def take_context(self, said: Json, events: list[Event]) -> None:
-        self.share = fraction(said, "contextUsagePercentage", 1000) or self.share
+        self.share = get_float(said, "contextUsagePercentage", 1000) or self.share
         events.append(self.count())
 
     def count(self) -> UsageUpdate:
@@ -8156,20 +8156,20 @@ class KiroReader:
 
     def take_metering(self, said: Json, events: list[Event]) -> None:
         """The cost of this response in credits; several events add up."""
-        self.usage.nano_credits += round(fraction(said, "usage", MAX_FIGURE / 1e9) * 1e9)
+        self.usage.nano_credits += round(get_float(said, "usage", MAX_FIGURE / 1e9) * 1e9)
         self.usage.credits_source = "reported"
         events.append(self.count())
 
     def take_metadata(self, said: Json, events: list[Event]) -> None:
         if isinstance(said.get("stopReason"), str):
             self.reason = said["stopReason"]
-        figures = details(said, "tokenUsage") or said
+        figures = get_dict(said, "tokenUsage") or said
         usage = self.usage
-        usage.cache_read = count(figures, "cacheReadInputTokens", usage.cache_read)
-        usage.cache_write = count(figures, "cacheWriteInputTokens", usage.cache_write)
-        usage.input = count(figures, "inputTokens", usage.input)
-        usage.input = count(figures, "uncachedInputTokens", usage.input)
-        usage.output = count(figures, "outputTokens", usage.output)
+        usage.cache_read = get_int(figures, "cacheReadInputTokens", usage.cache_read)
+        usage.cache_write = get_int(figures, "cacheWriteInputTokens", usage.cache_write)
+        usage.input = get_int(figures, "inputTokens", usage.input)
+        usage.input = get_int(figures, "uncachedInputTokens", usage.input)
+        usage.output = get_int(figures, "outputTokens", usage.output)
         if usage.input or usage.cache_read or usage.cache_write:
             usage.source = "reported"
         events.append(self.count())
@@ -8588,21 +8588,24 @@ REASONING_GPT = re.compile(r"(?:gpt-[5-9]|o[1-9](?:-|$))")
 def read_copilot_model(entry: Json, provider: str) -> Model | None:
     """One catalogue entry; None if it is not a chat or embeddings model."""
     model_id = entry.get("id")
-    capabilities = details(entry, "capabilities")
+    capabilities = get_dict(entry, "capabilities")
     if not isinstance(model_id, str) or not MODEL_NAME.fullmatch(model_id):
         return None
     kind = capabilities.get("type", "chat")
     if kind not in ("chat", "embeddings"):
         return None
-    limits, supports = details(capabilities, "limits"), details(capabilities, "supports")
+    limits, supports = get_dict(capabilities, "limits"), get_dict(capabilities, "supports")
     endpoints = entry.get("supported_endpoints")
     if not isinstance(endpoints, list):
         endpoints = ["/chat/completions"]  # absent on older models
     efforts = supports.get("reasoning_effort")
-    low, high = positive(supports.get("min_thinking_budget")), supports.get("max_thinking_budget")
-    most = positive(high)
-    state = details(entry, "policy").get("state", "enabled")
-    headers = details(entry, "request_headers")
+    low, high = (
+        positive_int(supports.get("min_thinking_budget")),
+        supports.get("max_thinking_budget"),
+    )
+    most = positive_int(high)
+    state = get_dict(entry, "policy").get("state", "enabled")
+    headers = get_dict(entry, "request_headers")
     return Model(
         id=model_id,
         provider=provider,
@@ -8613,9 +8616,9 @@ def read_copilot_model(entry: Json, provider: str) -> Model | None:
         name=name_of_key(entry, "name") or model_id,
         family=name_of_key(capabilities, "family").lower(),
         vendor=name_of_key(entry, "vendor"),
-        max_output=positive(limits.get("max_output_tokens")),
-        max_prompt=positive(limits.get("max_prompt_tokens")),
-        context=positive(limits.get("max_context_window_tokens")),
+        max_output=positive_int(limits.get("max_output_tokens")),
+        max_prompt=positive_int(limits.get("max_prompt_tokens")),
+        context=positive_int(limits.get("max_context_window_tokens")),
         efforts=tuple(e for e in efforts if e in EFFORTS) if isinstance(efforts, list) else (),
         adaptive=bool(supports.get("adaptive_thinking")),
         budget=(low or MIN_THINKING_BUDGET, most) if most else None,
@@ -8651,15 +8654,15 @@ def price_nano_credits(model: Model, usage: Usage) -> int | None:
     `billing.token_prices`: credits per `batch_size` tokens in two tiers by prompt length, or flat,
     in billionths of a credit (both seen in 2026-07).
     """
-    prices = details(details(model.raw, "billing"), "token_prices")
-    batch = positive(prices.get("batch_size"))
+    prices = get_dict(get_dict(model.raw, "billing"), "token_prices")
+    batch = positive_int(prices.get("batch_size"))
     if not batch or not usage.source:
         return None
-    tier, unit = details(prices, "default"), 1e9
+    tier, unit = get_dict(prices, "default"), 1e9
     if not tier:
         tier, unit = prices, 1.0
-    elif usage.prompt > (positive(tier.get("max_prompt_tokens")) or math.inf):
-        tier = details(prices, "long_context") or tier
+    elif usage.prompt > (positive_int(tier.get("max_prompt_tokens")) or math.inf):
+        tier = get_dict(prices, "long_context") or tier
     fresh = read_figure(tier.get("input_price"))
     if fresh is None:
         return None
@@ -8831,7 +8834,7 @@ def messages_betas(body: Json, asked: str, refused: Collection[str], model: Mode
     """The betas this body needs; of those the client asked for, only interleaved thinking."""
     betas = []
     wanted = INTERLEAVED_BETA in [item.strip() for item in asked.split(",")]
-    if not model.adaptive and (wanted or details(body, "thinking").get("type") == "enabled"):
+    if not model.adaptive and (wanted or get_dict(body, "thinking").get("type") == "enabled"):
         betas.append(INTERLEAVED_BETA)
     if "context_management" in body:
         betas.append(CONTEXT_BETA)  # without it the field is refused
@@ -9121,7 +9124,7 @@ def simplify_parts(holder: Json, path: str) -> None:
     rows: list[Any] = []
     for index, part in enumerate(content):
         where = f"{path}.content.{index}"
-        kind, source = part["type"], details(part, "source")
+        kind, source = part["type"], get_dict(part, "source")
         if kind == "tool_result":
             simplify_parts(part, where)
         elif kind == "image" and source.get("type") == "base64":
@@ -9306,7 +9309,7 @@ def adapt_effort(draft: BodyDraft) -> None:
     effort = settings.pop("effort", None)
     if isinstance(effort, str) and effort in EFFORTS:
         listed = model.efforts
-        if details(body, "thinking").get("type") == "disabled":
+        if get_dict(body, "thinking").get("type") == "disabled":
             listed = tuple(item for item in listed if item not in ("xhigh", "max"))
         level = clamp_effort(effort, listed)
         if level and level not in draft.rejections.get("effort", ()):
@@ -9321,7 +9324,7 @@ def adapt_sampling(draft: BodyDraft, adaptive: bool) -> None:
     """No sampling parameters with thinking or on newer models; otherwise only one of the two."""
     body = draft.body
     version = claude_version(draft.model.id) or (0, 0)
-    thinks = details(body, "thinking").get("type") in ("enabled", "adaptive")
+    thinks = get_dict(body, "thinking").get("type") in ("enabled", "adaptive")
     if thinks or adaptive or version >= (4, 7):
         for key in ("temperature", "top_p", "top_k"):
             if body.pop(key, None) is not None:
@@ -9520,7 +9523,7 @@ def adapt_chat_tools(draft: BodyDraft) -> None:
     if plain:
         body["tools"] = plain
         choice = body.get("tool_choice")
-        function = details(choice, "function") if isinstance(choice, dict) else {}
+        function = get_dict(choice, "function") if isinstance(choice, dict) else {}
         if function:
             named = {"name": wire_name(need_str(function, "name", "tool_choice.function"))}
             body["tool_choice"] = {"type": "function", "function": named}
@@ -9649,7 +9652,7 @@ def inline_response_format(draft: BodyDraft) -> None:
     if not wanted or is_openai(draft.model):
         return
     draft.body.pop("response_format")
-    entry = details(need_dict(wanted, "response_format"), "json_schema")
+    entry = get_dict(need_dict(wanted, "response_format"), "json_schema")
     if wanted.get("type") == "text":
         return
     schema = entry.get("schema") if wanted.get("type") == "json_schema" else None
@@ -10059,11 +10062,11 @@ def with_effort(body: Json, dialect: str, effort: str) -> Json:
     if dialect == "chat":
         return {"reasoning_effort": effort, **body}
     if dialect == "responses":
-        reasoning = details(body, "reasoning")
+        reasoning = get_dict(body, "reasoning")
         return {**body, "reasoning": {"summary": "auto", "effort": effort, **reasoning}}
-    if "thinking" in body or details(body, "output_config").get("effort"):
+    if "thinking" in body or get_dict(body, "output_config").get("effort"):
         return body
-    settings = {**details(body, "output_config"), "effort": effort}
+    settings = {**get_dict(body, "output_config"), "effort": effort}
     return {**body, "thinking": {"type": "adaptive"}, "output_config": settings}
 
 
@@ -10298,13 +10301,13 @@ def classify_400(
 
 def read_rejections(message: str, code: str, sent: Json) -> list[tuple[str, str]]:
     """What a refusal teaches, as (kind, name): only of what `sent` has."""
-    if THINKING_REFUSED.match(message) and details(sent, "thinking").get("type") == "enabled":
+    if THINKING_REFUSED.match(message) and get_dict(sent, "thinking").get("type") == "enabled":
         return [("thinking", "enabled")]
     if code == "invalid_reasoning_effort" or EFFORT_REFUSED.match(message):
-        effort = details(sent, "output_config").get("effort") or sent.get("reasoning_effort")
+        effort = get_dict(sent, "output_config").get("effort") or sent.get("reasoning_effort")
         return [("effort", effort)] if isinstance(effort, str) else []
     if SYSTEM_REFUSED.match(message):
-        roles = [details({"": turn}, "").get("role") for turn in sent.get("messages", ())]
+        roles = [get_dict({"": turn}, "").get("role") for turn in sent.get("messages", ())]
         return [("system", "turns")] if "system" in roles else []
     betas = BETA_REFUSED.match(message)
     names = re.findall(r"[\w.-]+", betas[1]) if betas else []
@@ -10419,7 +10422,7 @@ def classify_exchange_error(
     """Classifies a failed token exchange: `wait` if it is temporary."""
     message, _ = read_error_answer(status, data)
     body = load_object(data) or {}
-    envelope = details(body, "error_details")
+    envelope = get_dict(body, "error_details")
     wait_s = parse_retry_after(headers.get("retry-after"), now)
     if status == 401:
         return RetryDecision(NotSignedIn("GitHub does not know the token any more."))
@@ -10474,7 +10477,7 @@ def copilot_host(config: CopilotConfig) -> str:
 
 def named_host(body: Json, config: CopilotConfig) -> str:
     """From the configuration or `endpoints.api`, or ""; UpstreamError for a host not Copilot's."""
-    named = details(body, "endpoints").get("api")
+    named = get_dict(body, "endpoints").get("api")
     if config.api_url or not isinstance(named, str) or not named:
         return config.api_url.rstrip("/")
     if not allowed_api_host(named, config):
@@ -10487,7 +10490,9 @@ def read_token_answer(body: Json, config: CopilotConfig, now: float) -> CopilotT
     token = body.get("token")
     if not isinstance(token, str) or not TARGET.fullmatch(token):
         raise UpstreamError("GitHub's token answer holds no token that can be used.")
-    life = min(positive(body.get("refresh_in")) or COPILOT_DEFAULT_LIFE_SECONDS, MAX_TOKEN_SECONDS)
+    life = min(
+        positive_int(body.get("refresh_in")) or COPILOT_DEFAULT_LIFE_SECONDS, MAX_TOKEN_SECONDS
+    )
     # As in VS Code: the response's `expires_at` is of little use if the local clock is wrong.
     url = named_host(body, config) or copilot_host(config)
     return CopilotToken(token, url, now + life + COPILOT_REFRESH_EARLY_SECONDS, life)
@@ -10655,9 +10660,9 @@ def read_allowance(name: str, row: Json, by_tokens: bool | None = None) -> Allow
 
 def read_copilot_quota(body: Json) -> Quota:
     """GitHub's `copilot_internal/user`; older free plans have a format of their own."""
-    snapshots = [*details(body, "quota_snapshots").items()][:MAX_ALLOWANCES]
+    snapshots = [*get_dict(body, "quota_snapshots").items()][:MAX_ALLOWANCES]
     rows = {name: row for name, row in snapshots if isinstance(row, dict)}
-    monthly, left = details(body, "monthly_quotas"), details(body, "limited_user_quotas")
+    monthly, left = get_dict(body, "monthly_quotas"), get_dict(body, "limited_user_quotas")
     if not rows:
         names = [*dict.fromkeys([*monthly, *left])][:MAX_ALLOWANCES]
         rows = {n: {"entitlement": monthly.get(n), "remaining": left.get(n)} for n in names}
@@ -11182,7 +11187,7 @@ def kiro_shape(body: Json) -> str:
     for row in rows:
         user = row.get("userInputMessage")
         said = user or row["assistantResponseMessage"]
-        context = details(said, "userInputMessageContext")
+        context = get_dict(said, "userInputMessageContext")
         counts = {
             "r": len(context.get("toolResults", ())),
             "t": len(context.get("tools", ())),
@@ -11219,17 +11224,17 @@ def read_kiro_model(entry: Json, provider: str) -> Model | None:
     model_id = entry.get("modelId")
     if not isinstance(model_id, str) or not MODEL_ID.fullmatch(model_id):
         return None
-    limits = details(entry, "tokenLimits")
-    window = positive(limits.get("maxInputTokens"))
-    known = details(details(entry, "additionalModelRequestFieldsSchema"), "properties")
-    efforts = kiro_efforts(details(known, "reasoning") or details(known, "output_config"))
+    limits = get_dict(entry, "tokenLimits")
+    window = positive_int(limits.get("maxInputTokens"))
+    known = get_dict(get_dict(entry, "additionalModelRequestFieldsSchema"), "properties")
+    efforts = kiro_efforts(get_dict(known, "reasoning") or get_dict(known, "output_config"))
     return Model(
         id=model_id,
         provider=provider,
         dialects=(KIRO.name,),
         name=name_of_key(entry, "modelName") or model_id,
         vendor=KIRO_VENDORS.get(re.split(r"[-.]", model_id.lower())[0], ""),
-        max_output=positive(limits.get("maxOutputTokens")),
+        max_output=positive_int(limits.get("maxOutputTokens")),
         max_prompt=window,
         context=window,
         efforts=tuple(e for e in efforts if e in EFFORTS),
@@ -11290,7 +11295,7 @@ def kiro_credit_parts(row: Json, now: float) -> list[AllowancePart]:
         return AllowancePart(name, used or 0.0, limit or 0.0, ends_at)
 
     parts = [part("plan", row, 0.0)]
-    trial = details(row, "freeTrialInfo")
+    trial = get_dict(row, "freeTrialInfo")
     if trial.get("freeTrialStatus") == "ACTIVE":
         parts.append(part("free trial", trial, read_time(trial.get("freeTrialExpiry"))))
     bonuses = row.get("bonuses")
@@ -11305,15 +11310,15 @@ def kiro_credit_parts(row: Json, now: float) -> list[AllowancePart]:
 def read_kiro_limits(body: Json, now: float) -> KiroLimits:
     row = kiro_credit_row(body)
     parts = kiro_credit_parts(row, now)
-    overage = details(body, "overageConfiguration").get("overageStatus") == "ENABLED"
+    overage = get_dict(body, "overageConfiguration").get("overageStatus") == "ENABLED"
     reset = row.get("nextDateReset") or body.get("nextDateReset")
     return KiroLimits(
-        plan=name_of_key(details(body, "subscriptionInfo"), "subscriptionTitle"),
+        plan=name_of_key(get_dict(body, "subscriptionInfo"), "subscriptionTitle"),
         used=float(sum(part.used for part in parts)),
         limit=float(sum(part.limit for part in parts)),
         resets_at=read_time(reset),
         overage=overage,
-        user=name_of_key(details(body, "userInfo"), "email"),
+        user=name_of_key(get_dict(body, "userInfo"), "email"),
     )
 
 
@@ -11321,7 +11326,7 @@ def read_kiro_quota(body: Json, now: float) -> Quota:
     """All credits are one allowance: they are spent from whichever part has some left."""
     limits, row = read_kiro_limits(body, now), kiro_credit_row(body)
     parts = kiro_credit_parts(row, now)
-    status = details(body, "overageConfiguration").get("overageStatus")
+    status = get_dict(body, "overageConfiguration").get("overageStatus")
     credits_ = Allowance(
         "credits",
         limits.used,
@@ -12518,16 +12523,16 @@ def as_rows(value: Any) -> list[Any]:
 
 def kiro_sections(body: Json) -> tuple[list[Any], list[Any]]:
     """(tools, turns) of a conversation state, without what depends on endpoint and account."""
-    state = details(body, "conversationState")
+    state = get_dict(body, "conversationState")
     tools: list[Any] = []
     turns: list[Any] = []
     for row in [*as_rows(state.get("history")), state.get("currentMessage")]:
         entry = row if isinstance(row, dict) else {}
-        asked = details(entry, "userInputMessage")
+        asked = get_dict(entry, "userInputMessage")
         if not asked:
-            turns.append({"role": "assistant", **details(entry, "assistantResponseMessage")})
+            turns.append({"role": "assistant", **get_dict(entry, "assistantResponseMessage")})
             continue
-        context = details(asked, "userInputMessageContext")
+        context = get_dict(asked, "userInputMessageContext")
         tools = as_rows(context.get("tools")) or tools
         said = {key: asked[key] for key in ("content", "images", "documents") if key in asked}
         turns.append({"role": "user", **said, "results": context.get("toolResults")})
@@ -16143,7 +16148,7 @@ def sample_value(schema: Any) -> Any:
         return schema["enum"][0]
     kind = schema.get("type")
     if kind == "object":
-        properties = details(schema, "properties")
+        properties = get_dict(schema, "properties")
         required = schema.get("required")
         names = [n for n in required if n in properties] if isinstance(required, list) else []
         return {name: sample_value(properties[name]) for name in names}
@@ -16409,7 +16414,7 @@ class CopilotAccount:
         if not self.config.api_url and not allowed_api_host(url, self.config):
             return
         if 0 < left <= MAX_TOKEN_SECONDS and not (self.kept and self.kept.token == token):
-            life = positive(saved.get("refresh_in")) or COPILOT_DEFAULT_LIFE_SECONDS
+            life = positive_int(saved.get("refresh_in")) or COPILOT_DEFAULT_LIFE_SECONDS
             self.use(CopilotToken(token, url, until, life))
 
     def use(self, token: CopilotToken) -> None:
@@ -16613,8 +16618,8 @@ class CopilotProvider:
             batch = [row for row in found if isinstance(row, dict)] if type(found) is list else []
             if len(batch) != len(asked["input"]):
                 raise UpstreamError("Copilot's embeddings are not as many as the texts.")
-            rows += sorted(batch, key=lambda row: count(row, "index", 0))
-            usage.input += count(details(answer, "usage"), "prompt_tokens", 0)
+            rows += sorted(batch, key=lambda row: get_int(row, "index", 0))
+            usage.input += get_int(get_dict(answer, "usage"), "prompt_tokens", 0)
         return write_embeddings(rows, usage, is_packed), usage
 
     async def ask(self, path: str, body: Json, model: Model) -> Json:
@@ -16871,7 +16876,7 @@ class KiroAccount:
     async def latest(self) -> KiroLogin:
         """The sign-in on disk, or the newer one of the program that it is shared with."""
         kept = self.load_file()
-        source = details(kept, "source")
+        source = get_dict(kept, "source")
         if source:
             shared = await asyncio.to_thread(SharedLogin(source).read)
             if shared is not None and is_newer(shared, kept):
@@ -17010,7 +17015,7 @@ class KiroAccount:
 
     async def save(self, changes: Json, login: KiroLogin) -> KiroLogin:
         self.file.save({**changes, "machine_id": login.machine_id})
-        source = details(self.load_file(), "source")
+        source = get_dict(self.load_file(), "source")
         if source:
             await asyncio.to_thread(SharedLogin(source).write, changes, login.refresh)
         renamed = {
@@ -17323,7 +17328,7 @@ class KiroAttempt(Attempt):
                 for frame in framing.frames(framing.complete(data)):
                     if "error" in frame or "invalidStateEvent" in frame:
                         return self.judge_frame(frame)
-                    said = details(frame, "assistantResponseEvent").get("content")
+                    said = get_dict(frame, "assistantResponseEvent").get("content")
                     blank = isinstance(said, str) and not said.strip()
                     if KIRO_WORDS & frame.keys() and not blank:
                         answer.put_back(b"".join(seen))
@@ -17339,7 +17344,7 @@ class KiroAttempt(Attempt):
 
     @staticmethod
     def judge_frame(frame: Json) -> RetryDecision:
-        said = details(frame, "error") or details(frame, "invalidStateEvent")
+        said = get_dict(frame, "error") or get_dict(frame, "invalidStateEvent")
         code, reason, message = read_kiro_words(said)
         decision = classify_kiro_message(code, reason, message) or classify_kiro_status(
             500, message
@@ -17366,7 +17371,7 @@ class KiroAttempt(Attempt):
         if window and tokens > 0.9 * window:
             return RetryDecision(ContextTooLong(tokens, window))
         state = call.body["conversationState"]["currentMessage"]["userInputMessage"]
-        tools = len(details(state, "userInputMessageContext").get("tools", ()))
+        tools = len(get_dict(state, "userInputMessageContext").get("tools", ()))
         if tools > 48:
             decision.error.hint = f"{tools} tools are offered; fewer may help."
         return decision
@@ -17651,7 +17656,7 @@ def open_browser(url: str) -> bool:
 def with_provider(text: str, where: str, name: str, kind: str, settings: dict[str, str]) -> str:
     """Adds what `[providers.NAME]` lacks; raises ConfigError if the file says otherwise."""
     wanted = {"type": kind, **settings}
-    own = details(details(tomllib.loads(text), "providers"), name)
+    own = get_dict(get_dict(tomllib.loads(text), "providers"), name)
     for key, value in wanted.items():
         if own.get(key, value) != value:
             raise ConfigError(
@@ -19790,7 +19795,10 @@ class Gateway:
         chat.stop, context.cut = split_stops(chat.stop, spoken.name, model)
         context.names = {wire: name for name, wire in chat.names.items() if wire != name}
         context.tools = {tool.name: tool for tool in chat.tools}
-        shown = details(body, "thinking").get("display"), details(body, "reasoning").get("summary")
+        shown = (
+            get_dict(body, "thinking").get("display"),
+            get_dict(body, "reasoning").get("summary"),
+        )
         context.hide_thinking = shown[0] == "omitted" or shown[1] == "none"
         written = spoken.write_request(chat, model)
         if spoken is MESSAGES:

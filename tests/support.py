@@ -106,7 +106,7 @@ class ResponseReader:
         return bool(piece)
 
     def take(self, count: int) -> bytes:
-        """The next `count` bytes, fewer when the end comes first."""
+        """The next `get_int` bytes, fewer when the end comes first."""
         while len(self._held) - self._at < count and self._fill():
             pass
         taken = bytes(self._held[self._at : self._at + count])
@@ -309,7 +309,7 @@ class Wire:
         return self._reader.take_until(mark)
 
     def read(self, count: int, seconds: float = REPLY_SECONDS) -> bytes:
-        """The next `count` raw bytes, fewer when the peer closes."""
+        """The next `get_int` raw bytes, fewer when the peer closes."""
         self._by = time.monotonic() + seconds
         return self._reader.take(count)
 

@@ -1393,7 +1393,7 @@ def test_a_stream_that_is_collected_has_a_largest_size_and_one_that_is_passed_on
 
 
 def chat_pieces(count: int, *deltas: Json) -> list[Json]:
-    """Chunks with each of `deltas` in turn, `count` in all, and the finish."""
+    """Chunks with each of `deltas` in turn, `get_int` in all, and the finish."""
     chunks: list[Json] = [
         {"id": "i", "choices": [{"index": 0, "delta": deltas[at % len(deltas)]}]}
         for at in range(count)

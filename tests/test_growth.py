@@ -325,12 +325,12 @@ def responses(*items: Json, **fields: Any) -> Json:
 
 
 def numbered(make: Callable[[int], Any], count: int) -> list[Any]:
-    """`make` of every number below `count`."""
+    """`make` of every number below `get_int`."""
     return [make(number) for number in range(count)]
 
 
 def twice(make: Callable[[int], tuple[Any, Any]], count: int) -> list[Any]:
-    """The pairs of every number below `count`, one after the other."""
+    """The pairs of every number below `get_int`, one after the other."""
     return [row for number in range(count) for row in make(number)]
 
 

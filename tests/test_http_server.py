@@ -517,7 +517,7 @@ def test_a_doubtful_chunk_is_refused_also_when_it_comes_byte_by_byte(gateway: Ga
 
 
 def fields_of(count: int) -> list[str]:
-    """`count` small fields."""
+    """`get_int` small fields."""
     return [f"X-Field-{number}: {number}" for number in range(count)]
 
 
