@@ -7766,9 +7766,10 @@ def draft_words(draft: KiroDraft) -> Iterator[str]:
 
 KIRO_RULES: tuple[Callable[[KiroDraft], bool], ...] = (
     inline_system_turns, textify_unsupported_parts, keep_own_thinking_turns, dedupe_call_ids,
-    ensure_first_turn_is_user, ensure_last_turn_is_user, lift_media, fill_empty_turns, inline_tool_choice,
-    declare_called_tools, rename_tools, adapt_descriptions, adapt_kiro_schemas, inline_output_format,
-    request_thinking, pass_settings, place_preface, check_context_window,
+    ensure_first_turn_is_user, ensure_last_turn_is_user, lift_media, fill_empty_turns,
+    inline_tool_choice, declare_called_tools, rename_tools, adapt_descriptions,
+    adapt_kiro_schemas, inline_output_format, request_thinking, pass_settings, place_preface,
+    check_context_window,
 )  # fmt: skip
 
 
@@ -9173,7 +9174,7 @@ def adapt_schema(schema: Json, google: bool) -> Json:
 
 
 def adapt_subschema(schema: Any, google: bool) -> Any:
-    """One level of `adapt_schema`: no `$schema` and `$id`, arrays get items, only known keywords."""
+    """One level of `adapt_schema`: no `$schema`, no `$id`, arrays get items, known keywords only."""
     if isinstance(schema, list):
         return [adapt_subschema(item, google) for item in schema]
     if not isinstance(schema, dict):
@@ -9566,7 +9567,7 @@ def adapt_chat_messages(draft: BodyDraft) -> None:
 
 
 def add_chat_cache_breakpoints(messages: list[Json]) -> None:
-    """Like `add_cache_breakpoints`, but marks entire messages (as seen in other gateways, 2026-08)."""
+    """Like `add_cache_breakpoints`, on entire messages (as seen in other gateways, 2026-08)."""
     lead = next((n for n, m in enumerate(messages) if m["role"] != "system"), len(messages))
     turns = [message for message in messages[lead:] if message["role"] in ("user", "tool")]
     for message in (*messages[:lead][-1:], *turns[-2:]):
