@@ -9174,7 +9174,7 @@ def adapt_schema(schema: Json, google: bool) -> Json:
 
 
 def adapt_subschema(schema: Any, google: bool) -> Any:
-    """One level of `adapt_schema`: no `$schema`, no `$id`, arrays get items, known keywords only."""
+    """One level of `adapt_schema`: no `$schema` and `$id`, arrays get items, known words only."""
     if isinstance(schema, list):
         return [adapt_subschema(item, google) for item in schema]
     if not isinstance(schema, dict):

@@ -209,9 +209,9 @@ def test_what_copilot_limits_rests_for_as_long_as_it_said(
     assert most - 5 <= rest["seconds"] <= most
     assert rest["reason"].startswith(error(first)["message"][:20])
     if passes is None:
-        assert rest["recovers_at"] is None
+        assert rest["passes_at"] is None
     else:
-        assert close_to(rest["recovers_at"], time.time() + passes)
+        assert close_to(rest["passes_at"], time.time() + passes)
     again = trio.ask(MESSAGES, "single", "again")
     assert again.status in (429, 529)
     assert error(again)["message"] == error(first)["message"]
@@ -256,9 +256,9 @@ def test_what_kiro_limits_rests_for_as_long_as_it_said(trio: Trio, name: str) ->
     assert (rest["model"], rest["kind"], rest["probing"]) == (model, kind, False)
     assert most - 5 <= rest["seconds"] <= most
     if passes is None:
-        assert rest["recovers_at"] is None
+        assert rest["passes_at"] is None
     else:
-        assert close_to(rest["recovers_at"], time.time() + passes)
+        assert close_to(rest["passes_at"], time.time() + passes)
     again = trio.ask(CHAT, f"kiro/{SONNET}", "again", stream=True)
     assert (again.status, len(trio.kiro.calls)) == (first.status, 1)
     other = trio.ask(CHAT, "kiro/claude-opus-4.8")
@@ -283,7 +283,7 @@ def test_spent_credits_of_copilot_are_told_with_the_day_they_come_back(trio: Tri
         assert (reply.status, reply.headers["x-should-retry"]) == (429, "false")
         assert f"come back on {day}" in error(reply)["message"]
     (rest,) = trio.cooldowns("copilot")
-    assert close_to(rest["recovers_at"], trio.copilot.resets_at)
+    assert close_to(rest["passes_at"], trio.copilot.resets_at)
     assert rest["seconds"] <= 60
     asked = [seen.path for seen in trio.copilot.requests].count("/copilot_internal/user")
     trio.copilot.queue(copilot_no(402, "You have no quota", "quota_exceeded"))
@@ -311,7 +311,7 @@ def test_spent_credits_of_kiro_are_told_with_the_day_they_come_back(trio: Trio, 
         day = time.strftime("%Y-%m-%d", time.gmtime(resets_at))
         assert f"come back on {day}" in error(reply)["message"]
         (rest,) = trio.cooldowns("kiro")
-        assert close_to(rest["recovers_at"], resets_at)
+        assert close_to(rest["passes_at"], resets_at)
         assert (rest["model"], rest["kind"]) == ("*", "quota_exceeded")
     finally:
         trio.kiro.usage_limits = before
@@ -323,7 +323,7 @@ def test_a_limit_that_names_no_time_makes_the_model_rest_briefly(trio: Trio) -> 
     reply = trio.ask(CHAT, "single")
     assert (reply.status, reply.headers["retry-after"]) == (429, "4")
     (rest,) = trio.cooldowns("copilot")
-    assert (rest["model"], rest["recovers_at"]) == (GPT, None)
+    assert (rest["model"], rest["passes_at"]) == (GPT, None)
     assert 1 <= rest["seconds"] <= 4
 
 
@@ -521,7 +521,7 @@ def test_a_rest_is_told_with_the_time_that_is_left_of_it() -> None:
         with pytest.raises(gw.QuotaExceeded) as spent:
             rests.check("n")
         assert spent.value.retry_after is None  # no program should wait for that
-        assert close_to(rests.rows()[1]["recovers_at"], time.time() + 7200)
+        assert close_to(rests.rows()[1]["passes_at"], time.time() + 7200)
 
     story(steps)
 
@@ -529,10 +529,10 @@ def test_a_rest_is_told_with_the_time_that_is_left_of_it() -> None:
 def test_rests_are_told_to_people() -> None:
     row = {
         "model": GPT, "seconds": 12, "reason": "Copilot's rate limit: no.", "probing": False,
-        "recovers_at": None,
+        "passes_at": None,
     }  # fmt: skip
     assert gw.format_cooldown(row) == f"{GPT} rests for 12 s: Copilot's rate limit: no."
-    row |= {"model": "*", "probing": True, "recovers_at": time.time() + 7290}
+    row |= {"model": "*", "probing": True, "passes_at": time.time() + 7290}
     assert gw.format_cooldown(row) == (
         "all models rest while one request tries: Copilot's rate limit: no."
         " It ought to pass in 2 h 1 min."

@@ -1162,10 +1162,10 @@ def test_a_refusal_means_what_was_seen_in_the_field(
     [("MONTHLY_REQUEST_COUNT", True), (None, True), ("INSUFFICIENT_MODEL_CAPACITY", False)],
 )
 def test_a_limit_concerns_the_account_and_a_load_the_model(
-    reason: str | None, for_all: bool
+    reason: str | None, account_wide: bool
 ) -> None:
     """8.3: a cool-down is shared by all requests of the account."""
-    assert judge(429, THROTTLING, "x", reason).account_wide is for_all
+    assert judge(429, THROTTLING, "x", reason).account_wide is account_wide
 
 
 def test_a_suspension_gives_the_words_and_a_hint() -> None:

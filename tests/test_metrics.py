@@ -661,7 +661,7 @@ def test_a_retry_after_of_any_form_leaves_status_and_metrics_as_they_are(said: s
         assert pair.ask() >= 400
         assert pair.scrape()["aiclient_api_cool_down_seconds"].value() <= 60
         rows = pair.gateway.request("GET", "/v1/status").json()["providers"]
-        (at,) = [rest["recovers_at"] for row in rows for rest in row["rests"]]
+        (at,) = [rest["passes_at"] for row in rows for rest in row["rests"]]
         assert at is None or at - time.time() <= gw.MAX_RESET_SECONDS
 
 
