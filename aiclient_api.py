@@ -20,7 +20,7 @@ Map
     4  Configuration    TOML tables as dataclasses; editing the file in place, comments kept
     5  HTTP wire        message heads and body framing: bytes in, values out
     6  Stream framing   server-sent events; the Amazon event stream
-    7  Conversation     Chat, events, usage, the invariant checker, token estimate
+    7  Conversation     requests, events, usage, the invariant checker, token estimate
     8  Dialects         the contract; chat; messages; responses; Kiro; translating one response
     9  Upstream rules   the quirks and limits of Copilot and Kiro: the pure half of the providers
    10  Routing          model names, rate limit; usage, limits, metrics, the cache guard
@@ -40,20 +40,21 @@ One request
 -----------
     HTTP server -> layers -> route table -> Gateway.converse -> Router -> dialect.read_request
     -> upstream dialect.write_request -> provider.open -> HTTP client;
-    then upstream bytes -> Flow.feed (relay, or reader -> events -> checks -> writer) -> client.
+    then upstream bytes -> StreamTranslator.feed (relay, or reader -> events -> checks -> writer)
+    -> client.
 
 Glossary
 --------
-    client      the program that talks to this gateway
-    upstream    the service this gateway talks to
-    dialect     one wire format: "chat" (OpenAI chat completions), "messages" (Anthropic messages),
-                "responses" (OpenAI responses), "kiro" (upstream only)
-    Chat        a request in the form that all dialects are read into and written from
-    event       one step of a response, in the form between all dialects
-    frame       one event of a stream in its dialect, as decoded JSON
-    way         one of Kiro's endpoints: a host, a request style and a profile
-    native      the upstream speaks the client's dialect: frames are relayed, not converted
-    whole       non-streaming
+    client        the program that talks to this gateway
+    upstream      the service this gateway talks to
+    dialect       one wire format: "chat" (OpenAI chat completions), "messages" (Anthropic
+                  messages), "responses" (OpenAI responses), "kiro" (upstream only)
+    Conversation  a request in the form that all dialects are read into and written from
+    event         one step of a response, in the form between all dialects
+    frame         one event of a stream in its dialect, as decoded JSON
+    way           one of Kiro's endpoints: a host, a request style and a profile
+    native        the upstream speaks the client's dialect: frames are relayed, not converted
+    whole         non-streaming
 
 Hosts contacted
 ---------------
@@ -2450,7 +2451,7 @@ SSE_COMMENT_PING = b": ping\n\n"
 
 # ---- 7. Conversation ---------------------------------------------------------------------------
 #
-# The request (Chat) and the response (events), in a form that loses nothing of any dialect.
+# The request (Conversation) and the response (events), in a form that loses nothing of any dialect.
 
 
 @dataclass(slots=True)
@@ -6064,7 +6065,7 @@ class ResponsesRequestReader:
         self.body = body
         self.chat = Conversation(turns_field="input")
         self.turns: list[Turn | AssistantTurn] = []
-        self.tools: dict[str, Tool] = {}  # by their names in the Chat
+        self.tools: dict[str, Tool] = {}  # by their names in the Conversation
         self.called: dict[str, AssistantTurn] = {}  # call id -> the turn that holds it
         self.answered: set[str] = set()  # calls that have a result somewhere
         #: those of them whose result is still to come
@@ -7774,7 +7775,7 @@ KIRO_RULES: tuple[Callable[[KiroDraft], bool], ...] = (
 
 
 class KiroRequestWriter:
-    """Writes a Chat as a conversation state; the provider adds ids, `origin` and `profileArn`."""
+    """Writes a Conversation as Kiro's conversation state; the provider adds ids, `origin` and `profileArn`."""
 
     def __init__(self, chat: Conversation, model: Model) -> None:
         self.model = model
@@ -15658,7 +15659,7 @@ class Provider(Protocol):
 
         `{"health": "ready" | "resting" | "failing" | "not signed in", "reason": TEXT,
         "token_expires_at": Unix seconds, "cool_downs": {MODEL, or "*" for all: seconds},
-        "rests": CoolDowns.rows()}`
+        "rests": Cooldowns.rows()}`
         """
 
     def quota(self) -> Awaitable[Quota | None]:
