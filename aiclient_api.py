@@ -7775,7 +7775,7 @@ KIRO_RULES: tuple[Callable[[KiroDraft], bool], ...] = (
 
 
 class KiroRequestWriter:
-    """Writes a Conversation as Kiro's conversation state; the provider adds ids, `origin` and `profileArn`."""
+    """Writes Kiro's conversation state; the provider adds ids, `origin` and `profileArn`."""
 
     def __init__(self, chat: Conversation, model: Model) -> None:
         self.model = model
