@@ -532,7 +532,7 @@ class WrongUsage(ProgramError):
 
 
 class ConfigError(ProgramError):
-    """`where: key: what is wrong`."""
+    """`source: key: what is wrong`."""
 
 
 class SignInFailed(ProgramError):
@@ -758,7 +758,7 @@ class RetryDecision:
     wait_s: float | None = None
     account_wide: bool = False  #: all models of the account are affected
     resets_in: float | None = None  #: seconds to the expected recovery, if too long to wait
-    rejections: list[tuple[str, str]] = field(default_factory=list)  #: for the remedy repair
+    rejections: list[tuple[str, str]] = field(default_factory=list)  #: for the action repair
 
 
 class WireError(Exception):
@@ -791,18 +791,18 @@ def dump_json(value: Any) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError:
-        plain = text.encode("utf-8", "replace")
-        if len(text.encode("utf-8", "surrogatepass")) - len(plain) > 2 * MAX_HALVES:
-            return plain
-        whole_pairs = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-        return whole_pairs.encode()
+        replaced = text.encode("utf-8", "replace")
+        if len(text.encode("utf-8", "surrogatepass")) - len(replaced) > 2 * MAX_HALVES:
+            return replaced
+        repaired = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        return repaired.encode()
 
 
 def refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-def short_integer(text: str) -> int:
+def bounded_int(text: str) -> int:
     """For `json.loads`: one of thousands of digits costs more than it can mean."""
     if len(text) > MAX_INTEGER_DIGITS:
         raise ValueError("a number is too large")
@@ -819,7 +819,7 @@ def finite_float(text: str) -> float:
 
 # Kept, as making one per call costs as much as parsing a small body.
 json_decoder: Any = json.JSONDecoder(
-    parse_constant=refuse_constant, parse_float=finite_float, parse_int=short_integer
+    parse_constant=refuse_constant, parse_float=finite_float, parse_int=bounded_int
 )
 
 
@@ -835,7 +835,7 @@ def load_json(data: bytes | str) -> Any:
 JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 JSON_OPENING = re.compile(r'[ \t\n\r]*+\{[ \t\n\r]*+(?:(")|\}[ \t\n\r]*+\Z)')
 JSON_COLON = re.compile(r"[ \t\n\r]*+:[ \t\n\r]*+")
-INNER_JSON = re.compile(r"\s*+[{\[]")
+EMBEDDED_JSON = re.compile(r"\s*+[{\[]")
 JSON_NEXT = re.compile(r'[ \t\n\r]*+(?:,[ \t\n\r]*+(")|\}[ \t\n\r]*+\Z)')
 
 
@@ -843,20 +843,20 @@ def count_marks(data: bytes) -> int:
     return len(data) - len(data.translate(None, b"[{,:"))
 
 
-def count_values(data: bytes, most: int = MAX_JSON_MARKS) -> int:
-    """How many of `[ { , :` JSON holds outside its strings, or more than `most`.
+def count_values(data: bytes, limit: int = MAX_JSON_MARKS) -> int:
+    """How many of `[ { , :` JSON holds outside its strings, or more than `limit`.
 
     Every string but one follows a mark, so no more than that many strings need to be cut out.
     """
-    return count_marks(JSON_STRING.sub(b"", data, most + 1))
+    return count_marks(JSON_STRING.sub(b"", data, limit + 1))
 
 
-def has_too_many_values(data: bytes, most: int = MAX_JSON_MARKS) -> bool:
-    """Whether `count_values` is over `most`, with less work for most JSON."""
-    return len(data) > most and count_marks(data) > most and count_values(data, most) > most
+def has_too_many_values(data: bytes, limit: int = MAX_JSON_MARKS) -> bool:
+    """Whether `count_values` is over `limit`, with less work for most JSON."""
+    return len(data) > limit and count_marks(data) > limit and count_values(data, limit) > limit
 
 
-def inner_texts(body: Json) -> Iterator[str]:
+def embedded_json_texts(body: Json) -> Iterator[str]:
     """The strings of a body that are parsed as JSON themselves: the arguments of calls."""
     waiting = list(body.values())
     while waiting:
@@ -866,37 +866,37 @@ def inner_texts(body: Json) -> Iterator[str]:
         elif isinstance(item, dict):
             waiting += item.values()
             for text in (item.get("arguments"), item.get("input")):
-                if isinstance(text, str) and INNER_JSON.match(text):
+                if isinstance(text, str) and EMBEDDED_JSON.match(text):
                     yield text
 
 
 def scan_object(text: str) -> Json | None:
     """The JSON object in `text`, or None; refuses duplicate keys: parsers read them differently."""
-    found: Json = {}
+    result: Json = {}
     try:
-        mark = JSON_OPENING.match(text)
-        while mark is not None and mark[1]:
-            key, end = json_decoder.parse_string(text, mark.end())
-            if key in found:
+        match = JSON_OPENING.match(text)
+        while match is not None and match[1]:
+            key, end = json_decoder.parse_string(text, match.end())
+            if key in result:
                 raise InvalidRequest("The body has a key twice at its top level.")
-            if len(found) == MAX_JSON_KEYS:
+            if len(result) == MAX_JSON_KEYS:
                 raise InvalidRequest(f"The body has more than {MAX_JSON_KEYS} keys.")
             colon = JSON_COLON.match(text, end)
             if colon is None:
                 return None
-            found[key], end = json_decoder.scan_once(text, colon.end())
-            mark = JSON_NEXT.match(text, end)
+            result[key], end = json_decoder.scan_once(text, colon.end())
+            match = JSON_NEXT.match(text, end)
     except (ValueError, StopIteration, RecursionError):
         return None
-    return None if mark is None else found
+    return None if match is None else result
 
 
 def exceeds_depth(value: Any, limit: int) -> bool:
-    level = [value]
+    containers = [value]
     for _ in range(limit):
-        rows = [item.values() if isinstance(item, dict) else item for item in level]
-        level = [item for row in rows for item in row if isinstance(item, (dict, list))]
-        if not level:
+        rows = [item.values() if isinstance(item, dict) else item for item in containers]
+        containers = [item for row in rows for item in row if isinstance(item, (dict, list))]
+        if not containers:
             return False
     return True
 
@@ -921,20 +921,20 @@ def load_body(data: bytes) -> Json:
     if exceeds_depth(body, MAX_JSON_DEPTH):
         raise InvalidRequest(f"The body is nested deeper than {MAX_JSON_DEPTH} levels.")
     if is_dense or (is_long and b"\\u00" in data):  # marks may hide in strings, and in escapes
-        left = MAX_JSON_MARKS
-        for text in inner_texts(body):
-            left -= count_values(text.encode("utf-8", "replace"))
-            if left < 0:
+        remaining = MAX_JSON_MARKS
+        for text in embedded_json_texts(body):
+            remaining -= count_values(text.encode("utf-8", "replace"))
+            if remaining < 0:
                 raise too_many
     return body
 
 
-def load_object(data: bytes | str, most_marks: int = MAX_JSON_MARKS) -> Json | None:
+def load_object(data: bytes | str, max_marks: int = MAX_JSON_MARKS) -> Json | None:
     """The JSON object in untrusted `data`, or None, also if it has too many values."""
     try:
-        if len(data) > most_marks:
+        if len(data) > max_marks:
             raw = data.encode("utf-8", "replace") if isinstance(data, str) else data
-            if has_too_many_values(raw, most_marks):
+            if has_too_many_values(raw, max_marks):
                 return None
         value = load_json(data)
     except ValueError:
@@ -947,8 +947,8 @@ def join_path(path: str, key: str | int) -> str:
     return f"{path}.{key}" if path else str(key)
 
 
-def wrong_type(path: str, wanted: str) -> InvalidRequest:
-    return InvalidRequest(f"{path}: must be {wanted}.", param=path)
+def wrong_type(path: str, expected: str) -> InvalidRequest:
+    return InvalidRequest(f"{path}: must be {expected}.", param=path)
 
 
 def str_field(obj: Json, key: str, path: str = "") -> str | None:
@@ -959,11 +959,11 @@ def str_field(obj: Json, key: str, path: str = "") -> str | None:
     raise wrong_type(join_path(path, key), "a string")
 
 
-def word_field(obj: Json, key: str, words: Iterable[str], path: str = "") -> str | None:
+def word_field(obj: Json, key: str, choices: Iterable[str], path: str = "") -> str | None:
     value = str_field(obj, key, path)
-    if value is None or value in words:
+    if value is None or value in choices:
         return value
-    raise wrong_type(join_path(path, key), f"one of {', '.join(words)}")
+    raise wrong_type(join_path(path, key), f"one of {', '.join(choices)}")
 
 
 def int_field(obj: Json, key: str, path: str = "") -> int | None:
@@ -1017,14 +1017,14 @@ def need_dict(value: Any, path: str) -> Json:
 def need_str(obj: Json, key: str, path: str = "") -> str:
     value = str_field(obj, key, path)
     if value is None:
-        where = join_path(path, key)
-        raise InvalidRequest(f"{where}: is required.", param=where)
+        param = join_path(path, key)
+        raise InvalidRequest(f"{param}: is required.", param=param)
     return value
 
 
-def get_str(kept: Json, key: str) -> str:
+def get_str(obj: Json, key: str) -> str:
     """The string at `key`, stripped; "" for any other type."""
-    value = kept.get(key)
+    value = obj.get(key)
     return value.strip() if isinstance(value, str) else ""
 
 
@@ -1042,12 +1042,12 @@ def one_line(text: str) -> str:
     """Untrusted `text` on one line: white space becomes spaces, the rest of UNSEEN is dropped."""
     if text.isascii() and text.isprintable():
         return text
-    return UNSEEN.sub(lambda found: " " if found[0].isspace() else "", text)
+    return UNSEEN.sub(lambda match: " " if match[0].isspace() else "", text)
 
 
-def name_of_key(kept: Json, key: str) -> str:
+def name_of_key(obj: Json, key: str) -> str:
     """The name at `key`, cut; "" for anything else: for what services call things."""
-    return get_str(kept, key)[:MAX_NAME_CHARS]
+    return get_str(obj, key)[:MAX_NAME_CHARS]
 
 
 def str_or_empty(obj: Json, key: str) -> str:
@@ -1060,37 +1060,37 @@ def short_hash(text: str, length: int) -> str:
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:length]
 
 
-def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
-    by_lower = {item.lower(): item for item in known}
-    found = difflib.get_close_matches(name.lower(), by_lower, count, 0.5)
-    return [by_lower[item] for item in found]
+def nearest(name: str, candidates: Iterable[str], count: int = 3) -> list[str]:
+    by_lower = {item.lower(): item for item in candidates}
+    matches = difflib.get_close_matches(name.lower(), by_lower, count, 0.5)
+    return [by_lower[match] for match in matches]
 
 
 # Each pattern matches a prefix of the secret, as the text may be truncated after it.
-SECRET_SHAPES = re.compile(
+SECRET_PATTERNS = re.compile(
     r"gh[opsur]_[A-Za-z0-9_]{4,}|github_pat_\w{4,}|tid=[^\s\"']+"
     r"|(?i:bearer|token)\s+(?=[^\s\"']*[0-9_-]|[^\s\"']{20})[^\s\"']{8,}"
     r"|ao[ar][A-Za-z0-9_.:/+=-]{8,}|ksk_\w{4,}|eyJ[\w-]{4,}(?:\.[\w-]*){0,2}|sk-[\w-]{8,}"
 )
-SECRET_START = 12  # characters by which a known secret is recognised
-SHORTEST_SECRET = 6  # a shorter one may stand in any text
-SECRET_MARGIN = 64  # characters; more than any pattern's shortest match
+SECRET_PREFIX_CHARS = 12  # characters by which a known secret is recognised
+MIN_SECRET_CHARS = 6  # a shorter one may stand in any text
+SECRET_MARGIN_CHARS = 64  # characters; more than any pattern's shortest match
 
 
 def redact(text: str, limit: int) -> str:
     """The first `limit` characters with secrets masked, even one that the limit cuts."""
-    return SECRET_SHAPES.sub("[secret]", text[: limit + SECRET_MARGIN])[:limit]
+    return SECRET_PATTERNS.sub("[secret]", text[: limit + SECRET_MARGIN_CHARS])[:limit]
 
 
-def hide(text: str, live: Iterable[str]) -> str:
-    """`text` without any of the `live` secrets, even if only the beginning of one is left."""
-    for secret in live:
-        start = secret[:SECRET_START]
-        at = text.find(start) if len(start) >= SHORTEST_SECRET else -1
-        while at >= 0:
-            size = next(n for n in range(len(secret), 0, -1) if text.startswith(secret[:n], at))
-            text = f"{text[:at]}[secret]{text[at + size :]}"
-            at = text.find(start, at + 1)
+def hide(text: str, secrets: Iterable[str]) -> str:
+    """`text` without any of the `secrets`, even if only the beginning of one is left."""
+    for secret in secrets:
+        prefix = secret[:SECRET_PREFIX_CHARS]
+        index = text.find(prefix) if len(prefix) >= MIN_SECRET_CHARS else -1
+        while index >= 0:
+            size = next(n for n in range(len(secret), 0, -1) if text.startswith(secret[:n], index))
+            text = f"{text[:index]}[secret]{text[index + size :]}"
+            index = text.find(prefix, index + 1)
     return text
 
 
@@ -1185,7 +1185,7 @@ PROVIDER_CONFIGS: dict[str, type[ProviderConfig]] = {
 
 
 def default_providers() -> dict[str, ProviderConfig]:
-    return {name: make() for name, make in PROVIDER_CONFIGS.items()}
+    return {name: config_class() for name, config_class in PROVIDER_CONFIGS.items()}
 
 
 @dataclass(slots=True)
@@ -1217,7 +1217,7 @@ AWS_REGION = re.compile(r"[a-z]{2}(?:-[a-z]+)+-[0-9]", re.ASCII)
 KIRO_ARN = re.compile(
     r"arn:aws[a-z-]*:codewhisperer:([a-z0-9-]+):[0-9]{12}:profile/[\w-]+", re.ASCII
 )
-SETTING_FORMS = {
+SETTING_PATTERNS = {
     "kiro_version": (re.compile(r"[0-9A-Za-z.-]{1,40}"), "a version like 1.1.14"),
     "profile_arn": (KIRO_ARN, "like arn:aws:codewhisperer:REGION:ACCOUNT:profile/ID"),
     "region": (AWS_REGION, "a region like us-east-1"),
@@ -1235,7 +1235,7 @@ SETTING_RANGES: dict[str, tuple[float, float]] = {
     "monthly_tokens": (0, 1e15),
 }
 SECONDS_RANGE = (0.05, 86400.0)
-TYPE_WORDS = {
+TYPE_NAMES = {
     "str": "a string",
     "int": "a whole number",
     "float": "a number",
@@ -1296,8 +1296,8 @@ def check_url(value: str) -> str:
         host, _ = parts.hostname, parts.port
     except ValueError:
         return "is not a URL"
-    usable = host and split_host(parts.netloc) and TARGET.fullmatch(value)
-    if not usable or parts.query or parts.fragment:
+    is_valid = host and split_host(parts.netloc) and TARGET.fullmatch(value)
+    if not is_valid or parts.query or parts.fragment:
         return "must be like https://host[:port]"
     if parts.scheme == "http" and not is_loopback(host or ""):
         return "plain http is accepted for loopback only; write https://"
@@ -1310,20 +1310,20 @@ def check_proxy(value: str) -> str:
     """The problem, or "".  Never repeats the value: it may hold a password."""
     try:
         parts = urllib.parse.urlsplit(value)
-        usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
+        is_valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
     except ValueError:
-        usable = False
-    return "" if usable else "must be like http://[user:password@]host:port"
+        is_valid = False
+    return "" if is_valid else "must be like http://[user:password@]host:port"
 
 
 def check_setting(key: str, value: Any, kind: str) -> str:
     if not has_type(value, kind):
-        return f"must be {TYPE_WORDS[kind]}"
+        return f"must be {TYPE_NAMES[kind]}"
     if key in SETTING_CHOICES and value not in SETTING_CHOICES[key]:
         return "must be one of " + ", ".join(SETTING_CHOICES[key])
-    form, words = SETTING_FORMS.get(key, (None, ""))
-    if form is not None and value and not form.fullmatch(value):
-        return f"must be {words}"
+    pattern, requirement = SETTING_PATTERNS.get(key, (None, ""))
+    if pattern is not None and value and not pattern.fullmatch(value):
+        return f"must be {requirement}"
     low, high = SETTING_RANGES.get(key, SECONDS_RANGE)
     if kind in ("int", "float") and not low <= value <= high:
         return f"must be between {low:g} and {high:g}"
@@ -1331,7 +1331,7 @@ def check_setting(key: str, value: Any, kind: str) -> str:
         return check_url(value)
     if key == "proxy" and value:
         return check_proxy(value)
-    if kind == "str" and any(ord(letter) < 32 or ord(letter) == 127 for letter in value):
+    if kind == "str" and any(ord(char) < 32 or ord(char) == 127 for char in value):
         return "must not hold control characters"
     if kind == "str" and HALF_CHARACTER.search(value):
         return "must not hold bytes that are no text"
@@ -1343,61 +1343,65 @@ def dotted(path: str, key: str) -> str:
 
 
 class ConfigReader:
-    """Reads TOML tables into the dataclasses above; errors are `where: key: problem`."""
+    """Reads TOML tables into the dataclasses above; errors are `source: key: problem`."""
 
-    def __init__(self, where: str) -> None:
-        self.where = where
+    def __init__(self, source: str) -> None:
+        self.source = source
         self.origins: dict[str, str] = {}
 
     def error(self, key: str, problem: str) -> ConfigError:
-        return ConfigError(f"{self.where}: {key}: {problem}")
+        return ConfigError(f"{self.source}: {key}: {problem}")
 
-    def unknown(self, key: str, name: str, known: Iterable[str]) -> ConfigError:
+    def unknown_key(self, key: str, name: str, known: Iterable[str]) -> ConfigError:
         known = sorted(known)
-        close = nearest(name, known, 1)
-        advice = f"did you mean {close[0]!r}?" if close else "known here: " + ", ".join(known)
-        return self.error(key, f"is not a known key; {advice}")
+        matches = nearest(name, known, 1)
+        suggestion = (
+            f"did you mean {matches[0]!r}?" if matches else "known here: " + ", ".join(known)
+        )
+        return self.error(key, f"is not a known key; {suggestion}")
 
     def read_config(self, table: Json) -> Config:
         config = Config(origins=self.origins)
         self.fill(config, table, "")
         if config.default_provider not in config.providers:
-            have = ", ".join(config.providers)
-            raise self.error("default_provider", f"no such provider; there are: {have}")
+            available = ", ".join(config.providers)
+            raise self.error("default_provider", f"no such provider; there are: {available}")
         for name in config.limits.providers.keys() - config.providers.keys():
-            have = ", ".join(config.providers)
-            raise self.error(f"limits.providers.{name}", f"no such provider; there are: {have}")
+            available = ", ".join(config.providers)
+            raise self.error(
+                f"limits.providers.{name}", f"no such provider; there are: {available}"
+            )
         return config
 
     def fill(self, target: Any, table: Json, path: str) -> None:
-        known = {item.name: str(item.type) for item in fields(target) if item.name != "origins"}
+        types = {item.name: str(item.type) for item in fields(target) if item.name != "origins"}
         for name, value in table.items():
             key = dotted(path, name)
-            if name not in known:
-                raise self.unknown(key, name, known)
+            if name not in types:
+                raise self.unknown_key(key, name, types)
             if key == "providers":
-                value = self.read_providers(self.table(value, key))
+                value = self.read_providers(self.require_table(value, key))
             elif key == "models":
-                value = self.read_aliases(self.table(value, key))
+                value = self.read_aliases(self.require_table(value, key))
             elif key == "api_keys":
-                value = self.read_keys(self.table(value, key))
+                value = self.read_api_keys(self.require_table(value, key))
             elif key in ("limits.providers", "limits.labels"):
-                value = self.read_caps(self.table(value, key), key)
+                value = self.read_caps(self.require_table(value, key), key)
             elif is_dataclass(getattr(target, name)):
-                self.fill(getattr(target, name), self.table(value, key), key)
+                self.fill(getattr(target, name), self.require_table(value, key), key)
                 continue
             else:
-                value = self.setting(key, name, value, known[name])
+                value = self.read_value(key, name, value, types[name])
                 self.origins[key] = "file"
             setattr(target, name, value)
 
-    def setting(self, key: str, name: str, value: Any, kind: str) -> Any:
+    def read_value(self, key: str, name: str, value: Any, kind: str) -> Any:
         problem = check_setting(name, value, kind)
         if problem:
             raise self.error(key, problem)
         return float(value) if kind == "float" else value
 
-    def table(self, value: Any, key: str) -> Json:
+    def require_table(self, value: Any, key: str) -> Json:
         if not isinstance(value, dict):
             raise self.error(key, "must be a table")
         return value
@@ -1409,14 +1413,14 @@ class ConfigReader:
             key = f"providers.{name}"
             if not PROVIDER_NAME.fullmatch(name):
                 raise self.error(key, "a name is letters, digits, '-' and '_'")
-            entry = self.table(value, key)
+            provider_table = self.require_table(value, key)
             default = providers[name].type if name in providers else name
-            kind = entry.get("type", default)
+            kind = provider_table.get("type", default)
             if not isinstance(kind, str) or kind not in PROVIDER_CONFIGS:
-                have = ", ".join(sorted(PROVIDER_CONFIGS))
-                raise self.error(f"{key}.type", f"must be one of {have}")
+                supported = ", ".join(sorted(PROVIDER_CONFIGS))
+                raise self.error(f"{key}.type", f"must be one of {supported}")
             providers[name] = PROVIDER_CONFIGS[kind]()
-            self.fill(providers[name], entry, key)
+            self.fill(providers[name], provider_table, key)
         return providers
 
     def read_aliases(self, table: Json) -> dict[str, str | list[str]]:
@@ -1426,26 +1430,26 @@ class ConfigReader:
             if isinstance(target, list):
                 if not target:
                     raise self.error(key, "must name at least one model")
-                for at, name in enumerate(target):
-                    self.check_target(f"{key}[{at}]", name, 'must be like "copilot/gpt-4.1"')
+                for index, name in enumerate(target):
+                    self.check_model_name(f"{key}[{index}]", name, 'must be like "copilot/gpt-4.1"')
             else:
-                words = 'must be like "copilot/gpt-4.1", or a list of such names'
-                self.check_target(key, target, words)
+                requirement = 'must be like "copilot/gpt-4.1", or a list of such names'
+                self.check_model_name(key, target, requirement)
             self.origins[f"models.{alias}"] = "file"
         return dict(table)
 
-    def check_target(self, key: str, name: Any, words: str) -> None:
+    def check_model_name(self, key: str, name: Any, requirement: str) -> None:
         if not isinstance(name, str) or not MODEL_NAME.fullmatch(name) or name.endswith("/"):
-            raise self.error(key, words)
+            raise self.error(key, requirement)
 
-    def read_keys(self, table: Json) -> dict[str, str]:
+    def read_api_keys(self, table: Json) -> dict[str, str]:
         for name, secret in table.items():
             key = f"api_keys.{name}"
             if not LABEL.fullmatch(name):
                 raise self.error(key, "a name is letters, digits and . _ + -")
             if not isinstance(secret, str) or not secret.strip():
                 raise self.error(key, "must be a key that is not empty")
-            self.setting(key, name, secret, "str")
+            self.read_value(key, name, secret, "str")
             if list(table.values()).count(secret) > 1:
                 raise self.error(key, "is the key of another name as well")
             self.origins[key] = "file"
@@ -1453,23 +1457,23 @@ class ConfigReader:
 
     def read_caps(self, table: Json, path: str) -> dict[str, CapConfig]:
         caps = {}
-        for name, entry in table.items():
+        for name, cap_table in table.items():
             key = f"{path}.{name}"
             if not LABEL.fullmatch(name):
                 raise self.error(key, "a name is letters, digits and . _ + -")
             caps[name] = CapConfig()
-            self.fill(caps[name], self.table(entry, key), key)
+            self.fill(caps[name], self.require_table(cap_table, key), key)
         return caps
 
 
-def read_config_text(text: str, where: str) -> Config:
+def read_config_text(text: str, source: str) -> Config:
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{where}: is not valid TOML: {error}") from None
+        raise ConfigError(f"{source}: is not valid TOML: {error}") from None
     except RecursionError:
-        raise ConfigError(f"{where}: is nested too deeply") from None
-    return ConfigReader(where).read_config(table)
+        raise ConfigError(f"{source}: is nested too deeply") from None
+    return ConfigReader(source).read_config(table)
 
 
 ENV_PREFIX = "AICLIENT_API_"
@@ -1479,26 +1483,26 @@ ENV_SHORT = {"HOST": "SERVER_HOST", "PORT": "SERVER_PORT", "KEY": "API_KEY"}
 
 def iter_settings(target: Any, path: str = "") -> Iterator[tuple[str, Any, str, str]]:
     """Every scalar setting below `target`: (dotted key, owner, field name, type)."""
-    for item in fields(target):
-        value = getattr(target, item.name)
-        key = dotted(path, item.name)
+    for setting in fields(target):
+        value = getattr(target, setting.name)
+        key = dotted(path, setting.name)
         if is_dataclass(value):
             yield from iter_settings(value, key)
         elif isinstance(value, dict):
             for name, entry in value.items():
                 if is_dataclass(entry):
                     yield from iter_settings(entry, f"{key}.{name}")
-        elif str(item.type) in TYPE_WORDS and item.name != "type":
-            yield key, target, item.name, str(item.type)
+        elif str(setting.type) in TYPE_NAMES and setting.name != "type":
+            yield key, target, setting.name, str(setting.type)
 
 
 def parse_setting(text: str, kind: str) -> Any:
     """A value given as text in a flag or variable; the text itself if it is not of `kind`."""
-    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    booleans = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
     if kind == "bool":
-        return words.get(text.strip().lower(), text)
+        return booleans.get(text.strip().lower(), text)
     if kind == "list[str]":
-        return [part.strip() for part in text.split(",") if part.strip()]
+        return [item.strip() for item in text.split(",") if item.strip()]
     if kind in ("int", "float"):
         try:
             return int(text) if kind == "int" else float(text)
@@ -1509,7 +1513,7 @@ def parse_setting(text: str, kind: str) -> Any:
 
 def apply_environment(config: Config, environ: dict[str, str]) -> None:
     """`AICLIENT_API_SERVER_PORT=8080` overrides `server.port`; short forms: HOST, PORT, KEY."""
-    slots = {
+    settings = {
         key.upper().replace(".", "_").replace("-", "_"): (key, owner, name, kind)
         for key, owner, name, kind in iter_settings(config)
     }
@@ -1519,22 +1523,22 @@ def apply_environment(config: Config, environ: dict[str, str]) -> None:
         key = variable[len(ENV_PREFIX) :]
         key = ENV_SHORT.get(key, key)
         reader = ConfigReader("environment")
-        if key not in slots:
-            raise reader.unknown(variable, key, slots)
-        dotted_key, owner, name, kind = slots[key]
-        setattr(owner, name, reader.setting(variable, name, parse_setting(text, kind), kind))
+        if key not in settings:
+            raise reader.unknown_key(variable, key, settings)
+        dotted_key, owner, name, kind = settings[key]
+        setattr(owner, name, reader.read_value(variable, name, parse_setting(text, kind), kind))
         config.origins[dotted_key] = variable
 
 
 def apply_flags(config: Config, flags: dict[str, str | None]) -> None:
     """None means not given; unknown keys are ignored: another version's process may pass them."""
-    slots = {key: (owner, name, kind) for key, owner, name, kind in iter_settings(config)}
+    settings = {key: (owner, name, kind) for key, owner, name, kind in iter_settings(config)}
     reader = ConfigReader("command line")
     for key, text in flags.items():
-        if text is not None and key in slots:
-            owner, name, kind = slots[key]
+        if text is not None and key in settings:
+            owner, name, kind = settings[key]
             flag = "--" + name.replace("_", "-")
-            setattr(owner, name, reader.setting(flag, name, parse_setting(text, kind), kind))
+            setattr(owner, name, reader.read_value(flag, name, parse_setting(text, kind), kind))
             config.origins[key] = flag
 
 
@@ -1580,8 +1584,12 @@ def describe_settings(config: Config) -> list[Json]:
 
 
 def changed_settings(old: Config, new: Config) -> list[str]:
-    before, after = dict(effective_settings(old)), dict(effective_settings(new))
-    return sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
+    old_values, new_values = dict(effective_settings(old)), dict(effective_settings(new))
+    return sorted(
+        key
+        for key in old_values.keys() | new_values.keys()
+        if old_values.get(key) != new_values.get(key)
+    )
 
 
 # 4.1 editing config.toml in place: comments and order are kept
@@ -1605,24 +1613,24 @@ class TomlStatement:
     next_line: int  #: offset after the line break
 
 
-def end_of_statement(text: str, at: int) -> tuple[int, int]:
+def find_statement_end(text: str, offset: int) -> tuple[int, int]:
     """(end without blanks and comment, end of line); a statement may span lines."""
-    depth, end = 0, at
-    while at < len(text):
-        found = TOML_STRING_OR_COMMENT.match(text, at)
-        if found:
-            at = found.end()
-            end = end if found[0].startswith("#") else at
+    depth, end = 0, offset
+    while offset < len(text):
+        match = TOML_STRING_OR_COMMENT.match(text, offset)
+        if match:
+            offset = match.end()
+            end = end if match[0].startswith("#") else offset
             continue
-        if text[at] == "\n" and depth <= 0:
+        if text[offset] == "\n" and depth <= 0:
             break
-        depth += (text[at] in "[{") - (text[at] in "]}")
-        end = end if text[at].isspace() else at + 1
-        at += 1
-    return end, at
+        depth += (text[offset] in "[{") - (text[offset] in "]}")
+        end = end if text[offset].isspace() else offset + 1
+        offset += 1
+    return end, offset
 
 
-def toml_path(text: str) -> tuple[str, ...]:
+def parse_toml_path(text: str) -> tuple[str, ...]:
     """The path of a header or a key: `a."b.c"=0` -> ("a", "b.c")."""
     table: Any = tomllib.loads(text)
     path = []
@@ -1634,24 +1642,26 @@ def toml_path(text: str) -> tuple[str, ...]:
 
 def toml_statements(text: str) -> Iterator[TomlStatement]:
     table: tuple[str, ...] = ()
-    at = 0
-    while at < len(text):
-        end, line_end = end_of_statement(text, at)
-        begin = at + len(text[at:end]) - len(text[at:end].lstrip())
-        at = line_end + 1
+    offset = 0
+    while offset < len(text):
+        end, line_end = find_statement_end(text, offset)
+        begin = offset + len(text[offset:end]) - len(text[offset:end].lstrip())
+        offset = line_end + 1
         if begin == end:
             continue  # blank or only a comment
         if text[begin] == "[":
-            table = toml_path(text[begin:end])
-            yield TomlStatement(table, table, begin, end, at)
+            table = parse_toml_path(text[begin:end])
+            yield TomlStatement(table, table, begin, end, offset)
             continue
-        sign = begin
-        while text[sign] != "=":
-            found = TOML_STRING_OR_COMMENT.match(text, sign)
-            sign = found.end() if found else sign + 1
-        path = table + toml_path(text[begin:sign] + "=0")
-        value = sign + 1 + len(text[sign + 1 : end]) - len(text[sign + 1 : end].lstrip())
-        yield TomlStatement(table, path, value, end, at)
+        equals = begin
+        while text[equals] != "=":
+            match = TOML_STRING_OR_COMMENT.match(text, equals)
+            equals = match.end() if match else equals + 1
+        path = table + parse_toml_path(text[begin:equals] + "=0")
+        value_begin = (
+            equals + 1 + len(text[equals + 1 : end]) - len(text[equals + 1 : end].lstrip())
+        )
+        yield TomlStatement(table, path, value_begin, end, offset)
 
 
 def write_toml(value: Any) -> str:
@@ -1662,33 +1672,40 @@ def write_toml(value: Any) -> str:
 
 def write_toml_path(path: Iterable[str]) -> str:
     """("models", "gpt-4.1") -> `models."gpt-4.1"`."""
-    return ".".join(p if TOML_BARE_KEY.fullmatch(p) else write_toml(p) for p in path)
+    return ".".join(part if TOML_BARE_KEY.fullmatch(part) else write_toml(part) for part in path)
 
 
 def insert_toml(text: str, path: tuple[str, ...], line: str) -> str:
     """`text` with `line` added to the table of `path`, which is created if missing."""
     newline = "\r\n" if "\r\n" in text else "\n"
     table = path[:-1]
-    ends = [s.next_line for s in toml_statements(text) if s.table == table]
+    ends = [statement.next_line for statement in toml_statements(text) if statement.table == table]
     if not ends and table:
-        gap = newline if text.strip() else ""
+        blank_line = newline if text.strip() else ""
         text += "" if text.endswith("\n") or not text else newline
-        return f"{text}{gap}[{write_toml_path(table)}]{newline}{line}{newline}"
+        return f"{text}{blank_line}[{write_toml_path(table)}]{newline}{line}{newline}"
     comment = LEADING_COMMENT.match(text)
-    at = ends[-1] if ends else comment.end() if comment else 0
-    before, after = text[:at], text[at:]
+    offset = ends[-1] if ends else comment.end() if comment else 0
+    before, after = text[:offset], text[offset:]
     before += "" if before.endswith("\n") or not before else newline
     return f"{before}{line}{newline}{after}"
 
 
 def set_toml(text: str, path: tuple[str, ...], value: Any) -> str:
-    found = next((s for s in toml_statements(text) if s.path == path and s.table != path), None)
-    if found is not None:
-        return text[: found.begin] + write_toml(value) + text[found.end :]
+    statement = next(
+        (
+            candidate
+            for candidate in toml_statements(text)
+            if candidate.path == path and candidate.table != path
+        ),
+        None,
+    )
+    if statement is not None:
+        return text[: statement.begin] + write_toml(value) + text[statement.end :]
     return insert_toml(text, path, f"{write_toml_path(path[-1:])} = {write_toml(value)}")
 
 
-def has_toml(text: str, table: Json) -> bool:
+def parses_to(text: str, table: Json) -> bool:
     try:
         return tomllib.loads(text) == table
     except tomllib.TOMLDecodeError:
@@ -1697,12 +1714,12 @@ def has_toml(text: str, table: Json) -> bool:
 
 def split_setting_key(key: str) -> tuple[str, ...]:
     """`models.gpt-4.1` -> ("models", "gpt-4.1"): user-defined names may contain dots."""
-    first, _, rest = key.partition(".")
-    if first in ("models", "api_keys") and rest:
-        return first, rest
+    first, _, remainder = key.partition(".")
+    if first in ("models", "api_keys") and remainder:
+        return first, remainder
     if key.startswith("limits.labels."):
-        label, _, last = rest.removeprefix("labels.").rpartition(".")
-        return first, "labels", label, last
+        label, _, setting = remainder.removeprefix("labels.").rpartition(".")
+        return first, "labels", label, setting
     return tuple(key.split("."))
 
 
@@ -1711,30 +1728,30 @@ def setting_kind(config: Config, key: str, value: str) -> str:
     path = split_setting_key(key)
     if path[0] == "models" and "," in value:  # no model name has a comma
         return "list[str]"
-    caps = path[:2] in (("limits", "providers"), ("limits", "labels")) and len(path) == 4
-    slots = iter_settings(CapConfig()) if caps else iter_settings(config)
-    wanted = path[-1] if caps else key
-    return next((kind for slot, _, _, kind in slots if slot == wanted), "str")
+    is_cap = path[:2] in (("limits", "providers"), ("limits", "labels")) and len(path) == 4
+    settings = iter_settings(CapConfig()) if is_cap else iter_settings(config)
+    target = path[-1] if is_cap else key
+    return next((kind for name, _, _, kind in settings if name == target), "str")
 
 
-def change_setting(text: str, where: str, key: str, value: str) -> str:
+def change_setting(text: str, source: str, key: str, value: str) -> str:
     """The edited `text`; raises ConfigError, also if parsing it again shows a failed edit."""
-    config = read_config_text(text, where)
-    reader = ConfigReader(where)
+    config = read_config_text(text, source)
+    reader = ConfigReader(source)
     parsed = parse_setting(value, setting_kind(config, key, value))
     path = split_setting_key(key)
-    wanted = tomllib.loads(text)
-    owner = wanted
-    for name in path[:-1]:
-        owner = reader.table(owner.setdefault(name, {}), name)
-    owner[path[-1]] = parsed
-    reader.read_config(wanted)
-    changed = set_toml(text, path, parsed)
-    if not has_toml(changed, wanted):
+    expected = tomllib.loads(text)
+    table = expected
+    for part in path[:-1]:
+        table = reader.require_table(table.setdefault(part, {}), part)
+    table[path[-1]] = parsed
+    reader.read_config(expected)
+    edited = set_toml(text, path, parsed)
+    if not parses_to(edited, expected):
         raise reader.error(
             key, f"this file's form is unusual; set it by hand: {write_toml(parsed)}"
         )
-    return changed
+    return edited
 
 
 # ---- 5. HTTP wire ------------------------------------------------------------------------------
