@@ -817,7 +817,7 @@ def finite_float(text: str) -> float:
     return value
 
 
-# Kept, as making one per call costs as much as parsing a small body.
+# Shared, as making one per call costs as much as parsing a small body.
 json_decoder: Any = json.JSONDecoder(
     parse_constant=refuse_constant, parse_float=finite_float, parse_int=bounded_int
 )
@@ -858,13 +858,13 @@ def has_too_many_values(data: bytes, limit: int = MAX_JSON_MARKS) -> bool:
 
 def embedded_json_texts(body: Json) -> Iterator[str]:
     """The strings of a body that are parsed as JSON themselves: the arguments of calls."""
-    waiting = list(body.values())
-    while waiting:
-        item = waiting.pop()
+    pending = list(body.values())
+    while pending:
+        item = pending.pop()
         if isinstance(item, list):
-            waiting += item
+            pending += item
         elif isinstance(item, dict):
-            waiting += item.values()
+            pending += item.values()
             for text in (item.get("arguments"), item.get("input")):
                 if isinstance(text, str) and EMBEDDED_JSON.match(text):
                     yield text
@@ -903,11 +903,11 @@ def exceeds_depth(value: Any, limit: int) -> bool:
 
 def load_body(data: bytes) -> Json:
     """A request's body, one JSON object; raises InvalidRequest and BodyTooLarge."""
-    too_many = BodyTooLarge(f"The body holds more than {MAX_JSON_MARKS} values.")
+    too_large = BodyTooLarge(f"The body holds more than {MAX_JSON_MARKS} values.")
     is_long = len(data) > MAX_JSON_MARKS
     is_dense = is_long and count_marks(data) > MAX_JSON_MARKS
     if is_dense and count_values(data) > MAX_JSON_MARKS:
-        raise too_many
+        raise too_large
     try:
         text = data.decode()
         body = scan_object(text)
@@ -925,7 +925,7 @@ def load_body(data: bytes) -> Json:
         for text in embedded_json_texts(body):
             remaining -= count_values(text.encode("utf-8", "replace"))
             if remaining < 0:
-                raise too_many
+                raise too_large
     return body
 
 
@@ -1352,11 +1352,11 @@ class ConfigReader:
     def error(self, key: str, problem: str) -> ConfigError:
         return ConfigError(f"{self.source}: {key}: {problem}")
 
-    def unknown_key(self, key: str, name: str, known: Iterable[str]) -> ConfigError:
-        known = sorted(known)
-        matches = nearest(name, known, 1)
+    def unknown_key(self, key: str, name: str, known_keys: Iterable[str]) -> ConfigError:
+        known_keys = sorted(known_keys)
+        matches = nearest(name, known_keys, 1)
         suggestion = (
-            f"did you mean {matches[0]!r}?" if matches else "known here: " + ", ".join(known)
+            f"did you mean {matches[0]!r}?" if matches else "known here: " + ", ".join(known_keys)
         )
         return self.error(key, f"is not a known key; {suggestion}")
 
@@ -2247,7 +2247,7 @@ class SseReader:
 def load_frame(data: bytes) -> Json | None:
     """The JSON object of one event; None where there is none.
 
-    The kept decoder's scanner costs half of `json.loads` with its options.
+    The shared decoder's scanner costs half of `json.loads` with its options.
     """
     if has_too_many_values(data):
         return None
