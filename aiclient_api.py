@@ -532,7 +532,7 @@ class WrongUsage(ProgramError):
 
 
 class ConfigError(ProgramError):
-    """`where: key: what is wrong`."""
+    """`source: key: what is wrong`."""
 
 
 class SignInFailed(ProgramError):
@@ -758,7 +758,7 @@ class RetryDecision:
     wait_s: float | None = None
     account_wide: bool = False  #: all models of the account are affected
     resets_in: float | None = None  #: seconds to the expected recovery, if too long to wait
-    rejections: list[tuple[str, str]] = field(default_factory=list)  #: for the remedy repair
+    rejections: list[tuple[str, str]] = field(default_factory=list)  #: for the action repair
 
 
 class WireError(Exception):
@@ -791,18 +791,18 @@ def dump_json(value: Any) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError:
-        plain = text.encode("utf-8", "replace")
-        if len(text.encode("utf-8", "surrogatepass")) - len(plain) > 2 * MAX_HALVES:
-            return plain
-        whole_pairs = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-        return whole_pairs.encode()
+        replaced = text.encode("utf-8", "replace")
+        if len(text.encode("utf-8", "surrogatepass")) - len(replaced) > 2 * MAX_HALVES:
+            return replaced
+        repaired = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        return repaired.encode()
 
 
 def refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-def short_integer(text: str) -> int:
+def bounded_int(text: str) -> int:
     """For `json.loads`: one of thousands of digits costs more than it can mean."""
     if len(text) > MAX_INTEGER_DIGITS:
         raise ValueError("a number is too large")
@@ -817,9 +817,9 @@ def finite_float(text: str) -> float:
     return value
 
 
-# Kept, as making one per call costs as much as parsing a small body.
+# Shared, as making one per call costs as much as parsing a small body.
 json_decoder: Any = json.JSONDecoder(
-    parse_constant=refuse_constant, parse_float=finite_float, parse_int=short_integer
+    parse_constant=refuse_constant, parse_float=finite_float, parse_int=bounded_int
 )
 
 
@@ -835,7 +835,7 @@ def load_json(data: bytes | str) -> Any:
 JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 JSON_OPENING = re.compile(r'[ \t\n\r]*+\{[ \t\n\r]*+(?:(")|\}[ \t\n\r]*+\Z)')
 JSON_COLON = re.compile(r"[ \t\n\r]*+:[ \t\n\r]*+")
-INNER_JSON = re.compile(r"\s*+[{\[]")
+EMBEDDED_JSON = re.compile(r"\s*+[{\[]")
 JSON_NEXT = re.compile(r'[ \t\n\r]*+(?:,[ \t\n\r]*+(")|\}[ \t\n\r]*+\Z)')
 
 
@@ -843,71 +843,71 @@ def count_marks(data: bytes) -> int:
     return len(data) - len(data.translate(None, b"[{,:"))
 
 
-def count_values(data: bytes, most: int = MAX_JSON_MARKS) -> int:
-    """How many of `[ { , :` JSON holds outside its strings, or more than `most`.
+def count_values(data: bytes, limit: int = MAX_JSON_MARKS) -> int:
+    """How many of `[ { , :` JSON holds outside its strings, or more than `limit`.
 
     Every string but one follows a mark, so no more than that many strings need to be cut out.
     """
-    return count_marks(JSON_STRING.sub(b"", data, most + 1))
+    return count_marks(JSON_STRING.sub(b"", data, limit + 1))
 
 
-def has_too_many_values(data: bytes, most: int = MAX_JSON_MARKS) -> bool:
-    """Whether `count_values` is over `most`, with less work for most JSON."""
-    return len(data) > most and count_marks(data) > most and count_values(data, most) > most
+def has_too_many_values(data: bytes, limit: int = MAX_JSON_MARKS) -> bool:
+    """Whether `count_values` is over `limit`, with less work for most JSON."""
+    return len(data) > limit and count_marks(data) > limit and count_values(data, limit) > limit
 
 
-def inner_texts(body: Json) -> Iterator[str]:
+def embedded_json_texts(body: Json) -> Iterator[str]:
     """The strings of a body that are parsed as JSON themselves: the arguments of calls."""
-    waiting = list(body.values())
-    while waiting:
-        item = waiting.pop()
+    pending = list(body.values())
+    while pending:
+        item = pending.pop()
         if isinstance(item, list):
-            waiting += item
+            pending += item
         elif isinstance(item, dict):
-            waiting += item.values()
+            pending += item.values()
             for text in (item.get("arguments"), item.get("input")):
-                if isinstance(text, str) and INNER_JSON.match(text):
+                if isinstance(text, str) and EMBEDDED_JSON.match(text):
                     yield text
 
 
 def scan_object(text: str) -> Json | None:
     """The JSON object in `text`, or None; refuses duplicate keys: parsers read them differently."""
-    found: Json = {}
+    result: Json = {}
     try:
-        mark = JSON_OPENING.match(text)
-        while mark is not None and mark[1]:
-            key, end = json_decoder.parse_string(text, mark.end())
-            if key in found:
+        match = JSON_OPENING.match(text)
+        while match is not None and match[1]:
+            key, end = json_decoder.parse_string(text, match.end())
+            if key in result:
                 raise InvalidRequest("The body has a key twice at its top level.")
-            if len(found) == MAX_JSON_KEYS:
+            if len(result) == MAX_JSON_KEYS:
                 raise InvalidRequest(f"The body has more than {MAX_JSON_KEYS} keys.")
             colon = JSON_COLON.match(text, end)
             if colon is None:
                 return None
-            found[key], end = json_decoder.scan_once(text, colon.end())
-            mark = JSON_NEXT.match(text, end)
+            result[key], end = json_decoder.scan_once(text, colon.end())
+            match = JSON_NEXT.match(text, end)
     except (ValueError, StopIteration, RecursionError):
         return None
-    return None if mark is None else found
+    return None if match is None else result
 
 
 def exceeds_depth(value: Any, limit: int) -> bool:
-    level = [value]
+    containers = [value]
     for _ in range(limit):
-        rows = [item.values() if isinstance(item, dict) else item for item in level]
-        level = [item for row in rows for item in row if isinstance(item, (dict, list))]
-        if not level:
+        rows = [item.values() if isinstance(item, dict) else item for item in containers]
+        containers = [item for row in rows for item in row if isinstance(item, (dict, list))]
+        if not containers:
             return False
     return True
 
 
 def load_body(data: bytes) -> Json:
     """A request's body, one JSON object; raises InvalidRequest and BodyTooLarge."""
-    too_many = BodyTooLarge(f"The body holds more than {MAX_JSON_MARKS} values.")
+    too_large = BodyTooLarge(f"The body holds more than {MAX_JSON_MARKS} values.")
     is_long = len(data) > MAX_JSON_MARKS
     is_dense = is_long and count_marks(data) > MAX_JSON_MARKS
     if is_dense and count_values(data) > MAX_JSON_MARKS:
-        raise too_many
+        raise too_large
     try:
         text = data.decode()
         body = scan_object(text)
@@ -921,20 +921,20 @@ def load_body(data: bytes) -> Json:
     if exceeds_depth(body, MAX_JSON_DEPTH):
         raise InvalidRequest(f"The body is nested deeper than {MAX_JSON_DEPTH} levels.")
     if is_dense or (is_long and b"\\u00" in data):  # marks may hide in strings, and in escapes
-        left = MAX_JSON_MARKS
-        for text in inner_texts(body):
-            left -= count_values(text.encode("utf-8", "replace"))
-            if left < 0:
-                raise too_many
+        remaining = MAX_JSON_MARKS
+        for text in embedded_json_texts(body):
+            remaining -= count_values(text.encode("utf-8", "replace"))
+            if remaining < 0:
+                raise too_large
     return body
 
 
-def load_object(data: bytes | str, most_marks: int = MAX_JSON_MARKS) -> Json | None:
+def load_object(data: bytes | str, max_marks: int = MAX_JSON_MARKS) -> Json | None:
     """The JSON object in untrusted `data`, or None, also if it has too many values."""
     try:
-        if len(data) > most_marks:
+        if len(data) > max_marks:
             raw = data.encode("utf-8", "replace") if isinstance(data, str) else data
-            if has_too_many_values(raw, most_marks):
+            if has_too_many_values(raw, max_marks):
                 return None
         value = load_json(data)
     except ValueError:
@@ -947,8 +947,8 @@ def join_path(path: str, key: str | int) -> str:
     return f"{path}.{key}" if path else str(key)
 
 
-def wrong_type(path: str, wanted: str) -> InvalidRequest:
-    return InvalidRequest(f"{path}: must be {wanted}.", param=path)
+def wrong_type(path: str, expected: str) -> InvalidRequest:
+    return InvalidRequest(f"{path}: must be {expected}.", param=path)
 
 
 def str_field(obj: Json, key: str, path: str = "") -> str | None:
@@ -959,11 +959,11 @@ def str_field(obj: Json, key: str, path: str = "") -> str | None:
     raise wrong_type(join_path(path, key), "a string")
 
 
-def word_field(obj: Json, key: str, words: Iterable[str], path: str = "") -> str | None:
+def word_field(obj: Json, key: str, choices: Iterable[str], path: str = "") -> str | None:
     value = str_field(obj, key, path)
-    if value is None or value in words:
+    if value is None or value in choices:
         return value
-    raise wrong_type(join_path(path, key), f"one of {', '.join(words)}")
+    raise wrong_type(join_path(path, key), f"one of {', '.join(choices)}")
 
 
 def int_field(obj: Json, key: str, path: str = "") -> int | None:
@@ -1017,14 +1017,14 @@ def need_dict(value: Any, path: str) -> Json:
 def need_str(obj: Json, key: str, path: str = "") -> str:
     value = str_field(obj, key, path)
     if value is None:
-        where = join_path(path, key)
-        raise InvalidRequest(f"{where}: is required.", param=where)
+        param = join_path(path, key)
+        raise InvalidRequest(f"{param}: is required.", param=param)
     return value
 
 
-def get_str(kept: Json, key: str) -> str:
+def get_str(obj: Json, key: str) -> str:
     """The string at `key`, stripped; "" for any other type."""
-    value = kept.get(key)
+    value = obj.get(key)
     return value.strip() if isinstance(value, str) else ""
 
 
@@ -1042,12 +1042,12 @@ def one_line(text: str) -> str:
     """Untrusted `text` on one line: white space becomes spaces, the rest of UNSEEN is dropped."""
     if text.isascii() and text.isprintable():
         return text
-    return UNSEEN.sub(lambda found: " " if found[0].isspace() else "", text)
+    return UNSEEN.sub(lambda match: " " if match[0].isspace() else "", text)
 
 
-def name_of_key(kept: Json, key: str) -> str:
+def name_of_key(obj: Json, key: str) -> str:
     """The name at `key`, cut; "" for anything else: for what services call things."""
-    return get_str(kept, key)[:MAX_NAME_CHARS]
+    return get_str(obj, key)[:MAX_NAME_CHARS]
 
 
 def str_or_empty(obj: Json, key: str) -> str:
@@ -1060,37 +1060,37 @@ def short_hash(text: str, length: int) -> str:
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:length]
 
 
-def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
-    by_lower = {item.lower(): item for item in known}
-    found = difflib.get_close_matches(name.lower(), by_lower, count, 0.5)
-    return [by_lower[item] for item in found]
+def nearest(name: str, candidates: Iterable[str], count: int = 3) -> list[str]:
+    by_lower = {item.lower(): item for item in candidates}
+    matches = difflib.get_close_matches(name.lower(), by_lower, count, 0.5)
+    return [by_lower[match] for match in matches]
 
 
 # Each pattern matches a prefix of the secret, as the text may be truncated after it.
-SECRET_SHAPES = re.compile(
+SECRET_PATTERNS = re.compile(
     r"gh[opsur]_[A-Za-z0-9_]{4,}|github_pat_\w{4,}|tid=[^\s\"']+"
     r"|(?i:bearer|token)\s+(?=[^\s\"']*[0-9_-]|[^\s\"']{20})[^\s\"']{8,}"
     r"|ao[ar][A-Za-z0-9_.:/+=-]{8,}|ksk_\w{4,}|eyJ[\w-]{4,}(?:\.[\w-]*){0,2}|sk-[\w-]{8,}"
 )
-SECRET_START = 12  # characters by which a known secret is recognised
-SHORTEST_SECRET = 6  # a shorter one may stand in any text
-SECRET_MARGIN = 64  # characters; more than any pattern's shortest match
+SECRET_PREFIX_CHARS = 12  # characters by which a known secret is recognised
+MIN_SECRET_CHARS = 6  # a shorter one may stand in any text
+SECRET_MARGIN_CHARS = 64  # characters; more than any pattern's shortest match
 
 
 def redact(text: str, limit: int) -> str:
     """The first `limit` characters with secrets masked, even one that the limit cuts."""
-    return SECRET_SHAPES.sub("[secret]", text[: limit + SECRET_MARGIN])[:limit]
+    return SECRET_PATTERNS.sub("[secret]", text[: limit + SECRET_MARGIN_CHARS])[:limit]
 
 
-def hide(text: str, live: Iterable[str]) -> str:
-    """`text` without any of the `live` secrets, even if only the beginning of one is left."""
-    for secret in live:
-        start = secret[:SECRET_START]
-        at = text.find(start) if len(start) >= SHORTEST_SECRET else -1
-        while at >= 0:
-            size = next(n for n in range(len(secret), 0, -1) if text.startswith(secret[:n], at))
-            text = f"{text[:at]}[secret]{text[at + size :]}"
-            at = text.find(start, at + 1)
+def hide(text: str, known_secrets: Iterable[str]) -> str:
+    """`text` without any of the `known_secrets`, even if only the beginning of one is left."""
+    for secret in known_secrets:
+        prefix = secret[:SECRET_PREFIX_CHARS]
+        index = text.find(prefix) if len(prefix) >= MIN_SECRET_CHARS else -1
+        while index >= 0:
+            size = next(n for n in range(len(secret), 0, -1) if text.startswith(secret[:n], index))
+            text = f"{text[:index]}[secret]{text[index + size :]}"
+            index = text.find(prefix, index + 1)
     return text
 
 
@@ -1185,7 +1185,7 @@ PROVIDER_CONFIGS: dict[str, type[ProviderConfig]] = {
 
 
 def default_providers() -> dict[str, ProviderConfig]:
-    return {name: make() for name, make in PROVIDER_CONFIGS.items()}
+    return {name: config_class() for name, config_class in PROVIDER_CONFIGS.items()}
 
 
 @dataclass(slots=True)
@@ -1217,7 +1217,7 @@ AWS_REGION = re.compile(r"[a-z]{2}(?:-[a-z]+)+-[0-9]", re.ASCII)
 KIRO_ARN = re.compile(
     r"arn:aws[a-z-]*:codewhisperer:([a-z0-9-]+):[0-9]{12}:profile/[\w-]+", re.ASCII
 )
-SETTING_FORMS = {
+SETTING_PATTERNS = {
     "kiro_version": (re.compile(r"[0-9A-Za-z.-]{1,40}"), "a version like 1.1.14"),
     "profile_arn": (KIRO_ARN, "like arn:aws:codewhisperer:REGION:ACCOUNT:profile/ID"),
     "region": (AWS_REGION, "a region like us-east-1"),
@@ -1235,7 +1235,7 @@ SETTING_RANGES: dict[str, tuple[float, float]] = {
     "monthly_tokens": (0, 1e15),
 }
 SECONDS_RANGE = (0.05, 86400.0)
-TYPE_WORDS = {
+TYPE_NAMES = {
     "str": "a string",
     "int": "a whole number",
     "float": "a number",
@@ -1296,8 +1296,8 @@ def check_url(value: str) -> str:
         host, _ = parts.hostname, parts.port
     except ValueError:
         return "is not a URL"
-    usable = host and split_host(parts.netloc) and TARGET.fullmatch(value)
-    if not usable or parts.query or parts.fragment:
+    is_valid = host and split_host(parts.netloc) and TARGET.fullmatch(value)
+    if not is_valid or parts.query or parts.fragment:
         return "must be like https://host[:port]"
     if parts.scheme == "http" and not is_loopback(host or ""):
         return "plain http is accepted for loopback only; write https://"
@@ -1310,20 +1310,20 @@ def check_proxy(value: str) -> str:
     """The problem, or "".  Never repeats the value: it may hold a password."""
     try:
         parts = urllib.parse.urlsplit(value)
-        usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
+        is_valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
     except ValueError:
-        usable = False
-    return "" if usable else "must be like http://[user:password@]host:port"
+        is_valid = False
+    return "" if is_valid else "must be like http://[user:password@]host:port"
 
 
 def check_setting(key: str, value: Any, kind: str) -> str:
     if not has_type(value, kind):
-        return f"must be {TYPE_WORDS[kind]}"
+        return f"must be {TYPE_NAMES[kind]}"
     if key in SETTING_CHOICES and value not in SETTING_CHOICES[key]:
         return "must be one of " + ", ".join(SETTING_CHOICES[key])
-    form, words = SETTING_FORMS.get(key, (None, ""))
-    if form is not None and value and not form.fullmatch(value):
-        return f"must be {words}"
+    pattern, requirement = SETTING_PATTERNS.get(key, (None, ""))
+    if pattern is not None and value and not pattern.fullmatch(value):
+        return f"must be {requirement}"
     low, high = SETTING_RANGES.get(key, SECONDS_RANGE)
     if kind in ("int", "float") and not low <= value <= high:
         return f"must be between {low:g} and {high:g}"
@@ -1331,7 +1331,7 @@ def check_setting(key: str, value: Any, kind: str) -> str:
         return check_url(value)
     if key == "proxy" and value:
         return check_proxy(value)
-    if kind == "str" and any(ord(letter) < 32 or ord(letter) == 127 for letter in value):
+    if kind == "str" and any(ord(char) < 32 or ord(char) == 127 for char in value):
         return "must not hold control characters"
     if kind == "str" and HALF_CHARACTER.search(value):
         return "must not hold bytes that are no text"
@@ -1343,61 +1343,65 @@ def dotted(path: str, key: str) -> str:
 
 
 class ConfigReader:
-    """Reads TOML tables into the dataclasses above; errors are `where: key: problem`."""
+    """Reads TOML tables into the dataclasses above; errors are `source: key: problem`."""
 
-    def __init__(self, where: str) -> None:
-        self.where = where
+    def __init__(self, source: str) -> None:
+        self.source = source
         self.origins: dict[str, str] = {}
 
     def error(self, key: str, problem: str) -> ConfigError:
-        return ConfigError(f"{self.where}: {key}: {problem}")
+        return ConfigError(f"{self.source}: {key}: {problem}")
 
-    def unknown(self, key: str, name: str, known: Iterable[str]) -> ConfigError:
-        known = sorted(known)
-        close = nearest(name, known, 1)
-        advice = f"did you mean {close[0]!r}?" if close else "known here: " + ", ".join(known)
-        return self.error(key, f"is not a known key; {advice}")
+    def unknown_key(self, key: str, name: str, known_keys: Iterable[str]) -> ConfigError:
+        known_keys = sorted(known_keys)
+        matches = nearest(name, known_keys, 1)
+        suggestion = (
+            f"did you mean {matches[0]!r}?" if matches else "known here: " + ", ".join(known_keys)
+        )
+        return self.error(key, f"is not a known key; {suggestion}")
 
     def read_config(self, table: Json) -> Config:
         config = Config(origins=self.origins)
         self.fill(config, table, "")
         if config.default_provider not in config.providers:
-            have = ", ".join(config.providers)
-            raise self.error("default_provider", f"no such provider; there are: {have}")
+            available = ", ".join(config.providers)
+            raise self.error("default_provider", f"no such provider; there are: {available}")
         for name in config.limits.providers.keys() - config.providers.keys():
-            have = ", ".join(config.providers)
-            raise self.error(f"limits.providers.{name}", f"no such provider; there are: {have}")
+            available = ", ".join(config.providers)
+            raise self.error(
+                f"limits.providers.{name}", f"no such provider; there are: {available}"
+            )
         return config
 
     def fill(self, target: Any, table: Json, path: str) -> None:
-        known = {item.name: str(item.type) for item in fields(target) if item.name != "origins"}
+        types = {item.name: str(item.type) for item in fields(target) if item.name != "origins"}
         for name, value in table.items():
             key = dotted(path, name)
-            if name not in known:
-                raise self.unknown(key, name, known)
+            if name not in types:
+                raise self.unknown_key(key, name, types)
             if key == "providers":
-                value = self.read_providers(self.table(value, key))
+                value = self.read_providers(self.require_table(value, key))
             elif key == "models":
-                value = self.read_aliases(self.table(value, key))
+                value = self.read_aliases(self.require_table(value, key))
             elif key == "api_keys":
-                value = self.read_keys(self.table(value, key))
+                value = self.read_api_keys(self.require_table(value, key))
             elif key in ("limits.providers", "limits.labels"):
-                value = self.read_caps(self.table(value, key), key)
+                value = self.read_caps(self.require_table(value, key), key)
             elif is_dataclass(getattr(target, name)):
-                self.fill(getattr(target, name), self.table(value, key), key)
+                self.fill(getattr(target, name), self.require_table(value, key), key)
                 continue
             else:
-                value = self.setting(key, name, value, known[name])
+                value = self.read_value(key, name, value, types[name])
                 self.origins[key] = "file"
             setattr(target, name, value)
 
-    def setting(self, key: str, name: str, value: Any, kind: str) -> Any:
+    def read_value(self, key: str, name: str, value: Any, kind: str) -> Any:
         problem = check_setting(name, value, kind)
         if problem:
             raise self.error(key, problem)
         return float(value) if kind == "float" else value
 
-    def table(self, value: Any, key: str) -> Json:
+    def require_table(self, value: Any, key: str) -> Json:
         if not isinstance(value, dict):
             raise self.error(key, "must be a table")
         return value
@@ -1409,14 +1413,14 @@ class ConfigReader:
             key = f"providers.{name}"
             if not PROVIDER_NAME.fullmatch(name):
                 raise self.error(key, "a name is letters, digits, '-' and '_'")
-            entry = self.table(value, key)
+            provider_table = self.require_table(value, key)
             default = providers[name].type if name in providers else name
-            kind = entry.get("type", default)
+            kind = provider_table.get("type", default)
             if not isinstance(kind, str) or kind not in PROVIDER_CONFIGS:
-                have = ", ".join(sorted(PROVIDER_CONFIGS))
-                raise self.error(f"{key}.type", f"must be one of {have}")
+                supported = ", ".join(sorted(PROVIDER_CONFIGS))
+                raise self.error(f"{key}.type", f"must be one of {supported}")
             providers[name] = PROVIDER_CONFIGS[kind]()
-            self.fill(providers[name], entry, key)
+            self.fill(providers[name], provider_table, key)
         return providers
 
     def read_aliases(self, table: Json) -> dict[str, str | list[str]]:
@@ -1426,26 +1430,26 @@ class ConfigReader:
             if isinstance(target, list):
                 if not target:
                     raise self.error(key, "must name at least one model")
-                for at, name in enumerate(target):
-                    self.check_target(f"{key}[{at}]", name, 'must be like "copilot/gpt-4.1"')
+                for index, name in enumerate(target):
+                    self.check_model_name(f"{key}[{index}]", name, 'must be like "copilot/gpt-4.1"')
             else:
-                words = 'must be like "copilot/gpt-4.1", or a list of such names'
-                self.check_target(key, target, words)
+                requirement = 'must be like "copilot/gpt-4.1", or a list of such names'
+                self.check_model_name(key, target, requirement)
             self.origins[f"models.{alias}"] = "file"
         return dict(table)
 
-    def check_target(self, key: str, name: Any, words: str) -> None:
+    def check_model_name(self, key: str, name: Any, requirement: str) -> None:
         if not isinstance(name, str) or not MODEL_NAME.fullmatch(name) or name.endswith("/"):
-            raise self.error(key, words)
+            raise self.error(key, requirement)
 
-    def read_keys(self, table: Json) -> dict[str, str]:
+    def read_api_keys(self, table: Json) -> dict[str, str]:
         for name, secret in table.items():
             key = f"api_keys.{name}"
             if not LABEL.fullmatch(name):
                 raise self.error(key, "a name is letters, digits and . _ + -")
             if not isinstance(secret, str) or not secret.strip():
                 raise self.error(key, "must be a key that is not empty")
-            self.setting(key, name, secret, "str")
+            self.read_value(key, name, secret, "str")
             if list(table.values()).count(secret) > 1:
                 raise self.error(key, "is the key of another name as well")
             self.origins[key] = "file"
@@ -1453,23 +1457,23 @@ class ConfigReader:
 
     def read_caps(self, table: Json, path: str) -> dict[str, CapConfig]:
         caps = {}
-        for name, entry in table.items():
+        for name, cap_table in table.items():
             key = f"{path}.{name}"
             if not LABEL.fullmatch(name):
                 raise self.error(key, "a name is letters, digits and . _ + -")
             caps[name] = CapConfig()
-            self.fill(caps[name], self.table(entry, key), key)
+            self.fill(caps[name], self.require_table(cap_table, key), key)
         return caps
 
 
-def read_config_text(text: str, where: str) -> Config:
+def read_config_text(text: str, source: str) -> Config:
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{where}: is not valid TOML: {error}") from None
+        raise ConfigError(f"{source}: is not valid TOML: {error}") from None
     except RecursionError:
-        raise ConfigError(f"{where}: is nested too deeply") from None
-    return ConfigReader(where).read_config(table)
+        raise ConfigError(f"{source}: is nested too deeply") from None
+    return ConfigReader(source).read_config(table)
 
 
 ENV_PREFIX = "AICLIENT_API_"
@@ -1479,26 +1483,26 @@ ENV_SHORT = {"HOST": "SERVER_HOST", "PORT": "SERVER_PORT", "KEY": "API_KEY"}
 
 def iter_settings(target: Any, path: str = "") -> Iterator[tuple[str, Any, str, str]]:
     """Every scalar setting below `target`: (dotted key, owner, field name, type)."""
-    for item in fields(target):
-        value = getattr(target, item.name)
-        key = dotted(path, item.name)
+    for setting in fields(target):
+        value = getattr(target, setting.name)
+        key = dotted(path, setting.name)
         if is_dataclass(value):
             yield from iter_settings(value, key)
         elif isinstance(value, dict):
             for name, entry in value.items():
                 if is_dataclass(entry):
                     yield from iter_settings(entry, f"{key}.{name}")
-        elif str(item.type) in TYPE_WORDS and item.name != "type":
-            yield key, target, item.name, str(item.type)
+        elif str(setting.type) in TYPE_NAMES and setting.name != "type":
+            yield key, target, setting.name, str(setting.type)
 
 
 def parse_setting(text: str, kind: str) -> Any:
     """A value given as text in a flag or variable; the text itself if it is not of `kind`."""
-    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    booleans = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
     if kind == "bool":
-        return words.get(text.strip().lower(), text)
+        return booleans.get(text.strip().lower(), text)
     if kind == "list[str]":
-        return [part.strip() for part in text.split(",") if part.strip()]
+        return [item.strip() for item in text.split(",") if item.strip()]
     if kind in ("int", "float"):
         try:
             return int(text) if kind == "int" else float(text)
@@ -1509,7 +1513,7 @@ def parse_setting(text: str, kind: str) -> Any:
 
 def apply_environment(config: Config, environ: dict[str, str]) -> None:
     """`AICLIENT_API_SERVER_PORT=8080` overrides `server.port`; short forms: HOST, PORT, KEY."""
-    slots = {
+    settings = {
         key.upper().replace(".", "_").replace("-", "_"): (key, owner, name, kind)
         for key, owner, name, kind in iter_settings(config)
     }
@@ -1519,22 +1523,22 @@ def apply_environment(config: Config, environ: dict[str, str]) -> None:
         key = variable[len(ENV_PREFIX) :]
         key = ENV_SHORT.get(key, key)
         reader = ConfigReader("environment")
-        if key not in slots:
-            raise reader.unknown(variable, key, slots)
-        dotted_key, owner, name, kind = slots[key]
-        setattr(owner, name, reader.setting(variable, name, parse_setting(text, kind), kind))
+        if key not in settings:
+            raise reader.unknown_key(variable, key, settings)
+        dotted_key, owner, name, kind = settings[key]
+        setattr(owner, name, reader.read_value(variable, name, parse_setting(text, kind), kind))
         config.origins[dotted_key] = variable
 
 
 def apply_flags(config: Config, flags: dict[str, str | None]) -> None:
     """None means not given; unknown keys are ignored: another version's process may pass them."""
-    slots = {key: (owner, name, kind) for key, owner, name, kind in iter_settings(config)}
+    settings = {key: (owner, name, kind) for key, owner, name, kind in iter_settings(config)}
     reader = ConfigReader("command line")
     for key, text in flags.items():
-        if text is not None and key in slots:
-            owner, name, kind = slots[key]
+        if text is not None and key in settings:
+            owner, name, kind = settings[key]
             flag = "--" + name.replace("_", "-")
-            setattr(owner, name, reader.setting(flag, name, parse_setting(text, kind), kind))
+            setattr(owner, name, reader.read_value(flag, name, parse_setting(text, kind), kind))
             config.origins[key] = flag
 
 
@@ -1580,8 +1584,10 @@ def describe_settings(config: Config) -> list[Json]:
 
 
 def changed_settings(old: Config, new: Config) -> list[str]:
-    before, after = dict(effective_settings(old)), dict(effective_settings(new))
-    return sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
+    old_values, new_values = dict(effective_settings(old)), dict(effective_settings(new))
+    return sorted(
+        k for k in old_values.keys() | new_values.keys() if old_values.get(k) != new_values.get(k)
+    )
 
 
 # 4.1 editing config.toml in place: comments and order are kept
@@ -1605,24 +1611,24 @@ class TomlStatement:
     next_line: int  #: offset after the line break
 
 
-def end_of_statement(text: str, at: int) -> tuple[int, int]:
+def find_statement_end(text: str, offset: int) -> tuple[int, int]:
     """(end without blanks and comment, end of line); a statement may span lines."""
-    depth, end = 0, at
-    while at < len(text):
-        found = TOML_STRING_OR_COMMENT.match(text, at)
-        if found:
-            at = found.end()
-            end = end if found[0].startswith("#") else at
+    depth, end = 0, offset
+    while offset < len(text):
+        match = TOML_STRING_OR_COMMENT.match(text, offset)
+        if match:
+            offset = match.end()
+            end = end if match[0].startswith("#") else offset
             continue
-        if text[at] == "\n" and depth <= 0:
+        if text[offset] == "\n" and depth <= 0:
             break
-        depth += (text[at] in "[{") - (text[at] in "]}")
-        end = end if text[at].isspace() else at + 1
-        at += 1
-    return end, at
+        depth += (text[offset] in "[{") - (text[offset] in "]}")
+        end = end if text[offset].isspace() else offset + 1
+        offset += 1
+    return end, offset
 
 
-def toml_path(text: str) -> tuple[str, ...]:
+def parse_toml_path(text: str) -> tuple[str, ...]:
     """The path of a header or a key: `a."b.c"=0` -> ("a", "b.c")."""
     table: Any = tomllib.loads(text)
     path = []
@@ -1634,24 +1640,26 @@ def toml_path(text: str) -> tuple[str, ...]:
 
 def toml_statements(text: str) -> Iterator[TomlStatement]:
     table: tuple[str, ...] = ()
-    at = 0
-    while at < len(text):
-        end, line_end = end_of_statement(text, at)
-        begin = at + len(text[at:end]) - len(text[at:end].lstrip())
-        at = line_end + 1
+    offset = 0
+    while offset < len(text):
+        end, line_end = find_statement_end(text, offset)
+        begin = offset + len(text[offset:end]) - len(text[offset:end].lstrip())
+        offset = line_end + 1
         if begin == end:
             continue  # blank or only a comment
         if text[begin] == "[":
-            table = toml_path(text[begin:end])
-            yield TomlStatement(table, table, begin, end, at)
+            table = parse_toml_path(text[begin:end])
+            yield TomlStatement(table, table, begin, end, offset)
             continue
-        sign = begin
-        while text[sign] != "=":
-            found = TOML_STRING_OR_COMMENT.match(text, sign)
-            sign = found.end() if found else sign + 1
-        path = table + toml_path(text[begin:sign] + "=0")
-        value = sign + 1 + len(text[sign + 1 : end]) - len(text[sign + 1 : end].lstrip())
-        yield TomlStatement(table, path, value, end, at)
+        equals = begin
+        while text[equals] != "=":
+            match = TOML_STRING_OR_COMMENT.match(text, equals)
+            equals = match.end() if match else equals + 1
+        path = table + parse_toml_path(text[begin:equals] + "=0")
+        value_begin = (
+            equals + 1 + len(text[equals + 1 : end]) - len(text[equals + 1 : end].lstrip())
+        )
+        yield TomlStatement(table, path, value_begin, end, offset)
 
 
 def write_toml(value: Any) -> str:
@@ -1662,33 +1670,33 @@ def write_toml(value: Any) -> str:
 
 def write_toml_path(path: Iterable[str]) -> str:
     """("models", "gpt-4.1") -> `models."gpt-4.1"`."""
-    return ".".join(p if TOML_BARE_KEY.fullmatch(p) else write_toml(p) for p in path)
+    return ".".join(part if TOML_BARE_KEY.fullmatch(part) else write_toml(part) for part in path)
 
 
 def insert_toml(text: str, path: tuple[str, ...], line: str) -> str:
     """`text` with `line` added to the table of `path`, which is created if missing."""
     newline = "\r\n" if "\r\n" in text else "\n"
     table = path[:-1]
-    ends = [s.next_line for s in toml_statements(text) if s.table == table]
+    ends = [statement.next_line for statement in toml_statements(text) if statement.table == table]
     if not ends and table:
-        gap = newline if text.strip() else ""
+        blank_line = newline if text.strip() else ""
         text += "" if text.endswith("\n") or not text else newline
-        return f"{text}{gap}[{write_toml_path(table)}]{newline}{line}{newline}"
+        return f"{text}{blank_line}[{write_toml_path(table)}]{newline}{line}{newline}"
     comment = LEADING_COMMENT.match(text)
-    at = ends[-1] if ends else comment.end() if comment else 0
-    before, after = text[:at], text[at:]
+    offset = ends[-1] if ends else comment.end() if comment else 0
+    before, after = text[:offset], text[offset:]
     before += "" if before.endswith("\n") or not before else newline
     return f"{before}{line}{newline}{after}"
 
 
 def set_toml(text: str, path: tuple[str, ...], value: Any) -> str:
-    found = next((s for s in toml_statements(text) if s.path == path and s.table != path), None)
-    if found is not None:
-        return text[: found.begin] + write_toml(value) + text[found.end :]
+    statement = next((s for s in toml_statements(text) if s.path == path and s.table != path), None)
+    if statement is not None:
+        return text[: statement.begin] + write_toml(value) + text[statement.end :]
     return insert_toml(text, path, f"{write_toml_path(path[-1:])} = {write_toml(value)}")
 
 
-def has_toml(text: str, table: Json) -> bool:
+def parses_to(text: str, table: Json) -> bool:
     try:
         return tomllib.loads(text) == table
     except tomllib.TOMLDecodeError:
@@ -1697,12 +1705,12 @@ def has_toml(text: str, table: Json) -> bool:
 
 def split_setting_key(key: str) -> tuple[str, ...]:
     """`models.gpt-4.1` -> ("models", "gpt-4.1"): user-defined names may contain dots."""
-    first, _, rest = key.partition(".")
-    if first in ("models", "api_keys") and rest:
-        return first, rest
+    first, _, remainder = key.partition(".")
+    if first in ("models", "api_keys") and remainder:
+        return first, remainder
     if key.startswith("limits.labels."):
-        label, _, last = rest.removeprefix("labels.").rpartition(".")
-        return first, "labels", label, last
+        label, _, setting = remainder.removeprefix("labels.").rpartition(".")
+        return first, "labels", label, setting
     return tuple(key.split("."))
 
 
@@ -1711,30 +1719,30 @@ def setting_kind(config: Config, key: str, value: str) -> str:
     path = split_setting_key(key)
     if path[0] == "models" and "," in value:  # no model name has a comma
         return "list[str]"
-    caps = path[:2] in (("limits", "providers"), ("limits", "labels")) and len(path) == 4
-    slots = iter_settings(CapConfig()) if caps else iter_settings(config)
-    wanted = path[-1] if caps else key
-    return next((kind for slot, _, _, kind in slots if slot == wanted), "str")
+    is_cap = path[:2] in (("limits", "providers"), ("limits", "labels")) and len(path) == 4
+    settings = iter_settings(CapConfig()) if is_cap else iter_settings(config)
+    target = path[-1] if is_cap else key
+    return next((kind for name, _, _, kind in settings if name == target), "str")
 
 
-def change_setting(text: str, where: str, key: str, value: str) -> str:
+def change_setting(text: str, source: str, key: str, value: str) -> str:
     """The edited `text`; raises ConfigError, also if parsing it again shows a failed edit."""
-    config = read_config_text(text, where)
-    reader = ConfigReader(where)
+    config = read_config_text(text, source)
+    reader = ConfigReader(source)
     parsed = parse_setting(value, setting_kind(config, key, value))
     path = split_setting_key(key)
-    wanted = tomllib.loads(text)
-    owner = wanted
-    for name in path[:-1]:
-        owner = reader.table(owner.setdefault(name, {}), name)
-    owner[path[-1]] = parsed
-    reader.read_config(wanted)
-    changed = set_toml(text, path, parsed)
-    if not has_toml(changed, wanted):
+    expected = tomllib.loads(text)
+    table = expected
+    for part in path[:-1]:
+        table = reader.require_table(table.setdefault(part, {}), part)
+    table[path[-1]] = parsed
+    reader.read_config(expected)
+    edited = set_toml(text, path, parsed)
+    if not parses_to(edited, expected):
         raise reader.error(
             key, f"this file's form is unusual; set it by hand: {write_toml(parsed)}"
         )
-    return changed
+    return edited
 
 
 # ---- 5. HTTP wire ------------------------------------------------------------------------------
@@ -1753,7 +1761,7 @@ CHUNK_LINE = re.compile(
     % (CHUNK_TOKEN, CHUNK_TOKEN, CHUNK_STRING)
 )
 STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) ([1-5][0-9][0-9])(?: ([^\r\n]*))?")
-FIELD_BREAKS = re.compile(r"[\r\n\0]")
+HEADER_BREAKS = re.compile(r"[\r\n\0]")
 NO_BODY_STATUSES = (204, 304)
 REASONS = {
     100: "Continue", 200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized",
@@ -1800,10 +1808,10 @@ class ResponseHead:
 def head_end(buffer: bytes | bytearray, start: int = 0) -> int:
     """The offset after a head's final empty line, or -1; bare LFs count, to be refused at once."""
     start = max(0, start - 3)
-    bare, full = buffer.find(b"\n\n", start), buffer.find(b"\n\r\n", start)
-    if bare < 0:
-        return full + 3 if full >= 0 else -1
-    return bare + 2 if full < 0 or bare < full else full + 3
+    lf_end, crlf_end = buffer.find(b"\n\n", start), buffer.find(b"\n\r\n", start)
+    if lf_end < 0:
+        return crlf_end + 3 if crlf_end >= 0 else -1
+    return lf_end + 2 if crlf_end < 0 or lf_end < crlf_end else crlf_end + 3
 
 
 def head_lines(data: bytes) -> list[str]:
@@ -1817,7 +1825,7 @@ def head_lines(data: bytes) -> list[str]:
     return lines[:-2]
 
 
-def parse_fields(lines: list[str]) -> Headers:
+def parse_headers(lines: list[str]) -> Headers:
     if len(lines) > MAX_FIELDS:
         raise WireError(f"more than {MAX_FIELDS} header fields", 431)
     headers = Headers()
@@ -1845,14 +1853,14 @@ def parse_target(method: str, target: str) -> tuple[str, str, str]:
     if target[0] != "/":
         if target == "*" and method == "OPTIONS":
             return "*", "", ""
-        scheme, _, rest = target.partition("://")
-        if scheme.lower() not in ("http", "https") or not rest:
+        scheme, _, remainder = target.partition("://")
+        if scheme.lower() not in ("http", "https") or not remainder:
             raise WireError("malformed request target")
-        host, slash, rest = rest.partition("/")
+        host, slash, remainder = remainder.partition("/")
         if not slash and "?" in host:
             host, _, query = host.partition("?")
             return "/", query, host
-        target = "/" + rest
+        target = "/" + remainder
         if not host:
             raise WireError("malformed request target")
     path, _, query = target.partition("?")
@@ -1875,7 +1883,7 @@ def parse_request_head(data: bytes) -> RequestHead:
         raise WireError("malformed request line")
     minor = int(version[-1])
     path, query, host = parse_target(method, target)
-    headers = parse_fields(lines[1:])
+    headers = parse_headers(lines[1:])
     if "host" in headers.repeated or ("host" not in headers and minor):
         raise WireError("exactly one Host field is needed")
     if "host" in headers and not split_host(headers["host"]):
@@ -1892,7 +1900,7 @@ def parse_response_head(data: bytes) -> ResponseHead:
     match = STATUS_LINE.fullmatch(lines[0])
     if match is None:
         raise WireError("malformed status line")
-    return ResponseHead(int(match[2]), int(match[1]), parse_fields(lines[1:]))
+    return ResponseHead(int(match[2]), int(match[1]), parse_headers(lines[1:]))
 
 
 def parse_length(headers: Headers) -> int | None:
@@ -1959,47 +1967,47 @@ class ChunkedBody(Body):
         if self.buffer:
             data = self.buffer + data
         payload: list[bytes] = []
-        at = 0
+        offset = 0
         while not self.done:
             if self.in_chunk:
-                moved = self.take_chunk(data, at, payload)
+                next_offset = self.read_chunk(data, offset, payload)
             elif self.in_trailers:
-                moved = self.take_trailers(data, at)
+                next_offset = self.read_trailers(data, offset)
             else:
-                moved = self.take_size(data, at)
-            if moved < 0:
+                next_offset = self.read_size(data, offset)
+            if next_offset < 0:
                 break
-            at = moved
-        self.buffer = b"" if self.done else data[at:]
+            offset = next_offset
+        self.buffer = b"" if self.done else data[offset:]
         if self.done:
-            self.rest = data[at:]
+            self.rest = data[offset:]
         return payload[0] if len(payload) == 1 else b"".join(payload)
 
-    def take_chunk(self, data: bytes, at: int, payload: list[bytes]) -> int:
+    def read_chunk(self, data: bytes, offset: int, payload: list[bytes]) -> int:
         """The new offset, or -1 if more data is needed; the next two return the same."""
-        end = at + self.left
+        end = offset + self.left
         if len(data) >= end + 2:
             if data[end : end + 2] != b"\r\n":
                 raise WireError("chunk data is not followed by CRLF")
-            payload.append(data[at:end])
+            payload.append(data[offset:end])
             self.in_chunk = False
             return end + 2
-        if self.left and len(data) > at:
-            part = data[at:end]
-            payload.append(part)
-            self.left -= len(part)
-            return at + len(part)
-        if not self.left and data[at : at + 1] not in (b"", b"\r"):
+        if self.left and len(data) > offset:
+            fragment = data[offset:end]
+            payload.append(fragment)
+            self.left -= len(fragment)
+            return offset + len(fragment)
+        if not self.left and data[offset : offset + 1] not in (b"", b"\r"):
             raise WireError("chunk data is not followed by CRLF")
         return -1
 
-    def take_size(self, data: bytes, at: int) -> int:
-        end = data.find(b"\n", at)
+    def read_size(self, data: bytes, offset: int) -> int:
+        end = data.find(b"\n", offset)
         if end < 0:
-            if len(data) - at > MAX_CHUNK_LINE_BYTES:
+            if len(data) - offset > MAX_CHUNK_LINE_BYTES:
                 raise WireError("chunk size line too long")
             return -1
-        line = data[at : end + 1]
+        line = data[offset : end + 1]
         if len(line) > MAX_CHUNK_LINE_BYTES:
             raise WireError("chunk size line too long")
         match = CHUNK_LINE.fullmatch(line, 0, len(line) - 2)
@@ -2010,22 +2018,22 @@ class ChunkedBody(Body):
         self.in_trailers = self.left == 0
         return end + 1
 
-    def take_trailers(self, data: bytes, at: int) -> int:
-        if data.startswith(b"\r\n", at):
+    def read_trailers(self, data: bytes, offset: int) -> int:
+        if data.startswith(b"\r\n", offset):
             self.done = True
-            return at + 2
-        end = head_end(data[at:])
+            return offset + 2
+        end = head_end(data[offset:])
         if end < 0:
-            if len(data) - at > MAX_TRAILER_BYTES:
+            if len(data) - offset > MAX_TRAILER_BYTES:
                 raise WireError("trailers too long", 431)
-            if data[at : at + 1] == b"\n":
+            if data[offset : offset + 1] == b"\n":
                 raise WireError("bare LF after the last chunk")
             return -1
         if end > MAX_TRAILER_BYTES:
             raise WireError("trailers too long", 431)
-        parse_fields(head_lines(data[at : at + end]))
+        parse_headers(head_lines(data[offset : offset + end]))
         self.done = True
-        return at + end
+        return offset + end
 
 
 def request_body(head: RequestHead) -> Body:
@@ -2040,9 +2048,11 @@ def request_body(head: RequestHead) -> Body:
     if head.minor == 0:
         raise WireError("Transfer-Encoding in HTTP/1.0")
     if coding.lower() != "chunked":
-        last = coding.lower().split(",")[-1].strip(" \t")
-        doubled = coding.lower().count("chunked") > 1
-        raise WireError("unknown transfer coding", 400 if last != "chunked" or doubled else 501)
+        last_coding = coding.lower().split(",")[-1].strip(" \t")
+        is_repeated = coding.lower().count("chunked") > 1
+        raise WireError(
+            "unknown transfer coding", 400 if last_coding != "chunked" or is_repeated else 501
+        )
     return ChunkedBody()
 
 
@@ -2063,7 +2073,7 @@ def write_head(first_line: str, headers: Iterable[tuple[str, str]]) -> bytes:
     """A request or response head.  Values come only from tables, checked names and numbers."""
     lines = [first_line]
     for name, value in headers:
-        if not value.isprintable() and FIELD_BREAKS.search(value):
+        if not value.isprintable() and HEADER_BREAKS.search(value):
             raise ValueError(f"control character in header {name}")
         lines.append(f"{name}: {value}")
     lines.append("\r\n")
@@ -2079,13 +2089,13 @@ QUALITY = re.compile(r"q[ \t]*=[ \t]*(0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?)")
 
 def accept_quality(accept: str, media_type: str) -> float:
     """The weight, 0 to 1, of a media type in an Accept field (RFC 9110 section 12.5.1)."""
-    wanted: dict[str, float] = {}
-    for item in accept.lower().split(","):
-        name, *options = (part.strip(" \t") for part in item.split(";"))
-        found = [match for match in map(QUALITY.fullmatch, options) if match]
-        wanted[name] = max(wanted.get(name, 0.0), float(found[0][1]) if found else 1.0)
+    weights: dict[str, float] = {}
+    for media_range in accept.lower().split(","):
+        name, *parameters = (part.strip(" \t") for part in media_range.split(";"))
+        matches = [match for match in map(QUALITY.fullmatch, parameters) if match]
+        weights[name] = max(weights.get(name, 0.0), float(matches[0][1]) if matches else 1.0)
     ranges = (media_type, media_type.partition("/")[0] + "/*", "*/*")  # most specific first
-    return next((wanted[name] for name in ranges if name in wanted), 0.0)
+    return next((weights[name] for name in ranges if name in weights), 0.0)
 
 
 def prefers_html(accept: str) -> bool:
@@ -2110,28 +2120,28 @@ class Inflater:
 
     def __init__(self, wbits: int) -> None:
         self.wbits = wbits
-        self.unpacker = zlib.decompressobj(wbits)
+        self.decompressor = zlib.decompressobj(wbits)
         # RFC 1952 section 2.2
         self.members_left = MAX_GZIP_MEMBERS if wbits == GZIP_WBITS else 0
 
     @property
     def done(self) -> bool:
-        return self.unpacker.eof
+        return self.decompressor.eof
 
     def feed(self, data: bytes, limit: int) -> bytes:
         """The decoded data, at most `limit` + 1 bytes."""
         decoded = bytearray()
         while data and len(decoded) <= limit:
-            if self.unpacker.eof:
+            if self.decompressor.eof:
                 if not self.members_left:
                     raise WireError("there are bytes behind the compressed ones")
                 self.members_left -= 1
-                self.unpacker = zlib.decompressobj(self.wbits)
+                self.decompressor = zlib.decompressobj(self.wbits)
             try:
-                decoded += self.unpacker.decompress(data, limit + 1 - len(decoded))
+                decoded += self.decompressor.decompress(data, limit + 1 - len(decoded))
             except zlib.error as error:
                 raise WireError("its compression is malformed") from error
-            data = self.unpacker.unused_data
+            data = self.decompressor.unused_data
         return bytes(decoded)
 
 
@@ -2141,8 +2151,9 @@ def inflate(data: bytes, coding: str, limit: int) -> bytes:
     for wbits in (ZLIB_WBITS, RAW_WBITS) if coding == "deflate" else (GZIP_WBITS,):
         inflater, decoded = Inflater(wbits), bytearray()
         with contextlib.suppress(WireError):
-            for at in range(0, len(data), READ_BYTES):  # as each gzip member copies what follows
-                decoded += inflater.feed(data[at : at + READ_BYTES], limit - len(decoded))
+            # In pieces, as each gzip member copies what follows.
+            for offset in range(0, len(data), READ_BYTES):
+                decoded += inflater.feed(data[offset : offset + READ_BYTES], limit - len(decoded))
                 if len(decoded) > limit:
                     raise BodyTooLarge(f"The decoded body is larger than {limit // MIB} MiB.")
             if inflater.done:
@@ -2162,8 +2173,8 @@ class SseReader:
     """
 
     def __init__(self) -> None:
-        self.kept = bytearray()  # an incomplete event
-        self.begun = False
+        self.buffer = bytearray()  # an incomplete event
+        self.bom_checked = False
         self.after_cr = False
 
     def feed(self, data: bytes) -> list[tuple[bytes, bytes]]:
@@ -2171,26 +2182,26 @@ class SseReader:
 
     def complete(self, data: bytes) -> bytes:
         """The completed events, unparsed, with LF line ends; searches each byte only once."""
-        if not self.begun:
-            data = bytes(self.kept) + data
-            self.kept.clear()
-            self.begun = not b"\xef\xbb\xbf".startswith(data)
-            data = data.removeprefix(b"\xef\xbb\xbf") if self.begun else data
+        if not self.bom_checked:
+            data = bytes(self.buffer) + data
+            self.buffer.clear()
+            self.bom_checked = not b"\xef\xbb\xbf".startswith(data)
+            data = data.removeprefix(b"\xef\xbb\xbf") if self.bom_checked else data
         if data and (self.after_cr or b"\r" in data):
-            data = self.with_lf(data)
+            data = self.normalize_newlines(data)
         end = data.rfind(b"\n\n") + 2
         if end == 1:
-            end = 1 if data.startswith(b"\n") and self.kept.endswith(b"\n") else 0
+            end = 1 if data.startswith(b"\n") and self.buffer.endswith(b"\n") else 0
         blocks = data[:end]
-        if end and self.kept:
-            blocks = bytes(self.kept) + blocks
-            self.kept.clear()
-        self.kept += data[end:]
-        if len(self.kept) > MAX_FRAME_BYTES:
+        if end and self.buffer:
+            blocks = bytes(self.buffer) + blocks
+            self.buffer.clear()
+        self.buffer += data[end:]
+        if len(self.buffer) > MAX_FRAME_BYTES:
             raise UpstreamError("The upstream sent an endless event.")
         return blocks
 
-    def with_lf(self, data: bytes) -> bytes:
+    def normalize_newlines(self, data: bytes) -> bytes:
         """`data` with LF for CRLF and CR, even if a CRLF is split over two reads."""
         if self.after_cr:
             data = data.removeprefix(b"\n")
@@ -2199,12 +2210,12 @@ class SseReader:
 
     def parse_all(self, blocks: bytes) -> list[tuple[bytes, bytes]]:
         rows = blocks.split(b"\n\n")
-        return [event for row in rows if row and (event := self.parse(row))]
+        return [event for block in rows if block and (event := self.parse(block))]
 
     def end(self) -> list[tuple[bytes, bytes]]:
         """The last event, if the stream ended without an empty line."""
-        block = bytes(self.kept).rstrip(b"\n")
-        self.kept.clear()
+        block = bytes(self.buffer).rstrip(b"\n")
+        self.buffer.clear()
         event = self.parse(block) if block else None
         return [event] if event else []
 
@@ -2236,7 +2247,7 @@ class SseReader:
 def load_frame(data: bytes) -> Json | None:
     """The JSON object of one event; None where there is none.
 
-    The kept decoder's scanner costs half of `json.loads` with its options.
+    The shared decoder's scanner costs half of `json.loads` with its options.
     """
     if has_too_many_values(data):
         return None
@@ -2245,8 +2256,8 @@ def load_frame(data: bytes) -> Json | None:
         value, end = json_decoder.scan_once(text, 0)
     except (ValueError, StopIteration, RecursionError):
         return load_object(data)  # which allows white space around the object
-    whole = end == len(text) or not text[end:].strip()
-    return value if isinstance(value, dict) and whole else None
+    is_complete = end == len(text) or not text[end:].strip()
+    return value if isinstance(value, dict) and is_complete else None
 
 
 def load_frames(events: list[tuple[bytes, bytes]]) -> list[Json]:
@@ -2288,20 +2299,20 @@ FIXED_SIZES = {2: 1, 3: 2, 4: 4, 5: 8, 8: 8, 9: 16}
 
 def parse_event_headers(block: bytes) -> dict[str, Any]:
     headers: dict[str, Any] = {}
-    at, end = 0, len(block)
-    while at < end:
-        size = block[at]
-        name, at = block[at + 1 : at + 1 + size], at + 1 + size
-        kind, at = block[at : at + 1], at + 1
-        if not size or not kind or kind[0] > 9:
+    offset, end = 0, len(block)
+    while offset < end:
+        name_length = block[offset]
+        name, offset = block[offset + 1 : offset + 1 + name_length], offset + 1 + name_length
+        kind, offset = block[offset : offset + 1], offset + 1
+        if not name_length or not kind or kind[0] > 9:
             raise WireError("an event's headers are malformed")
         value: Any = kind[0] == 0
         if kind[0] > 1:
             length = FIXED_SIZES.get(kind[0])
             if length is None:
-                length, at = int.from_bytes(block[at : at + 2], "big"), at + 2
-            data, at = block[at : at + length], at + length
-            if at > end:
+                length, offset = int.from_bytes(block[offset : offset + 2], "big"), offset + 2
+            data, offset = block[offset : offset + length], offset + length
+            if offset > end:
                 raise WireError("an event's headers are cut short")
             value = data
             if kind[0] in FIXED_HEADERS:
@@ -2317,9 +2328,9 @@ class EventStreamReader:
 
     def __init__(self) -> None:
         self.kept = bytearray()  # an incomplete message
-        self.needed = PRELUDE.size
+        self.bytes_needed = PRELUDE.size
         self.error = ""
-        self.known: dict[bytes, dict[str, Any]] = {}  # by header block: there are few
+        self.parsed_headers: dict[bytes, dict[str, Any]] = {}  # by header block: there are few
 
     def feed(self, data: bytes) -> list[EventMessage]:
         """The messages that `data` completes; equal headers are one shared object."""
@@ -2327,33 +2338,33 @@ class EventStreamReader:
             return []
         if self.kept:  # joined only once complete, as a message may be huge
             self.kept += data
-            if len(self.kept) < self.needed:
+            if len(self.kept) < self.bytes_needed:
                 return []
             data = bytes(self.kept)
             self.kept.clear()
         messages: list[EventMessage] = []
-        at, end = 0, len(data)
+        offset, end = 0, len(data)
         try:
-            while end - at >= self.needed:
-                size, headers_size = self.read_prelude(data, at)
-                following = at + size
-                if following > end:
-                    self.needed = size
+            while end - offset >= self.bytes_needed:
+                message_size, headers_size = self.read_prelude(data, offset)
+                message_end = offset + message_size
+                if message_end > end:
+                    self.bytes_needed = message_size
                     break
-                self.needed = PRELUDE.size
-                messages.append(self.read_message(data, at, headers_size, following))
-                at = following
+                self.bytes_needed = PRELUDE.size
+                messages.append(self.read_message(data, offset, headers_size, message_end))
+                offset = message_end
         except WireError as error:
             self.error = str(error)
             return messages
-        if at < end:
-            self.kept += data[at:]
+        if offset < end:
+            self.kept += data[offset:]
         return messages
 
     @staticmethod
-    def read_prelude(data: bytes, at: int) -> tuple[int, int]:
-        total, headers_size, checksum = PRELUDE.unpack_from(data, at)
-        if zlib.crc32(data[at : at + 8]) != checksum:
+    def read_prelude(data: bytes, offset: int) -> tuple[int, int]:
+        total, headers_size, checksum = PRELUDE.unpack_from(data, offset)
+        if zlib.crc32(data[offset : offset + 8]) != checksum:
             raise WireError("the checksum of an event's prelude is wrong")
         if not MESSAGE_OVERHEAD <= total <= MAX_EVENT_MESSAGE_BYTES:
             raise WireError("an event has an impossible length")
@@ -2361,18 +2372,18 @@ class EventStreamReader:
             raise WireError("an event's headers are too long")
         return total, headers_size
 
-    def read_message(self, data: bytes, at: int, headers_size: int, end: int) -> EventMessage:
-        message = data[at : end - 4]
+    def read_message(self, data: bytes, offset: int, headers_size: int, end: int) -> EventMessage:
+        message = data[offset : end - 4]
         if zlib.crc32(message) != int.from_bytes(data[end - 4 : end], "big"):
             raise WireError("the checksum of an event is wrong")
-        middle = PRELUDE.size + headers_size
-        block = message[PRELUDE.size : middle]
-        headers = self.known.get(block)
+        payload_start = PRELUDE.size + headers_size
+        block = message[PRELUDE.size : payload_start]
+        headers = self.parsed_headers.get(block)
         if headers is None:
             headers = parse_event_headers(block)
-            if len(self.known) < 64:
-                self.known[block] = headers
-        return headers, message[middle:]
+            if len(self.parsed_headers) < 64:
+                self.parsed_headers[block] = headers
+        return headers, message[payload_start:]
 
 
 EVENT_NAME = re.compile(r"[\w.:-]{1,100}", re.ASCII)
@@ -2388,15 +2399,15 @@ class EventStreamFraming:
     def __init__(self) -> None:
         self.reader = EventStreamReader()
         self.headers: dict[str, Any] = {}  # of the last event, with the text written for them
-        self.opening = self.member = b""
+        self.data_prefix = self.union_member = b""
 
     def complete(self, data: bytes) -> bytes:
-        broken = bool(self.reader.error)
-        rows = [self.write(headers, payload) for headers, payload in self.reader.feed(data)]
-        if self.reader.error and not broken:
+        had_failed = bool(self.reader.error)
+        events = [self.write(headers, payload) for headers, payload in self.reader.feed(data)]
+        if self.reader.error and not had_failed:
             message = f"The upstream's answer is malformed: {self.reader.error}."
-            rows.append(self.write_error({"code": "WireError", "message": message}))
-        return b"".join(rows)
+            events.append(self.write_error({"code": "WireError", "message": message}))
+        return b"".join(events)
 
     def write(self, headers: dict[str, Any], payload: bytes) -> bytes:
         if headers is not self.headers:
@@ -2404,39 +2415,39 @@ class EventStreamFraming:
             if kind != "event":
                 return self.write_failure(kind, headers, payload)
             name = str(headers.get(":event-type"))
-            self.member = (name if EVENT_NAME.fullmatch(name) else "unnamed").encode()
+            self.union_member = (name if EVENT_NAME.fullmatch(name) else "unnamed").encode()
             self.headers = headers
-            self.opening = b'data: {"%b":' % self.member
-        if b"\n" in payload or (self.member in payload and payload.lstrip()[:1] == b"{"):
-            payload = self.plain(payload)
-        return b"%b%b}\n\n" % (self.opening, payload or b"{}")
+            self.data_prefix = b'data: {"%b":' % self.union_member
+        if b"\n" in payload or (self.union_member in payload and payload.lstrip()[:1] == b"{"):
+            payload = self.unwrap(payload)
+        return b"%b%b}\n\n" % (self.data_prefix, payload or b"{}")
 
-    def plain(self, payload: bytes) -> bytes:
+    def unwrap(self, payload: bytes) -> bytes:
         """The payload on one line, unwrapped: some hosts put it under the member's name."""
-        said = load_object(payload)
-        if said is None:
+        value = load_object(payload)
+        if value is None:
             return b"?"  # makes the event malformed
-        inner = said.get(self.member.decode()) if len(said) == 1 else None
-        return dump_json(inner if isinstance(inner, dict) else said)
+        member_value = value.get(self.union_member.decode()) if len(value) == 1 else None
+        return dump_json(member_value if isinstance(member_value, dict) else value)
 
     def write_failure(self, kind: Any, headers: dict[str, Any], payload: bytes) -> bytes:
         if kind == "exception":
-            said = load_object(payload) or {"message": payload.decode("utf-8", "replace")}
-            return self.write_error({**said, "code": str_or_empty(headers, ":exception-type")})
-        code, words = (str_or_empty(headers, f":error-{name}") for name in ("code", "message"))
-        return self.write_error({"code": code, "message": words})
+            error = load_object(payload) or {"message": payload.decode("utf-8", "replace")}
+            return self.write_error({**error, "code": str_or_empty(headers, ":exception-type")})
+        code, message = (str_or_empty(headers, f":error-{name}") for name in ("code", "message"))
+        return self.write_error({"code": code, "message": message})
 
     @staticmethod
-    def write_error(said: Json) -> bytes:
-        return write_sse({"error": said})
+    def write_error(error: Json) -> bytes:
+        return write_sse({"error": error})
 
     def frames(self, blocks: bytes) -> list[Json]:
         """The frames of unparsed events, each with one member; a malformed one is the last."""
-        frames = load_frames([(b"", row[6:]) for row in blocks.split(b"\n\n") if row])
-        for at, frame in enumerate(frames):
+        frames = load_frames([(b"", event[6:]) for event in blocks.split(b"\n\n") if event])
+        for index, frame in enumerate(frames):
             if len(frame) != 1:  # malformed, or its payload closed the object early
                 message = "The upstream sent an event that is not a JSON object."
-                return [*frames[:at], {"error": {"code": "WireError", "message": message}}]
+                return [*frames[:index], {"error": {"code": "WireError", "message": message}}]
         return frames
 
     def last_frames(self) -> list[Json]:
@@ -2585,35 +2596,35 @@ class Conversation:
     def refuse_prefill(self) -> None:
         """Raises UnsupportedFeature if the model is to continue the last turn."""
         if self.prefilled:
-            where = self.turns_field
+            param = self.turns_field
             raise UnsupportedFeature(
-                f"{where}: the last message must be the user's; this model takes no prefill.",
-                param=where,
+                f"{param}: the last message must be the user's; this model takes no prefill.",
+                param=param,
             )
 
     def refuse_empty(self) -> InvalidRequest:
-        where = self.turns_field
-        return InvalidRequest(f"{where}: the conversation says nothing.", param=where)
+        param = self.turns_field
+        return InvalidRequest(f"{param}: the conversation says nothing.", param=param)
 
     def name_tools(self) -> None:
         """Sets `names` for declared tools and for those only called in earlier turns."""
         if any(not tool.name for tool in self.tools):
             raise InvalidRequest("tools: a tool has no name.", param="tools")
         blocks = (block for turn in self.turns for block in turn.blocks)
-        called = [block.name for block in blocks if isinstance(block, ToolCall)]
-        self.names = wire_table([*(tool.name for tool in self.tools), *called])
+        called_names = [block.name for block in blocks if isinstance(block, ToolCall)]
+        self.names = wire_table([*(tool.name for tool in self.tools), *called_names])
 
     def wire_name(self, name: str) -> str:
         return self.names.get(name) or wire_name(name)
 
     def settle(self) -> None:
         """Normalizes the turns for all vendors; raises InvalidRequest if there are none."""
-        settled = distinct_calls(normalize_turns(self.turns))
-        if not settled and not self.system:
+        normalized = distinct_calls(normalize_turns(self.turns))
+        if not normalized and not self.system:
             raise self.refuse_empty()
-        if settled != self.turns:
+        if normalized != self.turns:
             self.touched.append("settle_turns")
-        self.turns = settled
+        self.turns = normalized
 
 
 @dataclass(slots=True)
@@ -2665,8 +2676,8 @@ class Usage:
         return self.input + self.cache_read + self.cache_write
 
 
-# Events.  A response is  Started (Opened Added* Closed | Counted)* (Finished | Failed)  and nothing
-# after that; blocks never overlap, so they need no index.
+# Events.  A response is  MessageStart (BlockStart BlockDelta* BlockStop | UsageUpdate)*
+# (MessageStop | StreamError)  and nothing after that; blocks never overlap, so they need no index.
 
 
 @dataclass(slots=True)
@@ -2728,7 +2739,7 @@ if TYPE_CHECKING:
 OFF_PROTOCOL = "The upstream's answer does not follow its own protocol."
 
 # (state, event) -> state; any other pair is a protocol error.
-ANSWER_STATES: dict[tuple[str, str], str] = {
+EVENT_STATES: dict[tuple[str, str], str] = {
     ("new", "MessageStart"): "open",
     ("new", "UsageUpdate"): "new",
     ("open", "BlockStart"): "block",
@@ -2751,26 +2762,26 @@ class RunawayGuard:
     """Detects line breaks without end in tool-call arguments (seen in Floway, 2026-08)."""
 
     def __init__(self) -> None:
-        self.run = ""  # trailing line breaks and tabs so far
+        self.tail = ""  # trailing line breaks and tabs so far
 
     def check(self, text: str) -> None:
-        text = self.run + text.replace(" ", "")
+        text = self.tail + text.replace(" ", "")
         if RUNAWAY.search(text):
             raise UpstreamError("The model got stuck inside a tool call.")
-        self.run = text[len(text.rstrip(LINE_BREAKS)) :]
+        self.tail = text[len(text.rstrip(LINE_BREAKS)) :]
 
 
 class Checker:
-    """Enforces ANSWER_STATES on every reader, so that writers can rely on it."""
+    """Enforces EVENT_STATES on every reader, so that writers can rely on it."""
 
     def __init__(self) -> None:
         self.state = "new"
-        self.called = False
+        self.tool_called = False
         self.guard = RunawayGuard()
 
     def check(self, event: Event) -> Event:
         """`event`, with the finish reason corrected after a tool call; raises UpstreamError."""
-        state = ANSWER_STATES.get((self.state, type(event).__name__))
+        state = EVENT_STATES.get((self.state, type(event).__name__))
         if state is None:
             raise UpstreamError(OFF_PROTOCOL)
         self.state = state
@@ -2778,10 +2789,10 @@ class Checker:
             if event.part == "arguments":
                 self.guard.check(event.text)
         elif isinstance(event, BlockStart) and event.kind == "tool":
-            self.called = True
+            self.tool_called = True
             self.guard = RunawayGuard()
         # Copilot and others say "stop" after a tool call (seen in 2026-08).
-        if isinstance(event, MessageStop) and self.called and event.reason in ("end", "stop"):
+        if isinstance(event, MessageStop) and self.tool_called and event.reason in ("end", "stop"):
             return MessageStop("tool")
         return event
 
@@ -2796,54 +2807,54 @@ class StopCutter:
 
     def __init__(self, stops: list[str]) -> None:
         self.stops = stops
-        self.held = ""
+        self.held_text = ""
         self.in_text = False
-        self.hit = False
+        self.stopped = False
 
     def take(self, event: Event) -> list[Event]:
-        if self.hit:
+        if self.stopped:
             return [event] if isinstance(event, UsageUpdate) else []
         if isinstance(event, BlockStart):
             self.in_text = event.kind == "text"
         elif isinstance(event, BlockDelta) and self.in_text and event.part == "text":
-            return self.cut(self.held + event.text)
-        elif isinstance(event, BlockStop) and self.held:
-            held, self.held = self.held, ""
-            return [BlockDelta("text", held), event]
+            return self.cut(self.held_text + event.text)
+        elif isinstance(event, BlockStop) and self.held_text:
+            text, self.held_text = self.held_text, ""
+            return [BlockDelta("text", text), event]
         return [event]
 
     def cut(self, text: str) -> list[Event]:
-        found = [(at, stop) for stop in self.stops if (at := text.find(stop)) >= 0]
-        if found:
+        matches = [(index, stop) for stop in self.stops if (index := text.find(stop)) >= 0]
+        if matches:
             # The one completed first, so that chunk boundaries do not matter.
-            at, stop = min(found, key=lambda hit: (hit[0] + len(hit[1]), hit[0]))
-            self.hit = True
-            before: list[Event] = [BlockDelta("text", text[:at])] if at else []
-            return [*before, BlockStop(), MessageStop("stop", stop)]
-        keep = max(self.overlap(text, stop) for stop in self.stops)
-        self.held = text[len(text) - keep :]
-        text = text[: len(text) - keep]
+            index, stop = min(matches, key=lambda match: (match[0] + len(match[1]), match[0]))
+            self.stopped = True
+            leading: list[Event] = [BlockDelta("text", text[:index])] if index else []
+            return [*leading, BlockStop(), MessageStop("stop", stop)]
+        held_length = max(self.overlap(text, stop) for stop in self.stops)
+        self.held_text = text[len(text) - held_length :]
+        text = text[: len(text) - held_length]
         return [BlockDelta("text", text)] if text else []
 
     @staticmethod
     def overlap(text: str, stop: str) -> int:
         """The length of the longest suffix of `text` that begins `stop`."""
-        at = max(0, len(text) - len(stop) + 1)
-        while (at := text.find(stop[0], at)) >= 0:
-            if stop.startswith(text[at:]):
-                return len(text) - at
-            at += 1
+        index = max(0, len(text) - len(stop) + 1)
+        while (index := text.find(stop[0], index)) >= 0:
+            if stop.startswith(text[index:]):
+                return len(text) - index
+            index += 1
         return 0
 
 
 WIRE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-NOT_NAME = re.compile(r"[^A-Za-z0-9_-]")
+NON_NAME_CHARS = re.compile(r"[^A-Za-z0-9_-]")
 
 
 def wire_name(name: str) -> str:
     """A tool name that every vendor takes; deterministic, so that history needs no state."""
-    clean = NOT_NAME.sub("_", name)
-    return clean if len(clean) <= 64 else f"{clean[:55]}_{short_hash(name, 8)}"
+    cleaned = NON_NAME_CHARS.sub("_", name)
+    return cleaned if len(cleaned) <= 64 else f"{cleaned[:55]}_{short_hash(name, 8)}"
 
 
 def wire_id(call_id: str) -> str:
@@ -2893,7 +2904,7 @@ def merge_turns(turns: list[Turn]) -> list[Turn]:
     return merged
 
 
-def without_results(turn: Turn, ids: Container[str] = ()) -> Turn:
+def drop_results(turn: Turn, ids: Container[str] = ()) -> Turn:
     """Drops the results of `ids`; other results become plain content."""
     blocks: list[Block] = []
     for block in turn.blocks:
@@ -2911,51 +2922,51 @@ def normalize_turns(turns: list[Turn]) -> list[Turn]:
     Each assistant turn with calls is followed by one user turn that begins with their results, in
     the order of the calls; missing results are filled in, as vendors otherwise reject the request.
     """
-    queue = merge_turns(turns)
-    settled: list[Turn] = []
-    at = 0
-    while at < len(queue):
-        turn = queue[at]
-        at += 1
+    merged = merge_turns(turns)
+    normalized: list[Turn] = []
+    index = 0
+    while index < len(merged):
+        turn = merged[index]
+        index += 1
         if turn.role != "assistant":
-            settled.append(without_results(turn))
+            normalized.append(drop_results(turn))
             continue
-        settled.append(turn)
-        calls = dict.fromkeys(b.id for b in turn.blocks if isinstance(b, ToolCall))
+        normalized.append(turn)
+        calls = dict.fromkeys(block.id for block in turn.blocks if isinstance(block, ToolCall))
         if not calls:
             continue
-        reply_end = at
-        while reply_end < len(queue) and queue[reply_end].role != "assistant":
+        reply_end = index
+        while reply_end < len(merged) and merged[reply_end].role != "assistant":
             reply_end += 1
-        reply = queue[at:reply_end]
-        at = reply_end
-        results: dict[str, list[Block]] = {call: [] for call in calls}
-        for block in (block for later in reply for block in later.blocks):
+        reply = merged[index:reply_end]
+        index = reply_end
+        results: dict[str, list[Block]] = {call_id: [] for call_id in calls}
+        for block in (block for reply_turn in reply for block in reply_turn.blocks):
             if isinstance(block, ToolResult) and block.id in results:
                 results[block.id].append(block)
         ordered: list[Block] = []
-        for call, found in results.items():
-            ordered += found or [ToolResult(call, [Text(INTERRUPTED)], True)]
-        settled.append(Turn("user", ordered))
-        settled.extend(without_results(later, results) for later in reply)
-    return merge_turns(settled)
+        for call_id, call_results in results.items():
+            ordered += call_results or [ToolResult(call_id, [Text(INTERRUPTED)], True)]
+        normalized.append(Turn("user", ordered))
+        normalized.extend(drop_results(reply_turn, results) for reply_turn in reply)
+    return merge_turns(normalized)
 
 
 class CallIds:
     """The call ids of one conversation; repeated ones get a numeric suffix."""
 
     def __init__(self) -> None:
-        self.used: set[str] = set()
-        self.numbers: dict[str, int] = {}  # last suffix of each stem
+        self.used_ids: set[str] = set()
+        self.last_suffixes: dict[str, int] = {}  # last suffix of each stem
 
     def add(self, call_id: str) -> str:
         """`call_id`, or if it is taken a new one of at most 64 characters."""
-        new, stem = call_id, call_id[:56]
-        while new in self.used:
-            number = self.numbers[stem] = self.numbers.get(stem, 1) + 1
-            new = f"{stem}_{number}"
-        self.used.add(new)
-        return new
+        unique_id, stem = call_id, call_id[:56]
+        while unique_id in self.used_ids:
+            suffix = self.last_suffixes[stem] = self.last_suffixes.get(stem, 1) + 1
+            unique_id = f"{stem}_{suffix}"
+        self.used_ids.add(unique_id)
+        return unique_id
 
 
 def distinct_calls(turns: list[Turn]) -> list[Turn]:
@@ -2965,24 +2976,24 @@ def distinct_calls(turns: list[Turn]) -> list[Turn]:
     ids: dict[str, deque[str]] = {}  # of the last turn: the client's id -> our ids, in order
     for turn in turns:
         if turn.role != "assistant":
-            distinct.append(answer_calls(turn, ids))
+            distinct.append(renumber_results(turn, ids))
             ids = {}
             continue
-        said: set[tuple[str, str, str]] = set()
+        seen: set[tuple[str, str, str]] = set()
         blocks: list[Block] = []
         ids = defaultdict(deque)
         for block in turn.blocks:
             if not isinstance(block, ToolCall):
                 blocks.append(block)
-            elif (call := (block.id, block.name, block.arguments)) not in said:
-                said.add(call)
+            elif (call_key := (block.id, block.name, block.arguments)) not in seen:
+                seen.add(call_key)
                 ids[block.id].append(call_ids.add(wire_id(block.id)))
                 blocks.append(ToolCall(ids[block.id][-1], block.name, block.arguments))
         distinct.append(Turn(turn.role, blocks))
     return distinct
 
 
-def answer_calls(turn: Turn, ids: dict[str, deque[str]]) -> Turn:
+def renumber_results(turn: Turn, ids: dict[str, deque[str]]) -> Turn:
     """`turn` with its results under the calls' new ids, one result for each call."""
     results: dict[str, ToolResult] = {}  # by the client's id, the last one
     blocks: list[Block] = []
@@ -2995,22 +3006,22 @@ def answer_calls(turn: Turn, ids: dict[str, deque[str]]) -> Turn:
             blocks.append(result)
         else:
             results[block.id].blocks.extend(block.blocks)
-    missing = (call for waiting in ids.values() for call in waiting)
-    filled = [ToolResult(call, [Text(INTERRUPTED)], True) for call in missing]
-    return Turn(turn.role, [*filled, *blocks])
+    missing = (call_id for unanswered in ids.values() for call_id in unanswered)
+    interrupted = [ToolResult(call_id, [Text(INTERRUPTED)], True) for call_id in missing]
+    return Turn(turn.role, [*interrupted, *blocks])
 
 
 def downgrade_system_turns(turns: list[Turn]) -> list[Turn]:
     """System turns as user text, marked as Claude Code does it (seen in 2.1.197, 2026-11)."""
-    plain = []
+    downgraded = []
     for turn in turns:
         if turn.role == "system":
             texts = [block.text for block in turn.blocks if isinstance(block, Text)]
             reminders: list[Block] = [Text(as_reminder(text)) for text in texts]
-            plain.append(Turn("user", reminders))
+            downgraded.append(Turn("user", reminders))
         else:
-            plain.append(turn)
-    return merge_turns(plain)
+            downgraded.append(turn)
+    return merge_turns(downgraded)
 
 
 def as_reminder(text: str) -> str:
@@ -3022,7 +3033,7 @@ SCHEMA_UNIONS = ("allOf", "anyOf", "oneOf")
 
 def plain_schema(tool: Tool) -> Json:
     """For vendors that need top-level properties; raises UnsupportedFeature for bare unions."""
-    if not tool.schema.get("properties") and any(word in tool.schema for word in SCHEMA_UNIONS):
+    if not tool.schema.get("properties") and any(union in tool.schema for union in SCHEMA_UNIONS):
         raise UnsupportedFeature(
             f"tools: the schema of {tool.name!r} must have properties at its top.", param="tools"
         )
@@ -3032,13 +3043,13 @@ def plain_schema(tool: Tool) -> Json:
 def wire_table(names: Iterable[str]) -> dict[str, str]:
     """The client's names -> unique wire names; valid names stay as they are."""
     table: dict[str, str] = {}
-    taken: set[str] = set()
+    used: set[str] = set()
     for name in sorted(set(names), key=lambda name: (wire_name(name) != name, name)):
-        wire = wire_name(name)
-        if wire in taken:
-            wire = f"{wire[:55]}_{short_hash(name, 8)}"
-        taken.add(wire)
-        table[name] = wire
+        candidate = wire_name(name)
+        if candidate in used:
+            candidate = f"{candidate[:55]}_{short_hash(name, 8)}"
+        used.add(candidate)
+        table[name] = candidate
     return table
 
 
@@ -3076,21 +3087,21 @@ def object_schema(schema: Any, path: str) -> Json:
     """A tool's JSON Schema with `type` and `properties`, as every vendor requires."""
     if schema is None:
         return {"type": "object", "properties": {}}
-    fitted = dict(need_dict(schema, path))
-    fitted.pop("$schema", None)
-    fitted["type"] = "object"
-    fitted.setdefault("properties", {})
-    return fitted
+    completed = dict(need_dict(schema, path))
+    completed.pop("$schema", None)
+    completed["type"] = "object"
+    completed.setdefault("properties", {})
+    return completed
 
 
-def clamp_effort(effort: str, listed: Iterable[str]) -> str | None:
-    """The listed effort nearest to `effort`, lower ones first; None if none is listed."""
-    ranks = sorted(EFFORTS.index(item) for item in listed if item in EFFORTS)
+def clamp_effort(effort: str, supported: Iterable[str]) -> str | None:
+    """The supported effort nearest to `effort`, lower ones first; None if there is none."""
+    ranks = sorted(EFFORTS.index(name) for name in supported if name in EFFORTS)
     if not ranks:
         return None
-    wanted = EFFORTS.index(effort)
-    below = [rank for rank in ranks if rank <= wanted]
-    return EFFORTS[below[-1] if below else ranks[0]]
+    target = EFFORTS.index(effort)
+    not_above = [rank for rank in ranks if rank <= target]
+    return EFFORTS[not_above[-1] if not_above else ranks[0]]
 
 
 EFFORT_BUDGETS = {
@@ -3141,15 +3152,15 @@ IMAGE_TYPES = tuple(kind for _, kind in IMAGE_SIGNATURES)
 DATA_URL = re.compile(r"data:([\w.+/-]{0,100})(?:;[\w=.+-]{1,300}){0,8}?(;base64)?,", re.ASCII)
 
 
-def image_type(data: str, claimed: str, path: str) -> str:
-    for start, kind in IMAGE_SIGNATURES:
-        if data.startswith(start):
+def image_type(data: str, declared: str, path: str) -> str:
+    for prefix, kind in IMAGE_SIGNATURES:
+        if data.startswith(prefix):
             return kind
-    claimed = "image/jpeg" if claimed == "image/jpg" else claimed
-    if claimed in IMAGE_TYPES:
-        return claimed
+    declared = "image/jpeg" if declared == "image/jpg" else declared
+    if declared in IMAGE_TYPES:
+        return declared
     raise UnsupportedFeature(
-        f"{path}: images must be PNG, JPEG, GIF or WebP, not {claimed or 'of unknown type'!r}.",
+        f"{path}: images must be PNG, JPEG, GIF or WebP, not {declared or 'of unknown type'!r}.",
         param=path,
     )
 
@@ -3167,20 +3178,20 @@ def read_data_url(url: str, path: str) -> tuple[str, str]:
     match = DATA_URL.match(url)
     if match is None:
         raise InvalidRequest(f"{path}: is not a valid data URL.", param=path)
-    rest = url[match.end() :]
+    data = url[match.end() :]
     if not match[2]:
-        if rest.count("%") > MAX_URL_ESCAPES:
+        if data.count("%") > MAX_URL_ESCAPES:
             raise InvalidRequest(f"{path}: so long a data URL must be base64.", param=path)
-        rest = base64.b64encode(urllib.parse.unquote_to_bytes(rest)).decode()
-    return match[1].lower(), rest
+        data = base64.b64encode(urllib.parse.unquote_to_bytes(data)).decode()
+    return match[1].lower(), data
 
 
 def read_image_url(url: str, path: str) -> Image:
     """An image from a data URL or an https URL; the gateway never fetches it."""
     if url.startswith("data:"):
-        claimed, data = read_data_url(url, path)
+        declared, data = read_data_url(url, path)
         data = bare_base64(data)
-        return Image(image_type(data, claimed, path), data, path=path)
+        return Image(image_type(data, declared, path), data, path=path)
     if url.startswith("https://"):
         return Image(url=url, path=path)
     raise UnsupportedFeature(f"{path}: must be a data URL or an https URL.", param=path)
@@ -3218,7 +3229,7 @@ BYTE_PRICES: tuple[tuple[bytes, int, int, int], ...] = (
 )
 
 
-def price_table(tokenizer: int) -> bytes:
+def build_price_table(tokenizer: int) -> bytes:
     """One column of BYTE_PRICES, indexed by byte."""
     table = bytearray(256)
     for characters, *prices in BYTE_PRICES:
@@ -3229,7 +3240,7 @@ def price_table(tokenizer: int) -> bytes:
     return bytes(table)
 
 
-CLAUDE_PRICES, NEW_CLAUDE_PRICES, OPENAI_PRICES = map(price_table, range(3))
+CLAUDE_PRICES, NEW_CLAUDE_PRICES, OPENAI_PRICES = map(build_price_table, range(3))
 CLAUDE_VERSION = re.compile(r"claude-[a-z]+-(\d+)(?:[.-](\d)(?!\d))?")
 OPENAI_MODEL = re.compile(r"gpt|codex|\bo[1-9]\b")
 
@@ -3240,7 +3251,7 @@ def claude_version(model_id: str) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2] or 0)) if match else None
 
 
-def prices_of(model: str) -> bytes:
+def byte_prices(model: str) -> bytes:
     """The byte prices of a model's tokenizer; those of Claude up to 4.6 if it is unknown."""
     name = model.rpartition("/")[2].lower()
     version = claude_version(name)
@@ -3254,8 +3265,8 @@ def sum_bytes(data: bytes) -> int:
     if len(data) <= 256:
         return (zlib.adler32(data) & 0xFFFF) - 1
     view = memoryview(data)
-    slices = range(0, len(data), 256)
-    return sum(zlib.adler32(view[at : at + 256]) & 0xFFFF for at in slices) - len(slices)
+    starts = range(0, len(data), 256)
+    return sum(zlib.adler32(view[start : start + 256]) & 0xFFFF for start in starts) - len(starts)
 
 
 def estimate_bytes(text: bytes, prices: bytes = CLAUDE_PRICES) -> float:
@@ -3267,22 +3278,22 @@ def estimate_text(text: str, prices: bytes = CLAUDE_PRICES) -> float:
     return estimate_bytes(text.encode("utf-8", "replace"), prices)
 
 
-def estimate_quoted(text: bytes, count_: int) -> float:
-    """Approximate tokens of `count_` JSON strings, given without quotes, joined by blanks."""
+def estimate_quoted(text: bytes, string_count: int) -> float:
+    """Approximate tokens of `string_count` JSON strings, given without quotes, joined by blanks."""
     if b"\\" in text:
         text = json_decoder.decode(f'"{text.decode()}"').encode("utf-8", "replace")
-    return estimate_bytes(text) - (count_ - 1) * CLAUDE_PRICES[32] / 64
+    return estimate_bytes(text) - (string_count - 1) * CLAUDE_PRICES[32] / 64
 
 
 def png_size(data: str) -> tuple[int, int] | None:
     """(width, height) of a base64 PNG."""
     try:
-        head = base64.b64decode(data[:44], validate=True)
+        header = base64.b64decode(data[:44], validate=True)
     except ValueError:
         return None
-    if len(head) < 24 or head[12:16] != b"IHDR":
+    if len(header) < 24 or header[12:16] != b"IHDR":
         return None
-    return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
+    return int.from_bytes(header[16:20], "big"), int.from_bytes(header[20:24], "big")
 
 
 def estimate_image(data: str) -> float:
@@ -3297,9 +3308,9 @@ IMAGE_KEYS = ("data", "url", "image_url", "file_data")
 def estimate_value(value: Any, prices: bytes = CLAUDE_PRICES, key_tokens: float = 1.5) -> float:
     """Tokens of any part of a request body; base64 images count by their size."""
     total = 0.0
-    waiting: list[tuple[str, Any]] = [("", value)]
-    while waiting:
-        key, item = waiting.pop()
+    pending: list[tuple[str, Any]] = [("", value)]
+    while pending:
+        key, item = pending.pop()
         if isinstance(item, str):
             if len(item) > 256 and key in IMAGE_KEYS:
                 total += estimate_image(item.partition(",")[2] if item[:5] == "data:" else item)
@@ -3307,9 +3318,9 @@ def estimate_value(value: Any, prices: bytes = CLAUDE_PRICES, key_tokens: float 
                 total += estimate_text(item, prices)
         elif isinstance(item, dict):
             total += key_tokens * len(item)
-            waiting += item.items()
+            pending += item.items()
         elif isinstance(item, list):
-            waiting += [(key, row) for row in item]
+            pending += [(key, child) for child in item]
         else:
             total += 1
     return total
@@ -3321,7 +3332,7 @@ def estimate_request(body: Json) -> int:
     What vendors add for tools, and what a key of a tool's schema costs, was measured in 2026-11:
     Claude gets JSON and some 500 tokens of instructions, OpenAI's models terser declarations.
     """
-    prices = prices_of(str(body.get("model") or ""))
+    prices = byte_prices(str(body.get("model") or ""))
     is_claude_like = prices is not OPENAI_PRICES
     total = 3.0
     for key in ("system", "instructions", "messages", "input"):
