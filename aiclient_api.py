@@ -3436,7 +3436,7 @@ class UpstreamDialect(Protocol):
 
     def reader(self, context: ResponseContext) -> Reader: ...
 
-    def expand(self, whole: Json) -> list[Json]:
+    def expand(self, response: Json) -> list[Json]:
         """The frames equivalent to a non-streaming response."""
 
     def plain_text(self, frame: Json) -> str | None:
@@ -3498,8 +3498,8 @@ def text_of(content: Any) -> str:
         return content
     if not isinstance(content, list):
         return ""
-    parts = (item.get("text") for item in content if isinstance(item, dict))
-    return "\n".join(part for part in parts if isinstance(part, str))
+    parts = (part.get("text") for part in content if isinstance(part, dict))
+    return "\n".join(text for text in parts if isinstance(text, str))
 
 
 def is_reminder(text: str) -> bool:
@@ -3522,8 +3522,10 @@ def message_list(body: Json) -> list[Json]:
 
 def opening_words(system: Any, messages: list[Json]) -> str:
     """System prompt and first user message: the same in every request of one conversation."""
-    first = next((m.get("content") for m in messages if m.get("role") == "user"), "")
-    return text_of(system) + "\0" + text_of(first)
+    first_content = next(
+        (message.get("content") for message in messages if message.get("role") == "user"), ""
+    )
+    return text_of(system) + "\0" + text_of(first_content)
 
 
 CHOICE_MODES = ("auto", "none", "required")  # OpenAI's string forms, in both of its dialects
@@ -3558,9 +3560,9 @@ def function_of(entry: Json, path: str) -> Json:
 def allowed_names(choice: Json, path: str) -> set[str]:
     names = set()
     for index, item in enumerate(list_field(choice, "tools", path)):
-        where = f"{path}.tools.{index}"
-        entry = function_of(need_dict(item, where), where)
-        names.add(str_field(entry, "name", where) or "")  # a server-side tool has none
+        item_path = f"{path}.tools.{index}"
+        entry = function_of(need_dict(item, item_path), item_path)
+        names.add(str_field(entry, "name", item_path) or "")  # a server-side tool has none
     return names
 
 
@@ -3590,11 +3592,11 @@ def read_image_part(part: Json, path: str) -> list[Block]:
     kind = source.get("type")
     if kind == "base64":
         data = need_str(source, "data", f"{path}.source")
-        claimed = str_field(source, "media_type", f"{path}.source") or ""
+        media_type = str_field(source, "media_type", f"{path}.source") or ""
         if data.startswith("data:"):  # a data URL in place of bare base64
-            claimed, data = read_data_url(data, f"{path}.source.data")
+            media_type, data = read_data_url(data, f"{path}.source.data")
         data = bare_base64(data)
-        return [Image(image_type(data, claimed, path), data, path=path)]
+        return [Image(image_type(data, media_type, path), data, path=path)]
     if kind == "url":
         return [read_image_url(need_str(source, "url", f"{path}.source"), f"{path}.source.url")]
     raise UnsupportedFeature(f"{path}.source: must be base64 or an https url.", param=path)
@@ -3673,17 +3675,17 @@ def read_tool_reference_part(part: Json, path: str) -> list[Block]:
     return [Text("Tool available: " + need_str(part, "tool_name", path))]
 
 
-def read_hosted_part(part: Json, path: str) -> list[Block]:
+def read_server_tool_part(part: Json, path: str) -> list[Block]:
     """A server-side tool's block as one text line: other vendors cannot verify the original."""
     if part.get("type") == "server_tool_use":
         return [Text(f"[{part.get('name')}: {dump_text(part.get('input'))}]")]
     content = part.get("content")
-    rows = content if isinstance(content, list) else [content]
+    entries = content if isinstance(content, list) else [content]
     lines = []
-    for row in rows:
-        if isinstance(row, dict):
-            said = (row.get(key) for key in ("title", "url", "text", "error_code", "tool_name"))
-            lines.append(" ".join(item for item in said if isinstance(item, str)))
+    for entry in entries:
+        if isinstance(entry, dict):
+            values = (entry.get(key) for key in ("title", "url", "text", "error_code", "tool_name"))
+            lines.append(" ".join(value for value in values if isinstance(value, str)))
     return [Text("[" + "\n".join(filter(None, lines)) + "]")]
 
 
@@ -3692,7 +3694,7 @@ def read_compaction_part(part: Json, path: str) -> list[Block]:
     return [Text(need_str(part, "content", path))]
 
 
-def read_nothing_part(part: Json, path: str) -> list[Block]:
+def skip_part(part: Json, path: str) -> list[Block]:
     return []
 
 
@@ -3704,7 +3706,7 @@ PART_READERS: dict[str, Callable[[Json, str], list[Block]]] = {
     "compaction": read_compaction_part,
     "container_upload": refuse_part,
     "document": read_document_part,
-    "fallback": read_nothing_part,
+    "fallback": skip_part,
     "file": read_file_part,
     "image": read_image_part,
     "image_url": read_image_url_part,
@@ -3716,7 +3718,7 @@ PART_READERS: dict[str, Callable[[Json, str], list[Block]]] = {
     "redacted_thinking": read_thinking_part,
     "refusal": read_refusal_part,
     "search_result": read_search_result_part,
-    "server_tool_use": read_hosted_part,
+    "server_tool_use": read_server_tool_part,
     "text": read_text_part,
     "thinking": read_thinking_part,
     "tool_reference": read_tool_reference_part,
@@ -3727,7 +3729,7 @@ PART_READERS: dict[str, Callable[[Json, str], list[Block]]] = {
 
 def part_reader(part: Json) -> Callable[[Json, str], list[Block]] | None:
     kind = str_or_empty(part, "type")
-    return read_hosted_part if kind.endswith("_tool_result") else PART_READERS.get(kind)
+    return read_server_tool_part if kind.endswith("_tool_result") else PART_READERS.get(kind)
 
 
 def is_known_part(part: Any) -> bool:
@@ -3744,17 +3746,19 @@ def read_parts(content: Any, path: str) -> list[Block]:
         raise wrong_type(path, "a string or a list of parts")
     blocks: list[Block] = []
     for index, item in enumerate(content):
-        where = f"{path}.{index}"
+        item_path = f"{path}.{index}"
         if isinstance(item, str):
             blocks.append(Text(item))
             continue
-        part = need_dict(item, where)
+        part = need_dict(item, item_path)
         reader = part_reader(part)
         if reader is None:
             if not isinstance(part.get("text"), str):
-                raise InvalidRequest(f"{where}.type: is not a known part type.", param=where)
+                raise InvalidRequest(
+                    f"{item_path}.type: is not a known part type.", param=item_path
+                )
             reader = read_text_part
-        blocks.extend(reader(part, where))
+        blocks.extend(reader(part, item_path))
     return blocks
 
 
@@ -3819,10 +3823,12 @@ def client_tool_schema(kind: str) -> Json | None:
     return None
 
 
-def drop_hosted(hosted: list[str], left: int, forced: str, dropped: list[str]) -> None:
-    """Drops server-side tools; raises UnsupportedFeature if one is forced or none other is left."""
-    for name in hosted:
-        if name == forced or not left:
+def drop_hosted(
+    server_tools: list[str], tool_count: int, forced_name: str, dropped: list[str]
+) -> None:
+    """Drops server-side tools; raises UnsupportedFeature if one is forced or no other is left."""
+    for name in server_tools:
+        if name == forced_name or not tool_count:
             raise UnsupportedFeature(f"{name} is not available on this model.", param="tools")
         dropped.append(f"tools.{name}")
 
@@ -3830,11 +3836,11 @@ def drop_hosted(hosted: list[str], left: int, forced: str, dropped: list[str]) -
 def tool_names(body: Json, path: str = "") -> list[str]:
     names = []
     for index, item in enumerate(list_field(body, "tools", path)):
-        where = f"{join_path(path, 'tools')}.{index}"
-        entry = function_of(need_dict(item, where), where)
+        item_path = f"{join_path(path, 'tools')}.{index}"
+        entry = function_of(need_dict(item, item_path), item_path)
         if entry.get("type") == "namespace":
-            names += tool_names(entry, where)
-        name = str_field(entry, "name", where)
+            names += tool_names(entry, item_path)
+        name = str_field(entry, "name", item_path)
         if name is not None:
             names.append(name)
     return names
@@ -3843,29 +3849,31 @@ def tool_names(body: Json, path: str = "") -> list[str]:
 # Usage, in each vendor's shape.  A missing figure keeps its value from an earlier frame.
 
 
-def read_figure(value: Any, least: float = -MAX_FIGURE, most: float = MAX_FIGURE) -> float | None:
-    """An upstream's number if it is one from `least` to `most`; None for anything else.
+def read_figure(
+    value: Any, minimum: float = -MAX_FIGURE, maximum: float = MAX_FIGURE
+) -> float | None:
+    """An upstream's number if it is one from `minimum` to `maximum`; None for anything else.
 
     All numbers from upstreams are read here: NaN, infinity or 10**400 would raise in int() or
     round(), or give an absurd date.
     """
-    usable = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if usable and least <= value <= most else None
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if is_number and minimum <= value <= maximum else None
 
 
 def positive_int(value: Any) -> int | None:
     return value if isinstance(value, int) and read_figure(value, 1) else None
 
 
-def get_int(obj: Json, key: str, before: int) -> int:
-    """The non-negative integer at `key`, or `before`."""
+def get_int(obj: Json, key: str, default: int) -> int:
+    """The non-negative integer at `key`, or `default`."""
     value = obj.get(key)
-    return value if isinstance(value, int) and read_figure(value, 0) is not None else before
+    return value if isinstance(value, int) and read_figure(value, 0) is not None else default
 
 
-def get_float(obj: Json, key: str, most: float) -> float:
-    """The number at `key` between 0 and `most`; 0 for anything else."""
-    return read_figure(obj.get(key), 0, most) or 0.0
+def get_float(obj: Json, key: str, maximum: float) -> float:
+    """The number at `key` between 0 and `maximum`; 0 for anything else."""
+    return read_figure(obj.get(key), 0, maximum) or 0.0
 
 
 def get_dict(obj: Json, key: str) -> Json:
@@ -3874,37 +3882,41 @@ def get_dict(obj: Json, key: str) -> Json:
     return value if isinstance(value, dict) else {}
 
 
-def inline_refs(schema: Json, tools: int = MAX_TOOLS) -> Any:
+def inline_refs(schema: Json, tool_count: int = MAX_TOOLS) -> Any:
     """A tool's schema with its `$ref`s replaced by the definitions that they name.
 
     A circle ends in an open object, and so does what would grow or go deep without bounds:
-    definitions that name one another several times, long ones that many name.  `tools`: how many
-    schemas share what may be added.
+    definitions that name one another several times, long ones that many name.  `tool_count`: how
+    many schemas share what may be added.
     """
     definitions = {**get_dict(schema, "definitions"), **get_dict(schema, "$defs")}
-    bare = {key: schema[key] for key in schema if key not in ("definitions", "$defs")}
-    left = MAX_INLINED_BYTES // max(tools, MAX_TOOLS)
+    root = {key: schema[key] for key in schema if key not in ("definitions", "$defs")}
+    bytes_left = MAX_INLINED_BYTES // max(tool_count, MAX_TOOLS)
 
-    def inline(value: Any, inside: tuple[str, ...], depth: int) -> Any:
-        nonlocal left
-        if inside:
-            texts = value if isinstance(value, dict) else (value,)
-            left -= INLINED_VALUE_BYTES + sum(len(t) for t in texts if isinstance(t, str))
+    def inline(value: Any, ancestors: tuple[str, ...], depth: int) -> Any:
+        nonlocal bytes_left
+        if ancestors:
+            strings = value if isinstance(value, dict) else (value,)
+            bytes_left -= INLINED_VALUE_BYTES + sum(
+                len(text) for text in strings if isinstance(text, str)
+            )
         if isinstance(value, list):
-            return [inline(item, inside, depth + 1) for item in value]
+            return [inline(item, ancestors, depth + 1) for item in value]
         if not isinstance(value, dict):
             return value
         name = value.get("$ref")
         if not isinstance(name, str):  # a property may have that name
-            return {key: inline(item, inside, depth + 1) for key, item in value.items()}
-        rest = {k: inline(item, inside, depth + 1) for k, item in value.items() if k != "$ref"}
+            return {key: inline(item, ancestors, depth + 1) for key, item in value.items()}
+        siblings = {
+            key: inline(item, ancestors, depth + 1) for key, item in value.items() if key != "$ref"
+        }
         name = name.rpartition("/")[2]
-        named = get_dict(definitions, name)
-        if name in inside or not named or left < 0 or depth > MAX_JSON_DEPTH:
-            return {"type": "object", **rest}
-        return {**inline(named, (*inside, name), depth + 1), **rest}
+        definition = get_dict(definitions, name)
+        if name in ancestors or not definition or bytes_left < 0 or depth > MAX_JSON_DEPTH:
+            return {"type": "object", **siblings}
+        return {**inline(definition, (*ancestors, name), depth + 1), **siblings}
 
-    return inline(bare, (), 0)
+    return inline(root, (), 0)
 
 
 def read_copilot_usage(frame: Json, usage: Usage) -> None:
@@ -3913,62 +3925,62 @@ def read_copilot_usage(frame: Json, usage: Usage) -> None:
     `{"total_nano_aiu": 120000, "token_details": [{"token_type": "input", "token_count": 9}]}`,
     1e9 nano-AIU = 1 AI credit = 0.01 USD (seen in gh-aw-firewall, 2026-08).
     """
-    bill = get_dict(frame, "copilot_usage")
-    if not bill:
+    billing = get_dict(frame, "copilot_usage")
+    if not billing:
         return
-    if "total_nano_aiu" in bill:
-        usage.nano_credits = get_int(bill, "total_nano_aiu", usage.nano_credits)
+    if "total_nano_aiu" in billing:
+        usage.nano_credits = get_int(billing, "total_nano_aiu", usage.nano_credits)
         usage.credits_source = "reported"
-    rows = bill.get("token_details")
-    amounts: dict[str, int] = {}
+    rows = billing.get("token_details")
+    counts: dict[str, int] = {}
     for row in rows if isinstance(rows, list) else ():
         if isinstance(row, dict) and isinstance(row.get("token_type"), str):
-            amounts[row["token_type"]] = get_int(row, "token_count", 0)
-    if "input" in amounts:
-        usage.input = amounts["input"]
-        usage.cache_read = amounts.get("cache_read", usage.cache_read)
-        usage.cache_write = amounts.get("cache_write", usage.cache_write)
+            counts[row["token_type"]] = get_int(row, "token_count", 0)
+    if "input" in counts:
+        usage.input = counts["input"]
+        usage.cache_read = counts.get("cache_read", usage.cache_read)
+        usage.cache_write = counts.get("cache_write", usage.cache_write)
 
 
 def read_chat_usage(frame: Json, usage: Usage) -> bool:
     """Updates `usage` from OpenAI's `usage` in a frame; False if it has none."""
-    said = get_dict(frame, "usage")
-    if not said:
+    counts = get_dict(frame, "usage")
+    if not counts:
         return False
-    prompt_details = get_dict(said, "prompt_tokens_details")
+    prompt_details = get_dict(counts, "prompt_tokens_details")
     usage.cache_read = get_int(prompt_details, "cached_tokens", usage.cache_read)
     usage.cache_write = get_int(prompt_details, "cache_write_tokens", usage.cache_write)
-    prompt = get_int(said, "prompt_tokens", usage.prompt)
+    prompt = get_int(counts, "prompt_tokens", usage.prompt)
     usage.input = max(0, prompt - usage.cache_read - usage.cache_write)
-    usage.output = get_int(said, "completion_tokens", usage.output)
-    reasoning = get_dict(said, "completion_tokens_details")
-    usage.reasoning = get_int(reasoning, "reasoning_tokens", usage.reasoning)
+    usage.output = get_int(counts, "completion_tokens", usage.output)
+    completion_details = get_dict(counts, "completion_tokens_details")
+    usage.reasoning = get_int(completion_details, "reasoning_tokens", usage.reasoning)
     usage.source = "reported"
     read_copilot_usage(frame, usage)
     return True
 
 
-def read_messages_usage(said: Json, usage: Usage) -> None:
-    if not said:
+def read_messages_usage(counts: Json, usage: Usage) -> None:
+    if not counts:
         return
-    usage.input = get_int(said, "input_tokens", usage.input)
-    usage.cache_read = get_int(said, "cache_read_input_tokens", usage.cache_read)
-    usage.cache_write = get_int(said, "cache_creation_input_tokens", usage.cache_write)
-    usage.output = get_int(said, "output_tokens", usage.output)
-    thinking = get_dict(said, "output_tokens_details")
-    usage.reasoning = get_int(thinking, "thinking_tokens", usage.reasoning)
+    usage.input = get_int(counts, "input_tokens", usage.input)
+    usage.cache_read = get_int(counts, "cache_read_input_tokens", usage.cache_read)
+    usage.cache_write = get_int(counts, "cache_creation_input_tokens", usage.cache_write)
+    usage.output = get_int(counts, "output_tokens", usage.output)
+    output_details = get_dict(counts, "output_tokens_details")
+    usage.reasoning = get_int(output_details, "thinking_tokens", usage.reasoning)
     usage.source = "reported"
 
 
-def finalize_usage(usage: Usage, context: ResponseContext, said: float) -> Usage:
-    """The usage to report at the end of a response; `said`: its estimated output tokens.
+def finalize_usage(usage: Usage, context: ResponseContext, output_estimate: float) -> Usage:
+    """The usage to report at the end of a response; `output_estimate`: its output tokens.
 
     If the context size after the response is known, it is taken as input plus output (seen in
     2026-08; some read it as the input alone).
     """
     if usage.source == "reported":
         return usage
-    output = usage.output or max(1, int(said))
+    output = usage.output or max(1, int(output_estimate))
     if usage.context:
         return replace(usage, input=max(0, usage.context - output), output=output, source="derived")
     return replace(usage, input=estimate_request(context.asked), output=output, source="estimated")
@@ -3994,18 +4006,18 @@ STREAM_ERRORS: dict[str, type[ApiError]] = {
 
 def read_stream_error(value: Any) -> ApiError:
     """The error in an error frame: an object with message, type and code, or a string."""
-    said = value if isinstance(value, dict) else {"message": value}
-    message = said.get("message")
-    words = redact(message, MAX_REFUSAL_TEXT) if isinstance(message, str) else ""
-    words = words or "no reason given"
-    if said.get("code") == "context_length_exceeded":
+    error = value if isinstance(value, dict) else {"message": value}
+    message = error.get("message")
+    text = redact(message, MAX_REFUSAL_TEXT) if isinstance(message, str) else ""
+    text = text or "no reason given"
+    if error.get("code") == "context_length_exceeded":
         return ContextTooLong()
-    for key in (said.get("code"), said.get("type")):
+    for key in (error.get("code"), error.get("type")):
         if isinstance(key, str) and key.partition(":")[0] in STREAM_ERRORS:
             code = "invalid_prompt" if key == "invalid_prompt" else None
-            return STREAM_ERRORS[key.partition(":")[0]](words, code=code)
-    policy = "cyber_policy" if said.get("code") == "cyber_policy" else None
-    return UpstreamError(f"The upstream failed while it answered: {words}", code=policy)
+            return STREAM_ERRORS[key.partition(":")[0]](text, code=code)
+    policy = "cyber_policy" if error.get("code") == "cyber_policy" else None
+    return UpstreamError(f"The upstream failed while it answered: {text}", code=policy)
 
 
 # 8.2 OpenAI chat completions
@@ -4062,9 +4074,11 @@ class ChatRequestReader:
         self.body = body
         self.chat = Conversation()
         #: call id -> results still to come, in order; matches results that have no id
-        self.pending: OrderedDict[str, int] = OrderedDict()
-        names = [m.get("name") for m in message_list(body) if m.get("role") == "user"]
-        self.named = len({name for name in names if isinstance(name, str)}) > 1
+        self.pending_results: OrderedDict[str, int] = OrderedDict()
+        names = [
+            message.get("name") for message in message_list(body) if message.get("role") == "user"
+        ]
+        self.is_multi_user = len({name for name in names if isinstance(name, str)}) > 1
 
     def read(self) -> Conversation:
         self.refuse_lossy()
@@ -4106,18 +4120,20 @@ class ChatRequestReader:
         elif role == "user":
             blocks = read_parts(content, f"{path}.content")
             name = str_field(message, "name", path)
-            if self.named and name and blocks and isinstance(blocks[0], Text):
+            if self.is_multi_user and name and blocks and isinstance(blocks[0], Text):
                 blocks[0] = Text(f"{name}: {blocks[0].text}")
             self.chat.turns.append(Turn("user", blocks))
         elif role == "assistant":
             self.chat.turns.append(Turn("assistant", self.read_assistant(message, path)))
         else:
-            call = str_field(message, "tool_call_id", path) or next(iter(self.pending), "")
-            if self.pending.get(call, 0) > 1:
-                self.pending[call] -= 1
+            call_id = str_field(message, "tool_call_id", path) or next(
+                iter(self.pending_results), ""
+            )
+            if self.pending_results.get(call_id, 0) > 1:
+                self.pending_results[call_id] -= 1
             else:
-                self.pending.pop(call, None)
-            result = ToolResult(call, read_parts(content, f"{path}.content"))
+                self.pending_results.pop(call_id, None)
+            result = ToolResult(call_id, read_parts(content, f"{path}.content"))
             self.chat.turns.append(Turn("user", [result]))
 
     def read_assistant(self, message: Json, path: str) -> list[Block]:
@@ -4138,7 +4154,7 @@ class ChatRequestReader:
             blocks.append(self.read_call(item, f"{path}.tool_calls.{index}"))
         for block in blocks:
             if isinstance(block, ToolCall):
-                self.pending[block.id] = self.pending.get(block.id, 0) + 1
+                self.pending_results[block.id] = self.pending_results.get(block.id, 0) + 1
         return blocks
 
     def read_call(self, item: Any, path: str) -> ToolCall:
@@ -4152,13 +4168,13 @@ class ChatRequestReader:
 
     def read_tools(self) -> None:
         body, chat = self.body, self.chat
-        hosted = ["web_search"] if body.get("web_search_options") is not None else []
+        server_tools = ["web_search"] if body.get("web_search_options") is not None else []
         for index, item in enumerate([*list_field(body, "tools"), *list_field(body, "functions")]):
             path = f"tools.{index}"
             tool = need_dict(item, path)
             function = function_of(tool, path)
             if "name" not in function and isinstance(tool.get("type"), str):
-                hosted.append(tool["type"])
+                server_tools.append(tool["type"])
                 continue
             name = need_str(function, "name", f"{path}.function")
             schema = function.get("parameters", function.get("input_schema"))
@@ -4173,7 +4189,7 @@ class ChatRequestReader:
             schema = object_schema(schema, f"{path}.function.parameters")
             chat.tools.append(Tool(name, description, schema, strict))
         self.read_choice()
-        drop_hosted(hosted, len(chat.tools), "", chat.dropped)
+        drop_hosted(server_tools, len(chat.tools), "", chat.dropped)
         chat.parallel = bool_field(body, "parallel_tool_calls")
 
     def read_choice(self) -> None:
@@ -4214,18 +4230,20 @@ class ChatRequestReader:
         effort = word_field(self.body, "reasoning_effort", EFFORTS)
         if effort is None:
             effort = word_field(dict_field(self.body, "reasoning"), "effort", EFFORTS, "reasoning")
-        is_off = dict_field(self.body, "thinking").get("type") == "disabled"
-        return "none" if is_off else effort
+        is_disabled = dict_field(self.body, "thinking").get("type") == "disabled"
+        return "none" if is_disabled else effort
 
     def read_output(self) -> OutputFormat | None:
-        wanted = dict_field(self.body, "response_format")
-        kind = word_field(wanted, "type", ("text", "json_object", "json_schema"), "response_format")
+        response_format = dict_field(self.body, "response_format")
+        kind = word_field(
+            response_format, "type", ("text", "json_object", "json_schema"), "response_format"
+        )
         if kind in (None, "text"):
             return None
         if kind == "json_object":
             return OutputFormat(None)
         path = "response_format.json_schema"
-        entry = dict_field(wanted, "json_schema", "response_format")
+        entry = dict_field(response_format, "json_schema", "response_format")
         return OutputFormat(
             dict_field(entry, "schema", path),
             str_field(entry, "name", path) or "structured_output",
@@ -4236,22 +4254,22 @@ class ChatRequestReader:
 
 def write_chat_image(image: Image) -> Json:
     url = image.url or f"data:{image.media_type};base64,{image.data}"
-    shown = {"url": url, "detail": image.detail} if image.detail else {"url": url}
-    return {"type": "image_url", "image_url": shown}
+    image_url = {"url": url, "detail": image.detail} if image.detail else {"url": url}
+    return {"type": "image_url", "image_url": image_url}
 
 
 def write_chat_document(document: Document, model: Model) -> Json:
     """Raises UnsupportedFeature if the model takes no files."""
     if document.text:
-        head = f"[{document.title}]\n" if document.title else ""
-        return {"type": "text", "text": head + document.text}
+        heading = f"[{document.title}]\n" if document.title else ""
+        return {"type": "text", "text": heading + document.text}
     if not model.files:
         raise UnsupportedFeature(
             f"{document.path}: {model.id} does not take PDF documents.", param=document.path
         )
-    name = document.title or "document.pdf"
+    filename = document.title or "document.pdf"
     data = f"data:{document.media_type};base64,{document.data}"
-    return {"type": "file", "file": {"filename": name, "file_data": data}}
+    return {"type": "file", "file": {"filename": filename, "file_data": data}}
 
 
 class ChatRequestWriter:
@@ -4342,28 +4360,28 @@ class ChatRequestWriter:
             messages.append({"role": "user", "content": parts})
         return messages
 
-    def write_result(self, result: ToolResult, later: list[Json]) -> Json:
-        """A tool message; its images go into `later`, as tool messages take none."""
+    def write_result(self, result: ToolResult, user_parts: list[Json]) -> Json:
+        """A tool message; its images go into `user_parts`, as tool messages take none."""
         text = plain_text(result.blocks)
-        shown: list[Json] = []
+        attachments: list[Json] = []
         for block in result.blocks:
             if isinstance(block, Image):
-                shown.append(write_chat_image(block))
+                attachments.append(write_chat_image(block))
             elif isinstance(block, Document):
                 part = write_chat_document(block, self.model)
                 if part["type"] == "text":
                     text = f"{text}\n\n{part['text']}".strip()
                 else:
-                    shown.append(part)
-        call = wire_id(result.id)
-        if shown:
-            word = "Image" if shown[0]["type"] == "image_url" else "File"
-            later.append({"type": "text", "text": f"{word} from tool call {call}:"})
-            later.extend(shown)
-            text = text or f"[{word.lower()} in next message]"
+                    attachments.append(part)
+        call_id = wire_id(result.id)
+        if attachments:
+            label = "Image" if attachments[0]["type"] == "image_url" else "File"
+            user_parts.append({"type": "text", "text": f"{label} from tool call {call_id}:"})
+            user_parts.extend(attachments)
+            text = text or f"[{label.lower()} in next message]"
         if result.is_error and not text.startswith("Error"):
             text = f"Error: {text}"
-        return {"role": "tool", "tool_call_id": call, "content": text or "(no output)"}
+        return {"role": "tool", "tool_call_id": call_id, "content": text or "(no output)"}
 
     def write_tool(self, tool: Tool) -> Json:
         function: Json = {"name": self.chat.wire_name(tool.name)}
@@ -4398,7 +4416,7 @@ class ChatRequestWriter:
         return {"type": "json_schema", "json_schema": entry}
 
 
-JSON_MARK = re.compile(r'[][{}"]|\\.?', re.DOTALL)
+JSON_TOKEN = re.compile(r'[][{}"]|\\.?', re.DOTALL)
 
 
 class ObjectScanner:
@@ -4417,7 +4435,7 @@ class ObjectScanner:
             return
         self.pieces.append(piece)
         mark = ""
-        for mark in JSON_MARK.findall(self.held + piece):
+        for mark in JSON_TOKEN.findall(self.held + piece):
             if mark == '"':
                 self.in_string = not self.in_string
             elif not self.in_string and len(mark) == 1:
@@ -4721,7 +4739,7 @@ def write_chat_usage(usage: Usage) -> Json:
 
 # Added by Azure and Copilot: random padding and content-filter results.  Clients echo a message
 # with all its fields, and the upstream would refuse these.
-CHAT_FILLINGS = (
+VENDOR_CHAT_FIELDS = (
     "content_filter_offsets", "content_filter_results", "copilot_annotations", "obfuscation",
     "padding", "prompt_filter_results",
 )  # fmt: skip
@@ -4793,7 +4811,7 @@ class ChatRelay:
             return self.end()
         if read_chat_usage(frame, self.usage):
             self.usage_frame = frame["usage"]
-        for key in ("usage", "copilot_usage", *CHAT_FILLINGS):
+        for key in ("usage", "copilot_usage", *VENDOR_CHAT_FIELDS):
             frame.pop(key, None)
         said = frame.get("choices")
         choices = [c for c in said if isinstance(c, dict)] if isinstance(said, list) else []
@@ -4834,7 +4852,7 @@ class ChatRelay:
         said = choice.get("index")
         index = said if isinstance(said, int) else 0
         shown = index if self.context.many else 0
-        delta = {k: v for k, v in get_dict(choice, "delta").items() if k not in CHAT_FILLINGS}
+        delta = {k: v for k, v in get_dict(choice, "delta").items() if k not in VENDOR_CHAT_FIELDS}
         finish = choice.get("finish_reason")
         if isinstance(finish, str) and finish and self.finish.get(shown) != "tool_calls":
             self.finish[shown] = finish
@@ -4858,7 +4876,7 @@ class ChatRelay:
             return None
         if self.begun:
             delta.pop("role", None)
-        kept = {k: v for k, v in choice.items() if k not in CHAT_FILLINGS}
+        kept = {k: v for k, v in choice.items() if k not in VENDOR_CHAT_FIELDS}
         return {**kept, "index": shown, "delta": delta, "finish_reason": None}
 
     def mend_call(self, index: int, order: int, call: Json) -> Json:
@@ -5086,7 +5104,7 @@ def is_billing_header(block: Any) -> bool:
     return isinstance(text, str) and text.startswith(BILLING_HEADER)
 
 
-SESSION_MARK = re.compile(r"_session_([0-9a-fA-F-]{8,64})\Z")
+SESSION_SUFFIX = re.compile(r"_session_([0-9a-fA-F-]{8,64})\Z")
 
 
 def session_of_user_id(user_id: Any) -> str:
@@ -5096,7 +5114,7 @@ def session_of_user_id(user_id: Any) -> str:
     session = (load_object(user_id[:MAX_USER_ID_CHARS]) or {}).get("session_id")
     if isinstance(session, str):
         return session
-    match = SESSION_MARK.search(user_id)
+    match = SESSION_SUFFIX.search(user_id)
     return match[1] if match else user_id
 
 
@@ -5761,7 +5779,7 @@ class MessagesAggregator:
         return self.message
 
 
-GROWING_FIELDS = {
+DELTA_TYPES = {
     "text": "text_delta",
     "thinking": "thinking_delta",
     "signature": "signature_delta",
@@ -5777,7 +5795,7 @@ def expand_block(index: int, block: Json) -> list[Json]:
         text = dump_text(block.get("input") or {})
         deltas.append({"type": "input_json_delta", "partial_json": text})
     elif block.get("type") in ("text", "thinking"):
-        for key, kind in GROWING_FIELDS.items():
+        for key, kind in DELTA_TYPES.items():
             if isinstance(block.get(key), str):
                 start[key] = ""
                 deltas.append({"type": kind, key: block[key]})
