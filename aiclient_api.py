@@ -3885,7 +3885,7 @@ def get_dict(obj: Json, key: str) -> Json:
 def inline_refs(schema: Json, tool_count: int = MAX_TOOLS) -> Any:
     """A tool's schema with its `$ref`s replaced by the definitions that they name.
 
-    A circle ends in an open object, and so does what would grow or go deep without bounds:
+    Cycles become an open object, and so does what would grow or go deep without bounds:
     definitions that name one another several times, long ones that many name.  `tool_count`: how
     many schemas share what may be added.
     """
@@ -4425,24 +4425,24 @@ class ObjectScanner:
     def __init__(self) -> None:
         self.depth = 0
         self.in_string = False
-        self.held = ""  # a trailing backslash of the last piece
+        self.pending_escape = ""  # a trailing backslash of the last piece
         self.pieces: list[str] = []
-        self.whole: bool | None = None  # None until the outermost object has closed
+        self.is_complete: bool | None = None  # None until the outermost object has closed
 
     def feed(self, piece: str) -> None:
-        if self.whole is not None:
-            self.whole = self.whole and not piece.strip()
+        if self.is_complete is not None:
+            self.is_complete = self.is_complete and not piece.strip()
             return
         self.pieces.append(piece)
-        mark = ""
-        for mark in JSON_TOKEN.findall(self.held + piece):
-            if mark == '"':
+        token = ""
+        for token in JSON_TOKEN.findall(self.pending_escape + piece):
+            if token == '"':
                 self.in_string = not self.in_string
-            elif not self.in_string and len(mark) == 1:
-                self.depth += 1 if mark in "[{" else -1
-        self.held = mark if mark == "\\" else ""
+            elif not self.in_string and len(token) == 1:
+                self.depth += 1 if token in "[{" else -1
+        self.pending_escape = token if token == "\\" else ""
         if self.depth <= 0 and not self.in_string and piece.rstrip().endswith("}"):
-            self.whole = load_object("".join(self.pieces)) is not None
+            self.is_complete = load_object("".join(self.pieces)) is not None
 
 
 @dataclass(slots=True)
@@ -4453,8 +4453,8 @@ class StreamedCall:
     name: str = ""
     pieces: list[str] = field(default_factory=list)  #: the arguments, as received
     is_blank: bool = True
-    sent: int = 0  #: number of pieces passed on
-    scanned: int = 0  #: number of pieces `scanner` has seen
+    sent_count: int = 0  #: number of pieces passed on
+    scanned_count: int = 0  #: number of pieces `scanner` has seen
     scanner: ObjectScanner = field(default_factory=ObjectScanner)
     complete: bool = False  #: its last fragment was received
     closed: bool = False
@@ -4472,14 +4472,14 @@ class StreamedCall:
         """What to pass on now; a short run of leading blanks is held back: it may be all."""
         if self.is_blank and len(self.pieces) <= MAX_BLANK_RUN:
             return ""
-        start, self.sent = self.sent, len(self.pieces)
+        start, self.sent_count = self.sent_count, len(self.pieces)
         return "".join(self.pieces[start:])
 
     def is_whole(self) -> bool:
-        start, self.scanned = self.scanned, len(self.pieces)
+        start, self.scanned_count = self.scanned_count, len(self.pieces)
         for piece in self.pieces[start:]:
             self.scanner.feed(piece)
-        return self.scanner.whole is True
+        return self.scanner.is_complete is True
 
 
 class ChatReader:
@@ -4495,11 +4495,11 @@ class ChatReader:
         self.live = ""  # kind of the open block
         self.live_call: StreamedCall | None = None
         self.calls: dict[tuple[int, int], StreamedCall] = {}
-        self.waiting: list[tuple[str, str]] = []  # (kind, text) received inside a call
-        self.thought: list[str] = []
-        self.sealed = ""
-        self.opaque = ""  # the same, until it is passed on
-        self.finish = ""
+        self.deferred_texts: list[tuple[str, str]] = []  # (kind, text) received inside a call
+        self.reasoning: list[str] = []
+        self.opaque = ""
+        self.unsent_opaque = ""  # the same, until it is passed on
+        self.finish_reason = ""
         self.started = False
 
     def read(self, frame: Json) -> list[Event]:
@@ -4524,33 +4524,33 @@ class ChatReader:
         delta = get_dict(choice, "delta") or get_dict(choice, "message")
         for key in REASONING_FIELDS:
             if isinstance(delta.get(key), str) and delta[key]:
-                self.thought.append(delta[key])
+                self.reasoning.append(delta[key])
                 self.add("thinking", delta[key], events)
                 break
         if isinstance(delta.get("reasoning_opaque"), str):
-            self.opaque = self.sealed = delta["reasoning_opaque"]
+            self.unsent_opaque = self.opaque = delta["reasoning_opaque"]
         if isinstance(delta.get("content"), str) and delta["content"]:
             self.add("text", delta["content"], events)
         if isinstance(delta.get("refusal"), str) and delta["refusal"]:
             self.add("refusal", delta["refusal"], events)
-        index = choice.get("index")
+        choice_index = choice.get("index")
         fragments = delta.get("tool_calls")
         if get_dict(delta, "function_call"):
             fragments = [{"function": delta["function_call"]}]
-        for order, fragment in enumerate(fragments if isinstance(fragments, list) else ()):
+        for position, fragment in enumerate(fragments if isinstance(fragments, list) else ()):
             if isinstance(fragment, dict):
-                at = fragment.get("index")
-                key_of_call = (index if isinstance(index, int) else 0, order)
-                if isinstance(at, int):
-                    key_of_call = (key_of_call[0], at)
-                self.read_fragment(key_of_call, fragment, events)
-        finish = choice.get("finish_reason")
-        if isinstance(finish, str) and finish and self.finish != "tool_calls":
-            self.finish = finish
+                call_index = fragment.get("index")
+                call_key = (choice_index if isinstance(choice_index, int) else 0, position)
+                if isinstance(call_index, int):
+                    call_key = (call_key[0], call_index)
+                self.read_fragment(call_key, fragment, events)
+        finish_reason = choice.get("finish_reason")
+        if isinstance(finish_reason, str) and finish_reason and self.finish_reason != "tool_calls":
+            self.finish_reason = finish_reason
 
-    def read_fragment(self, key: tuple[int, int], fragment: Json, events: list[Event]) -> None:
+    def read_fragment(self, call_key: tuple[int, int], fragment: Json, events: list[Event]) -> None:
         """One fragment of one call; repeated ids and names are ignored."""
-        call = self.calls.get(key) or self.calls.setdefault(key, StreamedCall())
+        call = self.calls.get(call_key) or self.calls.setdefault(call_key, StreamedCall())
         function = get_dict(fragment, "function")
         if isinstance(fragment.get("id"), str) and not call.id:
             call.id = fragment["id"]
@@ -4564,14 +4564,14 @@ class ChatReader:
         live = self.live_call
         if live is None or (live is not call and live.is_whole()):
             if call.name and not call.closed:
-                self.open_call(key, events)
+                self.open_call(call_key, events)
         elif live is call:
             self.send_arguments(call, events)
 
-    def open_call(self, key: tuple[int, int], events: list[Event]) -> None:
+    def open_call(self, call_key: tuple[int, int], events: list[Event]) -> None:
         self.close(events)
-        call = self.calls[key]
-        call.id = call.id or f"call_{short_hash(f'{call.name}{key}', 16)}"
+        call = self.calls[call_key]
+        call.id = call.id or f"call_{short_hash(f'{call.name}{call_key}', 16)}"
         self.live, self.live_call = "tool", call
         events.append(BlockStart("tool", call.id, call.name))
         self.send_arguments(call, events)
@@ -4582,25 +4582,25 @@ class ChatReader:
         if text:
             events.append(BlockDelta("arguments", text))
 
-    def add(self, kind: str, words: str, events: list[Event]) -> None:
+    def add(self, kind: str, text: str, events: list[Event]) -> None:
         """Adds text to a block of `kind`, now or once the live call is complete."""
         if self.live_call is not None:
             if not self.live_call.is_whole():
-                self.waiting.append((kind, words))
+                self.deferred_texts.append((kind, text))
                 return
             self.close(events)
         if self.live != kind:
             self.close(events)
             self.live = kind
             events.append(BlockStart(kind))
-        events.append(BlockDelta("text", words))
+        events.append(BlockDelta("text", text))
 
     def close(self, events: list[Event]) -> None:
         if not self.live:
             return
-        if self.live == "thinking" and self.opaque:
-            events.append(BlockDelta("signature", CHAT_ENVELOPE + self.opaque))
-            self.opaque = ""
+        if self.live == "thinking" and self.unsent_opaque:
+            events.append(BlockDelta("signature", CHAT_ENVELOPE + self.unsent_opaque))
+            self.unsent_opaque = ""
         if self.live_call is not None:
             self.live_call.closed = True
         events.append(BlockStop())
@@ -4608,36 +4608,38 @@ class ChatReader:
 
     def end(self) -> list[Event]:
         events: list[Event] = []
-        if not self.finish or not self.started:
+        if not self.finish_reason or not self.started:
             return events
         self.close(events)
-        for key, call in self.calls.items():
+        for call_key, call in self.calls.items():
             if not call.closed and call.name:
-                self.open_call(key, events)
+                self.open_call(call_key, events)
                 self.close(events)
-        waiting, self.waiting = self.waiting, []
-        for kind, words in waiting:
-            self.add(kind, words, events)
+        deferred_texts, self.deferred_texts = self.deferred_texts, []
+        for kind, text in deferred_texts:
+            self.add(kind, text, events)
         self.close(events)
-        if self.calls and self.sealed and self.context.keep:
-            thought = "".join(self.thought)
-            self.context.keep([call.id for call in self.calls.values()], thought, self.sealed)
-        if self.opaque:
+        if self.calls and self.opaque and self.context.keep:
+            reasoning = "".join(self.reasoning)
+            self.context.keep([call.id for call in self.calls.values()], reasoning, self.opaque)
+        if self.unsent_opaque:
             # The signature came after the thinking block, or without one.
             events += [
-                BlockStart("redacted", raw={"data": CHAT_ENVELOPE + self.opaque}),
+                BlockStart("redacted", raw={"data": CHAT_ENVELOPE + self.unsent_opaque}),
                 BlockStop(),
             ]
         if self.usage.source:
             events.append(UsageUpdate(self.usage))
-        reason = "tool" if self.calls else CHAT_FINISHES.get(self.finish, "")
-        if self.finish == "length":
-            reason = "length"
-        if reason:
-            events.append(MessageStop(reason))
+        stop_reason = "tool" if self.calls else CHAT_FINISHES.get(self.finish_reason, "")
+        if self.finish_reason == "length":
+            stop_reason = "length"
+        if stop_reason:
+            events.append(MessageStop(stop_reason))
         else:
-            events.append(StreamError(UpstreamError(f"The upstream ended with {self.finish!r}.")))
-        self.finish = ""
+            events.append(
+                StreamError(UpstreamError(f"The upstream ended with {self.finish_reason!r}."))
+            )
+        self.finish_reason = ""
         return events
 
 
@@ -4645,33 +4647,35 @@ class ChatWriter:
     def __init__(self, context: ResponseContext) -> None:
         self.context = context
         self.usage = Usage()
-        self.calls = -1
-        self.kind = ""
-        self.empty_call = False
+        self.call_index = -1
+        self.block_kind = ""
+        self.has_empty_call = False
 
-    def chunk(self, delta: Json, finish: str | None = None) -> Json:
+    def chunk(self, delta: Json, finish_reason: str | None = None) -> Json:
         return {
             "id": self.context.id,
             "object": "chat.completion.chunk",
             "created": self.context.created,
             "model": self.context.model,
-            "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}],
+            "choices": [
+                {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+            ],
         }
 
     def write(self, event: Event) -> list[Json]:
         if isinstance(event, BlockDelta):
-            return self.write_added(event)
+            return self.write_delta(event)
         if isinstance(event, MessageStart):
             return [self.chunk({"role": "assistant", "content": ""})]
         if isinstance(event, BlockStart):
-            self.kind = event.kind
+            self.block_kind = event.kind
             if event.kind != "tool":
                 return []
-            self.calls += 1
-            self.empty_call = True
+            self.call_index += 1
+            self.has_empty_call = True
             return [self.write_call(event)]
         if isinstance(event, BlockStop):
-            if self.kind == "tool" and self.empty_call:
+            if self.block_kind == "tool" and self.has_empty_call:
                 return [self.chunk(self.arguments_delta("{}"))]
             return []
         if isinstance(event, UsageUpdate):
@@ -4681,18 +4685,18 @@ class ChatWriter:
             return self.write_finish(event)
         raise event.error
 
-    def write_added(self, event: BlockDelta) -> list[Json]:
+    def write_delta(self, event: BlockDelta) -> list[Json]:
         """Signatures and citations have no place in this dialect."""
-        if self.kind == "tool":
+        if self.block_kind == "tool":
             if event.part != "arguments" or not event.text:
                 return []
-            self.empty_call = False
+            self.has_empty_call = False
             return [self.chunk(self.arguments_delta(event.text))]
-        if event.part != "text" or self.kind not in ("text", "thinking", "refusal"):
+        if event.part != "text" or self.block_kind not in ("text", "thinking", "refusal"):
             return []
-        if self.kind == "thinking":
+        if self.block_kind == "thinking":
             return [self.chunk({"reasoning_content": event.text})]
-        key = "content" if self.kind == "text" else "refusal"
+        key = "content" if self.block_kind == "text" else "refusal"
         return [self.chunk({key: event.text})]
 
     def write_call(self, event: BlockStart) -> Json:
@@ -4700,19 +4704,19 @@ class ChatWriter:
         function = {"name": event.name, "arguments": ""}
         if self.context.legacy_functions:
             return self.chunk({"function_call": function})
-        call = {"index": self.calls, "id": event.id, "type": "function", "function": function}
+        call = {"index": self.call_index, "id": event.id, "type": "function", "function": function}
         return self.chunk({"tool_calls": [call]})
 
     def arguments_delta(self, text: str) -> Json:
         if self.context.legacy_functions:
             return {"function_call": {"arguments": text}}
-        return {"tool_calls": [{"index": self.calls, "function": {"arguments": text}}]}
+        return {"tool_calls": [{"index": self.call_index, "function": {"arguments": text}}]}
 
     def write_finish(self, event: MessageStop) -> list[Json]:
-        word = CHAT_FINISH_WORDS[event.reason]
-        if word == "tool_calls" and self.context.legacy_functions:
-            word = "function_call"
-        frames = [self.chunk({}, word)]
+        finish_reason = CHAT_FINISH_WORDS[event.reason]
+        if finish_reason == "tool_calls" and self.context.legacy_functions:
+            finish_reason = "function_call"
+        frames = [self.chunk({}, finish_reason)]
         explanation = (event.details or {}).get("explanation")
         if event.reason == "filter" and isinstance(explanation, str) and explanation:
             frames.insert(0, self.chunk({"refusal": explanation}))
@@ -4754,7 +4758,7 @@ class DeltaMerger:
 
     def add(self, message: Json, delta: Json) -> None:
         for key, value in delta.items():
-            before = message.get(key)
+            current = message.get(key)
             if key == "tool_calls":
                 calls = message.setdefault("tool_calls", [])
                 for fragment in value:
@@ -4763,18 +4767,18 @@ class DeltaMerger:
                     self.add(calls[fragment["index"]], fragment)
             elif key in ("role", "index", "type", "id"):
                 message[key] = value
-            elif isinstance(value, str) and isinstance(before, str):
-                self.texts.setdefault((id(message), key), (message, [before]))[1].append(value)
-            elif isinstance(value, dict) and isinstance(before, dict):
-                self.add(before, value)
-            elif isinstance(value, list) and isinstance(before, list):
-                before += value
+            elif isinstance(value, str) and isinstance(current, str):
+                self.texts.setdefault((id(message), key), (message, [current]))[1].append(value)
+            elif isinstance(value, dict) and isinstance(current, dict):
+                self.add(current, value)
+            elif isinstance(value, list) and isinstance(current, list):
+                current += value
             elif value is not None or key not in message:
                 message[key] = value
 
     def join(self) -> None:
-        for (_, key), (holder, pieces) in self.texts.items():
-            holder[key] = "".join(pieces)
+        for (_, key), (owner, pieces) in self.texts.items():
+            owner[key] = "".join(pieces)
 
 
 class ChatRelay:
@@ -4793,12 +4797,12 @@ class ChatRelay:
         self.finished = False
         self.id = ""
         self.created = 0
-        self.begun = False
-        self.finish: dict[int, str] = {}  # per choice
-        self.calls: dict[tuple[int, int], int] = {}
+        self.started = False
+        self.finish_reasons: dict[int, str] = {}  # per choice
+        self.call_indexes: dict[tuple[int, int], int] = {}
         self.usage_frame: Json | None = None
         self.guards: defaultdict[int, RunawayGuard] = defaultdict(RunawayGuard)  # per call
-        self.called: list[str] = []
+        self.call_ids: list[str] = []
         self.reasoning: list[str] = []
         self.opaque = ""
 
@@ -4813,8 +4817,12 @@ class ChatRelay:
             self.usage_frame = frame["usage"]
         for key in ("usage", "copilot_usage", *VENDOR_CHAT_FIELDS):
             frame.pop(key, None)
-        said = frame.get("choices")
-        choices = [c for c in said if isinstance(c, dict)] if isinstance(said, list) else []
+        raw_choices = frame.get("choices")
+        choices = (
+            [choice for choice in raw_choices if isinstance(choice, dict)]
+            if isinstance(raw_choices, list)
+            else []
+        )
         if not choices:
             return []  # prompt filter results, copilot_references, the usage chunk
         self.id = self.id or str(frame.get("id") or self.context.id)
@@ -4825,7 +4833,9 @@ class ChatRelay:
             created=self.created,
             model=self.context.model,
         )
-        frame["choices"] = [repaired for item in choices if (repaired := self.mend_choice(item))]
+        frame["choices"] = [
+            repaired for choice in choices if (repaired := self.repair_choice(choice))
+        ]
         if not frame["choices"]:
             return []
         if not self.context.many:
@@ -4835,27 +4845,35 @@ class ChatRelay:
                 merger.add(first_choice["delta"], other["delta"])
             merger.join()
             frame["choices"] = [first_choice]
-        first = [] if self.begun else [self.role_chunk(frame)]
-        self.begun = True
-        return [*filter(None, first), frame]
+        opening = [] if self.started else [self.role_chunk(frame)]
+        self.started = True
+        return [*filter(None, opening), frame]
 
     def role_chunk(self, frame: Json) -> Json:
         """The chunk that must come first, if the upstream's first one has no role."""
         if any("role" in choice["delta"] for choice in frame["choices"]):
             return {}
-        opening = {"role": "assistant", "content": ""}
-        choices = [{"index": 0, "delta": opening, "logprobs": None, "finish_reason": None}]
+        delta = {"role": "assistant", "content": ""}
+        choices = [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}]
         return {**frame, "choices": choices}
 
-    def mend_choice(self, choice: Json) -> Json | None:
+    def repair_choice(self, choice: Json) -> Json | None:
         """One choice as strict clients expect it; None if nothing is left of it."""
-        said = choice.get("index")
-        index = said if isinstance(said, int) else 0
-        shown = index if self.context.many else 0
-        delta = {k: v for k, v in get_dict(choice, "delta").items() if k not in VENDOR_CHAT_FIELDS}
-        finish = choice.get("finish_reason")
-        if isinstance(finish, str) and finish and self.finish.get(shown) != "tool_calls":
-            self.finish[shown] = finish
+        raw_index = choice.get("index")
+        index = raw_index if isinstance(raw_index, int) else 0
+        output_index = index if self.context.many else 0
+        delta = {
+            key: value
+            for key, value in get_dict(choice, "delta").items()
+            if key not in VENDOR_CHAT_FIELDS
+        }
+        finish_reason = choice.get("finish_reason")
+        if (
+            isinstance(finish_reason, str)
+            and finish_reason
+            and self.finish_reasons.get(output_index) != "tool_calls"
+        ):
+            self.finish_reasons[output_index] = finish_reason
         if isinstance(delta.get("reasoning_text"), str):
             # Copilot's name for it; clients read `reasoning_content`.
             delta.setdefault("reasoning_content", delta["reasoning_text"])
@@ -4864,49 +4882,57 @@ class ChatRelay:
             self.opaque = delta["reasoning_opaque"]
         calls = delta.pop("tool_calls", None)
         if isinstance(calls, list):
-            repaired = [
-                self.mend_call(index, order, call)
-                for order, call in enumerate(calls)
+            fragments = [
+                self.repair_call(index, position, call)
+                for position, call in enumerate(calls)
                 if isinstance(call, dict)
             ]
-            delta["tool_calls"] = repaired
+            delta["tool_calls"] = fragments
         if isinstance(delta.get("content"), str):
             self.said += estimate_text(delta["content"])
-        if finish and not any(value for key, value in delta.items() if key != "role"):
+        if finish_reason and not any(value for key, value in delta.items() if key != "role"):
             return None
-        if self.begun:
+        if self.started:
             delta.pop("role", None)
-        kept = {k: v for k, v in choice.items() if k not in VENDOR_CHAT_FIELDS}
-        return {**kept, "index": shown, "delta": delta, "finish_reason": None}
+        extra = {key: value for key, value in choice.items() if key not in VENDOR_CHAT_FIELDS}
+        return {**extra, "index": output_index, "delta": delta, "finish_reason": None}
 
-    def mend_call(self, index: int, order: int, call: Json) -> Json:
+    def repair_call(self, choice_index: int, position: int, call: Json) -> Json:
         """A fragment with a dense index; id, type and name only in the first one of each call."""
-        at = call.get("index")
-        key = (index, at if isinstance(at, int) else order)
+        upstream_index = call.get("index")
+        call_key = (choice_index, upstream_index if isinstance(upstream_index, int) else position)
         function = get_dict(call, "function")
         fragment: Json = {"arguments": function.get("arguments") or ""}
         if isinstance(fragment["arguments"], dict):
             fragment["arguments"] = dump_text(fragment["arguments"])
-        is_new = key not in self.calls
-        number = self.calls.setdefault(key, len(self.calls))
-        self.guards[number].check(str(fragment["arguments"]))
+        is_new = call_key not in self.call_indexes
+        call_index = self.call_indexes.setdefault(call_key, len(self.call_indexes))
+        self.guards[call_index].check(str(fragment["arguments"]))
         if not is_new:
-            return {"index": number, "function": fragment}
+            return {"index": call_index, "function": fragment}
         name = str(function.get("name") or "")
         fragment = {"name": self.context.names.get(name, name), **fragment}
-        call_id = call.get("id") or f"call_{short_hash(f'{self.context.id}{key}', 16)}"
-        self.called.append(str(call_id))
-        first = {"index": number, "id": call_id, "type": "function", "function": fragment}
-        return {**{k: v for k, v in call.items() if k not in first}, **first}
+        call_id = call.get("id") or f"call_{short_hash(f'{self.context.id}{call_key}', 16)}"
+        self.call_ids.append(str(call_id))
+        first_fragment = {
+            "index": call_index,
+            "id": call_id,
+            "type": "function",
+            "function": fragment,
+        }
+        return {
+            **{key: value for key, value in call.items() if key not in first_fragment},
+            **first_fragment,
+        }
 
     def end(self) -> list[Json]:
         if self.finished:
             return []
-        if not self.finish:
+        if not self.finish_reasons:
             raise UpstreamError(BROKEN_OFF)
         self.finished = True
         if self.opaque and self.context.keep:
-            self.context.keep(self.called, "".join(self.reasoning), self.opaque)
+            self.context.keep(self.call_ids, "".join(self.reasoning), self.opaque)
         frames = []
         base = {
             "id": self.id,
@@ -4914,12 +4940,12 @@ class ChatRelay:
             "created": self.created,
             "model": self.context.model,
         }
-        for index, finish in sorted(self.finish.items()):
-            if finish not in CHAT_FINISHES:
-                raise UpstreamError(f"The upstream ended with {finish!r}.")
-            if self.calls and finish == "stop":
-                finish = "tool_calls"
-            choice = {"index": index, "delta": {}, "logprobs": None, "finish_reason": finish}
+        for index, finish_reason in sorted(self.finish_reasons.items()):
+            if finish_reason not in CHAT_FINISHES:
+                raise UpstreamError(f"The upstream ended with {finish_reason!r}.")
+            if self.call_indexes and finish_reason == "stop":
+                finish_reason = "tool_calls"
+            choice = {"index": index, "delta": {}, "logprobs": None, "finish_reason": finish_reason}
             frames.append({**base, "choices": [choice]})
         if self.context.include_usage:
             usage = self.usage_frame or write_chat_usage(
@@ -4937,15 +4963,17 @@ class ChatDialect:
 
     def request_info(self, body: Json) -> RequestInfo:
         messages = message_list(body)
-        last = messages[-1].get("role")
+        last_role = messages[-1].get("role")
         session = body.get("prompt_cache_key") or body.get("user") or ""
-        system = next((m.get("content") for m in messages if m.get("role") == "system"), "")
+        system = next(
+            (message.get("content") for message in messages if message.get("role") == "system"), ""
+        )
         options = dict_field(body, "stream_options")
         return RequestInfo(
             model=need_str(body, "model"),
             stream=take_bool(body, "stream"),
             include_usage=bool_field(options, "include_usage", "stream_options") or False,
-            initiator="agent" if last in ("tool", "function", "assistant") else "user",
+            initiator="agent" if last_role in ("tool", "function", "assistant") else "user",
             session=session if isinstance(session, str) else "",
             opening=opening_words(system, messages),
         )
@@ -4977,21 +5005,21 @@ class ChatDialect:
         return ChatRelay(context)
 
     def aggregate(self, frames: list[Json]) -> Json:
-        whole: Json = {"id": "", "object": "chat.completion", "created": 0, "model": ""}
+        response: Json = {"id": "", "object": "chat.completion", "created": 0, "model": ""}
         choices: dict[int, Json] = {}
         merger = DeltaMerger()
         usage = None
         for frame in frames:
             usage = frame.get("usage") or usage
             extra = {key: value for key, value in frame.items() if key not in ("choices", "usage")}
-            whole.update({**extra, "object": "chat.completion"})
-            for delta in frame["choices"]:
-                index = delta["index"]
+            response.update({**extra, "object": "chat.completion"})
+            for chunk_choice in frame["choices"]:
+                index = chunk_choice["index"]
                 choice = choices.setdefault(index, {"index": index, "message": {}})
-                merger.add(choice["message"], delta["delta"])
-                choice["finish_reason"] = delta.get("finish_reason")
-                if delta.get("logprobs"):
-                    merger.add(choice.setdefault("logprobs", {}), delta["logprobs"])
+                merger.add(choice["message"], chunk_choice["delta"])
+                choice["finish_reason"] = chunk_choice.get("finish_reason")
+                if chunk_choice.get("logprobs"):
+                    merger.add(choice.setdefault("logprobs", {}), chunk_choice["logprobs"])
         merger.join()
         for choice in choices.values():
             message = choice["message"]
@@ -5002,22 +5030,25 @@ class ChatDialect:
                 message["content"] = ""
             message.setdefault("refusal", None)
             choice.setdefault("logprobs", None)
-        whole["choices"] = [choices[index] for index in sorted(choices)]
-        whole["usage"] = usage
-        return whole
+        response["choices"] = [choices[index] for index in sorted(choices)]
+        response["usage"] = usage
+        return response
 
-    def expand(self, whole: Json) -> list[Json]:
-        base = {key: value for key, value in whole.items() if key not in ("choices", "usage")}
+    def expand(self, response: Json) -> list[Json]:
+        base = {key: value for key, value in response.items() if key not in ("choices", "usage")}
         base["object"] = "chat.completion.chunk"
         choices = []
-        for choice in whole.get("choices") or ():
+        for choice in response.get("choices") or ():
             if isinstance(choice, dict):
-                rest = {key: value for key, value in choice.items() if key != "message"}
-                choices.append({**rest, "delta": get_dict(choice, "message")})
+                extra = {key: value for key, value in choice.items() if key != "message"}
+                choices.append({**extra, "delta": get_dict(choice, "message")})
         frames: list[Json] = [{**base, "choices": choices}]
-        if whole.get("usage"):
-            bill = {"usage": whole["usage"], "copilot_usage": whole.get("copilot_usage")}
-            frames.append({**base, "choices": [], **bill})
+        if response.get("usage"):
+            usage_fields = {
+                "usage": response["usage"],
+                "copilot_usage": response.get("copilot_usage"),
+            }
+            frames.append({**base, "choices": [], **usage_fields})
         return frames
 
     def plain_text(self, frame: Json) -> str | None:
@@ -5151,29 +5182,29 @@ class MessagesRequestReader:
     def read_tools(self) -> None:
         body, chat = self.body, self.chat
         choice = dict_field(body, "tool_choice")
-        kind = word_field(choice, "type", MESSAGES_CHOICES, "tool_choice")
-        forced = str_field(choice, "name", "tool_choice") or ""
-        hosted = []
+        choice_type = word_field(choice, "type", MESSAGES_CHOICES, "tool_choice")
+        forced_name = str_field(choice, "name", "tool_choice") or ""
+        server_tools = []
         for index, item in enumerate(list_field(body, "tools")):
             path = f"tools.{index}"
             tool = need_dict(item, path)
-            typed = str_field(tool, "type", path) or "custom"
-            name = str_field(tool, "name", path) or typed
+            tool_type = str_field(tool, "type", path) or "custom"
+            name = str_field(tool, "name", path) or tool_type
             schema = tool.get("input_schema")
-            if typed != "custom":
-                schema = client_tool_schema(typed)
+            if tool_type != "custom":
+                schema = client_tool_schema(tool_type)
                 if schema is None:
-                    hosted.append(name)
+                    server_tools.append(name)
                     continue
             description = str_field(tool, "description", path) or ""
             strict = bool_field(tool, "strict", path)
             schema = object_schema(schema, f"{path}.input_schema")
             chat.tools.append(Tool(name, description, schema, strict))
-        drop_hosted(hosted, len(chat.tools), forced, chat.dropped)
-        if kind is not None:
-            if kind == "tool":
+        drop_hosted(server_tools, len(chat.tools), forced_name, chat.dropped)
+        if choice_type is not None:
+            if choice_type == "tool":
                 need_str(choice, "name", "tool_choice")
-            chat.choice = ToolChoice(MESSAGES_CHOICES[kind], forced)
+            chat.choice = ToolChoice(MESSAGES_CHOICES[choice_type], forced_name)
         if bool_field(choice, "disable_parallel_tool_use", "tool_choice"):
             chat.parallel = False
 
@@ -5188,10 +5219,10 @@ class MessagesRequestReader:
         chat.stop = read_stops(body, "stop_sequences")
         chat.session = session_of_user_id(dict_field(body, "metadata").get("user_id"))
         self.read_thinking()
-        settings = dict_field(body, "output_config")
-        wanted = settings.get("format") or body.get("output_format")
-        if wanted is not None:
-            entry = need_dict(wanted, "output_config.format")
+        output_config = dict_field(body, "output_config")
+        output_format = output_config.get("format") or body.get("output_format")
+        if output_format is not None:
+            entry = need_dict(output_format, "output_config.format")
             chat.output = OutputFormat(dict_field(entry, "schema", "output_config.format"))
         chat.dropped += [
             key
@@ -5202,8 +5233,8 @@ class MessagesRequestReader:
     def read_thinking(self) -> None:
         thinking = dict_field(self.body, "thinking")
         kind = thinking.get("type")
-        settings = dict_field(self.body, "output_config")
-        effort = word_field(settings, "effort", EFFORTS, "output_config")
+        output_config = dict_field(self.body, "output_config")
+        effort = word_field(output_config, "effort", EFFORTS, "output_config")
         budget = int_field(thinking, "budget_tokens", "thinking")
         if kind == "disabled":
             self.chat.effort = "none"
@@ -5241,13 +5272,13 @@ def write_thinking(effort: str | None, budget: int | None, model: Model, body: J
     if is_forced(body.get("tool_choice") or {}):
         return {}
     if model.adaptive:
-        fields_: Json = {"thinking": {"type": "adaptive", "display": "summarized"}}
+        settings: Json = {"thinking": {"type": "adaptive", "display": "summarized"}}
         level = clamp_effort(effort or effort_of_budget(budget or 0), model.efforts)
-        return {**fields_, "output_config": {"effort": level}} if level else fields_
+        return {**settings, "output_config": {"effort": level}} if level else settings
     if model.budget is None or needs_signed_turn(body["messages"]):
         return {}
-    wanted = budget or EFFORT_BUDGETS[effort or "high"]
-    tokens = clamp_budget(wanted, model.budget, body["max_tokens"])
+    requested_tokens = budget or EFFORT_BUDGETS[effort or "high"]
+    tokens = clamp_budget(requested_tokens, model.budget, body["max_tokens"])
     return {"thinking": {"type": "enabled", "budget_tokens": tokens}} if tokens else {}
 
 
@@ -5256,7 +5287,9 @@ def is_multi_turn(body: Json) -> bool:
 
     Only then does caching pay: a cache write costs a quarter more than plain input.
     """
-    return bool(body.get("tools")) or any(m["role"] == "assistant" for m in body["messages"])
+    return bool(body.get("tools")) or any(
+        message["role"] == "assistant" for message in body["messages"]
+    )
 
 
 def add_cache_breakpoints(body: Json) -> None:
@@ -5267,9 +5300,9 @@ def add_cache_breakpoints(body: Json) -> None:
     """
     if not is_multi_turn(body):
         return
-    fixed = body.get("system") or body.get("tools") or []
+    prefix = body.get("system") or body.get("tools") or []
     turns = [message["content"] for message in body["messages"] if message["role"] == "user"]
-    for blocks in (fixed, *turns[-2:]):
+    for blocks in (prefix, *turns[-2:]):
         if blocks:
             blocks[-1]["cache_control"] = {"type": "ephemeral"}
 
@@ -5384,8 +5417,8 @@ class MessagesRequestWriter:
     def write_choice(self) -> Json:
         chat = self.chat
         mode = chat.choice.mode if chat.choice else "auto"
-        words = {"auto": "auto", "none": "none", "required": "any", "named": "tool"}
-        choice: Json = {"type": words[mode]}
+        choice_types = {"auto": "auto", "none": "none", "required": "any", "named": "tool"}
+        choice: Json = {"type": choice_types[mode]}
         if chat.choice and mode == "named":
             choice["name"] = chat.wire_name(chat.choice.name)
         if chat.parallel is False and mode != "none":
@@ -5396,7 +5429,7 @@ class MessagesRequestWriter:
 class MessagesReader:
     def __init__(self) -> None:
         self.usage = Usage()
-        self.finish: MessageStop | None = None
+        self.message_stop: MessageStop | None = None
 
     def read(self, frame: Json) -> list[Event]:
         """Unknown types are ignored."""
@@ -5426,7 +5459,7 @@ class MessagesReader:
         reason = delta.get("stop_reason")
         if isinstance(reason, str) and reason:
             stop_text = delta.get("stop_sequence")
-            self.finish = MessageStop(
+            self.message_stop = MessageStop(
                 MESSAGES_FINISHES.get(reason, "end"),
                 stop_text if isinstance(stop_text, str) else None,
                 get_dict(delta, "stop_details") or None,
@@ -5436,16 +5469,16 @@ class MessagesReader:
     def read_block(block: Json) -> list[Event]:
         kind = block.get("type")
         if kind in ("text", "thinking"):
-            words = block.get(str(kind))
-            opened: list[Event] = [BlockStart(str(kind))]
-            if isinstance(words, str) and words:
-                opened.append(BlockDelta("text", words))
-            return opened
+            text = block.get(str(kind))
+            events: list[Event] = [BlockStart(str(kind))]
+            if isinstance(text, str) and text:
+                events.append(BlockDelta("text", text))
+            return events
         if kind == "tool_use":
-            opened = [BlockStart("tool", str(block.get("id") or ""), str(block.get("name") or ""))]
+            events = [BlockStart("tool", str(block.get("id") or ""), str(block.get("name") or ""))]
             if block.get("input"):
-                opened.append(BlockDelta("arguments", dump_text(block["input"])))
-            return opened
+                events.append(BlockDelta("arguments", dump_text(block["input"])))
+            return events
         return [BlockStart("redacted" if kind == "redacted_thinking" else "opaque", raw=block)]
 
     @staticmethod
@@ -5462,23 +5495,23 @@ class MessagesReader:
         return [BlockDelta("citation", "", delta)]
 
     def end(self) -> list[Event]:
-        if self.finish is None:
+        if self.message_stop is None:
             return []
-        finish, self.finish = self.finish, None
-        counted: list[Event] = [UsageUpdate(self.usage)] if self.usage.source else []
-        return [*counted, finish]
+        message_stop, self.message_stop = self.message_stop, None
+        usage_events: list[Event] = [UsageUpdate(self.usage)] if self.usage.source else []
+        return [*usage_events, message_stop]
 
 
 def write_messages_usage(usage: Usage) -> Json:
-    said: Json = {
+    counts: Json = {
         "input_tokens": usage.input,
         "cache_creation_input_tokens": usage.cache_write,
         "cache_read_input_tokens": usage.cache_read,
         "output_tokens": usage.output,
     }
     if usage.reasoning:
-        said["output_tokens_details"] = {"thinking_tokens": usage.reasoning}
-    return said
+        counts["output_tokens_details"] = {"thinking_tokens": usage.reasoning}
+    return counts
 
 
 BLOCK_STARTS: dict[str, Json] = {
@@ -5488,9 +5521,9 @@ BLOCK_STARTS: dict[str, Json] = {
 }
 
 
-def wants_thinking(asked: Json) -> bool:
+def wants_thinking(body: Json) -> bool:
     """Whether the client expects thinking; otherwise `content[0].text` must be text."""
-    return get_str(get_dict(asked, "thinking"), "type") not in ("", "disabled")
+    return get_str(get_dict(body, "thinking"), "type") not in ("", "disabled")
 
 
 class MessagesWriter:
@@ -5503,12 +5536,12 @@ class MessagesWriter:
     def __init__(self, context: ResponseContext) -> None:
         self.context = context
         self.usage = Usage()
-        self.index = -1
-        self.kind = ""
-        self.refused = False
-        self.shows_sealed = wants_thinking(context.asked)
-        #: held frames of a late thinking block that has no text yet; None if there is none
-        self.late: list[Json] | None = None
+        self.block_index = -1
+        self.block_kind = ""
+        self.has_refusal = False
+        self.shows_encrypted = wants_thinking(context.asked)
+        #: frames of a late thinking block that has no text yet; None if there is none
+        self.held_frames: list[Json] | None = None
 
     def write(self, event: Event) -> list[Json]:
         """The frames for one event.
@@ -5517,43 +5550,47 @@ class MessagesWriter:
         response (Claude Code, 2026-11).  After calls it is sent, as its vendor wants it back.
         """
         frames = self.write_event(event)
-        if self.late is None:
-            is_late = self.index > 0 and isinstance(event, BlockStart) and event.kind == "thinking"
+        if self.held_frames is None:
+            is_late = (
+                self.block_index > 0 and isinstance(event, BlockStart) and event.kind == "thinking"
+            )
             if is_late:
-                self.late = frames
+                self.held_frames = frames
             return [] if is_late else frames
         if isinstance(event, MessageStop) and event.reason != "tool":
             return frames
-        held = self.late
-        held += frames
-        has_words = isinstance(event, BlockDelta) and event.part != "signature"
-        if has_words or isinstance(event, (BlockStart, MessageStop)):
-            self.late = None
-            return held
+        held_frames = self.held_frames
+        held_frames += frames
+        has_text = isinstance(event, BlockDelta) and event.part != "signature"
+        if has_text or isinstance(event, (BlockStart, MessageStop)):
+            self.held_frames = None
+            return held_frames
         return []
 
     def write_event(self, event: Event) -> list[Json]:
-        if isinstance(event, BlockStart) and event.kind == "redacted" and not self.shows_sealed:
-            self.kind = "unseen"
+        if isinstance(event, BlockStart) and event.kind == "redacted" and not self.shows_encrypted:
+            self.block_kind = "unseen"
             return []
-        if self.kind == "unseen":
-            self.kind = "" if isinstance(event, BlockStop) else "unseen"
+        if self.block_kind == "unseen":
+            self.block_kind = "" if isinstance(event, BlockStop) else "unseen"
             return []
         if isinstance(event, BlockDelta):
             delta = self.write_delta(event)
             if delta is None:
                 return []
-            return [{"type": "content_block_delta", "index": self.index, "delta": delta}]
+            return [{"type": "content_block_delta", "index": self.block_index, "delta": delta}]
         if isinstance(event, MessageStart):
             return [self.write_start()]
         if isinstance(event, BlockStart):
-            self.index += 1
-            self.kind = event.kind
-            self.refused = self.refused or event.kind == "refusal"
+            self.block_index += 1
+            self.block_kind = event.kind
+            self.has_refusal = self.has_refusal or event.kind == "refusal"
             block = self.write_block(event)
-            return [{"type": "content_block_start", "index": self.index, "content_block": block}]
+            return [
+                {"type": "content_block_start", "index": self.block_index, "content_block": block}
+            ]
         if isinstance(event, BlockStop):
-            return [{"type": "content_block_stop", "index": self.index}]
+            return [{"type": "content_block_stop", "index": self.block_index}]
         if isinstance(event, UsageUpdate):
             self.usage = event.usage
             return []
@@ -5593,18 +5630,18 @@ class MessagesWriter:
             return {"type": "signature_delta", "signature": event.text}
         if event.part == "citation":
             return event.raw
-        if self.kind == "thinking":
+        if self.block_kind == "thinking":
             if self.context.hide_thinking:
                 return None
             return {"type": "thinking_delta", "thinking": event.text}
         return {"type": "text_delta", "text": event.text}
 
     def write_finish(self, event: MessageStop) -> list[Json]:
-        reason = "filter" if self.refused and event.reason == "end" else event.reason
-        word = MESSAGES_FINISH_WORDS[reason]
+        reason = "filter" if self.has_refusal and event.reason == "end" else event.reason
+        stop_reason = MESSAGES_FINISH_WORDS[reason]
         if reason == "stop" and event.stop_text is None:
-            word = "end_turn"
-        delta: Json = {"stop_reason": word, "stop_sequence": event.stop_text}
+            stop_reason = "end_turn"
+        delta: Json = {"stop_reason": stop_reason, "stop_sequence": event.stop_text}
         if event.details:
             delta["stop_details"] = event.details
         usage = write_messages_usage(self.usage)
@@ -5637,10 +5674,10 @@ class MessagesRelay:
         self.usage = Usage()
         self.said = 0.0
         self.finished = False
-        self.begun = False
-        self.stopped = False  # the stop reason was received
-        self.called = False
-        self.blocks = 0
+        self.started = False
+        self.has_stop_reason = False
+        self.has_tool_call = False
+        self.block_count = 0
         self.in_block = False
         self.guard = RunawayGuard()  # of the open block
 
@@ -5651,21 +5688,21 @@ class MessagesRelay:
         if kind == "error" or "error" in frame:
             raise read_stream_error(frame.get("error"))
         # AI SDK clients fail on unknown event types, so those are dropped.
-        if kind not in MESSAGES_EVENTS or (not self.begun and kind == "ping"):
+        if kind not in MESSAGES_EVENTS or (not self.started and kind == "ping"):
             return []
         if kind == "message_start":
-            self.begun = True
-            frame["message"] = self.mend_start(get_dict(frame, "message"))
-        elif not self.begun:
+            self.started = True
+            frame["message"] = self.repair_start(get_dict(frame, "message"))
+        elif not self.started:
             raise UpstreamError(OFF_PROTOCOL)
         elif str(kind).startswith("content_block_"):
             self.check_block(str(kind), frame)
-            self.mend_block(get_dict(frame, "content_block"))
+            self.repair_block(get_dict(frame, "content_block"))
             self.read_delta(get_dict(frame, "delta"))
         elif kind == "message_delta":
-            self.mend_finish(frame)
+            self.repair_finish(frame)
         elif kind == "message_stop":
-            if not self.stopped or self.in_block:
+            if not self.has_stop_reason or self.in_block:
                 raise UpstreamError(BROKEN_OFF)
             self.finished = True
         return [frame]
@@ -5679,20 +5716,23 @@ class MessagesRelay:
 
     def check_block(self, kind: str, frame: Json) -> None:
         """Block indexes must be dense and blocks must not overlap, or clients lose text or fail."""
-        opens = kind == "content_block_start"
-        if opens:
-            self.blocks += 1
-        needed = {"content_block_start": "content_block", "content_block_delta": "delta"}.get(kind)
+        is_start = kind == "content_block_start"
+        if is_start:
+            self.block_count += 1
+        required_field = {
+            "content_block_start": "content_block",
+            "content_block_delta": "delta",
+        }.get(kind)
         if (
-            opens is self.in_block
-            or frame.get("index") != self.blocks - 1
+            is_start is self.in_block
+            or frame.get("index") != self.block_count - 1
             or isinstance(frame["index"], bool)
-            or (needed and not get_dict(frame, needed))
+            or (required_field and not get_dict(frame, required_field))
         ):
             raise UpstreamError(OFF_PROTOCOL)
         self.in_block = kind != "content_block_stop"
 
-    def mend_start(self, message: Json) -> Json:
+    def repair_start(self, message: Json) -> Json:
         """Sets the client's model name and a non-zero input count."""
         usage = dict(get_dict(message, "usage"))
         read_messages_usage(usage, self.usage)
@@ -5702,19 +5742,19 @@ class MessagesRelay:
             usage["input_tokens"] = estimate_request(self.context.asked)
         return {**EMPTY_MESSAGE, **message, "model": self.context.model, "usage": usage}
 
-    def mend_block(self, block: Json) -> None:
+    def repair_block(self, block: Json) -> None:
         if block.get("type") == "tool_use":
-            self.called = True
+            self.has_tool_call = True
             self.guard = RunawayGuard()
             name = block.get("name")
             if isinstance(name, str):
                 block["name"] = self.context.names.get(name, name)
 
-    def mend_finish(self, frame: Json) -> None:
+    def repair_finish(self, frame: Json) -> None:
         delta = get_dict(frame, "delta")
         if delta.get("stop_reason"):
-            self.stopped = True
-            if self.called and delta["stop_reason"] == "end_turn":
+            self.has_stop_reason = True
+            if self.has_tool_call and delta["stop_reason"] == "end_turn":
                 delta["stop_reason"] = "tool_use"
         usage = dict(get_dict(frame, "usage"))
         read_messages_usage(usage, self.usage)
@@ -5728,7 +5768,7 @@ class MessagesRelay:
     def end(self) -> list[Json]:
         if self.finished:
             return []
-        if not self.stopped or self.in_block:
+        if not self.has_stop_reason or self.in_block:
             raise UpstreamError(BROKEN_OFF)
         self.finished = True
         return [{"type": "message_stop"}]
@@ -5748,21 +5788,23 @@ class MessagesAggregator:
         elif kind == "content_block_start":
             self.message["content"].append(dict(get_dict(frame, "content_block")))
         elif kind == "content_block_delta":
-            self.grow(frame["index"], get_dict(frame, "delta"))
+            self.apply_delta(frame["index"], get_dict(frame, "delta"))
         elif kind == "message_delta":
-            extra = {k: v for k, v in frame.items() if k not in ("type", "delta", "usage")}
+            extra = {
+                key: value for key, value in frame.items() if key not in ("type", "delta", "usage")
+            }
             self.message.update({**extra, **get_dict(frame, "delta")})
-            said = {k: v for k, v in frame["usage"].items() if v is not None}
-            self.message["usage"] = {**self.message["usage"], **said}
+            counts = {key: value for key, value in frame["usage"].items() if value is not None}
+            self.message["usage"] = {**self.message["usage"], **counts}
 
-    def grow(self, index: int, delta: Json) -> None:
+    def apply_delta(self, index: int, delta: Json) -> None:
         block = self.message["content"][index]
         kind = delta.get("type")
         if kind == "input_json_delta":
             self.texts[index, "input"].append(str(delta.get("partial_json") or ""))
         elif kind == "citations_delta":
-            before = block.get("citations")
-            block["citations"] = before if isinstance(before, list) else []
+            citations = block.get("citations")
+            block["citations"] = citations if isinstance(citations, list) else []
             block["citations"].append(delta.get("citation"))
         else:
             for key, value in delta.items():
@@ -5799,11 +5841,11 @@ def expand_block(index: int, block: Json) -> list[Json]:
             if isinstance(block.get(key), str):
                 start[key] = ""
                 deltas.append({"type": kind, key: block[key]})
-    head = {"index": index}
+    base = {"index": index}
     return [
-        {"type": "content_block_start", **head, "content_block": start},
-        *({"type": "content_block_delta", **head, "delta": delta} for delta in deltas),
-        {"type": "content_block_stop", **head},
+        {"type": "content_block_start", **base, "content_block": start},
+        *({"type": "content_block_delta", **base, "delta": delta} for delta in deltas),
+        {"type": "content_block_stop", **base},
     ]
 
 
