@@ -4063,10 +4063,10 @@ FOREIGN_SIGNATURES = ("gw1.", "litellm_encrypted_reasoning:")
 
 def write_openai_error(error: ApiError, conversation: str = "messages") -> Json:
     """`conversation` is the name of the field that holds the conversation."""
-    kind, code = OPENAI_ERRORS[error.kind]
+    error_type, code = OPENAI_ERRORS[error.kind]
     code = error.code or code
     param = conversation if isinstance(error, ContextTooLong) else error.param
-    return {"message": error.text(), "type": kind, "param": param, "code": code}
+    return {"message": error.text(), "type": error_type, "param": param, "code": code}
 
 
 class ChatRequestReader:
@@ -4561,11 +4561,11 @@ class ChatReader:
             arguments = dump_text(arguments)
         if isinstance(arguments, str):
             call.add(arguments)
-        live = self.live_call
-        if live is None or (live is not call and live.is_whole()):
+        live_call = self.live_call
+        if live_call is None or (live_call is not call and live_call.is_whole()):
             if call.name and not call.closed:
                 self.open_call(call_key, events)
-        elif live is call:
+        elif live_call is call:
             self.send_arguments(call, events)
 
     def open_call(self, call_key: tuple[int, int], events: list[Event]) -> None:
@@ -4968,11 +4968,11 @@ class ChatDialect:
         system = next(
             (message.get("content") for message in messages if message.get("role") == "system"), ""
         )
-        options = dict_field(body, "stream_options")
+        stream_options = dict_field(body, "stream_options")
         return RequestInfo(
             model=need_str(body, "model"),
             stream=take_bool(body, "stream"),
-            include_usage=bool_field(options, "include_usage", "stream_options") or False,
+            include_usage=bool_field(stream_options, "include_usage", "stream_options") or False,
             initiator="agent" if last_role in ("tool", "function", "assistant") else "user",
             session=session if isinstance(session, str) else "",
             opening=opening_words(system, messages),
@@ -5232,15 +5232,15 @@ class MessagesRequestReader:
 
     def read_thinking(self) -> None:
         thinking = dict_field(self.body, "thinking")
-        kind = thinking.get("type")
+        thinking_type = thinking.get("type")
         output_config = dict_field(self.body, "output_config")
         effort = word_field(output_config, "effort", EFFORTS, "output_config")
-        budget = int_field(thinking, "budget_tokens", "thinking")
-        if kind == "disabled":
+        budget_tokens = int_field(thinking, "budget_tokens", "thinking")
+        if thinking_type == "disabled":
             self.chat.effort = "none"
-        elif kind == "enabled" and budget is not None and budget > 0:
-            self.chat.thinking_budget = budget
-            self.chat.effort = effort or effort_of_budget(budget)
+        elif thinking_type == "enabled" and budget_tokens is not None and budget_tokens > 0:
+            self.chat.thinking_budget = budget_tokens
+            self.chat.effort = effort or effort_of_budget(budget_tokens)
         else:
             self.chat.effort = effort
 
@@ -5277,8 +5277,8 @@ def write_thinking(effort: str | None, budget: int | None, model: Model, body: J
         return {**settings, "output_config": {"effort": level}} if level else settings
     if model.budget is None or needs_signed_turn(body["messages"]):
         return {}
-    requested_tokens = budget or EFFORT_BUDGETS[effort or "high"]
-    tokens = clamp_budget(requested_tokens, model.budget, body["max_tokens"])
+    wanted_budget = budget or EFFORT_BUDGETS[effort or "high"]
+    tokens = clamp_budget(wanted_budget, model.budget, body["max_tokens"])
     return {"thinking": {"type": "enabled", "budget_tokens": tokens}} if tokens else {}
 
 
