@@ -3450,7 +3450,7 @@ class UpstreamDialect(Protocol):
 
     def reader(self, context: ResponseContext) -> Reader: ...
 
-    def expand(self, whole: Json) -> list[Json]:
+    def expand(self, response: Json) -> list[Json]:
         """The frames equivalent to a non-streaming response."""
 
     def plain_text(self, frame: Json) -> str | None:
@@ -3512,8 +3512,8 @@ def text_of(content: Any) -> str:
         return content
     if not isinstance(content, list):
         return ""
-    parts = (item.get("text") for item in content if isinstance(item, dict))
-    return "\n".join(part for part in parts if isinstance(part, str))
+    parts = (part.get("text") for part in content if isinstance(part, dict))
+    return "\n".join(text for text in parts if isinstance(text, str))
 
 
 def is_reminder(text: str) -> bool:
@@ -3536,8 +3536,10 @@ def message_list(body: Json) -> list[Json]:
 
 def opening_words(system: Any, messages: list[Json]) -> str:
     """System prompt and first user message: the same in every request of one conversation."""
-    first = next((m.get("content") for m in messages if m.get("role") == "user"), "")
-    return text_of(system) + "\0" + text_of(first)
+    first_content = next(
+        (message.get("content") for message in messages if message.get("role") == "user"), ""
+    )
+    return text_of(system) + "\0" + text_of(first_content)
 
 
 CHOICE_MODES = ("auto", "none", "required")  # OpenAI's string forms, in both of its dialects
@@ -3572,9 +3574,9 @@ def function_of(entry: Json, path: str) -> Json:
 def allowed_names(choice: Json, path: str) -> set[str]:
     names = set()
     for index, item in enumerate(list_field(choice, "tools", path)):
-        where = f"{path}.tools.{index}"
-        entry = function_of(need_dict(item, where), where)
-        names.add(str_field(entry, "name", where) or "")  # a server-side tool has none
+        item_path = f"{path}.tools.{index}"
+        entry = function_of(need_dict(item, item_path), item_path)
+        names.add(str_field(entry, "name", item_path) or "")  # a server-side tool has none
     return names
 
 
@@ -3604,11 +3606,11 @@ def read_image_part(part: Json, path: str) -> list[Block]:
     kind = source.get("type")
     if kind == "base64":
         data = need_str(source, "data", f"{path}.source")
-        claimed = str_field(source, "media_type", f"{path}.source") or ""
+        media_type = str_field(source, "media_type", f"{path}.source") or ""
         if data.startswith("data:"):  # a data URL in place of bare base64
-            claimed, data = read_data_url(data, f"{path}.source.data")
+            media_type, data = read_data_url(data, f"{path}.source.data")
         data = bare_base64(data)
-        return [Image(image_type(data, claimed, path), data, path=path)]
+        return [Image(image_type(data, media_type, path), data, path=path)]
     if kind == "url":
         return [read_image_url(need_str(source, "url", f"{path}.source"), f"{path}.source.url")]
     raise UnsupportedFeature(f"{path}.source: must be base64 or an https url.", param=path)
@@ -3687,17 +3689,17 @@ def read_tool_reference_part(part: Json, path: str) -> list[Block]:
     return [Text("Tool available: " + need_str(part, "tool_name", path))]
 
 
-def read_hosted_part(part: Json, path: str) -> list[Block]:
+def read_server_tool_part(part: Json, path: str) -> list[Block]:
     """A server-side tool's block as one text line: other vendors cannot verify the original."""
     if part.get("type") == "server_tool_use":
         return [Text(f"[{part.get('name')}: {dump_text(part.get('input'))}]")]
     content = part.get("content")
-    rows = content if isinstance(content, list) else [content]
+    entries = content if isinstance(content, list) else [content]
     lines = []
-    for row in rows:
-        if isinstance(row, dict):
-            said = (row.get(key) for key in ("title", "url", "text", "error_code", "tool_name"))
-            lines.append(" ".join(item for item in said if isinstance(item, str)))
+    for entry in entries:
+        if isinstance(entry, dict):
+            values = (entry.get(key) for key in ("title", "url", "text", "error_code", "tool_name"))
+            lines.append(" ".join(value for value in values if isinstance(value, str)))
     return [Text("[" + "\n".join(filter(None, lines)) + "]")]
 
 
@@ -3706,7 +3708,7 @@ def read_compaction_part(part: Json, path: str) -> list[Block]:
     return [Text(need_str(part, "content", path))]
 
 
-def read_nothing_part(part: Json, path: str) -> list[Block]:
+def skip_part(part: Json, path: str) -> list[Block]:
     return []
 
 
@@ -3718,7 +3720,7 @@ PART_READERS: dict[str, Callable[[Json, str], list[Block]]] = {
     "compaction": read_compaction_part,
     "container_upload": refuse_part,
     "document": read_document_part,
-    "fallback": read_nothing_part,
+    "fallback": skip_part,
     "file": read_file_part,
     "image": read_image_part,
     "image_url": read_image_url_part,
@@ -3730,7 +3732,7 @@ PART_READERS: dict[str, Callable[[Json, str], list[Block]]] = {
     "redacted_thinking": read_thinking_part,
     "refusal": read_refusal_part,
     "search_result": read_search_result_part,
-    "server_tool_use": read_hosted_part,
+    "server_tool_use": read_server_tool_part,
     "text": read_text_part,
     "thinking": read_thinking_part,
     "tool_reference": read_tool_reference_part,
@@ -3741,7 +3743,7 @@ PART_READERS: dict[str, Callable[[Json, str], list[Block]]] = {
 
 def part_reader(part: Json) -> Callable[[Json, str], list[Block]] | None:
     kind = str_or_empty(part, "type")
-    return read_hosted_part if kind.endswith("_tool_result") else PART_READERS.get(kind)
+    return read_server_tool_part if kind.endswith("_tool_result") else PART_READERS.get(kind)
 
 
 def is_known_part(part: Any) -> bool:
@@ -3758,17 +3760,19 @@ def read_parts(content: Any, path: str) -> list[Block]:
         raise wrong_type(path, "a string or a list of parts")
     blocks: list[Block] = []
     for index, item in enumerate(content):
-        where = f"{path}.{index}"
+        item_path = f"{path}.{index}"
         if isinstance(item, str):
             blocks.append(Text(item))
             continue
-        part = need_dict(item, where)
+        part = need_dict(item, item_path)
         reader = part_reader(part)
         if reader is None:
             if not isinstance(part.get("text"), str):
-                raise InvalidRequest(f"{where}.type: is not a known part type.", param=where)
+                raise InvalidRequest(
+                    f"{item_path}.type: is not a known part type.", param=item_path
+                )
             reader = read_text_part
-        blocks.extend(reader(part, where))
+        blocks.extend(reader(part, item_path))
     return blocks
 
 
@@ -3833,10 +3837,12 @@ def client_tool_schema(kind: str) -> Json | None:
     return None
 
 
-def drop_hosted(hosted: list[str], left: int, forced: str, dropped: list[str]) -> None:
-    """Drops server-side tools; raises UnsupportedFeature if one is forced or none other is left."""
-    for name in hosted:
-        if name == forced or not left:
+def drop_hosted(
+    server_tools: list[str], tool_count: int, forced_name: str, dropped: list[str]
+) -> None:
+    """Drops server-side tools; raises UnsupportedFeature if one is forced or no other is left."""
+    for name in server_tools:
+        if name == forced_name or not tool_count:
             raise UnsupportedFeature(f"{name} is not available on this model.", param="tools")
         dropped.append(f"tools.{name}")
 
@@ -3844,11 +3850,11 @@ def drop_hosted(hosted: list[str], left: int, forced: str, dropped: list[str]) -
 def tool_names(body: Json, path: str = "") -> list[str]:
     names = []
     for index, item in enumerate(list_field(body, "tools", path)):
-        where = f"{join_path(path, 'tools')}.{index}"
-        entry = function_of(need_dict(item, where), where)
+        item_path = f"{join_path(path, 'tools')}.{index}"
+        entry = function_of(need_dict(item, item_path), item_path)
         if entry.get("type") == "namespace":
-            names += tool_names(entry, where)
-        name = str_field(entry, "name", where)
+            names += tool_names(entry, item_path)
+        name = str_field(entry, "name", item_path)
         if name is not None:
             names.append(name)
     return names
@@ -3857,29 +3863,31 @@ def tool_names(body: Json, path: str = "") -> list[str]:
 # Usage, in each vendor's shape.  A missing figure keeps its value from an earlier frame.
 
 
-def read_figure(value: Any, least: float = -MAX_FIGURE, most: float = MAX_FIGURE) -> float | None:
-    """An upstream's number if it is one from `least` to `most`; None for anything else.
+def read_figure(
+    value: Any, minimum: float = -MAX_FIGURE, maximum: float = MAX_FIGURE
+) -> float | None:
+    """An upstream's number if it is one from `minimum` to `maximum`; None for anything else.
 
     All numbers from upstreams are read here: NaN, infinity or 10**400 would raise in int() or
     round(), or give an absurd date.
     """
-    usable = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if usable and least <= value <= most else None
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if is_number and minimum <= value <= maximum else None
 
 
 def positive_int(value: Any) -> int | None:
     return value if isinstance(value, int) and read_figure(value, 1) else None
 
 
-def get_int(obj: Json, key: str, before: int) -> int:
-    """The non-negative integer at `key`, or `before`."""
+def get_int(obj: Json, key: str, default: int) -> int:
+    """The non-negative integer at `key`, or `default`."""
     value = obj.get(key)
-    return value if isinstance(value, int) and read_figure(value, 0) is not None else before
+    return value if isinstance(value, int) and read_figure(value, 0) is not None else default
 
 
-def get_float(obj: Json, key: str, most: float) -> float:
-    """The number at `key` between 0 and `most`; 0 for anything else."""
-    return read_figure(obj.get(key), 0, most) or 0.0
+def get_float(obj: Json, key: str, maximum: float) -> float:
+    """The number at `key` between 0 and `maximum`; 0 for anything else."""
+    return read_figure(obj.get(key), 0, maximum) or 0.0
 
 
 def get_dict(obj: Json, key: str) -> Json:
@@ -3888,37 +3896,41 @@ def get_dict(obj: Json, key: str) -> Json:
     return value if isinstance(value, dict) else {}
 
 
-def inline_refs(schema: Json, tools: int = MAX_TOOLS) -> Any:
+def inline_refs(schema: Json, tool_count: int = MAX_TOOLS) -> Any:
     """A tool's schema with its `$ref`s replaced by the definitions that they name.
 
-    A circle ends in an open object, and so does what would grow or go deep without bounds:
-    definitions that name one another several times, long ones that many name.  `tools`: how many
-    schemas share what may be added.
+    Cycles become an open object, and so does what would grow or go deep without bounds:
+    definitions that name one another several times, long ones that many name.  `tool_count`: how
+    many schemas share what may be added.
     """
     definitions = {**get_dict(schema, "definitions"), **get_dict(schema, "$defs")}
-    bare = {key: schema[key] for key in schema if key not in ("definitions", "$defs")}
-    left = MAX_INLINED_BYTES // max(tools, MAX_TOOLS)
+    root = {key: schema[key] for key in schema if key not in ("definitions", "$defs")}
+    bytes_left = MAX_INLINED_BYTES // max(tool_count, MAX_TOOLS)
 
-    def inline(value: Any, inside: tuple[str, ...], depth: int) -> Any:
-        nonlocal left
-        if inside:
-            texts = value if isinstance(value, dict) else (value,)
-            left -= INLINED_VALUE_BYTES + sum(len(t) for t in texts if isinstance(t, str))
+    def inline(value: Any, ancestors: tuple[str, ...], depth: int) -> Any:
+        nonlocal bytes_left
+        if ancestors:
+            strings = value if isinstance(value, dict) else (value,)
+            bytes_left -= INLINED_VALUE_BYTES + sum(
+                len(text) for text in strings if isinstance(text, str)
+            )
         if isinstance(value, list):
-            return [inline(item, inside, depth + 1) for item in value]
+            return [inline(item, ancestors, depth + 1) for item in value]
         if not isinstance(value, dict):
             return value
         name = value.get("$ref")
         if not isinstance(name, str):  # a property may have that name
-            return {key: inline(item, inside, depth + 1) for key, item in value.items()}
-        rest = {k: inline(item, inside, depth + 1) for k, item in value.items() if k != "$ref"}
+            return {key: inline(item, ancestors, depth + 1) for key, item in value.items()}
+        siblings = {
+            key: inline(item, ancestors, depth + 1) for key, item in value.items() if key != "$ref"
+        }
         name = name.rpartition("/")[2]
-        named = get_dict(definitions, name)
-        if name in inside or not named or left < 0 or depth > MAX_JSON_DEPTH:
-            return {"type": "object", **rest}
-        return {**inline(named, (*inside, name), depth + 1), **rest}
+        definition = get_dict(definitions, name)
+        if name in ancestors or not definition or bytes_left < 0 or depth > MAX_JSON_DEPTH:
+            return {"type": "object", **siblings}
+        return {**inline(definition, (*ancestors, name), depth + 1), **siblings}
 
-    return inline(bare, (), 0)
+    return inline(root, (), 0)
 
 
 def read_copilot_usage(frame: Json, usage: Usage) -> None:
@@ -3927,62 +3939,62 @@ def read_copilot_usage(frame: Json, usage: Usage) -> None:
     `{"total_nano_aiu": 120000, "token_details": [{"token_type": "input", "token_count": 9}]}`,
     1e9 nano-AIU = 1 AI credit = 0.01 USD (seen in gh-aw-firewall, 2026-08).
     """
-    bill = get_dict(frame, "copilot_usage")
-    if not bill:
+    billing = get_dict(frame, "copilot_usage")
+    if not billing:
         return
-    if "total_nano_aiu" in bill:
-        usage.nano_credits = get_int(bill, "total_nano_aiu", usage.nano_credits)
+    if "total_nano_aiu" in billing:
+        usage.nano_credits = get_int(billing, "total_nano_aiu", usage.nano_credits)
         usage.credits_source = "reported"
-    rows = bill.get("token_details")
-    amounts: dict[str, int] = {}
+    rows = billing.get("token_details")
+    counts: dict[str, int] = {}
     for row in rows if isinstance(rows, list) else ():
         if isinstance(row, dict) and isinstance(row.get("token_type"), str):
-            amounts[row["token_type"]] = get_int(row, "token_count", 0)
-    if "input" in amounts:
-        usage.input = amounts["input"]
-        usage.cache_read = amounts.get("cache_read", usage.cache_read)
-        usage.cache_write = amounts.get("cache_write", usage.cache_write)
+            counts[row["token_type"]] = get_int(row, "token_count", 0)
+    if "input" in counts:
+        usage.input = counts["input"]
+        usage.cache_read = counts.get("cache_read", usage.cache_read)
+        usage.cache_write = counts.get("cache_write", usage.cache_write)
 
 
 def read_chat_usage(frame: Json, usage: Usage) -> bool:
     """Updates `usage` from OpenAI's `usage` in a frame; False if it has none."""
-    said = get_dict(frame, "usage")
-    if not said:
+    counts = get_dict(frame, "usage")
+    if not counts:
         return False
-    prompt_details = get_dict(said, "prompt_tokens_details")
+    prompt_details = get_dict(counts, "prompt_tokens_details")
     usage.cache_read = get_int(prompt_details, "cached_tokens", usage.cache_read)
     usage.cache_write = get_int(prompt_details, "cache_write_tokens", usage.cache_write)
-    prompt = get_int(said, "prompt_tokens", usage.prompt)
+    prompt = get_int(counts, "prompt_tokens", usage.prompt)
     usage.input = max(0, prompt - usage.cache_read - usage.cache_write)
-    usage.output = get_int(said, "completion_tokens", usage.output)
-    reasoning = get_dict(said, "completion_tokens_details")
-    usage.reasoning = get_int(reasoning, "reasoning_tokens", usage.reasoning)
+    usage.output = get_int(counts, "completion_tokens", usage.output)
+    completion_details = get_dict(counts, "completion_tokens_details")
+    usage.reasoning = get_int(completion_details, "reasoning_tokens", usage.reasoning)
     usage.source = "reported"
     read_copilot_usage(frame, usage)
     return True
 
 
-def read_messages_usage(said: Json, usage: Usage) -> None:
-    if not said:
+def read_messages_usage(counts: Json, usage: Usage) -> None:
+    if not counts:
         return
-    usage.input = get_int(said, "input_tokens", usage.input)
-    usage.cache_read = get_int(said, "cache_read_input_tokens", usage.cache_read)
-    usage.cache_write = get_int(said, "cache_creation_input_tokens", usage.cache_write)
-    usage.output = get_int(said, "output_tokens", usage.output)
-    thinking = get_dict(said, "output_tokens_details")
-    usage.reasoning = get_int(thinking, "thinking_tokens", usage.reasoning)
+    usage.input = get_int(counts, "input_tokens", usage.input)
+    usage.cache_read = get_int(counts, "cache_read_input_tokens", usage.cache_read)
+    usage.cache_write = get_int(counts, "cache_creation_input_tokens", usage.cache_write)
+    usage.output = get_int(counts, "output_tokens", usage.output)
+    output_details = get_dict(counts, "output_tokens_details")
+    usage.reasoning = get_int(output_details, "thinking_tokens", usage.reasoning)
     usage.source = "reported"
 
 
-def finalize_usage(usage: Usage, context: ResponseContext, said: float) -> Usage:
-    """The usage to report at the end of a response; `said`: its estimated output tokens.
+def finalize_usage(usage: Usage, context: ResponseContext, output_estimate: float) -> Usage:
+    """The usage to report at the end of a response; `output_estimate`: its output tokens.
 
     If the context size after the response is known, it is taken as input plus output (seen in
     2026-08; some read it as the input alone).
     """
     if usage.source == "reported":
         return usage
-    output = usage.output or max(1, int(said))
+    output = usage.output or max(1, int(output_estimate))
     if usage.context:
         return replace(usage, input=max(0, usage.context - output), output=output, source="derived")
     return replace(usage, input=estimate_request(context.asked), output=output, source="estimated")
@@ -4008,18 +4020,18 @@ STREAM_ERRORS: dict[str, type[ApiError]] = {
 
 def read_stream_error(value: Any) -> ApiError:
     """The error in an error frame: an object with message, type and code, or a string."""
-    said = value if isinstance(value, dict) else {"message": value}
-    message = said.get("message")
-    words = redact(message, MAX_REFUSAL_TEXT) if isinstance(message, str) else ""
-    words = words or "no reason given"
-    if said.get("code") == "context_length_exceeded":
+    error = value if isinstance(value, dict) else {"message": value}
+    message = error.get("message")
+    text = redact(message, MAX_REFUSAL_TEXT) if isinstance(message, str) else ""
+    text = text or "no reason given"
+    if error.get("code") == "context_length_exceeded":
         return ContextTooLong()
-    for key in (said.get("code"), said.get("type")):
+    for key in (error.get("code"), error.get("type")):
         if isinstance(key, str) and key.partition(":")[0] in STREAM_ERRORS:
             code = "invalid_prompt" if key == "invalid_prompt" else None
-            return STREAM_ERRORS[key.partition(":")[0]](words, code=code)
-    policy = "cyber_policy" if said.get("code") == "cyber_policy" else None
-    return UpstreamError(f"The upstream failed while it answered: {words}", code=policy)
+            return STREAM_ERRORS[key.partition(":")[0]](text, code=code)
+    policy = "cyber_policy" if error.get("code") == "cyber_policy" else None
+    return UpstreamError(f"The upstream failed while it answered: {text}", code=policy)
 
 
 # 8.2 OpenAI chat completions
@@ -4065,10 +4077,10 @@ FOREIGN_SIGNATURES = ("gw1.", "litellm_encrypted_reasoning:")
 
 def write_openai_error(error: ApiError, conversation: str = "messages") -> Json:
     """`conversation` is the name of the field that holds the conversation."""
-    kind, code = OPENAI_ERRORS[error.kind]
+    error_type, code = OPENAI_ERRORS[error.kind]
     code = error.code or code
     param = conversation if isinstance(error, ContextTooLong) else error.param
-    return {"message": error.text(), "type": kind, "param": param, "code": code}
+    return {"message": error.text(), "type": error_type, "param": param, "code": code}
 
 
 class ChatRequestReader:
@@ -4076,9 +4088,11 @@ class ChatRequestReader:
         self.body = body
         self.chat = Conversation()
         #: call id -> results still to come, in order; matches results that have no id
-        self.pending: OrderedDict[str, int] = OrderedDict()
-        names = [m.get("name") for m in message_list(body) if m.get("role") == "user"]
-        self.named = len({name for name in names if isinstance(name, str)}) > 1
+        self.pending_results: OrderedDict[str, int] = OrderedDict()
+        names = [
+            message.get("name") for message in message_list(body) if message.get("role") == "user"
+        ]
+        self.is_multi_user = len({name for name in names if isinstance(name, str)}) > 1
 
     def read(self) -> Conversation:
         self.refuse_lossy()
@@ -4120,18 +4134,20 @@ class ChatRequestReader:
         elif role == "user":
             blocks = read_parts(content, f"{path}.content")
             name = str_field(message, "name", path)
-            if self.named and name and blocks and isinstance(blocks[0], Text):
+            if self.is_multi_user and name and blocks and isinstance(blocks[0], Text):
                 blocks[0] = Text(f"{name}: {blocks[0].text}")
             self.chat.turns.append(Turn("user", blocks))
         elif role == "assistant":
             self.chat.turns.append(Turn("assistant", self.read_assistant(message, path)))
         else:
-            call = str_field(message, "tool_call_id", path) or next(iter(self.pending), "")
-            if self.pending.get(call, 0) > 1:
-                self.pending[call] -= 1
+            call_id = str_field(message, "tool_call_id", path) or next(
+                iter(self.pending_results), ""
+            )
+            if self.pending_results.get(call_id, 0) > 1:
+                self.pending_results[call_id] -= 1
             else:
-                self.pending.pop(call, None)
-            result = ToolResult(call, read_parts(content, f"{path}.content"))
+                self.pending_results.pop(call_id, None)
+            result = ToolResult(call_id, read_parts(content, f"{path}.content"))
             self.chat.turns.append(Turn("user", [result]))
 
     def read_assistant(self, message: Json, path: str) -> list[Block]:
@@ -4152,7 +4168,7 @@ class ChatRequestReader:
             blocks.append(self.read_call(item, f"{path}.tool_calls.{index}"))
         for block in blocks:
             if isinstance(block, ToolCall):
-                self.pending[block.id] = self.pending.get(block.id, 0) + 1
+                self.pending_results[block.id] = self.pending_results.get(block.id, 0) + 1
         return blocks
 
     def read_call(self, item: Any, path: str) -> ToolCall:
@@ -4166,13 +4182,13 @@ class ChatRequestReader:
 
     def read_tools(self) -> None:
         body, chat = self.body, self.chat
-        hosted = ["web_search"] if body.get("web_search_options") is not None else []
+        server_tools = ["web_search"] if body.get("web_search_options") is not None else []
         for index, item in enumerate([*list_field(body, "tools"), *list_field(body, "functions")]):
             path = f"tools.{index}"
             tool = need_dict(item, path)
             function = function_of(tool, path)
             if "name" not in function and isinstance(tool.get("type"), str):
-                hosted.append(tool["type"])
+                server_tools.append(tool["type"])
                 continue
             name = need_str(function, "name", f"{path}.function")
             schema = function.get("parameters", function.get("input_schema"))
@@ -4187,7 +4203,7 @@ class ChatRequestReader:
             schema = object_schema(schema, f"{path}.function.parameters")
             chat.tools.append(Tool(name, description, schema, strict))
         self.read_choice()
-        drop_hosted(hosted, len(chat.tools), "", chat.dropped)
+        drop_hosted(server_tools, len(chat.tools), "", chat.dropped)
         chat.parallel = bool_field(body, "parallel_tool_calls")
 
     def read_choice(self) -> None:
@@ -4228,18 +4244,20 @@ class ChatRequestReader:
         effort = word_field(self.body, "reasoning_effort", EFFORTS)
         if effort is None:
             effort = word_field(dict_field(self.body, "reasoning"), "effort", EFFORTS, "reasoning")
-        is_off = dict_field(self.body, "thinking").get("type") == "disabled"
-        return "none" if is_off else effort
+        is_disabled = dict_field(self.body, "thinking").get("type") == "disabled"
+        return "none" if is_disabled else effort
 
     def read_output(self) -> OutputFormat | None:
-        wanted = dict_field(self.body, "response_format")
-        kind = word_field(wanted, "type", ("text", "json_object", "json_schema"), "response_format")
+        response_format = dict_field(self.body, "response_format")
+        kind = word_field(
+            response_format, "type", ("text", "json_object", "json_schema"), "response_format"
+        )
         if kind in (None, "text"):
             return None
         if kind == "json_object":
             return OutputFormat(None)
         path = "response_format.json_schema"
-        entry = dict_field(wanted, "json_schema", "response_format")
+        entry = dict_field(response_format, "json_schema", "response_format")
         return OutputFormat(
             dict_field(entry, "schema", path),
             str_field(entry, "name", path) or "structured_output",
@@ -4250,22 +4268,22 @@ class ChatRequestReader:
 
 def write_chat_image(image: Image) -> Json:
     url = image.url or f"data:{image.media_type};base64,{image.data}"
-    shown = {"url": url, "detail": image.detail} if image.detail else {"url": url}
-    return {"type": "image_url", "image_url": shown}
+    image_url = {"url": url, "detail": image.detail} if image.detail else {"url": url}
+    return {"type": "image_url", "image_url": image_url}
 
 
 def write_chat_document(document: Document, model: Model) -> Json:
     """Raises UnsupportedFeature if the model takes no files."""
     if document.text:
-        head = f"[{document.title}]\n" if document.title else ""
-        return {"type": "text", "text": head + document.text}
+        heading = f"[{document.title}]\n" if document.title else ""
+        return {"type": "text", "text": heading + document.text}
     if not model.files:
         raise UnsupportedFeature(
             f"{document.path}: {model.id} does not take PDF documents.", param=document.path
         )
-    name = document.title or "document.pdf"
+    filename = document.title or "document.pdf"
     data = f"data:{document.media_type};base64,{document.data}"
-    return {"type": "file", "file": {"filename": name, "file_data": data}}
+    return {"type": "file", "file": {"filename": filename, "file_data": data}}
 
 
 class ChatRequestWriter:
@@ -4356,28 +4374,28 @@ class ChatRequestWriter:
             messages.append({"role": "user", "content": parts})
         return messages
 
-    def write_result(self, result: ToolResult, later: list[Json]) -> Json:
-        """A tool message; its images go into `later`, as tool messages take none."""
+    def write_result(self, result: ToolResult, user_parts: list[Json]) -> Json:
+        """A tool message; its images go into `user_parts`, as tool messages take none."""
         text = plain_text(result.blocks)
-        shown: list[Json] = []
+        attachments: list[Json] = []
         for block in result.blocks:
             if isinstance(block, Image):
-                shown.append(write_chat_image(block))
+                attachments.append(write_chat_image(block))
             elif isinstance(block, Document):
                 part = write_chat_document(block, self.model)
                 if part["type"] == "text":
                     text = f"{text}\n\n{part['text']}".strip()
                 else:
-                    shown.append(part)
-        call = wire_id(result.id)
-        if shown:
-            word = "Image" if shown[0]["type"] == "image_url" else "File"
-            later.append({"type": "text", "text": f"{word} from tool call {call}:"})
-            later.extend(shown)
-            text = text or f"[{word.lower()} in next message]"
+                    attachments.append(part)
+        call_id = wire_id(result.id)
+        if attachments:
+            label = "Image" if attachments[0]["type"] == "image_url" else "File"
+            user_parts.append({"type": "text", "text": f"{label} from tool call {call_id}:"})
+            user_parts.extend(attachments)
+            text = text or f"[{label.lower()} in next message]"
         if result.is_error and not text.startswith("Error"):
             text = f"Error: {text}"
-        return {"role": "tool", "tool_call_id": call, "content": text or "(no output)"}
+        return {"role": "tool", "tool_call_id": call_id, "content": text or "(no output)"}
 
     def write_tool(self, tool: Tool) -> Json:
         function: Json = {"name": self.chat.wire_name(tool.name)}
@@ -4412,7 +4430,7 @@ class ChatRequestWriter:
         return {"type": "json_schema", "json_schema": entry}
 
 
-JSON_MARK = re.compile(r'[][{}"]|\\.?', re.DOTALL)
+JSON_TOKEN = re.compile(r'[][{}"]|\\.?', re.DOTALL)
 
 
 class ObjectScanner:
@@ -4421,24 +4439,24 @@ class ObjectScanner:
     def __init__(self) -> None:
         self.depth = 0
         self.in_string = False
-        self.held = ""  # a trailing backslash of the last piece
+        self.pending_escape = ""  # a trailing backslash of the last piece
         self.pieces: list[str] = []
-        self.whole: bool | None = None  # None until the outermost object has closed
+        self.is_complete: bool | None = None  # None until the outermost object has closed
 
     def feed(self, piece: str) -> None:
-        if self.whole is not None:
-            self.whole = self.whole and not piece.strip()
+        if self.is_complete is not None:
+            self.is_complete = self.is_complete and not piece.strip()
             return
         self.pieces.append(piece)
-        mark = ""
-        for mark in JSON_MARK.findall(self.held + piece):
-            if mark == '"':
+        token = ""
+        for token in JSON_TOKEN.findall(self.pending_escape + piece):
+            if token == '"':
                 self.in_string = not self.in_string
-            elif not self.in_string and len(mark) == 1:
-                self.depth += 1 if mark in "[{" else -1
-        self.held = mark if mark == "\\" else ""
+            elif not self.in_string and len(token) == 1:
+                self.depth += 1 if token in "[{" else -1
+        self.pending_escape = token if token == "\\" else ""
         if self.depth <= 0 and not self.in_string and piece.rstrip().endswith("}"):
-            self.whole = load_object("".join(self.pieces)) is not None
+            self.is_complete = load_object("".join(self.pieces)) is not None
 
 
 @dataclass(slots=True)
@@ -4449,8 +4467,8 @@ class StreamedCall:
     name: str = ""
     pieces: list[str] = field(default_factory=list)  #: the arguments, as received
     is_blank: bool = True
-    sent: int = 0  #: number of pieces passed on
-    scanned: int = 0  #: number of pieces `scanner` has seen
+    sent_count: int = 0  #: number of pieces passed on
+    scanned_count: int = 0  #: number of pieces `scanner` has seen
     scanner: ObjectScanner = field(default_factory=ObjectScanner)
     complete: bool = False  #: its last fragment was received
     closed: bool = False
@@ -4468,14 +4486,14 @@ class StreamedCall:
         """What to pass on now; a short run of leading blanks is held back: it may be all."""
         if self.is_blank and len(self.pieces) <= MAX_BLANK_RUN:
             return ""
-        start, self.sent = self.sent, len(self.pieces)
+        start, self.sent_count = self.sent_count, len(self.pieces)
         return "".join(self.pieces[start:])
 
     def is_whole(self) -> bool:
-        start, self.scanned = self.scanned, len(self.pieces)
+        start, self.scanned_count = self.scanned_count, len(self.pieces)
         for piece in self.pieces[start:]:
             self.scanner.feed(piece)
-        return self.scanner.whole is True
+        return self.scanner.is_complete is True
 
 
 class ChatReader:
@@ -4491,11 +4509,11 @@ class ChatReader:
         self.live = ""  # kind of the open block
         self.live_call: StreamedCall | None = None
         self.calls: dict[tuple[int, int], StreamedCall] = {}
-        self.waiting: list[tuple[str, str]] = []  # (kind, text) received inside a call
-        self.thought: list[str] = []
-        self.sealed = ""
-        self.opaque = ""  # the same, until it is passed on
-        self.finish = ""
+        self.deferred_texts: list[tuple[str, str]] = []  # (kind, text) received inside a call
+        self.reasoning: list[str] = []
+        self.opaque = ""
+        self.unsent_opaque = ""  # the same, until it is passed on
+        self.finish_reason = ""
         self.started = False
 
     def read(self, frame: Json) -> list[Event]:
@@ -4520,33 +4538,33 @@ class ChatReader:
         delta = get_dict(choice, "delta") or get_dict(choice, "message")
         for key in REASONING_FIELDS:
             if isinstance(delta.get(key), str) and delta[key]:
-                self.thought.append(delta[key])
+                self.reasoning.append(delta[key])
                 self.add("thinking", delta[key], events)
                 break
         if isinstance(delta.get("reasoning_opaque"), str):
-            self.opaque = self.sealed = delta["reasoning_opaque"]
+            self.unsent_opaque = self.opaque = delta["reasoning_opaque"]
         if isinstance(delta.get("content"), str) and delta["content"]:
             self.add("text", delta["content"], events)
         if isinstance(delta.get("refusal"), str) and delta["refusal"]:
             self.add("refusal", delta["refusal"], events)
-        index = choice.get("index")
+        choice_index = choice.get("index")
         fragments = delta.get("tool_calls")
         if get_dict(delta, "function_call"):
             fragments = [{"function": delta["function_call"]}]
-        for order, fragment in enumerate(fragments if isinstance(fragments, list) else ()):
+        for position, fragment in enumerate(fragments if isinstance(fragments, list) else ()):
             if isinstance(fragment, dict):
-                at = fragment.get("index")
-                key_of_call = (index if isinstance(index, int) else 0, order)
-                if isinstance(at, int):
-                    key_of_call = (key_of_call[0], at)
-                self.read_fragment(key_of_call, fragment, events)
-        finish = choice.get("finish_reason")
-        if isinstance(finish, str) and finish and self.finish != "tool_calls":
-            self.finish = finish
+                call_index = fragment.get("index")
+                call_key = (choice_index if isinstance(choice_index, int) else 0, position)
+                if isinstance(call_index, int):
+                    call_key = (call_key[0], call_index)
+                self.read_fragment(call_key, fragment, events)
+        finish_reason = choice.get("finish_reason")
+        if isinstance(finish_reason, str) and finish_reason and self.finish_reason != "tool_calls":
+            self.finish_reason = finish_reason
 
-    def read_fragment(self, key: tuple[int, int], fragment: Json, events: list[Event]) -> None:
+    def read_fragment(self, call_key: tuple[int, int], fragment: Json, events: list[Event]) -> None:
         """One fragment of one call; repeated ids and names are ignored."""
-        call = self.calls.get(key) or self.calls.setdefault(key, StreamedCall())
+        call = self.calls.get(call_key) or self.calls.setdefault(call_key, StreamedCall())
         function = get_dict(fragment, "function")
         if isinstance(fragment.get("id"), str) and not call.id:
             call.id = fragment["id"]
@@ -4557,17 +4575,17 @@ class ChatReader:
             arguments = dump_text(arguments)
         if isinstance(arguments, str):
             call.add(arguments)
-        live = self.live_call
-        if live is None or (live is not call and live.is_whole()):
+        live_call = self.live_call
+        if live_call is None or (live_call is not call and live_call.is_whole()):
             if call.name and not call.closed:
-                self.open_call(key, events)
-        elif live is call:
+                self.open_call(call_key, events)
+        elif live_call is call:
             self.send_arguments(call, events)
 
-    def open_call(self, key: tuple[int, int], events: list[Event]) -> None:
+    def open_call(self, call_key: tuple[int, int], events: list[Event]) -> None:
         self.close(events)
-        call = self.calls[key]
-        call.id = call.id or f"call_{short_hash(f'{call.name}{key}', 16)}"
+        call = self.calls[call_key]
+        call.id = call.id or f"call_{short_hash(f'{call.name}{call_key}', 16)}"
         self.live, self.live_call = "tool", call
         events.append(BlockStart("tool", call.id, call.name))
         self.send_arguments(call, events)
@@ -4578,25 +4596,25 @@ class ChatReader:
         if text:
             events.append(BlockDelta("arguments", text))
 
-    def add(self, kind: str, words: str, events: list[Event]) -> None:
+    def add(self, kind: str, text: str, events: list[Event]) -> None:
         """Adds text to a block of `kind`, now or once the live call is complete."""
         if self.live_call is not None:
             if not self.live_call.is_whole():
-                self.waiting.append((kind, words))
+                self.deferred_texts.append((kind, text))
                 return
             self.close(events)
         if self.live != kind:
             self.close(events)
             self.live = kind
             events.append(BlockStart(kind))
-        events.append(BlockDelta("text", words))
+        events.append(BlockDelta("text", text))
 
     def close(self, events: list[Event]) -> None:
         if not self.live:
             return
-        if self.live == "thinking" and self.opaque:
-            events.append(BlockDelta("signature", CHAT_ENVELOPE + self.opaque))
-            self.opaque = ""
+        if self.live == "thinking" and self.unsent_opaque:
+            events.append(BlockDelta("signature", CHAT_ENVELOPE + self.unsent_opaque))
+            self.unsent_opaque = ""
         if self.live_call is not None:
             self.live_call.closed = True
         events.append(BlockStop())
@@ -4604,36 +4622,38 @@ class ChatReader:
 
     def end(self) -> list[Event]:
         events: list[Event] = []
-        if not self.finish or not self.started:
+        if not self.finish_reason or not self.started:
             return events
         self.close(events)
-        for key, call in self.calls.items():
+        for call_key, call in self.calls.items():
             if not call.closed and call.name:
-                self.open_call(key, events)
+                self.open_call(call_key, events)
                 self.close(events)
-        waiting, self.waiting = self.waiting, []
-        for kind, words in waiting:
-            self.add(kind, words, events)
+        deferred_texts, self.deferred_texts = self.deferred_texts, []
+        for kind, text in deferred_texts:
+            self.add(kind, text, events)
         self.close(events)
-        if self.calls and self.sealed and self.context.keep:
-            thought = "".join(self.thought)
-            self.context.keep([call.id for call in self.calls.values()], thought, self.sealed)
-        if self.opaque:
+        if self.calls and self.opaque and self.context.keep:
+            reasoning = "".join(self.reasoning)
+            self.context.keep([call.id for call in self.calls.values()], reasoning, self.opaque)
+        if self.unsent_opaque:
             # The signature came after the thinking block, or without one.
             events += [
-                BlockStart("redacted", raw={"data": CHAT_ENVELOPE + self.opaque}),
+                BlockStart("redacted", raw={"data": CHAT_ENVELOPE + self.unsent_opaque}),
                 BlockStop(),
             ]
         if self.usage.source:
             events.append(UsageUpdate(self.usage))
-        reason = "tool" if self.calls else CHAT_FINISHES.get(self.finish, "")
-        if self.finish == "length":
-            reason = "length"
-        if reason:
-            events.append(MessageStop(reason))
+        stop_reason = "tool" if self.calls else CHAT_FINISHES.get(self.finish_reason, "")
+        if self.finish_reason == "length":
+            stop_reason = "length"
+        if stop_reason:
+            events.append(MessageStop(stop_reason))
         else:
-            events.append(StreamError(UpstreamError(f"The upstream ended with {self.finish!r}.")))
-        self.finish = ""
+            events.append(
+                StreamError(UpstreamError(f"The upstream ended with {self.finish_reason!r}."))
+            )
+        self.finish_reason = ""
         return events
 
 
@@ -4641,33 +4661,35 @@ class ChatWriter:
     def __init__(self, context: ResponseContext) -> None:
         self.context = context
         self.usage = Usage()
-        self.calls = -1
-        self.kind = ""
-        self.empty_call = False
+        self.call_index = -1
+        self.block_kind = ""
+        self.has_empty_call = False
 
-    def chunk(self, delta: Json, finish: str | None = None) -> Json:
+    def chunk(self, delta: Json, finish_reason: str | None = None) -> Json:
         return {
             "id": self.context.id,
             "object": "chat.completion.chunk",
             "created": self.context.created,
             "model": self.context.model,
-            "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}],
+            "choices": [
+                {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+            ],
         }
 
     def write(self, event: Event) -> list[Json]:
         if isinstance(event, BlockDelta):
-            return self.write_added(event)
+            return self.write_delta(event)
         if isinstance(event, MessageStart):
             return [self.chunk({"role": "assistant", "content": ""})]
         if isinstance(event, BlockStart):
-            self.kind = event.kind
+            self.block_kind = event.kind
             if event.kind != "tool":
                 return []
-            self.calls += 1
-            self.empty_call = True
+            self.call_index += 1
+            self.has_empty_call = True
             return [self.write_call(event)]
         if isinstance(event, BlockStop):
-            if self.kind == "tool" and self.empty_call:
+            if self.block_kind == "tool" and self.has_empty_call:
                 return [self.chunk(self.arguments_delta("{}"))]
             return []
         if isinstance(event, UsageUpdate):
@@ -4677,18 +4699,18 @@ class ChatWriter:
             return self.write_finish(event)
         raise event.error
 
-    def write_added(self, event: BlockDelta) -> list[Json]:
+    def write_delta(self, event: BlockDelta) -> list[Json]:
         """Signatures and citations have no place in this dialect."""
-        if self.kind == "tool":
+        if self.block_kind == "tool":
             if event.part != "arguments" or not event.text:
                 return []
-            self.empty_call = False
+            self.has_empty_call = False
             return [self.chunk(self.arguments_delta(event.text))]
-        if event.part != "text" or self.kind not in ("text", "thinking", "refusal"):
+        if event.part != "text" or self.block_kind not in ("text", "thinking", "refusal"):
             return []
-        if self.kind == "thinking":
+        if self.block_kind == "thinking":
             return [self.chunk({"reasoning_content": event.text})]
-        key = "content" if self.kind == "text" else "refusal"
+        key = "content" if self.block_kind == "text" else "refusal"
         return [self.chunk({key: event.text})]
 
     def write_call(self, event: BlockStart) -> Json:
@@ -4696,19 +4718,19 @@ class ChatWriter:
         function = {"name": event.name, "arguments": ""}
         if self.context.legacy_functions:
             return self.chunk({"function_call": function})
-        call = {"index": self.calls, "id": event.id, "type": "function", "function": function}
+        call = {"index": self.call_index, "id": event.id, "type": "function", "function": function}
         return self.chunk({"tool_calls": [call]})
 
     def arguments_delta(self, text: str) -> Json:
         if self.context.legacy_functions:
             return {"function_call": {"arguments": text}}
-        return {"tool_calls": [{"index": self.calls, "function": {"arguments": text}}]}
+        return {"tool_calls": [{"index": self.call_index, "function": {"arguments": text}}]}
 
     def write_finish(self, event: MessageStop) -> list[Json]:
-        word = CHAT_FINISH_WORDS[event.reason]
-        if word == "tool_calls" and self.context.legacy_functions:
-            word = "function_call"
-        frames = [self.chunk({}, word)]
+        finish_reason = CHAT_FINISH_WORDS[event.reason]
+        if finish_reason == "tool_calls" and self.context.legacy_functions:
+            finish_reason = "function_call"
+        frames = [self.chunk({}, finish_reason)]
         explanation = (event.details or {}).get("explanation")
         if event.reason == "filter" and isinstance(explanation, str) and explanation:
             frames.insert(0, self.chunk({"refusal": explanation}))
@@ -4735,7 +4757,7 @@ def write_chat_usage(usage: Usage) -> Json:
 
 # Added by Azure and Copilot: random padding and content-filter results.  Clients echo a message
 # with all its fields, and the upstream would refuse these.
-CHAT_FILLINGS = (
+VENDOR_CHAT_FIELDS = (
     "content_filter_offsets", "content_filter_results", "copilot_annotations", "obfuscation",
     "padding", "prompt_filter_results",
 )  # fmt: skip
@@ -4750,7 +4772,7 @@ class DeltaMerger:
 
     def add(self, message: Json, delta: Json) -> None:
         for key, value in delta.items():
-            before = message.get(key)
+            current = message.get(key)
             if key == "tool_calls":
                 calls = message.setdefault("tool_calls", [])
                 for fragment in value:
@@ -4759,18 +4781,18 @@ class DeltaMerger:
                     self.add(calls[fragment["index"]], fragment)
             elif key in ("role", "index", "type", "id"):
                 message[key] = value
-            elif isinstance(value, str) and isinstance(before, str):
-                self.texts.setdefault((id(message), key), (message, [before]))[1].append(value)
-            elif isinstance(value, dict) and isinstance(before, dict):
-                self.add(before, value)
-            elif isinstance(value, list) and isinstance(before, list):
-                before += value
+            elif isinstance(value, str) and isinstance(current, str):
+                self.texts.setdefault((id(message), key), (message, [current]))[1].append(value)
+            elif isinstance(value, dict) and isinstance(current, dict):
+                self.add(current, value)
+            elif isinstance(value, list) and isinstance(current, list):
+                current += value
             elif value is not None or key not in message:
                 message[key] = value
 
     def join(self) -> None:
-        for (_, key), (holder, pieces) in self.texts.items():
-            holder[key] = "".join(pieces)
+        for (_, key), (owner, pieces) in self.texts.items():
+            owner[key] = "".join(pieces)
 
 
 class ChatRelay:
@@ -4789,12 +4811,12 @@ class ChatRelay:
         self.finished = False
         self.id = ""
         self.created = 0
-        self.begun = False
-        self.finish: dict[int, str] = {}  # per choice
-        self.calls: dict[tuple[int, int], int] = {}
+        self.started = False
+        self.finish_reasons: dict[int, str] = {}  # per choice
+        self.call_indexes: dict[tuple[int, int], int] = {}
         self.usage_frame: Json | None = None
         self.guards: defaultdict[int, RunawayGuard] = defaultdict(RunawayGuard)  # per call
-        self.called: list[str] = []
+        self.call_ids: list[str] = []
         self.reasoning: list[str] = []
         self.opaque = ""
 
@@ -4807,10 +4829,14 @@ class ChatRelay:
             return self.end()
         if read_chat_usage(frame, self.usage):
             self.usage_frame = frame["usage"]
-        for key in ("usage", "copilot_usage", *CHAT_FILLINGS):
+        for key in ("usage", "copilot_usage", *VENDOR_CHAT_FIELDS):
             frame.pop(key, None)
-        said = frame.get("choices")
-        choices = [c for c in said if isinstance(c, dict)] if isinstance(said, list) else []
+        raw_choices = frame.get("choices")
+        choices = (
+            [choice for choice in raw_choices if isinstance(choice, dict)]
+            if isinstance(raw_choices, list)
+            else []
+        )
         if not choices:
             return []  # prompt filter results, copilot_references, the usage chunk
         self.id = self.id or str(frame.get("id") or self.context.id)
@@ -4821,7 +4847,9 @@ class ChatRelay:
             created=self.created,
             model=self.context.model,
         )
-        frame["choices"] = [repaired for item in choices if (repaired := self.mend_choice(item))]
+        frame["choices"] = [
+            repaired for choice in choices if (repaired := self.repair_choice(choice))
+        ]
         if not frame["choices"]:
             return []
         if not self.context.many:
@@ -4831,27 +4859,35 @@ class ChatRelay:
                 merger.add(first_choice["delta"], other["delta"])
             merger.join()
             frame["choices"] = [first_choice]
-        first = [] if self.begun else [self.role_chunk(frame)]
-        self.begun = True
-        return [*filter(None, first), frame]
+        opening = [] if self.started else [self.role_chunk(frame)]
+        self.started = True
+        return [*filter(None, opening), frame]
 
     def role_chunk(self, frame: Json) -> Json:
         """The chunk that must come first, if the upstream's first one has no role."""
         if any("role" in choice["delta"] for choice in frame["choices"]):
             return {}
-        opening = {"role": "assistant", "content": ""}
-        choices = [{"index": 0, "delta": opening, "logprobs": None, "finish_reason": None}]
+        delta = {"role": "assistant", "content": ""}
+        choices = [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}]
         return {**frame, "choices": choices}
 
-    def mend_choice(self, choice: Json) -> Json | None:
+    def repair_choice(self, choice: Json) -> Json | None:
         """One choice as strict clients expect it; None if nothing is left of it."""
-        said = choice.get("index")
-        index = said if isinstance(said, int) else 0
-        shown = index if self.context.many else 0
-        delta = {k: v for k, v in get_dict(choice, "delta").items() if k not in CHAT_FILLINGS}
-        finish = choice.get("finish_reason")
-        if isinstance(finish, str) and finish and self.finish.get(shown) != "tool_calls":
-            self.finish[shown] = finish
+        raw_index = choice.get("index")
+        index = raw_index if isinstance(raw_index, int) else 0
+        output_index = index if self.context.many else 0
+        delta = {
+            key: value
+            for key, value in get_dict(choice, "delta").items()
+            if key not in VENDOR_CHAT_FIELDS
+        }
+        finish_reason = choice.get("finish_reason")
+        if (
+            isinstance(finish_reason, str)
+            and finish_reason
+            and self.finish_reasons.get(output_index) != "tool_calls"
+        ):
+            self.finish_reasons[output_index] = finish_reason
         if isinstance(delta.get("reasoning_text"), str):
             # Copilot's name for it; clients read `reasoning_content`.
             delta.setdefault("reasoning_content", delta["reasoning_text"])
@@ -4860,49 +4896,57 @@ class ChatRelay:
             self.opaque = delta["reasoning_opaque"]
         calls = delta.pop("tool_calls", None)
         if isinstance(calls, list):
-            repaired = [
-                self.mend_call(index, order, call)
-                for order, call in enumerate(calls)
+            fragments = [
+                self.repair_call(index, position, call)
+                for position, call in enumerate(calls)
                 if isinstance(call, dict)
             ]
-            delta["tool_calls"] = repaired
+            delta["tool_calls"] = fragments
         if isinstance(delta.get("content"), str):
             self.said += estimate_text(delta["content"])
-        if finish and not any(value for key, value in delta.items() if key != "role"):
+        if finish_reason and not any(value for key, value in delta.items() if key != "role"):
             return None
-        if self.begun:
+        if self.started:
             delta.pop("role", None)
-        kept = {k: v for k, v in choice.items() if k not in CHAT_FILLINGS}
-        return {**kept, "index": shown, "delta": delta, "finish_reason": None}
+        extra = {key: value for key, value in choice.items() if key not in VENDOR_CHAT_FIELDS}
+        return {**extra, "index": output_index, "delta": delta, "finish_reason": None}
 
-    def mend_call(self, index: int, order: int, call: Json) -> Json:
+    def repair_call(self, choice_index: int, position: int, call: Json) -> Json:
         """A fragment with a dense index; id, type and name only in the first one of each call."""
-        at = call.get("index")
-        key = (index, at if isinstance(at, int) else order)
+        upstream_index = call.get("index")
+        call_key = (choice_index, upstream_index if isinstance(upstream_index, int) else position)
         function = get_dict(call, "function")
         fragment: Json = {"arguments": function.get("arguments") or ""}
         if isinstance(fragment["arguments"], dict):
             fragment["arguments"] = dump_text(fragment["arguments"])
-        is_new = key not in self.calls
-        number = self.calls.setdefault(key, len(self.calls))
-        self.guards[number].check(str(fragment["arguments"]))
+        is_new = call_key not in self.call_indexes
+        call_index = self.call_indexes.setdefault(call_key, len(self.call_indexes))
+        self.guards[call_index].check(str(fragment["arguments"]))
         if not is_new:
-            return {"index": number, "function": fragment}
+            return {"index": call_index, "function": fragment}
         name = str(function.get("name") or "")
         fragment = {"name": self.context.names.get(name, name), **fragment}
-        call_id = call.get("id") or f"call_{short_hash(f'{self.context.id}{key}', 16)}"
-        self.called.append(str(call_id))
-        first = {"index": number, "id": call_id, "type": "function", "function": fragment}
-        return {**{k: v for k, v in call.items() if k not in first}, **first}
+        call_id = call.get("id") or f"call_{short_hash(f'{self.context.id}{call_key}', 16)}"
+        self.call_ids.append(str(call_id))
+        first_fragment = {
+            "index": call_index,
+            "id": call_id,
+            "type": "function",
+            "function": fragment,
+        }
+        return {
+            **{key: value for key, value in call.items() if key not in first_fragment},
+            **first_fragment,
+        }
 
     def end(self) -> list[Json]:
         if self.finished:
             return []
-        if not self.finish:
+        if not self.finish_reasons:
             raise UpstreamError(BROKEN_OFF)
         self.finished = True
         if self.opaque and self.context.keep:
-            self.context.keep(self.called, "".join(self.reasoning), self.opaque)
+            self.context.keep(self.call_ids, "".join(self.reasoning), self.opaque)
         frames = []
         base = {
             "id": self.id,
@@ -4910,12 +4954,12 @@ class ChatRelay:
             "created": self.created,
             "model": self.context.model,
         }
-        for index, finish in sorted(self.finish.items()):
-            if finish not in CHAT_FINISHES:
-                raise UpstreamError(f"The upstream ended with {finish!r}.")
-            if self.calls and finish == "stop":
-                finish = "tool_calls"
-            choice = {"index": index, "delta": {}, "logprobs": None, "finish_reason": finish}
+        for index, finish_reason in sorted(self.finish_reasons.items()):
+            if finish_reason not in CHAT_FINISHES:
+                raise UpstreamError(f"The upstream ended with {finish_reason!r}.")
+            if self.call_indexes and finish_reason == "stop":
+                finish_reason = "tool_calls"
+            choice = {"index": index, "delta": {}, "logprobs": None, "finish_reason": finish_reason}
             frames.append({**base, "choices": [choice]})
         if self.context.include_usage:
             usage = self.usage_frame or write_chat_usage(
@@ -4933,15 +4977,17 @@ class ChatDialect:
 
     def request_info(self, body: Json) -> RequestInfo:
         messages = message_list(body)
-        last = messages[-1].get("role")
+        last_role = messages[-1].get("role")
         session = body.get("prompt_cache_key") or body.get("user") or ""
-        system = next((m.get("content") for m in messages if m.get("role") == "system"), "")
-        options = dict_field(body, "stream_options")
+        system = next(
+            (message.get("content") for message in messages if message.get("role") == "system"), ""
+        )
+        stream_options = dict_field(body, "stream_options")
         return RequestInfo(
             model=need_str(body, "model"),
             stream=take_bool(body, "stream"),
-            include_usage=bool_field(options, "include_usage", "stream_options") or False,
-            initiator="agent" if last in ("tool", "function", "assistant") else "user",
+            include_usage=bool_field(stream_options, "include_usage", "stream_options") or False,
+            initiator="agent" if last_role in ("tool", "function", "assistant") else "user",
             session=session if isinstance(session, str) else "",
             opening=opening_words(system, messages),
         )
@@ -4973,21 +5019,21 @@ class ChatDialect:
         return ChatRelay(context)
 
     def aggregate(self, frames: list[Json]) -> Json:
-        whole: Json = {"id": "", "object": "chat.completion", "created": 0, "model": ""}
+        response: Json = {"id": "", "object": "chat.completion", "created": 0, "model": ""}
         choices: dict[int, Json] = {}
         merger = DeltaMerger()
         usage = None
         for frame in frames:
             usage = frame.get("usage") or usage
             extra = {key: value for key, value in frame.items() if key not in ("choices", "usage")}
-            whole.update({**extra, "object": "chat.completion"})
-            for delta in frame["choices"]:
-                index = delta["index"]
+            response.update({**extra, "object": "chat.completion"})
+            for chunk_choice in frame["choices"]:
+                index = chunk_choice["index"]
                 choice = choices.setdefault(index, {"index": index, "message": {}})
-                merger.add(choice["message"], delta["delta"])
-                choice["finish_reason"] = delta.get("finish_reason")
-                if delta.get("logprobs"):
-                    merger.add(choice.setdefault("logprobs", {}), delta["logprobs"])
+                merger.add(choice["message"], chunk_choice["delta"])
+                choice["finish_reason"] = chunk_choice.get("finish_reason")
+                if chunk_choice.get("logprobs"):
+                    merger.add(choice.setdefault("logprobs", {}), chunk_choice["logprobs"])
         merger.join()
         for choice in choices.values():
             message = choice["message"]
@@ -4998,22 +5044,25 @@ class ChatDialect:
                 message["content"] = ""
             message.setdefault("refusal", None)
             choice.setdefault("logprobs", None)
-        whole["choices"] = [choices[index] for index in sorted(choices)]
-        whole["usage"] = usage
-        return whole
+        response["choices"] = [choices[index] for index in sorted(choices)]
+        response["usage"] = usage
+        return response
 
-    def expand(self, whole: Json) -> list[Json]:
-        base = {key: value for key, value in whole.items() if key not in ("choices", "usage")}
+    def expand(self, response: Json) -> list[Json]:
+        base = {key: value for key, value in response.items() if key not in ("choices", "usage")}
         base["object"] = "chat.completion.chunk"
         choices = []
-        for choice in whole.get("choices") or ():
+        for choice in response.get("choices") or ():
             if isinstance(choice, dict):
-                rest = {key: value for key, value in choice.items() if key != "message"}
-                choices.append({**rest, "delta": get_dict(choice, "message")})
+                extra = {key: value for key, value in choice.items() if key != "message"}
+                choices.append({**extra, "delta": get_dict(choice, "message")})
         frames: list[Json] = [{**base, "choices": choices}]
-        if whole.get("usage"):
-            bill = {"usage": whole["usage"], "copilot_usage": whole.get("copilot_usage")}
-            frames.append({**base, "choices": [], **bill})
+        if response.get("usage"):
+            usage_fields = {
+                "usage": response["usage"],
+                "copilot_usage": response.get("copilot_usage"),
+            }
+            frames.append({**base, "choices": [], **usage_fields})
         return frames
 
     def plain_text(self, frame: Json) -> str | None:
@@ -5100,7 +5149,7 @@ def is_billing_header(block: Any) -> bool:
     return isinstance(text, str) and text.startswith(BILLING_HEADER)
 
 
-SESSION_MARK = re.compile(r"_session_([0-9a-fA-F-]{8,64})\Z")
+SESSION_SUFFIX = re.compile(r"_session_([0-9a-fA-F-]{8,64})\Z")
 
 
 def session_of_user_id(user_id: Any) -> str:
@@ -5110,7 +5159,7 @@ def session_of_user_id(user_id: Any) -> str:
     session = (load_object(user_id[:MAX_USER_ID_CHARS]) or {}).get("session_id")
     if isinstance(session, str):
         return session
-    match = SESSION_MARK.search(user_id)
+    match = SESSION_SUFFIX.search(user_id)
     return match[1] if match else user_id
 
 
@@ -5147,29 +5196,29 @@ class MessagesRequestReader:
     def read_tools(self) -> None:
         body, chat = self.body, self.chat
         choice = dict_field(body, "tool_choice")
-        kind = word_field(choice, "type", MESSAGES_CHOICES, "tool_choice")
-        forced = str_field(choice, "name", "tool_choice") or ""
-        hosted = []
+        choice_type = word_field(choice, "type", MESSAGES_CHOICES, "tool_choice")
+        forced_name = str_field(choice, "name", "tool_choice") or ""
+        server_tools = []
         for index, item in enumerate(list_field(body, "tools")):
             path = f"tools.{index}"
             tool = need_dict(item, path)
-            typed = str_field(tool, "type", path) or "custom"
-            name = str_field(tool, "name", path) or typed
+            tool_type = str_field(tool, "type", path) or "custom"
+            name = str_field(tool, "name", path) or tool_type
             schema = tool.get("input_schema")
-            if typed != "custom":
-                schema = client_tool_schema(typed)
+            if tool_type != "custom":
+                schema = client_tool_schema(tool_type)
                 if schema is None:
-                    hosted.append(name)
+                    server_tools.append(name)
                     continue
             description = str_field(tool, "description", path) or ""
             strict = bool_field(tool, "strict", path)
             schema = object_schema(schema, f"{path}.input_schema")
             chat.tools.append(Tool(name, description, schema, strict))
-        drop_hosted(hosted, len(chat.tools), forced, chat.dropped)
-        if kind is not None:
-            if kind == "tool":
+        drop_hosted(server_tools, len(chat.tools), forced_name, chat.dropped)
+        if choice_type is not None:
+            if choice_type == "tool":
                 need_str(choice, "name", "tool_choice")
-            chat.choice = ToolChoice(MESSAGES_CHOICES[kind], forced)
+            chat.choice = ToolChoice(MESSAGES_CHOICES[choice_type], forced_name)
         if bool_field(choice, "disable_parallel_tool_use", "tool_choice"):
             chat.parallel = False
 
@@ -5184,10 +5233,10 @@ class MessagesRequestReader:
         chat.stop = read_stops(body, "stop_sequences")
         chat.session = session_of_user_id(dict_field(body, "metadata").get("user_id"))
         self.read_thinking()
-        settings = dict_field(body, "output_config")
-        wanted = settings.get("format") or body.get("output_format")
-        if wanted is not None:
-            entry = need_dict(wanted, "output_config.format")
+        output_config = dict_field(body, "output_config")
+        output_format = output_config.get("format") or body.get("output_format")
+        if output_format is not None:
+            entry = need_dict(output_format, "output_config.format")
             chat.output = OutputFormat(dict_field(entry, "schema", "output_config.format"))
         chat.dropped += [
             key
@@ -5197,15 +5246,15 @@ class MessagesRequestReader:
 
     def read_thinking(self) -> None:
         thinking = dict_field(self.body, "thinking")
-        kind = thinking.get("type")
-        settings = dict_field(self.body, "output_config")
-        effort = word_field(settings, "effort", EFFORTS, "output_config")
-        budget = int_field(thinking, "budget_tokens", "thinking")
-        if kind == "disabled":
+        thinking_type = thinking.get("type")
+        output_config = dict_field(self.body, "output_config")
+        effort = word_field(output_config, "effort", EFFORTS, "output_config")
+        budget_tokens = int_field(thinking, "budget_tokens", "thinking")
+        if thinking_type == "disabled":
             self.chat.effort = "none"
-        elif kind == "enabled" and budget is not None and budget > 0:
-            self.chat.thinking_budget = budget
-            self.chat.effort = effort or effort_of_budget(budget)
+        elif thinking_type == "enabled" and budget_tokens is not None and budget_tokens > 0:
+            self.chat.thinking_budget = budget_tokens
+            self.chat.effort = effort or effort_of_budget(budget_tokens)
         else:
             self.chat.effort = effort
 
@@ -5237,13 +5286,13 @@ def write_thinking(effort: str | None, budget: int | None, model: Model, body: J
     if is_forced(body.get("tool_choice") or {}):
         return {}
     if model.adaptive:
-        fields_: Json = {"thinking": {"type": "adaptive", "display": "summarized"}}
+        settings: Json = {"thinking": {"type": "adaptive", "display": "summarized"}}
         level = clamp_effort(effort or effort_of_budget(budget or 0), model.efforts)
-        return {**fields_, "output_config": {"effort": level}} if level else fields_
+        return {**settings, "output_config": {"effort": level}} if level else settings
     if model.budget is None or needs_signed_turn(body["messages"]):
         return {}
-    wanted = budget or EFFORT_BUDGETS[effort or "high"]
-    tokens = clamp_budget(wanted, model.budget, body["max_tokens"])
+    wanted_budget = budget or EFFORT_BUDGETS[effort or "high"]
+    tokens = clamp_budget(wanted_budget, model.budget, body["max_tokens"])
     return {"thinking": {"type": "enabled", "budget_tokens": tokens}} if tokens else {}
 
 
@@ -5252,7 +5301,9 @@ def is_multi_turn(body: Json) -> bool:
 
     Only then does caching pay: a cache write costs a quarter more than plain input.
     """
-    return bool(body.get("tools")) or any(m["role"] == "assistant" for m in body["messages"])
+    return bool(body.get("tools")) or any(
+        message["role"] == "assistant" for message in body["messages"]
+    )
 
 
 def add_cache_breakpoints(body: Json) -> None:
@@ -5263,9 +5314,9 @@ def add_cache_breakpoints(body: Json) -> None:
     """
     if not is_multi_turn(body):
         return
-    fixed = body.get("system") or body.get("tools") or []
+    prefix = body.get("system") or body.get("tools") or []
     turns = [message["content"] for message in body["messages"] if message["role"] == "user"]
-    for blocks in (fixed, *turns[-2:]):
+    for blocks in (prefix, *turns[-2:]):
         if blocks:
             blocks[-1]["cache_control"] = {"type": "ephemeral"}
 
@@ -5380,8 +5431,8 @@ class MessagesRequestWriter:
     def write_choice(self) -> Json:
         chat = self.chat
         mode = chat.choice.mode if chat.choice else "auto"
-        words = {"auto": "auto", "none": "none", "required": "any", "named": "tool"}
-        choice: Json = {"type": words[mode]}
+        choice_types = {"auto": "auto", "none": "none", "required": "any", "named": "tool"}
+        choice: Json = {"type": choice_types[mode]}
         if chat.choice and mode == "named":
             choice["name"] = chat.wire_name(chat.choice.name)
         if chat.parallel is False and mode != "none":
@@ -5392,7 +5443,7 @@ class MessagesRequestWriter:
 class MessagesReader:
     def __init__(self) -> None:
         self.usage = Usage()
-        self.finish: MessageStop | None = None
+        self.message_stop: MessageStop | None = None
 
     def read(self, frame: Json) -> list[Event]:
         """Unknown types are ignored."""
@@ -5422,7 +5473,7 @@ class MessagesReader:
         reason = delta.get("stop_reason")
         if isinstance(reason, str) and reason:
             stop_text = delta.get("stop_sequence")
-            self.finish = MessageStop(
+            self.message_stop = MessageStop(
                 MESSAGES_FINISHES.get(reason, "end"),
                 stop_text if isinstance(stop_text, str) else None,
                 get_dict(delta, "stop_details") or None,
@@ -5432,16 +5483,16 @@ class MessagesReader:
     def read_block(block: Json) -> list[Event]:
         kind = block.get("type")
         if kind in ("text", "thinking"):
-            words = block.get(str(kind))
-            opened: list[Event] = [BlockStart(str(kind))]
-            if isinstance(words, str) and words:
-                opened.append(BlockDelta("text", words))
-            return opened
+            text = block.get(str(kind))
+            events: list[Event] = [BlockStart(str(kind))]
+            if isinstance(text, str) and text:
+                events.append(BlockDelta("text", text))
+            return events
         if kind == "tool_use":
-            opened = [BlockStart("tool", str(block.get("id") or ""), str(block.get("name") or ""))]
+            events = [BlockStart("tool", str(block.get("id") or ""), str(block.get("name") or ""))]
             if block.get("input"):
-                opened.append(BlockDelta("arguments", dump_text(block["input"])))
-            return opened
+                events.append(BlockDelta("arguments", dump_text(block["input"])))
+            return events
         return [BlockStart("redacted" if kind == "redacted_thinking" else "opaque", raw=block)]
 
     @staticmethod
@@ -5458,23 +5509,23 @@ class MessagesReader:
         return [BlockDelta("citation", "", delta)]
 
     def end(self) -> list[Event]:
-        if self.finish is None:
+        if self.message_stop is None:
             return []
-        finish, self.finish = self.finish, None
-        counted: list[Event] = [UsageUpdate(self.usage)] if self.usage.source else []
-        return [*counted, finish]
+        message_stop, self.message_stop = self.message_stop, None
+        usage_events: list[Event] = [UsageUpdate(self.usage)] if self.usage.source else []
+        return [*usage_events, message_stop]
 
 
 def write_messages_usage(usage: Usage) -> Json:
-    said: Json = {
+    counts: Json = {
         "input_tokens": usage.input,
         "cache_creation_input_tokens": usage.cache_write,
         "cache_read_input_tokens": usage.cache_read,
         "output_tokens": usage.output,
     }
     if usage.reasoning:
-        said["output_tokens_details"] = {"thinking_tokens": usage.reasoning}
-    return said
+        counts["output_tokens_details"] = {"thinking_tokens": usage.reasoning}
+    return counts
 
 
 BLOCK_STARTS: dict[str, Json] = {
@@ -5484,9 +5535,9 @@ BLOCK_STARTS: dict[str, Json] = {
 }
 
 
-def wants_thinking(asked: Json) -> bool:
+def wants_thinking(body: Json) -> bool:
     """Whether the client expects thinking; otherwise `content[0].text` must be text."""
-    return get_str(get_dict(asked, "thinking"), "type") not in ("", "disabled")
+    return get_str(get_dict(body, "thinking"), "type") not in ("", "disabled")
 
 
 class MessagesWriter:
@@ -5499,12 +5550,12 @@ class MessagesWriter:
     def __init__(self, context: ResponseContext) -> None:
         self.context = context
         self.usage = Usage()
-        self.index = -1
-        self.kind = ""
-        self.refused = False
-        self.shows_sealed = wants_thinking(context.asked)
-        #: held frames of a late thinking block that has no text yet; None if there is none
-        self.late: list[Json] | None = None
+        self.block_index = -1
+        self.block_kind = ""
+        self.has_refusal = False
+        self.shows_encrypted = wants_thinking(context.asked)
+        #: frames of a late thinking block that has no text yet; None if there is none
+        self.held_frames: list[Json] | None = None
 
     def write(self, event: Event) -> list[Json]:
         """The frames for one event.
@@ -5513,43 +5564,47 @@ class MessagesWriter:
         response (Claude Code, 2026-11).  After calls it is sent, as its vendor wants it back.
         """
         frames = self.write_event(event)
-        if self.late is None:
-            is_late = self.index > 0 and isinstance(event, BlockStart) and event.kind == "thinking"
+        if self.held_frames is None:
+            is_late = (
+                self.block_index > 0 and isinstance(event, BlockStart) and event.kind == "thinking"
+            )
             if is_late:
-                self.late = frames
+                self.held_frames = frames
             return [] if is_late else frames
         if isinstance(event, MessageStop) and event.reason != "tool":
             return frames
-        held = self.late
-        held += frames
-        has_words = isinstance(event, BlockDelta) and event.part != "signature"
-        if has_words or isinstance(event, (BlockStart, MessageStop)):
-            self.late = None
-            return held
+        held_frames = self.held_frames
+        held_frames += frames
+        has_text = isinstance(event, BlockDelta) and event.part != "signature"
+        if has_text or isinstance(event, (BlockStart, MessageStop)):
+            self.held_frames = None
+            return held_frames
         return []
 
     def write_event(self, event: Event) -> list[Json]:
-        if isinstance(event, BlockStart) and event.kind == "redacted" and not self.shows_sealed:
-            self.kind = "unseen"
+        if isinstance(event, BlockStart) and event.kind == "redacted" and not self.shows_encrypted:
+            self.block_kind = "unseen"
             return []
-        if self.kind == "unseen":
-            self.kind = "" if isinstance(event, BlockStop) else "unseen"
+        if self.block_kind == "unseen":
+            self.block_kind = "" if isinstance(event, BlockStop) else "unseen"
             return []
         if isinstance(event, BlockDelta):
             delta = self.write_delta(event)
             if delta is None:
                 return []
-            return [{"type": "content_block_delta", "index": self.index, "delta": delta}]
+            return [{"type": "content_block_delta", "index": self.block_index, "delta": delta}]
         if isinstance(event, MessageStart):
             return [self.write_start()]
         if isinstance(event, BlockStart):
-            self.index += 1
-            self.kind = event.kind
-            self.refused = self.refused or event.kind == "refusal"
+            self.block_index += 1
+            self.block_kind = event.kind
+            self.has_refusal = self.has_refusal or event.kind == "refusal"
             block = self.write_block(event)
-            return [{"type": "content_block_start", "index": self.index, "content_block": block}]
+            return [
+                {"type": "content_block_start", "index": self.block_index, "content_block": block}
+            ]
         if isinstance(event, BlockStop):
-            return [{"type": "content_block_stop", "index": self.index}]
+            return [{"type": "content_block_stop", "index": self.block_index}]
         if isinstance(event, UsageUpdate):
             self.usage = event.usage
             return []
@@ -5589,18 +5644,18 @@ class MessagesWriter:
             return {"type": "signature_delta", "signature": event.text}
         if event.part == "citation":
             return event.raw
-        if self.kind == "thinking":
+        if self.block_kind == "thinking":
             if self.context.hide_thinking:
                 return None
             return {"type": "thinking_delta", "thinking": event.text}
         return {"type": "text_delta", "text": event.text}
 
     def write_finish(self, event: MessageStop) -> list[Json]:
-        reason = "filter" if self.refused and event.reason == "end" else event.reason
-        word = MESSAGES_FINISH_WORDS[reason]
+        reason = "filter" if self.has_refusal and event.reason == "end" else event.reason
+        stop_reason = MESSAGES_FINISH_WORDS[reason]
         if reason == "stop" and event.stop_text is None:
-            word = "end_turn"
-        delta: Json = {"stop_reason": word, "stop_sequence": event.stop_text}
+            stop_reason = "end_turn"
+        delta: Json = {"stop_reason": stop_reason, "stop_sequence": event.stop_text}
         if event.details:
             delta["stop_details"] = event.details
         usage = write_messages_usage(self.usage)
@@ -5633,10 +5688,10 @@ class MessagesRelay:
         self.usage = Usage()
         self.said = 0.0
         self.finished = False
-        self.begun = False
-        self.stopped = False  # the stop reason was received
-        self.called = False
-        self.blocks = 0
+        self.started = False
+        self.has_stop_reason = False
+        self.has_tool_call = False
+        self.block_count = 0
         self.in_block = False
         self.guard = RunawayGuard()  # of the open block
 
@@ -5647,21 +5702,21 @@ class MessagesRelay:
         if kind == "error" or "error" in frame:
             raise read_stream_error(frame.get("error"))
         # AI SDK clients fail on unknown event types, so those are dropped.
-        if kind not in MESSAGES_EVENTS or (not self.begun and kind == "ping"):
+        if kind not in MESSAGES_EVENTS or (not self.started and kind == "ping"):
             return []
         if kind == "message_start":
-            self.begun = True
-            frame["message"] = self.mend_start(get_dict(frame, "message"))
-        elif not self.begun:
+            self.started = True
+            frame["message"] = self.repair_start(get_dict(frame, "message"))
+        elif not self.started:
             raise UpstreamError(OFF_PROTOCOL)
         elif str(kind).startswith("content_block_"):
             self.check_block(str(kind), frame)
-            self.mend_block(get_dict(frame, "content_block"))
+            self.repair_block(get_dict(frame, "content_block"))
             self.read_delta(get_dict(frame, "delta"))
         elif kind == "message_delta":
-            self.mend_finish(frame)
+            self.repair_finish(frame)
         elif kind == "message_stop":
-            if not self.stopped or self.in_block:
+            if not self.has_stop_reason or self.in_block:
                 raise UpstreamError(BROKEN_OFF)
             self.finished = True
         return [frame]
@@ -5675,20 +5730,23 @@ class MessagesRelay:
 
     def check_block(self, kind: str, frame: Json) -> None:
         """Block indexes must be dense and blocks must not overlap, or clients lose text or fail."""
-        opens = kind == "content_block_start"
-        if opens:
-            self.blocks += 1
-        needed = {"content_block_start": "content_block", "content_block_delta": "delta"}.get(kind)
+        is_start = kind == "content_block_start"
+        if is_start:
+            self.block_count += 1
+        required_field = {
+            "content_block_start": "content_block",
+            "content_block_delta": "delta",
+        }.get(kind)
         if (
-            opens is self.in_block
-            or frame.get("index") != self.blocks - 1
+            is_start is self.in_block
+            or frame.get("index") != self.block_count - 1
             or isinstance(frame["index"], bool)
-            or (needed and not get_dict(frame, needed))
+            or (required_field and not get_dict(frame, required_field))
         ):
             raise UpstreamError(OFF_PROTOCOL)
         self.in_block = kind != "content_block_stop"
 
-    def mend_start(self, message: Json) -> Json:
+    def repair_start(self, message: Json) -> Json:
         """Sets the client's model name and a non-zero input count."""
         usage = dict(get_dict(message, "usage"))
         read_messages_usage(usage, self.usage)
@@ -5698,19 +5756,19 @@ class MessagesRelay:
             usage["input_tokens"] = estimate_request(self.context.asked)
         return {**EMPTY_MESSAGE, **message, "model": self.context.model, "usage": usage}
 
-    def mend_block(self, block: Json) -> None:
+    def repair_block(self, block: Json) -> None:
         if block.get("type") == "tool_use":
-            self.called = True
+            self.has_tool_call = True
             self.guard = RunawayGuard()
             name = block.get("name")
             if isinstance(name, str):
                 block["name"] = self.context.names.get(name, name)
 
-    def mend_finish(self, frame: Json) -> None:
+    def repair_finish(self, frame: Json) -> None:
         delta = get_dict(frame, "delta")
         if delta.get("stop_reason"):
-            self.stopped = True
-            if self.called and delta["stop_reason"] == "end_turn":
+            self.has_stop_reason = True
+            if self.has_tool_call and delta["stop_reason"] == "end_turn":
                 delta["stop_reason"] = "tool_use"
         usage = dict(get_dict(frame, "usage"))
         read_messages_usage(usage, self.usage)
@@ -5724,7 +5782,7 @@ class MessagesRelay:
     def end(self) -> list[Json]:
         if self.finished:
             return []
-        if not self.stopped or self.in_block:
+        if not self.has_stop_reason or self.in_block:
             raise UpstreamError(BROKEN_OFF)
         self.finished = True
         return [{"type": "message_stop"}]
@@ -5744,21 +5802,23 @@ class MessagesAggregator:
         elif kind == "content_block_start":
             self.message["content"].append(dict(get_dict(frame, "content_block")))
         elif kind == "content_block_delta":
-            self.grow(frame["index"], get_dict(frame, "delta"))
+            self.apply_delta(frame["index"], get_dict(frame, "delta"))
         elif kind == "message_delta":
-            extra = {k: v for k, v in frame.items() if k not in ("type", "delta", "usage")}
+            extra = {
+                key: value for key, value in frame.items() if key not in ("type", "delta", "usage")
+            }
             self.message.update({**extra, **get_dict(frame, "delta")})
-            said = {k: v for k, v in frame["usage"].items() if v is not None}
-            self.message["usage"] = {**self.message["usage"], **said}
+            counts = {key: value for key, value in frame["usage"].items() if value is not None}
+            self.message["usage"] = {**self.message["usage"], **counts}
 
-    def grow(self, index: int, delta: Json) -> None:
+    def apply_delta(self, index: int, delta: Json) -> None:
         block = self.message["content"][index]
         kind = delta.get("type")
         if kind == "input_json_delta":
             self.texts[index, "input"].append(str(delta.get("partial_json") or ""))
         elif kind == "citations_delta":
-            before = block.get("citations")
-            block["citations"] = before if isinstance(before, list) else []
+            citations = block.get("citations")
+            block["citations"] = citations if isinstance(citations, list) else []
             block["citations"].append(delta.get("citation"))
         else:
             for key, value in delta.items():
@@ -5775,7 +5835,7 @@ class MessagesAggregator:
         return self.message
 
 
-GROWING_FIELDS = {
+DELTA_TYPES = {
     "text": "text_delta",
     "thinking": "thinking_delta",
     "signature": "signature_delta",
@@ -5791,15 +5851,15 @@ def expand_block(index: int, block: Json) -> list[Json]:
         text = dump_text(block.get("input") or {})
         deltas.append({"type": "input_json_delta", "partial_json": text})
     elif block.get("type") in ("text", "thinking"):
-        for key, kind in GROWING_FIELDS.items():
+        for key, kind in DELTA_TYPES.items():
             if isinstance(block.get(key), str):
                 start[key] = ""
                 deltas.append({"type": kind, key: block[key]})
-    head = {"index": index}
+    base = {"index": index}
     return [
-        {"type": "content_block_start", **head, "content_block": start},
-        *({"type": "content_block_delta", **head, "delta": delta} for delta in deltas),
-        {"type": "content_block_stop", **head},
+        {"type": "content_block_start", **base, "content_block": start},
+        *({"type": "content_block_delta", **base, "delta": delta} for delta in deltas),
+        {"type": "content_block_stop", **base},
     ]
 
 
