@@ -5939,16 +5939,16 @@ RESPONSES_ECHOED: Json = {
 }
 
 
-def pack(mark: str, value: Json) -> str:
-    return mark + base64.urlsafe_b64encode(dump_json(value)).decode()
+def pack(prefix: str, value: Json) -> str:
+    return prefix + base64.urlsafe_b64encode(dump_json(value)).decode()
 
 
-def unpack(mark: str, text: str) -> Json | None:
+def unpack(prefix: str, text: str) -> Json | None:
     """Decodes opaque text with that prefix; None for anything else."""
-    if not text.startswith(mark):
+    if not text.startswith(prefix):
         return None
     try:
-        data = base64.urlsafe_b64decode(text.removeprefix(mark))
+        data = base64.urlsafe_b64decode(text.removeprefix(prefix))
         return load_object(data) if count_values(data) <= MAX_PACKED_MARKS else None
     except ValueError:
         return None
@@ -5981,13 +5981,17 @@ def searches_tools(body: Json) -> bool:
 def all_tools(body: Json) -> list[Any]:
     """The tools of a body, including those declared inside its conversation."""
     tools = list_field(body, "tools")
-    added = [
+    additional = [
         tool
         for index, item in enumerate(input_items(body))
         if item_kind(item) == "additional_tools"
         for tool in list_field(item, "tools", f"input.{index}")
     ]
-    return [*{dump_json(tool): tool for tool in (*tools, *added)}.values()] if added else tools
+    return (
+        [*{dump_json(tool): tool for tool in (*tools, *additional)}.values()]
+        if additional
+        else tools
+    )
 
 
 def item_kind(item: Json) -> str:
@@ -6033,12 +6037,14 @@ HOSTED_ITEMS = (
 
 
 def hosted_words(item: Json) -> str:
-    rows = [item.get("output"), item.get("results"), item.get("outputs")]
-    flat = [row for rows_ in rows for row in (rows_ if isinstance(rows_, list) else [rows_])]
+    outputs = [item.get("output"), item.get("results"), item.get("outputs")]
+    parts = [
+        part for output in outputs for part in (output if isinstance(output, list) else [output])
+    ]
     texts = [
-        row if isinstance(row, str) else row.get("text") or row.get("logs")
-        for row in flat
-        if isinstance(row, (str, dict))
+        part if isinstance(part, str) else part.get("text") or part.get("logs")
+        for part in parts
+        if isinstance(part, (str, dict))
     ]
     return "\n".join(text for text in texts if isinstance(text, str) and text)
 
@@ -6052,12 +6058,12 @@ class AssistantTurn:
     """An assistant turn being assembled from items in any order."""
 
     #: text and thinking: before the calls, whose results must directly follow them
-    words: list[Block] = field(default_factory=list)
+    content: list[Block] = field(default_factory=list)
     calls: list[Block] = field(default_factory=list)  #: calls, and thinking between them
     results: list[Block] = field(default_factory=list)  #: results of the calls
 
     def turns(self) -> list[Turn]:
-        return [Turn("assistant", [*self.words, *self.calls]), Turn("user", self.results)]
+        return [Turn("assistant", [*self.content, *self.calls]), Turn("user", self.results)]
 
 
 class ResponsesRequestReader:
@@ -6066,10 +6072,10 @@ class ResponsesRequestReader:
         self.chat = Conversation(turns_field="input")
         self.turns: list[Turn | AssistantTurn] = []
         self.tools: dict[str, Tool] = {}  # by their names in the Conversation
-        self.called: dict[str, AssistantTurn] = {}  # call id -> the turn that holds it
+        self.turn_by_call_id: dict[str, AssistantTurn] = {}  # call id -> the turn that holds it
         self.answered: set[str] = set()  # calls that have a result somewhere
         #: those of them whose result is still to come
-        self.waiting: OrderedDict[str, AssistantTurn] = OrderedDict()
+        self.awaiting_results: OrderedDict[str, AssistantTurn] = OrderedDict()
 
     def read(self) -> Conversation:
         body, chat = self.body, self.chat
@@ -6111,9 +6117,9 @@ class ResponsesRequestReader:
         elif kind == "additional_tools":
             self.read_tools(item, path)
         elif kind in HOSTED_ITEMS:
-            words = hosted_words(item)
-            self.add_words([Text(f"[{kind.removesuffix('_call')}: {words}]")] if words else [])
-            self.chat.dropped += [] if words else [f"input.{kind}"]
+            text = hosted_words(item)
+            self.add_content([Text(f"[{kind.removesuffix('_call')}: {text}]")] if text else [])
+            self.chat.dropped += [] if text else [f"input.{kind}"]
         elif kind == "item_reference":
             raise InvalidRequest(
                 f"{path}: items are not stored here; send the item itself.",
@@ -6135,27 +6141,27 @@ class ResponsesRequestReader:
             else:
                 self.chat.system.extend(texts)
         elif role == "assistant":
-            self.add_words(blocks)
+            self.add_content(blocks)
         else:
             self.turns.append(Turn("user", blocks))
 
     def open_turn(self) -> AssistantTurn:
-        last = self.turns[-1] if self.turns else None
-        if not isinstance(last, AssistantTurn) or last.results:
-            last = AssistantTurn()
-            self.turns.append(last)
-        return last
+        turn = self.turns[-1] if self.turns else None
+        if not isinstance(turn, AssistantTurn) or turn.results:
+            turn = AssistantTurn()
+            self.turns.append(turn)
+        return turn
 
-    def add_words(self, blocks: list[Block]) -> None:
+    def add_content(self, blocks: list[Block]) -> None:
         """Adds assistant text to the turn whose calls await results, if there is one."""
-        turn = next(iter(self.waiting.values()), None) or self.open_turn()
-        turn.words.extend(blocks)
+        turn = next(iter(self.awaiting_results.values()), None) or self.open_turn()
+        turn.content.extend(blocks)
 
     def add_call(self, call: ToolCall) -> None:
-        self.called[call.id] = turn = self.open_turn()
+        self.turn_by_call_id[call.id] = turn = self.open_turn()
         turn.calls.append(call)
         if call.id in self.answered:
-            self.waiting[call.id] = turn
+            self.awaiting_results[call.id] = turn
 
     @staticmethod
     def read_call(item: Json, kind: str, path: str) -> ToolCall:
@@ -6179,14 +6185,16 @@ class ResponsesRequestReader:
             output = item.get("output")
             if isinstance(output, dict) and output.get("type") == "computer_screenshot":
                 output = [{**output, "type": "input_image"}]
-            rows = output if isinstance(output, list) else []
-            if isinstance(output, dict) or not all(is_known_part(row) for row in rows):
+            parts = output if isinstance(output, list) else []
+            if isinstance(output, dict) or not all(is_known_part(part) for part in parts):
                 output = dump_text(output)  # a shell's object, or parts of an unknown type
             blocks = read_parts(output, f"{path}.output")
         result = ToolResult(call_id, blocks)
-        self.waiting.pop(call_id, None)
-        if call_id in self.called:  # right after the turn with its call, wherever the result came
-            self.called[call_id].results.append(result)
+        self.awaiting_results.pop(call_id, None)
+        if (
+            call_id in self.turn_by_call_id
+        ):  # right after the turn with its call, wherever the result came
+            self.turn_by_call_id[call_id].results.append(result)
         else:
             self.turns.append(Turn("user", [result]))
 
@@ -6194,17 +6202,19 @@ class ResponsesRequestReader:
         """Only thinking that we packed for another upstream; the rest is not for it."""
         carried = unpack(CARRIED_THINKING, get_str(item, "encrypted_content"))
         if carried is not None:
-            said = [carried.get(key) for key in ("thinking", "signature", "data")]
-            thinking, signature, data = (item if isinstance(item, str) else "" for item in said)
+            values = [carried.get(key) for key in ("thinking", "signature", "data")]
+            thinking, signature, data = (
+                value if isinstance(value, str) else "" for value in values
+            )
             turn = self.open_turn()
-            (turn.calls or turn.words).append(Thinking(thinking, signature, data))
+            (turn.calls or turn.content).append(Thinking(thinking, signature, data))
 
     def read_tools(self, holder: Json, path: str, namespace: str = "") -> list[str]:
         """The names of the tools of the request, a namespace or a search result."""
         names: list[str] = []
         for index, item in enumerate(list_field(holder, "tools", path)):
-            where = f"{join_path(path, 'tools')}.{index}"
-            names += self.read_tool(need_dict(item, where), where, namespace)
+            item_path = f"{join_path(path, 'tools')}.{index}"
+            names += self.read_tool(need_dict(item, item_path), item_path, namespace)
         return names
 
     def read_tool(self, tool: Json, path: str, namespace: str) -> list[str]:
@@ -6228,21 +6238,21 @@ class ResponsesRequestReader:
             self.chat.hosted.append(kind)
             return []
         flat = flat_name(namespace, name)
-        known = self.tools.get(flat)
-        if known is not None and known.namespace != namespace:
+        existing = self.tools.get(flat)
+        if existing is not None and existing.namespace != namespace:
             raise InvalidRequest(
                 f"{path}: {name!r} of {namespace or 'no namespace'!r} and of "
-                f"{known.namespace or 'no namespace'!r} become one name; rename one.",
+                f"{existing.namespace or 'no namespace'!r} become one name; rename one.",
                 param="tools",
             )
-        if known is None:
+        if existing is None:
             strict = bool_field(tool, "strict", path)
             self.tools[flat] = Tool(flat, description, schema, strict, kind, namespace)
         return [flat]
 
     def read_choice(self) -> None:
         chat, choice = self.chat, self.body.get("tool_choice")
-        forced = ""
+        forced_kind = ""
         if not isinstance(choice, dict):
             mode = word_field(self.body, "tool_choice", CHOICE_MODES)
             chat.choice = ToolChoice(mode) if mode else None
@@ -6262,10 +6272,12 @@ class ResponsesRequestReader:
                 name = flat_name(namespace, need_str(choice, "name", "tool_choice"))
                 chat.choice = ToolChoice("named", name)
             else:
-                forced = kind
-        drop_hosted(chat.hosted, len(chat.tools), forced, chat.dropped)
-        if forced:
-            raise UnsupportedFeature(f"{forced} is not available on this model.", param="tools")
+                forced_kind = kind
+        drop_hosted(chat.hosted, len(chat.tools), forced_kind, chat.dropped)
+        if forced_kind:
+            raise UnsupportedFeature(
+                f"{forced_kind} is not available on this model.", param="tools"
+            )
 
     def read_settings(self) -> None:
         body, chat = self.body, self.chat
@@ -6276,20 +6288,20 @@ class ResponsesRequestReader:
         chat.session = str_field(body, "prompt_cache_key") or ""
         chat.effort = word_field(dict_field(body, "reasoning"), "effort", EFFORTS, "reasoning")
         chat.verbosity = str_field(dict_field(body, "text"), "verbosity", "text")
-        form = dict_field(dict_field(body, "text"), "format", "text")
-        if form.get("type") == "json_object":
+        text_format = dict_field(dict_field(body, "text"), "format", "text")
+        if text_format.get("type") == "json_object":
             chat.output = OutputFormat(None)
-        elif form.get("type") == "json_schema":
+        elif text_format.get("type") == "json_schema":
             chat.output = OutputFormat(
-                dict_field(form, "schema", "text.format"),
-                str_field(form, "name", "text.format") or "structured_output",
-                bool_field(form, "strict", "text.format"),
-                str_field(form, "description", "text.format") or "",
+                dict_field(text_format, "schema", "text.format"),
+                str_field(text_format, "name", "text.format") or "structured_output",
+                bool_field(text_format, "strict", "text.format"),
+                str_field(text_format, "description", "text.format") or "",
             )
         if body.get("truncation") == "auto":
             chat.dropped.append("truncation")
-        known = (*RESPONSES_KNOWN, *RESPONSES_SILENT)
-        chat.dropped += [key for key in body if key not in known and body[key] is not None]
+        known_keys = (*RESPONSES_KNOWN, *RESPONSES_SILENT)
+        chat.dropped += [key for key in body if key not in known_keys and body[key] is not None]
 
 
 def write_input_part(block: Block) -> Json | None:
@@ -6300,8 +6312,8 @@ def write_input_part(block: Block) -> Json | None:
         return {"type": "input_image", "image_url": url, "detail": block.detail or "auto"}
     if isinstance(block, Document):
         if block.text:
-            head = f"[{block.title}]\n" if block.title else ""
-            return {"type": "input_text", "text": head + block.text}
+            heading = f"[{block.title}]\n" if block.title else ""
+            return {"type": "input_text", "text": heading + block.text}
         data = f"data:{block.media_type};base64,{block.data}"
         name = block.title or "document.pdf"
         return {"type": "input_file", "filename": name, "file_data": data}
@@ -6355,12 +6367,14 @@ class ResponsesRequestWriter:
             if turn.role == "system":
                 items.append({"role": "developer", "content": plain_text(turn.blocks)})
             elif turn.role == "assistant":
-                items += [item for block in turn.blocks if (item := self.write_said(block))]
+                items += [
+                    item for block in turn.blocks if (item := self.write_assistant_block(block))
+                ]
             else:
                 items += self.write_user(turn.blocks)
         return items
 
-    def write_said(self, block: Block) -> Json | None:
+    def write_assistant_block(self, block: Block) -> Json | None:
         if isinstance(block, Text):
             part: Json = {"type": "output_text", "text": block.text, "annotations": []}
             return {"type": "message", "role": "assistant", "content": [part]}
@@ -6389,23 +6403,23 @@ class ResponsesRequestWriter:
                 parts += [part] if part else []
         return [*items, {"type": "message", "role": "user", "content": parts}] if parts else items
 
-    def write_result(self, result: ToolResult, later: list[Json]) -> Json:
+    def write_result(self, result: ToolResult, next_parts: list[Json]) -> Json:
         """A tool's output; its images move to the next message, as Copilot takes only text."""
         text = plain_text(result.blocks)
-        shown = [
+        media = [
             part
             for block in result.blocks
             if not isinstance(block, (Text, Refusal)) and (part := write_input_part(block))
         ]
-        call = wire_id(result.id)
-        if shown:
-            later.append({"type": "input_text", "text": f"From tool call {call}:"})
-            later += shown
+        call_id = wire_id(result.id)
+        if media:
+            next_parts.append({"type": "input_text", "text": f"From tool call {call_id}:"})
+            next_parts += media
             text = text or "[in the next message]"
         if result.is_error and not text.startswith("Error"):
             text = f"Error: {text}"
         text = text if text.strip() else "(no output)"
-        return {"type": "function_call_output", "call_id": call, "output": text}
+        return {"type": "function_call_output", "call_id": call_id, "output": text}
 
     def write_tool(self, tool: Tool) -> Json:
         entry: Json = {"type": "function", "name": self.chat.wire_name(tool.name)}
@@ -6421,8 +6435,8 @@ class ResponsesRequestWriter:
         return choice.mode
 
     def write_text(self) -> Json | None:
-        said = {"format": self.write_output(), "verbosity": self.chat.verbosity}
-        return {key: value for key, value in said.items() if value is not None} or None
+        options = {"format": self.write_output(), "verbosity": self.chat.verbosity}
+        return {key: value for key, value in options.items() if value is not None} or None
 
     def write_output(self) -> Json | None:
         output = self.chat.output
@@ -6430,11 +6444,13 @@ class ResponsesRequestWriter:
             return None
         if output.schema is None:
             return {"type": "json_object"}
-        form: Json = {"type": "json_schema", "name": output.name, "schema": output.schema}
+        text_format: Json = {"type": "json_schema", "name": output.name, "schema": output.schema}
         if output.description:
-            form["description"] = output.description
-        form["strict"] = fits_strict(output.schema) if output.strict is None else output.strict
-        return form
+            text_format["description"] = output.description
+        text_format["strict"] = (
+            fits_strict(output.schema) if output.strict is None else output.strict
+        )
+        return text_format
 
 
 def write_reasoning_item(text: str, signature: str) -> Json | None:
@@ -6447,17 +6463,17 @@ def write_reasoning_item(text: str, signature: str) -> Json | None:
 
 
 def read_responses_usage(response: Json, usage: Usage) -> None:
-    said = get_dict(response, "usage")
-    if not said:
+    reported = get_dict(response, "usage")
+    if not reported:
         return
-    cached = get_dict(said, "input_tokens_details")
-    usage.cache_read = get_int(cached, "cached_tokens", usage.cache_read)
-    usage.cache_write = get_int(cached, "cache_write_tokens", usage.cache_write)
-    prompt = get_int(said, "input_tokens", usage.prompt)
+    input_details = get_dict(reported, "input_tokens_details")
+    usage.cache_read = get_int(input_details, "cached_tokens", usage.cache_read)
+    usage.cache_write = get_int(input_details, "cache_write_tokens", usage.cache_write)
+    prompt = get_int(reported, "input_tokens", usage.prompt)
     usage.input = max(0, prompt - usage.cache_read - usage.cache_write)
-    usage.output = get_int(said, "output_tokens", usage.output)
-    reasoning = get_dict(said, "output_tokens_details")
-    usage.reasoning = get_int(reasoning, "reasoning_tokens", usage.reasoning)
+    usage.output = get_int(reported, "output_tokens", usage.output)
+    output_details = get_dict(reported, "output_tokens_details")
+    usage.reasoning = get_int(output_details, "reasoning_tokens", usage.reasoning)
     usage.source = "reported"
     read_copilot_usage(response, usage)
 
@@ -6485,10 +6501,10 @@ class OutputItem:
 
     kind: str = ""
     events: list[Event] = field(default_factory=list)
-    open: str = ""  #: kind of the open block
+    open_block: str = ""  #: kind of the open block
     pieces: list[str] = field(default_factory=list)  #: its text so far
-    parts: int = 0  #: number of complete content parts
-    spoken: bool = False  #: the open part has text
+    part_count: int = 0  #: number of complete content parts
+    has_text: bool = False  #: the open part has text
     done: bool = False
 
     @property
@@ -6501,10 +6517,10 @@ class ResponsesReader:
         self.context = context
         self.usage = Usage()
         self.items: dict[int, OutputItem] = {}
-        self.at = 0  # index of the item whose events are passed on
+        self.current_index = 0  # index of the item whose events are passed on
         self.started = False
         self.calls: list[str] = []
-        self.thought = ("", "")  # the last thinking text, and its signature
+        self.thinking = ("", "")  # the last thinking text, and its signature
 
     def read(self, frame: Json) -> list[Event]:
         kind = str(frame.get("type") or "")
@@ -6536,103 +6552,105 @@ class ResponsesReader:
         elif kind == "response.output_item.done":
             self.close_item(get_dict(frame, "item"), item)
         elif kind in ("response.output_text.delta", "response.refusal.delta"):
-            block = "text" if "output_text" in kind else "refusal"
-            self.add(item, block, frame.get("delta"))
+            block_kind = "text" if "output_text" in kind else "refusal"
+            self.add_text(item, block_kind, frame.get("delta"))
         elif kind in ("response.reasoning_summary_text.delta", "response.reasoning_text.delta"):
-            self.add(item, "thinking", frame.get("delta"))
+            self.add_text(item, "thinking", frame.get("delta"))
         elif kind == "response.reasoning_summary_part.added" and item.pieces:
-            self.add(item, "thinking", "\n\n")
+            self.add_text(item, "thinking", "\n\n")
         elif kind == "response.content_part.done":
             self.end_part(get_dict(frame, "part"), item)
         elif kind == "response.custom_tool_call_input.delta":
             item.pieces.append(str_or_empty(frame, "delta"))
-        elif kind == "response.function_call_arguments.delta" and item.open:
-            self.add(item, "tool", frame.get("delta"))
+        elif kind == "response.function_call_arguments.delta" and item.open_block:
+            self.add_text(item, "tool", frame.get("delta"))
 
     @staticmethod
-    def add(item: OutputItem, block: str, words: Any) -> None:
-        if not isinstance(words, str) or not words:
+    def add_text(item: OutputItem, block_kind: str, text: Any) -> None:
+        if not isinstance(text, str) or not text:
             return
-        if item.open != block:
+        if item.open_block != block_kind:
             ResponsesReader.end_block(item)
-            item.open = block
-            item.events.append(BlockStart(block))
-        item.spoken = True
-        item.pieces.append(words)
-        item.events.append(BlockDelta("arguments" if block == "tool" else "text", words))
+            item.open_block = block_kind
+            item.events.append(BlockStart(block_kind))
+        item.has_text = True
+        item.pieces.append(text)
+        item.events.append(BlockDelta("arguments" if block_kind == "tool" else "text", text))
 
     def end_part(self, part: Json, item: OutputItem) -> None:
         """Ends a content part; text that came only with it is added."""
-        if not item.spoken:
-            self.add(item, "text", part.get("text"))
-            self.add(item, "refusal", part.get("refusal"))
+        if not item.has_text:
+            self.add_text(item, "text", part.get("text"))
+            self.add_text(item, "refusal", part.get("refusal"))
         self.end_block(item)
-        item.parts += 1
-        item.spoken = False
+        item.part_count += 1
+        item.has_text = False
 
     @staticmethod
     def end_block(item: OutputItem) -> None:
         """Closes an open text block; calls and thinking end with their item."""
-        if item.open in ("text", "refusal"):
+        if item.open_block in ("text", "refusal"):
             item.events.append(BlockStop())
-            item.open = ""
+            item.open_block = ""
 
-    def open_item(self, said: Json, item: OutputItem) -> None:
-        item.kind = str(said.get("type") or "")
-        if item.kind in ("function_call", "custom_tool_call") and said.get("name"):
-            item.open = "tool"
-            name = flat_name(get_str(said, "namespace"), str(said.get("name") or ""))
-            call_id = str(said.get("call_id") or said.get("id") or "")
+    def open_item(self, payload: Json, item: OutputItem) -> None:
+        item.kind = str(payload.get("type") or "")
+        if item.kind in ("function_call", "custom_tool_call") and payload.get("name"):
+            item.open_block = "tool"
+            name = flat_name(get_str(payload, "namespace"), str(payload.get("name") or ""))
+            call_id = str(payload.get("call_id") or payload.get("id") or "")
             self.calls.append(call_id)
             item.events.append(BlockStart("tool", call_id, name))
 
-    def close_item(self, said: Json, item: OutputItem) -> None:
+    def close_item(self, payload: Json, item: OutputItem) -> None:
         """Ends an item; content that came only with it is added."""
         if not item.kind:
-            self.open_item(said, item)
+            self.open_item(payload, item)
         if item.kind == "message":
-            content = said.get("content")
+            content = payload.get("content")
             parts = content if isinstance(content, list) else []
-            for part in parts[item.parts :]:
+            for part in parts[item.part_count :]:
                 self.end_part(part if isinstance(part, dict) else {}, item)
-        elif item.kind == "function_call" and item.open and not item.pieces:
-            self.add(item, "tool", said.get("arguments"))
-        elif item.kind == "custom_tool_call" and item.open:
-            text = said.get("input")
-            words = text if isinstance(text, str) and text else item.text
-            self.add(item, "tool", dump_text({"input": words}))
+        elif item.kind == "function_call" and item.open_block and not item.pieces:
+            self.add_text(item, "tool", payload.get("arguments"))
+        elif item.kind == "custom_tool_call" and item.open_block:
+            value = payload.get("input")
+            call_input = value if isinstance(value, str) and value else item.text
+            self.add_text(item, "tool", dump_text({"input": call_input}))
         elif item.kind == "reasoning":
-            self.close_thought(said, item)
+            self.close_reasoning(payload, item)
         self.end_block(item)
-        if item.open:
+        if item.open_block:
             item.events.append(BlockStop())
-        item.open, item.done = "", True
+        item.open_block, item.done = "", True
 
-    def close_thought(self, said: Json, item: OutputItem) -> None:
+    def close_reasoning(self, payload: Json, item: OutputItem) -> None:
         """Ends a reasoning item: only now is its encrypted form reliable."""
         if not item.pieces:
-            rows = said.get("summary") or said.get("content")
-            rows = rows if isinstance(rows, list) else []
-            texts = [row.get("text") for row in rows if isinstance(row, dict)]
-            self.add(item, "thinking", "\n\n".join(t for t in texts if isinstance(t, str)))
-        encrypted = said.get("encrypted_content")
+            summary = payload.get("summary") or payload.get("content")
+            summary = summary if isinstance(summary, list) else []
+            texts = [part.get("text") for part in summary if isinstance(part, dict)]
+            self.add_text(
+                item, "thinking", "\n\n".join(text for text in texts if isinstance(text, str))
+            )
+        encrypted = payload.get("encrypted_content")
         if not isinstance(encrypted, str) or not encrypted:
             return
-        signature = pack(RESPONSES_ENVELOPE, {"id": said.get("id"), "enc": encrypted})
-        self.thought = (item.text, signature)
-        if item.open == "thinking":
+        signature = pack(RESPONSES_ENVELOPE, {"id": payload.get("id"), "enc": encrypted})
+        self.thinking = (item.text, signature)
+        if item.open_block == "thinking":
             item.events.append(BlockDelta("signature", signature))
         else:
             item.events += [BlockStart("redacted", raw={"data": signature}), BlockStop()]
 
     def flush(self, events: list[Event]) -> None:
-        while self.at in self.items:
-            item = self.items[self.at]
+        while self.current_index in self.items:
+            item = self.items[self.current_index]
             events += item.events
             item.events = []
             if not item.done:
                 return
-            self.at += 1
+            self.current_index += 1
 
     def read_end(self, kind: str, frame: Json) -> list[Event]:
         """The terminal frame: items that were never streamed, usage, finish."""
@@ -6642,10 +6660,10 @@ class ResponsesReader:
         events: list[Event] = []
         self.start(response, events)
         output = response.get("output")
-        for index, said in enumerate(output if isinstance(output, list) else ()):
+        for index, payload in enumerate(output if isinstance(output, list) else ()):
             item = self.items.setdefault(index, OutputItem())
-            if not item.done and isinstance(said, dict):
-                self.close_item(said, item)
+            if not item.done and isinstance(payload, dict):
+                self.close_item(payload, item)
         for index in sorted(self.items):
             item = self.items[index]
             if not item.done:
@@ -6658,8 +6676,8 @@ class ResponsesReader:
         read_copilot_usage(frame, self.usage)
         if self.usage.source:
             events.append(UsageUpdate(self.usage))
-        if self.calls and self.thought[1] and self.context.keep:
-            self.context.keep(self.calls, *self.thought)
+        if self.calls and self.thinking[1] and self.context.keep:
+            self.context.keep(self.calls, *self.thinking)
         incomplete = kind == "response.incomplete"
         events.append(MessageStop(read_incomplete(response) if incomplete else "end"))
         return events
@@ -6695,17 +6713,17 @@ def write_response(context: ResponseContext, status: str, output: list[Json]) ->
         "store": False,
         "usage": None,
     }
-    asked = {key: context.asked.get(key) for key in RESPONSES_ECHOED}
+    requested = {key: context.asked.get(key) for key in RESPONSES_ECHOED}
     for key, default in RESPONSES_ECHOED.items():
-        response[key] = default if asked[key] is None else asked[key]
+        response[key] = default if requested[key] is None else requested[key]
     return response
 
 
 def unwrap_input(arguments: str) -> str:
     """Unwraps a custom tool's input from its JSON object; other text is returned unchanged."""
-    said = load_object(arguments)
-    if said is not None and len(said) == 1:
-        (value,) = said.values()
+    payload = load_object(arguments)
+    if payload is not None and len(payload) == 1:
+        (value,) = payload.values()
         return value if isinstance(value, str) else arguments
     return arguments
 
@@ -6728,7 +6746,7 @@ class ResponsesWriter:
 
     def write(self, event: Event) -> list[Json]:
         if isinstance(event, BlockDelta):
-            return self.write_added(event)
+            return self.write_block_delta(event)
         if isinstance(event, MessageStart):
             response = write_response(self.context, "in_progress", [])
             return [
@@ -6736,19 +6754,19 @@ class ResponsesWriter:
                 {"type": "response.in_progress", "response": response},
             ]
         if isinstance(event, BlockStart):
-            return self.write_opened(event)
+            return self.write_block_start(event)
         if isinstance(event, BlockStop):
-            return self.write_closed()
+            return self.write_block_stop()
         if isinstance(event, UsageUpdate):
             self.usage = event.usage
             return []
         if isinstance(event, MessageStop):
-            return self.write_finish(event)
+            return self.write_message_stop(event)
         raise event.error
 
-    def frame(self, kind: str, **more: Any) -> Json:
-        at = {"item_id": self.item["id"], "output_index": len(self.output)}
-        return {"type": f"response.{kind}", **at, **more}
+    def frame(self, kind: str, **members: Any) -> Json:
+        position = {"item_id": self.item["id"], "output_index": len(self.output)}
+        return {"type": f"response.{kind}", **position, **members}
 
     def item_frame(self, kind: str) -> Json:
         index = len(self.output)
@@ -6757,7 +6775,7 @@ class ResponsesWriter:
     def new_id(self, prefix: str) -> str:
         return prefix + short_hash(f"{self.context.id} {len(self.output)}", 24)
 
-    def write_opened(self, event: BlockStart) -> list[Json]:
+    def write_block_start(self, event: BlockStart) -> list[Json]:
         self.kind, self.pieces, self.signature = event.kind, [], []
         if event.kind in ("text", "refusal"):
             self.item = {
@@ -6768,18 +6786,18 @@ class ResponsesWriter:
                 "content": [],
             }
             part = self.frame("content_part.added", content_index=0, part=self.part())
-            return [self.opened(), part]
+            return [self.item_added(), part]
         if event.kind in ("thinking", "redacted"):
             self.item = {"id": self.new_id("rs_"), "type": "reasoning", "summary": []}
             if event.kind == "redacted":
                 self.signature = [str((event.raw or {}).get("data") or "")]
-            return [self.opened()]
+            return [self.item_added()]
         if event.kind == "tool":
             self.item = self.new_call(event)
-            return [self.opened()]
+            return [self.item_added()]
         return []  # a block that only another dialect knows
 
-    def opened(self) -> Json:
+    def item_added(self) -> Json:
         """`output_item.added` with a snapshot of the item, which will still grow."""
         return {**self.item_frame("added"), "item": dict(self.item)}
 
@@ -6788,17 +6806,21 @@ class ResponsesWriter:
         kind = tool.kind if tool else "function"
         state = {"call_id": event.id, "status": "in_progress"}
         if kind == "tool_search":
-            head = {"id": self.new_id("tsc_"), "type": "tool_search_call", "execution": "client"}
-            return {**head, **state, "arguments": {}}
+            identity = {
+                "id": self.new_id("tsc_"),
+                "type": "tool_search_call",
+                "execution": "client",
+            }
+            return {**identity, **state, "arguments": {}}
         name = event.name
         if tool and tool.namespace:
             name = name.removeprefix(flat_name(tool.namespace, ""))
         if kind == "custom":
-            head = {"id": self.new_id("ctc_"), "type": "custom_tool_call"}
-            item: Json = {**head, **state, "name": name, "input": ""}
+            identity = {"id": self.new_id("ctc_"), "type": "custom_tool_call"}
+            item: Json = {**identity, **state, "name": name, "input": ""}
         else:
-            head = {"id": self.new_id("fc_"), "type": "function_call"}
-            item = {**head, **state, "name": name, "arguments": ""}
+            identity = {"id": self.new_id("fc_"), "type": "function_call"}
+            item = {**identity, **state, "name": name, "arguments": ""}
         return {**item, "namespace": tool.namespace} if tool and tool.namespace else item
 
     def part(self) -> Json:
@@ -6806,36 +6828,39 @@ class ResponsesWriter:
             return {"type": "refusal", "refusal": self.text}
         return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": []}
 
-    def write_added(self, event: BlockDelta) -> list[Json]:
+    def write_block_delta(self, event: BlockDelta) -> list[Json]:
         if event.part == "signature":
             self.signature.append(event.text)
             return []
         if event.part == "citation" or self.kind == "opaque" or not event.text:
             return []
-        begins = not self.pieces
+        is_first = not self.pieces
         self.pieces.append(event.text)
         if self.kind == "text":
-            more = {"content_index": 0, "delta": event.text, "logprobs": []}
-            return [self.frame("output_text.delta", **more)]
+            members = {"content_index": 0, "delta": event.text, "logprobs": []}
+            return [self.frame("output_text.delta", **members)]
         if self.kind == "refusal":
             return [self.frame("refusal.delta", content_index=0, delta=event.text)]
         if self.kind == "thinking":
             if self.context.hide_thinking:
                 return []
             part = {"type": "summary_text", "text": ""}
-            first = [self.frame("reasoning_summary_part.added", summary_index=0, part=part)]
-            more = {"summary_index": 0, "delta": event.text}
-            return [*(first if begins else ()), self.frame("reasoning_summary_text.delta", **more)]
+            part_added = [self.frame("reasoning_summary_part.added", summary_index=0, part=part)]
+            members = {"summary_index": 0, "delta": event.text}
+            return [
+                *(part_added if is_first else ()),
+                self.frame("reasoning_summary_text.delta", **members),
+            ]
         if self.item["type"] == "function_call":
             return [self.frame("function_call_arguments.delta", delta=event.text)]
         return []
 
-    def write_closed(self) -> list[Json]:
+    def write_block_stop(self) -> list[Json]:
         closers = {
             "text": self.close_message,
             "refusal": self.close_message,
-            "thinking": self.close_thought,
-            "redacted": self.close_thought,
+            "thinking": self.close_reasoning,
+            "redacted": self.close_reasoning,
             "tool": self.close_call,
         }
         if self.kind not in closers:
@@ -6848,13 +6873,13 @@ class ResponsesWriter:
     def close_message(self) -> list[Json]:
         part, text = self.part(), self.text
         if self.kind == "refusal":
-            done = self.frame("refusal.done", content_index=0, refusal=text)
+            text_done = self.frame("refusal.done", content_index=0, refusal=text)
         else:
-            done = self.frame("output_text.done", content_index=0, text=text, logprobs=[])
+            text_done = self.frame("output_text.done", content_index=0, text=text, logprobs=[])
         self.item = {**self.item, "status": "completed", "content": [part]}
-        return [done, self.frame("content_part.done", content_index=0, part=part)]
+        return [text_done, self.frame("content_part.done", content_index=0, part=part)]
 
-    def close_thought(self) -> list[Json]:
+    def close_reasoning(self) -> list[Json]:
         frames = []
         text, signature = self.text, "".join(self.signature)
         if text and not self.context.hide_thinking:
@@ -6865,10 +6890,10 @@ class ResponsesWriter:
             ]
             self.item["summary"] = [part]
         if signature:
-            carried = {"thinking": text, "signature": signature}
+            carried_thinking = {"thinking": text, "signature": signature}
             if self.kind == "redacted":
-                carried = {"data": signature}
-            self.item["encrypted_content"] = pack(CARRIED_THINKING, carried)
+                carried_thinking = {"data": signature}
+            self.item["encrypted_content"] = pack(CARRIED_THINKING, carried_thinking)
         return frames
 
     def close_call(self) -> list[Json]:
@@ -6893,7 +6918,7 @@ class ResponsesWriter:
         self.item = {**self.item, "status": "completed"}
         return frames
 
-    def write_finish(self, event: MessageStop) -> list[Json]:
+    def write_message_stop(self, event: MessageStop) -> list[Json]:
         reasons = {
             "length": "max_output_tokens",
             "context": "max_output_tokens",
