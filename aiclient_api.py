@@ -5814,16 +5814,18 @@ class MessagesDialect:
     @staticmethod
     def initiator(messages: list[Json]) -> str:
         """`agent` if the last turn is a tool result or the model's own, not a person's."""
-        last = next((m for m in reversed(messages) if m.get("role") != "system"), messages[-1])
-        if last.get("role") == "assistant":
+        last_message = next(
+            (m for m in reversed(messages) if m.get("role") != "system"), messages[-1]
+        )
+        if last_message.get("role") == "assistant":
             return "agent"
-        content = last.get("content")
+        content = last_message.get("content")
         parts = [p for p in content if isinstance(p, dict)] if isinstance(content, list) else []
         if not any(part.get("type") == "tool_result" for part in parts):
             return "user"
-        words = [part.get("text") for part in parts if part.get("type") == "text"]
-        spoken = any(isinstance(text, str) and not is_reminder(text) for text in words)
-        return "user" if spoken else "agent"
+        texts = [part.get("text") for part in parts if part.get("type") == "text"]
+        has_user_text = any(isinstance(text, str) and not is_reminder(text) for text in texts)
+        return "user" if has_user_text else "agent"
 
     def read_request(self, body: Json) -> Conversation:
         return MessagesRequestReader(body).read()
@@ -5852,17 +5854,17 @@ class MessagesDialect:
             aggregate.take(frame)
         return aggregate.whole()
 
-    def expand(self, whole: Json) -> list[Json]:
-        usage = get_dict(whole, "usage")
-        opening = {**whole, "content": [], "stop_reason": None, "stop_sequence": None}
+    def expand(self, response: Json) -> list[Json]:
+        usage = get_dict(response, "usage")
+        opening = {**response, "content": [], "stop_reason": None, "stop_sequence": None}
         frames: list[Json] = [{"type": "message_start", "message": opening}]
-        content = whole.get("content")
+        content = response.get("content")
         for index, block in enumerate(content if isinstance(content, list) else ()):
             frames += expand_block(index, block if isinstance(block, dict) else {})
-        delta = {key: whole.get(key) for key in ("stop_reason", "stop_sequence")}
+        delta = {key: response.get(key) for key in ("stop_reason", "stop_sequence")}
         last: Json = {"type": "message_delta", "delta": delta, "usage": dict(usage)}
-        if "copilot_usage" in whole:
-            last["copilot_usage"] = whole["copilot_usage"]
+        if "copilot_usage" in response:
+            last["copilot_usage"] = response["copilot_usage"]
         return [*frames, last, {"type": "message_stop"}]
 
     def plain_text(self, frame: Json) -> str | None:
@@ -5876,8 +5878,8 @@ class MessagesDialect:
         return write_sse(frame, frame["type"])
 
     def error_body(self, error: ApiError, request_id: str) -> Json:
-        said = {"type": ANTHROPIC_ERRORS[error.kind], "message": error.text()}
-        return {"type": "error", "error": said, "request_id": request_id}
+        payload = {"type": ANTHROPIC_ERRORS[error.kind], "message": error.text()}
+        return {"type": "error", "error": payload, "request_id": request_id}
 
     def error_status(self, error: ApiError) -> int:
         """The error's own status, but 529 for an overload, as Anthropic's."""
