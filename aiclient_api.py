@@ -5888,16 +5888,18 @@ class MessagesDialect:
     @staticmethod
     def initiator(messages: list[Json]) -> str:
         """`agent` if the last turn is a tool result or the model's own, not a person's."""
-        last = next((m for m in reversed(messages) if m.get("role") != "system"), messages[-1])
-        if last.get("role") == "assistant":
+        last_message = next(
+            (m for m in reversed(messages) if m.get("role") != "system"), messages[-1]
+        )
+        if last_message.get("role") == "assistant":
             return "agent"
-        content = last.get("content")
+        content = last_message.get("content")
         parts = [p for p in content if isinstance(p, dict)] if isinstance(content, list) else []
         if not any(part.get("type") == "tool_result" for part in parts):
             return "user"
-        words = [part.get("text") for part in parts if part.get("type") == "text"]
-        spoken = any(isinstance(text, str) and not is_reminder(text) for text in words)
-        return "user" if spoken else "agent"
+        texts = [part.get("text") for part in parts if part.get("type") == "text"]
+        has_user_text = any(isinstance(text, str) and not is_reminder(text) for text in texts)
+        return "user" if has_user_text else "agent"
 
     def read_request(self, body: Json) -> Conversation:
         return MessagesRequestReader(body).read()
@@ -5926,17 +5928,17 @@ class MessagesDialect:
             aggregate.take(frame)
         return aggregate.whole()
 
-    def expand(self, whole: Json) -> list[Json]:
-        usage = get_dict(whole, "usage")
-        opening = {**whole, "content": [], "stop_reason": None, "stop_sequence": None}
+    def expand(self, response: Json) -> list[Json]:
+        usage = get_dict(response, "usage")
+        opening = {**response, "content": [], "stop_reason": None, "stop_sequence": None}
         frames: list[Json] = [{"type": "message_start", "message": opening}]
-        content = whole.get("content")
+        content = response.get("content")
         for index, block in enumerate(content if isinstance(content, list) else ()):
             frames += expand_block(index, block if isinstance(block, dict) else {})
-        delta = {key: whole.get(key) for key in ("stop_reason", "stop_sequence")}
+        delta = {key: response.get(key) for key in ("stop_reason", "stop_sequence")}
         last: Json = {"type": "message_delta", "delta": delta, "usage": dict(usage)}
-        if "copilot_usage" in whole:
-            last["copilot_usage"] = whole["copilot_usage"]
+        if "copilot_usage" in response:
+            last["copilot_usage"] = response["copilot_usage"]
         return [*frames, last, {"type": "message_stop"}]
 
     def plain_text(self, frame: Json) -> str | None:
@@ -5950,8 +5952,8 @@ class MessagesDialect:
         return write_sse(frame, frame["type"])
 
     def error_body(self, error: ApiError, request_id: str) -> Json:
-        said = {"type": ANTHROPIC_ERRORS[error.kind], "message": error.text()}
-        return {"type": "error", "error": said, "request_id": request_id}
+        payload = {"type": ANTHROPIC_ERRORS[error.kind], "message": error.text()}
+        return {"type": "error", "error": payload, "request_id": request_id}
 
     def error_status(self, error: ApiError) -> int:
         """The error's own status, but 529 for an overload, as Anthropic's."""
@@ -6013,16 +6015,16 @@ RESPONSES_ECHOED: Json = {
 }
 
 
-def pack(mark: str, value: Json) -> str:
-    return mark + base64.urlsafe_b64encode(dump_json(value)).decode()
+def pack(prefix: str, value: Json) -> str:
+    return prefix + base64.urlsafe_b64encode(dump_json(value)).decode()
 
 
-def unpack(mark: str, text: str) -> Json | None:
+def unpack(prefix: str, text: str) -> Json | None:
     """Decodes opaque text with that prefix; None for anything else."""
-    if not text.startswith(mark):
+    if not text.startswith(prefix):
         return None
     try:
-        data = base64.urlsafe_b64decode(text.removeprefix(mark))
+        data = base64.urlsafe_b64decode(text.removeprefix(prefix))
         return load_object(data) if count_values(data) <= MAX_PACKED_MARKS else None
     except ValueError:
         return None
@@ -6107,12 +6109,14 @@ HOSTED_ITEMS = (
 
 
 def hosted_words(item: Json) -> str:
-    rows = [item.get("output"), item.get("results"), item.get("outputs")]
-    flat = [row for rows_ in rows for row in (rows_ if isinstance(rows_, list) else [rows_])]
+    outputs = [item.get("output"), item.get("results"), item.get("outputs")]
+    parts = [
+        part for output in outputs for part in (output if isinstance(output, list) else [output])
+    ]
     texts = [
-        row if isinstance(row, str) else row.get("text") or row.get("logs")
-        for row in flat
-        if isinstance(row, (str, dict))
+        part if isinstance(part, str) else part.get("text") or part.get("logs")
+        for part in parts
+        if isinstance(part, (str, dict))
     ]
     return "\n".join(text for text in texts if isinstance(text, str) and text)
 
@@ -6126,12 +6130,12 @@ class AssistantTurn:
     """An assistant turn being assembled from items in any order."""
 
     #: text and thinking: before the calls, whose results must directly follow them
-    words: list[Block] = field(default_factory=list)
+    content: list[Block] = field(default_factory=list)
     calls: list[Block] = field(default_factory=list)  #: calls, and thinking between them
     results: list[Block] = field(default_factory=list)  #: results of the calls
 
     def turns(self) -> list[Turn]:
-        return [Turn("assistant", [*self.words, *self.calls]), Turn("user", self.results)]
+        return [Turn("assistant", [*self.content, *self.calls]), Turn("user", self.results)]
 
 
 class ResponsesRequestReader:
@@ -6140,10 +6144,10 @@ class ResponsesRequestReader:
         self.chat = Conversation(turns_field="input")
         self.turns: list[Turn | AssistantTurn] = []
         self.tools: dict[str, Tool] = {}  # by their names in the Conversation
-        self.called: dict[str, AssistantTurn] = {}  # call id -> the turn that holds it
+        self.turn_by_call_id: dict[str, AssistantTurn] = {}
         self.answered: set[str] = set()  # calls that have a result somewhere
         #: those of them whose result is still to come
-        self.waiting: OrderedDict[str, AssistantTurn] = OrderedDict()
+        self.awaiting_results: OrderedDict[str, AssistantTurn] = OrderedDict()
 
     def read(self) -> Conversation:
         body, chat = self.body, self.chat
@@ -6185,9 +6189,9 @@ class ResponsesRequestReader:
         elif kind == "additional_tools":
             self.read_tools(item, path)
         elif kind in HOSTED_ITEMS:
-            words = hosted_words(item)
-            self.add_words([Text(f"[{kind.removesuffix('_call')}: {words}]")] if words else [])
-            self.chat.dropped += [] if words else [f"input.{kind}"]
+            text = hosted_words(item)
+            self.add_content([Text(f"[{kind.removesuffix('_call')}: {text}]")] if text else [])
+            self.chat.dropped += [] if text else [f"input.{kind}"]
         elif kind == "item_reference":
             raise InvalidRequest(
                 f"{path}: items are not stored here; send the item itself.",
@@ -6209,27 +6213,27 @@ class ResponsesRequestReader:
             else:
                 self.chat.system.extend(texts)
         elif role == "assistant":
-            self.add_words(blocks)
+            self.add_content(blocks)
         else:
             self.turns.append(Turn("user", blocks))
 
     def open_turn(self) -> AssistantTurn:
-        last = self.turns[-1] if self.turns else None
-        if not isinstance(last, AssistantTurn) or last.results:
-            last = AssistantTurn()
-            self.turns.append(last)
-        return last
+        turn = self.turns[-1] if self.turns else None
+        if not isinstance(turn, AssistantTurn) or turn.results:
+            turn = AssistantTurn()
+            self.turns.append(turn)
+        return turn
 
-    def add_words(self, blocks: list[Block]) -> None:
+    def add_content(self, blocks: list[Block]) -> None:
         """Adds assistant text to the turn whose calls await results, if there is one."""
-        turn = next(iter(self.waiting.values()), None) or self.open_turn()
-        turn.words.extend(blocks)
+        turn = next(iter(self.awaiting_results.values()), None) or self.open_turn()
+        turn.content.extend(blocks)
 
     def add_call(self, call: ToolCall) -> None:
-        self.called[call.id] = turn = self.open_turn()
+        self.turn_by_call_id[call.id] = turn = self.open_turn()
         turn.calls.append(call)
         if call.id in self.answered:
-            self.waiting[call.id] = turn
+            self.awaiting_results[call.id] = turn
 
     @staticmethod
     def read_call(item: Json, kind: str, path: str) -> ToolCall:
@@ -6253,14 +6257,14 @@ class ResponsesRequestReader:
             output = item.get("output")
             if isinstance(output, dict) and output.get("type") == "computer_screenshot":
                 output = [{**output, "type": "input_image"}]
-            rows = output if isinstance(output, list) else []
-            if isinstance(output, dict) or not all(is_known_part(row) for row in rows):
+            parts = output if isinstance(output, list) else []
+            if isinstance(output, dict) or not all(is_known_part(part) for part in parts):
                 output = dump_text(output)  # a shell's object, or parts of an unknown type
             blocks = read_parts(output, f"{path}.output")
         result = ToolResult(call_id, blocks)
-        self.waiting.pop(call_id, None)
-        if call_id in self.called:  # right after the turn with its call, wherever the result came
-            self.called[call_id].results.append(result)
+        self.awaiting_results.pop(call_id, None)
+        if call_id in self.turn_by_call_id:  # right after its call, wherever the result came
+            self.turn_by_call_id[call_id].results.append(result)
         else:
             self.turns.append(Turn("user", [result]))
 
@@ -6268,17 +6272,19 @@ class ResponsesRequestReader:
         """Only thinking that we packed for another upstream; the rest is not for it."""
         carried = unpack(CARRIED_THINKING, get_str(item, "encrypted_content"))
         if carried is not None:
-            said = [carried.get(key) for key in ("thinking", "signature", "data")]
-            thinking, signature, data = (item if isinstance(item, str) else "" for item in said)
+            values = [carried.get(key) for key in ("thinking", "signature", "data")]
+            thinking, signature, data = (
+                value if isinstance(value, str) else "" for value in values
+            )
             turn = self.open_turn()
-            (turn.calls or turn.words).append(Thinking(thinking, signature, data))
+            (turn.calls or turn.content).append(Thinking(thinking, signature, data))
 
     def read_tools(self, holder: Json, path: str, namespace: str = "") -> list[str]:
         """The names of the tools of the request, a namespace or a search result."""
         names: list[str] = []
         for index, item in enumerate(list_field(holder, "tools", path)):
-            where = f"{join_path(path, 'tools')}.{index}"
-            names += self.read_tool(need_dict(item, where), where, namespace)
+            item_path = f"{join_path(path, 'tools')}.{index}"
+            names += self.read_tool(need_dict(item, item_path), item_path, namespace)
         return names
 
     def read_tool(self, tool: Json, path: str, namespace: str) -> list[str]:
@@ -6302,21 +6308,21 @@ class ResponsesRequestReader:
             self.chat.hosted.append(kind)
             return []
         flat = flat_name(namespace, name)
-        known = self.tools.get(flat)
-        if known is not None and known.namespace != namespace:
+        existing = self.tools.get(flat)
+        if existing is not None and existing.namespace != namespace:
             raise InvalidRequest(
                 f"{path}: {name!r} of {namespace or 'no namespace'!r} and of "
-                f"{known.namespace or 'no namespace'!r} become one name; rename one.",
+                f"{existing.namespace or 'no namespace'!r} become one name; rename one.",
                 param="tools",
             )
-        if known is None:
+        if existing is None:
             strict = bool_field(tool, "strict", path)
             self.tools[flat] = Tool(flat, description, schema, strict, kind, namespace)
         return [flat]
 
     def read_choice(self) -> None:
         chat, choice = self.chat, self.body.get("tool_choice")
-        forced = ""
+        forced_kind = ""
         if not isinstance(choice, dict):
             mode = word_field(self.body, "tool_choice", CHOICE_MODES)
             chat.choice = ToolChoice(mode) if mode else None
@@ -6336,10 +6342,12 @@ class ResponsesRequestReader:
                 name = flat_name(namespace, need_str(choice, "name", "tool_choice"))
                 chat.choice = ToolChoice("named", name)
             else:
-                forced = kind
-        drop_hosted(chat.hosted, len(chat.tools), forced, chat.dropped)
-        if forced:
-            raise UnsupportedFeature(f"{forced} is not available on this model.", param="tools")
+                forced_kind = kind
+        drop_hosted(chat.hosted, len(chat.tools), forced_kind, chat.dropped)
+        if forced_kind:
+            raise UnsupportedFeature(
+                f"{forced_kind} is not available on this model.", param="tools"
+            )
 
     def read_settings(self) -> None:
         body, chat = self.body, self.chat
@@ -6350,20 +6358,20 @@ class ResponsesRequestReader:
         chat.session = str_field(body, "prompt_cache_key") or ""
         chat.effort = word_field(dict_field(body, "reasoning"), "effort", EFFORTS, "reasoning")
         chat.verbosity = str_field(dict_field(body, "text"), "verbosity", "text")
-        form = dict_field(dict_field(body, "text"), "format", "text")
-        if form.get("type") == "json_object":
+        text_format = dict_field(dict_field(body, "text"), "format", "text")
+        if text_format.get("type") == "json_object":
             chat.output = OutputFormat(None)
-        elif form.get("type") == "json_schema":
+        elif text_format.get("type") == "json_schema":
             chat.output = OutputFormat(
-                dict_field(form, "schema", "text.format"),
-                str_field(form, "name", "text.format") or "structured_output",
-                bool_field(form, "strict", "text.format"),
-                str_field(form, "description", "text.format") or "",
+                dict_field(text_format, "schema", "text.format"),
+                str_field(text_format, "name", "text.format") or "structured_output",
+                bool_field(text_format, "strict", "text.format"),
+                str_field(text_format, "description", "text.format") or "",
             )
         if body.get("truncation") == "auto":
             chat.dropped.append("truncation")
-        known = (*RESPONSES_KNOWN, *RESPONSES_SILENT)
-        chat.dropped += [key for key in body if key not in known and body[key] is not None]
+        known_keys = (*RESPONSES_KNOWN, *RESPONSES_SILENT)
+        chat.dropped += [key for key in body if key not in known_keys and body[key] is not None]
 
 
 def write_input_part(block: Block) -> Json | None:
@@ -6374,8 +6382,8 @@ def write_input_part(block: Block) -> Json | None:
         return {"type": "input_image", "image_url": url, "detail": block.detail or "auto"}
     if isinstance(block, Document):
         if block.text:
-            head = f"[{block.title}]\n" if block.title else ""
-            return {"type": "input_text", "text": head + block.text}
+            heading = f"[{block.title}]\n" if block.title else ""
+            return {"type": "input_text", "text": heading + block.text}
         data = f"data:{block.media_type};base64,{block.data}"
         name = block.title or "document.pdf"
         return {"type": "input_file", "filename": name, "file_data": data}
@@ -6429,12 +6437,14 @@ class ResponsesRequestWriter:
             if turn.role == "system":
                 items.append({"role": "developer", "content": plain_text(turn.blocks)})
             elif turn.role == "assistant":
-                items += [item for block in turn.blocks if (item := self.write_said(block))]
+                items += [
+                    item for block in turn.blocks if (item := self.write_assistant_block(block))
+                ]
             else:
                 items += self.write_user(turn.blocks)
         return items
 
-    def write_said(self, block: Block) -> Json | None:
+    def write_assistant_block(self, block: Block) -> Json | None:
         if isinstance(block, Text):
             part: Json = {"type": "output_text", "text": block.text, "annotations": []}
             return {"type": "message", "role": "assistant", "content": [part]}
@@ -6463,23 +6473,23 @@ class ResponsesRequestWriter:
                 parts += [part] if part else []
         return [*items, {"type": "message", "role": "user", "content": parts}] if parts else items
 
-    def write_result(self, result: ToolResult, later: list[Json]) -> Json:
+    def write_result(self, result: ToolResult, next_parts: list[Json]) -> Json:
         """A tool's output; its images move to the next message, as Copilot takes only text."""
         text = plain_text(result.blocks)
-        shown = [
+        media = [
             part
             for block in result.blocks
             if not isinstance(block, (Text, Refusal)) and (part := write_input_part(block))
         ]
-        call = wire_id(result.id)
-        if shown:
-            later.append({"type": "input_text", "text": f"From tool call {call}:"})
-            later += shown
+        call_id = wire_id(result.id)
+        if media:
+            next_parts.append({"type": "input_text", "text": f"From tool call {call_id}:"})
+            next_parts += media
             text = text or "[in the next message]"
         if result.is_error and not text.startswith("Error"):
             text = f"Error: {text}"
         text = text if text.strip() else "(no output)"
-        return {"type": "function_call_output", "call_id": call, "output": text}
+        return {"type": "function_call_output", "call_id": call_id, "output": text}
 
     def write_tool(self, tool: Tool) -> Json:
         entry: Json = {"type": "function", "name": self.chat.wire_name(tool.name)}
@@ -6495,8 +6505,8 @@ class ResponsesRequestWriter:
         return choice.mode
 
     def write_text(self) -> Json | None:
-        said = {"format": self.write_output(), "verbosity": self.chat.verbosity}
-        return {key: value for key, value in said.items() if value is not None} or None
+        options = {"format": self.write_output(), "verbosity": self.chat.verbosity}
+        return {key: value for key, value in options.items() if value is not None} or None
 
     def write_output(self) -> Json | None:
         output = self.chat.output
@@ -6504,11 +6514,13 @@ class ResponsesRequestWriter:
             return None
         if output.schema is None:
             return {"type": "json_object"}
-        form: Json = {"type": "json_schema", "name": output.name, "schema": output.schema}
+        text_format: Json = {"type": "json_schema", "name": output.name, "schema": output.schema}
         if output.description:
-            form["description"] = output.description
-        form["strict"] = fits_strict(output.schema) if output.strict is None else output.strict
-        return form
+            text_format["description"] = output.description
+        text_format["strict"] = (
+            fits_strict(output.schema) if output.strict is None else output.strict
+        )
+        return text_format
 
 
 def write_reasoning_item(text: str, signature: str) -> Json | None:
@@ -6521,17 +6533,17 @@ def write_reasoning_item(text: str, signature: str) -> Json | None:
 
 
 def read_responses_usage(response: Json, usage: Usage) -> None:
-    said = get_dict(response, "usage")
-    if not said:
+    reported = get_dict(response, "usage")
+    if not reported:
         return
-    cached = get_dict(said, "input_tokens_details")
-    usage.cache_read = get_int(cached, "cached_tokens", usage.cache_read)
-    usage.cache_write = get_int(cached, "cache_write_tokens", usage.cache_write)
-    prompt = get_int(said, "input_tokens", usage.prompt)
+    input_details = get_dict(reported, "input_tokens_details")
+    usage.cache_read = get_int(input_details, "cached_tokens", usage.cache_read)
+    usage.cache_write = get_int(input_details, "cache_write_tokens", usage.cache_write)
+    prompt = get_int(reported, "input_tokens", usage.prompt)
     usage.input = max(0, prompt - usage.cache_read - usage.cache_write)
-    usage.output = get_int(said, "output_tokens", usage.output)
-    reasoning = get_dict(said, "output_tokens_details")
-    usage.reasoning = get_int(reasoning, "reasoning_tokens", usage.reasoning)
+    usage.output = get_int(reported, "output_tokens", usage.output)
+    output_details = get_dict(reported, "output_tokens_details")
+    usage.reasoning = get_int(output_details, "reasoning_tokens", usage.reasoning)
     usage.source = "reported"
     read_copilot_usage(response, usage)
 
@@ -6559,10 +6571,10 @@ class OutputItem:
 
     kind: str = ""
     events: list[Event] = field(default_factory=list)
-    open: str = ""  #: kind of the open block
+    open_block: str = ""  #: kind of the open block
     pieces: list[str] = field(default_factory=list)  #: its text so far
-    parts: int = 0  #: number of complete content parts
-    spoken: bool = False  #: the open part has text
+    part_count: int = 0  #: number of complete content parts
+    has_text: bool = False  #: the open part has text
     done: bool = False
 
     @property
@@ -6575,10 +6587,10 @@ class ResponsesReader:
         self.context = context
         self.usage = Usage()
         self.items: dict[int, OutputItem] = {}
-        self.at = 0  # index of the item whose events are passed on
+        self.current_index = 0  # index of the item whose events are passed on
         self.started = False
         self.calls: list[str] = []
-        self.thought = ("", "")  # the last thinking text, and its signature
+        self.thinking = ("", "")  # the last thinking text, and its signature
 
     def read(self, frame: Json) -> list[Event]:
         kind = str(frame.get("type") or "")
@@ -6610,103 +6622,105 @@ class ResponsesReader:
         elif kind == "response.output_item.done":
             self.close_item(get_dict(frame, "item"), item)
         elif kind in ("response.output_text.delta", "response.refusal.delta"):
-            block = "text" if "output_text" in kind else "refusal"
-            self.add(item, block, frame.get("delta"))
+            block_kind = "text" if "output_text" in kind else "refusal"
+            self.add_text(item, block_kind, frame.get("delta"))
         elif kind in ("response.reasoning_summary_text.delta", "response.reasoning_text.delta"):
-            self.add(item, "thinking", frame.get("delta"))
+            self.add_text(item, "thinking", frame.get("delta"))
         elif kind == "response.reasoning_summary_part.added" and item.pieces:
-            self.add(item, "thinking", "\n\n")
+            self.add_text(item, "thinking", "\n\n")
         elif kind == "response.content_part.done":
             self.end_part(get_dict(frame, "part"), item)
         elif kind == "response.custom_tool_call_input.delta":
             item.pieces.append(str_or_empty(frame, "delta"))
-        elif kind == "response.function_call_arguments.delta" and item.open:
-            self.add(item, "tool", frame.get("delta"))
+        elif kind == "response.function_call_arguments.delta" and item.open_block:
+            self.add_text(item, "tool", frame.get("delta"))
 
     @staticmethod
-    def add(item: OutputItem, block: str, words: Any) -> None:
-        if not isinstance(words, str) or not words:
+    def add_text(item: OutputItem, block_kind: str, text: Any) -> None:
+        if not isinstance(text, str) or not text:
             return
-        if item.open != block:
+        if item.open_block != block_kind:
             ResponsesReader.end_block(item)
-            item.open = block
-            item.events.append(BlockStart(block))
-        item.spoken = True
-        item.pieces.append(words)
-        item.events.append(BlockDelta("arguments" if block == "tool" else "text", words))
+            item.open_block = block_kind
+            item.events.append(BlockStart(block_kind))
+        item.has_text = True
+        item.pieces.append(text)
+        item.events.append(BlockDelta("arguments" if block_kind == "tool" else "text", text))
 
     def end_part(self, part: Json, item: OutputItem) -> None:
         """Ends a content part; text that came only with it is added."""
-        if not item.spoken:
-            self.add(item, "text", part.get("text"))
-            self.add(item, "refusal", part.get("refusal"))
+        if not item.has_text:
+            self.add_text(item, "text", part.get("text"))
+            self.add_text(item, "refusal", part.get("refusal"))
         self.end_block(item)
-        item.parts += 1
-        item.spoken = False
+        item.part_count += 1
+        item.has_text = False
 
     @staticmethod
     def end_block(item: OutputItem) -> None:
         """Closes an open text block; calls and thinking end with their item."""
-        if item.open in ("text", "refusal"):
+        if item.open_block in ("text", "refusal"):
             item.events.append(BlockStop())
-            item.open = ""
+            item.open_block = ""
 
-    def open_item(self, said: Json, item: OutputItem) -> None:
-        item.kind = str(said.get("type") or "")
-        if item.kind in ("function_call", "custom_tool_call") and said.get("name"):
-            item.open = "tool"
-            name = flat_name(get_str(said, "namespace"), str(said.get("name") or ""))
-            call_id = str(said.get("call_id") or said.get("id") or "")
+    def open_item(self, payload: Json, item: OutputItem) -> None:
+        item.kind = str(payload.get("type") or "")
+        if item.kind in ("function_call", "custom_tool_call") and payload.get("name"):
+            item.open_block = "tool"
+            name = flat_name(get_str(payload, "namespace"), str(payload.get("name") or ""))
+            call_id = str(payload.get("call_id") or payload.get("id") or "")
             self.calls.append(call_id)
             item.events.append(BlockStart("tool", call_id, name))
 
-    def close_item(self, said: Json, item: OutputItem) -> None:
+    def close_item(self, payload: Json, item: OutputItem) -> None:
         """Ends an item; content that came only with it is added."""
         if not item.kind:
-            self.open_item(said, item)
+            self.open_item(payload, item)
         if item.kind == "message":
-            content = said.get("content")
+            content = payload.get("content")
             parts = content if isinstance(content, list) else []
-            for part in parts[item.parts :]:
+            for part in parts[item.part_count :]:
                 self.end_part(part if isinstance(part, dict) else {}, item)
-        elif item.kind == "function_call" and item.open and not item.pieces:
-            self.add(item, "tool", said.get("arguments"))
-        elif item.kind == "custom_tool_call" and item.open:
-            text = said.get("input")
-            words = text if isinstance(text, str) and text else item.text
-            self.add(item, "tool", dump_text({"input": words}))
+        elif item.kind == "function_call" and item.open_block and not item.pieces:
+            self.add_text(item, "tool", payload.get("arguments"))
+        elif item.kind == "custom_tool_call" and item.open_block:
+            value = payload.get("input")
+            call_input = value if isinstance(value, str) and value else item.text
+            self.add_text(item, "tool", dump_text({"input": call_input}))
         elif item.kind == "reasoning":
-            self.close_thought(said, item)
+            self.close_reasoning(payload, item)
         self.end_block(item)
-        if item.open:
+        if item.open_block:
             item.events.append(BlockStop())
-        item.open, item.done = "", True
+        item.open_block, item.done = "", True
 
-    def close_thought(self, said: Json, item: OutputItem) -> None:
+    def close_reasoning(self, payload: Json, item: OutputItem) -> None:
         """Ends a reasoning item: only now is its encrypted form reliable."""
         if not item.pieces:
-            rows = said.get("summary") or said.get("content")
-            rows = rows if isinstance(rows, list) else []
-            texts = [row.get("text") for row in rows if isinstance(row, dict)]
-            self.add(item, "thinking", "\n\n".join(t for t in texts if isinstance(t, str)))
-        encrypted = said.get("encrypted_content")
+            summary = payload.get("summary") or payload.get("content")
+            summary = summary if isinstance(summary, list) else []
+            texts = [part.get("text") for part in summary if isinstance(part, dict)]
+            self.add_text(
+                item, "thinking", "\n\n".join(text for text in texts if isinstance(text, str))
+            )
+        encrypted = payload.get("encrypted_content")
         if not isinstance(encrypted, str) or not encrypted:
             return
-        signature = pack(RESPONSES_ENVELOPE, {"id": said.get("id"), "enc": encrypted})
-        self.thought = (item.text, signature)
-        if item.open == "thinking":
+        signature = pack(RESPONSES_ENVELOPE, {"id": payload.get("id"), "enc": encrypted})
+        self.thinking = (item.text, signature)
+        if item.open_block == "thinking":
             item.events.append(BlockDelta("signature", signature))
         else:
             item.events += [BlockStart("redacted", raw={"data": signature}), BlockStop()]
 
     def flush(self, events: list[Event]) -> None:
-        while self.at in self.items:
-            item = self.items[self.at]
+        while self.current_index in self.items:
+            item = self.items[self.current_index]
             events += item.events
             item.events = []
             if not item.done:
                 return
-            self.at += 1
+            self.current_index += 1
 
     def read_end(self, kind: str, frame: Json) -> list[Event]:
         """The terminal frame: items that were never streamed, usage, finish."""
@@ -6716,10 +6730,10 @@ class ResponsesReader:
         events: list[Event] = []
         self.start(response, events)
         output = response.get("output")
-        for index, said in enumerate(output if isinstance(output, list) else ()):
+        for index, payload in enumerate(output if isinstance(output, list) else ()):
             item = self.items.setdefault(index, OutputItem())
-            if not item.done and isinstance(said, dict):
-                self.close_item(said, item)
+            if not item.done and isinstance(payload, dict):
+                self.close_item(payload, item)
         for index in sorted(self.items):
             item = self.items[index]
             if not item.done:
@@ -6732,8 +6746,8 @@ class ResponsesReader:
         read_copilot_usage(frame, self.usage)
         if self.usage.source:
             events.append(UsageUpdate(self.usage))
-        if self.calls and self.thought[1] and self.context.keep:
-            self.context.keep(self.calls, *self.thought)
+        if self.calls and self.thinking[1] and self.context.keep:
+            self.context.keep(self.calls, *self.thinking)
         incomplete = kind == "response.incomplete"
         events.append(MessageStop(read_incomplete(response) if incomplete else "end"))
         return events
@@ -6769,17 +6783,17 @@ def write_response(context: ResponseContext, status: str, output: list[Json]) ->
         "store": False,
         "usage": None,
     }
-    asked = {key: context.asked.get(key) for key in RESPONSES_ECHOED}
+    requested = {key: context.asked.get(key) for key in RESPONSES_ECHOED}
     for key, default in RESPONSES_ECHOED.items():
-        response[key] = default if asked[key] is None else asked[key]
+        response[key] = default if requested[key] is None else requested[key]
     return response
 
 
 def unwrap_input(arguments: str) -> str:
     """Unwraps a custom tool's input from its JSON object; other text is returned unchanged."""
-    said = load_object(arguments)
-    if said is not None and len(said) == 1:
-        (value,) = said.values()
+    payload = load_object(arguments)
+    if payload is not None and len(payload) == 1:
+        (value,) = payload.values()
         return value if isinstance(value, str) else arguments
     return arguments
 
@@ -6802,7 +6816,7 @@ class ResponsesWriter:
 
     def write(self, event: Event) -> list[Json]:
         if isinstance(event, BlockDelta):
-            return self.write_added(event)
+            return self.write_block_delta(event)
         if isinstance(event, MessageStart):
             response = write_response(self.context, "in_progress", [])
             return [
@@ -6810,19 +6824,19 @@ class ResponsesWriter:
                 {"type": "response.in_progress", "response": response},
             ]
         if isinstance(event, BlockStart):
-            return self.write_opened(event)
+            return self.write_block_start(event)
         if isinstance(event, BlockStop):
-            return self.write_closed()
+            return self.write_block_stop()
         if isinstance(event, UsageUpdate):
             self.usage = event.usage
             return []
         if isinstance(event, MessageStop):
-            return self.write_finish(event)
+            return self.write_message_stop(event)
         raise event.error
 
-    def frame(self, kind: str, **more: Any) -> Json:
-        at = {"item_id": self.item["id"], "output_index": len(self.output)}
-        return {"type": f"response.{kind}", **at, **more}
+    def frame(self, kind: str, **members: Any) -> Json:
+        position = {"item_id": self.item["id"], "output_index": len(self.output)}
+        return {"type": f"response.{kind}", **position, **members}
 
     def item_frame(self, kind: str) -> Json:
         index = len(self.output)
@@ -6831,7 +6845,7 @@ class ResponsesWriter:
     def new_id(self, prefix: str) -> str:
         return prefix + short_hash(f"{self.context.id} {len(self.output)}", 24)
 
-    def write_opened(self, event: BlockStart) -> list[Json]:
+    def write_block_start(self, event: BlockStart) -> list[Json]:
         self.kind, self.pieces, self.signature = event.kind, [], []
         if event.kind in ("text", "refusal"):
             self.item = {
@@ -6842,18 +6856,18 @@ class ResponsesWriter:
                 "content": [],
             }
             part = self.frame("content_part.added", content_index=0, part=self.part())
-            return [self.opened(), part]
+            return [self.item_added(), part]
         if event.kind in ("thinking", "redacted"):
             self.item = {"id": self.new_id("rs_"), "type": "reasoning", "summary": []}
             if event.kind == "redacted":
                 self.signature = [str((event.raw or {}).get("data") or "")]
-            return [self.opened()]
+            return [self.item_added()]
         if event.kind == "tool":
             self.item = self.new_call(event)
-            return [self.opened()]
+            return [self.item_added()]
         return []  # a block that only another dialect knows
 
-    def opened(self) -> Json:
+    def item_added(self) -> Json:
         """`output_item.added` with a snapshot of the item, which will still grow."""
         return {**self.item_frame("added"), "item": dict(self.item)}
 
@@ -6862,17 +6876,21 @@ class ResponsesWriter:
         kind = tool.kind if tool else "function"
         state = {"call_id": event.id, "status": "in_progress"}
         if kind == "tool_search":
-            head = {"id": self.new_id("tsc_"), "type": "tool_search_call", "execution": "client"}
-            return {**head, **state, "arguments": {}}
+            identity = {
+                "id": self.new_id("tsc_"),
+                "type": "tool_search_call",
+                "execution": "client",
+            }
+            return {**identity, **state, "arguments": {}}
         name = event.name
         if tool and tool.namespace:
             name = name.removeprefix(flat_name(tool.namespace, ""))
         if kind == "custom":
-            head = {"id": self.new_id("ctc_"), "type": "custom_tool_call"}
-            item: Json = {**head, **state, "name": name, "input": ""}
+            identity = {"id": self.new_id("ctc_"), "type": "custom_tool_call"}
+            item: Json = {**identity, **state, "name": name, "input": ""}
         else:
-            head = {"id": self.new_id("fc_"), "type": "function_call"}
-            item = {**head, **state, "name": name, "arguments": ""}
+            identity = {"id": self.new_id("fc_"), "type": "function_call"}
+            item = {**identity, **state, "name": name, "arguments": ""}
         return {**item, "namespace": tool.namespace} if tool and tool.namespace else item
 
     def part(self) -> Json:
@@ -6880,36 +6898,39 @@ class ResponsesWriter:
             return {"type": "refusal", "refusal": self.text}
         return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": []}
 
-    def write_added(self, event: BlockDelta) -> list[Json]:
+    def write_block_delta(self, event: BlockDelta) -> list[Json]:
         if event.part == "signature":
             self.signature.append(event.text)
             return []
         if event.part == "citation" or self.kind == "opaque" or not event.text:
             return []
-        begins = not self.pieces
+        is_first = not self.pieces
         self.pieces.append(event.text)
         if self.kind == "text":
-            more = {"content_index": 0, "delta": event.text, "logprobs": []}
-            return [self.frame("output_text.delta", **more)]
+            members = {"content_index": 0, "delta": event.text, "logprobs": []}
+            return [self.frame("output_text.delta", **members)]
         if self.kind == "refusal":
             return [self.frame("refusal.delta", content_index=0, delta=event.text)]
         if self.kind == "thinking":
             if self.context.hide_thinking:
                 return []
             part = {"type": "summary_text", "text": ""}
-            first = [self.frame("reasoning_summary_part.added", summary_index=0, part=part)]
-            more = {"summary_index": 0, "delta": event.text}
-            return [*(first if begins else ()), self.frame("reasoning_summary_text.delta", **more)]
+            part_added = [self.frame("reasoning_summary_part.added", summary_index=0, part=part)]
+            members = {"summary_index": 0, "delta": event.text}
+            return [
+                *(part_added if is_first else ()),
+                self.frame("reasoning_summary_text.delta", **members),
+            ]
         if self.item["type"] == "function_call":
             return [self.frame("function_call_arguments.delta", delta=event.text)]
         return []
 
-    def write_closed(self) -> list[Json]:
+    def write_block_stop(self) -> list[Json]:
         closers = {
             "text": self.close_message,
             "refusal": self.close_message,
-            "thinking": self.close_thought,
-            "redacted": self.close_thought,
+            "thinking": self.close_reasoning,
+            "redacted": self.close_reasoning,
             "tool": self.close_call,
         }
         if self.kind not in closers:
@@ -6922,13 +6943,13 @@ class ResponsesWriter:
     def close_message(self) -> list[Json]:
         part, text = self.part(), self.text
         if self.kind == "refusal":
-            done = self.frame("refusal.done", content_index=0, refusal=text)
+            text_done = self.frame("refusal.done", content_index=0, refusal=text)
         else:
-            done = self.frame("output_text.done", content_index=0, text=text, logprobs=[])
+            text_done = self.frame("output_text.done", content_index=0, text=text, logprobs=[])
         self.item = {**self.item, "status": "completed", "content": [part]}
-        return [done, self.frame("content_part.done", content_index=0, part=part)]
+        return [text_done, self.frame("content_part.done", content_index=0, part=part)]
 
-    def close_thought(self) -> list[Json]:
+    def close_reasoning(self) -> list[Json]:
         frames = []
         text, signature = self.text, "".join(self.signature)
         if text and not self.context.hide_thinking:
@@ -6939,10 +6960,10 @@ class ResponsesWriter:
             ]
             self.item["summary"] = [part]
         if signature:
-            carried = {"thinking": text, "signature": signature}
+            carried_thinking = {"thinking": text, "signature": signature}
             if self.kind == "redacted":
-                carried = {"data": signature}
-            self.item["encrypted_content"] = pack(CARRIED_THINKING, carried)
+                carried_thinking = {"data": signature}
+            self.item["encrypted_content"] = pack(CARRIED_THINKING, carried_thinking)
         return frames
 
     def close_call(self) -> list[Json]:
@@ -6967,7 +6988,7 @@ class ResponsesWriter:
         self.item = {**self.item, "status": "completed"}
         return frames
 
-    def write_finish(self, event: MessageStop) -> list[Json]:
+    def write_message_stop(self, event: MessageStop) -> list[Json]:
         reasons = {
             "length": "max_output_tokens",
             "context": "max_output_tokens",
@@ -7006,12 +7027,12 @@ class ResponsesRelay:
         self.usage = Usage()
         self.said = 0.0
         self.finished = False
-        self.ids: dict[int, str] = {}
-        self.summarised: set[int] = set()  # reasoning items whose summary was streamed
-        self.sealed: dict[int, str] = {}  # encrypted reasoning; only its last event is reliable
-        self.done: dict[int, Json] = {}  # complete items
+        self.item_ids: dict[int, str] = {}
+        self.summary_streamed: set[int] = set()  # reasoning items
+        self.encrypted_content: dict[int, str] = {}  # only its last event is reliable
+        self.done_items: dict[int, Json] = {}  # complete items
         self.guards: defaultdict[int, RunawayGuard] = defaultdict(RunawayGuard)  # per item
-        self.begun = False
+        self.started = False
 
     def repair(self, frame: Json) -> list[Json]:
         kind = str(frame.get("type") or "")
@@ -7024,22 +7045,22 @@ class ResponsesRelay:
         if not kind.startswith("response."):
             return []
         frame.pop("copilot_quota_snapshots", None)
-        first = [] if self.begun or kind == "response.created" else self.opening()
-        self.begun = True
+        leading_frames = [] if self.started or kind == "response.created" else self.created_frames()
+        self.started = True
         index = frame.get("output_index")
         if isinstance(index, int):
-            self.mend_item(index, frame)
+            self.repair_item(index, frame)
         delta = frame.get("delta")
         if isinstance(delta, str):
             self.said += estimate_text(delta)
             if kind == "response.function_call_arguments.delta" and isinstance(index, int):
                 self.guards[index].check(delta)
         if kind == "response.reasoning_summary_part.added" and isinstance(index, int):
-            self.summarised.add(index)
+            self.summary_streamed.add(index)
         elif kind == "response.output_item.done" and isinstance(index, int):
-            first += self.late_summary(index, get_dict(frame, "item"))
+            leading_frames += self.late_summary(index, get_dict(frame, "item"))
         if isinstance(frame.get("response"), dict):
-            frame["response"] = self.mend_response(frame["response"], kind in RESPONSES_ENDS)
+            frame["response"] = self.repair_response(frame["response"], kind in RESPONSES_ENDS)
         if kind in RESPONSES_ENDS:
             frame["response"] = response = get_dict(frame, "response")
             if "id" not in response:
@@ -7047,49 +7068,49 @@ class ResponsesRelay:
             read_responses_usage(response, self.usage)
             read_copilot_usage(frame, self.usage)
             self.finished = True
-        return [*first, frame]
+        return [*leading_frames, frame]
 
     def late_summary(self, index: int, item: Json) -> list[Json]:
         """The deltas of a summary that came only with its finished item."""
-        rows = item.get("summary")
-        if item.get("type") != "reasoning" or index in self.summarised or not rows:
+        summary = item.get("summary")
+        if item.get("type") != "reasoning" or index in self.summary_streamed or not summary:
             return []
         frames: list[Json] = []
-        for number, part in enumerate(rows if isinstance(rows, list) else ()):
+        for part_index, part in enumerate(summary if isinstance(summary, list) else ()):
             text = part.get("text") if isinstance(part, dict) else None
             if not isinstance(text, str):
                 continue
-            at = {"item_id": item["id"], "output_index": index, "summary_index": number}
+            position = {"item_id": item["id"], "output_index": index, "summary_index": part_index}
             steps = (
                 ("part.added", {"part": {"type": "summary_text", "text": ""}}),
                 ("text.delta", {"delta": text}),
                 ("text.done", {"text": text}),
                 ("part.done", {"part": part}),
             )
-            for step, more in steps:
-                frames.append({"type": f"response.reasoning_summary_{step}", **at, **more})
+            for step, members in steps:
+                frames.append({"type": f"response.reasoning_summary_{step}", **position, **members})
         return frames
 
-    def opening(self) -> list[Json]:
+    def created_frames(self) -> list[Json]:
         response = write_response(self.context, "in_progress", [])
         return [{"type": "response.created", "response": response}]
 
-    def pinned(self, index: int, kind: str) -> str:
+    def stable_id(self, index: int, kind: str) -> str:
         prefix = ITEM_PREFIXES.get(kind, "item_")
-        made = prefix + short_hash(f"{self.context.id} {index}", 24)
-        return self.ids.setdefault(index, made)
+        item_id = prefix + short_hash(f"{self.context.id} {index}", 24)
+        return self.item_ids.setdefault(index, item_id)
 
-    def mend_item(self, index: int, frame: Json) -> None:
+    def repair_item(self, index: int, frame: Json) -> None:
         item = frame.get("item")
         if isinstance(item, dict):
-            item["id"] = self.pinned(index, str(item.get("type")))
+            item["id"] = self.stable_id(index, str(item.get("type")))
             self.rename(item)
             encrypted = get_str(item, "encrypted_content")
             if frame["type"] == "response.output_item.done":
-                self.done[index] = item
-                self.sealed.update({index: encrypted} if encrypted else {})
+                self.done_items[index] = item
+                self.encrypted_content.update({index: encrypted} if encrypted else {})
         elif "item_id" in frame:
-            frame["item_id"] = self.pinned(index, "")
+            frame["item_id"] = self.stable_id(index, "")
         self.rename(frame)
 
     def rename(self, holder: Json) -> None:
@@ -7099,7 +7120,7 @@ class ResponsesRelay:
             if isinstance(name, str):
                 holder[key] = self.context.names.get(name, name)
 
-    def mend_response(self, response: Json, is_last: bool) -> Json:
+    def repair_response(self, response: Json, is_last: bool) -> Json:
         response.update(
             id=self.context.id, model=self.context.model, created_at=self.context.created
         )
@@ -7110,13 +7131,15 @@ class ResponsesRelay:
         response.pop("output_text", None)
         output = response.get("output")
         if is_last and not output:  # its items may have been streamed before
-            response["output"] = output = [self.done[index] for index in sorted(self.done)]
+            response["output"] = output = [
+                self.done_items[index] for index in sorted(self.done_items)
+            ]
         for index, item in enumerate(output if isinstance(output, list) else ()):
             if isinstance(item, dict):
-                item["id"] = self.pinned(index, str(item.get("type")))
+                item["id"] = self.stable_id(index, str(item.get("type")))
                 self.rename(item)
-                if index in self.sealed:
-                    item["encrypted_content"] = self.sealed[index]
+                if index in self.encrypted_content:
+                    item["encrypted_content"] = self.encrypted_content[index]
         return response
 
     def end(self) -> list[Json]:
@@ -7127,45 +7150,45 @@ class ResponsesRelay:
 
 def expand_item(index: int, item: Json) -> list[Json]:
     """The frames of one item: clients read text and arguments from deltas only."""
-    at = {"output_index": index, "item_id": item.get("id")}
-    start = {**item, "status": "in_progress"}
+    position = {"output_index": index, "item_id": item.get("id")}
+    opened_item = {**item, "status": "in_progress"}
     deltas: list[Json] = []
     if item.get("type") == "message":
         content = item.get("content")
-        start["content"] = []
-        for number, part in enumerate(content if isinstance(content, list) else ()):
+        opened_item["content"] = []
+        for part_index, part in enumerate(content if isinstance(content, list) else ()):
             if isinstance(part, dict):
-                deltas += expand_part({**at, "content_index": number}, part)
+                deltas += expand_part({**position, "content_index": part_index}, part)
     elif item.get("type") == "reasoning":
-        start = {"id": item.get("id"), "type": "reasoning", "summary": []}
+        opened_item = {"id": item.get("id"), "type": "reasoning", "summary": []}
     for key, kind in (
         ("arguments", "function_call_arguments"),
         ("input", "custom_tool_call_input"),
     ):
         if isinstance(item.get(key), str):
-            start[key] = ""
+            opened_item[key] = ""
             name = {"name": item.get("name")} if key == "arguments" else {}
             deltas += [
-                {"type": f"response.{kind}.delta", **at, "delta": item[key]},
-                {"type": f"response.{kind}.done", **at, **name, key: item[key]},
+                {"type": f"response.{kind}.delta", **position, "delta": item[key]},
+                {"type": f"response.{kind}.done", **position, **name, key: item[key]},
             ]
     head = {"output_index": index}
     return [
-        {"type": "response.output_item.added", **head, "item": start},
+        {"type": "response.output_item.added", **head, "item": opened_item},
         *deltas,
         {"type": "response.output_item.done", **head, "item": dict(item)},
     ]
 
 
-def expand_part(at: Json, part: Json) -> list[Json]:
+def expand_part(position: Json, part: Json) -> list[Json]:
     key, kind = ("refusal", "refusal") if part.get("type") == "refusal" else ("text", "output_text")
-    words = part.get(key)
-    words = words if isinstance(words, str) else ""
+    text = part.get(key)
+    text = text if isinstance(text, str) else ""
     return [
-        {"type": "response.content_part.added", **at, "part": {**part, key: ""}},
-        {"type": f"response.{kind}.delta", **at, "delta": words},
-        {"type": f"response.{kind}.done", **at, key: words},
-        {"type": "response.content_part.done", **at, "part": part},
+        {"type": "response.content_part.added", **position, "part": {**part, key: ""}},
+        {"type": f"response.{kind}.delta", **position, "delta": text},
+        {"type": f"response.{kind}.done", **position, key: text},
+        {"type": "response.content_part.done", **position, "part": part},
     ]
 
 
@@ -7179,17 +7202,20 @@ class ResponsesDialect:
         refuse_state(body)
         items = input_items(body)
         session = body.get("prompt_cache_key") or body.get("user") or ""
-        last = next(
-            (i for i in reversed(items) if i.get("role") not in ("system", "developer")), items[-1]
+        last_item = next(
+            (item for item in reversed(items) if item.get("role") not in ("system", "developer")),
+            items[-1],
         )
-        system = [i.get("content") for i in items if i.get("role") in ("system", "developer")][:1]
+        system_content = [
+            item.get("content") for item in items if item.get("role") in ("system", "developer")
+        ][:1]
         return RequestInfo(
             model=need_str(body, "model"),
             stream=take_bool(body, "stream"),
             include_usage=True,
-            initiator="user" if last.get("role") == "user" else "agent",
+            initiator="user" if last_item.get("role") == "user" else "agent",
             session=session if isinstance(session, str) else "",
-            opening=opening_words(body.get("instructions") or (system or [""])[0], items),
+            opening=opening_words(body.get("instructions") or (system_content or [""])[0], items),
         )
 
     def read_request(self, body: Json) -> Conversation:
@@ -7199,13 +7225,13 @@ class ResponsesDialect:
         return ResponsesRequestWriter(chat, model).write()
 
     def has_image(self, body: Json) -> bool:
-        rows = body["input"] if isinstance(body["input"], list) else []
+        items = body["input"] if isinstance(body["input"], list) else []
         return any(
             isinstance(part, dict) and part.get("type") == "input_image"
-            for row in rows
+            for item in items
             for key in ("content", "output")
-            if isinstance(row.get(key), list)
-            for part in row[key]
+            if isinstance(item.get(key), list)
+            for part in item[key]
         )
 
     def framing(self) -> Framing:
@@ -7221,25 +7247,25 @@ class ResponsesDialect:
         return ResponsesRelay(context)
 
     def aggregate(self, frames: list[Json]) -> Json:
-        whole: Json = frames[-1]["response"]
-        return whole
+        response: Json = frames[-1]["response"]
+        return response
 
-    def expand(self, whole: Json) -> list[Json]:
-        output = whole.get("output")
+    def expand(self, response: Json) -> list[Json]:
+        output = response.get("output")
         frames: list[Json] = [
             {
                 "type": "response.created",
-                "response": {**whole, "status": "in_progress", "output": []},
+                "response": {**response, "status": "in_progress", "output": []},
             }
         ]
         if not isinstance(output, list):
             raise UpstreamError("The upstream's answer holds no output.")
         for index, item in enumerate(output):
             frames += expand_item(index, item if isinstance(item, dict) else {})
-        status = whole.get("status")
-        ends = ("incomplete", "failed", "cancelled")
-        last = f"response.{status if status in ends else 'completed'}"
-        frames.append({"type": last, "response": whole})
+        status = response.get("status")
+        other_ends = ("incomplete", "failed", "cancelled")
+        kind = f"response.{status if status in other_ends else 'completed'}"
+        frames.append({"type": kind, "response": response})
         return frames
 
     def plain_text(self, frame: Json) -> str | None:
@@ -7251,15 +7277,15 @@ class ResponsesDialect:
 
     def error_body(self, error: ApiError, request_id: str) -> Json:
         """As for chat, but a missing sign-in is a client error, so that it is not retried."""
-        said = write_openai_error(error, "input")
+        payload = write_openai_error(error, "input")
         if isinstance(error, NotSignedIn):
-            said["type"] = "invalid_request_error"
-        wait_s = error.retry_after or 0.0
+            payload["type"] = "invalid_request_error"
+        retry_after = error.retry_after or 0.0
         if isinstance(error, (QuotaExceeded, LimitReached)) or (
-            isinstance(error, RateLimited) and wait_s > MAX_RETRY_AFTER_SECONDS
+            isinstance(error, RateLimited) and retry_after > MAX_RETRY_AFTER_SECONDS
         ):
-            said["type"] = "usage_limit_reached"  # makes Codex stop instead of waiting
-        return {"error": said}
+            payload["type"] = "usage_limit_reached"  # makes Codex stop instead of waiting
+        return {"error": payload}
 
     def error_status(self, error: ApiError) -> int:
         """The error's own status, but 400 if not signed in: Codex retries a 5xx up to 30 times."""
@@ -7269,15 +7295,18 @@ class ResponsesDialect:
         self, error: ApiError, request_id: str, context: ResponseContext, begun: bool
     ) -> list[Json]:
         """`response.failed`, after `response.created` if nothing was sent before."""
-        said = write_openai_error(error, "input")
+        payload = write_openai_error(error, "input")
         response = write_response(context, "failed", [])
-        code = said["code"] or said["type"]
-        plain = {"upstream_error", "upstream_timeout", "internal_error"}
-        code = "server_error" if code in plain else code  # the codes that its clients know
-        response["error"] = {"code": code, "message": said["message"]}
-        first = {"type": "response.created", "response": write_response(context, "in_progress", [])}
+        code = payload["code"] or payload["type"]
+        generic_codes = {"upstream_error", "upstream_timeout", "internal_error"}
+        code = "server_error" if code in generic_codes else code  # the codes that its clients know
+        response["error"] = {"code": code, "message": payload["message"]}
+        created = {
+            "type": "response.created",
+            "response": write_response(context, "in_progress", []),
+        }
         failed = {"type": "response.failed", "response": response}
-        return [failed] if begun else [first, failed]
+        return [failed] if begun else [created, failed]
 
     def ping(self, begun: bool) -> bytes:
         return SSE_COMMENT_PING
@@ -7428,35 +7457,37 @@ LASTING_ACTIONS = ("rest", "pause", "refresh")  # they affect more than one requ
 def find_kiro_fault(text: str, sentences: bool = False) -> KiroFault | None:
     """The first fault found in `text`; with `sentences` one word gives no lasting remedy."""
     for fault, pattern in KIRO_PATTERNS:
-        found = pattern.search(text)
-        if found and (" " in found[0] or not sentences or fault.action not in LASTING_ACTIONS):
+        match = pattern.search(text)
+        if match and (" " in match[0] or not sentences or fault.action not in LASTING_ACTIONS):
             return fault
     return None
 
 
 def classify_kiro_message(code: str, reason: str, message: str) -> RetryDecision | None:
     """Classifies a refusal by Kiro's error text, in an error response or inside a stream."""
-    named = find_kiro_fault(f"{code} {reason}")
+    code_fault = find_kiro_fault(f"{code} {reason}")
     # The refusal of one request may quote the client's own names, such as a tool's.
-    worded = find_kiro_fault(message, named is not None and named.error is InvalidRequest)
-    found = [fault for fault in (named, worded) if fault is not None]
-    if not found:
+    message_fault = find_kiro_fault(
+        message, code_fault is not None and code_fault.error is InvalidRequest
+    )
+    faults = [fault for fault in (code_fault, message_fault) if fault is not None]
+    if not faults:
         return None
-    fault = min(found, key=KIRO_FAULTS.index)
+    fault = min(faults, key=KIRO_FAULTS.index)
     if fault.error is ContextTooLong:
         return RetryDecision(ContextTooLong())
-    words = ": ".join(filter(None, [fault.text, message.strip(" .")]))
-    tail = f" ({reason})" if reason and reason not in message else ""
-    return RetryDecision(fault.error(f"{words}{tail}.", hint=fault.hint), fault.action)
+    text = ": ".join(filter(None, [fault.text, message.strip(" .")]))
+    suffix = f" ({reason})" if reason and reason not in message else ""
+    return RetryDecision(fault.error(f"{text}{suffix}.", hint=fault.hint), fault.action)
 
 
-def read_kiro_words(said: Json) -> tuple[str, str, str]:
+def read_kiro_words(payload: Json) -> tuple[str, str, str]:
     """(code, reason, message) of an error object, whichever names its members have; redacted."""
-    inner = get_dict(said, "Output") or said
-    code = next((inner[k] for k in ("code", "__type") if isinstance(inner.get(k), str)), "")
-    reason = inner.get("reason")
+    error = get_dict(payload, "Output") or payload
+    code = next((error[key] for key in ("code", "__type") if isinstance(error.get(key), str)), "")
+    reason = error.get("reason")
     keys = ("message", "Message", "errorMessage", "error")
-    message = next((inner[k] for k in keys if isinstance(inner.get(k), str)), "")
+    message = next((error[key] for key in keys if isinstance(error.get(key), str)), "")
     code = redact(code.rpartition("#")[2].partition(":")[0], MAX_CODE_TEXT)
     reason = redact(reason, MAX_CODE_TEXT) if isinstance(reason, str) else ""
     return code, reason, redact(message, MAX_REFUSAL_TEXT)
@@ -7466,12 +7497,12 @@ def read_kiro_words(said: Json) -> tuple[str, str, str]:
 # returns whether it changed anything; those that did are logged when the service refuses.
 
 KIRO_DESCRIPTION_BYTES = 9216  # of a tool; its own CLI cuts at 10,240
-KIRO_SILENT = "(see the attachment)"  # a turn without text or results needs some
-KIRO_FIRST = "(the conversation goes on)"
+KIRO_NO_TEXT = "(see the attachment)"  # a turn without text or results needs some
+KIRO_FIRST_TURN = "(the conversation goes on)"
 KIRO_GO_ON = "Continue"
 KIRO_TAG_BUDGETS = (1024, 50_000)  # thinking tokens asked for in the prompt
 # JSON Schema keywords that Kiro refuses: kiro-gateway and opencodex list more than others, 2026-08.
-KIRO_UNKNOWN_WORDS = (
+KIRO_REFUSED_KEYWORDS = (
     "additionalProperties", "contains", "contentEncoding", "contentMediaType", "definitions",
     "dependentRequired", "dependentSchemas", "else", "exclusiveMaximum", "exclusiveMinimum",
     "format", "if", "maxItems", "maxLength", "maxProperties", "maximum", "minItems",
@@ -7479,7 +7510,7 @@ KIRO_UNKNOWN_WORDS = (
     "propertyNames", "then", "unevaluatedItems", "unevaluatedProperties", "uniqueItems",
 )  # fmt: skip
 # GPT hides its reasoning and sends this in its place, with a signature (opencodex, 2026-08).
-KIRO_HIDDEN_THOUGHT = "..."
+KIRO_HIDDEN_THINKING = "..."
 KIRO_DOCUMENTS = {
     "application/pdf": "pdf", "text/plain": "txt", "text/markdown": "md", "text/csv": "csv",
     "text/html": "html",
@@ -7507,17 +7538,17 @@ def inline_system_turns(draft: KiroDraft) -> bool:
 
 def textify_unsupported_parts(draft: KiroDraft) -> bool:
     """Replaces what an assistant turn cannot hold with text."""
-    touched = False
+    changed = False
     for turn in draft.turns:
         if turn.role != "assistant":
             continue
-        for at, block in enumerate(turn.blocks):
+        for index, block in enumerate(turn.blocks):
             if isinstance(block, ToolResult):
-                turn.blocks[at] = Text(plain_text(block.blocks) or "(no output)")
+                turn.blocks[index] = Text(plain_text(block.blocks) or "(no output)")
             elif isinstance(block, (Image, Document)):
-                turn.blocks[at] = Text(f"({type(block).__name__.lower()})")
-            touched = touched or turn.blocks[at] is not block
-    return touched
+                turn.blocks[index] = Text(f"({type(block).__name__.lower()})")
+            changed = changed or turn.blocks[index] is not block
+    return changed
 
 
 def dedupe_call_ids(draft: KiroDraft) -> bool:
@@ -7531,7 +7562,7 @@ def dedupe_call_ids(draft: KiroDraft) -> bool:
 def ensure_first_turn_is_user(draft: KiroDraft) -> bool:
     if draft.turns and draft.turns[0].role == "user":
         return False
-    draft.turns.insert(0, Turn("user", [Text(KIRO_FIRST)]))
+    draft.turns.insert(0, Turn("user", [Text(KIRO_FIRST_TURN)]))
     return True
 
 
@@ -7550,60 +7581,62 @@ def ensure_last_turn_is_user(draft: KiroDraft) -> bool:
 
 def lift_media(draft: KiroDraft) -> bool:
     """Moves images and files out of tool results into their turn: results hold only text."""
-    touched = False
-    for at, turn in enumerate(draft.turns):
-        lifted: list[Block] = []
-        number = sum(isinstance(block, Image) for block in turn.blocks)
+    changed = False
+    for index, turn in enumerate(draft.turns):
+        media: list[Block] = []
+        image_count = sum(isinstance(block, Image) for block in turn.blocks)
         blocks: list[Block] = []
         for block in turn.blocks:
             if isinstance(block, ToolResult):
-                words: list[Block] = []
-                for said in block.blocks:
-                    if isinstance(said, (Image, Document)):
-                        lifted.append(said)
-                        is_image = isinstance(said, Image)
-                        number += is_image
-                        said = Text(f"[image {number} below]" if is_image else "[document below]")
-                    words.append(said)
-                block = ToolResult(block.id, words, block.is_error)
+                parts: list[Block] = []
+                for part in block.blocks:
+                    if isinstance(part, (Image, Document)):
+                        media.append(part)
+                        is_image = isinstance(part, Image)
+                        image_count += is_image
+                        part = Text(
+                            f"[image {image_count} below]" if is_image else "[document below]"
+                        )
+                    parts.append(part)
+                block = ToolResult(block.id, parts, block.is_error)
             blocks.append(block)
-        if lifted:
-            draft.turns[at] = Turn(turn.role, [*blocks, *lifted])
-            touched = True
-    return touched
+        if media:
+            draft.turns[index] = Turn(turn.role, [*blocks, *media])
+            changed = True
+    return changed
 
 
 def keep_own_thinking_turns(draft: KiroDraft) -> bool:
     """Drops thinking that is unsigned or another vendor's: Kiro would refuse it."""
-    mark, touched = kiro_mark(draft.model.provider), False
+    prefix, changed = kiro_mark(draft.model.provider), False
     for turn in draft.turns:
-        own = [block for block in turn.blocks if not is_foreign_kiro_thinking(block, mark)]
-        if all(isinstance(block, Thinking) for block in own):
-            own = []  # a turn of nothing but thinking counts as empty
-        touched = touched or len(own) < len(turn.blocks)
-        turn.blocks = own
+        own_blocks = [block for block in turn.blocks if not is_foreign_kiro_thinking(block, prefix)]
+        if all(isinstance(block, Thinking) for block in own_blocks):
+            own_blocks = []  # a turn of nothing but thinking counts as empty
+        changed = changed or len(own_blocks) < len(turn.blocks)
+        turn.blocks = own_blocks
     draft.turns = merge_turns(draft.turns)
-    return touched
+    return changed
 
 
-def is_foreign_kiro_thinking(block: Block, mark: str) -> bool:
+def is_foreign_kiro_thinking(block: Block, prefix: str) -> bool:
     """Whether a block is thinking that this Kiro account did not sign."""
     if not isinstance(block, Thinking):
         return False
-    signed = block.signature or block.redacted
-    return not (signed.startswith(mark) and len(signed) > len(mark))
+    signature = block.signature or block.redacted
+    return not (signature.startswith(prefix) and len(signature) > len(prefix))
 
 
 def fill_empty_turns(draft: KiroDraft) -> bool:
     """A user turn with neither text nor results gets a placeholder, even beside an image."""
-    touched = False
+    changed = False
     for turn in draft.turns:
         if turn.role == "user" and not any(
             isinstance(block, (Text, ToolResult)) for block in turn.blocks
         ):
-            turn.blocks.append(Text(KIRO_SILENT))
-            touched = True
-    return touched
+            turn.blocks.append(Text(KIRO_NO_TEXT))
+            changed = True
+    return changed
 
 
 def inline_tool_choice(draft: KiroDraft) -> bool:
@@ -7615,17 +7648,17 @@ def inline_tool_choice(draft: KiroDraft) -> bool:
         draft.notes.append(f"Answer with a call of the tool {chat.wire_name(choice.name)}.")
     elif choice and choice.mode == "required" and draft.tools:
         draft.notes.append("Answer with a call of one of the tools.")
-    one_by_one = chat.parallel is False and bool(draft.tools)
-    if one_by_one:
+    is_sequential = chat.parallel is False and bool(draft.tools)
+    if is_sequential:
         draft.notes.append("Call at most one tool at a time.")
-    return one_by_one or bool(choice and choice.mode != "auto")
+    return is_sequential or bool(choice and choice.mode != "auto")
 
 
 def declare_called_tools(draft: KiroDraft) -> bool:
     """Declares every tool that was ever called, whatever the client offers now."""
-    known = {tool.name for tool in draft.tools}
-    calls = [b for turn in draft.turns for b in turn.blocks if isinstance(b, ToolCall)]
-    missing = dict.fromkeys(call.name for call in calls if call.name not in known)
+    declared = {tool.name for tool in draft.tools}
+    calls = [block for turn in draft.turns for block in turn.blocks if isinstance(block, ToolCall)]
+    missing = dict.fromkeys(call.name for call in calls if call.name not in declared)
     stubs = [Tool(name, "Tool", {"type": "object", "properties": {}}) for name in missing]
     draft.tools = [*draft.tools, *stubs]
     return bool(stubs)
@@ -7633,59 +7666,59 @@ def declare_called_tools(draft: KiroDraft) -> bool:
 
 def rename_tools(draft: KiroDraft) -> bool:
     """At most 64 letters, digits, `_` and `-`; responses get the client's names back."""
-    named: dict[str, Tool] = {}  # if two tools share a name, the first wins
+    by_name: dict[str, Tool] = {}  # if two tools share a name, the first wins
     for tool in draft.tools:
         name = draft.chat.wire_name(tool.name)
-        named.setdefault(name, Tool(name, tool.description, tool.schema))
-    renamed = [*named] != [tool.name for tool in draft.tools]
-    draft.tools = [*named.values()]
+        by_name.setdefault(name, Tool(name, tool.description, tool.schema))
+    renamed = [*by_name] != [tool.name for tool in draft.tools]
+    draft.tools = [*by_name.values()]
     return renamed
 
 
 def adapt_descriptions(draft: KiroDraft) -> bool:
     """Every tool needs a short description; a longer one moves into the system prompt."""
-    touched = False
+    changed = False
     for tool in draft.tools:
         if not tool.description.strip():
             tool.description = tool.name
-            touched = True
-        whole = tool.description.encode("utf-8", "replace")
-        if len(whole) > KIRO_DESCRIPTION_BYTES:
+            changed = True
+        encoded = tool.description.encode("utf-8", "replace")
+        if len(encoded) > KIRO_DESCRIPTION_BYTES:
             draft.preface.append(f'<tool name="{tool.name}">\n{tool.description}\n</tool>')
             pointer = f'\n[All of it stands in the system prompt, under tool name="{tool.name}".]'
-            cut = whole[: KIRO_DESCRIPTION_BYTES - len(pointer)].decode("utf-8", "ignore")
-            tool.description = cut + pointer
-            touched = True
-    return touched
+            beginning = encoded[: KIRO_DESCRIPTION_BYTES - len(pointer)].decode("utf-8", "ignore")
+            tool.description = beginning + pointer
+            changed = True
+    return changed
 
 
 def adapt_kiro_schemas(draft: KiroDraft) -> bool:
-    touched = False
+    changed = False
     for tool in draft.tools:
         schema = adapt_kiro_schema(tool.schema, len(draft.tools))
-        touched = touched or schema != tool.schema
+        changed = changed or schema != tool.schema
         tool.schema = schema
-    return touched
+    return changed
 
 
-def adapt_kiro_schema(schema: Json, tools: int = 1) -> Json:
+def adapt_kiro_schema(schema: Json, tool_count: int = 1) -> Json:
     """A tool's schema: an object whose unions at the top are folded into its properties."""
-    fitted: Json = strip_schema(inline_refs(schema, tools))
-    properties = dict(get_dict(fitted, "properties"))
-    required = list(fitted.get("required", ()))
-    for word in SCHEMA_UNIONS:
-        branches = fitted.pop(word, None)
+    adapted: Json = strip_schema(inline_refs(schema, tool_count))
+    properties = dict(get_dict(adapted, "properties"))
+    required = list(adapted.get("required", ()))
+    for keyword in SCHEMA_UNIONS:
+        branches = adapted.pop(keyword, None)
         for branch in branches if isinstance(branches, list) else ():
             if not isinstance(branch, dict):
                 continue
             for name, value in get_dict(branch, "properties").items():
                 properties.setdefault(name, value)
-            if word == "allOf":
+            if keyword == "allOf":
                 required += branch.get("required", ())
-    fitted.update(type="object", properties=properties)
+    adapted.update(type="object", properties=properties)
     if required:
-        fitted["required"] = list(dict.fromkeys(required))
-    return fitted
+        adapted["required"] = list(dict.fromkeys(required))
+    return adapted
 
 
 def strip_schema(schema: Any) -> Any:
@@ -7694,21 +7727,21 @@ def strip_schema(schema: Any) -> Any:
         return [strip_schema(item) for item in schema]
     if not isinstance(schema, dict):
         return {} if isinstance(schema, bool) else schema
-    kept: Json = {}
-    for word, value in schema.items():
-        if word == "properties" and isinstance(value, dict):
-            kept[word] = {name: strip_schema(item) for name, item in value.items()}
-        elif word == "required":
+    stripped: Json = {}
+    for keyword, value in schema.items():
+        if keyword == "properties" and isinstance(value, dict):
+            stripped[keyword] = {name: strip_schema(item) for name, item in value.items()}
+        elif keyword == "required":
             names = value if isinstance(value, list) else []
             names = [name for name in names if isinstance(name, str)]
-            kept.update({word: names} if names else {})
-        elif word == "properties":
-            kept[word] = {}
-        elif word in ("enum", "const", "default", "examples", "type", "title", "description"):
-            kept[word] = value
-        elif word not in KIRO_UNKNOWN_WORDS and not word.startswith("$"):
-            kept[word] = strip_schema(value) if isinstance(value, (dict, list)) else value
-    return kept
+            stripped.update({keyword: names} if names else {})
+        elif keyword == "properties":
+            stripped[keyword] = {}
+        elif keyword in ("enum", "const", "default", "examples", "type", "title", "description"):
+            stripped[keyword] = value
+        elif keyword not in KIRO_REFUSED_KEYWORDS and not keyword.startswith("$"):
+            stripped[keyword] = strip_schema(value) if isinstance(value, (dict, list)) else value
+    return stripped
 
 
 def inline_output_format(draft: KiroDraft) -> bool:
@@ -7723,10 +7756,10 @@ def kiro_fields(model: Model) -> Json:
     return get_dict(get_dict(model.raw, "additionalModelRequestFieldsSchema"), "properties")
 
 
-def kiro_efforts(described: Json) -> list[str]:
+def kiro_efforts(schema: Json) -> list[str]:
     """The efforts listed in `{"properties": {"effort": {"enum": [...]}}}`."""
-    listed = get_dict(get_dict(described, "properties"), "effort").get("enum")
-    return [e for e in listed if isinstance(e, str)] if isinstance(listed, list) else []
+    efforts = get_dict(get_dict(schema, "properties"), "effort").get("enum")
+    return [item for item in efforts if isinstance(item, str)] if isinstance(efforts, list) else []
 
 
 def request_thinking(draft: KiroDraft) -> bool:
@@ -7735,16 +7768,16 @@ def request_thinking(draft: KiroDraft) -> bool:
     In the prompt, `enabled` works with all of the older models, `adaptive` does not
     (CLIProxyAPI#3331, 2026-05).
     """
-    chat, known = draft.chat, kiro_fields(draft.model)
+    chat, model_fields = draft.chat, kiro_fields(draft.model)
     budget = chat.thinking_budget
     if chat.effort is None and budget is None:
         return False
     effort = chat.effort or effort_of_budget(budget or 0)
-    if "reasoning" in known:
-        level = clamp_effort(effort, kiro_efforts(known["reasoning"]))
+    if "reasoning" in model_fields:
+        level = clamp_effort(effort, kiro_efforts(model_fields["reasoning"]))
         draft.extra.update({"reasoning": {"effort": level}} if level else {})
-    elif "thinking" in known or "output_config" in known:
-        prompt_for_thinking(draft, known, effort)
+    elif "thinking" in model_fields or "output_config" in model_fields:
+        add_thinking_fields(draft, model_fields, effort)
     elif is_claude(draft.model) and effort != "none":
         low, high = KIRO_TAG_BUDGETS
         tokens = min(max(budget or EFFORT_BUDGETS[effort], low), high)
@@ -7759,16 +7792,16 @@ def request_thinking(draft: KiroDraft) -> bool:
     return True
 
 
-def prompt_for_thinking(draft: KiroDraft, known: Json, effort: str) -> None:
+def add_thinking_fields(draft: KiroDraft, model_fields: Json, effort: str) -> None:
     """`thinking` and `output_config`; without `display` the text of thinking may be hidden."""
-    shape = get_dict(get_dict(known, "thinking"), "properties")
-    kinds = get_dict(shape, "type").get("enum")
-    kind = "disabled" if effort == "none" else "adaptive"
-    if "thinking" in known and (not isinstance(kinds, list) or kind in kinds):
-        draft.extra["thinking"] = {"type": kind}
-        if kind == "adaptive" and (not shape or "display" in shape):
+    properties = get_dict(get_dict(model_fields, "thinking"), "properties")
+    modes = get_dict(properties, "type").get("enum")
+    mode = "disabled" if effort == "none" else "adaptive"
+    if "thinking" in model_fields and (not isinstance(modes, list) or mode in modes):
+        draft.extra["thinking"] = {"type": mode}
+        if mode == "adaptive" and (not properties or "display" in properties):
             draft.extra["thinking"]["display"] = "summarized"
-    level = clamp_effort(effort, kiro_efforts(get_dict(known, "output_config")))
+    level = clamp_effort(effort, kiro_efforts(get_dict(model_fields, "output_config")))
     if level and effort != "none":
         draft.extra["output_config"] = {"effort": level}
 
@@ -7780,9 +7813,9 @@ def is_claude(model: Model) -> bool:
 
 def pass_settings(draft: KiroDraft) -> bool:
     """`max_tokens`, if the model has a field for it; the other settings have none."""
-    chat, described = draft.chat, get_dict(kiro_fields(draft.model), "max_tokens")
-    if chat.max_tokens and described:
-        low, high = described.get("minimum", 1), described.get("maximum", chat.max_tokens)
+    chat, limits = draft.chat, get_dict(kiro_fields(draft.model), "max_tokens")
+    if chat.max_tokens and limits:
+        low, high = limits.get("minimum", 1), limits.get("maximum", chat.max_tokens)
         if isinstance(low, int) and isinstance(high, int):
             draft.extra["max_tokens"] = min(max(chat.max_tokens, low), high)
     if chat.max_tokens and draft.extra.get("max_tokens", math.inf) > chat.max_tokens:
@@ -7799,14 +7832,14 @@ def place_preface(draft: KiroDraft) -> bool:
     That beats a pair of turns of its own: the beginning stays the same for the cache, and no
     response is invented.
     """
-    words = "\n\n".join(filter(None, [text.strip("\n") for text in draft.preface]))
-    if words:
-        draft.turns[0] = Turn("user", [Text(words), *draft.turns[0].blocks])
+    preface = "\n\n".join(filter(None, [text.strip("\n") for text in draft.preface]))
+    if preface:
+        draft.turns[0] = Turn("user", [Text(preface), *draft.turns[0].blocks])
     if draft.notes:
         note: Block = Text(as_reminder("\n".join(draft.notes)))
         last = draft.turns[-1]
         draft.turns[-1] = Turn("user", [*last.blocks, note])
-    return bool(words or draft.notes)
+    return bool(preface or draft.notes)
 
 
 def check_context_window(draft: KiroDraft) -> bool:
@@ -7817,7 +7850,7 @@ def check_context_window(draft: KiroDraft) -> bool:
     """
     window = draft.model.max_prompt
     for shorten in (str, collapse_runs):  # the second pass is expensive, and rare
-        tokens = sum(estimate_text(shorten(text)) for text in draft_words(draft))
+        tokens = sum(estimate_text(shorten(text)) for text in draft_texts(draft))
         if not window or tokens <= 1.5 * window:
             return False
     raise ContextTooLong(int(tokens), window)
@@ -7828,7 +7861,7 @@ def collapse_runs(text: str) -> str:
     return re.sub(r"(.)\1{7,}", lambda run: run[0][: len(run[0]) // 8], text, flags=re.DOTALL)
 
 
-def draft_words(draft: KiroDraft) -> Iterator[str]:
+def draft_texts(draft: KiroDraft) -> Iterator[str]:
     for turn in draft.turns:
         for block in turn.blocks:
             if isinstance(block, (Text, Refusal)):
@@ -7858,7 +7891,7 @@ class KiroRequestWriter:
             model,
             turns=[Turn(turn.role, [*turn.blocks]) for turn in chat.turns],
             tools=[*chat.tools],
-            preface=[text.text for text in chat.system],
+            preface=[block.text for block in chat.system],
         )
 
     def write(self) -> Json:
@@ -7887,10 +7920,14 @@ class KiroRequestWriter:
         images = [self.write_image(block) for block in turn.blocks if isinstance(block, Image)]
         if images:
             message["images"] = images
-        files = [block for block in turn.blocks if isinstance(block, Document)]
-        if files:
-            message["documents"] = [self.write_document(at, file) for at, file in enumerate(files)]
-        results = [self.write_result(b) for b in turn.blocks if isinstance(b, ToolResult)]
+        documents = [block for block in turn.blocks if isinstance(block, Document)]
+        if documents:
+            message["documents"] = [
+                self.write_document(index, document) for index, document in enumerate(documents)
+            ]
+        results = [
+            self.write_result(block) for block in turn.blocks if isinstance(block, ToolResult)
+        ]
         if results:
             message["userInputMessageContext"] = {"toolResults": results}
         return {"userInputMessage": message}
@@ -7899,30 +7936,30 @@ class KiroRequestWriter:
         message: Json = {"content": plain_text(blocks)}
         calls = [
             {
-                "toolUseId": b.id,
-                "name": self.draft.chat.wire_name(b.name),
-                "input": parse_arguments(b.arguments),
+                "toolUseId": block.id,
+                "name": self.draft.chat.wire_name(block.name),
+                "input": parse_arguments(block.arguments),
             }
-            for b in blocks
-            if isinstance(b, ToolCall)
+            for block in blocks
+            if isinstance(block, ToolCall)
         ]
         if calls:
             message["toolUses"] = calls
         for block in blocks:
             if isinstance(block, Thinking):
-                mark = kiro_mark(self.model.provider)
-                signed = (block.signature or block.redacted).removeprefix(mark)
-                hidden = KIRO_HIDDEN_THOUGHT if self.model.vendor == "OpenAI" else ""
+                prefix = kiro_mark(self.model.provider)
+                signature = (block.signature or block.redacted).removeprefix(prefix)
+                placeholder = KIRO_HIDDEN_THINKING if self.model.vendor == "OpenAI" else ""
                 message["reasoningContent"] = (
-                    {"redactedContent": signed}
+                    {"redactedContent": signature}
                     if block.redacted
-                    else write_kiro_thinking(block.text or hidden, signed)
+                    else write_kiro_thinking(block.text or placeholder, signature)
                 )
         return message
 
     def write_image(self, image: Image) -> Json:
-        kinds = self.model.raw.get("supportedInputTypes")
-        if isinstance(kinds, list) and kinds and "IMAGE" not in kinds:
+        input_types = self.model.raw.get("supportedInputTypes")
+        if isinstance(input_types, list) and input_types and "IMAGE" not in input_types:
             raise UnsupportedFeature(
                 f"{image.path}: {self.model.id} takes no images.", param=image.path
             )
@@ -7934,7 +7971,7 @@ class KiroRequestWriter:
         return {"format": image.media_type.partition("/")[2], "source": {"bytes": image.data}}
 
     @staticmethod
-    def write_document(number: int, document: Document) -> Json:
+    def write_document(index: int, document: Document) -> Json:
         """As the vendor's SDK describes it (1.0.45; not seen on the wire)."""
         kind = KIRO_DOCUMENTS.get(document.media_type)
         if kind is None:
@@ -7944,7 +7981,7 @@ class KiroRequestWriter:
             )
         data = document.data or base64.b64encode(document.text.encode("utf-8", "replace")).decode()
         name = re.sub(r"[^A-Za-z0-9 ()\[\]-]+", "-", document.title).strip("-")[:200]
-        return {"name": name or f"document-{number + 1}", "format": kind, "source": {"bytes": data}}
+        return {"name": name or f"document-{index + 1}", "format": kind, "source": {"bytes": data}}
 
     @staticmethod
     def write_result(result: ToolResult) -> Json:
@@ -7999,51 +8036,51 @@ class ThinkingTags:
 
     def __init__(self) -> None:
         self.kind = ""  # "" at the beginning, then thinking or text
-        self.margin: list[str] = []  # whitespace before the first text
+        self.leading_space: list[str] = []  # whitespace before the first text
         self.held = ""
-        self.before = ""  # the character before `held`
+        self.previous = ""  # the character before `held`
 
     def take(self, text: str) -> list[tuple[str, str]]:
         """(thinking or text, words) for each piece; what could be a tag is held back."""
         if self.kind == "text":
             return [("text", text)]
         if not self.kind and not self.held and text.isspace():
-            self.margin.append(text)
+            self.leading_space.append(text)
             return []
         self.held += text
         if not self.kind:
-            begun = self.held.lstrip()
-            if self.OPENING.startswith(begun[: len(self.OPENING)]) and len(begun) < 11:
+            stripped = self.held.lstrip()
+            if self.OPENING.startswith(stripped[: len(self.OPENING)]) and len(stripped) < 11:
                 return []  # one more character shows whether a line break follows
-            if not begun.startswith(self.OPENING):
+            if not stripped.startswith(self.OPENING):
                 return self.flush()
-            self.kind, self.margin = "thinking", []
-            self.held = begun.removeprefix(self.OPENING).removeprefix("\n")
-        return self.take_thought()
+            self.kind, self.leading_space = "thinking", []
+            self.held = stripped.removeprefix(self.OPENING).removeprefix("\n")
+        return self.take_thinking()
 
-    def take_thought(self) -> list[tuple[str, str]]:
-        held, at, clear = self.held, 0, -1
-        while clear < 0 and (at := held.find(self.CLOSING, at)) >= 0:
-            end = at + len(self.CLOSING)
+    def take_thinking(self) -> list[tuple[str, str]]:
+        held, start, safe_end = self.held, 0, -1
+        while safe_end < 0 and (start := held.find(self.CLOSING, start)) >= 0:
+            end = start + len(self.CLOSING)
             following = held[end : end + 2]
-            if (held[at - 1] if at else self.before) in self.QUOTES:
-                at = end
+            if (held[start - 1] if start else self.previous) in self.QUOTES:
+                start = end
             elif following == "\n\n":
                 self.kind, self.held = "text", ""
-                parts = (("thinking", held[:at]), ("text", held[end + 2 :]))
-                return [(kind, words) for kind, words in parts if words]
+                parts = (("thinking", held[:start]), ("text", held[end + 2 :]))
+                return [(kind, text) for kind, text in parts if text]
             elif "\n\n".startswith(following):
-                clear = at  # the next characters decide
+                safe_end = start  # the next characters decide
             else:
-                at = end
-        if clear < 0:
-            clear = len(held) - StopCutter.overlap(held, self.CLOSING)
-        said, self.held = held[:clear], held[clear:]
-        self.before = said[-1:] or self.before
-        return [("thinking", said)] if said else []
+                start = end
+        if safe_end < 0:
+            safe_end = len(held) - StopCutter.overlap(held, self.CLOSING)
+        thinking, self.held = held[:safe_end], held[safe_end:]
+        self.previous = thinking[-1:] or self.previous
+        return [("thinking", thinking)] if thinking else []
 
     def flush(self) -> list[tuple[str, str]]:
-        held, self.held, self.margin = "".join([*self.margin, self.held]), "", []
+        held, self.held, self.leading_space = "".join([*self.leading_space, self.held]), "", []
         kind, self.kind = self.kind or "text", "text"
         if kind == "thinking" and held.startswith(self.CLOSING):
             return []
@@ -8061,47 +8098,47 @@ class KiroReader:
 
     def __init__(self, context: ResponseContext) -> None:
         self.context = context
-        self.mark = kiro_mark(context.provider)
+        self.signature_prefix = kiro_mark(context.provider)
         self.tags = ThinkingTags() if context.tagged_thinking else None
         self.usage = Usage()
         self.model = ""  # as the response names it: "auto" is resolved to another model
-        self.share = 0.0  # percentage of the context that is used
+        self.context_used = 0.0  # percentage of the context that is used
         self.hidden: list[str] = []  # placeholder for hidden thinking, until real text follows
         self.live = ""  # kind of the open block
         self.live_call: StreamedCall | None = None
         self.calls: dict[str, StreamedCall] = {}
         self.unopened: deque[StreamedCall] = deque()  # calls whose name is known
-        self.waiting: list[tuple[str, str]] = []  # (kind, text) received inside a call
-        self.thought: list[str] = []
+        self.queued: list[tuple[str, str]] = []  # (kind, text) received inside a call
+        self.thinking: list[str] = []
         self.signature: list[str] = []  # of the latest thinking, streamed or hidden
-        self.signed = ("", "")  # the last thinking text, with its signature
+        self.signed_thinking = ("", "")  # the last thinking text, with its signature
         self.reason = ""
         self.started = False
-        self.over = False
-        self.cut = False  # a call is incomplete
-        self.takers: dict[str, Callable[[Json, list[Event]], None]] = {
-            "assistantResponseEvent": self.take_text,
-            "codeEvent": self.take_text,
-            "reasoningContentEvent": self.take_reasoning,
-            "toolUseEvent": self.take_call,
-            "contextUsageEvent": self.take_context,
-            "meteringEvent": self.take_metering,
-            "metadataEvent": self.take_metadata,
-            "usageEvent": self.take_metadata,
-            "metricsEvent": self.take_metadata,
-            "invalidStateEvent": self.take_error,
-            "modelTemporarilyUnavailableEvent": self.take_overload,
-            "modelUnavailableEvent": self.take_overload,
-            "error": self.take_error,
+        self.ended = False
+        self.truncated = False  # a call is incomplete
+        self.handlers: dict[str, Callable[[Json, list[Event]], None]] = {
+            "assistantResponseEvent": self.on_text,
+            "codeEvent": self.on_text,
+            "reasoningContentEvent": self.on_reasoning,
+            "toolUseEvent": self.on_call,
+            "contextUsageEvent": self.on_context_usage,
+            "meteringEvent": self.on_metering,
+            "metadataEvent": self.on_metadata,
+            "usageEvent": self.on_metadata,
+            "metricsEvent": self.on_metadata,
+            "invalidStateEvent": self.on_error,
+            "modelTemporarilyUnavailableEvent": self.on_overload,
+            "modelUnavailableEvent": self.on_overload,
+            "error": self.on_error,
         }
 
     def read(self, frame: Json) -> list[Event]:
         """Unknown names are ignored: `followupPromptEvent` has `content` of another kind."""
         events: list[Event] = []
         for name, value in frame.items():
-            take = self.takers.get(name)
-            if take is not None and not self.over:
-                take(value if isinstance(value, dict) else {}, events)
+            handler = self.handlers.get(name)
+            if handler is not None and not self.ended:
+                handler(value if isinstance(value, dict) else {}, events)
         return events
 
     def start(self, events: list[Event]) -> None:
@@ -8109,174 +8146,178 @@ class KiroReader:
             self.started = True
             events.append(MessageStart("", self.model))
 
-    def take_text(self, said: Json, events: list[Event]) -> None:
-        if isinstance(said.get("modelId"), str):
-            self.model = said["modelId"]
-        text = said.get("content")
+    def on_text(self, payload: Json, events: list[Event]) -> None:
+        if isinstance(payload.get("modelId"), str):
+            self.model = payload["modelId"]
+        text = payload.get("content")
         if not isinstance(text, str) or not text:
             return
         self.start(events)
-        for kind, words in self.tags.take(text) if self.tags else (("text", text),):
-            self.add(kind, words, events)
+        for kind, piece in self.tags.take(text) if self.tags else (("text", text),):
+            self.add(kind, piece, events)
 
-    def take_reasoning(self, said: Json, events: list[Event]) -> None:
+    def on_reasoning(self, payload: Json, events: list[Event]) -> None:
         """A thinking delta, or its signature, which may come in pieces and late."""
         self.start(events)
-        redacted = said.get("redactedContent")
+        redacted = payload.get("redactedContent")
         if isinstance(redacted, str) and redacted:
             self.add("redacted", redacted, events)
-        text = said.get("text")
+        text = payload.get("text")
         if isinstance(text, str) and text:
             self.hidden.append(text)
-            if text != KIRO_HIDDEN_THOUGHT or self.thought:
+            if text != KIRO_HIDDEN_THINKING or self.thinking:
                 self.add("thinking", "".join(self.hidden), events)
                 self.hidden = []
-        if isinstance(said.get("signature"), str):
-            self.signature.append(said["signature"])
+        if isinstance(payload.get("signature"), str):
+            self.signature.append(payload["signature"])
 
-    def take_call(self, said: Json, events: list[Event]) -> None:
+    def on_call(self, payload: Json, events: list[Event]) -> None:
         self.start(events)
-        call_id = said.get("toolUseId")
+        call_id = payload.get("toolUseId")
         if not isinstance(call_id, str) or not call_id:
-            call_id = self.unnamed_call(said)
+            call_id = self.infer_call_id(payload)
         call = self.calls.get(call_id) or self.calls.setdefault(call_id, StreamedCall(call_id))
         if call.closed:
             return  # a repeat
-        if not call.name and str_or_empty(said, "name"):
-            call.name = said["name"]
+        if not call.name and str_or_empty(payload, "name"):
+            call.name = payload["name"]
             self.unopened.append(call)
-        piece = said.get("input")
+        piece = payload.get("input")
         call.add(dump_text(piece) if isinstance(piece, dict) and piece else "")
         call.add(piece if isinstance(piece, str) else "")
-        call.complete = call.complete or said.get("stop") is True
+        call.complete = call.complete or payload.get("stop") is True
         self.advance(call, events)
 
-    def unnamed_call(self, said: Json) -> str:
+    def infer_call_id(self, payload: Json) -> str:
         """The call id for a fragment without one: the open call's, or a new one."""
-        last = next(reversed(self.calls.values()), None)
-        if last is not None and not last.complete and said.get("name") in (None, last.name):
-            return last.id
+        last_call = next(reversed(self.calls.values()), None)
+        if (
+            last_call is not None
+            and not last_call.complete
+            and payload.get("name") in (None, last_call.name)
+        ):
+            return last_call.id
         return "tooluse_" + short_hash(f"{self.context.id} {len(self.calls)}", 22)
 
-    def advance(self, spoken: StreamedCall, events: list[Event]) -> None:
-        """Passes on what is ready of calls and text; `spoken` is the call that grew last."""
+    def advance(self, latest: StreamedCall, events: list[Event]) -> None:
+        """Passes on what is ready of calls and text; `latest` is the call that grew last."""
         while True:
             live = self.live_call
             if live is not None:
                 ChatReader.send_arguments(live, events)
-                another = spoken is not live and live.is_whole()
-                if not (live.complete or another):
+                superseded = latest is not live and live.is_whole()
+                if not (live.complete or superseded):
                     return
                 self.close(events)
             elif self.unopened:
                 self.open_call(self.unopened.popleft(), events)
             else:
                 break
-        waiting, self.waiting = self.waiting, []
-        for kind, words in waiting:
-            self.add(kind, words, events)
+        queued, self.queued = self.queued, []
+        for kind, text in queued:
+            self.add(kind, text, events)
 
     def open_call(self, call: StreamedCall, events: list[Event]) -> None:
-        for kind, words in self.tags.flush() if self.tags else ():
-            self.add(kind, words, events)
+        for kind, text in self.tags.flush() if self.tags else ():
+            self.add(kind, text, events)
         self.close(events)
         self.live, self.live_call = "tool", call
         events.append(BlockStart("tool", call.id, call.name))
 
-    def add(self, kind: str, words: str, events: list[Event]) -> None:
+    def add(self, kind: str, text: str, events: list[Event]) -> None:
         """Adds text to a block of `kind`, now or once the live call is complete."""
         if self.live_call is not None:
             if not self.live_call.is_whole():
-                self.waiting.append((kind, words))
+                self.queued.append((kind, text))
                 return
             self.close(events)
         if kind == "redacted":
             self.close(events)
-            events += [BlockStart(kind, raw={"data": self.mark + words}), BlockStop()]
+            events += [BlockStart(kind, raw={"data": self.signature_prefix + text}), BlockStop()]
             return
         if self.live != kind:
             self.close(events)
             self.live = kind
             events.append(BlockStart(kind))
         if kind == "thinking":
-            self.thought.append(words)
-        events.append(BlockDelta("text", words))
+            self.thinking.append(text)
+        events.append(BlockDelta("text", text))
 
     def close(self, events: list[Event]) -> None:
         if not self.live:
             return
         call = self.live_call
         if self.live == "thinking":
-            self.sign(events)
+            self.add_signature(events)
         elif call is not None:
             call.closed = True
-            self.cut = self.cut or not (call.is_blank or call.is_whole())
+            self.truncated = self.truncated or not (call.is_blank or call.is_whole())
         events.append(BlockStop())
         self.live, self.live_call = "", None
 
-    def sign(self, events: list[Event]) -> None:
+    def add_signature(self, events: list[Event]) -> None:
         if self.signature:
             signature = "".join(self.signature)
-            events.append(BlockDelta("signature", self.mark + signature))
-            self.signed = "".join(self.thought), signature
-        self.thought, self.signature = [], []
+            events.append(BlockDelta("signature", self.signature_prefix + signature))
+            self.signed_thinking = "".join(self.thinking), signature
+        self.thinking, self.signature = [], []
 
-    def take_context(self, said: Json, events: list[Event]) -> None:
-        self.share = get_float(said, "contextUsagePercentage", 1000) or self.share
-        events.append(self.count())
+    def on_context_usage(self, payload: Json, events: list[Event]) -> None:
+        self.context_used = get_float(payload, "contextUsagePercentage", 1000) or self.context_used
+        events.append(self.usage_update())
 
-    def count(self) -> UsageUpdate:
+    def usage_update(self) -> UsageUpdate:
         window = self.context.window(self.model) if self.context.window else 0
-        self.usage.context = int(self.share / 100 * window)
+        self.usage.context = int(self.context_used / 100 * window)
         return UsageUpdate(replace(self.usage))
 
-    def take_metering(self, said: Json, events: list[Event]) -> None:
+    def on_metering(self, payload: Json, events: list[Event]) -> None:
         """The cost of this response in credits; several events add up."""
-        self.usage.nano_credits += round(get_float(said, "usage", MAX_FIGURE / 1e9) * 1e9)
+        self.usage.nano_credits += round(get_float(payload, "usage", MAX_FIGURE / 1e9) * 1e9)
         self.usage.credits_source = "reported"
-        events.append(self.count())
+        events.append(self.usage_update())
 
-    def take_metadata(self, said: Json, events: list[Event]) -> None:
-        if isinstance(said.get("stopReason"), str):
-            self.reason = said["stopReason"]
-        figures = get_dict(said, "tokenUsage") or said
+    def on_metadata(self, payload: Json, events: list[Event]) -> None:
+        if isinstance(payload.get("stopReason"), str):
+            self.reason = payload["stopReason"]
+        counts = get_dict(payload, "tokenUsage") or payload
         usage = self.usage
-        usage.cache_read = get_int(figures, "cacheReadInputTokens", usage.cache_read)
-        usage.cache_write = get_int(figures, "cacheWriteInputTokens", usage.cache_write)
-        usage.input = get_int(figures, "inputTokens", usage.input)
-        usage.input = get_int(figures, "uncachedInputTokens", usage.input)
-        usage.output = get_int(figures, "outputTokens", usage.output)
+        usage.cache_read = get_int(counts, "cacheReadInputTokens", usage.cache_read)
+        usage.cache_write = get_int(counts, "cacheWriteInputTokens", usage.cache_write)
+        usage.input = get_int(counts, "inputTokens", usage.input)
+        usage.input = get_int(counts, "uncachedInputTokens", usage.input)
+        usage.output = get_int(counts, "outputTokens", usage.output)
         if usage.input or usage.cache_read or usage.cache_write:
             usage.source = "reported"
-        events.append(self.count())
+        events.append(self.usage_update())
 
-    def take_error(self, said: Json, events: list[Event]) -> None:
+    def on_error(self, payload: Json, events: list[Event]) -> None:
         """An error in mid-stream; content sent before it still counts."""
-        code, reason, message = read_kiro_words(said)
+        code, reason, message = read_kiro_words(payload)
         decision = classify_kiro_message(code, reason, message)
         if decision and isinstance(decision.error, ContextTooLong) and self.started:
             self.reason = "MODEL_CONTEXT_WINDOW_EXCEEDED"
             events += self.end()
             return
-        words = message or code or "no reason given"
-        failure = UpstreamError(f"Kiro failed while it answered: {words}")
+        detail = message or code or "no reason given"
+        failure = UpstreamError(f"Kiro failed while it answered: {detail}")
         events.append(StreamError(decision.error if decision else failure))
 
-    def take_overload(self, said: Json, events: list[Event]) -> None:
+    def on_overload(self, payload: Json, events: list[Event]) -> None:
         events.append(StreamError(Overloaded("This model is overloaded at Kiro.")))
 
     def end(self) -> list[Event]:
         """Only EOF marks the end; truncated calls are dropped: the client must not run them."""
         events: list[Event] = []
-        if self.over:
+        if self.ended:
             return events
-        self.over = True
+        self.ended = True
         self.start(events)
-        for kind, words in self.tags.flush() if self.tags else ():
-            self.add(kind, words, events)
+        for kind, text in self.tags.flush() if self.tags else ():
+            self.add(kind, text, events)
         for call in self.calls.values():
             call.complete = call.complete or call.is_whole()
-            self.cut = self.cut or not (call.complete and call.name)
+            self.truncated = self.truncated or not (call.complete and call.name)
         if self.live_call is not None:
             ChatReader.send_arguments(self.live_call, events)
             self.close(events)
@@ -8285,31 +8326,31 @@ class KiroReader:
                 self.open_call(call, events)
                 ChatReader.send_arguments(call, events)
                 self.close(events)
-        waiting, self.waiting = self.waiting, []
-        for kind, words in waiting:
-            self.add(kind, words, events)
+        queued, self.queued = self.queued, []
+        for kind, text in queued:
+            self.add(kind, text, events)
         self.close(events)
         if self.signature:  # a signature without any thinking text
-            self.thought = self.hidden
+            self.thinking = self.hidden
             events.append(BlockStart("thinking"))
-            self.sign(events)
+            self.add_signature(events)
             events.append(BlockStop())
-        self.remember()
-        events += [self.count(), MessageStop(self.finish())]
+        self.keep_signature()
+        events += [self.usage_update(), MessageStop(self.finish_reason())]
         return events
 
-    def remember(self) -> None:
+    def keep_signature(self) -> None:
         """Has the provider keep a signature for clients whose dialect cannot carry it."""
         calls = [call.id for call in self.calls.values() if call.closed]
-        if calls and self.signed[1] and self.context.keep:
-            self.context.keep(calls, *self.signed)
+        if calls and self.signed_thinking[1] and self.context.keep:
+            self.context.keep(calls, *self.signed_thinking)
 
-    def finish(self) -> str:
-        if self.cut:
+    def finish_reason(self) -> str:
+        if self.truncated:
             return "length"
         if any(call.closed for call in self.calls.values()):
             return "tool"
-        if not self.reason and self.share >= 100:
+        if not self.reason and self.context_used >= 100:
             return "context"
         return KIRO_FINISHES.get(self.reason, "end")
 
@@ -8330,15 +8371,15 @@ class KiroDialect:
     def reader(self, context: ResponseContext) -> Reader:
         return KiroReader(context)
 
-    def expand(self, whole: Json) -> list[Json]:
+    def expand(self, response: Json) -> list[Json]:
         """Kiro always streams: a JSON object is an error."""
-        return [{"error": whole}]
+        return [{"error": response}]
 
     def plain_text(self, frame: Json) -> str | None:
-        said = frame.get("assistantResponseEvent")
-        if not isinstance(said, dict) or not said.keys() <= {"content", "modelId"}:
+        payload = frame.get("assistantResponseEvent")
+        if not isinstance(payload, dict) or not payload.keys() <= {"content", "modelId"}:
             return None
-        text = said.get("content")
+        text = payload.get("content")
         return text if isinstance(text, str) else None
 
 
@@ -8360,7 +8401,7 @@ class Converter:
         self.cutter = StopCutter(context.cut) if context.cut else None
         self.usage = Usage()
         self.said = 0.0
-        self.calls = 0
+        self.call_count = 0
 
     @property
     def finished(self) -> bool:
@@ -8379,8 +8420,8 @@ class Converter:
         for event in events:
             if self.finished:
                 break
-            for kept in self.cutter.take(event) if self.cutter else (event,):
-                frames.extend(self.write_event(kept))
+            for passed in self.cutter.take(event) if self.cutter else (event,):
+                frames.extend(self.write_event(passed))
         return frames
 
     def write_event(self, event: Event) -> list[Json]:
@@ -8395,8 +8436,8 @@ class Converter:
             if not event.name:
                 raise UpstreamError(OFF_PROTOCOL)
             event.name = self.context.names.get(event.name, event.name)
-            self.calls += 1
-            event.id = event.id or "call_" + short_hash(f"{self.context.id} {self.calls}", 24)
+            self.call_count += 1
+            event.id = event.id or "call_" + short_hash(f"{self.context.id} {self.call_count}", 24)
         elif isinstance(event, UsageUpdate):
             self.usage = event.usage
         elif isinstance(event, MessageStop) and self.usage.source != "reported":
@@ -8435,10 +8476,10 @@ class Template(NamedTuple):
     out_after: bytes
 
     @classmethod
-    def learn(cls, row: bytes, written: bytes, text: str) -> Template | None:
+    def learn(cls, block: bytes, output: bytes, text: str) -> Template | None:
         """The template of a delta and of its output; None if it is ambiguous."""
         quoted = dump_json(text)
-        parts, out_parts = row.split(quoted), written.split(quoted)
+        parts, out_parts = block.split(quoted), output.split(quoted)
         if len(parts) != 2 or len(out_parts) != 2:
             return None
         return cls(parts[0] + b'"', b'"' + parts[1], out_parts[0] + b'"', b'"' + out_parts[1])
@@ -8453,18 +8494,18 @@ class Template(NamedTuple):
         joined = b" ".join(texts)
         if not PLAIN_JSON_TEXT.fullmatch(joined) or b"" in texts or not is_utf8(joined):
             return None
-        said = estimate_quoted(joined, len(texts))
-        return out_before + (out_after + out_before).join(texts) + out_after, said
+        estimated_tokens = estimate_quoted(joined, len(texts))
+        return out_before + (out_after + out_before).join(texts) + out_after, estimated_tokens
 
 
-def first_events(blocks: bytes, count_: int) -> tuple[bytes, bytes]:
-    """(the first `count_` events, the rest)."""
+def first_events(blocks: bytes, limit: int) -> tuple[bytes, bytes]:
+    """(the first `limit` events, the remaining ones)."""
     end = 0
-    for _ in range(count_):
-        at = blocks.find(b"\n\n", end)
-        if at < 0:
+    for _ in range(limit):
+        boundary = blocks.find(b"\n\n", end)
+        if boundary < 0:
             return blocks, b""
-        end = at + 2
+        end = boundary + 2
     return blocks[:end], blocks[end:]
 
 
@@ -8489,25 +8530,25 @@ class StreamTranslator:
         self.stream = stream
         self.request_id = request_id
         self.framing = upstream.framing()
-        same = upstream is client and not context.cut
-        native = same and not context.legacy_functions and not context.rewritten
+        same_dialect = upstream is client and not context.cut
+        native = same_dialect and not context.legacy_functions and not context.rewritten
         self.relay: Relay = (
             client.relay(context)
             if native
             else Converter(upstream.reader(context), client.writer(context), context)
         )
         self.frames: list[Json] = []
-        self.kept_bytes = 0  # upstream bytes that `frames` were parsed from
+        self.collected_bytes = 0  # upstream bytes that `frames` were parsed from
         #: matching deltas need no parsing; nothing else may change the response meanwhile
         self.template: Template | None = None
         self.may_copy = stream and not context.cut
-        self.last: Json | None = None  # what the last frame became, if that was one frame
-        #: a byte was sent, so an error can only be a frame; `spoken`: a frame was sent
+        self.last_frame: Json | None = None  # what the last frame became, if that was one frame
+        #: a byte was sent, so an error can only be a frame; `frame_sent`: a frame was sent
         self.begun = False
-        self.spoken = False
+        self.frame_sent = False
         self.over = False
         self.error: ApiError | None = None
-        self.number = 0  # of the next frame, if frames are numbered
+        self.next_number = 0  # of the next frame, if frames are numbered
 
     @property
     def usage(self) -> Usage:
@@ -8524,8 +8565,8 @@ class StreamTranslator:
     def feed(self, data: bytes) -> bytes:
         written: list[bytes] = []
         try:
-            self.kept_bytes += 0 if self.stream else len(data)
-            if self.kept_bytes > MAX_COLLECTED_BYTES:
+            self.collected_bytes += 0 if self.stream else len(data)
+            if self.collected_bytes > MAX_COLLECTED_BYTES:
                 raise UpstreamError("The upstream's answer is too large.")
             blocks = self.framing.complete(data)
             step = FIRST_PARSED_EVENTS if self.may_copy else len(blocks)
@@ -8550,20 +8591,25 @@ class StreamTranslator:
             return b""
         text = self.upstream.plain_text(frames[-1]) if self.may_copy else None
         written = self.pass_on(frames)
-        if text and not self.over and self.last and self.client.plain_text(self.last) == text:
-            row = blocks[:-2].rpartition(b"\n\n")[2] + b"\n\n"
-            self.template = Template.learn(row, self.client.encode(self.last), text)
+        if (
+            text
+            and not self.over
+            and self.last_frame
+            and self.client.plain_text(self.last_frame) == text
+        ):
+            block = blocks[:-2].rpartition(b"\n\n")[2] + b"\n\n"
+            self.template = Template.learn(block, self.client.encode(self.last_frame), text)
         return written
 
     def feed_buffered(self, data: bytes) -> bytes:
         """The client's bytes for a non-streaming upstream response."""
-        whole = load_object(data)
-        if whole is None:
+        payload = load_object(data)
+        if payload is None:
             return self.fail(UpstreamError("The upstream's answer is not JSON."))
         try:
-            if whole.get("error"):
-                raise read_stream_error(whole["error"])
-            return self.pass_on(self.upstream.expand(whole)) + self.end()
+            if payload.get("error"):
+                raise read_stream_error(payload["error"])
+            return self.pass_on(self.upstream.expand(payload)) + self.end()
         except ApiError as error:
             return self.fail(error)
 
@@ -8575,7 +8621,7 @@ class StreamTranslator:
                 if self.relay.finished:
                     break  # nothing may follow the end
                 repaired = self.relay.repair(frame)
-                self.last = repaired[0] if len(repaired) == 1 else None
+                self.last_frame = repaired[0] if len(repaired) == 1 else None
                 written += self.write(repaired)
         except ApiError as error:
             written.append(self.fail(error))
@@ -8586,22 +8632,22 @@ class StreamTranslator:
 
     def write(self, frames: list[Json]) -> list[bytes]:
         if frames and self.stream:
-            self.begun = self.spoken = True
+            self.begun = self.frame_sent = True
             if self.client.is_numbered:
-                frames = [self.numbered(frame) for frame in frames]
+                frames = [self.number_frame(frame) for frame in frames]
             return [self.client.encode(frame) for frame in frames]
         self.frames += frames
         return []
 
-    def numbered(self, frame: Json) -> Json:
+    def number_frame(self, frame: Json) -> Json:
         """Numbers are assigned here, as pings and errors come in between."""
-        frame["sequence_number"] = self.number
-        self.number += 1
+        frame["sequence_number"] = self.next_number
+        self.next_number += 1
         return frame
 
     def ping(self) -> bytes:
-        frame = self.client.alive(self.context) if self.spoken else None
-        return b"".join(self.write([frame])) if frame else self.client.ping(self.spoken)
+        frame = self.client.alive(self.context) if self.frame_sent else None
+        return b"".join(self.write([frame])) if frame else self.client.ping(self.frame_sent)
 
     def end(self, error: ApiError | None = None) -> bytes:
         if self.over:
@@ -8613,11 +8659,11 @@ class StreamTranslator:
             written = self.pass_on(self.framing.last_frames())
             if self.over:
                 return written
-            last = b"".join(self.write(self.relay.end()))
-        except ApiError as broken:
-            return written + self.fail(broken)
+            final = b"".join(self.write(self.relay.end()))
+        except ApiError as failure:
+            return written + self.fail(failure)
         self.over = True
-        return written + last + (self.client.tail if self.stream else b"")
+        return written + final + (self.client.tail if self.stream else b"")
 
     def fail(self, error: ApiError) -> bytes:
         """Ends the response: with a frame if a byte was sent, otherwise only in `self.error`."""
@@ -8626,7 +8672,7 @@ class StreamTranslator:
         self.error = error
         if not self.begun:
             return b""
-        frames = self.client.error_frames(error, self.request_id, self.context, self.spoken)
+        frames = self.client.error_frames(error, self.request_id, self.context, self.frame_sent)
         return b"".join(self.write(frames))
 
     def whole(self) -> Json:
