@@ -17546,8 +17546,8 @@ class Console:
     def __init__(self) -> None:
         self.interactive = is_terminal(sys.stdin) and is_terminal(sys.stderr) and is_foreground()
         self.line_open = False
-        self.said_at = float("-inf")
-        self.typed = b""
+        self.status_at = float("-inf")
+        self.pending_input = b""
 
     def say(self, *lines: str) -> None:
         """Control characters, which could steer a terminal, are removed."""
@@ -17558,10 +17558,10 @@ class Console:
         """A line that the next one replaces; without a terminal, at most one a minute."""
         if is_terminal(sys.stderr):
             self.line_open = True
-            shown = one_line(text)[: shutil.get_terminal_size().columns - 1]
-            print(f"\r\x1b[K{shown}", end="", file=sys.stderr, flush=True)
-        elif time.monotonic() - self.said_at >= 60:
-            self.said_at = time.monotonic()
+            visible_text = one_line(text)[: shutil.get_terminal_size().columns - 1]
+            print(f"\r\x1b[K{visible_text}", end="", file=sys.stderr, flush=True)
+        elif time.monotonic() - self.status_at >= 60:
+            self.status_at = time.monotonic()
             self.say(text)
 
     def close_line(self) -> None:
@@ -17571,43 +17571,43 @@ class Console:
 
     async def line(self) -> str:
         """The next line typed; raises EOFError.  Other tasks keep running, and Ctrl-C works."""
-        while b"\n" not in self.typed:
+        while b"\n" not in self.pending_input:
             data = await self.read_some()
             if not data:
-                if self.typed:
+                if self.pending_input:
                     break
                 raise EOFError
-            self.typed += data
-        line, _, self.typed = self.typed.partition(b"\n")
+            self.pending_input += data
+        line, _, self.pending_input = self.pending_input.partition(b"\n")
         return line.decode("utf-8", "replace").strip()
 
     async def read_some(self) -> bytes:
         """What standard input has, as soon as it has anything; b"" at EOF."""
         loop = asyncio.get_running_loop()
         ready = loop.create_future()
-        number = sys.stdin.fileno()
+        fd = sys.stdin.fileno()
 
         def on_ready() -> None:
             if not ready.done():
                 ready.set_result(None)
 
         try:
-            loop.add_reader(number, on_ready)
+            loop.add_reader(fd, on_ready)
         except (NotImplementedError, PermissionError):  # Windows; a plain file
-            return await asyncio.to_thread(os.read, number, 65536)
+            return await asyncio.to_thread(os.read, fd, 65536)
         try:
             await ready
-            return os.read(number, 65536)
+            return os.read(fd, 65536)
         finally:
-            loop.remove_reader(number)
+            loop.remove_reader(fd)
 
     async def ask(self, question: str, default: str = "") -> str:
         """Raises SignInFailed if nobody can answer."""
         if not self.interactive:
             raise SignInFailed(f"this needs a terminal to ask: {question}")
         self.close_line()
-        shown = f"{question} [{default}] " if default else f"{question} "
-        print(one_line(shown), end="", file=sys.stderr, flush=True)
+        prompt = f"{question} [{default}] " if default else f"{question} "
+        print(one_line(prompt), end="", file=sys.stderr, flush=True)
         try:
             return await self.line() or default
         except EOFError:
@@ -17623,8 +17623,8 @@ class Console:
     async def choose(self, question: str, options: dict[str, str]) -> str:
         names = list(options)
         self.say(question)
-        for number, words in enumerate(options.values(), 1):
-            self.say(f"  {number}  {words}")
+        for number, label in enumerate(options.values(), 1):
+            self.say(f"  {number}  {label}")
         while True:
             answer = (await self.ask("Choice", "1")).lower()
             if answer in names:
@@ -17657,19 +17657,19 @@ def open_browser(url: str) -> bool:
 
 def with_provider(text: str, where: str, name: str, kind: str, settings: dict[str, str]) -> str:
     """Adds what `[providers.NAME]` lacks; raises ConfigError if the file says otherwise."""
-    wanted = {"type": kind, **settings}
-    own = get_dict(get_dict(tomllib.loads(text), "providers"), name)
-    for key, value in wanted.items():
-        if own.get(key, value) != value:
+    entries = {"type": kind, **settings}
+    table = get_dict(get_dict(tomllib.loads(text), "providers"), name)
+    for key, value in entries.items():
+        if table.get(key, value) != value:
             raise ConfigError(
-                f"{where}: providers.{name}.{key}: is {own[key]!r}, not {value!r}; "
+                f"{where}: providers.{name}.{key}: is {table[key]!r}, not {value!r}; "
                 "change it there, or take another --name"
             )
-        text = text if key in own else set_toml(text, ("providers", name, key), value)
+        text = text if key in table else set_toml(text, ("providers", name, key), value)
     try:
         read_config_text(text, where)
     except ConfigError:
-        lines = ", ".join(f'{key} = "{value}"' for key, value in wanted.items())
+        lines = ", ".join(f'{key} = "{value}"' for key, value in entries.items())
         raise ConfigError(
             f"{where}: its form is unusual; put {lines} into [providers.{name}] by hand"
         ) from None
@@ -17689,10 +17689,10 @@ class SignInContext:
     def provider_config(self, name: str, kind: str) -> ProviderConfig:
         if not PROVIDER_NAME.fullmatch(name):
             raise WrongUsage(f"--name {name}: a name is letters, digits, '-' and '_'")
-        found = self.config.providers.get(name)
-        if found is not None and found.type != kind:
-            raise WrongUsage(f"--name {name}: that provider's type is {found.type}, not {kind}")
-        return found or PROVIDER_CONFIGS[kind]()
+        config = self.config.providers.get(name)
+        if config is not None and config.type != kind:
+            raise WrongUsage(f"--name {name}: that provider's type is {config.type}, not {kind}")
+        return config or PROVIDER_CONFIGS[kind]()
 
     def file(self, name: str) -> TokenFile:
         return TokenFile(self.paths.token_file(name))
@@ -17708,7 +17708,7 @@ class SignInContext:
         except OSError as error:
             raise SignInFailed(f"{path}: cannot be written: {error.strerror}") from None
 
-    async def keep(self, name: str, content: Json) -> None:
+    async def save(self, name: str, content: Json) -> None:
         """Saves a sign-in; if that fails, lets the user fix the cause and retry."""
         file = self.file(name)
         while True:
@@ -17725,32 +17725,32 @@ class SignInContext:
             if not await self.console.confirm("Try again?"):
                 raise SignInFailed("the sign-in was not kept")
 
-    def tell_terms(self, kind: str) -> None:
+    def show_terms(self, kind: str) -> None:
         """Shows the vendor's terms, once, before the first sign-in."""
         path = self.paths.notices_file
         try:
-            kept = load_private_json(path) or {}
+            notices = load_private_json(path) or {}
         except ProgramError as error:
             log_event("warning", "notices_unusable", reason=error)
-            kept = {}
-        told = kept.get("terms")
-        told = told if isinstance(told, list) else []
-        if kind in told:
+            notices = {}
+        shown_terms = notices.get("terms")
+        shown_terms = shown_terms if isinstance(shown_terms, list) else []
+        if kind in shown_terms:
             return
         self.console.say(*TERMS[kind].splitlines(), "")
         try:
-            save_private_json(path, {**kept, "terms": [*told, kind]})
+            save_private_json(path, {**notices, "terms": [*shown_terms, kind]})
         except OSError as error:
             log_event("warning", "notices_not_saved", reason=error.strerror)
 
     def has_provider(self, name: str, settings: dict[str, str]) -> bool:
-        found = self.config.providers.get(name)
-        return found is not None and all(getattr(found, k) == v for k, v in settings.items())
+        config = self.config.providers.get(name)
+        return config is not None and all(getattr(config, k) == v for k, v in settings.items())
 
     def check_provider(self, name: str, kind: str, settings: dict[str, str]) -> None:
         """A dry run of `add_provider`: better to fail before a sign-in than after."""
-        found = self.config.providers.get(name)
-        if found is not None and not found.enabled:
+        config = self.config.providers.get(name)
+        if config is not None and not config.enabled:
             self.console.say(f"Provider {name!r} is disabled; nobody will use this sign-in.", "")
         if not self.has_provider(name, settings):
             path = self.paths.config_file
@@ -17795,42 +17795,42 @@ class SignInContext:
             say("A browser should open by itself; any other, on any machine, will do.", "")
         loop = asyncio.get_running_loop()
         ends_at = loop.time() + device.expires_in
-        pause_s, trouble = device.interval + DEVICE_EXTRA_SECONDS, ""
+        interval_s, trouble = device.interval + DEVICE_EXTRA_SECONDS, ""
         while True:
-            await self.count_down(min(loop.time() + pause_s, ends_at), ends_at, trouble)
+            await self.count_down(min(loop.time() + interval_s, ends_at), ends_at, trouble)
             if loop.time() >= ends_at:
                 raise CodeExpired("the code has expired")
             try:
-                found = classify_poll(*await poll())
+                outcome = classify_poll(*await poll())
             except SignInFailed as error:
-                found = Poll("unreachable", {}, str(error))
-            trouble = f" ({found.words}; trying again)" if found.state == "unreachable" else ""
-            if found.state == "done":
+                outcome = Poll("unreachable", {}, str(error))
+            trouble = f" ({outcome.words}; trying again)" if outcome.state == "unreachable" else ""
+            if outcome.state == "done":
                 self.console.close_line()
-                return found.body
-            if found.state == "slow_down":
-                named = str(found.body.get("interval", ""))
-                slower_s = pause_s + DEVICE_SLOWER_SECONDS
-                if DIGITS.fullmatch(named) and int(named) < 3600:
-                    slower_s = max(pause_s, int(named) + DEVICE_EXTRA_SECONDS)
-                pause_s = slower_s
-            elif found.state == "expired":
+                return outcome.body
+            if outcome.state == "slow_down":
+                new_interval = str(outcome.body.get("interval", ""))
+                slower_s = interval_s + DEVICE_SLOWER_SECONDS
+                if DIGITS.fullmatch(new_interval) and int(new_interval) < 3600:
+                    slower_s = max(interval_s, int(new_interval) + DEVICE_EXTRA_SECONDS)
+                interval_s = slower_s
+            elif outcome.state == "expired":
                 raise CodeExpired("the code has expired")
-            elif found.state == "denied":
+            elif outcome.state == "denied":
                 raise SignInFailed(f"the sign-in was cancelled at {service}")
-            elif found.state == "failed":
-                raise SignInFailed(f"{service} refuses the sign-in: {found.words}")
+            elif outcome.state == "failed":
+                raise SignInFailed(f"{service} refuses the sign-in: {outcome.words}")
 
-    async def count_down(self, until: float, ends_at: float, trouble: str) -> None:
+    async def count_down(self, poll_at: float, ends_at: float, trouble: str) -> None:
         loop = asyncio.get_running_loop()
         while True:
             left = max(int(ends_at - loop.time()), 0)
             clock = f"{left // 60}:{left % 60:02d}"
             self.console.status(f"Waiting for you: {clock} left, Ctrl-C ends it{trouble}")
-            rest_s = until - loop.time()
-            if rest_s <= 0:
+            delay_s = poll_at - loop.time()
+            if delay_s <= 0:
                 return
-            await asyncio.sleep(min(rest_s, 1.0))
+            await asyncio.sleep(min(delay_s, 1.0))
 
     async def with_new_codes(self, attempt: Callable[[], Awaitable[Json]]) -> Json:
         while True:
@@ -17861,27 +17861,27 @@ async def sign_in_copilot(context: SignInContext, name: str, host: str, token: s
         config.github_api_url = settings["github_api_url"]
     context.check_provider(name, "copilot", settings)
     context.check_disk(name)
-    context.tell_terms("copilot")
+    context.show_terms("copilot")
     if not token:
-        answer = await context.with_new_codes(lambda: ask_github_device(context, config))
-        token = bare_token(str(answer["access_token"]))
-    content, words = await check_copilot(context, config, token)
+        payload = await context.with_new_codes(lambda: ask_github_device(context, config))
+        token = bare_token(str(payload["access_token"]))
+    content, message = await check_copilot(context, config, token)
     context.add_provider(name, "copilot", settings)
-    await context.keep(name, content)
-    return words
+    await context.save(name, content)
+    return message
 
 
 async def ask_github_device(context: SignInContext, config: CopilotConfig) -> Json:
     base = config.github_url.rstrip("/")
     headers = {"User-Agent": COPILOT_USER_AGENT}
-    asked = {"client_id": COPILOT_CLIENT_ID, "scope": COPILOT_SCOPE}
+    params = {"client_id": COPILOT_CLIENT_ID, "scope": COPILOT_SCOPE}
     status, _, data = await context.ask(
-        "POST", base + "/login/device/code", headers, asked, split_url(base)[1]
+        "POST", base + "/login/device/code", headers, params, split_url(base)[1]
     )
     body = load_answer(data)
     if status != 200 or body is None or "error" in body:
-        said = read_error_answer(status, data)[0] or f"status {status}"
-        raise SignInFailed(f"{split_url(base)[1]} gives no code: {said[:300]}")
+        reason = read_error_answer(status, data)[0] or f"status {status}"
+        raise SignInFailed(f"{split_url(base)[1]} gives no code: {reason[:300]}")
     device = read_device_code(body, "GitHub")
     grant = {"client_id": COPILOT_CLIENT_ID, "device_code": device.code, "grant_type": DEVICE_GRANT}
     url = base + "/login/oauth/access_token"
@@ -17934,29 +17934,29 @@ class KiroSignIn:
     token: str = ""
 
 
-async def sign_in_kiro(context: SignInContext, name: str, wish: KiroSignIn) -> str:
+async def sign_in_kiro(context: SignInContext, name: str, settings: KiroSignIn) -> str:
     """Returns who is signed in, for the user.  Raises SignInFailed."""
     config = context.provider_config(name, "kiro")
     assert isinstance(config, KiroConfig)
-    method = wish.method or ("organisation" if wish.start_url else "")
-    check_organisation(wish.start_url or KIRO_BUILDER_START_URL, wish.region or "us-east-1")
-    if not (method or wish.token or context.console.interactive):
+    method = settings.method or ("organisation" if settings.start_url else "")
+    check_organisation(settings.start_url or KIRO_BUILDER_START_URL, settings.region or "us-east-1")
+    if not (method or settings.token or context.console.interactive):
         raise WrongUsage(f"there is no terminal to ask on: say --method {'|'.join(KIRO_METHODS)}")
     context.check_provider(name, "kiro", {})
     context.check_disk(name)
-    context.tell_terms("kiro")
-    content: Json = {"auth_method": "api_key", "access_token": wish.token}
-    if not wish.token:
+    context.show_terms("kiro")
+    content: Json = {"auth_method": "api_key", "access_token": settings.token}
+    if not settings.token:
         method = method or await context.console.choose("How do you sign in to Kiro?", KIRO_METHODS)
         if method in ("google", "github"):
             content = await sign_in_by_portal(context, config, method)
         elif method == "builder-id":
             content = await sign_in_at_aws(context, config, KIRO_BUILDER_START_URL, "us-east-1")
         else:
-            start_url = wish.start_url or await context.console.ask(
+            start_url = settings.start_url or await context.console.ask(
                 "Your organisation's start URL:"
             )
-            region = wish.region
+            region = settings.region
             if not region and context.console.interactive:
                 region = await context.console.ask(
                     "Region of its IAM Identity Center:", "us-east-1"
@@ -17968,24 +17968,24 @@ async def sign_in_kiro(context: SignInContext, name: str, wish: KiroSignIn) -> s
     except ValueError as error:
         raise SignInFailed(f"Kiro's answer cannot be used: {error}") from None
     context.add_provider(name, "kiro", {})
-    return await settle_kiro(context, name, content)
+    return await save_kiro_sign_in(context, name, content)
 
 
-async def settle_kiro(context: SignInContext, name: str, content: Json) -> str:
+async def save_kiro_sign_in(context: SignInContext, name: str, content: Json) -> str:
     """Saves a sign-in; if Kiro refuses it, restores the old one and raises SignInFailed."""
     file = context.file(name)
     try:
-        before = file.load()
+        previous = file.load()
     except ProgramError:
-        before = None  # kept aside, or only a link
-    await context.keep(name, content)
+        previous = None  # kept aside, or only a link
+    await context.save(name, content)
     try:
         return await describe_kiro(context, name)
     except NotSignedIn as error:
-        if before is None:
+        if previous is None:
             os.unlink(file.path)
         else:
-            await context.keep(name, before)
+            await context.save(name, previous)
         raise SignInFailed(error.text()) from None
 
 
@@ -18004,19 +18004,19 @@ async def describe_kiro(context: SignInContext, name: str) -> str:
     provider.account.file.save({"user": limits.user, "plan": limits.plan})
     who = f" as {limits.user}" if limits.user else ""
     plan = f", plan {limits.plan}" if limits.plan else ""
-    credits_ = f", {limits.used:g} of {limits.limit:g} credits used" if limits.limit else ""
-    return f"Signed in to Kiro{who}{plan}{credits_}"
+    credit_text = f", {limits.used:g} of {limits.limit:g} credits used" if limits.limit else ""
+    return f"Signed in to Kiro{who}{plan}{credit_text}"
 
 
 async def choose_profile(context: SignInContext, provider: KiroProvider) -> None:
     login = await provider.account.login()
     if login.kind != "idc" or login.arn:
         return
-    found = await provider.find_profiles(login)
-    if len(found) > 1 and context.console.interactive:
-        arn = await context.console.choose("Which profile?", found)
-    elif len(found) == 1:
-        arn = next(iter(found))
+    profiles = await provider.find_profiles(login)
+    if len(profiles) > 1 and context.console.interactive:
+        arn = await context.console.choose("Which profile?", profiles)
+    elif len(profiles) == 1:
+        arn = next(iter(profiles))
     else:
         return  # the first request will say what to set
     await provider.account.save({"profile_arn": arn}, login)
@@ -18036,42 +18036,42 @@ async def sign_in_at_aws(
     check_organisation(start_url, region)
     base = (config.oidc_url or KIRO_OIDC_URL.format(region=region)).rstrip("/")
 
-    async def ask(path: str, body: Json) -> Json:
+    async def post(path: str, body: Json) -> Json:
         status, headers, data = await context.ask("POST", base + path, {}, body, "AWS")
-        answer = load_object(data)
-        if status != 200 or answer is None:
-            words = classify_poll(status, headers, data).words
+        payload = load_object(data)
+        if status != 200 or payload is None:
+            reason = classify_poll(status, headers, data).words
             hint = "; are the start URL and the region right?" if path != "/client/register" else ""
-            raise SignInFailed(f"AWS refuses the sign-in: {words or f'status {status}'}{hint}")
-        return answer
+            raise SignInFailed(f"AWS refuses the sign-in: {reason or f'status {status}'}{hint}")
+        return payload
 
-    asked = {
+    registration = {
         "clientName": KIRO_CLIENT_NAME,
         "clientType": "public",
         "scopes": list(KIRO_SCOPES),
         "grantTypes": [DEVICE_GRANT, "refresh_token"],
         "issuerUrl": start_url,
     }
-    client = await ask("/client/register", asked)
-    named = {"clientId": get_str(client, "clientId")}
-    named["clientSecret"] = get_str(client, "clientSecret")
+    client = await post("/client/register", registration)
+    credentials = {"clientId": get_str(client, "clientId")}
+    credentials["clientSecret"] = get_str(client, "clientSecret")
 
     async def attempt() -> Json:
         device = read_device_code(
-            await ask("/device_authorization", {**named, "startUrl": start_url}), "AWS"
+            await post("/device_authorization", {**credentials, "startUrl": start_url}), "AWS"
         )
-        grant = {**named, "grantType": DEVICE_GRANT, "deviceCode": device.code}
+        grant = {**credentials, "grantType": DEVICE_GRANT, "deviceCode": device.code}
         return await context.await_device(
             device, "AWS", lambda: context.ask("POST", base + "/token", {}, grant, "AWS")
         )
 
-    answer = await context.with_new_codes(attempt)
+    payload = await context.with_new_codes(attempt)
     is_builder = start_url.rstrip("/") == KIRO_BUILDER_START_URL
     return {
         "auth_method": "builder_id" if is_builder else "idc",
-        **read_refresh_answer(answer, time.time()),
-        "client_id": named["clientId"],
-        "client_secret": named["clientSecret"],
+        **read_refresh_answer(payload, time.time()),
+        "client_id": credentials["clientId"],
+        "client_secret": credentials["clientSecret"],
         "sign_in_expires_at": int(read_time(client.get("clientSecretExpiresAt"))),
         "idc_region": region,
         "start_url": start_url,
@@ -18080,7 +18080,11 @@ async def sign_in_at_aws(
 
 async def sign_in_by_portal(context: SignInContext, config: KiroConfig, method: str) -> Json:
     """Kiro's own page in a browser (PKCE): token file content without its type."""
-    state, verifier, machine = b64url(os.urandom(24)), b64url(os.urandom(32)), os.urandom(32).hex()
+    state, verifier, machine_id = (
+        b64url(os.urandom(24)),
+        b64url(os.urandom(32)),
+        os.urandom(32).hex(),
+    )
     listener = CallbackListener(context.client.ticker, state, method)
     port = await listener.listen() or KIRO_PORTAL_PORTS[0]
     try:
@@ -18094,32 +18098,36 @@ async def sign_in_by_portal(context: SignInContext, config: KiroConfig, method: 
             "it here.",
             "",
         )
-        back = await wait_for_callback(context, listener, state, method)
+        callback = await wait_for_callback(context, listener, state, method)
     finally:
         await listener.close()
-    if back.option not in ("google", "github"):
-        if back.option not in ("builderid", "awsidc", "internal") or not back.issuer_url:
-            raise SignInFailed(f"a sign-in by {back.option} has to be imported: type auth import")
-        return await sign_in_at_aws(context, config, back.issuer_url, back.region or "us-east-1")
-    redirect = f"http://localhost:{port}{back.path}"
-    asked = {
-        "code": back.code,
+    if callback.option not in ("google", "github"):
+        if callback.option not in ("builderid", "awsidc", "internal") or not callback.issuer_url:
+            raise SignInFailed(
+                f"a sign-in by {callback.option} has to be imported: type auth import"
+            )
+        return await sign_in_at_aws(
+            context, config, callback.issuer_url, callback.region or "us-east-1"
+        )
+    redirect = f"http://localhost:{port}{callback.path}"
+    params = {
+        "code": callback.code,
         "code_verifier": verifier,
-        "redirect_uri": f"{redirect}?login_option={back.option}",
+        "redirect_uri": f"{redirect}?login_option={callback.option}",
     }
     base = (config.auth_url or KIRO_AUTH_URL).rstrip("/")
-    headers = {"User-Agent": f"KiroIDE-{config.kiro_version}-{machine}"}
+    headers = {"User-Agent": f"KiroIDE-{config.kiro_version}-{machine_id}"}
     headers["Accept"] = "application/json, text/plain, */*"
-    status, _, data = await context.ask("POST", base + "/oauth/token", headers, asked, "Kiro")
+    status, _, data = await context.ask("POST", base + "/oauth/token", headers, params, "Kiro")
     body = load_object(data)
     if status != 200 or body is None:
-        said = read_error_answer(status, data)[0] or f"status {status}"
-        raise SignInFailed(f"Kiro refuses the sign-in: {said[:300]}")
+        reason = read_error_answer(status, data)[0] or f"status {status}"
+        raise SignInFailed(f"Kiro refuses the sign-in: {reason[:300]}")
     try:
         changes = read_refresh_answer(body, time.time())
     except UpstreamError as error:
         raise SignInFailed(str(error)) from None
-    return {"auth_method": back.option, "machine_id": machine, **changes}
+    return {"auth_method": callback.option, "machine_id": machine_id, **changes}
 
 
 CALLBACK_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>aiclient-api</title>
@@ -18134,7 +18142,7 @@ class CallbackListener:
         self.ticker = ticker
         self.state = state
         self.option = option
-        self.found: asyncio.Future[Callback] = asyncio.get_running_loop().create_future()
+        self.callback: asyncio.Future[Callback] = asyncio.get_running_loop().create_future()
         self.servers: list[Server] = []
         self.port = 0
 
@@ -18151,25 +18159,25 @@ class CallbackListener:
 
     async def open(self, host: str, port: int) -> None:
         config = ServerConfig(host=host, port=port, max_connections=16)
-        server = Server(config, self.ticker, self.answer, self.write_error)
+        server = Server(config, self.ticker, self.handle, self.write_error)
         await server.listen(open_listeners(host, port))
         self.servers.append(server)
 
-    async def answer(self, request: Request) -> Response:
+    async def handle(self, request: Request) -> Response:
         if request.headers.get("host") not in (f"localhost:{self.port}", f"127.0.0.1:{self.port}"):
             return self.page(421, "Not here", "This address is not served.")
         if request.path not in CALLBACK_PATHS or request.method != "GET":
             return self.page(404, "Not here", "This is only the way back from a sign-in.")
-        if self.found.done():
+        if self.callback.done():
             return self.page(410, "Done already", "You can close this window.")
         try:
-            self.found.set_result(
+            self.callback.set_result(
                 read_callback(f"{request.path}?{request.query}", self.state, self.option)
             )
         except ValueError:
             return self.page(400, "Not this sign-in", "Start it again from the terminal.")
         except SignInFailed as error:
-            self.found.set_exception(error)
+            self.callback.set_exception(error)
             return self.page(200, "Not signed in", "The terminal tells why.")
         return self.page(200, "That was it", "Close this window and go back to the terminal.")
 
@@ -18177,7 +18185,7 @@ class CallbackListener:
         return self.page(error.status, "Not here", "This request cannot be answered.")
 
     @staticmethod
-    def page(status: int, title: str, words: str) -> Response:
+    def page(status: int, title: str, text: str) -> Response:
         """Fixed text, which repeats nothing from the request."""
         headers = {
             "Cache-Control": "no-store",
@@ -18185,7 +18193,7 @@ class CallbackListener:
             "Referrer-Policy": "no-referrer",
             "Connection": "close",
         }
-        body = CALLBACK_PAGE.format(title=title, words=words).encode()
+        body = CALLBACK_PAGE.format(title=title, words=text).encode()
         return Response(status, body, headers, content_type="text/html; charset=utf-8")
 
     async def close(self) -> None:
@@ -18202,24 +18210,24 @@ async def wait_for_callback(
     async def read_pasted() -> Callback:
         while True:
             try:
-                pasted = await context.console.line()
+                text = await context.console.line()
             except EOFError:
-                return await listener.found  # nothing can be pasted; the browser may still come
+                return await listener.callback  # nothing can be pasted; the browser may still come
             try:
-                return read_callback(pasted, state, option)
+                return read_callback(text, state, option)
             except ValueError as error:
                 context.console.say(f"That is not it: {error}.  Paste the whole address.")
 
-    waiting = [listener.found, asyncio.ensure_future(read_pasted())]
+    futures = [listener.callback, asyncio.ensure_future(read_pasted())]
     try:
         done, _ = await asyncio.wait(
-            waiting, timeout=CALLBACK_SECONDS, return_when=asyncio.FIRST_COMPLETED
+            futures, timeout=CALLBACK_SECONDS, return_when=asyncio.FIRST_COMPLETED
         )
         if not done:
             raise SignInFailed(f"nobody came back within {CALLBACK_SECONDS / 60:g} minutes")
         return done.pop().result()
     finally:
-        for future in waiting:
+        for future in futures:
             future.cancel()
 
 
@@ -18247,7 +18255,7 @@ def plugin_folder() -> str:
     return os.path.join(base, "github-copilot")
 
 
-def copilot_found(program: str, path: str, host: str, user: str, token: str) -> FoundLogin:
+def copilot_login(program: str, path: str, host: str, user: str, token: str) -> FoundLogin:
     content = {"type": "copilot", "github_token": token, "login": user}
     account = f"{user or 'an account'} at {host}"
     return FoundLogin("copilot", program, path, account, content, host)
@@ -18255,12 +18263,12 @@ def copilot_found(program: str, path: str, host: str, user: str, token: str) -> 
 
 def find_plugin_logins() -> list[FoundLogin]:
     """Copilot's editor plugins; VS Code itself keeps its tokens in the system's secret store."""
-    found: dict[str, FoundLogin] = {}
+    logins: dict[str, FoundLogin] = {}
     for name in ("apps.json", "hosts.json"):
         path = os.path.join(plugin_folder(), name)
         for host, user, token in read_plugin_logins(read_some_json(path)):
-            found.setdefault(token, copilot_found("an editor's plugin", path, host, user, token))
-    return list(found.values())
+            logins.setdefault(token, copilot_login("an editor's plugin", path, host, user, token))
+    return list(logins.values())
 
 
 def find_environment_login() -> list[FoundLogin]:
@@ -18268,26 +18276,26 @@ def find_environment_login() -> list[FoundLogin]:
     token = os.environ.get("COPILOT_GITHUB_TOKEN", "").strip()
     if not token or not TARGET.fullmatch(token):
         return []
-    return [copilot_found("the environment", "COPILOT_GITHUB_TOKEN", "github.com", "", token)]
+    return [copilot_login("the environment", "COPILOT_GITHUB_TOKEN", "github.com", "", token)]
 
 
 def find_gh_login() -> list[FoundLogin]:
     try:
-        said = subprocess.run(
+        result = subprocess.run(
             ["gh", "auth", "token"], capture_output=True, timeout=10, check=True, text=True
         )
-        token = bare_token(said.stdout)
+        token = bare_token(result.stdout)
     except (OSError, subprocess.SubprocessError, SignInFailed):
         return []
-    return [copilot_found("GitHub CLI", "gh auth token", "github.com", "", token)]
+    return [copilot_login("GitHub CLI", "gh auth token", "github.com", "", token)]
 
 
-def kiro_found(program: str, path: str, content: Json, source: Json) -> FoundLogin:
+def kiro_login(program: str, path: str, content: Json, source: Json) -> FoundLogin:
     """A sign-in of one of Kiro's own programs, which keeps using it."""
-    words = {"idc": "organisation", "builder_id": "AWS Builder ID", "external_idp": "company"}
+    labels = {"idc": "organisation", "builder_id": "AWS Builder ID", "external_idp": "company"}
     method: str = content["auth_method"]
     where = f" at {content['start_url']}" if method == "idc" and "start_url" in content else ""
-    account = f"{words.get(method, method)}{where}"
+    account = f"{labels.get(method, method)}{where}"
     return FoundLogin(
         "kiro", program, path, account, {**content, "source": {**source, "path": path}}
     )
@@ -18299,7 +18307,7 @@ def find_ide_login() -> list[FoundLogin]:
         content = read_ide_login(path)
     except (OSError, ValueError):
         return []  # not there, or signed out
-    return [kiro_found("the Kiro IDE", path, content, {"program": "kiro-ide"})]
+    return [kiro_login("the Kiro IDE", path, content, {"program": "kiro-ide"})]
 
 
 def find_cli_logins(program: str, folder: str, path: str = "") -> list[FoundLogin]:
@@ -18314,7 +18322,7 @@ def find_cli_logins(program: str, folder: str, path: str = "") -> list[FoundLogi
             content = read_cli_login(path, key)
         except (OSError, ValueError, sqlite3.Error):
             continue  # it has another one, or none
-        return [kiro_found(program, path, content, {"program": folder, "key": key})]
+        return [kiro_login(program, path, content, {"program": folder, "key": key})]
     return []
 
 
@@ -18335,41 +18343,41 @@ ONLY_ON_REQUEST = ("gh",)  # its tokens can do more than Copilot
 def find_logins(origins: Iterable[str] = ()) -> list[FoundLogin]:
     """From `origins`, or from all that may be searched without being asked for."""
     origins = origins or [name for name in IMPORTS if name not in ONLY_ON_REQUEST]
-    return [found for name in origins for found in IMPORTS[name]()]
+    return [login for name in origins for login in IMPORTS[name]()]
 
 
-def target_name(config: Config, found: FoundLogin) -> str:
+def target_name(config: Config, login: FoundLogin) -> str:
     """The provider that a sign-in would be for: the first of its type, and of its host."""
     for name, entry in config.providers.items():
-        if isinstance(entry, CopilotConfig) and split_url(entry.github_url)[1] != found.host:
+        if isinstance(entry, CopilotConfig) and split_url(entry.github_url)[1] != login.host:
             continue
-        if entry.type == found.kind:
+        if entry.type == login.kind:
             return name
-    return f"{found.kind}-{found.host.partition('.')[0]}"
+    return f"{login.kind}-{login.host.partition('.')[0]}"
 
 
 async def import_logins(
-    context: SignInContext, found: list[FoundLogin], name: str, sure: bool
+    context: SignInContext, logins: list[FoundLogin], name: str, assume_yes: bool
 ) -> list[str]:
-    """Imports what the user agrees to, or with `sure` what replaces nothing.
+    """Imports what the user agrees to, or with `assume_yes` what replaces nothing.
 
     `name`: the provider's, "" for a matching one.  Raises SignInFailed if nothing was imported.
     """
     results: list[str] = []
     failures = 0
-    taken: set[str] = set()
+    used_targets: set[str] = set()
     context.console.say("Found on this machine:")
-    for item in found:
-        context.console.say(f"  {item.kind}: {item.account} ({item.program}, {item.path})")
-    for item in found:
-        target = name or target_name(context.config, item)
-        if target in taken:
+    for login in logins:
+        context.console.say(f"  {login.kind}: {login.account} ({login.program}, {login.path})")
+    for login in logins:
+        target = name or target_name(context.config, login)
+        if target in used_targets:
             continue
         is_there = os.path.lexists(context.paths.token_file(target))
-        if not sure:
-            context.tell_terms(item.kind)
+        if not assume_yes:
+            context.show_terms(login.kind)
             instead = " instead of its present sign-in" if is_there else ""
-            question = f"Use {item.account} of {item.program} as provider {target!r}{instead}?"
+            question = f"Use {login.account} of {login.program} as provider {target!r}{instead}?"
             if not await context.console.confirm(question, not is_there):
                 continue
         elif is_there and not name:
@@ -18378,28 +18386,28 @@ async def import_logins(
             )
             continue
         try:
-            results.append(await import_login(context, item, target))
-            taken.add(target)
+            results.append(await import_login(context, login, target))
+            used_targets.add(target)
         except SignInFailed as error:
             failures += 1
-            context.console.say(f"{item.account} of {item.program}: {error}")
+            context.console.say(f"{login.account} of {login.program}: {error}")
     if failures and not results:
         raise SignInFailed("nothing was imported")
     return results
 
 
-async def import_login(context: SignInContext, found: FoundLogin, name: str) -> str:
-    config = context.provider_config(name, found.kind)
+async def import_login(context: SignInContext, login: FoundLogin, name: str) -> str:
+    config = context.provider_config(name, login.kind)
     if isinstance(config, CopilotConfig):
-        host = found.host if found.host != split_url(config.github_url)[1] else ""
-        return await sign_in_copilot(context, name, host, found.content["github_token"])
-    context.check_provider(name, found.kind, {})
+        host = login.host if login.host != split_url(config.github_url)[1] else ""
+        return await sign_in_copilot(context, name, host, login.content["github_token"])
+    context.check_provider(name, login.kind, {})
     context.check_disk(name)
-    context.tell_terms(found.kind)
-    context.add_provider(name, found.kind, {})
-    words = await settle_kiro(context, name, found.content)
+    context.show_terms(login.kind)
+    context.add_provider(name, login.kind, {})
+    message = await save_kiro_sign_in(context, name, login.content)
     return (
-        f"{words}.  It stays shared with {found.program}: what is refreshed here goes back there."
+        f"{message}.  It stays shared with {login.program}: what is refreshed here goes back there."
     )
 
 
@@ -18414,23 +18422,23 @@ def account_row(name: str, entry: CopilotConfig | KiroConfig, file: TokenFile) -
     row |= {"user": "", "plan": "", "expires_at": None, "token_expires_at": None}
     row["health"] = "not signed in"
     try:
-        kept = file.peek()
-        if kept is None:
+        content = file.peek()
+        if content is None:
             return row
         if is_kiro:
-            row["kind"] = get_str(kept, "auth_method") or read_kiro_login(kept).kind
-            read_kiro_login(kept)
-            row["expires_at"] = int(read_time(kept.get("sign_in_expires_at"))) or None
+            row["kind"] = get_str(content, "auth_method") or read_kiro_login(content).kind
+            read_kiro_login(content)
+            row["expires_at"] = int(read_time(content.get("sign_in_expires_at"))) or None
         else:
-            bare_token(get_str(kept, "github_token"))
+            bare_token(get_str(content, "github_token"))
     except (ProgramError, ValueError) as error:
-        words = str(error).removeprefix(f"{file.path}: ")
-        return {**row, "health": f"unusable: {words}"}
-    row["user"] = get_str(kept, "user") or get_str(kept, "login")
-    row["plan"] = get_str(kept, "plan")
-    row["token_expires_at"] = int(read_time(kept.get("expires_at"))) or None
-    refused = get_str(kept, "refused")
-    row["health"] = f"needs sign-in: {refused}" if refused else "ok"
+        reason = str(error).removeprefix(f"{file.path}: ")
+        return {**row, "health": f"unusable: {reason}"}
+    row["user"] = get_str(content, "user") or get_str(content, "login")
+    row["plan"] = get_str(content, "plan")
+    row["token_expires_at"] = int(read_time(content.get("expires_at"))) or None
+    refusal = get_str(content, "refused")
+    row["health"] = f"needs sign-in: {refusal}" if refusal else "ok"
     if row["expires_at"] and row["expires_at"] < time.time():
         row["health"] = "needs sign-in: it has expired"
     return row
@@ -18447,18 +18455,18 @@ def account_rows(config: Config, paths: Paths) -> list[Json]:
 async def revoke_login(context: SignInContext, name: str) -> str:
     """Returns what is left to do, for the user.  Raises WrongUsage and ProgramError."""
     path = context.paths.token_file(name)
-    known = [row["name"] for row in account_rows(context.config, context.paths)]
+    names = [row["name"] for row in account_rows(context.config, context.paths)]
     is_folder = PROVIDER_NAME.fullmatch(name) and os.path.isdir(os.path.dirname(path))
-    if not is_folder and name not in known:
-        close = nearest(name, known, 1) or known
-        raise WrongUsage(f"{name}: no such provider; did you mean {close[0]}?")
+    if not is_folder and name not in names:
+        similar = nearest(name, names, 1) or names
+        raise WrongUsage(f"{name}: no such provider; did you mean {similar[0]}?")
     if not is_folder:
         raise ProgramError(f"{name}: there is no sign-in to remove")
     kind = "copilot"
     with contextlib.suppress(ProgramError, ValueError):  # removed whatever it is
-        kept = load_private_json(path) or {}
-        if get_str(kept, "type") == "kiro":
-            kind = get_str(kept, "auth_method") or read_kiro_login(kept).kind
+        content = load_private_json(path) or {}
+        if get_str(content, "type") == "kiro":
+            kind = get_str(content, "auth_method") or read_kiro_login(content).kind
     file = context.file(name)
     try:
         async with file.lock() as lock:
@@ -18478,18 +18486,18 @@ async def revoke_login(context: SignInContext, name: str) -> str:
 
 async def offer_sign_in(context: SignInContext) -> None:
     """The first start on a terminal: offers what is on this machine, or a sign-in."""
-    found = find_logins()
+    logins = find_logins()
     say = context.console.say
     options = {"copilot": "sign in to GitHub Copilot", "kiro": "sign in to Kiro"}
-    if found:
-        whose = ", ".join(sorted({f"{item.kind} of {item.program}" for item in found}))
-        options = {"import": f"use what is on this machine: {whose}", **options}
+    if logins:
+        origins = ", ".join(sorted({f"{login.kind} of {login.program}" for login in logins}))
+        options = {"import": f"use what is on this machine: {origins}", **options}
     options["later"] = "not now; only the model `echo` will answer"
     try:
         choice = await context.console.choose("There is no account yet.", options)
         if choice == "import":
-            for words in await import_logins(context, found, "", sure=False):
-                say(words)
+            for message in await import_logins(context, logins, "", assume_yes=False):
+                say(message)
         elif choice == "copilot":
             say(await sign_in_copilot(context, "copilot", "", ""))
         elif choice == "kiro":
