@@ -18535,7 +18535,7 @@ def plain_path(path: str) -> str:
     return path
 
 
-def unanswered_status(error: BaseException) -> int:
+def interrupted_status(error: BaseException) -> int:
     """The status to count for a request whose handler was interrupted; 499 is nginx's."""
     if isinstance(error, WireError):
         return error.status
@@ -18553,8 +18553,8 @@ class Shield:
     """Guards against DNS rebinding and cross-site requests: web pages can reach loopback."""
 
     def __init__(self, config: ServerConfig) -> None:
-        own = {name.lower() for name in config.allowed_hosts}
-        self.hosts = own | {config.host.lower().strip("[]")}
+        allowed = {name.lower() for name in config.allowed_hosts}
+        self.hosts = allowed | {config.host.lower().strip("[]")}
         self.origins = set(config.cors_origins)
 
     def check(self, request: Request) -> None:
@@ -18572,13 +18572,13 @@ class Shield:
                 "Web pages of this origin may not use the gateway.",
                 hint="Add the origin to server.cors_origins if it is yours.",
             )
-        listed = origin is not None and self.is_listed(origin)
-        if headers.get("sec-fetch-site", "").lower() == "cross-site" and not listed:
+        is_listed = origin is not None and self.is_listed(origin)
+        if headers.get("sec-fetch-site", "").lower() == "cross-site" and not is_listed:
             raise Forbidden("Cross-site requests of browsers are refused.")
         # Pages may send other content types, or none, without a CORS preflight.
-        kind = headers.get("content-type", "").partition(";")[0].strip(" \t").lower()
-        empty = request.body.done and not kind
-        if needs_body(request.method) and not empty and not JSON_TYPE.fullmatch(kind):
+        media_type = headers.get("content-type", "").partition(";")[0].strip(" \t").lower()
+        is_empty = request.body.done and not media_type
+        if needs_body(request.method) and not is_empty and not JSON_TYPE.fullmatch(media_type):
             raise UnsupportedMediaType(
                 "The body must be sent as application/json.",
                 hint="With curl: -H 'content-type: application/json'.",
@@ -18592,9 +18592,9 @@ class Shield:
     def may_call(self, origin: str) -> bool:
         if self.is_listed(origin):
             return True
-        scheme, slashes, rest = origin.partition("://")
-        host = split_host(rest)
-        if scheme not in ("http", "https") or not slashes or host is None:
+        scheme, separator, authority = origin.partition("://")
+        host = split_host(authority)
+        if scheme not in ("http", "https") or not separator or host is None:
             return False
         return is_loopback(host[0])
 
@@ -18605,7 +18605,7 @@ class Shield:
         base, colon, port = origin.rpartition(":")
         return bool(colon) and port.isdigit() and f"{base}:*" in self.origins
 
-    def grants(self, request: Request) -> dict[str, str]:
+    def cors_headers(self, request: Request) -> dict[str, str]:
         origin = request.headers.get("origin")
         if origin is None or not self.is_listed(origin):
             return {}
@@ -18618,15 +18618,15 @@ class Shield:
         }
 
     def preflight(self, request: Request) -> Response:
-        grants = self.grants(request)
-        if not grants:
+        headers = self.cors_headers(request)
+        if not headers:
             raise Forbidden("Web pages of this origin may not use the gateway.")
-        asked = request.headers.get("access-control-request-headers", "")
-        grants["Access-Control-Allow-Methods"] = "GET, POST, DELETE, OPTIONS"
-        grants["Access-Control-Max-Age"] = "86400"
-        if asked and re.fullmatch(r"[\w ,-]{1,2000}", asked, re.ASCII):
-            grants["Access-Control-Allow-Headers"] = asked
-        return Response(204, headers=grants)
+        requested = request.headers.get("access-control-request-headers", "")
+        headers["Access-Control-Allow-Methods"] = "GET, POST, DELETE, OPTIONS"
+        headers["Access-Control-Max-Age"] = "86400"
+        if requested and re.fullmatch(r"[\w ,-]{1,2000}", requested, re.ASCII):
+            headers["Access-Control-Allow-Headers"] = requested
+        return Response(204, headers=headers)
 
 
 # 17.2 the page
@@ -19127,13 +19127,13 @@ def write_page() -> tuple[bytes, dict[str, str]]:
 # 17.3 the gateway
 
 #: the fields of `Daemon.status` in /v1/status: an allowlist, as it must not show paths or pids
-TOLD_STATUS = (
+PUBLIC_STATUS = (
     "version", "url", "state", "uptime_s", "connections", "requests_in_flight", "memory_bytes",
     "needs_key", "log_lines_dropped", "warnings", "providers",
 )  # fmt: skip
 
 
-def given_key(headers: Headers) -> str | None:
+def read_api_key(headers: Headers) -> str | None:
     """The key a request carries; raises InvalidKey if a header with a key is repeated."""
     if {"authorization", "x-api-key", "api-key"} & headers.repeated:
         raise InvalidKey("More than one key was sent.")
@@ -19217,8 +19217,8 @@ class Gateway:
         async def handle(request: Request) -> Response:
             if keys and not self.is_open(request):
                 # latin-1 restores the bytes that were sent
-                given = (given_key(request.headers) or "").encode("latin-1")
-                matches = [name for name, key in keys.items() if hmac.compare_digest(given, key)]
+                sent_key = (read_api_key(request.headers) or "").encode("latin-1")
+                matches = [name for name, key in keys.items() if hmac.compare_digest(sent_key, key)]
                 if matches:
                     request.key_name = matches[0]
                 else:
@@ -19255,7 +19255,7 @@ class Gateway:
                 response = self.write_error(error, request)
             except ApiError as caught:
                 response = self.write_error(caught, request)
-            response.headers.update(self.shield.grants(request))
+            response.headers.update(self.shield.cors_headers(request))
             return response
 
         return handle
@@ -19270,7 +19270,7 @@ class Gateway:
             try:
                 response = await inner(request)
             except BaseException as error:
-                self.count_request(request, unanswered_status(error))
+                self.count_request(request, interrupted_status(error))
                 raise
             response.headers.update(
                 {
@@ -19285,7 +19285,7 @@ class Gateway:
                 return response
             stream = response.stream
 
-            async def logged(writer: ResponseWriter) -> None:
+            async def stream_with_log(writer: ResponseWriter) -> None:
                 outcome = "cancelled"
                 try:
                     await stream(writer)
@@ -19294,7 +19294,7 @@ class Gateway:
                     self.log_access(request, response, loop.time() - begun_at, outcome)
                     self.count_request(request, response.status)
 
-            response.stream = logged
+            response.stream = stream_with_log
             return response
 
         return handle
@@ -19336,9 +19336,9 @@ class Gateway:
 
     def dialect_of(self, request: Request | None) -> Dialect:
         if request is not None:
-            asked = request.headers.get("x-output-format", "").lower()
-            if asked in FORMATS:
-                return FORMATS[asked]
+            format_name = request.headers.get("x-output-format", "").lower()
+            if format_name in FORMATS:
+                return FORMATS[format_name]
             path = plain_path(request.path)
             if path.startswith("/v1/messages"):
                 return MESSAGES
@@ -19395,8 +19395,8 @@ class Gateway:
 
     async def get_status(self, request: Request) -> Response:
         status = self.status()
-        told = {name: status[name] for name in TOLD_STATUS if name in status}
-        return Response(200, dump_json(told))
+        body = {name: status[name] for name in PUBLIC_STATUS if name in status}
+        return Response(200, dump_json(body))
 
     async def post_telemetry(self, request: Request) -> Response:
         """Older Claude Code sends its telemetry here: read and discarded."""
@@ -19404,12 +19404,12 @@ class Gateway:
         return Response(200, b"{}")
 
     async def get_usage(self, request: Request) -> Response:
-        given = dict(urllib.parse.parse_qsl(request.query, keep_blank_values=True))
-        return Response(200, dump_json(await self.report_usage(given)))
+        params = dict(urllib.parse.parse_qsl(request.query, keep_blank_values=True))
+        return Response(200, dump_json(await self.report_usage(params)))
 
-    async def report_usage(self, given: dict[str, str]) -> Json:
-        """`given` are the query parameters of `/v1/usage`; raises InvalidRequest."""
-        query = read_usage_query(given, time.time())
+    async def report_usage(self, params: dict[str, str]) -> Json:
+        """`params` are the query parameters of `/v1/usage`; raises InvalidRequest."""
+        query = read_usage_query(params, time.time())
         report = await self.ledger.report(query, self.config.limits)
         return {**report, "quota": quotas(self.providers)}
 
@@ -19482,8 +19482,8 @@ class Gateway:
     async def post_input_tokens(self, request: Request) -> Response:
         body = await run_step(load_body, await request.read_body())
         input_items(body)
-        said = {"object": "response.input_tokens", "input_tokens": estimate_request(body)}
-        return Response(200, dump_json(said))
+        payload = {"object": "response.input_tokens", "input_tokens": estimate_request(body)}
+        return Response(200, dump_json(payload))
 
     async def get_responses(self, request: Request) -> Response:
         """WebSocket upgrades are refused; clients then fall back to POST."""
@@ -19496,40 +19496,43 @@ class Gateway:
 
     async def catalogues(self) -> dict[str, dict[str, Model]]:
         """The models of each provider; those whose list is unavailable are logged and left out."""
-        listed = {name: provider.listed() for name, provider in self.providers.items()}
-        found = {name: models for name, models in listed.items() if models is not None}
-        names = [name for name in listed if name not in found]
-        asked = (self.providers[name].models() for name in names)
-        answers = await asyncio.gather(*asked, return_exceptions=True) if names else ()
-        for name, answer in zip(names, answers, strict=True):
-            if isinstance(answer, ApiError):
-                level = "debug" if isinstance(answer, NotSignedIn) else "warning"
-                log_event(level, "models_unavailable", provider=name, reason=answer)
-            elif isinstance(answer, BaseException):
-                raise answer
+        listings = {name: provider.listed() for name, provider in self.providers.items()}
+        available = {name: models for name, models in listings.items() if models is not None}
+        names = [name for name in listings if name not in available]
+        requests = (self.providers[name].models() for name in names)
+        results = await asyncio.gather(*requests, return_exceptions=True) if names else ()
+        for name, result in zip(names, results, strict=True):
+            if isinstance(result, ApiError):
+                level = "debug" if isinstance(result, NotSignedIn) else "warning"
+                log_event(level, "models_unavailable", provider=name, reason=result)
+            elif isinstance(result, BaseException):
+                raise result
             else:
-                found[name] = answer
-        return {name: found[name] for name in self.providers if name in found}
+                available[name] = result
+        return {name: available[name] for name in self.providers if name in available}
 
     def rows(self, catalogues: dict[str, dict[str, Model]], raw: bool) -> list[Json]:
         """The rows of /v1/models: usable models by their shortest unambiguous names, and aliases.
 
         `raw` adds the upstream's own entry.
         """
-        found: list[tuple[str, Model]] = []
+        entries: list[tuple[str, Model]] = []
         ids = Counter(model for models in catalogues.values() for model in models)
         for name, models in catalogues.items():
             for model in models.values():
                 if model.listed and (model.embeds or model.dialects):
-                    unclear = ids[model.id] > 1 or model.id in self.router.aliases
-                    found.append((f"{name}/{model.id}" if unclear else model.id, model))
+                    is_ambiguous = ids[model.id] > 1 or model.id in self.router.aliases
+                    entries.append((f"{name}/{model.id}" if is_ambiguous else model.id, model))
         for alias in self.router.aliases:
-            leads_to = self.look_up(alias, catalogues)
-            found += [(alias, leads_to)] if leads_to else []
+            target = self.resolve_name(alias, catalogues)
+            entries += [(alias, target)] if target else []
         keys = ("raw",) if raw else ()
-        return [self.row(shown, model) | dict.fromkeys(keys, model.raw) for shown, model in found]
+        return [
+            self.row(public_name, model) | dict.fromkeys(keys, model.raw)
+            for public_name, model in entries
+        ]
 
-    def look_up(self, name: str, catalogues: dict[str, dict[str, Model]]) -> Model | None:
+    def resolve_name(self, name: str, catalogues: dict[str, dict[str, Model]]) -> Model | None:
         """The model for a name; for an alias, its first candidate that exists; otherwise None."""
         try:
             routes = [self.router.place(r, catalogues) for r in self.router.candidates(name, None)]
@@ -19537,17 +19540,17 @@ class Gateway:
             return None
         for route in routes:
             model = find_model(route.model, catalogues.get(route.provider, {}))
-            named = route.explicit and name in self.router.aliases
-            if model is None and named and route.provider in catalogues:
+            is_alias = route.explicit and name in self.router.aliases
+            if model is None and is_alias and route.provider in catalogues:
                 model = self.providers[route.provider].guess(route.model)  # it will be tried
             if model is not None:
                 return model
         return None
 
-    def row(self, shown: str, model: Model) -> Json:
+    def row(self, name: str, model: Model) -> Json:
         """One model with the fields of both APIs: either SDK ignores what it does not know."""
         row: Json = {
-            "id": shown,
+            "id": name,
             "object": "model",
             "created": self.started_at,
             "owned_by": model.vendor or model.provider,
@@ -19564,21 +19567,21 @@ class Gateway:
         row.update({key: value for key, value in limits.items() if value})
         if model.guessed:
             row["guessed"] = True  # from a built-in list: the service sent none
-        if shown in self.router.aliases:
-            row["alias_of"] = self.router.aliases[shown]
+        if name in self.router.aliases:
+            row["alias_of"] = self.router.aliases[name]
         return row
 
     async def get_models(self, request: Request) -> Response:
         rows = self.rows(await self.catalogues(), "raw=1" in request.query.split("&"))
         first, last = (rows[0]["id"], rows[-1]["id"]) if rows else (None, None)
-        ends = {"first_id": first, "last_id": last, "has_more": False}
-        return Response(200, dump_json({"object": "list", "data": rows, **ends}))
+        paging = {"first_id": first, "last_id": last, "has_more": False}
+        return Response(200, dump_json({"object": "list", "data": rows, **paging}))
 
     async def get_model(self, request: Request) -> Response:
         name = plain_path(request.path).removeprefix("/v1/models/")
         catalogues = await self.catalogues()
         self.router.candidates(name, None)  # raises if the name is malformed
-        model = self.look_up(name, catalogues)
+        model = self.resolve_name(name, catalogues)
         if model is None:
             raise self.router.not_found(name, catalogues)
         raw = {"raw": model.raw} if "raw=1" in request.query.split("&") else {}
@@ -19602,7 +19605,7 @@ class Gateway:
         name = need_str(body, "model")
         routes = self.router.candidates(name, request.headers.get("x-provider"))
         ask = functools.partial(self.embed, request, body)
-        return await self.first_answer(request, name, routes, hash(data), ask)
+        return await self.first_response(request, name, routes, hash(data), ask)
 
     async def embed(
         self, request: Request, body: Json, provider: Provider, model: Model
@@ -19611,16 +19614,16 @@ class Gateway:
             raise WrongDialect(f"{model.id} makes no embeddings.", param="model")
         try:
             with advising(provider):
-                answer, usage = await provider.embed(body, model)
+                payload, usage = await provider.embed(body, model)
         except BaseException as error:
             self.record(request, provider, model, "embeddings", Usage(), error)
             raise
         self.record(request, provider, model, "embeddings", usage, None)
-        answer["model"] = body["model"]
+        payload["model"] = body["model"]
         headers = {"x-aiclient-provider": provider.name, "x-aiclient-model": model.id}
-        return Response(200, dump_json(answer), headers)
+        return Response(200, dump_json(payload), headers)
 
-    async def first_answer(
+    async def first_response(
         self,
         request: Request,
         name: str,
@@ -19633,7 +19636,7 @@ class Gateway:
         Falls back only on errors that are not the request's fault, and only while nothing has been
         sent to the client: until a response is returned, its head has not gone out.
         """
-        passed: list[tuple[str, ApiError]] = []
+        failures: list[tuple[str, ApiError]] = []
         for route in routes:
             try:
                 provider, model = await self.find_model(request, name, route)
@@ -19645,14 +19648,14 @@ class Gateway:
                 if len(routes) == 1 or not may_fall_back(error):
                     raise
                 self.log_fallback(request, name, route, error)
-                passed.append((str(route), error))
+                failures.append((str(route), error))
                 request.cancel_on_hangup(True, patient=True)
                 continue
-            if passed:
-                told = ", ".join(f"{asked} {error.kind}" for asked, error in passed)
-                response.headers["x-aiclient-passed-over"] = told
+            if failures:
+                fallbacks = ", ".join(f"{candidate} {error.kind}" for candidate, error in failures)
+                response.headers["x-aiclient-passed-over"] = fallbacks
             return response
-        raise summarize_errors(passed)
+        raise summarize_errors(failures)
 
     @staticmethod
     def log_fallback(request: Request, name: str, route: Route, error: ApiError) -> None:
@@ -19686,17 +19689,17 @@ class Gateway:
         if model is None and route.explicit:
             model = provider.guess(route.model)
         if model is None:
-            asked = name if len(self.router.aliases.get(name, ())) < 2 else route.model
-            raise self.router.not_found(asked, catalogues or await self.catalogues())
+            requested = name if len(self.router.aliases.get(name, ())) < 2 else route.model
+            raise self.router.not_found(requested, catalogues or await self.catalogues())
         if LONG_CONTEXT_BETA in request.headers.get("anthropic-beta", ""):
-            longer = (provider.listed() or {}).get(f"{model.id}-1m", model)
-            model = longer if longer.listed else model
+            long_context = (provider.listed() or {}).get(f"{model.id}-1m", model)
+            model = long_context if long_context.listed else model
         return provider, model
 
     @staticmethod
-    def choose_dialect(model: Model, asked: Dialect) -> UpstreamDialect:
+    def choose_dialect(model: Model, client_dialect: Dialect) -> UpstreamDialect:
         """The client's own dialect if the model speaks it, otherwise the least lossy one."""
-        for name in DIALECT_ORDER[asked.name]:
+        for name in DIALECT_ORDER[client_dialect.name]:
             if name in model.dialects:
                 return UPSTREAM_DIALECTS[name]
         raise WrongDialect(
@@ -19705,10 +19708,10 @@ class Gateway:
             param="model",
         )
 
-    async def converse(self, request: Request, asked: Dialect) -> Response:
+    async def converse(self, request: Request, client_dialect: Dialect) -> Response:
         data = await request.read_body()
         body = await run_step(load_body, data)
-        request_info = asked.request_info(body)
+        request_info = client_dialect.request_info(body)
         request_info.size = len(data)
         session = request.headers.get("x-claude-code-session-id", "")
         request_info.session = request_info.session or session
@@ -19722,23 +19725,23 @@ class Gateway:
         del data  # it may be large, and the response long
         routes = self.router.candidates(request_info.model, request.headers.get("x-provider"))
         now = asyncio.get_running_loop().time
-        held_until = now() + HOLD_LIST_SECONDS
+        hold_deadline = now() + HOLD_LIST_SECONDS
 
-        async def ask(provider: Provider, model: Model) -> Response:
-            hold_s = HOLD_STATUS_SECONDS if len(routes) == 1 else max(0.0, held_until - now())
-            told = (request, asked, body, request_info, provider, model, hold_s)
+        async def attempt(provider: Provider, model: Model) -> Response:
+            hold_s = HOLD_STATUS_SECONDS if len(routes) == 1 else max(0.0, hold_deadline - now())
+            arguments = (request, client_dialect, body, request_info, provider, model, hold_s)
             try:
-                return await self.exchange(*told)
+                return await self.exchange(*arguments)
             except WrongDialect:
                 # The provider has just ruled that dialect out; another one is tried, once.
-                return await self.exchange(*told)
+                return await self.exchange(*arguments)
 
-        return await self.first_answer(request, request_info.model, routes, body_hash, ask)
+        return await self.first_response(request, request_info.model, routes, body_hash, attempt)
 
     async def exchange(
         self,
         request: Request,
-        asked: Dialect,
+        client_dialect: Dialect,
         body: Json,
         request_info: RequestInfo,
         provider: Provider,
@@ -19746,14 +19749,14 @@ class Gateway:
         hold_s: float,
     ) -> Response:
         """One attempt with one model; the status is held back for up to `hold_s`."""
-        spoken = self.choose_dialect(model, asked)
-        answered = self.dialect_of(request)
+        upstream_dialect = self.choose_dialect(model, client_dialect)
+        response_dialect = self.dialect_of(request)
 
         def window(model_id: str) -> int:
             return ((provider.listed() or {}).get(model_id) or model).context or 0
 
         context = ResponseContext(
-            id=answered.id_prefix + os.urandom(12).hex(),
+            id=response_dialect.id_prefix + os.urandom(12).hex(),
             created=int(time.time()),
             model=request_info.model,
             include_usage=request_info.include_usage or not request_info.stream,
@@ -19763,59 +19766,81 @@ class Gateway:
             window=window,
             secrets=self.secrets,
         )
-        chat = await run_step(self.read_call, body, asked, spoken, context)
-        call = await run_step(self.write_call, body, chat, spoken, model, context, request_info)
+        conversation = await run_step(
+            self.read_call, body, client_dialect, upstream_dialect, context
+        )
+        call = await run_step(
+            self.write_call, body, conversation, upstream_dialect, model, context, request_info
+        )
         call.betas = request.headers.get("anthropic-beta", "")
-        flow = StreamTranslator(spoken, answered, context, request_info.stream, request.id)
-        exchange = Exchange(self, request, provider, call, flow, asked.name)
+        translator = StreamTranslator(
+            upstream_dialect, response_dialect, context, request_info.stream, request.id
+        )
+        exchange = Exchange(self, request, provider, call, translator, client_dialect.name)
         return await exchange.run(hold_s)
 
     @staticmethod
     def read_call(
-        body: Json, asked: Dialect, spoken: UpstreamDialect, context: ResponseContext
+        body: Json,
+        client_dialect: Dialect,
+        upstream_dialect: UpstreamDialect,
+        context: ResponseContext,
     ) -> Conversation | None:
-        """The request in the form of all dialects; None where it goes up in the caller's own."""
-        context.legacy_functions = asked is CHAT and "functions" in body and "tools" not in body
-        context.rewritten = asked is RESPONSES and searches_tools(body)
-        if spoken is asked and not context.legacy_functions and not context.rewritten:
+        """The request in the form of all dialects; None where it goes up in the client's own."""
+        context.legacy_functions = (
+            client_dialect is CHAT and "functions" in body and "tools" not in body
+        )
+        context.rewritten = client_dialect is RESPONSES and searches_tools(body)
+        if (
+            upstream_dialect is client_dialect
+            and not context.legacy_functions
+            and not context.rewritten
+        ):
             return None
-        return asked.read_request(body)
+        return client_dialect.read_request(body)
 
     @staticmethod
     def write_call(
         body: Json,
-        chat: Conversation | None,
-        spoken: UpstreamDialect,
+        conversation: Conversation | None,
+        upstream_dialect: UpstreamDialect,
         model: Model,
         context: ResponseContext,
         request_info: RequestInfo,
     ) -> Call:
-        """The upstream's body: the caller's own where there is no `chat` to be written instead."""
+        """The upstream's body: `conversation` written, or without one the client's own body."""
         effort = implied_effort(request_info.model, model)
-        if chat is None:
-            body = with_effort(body, spoken.name, effort) if effort else body
+        if conversation is None:
+            body = with_effort(body, upstream_dialect.name, effort) if effort else body
             names = wire_names(tool_names(body))
             context.names = {wire: name for wire, name in names.items() if wire != name}
-            context.many = spoken is CHAT and (int_field(body, "n") or 1) > 1
-            if spoken is CHAT and model.stops is not None and body.get("stop"):
+            context.many = upstream_dialect is CHAT and (int_field(body, "n") or 1) > 1
+            if upstream_dialect is CHAT and model.stops is not None and body.get("stop"):
                 context.cut = read_stops(body, "stop")[model.stops :]
-            return Call(model, spoken.name, body, request_info)
-        if chat.effort is None and chat.thinking_budget is None:
-            chat.effort = effort
-        chat.stop, context.cut = split_stops(chat.stop, spoken.name, model)
-        context.names = {wire: name for name, wire in chat.names.items() if wire != name}
-        context.tools = {tool.name: tool for tool in chat.tools}
-        shown = (
+            return Call(model, upstream_dialect.name, body, request_info)
+        if conversation.effort is None and conversation.thinking_budget is None:
+            conversation.effort = effort
+        conversation.stop, context.cut = split_stops(
+            conversation.stop, upstream_dialect.name, model
+        )
+        context.names = {wire: name for name, wire in conversation.names.items() if wire != name}
+        context.tools = {tool.name: tool for tool in conversation.tools}
+        visibility = (
             get_dict(body, "thinking").get("display"),
             get_dict(body, "reasoning").get("summary"),
         )
-        context.hide_thinking = shown[0] == "omitted" or shown[1] == "none"
-        written = spoken.write_request(chat, model)
-        if spoken is MESSAGES:
-            add_cache_breakpoints(written)
-        context.tagged_thinking = chat.tagged_thinking
+        context.hide_thinking = visibility[0] == "omitted" or visibility[1] == "none"
+        upstream_body = upstream_dialect.write_request(conversation, model)
+        if upstream_dialect is MESSAGES:
+            add_cache_breakpoints(upstream_body)
+        context.tagged_thinking = conversation.tagged_thinking
         return Call(
-            model, spoken.name, written, request_info, dropped=chat.dropped, touched=chat.touched
+            model,
+            upstream_dialect.name,
+            upstream_body,
+            request_info,
+            dropped=conversation.dropped,
+            touched=conversation.touched,
         )
 
 
@@ -19828,20 +19853,20 @@ class Exchange:
         request: Request,
         provider: Provider,
         call: Call,
-        flow: StreamTranslator,
-        asked: str,
+        translator: StreamTranslator,
+        client_dialect: str,
     ) -> None:
         self.gateway = gateway
         self.request = request
         self.provider = provider
         self.call = call
-        self.flow = flow
+        self.translator = translator
         #: the client's dialect
-        self.asked = asked
+        self.client_dialect = client_dialect
         self.source: BodyStream | None = None
         #: monotonic
         self.first_byte_at: float | None = None
-        self.counted = False
+        self.recorded = False
 
     async def run(self, hold_s: float) -> Response:
         """The response; its status waits up to `hold_s` for the upstream's first event.
@@ -19849,15 +19874,15 @@ class Exchange:
         Once it is returned there is no fallback: its head names the provider and the model.
         """
         self.request.cancel_on_hangup(True, self.provider.local)
-        if not self.flow.stream:
+        if not self.translator.stream:
             return await self.run_buffered()
         opening = asyncio.ensure_future(self.open())
         try:
             await asyncio.wait((opening,), timeout=hold_s)
             if opening.done():
                 opening.result()
-                if self.flow.error and not self.flow.begun:
-                    raise self.flow.error
+                if self.translator.error and not self.translator.begun:
+                    raise self.translator.error
         except BaseException as error:
             await self.abandon(opening)
             self.finish(error)
@@ -19888,38 +19913,38 @@ class Exchange:
         first = await self.source.first()
         self.first_byte_at = asyncio.get_running_loop().time()
         if first.lstrip()[:1] == b"{":
-            return await self.open_whole(first)
-        data = self.flow.feed(first)
-        while not data and not self.flow.over:
+            return await self.open_buffered(first)
+        data = self.translator.feed(first)
+        while not data and not self.translator.over:
             piece = await self.source.first()
-            data = self.flow.feed(piece) if piece else self.flow.end()
-        if not self.flow.stream:
+            data = self.translator.feed(piece) if piece else self.translator.end()
+        if not self.translator.stream:
             await self.drain()
         return data
 
-    async def open_whole(self, first: bytes) -> bytes:
+    async def open_buffered(self, first: bytes) -> bytes:
         """For an upstream that sends one JSON object instead of a stream."""
         assert self.source is not None
-        whole = bytearray(first)
+        body = bytearray(first)
         while piece := await self.source.first():
-            whole += piece
-            if len(whole) > MAX_FRAME_BYTES:
+            body += piece
+            if len(body) > MAX_FRAME_BYTES:
                 raise UpstreamError("The upstream's answer is too large.")
-        return self.flow.feed_buffered(bytes(whole))
+        return self.translator.feed_buffered(bytes(body))
 
     async def drain(self) -> None:
         assert self.source is not None
-        while not self.flow.over:
+        while not self.translator.over:
             piece = await self.source.first()
             if piece:
-                self.flow.feed(piece)
+                self.translator.feed(piece)
             else:
-                self.flow.end()
+                self.translator.end()
 
     async def run_buffered(self) -> Response:
         try:
             await self.open()
-            body = self.flow.whole()
+            body = self.translator.whole()
         except BaseException as error:
             self.finish(error)
             raise
@@ -19935,46 +19960,46 @@ class Exchange:
         dropped = [name for name in self.call.dropped if TOKEN.fullmatch(name)]
         if dropped:
             headers["x-aiclient-dropped"] = ", ".join(dict.fromkeys(dropped))
-        answer = self.request.answer
-        if answer is not None and answer.usage.credits_source:
-            headers["x-aiclient-credits"] = f"{answer.usage.nano_credits / 1e9:.9g}"
+        record = self.request.answer
+        if record is not None and record.usage.credits_source:
+            headers["x-aiclient-credits"] = f"{record.usage.nano_credits / 1e9:.9g}"
         return headers
 
     async def pump(self, writer: ResponseWriter, opening: asyncio.Future[bytes]) -> None:
         """Relays the stream, pings during silences, and always ends it properly."""
-        flow, ticker = self.flow, self.gateway.ticker
+        translator, ticker = self.translator, self.gateway.ticker
         failure: BaseException | None = None
 
         def ping(now: float) -> None:
-            if now - writer.last_at >= PING_SECONDS and not flow.over:
-                writer.write(flow.ping())
+            if now - writer.last_at >= PING_SECONDS and not translator.over:
+                writer.write(translator.ping())
 
-        def sink(data: bytes) -> None:
-            writer.write(flow.feed(data))
-            if flow.over and self.source is not None:
+        def on_data(data: bytes) -> None:
+            writer.write(translator.feed(data))
+            if translator.over and self.source is not None:
                 self.source.stop()
 
         ticker.add(ping)
         self.request.cancel_on_hangup(True, self.provider.local)
         try:
             if not opening.done():
-                flow.begun = True  # the head goes out before the upstream's first event
-                writer.write(flow.client.ping(False))
+                translator.begun = True  # the head goes out before the upstream's first event
+                writer.write(translator.client.ping(False))
             first = await opening
             assert self.source is not None
             writer.on_flow = self.source.hold
             writer.on_stop = self.stop
             writer.write(first)
-            if not flow.over:
-                await self.source.relay(sink)
-            writer.write(flow.end())
-            failure = flow.error
+            if not translator.over:
+                await self.source.relay(on_data)
+            writer.write(translator.end())
+            failure = translator.error
         except ApiError as error:
             failure = error
-            writer.write(flow.end(error))
+            writer.write(translator.end(error))
         except Exception:  # noqa: BLE001 - a bug: the client gets an error event
             failure = internal_error("a response could not be processed")
-            writer.write(flow.end(failure))
+            writer.write(translator.end(failure))
         except BaseException as error:
             failure = error
             raise
@@ -19991,38 +20016,38 @@ class Exchange:
     def finish(self, failure: BaseException | None) -> None:
         self.request.cancel_on_hangup(False)
         if self.source is not None:
-            self.source.close(self.flow.ended)
-        if not self.counted:
-            self.counted = True
-            self.count(failure)
+            self.source.close(self.translator.ended)
+        if not self.recorded:
+            self.recorded = True
+            self.record(failure)
 
-    def count(self, failure: BaseException | None) -> None:
+    def record(self, failure: BaseException | None) -> None:
         call, ledger = self.call, self.gateway.ledger
         ledger.metrics.count_attempts(self.provider.name, call.attempts, call.refusals)
         if isinstance(failure, WrongDialect):
             return  # will be asked again in another dialect
         if self.source is not None and isinstance(failure, (QuotaExceeded, RateLimited)):
             self.provider.refused(call.model.id, failure)
-        flow = self.flow
-        usage = flow.usage
+        translator = self.translator
+        usage = translator.usage
         if not usage.source and failure is not None and not isinstance(failure, ApiError):
             usage = finalize_usage(
-                usage, flow.context, flow.relay.said
+                usage, translator.context, translator.relay.said
             )  # a client that left pays, too
         self.gateway.record(
             self.request,
             self.provider,
             call.model,
-            self.asked,
+            self.client_dialect,
             usage,
             failure,
-            flow.stream,
+            translator.stream,
             self.first_byte_at,
         )
-        answer = self.request.answer
-        if answer is not None and not self.provider.local and (failure is None or flow.ended):
+        record = self.request.answer
+        if record is not None and not self.provider.local and (failure is None or translator.ended):
             body = call.body if call.sent is None else call.sent
-            ledger.watch_cache(answer, call.request_info, call.dialect, body)
+            ledger.watch_cache(record, call.request_info, call.dialect, body)
 
 
 # ---- 18. Daemon --------------------------------------------------------------------------------
