@@ -20081,7 +20081,7 @@ class Launch:
     report: int = -1
 
     def descriptors(self) -> list[int]:
-        return [number for number in (*self.listeners, self.lock, self.report) if number >= 0]
+        return [fd for fd in (*self.listeners, self.lock, self.report) if fd >= 0]
 
 
 # 18.1 the lock
@@ -20092,21 +20092,21 @@ def open_lock(path: str) -> int | None:
     if fcntl is None:
         return -1
     try:
-        handle = lock_file(path)
-        if handle is not None:
-            os.ftruncate(handle, 0)  # the last daemon's pid must not be taken for ours
+        fd = lock_file(path)
+        if fd is not None:
+            os.ftruncate(fd, 0)  # the last daemon's pid must not be taken for ours
     except OSError as error:
         raise ProgramError(f"{path}: cannot be used as the lock: {error.strerror}") from None
-    return handle
+    return fd
 
 
 def take_lock(path: str) -> int | None:
     """As `open_lock`, with retries: an `is_locked` elsewhere holds the lock for a moment."""
-    until = time.monotonic() + LOOK_SECONDS
+    deadline = time.monotonic() + LOOK_SECONDS
     while True:
-        handle = open_lock(path)
-        if handle is not None or time.monotonic() > until:
-            return handle
+        fd = open_lock(path)
+        if fd is not None or time.monotonic() > deadline:
+            return fd
         time.sleep(POLL_SECONDS)
 
 
@@ -20115,11 +20115,11 @@ def is_locked(path: str) -> bool:
     if fcntl is None:
         return False
     try:
-        handle = open_trusted(path, "O_RDONLY", "O_NOFOLLOW")
+        fd = open_trusted(path, "O_RDONLY", "O_NOFOLLOW")
         try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         finally:
-            os.close(handle)
+            os.close(fd)
     except BlockingIOError:
         return True
     except (FileNotFoundError, NotADirectoryError):
@@ -20136,14 +20136,14 @@ def read_pid_file(path: str) -> tuple[int, str]:
     """
     try:
         with os.fdopen(open_trusted(path, "O_RDONLY", "O_NOFOLLOW"), "rb") as file:
-            number, _, socket_path = os.fsdecode(file.read(8 * KIB)).partition("\n")
+            pid_text, _, socket_path = os.fsdecode(file.read(8 * KIB)).partition("\n")
     except (FileNotFoundError, NotADirectoryError):
         return 0, ""
     except OSError as error:
         raise ProgramError(f"{path}: cannot be read: {error.strerror}") from None
-    pid = int(number) if re.fullmatch(r"[0-9]{1,10}", number) else 0
-    is_whole = pid > 1 and pid != os.getpid() and socket_path.endswith("\n")
-    return (pid, socket_path[:-1]) if is_whole else (0, "")
+    pid = int(pid_text) if re.fullmatch(r"[0-9]{1,10}", pid_text) else 0
+    is_complete = pid > 1 and pid != os.getpid() and socket_path.endswith("\n")
+    return (pid, socket_path[:-1]) if is_complete else (0, "")
 
 
 def write_pid_file(lock: int, socket_path: str) -> None:
@@ -20154,29 +20154,29 @@ def write_pid_file(lock: int, socket_path: str) -> None:
         os.ftruncate(lock, len(data))
 
 
-def signal_daemon(path: str, pid: int, number: int) -> None:
+def signal_daemon(path: str, pid: int, signum: int) -> None:
     """Signals the process that the file names, if it is a live daemon's.
 
     Opens a pidfd, if the system has them, before it checks the lock: a process that has got the
     same pid since is never signalled.
     """
-    handle = -1
+    pidfd = -1
     try:
         if hasattr(os, "pidfd_open"):
-            handle = os.pidfd_open(pid)
+            pidfd = os.pidfd_open(pid)
         if not is_locked(path) or read_pid_file(path)[0] != pid:
             return
-        if handle >= 0:
-            signal.pidfd_send_signal(handle, number)
+        if pidfd >= 0:
+            signal.pidfd_send_signal(pidfd, signum)
         else:
-            os.kill(pid, number)
+            os.kill(pid, signum)
     except ProcessLookupError:
         pass  # it has exited by itself
     except PermissionError:
         raise ProgramError(f"process {pid} belongs to another user") from None
     finally:
-        if handle >= 0:
-            os.close(handle)
+        if pidfd >= 0:
+            os.close(pidfd)
 
 
 # 18.2 the port
@@ -20194,7 +20194,7 @@ def listed_sockets(pid: str) -> list[str]:
     """The link targets of a process's descriptors, such as `socket:[INODE]`."""
     folder = f"/proc/{pid}/fd"
     try:
-        return [os.readlink(f"{folder}/{number}") for number in os.listdir(folder)]
+        return [os.readlink(f"{folder}/{fd}") for fd in os.listdir(folder)]
     except OSError:
         return []  # it has exited, or is another user's
 
@@ -20204,50 +20204,50 @@ def find_port_holder(port: int) -> str:
     rows = (read_proc("/proc/net/tcp") + read_proc("/proc/net/tcp6")).splitlines()
     columns = [row.split() for row in rows]
     listening = [c for c in columns if len(c) > 9 and c[3] == "0A"]
-    ours = {f"socket:[{c[9]}]" for c in listening if c[1].endswith(f":{port:04X}")}
-    if not ours:
+    sockets = {f"socket:[{c[9]}]" for c in listening if c[1].endswith(f":{port:04X}")}
+    if not sockets:
         return ""
     for pid in filter(str.isdigit, os.listdir("/proc")):
-        if ours & set(listed_sockets(pid)):
+        if sockets & set(listed_sockets(pid)):
             return f"process {pid} ({read_proc(f'/proc/{pid}/comm').strip()})"
     return "a process of another user"
 
 
-def inherited_listeners(numbers: list[int]) -> list[socket.socket]:
+def inherited_listeners(fds: list[int]) -> list[socket.socket]:
     """Raises ProgramError for anything but TCP sockets."""
-    found = []
-    for number in numbers:
+    listeners = []
+    for fd in fds:
         try:
-            os.set_inheritable(number, False)
-            listener = socket.socket(fileno=number)
+            os.set_inheritable(fd, False)
+            listener = socket.socket(fileno=fd)
         except OSError as error:
-            raise ProgramError(f"descriptor {number} is no socket: {error.strerror}") from None
+            raise ProgramError(f"descriptor {fd} is no socket: {error.strerror}") from None
         if listener.family not in (socket.AF_INET, socket.AF_INET6):
-            raise ProgramError(f"descriptor {number} is no TCP socket")
-        found.append(listener)
-    return found
+            raise ProgramError(f"descriptor {fd} is no TCP socket")
+        listeners.append(listener)
+    return listeners
 
 
 def activated_descriptors(environ: dict[str, str]) -> list[int]:
     """The sockets that a service manager opened for this process (sd_listen_fds(3))."""
-    count_, pid = environ.get("LISTEN_FDS", ""), environ.get("LISTEN_PID", "")
-    if pid != str(os.getpid()) or not re.fullmatch(r"[0-9]{1,3}", count_):
+    count, pid = environ.get("LISTEN_FDS", ""), environ.get("LISTEN_PID", "")
+    if pid != str(os.getpid()) or not re.fullmatch(r"[0-9]{1,3}", count):
         return []
-    return list(range(3, 3 + int(count_)))
+    return list(range(3, 3 + int(count)))
 
 
 def launch_listeners(launch: Launch, config: Config) -> list[socket.socket]:
     """Inherited sockets if they fit the configuration, otherwise new ones; raises ProgramError."""
     server = config.server
-    same = (launch.host, launch.port) == (server.host, server.port)
-    if launch.listeners and (same or launch.activated):
+    is_same_address = (launch.host, launch.port) == (server.host, server.port)
+    if launch.listeners and (is_same_address or launch.activated):
         listeners = inherited_listeners(launch.listeners)
         if launch.activated:
             server.host, server.port = listeners[0].getsockname()[:2]
             check_exposure(config)
     else:
-        for number in launch.listeners:
-            os.close(number)  # a port that is not served must not look open
+        for fd in launch.listeners:
+            os.close(fd)  # a port that is not served must not look open
         listeners = open_port(server)
     launch.host, launch.port = server.host, server.port
     launch.listeners = [listener.fileno() for listener in listeners]
@@ -20293,7 +20293,7 @@ sys.stdout.buffer.write(marshal.dumps(code))
 """
 
 
-def system_words(error: OSError) -> str:
+def system_message(error: OSError) -> str:
     """What the system refused at a place where nothing else can be done about it."""
     where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
     return f"{where}the system refused: {error.strerror or error}"
@@ -20329,14 +20329,14 @@ def compile_program(source: bytes) -> bytes:
     """In a child process, so that its memory is given back; raises ProgramError."""
     command = [sys.executable, "-I", "-c", COMPILER, program_file()]
     try:
-        done = subprocess.run(command, input=source, capture_output=True, check=False)
+        result = subprocess.run(command, input=source, capture_output=True, check=False)
     except OSError as error:
         raise ProgramError(f"{sys.executable}: cannot be run: {error.strerror}") from None
-    if done.returncode:
-        last_line = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
-        reason = last_line or f"exit status {done.returncode}"
+    if result.returncode:
+        last_line = result.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
+        reason = last_line or f"exit status {result.returncode}"
         raise ProgramError(f"{program_file()}: cannot be compiled: {reason}")
-    return done.stdout
+    return result.stdout
 
 
 def hash_bytecode(source: bytes, bytecode: bytes) -> bytes:
@@ -20378,16 +20378,16 @@ def load_bytecode(paths: Paths) -> bytes:
 def read_launch() -> Launch:
     """Reads standard input to its end; then it and standard output lead to /dev/null."""
     with os.fdopen(os.dup(0), "rb") as file:
-        given = json.loads(file.read())
-    known = [item.name for item in fields(Launch)]  # another version may have others
-    launch = Launch(**{name: given[name] for name in known if name in given})
+        values = json.loads(file.read())
+    names = [item.name for item in fields(Launch)]  # another version may have others
+    launch = Launch(**{name: values[name] for name in names if name in values})
     sys.argv[:] = [launch.program]
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    for number in (0, 1):
-        os.dup2(nowhere, number)
-    os.close(nowhere)
-    for number in launch.descriptors():
-        os.set_inheritable(number, False)
+    devnull = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1):
+        os.dup2(devnull, fd)
+    os.close(devnull)
+    for fd in launch.descriptors():
+        os.set_inheritable(fd, False)
     return launch
 
 
@@ -20401,18 +20401,18 @@ def send_launch(stdin: IO[bytes], bytecode: bytes, launch: Launch) -> None:
         pass  # it has exited: read_report will notice
 
 
-def keep_descriptors(kept: list[int]) -> None:
+def keep_descriptors(fds: list[int]) -> None:
     """Closes all descriptors but these and the standard ones; these become inheritable."""
     low = 3
-    for number in sorted(kept):
-        os.closerange(low, number)
-        os.set_inheritable(number, True)
-        low = number + 1
+    for fd in sorted(fds):
+        os.closerange(low, fd)
+        os.set_inheritable(fd, True)
+        low = fd + 1
     os.closerange(low, MAX_DESCRIPTORS)
 
 
-def fork_daemon(launch: Launch, paths: Paths, errors: int) -> None:
-    """Starts `launch` in its own session, with standard error in the descriptor `errors`.
+def fork_daemon(launch: Launch, paths: Paths, stderr_fd: int) -> None:
+    """Starts `launch` in its own session, with standard error in the descriptor `stderr_fd`.
 
     Forks twice, so that the process can never acquire a terminal.  It must be called while there
     is only one thread and no event loop.
@@ -20426,8 +20426,8 @@ def fork_daemon(launch: Launch, paths: Paths, errors: int) -> None:
             if os.fork() == 0:
                 os.chdir("/")
                 os.dup2(reader, 0)
-                os.dup2(errors, 1)
-                os.dup2(errors, 2)
+                os.dup2(stderr_fd, 1)
+                os.dup2(stderr_fd, 2)
                 keep_descriptors(launch.descriptors())
                 command = detached_command(bytecode)
                 os.execv(command[0], command)
@@ -20438,41 +20438,41 @@ def fork_daemon(launch: Launch, paths: Paths, errors: int) -> None:
     os.waitpid(child, 0)
 
 
-def read_report(handle: int, seconds: float) -> Json | None:
+def read_report(fd: int, seconds: float) -> Json | None:
     """The new process's status or `{"error"}`; None if it exits or times out without one."""
-    os.set_blocking(handle, False)
-    until = time.monotonic() + seconds
-    said = b""
-    while time.monotonic() < until:
+    os.set_blocking(fd, False)
+    deadline = time.monotonic() + seconds
+    data = b""
+    while time.monotonic() < deadline:
         try:
-            piece = os.read(handle, READ_BYTES)
+            piece = os.read(fd, READ_BYTES)
         except BlockingIOError:
             time.sleep(POLL_SECONDS / 5)
             continue
         if not piece:
             break
-        said += piece
-    return load_object(said)
+        data += piece
+    return load_object(data)
 
 
-def write_report(handle: int, report: Json) -> bool:
+def write_report(fd: int, report: Json) -> bool:
     """False if nobody reads: the process that waits for the start has gone."""
     try:
-        os.write(handle, dump_message(report))
+        os.write(fd, dump_message(report))
     except BrokenPipeError:
         log_event("error", "nobody_waits_for_the_start")
         return False
     return True
 
 
-def notify_manager(words: str) -> None:
+def notify_manager(state: str) -> None:
     """Notifies systemd, if it started us: sd_notify(3)."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-            sender.sendto(words.encode(), re.sub(r"^@", "\0", address))
+            sender.sendto(state.encode(), re.sub(r"^@", "\0", address))
     except OSError as error:
         log_event("warning", "service_manager_not_told", reason=error.strerror)
 
@@ -20482,9 +20482,9 @@ def raise_descriptor_limit() -> None:
     if resource is None:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
-    if soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    target = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+    if soft < target:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
 
 
 def count_memory() -> int | None:
@@ -20552,8 +20552,8 @@ class Daemon:
         #: monotonic: until then a lack of descriptors is not logged again
         self.full_until = 0.0
 
-    def make_gateway(self, kept: dict[str, Provider]) -> Gateway:
-        providers = make_providers(self.config, self.paths, self.client, kept)
+    def make_gateway(self, reused: dict[str, Provider]) -> Gateway:
+        providers = make_providers(self.config, self.paths, self.client, reused)
         return Gateway(self.config, providers, self.ticker, self.ledger, self.status)
 
     async def listen(self, listeners: list[socket.socket]) -> None:
@@ -20563,8 +20563,8 @@ class Daemon:
     async def run(self) -> None:
         """Serves until a signal or a successor ends it; then lets requests in flight finish."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.stop)
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(signum, self.stop)
         if sys.stderr.isatty():
             loop.add_signal_handler(signal.SIGHUP, self.stop)  # the terminal is gone
         else:
@@ -20622,8 +20622,8 @@ class Daemon:
             loop.default_exception_handler(context)
         elif loop.time() > self.full_until:
             self.full_until = loop.time() + FULL_SECONDS
-            count_ = len(self.server.connections)
-            log_event("error", "no_more_files", reason=error.strerror, connections=count_)
+            connection_count = len(self.server.connections)
+            log_event("error", "no_more_files", reason=error.strerror, connections=connection_count)
 
     # -- reload
 
@@ -20639,7 +20639,7 @@ class Daemon:
         new.server.host, new.server.port = self.config.server.host, self.config.server.port
         check_exposure(new)
         old, self.config = self.config, new
-        self.retired.append(self.exchange_gateway(old))
+        self.retired.append(self.replace_gateway(old))
         self.ticker.add(self.sweep)
         set_log_level(new.logging.level)
         log_event("info", "configuration_reloaded", changed=",".join(changed) or "none")
@@ -20647,25 +20647,25 @@ class Daemon:
             log_event("warning", "restart_needed", keys=",".join(pinned))
         return {"changed": changed, "needs_restart": [] if self.launch.activated else pinned}
 
-    def exchange_gateway(self, old: Config) -> RetiredGateway:
+    def replace_gateway(self, old: Config) -> RetiredGateway:
         """Sends new requests to a new gateway; returns what the new one does not use."""
         gateway, client, new = self.gateway, self.client, self.config
-        kept = {}
+        reused = {}
         if old.network == new.network:
-            kept = {
+            reused = {
                 name: provider
                 for name, provider in gateway.providers.items()
                 if old.providers[name] == new.providers.get(name)
             }
         else:
             self.client = HttpClient(new.network, self.ticker)
-        self.gateway = self.make_gateway(kept)
+        self.gateway = self.make_gateway(reused)
         self.server.config = new.server
         self.server.handler = self.gateway.handler
         self.server.write_error = self.gateway.write_error
         return RetiredGateway(
             [c.request for c in self.server.connections if c.request is not None],
-            [provider for name, provider in gateway.providers.items() if name not in kept],
+            [provider for name, provider in gateway.providers.items() if name not in reused],
             None if client is self.client else client,
         )
 
@@ -20773,20 +20773,24 @@ class Daemon:
         }
 
     def warnings(self) -> list[str]:
-        now, rows = time.time(), self.gateway.providers.items()
-        return [text for n, row in rows for text in quota_warnings(n, row.known_quota(), now)]
+        now, providers = time.time(), self.gateway.providers.items()
+        return [
+            text
+            for name, provider in providers
+            for text in quota_warnings(name, provider.known_quota(), now)
+        ]
 
     def provider_status(self, name: str, entry: ProviderConfig, provider: Provider) -> Json:
-        found = {"name": name, "type": entry.type, "account": None, "plan": None}
-        found |= provider.status()
+        status = {"name": name, "type": entry.type, "account": None, "plan": None}
+        status |= provider.status()
         if not isinstance(provider, (CopilotProvider, KiroProvider)):
-            return found
+            return status
         assert not isinstance(entry, EchoConfig)
         row = account_row(name, entry, provider.account.file)
-        found |= {"account": row["user"] or None, "plan": row["plan"] or None}
+        status |= {"account": row["user"] or None, "plan": row["plan"] or None}
         if row["health"].startswith("needs sign-in"):
-            found |= {"health": "not signed in", "reason": row["health"]}
-        return found
+            status |= {"health": "not signed in", "reason": row["health"]}
+        return status
 
 
 # ---- 19. Control channel -----------------------------------------------------------------------
@@ -20806,11 +20810,11 @@ class IncompleteFrame(Exception):
     """The peer has sent too large a message, or something that is not a frame."""
 
 
-def receive_exactly(peer: socket.socket, size: int, by: float) -> bytes:
-    """`size` bytes, fewer at EOF; raises OSError after the monotonic deadline `by`."""
+def receive_exactly(peer: socket.socket, size: int, deadline: float) -> bytes:
+    """`size` bytes, fewer at EOF; raises OSError after the monotonic `deadline`."""
     data = bytearray()
     while len(data) < size:
-        peer.settimeout(max(0.001, by - time.monotonic()))
+        peer.settimeout(max(0.001, deadline - time.monotonic()))
         piece = peer.recv(min(size - len(data), RECV_BYTES))
         if not piece:
             break
@@ -20819,15 +20823,15 @@ def receive_exactly(peer: socket.socket, size: int, by: float) -> bytes:
 
 
 def read_frame(peer: socket.socket, seconds: float) -> bytes | None:
-    """The next message, None at EOF; raises NoFrame, and OSError on a timeout."""
-    by = time.monotonic() + seconds
-    head = receive_exactly(peer, 4, by)
+    """The next message, None at EOF; raises IncompleteFrame, and OSError on a timeout."""
+    deadline = time.monotonic() + seconds
+    head = receive_exactly(peer, 4, deadline)
     if len(head) < 4:
         return None
     size = int.from_bytes(head, "big")
     if size > MAX_CONTROL_BYTES:
         raise IncompleteFrame(f"a message may have {MAX_CONTROL_BYTES} bytes, not {size}")
-    data = receive_exactly(peer, size, by)
+    data = receive_exactly(peer, size, deadline)
     return data if len(data) == size else None
 
 
@@ -20909,9 +20913,9 @@ def choose_socket_path(paths: Paths, environ: dict[str, str]) -> str:
 
 
 class ControlServer:
-    """Serves the control socket in threads; `answer` turns a request's bytes into the response."""
+    """Serves the control socket in threads; `handler` turns a request's bytes into the response."""
 
-    def __init__(self, path: str, answer: Callable[[bytes], Json]) -> None:
+    def __init__(self, path: str, handler: Callable[[bytes], Json]) -> None:
         self.path = path
         slots = self.slots = threading.BoundedSemaphore(MAX_CONTROL_CLIENTS)
 
@@ -20920,7 +20924,7 @@ class ControlServer:
                 with contextlib.suppress(OSError):  # it hung up or timed out
                     try:
                         while (data := read_frame(self.request, CONTROL_SECONDS)) is not None:
-                            write_frame(self.request, answer(data))
+                            write_frame(self.request, handler(data))
                     except IncompleteFrame as error:
                         write_frame(self.request, {"ok": False, "error": str(error)})
 
@@ -20957,19 +20961,19 @@ class ControlServer:
             def handle_error(self, request: Any, client_address: Any) -> None:
                 logging.getLogger("aiclient-api").exception("a control client failed")
 
-        new = path + SOCKET_SUFFIX
-        for place in (path, new):
-            check_socket(place)
+        new_path = path + SOCKET_SUFFIX
+        for socket_path in (path, new_path):
+            check_socket(socket_path)
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(new)
-        before = os.umask(0o177)
+            os.unlink(new_path)
+        old_umask = os.umask(0o177)
         try:
-            self.server = Listener(new, Channel)
+            self.server = Listener(new_path, Channel)
         finally:
-            os.umask(before)
+            os.umask(old_umask)
         try:
-            self.identity = os.stat(new).st_ino
-            os.replace(new, path)
+            self.identity = os.stat(new_path).st_ino
+            os.replace(new_path, path)
         except BaseException:
             self.server.server_close()
             raise
@@ -20984,9 +20988,9 @@ class ControlServer:
                 os.unlink(self.path)
         except FileNotFoundError:
             pass
-        by = time.monotonic() + LINGER_SECONDS
+        deadline = time.monotonic() + LINGER_SECONDS
         for _ in range(MAX_CONTROL_CLIENTS):
-            self.slots.acquire(timeout=max(0.0, by - time.monotonic()))
+            self.slots.acquire(timeout=max(0.0, deadline - time.monotonic()))
 
 
 # -- methods: each an async function of (daemon, params) and a line in the table
@@ -21003,10 +21007,10 @@ async def control_models(daemon: Daemon, params: Json) -> Json:
 
 async def control_usage(daemon: Daemon, params: Json) -> Json:
     """As /v1/usage with the same parameters; with `reset`, after emptying it."""
-    given = {name: str(value) for name, value in params.items() if name != "reset"}
+    query = {name: str(value) for name, value in params.items() if name != "reset"}
     if params.get("reset"):
         await daemon.ledger.reset()
-    return await daemon.gateway.report_usage(given)
+    return await daemon.gateway.report_usage(query)
 
 
 async def control_quota(daemon: Daemon, params: Json) -> Json:
@@ -21015,18 +21019,18 @@ async def control_quota(daemon: Daemon, params: Json) -> Json:
     If a service fails, the error is added to what was last known of it.
     """
 
-    async def ask(provider: Provider) -> Json | None:
+    async def fetch_quota(provider: Provider) -> Json | None:
         try:
             with advising(provider):
-                found = await provider.quota()
+                quota = await provider.quota()
         except ApiError as error:
-            known = provider.known_quota()
-            return {**(known.as_json() if known else {}), "error": error.text()}
-        return None if found is None else found.as_json()
+            last_known = provider.known_quota()
+            return {**(last_known.as_json() if last_known else {}), "error": error.text()}
+        return None if quota is None else quota.as_json()
 
     providers = dict(daemon.gateway.providers)
-    answers = await asyncio.gather(*map(ask, providers.values()))
-    rows = zip(providers, answers, strict=True)
+    results = await asyncio.gather(*map(fetch_quota, providers.values()))
+    rows = zip(providers, results, strict=True)
     return {"providers": {name: row for name, row in rows if row is not None}}
 
 
@@ -21052,10 +21056,10 @@ async def switch_provider(daemon: Daemon, params: Json, enabled: str) -> Json:
     """Saves and applies it; enabling a provider also ends its cool-downs."""
     name = need_str(params, "name")
     change_provider(daemon.paths, daemon.environ, name, enabled)
-    done = daemon.reload()
+    changes = daemon.reload()
     if name in daemon.gateway.providers:
         daemon.gateway.providers[name].wake()
-    return done
+    return changes
 
 
 async def control_provider_enable(daemon: Daemon, params: Json) -> Json:
@@ -21106,30 +21110,30 @@ async def answer_control(daemon: Daemon, data: bytes) -> Json:
             raise ProgramError('a message is like {"method":"status","params":{}}')
         if method not in CONTROL_METHODS:
             raise ProgramError(f"no such method; there are: {', '.join(CONTROL_METHODS)}")
-        found = await CONTROL_METHODS[method](daemon, dict_field(message, "params"))
+        result = await CONTROL_METHODS[method](daemon, dict_field(message, "params"))
     except ApiError as error:
         return {"ok": False, "error": error.text()}
     except ProgramError as error:
         return {"ok": False, "error": str(error)}
     except Exception:  # noqa: BLE001 - silence would be taken for a gateway that is starting
         return {"ok": False, "error": internal_error("a control request failed").text()}
-    return {"ok": True, "data": found}
+    return {"ok": True, "data": result}
 
 
 def open_control(daemon: Daemon, path: str) -> ControlServer:
     """Raises ProgramError."""
     loop = asyncio.get_running_loop()
 
-    def answer(data: bytes) -> Json:
-        work = asyncio.run_coroutine_threadsafe(answer_control(daemon, data), loop)
+    def handle(data: bytes) -> Json:
+        future = asyncio.run_coroutine_threadsafe(answer_control(daemon, data), loop)
         try:
-            return work.result(CONTROL_WORK_SECONDS)
+            return future.result(CONTROL_WORK_SECONDS)
         except TimeoutError:
-            work.cancel()
+            future.cancel()
             return {"ok": False, "error": "that took too long"}
 
     try:
-        return ControlServer(path, answer)
+        return ControlServer(path, handle)
     except OSError as error:
         raise ProgramError(f"{path}: cannot be made: {error.strerror}") from None
 
@@ -21167,10 +21171,10 @@ def ask_daemon(
                 reason = getattr(error, "strerror", None) or str(error)
                 raise ProgramError(f"{who} does not answer now: {reason}") from None
         if data is not None:
-            answer = load_object(data) or {}
-            if answer.get("ok") is not True:
-                raise ProgramError(str(answer.get("error")))
-            return dict_field(answer, "data")
+            response = load_object(data) or {}
+            if response.get("ok") is not True:
+                raise ProgramError(str(response.get("error")))
+            return dict_field(response, "data")
     if not is_locked(paths.pid_file):
         raise not_running()
     raise ProgramError("the gateway is just starting or stopping; try again in a moment")
@@ -21194,11 +21198,11 @@ def tell(*lines: str) -> None:
 def format_duration(seconds: float) -> str:
     """`2 d 3 h`, `5 min 10 s`: the two largest units that are not zero."""
     parts: list[str] = []
-    left = int(seconds)
+    remaining = int(seconds)
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")):
-        number, left = divmod(left, size)
-        if number or (unit == "s" and not parts):
-            parts.append(f"{number} {unit}")
+        amount, remaining = divmod(remaining, size)
+        if amount or (unit == "s" and not parts):
+            parts.append(f"{amount} {unit}")
     return " ".join(parts[:2])
 
 
@@ -21233,8 +21237,8 @@ def format_bar(share: float, width: int) -> str:
         BAR_STEPS.encode(sys.stdout.encoding or "ascii")
     except (UnicodeEncodeError, LookupError):
         return "#" * math.ceil(share * width)
-    whole, eighths = divmod(math.ceil(share * width * 8), 8)
-    return BAR_STEPS[8] * whole + (BAR_STEPS[eighths] if eighths else "")
+    full, eighths = divmod(math.ceil(share * width * 8), 8)
+    return BAR_STEPS[8] * full + (BAR_STEPS[eighths] if eighths else "")
 
 
 COLOURS = {"ready": "32", "resting": "33", "failing": "31", "not signed in": "33"}
@@ -21244,7 +21248,7 @@ STATES = re.compile("|".join(COLOURS))
 def coloured(text: str) -> str:
     if not sys.stdout.isatty() or "NO_COLOR" in os.environ:
         return text
-    return STATES.sub(lambda found: f"\x1b[{COLOURS[found[0]]}m{found[0]}\x1b[0m", text)
+    return STATES.sub(lambda match: f"\x1b[{COLOURS[match[0]]}m{match[0]}\x1b[0m", text)
 
 
 FIGURE = re.compile(r"-|(?:~?<?[\d,.]+(?: %| ms| s)?)?")
@@ -21271,13 +21275,13 @@ def print_table(head: tuple[str, ...], rows: list[list[str]], spare: tuple[str, 
     print("\n".join(table_lines(table)))
 
 
-def show(options: argparse.Namespace, found: Json, print_it: Callable[[Json], None]) -> int:
+def show(options: argparse.Namespace, data: Json, printer: Callable[[Json], None]) -> int:
     """A table on a terminal, JSON with --json or in a pipe; returns the exit status 0."""
     if options.json or not sys.stdout.isatty():
-        text = json.dumps(found, indent=2, ensure_ascii=False)
+        text = json.dumps(data, indent=2, ensure_ascii=False)
         print(UNSEEN.sub(lambda c: c[0] if c[0] == "\n" else json.dumps(c[0])[1:-1], text))
     else:
-        print_it(found)
+        printer(data)
     return 0
 
 
@@ -21297,12 +21301,16 @@ def print_ready(status: Json) -> None:
     sys.stdout.flush()
 
 
-def format_cooldown(rest: Json) -> str:
-    who = "all models rest" if rest["model"] == "*" else f"{rest['model']} rests"
-    how_long = "while one request tries" if rest["probing"] else f"for {rest['seconds']} s"
-    at = rest["passes_at"]
-    passes = f" It ought to pass in {format_duration(max(0, at - time.time()))}." if at else ""
-    return f"{who} {how_long}: {rest['reason']}{passes}"
+def format_cooldown(cooldown: Json) -> str:
+    subject = "all models rest" if cooldown["model"] == "*" else f"{cooldown['model']} rests"
+    how_long = "while one request tries" if cooldown["probing"] else f"for {cooldown['seconds']} s"
+    recovers_at = cooldown["passes_at"]
+    recovery = (
+        f" It ought to pass in {format_duration(max(0, recovers_at - time.time()))}."
+        if recovers_at
+        else ""
+    )
+    return f"{subject} {how_long}: {cooldown['reason']}{recovery}"
 
 
 def print_status(status: Json) -> None:
@@ -21321,7 +21329,7 @@ def print_status(status: Json) -> None:
     now = time.time()
     rows = []
     for row in status["providers"]:
-        left = row["token_expires_at"]
+        expires_at = row["token_expires_at"]
         cooldowns = [f"{model} {seconds} s" for model, seconds in row["cool_downs"].items()]
         rows.append(
             [
@@ -21330,7 +21338,7 @@ def print_status(status: Json) -> None:
                 row["health"],
                 row["account"] or "-",
                 row["plan"] or "-",
-                "-" if left is None else format_duration(max(0, left - now)),
+                "-" if expires_at is None else format_duration(max(0, expires_at - now)),
                 ", ".join(cooldowns) or "-",
             ]
         )
@@ -21338,22 +21346,22 @@ def print_status(status: Json) -> None:
     for row in status["providers"]:
         if row["health"] != "ready" and row["reason"]:
             tell(f"{row['name']}: {row['reason']}")
-        for rest in row["rests"]:
-            tell(f"{row['name']}: {format_cooldown(rest)}")
+        for cooldown in row["rests"]:
+            tell(f"{row['name']}: {format_cooldown(cooldown)}")
     for text in status["warnings"]:
         tell(f"warning: {text}")
 
 
-def print_accounts(found: Json) -> None:
+def print_accounts(data: Json) -> None:
     rows = []
-    for row in found["accounts"]:
+    for row in data["accounts"]:
         health = row["health"] if row["enabled"] else f"disabled; {row['health']}"
-        named = [row[key] or "-" for key in ("name", "type", "kind", "user", "plan")]
-        rows.append([*named, format_day(row["expires_at"]), health])
+        cells = [row[key] or "-" for key in ("name", "type", "kind", "user", "plan")]
+        rows.append([*cells, format_day(row["expires_at"]), health])
     print_table(("NAME", "TYPE", "KIND", "USER", "PLAN", "EXPIRES", "HEALTH"), rows)
 
 
-def print_models(found: Json) -> None:
+def print_models(data: Json) -> None:
     rows = [
         [
             row["id"],
@@ -21361,7 +21369,7 @@ def print_models(found: Json) -> None:
             format_number(row.get("context_window")),
             format_number(row.get("max_tokens")),
         ]
-        for row in found["models"]
+        for row in data["models"]
     ]
     print_table(("MODEL", "PROVIDER", "CONTEXT", "OUTPUT"), rows)
 
@@ -21374,18 +21382,18 @@ USAGE_HEAD = (
 
 def usage_cells(row: Json, most: int) -> list[str]:
     """A row of `/v1/usage` under USAGE_HEAD; ~ marks what was not all reported."""
-    rough = "" if row["token_sources"].keys() <= {"reported"} else "~"
-    cost_rough = "" if row["credit_sources"].keys() <= {"reported"} else "~"
+    token_prefix = "" if row["token_sources"].keys() <= {"reported"} else "~"
+    cost_prefix = "" if row["credit_sources"].keys() <= {"reported"} else "~"
     prompt, total = row["input_tokens"], row["total_tokens"]
     first_byte = row["first_byte_ms"]
     costs = row.get("credits") if row["credit_sources"] else None
     return [
         format_number(row["request_count"]),
         format_number(row["error_count"]),
-        rough + format_number(prompt),
+        token_prefix + format_number(prompt),
         f"{row['cache_read_tokens'] / prompt:.0%}".replace("%", " %") if prompt else "-",
-        rough + format_number(row["output_tokens"]),
-        "-" if costs is None else cost_rough + format_credits(costs),
+        token_prefix + format_number(row["output_tokens"]),
+        "-" if costs is None else cost_prefix + format_credits(costs),
         f"{row['duration_ms']:,} ms",
         "-" if first_byte is None else f"{first_byte:,} ms",
         format_bar(total / most, BAR_WIDTH) if most and total else "",
@@ -21426,11 +21434,11 @@ def print_usage(report: Json) -> None:
         tell(f"not written to disk now: {report['trouble']}")
 
 
-def print_recent(answers: list[Json]) -> None:
+def print_recent(requests: list[Json]) -> None:
     rows = []
-    for row in answers:
-        rough = "" if row["input_source"] in ("reported", None) else "~"
-        cost_rough = "" if row["credits_source"] == "reported" else "~"
+    for row in requests:
+        token_prefix = "" if row["input_source"] in ("reported", None) else "~"
+        cost_prefix = "" if row["credits_source"] == "reported" else "~"
         first_byte = row["first_byte_ms"]
         rows.append(
             [
@@ -21440,10 +21448,10 @@ def print_recent(answers: list[Json]) -> None:
                 row["kind"] or str(row["status"]),
                 f"{row['duration_ms']:,} ms",
                 "-" if first_byte is None else f"{first_byte:,} ms",
-                rough + format_number(row["input_tokens"]),
+                token_prefix + format_number(row["input_tokens"]),
                 format_number(row["cache_read_tokens"]),
-                rough + format_number(row["output_tokens"]),
-                cost_rough + format_credits(row["credits"]) if row["credits_source"] else "-",
+                token_prefix + format_number(row["output_tokens"]),
+                cost_prefix + format_credits(row["credits"]) if row["credits_source"] else "-",
             ]
         )
     head = ("WHEN", "MODEL", "LABEL", "END", "TIME", "FIRST BYTE", "INPUT", "CACHED", "OUTPUT")
@@ -21466,8 +21474,8 @@ def print_usage_csv(report: Json) -> None:
 
 def print_cache(report: Json) -> None:
     rows, hints = [], []
-    found = report["cache"]["conversations"]
-    for row in found:
+    conversations = report["cache"]["conversations"]
+    for row in conversations:
         ratio, changed = row["hit_ratio"], row["changed"]
         rows.append(
             [
@@ -21489,7 +21497,9 @@ def print_cache(report: Json) -> None:
     for hint in hints:
         tell(hint)
     for decision, meaning in CACHE_VERDICTS.items():
-        if decision not in ("hit", "changed") and any(row["last"] == decision for row in found):
+        if decision not in ("hit", "changed") and any(
+            row["last"] == decision for row in conversations
+        ):
             tell(f"{decision}: {meaning}")
 
 
@@ -21528,11 +21538,13 @@ def quota_rows(name: str, quota: Json, now: float) -> list[list[str]]:
             [*first, row["name"], format_share(row["percent_used"]), format_remaining(row), resets]
         )
         for part in row.get("parts", ()):
-            left = max(0.0, part["limit"] - part["used"])
+            remaining = max(0.0, part["limit"] - part["used"])
             share = format_share(100 * part["used"] / part["limit"] if part["limit"] else None)
-            rest = f"{format_number(left)} of {format_number(part['limit'])}"
+            amount = f"{format_number(remaining)} of {format_number(part['limit'])}"
             ends = format_reset(part["ends_at"], now)
-            rows.append(["", "", f"  {part['name']}", share, rest, ends if part["ends_at"] else ""])
+            rows.append(
+                ["", "", f"  {part['name']}", share, amount, ends if part["ends_at"] else ""]
+            )
     return rows or [[*first, "-", "-", "-", format_reset(quota["resets_at"], now)]]
 
 
@@ -21545,14 +21557,14 @@ def quota_notes(name: str, quota: Json, now: float) -> list[str]:
     ]
     if "error" in quota:
         age = now - quota.get("as_of", now)
-        old = f"  The figures are {format_duration(age)} old." if "as_of" in quota else ""
-        notes.append(f"{name}: {quota['error']}{old}")
+        age_note = f"  The figures are {format_duration(age)} old." if "as_of" in quota else ""
+        notes.append(f"{name}: {quota['error']}{age_note}")
     return notes
 
 
-def print_quota(found: Json) -> None:
+def print_quota(data: Json) -> None:
     now, rows, notes = time.time(), [], []
-    for name, quota in found["providers"].items():
+    for name, quota in data["providers"].items():
         rows += quota_rows(name, quota, now) if "allowances" in quota else []
         notes += quota_notes(name, quota, now)
     print_table(("PROVIDER", "PLAN", "OF", "USED", "LEFT", "RESETS"), rows)
@@ -21560,15 +21572,15 @@ def print_quota(found: Json) -> None:
         tell(note)
 
 
-def print_settings(found: Json) -> None:
-    rows = [[r["key"], write_toml(r["value"]), r["origin"]] for r in found["settings"]]
+def print_settings(data: Json) -> None:
+    rows = [[r["key"], write_toml(r["value"]), r["origin"]] for r in data["settings"]]
     print_table(("KEY", "VALUE", "FROM"), rows)
 
 
-def print_changes(done: Json) -> None:
-    tell("changed: " + (", ".join(done["changed"]) or "nothing"))
-    if done["needs_restart"]:
-        keys = ", ".join(done["needs_restart"])
+def print_changes(changes: Json) -> None:
+    tell("changed: " + (", ".join(changes["changed"]) or "nothing"))
+    if changes["needs_restart"]:
+        keys = ", ".join(changes["needs_restart"])
         tell(f"{keys}: takes effect after: {program_words(sys.argv[0])} restart")
 
 
@@ -21616,12 +21628,12 @@ async def serve(
 def main_detached() -> int:
     """The entry point of a background process, named in LAUNCHER; returns the exit status."""
     launch = read_launch()
-    handle, launch.report = launch.report, -1
+    report_fd, launch.report = launch.report, -1
 
     def report(status: Json) -> bool:
-        heard = write_report(handle, status)
-        os.close(handle)
-        return heard
+        was_read = write_report(report_fd, status)
+        os.close(report_fd)
+        return was_read
 
     os.umask(0o077)
     try:
@@ -21631,16 +21643,16 @@ def main_detached() -> int:
         listeners = launch_listeners(launch, config)
         return run_in_loop(serve(launch, paths, config, listeners, report))
     except ProgramError as error:
-        write_report(handle, {"error": str(error)})  # closed when this process exits
+        write_report(report_fd, {"error": str(error)})  # closed when this process exits
         return error.exit_status
     except OSError as error:
-        write_report(handle, {"error": system_words(error)})
+        write_report(report_fd, {"error": system_message(error)})
         return 1
 
 
 def await_daemon(paths: Paths) -> Json | None:
     """The status of the daemon that has the lock, once it serves; None if it releases the lock."""
-    until = time.monotonic() + START_SECONDS
+    deadline = time.monotonic() + START_SECONDS
     while True:
         try:
             status = ask_daemon(paths, "status")
@@ -21651,15 +21663,15 @@ def await_daemon(paths: Paths) -> Json | None:
             return None
         except ProgramError as error:
             problem = error
-        if time.monotonic() > until:
+        if time.monotonic() > deadline:
             raise problem
         time.sleep(POLL_SECONDS)
 
 
-def report_running(status: Json, asked: bool) -> int:
-    """`start` while a gateway runs: fails only if other settings were `asked` for."""
+def report_running(status: Json, has_flags: bool) -> int:
+    """`start` while a gateway runs: fails only if flags ask for other settings."""
     tell(f"aiclient-api runs already: {status['url']} (process {status['pid']})")
-    if not asked:
+    if not has_flags:
         return 0
     raise ProgramError("the flags were not applied; stop it first, or restart it")
 
@@ -21675,11 +21687,11 @@ def ask_health(url: str) -> bool:
         return False
 
 
-def last_lines(path: str, begin: int) -> tuple[str, ...]:
-    """The last lines of a log, from the byte offset `begin` on."""
+def last_lines(path: str, offset: int) -> tuple[str, ...]:
+    """The last lines of a log, from the byte `offset` on."""
     try:
         with os.fdopen(open_plain(path, "O_RDONLY"), "rb") as file:
-            file.seek(begin)
+            file.seek(offset)
             lines = file.read(MIB).decode("utf-8", "replace").splitlines()
     except OSError:
         return ()
@@ -21693,18 +21705,18 @@ def start_detached(launch: Launch, paths: Paths) -> int:
     except OSError as error:
         raise ProgramError(f"{log}: the log cannot be written: {error.strerror}") from None
     assert log_file is not None
-    begin = log_file.size
+    offset = log_file.size
     reader, launch.report = os.pipe()
     fork_daemon(launch, paths, log_file.handle)
-    for number in launch.descriptors():
-        os.close(number)
+    for fd in launch.descriptors():
+        os.close(fd)
     status = read_report(reader, START_SECONDS)
     if status is None or "error" in status:
         reason = status["error"] if status else "it ended, or took too long, without a word"
-        raise ProgramError(f"the gateway did not start: {reason}", *last_lines(log, begin))
+        raise ProgramError(f"the gateway did not start: {reason}", *last_lines(log, offset))
     if not ask_health(status["url"]):
         signal_daemon(paths.pid_file, status["pid"], signal.SIGTERM)
-        raise ProgramError(f"{status['url']} does not answer", *last_lines(log, begin))
+        raise ProgramError(f"{status['url']} does not answer", *last_lines(log, offset))
     print_ready(status)
     return 0
 
@@ -21721,11 +21733,11 @@ def hide_key(options: argparse.Namespace) -> None:
         options.api_key = os.environ.pop(KEY_VARIABLE, None)
     elif any(options.api_key in word for word in sys.argv):
         flags = {"host": options.host, "port": options.port, "log-file": options.log_file}
-        words = [f"--{name}={value}" for name, value in flags.items() if value is not None]
-        words += ["--foreground"] if options.foreground else []
-        begin = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
+        arguments = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+        arguments += ["--foreground"] if options.foreground else []
+        interpreter = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
         environ = {**os.environ, KEY_VARIABLE: options.api_key}
-        os.execve(sys.executable, [*begin, "start", *words], environ)
+        os.execve(sys.executable, [*interpreter, "start", *arguments], environ)
 
 
 def cmd_start(options: argparse.Namespace) -> int:
@@ -21752,8 +21764,8 @@ def cmd_start(options: argparse.Namespace) -> int:
     while (lock := take_lock(paths.pid_file)) is None:
         status = await_daemon(paths)
         if status is not None:
-            asked = options.foreground or log_file or any(v is not None for v in flags.values())
-            return report_running(status, bool(asked))
+            has_flags = options.foreground or log_file or any(v is not None for v in flags.values())
+            return report_running(status, bool(has_flags))
     launch.lock = lock
     if not detached:
         launch.listeners = activated_descriptors(environ)
@@ -21761,9 +21773,9 @@ def cmd_start(options: argparse.Namespace) -> int:
     listeners = launch_listeners(launch, config)
     # Everything is checked and nothing is forked yet: it can still ask at the terminal.
     accounts = [row for row in account_rows(config, paths) if row["enabled"]]
-    is_new = accounts and all(row["health"] == "not signed in" for row in accounts)
-    if is_new and Console().interactive:
-        at_desk(offer_sign_in, config, paths)
+    is_first_start = accounts and all(row["health"] == "not signed in" for row in accounts)
+    if is_first_start and Console().interactive:
+        run_account_command(offer_sign_in, config, paths)
     if detached:
         return start_detached(launch, paths)
 
@@ -21786,17 +21798,17 @@ def cmd_stop(options: argparse.Namespace) -> int:
     except ConfigError:
         drain_s = ServerConfig().drain_seconds  # a broken configuration must not keep it running
     kill_at = time.monotonic() + drain_s + INSIST_SECONDS
-    number, told = signal.SIGTERM, set()
+    signum, signalled = signal.SIGTERM, set()
     while is_locked(path):
         pid, _ = read_pid_file(path)
-        if pid and (pid, number) not in told:  # a successor may have taken over meanwhile
-            told.add((pid, number))
-            signal_daemon(path, pid, number)
+        if pid and (pid, signum) not in signalled:  # a successor may have taken over meanwhile
+            signalled.add((pid, signum))
+            signal_daemon(path, pid, signum)
         if time.monotonic() > kill_at:
-            if number == signal.SIGKILL or not pid:
+            if signum == signal.SIGKILL or not pid:
                 raise ProgramError(f"the gateway (process {pid or 'unknown'}) does not end")
             print(f"process {pid} did not end in time: it is killed", file=sys.stderr)
-            number, kill_at = signal.SIGKILL, time.monotonic() + INSIST_SECONDS
+            signum, kill_at = signal.SIGKILL, time.monotonic() + INSIST_SECONDS
         time.sleep(POLL_SECONDS)
     print("stopped")
     return 0
@@ -21812,7 +21824,7 @@ def cmd_restart(options: argparse.Namespace) -> int:
 # 20.3 accounts
 
 
-def at_desk(
+def run_account_command(
     work: Callable[[SignInContext], Awaitable[Result]],
     config: Config,
     paths: Paths,
@@ -21822,7 +21834,7 @@ def at_desk(
 
     A running gateway notices a new token file by itself; for a new provider it is reloaded.
     """
-    before = dict(config.providers)
+    old_providers = dict(config.providers)
 
     async def run() -> Result:
         client = HttpClient(config.network, Ticker())
@@ -21838,12 +21850,12 @@ def at_desk(
     except KeyboardInterrupt:
         print("\naiclient-api: stopped", file=sys.stderr)
         raise
-    if config.providers != before and is_locked(paths.pid_file):
+    if config.providers != old_providers and is_locked(paths.pid_file):
         reload_if_running(paths)
     return result
 
 
-def load_desk() -> tuple[Config, Paths]:
+def open_account_command() -> tuple[Config, Paths]:
     paths = find_paths(dict(os.environ))
     config = load_config(paths, dict(os.environ), {})
     start_log("warning")
@@ -21864,20 +21876,20 @@ def cmd_auth_copilot(options: argparse.Namespace) -> int:
 
     It says who was signed in; a running gateway uses the sign-in with its next request.
     """
-    config, paths = load_desk()
+    config, paths = open_account_command()
     host = plain_host(options.github_host) if options.github_host else ""
     token = read_secret("GitHub token: ") if options.token_stdin else ""
 
     async def work(context: SignInContext) -> str:
         return await sign_in_copilot(context, options.name, host, token)
 
-    tell(at_desk(work, config, paths, options.browser))
+    tell(run_account_command(work, config, paths, options.browser))
     return 0
 
 
 def cmd_auth_kiro(options: argparse.Namespace) -> int:
     """Signs in to Kiro with an AWS Builder ID, Google, GitHub, an organisation, or an API key."""
-    config, paths = load_desk()
+    config, paths = open_account_command()
     is_organisation = options.start_url or options.region
     if is_organisation and options.method not in (None, "organisation"):
         raise WrongUsage("--start-url and --region go with --method organisation only")
@@ -21885,44 +21897,44 @@ def cmd_auth_kiro(options: argparse.Namespace) -> int:
     if token and not token.startswith("ksk_"):
         raise SignInFailed("that is no API key of Kiro's: they begin with ksk_")
     method = options.method or ("organisation" if is_organisation else "")
-    wish = KiroSignIn(method, options.start_url or "", options.region or "", token)
+    settings = KiroSignIn(method, options.start_url or "", options.region or "", token)
 
     async def work(context: SignInContext) -> str:
-        return await sign_in_kiro(context, options.name, wish)
+        return await sign_in_kiro(context, options.name, settings)
 
-    tell(at_desk(work, config, paths, options.browser))
+    tell(run_account_command(work, config, paths, options.browser))
     return 0
 
 
 def cmd_auth_import(options: argparse.Namespace) -> int:
     """Uses sign-ins that other programs have on this machine, like the Kiro IDE; asks first."""
-    config, paths = load_desk()
-    found = find_logins(options.origins)
-    if not found:
-        looked = ", ".join(options.origins or [n for n in IMPORTS if n not in ONLY_ON_REQUEST])
-        raise ProgramError(f"no sign-in of another program was found; looked at: {looked}")
+    config, paths = open_account_command()
+    logins = find_logins(options.origins)
+    if not logins:
+        searched = ", ".join(options.origins or [n for n in IMPORTS if n not in ONLY_ON_REQUEST])
+        raise ProgramError(f"no sign-in of another program was found; looked at: {searched}")
 
     async def work(context: SignInContext) -> list[str]:
-        return await import_logins(context, found, options.name or "", options.yes)
+        return await import_logins(context, logins, options.name or "", options.yes)
 
-    for words in at_desk(work, config, paths) or ["Nothing was changed"]:
-        tell(words)
+    for message in run_account_command(work, config, paths) or ["Nothing was changed"]:
+        tell(message)
     return 0
 
 
 def cmd_auth_list(options: argparse.Namespace) -> int:
     """Lists the sign-ins: name, type, kind, user, plan, expiry, health.  Never a token."""
-    return show(options, {"accounts": account_rows(*load_desk())}, print_accounts)
+    return show(options, {"accounts": account_rows(*open_account_command())}, print_accounts)
 
 
 def cmd_auth_revoke(options: argparse.Namespace) -> int:
     """Removes a sign-in from this machine, and says where to end it at the vendor."""
-    config, paths = load_desk()
+    config, paths = open_account_command()
 
     async def work(context: SignInContext) -> str:
         return await revoke_login(context, options.name)
 
-    tell(at_desk(work, config, paths))
+    tell(run_account_command(work, config, paths))
     return 0
 
 
@@ -21943,27 +21955,27 @@ def cmd_models(options: argparse.Namespace) -> int:
 def cmd_usage(options: argparse.Namespace) -> int:
     """Shows requests, tokens and credits by model, or by what is asked; also of the past."""
     paths = find_paths(make_environ())
-    asked = {"since": options.since, "by": options.by, "recent": options.recent}
-    asked["cache"] = int(options.cache)
-    given = {name: str(value) for name, value in asked.items() if value}
+    request = {"since": options.since, "by": options.by, "recent": options.recent}
+    request["cache"] = int(options.cache)
+    params = {name: str(value) for name, value in request.items() if value}
     try:
-        asked = {**given, "reset": options.reset}
-        report = ask_daemon(paths, "usage", asked, CONTROL_WORK_SECONDS)
+        request = {**params, "reset": options.reset}
+        report = ask_daemon(paths, "usage", request, CONTROL_WORK_SECONDS)
     except NotRunning:
         if options.reset or options.cache or not os.path.exists(paths.usage_file):
             raise
-        report = load_usage(paths, given)
+        report = load_usage(paths, params)
     if options.csv:
         print_usage_csv(report)
         return 0
     return show(options, report, print_cache if options.cache else print_usage)
 
 
-def load_usage(paths: Paths, given: dict[str, str]) -> Json:
+def load_usage(paths: Paths, params: dict[str, str]) -> Json:
     """From the file, without a gateway; raises ProgramError."""
     now = time.time()
     try:
-        query = read_usage_query(given, now)
+        query = read_usage_query(params, now)
     except ApiError as error:
         raise ProgramError(error.text()) from None
     store = UsageStore(paths.usage_file)
@@ -21993,11 +22005,11 @@ def reload_if_running(paths: Paths) -> Json | None:
 
 def report_saved(paths: Paths, key: str = "") -> int:
     """Applies a changed file; reports what changed, and whether something overrides `key`."""
-    done = reload_if_running(paths)
+    changes = reload_if_running(paths)
     tell(f"saved in {paths.config_file}")
-    if done is None:
+    if changes is None:
         return 0
-    print_changes(done)
+    print_changes(changes)
     for row in ask_daemon(paths, "config.show")["settings"]:
         if row["key"] == key and row["origin"] != "file":
             tell(f"{row['origin']} beats the file as long as this gateway runs")
@@ -22009,10 +22021,10 @@ def cmd_config_show(options: argparse.Namespace) -> int:
     environ = make_environ()
     paths = find_paths(environ)
     try:
-        found = ask_daemon(paths, "config.show")
+        settings = ask_daemon(paths, "config.show")
     except NotRunning:
-        found = {"settings": describe_settings(load_config(paths, environ, {}))}
-    return show(options, found, print_settings)
+        settings = {"settings": describe_settings(load_config(paths, environ, {}))}
+    return show(options, settings, print_settings)
 
 
 def cmd_config_set(options: argparse.Namespace) -> int:
@@ -22028,8 +22040,8 @@ def cmd_config_set(options: argparse.Namespace) -> int:
 
 def cmd_config_reload(options: argparse.Namespace) -> int:
     """Makes the running gateway read its configuration again."""
-    done = ask_daemon(find_paths(make_environ()), "config.reload")
-    return show(options, done, print_changes)
+    changes = ask_daemon(find_paths(make_environ()), "config.reload")
+    return show(options, changes, print_changes)
 
 
 INIT_HEAD = "# aiclient-api; README.md lists every setting.\n"
@@ -22044,8 +22056,8 @@ def ask_settings() -> dict[str, str]:
     print("Which service should answer when a model's name does not tell?")
     settings = {"default_provider": ask_line("copilot, kiro or echo", "copilot")}
     settings["server.port"] = ask_line("Port to listen on", "9090")
-    words = ask_line("Should programs have to send a key?  Yes generates one (yes, no)", "no")
-    if words.lower() in ("y", "yes"):
+    answer = ask_line("Should programs have to send a key?  Yes generates one (yes, no)", "no")
+    if answer.lower() in ("y", "yes"):
         settings["api_key"] = "sk-local-" + os.urandom(24).hex()
     return settings
 
@@ -22053,18 +22065,18 @@ def ask_settings() -> dict[str, str]:
 def cmd_config_init(options: argparse.Namespace) -> int:
     """Writes a first configuration file: asks three questions and shows the file before."""
     paths = find_paths(make_environ())
-    where = paths.config_file
-    if os.path.lexists(where) and not options.force:
-        raise ProgramError(f"{where} exists; change it with the verb: config set KEY VALUE")
-    asking = sys.stdin.isatty() and not options.yes
-    if not asking and not options.yes:
+    path = paths.config_file
+    if os.path.lexists(path) and not options.force:
+        raise ProgramError(f"{path} exists; change it with the verb: config set KEY VALUE")
+    interactive = sys.stdin.isatty() and not options.yes
+    if not interactive and not options.yes:
         raise WrongUsage("there is nobody to ask here; --yes writes the defaults")
     defaults = {"default_provider": "copilot", "server.port": "9090"}
     text = INIT_HEAD
-    for key, value in (ask_settings() if asking else defaults).items():
-        text = change_setting(text, where, key, value)
-    print(f"\n{where}:\n\n{text}")
-    if asking and ask_line("Write it (yes, no)", "yes").lower() not in ("y", "yes"):
+    for key, value in (ask_settings() if interactive else defaults).items():
+        text = change_setting(text, path, key, value)
+    print(f"\n{path}:\n\n{text}")
+    if interactive and ask_line("Write it (yes, no)", "yes").lower() not in ("y", "yes"):
         print("nothing was written")
         return 1
     edit_config(paths, lambda _: text)
@@ -22075,12 +22087,12 @@ def switch_one(options: argparse.Namespace, method: str, enabled: str) -> int:
     environ = make_environ()
     paths = find_paths(environ)
     try:
-        done = ask_daemon(paths, method, {"name": options.name})
+        changes = ask_daemon(paths, method, {"name": options.name})
     except NotRunning:
         change_provider(paths, environ, options.name, enabled)
         tell(f"saved in {paths.config_file}")
         return 0
-    print_changes(done)
+    print_changes(changes)
     return 0
 
 
@@ -22110,13 +22122,13 @@ def find_log(paths: Paths) -> str:
 
 def follow_log(file: TextIO, path: str, level: str) -> None:
     """Prints new lines of a log, across rotations, until interrupted."""
-    wanted = LogFilter(level)
-    rest = ""
+    log_filter = LogFilter(level)
+    tail = ""
     while True:
         is_moved = not is_open_at(file, path)
-        piece = rest + file.read()  # after the check: all that the moved file will ever hold
-        *lines, rest = piece.split("\n")
-        for line in filter(wanted.takes, lines):
+        piece = tail + file.read()  # after the check: all that the moved file will ever hold
+        *lines, tail = piece.split("\n")
+        for line in filter(log_filter.takes, lines):
             tell(line)
         if is_moved and os.path.exists(path):
             file.close()
@@ -22166,14 +22178,14 @@ def unit_command(command: list[str]) -> str:
 
     Variables are expanded in its arguments and in argv[0], but not in the path that is run.
     """
-    words = [quote_unit(word).replace("$", "$$") for word in command]
+    arguments = [quote_unit(word).replace("$", "$$") for word in command]
     if "$" in command[0]:
-        words.insert(0, "@" + quote_unit(command[0]))
-    return " ".join(words)
+        arguments.insert(0, "@" + quote_unit(command[0]))
+    return " ".join(arguments)
 
 
-def service_command(*words: str) -> list[str]:
-    return [sys.executable, "-I", os.path.realpath(__file__), *words]
+def service_command(*arguments: str) -> list[str]:
+    return [sys.executable, "-I", os.path.realpath(__file__), *arguments]
 
 
 def service_environment(environ: dict[str, str]) -> dict[str, str]:
@@ -22253,12 +22265,12 @@ def run_manager(commands: list[list[str]]) -> None:
     """Raises ProgramError with the command's standard error."""
     for command in commands:
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
         except OSError as error:
             raise ProgramError(f"{command[0]} cannot be run: {error.strerror}") from None
-        if done.returncode:
-            said = redact(done.stderr.strip(), MAX_ERROR_TEXT)
-            raise ProgramError(f"{' '.join(command)} failed: {said or done.returncode}")
+        if result.returncode:
+            reason = redact(result.stderr.strip(), MAX_ERROR_TEXT)
+            raise ProgramError(f"{' '.join(command)} failed: {reason or result.returncode}")
 
 
 def cmd_service_print(options: argparse.Namespace) -> int:
@@ -22350,13 +22362,13 @@ def write_zsh(words: list[tuple[str, str, str]]) -> str:
 def write_fish(words: list[tuple[str, str, str]]) -> str:
     top = " ".join(word for path, word, _ in words if not path and not word.startswith("-"))
     lines = ["complete -c aiclient-api -f"]
-    for path, word, said in words:
+    for path, word, help_text in words:
         steps = path.split("/")[:-1]
         when = [f"__fish_seen_subcommand_from {step}" for step in steps]
         when = when or [f"not __fish_seen_subcommand_from {top}"]
         name = f"-l {word[2:]}" if word.startswith("--") else f"-a {word}"
-        said = said.replace("'", "\\'").replace("%%", "%")
-        lines.append(f"complete -c aiclient-api -n '{'; and '.join(when)}' {name} -d '{said}'")
+        help_text = help_text.replace("'", "\\'").replace("%%", "%")
+        lines.append(f"complete -c aiclient-api -n '{'; and '.join(when)}' {name} -d '{help_text}'")
     return "\n".join(lines) + "\n"
 
 
@@ -22386,8 +22398,8 @@ class Argument(NamedTuple):
     settings: Json
 
 
-def argument(name: str, said: str, **settings: Any) -> Argument:
-    return Argument(name, {"help": said, **settings})
+def argument(name: str, help_text: str, **settings: Any) -> Argument:
+    return Argument(name, {"help": help_text, **settings})
 
 
 AS_JSON = argument("--json", "JSON instead of a table, as in a pipe", action="store_true")
@@ -22431,7 +22443,7 @@ class Verb(NamedTuple):
 
     words: str
     run: Callable[[argparse.Namespace], int]
-    said: str
+    summary: str
     arguments: tuple[Argument, ...] = ()
     example: str = ""
 
@@ -22440,10 +22452,10 @@ NO_BROWSER = argument("--no-browser", "only show the link", dest="browser", acti
 
 
 def account_arguments(kind: str, secret: str) -> tuple[Argument, ...]:
-    said = f"read a {secret} from standard input"
+    help_text = f"read a {secret} from standard input"
     return (
         argument("--name", f"of the provider (default {kind})", default=kind),
-        argument("--token-stdin", said, action="store_true"),
+        argument("--token-stdin", help_text, action="store_true"),
         NO_BROWSER,
     )
 
@@ -22567,13 +22579,13 @@ def make_parser() -> argparse.ArgumentParser:
             owner.set_defaults(help_of=owner)
             groups[group] = owner.add_subparsers(metavar="VERB")
         epilog = f"example: aiclient-api {verb.example or verb.words}"
-        described = verb.run.__doc__
-        inner = groups.get(group, verbs).add_parser(
-            name, help=verb.said, description=described, epilog=epilog
+        description = verb.run.__doc__
+        subparser = groups.get(group, verbs).add_parser(
+            name, help=verb.summary, description=description, epilog=epilog
         )
         for item in verb.arguments:
-            inner.add_argument(item.name, **item.settings)
-        inner.set_defaults(run=verb.run)
+            subparser.add_argument(item.name, **item.settings)
+        subparser.set_defaults(run=verb.run)
     return parser
 
 
@@ -22582,14 +22594,14 @@ def open_standard_streams() -> None:
 
     What the terminal has no letters for is shown as escapes.
     """
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
         try:
-            os.fstat(number)
+            os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest free descriptor: this one
         if getattr(sys, name) is None:
-            mode = "w" if number else "r"
-            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8"))
+            mode = "w" if fd else "r"
+            setattr(sys, name, os.fdopen(fd, mode, encoding="utf-8"))
     if sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
@@ -22616,9 +22628,9 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         # What was not written yet cannot be: `| head` has seen enough, or the disk is full.
         os.close(1)
-        os.open(os.devnull, os.O_WRONLY)  # the lowest number that is free: this one
+        os.open(os.devnull, os.O_WRONLY)  # the lowest free descriptor: this one
         if not isinstance(error, BrokenPipeError):
-            print(one_line(f"aiclient-api: {system_words(error)}"), file=sys.stderr)
+            print(one_line(f"aiclient-api: {system_message(error)}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
