@@ -17666,8 +17666,8 @@ class Console:
     def __init__(self) -> None:
         self.interactive = is_terminal(sys.stdin) and is_terminal(sys.stderr) and is_foreground()
         self.line_open = False
-        self.said_at = float("-inf")
-        self.typed = b""
+        self.status_at = float("-inf")
+        self.pending_input = b""
 
     def say(self, *lines: str) -> None:
         """Control characters, which could steer a terminal, are removed."""
@@ -17678,10 +17678,10 @@ class Console:
         """A line that the next one replaces; without a terminal, at most one a minute."""
         if is_terminal(sys.stderr):
             self.line_open = True
-            shown = one_line(text)[: shutil.get_terminal_size().columns - 1]
-            print(f"\r\x1b[K{shown}", end="", file=sys.stderr, flush=True)
-        elif time.monotonic() - self.said_at >= 60:
-            self.said_at = time.monotonic()
+            visible_text = one_line(text)[: shutil.get_terminal_size().columns - 1]
+            print(f"\r\x1b[K{visible_text}", end="", file=sys.stderr, flush=True)
+        elif time.monotonic() - self.status_at >= 60:
+            self.status_at = time.monotonic()
             self.say(text)
 
     def close_line(self) -> None:
@@ -17691,43 +17691,43 @@ class Console:
 
     async def line(self) -> str:
         """The next line typed; raises EOFError.  Other tasks keep running, and Ctrl-C works."""
-        while b"\n" not in self.typed:
+        while b"\n" not in self.pending_input:
             data = await self.read_some()
             if not data:
-                if self.typed:
+                if self.pending_input:
                     break
                 raise EOFError
-            self.typed += data
-        line, _, self.typed = self.typed.partition(b"\n")
+            self.pending_input += data
+        line, _, self.pending_input = self.pending_input.partition(b"\n")
         return line.decode("utf-8", "replace").strip()
 
     async def read_some(self) -> bytes:
         """What standard input has, as soon as it has anything; b"" at EOF."""
         loop = asyncio.get_running_loop()
         ready = loop.create_future()
-        number = sys.stdin.fileno()
+        fd = sys.stdin.fileno()
 
         def on_ready() -> None:
             if not ready.done():
                 ready.set_result(None)
 
         try:
-            loop.add_reader(number, on_ready)
+            loop.add_reader(fd, on_ready)
         except (NotImplementedError, PermissionError):  # Windows; a plain file
-            return await asyncio.to_thread(os.read, number, 65536)
+            return await asyncio.to_thread(os.read, fd, 65536)
         try:
             await ready
-            return os.read(number, 65536)
+            return os.read(fd, 65536)
         finally:
-            loop.remove_reader(number)
+            loop.remove_reader(fd)
 
     async def ask(self, question: str, default: str = "") -> str:
         """Raises SignInFailed if nobody can answer."""
         if not self.interactive:
             raise SignInFailed(f"this needs a terminal to ask: {question}")
         self.close_line()
-        shown = f"{question} [{default}] " if default else f"{question} "
-        print(one_line(shown), end="", file=sys.stderr, flush=True)
+        prompt = f"{question} [{default}] " if default else f"{question} "
+        print(one_line(prompt), end="", file=sys.stderr, flush=True)
         try:
             return await self.line() or default
         except EOFError:
@@ -17743,8 +17743,8 @@ class Console:
     async def choose(self, question: str, options: dict[str, str]) -> str:
         names = list(options)
         self.say(question)
-        for number, words in enumerate(options.values(), 1):
-            self.say(f"  {number}  {words}")
+        for number, label in enumerate(options.values(), 1):
+            self.say(f"  {number}  {label}")
         while True:
             answer = (await self.ask("Choice", "1")).lower()
             if answer in names:
@@ -17777,19 +17777,19 @@ def open_browser(url: str) -> bool:
 
 def with_provider(text: str, where: str, name: str, kind: str, settings: dict[str, str]) -> str:
     """Adds what `[providers.NAME]` lacks; raises ConfigError if the file says otherwise."""
-    wanted = {"type": kind, **settings}
-    own = get_dict(get_dict(tomllib.loads(text), "providers"), name)
-    for key, value in wanted.items():
-        if own.get(key, value) != value:
+    entries = {"type": kind, **settings}
+    table = get_dict(get_dict(tomllib.loads(text), "providers"), name)
+    for key, value in entries.items():
+        if table.get(key, value) != value:
             raise ConfigError(
-                f"{where}: providers.{name}.{key}: is {own[key]!r}, not {value!r}; "
+                f"{where}: providers.{name}.{key}: is {table[key]!r}, not {value!r}; "
                 "change it there, or take another --name"
             )
-        text = text if key in own else set_toml(text, ("providers", name, key), value)
+        text = text if key in table else set_toml(text, ("providers", name, key), value)
     try:
         read_config_text(text, where)
     except ConfigError:
-        lines = ", ".join(f'{key} = "{value}"' for key, value in wanted.items())
+        lines = ", ".join(f'{key} = "{value}"' for key, value in entries.items())
         raise ConfigError(
             f"{where}: its form is unusual; put {lines} into [providers.{name}] by hand"
         ) from None
@@ -17809,10 +17809,10 @@ class SignInContext:
     def provider_config(self, name: str, kind: str) -> ProviderConfig:
         if not PROVIDER_NAME.fullmatch(name):
             raise WrongUsage(f"--name {name}: a name is letters, digits, '-' and '_'")
-        found = self.config.providers.get(name)
-        if found is not None and found.type != kind:
-            raise WrongUsage(f"--name {name}: that provider's type is {found.type}, not {kind}")
-        return found or PROVIDER_CONFIGS[kind]()
+        config = self.config.providers.get(name)
+        if config is not None and config.type != kind:
+            raise WrongUsage(f"--name {name}: that provider's type is {config.type}, not {kind}")
+        return config or PROVIDER_CONFIGS[kind]()
 
     def file(self, name: str) -> TokenFile:
         return TokenFile(self.paths.token_file(name))
@@ -17828,7 +17828,7 @@ class SignInContext:
         except OSError as error:
             raise SignInFailed(f"{path}: cannot be written: {error.strerror}") from None
 
-    async def keep(self, name: str, content: Json) -> None:
+    async def save(self, name: str, content: Json) -> None:
         """Saves a sign-in; if that fails, lets the user fix the cause and retry."""
         file = self.file(name)
         while True:
@@ -17845,32 +17845,32 @@ class SignInContext:
             if not await self.console.confirm("Try again?"):
                 raise SignInFailed("the sign-in was not kept")
 
-    def tell_terms(self, kind: str) -> None:
+    def show_terms(self, kind: str) -> None:
         """Shows the vendor's terms, once, before the first sign-in."""
         path = self.paths.notices_file
         try:
-            kept = load_private_json(path) or {}
+            notices = load_private_json(path) or {}
         except ProgramError as error:
             log_event("warning", "notices_unusable", reason=error)
-            kept = {}
-        told = kept.get("terms")
-        told = told if isinstance(told, list) else []
-        if kind in told:
+            notices = {}
+        shown_terms = notices.get("terms")
+        shown_terms = shown_terms if isinstance(shown_terms, list) else []
+        if kind in shown_terms:
             return
         self.console.say(*TERMS[kind].splitlines(), "")
         try:
-            save_private_json(path, {**kept, "terms": [*told, kind]})
+            save_private_json(path, {**notices, "terms": [*shown_terms, kind]})
         except OSError as error:
             log_event("warning", "notices_not_saved", reason=error.strerror)
 
     def has_provider(self, name: str, settings: dict[str, str]) -> bool:
-        found = self.config.providers.get(name)
-        return found is not None and all(getattr(found, k) == v for k, v in settings.items())
+        config = self.config.providers.get(name)
+        return config is not None and all(getattr(config, k) == v for k, v in settings.items())
 
     def check_provider(self, name: str, kind: str, settings: dict[str, str]) -> None:
         """A dry run of `add_provider`: better to fail before a sign-in than after."""
-        found = self.config.providers.get(name)
-        if found is not None and not found.enabled:
+        config = self.config.providers.get(name)
+        if config is not None and not config.enabled:
             self.console.say(f"Provider {name!r} is disabled; nobody will use this sign-in.", "")
         if not self.has_provider(name, settings):
             path = self.paths.config_file
@@ -17915,42 +17915,42 @@ class SignInContext:
             say("A browser should open by itself; any other, on any machine, will do.", "")
         loop = asyncio.get_running_loop()
         ends_at = loop.time() + device.expires_in
-        pause_s, trouble = device.interval + DEVICE_EXTRA_SECONDS, ""
+        interval_s, trouble = device.interval + DEVICE_EXTRA_SECONDS, ""
         while True:
-            await self.count_down(min(loop.time() + pause_s, ends_at), ends_at, trouble)
+            await self.count_down(min(loop.time() + interval_s, ends_at), ends_at, trouble)
             if loop.time() >= ends_at:
                 raise CodeExpired("the code has expired")
             try:
-                found = classify_poll(*await poll())
+                outcome = classify_poll(*await poll())
             except SignInFailed as error:
-                found = Poll("unreachable", {}, str(error))
-            trouble = f" ({found.words}; trying again)" if found.state == "unreachable" else ""
-            if found.state == "done":
+                outcome = Poll("unreachable", {}, str(error))
+            trouble = f" ({outcome.words}; trying again)" if outcome.state == "unreachable" else ""
+            if outcome.state == "done":
                 self.console.close_line()
-                return found.body
-            if found.state == "slow_down":
-                named = str(found.body.get("interval", ""))
-                slower_s = pause_s + DEVICE_SLOWER_SECONDS
-                if DIGITS.fullmatch(named) and int(named) < 3600:
-                    slower_s = max(pause_s, int(named) + DEVICE_EXTRA_SECONDS)
-                pause_s = slower_s
-            elif found.state == "expired":
+                return outcome.body
+            if outcome.state == "slow_down":
+                new_interval = str(outcome.body.get("interval", ""))
+                slower_s = interval_s + DEVICE_SLOWER_SECONDS
+                if DIGITS.fullmatch(new_interval) and int(new_interval) < 3600:
+                    slower_s = max(interval_s, int(new_interval) + DEVICE_EXTRA_SECONDS)
+                interval_s = slower_s
+            elif outcome.state == "expired":
                 raise CodeExpired("the code has expired")
-            elif found.state == "denied":
+            elif outcome.state == "denied":
                 raise SignInFailed(f"the sign-in was cancelled at {service}")
-            elif found.state == "failed":
-                raise SignInFailed(f"{service} refuses the sign-in: {found.words}")
+            elif outcome.state == "failed":
+                raise SignInFailed(f"{service} refuses the sign-in: {outcome.words}")
 
-    async def count_down(self, until: float, ends_at: float, trouble: str) -> None:
+    async def count_down(self, poll_at: float, ends_at: float, trouble: str) -> None:
         loop = asyncio.get_running_loop()
         while True:
             left = max(int(ends_at - loop.time()), 0)
             clock = f"{left // 60}:{left % 60:02d}"
             self.console.status(f"Waiting for you: {clock} left, Ctrl-C ends it{trouble}")
-            rest_s = until - loop.time()
-            if rest_s <= 0:
+            delay_s = poll_at - loop.time()
+            if delay_s <= 0:
                 return
-            await asyncio.sleep(min(rest_s, 1.0))
+            await asyncio.sleep(min(delay_s, 1.0))
 
     async def with_new_codes(self, attempt: Callable[[], Awaitable[Json]]) -> Json:
         while True:
@@ -17981,27 +17981,27 @@ async def sign_in_copilot(context: SignInContext, name: str, host: str, token: s
         config.github_api_url = settings["github_api_url"]
     context.check_provider(name, "copilot", settings)
     context.check_disk(name)
-    context.tell_terms("copilot")
+    context.show_terms("copilot")
     if not token:
-        answer = await context.with_new_codes(lambda: ask_github_device(context, config))
-        token = bare_token(str(answer["access_token"]))
-    content, words = await check_copilot(context, config, token)
+        payload = await context.with_new_codes(lambda: ask_github_device(context, config))
+        token = bare_token(str(payload["access_token"]))
+    content, message = await check_copilot(context, config, token)
     context.add_provider(name, "copilot", settings)
-    await context.keep(name, content)
-    return words
+    await context.save(name, content)
+    return message
 
 
 async def ask_github_device(context: SignInContext, config: CopilotConfig) -> Json:
     base = config.github_url.rstrip("/")
     headers = {"User-Agent": COPILOT_USER_AGENT}
-    asked = {"client_id": COPILOT_CLIENT_ID, "scope": COPILOT_SCOPE}
+    params = {"client_id": COPILOT_CLIENT_ID, "scope": COPILOT_SCOPE}
     status, _, data = await context.ask(
-        "POST", base + "/login/device/code", headers, asked, split_url(base)[1]
+        "POST", base + "/login/device/code", headers, params, split_url(base)[1]
     )
     body = load_answer(data)
     if status != 200 or body is None or "error" in body:
-        said = read_error_answer(status, data)[0] or f"status {status}"
-        raise SignInFailed(f"{split_url(base)[1]} gives no code: {said[:300]}")
+        reason = read_error_answer(status, data)[0] or f"status {status}"
+        raise SignInFailed(f"{split_url(base)[1]} gives no code: {reason[:300]}")
     device = read_device_code(body, "GitHub")
     grant = {"client_id": COPILOT_CLIENT_ID, "device_code": device.code, "grant_type": DEVICE_GRANT}
     url = base + "/login/oauth/access_token"
@@ -18054,29 +18054,29 @@ class KiroSignIn:
     token: str = ""
 
 
-async def sign_in_kiro(context: SignInContext, name: str, wish: KiroSignIn) -> str:
+async def sign_in_kiro(context: SignInContext, name: str, settings: KiroSignIn) -> str:
     """Returns who is signed in, for the user.  Raises SignInFailed."""
     config = context.provider_config(name, "kiro")
     assert isinstance(config, KiroConfig)
-    method = wish.method or ("organisation" if wish.start_url else "")
-    check_organisation(wish.start_url or KIRO_BUILDER_START_URL, wish.region or "us-east-1")
-    if not (method or wish.token or context.console.interactive):
+    method = settings.method or ("organisation" if settings.start_url else "")
+    check_organisation(settings.start_url or KIRO_BUILDER_START_URL, settings.region or "us-east-1")
+    if not (method or settings.token or context.console.interactive):
         raise WrongUsage(f"there is no terminal to ask on: say --method {'|'.join(KIRO_METHODS)}")
     context.check_provider(name, "kiro", {})
     context.check_disk(name)
-    context.tell_terms("kiro")
-    content: Json = {"auth_method": "api_key", "access_token": wish.token}
-    if not wish.token:
+    context.show_terms("kiro")
+    content: Json = {"auth_method": "api_key", "access_token": settings.token}
+    if not settings.token:
         method = method or await context.console.choose("How do you sign in to Kiro?", KIRO_METHODS)
         if method in ("google", "github"):
             content = await sign_in_by_portal(context, config, method)
         elif method == "builder-id":
             content = await sign_in_at_aws(context, config, KIRO_BUILDER_START_URL, "us-east-1")
         else:
-            start_url = wish.start_url or await context.console.ask(
+            start_url = settings.start_url or await context.console.ask(
                 "Your organisation's start URL:"
             )
-            region = wish.region
+            region = settings.region
             if not region and context.console.interactive:
                 region = await context.console.ask(
                     "Region of its IAM Identity Center:", "us-east-1"
@@ -18088,24 +18088,24 @@ async def sign_in_kiro(context: SignInContext, name: str, wish: KiroSignIn) -> s
     except ValueError as error:
         raise SignInFailed(f"Kiro's answer cannot be used: {error}") from None
     context.add_provider(name, "kiro", {})
-    return await settle_kiro(context, name, content)
+    return await save_kiro_sign_in(context, name, content)
 
 
-async def settle_kiro(context: SignInContext, name: str, content: Json) -> str:
+async def save_kiro_sign_in(context: SignInContext, name: str, content: Json) -> str:
     """Saves a sign-in; if Kiro refuses it, restores the old one and raises SignInFailed."""
     file = context.file(name)
     try:
-        before = file.load()
+        previous = file.load()
     except ProgramError:
-        before = None  # kept aside, or only a link
-    await context.keep(name, content)
+        previous = None  # kept aside, or only a link
+    await context.save(name, content)
     try:
         return await describe_kiro(context, name)
     except NotSignedIn as error:
-        if before is None:
+        if previous is None:
             os.unlink(file.path)
         else:
-            await context.keep(name, before)
+            await context.save(name, previous)
         raise SignInFailed(error.text()) from None
 
 
@@ -18124,19 +18124,19 @@ async def describe_kiro(context: SignInContext, name: str) -> str:
     provider.account.file.save({"user": limits.user, "plan": limits.plan})
     who = f" as {limits.user}" if limits.user else ""
     plan = f", plan {limits.plan}" if limits.plan else ""
-    credits_ = f", {limits.used:g} of {limits.limit:g} credits used" if limits.limit else ""
-    return f"Signed in to Kiro{who}{plan}{credits_}"
+    credit_text = f", {limits.used:g} of {limits.limit:g} credits used" if limits.limit else ""
+    return f"Signed in to Kiro{who}{plan}{credit_text}"
 
 
 async def choose_profile(context: SignInContext, provider: KiroProvider) -> None:
     login = await provider.account.login()
     if login.kind != "idc" or login.arn:
         return
-    found = await provider.find_profiles(login)
-    if len(found) > 1 and context.console.interactive:
-        arn = await context.console.choose("Which profile?", found)
-    elif len(found) == 1:
-        arn = next(iter(found))
+    profiles = await provider.find_profiles(login)
+    if len(profiles) > 1 and context.console.interactive:
+        arn = await context.console.choose("Which profile?", profiles)
+    elif len(profiles) == 1:
+        arn = next(iter(profiles))
     else:
         return  # the first request will say what to set
     await provider.account.save({"profile_arn": arn}, login)
@@ -18156,42 +18156,42 @@ async def sign_in_at_aws(
     check_organisation(start_url, region)
     base = (config.oidc_url or KIRO_OIDC_URL.format(region=region)).rstrip("/")
 
-    async def ask(path: str, body: Json) -> Json:
+    async def post(path: str, body: Json) -> Json:
         status, headers, data = await context.ask("POST", base + path, {}, body, "AWS")
-        answer = load_object(data)
-        if status != 200 or answer is None:
-            words = classify_poll(status, headers, data).words
+        payload = load_object(data)
+        if status != 200 or payload is None:
+            reason = classify_poll(status, headers, data).words
             hint = "; are the start URL and the region right?" if path != "/client/register" else ""
-            raise SignInFailed(f"AWS refuses the sign-in: {words or f'status {status}'}{hint}")
-        return answer
+            raise SignInFailed(f"AWS refuses the sign-in: {reason or f'status {status}'}{hint}")
+        return payload
 
-    asked = {
+    registration = {
         "clientName": KIRO_CLIENT_NAME,
         "clientType": "public",
         "scopes": list(KIRO_SCOPES),
         "grantTypes": [DEVICE_GRANT, "refresh_token"],
         "issuerUrl": start_url,
     }
-    client = await ask("/client/register", asked)
-    named = {"clientId": get_str(client, "clientId")}
-    named["clientSecret"] = get_str(client, "clientSecret")
+    client = await post("/client/register", registration)
+    credentials = {"clientId": get_str(client, "clientId")}
+    credentials["clientSecret"] = get_str(client, "clientSecret")
 
     async def attempt() -> Json:
         device = read_device_code(
-            await ask("/device_authorization", {**named, "startUrl": start_url}), "AWS"
+            await post("/device_authorization", {**credentials, "startUrl": start_url}), "AWS"
         )
-        grant = {**named, "grantType": DEVICE_GRANT, "deviceCode": device.code}
+        grant = {**credentials, "grantType": DEVICE_GRANT, "deviceCode": device.code}
         return await context.await_device(
             device, "AWS", lambda: context.ask("POST", base + "/token", {}, grant, "AWS")
         )
 
-    answer = await context.with_new_codes(attempt)
+    payload = await context.with_new_codes(attempt)
     is_builder = start_url.rstrip("/") == KIRO_BUILDER_START_URL
     return {
         "auth_method": "builder_id" if is_builder else "idc",
-        **read_refresh_answer(answer, time.time()),
-        "client_id": named["clientId"],
-        "client_secret": named["clientSecret"],
+        **read_refresh_answer(payload, time.time()),
+        "client_id": credentials["clientId"],
+        "client_secret": credentials["clientSecret"],
         "sign_in_expires_at": int(read_time(client.get("clientSecretExpiresAt"))),
         "idc_region": region,
         "start_url": start_url,
@@ -18200,7 +18200,11 @@ async def sign_in_at_aws(
 
 async def sign_in_by_portal(context: SignInContext, config: KiroConfig, method: str) -> Json:
     """Kiro's own page in a browser (PKCE): token file content without its type."""
-    state, verifier, machine = b64url(os.urandom(24)), b64url(os.urandom(32)), os.urandom(32).hex()
+    state, verifier, machine_id = (
+        b64url(os.urandom(24)),
+        b64url(os.urandom(32)),
+        os.urandom(32).hex(),
+    )
     listener = CallbackListener(context.client.ticker, state, method)
     port = await listener.listen() or KIRO_PORTAL_PORTS[0]
     try:
@@ -18214,32 +18218,36 @@ async def sign_in_by_portal(context: SignInContext, config: KiroConfig, method: 
             "it here.",
             "",
         )
-        back = await wait_for_callback(context, listener, state, method)
+        callback = await wait_for_callback(context, listener, state, method)
     finally:
         await listener.close()
-    if back.option not in ("google", "github"):
-        if back.option not in ("builderid", "awsidc", "internal") or not back.issuer_url:
-            raise SignInFailed(f"a sign-in by {back.option} has to be imported: type auth import")
-        return await sign_in_at_aws(context, config, back.issuer_url, back.region or "us-east-1")
-    redirect = f"http://localhost:{port}{back.path}"
-    asked = {
-        "code": back.code,
+    if callback.option not in ("google", "github"):
+        if callback.option not in ("builderid", "awsidc", "internal") or not callback.issuer_url:
+            raise SignInFailed(
+                f"a sign-in by {callback.option} has to be imported: type auth import"
+            )
+        return await sign_in_at_aws(
+            context, config, callback.issuer_url, callback.region or "us-east-1"
+        )
+    redirect = f"http://localhost:{port}{callback.path}"
+    params = {
+        "code": callback.code,
         "code_verifier": verifier,
-        "redirect_uri": f"{redirect}?login_option={back.option}",
+        "redirect_uri": f"{redirect}?login_option={callback.option}",
     }
     base = (config.auth_url or KIRO_AUTH_URL).rstrip("/")
-    headers = {"User-Agent": f"KiroIDE-{config.kiro_version}-{machine}"}
+    headers = {"User-Agent": f"KiroIDE-{config.kiro_version}-{machine_id}"}
     headers["Accept"] = "application/json, text/plain, */*"
-    status, _, data = await context.ask("POST", base + "/oauth/token", headers, asked, "Kiro")
+    status, _, data = await context.ask("POST", base + "/oauth/token", headers, params, "Kiro")
     body = load_object(data)
     if status != 200 or body is None:
-        said = read_error_answer(status, data)[0] or f"status {status}"
-        raise SignInFailed(f"Kiro refuses the sign-in: {said[:300]}")
+        reason = read_error_answer(status, data)[0] or f"status {status}"
+        raise SignInFailed(f"Kiro refuses the sign-in: {reason[:300]}")
     try:
         changes = read_refresh_answer(body, time.time())
     except UpstreamError as error:
         raise SignInFailed(str(error)) from None
-    return {"auth_method": back.option, "machine_id": machine, **changes}
+    return {"auth_method": callback.option, "machine_id": machine_id, **changes}
 
 
 CALLBACK_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>aiclient-api</title>
@@ -18254,7 +18262,7 @@ class CallbackListener:
         self.ticker = ticker
         self.state = state
         self.option = option
-        self.found: asyncio.Future[Callback] = asyncio.get_running_loop().create_future()
+        self.callback: asyncio.Future[Callback] = asyncio.get_running_loop().create_future()
         self.servers: list[Server] = []
         self.port = 0
 
@@ -18271,25 +18279,25 @@ class CallbackListener:
 
     async def open(self, host: str, port: int) -> None:
         config = ServerConfig(host=host, port=port, max_connections=16)
-        server = Server(config, self.ticker, self.answer, self.write_error)
+        server = Server(config, self.ticker, self.handle, self.write_error)
         await server.listen(open_listeners(host, port))
         self.servers.append(server)
 
-    async def answer(self, request: Request) -> Response:
+    async def handle(self, request: Request) -> Response:
         if request.headers.get("host") not in (f"localhost:{self.port}", f"127.0.0.1:{self.port}"):
             return self.page(421, "Not here", "This address is not served.")
         if request.path not in CALLBACK_PATHS or request.method != "GET":
             return self.page(404, "Not here", "This is only the way back from a sign-in.")
-        if self.found.done():
+        if self.callback.done():
             return self.page(410, "Done already", "You can close this window.")
         try:
-            self.found.set_result(
+            self.callback.set_result(
                 read_callback(f"{request.path}?{request.query}", self.state, self.option)
             )
         except ValueError:
             return self.page(400, "Not this sign-in", "Start it again from the terminal.")
         except SignInFailed as error:
-            self.found.set_exception(error)
+            self.callback.set_exception(error)
             return self.page(200, "Not signed in", "The terminal tells why.")
         return self.page(200, "That was it", "Close this window and go back to the terminal.")
 
@@ -18297,7 +18305,7 @@ class CallbackListener:
         return self.page(error.status, "Not here", "This request cannot be answered.")
 
     @staticmethod
-    def page(status: int, title: str, words: str) -> Response:
+    def page(status: int, title: str, text: str) -> Response:
         """Fixed text, which repeats nothing from the request."""
         headers = {
             "Cache-Control": "no-store",
@@ -18305,7 +18313,7 @@ class CallbackListener:
             "Referrer-Policy": "no-referrer",
             "Connection": "close",
         }
-        body = CALLBACK_PAGE.format(title=title, words=words).encode()
+        body = CALLBACK_PAGE.format(title=title, words=text).encode()
         return Response(status, body, headers, content_type="text/html; charset=utf-8")
 
     async def close(self) -> None:
@@ -18322,24 +18330,24 @@ async def wait_for_callback(
     async def read_pasted() -> Callback:
         while True:
             try:
-                pasted = await context.console.line()
+                text = await context.console.line()
             except EOFError:
-                return await listener.found  # nothing can be pasted; the browser may still come
+                return await listener.callback  # nothing can be pasted; the browser may still come
             try:
-                return read_callback(pasted, state, option)
+                return read_callback(text, state, option)
             except ValueError as error:
                 context.console.say(f"That is not it: {error}.  Paste the whole address.")
 
-    waiting = [listener.found, asyncio.ensure_future(read_pasted())]
+    futures = [listener.callback, asyncio.ensure_future(read_pasted())]
     try:
         done, _ = await asyncio.wait(
-            waiting, timeout=CALLBACK_SECONDS, return_when=asyncio.FIRST_COMPLETED
+            futures, timeout=CALLBACK_SECONDS, return_when=asyncio.FIRST_COMPLETED
         )
         if not done:
             raise SignInFailed(f"nobody came back within {CALLBACK_SECONDS / 60:g} minutes")
         return done.pop().result()
     finally:
-        for future in waiting:
+        for future in futures:
             future.cancel()
 
 
@@ -18367,7 +18375,7 @@ def plugin_folder() -> str:
     return os.path.join(base, "github-copilot")
 
 
-def copilot_found(program: str, path: str, host: str, user: str, token: str) -> FoundLogin:
+def copilot_login(program: str, path: str, host: str, user: str, token: str) -> FoundLogin:
     content = {"type": "copilot", "github_token": token, "login": user}
     account = f"{user or 'an account'} at {host}"
     return FoundLogin("copilot", program, path, account, content, host)
@@ -18375,12 +18383,12 @@ def copilot_found(program: str, path: str, host: str, user: str, token: str) -> 
 
 def find_plugin_logins() -> list[FoundLogin]:
     """Copilot's editor plugins; VS Code itself keeps its tokens in the system's secret store."""
-    found: dict[str, FoundLogin] = {}
+    logins: dict[str, FoundLogin] = {}
     for name in ("apps.json", "hosts.json"):
         path = os.path.join(plugin_folder(), name)
         for host, user, token in read_plugin_logins(read_some_json(path)):
-            found.setdefault(token, copilot_found("an editor's plugin", path, host, user, token))
-    return list(found.values())
+            logins.setdefault(token, copilot_login("an editor's plugin", path, host, user, token))
+    return list(logins.values())
 
 
 def find_environment_login() -> list[FoundLogin]:
@@ -18388,26 +18396,26 @@ def find_environment_login() -> list[FoundLogin]:
     token = os.environ.get("COPILOT_GITHUB_TOKEN", "").strip()
     if not token or not TARGET.fullmatch(token):
         return []
-    return [copilot_found("the environment", "COPILOT_GITHUB_TOKEN", "github.com", "", token)]
+    return [copilot_login("the environment", "COPILOT_GITHUB_TOKEN", "github.com", "", token)]
 
 
 def find_gh_login() -> list[FoundLogin]:
     try:
-        said = subprocess.run(
+        result = subprocess.run(
             ["gh", "auth", "token"], capture_output=True, timeout=10, check=True, text=True
         )
-        token = bare_token(said.stdout)
+        token = bare_token(result.stdout)
     except (OSError, subprocess.SubprocessError, SignInFailed):
         return []
-    return [copilot_found("GitHub CLI", "gh auth token", "github.com", "", token)]
+    return [copilot_login("GitHub CLI", "gh auth token", "github.com", "", token)]
 
 
-def kiro_found(program: str, path: str, content: Json, source: Json) -> FoundLogin:
+def kiro_login(program: str, path: str, content: Json, source: Json) -> FoundLogin:
     """A sign-in of one of Kiro's own programs, which keeps using it."""
-    words = {"idc": "organisation", "builder_id": "AWS Builder ID", "external_idp": "company"}
+    labels = {"idc": "organisation", "builder_id": "AWS Builder ID", "external_idp": "company"}
     method: str = content["auth_method"]
     where = f" at {content['start_url']}" if method == "idc" and "start_url" in content else ""
-    account = f"{words.get(method, method)}{where}"
+    account = f"{labels.get(method, method)}{where}"
     return FoundLogin(
         "kiro", program, path, account, {**content, "source": {**source, "path": path}}
     )
@@ -18419,7 +18427,7 @@ def find_ide_login() -> list[FoundLogin]:
         content = read_ide_login(path)
     except (OSError, ValueError):
         return []  # not there, or signed out
-    return [kiro_found("the Kiro IDE", path, content, {"program": "kiro-ide"})]
+    return [kiro_login("the Kiro IDE", path, content, {"program": "kiro-ide"})]
 
 
 def find_cli_logins(program: str, folder: str, path: str = "") -> list[FoundLogin]:
@@ -18434,7 +18442,7 @@ def find_cli_logins(program: str, folder: str, path: str = "") -> list[FoundLogi
             content = read_cli_login(path, key)
         except (OSError, ValueError, sqlite3.Error):
             continue  # it has another one, or none
-        return [kiro_found(program, path, content, {"program": folder, "key": key})]
+        return [kiro_login(program, path, content, {"program": folder, "key": key})]
     return []
 
 
@@ -18455,41 +18463,41 @@ ONLY_ON_REQUEST = ("gh",)  # its tokens can do more than Copilot
 def find_logins(origins: Iterable[str] = ()) -> list[FoundLogin]:
     """From `origins`, or from all that may be searched without being asked for."""
     origins = origins or [name for name in IMPORTS if name not in ONLY_ON_REQUEST]
-    return [found for name in origins for found in IMPORTS[name]()]
+    return [login for name in origins for login in IMPORTS[name]()]
 
 
-def target_name(config: Config, found: FoundLogin) -> str:
+def target_name(config: Config, login: FoundLogin) -> str:
     """The provider that a sign-in would be for: the first of its type, and of its host."""
     for name, entry in config.providers.items():
-        if isinstance(entry, CopilotConfig) and split_url(entry.github_url)[1] != found.host:
+        if isinstance(entry, CopilotConfig) and split_url(entry.github_url)[1] != login.host:
             continue
-        if entry.type == found.kind:
+        if entry.type == login.kind:
             return name
-    return f"{found.kind}-{found.host.partition('.')[0]}"
+    return f"{login.kind}-{login.host.partition('.')[0]}"
 
 
 async def import_logins(
-    context: SignInContext, found: list[FoundLogin], name: str, sure: bool
+    context: SignInContext, logins: list[FoundLogin], name: str, assume_yes: bool
 ) -> list[str]:
-    """Imports what the user agrees to, or with `sure` what replaces nothing.
+    """Imports what the user agrees to, or with `assume_yes` what replaces nothing.
 
     `name`: the provider's, "" for a matching one.  Raises SignInFailed if nothing was imported.
     """
     results: list[str] = []
     failures = 0
-    taken: set[str] = set()
+    used_targets: set[str] = set()
     context.console.say("Found on this machine:")
-    for item in found:
-        context.console.say(f"  {item.kind}: {item.account} ({item.program}, {item.path})")
-    for item in found:
-        target = name or target_name(context.config, item)
-        if target in taken:
+    for login in logins:
+        context.console.say(f"  {login.kind}: {login.account} ({login.program}, {login.path})")
+    for login in logins:
+        target = name or target_name(context.config, login)
+        if target in used_targets:
             continue
         is_there = os.path.lexists(context.paths.token_file(target))
-        if not sure:
-            context.tell_terms(item.kind)
+        if not assume_yes:
+            context.show_terms(login.kind)
             instead = " instead of its present sign-in" if is_there else ""
-            question = f"Use {item.account} of {item.program} as provider {target!r}{instead}?"
+            question = f"Use {login.account} of {login.program} as provider {target!r}{instead}?"
             if not await context.console.confirm(question, not is_there):
                 continue
         elif is_there and not name:
@@ -18498,28 +18506,28 @@ async def import_logins(
             )
             continue
         try:
-            results.append(await import_login(context, item, target))
-            taken.add(target)
+            results.append(await import_login(context, login, target))
+            used_targets.add(target)
         except SignInFailed as error:
             failures += 1
-            context.console.say(f"{item.account} of {item.program}: {error}")
+            context.console.say(f"{login.account} of {login.program}: {error}")
     if failures and not results:
         raise SignInFailed("nothing was imported")
     return results
 
 
-async def import_login(context: SignInContext, found: FoundLogin, name: str) -> str:
-    config = context.provider_config(name, found.kind)
+async def import_login(context: SignInContext, login: FoundLogin, name: str) -> str:
+    config = context.provider_config(name, login.kind)
     if isinstance(config, CopilotConfig):
-        host = found.host if found.host != split_url(config.github_url)[1] else ""
-        return await sign_in_copilot(context, name, host, found.content["github_token"])
-    context.check_provider(name, found.kind, {})
+        host = login.host if login.host != split_url(config.github_url)[1] else ""
+        return await sign_in_copilot(context, name, host, login.content["github_token"])
+    context.check_provider(name, login.kind, {})
     context.check_disk(name)
-    context.tell_terms(found.kind)
-    context.add_provider(name, found.kind, {})
-    words = await settle_kiro(context, name, found.content)
+    context.show_terms(login.kind)
+    context.add_provider(name, login.kind, {})
+    message = await save_kiro_sign_in(context, name, login.content)
     return (
-        f"{words}.  It stays shared with {found.program}: what is refreshed here goes back there."
+        f"{message}.  It stays shared with {login.program}: what is refreshed here goes back there."
     )
 
 
@@ -18534,23 +18542,23 @@ def account_row(name: str, entry: CopilotConfig | KiroConfig, file: TokenFile) -
     row |= {"user": "", "plan": "", "expires_at": None, "token_expires_at": None}
     row["health"] = "not signed in"
     try:
-        kept = file.peek()
-        if kept is None:
+        content = file.peek()
+        if content is None:
             return row
         if is_kiro:
-            row["kind"] = get_str(kept, "auth_method") or read_kiro_login(kept).kind
-            read_kiro_login(kept)
-            row["expires_at"] = int(read_time(kept.get("sign_in_expires_at"))) or None
+            row["kind"] = get_str(content, "auth_method") or read_kiro_login(content).kind
+            read_kiro_login(content)
+            row["expires_at"] = int(read_time(content.get("sign_in_expires_at"))) or None
         else:
-            bare_token(get_str(kept, "github_token"))
+            bare_token(get_str(content, "github_token"))
     except (ProgramError, ValueError) as error:
-        words = str(error).removeprefix(f"{file.path}: ")
-        return {**row, "health": f"unusable: {words}"}
-    row["user"] = get_str(kept, "user") or get_str(kept, "login")
-    row["plan"] = get_str(kept, "plan")
-    row["token_expires_at"] = int(read_time(kept.get("expires_at"))) or None
-    refused = get_str(kept, "refused")
-    row["health"] = f"needs sign-in: {refused}" if refused else "ok"
+        reason = str(error).removeprefix(f"{file.path}: ")
+        return {**row, "health": f"unusable: {reason}"}
+    row["user"] = get_str(content, "user") or get_str(content, "login")
+    row["plan"] = get_str(content, "plan")
+    row["token_expires_at"] = int(read_time(content.get("expires_at"))) or None
+    refusal = get_str(content, "refused")
+    row["health"] = f"needs sign-in: {refusal}" if refusal else "ok"
     if row["expires_at"] and row["expires_at"] < time.time():
         row["health"] = "needs sign-in: it has expired"
     return row
@@ -18567,18 +18575,18 @@ def account_rows(config: Config, paths: Paths) -> list[Json]:
 async def revoke_login(context: SignInContext, name: str) -> str:
     """Returns what is left to do, for the user.  Raises WrongUsage and ProgramError."""
     path = context.paths.token_file(name)
-    known = [row["name"] for row in account_rows(context.config, context.paths)]
+    names = [row["name"] for row in account_rows(context.config, context.paths)]
     is_folder = PROVIDER_NAME.fullmatch(name) and os.path.isdir(os.path.dirname(path))
-    if not is_folder and name not in known:
-        close = nearest(name, known, 1) or known
-        raise WrongUsage(f"{name}: no such provider; did you mean {close[0]}?")
+    if not is_folder and name not in names:
+        similar = nearest(name, names, 1) or names
+        raise WrongUsage(f"{name}: no such provider; did you mean {similar[0]}?")
     if not is_folder:
         raise ProgramError(f"{name}: there is no sign-in to remove")
     kind = "copilot"
     with contextlib.suppress(ProgramError, ValueError):  # removed whatever it is
-        kept = load_private_json(path) or {}
-        if get_str(kept, "type") == "kiro":
-            kind = get_str(kept, "auth_method") or read_kiro_login(kept).kind
+        content = load_private_json(path) or {}
+        if get_str(content, "type") == "kiro":
+            kind = get_str(content, "auth_method") or read_kiro_login(content).kind
     file = context.file(name)
     try:
         async with file.lock() as lock:
@@ -18598,18 +18606,18 @@ async def revoke_login(context: SignInContext, name: str) -> str:
 
 async def offer_sign_in(context: SignInContext) -> None:
     """The first start on a terminal: offers what is on this machine, or a sign-in."""
-    found = find_logins()
+    logins = find_logins()
     say = context.console.say
     options = {"copilot": "sign in to GitHub Copilot", "kiro": "sign in to Kiro"}
-    if found:
-        whose = ", ".join(sorted({f"{item.kind} of {item.program}" for item in found}))
-        options = {"import": f"use what is on this machine: {whose}", **options}
+    if logins:
+        origins = ", ".join(sorted({f"{login.kind} of {login.program}" for login in logins}))
+        options = {"import": f"use what is on this machine: {origins}", **options}
     options["later"] = "not now; only the model `echo` will answer"
     try:
         choice = await context.console.choose("There is no account yet.", options)
         if choice == "import":
-            for words in await import_logins(context, found, "", sure=False):
-                say(words)
+            for message in await import_logins(context, logins, "", assume_yes=False):
+                say(message)
         elif choice == "copilot":
             say(await sign_in_copilot(context, "copilot", "", ""))
         elif choice == "kiro":
@@ -18647,7 +18655,7 @@ def plain_path(path: str) -> str:
     return path
 
 
-def unanswered_status(error: BaseException) -> int:
+def interrupted_status(error: BaseException) -> int:
     """The status to count for a request whose handler was interrupted; 499 is nginx's."""
     if isinstance(error, WireError):
         return error.status
@@ -18665,8 +18673,8 @@ class Shield:
     """Guards against DNS rebinding and cross-site requests: web pages can reach loopback."""
 
     def __init__(self, config: ServerConfig) -> None:
-        own = {name.lower() for name in config.allowed_hosts}
-        self.hosts = own | {config.host.lower().strip("[]")}
+        allowed = {name.lower() for name in config.allowed_hosts}
+        self.hosts = allowed | {config.host.lower().strip("[]")}
         self.origins = set(config.cors_origins)
 
     def check(self, request: Request) -> None:
@@ -18684,13 +18692,13 @@ class Shield:
                 "Web pages of this origin may not use the gateway.",
                 hint="Add the origin to server.cors_origins if it is yours.",
             )
-        listed = origin is not None and self.is_listed(origin)
-        if headers.get("sec-fetch-site", "").lower() == "cross-site" and not listed:
+        is_listed = origin is not None and self.is_listed(origin)
+        if headers.get("sec-fetch-site", "").lower() == "cross-site" and not is_listed:
             raise Forbidden("Cross-site requests of browsers are refused.")
         # Pages may send other content types, or none, without a CORS preflight.
-        kind = headers.get("content-type", "").partition(";")[0].strip(" \t").lower()
-        empty = request.body.done and not kind
-        if needs_body(request.method) and not empty and not JSON_TYPE.fullmatch(kind):
+        media_type = headers.get("content-type", "").partition(";")[0].strip(" \t").lower()
+        is_empty = request.body.done and not media_type
+        if needs_body(request.method) and not is_empty and not JSON_TYPE.fullmatch(media_type):
             raise UnsupportedMediaType(
                 "The body must be sent as application/json.",
                 hint="With curl: -H 'content-type: application/json'.",
@@ -18704,9 +18712,9 @@ class Shield:
     def may_call(self, origin: str) -> bool:
         if self.is_listed(origin):
             return True
-        scheme, slashes, rest = origin.partition("://")
-        host = split_host(rest)
-        if scheme not in ("http", "https") or not slashes or host is None:
+        scheme, separator, authority = origin.partition("://")
+        host = split_host(authority)
+        if scheme not in ("http", "https") or not separator or host is None:
             return False
         return is_loopback(host[0])
 
@@ -18717,7 +18725,7 @@ class Shield:
         base, colon, port = origin.rpartition(":")
         return bool(colon) and port.isdigit() and f"{base}:*" in self.origins
 
-    def grants(self, request: Request) -> dict[str, str]:
+    def cors_headers(self, request: Request) -> dict[str, str]:
         origin = request.headers.get("origin")
         if origin is None or not self.is_listed(origin):
             return {}
@@ -18730,15 +18738,15 @@ class Shield:
         }
 
     def preflight(self, request: Request) -> Response:
-        grants = self.grants(request)
-        if not grants:
+        headers = self.cors_headers(request)
+        if not headers:
             raise Forbidden("Web pages of this origin may not use the gateway.")
-        asked = request.headers.get("access-control-request-headers", "")
-        grants["Access-Control-Allow-Methods"] = "GET, POST, DELETE, OPTIONS"
-        grants["Access-Control-Max-Age"] = "86400"
-        if asked and re.fullmatch(r"[\w ,-]{1,2000}", asked, re.ASCII):
-            grants["Access-Control-Allow-Headers"] = asked
-        return Response(204, headers=grants)
+        requested = request.headers.get("access-control-request-headers", "")
+        headers["Access-Control-Allow-Methods"] = "GET, POST, DELETE, OPTIONS"
+        headers["Access-Control-Max-Age"] = "86400"
+        if requested and re.fullmatch(r"[\w ,-]{1,2000}", requested, re.ASCII):
+            headers["Access-Control-Allow-Headers"] = requested
+        return Response(204, headers=headers)
 
 
 # 17.2 the page
@@ -19239,13 +19247,13 @@ def write_page() -> tuple[bytes, dict[str, str]]:
 # 17.3 the gateway
 
 #: the fields of `Daemon.status` in /v1/status: an allowlist, as it must not show paths or pids
-TOLD_STATUS = (
+PUBLIC_STATUS = (
     "version", "url", "state", "uptime_s", "connections", "requests_in_flight", "memory_bytes",
     "needs_key", "log_lines_dropped", "warnings", "providers",
 )  # fmt: skip
 
 
-def given_key(headers: Headers) -> str | None:
+def read_api_key(headers: Headers) -> str | None:
     """The key a request carries; raises InvalidKey if a header with a key is repeated."""
     if {"authorization", "x-api-key", "api-key"} & headers.repeated:
         raise InvalidKey("More than one key was sent.")
@@ -19329,8 +19337,8 @@ class Gateway:
         async def handle(request: Request) -> Response:
             if keys and not self.is_open(request):
                 # latin-1 restores the bytes that were sent
-                given = (given_key(request.headers) or "").encode("latin-1")
-                matches = [name for name, key in keys.items() if hmac.compare_digest(given, key)]
+                sent_key = (read_api_key(request.headers) or "").encode("latin-1")
+                matches = [name for name, key in keys.items() if hmac.compare_digest(sent_key, key)]
                 if matches:
                     request.key_name = matches[0]
                 else:
@@ -19367,7 +19375,7 @@ class Gateway:
                 response = self.write_error(error, request)
             except ApiError as caught:
                 response = self.write_error(caught, request)
-            response.headers.update(self.shield.grants(request))
+            response.headers.update(self.shield.cors_headers(request))
             return response
 
         return handle
@@ -19382,7 +19390,7 @@ class Gateway:
             try:
                 response = await inner(request)
             except BaseException as error:
-                self.count_request(request, unanswered_status(error))
+                self.count_request(request, interrupted_status(error))
                 raise
             response.headers.update(
                 {
@@ -19397,7 +19405,7 @@ class Gateway:
                 return response
             stream = response.stream
 
-            async def logged(writer: ResponseWriter) -> None:
+            async def stream_with_log(writer: ResponseWriter) -> None:
                 outcome = "cancelled"
                 try:
                     await stream(writer)
@@ -19406,7 +19414,7 @@ class Gateway:
                     self.log_access(request, response, loop.time() - begun_at, outcome)
                     self.count_request(request, response.status)
 
-            response.stream = logged
+            response.stream = stream_with_log
             return response
 
         return handle
@@ -19448,9 +19456,9 @@ class Gateway:
 
     def dialect_of(self, request: Request | None) -> Dialect:
         if request is not None:
-            asked = request.headers.get("x-output-format", "").lower()
-            if asked in FORMATS:
-                return FORMATS[asked]
+            format_name = request.headers.get("x-output-format", "").lower()
+            if format_name in FORMATS:
+                return FORMATS[format_name]
             path = plain_path(request.path)
             if path.startswith("/v1/messages"):
                 return MESSAGES
@@ -19507,8 +19515,8 @@ class Gateway:
 
     async def get_status(self, request: Request) -> Response:
         status = self.status()
-        told = {name: status[name] for name in TOLD_STATUS if name in status}
-        return Response(200, dump_json(told))
+        body = {name: status[name] for name in PUBLIC_STATUS if name in status}
+        return Response(200, dump_json(body))
 
     async def post_telemetry(self, request: Request) -> Response:
         """Older Claude Code sends its telemetry here: read and discarded."""
@@ -19516,12 +19524,12 @@ class Gateway:
         return Response(200, b"{}")
 
     async def get_usage(self, request: Request) -> Response:
-        given = dict(urllib.parse.parse_qsl(request.query, keep_blank_values=True))
-        return Response(200, dump_json(await self.report_usage(given)))
+        params = dict(urllib.parse.parse_qsl(request.query, keep_blank_values=True))
+        return Response(200, dump_json(await self.report_usage(params)))
 
-    async def report_usage(self, given: dict[str, str]) -> Json:
-        """`given` are the query parameters of `/v1/usage`; raises InvalidRequest."""
-        query = read_usage_query(given, time.time())
+    async def report_usage(self, params: dict[str, str]) -> Json:
+        """`params` are the query parameters of `/v1/usage`; raises InvalidRequest."""
+        query = read_usage_query(params, time.time())
         report = await self.ledger.report(query, self.config.limits)
         return {**report, "quota": quotas(self.providers)}
 
@@ -19594,8 +19602,8 @@ class Gateway:
     async def post_input_tokens(self, request: Request) -> Response:
         body = await run_step(load_body, await request.read_body())
         input_items(body)
-        said = {"object": "response.input_tokens", "input_tokens": estimate_request(body)}
-        return Response(200, dump_json(said))
+        payload = {"object": "response.input_tokens", "input_tokens": estimate_request(body)}
+        return Response(200, dump_json(payload))
 
     async def get_responses(self, request: Request) -> Response:
         """WebSocket upgrades are refused; clients then fall back to POST."""
@@ -19608,40 +19616,43 @@ class Gateway:
 
     async def catalogues(self) -> dict[str, dict[str, Model]]:
         """The models of each provider; those whose list is unavailable are logged and left out."""
-        listed = {name: provider.listed() for name, provider in self.providers.items()}
-        found = {name: models for name, models in listed.items() if models is not None}
-        names = [name for name in listed if name not in found]
-        asked = (self.providers[name].models() for name in names)
-        answers = await asyncio.gather(*asked, return_exceptions=True) if names else ()
-        for name, answer in zip(names, answers, strict=True):
-            if isinstance(answer, ApiError):
-                level = "debug" if isinstance(answer, NotSignedIn) else "warning"
-                log_event(level, "models_unavailable", provider=name, reason=answer)
-            elif isinstance(answer, BaseException):
-                raise answer
+        listings = {name: provider.listed() for name, provider in self.providers.items()}
+        available = {name: models for name, models in listings.items() if models is not None}
+        names = [name for name in listings if name not in available]
+        requests = (self.providers[name].models() for name in names)
+        results = await asyncio.gather(*requests, return_exceptions=True) if names else ()
+        for name, result in zip(names, results, strict=True):
+            if isinstance(result, ApiError):
+                level = "debug" if isinstance(result, NotSignedIn) else "warning"
+                log_event(level, "models_unavailable", provider=name, reason=result)
+            elif isinstance(result, BaseException):
+                raise result
             else:
-                found[name] = answer
-        return {name: found[name] for name in self.providers if name in found}
+                available[name] = result
+        return {name: available[name] for name in self.providers if name in available}
 
     def rows(self, catalogues: dict[str, dict[str, Model]], raw: bool) -> list[Json]:
         """The rows of /v1/models: usable models by their shortest unambiguous names, and aliases.
 
         `raw` adds the upstream's own entry.
         """
-        found: list[tuple[str, Model]] = []
+        entries: list[tuple[str, Model]] = []
         ids = Counter(model for models in catalogues.values() for model in models)
         for name, models in catalogues.items():
             for model in models.values():
                 if model.listed and (model.embeds or model.dialects):
-                    unclear = ids[model.id] > 1 or model.id in self.router.aliases
-                    found.append((f"{name}/{model.id}" if unclear else model.id, model))
+                    is_ambiguous = ids[model.id] > 1 or model.id in self.router.aliases
+                    entries.append((f"{name}/{model.id}" if is_ambiguous else model.id, model))
         for alias in self.router.aliases:
-            leads_to = self.look_up(alias, catalogues)
-            found += [(alias, leads_to)] if leads_to else []
+            target = self.resolve_name(alias, catalogues)
+            entries += [(alias, target)] if target else []
         keys = ("raw",) if raw else ()
-        return [self.row(shown, model) | dict.fromkeys(keys, model.raw) for shown, model in found]
+        return [
+            self.row(public_name, model) | dict.fromkeys(keys, model.raw)
+            for public_name, model in entries
+        ]
 
-    def look_up(self, name: str, catalogues: dict[str, dict[str, Model]]) -> Model | None:
+    def resolve_name(self, name: str, catalogues: dict[str, dict[str, Model]]) -> Model | None:
         """The model for a name; for an alias, its first candidate that exists; otherwise None."""
         try:
             routes = [self.router.place(r, catalogues) for r in self.router.candidates(name, None)]
@@ -19649,17 +19660,17 @@ class Gateway:
             return None
         for route in routes:
             model = find_model(route.model, catalogues.get(route.provider, {}))
-            named = route.explicit and name in self.router.aliases
-            if model is None and named and route.provider in catalogues:
+            is_alias = route.explicit and name in self.router.aliases
+            if model is None and is_alias and route.provider in catalogues:
                 model = self.providers[route.provider].guess(route.model)  # it will be tried
             if model is not None:
                 return model
         return None
 
-    def row(self, shown: str, model: Model) -> Json:
+    def row(self, name: str, model: Model) -> Json:
         """One model with the fields of both APIs: either SDK ignores what it does not know."""
         row: Json = {
-            "id": shown,
+            "id": name,
             "object": "model",
             "created": self.started_at,
             "owned_by": model.vendor or model.provider,
@@ -19676,21 +19687,21 @@ class Gateway:
         row.update({key: value for key, value in limits.items() if value})
         if model.guessed:
             row["guessed"] = True  # from a built-in list: the service sent none
-        if shown in self.router.aliases:
-            row["alias_of"] = self.router.aliases[shown]
+        if name in self.router.aliases:
+            row["alias_of"] = self.router.aliases[name]
         return row
 
     async def get_models(self, request: Request) -> Response:
         rows = self.rows(await self.catalogues(), "raw=1" in request.query.split("&"))
         first, last = (rows[0]["id"], rows[-1]["id"]) if rows else (None, None)
-        ends = {"first_id": first, "last_id": last, "has_more": False}
-        return Response(200, dump_json({"object": "list", "data": rows, **ends}))
+        paging = {"first_id": first, "last_id": last, "has_more": False}
+        return Response(200, dump_json({"object": "list", "data": rows, **paging}))
 
     async def get_model(self, request: Request) -> Response:
         name = plain_path(request.path).removeprefix("/v1/models/")
         catalogues = await self.catalogues()
         self.router.candidates(name, None)  # raises if the name is malformed
-        model = self.look_up(name, catalogues)
+        model = self.resolve_name(name, catalogues)
         if model is None:
             raise self.router.not_found(name, catalogues)
         raw = {"raw": model.raw} if "raw=1" in request.query.split("&") else {}
@@ -19714,7 +19725,7 @@ class Gateway:
         name = need_str(body, "model")
         routes = self.router.candidates(name, request.headers.get("x-provider"))
         ask = functools.partial(self.embed, request, body)
-        return await self.first_answer(request, name, routes, hash(data), ask)
+        return await self.first_response(request, name, routes, hash(data), ask)
 
     async def embed(
         self, request: Request, body: Json, provider: Provider, model: Model
@@ -19723,16 +19734,16 @@ class Gateway:
             raise WrongDialect(f"{model.id} makes no embeddings.", param="model")
         try:
             with advising(provider):
-                answer, usage = await provider.embed(body, model)
+                payload, usage = await provider.embed(body, model)
         except BaseException as error:
             self.record(request, provider, model, "embeddings", Usage(), error)
             raise
         self.record(request, provider, model, "embeddings", usage, None)
-        answer["model"] = body["model"]
+        payload["model"] = body["model"]
         headers = {"x-aiclient-provider": provider.name, "x-aiclient-model": model.id}
-        return Response(200, dump_json(answer), headers)
+        return Response(200, dump_json(payload), headers)
 
-    async def first_answer(
+    async def first_response(
         self,
         request: Request,
         name: str,
@@ -19745,7 +19756,7 @@ class Gateway:
         Falls back only on errors that are not the request's fault, and only while nothing has been
         sent to the client: until a response is returned, its head has not gone out.
         """
-        passed: list[tuple[str, ApiError]] = []
+        failures: list[tuple[str, ApiError]] = []
         for route in routes:
             try:
                 provider, model = await self.find_model(request, name, route)
@@ -19757,14 +19768,14 @@ class Gateway:
                 if len(routes) == 1 or not may_fall_back(error):
                     raise
                 self.log_fallback(request, name, route, error)
-                passed.append((str(route), error))
+                failures.append((str(route), error))
                 request.cancel_on_hangup(True, patient=True)
                 continue
-            if passed:
-                told = ", ".join(f"{asked} {error.kind}" for asked, error in passed)
-                response.headers["x-aiclient-passed-over"] = told
+            if failures:
+                fallbacks = ", ".join(f"{candidate} {error.kind}" for candidate, error in failures)
+                response.headers["x-aiclient-passed-over"] = fallbacks
             return response
-        raise summarize_errors(passed)
+        raise summarize_errors(failures)
 
     @staticmethod
     def log_fallback(request: Request, name: str, route: Route, error: ApiError) -> None:
@@ -19798,17 +19809,17 @@ class Gateway:
         if model is None and route.explicit:
             model = provider.guess(route.model)
         if model is None:
-            asked = name if len(self.router.aliases.get(name, ())) < 2 else route.model
-            raise self.router.not_found(asked, catalogues or await self.catalogues())
+            requested = name if len(self.router.aliases.get(name, ())) < 2 else route.model
+            raise self.router.not_found(requested, catalogues or await self.catalogues())
         if LONG_CONTEXT_BETA in request.headers.get("anthropic-beta", ""):
-            longer = (provider.listed() or {}).get(f"{model.id}-1m", model)
-            model = longer if longer.listed else model
+            long_context = (provider.listed() or {}).get(f"{model.id}-1m", model)
+            model = long_context if long_context.listed else model
         return provider, model
 
     @staticmethod
-    def choose_dialect(model: Model, asked: Dialect) -> UpstreamDialect:
+    def choose_dialect(model: Model, client_dialect: Dialect) -> UpstreamDialect:
         """The client's own dialect if the model speaks it, otherwise the least lossy one."""
-        for name in DIALECT_ORDER[asked.name]:
+        for name in DIALECT_ORDER[client_dialect.name]:
             if name in model.dialects:
                 return UPSTREAM_DIALECTS[name]
         raise WrongDialect(
@@ -19817,10 +19828,10 @@ class Gateway:
             param="model",
         )
 
-    async def converse(self, request: Request, asked: Dialect) -> Response:
+    async def converse(self, request: Request, client_dialect: Dialect) -> Response:
         data = await request.read_body()
         body = await run_step(load_body, data)
-        request_info = asked.request_info(body)
+        request_info = client_dialect.request_info(body)
         request_info.size = len(data)
         session = request.headers.get("x-claude-code-session-id", "")
         request_info.session = request_info.session or session
@@ -19834,23 +19845,23 @@ class Gateway:
         del data  # it may be large, and the response long
         routes = self.router.candidates(request_info.model, request.headers.get("x-provider"))
         now = asyncio.get_running_loop().time
-        held_until = now() + HOLD_LIST_SECONDS
+        hold_deadline = now() + HOLD_LIST_SECONDS
 
-        async def ask(provider: Provider, model: Model) -> Response:
-            hold_s = HOLD_STATUS_SECONDS if len(routes) == 1 else max(0.0, held_until - now())
-            told = (request, asked, body, request_info, provider, model, hold_s)
+        async def attempt(provider: Provider, model: Model) -> Response:
+            hold_s = HOLD_STATUS_SECONDS if len(routes) == 1 else max(0.0, hold_deadline - now())
+            arguments = (request, client_dialect, body, request_info, provider, model, hold_s)
             try:
-                return await self.exchange(*told)
+                return await self.exchange(*arguments)
             except WrongDialect:
                 # The provider has just ruled that dialect out; another one is tried, once.
-                return await self.exchange(*told)
+                return await self.exchange(*arguments)
 
-        return await self.first_answer(request, request_info.model, routes, body_hash, ask)
+        return await self.first_response(request, request_info.model, routes, body_hash, attempt)
 
     async def exchange(
         self,
         request: Request,
-        asked: Dialect,
+        client_dialect: Dialect,
         body: Json,
         request_info: RequestInfo,
         provider: Provider,
@@ -19858,14 +19869,14 @@ class Gateway:
         hold_s: float,
     ) -> Response:
         """One attempt with one model; the status is held back for up to `hold_s`."""
-        spoken = self.choose_dialect(model, asked)
-        answered = self.dialect_of(request)
+        upstream_dialect = self.choose_dialect(model, client_dialect)
+        response_dialect = self.dialect_of(request)
 
         def window(model_id: str) -> int:
             return ((provider.listed() or {}).get(model_id) or model).context or 0
 
         context = ResponseContext(
-            id=answered.id_prefix + os.urandom(12).hex(),
+            id=response_dialect.id_prefix + os.urandom(12).hex(),
             created=int(time.time()),
             model=request_info.model,
             include_usage=request_info.include_usage or not request_info.stream,
@@ -19875,59 +19886,81 @@ class Gateway:
             window=window,
             secrets=self.secrets,
         )
-        chat = await run_step(self.read_call, body, asked, spoken, context)
-        call = await run_step(self.write_call, body, chat, spoken, model, context, request_info)
+        conversation = await run_step(
+            self.read_call, body, client_dialect, upstream_dialect, context
+        )
+        call = await run_step(
+            self.write_call, body, conversation, upstream_dialect, model, context, request_info
+        )
         call.betas = request.headers.get("anthropic-beta", "")
-        flow = StreamTranslator(spoken, answered, context, request_info.stream, request.id)
-        exchange = Exchange(self, request, provider, call, flow, asked.name)
+        translator = StreamTranslator(
+            upstream_dialect, response_dialect, context, request_info.stream, request.id
+        )
+        exchange = Exchange(self, request, provider, call, translator, client_dialect.name)
         return await exchange.run(hold_s)
 
     @staticmethod
     def read_call(
-        body: Json, asked: Dialect, spoken: UpstreamDialect, context: ResponseContext
+        body: Json,
+        client_dialect: Dialect,
+        upstream_dialect: UpstreamDialect,
+        context: ResponseContext,
     ) -> Conversation | None:
-        """The request in the form of all dialects; None where it goes up in the caller's own."""
-        context.legacy_functions = asked is CHAT and "functions" in body and "tools" not in body
-        context.rewritten = asked is RESPONSES and searches_tools(body)
-        if spoken is asked and not context.legacy_functions and not context.rewritten:
+        """The request in the form of all dialects; None where it goes up in the client's own."""
+        context.legacy_functions = (
+            client_dialect is CHAT and "functions" in body and "tools" not in body
+        )
+        context.rewritten = client_dialect is RESPONSES and searches_tools(body)
+        if (
+            upstream_dialect is client_dialect
+            and not context.legacy_functions
+            and not context.rewritten
+        ):
             return None
-        return asked.read_request(body)
+        return client_dialect.read_request(body)
 
     @staticmethod
     def write_call(
         body: Json,
-        chat: Conversation | None,
-        spoken: UpstreamDialect,
+        conversation: Conversation | None,
+        upstream_dialect: UpstreamDialect,
         model: Model,
         context: ResponseContext,
         request_info: RequestInfo,
     ) -> Call:
-        """The upstream's body: the caller's own where there is no `chat` to be written instead."""
+        """The upstream's body: `conversation` written, or without one the client's own body."""
         effort = implied_effort(request_info.model, model)
-        if chat is None:
-            body = with_effort(body, spoken.name, effort) if effort else body
+        if conversation is None:
+            body = with_effort(body, upstream_dialect.name, effort) if effort else body
             names = wire_names(tool_names(body))
             context.names = {wire: name for wire, name in names.items() if wire != name}
-            context.many = spoken is CHAT and (int_field(body, "n") or 1) > 1
-            if spoken is CHAT and model.stops is not None and body.get("stop"):
+            context.many = upstream_dialect is CHAT and (int_field(body, "n") or 1) > 1
+            if upstream_dialect is CHAT and model.stops is not None and body.get("stop"):
                 context.cut = read_stops(body, "stop")[model.stops :]
-            return Call(model, spoken.name, body, request_info)
-        if chat.effort is None and chat.thinking_budget is None:
-            chat.effort = effort
-        chat.stop, context.cut = split_stops(chat.stop, spoken.name, model)
-        context.names = {wire: name for name, wire in chat.names.items() if wire != name}
-        context.tools = {tool.name: tool for tool in chat.tools}
-        shown = (
+            return Call(model, upstream_dialect.name, body, request_info)
+        if conversation.effort is None and conversation.thinking_budget is None:
+            conversation.effort = effort
+        conversation.stop, context.cut = split_stops(
+            conversation.stop, upstream_dialect.name, model
+        )
+        context.names = {wire: name for name, wire in conversation.names.items() if wire != name}
+        context.tools = {tool.name: tool for tool in conversation.tools}
+        visibility = (
             get_dict(body, "thinking").get("display"),
             get_dict(body, "reasoning").get("summary"),
         )
-        context.hide_thinking = shown[0] == "omitted" or shown[1] == "none"
-        written = spoken.write_request(chat, model)
-        if spoken is MESSAGES:
-            add_cache_breakpoints(written)
-        context.tagged_thinking = chat.tagged_thinking
+        context.hide_thinking = visibility[0] == "omitted" or visibility[1] == "none"
+        upstream_body = upstream_dialect.write_request(conversation, model)
+        if upstream_dialect is MESSAGES:
+            add_cache_breakpoints(upstream_body)
+        context.tagged_thinking = conversation.tagged_thinking
         return Call(
-            model, spoken.name, written, request_info, dropped=chat.dropped, touched=chat.touched
+            model,
+            upstream_dialect.name,
+            upstream_body,
+            request_info,
+            dropped=conversation.dropped,
+            touched=conversation.touched,
         )
 
 
@@ -19940,20 +19973,20 @@ class Exchange:
         request: Request,
         provider: Provider,
         call: Call,
-        flow: StreamTranslator,
-        asked: str,
+        translator: StreamTranslator,
+        client_dialect: str,
     ) -> None:
         self.gateway = gateway
         self.request = request
         self.provider = provider
         self.call = call
-        self.flow = flow
+        self.translator = translator
         #: the client's dialect
-        self.asked = asked
+        self.client_dialect = client_dialect
         self.source: BodyStream | None = None
         #: monotonic
         self.first_byte_at: float | None = None
-        self.counted = False
+        self.recorded = False
 
     async def run(self, hold_s: float) -> Response:
         """The response; its status waits up to `hold_s` for the upstream's first event.
@@ -19961,15 +19994,15 @@ class Exchange:
         Once it is returned there is no fallback: its head names the provider and the model.
         """
         self.request.cancel_on_hangup(True, self.provider.local)
-        if not self.flow.stream:
+        if not self.translator.stream:
             return await self.run_buffered()
         opening = asyncio.ensure_future(self.open())
         try:
             await asyncio.wait((opening,), timeout=hold_s)
             if opening.done():
                 opening.result()
-                if self.flow.error and not self.flow.begun:
-                    raise self.flow.error
+                if self.translator.error and not self.translator.begun:
+                    raise self.translator.error
         except BaseException as error:
             await self.abandon(opening)
             self.finish(error)
@@ -20000,38 +20033,38 @@ class Exchange:
         first = await self.source.first()
         self.first_byte_at = asyncio.get_running_loop().time()
         if first.lstrip()[:1] == b"{":
-            return await self.open_whole(first)
-        data = self.flow.feed(first)
-        while not data and not self.flow.over:
+            return await self.open_buffered(first)
+        data = self.translator.feed(first)
+        while not data and not self.translator.over:
             piece = await self.source.first()
-            data = self.flow.feed(piece) if piece else self.flow.end()
-        if not self.flow.stream:
+            data = self.translator.feed(piece) if piece else self.translator.end()
+        if not self.translator.stream:
             await self.drain()
         return data
 
-    async def open_whole(self, first: bytes) -> bytes:
+    async def open_buffered(self, first: bytes) -> bytes:
         """For an upstream that sends one JSON object instead of a stream."""
         assert self.source is not None
-        whole = bytearray(first)
+        body = bytearray(first)
         while piece := await self.source.first():
-            whole += piece
-            if len(whole) > MAX_FRAME_BYTES:
+            body += piece
+            if len(body) > MAX_FRAME_BYTES:
                 raise UpstreamError("The upstream's answer is too large.")
-        return self.flow.feed_buffered(bytes(whole))
+        return self.translator.feed_buffered(bytes(body))
 
     async def drain(self) -> None:
         assert self.source is not None
-        while not self.flow.over:
+        while not self.translator.over:
             piece = await self.source.first()
             if piece:
-                self.flow.feed(piece)
+                self.translator.feed(piece)
             else:
-                self.flow.end()
+                self.translator.end()
 
     async def run_buffered(self) -> Response:
         try:
             await self.open()
-            body = self.flow.whole()
+            body = self.translator.whole()
         except BaseException as error:
             self.finish(error)
             raise
@@ -20047,46 +20080,46 @@ class Exchange:
         dropped = [name for name in self.call.dropped if TOKEN.fullmatch(name)]
         if dropped:
             headers["x-aiclient-dropped"] = ", ".join(dict.fromkeys(dropped))
-        answer = self.request.answer
-        if answer is not None and answer.usage.credits_source:
-            headers["x-aiclient-credits"] = f"{answer.usage.nano_credits / 1e9:.9g}"
+        record = self.request.answer
+        if record is not None and record.usage.credits_source:
+            headers["x-aiclient-credits"] = f"{record.usage.nano_credits / 1e9:.9g}"
         return headers
 
     async def pump(self, writer: ResponseWriter, opening: asyncio.Future[bytes]) -> None:
         """Relays the stream, pings during silences, and always ends it properly."""
-        flow, ticker = self.flow, self.gateway.ticker
+        translator, ticker = self.translator, self.gateway.ticker
         failure: BaseException | None = None
 
         def ping(now: float) -> None:
-            if now - writer.last_at >= PING_SECONDS and not flow.over:
-                writer.write(flow.ping())
+            if now - writer.last_at >= PING_SECONDS and not translator.over:
+                writer.write(translator.ping())
 
-        def sink(data: bytes) -> None:
-            writer.write(flow.feed(data))
-            if flow.over and self.source is not None:
+        def on_data(data: bytes) -> None:
+            writer.write(translator.feed(data))
+            if translator.over and self.source is not None:
                 self.source.stop()
 
         ticker.add(ping)
         self.request.cancel_on_hangup(True, self.provider.local)
         try:
             if not opening.done():
-                flow.begun = True  # the head goes out before the upstream's first event
-                writer.write(flow.client.ping(False))
+                translator.begun = True  # the head goes out before the upstream's first event
+                writer.write(translator.client.ping(False))
             first = await opening
             assert self.source is not None
             writer.on_flow = self.source.hold
             writer.on_stop = self.stop
             writer.write(first)
-            if not flow.over:
-                await self.source.relay(sink)
-            writer.write(flow.end())
-            failure = flow.error
+            if not translator.over:
+                await self.source.relay(on_data)
+            writer.write(translator.end())
+            failure = translator.error
         except ApiError as error:
             failure = error
-            writer.write(flow.end(error))
+            writer.write(translator.end(error))
         except Exception:  # noqa: BLE001 - a bug: the client gets an error event
             failure = internal_error("a response could not be processed")
-            writer.write(flow.end(failure))
+            writer.write(translator.end(failure))
         except BaseException as error:
             failure = error
             raise
@@ -20103,38 +20136,38 @@ class Exchange:
     def finish(self, failure: BaseException | None) -> None:
         self.request.cancel_on_hangup(False)
         if self.source is not None:
-            self.source.close(self.flow.ended)
-        if not self.counted:
-            self.counted = True
-            self.count(failure)
+            self.source.close(self.translator.ended)
+        if not self.recorded:
+            self.recorded = True
+            self.record(failure)
 
-    def count(self, failure: BaseException | None) -> None:
+    def record(self, failure: BaseException | None) -> None:
         call, ledger = self.call, self.gateway.ledger
         ledger.metrics.count_attempts(self.provider.name, call.attempts, call.refusals)
         if isinstance(failure, WrongDialect):
             return  # will be asked again in another dialect
         if self.source is not None and isinstance(failure, (QuotaExceeded, RateLimited)):
             self.provider.refused(call.model.id, failure)
-        flow = self.flow
-        usage = flow.usage
+        translator = self.translator
+        usage = translator.usage
         if not usage.source and failure is not None and not isinstance(failure, ApiError):
             usage = finalize_usage(
-                usage, flow.context, flow.relay.said
+                usage, translator.context, translator.relay.said
             )  # a client that left pays, too
         self.gateway.record(
             self.request,
             self.provider,
             call.model,
-            self.asked,
+            self.client_dialect,
             usage,
             failure,
-            flow.stream,
+            translator.stream,
             self.first_byte_at,
         )
-        answer = self.request.answer
-        if answer is not None and not self.provider.local and (failure is None or flow.ended):
+        record = self.request.answer
+        if record is not None and not self.provider.local and (failure is None or translator.ended):
             body = call.body if call.sent is None else call.sent
-            ledger.watch_cache(answer, call.request_info, call.dialect, body)
+            ledger.watch_cache(record, call.request_info, call.dialect, body)
 
 
 # ---- 18. Daemon --------------------------------------------------------------------------------
@@ -20168,7 +20201,7 @@ class Launch:
     report: int = -1
 
     def descriptors(self) -> list[int]:
-        return [number for number in (*self.listeners, self.lock, self.report) if number >= 0]
+        return [fd for fd in (*self.listeners, self.lock, self.report) if fd >= 0]
 
 
 # 18.1 the lock
@@ -20179,21 +20212,21 @@ def open_lock(path: str) -> int | None:
     if fcntl is None:
         return -1
     try:
-        handle = lock_file(path)
-        if handle is not None:
-            os.ftruncate(handle, 0)  # the last daemon's pid must not be taken for ours
+        fd = lock_file(path)
+        if fd is not None:
+            os.ftruncate(fd, 0)  # the last daemon's pid must not be taken for ours
     except OSError as error:
         raise ProgramError(f"{path}: cannot be used as the lock: {error.strerror}") from None
-    return handle
+    return fd
 
 
 def take_lock(path: str) -> int | None:
     """As `open_lock`, with retries: an `is_locked` elsewhere holds the lock for a moment."""
-    until = time.monotonic() + LOOK_SECONDS
+    deadline = time.monotonic() + LOOK_SECONDS
     while True:
-        handle = open_lock(path)
-        if handle is not None or time.monotonic() > until:
-            return handle
+        fd = open_lock(path)
+        if fd is not None or time.monotonic() > deadline:
+            return fd
         time.sleep(POLL_SECONDS)
 
 
@@ -20202,11 +20235,11 @@ def is_locked(path: str) -> bool:
     if fcntl is None:
         return False
     try:
-        handle = open_trusted(path, "O_RDONLY", "O_NOFOLLOW")
+        fd = open_trusted(path, "O_RDONLY", "O_NOFOLLOW")
         try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         finally:
-            os.close(handle)
+            os.close(fd)
     except BlockingIOError:
         return True
     except (FileNotFoundError, NotADirectoryError):
@@ -20223,14 +20256,14 @@ def read_pid_file(path: str) -> tuple[int, str]:
     """
     try:
         with os.fdopen(open_trusted(path, "O_RDONLY", "O_NOFOLLOW"), "rb") as file:
-            number, _, socket_path = os.fsdecode(file.read(8 * KIB)).partition("\n")
+            pid_text, _, socket_path = os.fsdecode(file.read(8 * KIB)).partition("\n")
     except (FileNotFoundError, NotADirectoryError):
         return 0, ""
     except OSError as error:
         raise ProgramError(f"{path}: cannot be read: {error.strerror}") from None
-    pid = int(number) if re.fullmatch(r"[0-9]{1,10}", number) else 0
-    is_whole = pid > 1 and pid != os.getpid() and socket_path.endswith("\n")
-    return (pid, socket_path[:-1]) if is_whole else (0, "")
+    pid = int(pid_text) if re.fullmatch(r"[0-9]{1,10}", pid_text) else 0
+    is_complete = pid > 1 and pid != os.getpid() and socket_path.endswith("\n")
+    return (pid, socket_path[:-1]) if is_complete else (0, "")
 
 
 def write_pid_file(lock: int, socket_path: str) -> None:
@@ -20241,29 +20274,29 @@ def write_pid_file(lock: int, socket_path: str) -> None:
         os.ftruncate(lock, len(data))
 
 
-def signal_daemon(path: str, pid: int, number: int) -> None:
+def signal_daemon(path: str, pid: int, signum: int) -> None:
     """Signals the process that the file names, if it is a live daemon's.
 
     Opens a pidfd, if the system has them, before it checks the lock: a process that has got the
     same pid since is never signalled.
     """
-    handle = -1
+    pidfd = -1
     try:
         if hasattr(os, "pidfd_open"):
-            handle = os.pidfd_open(pid)
+            pidfd = os.pidfd_open(pid)
         if not is_locked(path) or read_pid_file(path)[0] != pid:
             return
-        if handle >= 0:
-            signal.pidfd_send_signal(handle, number)
+        if pidfd >= 0:
+            signal.pidfd_send_signal(pidfd, signum)
         else:
-            os.kill(pid, number)
+            os.kill(pid, signum)
     except ProcessLookupError:
         pass  # it has exited by itself
     except PermissionError:
         raise ProgramError(f"process {pid} belongs to another user") from None
     finally:
-        if handle >= 0:
-            os.close(handle)
+        if pidfd >= 0:
+            os.close(pidfd)
 
 
 # 18.2 the port
@@ -20281,7 +20314,7 @@ def listed_sockets(pid: str) -> list[str]:
     """The link targets of a process's descriptors, such as `socket:[INODE]`."""
     folder = f"/proc/{pid}/fd"
     try:
-        return [os.readlink(f"{folder}/{number}") for number in os.listdir(folder)]
+        return [os.readlink(f"{folder}/{fd}") for fd in os.listdir(folder)]
     except OSError:
         return []  # it has exited, or is another user's
 
@@ -20291,50 +20324,50 @@ def find_port_holder(port: int) -> str:
     rows = (read_proc("/proc/net/tcp") + read_proc("/proc/net/tcp6")).splitlines()
     columns = [row.split() for row in rows]
     listening = [c for c in columns if len(c) > 9 and c[3] == "0A"]
-    ours = {f"socket:[{c[9]}]" for c in listening if c[1].endswith(f":{port:04X}")}
-    if not ours:
+    sockets = {f"socket:[{c[9]}]" for c in listening if c[1].endswith(f":{port:04X}")}
+    if not sockets:
         return ""
     for pid in filter(str.isdigit, os.listdir("/proc")):
-        if ours & set(listed_sockets(pid)):
+        if sockets & set(listed_sockets(pid)):
             return f"process {pid} ({read_proc(f'/proc/{pid}/comm').strip()})"
     return "a process of another user"
 
 
-def inherited_listeners(numbers: list[int]) -> list[socket.socket]:
+def inherited_listeners(fds: list[int]) -> list[socket.socket]:
     """Raises ProgramError for anything but TCP sockets."""
-    found = []
-    for number in numbers:
+    listeners = []
+    for fd in fds:
         try:
-            os.set_inheritable(number, False)
-            listener = socket.socket(fileno=number)
+            os.set_inheritable(fd, False)
+            listener = socket.socket(fileno=fd)
         except OSError as error:
-            raise ProgramError(f"descriptor {number} is no socket: {error.strerror}") from None
+            raise ProgramError(f"descriptor {fd} is no socket: {error.strerror}") from None
         if listener.family not in (socket.AF_INET, socket.AF_INET6):
-            raise ProgramError(f"descriptor {number} is no TCP socket")
-        found.append(listener)
-    return found
+            raise ProgramError(f"descriptor {fd} is no TCP socket")
+        listeners.append(listener)
+    return listeners
 
 
 def activated_descriptors(environ: dict[str, str]) -> list[int]:
     """The sockets that a service manager opened for this process (sd_listen_fds(3))."""
-    count_, pid = environ.get("LISTEN_FDS", ""), environ.get("LISTEN_PID", "")
-    if pid != str(os.getpid()) or not re.fullmatch(r"[0-9]{1,3}", count_):
+    count, pid = environ.get("LISTEN_FDS", ""), environ.get("LISTEN_PID", "")
+    if pid != str(os.getpid()) or not re.fullmatch(r"[0-9]{1,3}", count):
         return []
-    return list(range(3, 3 + int(count_)))
+    return list(range(3, 3 + int(count)))
 
 
 def launch_listeners(launch: Launch, config: Config) -> list[socket.socket]:
     """Inherited sockets if they fit the configuration, otherwise new ones; raises ProgramError."""
     server = config.server
-    same = (launch.host, launch.port) == (server.host, server.port)
-    if launch.listeners and (same or launch.activated):
+    is_same_address = (launch.host, launch.port) == (server.host, server.port)
+    if launch.listeners and (is_same_address or launch.activated):
         listeners = inherited_listeners(launch.listeners)
         if launch.activated:
             server.host, server.port = listeners[0].getsockname()[:2]
             check_exposure(config)
     else:
-        for number in launch.listeners:
-            os.close(number)  # a port that is not served must not look open
+        for fd in launch.listeners:
+            os.close(fd)  # a port that is not served must not look open
         listeners = open_port(server)
     launch.host, launch.port = server.host, server.port
     launch.listeners = [listener.fileno() for listener in listeners]
@@ -20380,7 +20413,7 @@ sys.stdout.buffer.write(marshal.dumps(code))
 """
 
 
-def system_words(error: OSError) -> str:
+def system_message(error: OSError) -> str:
     """What the system refused at a place where nothing else can be done about it."""
     where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
     return f"{where}the system refused: {error.strerror or error}"
@@ -20416,14 +20449,14 @@ def compile_program(source: bytes) -> bytes:
     """In a child process, so that its memory is given back; raises ProgramError."""
     command = [sys.executable, "-I", "-c", COMPILER, program_file()]
     try:
-        done = subprocess.run(command, input=source, capture_output=True, check=False)
+        result = subprocess.run(command, input=source, capture_output=True, check=False)
     except OSError as error:
         raise ProgramError(f"{sys.executable}: cannot be run: {error.strerror}") from None
-    if done.returncode:
-        last_line = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
-        reason = last_line or f"exit status {done.returncode}"
+    if result.returncode:
+        last_line = result.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
+        reason = last_line or f"exit status {result.returncode}"
         raise ProgramError(f"{program_file()}: cannot be compiled: {reason}")
-    return done.stdout
+    return result.stdout
 
 
 def hash_bytecode(source: bytes, bytecode: bytes) -> bytes:
@@ -20465,16 +20498,16 @@ def load_bytecode(paths: Paths) -> bytes:
 def read_launch() -> Launch:
     """Reads standard input to its end; then it and standard output lead to /dev/null."""
     with os.fdopen(os.dup(0), "rb") as file:
-        given = json.loads(file.read())
-    known = [item.name for item in fields(Launch)]  # another version may have others
-    launch = Launch(**{name: given[name] for name in known if name in given})
+        values = json.loads(file.read())
+    names = [item.name for item in fields(Launch)]  # another version may have others
+    launch = Launch(**{name: values[name] for name in names if name in values})
     sys.argv[:] = [launch.program]
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    for number in (0, 1):
-        os.dup2(nowhere, number)
-    os.close(nowhere)
-    for number in launch.descriptors():
-        os.set_inheritable(number, False)
+    devnull = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1):
+        os.dup2(devnull, fd)
+    os.close(devnull)
+    for fd in launch.descriptors():
+        os.set_inheritable(fd, False)
     return launch
 
 
@@ -20488,18 +20521,18 @@ def send_launch(stdin: IO[bytes], bytecode: bytes, launch: Launch) -> None:
         pass  # it has exited: read_report will notice
 
 
-def keep_descriptors(kept: list[int]) -> None:
+def keep_descriptors(fds: list[int]) -> None:
     """Closes all descriptors but these and the standard ones; these become inheritable."""
     low = 3
-    for number in sorted(kept):
-        os.closerange(low, number)
-        os.set_inheritable(number, True)
-        low = number + 1
+    for fd in sorted(fds):
+        os.closerange(low, fd)
+        os.set_inheritable(fd, True)
+        low = fd + 1
     os.closerange(low, MAX_DESCRIPTORS)
 
 
-def fork_daemon(launch: Launch, paths: Paths, errors: int) -> None:
-    """Starts `launch` in its own session, with standard error in the descriptor `errors`.
+def fork_daemon(launch: Launch, paths: Paths, stderr_fd: int) -> None:
+    """Starts `launch` in its own session, with standard error in the descriptor `stderr_fd`.
 
     Forks twice, so that the process can never acquire a terminal.  It must be called while there
     is only one thread and no event loop.
@@ -20513,8 +20546,8 @@ def fork_daemon(launch: Launch, paths: Paths, errors: int) -> None:
             if os.fork() == 0:
                 os.chdir("/")
                 os.dup2(reader, 0)
-                os.dup2(errors, 1)
-                os.dup2(errors, 2)
+                os.dup2(stderr_fd, 1)
+                os.dup2(stderr_fd, 2)
                 keep_descriptors(launch.descriptors())
                 command = detached_command(bytecode)
                 os.execv(command[0], command)
@@ -20525,41 +20558,41 @@ def fork_daemon(launch: Launch, paths: Paths, errors: int) -> None:
     os.waitpid(child, 0)
 
 
-def read_report(handle: int, seconds: float) -> Json | None:
+def read_report(fd: int, seconds: float) -> Json | None:
     """The new process's status or `{"error"}`; None if it exits or times out without one."""
-    os.set_blocking(handle, False)
-    until = time.monotonic() + seconds
-    said = b""
-    while time.monotonic() < until:
+    os.set_blocking(fd, False)
+    deadline = time.monotonic() + seconds
+    data = b""
+    while time.monotonic() < deadline:
         try:
-            piece = os.read(handle, READ_BYTES)
+            piece = os.read(fd, READ_BYTES)
         except BlockingIOError:
             time.sleep(POLL_SECONDS / 5)
             continue
         if not piece:
             break
-        said += piece
-    return load_object(said)
+        data += piece
+    return load_object(data)
 
 
-def write_report(handle: int, report: Json) -> bool:
+def write_report(fd: int, report: Json) -> bool:
     """False if nobody reads: the process that waits for the start has gone."""
     try:
-        os.write(handle, dump_message(report))
+        os.write(fd, dump_message(report))
     except BrokenPipeError:
         log_event("error", "nobody_waits_for_the_start")
         return False
     return True
 
 
-def notify_manager(words: str) -> None:
+def notify_manager(state: str) -> None:
     """Notifies systemd, if it started us: sd_notify(3)."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-            sender.sendto(words.encode(), re.sub(r"^@", "\0", address))
+            sender.sendto(state.encode(), re.sub(r"^@", "\0", address))
     except OSError as error:
         log_event("warning", "service_manager_not_told", reason=error.strerror)
 
@@ -20569,9 +20602,9 @@ def raise_descriptor_limit() -> None:
     if resource is None:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
-    if soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    target = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+    if soft < target:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
 
 
 def count_memory() -> int | None:
@@ -20639,8 +20672,8 @@ class Daemon:
         #: monotonic: until then a lack of descriptors is not logged again
         self.full_until = 0.0
 
-    def make_gateway(self, kept: dict[str, Provider]) -> Gateway:
-        providers = make_providers(self.config, self.paths, self.client, kept)
+    def make_gateway(self, reused: dict[str, Provider]) -> Gateway:
+        providers = make_providers(self.config, self.paths, self.client, reused)
         return Gateway(self.config, providers, self.ticker, self.ledger, self.status)
 
     async def listen(self, listeners: list[socket.socket]) -> None:
@@ -20650,8 +20683,8 @@ class Daemon:
     async def run(self) -> None:
         """Serves until a signal or a successor ends it; then lets requests in flight finish."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.stop)
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(signum, self.stop)
         if sys.stderr.isatty():
             loop.add_signal_handler(signal.SIGHUP, self.stop)  # the terminal is gone
         else:
@@ -20709,8 +20742,8 @@ class Daemon:
             loop.default_exception_handler(context)
         elif loop.time() > self.full_until:
             self.full_until = loop.time() + FULL_SECONDS
-            count_ = len(self.server.connections)
-            log_event("error", "no_more_files", reason=error.strerror, connections=count_)
+            connection_count = len(self.server.connections)
+            log_event("error", "no_more_files", reason=error.strerror, connections=connection_count)
 
     # -- reload
 
@@ -20726,7 +20759,7 @@ class Daemon:
         new.server.host, new.server.port = self.config.server.host, self.config.server.port
         check_exposure(new)
         old, self.config = self.config, new
-        self.retired.append(self.exchange_gateway(old))
+        self.retired.append(self.replace_gateway(old))
         self.ticker.add(self.sweep)
         set_log_level(new.logging.level)
         log_event("info", "configuration_reloaded", changed=",".join(changed) or "none")
@@ -20734,25 +20767,25 @@ class Daemon:
             log_event("warning", "restart_needed", keys=",".join(pinned))
         return {"changed": changed, "needs_restart": [] if self.launch.activated else pinned}
 
-    def exchange_gateway(self, old: Config) -> RetiredGateway:
+    def replace_gateway(self, old: Config) -> RetiredGateway:
         """Sends new requests to a new gateway; returns what the new one does not use."""
         gateway, client, new = self.gateway, self.client, self.config
-        kept = {}
+        reused = {}
         if old.network == new.network:
-            kept = {
+            reused = {
                 name: provider
                 for name, provider in gateway.providers.items()
                 if old.providers[name] == new.providers.get(name)
             }
         else:
             self.client = HttpClient(new.network, self.ticker)
-        self.gateway = self.make_gateway(kept)
+        self.gateway = self.make_gateway(reused)
         self.server.config = new.server
         self.server.handler = self.gateway.handler
         self.server.write_error = self.gateway.write_error
         return RetiredGateway(
             [c.request for c in self.server.connections if c.request is not None],
-            [provider for name, provider in gateway.providers.items() if name not in kept],
+            [provider for name, provider in gateway.providers.items() if name not in reused],
             None if client is self.client else client,
         )
 
@@ -20860,20 +20893,24 @@ class Daemon:
         }
 
     def warnings(self) -> list[str]:
-        now, rows = time.time(), self.gateway.providers.items()
-        return [text for n, row in rows for text in quota_warnings(n, row.known_quota(), now)]
+        now, providers = time.time(), self.gateway.providers.items()
+        return [
+            text
+            for name, provider in providers
+            for text in quota_warnings(name, provider.known_quota(), now)
+        ]
 
     def provider_status(self, name: str, entry: ProviderConfig, provider: Provider) -> Json:
-        found = {"name": name, "type": entry.type, "account": None, "plan": None}
-        found |= provider.status()
+        status = {"name": name, "type": entry.type, "account": None, "plan": None}
+        status |= provider.status()
         if not isinstance(provider, (CopilotProvider, KiroProvider)):
-            return found
+            return status
         assert not isinstance(entry, EchoConfig)
         row = account_row(name, entry, provider.account.file)
-        found |= {"account": row["user"] or None, "plan": row["plan"] or None}
+        status |= {"account": row["user"] or None, "plan": row["plan"] or None}
         if row["health"].startswith("needs sign-in"):
-            found |= {"health": "not signed in", "reason": row["health"]}
-        return found
+            status |= {"health": "not signed in", "reason": row["health"]}
+        return status
 
 
 # ---- 19. Control channel -----------------------------------------------------------------------
@@ -20893,11 +20930,11 @@ class IncompleteFrame(Exception):
     """The peer has sent too large a message, or something that is not a frame."""
 
 
-def receive_exactly(peer: socket.socket, size: int, by: float) -> bytes:
-    """`size` bytes, fewer at EOF; raises OSError after the monotonic deadline `by`."""
+def receive_exactly(peer: socket.socket, size: int, deadline: float) -> bytes:
+    """`size` bytes, fewer at EOF; raises OSError after the monotonic `deadline`."""
     data = bytearray()
     while len(data) < size:
-        peer.settimeout(max(0.001, by - time.monotonic()))
+        peer.settimeout(max(0.001, deadline - time.monotonic()))
         piece = peer.recv(min(size - len(data), RECV_BYTES))
         if not piece:
             break
@@ -20906,15 +20943,15 @@ def receive_exactly(peer: socket.socket, size: int, by: float) -> bytes:
 
 
 def read_frame(peer: socket.socket, seconds: float) -> bytes | None:
-    """The next message, None at EOF; raises NoFrame, and OSError on a timeout."""
-    by = time.monotonic() + seconds
-    head = receive_exactly(peer, 4, by)
+    """The next message, None at EOF; raises IncompleteFrame, and OSError on a timeout."""
+    deadline = time.monotonic() + seconds
+    head = receive_exactly(peer, 4, deadline)
     if len(head) < 4:
         return None
     size = int.from_bytes(head, "big")
     if size > MAX_CONTROL_BYTES:
         raise IncompleteFrame(f"a message may have {MAX_CONTROL_BYTES} bytes, not {size}")
-    data = receive_exactly(peer, size, by)
+    data = receive_exactly(peer, size, deadline)
     return data if len(data) == size else None
 
 
@@ -20996,9 +21033,9 @@ def choose_socket_path(paths: Paths, environ: dict[str, str]) -> str:
 
 
 class ControlServer:
-    """Serves the control socket in threads; `answer` turns a request's bytes into the response."""
+    """Serves the control socket in threads; `handler` turns a request's bytes into the response."""
 
-    def __init__(self, path: str, answer: Callable[[bytes], Json]) -> None:
+    def __init__(self, path: str, handler: Callable[[bytes], Json]) -> None:
         self.path = path
         slots = self.slots = threading.BoundedSemaphore(MAX_CONTROL_CLIENTS)
 
@@ -21007,7 +21044,7 @@ class ControlServer:
                 with contextlib.suppress(OSError):  # it hung up or timed out
                     try:
                         while (data := read_frame(self.request, CONTROL_SECONDS)) is not None:
-                            write_frame(self.request, answer(data))
+                            write_frame(self.request, handler(data))
                     except IncompleteFrame as error:
                         write_frame(self.request, {"ok": False, "error": str(error)})
 
@@ -21044,19 +21081,19 @@ class ControlServer:
             def handle_error(self, request: Any, client_address: Any) -> None:
                 logging.getLogger("aiclient-api").exception("a control client failed")
 
-        new = path + SOCKET_SUFFIX
-        for place in (path, new):
-            check_socket(place)
+        new_path = path + SOCKET_SUFFIX
+        for socket_path in (path, new_path):
+            check_socket(socket_path)
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(new)
-        before = os.umask(0o177)
+            os.unlink(new_path)
+        old_umask = os.umask(0o177)
         try:
-            self.server = Listener(new, Channel)
+            self.server = Listener(new_path, Channel)
         finally:
-            os.umask(before)
+            os.umask(old_umask)
         try:
-            self.identity = os.stat(new).st_ino
-            os.replace(new, path)
+            self.identity = os.stat(new_path).st_ino
+            os.replace(new_path, path)
         except BaseException:
             self.server.server_close()
             raise
@@ -21071,9 +21108,9 @@ class ControlServer:
                 os.unlink(self.path)
         except FileNotFoundError:
             pass
-        by = time.monotonic() + LINGER_SECONDS
+        deadline = time.monotonic() + LINGER_SECONDS
         for _ in range(MAX_CONTROL_CLIENTS):
-            self.slots.acquire(timeout=max(0.0, by - time.monotonic()))
+            self.slots.acquire(timeout=max(0.0, deadline - time.monotonic()))
 
 
 # -- methods: each an async function of (daemon, params) and a line in the table
@@ -21090,10 +21127,10 @@ async def control_models(daemon: Daemon, params: Json) -> Json:
 
 async def control_usage(daemon: Daemon, params: Json) -> Json:
     """As /v1/usage with the same parameters; with `reset`, after emptying it."""
-    given = {name: str(value) for name, value in params.items() if name != "reset"}
+    query = {name: str(value) for name, value in params.items() if name != "reset"}
     if params.get("reset"):
         await daemon.ledger.reset()
-    return await daemon.gateway.report_usage(given)
+    return await daemon.gateway.report_usage(query)
 
 
 async def control_quota(daemon: Daemon, params: Json) -> Json:
@@ -21102,18 +21139,18 @@ async def control_quota(daemon: Daemon, params: Json) -> Json:
     If a service fails, the error is added to what was last known of it.
     """
 
-    async def ask(provider: Provider) -> Json | None:
+    async def fetch_quota(provider: Provider) -> Json | None:
         try:
             with advising(provider):
-                found = await provider.quota()
+                quota = await provider.quota()
         except ApiError as error:
-            known = provider.known_quota()
-            return {**(known.as_json() if known else {}), "error": error.text()}
-        return None if found is None else found.as_json()
+            last_known = provider.known_quota()
+            return {**(last_known.as_json() if last_known else {}), "error": error.text()}
+        return None if quota is None else quota.as_json()
 
     providers = dict(daemon.gateway.providers)
-    answers = await asyncio.gather(*map(ask, providers.values()))
-    rows = zip(providers, answers, strict=True)
+    results = await asyncio.gather(*map(fetch_quota, providers.values()))
+    rows = zip(providers, results, strict=True)
     return {"providers": {name: row for name, row in rows if row is not None}}
 
 
@@ -21139,10 +21176,10 @@ async def switch_provider(daemon: Daemon, params: Json, enabled: str) -> Json:
     """Saves and applies it; enabling a provider also ends its cool-downs."""
     name = need_str(params, "name")
     change_provider(daemon.paths, daemon.environ, name, enabled)
-    done = daemon.reload()
+    changes = daemon.reload()
     if name in daemon.gateway.providers:
         daemon.gateway.providers[name].wake()
-    return done
+    return changes
 
 
 async def control_provider_enable(daemon: Daemon, params: Json) -> Json:
@@ -21193,30 +21230,30 @@ async def answer_control(daemon: Daemon, data: bytes) -> Json:
             raise ProgramError('a message is like {"method":"status","params":{}}')
         if method not in CONTROL_METHODS:
             raise ProgramError(f"no such method; there are: {', '.join(CONTROL_METHODS)}")
-        found = await CONTROL_METHODS[method](daemon, dict_field(message, "params"))
+        result = await CONTROL_METHODS[method](daemon, dict_field(message, "params"))
     except ApiError as error:
         return {"ok": False, "error": error.text()}
     except ProgramError as error:
         return {"ok": False, "error": str(error)}
     except Exception:  # noqa: BLE001 - silence would be taken for a gateway that is starting
         return {"ok": False, "error": internal_error("a control request failed").text()}
-    return {"ok": True, "data": found}
+    return {"ok": True, "data": result}
 
 
 def open_control(daemon: Daemon, path: str) -> ControlServer:
     """Raises ProgramError."""
     loop = asyncio.get_running_loop()
 
-    def answer(data: bytes) -> Json:
-        work = asyncio.run_coroutine_threadsafe(answer_control(daemon, data), loop)
+    def handle(data: bytes) -> Json:
+        future = asyncio.run_coroutine_threadsafe(answer_control(daemon, data), loop)
         try:
-            return work.result(CONTROL_WORK_SECONDS)
+            return future.result(CONTROL_WORK_SECONDS)
         except TimeoutError:
-            work.cancel()
+            future.cancel()
             return {"ok": False, "error": "that took too long"}
 
     try:
-        return ControlServer(path, answer)
+        return ControlServer(path, handle)
     except OSError as error:
         raise ProgramError(f"{path}: cannot be made: {error.strerror}") from None
 
@@ -21254,10 +21291,10 @@ def ask_daemon(
                 reason = getattr(error, "strerror", None) or str(error)
                 raise ProgramError(f"{who} does not answer now: {reason}") from None
         if data is not None:
-            answer = load_object(data) or {}
-            if answer.get("ok") is not True:
-                raise ProgramError(str(answer.get("error")))
-            return dict_field(answer, "data")
+            response = load_object(data) or {}
+            if response.get("ok") is not True:
+                raise ProgramError(str(response.get("error")))
+            return dict_field(response, "data")
     if not is_locked(paths.pid_file):
         raise not_running()
     raise ProgramError("the gateway is just starting or stopping; try again in a moment")
@@ -21281,11 +21318,11 @@ def tell(*lines: str) -> None:
 def format_duration(seconds: float) -> str:
     """`2 d 3 h`, `5 min 10 s`: the two largest units that are not zero."""
     parts: list[str] = []
-    left = int(seconds)
+    remaining = int(seconds)
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")):
-        number, left = divmod(left, size)
-        if number or (unit == "s" and not parts):
-            parts.append(f"{number} {unit}")
+        amount, remaining = divmod(remaining, size)
+        if amount or (unit == "s" and not parts):
+            parts.append(f"{amount} {unit}")
     return " ".join(parts[:2])
 
 
@@ -21320,8 +21357,8 @@ def format_bar(share: float, width: int) -> str:
         BAR_STEPS.encode(sys.stdout.encoding or "ascii")
     except (UnicodeEncodeError, LookupError):
         return "#" * math.ceil(share * width)
-    whole, eighths = divmod(math.ceil(share * width * 8), 8)
-    return BAR_STEPS[8] * whole + (BAR_STEPS[eighths] if eighths else "")
+    full, eighths = divmod(math.ceil(share * width * 8), 8)
+    return BAR_STEPS[8] * full + (BAR_STEPS[eighths] if eighths else "")
 
 
 COLOURS = {"ready": "32", "resting": "33", "failing": "31", "not signed in": "33"}
@@ -21331,7 +21368,7 @@ STATES = re.compile("|".join(COLOURS))
 def coloured(text: str) -> str:
     if not sys.stdout.isatty() or "NO_COLOR" in os.environ:
         return text
-    return STATES.sub(lambda found: f"\x1b[{COLOURS[found[0]]}m{found[0]}\x1b[0m", text)
+    return STATES.sub(lambda match: f"\x1b[{COLOURS[match[0]]}m{match[0]}\x1b[0m", text)
 
 
 FIGURE = re.compile(r"-|(?:~?<?[\d,.]+(?: %| ms| s)?)?")
@@ -21358,13 +21395,13 @@ def print_table(head: tuple[str, ...], rows: list[list[str]], spare: tuple[str, 
     print("\n".join(table_lines(table)))
 
 
-def show(options: argparse.Namespace, found: Json, print_it: Callable[[Json], None]) -> int:
+def show(options: argparse.Namespace, data: Json, printer: Callable[[Json], None]) -> int:
     """A table on a terminal, JSON with --json or in a pipe; returns the exit status 0."""
     if options.json or not sys.stdout.isatty():
-        text = json.dumps(found, indent=2, ensure_ascii=False)
+        text = json.dumps(data, indent=2, ensure_ascii=False)
         print(UNSEEN.sub(lambda c: c[0] if c[0] == "\n" else json.dumps(c[0])[1:-1], text))
     else:
-        print_it(found)
+        printer(data)
     return 0
 
 
@@ -21384,12 +21421,16 @@ def print_ready(status: Json) -> None:
     sys.stdout.flush()
 
 
-def format_cooldown(rest: Json) -> str:
-    who = "all models rest" if rest["model"] == "*" else f"{rest['model']} rests"
-    how_long = "while one request tries" if rest["probing"] else f"for {rest['seconds']} s"
-    at = rest["passes_at"]
-    passes = f" It ought to pass in {format_duration(max(0, at - time.time()))}." if at else ""
-    return f"{who} {how_long}: {rest['reason']}{passes}"
+def format_cooldown(cooldown: Json) -> str:
+    subject = "all models rest" if cooldown["model"] == "*" else f"{cooldown['model']} rests"
+    how_long = "while one request tries" if cooldown["probing"] else f"for {cooldown['seconds']} s"
+    recovers_at = cooldown["passes_at"]
+    recovery = (
+        f" It ought to pass in {format_duration(max(0, recovers_at - time.time()))}."
+        if recovers_at
+        else ""
+    )
+    return f"{subject} {how_long}: {cooldown['reason']}{recovery}"
 
 
 def print_status(status: Json) -> None:
@@ -21408,7 +21449,7 @@ def print_status(status: Json) -> None:
     now = time.time()
     rows = []
     for row in status["providers"]:
-        left = row["token_expires_at"]
+        expires_at = row["token_expires_at"]
         cooldowns = [f"{model} {seconds} s" for model, seconds in row["cool_downs"].items()]
         rows.append(
             [
@@ -21417,7 +21458,7 @@ def print_status(status: Json) -> None:
                 row["health"],
                 row["account"] or "-",
                 row["plan"] or "-",
-                "-" if left is None else format_duration(max(0, left - now)),
+                "-" if expires_at is None else format_duration(max(0, expires_at - now)),
                 ", ".join(cooldowns) or "-",
             ]
         )
@@ -21425,22 +21466,22 @@ def print_status(status: Json) -> None:
     for row in status["providers"]:
         if row["health"] != "ready" and row["reason"]:
             tell(f"{row['name']}: {row['reason']}")
-        for rest in row["rests"]:
-            tell(f"{row['name']}: {format_cooldown(rest)}")
+        for cooldown in row["rests"]:
+            tell(f"{row['name']}: {format_cooldown(cooldown)}")
     for text in status["warnings"]:
         tell(f"warning: {text}")
 
 
-def print_accounts(found: Json) -> None:
+def print_accounts(data: Json) -> None:
     rows = []
-    for row in found["accounts"]:
+    for row in data["accounts"]:
         health = row["health"] if row["enabled"] else f"disabled; {row['health']}"
-        named = [row[key] or "-" for key in ("name", "type", "kind", "user", "plan")]
-        rows.append([*named, format_day(row["expires_at"]), health])
+        cells = [row[key] or "-" for key in ("name", "type", "kind", "user", "plan")]
+        rows.append([*cells, format_day(row["expires_at"]), health])
     print_table(("NAME", "TYPE", "KIND", "USER", "PLAN", "EXPIRES", "HEALTH"), rows)
 
 
-def print_models(found: Json) -> None:
+def print_models(data: Json) -> None:
     rows = [
         [
             row["id"],
@@ -21448,7 +21489,7 @@ def print_models(found: Json) -> None:
             format_number(row.get("context_window")),
             format_number(row.get("max_tokens")),
         ]
-        for row in found["models"]
+        for row in data["models"]
     ]
     print_table(("MODEL", "PROVIDER", "CONTEXT", "OUTPUT"), rows)
 
@@ -21461,18 +21502,18 @@ USAGE_HEAD = (
 
 def usage_cells(row: Json, most: int) -> list[str]:
     """A row of `/v1/usage` under USAGE_HEAD; ~ marks what was not all reported."""
-    rough = "" if row["token_sources"].keys() <= {"reported"} else "~"
-    cost_rough = "" if row["credit_sources"].keys() <= {"reported"} else "~"
+    token_prefix = "" if row["token_sources"].keys() <= {"reported"} else "~"
+    cost_prefix = "" if row["credit_sources"].keys() <= {"reported"} else "~"
     prompt, total = row["input_tokens"], row["total_tokens"]
     first_byte = row["first_byte_ms"]
     costs = row.get("credits") if row["credit_sources"] else None
     return [
         format_number(row["request_count"]),
         format_number(row["error_count"]),
-        rough + format_number(prompt),
+        token_prefix + format_number(prompt),
         f"{row['cache_read_tokens'] / prompt:.0%}".replace("%", " %") if prompt else "-",
-        rough + format_number(row["output_tokens"]),
-        "-" if costs is None else cost_rough + format_credits(costs),
+        token_prefix + format_number(row["output_tokens"]),
+        "-" if costs is None else cost_prefix + format_credits(costs),
         f"{row['duration_ms']:,} ms",
         "-" if first_byte is None else f"{first_byte:,} ms",
         format_bar(total / most, BAR_WIDTH) if most and total else "",
@@ -21513,11 +21554,11 @@ def print_usage(report: Json) -> None:
         tell(f"not written to disk now: {report['trouble']}")
 
 
-def print_recent(answers: list[Json]) -> None:
+def print_recent(requests: list[Json]) -> None:
     rows = []
-    for row in answers:
-        rough = "" if row["input_source"] in ("reported", None) else "~"
-        cost_rough = "" if row["credits_source"] == "reported" else "~"
+    for row in requests:
+        token_prefix = "" if row["input_source"] in ("reported", None) else "~"
+        cost_prefix = "" if row["credits_source"] == "reported" else "~"
         first_byte = row["first_byte_ms"]
         rows.append(
             [
@@ -21527,10 +21568,10 @@ def print_recent(answers: list[Json]) -> None:
                 row["kind"] or str(row["status"]),
                 f"{row['duration_ms']:,} ms",
                 "-" if first_byte is None else f"{first_byte:,} ms",
-                rough + format_number(row["input_tokens"]),
+                token_prefix + format_number(row["input_tokens"]),
                 format_number(row["cache_read_tokens"]),
-                rough + format_number(row["output_tokens"]),
-                cost_rough + format_credits(row["credits"]) if row["credits_source"] else "-",
+                token_prefix + format_number(row["output_tokens"]),
+                cost_prefix + format_credits(row["credits"]) if row["credits_source"] else "-",
             ]
         )
     head = ("WHEN", "MODEL", "LABEL", "END", "TIME", "FIRST BYTE", "INPUT", "CACHED", "OUTPUT")
@@ -21553,8 +21594,8 @@ def print_usage_csv(report: Json) -> None:
 
 def print_cache(report: Json) -> None:
     rows, hints = [], []
-    found = report["cache"]["conversations"]
-    for row in found:
+    conversations = report["cache"]["conversations"]
+    for row in conversations:
         ratio, changed = row["hit_ratio"], row["changed"]
         rows.append(
             [
@@ -21576,7 +21617,9 @@ def print_cache(report: Json) -> None:
     for hint in hints:
         tell(hint)
     for decision, meaning in CACHE_VERDICTS.items():
-        if decision not in ("hit", "changed") and any(row["last"] == decision for row in found):
+        if decision not in ("hit", "changed") and any(
+            row["last"] == decision for row in conversations
+        ):
             tell(f"{decision}: {meaning}")
 
 
@@ -21615,11 +21658,13 @@ def quota_rows(name: str, quota: Json, now: float) -> list[list[str]]:
             [*first, row["name"], format_share(row["percent_used"]), format_remaining(row), resets]
         )
         for part in row.get("parts", ()):
-            left = max(0.0, part["limit"] - part["used"])
+            remaining = max(0.0, part["limit"] - part["used"])
             share = format_share(100 * part["used"] / part["limit"] if part["limit"] else None)
-            rest = f"{format_number(left)} of {format_number(part['limit'])}"
+            amount = f"{format_number(remaining)} of {format_number(part['limit'])}"
             ends = format_reset(part["ends_at"], now)
-            rows.append(["", "", f"  {part['name']}", share, rest, ends if part["ends_at"] else ""])
+            rows.append(
+                ["", "", f"  {part['name']}", share, amount, ends if part["ends_at"] else ""]
+            )
     return rows or [[*first, "-", "-", "-", format_reset(quota["resets_at"], now)]]
 
 
@@ -21632,14 +21677,14 @@ def quota_notes(name: str, quota: Json, now: float) -> list[str]:
     ]
     if "error" in quota:
         age = now - quota.get("as_of", now)
-        old = f"  The figures are {format_duration(age)} old." if "as_of" in quota else ""
-        notes.append(f"{name}: {quota['error']}{old}")
+        age_note = f"  The figures are {format_duration(age)} old." if "as_of" in quota else ""
+        notes.append(f"{name}: {quota['error']}{age_note}")
     return notes
 
 
-def print_quota(found: Json) -> None:
+def print_quota(data: Json) -> None:
     now, rows, notes = time.time(), [], []
-    for name, quota in found["providers"].items():
+    for name, quota in data["providers"].items():
         rows += quota_rows(name, quota, now) if "allowances" in quota else []
         notes += quota_notes(name, quota, now)
     print_table(("PROVIDER", "PLAN", "OF", "USED", "LEFT", "RESETS"), rows)
@@ -21647,15 +21692,15 @@ def print_quota(found: Json) -> None:
         tell(note)
 
 
-def print_settings(found: Json) -> None:
-    rows = [[r["key"], write_toml(r["value"]), r["origin"]] for r in found["settings"]]
+def print_settings(data: Json) -> None:
+    rows = [[r["key"], write_toml(r["value"]), r["origin"]] for r in data["settings"]]
     print_table(("KEY", "VALUE", "FROM"), rows)
 
 
-def print_changes(done: Json) -> None:
-    tell("changed: " + (", ".join(done["changed"]) or "nothing"))
-    if done["needs_restart"]:
-        keys = ", ".join(done["needs_restart"])
+def print_changes(changes: Json) -> None:
+    tell("changed: " + (", ".join(changes["changed"]) or "nothing"))
+    if changes["needs_restart"]:
+        keys = ", ".join(changes["needs_restart"])
         tell(f"{keys}: takes effect after: {program_words(sys.argv[0])} restart")
 
 
@@ -21703,12 +21748,12 @@ async def serve(
 def main_detached() -> int:
     """The entry point of a background process, named in LAUNCHER; returns the exit status."""
     launch = read_launch()
-    handle, launch.report = launch.report, -1
+    report_fd, launch.report = launch.report, -1
 
     def report(status: Json) -> bool:
-        heard = write_report(handle, status)
-        os.close(handle)
-        return heard
+        was_read = write_report(report_fd, status)
+        os.close(report_fd)
+        return was_read
 
     os.umask(0o077)
     try:
@@ -21718,16 +21763,16 @@ def main_detached() -> int:
         listeners = launch_listeners(launch, config)
         return run_in_loop(serve(launch, paths, config, listeners, report))
     except ProgramError as error:
-        write_report(handle, {"error": str(error)})  # closed when this process exits
+        write_report(report_fd, {"error": str(error)})  # closed when this process exits
         return error.exit_status
     except OSError as error:
-        write_report(handle, {"error": system_words(error)})
+        write_report(report_fd, {"error": system_message(error)})
         return 1
 
 
 def await_daemon(paths: Paths) -> Json | None:
     """The status of the daemon that has the lock, once it serves; None if it releases the lock."""
-    until = time.monotonic() + START_SECONDS
+    deadline = time.monotonic() + START_SECONDS
     while True:
         try:
             status = ask_daemon(paths, "status")
@@ -21738,15 +21783,15 @@ def await_daemon(paths: Paths) -> Json | None:
             return None
         except ProgramError as error:
             problem = error
-        if time.monotonic() > until:
+        if time.monotonic() > deadline:
             raise problem
         time.sleep(POLL_SECONDS)
 
 
-def report_running(status: Json, asked: bool) -> int:
-    """`start` while a gateway runs: fails only if other settings were `asked` for."""
+def report_running(status: Json, has_flags: bool) -> int:
+    """`start` while a gateway runs: fails only if flags ask for other settings."""
     tell(f"aiclient-api runs already: {status['url']} (process {status['pid']})")
-    if not asked:
+    if not has_flags:
         return 0
     raise ProgramError("the flags were not applied; stop it first, or restart it")
 
@@ -21762,11 +21807,11 @@ def ask_health(url: str) -> bool:
         return False
 
 
-def last_lines(path: str, begin: int) -> tuple[str, ...]:
-    """The last lines of a log, from the byte offset `begin` on."""
+def last_lines(path: str, offset: int) -> tuple[str, ...]:
+    """The last lines of a log, from the byte `offset` on."""
     try:
         with os.fdopen(open_plain(path, "O_RDONLY"), "rb") as file:
-            file.seek(begin)
+            file.seek(offset)
             lines = file.read(MIB).decode("utf-8", "replace").splitlines()
     except OSError:
         return ()
@@ -21780,18 +21825,18 @@ def start_detached(launch: Launch, paths: Paths) -> int:
     except OSError as error:
         raise ProgramError(f"{log}: the log cannot be written: {error.strerror}") from None
     assert log_file is not None
-    begin = log_file.size
+    offset = log_file.size
     reader, launch.report = os.pipe()
     fork_daemon(launch, paths, log_file.handle)
-    for number in launch.descriptors():
-        os.close(number)
+    for fd in launch.descriptors():
+        os.close(fd)
     status = read_report(reader, START_SECONDS)
     if status is None or "error" in status:
         reason = status["error"] if status else "it ended, or took too long, without a word"
-        raise ProgramError(f"the gateway did not start: {reason}", *last_lines(log, begin))
+        raise ProgramError(f"the gateway did not start: {reason}", *last_lines(log, offset))
     if not ask_health(status["url"]):
         signal_daemon(paths.pid_file, status["pid"], signal.SIGTERM)
-        raise ProgramError(f"{status['url']} does not answer", *last_lines(log, begin))
+        raise ProgramError(f"{status['url']} does not answer", *last_lines(log, offset))
     print_ready(status)
     return 0
 
@@ -21808,11 +21853,11 @@ def hide_key(options: argparse.Namespace) -> None:
         options.api_key = os.environ.pop(KEY_VARIABLE, None)
     elif any(options.api_key in word for word in sys.argv):
         flags = {"host": options.host, "port": options.port, "log-file": options.log_file}
-        words = [f"--{name}={value}" for name, value in flags.items() if value is not None]
-        words += ["--foreground"] if options.foreground else []
-        begin = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
+        arguments = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+        arguments += ["--foreground"] if options.foreground else []
+        interpreter = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
         environ = {**os.environ, KEY_VARIABLE: options.api_key}
-        os.execve(sys.executable, [*begin, "start", *words], environ)
+        os.execve(sys.executable, [*interpreter, "start", *arguments], environ)
 
 
 def cmd_start(options: argparse.Namespace) -> int:
@@ -21839,8 +21884,8 @@ def cmd_start(options: argparse.Namespace) -> int:
     while (lock := take_lock(paths.pid_file)) is None:
         status = await_daemon(paths)
         if status is not None:
-            asked = options.foreground or log_file or any(v is not None for v in flags.values())
-            return report_running(status, bool(asked))
+            has_flags = options.foreground or log_file or any(v is not None for v in flags.values())
+            return report_running(status, bool(has_flags))
     launch.lock = lock
     if not detached:
         launch.listeners = activated_descriptors(environ)
@@ -21848,9 +21893,9 @@ def cmd_start(options: argparse.Namespace) -> int:
     listeners = launch_listeners(launch, config)
     # Everything is checked and nothing is forked yet: it can still ask at the terminal.
     accounts = [row for row in account_rows(config, paths) if row["enabled"]]
-    is_new = accounts and all(row["health"] == "not signed in" for row in accounts)
-    if is_new and Console().interactive:
-        at_desk(offer_sign_in, config, paths)
+    is_first_start = accounts and all(row["health"] == "not signed in" for row in accounts)
+    if is_first_start and Console().interactive:
+        run_account_command(offer_sign_in, config, paths)
     if detached:
         return start_detached(launch, paths)
 
@@ -21873,17 +21918,17 @@ def cmd_stop(options: argparse.Namespace) -> int:
     except ConfigError:
         drain_s = ServerConfig().drain_seconds  # a broken configuration must not keep it running
     kill_at = time.monotonic() + drain_s + INSIST_SECONDS
-    number, told = signal.SIGTERM, set()
+    signum, signalled = signal.SIGTERM, set()
     while is_locked(path):
         pid, _ = read_pid_file(path)
-        if pid and (pid, number) not in told:  # a successor may have taken over meanwhile
-            told.add((pid, number))
-            signal_daemon(path, pid, number)
+        if pid and (pid, signum) not in signalled:  # a successor may have taken over meanwhile
+            signalled.add((pid, signum))
+            signal_daemon(path, pid, signum)
         if time.monotonic() > kill_at:
-            if number == signal.SIGKILL or not pid:
+            if signum == signal.SIGKILL or not pid:
                 raise ProgramError(f"the gateway (process {pid or 'unknown'}) does not end")
             print(f"process {pid} did not end in time: it is killed", file=sys.stderr)
-            number, kill_at = signal.SIGKILL, time.monotonic() + INSIST_SECONDS
+            signum, kill_at = signal.SIGKILL, time.monotonic() + INSIST_SECONDS
         time.sleep(POLL_SECONDS)
     print("stopped")
     return 0
@@ -21899,7 +21944,7 @@ def cmd_restart(options: argparse.Namespace) -> int:
 # 20.3 accounts
 
 
-def at_desk(
+def run_account_command(
     work: Callable[[SignInContext], Awaitable[Result]],
     config: Config,
     paths: Paths,
@@ -21909,7 +21954,7 @@ def at_desk(
 
     A running gateway notices a new token file by itself; for a new provider it is reloaded.
     """
-    before = dict(config.providers)
+    old_providers = dict(config.providers)
 
     async def run() -> Result:
         client = HttpClient(config.network, Ticker())
@@ -21925,12 +21970,12 @@ def at_desk(
     except KeyboardInterrupt:
         print("\naiclient-api: stopped", file=sys.stderr)
         raise
-    if config.providers != before and is_locked(paths.pid_file):
+    if config.providers != old_providers and is_locked(paths.pid_file):
         reload_if_running(paths)
     return result
 
 
-def load_desk() -> tuple[Config, Paths]:
+def open_account_command() -> tuple[Config, Paths]:
     paths = find_paths(dict(os.environ))
     config = load_config(paths, dict(os.environ), {})
     start_log("warning")
@@ -21951,20 +21996,20 @@ def cmd_auth_copilot(options: argparse.Namespace) -> int:
 
     It says who was signed in; a running gateway uses the sign-in with its next request.
     """
-    config, paths = load_desk()
+    config, paths = open_account_command()
     host = plain_host(options.github_host) if options.github_host else ""
     token = read_secret("GitHub token: ") if options.token_stdin else ""
 
     async def work(context: SignInContext) -> str:
         return await sign_in_copilot(context, options.name, host, token)
 
-    tell(at_desk(work, config, paths, options.browser))
+    tell(run_account_command(work, config, paths, options.browser))
     return 0
 
 
 def cmd_auth_kiro(options: argparse.Namespace) -> int:
     """Signs in to Kiro with an AWS Builder ID, Google, GitHub, an organisation, or an API key."""
-    config, paths = load_desk()
+    config, paths = open_account_command()
     is_organisation = options.start_url or options.region
     if is_organisation and options.method not in (None, "organisation"):
         raise WrongUsage("--start-url and --region go with --method organisation only")
@@ -21972,44 +22017,44 @@ def cmd_auth_kiro(options: argparse.Namespace) -> int:
     if token and not token.startswith("ksk_"):
         raise SignInFailed("that is no API key of Kiro's: they begin with ksk_")
     method = options.method or ("organisation" if is_organisation else "")
-    wish = KiroSignIn(method, options.start_url or "", options.region or "", token)
+    settings = KiroSignIn(method, options.start_url or "", options.region or "", token)
 
     async def work(context: SignInContext) -> str:
-        return await sign_in_kiro(context, options.name, wish)
+        return await sign_in_kiro(context, options.name, settings)
 
-    tell(at_desk(work, config, paths, options.browser))
+    tell(run_account_command(work, config, paths, options.browser))
     return 0
 
 
 def cmd_auth_import(options: argparse.Namespace) -> int:
     """Uses sign-ins that other programs have on this machine, like the Kiro IDE; asks first."""
-    config, paths = load_desk()
-    found = find_logins(options.origins)
-    if not found:
-        looked = ", ".join(options.origins or [n for n in IMPORTS if n not in ONLY_ON_REQUEST])
-        raise ProgramError(f"no sign-in of another program was found; looked at: {looked}")
+    config, paths = open_account_command()
+    logins = find_logins(options.origins)
+    if not logins:
+        searched = ", ".join(options.origins or [n for n in IMPORTS if n not in ONLY_ON_REQUEST])
+        raise ProgramError(f"no sign-in of another program was found; looked at: {searched}")
 
     async def work(context: SignInContext) -> list[str]:
-        return await import_logins(context, found, options.name or "", options.yes)
+        return await import_logins(context, logins, options.name or "", options.yes)
 
-    for words in at_desk(work, config, paths) or ["Nothing was changed"]:
-        tell(words)
+    for message in run_account_command(work, config, paths) or ["Nothing was changed"]:
+        tell(message)
     return 0
 
 
 def cmd_auth_list(options: argparse.Namespace) -> int:
     """Lists the sign-ins: name, type, kind, user, plan, expiry, health.  Never a token."""
-    return show(options, {"accounts": account_rows(*load_desk())}, print_accounts)
+    return show(options, {"accounts": account_rows(*open_account_command())}, print_accounts)
 
 
 def cmd_auth_revoke(options: argparse.Namespace) -> int:
     """Removes a sign-in from this machine, and says where to end it at the vendor."""
-    config, paths = load_desk()
+    config, paths = open_account_command()
 
     async def work(context: SignInContext) -> str:
         return await revoke_login(context, options.name)
 
-    tell(at_desk(work, config, paths))
+    tell(run_account_command(work, config, paths))
     return 0
 
 
@@ -22030,27 +22075,27 @@ def cmd_models(options: argparse.Namespace) -> int:
 def cmd_usage(options: argparse.Namespace) -> int:
     """Shows requests, tokens and credits by model, or by what is asked; also of the past."""
     paths = find_paths(make_environ())
-    asked = {"since": options.since, "by": options.by, "recent": options.recent}
-    asked["cache"] = int(options.cache)
-    given = {name: str(value) for name, value in asked.items() if value}
+    request = {"since": options.since, "by": options.by, "recent": options.recent}
+    request["cache"] = int(options.cache)
+    params = {name: str(value) for name, value in request.items() if value}
     try:
-        asked = {**given, "reset": options.reset}
-        report = ask_daemon(paths, "usage", asked, CONTROL_WORK_SECONDS)
+        request = {**params, "reset": options.reset}
+        report = ask_daemon(paths, "usage", request, CONTROL_WORK_SECONDS)
     except NotRunning:
         if options.reset or options.cache or not os.path.exists(paths.usage_file):
             raise
-        report = load_usage(paths, given)
+        report = load_usage(paths, params)
     if options.csv:
         print_usage_csv(report)
         return 0
     return show(options, report, print_cache if options.cache else print_usage)
 
 
-def load_usage(paths: Paths, given: dict[str, str]) -> Json:
+def load_usage(paths: Paths, params: dict[str, str]) -> Json:
     """From the file, without a gateway; raises ProgramError."""
     now = time.time()
     try:
-        query = read_usage_query(given, now)
+        query = read_usage_query(params, now)
     except ApiError as error:
         raise ProgramError(error.text()) from None
     store = UsageStore(paths.usage_file)
@@ -22080,11 +22125,11 @@ def reload_if_running(paths: Paths) -> Json | None:
 
 def report_saved(paths: Paths, key: str = "") -> int:
     """Applies a changed file; reports what changed, and whether something overrides `key`."""
-    done = reload_if_running(paths)
+    changes = reload_if_running(paths)
     tell(f"saved in {paths.config_file}")
-    if done is None:
+    if changes is None:
         return 0
-    print_changes(done)
+    print_changes(changes)
     for row in ask_daemon(paths, "config.show")["settings"]:
         if row["key"] == key and row["origin"] != "file":
             tell(f"{row['origin']} beats the file as long as this gateway runs")
@@ -22096,10 +22141,10 @@ def cmd_config_show(options: argparse.Namespace) -> int:
     environ = make_environ()
     paths = find_paths(environ)
     try:
-        found = ask_daemon(paths, "config.show")
+        settings = ask_daemon(paths, "config.show")
     except NotRunning:
-        found = {"settings": describe_settings(load_config(paths, environ, {}))}
-    return show(options, found, print_settings)
+        settings = {"settings": describe_settings(load_config(paths, environ, {}))}
+    return show(options, settings, print_settings)
 
 
 def cmd_config_set(options: argparse.Namespace) -> int:
@@ -22115,8 +22160,8 @@ def cmd_config_set(options: argparse.Namespace) -> int:
 
 def cmd_config_reload(options: argparse.Namespace) -> int:
     """Makes the running gateway read its configuration again."""
-    done = ask_daemon(find_paths(make_environ()), "config.reload")
-    return show(options, done, print_changes)
+    changes = ask_daemon(find_paths(make_environ()), "config.reload")
+    return show(options, changes, print_changes)
 
 
 INIT_HEAD = "# aiclient-api; README.md lists every setting.\n"
@@ -22131,8 +22176,8 @@ def ask_settings() -> dict[str, str]:
     print("Which service should answer when a model's name does not tell?")
     settings = {"default_provider": ask_line("copilot, kiro or echo", "copilot")}
     settings["server.port"] = ask_line("Port to listen on", "9090")
-    words = ask_line("Should programs have to send a key?  Yes generates one (yes, no)", "no")
-    if words.lower() in ("y", "yes"):
+    answer = ask_line("Should programs have to send a key?  Yes generates one (yes, no)", "no")
+    if answer.lower() in ("y", "yes"):
         settings["api_key"] = "sk-local-" + os.urandom(24).hex()
     return settings
 
@@ -22140,18 +22185,18 @@ def ask_settings() -> dict[str, str]:
 def cmd_config_init(options: argparse.Namespace) -> int:
     """Writes a first configuration file: asks three questions and shows the file before."""
     paths = find_paths(make_environ())
-    where = paths.config_file
-    if os.path.lexists(where) and not options.force:
-        raise ProgramError(f"{where} exists; change it with the verb: config set KEY VALUE")
-    asking = sys.stdin.isatty() and not options.yes
-    if not asking and not options.yes:
+    path = paths.config_file
+    if os.path.lexists(path) and not options.force:
+        raise ProgramError(f"{path} exists; change it with the verb: config set KEY VALUE")
+    interactive = sys.stdin.isatty() and not options.yes
+    if not interactive and not options.yes:
         raise WrongUsage("there is nobody to ask here; --yes writes the defaults")
     defaults = {"default_provider": "copilot", "server.port": "9090"}
     text = INIT_HEAD
-    for key, value in (ask_settings() if asking else defaults).items():
-        text = change_setting(text, where, key, value)
-    print(f"\n{where}:\n\n{text}")
-    if asking and ask_line("Write it (yes, no)", "yes").lower() not in ("y", "yes"):
+    for key, value in (ask_settings() if interactive else defaults).items():
+        text = change_setting(text, path, key, value)
+    print(f"\n{path}:\n\n{text}")
+    if interactive and ask_line("Write it (yes, no)", "yes").lower() not in ("y", "yes"):
         print("nothing was written")
         return 1
     edit_config(paths, lambda _: text)
@@ -22162,12 +22207,12 @@ def switch_one(options: argparse.Namespace, method: str, enabled: str) -> int:
     environ = make_environ()
     paths = find_paths(environ)
     try:
-        done = ask_daemon(paths, method, {"name": options.name})
+        changes = ask_daemon(paths, method, {"name": options.name})
     except NotRunning:
         change_provider(paths, environ, options.name, enabled)
         tell(f"saved in {paths.config_file}")
         return 0
-    print_changes(done)
+    print_changes(changes)
     return 0
 
 
@@ -22197,13 +22242,13 @@ def find_log(paths: Paths) -> str:
 
 def follow_log(file: TextIO, path: str, level: str) -> None:
     """Prints new lines of a log, across rotations, until interrupted."""
-    wanted = LogFilter(level)
-    rest = ""
+    log_filter = LogFilter(level)
+    tail = ""
     while True:
         is_moved = not is_open_at(file, path)
-        piece = rest + file.read()  # after the check: all that the moved file will ever hold
-        *lines, rest = piece.split("\n")
-        for line in filter(wanted.takes, lines):
+        piece = tail + file.read()  # after the check: all that the moved file will ever hold
+        *lines, tail = piece.split("\n")
+        for line in filter(log_filter.takes, lines):
             tell(line)
         if is_moved and os.path.exists(path):
             file.close()
@@ -22253,14 +22298,14 @@ def unit_command(command: list[str]) -> str:
 
     Variables are expanded in its arguments and in argv[0], but not in the path that is run.
     """
-    words = [quote_unit(word).replace("$", "$$") for word in command]
+    arguments = [quote_unit(word).replace("$", "$$") for word in command]
     if "$" in command[0]:
-        words.insert(0, "@" + quote_unit(command[0]))
-    return " ".join(words)
+        arguments.insert(0, "@" + quote_unit(command[0]))
+    return " ".join(arguments)
 
 
-def service_command(*words: str) -> list[str]:
-    return [sys.executable, "-I", os.path.realpath(__file__), *words]
+def service_command(*arguments: str) -> list[str]:
+    return [sys.executable, "-I", os.path.realpath(__file__), *arguments]
 
 
 def service_environment(environ: dict[str, str]) -> dict[str, str]:
@@ -22340,12 +22385,12 @@ def run_manager(commands: list[list[str]]) -> None:
     """Raises ProgramError with the command's standard error."""
     for command in commands:
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
         except OSError as error:
             raise ProgramError(f"{command[0]} cannot be run: {error.strerror}") from None
-        if done.returncode:
-            said = redact(done.stderr.strip(), MAX_ERROR_TEXT)
-            raise ProgramError(f"{' '.join(command)} failed: {said or done.returncode}")
+        if result.returncode:
+            reason = redact(result.stderr.strip(), MAX_ERROR_TEXT)
+            raise ProgramError(f"{' '.join(command)} failed: {reason or result.returncode}")
 
 
 def cmd_service_print(options: argparse.Namespace) -> int:
@@ -22437,13 +22482,13 @@ def write_zsh(words: list[tuple[str, str, str]]) -> str:
 def write_fish(words: list[tuple[str, str, str]]) -> str:
     top = " ".join(word for path, word, _ in words if not path and not word.startswith("-"))
     lines = ["complete -c aiclient-api -f"]
-    for path, word, said in words:
+    for path, word, help_text in words:
         steps = path.split("/")[:-1]
         when = [f"__fish_seen_subcommand_from {step}" for step in steps]
         when = when or [f"not __fish_seen_subcommand_from {top}"]
         name = f"-l {word[2:]}" if word.startswith("--") else f"-a {word}"
-        said = said.replace("'", "\\'").replace("%%", "%")
-        lines.append(f"complete -c aiclient-api -n '{'; and '.join(when)}' {name} -d '{said}'")
+        help_text = help_text.replace("'", "\\'").replace("%%", "%")
+        lines.append(f"complete -c aiclient-api -n '{'; and '.join(when)}' {name} -d '{help_text}'")
     return "\n".join(lines) + "\n"
 
 
@@ -22473,8 +22518,8 @@ class Argument(NamedTuple):
     settings: Json
 
 
-def argument(name: str, said: str, **settings: Any) -> Argument:
-    return Argument(name, {"help": said, **settings})
+def argument(name: str, help_text: str, **settings: Any) -> Argument:
+    return Argument(name, {"help": help_text, **settings})
 
 
 AS_JSON = argument("--json", "JSON instead of a table, as in a pipe", action="store_true")
@@ -22518,7 +22563,7 @@ class Verb(NamedTuple):
 
     words: str
     run: Callable[[argparse.Namespace], int]
-    said: str
+    summary: str
     arguments: tuple[Argument, ...] = ()
     example: str = ""
 
@@ -22527,10 +22572,10 @@ NO_BROWSER = argument("--no-browser", "only show the link", dest="browser", acti
 
 
 def account_arguments(kind: str, secret: str) -> tuple[Argument, ...]:
-    said = f"read a {secret} from standard input"
+    help_text = f"read a {secret} from standard input"
     return (
         argument("--name", f"of the provider (default {kind})", default=kind),
-        argument("--token-stdin", said, action="store_true"),
+        argument("--token-stdin", help_text, action="store_true"),
         NO_BROWSER,
     )
 
@@ -22654,13 +22699,13 @@ def make_parser() -> argparse.ArgumentParser:
             owner.set_defaults(help_of=owner)
             groups[group] = owner.add_subparsers(metavar="VERB")
         epilog = f"example: aiclient-api {verb.example or verb.words}"
-        described = verb.run.__doc__
-        inner = groups.get(group, verbs).add_parser(
-            name, help=verb.said, description=described, epilog=epilog
+        description = verb.run.__doc__
+        subparser = groups.get(group, verbs).add_parser(
+            name, help=verb.summary, description=description, epilog=epilog
         )
         for item in verb.arguments:
-            inner.add_argument(item.name, **item.settings)
-        inner.set_defaults(run=verb.run)
+            subparser.add_argument(item.name, **item.settings)
+        subparser.set_defaults(run=verb.run)
     return parser
 
 
@@ -22669,14 +22714,14 @@ def open_standard_streams() -> None:
 
     What the terminal has no letters for is shown as escapes.
     """
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
         try:
-            os.fstat(number)
+            os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest free descriptor: this one
         if getattr(sys, name) is None:
-            mode = "w" if number else "r"
-            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8"))
+            mode = "w" if fd else "r"
+            setattr(sys, name, os.fdopen(fd, mode, encoding="utf-8"))
     if sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
@@ -22703,9 +22748,9 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         # What was not written yet cannot be: `| head` has seen enough, or the disk is full.
         os.close(1)
-        os.open(os.devnull, os.O_WRONLY)  # the lowest number that is free: this one
+        os.open(os.devnull, os.O_WRONLY)  # the lowest free descriptor: this one
         if not isinstance(error, BrokenPipeError):
-            print(one_line(f"aiclient-api: {system_words(error)}"), file=sys.stderr)
+            print(one_line(f"aiclient-api: {system_message(error)}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
