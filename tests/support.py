@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import atexit
 import contextlib
 import functools
@@ -330,11 +329,11 @@ class Wire:
 @functools.cache
 def compiled_program() -> Path:
     """The program as bytecode, which runs as the file does: Python compiles that at each start."""
-    tree = ast.parse(PROGRAM.read_bytes(), str(PROGRAM))
     folder = Path(tempfile.mkdtemp(prefix="gw-compiled-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = folder / f"{PROGRAM.stem}.pyc"
-    code = marshal.dumps(compile(tree, str(PROGRAM), "exec", dont_inherit=True))
+    source = PROGRAM.read_bytes()
+    code = marshal.dumps(compile(source, str(PROGRAM), "exec", dont_inherit=True))
     path.write_bytes(importlib.util.MAGIC_NUMBER + bytes(12) + code)
     return path
 
