@@ -11813,9 +11813,9 @@ class Router:
         """
         if not MODEL_NAME.fullmatch(name):
             raise InvalidRequest("model: is not a model name.", param="model")
-        prefixed = self.split(name, self.enabled)
-        if prefixed:
-            return [prefixed]
+        explicit_route = self.split(name, self.enabled)
+        if explicit_route:
+            return [explicit_route]
         if header:
             return [Route(self.check_provider(header), name, True)]
         if name not in self.aliases:
@@ -11832,19 +11832,21 @@ class Router:
 
     @staticmethod
     def split(name: str, providers: list[str]) -> Route | None:
-        prefix, slash, rest = name.partition("/")
-        return Route(prefix, rest, True) if slash and rest and prefix in providers else None
+        prefix, slash, model = name.partition("/")
+        return Route(prefix, model, True) if slash and model and prefix in providers else None
 
     def place(self, route: Route, catalogues: dict[str, dict[str, Model]]) -> Route:
         """Adds the provider: the named one, the only one with the model, or the default."""
         if route.provider:
             return route
         name = route.model
-        having = [p for p in self.enabled if name in catalogues.get(p, ())] or [
-            p for p in self.enabled if find_model(name, catalogues.get(p, {}))
+        owners = [
+            provider for provider in self.enabled if name in catalogues.get(provider, ())
+        ] or [
+            provider for provider in self.enabled if find_model(name, catalogues.get(provider, {}))
         ]
-        if len(having) == 1:
-            return Route(having[0], name, False)
+        if len(owners) == 1:
+            return Route(owners[0], name, False)
         if self.default not in self.enabled:
             raise self.not_found(name, catalogues)
         return Route(self.default, name, False)
@@ -11852,14 +11854,18 @@ class Router:
     def check_provider(self, name: str) -> str:
         """`name` itself; raises InvalidRequest unless it is an enabled provider."""
         if name not in self.enabled:
-            have = ", ".join(self.enabled)
-            raise InvalidRequest(f"X-Provider: no provider of that name; there are: {have}.")
+            available = ", ".join(self.enabled)
+            raise InvalidRequest(f"X-Provider: no provider of that name; there are: {available}.")
         return name
 
     def not_found(self, name: str, catalogues: dict[str, dict[str, Model]]) -> ModelNotFound:
-        known = [model for models in catalogues.values() for model in models]
-        close = nearest(model_spellings(name)[-1], known)
-        hint = "Nearest: " + ", ".join(close) + "." if close else "GET /v1/models lists them."
+        model_ids = [model for models in catalogues.values() for model in models]
+        suggestions = nearest(model_spellings(name)[-1], model_ids)
+        hint = (
+            "Nearest: " + ", ".join(suggestions) + "."
+            if suggestions
+            else "GET /v1/models lists them."
+        )
         return ModelNotFound(f"The model {name!r} does not exist here.", hint=hint, param="model")
 
 
@@ -11891,10 +11897,10 @@ def usefulness(error: ApiError) -> tuple[int, float]:
     return ranks.get(error.kind, len(order) + 1), 0.0
 
 
-def summarize_errors(passed: list[tuple[str, ApiError]]) -> ApiError:
-    best = min((error for _, error in passed), key=usefulness)
-    asked = ", ".join(f"{name} ({error.kind})" for name, error in passed)
-    return best.anew(f"{best.hint} All of these were tried: {asked}.".strip(), best.retry_after)
+def summarize_errors(failures: list[tuple[str, ApiError]]) -> ApiError:
+    best = min((error for _, error in failures), key=usefulness)
+    attempts = ", ".join(f"{name} ({error.kind})" for name, error in failures)
+    return best.anew(f"{best.hint} All of these were tried: {attempts}.".strip(), best.retry_after)
 
 
 class RateLimiter:
@@ -11914,7 +11920,7 @@ class RateLimiter:
         if ready_at > now:
             return ready_at - now
         if len(self.next_at) >= self.MAX_CLIENTS:
-            self.next_at = {ip: at for ip, at in self.next_at.items() if at > now}
+            self.next_at = {address: at for address, at in self.next_at.items() if at > now}
         self.next_at[client] = now + self.gap_s
         return 0.0
 
@@ -11976,7 +11982,7 @@ class UsageRecord:
         }
 
 
-ANSWER_NAMES = ("provider", "account", "model", "label", "dialect", "kind")
+RECORD_NAMES = ("provider", "account", "model", "label", "dialect", "kind")
 USAGE_FIGURES = ("input", "cache_read", "cache_write", "output", "reasoning", "nano_credits")
 USER_AGENT = re.compile(r"([A-Za-z][\w.+-]{0,39})(?:/([A-Za-z]{1,20})\b)?", re.ASCII)
 
@@ -11984,10 +11990,10 @@ USER_AGENT = re.compile(r"([A-Za-z][\w.+-]{0,39})(?:/([A-Za-z]{1,20})\b)?", re.A
 @functools.lru_cache(maxsize=256)
 def client_label(user_agent: str) -> str:
     """`claude-cli/2.1 (external)` -> claude-cli; SDKs: `OpenAI/Python 2.1` -> openai-python."""
-    found = USER_AGENT.match(user_agent)
-    if found is None:
+    match = USER_AGENT.match(user_agent)
+    if match is None:
         return "unknown"
-    return "-".join(filter(None, found.groups())).lower()
+    return "-".join(filter(None, match.groups())).lower()
 
 
 OTHER = "other"  # replaces names beyond the limit
@@ -11996,8 +12002,8 @@ OTHER = "other"  # replaces names beyond the limit
 class NameTable:
     """Keeps clients from growing tables without bounds: later names of a period become OTHER."""
 
-    def __init__(self, most: int) -> None:
-        self.most = most
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
         self.period = ""
         self.names: set[str] = set()
 
@@ -12006,25 +12012,25 @@ class NameTable:
         if period != self.period:
             self.period = period
             self.names.clear()
-        if name not in self.names and len(self.names) >= self.most:
+        if name not in self.names and len(self.names) >= self.limit:
             return OTHER
         self.names.add(name)
         return name
 
 
-def normalize_usage_record(answer: UsageRecord) -> None:
-    for name in ANSWER_NAMES:
-        setattr(answer, name, one_line(getattr(answer, name)[:MAX_NAME_CHARS]))
-    given = {name: getattr(answer.usage, name) for name in USAGE_FIGURES}
-    figures = {name: min(max(figure, 0), MAX_FIGURE) for name, figure in given.items()}
-    if figures != given:
-        answer.usage = replace(answer.usage, **figures)
+def normalize_usage_record(record: UsageRecord) -> None:
+    for name in RECORD_NAMES:
+        setattr(record, name, one_line(getattr(record, name)[:MAX_NAME_CHARS]))
+    original = {name: getattr(record.usage, name) for name in USAGE_FIGURES}
+    figures = {name: min(max(figure, 0), MAX_FIGURE) for name, figure in original.items()}
+    if figures != original:
+        record.usage = replace(record.usage, **figures)
 
 
-def is_storable(answer: UsageRecord) -> bool:
-    figures = [getattr(answer.usage, name) for name in USAGE_FIGURES]
-    times = (answer.at, answer.duration_s, answer.first_byte_s or 0.0)
-    names = [getattr(answer, name) for name in ANSWER_NAMES]
+def is_storable(record: UsageRecord) -> bool:
+    figures = [getattr(record.usage, name) for name in USAGE_FIGURES]
+    times = (record.at, record.duration_s, record.first_byte_s or 0.0)
+    names = [getattr(record, name) for name in RECORD_NAMES]
     return (
         all(isinstance(figure, int) and 0 <= figure <= MAX_FIGURE for figure in figures)
         and all(0 <= moment <= MAX_UNIX_SECONDS for moment in times)
@@ -12069,20 +12075,22 @@ class Totals:
             "total_tokens": prompt + row["output"],
             "token_sources": {name: row[name] for name in sources if row[name]},
             "credits": row["nano_credits"] / 1e9,
-            "credit_sources": {n: row[f"credits_{n}"] for n in sources if row[f"credits_{n}"]},
+            "credit_sources": {
+                name: row[f"credits_{name}"] for name in sources if row[f"credits_{name}"]
+            },
             "duration_ms": round(row["duration_ms"] / row["requests"]) if row["requests"] else 0,
             "first_byte_ms": round(row["first_byte_ms"] / first_bytes) if first_bytes else None,
         }
 
 
-def usage_figures(answer: UsageRecord) -> tuple[int, ...]:
+def usage_figures(record: UsageRecord) -> tuple[int, ...]:
     """A record's figures in the order of SUM_FIELDS."""
-    usage, source, bill = answer.usage, answer.usage.source, answer.usage.credits_source
-    cancelled = answer.kind == "cancelled"
-    first_byte = answer.first_byte_s
+    usage, source, credits_source = record.usage, record.usage.source, record.usage.credits_source
+    cancelled = record.kind == "cancelled"
+    first_byte = record.first_byte_s
     return (
         1,
-        int(bool(answer.kind) and not cancelled),
+        int(bool(record.kind) and not cancelled),
         int(cancelled),
         usage.input,
         usage.cache_read,
@@ -12093,10 +12101,10 @@ def usage_figures(answer: UsageRecord) -> tuple[int, ...]:
         int(source == "reported"),
         int(source == "derived"),
         int(source == "estimated"),
-        int(bill == "reported"),
-        int(bill == "derived"),
-        int(bill == "estimated"),
-        round(answer.duration_s * 1000),
+        int(credits_source == "reported"),
+        int(credits_source == "derived"),
+        int(credits_source == "estimated"),
+        round(record.duration_s * 1000),
         int(first_byte is not None),
         round((first_byte or 0.0) * 1000),
     )
@@ -12127,9 +12135,9 @@ def read_since(text: str, now: float) -> float:
 
     Days begin at local midnight.  Raises InvalidRequest.
     """
-    found = SINCE.fullmatch(text)
-    if found:
-        return now - int(found[1]) * SINCE_UNITS[found[2]]
+    match = SINCE.fullmatch(text)
+    if match:
+        return now - int(match[1]) * SINCE_UNITS[match[2]]
     if re.fullmatch(r"\d{9,11}(\.\d{1,9})?", text, re.ASCII):
         return float(text)
     try:
@@ -12149,14 +12157,17 @@ def usage_report(models: Sums) -> Json:
     total = Totals()
     providers: dict[str, tuple[Totals, Json]] = {}
     for (provider, model), row in sorted(models.items()):
-        summed, by_model = providers.setdefault(provider, (Totals(), {}))
+        provider_total, by_model = providers.setdefault(provider, (Totals(), {}))
         by_model[model] = row.as_json()
-        summed.add(row.figures)
+        provider_total.add(row.figures)
         total.add(row.figures)
-    rows = {name: {**s.as_json(), "models": m} for name, (s, m) in providers.items()}
-    whole = total.as_json()
-    del whole["credits"]  # each provider has its own unit
-    return {"providers": rows, "total": whole}
+    rows = {
+        name: {**totals.as_json(), "models": by_model}
+        for name, (totals, by_model) in providers.items()
+    }
+    total_row = total.as_json()
+    del total_row["credits"]  # each provider has its own unit
+    return {"providers": rows, "total": total_row}
 
 
 def usage_rows(by: str, groups: Sums) -> list[Json]:
@@ -12179,9 +12190,9 @@ class UsageQuery:
     cache: bool = False
 
 
-def read_usage_query(given: dict[str, str], now: float) -> UsageQuery:
+def read_usage_query(parameters: dict[str, str], now: float) -> UsageQuery:
     query = UsageQuery()
-    for name, text in given.items():
+    for name, text in parameters.items():
         if name == "since":
             query.since = read_since(text, now)
         elif name == "by":
@@ -12190,17 +12201,19 @@ def read_usage_query(given: dict[str, str], now: float) -> UsageQuery:
             query.by = text
         elif name == "recent":
             if not re.fullmatch(r"\d{1,6}", text, re.ASCII) or int(text) > MAX_RECENT_ANSWERS:
-                words = f"recent: must be a number from 0 to {MAX_RECENT_ANSWERS}."
-                raise InvalidRequest(words, param="recent")
+                message = f"recent: must be a number from 0 to {MAX_RECENT_ANSWERS}."
+                raise InvalidRequest(message, param="recent")
             query.recent = int(text)
         elif name == "cache":
             if text not in ("0", "1"):
                 raise InvalidRequest("cache: must be 0 or 1.", param="cache")
             query.cache = text == "1"
         else:
-            have = "since, by, recent and cache"
+            known_names = "since, by, recent and cache"
             name = name[:100]
-            raise InvalidRequest(f"{name}: is not a parameter; there are {have}.", param=name)
+            raise InvalidRequest(
+                f"{name}: is not a parameter; there are {known_names}.", param=name
+            )
     return query
 
 
@@ -12245,11 +12258,11 @@ class Spending:
         #: added since the last write began: (day, provider, label, tokens, nano-credits)
         self.unwritten: list[tuple[str, str, str, int, int]] = []
 
-    def add(self, answer: UsageRecord) -> None:
-        usage = answer.usage
-        day = local_day(int(answer.at) // SLOT_SECONDS)
+    def add(self, record: UsageRecord) -> None:
+        usage = record.usage
+        day = local_day(int(record.at) // SLOT_SECONDS)
         tokens = usage.prompt + usage.output
-        row = (day, answer.provider, answer.label, tokens, usage.nano_credits)
+        row = (day, record.provider, record.label, tokens, usage.nano_credits)
         self.unwritten.append(row)
         self.count(*row)
 
@@ -12279,9 +12292,9 @@ class Spending:
 
     def check(self, limits: LimitsConfig, provider: str, label: str, now: float) -> None:
         """Raises LimitReached if a cap of the provider or of the label is used up."""
-        asked = {"providers": provider, "labels": label}
+        scope_names = {"providers": provider, "labels": label}
         for scope, name, setting, limit in active_caps(limits):
-            used = self.used(scope, name, setting, now) if asked[scope] == name else 0.0
+            used = self.used(scope, name, setting, now) if scope_names[scope] == name else 0.0
             if used >= limit:
                 period, unit, _ = CAPS[setting]
                 ends_at = period_end(period, now)
@@ -12320,23 +12333,23 @@ class RepeatGuard:
         #: hash of a request -> (monotonic time of the first, how many since)
         self.seen: dict[int, tuple[float, int]] = {}
 
-    def check(self, limits: LimitsConfig, request: int, now: float) -> None:
+    def check(self, limits: LimitsConfig, request_hash: int, now: float) -> None:
         """Counts a request by its hash; raises LimitReached.  `now` is monotonic."""
-        most, seconds = limits.runaway_requests, limits.runaway_seconds
-        if not most:
+        limit, seconds = limits.runaway_requests, limits.runaway_seconds
+        if not limit:
             return
-        began_at, number = self.seen.pop(request, (now, 0))
-        if now - began_at >= seconds:
-            began_at, number = now, 0
+        started_at, repeats = self.seen.pop(request_hash, (now, 0))
+        if now - started_at >= seconds:
+            started_at, repeats = now, 0
         if len(self.seen) >= MAX_RUNAWAYS:
             del self.seen[next(iter(self.seen))]  # the least recently seen
-        self.seen[request] = began_at, min(number + 1, most)
-        if number >= most:
+        self.seen[request_hash] = started_at, min(repeats + 1, limit)
+        if repeats >= limit:
             raise RequestRepeated(
-                f"The very same request came {most} times within {seconds:g} seconds: "
+                f"The very same request came {limit} times within {seconds:g} seconds: "
                 "is a program caught in a loop?",
                 hint="If that is meant, raise limits.runaway_requests, or set it to 0.",
-                retry_after=began_at + seconds - now,
+                retry_after=started_at + seconds - now,
             )
 
 
@@ -12454,13 +12467,15 @@ def escape_label(value: object) -> str:
 
 def write_labels(names: list[str], values: Labels) -> str:
     """`provider="copilot",model="gpt-4.1"`."""
-    return ",".join(f'{n}="{escape_label(v)}"' for n, v in zip(names, values, strict=True))
+    return ",".join(
+        f'{name}="{escape_label(value)}"' for name, value in zip(names, values, strict=True)
+    )
 
 
 def write_samples(name: str, names: list[str], series: Series) -> Iterator[str]:
-    for values, number in sorted(series.items()):
+    for values, value in sorted(series.items()):
         labels = write_labels(names, values)
-        yield f"{name}{{{labels}}} {number}" if labels else f"{name} {number}"
+        yield f"{name}{{{labels}}} {value}" if labels else f"{name} {value}"
 
 
 class Histogram:
@@ -12484,8 +12499,8 @@ class Histogram:
         for values, row in sorted(self.rows.items()):
             labels = write_labels(names, values)
             total: float = 0
-            for bound, number in zip(bounds, row[:-1], strict=True):
-                total += number
+            for bound, bucket_count in zip(bounds, row[:-1], strict=True):
+                total += bucket_count
                 yield f'{name}_bucket{{{labels},le="{bound}"}} {total}'
             yield f"{name}_sum{{{labels}}} {row[-1]}"
             yield f"{name}_count{{{labels}}} {total}"
@@ -12517,9 +12532,9 @@ def read_status(status: Json) -> dict[str, Series]:
     ready: Series = {}
     cooldowns: Series = {}
     for row in status["providers"]:
-        resting = {"*": 0, **row["cool_downs"]}
-        ready[row["name"],] = int(row["health"] in ("ready", "resting") and not resting["*"])
-        cooldowns.update({(row["name"], model): seconds for model, seconds in resting.items()})
+        by_model = {"*": 0, **row["cool_downs"]}
+        ready[row["name"],] = int(row["health"] in ("ready", "resting") and not by_model["*"])
+        cooldowns.update({(row["name"], model): seconds for model, seconds in by_model.items()})
     return {**series, "provider_ready": ready, "cool_down_seconds": cooldowns}
 
 
@@ -12530,7 +12545,9 @@ class Metrics:
         self.counts: dict[str, Series] = {
             metric.name: defaultdict(int) for metric in METRICS if metric.kind == "counter"
         }
-        self.histograms = {m.name: Histogram(m.buckets) for m in METRICS if m.buckets}
+        self.histograms = {
+            metric.name: Histogram(metric.buckets) for metric in METRICS if metric.buckets
+        }
         #: the PROVIDER/MODEL names that have their own series
         self.models = NameTable(MAX_METRIC_SERIES)
 
@@ -12543,12 +12560,12 @@ class Metrics:
         for kind in refusals:
             self.counts["upstream_refusals_total"][provider, kind] += 1
 
-    def observe(self, answer: UsageRecord) -> None:
+    def observe(self, record: UsageRecord) -> None:
         """Counts one record, in some 2 microseconds."""
-        provider, usage, kind = answer.provider, answer.usage, answer.kind
-        model = self.model_label(answer)
+        provider, usage, kind = record.provider, record.usage, record.kind
+        model = self.model_label(record)
         counts, key = self.counts, (provider, model)
-        counts["answers_total"][provider, model, answer.dialect, answer.status] += 1
+        counts["answers_total"][provider, model, record.dialect, record.status] += 1
         tokens = counts["tokens_total"]
         tokens[provider, model, "input"] += usage.input
         tokens[provider, model, "cache_read"] += usage.cache_read
@@ -12557,18 +12574,18 @@ class Metrics:
         counts["reasoning_tokens_total"][key] += usage.reasoning
         counts["credits_total"][key] += usage.nano_credits / 1e9
         if not kind:
-            self.histograms["answer_duration_seconds"].add(key, answer.duration_s)
+            self.histograms["answer_duration_seconds"].add(key, record.duration_s)
         elif kind != "cancelled":
             counts["answer_errors_total"][provider, kind] += 1
-        if answer.first_byte_s is not None:
-            self.histograms["answer_first_byte_seconds"].add(key, answer.first_byte_s)
+        if record.first_byte_s is not None:
+            self.histograms["answer_first_byte_seconds"].add(key, record.first_byte_s)
 
-    def model_label(self, answer: UsageRecord) -> str:
+    def model_label(self, record: UsageRecord) -> str:
         """OTHER once there are too many, and for unknown names: clients can name any model."""
-        name = f"{answer.provider}/{answer.model}"
-        if answer.kind == "model_not_found" and name not in self.models.names:
+        name = f"{record.provider}/{record.model}"
+        if record.kind == "model_not_found" and name not in self.models.names:
             return OTHER
-        return answer.model if self.models.known(name) == name else OTHER
+        return record.model if self.models.known(name) == name else OTHER
 
     def render(self, measured: dict[str, Series]) -> str:
         """Everything in the text format 0.0.4; `measured` holds the values read at scrape time."""
@@ -12576,12 +12593,12 @@ class Metrics:
         for metric in METRICS:
             name, names = metric.full_name, metric.labels.split()
             if metric.buckets:
-                found = list(self.histograms[metric.name].write(name, names))
+                samples = list(self.histograms[metric.name].write(name, names))
             else:
                 series = measured.get(metric.name) or self.counts.get(metric.name, {})
-                found = list(write_samples(name, names, series))
-            if found:
-                lines += [f"# HELP {name} {metric.help}", f"# TYPE {name} {metric.kind}", *found]
+                samples = list(write_samples(name, names, series))
+            if samples:
+                lines += [f"# HELP {name} {metric.help}", f"# TYPE {name} {metric.kind}", *samples]
         return "\n".join(lines) + "\n"
 
 
@@ -12592,7 +12609,7 @@ class Metrics:
 # conversation's last prompt is kept as salted hashes of its blocks, never as text.
 
 # Cache breakpoints move to the newest block with every request; they are not part of the prompt.
-CACHE_MARKS = frozenset(
+CACHE_BREAKPOINT_KEYS = frozenset(
     ("cache_control", "copilot_cache_control", "prompt_cache_breakpoint", "cachePoint")
 )
 LONE_TEXT = {"type", "text"}
@@ -12616,16 +12633,16 @@ def bare_block(value: Any) -> Any:
     Nested values keep their key order: a call's arguments are shown to the model as text.
     """
     if isinstance(value, list):
-        rows = [bare_block(item) for item in value]
-        return rows[0] if len(rows) == 1 and isinstance(rows[0], str) else rows
+        blocks = [bare_block(item) for item in value]
+        return blocks[0] if len(blocks) == 1 and isinstance(blocks[0], str) else blocks
     if not isinstance(value, dict):
         return value
-    if "text" in value and value.keys() - CACHE_MARKS == LONE_TEXT:
+    if "text" in value and value.keys() - CACHE_BREAKPOINT_KEYS == LONE_TEXT:
         return value["text"]
     return [
         (key, bare_block(item) if key == "content" else item)
         for key, item in sorted(value.items())
-        if key not in CACHE_MARKS
+        if key not in CACHE_BREAKPOINT_KEYS
     ]
 
 
@@ -12639,7 +12656,7 @@ def hash_block(block: Any, salt: bytes) -> tuple[int, int]:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=salt).digest(), "big"), len(data)
 
 
-def as_rows(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
     """A list as it is, anything else as a list of one; an empty value as an empty list."""
     return value if isinstance(value, list) else [value] if value else []
 
@@ -12649,16 +12666,20 @@ def kiro_sections(body: Json) -> tuple[list[Any], list[Any]]:
     state = get_dict(body, "conversationState")
     tools: list[Any] = []
     turns: list[Any] = []
-    for row in [*as_rows(state.get("history")), state.get("currentMessage")]:
-        entry = row if isinstance(row, dict) else {}
-        asked = get_dict(entry, "userInputMessage")
-        if not asked:
+    for item in [*as_list(state.get("history")), state.get("currentMessage")]:
+        entry = item if isinstance(item, dict) else {}
+        user_message = get_dict(entry, "userInputMessage")
+        if not user_message:
             turns.append({"role": "assistant", **get_dict(entry, "assistantResponseMessage")})
             continue
-        context = get_dict(asked, "userInputMessageContext")
-        tools = as_rows(context.get("tools")) or tools
-        said = {key: asked[key] for key in ("content", "images", "documents") if key in asked}
-        turns.append({"role": "user", **said, "results": context.get("toolResults")})
+        context = get_dict(user_message, "userInputMessageContext")
+        tools = as_list(context.get("tools")) or tools
+        user_content = {
+            key: user_message[key]
+            for key in ("content", "images", "documents")
+            if key in user_message
+        }
+        turns.append({"role": "user", **user_content, "results": context.get("toolResults")})
     return tools, turns
 
 
@@ -12710,21 +12731,21 @@ def read_prompt(dialect: str, body: Json, salt: bytes) -> Prompt:
     if dialect == "kiro":
         tools, turns = kiro_sections(body)
     else:
-        tools, turns = as_rows(body.get("tools")), as_rows(body.get(turns_name))
+        tools, turns = as_list(body.get("tools")), as_list(body.get(turns_name))
     system_name = "instructions" if dialect == "responses" else "system"
-    system = as_rows(body.get(system_name)) if dialect in ("messages", "responses") else []
+    system = as_list(body.get(system_name)) if dialect in ("messages", "responses") else []
     turns = turns[: max(0, MAX_WATCHED_BLOCKS - len(tools) - len(system))]
     roles = []
     for turn in turns:
-        row = turn if isinstance(turn, dict) else {"role": "user"}
-        roles.append(SHOWN_ROLES.get(str(row.get("role") or row.get("type")), "other"))
-    lead = next((at for at, role in enumerate(roles) if role not in SYSTEM_ROLES), len(roles))
-    start = len(tools) + len(system) + lead
-    found = [hash_block(block, salt) for block in (*tools, *system, *turns)]
-    hashes = array("Q", [number for number, _ in found])
+        entry = turn if isinstance(turn, dict) else {"role": "user"}
+        roles.append(SHOWN_ROLES.get(str(entry.get("role") or entry.get("type")), "other"))
+    first_turn = next((at for at, role in enumerate(roles) if role not in SYSTEM_ROLES), len(roles))
+    start = len(tools) + len(system) + first_turn
+    hashed_blocks = [hash_block(block, salt) for block in (*tools, *system, *turns)]
+    hashes = array("Q", [block_hash for block_hash, _ in hashed_blocks])
     return Prompt(
         hashes,
-        array("I", [size for _, size in found]),
+        array("I", [size for _, size in hashed_blocks]),
         len(tools),
         len(system),
         system_name,
@@ -12753,12 +12774,12 @@ def compare_prompts(old: Prompt, new: Prompt) -> Difference:
     if old.hashes[:length] == new.hashes[:length]:
         return Difference(length)
     pairs = enumerate(zip(old.hashes, new.hashes, strict=False))
-    at = next(at for at, (before, now) in pairs if before != now)
+    at = next(at for at, (old_hash, new_hash) in pairs if old_hash != new_hash)
     is_gone = old.hashes[at] not in new.hashes[at:]
     is_old = new.hashes[at] in old.hashes[at:]
     how = ("removed" if is_gone else "moved") if is_old else ("changed" if is_gone else "inserted")
-    shown = old if how == "removed" else new
-    return Difference(at, how, shown.name(at), shown.part(at))
+    prompt = old if how == "removed" else new
+    return Difference(at, how, prompt.name(at), prompt.part(at))
 
 
 # What happened to the cache in a request -> what that means.
@@ -12776,10 +12797,10 @@ CACHE_VERDICTS = {
 }
 
 
-def cache_hint(decision: str, found: Difference) -> str:
+def cache_hint(decision: str, difference: Difference) -> str:
     if decision != "changed":
         return CACHE_VERDICTS[decision]
-    part, how = found.part, found.how
+    part, how = difference.part, difference.how
     if part == "tools":
         return {
             "moved": "the tools come in another order?",
@@ -12790,9 +12811,9 @@ def cache_hint(decision: str, found: Difference) -> str:
     if part in ("tool", "function", "function_call_output", "custom_tool_call_output"):
         return "an old tool result was cut or written anew?"
     if part == "user":
-        inside = " (Kiro's first message holds the system prompt)"
+        kiro_note = " (Kiro's first message holds the system prompt)"
         return "an old message came back with another date, id or reminder in it?" + (
-            inside if found.name == "history[0] (user)" else ""
+            kiro_note if difference.name == "history[0] (user)" else ""
         )
     if part == "setting":
         return "this setting differs from the call before"
@@ -12839,51 +12860,51 @@ class TrackedConversation:
     def shared(self, turns: set[int]) -> int:
         return len(turns.intersection(self.prompt.hashes[self.prompt.start :]))
 
-    def is_like(self, first: int, turns: set[int]) -> bool:
+    def may_continue(self, first: int, turns: set[int]) -> bool:
         """Whether a prompt with these turns, starting with `first`, may continue this one."""
-        own = self.prompt
-        if own.first == first:
+        prompt = self.prompt
+        if prompt.first == first:
             return True
-        return own.last in turns and self.shared(turns) * 2 >= len(own.hashes) - own.start
+        return prompt.last in turns and self.shared(turns) * 2 >= len(prompt.hashes) - prompt.start
 
-    def break_of(self, found: Difference, prompt: Prompt) -> str:
-        """The verdict for a prompt that does not continue this one: changed or shortened."""
-        in_turns = found.at >= max(self.prompt.start, prompt.start)
-        is_shorter = len(prompt.roles) < len(self.prompt.roles) or found.how == "removed"
-        return "shortened" if not found.how or (in_turns and is_shorter) else "changed"
+    def classify_break(self, difference: Difference, prompt: Prompt) -> str:
+        """The decision for a prompt that does not continue this one: changed or shortened."""
+        in_turns = difference.at >= max(self.prompt.start, prompt.start)
+        is_shorter = len(prompt.roles) < len(self.prompt.roles) or difference.how == "removed"
+        return "shortened" if not difference.how or (in_turns and is_shorter) else "changed"
 
     def changed_setting(self, prompt: Prompt) -> str:
         """The name of the first setting that differs in `prompt`, or ""."""
         old, new = self.prompt.settings, prompt.settings
         return next((key for key in PROMPT_SETTINGS if old.get(key) != new.get(key)), "")
 
-    def take(
-        self, prompt: Prompt, answer: UsageRecord, finding: CacheFinding, writes: bool
+    def update(
+        self, prompt: Prompt, record: UsageRecord, finding: CacheFinding, reports_writes: bool
     ) -> None:
-        """`writes`: the service reports what it writes to the cache."""
-        wait_s = answer.duration_s if answer.first_byte_s is None else answer.first_byte_s
-        held = answer.usage.cache_read + answer.usage.cache_write
-        self.is_guess = not held and not writes
-        self.cached = answer.usage.prompt if self.is_guess else held
+        """`reports_writes`: the service reports what it writes to the cache."""
+        first_byte_s = record.duration_s if record.first_byte_s is None else record.first_byte_s
+        cached_tokens = record.usage.cache_read + record.usage.cache_write
+        self.is_guess = not cached_tokens and not reports_writes
+        self.cached = record.usage.prompt if self.is_guess else cached_tokens
         self.prompt = prompt
-        self.at, self.answered_at = answer.at, answer.at + wait_s
+        self.at, self.answered_at = record.at, record.at + first_byte_s
         self.calls += 1
-        self.input_tokens += answer.usage.prompt
-        self.cache_read += answer.usage.cache_read
+        self.input_tokens += record.usage.prompt
+        self.cache_read += record.usage.cache_read
         self.decision = finding.decision
         if not finding.lost:
             return
         self.lost += finding.lost
         kind = f"{finding.decision} {finding.found.part} {finding.found.how}"
-        _, times, told_at = self.breaks.pop(kind, (finding, 0, -math.inf))
-        finding.is_news = answer.at - told_at >= CACHE_QUIET_SECONDS
-        self.breaks[kind] = finding, times + 1, answer.at if finding.is_news else told_at
+        _, occurrences, reported_at = self.breaks.pop(kind, (finding, 0, -math.inf))
+        finding.is_news = record.at - reported_at >= CACHE_QUIET_SECONDS
+        self.breaks[kind] = finding, occurrences + 1, record.at if finding.is_news else reported_at
 
-    def as_json(self, is_told: bool) -> Json:
+    def as_json(self, has_figures: bool) -> Json:
         """A row of `/v1/usage?cache=1`; no ratio if the service reports no cache figures."""
-        changes = [row for row in self.breaks.values() if row[0].decision == "changed"]
-        finding, times, _ = max(changes, key=lambda row: row[1], default=(None, 0, 0.0))
-        ratio = self.cache_read / self.input_tokens if is_told and self.input_tokens else None
+        changes = [entry for entry in self.breaks.values() if entry[0].decision == "changed"]
+        finding, occurrences, _ = max(changes, key=lambda entry: entry[1], default=(None, 0, 0.0))
+        ratio = self.cache_read / self.input_tokens if has_figures and self.input_tokens else None
         return {
             "conversation": self.conversation,
             "provider": self.owner[0],
@@ -12900,7 +12921,7 @@ class TrackedConversation:
             and {
                 "block": finding.found.name,
                 "how": finding.found.how,
-                "times": times,
+                "times": occurrences,
                 "hint": finding.hint,
             },
         }
@@ -12913,30 +12934,30 @@ class CacheGuard:
         self.salt = salt
         #: least recently used first
         self.watched: dict[int, TrackedConversation] = {}
-        self.number = 0
+        self.last_key = 0
         #: (provider, model) of services that report cache reads -> whether they report writes too
         self.telling: dict[tuple[str, str], bool] = {}
 
     def clear(self) -> None:
         self.watched.clear()
 
-    def record(self, answer: UsageRecord, session: str, prompt: Prompt) -> CacheFinding:
-        self.forget(answer.at)
-        pool = hash_block([session, "" if session else answer.label], self.salt)[0]
-        number, before = self.find(answer, pool, prompt)
-        is_told = self.is_told(answer)
-        finding = self.classify(before, prompt, answer, is_told)
-        owner = answer.provider, answer.model
-        if before is None or before.owner != owner:
-            self.number += 1
-            number = self.number
+    def record(self, record: UsageRecord, session: str, prompt: Prompt) -> CacheFinding:
+        self.forget(record.at)
+        pool = hash_block([session, "" if session else record.label], self.salt)[0]
+        key, conversation = self.find(record, pool, prompt)
+        has_figures = self.has_figures(record)
+        finding = self.classify(conversation, prompt, record, has_figures)
+        owner = record.provider, record.model
+        if conversation is None or conversation.owner != owner:
+            self.last_key += 1
+            key = self.last_key
             name = f"{hash_block([pool, prompt.first], self.salt)[0] >> 32:08x}"
-            before = TrackedConversation(name, pool, owner, answer.label, prompt)
-        self.watched.pop(number, None)
-        self.watched[number] = before
-        before.take(prompt, answer, finding, is_told and self.telling[owner])
-        finding.conversation = before.conversation
-        self.forget(answer.at)
+            conversation = TrackedConversation(name, pool, owner, record.label, prompt)
+        self.watched.pop(key, None)
+        self.watched[key] = conversation
+        conversation.update(prompt, record, finding, has_figures and self.telling[owner])
+        finding.conversation = conversation.conversation
+        self.forget(record.at)
         return finding
 
     def forget(self, now: float) -> None:
@@ -12947,77 +12968,89 @@ class CacheGuard:
                 return
             del self.watched[oldest]
 
-    def is_told(self, answer: UsageRecord) -> bool:
+    def has_figures(self, record: UsageRecord) -> bool:
         """Whether the record's cache figures are real rather than merely absent."""
-        pair, usage = (answer.provider, answer.model), answer.usage
+        pair, usage = (record.provider, record.model), record.usage
         if usage.source != "reported":
             return False
         if usage.cache_read or usage.cache_write:
-            writes = self.telling.pop(pair, False) or usage.cache_write > 0
-            self.telling[pair] = writes
+            reports_writes = self.telling.pop(pair, False) or usage.cache_write > 0
+            self.telling[pair] = reports_writes
             while len(self.telling) > MAX_WATCHED:
                 del self.telling[next(iter(self.telling))]
         return pair in self.telling
 
     def find(
-        self, answer: UsageRecord, pool: int, prompt: Prompt
+        self, record: UsageRecord, pool: int, prompt: Prompt
     ) -> tuple[int, TrackedConversation | None]:
         """Matched by turns: a date in the system prompt must not start a new conversation."""
         turns = set(prompt.hashes[prompt.start :])
-        found = [
-            (number, row)
-            for number, row in self.watched.items()
-            if row.pool == pool and row.is_like(prompt.first, turns)
+        matches = [
+            (key, conversation)
+            for key, conversation in self.watched.items()
+            if conversation.pool == pool and conversation.may_continue(prompt.first, turns)
         ]
-        if not found:
+        if not matches:
             return 0, None
-        owner = answer.provider, answer.model
+        owner = record.provider, record.model
 
-        def likeness(item: tuple[int, TrackedConversation]) -> tuple[bool, int, float]:
-            row = item[1]
-            return row.owner == owner, row.shared(turns), row.at
+        def likeness(match: tuple[int, TrackedConversation]) -> tuple[bool, int, float]:
+            conversation = match[1]
+            return conversation.owner == owner, conversation.shared(turns), conversation.at
 
-        return found[0] if len(found) == 1 else max(found, key=likeness)
+        return matches[0] if len(matches) == 1 else max(matches, key=likeness)
 
     def classify(
-        self, before: TrackedConversation | None, prompt: Prompt, answer: UsageRecord, is_told: bool
+        self,
+        conversation: TrackedConversation | None,
+        prompt: Prompt,
+        record: UsageRecord,
+        has_figures: bool,
     ) -> CacheFinding:
-        if before is None:
+        if conversation is None:
             return CacheFinding("first")
-        found = compare_prompts(before.prompt, prompt)
-        is_multi_turn = found.at == len(before.prompt.hashes)
-        is_other = before.owner != (answer.provider, answer.model)
-        if is_other and found.at < before.prompt.start:
+        difference = compare_prompts(conversation.prompt, prompt)
+        continues = difference.at == len(conversation.prompt.hashes)
+        is_other_model = conversation.owner != (record.provider, record.model)
+        if is_other_model and difference.at < conversation.prompt.start:
             return CacheFinding("first")  # another task, with other instructions
-        held = min(before.cached, answer.usage.prompt)
-        if held < MIN_CACHED_TOKENS:
+        cached_tokens = min(conversation.cached, record.usage.prompt)
+        if cached_tokens < MIN_CACHED_TOKENS:
             return CacheFinding("uncached")
-        lost = held - answer.usage.cache_read
-        if not is_told:
-            at = 0 if is_other else found.at
-            shares = before.cached * before.prompt.share(at), answer.usage.prompt * prompt.share(at)
+        lost = cached_tokens - record.usage.cache_read
+        if not has_figures:
+            at = 0 if is_other_model else difference.at
+            shares = (
+                conversation.cached * conversation.prompt.share(at),
+                record.usage.prompt * prompt.share(at),
+            )
             lost = int(min(shares))
-        is_enough = is_multi_turn and before.is_guess and answer.usage.cache_read > 0
-        if is_enough or lost <= max(MIN_CACHED_TOKENS, held * CACHE_SLACK_SHARE):
-            return CacheFinding("hit" if is_told else "unreported")
-        if answer.at < before.answered_at:
+        is_guessed_hit = continues and conversation.is_guess and record.usage.cache_read > 0
+        if is_guessed_hit or lost <= max(MIN_CACHED_TOKENS, cached_tokens * CACHE_SLACK_SHARE):
+            return CacheFinding("hit" if has_figures else "unreported")
+        if record.at < conversation.answered_at:
             return CacheFinding("overlapping")
-        decision = "unexplained" if is_multi_turn else before.break_of(found, prompt)
-        setting = before.changed_setting(prompt) if is_multi_turn else ""
-        if is_other:
+        decision = "unexplained" if continues else conversation.classify_break(difference, prompt)
+        setting = conversation.changed_setting(prompt) if continues else ""
+        if is_other_model:
             decision = "model"
-        elif answer.at - before.at > CACHE_LIFE_SECONDS:
+        elif record.at - conversation.at > CACHE_LIFE_SECONDS:
             decision = "expired"
         elif setting:
-            decision, found = "changed", Difference(found.at, "changed", setting, "setting")
-        shown = found if decision == "changed" else NOWHERE
-        return CacheFinding(decision, shown, lost, cache_hint(decision, shown))
+            decision, difference = (
+                "changed",
+                Difference(difference.at, "changed", setting, "setting"),
+            )
+        cause = difference if decision == "changed" else NOWHERE
+        return CacheFinding(decision, cause, lost, cache_hint(decision, cause))
 
     def report(self, now: float) -> list[Json]:
         """The rows of `/v1/usage?cache=1`, latest first."""
         self.forget(now)
-        latest = sorted(self.watched.values(), key=lambda row: row.at, reverse=True)
-        return [row.as_json(row.owner in self.telling) for row in latest]
+        latest = sorted(
+            self.watched.values(), key=lambda conversation: conversation.at, reverse=True
+        )
+        return [conversation.as_json(conversation.owner in self.telling) for conversation in latest]
 
 
 # ==== the I/O line ==============================================================================
