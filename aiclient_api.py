@@ -9783,14 +9783,8 @@ def adapt_items(draft: BodyDraft) -> None:
         if kind in CALL_ITEMS or kind.endswith("_output"):
             item["call_id"] = wire_id(need_str(item, "call_id", f"input.{index}"))
         if kind == "function_call":
-            arguments = item.get("arguments")
-            text = (
-                arguments
-                if isinstance(arguments, str)
-                else ""
-                if arguments is None
-                else dump_text(arguments)
-            )
+            value = item.get("arguments")
+            text = value if isinstance(value, str) else "" if value is None else dump_text(value)
             item["arguments"] = whole_arguments(text)
         if kind == "reasoning" and (not encrypted or encrypted.startswith(FOREIGN_SIGNATURES)):
             continue
@@ -9912,24 +9906,20 @@ def collect_outputs(
         call_id = call["call_id"]
         calls[call_id] -= 1
         queue = outputs[call_id]
-        call_outputs = [queue.popleft()] if queue else []
+        results = [queue.popleft()] if queue else []
         if not calls[call_id]:
-            call_outputs += queue
+            results += queue
         call["call_id"] = call_ids.add(call_id)
-        images = [part for item in call_outputs for part in visible_parts(item.get("output"))]
-        text = "\n\n".join(filter(str.strip, (tool_output_text(item) for item in call_outputs)))
+        images = [part for item in results for part in visible_parts(item.get("output"))]
+        text = "\n\n".join(filter(str.strip, (tool_output_text(item) for item in results)))
         if images:
             heading = f"From tool call {call['call_id']}:"
             image_parts += [{"type": "input_text", "text": heading}, *images]
         kind = "function_call_output"
         if item_kind(call) == "custom_tool_call":
             kind = "custom_tool_call_output"
-        placeholder = (
-            "[in the next message]" if images else "(no output)" if call_outputs else INTERRUPTED
-        )
-        output_items.append(
-            {"type": kind, "call_id": call["call_id"], "output": text or placeholder}
-        )
+        notice = "[in the next message]" if images else "(no output)" if results else INTERRUPTED
+        output_items.append({"type": kind, "call_id": call["call_id"], "output": text or notice})
     if image_parts:
         output_items.append({"type": "message", "role": "user", "content": image_parts})
     return output_items
@@ -10003,11 +9993,9 @@ def adapt_responses_tool(tool: Json, path: str) -> Json:
 
 def adapt_responses_settings(draft: BodyDraft) -> None:
     body, model = draft.body, draft.model
-    max_output_tokens = int_field(body, "max_output_tokens")
-    if max_output_tokens is not None:
-        body["max_output_tokens"] = max(
-            16, min(max_output_tokens, model.max_output or max_output_tokens)
-        )
+    limit = int_field(body, "max_output_tokens")
+    if limit is not None:
+        body["max_output_tokens"] = max(16, min(limit, model.max_output or limit))
     reasoning = dict(dict_field(body, "reasoning"))
     effort = str_field(reasoning, "effort", "reasoning")
     if effort in EFFORTS and model.efforts:
