@@ -8721,11 +8721,11 @@ def read_copilot_model(entry: Json, provider: str) -> Model | None:
     if not isinstance(endpoints, list):
         endpoints = ["/chat/completions"]  # absent on older models
     efforts = supports.get("reasoning_effort")
-    low, high = (
+    min_budget, listed_budget = (
         positive_int(supports.get("min_thinking_budget")),
         supports.get("max_thinking_budget"),
     )
-    most = positive_int(high)
+    max_budget = positive_int(listed_budget)
     state = get_dict(entry, "policy").get("state", "enabled")
     headers = get_dict(entry, "request_headers")
     return Model(
@@ -8733,7 +8733,11 @@ def read_copilot_model(entry: Json, provider: str) -> Model | None:
         provider=provider,
         dialects=()
         if kind == "embeddings"
-        else tuple(ENDPOINT_DIALECTS[e] for e in map(str, endpoints) if e in ENDPOINT_DIALECTS),
+        else tuple(
+            ENDPOINT_DIALECTS[endpoint]
+            for endpoint in map(str, endpoints)
+            if endpoint in ENDPOINT_DIALECTS
+        ),
         embeds=kind == "embeddings",
         name=name_of_key(entry, "name") or model_id,
         family=name_of_key(capabilities, "family").lower(),
@@ -8741,9 +8745,11 @@ def read_copilot_model(entry: Json, provider: str) -> Model | None:
         max_output=positive_int(limits.get("max_output_tokens")),
         max_prompt=positive_int(limits.get("max_prompt_tokens")),
         context=positive_int(limits.get("max_context_window_tokens")),
-        efforts=tuple(e for e in efforts if e in EFFORTS) if isinstance(efforts, list) else (),
+        efforts=tuple(effort for effort in efforts if effort in EFFORTS)
+        if isinstance(efforts, list)
+        else (),
         adaptive=bool(supports.get("adaptive_thinking")),
-        budget=(low or MIN_THINKING_BUDGET, most) if most else None,
+        budget=(min_budget or MIN_THINKING_BUDGET, max_budget) if max_budget else None,
         stops=0 if REASONING_GPT.match(model_id) else None,
         streaming=supports.get("streaming", True) is not False,
         listed=(kind == "embeddings" or entry.get("model_picker_enabled", True) is not False)
@@ -8777,28 +8783,28 @@ def price_nano_credits(model: Model, usage: Usage) -> int | None:
     in billionths of a credit (both seen in 2026-07).
     """
     prices = get_dict(get_dict(model.raw, "billing"), "token_prices")
-    batch = positive_int(prices.get("batch_size"))
-    if not batch or not usage.source:
+    batch_size = positive_int(prices.get("batch_size"))
+    if not batch_size or not usage.source:
         return None
     tier, unit = get_dict(prices, "default"), 1e9
     if not tier:
         tier, unit = prices, 1.0
     elif usage.prompt > (positive_int(tier.get("max_prompt_tokens")) or math.inf):
         tier = get_dict(prices, "long_context") or tier
-    fresh = read_figure(tier.get("input_price"))
-    if fresh is None:
+    input_price = read_figure(tier.get("input_price"))
+    if input_price is None:
         return None
-    cached = read_figure(tier.get("cache_read_price"))
-    cached = read_figure(tier.get("cache_price")) if cached is None else cached
-    written = read_figure(tier.get("cache_write_price"))
-    said = read_figure(tier.get("output_price")) or 0.0
+    read_price = read_figure(tier.get("cache_read_price"))
+    read_price = read_figure(tier.get("cache_price")) if read_price is None else read_price
+    write_price = read_figure(tier.get("cache_write_price"))
+    output_price = read_figure(tier.get("output_price")) or 0.0
     total = (
-        usage.input * fresh
-        + usage.cache_read * (fresh if cached is None else cached)
-        + usage.cache_write * (fresh if written is None else written)
-        + usage.output * said
+        usage.input * input_price
+        + usage.cache_read * (input_price if read_price is None else read_price)
+        + usage.cache_write * (input_price if write_price is None else write_price)
+        + usage.output * output_price
     )
-    return round(min(max(total / batch * unit, 0.0), MAX_FIGURE))
+    return round(min(max(total / batch_size * unit, 0.0), MAX_FIGURE))
 
 
 def guess_copilot_model(model_id: str, provider: str) -> Model:
@@ -8851,24 +8857,33 @@ def find_model(name: str, models: dict[str, Model]) -> Model | None:
     by_lower = {model_id.lower(): model for model_id, model in models.items()}
     families = {model.family: model for model in reversed(models.values()) if model.family}
     spellings = model_spellings(name)
-    known = [table[s] for table in (by_lower, families) for s in spellings if s in table]
+    known = [
+        table[spelling]
+        for table in (by_lower, families)
+        for spelling in spellings
+        if spelling in table
+    ]
     # An inexact name matches only models this account can use: terms may not be accepted yet.
     usable = [model for model in known if model.listed or model.id.lower() == name.lower()]
     if known:
         return (usable or known)[0]
-    lower = name.lower()
-    base, long, _ = lower.partition("[1m]")
-    plain = NAME_EFFORT.sub("", base) + long
-    if plain == lower:
-        plain = base.removesuffix("-1m")
-    if plain != lower:
-        return find_model(plain, models)
+    lowered = name.lower()
+    base, long_suffix, _ = lowered.partition("[1m]")
+    stripped = NAME_EFFORT.sub("", base) + long_suffix
+    if stripped == lowered:
+        stripped = base.removesuffix("-1m")
+    if stripped != lowered:
+        return find_model(stripped, models)
     retired = RETIRED_CLAUDE.fullmatch(spellings[-1])
     if retired is None:
         return None
     family = f"claude-{retired[1]}-"
     return max(
-        (m for model_id, m in by_lower.items() if model_id.startswith(family) and m.listed),
+        (
+            model
+            for model_id, model in by_lower.items()
+            if model_id.startswith(family) and model.listed
+        ),
         key=lambda model: (claude_version(model.id) or (0, 0), -len(model.id)),
         default=None,
     )
@@ -8876,10 +8891,10 @@ def find_model(name: str, models: dict[str, Model]) -> Model | None:
 
 def implied_effort(name: str, model: Model) -> str | None:
     """The effort a name asks for beyond the model's own, as in `claude-sonnet-4.5-thinking`."""
-    found = NAME_EFFORT.search(name.lower().removesuffix("[1m]"))
-    if found is None or model.id.lower().endswith(found[0]):
+    match = NAME_EFFORT.search(name.lower().removesuffix("[1m]"))
+    if match is None or model.id.lower().endswith(match[0]):
         return None
-    return "high" if found[1] == "thinking" else found[1]
+    return "high" if match[1] == "thinking" else match[1]
 
 
 # 9.2 headers
@@ -8890,8 +8905,8 @@ def copilot_authorization(token: str, host: str) -> str:
 
     Otherwise they respond "Authorization header is badly formatted" (gh-aw-firewall, 2026-08).
     """
-    plain = token.startswith(DIRECT_TOKENS) and f"https://{host}" != COPILOT_ANY_HOST
-    return f"token {token}" if plain else f"Bearer {token}"
+    is_direct = token.startswith(DIRECT_TOKENS) and f"https://{host}" != COPILOT_ANY_HOST
+    return f"token {token}" if is_direct else f"Bearer {token}"
 
 
 def copilot_identity(authorization: str, session_id: str, machine_id: str, device_id: str) -> Json:
@@ -8952,11 +8967,13 @@ INTERLEAVED_BETA = "interleaved-thinking-2025-05-14"
 CONTEXT_BETA = "context-management-2025-06-27"
 
 
-def messages_betas(body: Json, asked: str, refused: Collection[str], model: Model) -> str:
+def messages_betas(body: Json, client_betas: str, refused: Collection[str], model: Model) -> str:
     """The betas this body needs; of those the client asked for, only interleaved thinking."""
     betas = []
-    wanted = INTERLEAVED_BETA in [item.strip() for item in asked.split(",")]
-    if not model.adaptive and (wanted or get_dict(body, "thinking").get("type") == "enabled"):
+    wants_interleaved = INTERLEAVED_BETA in [item.strip() for item in client_betas.split(",")]
+    if not model.adaptive and (
+        wants_interleaved or get_dict(body, "thinking").get("type") == "enabled"
+    ):
         betas.append(INTERLEAVED_BETA)
     if "context_management" in body:
         betas.append(CONTEXT_BETA)  # without it the field is refused
@@ -8966,7 +8983,7 @@ def messages_betas(body: Json, asked: str, refused: Collection[str], model: Mode
 # 9.3 what is removed from bodies
 
 
-#: kind of lesson -> what one model refuses: "thinking" (a budget), "effort" (levels), "system"
+#: kind of rejection -> what one model refuses: "thinking" (a budget), "effort" (levels), "system"
 #: (turns), "beta" (names), "field" (dotted paths, `*` for any list index)
 Rejections = Mapping[str, Collection[str]]
 
@@ -8978,21 +8995,21 @@ class RejectionMemory:
         #: (model, dialect) -> (kind, name) -> when it expires, monotonic
         self.scopes: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
 
-    def learn(self, model: str, dialect: str, news: Iterable[tuple[str, str]], now: float) -> None:
+    def learn(self, model: str, dialect: str, pairs: Iterable[tuple[str, str]], now: float) -> None:
         """Remembers `(kind, name)` pairs; beyond the limits the oldest are forgotten."""
         scope = self.scopes.setdefault((model, dialect), {})
-        for lesson in news:
-            scope[lesson] = now + REJECTION_SECONDS
-        for table, most in ((scope, MAX_REJECTIONS), (self.scopes, MAX_REJECTION_SCOPES)):
-            while len(table) > most:
+        for pair in pairs:
+            scope[pair] = now + REJECTION_SECONDS
+        for table, limit in ((scope, MAX_REJECTIONS), (self.scopes, MAX_REJECTION_SCOPES)):
+            while len(table) > limit:
                 del table[next(iter(table))]
 
     def rejections(self, model: str, dialect: str, now: float) -> Rejections:
-        found: dict[str, list[str]] = {}
-        for (kind, name), until in self.scopes.get((model, dialect), {}).items():
-            if now < until:
-                found.setdefault(kind, []).append(name)
-        return found
+        rejected: dict[str, list[str]] = {}
+        for (kind, name), expires_at in self.scopes.get((model, dialect), {}).items():
+            if now < expires_at:
+                rejected.setdefault(kind, []).append(name)
+        return rejected
 
 
 @dataclass(slots=True)
@@ -9030,9 +9047,9 @@ def read_raw_part(part: Any) -> list[Any]:
     if kind == "tool_use":
         return [RawCall(str(part.get("id")), str(part.get("name")), "", part)]
     if kind == "tool_result":
-        inner = part.get("content")
-        rows = [text_part(inner)] if isinstance(inner, str) else inner or ()
-        blocks: list[Any] = [RawPart(row) for row in rows if isinstance(row, dict)]
+        content = part.get("content")
+        items = [text_part(content)] if isinstance(content, str) else content or ()
+        blocks: list[Any] = [RawPart(item) for item in items if isinstance(item, dict)]
         return [RawResult(str(part.get("tool_use_id")), blocks, raw=part)]
     if kind == "text" and not str(part.get("text") or "").strip():
         return []
@@ -9049,14 +9066,14 @@ def write_raw_block(block: Any) -> Json:
     if isinstance(block, RawPart):
         return block.raw
     if isinstance(block, ToolResult):
-        said = {"is_error": True, "content": plain_text(block.blocks)}
-        return {"type": "tool_result", "tool_use_id": wire_id(block.id), **said}
+        result = {"is_error": True, "content": plain_text(block.blocks)}
+        return {"type": "tool_result", "tool_use_id": wire_id(block.id), **result}
     return {"type": "text", "text": block.text}
 
 
 def is_normalized(messages: list[Json]) -> bool:
     """Whether the conversation is well-formed already and can be sent unchanged."""
-    calls: list[str] = []
+    call_ids: list[str] = []
     role = "assistant"
     for message in messages:
         content = message.get("content")
@@ -9071,14 +9088,16 @@ def is_normalized(messages: list[Json]) -> bool:
             part.get("text", "").strip() for part in parts if part.get("type") == "text"
         ):
             return False
-        leading = [part.get("tool_use_id") for part in parts[: len(calls)]]
-        if leading != calls or kinds.count("tool_result") != len(calls):
+        result_ids = [part.get("tool_use_id") for part in parts[: len(call_ids)]]
+        if result_ids != call_ids or kinds.count("tool_result") != len(call_ids):
             return False
-        calls = [part.get("id", "") for part in parts if part.get("type") == "tool_use"]
+        call_ids = [part.get("id", "") for part in parts if part.get("type") == "tool_use"]
         names = [part.get("name", "") for part in parts if part.get("type") == "tool_use"]
-        if calls and not all(WIRE_NAME.fullmatch(item) for item in (*calls, *names)):
+        if call_ids and not all(
+            WIRE_NAME.fullmatch(identifier) for identifier in (*call_ids, *names)
+        ):
             return False
-    return not calls
+    return not call_ids
 
 
 def normalize_messages(draft: BodyDraft) -> None:
@@ -9095,9 +9114,9 @@ def normalize_messages(draft: BodyDraft) -> None:
         turns.append(Turn(str(message.get("role")), blocks))
     turns = normalize_turns(turns)
     if "system" in draft.rejections or not takes_system_turns(draft.model.id):
-        turns = downgrade_native_system(turns, every=True)
+        turns = downgrade_native_system(turns, downgrade_all=True)
     else:
-        turns = downgrade_native_system(turns, every=False)
+        turns = downgrade_native_system(turns, downgrade_all=False)
     draft.body["messages"] = [
         {
             "role": turn.role,
@@ -9115,28 +9134,28 @@ def takes_system_turns(model_id: str) -> bool:
     return version is not None and version >= (4, 8)
 
 
-def downgrade_native_system(turns: list[Turn], every: bool) -> list[Turn]:
+def downgrade_native_system(turns: list[Turn], downgrade_all: bool) -> list[Turn]:
     """Turns system turns into reminders, in place: every one, or those at a position not allowed.
 
     Allowed only after a user turn, and last or before an assistant turn.
     """
-    plain = []
+    downgraded = []
     for index, turn in enumerate(turns):
-        before = turns[index - 1].role if index else ""
-        after = turns[index + 1].role if index + 1 < len(turns) else "assistant"
-        legal = before == "user" and after == "assistant" and not every
-        if turn.role != "system" or legal:
-            plain.append(turn)
+        previous_role = turns[index - 1].role if index else ""
+        next_role = turns[index + 1].role if index + 1 < len(turns) else "assistant"
+        is_allowed = previous_role == "user" and next_role == "assistant" and not downgrade_all
+        if turn.role != "system" or is_allowed:
+            downgraded.append(turn)
             continue
-        rows: list[Any] = turn.blocks
+        blocks: list[Any] = turn.blocks
         texts = [
             str_or_empty(block.raw, "text") if isinstance(block, RawPart) else block.text
-            for block in rows
+            for block in blocks
             if isinstance(block, (RawPart, Text))
         ]
         reminders: list[Block] = [Text(as_reminder(text)) for text in texts if text]
-        plain.append(Turn("user", reminders))
-    return merge_turns(plain)
+        downgraded.append(Turn("user", reminders))
+    return merge_turns(downgraded)
 
 
 def parts_of(messages: list[Json]) -> Iterator[Json]:
@@ -9160,8 +9179,8 @@ def check_messages(draft: BodyDraft) -> None:
         path = f"messages.{index}"
         need_str(message, "role", path)
         check_content(message.get("content"), f"{path}.content")
-        for at, call in enumerate(list_field(message, "tool_calls", path)):
-            where = f"{path}.tool_calls.{at}"
+        for call_index, call in enumerate(list_field(message, "tool_calls", path)):
+            where = f"{path}.tool_calls.{call_index}"
             str_field(need_dict(call, where), "id", where)
             need_str(function_of(call, where), "name", f"{where}.function")
 
@@ -9198,22 +9217,22 @@ def keep_messages_keys(draft: BodyDraft) -> None:
 def limit_max_tokens(draft: BodyDraft) -> None:
     """`max_tokens` is required; it is capped at the model's limit."""
     limit = draft.model.max_output or DEFAULT_MAX_TOKENS
-    wanted = int_field(draft.body, "max_tokens")  # 0: only warms the cache
-    draft.body["max_tokens"] = limit if wanted is None else min(wanted, limit)
+    max_tokens = int_field(draft.body, "max_tokens")  # 0: only warms the cache
+    draft.body["max_tokens"] = limit if max_tokens is None else min(max_tokens, limit)
 
 
 def drop_billing_line(draft: BodyDraft) -> None:
     """Claude Code's billing line changes with every request and defeats the prompt cache."""
     system = draft.body.get("system")
     if isinstance(system, list):
-        kept = [
+        blocks = [
             block
             for block in system
             if not is_billing_header(block)
             and isinstance(block, dict)
             and str(block.get("text") or "").strip()
         ]
-        draft.body["system"] = kept
+        draft.body["system"] = blocks
     if not text_of(draft.body.get("system")).strip():
         draft.body.pop("system", None)
 
@@ -9229,8 +9248,10 @@ def keep_own_thinking(draft: BodyDraft) -> None:
 def is_foreign_thinking(part: Any) -> bool:
     if not isinstance(part, dict) or part.get("type") not in ("thinking", "redacted_thinking"):
         return False
-    mark = part.get("signature") if part["type"] == "thinking" else part.get("data")
-    return not isinstance(mark, str) or not mark or mark.startswith(FOREIGN_SIGNATURES)
+    signature = part.get("signature") if part["type"] == "thinking" else part.get("data")
+    return (
+        not isinstance(signature, str) or not signature or signature.startswith(FOREIGN_SIGNATURES)
+    )
 
 
 def plain_documents(draft: BodyDraft) -> None:
@@ -9239,11 +9260,11 @@ def plain_documents(draft: BodyDraft) -> None:
         simplify_parts(message, f"messages.{index}")
 
 
-def simplify_parts(holder: Json, path: str) -> None:
-    content = holder.get("content")
+def simplify_parts(parent: Json, path: str) -> None:
+    content = parent.get("content")
     if not isinstance(content, list):
         return
-    rows: list[Any] = []
+    parts: list[Any] = []
     for index, part in enumerate(content):
         where = f"{path}.content.{index}"
         kind, source = part["type"], get_dict(part, "source")
@@ -9252,15 +9273,15 @@ def simplify_parts(holder: Json, path: str) -> None:
         elif kind == "image" and source.get("type") == "base64":
             # Clients send wrong media types, and the vendor checks.
             data = need_str(source, "data", f"{where}.source")
-            claimed = str_field(source, "media_type", f"{where}.source") or ""
-            part["source"] = {**source, "media_type": image_type(data, claimed, where)}
+            media_type = str_field(source, "media_type", f"{where}.source") or ""
+            part["source"] = {**source, "media_type": image_type(data, media_type, where)}
         if kind == "document" and source.get("type") in ("text", "content"):
-            rows += [text_part(block.text) for block in as_texts(part, where)]
+            parts += [text_part(block.text) for block in as_texts(part, where)]
         elif kind == "tool_reference":
-            rows += [text_part(plain_text(read_tool_reference_part(part, where)))]
+            parts += [text_part(plain_text(read_tool_reference_part(part, where)))]
         elif kind != "text" or part["text"].strip():
-            rows.append(part)
-    holder["content"] = rows
+            parts.append(part)
+    parent["content"] = parts
 
 
 def text_part(text: str) -> Json:
@@ -9271,8 +9292,8 @@ def as_texts(part: Json, path: str) -> list[Text]:
     texts = []
     for block in read_document_part(part, path):
         if isinstance(block, Document):
-            head = f"[{block.title}]\n" if block.title else ""
-            texts.append(Text(head + block.text))
+            heading = f"[{block.title}]\n" if block.title else ""
+            texts.append(Text(heading + block.text))
         elif isinstance(block, Text):
             texts.append(block)
     return texts
@@ -9290,8 +9311,8 @@ GOOGLE_KNOWN = (
 
 
 def adapt_schema(schema: Json, google: bool) -> Json:
-    fitted: Json = adapt_subschema(inline_refs(schema) if google else schema, google)
-    return fitted
+    adapted: Json = adapt_subschema(inline_refs(schema) if google else schema, google)
+    return adapted
 
 
 def adapt_subschema(schema: Any, google: bool) -> Any:
@@ -9300,17 +9321,17 @@ def adapt_subschema(schema: Any, google: bool) -> Any:
         return [adapt_subschema(item, google) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    fitted: Json = {}
+    adapted: Json = {}
     for key, value in schema.items():
         if key == "properties" and isinstance(value, dict):
-            fitted[key] = {name: adapt_subschema(item, google) for name, item in value.items()}
+            adapted[key] = {name: adapt_subschema(item, google) for name, item in value.items()}
         elif key in ("enum", "const", "default", "examples", "required"):
-            fitted[key] = value
+            adapted[key] = value
         elif key not in ("$schema", "$id"):
-            fitted[key] = adapt_subschema(value, google)
-    if fitted.get("type") == "array":
-        fitted.setdefault("items", {})
-    return adapt_google_schema(fitted) if google else fitted
+            adapted[key] = adapt_subschema(value, google)
+    if adapted.get("type") == "array":
+        adapted.setdefault("items", {})
+    return adapt_google_schema(adapted) if google else adapted
 
 
 def adapt_google_schema(schema: Json) -> Json:
@@ -9318,8 +9339,8 @@ def adapt_google_schema(schema: Json) -> Json:
     if "const" in schema:
         schema.setdefault("enum", [schema["const"]])
     if isinstance(kinds, list):
-        named = [kind for kind in kinds if kind != "null"]
-        schema["type"] = named[0] if named else "string"
+        value_kinds = [kind for kind in kinds if kind != "null"]
+        schema["type"] = value_kinds[0] if value_kinds else "string"
         if "null" in kinds:
             schema["nullable"] = True
         if "anyOf" in schema:
@@ -9336,7 +9357,7 @@ def plain_tools(draft: BodyDraft) -> None:
     """Custom tools with the keys every backend accepts; server-side tools are not available."""
     body = draft.body
     choice = dict_field(body, "tool_choice")
-    tools, hosted = [], []
+    tools, server_tools = [], []
     for index, item in enumerate(list_field(body, "tools")):
         tool = need_dict(item, f"tools.{index}")
         path = f"tools.{index}"
@@ -9346,14 +9367,14 @@ def plain_tools(draft: BodyDraft) -> None:
         if kind != "custom":
             schema = client_tool_schema(kind)
             if schema is None:
-                hosted.append(name)
+                server_tools.append(name)
                 continue
-        plain = {key: tool[key] for key in TOOL_KEYS if tool.get(key) is not None}
-        plain["name"] = wire_name(name)
-        plain["input_schema"] = adapt_schema(object_schema(schema, f"{path}.input_schema"), False)
-        tools.append(plain)
+        adapted = {key: tool[key] for key in TOOL_KEYS if tool.get(key) is not None}
+        adapted["name"] = wire_name(name)
+        adapted["input_schema"] = adapt_schema(object_schema(schema, f"{path}.input_schema"), False)
+        tools.append(adapted)
     forced = str_field(choice, "name", "tool_choice") or ""
-    drop_hosted(hosted, len(tools), forced, draft.dropped)
+    drop_hosted(server_tools, len(tools), forced, draft.dropped)
     if not tools and any(part.get("type") == "tool_use" for part in parts_of(body["messages"])):
         tools = [{"name": "none", "description": "Do not call.", "input_schema": EMPTY_SCHEMA}]
     if tools:
@@ -9369,15 +9390,17 @@ def inline_messages_format(draft: BodyDraft) -> None:
     """Puts an output JSON schema into the prompt: Vertex backends refuse the field."""
     body = draft.body
     settings = dict(dict_field(body, "output_config"))
-    wanted = settings.pop("format", None) or body.get("output_format")
+    output_format = settings.pop("format", None) or body.get("output_format")
     body.pop("output_format", None)
     body["output_config"] = settings
-    if not wanted:
+    if not output_format:
         return
-    schema = dict_field(need_dict(wanted, "output_config.format"), "schema", "output_config.format")
+    schema = dict_field(
+        need_dict(output_format, "output_config.format"), "schema", "output_config.format"
+    )
     system = body.get("system") or []
-    rows = [text_part(system)] if isinstance(system, str) else [*system]
-    body["system"] = [*rows, text_part(output_instruction(OutputFormat(schema)))]
+    blocks = [text_part(system)] if isinstance(system, str) else [*system]
+    body["system"] = [*blocks, text_part(output_instruction(OutputFormat(schema)))]
     draft.dropped.append("output_config.format")
 
 
@@ -9395,8 +9418,8 @@ def adapt_thinking(draft: BodyDraft) -> None:
         adapt_budget(draft, thinking, adaptive)
     elif kind == "adaptive" and not adaptive:
         body.pop("thinking")
-        wanted = effort if effort in EFFORT_BUDGETS else "high"
-        body.update(write_thinking(wanted, None, model, body) if model.budget else {})
+        level = effort if effort in EFFORT_BUDGETS else "high"
+        body.update(write_thinking(level, None, model, body) if model.budget else {})
     elif kind not in ("adaptive", "disabled"):
         body.pop("thinking", None)
     if body.get("thinking", {}).get("type") == "disabled" and not adaptive:
@@ -9459,28 +9482,28 @@ def adapt_sampling(draft: BodyDraft, adaptive: bool) -> None:
 def limit_cache_breakpoints(draft: BodyDraft) -> None:
     """At most four plain cache breakpoints, none on thinking; the last ones are kept."""
     body = draft.body
-    holders = list(parts_of([{"content": body.get("tools")}, {"content": body.get("system")}]))
-    spread = list(parts_of(body["messages"]))
-    if body.pop("cache_control", None) and spread:
-        spread[-1].setdefault("cache_control", {"type": "ephemeral"})
-    for part in spread:
-        holders += [inner for inner in parts_of([part]) if part.get("type") == "tool_result"]
-        holders.append(part)
-    marked = []
-    for holder in holders:
-        if holder.pop("cache_control", None) is None:
+    candidates = list(parts_of([{"content": body.get("tools")}, {"content": body.get("system")}]))
+    message_parts = list(parts_of(body["messages"]))
+    if body.pop("cache_control", None) and message_parts:
+        message_parts[-1].setdefault("cache_control", {"type": "ephemeral"})
+    for part in message_parts:
+        candidates += [inner for inner in parts_of([part]) if part.get("type") == "tool_result"]
+        candidates.append(part)
+    breakpoint_parts = []
+    for candidate in candidates:
+        if candidate.pop("cache_control", None) is None:
             continue
-        if holder.get("type") not in ("thinking", "redacted_thinking"):
-            marked.append(holder)
-    for holder in marked[-MAX_CACHE_BREAKPOINTS:]:
-        holder["cache_control"] = {"type": "ephemeral"}
+        if candidate.get("type") not in ("thinking", "redacted_thinking"):
+            breakpoint_parts.append(candidate)
+    for candidate in breakpoint_parts[-MAX_CACHE_BREAKPOINTS:]:
+        candidate["cache_control"] = {"type": "ephemeral"}
 
 
 def end_with_user(draft: BodyDraft) -> None:
     """A trailing assistant message is refused: asks to continue, like the official client."""
     if not draft.body["messages"]:
         raise InvalidRequest("messages: all messages are empty.", param="messages")
-    last = [m for m in draft.body["messages"] if m["role"] != "system"][-1:]
+    last = [message for message in draft.body["messages"] if message["role"] != "system"][-1:]
     if last and last[0]["role"] == "assistant":
         draft.body["messages"].append({"role": "user", "content": [text_part("Please continue.")]})
 
@@ -9525,14 +9548,14 @@ def without_fields(value: Any, tree: Json, dropped: dict[str, None]) -> Any:
     if not isinstance(value, dict):
         return value
     value, kind = dict(value), value.get("type", "custom")
-    for step, inner in tree.items():
-        if isinstance(inner, str):
+    for step, subtree in tree.items():
+        if isinstance(subtree, str):
             if value.pop(step, None) is not None:
-                dropped[inner] = None
+                dropped[subtree] = None
         elif step == kind:
-            value = without_fields(value, inner, dropped)
+            value = without_fields(value, subtree, dropped)
         elif step in value:
-            value[step] = without_fields(value[step], inner, dropped)
+            value[step] = without_fields(value[step], subtree, dropped)
     return value
 
 
@@ -9564,15 +9587,15 @@ def is_openai(model: Model) -> bool:
 
 
 def keep_chat_keys(draft: BodyDraft) -> None:
-    refused = [*CHAT_REFUSED_KEYS, *CHAT_FOREIGN_KEYS]
+    dropped_keys = [*CHAT_REFUSED_KEYS, *CHAT_FOREIGN_KEYS]
     if not is_openai(draft.model):
         if (int_field(draft.body, "n") or 1) > 1:
             raise UnsupportedFeature("n: only one choice is offered on this model.", param="n")
-        refused += CHAT_OPENAI_ONLY
-    for key in refused:
+        dropped_keys += CHAT_OPENAI_ONLY
+    for key in dropped_keys:
         value = draft.body.pop(key, None)
-        said_nothing = value is None or value is False or value in ({}, [])
-        if not said_nothing and (key, value) != ("n", 1):
+        is_empty = value is None or value is False or value in ({}, [])
+        if not is_empty and (key, value) != ("n", 1):
             draft.dropped.append(key)
     for key in [key for key, value in draft.body.items() if value is None]:
         del draft.body[key]
@@ -9580,15 +9603,15 @@ def keep_chat_keys(draft: BodyDraft) -> None:
 
 def adapt_chat_limits(draft: BodyDraft) -> None:
     body, model = draft.body, draft.model
-    wanted = int_field(body, "max_completion_tokens") or int_field(body, "max_tokens")
+    max_tokens = int_field(body, "max_completion_tokens") or int_field(body, "max_tokens")
     body.pop("max_tokens", None)
     body.pop("max_completion_tokens", None)
     limit = model.max_output
     if limit:
-        wanted = min(wanted or limit, limit)
-    if wanted:
+        max_tokens = min(max_tokens or limit, limit)
+    if max_tokens:
         key = "max_completion_tokens" if REASONING_GPT.match(model.id) else "max_tokens"
-        body[key] = wanted
+        body[key] = max_tokens
 
 
 def adapt_chat_sampling(draft: BodyDraft) -> None:
@@ -9602,14 +9625,16 @@ def adapt_chat_sampling(draft: BodyDraft) -> None:
             body["reasoning_effort"] = level
         elif model.budget and effort != "none":
             limit = body.get("max_tokens") or DEFAULT_MAX_TOKENS
-            tokens = clamp_budget(EFFORT_BUDGETS[effort], model.budget, limit)
-            if tokens:
-                body["thinking_budget"] = tokens
-    reasons = REASONING_GPT.match(model.id) and body.get("reasoning_effort") != "none"
+            budget = clamp_budget(EFFORT_BUDGETS[effort], model.budget, limit)
+            if budget:
+                body["thinking_budget"] = budget
+    is_reasoning = REASONING_GPT.match(model.id) and body.get("reasoning_effort") != "none"
     version = claude_version(model.id)
     for key in ("temperature", "top_p"):
-        both = version is not None and key == "top_p" and "temperature" in body
-        if (reasons or both or (version or (0, 0)) >= (4, 7)) and body.pop(key, None) is not None:
+        conflicts = version is not None and key == "top_p" and "temperature" in body
+        if (is_reasoning or conflicts or (version or (0, 0)) >= (4, 7)) and body.pop(
+            key, None
+        ) is not None:
             draft.dropped.append(key)
     if REASONING_GPT.match(model.id):
         body.pop("stop", None)  # the gateway cuts instead
@@ -9623,7 +9648,7 @@ def adapt_chat_tools(draft: BodyDraft) -> None:
             f"tools: {len(tools)} are too many, Copilot takes {MAX_TOOLS}; switch some off.",
             param="tools",
         )
-    plain = []
+    adapted = []
     for index, item in enumerate(tools):
         tool = need_dict(item, f"tools.{index}")
         function = dict_field(tool, "function", f"tools.{index}") or tool
@@ -9634,64 +9659,71 @@ def adapt_chat_tools(draft: BodyDraft) -> None:
         entry = {"name": name, "description": function.get("description"), "parameters": schema}
         if isinstance(function.get("strict"), bool) and is_openai(draft.model):
             entry["strict"] = function["strict"]
-        plain.append({"type": "function", "function": {k: v for k, v in entry.items() if v}})
-    called = any(message.get("tool_calls") for message in body["messages"])
-    if not plain and called and not is_openai(draft.model):
-        empty = {"name": "none", "description": "Do not call.", "parameters": EMPTY_SCHEMA}
-        plain = [{"type": "function", "function": empty}]
+        adapted.append(
+            {"type": "function", "function": {key: value for key, value in entry.items() if value}}
+        )
+    has_calls = any(message.get("tool_calls") for message in body["messages"])
+    if not adapted and has_calls and not is_openai(draft.model):
+        placeholder = {"name": "none", "description": "Do not call.", "parameters": EMPTY_SCHEMA}
+        adapted = [{"type": "function", "function": placeholder}]
     for key in ("tools", "tool_choice", "parallel_tool_calls"):
-        if not plain:
+        if not adapted:
             body.pop(key, None)
-    if plain:
-        body["tools"] = plain
+    if adapted:
+        body["tools"] = adapted
         choice = body.get("tool_choice")
         function = get_dict(choice, "function") if isinstance(choice, dict) else {}
         if function:
-            named = {"name": wire_name(need_str(function, "name", "tool_choice.function"))}
-            body["tool_choice"] = {"type": "function", "function": named}
+            chosen_function = {
+                "name": wire_name(need_str(function, "name", "tool_choice.function"))
+            }
+            body["tool_choice"] = {"type": "function", "function": chosen_function}
 
 
 def adapt_chat_messages(draft: BodyDraft) -> None:
     model = draft.model
     messages: list[Json] = []
-    moved: list[Json] = []
+    tool_images: list[Json] = []
     for message in draft.body["messages"]:
         role = message["role"]
-        fitted = {key: message[key] for key in CHAT_MESSAGE_KEYS if message.get(key) is not None}
+        adapted = {key: message[key] for key in CHAT_MESSAGE_KEYS if message.get(key) is not None}
         if role == "developer" and not REASONING_GPT.match(model.id):
-            fitted["role"] = "system"
-        if role != "tool" and moved:
-            messages.append({"role": "user", "content": moved})
-            moved = []
-        if not fitted.get("content") and isinstance(message.get("refusal"), str):
-            fitted["content"] = message["refusal"]
+            adapted["role"] = "system"
+        if role != "tool" and tool_images:
+            messages.append({"role": "user", "content": tool_images})
+            tool_images = []
+        if not adapted.get("content") and isinstance(message.get("refusal"), str):
+            adapted["content"] = message["refusal"]
         if model.vendor == "Anthropic" and has_cache_breakpoint(message):
-            fitted["copilot_cache_control"] = {"type": "ephemeral"}
-        adapt_chat_content(fitted, model, moved)
-        if fitted.get("tool_calls"):
-            fitted["tool_calls"] = [adapt_call(call) for call in fitted["tool_calls"]]
+            adapted["copilot_cache_control"] = {"type": "ephemeral"}
+        adapt_chat_content(adapted, model, tool_images)
+        if adapted.get("tool_calls"):
+            adapted["tool_calls"] = [adapt_call(call) for call in adapted["tool_calls"]]
         else:
-            fitted.pop("tool_calls", None)
-        if role == "assistant" and not fitted.get("content") and "tool_calls" not in fitted:
+            adapted.pop("tool_calls", None)
+        if role == "assistant" and not adapted.get("content") and "tool_calls" not in adapted:
             continue
-        messages.append(fitted)
-    if moved:
-        messages.append({"role": "user", "content": moved})
+        messages.append(adapted)
+    if tool_images:
+        messages.append({"role": "user", "content": tool_images})
     if not messages:
         raise InvalidRequest("messages: all messages are empty.", param="messages")
-    marked = [message for message in messages if "copilot_cache_control" in message]
-    if model.vendor == "Anthropic" and not marked and is_multi_turn(draft.body):
+    breakpoint_messages = [message for message in messages if "copilot_cache_control" in message]
+    if model.vendor == "Anthropic" and not breakpoint_messages and is_multi_turn(draft.body):
         add_chat_cache_breakpoints(messages)
-    for message in marked[:-MAX_CACHE_BREAKPOINTS]:
+    for message in breakpoint_messages[:-MAX_CACHE_BREAKPOINTS]:
         del message["copilot_cache_control"]
     draft.body["messages"] = join_neighbours(messages) if model.vendor == "Google" else messages
 
 
 def add_chat_cache_breakpoints(messages: list[Json]) -> None:
     """Like `add_cache_breakpoints`, on entire messages (as seen in other gateways, 2026-08)."""
-    lead = next((n for n, m in enumerate(messages) if m["role"] != "system"), len(messages))
-    turns = [message for message in messages[lead:] if message["role"] in ("user", "tool")]
-    for message in (*messages[:lead][-1:], *turns[-2:]):
+    system_count = next(
+        (index for index, message in enumerate(messages) if message["role"] != "system"),
+        len(messages),
+    )
+    turns = [message for message in messages[system_count:] if message["role"] in ("user", "tool")]
+    for message in (*messages[:system_count][-1:], *turns[-2:]):
         message["copilot_cache_control"] = {"type": "ephemeral"}
 
 
@@ -9699,16 +9731,20 @@ def has_cache_breakpoint(message: Json) -> bool:
     """Whether a message or one of its parts has a cache breakpoint (opencode marks both)."""
     content = message.get("content")
     parts = content if isinstance(content, list) else []
-    return any(isinstance(p, dict) and p.get("cache_control") for p in (message, *parts))
+    return any(isinstance(part, dict) and part.get("cache_control") for part in (message, *parts))
 
 
 def join_neighbours(messages: list[Json]) -> list[Json]:
     """Merges consecutive messages of one role: Gemini refuses them."""
     groups: list[list[Json]] = []
     for message in messages:
-        before = groups[-1][-1] if groups else {}
-        same = before.get("role") == message["role"]
-        if not same or message["role"] == "tool" or {*before, *message} - {"role", "content"}:
+        previous = groups[-1][-1] if groups else {}
+        is_same_role = previous.get("role") == message["role"]
+        if (
+            not is_same_role
+            or message["role"] == "tool"
+            or {*previous, *message} - {"role", "content"}
+        ):
             groups.append([message])
         else:
             groups[-1].append(message)
@@ -9721,21 +9757,26 @@ def join_messages(group: list[Json]) -> Json:
     contents = [message["content"] for message in group]
     if all(isinstance(content, str) for content in contents):
         return {**group[0], "content": "\n\n".join(contents)}
-    rows = [[text_part(c)] if isinstance(c, str) else c for c in contents]
-    return {**group[0], "content": [part for row in rows for part in row]}
+    part_lists = [
+        [text_part(content)] if isinstance(content, str) else content for content in contents
+    ]
+    return {**group[0], "content": [part for parts in part_lists for part in parts]}
 
 
-def adapt_chat_content(message: Json, model: Model, moved: list[Json]) -> None:
-    """Drops blank parts from a message's content; the images of a tool result go into `moved`."""
+def adapt_chat_content(message: Json, model: Model, tool_images: list[Json]) -> None:
+    """Drops blank parts from a message's content; images of a tool result go into `tool_images`."""
     content = message.get("content")
     role = message["role"]
     if isinstance(content, list):
-        parts = [{k: v for k, v in part.items() if k != "cache_control"} for part in content]
-        parts = [p for p in parts if p.get("type") != "text" or p["text"].strip()]
-        pictures = [part for part in parts if part.get("type") == "image_url"]
-        if role == "tool" and pictures:
-            call = message.get("tool_call_id")
-            moved += [text_part(f"Image from tool call {call}:"), *pictures]
+        parts = [
+            {key: value for key, value in part.items() if key != "cache_control"}
+            for part in content
+        ]
+        parts = [part for part in parts if part.get("type") != "text" or part["text"].strip()]
+        images = [part for part in parts if part.get("type") == "image_url"]
+        if role == "tool" and images:
+            call_id = message.get("tool_call_id")
+            tool_images += [text_part(f"Image from tool call {call_id}:"), *images]
             parts = [part for part in parts if part.get("type") != "image_url"]
             parts = parts or [text_part("[image in next message]")]
         # Claude responds to its own earlier turn again if that is sent as a list (seen in pi,
@@ -9744,7 +9785,7 @@ def adapt_chat_content(message: Json, model: Model, moved: list[Json]) -> None:
             message["content"] = text_of(parts)
         else:
             message["content"] = parts
-    if not message.get("content") or not text_or_parts(message["content"]):
+    if not message.get("content") or not has_content(message["content"]):
         if message.get("tool_calls"):
             message["content"] = None
         elif role != "assistant":
@@ -9753,7 +9794,7 @@ def adapt_chat_content(message: Json, model: Model, moved: list[Json]) -> None:
             message.pop("content", None)
 
 
-def text_or_parts(content: Any) -> bool:
+def has_content(content: Any) -> bool:
     return bool(content.strip()) if isinstance(content, str) else bool(content)
 
 
@@ -9764,25 +9805,29 @@ def adapt_call(call: Json) -> Json:
     text = arguments if isinstance(arguments, str) else dump_text(arguments or {})
     if load_object(text) is None:
         text = dump_text(parse_arguments(text))
-    named = {"name": wire_name(function["name"]), "arguments": text}
-    fitted = {"id": call.get("id"), "index": call.get("index"), "type": "function"}
-    return {k: v for k, v in {**fitted, "function": named}.items() if v is not None}
+    adapted_function = {"name": wire_name(function["name"]), "arguments": text}
+    adapted = {"id": call.get("id"), "index": call.get("index"), "type": "function"}
+    return {
+        key: value
+        for key, value in {**adapted, "function": adapted_function}.items()
+        if value is not None
+    }
 
 
 def inline_response_format(draft: BodyDraft) -> None:
-    wanted = draft.body.get("response_format")
-    if not wanted or is_openai(draft.model):
+    response_format = draft.body.get("response_format")
+    if not response_format or is_openai(draft.model):
         return
     draft.body.pop("response_format")
-    entry = get_dict(need_dict(wanted, "response_format"), "json_schema")
-    if wanted.get("type") == "text":
+    entry = get_dict(need_dict(response_format, "response_format"), "json_schema")
+    if response_format.get("type") == "text":
         return
-    schema = entry.get("schema") if wanted.get("type") == "json_schema" else None
-    words = output_instruction(OutputFormat(schema if isinstance(schema, dict) else None))
+    schema = entry.get("schema") if response_format.get("type") == "json_schema" else None
+    instruction = output_instruction(OutputFormat(schema if isinstance(schema, dict) else None))
     messages = draft.body["messages"]
-    system = {"role": "system", "content": words}
+    system = {"role": "system", "content": instruction}
     if messages[0].get("role") == "system" and isinstance(messages[0].get("content"), str):
-        system["content"] = f"{messages[0]['content']}\n\n{words}"
+        system["content"] = f"{messages[0]['content']}\n\n{instruction}"
         messages = messages[1:]
     draft.body["messages"] = [system, *messages]
     draft.dropped.append("response_format")
@@ -9858,16 +9903,16 @@ def adapt_items(draft: BodyDraft) -> None:
         if kind in CALL_ITEMS or kind.endswith("_output"):
             item["call_id"] = wire_id(need_str(item, "call_id", f"input.{index}"))
         if kind == "function_call":
-            said = item.get("arguments")
-            text = said if isinstance(said, str) else "" if said is None else dump_text(said)
+            value = item.get("arguments")
+            text = value if isinstance(value, str) else "" if value is None else dump_text(value)
             item["arguments"] = whole_arguments(text)
         if kind == "reasoning" and (not encrypted or encrypted.startswith(FOREIGN_SIGNATURES)):
             continue
         if kind in HOSTED_ITEMS:
-            words = hosted_words(item)
-            draft.dropped += [] if words else [f"input.{kind}"]
-            item = {"type": "message", "role": "assistant", "content": f"[{kind}: {words}]"}
-            if not words:
+            summary = hosted_words(item)
+            draft.dropped += [] if summary else [f"input.{kind}"]
+            item = {"type": "message", "role": "assistant", "content": f"[{kind}: {summary}]"}
+            if not summary:
                 continue
             kind = "message"
         item.pop("id", None)
@@ -9884,17 +9929,17 @@ def adapt_items(draft: BodyDraft) -> None:
         if isinstance(item.get("namespace"), str):
             item["namespace"] = wire_name(item["namespace"])
         items.append(item)
-    settled = normalize_items(items)
-    if not settled:
+    normalized = normalize_items(items)
+    if not normalized:
         raise InvalidRequest("input: the conversation says nothing.", param="input")
     draft.body["input"] = [
         item
-        for item, following in zip(settled, [*settled[1:], {}])  # noqa: B905 - of one length
-        if item_kind(item) != "reasoning" or is_said(following)
+        for item, next_item in zip(normalized, [*normalized[1:], {}])  # noqa: B905 - of one length
+        if item_kind(item) != "reasoning" or is_model_output(next_item)
     ]
 
 
-def is_said(item: Json) -> bool:
+def is_model_output(item: Json) -> bool:
     """Whether an item may follow reasoning: it is part of the same model turn."""
     kind = item_kind(item)
     return kind in (*CALL_ITEMS, "reasoning") or item.get("role") == "assistant"
@@ -9931,99 +9976,99 @@ def normalize_items(items: list[Json]) -> list[Json]:
             outputs[item["call_id"]].append(item)
         elif item_kind(item) in CALL_ITEMS:
             calls[item["call_id"]] += 1
-    settled: list[Json] = []
+    normalized: list[Json] = []
     pending: list[Json] = []
     call_ids = CallIds()
     for item in [*items, {}]:
         kind = item_kind(item) if item else ""
         if pending and kind not in (*CALL_ITEMS, "reasoning"):
-            settled += answer_items(pending, outputs, calls, call_ids)
+            normalized += collect_outputs(pending, outputs, calls, call_ids)
             pending = []
         if kind in CALL_ITEMS:
             pending.append(item)
         elif kind.endswith("_output"):
             if item["call_id"] not in calls:
-                head = f"[tool output for unknown call {item['call_id']}]"
-                text = f"{head}\n{text_of(item.get('output'))}".strip()
+                heading = f"[tool output for unknown call {item['call_id']}]"
+                text = f"{heading}\n{text_of(item.get('output'))}".strip()
                 parts = [{"type": "input_text", "text": text}, *visible_parts(item.get("output"))]
-                settled.append({"type": "message", "role": "user", "content": parts})
+                normalized.append({"type": "message", "role": "user", "content": parts})
             continue
         if item:
-            settled.append(item)
-    return settled
+            normalized.append(item)
+    return normalized
 
 
 def visible_parts(output: Any) -> list[Json]:
-    rows = [row for row in output if isinstance(row, dict)] if isinstance(output, list) else []
-    shown = [dict(row) for row in rows if row.get("type") not in ("input_text", "output_text")]
-    for row in shown:
-        if row.get("type") == "input_image":
-            row["detail"] = row.get("detail") or "auto"
-    return shown
+    items = [item for item in output if isinstance(item, dict)] if isinstance(output, list) else []
+    parts = [dict(item) for item in items if item.get("type") not in ("input_text", "output_text")]
+    for item in parts:
+        if item.get("type") == "input_image":
+            item["detail"] = item.get("detail") or "auto"
+    return parts
 
 
-def words_of_output(item: Json) -> str:
+def tool_output_text(item: Json) -> str:
     """A tool's output as text; an object is written as JSON."""
     output = item.get("output")
     return dump_text(output) if isinstance(output, dict) else text_of(output)
 
 
-def answer_items(
+def collect_outputs(
     pending: list[Json],
     outputs: dict[str, deque[Json]],
     calls: dict[str, int],
     call_ids: CallIds,
 ) -> list[Json]:
     """Outputs as text, then a message with their images; reused call ids are made distinct."""
-    answers: list[Json] = []
-    shown: list[Json] = []
+    output_items: list[Json] = []
+    image_parts: list[Json] = []
     for call in pending:
         call_id = call["call_id"]
         calls[call_id] -= 1
-        waiting = outputs[call_id]
-        found = [waiting.popleft()] if waiting else []
+        queue = outputs[call_id]
+        results = [queue.popleft()] if queue else []
         if not calls[call_id]:
-            found += waiting
+            results += queue
         call["call_id"] = call_ids.add(call_id)
-        images = [part for item in found for part in visible_parts(item.get("output"))]
-        words = "\n\n".join(filter(str.strip, (words_of_output(item) for item in found)))
+        images = [part for item in results for part in visible_parts(item.get("output"))]
+        text = "\n\n".join(filter(str.strip, (tool_output_text(item) for item in results)))
         if images:
-            head = f"From tool call {call['call_id']}:"
-            shown += [{"type": "input_text", "text": head}, *images]
+            heading = f"From tool call {call['call_id']}:"
+            image_parts += [{"type": "input_text", "text": heading}, *images]
         kind = "function_call_output"
         if item_kind(call) == "custom_tool_call":
             kind = "custom_tool_call_output"
-        plain = "[in the next message]" if images else "(no output)" if found else INTERRUPTED
-        answers.append({"type": kind, "call_id": call["call_id"], "output": words or plain})
-    if shown:
-        answers.append({"type": "message", "role": "user", "content": shown})
-    return answers
+        notice = "[in the next message]" if images else "(no output)" if results else INTERRUPTED
+        output_items.append({"type": kind, "call_id": call["call_id"], "output": text or notice})
+    if image_parts:
+        output_items.append({"type": "message", "role": "user", "content": image_parts})
+    return output_items
 
 
-def adapt_responses_choice(choice: Json, hosted: set[str], path: str) -> Json:
-    fitted = {**choice}
+def adapt_responses_choice(choice: Json, server_tools: set[str], path: str) -> Json:
+    adapted = {**choice}
     name = str_field(choice, "name", path)
     if name:
-        fitted["name"] = wire_name(name)
+        adapted["name"] = wire_name(name)
     if "tools" in choice:
-        fitted["tools"] = []
+        adapted["tools"] = []
         for index, item in enumerate(list_field(choice, "tools", path)):
             where = f"{path}.tools.{index}"
             tool = need_dict(item, where)
-            if str_field(tool, "type", where) not in hosted:
-                fitted["tools"].append(adapt_responses_choice(tool, hosted, where))
-    return fitted
+            if str_field(tool, "type", where) not in server_tools:
+                adapted["tools"].append(adapt_responses_choice(tool, server_tools, where))
+    return adapted
 
 
 def adapt_responses_tools(draft: BodyDraft) -> None:
     body = draft.body
     tools: list[Json] = []
-    hosted: list[str] = []
+    server_tools: list[str] = []
     for index, item in enumerate(list_field(body, "tools")):
         tool = need_dict(item, f"tools.{index}")
         kind = need_str(tool, "type", f"tools.{index}")
         if kind not in ("function", "custom", "namespace"):
-            hosted.append(kind)
+            server_tools.append(kind)
             continue
         tools.append(adapt_responses_tool(tool, f"tools.{index}"))
     choice = body.get("tool_choice")
@@ -10031,8 +10076,8 @@ def adapt_responses_tools(draft: BodyDraft) -> None:
     if isinstance(choice, dict):
         kind = need_str(choice, "type", "tool_choice")
         forced = "" if kind in ("function", "custom", "allowed_tools") else kind
-        body["tool_choice"] = adapt_responses_choice(choice, set(hosted), "tool_choice")
-    drop_hosted(hosted, len(tools), forced, draft.dropped)
+        body["tool_choice"] = adapt_responses_choice(choice, set(server_tools), "tool_choice")
+    drop_hosted(server_tools, len(tools), forced, draft.dropped)
     if forced:
         raise UnsupportedFeature(f"{forced} is not available on this model.", param="tools")
     if tools:
@@ -10051,10 +10096,10 @@ def adapt_responses_tool(tool: Json, path: str) -> Json:
     if kind == "namespace":
         tool["name"] = wire_name(name)
         tool["description"] = str_field(tool, "description", path) or name
-        inner = list_field(tool, "tools", path)
+        nested_tools = list_field(tool, "tools", path)
         tool["tools"] = [
-            adapt_responses_tool(need_dict(item, f"{path}.tools.{at}"), f"{path}.tools.{at}")
-            for at, item in enumerate(inner)
+            adapt_responses_tool(need_dict(item, f"{path}.tools.{index}"), f"{path}.tools.{index}")
+            for index, item in enumerate(nested_tools)
         ]
         return tool
     tool["name"] = wire_name(name)
@@ -10068,9 +10113,9 @@ def adapt_responses_tool(tool: Json, path: str) -> Json:
 
 def adapt_responses_settings(draft: BodyDraft) -> None:
     body, model = draft.body, draft.model
-    most = int_field(body, "max_output_tokens")
-    if most is not None:
-        body["max_output_tokens"] = max(16, min(most, model.max_output or most))
+    limit = int_field(body, "max_output_tokens")
+    if limit is not None:
+        body["max_output_tokens"] = max(16, min(limit, model.max_output or limit))
     reasoning = dict(dict_field(body, "reasoning"))
     effort = str_field(reasoning, "effort", "reasoning")
     if effort in EFFORTS and model.efforts:
@@ -10104,27 +10149,27 @@ RESPONSES_RULES: tuple[Callable[[BodyDraft], None], ...] = (
 RULES = {"chat": CHAT_RULES, "messages": MESSAGES_RULES, "responses": RESPONSES_RULES}
 
 
-def copy_parts(rows: list[Any]) -> list[Any]:
+def copy_parts(items: list[Any]) -> list[Any]:
     """Copies messages or parts at any depth: rules modify them, a retry needs the originals."""
-    copied = []
-    for row in rows:
-        if isinstance(row, dict):
-            row = dict(row)
-            if isinstance(row.get("content"), list):
-                row["content"] = copy_parts(row["content"])
-        copied.append(row)
-    return copied
+    copies = []
+    for item in items:
+        if isinstance(item, dict):
+            item = dict(item)
+            if isinstance(item.get("content"), list):
+                item["content"] = copy_parts(item["content"])
+        copies.append(item)
+    return copies
 
 
 def sanitize_body(
     dialect: str, body: Json, model: Model, rejections: Rejections, streaming: bool
 ) -> BodyDraft:
     """A body as Copilot accepts it; raises InvalidRequest for what cannot be left out."""
-    own = {**body, "model": model.id, "stream": streaming}
+    body_copy = {**body, "model": model.id, "stream": streaming}
     for key in ("messages", "system", "tools", "input"):
-        if isinstance(own.get(key), list):
-            own[key] = copy_parts(own[key])
-    draft = BodyDraft(own, model, rejections, [])
+        if isinstance(body_copy.get(key), list):
+            body_copy[key] = copy_parts(body_copy[key])
+    draft = BodyDraft(body_copy, model, rejections, [])
     for rule in RULES[dialect]:
         rule(draft)
     return draft
@@ -10136,23 +10181,27 @@ def strip_reasoning(body: Json) -> bool:
     if isinstance(items, list):
         body["input"] = [item for item in items if item_kind(item) != "reasoning"]
         return len(body["input"]) < len(items)
-    found = False
+    removed = False
     for message in body.get("messages", ()):
         for key in ("reasoning_text", "reasoning_opaque"):
-            found = message.pop(key, None) is not None or found
+            removed = message.pop(key, None) is not None or removed
         content = message.get("content")
         if isinstance(content, list):
-            kept = [p for p in content if p.get("type") not in ("thinking", "redacted_thinking")]
-            found = found or len(kept) < len(content)
-            message["content"] = kept or [text_part("(thinking)")]
-    return found
+            remaining = [
+                part
+                for part in content
+                if part.get("type") not in ("thinking", "redacted_thinking")
+            ]
+            removed = removed or len(remaining) < len(content)
+            message["content"] = remaining or [text_part("(thinking)")]
+    return removed
 
 
 def read_embeddings(body: Json) -> tuple[list[str], bool]:
     """(texts, whether vectors are wanted in base64) of an embeddings request."""
     value = body.get("input")
     texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise InvalidRequest(
             "input: must be a string or a list of strings; tokens are not taken here.",
             param="input",
@@ -10161,11 +10210,11 @@ def read_embeddings(body: Json) -> tuple[list[str], bool]:
     return texts, word_field(body, "encoding_format", ("float", "base64")) == "base64"
 
 
-def write_embeddings(rows: list[Json], usage: Usage, is_packed: bool) -> Json:
+def write_embeddings(entries: list[Json], usage: Usage, is_packed: bool) -> Json:
     """An embeddings response, complete with the members that Copilot sometimes leaves out."""
     data = []
-    for index, row in enumerate(rows):
-        vector = row.get("embedding")
+    for index, entry in enumerate(entries):
+        vector = entry.get("embedding")
         if not isinstance(vector, (list, str)):
             raise UpstreamError("The upstream's answer misses an embedding.")
         if is_packed and isinstance(vector, list):
@@ -10175,8 +10224,8 @@ def write_embeddings(rows: list[Json], usage: Usage, is_packed: bool) -> Json:
                 raise UpstreamError("The upstream's embeddings are not numbers.") from None
             vector = base64.b64encode(packed).decode()
         data.append({"object": "embedding", "index": index, "embedding": vector})
-    said = {"prompt_tokens": usage.input, "total_tokens": usage.input}
-    return {"object": "list", "data": data, "model": "", "usage": said}
+    token_counts = {"prompt_tokens": usage.input, "total_tokens": usage.input}
+    return {"object": "list", "data": data, "model": "", "usage": token_counts}
 
 
 def with_effort(body: Json, dialect: str, effort: str) -> Json:
@@ -10213,14 +10262,16 @@ class ReasoningMemory:
         """Puts reasoning items back before the calls of a responses body that lack them."""
         items: list[Json] = []
         rows = body["input"] if isinstance(body["input"], list) else []
-        there = False  # reasoning, in the current model turn
+        has_reasoning = False  # reasoning, in the current model turn
         for item in rows:
-            kept = self.kept.get(str(item.get("call_id")))
-            if kept and not there and item_kind(item) == "function_call":
-                reasoning = write_reasoning_item(*kept)
+            entry = self.kept.get(str(item.get("call_id")))
+            if entry and not has_reasoning and item_kind(item) == "function_call":
+                reasoning = write_reasoning_item(*entry)
                 items += [reasoning] if reasoning else []
-                there = reasoning is not None
-            there = is_said(item) and (there or item_kind(item) == "reasoning")
+                has_reasoning = reasoning is not None
+            has_reasoning = is_model_output(item) and (
+                has_reasoning or item_kind(item) == "reasoning"
+            )
             items.append(item)
         body["input"] = items or body["input"]
 
@@ -10230,9 +10281,9 @@ class ReasoningMemory:
             calls = message.get("tool_calls")
             if not calls or message.get("reasoning_opaque"):
                 continue
-            found = [self.kept[c["id"]] for c in calls if c.get("id") in self.kept]
-            if found and not found[-1][1].startswith(RESPONSES_ENVELOPE):
-                text, opaque = found[-1]
+            entries = [self.kept[call["id"]] for call in calls if call.get("id") in self.kept]
+            if entries and not entries[-1][1].startswith(RESPONSES_ENVELOPE):
+                text, opaque = entries[-1]
                 message["reasoning_opaque"] = opaque
                 if text:
                     message["reasoning_text"] = text
@@ -10244,15 +10295,15 @@ class ReasoningMemory:
 def unwrap_error(value: Any, depth: int = 3) -> tuple[str, str]:
     """(message, code) of an error body in any shape; JSON nested in messages is unwrapped."""
     if isinstance(value, str):
-        inner = load_object(value) if depth and value.lstrip().startswith("{") else None
-        return unwrap_error(inner, depth - 1) if inner else (value, "")
+        nested = load_object(value) if depth and value.lstrip().startswith("{") else None
+        return unwrap_error(nested, depth - 1) if nested else (value, "")
     if not isinstance(value, dict):
         return "", ""
     code = value.get("code") or value.get("type") or ""
     for key in ("error", "message", "error_details"):
         if value.get(key):
-            message, inner_code = unwrap_error(value[key], depth)
-            code = inner_code or code
+            message, nested_code = unwrap_error(value[key], depth)
+            code = nested_code or code
             return message, code.partition(":")[0] if isinstance(code, str) else ""
     return "", code if isinstance(code, str) else ""
 
@@ -10280,10 +10331,10 @@ def parse_retry_after(value: str | None, now: float) -> float | None:
     if PLAIN_SECONDS.fullmatch(value):
         return min(float(value), MAX_RESET_SECONDS)
     try:
-        at = email.utils.parsedate_to_datetime(value[:100]).timestamp()
+        retry_at = email.utils.parsedate_to_datetime(value[:100]).timestamp()
     except (ValueError, OverflowError, OSError):
         return None
-    return min(max(0.0, at - now), MAX_RESET_SECONDS)
+    return min(max(0.0, retry_at - now), MAX_RESET_SECONDS)
 
 
 # "Please try again in 51 hours" (github/copilot-cli#2769), "resets in 2 hours and 5 minutes".
@@ -10304,24 +10355,24 @@ RESET_WORDS = re.compile(
 
 def read_wait_words(message: str, now: float) -> float | None:
     """Seconds to wait according to an error message (its times are UTC); None if it names none."""
-    words = WAIT_WORDS.search(message)
-    if words:
-        parts = WAIT_PART.findall(words[1])
-        wait_s = sum(float(figure) * WAIT_UNITS[unit.lower()] for figure, unit in parts)
+    wait_match = WAIT_WORDS.search(message)
+    if wait_match:
+        parts = WAIT_PART.findall(wait_match[1])
+        wait_s = sum(float(amount) * WAIT_UNITS[unit.lower()] for amount, unit in parts)
         return min(wait_s, MAX_RESET_SECONDS)
-    reset = RESET_WORDS.search(message)
-    if reset is None:
+    reset_match = RESET_WORDS.search(message)
+    if reset_match is None:
         return None
     try:
-        at = dt.datetime.fromisoformat(f"{reset[1]}T{reset[2] or '00:00'}+00:00")
+        resets_at = dt.datetime.fromisoformat(f"{reset_match[1]}T{reset_match[2] or '00:00'}+00:00")
     except ValueError:
         return None
-    return min(max(0.0, at.timestamp() - now), MAX_RESET_SECONDS)
+    return min(max(0.0, resets_at.timestamp() - now), MAX_RESET_SECONDS)
 
 
 def read_wait(headers: Headers, message: str, now: float) -> float | None:
-    said = parse_retry_after(headers.get("retry-after"), now)
-    return read_wait_words(message, now) if said is None else said
+    retry_after = parse_retry_after(headers.get("retry-after"), now)
+    return read_wait_words(message, now) if retry_after is None else retry_after
 
 
 TOKEN_COUNTS = (
@@ -10387,10 +10438,10 @@ def classify_400(
     """A 400 of the model service; `rejections` are those applied when `sent` was written."""
     text = message.lower()
     for pattern in TOKEN_COUNTS:
-        found = pattern.search(message)
-        if found:
-            return RetryDecision(ContextTooLong(int(found[1]), int(found[2])))
-    if code in TOO_LONG or any(words in text for words in TOO_LONG_WORDS):
+        match = pattern.search(message)
+        if match:
+            return RetryDecision(ContextTooLong(int(match[1]), int(match[2])))
+    if code in TOO_LONG or any(phrase in text for phrase in TOO_LONG_WORDS):
         return RetryDecision(ContextTooLong())
     if code == "model_not_supported" or "requested model is not supported" in text:
         error = ModelNotFound(
@@ -10402,23 +10453,25 @@ def classify_400(
     if code == "unsupported_api_for_model" or NOT_SERVED.match(message):
         error_text = f"{model.id} is not served in a dialect this gateway speaks yet."
         return RetryDecision(InvalidRequest(error_text, param="model"), "reroute")
-    refused = InvalidRequest(message or "The upstream refused the request without a reason.")
+    refusal = InvalidRequest(message or "The upstream refused the request without a reason.")
     if not message:
-        return RetryDecision(refused, "again")
+        return RetryDecision(refusal, "again")
     if EXTRA_FIELD.search(message):  # the rest may quote the client
-        known = rejections.get("field", ())
-        news = [("field", path) for path in rejected_paths(message) if path not in known]
+        known_paths = rejections.get("field", ())
+        new_rejections = [
+            ("field", path) for path in rejected_paths(message) if path not in known_paths
+        ]
     else:
-        news = read_rejections(message, code, sent)
-    if news:
-        return RetryDecision(refused, "repair", rejections=news)
-    if code == "invalid_request_body" or any(words in text for words in STALE_REASONING):
-        return RetryDecision(refused, "forget")
+        new_rejections = read_rejections(message, code, sent)
+    if new_rejections:
+        return RetryDecision(refusal, "repair", rejections=new_rejections)
+    if code == "invalid_request_body" or any(phrase in text for phrase in STALE_REASONING):
+        return RetryDecision(refusal, "forget")
     if "copilot-vision-request" in text:
-        refused.hint = (
+        refusal.hint = (
             "Images may be switched off by your organisation's editor preview features policy."
         )
-    return RetryDecision(refused)
+    return RetryDecision(refusal)
 
 
 def read_rejections(message: str, code: str, sent: Json) -> list[tuple[str, str]]:
@@ -10439,20 +10492,20 @@ def read_rejections(message: str, code: str, sent: Json) -> list[tuple[str, str]
 def rejected_paths(message: str) -> list[str]:
     """`tools.0.custom.strict` -> `tools.*.custom.strict`, for fields the request can do without."""
     paths = []
-    for found in EXTRA_FIELD.finditer(message):
-        steps = ["*" if step.isdecimal() else step for step in found[1].split(".")]
+    for match in EXTRA_FIELD.finditer(message):
+        steps = ["*" if step.isdecimal() else step for step in match[1].split(".")]
         if may_strip(steps):
             paths.append(".".join(steps))
     return paths
 
 
 def may_strip(steps: list[str]) -> bool:
-    *above, last = steps
-    if not above:
+    *parents, last = steps
+    if not parents:
         return last not in BODY_KEYS
-    if len(steps) > MAX_REJECTION_STEPS or CLIENT_DATA & set(above[1:]):
+    if len(steps) > MAX_REJECTION_STEPS or CLIENT_DATA & set(parents[1:]):
         return False
-    return last not in TYPED_KEYS.get(above[-1], NESTED_KEYS)
+    return last not in TYPED_KEYS.get(parents[-1], NESTED_KEYS)
 
 
 ACCOUNT_LIMITS = (
@@ -10473,8 +10526,8 @@ def classify_copilot_error(
     now: float,
 ) -> RetryDecision:
     message, code = read_error_answer(status, data)
-    support = headers.get("x-github-request-id", "")
-    tail = f" (GitHub request {support})" if SUPPORT_ID.fullmatch(support) else ""
+    request_id = headers.get("x-github-request-id", "")
+    tail = f" (GitHub request {request_id})" if SUPPORT_ID.fullmatch(request_id) else ""
     wait_s = read_wait(headers, message, now)
     if status == 400:
         return classify_400(message, code, model, sent, rejections)
@@ -10554,18 +10607,20 @@ def classify_exchange_error(
         )
         return RetryDecision(error, "wait", wait_s)
     if status == 403:
-        notice = envelope.get("notification_id")
-        said = envelope.get("message")
-        why = FINAL_NOTICES.get(str(notice)) or (said if isinstance(said, str) else message)
+        notice_id = envelope.get("notification_id")
+        detail = envelope.get("message")
+        reason = FINAL_NOTICES.get(str(notice_id)) or (
+            detail if isinstance(detail, str) else message
+        )
         url = envelope.get("url")
         hint = ""
         if isinstance(url, str) and url.startswith(f"{GITHUB_URL}/"):
             hint = f"See {redact(url, 300)}"
         error = NotEntitled(
-            f"GitHub refuses Copilot: {redact(why, 300) or 'no reason'}.",
+            f"GitHub refuses Copilot: {redact(reason, 300) or 'no reason'}.",
             hint=hint or "GitHub decides this: see https://github.com/settings/copilot.",
         )
-        return RetryDecision(error, "wait" if notice == "server_error" else "")
+        return RetryDecision(error, "wait" if notice_id == "server_error" else "")
     if status == 404:
         return RetryDecision(NotSignedIn("GitHub does not exchange this token for one of Copilot."))
     if status == 429 or status >= 500:
@@ -10599,12 +10654,12 @@ def copilot_host(config: CopilotConfig) -> str:
 
 def named_host(body: Json, config: CopilotConfig) -> str:
     """From the configuration or `endpoints.api`, or ""; UpstreamError for a host not Copilot's."""
-    named = get_dict(body, "endpoints").get("api")
-    if config.api_url or not isinstance(named, str) or not named:
+    api_url = get_dict(body, "endpoints").get("api")
+    if config.api_url or not isinstance(api_url, str) or not api_url:
         return config.api_url.rstrip("/")
-    if not allowed_api_host(named, config):
+    if not allowed_api_host(api_url, config):
         raise UpstreamError("GitHub's answer names a host that is not Copilot's.")
-    return named.rstrip("/")
+    return api_url.rstrip("/")
 
 
 def read_token_answer(body: Json, config: CopilotConfig, now: float) -> CopilotToken:
@@ -10612,21 +10667,21 @@ def read_token_answer(body: Json, config: CopilotConfig, now: float) -> CopilotT
     token = body.get("token")
     if not isinstance(token, str) or not TARGET.fullmatch(token):
         raise UpstreamError("GitHub's token answer holds no token that can be used.")
-    life = min(
+    lifetime = min(
         positive_int(body.get("refresh_in")) or COPILOT_DEFAULT_LIFE_SECONDS, MAX_TOKEN_SECONDS
     )
     # As in VS Code: the response's `expires_at` is of little use if the local clock is wrong.
     url = named_host(body, config) or copilot_host(config)
-    return CopilotToken(token, url, now + life + COPILOT_REFRESH_EARLY_SECONDS, life)
+    return CopilotToken(token, url, now + lifetime + COPILOT_REFRESH_EARLY_SECONDS, lifetime)
 
 
 def direct_token(github_token: str, user: Json, config: CopilotConfig, now: float) -> CopilotToken:
     """`user`, GitHub's account response, names an organisation's host; raises UpstreamError."""
     tenant = copilot_host(config)
-    any_host = COPILOT_ANY_HOST if tenant in COPILOT_HOSTS.values() else tenant
-    url = named_host(user, config) or any_host
-    life = COPILOT_DIRECT_SECONDS
-    return CopilotToken(github_token, url, now + life, life)
+    default_url = COPILOT_ANY_HOST if tenant in COPILOT_HOSTS.values() else tenant
+    url = named_host(user, config) or default_url
+    lifetime = COPILOT_DIRECT_SECONDS
+    return CopilotToken(github_token, url, now + lifetime, lifetime)
 
 
 class AllowancePart(NamedTuple):
@@ -10709,13 +10764,13 @@ class Quota:
 
     def as_json(self) -> Json:
         """`{"account", "plan", "resets_at", "allowances": [{"name", "used", ...}], "as_of"}`."""
-        noted = {"as_of": round(self.as_of, 3)} if self.as_of else {}
+        timestamp = {"as_of": round(self.as_of, 3)} if self.as_of else {}
         return {
             "account": self.account or None,
             "plan": self.plan or None,
             "resets_at": self.resets_at or None,
-            "allowances": [row.as_json(self.resets_at) for row in self.allowances],
-            **noted,
+            "allowances": [allowance.as_json(self.resets_at) for allowance in self.allowances],
+            **timestamp,
         }
 
 
@@ -10725,7 +10780,7 @@ ALLOWANCE_NAMES = {"premium_models": "premium_interactions"}
 ALLOWANCE_UNITS = {"chat": "messages", "completions": "completions"}
 
 
-def read_told(value: Any) -> float | None:
+def parse_number(value: Any) -> float | None:
     """Like `read_figure`, but also accepts a number in a string."""
     if isinstance(value, str):
         return float(value) if DECIMAL.fullmatch(value) else None
@@ -10745,59 +10800,66 @@ def allowance_unit(name: str, by_tokens: bool | None) -> str:
 
 def read_allowance(name: str, row: Json, by_tokens: bool | None = None) -> Allowance | None:
     """None if it does not apply.  `by_tokens` is the account's `token_based_billing`."""
-    limit = read_told(row.get("entitlement"))
-    own = read_flag(row.get("token_based_billing"))
-    found = Allowance(
+    limit = parse_number(row.get("entitlement"))
+    own_billing = read_flag(row.get("token_based_billing"))
+    allowance = Allowance(
         name,
         None,
         limit,
         None,
-        unit=allowance_unit(name, by_tokens if own is None else own),
-        percent_left=read_told(row.get("percent_remaining")),
+        unit=allowance_unit(name, by_tokens if own_billing is None else own_billing),
+        percent_left=parse_number(row.get("percent_remaining")),
         resets_at=max(0.0, read_time(row.get("quota_reset_at") or row.get("reset_date"))),
         overage_permitted=read_flag(row.get("overage_permitted")),
-        overage_used=read_told(row.get("overage_count")),
-        overage_limit=read_told(row.get("overage_entitlement")),
+        overage_used=parse_number(row.get("overage_count")),
+        overage_limit=parse_number(row.get("overage_entitlement")),
     )
     if row.get("unlimited") is True or limit == -1:
-        found.limit, found.percent_left = math.inf, None
-        return found
+        allowance.limit, allowance.percent_left = math.inf, None
+        return allowance
     if limit is not None and limit <= 0:  # an empty bucket does not apply: it is not "used up"
         return None
     keys = ("quota_remaining", "remaining")
-    left = next(filter(lambda n: n is not None, (read_told(row.get(key)) for key in keys)), None)
-    spent = read_told(row.get("credits_used"))
-    if left is None and limit and found.percent_left is not None:
-        left = limit * found.percent_left / 100
-    if left is None and limit and spent is not None:
-        left = limit - spent
-    is_blank = left is None and found.percent_left is None
-    if limit is None and (is_blank or row.get("has_quota") is False):
+    remaining = next(
+        filter(lambda value: value is not None, (parse_number(row.get(key)) for key in keys)), None
+    )
+    credits_used = parse_number(row.get("credits_used"))
+    if remaining is None and limit and allowance.percent_left is not None:
+        remaining = limit * allowance.percent_left / 100
+    if remaining is None and limit and credits_used is not None:
+        remaining = limit - credits_used
+    is_unknown = remaining is None and allowance.percent_left is None
+    if limit is None and (is_unknown or row.get("has_quota") is False):
         return None
-    if left is not None:
-        found.used = None if limit is None else max(0.0, limit - left)
-        found.remaining = max(0.0, left)
-    return found
+    if remaining is not None:
+        allowance.used = None if limit is None else max(0.0, limit - remaining)
+        allowance.remaining = max(0.0, remaining)
+    return allowance
 
 
 def read_copilot_quota(body: Json) -> Quota:
     """GitHub's `copilot_internal/user`; older free plans have a format of their own."""
     snapshots = [*get_dict(body, "quota_snapshots").items()][:MAX_ALLOWANCES]
     rows = {name: row for name, row in snapshots if isinstance(row, dict)}
-    monthly, left = get_dict(body, "monthly_quotas"), get_dict(body, "limited_user_quotas")
+    monthly, remaining = get_dict(body, "monthly_quotas"), get_dict(body, "limited_user_quotas")
     if not rows:
-        names = [*dict.fromkeys([*monthly, *left])][:MAX_ALLOWANCES]
-        rows = {n: {"entitlement": monthly.get(n), "remaining": left.get(n)} for n in names}
+        names = [*dict.fromkeys([*monthly, *remaining])][:MAX_ALLOWANCES]
+        rows = {
+            name: {"entitlement": monthly.get(name), "remaining": remaining.get(name)}
+            for name in names
+        }
     by_tokens = read_flag(body.get("token_based_billing"))
-    named = {ALLOWANCE_NAMES.get(n, n)[:MAX_NAME_CHARS]: row for n, row in rows.items()}
-    found = (read_allowance(name, row, by_tokens) for name, row in named.items())
-    dates = ("quota_reset_date_utc", "quota_reset_date", "limited_user_reset_date")
-    free = "free_limited" in get_str(body, "access_type_sku")  # whatever `copilot_plan` says
+    named_rows = {
+        ALLOWANCE_NAMES.get(name, name)[:MAX_NAME_CHARS]: row for name, row in rows.items()
+    }
+    allowances = (read_allowance(name, row, by_tokens) for name, row in named_rows.items())
+    date_keys = ("quota_reset_date_utc", "quota_reset_date", "limited_user_reset_date")
+    is_free = "free_limited" in get_str(body, "access_type_sku")  # whatever `copilot_plan` says
     return Quota(
         account=name_of_key(body, "login"),
-        plan="free" if free else name_of_key(body, "copilot_plan"),
-        allowances=[row for row in found if row is not None],
-        resets_at=next(filter(None, (read_time(body.get(key)) for key in dates)), 0.0),
+        plan="free" if is_free else name_of_key(body, "copilot_plan"),
+        allowances=[allowance for allowance in allowances if allowance is not None],
+        resets_at=next(filter(None, (read_time(body.get(key)) for key in date_keys)), 0.0),
     )
 
 
@@ -10817,74 +10879,90 @@ def read_snapshot(name: str, text: str) -> Allowance | None:
 
     `ent`: limit (-1 = none), `rem`: percentage left, `totRem`: amount left, `ov`: overage.
     """
-    said = dict(urllib.parse.parse_qsl(text, keep_blank_values=True, max_num_fields=20))
-    figures = {key: read_told(said[key]) for key in ("ent", "rem", "totRem", "ov") if key in said}
-    limit, left = figures.get("ent"), figures.get("totRem")
+    values = dict(urllib.parse.parse_qsl(text, keep_blank_values=True, max_num_fields=20))
+    figures = {
+        key: parse_number(values[key]) for key in ("ent", "rem", "totRem", "ov") if key in values
+    }
+    limit, remaining = figures.get("ent"), figures.get("totRem")
     if None in figures.values() or "rem" not in figures or limit is None or limit < -1:
         raise ValueError(f"{name}: not a quota snapshot")
     row = {
         "entitlement": limit,
         "percent_remaining": figures["rem"],
-        "quota_remaining": None if left is None or left < 0 else left,
+        "quota_remaining": None if remaining is None or remaining < 0 else remaining,
         "overage_count": figures.get("ov"),
-        "overage_permitted": said.get("ovPerm"),
-        "reset_date": said.get("rst"),
+        "overage_permitted": values.get("ovPerm"),
+        "reset_date": values.get("rst"),
     }
     return read_allowance(name, row)
 
 
-def read_snapshots(found: dict[str, str]) -> dict[str, Allowance | None]:
+def read_snapshots(headers: dict[str, str]) -> dict[str, Allowance | None]:
     """The allowances by name; None: does not apply.  Malformed fields are ignored."""
-    read = {}
-    for key, text in found.items():
+    allowances = {}
+    for key, text in headers.items():
         name = key.removeprefix(SNAPSHOT_PREFIX).removeprefix(WINDOW_PREFIX)
         name = ALLOWANCE_NAMES.get(name, name)
         try:
-            read[name] = read_snapshot(name, text)
+            allowances[name] = read_snapshot(name, text)
         except ValueError:
             continue  # the other fields are still valid
-    return read
+    return allowances
 
 
 def merge_snapshots(
-    known: Quota | None, found: dict[str, Allowance | None], resets_at: float, now: float
+    known: Quota | None, snapshots: dict[str, Allowance | None], resets_at: float, now: float
 ) -> Quota:
     """The updated quota: missing fields leave known values alone; `resets_at` 0 = unknown."""
-    rows = {row.name: row for row in known.allowances} if known else {}
-    for name, row in found.items():
-        before = rows.get(name)
-        if row is None:
-            rows.pop(name, None)
+    allowances = {allowance.name: allowance for allowance in known.allowances} if known else {}
+    for name, allowance in snapshots.items():
+        previous = allowances.get(name)
+        if allowance is None:
+            allowances.pop(name, None)
             continue
-        if before is not None:
-            row.unit = row.unit or before.unit
-            row.resets_at = row.resets_at or (before.resets_at if before.resets_at > now else 0.0)
-            row.overage_limit = before.overage_limit
-        if before is not None or len(rows) < MAX_ALLOWANCES:
-            rows[name] = row
+        if previous is not None:
+            allowance.unit = allowance.unit or previous.unit
+            allowance.resets_at = allowance.resets_at or (
+                previous.resets_at if previous.resets_at > now else 0.0
+            )
+            allowance.overage_limit = previous.overage_limit
+        if previous is not None or len(allowances) < MAX_ALLOWANCES:
+            allowances[name] = allowance
     return Quota(
         account=known.account if known else "",
         plan=known.plan if known else "",
-        allowances=list(rows.values()),
+        allowances=list(allowances.values()),
         resets_at=resets_at or (known.resets_at if known else 0.0),
         as_of=now,
     )
 
 
-def take_snapshots(known: Quota | None, found: dict[str, str], now: float) -> Quota:
+def take_snapshots(known: Quota | None, headers: dict[str, str], now: float) -> Quota:
     """The plan's reset date comes from its own buckets, not from a rolling window."""
-    read = read_snapshots(found)
-    rows = [row for name, row in read.items() if row and WINDOW_PREFIX + name not in found]
-    return merge_snapshots(known, read, max((row.resets_at for row in rows), default=0.0), now)
+    snapshots = read_snapshots(headers)
+    plan_allowances = [
+        allowance
+        for name, allowance in snapshots.items()
+        if allowance and WINDOW_PREFIX + name not in headers
+    ]
+    return merge_snapshots(
+        known,
+        snapshots,
+        max((allowance.resets_at for allowance in plan_allowances), default=0.0),
+        now,
+    )
 
 
 # Warnings: users want one before it is too late, and only once.
 
 
-def reached_percent(row: Allowance) -> float:
+def reached_percent(allowance: Allowance) -> float:
     """The highest warning threshold reached, 100 if the allowance is used up; otherwise 0."""
-    percent = row.percent_used or 0.0
-    return max((p for p in (*QUOTA_WARNING_PERCENTS, 100.0) if percent >= p), default=0.0)
+    percent = allowance.percent_used or 0.0
+    return max(
+        (threshold for threshold in (*QUOTA_WARNING_PERCENTS, 100.0) if percent >= threshold),
+        default=0.0,
+    )
 
 
 def plain_figure(value: float) -> str:
@@ -10902,18 +10980,22 @@ def plain_day(moment: float) -> str:
         return ""
 
 
-def quota_warning(provider: str, row: Allowance, resets_at: float) -> str:
+def quota_warning(provider: str, allowance: Allowance, resets_at: float) -> str:
     """`copilot: 81 % of premium_interactions used, 285 of 1,500 credits left, resets on DAY`."""
-    unit = f" {row.unit}" if row.unit else ""
-    of = f" of {plain_figure(row.limit)}" if row.limit else ""
-    day = plain_day(row.resets_at or resets_at)
-    resets = f", resets on {day}" if day else ""
-    if reached_percent(row) >= 100:
-        left = f", nothing left{of}{unit}" if of else ""
-        more = "; what goes beyond it is billed" if row.overage_permitted else ""
-        return f"{provider}: {row.name}: used up{left}{resets}{more}"
-    left = "" if row.remaining is None else f", {plain_figure(row.remaining)}{of}{unit} left"
-    return f"{provider}: {int(row.percent_used or 0)} % of {row.name} used{left}{resets}"
+    unit = f" {allowance.unit}" if allowance.unit else ""
+    limit = f" of {plain_figure(allowance.limit)}" if allowance.limit else ""
+    day = plain_day(allowance.resets_at or resets_at)
+    reset = f", resets on {day}" if day else ""
+    if reached_percent(allowance) >= 100:
+        left = f", nothing left{limit}{unit}" if limit else ""
+        billing = "; what goes beyond it is billed" if allowance.overage_permitted else ""
+        return f"{provider}: {allowance.name}: used up{left}{reset}{billing}"
+    left = (
+        ""
+        if allowance.remaining is None
+        else f", {plain_figure(allowance.remaining)}{limit}{unit} left"
+    )
+    return f"{provider}: {int(allowance.percent_used or 0)} % of {allowance.name} used{left}{reset}"
 
 
 def quota_warnings(provider: str, quota: Quota | None, now: float) -> list[str]:
@@ -10921,11 +11003,15 @@ def quota_warnings(provider: str, quota: Quota | None, now: float) -> list[str]:
     if quota is None:
         return []
 
-    def is_over(row: Allowance) -> bool:
-        return quota.as_of < (row.resets_at or quota.resets_at) <= now
+    def period_ended(allowance: Allowance) -> bool:
+        return quota.as_of < (allowance.resets_at or quota.resets_at) <= now
 
-    rows = (row for row in quota.allowances if reached_percent(row) and not is_over(row))
-    return [quota_warning(provider, row, quota.resets_at) for row in rows]
+    allowances = (
+        allowance
+        for allowance in quota.allowances
+        if reached_percent(allowance) and not period_ended(allowance)
+    )
+    return [quota_warning(provider, allowance, quota.resets_at) for allowance in allowances]
 
 
 class QuotaAlarm:
@@ -10937,27 +11023,31 @@ class QuotaAlarm:
         self.told: dict[str, tuple[float, float]] = {}
 
     def news(self, quota: Quota, now: float) -> list[Allowance]:
-        return [row for row in quota.allowances if self.is_news(row, quota.resets_at, now)]
+        return [
+            allowance
+            for allowance in quota.allowances
+            if self.must_report(allowance, quota.resets_at, now)
+        ]
 
-    def is_news(self, row: Allowance, resets_at: float, now: float) -> bool:
+    def must_report(self, allowance: Allowance, resets_at: float, now: float) -> bool:
         """Whether this must be reported, and records that it was.
 
         A period is over once its date has passed and a later one is named; without a known date,
         falling below a threshold makes it reportable again.
         """
-        reached, resets_at = reached_percent(row), row.resets_at or resets_at
-        told, until = self.told.get(row.name, (0.0, 0.0))
-        if until and now >= until and (resets_at > until or not resets_at):
-            told = 0.0
-        elif not until:
-            told = min(told, reached)
-        if reached > told:
-            self.told[row.name] = reached, resets_at
-        elif not told:
-            self.told.pop(row.name, None)
-        elif not until:
-            self.told[row.name] = told, resets_at
-        return reached > told
+        reached, resets_at = reached_percent(allowance), allowance.resets_at or resets_at
+        reported, ends_at = self.told.get(allowance.name, (0.0, 0.0))
+        if ends_at and now >= ends_at and (resets_at > ends_at or not resets_at):
+            reported = 0.0
+        elif not ends_at:
+            reported = min(reported, reached)
+        if reached > reported:
+            self.told[allowance.name] = reached, resets_at
+        elif not reported:
+            self.told.pop(allowance.name, None)
+        elif not ends_at:
+            self.told[allowance.name] = reported, resets_at
+        return reached > reported
 
 
 # 9.5 Kiro: sign-ins, hosts, models, limits
@@ -10998,10 +11088,10 @@ class KiroLogin:
     internal: bool = False
 
 
-def read_kiro_login(kept: Json) -> KiroLogin:
+def read_kiro_login(credentials: Json) -> KiroLogin:
     """The sign-in in a token file; the ValueError it raises says what is wrong."""
-    access, refresh = get_str(kept, "access_token"), get_str(kept, "refresh_token")
-    kind = kiro_kind(kept)
+    access, refresh = get_str(credentials, "access_token"), get_str(credentials, "refresh_token")
+    kind = kiro_kind(credentials)
     if kind == "api_key":
         refresh = ""
         if not access:
@@ -11013,7 +11103,7 @@ def read_kiro_login(kept: Json) -> KiroLogin:
             raise ValueError(f"its {name} is cut short: it was copied from a display")
         if value and not TARGET.fullmatch(value):
             raise ValueError(f"its {name} holds characters no token has")
-    region = get_str(kept, "idc_region") or get_str(kept, "region") or "us-east-1"
+    region = get_str(credentials, "idc_region") or get_str(credentials, "region") or "us-east-1"
     if not AWS_REGION.fullmatch(region):
         raise ValueError("its idc_region is not a region")
     seed = f"KiroAPIKey/{access}" if kind == "api_key" else f"KotlinNativeAPI/{refresh}"
@@ -11021,19 +11111,19 @@ def read_kiro_login(kept: Json) -> KiroLogin:
         kind,
         access,
         refresh,
-        client_id=get_str(kept, "client_id"),
-        client_secret=get_str(kept, "client_secret"),
+        client_id=get_str(credentials, "client_id"),
+        client_secret=get_str(credentials, "client_secret"),
         sso_region=region,
-        arn=get_str(kept, "profile_arn"),
-        expires_at=math.inf if kind == "api_key" else read_time(kept.get("expires_at")),
-        machine_id=kiro_machine_id(get_str(kept, "machine_id")) or short_hash(seed, 64),
-        token_url=get_str(kept, "token_endpoint"),
-        scope=get_str(kept, "scope"),
-        internal=get_str(kept, "provider") == "Internal",
+        arn=get_str(credentials, "profile_arn"),
+        expires_at=math.inf if kind == "api_key" else read_time(credentials.get("expires_at")),
+        machine_id=kiro_machine_id(get_str(credentials, "machine_id")) or short_hash(seed, 64),
+        token_url=get_str(credentials, "token_endpoint"),
+        scope=get_str(credentials, "scope"),
+        internal=get_str(credentials, "provider") == "Internal",
     )
     if kind in KIRO_CLIENTS and not (login.client_id and login.client_secret):
         raise ValueError("it holds no client_id and client_secret, which its refresh needs")
-    if kind == "external_idp" and not is_own_endpoint(login.token_url, kept):
+    if kind == "external_idp" and not is_own_endpoint(login.token_url, credentials):
         raise ValueError("its token_endpoint is not an https URL at the host of its issuer_url")
     if login.arn and not KIRO_ARN.fullmatch(login.arn):
         raise ValueError("its profile_arn is not one")
@@ -11047,29 +11137,30 @@ def kiro_machine_id(text: str) -> str:
     return digits if re.fullmatch(r"[0-9a-f]{64}", digits) else ""
 
 
-def kiro_kind(kept: Json) -> str:
+def kiro_kind(credentials: Json) -> str:
     """The kind of sign-in: as the file states it, otherwise inferred from its fields."""
-    said = get_str(kept, "auth_method").lower().replace("_", "").replace("-", "")
-    kind = KIRO_KINDS.get(said, "")
-    builder = get_str(kept, "start_url").rstrip("/") in ("", KIRO_BUILDER_START_URL)
+    method = get_str(credentials, "auth_method").lower().replace("_", "").replace("-", "")
+    kind = KIRO_KINDS.get(method, "")
+    is_builder = get_str(credentials, "start_url").rstrip("/") in ("", KIRO_BUILDER_START_URL)
     if kind == "idc" and (
-        get_str(kept, "provider") == "BuilderId" or (builder and get_str(kept, "start_url"))
+        get_str(credentials, "provider") == "BuilderId"
+        or (is_builder and get_str(credentials, "start_url"))
     ):
         return "builder_id"
     if kind:
         return kind
-    if get_str(kept, "access_token").startswith("ksk_"):
+    if get_str(credentials, "access_token").startswith("ksk_"):
         return "api_key"
-    if get_str(kept, "token_endpoint"):
+    if get_str(credentials, "token_endpoint"):
         return "external_idp"
-    if get_str(kept, "client_id"):
-        return "builder_id" if builder else "idc"
+    if get_str(credentials, "client_id"):
+        return "builder_id" if is_builder else "idc"
     return "social"
 
 
-def is_own_endpoint(url: str, kept: Json) -> bool:
+def is_own_endpoint(url: str, credentials: Json) -> bool:
     """Whether the refresh token may be sent to this URL: https, at the issuer's host."""
-    issuer = get_str(kept, "issuer_url")
+    issuer = get_str(credentials, "issuer_url")
     if check_url(url) or (issuer and check_url(issuer)):
         return False
     host = urllib.parse.urlsplit(url).hostname
@@ -11086,8 +11177,8 @@ def read_time(value: Any) -> float:
         if moment.tzinfo is None:
             moment = moment.replace(tzinfo=dt.timezone.utc)
         return read_figure(moment.timestamp(), 0, MAX_UNIX_SECONDS) or 0.0
-    number = read_figure(value, 0, MAX_UNIX_SECONDS * 1000) or 0.0
-    return number if number < MAX_UNIX_SECONDS else number / 1000
+    timestamp = read_figure(value, 0, MAX_UNIX_SECONDS * 1000) or 0.0
+    return timestamp if timestamp < MAX_UNIX_SECONDS else timestamp / 1000
 
 
 def kiro_refresh(login: KiroLogin, config: KiroConfig) -> tuple[str, dict[str, str], bytes]:
@@ -11119,16 +11210,19 @@ def kiro_refresh(login: KiroLogin, config: KiroConfig) -> tuple[str, dict[str, s
 def read_refresh_answer(body: Json, now: float) -> Json:
     """Changes to the token file; a new refresh token invalidates the old.  Raises UpstreamError."""
 
-    def said(camel: str, snake: str) -> Any:
+    def get_value(camel: str, snake: str) -> Any:
         return body.get(camel, body.get(snake))
 
-    access, refresh = said("accessToken", "access_token"), said("refreshToken", "refresh_token")
+    access, refresh = (
+        get_value("accessToken", "access_token"),
+        get_value("refreshToken", "refresh_token"),
+    )
     if not isinstance(access, str) or not TARGET.fullmatch(access):
         raise UpstreamError("The answer to Kiro's token refresh holds no token that can be used.")
-    life = read_figure(said("expiresIn", "expires_in"), 0) or KIRO_TOKEN_SECONDS
+    lifetime = read_figure(get_value("expiresIn", "expires_in"), 0) or KIRO_TOKEN_SECONDS
     changes: Json = {
         "access_token": access,
-        "expires_at": int(now + min(life, MAX_TOKEN_SECONDS)),
+        "expires_at": int(now + min(lifetime, MAX_TOKEN_SECONDS)),
     }
     if isinstance(refresh, str) and TARGET.fullmatch(refresh):
         changes["refresh_token"] = refresh
@@ -11143,8 +11237,8 @@ def classify_kiro_refresh(status: int, headers: Headers, data: bytes, now: float
     message, code = read_error_answer(status, data)
     wait_s = parse_retry_after(headers.get("retry-after"), now)
     if status in (400, 401, 403):
-        why = message or code or f"status {status}"
-        error = NotSignedIn(f"Kiro's sign-in has ended: {why}.")
+        reason = message or code or f"status {status}"
+        error = NotSignedIn(f"Kiro's sign-in has ended: {reason}.")
         return RetryDecision(error, "refresh")
     if status in (408, 429) or status >= 500:
         error_text = f"Kiro's token refresh failed, status {status}."
@@ -11154,11 +11248,11 @@ def classify_kiro_refresh(status: int, headers: Headers, data: bytes, now: float
 
 def kiro_region(login: KiroLogin, config: KiroConfig) -> str:
     """Only two regions have model hosts: the configured one, the profile's, or the closest."""
-    found = KIRO_ARN.fullmatch(login.arn)
+    match = KIRO_ARN.fullmatch(login.arn)
     if config.region:
         return config.region
-    if found and AWS_REGION.fullmatch(found[1]):
-        return found[1]
+    if match and AWS_REGION.fullmatch(match[1]):
+        return match[1]
     return "eu-central-1" if login.sso_region.startswith("eu-") else "us-east-1"
 
 
@@ -11187,24 +11281,26 @@ def kiro_endpoints(login: KiroLogin, config: KiroConfig) -> list[KiroEndpoint]:
     old = KIRO_OLD_URL if region == "us-east-1" else q
     arn = login.arn
     if login.kind == "api_key":
-        ways = [(runtime, "cli", ""), (old, "ide", ""), (q, "ide", "")]
+        endpoints = [(runtime, "cli", ""), (old, "ide", ""), (q, "ide", "")]
     elif login.kind == "builder_id":
         own = arn or KIRO_BUILDER_ARN
-        ways = [(runtime, "ide", own), (runtime, "cli", ""), (q, "ide", ""), (old, "ide", "")]
+        endpoints = [(runtime, "ide", own), (runtime, "cli", ""), (q, "ide", ""), (old, "ide", "")]
     elif login.kind == "idc":
-        ways = [(runtime, "ide", arn), (q, "ide", arn), (q, "ide", ""), (old, "ide", arn)]
+        endpoints = [(runtime, "ide", arn), (q, "ide", arn), (q, "ide", ""), (old, "ide", arn)]
     else:
         own = arn or (KIRO_SOCIAL_ARN if login.kind == "social" else "")
-        ways = [(runtime, "ide", own), (q, "ide", own), (old, "ide", own)]
+        endpoints = [(runtime, "ide", own), (q, "ide", own), (old, "ide", own)]
     base = config.api_url.rstrip("/")
-    return list(dict.fromkeys(KiroEndpoint(base or url, shape, arn) for url, shape, arn in ways))
+    return list(
+        dict.fromkeys(KiroEndpoint(base or url, shape, arn) for url, shape, arn in endpoints)
+    )
 
 
 def kiro_controls(login: KiroLogin, config: KiroConfig) -> list[str]:
     """The hosts of the model list, profiles and limits, best first."""
-    set_ = config.management_url or config.api_url
-    if set_:
-        return [set_.rstrip("/")]
+    configured_url = config.management_url or config.api_url
+    if configured_url:
+        return [configured_url.rstrip("/")]
     region = kiro_region(login, config)
     return [KIRO_MANAGEMENT_URL.format(region=region), KIRO_Q_URL.format(region=region)]
 
@@ -11260,66 +11356,66 @@ def kiro_control_headers(login: KiroLogin, version: str, system: str) -> dict[st
     }
 
 
-def place_kiro_call(body: Json, endpoint: KiroEndpoint, conversation: str, run: str) -> Json:
+def place_kiro_call(body: Json, endpoint: KiroEndpoint, conversation_id: str, run_id: str) -> Json:
     origin = KIRO_ORIGINS[endpoint.shape]
 
-    def place(turn: Json) -> Json:
+    def with_origin(turn: Json) -> Json:
         if "userInputMessage" not in turn:
             return turn
         return {"userInputMessage": {**turn["userInputMessage"], "origin": origin}}
 
     state = body["conversationState"]
-    placed = {**state, "conversationId": conversation, "agentContinuationId": run}
+    new_state = {**state, "conversationId": conversation_id, "agentContinuationId": run_id}
     if "history" in state:
-        placed["history"] = [place(turn) for turn in state["history"]]
-    placed["currentMessage"] = place(state["currentMessage"])
-    call = {**body, "conversationState": placed}
+        new_state["history"] = [with_origin(turn) for turn in state["history"]]
+    new_state["currentMessage"] = with_origin(state["currentMessage"])
+    request = {**body, "conversationState": new_state}
     if endpoint.arn:
-        call["profileArn"] = endpoint.arn
-    return call
+        request["profileArn"] = endpoint.arn
+    return request
 
 
-def kiro_answers(body: Json) -> list[Json]:
+def assistant_messages(body: Json) -> list[Json]:
     rows = body["conversationState"].get("history", ())
     return [row["assistantResponseMessage"] for row in rows if "assistantResponseMessage" in row]
 
 
 def attach_kiro_thinking(body: Json, memory: ReasoningMemory) -> None:
     """Puts reasoning back before calls whose client had no field for it."""
-    for answer in kiro_answers(body):
-        ids = [use["toolUseId"] for use in answer.get("toolUses", ())]
-        found = [memory.kept[call] for call in ids if call in memory.kept]
-        if found and "reasoningContent" not in answer:
-            answer["reasoningContent"] = write_kiro_thinking(*found[-1])
+    for message in assistant_messages(body):
+        call_ids = [tool_use["toolUseId"] for tool_use in message.get("toolUses", ())]
+        entries = [memory.kept[call_id] for call_id in call_ids if call_id in memory.kept]
+        if entries and "reasoningContent" not in message:
+            message["reasoningContent"] = write_kiro_thinking(*entries[-1])
 
 
 def strip_kiro_thinking(body: Json) -> bool:
     """Removes all replayed reasoning; returns whether there was any."""
-    thoughts = [answer.pop("reasoningContent", None) for answer in kiro_answers(body)]
+    thoughts = [message.pop("reasoningContent", None) for message in assistant_messages(body)]
     return any(thoughts)
 
 
 def kiro_shape(body: Json) -> str:
     """The structure of a conversation without its content, for the log: roles, lengths, tools."""
-    rows = [
+    turns = [
         *body["conversationState"].get("history", ()),
         body["conversationState"]["currentMessage"],
     ]
-    signs = []
-    for row in rows:
-        user = row.get("userInputMessage")
-        said = user or row["assistantResponseMessage"]
-        context = get_dict(said, "userInputMessageContext")
+    summaries = []
+    for turn in turns:
+        user_message = turn.get("userInputMessage")
+        message = user_message or turn["assistantResponseMessage"]
+        context = get_dict(message, "userInputMessageContext")
         counts = {
             "r": len(context.get("toolResults", ())),
             "t": len(context.get("tools", ())),
-            "c": len(said.get("toolUses", ())),
-            "i": len(said.get("images", ())),
-            "k": int("reasoningContent" in said),
+            "c": len(message.get("toolUses", ())),
+            "i": len(message.get("images", ())),
+            "k": int("reasoningContent" in message),
         }
-        marks = "".join(f"{mark}{number}" for mark, number in counts.items() if number)
-        signs.append(f"{'u' if user else 'a'}{len(said['content'])}{marks}")
-    return " ".join(signs[-60:])
+        counters = "".join(f"{letter}{total}" for letter, total in counts.items() if total)
+        summaries.append(f"{'u' if user_message else 'a'}{len(message['content'])}{counters}")
+    return " ".join(summaries[-60:])
 
 
 UUID_TEXT = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
@@ -11348,8 +11444,10 @@ def read_kiro_model(entry: Json, provider: str) -> Model | None:
         return None
     limits = get_dict(entry, "tokenLimits")
     window = positive_int(limits.get("maxInputTokens"))
-    known = get_dict(get_dict(entry, "additionalModelRequestFieldsSchema"), "properties")
-    efforts = kiro_efforts(get_dict(known, "reasoning") or get_dict(known, "output_config"))
+    properties = get_dict(get_dict(entry, "additionalModelRequestFieldsSchema"), "properties")
+    efforts = kiro_efforts(
+        get_dict(properties, "reasoning") or get_dict(properties, "output_config")
+    )
     return Model(
         id=model_id,
         provider=provider,
@@ -11359,22 +11457,22 @@ def read_kiro_model(entry: Json, provider: str) -> Model | None:
         max_output=positive_int(limits.get("maxOutputTokens")),
         max_prompt=window,
         context=window,
-        efforts=tuple(e for e in efforts if e in EFFORTS),
-        adaptive="thinking" in known,
+        efforts=tuple(effort for effort in efforts if effort in EFFORTS),
+        adaptive="thinking" in properties,
         stops=0,
         raw=entry,
     )
 
 
 def read_kiro_models(entries: Iterable[Any], provider: str) -> dict[str, Model]:
-    rows = (read_kiro_model(entry, provider) for entry in entries if isinstance(entry, dict))
-    return {row.id: row for row in rows if row is not None}
+    models = (read_kiro_model(entry, provider) for entry in entries if isinstance(entry, dict))
+    return {model.id: model for model in models if model is not None}
 
 
 def known_kiro_models(provider: str) -> dict[str, Model]:
     entries = (
-        {"modelId": name, "tokenLimits": {"maxInputTokens": window, "maxOutputTokens": most}}
-        for name, window, most in KIRO_KNOWN_MODELS
+        {"modelId": name, "tokenLimits": {"maxInputTokens": window, "maxOutputTokens": max_output}}
+        for name, window, max_output in KIRO_KNOWN_MODELS
     )
     models = read_kiro_models(entries, provider)
     for model in models.values():
@@ -11403,7 +11501,9 @@ def kiro_credit_row(body: Json) -> Json:
     """The credits in GetUsageLimits: an item of a list, or a single object in older responses."""
     rows = body.get("usageBreakdownList") or [body.get("usageBreakdown")]
     rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-    return next((r for r in rows if r.get("resourceType") == "CREDIT"), rows[0] if rows else {})
+    return next(
+        (row for row in rows if row.get("resourceType") == "CREDIT"), rows[0] if rows else {}
+    )
 
 
 def kiro_figure(row: Json, name: str) -> float | None:
@@ -11412,8 +11512,8 @@ def kiro_figure(row: Json, name: str) -> float | None:
 
 
 def kiro_credit_parts(row: Json, now: float) -> list[AllowancePart]:
-    def part(name: str, said: Json, ends_at: float) -> AllowancePart:
-        used, limit = kiro_figure(said, "currentUsage"), kiro_figure(said, "usageLimit")
+    def part(name: str, entry: Json, ends_at: float) -> AllowancePart:
+        used, limit = kiro_figure(entry, "currentUsage"), kiro_figure(entry, "usageLimit")
         return AllowancePart(name, used or 0.0, limit or 0.0, ends_at)
 
     parts = [part("plan", row, 0.0)]
@@ -11423,9 +11523,9 @@ def kiro_credit_parts(row: Json, now: float) -> list[AllowancePart]:
     bonuses = row.get("bonuses")
     for bonus in bonuses[:MAX_ALLOWANCES] if isinstance(bonuses, list) else ():
         if isinstance(bonus, dict) and bonus.get("status", "ACTIVE") == "ACTIVE":
-            until = read_time(bonus.get("expiresAt"))
+            ends_at = read_time(bonus.get("expiresAt"))
             name = name_of_key(bonus, "displayName") or "bonus"
-            parts += [part(name, bonus, until)] if not until or until > now else []
+            parts += [part(name, bonus, ends_at)] if not ends_at or ends_at > now else []
     return parts
 
 
@@ -11449,7 +11549,7 @@ def read_kiro_quota(body: Json, now: float) -> Quota:
     limits, row = read_kiro_limits(body, now), kiro_credit_row(body)
     parts = kiro_credit_parts(row, now)
     status = get_dict(body, "overageConfiguration").get("overageStatus")
-    credits_ = Allowance(
+    allowance = Allowance(
         "credits",
         limits.used,
         limits.limit or None,
@@ -11460,12 +11560,12 @@ def read_kiro_quota(body: Json, now: float) -> Quota:
         overage_limit=kiro_figure(row, "overageCap"),
         parts=parts if len(parts) > 1 else [],
     )
-    allowances = [credits_] if limits.used or limits.limit else []
+    allowances = [allowance] if limits.used or limits.limit else []
     return Quota("", limits.plan, allowances, limits.resets_at, as_of=now)
 
 
 def apply_kiro_wait(decision: RetryDecision, wait_s: float | None) -> None:
-    """Adds to a verdict how long it lasts, if known, and whether it concerns the whole account."""
+    """Adds to a decision how long it lasts, if known, and whether it concerns the whole account."""
     if wait_s is not None and decision.action in ("pause", "wait", "rest"):
         decision.wait_s = wait_s
         if not isinstance(decision.error, QuotaExceeded):
@@ -11476,45 +11576,47 @@ def apply_kiro_wait(decision: RetryDecision, wait_s: float | None) -> None:
 def classify_kiro_error(status: int, headers: Headers, data: bytes, now: float) -> RetryDecision:
     """Classifies an error response, first by its message, then by status; `now` is Unix time."""
     text = data.decode("utf-8", "replace").strip()
-    said = load_object(text) or {"message": read_error_answer(status, data)[0]}
-    code, reason, message = read_kiro_words(said)
+    payload = load_object(text) or {"message": read_error_answer(status, data)[0]}
+    code, reason, message = read_kiro_words(payload)
     code = headers.get("x-amzn-errortype", "").partition(":")[0] or code
     wait_s = read_wait(headers, message, now)
     decision = classify_kiro_message(code, reason, message) or classify_kiro_status(status, message)
     if status == 401 and isinstance(decision.error, Forbidden) and decision.action != "rest":
         decision = classify_kiro_status(status, message)
     apply_kiro_wait(decision, wait_s)
-    request = headers.get("x-amzn-requestid", "")
-    if SUPPORT_ID.fullmatch(request):
-        decision.error.message += f" (Kiro request {request})"
+    request_id = headers.get("x-amzn-requestid", "")
+    if SUPPORT_ID.fullmatch(request_id):
+        decision.error.message += f" (Kiro request {request_id})"
     return decision
 
 
 def classify_kiro_status(status: int, message: str) -> RetryDecision:
-    words = f": {message.strip(' .')}." if message else "."
+    detail = f": {message.strip(' .')}." if message else "."
     if status == 401:
-        return RetryDecision(NotSignedIn(f"Kiro does not accept the token{words}"), "refresh")
+        return RetryDecision(NotSignedIn(f"Kiro does not accept the token{detail}"), "refresh")
     if status == 402:
-        return RetryDecision(QuotaExceeded(f"The Kiro credits are used up{words}"), "rest")
+        return RetryDecision(QuotaExceeded(f"The Kiro credits are used up{detail}"), "rest")
     if status in (403, 423):
-        return RetryDecision(Forbidden(f"Kiro does not allow this{words}"), "reroute")
+        return RetryDecision(Forbidden(f"Kiro does not allow this{detail}"), "reroute")
     if status in (404, 405):
-        return RetryDecision(UpstreamError(f"Kiro answered with status {status}{words}"), "reroute")
+        return RetryDecision(
+            UpstreamError(f"Kiro answered with status {status}{detail}"), "reroute"
+        )
     if status == 413:
         return RetryDecision(BodyTooLarge("The request is larger than Kiro takes."))
     if status == 429:
-        return RetryDecision(RateLimited(f"Kiro's rate limit{words}"), "pause")
+        return RetryDecision(RateLimited(f"Kiro's rate limit{detail}"), "pause")
     if status in (502, 503, 529):
-        return RetryDecision(Overloaded(f"Kiro is busy, status {status}{words}"), "reroute")
+        return RetryDecision(Overloaded(f"Kiro is busy, status {status}{detail}"), "reroute")
     if status in (408, 504, 524):  # 524 comes after minutes: no retry
         return RetryDecision(
-            UpstreamTimeout(f"Kiro timed out{words}"), "again" if status != 524 else ""
+            UpstreamTimeout(f"Kiro timed out{detail}"), "again" if status != 524 else ""
         )
     if status >= 500:
-        return RetryDecision(UpstreamError(f"Kiro failed with status {status}{words}"), "wait")
+        return RetryDecision(UpstreamError(f"Kiro failed with status {status}{detail}"), "wait")
     if status == 200:
-        return RetryDecision(UpstreamError(f"Kiro answered without a stream{words}"), "again")
-    return RetryDecision(InvalidRequest(f"Kiro refused the request, status {status}{words}"))
+        return RetryDecision(UpstreamError(f"Kiro answered without a stream{detail}"), "again")
+    return RetryDecision(InvalidRequest(f"Kiro refused the request, status {status}{detail}"))
 
 
 # 9.6 signing in: device codes, the browser's redirect, other programs' files
@@ -11539,8 +11641,8 @@ class DeviceCode:
 
 def camel(name: str) -> str:
     """`refresh_token` -> `refreshToken`."""
-    first, *rest = name.split("_")
-    return first + "".join(word.capitalize() for word in rest)
+    first, *following = name.split("_")
+    return first + "".join(word.capitalize() for word in following)
 
 
 def either(body: Json, name: str) -> Any:
@@ -11558,9 +11660,9 @@ def read_device_code(body: Json, service: str) -> DeviceCode:
     if not texts["device_code"] or not texts["user_code"] or check_url(url):
         raise SignInFailed(f"{service}'s answer holds no code to type")
 
-    def seconds(name: str, otherwise: float) -> float:
-        value = read_told(either(body, name))  # strings in a form
-        return otherwise if value is None or not 1 <= value <= 86400 else value
+    def seconds(name: str, default: float) -> float:
+        value = parse_number(either(body, name))  # strings in a form
+        return default if value is None or not 1 <= value <= 86400 else value
 
     return DeviceCode(
         texts["device_code"],
@@ -11616,8 +11718,8 @@ def classify_poll(status: int, headers: Headers, data: bytes) -> Poll:
         return Poll(state, body)
     if status == 429 or status >= 500:
         return Poll("unreachable", body, f"status {status}")
-    said = body.get("error_description") or body.get("message") or name or f"status {status}"
-    return Poll("failed", body, redact(str(said), 300))
+    message = body.get("error_description") or body.get("message") or name or f"status {status}"
+    return Poll("failed", body, redact(str(message), 300))
 
 
 def b64url(data: bytes) -> str:
@@ -11626,14 +11728,14 @@ def b64url(data: bytes) -> str:
 
 def portal_url(state: str, verifier: str, port: int) -> str:
     """The URL of Kiro's sign-in page, which redirects to `port` on the browser's machine."""
-    asked = {
+    query = {
         "state": state,
         "code_challenge": b64url(hashlib.sha256(verifier.encode()).digest()),
         "code_challenge_method": "S256",
         "redirect_uri": f"http://localhost:{port}",
         "redirect_from": "KiroIDE",
     }
-    return f"{KIRO_PORTAL_URL}?{urllib.parse.urlencode(asked)}"
+    return f"{KIRO_PORTAL_URL}?{urllib.parse.urlencode(query)}"
 
 
 CALLBACK_PATHS = ("/oauth/callback", "/signin/callback")
@@ -11658,18 +11760,18 @@ def read_callback(url: str, state: str, option: str) -> Callback:
     if re.fullmatch(r"[\w.~-]{8,}", url):
         return Callback(url, option)  # just the code; it needs the verifier to be of use
     parts = urllib.parse.urlsplit(url)
-    said = dict(urllib.parse.parse_qsl(parts.query))
-    if not hmac.compare_digest(said.get("state", "").encode(), state.encode()):
+    query = dict(urllib.parse.parse_qsl(parts.query))
+    if not hmac.compare_digest(query.get("state", "").encode(), state.encode()):
         raise ValueError("it does not belong to this sign-in")
-    if said.get("error"):
-        words = said.get("error_description") or said["error"]
-        raise SignInFailed(f"the sign-in page says: {redact(words, 300)}")
-    option = said.get("login_option", option)
-    if option in ("google", "github") and not said.get("code"):
+    if query.get("error"):
+        message = query.get("error_description") or query["error"]
+        raise SignInFailed(f"the sign-in page says: {redact(message, 300)}")
+    option = query.get("login_option", option)
+    if option in ("google", "github") and not query.get("code"):
         raise ValueError("it holds no code")
     path = parts.path if parts.path in CALLBACK_PATHS else CALLBACK_PATHS[0]
-    issuer, region = said.get("issuer_url", ""), said.get("idc_region", "")
-    return Callback(said.get("code", ""), option, issuer, region, path)
+    issuer, region = query.get("issuer_url", ""), query.get("idc_region", "")
+    return Callback(query.get("code", ""), option, issuer, region, path)
 
 
 def plain_host(text: str) -> str:
@@ -11682,8 +11784,8 @@ def plain_host(text: str) -> str:
 
 def bare_token(text: str) -> str:
     """A pasted token without the quotes, spaces and scheme around it; raises SignInFailed."""
-    around = "\"' \t\r\n"
-    token = re.sub(r"^(?i:bearer|token)(?:\s+|$)", "", text.strip(around)).strip(around)
+    surrounding = "\"' \t\r\n"
+    token = re.sub(r"^(?i:bearer|token)(?:\s+|$)", "", text.strip(surrounding)).strip(surrounding)
     if not token or not TARGET.fullmatch(token):
         raise SignInFailed("there is no token in what was given: paste it alone, on one line")
     if token.endswith("..."):
@@ -11693,18 +11795,18 @@ def bare_token(text: str) -> str:
 
 def kiro_method(text: str) -> str:
     """The `auth_method` for the spelling in `text`; "" if it is unknown."""
-    word = text.lower().replace("_", "").replace("-", "")
-    return word if word in ("google", "github") else KIRO_KINDS.get(word, "")
+    spelling = text.lower().replace("_", "").replace("-", "")
+    return spelling if spelling in ("google", "github") else KIRO_KINDS.get(spelling, "")
 
 
 def read_plugin_logins(body: Json) -> list[tuple[str, str, str]]:
     """(host, user, GitHub token) from the editor plugins' apps.json and hosts.json."""
-    found = []
+    logins = []
     for key, entry in body.items():
         token = get_str(entry, "oauth_token") if isinstance(entry, dict) else ""
         if token and TARGET.fullmatch(token):
-            found.append((key.partition(":")[0].lower(), get_str(entry, "user"), token))
-    return found
+            logins.append((key.partition(":")[0].lower(), get_str(entry, "user"), token))
+    return logins
 
 
 # The keys that the sign-ins of Kiro's own programs have in common with our token file.
@@ -11720,37 +11822,44 @@ def read_kiro_import(body: Json, registration: Json, profile: Json, kind: str = 
     `registration` is the client registration, `profile` the chosen profile of the organisation,
     `kind` is implied by where the sign-in was found.  Raises ValueError if it is not usable.
     """
-    kept: Json = {"type": "kiro"}
+    credentials: Json = {"type": "kiro"}
     for name in SHARED_KEYS:
         value = either(body, name) or either(registration, name)
         if isinstance(value, str) and value.strip():
-            kept[name] = value.strip()
-    if not kept.get("refresh_token"):
+            credentials[name] = value.strip()
+    if not credentials.get("refresh_token"):
         raise ValueError("it holds no refresh token")
-    kept["idc_region"] = get_str(body, "region") or get_str(registration, "region")
-    kept["expires_at"] = int(read_time(either(body, "expires_at")))
-    until = either(registration, "client_secret_expires_at") or registration.get("expiresAt")
-    kept["sign_in_expires_at"] = int(read_time(until))
-    kept.setdefault("profile_arn", get_str(profile, "arn"))
-    said = kept.get("provider") or kind or get_str(body, "authMethod")
-    kept["auth_method"] = said
-    grouped = kiro_kind(kept)
-    kept["auth_method"] = (kiro_method(said) or grouped) if grouped == "social" else grouped
+    credentials["idc_region"] = get_str(body, "region") or get_str(registration, "region")
+    credentials["expires_at"] = int(read_time(either(body, "expires_at")))
+    client_expires_at = either(registration, "client_secret_expires_at") or registration.get(
+        "expiresAt"
+    )
+    credentials["sign_in_expires_at"] = int(read_time(client_expires_at))
+    credentials.setdefault("profile_arn", get_str(profile, "arn"))
+    method = credentials.get("provider") or kind or get_str(body, "authMethod")
+    credentials["auth_method"] = method
+    resolved_kind = kiro_kind(credentials)
+    credentials["auth_method"] = (
+        (kiro_method(method) or resolved_kind) if resolved_kind == "social" else resolved_kind
+    )
     scopes = either(body, "scopes")
-    if grouped == "external_idp" and isinstance(scopes, list):
-        kept["scope"] = " ".join(scope for scope in scopes if isinstance(scope, str))
-    kept = {name: value for name, value in kept.items() if value}
-    login = read_kiro_login(kept)
-    kept["machine_id"] = login.machine_id
-    return kept
+    if resolved_kind == "external_idp" and isinstance(scopes, list):
+        credentials["scope"] = " ".join(scope for scope in scopes if isinstance(scope, str))
+    credentials = {name: value for name, value in credentials.items() if value}
+    login = read_kiro_login(credentials)
+    credentials["machine_id"] = login.machine_id
+    return credentials
 
 
-def is_newer(shared: Json, kept: Json) -> bool:
+def is_newer(shared: Json, credentials: Json) -> bool:
     """Whether another program has refreshed or replaced a sign-in since our copy."""
     own, other = (
-        (content.get("access_token"), content.get("refresh_token")) for content in (kept, shared)
+        (content.get("access_token"), content.get("refresh_token"))
+        for content in (credentials, shared)
     )
-    return own != other and read_time(shared.get("expires_at")) >= read_time(kept.get("expires_at"))
+    return own != other and read_time(shared.get("expires_at")) >= read_time(
+        credentials.get("expires_at")
+    )
 
 
 def with_tokens(body: Json, changes: Json) -> Json:
@@ -11767,10 +11876,10 @@ def with_tokens(body: Json, changes: Json) -> Json:
     return merged
 
 
-def write_time(seconds: float, like: Any) -> Any:
-    """Unix seconds in the format of `like`: ISO 8601, or a number of seconds or milliseconds."""
-    if isinstance(like, (int, float)) and not isinstance(like, bool):
-        return int(seconds * 1000) if like >= 1e10 else int(seconds)
+def write_time(seconds: float, example: Any) -> Any:
+    """Unix seconds in the format of `example`: ISO 8601, or a number of seconds or milliseconds."""
+    if isinstance(example, (int, float)) and not isinstance(example, bool):
+        return int(seconds * 1000) if example >= 1e10 else int(seconds)
     moment = dt.datetime.fromtimestamp(seconds, dt.timezone.utc)
     return moment.strftime("%Y-%m-%dT%H:%M:%S.000Z")
 
@@ -11812,9 +11921,9 @@ class Router:
         """
         if not MODEL_NAME.fullmatch(name):
             raise InvalidRequest("model: is not a model name.", param="model")
-        prefixed = self.split(name, self.enabled)
-        if prefixed:
-            return [prefixed]
+        explicit_route = self.split(name, self.enabled)
+        if explicit_route:
+            return [explicit_route]
         if header:
             return [Route(self.check_provider(header), name, True)]
         if name not in self.aliases:
@@ -11831,19 +11940,21 @@ class Router:
 
     @staticmethod
     def split(name: str, providers: list[str]) -> Route | None:
-        prefix, slash, rest = name.partition("/")
-        return Route(prefix, rest, True) if slash and rest and prefix in providers else None
+        prefix, slash, model = name.partition("/")
+        return Route(prefix, model, True) if slash and model and prefix in providers else None
 
     def place(self, route: Route, catalogues: dict[str, dict[str, Model]]) -> Route:
         """Adds the provider: the named one, the only one with the model, or the default."""
         if route.provider:
             return route
         name = route.model
-        having = [p for p in self.enabled if name in catalogues.get(p, ())] or [
-            p for p in self.enabled if find_model(name, catalogues.get(p, {}))
+        owners = [
+            provider for provider in self.enabled if name in catalogues.get(provider, ())
+        ] or [
+            provider for provider in self.enabled if find_model(name, catalogues.get(provider, {}))
         ]
-        if len(having) == 1:
-            return Route(having[0], name, False)
+        if len(owners) == 1:
+            return Route(owners[0], name, False)
         if self.default not in self.enabled:
             raise self.not_found(name, catalogues)
         return Route(self.default, name, False)
@@ -11851,14 +11962,18 @@ class Router:
     def check_provider(self, name: str) -> str:
         """`name` itself; raises InvalidRequest unless it is an enabled provider."""
         if name not in self.enabled:
-            have = ", ".join(self.enabled)
-            raise InvalidRequest(f"X-Provider: no provider of that name; there are: {have}.")
+            available = ", ".join(self.enabled)
+            raise InvalidRequest(f"X-Provider: no provider of that name; there are: {available}.")
         return name
 
     def not_found(self, name: str, catalogues: dict[str, dict[str, Model]]) -> ModelNotFound:
-        known = [model for models in catalogues.values() for model in models]
-        close = nearest(model_spellings(name)[-1], known)
-        hint = "Nearest: " + ", ".join(close) + "." if close else "GET /v1/models lists them."
+        model_ids = [model for models in catalogues.values() for model in models]
+        suggestions = nearest(model_spellings(name)[-1], model_ids)
+        hint = (
+            "Nearest: " + ", ".join(suggestions) + "."
+            if suggestions
+            else "GET /v1/models lists them."
+        )
         return ModelNotFound(f"The model {name!r} does not exist here.", hint=hint, param="model")
 
 
@@ -11890,10 +12005,10 @@ def usefulness(error: ApiError) -> tuple[int, float]:
     return ranks.get(error.kind, len(order) + 1), 0.0
 
 
-def summarize_errors(passed: list[tuple[str, ApiError]]) -> ApiError:
-    best = min((error for _, error in passed), key=usefulness)
-    asked = ", ".join(f"{name} ({error.kind})" for name, error in passed)
-    return best.anew(f"{best.hint} All of these were tried: {asked}.".strip(), best.retry_after)
+def summarize_errors(failures: list[tuple[str, ApiError]]) -> ApiError:
+    best = min((error for _, error in failures), key=usefulness)
+    attempts = ", ".join(f"{name} ({error.kind})" for name, error in failures)
+    return best.anew(f"{best.hint} All of these were tried: {attempts}.".strip(), best.retry_after)
 
 
 class RateLimiter:
@@ -11913,7 +12028,7 @@ class RateLimiter:
         if ready_at > now:
             return ready_at - now
         if len(self.next_at) >= self.MAX_CLIENTS:
-            self.next_at = {ip: at for ip, at in self.next_at.items() if at > now}
+            self.next_at = {address: at for address, at in self.next_at.items() if at > now}
         self.next_at[client] = now + self.gap_s
         return 0.0
 
@@ -11975,7 +12090,7 @@ class UsageRecord:
         }
 
 
-ANSWER_NAMES = ("provider", "account", "model", "label", "dialect", "kind")
+RECORD_NAMES = ("provider", "account", "model", "label", "dialect", "kind")
 USAGE_FIGURES = ("input", "cache_read", "cache_write", "output", "reasoning", "nano_credits")
 USER_AGENT = re.compile(r"([A-Za-z][\w.+-]{0,39})(?:/([A-Za-z]{1,20})\b)?", re.ASCII)
 
@@ -11983,10 +12098,10 @@ USER_AGENT = re.compile(r"([A-Za-z][\w.+-]{0,39})(?:/([A-Za-z]{1,20})\b)?", re.A
 @functools.lru_cache(maxsize=256)
 def client_label(user_agent: str) -> str:
     """`claude-cli/2.1 (external)` -> claude-cli; SDKs: `OpenAI/Python 2.1` -> openai-python."""
-    found = USER_AGENT.match(user_agent)
-    if found is None:
+    match = USER_AGENT.match(user_agent)
+    if match is None:
         return "unknown"
-    return "-".join(filter(None, found.groups())).lower()
+    return "-".join(filter(None, match.groups())).lower()
 
 
 OTHER = "other"  # replaces names beyond the limit
@@ -11995,8 +12110,8 @@ OTHER = "other"  # replaces names beyond the limit
 class NameTable:
     """Keeps clients from growing tables without bounds: later names of a period become OTHER."""
 
-    def __init__(self, most: int) -> None:
-        self.most = most
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
         self.period = ""
         self.names: set[str] = set()
 
@@ -12005,25 +12120,25 @@ class NameTable:
         if period != self.period:
             self.period = period
             self.names.clear()
-        if name not in self.names and len(self.names) >= self.most:
+        if name not in self.names and len(self.names) >= self.limit:
             return OTHER
         self.names.add(name)
         return name
 
 
-def normalize_usage_record(answer: UsageRecord) -> None:
-    for name in ANSWER_NAMES:
-        setattr(answer, name, one_line(getattr(answer, name)[:MAX_NAME_CHARS]))
-    given = {name: getattr(answer.usage, name) for name in USAGE_FIGURES}
-    figures = {name: min(max(figure, 0), MAX_FIGURE) for name, figure in given.items()}
-    if figures != given:
-        answer.usage = replace(answer.usage, **figures)
+def normalize_usage_record(record: UsageRecord) -> None:
+    for name in RECORD_NAMES:
+        setattr(record, name, one_line(getattr(record, name)[:MAX_NAME_CHARS]))
+    original = {name: getattr(record.usage, name) for name in USAGE_FIGURES}
+    figures = {name: min(max(figure, 0), MAX_FIGURE) for name, figure in original.items()}
+    if figures != original:
+        record.usage = replace(record.usage, **figures)
 
 
-def is_storable(answer: UsageRecord) -> bool:
-    figures = [getattr(answer.usage, name) for name in USAGE_FIGURES]
-    times = (answer.at, answer.duration_s, answer.first_byte_s or 0.0)
-    names = [getattr(answer, name) for name in ANSWER_NAMES]
+def is_storable(record: UsageRecord) -> bool:
+    figures = [getattr(record.usage, name) for name in USAGE_FIGURES]
+    times = (record.at, record.duration_s, record.first_byte_s or 0.0)
+    names = [getattr(record, name) for name in RECORD_NAMES]
     return (
         all(isinstance(figure, int) and 0 <= figure <= MAX_FIGURE for figure in figures)
         and all(0 <= moment <= MAX_UNIX_SECONDS for moment in times)
@@ -12068,20 +12183,22 @@ class Totals:
             "total_tokens": prompt + row["output"],
             "token_sources": {name: row[name] for name in sources if row[name]},
             "credits": row["nano_credits"] / 1e9,
-            "credit_sources": {n: row[f"credits_{n}"] for n in sources if row[f"credits_{n}"]},
+            "credit_sources": {
+                name: row[f"credits_{name}"] for name in sources if row[f"credits_{name}"]
+            },
             "duration_ms": round(row["duration_ms"] / row["requests"]) if row["requests"] else 0,
             "first_byte_ms": round(row["first_byte_ms"] / first_bytes) if first_bytes else None,
         }
 
 
-def usage_figures(answer: UsageRecord) -> tuple[int, ...]:
+def usage_figures(record: UsageRecord) -> tuple[int, ...]:
     """A record's figures in the order of SUM_FIELDS."""
-    usage, source, bill = answer.usage, answer.usage.source, answer.usage.credits_source
-    cancelled = answer.kind == "cancelled"
-    first_byte = answer.first_byte_s
+    usage, source, credits_source = record.usage, record.usage.source, record.usage.credits_source
+    cancelled = record.kind == "cancelled"
+    first_byte = record.first_byte_s
     return (
         1,
-        int(bool(answer.kind) and not cancelled),
+        int(bool(record.kind) and not cancelled),
         int(cancelled),
         usage.input,
         usage.cache_read,
@@ -12092,10 +12209,10 @@ def usage_figures(answer: UsageRecord) -> tuple[int, ...]:
         int(source == "reported"),
         int(source == "derived"),
         int(source == "estimated"),
-        int(bill == "reported"),
-        int(bill == "derived"),
-        int(bill == "estimated"),
-        round(answer.duration_s * 1000),
+        int(credits_source == "reported"),
+        int(credits_source == "derived"),
+        int(credits_source == "estimated"),
+        round(record.duration_s * 1000),
         int(first_byte is not None),
         round((first_byte or 0.0) * 1000),
     )
@@ -12126,9 +12243,9 @@ def read_since(text: str, now: float) -> float:
 
     Days begin at local midnight.  Raises InvalidRequest.
     """
-    found = SINCE.fullmatch(text)
-    if found:
-        return now - int(found[1]) * SINCE_UNITS[found[2]]
+    match = SINCE.fullmatch(text)
+    if match:
+        return now - int(match[1]) * SINCE_UNITS[match[2]]
     if re.fullmatch(r"\d{9,11}(\.\d{1,9})?", text, re.ASCII):
         return float(text)
     try:
@@ -12148,14 +12265,17 @@ def usage_report(models: Sums) -> Json:
     total = Totals()
     providers: dict[str, tuple[Totals, Json]] = {}
     for (provider, model), row in sorted(models.items()):
-        summed, by_model = providers.setdefault(provider, (Totals(), {}))
+        provider_total, by_model = providers.setdefault(provider, (Totals(), {}))
         by_model[model] = row.as_json()
-        summed.add(row.figures)
+        provider_total.add(row.figures)
         total.add(row.figures)
-    rows = {name: {**s.as_json(), "models": m} for name, (s, m) in providers.items()}
-    whole = total.as_json()
-    del whole["credits"]  # each provider has its own unit
-    return {"providers": rows, "total": whole}
+    rows = {
+        name: {**totals.as_json(), "models": by_model}
+        for name, (totals, by_model) in providers.items()
+    }
+    total_row = total.as_json()
+    del total_row["credits"]  # each provider has its own unit
+    return {"providers": rows, "total": total_row}
 
 
 def usage_rows(by: str, groups: Sums) -> list[Json]:
@@ -12178,9 +12298,9 @@ class UsageQuery:
     cache: bool = False
 
 
-def read_usage_query(given: dict[str, str], now: float) -> UsageQuery:
+def read_usage_query(parameters: dict[str, str], now: float) -> UsageQuery:
     query = UsageQuery()
-    for name, text in given.items():
+    for name, text in parameters.items():
         if name == "since":
             query.since = read_since(text, now)
         elif name == "by":
@@ -12189,17 +12309,19 @@ def read_usage_query(given: dict[str, str], now: float) -> UsageQuery:
             query.by = text
         elif name == "recent":
             if not re.fullmatch(r"\d{1,6}", text, re.ASCII) or int(text) > MAX_RECENT_ANSWERS:
-                words = f"recent: must be a number from 0 to {MAX_RECENT_ANSWERS}."
-                raise InvalidRequest(words, param="recent")
+                message = f"recent: must be a number from 0 to {MAX_RECENT_ANSWERS}."
+                raise InvalidRequest(message, param="recent")
             query.recent = int(text)
         elif name == "cache":
             if text not in ("0", "1"):
                 raise InvalidRequest("cache: must be 0 or 1.", param="cache")
             query.cache = text == "1"
         else:
-            have = "since, by, recent and cache"
+            known_names = "since, by, recent and cache"
             name = name[:100]
-            raise InvalidRequest(f"{name}: is not a parameter; there are {have}.", param=name)
+            raise InvalidRequest(
+                f"{name}: is not a parameter; there are {known_names}.", param=name
+            )
     return query
 
 
@@ -12244,11 +12366,11 @@ class Spending:
         #: added since the last write began: (day, provider, label, tokens, nano-credits)
         self.unwritten: list[tuple[str, str, str, int, int]] = []
 
-    def add(self, answer: UsageRecord) -> None:
-        usage = answer.usage
-        day = local_day(int(answer.at) // SLOT_SECONDS)
+    def add(self, record: UsageRecord) -> None:
+        usage = record.usage
+        day = local_day(int(record.at) // SLOT_SECONDS)
         tokens = usage.prompt + usage.output
-        row = (day, answer.provider, answer.label, tokens, usage.nano_credits)
+        row = (day, record.provider, record.label, tokens, usage.nano_credits)
         self.unwritten.append(row)
         self.count(*row)
 
@@ -12278,9 +12400,9 @@ class Spending:
 
     def check(self, limits: LimitsConfig, provider: str, label: str, now: float) -> None:
         """Raises LimitReached if a cap of the provider or of the label is used up."""
-        asked = {"providers": provider, "labels": label}
+        scope_names = {"providers": provider, "labels": label}
         for scope, name, setting, limit in active_caps(limits):
-            used = self.used(scope, name, setting, now) if asked[scope] == name else 0.0
+            used = self.used(scope, name, setting, now) if scope_names[scope] == name else 0.0
             if used >= limit:
                 period, unit, _ = CAPS[setting]
                 ends_at = period_end(period, now)
@@ -12319,23 +12441,23 @@ class RepeatGuard:
         #: hash of a request -> (monotonic time of the first, how many since)
         self.seen: dict[int, tuple[float, int]] = {}
 
-    def check(self, limits: LimitsConfig, request: int, now: float) -> None:
+    def check(self, limits: LimitsConfig, request_hash: int, now: float) -> None:
         """Counts a request by its hash; raises LimitReached.  `now` is monotonic."""
-        most, seconds = limits.runaway_requests, limits.runaway_seconds
-        if not most:
+        limit, seconds = limits.runaway_requests, limits.runaway_seconds
+        if not limit:
             return
-        began_at, number = self.seen.pop(request, (now, 0))
-        if now - began_at >= seconds:
-            began_at, number = now, 0
+        started_at, repeats = self.seen.pop(request_hash, (now, 0))
+        if now - started_at >= seconds:
+            started_at, repeats = now, 0
         if len(self.seen) >= MAX_RUNAWAYS:
             del self.seen[next(iter(self.seen))]  # the least recently seen
-        self.seen[request] = began_at, min(number + 1, most)
-        if number >= most:
+        self.seen[request_hash] = started_at, min(repeats + 1, limit)
+        if repeats >= limit:
             raise RequestRepeated(
-                f"The very same request came {most} times within {seconds:g} seconds: "
+                f"The very same request came {limit} times within {seconds:g} seconds: "
                 "is a program caught in a loop?",
                 hint="If that is meant, raise limits.runaway_requests, or set it to 0.",
-                retry_after=began_at + seconds - now,
+                retry_after=started_at + seconds - now,
             )
 
 
@@ -12453,13 +12575,15 @@ def escape_label(value: object) -> str:
 
 def write_labels(names: list[str], values: Labels) -> str:
     """`provider="copilot",model="gpt-4.1"`."""
-    return ",".join(f'{n}="{escape_label(v)}"' for n, v in zip(names, values, strict=True))
+    return ",".join(
+        f'{name}="{escape_label(value)}"' for name, value in zip(names, values, strict=True)
+    )
 
 
 def write_samples(name: str, names: list[str], series: Series) -> Iterator[str]:
-    for values, number in sorted(series.items()):
+    for values, value in sorted(series.items()):
         labels = write_labels(names, values)
-        yield f"{name}{{{labels}}} {number}" if labels else f"{name} {number}"
+        yield f"{name}{{{labels}}} {value}" if labels else f"{name} {value}"
 
 
 class Histogram:
@@ -12483,8 +12607,8 @@ class Histogram:
         for values, row in sorted(self.rows.items()):
             labels = write_labels(names, values)
             total: float = 0
-            for bound, number in zip(bounds, row[:-1], strict=True):
-                total += number
+            for bound, bucket_count in zip(bounds, row[:-1], strict=True):
+                total += bucket_count
                 yield f'{name}_bucket{{{labels},le="{bound}"}} {total}'
             yield f"{name}_sum{{{labels}}} {row[-1]}"
             yield f"{name}_count{{{labels}}} {total}"
@@ -12516,9 +12640,9 @@ def read_status(status: Json) -> dict[str, Series]:
     ready: Series = {}
     cooldowns: Series = {}
     for row in status["providers"]:
-        resting = {"*": 0, **row["cool_downs"]}
-        ready[row["name"],] = int(row["health"] in ("ready", "resting") and not resting["*"])
-        cooldowns.update({(row["name"], model): seconds for model, seconds in resting.items()})
+        by_model = {"*": 0, **row["cool_downs"]}
+        ready[row["name"],] = int(row["health"] in ("ready", "resting") and not by_model["*"])
+        cooldowns.update({(row["name"], model): seconds for model, seconds in by_model.items()})
     return {**series, "provider_ready": ready, "cool_down_seconds": cooldowns}
 
 
@@ -12529,7 +12653,9 @@ class Metrics:
         self.counts: dict[str, Series] = {
             metric.name: defaultdict(int) for metric in METRICS if metric.kind == "counter"
         }
-        self.histograms = {m.name: Histogram(m.buckets) for m in METRICS if m.buckets}
+        self.histograms = {
+            metric.name: Histogram(metric.buckets) for metric in METRICS if metric.buckets
+        }
         #: the PROVIDER/MODEL names that have their own series
         self.models = NameTable(MAX_METRIC_SERIES)
 
@@ -12542,12 +12668,12 @@ class Metrics:
         for kind in refusals:
             self.counts["upstream_refusals_total"][provider, kind] += 1
 
-    def observe(self, answer: UsageRecord) -> None:
+    def observe(self, record: UsageRecord) -> None:
         """Counts one record, in some 2 microseconds."""
-        provider, usage, kind = answer.provider, answer.usage, answer.kind
-        model = self.model_label(answer)
+        provider, usage, kind = record.provider, record.usage, record.kind
+        model = self.model_label(record)
         counts, key = self.counts, (provider, model)
-        counts["answers_total"][provider, model, answer.dialect, answer.status] += 1
+        counts["answers_total"][provider, model, record.dialect, record.status] += 1
         tokens = counts["tokens_total"]
         tokens[provider, model, "input"] += usage.input
         tokens[provider, model, "cache_read"] += usage.cache_read
@@ -12556,18 +12682,18 @@ class Metrics:
         counts["reasoning_tokens_total"][key] += usage.reasoning
         counts["credits_total"][key] += usage.nano_credits / 1e9
         if not kind:
-            self.histograms["answer_duration_seconds"].add(key, answer.duration_s)
+            self.histograms["answer_duration_seconds"].add(key, record.duration_s)
         elif kind != "cancelled":
             counts["answer_errors_total"][provider, kind] += 1
-        if answer.first_byte_s is not None:
-            self.histograms["answer_first_byte_seconds"].add(key, answer.first_byte_s)
+        if record.first_byte_s is not None:
+            self.histograms["answer_first_byte_seconds"].add(key, record.first_byte_s)
 
-    def model_label(self, answer: UsageRecord) -> str:
+    def model_label(self, record: UsageRecord) -> str:
         """OTHER once there are too many, and for unknown names: clients can name any model."""
-        name = f"{answer.provider}/{answer.model}"
-        if answer.kind == "model_not_found" and name not in self.models.names:
+        name = f"{record.provider}/{record.model}"
+        if record.kind == "model_not_found" and name not in self.models.names:
             return OTHER
-        return answer.model if self.models.known(name) == name else OTHER
+        return record.model if self.models.known(name) == name else OTHER
 
     def render(self, measured: dict[str, Series]) -> str:
         """Everything in the text format 0.0.4; `measured` holds the values read at scrape time."""
@@ -12575,12 +12701,12 @@ class Metrics:
         for metric in METRICS:
             name, names = metric.full_name, metric.labels.split()
             if metric.buckets:
-                found = list(self.histograms[metric.name].write(name, names))
+                samples = list(self.histograms[metric.name].write(name, names))
             else:
                 series = measured.get(metric.name) or self.counts.get(metric.name, {})
-                found = list(write_samples(name, names, series))
-            if found:
-                lines += [f"# HELP {name} {metric.help}", f"# TYPE {name} {metric.kind}", *found]
+                samples = list(write_samples(name, names, series))
+            if samples:
+                lines += [f"# HELP {name} {metric.help}", f"# TYPE {name} {metric.kind}", *samples]
         return "\n".join(lines) + "\n"
 
 
@@ -12591,7 +12717,7 @@ class Metrics:
 # conversation's last prompt is kept as salted hashes of its blocks, never as text.
 
 # Cache breakpoints move to the newest block with every request; they are not part of the prompt.
-CACHE_MARKS = frozenset(
+CACHE_BREAKPOINT_KEYS = frozenset(
     ("cache_control", "copilot_cache_control", "prompt_cache_breakpoint", "cachePoint")
 )
 LONE_TEXT = {"type", "text"}
@@ -12615,16 +12741,16 @@ def bare_block(value: Any) -> Any:
     Nested values keep their key order: a call's arguments are shown to the model as text.
     """
     if isinstance(value, list):
-        rows = [bare_block(item) for item in value]
-        return rows[0] if len(rows) == 1 and isinstance(rows[0], str) else rows
+        blocks = [bare_block(item) for item in value]
+        return blocks[0] if len(blocks) == 1 and isinstance(blocks[0], str) else blocks
     if not isinstance(value, dict):
         return value
-    if "text" in value and value.keys() - CACHE_MARKS == LONE_TEXT:
+    if "text" in value and value.keys() - CACHE_BREAKPOINT_KEYS == LONE_TEXT:
         return value["text"]
     return [
         (key, bare_block(item) if key == "content" else item)
         for key, item in sorted(value.items())
-        if key not in CACHE_MARKS
+        if key not in CACHE_BREAKPOINT_KEYS
     ]
 
 
@@ -12638,7 +12764,7 @@ def hash_block(block: Any, salt: bytes) -> tuple[int, int]:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=salt).digest(), "big"), len(data)
 
 
-def as_rows(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
     """A list as it is, anything else as a list of one; an empty value as an empty list."""
     return value if isinstance(value, list) else [value] if value else []
 
@@ -12648,16 +12774,20 @@ def kiro_sections(body: Json) -> tuple[list[Any], list[Any]]:
     state = get_dict(body, "conversationState")
     tools: list[Any] = []
     turns: list[Any] = []
-    for row in [*as_rows(state.get("history")), state.get("currentMessage")]:
-        entry = row if isinstance(row, dict) else {}
-        asked = get_dict(entry, "userInputMessage")
-        if not asked:
+    for item in [*as_list(state.get("history")), state.get("currentMessage")]:
+        entry = item if isinstance(item, dict) else {}
+        user_message = get_dict(entry, "userInputMessage")
+        if not user_message:
             turns.append({"role": "assistant", **get_dict(entry, "assistantResponseMessage")})
             continue
-        context = get_dict(asked, "userInputMessageContext")
-        tools = as_rows(context.get("tools")) or tools
-        said = {key: asked[key] for key in ("content", "images", "documents") if key in asked}
-        turns.append({"role": "user", **said, "results": context.get("toolResults")})
+        context = get_dict(user_message, "userInputMessageContext")
+        tools = as_list(context.get("tools")) or tools
+        user_content = {
+            key: user_message[key]
+            for key in ("content", "images", "documents")
+            if key in user_message
+        }
+        turns.append({"role": "user", **user_content, "results": context.get("toolResults")})
     return tools, turns
 
 
@@ -12709,21 +12839,21 @@ def read_prompt(dialect: str, body: Json, salt: bytes) -> Prompt:
     if dialect == "kiro":
         tools, turns = kiro_sections(body)
     else:
-        tools, turns = as_rows(body.get("tools")), as_rows(body.get(turns_name))
+        tools, turns = as_list(body.get("tools")), as_list(body.get(turns_name))
     system_name = "instructions" if dialect == "responses" else "system"
-    system = as_rows(body.get(system_name)) if dialect in ("messages", "responses") else []
+    system = as_list(body.get(system_name)) if dialect in ("messages", "responses") else []
     turns = turns[: max(0, MAX_WATCHED_BLOCKS - len(tools) - len(system))]
     roles = []
     for turn in turns:
-        row = turn if isinstance(turn, dict) else {"role": "user"}
-        roles.append(SHOWN_ROLES.get(str(row.get("role") or row.get("type")), "other"))
-    lead = next((at for at, role in enumerate(roles) if role not in SYSTEM_ROLES), len(roles))
-    start = len(tools) + len(system) + lead
-    found = [hash_block(block, salt) for block in (*tools, *system, *turns)]
-    hashes = array("Q", [number for number, _ in found])
+        entry = turn if isinstance(turn, dict) else {"role": "user"}
+        roles.append(SHOWN_ROLES.get(str(entry.get("role") or entry.get("type")), "other"))
+    first_turn = next((at for at, role in enumerate(roles) if role not in SYSTEM_ROLES), len(roles))
+    start = len(tools) + len(system) + first_turn
+    hashed_blocks = [hash_block(block, salt) for block in (*tools, *system, *turns)]
+    hashes = array("Q", [block_hash for block_hash, _ in hashed_blocks])
     return Prompt(
         hashes,
-        array("I", [size for _, size in found]),
+        array("I", [size for _, size in hashed_blocks]),
         len(tools),
         len(system),
         system_name,
@@ -12752,12 +12882,12 @@ def compare_prompts(old: Prompt, new: Prompt) -> Difference:
     if old.hashes[:length] == new.hashes[:length]:
         return Difference(length)
     pairs = enumerate(zip(old.hashes, new.hashes, strict=False))
-    at = next(at for at, (before, now) in pairs if before != now)
+    at = next(at for at, (old_hash, new_hash) in pairs if old_hash != new_hash)
     is_gone = old.hashes[at] not in new.hashes[at:]
     is_old = new.hashes[at] in old.hashes[at:]
     how = ("removed" if is_gone else "moved") if is_old else ("changed" if is_gone else "inserted")
-    shown = old if how == "removed" else new
-    return Difference(at, how, shown.name(at), shown.part(at))
+    prompt = old if how == "removed" else new
+    return Difference(at, how, prompt.name(at), prompt.part(at))
 
 
 # What happened to the cache in a request -> what that means.
@@ -12775,10 +12905,10 @@ CACHE_VERDICTS = {
 }
 
 
-def cache_hint(decision: str, found: Difference) -> str:
+def cache_hint(decision: str, difference: Difference) -> str:
     if decision != "changed":
         return CACHE_VERDICTS[decision]
-    part, how = found.part, found.how
+    part, how = difference.part, difference.how
     if part == "tools":
         return {
             "moved": "the tools come in another order?",
@@ -12789,9 +12919,9 @@ def cache_hint(decision: str, found: Difference) -> str:
     if part in ("tool", "function", "function_call_output", "custom_tool_call_output"):
         return "an old tool result was cut or written anew?"
     if part == "user":
-        inside = " (Kiro's first message holds the system prompt)"
+        kiro_note = " (Kiro's first message holds the system prompt)"
         return "an old message came back with another date, id or reminder in it?" + (
-            inside if found.name == "history[0] (user)" else ""
+            kiro_note if difference.name == "history[0] (user)" else ""
         )
     if part == "setting":
         return "this setting differs from the call before"
@@ -12838,51 +12968,51 @@ class TrackedConversation:
     def shared(self, turns: set[int]) -> int:
         return len(turns.intersection(self.prompt.hashes[self.prompt.start :]))
 
-    def is_like(self, first: int, turns: set[int]) -> bool:
+    def may_continue(self, first: int, turns: set[int]) -> bool:
         """Whether a prompt with these turns, starting with `first`, may continue this one."""
-        own = self.prompt
-        if own.first == first:
+        prompt = self.prompt
+        if prompt.first == first:
             return True
-        return own.last in turns and self.shared(turns) * 2 >= len(own.hashes) - own.start
+        return prompt.last in turns and self.shared(turns) * 2 >= len(prompt.hashes) - prompt.start
 
-    def break_of(self, found: Difference, prompt: Prompt) -> str:
-        """The verdict for a prompt that does not continue this one: changed or shortened."""
-        in_turns = found.at >= max(self.prompt.start, prompt.start)
-        is_shorter = len(prompt.roles) < len(self.prompt.roles) or found.how == "removed"
-        return "shortened" if not found.how or (in_turns and is_shorter) else "changed"
+    def classify_break(self, difference: Difference, prompt: Prompt) -> str:
+        """The decision for a prompt that does not continue this one: changed or shortened."""
+        in_turns = difference.at >= max(self.prompt.start, prompt.start)
+        is_shorter = len(prompt.roles) < len(self.prompt.roles) or difference.how == "removed"
+        return "shortened" if not difference.how or (in_turns and is_shorter) else "changed"
 
     def changed_setting(self, prompt: Prompt) -> str:
         """The name of the first setting that differs in `prompt`, or ""."""
         old, new = self.prompt.settings, prompt.settings
         return next((key for key in PROMPT_SETTINGS if old.get(key) != new.get(key)), "")
 
-    def take(
-        self, prompt: Prompt, answer: UsageRecord, finding: CacheFinding, writes: bool
+    def update(
+        self, prompt: Prompt, record: UsageRecord, finding: CacheFinding, reports_writes: bool
     ) -> None:
-        """`writes`: the service reports what it writes to the cache."""
-        wait_s = answer.duration_s if answer.first_byte_s is None else answer.first_byte_s
-        held = answer.usage.cache_read + answer.usage.cache_write
-        self.is_guess = not held and not writes
-        self.cached = answer.usage.prompt if self.is_guess else held
+        """`reports_writes`: the service reports what it writes to the cache."""
+        first_byte_s = record.duration_s if record.first_byte_s is None else record.first_byte_s
+        cached_tokens = record.usage.cache_read + record.usage.cache_write
+        self.is_guess = not cached_tokens and not reports_writes
+        self.cached = record.usage.prompt if self.is_guess else cached_tokens
         self.prompt = prompt
-        self.at, self.answered_at = answer.at, answer.at + wait_s
+        self.at, self.answered_at = record.at, record.at + first_byte_s
         self.calls += 1
-        self.input_tokens += answer.usage.prompt
-        self.cache_read += answer.usage.cache_read
+        self.input_tokens += record.usage.prompt
+        self.cache_read += record.usage.cache_read
         self.decision = finding.decision
         if not finding.lost:
             return
         self.lost += finding.lost
         kind = f"{finding.decision} {finding.found.part} {finding.found.how}"
-        _, times, told_at = self.breaks.pop(kind, (finding, 0, -math.inf))
-        finding.is_news = answer.at - told_at >= CACHE_QUIET_SECONDS
-        self.breaks[kind] = finding, times + 1, answer.at if finding.is_news else told_at
+        _, occurrences, reported_at = self.breaks.pop(kind, (finding, 0, -math.inf))
+        finding.is_news = record.at - reported_at >= CACHE_QUIET_SECONDS
+        self.breaks[kind] = finding, occurrences + 1, record.at if finding.is_news else reported_at
 
-    def as_json(self, is_told: bool) -> Json:
+    def as_json(self, has_figures: bool) -> Json:
         """A row of `/v1/usage?cache=1`; no ratio if the service reports no cache figures."""
-        changes = [row for row in self.breaks.values() if row[0].decision == "changed"]
-        finding, times, _ = max(changes, key=lambda row: row[1], default=(None, 0, 0.0))
-        ratio = self.cache_read / self.input_tokens if is_told and self.input_tokens else None
+        changes = [entry for entry in self.breaks.values() if entry[0].decision == "changed"]
+        finding, occurrences, _ = max(changes, key=lambda entry: entry[1], default=(None, 0, 0.0))
+        ratio = self.cache_read / self.input_tokens if has_figures and self.input_tokens else None
         return {
             "conversation": self.conversation,
             "provider": self.owner[0],
@@ -12899,7 +13029,7 @@ class TrackedConversation:
             and {
                 "block": finding.found.name,
                 "how": finding.found.how,
-                "times": times,
+                "times": occurrences,
                 "hint": finding.hint,
             },
         }
@@ -12912,30 +13042,30 @@ class CacheGuard:
         self.salt = salt
         #: least recently used first
         self.watched: dict[int, TrackedConversation] = {}
-        self.number = 0
+        self.last_key = 0
         #: (provider, model) of services that report cache reads -> whether they report writes too
         self.telling: dict[tuple[str, str], bool] = {}
 
     def clear(self) -> None:
         self.watched.clear()
 
-    def record(self, answer: UsageRecord, session: str, prompt: Prompt) -> CacheFinding:
-        self.forget(answer.at)
-        pool = hash_block([session, "" if session else answer.label], self.salt)[0]
-        number, before = self.find(answer, pool, prompt)
-        is_told = self.is_told(answer)
-        finding = self.classify(before, prompt, answer, is_told)
-        owner = answer.provider, answer.model
-        if before is None or before.owner != owner:
-            self.number += 1
-            number = self.number
+    def record(self, record: UsageRecord, session: str, prompt: Prompt) -> CacheFinding:
+        self.forget(record.at)
+        pool = hash_block([session, "" if session else record.label], self.salt)[0]
+        key, conversation = self.find(record, pool, prompt)
+        has_figures = self.has_figures(record)
+        finding = self.classify(conversation, prompt, record, has_figures)
+        owner = record.provider, record.model
+        if conversation is None or conversation.owner != owner:
+            self.last_key += 1
+            key = self.last_key
             name = f"{hash_block([pool, prompt.first], self.salt)[0] >> 32:08x}"
-            before = TrackedConversation(name, pool, owner, answer.label, prompt)
-        self.watched.pop(number, None)
-        self.watched[number] = before
-        before.take(prompt, answer, finding, is_told and self.telling[owner])
-        finding.conversation = before.conversation
-        self.forget(answer.at)
+            conversation = TrackedConversation(name, pool, owner, record.label, prompt)
+        self.watched.pop(key, None)
+        self.watched[key] = conversation
+        conversation.update(prompt, record, finding, has_figures and self.telling[owner])
+        finding.conversation = conversation.conversation
+        self.forget(record.at)
         return finding
 
     def forget(self, now: float) -> None:
@@ -12946,77 +13076,89 @@ class CacheGuard:
                 return
             del self.watched[oldest]
 
-    def is_told(self, answer: UsageRecord) -> bool:
+    def has_figures(self, record: UsageRecord) -> bool:
         """Whether the record's cache figures are real rather than merely absent."""
-        pair, usage = (answer.provider, answer.model), answer.usage
+        pair, usage = (record.provider, record.model), record.usage
         if usage.source != "reported":
             return False
         if usage.cache_read or usage.cache_write:
-            writes = self.telling.pop(pair, False) or usage.cache_write > 0
-            self.telling[pair] = writes
+            reports_writes = self.telling.pop(pair, False) or usage.cache_write > 0
+            self.telling[pair] = reports_writes
             while len(self.telling) > MAX_WATCHED:
                 del self.telling[next(iter(self.telling))]
         return pair in self.telling
 
     def find(
-        self, answer: UsageRecord, pool: int, prompt: Prompt
+        self, record: UsageRecord, pool: int, prompt: Prompt
     ) -> tuple[int, TrackedConversation | None]:
         """Matched by turns: a date in the system prompt must not start a new conversation."""
         turns = set(prompt.hashes[prompt.start :])
-        found = [
-            (number, row)
-            for number, row in self.watched.items()
-            if row.pool == pool and row.is_like(prompt.first, turns)
+        matches = [
+            (key, conversation)
+            for key, conversation in self.watched.items()
+            if conversation.pool == pool and conversation.may_continue(prompt.first, turns)
         ]
-        if not found:
+        if not matches:
             return 0, None
-        owner = answer.provider, answer.model
+        owner = record.provider, record.model
 
-        def likeness(item: tuple[int, TrackedConversation]) -> tuple[bool, int, float]:
-            row = item[1]
-            return row.owner == owner, row.shared(turns), row.at
+        def likeness(match: tuple[int, TrackedConversation]) -> tuple[bool, int, float]:
+            conversation = match[1]
+            return conversation.owner == owner, conversation.shared(turns), conversation.at
 
-        return found[0] if len(found) == 1 else max(found, key=likeness)
+        return matches[0] if len(matches) == 1 else max(matches, key=likeness)
 
     def classify(
-        self, before: TrackedConversation | None, prompt: Prompt, answer: UsageRecord, is_told: bool
+        self,
+        conversation: TrackedConversation | None,
+        prompt: Prompt,
+        record: UsageRecord,
+        has_figures: bool,
     ) -> CacheFinding:
-        if before is None:
+        if conversation is None:
             return CacheFinding("first")
-        found = compare_prompts(before.prompt, prompt)
-        is_multi_turn = found.at == len(before.prompt.hashes)
-        is_other = before.owner != (answer.provider, answer.model)
-        if is_other and found.at < before.prompt.start:
+        difference = compare_prompts(conversation.prompt, prompt)
+        continues = difference.at == len(conversation.prompt.hashes)
+        is_other_model = conversation.owner != (record.provider, record.model)
+        if is_other_model and difference.at < conversation.prompt.start:
             return CacheFinding("first")  # another task, with other instructions
-        held = min(before.cached, answer.usage.prompt)
-        if held < MIN_CACHED_TOKENS:
+        cached_tokens = min(conversation.cached, record.usage.prompt)
+        if cached_tokens < MIN_CACHED_TOKENS:
             return CacheFinding("uncached")
-        lost = held - answer.usage.cache_read
-        if not is_told:
-            at = 0 if is_other else found.at
-            shares = before.cached * before.prompt.share(at), answer.usage.prompt * prompt.share(at)
+        lost = cached_tokens - record.usage.cache_read
+        if not has_figures:
+            at = 0 if is_other_model else difference.at
+            shares = (
+                conversation.cached * conversation.prompt.share(at),
+                record.usage.prompt * prompt.share(at),
+            )
             lost = int(min(shares))
-        is_enough = is_multi_turn and before.is_guess and answer.usage.cache_read > 0
-        if is_enough or lost <= max(MIN_CACHED_TOKENS, held * CACHE_SLACK_SHARE):
-            return CacheFinding("hit" if is_told else "unreported")
-        if answer.at < before.answered_at:
+        is_guessed_hit = continues and conversation.is_guess and record.usage.cache_read > 0
+        if is_guessed_hit or lost <= max(MIN_CACHED_TOKENS, cached_tokens * CACHE_SLACK_SHARE):
+            return CacheFinding("hit" if has_figures else "unreported")
+        if record.at < conversation.answered_at:
             return CacheFinding("overlapping")
-        decision = "unexplained" if is_multi_turn else before.break_of(found, prompt)
-        setting = before.changed_setting(prompt) if is_multi_turn else ""
-        if is_other:
+        decision = "unexplained" if continues else conversation.classify_break(difference, prompt)
+        setting = conversation.changed_setting(prompt) if continues else ""
+        if is_other_model:
             decision = "model"
-        elif answer.at - before.at > CACHE_LIFE_SECONDS:
+        elif record.at - conversation.at > CACHE_LIFE_SECONDS:
             decision = "expired"
         elif setting:
-            decision, found = "changed", Difference(found.at, "changed", setting, "setting")
-        shown = found if decision == "changed" else NOWHERE
-        return CacheFinding(decision, shown, lost, cache_hint(decision, shown))
+            decision, difference = (
+                "changed",
+                Difference(difference.at, "changed", setting, "setting"),
+            )
+        cause = difference if decision == "changed" else NOWHERE
+        return CacheFinding(decision, cause, lost, cache_hint(decision, cause))
 
     def report(self, now: float) -> list[Json]:
         """The rows of `/v1/usage?cache=1`, latest first."""
         self.forget(now)
-        latest = sorted(self.watched.values(), key=lambda row: row.at, reverse=True)
-        return [row.as_json(row.owner in self.telling) for row in latest]
+        latest = sorted(
+            self.watched.values(), key=lambda conversation: conversation.at, reverse=True
+        )
+        return [conversation.as_json(conversation.owner in self.telling) for conversation in latest]
 
 
 # ==== the I/O line ==============================================================================
