@@ -12909,17 +12909,17 @@ class CacheGuard:
 PLAIN_WORD = re.compile(r"[!#-<>-~]+")
 
 
-def log_event(level: str, event: str, **details_: object) -> None:
+def log_event(level: str, event: str, **details: object) -> None:
     """Logs one line: `event key=value ...`.  Never content, never a secret."""
     logger = logging.getLogger("aiclient-api")
-    number = getattr(logging, level.upper())
-    if not logger.isEnabledFor(number):
+    level_number = getattr(logging, level.upper())
+    if not logger.isEnabledFor(level_number):
         return
-    words = [event]
-    for key, value in details_.items():
+    parts = [event]
+    for key, value in details.items():
         text = str(value)
-        words.append(f"{key}={text if PLAIN_WORD.fullmatch(text) else json.dumps(text)}")
-    logger.log(number, redact(" ".join(words), MAX_LOG_LINE))
+        parts.append(f"{key}={text if PLAIN_WORD.fullmatch(text) else json.dumps(text)}")
+    logger.log(level_number, redact(" ".join(parts), MAX_LOG_LINE))
 
 
 class SecondFormatter:
@@ -12952,23 +12952,23 @@ class SecondFormatter:
         return self.priorities.get(level, "") + hide(line, self.secrets())
 
 
-def close_to_others(handle: int) -> bool:
+def restrict_to_owner(fd: int) -> bool:
     """Removes the access of others; returns whether there was any.  Raises OSError if not ours."""
-    status = os.fstat(handle)
+    status = os.fstat(fd)
     has_owner = hasattr(os, "getuid") and stat.S_ISREG(status.st_mode)
     if not has_owner or not status.st_mode & 0o077:
         return False
-    os.fchmod(handle, 0o600)
+    os.fchmod(fd, 0o600)
     return True
 
 
-def make_private(handle: int, path: str, what: str) -> None:
-    """`close_to_others` with a warning about `what`, also if the mode cannot be changed."""
+def make_private(fd: int, path: str, subject: str) -> None:
+    """`restrict_to_owner` with a warning about `subject`, also if the mode cannot be changed."""
     try:
-        if close_to_others(handle):
-            log_event("warning", f"{what}_was_readable", path=path)
+        if restrict_to_owner(fd):
+            log_event("warning", f"{subject}_was_readable", path=path)
     except OSError as error:
-        log_event("warning", f"{what}_is_readable", path=path, reason=error.strerror)
+        log_event("warning", f"{subject}_is_readable", path=path, reason=error.strerror)
 
 
 def check_link(path: str) -> None:
@@ -13001,32 +13001,32 @@ class LogFile:
         check_link(self.path)
         # Without waiting for whoever may read a FIFO some day.
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
-        handle = os.open(self.path, flags, 0o600)
+        fd = os.open(self.path, flags, 0o600)
         self.close()
-        self.handle = handle
+        self.handle = fd
         if self.is_stderr:
-            os.dup2(handle, 2)
-        status = os.fstat(handle)
+            os.dup2(fd, 2)
+        status = os.fstat(fd)
         self.size = status.st_size
         self.identity = status.st_dev, status.st_ino
-        self.look_at = time.monotonic() + LOG_LOOK_SECONDS
-        make_private(handle, self.path, "log")
+        self.check_at = time.monotonic() + LOG_LOOK_SECONDS
+        make_private(fd, self.path, "log")
 
     def write(self, text: str) -> None:
         """Appends `text`, complete lines, in one write."""
         data = text.encode("utf-8", "backslashreplace")
         try:
-            if time.monotonic() > self.look_at:
-                self.look()
+            if time.monotonic() > self.check_at:
+                self.check_path()
             if self.size and self.size + len(data) > self.max_bytes:
                 self.rotate()
             self.size += os.write(self.handle, data)
         except OSError:
             self.dropped += text.count("\n")
 
-    def look(self) -> None:
+    def check_path(self) -> None:
         """Reopens the file if it was moved away; notices what other processes have written."""
-        self.look_at = time.monotonic() + LOG_LOOK_SECONDS
+        self.check_at = time.monotonic() + LOG_LOOK_SECONDS
         try:
             status = os.stat(self.path)
         except FileNotFoundError:
@@ -13038,13 +13038,13 @@ class LogFile:
 
     def rotate(self) -> None:
         """`daemon.log` -> `daemon.log.1` -> `daemon.log.2`, whose old content is lost."""
-        self.look()
+        self.check_path()
         if self.size < self.max_bytes // 2:
             return  # a process taking over has just rotated
-        for number in range(LOG_FILES - 1, 0, -1):
-            older = self.path if number == 1 else f"{self.path}.{number - 1}"
+        for index in range(LOG_FILES - 1, 0, -1):
+            older = self.path if index == 1 else f"{self.path}.{index - 1}"
             if os.path.exists(older):
-                os.replace(older, f"{self.path}.{number}")
+                os.replace(older, f"{self.path}.{index}")
         self.open()
 
     def flush(self) -> None:
@@ -13060,8 +13060,8 @@ def start_log(level: str, path: str = "", is_stderr: bool = False) -> LogFile | 
     """Logs to a file, or to standard error: a line per event, times in UTC.  Raises OSError."""
     file = LogFile(path, is_stderr=is_stderr) if path else None
     handler: logging.StreamHandler[Any] = logging.StreamHandler(file or sys.stderr)
-    journal = file is None and "JOURNAL_STREAM" in os.environ
-    handler.setFormatter(SecondFormatter(journal))  # type: ignore[arg-type]  # logging is lazy
+    is_journal = file is None and "JOURNAL_STREAM" in os.environ
+    handler.setFormatter(SecondFormatter(is_journal))  # type: ignore[arg-type]  # logging is lazy
     root = logging.getLogger()
     root.handlers[:] = [handler]
     set_log_level(level)
@@ -13186,10 +13186,10 @@ class StreamProtocol(ProtocolBase):
         if exc is not None and closed is not None and closed.done():
             closed.exception()
 
-    def end(self, gone: bool) -> None:
+    def end(self, is_lost: bool) -> None:
         self.ended = True
         if self.on_end is not None:
-            self.on_end(gone)
+            self.on_end(is_lost)
 
     def ended_cleanly(self) -> bool:
         """Whether the peer ended it on purpose: over TLS with a close_notify (RFC 9112, 9.8)."""
@@ -13258,10 +13258,10 @@ def count_unsent(connection: socket.socket) -> int:
     if fcntl is None or termios is None:
         return 0
     try:
-        answer = fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, b"\0" * 4)
+        queued = fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, b"\0" * 4)
     except (OSError, ValueError):
         return 0  # closed
-    return int.from_bytes(answer, sys.byteorder)
+    return int.from_bytes(queued, sys.byteorder)
 
 
 def is_readable(connection: socket.socket) -> bool:
@@ -13299,7 +13299,7 @@ class BodyStream(Protocol):
 
 
 class UpstreamResponse:
-    """The head of a response, and its body as a Source.  Whoever opens it must `close` it."""
+    """The head of a response, and its body as a BodyStream.  Whoever opens it must `close` it."""
 
     def __init__(
         self, client: HttpClient, connection: PooledConnection, head: ResponseHead, body: Body
@@ -13323,10 +13323,10 @@ class UpstreamResponse:
         self.done = body.done
         self.full = False  # `waiting` is over its limit
         self.slow = False  # the client reads too slowly
-        self.held = False
+        self.paused = False
         self.last_at = asyncio.get_running_loop().time()
         wire = connection.wire
-        wire.sink, wire.on_end = self.take, self.lose
+        wire.sink, wire.on_end = self.take, self.on_eof
         client.ticker.add(self.watch)
 
     def take(self, data: bytes) -> None:
@@ -13363,7 +13363,7 @@ class UpstreamResponse:
         except Exception:  # noqa: BLE001 - asyncio would drop the connection
             self.fail(internal_error("a response could not be processed"))
 
-    def lose(self, gone: bool) -> None:
+    def on_eof(self, is_lost: bool) -> None:
         if self.done or self.error:
             return
         try:
@@ -13395,7 +13395,7 @@ class UpstreamResponse:
 
     def watch(self, now: float) -> None:
         limit_s = self.client.network.stream_idle_seconds
-        if not self.held and not self.done and now - self.last_at > limit_s:
+        if not self.paused and not self.done and now - self.last_at > limit_s:
             self.fail(UpstreamTimeout(f"The upstream was silent for {limit_s:g} s."))
 
     async def first(self) -> bytes:
@@ -13405,9 +13405,9 @@ class UpstreamResponse:
             if self.done:
                 return b""
             await self.wait()
-        return self.take_waiting()
+        return self.take_buffered()
 
-    def take_waiting(self) -> bytes:
+    def take_buffered(self) -> bytes:
         data = bytes(self.waiting)
         self.waiting.clear()
         self.full = False
@@ -13427,9 +13427,9 @@ class UpstreamResponse:
         return bytes(body)
 
     async def relay(self, sink: Callable[[bytes], None]) -> None:
-        waiting = self.take_waiting()
-        if waiting:
-            self.deliver(waiting, sink)
+        buffered = self.take_buffered()
+        if buffered:
+            self.deliver(buffered, sink)
         self.sink = sink
         while not (self.done or self.error):
             await self.wait()
@@ -13441,13 +13441,13 @@ class UpstreamResponse:
         self.update_reading()
 
     def update_reading(self) -> None:
-        hold = self.full or self.slow
+        should_pause = self.full or self.slow
         transport = self.connection.wire.transport
-        if hold is self.held or transport.is_closing():
+        if should_pause is self.paused or transport.is_closing():
             return
-        self.held = hold
+        self.paused = should_pause
         self.last_at = asyncio.get_running_loop().time()
-        if hold:
+        if should_pause:
             transport.pause_reading()
         else:
             transport.resume_reading()
@@ -13519,8 +13519,8 @@ class PooledConnection:
         self.idle_since = 0.0
 
     def is_dead(self, now: float) -> bool:
-        gone = self.wire.ended or self.wire.transport.is_closing()
-        return gone or now - self.idle_since > POOL_IDLE_SECONDS or is_readable(self.socket)
+        is_closed = self.wire.ended or self.wire.transport.is_closing()
+        return is_closed or now - self.idle_since > POOL_IDLE_SECONDS or is_readable(self.socket)
 
     def left_unread(self, error: Exception, message: bytes, sent_at: float) -> bool:
         """Whether the peer, which then ended the connection, cannot have read `message`.
@@ -13621,9 +13621,9 @@ class HttpClient:
         proxy = ""
         if not is_loopback(host):
             proxy = self.network.proxy or environment_proxy(scheme, host)
-        default = (scheme, port) in (("https", 443), ("http", 80))
-        field_ = format_host(host) if default else f"{format_host(host)}:{port}"
-        return Origin(scheme, host, port, proxy), field_, path
+        is_default_port = (scheme, port) in (("https", 443), ("http", 80))
+        host_header = format_host(host) if is_default_port else f"{format_host(host)}:{port}"
+        return Origin(scheme, host, port, proxy), host_header, path
 
     async def open(
         self,
@@ -13639,22 +13639,22 @@ class HttpClient:
         a stale pooled connection did not deliver is sent once more on a fresh one.
         """
         origin, host, path = self.plan(url)
-        length = [("Content-Length", str(len(body)))] if body or method == "POST" else []
+        length_header = [("Content-Length", str(len(body)))] if body or method == "POST" else []
 
         def message() -> bytes:
-            fields_ = [("Host", host), *headers().items(), *length]
-            return write_head(f"{method} {path} HTTP/1.1", fields_) + body
+            all_headers = [("Host", host), *headers().items(), *length_header]
+            return write_head(f"{method} {path} HTTP/1.1", all_headers) + body
 
         limit_s = first_byte_s or self.network.first_byte_seconds
         connection = self.pool.take(origin, asyncio.get_running_loop().time())
         if connection is not None:
-            answer = await self.exchange(connection, method, message(), limit_s)
-            if answer is not None:
-                return answer
+            response = await self.exchange(connection, method, message(), limit_s)
+            if response is not None:
+                return response
         connection = await self.connect(origin)
-        answer = await self.exchange(connection, method, message(), limit_s)
-        assert answer is not None  # a fresh connection is not stale
-        return answer
+        response = await self.exchange(connection, method, message(), limit_s)
+        assert response is not None  # a fresh connection is not stale
+        return response
 
     async def exchange(
         self, connection: PooledConnection, method: str, message: bytes, limit_s: float
@@ -13667,33 +13667,33 @@ class HttpClient:
         try:
             async with asyncio.timeout(limit_s):
                 wire.transport.write(message)
-                head, body, rest = await self.read_answer_head(wire, method)
+                head, body, tail = await self.read_response_head(wire, method)
         except TimeoutError:
             wire.transport.abort()
             raise UpstreamTimeout(f"{host} did not answer within {limit_s:g} s.") from None
         except (EOFError, OSError) as error:
-            stale = connection.used and not wire.heard
-            unread = method in SAFE_METHODS or connection.left_unread(error, message, sent_at)
+            may_be_stale = connection.used and not wire.heard
+            was_unread = method in SAFE_METHODS or connection.left_unread(error, message, sent_at)
             wire.transport.abort()
-            if stale and unread:
+            if may_be_stale and was_unread:
                 return None
-            where = "inside an answer" if wire.heard else "without an answer"
-            raise UpstreamError(f"{host} closed the connection {where}.") from None
+            stage = "inside an answer" if wire.heard else "without an answer"
+            raise UpstreamError(f"{host} closed the connection {stage}.") from None
         except WireError as error:
             wire.transport.abort()
             raise UpstreamError(f"{host} sent a malformed answer: {error}.") from None
         except asyncio.CancelledError:
             wire.transport.abort()
             raise
-        answer = UpstreamResponse(self, connection, head, body)
-        if rest:
-            answer.take(rest)
+        response = UpstreamResponse(self, connection, head, body)
+        if tail:
+            response.take(tail)
         if wire.ended:
-            answer.lose(True)
-        return answer
+            response.on_eof(True)
+        return response
 
     @staticmethod
-    async def read_answer_head(
+    async def read_response_head(
         wire: StreamProtocol, method: str
     ) -> tuple[ResponseHead, Body, bytes]:
         """(head, body, bytes after the head); raises EOFError, also within a head."""
@@ -13723,37 +13723,37 @@ class HttpClient:
 
     async def connect(self, origin: Origin) -> PooledConnection:
         """A new connection, through the proxy if one is configured; raises Unreachable."""
-        where = origin.host if not origin.proxy else f"{origin.host} through the proxy"
+        target = origin.host if not origin.proxy else f"{origin.host} through the proxy"
         try:
             async with asyncio.timeout(self.network.connect_seconds):
                 if origin.proxy:
-                    wire = await self.connect_by_proxy(origin)
+                    wire = await self.connect_via_proxy(origin)
                 else:
                     wire = await self.connect_directly(origin)
         except TimeoutError:
             seconds = self.network.connect_seconds
-            raise Unreachable(f"No connection to {where} within {seconds:g} s.") from None
+            raise Unreachable(f"No connection to {target} within {seconds:g} s.") from None
         except ssl.SSLCertVerificationError as error:
             raise Unreachable(
-                f"The certificate of {where} is not trusted: {error.verify_message}.",
+                f"The certificate of {target} is not trusted: {error.verify_message}.",
                 hint="Behind a company proxy, set network.ca_file to its CA bundle.",
             ) from None
         except (OSError, EOFError) as error:
             reason = error.strerror or type(error).__name__ if isinstance(error, OSError) else "EOF"
-            raise Unreachable(f"No connection to {where}: {reason}.") from None
+            raise Unreachable(f"No connection to {target}: {reason}.") from None
         return PooledConnection(origin, wire)
 
     async def connect_directly(self, origin: Origin) -> StreamProtocol:
         loop = asyncio.get_running_loop()
-        secure: Json = {}
+        tls_options: Json = {}
         if origin.scheme == "https":
-            secure = {"ssl": self.tls_context(), "server_hostname": origin.host}
+            tls_options = {"ssl": self.tls_context(), "server_hostname": origin.host}
         _, wire = await loop.create_connection(
-            StreamProtocol, origin.host, origin.port, happy_eyeballs_delay=0.25, **secure
+            StreamProtocol, origin.host, origin.port, happy_eyeballs_delay=0.25, **tls_options
         )
         return wire
 
-    async def connect_by_proxy(self, origin: Origin) -> StreamProtocol:
+    async def connect_via_proxy(self, origin: Origin) -> StreamProtocol:
         """A CONNECT tunnel (RFC 9110 section 9.3.6), with TLS inside for https."""
         proxy = urllib.parse.urlsplit(origin.proxy)
         if proxy.scheme not in ("http", "https") or not proxy.hostname:
@@ -13761,18 +13761,18 @@ class HttpClient:
                 "The proxy's URL cannot be used.", hint="Only http:// and https:// proxies work."
             )
         port = proxy.port or (443 if proxy.scheme == "https" else 8080)
-        hop = Origin(proxy.scheme, proxy.hostname, port, "")
-        tunnel = await self.connect_directly(hop)
+        proxy_origin = Origin(proxy.scheme, proxy.hostname, port, "")
+        tunnel = await self.connect_directly(proxy_origin)
         target = f"{format_host(origin.host)}:{origin.port}"
-        fields_ = [("Host", target)]
+        headers = [("Host", target)]
         if proxy.username is not None:
             user = urllib.parse.unquote(proxy.username)
-            pair = f"{user}:{urllib.parse.unquote(proxy.password or '')}"
-            basic = base64.b64encode(pair.encode()).decode()
-            fields_.append(("Proxy-Authorization", f"Basic {basic}"))
+            credentials = f"{user}:{urllib.parse.unquote(proxy.password or '')}"
+            encoded = base64.b64encode(credentials.encode()).decode()
+            headers.append(("Proxy-Authorization", f"Basic {encoded}"))
         try:
-            tunnel.transport.write(write_head(f"CONNECT {target} HTTP/1.1", fields_))
-            head, _, _ = await self.read_answer_head(tunnel, "HEAD")
+            tunnel.transport.write(write_head(f"CONNECT {target} HTTP/1.1", headers))
+            head, _, _ = await self.read_response_head(tunnel, "HEAD")
             if not 200 <= head.status < 300:
                 hint = "Put user:password@ into network.proxy." if head.status == 407 else ""
                 raise Unreachable(f"The proxy refused the tunnel: {head.status}.", hint=hint)
@@ -13800,11 +13800,11 @@ class HttpClient:
         """(status, headers, entire body) of a small response, all within `limit_s` seconds."""
         try:
             async with asyncio.timeout(limit_s):
-                answer = await self.open(method, url, lambda: headers, body, limit_s)
+                response = await self.open(method, url, lambda: headers, body, limit_s)
                 try:
-                    return answer.status, answer.headers, await answer.read(8 * MIB)
+                    return response.status, response.headers, await response.read(8 * MIB)
                 finally:
-                    answer.close(ended=False)
+                    response.close(ended=False)
         except TimeoutError:
             host = split_url(url)[1]
             raise UpstreamTimeout(f"{host} did not answer within {limit_s:g} s.") from None
@@ -13815,7 +13815,7 @@ class HttpClient:
 
 @dataclass(slots=True)
 class Response:
-    """A response: either `body`, or `stream`, which writes to an Outlet until it returns."""
+    """A response: either `body`, or `stream`, which writes to a ResponseWriter until it returns."""
 
     status: int
     body: bytes = b""
@@ -13828,14 +13828,14 @@ class BodyBudget:
     """The memory that the bodies of all requests take together: what has come, not what may."""
 
     def __init__(self) -> None:
-        self.taken = 0
+        self.total_bytes = 0
 
     def grow(self, held: int, size: int) -> int:
         """Returns `held` grown to `size`; raises Busy, but never for a body that is alone."""
-        others = self.taken - held
+        others = self.total_bytes - held
         if size > held and others and others + size > MAX_BODIES_BYTES:
             raise Busy("The requests in hand take all the memory that there is.", retry_after=1)
-        self.taken = others + max(held, size)
+        self.total_bytes = others + max(held, size)
         return max(held, size)
 
 
@@ -13851,7 +13851,7 @@ class Request:
         self.client = connection.peer
         self.body = body
         #: bytes counted in the server's budget until the request is answered
-        self.held = 0
+        self.held_bytes = 0
         self.connection = connection
         #: set by the outermost layer; `begun_at` is monotonic
         self.id = ""
@@ -13884,7 +13884,7 @@ class Request:
 
     def hold(self, size: int) -> None:
         """Counts `size` bytes, in total, against the server's budget; raises Busy."""
-        self.held = self.connection.server.bodies.grow(self.held, size)
+        self.held_bytes = self.connection.server.bodies.grow(self.held_bytes, size)
 
     def cancel_on_hangup(self, watching: bool, patient: bool = False) -> None:
         """A half-close counts as a disconnect unless `patient`, for responses that cost nothing."""
@@ -13913,8 +13913,8 @@ class ResponseWriter:
         self.send(LAST_CHUNK if self.chunked else b"")
 
     def send(self, data: bytes) -> None:
-        if not self.connection.answered:
-            self.connection.answered = True
+        if not self.connection.response_started:
+            self.connection.response_started = True
             data = self.head + data
         self.last_at = asyncio.get_running_loop().time()
         self.transport.write(data)
@@ -13948,9 +13948,9 @@ class ServerConnection:
         self.writer: ResponseWriter | None = None
         #: the request in progress, and whether its response head has gone out: there is only one
         self.request: Request | None = None
-        self.answered = False
+        self.response_started = False
         #: when the client last took some of the pending bytes, and how many were pending then
-        self.taken_at = 0.0
+        self.progress_at = 0.0
         self.unsent = 0
         self.closing = False
         #: idle, head, body or busy: what the deadline is for
@@ -13976,21 +13976,21 @@ class ServerConnection:
 
     def is_stalled(self, now: float) -> bool:
         """Whether the client has taken none of the pending bytes for WRITE_STALL_SECONDS."""
-        waiting = self.wire.transport.get_write_buffer_size()
-        if waiting or (self.phase == "idle" and now > self.due_at):
-            waiting += count_unsent(self.wire.transport.get_extra_info("socket"))
-        if not waiting or waiting < self.unsent or not self.taken_at:
-            self.taken_at = now
-        self.unsent = waiting
-        return now - self.taken_at > WRITE_STALL_SECONDS
+        pending = self.wire.transport.get_write_buffer_size()
+        if pending or (self.phase == "idle" and now > self.due_at):
+            pending += count_unsent(self.wire.transport.get_extra_info("socket"))
+        if not pending or pending < self.unsent or not self.progress_at:
+            self.progress_at = now
+        self.unsent = pending
+        return now - self.progress_at > WRITE_STALL_SECONDS
 
     def flow(self, paused: bool) -> None:
         if self.writer is not None and self.writer.on_flow is not None:
             self.writer.on_flow(paused)
 
-    def hang_up(self, gone: bool) -> None:
-        """Not `gone`: the client has half-closed and may still be reading."""
-        if self.watched is not None and (gone or not self.patient):
+    def hang_up(self, is_lost: bool) -> None:
+        """Not `is_lost`: the client has half-closed and may still be reading."""
+        if self.watched is not None and (is_lost or not self.patient):
             self.watched.cancel()
 
     def cancel_on_hangup(self, watching: bool, patient: bool) -> None:
@@ -14005,7 +14005,7 @@ class ServerConnection:
                 head = await self.read_head()
                 if head is None:
                     break
-                await self.answer(head)
+                await self.handle_request(head)
                 if self.buffer:  # who sends ahead has its turn after the others
                     await asyncio.sleep(0)
         except WireError as error:
@@ -14061,7 +14061,7 @@ class ServerConnection:
         if re.search(rb"\r[^\n]|\0", data[max(0, scanned - 1) :]):
             raise WireError("bare CR or NUL in the head")
 
-    async def answer(self, head: RequestHead) -> None:
+    async def handle_request(self, head: RequestHead) -> None:
         request = self.request = Request(self, head, request_body(head))
         if head.headers.get("expect", "100-continue").lower() != "100-continue":
             raise WireError("unknown expectation", 417)
@@ -14073,10 +14073,10 @@ class ServerConnection:
             await self.respond(request, response)
         finally:
             self.watched = None
-            self.server.bodies.taken -= request.held
+            self.server.bodies.total_bytes -= request.held_bytes
         if not request.body.done:
             await linger(self.wire)
-        self.request, self.answered = None, False
+        self.request, self.response_started = None, False
 
     def must_close(self, request: Request) -> bool:
         headers = request.headers
@@ -14116,7 +14116,7 @@ class ServerConnection:
         return bytes(collected)
 
     async def respond(self, request: Request, response: Response) -> None:
-        bare = request.method == "HEAD" or response.status in NO_BODY_STATUSES
+        is_bodyless = request.method == "HEAD" or response.status in NO_BODY_STATUSES
         headers: list[tuple[str, str]] = []
         chunked = response.stream is not None and request.minor > 0
         if response.stream is None:
@@ -14131,9 +14131,9 @@ class ServerConnection:
         elif request.minor == 0:
             headers.append(("Connection", "keep-alive"))
         head = self.server.response_head(response, headers)
-        if response.stream is None or bare:
-            self.answered = True
-            self.wire.transport.write(head if bare else head + response.body)
+        if response.stream is None or is_bodyless:
+            self.response_started = True
+            self.wire.transport.write(head if is_bodyless else head + response.body)
         else:
             self.writer = ResponseWriter(self, head, chunked)
             await response.stream(self.writer)
@@ -14143,7 +14143,7 @@ class ServerConnection:
 
     async def give_up(self, error: ApiError) -> None:
         """Sends an error response, or aborts if a response has begun."""
-        if self.answered:
+        if self.response_started:
             self.wire.transport.abort()  # an unfinished body must not look complete
             return
         self.send_error(error)
@@ -14151,14 +14151,14 @@ class ServerConnection:
 
     def send_error(self, error: ApiError) -> None:
         self.phase = "busy"
-        self.answered = True
-        self.wire.transport.write(self.server.error_bytes(error, self.request))
+        self.response_started = True
+        self.wire.transport.write(self.server.encode_error(error, self.request))
 
 
 def wire_api_error(error: WireError) -> ApiError:
-    answer = InvalidRequest(f"Malformed HTTP: {error}.")
-    answer.status = error.status
-    return answer
+    api_error = InvalidRequest(f"Malformed HTTP: {error}.")
+    api_error.status = error.status
+    return api_error
 
 
 # What bind() raises for an address that this machine lacks, as asyncio treats it.
@@ -14183,14 +14183,14 @@ def open_listener(family: int, kind: int, protocol: int, address: Any) -> socket
 def open_listeners(host: str, port: int) -> list[socket.socket]:
     """Every address of `host` that this machine has, at least one; port 0: any.  Raises OSError."""
     flags = socket.AI_PASSIVE
-    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=flags)
+    addresses = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=flags)
     listeners: list[socket.socket] = []
     skipped = None
     try:
-        for family, kind, protocol, _, address in dict.fromkeys(found):
+        for family, kind, protocol, _, address in dict.fromkeys(addresses):
             try:
-                bound = (address[0], port, *address[2:])
-                listeners.append(open_listener(family, kind, protocol, bound))
+                local_address = (address[0], port, *address[2:])
+                listeners.append(open_listener(family, kind, protocol, local_address))
             except OSError as error:
                 if error.errno not in NOT_OF_THIS_MACHINE:
                     raise
@@ -14222,7 +14222,7 @@ class Server:
         self.write_error = write_error
         self.connections: set[ServerConnection] = set()
         self.bodies = BodyBudget()
-        self.turning: set[asyncio.Task[None]] = set()
+        self.rejecting: set[asyncio.Task[None]] = set()
         self.date, self.date_second = "", 0
         #: every response is the last one of its connection
         self.closing = False
@@ -14243,9 +14243,9 @@ class Server:
 
     def accept(self, wire: StreamProtocol) -> None:
         if self.draining or len(self.connections) >= self.config.max_connections:
-            task = asyncio.get_running_loop().create_task(self.turn_away(wire))
-            self.turning.add(task)
-            task.add_done_callback(self.turning.discard)
+            task = asyncio.get_running_loop().create_task(self.reject(wire))
+            self.rejecting.add(task)
+            task.add_done_callback(self.rejecting.discard)
             return
         connection = ServerConnection(self, wire)
         self.connections.add(connection)
@@ -14253,8 +14253,8 @@ class Server:
         connection.task = asyncio.get_running_loop().create_task(connection.serve())
         connection.task.add_done_callback(lambda _: self.forget(connection))
 
-    async def turn_away(self, wire: StreamProtocol) -> None:
-        wire.transport.write(self.error_bytes(Busy("Too many connections.", retry_after=1)))
+    async def reject(self, wire: StreamProtocol) -> None:
+        wire.transport.write(self.encode_error(Busy("Too many connections.", retry_after=1)))
         await linger(wire)
         wire.transport.close()
 
@@ -14262,7 +14262,7 @@ class Server:
         self.connections.discard(connection)
         self.ticker.discard(connection.watch)
 
-    def error_bytes(self, error: ApiError, request: Request | None = None) -> bytes:
+    def encode_error(self, error: ApiError, request: Request | None = None) -> bytes:
         response = self.write_error(error, request)
         headers = [("Content-Length", str(len(response.body))), ("Connection", "close")]
         return self.response_head(response, headers) + response.body
@@ -14272,8 +14272,10 @@ class Server:
         if second != self.date_second:  # Date (RFC 9110 section 6.6.1), formatted once a second
             self.date_second = second
             self.date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second))
-        own = [("Date", self.date), ("Content-Type", response.content_type)]
-        return write_head(status_line(response.status), [*own, *response.headers.items(), *headers])
+        common_headers = [("Date", self.date), ("Content-Type", response.content_type)]
+        return write_head(
+            status_line(response.status), [*common_headers, *response.headers.items(), *headers]
+        )
 
     def stop_accepting(self) -> None:
         """Closes the listening sockets; another process that has inherited them keeps them open."""
@@ -14291,13 +14293,13 @@ class Server:
         """
         self.closing = True
         loop = asyncio.get_running_loop()
-        until = loop.time() + seconds
+        deadline = loop.time() + seconds
         for listener in self.listeners:
-            for listening in listener.sockets:
-                loop.remove_reader(listening.fileno())
+            for listening_socket in listener.sockets:
+                loop.remove_reader(listening_socket.fileno())
         await asyncio.sleep(TICK_SECONDS)
         self.stop_accepting()
-        while loop.time() < until and any(c.phase != "busy" for c in self.connections):
+        while loop.time() < deadline and any(c.phase != "busy" for c in self.connections):
             await asyncio.sleep(TICK_SECONDS)
 
     async def drain(self, seconds: float) -> None:
@@ -14318,16 +14320,16 @@ class Server:
             if connection.writer is not None and connection.writer.on_stop is not None:
                 connection.writer.on_stop()
         connections = list(self.connections)
-        late = {c.task for c in connections if c.task is not None}
-        if late:
-            _, late = await asyncio.wait(late, timeout=LINGER_SECONDS)
-        for task in late:
+        unfinished = {c.task for c in connections if c.task is not None}
+        if unfinished:
+            _, unfinished = await asyncio.wait(unfinished, timeout=LINGER_SECONDS)
+        for task in unfinished:
             task.cancel()
-        if late:
-            await asyncio.wait(late, timeout=LINGER_SECONDS)
+        if unfinished:
+            await asyncio.wait(unfinished, timeout=LINGER_SECONDS)
         for connection in connections:  # a client that does not read would keep it open
             connection.wire.transport.abort()
-        await asyncio.gather(*late, return_exceptions=True)
+        await asyncio.gather(*unfinished, return_exceptions=True)
 
 
 class ServerProtocol(StreamProtocol):
@@ -14619,7 +14621,7 @@ def open_private(path: str) -> int:
     """Makes a file that others can read private; raises OSError, also for a symbolic link."""
     handle = open_trusted(path, "O_RDONLY", "O_NOFOLLOW")
     try:
-        if close_to_others(handle):
+        if restrict_to_owner(handle):
             log_event("warning", "token_file_was_readable", path=path)
     except BaseException:
         os.close(handle)
