@@ -14424,28 +14424,28 @@ def check_owner(path: str, status: os.stat_result) -> None:
         )
 
 
-def check_above(place: str) -> None:
-    """Raises PermissionError where a folder above `place` lets everybody replace it.
+def check_parents(target: str) -> None:
+    """Raises PermissionError where a folder above `target` lets everybody replace it.
 
     (A group may write there: `~/.local` is made so where each user has a group of its own.)
     Where the path leads through links both the links and what they lead to count.  Raises OSError.
     """
-    for path in (os.path.abspath(place), os.path.realpath(place)):
+    for path in (os.path.abspath(target), os.path.realpath(target)):
         while path != os.path.dirname(path):
             path = os.path.dirname(path)
             mode = os.stat(path).st_mode
             if mode & 0o002 and not mode & stat.S_ISVTX and hasattr(os, "getuid"):
                 raise PermissionError(
                     errno.EPERM,
-                    f"every user can replace what is in {path}; check that {place} is as you left "
+                    f"every user can replace what is in {path}; check that {target} is as you left "
                     f"it, and then run: chmod o-w {shlex.quote(path)}",
                 )
 
 
 def check_folder(folder: str) -> None:
-    """`check_owner` and `check_above` of a folder; raises OSError."""
+    """`check_owner` and `check_parents` of a folder; raises OSError."""
     check_owner(folder, os.stat(folder))
-    check_above(folder)
+    check_parents(folder)
 
 
 def open_flags(*names: str) -> int:
@@ -14456,11 +14456,11 @@ def open_flags(*names: str) -> int:
 def open_plain(path: str, *flags: str) -> int:
     """A descriptor of a plain file: one that is read to an end, and at once.  Raises OSError."""
     names = ("O_BINARY", "O_CLOEXEC", "O_NONBLOCK", *flags)  # without waiting for a FIFO's writer
-    handle = os.open(path, open_flags(*names), 0o600)
-    mode = os.fstat(handle).st_mode
+    fd = os.open(path, open_flags(*names), 0o600)
+    mode = os.fstat(fd).st_mode
     if stat.S_ISREG(mode):
-        return handle
-    os.close(handle)
+        return fd
+    os.close(fd)
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, "Is a directory, not a plain file")
     raise PermissionError(errno.EPERM, "it is not a plain file")
@@ -14472,29 +14472,29 @@ def open_trusted(path: str, *flags: str) -> int:
     All our files are opened here.  Symbolic links are followed unless `flags` has O_NOFOLLOW.
     """
     check_folder(os.path.dirname(path))
-    handle = open_plain(path, *flags)
+    fd = open_plain(path, *flags)
     try:
-        check_owner(path, os.fstat(handle))
+        check_owner(path, os.fstat(fd))
         if os.path.islink(path):
             check_link(path)
-            check_above(path)
+            check_parents(path)
     except BaseException:
-        os.close(handle)
+        os.close(fd)
         raise
-    return handle
+    return fd
 
 
-def load_config_text(where: str) -> str:
+def load_config_text(path: str) -> str:
     """The file with its line endings; "" if there is none.  Raises ConfigError."""
     try:
-        with os.fdopen(open_trusted(where, "O_RDONLY"), encoding="utf-8", newline="") as file:
+        with os.fdopen(open_trusted(path, "O_RDONLY"), encoding="utf-8", newline="") as file:
             return file.read()
     except FileNotFoundError:
         return ""
     except OSError as error:
-        raise ConfigError(f"{where}: cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise ConfigError(f"{where}: is not UTF-8 text") from None
+        raise ConfigError(f"{path}: is not UTF-8 text") from None
 
 
 def load_config(paths: Paths, environ: dict[str, str], flags: dict[str, str | None]) -> Config:
@@ -14517,8 +14517,8 @@ def program_words(argv0: str) -> str:
 
 
 def sign_in_command(kind: str, name: str) -> str:
-    named = "" if name == kind else f" --name {name}"
-    return f"{program_words(sys.argv[0])} auth {kind}{named}"
+    name_option = "" if name == kind else f" --name {name}"
+    return f"{program_words(sys.argv[0])} auth {kind}{name_option}"
 
 
 def make_private_dir(path: str) -> None:
@@ -14538,9 +14538,9 @@ def replace_file(path: str, data: bytes) -> None:
     if os.path.lexists(path) and not os.path.islink(path) and not os.path.isfile(path):
         raise FileExistsError(errno.EEXIST, "something that is not a plain file is in its place")
     folder = os.path.dirname(path)
-    handle, temporary = tempfile.mkstemp(prefix=".new-", dir=folder)  # 0600 whatever the umask
+    fd, temporary = tempfile.mkstemp(prefix=".new-", dir=folder)  # 0600 whatever the umask
     try:
-        with os.fdopen(handle, "wb") as file:
+        with os.fdopen(fd, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -14550,40 +14550,40 @@ def replace_file(path: str, data: bytes) -> None:
         raise
     if not hasattr(os, "O_DIRECTORY"):
         return  # Windows has no folder handles
-    folder_handle = os.open(folder, os.O_RDONLY)
+    folder_fd = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder_handle)
+        os.fsync(folder_fd)
     finally:
-        os.close(folder_handle)
+        os.close(folder_fd)
 
 
 def edit_config(paths: Paths, edit: Callable[[str], str]) -> None:
     """Replaces the text by `edit(text)`, under a lock, unless that raises; raises ConfigError."""
-    where = paths.config_file
+    path = paths.config_file
     try:
         make_private_dir(paths.config_dir)
-        folder = os.open(paths.config_dir, os.O_RDONLY)
+        folder_fd = os.open(paths.config_dir, os.O_RDONLY)
         try:
             if fcntl is not None:
-                fcntl.flock(folder, fcntl.LOCK_EX)
-            text = edit(load_config_text(where))
+                fcntl.flock(folder_fd, fcntl.LOCK_EX)
+            text = edit(load_config_text(path))
             # A symbolic link, as dotfile managers make them, is kept.
-            replace_file(os.path.realpath(where), text.encode())
+            replace_file(os.path.realpath(path), text.encode())
         finally:
-            os.close(folder)
+            os.close(folder_fd)
     except UnicodeEncodeError:
-        raise ConfigError(f"{where}: a setting must not hold bytes that are no text") from None
+        raise ConfigError(f"{path}: a setting must not hold bytes that are no text") from None
     except OSError as error:
-        raise ConfigError(f"{where}: cannot be written: {error.strerror}") from None
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def change_config(paths: Paths, environ: dict[str, str], key: str, value: str) -> None:
     """Sets one key and keeps everything else; on ConfigError nothing has changed."""
-    where = paths.config_file
+    path = paths.config_file
 
     def edit(text: str) -> str:
-        text = change_setting(text, where, key, value)
-        config = read_config_text(text, where)
+        text = change_setting(text, path, key, value)
+        config = read_config_text(text, path)
         apply_environment(config, environ)
         check_exposure(config)
         return text
@@ -14593,11 +14593,11 @@ def change_config(paths: Paths, environ: dict[str, str], key: str, value: str) -
 
 def change_provider(paths: Paths, environ: dict[str, str], name: str, enabled: str) -> None:
     """Sets `enabled`, "true" or "false", of an existing provider; raises ConfigError."""
-    known = load_config(paths, environ, {}).providers
-    if name not in known:
-        have = ", ".join(known)
+    providers = load_config(paths, environ, {}).providers
+    if name not in providers:
+        names = ", ".join(providers)
         raise ConfigError(
-            f"{paths.config_file}: providers.{name}: there is none; there are: {have}"
+            f"{paths.config_file}: providers.{name}: there is none; there are: {names}"
         )
     change_config(paths, environ, f"providers.{name}.enabled", enabled)
 
@@ -14619,14 +14619,14 @@ def save_private_json(path: str, value: Json) -> None:
 
 def open_private(path: str) -> int:
     """Makes a file that others can read private; raises OSError, also for a symbolic link."""
-    handle = open_trusted(path, "O_RDONLY", "O_NOFOLLOW")
+    fd = open_trusted(path, "O_RDONLY", "O_NOFOLLOW")
     try:
-        if restrict_to_owner(handle):
+        if restrict_to_owner(fd):
             log_event("warning", "token_file_was_readable", path=path)
     except BaseException:
-        os.close(handle)
+        os.close(fd)
         raise
-    return handle
+    return fd
 
 
 class Damaged(ProgramError):
@@ -14641,40 +14641,40 @@ def load_private_json(path: str) -> Json | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        linked = error.errno == errno.ELOOP
-        reason = "it is a symbolic link, which is not followed" if linked else error.strerror
+        is_link = error.errno == errno.ELOOP
+        reason = "it is a symbolic link, which is not followed" if is_link else error.strerror
         raise ProgramError(f"{path}: cannot be read: {reason}") from None
     if value is None:
         raise Damaged(f"{path}: is damaged: it is not a JSON object")
     return value
 
 
-def quarantine(path: str, word: str = "damaged") -> str:
+def quarantine(path: str, reason: str = "damaged") -> str:
     """Renames a file instead of overwriting it; returns the new path."""
-    aside = f"{path}.{word}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
-    os.replace(path, aside)
-    log_event("warning", f"{word}_file_kept", path=aside)
-    return aside
+    new_path = f"{path}.{reason}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+    os.replace(path, new_path)
+    log_event("warning", f"{reason}_file_kept", path=new_path)
+    return new_path
 
 
 def lock_file(path: str) -> int | None:
     """An fd that holds the lock until its last copy is closed; None if taken.  Raises OSError."""
     while True:
-        handle = open_trusted(path, "O_RDWR", "O_CREAT", "O_NOFOLLOW")
+        fd = open_trusted(path, "O_RDWR", "O_CREAT", "O_NOFOLLOW")
         is_ours = False
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # If it has been removed or replaced meanwhile, the lock is worthless.
-            is_ours = os.path.samestat(os.fstat(handle), os.stat(path, follow_symlinks=False))
+            is_ours = os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False))
             if is_ours:
-                return handle
+                return fd
         except BlockingIOError:
             return None
         except FileNotFoundError:
             continue
         finally:
             if not is_ours:
-                os.close(handle)
+                os.close(fd)
 
 
 class FileLock:
@@ -14686,21 +14686,21 @@ class FileLock:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.handle = -1
+        self.fd = -1
 
     async def __aenter__(self) -> FileLock:
         loop = asyncio.get_running_loop()
-        give_up_at = loop.time() + LOCK_SECONDS
+        deadline = loop.time() + LOCK_SECONDS
         while not self.try_lock():
-            if loop.time() > give_up_at:
+            if loop.time() > deadline:
                 raise Overloaded(f"Another process holds {self.path} and does not let go.")
             await asyncio.sleep(LOCK_POLL_SECONDS)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self.handle >= 0:
-            os.close(self.handle)
-            self.handle = -1
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
     def try_lock(self) -> bool:
         """True also if locking is impossible."""
@@ -14708,13 +14708,13 @@ class FileLock:
             return True
         try:
             make_private_dir(os.path.dirname(self.path))
-            handle = lock_file(self.path)
+            fd = lock_file(self.path)
         except OSError as error:
             log_event("warning", "no_lock", path=self.path, reason=error.strerror)
             return True
-        if handle is not None:
-            self.handle = handle
-        return handle is not None
+        if fd is not None:
+            self.fd = fd
+        return fd is not None
 
 
 class TokenFile:
@@ -14727,11 +14727,11 @@ class TokenFile:
         self.user = ""
         #: changes not written yet: they must not be lost, as a rotated token is issued only once
         self.unsaved: Json = {}
-        self.save_again_at = 0.0
+        self.retry_save_at = 0.0
         #: the cache of `peek`: result, identity of the file, monotonic expiry
-        self.shown: Json | ProgramError | None = None
-        self.shown_file: tuple[int, int, int] | None = None
-        self.shown_until = 0.0
+        self.cached: Json | ProgramError | None = None
+        self.cached_identity: tuple[int, int, int] | None = None
+        self.cached_until = 0.0
 
     def lock(self) -> FileLock:
         return FileLock(os.path.join(os.path.dirname(self.path), "token.lock"))
@@ -14739,18 +14739,18 @@ class TokenFile:
     def identity(self) -> tuple[int, int, int] | None:
         """Tells this file from its replacement; None if there is no file."""
         try:
-            found = os.stat(self.path, follow_symlinks=False)
+            status = os.stat(self.path, follow_symlinks=False)
         except OSError:
             return None
-        return found.st_ino, found.st_mtime_ns, found.st_size
+        return status.st_ino, status.st_mtime_ns, status.st_size
 
     def changed(self) -> bool:
         """Whether another process has replaced the file since last asked; retries a failed save."""
-        before, self.seen = self.seen, self.identity()
-        if self.seen != before:
+        previous, self.seen = self.seen, self.identity()
+        if self.seen != previous:
             self.unsaved = {}  # a newer file wins
             return True
-        if self.unsaved and time.monotonic() >= self.save_again_at:
+        if self.unsaved and time.monotonic() >= self.retry_save_at:
             self.save({})
         return False
 
@@ -14762,33 +14762,33 @@ class TokenFile:
 
     def load(self) -> Json | None:
         """None if there is no file; raises ProgramError."""
-        kept = load_private_json(self.path)
-        if kept is None:
+        content = load_private_json(self.path)
+        if content is None:
             return None
-        self.user = get_str(kept, "user") or get_str(kept, "login")
-        return {**kept, **self.unsaved}
+        self.user = get_str(content, "user") or get_str(content, "login")
+        return {**content, **self.unsaved}
 
     def peek(self) -> Json | None:
         """`load` for frequent read-only use: cached for TOKEN_LOOK_SECONDS."""
         now, identity = time.monotonic(), self.identity()
-        if now >= self.shown_until or identity != self.shown_file:
-            self.shown_file, self.shown_until = identity, now + TOKEN_LOOK_SECONDS
+        if now >= self.cached_until or identity != self.cached_identity:
+            self.cached_identity, self.cached_until = identity, now + TOKEN_LOOK_SECONDS
             try:
-                self.shown = self.load()
+                self.cached = self.load()
             except ProgramError as error:
-                self.shown = error
-        if isinstance(self.shown, ProgramError):
-            raise self.shown.with_traceback(None)
-        return None if self.shown is None else dict(self.shown)
+                self.cached = error
+        if isinstance(self.cached, ProgramError):
+            raise self.cached.with_traceback(None)
+        return None if self.cached is None else dict(self.cached)
 
     def need(self, provider: str, service: str, *, peeks: bool = False) -> Json:
         try:
-            kept = self.peek() if peeks else self.load()
+            content = self.peek() if peeks else self.load()
         except ProgramError as error:
             raise NotSignedIn(f"{error}.") from None
-        if kept is None:
+        if content is None:
             raise NotSignedIn(f"Provider {provider!r} has no {service} sign-in yet.")
-        return kept
+        return content
 
     def save(self, changes: Json) -> None:
         """None removes a key.  What cannot be written is logged, kept in memory, and retried."""
@@ -14798,14 +14798,14 @@ class TokenFile:
             return
         try:
             try:
-                kept = load_private_json(self.path) or {}
+                content = load_private_json(self.path) or {}
             except Damaged:
                 quarantine(self.path)
-                kept = {}
-            merged = {k: v for k, v in {**kept, **self.unsaved}.items() if v is not None}
+                content = {}
+            merged = {k: v for k, v in {**content, **self.unsaved}.items() if v is not None}
             save_private_json(self.path, merged)
         except (OSError, ProgramError) as error:  # a file that cannot be trusted is left alone
-            self.save_again_at = time.monotonic() + SAVE_AGAIN_SECONDS
+            self.retry_save_at = time.monotonic() + SAVE_AGAIN_SECONDS
             reason = getattr(error, "strerror", None) or str(error)
             log_event("error", "token_not_saved", path=self.path, reason=reason)
             return
@@ -14863,29 +14863,29 @@ class SharedLogin:
             log_event("info", "shared_login_unusable", path=self.path, reason=error)
             return None
 
-    def write(self, changes: Json, spent: str) -> None:
-        """Stores refreshed tokens if the token `spent` is still there; a failure is logged."""
+    def write(self, changes: Json, used_token: str) -> None:
+        """Stores refreshed tokens if `used_token` is still in place; a failure is logged."""
         try:
             if self.key:
-                self.write_row(changes, spent)
+                self.write_row(changes, used_token)
             else:
-                self.write_file(changes, spent)
+                self.write_file(changes, used_token)
         except (OSError, ValueError, sqlite3.Error) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             log_event("warning", "shared_login_not_updated", path=self.path, reason=reason)
 
-    def write_file(self, changes: Json, spent: str) -> None:
+    def write_file(self, changes: Json, used_token: str) -> None:
         """Follows a symbolic link; the mode of the folder is left alone."""
         path = os.path.realpath(self.path)
         body = read_json_file(path) or {}
-        if either(body, "refresh_token") == spent:
+        if either(body, "refresh_token") == used_token:
             replace_file(path, json.dumps(with_tokens(body, changes), indent=2).encode())
 
-    def write_row(self, changes: Json, spent: str) -> None:
+    def write_row(self, changes: Json, used_token: str) -> None:
         with contextlib.closing(open_database(self.path, "rw")) as database:
             database.execute("BEGIN IMMEDIATE")
             body = read_row(database, "auth_kv", self.key)
-            if either(body, "refresh_token") == spent:
+            if either(body, "refresh_token") == used_token:
                 text = dump_json(with_tokens(body, changes)).decode()
                 database.execute("UPDATE auth_kv SET value = ? WHERE key = ?", (text, self.key))
             database.execute("COMMIT")
@@ -14899,8 +14899,8 @@ def open_database(path: str, mode: str) -> sqlite3.Connection:
 
 
 def read_row(database: sqlite3.Connection, table: str, key: str) -> Json:
-    found = database.execute(f"SELECT value FROM {table} WHERE key = ?", (key,)).fetchone()
-    return load_object(found[0]) or {} if found and isinstance(found[0], (str, bytes)) else {}
+    row = database.execute(f"SELECT value FROM {table} WHERE key = ?", (key,)).fetchone()
+    return load_object(row[0]) or {} if row and isinstance(row[0], (str, bytes)) else {}
 
 
 def read_some_json(path: str) -> Json:
@@ -14929,9 +14929,9 @@ def read_ide_login(path: str) -> Json:
 
 def newest_registration(folder: str) -> Json:
     """The client registration beside an IDE file that does not name it."""
-    found = [read_some_json(entry.path) for entry in os.scandir(folder) if entry.is_file()]
-    found = [body for body in found if body.get("clientId") and body.get("clientSecret")]
-    return max(found, key=lambda body: read_time(body.get("expiresAt")), default={})
+    candidates = [read_some_json(entry.path) for entry in os.scandir(folder) if entry.is_file()]
+    candidates = [body for body in candidates if body.get("clientId") and body.get("clientSecret")]
+    return max(candidates, key=lambda body: read_time(body.get("expiresAt")), default={})
 
 
 def ide_profile_path() -> str:
@@ -14958,8 +14958,8 @@ def read_cli_login(path: str, key: str) -> Json:
     """
     with contextlib.closing(open_database(path, "ro")) as database:
         body = read_row(database, "auth_kv", key)
-        beside = key.rpartition(":")[0] + ":device-registration"
-        registration = read_row(database, "auth_kv", beside)
+        registration_key = key.rpartition(":")[0] + ":device-registration"
+        registration = read_row(database, "auth_kv", registration_key)
         try:
             profile = read_row(database, "state", "api.codewhisperer.profile")
         except sqlite3.OperationalError:  # older versions have no such table
@@ -14973,8 +14973,8 @@ def read_cli_login(path: str, key: str) -> Json:
 def load_machine(paths: Paths) -> tuple[str, str]:
     """(machine id, device id): random, made once, or per process if they cannot be saved."""
     try:
-        kept = load_private_json(paths.machine_file) or {}
-        machine, device = kept.get("machine_id"), kept.get("device_id")
+        saved = load_private_json(paths.machine_file) or {}
+        machine, device = saved.get("machine_id"), saved.get("device_id")
         if isinstance(machine, str) and isinstance(device, str):
             return machine, device
     except ProgramError as error:
@@ -14996,13 +14996,13 @@ class LogFilter:
 
     def __init__(self, level: str) -> None:
         self.wanted = LEVELS[LEVELS.index(level.upper()) :]
-        self.taking = True
+        self.accepting = True
 
     def takes(self, line: str) -> bool:
-        found = LOG_LINE.match(line)
-        if found:
-            self.taking = found[1] in self.wanted or found[1] not in LEVELS
-        return self.taking
+        line_match = LOG_LINE.match(line)
+        if line_match:
+            self.accepting = line_match[1] in self.wanted or line_match[1] not in LEVELS
+        return self.accepting
 
 
 def open_log(path: str) -> TextIO:
@@ -15013,15 +15013,17 @@ def open_log(path: str) -> TextIO:
 def read_log_tail(file: TextIO, path: str, lines: int, level: str) -> list[str]:
     """The last lines of a log: `file`, read to its end, then rotated files as far as needed."""
     lines = min(max(lines, 0), MAX_LOG_LINES)
-    wanted = LogFilter(level)
-    tail = [line for line in file.read().splitlines() if wanted.takes(line)]
-    for number in range(1, LOG_FILES):
+    log_filter = LogFilter(level)
+    tail = [line for line in file.read().splitlines() if log_filter.takes(line)]
+    for index in range(1, LOG_FILES):
         if len(tail) >= lines:
             break
         try:
-            with open_log(f"{path}.{number}") as older:
-                wanted = LogFilter(level)
-                tail = [line for line in older.read().splitlines() if wanted.takes(line)] + tail
+            with open_log(f"{path}.{index}") as rotated:
+                log_filter = LogFilter(level)
+                tail = [
+                    line for line in rotated.read().splitlines() if log_filter.takes(line)
+                ] + tail
         except OSError:
             break
     tail = tail[-lines:] if lines else []
@@ -15065,10 +15067,10 @@ USAGE_SCHEMA = f"""
 def insert_sql(table: str, columns: Iterable[str], summed: Iterable[str] = ()) -> str:
     """Columns in `summed` are added up if the key exists."""
     names = tuple(columns)
-    marks = ", ".join("?" * len(names))
-    sets = ", ".join(f"{name} = {name} + excluded.{name}" for name in summed)
-    upsert = f" ON CONFLICT DO UPDATE SET {sets}" if sets else ""
-    return f"INSERT INTO {table} ({', '.join(names)}) VALUES ({marks}){upsert}"
+    placeholders = ", ".join("?" * len(names))
+    assignments = ", ".join(f"{name} = {name} + excluded.{name}" for name in summed)
+    upsert = f" ON CONFLICT DO UPDATE SET {assignments}" if assignments else ""
+    return f"INSERT INTO {table} ({', '.join(names)}) VALUES ({placeholders}){upsert}"
 
 
 INSERT_ANSWER = insert_sql("answers", ANSWER_COLUMNS)
@@ -15086,19 +15088,19 @@ GROUP_SQL = {
 }
 
 
-def usage_row(answer: UsageRecord) -> tuple[Any, ...]:
-    usage = answer.usage
+def usage_row(record: UsageRecord) -> tuple[Any, ...]:
+    usage = record.usage
     return tuple(
-        getattr(answer if hasattr(answer, name) else usage, name) for name in ANSWER_COLUMNS
+        getattr(record if hasattr(record, name) else usage, name) for name in ANSWER_COLUMNS
     )
 
 
 def read_usage_row(row: tuple[Any, ...]) -> UsageRecord:
-    found = dict(zip(ANSWER_COLUMNS, row, strict=True))
+    values = dict(zip(ANSWER_COLUMNS, row, strict=True))
     usage = Usage(
-        **{item.name: found.pop(item.name) for item in fields(Usage) if item.name in found}
+        **{item.name: values.pop(item.name) for item in fields(Usage) if item.name in values}
     )
-    return UsageRecord(**{**found, "streamed": bool(found["streamed"]), "usage": usage})
+    return UsageRecord(**{**values, "streamed": bool(values["streamed"]), "usage": usage})
 
 
 # How SQLite reports an unexpected schema.
@@ -15181,10 +15183,10 @@ class UsageStore:
 
     def find_identity(self) -> tuple[int, int] | None:
         try:
-            found = os.stat(self.path, follow_symlinks=False)
+            status = os.stat(self.path, follow_symlinks=False)
         except OSError:
             return None
-        return found.st_dev, found.st_ino
+        return status.st_dev, status.st_ino
 
     def close(self) -> None:
         if self.connection is not None:
@@ -15196,22 +15198,22 @@ class UsageStore:
     def recover(self, error: sqlite3.Error | OSError | NewerDatabase) -> bool:
         """Whether to retry at once after `error`; logs what is wrong, once."""
         code = getattr(error, "sqlite_errorcode", None)
-        primary = None if code is None else code & 0xFF
-        if primary in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        primary_code = None if code is None else code & 0xFF
+        if primary_code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             now = time.monotonic()
             self.locked_since = now if self.locked_since is None else self.locked_since
             if now - self.locked_since < self.locked_s:
-                return self.complain(error)
+                return self.log_problem(error)
             return self.quarantine("locked", error)
-        foreign = primary == sqlite3.SQLITE_ERROR and OTHER_TABLES.search(str(error))
-        if primary in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or foreign:
+        is_foreign = primary_code == sqlite3.SQLITE_ERROR and OTHER_TABLES.search(str(error))
+        if primary_code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or is_foreign:
             return self.quarantine("damaged", error)
-        if primary == sqlite3.SQLITE_FULL and self.halve():
+        if primary_code == sqlite3.SQLITE_FULL and self.delete_half():
             return True
         self.close()
-        return self.complain(error)
+        return self.log_problem(error)
 
-    def complain(self, error: Exception) -> bool:
+    def log_problem(self, error: Exception) -> bool:
         """Logs a problem, once; returns False, as nothing has been done about it."""
         reason = getattr(error, "strerror", None) or str(error)
         if reason != self.trouble:
@@ -15219,7 +15221,7 @@ class UsageStore:
             log_event("warning", "usage_not_written", path=self.path, reason=reason)
         return False
 
-    def quarantine(self, word: str, error: Exception) -> bool:
+    def quarantine(self, reason: str, error: Exception) -> bool:
         """Renames an unusable database so that a new one is created; whether it is gone."""
         log_event("error", "usage_database_unusable", path=self.path, reason=error)
         self.locked_since = None
@@ -15227,12 +15229,12 @@ class UsageStore:
         try:
             for suffix in ("", "-wal", "-shm"):
                 if os.path.lexists(self.path + suffix):
-                    quarantine(self.path + suffix, word)
-        except OSError as stuck:
-            return self.complain(stuck)
+                    quarantine(self.path + suffix, reason)
+        except OSError as rename_error:
+            return self.log_problem(rename_error)
         return True
 
-    def halve(self) -> bool:
+    def delete_half(self) -> bool:
         """Deletes or folds half of the rows, to reuse their space; False if the disk is full."""
         if self.connection is None:
             return False
@@ -15271,30 +15273,32 @@ class UsageStore:
 
     # -- writing
 
-    def take(self, answers: list[UsageRecord]) -> None:
+    def take(self, records: list[UsageRecord]) -> None:
         """Queues records; drops those that no database can hold."""
-        given, answers = answers, list(filter(is_storable, answers))
-        if len(answers) < len(given):
-            log_event("error", "usage_rows_dropped", rows=len(given) - len(answers))
-        for answer in answers:
-            slot = int(answer.at) // SLOT_SECONDS
-            key = (slot, *(getattr(answer, name) for name in SUM_KEYS))
+        received, records = records, list(filter(is_storable, records))
+        if len(records) < len(received):
+            log_event("error", "usage_rows_dropped", rows=len(received) - len(records))
+        for record in records:
+            slot = int(record.at) // SLOT_SECONDS
+            key = (slot, *(getattr(record, name) for name in SUM_KEYS))
             if key not in self.sums and len(self.sums) >= MAX_WAITING_SUMS:
-                key = (slot, answer.provider, answer.account, OTHER, OTHER)
-            self.sums.setdefault(key, Totals()).add(usage_figures(answer))
-            if not answer.costs:
+                key = (slot, record.provider, record.account, OTHER, OTHER)
+            self.sums.setdefault(key, Totals()).add(usage_figures(record))
+            if not record.costs:
                 continue
-            spent = self.spent.setdefault((local_day(slot), answer.provider, answer.label), [0, 0])
-            spent[0] += answer.usage.prompt + answer.usage.output
-            spent[1] += answer.usage.nano_credits
-        self.answers += answers
+            amounts = self.spent.setdefault(
+                (local_day(slot), record.provider, record.label), [0, 0]
+            )
+            amounts[0] += record.usage.prompt + record.usage.output
+            amounts[1] += record.usage.nano_credits
+        self.answers += records
         if len(self.answers) > MAX_WAITING_ANSWERS:
             self.lost += len(self.answers) - MAX_WAITING_ANSWERS
             del self.answers[:-MAX_WAITING_ANSWERS]
 
-    def write(self, answers: list[UsageRecord], month: str = "") -> list[tuple[Any, ...]] | None:
+    def write(self, records: list[UsageRecord], month: str = "") -> list[tuple[Any, ...]] | None:
         """Returns what was spent from the day `month` on; None on failure, or if that is ""."""
-        self.take(answers)
+        self.take(records)
         spent: list[tuple[Any, ...]] = []
 
         def work(connection: sqlite3.Connection) -> None:
@@ -15330,24 +15334,24 @@ class UsageStore:
         connection.execute("DELETE FROM spent WHERE day < ?", (day,))
 
     @staticmethod
-    def aggregate(connection: sqlite3.Connection, most: int) -> bool:
-        """Merges rows into "other" if there are more than `most`; whether there were any to merge.
+    def aggregate(connection: sqlite3.Connection, max_rows: int) -> bool:
+        """Merges rows into "other" if they exceed `max_rows`; whether there were any to merge.
 
         Only days with more than their share lose rows, the smallest ones: a client that makes up
         names today costs no other day anything.
         """
-        told_apart = f"model != '{OTHER}' OR label != '{OTHER}'"
-        sql = f"SELECT slot / {DAY_SLOTS}, count(*) FROM sums WHERE {told_apart} GROUP BY 1"
+        named_filter = f"model != '{OTHER}' OR label != '{OTHER}'"
+        sql = f"SELECT slot / {DAY_SLOTS}, count(*) FROM sums WHERE {named_filter} GROUP BY 1"
         days = connection.execute(sql).fetchall()
-        if sum(rows for _, rows in days) <= most:
+        if sum(rows for _, rows in days) <= max_rows:
             return False
-        share = most // len(days)
-        for day in (day for day, rows in days if rows > share):
+        day_limit = max_rows // len(days)
+        for day in (day for day, rows in days if rows > day_limit):
             span = (day * DAY_SLOTS, (day + 1) * DAY_SLOTS)
             connection.execute(
                 f"CREATE TEMP TABLE small AS SELECT * FROM sums WHERE slot >= ? AND slot < ? "
-                f"AND ({told_apart}) ORDER BY requests DESC LIMIT -1 OFFSET ?",
-                (*span, share // 2),
+                f"AND ({named_filter}) ORDER BY requests DESC LIMIT -1 OFFSET ?",
+                (*span, day_limit // 2),
             )
             keys = ", ".join(("slot", *SUM_KEYS))
             connection.execute(f"DELETE FROM sums WHERE ({keys}) IN (SELECT {keys} FROM small)")
@@ -15376,38 +15380,40 @@ class UsageStore:
     def report(self, query: UsageQuery, now: float) -> Json:
         """The response of `/v1/usage`, without what only a running gateway knows."""
         first_slot = 0 if query.since is None else int(query.since) // SLOT_SECONDS
-        found: Json = {}
+        data: Json = {}
 
         def work(connection: sqlite3.Connection) -> None:
-            found["models"] = self.read_sums(connection, ("provider", "model"), first_slot)
+            data["models"] = self.read_totals(connection, ("provider", "model"), first_slot)
             if query.by:
                 names = USAGE_GROUPS[query.by]
-                found["groups"] = self.read_sums(connection, names, first_slot)
+                data["groups"] = self.read_totals(connection, names, first_slot)
             sql = "SELECT min(slot) FROM sums WHERE slot >= ?"
-            found["slot"] = connection.execute(sql, (first_slot,)).fetchone()[0]
-            found["recent"] = self.read_recent(connection, query)
+            data["slot"] = connection.execute(sql, (first_slot,)).fetchone()[0]
+            data["recent"] = self.read_recent(connection, query)
 
         if not self.do(work):
-            found = {"models": {}, "groups": {}, "slot": None, "recent": []}
-            self.add_waiting(found["models"], ("provider", "model"), first_slot)
+            data = {"models": {}, "groups": {}, "slot": None, "recent": []}
+            self.add_unwritten(data["models"], ("provider", "model"), first_slot)
             if query.by:
-                self.add_waiting(found["groups"], USAGE_GROUPS[query.by], first_slot)
-        slots = [slot for slot, *_ in self.sums] + [found["slot"] or math.inf]
-        begun = min(slots) * SLOT_SECONDS
-        report = usage_report(found["models"])
-        report["since"] = None if begun == math.inf else int(max(begun, first_slot * SLOT_SECONDS))
+                self.add_unwritten(data["groups"], USAGE_GROUPS[query.by], first_slot)
+        slots = [slot for slot, *_ in self.sums] + [data["slot"] or math.inf]
+        first_second = min(slots) * SLOT_SECONDS
+        report = usage_report(data["models"])
+        report["since"] = (
+            None if first_second == math.inf else int(max(first_second, first_slot * SLOT_SECONDS))
+        )
         report["until"] = int(now)
         if query.by:
-            report |= {"by": query.by, "rows": usage_rows(query.by, found["groups"])}
+            report |= {"by": query.by, "rows": usage_rows(query.by, data["groups"])}
         if query.recent:
-            rows = [*reversed(self.answers), *found["recent"]]
-            kept = [row for row in rows if query.since is None or row.at >= query.since]
-            report["recent"] = [answer.as_json() for answer in kept[: query.recent]]
+            rows = [*reversed(self.answers), *data["recent"]]
+            recent = [row for row in rows if query.since is None or row.at >= query.since]
+            report["recent"] = [answer.as_json() for answer in recent[: query.recent]]
         if self.trouble:
             report["trouble"] = f"{self.path}: {self.trouble}"
         return report
 
-    def read_sums(
+    def read_totals(
         self, connection: sqlite3.Connection, names: tuple[str, ...], first_slot: int
     ) -> Sums:
         columns = ", ".join(GROUP_SQL[name] for name in names)
@@ -15416,10 +15422,10 @@ class UsageStore:
             (first_slot,),
         )
         groups: Sums = {row[: len(names)]: Totals(row[len(names) :]) for row in rows}
-        self.add_waiting(groups, names, first_slot)
+        self.add_unwritten(groups, names, first_slot)
         return groups
 
-    def add_waiting(self, groups: Sums, names: tuple[str, ...], first_slot: int) -> None:
+    def add_unwritten(self, groups: Sums, names: tuple[str, ...], first_slot: int) -> None:
         for key, total in self.sums.items():
             if key[0] >= first_slot:
                 row = dict(zip(("slot", *SUM_KEYS), key, strict=True))
@@ -15477,16 +15483,16 @@ class Ledger:
         today = local_day(int(time.time()) // SLOT_SECONDS)
         return label if label in limits.labels else self.labels.known(label, today)
 
-    def record(self, answer: UsageRecord) -> None:
+    def record(self, record: UsageRecord) -> None:
         """Counts a response; it is in the database within USAGE_WRITE_SECONDS and a tick."""
-        normalize_usage_record(answer)
-        name = f"{answer.provider}/{answer.model}"
-        if self.models.known(name, local_day(int(answer.at) // SLOT_SECONDS)) != name:
-            answer.model = OTHER
-        self.pending.append(answer)
-        if answer.costs:
-            self.spending.add(answer)
-        self.metrics.observe(answer)
+        normalize_usage_record(record)
+        name = f"{record.provider}/{record.model}"
+        if self.models.known(name, local_day(int(record.at) // SLOT_SECONDS)) != name:
+            record.model = OTHER
+        self.pending.append(record)
+        if record.costs:
+            self.spending.add(record)
+        self.metrics.observe(record)
         if self.due_at == math.inf:
             self.due_at = asyncio.get_running_loop().time() + USAGE_WRITE_SECONDS
             self.ticker.add(self.tick)
@@ -15495,28 +15501,28 @@ class Ledger:
         return len(self.pending) + len(self.store.answers)
 
     def watch_cache(
-        self, answer: UsageRecord, request_info: RequestInfo, dialect: str, body: Json
+        self, record: UsageRecord, request_info: RequestInfo, dialect: str, body: Json
     ) -> None:
         """`body`: as sent upstream, held until hashed.  Runs after the client has its response."""
-        if answer.usage.prompt < MIN_CACHED_TOKENS:
+        if record.usage.prompt < MIN_CACHED_TOKENS:
             return
         loop = asyncio.get_running_loop()
         read = functools.partial(read_prompt, dialect, body, self.cache.salt)
-        take = functools.partial(self.take_prompt, answer, request_info.session)
+        take = functools.partial(self.record_prompt, record, request_info.session)
         if request_info.size > CACHE_INLINE_BYTES:
             reading = loop.run_in_executor(None, read)
-            reading.add_done_callback(lambda done: done.cancelled() or take(done.result()))
+            reading.add_done_callback(lambda future: future.cancelled() or take(future.result()))
         else:
             loop.call_soon(lambda: take(read()))
 
-    def take_prompt(self, answer: UsageRecord, session: str, prompt: Prompt) -> None:
-        finding = self.cache.record(answer, session, prompt)
+    def record_prompt(self, record: UsageRecord, session: str, prompt: Prompt) -> None:
+        finding = self.cache.record(record, session, prompt)
         if finding.is_news:
             log_event(
                 "warning" if finding.found.name else "info",
                 "cache_miss",
-                provider=answer.provider,
-                model=answer.model,
+                provider=record.provider,
+                model=record.model,
                 conversation=finding.conversation,
                 why=finding.decision,
                 block=finding.found.name or "none",
@@ -15538,10 +15544,10 @@ class Ledger:
         self.writing.add_done_callback(self.end_write)
         return self.writing
 
-    def end_write(self, done: asyncio.Future[Any]) -> None:
+    def end_write(self, future: asyncio.Future[Any]) -> None:
         self.writing = None
-        if done.result() is not None:
-            self.spending.replace(done.result())
+        if future.result() is not None:
+            self.spending.replace(future.result())
         self.due_at = math.inf
         if self.pending or self.store.sums:
             self.due_at = asyncio.get_running_loop().time() + USAGE_WRITE_SECONDS
