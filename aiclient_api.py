@@ -15749,28 +15749,28 @@ class Catalogue:
             try:
                 self.merge(await self.fetch())
             except Exception as error:  # noqa: BLE001 - the others' models are listed all the same
-                known = isinstance(error, ApiError)
-                reason = error if known else internal_error("a model list could not be read")
+                is_api_error = isinstance(error, ApiError)
+                reason = error if is_api_error else internal_error("a model list could not be read")
                 if not self.models:
                     raise reason from None
                 log_event("warning", "models_not_refreshed", provider=self.provider, reason=reason)
                 self.fetched_at = now
         return self.models
 
-    def merge(self, found: dict[str, Model]) -> None:
+    def merge(self, fetched: dict[str, Model]) -> None:
         """Keeps models missing from the new list for a while: even entitled ones may be missing."""
         now = asyncio.get_running_loop().time()
-        for model_id in found:
+        for model_id in fetched:
             self.listed_at[model_id] = now
-        kept = {
+        retained = {
             model_id: model
             for model_id, model in self.models.items()
             if now - self.listed_at.get(model_id, float("-inf")) < MODELS_KEPT_SECONDS
         }
-        self.models = {**kept, **found}
+        self.models = {**retained, **fetched}
         self.fetched_at = now
 
-    def stand_in(self, models: dict[str, Model]) -> None:
+    def use_fallback(self, models: dict[str, Model]) -> None:
         """Uses a built-in list for MODELS_RETRY_SECONDS when the service's cannot be had."""
         self.models = models
         now = asyncio.get_running_loop().time()
@@ -15783,7 +15783,7 @@ class Cooldown:
 
     error: ApiError
     #: monotonic; after it one request probes
-    until: float
+    ends_at: float
     #: monotonic time of recovery, as announced by the service; 0 = unknown
     recovers_at: float
     length_s: float
@@ -15791,12 +15791,12 @@ class Cooldown:
     probing: bool = False
 
     def is_over(self, now: float) -> bool:
-        return now >= max(self.until + COOL_DOWN_SECONDS, self.recovers_at) and not self.probing
+        return now >= max(self.ends_at + COOL_DOWN_SECONDS, self.recovers_at) and not self.probing
 
-    def told(self, now: float) -> ApiError:
+    def as_error(self, now: float) -> ApiError:
         wait_s = None
         if self.error.retry_after is not None:
-            wait_s = max(max(self.recovers_at, self.until) - now, PAUSE_SECONDS[0])
+            wait_s = max(max(self.recovers_at, self.ends_at) - now, PAUSE_SECONDS[0])
         return self.error.anew(self.error.hint, wait_s)
 
 
@@ -15820,66 +15820,66 @@ class Cooldowns:
         `resets_in`: seconds to the expected recovery, if known.
         """
         now = asyncio.get_running_loop().time()
-        before = self.resting.get(model_id)
-        if before is not None and before.is_over(now):
-            before = None
+        previous = self.resting.get(model_id)
+        if previous is not None and previous.is_over(now):
+            previous = None
         if not wait_s:
-            has_ended = before is not None and before.until <= now
-            last_s = before.length_s if before is not None else COOLDOWN_SECONDS
+            has_ended = previous is not None and previous.ends_at <= now
+            last_s = previous.length_s if previous is not None else COOLDOWN_SECONDS
             wait_s = 2 * last_s if has_ended else last_s
-        rest_s = min(max(wait_s, 1.0), COOL_DOWN_SECONDS)
-        until = max(now + rest_s, before.until if before is not None else 0.0)
+        length_s = min(max(wait_s, 1.0), COOL_DOWN_SECONDS)
+        ends_at = max(now + length_s, previous.ends_at if previous is not None else 0.0)
         resets_in = error.retry_after if resets_in is None else resets_in
         recovers_at = now + resets_in if resets_in else 0.0
         self.resting.pop(model_id, None)
         if len(self.resting) >= MAX_COOLDOWNS:
             del self.resting[next(filter(None, self.resting))]  # the oldest one of a model
-        self.resting[model_id] = Cooldown(error, until, recovers_at, rest_s)
+        self.resting[model_id] = Cooldown(error, ends_at, recovers_at, length_s)
         log_event(
             "info",
             "resting",
             provider=self.provider,
             model=model_id or "*",
             kind=error.kind,
-            seconds=math.ceil(rest_s),
+            seconds=math.ceil(length_s),
         )
-        return rest_s
+        return length_s
 
     def refused(self, model_id: str, decision: RetryDecision) -> None:
         """After a final refusal: starts a cool-down if only time helps."""
-        error, said = decision.error, decision.wait_s
-        if decision.action not in ("pause", "rest") and (said or 0.0) <= MAX_WAIT_SECONDS:
+        error, requested_s = decision.error, decision.wait_s
+        if decision.action not in ("pause", "rest") and (requested_s or 0.0) <= MAX_WAIT_SECONDS:
             return
-        if isinstance(error, Overloaded) and not said:
+        if isinstance(error, Overloaded) and not requested_s:
             return  # it may have room for the very next request
-        resets_in = decision.resets_in or said
-        wait_s = said or (COOL_DOWN_SECONDS if decision.action == "rest" else None)
-        rest_s = self.rest("" if decision.account_wide else model_id, error, wait_s, resets_in)
+        resets_in = decision.resets_in or requested_s
+        wait_s = requested_s or (COOL_DOWN_SECONDS if decision.action == "rest" else None)
+        length_s = self.rest("" if decision.account_wide else model_id, error, wait_s, resets_in)
         if not error.retry_after and isinstance(error, RateLimited):
-            error.retry_after = rest_s
+            error.retry_after = length_s
 
     def check(self, model_id: str) -> None:
         now = asyncio.get_running_loop().time()
         for key in (model_id, ""):
-            rest = self.resting.get(key)
-            if rest is not None and rest.is_over(now):
+            cooldown = self.resting.get(key)
+            if cooldown is not None and cooldown.is_over(now):
                 del self.resting[key]
-            elif rest is not None and (now < rest.until or rest.probing):
-                raise rest.told(now)
+            elif cooldown is not None and (now < cooldown.ends_at or cooldown.probing):
+                raise cooldown.as_error(now)
 
     @contextlib.contextmanager
     def passing(self, model_id: str) -> Iterator[None]:
         """Around one request: raises during a cool-down; success ends one."""
         self.check(model_id)
         probed = [self.resting[key] for key in (model_id, "") if key in self.resting]
-        for rest in probed:
-            rest.probing = True
+        for cooldown in probed:
+            cooldown.probing = True
         try:
             yield
         finally:
-            for rest in probed:
-                rest.probing = False
-        for key in [key for key, rest in self.resting.items() if rest in probed]:
+            for cooldown in probed:
+                cooldown.probing = False
+        for key in [key for key, cooldown in self.resting.items() if cooldown in probed]:
             del self.resting[key]
             log_event("info", "rest_ended", provider=self.provider, model=key or "*")
 
@@ -15896,14 +15896,16 @@ class Cooldowns:
         return [
             {
                 "model": key or "*",
-                "seconds": max(0, math.ceil(rest.until - now)),
-                "kind": rest.error.kind,
-                "reason": rest.error.text(),
-                "passes_at": int(wall + rest.recovers_at - now) if rest.recovers_at else None,
-                "probing": rest.probing,
+                "seconds": max(0, math.ceil(cooldown.ends_at - now)),
+                "kind": cooldown.error.kind,
+                "reason": cooldown.error.text(),
+                "passes_at": int(wall + cooldown.recovers_at - now)
+                if cooldown.recovers_at
+                else None,
+                "probing": cooldown.probing,
             }
-            for key, rest in self.resting.items()
-            if now < rest.until or rest.probing
+            for key, cooldown in self.resting.items()
+            if now < cooldown.ends_at or cooldown.probing
         ]
 
 
@@ -15920,8 +15922,8 @@ class Backoff:
         is_refused = isinstance(error, NotSignedIn)
         doubled_s = max(1.0, 2 * self.wait_s) if secret == self.secret else 1.0
         self.wait_s = min(doubled_s, SIGN_IN_RETRY_MAX_SECONDS)
-        named_s = min(error.retry_after or 0.0, SIGN_IN_RETRY_AFTER_SECONDS)
-        wait_s = max(SIGN_IN_RETRY_MAX_SECONDS if is_refused else self.wait_s, named_s)
+        requested_s = min(error.retry_after or 0.0, SIGN_IN_RETRY_AFTER_SECONDS)
+        wait_s = max(SIGN_IN_RETRY_MAX_SECONDS if is_refused else self.wait_s, requested_s)
         if is_refused and not isinstance(error, NotEntitled):
             wait_s = math.inf
         self.retry_at = asyncio.get_running_loop().time() + wait_s
@@ -15947,7 +15949,7 @@ def account_status(provider: CopilotProvider | KiroProvider) -> Json:
     else:
         if account.backoff.error is not None:
             health, reason = "failing", account.backoff.error.text()
-    expires_at = account.kept.expires_at if account.kept is not None else math.inf
+    expires_at = account.cached.expires_at if account.cached is not None else math.inf
     return {
         "health": health,
         "reason": reason,
@@ -15957,9 +15959,9 @@ def account_status(provider: CopilotProvider | KiroProvider) -> Json:
     }
 
 
-def reset_hint(at: float) -> str:
-    """The hint for spent credits; `at` in Unix seconds."""
-    return f"They come back on {plain_day(at)}."
+def reset_hint(resets_at: float) -> str:
+    """The hint for spent credits; `resets_at` in Unix seconds."""
+    return f"They come back on {plain_day(resets_at)}."
 
 
 class Attempt:
@@ -15973,15 +15975,15 @@ class Attempt:
     async def send(self) -> UpstreamResponse:
         raise NotImplementedError
 
-    async def classify(self, answer: UpstreamResponse) -> RetryDecision | None:
+    async def classify(self, response: UpstreamResponse) -> RetryDecision | None:
         """What a refusal means; None if the response can be passed on."""
         raise NotImplementedError
 
     async def repair(self, decision: RetryDecision) -> None:
-        """Applies the verdict's remedy, or raises its error."""
+        """Applies the decision's action, or raises its error."""
         raise NotImplementedError
 
-    def unanswered(self, error: UpstreamError) -> RetryDecision:
+    def classify_failure(self, error: UpstreamError) -> RetryDecision:
         """No response came; only a request that was never sent is safe to send again."""
         return RetryDecision(error, "wait" if isinstance(error, Unreachable) else "")
 
@@ -15990,15 +15992,15 @@ class Attempt:
             self.count += 1
             self.call.attempts = self.count
             try:
-                answer = await self.send()
+                response = await self.send()
             except UpstreamError as error:
-                decision: RetryDecision | None = self.unanswered(error)
+                decision: RetryDecision | None = self.classify_failure(error)
             else:
-                decision = await self.classify(answer)
+                decision = await self.classify(response)
                 if decision is None:
-                    return answer
+                    return response
             assert decision is not None
-            decision.error = self.with_window(decision.error)
+            decision.error = self.with_token_counts(decision.error)
             self.call.refusals.append(decision.error.kind)
             log_event(
                 "info",
@@ -16015,7 +16017,7 @@ class Attempt:
                 self.cooldowns.refused(self.call.model.id, decision)
                 raise
 
-    def with_window(self, error: ApiError) -> ApiError:
+    def with_token_counts(self, error: ApiError) -> ApiError:
         """Adds to a full context the numbers that clients look for: tokens, and their limit."""
         window = self.call.model.max_prompt
         if not isinstance(error, ContextTooLong) or error.is_counted or not window:
@@ -16023,15 +16025,15 @@ class Attempt:
         return ContextTooLong(max(int(estimate_value(self.call.body)), window + 1), window)
 
     @staticmethod
-    async def read_refusal(answer: UpstreamResponse) -> bytes:
+    async def read_error_body(response: UpstreamResponse) -> bytes:
         """The body of an error response; b"" if it breaks off: the status must do then."""
         try:
             async with asyncio.timeout(ERROR_BODY_SECONDS):
-                return await answer.read(MAX_ERROR_BODY_BYTES)
+                return await response.read(MAX_ERROR_BODY_BYTES)
         except (ApiError, TimeoutError):
             return b""
         finally:
-            answer.close(ended=False)
+            response.close(ended=False)
 
     async def pause(self, decision: RetryDecision, step: int) -> None:
         wait_s = decision.wait_s
@@ -16054,7 +16056,7 @@ class QuotaWatch:
         self.gap_s = QUOTA_LOOK_SECONDS
         self.again_s = QUOTA_AGAIN_SECONDS
         self.timer: asyncio.TimerHandle | None = None
-        self.looking: asyncio.Task[None] | None = None
+        self.polling: asyncio.Task[None] | None = None
         self.forget()
 
     def forget(self) -> None:
@@ -16073,8 +16075,8 @@ class QuotaWatch:
             self.timer.cancel()
             self.timer = None
         # A poll that finds a new sign-in calls `forget`, and may go on.
-        if self.looking is not None and self.looking is not asyncio.current_task():
-            self.looking.cancel()
+        if self.polling is not None and self.polling is not asyncio.current_task():
+            self.polling.cancel()
 
     def learn(self, quota: Quota) -> Quota:
         self.is_complete = True
@@ -16102,14 +16104,16 @@ class QuotaWatch:
 
     def harvest(self, headers: Headers) -> None:
         """Reads the headers of a good response; plans a poll if they say too little."""
-        found = quota_fields(headers)
-        if not found or not self.is_complete:
+        quota_headers = quota_fields(headers)
+        if not quota_headers or not self.is_complete:
             self.used()
-        changed = {name: text for name, text in found.items() if self.fields.get(name) != text}
+        changed = {
+            name: value for name, value in quota_headers.items() if self.fields.get(name) != value
+        }
         if changed:
-            self.fields = found
+            self.fields = quota_headers
             self.keep(take_snapshots(self.known, changed, time.time()))
-        elif found and self.known is not None:
+        elif quota_headers and self.known is not None:
             self.known.as_of = time.time()
 
     def used(self) -> None:
@@ -16124,20 +16128,20 @@ class QuotaWatch:
             now = asyncio.get_running_loop().time()
             self.plan(max(now + self.soon_s, self.looked_at + self.again_s))
 
-    def plan(self, at: float) -> None:
-        """Plans a poll at the monotonic time `at`, unless an earlier one is planned."""
+    def plan(self, poll_at: float) -> None:
+        """Plans a poll at the monotonic time `poll_at`, unless an earlier one is planned."""
         if self.timer is not None:
-            if self.timer.when() <= at:
+            if self.timer.when() <= poll_at:
                 return
             self.timer.cancel()
-        self.timer = asyncio.get_running_loop().call_at(at, self.start)
+        self.timer = asyncio.get_running_loop().call_at(poll_at, self.start)
 
     def start(self) -> None:
         self.timer = None
-        if self.looking is None or self.looking.done():
-            self.looking = asyncio.get_running_loop().create_task(self.look())
+        if self.polling is None or self.polling.done():
+            self.polling = asyncio.get_running_loop().create_task(self.poll())
 
-    async def look(self) -> None:
+    async def poll(self) -> None:
         self.looked_at = asyncio.get_running_loop().time()
         try:
             await self.ask()
@@ -16162,45 +16166,47 @@ def sample_value(schema: Any) -> Any:
         required = schema.get("required")
         names = [n for n in required if n in properties] if isinstance(required, list) else []
         return {name: sample_value(properties[name]) for name in names}
-    plain = {"integer": 1, "number": 1, "boolean": True, "array": [], "null": None}
-    return plain.get(kind, "echo") if isinstance(kind, str) else "echo"
+    samples = {"integer": 1, "number": 1, "boolean": True, "array": [], "null": None}
+    return samples.get(kind, "echo") if isinstance(kind, str) else "echo"
 
 
-def last_said(chat: Conversation) -> list[Block]:
+def last_blocks(conversation: Conversation) -> list[Block]:
     """The last turn that is not the system's: Claude Code adds system text after the prompt."""
-    return next((t.blocks for t in reversed(chat.turns) if t.role != "system"), [])
+    return next((t.blocks for t in reversed(conversation.turns) if t.role != "system"), [])
 
 
-def echo_call(chat: Conversation) -> ToolCall | None:
-    words = plain_text(last_said(chat))
-    if not chat.tools or ECHO_CALL_WORDS not in words.lower():
+def echo_call(conversation: Conversation) -> ToolCall | None:
+    text = plain_text(last_blocks(conversation))
+    if not conversation.tools or ECHO_CALL_WORDS not in text.lower():
         return None
-    tool = chat.tools[0]
-    call_id = "call_" + short_hash(words + tool.name, 16)
+    tool = conversation.tools[0]
+    call_id = "call_" + short_hash(text + tool.name, 16)
     return ToolCall(call_id, tool.name, dump_text(sample_value(tool.schema)))
 
 
-def echo_words(chat: Conversation) -> str:
-    blocks = last_said(chat)
+def echo_text(conversation: Conversation) -> str:
+    blocks = last_blocks(conversation)
     results = [block for block in blocks if isinstance(block, ToolResult)]
-    said = [f"The tool said: {plain_text(result.blocks)}" for result in results]
-    seen = [block for turn in chat.turns for block in turn.blocks if isinstance(block, Image)]
-    words = "\n\n".join([*said, *filter(None, [plain_text(blocks)])])
-    return f"{ECHO_LABEL}{words}" + (f" (images seen: {len(seen)})" if seen else "")
+    outputs = [f"The tool said: {plain_text(result.blocks)}" for result in results]
+    images = [
+        block for turn in conversation.turns for block in turn.blocks if isinstance(block, Image)
+    ]
+    text = "\n\n".join([*outputs, *filter(None, [plain_text(blocks)])])
+    return f"{ECHO_LABEL}{text}" + (f" (images seen: {len(images)})" if images else "")
 
 
-def echo_events(chat: Conversation, prompt_tokens: int) -> Iterator[Event]:
+def echo_events(conversation: Conversation, prompt_tokens: int) -> Iterator[Event]:
     yield MessageStart()
-    call = echo_call(chat)
-    text = call.arguments if call else echo_words(chat)
+    call = echo_call(conversation)
+    text = call.arguments if call else echo_text(conversation)
     if call:
         yield BlockStart("tool", call.id, call.name)
         yield BlockDelta("arguments", text)
     else:
-        size = max(8, len(text) // 400)
+        step = max(8, len(text) // 400)
         yield BlockStart("text")
-        for at in range(0, len(text), size):
-            yield BlockDelta("text", text[at : at + size])
+        for start in range(0, len(text), step):
+            yield BlockDelta("text", text[start : start + step])
     yield BlockStop()
     yield UsageUpdate(
         Usage(prompt_tokens, output=max(1, int(estimate_text(text))), source="reported")
@@ -16212,8 +16218,8 @@ class LocalResponse:
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self.pieces = pieces
         self.error: ApiError | None = None
-        self.may_go = asyncio.Event()
-        self.may_go.set()
+        self.resumed = asyncio.Event()
+        self.resumed.set()
         self.stopped = False
 
     async def first(self) -> bytes:
@@ -16221,7 +16227,7 @@ class LocalResponse:
 
     async def relay(self, sink: Callable[[bytes], None]) -> None:
         for piece in self.pieces:
-            await self.may_go.wait()
+            await self.resumed.wait()
             if self.error:
                 raise self.error
             if self.stopped:
@@ -16231,17 +16237,17 @@ class LocalResponse:
 
     def hold(self, paused: bool) -> None:
         if paused:
-            self.may_go.clear()
+            self.resumed.clear()
         else:
-            self.may_go.set()
+            self.resumed.set()
 
     def fail(self, error: ApiError) -> None:
         self.error = error
-        self.may_go.set()
+        self.resumed.set()
 
     def stop(self) -> None:
         self.stopped = True
-        self.may_go.set()
+        self.resumed.set()
 
     def close(self, ended: bool) -> None: ...
 
@@ -16277,10 +16283,10 @@ class EchoProvider:
         return None
 
     async def open(self, call: Call) -> BodyStream:
-        chat = CHAT.read_request(call.body)
-        if not chat.turns:
+        conversation = CHAT.read_request(call.body)
+        if not conversation.turns:
             raise InvalidRequest("messages: there is nothing to echo.", param="messages")
-        events = echo_events(chat, estimate_request(call.body))
+        events = echo_events(conversation, estimate_request(call.body))
         context = ResponseContext(
             CHAT.id_prefix + os.urandom(12).hex(), int(time.time()), "echo", True
         )
@@ -16351,7 +16357,7 @@ class CopilotAccount:
         self.on_change = on_change
         self.lock = asyncio.Lock()
         self.github_token = ""
-        self.kept: CopilotToken | None = None
+        self.cached: CopilotToken | None = None
         #: monotonic: a wall clock set back must not make a token immortal
         self.stale_at = 0.0
         self.forced_at = float("-inf")
@@ -16361,33 +16367,33 @@ class CopilotAccount:
 
     def load(self, *, peeks: bool = False) -> Json:
         """Raises NotSignedIn."""
-        kept = self.file.need(self.name, "Copilot", peeks=peeks)
+        content = self.file.need(self.name, "Copilot", peeks=peeks)
         try:
-            kept["github_token"] = bare_token(get_str(kept, "github_token"))
+            content["github_token"] = bare_token(get_str(content, "github_token"))
         except SignInFailed:
             raise NotSignedIn(f"{self.file.path} holds no github_token.") from None
-        if kept["github_token"] != self.github_token:
+        if content["github_token"] != self.github_token:
             if self.github_token:
                 self.on_change()
-            self.github_token, self.kept = kept["github_token"], None
-        return kept
+            self.github_token, self.cached = content["github_token"], None
+        return content
 
     def current(self) -> CopilotToken | None:
         """The token in use, until it expires or the token file changes."""
         if self.file.changed():
-            self.kept = None
+            self.cached = None
             if not self.file.is_refused():
                 self.backoff.succeeded()
-            self.take_saved()
-        return self.kept if self.is_fresh(self.kept) else None
+            self.use_saved()
+        return self.cached if self.is_fresh(self.cached) else None
 
     def is_fresh(self, token: CopilotToken | None, margin_s: float | None = None) -> bool:
         """Whether `token` is valid for `margin_s` more seconds, by both clocks."""
         if token is None:
             return False
         margin_s = token.margin_s if margin_s is None else margin_s
-        monotonic = asyncio.get_running_loop().time()
-        return token.expires_at - time.time() > margin_s and self.stale_at - monotonic > margin_s
+        now = asyncio.get_running_loop().time()
+        return token.expires_at - time.time() > margin_s and self.stale_at - now > margin_s
 
     async def token(self) -> CopilotToken:
         """A token that will last; concurrent calls share one exchange.  Raises ApiError."""
@@ -16408,27 +16414,27 @@ class CopilotAccount:
             if now - self.forced_at < FORCED_RENEWAL_GAP_SECONDS:
                 return None
             self.forced_at = now
-            self.kept = None
+            self.cached = None
             return await self.exchange()
 
-    def take_saved(self) -> None:
+    def use_saved(self) -> None:
         """Uses the Copilot token of an earlier run or of another process: saves an exchange."""
         saved = self.load()
         token, url = saved.get("copilot_token"), saved.get("api_url")
         if not isinstance(token, str) or not isinstance(url, str):
             return
-        until = read_time(saved.get("expires_at"))
-        left = until - time.time()
+        expires_at = read_time(saved.get("expires_at"))
+        left_s = expires_at - time.time()
         if self.config.api_url and url != self.config.api_url.rstrip("/"):
             return
         if not self.config.api_url and not allowed_api_host(url, self.config):
             return
-        if 0 < left <= MAX_TOKEN_SECONDS and not (self.kept and self.kept.token == token):
-            life = positive_int(saved.get("refresh_in")) or COPILOT_DEFAULT_LIFE_SECONDS
-            self.use(CopilotToken(token, url, until, life))
+        if 0 < left_s <= MAX_TOKEN_SECONDS and not (self.cached and self.cached.token == token):
+            lifetime_s = positive_int(saved.get("refresh_in")) or COPILOT_DEFAULT_LIFE_SECONDS
+            self.use(CopilotToken(token, url, expires_at, lifetime_s))
 
     def use(self, token: CopilotToken) -> None:
-        self.kept = token
+        self.cached = token
         loop = asyncio.get_running_loop()
         self.stale_at = loop.time() + token.expires_at - time.time()
         self.backoff.succeeded()
@@ -16439,23 +16445,23 @@ class CopilotAccount:
         """Asks GitHub for a token; if that fails, an old one that is still valid is kept."""
         saved = self.load()
         github_token = saved["github_token"]
-        resting = self.backoff.reason(github_token)
-        if resting is not None:
-            if self.is_fresh(self.kept, 0) and self.kept:
-                return self.kept
-            raise resting
+        backoff_error = self.backoff.reason(github_token)
+        if backoff_error is not None:
+            if self.is_fresh(self.cached, 0) and self.cached:
+                return self.cached
+            raise backoff_error
         try:
             token = await obtain_copilot_token(self.client, self.config, github_token)
         except ApiError as error:
             self.backoff.failed(error, github_token)
             if isinstance(error, NotSignedIn):
-                self.kept = None
+                self.cached = None
                 if saved.get("refused") != error.message:
                     self.file.save({"refused": error.message, "copilot_token": None})
                 raise
-            if self.is_fresh(self.kept, 0) and self.kept:
+            if self.is_fresh(self.cached, 0) and self.cached:
                 log_event("warning", "token_refresh_failed", provider=self.name, reason=error)
-                return self.kept
+                return self.cached
             raise
         self.use(token)
         self.file.save(saved_token(token))
@@ -16464,7 +16470,7 @@ class CopilotAccount:
 
     async def refresh_in_background(self) -> None:
         """Renews the token shortly before it is due, while it is in use."""
-        while self.kept is not None:
+        while self.cached is not None:
             loop = asyncio.get_running_loop()
             due_s = self.stale_at - loop.time() - 2 * COPILOT_REFRESH_EARLY_SECONDS
             await asyncio.sleep(max(due_s, COPILOT_REFRESH_EARLY_SECONDS))
@@ -16574,8 +16580,8 @@ class CopilotProvider:
     def headers(self, token: CopilotToken, intent: str) -> dict[str, str]:
         if token.token != self.identity_token:
             machine, device = self.machine
-            shown = copilot_authorization(token.token, split_url(token.api_url)[1])
-            self.identity = copilot_identity(shown, self.session_id, machine, device)
+            authorization = copilot_authorization(token.token, split_url(token.api_url)[1])
+            self.identity = copilot_identity(authorization, self.session_id, machine, device)
             self.identity_token = token.token
         request_id = format_uuid(os.urandom(16).hex())
         return {
@@ -16618,18 +16624,20 @@ class CopilotProvider:
 
     async def embed_all(self, body: Json, model: Model) -> tuple[Json, Usage]:
         texts, is_packed = read_embeddings(body)
-        more = {key: body[key] for key in ("dimensions",) if body.get(key) is not None}
+        options = {key: body[key] for key in ("dimensions",) if body.get(key) is not None}
         rows: list[Json] = []
         usage = Usage(source="reported")
-        for at in range(0, len(texts), MAX_EMBEDDED):
-            asked = {"model": model.id, "input": texts[at : at + MAX_EMBEDDED], **more}
-            answer = await self.ask("/embeddings", asked, model)
-            found = answer.get("data")
-            batch = [row for row in found if isinstance(row, dict)] if type(found) is list else []
-            if len(batch) != len(asked["input"]):
+        for start in range(0, len(texts), MAX_EMBEDDED):
+            request = {"model": model.id, "input": texts[start : start + MAX_EMBEDDED], **options}
+            response = await self.ask("/embeddings", request, model)
+            entries = response.get("data")
+            batch = (
+                [row for row in entries if isinstance(row, dict)] if type(entries) is list else []
+            )
+            if len(batch) != len(request["input"]):
                 raise UpstreamError("Copilot's embeddings are not as many as the texts.")
             rows += sorted(batch, key=lambda row: get_int(row, "index", 0))
-            usage.input += get_int(get_dict(answer, "usage"), "prompt_tokens", 0)
+            usage.input += get_int(get_dict(response, "usage"), "prompt_tokens", 0)
         return write_embeddings(rows, usage, is_packed), usage
 
     async def ask(self, path: str, body: Json, model: Model) -> Json:
@@ -16638,20 +16646,24 @@ class CopilotProvider:
         for step in range(MAX_ATTEMPTS):
             headers = self.headers(token, "conversation-other")
             headers.update({"Content-Type": "application/json", "Accept": "application/json"})
-            status, fields_, data = await self.client.fetch(
+            status, response_headers, data = await self.client.fetch(
                 "POST", token.api_url + path, headers, EMBEDDINGS_SECONDS, dump_json(body)
             )
-            answer = load_object(data, MAX_EMBEDDING_MARKS)
-            if status == 200 and answer is not None:
-                return answer
+            payload = load_object(data, MAX_EMBEDDING_MARKS)
+            if status == 200 and payload is not None:
+                return payload
             if status == 200:
                 raise UpstreamError("Copilot's embeddings are not JSON.")
-            decision = classify_copilot_error(status, fields_, data, model, body, {}, time.time())
+            decision = classify_copilot_error(
+                status, response_headers, data, model, body, {}, time.time()
+            )
             self.quota_watch.heed(decision.error)
             renewed = await self.account.renew(token) if decision.action == "refresh" else None
             wait_s = BACKOFF_SECONDS[0] if decision.wait_s is None else decision.wait_s
-            passing = decision.action in ("wait", "again", "pause") and wait_s <= MAX_WAIT_SECONDS
-            if step + 1 == MAX_ATTEMPTS or not (renewed or passing):
+            is_transient = (
+                decision.action in ("wait", "again", "pause") and wait_s <= MAX_WAIT_SECONDS
+            )
+            if step + 1 == MAX_ATTEMPTS or not (renewed or is_transient):
                 break
             token = renewed or token
             await asyncio.sleep(0 if renewed else wait_s)
@@ -16663,7 +16675,7 @@ class CopilotProvider:
 
     def secrets(self) -> tuple[str, ...]:
         account = self.account
-        return (account.github_token, account.kept.token if account.kept else "")
+        return (account.github_token, account.cached.token if account.cached else "")
 
     def status(self) -> Json:
         return account_status(self)
@@ -16701,14 +16713,14 @@ class CopilotProvider:
     async def ask_reset(self, decision: RetryDecision) -> None:
         watch = self.quota_watch
         if asyncio.get_running_loop().time() - watch.looked_at >= watch.again_s:
-            await watch.look()
-        known = watch.known
-        if known is None or all(row.remaining != 0 for row in known.allowances):
+            await watch.poll()
+        quota = watch.known
+        if quota is None or all(row.remaining != 0 for row in quota.allowances):
             return
-        left_s = known.resets_at - time.time()
+        left_s = quota.resets_at - time.time()
         if left_s > 0:
             decision.resets_in = left_s
-            decision.error.hint = reset_hint(known.resets_at)
+            decision.error.hint = reset_hint(quota.resets_at)
 
 
 class CopilotAttempt(Attempt):
@@ -16716,11 +16728,11 @@ class CopilotAttempt(Attempt):
         super().__init__(provider.name, call, provider.cooldowns)
         self.provider = provider
         self.token = token
-        self.forgetful = False
+        self.without_reasoning = False
         self.interaction = hash_uuid(
             call.request_info.session or call.model.id + call.request_info.opening
         )
-        self.kept_dropped = list(call.dropped)
+        self.initial_dropped = list(call.dropped)
         self.rejections: Rejections = {}
 
     def body(self) -> Json:
@@ -16729,13 +16741,13 @@ class CopilotAttempt(Attempt):
         now = asyncio.get_running_loop().time()
         self.rejections = provider.learned.rejections(model.id, call.dialect, now)
         draft = sanitize_body(call.dialect, call.body, model, self.rejections, model.streaming)
-        if self.forgetful:
+        if self.without_reasoning:
             strip_reasoning(draft.body)
         elif call.dialect == "responses":
             provider.reasoning.attach_items(draft.body)
         elif call.dialect == "chat" and not is_openai(model):
             provider.reasoning.attach(draft.body)
-        call.dropped[:] = list(dict.fromkeys([*self.kept_dropped, *draft.dropped]))
+        call.dropped[:] = list(dict.fromkeys([*self.initial_dropped, *draft.dropped]))
         return draft.body
 
     async def send(self) -> UpstreamResponse:
@@ -16763,17 +16775,19 @@ class CopilotAttempt(Attempt):
             betas = messages_betas(body, call.betas, self.rejections.get("beta", ()), call.model)
             if betas:
                 headers["anthropic-beta"] = betas
-        own = {name.lower() for name in headers}
-        added = {name: value for name, value in call.model.headers.items() if name not in own}
-        return headers | added
+        own_names = {name.lower() for name in headers}
+        model_headers = {
+            name: value for name, value in call.model.headers.items() if name not in own_names
+        }
+        return headers | model_headers
 
-    async def classify(self, answer: UpstreamResponse) -> RetryDecision | None:
-        if answer.status == 200:
-            self.provider.quota_watch.harvest(answer.headers)
+    async def classify(self, response: UpstreamResponse) -> RetryDecision | None:
+        if response.status == 200:
+            self.provider.quota_watch.harvest(response.headers)
             return None
-        data = await self.read_refusal(answer)
+        data = await self.read_error_body(response)
         call = self.call
-        refusal = (answer.status, answer.headers, data)
+        refusal = (response.status, response.headers, data)
         decision = classify_copilot_error(
             *refusal, call.model, call.sent or {}, self.rejections, time.time()
         )
@@ -16783,7 +16797,7 @@ class CopilotAttempt(Attempt):
         return decision
 
     @staticmethod
-    def refused_again(error: ApiError) -> ApiError:
+    def error_after_renewal(error: ApiError) -> ApiError:
         """The error after a token was renewed only a moment ago: signing in would not help."""
         if not isinstance(error, NotSignedIn):
             return error
@@ -16793,7 +16807,7 @@ class CopilotAttempt(Attempt):
     async def repair(self, decision: RetryDecision) -> None:
         action = decision.action
         if action == "refresh" and action in self.tried:
-            raise self.refused_again(decision.error)
+            raise self.error_after_renewal(decision.error)
         if action == "rest" and decision.wait_s is None:
             await self.provider.ask_reset(decision)
         repeated = action in self.tried and action not in ("wait", "pause", "repair", "relist")
@@ -16803,22 +16817,24 @@ class CopilotAttempt(Attempt):
         if action == "refresh":
             renewed = await self.provider.account.renew(self.token)
             if renewed is None:
-                raise self.refused_again(decision.error)
+                raise self.error_after_renewal(decision.error)
             self.token = renewed
         elif action == "forget":
-            if not strip_reasoning(self.call.body if self.forgetful else self.body()):
+            if not strip_reasoning(self.call.body if self.without_reasoning else self.body()):
                 raise decision.error
-            self.forgetful = True
+            self.without_reasoning = True
         elif action == "relist":
             if self.call.model.guessed:
                 raise decision.error
             await asyncio.sleep(UNSUPPORTED_MODEL_WAITS[self.count - 1])
         elif action == "reroute":
             model = self.call.model
-            others = tuple(d for d in model.dialects if d != self.call.dialect)
-            if not others:  # then nothing would be left to ask it in
+            other_dialects = tuple(
+                dialect for dialect in model.dialects if dialect != self.call.dialect
+            )
+            if not other_dialects:  # then nothing would be left to ask it in
                 raise decision.error
-            model.dialects = others
+            model.dialects = other_dialects
             raise WrongDialect(decision.error.message, param="model")
         elif action in ("wait", "again", "pause"):
             await self.pause(decision, self.count)
@@ -16830,8 +16846,8 @@ class CopilotAttempt(Attempt):
 def system_tag() -> str:
     """This system as the vendor's clients name it: `linux#6.8.0`."""
     if hasattr(os, "uname"):
-        named = os.uname()
-        return f"{named.sysname.lower()}#{named.release.partition('-')[0]}"
+        system = os.uname()
+        return f"{system.sysname.lower()}#{system.release.partition('-')[0]}"
     return "win32#10.0.22631"
 
 
@@ -16856,7 +16872,7 @@ class KiroAccount:
         #: called when another account has signed in
         self.on_change = on_change
         self.lock = asyncio.Lock()
-        self.kept: KiroLogin | None = None
+        self.cached: KiroLogin | None = None
         #: monotonic: a wall clock set back must not make a token immortal
         self.stale_at = 0.0
         self.backoff = Backoff()
@@ -16871,50 +16887,54 @@ class KiroAccount:
     def load_file(self, *, peeks: bool = False) -> Json:
         return self.file.need(self.name, "Kiro", peeks=peeks)
 
-    def read(self, kept: Json) -> KiroLogin:
+    def read(self, content: Json) -> KiroLogin:
         try:
-            login = read_kiro_login(kept)
+            login = read_kiro_login(content)
         except ValueError as error:
             raise NotSignedIn(f"{self.file.path} cannot be used: {error}.") from None
         login.arn = self.config.profile_arn or login.arn
-        named = kiro_machine_id(get_str(kept, "machine_id"))
-        if named and self.machine_id and named != self.machine_id:
+        saved_id = kiro_machine_id(get_str(content, "machine_id"))
+        if saved_id and self.machine_id and saved_id != self.machine_id:
             self.on_change()
-        login.machine_id = self.machine_id = named or self.machine_id or login.machine_id
+        login.machine_id = self.machine_id = saved_id or self.machine_id or login.machine_id
         return login
 
     async def latest(self) -> KiroLogin:
         """The sign-in on disk, or the newer one of the program that it is shared with."""
-        kept = self.load_file()
-        source = get_dict(kept, "source")
+        content = self.load_file()
+        source = get_dict(content, "source")
         if source:
             shared = await asyncio.to_thread(SharedLogin(source).read)
-            if shared is not None and is_newer(shared, kept):
-                if shared["auth_method"] != kept.get("auth_method"):
+            if shared is not None and is_newer(shared, content):
+                if shared["auth_method"] != content.get("auth_method"):
                     self.on_change()
                 changes = {**shared, "machine_id": self.machine_id or None, "refused": None}
                 self.file.save(changes)
-                kept = {**kept, **changes}
-        return self.read(kept)
+                content = {**content, **changes}
+        return self.read(content)
 
     @staticmethod
-    def lasts(login: KiroLogin, margin_s: float) -> bool:
+    def is_valid_for(login: KiroLogin, margin_s: float) -> bool:
         return bool(login.access) and login.expires_at - time.time() > margin_s
 
     def current(self) -> KiroLogin | None:
         """The sign-in in use, until it expires or the token file changes."""
         if self.file.changed():
-            self.kept = None
+            self.cached = None
             if not self.file.is_refused():
                 self.backoff.succeeded()
-        monotonic = asyncio.get_running_loop().time()
+        now = asyncio.get_running_loop().time()
         margin_s = KIRO_REFRESH_MARGIN_SECONDS
-        if self.kept and self.lasts(self.kept, margin_s) and self.stale_at - monotonic > margin_s:
-            return self.kept
+        if (
+            self.cached
+            and self.is_valid_for(self.cached, margin_s)
+            and self.stale_at - now > margin_s
+        ):
+            return self.cached
         return None
 
     def use(self, login: KiroLogin) -> KiroLogin:
-        self.kept = login
+        self.cached = login
         left_s = login.expires_at - time.time()
         if login.kind != "api_key":
             left_s = min(left_s, MAX_TOKEN_SECONDS)
@@ -16945,17 +16965,17 @@ class KiroAccount:
             if current is not None:
                 return current
             saved = self.load()
-            if self.lasts(saved, KIRO_REFRESH_MARGIN_SECONDS) and self.kept is None:
+            if self.is_valid_for(saved, KIRO_REFRESH_MARGIN_SECONDS) and self.cached is None:
                 return self.use(saved)
             async with self.file.lock():
                 saved = await self.latest()
-                is_other = self.kept is None or saved.access != self.kept.access
-                if self.lasts(saved, KIRO_REFRESH_MARGIN_SECONDS) and is_other:
+                is_other = self.cached is None or saved.access != self.cached.access
+                if self.is_valid_for(saved, KIRO_REFRESH_MARGIN_SECONDS) and is_other:
                     return self.use(saved)  # another process was quicker
                 try:
                     return await self.refresh(saved)
                 except ApiError as error:
-                    if not self.lasts(saved, 0):
+                    if not self.is_valid_for(saved, 0):
                         raise
                     log_event("warning", "token_refresh_failed", provider=self.name, reason=error)
                     return saved  # still valid for some minutes
@@ -16970,7 +16990,7 @@ class KiroAccount:
                 return current  # another task was quicker
             async with self.file.lock():
                 saved = await self.latest()
-                if saved.access != refused.access and self.lasts(saved, 0):
+                if saved.access != refused.access and self.is_valid_for(saved, 0):
                     return self.use(saved)  # another program was quicker
                 now = asyncio.get_running_loop().time()
                 if saved.kind == "api_key" or now - self.forced_at < KIRO_FORCED_GAP_SECONDS:
@@ -16980,9 +17000,9 @@ class KiroAccount:
 
     async def refresh(self, saved: KiroLogin) -> KiroLogin:
         """Fetches new tokens and saves them before they are used."""
-        resting = self.backoff.reason(saved.refresh)
-        if resting is not None:
-            raise resting
+        backoff_error = self.backoff.reason(saved.refresh)
+        if backoff_error is not None:
+            raise backoff_error
         try:
             changes = await self.ask(saved)
         except NotSignedIn as error:
@@ -16991,7 +17011,7 @@ class KiroAccount:
                 self.backoff.failed(error, saved.refresh)
                 self.file.save({"refused": error.message})
                 raise
-            if self.lasts(login, KIRO_REFRESH_MARGIN_SECONDS):
+            if self.is_valid_for(login, KIRO_REFRESH_MARGIN_SECONDS):
                 return self.use(login)
             saved, changes = login, await self.ask(login)
         except ApiError as error:
@@ -17004,22 +17024,22 @@ class KiroAccount:
     async def ask(self, login: KiroLogin) -> Json:
         """One refresh; raises NotSignedIn if the refresh token is dead."""
         url, headers, body = kiro_refresh(login, self.config)
-        status, fields_, data = await self.client.fetch(
+        status, response_headers, data = await self.client.fetch(
             "POST", url, headers, KIRO_REFRESH_SECONDS, body
         )
         if status != 200:
-            raise classify_kiro_refresh(status, fields_, data, time.time()).error
-        answer = load_object(data)
-        if answer is None:
+            raise classify_kiro_refresh(status, response_headers, data, time.time()).error
+        payload = load_object(data)
+        if payload is None:
             raise UpstreamError("The answer to Kiro's token refresh is not JSON.")
-        return read_refresh_answer(answer, time.time())
+        return read_refresh_answer(payload, time.time())
 
-    async def reread(self, dead: KiroLogin) -> KiroLogin | None:
+    async def reread(self, refused: KiroLogin) -> KiroLogin | None:
         """The sign-in of another program that has refreshed meanwhile, if any."""
         for wait_s in (0.0, 0.5, 1.0):  # the other program may not have written its file yet
             await asyncio.sleep(wait_s)
             saved = await self.latest()
-            if (saved.refresh, saved.access) != (dead.refresh, dead.access):
+            if (saved.refresh, saved.access) != (refused.refresh, refused.access):
                 return saved
         return None
 
@@ -17028,15 +17048,17 @@ class KiroAccount:
         source = get_dict(self.load_file(), "source")
         if source:
             await asyncio.to_thread(SharedLogin(source).write, changes, login.refresh)
-        renamed = {
+        field_names = {
             "access_token": "access",
             "refresh_token": "refresh",
             "profile_arn": "arn",
             "expires_at": "expires_at",
         }
-        fresh = replace(login, **{renamed[k]: v for k, v in changes.items() if k in renamed})
-        fresh.arn = self.config.profile_arn or fresh.arn
-        return fresh
+        updated = replace(
+            login, **{field_names[k]: v for k, v in changes.items() if k in field_names}
+        )
+        updated.arn = self.config.profile_arn or updated.arn
+        return updated
 
 
 class KiroProvider:
@@ -17059,9 +17081,9 @@ class KiroProvider:
         self.cooldowns = Cooldowns(self.name)
         self.reasoning = ReasoningMemory()
         self.quota_watch.forget()
-        self.profile_sought = False
+        self.profiles_fetched = False
         #: lists an organisation's profiles, of which one must be configured
-        self.profile_unclear: NotEntitled | None = None
+        self.profile_error: NotEntitled | None = None
         #: the endpoint that worked last
         self.winner: KiroEndpoint | None = None
 
@@ -17092,7 +17114,7 @@ class KiroProvider:
             raise
         except ApiError as error:
             log_event("warning", "models_unavailable", provider=self.name, reason=error)
-            self.catalogue.stand_in(known_kiro_models(self.name))
+            self.catalogue.use_fallback(known_kiro_models(self.name))
             return self.catalogue.models
 
     def guess(self, model_id: str) -> Model | None:
@@ -17107,26 +17129,26 @@ class KiroProvider:
         login = await self.account.login()
         if login.arn or login.kind not in ("idc", "external_idp"):
             return login
-        found = {} if self.profile_sought else await self.find_profiles(login)
-        if len(found) > 1:
-            self.profile_unclear = NotEntitled(
+        profiles = {} if self.profiles_fetched else await self.find_profiles(login)
+        if len(profiles) > 1:
+            self.profile_error = NotEntitled(
                 "This Kiro sign-in has several profiles.",
                 hint="Set profile_arn in [providers."
                 + self.name
                 + "] to one of: "
-                + ", ".join(f"{arn} ({name})" for arn, name in found.items())
+                + ", ".join(f"{arn} ({name})" for arn, name in profiles.items())
                 + ".",
             )
-        if self.profile_unclear is not None:
-            raise self.profile_unclear
-        for arn in found:
+        if self.profile_error is not None:
+            raise self.profile_error
+        for arn in profiles:
             return self.account.use(await self.account.save({"profile_arn": arn}, login))
         return login
 
     async def find_profiles(self, login: KiroLogin) -> dict[str, str]:
         """ARN -> name of the organisation's profiles, in both regions that have any."""
-        found: dict[str, str] = {}
-        self.profile_sought = True
+        profiles: dict[str, str] = {}
+        self.profiles_fetched = True
         bases = kiro_controls(login, self.config)
         if not (self.config.management_url or self.config.api_url):
             bases = [KIRO_MANAGEMENT_URL.format(region=region) for region in KIRO_REGIONS]
@@ -17142,14 +17164,14 @@ class KiroProvider:
                 error = body.error
                 log_event("info", "profiles_unavailable", provider=self.name, reason=error)
                 if isinstance(error, (UpstreamError, UpstreamTimeout, Overloaded)):
-                    self.profile_sought = False  # it may be found the next time
+                    self.profiles_fetched = False  # it may be found the next time
                 continue
             rows = body.get("profiles")
             for row in rows[:KIRO_PROFILES] if isinstance(rows, list) else ():
                 arn = row.get("arn") if isinstance(row, dict) else None
                 if isinstance(arn, str) and KIRO_ARN.fullmatch(arn):
-                    found[arn] = name_of_key(row, "profileName") or "unnamed"
-        return found
+                    profiles[arn] = name_of_key(row, "profileName") or "unnamed"
+        return profiles
 
     async def ask_control(
         self, login: KiroLogin, method: str, bases: list[str], path: str, body: bytes = b""
@@ -17161,19 +17183,19 @@ class KiroProvider:
             headers["Content-Type"] = "application/json"
         decision = RetryDecision(UpstreamError("Kiro has no host for this."))
         for base in bases:
-            for spelled in (path, kebab_path(path)):
+            for spelling in (path, kebab_path(path)):
                 headers["amz-sdk-invocation-id"] = format_uuid(os.urandom(16).hex())
                 try:
-                    status, fields_, data = await self.client.fetch(
-                        method, base + spelled, headers, KIRO_CONTROL_SECONDS, body
+                    status, response_headers, data = await self.client.fetch(
+                        method, base + spelling, headers, KIRO_CONTROL_SECONDS, body
                     )
                 except (UpstreamError, UpstreamTimeout) as error:
                     decision = RetryDecision(error, "wait")
                     break
-                answer = load_object(data)
-                if status == 200 and answer is not None:
-                    return answer
-                decision = classify_kiro_error(status, fields_, data, time.time())
+                payload = load_object(data)
+                if status == 200 and payload is not None:
+                    return payload
+                decision = classify_kiro_error(status, response_headers, data, time.time())
                 if status not in (404, 405):
                     break
             if decision.action in ("", "refresh", "rest"):
@@ -17183,17 +17205,19 @@ class KiroProvider:
     async def control(self, path: str, query: dict[str, str]) -> Json:
         """Renews a stale token once; some sign-ins may not name a profile.  Raises ApiError."""
         login = await self.login()
-        own = login.arn or kiro_endpoints(login, self.config)[0].arn
+        own_arn = login.arn or kiro_endpoints(login, self.config)[0].arn
         decision = RetryDecision(UpstreamError("Kiro was not asked."))
-        for arn in dict.fromkeys((own, "")):
-            asked = {**query, "profileArn": arn} if arn else query
-            url = f"{path}?{urllib.parse.urlencode(asked)}"
+        for arn in dict.fromkeys((own_arn, "")):
+            parameters = {**query, "profileArn": arn} if arn else query
+            url = f"{path}?{urllib.parse.urlencode(parameters)}"
             for _ in range(2):
-                found = await self.ask_control(login, "GET", kiro_controls(login, self.config), url)
-                if not isinstance(found, RetryDecision):
-                    return found
-                decision = found
-                renewed = await self.account.renew(login) if found.action == "refresh" else None
+                result = await self.ask_control(
+                    login, "GET", kiro_controls(login, self.config), url
+                )
+                if not isinstance(result, RetryDecision):
+                    return result
+                decision = result
+                renewed = await self.account.renew(login) if result.action == "refresh" else None
                 if renewed is None:
                     break
                 login = renewed
@@ -17214,14 +17238,14 @@ class KiroProvider:
                 raise UpstreamError(f"Kiro refused its model list: {error.message}") from None
             rows = body.get("models")
             entries += rows[: MAX_LISTED_MODELS - len(entries)] if isinstance(rows, list) else []
-            following = body.get("nextToken")
-            if not isinstance(following, str) or not TARGET.fullmatch(following):
+            next_token = body.get("nextToken")
+            if not isinstance(next_token, str) or not TARGET.fullmatch(next_token):
                 break
-            query["nextToken"] = following
-        found = read_kiro_models(entries, self.name)
-        if not found:
+            query["nextToken"] = next_token
+        models = read_kiro_models(entries, self.name)
+        if not models:
             raise UpstreamError("Kiro's model list is empty.")
-        return found
+        return models
 
     async def limits(self, with_user: bool = False) -> KiroLimits:
         query = {"origin": KIRO_ORIGINS["ide"], "resourceType": "AGENTIC_REQUEST"}
@@ -17235,7 +17259,7 @@ class KiroProvider:
         return self.account.file.user
 
     def secrets(self) -> tuple[str, ...]:
-        login = self.account.kept
+        login = self.account.cached
         return (login.access, login.refresh, login.client_secret) if login else ()
 
     def status(self) -> Json:
@@ -17263,19 +17287,21 @@ class KiroProvider:
 
 def kebab_path(path: str) -> str:
     """`/getUsageLimits?a=b` -> `/Get-Usage-Limits?a=b`, as some hosts spell it (pi, 2026-08)."""
-    name, mark, query = path[1:].partition("?")
-    return "/" + re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name[:1].upper() + name[1:]) + mark + query
+    name, separator, query = path[1:].partition("?")
+    return (
+        "/" + re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name[:1].upper() + name[1:]) + separator + query
+    )
 
 
 class KiroAttempt(Attempt):
-    """`ways`: the endpoints left to try, the one that worked last first."""
+    """`endpoints`: the endpoints left to try, the one that worked last first."""
 
     def __init__(self, provider: KiroProvider, call: Call, login: KiroLogin) -> None:
         super().__init__(provider.name, call, provider.cooldowns)
         self.provider = provider
         self.login = login
-        ways = kiro_endpoints(login, provider.config)
-        self.ways = sorted(ways, key=lambda way: way != provider.winner)
+        endpoints = kiro_endpoints(login, provider.config)
+        self.endpoints = sorted(endpoints, key=lambda endpoint: endpoint != provider.winner)
         self.waits = 0
         session = UUID_TEXT.search(call.request_info.session)
         key = call.request_info.session or call.model.id + call.request_info.opening
@@ -17284,78 +17310,80 @@ class KiroAttempt(Attempt):
         attach_kiro_thinking(call.body, provider.reasoning)
 
     async def send(self) -> UpstreamResponse:
-        way, provider = self.ways[0], self.provider
-        body = place_kiro_call(self.call.body, way, self.conversation, self.run_id)
-        fixed = kiro_call_headers(self.login, way, provider.config.kiro_version, provider.system)
+        endpoint, provider = self.endpoints[0], self.provider
+        body = place_kiro_call(self.call.body, endpoint, self.conversation, self.run_id)
+        static_headers = kiro_call_headers(
+            self.login, endpoint, provider.config.kiro_version, provider.system
+        )
 
         def headers() -> dict[str, str]:
             invocation = format_uuid(os.urandom(16).hex())
             return {
-                **fixed,
+                **static_headers,
                 "amz-sdk-invocation-id": invocation,
                 "amz-sdk-request": "attempt=1; max=3",
             }
 
-        url = way.url + KIRO_PATHS[way.shape]
+        url = endpoint.url + KIRO_PATHS[endpoint.shape]
         return await provider.client.open("POST", url, headers, dump_json(body))
 
-    def unanswered(self, error: UpstreamError) -> RetryDecision:
+    def classify_failure(self, error: UpstreamError) -> RetryDecision:
         """Another host may be reachable; what was sent is not sent again."""
         return RetryDecision(error, "reroute" if isinstance(error, Unreachable) else "")
 
-    async def classify(self, answer: UpstreamResponse) -> RetryDecision | None:
+    async def classify(self, response: UpstreamResponse) -> RetryDecision | None:
         """A 200 means nothing yet, so the first event is awaited."""
-        kind = answer.headers.get("content-type", "").lower()
-        if answer.status == 200 and "json" not in kind and "html" not in kind:
+        content_type = response.headers.get("content-type", "").lower()
+        if response.status == 200 and "json" not in content_type and "html" not in content_type:
             try:
-                decision = await self.peek(answer)
+                decision = await self.peek(response)
             except BaseException:
-                answer.close(ended=False)
+                response.close(ended=False)
                 raise
             if decision is None:
-                self.provider.winner = self.ways[0]
+                self.provider.winner = self.endpoints[0]
                 self.provider.quota_watch.used()
                 return None
-            answer.close(ended=False)
+            response.close(ended=False)
         else:
-            data = await self.read_refusal(answer)
-            decision = classify_kiro_error(answer.status, answer.headers, data, time.time())
+            data = await self.read_error_body(response)
+            decision = classify_kiro_error(response.status, response.headers, data, time.time())
         self.provider.quota_watch.heed(decision.error)
         return self.explain(decision)
 
-    async def peek(self, answer: UpstreamResponse) -> RetryDecision | None:
+    async def peek(self, response: UpstreamResponse) -> RetryDecision | None:
         """Reads until the response has content, and puts it all back; otherwise what is wrong.
 
         Nothing has gone to the client yet, so an exception, a broken stream or a response without
         any event can still be retried.
         """
-        framing, seen = KIRO.framing(), []
+        framing, chunks = KIRO.framing(), []
         try:
-            while data := await answer.first():
-                seen.append(data)
-                if sum(map(len, seen)) > KIRO_PEEK_BYTES:
+            while data := await response.first():
+                chunks.append(data)
+                if sum(map(len, chunks)) > KIRO_PEEK_BYTES:
                     break
                 for frame in framing.frames(framing.complete(data)):
                     if "error" in frame or "invalidStateEvent" in frame:
-                        return self.judge_frame(frame)
-                    said = get_dict(frame, "assistantResponseEvent").get("content")
-                    blank = isinstance(said, str) and not said.strip()
-                    if KIRO_WORDS & frame.keys() and not blank:
-                        answer.put_back(b"".join(seen))
+                        return self.classify_frame(frame)
+                    content = get_dict(frame, "assistantResponseEvent").get("content")
+                    is_whitespace = isinstance(content, str) and not content.strip()
+                    if KIRO_WORDS & frame.keys() and not is_whitespace:
+                        response.put_back(b"".join(chunks))
                         return None
             if not data:
                 framing.last_frames()
         except UpstreamError as error:
             return RetryDecision(error, "again")
         if data or "empty" in self.tried:
-            answer.put_back(b"".join(seen))
+            response.put_back(b"".join(chunks))
             return None  # it goes on, or is empty twice: so be it
         return RetryDecision(UpstreamError("Kiro answered nothing."), "empty")
 
     @staticmethod
-    def judge_frame(frame: Json) -> RetryDecision:
-        said = get_dict(frame, "error") or get_dict(frame, "invalidStateEvent")
-        code, reason, message = read_kiro_words(said)
+    def classify_frame(frame: Json) -> RetryDecision:
+        error = get_dict(frame, "error") or get_dict(frame, "invalidStateEvent")
+        code, reason, message = read_kiro_words(error)
         decision = classify_kiro_message(code, reason, message) or classify_kiro_status(
             500, message
         )
@@ -17386,54 +17414,54 @@ class KiroAttempt(Attempt):
             decision.error.hint = f"{tools} tools are offered; fewer may help."
         return decision
 
-    def remedy_for(self, decision: RetryDecision) -> str:
-        """The verdict's remedy; a busy host is waited for if there is no other one."""
-        elsewhere = any(way.url != self.ways[0].url for way in self.ways)
-        passing = isinstance(decision.error, (Overloaded, Unreachable))
+    def action_for(self, decision: RetryDecision) -> str:
+        """The decision's action; a busy host is waited for if there is no other one."""
+        has_other_host = any(endpoint.url != self.endpoints[0].url for endpoint in self.endpoints)
+        is_transient = isinstance(decision.error, (Overloaded, Unreachable))
         return (
             "wait"
-            if decision.action == "reroute" and passing and not elsewhere
+            if decision.action == "reroute" and is_transient and not has_other_host
             else decision.action
         )
 
     async def repair(self, decision: RetryDecision) -> None:
-        action = self.remedy_for(decision)
-        tried = action in self.tried
+        action = self.action_for(decision)
+        repeated = action in self.tried
         self.tried.add(action)
-        if action == "refresh" and not tried:
+        if action == "refresh" and not repeated:
             renewed = await self.provider.account.renew(self.login)
             if renewed is not None:
                 if renewed.arn != self.login.arn:  # the refresh has named the profile
-                    self.ways = kiro_endpoints(renewed, self.provider.config)
+                    self.endpoints = kiro_endpoints(renewed, self.provider.config)
                 self.login = renewed
                 return
         if action in ("refresh", "reroute"):
-            self.drop_way(decision)
+            self.drop_endpoint(decision)
         elif action == "forget":
-            if tried or not strip_kiro_thinking(self.call.body):
+            if repeated or not strip_kiro_thinking(self.call.body):
                 raise decision.error
         elif action in ("again", "empty"):
-            if tried:
+            if repeated:
                 raise decision.error
             await self.pause(decision, 1)
         elif action in ("wait", "pause"):
             self.waits += 1
             if self.waits >= MAX_ATTEMPTS:
-                await self.judge_lasting(decision)
+                await self.check_spent_credits(decision)
                 raise decision.error
             await self.pause(decision, self.waits)
         else:
             await self.give_up(decision)
 
-    def drop_way(self, decision: RetryDecision) -> None:
+    def drop_endpoint(self, decision: RetryDecision) -> None:
         """A token may still be valid for another host or profile; raises if no endpoint is left."""
-        refused = self.ways[0]
-        ways = self.ways[1:]
+        failed = self.endpoints[0]
+        endpoints = self.endpoints[1:]
         if isinstance(decision.error, (Overloaded, Unreachable)):
-            ways = [way for way in ways if way.url != refused.url]
-        if not ways:
+            endpoints = [endpoint for endpoint in endpoints if endpoint.url != failed.url]
+        if not endpoints:
             raise decision.error
-        self.ways = ways
+        self.endpoints = endpoints
 
     async def limits(self) -> KiroLimits | None:
         try:
@@ -17442,16 +17470,16 @@ class KiroAttempt(Attempt):
             log_event("info", "limits_unavailable", provider=self.provider.name, reason=error)
             return None
 
-    async def judge_lasting(self, decision: RetryDecision) -> None:
+    async def check_spent_credits(self, decision: RetryDecision) -> None:
         """Re-examines a rate limit that lasts: spent credits look the same."""
         limits = await self.limits() if isinstance(decision.error, RateLimited) else None
         if limits is not None and limits.spent:
-            words = f"The Kiro credits are used up: {limits.used:g} of {limits.limit:g}."
-            decision.error, decision.action = QuotaExceeded(words), "rest"
-            self.tell_reset(decision, limits)
+            message = f"The Kiro credits are used up: {limits.used:g} of {limits.limit:g}."
+            decision.error, decision.action = QuotaExceeded(message), "rest"
+            self.add_reset_hint(decision, limits)
 
     @staticmethod
-    def tell_reset(decision: RetryDecision, limits: KiroLimits) -> None:
+    def add_reset_hint(decision: RetryDecision, limits: KiroLimits) -> None:
         left_s = limits.resets_at - time.time()
         if left_s > 0:
             decision.resets_in = left_s
@@ -17465,7 +17493,7 @@ class KiroAttempt(Attempt):
             if isinstance(decision.error, QuotaExceeded):
                 limits = await self.limits()
                 if limits is not None and 0 < limits.limit <= limits.used:
-                    self.tell_reset(decision, limits)
+                    self.add_reset_hint(decision, limits)
         raise decision.error
 
 
@@ -17473,16 +17501,16 @@ class KiroAttempt(Attempt):
 
 
 def make_providers(
-    config: Config, paths: Paths, client: HttpClient, kept: dict[str, Provider]
+    config: Config, paths: Paths, client: HttpClient, reusable: dict[str, Provider]
 ) -> dict[str, Provider]:
-    """The enabled providers by name, in the order of the configuration; `kept` ones are reused."""
+    """The enabled providers by name, in the order of the configuration; `reusable` ones stay."""
     machine: tuple[str, str] | None = None
     providers: dict[str, Provider] = {}
     for name, entry in config.providers.items():
         if not entry.enabled:
             continue
-        if name in kept:
-            providers[name] = kept[name]
+        if name in reusable:
+            providers[name] = reusable[name]
         elif isinstance(entry, CopilotConfig):
             machine = machine or load_machine(paths)
             providers[name] = CopilotProvider(name, entry, paths, client, machine)
