@@ -13147,7 +13147,7 @@ class StreamProtocol(ProtocolBase):
         self.finished = False
         self.ended = False
         #: something was received since this was last set to False
-        self.heard = False
+        self.has_received = False
         self.lost = asyncio.Event()
         #: the proxy tunnel under this TLS connection, referenced to keep it alive
         self.tunnel: StreamProtocol | None = None
@@ -13164,7 +13164,7 @@ class StreamProtocol(ProtocolBase):
         setattr(transport, "max_size", RECV_BYTES)  # noqa: B010 - not in the declared interface
 
     def data_received(self, data: bytes) -> None:
-        self.heard = True
+        self.has_received = True
         if self.sink is not None:
             self.sink(data)
         else:
@@ -13326,10 +13326,10 @@ class UpstreamResponse:
         self.paused = False
         self.last_at = asyncio.get_running_loop().time()
         wire = connection.wire
-        wire.sink, wire.on_end = self.take, self.on_eof
+        wire.sink, wire.on_end = self.on_data, self.on_eof
         client.ticker.add(self.watch)
 
-    def take(self, data: bytes) -> None:
+    def on_data(self, data: bytes) -> None:
         self.last_at = asyncio.get_running_loop().time()
         if self.body.done or self.error:  # unexpected bytes: discarded
             self.reusable = False
@@ -13473,13 +13473,13 @@ class UpstreamResponse:
             self.release()
         elif ended:
             # The last chunk is often a packet of its own, and a new TLS connection is expensive.
-            wire.sink, wire.on_end = self.take_end, lambda _: self.drop()
+            wire.sink, wire.on_end = self.on_tail, lambda _: self.drop()
             self.last_at = asyncio.get_running_loop().time()
             self.client.ticker.add(self.watch_end)
         else:
             self.drop()
 
-    def take_end(self, data: bytes) -> None:
+    def on_tail(self, data: bytes) -> None:
         try:
             self.body.feed(data)
         except WireError:
@@ -13663,7 +13663,7 @@ class HttpClient:
         wire = connection.wire
         host = connection.origin.host
         sent_at = asyncio.get_running_loop().time()
-        wire.heard = False
+        wire.has_received = False
         try:
             async with asyncio.timeout(limit_s):
                 wire.transport.write(message)
@@ -13672,12 +13672,12 @@ class HttpClient:
             wire.transport.abort()
             raise UpstreamTimeout(f"{host} did not answer within {limit_s:g} s.") from None
         except (EOFError, OSError) as error:
-            may_be_stale = connection.used and not wire.heard
+            may_be_stale = connection.used and not wire.has_received
             was_unread = method in SAFE_METHODS or connection.left_unread(error, message, sent_at)
             wire.transport.abort()
             if may_be_stale and was_unread:
                 return None
-            stage = "inside an answer" if wire.heard else "without an answer"
+            stage = "inside an answer" if wire.has_received else "without an answer"
             raise UpstreamError(f"{host} closed the connection {stage}.") from None
         except WireError as error:
             wire.transport.abort()
@@ -13687,7 +13687,7 @@ class HttpClient:
             raise
         response = UpstreamResponse(self, connection, head, body)
         if tail:
-            response.take(tail)
+            response.on_data(tail)
         if wire.ended:
             response.on_eof(True)
         return response
@@ -13943,8 +13943,8 @@ class ServerConnection:
         peer = wire.transport.get_extra_info("peername")
         self.peer: str = peer[0] if isinstance(peer, tuple) else "local"
         self.task: asyncio.Task[None] | None = None
-        self.watched: asyncio.Task[None] | None = None
-        self.patient = False
+        self.hangup_target: asyncio.Task[None] | None = None
+        self.allows_half_close = False
         self.writer: ResponseWriter | None = None
         #: the request in progress, and whether its response head has gone out: there is only one
         self.request: Request | None = None
@@ -13990,12 +13990,12 @@ class ServerConnection:
 
     def hang_up(self, is_lost: bool) -> None:
         """Not `is_lost`: the client has half-closed and may still be reading."""
-        if self.watched is not None and (is_lost or not self.patient):
-            self.watched.cancel()
+        if self.hangup_target is not None and (is_lost or not self.allows_half_close):
+            self.hangup_target.cancel()
 
     def cancel_on_hangup(self, watching: bool, patient: bool) -> None:
-        self.watched = self.task if watching else None
-        self.patient = patient
+        self.hangup_target = self.task if watching else None
+        self.allows_half_close = patient
         if self.wire.ended:
             self.hang_up(self.wire.transport.is_closing())
 
@@ -14072,7 +14072,7 @@ class ServerConnection:
                 self.closing = True
             await self.respond(request, response)
         finally:
-            self.watched = None
+            self.hangup_target = None
             self.server.bodies.total_bytes -= request.held_bytes
         if not request.body.done:
             await linger(self.wire)
@@ -14722,7 +14722,7 @@ class TokenFile:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.seen: tuple[int, int, int] | None = None
+        self.last_identity: tuple[int, int, int] | None = None
         #: whose it is, as of the last read
         self.user = ""
         #: changes not written yet: they must not be lost, as a rotated token is issued only once
@@ -14746,8 +14746,8 @@ class TokenFile:
 
     def changed(self) -> bool:
         """Whether another process has replaced the file since last asked; retries a failed save."""
-        previous, self.seen = self.seen, self.identity()
-        if self.seen != previous:
+        previous, self.last_identity = self.last_identity, self.identity()
+        if self.last_identity != previous:
             self.unsaved = {}  # a newer file wins
             return True
         if self.unsaved and time.monotonic() >= self.retry_save_at:
@@ -14793,7 +14793,7 @@ class TokenFile:
     def save(self, changes: Json) -> None:
         """None removes a key.  What cannot be written is logged, kept in memory, and retried."""
         self.unsaved = {**self.unsaved, **changes}
-        if self.seen is not None and self.identity() is None:
+        if self.last_identity is not None and self.identity() is None:
             self.unsaved = {}  # revoked meanwhile
             return
         try:
@@ -14810,7 +14810,7 @@ class TokenFile:
             log_event("error", "token_not_saved", path=self.path, reason=reason)
             return
         self.unsaved = {}
-        self.seen = self.identity()
+        self.last_identity = self.identity()
 
     def flush(self) -> None:
         if self.unsaved:
@@ -14995,13 +14995,13 @@ class LogFilter:
     """Selects log lines of a level or above; continuation lines go with the line before."""
 
     def __init__(self, level: str) -> None:
-        self.wanted = LEVELS[LEVELS.index(level.upper()) :]
+        self.levels = LEVELS[LEVELS.index(level.upper()) :]
         self.accepting = True
 
     def takes(self, line: str) -> bool:
         line_match = LOG_LINE.match(line)
         if line_match:
-            self.accepting = line_match[1] in self.wanted or line_match[1] not in LEVELS
+            self.accepting = line_match[1] in self.levels or line_match[1] not in LEVELS
         return self.accepting
 
 
@@ -15470,7 +15470,7 @@ class Ledger:
         self.models = NameTable(MAX_MODELS)
         self.spending = Spending()
         #: set if there are caps: spending is read from the database, now and after each write
-        self.reading: asyncio.Future[None] | None = None
+        self.spending_read: asyncio.Future[None] | None = None
         self.guard = RepeatGuard()
         self.metrics = Metrics()
         self.cache = CacheGuard(os.urandom(16))
@@ -15507,13 +15507,15 @@ class Ledger:
         if record.usage.prompt < MIN_CACHED_TOKENS:
             return
         loop = asyncio.get_running_loop()
-        read = functools.partial(read_prompt, dialect, body, self.cache.salt)
-        take = functools.partial(self.record_prompt, record, request_info.session)
+        hash_prompt = functools.partial(read_prompt, dialect, body, self.cache.salt)
+        record_prompt = functools.partial(self.record_prompt, record, request_info.session)
         if request_info.size > CACHE_INLINE_BYTES:
-            reading = loop.run_in_executor(None, read)
-            reading.add_done_callback(lambda future: future.cancelled() or take(future.result()))
+            hashing = loop.run_in_executor(None, hash_prompt)
+            hashing.add_done_callback(
+                lambda future: future.cancelled() or record_prompt(future.result())
+            )
         else:
-            loop.call_soon(lambda: take(read()))
+            loop.call_soon(lambda: record_prompt(hash_prompt()))
 
     def record_prompt(self, record: UsageRecord, session: str, prompt: Prompt) -> None:
         finding = self.cache.record(record, session, prompt)
@@ -15538,7 +15540,7 @@ class Ledger:
     def begin_write(self) -> asyncio.Future[Any]:
         batch, self.pending = self.pending, []
         self.spending.begin_write()
-        month = time.strftime("%Y-%m-01") if self.reading else ""
+        month = time.strftime("%Y-%m-01") if self.spending_read else ""
         loop = asyncio.get_running_loop()
         self.writing = loop.run_in_executor(self.thread, self.store.write, batch, month)
         self.writing.add_done_callback(self.end_write)
@@ -15574,10 +15576,10 @@ class Ledger:
             self.spending.check(limits, provider, label, time.time())
 
     async def read_spending(self) -> None:
-        if self.reading is None:
-            self.reading = asyncio.ensure_future(self.flush(reads=True))
-        if not self.reading.done():
-            await asyncio.wait((self.reading,))
+        if self.spending_read is None:
+            self.spending_read = asyncio.ensure_future(self.flush(reads=True))
+        if not self.spending_read.done():
+            await asyncio.wait((self.spending_read,))
 
     async def report(self, query: UsageQuery, limits: LimitsConfig) -> Json:
         if limits.providers or limits.labels:
@@ -15695,9 +15697,9 @@ class Provider(Protocol):
 async def run_step(step: Callable[..., Result], *arguments: Any) -> Result:
     """The result of a step that computes; after a long one, others have their turn first."""
     loop = asyncio.get_running_loop()
-    begun_at = loop.time()
+    started_at = loop.time()
     result = step(*arguments)
-    if loop.time() - begun_at > LONG_STEP_SECONDS:
+    if loop.time() - started_at > LONG_STEP_SECONDS:
         await asyncio.sleep(GIVE_WAY_SECONDS)
     return result
 
@@ -15783,7 +15785,7 @@ class Cooldown:
 
     error: ApiError
     #: monotonic; after it one request probes
-    ends_at: float
+    until: float
     #: monotonic time of recovery, as announced by the service; 0 = unknown
     recovers_at: float
     length_s: float
@@ -15791,12 +15793,12 @@ class Cooldown:
     probing: bool = False
 
     def is_over(self, now: float) -> bool:
-        return now >= max(self.ends_at + COOL_DOWN_SECONDS, self.recovers_at) and not self.probing
+        return now >= max(self.until + COOL_DOWN_SECONDS, self.recovers_at) and not self.probing
 
     def as_error(self, now: float) -> ApiError:
         wait_s = None
         if self.error.retry_after is not None:
-            wait_s = max(max(self.recovers_at, self.ends_at) - now, PAUSE_SECONDS[0])
+            wait_s = max(max(self.recovers_at, self.until) - now, PAUSE_SECONDS[0])
         return self.error.anew(self.error.hint, wait_s)
 
 
@@ -15824,11 +15826,11 @@ class Cooldowns:
         if previous is not None and previous.is_over(now):
             previous = None
         if not wait_s:
-            has_ended = previous is not None and previous.ends_at <= now
-            last_s = previous.length_s if previous is not None else COOLDOWN_SECONDS
-            wait_s = 2 * last_s if has_ended else last_s
+            has_ended = previous is not None and previous.until <= now
+            previous_s = previous.length_s if previous is not None else COOLDOWN_SECONDS
+            wait_s = 2 * previous_s if has_ended else previous_s
         length_s = min(max(wait_s, 1.0), COOL_DOWN_SECONDS)
-        ends_at = max(now + length_s, previous.ends_at if previous is not None else 0.0)
+        ends_at = max(now + length_s, previous.until if previous is not None else 0.0)
         resets_in = error.retry_after if resets_in is None else resets_in
         recovers_at = now + resets_in if resets_in else 0.0
         self.resting.pop(model_id, None)
@@ -15864,7 +15866,7 @@ class Cooldowns:
             cooldown = self.resting.get(key)
             if cooldown is not None and cooldown.is_over(now):
                 del self.resting[key]
-            elif cooldown is not None and (now < cooldown.ends_at or cooldown.probing):
+            elif cooldown is not None and (now < cooldown.until or cooldown.probing):
                 raise cooldown.as_error(now)
 
     @contextlib.contextmanager
@@ -15896,7 +15898,7 @@ class Cooldowns:
         return [
             {
                 "model": key or "*",
-                "seconds": max(0, math.ceil(cooldown.ends_at - now)),
+                "seconds": max(0, math.ceil(cooldown.until - now)),
                 "kind": cooldown.error.kind,
                 "reason": cooldown.error.text(),
                 "passes_at": int(wall + cooldown.recovers_at - now)
@@ -15905,7 +15907,7 @@ class Cooldowns:
                 "probing": cooldown.probing,
             }
             for key, cooldown in self.resting.items()
-            if now < cooldown.ends_at or cooldown.probing
+            if now < cooldown.until or cooldown.probing
         ]
 
 
@@ -16056,7 +16058,7 @@ class QuotaWatch:
         self.gap_s = QUOTA_LOOK_SECONDS
         self.again_s = QUOTA_AGAIN_SECONDS
         self.timer: asyncio.TimerHandle | None = None
-        self.polling: asyncio.Task[None] | None = None
+        self.looking: asyncio.Task[None] | None = None
         self.forget()
 
     def forget(self) -> None:
@@ -16075,8 +16077,8 @@ class QuotaWatch:
             self.timer.cancel()
             self.timer = None
         # A poll that finds a new sign-in calls `forget`, and may go on.
-        if self.polling is not None and self.polling is not asyncio.current_task():
-            self.polling.cancel()
+        if self.looking is not None and self.looking is not asyncio.current_task():
+            self.looking.cancel()
 
     def learn(self, quota: Quota) -> Quota:
         self.is_complete = True
@@ -16138,8 +16140,8 @@ class QuotaWatch:
 
     def start(self) -> None:
         self.timer = None
-        if self.polling is None or self.polling.done():
-            self.polling = asyncio.get_running_loop().create_task(self.poll())
+        if self.looking is None or self.looking.done():
+            self.looking = asyncio.get_running_loop().create_task(self.poll())
 
     async def poll(self) -> None:
         self.looked_at = asyncio.get_running_loop().time()
@@ -16810,8 +16812,8 @@ class CopilotAttempt(Attempt):
             raise self.error_after_renewal(decision.error)
         if action == "rest" and decision.wait_s is None:
             await self.provider.ask_reset(decision)
-        repeated = action in self.tried and action not in ("wait", "pause", "repair", "relist")
-        if action in ("", "rest") or repeated or self.count >= MAX_ATTEMPTS:
+        already_tried = action in self.tried and action not in ("wait", "pause", "repair", "relist")
+        if action in ("", "rest") or already_tried or self.count >= MAX_ATTEMPTS:
             raise decision.error
         self.tried.add(action)
         if action == "refresh":
@@ -16969,8 +16971,8 @@ class KiroAccount:
                 return self.use(saved)
             async with self.file.lock():
                 saved = await self.latest()
-                is_other = self.cached is None or saved.access != self.cached.access
-                if self.is_valid_for(saved, KIRO_REFRESH_MARGIN_SECONDS) and is_other:
+                is_new = self.cached is None or saved.access != self.cached.access
+                if self.is_valid_for(saved, KIRO_REFRESH_MARGIN_SECONDS) and is_new:
                     return self.use(saved)  # another process was quicker
                 try:
                     return await self.refresh(saved)
@@ -17426,9 +17428,9 @@ class KiroAttempt(Attempt):
 
     async def repair(self, decision: RetryDecision) -> None:
         action = self.action_for(decision)
-        repeated = action in self.tried
+        already_tried = action in self.tried
         self.tried.add(action)
-        if action == "refresh" and not repeated:
+        if action == "refresh" and not already_tried:
             renewed = await self.provider.account.renew(self.login)
             if renewed is not None:
                 if renewed.arn != self.login.arn:  # the refresh has named the profile
@@ -17438,10 +17440,10 @@ class KiroAttempt(Attempt):
         if action in ("refresh", "reroute"):
             self.drop_endpoint(decision)
         elif action == "forget":
-            if repeated or not strip_kiro_thinking(self.call.body):
+            if already_tried or not strip_kiro_thinking(self.call.body):
                 raise decision.error
         elif action in ("again", "empty"):
-            if repeated:
+            if already_tried:
                 raise decision.error
             await self.pause(decision, 1)
         elif action in ("wait", "pause"):
