@@ -13171,17 +13171,17 @@ class CacheGuard:
 PLAIN_WORD = re.compile(r"[!#-<>-~]+")
 
 
-def log_event(level: str, event: str, **details_: object) -> None:
+def log_event(level: str, event: str, **details: object) -> None:
     """Logs one line: `event key=value ...`.  Never content, never a secret."""
     logger = logging.getLogger("aiclient-api")
-    number = getattr(logging, level.upper())
-    if not logger.isEnabledFor(number):
+    level_number = getattr(logging, level.upper())
+    if not logger.isEnabledFor(level_number):
         return
-    words = [event]
-    for key, value in details_.items():
+    parts = [event]
+    for key, value in details.items():
         text = str(value)
-        words.append(f"{key}={text if PLAIN_WORD.fullmatch(text) else json.dumps(text)}")
-    logger.log(number, redact(" ".join(words), MAX_LOG_LINE))
+        parts.append(f"{key}={text if PLAIN_WORD.fullmatch(text) else json.dumps(text)}")
+    logger.log(level_number, redact(" ".join(parts), MAX_LOG_LINE))
 
 
 class SecondFormatter:
@@ -13214,23 +13214,23 @@ class SecondFormatter:
         return self.priorities.get(level, "") + hide(line, self.secrets())
 
 
-def close_to_others(handle: int) -> bool:
+def restrict_to_owner(fd: int) -> bool:
     """Removes the access of others; returns whether there was any.  Raises OSError if not ours."""
-    status = os.fstat(handle)
+    status = os.fstat(fd)
     has_owner = hasattr(os, "getuid") and stat.S_ISREG(status.st_mode)
     if not has_owner or not status.st_mode & 0o077:
         return False
-    os.fchmod(handle, 0o600)
+    os.fchmod(fd, 0o600)
     return True
 
 
-def make_private(handle: int, path: str, what: str) -> None:
-    """`close_to_others` with a warning about `what`, also if the mode cannot be changed."""
+def make_private(fd: int, path: str, subject: str) -> None:
+    """`restrict_to_owner` with a warning about `subject`, also if the mode cannot be changed."""
     try:
-        if close_to_others(handle):
-            log_event("warning", f"{what}_was_readable", path=path)
+        if restrict_to_owner(fd):
+            log_event("warning", f"{subject}_was_readable", path=path)
     except OSError as error:
-        log_event("warning", f"{what}_is_readable", path=path, reason=error.strerror)
+        log_event("warning", f"{subject}_is_readable", path=path, reason=error.strerror)
 
 
 def check_link(path: str) -> None:
@@ -13263,32 +13263,32 @@ class LogFile:
         check_link(self.path)
         # Without waiting for whoever may read a FIFO some day.
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
-        handle = os.open(self.path, flags, 0o600)
+        fd = os.open(self.path, flags, 0o600)
         self.close()
-        self.handle = handle
+        self.handle = fd
         if self.is_stderr:
-            os.dup2(handle, 2)
-        status = os.fstat(handle)
+            os.dup2(fd, 2)
+        status = os.fstat(fd)
         self.size = status.st_size
         self.identity = status.st_dev, status.st_ino
-        self.look_at = time.monotonic() + LOG_LOOK_SECONDS
-        make_private(handle, self.path, "log")
+        self.check_at = time.monotonic() + LOG_LOOK_SECONDS
+        make_private(fd, self.path, "log")
 
     def write(self, text: str) -> None:
         """Appends `text`, complete lines, in one write."""
         data = text.encode("utf-8", "backslashreplace")
         try:
-            if time.monotonic() > self.look_at:
-                self.look()
+            if time.monotonic() > self.check_at:
+                self.check_path()
             if self.size and self.size + len(data) > self.max_bytes:
                 self.rotate()
             self.size += os.write(self.handle, data)
         except OSError:
             self.dropped += text.count("\n")
 
-    def look(self) -> None:
+    def check_path(self) -> None:
         """Reopens the file if it was moved away; notices what other processes have written."""
-        self.look_at = time.monotonic() + LOG_LOOK_SECONDS
+        self.check_at = time.monotonic() + LOG_LOOK_SECONDS
         try:
             status = os.stat(self.path)
         except FileNotFoundError:
@@ -13300,13 +13300,13 @@ class LogFile:
 
     def rotate(self) -> None:
         """`daemon.log` -> `daemon.log.1` -> `daemon.log.2`, whose old content is lost."""
-        self.look()
+        self.check_path()
         if self.size < self.max_bytes // 2:
             return  # a process taking over has just rotated
-        for number in range(LOG_FILES - 1, 0, -1):
-            older = self.path if number == 1 else f"{self.path}.{number - 1}"
+        for index in range(LOG_FILES - 1, 0, -1):
+            older = self.path if index == 1 else f"{self.path}.{index - 1}"
             if os.path.exists(older):
-                os.replace(older, f"{self.path}.{number}")
+                os.replace(older, f"{self.path}.{index}")
         self.open()
 
     def flush(self) -> None:
@@ -13322,8 +13322,8 @@ def start_log(level: str, path: str = "", is_stderr: bool = False) -> LogFile | 
     """Logs to a file, or to standard error: a line per event, times in UTC.  Raises OSError."""
     file = LogFile(path, is_stderr=is_stderr) if path else None
     handler: logging.StreamHandler[Any] = logging.StreamHandler(file or sys.stderr)
-    journal = file is None and "JOURNAL_STREAM" in os.environ
-    handler.setFormatter(SecondFormatter(journal))  # type: ignore[arg-type]  # logging is lazy
+    is_journal = file is None and "JOURNAL_STREAM" in os.environ
+    handler.setFormatter(SecondFormatter(is_journal))  # type: ignore[arg-type]  # logging is lazy
     root = logging.getLogger()
     root.handlers[:] = [handler]
     set_log_level(level)
@@ -13409,7 +13409,7 @@ class StreamProtocol(ProtocolBase):
         self.finished = False
         self.ended = False
         #: something was received since this was last set to False
-        self.heard = False
+        self.has_received = False
         self.lost = asyncio.Event()
         #: the proxy tunnel under this TLS connection, referenced to keep it alive
         self.tunnel: StreamProtocol | None = None
@@ -13426,7 +13426,7 @@ class StreamProtocol(ProtocolBase):
         setattr(transport, "max_size", RECV_BYTES)  # noqa: B010 - not in the declared interface
 
     def data_received(self, data: bytes) -> None:
-        self.heard = True
+        self.has_received = True
         if self.sink is not None:
             self.sink(data)
         else:
@@ -13448,10 +13448,10 @@ class StreamProtocol(ProtocolBase):
         if exc is not None and closed is not None and closed.done():
             closed.exception()
 
-    def end(self, gone: bool) -> None:
+    def end(self, is_lost: bool) -> None:
         self.ended = True
         if self.on_end is not None:
-            self.on_end(gone)
+            self.on_end(is_lost)
 
     def ended_cleanly(self) -> bool:
         """Whether the peer ended it on purpose: over TLS with a close_notify (RFC 9112, 9.8)."""
@@ -13520,10 +13520,10 @@ def count_unsent(connection: socket.socket) -> int:
     if fcntl is None or termios is None:
         return 0
     try:
-        answer = fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, b"\0" * 4)
+        queued = fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, b"\0" * 4)
     except (OSError, ValueError):
         return 0  # closed
-    return int.from_bytes(answer, sys.byteorder)
+    return int.from_bytes(queued, sys.byteorder)
 
 
 def is_readable(connection: socket.socket) -> bool:
@@ -13561,7 +13561,7 @@ class BodyStream(Protocol):
 
 
 class UpstreamResponse:
-    """The head of a response, and its body as a Source.  Whoever opens it must `close` it."""
+    """The head of a response, and its body as a BodyStream.  Whoever opens it must `close` it."""
 
     def __init__(
         self, client: HttpClient, connection: PooledConnection, head: ResponseHead, body: Body
@@ -13585,13 +13585,13 @@ class UpstreamResponse:
         self.done = body.done
         self.full = False  # `waiting` is over its limit
         self.slow = False  # the client reads too slowly
-        self.held = False
+        self.paused = False
         self.last_at = asyncio.get_running_loop().time()
         wire = connection.wire
-        wire.sink, wire.on_end = self.take, self.lose
+        wire.sink, wire.on_end = self.on_data, self.on_eof
         client.ticker.add(self.watch)
 
-    def take(self, data: bytes) -> None:
+    def on_data(self, data: bytes) -> None:
         self.last_at = asyncio.get_running_loop().time()
         if self.body.done or self.error:  # unexpected bytes: discarded
             self.reusable = False
@@ -13625,7 +13625,7 @@ class UpstreamResponse:
         except Exception:  # noqa: BLE001 - asyncio would drop the connection
             self.fail(internal_error("a response could not be processed"))
 
-    def lose(self, gone: bool) -> None:
+    def on_eof(self, is_lost: bool) -> None:
         if self.done or self.error:
             return
         try:
@@ -13657,7 +13657,7 @@ class UpstreamResponse:
 
     def watch(self, now: float) -> None:
         limit_s = self.client.network.stream_idle_seconds
-        if not self.held and not self.done and now - self.last_at > limit_s:
+        if not self.paused and not self.done and now - self.last_at > limit_s:
             self.fail(UpstreamTimeout(f"The upstream was silent for {limit_s:g} s."))
 
     async def first(self) -> bytes:
@@ -13667,9 +13667,9 @@ class UpstreamResponse:
             if self.done:
                 return b""
             await self.wait()
-        return self.take_waiting()
+        return self.take_buffered()
 
-    def take_waiting(self) -> bytes:
+    def take_buffered(self) -> bytes:
         data = bytes(self.waiting)
         self.waiting.clear()
         self.full = False
@@ -13689,9 +13689,9 @@ class UpstreamResponse:
         return bytes(body)
 
     async def relay(self, sink: Callable[[bytes], None]) -> None:
-        waiting = self.take_waiting()
-        if waiting:
-            self.deliver(waiting, sink)
+        buffered = self.take_buffered()
+        if buffered:
+            self.deliver(buffered, sink)
         self.sink = sink
         while not (self.done or self.error):
             await self.wait()
@@ -13703,13 +13703,13 @@ class UpstreamResponse:
         self.update_reading()
 
     def update_reading(self) -> None:
-        hold = self.full or self.slow
+        should_pause = self.full or self.slow
         transport = self.connection.wire.transport
-        if hold is self.held or transport.is_closing():
+        if should_pause is self.paused or transport.is_closing():
             return
-        self.held = hold
+        self.paused = should_pause
         self.last_at = asyncio.get_running_loop().time()
-        if hold:
+        if should_pause:
             transport.pause_reading()
         else:
             transport.resume_reading()
@@ -13735,13 +13735,13 @@ class UpstreamResponse:
             self.release()
         elif ended:
             # The last chunk is often a packet of its own, and a new TLS connection is expensive.
-            wire.sink, wire.on_end = self.take_end, lambda _: self.drop()
+            wire.sink, wire.on_end = self.on_tail, lambda _: self.drop()
             self.last_at = asyncio.get_running_loop().time()
             self.client.ticker.add(self.watch_end)
         else:
             self.drop()
 
-    def take_end(self, data: bytes) -> None:
+    def on_tail(self, data: bytes) -> None:
         try:
             self.body.feed(data)
         except WireError:
@@ -13781,8 +13781,8 @@ class PooledConnection:
         self.idle_since = 0.0
 
     def is_dead(self, now: float) -> bool:
-        gone = self.wire.ended or self.wire.transport.is_closing()
-        return gone or now - self.idle_since > POOL_IDLE_SECONDS or is_readable(self.socket)
+        is_closed = self.wire.ended or self.wire.transport.is_closing()
+        return is_closed or now - self.idle_since > POOL_IDLE_SECONDS or is_readable(self.socket)
 
     def left_unread(self, error: Exception, message: bytes, sent_at: float) -> bool:
         """Whether the peer, which then ended the connection, cannot have read `message`.
@@ -13883,9 +13883,9 @@ class HttpClient:
         proxy = ""
         if not is_loopback(host):
             proxy = self.network.proxy or environment_proxy(scheme, host)
-        default = (scheme, port) in (("https", 443), ("http", 80))
-        field_ = format_host(host) if default else f"{format_host(host)}:{port}"
-        return Origin(scheme, host, port, proxy), field_, path
+        is_default_port = (scheme, port) in (("https", 443), ("http", 80))
+        host_header = format_host(host) if is_default_port else f"{format_host(host)}:{port}"
+        return Origin(scheme, host, port, proxy), host_header, path
 
     async def open(
         self,
@@ -13901,22 +13901,22 @@ class HttpClient:
         a stale pooled connection did not deliver is sent once more on a fresh one.
         """
         origin, host, path = self.plan(url)
-        length = [("Content-Length", str(len(body)))] if body or method == "POST" else []
+        length_header = [("Content-Length", str(len(body)))] if body or method == "POST" else []
 
         def message() -> bytes:
-            fields_ = [("Host", host), *headers().items(), *length]
-            return write_head(f"{method} {path} HTTP/1.1", fields_) + body
+            all_headers = [("Host", host), *headers().items(), *length_header]
+            return write_head(f"{method} {path} HTTP/1.1", all_headers) + body
 
         limit_s = first_byte_s or self.network.first_byte_seconds
         connection = self.pool.take(origin, asyncio.get_running_loop().time())
         if connection is not None:
-            answer = await self.exchange(connection, method, message(), limit_s)
-            if answer is not None:
-                return answer
+            response = await self.exchange(connection, method, message(), limit_s)
+            if response is not None:
+                return response
         connection = await self.connect(origin)
-        answer = await self.exchange(connection, method, message(), limit_s)
-        assert answer is not None  # a fresh connection is not stale
-        return answer
+        response = await self.exchange(connection, method, message(), limit_s)
+        assert response is not None  # a fresh connection is not stale
+        return response
 
     async def exchange(
         self, connection: PooledConnection, method: str, message: bytes, limit_s: float
@@ -13925,37 +13925,37 @@ class HttpClient:
         wire = connection.wire
         host = connection.origin.host
         sent_at = asyncio.get_running_loop().time()
-        wire.heard = False
+        wire.has_received = False
         try:
             async with asyncio.timeout(limit_s):
                 wire.transport.write(message)
-                head, body, rest = await self.read_answer_head(wire, method)
+                head, body, tail = await self.read_response_head(wire, method)
         except TimeoutError:
             wire.transport.abort()
             raise UpstreamTimeout(f"{host} did not answer within {limit_s:g} s.") from None
         except (EOFError, OSError) as error:
-            stale = connection.used and not wire.heard
-            unread = method in SAFE_METHODS or connection.left_unread(error, message, sent_at)
+            may_be_stale = connection.used and not wire.has_received
+            was_unread = method in SAFE_METHODS or connection.left_unread(error, message, sent_at)
             wire.transport.abort()
-            if stale and unread:
+            if may_be_stale and was_unread:
                 return None
-            where = "inside an answer" if wire.heard else "without an answer"
-            raise UpstreamError(f"{host} closed the connection {where}.") from None
+            stage = "inside an answer" if wire.has_received else "without an answer"
+            raise UpstreamError(f"{host} closed the connection {stage}.") from None
         except WireError as error:
             wire.transport.abort()
             raise UpstreamError(f"{host} sent a malformed answer: {error}.") from None
         except asyncio.CancelledError:
             wire.transport.abort()
             raise
-        answer = UpstreamResponse(self, connection, head, body)
-        if rest:
-            answer.take(rest)
+        response = UpstreamResponse(self, connection, head, body)
+        if tail:
+            response.on_data(tail)
         if wire.ended:
-            answer.lose(True)
-        return answer
+            response.on_eof(True)
+        return response
 
     @staticmethod
-    async def read_answer_head(
+    async def read_response_head(
         wire: StreamProtocol, method: str
     ) -> tuple[ResponseHead, Body, bytes]:
         """(head, body, bytes after the head); raises EOFError, also within a head."""
@@ -13985,37 +13985,37 @@ class HttpClient:
 
     async def connect(self, origin: Origin) -> PooledConnection:
         """A new connection, through the proxy if one is configured; raises Unreachable."""
-        where = origin.host if not origin.proxy else f"{origin.host} through the proxy"
+        target = origin.host if not origin.proxy else f"{origin.host} through the proxy"
         try:
             async with asyncio.timeout(self.network.connect_seconds):
                 if origin.proxy:
-                    wire = await self.connect_by_proxy(origin)
+                    wire = await self.connect_via_proxy(origin)
                 else:
                     wire = await self.connect_directly(origin)
         except TimeoutError:
             seconds = self.network.connect_seconds
-            raise Unreachable(f"No connection to {where} within {seconds:g} s.") from None
+            raise Unreachable(f"No connection to {target} within {seconds:g} s.") from None
         except ssl.SSLCertVerificationError as error:
             raise Unreachable(
-                f"The certificate of {where} is not trusted: {error.verify_message}.",
+                f"The certificate of {target} is not trusted: {error.verify_message}.",
                 hint="Behind a company proxy, set network.ca_file to its CA bundle.",
             ) from None
         except (OSError, EOFError) as error:
             reason = error.strerror or type(error).__name__ if isinstance(error, OSError) else "EOF"
-            raise Unreachable(f"No connection to {where}: {reason}.") from None
+            raise Unreachable(f"No connection to {target}: {reason}.") from None
         return PooledConnection(origin, wire)
 
     async def connect_directly(self, origin: Origin) -> StreamProtocol:
         loop = asyncio.get_running_loop()
-        secure: Json = {}
+        tls_options: Json = {}
         if origin.scheme == "https":
-            secure = {"ssl": self.tls_context(), "server_hostname": origin.host}
+            tls_options = {"ssl": self.tls_context(), "server_hostname": origin.host}
         _, wire = await loop.create_connection(
-            StreamProtocol, origin.host, origin.port, happy_eyeballs_delay=0.25, **secure
+            StreamProtocol, origin.host, origin.port, happy_eyeballs_delay=0.25, **tls_options
         )
         return wire
 
-    async def connect_by_proxy(self, origin: Origin) -> StreamProtocol:
+    async def connect_via_proxy(self, origin: Origin) -> StreamProtocol:
         """A CONNECT tunnel (RFC 9110 section 9.3.6), with TLS inside for https."""
         proxy = urllib.parse.urlsplit(origin.proxy)
         if proxy.scheme not in ("http", "https") or not proxy.hostname:
@@ -14023,18 +14023,18 @@ class HttpClient:
                 "The proxy's URL cannot be used.", hint="Only http:// and https:// proxies work."
             )
         port = proxy.port or (443 if proxy.scheme == "https" else 8080)
-        hop = Origin(proxy.scheme, proxy.hostname, port, "")
-        tunnel = await self.connect_directly(hop)
+        proxy_origin = Origin(proxy.scheme, proxy.hostname, port, "")
+        tunnel = await self.connect_directly(proxy_origin)
         target = f"{format_host(origin.host)}:{origin.port}"
-        fields_ = [("Host", target)]
+        headers = [("Host", target)]
         if proxy.username is not None:
             user = urllib.parse.unquote(proxy.username)
-            pair = f"{user}:{urllib.parse.unquote(proxy.password or '')}"
-            basic = base64.b64encode(pair.encode()).decode()
-            fields_.append(("Proxy-Authorization", f"Basic {basic}"))
+            credentials = f"{user}:{urllib.parse.unquote(proxy.password or '')}"
+            encoded = base64.b64encode(credentials.encode()).decode()
+            headers.append(("Proxy-Authorization", f"Basic {encoded}"))
         try:
-            tunnel.transport.write(write_head(f"CONNECT {target} HTTP/1.1", fields_))
-            head, _, _ = await self.read_answer_head(tunnel, "HEAD")
+            tunnel.transport.write(write_head(f"CONNECT {target} HTTP/1.1", headers))
+            head, _, _ = await self.read_response_head(tunnel, "HEAD")
             if not 200 <= head.status < 300:
                 hint = "Put user:password@ into network.proxy." if head.status == 407 else ""
                 raise Unreachable(f"The proxy refused the tunnel: {head.status}.", hint=hint)
@@ -14062,11 +14062,11 @@ class HttpClient:
         """(status, headers, entire body) of a small response, all within `limit_s` seconds."""
         try:
             async with asyncio.timeout(limit_s):
-                answer = await self.open(method, url, lambda: headers, body, limit_s)
+                response = await self.open(method, url, lambda: headers, body, limit_s)
                 try:
-                    return answer.status, answer.headers, await answer.read(8 * MIB)
+                    return response.status, response.headers, await response.read(8 * MIB)
                 finally:
-                    answer.close(ended=False)
+                    response.close(ended=False)
         except TimeoutError:
             host = split_url(url)[1]
             raise UpstreamTimeout(f"{host} did not answer within {limit_s:g} s.") from None
@@ -14077,7 +14077,7 @@ class HttpClient:
 
 @dataclass(slots=True)
 class Response:
-    """A response: either `body`, or `stream`, which writes to an Outlet until it returns."""
+    """A response: either `body`, or `stream`, which writes to a ResponseWriter until it returns."""
 
     status: int
     body: bytes = b""
@@ -14090,14 +14090,14 @@ class BodyBudget:
     """The memory that the bodies of all requests take together: what has come, not what may."""
 
     def __init__(self) -> None:
-        self.taken = 0
+        self.total_bytes = 0
 
     def grow(self, held: int, size: int) -> int:
         """Returns `held` grown to `size`; raises Busy, but never for a body that is alone."""
-        others = self.taken - held
+        others = self.total_bytes - held
         if size > held and others and others + size > MAX_BODIES_BYTES:
             raise Busy("The requests in hand take all the memory that there is.", retry_after=1)
-        self.taken = others + max(held, size)
+        self.total_bytes = others + max(held, size)
         return max(held, size)
 
 
@@ -14113,7 +14113,7 @@ class Request:
         self.client = connection.peer
         self.body = body
         #: bytes counted in the server's budget until the request is answered
-        self.held = 0
+        self.held_bytes = 0
         self.connection = connection
         #: set by the outermost layer; `begun_at` is monotonic
         self.id = ""
@@ -14146,7 +14146,7 @@ class Request:
 
     def hold(self, size: int) -> None:
         """Counts `size` bytes, in total, against the server's budget; raises Busy."""
-        self.held = self.connection.server.bodies.grow(self.held, size)
+        self.held_bytes = self.connection.server.bodies.grow(self.held_bytes, size)
 
     def cancel_on_hangup(self, watching: bool, patient: bool = False) -> None:
         """A half-close counts as a disconnect unless `patient`, for responses that cost nothing."""
@@ -14175,8 +14175,8 @@ class ResponseWriter:
         self.send(LAST_CHUNK if self.chunked else b"")
 
     def send(self, data: bytes) -> None:
-        if not self.connection.answered:
-            self.connection.answered = True
+        if not self.connection.response_started:
+            self.connection.response_started = True
             data = self.head + data
         self.last_at = asyncio.get_running_loop().time()
         self.transport.write(data)
@@ -14205,14 +14205,14 @@ class ServerConnection:
         peer = wire.transport.get_extra_info("peername")
         self.peer: str = peer[0] if isinstance(peer, tuple) else "local"
         self.task: asyncio.Task[None] | None = None
-        self.watched: asyncio.Task[None] | None = None
-        self.patient = False
+        self.hangup_target: asyncio.Task[None] | None = None
+        self.allows_half_close = False
         self.writer: ResponseWriter | None = None
         #: the request in progress, and whether its response head has gone out: there is only one
         self.request: Request | None = None
-        self.answered = False
+        self.response_started = False
         #: when the client last took some of the pending bytes, and how many were pending then
-        self.taken_at = 0.0
+        self.progress_at = 0.0
         self.unsent = 0
         self.closing = False
         #: idle, head, body or busy: what the deadline is for
@@ -14238,26 +14238,26 @@ class ServerConnection:
 
     def is_stalled(self, now: float) -> bool:
         """Whether the client has taken none of the pending bytes for WRITE_STALL_SECONDS."""
-        waiting = self.wire.transport.get_write_buffer_size()
-        if waiting or (self.phase == "idle" and now > self.due_at):
-            waiting += count_unsent(self.wire.transport.get_extra_info("socket"))
-        if not waiting or waiting < self.unsent or not self.taken_at:
-            self.taken_at = now
-        self.unsent = waiting
-        return now - self.taken_at > WRITE_STALL_SECONDS
+        pending = self.wire.transport.get_write_buffer_size()
+        if pending or (self.phase == "idle" and now > self.due_at):
+            pending += count_unsent(self.wire.transport.get_extra_info("socket"))
+        if not pending or pending < self.unsent or not self.progress_at:
+            self.progress_at = now
+        self.unsent = pending
+        return now - self.progress_at > WRITE_STALL_SECONDS
 
     def flow(self, paused: bool) -> None:
         if self.writer is not None and self.writer.on_flow is not None:
             self.writer.on_flow(paused)
 
-    def hang_up(self, gone: bool) -> None:
-        """Not `gone`: the client has half-closed and may still be reading."""
-        if self.watched is not None and (gone or not self.patient):
-            self.watched.cancel()
+    def hang_up(self, is_lost: bool) -> None:
+        """Not `is_lost`: the client has half-closed and may still be reading."""
+        if self.hangup_target is not None and (is_lost or not self.allows_half_close):
+            self.hangup_target.cancel()
 
     def cancel_on_hangup(self, watching: bool, patient: bool) -> None:
-        self.watched = self.task if watching else None
-        self.patient = patient
+        self.hangup_target = self.task if watching else None
+        self.allows_half_close = patient
         if self.wire.ended:
             self.hang_up(self.wire.transport.is_closing())
 
@@ -14267,7 +14267,7 @@ class ServerConnection:
                 head = await self.read_head()
                 if head is None:
                     break
-                await self.answer(head)
+                await self.handle_request(head)
                 if self.buffer:  # who sends ahead has its turn after the others
                     await asyncio.sleep(0)
         except WireError as error:
@@ -14323,7 +14323,7 @@ class ServerConnection:
         if re.search(rb"\r[^\n]|\0", data[max(0, scanned - 1) :]):
             raise WireError("bare CR or NUL in the head")
 
-    async def answer(self, head: RequestHead) -> None:
+    async def handle_request(self, head: RequestHead) -> None:
         request = self.request = Request(self, head, request_body(head))
         if head.headers.get("expect", "100-continue").lower() != "100-continue":
             raise WireError("unknown expectation", 417)
@@ -14334,11 +14334,11 @@ class ServerConnection:
                 self.closing = True
             await self.respond(request, response)
         finally:
-            self.watched = None
-            self.server.bodies.taken -= request.held
+            self.hangup_target = None
+            self.server.bodies.total_bytes -= request.held_bytes
         if not request.body.done:
             await linger(self.wire)
-        self.request, self.answered = None, False
+        self.request, self.response_started = None, False
 
     def must_close(self, request: Request) -> bool:
         headers = request.headers
@@ -14378,7 +14378,7 @@ class ServerConnection:
         return bytes(collected)
 
     async def respond(self, request: Request, response: Response) -> None:
-        bare = request.method == "HEAD" or response.status in NO_BODY_STATUSES
+        is_bodyless = request.method == "HEAD" or response.status in NO_BODY_STATUSES
         headers: list[tuple[str, str]] = []
         chunked = response.stream is not None and request.minor > 0
         if response.stream is None:
@@ -14393,9 +14393,9 @@ class ServerConnection:
         elif request.minor == 0:
             headers.append(("Connection", "keep-alive"))
         head = self.server.response_head(response, headers)
-        if response.stream is None or bare:
-            self.answered = True
-            self.wire.transport.write(head if bare else head + response.body)
+        if response.stream is None or is_bodyless:
+            self.response_started = True
+            self.wire.transport.write(head if is_bodyless else head + response.body)
         else:
             self.writer = ResponseWriter(self, head, chunked)
             await response.stream(self.writer)
@@ -14405,7 +14405,7 @@ class ServerConnection:
 
     async def give_up(self, error: ApiError) -> None:
         """Sends an error response, or aborts if a response has begun."""
-        if self.answered:
+        if self.response_started:
             self.wire.transport.abort()  # an unfinished body must not look complete
             return
         self.send_error(error)
@@ -14413,14 +14413,14 @@ class ServerConnection:
 
     def send_error(self, error: ApiError) -> None:
         self.phase = "busy"
-        self.answered = True
-        self.wire.transport.write(self.server.error_bytes(error, self.request))
+        self.response_started = True
+        self.wire.transport.write(self.server.encode_error(error, self.request))
 
 
 def wire_api_error(error: WireError) -> ApiError:
-    answer = InvalidRequest(f"Malformed HTTP: {error}.")
-    answer.status = error.status
-    return answer
+    api_error = InvalidRequest(f"Malformed HTTP: {error}.")
+    api_error.status = error.status
+    return api_error
 
 
 # What bind() raises for an address that this machine lacks, as asyncio treats it.
@@ -14445,14 +14445,14 @@ def open_listener(family: int, kind: int, protocol: int, address: Any) -> socket
 def open_listeners(host: str, port: int) -> list[socket.socket]:
     """Every address of `host` that this machine has, at least one; port 0: any.  Raises OSError."""
     flags = socket.AI_PASSIVE
-    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=flags)
+    addresses = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=flags)
     listeners: list[socket.socket] = []
     skipped = None
     try:
-        for family, kind, protocol, _, address in dict.fromkeys(found):
+        for family, kind, protocol, _, address in dict.fromkeys(addresses):
             try:
-                bound = (address[0], port, *address[2:])
-                listeners.append(open_listener(family, kind, protocol, bound))
+                local_address = (address[0], port, *address[2:])
+                listeners.append(open_listener(family, kind, protocol, local_address))
             except OSError as error:
                 if error.errno not in NOT_OF_THIS_MACHINE:
                     raise
@@ -14484,7 +14484,7 @@ class Server:
         self.write_error = write_error
         self.connections: set[ServerConnection] = set()
         self.bodies = BodyBudget()
-        self.turning: set[asyncio.Task[None]] = set()
+        self.rejecting: set[asyncio.Task[None]] = set()
         self.date, self.date_second = "", 0
         #: every response is the last one of its connection
         self.closing = False
@@ -14505,9 +14505,9 @@ class Server:
 
     def accept(self, wire: StreamProtocol) -> None:
         if self.draining or len(self.connections) >= self.config.max_connections:
-            task = asyncio.get_running_loop().create_task(self.turn_away(wire))
-            self.turning.add(task)
-            task.add_done_callback(self.turning.discard)
+            task = asyncio.get_running_loop().create_task(self.reject(wire))
+            self.rejecting.add(task)
+            task.add_done_callback(self.rejecting.discard)
             return
         connection = ServerConnection(self, wire)
         self.connections.add(connection)
@@ -14515,8 +14515,8 @@ class Server:
         connection.task = asyncio.get_running_loop().create_task(connection.serve())
         connection.task.add_done_callback(lambda _: self.forget(connection))
 
-    async def turn_away(self, wire: StreamProtocol) -> None:
-        wire.transport.write(self.error_bytes(Busy("Too many connections.", retry_after=1)))
+    async def reject(self, wire: StreamProtocol) -> None:
+        wire.transport.write(self.encode_error(Busy("Too many connections.", retry_after=1)))
         await linger(wire)
         wire.transport.close()
 
@@ -14524,7 +14524,7 @@ class Server:
         self.connections.discard(connection)
         self.ticker.discard(connection.watch)
 
-    def error_bytes(self, error: ApiError, request: Request | None = None) -> bytes:
+    def encode_error(self, error: ApiError, request: Request | None = None) -> bytes:
         response = self.write_error(error, request)
         headers = [("Content-Length", str(len(response.body))), ("Connection", "close")]
         return self.response_head(response, headers) + response.body
@@ -14534,8 +14534,10 @@ class Server:
         if second != self.date_second:  # Date (RFC 9110 section 6.6.1), formatted once a second
             self.date_second = second
             self.date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second))
-        own = [("Date", self.date), ("Content-Type", response.content_type)]
-        return write_head(status_line(response.status), [*own, *response.headers.items(), *headers])
+        common_headers = [("Date", self.date), ("Content-Type", response.content_type)]
+        return write_head(
+            status_line(response.status), [*common_headers, *response.headers.items(), *headers]
+        )
 
     def stop_accepting(self) -> None:
         """Closes the listening sockets; another process that has inherited them keeps them open."""
@@ -14553,13 +14555,13 @@ class Server:
         """
         self.closing = True
         loop = asyncio.get_running_loop()
-        until = loop.time() + seconds
+        deadline = loop.time() + seconds
         for listener in self.listeners:
-            for listening in listener.sockets:
-                loop.remove_reader(listening.fileno())
+            for listening_socket in listener.sockets:
+                loop.remove_reader(listening_socket.fileno())
         await asyncio.sleep(TICK_SECONDS)
         self.stop_accepting()
-        while loop.time() < until and any(c.phase != "busy" for c in self.connections):
+        while loop.time() < deadline and any(c.phase != "busy" for c in self.connections):
             await asyncio.sleep(TICK_SECONDS)
 
     async def drain(self, seconds: float) -> None:
@@ -14580,16 +14582,16 @@ class Server:
             if connection.writer is not None and connection.writer.on_stop is not None:
                 connection.writer.on_stop()
         connections = list(self.connections)
-        late = {c.task for c in connections if c.task is not None}
-        if late:
-            _, late = await asyncio.wait(late, timeout=LINGER_SECONDS)
-        for task in late:
+        unfinished = {c.task for c in connections if c.task is not None}
+        if unfinished:
+            _, unfinished = await asyncio.wait(unfinished, timeout=LINGER_SECONDS)
+        for task in unfinished:
             task.cancel()
-        if late:
-            await asyncio.wait(late, timeout=LINGER_SECONDS)
+        if unfinished:
+            await asyncio.wait(unfinished, timeout=LINGER_SECONDS)
         for connection in connections:  # a client that does not read would keep it open
             connection.wire.transport.abort()
-        await asyncio.gather(*late, return_exceptions=True)
+        await asyncio.gather(*unfinished, return_exceptions=True)
 
 
 class ServerProtocol(StreamProtocol):
@@ -14684,28 +14686,28 @@ def check_owner(path: str, status: os.stat_result) -> None:
         )
 
 
-def check_above(place: str) -> None:
-    """Raises PermissionError where a folder above `place` lets everybody replace it.
+def check_parents(target: str) -> None:
+    """Raises PermissionError where a folder above `target` lets everybody replace it.
 
     (A group may write there: `~/.local` is made so where each user has a group of its own.)
     Where the path leads through links both the links and what they lead to count.  Raises OSError.
     """
-    for path in (os.path.abspath(place), os.path.realpath(place)):
+    for path in (os.path.abspath(target), os.path.realpath(target)):
         while path != os.path.dirname(path):
             path = os.path.dirname(path)
             mode = os.stat(path).st_mode
             if mode & 0o002 and not mode & stat.S_ISVTX and hasattr(os, "getuid"):
                 raise PermissionError(
                     errno.EPERM,
-                    f"every user can replace what is in {path}; check that {place} is as you left "
+                    f"every user can replace what is in {path}; check that {target} is as you left "
                     f"it, and then run: chmod o-w {shlex.quote(path)}",
                 )
 
 
 def check_folder(folder: str) -> None:
-    """`check_owner` and `check_above` of a folder; raises OSError."""
+    """`check_owner` and `check_parents` of a folder; raises OSError."""
     check_owner(folder, os.stat(folder))
-    check_above(folder)
+    check_parents(folder)
 
 
 def open_flags(*names: str) -> int:
@@ -14716,11 +14718,11 @@ def open_flags(*names: str) -> int:
 def open_plain(path: str, *flags: str) -> int:
     """A descriptor of a plain file: one that is read to an end, and at once.  Raises OSError."""
     names = ("O_BINARY", "O_CLOEXEC", "O_NONBLOCK", *flags)  # without waiting for a FIFO's writer
-    handle = os.open(path, open_flags(*names), 0o600)
-    mode = os.fstat(handle).st_mode
+    fd = os.open(path, open_flags(*names), 0o600)
+    mode = os.fstat(fd).st_mode
     if stat.S_ISREG(mode):
-        return handle
-    os.close(handle)
+        return fd
+    os.close(fd)
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, "Is a directory, not a plain file")
     raise PermissionError(errno.EPERM, "it is not a plain file")
@@ -14732,29 +14734,29 @@ def open_trusted(path: str, *flags: str) -> int:
     All our files are opened here.  Symbolic links are followed unless `flags` has O_NOFOLLOW.
     """
     check_folder(os.path.dirname(path))
-    handle = open_plain(path, *flags)
+    fd = open_plain(path, *flags)
     try:
-        check_owner(path, os.fstat(handle))
+        check_owner(path, os.fstat(fd))
         if os.path.islink(path):
             check_link(path)
-            check_above(path)
+            check_parents(path)
     except BaseException:
-        os.close(handle)
+        os.close(fd)
         raise
-    return handle
+    return fd
 
 
-def load_config_text(where: str) -> str:
+def load_config_text(path: str) -> str:
     """The file with its line endings; "" if there is none.  Raises ConfigError."""
     try:
-        with os.fdopen(open_trusted(where, "O_RDONLY"), encoding="utf-8", newline="") as file:
+        with os.fdopen(open_trusted(path, "O_RDONLY"), encoding="utf-8", newline="") as file:
             return file.read()
     except FileNotFoundError:
         return ""
     except OSError as error:
-        raise ConfigError(f"{where}: cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise ConfigError(f"{where}: is not UTF-8 text") from None
+        raise ConfigError(f"{path}: is not UTF-8 text") from None
 
 
 def load_config(paths: Paths, environ: dict[str, str], flags: dict[str, str | None]) -> Config:
@@ -14777,8 +14779,8 @@ def program_words(argv0: str) -> str:
 
 
 def sign_in_command(kind: str, name: str) -> str:
-    named = "" if name == kind else f" --name {name}"
-    return f"{program_words(sys.argv[0])} auth {kind}{named}"
+    name_option = "" if name == kind else f" --name {name}"
+    return f"{program_words(sys.argv[0])} auth {kind}{name_option}"
 
 
 def make_private_dir(path: str) -> None:
@@ -14798,9 +14800,9 @@ def replace_file(path: str, data: bytes) -> None:
     if os.path.lexists(path) and not os.path.islink(path) and not os.path.isfile(path):
         raise FileExistsError(errno.EEXIST, "something that is not a plain file is in its place")
     folder = os.path.dirname(path)
-    handle, temporary = tempfile.mkstemp(prefix=".new-", dir=folder)  # 0600 whatever the umask
+    fd, temporary = tempfile.mkstemp(prefix=".new-", dir=folder)  # 0600 whatever the umask
     try:
-        with os.fdopen(handle, "wb") as file:
+        with os.fdopen(fd, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -14810,40 +14812,40 @@ def replace_file(path: str, data: bytes) -> None:
         raise
     if not hasattr(os, "O_DIRECTORY"):
         return  # Windows has no folder handles
-    folder_handle = os.open(folder, os.O_RDONLY)
+    folder_fd = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder_handle)
+        os.fsync(folder_fd)
     finally:
-        os.close(folder_handle)
+        os.close(folder_fd)
 
 
 def edit_config(paths: Paths, edit: Callable[[str], str]) -> None:
     """Replaces the text by `edit(text)`, under a lock, unless that raises; raises ConfigError."""
-    where = paths.config_file
+    path = paths.config_file
     try:
         make_private_dir(paths.config_dir)
-        folder = os.open(paths.config_dir, os.O_RDONLY)
+        folder_fd = os.open(paths.config_dir, os.O_RDONLY)
         try:
             if fcntl is not None:
-                fcntl.flock(folder, fcntl.LOCK_EX)
-            text = edit(load_config_text(where))
+                fcntl.flock(folder_fd, fcntl.LOCK_EX)
+            text = edit(load_config_text(path))
             # A symbolic link, as dotfile managers make them, is kept.
-            replace_file(os.path.realpath(where), text.encode())
+            replace_file(os.path.realpath(path), text.encode())
         finally:
-            os.close(folder)
+            os.close(folder_fd)
     except UnicodeEncodeError:
-        raise ConfigError(f"{where}: a setting must not hold bytes that are no text") from None
+        raise ConfigError(f"{path}: a setting must not hold bytes that are no text") from None
     except OSError as error:
-        raise ConfigError(f"{where}: cannot be written: {error.strerror}") from None
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def change_config(paths: Paths, environ: dict[str, str], key: str, value: str) -> None:
     """Sets one key and keeps everything else; on ConfigError nothing has changed."""
-    where = paths.config_file
+    path = paths.config_file
 
     def edit(text: str) -> str:
-        text = change_setting(text, where, key, value)
-        config = read_config_text(text, where)
+        text = change_setting(text, path, key, value)
+        config = read_config_text(text, path)
         apply_environment(config, environ)
         check_exposure(config)
         return text
@@ -14853,11 +14855,11 @@ def change_config(paths: Paths, environ: dict[str, str], key: str, value: str) -
 
 def change_provider(paths: Paths, environ: dict[str, str], name: str, enabled: str) -> None:
     """Sets `enabled`, "true" or "false", of an existing provider; raises ConfigError."""
-    known = load_config(paths, environ, {}).providers
-    if name not in known:
-        have = ", ".join(known)
+    providers = load_config(paths, environ, {}).providers
+    if name not in providers:
+        names = ", ".join(providers)
         raise ConfigError(
-            f"{paths.config_file}: providers.{name}: there is none; there are: {have}"
+            f"{paths.config_file}: providers.{name}: there is none; there are: {names}"
         )
     change_config(paths, environ, f"providers.{name}.enabled", enabled)
 
@@ -14879,14 +14881,14 @@ def save_private_json(path: str, value: Json) -> None:
 
 def open_private(path: str) -> int:
     """Makes a file that others can read private; raises OSError, also for a symbolic link."""
-    handle = open_trusted(path, "O_RDONLY", "O_NOFOLLOW")
+    fd = open_trusted(path, "O_RDONLY", "O_NOFOLLOW")
     try:
-        if close_to_others(handle):
+        if restrict_to_owner(fd):
             log_event("warning", "token_file_was_readable", path=path)
     except BaseException:
-        os.close(handle)
+        os.close(fd)
         raise
-    return handle
+    return fd
 
 
 class Damaged(ProgramError):
@@ -14901,40 +14903,40 @@ def load_private_json(path: str) -> Json | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        linked = error.errno == errno.ELOOP
-        reason = "it is a symbolic link, which is not followed" if linked else error.strerror
+        is_link = error.errno == errno.ELOOP
+        reason = "it is a symbolic link, which is not followed" if is_link else error.strerror
         raise ProgramError(f"{path}: cannot be read: {reason}") from None
     if value is None:
         raise Damaged(f"{path}: is damaged: it is not a JSON object")
     return value
 
 
-def quarantine(path: str, word: str = "damaged") -> str:
+def quarantine(path: str, reason: str = "damaged") -> str:
     """Renames a file instead of overwriting it; returns the new path."""
-    aside = f"{path}.{word}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
-    os.replace(path, aside)
-    log_event("warning", f"{word}_file_kept", path=aside)
-    return aside
+    new_path = f"{path}.{reason}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+    os.replace(path, new_path)
+    log_event("warning", f"{reason}_file_kept", path=new_path)
+    return new_path
 
 
 def lock_file(path: str) -> int | None:
     """An fd that holds the lock until its last copy is closed; None if taken.  Raises OSError."""
     while True:
-        handle = open_trusted(path, "O_RDWR", "O_CREAT", "O_NOFOLLOW")
+        fd = open_trusted(path, "O_RDWR", "O_CREAT", "O_NOFOLLOW")
         is_ours = False
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # If it has been removed or replaced meanwhile, the lock is worthless.
-            is_ours = os.path.samestat(os.fstat(handle), os.stat(path, follow_symlinks=False))
+            is_ours = os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False))
             if is_ours:
-                return handle
+                return fd
         except BlockingIOError:
             return None
         except FileNotFoundError:
             continue
         finally:
             if not is_ours:
-                os.close(handle)
+                os.close(fd)
 
 
 class FileLock:
@@ -14946,21 +14948,21 @@ class FileLock:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.handle = -1
+        self.fd = -1
 
     async def __aenter__(self) -> FileLock:
         loop = asyncio.get_running_loop()
-        give_up_at = loop.time() + LOCK_SECONDS
+        deadline = loop.time() + LOCK_SECONDS
         while not self.try_lock():
-            if loop.time() > give_up_at:
+            if loop.time() > deadline:
                 raise Overloaded(f"Another process holds {self.path} and does not let go.")
             await asyncio.sleep(LOCK_POLL_SECONDS)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self.handle >= 0:
-            os.close(self.handle)
-            self.handle = -1
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
     def try_lock(self) -> bool:
         """True also if locking is impossible."""
@@ -14968,13 +14970,13 @@ class FileLock:
             return True
         try:
             make_private_dir(os.path.dirname(self.path))
-            handle = lock_file(self.path)
+            fd = lock_file(self.path)
         except OSError as error:
             log_event("warning", "no_lock", path=self.path, reason=error.strerror)
             return True
-        if handle is not None:
-            self.handle = handle
-        return handle is not None
+        if fd is not None:
+            self.fd = fd
+        return fd is not None
 
 
 class TokenFile:
@@ -14982,16 +14984,16 @@ class TokenFile:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.seen: tuple[int, int, int] | None = None
+        self.last_identity: tuple[int, int, int] | None = None
         #: whose it is, as of the last read
         self.user = ""
         #: changes not written yet: they must not be lost, as a rotated token is issued only once
         self.unsaved: Json = {}
-        self.save_again_at = 0.0
+        self.retry_save_at = 0.0
         #: the cache of `peek`: result, identity of the file, monotonic expiry
-        self.shown: Json | ProgramError | None = None
-        self.shown_file: tuple[int, int, int] | None = None
-        self.shown_until = 0.0
+        self.cached: Json | ProgramError | None = None
+        self.cached_identity: tuple[int, int, int] | None = None
+        self.cached_until = 0.0
 
     def lock(self) -> FileLock:
         return FileLock(os.path.join(os.path.dirname(self.path), "token.lock"))
@@ -14999,18 +15001,18 @@ class TokenFile:
     def identity(self) -> tuple[int, int, int] | None:
         """Tells this file from its replacement; None if there is no file."""
         try:
-            found = os.stat(self.path, follow_symlinks=False)
+            status = os.stat(self.path, follow_symlinks=False)
         except OSError:
             return None
-        return found.st_ino, found.st_mtime_ns, found.st_size
+        return status.st_ino, status.st_mtime_ns, status.st_size
 
     def changed(self) -> bool:
         """Whether another process has replaced the file since last asked; retries a failed save."""
-        before, self.seen = self.seen, self.identity()
-        if self.seen != before:
+        previous, self.last_identity = self.last_identity, self.identity()
+        if self.last_identity != previous:
             self.unsaved = {}  # a newer file wins
             return True
-        if self.unsaved and time.monotonic() >= self.save_again_at:
+        if self.unsaved and time.monotonic() >= self.retry_save_at:
             self.save({})
         return False
 
@@ -15022,55 +15024,55 @@ class TokenFile:
 
     def load(self) -> Json | None:
         """None if there is no file; raises ProgramError."""
-        kept = load_private_json(self.path)
-        if kept is None:
+        content = load_private_json(self.path)
+        if content is None:
             return None
-        self.user = get_str(kept, "user") or get_str(kept, "login")
-        return {**kept, **self.unsaved}
+        self.user = get_str(content, "user") or get_str(content, "login")
+        return {**content, **self.unsaved}
 
     def peek(self) -> Json | None:
         """`load` for frequent read-only use: cached for TOKEN_LOOK_SECONDS."""
         now, identity = time.monotonic(), self.identity()
-        if now >= self.shown_until or identity != self.shown_file:
-            self.shown_file, self.shown_until = identity, now + TOKEN_LOOK_SECONDS
+        if now >= self.cached_until or identity != self.cached_identity:
+            self.cached_identity, self.cached_until = identity, now + TOKEN_LOOK_SECONDS
             try:
-                self.shown = self.load()
+                self.cached = self.load()
             except ProgramError as error:
-                self.shown = error
-        if isinstance(self.shown, ProgramError):
-            raise self.shown.with_traceback(None)
-        return None if self.shown is None else dict(self.shown)
+                self.cached = error
+        if isinstance(self.cached, ProgramError):
+            raise self.cached.with_traceback(None)
+        return None if self.cached is None else dict(self.cached)
 
     def need(self, provider: str, service: str, *, peeks: bool = False) -> Json:
         try:
-            kept = self.peek() if peeks else self.load()
+            content = self.peek() if peeks else self.load()
         except ProgramError as error:
             raise NotSignedIn(f"{error}.") from None
-        if kept is None:
+        if content is None:
             raise NotSignedIn(f"Provider {provider!r} has no {service} sign-in yet.")
-        return kept
+        return content
 
     def save(self, changes: Json) -> None:
         """None removes a key.  What cannot be written is logged, kept in memory, and retried."""
         self.unsaved = {**self.unsaved, **changes}
-        if self.seen is not None and self.identity() is None:
+        if self.last_identity is not None and self.identity() is None:
             self.unsaved = {}  # revoked meanwhile
             return
         try:
             try:
-                kept = load_private_json(self.path) or {}
+                content = load_private_json(self.path) or {}
             except Damaged:
                 quarantine(self.path)
-                kept = {}
-            merged = {k: v for k, v in {**kept, **self.unsaved}.items() if v is not None}
+                content = {}
+            merged = {k: v for k, v in {**content, **self.unsaved}.items() if v is not None}
             save_private_json(self.path, merged)
         except (OSError, ProgramError) as error:  # a file that cannot be trusted is left alone
-            self.save_again_at = time.monotonic() + SAVE_AGAIN_SECONDS
+            self.retry_save_at = time.monotonic() + SAVE_AGAIN_SECONDS
             reason = getattr(error, "strerror", None) or str(error)
             log_event("error", "token_not_saved", path=self.path, reason=reason)
             return
         self.unsaved = {}
-        self.seen = self.identity()
+        self.last_identity = self.identity()
 
     def flush(self) -> None:
         if self.unsaved:
@@ -15123,29 +15125,29 @@ class SharedLogin:
             log_event("info", "shared_login_unusable", path=self.path, reason=error)
             return None
 
-    def write(self, changes: Json, spent: str) -> None:
-        """Stores refreshed tokens if the token `spent` is still there; a failure is logged."""
+    def write(self, changes: Json, used_token: str) -> None:
+        """Stores refreshed tokens if `used_token` is still in place; a failure is logged."""
         try:
             if self.key:
-                self.write_row(changes, spent)
+                self.write_row(changes, used_token)
             else:
-                self.write_file(changes, spent)
+                self.write_file(changes, used_token)
         except (OSError, ValueError, sqlite3.Error) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             log_event("warning", "shared_login_not_updated", path=self.path, reason=reason)
 
-    def write_file(self, changes: Json, spent: str) -> None:
+    def write_file(self, changes: Json, used_token: str) -> None:
         """Follows a symbolic link; the mode of the folder is left alone."""
         path = os.path.realpath(self.path)
         body = read_json_file(path) or {}
-        if either(body, "refresh_token") == spent:
+        if either(body, "refresh_token") == used_token:
             replace_file(path, json.dumps(with_tokens(body, changes), indent=2).encode())
 
-    def write_row(self, changes: Json, spent: str) -> None:
+    def write_row(self, changes: Json, used_token: str) -> None:
         with contextlib.closing(open_database(self.path, "rw")) as database:
             database.execute("BEGIN IMMEDIATE")
             body = read_row(database, "auth_kv", self.key)
-            if either(body, "refresh_token") == spent:
+            if either(body, "refresh_token") == used_token:
                 text = dump_json(with_tokens(body, changes)).decode()
                 database.execute("UPDATE auth_kv SET value = ? WHERE key = ?", (text, self.key))
             database.execute("COMMIT")
@@ -15159,8 +15161,8 @@ def open_database(path: str, mode: str) -> sqlite3.Connection:
 
 
 def read_row(database: sqlite3.Connection, table: str, key: str) -> Json:
-    found = database.execute(f"SELECT value FROM {table} WHERE key = ?", (key,)).fetchone()
-    return load_object(found[0]) or {} if found and isinstance(found[0], (str, bytes)) else {}
+    row = database.execute(f"SELECT value FROM {table} WHERE key = ?", (key,)).fetchone()
+    return load_object(row[0]) or {} if row and isinstance(row[0], (str, bytes)) else {}
 
 
 def read_some_json(path: str) -> Json:
@@ -15189,9 +15191,9 @@ def read_ide_login(path: str) -> Json:
 
 def newest_registration(folder: str) -> Json:
     """The client registration beside an IDE file that does not name it."""
-    found = [read_some_json(entry.path) for entry in os.scandir(folder) if entry.is_file()]
-    found = [body for body in found if body.get("clientId") and body.get("clientSecret")]
-    return max(found, key=lambda body: read_time(body.get("expiresAt")), default={})
+    candidates = [read_some_json(entry.path) for entry in os.scandir(folder) if entry.is_file()]
+    candidates = [body for body in candidates if body.get("clientId") and body.get("clientSecret")]
+    return max(candidates, key=lambda body: read_time(body.get("expiresAt")), default={})
 
 
 def ide_profile_path() -> str:
@@ -15218,8 +15220,8 @@ def read_cli_login(path: str, key: str) -> Json:
     """
     with contextlib.closing(open_database(path, "ro")) as database:
         body = read_row(database, "auth_kv", key)
-        beside = key.rpartition(":")[0] + ":device-registration"
-        registration = read_row(database, "auth_kv", beside)
+        registration_key = key.rpartition(":")[0] + ":device-registration"
+        registration = read_row(database, "auth_kv", registration_key)
         try:
             profile = read_row(database, "state", "api.codewhisperer.profile")
         except sqlite3.OperationalError:  # older versions have no such table
@@ -15233,8 +15235,8 @@ def read_cli_login(path: str, key: str) -> Json:
 def load_machine(paths: Paths) -> tuple[str, str]:
     """(machine id, device id): random, made once, or per process if they cannot be saved."""
     try:
-        kept = load_private_json(paths.machine_file) or {}
-        machine, device = kept.get("machine_id"), kept.get("device_id")
+        saved = load_private_json(paths.machine_file) or {}
+        machine, device = saved.get("machine_id"), saved.get("device_id")
         if isinstance(machine, str) and isinstance(device, str):
             return machine, device
     except ProgramError as error:
@@ -15255,14 +15257,14 @@ class LogFilter:
     """Selects log lines of a level or above; continuation lines go with the line before."""
 
     def __init__(self, level: str) -> None:
-        self.wanted = LEVELS[LEVELS.index(level.upper()) :]
-        self.taking = True
+        self.levels = LEVELS[LEVELS.index(level.upper()) :]
+        self.accepting = True
 
     def takes(self, line: str) -> bool:
-        found = LOG_LINE.match(line)
-        if found:
-            self.taking = found[1] in self.wanted or found[1] not in LEVELS
-        return self.taking
+        line_match = LOG_LINE.match(line)
+        if line_match:
+            self.accepting = line_match[1] in self.levels or line_match[1] not in LEVELS
+        return self.accepting
 
 
 def open_log(path: str) -> TextIO:
@@ -15273,15 +15275,17 @@ def open_log(path: str) -> TextIO:
 def read_log_tail(file: TextIO, path: str, lines: int, level: str) -> list[str]:
     """The last lines of a log: `file`, read to its end, then rotated files as far as needed."""
     lines = min(max(lines, 0), MAX_LOG_LINES)
-    wanted = LogFilter(level)
-    tail = [line for line in file.read().splitlines() if wanted.takes(line)]
-    for number in range(1, LOG_FILES):
+    log_filter = LogFilter(level)
+    tail = [line for line in file.read().splitlines() if log_filter.takes(line)]
+    for index in range(1, LOG_FILES):
         if len(tail) >= lines:
             break
         try:
-            with open_log(f"{path}.{number}") as older:
-                wanted = LogFilter(level)
-                tail = [line for line in older.read().splitlines() if wanted.takes(line)] + tail
+            with open_log(f"{path}.{index}") as rotated:
+                log_filter = LogFilter(level)
+                tail = [
+                    line for line in rotated.read().splitlines() if log_filter.takes(line)
+                ] + tail
         except OSError:
             break
     tail = tail[-lines:] if lines else []
@@ -15325,10 +15329,10 @@ USAGE_SCHEMA = f"""
 def insert_sql(table: str, columns: Iterable[str], summed: Iterable[str] = ()) -> str:
     """Columns in `summed` are added up if the key exists."""
     names = tuple(columns)
-    marks = ", ".join("?" * len(names))
-    sets = ", ".join(f"{name} = {name} + excluded.{name}" for name in summed)
-    upsert = f" ON CONFLICT DO UPDATE SET {sets}" if sets else ""
-    return f"INSERT INTO {table} ({', '.join(names)}) VALUES ({marks}){upsert}"
+    placeholders = ", ".join("?" * len(names))
+    assignments = ", ".join(f"{name} = {name} + excluded.{name}" for name in summed)
+    upsert = f" ON CONFLICT DO UPDATE SET {assignments}" if assignments else ""
+    return f"INSERT INTO {table} ({', '.join(names)}) VALUES ({placeholders}){upsert}"
 
 
 INSERT_ANSWER = insert_sql("answers", ANSWER_COLUMNS)
@@ -15346,19 +15350,19 @@ GROUP_SQL = {
 }
 
 
-def usage_row(answer: UsageRecord) -> tuple[Any, ...]:
-    usage = answer.usage
+def usage_row(record: UsageRecord) -> tuple[Any, ...]:
+    usage = record.usage
     return tuple(
-        getattr(answer if hasattr(answer, name) else usage, name) for name in ANSWER_COLUMNS
+        getattr(record if hasattr(record, name) else usage, name) for name in ANSWER_COLUMNS
     )
 
 
 def read_usage_row(row: tuple[Any, ...]) -> UsageRecord:
-    found = dict(zip(ANSWER_COLUMNS, row, strict=True))
+    values = dict(zip(ANSWER_COLUMNS, row, strict=True))
     usage = Usage(
-        **{item.name: found.pop(item.name) for item in fields(Usage) if item.name in found}
+        **{item.name: values.pop(item.name) for item in fields(Usage) if item.name in values}
     )
-    return UsageRecord(**{**found, "streamed": bool(found["streamed"]), "usage": usage})
+    return UsageRecord(**{**values, "streamed": bool(values["streamed"]), "usage": usage})
 
 
 # How SQLite reports an unexpected schema.
@@ -15441,10 +15445,10 @@ class UsageStore:
 
     def find_identity(self) -> tuple[int, int] | None:
         try:
-            found = os.stat(self.path, follow_symlinks=False)
+            status = os.stat(self.path, follow_symlinks=False)
         except OSError:
             return None
-        return found.st_dev, found.st_ino
+        return status.st_dev, status.st_ino
 
     def close(self) -> None:
         if self.connection is not None:
@@ -15456,22 +15460,22 @@ class UsageStore:
     def recover(self, error: sqlite3.Error | OSError | NewerDatabase) -> bool:
         """Whether to retry at once after `error`; logs what is wrong, once."""
         code = getattr(error, "sqlite_errorcode", None)
-        primary = None if code is None else code & 0xFF
-        if primary in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        primary_code = None if code is None else code & 0xFF
+        if primary_code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             now = time.monotonic()
             self.locked_since = now if self.locked_since is None else self.locked_since
             if now - self.locked_since < self.locked_s:
-                return self.complain(error)
+                return self.log_problem(error)
             return self.quarantine("locked", error)
-        foreign = primary == sqlite3.SQLITE_ERROR and OTHER_TABLES.search(str(error))
-        if primary in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or foreign:
+        is_foreign = primary_code == sqlite3.SQLITE_ERROR and OTHER_TABLES.search(str(error))
+        if primary_code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or is_foreign:
             return self.quarantine("damaged", error)
-        if primary == sqlite3.SQLITE_FULL and self.halve():
+        if primary_code == sqlite3.SQLITE_FULL and self.delete_half():
             return True
         self.close()
-        return self.complain(error)
+        return self.log_problem(error)
 
-    def complain(self, error: Exception) -> bool:
+    def log_problem(self, error: Exception) -> bool:
         """Logs a problem, once; returns False, as nothing has been done about it."""
         reason = getattr(error, "strerror", None) or str(error)
         if reason != self.trouble:
@@ -15479,7 +15483,7 @@ class UsageStore:
             log_event("warning", "usage_not_written", path=self.path, reason=reason)
         return False
 
-    def quarantine(self, word: str, error: Exception) -> bool:
+    def quarantine(self, reason: str, error: Exception) -> bool:
         """Renames an unusable database so that a new one is created; whether it is gone."""
         log_event("error", "usage_database_unusable", path=self.path, reason=error)
         self.locked_since = None
@@ -15487,12 +15491,12 @@ class UsageStore:
         try:
             for suffix in ("", "-wal", "-shm"):
                 if os.path.lexists(self.path + suffix):
-                    quarantine(self.path + suffix, word)
-        except OSError as stuck:
-            return self.complain(stuck)
+                    quarantine(self.path + suffix, reason)
+        except OSError as rename_error:
+            return self.log_problem(rename_error)
         return True
 
-    def halve(self) -> bool:
+    def delete_half(self) -> bool:
         """Deletes or folds half of the rows, to reuse their space; False if the disk is full."""
         if self.connection is None:
             return False
@@ -15531,30 +15535,32 @@ class UsageStore:
 
     # -- writing
 
-    def take(self, answers: list[UsageRecord]) -> None:
+    def take(self, records: list[UsageRecord]) -> None:
         """Queues records; drops those that no database can hold."""
-        given, answers = answers, list(filter(is_storable, answers))
-        if len(answers) < len(given):
-            log_event("error", "usage_rows_dropped", rows=len(given) - len(answers))
-        for answer in answers:
-            slot = int(answer.at) // SLOT_SECONDS
-            key = (slot, *(getattr(answer, name) for name in SUM_KEYS))
+        received, records = records, list(filter(is_storable, records))
+        if len(records) < len(received):
+            log_event("error", "usage_rows_dropped", rows=len(received) - len(records))
+        for record in records:
+            slot = int(record.at) // SLOT_SECONDS
+            key = (slot, *(getattr(record, name) for name in SUM_KEYS))
             if key not in self.sums and len(self.sums) >= MAX_WAITING_SUMS:
-                key = (slot, answer.provider, answer.account, OTHER, OTHER)
-            self.sums.setdefault(key, Totals()).add(usage_figures(answer))
-            if not answer.costs:
+                key = (slot, record.provider, record.account, OTHER, OTHER)
+            self.sums.setdefault(key, Totals()).add(usage_figures(record))
+            if not record.costs:
                 continue
-            spent = self.spent.setdefault((local_day(slot), answer.provider, answer.label), [0, 0])
-            spent[0] += answer.usage.prompt + answer.usage.output
-            spent[1] += answer.usage.nano_credits
-        self.answers += answers
+            amounts = self.spent.setdefault(
+                (local_day(slot), record.provider, record.label), [0, 0]
+            )
+            amounts[0] += record.usage.prompt + record.usage.output
+            amounts[1] += record.usage.nano_credits
+        self.answers += records
         if len(self.answers) > MAX_WAITING_ANSWERS:
             self.lost += len(self.answers) - MAX_WAITING_ANSWERS
             del self.answers[:-MAX_WAITING_ANSWERS]
 
-    def write(self, answers: list[UsageRecord], month: str = "") -> list[tuple[Any, ...]] | None:
+    def write(self, records: list[UsageRecord], month: str = "") -> list[tuple[Any, ...]] | None:
         """Returns what was spent from the day `month` on; None on failure, or if that is ""."""
-        self.take(answers)
+        self.take(records)
         spent: list[tuple[Any, ...]] = []
 
         def work(connection: sqlite3.Connection) -> None:
@@ -15590,24 +15596,24 @@ class UsageStore:
         connection.execute("DELETE FROM spent WHERE day < ?", (day,))
 
     @staticmethod
-    def aggregate(connection: sqlite3.Connection, most: int) -> bool:
-        """Merges rows into "other" if there are more than `most`; whether there were any to merge.
+    def aggregate(connection: sqlite3.Connection, max_rows: int) -> bool:
+        """Merges rows into "other" if they exceed `max_rows`; whether there were any to merge.
 
         Only days with more than their share lose rows, the smallest ones: a client that makes up
         names today costs no other day anything.
         """
-        told_apart = f"model != '{OTHER}' OR label != '{OTHER}'"
-        sql = f"SELECT slot / {DAY_SLOTS}, count(*) FROM sums WHERE {told_apart} GROUP BY 1"
+        named_filter = f"model != '{OTHER}' OR label != '{OTHER}'"
+        sql = f"SELECT slot / {DAY_SLOTS}, count(*) FROM sums WHERE {named_filter} GROUP BY 1"
         days = connection.execute(sql).fetchall()
-        if sum(rows for _, rows in days) <= most:
+        if sum(rows for _, rows in days) <= max_rows:
             return False
-        share = most // len(days)
-        for day in (day for day, rows in days if rows > share):
+        day_limit = max_rows // len(days)
+        for day in (day for day, rows in days if rows > day_limit):
             span = (day * DAY_SLOTS, (day + 1) * DAY_SLOTS)
             connection.execute(
                 f"CREATE TEMP TABLE small AS SELECT * FROM sums WHERE slot >= ? AND slot < ? "
-                f"AND ({told_apart}) ORDER BY requests DESC LIMIT -1 OFFSET ?",
-                (*span, share // 2),
+                f"AND ({named_filter}) ORDER BY requests DESC LIMIT -1 OFFSET ?",
+                (*span, day_limit // 2),
             )
             keys = ", ".join(("slot", *SUM_KEYS))
             connection.execute(f"DELETE FROM sums WHERE ({keys}) IN (SELECT {keys} FROM small)")
@@ -15636,38 +15642,40 @@ class UsageStore:
     def report(self, query: UsageQuery, now: float) -> Json:
         """The response of `/v1/usage`, without what only a running gateway knows."""
         first_slot = 0 if query.since is None else int(query.since) // SLOT_SECONDS
-        found: Json = {}
+        data: Json = {}
 
         def work(connection: sqlite3.Connection) -> None:
-            found["models"] = self.read_sums(connection, ("provider", "model"), first_slot)
+            data["models"] = self.read_totals(connection, ("provider", "model"), first_slot)
             if query.by:
                 names = USAGE_GROUPS[query.by]
-                found["groups"] = self.read_sums(connection, names, first_slot)
+                data["groups"] = self.read_totals(connection, names, first_slot)
             sql = "SELECT min(slot) FROM sums WHERE slot >= ?"
-            found["slot"] = connection.execute(sql, (first_slot,)).fetchone()[0]
-            found["recent"] = self.read_recent(connection, query)
+            data["slot"] = connection.execute(sql, (first_slot,)).fetchone()[0]
+            data["recent"] = self.read_recent(connection, query)
 
         if not self.do(work):
-            found = {"models": {}, "groups": {}, "slot": None, "recent": []}
-            self.add_waiting(found["models"], ("provider", "model"), first_slot)
+            data = {"models": {}, "groups": {}, "slot": None, "recent": []}
+            self.add_unwritten(data["models"], ("provider", "model"), first_slot)
             if query.by:
-                self.add_waiting(found["groups"], USAGE_GROUPS[query.by], first_slot)
-        slots = [slot for slot, *_ in self.sums] + [found["slot"] or math.inf]
-        begun = min(slots) * SLOT_SECONDS
-        report = usage_report(found["models"])
-        report["since"] = None if begun == math.inf else int(max(begun, first_slot * SLOT_SECONDS))
+                self.add_unwritten(data["groups"], USAGE_GROUPS[query.by], first_slot)
+        slots = [slot for slot, *_ in self.sums] + [data["slot"] or math.inf]
+        first_second = min(slots) * SLOT_SECONDS
+        report = usage_report(data["models"])
+        report["since"] = (
+            None if first_second == math.inf else int(max(first_second, first_slot * SLOT_SECONDS))
+        )
         report["until"] = int(now)
         if query.by:
-            report |= {"by": query.by, "rows": usage_rows(query.by, found["groups"])}
+            report |= {"by": query.by, "rows": usage_rows(query.by, data["groups"])}
         if query.recent:
-            rows = [*reversed(self.answers), *found["recent"]]
-            kept = [row for row in rows if query.since is None or row.at >= query.since]
-            report["recent"] = [answer.as_json() for answer in kept[: query.recent]]
+            rows = [*reversed(self.answers), *data["recent"]]
+            recent = [row for row in rows if query.since is None or row.at >= query.since]
+            report["recent"] = [answer.as_json() for answer in recent[: query.recent]]
         if self.trouble:
             report["trouble"] = f"{self.path}: {self.trouble}"
         return report
 
-    def read_sums(
+    def read_totals(
         self, connection: sqlite3.Connection, names: tuple[str, ...], first_slot: int
     ) -> Sums:
         columns = ", ".join(GROUP_SQL[name] for name in names)
@@ -15676,10 +15684,10 @@ class UsageStore:
             (first_slot,),
         )
         groups: Sums = {row[: len(names)]: Totals(row[len(names) :]) for row in rows}
-        self.add_waiting(groups, names, first_slot)
+        self.add_unwritten(groups, names, first_slot)
         return groups
 
-    def add_waiting(self, groups: Sums, names: tuple[str, ...], first_slot: int) -> None:
+    def add_unwritten(self, groups: Sums, names: tuple[str, ...], first_slot: int) -> None:
         for key, total in self.sums.items():
             if key[0] >= first_slot:
                 row = dict(zip(("slot", *SUM_KEYS), key, strict=True))
@@ -15724,7 +15732,7 @@ class Ledger:
         self.models = NameTable(MAX_MODELS)
         self.spending = Spending()
         #: set if there are caps: spending is read from the database, now and after each write
-        self.reading: asyncio.Future[None] | None = None
+        self.spending_read: asyncio.Future[None] | None = None
         self.guard = RepeatGuard()
         self.metrics = Metrics()
         self.cache = CacheGuard(os.urandom(16))
@@ -15737,16 +15745,16 @@ class Ledger:
         today = local_day(int(time.time()) // SLOT_SECONDS)
         return label if label in limits.labels else self.labels.known(label, today)
 
-    def record(self, answer: UsageRecord) -> None:
+    def record(self, record: UsageRecord) -> None:
         """Counts a response; it is in the database within USAGE_WRITE_SECONDS and a tick."""
-        normalize_usage_record(answer)
-        name = f"{answer.provider}/{answer.model}"
-        if self.models.known(name, local_day(int(answer.at) // SLOT_SECONDS)) != name:
-            answer.model = OTHER
-        self.pending.append(answer)
-        if answer.costs:
-            self.spending.add(answer)
-        self.metrics.observe(answer)
+        normalize_usage_record(record)
+        name = f"{record.provider}/{record.model}"
+        if self.models.known(name, local_day(int(record.at) // SLOT_SECONDS)) != name:
+            record.model = OTHER
+        self.pending.append(record)
+        if record.costs:
+            self.spending.add(record)
+        self.metrics.observe(record)
         if self.due_at == math.inf:
             self.due_at = asyncio.get_running_loop().time() + USAGE_WRITE_SECONDS
             self.ticker.add(self.tick)
@@ -15755,28 +15763,30 @@ class Ledger:
         return len(self.pending) + len(self.store.answers)
 
     def watch_cache(
-        self, answer: UsageRecord, request_info: RequestInfo, dialect: str, body: Json
+        self, record: UsageRecord, request_info: RequestInfo, dialect: str, body: Json
     ) -> None:
         """`body`: as sent upstream, held until hashed.  Runs after the client has its response."""
-        if answer.usage.prompt < MIN_CACHED_TOKENS:
+        if record.usage.prompt < MIN_CACHED_TOKENS:
             return
         loop = asyncio.get_running_loop()
-        read = functools.partial(read_prompt, dialect, body, self.cache.salt)
-        take = functools.partial(self.take_prompt, answer, request_info.session)
+        hash_prompt = functools.partial(read_prompt, dialect, body, self.cache.salt)
+        record_prompt = functools.partial(self.record_prompt, record, request_info.session)
         if request_info.size > CACHE_INLINE_BYTES:
-            reading = loop.run_in_executor(None, read)
-            reading.add_done_callback(lambda done: done.cancelled() or take(done.result()))
+            hashing = loop.run_in_executor(None, hash_prompt)
+            hashing.add_done_callback(
+                lambda future: future.cancelled() or record_prompt(future.result())
+            )
         else:
-            loop.call_soon(lambda: take(read()))
+            loop.call_soon(lambda: record_prompt(hash_prompt()))
 
-    def take_prompt(self, answer: UsageRecord, session: str, prompt: Prompt) -> None:
-        finding = self.cache.record(answer, session, prompt)
+    def record_prompt(self, record: UsageRecord, session: str, prompt: Prompt) -> None:
+        finding = self.cache.record(record, session, prompt)
         if finding.is_news:
             log_event(
                 "warning" if finding.found.name else "info",
                 "cache_miss",
-                provider=answer.provider,
-                model=answer.model,
+                provider=record.provider,
+                model=record.model,
                 conversation=finding.conversation,
                 why=finding.decision,
                 block=finding.found.name or "none",
@@ -15792,16 +15802,16 @@ class Ledger:
     def begin_write(self) -> asyncio.Future[Any]:
         batch, self.pending = self.pending, []
         self.spending.begin_write()
-        month = time.strftime("%Y-%m-01") if self.reading else ""
+        month = time.strftime("%Y-%m-01") if self.spending_read else ""
         loop = asyncio.get_running_loop()
         self.writing = loop.run_in_executor(self.thread, self.store.write, batch, month)
         self.writing.add_done_callback(self.end_write)
         return self.writing
 
-    def end_write(self, done: asyncio.Future[Any]) -> None:
+    def end_write(self, future: asyncio.Future[Any]) -> None:
         self.writing = None
-        if done.result() is not None:
-            self.spending.replace(done.result())
+        if future.result() is not None:
+            self.spending.replace(future.result())
         self.due_at = math.inf
         if self.pending or self.store.sums:
             self.due_at = asyncio.get_running_loop().time() + USAGE_WRITE_SECONDS
@@ -15828,10 +15838,10 @@ class Ledger:
             self.spending.check(limits, provider, label, time.time())
 
     async def read_spending(self) -> None:
-        if self.reading is None:
-            self.reading = asyncio.ensure_future(self.flush(reads=True))
-        if not self.reading.done():
-            await asyncio.wait((self.reading,))
+        if self.spending_read is None:
+            self.spending_read = asyncio.ensure_future(self.flush(reads=True))
+        if not self.spending_read.done():
+            await asyncio.wait((self.spending_read,))
 
     async def report(self, query: UsageQuery, limits: LimitsConfig) -> Json:
         if limits.providers or limits.labels:
@@ -15949,9 +15959,9 @@ class Provider(Protocol):
 async def run_step(step: Callable[..., Result], *arguments: Any) -> Result:
     """The result of a step that computes; after a long one, others have their turn first."""
     loop = asyncio.get_running_loop()
-    begun_at = loop.time()
+    started_at = loop.time()
     result = step(*arguments)
-    if loop.time() - begun_at > LONG_STEP_SECONDS:
+    if loop.time() - started_at > LONG_STEP_SECONDS:
         await asyncio.sleep(GIVE_WAY_SECONDS)
     return result
 
@@ -16003,28 +16013,28 @@ class Catalogue:
             try:
                 self.merge(await self.fetch())
             except Exception as error:  # noqa: BLE001 - the others' models are listed all the same
-                known = isinstance(error, ApiError)
-                reason = error if known else internal_error("a model list could not be read")
+                is_api_error = isinstance(error, ApiError)
+                reason = error if is_api_error else internal_error("a model list could not be read")
                 if not self.models:
                     raise reason from None
                 log_event("warning", "models_not_refreshed", provider=self.provider, reason=reason)
                 self.fetched_at = now
         return self.models
 
-    def merge(self, found: dict[str, Model]) -> None:
+    def merge(self, fetched: dict[str, Model]) -> None:
         """Keeps models missing from the new list for a while: even entitled ones may be missing."""
         now = asyncio.get_running_loop().time()
-        for model_id in found:
+        for model_id in fetched:
             self.listed_at[model_id] = now
-        kept = {
+        retained = {
             model_id: model
             for model_id, model in self.models.items()
             if now - self.listed_at.get(model_id, float("-inf")) < MODELS_KEPT_SECONDS
         }
-        self.models = {**kept, **found}
+        self.models = {**retained, **fetched}
         self.fetched_at = now
 
-    def stand_in(self, models: dict[str, Model]) -> None:
+    def use_fallback(self, models: dict[str, Model]) -> None:
         """Uses a built-in list for MODELS_RETRY_SECONDS when the service's cannot be had."""
         self.models = models
         now = asyncio.get_running_loop().time()
@@ -16047,7 +16057,7 @@ class Cooldown:
     def is_over(self, now: float) -> bool:
         return now >= max(self.until + COOL_DOWN_SECONDS, self.recovers_at) and not self.probing
 
-    def told(self, now: float) -> ApiError:
+    def as_error(self, now: float) -> ApiError:
         wait_s = None
         if self.error.retry_after is not None:
             wait_s = max(max(self.recovers_at, self.until) - now, PAUSE_SECONDS[0])
@@ -16074,66 +16084,66 @@ class Cooldowns:
         `resets_in`: seconds to the expected recovery, if known.
         """
         now = asyncio.get_running_loop().time()
-        before = self.resting.get(model_id)
-        if before is not None and before.is_over(now):
-            before = None
+        previous = self.resting.get(model_id)
+        if previous is not None and previous.is_over(now):
+            previous = None
         if not wait_s:
-            has_ended = before is not None and before.until <= now
-            last_s = before.length_s if before is not None else COOLDOWN_SECONDS
-            wait_s = 2 * last_s if has_ended else last_s
-        rest_s = min(max(wait_s, 1.0), COOL_DOWN_SECONDS)
-        until = max(now + rest_s, before.until if before is not None else 0.0)
+            has_ended = previous is not None and previous.until <= now
+            previous_s = previous.length_s if previous is not None else COOLDOWN_SECONDS
+            wait_s = 2 * previous_s if has_ended else previous_s
+        length_s = min(max(wait_s, 1.0), COOL_DOWN_SECONDS)
+        ends_at = max(now + length_s, previous.until if previous is not None else 0.0)
         resets_in = error.retry_after if resets_in is None else resets_in
         recovers_at = now + resets_in if resets_in else 0.0
         self.resting.pop(model_id, None)
         if len(self.resting) >= MAX_COOLDOWNS:
             del self.resting[next(filter(None, self.resting))]  # the oldest one of a model
-        self.resting[model_id] = Cooldown(error, until, recovers_at, rest_s)
+        self.resting[model_id] = Cooldown(error, ends_at, recovers_at, length_s)
         log_event(
             "info",
             "resting",
             provider=self.provider,
             model=model_id or "*",
             kind=error.kind,
-            seconds=math.ceil(rest_s),
+            seconds=math.ceil(length_s),
         )
-        return rest_s
+        return length_s
 
     def refused(self, model_id: str, decision: RetryDecision) -> None:
         """After a final refusal: starts a cool-down if only time helps."""
-        error, said = decision.error, decision.wait_s
-        if decision.action not in ("pause", "rest") and (said or 0.0) <= MAX_WAIT_SECONDS:
+        error, requested_s = decision.error, decision.wait_s
+        if decision.action not in ("pause", "rest") and (requested_s or 0.0) <= MAX_WAIT_SECONDS:
             return
-        if isinstance(error, Overloaded) and not said:
+        if isinstance(error, Overloaded) and not requested_s:
             return  # it may have room for the very next request
-        resets_in = decision.resets_in or said
-        wait_s = said or (COOL_DOWN_SECONDS if decision.action == "rest" else None)
-        rest_s = self.rest("" if decision.account_wide else model_id, error, wait_s, resets_in)
+        resets_in = decision.resets_in or requested_s
+        wait_s = requested_s or (COOL_DOWN_SECONDS if decision.action == "rest" else None)
+        length_s = self.rest("" if decision.account_wide else model_id, error, wait_s, resets_in)
         if not error.retry_after and isinstance(error, RateLimited):
-            error.retry_after = rest_s
+            error.retry_after = length_s
 
     def check(self, model_id: str) -> None:
         now = asyncio.get_running_loop().time()
         for key in (model_id, ""):
-            rest = self.resting.get(key)
-            if rest is not None and rest.is_over(now):
+            cooldown = self.resting.get(key)
+            if cooldown is not None and cooldown.is_over(now):
                 del self.resting[key]
-            elif rest is not None and (now < rest.until or rest.probing):
-                raise rest.told(now)
+            elif cooldown is not None and (now < cooldown.until or cooldown.probing):
+                raise cooldown.as_error(now)
 
     @contextlib.contextmanager
     def passing(self, model_id: str) -> Iterator[None]:
         """Around one request: raises during a cool-down; success ends one."""
         self.check(model_id)
         probed = [self.resting[key] for key in (model_id, "") if key in self.resting]
-        for rest in probed:
-            rest.probing = True
+        for cooldown in probed:
+            cooldown.probing = True
         try:
             yield
         finally:
-            for rest in probed:
-                rest.probing = False
-        for key in [key for key, rest in self.resting.items() if rest in probed]:
+            for cooldown in probed:
+                cooldown.probing = False
+        for key in [key for key, cooldown in self.resting.items() if cooldown in probed]:
             del self.resting[key]
             log_event("info", "rest_ended", provider=self.provider, model=key or "*")
 
@@ -16150,14 +16160,16 @@ class Cooldowns:
         return [
             {
                 "model": key or "*",
-                "seconds": max(0, math.ceil(rest.until - now)),
-                "kind": rest.error.kind,
-                "reason": rest.error.text(),
-                "passes_at": int(wall + rest.recovers_at - now) if rest.recovers_at else None,
-                "probing": rest.probing,
+                "seconds": max(0, math.ceil(cooldown.until - now)),
+                "kind": cooldown.error.kind,
+                "reason": cooldown.error.text(),
+                "passes_at": int(wall + cooldown.recovers_at - now)
+                if cooldown.recovers_at
+                else None,
+                "probing": cooldown.probing,
             }
-            for key, rest in self.resting.items()
-            if now < rest.until or rest.probing
+            for key, cooldown in self.resting.items()
+            if now < cooldown.until or cooldown.probing
         ]
 
 
@@ -16174,8 +16186,8 @@ class Backoff:
         is_refused = isinstance(error, NotSignedIn)
         doubled_s = max(1.0, 2 * self.wait_s) if secret == self.secret else 1.0
         self.wait_s = min(doubled_s, SIGN_IN_RETRY_MAX_SECONDS)
-        named_s = min(error.retry_after or 0.0, SIGN_IN_RETRY_AFTER_SECONDS)
-        wait_s = max(SIGN_IN_RETRY_MAX_SECONDS if is_refused else self.wait_s, named_s)
+        requested_s = min(error.retry_after or 0.0, SIGN_IN_RETRY_AFTER_SECONDS)
+        wait_s = max(SIGN_IN_RETRY_MAX_SECONDS if is_refused else self.wait_s, requested_s)
         if is_refused and not isinstance(error, NotEntitled):
             wait_s = math.inf
         self.retry_at = asyncio.get_running_loop().time() + wait_s
@@ -16201,7 +16213,7 @@ def account_status(provider: CopilotProvider | KiroProvider) -> Json:
     else:
         if account.backoff.error is not None:
             health, reason = "failing", account.backoff.error.text()
-    expires_at = account.kept.expires_at if account.kept is not None else math.inf
+    expires_at = account.cached.expires_at if account.cached is not None else math.inf
     return {
         "health": health,
         "reason": reason,
@@ -16211,9 +16223,9 @@ def account_status(provider: CopilotProvider | KiroProvider) -> Json:
     }
 
 
-def reset_hint(at: float) -> str:
-    """The hint for spent credits; `at` in Unix seconds."""
-    return f"They come back on {plain_day(at)}."
+def reset_hint(resets_at: float) -> str:
+    """The hint for spent credits; `resets_at` in Unix seconds."""
+    return f"They come back on {plain_day(resets_at)}."
 
 
 class Attempt:
@@ -16227,15 +16239,15 @@ class Attempt:
     async def send(self) -> UpstreamResponse:
         raise NotImplementedError
 
-    async def classify(self, answer: UpstreamResponse) -> RetryDecision | None:
+    async def classify(self, response: UpstreamResponse) -> RetryDecision | None:
         """What a refusal means; None if the response can be passed on."""
         raise NotImplementedError
 
     async def repair(self, decision: RetryDecision) -> None:
-        """Applies the verdict's remedy, or raises its error."""
+        """Applies the decision's action, or raises its error."""
         raise NotImplementedError
 
-    def unanswered(self, error: UpstreamError) -> RetryDecision:
+    def classify_failure(self, error: UpstreamError) -> RetryDecision:
         """No response came; only a request that was never sent is safe to send again."""
         return RetryDecision(error, "wait" if isinstance(error, Unreachable) else "")
 
@@ -16244,15 +16256,15 @@ class Attempt:
             self.count += 1
             self.call.attempts = self.count
             try:
-                answer = await self.send()
+                response = await self.send()
             except UpstreamError as error:
-                decision: RetryDecision | None = self.unanswered(error)
+                decision: RetryDecision | None = self.classify_failure(error)
             else:
-                decision = await self.classify(answer)
+                decision = await self.classify(response)
                 if decision is None:
-                    return answer
+                    return response
             assert decision is not None
-            decision.error = self.with_window(decision.error)
+            decision.error = self.with_token_counts(decision.error)
             self.call.refusals.append(decision.error.kind)
             log_event(
                 "info",
@@ -16269,7 +16281,7 @@ class Attempt:
                 self.cooldowns.refused(self.call.model.id, decision)
                 raise
 
-    def with_window(self, error: ApiError) -> ApiError:
+    def with_token_counts(self, error: ApiError) -> ApiError:
         """Adds to a full context the numbers that clients look for: tokens, and their limit."""
         window = self.call.model.max_prompt
         if not isinstance(error, ContextTooLong) or error.is_counted or not window:
@@ -16277,15 +16289,15 @@ class Attempt:
         return ContextTooLong(max(int(estimate_value(self.call.body)), window + 1), window)
 
     @staticmethod
-    async def read_refusal(answer: UpstreamResponse) -> bytes:
+    async def read_error_body(response: UpstreamResponse) -> bytes:
         """The body of an error response; b"" if it breaks off: the status must do then."""
         try:
             async with asyncio.timeout(ERROR_BODY_SECONDS):
-                return await answer.read(MAX_ERROR_BODY_BYTES)
+                return await response.read(MAX_ERROR_BODY_BYTES)
         except (ApiError, TimeoutError):
             return b""
         finally:
-            answer.close(ended=False)
+            response.close(ended=False)
 
     async def pause(self, decision: RetryDecision, step: int) -> None:
         wait_s = decision.wait_s
@@ -16356,14 +16368,16 @@ class QuotaWatch:
 
     def harvest(self, headers: Headers) -> None:
         """Reads the headers of a good response; plans a poll if they say too little."""
-        found = quota_fields(headers)
-        if not found or not self.is_complete:
+        quota_headers = quota_fields(headers)
+        if not quota_headers or not self.is_complete:
             self.used()
-        changed = {name: text for name, text in found.items() if self.fields.get(name) != text}
+        changed = {
+            name: value for name, value in quota_headers.items() if self.fields.get(name) != value
+        }
         if changed:
-            self.fields = found
+            self.fields = quota_headers
             self.keep(take_snapshots(self.known, changed, time.time()))
-        elif found and self.known is not None:
+        elif quota_headers and self.known is not None:
             self.known.as_of = time.time()
 
     def used(self) -> None:
@@ -16378,20 +16392,20 @@ class QuotaWatch:
             now = asyncio.get_running_loop().time()
             self.plan(max(now + self.soon_s, self.looked_at + self.again_s))
 
-    def plan(self, at: float) -> None:
-        """Plans a poll at the monotonic time `at`, unless an earlier one is planned."""
+    def plan(self, poll_at: float) -> None:
+        """Plans a poll at the monotonic time `poll_at`, unless an earlier one is planned."""
         if self.timer is not None:
-            if self.timer.when() <= at:
+            if self.timer.when() <= poll_at:
                 return
             self.timer.cancel()
-        self.timer = asyncio.get_running_loop().call_at(at, self.start)
+        self.timer = asyncio.get_running_loop().call_at(poll_at, self.start)
 
     def start(self) -> None:
         self.timer = None
         if self.looking is None or self.looking.done():
-            self.looking = asyncio.get_running_loop().create_task(self.look())
+            self.looking = asyncio.get_running_loop().create_task(self.poll())
 
-    async def look(self) -> None:
+    async def poll(self) -> None:
         self.looked_at = asyncio.get_running_loop().time()
         try:
             await self.ask()
@@ -16416,45 +16430,47 @@ def sample_value(schema: Any) -> Any:
         required = schema.get("required")
         names = [n for n in required if n in properties] if isinstance(required, list) else []
         return {name: sample_value(properties[name]) for name in names}
-    plain = {"integer": 1, "number": 1, "boolean": True, "array": [], "null": None}
-    return plain.get(kind, "echo") if isinstance(kind, str) else "echo"
+    samples = {"integer": 1, "number": 1, "boolean": True, "array": [], "null": None}
+    return samples.get(kind, "echo") if isinstance(kind, str) else "echo"
 
 
-def last_said(chat: Conversation) -> list[Block]:
+def last_blocks(conversation: Conversation) -> list[Block]:
     """The last turn that is not the system's: Claude Code adds system text after the prompt."""
-    return next((t.blocks for t in reversed(chat.turns) if t.role != "system"), [])
+    return next((t.blocks for t in reversed(conversation.turns) if t.role != "system"), [])
 
 
-def echo_call(chat: Conversation) -> ToolCall | None:
-    words = plain_text(last_said(chat))
-    if not chat.tools or ECHO_CALL_WORDS not in words.lower():
+def echo_call(conversation: Conversation) -> ToolCall | None:
+    text = plain_text(last_blocks(conversation))
+    if not conversation.tools or ECHO_CALL_WORDS not in text.lower():
         return None
-    tool = chat.tools[0]
-    call_id = "call_" + short_hash(words + tool.name, 16)
+    tool = conversation.tools[0]
+    call_id = "call_" + short_hash(text + tool.name, 16)
     return ToolCall(call_id, tool.name, dump_text(sample_value(tool.schema)))
 
 
-def echo_words(chat: Conversation) -> str:
-    blocks = last_said(chat)
+def echo_text(conversation: Conversation) -> str:
+    blocks = last_blocks(conversation)
     results = [block for block in blocks if isinstance(block, ToolResult)]
-    said = [f"The tool said: {plain_text(result.blocks)}" for result in results]
-    seen = [block for turn in chat.turns for block in turn.blocks if isinstance(block, Image)]
-    words = "\n\n".join([*said, *filter(None, [plain_text(blocks)])])
-    return f"{ECHO_LABEL}{words}" + (f" (images seen: {len(seen)})" if seen else "")
+    outputs = [f"The tool said: {plain_text(result.blocks)}" for result in results]
+    images = [
+        block for turn in conversation.turns for block in turn.blocks if isinstance(block, Image)
+    ]
+    text = "\n\n".join([*outputs, *filter(None, [plain_text(blocks)])])
+    return f"{ECHO_LABEL}{text}" + (f" (images seen: {len(images)})" if images else "")
 
 
-def echo_events(chat: Conversation, prompt_tokens: int) -> Iterator[Event]:
+def echo_events(conversation: Conversation, prompt_tokens: int) -> Iterator[Event]:
     yield MessageStart()
-    call = echo_call(chat)
-    text = call.arguments if call else echo_words(chat)
+    call = echo_call(conversation)
+    text = call.arguments if call else echo_text(conversation)
     if call:
         yield BlockStart("tool", call.id, call.name)
         yield BlockDelta("arguments", text)
     else:
-        size = max(8, len(text) // 400)
+        step = max(8, len(text) // 400)
         yield BlockStart("text")
-        for at in range(0, len(text), size):
-            yield BlockDelta("text", text[at : at + size])
+        for start in range(0, len(text), step):
+            yield BlockDelta("text", text[start : start + step])
     yield BlockStop()
     yield UsageUpdate(
         Usage(prompt_tokens, output=max(1, int(estimate_text(text))), source="reported")
@@ -16466,8 +16482,8 @@ class LocalResponse:
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self.pieces = pieces
         self.error: ApiError | None = None
-        self.may_go = asyncio.Event()
-        self.may_go.set()
+        self.resumed = asyncio.Event()
+        self.resumed.set()
         self.stopped = False
 
     async def first(self) -> bytes:
@@ -16475,7 +16491,7 @@ class LocalResponse:
 
     async def relay(self, sink: Callable[[bytes], None]) -> None:
         for piece in self.pieces:
-            await self.may_go.wait()
+            await self.resumed.wait()
             if self.error:
                 raise self.error
             if self.stopped:
@@ -16485,17 +16501,17 @@ class LocalResponse:
 
     def hold(self, paused: bool) -> None:
         if paused:
-            self.may_go.clear()
+            self.resumed.clear()
         else:
-            self.may_go.set()
+            self.resumed.set()
 
     def fail(self, error: ApiError) -> None:
         self.error = error
-        self.may_go.set()
+        self.resumed.set()
 
     def stop(self) -> None:
         self.stopped = True
-        self.may_go.set()
+        self.resumed.set()
 
     def close(self, ended: bool) -> None: ...
 
@@ -16531,10 +16547,10 @@ class EchoProvider:
         return None
 
     async def open(self, call: Call) -> BodyStream:
-        chat = CHAT.read_request(call.body)
-        if not chat.turns:
+        conversation = CHAT.read_request(call.body)
+        if not conversation.turns:
             raise InvalidRequest("messages: there is nothing to echo.", param="messages")
-        events = echo_events(chat, estimate_request(call.body))
+        events = echo_events(conversation, estimate_request(call.body))
         context = ResponseContext(
             CHAT.id_prefix + os.urandom(12).hex(), int(time.time()), "echo", True
         )
@@ -16605,7 +16621,7 @@ class CopilotAccount:
         self.on_change = on_change
         self.lock = asyncio.Lock()
         self.github_token = ""
-        self.kept: CopilotToken | None = None
+        self.cached: CopilotToken | None = None
         #: monotonic: a wall clock set back must not make a token immortal
         self.stale_at = 0.0
         self.forced_at = float("-inf")
@@ -16615,33 +16631,33 @@ class CopilotAccount:
 
     def load(self, *, peeks: bool = False) -> Json:
         """Raises NotSignedIn."""
-        kept = self.file.need(self.name, "Copilot", peeks=peeks)
+        content = self.file.need(self.name, "Copilot", peeks=peeks)
         try:
-            kept["github_token"] = bare_token(get_str(kept, "github_token"))
+            content["github_token"] = bare_token(get_str(content, "github_token"))
         except SignInFailed:
             raise NotSignedIn(f"{self.file.path} holds no github_token.") from None
-        if kept["github_token"] != self.github_token:
+        if content["github_token"] != self.github_token:
             if self.github_token:
                 self.on_change()
-            self.github_token, self.kept = kept["github_token"], None
-        return kept
+            self.github_token, self.cached = content["github_token"], None
+        return content
 
     def current(self) -> CopilotToken | None:
         """The token in use, until it expires or the token file changes."""
         if self.file.changed():
-            self.kept = None
+            self.cached = None
             if not self.file.is_refused():
                 self.backoff.succeeded()
-            self.take_saved()
-        return self.kept if self.is_fresh(self.kept) else None
+            self.use_saved()
+        return self.cached if self.is_fresh(self.cached) else None
 
     def is_fresh(self, token: CopilotToken | None, margin_s: float | None = None) -> bool:
         """Whether `token` is valid for `margin_s` more seconds, by both clocks."""
         if token is None:
             return False
         margin_s = token.margin_s if margin_s is None else margin_s
-        monotonic = asyncio.get_running_loop().time()
-        return token.expires_at - time.time() > margin_s and self.stale_at - monotonic > margin_s
+        now = asyncio.get_running_loop().time()
+        return token.expires_at - time.time() > margin_s and self.stale_at - now > margin_s
 
     async def token(self) -> CopilotToken:
         """A token that will last; concurrent calls share one exchange.  Raises ApiError."""
@@ -16662,27 +16678,27 @@ class CopilotAccount:
             if now - self.forced_at < FORCED_RENEWAL_GAP_SECONDS:
                 return None
             self.forced_at = now
-            self.kept = None
+            self.cached = None
             return await self.exchange()
 
-    def take_saved(self) -> None:
+    def use_saved(self) -> None:
         """Uses the Copilot token of an earlier run or of another process: saves an exchange."""
         saved = self.load()
         token, url = saved.get("copilot_token"), saved.get("api_url")
         if not isinstance(token, str) or not isinstance(url, str):
             return
-        until = read_time(saved.get("expires_at"))
-        left = until - time.time()
+        expires_at = read_time(saved.get("expires_at"))
+        left_s = expires_at - time.time()
         if self.config.api_url and url != self.config.api_url.rstrip("/"):
             return
         if not self.config.api_url and not allowed_api_host(url, self.config):
             return
-        if 0 < left <= MAX_TOKEN_SECONDS and not (self.kept and self.kept.token == token):
-            life = positive_int(saved.get("refresh_in")) or COPILOT_DEFAULT_LIFE_SECONDS
-            self.use(CopilotToken(token, url, until, life))
+        if 0 < left_s <= MAX_TOKEN_SECONDS and not (self.cached and self.cached.token == token):
+            lifetime_s = positive_int(saved.get("refresh_in")) or COPILOT_DEFAULT_LIFE_SECONDS
+            self.use(CopilotToken(token, url, expires_at, lifetime_s))
 
     def use(self, token: CopilotToken) -> None:
-        self.kept = token
+        self.cached = token
         loop = asyncio.get_running_loop()
         self.stale_at = loop.time() + token.expires_at - time.time()
         self.backoff.succeeded()
@@ -16693,23 +16709,23 @@ class CopilotAccount:
         """Asks GitHub for a token; if that fails, an old one that is still valid is kept."""
         saved = self.load()
         github_token = saved["github_token"]
-        resting = self.backoff.reason(github_token)
-        if resting is not None:
-            if self.is_fresh(self.kept, 0) and self.kept:
-                return self.kept
-            raise resting
+        backoff_error = self.backoff.reason(github_token)
+        if backoff_error is not None:
+            if self.is_fresh(self.cached, 0) and self.cached:
+                return self.cached
+            raise backoff_error
         try:
             token = await obtain_copilot_token(self.client, self.config, github_token)
         except ApiError as error:
             self.backoff.failed(error, github_token)
             if isinstance(error, NotSignedIn):
-                self.kept = None
+                self.cached = None
                 if saved.get("refused") != error.message:
                     self.file.save({"refused": error.message, "copilot_token": None})
                 raise
-            if self.is_fresh(self.kept, 0) and self.kept:
+            if self.is_fresh(self.cached, 0) and self.cached:
                 log_event("warning", "token_refresh_failed", provider=self.name, reason=error)
-                return self.kept
+                return self.cached
             raise
         self.use(token)
         self.file.save(saved_token(token))
@@ -16718,7 +16734,7 @@ class CopilotAccount:
 
     async def refresh_in_background(self) -> None:
         """Renews the token shortly before it is due, while it is in use."""
-        while self.kept is not None:
+        while self.cached is not None:
             loop = asyncio.get_running_loop()
             due_s = self.stale_at - loop.time() - 2 * COPILOT_REFRESH_EARLY_SECONDS
             await asyncio.sleep(max(due_s, COPILOT_REFRESH_EARLY_SECONDS))
@@ -16828,8 +16844,8 @@ class CopilotProvider:
     def headers(self, token: CopilotToken, intent: str) -> dict[str, str]:
         if token.token != self.identity_token:
             machine, device = self.machine
-            shown = copilot_authorization(token.token, split_url(token.api_url)[1])
-            self.identity = copilot_identity(shown, self.session_id, machine, device)
+            authorization = copilot_authorization(token.token, split_url(token.api_url)[1])
+            self.identity = copilot_identity(authorization, self.session_id, machine, device)
             self.identity_token = token.token
         request_id = format_uuid(os.urandom(16).hex())
         return {
@@ -16872,18 +16888,20 @@ class CopilotProvider:
 
     async def embed_all(self, body: Json, model: Model) -> tuple[Json, Usage]:
         texts, is_packed = read_embeddings(body)
-        more = {key: body[key] for key in ("dimensions",) if body.get(key) is not None}
+        options = {key: body[key] for key in ("dimensions",) if body.get(key) is not None}
         rows: list[Json] = []
         usage = Usage(source="reported")
-        for at in range(0, len(texts), MAX_EMBEDDED):
-            asked = {"model": model.id, "input": texts[at : at + MAX_EMBEDDED], **more}
-            answer = await self.ask("/embeddings", asked, model)
-            found = answer.get("data")
-            batch = [row for row in found if isinstance(row, dict)] if type(found) is list else []
-            if len(batch) != len(asked["input"]):
+        for start in range(0, len(texts), MAX_EMBEDDED):
+            request = {"model": model.id, "input": texts[start : start + MAX_EMBEDDED], **options}
+            response = await self.ask("/embeddings", request, model)
+            entries = response.get("data")
+            batch = (
+                [row for row in entries if isinstance(row, dict)] if type(entries) is list else []
+            )
+            if len(batch) != len(request["input"]):
                 raise UpstreamError("Copilot's embeddings are not as many as the texts.")
             rows += sorted(batch, key=lambda row: get_int(row, "index", 0))
-            usage.input += get_int(get_dict(answer, "usage"), "prompt_tokens", 0)
+            usage.input += get_int(get_dict(response, "usage"), "prompt_tokens", 0)
         return write_embeddings(rows, usage, is_packed), usage
 
     async def ask(self, path: str, body: Json, model: Model) -> Json:
@@ -16892,20 +16910,24 @@ class CopilotProvider:
         for step in range(MAX_ATTEMPTS):
             headers = self.headers(token, "conversation-other")
             headers.update({"Content-Type": "application/json", "Accept": "application/json"})
-            status, fields_, data = await self.client.fetch(
+            status, response_headers, data = await self.client.fetch(
                 "POST", token.api_url + path, headers, EMBEDDINGS_SECONDS, dump_json(body)
             )
-            answer = load_object(data, MAX_EMBEDDING_MARKS)
-            if status == 200 and answer is not None:
-                return answer
+            payload = load_object(data, MAX_EMBEDDING_MARKS)
+            if status == 200 and payload is not None:
+                return payload
             if status == 200:
                 raise UpstreamError("Copilot's embeddings are not JSON.")
-            decision = classify_copilot_error(status, fields_, data, model, body, {}, time.time())
+            decision = classify_copilot_error(
+                status, response_headers, data, model, body, {}, time.time()
+            )
             self.quota_watch.heed(decision.error)
             renewed = await self.account.renew(token) if decision.action == "refresh" else None
             wait_s = BACKOFF_SECONDS[0] if decision.wait_s is None else decision.wait_s
-            passing = decision.action in ("wait", "again", "pause") and wait_s <= MAX_WAIT_SECONDS
-            if step + 1 == MAX_ATTEMPTS or not (renewed or passing):
+            is_transient = (
+                decision.action in ("wait", "again", "pause") and wait_s <= MAX_WAIT_SECONDS
+            )
+            if step + 1 == MAX_ATTEMPTS or not (renewed or is_transient):
                 break
             token = renewed or token
             await asyncio.sleep(0 if renewed else wait_s)
@@ -16917,7 +16939,7 @@ class CopilotProvider:
 
     def secrets(self) -> tuple[str, ...]:
         account = self.account
-        return (account.github_token, account.kept.token if account.kept else "")
+        return (account.github_token, account.cached.token if account.cached else "")
 
     def status(self) -> Json:
         return account_status(self)
@@ -16955,14 +16977,14 @@ class CopilotProvider:
     async def ask_reset(self, decision: RetryDecision) -> None:
         watch = self.quota_watch
         if asyncio.get_running_loop().time() - watch.looked_at >= watch.again_s:
-            await watch.look()
-        known = watch.known
-        if known is None or all(row.remaining != 0 for row in known.allowances):
+            await watch.poll()
+        quota = watch.known
+        if quota is None or all(row.remaining != 0 for row in quota.allowances):
             return
-        left_s = known.resets_at - time.time()
+        left_s = quota.resets_at - time.time()
         if left_s > 0:
             decision.resets_in = left_s
-            decision.error.hint = reset_hint(known.resets_at)
+            decision.error.hint = reset_hint(quota.resets_at)
 
 
 class CopilotAttempt(Attempt):
@@ -16970,11 +16992,11 @@ class CopilotAttempt(Attempt):
         super().__init__(provider.name, call, provider.cooldowns)
         self.provider = provider
         self.token = token
-        self.forgetful = False
+        self.without_reasoning = False
         self.interaction = hash_uuid(
             call.request_info.session or call.model.id + call.request_info.opening
         )
-        self.kept_dropped = list(call.dropped)
+        self.initial_dropped = list(call.dropped)
         self.rejections: Rejections = {}
 
     def body(self) -> Json:
@@ -16983,13 +17005,13 @@ class CopilotAttempt(Attempt):
         now = asyncio.get_running_loop().time()
         self.rejections = provider.learned.rejections(model.id, call.dialect, now)
         draft = sanitize_body(call.dialect, call.body, model, self.rejections, model.streaming)
-        if self.forgetful:
+        if self.without_reasoning:
             strip_reasoning(draft.body)
         elif call.dialect == "responses":
             provider.reasoning.attach_items(draft.body)
         elif call.dialect == "chat" and not is_openai(model):
             provider.reasoning.attach(draft.body)
-        call.dropped[:] = list(dict.fromkeys([*self.kept_dropped, *draft.dropped]))
+        call.dropped[:] = list(dict.fromkeys([*self.initial_dropped, *draft.dropped]))
         return draft.body
 
     async def send(self) -> UpstreamResponse:
@@ -17017,17 +17039,19 @@ class CopilotAttempt(Attempt):
             betas = messages_betas(body, call.betas, self.rejections.get("beta", ()), call.model)
             if betas:
                 headers["anthropic-beta"] = betas
-        own = {name.lower() for name in headers}
-        added = {name: value for name, value in call.model.headers.items() if name not in own}
-        return headers | added
+        own_names = {name.lower() for name in headers}
+        model_headers = {
+            name: value for name, value in call.model.headers.items() if name not in own_names
+        }
+        return headers | model_headers
 
-    async def classify(self, answer: UpstreamResponse) -> RetryDecision | None:
-        if answer.status == 200:
-            self.provider.quota_watch.harvest(answer.headers)
+    async def classify(self, response: UpstreamResponse) -> RetryDecision | None:
+        if response.status == 200:
+            self.provider.quota_watch.harvest(response.headers)
             return None
-        data = await self.read_refusal(answer)
+        data = await self.read_error_body(response)
         call = self.call
-        refusal = (answer.status, answer.headers, data)
+        refusal = (response.status, response.headers, data)
         decision = classify_copilot_error(
             *refusal, call.model, call.sent or {}, self.rejections, time.time()
         )
@@ -17037,7 +17061,7 @@ class CopilotAttempt(Attempt):
         return decision
 
     @staticmethod
-    def refused_again(error: ApiError) -> ApiError:
+    def error_after_renewal(error: ApiError) -> ApiError:
         """The error after a token was renewed only a moment ago: signing in would not help."""
         if not isinstance(error, NotSignedIn):
             return error
@@ -17047,32 +17071,34 @@ class CopilotAttempt(Attempt):
     async def repair(self, decision: RetryDecision) -> None:
         action = decision.action
         if action == "refresh" and action in self.tried:
-            raise self.refused_again(decision.error)
+            raise self.error_after_renewal(decision.error)
         if action == "rest" and decision.wait_s is None:
             await self.provider.ask_reset(decision)
-        repeated = action in self.tried and action not in ("wait", "pause", "repair", "relist")
-        if action in ("", "rest") or repeated or self.count >= MAX_ATTEMPTS:
+        already_tried = action in self.tried and action not in ("wait", "pause", "repair", "relist")
+        if action in ("", "rest") or already_tried or self.count >= MAX_ATTEMPTS:
             raise decision.error
         self.tried.add(action)
         if action == "refresh":
             renewed = await self.provider.account.renew(self.token)
             if renewed is None:
-                raise self.refused_again(decision.error)
+                raise self.error_after_renewal(decision.error)
             self.token = renewed
         elif action == "forget":
-            if not strip_reasoning(self.call.body if self.forgetful else self.body()):
+            if not strip_reasoning(self.call.body if self.without_reasoning else self.body()):
                 raise decision.error
-            self.forgetful = True
+            self.without_reasoning = True
         elif action == "relist":
             if self.call.model.guessed:
                 raise decision.error
             await asyncio.sleep(UNSUPPORTED_MODEL_WAITS[self.count - 1])
         elif action == "reroute":
             model = self.call.model
-            others = tuple(d for d in model.dialects if d != self.call.dialect)
-            if not others:  # then nothing would be left to ask it in
+            other_dialects = tuple(
+                dialect for dialect in model.dialects if dialect != self.call.dialect
+            )
+            if not other_dialects:  # then nothing would be left to ask it in
                 raise decision.error
-            model.dialects = others
+            model.dialects = other_dialects
             raise WrongDialect(decision.error.message, param="model")
         elif action in ("wait", "again", "pause"):
             await self.pause(decision, self.count)
@@ -17084,8 +17110,8 @@ class CopilotAttempt(Attempt):
 def system_tag() -> str:
     """This system as the vendor's clients name it: `linux#6.8.0`."""
     if hasattr(os, "uname"):
-        named = os.uname()
-        return f"{named.sysname.lower()}#{named.release.partition('-')[0]}"
+        system = os.uname()
+        return f"{system.sysname.lower()}#{system.release.partition('-')[0]}"
     return "win32#10.0.22631"
 
 
@@ -17110,7 +17136,7 @@ class KiroAccount:
         #: called when another account has signed in
         self.on_change = on_change
         self.lock = asyncio.Lock()
-        self.kept: KiroLogin | None = None
+        self.cached: KiroLogin | None = None
         #: monotonic: a wall clock set back must not make a token immortal
         self.stale_at = 0.0
         self.backoff = Backoff()
@@ -17125,50 +17151,54 @@ class KiroAccount:
     def load_file(self, *, peeks: bool = False) -> Json:
         return self.file.need(self.name, "Kiro", peeks=peeks)
 
-    def read(self, kept: Json) -> KiroLogin:
+    def read(self, content: Json) -> KiroLogin:
         try:
-            login = read_kiro_login(kept)
+            login = read_kiro_login(content)
         except ValueError as error:
             raise NotSignedIn(f"{self.file.path} cannot be used: {error}.") from None
         login.arn = self.config.profile_arn or login.arn
-        named = kiro_machine_id(get_str(kept, "machine_id"))
-        if named and self.machine_id and named != self.machine_id:
+        saved_id = kiro_machine_id(get_str(content, "machine_id"))
+        if saved_id and self.machine_id and saved_id != self.machine_id:
             self.on_change()
-        login.machine_id = self.machine_id = named or self.machine_id or login.machine_id
+        login.machine_id = self.machine_id = saved_id or self.machine_id or login.machine_id
         return login
 
     async def latest(self) -> KiroLogin:
         """The sign-in on disk, or the newer one of the program that it is shared with."""
-        kept = self.load_file()
-        source = get_dict(kept, "source")
+        content = self.load_file()
+        source = get_dict(content, "source")
         if source:
             shared = await asyncio.to_thread(SharedLogin(source).read)
-            if shared is not None and is_newer(shared, kept):
-                if shared["auth_method"] != kept.get("auth_method"):
+            if shared is not None and is_newer(shared, content):
+                if shared["auth_method"] != content.get("auth_method"):
                     self.on_change()
                 changes = {**shared, "machine_id": self.machine_id or None, "refused": None}
                 self.file.save(changes)
-                kept = {**kept, **changes}
-        return self.read(kept)
+                content = {**content, **changes}
+        return self.read(content)
 
     @staticmethod
-    def lasts(login: KiroLogin, margin_s: float) -> bool:
+    def is_valid_for(login: KiroLogin, margin_s: float) -> bool:
         return bool(login.access) and login.expires_at - time.time() > margin_s
 
     def current(self) -> KiroLogin | None:
         """The sign-in in use, until it expires or the token file changes."""
         if self.file.changed():
-            self.kept = None
+            self.cached = None
             if not self.file.is_refused():
                 self.backoff.succeeded()
-        monotonic = asyncio.get_running_loop().time()
+        now = asyncio.get_running_loop().time()
         margin_s = KIRO_REFRESH_MARGIN_SECONDS
-        if self.kept and self.lasts(self.kept, margin_s) and self.stale_at - monotonic > margin_s:
-            return self.kept
+        if (
+            self.cached
+            and self.is_valid_for(self.cached, margin_s)
+            and self.stale_at - now > margin_s
+        ):
+            return self.cached
         return None
 
     def use(self, login: KiroLogin) -> KiroLogin:
-        self.kept = login
+        self.cached = login
         left_s = login.expires_at - time.time()
         if login.kind != "api_key":
             left_s = min(left_s, MAX_TOKEN_SECONDS)
@@ -17199,17 +17229,17 @@ class KiroAccount:
             if current is not None:
                 return current
             saved = self.load()
-            if self.lasts(saved, KIRO_REFRESH_MARGIN_SECONDS) and self.kept is None:
+            if self.is_valid_for(saved, KIRO_REFRESH_MARGIN_SECONDS) and self.cached is None:
                 return self.use(saved)
             async with self.file.lock():
                 saved = await self.latest()
-                is_other = self.kept is None or saved.access != self.kept.access
-                if self.lasts(saved, KIRO_REFRESH_MARGIN_SECONDS) and is_other:
+                is_new = self.cached is None or saved.access != self.cached.access
+                if self.is_valid_for(saved, KIRO_REFRESH_MARGIN_SECONDS) and is_new:
                     return self.use(saved)  # another process was quicker
                 try:
                     return await self.refresh(saved)
                 except ApiError as error:
-                    if not self.lasts(saved, 0):
+                    if not self.is_valid_for(saved, 0):
                         raise
                     log_event("warning", "token_refresh_failed", provider=self.name, reason=error)
                     return saved  # still valid for some minutes
@@ -17224,7 +17254,7 @@ class KiroAccount:
                 return current  # another task was quicker
             async with self.file.lock():
                 saved = await self.latest()
-                if saved.access != refused.access and self.lasts(saved, 0):
+                if saved.access != refused.access and self.is_valid_for(saved, 0):
                     return self.use(saved)  # another program was quicker
                 now = asyncio.get_running_loop().time()
                 if saved.kind == "api_key" or now - self.forced_at < KIRO_FORCED_GAP_SECONDS:
@@ -17234,9 +17264,9 @@ class KiroAccount:
 
     async def refresh(self, saved: KiroLogin) -> KiroLogin:
         """Fetches new tokens and saves them before they are used."""
-        resting = self.backoff.reason(saved.refresh)
-        if resting is not None:
-            raise resting
+        backoff_error = self.backoff.reason(saved.refresh)
+        if backoff_error is not None:
+            raise backoff_error
         try:
             changes = await self.ask(saved)
         except NotSignedIn as error:
@@ -17245,7 +17275,7 @@ class KiroAccount:
                 self.backoff.failed(error, saved.refresh)
                 self.file.save({"refused": error.message})
                 raise
-            if self.lasts(login, KIRO_REFRESH_MARGIN_SECONDS):
+            if self.is_valid_for(login, KIRO_REFRESH_MARGIN_SECONDS):
                 return self.use(login)
             saved, changes = login, await self.ask(login)
         except ApiError as error:
@@ -17258,22 +17288,22 @@ class KiroAccount:
     async def ask(self, login: KiroLogin) -> Json:
         """One refresh; raises NotSignedIn if the refresh token is dead."""
         url, headers, body = kiro_refresh(login, self.config)
-        status, fields_, data = await self.client.fetch(
+        status, response_headers, data = await self.client.fetch(
             "POST", url, headers, KIRO_REFRESH_SECONDS, body
         )
         if status != 200:
-            raise classify_kiro_refresh(status, fields_, data, time.time()).error
-        answer = load_object(data)
-        if answer is None:
+            raise classify_kiro_refresh(status, response_headers, data, time.time()).error
+        payload = load_object(data)
+        if payload is None:
             raise UpstreamError("The answer to Kiro's token refresh is not JSON.")
-        return read_refresh_answer(answer, time.time())
+        return read_refresh_answer(payload, time.time())
 
-    async def reread(self, dead: KiroLogin) -> KiroLogin | None:
+    async def reread(self, refused: KiroLogin) -> KiroLogin | None:
         """The sign-in of another program that has refreshed meanwhile, if any."""
         for wait_s in (0.0, 0.5, 1.0):  # the other program may not have written its file yet
             await asyncio.sleep(wait_s)
             saved = await self.latest()
-            if (saved.refresh, saved.access) != (dead.refresh, dead.access):
+            if (saved.refresh, saved.access) != (refused.refresh, refused.access):
                 return saved
         return None
 
@@ -17282,15 +17312,17 @@ class KiroAccount:
         source = get_dict(self.load_file(), "source")
         if source:
             await asyncio.to_thread(SharedLogin(source).write, changes, login.refresh)
-        renamed = {
+        field_names = {
             "access_token": "access",
             "refresh_token": "refresh",
             "profile_arn": "arn",
             "expires_at": "expires_at",
         }
-        fresh = replace(login, **{renamed[k]: v for k, v in changes.items() if k in renamed})
-        fresh.arn = self.config.profile_arn or fresh.arn
-        return fresh
+        updated = replace(
+            login, **{field_names[k]: v for k, v in changes.items() if k in field_names}
+        )
+        updated.arn = self.config.profile_arn or updated.arn
+        return updated
 
 
 class KiroProvider:
@@ -17313,9 +17345,9 @@ class KiroProvider:
         self.cooldowns = Cooldowns(self.name)
         self.reasoning = ReasoningMemory()
         self.quota_watch.forget()
-        self.profile_sought = False
+        self.profiles_fetched = False
         #: lists an organisation's profiles, of which one must be configured
-        self.profile_unclear: NotEntitled | None = None
+        self.profile_error: NotEntitled | None = None
         #: the endpoint that worked last
         self.winner: KiroEndpoint | None = None
 
@@ -17346,7 +17378,7 @@ class KiroProvider:
             raise
         except ApiError as error:
             log_event("warning", "models_unavailable", provider=self.name, reason=error)
-            self.catalogue.stand_in(known_kiro_models(self.name))
+            self.catalogue.use_fallback(known_kiro_models(self.name))
             return self.catalogue.models
 
     def guess(self, model_id: str) -> Model | None:
@@ -17361,26 +17393,26 @@ class KiroProvider:
         login = await self.account.login()
         if login.arn or login.kind not in ("idc", "external_idp"):
             return login
-        found = {} if self.profile_sought else await self.find_profiles(login)
-        if len(found) > 1:
-            self.profile_unclear = NotEntitled(
+        profiles = {} if self.profiles_fetched else await self.find_profiles(login)
+        if len(profiles) > 1:
+            self.profile_error = NotEntitled(
                 "This Kiro sign-in has several profiles.",
                 hint="Set profile_arn in [providers."
                 + self.name
                 + "] to one of: "
-                + ", ".join(f"{arn} ({name})" for arn, name in found.items())
+                + ", ".join(f"{arn} ({name})" for arn, name in profiles.items())
                 + ".",
             )
-        if self.profile_unclear is not None:
-            raise self.profile_unclear
-        for arn in found:
+        if self.profile_error is not None:
+            raise self.profile_error
+        for arn in profiles:
             return self.account.use(await self.account.save({"profile_arn": arn}, login))
         return login
 
     async def find_profiles(self, login: KiroLogin) -> dict[str, str]:
         """ARN -> name of the organisation's profiles, in both regions that have any."""
-        found: dict[str, str] = {}
-        self.profile_sought = True
+        profiles: dict[str, str] = {}
+        self.profiles_fetched = True
         bases = kiro_controls(login, self.config)
         if not (self.config.management_url or self.config.api_url):
             bases = [KIRO_MANAGEMENT_URL.format(region=region) for region in KIRO_REGIONS]
@@ -17396,14 +17428,14 @@ class KiroProvider:
                 error = body.error
                 log_event("info", "profiles_unavailable", provider=self.name, reason=error)
                 if isinstance(error, (UpstreamError, UpstreamTimeout, Overloaded)):
-                    self.profile_sought = False  # it may be found the next time
+                    self.profiles_fetched = False  # it may be found the next time
                 continue
             rows = body.get("profiles")
             for row in rows[:KIRO_PROFILES] if isinstance(rows, list) else ():
                 arn = row.get("arn") if isinstance(row, dict) else None
                 if isinstance(arn, str) and KIRO_ARN.fullmatch(arn):
-                    found[arn] = name_of_key(row, "profileName") or "unnamed"
-        return found
+                    profiles[arn] = name_of_key(row, "profileName") or "unnamed"
+        return profiles
 
     async def ask_control(
         self, login: KiroLogin, method: str, bases: list[str], path: str, body: bytes = b""
@@ -17415,19 +17447,19 @@ class KiroProvider:
             headers["Content-Type"] = "application/json"
         decision = RetryDecision(UpstreamError("Kiro has no host for this."))
         for base in bases:
-            for spelled in (path, kebab_path(path)):
+            for spelling in (path, kebab_path(path)):
                 headers["amz-sdk-invocation-id"] = format_uuid(os.urandom(16).hex())
                 try:
-                    status, fields_, data = await self.client.fetch(
-                        method, base + spelled, headers, KIRO_CONTROL_SECONDS, body
+                    status, response_headers, data = await self.client.fetch(
+                        method, base + spelling, headers, KIRO_CONTROL_SECONDS, body
                     )
                 except (UpstreamError, UpstreamTimeout) as error:
                     decision = RetryDecision(error, "wait")
                     break
-                answer = load_object(data)
-                if status == 200 and answer is not None:
-                    return answer
-                decision = classify_kiro_error(status, fields_, data, time.time())
+                payload = load_object(data)
+                if status == 200 and payload is not None:
+                    return payload
+                decision = classify_kiro_error(status, response_headers, data, time.time())
                 if status not in (404, 405):
                     break
             if decision.action in ("", "refresh", "rest"):
@@ -17437,17 +17469,19 @@ class KiroProvider:
     async def control(self, path: str, query: dict[str, str]) -> Json:
         """Renews a stale token once; some sign-ins may not name a profile.  Raises ApiError."""
         login = await self.login()
-        own = login.arn or kiro_endpoints(login, self.config)[0].arn
+        own_arn = login.arn or kiro_endpoints(login, self.config)[0].arn
         decision = RetryDecision(UpstreamError("Kiro was not asked."))
-        for arn in dict.fromkeys((own, "")):
-            asked = {**query, "profileArn": arn} if arn else query
-            url = f"{path}?{urllib.parse.urlencode(asked)}"
+        for arn in dict.fromkeys((own_arn, "")):
+            parameters = {**query, "profileArn": arn} if arn else query
+            url = f"{path}?{urllib.parse.urlencode(parameters)}"
             for _ in range(2):
-                found = await self.ask_control(login, "GET", kiro_controls(login, self.config), url)
-                if not isinstance(found, RetryDecision):
-                    return found
-                decision = found
-                renewed = await self.account.renew(login) if found.action == "refresh" else None
+                result = await self.ask_control(
+                    login, "GET", kiro_controls(login, self.config), url
+                )
+                if not isinstance(result, RetryDecision):
+                    return result
+                decision = result
+                renewed = await self.account.renew(login) if result.action == "refresh" else None
                 if renewed is None:
                     break
                 login = renewed
@@ -17468,14 +17502,14 @@ class KiroProvider:
                 raise UpstreamError(f"Kiro refused its model list: {error.message}") from None
             rows = body.get("models")
             entries += rows[: MAX_LISTED_MODELS - len(entries)] if isinstance(rows, list) else []
-            following = body.get("nextToken")
-            if not isinstance(following, str) or not TARGET.fullmatch(following):
+            next_token = body.get("nextToken")
+            if not isinstance(next_token, str) or not TARGET.fullmatch(next_token):
                 break
-            query["nextToken"] = following
-        found = read_kiro_models(entries, self.name)
-        if not found:
+            query["nextToken"] = next_token
+        models = read_kiro_models(entries, self.name)
+        if not models:
             raise UpstreamError("Kiro's model list is empty.")
-        return found
+        return models
 
     async def limits(self, with_user: bool = False) -> KiroLimits:
         query = {"origin": KIRO_ORIGINS["ide"], "resourceType": "AGENTIC_REQUEST"}
@@ -17489,7 +17523,7 @@ class KiroProvider:
         return self.account.file.user
 
     def secrets(self) -> tuple[str, ...]:
-        login = self.account.kept
+        login = self.account.cached
         return (login.access, login.refresh, login.client_secret) if login else ()
 
     def status(self) -> Json:
@@ -17517,19 +17551,21 @@ class KiroProvider:
 
 def kebab_path(path: str) -> str:
     """`/getUsageLimits?a=b` -> `/Get-Usage-Limits?a=b`, as some hosts spell it (pi, 2026-08)."""
-    name, mark, query = path[1:].partition("?")
-    return "/" + re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name[:1].upper() + name[1:]) + mark + query
+    name, separator, query = path[1:].partition("?")
+    return (
+        "/" + re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name[:1].upper() + name[1:]) + separator + query
+    )
 
 
 class KiroAttempt(Attempt):
-    """`ways`: the endpoints left to try, the one that worked last first."""
+    """`endpoints`: the endpoints left to try, the one that worked last first."""
 
     def __init__(self, provider: KiroProvider, call: Call, login: KiroLogin) -> None:
         super().__init__(provider.name, call, provider.cooldowns)
         self.provider = provider
         self.login = login
-        ways = kiro_endpoints(login, provider.config)
-        self.ways = sorted(ways, key=lambda way: way != provider.winner)
+        endpoints = kiro_endpoints(login, provider.config)
+        self.endpoints = sorted(endpoints, key=lambda endpoint: endpoint != provider.winner)
         self.waits = 0
         session = UUID_TEXT.search(call.request_info.session)
         key = call.request_info.session or call.model.id + call.request_info.opening
@@ -17538,78 +17574,80 @@ class KiroAttempt(Attempt):
         attach_kiro_thinking(call.body, provider.reasoning)
 
     async def send(self) -> UpstreamResponse:
-        way, provider = self.ways[0], self.provider
-        body = place_kiro_call(self.call.body, way, self.conversation, self.run_id)
-        fixed = kiro_call_headers(self.login, way, provider.config.kiro_version, provider.system)
+        endpoint, provider = self.endpoints[0], self.provider
+        body = place_kiro_call(self.call.body, endpoint, self.conversation, self.run_id)
+        static_headers = kiro_call_headers(
+            self.login, endpoint, provider.config.kiro_version, provider.system
+        )
 
         def headers() -> dict[str, str]:
             invocation = format_uuid(os.urandom(16).hex())
             return {
-                **fixed,
+                **static_headers,
                 "amz-sdk-invocation-id": invocation,
                 "amz-sdk-request": "attempt=1; max=3",
             }
 
-        url = way.url + KIRO_PATHS[way.shape]
+        url = endpoint.url + KIRO_PATHS[endpoint.shape]
         return await provider.client.open("POST", url, headers, dump_json(body))
 
-    def unanswered(self, error: UpstreamError) -> RetryDecision:
+    def classify_failure(self, error: UpstreamError) -> RetryDecision:
         """Another host may be reachable; what was sent is not sent again."""
         return RetryDecision(error, "reroute" if isinstance(error, Unreachable) else "")
 
-    async def classify(self, answer: UpstreamResponse) -> RetryDecision | None:
+    async def classify(self, response: UpstreamResponse) -> RetryDecision | None:
         """A 200 means nothing yet, so the first event is awaited."""
-        kind = answer.headers.get("content-type", "").lower()
-        if answer.status == 200 and "json" not in kind and "html" not in kind:
+        content_type = response.headers.get("content-type", "").lower()
+        if response.status == 200 and "json" not in content_type and "html" not in content_type:
             try:
-                decision = await self.peek(answer)
+                decision = await self.peek(response)
             except BaseException:
-                answer.close(ended=False)
+                response.close(ended=False)
                 raise
             if decision is None:
-                self.provider.winner = self.ways[0]
+                self.provider.winner = self.endpoints[0]
                 self.provider.quota_watch.used()
                 return None
-            answer.close(ended=False)
+            response.close(ended=False)
         else:
-            data = await self.read_refusal(answer)
-            decision = classify_kiro_error(answer.status, answer.headers, data, time.time())
+            data = await self.read_error_body(response)
+            decision = classify_kiro_error(response.status, response.headers, data, time.time())
         self.provider.quota_watch.heed(decision.error)
         return self.explain(decision)
 
-    async def peek(self, answer: UpstreamResponse) -> RetryDecision | None:
+    async def peek(self, response: UpstreamResponse) -> RetryDecision | None:
         """Reads until the response has content, and puts it all back; otherwise what is wrong.
 
         Nothing has gone to the client yet, so an exception, a broken stream or a response without
         any event can still be retried.
         """
-        framing, seen = KIRO.framing(), []
+        framing, chunks = KIRO.framing(), []
         try:
-            while data := await answer.first():
-                seen.append(data)
-                if sum(map(len, seen)) > KIRO_PEEK_BYTES:
+            while data := await response.first():
+                chunks.append(data)
+                if sum(map(len, chunks)) > KIRO_PEEK_BYTES:
                     break
                 for frame in framing.frames(framing.complete(data)):
                     if "error" in frame or "invalidStateEvent" in frame:
-                        return self.judge_frame(frame)
-                    said = get_dict(frame, "assistantResponseEvent").get("content")
-                    blank = isinstance(said, str) and not said.strip()
-                    if KIRO_WORDS & frame.keys() and not blank:
-                        answer.put_back(b"".join(seen))
+                        return self.classify_frame(frame)
+                    content = get_dict(frame, "assistantResponseEvent").get("content")
+                    is_whitespace = isinstance(content, str) and not content.strip()
+                    if KIRO_WORDS & frame.keys() and not is_whitespace:
+                        response.put_back(b"".join(chunks))
                         return None
             if not data:
                 framing.last_frames()
         except UpstreamError as error:
             return RetryDecision(error, "again")
         if data or "empty" in self.tried:
-            answer.put_back(b"".join(seen))
+            response.put_back(b"".join(chunks))
             return None  # it goes on, or is empty twice: so be it
         return RetryDecision(UpstreamError("Kiro answered nothing."), "empty")
 
     @staticmethod
-    def judge_frame(frame: Json) -> RetryDecision:
-        said = get_dict(frame, "error") or get_dict(frame, "invalidStateEvent")
-        code, reason, message = read_kiro_words(said)
+    def classify_frame(frame: Json) -> RetryDecision:
+        error = get_dict(frame, "error") or get_dict(frame, "invalidStateEvent")
+        code, reason, message = read_kiro_words(error)
         decision = classify_kiro_message(code, reason, message) or classify_kiro_status(
             500, message
         )
@@ -17640,54 +17678,54 @@ class KiroAttempt(Attempt):
             decision.error.hint = f"{tools} tools are offered; fewer may help."
         return decision
 
-    def remedy_for(self, decision: RetryDecision) -> str:
-        """The verdict's remedy; a busy host is waited for if there is no other one."""
-        elsewhere = any(way.url != self.ways[0].url for way in self.ways)
-        passing = isinstance(decision.error, (Overloaded, Unreachable))
+    def action_for(self, decision: RetryDecision) -> str:
+        """The decision's action; a busy host is waited for if there is no other one."""
+        has_other_host = any(endpoint.url != self.endpoints[0].url for endpoint in self.endpoints)
+        is_transient = isinstance(decision.error, (Overloaded, Unreachable))
         return (
             "wait"
-            if decision.action == "reroute" and passing and not elsewhere
+            if decision.action == "reroute" and is_transient and not has_other_host
             else decision.action
         )
 
     async def repair(self, decision: RetryDecision) -> None:
-        action = self.remedy_for(decision)
-        tried = action in self.tried
+        action = self.action_for(decision)
+        already_tried = action in self.tried
         self.tried.add(action)
-        if action == "refresh" and not tried:
+        if action == "refresh" and not already_tried:
             renewed = await self.provider.account.renew(self.login)
             if renewed is not None:
                 if renewed.arn != self.login.arn:  # the refresh has named the profile
-                    self.ways = kiro_endpoints(renewed, self.provider.config)
+                    self.endpoints = kiro_endpoints(renewed, self.provider.config)
                 self.login = renewed
                 return
         if action in ("refresh", "reroute"):
-            self.drop_way(decision)
+            self.drop_endpoint(decision)
         elif action == "forget":
-            if tried or not strip_kiro_thinking(self.call.body):
+            if already_tried or not strip_kiro_thinking(self.call.body):
                 raise decision.error
         elif action in ("again", "empty"):
-            if tried:
+            if already_tried:
                 raise decision.error
             await self.pause(decision, 1)
         elif action in ("wait", "pause"):
             self.waits += 1
             if self.waits >= MAX_ATTEMPTS:
-                await self.judge_lasting(decision)
+                await self.check_spent_credits(decision)
                 raise decision.error
             await self.pause(decision, self.waits)
         else:
             await self.give_up(decision)
 
-    def drop_way(self, decision: RetryDecision) -> None:
+    def drop_endpoint(self, decision: RetryDecision) -> None:
         """A token may still be valid for another host or profile; raises if no endpoint is left."""
-        refused = self.ways[0]
-        ways = self.ways[1:]
+        failed = self.endpoints[0]
+        endpoints = self.endpoints[1:]
         if isinstance(decision.error, (Overloaded, Unreachable)):
-            ways = [way for way in ways if way.url != refused.url]
-        if not ways:
+            endpoints = [endpoint for endpoint in endpoints if endpoint.url != failed.url]
+        if not endpoints:
             raise decision.error
-        self.ways = ways
+        self.endpoints = endpoints
 
     async def limits(self) -> KiroLimits | None:
         try:
@@ -17696,16 +17734,16 @@ class KiroAttempt(Attempt):
             log_event("info", "limits_unavailable", provider=self.provider.name, reason=error)
             return None
 
-    async def judge_lasting(self, decision: RetryDecision) -> None:
+    async def check_spent_credits(self, decision: RetryDecision) -> None:
         """Re-examines a rate limit that lasts: spent credits look the same."""
         limits = await self.limits() if isinstance(decision.error, RateLimited) else None
         if limits is not None and limits.spent:
-            words = f"The Kiro credits are used up: {limits.used:g} of {limits.limit:g}."
-            decision.error, decision.action = QuotaExceeded(words), "rest"
-            self.tell_reset(decision, limits)
+            message = f"The Kiro credits are used up: {limits.used:g} of {limits.limit:g}."
+            decision.error, decision.action = QuotaExceeded(message), "rest"
+            self.add_reset_hint(decision, limits)
 
     @staticmethod
-    def tell_reset(decision: RetryDecision, limits: KiroLimits) -> None:
+    def add_reset_hint(decision: RetryDecision, limits: KiroLimits) -> None:
         left_s = limits.resets_at - time.time()
         if left_s > 0:
             decision.resets_in = left_s
@@ -17719,7 +17757,7 @@ class KiroAttempt(Attempt):
             if isinstance(decision.error, QuotaExceeded):
                 limits = await self.limits()
                 if limits is not None and 0 < limits.limit <= limits.used:
-                    self.tell_reset(decision, limits)
+                    self.add_reset_hint(decision, limits)
         raise decision.error
 
 
@@ -17727,16 +17765,16 @@ class KiroAttempt(Attempt):
 
 
 def make_providers(
-    config: Config, paths: Paths, client: HttpClient, kept: dict[str, Provider]
+    config: Config, paths: Paths, client: HttpClient, reusable: dict[str, Provider]
 ) -> dict[str, Provider]:
-    """The enabled providers by name, in the order of the configuration; `kept` ones are reused."""
+    """The enabled providers by name, in the order of the configuration; `reusable` ones stay."""
     machine: tuple[str, str] | None = None
     providers: dict[str, Provider] = {}
     for name, entry in config.providers.items():
         if not entry.enabled:
             continue
-        if name in kept:
-            providers[name] = kept[name]
+        if name in reusable:
+            providers[name] = reusable[name]
         elif isinstance(entry, CopilotConfig):
             machine = machine or load_machine(paths)
             providers[name] = CopilotProvider(name, entry, paths, client, machine)
