@@ -749,7 +749,7 @@ class RetryDecision:
 
     `action` is "" (nothing helps), wait (back off), pause (as long as the upstream asks, or longer
     than a backoff), again (back off, but only once), refresh (the token), relist (the models),
-    reroute (to another dialect or host), repair (the body, by a new lesson), forget (replayed
+    reroute (to another dialect or host), repair (the body, by what was rejected), forget (replayed
     reasoning), rest (cool down).
     """
 
@@ -9004,8 +9004,10 @@ class RejectionMemory:
         #: (model, dialect) -> (kind, name) -> when it expires, monotonic
         self.scopes: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
 
-    def learn(self, model: str, dialect: str, pairs: Iterable[tuple[str, str]], now: float) -> None:
+    def learn(self, model: str, dialect: str, pairs: list[tuple[str, str]], now: float) -> None:
         """Remembers `(kind, name)` pairs; beyond the limits the oldest are forgotten."""
+        if not pairs:
+            return
         scope = self.scopes.setdefault((model, dialect), {})
         for pair in pairs:
             scope[pair] = now + REJECTION_SECONDS

@@ -188,7 +188,7 @@ class Cost:
 
     reply: Reply
     cpu_s: float
-    #: the longest that a health check took meanwhile
+    #: the most that the gateway computed while one health check waited
     waited_s: float
     #: bytes more than before, at the worst moment
     memory: int

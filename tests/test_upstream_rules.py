@@ -1563,7 +1563,9 @@ def test_lessons_are_few() -> None:
         learned.learn(SONNET, "messages", [("field", f"messages.*.stray{number}")], 0.0)
         learned.learn(f"made-up-{number}", "messages", [("field", "x")], 0.0)
     learned.learn(SONNET, "messages", [("field", "y")], 0.0)
-    assert len(learned.scopes) <= gw.MAX_REJECTION_SCOPES
+    before = dict(learned.scopes)
+    learned.learn("another", "messages", [], 0.0)  # a refusal that teaches nothing
+    assert learned.scopes == before and len(before) <= gw.MAX_REJECTION_SCOPES
     assert all(len(scope) <= gw.MAX_REJECTIONS for scope in learned.scopes.values())
 
 
