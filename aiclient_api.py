@@ -98,6 +98,7 @@ if sys.version_info < (3, 11):
     )
 
 import contextlib
+import copy
 import errno
 import functools
 import importlib.util
@@ -123,6 +124,7 @@ from collections.abc import (
     Mapping,
 )
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from types import UnionType
 from typing import IO, TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TextIO, TypeVar
 
 
@@ -176,42 +178,23 @@ if TYPE_CHECKING:
     import urllib.parse
     import urllib.request
 else:
-    argparse = lazy_module("argparse")
-    asyncio = lazy_module("asyncio")
-    base64 = lazy_module("base64")
-    csv = lazy_module("csv")
-    dt = lazy_module("datetime")
-    difflib = lazy_module("difflib")
-    fcntl = lazy_module("fcntl")
-    getpass = lazy_module("getpass")
-    hashlib = lazy_module("hashlib")
-    hmac = lazy_module("hmac")
-    ipaddress = lazy_module("ipaddress")
-    logging = lazy_module("logging")
-    plistlib = lazy_module("plistlib")
-    resource = lazy_module("resource")
-    select = lazy_module("select")
-    shlex = lazy_module("shlex")
-    shutil = lazy_module("shutil")
-    signal = lazy_module("signal")
-    socket = lazy_module("socket")
-    socketserver = lazy_module("socketserver")
-    sqlite3 = lazy_module("sqlite3")
-    ssl = lazy_module("ssl")
-    subprocess = lazy_module("subprocess")
-    tempfile = lazy_module("tempfile")
-    termios = lazy_module("termios")
-    threading = lazy_module("threading")
-    time = lazy_module("time")
-    tomllib = lazy_module("tomllib")
     import concurrent
     import email
     import urllib
 
+    dt = lazy_module("datetime")
+    logging = lazy_module("logging")
     concurrent.futures = lazy_module("concurrent.futures")
     email.utils = lazy_module("email.utils")
     urllib.parse = lazy_module("urllib.parse")
     urllib.request = lazy_module("urllib.request")
+    for name in (
+        "argparse", "asyncio", "base64", "csv", "difflib", "fcntl", "getpass", "hashlib", "hmac",
+        "ipaddress", "plistlib", "resource", "select", "shlex", "shutil", "signal",
+        "socket", "socketserver", "sqlite3", "ssl", "subprocess", "tempfile", "termios",
+        "threading", "time", "tomllib",
+    ):  # fmt: skip
+        globals()[name] = lazy_module(name)
 
 
 Result = TypeVar("Result")
@@ -559,6 +542,15 @@ class ApiError(Exception):
     kind = "internal"
     retry: bool | None = None
 
+    def __init_subclass__(
+        cls, status: int | None = None, kind: str = "", retry: bool | None = None
+    ) -> None:
+        """A class with a status of its own is a kind of its own, named after it."""
+        cls.status = status or cls.status
+        cls.retry = cls.retry if retry is None else retry
+        if status or kind:
+            cls.kind = kind or re.sub(r"\B([A-Z])", r"_\1", cls.__name__).lower()
+
     def __init__(
         self,
         message: str,
@@ -582,19 +574,14 @@ class ApiError(Exception):
 
     def anew(self, hint: str, retry_after: float | None) -> ApiError:
         """A copy with another hint and retry_after: a cached error is raised many times."""
-        return type(self)(
-            self.message,
-            hint=hint,
-            param=self.param,
-            retry_after=retry_after,
-            headers=self.headers,
-            code=self.code,
-        )
+        error = copy.copy(self)
+        error.args = self.args
+        error.hint, error.retry_after = hint, retry_after
+        return error
 
 
-class InvalidRequest(ApiError):
-    status = 400
-    kind = "invalid_request"
+class InvalidRequest(ApiError, status=400):
+    """A field is missing, of the wrong type or out of range."""
 
 
 class UnsupportedFeature(InvalidRequest):
@@ -605,142 +592,91 @@ class WrongDialect(InvalidRequest):
     """The model does not support the requested dialect, whatever the catalogue says."""
 
 
-class ContextTooLong(InvalidRequest):
+class ContextTooLong(InvalidRequest, kind="context_too_long"):
     """The prompt does not fit; clients compact when they recognise the vendor's wording."""
-
-    kind = "context_too_long"
 
     def __init__(self, used: int | None = None, limit: int | None = None) -> None:
         self.is_counted = used is not None and limit is not None
-        if used is not None and limit is not None:
+        if self.is_counted:
             super().__init__(f"prompt is too long: {used} tokens > {limit} maximum")
         else:
             super().__init__("prompt is too long for the context window of this model")
 
 
-class InvalidKey(ApiError):
+class InvalidKey(ApiError, status=401, retry=False):
     """The gateway's own key; without `retry` False, Claude Code retries a 401 forever."""
 
-    status = 401
-    kind = "invalid_key"
-    retry = False
 
-
-class Forbidden(ApiError):
+class Forbidden(ApiError, status=403):
     """Refused by the gateway's host or origin check, or by the account's plan or policy."""
 
-    status = 403
-    kind = "forbidden"
+
+class ModelNotFound(ApiError, status=404): ...
 
 
-class ModelNotFound(ApiError):
-    status = 404
-    kind = "model_not_found"
+class UnknownUrl(ApiError, status=404): ...
 
 
-class UnknownUrl(ApiError):
-    status = 404
-    kind = "unknown_url"
-
-
-class NotStored(ApiError):
+class NotStored(ApiError, status=404):
     """Stored responses and the like are not supported."""
 
-    status = 404
-    kind = "not_stored"
+
+class MethodNotAllowed(ApiError, status=405): ...
 
 
-class UpgradeRefused(ApiError):
-    status = 426
-    kind = "upgrade_refused"
+class RequestTimeout(ApiError, status=408): ...
 
 
-class MethodNotAllowed(ApiError):
-    status = 405
-    kind = "method_not_allowed"
+class BodyTooLarge(ApiError, status=413): ...
 
 
-class RequestTimeout(ApiError):
-    status = 408
-    kind = "request_timeout"
+class UnsupportedMediaType(ApiError, status=415): ...
 
 
-class BodyTooLarge(ApiError):
-    status = 413
-    kind = "body_too_large"
+class UnsupportedEncoding(ApiError, status=415): ...
 
 
-class UnsupportedMediaType(ApiError):
-    status = 415
-    kind = "unsupported_media_type"
+class UpgradeRefused(ApiError, status=426): ...
 
 
-class UnsupportedEncoding(ApiError):
-    status = 415
-    kind = "unsupported_encoding"
+class RateLimited(ApiError, status=429): ...
 
 
-class RateLimited(ApiError):
-    status = 429
-    kind = "rate_limited"
-
-
-class QuotaExceeded(ApiError):
+class QuotaExceeded(ApiError, status=429, retry=False):
     """The plan's quota is used up: retrying does not help."""
 
-    status = 429
-    kind = "quota_exceeded"
-    retry = False
 
-
-class LimitReached(ApiError):
+class LimitReached(ApiError, status=429, retry=False):
     """A limit of the user's own in `[limits]`; nothing is sent upstream."""
-
-    status = 429
-    kind = "limit_reached"
-    retry = False
 
 
 class RequestRepeated(LimitReached):
     """The same request too often: no fallback to another provider either."""
 
 
-class UpstreamError(ApiError):
-    status = 502
-    kind = "upstream_error"
+class UpstreamError(ApiError, status=502): ...
 
 
 class Unreachable(UpstreamError):
     """The connection failed before anything was sent: retrying is safe."""
 
 
-class NotSignedIn(ApiError):
+class NotSignedIn(ApiError, status=503, retry=False):
     """No usable sign-in.  503, because clients retry a 401 (seen in 2026-10)."""
-
-    status = 503
-    kind = "not_signed_in"
-    retry = False
 
 
 class NotEntitled(NotSignedIn):
     """The sign-in is valid, but the account may not use the service."""
 
 
-class Overloaded(ApiError):
-    status = 503
-    kind = "overloaded"
+class Overloaded(ApiError, status=503): ...
 
 
-class Busy(ApiError):
+class Busy(ApiError, status=503, kind="overloaded"):
     """Not the upstream but this gateway is overloaded."""
 
-    status = 503
-    kind = "overloaded"
 
-
-class UpstreamTimeout(ApiError):
-    status = 504
-    kind = "upstream_timeout"
+class UpstreamTimeout(ApiError, status=504): ...
 
 
 @dataclass(slots=True)
@@ -951,12 +887,17 @@ def wrong_type(path: str, expected: str) -> InvalidRequest:
     return InvalidRequest(f"{path}: must be {expected}.", param=path)
 
 
-def str_field(obj: Json, key: str, path: str = "") -> str | None:
-    """The string at `key`, None if absent or null; like all below raises InvalidRequest."""
+def typed_field(obj: Json, key: str, path: str, kind: type | UnionType, expected: str) -> Any:
+    """The value at `key`, None if absent or null; like all below raises InvalidRequest."""
     value = obj.get(key)
-    if value is None or isinstance(value, str):
+    if value is None or (isinstance(value, kind) and (kind is bool or not isinstance(value, bool))):
         return value
-    raise wrong_type(join_path(path, key), "a string")
+    raise wrong_type(join_path(path, key), expected)
+
+
+def str_field(obj: Json, key: str, path: str = "") -> str | None:
+    value: str | None = typed_field(obj, key, path, str, "a string")
+    return value
 
 
 def word_field(obj: Json, key: str, choices: Iterable[str], path: str = "") -> str | None:
@@ -968,44 +909,28 @@ def word_field(obj: Json, key: str, choices: Iterable[str], path: str = "") -> s
 
 def int_field(obj: Json, key: str, path: str = "") -> int | None:
     """The integer at `key`; 2.0 counts as one."""
-    value = obj.get(key)
-    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
-        return value
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    raise wrong_type(join_path(path, key), "an integer")
+    value = typed_field(obj, key, path, int | float, "an integer")
+    if isinstance(value, float) and not value.is_integer():
+        raise wrong_type(join_path(path, key), "an integer")
+    return None if value is None else int(value)
 
 
 def number_field(obj: Json, key: str, path: str = "") -> float | None:
-    value = obj.get(key)
-    if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
-        return value
-    raise wrong_type(join_path(path, key), "a number")
+    value: float | None = typed_field(obj, key, path, int | float, "a number")
+    return value
 
 
 def bool_field(obj: Json, key: str, path: str = "") -> bool | None:
-    value = obj.get(key)
-    if value is None or isinstance(value, bool):
-        return value
-    raise wrong_type(join_path(path, key), "true or false")
+    value: bool | None = typed_field(obj, key, path, bool, "true or false")
+    return value
 
 
 def list_field(obj: Json, key: str, path: str = "") -> list[Any]:
-    value = obj.get(key)
-    if value is None:
-        return []
-    if isinstance(value, list):
-        return value
-    raise wrong_type(join_path(path, key), "a list")
+    return typed_field(obj, key, path, list, "a list") or []
 
 
 def dict_field(obj: Json, key: str, path: str = "") -> Json:
-    value = obj.get(key)
-    if value is None:
-        return {}
-    if isinstance(value, dict):
-        return value
-    raise wrong_type(join_path(path, key), "an object")
+    return typed_field(obj, key, path, dict, "an object") or {}
 
 
 def need_dict(value: Any, path: str) -> Json:
@@ -1601,74 +1526,24 @@ def changed_settings(old: Config, new: Config) -> list[str]:
 
 # 4.1 editing config.toml in place: comments and order are kept
 
-TOML_STRING_OR_COMMENT = re.compile(
-    r'"""(?:\\.|[^\\])*?"{3,5}|\'\'\'.*?\'{3,5}|"(?:\\.|[^"\\\n])*"|\'[^\'\n]*\'|#[^\n]*',
-    re.DOTALL,
+TOML_LINE = re.compile(
+    r"""[ \t]*+(?:(?P<header>\[(?:[^\]"'#]|"(?:\\.|[^"\\])*+"|'[^']*+')++\])"""
+    r"""|(?P<key>(?:[^="'#\[]|"(?:\\.|[^"\\])*+"|'[^']*+')++)"""
+    r"""=[ \t]*+(?P<value>(?:[^"'#\r]|"(?:\\.|[^"\\])*+"|'[^']*+')*+))[ \t]*+(?:#.*)?\r?"""
 )
 TOML_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 LEADING_COMMENT = re.compile(r"(?:[ \t]*#[^\n]*\n)+(?=\s*\n)")
 
 
-@dataclass(slots=True)
-class TomlStatement:
-    """A table header, or a key with its value."""
-
-    table: tuple[str, ...]  #: path of the table that it opens or belongs to
-    path: tuple[str, ...]  #: full path of the key; for a header, the table's own
-    begin: int  #: offsets of the value
-    end: int
-    next_line: int  #: offset after the line break
-
-
-def find_statement_end(text: str, offset: int) -> tuple[int, int]:
-    """(end without blanks and comment, end of line); a statement may span lines."""
-    depth, end = 0, offset
-    while offset < len(text):
-        match = TOML_STRING_OR_COMMENT.match(text, offset)
-        if match:
-            offset = match.end()
-            end = end if match[0].startswith("#") else offset
-            continue
-        if text[offset] == "\n" and depth <= 0:
-            break
-        depth += (text[offset] in "[{") - (text[offset] in "]}")
-        end = end if text[offset].isspace() else offset + 1
-        offset += 1
-    return end, offset
-
-
 def parse_toml_path(text: str) -> tuple[str, ...]:
-    """The path of a header or a key: `a."b.c"=0` -> ("a", "b.c")."""
-    table: Any = tomllib.loads(text)
+    """The path of a header or a key: `a."b.c"=0` -> ("a", "b.c"); () if it is neither."""
     path = []
-    while isinstance(table, dict) and table:
-        key, table = next(iter(table.items()))
-        path.append(key)
+    with contextlib.suppress(tomllib.TOMLDecodeError):
+        table: Any = tomllib.loads(text)
+        while isinstance(table, dict) and table:
+            key, table = next(iter(table.items()))
+            path.append(key)
     return tuple(path)
-
-
-def toml_statements(text: str) -> Iterator[TomlStatement]:
-    table: tuple[str, ...] = ()
-    offset = 0
-    while offset < len(text):
-        end, line_end = find_statement_end(text, offset)
-        begin = offset + len(text[offset:end]) - len(text[offset:end].lstrip())
-        offset = line_end + 1
-        if begin == end:
-            continue  # blank or only a comment
-        if text[begin] == "[":
-            table = parse_toml_path(text[begin:end])
-            yield TomlStatement(table, table, begin, end, offset)
-            continue
-        equals = begin
-        while text[equals] != "=":
-            match = TOML_STRING_OR_COMMENT.match(text, equals)
-            equals = match.end() if match else equals + 1
-        path = table + parse_toml_path(text[begin:equals] + "=0")
-        value_begin = (
-            equals + 1 + len(text[equals + 1 : end]) - len(text[equals + 1 : end].lstrip())
-        )
-        yield TomlStatement(table, path, value_begin, end, offset)
 
 
 def write_toml(value: Any) -> str:
@@ -1682,34 +1557,38 @@ def write_toml_path(path: Iterable[str]) -> str:
     return ".".join(part if TOML_BARE_KEY.fullmatch(part) else write_toml(part) for part in path)
 
 
-def insert_toml(text: str, path: tuple[str, ...], line: str) -> str:
-    """`text` with `line` added to the table of `path`, which is created if missing."""
-    newline = "\r\n" if "\r\n" in text else "\n"
-    table = path[:-1]
-    ends = [statement.next_line for statement in toml_statements(text) if statement.table == table]
-    if not ends and table:
-        blank_line = newline if text.strip() else ""
-        text += "" if text.endswith("\n") or not text else newline
-        return f"{text}{blank_line}[{write_toml_path(table)}]{newline}{line}{newline}"
-    comment = LEADING_COMMENT.match(text)
-    offset = ends[-1] if ends else comment.end() if comment else 0
-    before, after = text[:offset], text[offset:]
-    before += "" if before.endswith("\n") or not before else newline
-    return f"{before}{line}{newline}{after}"
-
-
 def set_toml(text: str, path: tuple[str, ...], value: Any) -> str:
-    statement = next((s for s in toml_statements(text) if s.path == path and s.table != path), None)
-    if statement is not None:
-        return text[: statement.begin] + write_toml(value) + text[statement.end :]
-    return insert_toml(text, path, f"{write_toml_path(path[-1:])} = {write_toml(value)}")
+    """`text` with the value at `path` replaced, or added to its table.
 
-
-def parses_to(text: str, table: Json) -> bool:
-    try:
-        return tomllib.loads(text) == table
-    except tomllib.TOMLDecodeError:
-        return False
+    Works on single lines: where a value or a string spans several, the result may be wrong, so
+    the caller parses it again.
+    """
+    newline = "\r\n" if "\r\n" in text else "\n"
+    text += newline if text and not text.endswith("\n") else ""
+    lines = text.split("\n")
+    table: tuple[str, ...] = ()
+    table_end = None  # index of the line after the last one of the table that `path` belongs to
+    for index, line in enumerate(lines):
+        match = TOML_LINE.fullmatch(line)
+        if match and match["header"]:
+            table = parse_toml_path(match["header"])
+        elif match and (*table, *parse_toml_path(match["key"] + "=0")) == path:
+            begin = match.start("value")
+            lines[index] = (
+                line[:begin] + write_toml(value) + line[begin:][len(match["value"].rstrip()) :]
+            )
+            return "\n".join(lines)
+        if table == path[:-1] and line.strip() and not line.lstrip().startswith("#"):
+            table_end = index + 1
+    new_line = f"{write_toml_path(path[-1:])} = {write_toml(value)}{newline}"
+    if table_end is None and path[:-1]:
+        blank_line = newline if text.strip() else ""
+        return f"{text}{blank_line}[{write_toml_path(path[:-1])}]{newline}{new_line}"
+    if table_end is None:
+        comment = LEADING_COMMENT.match(text)
+        table_end = comment[0].count("\n") if comment else 0
+    lines.insert(table_end, new_line.removesuffix("\n"))
+    return "\n".join(lines)
 
 
 def split_setting_key(key: str) -> tuple[str, ...]:
@@ -1747,11 +1626,10 @@ def change_setting(text: str, source: str, key: str, value: str) -> str:
     table[path[-1]] = parsed
     reader.read_config(expected)
     edited = set_toml(text, path, parsed)
-    if not parses_to(edited, expected):
-        raise reader.error(
-            key, f"this file's form is unusual; set it by hand: {write_toml(parsed)}"
-        )
-    return edited
+    with contextlib.suppress(tomllib.TOMLDecodeError):
+        if tomllib.loads(edited) == expected:
+            return edited
+    raise reader.error(key, f"this file's form is unusual; set it by hand: {write_toml(parsed)}")
 
 
 # ---- 5. HTTP wire ------------------------------------------------------------------------------
