@@ -123,7 +123,7 @@ from collections.abc import (
     Iterator,
     Mapping,
 )
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from types import UnionType
 from typing import IO, TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TextIO, TypeVar
 
@@ -1030,145 +1030,7 @@ def hide(text: str, known_secrets: Iterable[str]) -> str:
 
 # ---- 4. Configuration --------------------------------------------------------------------------
 
-
-@dataclass(slots=True)
-class ServerConfig:
-    host: str = "127.0.0.1"
-    port: int = 9090
-    rate_limit_seconds: float = 0.0  #: between two requests of one client IP; 0 = off
-    allowed_hosts: list[str] = field(default_factory=list)
-    cors_origins: list[str] = field(default_factory=list)
-    max_body_mib: int = MAX_BODY_MIB
-    max_connections: int = 1024
-    head_seconds: float = 10.0  #: from the first byte to the end of the head
-    body_seconds: float = 60.0
-    idle_seconds: float = 75.0  #: between requests on one connection
-    drain_seconds: float = 30.0
-
-
-@dataclass(slots=True)
-class NetworkConfig:
-    proxy: str = field(default="", repr=False)  #: "" = HTTPS_PROXY, NO_PROXY; may hold a password
-    ca_file: str = ""  #: an additional PEM bundle
-    connect_seconds: float = 10.0
-    first_byte_seconds: float = 120.0  #: until the upstream's response head
-    stream_idle_seconds: float = 300.0  #: between two bytes of the stream
-
-
-@dataclass(slots=True)
-class CopilotConfig:
-    type: str = "copilot"
-    enabled: bool = True
-    account_type: str = "individual"  #: selects the host if the token response names none
-    github_url: str = GITHUB_URL
-    github_api_url: str = GITHUB_API_URL
-    api_url: str = ""  #: "" = endpoints.api of the token response
-
-
-@dataclass(slots=True)
-class KiroConfig:
-    type: str = "kiro"
-    enabled: bool = True
-    region: str = ""  #: "" = the profile's, or the nearer one of us-east-1 and eu-central-1
-    profile_arn: str = ""  #: for an organisation with several; "" = the sign-in's
-    api_url: str = ""  #: data plane, the only host tried; control plane too unless that is set
-    management_url: str = ""
-    oidc_url: str = ""  #: instead of https://oidc.REGION.amazonaws.com
-    auth_url: str = ""  #: instead of https://prod.us-east-1.auth.desktop.kiro.dev
-    kiro_version: str = KIRO_VERSION  #: the IDE version sent in requests
-
-
-@dataclass(slots=True)
-class EchoConfig:
-    type: str = "echo"
-    enabled: bool = True
-
-
-@dataclass(slots=True)
-class LoggingConfig:
-    level: str = "info"
-
-
-@dataclass(slots=True)
-class CapConfig:
-    """`[limits.providers.NAME]`, `[limits.labels.LABEL]`: 0 = no cap; local days and months."""
-
-    daily_credits: float = 0.0
-    monthly_credits: float = 0.0
-    daily_tokens: int = 0
-    monthly_tokens: int = 0
-
-
-@dataclass(slots=True)
-class LimitsConfig:
-    """`[limits]`: a request over a limit gets a 429 and is not sent upstream."""
-
-    runaway_requests: int = 50  #: identical requests allowed within `runaway_seconds`; 0 = off
-    runaway_seconds: float = 300.0
-    providers: dict[str, CapConfig] = field(default_factory=dict)
-    #: by name of a key in [api_keys], or user agent family as shown by `usage --by label`
-    labels: dict[str, CapConfig] = field(default_factory=dict)
-
-
-ProviderConfig = CopilotConfig | KiroConfig | EchoConfig
-PROVIDER_CONFIGS: dict[str, type[ProviderConfig]] = {
-    "copilot": CopilotConfig,
-    "kiro": KiroConfig,
-    "echo": EchoConfig,
-}
-
-
-def default_providers() -> dict[str, ProviderConfig]:
-    return {name: config_class() for name, config_class in PROVIDER_CONFIGS.items()}
-
-
-@dataclass(slots=True)
-class Config:
-    """The checked configuration.  `repr` shows no secret."""
-
-    default_format: str = "openai"  #: or anthropic; for what the endpoint does not decide
-    default_provider: str = "copilot"
-    api_key: str = field(default="", repr=False)  #: "" = no key required
-    api_keys: dict[str, str] = field(default_factory=dict, repr=False)  #: usage label -> key
-    server: ServerConfig = field(default_factory=ServerConfig)
-    network: NetworkConfig = field(default_factory=NetworkConfig)
-    providers: dict[str, ProviderConfig] = field(default_factory=default_providers)
-    #: alias -> provider/model, or several, tried in order
-    models: dict[str, str | list[str]] = field(default_factory=dict)
-    limits: LimitsConfig = field(default_factory=LimitsConfig)
-    logging: LoggingConfig = field(default_factory=LoggingConfig)
-    #: dotted key -> origin of its value, unless it is the default; not a setting
-    origins: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
-
-
-SETTING_CHOICES = {
-    "default_format": ("openai", "anthropic"),
-    "account_type": ("individual", "business", "enterprise"),
-    "level": ("debug", "info", "warning", "error"),
-}
-# These settings become part of a host name or a header.
-AWS_REGION = re.compile(r"[a-z]{2}(?:-[a-z]+)+-[0-9]", re.ASCII)
-KIRO_ARN = re.compile(
-    r"arn:aws[a-z-]*:codewhisperer:([a-z0-9-]+):[0-9]{12}:profile/[\w-]+", re.ASCII
-)
-SETTING_PATTERNS = {
-    "kiro_version": (re.compile(r"[0-9A-Za-z.-]{1,40}"), "a version like 1.1.14"),
-    "profile_arn": (KIRO_ARN, "like arn:aws:codewhisperer:REGION:ACCOUNT:profile/ID"),
-    "region": (AWS_REGION, "a region like us-east-1"),
-}
-SETTING_RANGES: dict[str, tuple[float, float]] = {
-    "port": (0, MAX_PORT),
-    "rate_limit_seconds": (0, 3600),
-    "max_body_mib": (1, 1024),
-    "max_connections": (1, 65536),
-    "drain_seconds": (0, 3600),
-    "runaway_requests": (0, 1e6),
-    "daily_credits": (0, 1e9),
-    "monthly_credits": (0, 1e9),
-    "daily_tokens": (0, 1e15),
-    "monthly_tokens": (0, 1e15),
-}
-SECONDS_RANGE = (0.05, 86400.0)
+LOG_LEVELS = ("debug", "info", "warning", "error")
 TYPE_NAMES = {
     "str": "a string",
     "int": "a whole number",
@@ -1176,6 +1038,12 @@ TYPE_NAMES = {
     "bool": "true or false",
     "list[str]": "a list of strings",
 }
+# These settings become part of a host name or a header.
+AWS_REGION = re.compile(r"[a-z]{2}(?:-[a-z]+)+-[0-9]", re.ASCII)
+KIRO_ARN = re.compile(
+    r"arn:aws[a-z-]*:codewhisperer:([a-z0-9-]+):[0-9]{12}:profile/[\w-]+", re.ASCII
+)
+KIRO_VERSION_FORM = re.compile(r"[0-9A-Za-z.-]{1,40}")
 PROVIDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 LABEL = re.compile(r"[A-Za-z0-9][\w.+-]{0,63}", re.ASCII)
 MODEL_NAME = re.compile(r"(?!.*(?://|\.\.))[A-Za-z0-9][\w./:\[\]@+-]{0,199}", re.ASCII)
@@ -1213,17 +1081,6 @@ def is_loopback(host: str) -> bool:
     return (mapped or address).is_loopback
 
 
-def has_type(value: object, kind: str) -> bool:
-    if kind == "bool":
-        return isinstance(value, bool)
-    if isinstance(value, bool):
-        return False
-    if kind == "list[str]":
-        return isinstance(value, list) and all(isinstance(item, str) for item in value)
-    kinds: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float)}
-    return isinstance(value, kinds[kind])
-
-
 def check_url(value: str) -> str:
     try:
         parts = urllib.parse.urlsplit(value)
@@ -1250,26 +1107,171 @@ def check_proxy(value: str) -> str:
     return "" if is_valid else "must be like http://[user:password@]host:port"
 
 
-def check_setting(key: str, value: Any, kind: str) -> str:
-    if not has_type(value, kind):
-        return f"must be {TYPE_NAMES[kind]}"
-    if key in SETTING_CHOICES and value not in SETTING_CHOICES[key]:
-        return "must be one of " + ", ".join(SETTING_CHOICES[key])
-    pattern, requirement = SETTING_PATTERNS.get(key, (None, ""))
-    if pattern is not None and value and not pattern.fullmatch(value):
-        return f"must be {requirement}"
-    low, high = SETTING_RANGES.get(key, SECONDS_RANGE)
-    if kind in ("int", "float") and not low <= value <= high:
-        return f"must be between {low:g} and {high:g}"
-    if key.endswith("_url") and value:
-        return check_url(value)
-    if key == "proxy" and value:
-        return check_proxy(value)
-    if kind == "str" and any(ord(char) < 32 or ord(char) == 127 for char in value):
+# What may be wrong with a value of the right type: the problem, or "".
+Check = Callable[[Any], str]
+
+
+def one_of(*choices: str) -> Check:
+    return lambda value: "" if value in choices else "must be one of " + ", ".join(choices)
+
+
+def between(low: float, high: float) -> Check:
+    return lambda value: "" if low <= value <= high else f"must be between {low:g} and {high:g}"
+
+
+def matching(pattern: re.Pattern[str], requirement: str) -> Check:
+    return lambda value: "" if not value or pattern.fullmatch(value) else f"must be {requirement}"
+
+
+def setting(default: Any, check: Check, *, is_secret: bool = False) -> Any:
+    return field(default=default, repr=not is_secret, metadata={"check": check})
+
+
+def seconds(default: float) -> Any:
+    return setting(default, between(0.05, 86400))
+
+
+def url(default: str = "") -> Any:
+    return setting(default, lambda value: check_url(value) if value else "")
+
+
+def check_text(value: str) -> str:
+    if any(ord(char) < 32 or ord(char) == 127 for char in value):
         return "must not hold control characters"
-    if kind == "str" and HALF_CHARACTER.search(value):
-        return "must not hold bytes that are no text"
-    return ""
+    return "must not hold bytes that are no text" if HALF_CHARACTER.search(value) else ""
+
+
+def check_setting(item: Field[Any], value: Any) -> str:
+    kind = str(item.type)
+    types: dict[str, Any] = {
+        "str": str, "int": int, "float": int | float, "bool": bool, "list[str]": list
+    }  # fmt: skip
+    has_type = isinstance(value, types[kind]) and (kind == "bool" or not isinstance(value, bool))
+    if not has_type or (isinstance(value, list) and not all(isinstance(i, str) for i in value)):
+        return f"must be {TYPE_NAMES[kind]}"
+    check: Check | None = item.metadata.get("check")
+    problem = check(value) if check else ""
+    return problem or (check_text(value) if kind == "str" else "")
+
+
+@dataclass(slots=True)
+class ServerConfig:
+    host: str = "127.0.0.1"
+    port: int = setting(9090, between(0, MAX_PORT))
+    #: between two requests of one client IP; 0 = off
+    rate_limit_seconds: float = setting(0.0, between(0, 3600))
+    allowed_hosts: list[str] = field(default_factory=list)
+    cors_origins: list[str] = field(default_factory=list)
+    max_body_mib: int = setting(MAX_BODY_MIB, between(1, 1024))
+    max_connections: int = setting(1024, between(1, 65536))
+    head_seconds: float = seconds(10.0)  #: from the first byte to the end of the head
+    body_seconds: float = seconds(60.0)
+    idle_seconds: float = seconds(75.0)  #: between requests on one connection
+    drain_seconds: float = setting(30.0, between(0, 3600))
+
+
+@dataclass(slots=True)
+class NetworkConfig:
+    #: "" = HTTPS_PROXY, NO_PROXY; may hold a password
+    proxy: str = setting("", lambda value: check_proxy(value) if value else "", is_secret=True)
+    ca_file: str = ""  #: an additional PEM bundle
+    connect_seconds: float = seconds(10.0)
+    first_byte_seconds: float = seconds(120.0)  #: until the upstream's response head
+    stream_idle_seconds: float = seconds(300.0)  #: between two bytes of the stream
+
+
+@dataclass(slots=True)
+class CopilotConfig:
+    type: str = "copilot"
+    enabled: bool = True
+    #: selects the host if the token response names none
+    account_type: str = setting("individual", one_of("individual", "business", "enterprise"))
+    github_url: str = url(GITHUB_URL)
+    github_api_url: str = url(GITHUB_API_URL)
+    api_url: str = url()  #: "" = endpoints.api of the token response
+
+
+@dataclass(slots=True)
+class KiroConfig:
+    type: str = "kiro"
+    enabled: bool = True
+    #: "" = the profile's, or the nearer one of us-east-1 and eu-central-1
+    region: str = setting("", matching(AWS_REGION, "a region like us-east-1"))
+    #: for an organisation with several; "" = the sign-in's
+    profile_arn: str = setting(
+        "", matching(KIRO_ARN, "like arn:aws:codewhisperer:REGION:ACCOUNT:profile/ID")
+    )
+    api_url: str = url()  #: data plane, the only host tried; control plane too unless that is set
+    management_url: str = url()
+    oidc_url: str = url()  #: instead of https://oidc.REGION.amazonaws.com
+    auth_url: str = url()  #: instead of https://prod.us-east-1.auth.desktop.kiro.dev
+    #: the IDE version sent in requests
+    kiro_version: str = setting(KIRO_VERSION, matching(KIRO_VERSION_FORM, "a version like 1.1.14"))
+
+
+@dataclass(slots=True)
+class EchoConfig:
+    type: str = "echo"
+    enabled: bool = True
+
+
+@dataclass(slots=True)
+class LoggingConfig:
+    level: str = setting("info", one_of(*LOG_LEVELS))
+
+
+@dataclass(slots=True)
+class CapConfig:
+    """`[limits.providers.NAME]`, `[limits.labels.LABEL]`: 0 = no cap; local days and months."""
+
+    daily_credits: float = setting(0.0, between(0, 1e9))
+    monthly_credits: float = setting(0.0, between(0, 1e9))
+    daily_tokens: int = setting(0, between(0, 1e15))
+    monthly_tokens: int = setting(0, between(0, 1e15))
+
+
+@dataclass(slots=True)
+class LimitsConfig:
+    """`[limits]`: a request over a limit gets a 429 and is not sent upstream."""
+
+    #: identical requests allowed within `runaway_seconds`; 0 = off
+    runaway_requests: int = setting(50, between(0, 1e6))
+    runaway_seconds: float = seconds(300.0)
+    providers: dict[str, CapConfig] = field(default_factory=dict)
+    #: by name of a key in [api_keys], or user agent family as shown by `usage --by label`
+    labels: dict[str, CapConfig] = field(default_factory=dict)
+
+
+ProviderConfig = CopilotConfig | KiroConfig | EchoConfig
+PROVIDER_CONFIGS: dict[str, type[ProviderConfig]] = {
+    "copilot": CopilotConfig,
+    "kiro": KiroConfig,
+    "echo": EchoConfig,
+}
+
+
+def default_providers() -> dict[str, ProviderConfig]:
+    return {name: config_class() for name, config_class in PROVIDER_CONFIGS.items()}
+
+
+@dataclass(slots=True)
+class Config:
+    """The checked configuration.  `repr` shows no secret."""
+
+    #: for what the endpoint does not decide
+    default_format: str = setting("openai", one_of("openai", "anthropic"))
+    default_provider: str = "copilot"
+    api_key: str = field(default="", repr=False)  #: "" = no key required
+    api_keys: dict[str, str] = field(default_factory=dict, repr=False)  #: usage label -> key
+    server: ServerConfig = field(default_factory=ServerConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    providers: dict[str, ProviderConfig] = field(default_factory=default_providers)
+    #: alias -> provider/model, or several, tried in order
+    models: dict[str, str | list[str]] = field(default_factory=dict)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    #: dotted key -> origin of its value, unless it is the default; not a setting
+    origins: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
 
 def dotted(path: str, key: str) -> str:
@@ -1308,39 +1310,40 @@ class ConfigReader:
         return config
 
     def fill(self, target: Any, table: Json, path: str) -> None:
-        types = {item.name: str(item.type) for item in fields(target) if item.name != "origins"}
+        named_tables: dict[str, Callable[[Json, str], object]] = {
+            "providers": self.read_providers,
+            "models": self.read_aliases,
+            "api_keys": self.read_api_keys,
+            "limits.providers": self.read_caps,
+            "limits.labels": self.read_caps,
+        }
+        settings = {item.name: item for item in fields(target) if item.name != "origins"}
         for name, value in table.items():
             key = dotted(path, name)
-            if name not in types:
-                raise self.unknown_key(key, name, types)
-            if key == "providers":
-                value = self.read_providers(self.require_table(value, key))
-            elif key == "models":
-                value = self.read_aliases(self.require_table(value, key))
-            elif key == "api_keys":
-                value = self.read_api_keys(self.require_table(value, key))
-            elif key in ("limits.providers", "limits.labels"):
-                value = self.read_caps(self.require_table(value, key), key)
+            if name not in settings:
+                raise self.unknown_key(key, name, settings)
+            if key in named_tables:
+                value = named_tables[key](self.require_table(value, key), key)
             elif is_dataclass(getattr(target, name)):
                 self.fill(getattr(target, name), self.require_table(value, key), key)
                 continue
             else:
-                value = self.read_value(key, name, value, types[name])
+                value = self.read_value(key, settings[name], value)
                 self.origins[key] = "file"
             setattr(target, name, value)
 
-    def read_value(self, key: str, name: str, value: Any, kind: str) -> Any:
-        problem = check_setting(name, value, kind)
+    def read_value(self, key: str, item: Field[Any], value: Any) -> Any:
+        problem = check_setting(item, value)
         if problem:
             raise self.error(key, problem)
-        return float(value) if kind == "float" else value
+        return float(value) if item.type == "float" else value
 
     def require_table(self, value: Any, key: str) -> Json:
         if not isinstance(value, dict):
             raise self.error(key, "must be a table")
         return value
 
-    def read_providers(self, table: Json) -> dict[str, ProviderConfig]:
+    def read_providers(self, table: Json, _path: str) -> dict[str, ProviderConfig]:
         """`[providers.*]`; built-in ones that the file omits keep their defaults."""
         providers = default_providers()
         for name, value in table.items():
@@ -1357,7 +1360,7 @@ class ConfigReader:
             self.fill(providers[name], provider_table, key)
         return providers
 
-    def read_aliases(self, table: Json) -> dict[str, str | list[str]]:
+    def read_aliases(self, table: Json, _path: str) -> dict[str, str | list[str]]:
         """`[models]`: alias = "provider/model", or a list of them, tried in order."""
         for alias, target in table.items():
             key = f'models."{alias}"'
@@ -1376,14 +1379,15 @@ class ConfigReader:
         if not isinstance(name, str) or not MODEL_NAME.fullmatch(name) or name.endswith("/"):
             raise self.error(key, requirement)
 
-    def read_api_keys(self, table: Json) -> dict[str, str]:
+    def read_api_keys(self, table: Json, _path: str) -> dict[str, str]:
         for name, secret in table.items():
             key = f"api_keys.{name}"
             if not LABEL.fullmatch(name):
                 raise self.error(key, "a name is letters, digits and . _ + -")
             if not isinstance(secret, str) or not secret.strip():
                 raise self.error(key, "must be a key that is not empty")
-            self.read_value(key, name, secret, "str")
+            if check_text(secret):
+                raise self.error(key, check_text(secret))
             if list(table.values()).count(secret) > 1:
                 raise self.error(key, "is the key of another name as well")
             self.origins[key] = "file"
@@ -1415,19 +1419,19 @@ ENV_PREFIX = "AICLIENT_API_"
 ENV_SHORT = {"HOST": "SERVER_HOST", "PORT": "SERVER_PORT", "KEY": "API_KEY"}
 
 
-def iter_settings(target: Any, path: str = "") -> Iterator[tuple[str, Any, str, str]]:
-    """Every scalar setting below `target`: (dotted key, owner, field name, type)."""
-    for setting in fields(target):
-        value = getattr(target, setting.name)
-        key = dotted(path, setting.name)
+def iter_settings(target: Any, path: str = "") -> Iterator[tuple[str, Any, Field[Any]]]:
+    """Every scalar setting below `target`: (dotted key, owner, field)."""
+    for item in fields(target):
+        value = getattr(target, item.name)
+        key = dotted(path, item.name)
         if is_dataclass(value):
             yield from iter_settings(value, key)
         elif isinstance(value, dict):
             for name, entry in value.items():
                 if is_dataclass(entry):
                     yield from iter_settings(entry, f"{key}.{name}")
-        elif str(setting.type) in TYPE_NAMES and setting.name != "type":
-            yield key, target, setting.name, str(setting.type)
+        elif str(item.type) in TYPE_NAMES and item.name != "type":
+            yield key, target, item
 
 
 def parse_setting(text: str, kind: str) -> Any:
@@ -1448,8 +1452,8 @@ def parse_setting(text: str, kind: str) -> Any:
 def apply_environment(config: Config, environ: dict[str, str]) -> None:
     """`AICLIENT_API_SERVER_PORT=8080` overrides `server.port`; short forms: HOST, PORT, KEY."""
     settings = {
-        key.upper().replace(".", "_").replace("-", "_"): (key, owner, name, kind)
-        for key, owner, name, kind in iter_settings(config)
+        key.upper().replace(".", "_").replace("-", "_"): (key, owner, item)
+        for key, owner, item in iter_settings(config)
     }
     for variable, text in sorted(environ.items()):
         if not variable.startswith(ENV_PREFIX):
@@ -1459,20 +1463,22 @@ def apply_environment(config: Config, environ: dict[str, str]) -> None:
         reader = ConfigReader("environment")
         if key not in settings:
             raise reader.unknown_key(variable, key, settings)
-        dotted_key, owner, name, kind = settings[key]
-        setattr(owner, name, reader.read_value(variable, name, parse_setting(text, kind), kind))
+        dotted_key, owner, item = settings[key]
+        value = parse_setting(text, str(item.type))
+        setattr(owner, item.name, reader.read_value(variable, item, value))
         config.origins[dotted_key] = variable
 
 
 def apply_flags(config: Config, flags: dict[str, str | None]) -> None:
     """None means not given; unknown keys are ignored: another version's process may pass them."""
-    settings = {key: (owner, name, kind) for key, owner, name, kind in iter_settings(config)}
+    settings = {key: (owner, item) for key, owner, item in iter_settings(config)}
     reader = ConfigReader("command line")
     for key, text in flags.items():
         if text is not None and key in settings:
-            owner, name, kind = settings[key]
-            flag = "--" + name.replace("_", "-")
-            setattr(owner, name, reader.read_value(flag, name, parse_setting(text, kind), kind))
+            owner, item = settings[key]
+            flag = "--" + item.name.replace("_", "-")
+            value = parse_setting(text, str(item.type))
+            setattr(owner, item.name, reader.read_value(flag, item, value))
             config.origins[key] = flag
 
 
@@ -1495,8 +1501,8 @@ def is_secret_setting(key: str) -> bool:
 
 
 def effective_settings(config: Config) -> Iterator[tuple[str, Any]]:
-    for key, owner, name, _ in iter_settings(config):
-        yield key, getattr(owner, name)
+    for key, owner, item in iter_settings(config):
+        yield key, getattr(owner, item.name)
     for name, entry in config.providers.items():
         yield f"providers.{name}.type", entry.type
     for alias, target in config.models.items():
@@ -1610,7 +1616,7 @@ def setting_kind(config: Config, key: str, value: str) -> str:
     is_cap = path[:2] in (("limits", "providers"), ("limits", "labels")) and len(path) == 4
     settings = iter_settings(CapConfig()) if is_cap else iter_settings(config)
     target = path[-1] if is_cap else key
-    return next((kind for name, _, _, kind in settings if name == target), "str")
+    return next((str(item.type) for name, _, item in settings if name == target), "str")
 
 
 def change_setting(text: str, source: str, key: str, value: str) -> str:
@@ -21264,10 +21270,7 @@ async def control_logs_tail(daemon: Daemon, params: Json) -> Json:
     if not daemon.launch.log_file:
         raise ProgramError("the gateway logs to its terminal, not to a file")
     lines = int_field(params, "lines") or DEFAULT_LOG_LINES
-    level = str_field(params, "level") or "debug"
-    problem = check_setting("level", level, "str")
-    if problem:
-        raise ProgramError(f"level: {problem}")
+    level = word_field(params, "level", LOG_LEVELS) or "debug"
     path = daemon.launch.log_file
     return {"lines": await asyncio.to_thread(load_log_tail, path, lines, level)}
 
@@ -22611,9 +22614,7 @@ LOG_ARGUMENTS = (
     argument(
         "--lines", f"how many (default {DEFAULT_LOG_LINES})", type=int, default=DEFAULT_LOG_LINES
     ),
-    argument(
-        "--level", "of this level or above", choices=SETTING_CHOICES["level"], default="debug"
-    ),
+    argument("--level", "of this level or above", choices=LOG_LEVELS, default="debug"),
     argument("--follow", "go on with what is added, until Ctrl-C", action="store_true"),
 )
 USAGE_ARGUMENTS = (

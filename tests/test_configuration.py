@@ -293,9 +293,10 @@ def test_every_setting_can_be_given_in_the_environment() -> None:
     choices = {"default_format": "anthropic", "account_type": "business", "level": "debug"}
     choices["region"] = "eu-central-1"
     choices["profile_arn"] = "arn:aws:codewhisperer:us-east-1:000000000000:profile/EXAMPLE"
-    for key, _, name, kind in iter_settings(Config()):
-        text = choices.get(name, "https://h" if name.endswith("_url") else examples[kind])
-        if name == "proxy":
+    for key, _, item in iter_settings(Config()):
+        example = "https://h" if item.name.endswith("_url") else examples[str(item.type)]
+        text = choices.get(item.name, example)
+        if item.name == "proxy":
             text = "http://p:1"
         config = Config()
         apply_environment(config, {"AICLIENT_API_" + key.upper().replace(".", "_"): text})

@@ -92,7 +92,7 @@ def test_a_method_that_fails_is_answered() -> None:
 
 def test_a_level_that_is_none_is_told(running: Machine) -> None:
     answer = running.ask("logs.tail", level="loud")
-    assert answer == {"ok": False, "error": "level: must be one of debug, info, warning, error"}
+    assert answer == {"ok": False, "error": "level: must be one of debug, info, warning, error."}
 
 
 @pytest.mark.parametrize("size", [gw.MAX_CONTROL_BYTES + 1, 0xFFFFFFFF])
