@@ -21374,11 +21374,6 @@ def ask_daemon(
 
 # ---- 20. Command line --------------------------------------------------------------------------
 
-
-def make_environ() -> dict[str, str]:
-    return dict(os.environ)
-
-
 # 20.1 what the verbs show: tables for people, JSON for programs
 
 
@@ -21409,6 +21404,10 @@ def format_credits(value: float) -> str:
     return format_number(value)
 
 
+def format_ms(value: int | None) -> str:
+    return "-" if value is None else f"{value:,} ms"
+
+
 def format_day(moment: float | None) -> str:
     """In UTC; `-` for none."""
     return plain_day(moment or 0.0) or "-"
@@ -21420,16 +21419,17 @@ BAR_STEPS = (
     "\N{LEFT HALF BLOCK}\N{LEFT FIVE EIGHTHS BLOCK}\N{LEFT THREE QUARTERS BLOCK}"
     "\N{LEFT SEVEN EIGHTHS BLOCK}\N{FULL BLOCK}"
 )
+BAR_WIDTH = 10
 
 
-def format_bar(share: float, width: int) -> str:
-    """`width` characters for 1.0, without padding; never empty unless `share` is 0."""
+def format_bar(share: float) -> str:
+    """BAR_WIDTH characters for 1.0, without padding; never empty unless `share` is 0."""
     share = min(max(share, 0.0), 1.0)
     try:
         BAR_STEPS.encode(sys.stdout.encoding or "ascii")
     except (UnicodeEncodeError, LookupError):
-        return "#" * math.ceil(share * width)
-    full, eighths = divmod(math.ceil(share * width * 8), 8)
+        return "#" * math.ceil(share * BAR_WIDTH)
+    full, eighths = divmod(math.ceil(share * BAR_WIDTH * 8), 8)
     return BAR_STEPS[8] * full + (BAR_STEPS[eighths] if eighths else "")
 
 
@@ -21444,6 +21444,8 @@ def coloured(text: str) -> str:
 
 
 FIGURE = re.compile(r"-|(?:~?<?[\d,.]+(?: %| ms| s)?)?")
+# Heads of columns, each with the key of its cells or a function that makes them.
+Columns = dict[str, str | Callable[[Json], str]]
 
 
 def table_lines(rows: list[list[str]]) -> list[str]:
@@ -21457,24 +21459,21 @@ def table_lines(rows: list[list[str]]) -> list[str]:
     return ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
 
 
-def print_table(head: tuple[str, ...], rows: list[list[str]], spare: tuple[str, ...] = ()) -> None:
+def format_cell(row: Json, column: str | Callable[[Json], str]) -> str:
+    if not isinstance(column, str):
+        return column(row)
+    value = row.get(column)
+    return (value or "-") if isinstance(value, str) else format_number(value)
+
+
+def print_table(columns: Columns, rows: list[Json], spare: tuple[str, ...] = ()) -> None:
     """If it is too wide for the terminal, the columns in `spare` are dropped, in order."""
-    table = [list(head), *rows]
+    table = [list(columns), *([format_cell(row, c) for c in columns.values()] for row in rows)]
     for name in spare:
         if max(map(len, table_lines(table))) > shutil.get_terminal_size().columns:
             at = table[0].index(name)
             table = [[*row[:at], *row[at + 1 :]] for row in table]
-    print("\n".join(table_lines(table)))
-
-
-def show(options: argparse.Namespace, data: Json, printer: Callable[[Json], None]) -> int:
-    """A table on a terminal, JSON with --json or in a pipe; returns the exit status 0."""
-    if options.json or not sys.stdout.isatty():
-        text = json.dumps(data, indent=2, ensure_ascii=False)
-        print(UNSEEN.sub(lambda c: c[0] if c[0] == "\n" else json.dumps(c[0])[1:-1], text))
-    else:
-        printer(data)
-    return 0
+    print(coloured("\n".join(table_lines(table))))
 
 
 def print_ready(status: Json) -> None:
@@ -21489,52 +21488,50 @@ def print_ready(status: Json) -> None:
     print("""    -d '{"model":"echo","messages":[{"role":"user","content":"hello"}]}'""")
     tell(f"In a browser, {url}/ shows accounts, usage and recent requests.")
     if status["detached"]:
-        tell(f"Its log is {status['log_file']}; end it with: {program_words(sys.argv[0])} stop")
+        tell(f"It logs to {status['log_file']}; stop it with: {program_words(sys.argv[0])} stop")
     sys.stdout.flush()
 
 
+def format_expiry(row: Json) -> str:
+    expires_at = row["token_expires_at"]
+    return "-" if expires_at is None else format_duration(max(0, expires_at - time.time()))
+
+
+STATUS_COLUMNS: Columns = {
+    "PROVIDER": "name", "TYPE": "type", "HEALTH": "health", "ACCOUNT": "account", "PLAN": "plan",
+    "TOKEN EXPIRES IN": format_expiry,
+    "COOL-DOWN": lambda row: ", ".join(f"{m} {s} s" for m, s in row["cool_downs"].items()),
+}  # fmt: skip
+
+
 def format_cooldown(cooldown: Json) -> str:
-    subject = "all models rest" if cooldown["model"] == "*" else f"{cooldown['model']} rests"
-    how_long = "while one request tries" if cooldown["probing"] else f"for {cooldown['seconds']} s"
-    recovers_at = cooldown["passes_at"]
-    recovery = (
-        f" It ought to pass in {format_duration(max(0, recovers_at - time.time()))}."
-        if recovers_at
-        else ""
-    )
-    return f"{subject} {how_long}: {cooldown['reason']}{recovery}"
+    """`gpt-5.4, 55 s: why  Expected to recover in 3 min.`"""
+    subject = "all models" if cooldown["model"] == "*" else cooldown["model"]
+    how_long = "one request is probing" if cooldown["probing"] else f"{cooldown['seconds']} s"
+    recovery = ""
+    if cooldown["passes_at"]:
+        left = format_duration(max(0, cooldown["passes_at"] - time.time()))
+        recovery = f" Expected to recover in {left}."
+    return f"{subject}, {how_long}: {cooldown['reason']}{recovery}"
 
 
 def print_status(status: Json) -> None:
     uptime = format_duration(status["uptime_s"])
-    tell(f"aiclient-api {status['version']}, process {status['pid']}, {status['state']}: {uptime}")
     memory = status["memory_bytes"]
-    tell(f"address      {status['url']}")
-    tell(f"connections  {status['connections']}, requests {status['requests_in_flight']}")
-    tell(f"memory       {'-' if memory is None else f'{memory / MIB:.0f} MiB'}")
-    tell(f"config       {status['config_file']}")
-    tell(f"log          {status['log_file'] or 'standard error'}")
+    tell(
+        f"aiclient-api {status['version']}, process {status['pid']}",
+        f"state        {status['state']}, up {uptime}",
+        f"address      {status['url']}",
+        f"connections  {status['connections']}",
+        f"in flight    {status['requests_in_flight']}",
+        f"memory       {'-' if memory is None else f'{memory / MIB:.0f} MiB'}",
+        f"config       {status['config_file']}",
+        f"log          {status['log_file'] or 'standard error'}",
+    )
     if status["log_lines_dropped"]:
         tell(f"             {status['log_lines_dropped']} lines could not be written")
     print()
-    head = ("PROVIDER", "TYPE", "HEALTH", "ACCOUNT", "PLAN", "TOKEN", "COOL-DOWN")
-    now = time.time()
-    rows = []
-    for row in status["providers"]:
-        expires_at = row["token_expires_at"]
-        cooldowns = [f"{model} {seconds} s" for model, seconds in row["cool_downs"].items()]
-        rows.append(
-            [
-                row["name"],
-                row["type"],
-                row["health"],
-                row["account"] or "-",
-                row["plan"] or "-",
-                "-" if expires_at is None else format_duration(max(0, expires_at - now)),
-                ", ".join(cooldowns) or "-",
-            ]
-        )
-    print(coloured("\n".join(table_lines([list(head), *rows]))))
+    print_table(STATUS_COLUMNS, status["providers"])
     for row in status["providers"]:
         if row["health"] != "ready" and row["reason"]:
             tell(f"{row['name']}: {row['reason']}")
@@ -21544,52 +21541,63 @@ def print_status(status: Json) -> None:
         tell(f"warning: {text}")
 
 
-def print_accounts(data: Json) -> None:
-    rows = []
-    for row in data["accounts"]:
-        health = row["health"] if row["enabled"] else f"disabled; {row['health']}"
-        cells = [row[key] or "-" for key in ("name", "type", "kind", "user", "plan")]
-        rows.append([*cells, format_day(row["expires_at"]), health])
-    print_table(("NAME", "TYPE", "KIND", "USER", "PLAN", "EXPIRES", "HEALTH"), rows)
+ACCOUNT_COLUMNS: Columns = {
+    "NAME": "name", "TYPE": "type", "KIND": "kind", "USER": "user", "PLAN": "plan",
+    "EXPIRES": lambda row: format_day(row["expires_at"]),
+    "HEALTH": lambda row: row["health"] if row["enabled"] else f"disabled; {row['health']}",
+}  # fmt: skip
+MODEL_COLUMNS: Columns = {
+    "MODEL": "id", "PROVIDER": "provider", "CONTEXT": "context_window", "OUTPUT": "max_tokens",
+}  # fmt: skip
+SETTING_COLUMNS: Columns = {
+    "KEY": "key", "VALUE": lambda row: write_toml(row["value"]), "FROM": "origin",
+}  # fmt: skip
 
 
-def print_models(data: Json) -> None:
-    rows = [
-        [
-            row["id"],
-            row["provider"],
-            format_number(row.get("context_window")),
-            format_number(row.get("max_tokens")),
-        ]
-        for row in data["models"]
-    ]
-    print_table(("MODEL", "PROVIDER", "CONTEXT", "OUTPUT"), rows)
+def approximate(text: str, *sources: str) -> str:
+    """With ~ unless the upstream reported all of it."""
+    return text if set(sources) <= {"reported"} else f"~{text}"
 
 
-BAR_WIDTH = 10
-USAGE_HEAD = (
-    "REQUESTS", "ERRORS", "INPUT", "CACHED", "OUTPUT", "CREDITS", "TIME", "FIRST BYTE", "TOKENS",
-)  # fmt: skip
+def format_cached(row: Json) -> str:
+    prompt = row["input_tokens"]
+    return f"{row['cache_read_tokens'] / prompt:.0%}".replace("%", " %") if prompt else "-"
 
 
-def usage_cells(row: Json, most: int) -> list[str]:
-    """A row of `/v1/usage` under USAGE_HEAD; ~ marks what was not all reported."""
-    token_prefix = "" if row["token_sources"].keys() <= {"reported"} else "~"
-    cost_prefix = "" if row["credit_sources"].keys() <= {"reported"} else "~"
-    prompt, total = row["input_tokens"], row["total_tokens"]
-    first_byte = row["first_byte_ms"]
-    costs = row.get("credits") if row["credit_sources"] else None
-    return [
-        format_number(row["request_count"]),
-        format_number(row["error_count"]),
-        token_prefix + format_number(prompt),
-        f"{row['cache_read_tokens'] / prompt:.0%}".replace("%", " %") if prompt else "-",
-        token_prefix + format_number(row["output_tokens"]),
-        "-" if costs is None else cost_prefix + format_credits(costs),
-        f"{row['duration_ms']:,} ms",
-        "-" if first_byte is None else f"{first_byte:,} ms",
-        format_bar(total / most, BAR_WIDTH) if most and total else "",
-    ]
+def format_cost(row: Json, *sources: str) -> str:
+    costs = row.get("credits") if sources else None
+    return "-" if costs is None else approximate(format_credits(costs), *sources)
+
+
+# Rows of `/v1/usage`, after the columns that they are grouped by.
+USAGE_COLUMNS: Columns = {
+    "REQUESTS": "request_count",
+    "ERRORS": "error_count",
+    "INPUT": lambda row: approximate(format_number(row["input_tokens"]), *row["token_sources"]),
+    "CACHED": format_cached,
+    "OUTPUT": lambda row: approximate(format_number(row["output_tokens"]), *row["token_sources"]),
+    "CREDITS": lambda row: format_cost(row, *row["credit_sources"]),
+    "TIME": lambda row: format_ms(row["duration_ms"]),
+    "FIRST BYTE": lambda row: format_ms(row["first_byte_ms"]),
+}
+
+
+def format_tokens(row: Json, key: str) -> str:
+    return approximate(format_number(row[key]), row["input_source"] or "reported")
+
+
+RECENT_COLUMNS: Columns = {
+    "WHEN": lambda row: f"{dt.datetime.fromtimestamp(row['at']):%m-%d %H:%M:%S}",
+    "MODEL": lambda row: f"{row['provider']}/{row['model']}",
+    "LABEL": lambda row: row["label"],
+    "END": lambda row: row["kind"] or str(row["status"]),
+    "TIME": lambda row: format_ms(row["duration_ms"]),
+    "FIRST BYTE": lambda row: format_ms(row["first_byte_ms"]),
+    "INPUT": lambda row: format_tokens(row, "input_tokens"),
+    "CACHED": "cache_read_tokens",
+    "OUTPUT": lambda row: format_tokens(row, "output_tokens"),
+    "CREDITS": lambda row: format_cost(row, *filter(None, [row["credits_source"]])),
+}
 
 
 def usage_table(report: Json) -> tuple[list[str], list[Json]]:
@@ -21607,47 +21615,27 @@ def usage_table(report: Json) -> tuple[list[str], list[Json]]:
 def print_usage(report: Json) -> None:
     names, rows = usage_table(report)
     most = max((row["total_tokens"] for row in rows), default=0)
-    cells = [[*(str(row[n]) for n in names), *usage_cells(row, most)] for row in rows]
     if len(rows) > 1:
-        blank = [""] * (len(names) - 1)
-        cells.append(["total", *blank, *usage_cells(report["total"], 0)])
-    spare = ("FIRST BYTE", "TIME", "ERRORS", "TOKENS", "CACHED")
-    print_table((*map(str.upper, names), *USAGE_HEAD), cells, spare)
+        rows = [*rows, {**report["total"], names[0]: "total", "total_tokens": 0}]
+
+    def format_group(name: str) -> Callable[[Json], str]:
+        return lambda row: str(row.get(name, ""))
+
+    columns: Columns = {name.upper(): format_group(name) for name in names}
+    columns |= USAGE_COLUMNS
+    columns["TOKENS"] = lambda row: format_bar(row["total_tokens"] / most) if most else ""
+    print_table(columns, rows, ("FIRST BYTE", "TIME", "ERRORS", "TOKENS", "CACHED"))
     if report["since"]:
         tell(f"since {format_minute(report['since'])}; ~ is derived or estimated")
     for row in report["limits"]:
         used, limit = format_number(row["used"]), format_number(row["limit"])
-        share = format_bar(row["used"] / row["limit"], BAR_WIDTH)
+        share = format_bar(row["used"] / row["limit"])
         tell(f"limit {row['name']}: {used} of {limit} {row['unit']}  {share}")
     if "recent" in report:
         print()
-        print_recent(report["recent"])
+        print_table(RECENT_COLUMNS, report["recent"], ("FIRST BYTE", "CACHED", "LABEL"))
     if "trouble" in report:
         tell(f"not written to disk now: {report['trouble']}")
-
-
-def print_recent(requests: list[Json]) -> None:
-    rows = []
-    for row in requests:
-        token_prefix = "" if row["input_source"] in ("reported", None) else "~"
-        cost_prefix = "" if row["credits_source"] == "reported" else "~"
-        first_byte = row["first_byte_ms"]
-        rows.append(
-            [
-                f"{dt.datetime.fromtimestamp(row['at']):%m-%d %H:%M:%S}",
-                f"{row['provider']}/{row['model']}",
-                row["label"],
-                row["kind"] or str(row["status"]),
-                f"{row['duration_ms']:,} ms",
-                "-" if first_byte is None else f"{first_byte:,} ms",
-                token_prefix + format_number(row["input_tokens"]),
-                format_number(row["cache_read_tokens"]),
-                token_prefix + format_number(row["output_tokens"]),
-                cost_prefix + format_credits(row["credits"]) if row["credits_source"] else "-",
-            ]
-        )
-    head = ("WHEN", "MODEL", "LABEL", "END", "TIME", "FIRST BYTE", "INPUT", "CACHED", "OUTPUT")
-    print_table((*head, "CREDITS"), rows, ("FIRST BYTE", "CACHED", "LABEL"))
 
 
 def print_usage_csv(report: Json) -> None:
@@ -21664,30 +21652,28 @@ def print_usage_csv(report: Json) -> None:
         writer.writerow([one_line(c) if isinstance(c, str) else c for c in cells])
 
 
+CACHE_COLUMNS: Columns = {
+    "CONVERSATION": "conversation",
+    "MODEL": lambda row: f"{row['provider']}/{row['model']}",
+    "LABEL": "label",
+    "CALLS": "calls",
+    "HITS": lambda row: "-" if row["hit_ratio"] is None else f"{row['hit_ratio']:.0%}",
+    "INPUT": "input_tokens",
+    "CACHED": "cache_read_tokens",
+    "LOST": "lost_tokens",
+    "LAST": "last",
+}
+
+
 def print_cache(report: Json) -> None:
-    rows, hints = [], []
     conversations = report["cache"]["conversations"]
+    print_table(CACHE_COLUMNS, conversations)
     for row in conversations:
-        ratio, changed = row["hit_ratio"], row["changed"]
-        rows.append(
-            [
-                row["conversation"],
-                f"{row['provider']}/{row['model']}",
-                row["label"],
-                format_number(row["calls"]),
-                "-" if ratio is None else f"{ratio:.0%}",
-                *(format_number(row[f"{key}_tokens"]) for key in ("input", "cache_read", "lost")),
-                row["last"],
-            ]
-        )
-        if changed:
+        if row["changed"]:
+            changed = row["changed"]
             times = "once" if changed["times"] == 1 else f"{changed['times']} times"
             where = f"{row['conversation']}: {changed['block']} {changed['how']} {times}"
-            hints.append(f"{where}: {changed['hint']}")
-    head = ("CONVERSATION", "MODEL", "LABEL", "CALLS", "HITS", "INPUT", "CACHED", "LOST", "LAST")
-    print_table(head, rows)
-    for hint in hints:
-        tell(hint)
+            tell(f"{where}: {changed['hint']}")
     for decision, meaning in CACHE_VERDICTS.items():
         if decision not in ("hit", "changed") and any(
             row["last"] == decision for row in conversations
@@ -21697,9 +21683,7 @@ def print_cache(report: Json) -> None:
 
 def format_share(percent: float | None) -> str:
     """` 42 %  ####`, `-` for none; 100 % only if all is used."""
-    if percent is None:
-        return "-"
-    return f"{int(percent):3d} %  {format_bar(percent / 100, BAR_WIDTH)}"
+    return "-" if percent is None else f"{int(percent):3d} %  {format_bar(percent / 100)}"
 
 
 def format_reset(moment: float | None, now: float) -> str:
@@ -21722,51 +21706,60 @@ def format_remaining(row: Json) -> str:
     return f"{format_number(row['remaining'])}{of}{unit}"
 
 
-def quota_rows(name: str, quota: Json, now: float) -> list[list[str]]:
-    first, rows = [name, quota["plan"] or "-"], []
+QUOTA_COLUMNS: Columns = {
+    "PROVIDER": lambda row: row["provider"], "PLAN": lambda row: row["plan"], "OF": "of",
+    "USED": "used", "LEFT": "left", "RESETS": lambda row: row["resets"],
+}  # fmt: skip
+
+
+def quota_rows(name: str, quota: Json, now: float) -> Iterator[Json]:
+    """A row for each allowance and, indented, for each of its parts."""
+    first = {"provider": name, "plan": quota["plan"] or "-"}
     for row in quota["allowances"]:
-        resets = format_reset(row["resets_at"], now)
-        rows.append(
-            [*first, row["name"], format_share(row["percent_used"]), format_remaining(row), resets]
-        )
+        yield {
+            **first,
+            "of": row["name"],
+            "used": format_share(row["percent_used"]),
+            "left": format_remaining(row),
+            "resets": format_reset(row["resets_at"], now),
+        }
         for part in row.get("parts", ()):
-            remaining = max(0.0, part["limit"] - part["used"])
-            share = format_share(100 * part["used"] / part["limit"] if part["limit"] else None)
-            amount = f"{format_number(remaining)} of {format_number(part['limit'])}"
-            ends = format_reset(part["ends_at"], now)
-            rows.append(
-                ["", "", f"  {part['name']}", share, amount, ends if part["ends_at"] else ""]
-            )
-    return rows or [[*first, "-", "-", "-", format_reset(quota["resets_at"], now)]]
+            remaining = format_number(max(0.0, part["limit"] - part["used"]))
+            yield {
+                "provider": "",
+                "plan": "",
+                "of": f"  {part['name']}",
+                "used": format_share(100 * part["used"] / part["limit"] if part["limit"] else None),
+                "left": f"{remaining} of {format_number(part['limit'])}",
+                "resets": format_reset(part["ends_at"], now) if part["ends_at"] else "",
+            }
+    if not quota["allowances"]:
+        yield {**first, "resets": format_reset(quota["resets_at"], now)}
 
 
-def quota_notes(name: str, quota: Json, now: float) -> list[str]:
+def quota_notes(name: str, quota: Json, now: float) -> Iterator[str]:
     """What the table does not show: overage, and the age of figures after an error."""
-    notes = [
-        f"{name}: {row['name']}: {format_number(row['overage_used'])} beyond the limit"
-        for row in quota.get("allowances", ())
-        if row["overage_used"]
-    ]
+    for row in quota.get("allowances", ()):
+        if row["overage_used"]:
+            yield f"{name}: {row['name']}: {format_number(row['overage_used'])} beyond the limit"
     if "error" in quota:
-        age = now - quota.get("as_of", now)
-        age_note = f"  The figures are {format_duration(age)} old." if "as_of" in quota else ""
-        notes.append(f"{name}: {quota['error']}{age_note}")
-    return notes
+        age = format_duration(now - quota["as_of"]) if "as_of" in quota else ""
+        yield f"{name}: {quota['error']}" + (f"  The figures are {age} old." if age else "")
 
 
 def print_quota(data: Json) -> None:
-    now, rows, notes = time.time(), [], []
-    for name, quota in data["providers"].items():
-        rows += quota_rows(name, quota, now) if "allowances" in quota else []
-        notes += quota_notes(name, quota, now)
-    print_table(("PROVIDER", "PLAN", "OF", "USED", "LEFT", "RESETS"), rows)
-    for note in notes:
-        tell(note)
-
-
-def print_settings(data: Json) -> None:
-    rows = [[r["key"], write_toml(r["value"]), r["origin"]] for r in data["settings"]]
-    print_table(("KEY", "VALUE", "FROM"), rows)
+    now = time.time()
+    quotas = data["providers"].items()
+    rows = [
+        row
+        for name, quota in quotas
+        if "allowances" in quota
+        for row in quota_rows(name, quota, now)
+    ]
+    print_table(QUOTA_COLUMNS, rows)
+    for name, quota in quotas:
+        for note in quota_notes(name, quota, now):
+            tell(note)
 
 
 def print_changes(changes: Json) -> None:
@@ -21774,6 +21767,74 @@ def print_changes(changes: Json) -> None:
     if changes["needs_restart"]:
         keys = ", ".join(changes["needs_restart"])
         tell(f"{keys}: takes effect after: {program_words(sys.argv[0])} restart")
+
+
+class App:
+    """What a verb works with: the parsed command line and the files of this user."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.environ = dict(os.environ)
+        self.paths = find_paths(self.environ)
+
+    def load_config(self, flags: dict[str, str | None] | None = None) -> Config:
+        return load_config(self.paths, self.environ, flags or {})
+
+    def ask(
+        self, method: str, params: Json | None = None, seconds: float = CONTROL_SECONDS
+    ) -> Json:
+        return ask_daemon(self.paths, method, params, seconds)
+
+    def show(self, data: Json, printer: Callable[[Json], None]) -> None:
+        """A table on a terminal, JSON with --json or in a pipe."""
+        if self.options.json or not sys.stdout.isatty():
+            text = json.dumps(data, indent=2, ensure_ascii=False)
+            print(UNSEEN.sub(lambda c: c[0] if c[0] == "\n" else json.dumps(c[0])[1:-1], text))
+        else:
+            printer(data)
+
+
+class Argument(NamedTuple):
+    """`settings` are the keyword arguments of `add_argument`."""
+
+    name: str
+    settings: Json
+
+
+def argument(name: str, help_text: str, **settings: Any) -> Argument:
+    return Argument(name, {"help": help_text, **settings})
+
+
+def flag(name: str, help_text: str, **settings: Any) -> Argument:
+    return argument(name, help_text, action="store_true", **settings)
+
+
+class Verb(NamedTuple):
+    """`run.__doc__` is the description in --help; `example` lacks the program's name."""
+
+    words: str
+    run: Callable[[App], int | None]
+    summary: str
+    arguments: tuple[Argument, ...]
+    example: str
+
+
+VERBS: list[Verb] = []
+
+
+def verb(
+    words: str, summary: str, *arguments: Argument, example: str = ""
+) -> Callable[[Callable[[App], int | None]], Callable[[App], int | None]]:
+    """Registers a function as the verb `words`; it returns the exit status, None for 0."""
+
+    def register(run: Callable[[App], int | None]) -> Callable[[App], int | None]:
+        VERBS.append(Verb(words, run, summary, arguments, example or words))
+        return run
+
+    return register
+
+
+AS_JSON = flag("--json", "JSON instead of a table, as in a pipe")
 
 
 # 20.2 start, stop, restart
@@ -21788,7 +21849,7 @@ async def serve(
 ) -> int:
     """Creates every object and runs the gateway until it is stopped; returns the exit status.
 
-    `report` gets the status when all is ready, and returns whether somebody waited for it.
+    `report` gets the status when all is ready, and returns whether it was read.
     """
     try:
         log_file = start_log(config.logging.level, launch.log_file, launch.detached)
@@ -21829,7 +21890,7 @@ def main_detached() -> int:
 
     os.umask(0o077)
     try:
-        environ = make_environ()
+        environ = dict(os.environ)
         paths = find_paths(environ)
         config = load_config(paths, environ, launch.flags)
         listeners = launch_listeners(launch, config)
@@ -21860,14 +21921,6 @@ def await_daemon(paths: Paths) -> Json | None:
         time.sleep(POLL_SECONDS)
 
 
-def report_running(status: Json, has_flags: bool) -> int:
-    """`start` while a gateway runs: fails only if flags ask for other settings."""
-    tell(f"aiclient-api runs already: {status['url']} (process {status['pid']})")
-    if not has_flags:
-        return 0
-    raise ProgramError("the flags were not applied; stop it first, or restart it")
-
-
 def ask_health(url: str) -> bool:
     parts = urllib.parse.urlsplit(url)
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(parts.hostname or "", parts.hostname)
@@ -21890,7 +21943,7 @@ def last_lines(path: str, offset: int) -> tuple[str, ...]:
     return tuple(f"  {line}" for line in lines[-10:])
 
 
-def start_detached(launch: Launch, paths: Paths) -> int:
+def start_detached(launch: Launch, paths: Paths) -> None:
     log = launch.log_file
     try:
         log_file = start_log("info", log)
@@ -21904,13 +21957,13 @@ def start_detached(launch: Launch, paths: Paths) -> int:
         os.close(fd)
     status = read_report(reader, START_SECONDS)
     if status is None or "error" in status:
-        reason = status["error"] if status else "it ended, or took too long, without a word"
+        timeout = f"it exited, or timed out after {START_SECONDS:g} s, without a message"
+        reason = status["error"] if status else timeout
         raise ProgramError(f"the gateway did not start: {reason}", *last_lines(log, offset))
     if not ask_health(status["url"]):
         signal_daemon(paths.pid_file, status["pid"], signal.SIGTERM)
         raise ProgramError(f"{status['url']} does not answer", *last_lines(log, offset))
     print_ready(status)
-    return 0
 
 
 KEY_VARIABLE = "AICLIENT_START_KEY"
@@ -21932,23 +21985,32 @@ def hide_key(options: argparse.Namespace) -> None:
         os.execve(sys.executable, [*interpreter, "start", *arguments], environ)
 
 
-def cmd_start(options: argparse.Namespace) -> int:
+@verb(
+    "start",
+    "start the gateway",
+    flag("--foreground", "stay in this terminal and log to it"),
+    argument("--host", "address to listen on (default 127.0.0.1)"),
+    argument("--port", "port to listen on (default 9090; 0 = any free one)"),
+    argument(
+        "--api-key",
+        "key that clients must send; others on this machine can see it in the process list "
+        "for a moment, and your shell may keep it: prefer AICLIENT_API_KEY or the config file",
+    ),
+    argument("--log-file", "log there instead of in the state folder", metavar="FILE"),
+    example="start --port 8080",
+)
+def cmd_start(app: App) -> None:
     """Starts the gateway in the background, or with --foreground in this terminal.
 
-    Where one runs already, it says so; that is a failure only if flags were given.
+    If it is already running, that is an error only if flags were given.
     """
+    options, paths = app.options, app.paths
     if not options.foreground and not hasattr(os, "fork"):
-        raise WrongUsage("this system has no background here; use: start --foreground")
+        raise WrongUsage("this system cannot run it in the background; use: start --foreground")
     if hasattr(os, "fork"):
         hide_key(options)
-    environ = make_environ()
-    paths = find_paths(environ)
-    flags = {
-        "server.host": options.host,
-        "server.port": options.port,
-        "api_key": options.api_key,
-    }
-    config = load_config(paths, environ, flags)
+    flags = {"server.host": options.host, "server.port": options.port, "api_key": options.api_key}
+    config = app.load_config(flags)
     open_state(paths)
     log_file = os.path.abspath(options.log_file) if options.log_file else ""
     detached = not options.foreground
@@ -21956,82 +22018,89 @@ def cmd_start(options: argparse.Namespace) -> int:
     while (lock := take_lock(paths.pid_file)) is None:
         status = await_daemon(paths)
         if status is not None:
-            has_flags = options.foreground or log_file or any(v is not None for v in flags.values())
-            return report_running(status, bool(has_flags))
+            tell(f"aiclient-api is already running: {status['url']} (process {status['pid']})")
+            if options.foreground or log_file or any(v is not None for v in flags.values()):
+                raise ProgramError("the flags were not applied; stop it first, or restart it")
+            return
     launch.lock = lock
     if not detached:
-        launch.listeners = activated_descriptors(environ)
+        launch.listeners = activated_descriptors(app.environ)
         launch.activated = bool(launch.listeners)
     listeners = launch_listeners(launch, config)
     # Everything is checked and nothing is forked yet: it can still ask at the terminal.
     accounts = [row for row in account_rows(config, paths) if row["enabled"]]
     is_first_start = accounts and all(row["health"] == "not signed in" for row in accounts)
     if is_first_start and Console().interactive:
-        run_account_command(offer_sign_in, config, paths)
+        run_account_command(app, offer_sign_in, config)
     if detached:
-        return start_detached(launch, paths)
+        start_detached(launch, paths)
+        return
 
     def report(status: Json) -> bool:
         print_ready(status)
         return True
 
-    return run_in_loop(serve(launch, paths, config, listeners, report))
+    run_in_loop(serve(launch, paths, config, listeners, report))
 
 
-def cmd_stop(options: argparse.Namespace) -> int:
-    """Ends the gateway: running answers may finish, up to server.drain_seconds."""
-    environ = make_environ()
-    paths = find_paths(environ)
-    path = paths.pid_file
+@verb("stop", "stop after in-flight requests finish")
+def cmd_stop(app: App) -> None:
+    """Stops the gateway; in-flight requests may finish, up to server.drain_seconds."""
+    path = app.paths.pid_file
     if not is_locked(path):
         raise not_running()
     try:
-        drain_s = load_config(paths, environ, {}).server.drain_seconds
+        drain_s = app.load_config().server.drain_seconds
     except ConfigError:
         drain_s = ServerConfig().drain_seconds  # a broken configuration must not keep it running
-    kill_at = time.monotonic() + drain_s + INSIST_SECONDS
+    deadline = time.monotonic() + drain_s + INSIST_SECONDS
     signum, signalled = signal.SIGTERM, set()
     while is_locked(path):
         pid, _ = read_pid_file(path)
         if pid and (pid, signum) not in signalled:  # a successor may have taken over meanwhile
             signalled.add((pid, signum))
             signal_daemon(path, pid, signum)
-        if time.monotonic() > kill_at:
+        if time.monotonic() > deadline:
             if signum == signal.SIGKILL or not pid:
-                raise ProgramError(f"the gateway (process {pid or 'unknown'}) does not end")
-            print(f"process {pid} did not end in time: it is killed", file=sys.stderr)
-            signum, kill_at = signal.SIGKILL, time.monotonic() + INSIST_SECONDS
+                raise ProgramError(f"the gateway (process {pid or 'unknown'}) did not exit")
+            print(f"process {pid} did not exit in time; killing it", file=sys.stderr)
+            signum, deadline = signal.SIGKILL, time.monotonic() + INSIST_SECONDS
         time.sleep(POLL_SECONDS)
     print("stopped")
-    return 0
 
 
-def cmd_restart(options: argparse.Namespace) -> int:
+@verb("restart", "restart without dropping requests")
+def cmd_restart(app: App) -> None:
     """Replaces the running process by a new one, with the same flags; no request is lost."""
-    paths = find_paths(make_environ())
-    print_ready(ask_daemon(paths, "restart", seconds=START_SECONDS + CONTROL_SECONDS))
-    return 0
+    print_ready(app.ask("restart", seconds=START_SECONDS + CONTROL_SECONDS))
+
+
+@verb("status", "show the gateway and its providers", AS_JSON)
+def cmd_status(app: App) -> None:
+    """Shows the running gateway and its providers."""
+    app.show(app.ask("status"), print_status)
 
 
 # 20.3 accounts
 
 
 def run_account_command(
-    work: Callable[[SignInContext], Awaitable[Result]],
-    config: Config,
-    paths: Paths,
-    browser: bool = True,
+    app: App, work: Callable[[SignInContext], Awaitable[Result]], config: Config | None = None
 ) -> Result:
     """Runs `work` with what a sign-in needs.
 
     A running gateway notices a new token file by itself; for a new provider it is reloaded.
     """
+    if config is None:
+        config = app.load_config()
+        start_log("warning")
     old_providers = dict(config.providers)
+    browser = getattr(app.options, "browser", True)
 
     async def run() -> Result:
         client = HttpClient(config.network, Ticker())
         try:
-            return await work(SignInContext(config, paths, client, Console(), browser))
+            return await work(SignInContext(config, app.paths, client, Console(), browser))
         except ApiError as error:
             raise ProgramError(error.text()) from None
         finally:
@@ -22040,18 +22109,11 @@ def run_account_command(
     try:
         result = run_in_loop(run())
     except KeyboardInterrupt:
-        print("\naiclient-api: stopped", file=sys.stderr)
+        print("\naiclient-api: sign-in cancelled; nothing was changed", file=sys.stderr)
         raise
-    if config.providers != old_providers and is_locked(paths.pid_file):
-        reload_if_running(paths)
+    if config.providers != old_providers and is_locked(app.paths.pid_file):
+        reload_if_running(app)
     return result
-
-
-def open_account_command() -> tuple[Config, Paths]:
-    paths = find_paths(dict(os.environ))
-    config = load_config(paths, dict(os.environ), {})
-    start_log("warning")
-    return config, paths
 
 
 def read_secret(prompt: str) -> str:
@@ -22063,180 +22125,181 @@ def read_secret(prompt: str) -> str:
     return bare_token(text)
 
 
-def cmd_auth_copilot(options: argparse.Namespace) -> int:
+PROVIDER_ARGUMENT = argument("name", "the provider, as in [providers.NAME]", metavar="NAME")
+NO_BROWSER = argument("--no-browser", "only show the link", dest="browser", action="store_false")
+
+
+@verb(
+    "auth copilot",
+    "sign in to GitHub Copilot",
+    argument("--github-host", "TENANT.ghe.com (default github.com)", metavar="HOST"),
+    argument("--name", "of the provider (default copilot)", default="copilot"),
+    flag("--token-stdin", "read a GitHub token from standard input"),
+    NO_BROWSER,
+    example="auth copilot --name work --github-host acme.ghe.com",
+)
+def cmd_auth_copilot(app: App) -> None:
     """Signs in to GitHub Copilot in a browser on any machine, or with a token from standard input.
 
-    It says who was signed in; a running gateway uses the sign-in with its next request.
+    A running gateway picks up the sign-in with the next request.
     """
-    config, paths = open_account_command()
+    options = app.options
     host = plain_host(options.github_host) if options.github_host else ""
     token = read_secret("GitHub token: ") if options.token_stdin else ""
-
-    async def work(context: SignInContext) -> str:
-        return await sign_in_copilot(context, options.name, host, token)
-
-    tell(run_account_command(work, config, paths, options.browser))
-    return 0
+    tell(run_account_command(app, lambda c: sign_in_copilot(c, options.name, host, token)))
 
 
-def cmd_auth_kiro(options: argparse.Namespace) -> int:
+@verb(
+    "auth kiro",
+    "sign in to Kiro",
+    argument("--method", "skips the menu", choices=tuple(KIRO_METHODS)),
+    argument("--start-url", "of an organisation", metavar="URL"),
+    argument("--region", "of the organisation's IAM Identity Center"),
+    argument("--name", "of the provider (default kiro)", default="kiro"),
+    flag("--token-stdin", "read a Kiro API key from standard input"),
+    NO_BROWSER,
+    example="auth kiro --start-url https://acme.awsapps.com/start",
+)
+def cmd_auth_kiro(app: App) -> None:
     """Signs in to Kiro with an AWS Builder ID, Google, GitHub, an organisation, or an API key."""
-    config, paths = open_account_command()
+    options = app.options
     is_organisation = options.start_url or options.region
     if is_organisation and options.method not in (None, "organisation"):
         raise WrongUsage("--start-url and --region go with --method organisation only")
     token = read_secret("Kiro API key: ") if options.token_stdin else ""
     if token and not token.startswith("ksk_"):
-        raise SignInFailed("that is no API key of Kiro's: they begin with ksk_")
+        raise SignInFailed("that is not a Kiro API key: they begin with ksk_")
     method = options.method or ("organisation" if is_organisation else "")
     settings = KiroSignIn(method, options.start_url or "", options.region or "", token)
-
-    async def work(context: SignInContext) -> str:
-        return await sign_in_kiro(context, options.name, settings)
-
-    tell(run_account_command(work, config, paths, options.browser))
-    return 0
+    tell(run_account_command(app, lambda context: sign_in_kiro(context, options.name, settings)))
 
 
-def cmd_auth_import(options: argparse.Namespace) -> int:
+@verb(
+    "auth import",
+    "use a sign-in of another program on this machine",
+    argument(
+        "--from",
+        "only this one",
+        dest="origins",
+        action="append",
+        default=[],
+        choices=tuple(IMPORTS),
+    ),
+    argument("--name", "of the provider; replaces its sign-in"),
+    flag("--yes", "do not ask; replace nothing"),
+    example="auth import --from gh",
+)
+def cmd_auth_import(app: App) -> None:
     """Uses sign-ins that other programs have on this machine, like the Kiro IDE; asks first."""
-    config, paths = open_account_command()
+    options = app.options
+    app.load_config()  # a broken configuration is reported before anything is read
     logins = find_logins(options.origins)
     if not logins:
         searched = ", ".join(options.origins or [n for n in IMPORTS if n not in ONLY_ON_REQUEST])
         raise ProgramError(f"no sign-in of another program was found; looked at: {searched}")
-
-    async def work(context: SignInContext) -> list[str]:
-        return await import_logins(context, logins, options.name or "", options.yes)
-
-    for message in run_account_command(work, config, paths) or ["Nothing was changed"]:
-        tell(message)
-    return 0
+    name = options.name or ""
+    messages = run_account_command(app, lambda c: import_logins(c, logins, name, options.yes))
+    tell(*(messages or ["Nothing was changed"]))
 
 
-def cmd_auth_list(options: argparse.Namespace) -> int:
+@verb("auth list", "list the sign-ins", AS_JSON)
+def cmd_auth_list(app: App) -> None:
     """Lists the sign-ins: name, type, kind, user, plan, expiry, health.  Never a token."""
-    return show(options, {"accounts": account_rows(*open_account_command())}, print_accounts)
+    config = app.load_config()
+    start_log("warning")
+    accounts = account_rows(config, app.paths)
+    app.show({"accounts": accounts}, lambda data: print_table(ACCOUNT_COLUMNS, data["accounts"]))
 
 
-def cmd_auth_revoke(options: argparse.Namespace) -> int:
+@verb("auth revoke", "remove a sign-in", PROVIDER_ARGUMENT)
+def cmd_auth_revoke(app: App) -> None:
     """Removes a sign-in from this machine, and says where to end it at the vendor."""
-    config, paths = open_account_command()
-
-    async def work(context: SignInContext) -> str:
-        return await revoke_login(context, options.name)
-
-    tell(run_account_command(work, config, paths))
-    return 0
+    tell(run_account_command(app, lambda context: revoke_login(context, app.options.name)))
 
 
 # 20.4 verbs that ask the daemon
 
 
-def cmd_status(options: argparse.Namespace) -> int:
-    """Shows the running gateway and its providers."""
-    return show(options, ask_daemon(find_paths(make_environ()), "status"), print_status)
+@verb("models", "list the models", AS_JSON, example="models --json")
+def cmd_models(app: App) -> None:
+    """Lists the models that can be requested."""
+    models = app.ask("models", seconds=CONTROL_WORK_SECONDS)
+    app.show(models, lambda data: print_table(MODEL_COLUMNS, data["models"]))
 
 
-def cmd_models(options: argparse.Namespace) -> int:
-    """Lists the models that can be asked for."""
-    paths = find_paths(make_environ())
-    return show(options, ask_daemon(paths, "models", None, CONTROL_WORK_SECONDS), print_models)
-
-
-def cmd_usage(options: argparse.Namespace) -> int:
-    """Shows requests, tokens and credits by model, or by what is asked; also of the past."""
-    paths = find_paths(make_environ())
-    request = {"since": options.since, "by": options.by, "recent": options.recent}
-    request["cache"] = int(options.cache)
-    params = {name: str(value) for name, value in request.items() if value}
+@verb(
+    "usage",
+    "show requests, tokens and credits",
+    argument("--since", "7d, 24h, today, 2026-11-01 or Unix seconds", metavar="TIME"),
+    argument("--by", "group rows by (default model)", choices=tuple(USAGE_GROUPS)),
+    argument("--recent", "the last N requests, one by one", metavar="N"),
+    flag("--cache", "which blocks broke prompt caches, by conversation"),
+    flag("--csv", "comma-separated values"),
+    AS_JSON,
+    flag("--reset", "start counting anew; limits keep counting"),
+    example="usage --since 7d --by day",
+)
+def cmd_usage(app: App) -> None:
+    """Shows requests, tokens and credits by model or by another group, also of the past."""
+    options, path = app.options, app.paths.usage_file
+    settings = {"since": options.since, "by": options.by, "recent": options.recent}
+    settings["cache"] = int(options.cache)
+    params = {name: str(value) for name, value in settings.items() if value}
     try:
-        request = {**params, "reset": options.reset}
-        report = ask_daemon(paths, "usage", request, CONTROL_WORK_SECONDS)
+        report = app.ask("usage", {**params, "reset": options.reset}, CONTROL_WORK_SECONDS)
     except NotRunning:
-        if options.reset or options.cache or not os.path.exists(paths.usage_file):
+        if options.reset or options.cache or not os.path.exists(path):
             raise
-        report = load_usage(paths, params)
+        report = load_usage(path, params)
     if options.csv:
         print_usage_csv(report)
-        return 0
-    return show(options, report, print_cache if options.cache else print_usage)
+    else:
+        app.show(report, print_cache if options.cache else print_usage)
 
 
-def load_usage(paths: Paths, params: dict[str, str]) -> Json:
+def load_usage(path: str, params: dict[str, str]) -> Json:
     """From the file, without a gateway; raises ProgramError."""
     now = time.time()
     try:
         query = read_usage_query(params, now)
     except ApiError as error:
         raise ProgramError(error.text()) from None
-    store = UsageStore(paths.usage_file)
+    store = UsageStore(path)
     report = {**store.report(query, now), "limits": []}
     store.close()
     return report
 
 
-def cmd_quota(options: argparse.Namespace) -> int:
+@verb("quota", "show what is left of your plans", AS_JSON)
+def cmd_quota(app: App) -> None:
     """Asks the services what is left of your plans."""
-    paths = find_paths(make_environ())
-    return show(options, ask_daemon(paths, "quota", None, CONTROL_WORK_SECONDS), print_quota)
+    app.show(app.ask("quota", seconds=CONTROL_WORK_SECONDS), print_quota)
 
 
 # 20.5 configuration
 
 
-def reload_if_running(paths: Paths) -> Json | None:
+def reload_if_running(app: App) -> Json | None:
     """As `Daemon.reload`; None if no gateway is running."""
     try:
-        return ask_daemon(paths, "config.reload")
+        return app.ask("config.reload")
     except NotRunning:
         return None
     except ProgramError as error:
-        raise ProgramError(f"saved, but the running gateway goes on as before: {error}") from None
+        problem = f"saved, but the running gateway keeps its old configuration: {error}"
+        raise ProgramError(problem) from None
 
 
-def report_saved(paths: Paths, key: str = "") -> int:
+def report_saved(app: App, key: str = "") -> None:
     """Applies a changed file; reports what changed, and whether something overrides `key`."""
-    changes = reload_if_running(paths)
-    tell(f"saved in {paths.config_file}")
+    changes = reload_if_running(app)
+    tell(f"saved in {app.paths.config_file}")
     if changes is None:
-        return 0
+        return
     print_changes(changes)
-    for row in ask_daemon(paths, "config.show")["settings"]:
+    for row in app.ask("config.show")["settings"]:
         if row["key"] == key and row["origin"] != "file":
-            tell(f"{row['origin']} beats the file as long as this gateway runs")
-    return 0
-
-
-def cmd_config_show(options: argparse.Namespace) -> int:
-    """Shows every setting in effect and where it is from; secrets are masked."""
-    environ = make_environ()
-    paths = find_paths(environ)
-    try:
-        settings = ask_daemon(paths, "config.show")
-    except NotRunning:
-        settings = {"settings": describe_settings(load_config(paths, environ, {}))}
-    return show(options, settings, print_settings)
-
-
-def cmd_config_set(options: argparse.Namespace) -> int:
-    """Changes one setting in the file, all else in it kept, and applies it at once."""
-    environ = make_environ()
-    paths = find_paths(environ)
-    value = options.value
-    if value == "-":
-        value = sys.stdin.readline().rstrip("\r\n")
-    change_config(paths, environ, options.key, value)
-    return report_saved(paths, options.key)
-
-
-def cmd_config_reload(options: argparse.Namespace) -> int:
-    """Makes the running gateway read its configuration again."""
-    changes = ask_daemon(find_paths(make_environ()), "config.reload")
-    return show(options, changes, print_changes)
-
-
-INIT_HEAD = "# aiclient-api; README.md lists every setting.\n"
+            tell(f"{row['origin']} overrides the file until the gateway is restarted without it")
 
 
 def ask_line(question: str, default: str) -> str:
@@ -22245,7 +22308,7 @@ def ask_line(question: str, default: str) -> str:
 
 def ask_settings() -> dict[str, str]:
     """Setting -> text, as for `change_setting`."""
-    print("Which service should answer when a model's name does not tell?")
+    print("Which service should serve models whose name does not tell?")
     settings = {"default_provider": ask_line("copilot, kiro or echo", "copilot")}
     settings["server.port"] = ask_line("Port to listen on", "9090")
     answer = ask_line("Should programs have to send a key?  Yes generates one (yes, no)", "no")
@@ -22254,59 +22317,94 @@ def ask_settings() -> dict[str, str]:
     return settings
 
 
-def cmd_config_init(options: argparse.Namespace) -> int:
-    """Writes a first configuration file: asks three questions and shows the file before."""
-    paths = find_paths(make_environ())
-    path = paths.config_file
-    if os.path.lexists(path) and not options.force:
-        raise ProgramError(f"{path} exists; change it with the verb: config set KEY VALUE")
-    interactive = sys.stdin.isatty() and not options.yes
-    if not interactive and not options.yes:
-        raise WrongUsage("there is nobody to ask here; --yes writes the defaults")
+@verb(
+    "config init",
+    "write a first configuration",
+    flag("--yes", "ask nothing and write the defaults"),
+    flag("--force", "replace an existing file"),
+)
+def cmd_config_init(app: App) -> int:
+    """Writes a first configuration file: asks three questions and shows the file first."""
+    path = app.paths.config_file
+    if os.path.lexists(path) and not app.options.force:
+        raise ProgramError(f"{path} exists; change it with: config set KEY VALUE")
+    interactive = sys.stdin.isatty() and not app.options.yes
+    if not interactive and not app.options.yes:
+        raise WrongUsage("there is no terminal to ask at; --yes writes the defaults")
     defaults = {"default_provider": "copilot", "server.port": "9090"}
-    text = INIT_HEAD
+    text = "# aiclient-api; README.md lists every setting.\n"
     for key, value in (ask_settings() if interactive else defaults).items():
         text = change_setting(text, path, key, value)
     print(f"\n{path}:\n\n{text}")
     if interactive and ask_line("Write it (yes, no)", "yes").lower() not in ("y", "yes"):
         print("nothing was written")
         return 1
-    edit_config(paths, lambda _: text)
-    return report_saved(paths)
-
-
-def switch_one(options: argparse.Namespace, method: str, enabled: str) -> int:
-    environ = make_environ()
-    paths = find_paths(environ)
-    try:
-        changes = ask_daemon(paths, method, {"name": options.name})
-    except NotRunning:
-        change_provider(paths, environ, options.name, enabled)
-        tell(f"saved in {paths.config_file}")
-        return 0
-    print_changes(changes)
+    edit_config(app.paths, lambda _: text)
+    report_saved(app)
     return 0
 
 
-def cmd_provider_enable(options: argparse.Namespace) -> int:
+@verb("config show", "show every setting and its origin", AS_JSON)
+def cmd_config_show(app: App) -> None:
+    """Shows every setting in effect and where it comes from; secrets are masked."""
+    try:
+        settings = app.ask("config.show")
+    except NotRunning:
+        settings = {"settings": describe_settings(app.load_config())}
+    app.show(settings, lambda data: print_table(SETTING_COLUMNS, data["settings"]))
+
+
+@verb(
+    "config set",
+    "change one setting",
+    argument("key", "as config show prints it", metavar="KEY"),
+    argument("value", "lists with commas; - reads it from standard input", metavar="VALUE"),
+    example="config set server.drain_seconds 60",
+)
+def cmd_config_set(app: App) -> None:
+    """Changes one setting in the file, keeps everything else in it, and applies it at once."""
+    value = app.options.value
+    if value == "-":
+        value = sys.stdin.readline().rstrip("\r\n")
+    change_config(app.paths, app.environ, app.options.key, value)
+    report_saved(app, app.options.key)
+
+
+@verb("config reload", "read the configuration again", AS_JSON)
+def cmd_config_reload(app: App) -> None:
+    """Makes the running gateway read its configuration again."""
+    app.show(app.ask("config.reload"), print_changes)
+
+
+def switch_one(app: App, method: str, enabled: str) -> None:
+    try:
+        print_changes(app.ask(method, {"name": app.options.name}))
+    except NotRunning:
+        change_provider(app.paths, app.environ, app.options.name, enabled)
+        tell(f"saved in {app.paths.config_file}")
+
+
+@verb("provider enable", "use a provider", PROVIDER_ARGUMENT)
+def cmd_provider_enable(app: App) -> None:
     """Enables a provider, now and from now on, and ends its cool-downs."""
-    return switch_one(options, "provider.enable", "true")
+    switch_one(app, "provider.enable", "true")
 
 
-def cmd_provider_disable(options: argparse.Namespace) -> int:
-    """Disables a provider, now and from now on; what it answers now is finished."""
-    return switch_one(options, "provider.disable", "false")
+@verb("provider disable", "do not use it", PROVIDER_ARGUMENT)
+def cmd_provider_disable(app: App) -> None:
+    """Disables a provider, now and from now on; requests in flight finish."""
+    switch_one(app, "provider.disable", "false")
 
 
 # 20.6 the log
 
 
-def find_log(paths: Paths) -> str:
+def find_log(app: App) -> str:
     """The file that the gateway logs to; raises ProgramError if it has none."""
     try:
-        path = ask_daemon(paths, "status").get("log_file")
+        path = app.ask("status").get("log_file")
     except ProgramError:
-        return paths.log_file
+        return app.paths.log_file
     if path is None:
         raise ProgramError("the gateway logs to its terminal, or to the journal of its service")
     return str(path)
@@ -22337,18 +22435,29 @@ def is_open_at(file: TextIO, path: str) -> bool:
         return False
 
 
-def cmd_logs(options: argparse.Namespace) -> int:
+@verb(
+    "logs",
+    "show the log",
+    argument(
+        "--lines", f"how many (default {DEFAULT_LOG_LINES})", type=int, default=DEFAULT_LOG_LINES
+    ),
+    argument("--level", "of this level or above", choices=LOG_LEVELS, default="debug"),
+    flag("--follow", "keep printing new lines, until Ctrl-C"),
+    example="logs --level warning --follow",
+)
+def cmd_logs(app: App) -> None:
     """Shows the last lines of the log."""
-    path = find_log(find_paths(make_environ()))
+    options, path = app.options, find_log(app)
     try:
         file = open_log(path)
+    except FileNotFoundError:
+        raise ProgramError(f"{path}: no log yet") from None
     except OSError as error:
         raise ProgramError(f"{path}: cannot be read: {error.strerror}") from None
     for line in read_log_tail(file, path, options.lines, options.level):
         tell(line)
     if options.follow:
         follow_log(file, path, options.level)
-    return 0
 
 
 # 20.7 service managers
@@ -22403,8 +22512,7 @@ def systemd_unit(environ: dict[str, str]) -> str:
     )
 
 
-def launchd_agent(environ: dict[str, str]) -> str:
-    log = find_paths(environ).log_file
+def launchd_agent(environ: dict[str, str], log: str) -> str:
     agent = {
         "Label": SERVICE_NAME,
         "ProgramArguments": service_command("start", "--foreground", "--log-file", log),
@@ -22415,7 +22523,7 @@ def launchd_agent(environ: dict[str, str]) -> str:
     try:
         return str(plistlib.dumps(agent).decode())
     except ValueError as error:  # control characters, or bytes that are not text
-        raise ProgramError(f"a path of this gateway cannot be told to launchd: {error}") from None
+        raise ProgramError(f"launchd cannot represent a path of this gateway: {error}") from None
 
 
 class ServiceManager(NamedTuple):
@@ -22427,26 +22535,24 @@ class ServiceManager(NamedTuple):
     hint: str
 
 
-def find_manager(kind: str) -> ServiceManager:
-    """`kind` is "systemd", "launchd", or "" for this system's."""
-    environ = make_environ()
-    home = os.path.expanduser("~")
-    if (kind or sys.platform) in ("launchd", "darwin"):
+def find_manager(app: App) -> ServiceManager:
+    if (app.options.manager or sys.platform) in ("launchd", "darwin"):
+        home = os.path.expanduser("~")
         path = os.path.join(home, "Library", "LaunchAgents", f"{SERVICE_NAME}.plist")
         domain = f"gui/{os.getuid()}"
         return ServiceManager(
             path,
-            launchd_agent(environ),
+            launchd_agent(app.environ, app.paths.log_file),
             [["launchctl", "bootstrap", domain, path]],
             [["launchctl", "bootout", f"{domain}/{SERVICE_NAME}"]],
             "It starts whenever you log in.",
         )
     unit = f"{SERVICE_NAME}.service"
-    folder = os.path.dirname(find_paths(environ).config_dir)
+    folder = os.path.dirname(app.paths.config_dir)
     control = ["systemctl", "--user"]
     return ServiceManager(
         os.path.join(folder, "systemd", "user", unit),
-        systemd_unit(environ),
+        systemd_unit(app.environ),
         [[*control, "daemon-reload"], [*control, "enable", "--now", unit]],
         [[*control, "disable", "--now", unit]],
         "So that it starts before you log in: loginctl enable-linger",
@@ -22465,18 +22571,20 @@ def run_manager(commands: list[list[str]]) -> None:
             raise ProgramError(f"{' '.join(command)} failed: {reason or result.returncode}")
 
 
-def cmd_service_print(options: argparse.Namespace) -> int:
-    """Prints the service file and where it would go."""
-    manager = find_manager(options.manager)
-    print(f"{manager.path}:\n\n{manager.text}", end="")
-    return 0
+MANAGER_ARGUMENT = argument(
+    "--manager",
+    "systemd or launchd (default: this machine's)",
+    choices=("launchd", "systemd"),
+    default="",
+)
 
 
-def cmd_service_install(options: argparse.Namespace) -> int:
-    """Makes the gateway start by itself, as a service of this user, and starts it."""
-    manager = find_manager(options.manager)
-    if is_locked(find_paths(make_environ()).pid_file):
-        raise ProgramError("the gateway runs already; first end it with the verb: stop")
+@verb("service install", "install and start it", MANAGER_ARGUMENT)
+def cmd_service_install(app: App) -> None:
+    """Makes the gateway run at login, as a service of this user, and starts it."""
+    manager = find_manager(app)
+    if is_locked(app.paths.pid_file):
+        raise ProgramError("aiclient-api is already running; run `aiclient-api stop` first")
     if shutil.which(manager.install[0][0]) is None:
         raise ProgramError(f"there is no {manager.install[0][0]} here; see: service print")
     try:
@@ -22487,21 +22595,27 @@ def cmd_service_install(options: argparse.Namespace) -> int:
         raise ProgramError(f"{manager.path}: cannot be written: {error.strerror}") from None
     run_manager(manager.install)
     tell(f"installed {manager.path}", manager.hint)
-    return 0
 
 
-def cmd_service_uninstall(options: argparse.Namespace) -> int:
-    """Ends the service and removes its file."""
-    manager = find_manager(options.manager)
+@verb("service uninstall", "stop and remove it", MANAGER_ARGUMENT)
+def cmd_service_uninstall(app: App) -> None:
+    """Stops the service and removes its file."""
+    manager = find_manager(app)
     if not os.path.lexists(manager.path):
-        raise ProgramError(f"{manager.path} is not there: nothing is installed")
+        raise ProgramError(f"{manager.path} does not exist: nothing is installed")
     run_manager(manager.remove)
     try:
         os.unlink(manager.path)
     except OSError as error:
         raise ProgramError(f"{manager.path}: cannot be removed: {error.strerror}") from None
     tell(f"removed {manager.path}")
-    return 0
+
+
+@verb("service print", "print its file", MANAGER_ARGUMENT)
+def cmd_service_print(app: App) -> None:
+    """Prints the service file and where it would go."""
+    manager = find_manager(app)
+    print(f"{manager.path}:\n\n{manager.text}", end="")
 
 
 # 20.8 completion
@@ -22567,13 +22681,18 @@ def write_fish(words: list[tuple[str, str, str]]) -> str:
 COMPLETIONS = {"bash": write_bash, "fish": write_fish, "zsh": write_zsh}
 
 
-def cmd_completion(options: argparse.Namespace) -> int:
+@verb(
+    "completion",
+    "print the completion of a shell",
+    argument("shell", "bash, fish or zsh", choices=sorted(COMPLETIONS)),
+    example="completion bash > ~/.local/share/bash-completion/completions/aiclient-api",
+)
+def cmd_completion(app: App) -> None:
     """Prints a shell's completion of these verbs and flags."""
-    print(COMPLETIONS[options.shell](list(parser_words(make_parser()))), end="")
-    return 0
+    print(COMPLETIONS[app.options.shell](list(parser_words(make_parser()))), end="")
 
 
-# 20.9 the verbs
+# 20.9 the program
 
 
 def version_text() -> str:
@@ -22583,173 +22702,12 @@ def version_text() -> str:
     return f"aiclient-api {__version__}\nPython {python}\n{program_file()}\nsha256 {digest}"
 
 
-class Argument(NamedTuple):
-    """`settings` are the keyword arguments of `add_argument`."""
-
-    name: str
-    settings: Json
-
-
-def argument(name: str, help_text: str, **settings: Any) -> Argument:
-    return Argument(name, {"help": help_text, **settings})
-
-
-AS_JSON = argument("--json", "JSON instead of a table, as in a pipe", action="store_true")
-PROVIDER_ARGUMENT = argument("name", "the provider, as in [providers.NAME]", metavar="NAME")
-MANAGER_ARGUMENT = argument(
-    "--manager", "of another system than this one", choices=("launchd", "systemd"), default=""
-)
-START_ARGUMENTS = (
-    argument("--foreground", "stay in this terminal and log to it", action="store_true"),
-    argument("--host", "address to listen on (default 127.0.0.1)"),
-    argument("--port", "port to listen on (default 9090; 0 = any free one)"),
-    argument(
-        "--api-key",
-        "key that clients must send; others on this machine can see it in the process list "
-        "for a moment, and your shell may keep it: prefer AICLIENT_API_KEY or the config file",
-    ),
-    argument("--log-file", "log there instead of in the state folder", metavar="FILE"),
-)
-LOG_ARGUMENTS = (
-    argument(
-        "--lines", f"how many (default {DEFAULT_LOG_LINES})", type=int, default=DEFAULT_LOG_LINES
-    ),
-    argument("--level", "of this level or above", choices=LOG_LEVELS, default="debug"),
-    argument("--follow", "go on with what is added, until Ctrl-C", action="store_true"),
-)
-USAGE_ARGUMENTS = (
-    argument("--since", "7d, 24h, today, 2026-11-01 or Unix seconds", metavar="TIME"),
-    argument("--by", "what rows are told apart by (default model)", choices=tuple(USAGE_GROUPS)),
-    argument("--recent", "the last N answers, one by one", metavar="N"),
-    argument("--cache", "which blocks broke prompt caches, by conversation", action="store_true"),
-    argument("--csv", "comma-separated values", action="store_true"),
-    AS_JSON,
-    argument("--reset", "forget what was counted; limits go on counting", action="store_true"),
-)
-
-
-class Verb(NamedTuple):
-    """`run.__doc__` is the description in --help; `example` lacks the program's name."""
-
-    words: str
-    run: Callable[[argparse.Namespace], int]
-    summary: str
-    arguments: tuple[Argument, ...] = ()
-    example: str = ""
-
-
-NO_BROWSER = argument("--no-browser", "only show the link", dest="browser", action="store_false")
-
-
-def account_arguments(kind: str, secret: str) -> tuple[Argument, ...]:
-    help_text = f"read a {secret} from standard input"
-    return (
-        argument("--name", f"of the provider (default {kind})", default=kind),
-        argument("--token-stdin", help_text, action="store_true"),
-        NO_BROWSER,
-    )
-
-
-COPILOT_ARGUMENTS = (
-    argument("--github-host", "TENANT.ghe.com (default github.com)", metavar="HOST"),
-    *account_arguments("copilot", "GitHub token"),
-)
-KIRO_ARGUMENTS = (
-    argument("--method", "skips the menu", choices=tuple(KIRO_METHODS)),
-    argument("--start-url", "of an organisation", metavar="URL"),
-    argument("--region", "of the organisation's IAM Identity Center"),
-    *account_arguments("kiro", "Kiro API key"),
-)
-IMPORT_ARGUMENTS = (
-    argument(
-        "--from",
-        "only this one",
-        dest="origins",
-        action="append",
-        default=[],
-        choices=tuple(IMPORTS),
-    ),
-    argument("--name", "of the provider; replaces its sign-in"),
-    argument("--yes", "do not ask; replace nothing", action="store_true"),
-)
 GROUPS = {
     "auth": "sign in to Copilot and Kiro; list and remove sign-ins",
     "config": "show and change settings",
     "provider": "switch providers on and off",
-    "service": "start by itself after a reboot",
+    "service": "run at login",
 }
-VERBS = (
-    Verb("start", cmd_start, "start the gateway", START_ARGUMENTS, "start --port 8080"),
-    Verb("stop", cmd_stop, "end it, after its running answers"),
-    Verb("restart", cmd_restart, "replace the process and lose no request"),
-    Verb("status", cmd_status, "show the gateway and its providers", (AS_JSON,)),
-    Verb(
-        "auth copilot",
-        cmd_auth_copilot,
-        "sign in to GitHub Copilot",
-        COPILOT_ARGUMENTS,
-        "auth copilot --name work --github-host acme.ghe.com",
-    ),
-    Verb(
-        "auth kiro",
-        cmd_auth_kiro,
-        "sign in to Kiro",
-        KIRO_ARGUMENTS,
-        "auth kiro --start-url https://acme.awsapps.com/start",
-    ),
-    Verb(
-        "auth import",
-        cmd_auth_import,
-        "use a sign-in that is on this machine",
-        IMPORT_ARGUMENTS,
-        "auth import --from gh",
-    ),
-    Verb("auth list", cmd_auth_list, "list the sign-ins", (AS_JSON,)),
-    Verb("auth revoke", cmd_auth_revoke, "remove a sign-in", (PROVIDER_ARGUMENT,)),
-    Verb("models", cmd_models, "list the models", (AS_JSON,), "models --json"),
-    Verb(
-        "usage",
-        cmd_usage,
-        "show requests, tokens and credits",
-        USAGE_ARGUMENTS,
-        "usage --since 7d --by day",
-    ),
-    Verb("quota", cmd_quota, "ask what is left of your plans", (AS_JSON,)),
-    Verb(
-        "config init",
-        cmd_config_init,
-        "write a first configuration",
-        (
-            argument("--yes", "ask nothing and write the defaults", action="store_true"),
-            argument("--force", "replace a file that is there", action="store_true"),
-        ),
-    ),
-    Verb("config show", cmd_config_show, "show every setting and where it is from", (AS_JSON,)),
-    Verb(
-        "config set",
-        cmd_config_set,
-        "change one setting",
-        (
-            argument("key", "as config show prints it", metavar="KEY"),
-            argument("value", "lists with commas; - reads it from standard input", metavar="VALUE"),
-        ),
-        "config set server.drain_seconds 60",
-    ),
-    Verb("config reload", cmd_config_reload, "read the configuration again", (AS_JSON,)),
-    Verb("provider enable", cmd_provider_enable, "use a provider", (PROVIDER_ARGUMENT,)),
-    Verb("provider disable", cmd_provider_disable, "do not use it", (PROVIDER_ARGUMENT,)),
-    Verb("logs", cmd_logs, "show the log", LOG_ARGUMENTS, "logs --level warning --follow"),
-    Verb("service install", cmd_service_install, "install and start it", (MANAGER_ARGUMENT,)),
-    Verb("service uninstall", cmd_service_uninstall, "end and remove it", (MANAGER_ARGUMENT,)),
-    Verb("service print", cmd_service_print, "print its file", (MANAGER_ARGUMENT,)),
-    Verb(
-        "completion",
-        cmd_completion,
-        "print the completion of a shell",
-        (argument("shell", "whose", choices=sorted(COMPLETIONS)),),
-        "completion bash > ~/.local/share/bash-completion/completions/aiclient-api",
-    ),
-)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -22762,20 +22720,19 @@ def make_parser() -> argparse.ArgumentParser:
     parser.set_defaults(run=None, help_of=parser)
     verbs = parser.add_subparsers(metavar="VERB")
     groups = {}
-    for verb in VERBS:
-        group, _, name = verb.words.rpartition(" ")
+    for item in VERBS:
+        group, _, name = item.words.rpartition(" ")
         if group and group not in groups:
             owner = verbs.add_parser(group, help=GROUPS[group])
             owner.set_defaults(help_of=owner)
             groups[group] = owner.add_subparsers(metavar="VERB")
-        epilog = f"example: aiclient-api {verb.example or verb.words}"
-        description = verb.run.__doc__
+        epilog = f"example: aiclient-api {item.example}"
         subparser = groups.get(group, verbs).add_parser(
-            name, help=verb.summary, description=description, epilog=epilog
+            name, help=item.summary, description=item.run.__doc__, epilog=epilog
         )
-        for item in verb.arguments:
-            subparser.add_argument(item.name, **item.settings)
-        subparser.set_defaults(run=verb.run)
+        for name, settings in item.arguments:
+            subparser.add_argument(name, **settings)
+        subparser.set_defaults(run=item.run)
     return parser
 
 
@@ -22808,7 +22765,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.run is None:
             options.help_of.print_help()
             return 2
-        status: int = options.run(options)
+        status: int = options.run(App(options)) or 0
         sys.stdout.flush()
         return status
     except ProgramError as error:

@@ -345,9 +345,9 @@ def test_config_set_keeps_comments_and_order_and_is_applied(machine: Machine) ->
     assert not [name for name in os.listdir(machine.config) if name.startswith(".new")]
 
 
-def test_config_set_says_what_beats_the_file(machine: Machine) -> None:
+def test_config_set_says_what_overrides_the_file(machine: Machine) -> None:
     machine.start()
-    assert "--port beats the file" in machine.run("config", "set", "server.port", "9").out
+    assert "--port overrides the file" in machine.run("config", "set", "server.port", "9").out
 
 
 @pytest.mark.parametrize(
@@ -474,7 +474,7 @@ def test_following_goes_on_through_rotations(logged: Machine) -> None:
 
 
 def test_no_log_is_told(machine: Machine) -> None:
-    assert "cannot be read: No such file" in machine.run("logs").failure()
+    assert "no log yet" in machine.run("logs").failure()
 
 
 def test_what_is_no_plain_file_is_not_read_as_a_log(machine: Machine) -> None:
@@ -669,7 +669,7 @@ def test_a_manager_that_refuses_or_is_not_there_is_told(machine: Machine) -> Non
 
 def test_a_service_is_not_installed_beside_a_running_gateway(running: Machine) -> None:
     said = running.run("service", "install", "--manager", "systemd").failure()
-    assert "runs already" in said
+    assert "is already running" in said
 
 
 # ---- completion ----------------------------------------------------------------------------------
@@ -773,7 +773,7 @@ def test_no_name_makes_a_row_or_steers_a_terminal(capsys: pytest.CaptureFixture[
     quota = gw.Quota("", WILD, [allowance], 0.0).as_json()
     gw.print_quota({"providers": {"copilot": {**quota, "error": WILD}}})
     gw.tell(WILD)
-    gw.show(argparse.Namespace(json=True), {"plan": WILD}, print)
+    gw.App(argparse.Namespace(json=True)).show({"plan": WILD}, print)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + 1 + 1 + 3
     assert [line.startswith("kiro") for line in lines] == [False] * 7

@@ -61,7 +61,7 @@ def test_start_returns_when_the_gateway_answers_and_says_what_to_do_next(machine
     assert url
     assert fetch({"url": url[1]}, "/healthz").status == 200
     assert "provider echo: ready" in done.out and "provider copilot: not signed in" in done.out
-    line = done.out[done.out.index("curl") : done.out.index("Its log")].replace("\\\n", " ")
+    line = done.out[done.out.index("curl") : done.out.index("It logs to")].replace("\\\n", " ")
     told = subprocess.run(["/bin/sh", "-c", line], capture_output=True, text=True, check=False)
     if told.returncode != 127:  # where there is curl
         assert "[echo] hello" in told.stdout, told
@@ -125,7 +125,9 @@ def test_a_second_start_says_what_runs(machine: Machine) -> None:
     status = machine.start()
     again = machine.run("start")
     assert again.status == 0 and again.err == ""
-    assert again.out == f"aiclient-api runs already: {status['url']} (process {status['pid']})\n"
+    assert (
+        again.out == f"aiclient-api is already running: {status['url']} (process {status['pid']})\n"
+    )
     assert "flags were not applied" in machine.run("start", "--port", "1").failure()
     assert "flags were not applied" in machine.run("start", "--foreground").failure()
     assert machine.processes() == [status["pid"]]
@@ -139,7 +141,7 @@ def test_twenty_starts_at_once_make_one_daemon(machine: Machine) -> None:
     assert [start.returncode for start in starts] == [0] * 20, said
     (pid,) = machine.processes()
     assert all(f"(process {pid})" in out for out, _ in said), said
-    assert sum("runs already" in out for out, _ in said) == 19
+    assert sum("is already running" in out for out, _ in said) == 19
 
 
 def test_a_busy_port_names_who_has_it(machine: Machine) -> None:
@@ -312,7 +314,7 @@ def test_stop_insists_in_the_end(machine: Machine) -> None:
     status = machine.start()
     os.kill(status["pid"], signal.SIGSTOP)  # it can do nothing any more
     done = machine.run("stop", env={"AICLIENT_API_SERVER_DRAIN_SECONDS": "0"})
-    assert done.status == 0 and "is killed" in done.err, done
+    assert done.status == 0 and "killing it" in done.err, done
     assert machine.processes() == []
 
 
