@@ -18704,30 +18704,41 @@ async def offer_sign_in(context: SignInContext) -> None:
 
 # ---- 17. Gateway -------------------------------------------------------------------------------
 
-Handler = Callable[[Request], Awaitable[Response]]
-
 # 17.1 paths and the shield
 
-# Clients write the same path with /v1 twice, without it, and with extra slashes.
-SLASHES = re.compile(r"/{2,}")
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+class Endpoint(NamedTuple):
+    methods: Mapping[str, Handler]
+    is_costly: bool = False  #: the rate limit applies
+    is_polled: bool = False  #: logged at debug level
+    is_open: bool = False  #: needs no key: clients probe it before they authenticate
+
+
+# Served without /v1 as well.
 BARE_ENDPOINTS = (
-    "/chat/completions", "/embeddings", "/messages", "/messages/count_tokens", "/models",
-    "/responses", "/responses/input_tokens", "/status", "/usage",
+    "/v1/chat/completions", "/v1/embeddings", "/v1/messages", "/v1/messages/count_tokens",
+    "/v1/models", "/v1/responses", "/v1/responses/input_tokens", "/v1/status", "/v1/usage",
 )  # fmt: skip
-COSTLY_ENDPOINTS = ("/v1/chat/completions", "/v1/messages", "/v1/responses", "/v1/embeddings")
-POLLED_ROUTES = ("/healthz", "/metrics", "/v1/status", "/v1/usage")  # logged at debug level
-OPEN_ROUTES = ("/v1/models/", "/v1/responses/")  # followed by an id
+SLASHES = re.compile(r"/{2,}")
 
 
 @functools.lru_cache(maxsize=256)
-def plain_path(path: str) -> str:
-    path = SLASHES.sub("/", path)
-    path = path.rstrip("/") or "/"
+def split_path(path: str) -> tuple[str, str]:
+    """`//v1/models/gpt-5/` -> ("/v1/models/ID", "gpt-5"): an endpoint and the id after it.
+
+    Clients send /v1 twice, no /v1, and extra slashes.
+    """
+    path = SLASHES.sub("/", path).rstrip("/") or "/"
     while path.startswith("/v1/v1/") or path == "/v1/v1":
         path = path[3:]
-    if path.startswith("/models/") or path in BARE_ENDPOINTS:
+    if path.startswith("/models/") or f"/v1{path}" in BARE_ENDPOINTS:
         path = "/v1" + path
-    return path
+    for parent in ("/v1/models/", "/v1/responses/"):
+        if path.startswith(parent) and path not in BARE_ENDPOINTS:
+            return f"{parent}ID", path.removeprefix(parent)
+    return path, ""
 
 
 def interrupted_status(error: BaseException) -> int:
@@ -18735,10 +18746,6 @@ def interrupted_status(error: BaseException) -> int:
     if isinstance(error, WireError):
         return error.status
     return 499 if isinstance(error, (asyncio.CancelledError, ConnectionError)) else 500
-
-
-def needs_body(method: str) -> bool:
-    return method in ("POST", "PUT", "PATCH")
 
 
 JSON_TYPE = re.compile(r"application/(?:[!#$&^_.+a-z0-9-]+\+)?json")
@@ -18773,7 +18780,8 @@ class Shield:
         # Pages may send other content types, or none, without a CORS preflight.
         media_type = headers.get("content-type", "").partition(";")[0].strip(" \t").lower()
         is_empty = request.body.done and not media_type
-        if needs_body(request.method) and not is_empty and not JSON_TYPE.fullmatch(media_type):
+        has_body = request.method in ("POST", "PUT", "PATCH") and not is_empty
+        if has_body and not JSON_TYPE.fullmatch(media_type):
             raise UnsupportedMediaType(
                 "The body must be sent as application/json.",
                 hint="With curl: -H 'content-type: application/json'.",
@@ -19350,6 +19358,14 @@ def error_headers(error: ApiError) -> dict[str, str]:
     return headers
 
 
+DIALECT_PREFIXES: dict[str, Dialect] = {
+    "/v1/messages": MESSAGES,
+    "/v1/responses": RESPONSES,
+    "/v1/chat": CHAT,
+    "/v1/embeddings": CHAT,
+}
+
+
 class Gateway:
     """What happens between a request and its response.  It owns nothing but references."""
 
@@ -19371,149 +19387,142 @@ class Gateway:
         self.limiter = RateLimiter(config.server.rate_limit_seconds)
         self.shield = Shield(config.server)
         self.started_at = int(time.time())
-        self.routes: dict[str, dict[str, Handler]] = {
-            "/": {"GET": self.get_page},
-            "/healthz": {"GET": self.get_health},
-            "/metrics": {"GET": self.get_metrics},
-            "/v1/chat/completions": {"POST": self.post_chat},
-            "/v1/messages": {"POST": self.post_messages},
-            "/v1/messages/count_tokens": {"POST": self.post_count_tokens},
-            "/v1/responses": {"POST": self.post_responses, "GET": self.get_responses},
-            "/v1/responses/input_tokens": {"POST": self.post_input_tokens},
-            "/v1/embeddings": {"POST": self.post_embeddings},
-            "/v1/models": {"GET": self.get_models},
-            "/v1/status": {"GET": self.get_status},
-            "/v1/usage": {"GET": self.get_usage, "DELETE": self.delete_usage},
-            "/api/event_logging/batch": {"POST": self.post_telemetry},
+        keys = {"": config.api_key} if config.api_key else {}
+        self.keys = {name: key.encode() for name, key in {**keys, **config.api_keys}.items()}
+        chat, messages, responses = (
+            functools.partial(self.converse, dialect) for dialect in (CHAT, MESSAGES, RESPONSES)
+        )
+        stored = dict.fromkeys(("GET", "POST", "DELETE"), self.refuse_stored)
+        self.endpoints = {
+            "/": Endpoint({"GET": self.get_page}, is_open=True),
+            "/healthz": Endpoint({"GET": self.get_health}, is_polled=True, is_open=True),
+            "/metrics": Endpoint({"GET": self.get_metrics}, is_polled=True),
+            "/v1/chat/completions": Endpoint({"POST": chat}, is_costly=True),
+            "/v1/messages": Endpoint({"POST": messages}, is_costly=True),
+            "/v1/messages/count_tokens": Endpoint({"POST": self.post_count_tokens}),
+            "/v1/responses": Endpoint(
+                {"POST": responses, "GET": self.refuse_websocket}, is_costly=True
+            ),
+            "/v1/responses/input_tokens": Endpoint({"POST": self.post_input_tokens}),
+            "/v1/responses/ID": Endpoint(stored),
+            "/v1/embeddings": Endpoint({"POST": self.post_embeddings}, is_costly=True),
+            "/v1/models": Endpoint({"GET": self.get_models}),
+            "/v1/models/ID": Endpoint({"GET": self.get_model}),
+            "/v1/status": Endpoint({"GET": self.get_status}, is_polled=True),
+            "/v1/usage": Endpoint(
+                {"GET": self.get_usage, "DELETE": self.delete_usage}, is_polled=True
+            ),
+            "/api/event_logging/batch": Endpoint({"POST": self.post_telemetry}),
         }
-        handler: Handler = self.dispatch
-        for layer in (self.with_rate_limit, self.with_key, self.with_shield, self.with_errors):
-            handler = layer(handler)
-        self.handler: Handler = self.with_log(handler)
 
-    # -- layers, innermost first
+    # -- one request, from start to end
 
-    def with_rate_limit(self, inner: Handler) -> Handler:
-        async def handle(request: Request) -> Response:
-            if request.method == "POST" and plain_path(request.path) in COSTLY_ENDPOINTS:
-                now = asyncio.get_running_loop().time()
-                wait_s = self.limiter.wait_for(request.client, now)
-                if wait_s > 0:
-                    raise RateLimited("Too many requests from this address.", retry_after=wait_s)
-            return await inner(request)
+    async def handle(self, request: Request) -> Response:
+        """Sets the request id; logs and counts the request once its response has been sent."""
+        now = asyncio.get_running_loop().time
+        request.begun_at = now()
+        request.id = "req_" + os.urandom(12).hex()
+        try:
+            response = await self.respond(request)
+        except BaseException as error:
+            self.count_request(request, interrupted_status(error))
+            raise
+        response.headers.update(self.id_headers(request.id))
+        stream = response.stream
+        if stream is None:
+            self.log_access(request, response, now() - request.begun_at, "ok")
+            self.count_request(request, response.status)
+            return response
 
-        return handle
+        async def stream_with_log(writer: ResponseWriter) -> None:
+            outcome = "cancelled"
+            try:
+                await stream(writer)
+                outcome = "ok"
+            finally:
+                self.log_access(request, response, now() - request.begun_at, outcome)
+                self.count_request(request, response.status)
 
-    def with_key(self, inner: Handler) -> Handler:
-        """If keys are configured, everything but the health check and the page needs one."""
-        keys = {"": self.config.api_key.encode()} if self.config.api_key else {}
-        keys |= {name: key.encode() for name, key in self.config.api_keys.items()}
+        response.stream = stream_with_log
+        return response
 
-        async def handle(request: Request) -> Response:
-            if keys and not self.is_open(request):
-                # latin-1 restores the bytes that were sent
-                sent_key = (read_api_key(request.headers) or "").encode("latin-1")
-                matches = [name for name, key in keys.items() if hmac.compare_digest(sent_key, key)]
-                if matches:
-                    request.key_name = matches[0]
-                else:
-                    raise InvalidKey(
-                        "The gateway's key is missing or wrong.",
-                        hint="Send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'.",
-                        headers={"WWW-Authenticate": "Bearer"},
-                    )
-            return await inner(request)
-
-        return handle
-
-    @staticmethod
-    def is_open(request: Request) -> bool:
-        """Whether a request needs no key: clients probe these paths before they authenticate."""
-        path = plain_path(request.path)
-        return path == "/healthz" or (path == "/" and request.method in ("HEAD", "GET"))
-
-    def with_shield(self, inner: Handler) -> Handler:
-        async def handle(request: Request) -> Response:
+    async def respond(self, request: Request) -> Response:
+        """The response, or the error in the client's dialect, with CORS headers."""
+        try:
             self.shield.check(request)
             if request.method == "OPTIONS":
-                return self.shield.preflight(request)
-            return await inner(request)
+                response = self.shield.preflight(request)
+            else:
+                response = await self.dispatch(request)
+        except RecursionError:
+            error = InvalidRequest("The request is nested too deeply.")
+            response = self.write_error(error, request)
+        except ApiError as caught:
+            response = self.write_error(caught, request)
+        response.headers.update(self.shield.cors_headers(request))
+        return response
 
-        return handle
+    async def dispatch(self, request: Request) -> Response:
+        path, _ = split_path(request.path)
+        endpoint = self.endpoints.get(path)
+        method = "GET" if request.method == "HEAD" else request.method
+        if self.keys and not (endpoint and endpoint.is_open and method == "GET"):
+            request.key_name = self.check_key(request)
+        if endpoint is None:
+            hint = "See README.md for the endpoints."
+            raise UnknownUrl(f"There is no {path[:200]} here.", hint=hint)
+        if endpoint.is_costly and method == "POST":
+            now = asyncio.get_running_loop().time()
+            wait_s = self.limiter.wait_for(request.client, now)
+            if wait_s > 0:
+                raise RateLimited("Too many requests from this address.", retry_after=wait_s)
+        if method not in endpoint.methods:
+            methods = endpoint.methods
+            allowed = ", ".join([*methods, "HEAD"] if "GET" in methods else methods)
+            raise MethodNotAllowed(f"{path[:200]} takes {allowed}.", headers={"Allow": allowed})
+        return await endpoint.methods[method](request)
 
-    def with_errors(self, inner: Handler) -> Handler:
-        async def handle(request: Request) -> Response:
-            try:
-                response = await inner(request)
-            except RecursionError:
-                error: ApiError = InvalidRequest("The request is nested too deeply.")
-                response = self.write_error(error, request)
-            except ApiError as caught:
-                response = self.write_error(caught, request)
-            response.headers.update(self.shield.cors_headers(request))
-            return response
-
-        return handle
-
-    def with_log(self, inner: Handler) -> Handler:
-        """Sets the request id; logs and counts the request once its response has been sent."""
-
-        async def handle(request: Request) -> Response:
-            loop = asyncio.get_running_loop()
-            request.begun_at = begun_at = loop.time()
-            request.id = "req_" + os.urandom(12).hex()
-            try:
-                response = await inner(request)
-            except BaseException as error:
-                self.count_request(request, interrupted_status(error))
-                raise
-            response.headers.update(
-                {
-                    "request-id": request.id,
-                    "x-request-id": request.id,
-                    "X-Content-Type-Options": "nosniff",
-                }
-            )
-            if response.stream is None:
-                self.log_access(request, response, loop.time() - begun_at, "")
-                self.count_request(request, response.status)
-                return response
-            stream = response.stream
-
-            async def stream_with_log(writer: ResponseWriter) -> None:
-                outcome = "cancelled"
-                try:
-                    await stream(writer)
-                    outcome = ""
-                finally:
-                    self.log_access(request, response, loop.time() - begun_at, outcome)
-                    self.count_request(request, response.status)
-
-            response.stream = stream_with_log
-            return response
-
-        return handle
-
-    def count_request(self, request: Request, status: int) -> None:
-        """Labels are routes, not paths: ids, and unknown paths, share one label each."""
-        route = plain_path(request.path)
-        if route not in self.routes:
-            prefix = next((p for p in OPEN_ROUTES if route.startswith(p)), "")
-            route = f"{prefix}ID" if prefix else "other"
-        self.ledger.metrics.count_request(route, request.method, status)
+    def check_key(self, request: Request) -> str:
+        """The name of the request's key; raises InvalidKey."""
+        # latin-1 restores the bytes that were sent
+        sent_key = (read_api_key(request.headers) or "").encode("latin-1")
+        matches = [name for name, key in self.keys.items() if hmac.compare_digest(sent_key, key)]
+        if matches:
+            return matches[0]
+        raise InvalidKey(
+            "The gateway's key is missing or wrong.",
+            hint="Send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'.",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
 
     @staticmethod
-    def log_access(request: Request, response: Response, seconds: float, outcome: str) -> None:
+    def id_headers(request_id: str) -> dict[str, str]:
+        return {
+            "request-id": request_id,
+            "x-request-id": request_id,
+            "X-Content-Type-Options": "nosniff",
+        }
+
+    def count_request(self, request: Request, status: int) -> None:
+        """Labels are endpoints, not paths: ids, and unknown paths, share one label each."""
+        path, _ = split_path(request.path)
+        label = path if path in self.endpoints else "other"
+        self.ledger.metrics.count_request(label, request.method, status)
+
+    def log_access(
+        self, request: Request, response: Response, seconds: float, outcome: str
+    ) -> None:
         """Metadata only."""
         headers, cost = response.headers, dict[str, str]()
-        quiet = response.status < 400 and plain_path(request.path) in POLLED_ROUTES
+        endpoint = self.endpoints.get(split_path(request.path)[0])
+        is_quiet = endpoint is not None and endpoint.is_polled and response.status < 400
         if request.answer is not None:
             usage = request.answer.usage
             cost = {"input": str(usage.prompt), "output": str(usage.output)}
             if usage.credits_source:
                 cost["credits"] = f"{usage.nano_credits / 1e9:.6g}"
         log_event(
-            "debug" if quiet else "info",
+            "debug" if is_quiet else "info",
             "request",
             id=request.id,
             client=request.client,
@@ -19524,26 +19533,23 @@ class Gateway:
             provider=headers.get("x-aiclient-provider", "-"),
             model=headers.get("x-aiclient-model", "-"),
             **cost,
-            end=outcome or "ok",
+            end=outcome,
         )
 
     # -- responses that need no upstream
 
     def dialect_of(self, request: Request | None) -> Dialect:
-        if request is not None:
-            format_name = request.headers.get("x-output-format", "").lower()
-            if format_name in FORMATS:
-                return FORMATS[format_name]
-            path = plain_path(request.path)
-            if path.startswith("/v1/messages"):
-                return MESSAGES
-            if path.startswith("/v1/responses"):
-                return RESPONSES
-            if path.startswith(("/v1/chat", "/v1/embeddings")):
-                return CHAT
-            if "anthropic-version" in request.headers:
-                return MESSAGES
-        return FORMATS[self.config.default_format]
+        default = FORMATS[self.config.default_format]
+        if request is None:
+            return default
+        format_name = request.headers.get("x-output-format", "").lower()
+        if format_name in FORMATS:
+            return FORMATS[format_name]
+        path, _ = split_path(request.path)
+        for prefix, dialect in DIALECT_PREFIXES.items():
+            if path.startswith(prefix):
+                return dialect
+        return MESSAGES if "anthropic-version" in request.headers else default
 
     def secrets(self) -> list[str]:
         """The tokens and keys in use."""
@@ -19555,28 +19561,9 @@ class Gateway:
         error.message = hide(error.message[:MAX_ERROR_TEXT], self.secrets())
         request_id = (request and request.id) or "req_" + os.urandom(12).hex()
         body = dump_json(dialect.error_body(error, request_id))
-        headers = error_headers(error)
-        headers.update({"request-id": request_id, "x-request-id": request_id})
-        headers["X-Content-Type-Options"] = "nosniff"
         # The dialect chooses the status: Codex, for one, retries a 401 or 503 for minutes.
         status = dialect.error_status(error)
-        return Response(status, body, headers)
-
-    async def dispatch(self, request: Request) -> Response:
-        path = plain_path(request.path)
-        methods = self.routes.get(path)
-        if methods is None and path.startswith("/v1/models/"):
-            methods = {"GET": self.get_model}
-        if methods is None and path.startswith("/v1/responses/"):
-            methods = dict.fromkeys(("GET", "POST", "DELETE"), self.refuse_stored)
-        if methods is None:
-            hint = "See README.md for the endpoints."
-            raise UnknownUrl(f"There is no {path[:200]} here.", hint=hint)
-        method = "GET" if request.method == "HEAD" else request.method
-        if method not in methods:
-            allowed = ", ".join([*methods, "HEAD"] if "GET" in methods else methods)
-            raise MethodNotAllowed(f"{path[:200]} takes {allowed}.", headers={"Allow": allowed})
-        return await methods[method](request)
+        return Response(status, body, {**error_headers(error), **self.id_headers(request_id)})
 
     async def get_health(self, request: Request) -> Response:
         return Response(200, b'{"status":"ok"}')
@@ -19680,8 +19667,8 @@ class Gateway:
         payload = {"object": "response.input_tokens", "input_tokens": estimate_request(body)}
         return Response(200, dump_json(payload))
 
-    async def get_responses(self, request: Request) -> Response:
-        """WebSocket upgrades are refused; clients then fall back to POST."""
+    async def refuse_websocket(self, request: Request) -> Response:
+        """Clients fall back to POST."""
         if "upgrade" not in request.headers:
             raise MethodNotAllowed("/v1/responses takes POST.", headers={"Allow": "POST"})
         raise UpgradeRefused("Websockets are not offered here; use POST.")
@@ -19773,7 +19760,7 @@ class Gateway:
         return Response(200, dump_json({"object": "list", "data": rows, **paging}))
 
     async def get_model(self, request: Request) -> Response:
-        name = plain_path(request.path).removeprefix("/v1/models/")
+        _, name = split_path(request.path)
         catalogues = await self.catalogues()
         self.router.candidates(name, None)  # raises if the name is malformed
         model = self.resolve_name(name, catalogues)
@@ -19783,15 +19770,6 @@ class Gateway:
         return Response(200, dump_json({**self.row(name, model), **raw}))
 
     # -- completions and embeddings
-
-    async def post_chat(self, request: Request) -> Response:
-        return await self.converse(request, CHAT)
-
-    async def post_messages(self, request: Request) -> Response:
-        return await self.converse(request, MESSAGES)
-
-    async def post_responses(self, request: Request) -> Response:
-        return await self.converse(request, RESPONSES)
 
     async def post_embeddings(self, request: Request) -> Response:
         data = await request.read_body()
@@ -19903,7 +19881,7 @@ class Gateway:
             param="model",
         )
 
-    async def converse(self, request: Request, client_dialect: Dialect) -> Response:
+    async def converse(self, client_dialect: Dialect, request: Request) -> Response:
         data = await request.read_body()
         body = await run_step(load_body, data)
         request_info = client_dialect.request_info(body)
@@ -20735,7 +20713,7 @@ class Daemon:
         self.ledger = Ledger(paths.usage_file, self.ticker)
         self.gateway = self.make_gateway({})
         self.server = Server(
-            config.server, self.ticker, self.gateway.handler, self.gateway.write_error
+            config.server, self.ticker, self.gateway.handle, self.gateway.write_error
         )
         self.started_at = time.time()
         self.port = 0
@@ -20856,7 +20834,7 @@ class Daemon:
             self.client = HttpClient(new.network, self.ticker)
         self.gateway = self.make_gateway(reused)
         self.server.config = new.server
-        self.server.handler = self.gateway.handler
+        self.server.handler = self.gateway.handle
         self.server.write_error = self.gateway.write_error
         return RetiredGateway(
             [c.request for c in self.server.connections if c.request is not None],

@@ -37,7 +37,7 @@ async def ask(provider: gw.Provider, path: str, usage_file: str) -> Reply:
     config, ticker = gw.Config(default_provider="echo"), gw.Ticker()
     ledger = gw.Ledger(usage_file, ticker)
     gateway = gw.Gateway(config, {"echo": provider}, ticker, ledger, dict)
-    server = gw.Server(config.server, ticker, gateway.handler, gateway.write_error)
+    server = gw.Server(config.server, ticker, gateway.handle, gateway.write_error)
     (listener,) = gw.open_listeners("127.0.0.1", 0)
     port = listener.getsockname()[1]
     await server.listen([listener])
