@@ -8613,43 +8613,33 @@ def read_copilot_model(entry: Json, provider: str) -> Model | None:
     endpoints = entry.get("supported_endpoints")
     if not isinstance(endpoints, list):
         endpoints = ["/chat/completions"]  # absent on older models
+    is_embedding = kind == "embeddings"
+    dialects = [] if is_embedding else map(ENDPOINT_DIALECTS.get, map(str, endpoints))
     efforts = supports.get("reasoning_effort")
-    min_budget, listed_budget = (
-        positive_int(supports.get("min_thinking_budget")),
-        supports.get("max_thinking_budget"),
-    )
-    max_budget = positive_int(listed_budget)
-    state = get_dict(entry, "policy").get("state", "enabled")
-    headers = get_dict(entry, "request_headers")
+    min_budget = positive_int(supports.get("min_thinking_budget")) or MIN_THINKING_BUDGET
+    max_budget = positive_int(supports.get("max_thinking_budget"))
+    is_picked = is_embedding or entry.get("model_picker_enabled", True) is not False
+    headers = list(get_dict(entry, "request_headers").items())[:MAX_MODEL_HEADERS]
     return Model(
         id=model_id,
         provider=provider,
-        dialects=()
-        if kind == "embeddings"
-        else tuple(
-            ENDPOINT_DIALECTS[endpoint]
-            for endpoint in map(str, endpoints)
-            if endpoint in ENDPOINT_DIALECTS
-        ),
-        embeds=kind == "embeddings",
+        dialects=tuple(filter(None, dialects)),
+        embeds=is_embedding,
         name=name_of_key(entry, "name") or model_id,
         family=name_of_key(capabilities, "family").lower(),
         vendor=name_of_key(entry, "vendor"),
         max_output=positive_int(limits.get("max_output_tokens")),
         max_prompt=positive_int(limits.get("max_prompt_tokens")),
         context=positive_int(limits.get("max_context_window_tokens")),
-        efforts=tuple(effort for effort in efforts if effort in EFFORTS)
-        if isinstance(efforts, list)
-        else (),
+        efforts=tuple(e for e in efforts if e in EFFORTS) if isinstance(efforts, list) else (),
         adaptive=bool(supports.get("adaptive_thinking")),
-        budget=(min_budget or MIN_THINKING_BUDGET, max_budget) if max_budget else None,
+        budget=(min_budget, max_budget) if max_budget else None,
         stops=0 if REASONING_GPT.match(model_id) else None,
         streaming=supports.get("streaming", True) is not False,
-        listed=(kind == "embeddings" or entry.get("model_picker_enabled", True) is not False)
-        and state == "enabled",
+        listed=is_picked and get_dict(entry, "policy").get("state", "enabled") == "enabled",
         headers={
             key.lower(): value
-            for key, value in list(headers.items())[:MAX_MODEL_HEADERS]
+            for key, value in headers
             if MODEL_HEADER.fullmatch(key)
             and isinstance(value, str)
             and HEADER_VALUE.fullmatch(value)
@@ -8684,18 +8674,18 @@ def price_nano_credits(model: Model, usage: Usage) -> int | None:
         tier, unit = prices, 1.0
     elif usage.prompt > (positive_int(tier.get("max_prompt_tokens")) or math.inf):
         tier = get_dict(prices, "long_context") or tier
-    input_price = read_figure(tier.get("input_price"))
+    names = ("input_price", "cache_read_price", "cache_price", "cache_write_price", "output_price")
+    input_price, read_price, cache_price, write_price, output_price = (
+        read_figure(tier.get(name)) for name in names
+    )
     if input_price is None:
         return None
-    read_price = read_figure(tier.get("cache_read_price"))
-    read_price = read_figure(tier.get("cache_price")) if read_price is None else read_price
-    write_price = read_figure(tier.get("cache_write_price"))
-    output_price = read_figure(tier.get("output_price")) or 0.0
+    read_price = cache_price if read_price is None else read_price
     total = (
         usage.input * input_price
         + usage.cache_read * (input_price if read_price is None else read_price)
         + usage.cache_write * (input_price if write_price is None else write_price)
-        + usage.output * output_price
+        + usage.output * (output_price or 0.0)
     )
     return round(min(max(total / batch_size * unit, 0.0), MAX_FIGURE))
 
@@ -8750,17 +8740,12 @@ def find_model(name: str, models: dict[str, Model]) -> Model | None:
     by_lower = {model_id.lower(): model for model_id, model in models.items()}
     families = {model.family: model for model in reversed(models.values()) if model.family}
     spellings = model_spellings(name)
-    known = [
-        table[spelling]
-        for table in (by_lower, families)
-        for spelling in spellings
-        if spelling in table
-    ]
+    known = [t[spelling] for t in (by_lower, families) for spelling in spellings if spelling in t]
     # An inexact name matches only models this account can use: terms may not be accepted yet.
-    usable = [model for model in known if model.listed or model.id.lower() == name.lower()]
+    lowered = name.lower()
+    usable = [model for model in known if model.listed or model.id.lower() == lowered]
     if known:
         return (usable or known)[0]
-    lowered = name.lower()
     base, long_suffix, _ = lowered.partition("[1m]")
     stripped = NAME_EFFORT.sub("", base) + long_suffix
     if stripped == lowered:
@@ -8768,15 +8753,9 @@ def find_model(name: str, models: dict[str, Model]) -> Model | None:
     if stripped != lowered:
         return find_model(stripped, models)
     retired = RETIRED_CLAUDE.fullmatch(spellings[-1])
-    if retired is None:
-        return None
-    family = f"claude-{retired[1]}-"
+    prefix = f"claude-{retired[1]}-" if retired else "\0"
     return max(
-        (
-            model
-            for model_id, model in by_lower.items()
-            if model_id.startswith(family) and model.listed
-        ),
+        (model for key, model in by_lower.items() if key.startswith(prefix) and model.listed),
         key=lambda model: (claude_version(model.id) or (0, 0), -len(model.id)),
         default=None,
     )
@@ -8793,6 +8772,15 @@ def implied_effort(name: str, model: Model) -> str | None:
 # 9.2 headers
 
 
+EDITOR_HEADERS = {
+    "Accept-Encoding": "identity",
+    "Editor-Version": EDITOR_VERSION,
+    "Editor-Plugin-Version": EDITOR_PLUGIN_VERSION,
+    "User-Agent": COPILOT_USER_AGENT,
+    "X-VSCode-User-Agent-Library-Version": "electron-fetch",
+}
+
+
 def copilot_authorization(token: str, host: str) -> str:
     """The Authorization value: the plan-specific hosts want the `token` scheme for a GitHub token.
 
@@ -8805,13 +8793,9 @@ def copilot_authorization(token: str, host: str) -> str:
 def copilot_identity(authorization: str, session_id: str, machine_id: str, device_id: str) -> Json:
     return {
         "Authorization": authorization,
-        "Accept-Encoding": "identity",
         "Copilot-Integration-Id": COPILOT_INTEGRATION_ID,
-        "Editor-Version": EDITOR_VERSION,
-        "Editor-Plugin-Version": EDITOR_PLUGIN_VERSION,
-        "User-Agent": COPILOT_USER_AGENT,
         "X-GitHub-Api-Version": COPILOT_API_VERSION,
-        "X-VSCode-User-Agent-Library-Version": "electron-fetch",
+        **EDITOR_HEADERS,
         "VScode-SessionId": session_id,
         "VScode-MachineId": machine_id,
         "Editor-Device-Id": device_id,
@@ -8823,12 +8807,8 @@ def exchange_headers(github_token: str) -> Json:
     return {
         "Authorization": f"token {github_token}",
         "Accept": "application/json",
-        "Accept-Encoding": "identity",
-        "Editor-Version": EDITOR_VERSION,
-        "Editor-Plugin-Version": EDITOR_PLUGIN_VERSION,
-        "User-Agent": COPILOT_USER_AGENT,
         "X-GitHub-Api-Version": GITHUB_API_VERSION,
-        "X-VSCode-User-Agent-Library-Version": "electron-fetch",
+        **EDITOR_HEADERS,
     }
 
 
@@ -8838,8 +8818,7 @@ def hash_uuid(text: str) -> str:
 
 
 def format_uuid(digits: str) -> str:
-    last = digits[17:20]
-    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{last}-{digits[20:]}"
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
 
 
 def allowed_api_host(url: str, config: CopilotConfig) -> bool:
@@ -8850,10 +8829,8 @@ def allowed_api_host(url: str, config: CopilotConfig) -> bool:
     host = parts.hostname or ""
     if parts.scheme == "https" and host.endswith(COPILOT_HOST_SUFFIXES):
         return True
-    # A mock upstream entirely on this machine, for tests.
-    return is_loopback(host) and is_loopback(
-        urllib.parse.urlsplit(config.github_api_url).hostname or ""
-    )
+    github_host = urllib.parse.urlsplit(config.github_api_url).hostname or ""
+    return is_loopback(host) and is_loopback(github_host)  # an imitation on this machine
 
 
 INTERLEAVED_BETA = "interleaved-thinking-2025-05-14"
@@ -8862,18 +8839,20 @@ CONTEXT_BETA = "context-management-2025-06-27"
 
 def messages_betas(body: Json, client_betas: str, refused: Collection[str], model: Model) -> str:
     """The betas this body needs; of those the client asked for, only interleaved thinking."""
-    betas = []
-    wants_interleaved = INTERLEAVED_BETA in [item.strip() for item in client_betas.split(",")]
-    if not model.adaptive and (
-        wants_interleaved or get_dict(body, "thinking").get("type") == "enabled"
-    ):
-        betas.append(INTERLEAVED_BETA)
+    is_interleaved = INTERLEAVED_BETA in [item.strip() for item in client_betas.split(",")]
+    wants_thinking = get_dict(body, "thinking").get("type") == "enabled" or is_interleaved
+    betas = [INTERLEAVED_BETA] if wants_thinking and not model.adaptive else []
     if "context_management" in body:
         betas.append(CONTEXT_BETA)  # without it the field is refused
     return ",".join(beta for beta in betas if beta not in refused)
 
 
 # 9.3 what is removed from bodies
+
+
+def present(obj: Json) -> Json:
+    """`obj` without the members that are null."""
+    return {key: value for key, value in obj.items() if value is not None}
 
 
 #: kind of rejection -> what one model refuses: "thinking" (a budget), "effort" (levels), "system"
@@ -8979,18 +8958,16 @@ def is_normalized(messages: list[Json]) -> bool:
             return False
         role = message["role"]
         kinds = [part.get("type") for part in parts]
-        if "text" in kinds and not all(
-            part.get("text", "").strip() for part in parts if part.get("type") == "text"
-        ):
+        texts = [part.get("text", "") for part in parts if part.get("type") == "text"]
+        if not all(map(str.strip, texts)):
             return False
         result_ids = [part.get("tool_use_id") for part in parts[: len(call_ids)]]
         if result_ids != call_ids or kinds.count("tool_result") != len(call_ids):
             return False
-        call_ids = [part.get("id", "") for part in parts if part.get("type") == "tool_use"]
-        names = [part.get("name", "") for part in parts if part.get("type") == "tool_use"]
-        if call_ids and not all(
-            WIRE_NAME.fullmatch(identifier) for identifier in (*call_ids, *names)
-        ):
+        calls = [part for part in parts if part.get("type") == "tool_use"]
+        call_ids = [part.get("id", "") for part in calls]
+        names = [part.get("name", "") for part in calls]
+        if not all(map(WIRE_NAME.fullmatch, (*call_ids, *names))):
             return False
     return not call_ids
 
@@ -9007,26 +8984,18 @@ def normalize_messages(draft: BodyDraft) -> None:
         else:
             blocks = [block for part in content or () for block in read_raw_part(part)]
         turns.append(Turn(str(message.get("role")), blocks))
-    turns = normalize_turns(turns)
-    if "system" in draft.rejections or not takes_system_turns(draft.model.id):
-        turns = downgrade_native_system(turns, downgrade_all=True)
-    else:
-        turns = downgrade_native_system(turns, downgrade_all=False)
-    draft.body["messages"] = [
-        {
-            "role": turn.role,
-            "content": turn.blocks[0].text
-            if len(turn.blocks) == 1 and isinstance(turn.blocks[0], Text)
-            else [write_raw_block(block) for block in turn.blocks],
-        }
-        for turn in turns
-    ]
-
-
-def takes_system_turns(model_id: str) -> bool:
-    """Claude accepts role system inside messages from version 4.8."""
-    version = claude_version(model_id)
-    return version is not None and version >= (4, 8)
+    # Claude accepts role system inside messages from version 4.8.
+    takes_system = (claude_version(draft.model.id) or (0, 0)) >= (4, 8)
+    downgrade_all = "system" in draft.rejections or not takes_system
+    messages: list[Json] = []
+    draft.body["messages"] = messages
+    for turn in downgrade_native_system(normalize_turns(turns), downgrade_all):
+        first: Any = turn.blocks[0]
+        if len(turn.blocks) == 1 and isinstance(first, Text):
+            messages.append({"role": turn.role, "content": first.text})
+        else:
+            content = [write_raw_block(block) for block in turn.blocks]
+            messages.append({"role": turn.role, "content": content})
 
 
 def downgrade_native_system(turns: list[Turn], downgrade_all: bool) -> list[Turn]:
@@ -9101,12 +9070,18 @@ MESSAGES_KEYS = (
 )  # fmt: skip
 
 
+def drop_keys(draft: BodyDraft, keys: Iterable[str], silent: Container[str] = ()) -> None:
+    """Removes fields, and reports those that had a value."""
+    for key in keys:
+        value = draft.body.pop(key, None)
+        is_empty = value is None or value is False or value in ({}, [])
+        if not is_empty and key not in silent:
+            draft.dropped.append(key)
+
+
 def keep_messages_keys(draft: BodyDraft) -> None:
     """Upstream, unknown keys are a 400.  `metadata` holds the user's device ids."""
-    for key in [key for key in draft.body if key not in MESSAGES_KEYS]:
-        value = draft.body.pop(key)
-        if value is not None and key != "metadata":
-            draft.dropped.append(key)
+    drop_keys(draft, [key for key in draft.body if key not in MESSAGES_KEYS], ("metadata",))
 
 
 def limit_max_tokens(draft: BodyDraft) -> None:
@@ -9120,14 +9095,8 @@ def drop_billing_line(draft: BodyDraft) -> None:
     """Claude Code's billing line changes with every request and defeats the prompt cache."""
     system = draft.body.get("system")
     if isinstance(system, list):
-        blocks = [
-            block
-            for block in system
-            if not is_billing_header(block)
-            and isinstance(block, dict)
-            and str(block.get("text") or "").strip()
-        ]
-        draft.body["system"] = blocks
+        blocks = [b for b in system if isinstance(b, dict) and not is_billing_header(b)]
+        draft.body["system"] = [b for b in blocks if str(b.get("text") or "").strip()]
     if not text_of(draft.body.get("system")).strip():
         draft.body.pop("system", None)
 
@@ -9150,12 +9119,12 @@ def is_foreign_thinking(part: Any) -> bool:
 
 
 def plain_documents(draft: BodyDraft) -> None:
-    """Text documents and tool references become text: only PDFs and text are known to work."""
     for index, message in enumerate(draft.body["messages"]):
         simplify_parts(message, f"messages.{index}")
 
 
 def simplify_parts(parent: Json, path: str) -> None:
+    """Text documents and tool references become text: only PDFs and text are known to work."""
     content = parent.get("content")
     if not isinstance(content, list):
         return
@@ -9206,12 +9175,12 @@ GOOGLE_KNOWN = (
 
 
 def adapt_schema(schema: Json, google: bool) -> Json:
+    """Without `$schema` and `$id`, arrays with items, for Gemini with known keywords only."""
     adapted: Json = adapt_subschema(inline_refs(schema) if google else schema, google)
     return adapted
 
 
 def adapt_subschema(schema: Any, google: bool) -> Any:
-    """One level of `adapt_schema`: no `$schema` and `$id`, arrays get items, known words only."""
     if isinstance(schema, list):
         return [adapt_subschema(item, google) for item in schema]
     if not isinstance(schema, dict):
@@ -9366,12 +9335,9 @@ def adapt_sampling(draft: BodyDraft, adaptive: bool) -> None:
     version = claude_version(draft.model.id) or (0, 0)
     thinks = get_dict(body, "thinking").get("type") in ("enabled", "adaptive")
     if thinks or adaptive or version >= (4, 7):
-        for key in ("temperature", "top_p", "top_k"):
-            if body.pop(key, None) is not None:
-                draft.dropped.append(key)
+        drop_keys(draft, ("temperature", "top_p", "top_k"))
     elif "temperature" in body and "top_p" in body:
-        body.pop("top_p")
-        draft.dropped.append("top_p")
+        drop_keys(draft, ("top_p",))
 
 
 def limit_cache_breakpoints(draft: BodyDraft) -> None:
@@ -9482,18 +9448,12 @@ def is_openai(model: Model) -> bool:
 
 
 def keep_chat_keys(draft: BodyDraft) -> None:
-    dropped_keys = [*CHAT_REFUSED_KEYS, *CHAT_FOREIGN_KEYS]
+    drop_keys(draft, (*CHAT_REFUSED_KEYS, *CHAT_FOREIGN_KEYS))
     if not is_openai(draft.model):
         if (int_field(draft.body, "n") or 1) > 1:
             raise UnsupportedFeature("n: only one choice is offered on this model.", param="n")
-        dropped_keys += CHAT_OPENAI_ONLY
-    for key in dropped_keys:
-        value = draft.body.pop(key, None)
-        is_empty = value is None or value is False or value in ({}, [])
-        if not is_empty and (key, value) != ("n", 1):
-            draft.dropped.append(key)
-    for key in [key for key, value in draft.body.items() if value is None]:
-        del draft.body[key]
+        drop_keys(draft, CHAT_OPENAI_ONLY, ("n",))
+    draft.body = present(draft.body)
 
 
 def adapt_chat_limits(draft: BodyDraft) -> None:
@@ -9527,10 +9487,8 @@ def adapt_chat_sampling(draft: BodyDraft) -> None:
     version = claude_version(model.id)
     for key in ("temperature", "top_p"):
         conflicts = version is not None and key == "top_p" and "temperature" in body
-        if (is_reasoning or conflicts or (version or (0, 0)) >= (4, 7)) and body.pop(
-            key, None
-        ) is not None:
-            draft.dropped.append(key)
+        if is_reasoning or conflicts or (version or (0, 0)) >= (4, 7):
+            drop_keys(draft, [key])
     if REASONING_GPT.match(model.id):
         body.pop("stop", None)  # the gateway cuts instead
 
@@ -9554,25 +9512,22 @@ def adapt_chat_tools(draft: BodyDraft) -> None:
         entry = {"name": name, "description": function.get("description"), "parameters": schema}
         if isinstance(function.get("strict"), bool) and is_openai(draft.model):
             entry["strict"] = function["strict"]
-        adapted.append(
-            {"type": "function", "function": {key: value for key, value in entry.items() if value}}
-        )
+        entry = {key: value for key, value in entry.items() if value}
+        adapted.append({"type": "function", "function": entry})
     has_calls = any(message.get("tool_calls") for message in body["messages"])
     if not adapted and has_calls and not is_openai(draft.model):
         placeholder = {"name": "none", "description": "Do not call.", "parameters": EMPTY_SCHEMA}
         adapted = [{"type": "function", "function": placeholder}]
-    for key in ("tools", "tool_choice", "parallel_tool_calls"):
-        if not adapted:
+    if not adapted:
+        for key in ("tools", "tool_choice", "parallel_tool_calls"):
             body.pop(key, None)
-    if adapted:
-        body["tools"] = adapted
-        choice = body.get("tool_choice")
-        function = get_dict(choice, "function") if isinstance(choice, dict) else {}
-        if function:
-            chosen_function = {
-                "name": wire_name(need_str(function, "name", "tool_choice.function"))
-            }
-            body["tool_choice"] = {"type": "function", "function": chosen_function}
+        return
+    body["tools"] = adapted
+    choice = body.get("tool_choice")
+    function = get_dict(choice, "function") if isinstance(choice, dict) else {}
+    if function:
+        chosen_name = wire_name(need_str(function, "name", "tool_choice.function"))
+        body["tool_choice"] = {"type": "function", "function": {"name": chosen_name}}
 
 
 def adapt_chat_messages(draft: BodyDraft) -> None:
@@ -9634,15 +9589,11 @@ def join_neighbours(messages: list[Json]) -> list[Json]:
     groups: list[list[Json]] = []
     for message in messages:
         previous = groups[-1][-1] if groups else {}
-        is_same_role = previous.get("role") == message["role"]
-        if (
-            not is_same_role
-            or message["role"] == "tool"
-            or {*previous, *message} - {"role", "content"}
-        ):
-            groups.append([message])
-        else:
+        is_joinable = previous.get("role") == message["role"] != "tool"
+        if is_joinable and {*previous, *message} <= {"role", "content"}:
             groups[-1].append(message)
+        else:
+            groups.append([message])
     return [join_messages(group) for group in groups]
 
 
@@ -9674,8 +9625,7 @@ def adapt_chat_content(message: Json, model: Model, tool_images: list[Json]) -> 
             tool_images += [text_part(f"Image from tool call {call_id}:"), *images]
             parts = [part for part in parts if part.get("type") != "image_url"]
             parts = parts or [text_part("[image in next message]")]
-        # Claude responds to its own earlier turn again if that is sent as a list (seen in pi,
-        # 2026).
+        # Claude responds to its own earlier turn again if that is a list (seen in pi, 2026).
         if role == "tool" or (role == "assistant" and not is_openai(model)):
             message["content"] = text_of(parts)
         else:
@@ -9702,11 +9652,7 @@ def adapt_call(call: Json) -> Json:
         text = dump_text(parse_arguments(text))
     adapted_function = {"name": wire_name(function["name"]), "arguments": text}
     adapted = {"id": call.get("id"), "index": call.get("index"), "type": "function"}
-    return {
-        key: value
-        for key, value in {**adapted, "function": adapted_function}.items()
-        if value is not None
-    }
+    return present({**adapted, "function": adapted_function})
 
 
 def inline_response_format(draft: BodyDraft) -> None:
@@ -9769,10 +9715,8 @@ def check_items(draft: BodyDraft) -> None:
 def keep_responses_keys(draft: BodyDraft) -> None:
     """Keeps the keys Copilot accepts; nothing is stored, so reasoning has to come encrypted."""
     body = draft.body
-    for key in [key for key in body if key not in RESPONSES_KEYS]:
-        value = body.pop(key)
-        if value is not None and key not in (*RESPONSES_SILENT, "metadata", "stream_options"):
-            draft.dropped.append(key)
+    silent = (*RESPONSES_SILENT, "metadata", "stream_options")
+    drop_keys(draft, [key for key in body if key not in RESPONSES_KEYS], silent)
     body.update(store=False, include=[ENCRYPTED_REASONING])
     cache_key = body.get("prompt_cache_key")
     if isinstance(cache_key, str) and len(cache_key) > 64:
@@ -9817,8 +9761,7 @@ def adapt_items(draft: BodyDraft) -> None:
             item["summary"] = item.get("summary") or []
         elif kind == "message" and not adapt_message(item, f"input.{index}.content"):
             continue  # an empty one would be refused
-        for key in [key for key, value in item.items() if value is None]:
-            del item[key]
+        item = present(item)
         if kind in ("function_call", "custom_tool_call"):
             item["name"] = wire_name(need_str(item, "name", f"input.{index}"))
         if isinstance(item.get("namespace"), str):
@@ -9850,7 +9793,7 @@ def adapt_message(item: Json, path: str) -> bool:
     parts = []
     for part in content or ():
         if isinstance(part, dict):
-            part = {key: value for key, value in part.items() if value is not None}
+            part = present(part)
             is_image = part.get("type") == "input_image"
             if is_image and part.get("detail") not in ("low", "high"):
                 part["detail"] = "auto"
@@ -9983,7 +9926,7 @@ def adapt_responses_tools(draft: BodyDraft) -> None:
 
 
 def adapt_responses_tool(tool: Json, path: str) -> Json:
-    tool = {key: value for key, value in tool.items() if value is not None}
+    tool = present(tool)
     name = need_str(tool, "name", path)
     tool.pop("defer_loading", None)
     tool.pop("output_schema", None)
@@ -10021,20 +9964,14 @@ def adapt_responses_settings(draft: BodyDraft) -> None:
     reasoning["summary"] = summaries.get(str(reasoning.get("summary")))
     if "spark" in model.id:  # has no summaries and refuses the request for one
         reasoning["summary"] = None
-    for key in [key for key in reasoning if key not in ("effort", "summary")]:
-        del reasoning[key]
-    body["reasoning"] = {key: value for key, value in reasoning.items() if value is not None}
+    body["reasoning"] = {k: reasoning[k] for k in ("effort", "summary") if reasoning.get(k)}
+    if REASONING_GPT.match(model.id):
+        drop_keys(draft, ("temperature", "top_p"))
     if not body["reasoning"]:
         del body["reasoning"]
-    for key in ("temperature", "top_p"):
-        if body.get(key) is not None and REASONING_GPT.match(model.id):
-            del body[key]
-            draft.dropped.append(key)
-    for key in [key for key, value in body.items() if value is None]:
-        del body[key]
-    if "text" in body:
-        text = dict_field(body, "text")
-        body["text"] = {key: value for key, value in text.items() if value is not None}
+    draft.body = present(body)
+    if "text" in draft.body:
+        draft.body["text"] = present(dict_field(body, "text"))
 
 
 RESPONSES_RULES: tuple[Callable[[BodyDraft], None], ...] = (
@@ -10082,11 +10019,8 @@ def strip_reasoning(body: Json) -> bool:
             removed = message.pop(key, None) is not None or removed
         content = message.get("content")
         if isinstance(content, list):
-            remaining = [
-                part
-                for part in content
-                if part.get("type") not in ("thinking", "redacted_thinking")
-            ]
+            kinds = ("thinking", "redacted_thinking")
+            remaining = [part for part in content if part.get("type") not in kinds]
             removed = removed or len(remaining) < len(content)
             message["content"] = remaining or [text_part("(thinking)")]
     return removed

@@ -402,8 +402,15 @@ def test_a_beta_that_was_refused_once_stays_away() -> None:
 
 
 def test_unknown_keys_of_a_messages_body_are_dropped_and_named() -> None:
-    extra: Json = {"service_tier": "auto", "speed": "fast", "container": "c", "stream_options": {}}
-    scrubbed = scrub("messages", SONNET, metadata={"user_id": "u"}, inference_geo=None, **extra)
+    extra: Json = {"service_tier": "auto", "speed": "fast", "container": "c"}
+    scrubbed = scrub(
+        "messages",
+        SONNET,
+        metadata={"user_id": "u"},
+        inference_geo=None,
+        stream_options={},
+        **extra,
+    )
     assert not {*extra, "metadata", "inference_geo"} & set(scrubbed.body)
     assert set(scrubbed.dropped) == set(extra)
 
