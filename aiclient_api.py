@@ -123,6 +123,7 @@ from collections.abc import (
     Mapping,
 )
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from http import HTTPStatus
 from typing import IO, TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TextIO, TypeVar
 
 
@@ -1766,22 +1767,13 @@ DIGITS = re.compile(rf"[0-9]{{1,{MAX_LENGTH_DIGITS}}}")
 CHUNK_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 CHUNK_STRING = rb'"(?:[^"\\\x00-\x08\x0a-\x1f\x7f]|\\[\t -~])*"'
 CHUNK_LINE = re.compile(
-    rb"([0-9A-Fa-f]{1,16})((?:[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?)*)"
+    rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?)*\r\n"
     % (CHUNK_TOKEN, CHUNK_TOKEN, CHUNK_STRING)
 )
+HEAD_END = re.compile(rb"\n\r?\n")
 STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) ([1-5][0-9][0-9])(?: ([^\r\n]*))?")
 HEADER_BREAKS = re.compile(r"[\r\n\0]")
 NO_BODY_STATUSES = (204, 304)
-REASONS = {
-    100: "Continue", 200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized",
-    402: "Payment Required", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed",
-    408: "Request Timeout", 413: "Content Too Large", 414: "URI Too Long",
-    415: "Unsupported Media Type", 417: "Expectation Failed", 421: "Misdirected Request",
-    422: "Unprocessable Content", 426: "Upgrade Required", 429: "Too Many Requests",
-    431: "Request Header Fields Too Large", 500: "Internal Server Error",
-    501: "Not Implemented", 502: "Bad Gateway", 503: "Service Unavailable",
-    504: "Gateway Timeout", 505: "HTTP Version Not Supported", 529: "Overloaded",
-}  # fmt: skip
 
 
 class Headers(dict[str, str]):
@@ -1816,11 +1808,8 @@ class ResponseHead:
 
 def head_end(buffer: bytes | bytearray, start: int = 0) -> int:
     """The offset after a head's final empty line, or -1; bare LFs count, to be refused at once."""
-    start = max(0, start - 3)
-    lf_end, crlf_end = buffer.find(b"\n\n", start), buffer.find(b"\n\r\n", start)
-    if lf_end < 0:
-        return crlf_end + 3 if crlf_end >= 0 else -1
-    return lf_end + 2 if crlf_end < 0 or lf_end < crlf_end else crlf_end + 3
+    match = HEAD_END.search(buffer, max(0, start - 3))
+    return match.end() if match else -1
 
 
 def head_lines(data: bytes) -> list[str]:
@@ -1969,80 +1958,73 @@ class ChunkedBody(Body):
     def __init__(self) -> None:
         super().__init__()
         self.buffer = b""
-        self.in_chunk = False
-        self.in_trailers = False
+        self.expected = "size"  #: the next part: size, data, crlf or trailers
 
     def feed(self, data: bytes) -> bytes:
-        if self.buffer:
-            data = self.buffer + data
+        data = self.buffer + data
         payload: list[bytes] = []
         offset = 0
         while not self.done:
-            if self.in_chunk:
-                next_offset = self.read_chunk(data, offset, payload)
-            elif self.in_trailers:
-                next_offset = self.read_trailers(data, offset)
+            if self.expected == "size":
+                line = CHUNK_LINE.match(data, offset, offset + MAX_CHUNK_LINE_BYTES)
+                if line is None:
+                    self.check_size(data[offset : offset + MAX_CHUNK_LINE_BYTES + 1])
+                    break
+                offset, self.left = line.end(), int(line[1], 16)
+                end = offset + self.left
+                if self.left and data[end : end + 2] == b"\r\n":  # a complete chunk, as usual
+                    payload.append(data[offset:end])
+                    offset, self.left = end + 2, 0
+                else:
+                    self.expected = "data" if self.left else "trailers"
+            elif self.expected == "data":
+                fragment = data[offset : offset + self.left]
+                payload.append(fragment)
+                offset += len(fragment)
+                self.left -= len(fragment)
+                if self.left:
+                    break
+                self.expected = "crlf"
+            elif self.expected == "crlf":
+                line_end = data[offset : offset + 2]
+                if not b"\r\n".startswith(line_end):
+                    raise WireError("chunk data is not followed by CRLF")
+                if len(line_end) < 2:
+                    break
+                offset += 2
+                self.expected = "size"
             else:
-                next_offset = self.read_size(data, offset)
-            if next_offset < 0:
-                break
-            offset = next_offset
-        self.buffer = b"" if self.done else data[offset:]
+                size = self.read_trailers(data[offset : offset + MAX_TRAILER_BYTES + 1])
+                if not size:
+                    break
+                offset += size
+                self.done = True
         if self.done:
             self.rest = data[offset:]
-        return payload[0] if len(payload) == 1 else b"".join(payload)
+        self.buffer = b"" if self.done else data[offset:]
+        return b"".join(payload)
 
-    def read_chunk(self, data: bytes, offset: int, payload: list[bytes]) -> int:
-        """The new offset, or -1 if more data is needed; the next two return the same."""
-        end = offset + self.left
-        if len(data) >= end + 2:
-            if data[end : end + 2] != b"\r\n":
-                raise WireError("chunk data is not followed by CRLF")
-            payload.append(data[offset:end])
-            self.in_chunk = False
-            return end + 2
-        if self.left and len(data) > offset:
-            fragment = data[offset:end]
-            payload.append(fragment)
-            self.left -= len(fragment)
-            return offset + len(fragment)
-        if not self.left and data[offset : offset + 1] not in (b"", b"\r"):
-            raise WireError("chunk data is not followed by CRLF")
-        return -1
-
-    def read_size(self, data: bytes, offset: int) -> int:
-        end = data.find(b"\n", offset)
-        if end < 0:
-            if len(data) - offset > MAX_CHUNK_LINE_BYTES:
-                raise WireError("chunk size line too long")
-            return -1
-        line = data[offset : end + 1]
+    @staticmethod
+    def check_size(line: bytes) -> None:
+        """Raises WireError if `line` cannot become a chunk size line."""
+        if b"\n" in line[:MAX_CHUNK_LINE_BYTES]:
+            raise WireError("malformed chunk size line")
         if len(line) > MAX_CHUNK_LINE_BYTES:
             raise WireError("chunk size line too long")
-        match = CHUNK_LINE.fullmatch(line, 0, len(line) - 2)
-        if match is None or not line.endswith(b"\r\n"):
-            raise WireError("malformed chunk size line")
-        self.left = int(match[1], 16)
-        self.in_chunk = self.left > 0
-        self.in_trailers = self.left == 0
-        return end + 1
 
-    def read_trailers(self, data: bytes, offset: int) -> int:
-        if data.startswith(b"\r\n", offset):
-            self.done = True
-            return offset + 2
-        end = head_end(data[offset:])
-        if end < 0:
-            if len(data) - offset > MAX_TRAILER_BYTES:
-                raise WireError("trailers too long", 431)
-            if data[offset : offset + 1] == b"\n":
-                raise WireError("bare LF after the last chunk")
-            return -1
-        if end > MAX_TRAILER_BYTES:
+    @staticmethod
+    def read_trailers(data: bytes) -> int:
+        """The size of the trailers with their empty line; 0 if more data is needed."""
+        if data.startswith(b"\r\n"):
+            return 2
+        if data.startswith(b"\n"):
+            raise WireError("bare LF after the last chunk")
+        end = head_end(data)
+        if end > MAX_TRAILER_BYTES or (end < 0 and len(data) > MAX_TRAILER_BYTES):
             raise WireError("trailers too long", 431)
-        parse_headers(head_lines(data[offset : offset + end]))
-        self.done = True
-        return offset + end
+        if end > 0:
+            parse_headers(head_lines(data[:end]))
+        return max(end, 0)
 
 
 def request_body(head: RequestHead) -> Body:
@@ -2089,27 +2071,18 @@ def write_head(first_line: str, headers: Iterable[tuple[str, str]]) -> bytes:
     return "\r\n".join(lines).encode("latin-1")
 
 
+@functools.cache
 def status_line(status: int) -> str:
-    return f"HTTP/1.1 {status} {REASONS.get(status, 'Unknown')}"
-
-
-QUALITY = re.compile(r"q[ \t]*=[ \t]*(0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?)")
-
-
-def accept_quality(accept: str, media_type: str) -> float:
-    """The weight, 0 to 1, of a media type in an Accept field (RFC 9110 section 12.5.1)."""
-    weights: dict[str, float] = {}
-    for media_range in accept.lower().split(","):
-        name, *parameters = (part.strip(" \t") for part in media_range.split(";"))
-        matches = [match for match in map(QUALITY.fullmatch, parameters) if match]
-        weights[name] = max(weights.get(name, 0.0), float(matches[0][1]) if matches else 1.0)
-    ranges = (media_type, media_type.partition("/")[0] + "/*", "*/*")  # most specific first
-    return next((weights[name] for name in ranges if name in weights), 0.0)
+    try:
+        reason = HTTPStatus(status).phrase
+    except ValueError:
+        reason = "Overloaded" if status == 529 else "Unknown"  # 529: Anthropic's
+    return f"HTTP/1.1 {status} {reason}"
 
 
 def prefers_html(accept: str) -> bool:
     """Whether the client is a browser."""
-    return accept_quality(accept, "text/html") > accept_quality(accept, "application/json")
+    return "text/html" in accept.lower()
 
 
 def write_chunk(data: bytes) -> bytes:
@@ -2186,9 +2159,6 @@ class SseReader:
         self.bom_checked = False
         self.after_cr = False
 
-    def feed(self, data: bytes) -> list[tuple[bytes, bytes]]:
-        return self.parse_all(self.complete(data))
-
     def complete(self, data: bytes) -> bytes:
         """The completed events, unparsed, with LF line ends; searches each byte only once."""
         if not self.bom_checked:
@@ -2196,8 +2166,10 @@ class SseReader:
             self.buffer.clear()
             self.bom_checked = not b"\xef\xbb\xbf".startswith(data)
             data = data.removeprefix(b"\xef\xbb\xbf") if self.bom_checked else data
-        if data and (self.after_cr or b"\r" in data):
-            data = self.normalize_newlines(data)
+        if data and (self.after_cr or b"\r" in data):  # a CRLF may be split over two reads
+            data = data.removeprefix(b"\n") if self.after_cr else data
+            self.after_cr = data.endswith(b"\r")
+            data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         end = data.rfind(b"\n\n") + 2
         if end == 1:
             end = 1 if data.startswith(b"\n") and self.buffer.endswith(b"\n") else 0
@@ -2210,29 +2182,18 @@ class SseReader:
             raise UpstreamError("The upstream sent an endless event.")
         return blocks
 
-    def normalize_newlines(self, data: bytes) -> bytes:
-        """`data` with LF for CRLF and CR, even if a CRLF is split over two reads."""
-        if self.after_cr:
-            data = data.removeprefix(b"\n")
-        self.after_cr = data.endswith(b"\r")
-        return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-
-    def parse_all(self, blocks: bytes) -> list[tuple[bytes, bytes]]:
-        rows = blocks.split(b"\n\n")
-        return [event for block in rows if block and (event := self.parse(block))]
-
-    def end(self) -> list[tuple[bytes, bytes]]:
-        """The last event, if the stream ended without an empty line."""
-        block = bytes(self.buffer).rstrip(b"\n")
-        self.buffer.clear()
-        event = self.parse(block) if block else None
-        return [event] if event else []
-
     def frames(self, blocks: bytes) -> list[Json]:
         return load_frames(self.parse_all(blocks))
 
     def last_frames(self) -> list[Json]:
-        return load_frames(self.end())
+        """The last event, if the stream ended without an empty line."""
+        block = bytes(self.buffer)
+        self.buffer.clear()
+        return self.frames(block)
+
+    def parse_all(self, blocks: bytes) -> list[tuple[bytes, bytes]]:
+        rows = blocks.split(b"\n\n")
+        return [event for block in rows if block and (event := self.parse(block))]
 
     @staticmethod
     def parse(block: bytes) -> tuple[bytes, bytes] | None:
@@ -2251,6 +2212,9 @@ class SseReader:
             elif line.startswith(b"{"):
                 data.append(line)
         return (name, b"\n".join(data)) if data else None
+
+
+MALFORMED_EVENT = "The upstream sent an event that is not a JSON object."
 
 
 def load_frame(data: bytes) -> Json | None:
@@ -2281,8 +2245,7 @@ def load_frames(events: list[tuple[bytes, bytes]]) -> list[Json]:
             continue
         frame = load_frame(data)
         if frame is None:
-            message = "The upstream sent an event that is not a JSON object."
-            return [*frames, {"type": "error", "error": {"message": message}}]
+            return [*frames, {"type": "error", "error": {"message": MALFORMED_EVENT}}]
         if name not in (b"", b"message") and "type" not in frame:
             frame["type"] = name.decode("utf-8", "replace")
         frames.append(frame)
@@ -2297,77 +2260,89 @@ def write_sse(frame: Json, name: str = "") -> bytes:
 
 # The Amazon event stream: `application/vnd.amazon.eventstream` (Smithy's specification).
 
-EventMessage = tuple[dict[str, Any], bytes]  # headers and payload, checksums verified
+EventMessage = tuple[dict[str, str], bytes]  # text headers and payload, checksums verified
 
 PRELUDE = struct.Struct(">III")  # total length, headers length, CRC-32 of these two
 MESSAGE_OVERHEAD = 16  # the prelude and the CRC-32 of the whole
-# Header types of fixed size: 2 to 5 are integers, 8 is a timestamp in ms, 9 a UUID, left as bytes.
-FIXED_HEADERS = {2: ">b", 3: ">h", 4: ">i", 5: ">q", 8: ">q"}
-FIXED_SIZES = {2: 1, 3: 2, 4: 4, 5: 8, 8: 8, 9: 16}
+# By header type: booleans (their value is the type), integers, a timestamp and a UUID.
+HEADER_SIZES = {0: 0, 1: 0, 2: 1, 3: 2, 4: 4, 5: 8, 8: 8, 9: 16}
+BYTES_HEADER, TEXT_HEADER = 6, 7  # both begin with two bytes of length
+EVENT_NAME = re.compile(r"[\w.:-]{1,100}", re.ASCII)
 
 
-def parse_event_headers(block: bytes) -> dict[str, Any]:
-    headers: dict[str, Any] = {}
+@functools.lru_cache(maxsize=64)  # few differ
+def parse_event_headers(block: bytes) -> dict[str, str]:
+    """The headers that are text; the others are checked and skipped.  Raises WireError."""
+    headers: dict[str, str] = {}
     offset, end = 0, len(block)
     while offset < end:
-        name_length = block[offset]
-        name, offset = block[offset + 1 : offset + 1 + name_length], offset + 1 + name_length
-        kind, offset = block[offset : offset + 1], offset + 1
-        if not name_length or not kind or kind[0] > 9:
+        name_end = offset + 1 + block[offset]
+        if name_end == offset + 1 or name_end >= end or block[name_end] > 9:
             raise WireError("an event's headers are malformed")
-        value: Any = kind[0] == 0
-        if kind[0] > 1:
-            length = FIXED_SIZES.get(kind[0])
-            if length is None:
-                length, offset = int.from_bytes(block[offset : offset + 2], "big"), offset + 2
-            data, offset = block[offset : offset + length], offset + length
-            if offset > end:
-                raise WireError("an event's headers are cut short")
-            value = data
-            if kind[0] in FIXED_HEADERS:
-                value = struct.unpack(FIXED_HEADERS[kind[0]], data)[0]
-            elif kind[0] == 7:
-                value = data.decode("utf-8", "replace")
-        headers[name.decode("utf-8", "replace")] = value
+        kind, start = block[name_end], name_end + 1
+        size = HEADER_SIZES.get(kind)
+        if size is None:
+            size, start = int.from_bytes(block[start : start + 2], "big"), start + 2
+        if start + size > end:
+            raise WireError("an event's headers are cut short")
+        if kind == TEXT_HEADER:
+            name = block[offset + 1 : name_end].decode("utf-8", "replace")
+            headers[name] = block[start : start + size].decode("utf-8", "replace")
+        offset = start + size
     return headers
 
 
-class EventStreamReader:
-    """A wrong length or checksum sets `error` and ends reading; earlier messages still count."""
+@functools.lru_cache(maxsize=64)
+def union_member(event_type: str) -> bytes:
+    return event_type.encode() if EVENT_NAME.fullmatch(event_type) else b"unnamed"
+
+
+class EventStreamFraming:
+    """An event stream, rewritten as server-sent events.
+
+    A message becomes `data: {"assistantResponseEvent": {"content": "Hi"}}`, the union that the
+    service defines; exceptions and errors become `data: {"error": {"code", "message", ...}}`.
+    A wrong length or checksum sets `error` and ends reading; earlier messages still count.
+    """
 
     def __init__(self) -> None:
-        self.kept = bytearray()  # an incomplete message
+        self.buffer = bytearray()  # an incomplete message
         self.bytes_needed = PRELUDE.size
         self.error = ""
-        self.parsed_headers: dict[bytes, dict[str, Any]] = {}  # by header block: there are few
 
-    def feed(self, data: bytes) -> list[EventMessage]:
-        """The messages that `data` completes; equal headers are one shared object."""
+    def complete(self, data: bytes) -> bytes:
+        had_failed = bool(self.error)
+        events = [self.write(headers, payload) for headers, payload in self.read_messages(data)]
+        if self.error and not had_failed:
+            message = f"The upstream's answer is malformed: {self.error}."
+            events.append(write_sse({"error": {"code": "WireError", "message": message}}))
+        return b"".join(events)
+
+    def read_messages(self, data: bytes) -> list[EventMessage]:
+        """The messages that `data` completes."""
         if self.error:
             return []
-        if self.kept:  # joined only once complete, as a message may be huge
-            self.kept += data
-            if len(self.kept) < self.bytes_needed:
+        if self.buffer:  # joined only once complete, as a message may be huge
+            self.buffer += data
+            if len(self.buffer) < self.bytes_needed:
                 return []
-            data = bytes(self.kept)
-            self.kept.clear()
+            data = bytes(self.buffer)
+            self.buffer.clear()
         messages: list[EventMessage] = []
-        offset, end = 0, len(data)
+        offset = 0
         try:
-            while end - offset >= self.bytes_needed:
-                message_size, headers_size = self.read_prelude(data, offset)
-                message_end = offset + message_size
-                if message_end > end:
-                    self.bytes_needed = message_size
+            while len(data) - offset >= PRELUDE.size:
+                size, headers_size = self.read_prelude(data, offset)
+                self.bytes_needed = size
+                if offset + size > len(data):
                     break
+                messages.append(self.read_message(data[offset : offset + size], headers_size))
+                offset += size
                 self.bytes_needed = PRELUDE.size
-                messages.append(self.read_message(data, offset, headers_size, message_end))
-                offset = message_end
         except WireError as error:
             self.error = str(error)
-            return messages
-        if offset < end:
-            self.kept += data[offset:]
+        else:
+            self.buffer += data[offset:]
         return messages
 
     @staticmethod
@@ -2381,87 +2356,47 @@ class EventStreamReader:
             raise WireError("an event's headers are too long")
         return total, headers_size
 
-    def read_message(self, data: bytes, offset: int, headers_size: int, end: int) -> EventMessage:
-        message = data[offset : end - 4]
-        if zlib.crc32(message) != int.from_bytes(data[end - 4 : end], "big"):
+    def read_message(self, message: bytes, headers_size: int) -> EventMessage:
+        if zlib.crc32(message[:-4]) != int.from_bytes(message[-4:], "big"):
             raise WireError("the checksum of an event is wrong")
         payload_start = PRELUDE.size + headers_size
-        block = message[PRELUDE.size : payload_start]
-        headers = self.parsed_headers.get(block)
-        if headers is None:
-            headers = parse_event_headers(block)
-            if len(self.parsed_headers) < 64:
-                self.parsed_headers[block] = headers
-        return headers, message[payload_start:]
+        headers = parse_event_headers(message[PRELUDE.size : payload_start])
+        return headers, message[payload_start:-4]
 
+    def write(self, headers: dict[str, str], payload: bytes) -> bytes:
+        kind = headers.get(":message-type", "event")
+        if kind == "exception":
+            error = load_object(payload) or {"message": payload.decode("utf-8", "replace")}
+            return write_sse({"error": {**error, "code": headers.get(":exception-type", "")}})
+        if kind != "event":
+            error = {name: headers.get(f":error-{name}", "") for name in ("code", "message")}
+            return write_sse({"error": error})
+        member = union_member(headers.get(":event-type", ""))
+        if b"\n" in payload or (member in payload and payload.lstrip()[:1] == b"{"):
+            payload = self.unwrap(payload, member.decode())
+        return b'data: {"%b":%b}\n\n' % (member, payload or b"{}")
 
-EVENT_NAME = re.compile(r"[\w.:-]{1,100}", re.ASCII)
-
-
-class EventStreamFraming:
-    """An event stream, rewritten as server-sent events.
-
-    A message becomes `data: {"assistantResponseEvent": {"content": "Hi"}}`, the union that the
-    service defines; exceptions and errors become `data: {"error": {"code", "message", ...}}`.
-    """
-
-    def __init__(self) -> None:
-        self.reader = EventStreamReader()
-        self.headers: dict[str, Any] = {}  # of the last event, with the text written for them
-        self.data_prefix = self.union_member = b""
-
-    def complete(self, data: bytes) -> bytes:
-        had_failed = bool(self.reader.error)
-        events = [self.write(headers, payload) for headers, payload in self.reader.feed(data)]
-        if self.reader.error and not had_failed:
-            message = f"The upstream's answer is malformed: {self.reader.error}."
-            events.append(self.write_error({"code": "WireError", "message": message}))
-        return b"".join(events)
-
-    def write(self, headers: dict[str, Any], payload: bytes) -> bytes:
-        if headers is not self.headers:
-            kind = headers.get(":message-type", "event")
-            if kind != "event":
-                return self.write_failure(kind, headers, payload)
-            name = str(headers.get(":event-type"))
-            self.union_member = (name if EVENT_NAME.fullmatch(name) else "unnamed").encode()
-            self.headers = headers
-            self.data_prefix = b'data: {"%b":' % self.union_member
-        if b"\n" in payload or (self.union_member in payload and payload.lstrip()[:1] == b"{"):
-            payload = self.unwrap(payload)
-        return b"%b%b}\n\n" % (self.data_prefix, payload or b"{}")
-
-    def unwrap(self, payload: bytes) -> bytes:
+    @staticmethod
+    def unwrap(payload: bytes, member: str) -> bytes:
         """The payload on one line, unwrapped: some hosts put it under the member's name."""
         value = load_object(payload)
         if value is None:
             return b"?"  # makes the event malformed
-        member_value = value.get(self.union_member.decode()) if len(value) == 1 else None
-        return dump_json(member_value if isinstance(member_value, dict) else value)
-
-    def write_failure(self, kind: Any, headers: dict[str, Any], payload: bytes) -> bytes:
-        if kind == "exception":
-            error = load_object(payload) or {"message": payload.decode("utf-8", "replace")}
-            return self.write_error({**error, "code": str_or_empty(headers, ":exception-type")})
-        code, message = (str_or_empty(headers, f":error-{name}") for name in ("code", "message"))
-        return self.write_error({"code": code, "message": message})
-
-    @staticmethod
-    def write_error(error: Json) -> bytes:
-        return write_sse({"error": error})
+        inner = value.get(member) if len(value) == 1 else None
+        return dump_json(inner if isinstance(inner, dict) else value)
 
     def frames(self, blocks: bytes) -> list[Json]:
         """The frames of unparsed events, each with one member; a malformed one is the last."""
         frames = load_frames([(b"", event[6:]) for event in blocks.split(b"\n\n") if event])
         for index, frame in enumerate(frames):
             if len(frame) != 1:  # malformed, or its payload closed the object early
-                message = "The upstream sent an event that is not a JSON object."
-                return [*frames[:index], {"error": {"code": "WireError", "message": message}}]
+                error = {"code": "WireError", "message": MALFORMED_EVENT}
+                return [*frames[:index], {"error": error}]
         return frames
 
     def last_frames(self) -> list[Json]:
         """Always empty; raises UpstreamError if a message is truncated."""
-        if self.reader.kept and not self.reader.error:
+        if self.buffer and not self.error:
             raise UpstreamError(BROKEN_OFF)
         return []
 
