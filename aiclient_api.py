@@ -124,7 +124,7 @@ from collections.abc import (
 )
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from http import HTTPStatus
-from typing import IO, TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TextIO, TypeVar
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol, TextIO, TypeVar
 
 
 def lazy_module(name: str) -> Any:
@@ -13130,34 +13130,24 @@ def log_event(level: str, event: str, **details: object) -> None:
     logger.log(level_number, redact(" ".join(parts), MAX_LOG_LINE))
 
 
-class SecondFormatter:
-    """`2026-11-22T13:14:15.123Z INFO event key=value`; the stamp is computed once per second.
+class LogFormatter:
+    """`2026-11-22T13:14:15.123Z INFO event key=value`, without secrets.
 
-    With `priorities` each line begins with its level as systemd's journal expects it: `<6>`.
+    A traceback follows its line, indented, so that no line of it looks like an event.
     """
 
-    PRIORITIES: ClassVar = {"DEBUG": "<7>", "INFO": "<6>", "WARNING": "<4>", "ERROR": "<3>"}
-
-    def __init__(self, priorities: bool = False) -> None:
-        self.second = 0
-        self.stamp = ""
-        self.priorities = self.PRIORITIES if priorities else {}
+    def __init__(self) -> None:
         #: the tokens and keys in use, whatever they look like
         self.secrets: Callable[[], Iterable[str]] = tuple
 
     def format(self, record: logging.LogRecord) -> str:
-        """A traceback follows its line, indented, so that no line of it looks like an event."""
-        second = int(record.created)
-        if second != self.second:
-            self.second = second
-            self.stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-        level = record.levelname
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         message = one_line(record.getMessage())
-        line = f"{self.stamp}.{int(record.msecs):03d}Z {level} {message}"
+        line = f"{stamp}.{int(record.msecs):03d}Z {record.levelname} {message}"
         if record.exc_info:
             trace = redact(logging.Formatter().formatException(record.exc_info), MAX_LOG_LINE)
             line += "".join(f"\n  {one_line(row)}" for row in trace.split("\n"))
-        return self.priorities.get(level, "") + hide(line, self.secrets())
+        return hide(line, self.secrets())
 
 
 def restrict_to_owner(fd: int) -> bool:
@@ -13205,9 +13195,9 @@ class LogFile:
         self.open()
 
     def open(self) -> None:
-        """Opens the file at `path`; raises OSError, and goes on with the old one then."""
+        """Opens the file at `path`; raises OSError, and keeps the old one then."""
         check_link(self.path)
-        # Without waiting for whoever may read a FIFO some day.
+        # O_NONBLOCK: without waiting for a FIFO's reader.
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
         fd = os.open(self.path, flags, 0o600)
         self.close()
@@ -13220,58 +13210,46 @@ class LogFile:
         self.check_at = time.monotonic() + LOG_LOOK_SECONDS
         make_private(fd, self.path, "log")
 
+    def close(self) -> None:
+        if self.handle >= 0:
+            os.close(self.handle)
+        self.handle = -1
+
     def write(self, text: str) -> None:
         """Appends `text`, complete lines, in one write."""
         data = text.encode("utf-8", "backslashreplace")
         try:
-            if time.monotonic() > self.check_at:
-                self.check_path()
-            if self.size and self.size + len(data) > self.max_bytes:
-                self.rotate()
+            if time.monotonic() > self.check_at or self.size + len(data) > self.max_bytes:
+                self.reopen_or_rotate(len(data))
             self.size += os.write(self.handle, data)
         except OSError:
             self.dropped += text.count("\n")
 
-    def check_path(self) -> None:
-        """Reopens the file if it was moved away; notices what other processes have written."""
+    def reopen_or_rotate(self, more_bytes: int) -> None:
+        """`daemon.log` -> `daemon.log.1` -> `daemon.log.2`, whose old content is lost."""
         self.check_at = time.monotonic() + LOG_LOOK_SECONDS
         try:
             status = os.stat(self.path)
+            self.size = status.st_size  # another process may be writing, too
+            if (status.st_dev, status.st_ino) != self.identity:
+                self.open()  # moved away, or rotated by the other process
         except FileNotFoundError:
             self.open()
+        if not self.size or self.size + more_bytes <= self.max_bytes:
             return
-        if (status.st_dev, status.st_ino) != self.identity:
-            self.open()
-        self.size = status.st_size
-
-    def rotate(self) -> None:
-        """`daemon.log` -> `daemon.log.1` -> `daemon.log.2`, whose old content is lost."""
-        self.check_path()
-        if self.size < self.max_bytes // 2:
-            return  # a process taking over has just rotated
         for index in range(LOG_FILES - 1, 0, -1):
             older = self.path if index == 1 else f"{self.path}.{index - 1}"
             if os.path.exists(older):
                 os.replace(older, f"{self.path}.{index}")
         self.open()
 
-    def flush(self) -> None:
-        """Nothing to do: every line is written at once."""
-
-    def close(self) -> None:
-        if self.handle >= 0:
-            os.close(self.handle)
-        self.handle = -1
-
 
 def start_log(level: str, path: str = "", is_stderr: bool = False) -> LogFile | None:
     """Logs to a file, or to standard error: a line per event, times in UTC.  Raises OSError."""
     file = LogFile(path, is_stderr=is_stderr) if path else None
     handler: logging.StreamHandler[Any] = logging.StreamHandler(file or sys.stderr)
-    is_journal = file is None and "JOURNAL_STREAM" in os.environ
-    handler.setFormatter(SecondFormatter(is_journal))  # type: ignore[arg-type]  # logging is lazy
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
+    handler.setFormatter(LogFormatter())  # type: ignore[arg-type]  # logging is lazy
+    logging.getLogger().handlers[:] = [handler]
     set_log_level(level)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     # The documented way to skip what no line shows (logging HOWTO, "Optimization").
@@ -13284,7 +13262,7 @@ def start_log(level: str, path: str = "", is_stderr: bool = False) -> LogFile | 
 def hide_in_log(secrets: Callable[[], Iterable[str]]) -> None:
     """Keeps what `secrets` returns out of every line from now on."""
     for handler in logging.getLogger().handlers:
-        if isinstance(handler.formatter, SecondFormatter):
+        if isinstance(handler.formatter, LogFormatter):
             handler.formatter.secrets = secrets
 
 
@@ -13335,37 +13313,40 @@ else:
 
 
 class StreamProtocol(ProtocolBase):
-    """One connection: asyncio's streams, plus a relay mode for bodies.
+    """One connection: bytes are buffered, or with a `sink` passed to it as they arrive.
 
-    In relay mode (`sink` is set) bytes go to a function as they arrive, without waking a task each
-    time.  `on_end` is called at the peer's EOF, `on_flow` when the transport pauses writing.
+    Only one task at a time may wait for it.
     """
 
     def __init__(self) -> None:
-        self.reader = asyncio.StreamReader(STREAM_BUFFER_BYTES)
-        self.streams = asyncio.StreamReaderProtocol(self.reader)
         self.transport: asyncio.Transport
-        self.writer: asyncio.StreamWriter
+        self.buffer = bytearray()
         self.sink: Callable[[bytes], None] | None = None
         #: called with False at the peer's EOF, with True when the connection is lost
         self.on_end: Callable[[bool], None] | None = None
         #: called with True to pause writing, with False to resume
         self.on_flow: Callable[[bool], None] | None = None
-        #: the peer has sent EOF; `ended`: that, or the connection is lost
+        #: the peer has sent EOF; the connection is lost, with its error
         self.finished = False
-        self.ended = False
+        self.lost = False
+        self.error: Exception | None = None
         #: something was received since this was last set to False
         self.has_received = False
-        self.lost = asyncio.Event()
+        self.reading_held = False
+        self.writing_paused = False
+        self.waiter: asyncio.Future[None] | None = None
         #: the proxy tunnel under this TLS connection, referenced to keep it alive
         self.tunnel: StreamProtocol | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.finished or self.lost
+
+    # As asyncio calls it
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
-        self.streams.connection_made(transport)
-        loop = asyncio.get_running_loop()
-        self.writer = asyncio.StreamWriter(transport, self.streams, self.reader, loop)
         transport.set_write_buffer_limits(high=WRITE_HIGH_WATER_BYTES)
         # asyncio allocates 256 KiB for each recv, whose fresh pages cost more than the recv itself
         # (measured: 37 us against 11); its transports read the size from this attribute.
@@ -13375,29 +13356,84 @@ class StreamProtocol(ProtocolBase):
         self.has_received = True
         if self.sink is not None:
             self.sink(data)
-        else:
-            self.streams.data_received(data)
+            return
+        self.buffer += data
+        if len(self.buffer) > STREAM_BUFFER_BYTES:
+            self.update_reading()
+        self.wake()
 
-    def eof_received(self) -> bool | None:
+    def eof_received(self) -> bool:
+        """True keeps the connection open for writing, which TLS cannot."""
         self.finished = True
         self.end(False)
-        return self.streams.eof_received()
+        return self.transport.get_extra_info("sslcontext") is None
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.lost.set()
+        self.lost, self.error = True, exc
         self.end(True)
-        self.streams.connection_lost(exc)
-        # asyncio stores the error for a `wait_closed` that is never called, and logs it as never
-        # retrieved if the garbage collector meets the future before its owner (seen in Python
-        # 3.13).
-        closed = getattr(self.streams, "_closed", None)
-        if exc is not None and closed is not None and closed.done():
-            closed.exception()
 
     def end(self, is_lost: bool) -> None:
-        self.ended = True
         if self.on_end is not None:
             self.on_end(is_lost)
+        self.wake()
+
+    def pause_writing(self, paused: bool = True) -> None:
+        self.writing_paused = paused
+        if self.on_flow is not None:
+            self.on_flow(paused)
+        self.wake()
+
+    def resume_writing(self) -> None:
+        self.pause_writing(False)
+
+    # For the task that owns the connection
+
+    def wake(self) -> None:
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
+    async def changed(self) -> None:
+        """Waits for `wake`: bytes in the buffer, an end, or a change of flow."""
+        self.waiter = asyncio.get_running_loop().create_future()
+        await self.waiter
+
+    async def receive(self) -> None:
+        """Waits for more bytes; raises EOFError, or the OSError that broke the connection."""
+        self.update_reading()
+        size = len(self.buffer)
+        while len(self.buffer) == size:
+            if self.ended:
+                raise self.error or EOFError
+            await self.changed()
+
+    def take(self) -> bytes:
+        """All that was received and not taken yet."""
+        data = bytes(self.buffer)
+        self.buffer.clear()
+        self.update_reading()
+        return data
+
+    async def drain(self) -> None:
+        while self.writing_paused and not self.lost:
+            await self.changed()
+
+    async def wait_closed(self) -> None:
+        while not self.lost:
+            await self.changed()
+
+    def hold(self, held: bool) -> None:
+        """Pauses or resumes reading."""
+        self.reading_held = held
+        self.update_reading()
+
+    def is_reading(self) -> bool:
+        return not self.reading_held and len(self.buffer) <= STREAM_BUFFER_BYTES
+
+    def update_reading(self) -> None:
+        if self.is_reading():
+            self.transport.resume_reading()
+        else:
+            self.transport.pause_reading()
 
     def ended_cleanly(self) -> bool:
         """Whether the peer ended it on purpose: over TLS with a close_notify (RFC 9112, 9.8)."""
@@ -13410,16 +13446,6 @@ class StreamProtocol(ProtocolBase):
             return True
         except ssl.SSLError:
             return False
-
-    def pause_writing(self) -> None:
-        self.streams.pause_writing()
-        if self.on_flow is not None:
-            self.on_flow(True)
-
-    def resume_writing(self) -> None:
-        self.streams.resume_writing()
-        if self.on_flow is not None:
-            self.on_flow(False)
 
 
 # ---- 12. HTTP client ---------------------------------------------------------------------------
@@ -13516,33 +13542,32 @@ class UpstreamResponse:
         self.headers = head.headers
         self.client = client
         self.connection = connection
+        self.wire = connection.wire
         self.body = body
         self.reusable = head.minor == 1 and not head.headers.has_token("connection", "close")
         coding = head.headers.get("content-encoding", "identity").lower()
         # All requests ask for identity, but a middlebox may compress all the same.
         wbits = {"gzip": GZIP_WBITS, "x-gzip": GZIP_WBITS, "deflate": ZLIB_WBITS}.get(coding)
         self.inflater = Inflater(wbits) if wbits else None
-        self.sink: Callable[[bytes], None] | None = None
-        self.waiting = bytearray()
-        self.changed: asyncio.Future[None] | None = None
         self.error: ApiError | None = None
         if wbits is None and coding != "identity":
             self.error = UpstreamError("The upstream's answer has a coding that nobody asked for.")
         self.done = body.done
-        self.full = False  # `waiting` is over its limit
-        self.slow = False  # the client reads too slowly
-        self.paused = False
-        self.last_at = asyncio.get_running_loop().time()
-        wire = connection.wire
-        wire.sink, wire.on_end = self.on_data, self.on_eof
+        self.returned = b""  # by `put_back`
+        self.silent_since = asyncio.get_running_loop().time()
+        self.drop_timer: asyncio.TimerHandle | None = None
         client.ticker.add(self.watch)
 
-    def on_data(self, data: bytes) -> None:
-        self.last_at = asyncio.get_running_loop().time()
-        if self.body.done or self.error:  # unexpected bytes: discarded
-            self.reusable = False
-            self.connection.wire.transport.abort()
-            return
+    def watch(self, now: float) -> None:
+        limit_s = self.client.network.stream_idle_seconds
+        if self.wire.has_received or not self.wire.is_reading():
+            self.wire.has_received = False
+            self.silent_since = now
+        elif now - self.silent_since > limit_s:
+            self.fail(UpstreamTimeout(f"The upstream was silent for {limit_s:g} s."))
+
+    def decode(self, data: bytes) -> bytes:
+        """The payload in `data`; what is malformed and what is the end changes `error`, `done`."""
         try:
             payload = self.body.feed(data)
             if self.inflater is not None:
@@ -13551,79 +13576,59 @@ class UpstreamResponse:
                     raise WireError("it is compressed beyond all measure")
         except WireError as error:
             self.fail(UpstreamError(f"The upstream's answer is malformed: {error}."))
-            return
-        if payload:
-            if self.sink is not None:
-                self.deliver(payload, self.sink)
-            else:
-                self.waiting += payload
-                self.full = len(self.waiting) > STREAM_BUFFER_BYTES
-                self.update_reading()
+            return b""
         if self.body.done:
             self.complete()
-        elif self.sink is None:
-            self.wake()
+        return payload
 
-    def deliver(self, payload: bytes, sink: Callable[[bytes], None]) -> None:
-        """Passes bytes to the sink, whose errors are not the upstream's fault."""
-        try:
-            sink(payload)
-        except Exception:  # noqa: BLE001 - asyncio would drop the connection
-            self.fail(internal_error("a response could not be processed"))
-
-    def on_eof(self, is_lost: bool) -> None:
-        if self.done or self.error:
-            return
+    def on_eof(self) -> None:
+        self.reusable = False
         try:
             self.body.end()
         except WireError:
             self.fail(UpstreamError(BROKEN_OFF))
-            return
-        if not self.connection.wire.ended_cleanly():
-            self.fail(UpstreamError(BROKEN_OFF))
-            return
-        self.reusable = False
-        self.complete()
+        else:
+            self.complete(self.wire.ended_cleanly())
 
-    def complete(self) -> None:
+    def complete(self, cleanly: bool = True) -> None:
         """The body has ended; a compressed one must be complete, too."""
-        if self.inflater is not None and not self.inflater.done:
+        if cleanly and (self.inflater is None or self.inflater.done):
+            self.stop()
+        else:
             self.fail(UpstreamError(BROKEN_OFF))
-            return
+
+    def fail(self, error: ApiError) -> None:
+        if not self.done:
+            self.error = self.error or error
+            self.reusable = False
+            self.wire.sink = None
+            self.wire.wake()
+
+    def stop(self) -> None:
         self.done = True
-        self.wake()
+        self.wire.sink = None
+        self.wire.wake()
 
-    def wake(self) -> None:
-        if self.changed is not None and not self.changed.done():
-            self.changed.set_result(None)
-
-    async def wait(self) -> None:
-        self.changed = asyncio.get_running_loop().create_future()
-        await self.changed
-
-    def watch(self, now: float) -> None:
-        limit_s = self.client.network.stream_idle_seconds
-        if not self.paused and not self.done and now - self.last_at > limit_s:
-            self.fail(UpstreamTimeout(f"The upstream was silent for {limit_s:g} s."))
+    def hold(self, paused: bool) -> None:
+        self.wire.hold(paused)
 
     async def first(self) -> bytes:
-        while not self.waiting:
+        data, self.returned = self.returned, b""
+        while not data:
             if self.error:
                 raise self.error
             if self.done:
                 return b""
-            await self.wait()
-        return self.take_buffered()
-
-    def take_buffered(self) -> bytes:
-        data = bytes(self.waiting)
-        self.waiting.clear()
-        self.full = False
-        self.update_reading()
+            if self.wire.buffer:
+                data = self.decode(self.wire.take())
+            elif self.wire.ended:
+                self.on_eof()
+            else:
+                await self.wire.changed()
         return data
 
     def put_back(self, data: bytes) -> None:
-        self.waiting[:0] = data
+        self.returned = data + self.returned
 
     async def read(self, limit: int) -> bytes:
         """The entire body; raises UpstreamError if it exceeds `limit` bytes."""
@@ -13635,85 +13640,60 @@ class UpstreamResponse:
         return bytes(body)
 
     async def relay(self, sink: Callable[[bytes], None]) -> None:
-        buffered = self.take_buffered()
-        if buffered:
-            self.deliver(buffered, sink)
-        self.sink = sink
-        while not (self.done or self.error):
-            await self.wait()
+        def deliver(payload: bytes) -> None:
+            try:
+                if payload:
+                    sink(payload)
+            except Exception:  # noqa: BLE001 - not the upstream's fault; asyncio would disconnect
+                self.fail(internal_error("a response could not be processed"))
+
+        wire = self.wire
+        deliver(self.returned)
+        if not (self.done or self.error):
+            wire.sink = lambda data: deliver(self.decode(data))
+            wire.sink(wire.take())
+        while not self.error and not self.done:
+            if wire.ended:
+                self.on_eof()
+            else:
+                await wire.changed()
         if self.error:
             raise self.error
 
-    def hold(self, paused: bool) -> None:
-        self.slow = paused
-        self.update_reading()
-
-    def update_reading(self) -> None:
-        should_pause = self.full or self.slow
-        transport = self.connection.wire.transport
-        if should_pause is self.paused or transport.is_closing():
-            return
-        self.paused = should_pause
-        self.last_at = asyncio.get_running_loop().time()
-        if should_pause:
-            transport.pause_reading()
-        else:
-            transport.resume_reading()
-
-    def fail(self, error: ApiError) -> None:
-        if not self.done:
-            self.error = self.error or error
-            self.reusable = False
-            self.wake()
-
-    def stop(self) -> None:
-        self.done = True
-        self.wake()
-
     def close(self, ended: bool) -> None:
         self.client.ticker.discard(self.watch)
-        wire = self.connection.wire
-        self.full = self.slow = False
-        self.update_reading()
-        if wire.ended or self.error or not self.reusable:
+        wire = self.wire
+        wire.sink = None
+        wire.hold(False)
+        if wire.ended or self.error or not (self.reusable and (ended or self.body.done)):
             self.drop()
-        elif self.body.done:
-            self.release()
-        elif ended:
-            # The last chunk is often a packet of its own, and a new TLS connection is expensive.
-            wire.sink, wire.on_end = self.on_tail, lambda _: self.drop()
-            self.last_at = asyncio.get_running_loop().time()
-            self.client.ticker.add(self.watch_end)
-        else:
-            self.drop()
+            return
+        # The last chunk is often a packet of its own, and a new TLS connection is expensive.
+        wire.sink, wire.on_end = self.on_tail, lambda _: self.drop()
+        self.drop_timer = asyncio.get_running_loop().call_later(LINGER_SECONDS, self.drop)
+        self.on_tail(wire.take())
 
     def on_tail(self, data: bytes) -> None:
+        """Returns the connection to the pool at the end of the body, if nothing follows it."""
         try:
             self.body.feed(data)
         except WireError:
             self.drop()
             return
-        if self.body.done:
-            self.release()
-
-    def watch_end(self, now: float) -> None:
-        if now - self.last_at > LINGER_SECONDS:
-            self.drop()
-
-    def release(self) -> None:
-        """Returns the connection to the pool, unless something follows the body."""
         if self.body.rest:
             self.drop()
-            return
-        self.client.ticker.discard(self.watch_end)
-        self.connection.wire.on_end = None
-        self.client.pool.give_back(self.connection, asyncio.get_running_loop().time())
+        elif self.body.done:
+            self.release()
+            self.client.pool.give_back(self.connection, asyncio.get_running_loop().time())
+
+    def release(self) -> None:
+        if self.drop_timer is not None:
+            self.drop_timer.cancel()
+        self.wire.sink = self.wire.on_end = None
 
     def drop(self) -> None:
-        self.client.ticker.discard(self.watch_end)
-        wire = self.connection.wire
-        wire.sink = wire.on_end = None
-        wire.transport.abort()
+        self.release()
+        self.wire.transport.abort()
 
 
 class PooledConnection:
@@ -13727,8 +13707,11 @@ class PooledConnection:
         self.idle_since = 0.0
 
     def is_dead(self, now: float) -> bool:
-        is_closed = self.wire.ended or self.wire.transport.is_closing()
-        return is_closed or now - self.idle_since > POOL_IDLE_SECONDS or is_readable(self.socket)
+        wire = self.wire
+        # Whatever an idle peer sends, it is not a response.
+        is_unusable = wire.ended or wire.buffer or wire.transport.is_closing()
+        is_old = now - self.idle_since > POOL_IDLE_SECONDS
+        return bool(is_unusable) or is_old or is_readable(self.socket)
 
     def left_unread(self, error: Exception, message: bytes, sent_at: float) -> bool:
         """Whether the peer, which then ended the connection, cannot have read `message`.
@@ -13758,7 +13741,6 @@ class Pool:
         while stack:
             connection = stack.pop()
             if not connection.is_dead(now):
-                connection.wire.sink = None
                 return connection
             connection.wire.transport.abort()
         return None
@@ -13768,8 +13750,6 @@ class Pool:
         connection.idle_since = now
         stack = self.idle.setdefault(connection.origin, [])
         stack.append(connection)
-        # Whatever an idle peer sends, it is not a response.
-        connection.wire.sink = lambda _: connection.wire.transport.abort()
         if len(stack) > POOL_IDLE_PER_HOST:
             stack.pop(0).wire.transport.abort()
 
@@ -13875,7 +13855,8 @@ class HttpClient:
         try:
             async with asyncio.timeout(limit_s):
                 wire.transport.write(message)
-                head, body, tail = await self.read_response_head(wire, method)
+                head = await self.read_head(wire)
+                body = response_body(head, method)
         except TimeoutError:
             wire.transport.abort()
             raise UpstreamTimeout(f"{host} did not answer within {limit_s:g} s.") from None
@@ -13893,41 +13874,27 @@ class HttpClient:
         except asyncio.CancelledError:
             wire.transport.abort()
             raise
-        response = UpstreamResponse(self, connection, head, body)
-        if tail:
-            response.on_data(tail)
-        if wire.ended:
-            response.on_eof(True)
-        return response
+        return UpstreamResponse(self, connection, head, body)
 
     @staticmethod
-    async def read_response_head(
-        wire: StreamProtocol, method: str
-    ) -> tuple[ResponseHead, Body, bytes]:
-        """(head, body, bytes after the head); raises EOFError, also within a head."""
-        buffer, scanned, heads = b"", 0, 0
-        while True:
-            end = head_end(buffer, scanned)
-            if end < 0:
-                if len(buffer) > MAX_HEAD_BYTES:
-                    raise WireError("head too long")
-                scanned = len(buffer)
-                # Reads everything available, so that relay mode can begin without leftovers.
-                data = await wire.reader.read(READ_BYTES)
-                if not data:
-                    raise EOFError
-                buffer += data
-                continue
-            if end > MAX_HEAD_BYTES:
+    async def read_head(wire: StreamProtocol) -> ResponseHead:
+        """The final head; raises WireError, EOFError, also within a head, and OSError."""
+        for _ in range(MAX_INTERIM_HEADS):
+            end = scanned = 0
+            while (end := head_end(wire.buffer, scanned)) < 0 and len(
+                wire.buffer
+            ) <= MAX_HEAD_BYTES:
+                scanned = len(wire.buffer)
+                await wire.receive()
+            if not 0 < end <= MAX_HEAD_BYTES:
                 raise WireError("head too long")
-            head = parse_response_head(buffer[:end])
-            buffer, scanned, heads = buffer[end:], 0, heads + 1
-            if head.status >= 200:
-                return head, response_body(head, method), buffer
+            head = parse_response_head(bytes(wire.buffer[:end]))
+            del wire.buffer[:end]
             if head.status == 101:
                 raise WireError("it switched protocols")
-            if heads == MAX_INTERIM_HEADS:
-                raise WireError("too many interim responses")
+            if head.status >= 200:
+                return head
+        raise WireError("too many interim responses")
 
     async def connect(self, origin: Origin) -> PooledConnection:
         """A new connection, through the proxy if one is configured; raises Unreachable."""
@@ -13980,7 +13947,7 @@ class HttpClient:
             headers.append(("Proxy-Authorization", f"Basic {encoded}"))
         try:
             tunnel.transport.write(write_head(f"CONNECT {target} HTTP/1.1", headers))
-            head, _, _ = await self.read_response_head(tunnel, "HEAD")
+            head = await self.read_head(tunnel)
             if not 200 <= head.status < 300:
                 hint = "Put user:password@ into network.proxy." if head.status == 407 else ""
                 raise Unreachable(f"The proxy refused the tunnel: {head.status}.", hint=hint)
@@ -14070,11 +14037,7 @@ class Request:
         self.answer: UsageRecord | None = None
 
     async def read_body(self) -> bytes:
-        """Decodes gzip and deflate; raises ApiError."""
-        limit = self.connection.server.config.max_body_mib * MIB
-        length = parse_length(self.headers)
-        if length is not None and length > limit:
-            raise BodyTooLarge(f"The body is larger than {limit // MIB} MiB.")
+        """Decodes gzip and deflate; raises ApiError and WireError."""
         coding = self.headers.get("content-encoding", "identity").lower()
         if coding not in ("identity", "gzip", "x-gzip", "deflate"):
             raise UnsupportedEncoding(
@@ -14084,6 +14047,7 @@ class Request:
                     "or use an API-key provider."
                 ),
             )
+        limit = self.connection.server.config.max_body_mib * MIB
         data = await self.connection.read_body(self, limit)
         if coding != "identity":
             data = inflate(data, coding.removeprefix("x-"), limit)
@@ -14135,9 +14099,10 @@ async def linger(wire: StreamProtocol) -> None:
     try:
         async with asyncio.timeout(LINGER_SECONDS):
             wire.transport.write_eof()
-            while await wire.reader.read(READ_BYTES):
-                pass
-    except (TimeoutError, OSError):
+            while True:
+                await wire.receive()
+                wire.take()
+    except (TimeoutError, EOFError, OSError):
         pass  # timed out, or already gone
 
 
@@ -14147,7 +14112,6 @@ class ServerConnection:
     def __init__(self, server: Server, wire: StreamProtocol) -> None:
         self.server = server
         self.wire = wire
-        self.buffer = b""
         peer = wire.transport.get_extra_info("peername")
         self.peer: str = peer[0] if isinstance(peer, tuple) else "local"
         self.task: asyncio.Task[None] | None = None
@@ -14174,10 +14138,8 @@ class ServerConnection:
     def watch(self, now: float) -> None:
         if self.is_stalled(now):
             self.wire.transport.abort()
-        elif self.phase == "idle" and now > self.due_at and self.unsent:
-            self.await_phase("idle", self.server.config.idle_seconds)  # slow, not idle
         elif self.phase != "busy" and now > self.due_at:
-            if self.phase != "idle" and (self.buffer or self.phase == "body"):
+            if self.phase != "idle" and (self.wire.buffer or self.phase == "body"):
                 self.send_error(RequestTimeout(f"The request's {self.phase} took too long."))
             self.phase = "busy"
             self.wire.transport.close()
@@ -14185,7 +14147,7 @@ class ServerConnection:
     def is_stalled(self, now: float) -> bool:
         """Whether the client has taken none of the pending bytes for WRITE_STALL_SECONDS."""
         pending = self.wire.transport.get_write_buffer_size()
-        if pending or (self.phase == "idle" and now > self.due_at):
+        if pending:
             pending += count_unsent(self.wire.transport.get_extra_info("socket"))
         if not pending or pending < self.unsent or not self.progress_at:
             self.progress_at = now
@@ -14209,16 +14171,13 @@ class ServerConnection:
 
     async def serve(self) -> None:
         try:
-            while not (self.closing or self.server.draining):
-                head = await self.read_head()
-                if head is None:
-                    break
-                await self.handle_request(head)
-                if self.buffer:  # who sends ahead has its turn after the others
+            while not (self.closing or self.server.draining or self.wire.transport.is_closing()):
+                await self.handle_request(await self.read_head())
+                if self.wire.buffer:  # who sends ahead has its turn after the others
                     await asyncio.sleep(0)
         except WireError as error:
             await self.give_up(wire_api_error(error))
-        except (ConnectionError, TimeoutError):
+        except (EOFError, OSError):
             pass  # the client has disconnected
         except asyncio.CancelledError:
             if not self.wire.ended:
@@ -14227,39 +14186,36 @@ class ServerConnection:
             await self.give_up(internal_error("connection failed"))
         finally:
             self.wire.transport.close()
-        await self.wire.lost.wait()  # a slow client may still be receiving
+        await self.wire.wait_closed()  # a slow client may still be receiving
 
-    async def read_head(self) -> RequestHead | None:
-        """None at EOF."""
-        server = self.server.config
-        if not self.buffer:
+    async def read_head(self) -> RequestHead:
+        """Raises WireError; EOFError or OSError when the client disconnects."""
+        buffer, server = self.wire.buffer, self.server.config
+        if not buffer:
             if self.phase != "head":  # a new connection's deadline runs since it was accepted
                 self.await_phase("idle", server.idle_seconds)
-            self.buffer = await self.wire.reader.read(READ_BYTES)
+            await self.wire.receive()
         self.await_phase("head", server.head_seconds)
-        empty_lines = 0
-        scanned = 0
+        scanned = empty_lines = 0
         while True:
-            while self.buffer.startswith(b"\r\n") and empty_lines < MAX_EMPTY_LINES:
-                self.buffer = self.buffer[2:]
+            while buffer.startswith(b"\r\n") and empty_lines < MAX_EMPTY_LINES:
+                del buffer[:2]
                 empty_lines += 1
-            end = head_end(self.buffer, scanned)
+            end = head_end(buffer, scanned)
             if end >= 0:
                 break
             self.check_partial_head(scanned)
-            scanned = len(self.buffer)
-            data = await self.wire.reader.read(READ_BYTES)
-            if not data:
-                return None
-            self.buffer += data
+            scanned = len(buffer)
+            await self.wire.receive()
         self.phase = "busy"
-        data, self.buffer = self.buffer[:end], self.buffer[end:]
         if end > MAX_HEAD_BYTES:
             raise WireError("request head too long", 431)
+        data = bytes(buffer[:end])
+        del buffer[:end]
         return parse_request_head(data)
 
     def check_partial_head(self, scanned: int) -> None:
-        data = self.buffer
+        data = self.wire.buffer
         if len(data) > MAX_HEAD_BYTES:
             raise WireError("request head too long", 431)
         if b"\n" not in data and len(data) > MAX_REQUEST_LINE_BYTES:
@@ -14270,19 +14226,21 @@ class ServerConnection:
             raise WireError("bare CR or NUL in the head")
 
     async def handle_request(self, head: RequestHead) -> None:
-        request = self.request = Request(self, head, request_body(head))
+        body = request_body(head)
+        request = self.request = Request(self, head, body)
         if head.headers.get("expect", "100-continue").lower() != "100-continue":
             raise WireError("unknown expectation", 417)
         try:
             response = await self.server.handler(request)
-            self.finish_body(request)
-            if self.must_close(request):
-                self.closing = True
+            if not body.done:  # what has arrived of an unread body is discarded
+                body.feed(self.wire.take())
+                self.wire.buffer += body.rest
+            self.closing = self.closing or self.must_close(request)
             await self.respond(request, response)
         finally:
             self.hangup_target = None
             self.server.bodies.total_bytes -= request.held_bytes
-        if not request.body.done:
+        if not body.done:
             await linger(self.wire)
         self.request, self.response_started = None, False
 
@@ -14292,35 +14250,25 @@ class ServerConnection:
             return True
         return request.minor == 0 and not headers.has_token("connection", "keep-alive")
 
-    def finish_body(self, request: Request) -> None:
-        """Consumes what has arrived of an unread body, so that the next request is found."""
-        if not request.body.done and self.buffer:
-            request.body.feed(self.buffer)
-            self.buffer = request.body.rest
-
     async def read_body(self, request: Request, limit: int) -> bytes:
         """The body, still encoded; raises Busy, BodyTooLarge and WireError."""
-        body, collected = request.body, bytearray()
+        body, collected, wire = request.body, bytearray(), self.wire
         if body.done:
             return b""
-        if "expect" in request.headers and request.minor and not self.buffer:
-            self.wire.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if "expect" in request.headers and request.minor and not wire.buffer and body.left <= limit:
+            wire.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.await_phase("body", self.server.config.body_seconds)
-        data, self.buffer = self.buffer, b""
         try:
-            while True:
-                collected += body.feed(data)
+            while not body.done:
+                collected += body.feed(wire.take())
                 if len(collected) + body.left > limit:
                     raise BodyTooLarge(f"The body is larger than {limit // MIB} MiB.")
                 request.hold(len(collected))
-                if body.done:
-                    break
-                data = await self.wire.reader.read(READ_BYTES)
-                if not data:
-                    raise ConnectionResetError
+                if not body.done:
+                    await wire.receive()
         finally:
             self.phase = "busy"
-        self.buffer = body.rest
+        wire.buffer += body.rest
         return bytes(collected)
 
     async def respond(self, request: Request, response: Response) -> None:
@@ -14347,7 +14295,7 @@ class ServerConnection:
             await response.stream(self.writer)
             self.writer.finish()
             self.writer = None
-        await self.wire.writer.drain()
+        await self.wire.drain()
 
     async def give_up(self, error: ApiError) -> None:
         """Sends an error response, or aborts if a response has begun."""
