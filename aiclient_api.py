@@ -13322,10 +13322,6 @@ class StreamProtocol(ProtocolBase):
         self.transport: asyncio.Transport
         self.buffer = bytearray()
         self.sink: Callable[[bytes], None] | None = None
-        #: called with False at the peer's EOF, with True when the connection is lost
-        self.on_end: Callable[[bool], None] | None = None
-        #: called with True to pause writing, with False to resume
-        self.on_flow: Callable[[bool], None] | None = None
         #: the peer has sent EOF; the connection is lost, with its error
         self.finished = False
         self.lost = False
@@ -13365,22 +13361,15 @@ class StreamProtocol(ProtocolBase):
     def eof_received(self) -> bool:
         """True keeps the connection open for writing, which TLS cannot."""
         self.finished = True
-        self.end(False)
+        self.wake()
         return self.transport.get_extra_info("sslcontext") is None
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.lost, self.error = True, exc
-        self.end(True)
-
-    def end(self, is_lost: bool) -> None:
-        if self.on_end is not None:
-            self.on_end(is_lost)
         self.wake()
 
     def pause_writing(self, paused: bool = True) -> None:
         self.writing_paused = paused
-        if self.on_flow is not None:
-            self.on_flow(paused)
         self.wake()
 
     def resume_writing(self) -> None:
@@ -13435,18 +13424,6 @@ class StreamProtocol(ProtocolBase):
         else:
             self.transport.pause_reading()
 
-    def ended_cleanly(self) -> bool:
-        """Whether the peer ended it on purpose: over TLS with a close_notify (RFC 9112, 9.8)."""
-        tls = self.transport.get_extra_info("ssl_object")
-        if tls is None:
-            return self.finished
-        try:
-            return bool(tls.read(1) == b"")
-        except ssl.SSLZeroReturnError:
-            return True
-        except ssl.SSLError:
-            return False
-
 
 # ---- 12. HTTP client ---------------------------------------------------------------------------
 
@@ -13464,13 +13441,8 @@ class Origin(NamedTuple):
 def split_url(url: str) -> tuple[str, str, int, str]:
     parts = urllib.parse.urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
-    path = parts.path or "/"
-    return (
-        parts.scheme,
-        parts.hostname or "",
-        port,
-        f"{path}?{parts.query}" if parts.query else path,
-    )
+    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    return parts.scheme, parts.hostname or "", port, path
 
 
 def format_host(host: str) -> str:
@@ -13542,7 +13514,6 @@ class UpstreamResponse:
         self.headers = head.headers
         self.client = client
         self.connection = connection
-        self.wire = connection.wire
         self.body = body
         self.reusable = head.minor == 1 and not head.headers.has_token("connection", "close")
         coding = head.headers.get("content-encoding", "identity").lower()
@@ -13560,8 +13531,8 @@ class UpstreamResponse:
 
     def watch(self, now: float) -> None:
         limit_s = self.client.network.stream_idle_seconds
-        if self.wire.has_received or not self.wire.is_reading():
-            self.wire.has_received = False
+        if self.connection.has_received or not self.connection.is_reading():
+            self.connection.has_received = False
             self.silent_since = now
         elif now - self.silent_since > limit_s:
             self.fail(UpstreamTimeout(f"The upstream was silent for {limit_s:g} s."))
@@ -13588,7 +13559,7 @@ class UpstreamResponse:
         except WireError:
             self.fail(UpstreamError(BROKEN_OFF))
         else:
-            self.complete(self.wire.ended_cleanly())
+            self.complete(self.connection.ended_cleanly())
 
     def complete(self, cleanly: bool = True) -> None:
         """The body has ended; a compressed one must be complete, too."""
@@ -13601,16 +13572,16 @@ class UpstreamResponse:
         if not self.done:
             self.error = self.error or error
             self.reusable = False
-            self.wire.sink = None
-            self.wire.wake()
+            self.connection.sink = None
+            self.connection.wake()
 
     def stop(self) -> None:
         self.done = True
-        self.wire.sink = None
-        self.wire.wake()
+        self.connection.sink = None
+        self.connection.wake()
 
     def hold(self, paused: bool) -> None:
-        self.wire.hold(paused)
+        self.connection.hold(paused)
 
     async def first(self) -> bytes:
         data, self.returned = self.returned, b""
@@ -13619,12 +13590,12 @@ class UpstreamResponse:
                 raise self.error
             if self.done:
                 return b""
-            if self.wire.buffer:
-                data = self.decode(self.wire.take())
-            elif self.wire.ended:
+            if self.connection.buffer:
+                data = self.decode(self.connection.take())
+            elif self.connection.ended:
                 self.on_eof()
             else:
-                await self.wire.changed()
+                await self.connection.changed()
         return data
 
     def put_back(self, data: bytes) -> None:
@@ -13647,31 +13618,31 @@ class UpstreamResponse:
             except Exception:  # noqa: BLE001 - not the upstream's fault; asyncio would disconnect
                 self.fail(internal_error("a response could not be processed"))
 
-        wire = self.wire
+        connection = self.connection
         deliver(self.returned)
         if not (self.done or self.error):
-            wire.sink = lambda data: deliver(self.decode(data))
-            wire.sink(wire.take())
+            connection.sink = lambda data: deliver(self.decode(data))
+            connection.sink(connection.take())
         while not self.error and not self.done:
-            if wire.ended:
+            if connection.ended:
                 self.on_eof()
             else:
-                await wire.changed()
+                await connection.changed()
         if self.error:
             raise self.error
 
     def close(self, ended: bool) -> None:
         self.client.ticker.discard(self.watch)
-        wire = self.wire
-        wire.sink = None
-        wire.hold(False)
-        if wire.ended or self.error or not (self.reusable and (ended or self.body.done)):
+        connection = self.connection
+        connection.sink = None
+        connection.hold(False)
+        if connection.ended or self.error or not (self.reusable and (ended or self.body.done)):
             self.drop()
             return
         # The last chunk is often a packet of its own, and a new TLS connection is expensive.
-        wire.sink, wire.on_end = self.on_tail, lambda _: self.drop()
+        connection.sink = self.on_tail
         self.drop_timer = asyncio.get_running_loop().call_later(LINGER_SECONDS, self.drop)
-        self.on_tail(wire.take())
+        self.on_tail(connection.take())
 
     def on_tail(self, data: bytes) -> None:
         """Returns the connection to the pool at the end of the body, if nothing follows it."""
@@ -13689,29 +13660,39 @@ class UpstreamResponse:
     def release(self) -> None:
         if self.drop_timer is not None:
             self.drop_timer.cancel()
-        self.wire.sink = self.wire.on_end = None
+        self.connection.sink = None
 
     def drop(self) -> None:
         self.release()
-        self.wire.transport.abort()
+        self.connection.transport.abort()
 
 
-class PooledConnection:
-    def __init__(self, origin: Origin, wire: StreamProtocol) -> None:
+class PooledConnection(StreamProtocol):
+    def __init__(self, origin: Origin) -> None:
+        super().__init__()
         self.origin = origin
-        self.wire = wire
-        #: the TCP socket, below TLS and a tunnel
-        self.socket: socket.socket = wire.transport.get_extra_info("socket")
         #: responses it has carried
         self.used = 0
         self.idle_since = 0.0
 
     def is_dead(self, now: float) -> bool:
-        wire = self.wire
         # Whatever an idle peer sends, it is not a response.
-        is_unusable = wire.ended or wire.buffer or wire.transport.is_closing()
+        if self.ended or self.buffer or self.transport.is_closing():
+            return True
         is_old = now - self.idle_since > POOL_IDLE_SECONDS
-        return bool(is_unusable) or is_old or is_readable(self.socket)
+        return is_old or is_readable(self.transport.get_extra_info("socket"))
+
+    def ended_cleanly(self) -> bool:
+        """Whether the peer ended it on purpose: over TLS with a close_notify (RFC 9112, 9.8)."""
+        tls = self.transport.get_extra_info("ssl_object")
+        if tls is None:
+            return self.finished
+        try:
+            return bool(tls.read(1) == b"")
+        except ssl.SSLZeroReturnError:
+            return True
+        except ssl.SSLError:
+            return False
 
     def left_unread(self, error: Exception, message: bytes, sent_at: float) -> bool:
         """Whether the peer, which then ended the connection, cannot have read `message`.
@@ -13721,8 +13702,8 @@ class PooledConnection:
         the connection had already ended at the peer.
         """
         if isinstance(error, EOFError):
-            unsent = self.wire.transport.get_write_buffer_size() + count_unsent(self.socket)
-            return unsent >= len(message)
+            unsent = count_unsent(self.transport.get_extra_info("socket"))
+            return unsent + self.transport.get_write_buffer_size() >= len(message)
         return asyncio.get_running_loop().time() - sent_at < RESET_SECONDS
 
 
@@ -13742,7 +13723,7 @@ class Pool:
             connection = stack.pop()
             if not connection.is_dead(now):
                 return connection
-            connection.wire.transport.abort()
+            connection.transport.abort()
         return None
 
     def give_back(self, connection: PooledConnection, now: float) -> None:
@@ -13751,20 +13732,20 @@ class Pool:
         stack = self.idle.setdefault(connection.origin, [])
         stack.append(connection)
         if len(stack) > POOL_IDLE_PER_HOST:
-            stack.pop(0).wire.transport.abort()
+            stack.pop(0).transport.abort()
 
     def watch(self, now: float) -> None:
         for origin, stack in list(self.idle.items()):
             for connection in [c for c in stack if c.is_dead(now)]:
                 stack.remove(connection)
-                connection.wire.transport.abort()
+                connection.transport.abort()
             if not stack:
                 del self.idle[origin]
 
     def close(self) -> None:
         for stack in self.idle.values():
             for connection in stack:
-                connection.wire.transport.abort()
+                connection.transport.abort()
         self.idle.clear()
 
 
@@ -13848,48 +13829,45 @@ class HttpClient:
         self, connection: PooledConnection, method: str, message: bytes, limit_s: float
     ) -> UpstreamResponse | None:
         """One request on one connection; None if it was stale and another may be tried."""
-        wire = connection.wire
         host = connection.origin.host
         sent_at = asyncio.get_running_loop().time()
-        wire.has_received = False
-        try:
-            async with asyncio.timeout(limit_s):
-                wire.transport.write(message)
-                head = await self.read_head(wire)
+        connection.has_received = False
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(lambda: connection.transport.abort())
+            try:
+                async with asyncio.timeout(limit_s):
+                    connection.transport.write(message)
+                    head = await self.read_head(connection)
                 body = response_body(head, method)
-        except TimeoutError:
-            wire.transport.abort()
-            raise UpstreamTimeout(f"{host} did not answer within {limit_s:g} s.") from None
-        except (EOFError, OSError) as error:
-            may_be_stale = connection.used and not wire.has_received
-            was_unread = method in SAFE_METHODS or connection.left_unread(error, message, sent_at)
-            wire.transport.abort()
-            if may_be_stale and was_unread:
-                return None
-            stage = "inside an answer" if wire.has_received else "without an answer"
-            raise UpstreamError(f"{host} closed the connection {stage}.") from None
-        except WireError as error:
-            wire.transport.abort()
-            raise UpstreamError(f"{host} sent a malformed answer: {error}.") from None
-        except asyncio.CancelledError:
-            wire.transport.abort()
-            raise
+            except TimeoutError:
+                raise UpstreamTimeout(f"{host} did not answer within {limit_s:g} s.") from None
+            except (EOFError, OSError) as error:
+                may_be_stale = connection.used and not connection.has_received
+                was_unread = method in SAFE_METHODS or connection.left_unread(
+                    error, message, sent_at
+                )
+                if may_be_stale and was_unread:
+                    return None
+                stage = "inside an answer" if connection.has_received else "without an answer"
+                raise UpstreamError(f"{host} closed the connection {stage}.") from None
+            except WireError as error:
+                raise UpstreamError(f"{host} sent a malformed answer: {error}.") from None
+            on_failure.pop_all()
         return UpstreamResponse(self, connection, head, body)
 
     @staticmethod
-    async def read_head(wire: StreamProtocol) -> ResponseHead:
+    async def read_head(connection: PooledConnection) -> ResponseHead:
         """The final head; raises WireError, EOFError, also within a head, and OSError."""
+        buffer = connection.buffer
         for _ in range(MAX_INTERIM_HEADS):
-            end = scanned = 0
-            while (end := head_end(wire.buffer, scanned)) < 0 and len(
-                wire.buffer
-            ) <= MAX_HEAD_BYTES:
-                scanned = len(wire.buffer)
-                await wire.receive()
+            scanned = 0
+            while (end := head_end(buffer, scanned)) < 0 and len(buffer) <= MAX_HEAD_BYTES:
+                scanned = len(buffer)
+                await connection.receive()
             if not 0 < end <= MAX_HEAD_BYTES:
                 raise WireError("head too long")
-            head = parse_response_head(bytes(wire.buffer[:end]))
-            del wire.buffer[:end]
+            head = parse_response_head(bytes(buffer[:end]))
+            del buffer[:end]
             if head.status == 101:
                 raise WireError("it switched protocols")
             if head.status >= 200:
@@ -13899,14 +13877,12 @@ class HttpClient:
     async def connect(self, origin: Origin) -> PooledConnection:
         """A new connection, through the proxy if one is configured; raises Unreachable."""
         target = origin.host if not origin.proxy else f"{origin.host} through the proxy"
+        seconds = self.network.connect_seconds
+        open_connection = self.connect_via_proxy if origin.proxy else self.connect_directly
         try:
-            async with asyncio.timeout(self.network.connect_seconds):
-                if origin.proxy:
-                    wire = await self.connect_via_proxy(origin)
-                else:
-                    wire = await self.connect_directly(origin)
+            async with asyncio.timeout(seconds):
+                return await open_connection(origin)
         except TimeoutError:
-            seconds = self.network.connect_seconds
             raise Unreachable(f"No connection to {target} within {seconds:g} s.") from None
         except ssl.SSLCertVerificationError as error:
             raise Unreachable(
@@ -13916,35 +13892,38 @@ class HttpClient:
         except (OSError, EOFError) as error:
             reason = error.strerror or type(error).__name__ if isinstance(error, OSError) else "EOF"
             raise Unreachable(f"No connection to {target}: {reason}.") from None
-        return PooledConnection(origin, wire)
+        except WireError as error:
+            raise Unreachable(f"The proxy's answer is malformed: {error}.") from None
 
-    async def connect_directly(self, origin: Origin) -> StreamProtocol:
+    async def connect_directly(self, origin: Origin) -> PooledConnection:
         loop = asyncio.get_running_loop()
         tls_options: Json = {}
         if origin.scheme == "https":
             tls_options = {"ssl": self.tls_context(), "server_hostname": origin.host}
-        _, wire = await loop.create_connection(
-            StreamProtocol, origin.host, origin.port, happy_eyeballs_delay=0.25, **tls_options
+        _, connection = await loop.create_connection(
+            lambda: PooledConnection(origin),
+            origin.host,
+            origin.port,
+            happy_eyeballs_delay=0.25,
+            **tls_options,
         )
-        return wire
+        return connection
 
-    async def connect_via_proxy(self, origin: Origin) -> StreamProtocol:
+    async def connect_via_proxy(self, origin: Origin) -> PooledConnection:
         """A CONNECT tunnel (RFC 9110 section 9.3.6), with TLS inside for https."""
         proxy = urllib.parse.urlsplit(origin.proxy)
         if proxy.scheme not in ("http", "https") or not proxy.hostname:
             raise Unreachable(
                 "The proxy's URL cannot be used.", hint="Only http:// and https:// proxies work."
             )
-        port = proxy.port or (443 if proxy.scheme == "https" else 8080)
-        proxy_origin = Origin(proxy.scheme, proxy.hostname, port, "")
-        tunnel = await self.connect_directly(proxy_origin)
         target = f"{format_host(origin.host)}:{origin.port}"
         headers = [("Host", target)]
         if proxy.username is not None:
-            user = urllib.parse.unquote(proxy.username)
-            credentials = f"{user}:{urllib.parse.unquote(proxy.password or '')}"
+            credentials = urllib.parse.unquote(f"{proxy.username}:{proxy.password or ''}")
             encoded = base64.b64encode(credentials.encode()).decode()
             headers.append(("Proxy-Authorization", f"Basic {encoded}"))
+        port = proxy.port or (443 if proxy.scheme == "https" else 8080)
+        tunnel = await self.connect_directly(Origin(proxy.scheme, proxy.hostname, port, ""))
         try:
             tunnel.transport.write(write_head(f"CONNECT {target} HTTP/1.1", headers))
             head = await self.read_head(tunnel)
@@ -13952,22 +13931,19 @@ class HttpClient:
                 hint = "Put user:password@ into network.proxy." if head.status == 407 else ""
                 raise Unreachable(f"The proxy refused the tunnel: {head.status}.", hint=hint)
             if origin.scheme == "http":
+                tunnel.origin = origin
                 return tunnel
-            wire = StreamProtocol()
-            loop = asyncio.get_running_loop()
-            transport = await loop.start_tls(
-                tunnel.transport, wire, self.tls_context(), server_hostname=origin.host
+            connection = PooledConnection(origin)
+            transport = await asyncio.get_running_loop().start_tls(
+                tunnel.transport, connection, self.tls_context(), server_hostname=origin.host
             )
-        except WireError as error:
-            tunnel.transport.abort()
-            raise Unreachable(f"The proxy's answer is malformed: {error}.") from None
         except BaseException:
             tunnel.transport.abort()
             raise
         assert transport is not None
-        wire.tunnel = tunnel
-        wire.connection_made(transport)
-        return wire
+        connection.tunnel = tunnel
+        connection.connection_made(transport)
+        return connection
 
     async def fetch(
         self, method: str, url: str, headers: dict[str, str], limit_s: float, body: bytes = b""
@@ -14060,7 +14036,10 @@ class Request:
 
     def cancel_on_hangup(self, watching: bool, patient: bool = False) -> None:
         """A half-close counts as a disconnect unless `patient`, for responses that cost nothing."""
-        self.connection.cancel_on_hangup(watching, patient)
+        connection = self.connection
+        connection.hangup_target = connection.task if watching else None
+        connection.allows_half_close = patient
+        connection.check_hangup()
 
 
 class ResponseWriter:
@@ -14068,7 +14047,6 @@ class ResponseWriter:
 
     def __init__(self, connection: ServerConnection, head: bytes, chunked: bool) -> None:
         self.connection = connection
-        self.transport = connection.wire.transport
         self.head = head
         self.chunked = chunked
         self.last_at = asyncio.get_running_loop().time()
@@ -14089,31 +14067,22 @@ class ResponseWriter:
             self.connection.response_started = True
             data = self.head + data
         self.last_at = asyncio.get_running_loop().time()
-        self.transport.write(data)
+        self.connection.transport.write(data)
 
 
-async def linger(wire: StreamProtocol) -> None:
-    """Lingering close, as in nginx: an RST would discard the response."""
-    if wire.transport.is_closing():
-        return
-    try:
-        async with asyncio.timeout(LINGER_SECONDS):
-            wire.transport.write_eof()
-            while True:
-                await wire.receive()
-                wire.take()
-    except (TimeoutError, EOFError, OSError):
-        pass  # timed out, or already gone
+@functools.lru_cache(maxsize=1)
+def http_date(second: int) -> str:
+    """A Date field (RFC 9110 section 6.6.1), formatted once a second."""
+    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second))
 
 
-class ServerConnection:
+class ServerConnection(StreamProtocol):
     """One client: its requests are read one at a time and answered in order."""
 
-    def __init__(self, server: Server, wire: StreamProtocol) -> None:
+    def __init__(self, server: Server) -> None:
+        super().__init__()
         self.server = server
-        self.wire = wire
-        peer = wire.transport.get_extra_info("peername")
-        self.peer: str = peer[0] if isinstance(peer, tuple) else "local"
+        self.peer = "local"
         self.task: asyncio.Task[None] | None = None
         self.hangup_target: asyncio.Task[None] | None = None
         self.allows_half_close = False
@@ -14127,8 +14096,35 @@ class ServerConnection:
         self.closing = False
         #: idle, head, body or busy: what the deadline is for
         self.await_phase("head", server.config.head_seconds)
-        wire.on_end = self.hang_up
-        wire.on_flow = self.flow
+
+    # As asyncio and the ticker call it
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        address = transport.get_extra_info("peername")
+        if isinstance(address, tuple):
+            self.peer = address[0]
+        self.server.accept(self)
+
+    def eof_received(self) -> bool:
+        self.finished = True
+        self.check_hangup()
+        return super().eof_received()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self.check_hangup()
+
+    def check_hangup(self) -> None:
+        """A client that has half-closed may still be reading."""
+        has_left = self.lost or (self.finished and not self.allows_half_close)
+        if has_left and self.hangup_target is not None:
+            self.hangup_target.cancel()
+
+    def pause_writing(self, paused: bool = True) -> None:
+        super().pause_writing(paused)
+        if self.writer is not None and self.writer.on_flow is not None:
+            self.writer.on_flow(paused)
 
     def await_phase(self, phase: str, seconds: float) -> None:
         """Starts a phase whose deadline later bytes do not extend."""
@@ -14137,65 +14133,52 @@ class ServerConnection:
 
     def watch(self, now: float) -> None:
         if self.is_stalled(now):
-            self.wire.transport.abort()
+            self.transport.abort()
         elif self.phase != "busy" and now > self.due_at:
-            if self.phase != "idle" and (self.wire.buffer or self.phase == "body"):
+            if self.phase != "idle" and (self.buffer or self.phase == "body"):
                 self.send_error(RequestTimeout(f"The request's {self.phase} took too long."))
             self.phase = "busy"
-            self.wire.transport.close()
+            self.transport.close()
 
     def is_stalled(self, now: float) -> bool:
         """Whether the client has taken none of the pending bytes for WRITE_STALL_SECONDS."""
-        pending = self.wire.transport.get_write_buffer_size()
+        pending = self.transport.get_write_buffer_size()
         if pending:
-            pending += count_unsent(self.wire.transport.get_extra_info("socket"))
+            pending += count_unsent(self.transport.get_extra_info("socket"))
         if not pending or pending < self.unsent or not self.progress_at:
             self.progress_at = now
         self.unsent = pending
         return now - self.progress_at > WRITE_STALL_SECONDS
 
-    def flow(self, paused: bool) -> None:
-        if self.writer is not None and self.writer.on_flow is not None:
-            self.writer.on_flow(paused)
-
-    def hang_up(self, is_lost: bool) -> None:
-        """Not `is_lost`: the client has half-closed and may still be reading."""
-        if self.hangup_target is not None and (is_lost or not self.allows_half_close):
-            self.hangup_target.cancel()
-
-    def cancel_on_hangup(self, watching: bool, patient: bool) -> None:
-        self.hangup_target = self.task if watching else None
-        self.allows_half_close = patient
-        if self.wire.ended:
-            self.hang_up(self.wire.transport.is_closing())
+    # Its requests
 
     async def serve(self) -> None:
         try:
-            while not (self.closing or self.server.draining or self.wire.transport.is_closing()):
+            while not (self.closing or self.server.draining or self.transport.is_closing()):
                 await self.handle_request(await self.read_head())
-                if self.wire.buffer:  # who sends ahead has its turn after the others
+                if self.buffer:  # who sends ahead has its turn after the others
                     await asyncio.sleep(0)
         except WireError as error:
             await self.give_up(wire_api_error(error))
         except (EOFError, OSError):
             pass  # the client has disconnected
         except asyncio.CancelledError:
-            if not self.wire.ended:
+            if not self.ended:
                 await self.give_up(Overloaded("The gateway is stopping."))
         except Exception:  # noqa: BLE001 - the last resort: a bug must not take the server down
             await self.give_up(internal_error("connection failed"))
         finally:
-            self.wire.transport.close()
-        await self.wire.wait_closed()  # a slow client may still be receiving
+            self.transport.close()
+        await self.wait_closed()  # a slow client may still be receiving
 
     async def read_head(self) -> RequestHead:
         """Raises WireError; EOFError or OSError when the client disconnects."""
-        buffer, server = self.wire.buffer, self.server.config
+        buffer, config = self.buffer, self.server.config
         if not buffer:
             if self.phase != "head":  # a new connection's deadline runs since it was accepted
-                self.await_phase("idle", server.idle_seconds)
-            await self.wire.receive()
-        self.await_phase("head", server.head_seconds)
+                self.await_phase("idle", config.idle_seconds)
+            await self.receive()
+        self.await_phase("head", config.head_seconds)
         scanned = empty_lines = 0
         while True:
             while buffer.startswith(b"\r\n") and empty_lines < MAX_EMPTY_LINES:
@@ -14206,7 +14189,7 @@ class ServerConnection:
                 break
             self.check_partial_head(scanned)
             scanned = len(buffer)
-            await self.wire.receive()
+            await self.receive()
         self.phase = "busy"
         if end > MAX_HEAD_BYTES:
             raise WireError("request head too long", 431)
@@ -14215,7 +14198,7 @@ class ServerConnection:
         return parse_request_head(data)
 
     def check_partial_head(self, scanned: int) -> None:
-        data = self.wire.buffer
+        data = self.buffer
         if len(data) > MAX_HEAD_BYTES:
             raise WireError("request head too long", 431)
         if b"\n" not in data and len(data) > MAX_REQUEST_LINE_BYTES:
@@ -14225,6 +14208,27 @@ class ServerConnection:
         if re.search(rb"\r[^\n]|\0", data[max(0, scanned - 1) :]):
             raise WireError("bare CR or NUL in the head")
 
+    async def read_body(self, request: Request, limit: int) -> bytes:
+        """The body, still encoded; raises Busy, BodyTooLarge and WireError."""
+        body, collected = request.body, bytearray()
+        if body.done:
+            return b""
+        if "expect" in request.headers and request.minor and not self.buffer and body.left <= limit:
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.await_phase("body", self.server.config.body_seconds)
+        try:
+            while not body.done:
+                collected += body.feed(self.take())
+                if len(collected) + body.left > limit:
+                    raise BodyTooLarge(f"The body is larger than {limit // MIB} MiB.")
+                request.hold(len(collected))
+                if not body.done:
+                    await self.receive()
+        finally:
+            self.phase = "busy"
+        self.buffer += body.rest
+        return bytes(collected)
+
     async def handle_request(self, head: RequestHead) -> None:
         body = request_body(head)
         request = self.request = Request(self, head, body)
@@ -14233,82 +14237,74 @@ class ServerConnection:
         try:
             response = await self.server.handler(request)
             if not body.done:  # what has arrived of an unread body is discarded
-                body.feed(self.wire.take())
-                self.wire.buffer += body.rest
-            self.closing = self.closing or self.must_close(request)
+                body.feed(self.take())
+                self.buffer += body.rest
+            wants_close = head.headers.has_token("connection", "close")
+            if head.minor == 0:
+                wants_close = not head.headers.has_token("connection", "keep-alive") or wants_close
+            self.closing |= self.server.closing or not body.done or wants_close
             await self.respond(request, response)
         finally:
             self.hangup_target = None
             self.server.bodies.total_bytes -= request.held_bytes
         if not body.done:
-            await linger(self.wire)
+            await self.linger()
         self.request, self.response_started = None, False
-
-    def must_close(self, request: Request) -> bool:
-        headers = request.headers
-        if self.server.closing or not request.body.done or headers.has_token("connection", "close"):
-            return True
-        return request.minor == 0 and not headers.has_token("connection", "keep-alive")
-
-    async def read_body(self, request: Request, limit: int) -> bytes:
-        """The body, still encoded; raises Busy, BodyTooLarge and WireError."""
-        body, collected, wire = request.body, bytearray(), self.wire
-        if body.done:
-            return b""
-        if "expect" in request.headers and request.minor and not wire.buffer and body.left <= limit:
-            wire.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self.await_phase("body", self.server.config.body_seconds)
-        try:
-            while not body.done:
-                collected += body.feed(wire.take())
-                if len(collected) + body.left > limit:
-                    raise BodyTooLarge(f"The body is larger than {limit // MIB} MiB.")
-                request.hold(len(collected))
-                if not body.done:
-                    await wire.receive()
-        finally:
-            self.phase = "busy"
-        wire.buffer += body.rest
-        return bytes(collected)
 
     async def respond(self, request: Request, response: Response) -> None:
         is_bodyless = request.method == "HEAD" or response.status in NO_BODY_STATUSES
-        headers: list[tuple[str, str]] = []
-        chunked = response.stream is not None and request.minor > 0
-        if response.stream is None:
-            if response.status not in NO_BODY_STATUSES:
-                headers.append(("Content-Length", str(len(response.body))))
-        elif chunked:
-            headers.append(("Transfer-Encoding", "chunked"))
-        else:
-            self.closing = True
-        if self.closing:
-            headers.append(("Connection", "close"))
-        elif request.minor == 0:
-            headers.append(("Connection", "keep-alive"))
-        head = self.server.response_head(response, headers)
         if response.stream is None or is_bodyless:
-            self.response_started = True
-            self.wire.transport.write(head if is_bodyless else head + response.body)
+            self.send_whole(response, is_bodyless)
         else:
-            self.writer = ResponseWriter(self, head, chunked)
+            chunked = request.minor > 0
+            self.closing |= not chunked
+            framing = [("Transfer-Encoding", "chunked")] if chunked else []
+            self.writer = ResponseWriter(self, self.encode_head(response, framing), chunked)
             await response.stream(self.writer)
             self.writer.finish()
             self.writer = None
-        await self.wire.drain()
+        await self.drain()
+
+    def send_whole(self, response: Response, is_bodyless: bool = False) -> None:
+        self.response_started = True
+        has_length = response.status not in NO_BODY_STATUSES
+        framing = [("Content-Length", str(len(response.body)))] if has_length else []
+        body = b"" if is_bodyless else response.body
+        self.transport.write(self.encode_head(response, framing) + body)
+
+    def encode_head(self, response: Response, framing: list[tuple[str, str]]) -> bytes:
+        common = [("Date", http_date(int(time.time()))), ("Content-Type", response.content_type)]
+        if self.closing:
+            framing.append(("Connection", "close"))
+        elif self.request is not None and self.request.minor == 0:
+            framing.append(("Connection", "keep-alive"))
+        headers = [*common, *response.headers.items(), *framing]
+        return write_head(status_line(response.status), headers)
+
+    def send_error(self, error: ApiError) -> None:
+        self.phase = "busy"
+        self.closing = True
+        self.send_whole(self.server.write_error(error, self.request))
 
     async def give_up(self, error: ApiError) -> None:
         """Sends an error response, or aborts if a response has begun."""
         if self.response_started:
-            self.wire.transport.abort()  # an unfinished body must not look complete
+            self.transport.abort()  # an unfinished body must not look complete
             return
         self.send_error(error)
-        await linger(self.wire)
+        await self.linger()
+        self.transport.close()
 
-    def send_error(self, error: ApiError) -> None:
-        self.phase = "busy"
-        self.response_started = True
-        self.wire.transport.write(self.server.encode_error(error, self.request))
+    async def linger(self) -> None:
+        """Lingering close, as in nginx: an RST would discard the response."""
+        if self.transport.is_closing():
+            return
+        with contextlib.suppress(TimeoutError, EOFError, OSError):
+            async with asyncio.timeout(LINGER_SECONDS):
+                self.transport.write_eof()
+                while True:
+                    await self.receive()
+                    self.take()
 
 
 def wire_api_error(error: WireError) -> ApiError:
@@ -14379,7 +14375,6 @@ class Server:
         self.connections: set[ServerConnection] = set()
         self.bodies = BodyBudget()
         self.rejecting: set[asyncio.Task[None]] = set()
-        self.date, self.date_second = "", 0
         #: every response is the last one of its connection
         self.closing = False
         self.draining = False
@@ -14390,48 +14385,29 @@ class Server:
         loop = asyncio.get_running_loop()
         for listener in listeners:
             server = await loop.create_server(
-                lambda: ServerProtocol(self), sock=listener, backlog=LISTEN_BACKLOG
+                lambda: ServerConnection(self), sock=listener, backlog=LISTEN_BACKLOG
             )
             self.listeners.append(server)
 
     def count_busy(self) -> int:
         return sum(connection.request is not None for connection in self.connections)
 
-    def accept(self, wire: StreamProtocol) -> None:
+    def accept(self, connection: ServerConnection) -> None:
+        loop = asyncio.get_running_loop()
         if self.draining or len(self.connections) >= self.config.max_connections:
-            task = asyncio.get_running_loop().create_task(self.reject(wire))
+            busy = Busy("Too many connections.", retry_after=1)
+            task = loop.create_task(connection.give_up(busy))
             self.rejecting.add(task)
             task.add_done_callback(self.rejecting.discard)
             return
-        connection = ServerConnection(self, wire)
         self.connections.add(connection)
         self.ticker.add(connection.watch)
-        connection.task = asyncio.get_running_loop().create_task(connection.serve())
+        connection.task = loop.create_task(connection.serve())
         connection.task.add_done_callback(lambda _: self.forget(connection))
-
-    async def reject(self, wire: StreamProtocol) -> None:
-        wire.transport.write(self.encode_error(Busy("Too many connections.", retry_after=1)))
-        await linger(wire)
-        wire.transport.close()
 
     def forget(self, connection: ServerConnection) -> None:
         self.connections.discard(connection)
         self.ticker.discard(connection.watch)
-
-    def encode_error(self, error: ApiError, request: Request | None = None) -> bytes:
-        response = self.write_error(error, request)
-        headers = [("Content-Length", str(len(response.body))), ("Connection", "close")]
-        return self.response_head(response, headers) + response.body
-
-    def response_head(self, response: Response, headers: list[tuple[str, str]]) -> bytes:
-        second = int(time.time())
-        if second != self.date_second:  # Date (RFC 9110 section 6.6.1), formatted once a second
-            self.date_second = second
-            self.date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second))
-        common_headers = [("Date", self.date), ("Content-Type", response.content_type)]
-        return write_head(
-            status_line(response.status), [*common_headers, *response.headers.items(), *headers]
-        )
 
     def stop_accepting(self) -> None:
         """Closes the listening sockets; another process that has inherited them keeps them open."""
@@ -14466,36 +14442,27 @@ class Server:
         """
         self.draining = True
         self.stop_accepting()
-        for connection in list(self.connections):
+        for connection in self.connections:
             if connection.phase != "busy":
-                connection.wire.transport.close()
-        tasks = [c.task for c in self.connections if c.task is not None]
-        if tasks:
-            await asyncio.wait(tasks, timeout=seconds)
-        for connection in list(self.connections):
+                connection.transport.close()
+        await self.wait_for_connections(seconds)
+        for connection in self.connections:
             if connection.writer is not None and connection.writer.on_stop is not None:
                 connection.writer.on_stop()
         connections = list(self.connections)
-        unfinished = {c.task for c in connections if c.task is not None}
-        if unfinished:
-            _, unfinished = await asyncio.wait(unfinished, timeout=LINGER_SECONDS)
-        for task in unfinished:
-            task.cancel()
-        if unfinished:
-            await asyncio.wait(unfinished, timeout=LINGER_SECONDS)
+        await self.wait_for_connections(LINGER_SECONDS)
+        for connection in self.connections:
+            if connection.task is not None:
+                connection.task.cancel()
+        await self.wait_for_connections(LINGER_SECONDS)
         for connection in connections:  # a client that does not read would keep it open
-            connection.wire.transport.abort()
-        await asyncio.gather(*unfinished, return_exceptions=True)
+            connection.transport.abort()
+        await self.wait_for_connections(None)
 
-
-class ServerProtocol(StreamProtocol):
-    def __init__(self, server: Server) -> None:
-        super().__init__()
-        self.server = server
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        self.server.accept(self)
+    async def wait_for_connections(self, seconds: float | None) -> None:
+        tasks = [c.task for c in self.connections if c.task is not None]
+        if tasks:
+            await asyncio.wait(tasks, timeout=seconds)
 
 
 # ---- 14. State on disk -------------------------------------------------------------------------
