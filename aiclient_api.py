@@ -281,8 +281,8 @@ MAX_EVENT_LINES = 100_000  # of one server-sent event: those seen have two
 MAX_EVENT_MESSAGE_BYTES = 25 * MIB  # AWS: payloads up to 24 MiB
 MAX_EVENT_HEADERS_BYTES = 128 * KIB  # AWS; each of them becomes an object
 
-# One read takes all that the kernel and the StreamReader buffer: both stay far below this.
 READ_BYTES = MIB
+# Of a connection, received and not yet taken; with more, reading pauses.
 STREAM_BUFFER_BYTES = 64 * KIB
 RECV_BYTES = 64 * KIB  # below the 128 KiB from which malloc uses mmap
 # With this much unsent to a slow client, reading from the upstream pauses.
@@ -413,7 +413,6 @@ LOOK_SECONDS = 0.3  # probing the daemon's lock holds it for a moment
 RETIRE_SECONDS = 5.0  # for one more request on a replaced process's connections
 MAX_LOG_BYTES = 10 * MIB
 LOG_FILES = 3  # the current one and two older
-LOG_LOOK_SECONDS = 1.0  # between checks whether the log file was moved away
 FULL_SECONDS = 60.0  # between log lines about too many open files
 MAX_DESCRIPTORS = 65_536  # open files and sockets
 MAX_LOG_LINES = 10_000  # per query
@@ -1770,6 +1769,7 @@ CHUNK_LINE = re.compile(
     rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?)*\r\n"
     % (CHUNK_TOKEN, CHUNK_TOKEN, CHUNK_STRING)
 )
+ABSOLUTE_FORM = re.compile(r"https?://([^/?]+)(.*)", re.IGNORECASE)
 HEAD_END = re.compile(rb"\n\r?\n")
 STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) ([1-5][0-9][0-9])(?: ([^\r\n]*))?")
 HEADER_BREAKS = re.compile(r"[\r\n\0]")
@@ -1783,13 +1783,11 @@ class Headers(dict[str, str]):
 
     def has_token(self, name: str, token: str) -> bool:
         """Whether the comma list in field `name` contains the lower-case `token`."""
-        value = self.get(name)
-        if value is None:
-            return False
-        return any(item.strip(" \t").lower() == token for item in value.split(","))
+        items = self[name].split(",") if name in self else ()
+        return any(item.strip(" \t").lower() == token for item in items)
 
 
-@dataclass(slots=True)
+@dataclass(eq=False)
 class RequestHead:
     method: str
     target: str
@@ -1845,26 +1843,18 @@ def parse_headers(lines: list[str]) -> Headers:
 
 def parse_target(method: str, target: str) -> tuple[str, str, str]:
     """(path, query, host) of a request target; host is "" unless it is in absolute-form."""
-    if not TARGET.fullmatch(target) or "#" in target:
-        raise WireError("malformed request target")
+    if target == "*" and method == "OPTIONS":
+        return "*", "", ""
     host = ""
-    if target[0] != "/":
-        if target == "*" and method == "OPTIONS":
-            return "*", "", ""
-        scheme, _, remainder = target.partition("://")
-        if scheme.lower() not in ("http", "https") or not remainder:
-            raise WireError("malformed request target")
-        host, slash, remainder = remainder.partition("/")
-        if not slash and "?" in host:
-            host, _, query = host.partition("?")
-            return "/", query, host
-        target = "/" + remainder
-        if not host:
-            raise WireError("malformed request target")
+    absolute = None if target.startswith("/") else ABSOLUTE_FORM.fullmatch(target)
+    if absolute:
+        host, target = absolute.groups()
+    if not (absolute or target.startswith("/")) or not TARGET.fullmatch(target) or "#" in target:
+        raise WireError("malformed request target")
     path, _, query = target.partition("?")
     if "%" in path:
         path = urllib.parse.unquote(path, errors="replace")
-    return path, query, host
+    return path or "/", query, host
 
 
 def parse_request_head(data: bytes) -> RequestHead:
@@ -1914,42 +1904,36 @@ def parse_length(headers: Headers) -> int | None:
 class Body:
     """An incoming body: `end` is called when the connection ended, `rest` holds excess bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, length: int = 0) -> None:
         self.done = False
         self.rest = b""
-        self.left = 0  # payload bytes announced but not received
+        self.left = length  # payload bytes announced but not received
 
     def feed(self, data: bytes) -> bytes:
-        raise NotImplementedError
+        """The payload in `data`; raises WireError."""
+        return data
 
     def end(self) -> None:
         if not self.done:
             raise WireError("the connection ended inside a message body")
 
 
+class UntilCloseBody(Body):
+    def end(self) -> None:
+        self.done = True
+
+
 class LengthBody(Body):
     def __init__(self, length: int) -> None:
-        super().__init__()
-        self.left = length
+        super().__init__(length)
         self.done = length == 0
 
     def feed(self, data: bytes) -> bytes:
-        if len(data) > self.left:
-            self.rest += data[self.left :]
-            data = data[: self.left]
-        self.left -= len(data)
+        self.rest += data[self.left :]
+        payload = data[: self.left]
+        self.left -= len(payload)
         self.done = self.left == 0
-        return data
-
-
-class UntilCloseBody(Body):
-    """A body that ends with the connection."""
-
-    def feed(self, data: bytes) -> bytes:
-        return data
-
-    def end(self) -> None:
-        self.done = True
+        return payload
 
 
 class ChunkedBody(Body):
@@ -2000,7 +1984,7 @@ class ChunkedBody(Body):
                 offset += size
                 self.done = True
         if self.done:
-            self.rest = data[offset:]
+            self.rest += data[offset:]
         self.buffer = b"" if self.done else data[offset:]
         return b"".join(payload)
 
@@ -2038,13 +2022,11 @@ def request_body(head: RequestHead) -> Body:
         raise WireError("both Content-Length and Transfer-Encoding")
     if head.minor == 0:
         raise WireError("Transfer-Encoding in HTTP/1.0")
-    if coding.lower() != "chunked":
-        last_coding = coding.lower().split(",")[-1].strip(" \t")
-        is_repeated = coding.lower().count("chunked") > 1
-        raise WireError(
-            "unknown transfer coding", 400 if last_coding != "chunked" or is_repeated else 501
-        )
-    return ChunkedBody()
+    codings = [item.strip(" \t") for item in coding.lower().split(",")]
+    if codings == ["chunked"]:
+        return ChunkedBody()
+    is_final = codings[-1] == "chunked" and codings.count("chunked") == 1
+    raise WireError("unknown transfer coding", 501 if is_final else 400)
 
 
 def response_body(head: ResponseHead, method: str) -> Body:
@@ -2156,31 +2138,26 @@ class SseReader:
 
     def __init__(self) -> None:
         self.buffer = bytearray()  # an incomplete event
-        self.bom_checked = False
         self.after_cr = False
 
     def complete(self, data: bytes) -> bytes:
         """The completed events, unparsed, with LF line ends; searches each byte only once."""
-        if not self.bom_checked:
-            data = bytes(self.buffer) + data
-            self.buffer.clear()
-            self.bom_checked = not b"\xef\xbb\xbf".startswith(data)
-            data = data.removeprefix(b"\xef\xbb\xbf") if self.bom_checked else data
         if data and (self.after_cr or b"\r" in data):  # a CRLF may be split over two reads
             data = data.removeprefix(b"\n") if self.after_cr else data
             self.after_cr = data.endswith(b"\r")
             data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        end = data.rfind(b"\n\n") + 2
-        if end == 1:
-            end = 1 if data.startswith(b"\n") and self.buffer.endswith(b"\n") else 0
-        blocks = data[:end]
-        if end and self.buffer:
-            blocks = bytes(self.buffer) + blocks
-            self.buffer.clear()
-        self.buffer += data[end:]
+        if not self.buffer and data.endswith(b"\n\n"):
+            return data  # nothing is torn, as usual
+        searched = max(0, len(self.buffer) - 1)
+        self.buffer += data
+        end = self.buffer.rfind(b"\n\n", searched) + 2
+        if end > 1:
+            blocks = bytes(self.buffer[:end])
+            del self.buffer[:end]
+            return blocks
         if len(self.buffer) > MAX_FRAME_BYTES:
             raise UpstreamError("The upstream sent an endless event.")
-        return blocks
+        return b""
 
     def frames(self, blocks: bytes) -> list[Json]:
         return load_frames(self.parse_all(blocks))
@@ -2201,7 +2178,7 @@ class SseReader:
         if b"\n" not in block and block.startswith(b"data: "):
             return b"", block[6:]
         name, data = b"", []
-        lines = block.split(b"\n", MAX_EVENT_LINES)
+        lines = block.removeprefix(b"\xef\xbb\xbf").split(b"\n", MAX_EVENT_LINES)
         if len(lines) > MAX_EVENT_LINES:
             raise UpstreamError("The upstream sent an event of too many lines.")
         for line in lines:
@@ -13207,7 +13184,6 @@ class LogFile:
         status = os.fstat(fd)
         self.size = status.st_size
         self.identity = status.st_dev, status.st_ino
-        self.check_at = time.monotonic() + LOG_LOOK_SECONDS
         make_private(fd, self.path, "log")
 
     def close(self) -> None:
@@ -13219,29 +13195,26 @@ class LogFile:
         """Appends `text`, complete lines, in one write."""
         data = text.encode("utf-8", "backslashreplace")
         try:
-            if time.monotonic() > self.check_at or self.size + len(data) > self.max_bytes:
-                self.reopen_or_rotate(len(data))
-            self.size += os.write(self.handle, data)
+            self.reopen_or_rotate(len(data))
+            os.write(self.handle, data)
         except OSError:
             self.dropped += text.count("\n")
 
     def reopen_or_rotate(self, more_bytes: int) -> None:
         """`daemon.log` -> `daemon.log.1` -> `daemon.log.2`, whose old content is lost."""
-        self.check_at = time.monotonic() + LOG_LOOK_SECONDS
         try:
             status = os.stat(self.path)
-            self.size = status.st_size  # another process may be writing, too
-            if (status.st_dev, status.st_ino) != self.identity:
-                self.open()  # moved away, or rotated by the other process
         except FileNotFoundError:
             self.open()
-        if not self.size or self.size + more_bytes <= self.max_bytes:
             return
-        for index in range(LOG_FILES - 1, 0, -1):
-            older = self.path if index == 1 else f"{self.path}.{index - 1}"
-            if os.path.exists(older):
-                os.replace(older, f"{self.path}.{index}")
-        self.open()
+        if (status.st_dev, status.st_ino) != self.identity:
+            self.open()  # moved away, or rotated by the process that takes over
+        elif status.st_size and status.st_size + more_bytes > self.max_bytes:
+            for index in range(LOG_FILES - 1, 0, -1):
+                older = self.path if index == 1 else f"{self.path}.{index - 1}"
+                if os.path.exists(older):
+                    os.replace(older, f"{self.path}.{index}")
+            self.open()
 
 
 def start_log(level: str, path: str = "", is_stderr: bool = False) -> LogFile | None:
@@ -13329,6 +13302,7 @@ class StreamProtocol(ProtocolBase):
         #: something was received since this was last set to False
         self.has_received = False
         self.reading_held = False
+        self.reading_paused = False
         self.writing_paused = False
         self.waiter: asyncio.Future[None] | None = None
         #: the proxy tunnel under this TLS connection, referenced to keep it alive
@@ -13378,17 +13352,19 @@ class StreamProtocol(ProtocolBase):
     # For the task that owns the connection
 
     def wake(self) -> None:
+        """Called after each change: bytes in the buffer, an end, the flow of writing."""
         if self.waiter is not None and not self.waiter.done():
             self.waiter.set_result(None)
 
-    async def changed(self) -> None:
-        """Waits for `wake`: bytes in the buffer, an end, or a change of flow."""
+    def changed(self) -> asyncio.Future[None]:
+        """Done at the next `wake`."""
         self.waiter = asyncio.get_running_loop().create_future()
-        await self.waiter
+        return self.waiter
 
     async def receive(self) -> None:
         """Waits for more bytes; raises EOFError, or the OSError that broke the connection."""
-        self.update_reading()
+        if self.reading_paused:
+            self.update_reading()
         size = len(self.buffer)
         while len(self.buffer) == size:
             if self.ended:
@@ -13399,7 +13375,8 @@ class StreamProtocol(ProtocolBase):
         """All that was received and not taken yet."""
         data = bytes(self.buffer)
         self.buffer.clear()
-        self.update_reading()
+        if self.reading_paused:
+            self.update_reading()
         return data
 
     async def drain(self) -> None:
@@ -13415,14 +13392,12 @@ class StreamProtocol(ProtocolBase):
         self.reading_held = held
         self.update_reading()
 
-    def is_reading(self) -> bool:
-        return not self.reading_held and len(self.buffer) <= STREAM_BUFFER_BYTES
-
     def update_reading(self) -> None:
-        if self.is_reading():
-            self.transport.resume_reading()
-        else:
+        self.reading_paused = self.reading_held or len(self.buffer) > STREAM_BUFFER_BYTES
+        if self.reading_paused:
             self.transport.pause_reading()
+        else:
+            self.transport.resume_reading()
 
 
 # ---- 12. HTTP client ---------------------------------------------------------------------------
@@ -13505,7 +13480,7 @@ class BodyStream(Protocol):
 
 
 class UpstreamResponse:
-    """The head of a response, and its body as a BodyStream.  Whoever opens it must `close` it."""
+    """The head of a response, and its body as a BodyStream.  Its opener must `close` it."""
 
     def __init__(
         self, client: HttpClient, connection: PooledConnection, head: ResponseHead, body: Body
@@ -13523,7 +13498,7 @@ class UpstreamResponse:
         self.error: ApiError | None = None
         if wbits is None and coding != "identity":
             self.error = UpstreamError("The upstream's answer has a coding that nobody asked for.")
-        self.done = body.done
+        self.done = body.done or self.error is not None
         self.returned = b""  # by `put_back`
         self.silent_since = asyncio.get_running_loop().time()
         self.drop_timer: asyncio.TimerHandle | None = None
@@ -13531,49 +13506,46 @@ class UpstreamResponse:
 
     def watch(self, now: float) -> None:
         limit_s = self.client.network.stream_idle_seconds
-        if self.connection.has_received or not self.connection.is_reading():
+        if self.connection.has_received or self.connection.reading_paused:
             self.connection.has_received = False
             self.silent_since = now
         elif now - self.silent_since > limit_s:
             self.fail(UpstreamTimeout(f"The upstream was silent for {limit_s:g} s."))
 
-    def decode(self, data: bytes) -> bytes:
-        """The payload in `data`; what is malformed and what is the end changes `error`, `done`."""
+    def decode(self, data: bytes, sink: Callable[[bytes], None]) -> None:
+        """Passes the payload in `data` to `sink`; the end of the body, or an error, ends it."""
         try:
             payload = self.body.feed(data)
             if self.inflater is not None:
                 payload = self.inflater.feed(payload, MAX_INFLATED_BYTES)
                 if len(payload) > MAX_INFLATED_BYTES:
                     raise WireError("it is compressed beyond all measure")
+            if payload:
+                sink(payload)
         except WireError as error:
             self.fail(UpstreamError(f"The upstream's answer is malformed: {error}."))
-            return b""
+        except Exception:  # noqa: BLE001 - the sink's fault; asyncio would drop the connection
+            self.fail(internal_error("a response could not be processed"))
         if self.body.done:
             self.complete()
-        return payload
 
     def on_eof(self) -> None:
         self.reusable = False
-        try:
+        with contextlib.suppress(WireError):
             self.body.end()
-        except WireError:
-            self.fail(UpstreamError(BROKEN_OFF))
-        else:
-            self.complete(self.connection.ended_cleanly())
+        self.complete(self.connection.ended_cleanly())
 
     def complete(self, cleanly: bool = True) -> None:
-        """The body has ended; a compressed one must be complete, too."""
-        if cleanly and (self.inflater is None or self.inflater.done):
+        """The body has ended: all of it, also of a compressed one, must be there."""
+        if cleanly and self.body.done and (self.inflater is None or self.inflater.done):
             self.stop()
         else:
             self.fail(UpstreamError(BROKEN_OFF))
 
     def fail(self, error: ApiError) -> None:
         if not self.done:
-            self.error = self.error or error
-            self.reusable = False
-            self.connection.sink = None
-            self.connection.wake()
+            self.error = error
+            self.stop()
 
     def stop(self) -> None:
         self.done = True
@@ -13583,20 +13555,23 @@ class UpstreamResponse:
     def hold(self, paused: bool) -> None:
         self.connection.hold(paused)
 
+    async def wait(self) -> None:
+        """Until something is received, or the body has ended."""
+        if self.connection.ended:
+            self.on_eof()
+        else:
+            await self.connection.changed()
+
     async def first(self) -> bytes:
-        data, self.returned = self.returned, b""
-        while not data:
-            if self.error:
-                raise self.error
-            if self.done:
-                return b""
+        payload, self.returned = bytearray(self.returned), b""
+        while not payload and not self.done:
             if self.connection.buffer:
-                data = self.decode(self.connection.take())
-            elif self.connection.ended:
-                self.on_eof()
+                self.decode(self.connection.take(), payload.extend)
             else:
-                await self.connection.changed()
-        return data
+                await self.wait()
+        if self.error and not payload:
+            raise self.error
+        return bytes(payload)
 
     def put_back(self, data: bytes) -> None:
         self.returned = data + self.returned
@@ -13611,37 +13586,29 @@ class UpstreamResponse:
         return bytes(body)
 
     async def relay(self, sink: Callable[[bytes], None]) -> None:
-        def deliver(payload: bytes) -> None:
-            try:
-                if payload:
-                    sink(payload)
-            except Exception:  # noqa: BLE001 - not the upstream's fault; asyncio would disconnect
-                self.fail(internal_error("a response could not be processed"))
-
         connection = self.connection
-        deliver(self.returned)
-        if not (self.done or self.error):
-            connection.sink = lambda data: deliver(self.decode(data))
+        if self.returned:
+            sink(self.returned)
+        if not self.done:
+            connection.sink = functools.partial(self.decode, sink=sink)
             connection.sink(connection.take())
-        while not self.error and not self.done:
-            if connection.ended:
-                self.on_eof()
-            else:
-                await connection.changed()
+        while not self.done:
+            await self.wait()
         if self.error:
             raise self.error
 
     def close(self, ended: bool) -> None:
         self.client.ticker.discard(self.watch)
         connection = self.connection
-        connection.sink = None
+        connection.sink = self.on_tail
         connection.hold(False)
-        if connection.ended or self.error or not (self.reusable and (ended or self.body.done)):
+        is_reusable = self.reusable and not self.error and not connection.ended
+        if not is_reusable or not (ended or self.body.done):
             self.drop()
             return
-        # The last chunk is often a packet of its own, and a new TLS connection is expensive.
-        connection.sink = self.on_tail
-        self.drop_timer = asyncio.get_running_loop().call_later(LINGER_SECONDS, self.drop)
+        if not self.body.done:
+            # The last chunk is often a packet of its own, and a new TLS connection is expensive.
+            self.drop_timer = asyncio.get_running_loop().call_later(LINGER_SECONDS, self.drop)
         self.on_tail(connection.take())
 
     def on_tail(self, data: bytes) -> None:
@@ -13685,14 +13652,10 @@ class PooledConnection(StreamProtocol):
     def ended_cleanly(self) -> bool:
         """Whether the peer ended it on purpose: over TLS with a close_notify (RFC 9112, 9.8)."""
         tls = self.transport.get_extra_info("ssl_object")
-        if tls is None:
-            return self.finished
         try:
-            return bool(tls.read(1) == b"")
-        except ssl.SSLZeroReturnError:
-            return True
-        except ssl.SSLError:
-            return False
+            return self.finished if tls is None else tls.read(1) == b""
+        except ssl.SSLError as error:
+            return isinstance(error, ssl.SSLZeroReturnError)
 
     def left_unread(self, error: Exception, message: bytes, sent_at: float) -> bool:
         """Whether the peer, which then ended the connection, cannot have read `message`.
@@ -13735,18 +13698,13 @@ class Pool:
             stack.pop(0).transport.abort()
 
     def watch(self, now: float) -> None:
+        """Drops those that have expired: with `math.inf` all."""
         for origin, stack in list(self.idle.items()):
             for connection in [c for c in stack if c.is_dead(now)]:
                 stack.remove(connection)
                 connection.transport.abort()
             if not stack:
                 del self.idle[origin]
-
-    def close(self) -> None:
-        for stack in self.idle.values():
-            for connection in stack:
-                connection.transport.abort()
-        self.idle.clear()
 
 
 class HttpClient:
@@ -13757,14 +13715,13 @@ class HttpClient:
         self.ticker = ticker
         self.pool = Pool()
         self.plan = functools.lru_cache(maxsize=MAX_PLANNED_URLS)(self.plan_url)
-        self.tls: ssl.SSLContext | None = None
         #: wall clock minus monotonic clock
         self.clock_offset = time.time() - time.monotonic()
         ticker.add(self.watch)
 
     def close(self) -> None:
         self.ticker.discard(self.watch)
-        self.pool.close()
+        self.pool.watch(math.inf)
 
     def watch(self, now: float) -> None:
         """Drops expired connections, and all after a sleep (Linux's monotonic clock stops then)."""
@@ -13774,15 +13731,15 @@ class HttpClient:
         if abs(jumped_s) > CLOCK_JUMP_SECONDS:
             log_event("info", "clock_jumped", seconds=round(jumped_s))
             self.clock_offset = offset
-            self.pool.close()
+            self.pool.watch(math.inf)
 
+    @functools.cached_property
     def tls_context(self) -> ssl.SSLContext:
-        if self.tls is None:
-            self.tls = ssl.create_default_context()
-            if self.network.ca_file:
-                self.tls.load_verify_locations(self.network.ca_file)
-            self.tls.set_alpn_protocols(["http/1.1"])
-        return self.tls
+        context = ssl.create_default_context()
+        if self.network.ca_file:
+            context.load_verify_locations(self.network.ca_file)
+        context.set_alpn_protocols(["http/1.1"])
+        return context
 
     def plan_url(self, url: str) -> tuple[Origin, str, str]:
         """(origin, Host field, path), cached by `plan`; loopback never goes through a proxy."""
@@ -13815,13 +13772,12 @@ class HttpClient:
             return write_head(f"{method} {path} HTTP/1.1", all_headers) + body
 
         limit_s = first_byte_s or self.network.first_byte_seconds
-        connection = self.pool.take(origin, asyncio.get_running_loop().time())
-        if connection is not None:
-            response = await self.exchange(connection, method, message(), limit_s)
-            if response is not None:
-                return response
-        connection = await self.connect(origin)
+        pooled = self.pool.take(origin, asyncio.get_running_loop().time())
+        connection = pooled or await self.connect(origin)
         response = await self.exchange(connection, method, message(), limit_s)
+        if response is None:
+            connection = await self.connect(origin)
+            response = await self.exchange(connection, method, message(), limit_s)
         assert response is not None  # a fresh connection is not stale
         return response
 
@@ -13899,7 +13855,7 @@ class HttpClient:
         loop = asyncio.get_running_loop()
         tls_options: Json = {}
         if origin.scheme == "https":
-            tls_options = {"ssl": self.tls_context(), "server_hostname": origin.host}
+            tls_options = {"ssl": self.tls_context, "server_hostname": origin.host}
         _, connection = await loop.create_connection(
             lambda: PooledConnection(origin),
             origin.host,
@@ -13935,7 +13891,7 @@ class HttpClient:
                 return tunnel
             connection = PooledConnection(origin)
             transport = await asyncio.get_running_loop().start_tls(
-                tunnel.transport, connection, self.tls_context(), server_hostname=origin.host
+                tunnel.transport, connection, self.tls_context, server_hostname=origin.host
             )
         except BaseException:
             tunnel.transport.abort()
@@ -13975,42 +13931,24 @@ class Response:
     content_type: str = "application/json"
 
 
-class BodyBudget:
-    """The memory that the bodies of all requests take together: what has come, not what may."""
-
-    def __init__(self) -> None:
-        self.total_bytes = 0
-
-    def grow(self, held: int, size: int) -> int:
-        """Returns `held` grown to `size`; raises Busy, but never for a body that is alone."""
-        others = self.total_bytes - held
-        if size > held and others and others + size > MAX_BODIES_BYTES:
-            raise Busy("The requests in hand take all the memory that there is.", retry_after=1)
-        self.total_bytes = others + max(held, size)
-        return max(held, size)
-
-
-class Request:
+class Request(RequestHead):
     """Its body is read only when a handler asks for it."""
 
+    #: bytes counted in the server's budget until the request is answered
+    held_bytes = 0
+    #: set by the outermost layer; `begun_at` is monotonic
+    id = ""
+    begun_at = 0.0
+    #: of its API key; "" if it has none
+    key_name = ""
+    #: its usage, once known
+    answer: UsageRecord | None = None
+
     def __init__(self, connection: ServerConnection, head: RequestHead, body: Body) -> None:
-        self.method = head.method
-        self.path = head.path
-        self.query = head.query
-        self.headers = head.headers
-        self.minor = head.minor
+        super().__init__(head.method, head.target, head.path, head.query, head.minor, head.headers)
+        self.connection = connection
         self.client = connection.peer
         self.body = body
-        #: bytes counted in the server's budget until the request is answered
-        self.held_bytes = 0
-        self.connection = connection
-        #: set by the outermost layer; `begun_at` is monotonic
-        self.id = ""
-        self.begun_at = 0.0
-        #: of its API key; "" if it has none
-        self.key_name = ""
-        #: its usage, once known
-        self.answer: UsageRecord | None = None
 
     async def read_body(self) -> bytes:
         """Decodes gzip and deflate; raises ApiError and WireError."""
@@ -14031,15 +13969,23 @@ class Request:
         return data
 
     def hold(self, size: int) -> None:
-        """Counts `size` bytes, in total, against the server's budget; raises Busy."""
-        self.held_bytes = self.connection.server.bodies.grow(self.held_bytes, size)
+        """Counts `size` bytes of it, in total; raises Busy if all bodies are too large together.
+
+        What has come is counted, not what may come; a body that is alone is never refused.
+        """
+        server = self.connection.server
+        others = server.body_bytes - self.held_bytes
+        if size > self.held_bytes and others and others + size > MAX_BODIES_BYTES:
+            raise Busy("The requests in hand take all the memory that there is.", retry_after=1)
+        self.held_bytes = max(self.held_bytes, size)
+        server.body_bytes = others + self.held_bytes
 
     def cancel_on_hangup(self, watching: bool, patient: bool = False) -> None:
         """A half-close counts as a disconnect unless `patient`, for responses that cost nothing."""
         connection = self.connection
         connection.hangup_target = connection.task if watching else None
         connection.allows_half_close = patient
-        connection.check_hangup()
+        connection.wake()
 
 
 class ResponseWriter:
@@ -14106,20 +14052,13 @@ class ServerConnection(StreamProtocol):
             self.peer = address[0]
         self.server.accept(self)
 
-    def eof_received(self) -> bool:
-        self.finished = True
-        self.check_hangup()
-        return super().eof_received()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        self.check_hangup()
-
-    def check_hangup(self) -> None:
+    def wake(self) -> None:
         """A client that has half-closed may still be reading."""
-        has_left = self.lost or (self.finished and not self.allows_half_close)
-        if has_left and self.hangup_target is not None:
-            self.hangup_target.cancel()
+        super().wake()
+        target = self.hangup_target
+        if target is not None and (self.lost or (self.finished and not self.allows_half_close)):
+            self.hangup_target = None
+            target.cancel()
 
     def pause_writing(self, paused: bool = True) -> None:
         super().pause_writing(paused)
@@ -14156,10 +14095,12 @@ class ServerConnection(StreamProtocol):
         try:
             while not (self.closing or self.server.draining or self.transport.is_closing()):
                 await self.handle_request(await self.read_head())
-                if self.buffer:  # who sends ahead has its turn after the others
+                if self.buffer:  # a client that pipelines takes turns with the others
                     await asyncio.sleep(0)
         except WireError as error:
-            await self.give_up(wire_api_error(error))
+            refusal = InvalidRequest(f"Malformed HTTP: {error}.")
+            refusal.status = error.status
+            await self.give_up(refusal)
         except (EOFError, OSError):
             pass  # the client has disconnected
         except asyncio.CancelledError:
@@ -14246,7 +14187,7 @@ class ServerConnection(StreamProtocol):
             await self.respond(request, response)
         finally:
             self.hangup_target = None
-            self.server.bodies.total_bytes -= request.held_bytes
+            self.server.body_bytes -= request.held_bytes
         if not body.done:
             await self.linger()
         self.request, self.response_started = None, False
@@ -14299,18 +14240,12 @@ class ServerConnection(StreamProtocol):
         """Lingering close, as in nginx: an RST would discard the response."""
         if self.transport.is_closing():
             return
-        with contextlib.suppress(TimeoutError, EOFError, OSError):
+        with contextlib.suppress(EOFError, OSError):  # or TimeoutError, an OSError
             async with asyncio.timeout(LINGER_SECONDS):
                 self.transport.write_eof()
                 while True:
-                    await self.receive()
                     self.take()
-
-
-def wire_api_error(error: WireError) -> ApiError:
-    api_error = InvalidRequest(f"Malformed HTTP: {error}.")
-    api_error.status = error.status
-    return api_error
+                    await self.receive()
 
 
 # What bind() raises for an address that this machine lacks, as asyncio treats it.
@@ -14373,7 +14308,7 @@ class Server:
         self.handler = handler
         self.write_error = write_error
         self.connections: set[ServerConnection] = set()
-        self.bodies = BodyBudget()
+        self.body_bytes = 0  #: in memory, of all requests
         self.rejecting: set[asyncio.Task[None]] = set()
         #: every response is the last one of its connection
         self.closing = False
