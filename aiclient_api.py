@@ -13788,28 +13788,27 @@ class HttpClient:
         host = connection.origin.host
         sent_at = asyncio.get_running_loop().time()
         connection.has_received = False
-        with contextlib.ExitStack() as on_failure:
-            on_failure.callback(lambda: connection.transport.abort())
-            try:
-                async with asyncio.timeout(limit_s):
-                    connection.transport.write(message)
-                    head = await self.read_head(connection)
-                body = response_body(head, method)
-            except TimeoutError:
-                raise UpstreamTimeout(f"{host} did not answer within {limit_s:g} s.") from None
-            except (EOFError, OSError) as error:
-                may_be_stale = connection.used and not connection.has_received
-                was_unread = method in SAFE_METHODS or connection.left_unread(
-                    error, message, sent_at
-                )
-                if may_be_stale and was_unread:
-                    return None
-                stage = "inside an answer" if connection.has_received else "without an answer"
-                raise UpstreamError(f"{host} closed the connection {stage}.") from None
-            except WireError as error:
-                raise UpstreamError(f"{host} sent a malformed answer: {error}.") from None
-            on_failure.pop_all()
-        return UpstreamResponse(self, connection, head, body)
+        response: UpstreamResponse | None = None
+        try:
+            async with asyncio.timeout(limit_s):
+                connection.transport.write(message)
+                head = await self.read_head(connection)
+            response = UpstreamResponse(self, connection, head, response_body(head, method))
+            return response
+        except TimeoutError:
+            raise UpstreamTimeout(f"{host} did not answer within {limit_s:g} s.") from None
+        except (EOFError, OSError) as error:
+            may_be_stale = connection.used and not connection.has_received
+            was_unread = method in SAFE_METHODS or connection.left_unread(error, message, sent_at)
+            if may_be_stale and was_unread:
+                return None
+            stage = "inside an answer" if connection.has_received else "without an answer"
+            raise UpstreamError(f"{host} closed the connection {stage}.") from None
+        except WireError as error:
+            raise UpstreamError(f"{host} sent a malformed answer: {error}.") from None
+        finally:
+            if response is None:
+                connection.transport.abort()
 
     @staticmethod
     async def read_head(connection: PooledConnection) -> ResponseHead:
