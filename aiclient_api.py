@@ -125,7 +125,7 @@ from collections.abc import (
 )
 from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from types import UnionType
-from typing import IO, TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TextIO, TypeVar
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol, TextIO, TypeVar
 
 
 def lazy_module(name: str) -> Any:
@@ -157,6 +157,7 @@ if TYPE_CHECKING:
     import getpass
     import hashlib
     import hmac
+    import http
     import ipaddress
     import logging
     import plistlib
@@ -190,7 +191,7 @@ else:
     urllib.request = lazy_module("urllib.request")
     for name in (
         "argparse", "asyncio", "base64", "csv", "difflib", "fcntl", "getpass", "hashlib", "hmac",
-        "ipaddress", "plistlib", "resource", "select", "shlex", "shutil", "signal",
+        "http", "ipaddress", "plistlib", "resource", "select", "shlex", "shutil", "signal",
         "socket", "socketserver", "sqlite3", "ssl", "subprocess", "tempfile", "termios",
         "threading", "time", "tomllib",
     ):  # fmt: skip
@@ -203,8 +204,8 @@ Result = TypeVar("Result")
 def run_in_loop(work: Coroutine[Any, Any, Result]) -> Result:
     """`asyncio.run`, with no module left lazy: until 3.13 that is not thread-safe (gh-114763)."""
     for module in (
-        base64, concurrent.futures, difflib, dt, email.utils, fcntl, hashlib, hmac, ipaddress,
-        logging, resource, select, shlex, shutil, signal, socket, socketserver, sqlite3, ssl,
+        base64, concurrent.futures, difflib, dt, email.utils, fcntl, hashlib, hmac, http,
+        ipaddress, logging, resource, select, shlex, shutil, signal, socket, socketserver, sqlite3, ssl,
         subprocess, tempfile, termios, threading, time, tomllib, urllib.parse, urllib.request,
     ):  # fmt: skip
         dir(module)
@@ -263,8 +264,8 @@ MAX_EVENT_LINES = 100_000  # of one server-sent event: those seen have two
 MAX_EVENT_MESSAGE_BYTES = 25 * MIB  # AWS: payloads up to 24 MiB
 MAX_EVENT_HEADERS_BYTES = 128 * KIB  # AWS; each of them becomes an object
 
-# One read takes all that the kernel and the StreamReader buffer: both stay far below this.
 READ_BYTES = MIB
+# Of a connection, received and not yet taken; with more, reading pauses.
 STREAM_BUFFER_BYTES = 64 * KIB
 RECV_BYTES = 64 * KIB  # below the 128 KiB from which malloc uses mmap
 # With this much unsent to a slow client, reading from the upstream pauses.
@@ -395,7 +396,6 @@ LOOK_SECONDS = 0.3  # probing the daemon's lock holds it for a moment
 RETIRE_SECONDS = 5.0  # for one more request on a replaced process's connections
 MAX_LOG_BYTES = 10 * MIB
 LOG_FILES = 3  # the current one and two older
-LOG_LOOK_SECONDS = 1.0  # between checks whether the log file was moved away
 FULL_SECONDS = 60.0  # between log lines about too many open files
 MAX_DESCRIPTORS = 65_536  # open files and sockets
 MAX_LOG_LINES = 10_000  # per query
@@ -1650,22 +1650,14 @@ DIGITS = re.compile(rf"[0-9]{{1,{MAX_LENGTH_DIGITS}}}")
 CHUNK_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 CHUNK_STRING = rb'"(?:[^"\\\x00-\x08\x0a-\x1f\x7f]|\\[\t -~])*"'
 CHUNK_LINE = re.compile(
-    rb"([0-9A-Fa-f]{1,16})((?:[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?)*)"
+    rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?)*\r\n"
     % (CHUNK_TOKEN, CHUNK_TOKEN, CHUNK_STRING)
 )
+ABSOLUTE_FORM = re.compile(r"https?://([^/?]+)(.*)", re.IGNORECASE)
+HEAD_END = re.compile(rb"\n\r?\n")
 STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) ([1-5][0-9][0-9])(?: ([^\r\n]*))?")
 HEADER_BREAKS = re.compile(r"[\r\n\0]")
 NO_BODY_STATUSES = (204, 304)
-REASONS = {
-    100: "Continue", 200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized",
-    402: "Payment Required", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed",
-    408: "Request Timeout", 413: "Content Too Large", 414: "URI Too Long",
-    415: "Unsupported Media Type", 417: "Expectation Failed", 421: "Misdirected Request",
-    422: "Unprocessable Content", 426: "Upgrade Required", 429: "Too Many Requests",
-    431: "Request Header Fields Too Large", 500: "Internal Server Error",
-    501: "Not Implemented", 502: "Bad Gateway", 503: "Service Unavailable",
-    504: "Gateway Timeout", 505: "HTTP Version Not Supported", 529: "Overloaded",
-}  # fmt: skip
 
 
 class Headers(dict[str, str]):
@@ -1675,13 +1667,11 @@ class Headers(dict[str, str]):
 
     def has_token(self, name: str, token: str) -> bool:
         """Whether the comma list in field `name` contains the lower-case `token`."""
-        value = self.get(name)
-        if value is None:
-            return False
-        return any(item.strip(" \t").lower() == token for item in value.split(","))
+        items = self[name].split(",") if name in self else ()
+        return any(item.strip(" \t").lower() == token for item in items)
 
 
-@dataclass(slots=True)
+@dataclass(eq=False)
 class RequestHead:
     method: str
     target: str
@@ -1700,11 +1690,8 @@ class ResponseHead:
 
 def head_end(buffer: bytes | bytearray, start: int = 0) -> int:
     """The offset after a head's final empty line, or -1; bare LFs count, to be refused at once."""
-    start = max(0, start - 3)
-    lf_end, crlf_end = buffer.find(b"\n\n", start), buffer.find(b"\n\r\n", start)
-    if lf_end < 0:
-        return crlf_end + 3 if crlf_end >= 0 else -1
-    return lf_end + 2 if crlf_end < 0 or lf_end < crlf_end else crlf_end + 3
+    match = HEAD_END.search(buffer, max(0, start - 3))
+    return match.end() if match else -1
 
 
 def head_lines(data: bytes) -> list[str]:
@@ -1740,26 +1727,18 @@ def parse_headers(lines: list[str]) -> Headers:
 
 def parse_target(method: str, target: str) -> tuple[str, str, str]:
     """(path, query, host) of a request target; host is "" unless it is in absolute-form."""
-    if not TARGET.fullmatch(target) or "#" in target:
-        raise WireError("malformed request target")
+    if target == "*" and method == "OPTIONS":
+        return "*", "", ""
     host = ""
-    if target[0] != "/":
-        if target == "*" and method == "OPTIONS":
-            return "*", "", ""
-        scheme, _, remainder = target.partition("://")
-        if scheme.lower() not in ("http", "https") or not remainder:
-            raise WireError("malformed request target")
-        host, slash, remainder = remainder.partition("/")
-        if not slash and "?" in host:
-            host, _, query = host.partition("?")
-            return "/", query, host
-        target = "/" + remainder
-        if not host:
-            raise WireError("malformed request target")
+    absolute = None if target.startswith("/") else ABSOLUTE_FORM.fullmatch(target)
+    if absolute:
+        host, target = absolute.groups()
+    if not (absolute or target.startswith("/")) or not TARGET.fullmatch(target) or "#" in target:
+        raise WireError("malformed request target")
     path, _, query = target.partition("?")
     if "%" in path:
         path = urllib.parse.unquote(path, errors="replace")
-    return path, query, host
+    return path or "/", query, host
 
 
 def parse_request_head(data: bytes) -> RequestHead:
@@ -1809,42 +1788,36 @@ def parse_length(headers: Headers) -> int | None:
 class Body:
     """An incoming body: `end` is called when the connection ended, `rest` holds excess bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, length: int = 0) -> None:
         self.done = False
         self.rest = b""
-        self.left = 0  # payload bytes announced but not received
+        self.left = length  # payload bytes announced but not received
 
     def feed(self, data: bytes) -> bytes:
-        raise NotImplementedError
+        """The payload in `data`; raises WireError."""
+        return data
 
     def end(self) -> None:
         if not self.done:
             raise WireError("the connection ended inside a message body")
 
 
+class UntilCloseBody(Body):
+    def end(self) -> None:
+        self.done = True
+
+
 class LengthBody(Body):
     def __init__(self, length: int) -> None:
-        super().__init__()
-        self.left = length
+        super().__init__(length)
         self.done = length == 0
 
     def feed(self, data: bytes) -> bytes:
-        if len(data) > self.left:
-            self.rest += data[self.left :]
-            data = data[: self.left]
-        self.left -= len(data)
+        self.rest += data[self.left :]
+        payload = data[: self.left]
+        self.left -= len(payload)
         self.done = self.left == 0
-        return data
-
-
-class UntilCloseBody(Body):
-    """A body that ends with the connection."""
-
-    def feed(self, data: bytes) -> bytes:
-        return data
-
-    def end(self) -> None:
-        self.done = True
+        return payload
 
 
 class ChunkedBody(Body):
@@ -1853,80 +1826,73 @@ class ChunkedBody(Body):
     def __init__(self) -> None:
         super().__init__()
         self.buffer = b""
-        self.in_chunk = False
-        self.in_trailers = False
+        self.expected = "size"  #: the next part: size, data, crlf or trailers
 
     def feed(self, data: bytes) -> bytes:
-        if self.buffer:
-            data = self.buffer + data
+        data = self.buffer + data
         payload: list[bytes] = []
         offset = 0
         while not self.done:
-            if self.in_chunk:
-                next_offset = self.read_chunk(data, offset, payload)
-            elif self.in_trailers:
-                next_offset = self.read_trailers(data, offset)
+            if self.expected == "size":
+                line = CHUNK_LINE.match(data, offset, offset + MAX_CHUNK_LINE_BYTES)
+                if line is None:
+                    self.check_size(data[offset : offset + MAX_CHUNK_LINE_BYTES + 1])
+                    break
+                offset, self.left = line.end(), int(line[1], 16)
+                end = offset + self.left
+                if self.left and data[end : end + 2] == b"\r\n":  # a complete chunk, as usual
+                    payload.append(data[offset:end])
+                    offset, self.left = end + 2, 0
+                else:
+                    self.expected = "data" if self.left else "trailers"
+            elif self.expected == "data":
+                fragment = data[offset : offset + self.left]
+                payload.append(fragment)
+                offset += len(fragment)
+                self.left -= len(fragment)
+                if self.left:
+                    break
+                self.expected = "crlf"
+            elif self.expected == "crlf":
+                line_end = data[offset : offset + 2]
+                if not b"\r\n".startswith(line_end):
+                    raise WireError("chunk data is not followed by CRLF")
+                if len(line_end) < 2:
+                    break
+                offset += 2
+                self.expected = "size"
             else:
-                next_offset = self.read_size(data, offset)
-            if next_offset < 0:
-                break
-            offset = next_offset
-        self.buffer = b"" if self.done else data[offset:]
+                size = self.read_trailers(data[offset : offset + MAX_TRAILER_BYTES + 1])
+                if not size:
+                    break
+                offset += size
+                self.done = True
         if self.done:
-            self.rest = data[offset:]
-        return payload[0] if len(payload) == 1 else b"".join(payload)
+            self.rest += data[offset:]
+        self.buffer = b"" if self.done else data[offset:]
+        return b"".join(payload)
 
-    def read_chunk(self, data: bytes, offset: int, payload: list[bytes]) -> int:
-        """The new offset, or -1 if more data is needed; the next two return the same."""
-        end = offset + self.left
-        if len(data) >= end + 2:
-            if data[end : end + 2] != b"\r\n":
-                raise WireError("chunk data is not followed by CRLF")
-            payload.append(data[offset:end])
-            self.in_chunk = False
-            return end + 2
-        if self.left and len(data) > offset:
-            fragment = data[offset:end]
-            payload.append(fragment)
-            self.left -= len(fragment)
-            return offset + len(fragment)
-        if not self.left and data[offset : offset + 1] not in (b"", b"\r"):
-            raise WireError("chunk data is not followed by CRLF")
-        return -1
-
-    def read_size(self, data: bytes, offset: int) -> int:
-        end = data.find(b"\n", offset)
-        if end < 0:
-            if len(data) - offset > MAX_CHUNK_LINE_BYTES:
-                raise WireError("chunk size line too long")
-            return -1
-        line = data[offset : end + 1]
+    @staticmethod
+    def check_size(line: bytes) -> None:
+        """Raises WireError if `line` cannot become a chunk size line."""
+        if b"\n" in line[:MAX_CHUNK_LINE_BYTES]:
+            raise WireError("malformed chunk size line")
         if len(line) > MAX_CHUNK_LINE_BYTES:
             raise WireError("chunk size line too long")
-        match = CHUNK_LINE.fullmatch(line, 0, len(line) - 2)
-        if match is None or not line.endswith(b"\r\n"):
-            raise WireError("malformed chunk size line")
-        self.left = int(match[1], 16)
-        self.in_chunk = self.left > 0
-        self.in_trailers = self.left == 0
-        return end + 1
 
-    def read_trailers(self, data: bytes, offset: int) -> int:
-        if data.startswith(b"\r\n", offset):
-            self.done = True
-            return offset + 2
-        end = head_end(data[offset:])
-        if end < 0:
-            if len(data) - offset > MAX_TRAILER_BYTES:
-                raise WireError("trailers too long", 431)
-            if data[offset : offset + 1] == b"\n":
-                raise WireError("bare LF after the last chunk")
-            return -1
-        if end > MAX_TRAILER_BYTES:
+    @staticmethod
+    def read_trailers(data: bytes) -> int:
+        """The size of the trailers with their empty line; 0 if more data is needed."""
+        if data.startswith(b"\r\n"):
+            return 2
+        if data.startswith(b"\n"):
+            raise WireError("bare LF after the last chunk")
+        end = head_end(data)
+        if end > MAX_TRAILER_BYTES or (end < 0 and len(data) > MAX_TRAILER_BYTES):
             raise WireError("trailers too long", 431)
-        parse_headers(head_lines(data[offset : offset + end]))
-        self.done = True
-        return offset + end
+        if end > 0:
+            parse_headers(head_lines(data[:end]))
+        return max(end, 0)
 
 
 def request_body(head: RequestHead) -> Body:
@@ -1940,13 +1906,11 @@ def request_body(head: RequestHead) -> Body:
         raise WireError("both Content-Length and Transfer-Encoding")
     if head.minor == 0:
         raise WireError("Transfer-Encoding in HTTP/1.0")
-    if coding.lower() != "chunked":
-        last_coding = coding.lower().split(",")[-1].strip(" \t")
-        is_repeated = coding.lower().count("chunked") > 1
-        raise WireError(
-            "unknown transfer coding", 400 if last_coding != "chunked" or is_repeated else 501
-        )
-    return ChunkedBody()
+    codings = [item.strip(" \t") for item in coding.lower().split(",")]
+    if codings == ["chunked"]:
+        return ChunkedBody()
+    is_final = codings[-1] == "chunked" and codings.count("chunked") == 1
+    raise WireError("unknown transfer coding", 501 if is_final else 400)
 
 
 def response_body(head: ResponseHead, method: str) -> Body:
@@ -1973,27 +1937,18 @@ def write_head(first_line: str, headers: Iterable[tuple[str, str]]) -> bytes:
     return "\r\n".join(lines).encode("latin-1")
 
 
+@functools.cache
 def status_line(status: int) -> str:
-    return f"HTTP/1.1 {status} {REASONS.get(status, 'Unknown')}"
-
-
-QUALITY = re.compile(r"q[ \t]*=[ \t]*(0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?)")
-
-
-def accept_quality(accept: str, media_type: str) -> float:
-    """The weight, 0 to 1, of a media type in an Accept field (RFC 9110 section 12.5.1)."""
-    weights: dict[str, float] = {}
-    for media_range in accept.lower().split(","):
-        name, *parameters = (part.strip(" \t") for part in media_range.split(";"))
-        matches = [match for match in map(QUALITY.fullmatch, parameters) if match]
-        weights[name] = max(weights.get(name, 0.0), float(matches[0][1]) if matches else 1.0)
-    ranges = (media_type, media_type.partition("/")[0] + "/*", "*/*")  # most specific first
-    return next((weights[name] for name in ranges if name in weights), 0.0)
+    try:
+        reason = http.HTTPStatus(status).phrase
+    except ValueError:
+        reason = "Overloaded" if status == 529 else "Unknown"  # 529: Anthropic's
+    return f"HTTP/1.1 {status} {reason}"
 
 
 def prefers_html(accept: str) -> bool:
     """Whether the client is a browser."""
-    return accept_quality(accept, "text/html") > accept_quality(accept, "application/json")
+    return "text/html" in accept.lower()
 
 
 def write_chunk(data: bytes) -> bytes:
@@ -2067,56 +2022,39 @@ class SseReader:
 
     def __init__(self) -> None:
         self.buffer = bytearray()  # an incomplete event
-        self.bom_checked = False
         self.after_cr = False
-
-    def feed(self, data: bytes) -> list[tuple[bytes, bytes]]:
-        return self.parse_all(self.complete(data))
 
     def complete(self, data: bytes) -> bytes:
         """The completed events, unparsed, with LF line ends; searches each byte only once."""
-        if not self.bom_checked:
-            data = bytes(self.buffer) + data
-            self.buffer.clear()
-            self.bom_checked = not b"\xef\xbb\xbf".startswith(data)
-            data = data.removeprefix(b"\xef\xbb\xbf") if self.bom_checked else data
-        if data and (self.after_cr or b"\r" in data):
-            data = self.normalize_newlines(data)
-        end = data.rfind(b"\n\n") + 2
-        if end == 1:
-            end = 1 if data.startswith(b"\n") and self.buffer.endswith(b"\n") else 0
-        blocks = data[:end]
-        if end and self.buffer:
-            blocks = bytes(self.buffer) + blocks
-            self.buffer.clear()
-        self.buffer += data[end:]
+        if data and (self.after_cr or b"\r" in data):  # a CRLF may be split over two reads
+            data = data.removeprefix(b"\n") if self.after_cr else data
+            self.after_cr = data.endswith(b"\r")
+            data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        if not self.buffer and data.endswith(b"\n\n"):
+            return data  # nothing is torn, as usual
+        searched = max(0, len(self.buffer) - 1)
+        self.buffer += data
+        end = self.buffer.rfind(b"\n\n", searched) + 2
+        if end > 1:
+            blocks = bytes(self.buffer[:end])
+            del self.buffer[:end]
+            return blocks
         if len(self.buffer) > MAX_FRAME_BYTES:
             raise UpstreamError("The upstream sent an endless event.")
-        return blocks
-
-    def normalize_newlines(self, data: bytes) -> bytes:
-        """`data` with LF for CRLF and CR, even if a CRLF is split over two reads."""
-        if self.after_cr:
-            data = data.removeprefix(b"\n")
-        self.after_cr = data.endswith(b"\r")
-        return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-
-    def parse_all(self, blocks: bytes) -> list[tuple[bytes, bytes]]:
-        rows = blocks.split(b"\n\n")
-        return [event for block in rows if block and (event := self.parse(block))]
-
-    def end(self) -> list[tuple[bytes, bytes]]:
-        """The last event, if the stream ended without an empty line."""
-        block = bytes(self.buffer).rstrip(b"\n")
-        self.buffer.clear()
-        event = self.parse(block) if block else None
-        return [event] if event else []
+        return b""
 
     def frames(self, blocks: bytes) -> list[Json]:
         return load_frames(self.parse_all(blocks))
 
     def last_frames(self) -> list[Json]:
-        return load_frames(self.end())
+        """The last event, if the stream ended without an empty line."""
+        block = bytes(self.buffer)
+        self.buffer.clear()
+        return self.frames(block)
+
+    def parse_all(self, blocks: bytes) -> list[tuple[bytes, bytes]]:
+        rows = blocks.split(b"\n\n")
+        return [event for block in rows if block and (event := self.parse(block))]
 
     @staticmethod
     def parse(block: bytes) -> tuple[bytes, bytes] | None:
@@ -2124,7 +2062,7 @@ class SseReader:
         if b"\n" not in block and block.startswith(b"data: "):
             return b"", block[6:]
         name, data = b"", []
-        lines = block.split(b"\n", MAX_EVENT_LINES)
+        lines = block.removeprefix(b"\xef\xbb\xbf").split(b"\n", MAX_EVENT_LINES)
         if len(lines) > MAX_EVENT_LINES:
             raise UpstreamError("The upstream sent an event of too many lines.")
         for line in lines:
@@ -2135,6 +2073,9 @@ class SseReader:
             elif line.startswith(b"{"):
                 data.append(line)
         return (name, b"\n".join(data)) if data else None
+
+
+MALFORMED_EVENT = "The upstream sent an event that is not a JSON object."
 
 
 def load_frame(data: bytes) -> Json | None:
@@ -2165,8 +2106,7 @@ def load_frames(events: list[tuple[bytes, bytes]]) -> list[Json]:
             continue
         frame = load_frame(data)
         if frame is None:
-            message = "The upstream sent an event that is not a JSON object."
-            return [*frames, {"type": "error", "error": {"message": message}}]
+            return [*frames, {"type": "error", "error": {"message": MALFORMED_EVENT}}]
         if name not in (b"", b"message") and "type" not in frame:
             frame["type"] = name.decode("utf-8", "replace")
         frames.append(frame)
@@ -2181,77 +2121,89 @@ def write_sse(frame: Json, name: str = "") -> bytes:
 
 # The Amazon event stream: `application/vnd.amazon.eventstream` (Smithy's specification).
 
-EventMessage = tuple[dict[str, Any], bytes]  # headers and payload, checksums verified
+EventMessage = tuple[dict[str, str], bytes]  # text headers and payload, checksums verified
 
 PRELUDE = struct.Struct(">III")  # total length, headers length, CRC-32 of these two
 MESSAGE_OVERHEAD = 16  # the prelude and the CRC-32 of the whole
-# Header types of fixed size: 2 to 5 are integers, 8 is a timestamp in ms, 9 a UUID, left as bytes.
-FIXED_HEADERS = {2: ">b", 3: ">h", 4: ">i", 5: ">q", 8: ">q"}
-FIXED_SIZES = {2: 1, 3: 2, 4: 4, 5: 8, 8: 8, 9: 16}
+# By header type: booleans (their value is the type), integers, a timestamp and a UUID.
+HEADER_SIZES = {0: 0, 1: 0, 2: 1, 3: 2, 4: 4, 5: 8, 8: 8, 9: 16}
+BYTES_HEADER, TEXT_HEADER = 6, 7  # both begin with two bytes of length
+EVENT_NAME = re.compile(r"[\w.:-]{1,100}", re.ASCII)
 
 
-def parse_event_headers(block: bytes) -> dict[str, Any]:
-    headers: dict[str, Any] = {}
+@functools.lru_cache(maxsize=64)  # few differ
+def parse_event_headers(block: bytes) -> dict[str, str]:
+    """The headers that are text; the others are checked and skipped.  Raises WireError."""
+    headers: dict[str, str] = {}
     offset, end = 0, len(block)
     while offset < end:
-        name_length = block[offset]
-        name, offset = block[offset + 1 : offset + 1 + name_length], offset + 1 + name_length
-        kind, offset = block[offset : offset + 1], offset + 1
-        if not name_length or not kind or kind[0] > 9:
+        name_end = offset + 1 + block[offset]
+        if name_end == offset + 1 or name_end >= end or block[name_end] > 9:
             raise WireError("an event's headers are malformed")
-        value: Any = kind[0] == 0
-        if kind[0] > 1:
-            length = FIXED_SIZES.get(kind[0])
-            if length is None:
-                length, offset = int.from_bytes(block[offset : offset + 2], "big"), offset + 2
-            data, offset = block[offset : offset + length], offset + length
-            if offset > end:
-                raise WireError("an event's headers are cut short")
-            value = data
-            if kind[0] in FIXED_HEADERS:
-                value = struct.unpack(FIXED_HEADERS[kind[0]], data)[0]
-            elif kind[0] == 7:
-                value = data.decode("utf-8", "replace")
-        headers[name.decode("utf-8", "replace")] = value
+        kind, start = block[name_end], name_end + 1
+        size = HEADER_SIZES.get(kind)
+        if size is None:
+            size, start = int.from_bytes(block[start : start + 2], "big"), start + 2
+        if start + size > end:
+            raise WireError("an event's headers are cut short")
+        if kind == TEXT_HEADER:
+            name = block[offset + 1 : name_end].decode("utf-8", "replace")
+            headers[name] = block[start : start + size].decode("utf-8", "replace")
+        offset = start + size
     return headers
 
 
-class EventStreamReader:
-    """A wrong length or checksum sets `error` and ends reading; earlier messages still count."""
+@functools.lru_cache(maxsize=64)
+def union_member(event_type: str) -> bytes:
+    return event_type.encode() if EVENT_NAME.fullmatch(event_type) else b"unnamed"
+
+
+class EventStreamFraming:
+    """An event stream, rewritten as server-sent events.
+
+    A message becomes `data: {"assistantResponseEvent": {"content": "Hi"}}`, the union that the
+    service defines; exceptions and errors become `data: {"error": {"code", "message", ...}}`.
+    A wrong length or checksum sets `error` and ends reading; earlier messages still count.
+    """
 
     def __init__(self) -> None:
-        self.kept = bytearray()  # an incomplete message
+        self.buffer = bytearray()  # an incomplete message
         self.bytes_needed = PRELUDE.size
         self.error = ""
-        self.parsed_headers: dict[bytes, dict[str, Any]] = {}  # by header block: there are few
 
-    def feed(self, data: bytes) -> list[EventMessage]:
-        """The messages that `data` completes; equal headers are one shared object."""
+    def complete(self, data: bytes) -> bytes:
+        had_failed = bool(self.error)
+        events = [self.write(headers, payload) for headers, payload in self.read_messages(data)]
+        if self.error and not had_failed:
+            message = f"The upstream's answer is malformed: {self.error}."
+            events.append(write_sse({"error": {"code": "WireError", "message": message}}))
+        return b"".join(events)
+
+    def read_messages(self, data: bytes) -> list[EventMessage]:
+        """The messages that `data` completes."""
         if self.error:
             return []
-        if self.kept:  # joined only once complete, as a message may be huge
-            self.kept += data
-            if len(self.kept) < self.bytes_needed:
+        if self.buffer:  # joined only once complete, as a message may be huge
+            self.buffer += data
+            if len(self.buffer) < self.bytes_needed:
                 return []
-            data = bytes(self.kept)
-            self.kept.clear()
+            data = bytes(self.buffer)
+            self.buffer.clear()
         messages: list[EventMessage] = []
-        offset, end = 0, len(data)
+        offset = 0
         try:
-            while end - offset >= self.bytes_needed:
-                message_size, headers_size = self.read_prelude(data, offset)
-                message_end = offset + message_size
-                if message_end > end:
-                    self.bytes_needed = message_size
+            while len(data) - offset >= PRELUDE.size:
+                size, headers_size = self.read_prelude(data, offset)
+                self.bytes_needed = size
+                if offset + size > len(data):
                     break
+                messages.append(self.read_message(data[offset : offset + size], headers_size))
+                offset += size
                 self.bytes_needed = PRELUDE.size
-                messages.append(self.read_message(data, offset, headers_size, message_end))
-                offset = message_end
         except WireError as error:
             self.error = str(error)
-            return messages
-        if offset < end:
-            self.kept += data[offset:]
+        else:
+            self.buffer += data[offset:]
         return messages
 
     @staticmethod
@@ -2265,87 +2217,47 @@ class EventStreamReader:
             raise WireError("an event's headers are too long")
         return total, headers_size
 
-    def read_message(self, data: bytes, offset: int, headers_size: int, end: int) -> EventMessage:
-        message = data[offset : end - 4]
-        if zlib.crc32(message) != int.from_bytes(data[end - 4 : end], "big"):
+    def read_message(self, message: bytes, headers_size: int) -> EventMessage:
+        if zlib.crc32(message[:-4]) != int.from_bytes(message[-4:], "big"):
             raise WireError("the checksum of an event is wrong")
         payload_start = PRELUDE.size + headers_size
-        block = message[PRELUDE.size : payload_start]
-        headers = self.parsed_headers.get(block)
-        if headers is None:
-            headers = parse_event_headers(block)
-            if len(self.parsed_headers) < 64:
-                self.parsed_headers[block] = headers
-        return headers, message[payload_start:]
+        headers = parse_event_headers(message[PRELUDE.size : payload_start])
+        return headers, message[payload_start:-4]
 
+    def write(self, headers: dict[str, str], payload: bytes) -> bytes:
+        kind = headers.get(":message-type", "event")
+        if kind == "exception":
+            error = load_object(payload) or {"message": payload.decode("utf-8", "replace")}
+            return write_sse({"error": {**error, "code": headers.get(":exception-type", "")}})
+        if kind != "event":
+            error = {name: headers.get(f":error-{name}", "") for name in ("code", "message")}
+            return write_sse({"error": error})
+        member = union_member(headers.get(":event-type", ""))
+        if b"\n" in payload or (member in payload and payload.lstrip()[:1] == b"{"):
+            payload = self.unwrap(payload, member.decode())
+        return b'data: {"%b":%b}\n\n' % (member, payload or b"{}")
 
-EVENT_NAME = re.compile(r"[\w.:-]{1,100}", re.ASCII)
-
-
-class EventStreamFraming:
-    """An event stream, rewritten as server-sent events.
-
-    A message becomes `data: {"assistantResponseEvent": {"content": "Hi"}}`, the union that the
-    service defines; exceptions and errors become `data: {"error": {"code", "message", ...}}`.
-    """
-
-    def __init__(self) -> None:
-        self.reader = EventStreamReader()
-        self.headers: dict[str, Any] = {}  # of the last event, with the text written for them
-        self.data_prefix = self.union_member = b""
-
-    def complete(self, data: bytes) -> bytes:
-        had_failed = bool(self.reader.error)
-        events = [self.write(headers, payload) for headers, payload in self.reader.feed(data)]
-        if self.reader.error and not had_failed:
-            message = f"The upstream's answer is malformed: {self.reader.error}."
-            events.append(self.write_error({"code": "WireError", "message": message}))
-        return b"".join(events)
-
-    def write(self, headers: dict[str, Any], payload: bytes) -> bytes:
-        if headers is not self.headers:
-            kind = headers.get(":message-type", "event")
-            if kind != "event":
-                return self.write_failure(kind, headers, payload)
-            name = str(headers.get(":event-type"))
-            self.union_member = (name if EVENT_NAME.fullmatch(name) else "unnamed").encode()
-            self.headers = headers
-            self.data_prefix = b'data: {"%b":' % self.union_member
-        if b"\n" in payload or (self.union_member in payload and payload.lstrip()[:1] == b"{"):
-            payload = self.unwrap(payload)
-        return b"%b%b}\n\n" % (self.data_prefix, payload or b"{}")
-
-    def unwrap(self, payload: bytes) -> bytes:
+    @staticmethod
+    def unwrap(payload: bytes, member: str) -> bytes:
         """The payload on one line, unwrapped: some hosts put it under the member's name."""
         value = load_object(payload)
         if value is None:
             return b"?"  # makes the event malformed
-        member_value = value.get(self.union_member.decode()) if len(value) == 1 else None
-        return dump_json(member_value if isinstance(member_value, dict) else value)
-
-    def write_failure(self, kind: Any, headers: dict[str, Any], payload: bytes) -> bytes:
-        if kind == "exception":
-            error = load_object(payload) or {"message": payload.decode("utf-8", "replace")}
-            return self.write_error({**error, "code": str_or_empty(headers, ":exception-type")})
-        code, message = (str_or_empty(headers, f":error-{name}") for name in ("code", "message"))
-        return self.write_error({"code": code, "message": message})
-
-    @staticmethod
-    def write_error(error: Json) -> bytes:
-        return write_sse({"error": error})
+        inner = value.get(member) if len(value) == 1 else None
+        return dump_json(inner if isinstance(inner, dict) else value)
 
     def frames(self, blocks: bytes) -> list[Json]:
         """The frames of unparsed events, each with one member; a malformed one is the last."""
         frames = load_frames([(b"", event[6:]) for event in blocks.split(b"\n\n") if event])
         for index, frame in enumerate(frames):
             if len(frame) != 1:  # malformed, or its payload closed the object early
-                message = "The upstream sent an event that is not a JSON object."
-                return [*frames[:index], {"error": {"code": "WireError", "message": message}}]
+                error = {"code": "WireError", "message": MALFORMED_EVENT}
+                return [*frames[:index], {"error": error}]
         return frames
 
     def last_frames(self) -> list[Json]:
         """Always empty; raises UpstreamError if a message is truncated."""
-        if self.reader.kept and not self.reader.error:
+        if self.buffer and not self.error:
             raise UpstreamError(BROKEN_OFF)
         return []
 
@@ -13013,34 +12925,24 @@ def log_event(level: str, event: str, **details: object) -> None:
     logger.log(level_number, redact(" ".join(parts), MAX_LOG_LINE))
 
 
-class SecondFormatter:
-    """`2026-11-22T13:14:15.123Z INFO event key=value`; the stamp is computed once per second.
+class LogFormatter:
+    """`2026-11-22T13:14:15.123Z INFO event key=value`, without secrets.
 
-    With `priorities` each line begins with its level as systemd's journal expects it: `<6>`.
+    A traceback follows its line, indented, so that no line of it looks like an event.
     """
 
-    PRIORITIES: ClassVar = {"DEBUG": "<7>", "INFO": "<6>", "WARNING": "<4>", "ERROR": "<3>"}
-
-    def __init__(self, priorities: bool = False) -> None:
-        self.second = 0
-        self.stamp = ""
-        self.priorities = self.PRIORITIES if priorities else {}
+    def __init__(self) -> None:
         #: the tokens and keys in use, whatever they look like
         self.secrets: Callable[[], Iterable[str]] = tuple
 
     def format(self, record: logging.LogRecord) -> str:
-        """A traceback follows its line, indented, so that no line of it looks like an event."""
-        second = int(record.created)
-        if second != self.second:
-            self.second = second
-            self.stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-        level = record.levelname
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         message = one_line(record.getMessage())
-        line = f"{self.stamp}.{int(record.msecs):03d}Z {level} {message}"
+        line = f"{stamp}.{int(record.msecs):03d}Z {record.levelname} {message}"
         if record.exc_info:
             trace = redact(logging.Formatter().formatException(record.exc_info), MAX_LOG_LINE)
             line += "".join(f"\n  {one_line(row)}" for row in trace.split("\n"))
-        return self.priorities.get(level, "") + hide(line, self.secrets())
+        return hide(line, self.secrets())
 
 
 def restrict_to_owner(fd: int) -> bool:
@@ -13088,9 +12990,9 @@ class LogFile:
         self.open()
 
     def open(self) -> None:
-        """Opens the file at `path`; raises OSError, and goes on with the old one then."""
+        """Opens the file at `path`; raises OSError, and keeps the old one then."""
         check_link(self.path)
-        # Without waiting for whoever may read a FIFO some day.
+        # O_NONBLOCK: without waiting for a FIFO's reader.
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
         fd = os.open(self.path, flags, 0o600)
         self.close()
@@ -13100,61 +13002,45 @@ class LogFile:
         status = os.fstat(fd)
         self.size = status.st_size
         self.identity = status.st_dev, status.st_ino
-        self.check_at = time.monotonic() + LOG_LOOK_SECONDS
         make_private(fd, self.path, "log")
-
-    def write(self, text: str) -> None:
-        """Appends `text`, complete lines, in one write."""
-        data = text.encode("utf-8", "backslashreplace")
-        try:
-            if time.monotonic() > self.check_at:
-                self.check_path()
-            if self.size and self.size + len(data) > self.max_bytes:
-                self.rotate()
-            self.size += os.write(self.handle, data)
-        except OSError:
-            self.dropped += text.count("\n")
-
-    def check_path(self) -> None:
-        """Reopens the file if it was moved away; notices what other processes have written."""
-        self.check_at = time.monotonic() + LOG_LOOK_SECONDS
-        try:
-            status = os.stat(self.path)
-        except FileNotFoundError:
-            self.open()
-            return
-        if (status.st_dev, status.st_ino) != self.identity:
-            self.open()
-        self.size = status.st_size
-
-    def rotate(self) -> None:
-        """`daemon.log` -> `daemon.log.1` -> `daemon.log.2`, whose old content is lost."""
-        self.check_path()
-        if self.size < self.max_bytes // 2:
-            return  # a process taking over has just rotated
-        for index in range(LOG_FILES - 1, 0, -1):
-            older = self.path if index == 1 else f"{self.path}.{index - 1}"
-            if os.path.exists(older):
-                os.replace(older, f"{self.path}.{index}")
-        self.open()
-
-    def flush(self) -> None:
-        """Nothing to do: every line is written at once."""
 
     def close(self) -> None:
         if self.handle >= 0:
             os.close(self.handle)
         self.handle = -1
 
+    def write(self, text: str) -> None:
+        """Appends `text`, complete lines, in one write."""
+        data = text.encode("utf-8", "backslashreplace")
+        try:
+            self.reopen_or_rotate(len(data))
+            os.write(self.handle, data)
+        except OSError:
+            self.dropped += text.count("\n")
+
+    def reopen_or_rotate(self, more_bytes: int) -> None:
+        """`daemon.log` -> `daemon.log.1` -> `daemon.log.2`, whose old content is lost."""
+        try:
+            status = os.stat(self.path)
+        except FileNotFoundError:
+            self.open()
+            return
+        if (status.st_dev, status.st_ino) != self.identity:
+            self.open()  # moved away, or rotated by the process that takes over
+        elif status.st_size and status.st_size + more_bytes > self.max_bytes:
+            for index in range(LOG_FILES - 1, 0, -1):
+                older = self.path if index == 1 else f"{self.path}.{index - 1}"
+                if os.path.exists(older):
+                    os.replace(older, f"{self.path}.{index}")
+            self.open()
+
 
 def start_log(level: str, path: str = "", is_stderr: bool = False) -> LogFile | None:
     """Logs to a file, or to standard error: a line per event, times in UTC.  Raises OSError."""
     file = LogFile(path, is_stderr=is_stderr) if path else None
     handler: logging.StreamHandler[Any] = logging.StreamHandler(file or sys.stderr)
-    is_journal = file is None and "JOURNAL_STREAM" in os.environ
-    handler.setFormatter(SecondFormatter(is_journal))  # type: ignore[arg-type]  # logging is lazy
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
+    handler.setFormatter(LogFormatter())  # type: ignore[arg-type]  # logging is lazy
+    logging.getLogger().handlers[:] = [handler]
     set_log_level(level)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     # The documented way to skip what no line shows (logging HOWTO, "Optimization").
@@ -13167,7 +13053,7 @@ def start_log(level: str, path: str = "", is_stderr: bool = False) -> LogFile | 
 def hide_in_log(secrets: Callable[[], Iterable[str]]) -> None:
     """Keeps what `secrets` returns out of every line from now on."""
     for handler in logging.getLogger().handlers:
-        if isinstance(handler.formatter, SecondFormatter):
+        if isinstance(handler.formatter, LogFormatter):
             handler.formatter.secrets = secrets
 
 
@@ -13218,37 +13104,37 @@ else:
 
 
 class StreamProtocol(ProtocolBase):
-    """One connection: asyncio's streams, plus a relay mode for bodies.
+    """One connection: bytes are buffered, or with a `sink` passed to it as they arrive.
 
-    In relay mode (`sink` is set) bytes go to a function as they arrive, without waking a task each
-    time.  `on_end` is called at the peer's EOF, `on_flow` when the transport pauses writing.
+    Only one task at a time may wait for it.
     """
 
     def __init__(self) -> None:
-        self.reader = asyncio.StreamReader(STREAM_BUFFER_BYTES)
-        self.streams = asyncio.StreamReaderProtocol(self.reader)
         self.transport: asyncio.Transport
-        self.writer: asyncio.StreamWriter
+        self.buffer = bytearray()
         self.sink: Callable[[bytes], None] | None = None
-        #: called with False at the peer's EOF, with True when the connection is lost
-        self.on_end: Callable[[bool], None] | None = None
-        #: called with True to pause writing, with False to resume
-        self.on_flow: Callable[[bool], None] | None = None
-        #: the peer has sent EOF; `ended`: that, or the connection is lost
+        #: the peer has sent EOF; the connection is lost, with its error
         self.finished = False
-        self.ended = False
+        self.lost = False
+        self.error: Exception | None = None
         #: something was received since this was last set to False
         self.has_received = False
-        self.lost = asyncio.Event()
+        self.reading_held = False
+        self.reading_paused = False
+        self.writing_paused = False
+        self.waiter: asyncio.Future[None] | None = None
         #: the proxy tunnel under this TLS connection, referenced to keep it alive
         self.tunnel: StreamProtocol | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.finished or self.lost
+
+    # As asyncio calls it
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
-        self.streams.connection_made(transport)
-        loop = asyncio.get_running_loop()
-        self.writer = asyncio.StreamWriter(transport, self.streams, self.reader, loop)
         transport.set_write_buffer_limits(high=WRITE_HIGH_WATER_BYTES)
         # asyncio allocates 256 KiB for each recv, whose fresh pages cost more than the recv itself
         # (measured: 37 us against 11); its transports read the size from this attribute.
@@ -13258,51 +13144,78 @@ class StreamProtocol(ProtocolBase):
         self.has_received = True
         if self.sink is not None:
             self.sink(data)
-        else:
-            self.streams.data_received(data)
+            return
+        self.buffer += data
+        if len(self.buffer) > STREAM_BUFFER_BYTES:
+            self.update_reading()
+        self.wake()
 
-    def eof_received(self) -> bool | None:
+    def eof_received(self) -> bool:
+        """True keeps the connection open for writing, which TLS cannot."""
         self.finished = True
-        self.end(False)
-        return self.streams.eof_received()
+        self.wake()
+        return self.transport.get_extra_info("sslcontext") is None
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.lost.set()
-        self.end(True)
-        self.streams.connection_lost(exc)
-        # asyncio stores the error for a `wait_closed` that is never called, and logs it as never
-        # retrieved if the garbage collector meets the future before its owner (seen in Python
-        # 3.13).
-        closed = getattr(self.streams, "_closed", None)
-        if exc is not None and closed is not None and closed.done():
-            closed.exception()
+        self.lost, self.error = True, exc
+        self.wake()
 
-    def end(self, is_lost: bool) -> None:
-        self.ended = True
-        if self.on_end is not None:
-            self.on_end(is_lost)
-
-    def ended_cleanly(self) -> bool:
-        """Whether the peer ended it on purpose: over TLS with a close_notify (RFC 9112, 9.8)."""
-        tls = self.transport.get_extra_info("ssl_object")
-        if tls is None:
-            return self.finished
-        try:
-            return bool(tls.read(1) == b"")
-        except ssl.SSLZeroReturnError:
-            return True
-        except ssl.SSLError:
-            return False
-
-    def pause_writing(self) -> None:
-        self.streams.pause_writing()
-        if self.on_flow is not None:
-            self.on_flow(True)
+    def pause_writing(self, paused: bool = True) -> None:
+        self.writing_paused = paused
+        self.wake()
 
     def resume_writing(self) -> None:
-        self.streams.resume_writing()
-        if self.on_flow is not None:
-            self.on_flow(False)
+        self.pause_writing(False)
+
+    # For the task that owns the connection
+
+    def wake(self) -> None:
+        """Called after each change: bytes in the buffer, an end, the flow of writing."""
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
+    def changed(self) -> asyncio.Future[None]:
+        """Done at the next `wake`."""
+        self.waiter = asyncio.get_running_loop().create_future()
+        return self.waiter
+
+    async def receive(self) -> None:
+        """Waits for more bytes; raises EOFError, or the OSError that broke the connection."""
+        if self.reading_paused:
+            self.update_reading()
+        size = len(self.buffer)
+        while len(self.buffer) == size:
+            if self.ended:
+                raise self.error or EOFError
+            await self.changed()
+
+    def take(self) -> bytes:
+        """All that was received and not taken yet."""
+        data = bytes(self.buffer)
+        self.buffer.clear()
+        if self.reading_paused:
+            self.update_reading()
+        return data
+
+    async def drain(self) -> None:
+        while self.writing_paused and not self.lost:
+            await self.changed()
+
+    async def wait_closed(self) -> None:
+        while not self.lost:
+            await self.changed()
+
+    def hold(self, held: bool) -> None:
+        """Pauses or resumes reading."""
+        self.reading_held = held
+        self.update_reading()
+
+    def update_reading(self) -> None:
+        self.reading_paused = self.reading_held or len(self.buffer) > STREAM_BUFFER_BYTES
+        if self.reading_paused:
+            self.transport.pause_reading()
+        else:
+            self.transport.resume_reading()
 
 
 # ---- 12. HTTP client ---------------------------------------------------------------------------
@@ -13321,13 +13234,8 @@ class Origin(NamedTuple):
 def split_url(url: str) -> tuple[str, str, int, str]:
     parts = urllib.parse.urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
-    path = parts.path or "/"
-    return (
-        parts.scheme,
-        parts.hostname or "",
-        port,
-        f"{path}?{parts.query}" if parts.query else path,
-    )
+    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    return parts.scheme, parts.hostname or "", port, path
 
 
 def format_host(host: str) -> str:
@@ -13390,7 +13298,7 @@ class BodyStream(Protocol):
 
 
 class UpstreamResponse:
-    """The head of a response, and its body as a BodyStream.  Whoever opens it must `close` it."""
+    """The head of a response, and its body as a BodyStream.  Its opener must `close` it."""
 
     def __init__(
         self, client: HttpClient, connection: PooledConnection, head: ResponseHead, body: Body
@@ -13405,108 +13313,86 @@ class UpstreamResponse:
         # All requests ask for identity, but a middlebox may compress all the same.
         wbits = {"gzip": GZIP_WBITS, "x-gzip": GZIP_WBITS, "deflate": ZLIB_WBITS}.get(coding)
         self.inflater = Inflater(wbits) if wbits else None
-        self.sink: Callable[[bytes], None] | None = None
-        self.waiting = bytearray()
-        self.changed: asyncio.Future[None] | None = None
         self.error: ApiError | None = None
         if wbits is None and coding != "identity":
             self.error = UpstreamError("The upstream's answer has a coding that nobody asked for.")
-        self.done = body.done
-        self.full = False  # `waiting` is over its limit
-        self.slow = False  # the client reads too slowly
-        self.paused = False
-        self.last_at = asyncio.get_running_loop().time()
-        wire = connection.wire
-        wire.sink, wire.on_end = self.on_data, self.on_eof
+        self.done = body.done or self.error is not None
+        self.returned = b""  # by `put_back`
+        self.silent_since = asyncio.get_running_loop().time()
+        self.drop_timer: asyncio.TimerHandle | None = None
         client.ticker.add(self.watch)
 
-    def on_data(self, data: bytes) -> None:
-        self.last_at = asyncio.get_running_loop().time()
-        if self.body.done or self.error:  # unexpected bytes: discarded
-            self.reusable = False
-            self.connection.wire.transport.abort()
-            return
+    def watch(self, now: float) -> None:
+        limit_s = self.client.network.stream_idle_seconds
+        if self.connection.has_received or self.connection.reading_paused:
+            self.connection.has_received = False
+            self.silent_since = now
+        elif now - self.silent_since > limit_s:
+            self.fail(UpstreamTimeout(f"The upstream was silent for {limit_s:g} s."))
+
+    def decode(self, data: bytes, sink: Callable[[bytes], None]) -> None:
+        """Passes the payload in `data` to `sink`; the end of the body, or an error, ends it."""
         try:
             payload = self.body.feed(data)
             if self.inflater is not None:
                 payload = self.inflater.feed(payload, MAX_INFLATED_BYTES)
                 if len(payload) > MAX_INFLATED_BYTES:
                     raise WireError("it is compressed beyond all measure")
+            if payload:
+                sink(payload)
         except WireError as error:
             self.fail(UpstreamError(f"The upstream's answer is malformed: {error}."))
-            return
-        if payload:
-            if self.sink is not None:
-                self.deliver(payload, self.sink)
-            else:
-                self.waiting += payload
-                self.full = len(self.waiting) > STREAM_BUFFER_BYTES
-                self.update_reading()
+        except Exception:  # noqa: BLE001 - the sink's fault; asyncio would drop the connection
+            self.fail(internal_error("a response could not be processed"))
         if self.body.done:
             self.complete()
-        elif self.sink is None:
-            self.wake()
 
-    def deliver(self, payload: bytes, sink: Callable[[bytes], None]) -> None:
-        """Passes bytes to the sink, whose errors are not the upstream's fault."""
-        try:
-            sink(payload)
-        except Exception:  # noqa: BLE001 - asyncio would drop the connection
-            self.fail(internal_error("a response could not be processed"))
-
-    def on_eof(self, is_lost: bool) -> None:
-        if self.done or self.error:
-            return
-        try:
-            self.body.end()
-        except WireError:
-            self.fail(UpstreamError(BROKEN_OFF))
-            return
-        if not self.connection.wire.ended_cleanly():
-            self.fail(UpstreamError(BROKEN_OFF))
-            return
+    def on_eof(self) -> None:
         self.reusable = False
-        self.complete()
+        with contextlib.suppress(WireError):
+            self.body.end()
+        self.complete(self.connection.ended_cleanly())
 
-    def complete(self) -> None:
-        """The body has ended; a compressed one must be complete, too."""
-        if self.inflater is not None and not self.inflater.done:
+    def complete(self, cleanly: bool = True) -> None:
+        """The body has ended: all of it, also of a compressed one, must be there."""
+        if cleanly and self.body.done and (self.inflater is None or self.inflater.done):
+            self.stop()
+        else:
             self.fail(UpstreamError(BROKEN_OFF))
-            return
-        self.done = True
-        self.wake()
 
-    def wake(self) -> None:
-        if self.changed is not None and not self.changed.done():
-            self.changed.set_result(None)
+    def fail(self, error: ApiError) -> None:
+        if not self.done:
+            self.error = error
+            self.stop()
+
+    def stop(self) -> None:
+        self.done = True
+        self.connection.sink = None
+        self.connection.wake()
+
+    def hold(self, paused: bool) -> None:
+        self.connection.hold(paused)
 
     async def wait(self) -> None:
-        self.changed = asyncio.get_running_loop().create_future()
-        await self.changed
-
-    def watch(self, now: float) -> None:
-        limit_s = self.client.network.stream_idle_seconds
-        if not self.paused and not self.done and now - self.last_at > limit_s:
-            self.fail(UpstreamTimeout(f"The upstream was silent for {limit_s:g} s."))
+        """Until something is received, or the body has ended."""
+        if self.connection.ended:
+            self.on_eof()
+        else:
+            await self.connection.changed()
 
     async def first(self) -> bytes:
-        while not self.waiting:
-            if self.error:
-                raise self.error
-            if self.done:
-                return b""
-            await self.wait()
-        return self.take_buffered()
-
-    def take_buffered(self) -> bytes:
-        data = bytes(self.waiting)
-        self.waiting.clear()
-        self.full = False
-        self.update_reading()
-        return data
+        payload, self.returned = bytearray(self.returned), b""
+        while not payload and not self.done:
+            if self.connection.buffer:
+                self.decode(self.connection.take(), payload.extend)
+            else:
+                await self.wait()
+        if self.error and not payload:
+            raise self.error
+        return bytes(payload)
 
     def put_back(self, data: bytes) -> None:
-        self.waiting[:0] = data
+        self.returned = data + self.returned
 
     async def read(self, limit: int) -> bytes:
         """The entire body; raises UpstreamError if it exceeds `limit` bytes."""
@@ -13518,100 +13404,76 @@ class UpstreamResponse:
         return bytes(body)
 
     async def relay(self, sink: Callable[[bytes], None]) -> None:
-        buffered = self.take_buffered()
-        if buffered:
-            self.deliver(buffered, sink)
-        self.sink = sink
-        while not (self.done or self.error):
+        connection = self.connection
+        if self.returned:
+            sink(self.returned)
+        if not self.done:
+            connection.sink = functools.partial(self.decode, sink=sink)
+            connection.sink(connection.take())
+        while not self.done:
             await self.wait()
         if self.error:
             raise self.error
 
-    def hold(self, paused: bool) -> None:
-        self.slow = paused
-        self.update_reading()
-
-    def update_reading(self) -> None:
-        should_pause = self.full or self.slow
-        transport = self.connection.wire.transport
-        if should_pause is self.paused or transport.is_closing():
-            return
-        self.paused = should_pause
-        self.last_at = asyncio.get_running_loop().time()
-        if should_pause:
-            transport.pause_reading()
-        else:
-            transport.resume_reading()
-
-    def fail(self, error: ApiError) -> None:
-        if not self.done:
-            self.error = self.error or error
-            self.reusable = False
-            self.wake()
-
-    def stop(self) -> None:
-        self.done = True
-        self.wake()
-
     def close(self, ended: bool) -> None:
         self.client.ticker.discard(self.watch)
-        wire = self.connection.wire
-        self.full = self.slow = False
-        self.update_reading()
-        if wire.ended or self.error or not self.reusable:
+        connection = self.connection
+        connection.sink = self.on_tail
+        connection.hold(False)
+        is_reusable = self.reusable and not self.error and not connection.ended
+        if not is_reusable or not (ended or self.body.done):
             self.drop()
-        elif self.body.done:
-            self.release()
-        elif ended:
+            return
+        if not self.body.done:
             # The last chunk is often a packet of its own, and a new TLS connection is expensive.
-            wire.sink, wire.on_end = self.on_tail, lambda _: self.drop()
-            self.last_at = asyncio.get_running_loop().time()
-            self.client.ticker.add(self.watch_end)
-        else:
-            self.drop()
+            self.drop_timer = asyncio.get_running_loop().call_later(LINGER_SECONDS, self.drop)
+        self.on_tail(connection.take())
 
     def on_tail(self, data: bytes) -> None:
+        """Returns the connection to the pool at the end of the body, if nothing follows it."""
         try:
             self.body.feed(data)
         except WireError:
             self.drop()
             return
-        if self.body.done:
-            self.release()
-
-    def watch_end(self, now: float) -> None:
-        if now - self.last_at > LINGER_SECONDS:
-            self.drop()
-
-    def release(self) -> None:
-        """Returns the connection to the pool, unless something follows the body."""
         if self.body.rest:
             self.drop()
-            return
-        self.client.ticker.discard(self.watch_end)
-        self.connection.wire.on_end = None
-        self.client.pool.give_back(self.connection, asyncio.get_running_loop().time())
+        elif self.body.done:
+            self.release()
+            self.client.pool.give_back(self.connection, asyncio.get_running_loop().time())
+
+    def release(self) -> None:
+        if self.drop_timer is not None:
+            self.drop_timer.cancel()
+        self.connection.sink = None
 
     def drop(self) -> None:
-        self.client.ticker.discard(self.watch_end)
-        wire = self.connection.wire
-        wire.sink = wire.on_end = None
-        wire.transport.abort()
+        self.release()
+        self.connection.transport.abort()
 
 
-class PooledConnection:
-    def __init__(self, origin: Origin, wire: StreamProtocol) -> None:
+class PooledConnection(StreamProtocol):
+    def __init__(self, origin: Origin) -> None:
+        super().__init__()
         self.origin = origin
-        self.wire = wire
-        #: the TCP socket, below TLS and a tunnel
-        self.socket: socket.socket = wire.transport.get_extra_info("socket")
         #: responses it has carried
         self.used = 0
         self.idle_since = 0.0
 
     def is_dead(self, now: float) -> bool:
-        is_closed = self.wire.ended or self.wire.transport.is_closing()
-        return is_closed or now - self.idle_since > POOL_IDLE_SECONDS or is_readable(self.socket)
+        # Whatever an idle peer sends, it is not a response.
+        if self.ended or self.buffer or self.transport.is_closing():
+            return True
+        is_old = now - self.idle_since > POOL_IDLE_SECONDS
+        return is_old or is_readable(self.transport.get_extra_info("socket"))
+
+    def ended_cleanly(self) -> bool:
+        """Whether the peer ended it on purpose: over TLS with a close_notify (RFC 9112, 9.8)."""
+        tls = self.transport.get_extra_info("ssl_object")
+        try:
+            return self.finished if tls is None else tls.read(1) == b""
+        except ssl.SSLError as error:
+            return isinstance(error, ssl.SSLZeroReturnError)
 
     def left_unread(self, error: Exception, message: bytes, sent_at: float) -> bool:
         """Whether the peer, which then ended the connection, cannot have read `message`.
@@ -13621,8 +13483,8 @@ class PooledConnection:
         the connection had already ended at the peer.
         """
         if isinstance(error, EOFError):
-            unsent = self.wire.transport.get_write_buffer_size() + count_unsent(self.socket)
-            return unsent >= len(message)
+            unsent = count_unsent(self.transport.get_extra_info("socket"))
+            return unsent + self.transport.get_write_buffer_size() >= len(message)
         return asyncio.get_running_loop().time() - sent_at < RESET_SECONDS
 
 
@@ -13641,9 +13503,8 @@ class Pool:
         while stack:
             connection = stack.pop()
             if not connection.is_dead(now):
-                connection.wire.sink = None
                 return connection
-            connection.wire.transport.abort()
+            connection.transport.abort()
         return None
 
     def give_back(self, connection: PooledConnection, now: float) -> None:
@@ -13651,24 +13512,17 @@ class Pool:
         connection.idle_since = now
         stack = self.idle.setdefault(connection.origin, [])
         stack.append(connection)
-        # Whatever an idle peer sends, it is not a response.
-        connection.wire.sink = lambda _: connection.wire.transport.abort()
         if len(stack) > POOL_IDLE_PER_HOST:
-            stack.pop(0).wire.transport.abort()
+            stack.pop(0).transport.abort()
 
     def watch(self, now: float) -> None:
+        """Drops those that have expired: with `math.inf` all."""
         for origin, stack in list(self.idle.items()):
             for connection in [c for c in stack if c.is_dead(now)]:
                 stack.remove(connection)
-                connection.wire.transport.abort()
+                connection.transport.abort()
             if not stack:
                 del self.idle[origin]
-
-    def close(self) -> None:
-        for stack in self.idle.values():
-            for connection in stack:
-                connection.wire.transport.abort()
-        self.idle.clear()
 
 
 class HttpClient:
@@ -13679,14 +13533,13 @@ class HttpClient:
         self.ticker = ticker
         self.pool = Pool()
         self.plan = functools.lru_cache(maxsize=MAX_PLANNED_URLS)(self.plan_url)
-        self.tls: ssl.SSLContext | None = None
         #: wall clock minus monotonic clock
         self.clock_offset = time.time() - time.monotonic()
         ticker.add(self.watch)
 
     def close(self) -> None:
         self.ticker.discard(self.watch)
-        self.pool.close()
+        self.pool.watch(math.inf)
 
     def watch(self, now: float) -> None:
         """Drops expired connections, and all after a sleep (Linux's monotonic clock stops then)."""
@@ -13696,15 +13549,15 @@ class HttpClient:
         if abs(jumped_s) > CLOCK_JUMP_SECONDS:
             log_event("info", "clock_jumped", seconds=round(jumped_s))
             self.clock_offset = offset
-            self.pool.close()
+            self.pool.watch(math.inf)
 
+    @functools.cached_property
     def tls_context(self) -> ssl.SSLContext:
-        if self.tls is None:
-            self.tls = ssl.create_default_context()
-            if self.network.ca_file:
-                self.tls.load_verify_locations(self.network.ca_file)
-            self.tls.set_alpn_protocols(["http/1.1"])
-        return self.tls
+        context = ssl.create_default_context()
+        if self.network.ca_file:
+            context.load_verify_locations(self.network.ca_file)
+        context.set_alpn_protocols(["http/1.1"])
+        return context
 
     def plan_url(self, url: str) -> tuple[Origin, str, str]:
         """(origin, Host field, path), cached by `plan`; loopback never goes through a proxy."""
@@ -13737,13 +13590,12 @@ class HttpClient:
             return write_head(f"{method} {path} HTTP/1.1", all_headers) + body
 
         limit_s = first_byte_s or self.network.first_byte_seconds
-        connection = self.pool.take(origin, asyncio.get_running_loop().time())
-        if connection is not None:
-            response = await self.exchange(connection, method, message(), limit_s)
-            if response is not None:
-                return response
-        connection = await self.connect(origin)
+        pooled = self.pool.take(origin, asyncio.get_running_loop().time())
+        connection = pooled or await self.connect(origin)
         response = await self.exchange(connection, method, message(), limit_s)
+        if response is None:
+            connection = await self.connect(origin)
+            response = await self.exchange(connection, method, message(), limit_s)
         assert response is not None  # a fresh connection is not stale
         return response
 
@@ -13751,78 +13603,59 @@ class HttpClient:
         self, connection: PooledConnection, method: str, message: bytes, limit_s: float
     ) -> UpstreamResponse | None:
         """One request on one connection; None if it was stale and another may be tried."""
-        wire = connection.wire
         host = connection.origin.host
         sent_at = asyncio.get_running_loop().time()
-        wire.has_received = False
+        connection.has_received = False
+        response: UpstreamResponse | None = None
         try:
             async with asyncio.timeout(limit_s):
-                wire.transport.write(message)
-                head, body, tail = await self.read_response_head(wire, method)
+                connection.transport.write(message)
+                head = await self.read_head(connection)
+            response = UpstreamResponse(self, connection, head, response_body(head, method))
+            return response
         except TimeoutError:
-            wire.transport.abort()
             raise UpstreamTimeout(f"{host} did not answer within {limit_s:g} s.") from None
         except (EOFError, OSError) as error:
-            may_be_stale = connection.used and not wire.has_received
+            may_be_stale = connection.used and not connection.has_received
             was_unread = method in SAFE_METHODS or connection.left_unread(error, message, sent_at)
-            wire.transport.abort()
             if may_be_stale and was_unread:
                 return None
-            stage = "inside an answer" if wire.has_received else "without an answer"
+            stage = "inside an answer" if connection.has_received else "without an answer"
             raise UpstreamError(f"{host} closed the connection {stage}.") from None
         except WireError as error:
-            wire.transport.abort()
             raise UpstreamError(f"{host} sent a malformed answer: {error}.") from None
-        except asyncio.CancelledError:
-            wire.transport.abort()
-            raise
-        response = UpstreamResponse(self, connection, head, body)
-        if tail:
-            response.on_data(tail)
-        if wire.ended:
-            response.on_eof(True)
-        return response
+        finally:
+            if response is None:
+                connection.transport.abort()
 
     @staticmethod
-    async def read_response_head(
-        wire: StreamProtocol, method: str
-    ) -> tuple[ResponseHead, Body, bytes]:
-        """(head, body, bytes after the head); raises EOFError, also within a head."""
-        buffer, scanned, heads = b"", 0, 0
-        while True:
-            end = head_end(buffer, scanned)
-            if end < 0:
-                if len(buffer) > MAX_HEAD_BYTES:
-                    raise WireError("head too long")
+    async def read_head(connection: PooledConnection) -> ResponseHead:
+        """The final head; raises WireError, EOFError, also within a head, and OSError."""
+        buffer = connection.buffer
+        for _ in range(MAX_INTERIM_HEADS):
+            scanned = 0
+            while (end := head_end(buffer, scanned)) < 0 and len(buffer) <= MAX_HEAD_BYTES:
                 scanned = len(buffer)
-                # Reads everything available, so that relay mode can begin without leftovers.
-                data = await wire.reader.read(READ_BYTES)
-                if not data:
-                    raise EOFError
-                buffer += data
-                continue
-            if end > MAX_HEAD_BYTES:
+                await connection.receive()
+            if not 0 < end <= MAX_HEAD_BYTES:
                 raise WireError("head too long")
-            head = parse_response_head(buffer[:end])
-            buffer, scanned, heads = buffer[end:], 0, heads + 1
-            if head.status >= 200:
-                return head, response_body(head, method), buffer
+            head = parse_response_head(bytes(buffer[:end]))
+            del buffer[:end]
             if head.status == 101:
                 raise WireError("it switched protocols")
-            if heads == MAX_INTERIM_HEADS:
-                raise WireError("too many interim responses")
+            if head.status >= 200:
+                return head
+        raise WireError("too many interim responses")
 
     async def connect(self, origin: Origin) -> PooledConnection:
         """A new connection, through the proxy if one is configured; raises Unreachable."""
         target = origin.host if not origin.proxy else f"{origin.host} through the proxy"
+        seconds = self.network.connect_seconds
+        open_connection = self.connect_via_proxy if origin.proxy else self.connect_directly
         try:
-            async with asyncio.timeout(self.network.connect_seconds):
-                if origin.proxy:
-                    wire = await self.connect_via_proxy(origin)
-                else:
-                    wire = await self.connect_directly(origin)
+            async with asyncio.timeout(seconds):
+                return await open_connection(origin)
         except TimeoutError:
-            seconds = self.network.connect_seconds
             raise Unreachable(f"No connection to {target} within {seconds:g} s.") from None
         except ssl.SSLCertVerificationError as error:
             raise Unreachable(
@@ -13832,58 +13665,58 @@ class HttpClient:
         except (OSError, EOFError) as error:
             reason = error.strerror or type(error).__name__ if isinstance(error, OSError) else "EOF"
             raise Unreachable(f"No connection to {target}: {reason}.") from None
-        return PooledConnection(origin, wire)
+        except WireError as error:
+            raise Unreachable(f"The proxy's answer is malformed: {error}.") from None
 
-    async def connect_directly(self, origin: Origin) -> StreamProtocol:
+    async def connect_directly(self, origin: Origin) -> PooledConnection:
         loop = asyncio.get_running_loop()
         tls_options: Json = {}
         if origin.scheme == "https":
-            tls_options = {"ssl": self.tls_context(), "server_hostname": origin.host}
-        _, wire = await loop.create_connection(
-            StreamProtocol, origin.host, origin.port, happy_eyeballs_delay=0.25, **tls_options
+            tls_options = {"ssl": self.tls_context, "server_hostname": origin.host}
+        _, connection = await loop.create_connection(
+            lambda: PooledConnection(origin),
+            origin.host,
+            origin.port,
+            happy_eyeballs_delay=0.25,
+            **tls_options,
         )
-        return wire
+        return connection
 
-    async def connect_via_proxy(self, origin: Origin) -> StreamProtocol:
+    async def connect_via_proxy(self, origin: Origin) -> PooledConnection:
         """A CONNECT tunnel (RFC 9110 section 9.3.6), with TLS inside for https."""
         proxy = urllib.parse.urlsplit(origin.proxy)
         if proxy.scheme not in ("http", "https") or not proxy.hostname:
             raise Unreachable(
                 "The proxy's URL cannot be used.", hint="Only http:// and https:// proxies work."
             )
-        port = proxy.port or (443 if proxy.scheme == "https" else 8080)
-        proxy_origin = Origin(proxy.scheme, proxy.hostname, port, "")
-        tunnel = await self.connect_directly(proxy_origin)
         target = f"{format_host(origin.host)}:{origin.port}"
         headers = [("Host", target)]
         if proxy.username is not None:
-            user = urllib.parse.unquote(proxy.username)
-            credentials = f"{user}:{urllib.parse.unquote(proxy.password or '')}"
+            credentials = urllib.parse.unquote(f"{proxy.username}:{proxy.password or ''}")
             encoded = base64.b64encode(credentials.encode()).decode()
             headers.append(("Proxy-Authorization", f"Basic {encoded}"))
+        port = proxy.port or (443 if proxy.scheme == "https" else 8080)
+        tunnel = await self.connect_directly(Origin(proxy.scheme, proxy.hostname, port, ""))
         try:
             tunnel.transport.write(write_head(f"CONNECT {target} HTTP/1.1", headers))
-            head, _, _ = await self.read_response_head(tunnel, "HEAD")
+            head = await self.read_head(tunnel)
             if not 200 <= head.status < 300:
                 hint = "Put user:password@ into network.proxy." if head.status == 407 else ""
                 raise Unreachable(f"The proxy refused the tunnel: {head.status}.", hint=hint)
             if origin.scheme == "http":
+                tunnel.origin = origin
                 return tunnel
-            wire = StreamProtocol()
-            loop = asyncio.get_running_loop()
-            transport = await loop.start_tls(
-                tunnel.transport, wire, self.tls_context(), server_hostname=origin.host
+            connection = PooledConnection(origin)
+            transport = await asyncio.get_running_loop().start_tls(
+                tunnel.transport, connection, self.tls_context, server_hostname=origin.host
             )
-        except WireError as error:
-            tunnel.transport.abort()
-            raise Unreachable(f"The proxy's answer is malformed: {error}.") from None
         except BaseException:
             tunnel.transport.abort()
             raise
         assert transport is not None
-        wire.tunnel = tunnel
-        wire.connection_made(transport)
-        return wire
+        connection.tunnel = tunnel
+        connection.connection_made(transport)
+        return connection
 
     async def fetch(
         self, method: str, url: str, headers: dict[str, str], limit_s: float, body: bytes = b""
@@ -13915,49 +13748,27 @@ class Response:
     content_type: str = "application/json"
 
 
-class BodyBudget:
-    """The memory that the bodies of all requests take together: what has come, not what may."""
-
-    def __init__(self) -> None:
-        self.total_bytes = 0
-
-    def grow(self, held: int, size: int) -> int:
-        """Returns `held` grown to `size`; raises Busy, but never for a body that is alone."""
-        others = self.total_bytes - held
-        if size > held and others and others + size > MAX_BODIES_BYTES:
-            raise Busy("The requests in hand take all the memory that there is.", retry_after=1)
-        self.total_bytes = others + max(held, size)
-        return max(held, size)
-
-
-class Request:
+class Request(RequestHead):
     """Its body is read only when a handler asks for it."""
 
+    #: bytes counted in the server's budget until the request is answered
+    held_bytes = 0
+    #: set by the outermost layer; `begun_at` is monotonic
+    id = ""
+    begun_at = 0.0
+    #: of its API key; "" if it has none
+    key_name = ""
+    #: its usage, once known
+    answer: UsageRecord | None = None
+
     def __init__(self, connection: ServerConnection, head: RequestHead, body: Body) -> None:
-        self.method = head.method
-        self.path = head.path
-        self.query = head.query
-        self.headers = head.headers
-        self.minor = head.minor
+        super().__init__(head.method, head.target, head.path, head.query, head.minor, head.headers)
+        self.connection = connection
         self.client = connection.peer
         self.body = body
-        #: bytes counted in the server's budget until the request is answered
-        self.held_bytes = 0
-        self.connection = connection
-        #: set by the outermost layer; `begun_at` is monotonic
-        self.id = ""
-        self.begun_at = 0.0
-        #: of its API key; "" if it has none
-        self.key_name = ""
-        #: its usage, once known
-        self.answer: UsageRecord | None = None
 
     async def read_body(self) -> bytes:
-        """Decodes gzip and deflate; raises ApiError."""
-        limit = self.connection.server.config.max_body_mib * MIB
-        length = parse_length(self.headers)
-        if length is not None and length > limit:
-            raise BodyTooLarge(f"The body is larger than {limit // MIB} MiB.")
+        """Decodes gzip and deflate; raises ApiError and WireError."""
         coding = self.headers.get("content-encoding", "identity").lower()
         if coding not in ("identity", "gzip", "x-gzip", "deflate"):
             raise UnsupportedEncoding(
@@ -13967,6 +13778,7 @@ class Request:
                     "or use an API-key provider."
                 ),
             )
+        limit = self.connection.server.config.max_body_mib * MIB
         data = await self.connection.read_body(self, limit)
         if coding != "identity":
             data = inflate(data, coding.removeprefix("x-"), limit)
@@ -13974,12 +13786,23 @@ class Request:
         return data
 
     def hold(self, size: int) -> None:
-        """Counts `size` bytes, in total, against the server's budget; raises Busy."""
-        self.held_bytes = self.connection.server.bodies.grow(self.held_bytes, size)
+        """Counts `size` bytes of it, in total; raises Busy if all bodies are too large together.
+
+        What has come is counted, not what may come; a body that is alone is never refused.
+        """
+        server = self.connection.server
+        others = server.body_bytes - self.held_bytes
+        if size > self.held_bytes and others and others + size > MAX_BODIES_BYTES:
+            raise Busy("The requests in hand take all the memory that there is.", retry_after=1)
+        self.held_bytes = max(self.held_bytes, size)
+        server.body_bytes = others + self.held_bytes
 
     def cancel_on_hangup(self, watching: bool, patient: bool = False) -> None:
         """A half-close counts as a disconnect unless `patient`, for responses that cost nothing."""
-        self.connection.cancel_on_hangup(watching, patient)
+        connection = self.connection
+        connection.hangup_target = connection.task if watching else None
+        connection.allows_half_close = patient
+        connection.wake()
 
 
 class ResponseWriter:
@@ -13987,7 +13810,6 @@ class ResponseWriter:
 
     def __init__(self, connection: ServerConnection, head: bytes, chunked: bool) -> None:
         self.connection = connection
-        self.transport = connection.wire.transport
         self.head = head
         self.chunked = chunked
         self.last_at = asyncio.get_running_loop().time()
@@ -14008,31 +13830,22 @@ class ResponseWriter:
             self.connection.response_started = True
             data = self.head + data
         self.last_at = asyncio.get_running_loop().time()
-        self.transport.write(data)
+        self.connection.transport.write(data)
 
 
-async def linger(wire: StreamProtocol) -> None:
-    """Lingering close, as in nginx: an RST would discard the response."""
-    if wire.transport.is_closing():
-        return
-    try:
-        async with asyncio.timeout(LINGER_SECONDS):
-            wire.transport.write_eof()
-            while await wire.reader.read(READ_BYTES):
-                pass
-    except (TimeoutError, OSError):
-        pass  # timed out, or already gone
+@functools.lru_cache(maxsize=1)
+def http_date(second: int) -> str:
+    """A Date field (RFC 9110 section 6.6.1), formatted once a second."""
+    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second))
 
 
-class ServerConnection:
+class ServerConnection(StreamProtocol):
     """One client: its requests are read one at a time and answered in order."""
 
-    def __init__(self, server: Server, wire: StreamProtocol) -> None:
+    def __init__(self, server: Server) -> None:
+        super().__init__()
         self.server = server
-        self.wire = wire
-        self.buffer = b""
-        peer = wire.transport.get_extra_info("peername")
-        self.peer: str = peer[0] if isinstance(peer, tuple) else "local"
+        self.peer = "local"
         self.task: asyncio.Task[None] | None = None
         self.hangup_target: asyncio.Task[None] | None = None
         self.allows_half_close = False
@@ -14046,8 +13859,28 @@ class ServerConnection:
         self.closing = False
         #: idle, head, body or busy: what the deadline is for
         self.await_phase("head", server.config.head_seconds)
-        wire.on_end = self.hang_up
-        wire.on_flow = self.flow
+
+    # As asyncio and the ticker call it
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        address = transport.get_extra_info("peername")
+        if isinstance(address, tuple):
+            self.peer = address[0]
+        self.server.accept(self)
+
+    def wake(self) -> None:
+        """A client that has half-closed may still be reading."""
+        super().wake()
+        target = self.hangup_target
+        if target is not None and (self.lost or (self.finished and not self.allows_half_close)):
+            self.hangup_target = None
+            target.cancel()
+
+    def pause_writing(self, paused: bool = True) -> None:
+        super().pause_writing(paused)
+        if self.writer is not None and self.writer.on_flow is not None:
+            self.writer.on_flow(paused)
 
     def await_phase(self, phase: str, seconds: float) -> None:
         """Starts a phase whose deadline later bytes do not extend."""
@@ -14056,89 +13889,70 @@ class ServerConnection:
 
     def watch(self, now: float) -> None:
         if self.is_stalled(now):
-            self.wire.transport.abort()
-        elif self.phase == "idle" and now > self.due_at and self.unsent:
-            self.await_phase("idle", self.server.config.idle_seconds)  # slow, not idle
+            self.transport.abort()
         elif self.phase != "busy" and now > self.due_at:
             if self.phase != "idle" and (self.buffer or self.phase == "body"):
                 self.send_error(RequestTimeout(f"The request's {self.phase} took too long."))
             self.phase = "busy"
-            self.wire.transport.close()
+            self.transport.close()
 
     def is_stalled(self, now: float) -> bool:
         """Whether the client has taken none of the pending bytes for WRITE_STALL_SECONDS."""
-        pending = self.wire.transport.get_write_buffer_size()
-        if pending or (self.phase == "idle" and now > self.due_at):
-            pending += count_unsent(self.wire.transport.get_extra_info("socket"))
+        pending = self.transport.get_write_buffer_size()
+        if pending:
+            pending += count_unsent(self.transport.get_extra_info("socket"))
         if not pending or pending < self.unsent or not self.progress_at:
             self.progress_at = now
         self.unsent = pending
         return now - self.progress_at > WRITE_STALL_SECONDS
 
-    def flow(self, paused: bool) -> None:
-        if self.writer is not None and self.writer.on_flow is not None:
-            self.writer.on_flow(paused)
-
-    def hang_up(self, is_lost: bool) -> None:
-        """Not `is_lost`: the client has half-closed and may still be reading."""
-        if self.hangup_target is not None and (is_lost or not self.allows_half_close):
-            self.hangup_target.cancel()
-
-    def cancel_on_hangup(self, watching: bool, patient: bool) -> None:
-        self.hangup_target = self.task if watching else None
-        self.allows_half_close = patient
-        if self.wire.ended:
-            self.hang_up(self.wire.transport.is_closing())
+    # Its requests
 
     async def serve(self) -> None:
         try:
-            while not (self.closing or self.server.draining):
-                head = await self.read_head()
-                if head is None:
-                    break
-                await self.handle_request(head)
-                if self.buffer:  # who sends ahead has its turn after the others
+            while not (self.closing or self.server.draining or self.transport.is_closing()):
+                await self.handle_request(await self.read_head())
+                if self.buffer:  # a client that pipelines takes turns with the others
                     await asyncio.sleep(0)
         except WireError as error:
-            await self.give_up(wire_api_error(error))
-        except (ConnectionError, TimeoutError):
+            refusal = InvalidRequest(f"Malformed HTTP: {error}.")
+            refusal.status = error.status
+            await self.give_up(refusal)
+        except (EOFError, OSError):
             pass  # the client has disconnected
         except asyncio.CancelledError:
-            if not self.wire.ended:
+            if not self.ended:
                 await self.give_up(Overloaded("The gateway is stopping."))
         except Exception:  # noqa: BLE001 - the last resort: a bug must not take the server down
             await self.give_up(internal_error("connection failed"))
         finally:
-            self.wire.transport.close()
-        await self.wire.lost.wait()  # a slow client may still be receiving
+            self.transport.close()
+        await self.wait_closed()  # a slow client may still be receiving
 
-    async def read_head(self) -> RequestHead | None:
-        """None at EOF."""
-        server = self.server.config
-        if not self.buffer:
+    async def read_head(self) -> RequestHead:
+        """Raises WireError; EOFError or OSError when the client disconnects."""
+        buffer, config = self.buffer, self.server.config
+        if not buffer:
             if self.phase != "head":  # a new connection's deadline runs since it was accepted
-                self.await_phase("idle", server.idle_seconds)
-            self.buffer = await self.wire.reader.read(READ_BYTES)
-        self.await_phase("head", server.head_seconds)
-        empty_lines = 0
-        scanned = 0
+                self.await_phase("idle", config.idle_seconds)
+            await self.receive()
+        self.await_phase("head", config.head_seconds)
+        scanned = empty_lines = 0
         while True:
-            while self.buffer.startswith(b"\r\n") and empty_lines < MAX_EMPTY_LINES:
-                self.buffer = self.buffer[2:]
+            while buffer.startswith(b"\r\n") and empty_lines < MAX_EMPTY_LINES:
+                del buffer[:2]
                 empty_lines += 1
-            end = head_end(self.buffer, scanned)
+            end = head_end(buffer, scanned)
             if end >= 0:
                 break
             self.check_partial_head(scanned)
-            scanned = len(self.buffer)
-            data = await self.wire.reader.read(READ_BYTES)
-            if not data:
-                return None
-            self.buffer += data
+            scanned = len(buffer)
+            await self.receive()
         self.phase = "busy"
-        data, self.buffer = self.buffer[:end], self.buffer[end:]
         if end > MAX_HEAD_BYTES:
             raise WireError("request head too long", 431)
+        data = bytes(buffer[:end])
+        del buffer[:end]
         return parse_request_head(data)
 
     def check_partial_head(self, scanned: int) -> None:
@@ -14152,104 +13966,103 @@ class ServerConnection:
         if re.search(rb"\r[^\n]|\0", data[max(0, scanned - 1) :]):
             raise WireError("bare CR or NUL in the head")
 
-    async def handle_request(self, head: RequestHead) -> None:
-        request = self.request = Request(self, head, request_body(head))
-        if head.headers.get("expect", "100-continue").lower() != "100-continue":
-            raise WireError("unknown expectation", 417)
-        try:
-            response = await self.server.handler(request)
-            self.finish_body(request)
-            if self.must_close(request):
-                self.closing = True
-            await self.respond(request, response)
-        finally:
-            self.hangup_target = None
-            self.server.bodies.total_bytes -= request.held_bytes
-        if not request.body.done:
-            await linger(self.wire)
-        self.request, self.response_started = None, False
-
-    def must_close(self, request: Request) -> bool:
-        headers = request.headers
-        if self.server.closing or not request.body.done or headers.has_token("connection", "close"):
-            return True
-        return request.minor == 0 and not headers.has_token("connection", "keep-alive")
-
-    def finish_body(self, request: Request) -> None:
-        """Consumes what has arrived of an unread body, so that the next request is found."""
-        if not request.body.done and self.buffer:
-            request.body.feed(self.buffer)
-            self.buffer = request.body.rest
-
     async def read_body(self, request: Request, limit: int) -> bytes:
         """The body, still encoded; raises Busy, BodyTooLarge and WireError."""
         body, collected = request.body, bytearray()
         if body.done:
             return b""
-        if "expect" in request.headers and request.minor and not self.buffer:
-            self.wire.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if "expect" in request.headers and request.minor and not self.buffer and body.left <= limit:
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.await_phase("body", self.server.config.body_seconds)
-        data, self.buffer = self.buffer, b""
         try:
-            while True:
-                collected += body.feed(data)
+            while not body.done:
+                collected += body.feed(self.take())
                 if len(collected) + body.left > limit:
                     raise BodyTooLarge(f"The body is larger than {limit // MIB} MiB.")
                 request.hold(len(collected))
-                if body.done:
-                    break
-                data = await self.wire.reader.read(READ_BYTES)
-                if not data:
-                    raise ConnectionResetError
+                if not body.done:
+                    await self.receive()
         finally:
             self.phase = "busy"
-        self.buffer = body.rest
+        self.buffer += body.rest
         return bytes(collected)
+
+    async def handle_request(self, head: RequestHead) -> None:
+        body = request_body(head)
+        request = self.request = Request(self, head, body)
+        if head.headers.get("expect", "100-continue").lower() != "100-continue":
+            raise WireError("unknown expectation", 417)
+        try:
+            response = await self.server.handler(request)
+            if not body.done:  # what has arrived of an unread body is discarded
+                body.feed(self.take())
+                self.buffer += body.rest
+            wants_close = head.headers.has_token("connection", "close")
+            if head.minor == 0:
+                wants_close = not head.headers.has_token("connection", "keep-alive") or wants_close
+            self.closing |= self.server.closing or not body.done or wants_close
+            await self.respond(request, response)
+        finally:
+            self.hangup_target = None
+            self.server.body_bytes -= request.held_bytes
+        if not body.done:
+            await self.linger()
+        self.request, self.response_started = None, False
 
     async def respond(self, request: Request, response: Response) -> None:
         is_bodyless = request.method == "HEAD" or response.status in NO_BODY_STATUSES
-        headers: list[tuple[str, str]] = []
-        chunked = response.stream is not None and request.minor > 0
-        if response.stream is None:
-            if response.status not in NO_BODY_STATUSES:
-                headers.append(("Content-Length", str(len(response.body))))
-        elif chunked:
-            headers.append(("Transfer-Encoding", "chunked"))
-        else:
-            self.closing = True
-        if self.closing:
-            headers.append(("Connection", "close"))
-        elif request.minor == 0:
-            headers.append(("Connection", "keep-alive"))
-        head = self.server.response_head(response, headers)
         if response.stream is None or is_bodyless:
-            self.response_started = True
-            self.wire.transport.write(head if is_bodyless else head + response.body)
+            self.send_whole(response, is_bodyless)
         else:
-            self.writer = ResponseWriter(self, head, chunked)
+            chunked = request.minor > 0
+            self.closing |= not chunked
+            framing = [("Transfer-Encoding", "chunked")] if chunked else []
+            self.writer = ResponseWriter(self, self.encode_head(response, framing), chunked)
             await response.stream(self.writer)
             self.writer.finish()
             self.writer = None
-        await self.wire.writer.drain()
+        await self.drain()
+
+    def send_whole(self, response: Response, is_bodyless: bool = False) -> None:
+        self.response_started = True
+        has_length = response.status not in NO_BODY_STATUSES
+        framing = [("Content-Length", str(len(response.body)))] if has_length else []
+        body = b"" if is_bodyless else response.body
+        self.transport.write(self.encode_head(response, framing) + body)
+
+    def encode_head(self, response: Response, framing: list[tuple[str, str]]) -> bytes:
+        common = [("Date", http_date(int(time.time()))), ("Content-Type", response.content_type)]
+        if self.closing:
+            framing.append(("Connection", "close"))
+        elif self.request is not None and self.request.minor == 0:
+            framing.append(("Connection", "keep-alive"))
+        headers = [*common, *response.headers.items(), *framing]
+        return write_head(status_line(response.status), headers)
+
+    def send_error(self, error: ApiError) -> None:
+        self.phase = "busy"
+        self.closing = True
+        self.send_whole(self.server.write_error(error, self.request))
 
     async def give_up(self, error: ApiError) -> None:
         """Sends an error response, or aborts if a response has begun."""
         if self.response_started:
-            self.wire.transport.abort()  # an unfinished body must not look complete
+            self.transport.abort()  # an unfinished body must not look complete
             return
         self.send_error(error)
-        await linger(self.wire)
+        await self.linger()
+        self.transport.close()
 
-    def send_error(self, error: ApiError) -> None:
-        self.phase = "busy"
-        self.response_started = True
-        self.wire.transport.write(self.server.encode_error(error, self.request))
-
-
-def wire_api_error(error: WireError) -> ApiError:
-    api_error = InvalidRequest(f"Malformed HTTP: {error}.")
-    api_error.status = error.status
-    return api_error
+    async def linger(self) -> None:
+        """Lingering close, as in nginx: an RST would discard the response."""
+        if self.transport.is_closing():
+            return
+        with contextlib.suppress(EOFError, OSError):  # or TimeoutError, an OSError
+            async with asyncio.timeout(LINGER_SECONDS):
+                self.transport.write_eof()
+                while True:
+                    self.take()
+                    await self.receive()
 
 
 # What bind() raises for an address that this machine lacks, as asyncio treats it.
@@ -14312,9 +14125,8 @@ class Server:
         self.handler = handler
         self.write_error = write_error
         self.connections: set[ServerConnection] = set()
-        self.bodies = BodyBudget()
+        self.body_bytes = 0  #: in memory, of all requests
         self.rejecting: set[asyncio.Task[None]] = set()
-        self.date, self.date_second = "", 0
         #: every response is the last one of its connection
         self.closing = False
         self.draining = False
@@ -14325,48 +14137,29 @@ class Server:
         loop = asyncio.get_running_loop()
         for listener in listeners:
             server = await loop.create_server(
-                lambda: ServerProtocol(self), sock=listener, backlog=LISTEN_BACKLOG
+                lambda: ServerConnection(self), sock=listener, backlog=LISTEN_BACKLOG
             )
             self.listeners.append(server)
 
     def count_busy(self) -> int:
         return sum(connection.request is not None for connection in self.connections)
 
-    def accept(self, wire: StreamProtocol) -> None:
+    def accept(self, connection: ServerConnection) -> None:
+        loop = asyncio.get_running_loop()
         if self.draining or len(self.connections) >= self.config.max_connections:
-            task = asyncio.get_running_loop().create_task(self.reject(wire))
+            busy = Busy("Too many connections.", retry_after=1)
+            task = loop.create_task(connection.give_up(busy))
             self.rejecting.add(task)
             task.add_done_callback(self.rejecting.discard)
             return
-        connection = ServerConnection(self, wire)
         self.connections.add(connection)
         self.ticker.add(connection.watch)
-        connection.task = asyncio.get_running_loop().create_task(connection.serve())
+        connection.task = loop.create_task(connection.serve())
         connection.task.add_done_callback(lambda _: self.forget(connection))
-
-    async def reject(self, wire: StreamProtocol) -> None:
-        wire.transport.write(self.encode_error(Busy("Too many connections.", retry_after=1)))
-        await linger(wire)
-        wire.transport.close()
 
     def forget(self, connection: ServerConnection) -> None:
         self.connections.discard(connection)
         self.ticker.discard(connection.watch)
-
-    def encode_error(self, error: ApiError, request: Request | None = None) -> bytes:
-        response = self.write_error(error, request)
-        headers = [("Content-Length", str(len(response.body))), ("Connection", "close")]
-        return self.response_head(response, headers) + response.body
-
-    def response_head(self, response: Response, headers: list[tuple[str, str]]) -> bytes:
-        second = int(time.time())
-        if second != self.date_second:  # Date (RFC 9110 section 6.6.1), formatted once a second
-            self.date_second = second
-            self.date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second))
-        common_headers = [("Date", self.date), ("Content-Type", response.content_type)]
-        return write_head(
-            status_line(response.status), [*common_headers, *response.headers.items(), *headers]
-        )
 
     def stop_accepting(self) -> None:
         """Closes the listening sockets; another process that has inherited them keeps them open."""
@@ -14401,36 +14194,27 @@ class Server:
         """
         self.draining = True
         self.stop_accepting()
-        for connection in list(self.connections):
+        for connection in self.connections:
             if connection.phase != "busy":
-                connection.wire.transport.close()
-        tasks = [c.task for c in self.connections if c.task is not None]
-        if tasks:
-            await asyncio.wait(tasks, timeout=seconds)
-        for connection in list(self.connections):
+                connection.transport.close()
+        await self.wait_for_connections(seconds)
+        for connection in self.connections:
             if connection.writer is not None and connection.writer.on_stop is not None:
                 connection.writer.on_stop()
         connections = list(self.connections)
-        unfinished = {c.task for c in connections if c.task is not None}
-        if unfinished:
-            _, unfinished = await asyncio.wait(unfinished, timeout=LINGER_SECONDS)
-        for task in unfinished:
-            task.cancel()
-        if unfinished:
-            await asyncio.wait(unfinished, timeout=LINGER_SECONDS)
+        await self.wait_for_connections(LINGER_SECONDS)
+        for connection in self.connections:
+            if connection.task is not None:
+                connection.task.cancel()
+        await self.wait_for_connections(LINGER_SECONDS)
         for connection in connections:  # a client that does not read would keep it open
-            connection.wire.transport.abort()
-        await asyncio.gather(*unfinished, return_exceptions=True)
+            connection.transport.abort()
+        await self.wait_for_connections(None)
 
-
-class ServerProtocol(StreamProtocol):
-    def __init__(self, server: Server) -> None:
-        super().__init__()
-        self.server = server
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        self.server.accept(self)
+    async def wait_for_connections(self, seconds: float | None) -> None:
+        tasks = [c.task for c in self.connections if c.task is not None]
+        if tasks:
+            await asyncio.wait(tasks, timeout=seconds)
 
 
 # ---- 14. State on disk -------------------------------------------------------------------------

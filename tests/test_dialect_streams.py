@@ -40,7 +40,6 @@ from aiclient_api import (
     SseReader,
     StreamTranslator,
     UpstreamError,
-    load_frames,
 )
 
 SEED = 20261122
@@ -296,7 +295,7 @@ def test_no_strange_value_anywhere_in_a_stream_is_more_than_an_error(
 ) -> None:
     """Whatever an upstream puts at any path, the caller hears an answer or an ApiError."""
     reader = SseReader()
-    frames = [f for f in load_frames(reader.feed(case.stream)) if f.get("type") != "[DONE]"]
+    frames = [f for f in reader.frames(reader.complete(case.stream)) if f.get("type") != "[DONE]"]
     broken: set[str] = set()
     for path, value, data in broken_streams(frames):
         flow = make_flow(case.upstream, caller, stream=stream)
@@ -1095,8 +1094,8 @@ def random_messages_frames(rng: random.Random) -> list[Json]:
 
 def slow_twin(upstream: str, caller: str, data: bytes) -> tuple[bytes, StreamTranslator]:
     """What a flow sends when every frame is read and mended by itself."""
-    flow = make_flow(upstream, caller)
-    frames = load_frames(SseReader().feed(data))
+    flow, reader = make_flow(upstream, caller), SseReader()
+    frames = reader.frames(reader.complete(data))
     sent = b"".join(flow.pass_on([frame]) for frame in frames if not flow.over)
     return sent + flow.end(), flow
 

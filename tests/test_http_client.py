@@ -408,9 +408,9 @@ def test_what_follows_an_answer_is_not_kept_and_ends_the_connection() -> None:
         async with serving(script) as server, using() as client:
             answer = await client.open("GET", server.url, nothing)
             assert await answer.read(9) == b"ok"
-            await answer.connection.wire.lost.wait()
             answer.close(ended=True)
-            return len(answer.body.rest)
+            await answer.connection.wait_closed()
+            return len(answer.body.rest) + len(answer.connection.buffer)
 
     assert run(story()) < 1 << 20
 
@@ -589,8 +589,8 @@ def test_a_post_that_was_worked_on_before_a_reset_is_not_sent_again() -> None:
 async def pooled(client: gw.HttpClient, url: str, ours: socket.socket) -> gw.PooledConnection:
     """A connected socket as an idle connection to `url`."""
     loop = asyncio.get_running_loop()
-    _, wire = await loop.create_connection(gw.StreamProtocol, sock=ours)
-    connection = gw.PooledConnection(client.plan(url)[0], wire)
+    origin = client.plan(url)[0]
+    _, connection = await loop.create_connection(lambda: gw.PooledConnection(origin), sock=ours)
     client.pool.give_back(connection, loop.time())
     return connection
 
@@ -691,7 +691,7 @@ def test_a_connection_that_the_peer_has_closed_meanwhile_is_not_tried() -> None:
         async with serving(answering(OK)) as server, using() as client:
             await whole(client, server.url)
             while server.tasks or not all(
-                c.wire.ended for stack in client.pool.idle.values() for c in stack
+                c.ended for stack in client.pool.idle.values() for c in stack
             ):
                 await asyncio.sleep(0.01)
             await whole(client, server.url)
@@ -886,7 +886,7 @@ def test_a_sink_that_cannot_take_more_holds_the_upstream_back_from_its_first_pie
                 pieces.append(len(data))
                 answer.hold(True)
 
-            while not answer.waiting:
+            while not answer.connection.buffer:
                 await asyncio.sleep(0)
             relaying = asyncio.ensure_future(answer.relay(sink))
             go_on.set()
@@ -920,7 +920,7 @@ def test_a_bug_in_a_sink_is_no_fault_of_the_upstreams_and_leaves_a_traceback(
 
         async with serving(script) as server, using() as client:
             answer = await client.open("GET", server.url, nothing)
-            while early and not answer.waiting:
+            while early and not answer.connection.buffer:
                 await asyncio.sleep(0)
             go_on.set()
             try:

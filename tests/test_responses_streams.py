@@ -53,7 +53,6 @@ from aiclient_api import (
     ToolCall,
     UpstreamError,
     UpstreamTimeout,
-    load_frames,
 )
 
 SEED = 20261123
@@ -1690,7 +1689,8 @@ def test_quota_snapshots_stay_here() -> None:
 
 def said_whole(case: Case) -> Json:
     """The response that a case's upstream would give without streaming."""
-    whole: Json = load_frames(SseReader().feed(case.stream))[-1]["response"]
+    reader = SseReader()
+    whole: Json = reader.frames(reader.complete(case.stream))[-1]["response"]
     return whole
 
 

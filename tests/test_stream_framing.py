@@ -21,6 +21,20 @@ from aiclient_api import (
 )
 
 Events = list[tuple[bytes, bytes]]
+
+
+class Reader(SseReader):
+    """A reader whose events are compared before they are decoded as JSON."""
+
+    def feed(self, data: bytes) -> Events:
+        """The events that `data` completes."""
+        return self.parse_all(self.complete(data))
+
+    def end(self) -> Events:
+        """The event that the end of the stream completes."""
+        return self.parse_all(bytes(self.buffer))
+
+
 SEED = 20261122
 
 STREAMS: dict[str, tuple[bytes, Events]] = {
@@ -48,7 +62,7 @@ STREAMS: dict[str, tuple[bytes, Events]] = {
 
 def read_all(reads: list[bytes]) -> Events:
     """The events of these reads and of the end."""
-    reader = SseReader()
+    reader = Reader()
     events = [event for data in reads for event in reader.feed(data)]
     return events + reader.end()
 
@@ -87,17 +101,17 @@ def test_complete_gives_whole_events_and_parse_all_splits_them(name: str) -> Non
     """Events can be copied before anyone looks into them: LF only, nothing torn, nothing lost."""
     stream, expected = STREAMS[name]
     for cut in range(len(stream) + 1):
-        reader, found = SseReader(), []
+        reader, found = Reader(), []
         for data in (stream[:cut], stream[cut:]):
             blocks = reader.complete(data)
             assert (blocks == b"" or blocks.endswith(b"\n\n")) and b"\r" not in blocks
-            found += SseReader().parse_all(blocks)
+            found += Reader().parse_all(blocks)
         assert found + reader.end() == expected, cut
 
 
 def test_complete_keeps_what_is_torn() -> None:
     """Several events at once, the begun one with the next read."""
-    reader = SseReader()
+    reader = Reader()
     assert reader.complete(b"data: a\n\nevent: x\ndata: b\n\nda") == (
         b"data: a\n\nevent: x\ndata: b\n\n"
     )
@@ -108,7 +122,7 @@ def test_complete_keeps_what_is_torn() -> None:
 
 def test_events_come_out_as_soon_as_they_are_complete() -> None:
     """A token may not wait for the next one."""
-    reader = SseReader()
+    reader = Reader()
     assert reader.feed(b"data: a\n\nda") == [(b"", b"a")]
     assert reader.feed(b"ta: b\n") == []
     assert reader.feed(b"\n") == [(b"", b"b")]
@@ -116,7 +130,7 @@ def test_events_come_out_as_soon_as_they_are_complete() -> None:
 
 def test_a_complete_event_with_crlf_does_not_wait_for_the_next_one() -> None:
     """The LF of the last CR may be in the next read, but the line is complete without it."""
-    reader = SseReader()
+    reader = Reader()
     assert reader.feed(b"data: a\r\n\r") == [(b"", b"a")]
     assert reader.feed(b"") + reader.feed(b"\ndata: b\r\n\r\n") == [(b"", b"b")]
 
@@ -126,7 +140,7 @@ def test_an_event_that_does_not_end_costs_what_its_bytes_cost(read: bytes) -> No
     """Four times the reads take four times the time, not sixteen: each byte is searched once."""
     seconds = {}
     for count in (10_000, 40_000):
-        reader, began = SseReader(), time.process_time()
+        reader, began = Reader(), time.process_time()
         for _ in range(count):
             reader.feed(read)
         seconds[count] = time.process_time() - began
@@ -135,9 +149,9 @@ def test_an_event_that_does_not_end_costs_what_its_bytes_cost(read: bytes) -> No
 
 def test_an_event_of_too_many_lines_is_refused() -> None:
     """Each line becomes an object: 16 MiB of empty ones would be hundreds."""
-    assert SseReader().feed(b"data:x\n" * MAX_EVENT_LINES + b"\n")
+    assert Reader().feed(b"data:x\n" * MAX_EVENT_LINES + b"\n")
     with pytest.raises(UpstreamError, match="too many lines"):
-        SseReader().feed(b"data:x\n" * (MAX_EVENT_LINES + 2) + b"\n")
+        Reader().feed(b"data:x\n" * (MAX_EVENT_LINES + 2) + b"\n")
 
 
 def test_an_event_of_too_many_values_is_refused() -> None:
@@ -149,7 +163,7 @@ def test_an_event_of_too_many_values_is_refused() -> None:
 
 def test_an_endless_event_is_refused() -> None:
     """formats.md 6.5: 16 MB."""
-    reader = SseReader()
+    reader = Reader()
     reader.feed(b"data: " + b"x" * (MAX_FRAME_BYTES - 100))
     with pytest.raises(UpstreamError, match="endless"):
         reader.feed(b"x" * 200)
