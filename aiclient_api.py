@@ -204,8 +204,8 @@ Result = TypeVar("Result")
 def run_in_loop(work: Coroutine[Any, Any, Result]) -> Result:
     """`asyncio.run`, with no module left lazy: until 3.13 that is not thread-safe (gh-114763)."""
     for module in (
-        base64, concurrent.futures, difflib, dt, email.utils, fcntl, hashlib, hmac, http,
-        ipaddress, logging, resource, select, shlex, shutil, signal, socket, socketserver, sqlite3, ssl,
+        base64, concurrent.futures, difflib, dt, email.utils, fcntl, hashlib, hmac, http, ipaddress,
+        logging, resource, select, shlex, shutil, signal, socket, socketserver, sqlite3, ssl,
         subprocess, tempfile, termios, threading, time, tomllib, urllib.parse, urllib.request,
     ):  # fmt: skip
         dir(module)
