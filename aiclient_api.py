@@ -21153,25 +21153,6 @@ def write_frame(peer: socket.socket, message: Json) -> None:
     peer.sendall(len(data).to_bytes(4, "big") + data)
 
 
-def find_peer_user(peer: socket.socket) -> int | None:
-    """The peer's user id; None if unknown."""
-    if hasattr(socket, "SO_PEERCRED"):  # Linux: struct ucred
-        data = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        return int(struct.unpack("3i", data)[1])
-    option = getattr(socket, "LOCAL_PEERCRED", None)  # macOS, FreeBSD: struct xucred
-    if option is None:
-        return None
-    return int(struct.unpack_from("II", peer.getsockopt(0, option, 76))[1])
-
-
-def is_trusted_peer(peer: socket.socket) -> bool:
-    """Whether the peer is this user or root; False if it has hung up."""
-    try:
-        return find_peer_user(peer) in (None, 0, os.getuid())
-    except OSError:
-        return False
-
-
 def check_socket(path: str) -> None:
     """Raises OSError if `path` is anything but a socket of this user: it would be lost."""
     if os.path.lexists(path):
@@ -21190,11 +21171,9 @@ def check_private(folder: str) -> None:
         if not os.path.lexists(folder):
             os.mkdir(folder, 0o700)
         status = os.lstat(folder)
-    except OSError as error:
-        raise ProgramError(f"{folder}: cannot be used: {error.strerror}") from None
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
-        raise ProgramError(f"{folder}: is not a private folder of this user; move it away")
-    try:
+        is_ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+        if not is_ours or status.st_mode & 0o077:
+            raise ProgramError(f"{folder}: is not a private folder of this user; move it away")
         check_folder(folder)
     except OSError as error:
         raise ProgramError(f"{folder}: cannot be used: {error.strerror}") from None
@@ -21202,21 +21181,16 @@ def check_private(folder: str) -> None:
 
 def choose_socket_path(paths: Paths, environ: dict[str, str]) -> str:
     """In the state folder, unless its path is too long for a socket; raises ProgramError."""
-
-    def fits(path: str) -> bool:
-        return len(os.fsencode(path)) + len(SOCKET_SUFFIX) <= MAX_SOCKET_PATH_BYTES
-
-    if fits(paths.socket_file):
-        return paths.socket_file
     name = short_hash(paths.state_dir, 16) + ".sock"
     runtime = environ.get("XDG_RUNTIME_DIR", "")
-    usable = os.path.isabs(runtime) and os.path.isdir(runtime)
-    folders = [os.path.join(runtime, "aiclient-api")] if usable else []
-    folders.append(os.path.join(tempfile.gettempdir(), f"aiclient-api-{os.getuid()}"))
-    for folder in folders:
-        path = os.path.join(folder, name)
-        if fits(path):
-            check_private(folder)
+    candidates = [paths.socket_file]
+    if os.path.isabs(runtime) and os.path.isdir(runtime):
+        candidates.append(os.path.join(runtime, "aiclient-api", name))
+    candidates.append(os.path.join(tempfile.gettempdir(), f"aiclient-api-{os.getuid()}", name))
+    for path in candidates:
+        if len(os.fsencode(path)) + len(SOCKET_SUFFIX) <= MAX_SOCKET_PATH_BYTES:
+            if path != paths.socket_file:
+                check_private(os.path.dirname(path))
             return path
     raise ProgramError(
         f"{paths.socket_file}: is too long for a socket; set XDG_RUNTIME_DIR to a shorter folder"
@@ -21230,15 +21204,6 @@ class ControlServer:
         self.path = path
         slots = self.slots = threading.BoundedSemaphore(MAX_CONTROL_CLIENTS)
 
-        class Channel(socketserver.BaseRequestHandler):
-            def handle(self) -> None:
-                with contextlib.suppress(OSError):  # it hung up or timed out
-                    try:
-                        while (data := read_frame(self.request, CONTROL_SECONDS)) is not None:
-                            write_frame(self.request, handler(data))
-                    except IncompleteFrame as error:
-                        write_frame(self.request, {"ok": False, "error": str(error)})
-
         class Listener(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
             daemon_threads = True
             request_queue_size = 4 * MAX_CONTROL_CLIENTS
@@ -21251,25 +21216,20 @@ class ControlServer:
                     raise
 
             def verify_request(self, request: Any, client_address: Any) -> bool:
-                return is_trusted_peer(request)
+                return slots.acquire(blocking=False)
 
-            def process_request(self, request: Any, client_address: Any) -> None:
-                if not slots.acquire(blocking=False):
-                    self.shutdown_request(request)
-                    return
-                try:
-                    super().process_request(request, client_address)
-                except BaseException:  # no thread was started that would release it
-                    slots.release()
-                    raise
-
-            def process_request_thread(self, request: Any, client_address: Any) -> None:
-                try:
-                    super().process_request_thread(request, client_address)
-                finally:
-                    slots.release()
+            def finish_request(self, request: Any, client_address: Any) -> None:
+                with contextlib.suppress(OSError):  # it hung up or timed out
+                    try:
+                        while (data := read_frame(request, CONTROL_SECONDS)) is not None:
+                            write_frame(request, handler(data))
+                    except IncompleteFrame as error:
+                        write_frame(request, {"ok": False, "error": str(error)})
+                slots.release()
 
             def handle_error(self, request: Any, client_address: Any) -> None:
+                """Also called if no thread could be started; `finish_request` has not returned."""
+                slots.release()
                 logging.getLogger("aiclient-api").exception("a control client failed")
 
         new_path = path + SOCKET_SUFFIX
@@ -21279,7 +21239,7 @@ class ControlServer:
             os.unlink(new_path)
         old_umask = os.umask(0o177)
         try:
-            self.server = Listener(new_path, Channel)
+            self.server = Listener(new_path, socketserver.BaseRequestHandler)
         finally:
             os.umask(old_umask)
         try:
@@ -21304,19 +21264,15 @@ class ControlServer:
             self.slots.acquire(timeout=max(0.0, deadline - time.monotonic()))
 
 
-# -- methods: each an async function of (daemon, params) and a line in the table
+# -- methods: each a function of (daemon, params), async if it waits, and a line in the table
 
 
-async def control_status(daemon: Daemon, params: Json) -> Json:
-    return daemon.status()
-
-
-async def control_models(daemon: Daemon, params: Json) -> Json:
+async def list_models(daemon: Daemon, params: Json) -> Json:
     """`{"models": [...]}`, the rows of /v1/models."""
     return {"models": daemon.gateway.rows(await daemon.gateway.catalogues(), False)}
 
 
-async def control_usage(daemon: Daemon, params: Json) -> Json:
+async def report_usage(daemon: Daemon, params: Json) -> Json:
     """As /v1/usage with the same parameters; with `reset`, after emptying it."""
     query = {name: str(value) for name, value in params.items() if name != "reset"}
     if params.get("reset"):
@@ -21324,7 +21280,7 @@ async def control_usage(daemon: Daemon, params: Json) -> Json:
     return await daemon.gateway.report_usage(query)
 
 
-async def control_quota(daemon: Daemon, params: Json) -> Json:
+async def fetch_quotas(daemon: Daemon, params: Json) -> Json:
     """`{"providers": {NAME: Quota.as_json() or {"error": TEXT}}}`, of those that have any.
 
     If a service fails, the error is added to what was last known of it.
@@ -21345,12 +21301,7 @@ async def control_quota(daemon: Daemon, params: Json) -> Json:
     return {"providers": {name: row for name, row in rows if row is not None}}
 
 
-async def control_config_show(daemon: Daemon, params: Json) -> Json:
-    """`{"settings": [{"key", "value", "origin"}]}`, secrets masked."""
-    return {"settings": describe_settings(daemon.config)}
-
-
-async def control_config_set(daemon: Daemon, params: Json) -> Json:
+def apply_setting(daemon: Daemon, params: Json) -> Json:
     """`value` is text, as on the command line; secrets are refused."""
     key, value = need_str(params, "key"), need_str(params, "value")
     if is_secret_setting(key):
@@ -21359,11 +21310,7 @@ async def control_config_set(daemon: Daemon, params: Json) -> Json:
     return daemon.reload()
 
 
-async def control_config_reload(daemon: Daemon, params: Json) -> Json:
-    return daemon.reload()
-
-
-async def switch_provider(daemon: Daemon, params: Json, enabled: str) -> Json:
+def switch_provider(daemon: Daemon, params: Json, enabled: str) -> Json:
     """Saves and applies it; enabling a provider also ends its cool-downs."""
     name = need_str(params, "name")
     change_provider(daemon.paths, daemon.environ, name, enabled)
@@ -21373,15 +21320,7 @@ async def switch_provider(daemon: Daemon, params: Json, enabled: str) -> Json:
     return changes
 
 
-async def control_provider_enable(daemon: Daemon, params: Json) -> Json:
-    return await switch_provider(daemon, params, "true")
-
-
-async def control_provider_disable(daemon: Daemon, params: Json) -> Json:
-    return await switch_provider(daemon, params, "false")
-
-
-async def control_logs_tail(daemon: Daemon, params: Json) -> Json:
+async def tail_log(daemon: Daemon, params: Json) -> Json:
     """`{"lines": [...]}`: the last `lines` of at least `level`."""
     if not daemon.launch.log_file:
         raise ProgramError("the gateway logs to its terminal, not to a file")
@@ -21394,26 +21333,23 @@ async def control_logs_tail(daemon: Daemon, params: Json) -> Json:
     return {"lines": await asyncio.to_thread(load_log_tail, path, lines, level)}
 
 
-async def control_restart(daemon: Daemon, params: Json) -> Json:
-    return await daemon.restart()
-
-
-CONTROL_METHODS: dict[str, Callable[[Daemon, Json], Awaitable[Json]]] = {
-    "config.reload": control_config_reload,
-    "config.set": control_config_set,
-    "config.show": control_config_show,
-    "logs.tail": control_logs_tail,
-    "models": control_models,
-    "provider.disable": control_provider_disable,
-    "provider.enable": control_provider_enable,
-    "quota": control_quota,
-    "restart": control_restart,
-    "status": control_status,
-    "usage": control_usage,
+CONTROL_METHODS: dict[str, Callable[[Daemon, Json], Json | Awaitable[Json]]] = {
+    "config.reload": lambda daemon, _: daemon.reload(),
+    "config.set": apply_setting,
+    "config.show": lambda daemon, _: {"settings": describe_settings(daemon.config)},  # masked
+    "logs.tail": tail_log,
+    "models": list_models,
+    "provider.disable": functools.partial(switch_provider, enabled="false"),
+    "provider.enable": functools.partial(switch_provider, enabled="true"),
+    "quota": fetch_quotas,
+    "restart": lambda daemon, _: daemon.restart(),
+    "status": lambda daemon, _: daemon.status(),
+    "usage": report_usage,
 }
 
 
-async def answer_control(daemon: Daemon, data: bytes) -> Json:
+async def run_control_method(daemon: Daemon, data: bytes) -> Json:
+    """The response to one request."""
     try:
         message = load_object(data)
         method = message.get("method") if message is not None else None
@@ -21421,14 +21357,14 @@ async def answer_control(daemon: Daemon, data: bytes) -> Json:
             raise ProgramError('a message is like {"method":"status","params":{}}')
         if method not in CONTROL_METHODS:
             raise ProgramError(f"no such method; there are: {', '.join(CONTROL_METHODS)}")
-        result = await CONTROL_METHODS[method](daemon, dict_field(message, "params"))
-    except ApiError as error:
-        return {"ok": False, "error": error.text()}
+        result = CONTROL_METHODS[method](daemon, dict_field(message, "params"))
+        return {"ok": True, "data": result if isinstance(result, dict) else await result}
     except ProgramError as error:
         return {"ok": False, "error": str(error)}
+    except ApiError as error:
+        return {"ok": False, "error": error.text()}
     except Exception:  # noqa: BLE001 - silence would be taken for a gateway that is starting
         return {"ok": False, "error": internal_error("a control request failed").text()}
-    return {"ok": True, "data": result}
 
 
 def open_control(daemon: Daemon, path: str) -> ControlServer:
@@ -21436,7 +21372,7 @@ def open_control(daemon: Daemon, path: str) -> ControlServer:
     loop = asyncio.get_running_loop()
 
     def handle(data: bytes) -> Json:
-        future = asyncio.run_coroutine_threadsafe(answer_control(daemon, data), loop)
+        future = asyncio.run_coroutine_threadsafe(run_control_method(daemon, data), loop)
         try:
             return future.result(CONTROL_WORK_SECONDS)
         except TimeoutError:
@@ -21463,32 +21399,27 @@ def ask_daemon(
     """The `data` of the running daemon's response; raises NotRunning and ProgramError."""
     if fcntl is None:
         raise ProgramError("this needs a Unix socket, which this system has not")
+    problem = "the gateway is just starting or stopping; try again in a moment"
     for _ in range(2):  # a daemon that is being replaced may drop one request
         pid, path = read_pid_file(paths.pid_file)
         if not path:
             break
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
-            try:
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
                 peer.settimeout(CONTROL_SECONDS)
                 peer.connect(path)
-                if not is_trusted_peer(peer):
-                    raise ProgramError(f"{path}: another user answers there")
                 write_frame(peer, {"method": method, "params": params or {}})
                 data = read_frame(peer, seconds)
-            except (OSError, IncompleteFrame) as error:
-                if not is_locked(paths.pid_file):
-                    raise not_running() from None
-                who = f"the gateway (process {pid})" if pid else "the gateway"
-                reason = getattr(error, "strerror", None) or str(error)
-                raise ProgramError(f"{who} does not answer now: {reason}") from None
+        except (OSError, IncompleteFrame) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            problem = f"the gateway (process {pid}) does not answer now: {reason}"
+            break
         if data is not None:
             response = load_object(data) or {}
             if response.get("ok") is not True:
                 raise ProgramError(str(response.get("error")))
             return dict_field(response, "data")
-    if not is_locked(paths.pid_file):
-        raise not_running()
-    raise ProgramError("the gateway is just starting or stopping; try again in a moment")
+    raise ProgramError(problem) if is_locked(paths.pid_file) else not_running()
 
 
 # ---- 20. Command line --------------------------------------------------------------------------
