@@ -123,7 +123,7 @@ from collections.abc import (
     Mapping,
 )
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import IO, TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TextIO, TypeVar
 
 
 def lazy_module(name: str) -> Any:
@@ -20398,27 +20398,21 @@ class Launch:
 # 18.1 the lock
 
 
-def open_lock(path: str) -> int | None:
-    """The lock's descriptor, -1 without fcntl, None if it is taken; raises ProgramError."""
-    if fcntl is None:
-        return -1
-    try:
-        fd = lock_file(path)
-        if fd is not None:
-            os.ftruncate(fd, 0)  # the last daemon's pid must not be taken for ours
-    except OSError as error:
-        raise ProgramError(f"{path}: cannot be used as the lock: {error.strerror}") from None
-    return fd
-
-
 def take_lock(path: str) -> int | None:
-    """As `open_lock`, with retries: an `is_locked` elsewhere holds the lock for a moment."""
-    deadline = time.monotonic() + LOOK_SECONDS
-    while True:
-        fd = open_lock(path)
-        if fd is not None or time.monotonic() > deadline:
-            return fd
+    """The lock's descriptor, -1 without fcntl, None if it is taken; raises ProgramError."""
+    deadline = time.monotonic() + LOOK_SECONDS  # an `is_locked` elsewhere holds it for a moment
+    while fcntl is not None:
+        try:
+            fd = lock_file(path)
+            if fd is not None:
+                os.ftruncate(fd, 0)  # the last daemon's pid must not be taken for ours
+                return fd
+        except OSError as error:
+            raise ProgramError(f"{path}: cannot be used as the lock: {error.strerror}") from None
+        if time.monotonic() > deadline:
+            return None
         time.sleep(POLL_SECONDS)
+    return -1
 
 
 def is_locked(path: str) -> bool:
@@ -20493,52 +20487,6 @@ def signal_daemon(path: str, pid: int, signum: int) -> None:
 # 18.2 the port
 
 
-def read_proc(path: str) -> str:
-    try:
-        with open(path, encoding="ascii", errors="replace") as file:
-            return file.read()
-    except OSError:
-        return ""
-
-
-def listed_sockets(pid: str) -> list[str]:
-    """The link targets of a process's descriptors, such as `socket:[INODE]`."""
-    folder = f"/proc/{pid}/fd"
-    try:
-        return [os.readlink(f"{folder}/{fd}") for fd in os.listdir(folder)]
-    except OSError:
-        return []  # it has exited, or is another user's
-
-
-def find_port_holder(port: int) -> str:
-    """`process 123 (nginx)`, which listens on `port`; "" if unknown."""
-    rows = (read_proc("/proc/net/tcp") + read_proc("/proc/net/tcp6")).splitlines()
-    columns = [row.split() for row in rows]
-    listening = [c for c in columns if len(c) > 9 and c[3] == "0A"]
-    sockets = {f"socket:[{c[9]}]" for c in listening if c[1].endswith(f":{port:04X}")}
-    if not sockets:
-        return ""
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        if sockets & set(listed_sockets(pid)):
-            return f"process {pid} ({read_proc(f'/proc/{pid}/comm').strip()})"
-    return "a process of another user"
-
-
-def inherited_listeners(fds: list[int]) -> list[socket.socket]:
-    """Raises ProgramError for anything but TCP sockets."""
-    listeners = []
-    for fd in fds:
-        try:
-            os.set_inheritable(fd, False)
-            listener = socket.socket(fileno=fd)
-        except OSError as error:
-            raise ProgramError(f"descriptor {fd} is no socket: {error.strerror}") from None
-        if listener.family not in (socket.AF_INET, socket.AF_INET6):
-            raise ProgramError(f"descriptor {fd} is no TCP socket")
-        listeners.append(listener)
-    return listeners
-
-
 def activated_descriptors(environ: dict[str, str]) -> list[int]:
     """The sockets that a service manager opened for this process (sd_listen_fds(3))."""
     count, pid = environ.get("LISTEN_FDS", ""), environ.get("LISTEN_PID", "")
@@ -20551,30 +20499,36 @@ def launch_listeners(launch: Launch, config: Config) -> list[socket.socket]:
     """Inherited sockets if they fit the configuration, otherwise new ones; raises ProgramError."""
     server = config.server
     is_same_address = (launch.host, launch.port) == (server.host, server.port)
-    if launch.listeners and (is_same_address or launch.activated):
-        listeners = inherited_listeners(launch.listeners)
-        if launch.activated:
-            server.host, server.port = listeners[0].getsockname()[:2]
-            check_exposure(config)
-    else:
-        for fd in launch.listeners:
+    listeners: list[socket.socket] = []
+    for fd in launch.listeners:
+        if not is_same_address and not launch.activated:
             os.close(fd)  # a port that is not served must not look open
-        listeners = open_port(server)
+            continue
+        try:
+            os.set_inheritable(fd, False)
+            listeners.append(socket.socket(fileno=fd))
+        except OSError as error:
+            raise ProgramError(f"descriptor {fd} is no socket: {error.strerror}") from None
+        if listeners[-1].family not in (socket.AF_INET, socket.AF_INET6):
+            raise ProgramError(f"descriptor {fd} is no TCP socket")
+    if launch.activated:
+        server.host, server.port = listeners[0].getsockname()[:2]
+        check_exposure(config)
+    listeners = listeners or open_port(server.host, server.port)
     launch.host, launch.port = server.host, server.port
     launch.listeners = [listener.fileno() for listener in listeners]
     return listeners
 
 
-def open_port(server: ServerConfig) -> list[socket.socket]:
-    """Raises ProgramError, which names the process that has the port."""
+def open_port(host: str, port: int) -> list[socket.socket]:
     try:
-        return open_listeners(server.host, server.port)
+        return open_listeners(host, port)
     except OSError as error:
         reason = error.strerror or str(error)
-        holder = find_port_holder(server.port) if error.errno == errno.EADDRINUSE else ""
-        reason += f" by {holder}" if holder else ""
-        where = f"{format_host(server.host)}:{server.port}"
+        if error.errno == errno.EADDRINUSE:
+            reason += f" (by what: ss -ltnp, or lsof -i :{port})"
         option = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
+        where = f"{format_host(host)}:{port}"
         raise ProgramError(f"cannot listen on {where}: {reason}; try {option}") from None
 
 
@@ -20587,6 +20541,8 @@ def open_port(server: ServerConfig) -> list[socket.socket]:
 LAUNCHER = """\
 import marshal, os, sys, types
 file, size = sys.argv[1], int(sys.argv[2])
+if "detach" in sys.argv[3:] and os.fork():
+    os._exit(0)
 data = bytearray()
 while len(data) < size:
     data += os.read(0, size - len(data)) or sys.exit("the program did not arrive")
@@ -20629,11 +20585,6 @@ def read_program() -> bytes:
         raise ProgramError(f"{path}: take it out of the archive, to run as a plain file") from None
     except OSError as error:
         raise ProgramError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def detached_command(bytecode: bytes) -> list[str]:
-    """The process reads `bytecode` and then its Launch from standard input."""
-    return [sys.executable, "-I", "-c", LAUNCHER, program_file(), str(len(bytecode))]
 
 
 def compile_program(source: bytes) -> bytes:
@@ -20702,68 +20653,58 @@ def read_launch() -> Launch:
     return launch
 
 
-def send_launch(stdin: IO[bytes], bytecode: bytes, launch: Launch) -> None:
-    """Writes both into the standard input of a process, and closes that."""
-    data = dump_message({item.name: getattr(launch, item.name) for item in fields(launch)})
-    try:
-        with stdin:
-            stdin.write(bytecode + data)
-    except BrokenPipeError:
-        pass  # it has exited: read_report will notice
+def launch_command(bytecode: bytes) -> list[str]:
+    """The process reads `bytecode` and then its Launch from standard input."""
+    return [sys.executable, "-I", "-c", LAUNCHER, program_file(), str(len(bytecode))]
 
 
-def keep_descriptors(fds: list[int]) -> None:
-    """Closes all descriptors but these and the standard ones; these become inheritable."""
-    low = 3
-    for fd in sorted(fds):
-        os.closerange(low, fd)
-        os.set_inheritable(fd, True)
-        low = fd + 1
-    os.closerange(low, MAX_DESCRIPTORS)
-
-
-def fork_daemon(launch: Launch, paths: Paths, stderr_fd: int) -> None:
-    """Starts `launch` in its own session, with standard error in the descriptor `stderr_fd`.
-
-    Forks twice, so that the process can never acquire a terminal.  It must be called while there
-    is only one thread and no event loop.
-    """
-    bytecode = load_bytecode(paths)
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.setsid()
-            if os.fork() == 0:
-                os.chdir("/")
-                os.dup2(reader, 0)
-                os.dup2(stderr_fd, 1)
-                os.dup2(stderr_fd, 2)
-                keep_descriptors(launch.descriptors())
-                command = detached_command(bytecode)
-                os.execv(command[0], command)
-        finally:
-            os._exit(1)
-    os.close(reader)
-    send_launch(os.fdopen(writer, "wb"), bytecode, launch)
-    os.waitpid(child, 0)
-
-
-def read_report(fd: int, seconds: float) -> Json | None:
-    """The new process's status or `{"error"}`; None if it exits or times out without one."""
-    os.set_blocking(fd, False)
-    deadline = time.monotonic() + seconds
-    data = b""
-    while time.monotonic() < deadline:
-        try:
-            piece = os.read(fd, READ_BYTES)
-        except BlockingIOError:
-            time.sleep(POLL_SECONDS / 5)
-            continue
+def receive_exactly(peer: socket.socket, size: int, deadline: float) -> bytes:
+    """`size` bytes, fewer at EOF; raises OSError after the monotonic `deadline`."""
+    data = bytearray()
+    while len(data) < size:
+        peer.settimeout(max(0.001, deadline - time.monotonic()))
+        piece = peer.recv(min(size - len(data), RECV_BYTES))
         if not piece:
             break
         data += piece
-    return load_object(data)
+    return bytes(data)
+
+
+def start_process(
+    launch: Launch, paths: Paths, stderr: int | None = None, *, detach: bool = False
+) -> Json | None:
+    """Starts a gateway process; returns its report: its status or `{"error"}`.
+
+    None if it exits or times out without one; raises ProgramError and OSError.  A detached process
+    has forked once more, so that it can never acquire a terminal.
+    """
+    bytecode = load_bytecode(paths)
+    reader, writer = socket.socketpair()
+    with reader:
+        with writer:
+            launch = replace(launch, report=writer.fileno())
+            child = subprocess.Popen(
+                [*launch_command(bytecode), *(["detach"] if detach else [])],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                pass_fds=launch.descriptors(),
+                start_new_session=True,
+                cwd="/",
+            )
+        assert child.stdin is not None
+        values = {item.name: getattr(launch, item.name) for item in fields(launch)}
+        with contextlib.suppress(BrokenPipeError), child.stdin:  # it has exited: no report comes
+            child.stdin.write(bytecode + dump_message(values))
+        deadline = time.monotonic() + START_SECONDS
+        try:
+            report = load_object(receive_exactly(reader, MAX_CONTROL_BYTES, deadline))
+        except OSError:
+            report = None
+    if report is None or "error" in report:
+        child.kill()
+        child.wait()
+    return report
 
 
 def write_report(fd: int, report: Json) -> bool:
@@ -20800,8 +20741,11 @@ def raise_descriptor_limit() -> None:
 
 def count_memory() -> int | None:
     """Resident bytes; None without /proc."""
-    figures = read_proc("/proc/self/statm").split()
-    return int(figures[1]) * os.sysconf("SC_PAGE_SIZE") if len(figures) > 1 else None
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return None
 
 
 def count_open_files() -> int | None:
@@ -20812,24 +20756,6 @@ def count_open_files() -> int | None:
 
 
 # 18.4 what runs
-
-
-@dataclass(slots=True)
-class RetiredGateway:
-    """What a reload has replaced, and the requests that still use it."""
-
-    requests: list[Request]
-    providers: list[Provider]
-    #: if the reload replaced it as well
-    client: HttpClient | None
-    #: waits for the providers to settle, once no request uses them any more
-    settling: asyncio.Future[Any] | None = None
-
-    def close(self) -> None:
-        for provider in self.providers:
-            provider.close()
-        if self.client is not None:
-            self.client.close()
 
 
 class Daemon:
@@ -20855,7 +20781,8 @@ class Daemon:
         )
         self.started_at = time.time()
         self.port = 0
-        self.retired: list[RetiredGateway] = []
+        #: each closes what a reload has replaced
+        self.retiring: set[asyncio.Task[None]] = set()
         #: serving, restarting, replaced (a successor has taken over) or stopping
         self.state = "serving"
         self.ending = asyncio.Event()
@@ -20887,14 +20814,13 @@ class Daemon:
         if self.state == "replaced":
             await self.server.retire(RETIRE_SECONDS)
         await self.server.drain(self.config.server.drain_seconds)
-        current = RetiredGateway([], list(self.gateway.providers.values()), self.client)
-        retired = [*self.retired, current]
-        settling = [asyncio.ensure_future(p.settle()) for entry in retired for p in entry.providers]
+        self.retire(set(), list(self.gateway.providers.values()), self.client)
+        retiring = set(self.retiring)
         await self.ledger.close()
-        if settling:
-            await asyncio.wait(settling, timeout=SETTLE_SECONDS)
-        for entry in retired:
-            entry.close()
+        await asyncio.wait(retiring, timeout=SETTLE_SECONDS)
+        for task in retiring:
+            task.cancel()
+        await asyncio.wait(retiring)
 
     # -- signals
 
@@ -20950,48 +20876,51 @@ class Daemon:
         new.server.host, new.server.port = self.config.server.host, self.config.server.port
         check_exposure(new)
         old, self.config = self.config, new
-        self.retired.append(self.replace_gateway(old))
-        self.ticker.add(self.sweep)
+        self.replace_gateway(old)
         set_log_level(new.logging.level)
         log_event("info", "configuration_reloaded", changed=",".join(changed) or "none")
         if pinned and not self.launch.activated:
             log_event("warning", "restart_needed", keys=",".join(pinned))
         return {"changed": changed, "needs_restart": [] if self.launch.activated else pinned}
 
-    def replace_gateway(self, old: Config) -> RetiredGateway:
-        """Sends new requests to a new gateway; returns what the new one does not use."""
-        gateway, client, new = self.gateway, self.client, self.config
+    def replace_gateway(self, old: Config) -> None:
+        """Sends new requests to a new gateway, and retires what that does not use."""
+        providers, client, new = self.gateway.providers, self.client, self.config
         reused = {}
         if old.network == new.network:
-            reused = {
-                name: provider
-                for name, provider in gateway.providers.items()
-                if old.providers[name] == new.providers.get(name)
-            }
+            kept = [name for name in providers if old.providers[name] == new.providers.get(name)]
+            reused = {name: providers[name] for name in kept}
         else:
             self.client = HttpClient(new.network, self.ticker)
         self.gateway = self.make_gateway(reused)
         self.server.config = new.server
         self.server.handler = self.gateway.handler
         self.server.write_error = self.gateway.write_error
-        return RetiredGateway(
-            [c.request for c in self.server.connections if c.request is not None],
-            [provider for name, provider in gateway.providers.items() if name not in reused],
+        self.retire(
+            {c.request for c in self.server.connections if c.request is not None},
+            [provider for name, provider in providers.items() if name not in reused],
             None if client is self.client else client,
         )
 
-    def sweep(self, now: float) -> None:
-        """Closes what no request uses any more, once its providers have settled."""
-        current = {connection.request for connection in self.server.connections}
-        for entry in list(self.retired):
-            entry.requests = [request for request in entry.requests if request in current]
-            if not entry.requests and entry.settling is None:
-                entry.settling = asyncio.gather(*(p.settle() for p in entry.providers))
-            if entry.settling is not None and entry.settling.done():
-                self.retired.remove(entry)
-                entry.close()
-        if not self.retired:
-            self.ticker.discard(self.sweep)
+    def retire(
+        self, requests: set[Request], providers: list[Provider], client: HttpClient | None
+    ) -> None:
+        """Closes these once no request uses them any more and the providers have settled."""
+
+        async def close_unused(requests: set[Request]) -> None:
+            try:
+                while requests := requests & {c.request for c in self.server.connections}:
+                    await asyncio.sleep(TICK_SECONDS)
+                await asyncio.gather(*(provider.settle() for provider in providers))
+            finally:
+                for provider in providers:
+                    provider.close()
+                if client is not None:
+                    client.close()
+
+        task = asyncio.get_running_loop().create_task(close_unused(requests))
+        self.retiring.add(task)
+        task.add_done_callback(self.retiring.discard)
 
     # -- restart
 
@@ -21008,7 +20937,11 @@ class Daemon:
             )
         self.state = "restarting"
         try:
-            report = await asyncio.to_thread(self.start_successor)
+            report = await asyncio.to_thread(start_process, self.launch, self.paths)
+            report = report or {"error": "the new process ended without a word; see the log"}
+        except (OSError, ProgramError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            report = {"error": f"no new process could be started: {reason}"}
         finally:
             self.state = "serving"
         if self.stop_requested:
@@ -21024,46 +20957,18 @@ class Daemon:
         self.ending.set()
         return report
 
-    def start_successor(self) -> Json:
-        """Starts a process on the same sockets and waits for its report; runs in a thread."""
-        with contextlib.ExitStack() as descriptors:
-            try:
-                bytecode = load_bytecode(self.paths)
-                reader, report_writer = os.pipe()
-                descriptors.callback(os.close, reader)
-                with os.fdopen(report_writer, "wb"):
-                    launch = replace(self.launch, report=report_writer)
-                    child = subprocess.Popen(
-                        detached_command(bytecode),
-                        stdin=subprocess.PIPE,
-                        stdout=subprocess.DEVNULL,
-                        pass_fds=launch.descriptors(),
-                        start_new_session=True,
-                        cwd="/",
-                    )
-            except (OSError, ProgramError) as error:
-                reason = getattr(error, "strerror", None) or str(error)
-                return {"error": f"no new process could be started: {reason}"}
-            assert child.stdin is not None
-            send_launch(child.stdin, bytecode, launch)
-            report = read_report(reader, START_SECONDS)
-        if report is None or "error" in report:
-            child.kill()
-            child.wait()
-        return report or {"error": "the new process ended without a word; see the log"}
-
     # -- status
 
     def status(self) -> Json:
         """`{"version", "pid", "url", "uptime_s", ..., "providers": [{"name", "type", ...}]}`."""
-        config = self.config
+        config, now, providers = self.config, time.time(), self.gateway.providers.items()
         return {
             "version": __version__,
             "pid": os.getpid(),
             "url": f"http://{format_host(config.server.host)}:{self.port}",
             "state": self.state,
             "started_at": self.started_at,
-            "uptime_s": int(time.time() - self.started_at),
+            "uptime_s": int(now - self.started_at),
             "connections": len(self.server.connections),
             "requests_in_flight": self.server.count_busy(),
             "memory_bytes": count_memory(),
@@ -21078,18 +20983,14 @@ class Daemon:
             "usage_rows_lost": self.ledger.store.lost,
             "providers": [
                 self.provider_status(name, config.providers[name], provider)
-                for name, provider in self.gateway.providers.items()
+                for name, provider in providers
             ],
-            "warnings": self.warnings(),
+            "warnings": [
+                text
+                for name, provider in providers
+                for text in quota_warnings(name, provider.known_quota(), now)
+            ],
         }
-
-    def warnings(self) -> list[str]:
-        now, providers = time.time(), self.gateway.providers.items()
-        return [
-            text
-            for name, provider in providers
-            for text in quota_warnings(name, provider.known_quota(), now)
-        ]
 
     def provider_status(self, name: str, entry: ProviderConfig, provider: Provider) -> Json:
         status = {"name": name, "type": entry.type, "account": None, "plan": None}
@@ -21119,18 +21020,6 @@ SOCKET_SUFFIX = ".new"
 
 class IncompleteFrame(Exception):
     """The peer has sent too large a message, or something that is not a frame."""
-
-
-def receive_exactly(peer: socket.socket, size: int, deadline: float) -> bytes:
-    """`size` bytes, fewer at EOF; raises OSError after the monotonic `deadline`."""
-    data = bytearray()
-    while len(data) < size:
-        peer.settimeout(max(0.001, deadline - time.monotonic()))
-        piece = peer.recv(min(size - len(data), RECV_BYTES))
-        if not piece:
-            break
-        data += piece
-    return bytes(data)
 
 
 def read_frame(peer: socket.socket, seconds: float) -> bytes | None:
@@ -21181,16 +21070,20 @@ def check_private(folder: str) -> None:
 
 def choose_socket_path(paths: Paths, environ: dict[str, str]) -> str:
     """In the state folder, unless its path is too long for a socket; raises ProgramError."""
-    name = short_hash(paths.state_dir, 16) + ".sock"
+
+    def fits(path: str) -> bool:
+        return len(os.fsencode(path)) + len(SOCKET_SUFFIX) <= MAX_SOCKET_PATH_BYTES
+
+    if fits(paths.socket_file):
+        return paths.socket_file
     runtime = environ.get("XDG_RUNTIME_DIR", "")
-    candidates = [paths.socket_file]
+    folders = [os.path.join(tempfile.gettempdir(), f"aiclient-api-{os.getuid()}")]
     if os.path.isabs(runtime) and os.path.isdir(runtime):
-        candidates.append(os.path.join(runtime, "aiclient-api", name))
-    candidates.append(os.path.join(tempfile.gettempdir(), f"aiclient-api-{os.getuid()}", name))
-    for path in candidates:
-        if len(os.fsencode(path)) + len(SOCKET_SUFFIX) <= MAX_SOCKET_PATH_BYTES:
-            if path != paths.socket_file:
-                check_private(os.path.dirname(path))
+        folders.insert(0, os.path.join(runtime, "aiclient-api"))
+    for folder in folders:
+        path = os.path.join(folder, short_hash(paths.state_dir, 16) + ".sock")
+        if fits(path):
+            check_private(folder)
             return path
     raise ProgramError(
         f"{paths.socket_file}: is too long for a socket; set XDG_RUNTIME_DIR to a shorter folder"
@@ -21948,11 +21841,9 @@ def start_detached(launch: Launch, paths: Paths) -> int:
         raise ProgramError(f"{log}: the log cannot be written: {error.strerror}") from None
     assert log_file is not None
     offset = log_file.size
-    reader, launch.report = os.pipe()
-    fork_daemon(launch, paths, log_file.handle)
+    status = start_process(launch, paths, log_file.handle, detach=True)
     for fd in launch.descriptors():
         os.close(fd)
-    status = read_report(reader, START_SECONDS)
     if status is None or "error" in status:
         reason = status["error"] if status else "it ended, or took too long, without a word"
         raise ProgramError(f"the gateway did not start: {reason}", *last_lines(log, offset))

@@ -142,12 +142,12 @@ def test_twenty_starts_at_once_make_one_daemon(machine: Machine) -> None:
     assert sum("runs already" in out for out, _ in said) == 19
 
 
-def test_a_busy_port_names_who_has_it(machine: Machine) -> None:
+def test_a_busy_port_is_told_with_what_shows_who_has_it(machine: Machine) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         said = machine.run("start", "--port", str(port)).failure()
-    assert f"cannot listen on 127.0.0.1:{port}: Address already in use by" in said
-    assert f"process {os.getpid()} (" in said and "--port" in said
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in said
+    assert f"lsof -i :{port}" in said and "try --port" in said
     assert machine.processes() == []
 
 
@@ -281,10 +281,10 @@ def test_a_link_in_the_place_of_the_pid_file_is_refused(machine: Machine) -> Non
 
 def test_the_lock_is_taken_on_the_file_that_is_there(tmp_path: Path) -> None:
     path = str(tmp_path / "pid")
-    first = gw.open_lock(path)
-    assert first is not None and gw.open_lock(path) is None and gw.is_locked(path)
+    first = gw.take_lock(path)
+    assert first is not None and gw.take_lock(path) is None and gw.is_locked(path)
     os.unlink(path)
-    second = gw.open_lock(path)  # whoever removes the file has removed the lock
+    second = gw.take_lock(path)  # whoever removes the file has removed the lock
     assert second is not None and gw.is_locked(path)
     os.close(first)
     assert gw.is_locked(path)
@@ -576,7 +576,7 @@ def test_a_successor_ignores_what_it_does_not_know_and_does_without_the_rest(
     reader, writer = os.pipe()
     launch = {"flags": {"server.port": "0", "server.colour": "red"}, "report": writer, "hue": 1}
     with subprocess.Popen(
-        gw.detached_command(bytecode), env=machine.env, pass_fds=[writer],
+        gw.launch_command(bytecode), env=machine.env, pass_fds=[writer],
         stdin=subprocess.PIPE, stderr=subprocess.PIPE,
     ) as process, os.fdopen(reader, "rb") as report:  # fmt: skip
         os.close(writer)
