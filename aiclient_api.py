@@ -17966,7 +17966,7 @@ def open_browser(url: str) -> bool:
     return True
 
 
-def with_provider(text: str, where: str, name: str, kind: str, settings: dict[str, str]) -> str:
+def with_provider(where: str, name: str, kind: str, settings: dict[str, str], text: str) -> str:
     """Adds what `[providers.NAME]` lacks; raises ConfigError if the file says otherwise."""
     entries = {"type": kind, **settings}
     table = get_dict(get_dict(tomllib.loads(text), "providers"), name)
@@ -17997,16 +17997,33 @@ class SignInContext:
     console: Console
     browser: bool = True
 
-    def provider_config(self, name: str, kind: str) -> ProviderConfig:
+    @contextlib.contextmanager
+    def adding_provider(self, name: str, kind: str, settings: dict[str, Any]) -> Iterator[Any]:
+        """Adds the provider to the configuration file after the body, which signs in and saves.
+
+        Yields the provider's configuration.  What could fail at the end is checked before.
+        """
         if not PROVIDER_NAME.fullmatch(name):
             raise WrongUsage(f"--name {name}: a name is letters, digits, '-' and '_'")
-        config = self.config.providers.get(name)
+        config, path = self.config.providers.get(name), self.paths.config_file
         if config is not None and config.type != kind:
             raise WrongUsage(f"--name {name}: that provider's type is {config.type}, not {kind}")
-        return config or PROVIDER_CONFIGS[kind]()
-
-    def file(self, name: str) -> TokenFile:
-        return TokenFile(self.paths.token_file(name))
+        if config is not None and not config.enabled:
+            self.console.say(f"Provider {name!r} is disabled; nobody will use this sign-in.", "")
+        edit = functools.partial(with_provider, path, name, kind, settings)
+        is_new = config is None or any(getattr(config, k) != v for k, v in settings.items())
+        if is_new:
+            edit(load_config_text(path))
+        self.check_disk(name)
+        self.show_terms(kind)
+        try:
+            yield replace(config or PROVIDER_CONFIGS[kind](), **settings)
+        except ApiError as error:
+            raise SignInFailed(error.text()) from None
+        if is_new:  # the file may have been changed meanwhile
+            edit_config(self.paths, edit)
+            config = read_config_text(load_config_text(path), path).providers[name]
+            self.config.providers[name] = config
 
     def check_disk(self, name: str) -> None:
         """Raises SignInFailed if a sign-in could not be saved: better before than after."""
@@ -18021,14 +18038,14 @@ class SignInContext:
 
     async def save(self, name: str, content: Json) -> None:
         """Saves a sign-in; if that fails, lets the user fix the cause and retry."""
-        file = self.file(name)
+        file = TokenFile(self.paths.token_file(name))
         while True:
             try:
                 async with file.lock():
                     file.replace(content)
                 return
             except (OSError, ProgramError) as error:
-                reason = error.strerror if isinstance(error, OSError) else str(error)
+                reason = getattr(error, "strerror", None) or str(error)
                 problem = f"{file.path}: cannot be written: {reason}"
             if not self.console.interactive:
                 raise SignInFailed(problem)
@@ -18054,27 +18071,6 @@ class SignInContext:
         except OSError as error:
             log_event("warning", "notices_not_saved", reason=error.strerror)
 
-    def has_provider(self, name: str, settings: dict[str, str]) -> bool:
-        config = self.config.providers.get(name)
-        return config is not None and all(getattr(config, k) == v for k, v in settings.items())
-
-    def check_provider(self, name: str, kind: str, settings: dict[str, str]) -> None:
-        """A dry run of `add_provider`: better to fail before a sign-in than after."""
-        config = self.config.providers.get(name)
-        if config is not None and not config.enabled:
-            self.console.say(f"Provider {name!r} is disabled; nobody will use this sign-in.", "")
-        if not self.has_provider(name, settings):
-            path = self.paths.config_file
-            with_provider(load_config_text(path), path, name, kind, settings)
-
-    def add_provider(self, name: str, kind: str, settings: dict[str, str]) -> None:
-        if self.has_provider(name, settings):
-            return
-        path = self.paths.config_file
-        edit_config(self.paths, lambda text: with_provider(text, path, name, kind, settings))
-        config = read_config_text(load_config_text(path), path)
-        self.config.providers[name] = config.providers[name]
-
     async def ask(
         self, method: str, url: str, headers: dict[str, str], body: Json, service: str
     ) -> tuple[int, Headers, bytes]:
@@ -18090,41 +18086,65 @@ class SignInContext:
         except ApiError as error:
             raise SignInFailed(f"{service} cannot be reached: {error.text()}") from None
 
-    async def await_device(
+    async def device_flow(
         self,
-        device: DeviceCode,
         service: str,
-        poll: Callable[[], Awaitable[tuple[int, Headers, bytes]]],
+        get_code: Callable[[], Awaitable[Json]],
+        poll: Callable[[str], Awaitable[tuple[int, Headers, bytes]]],
     ) -> Json:
-        """Shows a code, and polls until it was entered.  Raises CodeExpired and SignInFailed."""
+        """The response to the poll after a code was entered (RFC 8628); raises SignInFailed.
+
+        If the code expires, the user may get a new one.
+        """
+        while True:
+            device = read_device_code(await get_code(), service)
+            self.show_code(device)
+            try:
+                return await self.await_device(device, service, poll)
+            except CodeExpired as error:
+                if not self.console.interactive:
+                    raise
+                self.console.say(f"Sorry, {error}.")
+                if not await self.console.confirm("Get a new one?"):
+                    raise
+
+    def show_code(self, device: DeviceCode) -> None:
         say = self.console.say
-        say(f"Open    {device.url}")
-        say(f"and type    {device.user_code}", "")
+        say(f"Open    {device.url}", f"and type    {device.user_code}", "")
         if device.url_complete:
             say(f"or open    {device.url_complete}    and compare the code", "")
         if self.browser and open_browser(device.url_complete or device.url):
             say("A browser should open by itself; any other, on any machine, will do.", "")
-        loop = asyncio.get_running_loop()
-        ends_at = loop.time() + device.expires_in
+
+    async def await_device(
+        self,
+        device: DeviceCode,
+        service: str,
+        poll: Callable[[str], Awaitable[tuple[int, Headers, bytes]]],
+    ) -> Json:
+        now = asyncio.get_running_loop().time
+        ends_at = now() + device.expires_in
         interval_s, trouble = device.interval + DEVICE_EXTRA_SECONDS, ""
         while True:
-            await self.count_down(min(loop.time() + interval_s, ends_at), ends_at, trouble)
-            if loop.time() >= ends_at:
+            await self.count_down(min(now() + interval_s, ends_at), ends_at, trouble)
+            if now() >= ends_at:
                 raise CodeExpired("the code has expired")
             try:
-                outcome = classify_poll(*await poll())
+                outcome = classify_poll(*await poll(device.code))
             except SignInFailed as error:
                 outcome = Poll("unreachable", {}, str(error))
-            trouble = f" ({outcome.words}; trying again)" if outcome.state == "unreachable" else ""
+            trouble = ""
             if outcome.state == "done":
                 self.console.close_line()
                 return outcome.body
-            if outcome.state == "slow_down":
-                new_interval = str(outcome.body.get("interval", ""))
-                slower_s = interval_s + DEVICE_SLOWER_SECONDS
-                if DIGITS.fullmatch(new_interval) and int(new_interval) < 3600:
-                    slower_s = max(interval_s, int(new_interval) + DEVICE_EXTRA_SECONDS)
-                interval_s = slower_s
+            if outcome.state == "unreachable":
+                trouble = f" ({outcome.words}; trying again)"
+            elif outcome.state == "slow_down":
+                asked_s = parse_number(outcome.body.get("interval"))
+                if asked_s is None or not 0 <= asked_s < 3600:
+                    interval_s += DEVICE_SLOWER_SECONDS
+                else:
+                    interval_s = max(interval_s, asked_s + DEVICE_EXTRA_SECONDS)
             elif outcome.state == "expired":
                 raise CodeExpired("the code has expired")
             elif outcome.state == "denied":
@@ -18133,26 +18153,15 @@ class SignInContext:
                 raise SignInFailed(f"{service} refuses the sign-in: {outcome.words}")
 
     async def count_down(self, poll_at: float, ends_at: float, trouble: str) -> None:
-        loop = asyncio.get_running_loop()
+        now = asyncio.get_running_loop().time
         while True:
-            left = max(int(ends_at - loop.time()), 0)
+            left = max(int(ends_at - now()), 0)
             clock = f"{left // 60}:{left % 60:02d}"
             self.console.status(f"Waiting for you: {clock} left, Ctrl-C ends it{trouble}")
-            delay_s = poll_at - loop.time()
+            delay_s = poll_at - now()
             if delay_s <= 0:
                 return
             await asyncio.sleep(min(delay_s, 1.0))
-
-    async def with_new_codes(self, attempt: Callable[[], Awaitable[Json]]) -> Json:
-        while True:
-            try:
-                return await attempt()
-            except CodeExpired as error:
-                if not self.console.interactive:
-                    raise
-                self.console.say(f"Sorry, {error}.")
-                if not await self.console.confirm("Get a new one?"):
-                    raise
 
 
 # 16.1 Copilot
@@ -18163,72 +18172,65 @@ async def sign_in_copilot(context: SignInContext, name: str, host: str, token: s
 
     `token`: "" = GitHub's device flow.  It is saved unless Copilot refuses it.
     """
-    config = context.provider_config(name, "copilot")
-    assert isinstance(config, CopilotConfig)
     settings = {}
     if host:
         settings = {"github_url": f"https://{host}", "github_api_url": f"https://api.{host}"}
-        config = replace(config, github_url=settings["github_url"])
-        config.github_api_url = settings["github_api_url"]
-    context.check_provider(name, "copilot", settings)
-    context.check_disk(name)
-    context.show_terms("copilot")
-    if not token:
-        payload = await context.with_new_codes(lambda: ask_github_device(context, config))
-        token = bare_token(str(payload["access_token"]))
-    content, message = await check_copilot(context, config, token)
-    context.add_provider(name, "copilot", settings)
-    await context.save(name, content)
+    with context.adding_provider(name, "copilot", settings) as config:
+        token = token or await ask_github_token(context, config)
+        content, message = await check_copilot(context, config, token)
+        await context.save(name, content)
     return message
 
 
-async def ask_github_device(context: SignInContext, config: CopilotConfig) -> Json:
+async def ask_github_token(context: SignInContext, config: CopilotConfig) -> str:
     base = config.github_url.rstrip("/")
+    host = split_url(base)[1]
     headers = {"User-Agent": COPILOT_USER_AGENT}
-    params = {"client_id": COPILOT_CLIENT_ID, "scope": COPILOT_SCOPE}
-    status, _, data = await context.ask(
-        "POST", base + "/login/device/code", headers, params, split_url(base)[1]
-    )
-    body = load_answer(data)
-    if status != 200 or body is None or "error" in body:
-        reason = read_error_answer(status, data)[0] or f"status {status}"
-        raise SignInFailed(f"{split_url(base)[1]} gives no code: {reason[:300]}")
-    device = read_device_code(body, "GitHub")
-    grant = {"client_id": COPILOT_CLIENT_ID, "device_code": device.code, "grant_type": DEVICE_GRANT}
-    url = base + "/login/oauth/access_token"
-    return await context.await_device(
-        device, "GitHub", lambda: context.ask("POST", url, headers, grant, "GitHub")
-    )
+
+    async def get_code() -> Json:
+        params = {"client_id": COPILOT_CLIENT_ID, "scope": COPILOT_SCOPE}
+        url = base + "/login/device/code"
+        status, _, data = await context.ask("POST", url, headers, params, host)
+        body = load_answer(data)
+        if status != 200 or body is None or "error" in body:
+            reason = read_error_answer(status, data)[0] or f"status {status}"
+            raise SignInFailed(f"{host} gives no code: {reason[:300]}")
+        return body
+
+    async def poll(code: str) -> tuple[int, Headers, bytes]:
+        grant = {"client_id": COPILOT_CLIENT_ID, "device_code": code, "grant_type": DEVICE_GRANT}
+        url = base + "/login/oauth/access_token"
+        return await context.ask("POST", url, headers, grant, "GitHub")
+
+    payload = await context.device_flow("GitHub", get_code, poll)
+    return bare_token(str(payload["access_token"]))
 
 
 async def check_copilot(
     context: SignInContext, config: CopilotConfig, token: str
 ) -> tuple[Json, str]:
-    """(token file content, whose it is for the user); raises SignInFailed if it is refused."""
+    """(token file content, whose it is for the user); raises NotSignedIn if it is refused."""
     content: Json = {"type": "copilot", "github_token": token}
+    trouble = ""
     try:
         content |= saved_token(await obtain_copilot_token(context.client, config, token))
-        trouble = ""
-    except NotSignedIn as error:
-        raise SignInFailed(error.text()) from None
+    except NotSignedIn:
+        raise
     except ApiError as error:
         trouble = f".  It could not be checked now, and is tried at the first request: {error}"
     try:
         status, _, data = await ask_github(context.client, config, "/user", token)
-        content["login"] = get_str(load_object(data) or {} if status == 200 else {}, "login")
+        login = get_str(load_object(data) or {} if status == 200 else {}, "login")
         status, _, data = await ask_github(context.client, config, "/copilot_internal/user", token)
         user = load_object(data) or {} if status == 200 else {}
-        content["login"] = content["login"] or get_str(user, "login")
+        content["login"] = login or get_str(user, "login")
         content["plan"] = get_str(user, "copilot_plan")
     except ApiError as error:
         trouble = trouble or f".  GitHub did not say who this is: {error}"
-    host = split_url(config.github_url)[1]
     content = {key: value for key, value in content.items() if value not in ("", None)}
+    who = f"{content.get('login', '(unknown)')} at {split_url(config.github_url)[1]}"
     plan = f", plan {content['plan']}" if "plan" in content else ""
-    return (
-        content,
-        f"Signed in to Copilot as {content.get('login', '(unknown)')} at {host}{plan}{trouble}",
-    )
+    return content, f"Signed in to Copilot as {who}{plan}{trouble}"
 
 
 # 16.2 Kiro
@@ -18247,66 +18249,73 @@ class KiroSignIn:
 
 async def sign_in_kiro(context: SignInContext, name: str, settings: KiroSignIn) -> str:
     """Returns who is signed in, for the user.  Raises SignInFailed."""
-    config = context.provider_config(name, "kiro")
-    assert isinstance(config, KiroConfig)
+    console = context.console
     method = settings.method or ("organisation" if settings.start_url else "")
     check_organisation(settings.start_url or KIRO_BUILDER_START_URL, settings.region or "us-east-1")
-    if not (method or settings.token or context.console.interactive):
+    if not (method or settings.token or console.interactive):
         raise WrongUsage(f"there is no terminal to ask on: say --method {'|'.join(KIRO_METHODS)}")
-    context.check_provider(name, "kiro", {})
-    context.check_disk(name)
-    context.show_terms("kiro")
-    content: Json = {"auth_method": "api_key", "access_token": settings.token}
-    if not settings.token:
-        method = method or await context.console.choose("How do you sign in to Kiro?", KIRO_METHODS)
-        if method in ("google", "github"):
+    with context.adding_provider(name, "kiro", {}) as config:
+        if not (settings.token or method):
+            method = await console.choose("How do you sign in to Kiro?", KIRO_METHODS)
+        if settings.token:
+            content = {"auth_method": "api_key", "access_token": settings.token}
+        elif method in ("google", "github"):
             content = await sign_in_by_portal(context, config, method)
-        elif method == "builder-id":
-            content = await sign_in_at_aws(context, config, KIRO_BUILDER_START_URL, "us-east-1")
         else:
-            start_url = settings.start_url or await context.console.ask(
-                "Your organisation's start URL:"
-            )
-            region = settings.region
-            if not region and context.console.interactive:
-                region = await context.console.ask(
-                    "Region of its IAM Identity Center:", "us-east-1"
-                )
-            content = await sign_in_at_aws(context, config, start_url, region or "us-east-1")
-    content["type"] = "kiro"
-    try:
-        content["machine_id"] = read_kiro_login(content).machine_id
-    except ValueError as error:
-        raise SignInFailed(f"Kiro's answer cannot be used: {error}") from None
-    context.add_provider(name, "kiro", {})
-    return await save_kiro_sign_in(context, name, content)
+            start_url, region = KIRO_BUILDER_START_URL, "us-east-1"
+            if method == "organisation":
+                question = "Your organisation's start URL:"
+                start_url = settings.start_url or await console.ask(question)
+                region = settings.region or region
+                if not settings.region and console.interactive:
+                    region = await console.ask("Region of its IAM Identity Center:", region)
+            content = await sign_in_at_aws(context, config, start_url, region)
+        content["type"] = "kiro"
+        try:
+            content["machine_id"] = read_kiro_login(content).machine_id
+        except ValueError as error:
+            raise SignInFailed(f"Kiro's answer cannot be used: {error}") from None
+        return await save_kiro_sign_in(context, name, config, content)
 
 
-async def save_kiro_sign_in(context: SignInContext, name: str, content: Json) -> str:
-    """Saves a sign-in; if Kiro refuses it, restores the old one and raises SignInFailed."""
-    file = context.file(name)
+async def save_kiro_sign_in(
+    context: SignInContext, name: str, config: KiroConfig, content: Json
+) -> str:
+    """Saves a sign-in; if Kiro refuses it, restores the old one and raises NotSignedIn."""
+    file = TokenFile(context.paths.token_file(name))
     try:
         previous = file.load()
     except ProgramError:
         previous = None  # kept aside, or only a link
     await context.save(name, content)
     try:
-        return await describe_kiro(context, name)
-    except NotSignedIn as error:
+        return await check_kiro(context, name, config)
+    except NotSignedIn:
         if previous is None:
             os.unlink(file.path)
         else:
             await context.save(name, previous)
-        raise SignInFailed(error.text()) from None
+        raise
 
 
-async def describe_kiro(context: SignInContext, name: str) -> str:
-    """Whose a new sign-in is, for the user; raises NotSignedIn if it is unusable."""
-    config = context.provider_config(name, "kiro")
-    assert isinstance(config, KiroConfig)
+async def check_kiro(context: SignInContext, name: str, config: KiroConfig) -> str:
+    """Chooses the profile of a new sign-in; returns whose it is, for the user.
+
+    Raises NotSignedIn if it is unusable.
+    """
     provider = KiroProvider(name, config, context.paths, context.client)
     try:
-        await choose_profile(context, provider)
+        login = await provider.account.login()
+        if login.kind == "idc" and not login.arn:
+            profiles = await provider.find_profiles(login)
+            arn = next(iter(profiles), "")
+            if len(profiles) > 1:  # without a terminal the first request will say what to set
+                choose = context.console.choose
+                arn = (
+                    await choose("Which profile?", profiles) if context.console.interactive else ""
+                )
+            if arn:
+                await provider.account.save({"profile_arn": arn}, login)
         limits = await provider.limits(with_user=True)
     except ApiError as error:
         if isinstance(error, NotSignedIn) and not isinstance(error, NotEntitled):
@@ -18317,20 +18326,6 @@ async def describe_kiro(context: SignInContext, name: str) -> str:
     plan = f", plan {limits.plan}" if limits.plan else ""
     credit_text = f", {limits.used:g} of {limits.limit:g} credits used" if limits.limit else ""
     return f"Signed in to Kiro{who}{plan}{credit_text}"
-
-
-async def choose_profile(context: SignInContext, provider: KiroProvider) -> None:
-    login = await provider.account.login()
-    if login.kind != "idc" or login.arn:
-        return
-    profiles = await provider.find_profiles(login)
-    if len(profiles) > 1 and context.console.interactive:
-        arn = await context.console.choose("Which profile?", profiles)
-    elif len(profiles) == 1:
-        arn = next(iter(profiles))
-    else:
-        return  # the first request will say what to set
-    await provider.account.save({"profile_arn": arn}, login)
 
 
 def check_organisation(start_url: str, region: str) -> None:
@@ -18367,16 +18362,12 @@ async def sign_in_at_aws(
     credentials = {"clientId": get_str(client, "clientId")}
     credentials["clientSecret"] = get_str(client, "clientSecret")
 
-    async def attempt() -> Json:
-        device = read_device_code(
-            await post("/device_authorization", {**credentials, "startUrl": start_url}), "AWS"
-        )
-        grant = {**credentials, "grantType": DEVICE_GRANT, "deviceCode": device.code}
-        return await context.await_device(
-            device, "AWS", lambda: context.ask("POST", base + "/token", {}, grant, "AWS")
-        )
+    async def poll(code: str) -> tuple[int, Headers, bytes]:
+        grant = {**credentials, "grantType": DEVICE_GRANT, "deviceCode": code}
+        return await context.ask("POST", base + "/token", {}, grant, "AWS")
 
-    payload = await context.with_new_codes(attempt)
+    asked = {**credentials, "startUrl": start_url}
+    payload = await context.device_flow("AWS", lambda: post("/device_authorization", asked), poll)
     is_builder = start_url.rstrip("/") == KIRO_BUILDER_START_URL
     return {
         "auth_method": "builder_id" if is_builder else "idc",
@@ -18391,25 +18382,22 @@ async def sign_in_at_aws(
 
 async def sign_in_by_portal(context: SignInContext, config: KiroConfig, method: str) -> Json:
     """Kiro's own page in a browser (PKCE): token file content without its type."""
-    state, verifier, machine_id = (
-        b64url(os.urandom(24)),
-        b64url(os.urandom(32)),
-        os.urandom(32).hex(),
-    )
+    state, verifier = b64url(os.urandom(24)), b64url(os.urandom(32))
+    machine_id = os.urandom(32).hex()
     listener = CallbackListener(context.client.ticker, state, method)
-    port = await listener.listen() or KIRO_PORTAL_PORTS[0]
+    await listener.listen()
     try:
-        url = portal_url(state, verifier, port)
+        url = portal_url(state, verifier, listener.port)
         context.console.say(f"Open    {url}", "")
         if context.browser and open_browser(url):
             context.console.say("A browser should open by itself.", "")
         context.console.say(
             "Where that browser cannot reach this machine, it will end at an address that begins",
-            f"with http://localhost:{port}/ and shows an error: copy that whole address and paste "
-            "it here.",
+            f"with http://localhost:{listener.port}/ and shows an error: copy that whole address "
+            "and paste it here.",
             "",
         )
-        callback = await wait_for_callback(context, listener, state, method)
+        callback = await listener.wait(context.console)
     finally:
         await listener.close()
     if callback.option not in ("google", "github"):
@@ -18420,7 +18408,7 @@ async def sign_in_by_portal(context: SignInContext, config: KiroConfig, method: 
         return await sign_in_at_aws(
             context, config, callback.issuer_url, callback.region or "us-east-1"
         )
-    redirect = f"http://localhost:{port}{callback.path}"
+    redirect = f"http://localhost:{listener.port}{callback.path}"
     params = {
         "code": callback.code,
         "code_verifier": verifier,
@@ -18434,10 +18422,7 @@ async def sign_in_by_portal(context: SignInContext, config: KiroConfig, method: 
     if status != 200 or body is None:
         reason = read_error_answer(status, data)[0] or f"status {status}"
         raise SignInFailed(f"Kiro refuses the sign-in: {reason[:300]}")
-    try:
-        changes = read_refresh_answer(body, time.time())
-    except UpstreamError as error:
-        raise SignInFailed(str(error)) from None
+    changes = read_refresh_answer(body, time.time())
     return {"auth_method": callback.option, "machine_id": machine_id, **changes}
 
 
@@ -18455,18 +18440,17 @@ class CallbackListener:
         self.option = option
         self.callback: asyncio.Future[Callback] = asyncio.get_running_loop().create_future()
         self.servers: list[Server] = []
-        self.port = 0
+        self.port = KIRO_PORTAL_PORTS[0]
 
-    async def listen(self) -> int:
-        """The first free port of those the portal knows; 0 if all are taken."""
+    async def listen(self) -> None:
+        """On the first free port of those the portal knows, if there is one."""
         for port in KIRO_PORTAL_PORTS:
             with contextlib.suppress(OSError):
                 await self.open("127.0.0.1", port)
                 self.port = port
                 with contextlib.suppress(OSError):  # localhost may be this one
                     await self.open("::1", port)
-                return port
-        return 0
+                return
 
     async def open(self, host: str, port: int) -> None:
         config = ServerConfig(host=host, port=port, max_connections=16)
@@ -18507,39 +18491,36 @@ class CallbackListener:
         body = CALLBACK_PAGE.format(title=title, words=text).encode()
         return Response(status, body, headers, content_type="text/html; charset=utf-8")
 
+    async def wait(self, console: Console) -> Callback:
+        """What the browser brings back, or the user pastes; raises SignInFailed."""
+
+        async def read_pasted() -> Callback:
+            while True:
+                try:
+                    text = await console.line()
+                except EOFError:
+                    return await self.callback  # the browser may still come
+                try:
+                    return read_callback(text, self.state, self.option)
+                except ValueError as error:
+                    console.say(f"That is not it: {error}.  Paste the whole address.")
+
+        futures = [self.callback, asyncio.ensure_future(read_pasted())]
+        try:
+            done, _ = await asyncio.wait(
+                futures, timeout=CALLBACK_SECONDS, return_when=asyncio.FIRST_COMPLETED
+            )
+            if not done:
+                raise SignInFailed(f"nobody came back within {CALLBACK_SECONDS / 60:g} minutes")
+            return done.pop().result()
+        finally:
+            for future in futures:
+                future.cancel()
+
     async def close(self) -> None:
         """Stops listening; the last page is still sent."""
         for server in self.servers:
             await server.drain(LINGER_SECONDS)
-
-
-async def wait_for_callback(
-    context: SignInContext, listener: CallbackListener, state: str, option: str
-) -> Callback:
-    """What the browser brings back, or the user pastes; raises SignInFailed."""
-
-    async def read_pasted() -> Callback:
-        while True:
-            try:
-                text = await context.console.line()
-            except EOFError:
-                return await listener.callback  # nothing can be pasted; the browser may still come
-            try:
-                return read_callback(text, state, option)
-            except ValueError as error:
-                context.console.say(f"That is not it: {error}.  Paste the whole address.")
-
-    futures = [listener.callback, asyncio.ensure_future(read_pasted())]
-    try:
-        done, _ = await asyncio.wait(
-            futures, timeout=CALLBACK_SECONDS, return_when=asyncio.FIRST_COMPLETED
-        )
-        if not done:
-            raise SignInFailed(f"nobody came back within {CALLBACK_SECONDS / 60:g} minutes")
-        return done.pop().result()
-    finally:
-        for future in futures:
-            future.cancel()
 
 
 # 16.3 sign-ins of other programs on this machine
@@ -18549,45 +18530,53 @@ async def wait_for_callback(
 class FoundLogin:
     """A sign-in of another program."""
 
-    kind: str
     #: whose it is, for the user
     program: str
     path: str
-    #: what is known of the account
-    account: str
+    #: of our token file
     content: Json = field(repr=False)
     #: GitHub's; "" for Kiro
     host: str = ""
 
+    @property
+    def kind(self) -> str:
+        return str(self.content["type"])
 
-def plugin_folder() -> str:
-    base = os.environ.get("LOCALAPPDATA") if sys.platform == "win32" else None
-    base = base or os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
-    return os.path.join(base, "github-copilot")
+    @property
+    def account(self) -> str:
+        """What is known of it, for the user."""
+        if self.host:
+            return f"{self.content['login'] or 'an account'} at {self.host}"
+        method, start_url = self.content["auth_method"], self.content.get("start_url")
+        labels = {"idc": "organisation", "builder_id": "AWS Builder ID", "external_idp": "company"}
+        where = f" at {start_url}" if method == "idc" and start_url else ""
+        return f"{labels.get(method, method)}{where}"
 
 
-def copilot_login(program: str, path: str, host: str, user: str, token: str) -> FoundLogin:
+def copilot_login(
+    program: str, path: str, token: str, host: str = "github.com", user: str = ""
+) -> FoundLogin:
     content = {"type": "copilot", "github_token": token, "login": user}
-    account = f"{user or 'an account'} at {host}"
-    return FoundLogin("copilot", program, path, account, content, host)
+    return FoundLogin(program, path, content, host)
 
 
 def find_plugin_logins() -> list[FoundLogin]:
     """Copilot's editor plugins; VS Code itself keeps its tokens in the system's secret store."""
+    base = os.environ.get("LOCALAPPDATA") if sys.platform == "win32" else None
+    base = base or os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
     logins: dict[str, FoundLogin] = {}
     for name in ("apps.json", "hosts.json"):
-        path = os.path.join(plugin_folder(), name)
+        path = os.path.join(base, "github-copilot", name)
         for host, user, token in read_plugin_logins(read_some_json(path)):
-            logins.setdefault(token, copilot_login("an editor's plugin", path, host, user, token))
+            logins.setdefault(token, copilot_login("an editor's plugin", path, token, host, user))
     return list(logins.values())
 
 
 def find_environment_login() -> list[FoundLogin]:
     """The variable that the Copilot CLI reads first."""
     token = os.environ.get("COPILOT_GITHUB_TOKEN", "").strip()
-    if not token or not TARGET.fullmatch(token):
-        return []
-    return [copilot_login("the environment", "COPILOT_GITHUB_TOKEN", "github.com", "", token)]
+    is_usable = token and TARGET.fullmatch(token)
+    return [copilot_login("the environment", "COPILOT_GITHUB_TOKEN", token)] if is_usable else []
 
 
 def find_gh_login() -> list[FoundLogin]:
@@ -18595,46 +18584,36 @@ def find_gh_login() -> list[FoundLogin]:
         result = subprocess.run(
             ["gh", "auth", "token"], capture_output=True, timeout=10, check=True, text=True
         )
-        token = bare_token(result.stdout)
+        return [copilot_login("GitHub CLI", "gh auth token", bare_token(result.stdout))]
     except (OSError, subprocess.SubprocessError, SignInFailed):
         return []
-    return [copilot_login("GitHub CLI", "gh auth token", "github.com", "", token)]
 
 
-def kiro_login(program: str, path: str, content: Json, source: Json) -> FoundLogin:
-    """A sign-in of one of Kiro's own programs, which keeps using it."""
-    labels = {"idc": "organisation", "builder_id": "AWS Builder ID", "external_idp": "company"}
-    method: str = content["auth_method"]
-    where = f" at {content['start_url']}" if method == "idc" and "start_url" in content else ""
-    account = f"{labels.get(method, method)}{where}"
-    return FoundLogin(
-        "kiro", program, path, account, {**content, "source": {**source, "path": path}}
-    )
+def find_kiro_login(
+    program: str, source: str, path: str = "", keys: Iterable[str] = ("",)
+) -> list[FoundLogin]:
+    """A sign-in of one of Kiro's own programs, which keeps using it.
+
+    `keys`: the rows of a database where it may be, best first; "" for the IDE's file.
+    """
+    for key in keys:
+        try:
+            content = read_cli_login(path, key) if key else read_ide_login(path)
+        except (OSError, ValueError, sqlite3.Error):
+            continue  # it has another one, or none
+        content["source"] = {"program": source, **({"key": key} if key else {}), "path": path}
+        return [FoundLogin(program, path, content)]
+    return []
 
 
-def find_ide_login() -> list[FoundLogin]:
-    path = os.path.expanduser("~/.aws/sso/cache/kiro-auth-token.json")
-    try:
-        content = read_ide_login(path)
-    except (OSError, ValueError):
-        return []  # not there, or signed out
-    return [kiro_login("the Kiro IDE", path, content, {"program": "kiro-ide"})]
-
-
-def find_cli_logins(program: str, folder: str, path: str = "") -> list[FoundLogin]:
+def find_cli_login(program: str, folder: str, path: str = "") -> list[FoundLogin]:
     base = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
     if sys.platform == "darwin":
         base = "~/Library/Application Support"
     elif sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA") or "~"
     path = path or os.path.expanduser(os.path.join(base, folder, "data.sqlite3"))
-    for key in CLI_ROWS:
-        try:
-            content = read_cli_login(path, key)
-        except (OSError, ValueError, sqlite3.Error):
-            continue  # it has another one, or none
-        return [kiro_login(program, path, content, {"program": folder, "key": key})]
-    return []
+    return find_kiro_login(program, folder, path, CLI_ROWS)
 
 
 # Values of `auth import --from`, and where they look.
@@ -18642,11 +18621,13 @@ IMPORTS: dict[str, Callable[[], list[FoundLogin]]] = {
     "copilot-plugin": find_plugin_logins,
     "environment": find_environment_login,
     "gh": find_gh_login,
-    "kiro-ide": find_ide_login,
-    "kiro-cli": lambda: find_cli_logins(
+    "kiro-ide": lambda: find_kiro_login(
+        "the Kiro IDE", "kiro-ide", os.path.expanduser("~/.aws/sso/cache/kiro-auth-token.json")
+    ),
+    "kiro-cli": lambda: find_cli_login(
         "kiro-cli", "kiro-cli", os.environ.get("KIROCLI_DB_PATH", "")
     ),
-    "amazon-q": lambda: find_cli_logins("Amazon Q", "amazon-q"),
+    "amazon-q": lambda: find_cli_login("Amazon Q", "amazon-q"),
 }
 ONLY_ON_REQUEST = ("gh",)  # its tokens can do more than Copilot
 
@@ -18708,15 +18689,15 @@ async def import_logins(
 
 
 async def import_login(context: SignInContext, login: FoundLogin, name: str) -> str:
-    config = context.provider_config(name, login.kind)
-    if isinstance(config, CopilotConfig):
-        host = login.host if login.host != split_url(config.github_url)[1] else ""
+    if login.host:
+        config = context.config.providers.get(name) or CopilotConfig()
+        is_same = (
+            isinstance(config, CopilotConfig) and split_url(config.github_url)[1] == login.host
+        )
+        host = "" if is_same else login.host
         return await sign_in_copilot(context, name, host, login.content["github_token"])
-    context.check_provider(name, login.kind, {})
-    context.check_disk(name)
-    context.show_terms(login.kind)
-    context.add_provider(name, login.kind, {})
-    message = await save_kiro_sign_in(context, name, login.content)
+    with context.adding_provider(name, "kiro", {}) as config:
+        message = await save_kiro_sign_in(context, name, config, login.content)
     return (
         f"{message}.  It stays shared with {login.program}: what is refreshed here goes back there."
     )
@@ -18727,7 +18708,6 @@ async def import_login(context: SignInContext, login: FoundLogin, name: str) -> 
 
 def account_row(name: str, entry: CopilotConfig | KiroConfig, file: TokenFile) -> Json:
     """Without secrets; times in Unix seconds, None for never or unknown."""
-    is_kiro = isinstance(entry, KiroConfig)
     kind = "" if isinstance(entry, KiroConfig) else split_url(entry.github_url)[1]
     row: Json = {"name": name, "type": entry.type, "enabled": entry.enabled, "kind": kind}
     row |= {"user": "", "plan": "", "expires_at": None, "token_expires_at": None}
@@ -18736,9 +18716,9 @@ def account_row(name: str, entry: CopilotConfig | KiroConfig, file: TokenFile) -
         content = file.peek()
         if content is None:
             return row
-        if is_kiro:
-            row["kind"] = get_str(content, "auth_method") or read_kiro_login(content).kind
-            read_kiro_login(content)
+        if isinstance(entry, KiroConfig):
+            row["kind"] = get_str(content, "auth_method") or kiro_kind(content)
+            read_kiro_login(content)  # raises if it is unusable
             row["expires_at"] = int(read_time(content.get("sign_in_expires_at"))) or None
         else:
             bare_token(get_str(content, "github_token"))
@@ -18765,28 +18745,27 @@ def account_rows(config: Config, paths: Paths) -> list[Json]:
 
 async def revoke_login(context: SignInContext, name: str) -> str:
     """Returns what is left to do, for the user.  Raises WrongUsage and ProgramError."""
-    path = context.paths.token_file(name)
-    names = [row["name"] for row in account_rows(context.config, context.paths)]
-    is_folder = PROVIDER_NAME.fullmatch(name) and os.path.isdir(os.path.dirname(path))
-    if not is_folder and name not in names:
+    file = TokenFile(context.paths.token_file(name))
+    folder = os.path.dirname(file.path)
+    if not (PROVIDER_NAME.fullmatch(name) and os.path.isdir(folder)):
+        names = [row["name"] for row in account_rows(context.config, context.paths)]
+        if name in names:
+            raise ProgramError(f"{name}: there is no sign-in to remove")
         similar = nearest(name, names, 1) or names
         raise WrongUsage(f"{name}: no such provider; did you mean {similar[0]}?")
-    if not is_folder:
-        raise ProgramError(f"{name}: there is no sign-in to remove")
     kind = "copilot"
-    with contextlib.suppress(ProgramError, ValueError):  # removed whatever it is
-        content = load_private_json(path) or {}
+    with contextlib.suppress(ProgramError):  # removed whatever it is
+        content = load_private_json(file.path) or {}
         if get_str(content, "type") == "kiro":
-            kind = get_str(content, "auth_method") or read_kiro_login(content).kind
-    file = context.file(name)
+            kind = get_str(content, "auth_method") or kiro_kind(content)
     try:
         async with file.lock() as lock:
             removed = file.remove()
             with contextlib.suppress(OSError):  # a folder with other files in it stays
                 os.unlink(lock.path)
-                os.rmdir(os.path.dirname(path))
+                os.rmdir(folder)
     except OSError as error:
-        raise ProgramError(f"{path}: cannot be removed: {error.strerror}") from None
+        raise ProgramError(f"{file.path}: cannot be removed: {error.strerror}") from None
     if not removed:
         raise ProgramError(f"{name}: there is no sign-in to remove")
     return (
