@@ -17843,19 +17843,14 @@ def is_terminal(stream: Any) -> bool:
     return bool(stream.isatty())
 
 
-def is_foreground() -> bool:
-    """Whether this process may read from its terminal: a background job would be stopped."""
-    try:
-        return os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
-    except (AttributeError, OSError):
-        return True  # no job control here
-
-
 class Console:
     """The user, at a terminal or a pipe: messages go to standard error, results to output."""
 
     def __init__(self) -> None:
-        self.interactive = is_terminal(sys.stdin) and is_terminal(sys.stderr) and is_foreground()
+        self.interactive = is_terminal(sys.stdin) and is_terminal(sys.stderr)
+        with contextlib.suppress(AttributeError, OSError):  # without job control
+            # A background job that reads from its terminal would be stopped.
+            self.interactive &= os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
         self.line_open = False
         self.status_at = float("-inf")
         self.pending_input = b""
@@ -17884,30 +17879,22 @@ class Console:
         """The next line typed; raises EOFError.  Other tasks keep running, and Ctrl-C works."""
         while b"\n" not in self.pending_input:
             data = await self.read_some()
-            if not data:
-                if self.pending_input:
-                    break
+            if not data and not self.pending_input:
                 raise EOFError
-            self.pending_input += data
+            self.pending_input += data or b"\n"
         line, _, self.pending_input = self.pending_input.partition(b"\n")
         return line.decode("utf-8", "replace").strip()
 
     async def read_some(self) -> bytes:
         """What standard input has, as soon as it has anything; b"" at EOF."""
-        loop = asyncio.get_running_loop()
-        ready = loop.create_future()
-        fd = sys.stdin.fileno()
-
-        def on_ready() -> None:
-            if not ready.done():
-                ready.set_result(None)
-
+        loop, fd = asyncio.get_running_loop(), sys.stdin.fileno()
+        ready = asyncio.Event()
         try:
-            loop.add_reader(fd, on_ready)
+            loop.add_reader(fd, ready.set)
         except (NotImplementedError, PermissionError):  # Windows; a plain file
             return await asyncio.to_thread(os.read, fd, 65536)
         try:
-            await ready
+            await ready.wait()
             return os.read(fd, 65536)
         finally:
             loop.remove_reader(fd)
@@ -17971,12 +17958,13 @@ def with_provider(where: str, name: str, kind: str, settings: dict[str, str], te
     entries = {"type": kind, **settings}
     table = get_dict(get_dict(tomllib.loads(text), "providers"), name)
     for key, value in entries.items():
-        if table.get(key, value) != value:
+        if key not in table:
+            text = set_toml(text, ("providers", name, key), value)
+        elif table[key] != value:
             raise ConfigError(
                 f"{where}: providers.{name}.{key}: is {table[key]!r}, not {value!r}; "
                 "change it there, or take another --name"
             )
-        text = text if key in table else set_toml(text, ("providers", name, key), value)
     try:
         read_config_text(text, where)
     except ConfigError:
@@ -18061,20 +18049,20 @@ class SignInContext:
         except ProgramError as error:
             log_event("warning", "notices_unusable", reason=error)
             notices = {}
-        shown_terms = notices.get("terms")
-        shown_terms = shown_terms if isinstance(shown_terms, list) else []
-        if kind in shown_terms:
+        shown = notices.get("terms")
+        shown = shown if isinstance(shown, list) else []
+        if kind in shown:
             return
         self.console.say(*TERMS[kind].splitlines(), "")
         try:
-            save_private_json(path, {**notices, "terms": [*shown_terms, kind]})
+            save_private_json(path, {**notices, "terms": [*shown, kind]})
         except OSError as error:
             log_event("warning", "notices_not_saved", reason=error.strerror)
 
     async def ask(
-        self, method: str, url: str, headers: dict[str, str], body: Json, service: str
+        self, url: str, headers: dict[str, str], body: Json, service: str
     ) -> tuple[int, Headers, bytes]:
-        """(status, headers, body) of one request; raises SignInFailed if there is no response."""
+        """(status, headers, body) of one POST; raises SignInFailed if there is no response."""
         headers = {
             "Accept": "application/json",
             "Accept-Encoding": "identity",
@@ -18082,9 +18070,20 @@ class SignInContext:
             **headers,
         }
         try:
-            return await self.client.fetch(method, url, headers, SIGN_IN_SECONDS, dump_json(body))
+            return await self.client.fetch("POST", url, headers, SIGN_IN_SECONDS, dump_json(body))
         except ApiError as error:
             raise SignInFailed(f"{service} cannot be reached: {error.text()}") from None
+
+    async def need(
+        self, url: str, headers: dict[str, str], body: Json, service: str, problem: str
+    ) -> Json:
+        """As `ask`, but raises SignInFailed unless an object without an error comes back."""
+        status, response_headers, data = await self.ask(url, headers, body, service)
+        payload = load_answer(data)
+        if status != 200 or payload is None or "error" in payload:
+            reason = classify_poll(status, response_headers, data).words or f"status {status}"
+            raise SignInFailed(f"{service} {problem}: {reason}")
+        return payload
 
     async def device_flow(
         self,
@@ -18098,23 +18097,20 @@ class SignInContext:
         """
         while True:
             device = read_device_code(await get_code(), service)
-            self.show_code(device)
+            say = self.console.say
+            say(f"Open    {device.url}", f"and type    {device.user_code}", "")
+            if device.url_complete:
+                say(f"or open    {device.url_complete}    and compare the code", "")
+            if self.browser and open_browser(device.url_complete or device.url):
+                say("A browser should open by itself; any other, on any machine, will do.", "")
             try:
                 return await self.await_device(device, service, poll)
             except CodeExpired as error:
                 if not self.console.interactive:
                     raise
-                self.console.say(f"Sorry, {error}.")
+                say(f"Sorry, {error}.")
                 if not await self.console.confirm("Get a new one?"):
                     raise
-
-    def show_code(self, device: DeviceCode) -> None:
-        say = self.console.say
-        say(f"Open    {device.url}", f"and type    {device.user_code}", "")
-        if device.url_complete:
-            say(f"or open    {device.url_complete}    and compare the code", "")
-        if self.browser and open_browser(device.url_complete or device.url):
-            say("A browser should open by itself; any other, on any machine, will do.", "")
 
     async def await_device(
         self,
@@ -18190,17 +18186,11 @@ async def ask_github_token(context: SignInContext, config: CopilotConfig) -> str
     async def get_code() -> Json:
         params = {"client_id": COPILOT_CLIENT_ID, "scope": COPILOT_SCOPE}
         url = base + "/login/device/code"
-        status, _, data = await context.ask("POST", url, headers, params, host)
-        body = load_answer(data)
-        if status != 200 or body is None or "error" in body:
-            reason = read_error_answer(status, data)[0] or f"status {status}"
-            raise SignInFailed(f"{host} gives no code: {reason[:300]}")
-        return body
+        return await context.need(url, headers, params, host, "gives no code")
 
     async def poll(code: str) -> tuple[int, Headers, bytes]:
         grant = {"client_id": COPILOT_CLIENT_ID, "device_code": code, "grant_type": DEVICE_GRANT}
-        url = base + "/login/oauth/access_token"
-        return await context.ask("POST", url, headers, grant, "GitHub")
+        return await context.ask(base + "/login/oauth/access_token", headers, grant, "GitHub")
 
     payload = await context.device_flow("GitHub", get_code, poll)
     return bare_token(str(payload["access_token"]))
@@ -18219,12 +18209,11 @@ async def check_copilot(
     except ApiError as error:
         trouble = f".  It could not be checked now, and is tried at the first request: {error}"
     try:
-        status, _, data = await ask_github(context.client, config, "/user", token)
-        login = get_str(load_object(data) or {} if status == 200 else {}, "login")
-        status, _, data = await ask_github(context.client, config, "/copilot_internal/user", token)
-        user = load_object(data) or {} if status == 200 else {}
-        content["login"] = login or get_str(user, "login")
-        content["plan"] = get_str(user, "copilot_plan")
+        for path in ("/user", "/copilot_internal/user"):
+            status, _, data = await ask_github(context.client, config, path, token)
+            user = load_object(data) or {} if status == 200 else {}
+            content["login"] = content.get("login") or get_str(user, "login")
+            content["plan"] = get_str(user, "copilot_plan")
     except ApiError as error:
         trouble = trouble or f".  GitHub did not say who this is: {error}"
     content = {key: value for key, value in content.items() if value not in ("", None)}
@@ -18343,13 +18332,7 @@ async def sign_in_at_aws(
     base = (config.oidc_url or KIRO_OIDC_URL.format(region=region)).rstrip("/")
 
     async def post(path: str, body: Json) -> Json:
-        status, headers, data = await context.ask("POST", base + path, {}, body, "AWS")
-        payload = load_object(data)
-        if status != 200 or payload is None:
-            reason = classify_poll(status, headers, data).words
-            hint = "; are the start URL and the region right?" if path != "/client/register" else ""
-            raise SignInFailed(f"AWS refuses the sign-in: {reason or f'status {status}'}{hint}")
-        return payload
+        return await context.need(base + path, {}, body, "AWS", "refuses the sign-in")
 
     registration = {
         "clientName": KIRO_CLIENT_NAME,
@@ -18359,15 +18342,19 @@ async def sign_in_at_aws(
         "issuerUrl": start_url,
     }
     client = await post("/client/register", registration)
-    credentials = {"clientId": get_str(client, "clientId")}
-    credentials["clientSecret"] = get_str(client, "clientSecret")
+    credentials = {name: get_str(client, name) for name in ("clientId", "clientSecret")}
+
+    async def get_code() -> Json:
+        try:
+            return await post("/device_authorization", {**credentials, "startUrl": start_url})
+        except SignInFailed as error:
+            raise SignInFailed(f"{error}; are the start URL and the region right?") from None
 
     async def poll(code: str) -> tuple[int, Headers, bytes]:
         grant = {**credentials, "grantType": DEVICE_GRANT, "deviceCode": code}
-        return await context.ask("POST", base + "/token", {}, grant, "AWS")
+        return await context.ask(base + "/token", {}, grant, "AWS")
 
-    asked = {**credentials, "startUrl": start_url}
-    payload = await context.device_flow("AWS", lambda: post("/device_authorization", asked), poll)
+    payload = await context.device_flow("AWS", get_code, poll)
     is_builder = start_url.rstrip("/") == KIRO_BUILDER_START_URL
     return {
         "auth_method": "builder_id" if is_builder else "idc",
@@ -18417,11 +18404,8 @@ async def sign_in_by_portal(context: SignInContext, config: KiroConfig, method: 
     base = (config.auth_url or KIRO_AUTH_URL).rstrip("/")
     headers = {"User-Agent": f"KiroIDE-{config.kiro_version}-{machine_id}"}
     headers["Accept"] = "application/json, text/plain, */*"
-    status, _, data = await context.ask("POST", base + "/oauth/token", headers, params, "Kiro")
-    body = load_object(data)
-    if status != 200 or body is None:
-        reason = read_error_answer(status, data)[0] or f"status {status}"
-        raise SignInFailed(f"Kiro refuses the sign-in: {reason[:300]}")
+    url = base + "/oauth/token"
+    body = await context.need(url, headers, params, "Kiro", "refuses the sign-in")
     changes = read_refresh_answer(body, time.time())
     return {"auth_method": callback.option, "machine_id": machine_id, **changes}
 
@@ -20439,28 +20423,14 @@ def write_pid_file(lock: int, socket_path: str) -> None:
 
 
 def signal_daemon(path: str, pid: int, signum: int) -> None:
-    """Signals the process that the file names, if it is a live daemon's.
-
-    Opens a pidfd, if the system has them, before it checks the lock: a process that has got the
-    same pid since is never signalled.
-    """
-    pidfd = -1
-    try:
-        if hasattr(os, "pidfd_open"):
-            pidfd = os.pidfd_open(pid)
-        if not is_locked(path) or read_pid_file(path)[0] != pid:
-            return
-        if pidfd >= 0:
-            signal.pidfd_send_signal(pidfd, signum)
-        else:
+    """Signals the process that the file names, if it is a live daemon's; raises ProgramError."""
+    if is_locked(path) and read_pid_file(path)[0] == pid:
+        try:
             os.kill(pid, signum)
-    except ProcessLookupError:
-        pass  # it has exited by itself
-    except PermissionError:
-        raise ProgramError(f"process {pid} belongs to another user") from None
-    finally:
-        if pidfd >= 0:
-            os.close(pidfd)
+        except ProcessLookupError:
+            pass  # it has exited by itself
+        except PermissionError:
+            raise ProgramError(f"process {pid} belongs to another user") from None
 
 
 # 18.2 the port
@@ -21030,40 +21000,22 @@ def check_socket(path: str) -> None:
             raise FileExistsError(errno.EEXIST, reason)
 
 
-def check_private(folder: str) -> None:
-    """Creates or checks a folder that nobody else can enter; raises ProgramError.
-
-    An existing one is not repaired: in a shared folder such as /tmp it may be a trap.
-    """
-    try:
-        if not os.path.lexists(folder):
-            os.mkdir(folder, 0o700)
-        status = os.lstat(folder)
-        is_ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
-        if not is_ours or status.st_mode & 0o077:
-            raise ProgramError(f"{folder}: is not a private folder of this user; move it away")
-        check_folder(folder)
-    except OSError as error:
-        raise ProgramError(f"{folder}: cannot be used: {error.strerror}") from None
-
-
 def choose_socket_path(paths: Paths, environ: dict[str, str]) -> str:
-    """In the state folder, unless its path is too long for a socket; raises ProgramError."""
+    """In the state folder, or in a new one if its path is too long; raises ProgramError."""
 
     def fits(path: str) -> bool:
         return len(os.fsencode(path)) + len(SOCKET_SUFFIX) <= MAX_SOCKET_PATH_BYTES
 
     if fits(paths.socket_file):
         return paths.socket_file
-    runtime = environ.get("XDG_RUNTIME_DIR", "")
-    folders = [os.path.join(tempfile.gettempdir(), f"aiclient-api-{os.getuid()}")]
-    if os.path.isabs(runtime) and os.path.isdir(runtime):
-        folders.insert(0, os.path.join(runtime, "aiclient-api"))
-    for folder in folders:
-        path = os.path.join(folder, short_hash(paths.state_dir, 16) + ".sock")
-        if fits(path):
-            check_private(folder)
-            return path
+    for base in (environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir()):
+        if os.path.isabs(base) and os.path.isdir(base) and fits(f"{base}/aiclient-api-XXXXXXXX/s"):
+            try:
+                folder = tempfile.mkdtemp(prefix="aiclient-api-", dir=base)
+                check_folder(folder)  # its parents, too
+            except OSError as error:
+                raise ProgramError(f"{base}: cannot be used: {error.strerror}") from None
+            return os.path.join(folder, "s")
     raise ProgramError(
         f"{paths.socket_file}: is too long for a socket; set XDG_RUNTIME_DIR to a shorter folder"
     )
@@ -21129,8 +21081,9 @@ class ControlServer:
         try:
             if os.stat(self.path).st_ino == self.identity:
                 os.unlink(self.path)
-        except FileNotFoundError:
-            pass
+                os.rmdir(os.path.dirname(self.path))
+        except OSError:
+            pass  # a successor's is there, or the folder is not the socket's own
         deadline = time.monotonic() + LINGER_SECONDS
         for _ in range(MAX_CONTROL_CLIENTS):
             self.slots.acquire(timeout=max(0.0, deadline - time.monotonic()))
