@@ -17839,15 +17839,11 @@ REVOKE_AT = {
 }
 
 
-def is_terminal(stream: Any) -> bool:
-    return bool(stream.isatty())
-
-
 class Console:
     """The user, at a terminal or a pipe: messages go to standard error, results to output."""
 
     def __init__(self) -> None:
-        self.interactive = is_terminal(sys.stdin) and is_terminal(sys.stderr)
+        self.interactive = sys.stdin.isatty() and sys.stderr.isatty()
         with contextlib.suppress(AttributeError, OSError):  # without job control
             # A background job that reads from its terminal would be stopped.
             self.interactive &= os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
@@ -17862,7 +17858,7 @@ class Console:
 
     def status(self, text: str) -> None:
         """A line that the next one replaces; without a terminal, at most one a minute."""
-        if is_terminal(sys.stderr):
+        if sys.stderr.isatty():
             self.line_open = True
             visible_text = one_line(text)[: shutil.get_terminal_size().columns - 1]
             print(f"\r\x1b[K{visible_text}", end="", file=sys.stderr, flush=True)
@@ -17912,24 +17908,22 @@ class Console:
             raise SignInFailed("the input ended before an answer") from None
 
     async def confirm(self, question: str, default: bool = True) -> bool:
-        while True:
-            answer = (await self.ask(question, "Y/n" if default else "y/N")).lower()
-            if answer in ("y/n", "y", "yes", "n", "no"):
-                return answer in ("y", "yes") or (answer == "y/n" and default)
+        hint = "Y/n" if default else "y/N"
+        answers = {"y/n": default, "y": True, "yes": True, "n": False, "no": False}
+        while (answer := answers.get((await self.ask(question, hint)).lower())) is None:
             self.say("Please answer y or n.")
+        return answer
 
     async def choose(self, question: str, options: dict[str, str]) -> str:
-        names = list(options)
+        """The name of the option that is chosen by its name or number."""
         self.say(question)
-        for number, label in enumerate(options.values(), 1):
+        choices = dict(zip(options, options, strict=True))
+        for number, (name, label) in enumerate(options.items(), 1):
+            choices[str(number)] = name
             self.say(f"  {number}  {label}")
-        while True:
-            answer = (await self.ask("Choice", "1")).lower()
-            if answer in names:
-                return answer
-            if answer.isdigit() and 1 <= int(answer) <= len(names):
-                return names[int(answer) - 1]
-            self.say(f"Please type a number from 1 to {len(names)}.")
+        while (choice := choices.get((await self.ask("Choice", "1")).lower())) is None:
+            self.say(f"Please type a number from 1 to {len(options)}.")
+        return choice
 
 
 def open_browser(url: str) -> bool:
@@ -18122,7 +18116,12 @@ class SignInContext:
         ends_at = now() + device.expires_in
         interval_s, trouble = device.interval + DEVICE_EXTRA_SECONDS, ""
         while True:
-            await self.count_down(min(now() + interval_s, ends_at), ends_at, trouble)
+            poll_at = min(now() + interval_s, ends_at)
+            while (delay_s := poll_at - now()) > 0:
+                left = int(ends_at - now())
+                clock = f"{left // 60}:{left % 60:02d}"
+                self.console.status(f"Waiting for you: {clock} left, Ctrl-C ends it{trouble}")
+                await asyncio.sleep(min(delay_s, 1.0))
             if now() >= ends_at:
                 raise CodeExpired("the code has expired")
             try:
@@ -18147,17 +18146,6 @@ class SignInContext:
                 raise SignInFailed(f"the sign-in was cancelled at {service}")
             elif outcome.state == "failed":
                 raise SignInFailed(f"{service} refuses the sign-in: {outcome.words}")
-
-    async def count_down(self, poll_at: float, ends_at: float, trouble: str) -> None:
-        now = asyncio.get_running_loop().time
-        while True:
-            left = max(int(ends_at - now()), 0)
-            clock = f"{left // 60}:{left % 60:02d}"
-            self.console.status(f"Waiting for you: {clock} left, Ctrl-C ends it{trouble}")
-            delay_s = poll_at - now()
-            if delay_s <= 0:
-                return
-            await asyncio.sleep(min(delay_s, 1.0))
 
 
 # 16.1 Copilot
@@ -18297,13 +18285,10 @@ async def check_kiro(context: SignInContext, name: str, config: KiroConfig) -> s
         login = await provider.account.login()
         if login.kind == "idc" and not login.arn:
             profiles = await provider.find_profiles(login)
-            arn = next(iter(profiles), "")
-            if len(profiles) > 1:  # without a terminal the first request will say what to set
-                choose = context.console.choose
-                arn = (
-                    await choose("Which profile?", profiles) if context.console.interactive else ""
-                )
-            if arn:
+            arn = next(iter(profiles)) if len(profiles) == 1 else ""
+            if len(profiles) > 1 and context.console.interactive:
+                arn = await context.console.choose("Which profile?", profiles)
+            if arn:  # otherwise the first request will say what to set
                 await provider.account.save({"profile_arn": arn}, login)
         limits = await provider.limits(with_user=True)
     except ApiError as error:
@@ -18674,11 +18659,9 @@ async def import_logins(
 
 async def import_login(context: SignInContext, login: FoundLogin, name: str) -> str:
     if login.host:
-        config = context.config.providers.get(name) or CopilotConfig()
-        is_same = (
-            isinstance(config, CopilotConfig) and split_url(config.github_url)[1] == login.host
-        )
-        host = "" if is_same else login.host
+        entry = context.config.providers.get(name) or CopilotConfig()
+        known = isinstance(entry, CopilotConfig) and split_url(entry.github_url)[1] == login.host
+        host = "" if known else login.host
         return await sign_in_copilot(context, name, host, login.content["github_token"])
     with context.adding_provider(name, "kiro", {}) as config:
         message = await save_kiro_sign_in(context, name, config, login.content)
@@ -20328,8 +20311,8 @@ class Exchange:
 #
 # One gateway per state folder: the process that holds the lock on daemon.pid.  The kernel drops
 # the lock when the last process that has it open exits, so a stale pid is never trusted.
-# `start` takes the lock and opens the port, forks, and passes both to a fresh process, which reads
-# its Launch from standard input.  A restart does the same from inside the running process: the
+# `start` takes the lock and opens the port, and passes both to a fresh process, which reads its
+# Launch from standard input.  A restart does the same from inside the running process: the
 # successor has the same lock and the same sockets before the old process lets go of them.
 
 
@@ -20349,7 +20332,7 @@ class Launch:
     port: int = 0
     #: a service manager opened the sockets: they are kept whatever the configuration says
     activated: bool = False
-    #: descriptors: the listening sockets, the lock, a pipe for the first report
+    #: descriptors: the listening sockets, the lock, a socket for the first report
     listeners: list[int] = field(default_factory=list)
     lock: int = -1
     report: int = -1
@@ -20537,12 +20520,9 @@ def read_program() -> bytes:
 
 
 def compile_program(source: bytes) -> bytes:
-    """In a child process, so that its memory is given back; raises ProgramError."""
+    """In a child process, so that its memory is given back; raises ProgramError and OSError."""
     command = [sys.executable, "-I", "-c", COMPILER, program_file()]
-    try:
-        result = subprocess.run(command, input=source, capture_output=True, check=False)
-    except OSError as error:
-        raise ProgramError(f"{sys.executable}: cannot be run: {error.strerror}") from None
+    result = subprocess.run(command, input=source, capture_output=True, check=False)
     if result.returncode:
         last_line = result.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
         reason = last_line or f"exit status {result.returncode}"
@@ -20552,14 +20532,12 @@ def compile_program(source: bytes) -> bytes:
 
 def hash_bytecode(source: bytes, bytecode: bytes) -> bytes:
     """Ties bytecode to its source, and to the Python that compiled it."""
-    digest = hashlib.sha256(importlib.util.MAGIC_NUMBER + os.fsencode(program_file()))
-    digest.update(source)
-    digest.update(bytecode)
-    return digest.digest()
+    python = importlib.util.MAGIC_NUMBER + os.fsencode(program_file())
+    return hashlib.sha256(python + source + bytecode).digest()
 
 
 def load_bytecode(paths: Paths) -> bytes:
-    """This file as it is now, compiled; raises ProgramError.
+    """This file as it is now, compiled; raises ProgramError and OSError.
 
     The state folder caches it, preceded by its hash.  If that does not match, because the bytecode
     is old, torn or another Python's, the file is compiled again and the cache replaced.
@@ -21930,7 +21908,7 @@ def open_account_command() -> tuple[Config, Paths]:
 def read_secret(prompt: str) -> str:
     """From standard input: typed without echo, or piped."""
     try:
-        text = getpass.getpass(prompt) if is_terminal(sys.stdin) else sys.stdin.readline()
+        text = getpass.getpass(prompt) if sys.stdin.isatty() else sys.stdin.readline()
     except (EOFError, UnicodeDecodeError):
         raise SignInFailed("no token was given") from None
     return bare_token(text)
