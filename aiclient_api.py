@@ -18151,7 +18151,9 @@ class SignInContext:
 # 16.1 Copilot
 
 
-async def sign_in_copilot(context: SignInContext, name: str, host: str, token: str) -> str:
+async def sign_in_copilot(
+    context: SignInContext, name: str, host: str = "", token: str = ""
+) -> str:
     """Signs in at `host` ("" = as configured); returns who it is, for the user.
 
     `token`: "" = GitHub's device flow.  It is saved unless Copilot refuses it.
@@ -18213,40 +18215,38 @@ async def check_copilot(
 # 16.2 Kiro
 
 
-@dataclass(slots=True)
-class KiroSignIn:
-    #: one of KIRO_METHODS, or "" to be asked
-    method: str = ""
-    #: of an organisation
-    start_url: str = ""
-    region: str = ""
-    #: an API key, instead of all that
-    token: str = ""
+async def sign_in_kiro(
+    context: SignInContext,
+    name: str,
+    method: str = "",
+    start_url: str = "",
+    region: str = "",
+    token: str = "",
+) -> str:
+    """Returns who is signed in, for the user.  Raises SignInFailed.
 
-
-async def sign_in_kiro(context: SignInContext, name: str, settings: KiroSignIn) -> str:
-    """Returns who is signed in, for the user.  Raises SignInFailed."""
+    `method`: of KIRO_METHODS, "" to be asked.  `start_url` and `region` are an organisation's;
+    `token` is an API key, instead of all that.
+    """
     console = context.console
-    method = settings.method or ("organisation" if settings.start_url else "")
-    check_organisation(settings.start_url or KIRO_BUILDER_START_URL, settings.region or "us-east-1")
-    if not (method or settings.token or console.interactive):
+    method = method or ("organisation" if start_url else "")
+    check_organisation(start_url or KIRO_BUILDER_START_URL, region or "us-east-1")
+    if not (method or token or console.interactive):
         raise WrongUsage(f"there is no terminal to ask on: say --method {'|'.join(KIRO_METHODS)}")
     with context.adding_provider(name, "kiro", {}) as config:
-        if not (settings.token or method):
+        if not (token or method):
             method = await console.choose("How do you sign in to Kiro?", KIRO_METHODS)
-        if settings.token:
-            content = {"auth_method": "api_key", "access_token": settings.token}
+        if token:
+            content = {"auth_method": "api_key", "access_token": token}
         elif method in ("google", "github"):
             content = await sign_in_by_portal(context, config, method)
+        elif method == "builder-id":
+            content = await sign_in_at_aws(context, config, KIRO_BUILDER_START_URL, "us-east-1")
         else:
-            start_url, region = KIRO_BUILDER_START_URL, "us-east-1"
-            if method == "organisation":
-                question = "Your organisation's start URL:"
-                start_url = settings.start_url or await console.ask(question)
-                region = settings.region or region
-                if not settings.region and console.interactive:
-                    region = await console.ask("Region of its IAM Identity Center:", region)
-            content = await sign_in_at_aws(context, config, start_url, region)
+            start_url = start_url or await console.ask("Your organisation's start URL:")
+            if not region and console.interactive:
+                region = await console.ask("Region of its IAM Identity Center:", "us-east-1")
+            content = await sign_in_at_aws(context, config, start_url, region or "us-east-1")
         content["type"] = "kiro"
         try:
             content["machine_id"] = read_kiro_login(content).machine_id
@@ -18756,9 +18756,9 @@ async def offer_sign_in(context: SignInContext) -> None:
             for message in await import_logins(context, logins, "", assume_yes=False):
                 say(message)
         elif choice == "copilot":
-            say(await sign_in_copilot(context, "copilot", "", ""))
+            say(await sign_in_copilot(context, "copilot"))
         elif choice == "kiro":
-            say(await sign_in_kiro(context, "kiro", KiroSignIn()))
+            say(await sign_in_kiro(context, "kiro"))
     except ProgramError as error:
         say(f"{error}.  The gateway starts without.")
     say()
@@ -21940,10 +21940,10 @@ def cmd_auth_kiro(options: argparse.Namespace) -> int:
     if token and not token.startswith("ksk_"):
         raise SignInFailed("that is no API key of Kiro's: they begin with ksk_")
     method = options.method or ("organisation" if is_organisation else "")
-    settings = KiroSignIn(method, options.start_url or "", options.region or "", token)
+    organisation = (options.start_url or "", options.region or "")
 
     async def work(context: SignInContext) -> str:
-        return await sign_in_kiro(context, options.name, settings)
+        return await sign_in_kiro(context, options.name, method, *organisation, token)
 
     tell(run_account_command(work, config, paths, options.browser))
     return 0
