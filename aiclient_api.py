@@ -18435,13 +18435,10 @@ class CallbackListener:
         if self.callback.done():
             return self.page(410, "Done already", "You can close this window.")
         try:
-            self.callback.set_result(
-                read_callback(f"{request.path}?{request.query}", self.state, self.option)
-            )
+            self.accept(f"{request.path}?{request.query}")
         except ValueError:
             return self.page(400, "Not this sign-in", "Start it again from the terminal.")
-        except SignInFailed as error:
-            self.callback.set_exception(error)
+        if self.callback.exception():
             return self.page(200, "Not signed in", "The terminal tells why.")
         return self.page(200, "That was it", "Close this window and go back to the terminal.")
 
@@ -18460,31 +18457,34 @@ class CallbackListener:
         body = CALLBACK_PAGE.format(title=title, words=text).encode()
         return Response(status, body, headers, content_type="text/html; charset=utf-8")
 
-    async def wait(self, console: Console) -> Callback:
-        """What the browser brings back, or the user pastes; raises SignInFailed."""
+    def accept(self, text: str) -> None:
+        """Takes what came back, from the browser or pasted; raises ValueError if it is not it."""
+        if self.callback.done():
+            return  # the other way was quicker
+        try:
+            self.callback.set_result(read_callback(text, self.state, self.option))
+        except SignInFailed as error:
+            self.callback.set_exception(error)
 
-        async def read_pasted() -> Callback:
-            while True:
+    async def read_pasted(self, console: Console) -> None:
+        with contextlib.suppress(EOFError):  # the browser may still come
+            while not self.callback.done():
+                text = await console.line()
                 try:
-                    text = await console.line()
-                except EOFError:
-                    return await self.callback  # the browser may still come
-                try:
-                    return read_callback(text, self.state, self.option)
+                    self.accept(text)
                 except ValueError as error:
                     console.say(f"That is not it: {error}.  Paste the whole address.")
 
-        futures = [self.callback, asyncio.ensure_future(read_pasted())]
+    async def wait(self, console: Console) -> Callback:
+        """Raises SignInFailed."""
+        pasting = asyncio.ensure_future(self.read_pasted(console))
         try:
-            done, _ = await asyncio.wait(
-                futures, timeout=CALLBACK_SECONDS, return_when=asyncio.FIRST_COMPLETED
-            )
-            if not done:
-                raise SignInFailed(f"nobody came back within {CALLBACK_SECONDS / 60:g} minutes")
-            return done.pop().result()
+            return await asyncio.wait_for(self.callback, CALLBACK_SECONDS)
+        except TimeoutError:
+            minutes = CALLBACK_SECONDS / 60
+            raise SignInFailed(f"nobody came back within {minutes:g} minutes") from None
         finally:
-            for future in futures:
-                future.cancel()
+            pasting.cancel()
 
     async def close(self) -> None:
         """Stops listening; the last page is still sent."""
