@@ -20971,7 +20971,7 @@ def write_frame(peer: socket.socket, message: Json) -> None:
 
 def check_socket(path: str) -> None:
     """Raises OSError if `path` is anything but a socket of this user: it would be lost."""
-    if os.path.lexists(path):
+    with contextlib.suppress(FileNotFoundError):
         status = os.lstat(path)
         if not stat.S_ISSOCK(status.st_mode) or status.st_uid != os.getuid():
             reason = f"{path} is not a socket of this user; move it away"
@@ -21039,17 +21039,10 @@ class ControlServer:
             check_socket(socket_path)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(new_path)
-        old_umask = os.umask(0o177)
-        try:
-            self.server = Listener(new_path, socketserver.BaseRequestHandler)
-        finally:
-            os.umask(old_umask)
-        try:
-            self.identity = os.stat(new_path).st_ino
-            os.replace(new_path, path)
-        except BaseException:
-            self.server.server_close()
-            raise
+        self.server = Listener(new_path, socketserver.BaseRequestHandler)
+        os.chmod(new_path, 0o600)  # the umask and the folder have kept others away
+        self.identity = os.stat(new_path).st_ino
+        os.replace(new_path, path)
         # It ends with the process: `shutdown` would need a short poll_interval.
         serving = functools.partial(self.server.serve_forever, poll_interval=3600)
         threading.Thread(target=serving, daemon=True).start()
