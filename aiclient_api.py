@@ -20458,7 +20458,7 @@ def open_port(host: str, port: int) -> list[socket.socket]:
     except OSError as error:
         reason = error.strerror or str(error)
         if error.errno == errno.EADDRINUSE:
-            reason += f" (by what: ss -ltnp, or lsof -i :{port})"
+            reason += f" (`ss -ltnp` or `lsof -i :{port}` shows the process)"
         option = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
         where = f"{format_host(host)}:{port}"
         raise ProgramError(f"cannot listen on {where}: {reason}; try {option}") from None
