@@ -125,7 +125,7 @@ from collections.abc import (
 )
 from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from types import UnionType
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TextIO, TypeVar
 
 
 def lazy_module(name: str) -> Any:
@@ -17441,23 +17441,14 @@ REVOKE_AT = {
 }
 
 
-def is_terminal(stream: Any) -> bool:
-    return bool(stream.isatty())
-
-
-def is_foreground() -> bool:
-    """Whether this process may read from its terminal: a background job would be stopped."""
-    try:
-        return os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
-    except (AttributeError, OSError):
-        return True  # no job control here
-
-
 class Console:
     """The user, at a terminal or a pipe: messages go to standard error, results to output."""
 
     def __init__(self) -> None:
-        self.interactive = is_terminal(sys.stdin) and is_terminal(sys.stderr) and is_foreground()
+        self.interactive = sys.stdin.isatty() and sys.stderr.isatty()
+        with contextlib.suppress(AttributeError, OSError):  # without job control
+            # A background job that reads from its terminal would be stopped.
+            self.interactive &= os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
         self.line_open = False
         self.status_at = float("-inf")
         self.pending_input = b""
@@ -17469,7 +17460,7 @@ class Console:
 
     def status(self, text: str) -> None:
         """A line that the next one replaces; without a terminal, at most one a minute."""
-        if is_terminal(sys.stderr):
+        if sys.stderr.isatty():
             self.line_open = True
             visible_text = one_line(text)[: shutil.get_terminal_size().columns - 1]
             print(f"\r\x1b[K{visible_text}", end="", file=sys.stderr, flush=True)
@@ -17486,30 +17477,22 @@ class Console:
         """The next line typed; raises EOFError.  Other tasks keep running, and Ctrl-C works."""
         while b"\n" not in self.pending_input:
             data = await self.read_some()
-            if not data:
-                if self.pending_input:
-                    break
+            if not data and not self.pending_input:
                 raise EOFError
-            self.pending_input += data
+            self.pending_input += data or b"\n"
         line, _, self.pending_input = self.pending_input.partition(b"\n")
         return line.decode("utf-8", "replace").strip()
 
     async def read_some(self) -> bytes:
         """What standard input has, as soon as it has anything; b"" at EOF."""
-        loop = asyncio.get_running_loop()
-        ready = loop.create_future()
-        fd = sys.stdin.fileno()
-
-        def on_ready() -> None:
-            if not ready.done():
-                ready.set_result(None)
-
+        loop, fd = asyncio.get_running_loop(), sys.stdin.fileno()
+        ready = asyncio.Event()
         try:
-            loop.add_reader(fd, on_ready)
+            loop.add_reader(fd, ready.set)
         except (NotImplementedError, PermissionError):  # Windows; a plain file
             return await asyncio.to_thread(os.read, fd, 65536)
         try:
-            await ready
+            await ready.wait()
             return os.read(fd, 65536)
         finally:
             loop.remove_reader(fd)
@@ -17527,24 +17510,22 @@ class Console:
             raise SignInFailed("the input ended before an answer") from None
 
     async def confirm(self, question: str, default: bool = True) -> bool:
-        while True:
-            answer = (await self.ask(question, "Y/n" if default else "y/N")).lower()
-            if answer in ("y/n", "y", "yes", "n", "no"):
-                return answer in ("y", "yes") or (answer == "y/n" and default)
+        hint = "Y/n" if default else "y/N"
+        answers = {"y/n": default, "y": True, "yes": True, "n": False, "no": False}
+        while (answer := answers.get((await self.ask(question, hint)).lower())) is None:
             self.say("Please answer y or n.")
+        return answer
 
     async def choose(self, question: str, options: dict[str, str]) -> str:
-        names = list(options)
+        """The name of the option that is chosen by its name or number."""
         self.say(question)
-        for number, label in enumerate(options.values(), 1):
+        choices = dict(zip(options, options, strict=True))
+        for number, (name, label) in enumerate(options.items(), 1):
+            choices[str(number)] = name
             self.say(f"  {number}  {label}")
-        while True:
-            answer = (await self.ask("Choice", "1")).lower()
-            if answer in names:
-                return answer
-            if answer.isdigit() and 1 <= int(answer) <= len(names):
-                return names[int(answer) - 1]
-            self.say(f"Please type a number from 1 to {len(names)}.")
+        while (choice := choices.get((await self.ask("Choice", "1")).lower())) is None:
+            self.say(f"Please type a number from 1 to {len(options)}.")
+        return choice
 
 
 def open_browser(url: str) -> bool:
@@ -17568,17 +17549,18 @@ def open_browser(url: str) -> bool:
     return True
 
 
-def with_provider(text: str, where: str, name: str, kind: str, settings: dict[str, str]) -> str:
+def with_provider(where: str, name: str, kind: str, settings: dict[str, str], text: str) -> str:
     """Adds what `[providers.NAME]` lacks; raises ConfigError if the file says otherwise."""
     entries = {"type": kind, **settings}
     table = get_dict(get_dict(tomllib.loads(text), "providers"), name)
     for key, value in entries.items():
-        if table.get(key, value) != value:
+        if key not in table:
+            text = set_toml(text, ("providers", name, key), value)
+        elif table[key] != value:
             raise ConfigError(
                 f"{where}: providers.{name}.{key}: is {table[key]!r}, not {value!r}; "
                 "change it there, or take another --name"
             )
-        text = text if key in table else set_toml(text, ("providers", name, key), value)
     try:
         read_config_text(text, where)
     except ConfigError:
@@ -17599,16 +17581,33 @@ class SignInContext:
     console: Console
     browser: bool = True
 
-    def provider_config(self, name: str, kind: str) -> ProviderConfig:
+    @contextlib.contextmanager
+    def adding_provider(self, name: str, kind: str, settings: dict[str, Any]) -> Iterator[Any]:
+        """Adds the provider to the configuration file after the body, which signs in and saves.
+
+        Yields the provider's configuration.  What could fail at the end is checked before.
+        """
         if not PROVIDER_NAME.fullmatch(name):
             raise WrongUsage(f"--name {name}: a name is letters, digits, '-' and '_'")
-        config = self.config.providers.get(name)
+        config, path = self.config.providers.get(name), self.paths.config_file
         if config is not None and config.type != kind:
             raise WrongUsage(f"--name {name}: that provider's type is {config.type}, not {kind}")
-        return config or PROVIDER_CONFIGS[kind]()
-
-    def file(self, name: str) -> TokenFile:
-        return TokenFile(self.paths.token_file(name))
+        if config is not None and not config.enabled:
+            self.console.say(f"Provider {name!r} is disabled; nobody will use this sign-in.", "")
+        edit = functools.partial(with_provider, path, name, kind, settings)
+        is_new = config is None or any(getattr(config, k) != v for k, v in settings.items())
+        if is_new:
+            edit(load_config_text(path))
+        self.check_disk(name)
+        self.show_terms(kind)
+        try:
+            yield replace(config or PROVIDER_CONFIGS[kind](), **settings)
+        except ApiError as error:
+            raise SignInFailed(error.text()) from None
+        if is_new:  # the file may have been changed meanwhile
+            edit_config(self.paths, edit)
+            config = read_config_text(load_config_text(path), path).providers[name]
+            self.config.providers[name] = config
 
     def check_disk(self, name: str) -> None:
         """Raises SignInFailed if a sign-in could not be saved: better before than after."""
@@ -17623,14 +17622,14 @@ class SignInContext:
 
     async def save(self, name: str, content: Json) -> None:
         """Saves a sign-in; if that fails, lets the user fix the cause and retry."""
-        file = self.file(name)
+        file = TokenFile(self.paths.token_file(name))
         while True:
             try:
                 async with file.lock():
                     file.replace(content)
                 return
             except (OSError, ProgramError) as error:
-                reason = error.strerror if isinstance(error, OSError) else str(error)
+                reason = getattr(error, "strerror", None) or str(error)
                 problem = f"{file.path}: cannot be written: {reason}"
             if not self.console.interactive:
                 raise SignInFailed(problem)
@@ -17646,41 +17645,20 @@ class SignInContext:
         except ProgramError as error:
             log_event("warning", "notices_unusable", reason=error)
             notices = {}
-        shown_terms = notices.get("terms")
-        shown_terms = shown_terms if isinstance(shown_terms, list) else []
-        if kind in shown_terms:
+        shown = notices.get("terms")
+        shown = shown if isinstance(shown, list) else []
+        if kind in shown:
             return
         self.console.say(*TERMS[kind].splitlines(), "")
         try:
-            save_private_json(path, {**notices, "terms": [*shown_terms, kind]})
+            save_private_json(path, {**notices, "terms": [*shown, kind]})
         except OSError as error:
             log_event("warning", "notices_not_saved", reason=error.strerror)
 
-    def has_provider(self, name: str, settings: dict[str, str]) -> bool:
-        config = self.config.providers.get(name)
-        return config is not None and all(getattr(config, k) == v for k, v in settings.items())
-
-    def check_provider(self, name: str, kind: str, settings: dict[str, str]) -> None:
-        """A dry run of `add_provider`: better to fail before a sign-in than after."""
-        config = self.config.providers.get(name)
-        if config is not None and not config.enabled:
-            self.console.say(f"Provider {name!r} is disabled; nobody will use this sign-in.", "")
-        if not self.has_provider(name, settings):
-            path = self.paths.config_file
-            with_provider(load_config_text(path), path, name, kind, settings)
-
-    def add_provider(self, name: str, kind: str, settings: dict[str, str]) -> None:
-        if self.has_provider(name, settings):
-            return
-        path = self.paths.config_file
-        edit_config(self.paths, lambda text: with_provider(text, path, name, kind, settings))
-        config = read_config_text(load_config_text(path), path)
-        self.config.providers[name] = config.providers[name]
-
     async def ask(
-        self, method: str, url: str, headers: dict[str, str], body: Json, service: str
+        self, url: str, headers: dict[str, str], body: Json, service: str
     ) -> tuple[int, Headers, bytes]:
-        """(status, headers, body) of one request; raises SignInFailed if there is no response."""
+        """(status, headers, body) of one POST; raises SignInFailed if there is no response."""
         headers = {
             "Accept": "application/json",
             "Accept-Encoding": "identity",
@@ -17688,45 +17666,82 @@ class SignInContext:
             **headers,
         }
         try:
-            return await self.client.fetch(method, url, headers, SIGN_IN_SECONDS, dump_json(body))
+            return await self.client.fetch("POST", url, headers, SIGN_IN_SECONDS, dump_json(body))
         except ApiError as error:
             raise SignInFailed(f"{service} cannot be reached: {error.text()}") from None
+
+    async def need(
+        self, url: str, headers: dict[str, str], body: Json, service: str, problem: str
+    ) -> Json:
+        """As `ask`, but raises SignInFailed unless an object without an error comes back."""
+        status, response_headers, data = await self.ask(url, headers, body, service)
+        payload = load_answer(data)
+        if status != 200 or payload is None or "error" in payload:
+            reason = classify_poll(status, response_headers, data).words or f"status {status}"
+            raise SignInFailed(f"{service} {problem}: {reason}")
+        return payload
+
+    async def device_flow(
+        self,
+        service: str,
+        get_code: Callable[[], Awaitable[Json]],
+        poll: Callable[[str], Awaitable[tuple[int, Headers, bytes]]],
+    ) -> Json:
+        """The response to the poll after a code was entered (RFC 8628); raises SignInFailed.
+
+        If the code expires, the user may get a new one.
+        """
+        while True:
+            device = read_device_code(await get_code(), service)
+            say = self.console.say
+            say(f"Open    {device.url}", f"and type    {device.user_code}", "")
+            if device.url_complete:
+                say(f"or open    {device.url_complete}    and compare the code", "")
+            if self.browser and open_browser(device.url_complete or device.url):
+                say("A browser should open by itself; any other, on any machine, will do.", "")
+            try:
+                return await self.await_device(device, service, poll)
+            except CodeExpired as error:
+                if not self.console.interactive:
+                    raise
+                say(f"Sorry, {error}.")
+                if not await self.console.confirm("Get a new one?"):
+                    raise
 
     async def await_device(
         self,
         device: DeviceCode,
         service: str,
-        poll: Callable[[], Awaitable[tuple[int, Headers, bytes]]],
+        poll: Callable[[str], Awaitable[tuple[int, Headers, bytes]]],
     ) -> Json:
-        """Shows a code, and polls until it was entered.  Raises CodeExpired and SignInFailed."""
-        say = self.console.say
-        say(f"Open    {device.url}")
-        say(f"and type    {device.user_code}", "")
-        if device.url_complete:
-            say(f"or open    {device.url_complete}    and compare the code", "")
-        if self.browser and open_browser(device.url_complete or device.url):
-            say("A browser should open by itself; any other, on any machine, will do.", "")
-        loop = asyncio.get_running_loop()
-        ends_at = loop.time() + device.expires_in
+        now = asyncio.get_running_loop().time
+        ends_at = now() + device.expires_in
         interval_s, trouble = device.interval + DEVICE_EXTRA_SECONDS, ""
         while True:
-            await self.count_down(min(loop.time() + interval_s, ends_at), ends_at, trouble)
-            if loop.time() >= ends_at:
+            poll_at = min(now() + interval_s, ends_at)
+            while (delay_s := poll_at - now()) > 0:
+                left = int(ends_at - now())
+                clock = f"{left // 60}:{left % 60:02d}"
+                self.console.status(f"Waiting for you: {clock} left, Ctrl-C ends it{trouble}")
+                await asyncio.sleep(min(delay_s, 1.0))
+            if now() >= ends_at:
                 raise CodeExpired("the code has expired")
             try:
-                outcome = classify_poll(*await poll())
+                outcome = classify_poll(*await poll(device.code))
             except SignInFailed as error:
                 outcome = Poll("unreachable", {}, str(error))
-            trouble = f" ({outcome.words}; trying again)" if outcome.state == "unreachable" else ""
+            trouble = ""
             if outcome.state == "done":
                 self.console.close_line()
                 return outcome.body
-            if outcome.state == "slow_down":
-                new_interval = str(outcome.body.get("interval", ""))
-                slower_s = interval_s + DEVICE_SLOWER_SECONDS
-                if DIGITS.fullmatch(new_interval) and int(new_interval) < 3600:
-                    slower_s = max(interval_s, int(new_interval) + DEVICE_EXTRA_SECONDS)
-                interval_s = slower_s
+            if outcome.state == "unreachable":
+                trouble = f" ({outcome.words}; trying again)"
+            elif outcome.state == "slow_down":
+                asked_s = parse_number(outcome.body.get("interval"))
+                if asked_s is None or not 0 <= asked_s < 3600:
+                    interval_s += DEVICE_SLOWER_SECONDS
+                else:
+                    interval_s = max(interval_s, asked_s + DEVICE_EXTRA_SECONDS)
             elif outcome.state == "expired":
                 raise CodeExpired("the code has expired")
             elif outcome.state == "denied":
@@ -17734,181 +17749,149 @@ class SignInContext:
             elif outcome.state == "failed":
                 raise SignInFailed(f"{service} refuses the sign-in: {outcome.words}")
 
-    async def count_down(self, poll_at: float, ends_at: float, trouble: str) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            left = max(int(ends_at - loop.time()), 0)
-            clock = f"{left // 60}:{left % 60:02d}"
-            self.console.status(f"Waiting for you: {clock} left, Ctrl-C ends it{trouble}")
-            delay_s = poll_at - loop.time()
-            if delay_s <= 0:
-                return
-            await asyncio.sleep(min(delay_s, 1.0))
-
-    async def with_new_codes(self, attempt: Callable[[], Awaitable[Json]]) -> Json:
-        while True:
-            try:
-                return await attempt()
-            except CodeExpired as error:
-                if not self.console.interactive:
-                    raise
-                self.console.say(f"Sorry, {error}.")
-                if not await self.console.confirm("Get a new one?"):
-                    raise
-
 
 # 16.1 Copilot
 
 
-async def sign_in_copilot(context: SignInContext, name: str, host: str, token: str) -> str:
+async def sign_in_copilot(
+    context: SignInContext, name: str, host: str = "", token: str = ""
+) -> str:
     """Signs in at `host` ("" = as configured); returns who it is, for the user.
 
     `token`: "" = GitHub's device flow.  It is saved unless Copilot refuses it.
     """
-    config = context.provider_config(name, "copilot")
-    assert isinstance(config, CopilotConfig)
     settings = {}
     if host:
         settings = {"github_url": f"https://{host}", "github_api_url": f"https://api.{host}"}
-        config = replace(config, github_url=settings["github_url"])
-        config.github_api_url = settings["github_api_url"]
-    context.check_provider(name, "copilot", settings)
-    context.check_disk(name)
-    context.show_terms("copilot")
-    if not token:
-        payload = await context.with_new_codes(lambda: ask_github_device(context, config))
-        token = bare_token(str(payload["access_token"]))
-    content, message = await check_copilot(context, config, token)
-    context.add_provider(name, "copilot", settings)
-    await context.save(name, content)
+    with context.adding_provider(name, "copilot", settings) as config:
+        token = token or await ask_github_token(context, config)
+        content, message = await check_copilot(context, config, token)
+        await context.save(name, content)
     return message
 
 
-async def ask_github_device(context: SignInContext, config: CopilotConfig) -> Json:
+async def ask_github_token(context: SignInContext, config: CopilotConfig) -> str:
     base = config.github_url.rstrip("/")
+    host = split_url(base)[1]
     headers = {"User-Agent": COPILOT_USER_AGENT}
-    params = {"client_id": COPILOT_CLIENT_ID, "scope": COPILOT_SCOPE}
-    status, _, data = await context.ask(
-        "POST", base + "/login/device/code", headers, params, split_url(base)[1]
-    )
-    body = load_answer(data)
-    if status != 200 or body is None or "error" in body:
-        reason = read_error_answer(status, data)[0] or f"status {status}"
-        raise SignInFailed(f"{split_url(base)[1]} gives no code: {reason[:300]}")
-    device = read_device_code(body, "GitHub")
-    grant = {"client_id": COPILOT_CLIENT_ID, "device_code": device.code, "grant_type": DEVICE_GRANT}
-    url = base + "/login/oauth/access_token"
-    return await context.await_device(
-        device, "GitHub", lambda: context.ask("POST", url, headers, grant, "GitHub")
-    )
+
+    async def get_code() -> Json:
+        params = {"client_id": COPILOT_CLIENT_ID, "scope": COPILOT_SCOPE}
+        url = base + "/login/device/code"
+        return await context.need(url, headers, params, host, "gives no code")
+
+    async def poll(code: str) -> tuple[int, Headers, bytes]:
+        grant = {"client_id": COPILOT_CLIENT_ID, "device_code": code, "grant_type": DEVICE_GRANT}
+        return await context.ask(base + "/login/oauth/access_token", headers, grant, "GitHub")
+
+    payload = await context.device_flow("GitHub", get_code, poll)
+    return bare_token(str(payload["access_token"]))
 
 
 async def check_copilot(
     context: SignInContext, config: CopilotConfig, token: str
 ) -> tuple[Json, str]:
-    """(token file content, whose it is for the user); raises SignInFailed if it is refused."""
+    """(token file content, whose it is for the user); raises NotSignedIn if it is refused."""
     content: Json = {"type": "copilot", "github_token": token}
+    trouble = ""
     try:
         content |= saved_token(await obtain_copilot_token(context.client, config, token))
-        trouble = ""
-    except NotSignedIn as error:
-        raise SignInFailed(error.text()) from None
+    except NotSignedIn:
+        raise
     except ApiError as error:
         trouble = f".  It could not be checked now, and is tried at the first request: {error}"
     try:
-        status, _, data = await ask_github(context.client, config, "/user", token)
-        content["login"] = get_str(load_object(data) or {} if status == 200 else {}, "login")
-        status, _, data = await ask_github(context.client, config, "/copilot_internal/user", token)
-        user = load_object(data) or {} if status == 200 else {}
-        content["login"] = content["login"] or get_str(user, "login")
-        content["plan"] = get_str(user, "copilot_plan")
+        for path in ("/user", "/copilot_internal/user"):
+            status, _, data = await ask_github(context.client, config, path, token)
+            user = load_object(data) or {} if status == 200 else {}
+            content["login"] = content.get("login") or get_str(user, "login")
+            content["plan"] = get_str(user, "copilot_plan")
     except ApiError as error:
         trouble = trouble or f".  GitHub did not say who this is: {error}"
-    host = split_url(config.github_url)[1]
     content = {key: value for key, value in content.items() if value not in ("", None)}
+    who = f"{content.get('login', '(unknown)')} at {split_url(config.github_url)[1]}"
     plan = f", plan {content['plan']}" if "plan" in content else ""
-    return (
-        content,
-        f"Signed in to Copilot as {content.get('login', '(unknown)')} at {host}{plan}{trouble}",
-    )
+    return content, f"Signed in to Copilot as {who}{plan}{trouble}"
 
 
 # 16.2 Kiro
 
 
-@dataclass(slots=True)
-class KiroSignIn:
-    #: one of KIRO_METHODS, or "" to be asked
-    method: str = ""
-    #: of an organisation
-    start_url: str = ""
-    region: str = ""
-    #: an API key, instead of all that
-    token: str = ""
+async def sign_in_kiro(
+    context: SignInContext,
+    name: str,
+    method: str = "",
+    start_url: str = "",
+    region: str = "",
+    token: str = "",
+) -> str:
+    """Returns who is signed in, for the user.  Raises SignInFailed.
 
-
-async def sign_in_kiro(context: SignInContext, name: str, settings: KiroSignIn) -> str:
-    """Returns who is signed in, for the user.  Raises SignInFailed."""
-    config = context.provider_config(name, "kiro")
-    assert isinstance(config, KiroConfig)
-    method = settings.method or ("organisation" if settings.start_url else "")
-    check_organisation(settings.start_url or KIRO_BUILDER_START_URL, settings.region or "us-east-1")
-    if not (method or settings.token or context.console.interactive):
+    `method`: of KIRO_METHODS, "" to be asked.  `start_url` and `region` are an organisation's;
+    `token` is an API key, instead of all that.
+    """
+    console = context.console
+    method = method or ("organisation" if start_url else "")
+    check_organisation(start_url or KIRO_BUILDER_START_URL, region or "us-east-1")
+    if not (method or token or console.interactive):
         raise WrongUsage(f"there is no terminal to ask on: say --method {'|'.join(KIRO_METHODS)}")
-    context.check_provider(name, "kiro", {})
-    context.check_disk(name)
-    context.show_terms("kiro")
-    content: Json = {"auth_method": "api_key", "access_token": settings.token}
-    if not settings.token:
-        method = method or await context.console.choose("How do you sign in to Kiro?", KIRO_METHODS)
-        if method in ("google", "github"):
+    with context.adding_provider(name, "kiro", {}) as config:
+        if not (token or method):
+            method = await console.choose("How do you sign in to Kiro?", KIRO_METHODS)
+        if token:
+            content = {"auth_method": "api_key", "access_token": token}
+        elif method in ("google", "github"):
             content = await sign_in_by_portal(context, config, method)
         elif method == "builder-id":
             content = await sign_in_at_aws(context, config, KIRO_BUILDER_START_URL, "us-east-1")
         else:
-            start_url = settings.start_url or await context.console.ask(
-                "Your organisation's start URL:"
-            )
-            region = settings.region
-            if not region and context.console.interactive:
-                region = await context.console.ask(
-                    "Region of its IAM Identity Center:", "us-east-1"
-                )
+            start_url = start_url or await console.ask("Your organisation's start URL:")
+            if not region and console.interactive:
+                region = await console.ask("Region of its IAM Identity Center:", "us-east-1")
             content = await sign_in_at_aws(context, config, start_url, region or "us-east-1")
-    content["type"] = "kiro"
-    try:
-        content["machine_id"] = read_kiro_login(content).machine_id
-    except ValueError as error:
-        raise SignInFailed(f"Kiro's answer cannot be used: {error}") from None
-    context.add_provider(name, "kiro", {})
-    return await save_kiro_sign_in(context, name, content)
+        content["type"] = "kiro"
+        try:
+            content["machine_id"] = read_kiro_login(content).machine_id
+        except ValueError as error:
+            raise SignInFailed(f"Kiro's answer cannot be used: {error}") from None
+        return await save_kiro_sign_in(context, name, config, content)
 
 
-async def save_kiro_sign_in(context: SignInContext, name: str, content: Json) -> str:
-    """Saves a sign-in; if Kiro refuses it, restores the old one and raises SignInFailed."""
-    file = context.file(name)
+async def save_kiro_sign_in(
+    context: SignInContext, name: str, config: KiroConfig, content: Json
+) -> str:
+    """Saves a sign-in; if Kiro refuses it, restores the old one and raises NotSignedIn."""
+    file = TokenFile(context.paths.token_file(name))
     try:
         previous = file.load()
     except ProgramError:
         previous = None  # kept aside, or only a link
     await context.save(name, content)
     try:
-        return await describe_kiro(context, name)
-    except NotSignedIn as error:
+        return await check_kiro(context, name, config)
+    except NotSignedIn:
         if previous is None:
             os.unlink(file.path)
         else:
             await context.save(name, previous)
-        raise SignInFailed(error.text()) from None
+        raise
 
 
-async def describe_kiro(context: SignInContext, name: str) -> str:
-    """Whose a new sign-in is, for the user; raises NotSignedIn if it is unusable."""
-    config = context.provider_config(name, "kiro")
-    assert isinstance(config, KiroConfig)
+async def check_kiro(context: SignInContext, name: str, config: KiroConfig) -> str:
+    """Chooses the profile of a new sign-in; returns whose it is, for the user.
+
+    Raises NotSignedIn if it is unusable.
+    """
     provider = KiroProvider(name, config, context.paths, context.client)
     try:
-        await choose_profile(context, provider)
+        login = await provider.account.login()
+        if login.kind == "idc" and not login.arn:
+            profiles = await provider.find_profiles(login)
+            arn = next(iter(profiles)) if len(profiles) == 1 else ""
+            if len(profiles) > 1 and context.console.interactive:
+                arn = await context.console.choose("Which profile?", profiles)
+            if arn:  # otherwise the first request will say what to set
+                await provider.account.save({"profile_arn": arn}, login)
         limits = await provider.limits(with_user=True)
     except ApiError as error:
         if isinstance(error, NotSignedIn) and not isinstance(error, NotEntitled):
@@ -17919,20 +17902,6 @@ async def describe_kiro(context: SignInContext, name: str) -> str:
     plan = f", plan {limits.plan}" if limits.plan else ""
     credit_text = f", {limits.used:g} of {limits.limit:g} credits used" if limits.limit else ""
     return f"Signed in to Kiro{who}{plan}{credit_text}"
-
-
-async def choose_profile(context: SignInContext, provider: KiroProvider) -> None:
-    login = await provider.account.login()
-    if login.kind != "idc" or login.arn:
-        return
-    profiles = await provider.find_profiles(login)
-    if len(profiles) > 1 and context.console.interactive:
-        arn = await context.console.choose("Which profile?", profiles)
-    elif len(profiles) == 1:
-        arn = next(iter(profiles))
-    else:
-        return  # the first request will say what to set
-    await provider.account.save({"profile_arn": arn}, login)
 
 
 def check_organisation(start_url: str, region: str) -> None:
@@ -17950,13 +17919,7 @@ async def sign_in_at_aws(
     base = (config.oidc_url or KIRO_OIDC_URL.format(region=region)).rstrip("/")
 
     async def post(path: str, body: Json) -> Json:
-        status, headers, data = await context.ask("POST", base + path, {}, body, "AWS")
-        payload = load_object(data)
-        if status != 200 or payload is None:
-            reason = classify_poll(status, headers, data).words
-            hint = "; are the start URL and the region right?" if path != "/client/register" else ""
-            raise SignInFailed(f"AWS refuses the sign-in: {reason or f'status {status}'}{hint}")
-        return payload
+        return await context.need(base + path, {}, body, "AWS", "refuses the sign-in")
 
     registration = {
         "clientName": KIRO_CLIENT_NAME,
@@ -17966,19 +17929,19 @@ async def sign_in_at_aws(
         "issuerUrl": start_url,
     }
     client = await post("/client/register", registration)
-    credentials = {"clientId": get_str(client, "clientId")}
-    credentials["clientSecret"] = get_str(client, "clientSecret")
+    credentials = {name: get_str(client, name) for name in ("clientId", "clientSecret")}
 
-    async def attempt() -> Json:
-        device = read_device_code(
-            await post("/device_authorization", {**credentials, "startUrl": start_url}), "AWS"
-        )
-        grant = {**credentials, "grantType": DEVICE_GRANT, "deviceCode": device.code}
-        return await context.await_device(
-            device, "AWS", lambda: context.ask("POST", base + "/token", {}, grant, "AWS")
-        )
+    async def get_code() -> Json:
+        try:
+            return await post("/device_authorization", {**credentials, "startUrl": start_url})
+        except SignInFailed as error:
+            raise SignInFailed(f"{error}; are the start URL and the region right?") from None
 
-    payload = await context.with_new_codes(attempt)
+    async def poll(code: str) -> tuple[int, Headers, bytes]:
+        grant = {**credentials, "grantType": DEVICE_GRANT, "deviceCode": code}
+        return await context.ask(base + "/token", {}, grant, "AWS")
+
+    payload = await context.device_flow("AWS", get_code, poll)
     is_builder = start_url.rstrip("/") == KIRO_BUILDER_START_URL
     return {
         "auth_method": "builder_id" if is_builder else "idc",
@@ -17993,25 +17956,22 @@ async def sign_in_at_aws(
 
 async def sign_in_by_portal(context: SignInContext, config: KiroConfig, method: str) -> Json:
     """Kiro's own page in a browser (PKCE): token file content without its type."""
-    state, verifier, machine_id = (
-        b64url(os.urandom(24)),
-        b64url(os.urandom(32)),
-        os.urandom(32).hex(),
-    )
+    state, verifier = b64url(os.urandom(24)), b64url(os.urandom(32))
+    machine_id = os.urandom(32).hex()
     listener = CallbackListener(context.client.ticker, state, method)
-    port = await listener.listen() or KIRO_PORTAL_PORTS[0]
+    await listener.listen()
     try:
-        url = portal_url(state, verifier, port)
+        url = portal_url(state, verifier, listener.port)
         context.console.say(f"Open    {url}", "")
         if context.browser and open_browser(url):
             context.console.say("A browser should open by itself.", "")
         context.console.say(
             "Where that browser cannot reach this machine, it will end at an address that begins",
-            f"with http://localhost:{port}/ and shows an error: copy that whole address and paste "
-            "it here.",
+            f"with http://localhost:{listener.port}/ and shows an error: copy that whole address "
+            "and paste it here.",
             "",
         )
-        callback = await wait_for_callback(context, listener, state, method)
+        callback = await listener.wait(context.console)
     finally:
         await listener.close()
     if callback.option not in ("google", "github"):
@@ -18022,7 +17982,7 @@ async def sign_in_by_portal(context: SignInContext, config: KiroConfig, method: 
         return await sign_in_at_aws(
             context, config, callback.issuer_url, callback.region or "us-east-1"
         )
-    redirect = f"http://localhost:{port}{callback.path}"
+    redirect = f"http://localhost:{listener.port}{callback.path}"
     params = {
         "code": callback.code,
         "code_verifier": verifier,
@@ -18031,15 +17991,9 @@ async def sign_in_by_portal(context: SignInContext, config: KiroConfig, method: 
     base = (config.auth_url or KIRO_AUTH_URL).rstrip("/")
     headers = {"User-Agent": f"KiroIDE-{config.kiro_version}-{machine_id}"}
     headers["Accept"] = "application/json, text/plain, */*"
-    status, _, data = await context.ask("POST", base + "/oauth/token", headers, params, "Kiro")
-    body = load_object(data)
-    if status != 200 or body is None:
-        reason = read_error_answer(status, data)[0] or f"status {status}"
-        raise SignInFailed(f"Kiro refuses the sign-in: {reason[:300]}")
-    try:
-        changes = read_refresh_answer(body, time.time())
-    except UpstreamError as error:
-        raise SignInFailed(str(error)) from None
+    url = base + "/oauth/token"
+    body = await context.need(url, headers, params, "Kiro", "refuses the sign-in")
+    changes = read_refresh_answer(body, time.time())
     return {"auth_method": callback.option, "machine_id": machine_id, **changes}
 
 
@@ -18057,18 +18011,17 @@ class CallbackListener:
         self.option = option
         self.callback: asyncio.Future[Callback] = asyncio.get_running_loop().create_future()
         self.servers: list[Server] = []
-        self.port = 0
+        self.port = KIRO_PORTAL_PORTS[0]
 
-    async def listen(self) -> int:
-        """The first free port of those the portal knows; 0 if all are taken."""
+    async def listen(self) -> None:
+        """On the first free port of those the portal knows, if there is one."""
         for port in KIRO_PORTAL_PORTS:
             with contextlib.suppress(OSError):
                 await self.open("127.0.0.1", port)
                 self.port = port
                 with contextlib.suppress(OSError):  # localhost may be this one
                     await self.open("::1", port)
-                return port
-        return 0
+                return
 
     async def open(self, host: str, port: int) -> None:
         config = ServerConfig(host=host, port=port, max_connections=16)
@@ -18084,13 +18037,10 @@ class CallbackListener:
         if self.callback.done():
             return self.page(410, "Done already", "You can close this window.")
         try:
-            self.callback.set_result(
-                read_callback(f"{request.path}?{request.query}", self.state, self.option)
-            )
+            self.accept(f"{request.path}?{request.query}")
         except ValueError:
             return self.page(400, "Not this sign-in", "Start it again from the terminal.")
-        except SignInFailed as error:
-            self.callback.set_exception(error)
+        if self.callback.exception():
             return self.page(200, "Not signed in", "The terminal tells why.")
         return self.page(200, "That was it", "Close this window and go back to the terminal.")
 
@@ -18109,39 +18059,39 @@ class CallbackListener:
         body = CALLBACK_PAGE.format(title=title, words=text).encode()
         return Response(status, body, headers, content_type="text/html; charset=utf-8")
 
+    def accept(self, text: str) -> None:
+        """Takes what came back, from the browser or pasted; raises ValueError if it is not it."""
+        if self.callback.done():
+            return  # the other way was quicker
+        try:
+            self.callback.set_result(read_callback(text, self.state, self.option))
+        except SignInFailed as error:
+            self.callback.set_exception(error)
+
+    async def read_pasted(self, console: Console) -> None:
+        with contextlib.suppress(EOFError):  # the browser may still come
+            while not self.callback.done():
+                text = await console.line()
+                try:
+                    self.accept(text)
+                except ValueError as error:
+                    console.say(f"That is not it: {error}.  Paste the whole address.")
+
+    async def wait(self, console: Console) -> Callback:
+        """Raises SignInFailed."""
+        pasting = asyncio.ensure_future(self.read_pasted(console))
+        try:
+            return await asyncio.wait_for(self.callback, CALLBACK_SECONDS)
+        except TimeoutError:
+            minutes = CALLBACK_SECONDS / 60
+            raise SignInFailed(f"nobody came back within {minutes:g} minutes") from None
+        finally:
+            pasting.cancel()
+
     async def close(self) -> None:
         """Stops listening; the last page is still sent."""
         for server in self.servers:
             await server.drain(LINGER_SECONDS)
-
-
-async def wait_for_callback(
-    context: SignInContext, listener: CallbackListener, state: str, option: str
-) -> Callback:
-    """What the browser brings back, or the user pastes; raises SignInFailed."""
-
-    async def read_pasted() -> Callback:
-        while True:
-            try:
-                text = await context.console.line()
-            except EOFError:
-                return await listener.callback  # nothing can be pasted; the browser may still come
-            try:
-                return read_callback(text, state, option)
-            except ValueError as error:
-                context.console.say(f"That is not it: {error}.  Paste the whole address.")
-
-    futures = [listener.callback, asyncio.ensure_future(read_pasted())]
-    try:
-        done, _ = await asyncio.wait(
-            futures, timeout=CALLBACK_SECONDS, return_when=asyncio.FIRST_COMPLETED
-        )
-        if not done:
-            raise SignInFailed(f"nobody came back within {CALLBACK_SECONDS / 60:g} minutes")
-        return done.pop().result()
-    finally:
-        for future in futures:
-            future.cancel()
 
 
 # 16.3 sign-ins of other programs on this machine
@@ -18151,45 +18101,53 @@ async def wait_for_callback(
 class FoundLogin:
     """A sign-in of another program."""
 
-    kind: str
     #: whose it is, for the user
     program: str
     path: str
-    #: what is known of the account
-    account: str
+    #: of our token file
     content: Json = field(repr=False)
     #: GitHub's; "" for Kiro
     host: str = ""
 
+    @property
+    def kind(self) -> str:
+        return str(self.content["type"])
 
-def plugin_folder() -> str:
-    base = os.environ.get("LOCALAPPDATA") if sys.platform == "win32" else None
-    base = base or os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
-    return os.path.join(base, "github-copilot")
+    @property
+    def account(self) -> str:
+        """What is known of it, for the user."""
+        if self.host:
+            return f"{self.content['login'] or 'an account'} at {self.host}"
+        method, start_url = self.content["auth_method"], self.content.get("start_url")
+        labels = {"idc": "organisation", "builder_id": "AWS Builder ID", "external_idp": "company"}
+        where = f" at {start_url}" if method == "idc" and start_url else ""
+        return f"{labels.get(method, method)}{where}"
 
 
-def copilot_login(program: str, path: str, host: str, user: str, token: str) -> FoundLogin:
+def copilot_login(
+    program: str, path: str, token: str, host: str = "github.com", user: str = ""
+) -> FoundLogin:
     content = {"type": "copilot", "github_token": token, "login": user}
-    account = f"{user or 'an account'} at {host}"
-    return FoundLogin("copilot", program, path, account, content, host)
+    return FoundLogin(program, path, content, host)
 
 
 def find_plugin_logins() -> list[FoundLogin]:
     """Copilot's editor plugins; VS Code itself keeps its tokens in the system's secret store."""
+    base = os.environ.get("LOCALAPPDATA") if sys.platform == "win32" else None
+    base = base or os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
     logins: dict[str, FoundLogin] = {}
     for name in ("apps.json", "hosts.json"):
-        path = os.path.join(plugin_folder(), name)
+        path = os.path.join(base, "github-copilot", name)
         for host, user, token in read_plugin_logins(read_some_json(path)):
-            logins.setdefault(token, copilot_login("an editor's plugin", path, host, user, token))
+            logins.setdefault(token, copilot_login("an editor's plugin", path, token, host, user))
     return list(logins.values())
 
 
 def find_environment_login() -> list[FoundLogin]:
     """The variable that the Copilot CLI reads first."""
     token = os.environ.get("COPILOT_GITHUB_TOKEN", "").strip()
-    if not token or not TARGET.fullmatch(token):
-        return []
-    return [copilot_login("the environment", "COPILOT_GITHUB_TOKEN", "github.com", "", token)]
+    is_usable = token and TARGET.fullmatch(token)
+    return [copilot_login("the environment", "COPILOT_GITHUB_TOKEN", token)] if is_usable else []
 
 
 def find_gh_login() -> list[FoundLogin]:
@@ -18197,46 +18155,36 @@ def find_gh_login() -> list[FoundLogin]:
         result = subprocess.run(
             ["gh", "auth", "token"], capture_output=True, timeout=10, check=True, text=True
         )
-        token = bare_token(result.stdout)
+        return [copilot_login("GitHub CLI", "gh auth token", bare_token(result.stdout))]
     except (OSError, subprocess.SubprocessError, SignInFailed):
         return []
-    return [copilot_login("GitHub CLI", "gh auth token", "github.com", "", token)]
 
 
-def kiro_login(program: str, path: str, content: Json, source: Json) -> FoundLogin:
-    """A sign-in of one of Kiro's own programs, which keeps using it."""
-    labels = {"idc": "organisation", "builder_id": "AWS Builder ID", "external_idp": "company"}
-    method: str = content["auth_method"]
-    where = f" at {content['start_url']}" if method == "idc" and "start_url" in content else ""
-    account = f"{labels.get(method, method)}{where}"
-    return FoundLogin(
-        "kiro", program, path, account, {**content, "source": {**source, "path": path}}
-    )
+def find_kiro_login(
+    program: str, source: str, path: str = "", keys: Iterable[str] = ("",)
+) -> list[FoundLogin]:
+    """A sign-in of one of Kiro's own programs, which keeps using it.
+
+    `keys`: the rows of a database where it may be, best first; "" for the IDE's file.
+    """
+    for key in keys:
+        try:
+            content = read_cli_login(path, key) if key else read_ide_login(path)
+        except (OSError, ValueError, sqlite3.Error):
+            continue  # it has another one, or none
+        content["source"] = {"program": source, **({"key": key} if key else {}), "path": path}
+        return [FoundLogin(program, path, content)]
+    return []
 
 
-def find_ide_login() -> list[FoundLogin]:
-    path = os.path.expanduser("~/.aws/sso/cache/kiro-auth-token.json")
-    try:
-        content = read_ide_login(path)
-    except (OSError, ValueError):
-        return []  # not there, or signed out
-    return [kiro_login("the Kiro IDE", path, content, {"program": "kiro-ide"})]
-
-
-def find_cli_logins(program: str, folder: str, path: str = "") -> list[FoundLogin]:
+def find_cli_login(program: str, folder: str, path: str = "") -> list[FoundLogin]:
     base = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
     if sys.platform == "darwin":
         base = "~/Library/Application Support"
     elif sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA") or "~"
     path = path or os.path.expanduser(os.path.join(base, folder, "data.sqlite3"))
-    for key in CLI_ROWS:
-        try:
-            content = read_cli_login(path, key)
-        except (OSError, ValueError, sqlite3.Error):
-            continue  # it has another one, or none
-        return [kiro_login(program, path, content, {"program": folder, "key": key})]
-    return []
+    return find_kiro_login(program, folder, path, CLI_ROWS)
 
 
 # Values of `auth import --from`, and where they look.
@@ -18244,11 +18192,13 @@ IMPORTS: dict[str, Callable[[], list[FoundLogin]]] = {
     "copilot-plugin": find_plugin_logins,
     "environment": find_environment_login,
     "gh": find_gh_login,
-    "kiro-ide": find_ide_login,
-    "kiro-cli": lambda: find_cli_logins(
+    "kiro-ide": lambda: find_kiro_login(
+        "the Kiro IDE", "kiro-ide", os.path.expanduser("~/.aws/sso/cache/kiro-auth-token.json")
+    ),
+    "kiro-cli": lambda: find_cli_login(
         "kiro-cli", "kiro-cli", os.environ.get("KIROCLI_DB_PATH", "")
     ),
-    "amazon-q": lambda: find_cli_logins("Amazon Q", "amazon-q"),
+    "amazon-q": lambda: find_cli_login("Amazon Q", "amazon-q"),
 }
 ONLY_ON_REQUEST = ("gh",)  # its tokens can do more than Copilot
 
@@ -18310,15 +18260,13 @@ async def import_logins(
 
 
 async def import_login(context: SignInContext, login: FoundLogin, name: str) -> str:
-    config = context.provider_config(name, login.kind)
-    if isinstance(config, CopilotConfig):
-        host = login.host if login.host != split_url(config.github_url)[1] else ""
+    if login.host:
+        entry = context.config.providers.get(name) or CopilotConfig()
+        known = isinstance(entry, CopilotConfig) and split_url(entry.github_url)[1] == login.host
+        host = "" if known else login.host
         return await sign_in_copilot(context, name, host, login.content["github_token"])
-    context.check_provider(name, login.kind, {})
-    context.check_disk(name)
-    context.show_terms(login.kind)
-    context.add_provider(name, login.kind, {})
-    message = await save_kiro_sign_in(context, name, login.content)
+    with context.adding_provider(name, "kiro", {}) as config:
+        message = await save_kiro_sign_in(context, name, config, login.content)
     return (
         f"{message}.  It stays shared with {login.program}: what is refreshed here goes back there."
     )
@@ -18329,7 +18277,6 @@ async def import_login(context: SignInContext, login: FoundLogin, name: str) -> 
 
 def account_row(name: str, entry: CopilotConfig | KiroConfig, file: TokenFile) -> Json:
     """Without secrets; times in Unix seconds, None for never or unknown."""
-    is_kiro = isinstance(entry, KiroConfig)
     kind = "" if isinstance(entry, KiroConfig) else split_url(entry.github_url)[1]
     row: Json = {"name": name, "type": entry.type, "enabled": entry.enabled, "kind": kind}
     row |= {"user": "", "plan": "", "expires_at": None, "token_expires_at": None}
@@ -18338,9 +18285,9 @@ def account_row(name: str, entry: CopilotConfig | KiroConfig, file: TokenFile) -
         content = file.peek()
         if content is None:
             return row
-        if is_kiro:
-            row["kind"] = get_str(content, "auth_method") or read_kiro_login(content).kind
-            read_kiro_login(content)
+        if isinstance(entry, KiroConfig):
+            row["kind"] = get_str(content, "auth_method") or kiro_kind(content)
+            read_kiro_login(content)  # raises if it is unusable
             row["expires_at"] = int(read_time(content.get("sign_in_expires_at"))) or None
         else:
             bare_token(get_str(content, "github_token"))
@@ -18367,28 +18314,27 @@ def account_rows(config: Config, paths: Paths) -> list[Json]:
 
 async def revoke_login(context: SignInContext, name: str) -> str:
     """Returns what is left to do, for the user.  Raises WrongUsage and ProgramError."""
-    path = context.paths.token_file(name)
-    names = [row["name"] for row in account_rows(context.config, context.paths)]
-    is_folder = PROVIDER_NAME.fullmatch(name) and os.path.isdir(os.path.dirname(path))
-    if not is_folder and name not in names:
+    file = TokenFile(context.paths.token_file(name))
+    folder = os.path.dirname(file.path)
+    if not (PROVIDER_NAME.fullmatch(name) and os.path.isdir(folder)):
+        names = [row["name"] for row in account_rows(context.config, context.paths)]
+        if name in names:
+            raise ProgramError(f"{name}: there is no sign-in to remove")
         similar = nearest(name, names, 1) or names
         raise WrongUsage(f"{name}: no such provider; did you mean {similar[0]}?")
-    if not is_folder:
-        raise ProgramError(f"{name}: there is no sign-in to remove")
     kind = "copilot"
-    with contextlib.suppress(ProgramError, ValueError):  # removed whatever it is
-        content = load_private_json(path) or {}
+    with contextlib.suppress(ProgramError):  # removed whatever it is
+        content = load_private_json(file.path) or {}
         if get_str(content, "type") == "kiro":
-            kind = get_str(content, "auth_method") or read_kiro_login(content).kind
-    file = context.file(name)
+            kind = get_str(content, "auth_method") or kiro_kind(content)
     try:
         async with file.lock() as lock:
             removed = file.remove()
             with contextlib.suppress(OSError):  # a folder with other files in it stays
                 os.unlink(lock.path)
-                os.rmdir(os.path.dirname(path))
+                os.rmdir(folder)
     except OSError as error:
-        raise ProgramError(f"{path}: cannot be removed: {error.strerror}") from None
+        raise ProgramError(f"{file.path}: cannot be removed: {error.strerror}") from None
     if not removed:
         raise ProgramError(f"{name}: there is no sign-in to remove")
     return (
@@ -18412,9 +18358,9 @@ async def offer_sign_in(context: SignInContext) -> None:
             for message in await import_logins(context, logins, "", assume_yes=False):
                 say(message)
         elif choice == "copilot":
-            say(await sign_in_copilot(context, "copilot", "", ""))
+            say(await sign_in_copilot(context, "copilot"))
         elif choice == "kiro":
-            say(await sign_in_kiro(context, "kiro", KiroSignIn()))
+            say(await sign_in_kiro(context, "kiro"))
     except ProgramError as error:
         say(f"{error}.  The gateway starts without.")
     say()
@@ -19945,8 +19891,8 @@ class Exchange:
 #
 # One gateway per state folder: the process that holds the lock on daemon.pid.  The kernel drops
 # the lock when the last process that has it open exits, so a stale pid is never trusted.
-# `start` takes the lock and opens the port, forks, and passes both to a fresh process, which reads
-# its Launch from standard input.  A restart does the same from inside the running process: the
+# `start` takes the lock and opens the port, and passes both to a fresh process, which reads its
+# Launch from standard input.  A restart does the same from inside the running process: the
 # successor has the same lock and the same sockets before the old process lets go of them.
 
 
@@ -19966,7 +19912,7 @@ class Launch:
     port: int = 0
     #: a service manager opened the sockets: they are kept whatever the configuration says
     activated: bool = False
-    #: descriptors: the listening sockets, the lock, a pipe for the first report
+    #: descriptors: the listening sockets, the lock, a socket for the first report
     listeners: list[int] = field(default_factory=list)
     lock: int = -1
     report: int = -1
@@ -19978,27 +19924,21 @@ class Launch:
 # 18.1 the lock
 
 
-def open_lock(path: str) -> int | None:
-    """The lock's descriptor, -1 without fcntl, None if it is taken; raises ProgramError."""
-    if fcntl is None:
-        return -1
-    try:
-        fd = lock_file(path)
-        if fd is not None:
-            os.ftruncate(fd, 0)  # the last daemon's pid must not be taken for ours
-    except OSError as error:
-        raise ProgramError(f"{path}: cannot be used as the lock: {error.strerror}") from None
-    return fd
-
-
 def take_lock(path: str) -> int | None:
-    """As `open_lock`, with retries: an `is_locked` elsewhere holds the lock for a moment."""
-    deadline = time.monotonic() + LOOK_SECONDS
-    while True:
-        fd = open_lock(path)
-        if fd is not None or time.monotonic() > deadline:
-            return fd
+    """The lock's descriptor, -1 without fcntl, None if it is taken; raises ProgramError."""
+    deadline = time.monotonic() + LOOK_SECONDS  # an `is_locked` elsewhere holds it for a moment
+    while fcntl is not None:
+        try:
+            fd = lock_file(path)
+            if fd is not None:
+                os.ftruncate(fd, 0)  # the last daemon's pid must not be taken for ours
+                return fd
+        except OSError as error:
+            raise ProgramError(f"{path}: cannot be used as the lock: {error.strerror}") from None
+        if time.monotonic() > deadline:
+            return None
         time.sleep(POLL_SECONDS)
+    return -1
 
 
 def is_locked(path: str) -> bool:
@@ -20046,15 +19986,13 @@ def write_pid_file(lock: int, socket_path: str) -> None:
 
 
 def signal_daemon(path: str, pid: int, signum: int) -> None:
-    """Signals the process that the file names, if it is a live daemon's.
+    """Signals the process that the file names, if it is a live daemon's; raises ProgramError.
 
-    Opens a pidfd, if the system has them, before it checks the lock: a process that has got the
-    same pid since is never signalled.
+    A pidfd, opened before the lock is checked, never reaches another process with the same pid.
     """
     pidfd = -1
     try:
-        if hasattr(os, "pidfd_open"):
-            pidfd = os.pidfd_open(pid)
+        pidfd = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else -1
         if not is_locked(path) or read_pid_file(path)[0] != pid:
             return
         if pidfd >= 0:
@@ -20073,52 +20011,6 @@ def signal_daemon(path: str, pid: int, signum: int) -> None:
 # 18.2 the port
 
 
-def read_proc(path: str) -> str:
-    try:
-        with open(path, encoding="ascii", errors="replace") as file:
-            return file.read()
-    except OSError:
-        return ""
-
-
-def listed_sockets(pid: str) -> list[str]:
-    """The link targets of a process's descriptors, such as `socket:[INODE]`."""
-    folder = f"/proc/{pid}/fd"
-    try:
-        return [os.readlink(f"{folder}/{fd}") for fd in os.listdir(folder)]
-    except OSError:
-        return []  # it has exited, or is another user's
-
-
-def find_port_holder(port: int) -> str:
-    """`process 123 (nginx)`, which listens on `port`; "" if unknown."""
-    rows = (read_proc("/proc/net/tcp") + read_proc("/proc/net/tcp6")).splitlines()
-    columns = [row.split() for row in rows]
-    listening = [c for c in columns if len(c) > 9 and c[3] == "0A"]
-    sockets = {f"socket:[{c[9]}]" for c in listening if c[1].endswith(f":{port:04X}")}
-    if not sockets:
-        return ""
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        if sockets & set(listed_sockets(pid)):
-            return f"process {pid} ({read_proc(f'/proc/{pid}/comm').strip()})"
-    return "a process of another user"
-
-
-def inherited_listeners(fds: list[int]) -> list[socket.socket]:
-    """Raises ProgramError for anything but TCP sockets."""
-    listeners = []
-    for fd in fds:
-        try:
-            os.set_inheritable(fd, False)
-            listener = socket.socket(fileno=fd)
-        except OSError as error:
-            raise ProgramError(f"descriptor {fd} is no socket: {error.strerror}") from None
-        if listener.family not in (socket.AF_INET, socket.AF_INET6):
-            raise ProgramError(f"descriptor {fd} is no TCP socket")
-        listeners.append(listener)
-    return listeners
-
-
 def activated_descriptors(environ: dict[str, str]) -> list[int]:
     """The sockets that a service manager opened for this process (sd_listen_fds(3))."""
     count, pid = environ.get("LISTEN_FDS", ""), environ.get("LISTEN_PID", "")
@@ -20131,30 +20023,36 @@ def launch_listeners(launch: Launch, config: Config) -> list[socket.socket]:
     """Inherited sockets if they fit the configuration, otherwise new ones; raises ProgramError."""
     server = config.server
     is_same_address = (launch.host, launch.port) == (server.host, server.port)
-    if launch.listeners and (is_same_address or launch.activated):
-        listeners = inherited_listeners(launch.listeners)
-        if launch.activated:
-            server.host, server.port = listeners[0].getsockname()[:2]
-            check_exposure(config)
-    else:
-        for fd in launch.listeners:
+    listeners: list[socket.socket] = []
+    for fd in launch.listeners:
+        if not is_same_address and not launch.activated:
             os.close(fd)  # a port that is not served must not look open
-        listeners = open_port(server)
+            continue
+        try:
+            os.set_inheritable(fd, False)
+            listeners.append(socket.socket(fileno=fd))
+        except OSError as error:
+            raise ProgramError(f"descriptor {fd} is no socket: {error.strerror}") from None
+        if listeners[-1].family not in (socket.AF_INET, socket.AF_INET6):
+            raise ProgramError(f"descriptor {fd} is no TCP socket")
+    if launch.activated:
+        server.host, server.port = listeners[0].getsockname()[:2]
+        check_exposure(config)
+    listeners = listeners or open_port(server.host, server.port)
     launch.host, launch.port = server.host, server.port
     launch.listeners = [listener.fileno() for listener in listeners]
     return listeners
 
 
-def open_port(server: ServerConfig) -> list[socket.socket]:
-    """Raises ProgramError, which names the process that has the port."""
+def open_port(host: str, port: int) -> list[socket.socket]:
     try:
-        return open_listeners(server.host, server.port)
+        return open_listeners(host, port)
     except OSError as error:
         reason = error.strerror or str(error)
-        holder = find_port_holder(server.port) if error.errno == errno.EADDRINUSE else ""
-        reason += f" by {holder}" if holder else ""
-        where = f"{format_host(server.host)}:{server.port}"
+        if error.errno == errno.EADDRINUSE:
+            reason += f" (`ss -ltnp` or `lsof -i :{port}` shows the process)"
         option = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
+        where = f"{format_host(host)}:{port}"
         raise ProgramError(f"cannot listen on {where}: {reason}; try {option}") from None
 
 
@@ -20167,6 +20065,8 @@ def open_port(server: ServerConfig) -> list[socket.socket]:
 LAUNCHER = """\
 import marshal, os, sys, types
 file, size = sys.argv[1], int(sys.argv[2])
+if "detach" in sys.argv[3:] and os.fork():
+    os._exit(0)
 data = bytearray()
 while len(data) < size:
     data += os.read(0, size - len(data)) or sys.exit("the program did not arrive")
@@ -20211,18 +20111,10 @@ def read_program() -> bytes:
         raise ProgramError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def detached_command(bytecode: bytes) -> list[str]:
-    """The process reads `bytecode` and then its Launch from standard input."""
-    return [sys.executable, "-I", "-c", LAUNCHER, program_file(), str(len(bytecode))]
-
-
 def compile_program(source: bytes) -> bytes:
-    """In a child process, so that its memory is given back; raises ProgramError."""
+    """In a child process, so that its memory is given back; raises ProgramError and OSError."""
     command = [sys.executable, "-I", "-c", COMPILER, program_file()]
-    try:
-        result = subprocess.run(command, input=source, capture_output=True, check=False)
-    except OSError as error:
-        raise ProgramError(f"{sys.executable}: cannot be run: {error.strerror}") from None
+    result = subprocess.run(command, input=source, capture_output=True, check=False)
     if result.returncode:
         last_line = result.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
         reason = last_line or f"exit status {result.returncode}"
@@ -20232,14 +20124,12 @@ def compile_program(source: bytes) -> bytes:
 
 def hash_bytecode(source: bytes, bytecode: bytes) -> bytes:
     """Ties bytecode to its source, and to the Python that compiled it."""
-    digest = hashlib.sha256(importlib.util.MAGIC_NUMBER + os.fsencode(program_file()))
-    digest.update(source)
-    digest.update(bytecode)
-    return digest.digest()
+    python = importlib.util.MAGIC_NUMBER + os.fsencode(program_file())
+    return hashlib.sha256(python + source + bytecode).digest()
 
 
 def load_bytecode(paths: Paths) -> bytes:
-    """This file as it is now, compiled; raises ProgramError.
+    """This file as it is now, compiled; raises ProgramError and OSError.
 
     The state folder caches it, preceded by its hash.  If that does not match, because the bytecode
     is old, torn or another Python's, the file is compiled again and the cache replaced.
@@ -20282,68 +20172,58 @@ def read_launch() -> Launch:
     return launch
 
 
-def send_launch(stdin: IO[bytes], bytecode: bytes, launch: Launch) -> None:
-    """Writes both into the standard input of a process, and closes that."""
-    data = dump_message({item.name: getattr(launch, item.name) for item in fields(launch)})
-    try:
-        with stdin:
-            stdin.write(bytecode + data)
-    except BrokenPipeError:
-        pass  # it has exited: read_report will notice
+def launch_command(bytecode: bytes) -> list[str]:
+    """The process reads `bytecode` and then its Launch from standard input."""
+    return [sys.executable, "-I", "-c", LAUNCHER, program_file(), str(len(bytecode))]
 
 
-def keep_descriptors(fds: list[int]) -> None:
-    """Closes all descriptors but these and the standard ones; these become inheritable."""
-    low = 3
-    for fd in sorted(fds):
-        os.closerange(low, fd)
-        os.set_inheritable(fd, True)
-        low = fd + 1
-    os.closerange(low, MAX_DESCRIPTORS)
-
-
-def fork_daemon(launch: Launch, paths: Paths, stderr_fd: int) -> None:
-    """Starts `launch` in its own session, with standard error in the descriptor `stderr_fd`.
-
-    Forks twice, so that the process can never acquire a terminal.  It must be called while there
-    is only one thread and no event loop.
-    """
-    bytecode = load_bytecode(paths)
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.setsid()
-            if os.fork() == 0:
-                os.chdir("/")
-                os.dup2(reader, 0)
-                os.dup2(stderr_fd, 1)
-                os.dup2(stderr_fd, 2)
-                keep_descriptors(launch.descriptors())
-                command = detached_command(bytecode)
-                os.execv(command[0], command)
-        finally:
-            os._exit(1)
-    os.close(reader)
-    send_launch(os.fdopen(writer, "wb"), bytecode, launch)
-    os.waitpid(child, 0)
-
-
-def read_report(fd: int, seconds: float) -> Json | None:
-    """The new process's status or `{"error"}`; None if it exits or times out without one."""
-    os.set_blocking(fd, False)
-    deadline = time.monotonic() + seconds
-    data = b""
-    while time.monotonic() < deadline:
-        try:
-            piece = os.read(fd, READ_BYTES)
-        except BlockingIOError:
-            time.sleep(POLL_SECONDS / 5)
-            continue
+def receive_exactly(peer: socket.socket, size: int, deadline: float) -> bytes:
+    """`size` bytes, fewer at EOF; raises OSError after the monotonic `deadline`."""
+    data = bytearray()
+    while len(data) < size:
+        peer.settimeout(max(0.001, deadline - time.monotonic()))
+        piece = peer.recv(min(size - len(data), RECV_BYTES))
         if not piece:
             break
         data += piece
-    return load_object(data)
+    return bytes(data)
+
+
+def start_process(
+    launch: Launch, paths: Paths, stderr: int | None = None, *, detach: bool = False
+) -> Json | None:
+    """Starts a gateway process; returns its report: its status or `{"error"}`.
+
+    None if it exits or times out without one; raises ProgramError and OSError.  A detached process
+    has forked once more, so that it can never acquire a terminal.
+    """
+    bytecode = load_bytecode(paths)
+    reader, writer = socket.socketpair()
+    with reader:
+        with writer:
+            launch = replace(launch, report=writer.fileno())
+            child = subprocess.Popen(
+                [*launch_command(bytecode), *(["detach"] if detach else [])],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                pass_fds=launch.descriptors(),
+                start_new_session=True,
+                cwd="/",
+            )
+        assert child.stdin is not None
+        values = {item.name: getattr(launch, item.name) for item in fields(launch)}
+        with contextlib.suppress(BrokenPipeError), child.stdin:  # it has exited: no report comes
+            child.stdin.write(bytecode + dump_message(values))
+        deadline = time.monotonic() + START_SECONDS
+        try:
+            report = load_object(receive_exactly(reader, MAX_CONTROL_BYTES, deadline))
+        except OSError:
+            report = None
+    if report is None or "error" in report:
+        child.kill()
+        child.wait()
+    return report
 
 
 def write_report(fd: int, report: Json) -> bool:
@@ -20380,8 +20260,11 @@ def raise_descriptor_limit() -> None:
 
 def count_memory() -> int | None:
     """Resident bytes; None without /proc."""
-    figures = read_proc("/proc/self/statm").split()
-    return int(figures[1]) * os.sysconf("SC_PAGE_SIZE") if len(figures) > 1 else None
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return None
 
 
 def count_open_files() -> int | None:
@@ -20392,24 +20275,6 @@ def count_open_files() -> int | None:
 
 
 # 18.4 what runs
-
-
-@dataclass(slots=True)
-class RetiredGateway:
-    """What a reload has replaced, and the requests that still use it."""
-
-    requests: list[Request]
-    providers: list[Provider]
-    #: if the reload replaced it as well
-    client: HttpClient | None
-    #: waits for the providers to settle, once no request uses them any more
-    settling: asyncio.Future[Any] | None = None
-
-    def close(self) -> None:
-        for provider in self.providers:
-            provider.close()
-        if self.client is not None:
-            self.client.close()
 
 
 class Daemon:
@@ -20435,7 +20300,8 @@ class Daemon:
         )
         self.started_at = time.time()
         self.port = 0
-        self.retired: list[RetiredGateway] = []
+        #: each closes what a reload has replaced
+        self.retiring: set[asyncio.Task[None]] = set()
         #: serving, restarting, replaced (a successor has taken over) or stopping
         self.state = "serving"
         self.ending = asyncio.Event()
@@ -20467,14 +20333,13 @@ class Daemon:
         if self.state == "replaced":
             await self.server.retire(RETIRE_SECONDS)
         await self.server.drain(self.config.server.drain_seconds)
-        current = RetiredGateway([], list(self.gateway.providers.values()), self.client)
-        retired = [*self.retired, current]
-        settling = [asyncio.ensure_future(p.settle()) for entry in retired for p in entry.providers]
+        self.retire(set(), list(self.gateway.providers.values()), self.client)
+        retiring = set(self.retiring)
         await self.ledger.close()
-        if settling:
-            await asyncio.wait(settling, timeout=SETTLE_SECONDS)
-        for entry in retired:
-            entry.close()
+        await asyncio.wait(retiring, timeout=SETTLE_SECONDS)
+        for task in retiring:
+            task.cancel()
+        await asyncio.wait(retiring)
 
     # -- signals
 
@@ -20530,48 +20395,51 @@ class Daemon:
         new.server.host, new.server.port = self.config.server.host, self.config.server.port
         check_exposure(new)
         old, self.config = self.config, new
-        self.retired.append(self.replace_gateway(old))
-        self.ticker.add(self.sweep)
+        self.replace_gateway(old)
         set_log_level(new.logging.level)
         log_event("info", "configuration_reloaded", changed=",".join(changed) or "none")
         if pinned and not self.launch.activated:
             log_event("warning", "restart_needed", keys=",".join(pinned))
         return {"changed": changed, "needs_restart": [] if self.launch.activated else pinned}
 
-    def replace_gateway(self, old: Config) -> RetiredGateway:
-        """Sends new requests to a new gateway; returns what the new one does not use."""
-        gateway, client, new = self.gateway, self.client, self.config
+    def replace_gateway(self, old: Config) -> None:
+        """Sends new requests to a new gateway, and retires what that does not use."""
+        providers, client, new = self.gateway.providers, self.client, self.config
         reused = {}
         if old.network == new.network:
-            reused = {
-                name: provider
-                for name, provider in gateway.providers.items()
-                if old.providers[name] == new.providers.get(name)
-            }
+            kept = [name for name in providers if old.providers[name] == new.providers.get(name)]
+            reused = {name: providers[name] for name in kept}
         else:
             self.client = HttpClient(new.network, self.ticker)
         self.gateway = self.make_gateway(reused)
         self.server.config = new.server
         self.server.handler = self.gateway.handle
         self.server.write_error = self.gateway.write_error
-        return RetiredGateway(
-            [c.request for c in self.server.connections if c.request is not None],
-            [provider for name, provider in gateway.providers.items() if name not in reused],
+        self.retire(
+            {c.request for c in self.server.connections if c.request is not None},
+            [provider for name, provider in providers.items() if name not in reused],
             None if client is self.client else client,
         )
 
-    def sweep(self, now: float) -> None:
-        """Closes what no request uses any more, once its providers have settled."""
-        current = {connection.request for connection in self.server.connections}
-        for entry in list(self.retired):
-            entry.requests = [request for request in entry.requests if request in current]
-            if not entry.requests and entry.settling is None:
-                entry.settling = asyncio.gather(*(p.settle() for p in entry.providers))
-            if entry.settling is not None and entry.settling.done():
-                self.retired.remove(entry)
-                entry.close()
-        if not self.retired:
-            self.ticker.discard(self.sweep)
+    def retire(
+        self, requests: set[Request], providers: list[Provider], client: HttpClient | None
+    ) -> None:
+        """Closes these once no request uses them any more and the providers have settled."""
+
+        async def close_unused(requests: set[Request]) -> None:
+            try:
+                while requests := requests & {c.request for c in self.server.connections}:
+                    await asyncio.sleep(TICK_SECONDS)
+                await asyncio.gather(*(provider.settle() for provider in providers))
+            finally:
+                for provider in providers:
+                    provider.close()
+                if client is not None:
+                    client.close()
+
+        task = asyncio.get_running_loop().create_task(close_unused(requests))
+        self.retiring.add(task)
+        task.add_done_callback(self.retiring.discard)
 
     # -- restart
 
@@ -20588,7 +20456,11 @@ class Daemon:
             )
         self.state = "restarting"
         try:
-            report = await asyncio.to_thread(self.start_successor)
+            report = await asyncio.to_thread(start_process, self.launch, self.paths)
+            report = report or {"error": "the new process ended without a word; see the log"}
+        except (OSError, ProgramError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            report = {"error": f"no new process could be started: {reason}"}
         finally:
             self.state = "serving"
         if self.stop_requested:
@@ -20604,46 +20476,18 @@ class Daemon:
         self.ending.set()
         return report
 
-    def start_successor(self) -> Json:
-        """Starts a process on the same sockets and waits for its report; runs in a thread."""
-        with contextlib.ExitStack() as descriptors:
-            try:
-                bytecode = load_bytecode(self.paths)
-                reader, report_writer = os.pipe()
-                descriptors.callback(os.close, reader)
-                with os.fdopen(report_writer, "wb"):
-                    launch = replace(self.launch, report=report_writer)
-                    child = subprocess.Popen(
-                        detached_command(bytecode),
-                        stdin=subprocess.PIPE,
-                        stdout=subprocess.DEVNULL,
-                        pass_fds=launch.descriptors(),
-                        start_new_session=True,
-                        cwd="/",
-                    )
-            except (OSError, ProgramError) as error:
-                reason = getattr(error, "strerror", None) or str(error)
-                return {"error": f"no new process could be started: {reason}"}
-            assert child.stdin is not None
-            send_launch(child.stdin, bytecode, launch)
-            report = read_report(reader, START_SECONDS)
-        if report is None or "error" in report:
-            child.kill()
-            child.wait()
-        return report or {"error": "the new process ended without a word; see the log"}
-
     # -- status
 
     def status(self) -> Json:
         """`{"version", "pid", "url", "uptime_s", ..., "providers": [{"name", "type", ...}]}`."""
-        config = self.config
+        config, now, providers = self.config, time.time(), self.gateway.providers.items()
         return {
             "version": __version__,
             "pid": os.getpid(),
             "url": f"http://{format_host(config.server.host)}:{self.port}",
             "state": self.state,
             "started_at": self.started_at,
-            "uptime_s": int(time.time() - self.started_at),
+            "uptime_s": int(now - self.started_at),
             "connections": len(self.server.connections),
             "requests_in_flight": self.server.count_busy(),
             "memory_bytes": count_memory(),
@@ -20658,18 +20502,14 @@ class Daemon:
             "usage_rows_lost": self.ledger.store.lost,
             "providers": [
                 self.provider_status(name, config.providers[name], provider)
-                for name, provider in self.gateway.providers.items()
+                for name, provider in providers
             ],
-            "warnings": self.warnings(),
+            "warnings": [
+                text
+                for name, provider in providers
+                for text in quota_warnings(name, provider.known_quota(), now)
+            ],
         }
-
-    def warnings(self) -> list[str]:
-        now, providers = time.time(), self.gateway.providers.items()
-        return [
-            text
-            for name, provider in providers
-            for text in quota_warnings(name, provider.known_quota(), now)
-        ]
 
     def provider_status(self, name: str, entry: ProviderConfig, provider: Provider) -> Json:
         status = {"name": name, "type": entry.type, "account": None, "plan": None}
@@ -20701,18 +20541,6 @@ class IncompleteFrame(Exception):
     """The peer has sent too large a message, or something that is not a frame."""
 
 
-def receive_exactly(peer: socket.socket, size: int, deadline: float) -> bytes:
-    """`size` bytes, fewer at EOF; raises OSError after the monotonic `deadline`."""
-    data = bytearray()
-    while len(data) < size:
-        peer.settimeout(max(0.001, deadline - time.monotonic()))
-        piece = peer.recv(min(size - len(data), RECV_BYTES))
-        if not piece:
-            break
-        data += piece
-    return bytes(data)
-
-
 def read_frame(peer: socket.socket, seconds: float) -> bytes | None:
     """The next message, None at EOF; raises IncompleteFrame, and OSError on a timeout."""
     deadline = time.monotonic() + seconds
@@ -20733,71 +20561,31 @@ def write_frame(peer: socket.socket, message: Json) -> None:
     peer.sendall(len(data).to_bytes(4, "big") + data)
 
 
-def find_peer_user(peer: socket.socket) -> int | None:
-    """The peer's user id; None if unknown."""
-    if hasattr(socket, "SO_PEERCRED"):  # Linux: struct ucred
-        data = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        return int(struct.unpack("3i", data)[1])
-    option = getattr(socket, "LOCAL_PEERCRED", None)  # macOS, FreeBSD: struct xucred
-    if option is None:
-        return None
-    return int(struct.unpack_from("II", peer.getsockopt(0, option, 76))[1])
-
-
-def is_trusted_peer(peer: socket.socket) -> bool:
-    """Whether the peer is this user or root; False if it has hung up."""
-    try:
-        return find_peer_user(peer) in (None, 0, os.getuid())
-    except OSError:
-        return False
-
-
 def check_socket(path: str) -> None:
     """Raises OSError if `path` is anything but a socket of this user: it would be lost."""
-    if os.path.lexists(path):
+    with contextlib.suppress(FileNotFoundError):
         status = os.lstat(path)
         if not stat.S_ISSOCK(status.st_mode) or status.st_uid != os.getuid():
             reason = f"{path} is not a socket of this user; move it away"
             raise FileExistsError(errno.EEXIST, reason)
 
 
-def check_private(folder: str) -> None:
-    """Creates or checks a folder that nobody else can enter; raises ProgramError.
-
-    An existing one is not repaired: in a shared folder such as /tmp it may be a trap.
-    """
-    try:
-        if not os.path.lexists(folder):
-            os.mkdir(folder, 0o700)
-        status = os.lstat(folder)
-    except OSError as error:
-        raise ProgramError(f"{folder}: cannot be used: {error.strerror}") from None
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
-        raise ProgramError(f"{folder}: is not a private folder of this user; move it away")
-    try:
-        check_folder(folder)
-    except OSError as error:
-        raise ProgramError(f"{folder}: cannot be used: {error.strerror}") from None
-
-
 def choose_socket_path(paths: Paths, environ: dict[str, str]) -> str:
-    """In the state folder, unless its path is too long for a socket; raises ProgramError."""
+    """In the state folder, or in a new one if its path is too long; raises ProgramError."""
 
     def fits(path: str) -> bool:
         return len(os.fsencode(path)) + len(SOCKET_SUFFIX) <= MAX_SOCKET_PATH_BYTES
 
     if fits(paths.socket_file):
         return paths.socket_file
-    name = short_hash(paths.state_dir, 16) + ".sock"
-    runtime = environ.get("XDG_RUNTIME_DIR", "")
-    usable = os.path.isabs(runtime) and os.path.isdir(runtime)
-    folders = [os.path.join(runtime, "aiclient-api")] if usable else []
-    folders.append(os.path.join(tempfile.gettempdir(), f"aiclient-api-{os.getuid()}"))
-    for folder in folders:
-        path = os.path.join(folder, name)
-        if fits(path):
-            check_private(folder)
-            return path
+    for base in (environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir()):
+        if os.path.isabs(base) and os.path.isdir(base) and fits(f"{base}/aiclient-api-XXXXXXXX/s"):
+            try:
+                folder = tempfile.mkdtemp(prefix="aiclient-api-", dir=base)
+                check_folder(folder)  # its parents, too
+            except OSError as error:
+                raise ProgramError(f"{base}: cannot be used: {error.strerror}") from None
+            return os.path.join(folder, "s")
     raise ProgramError(
         f"{paths.socket_file}: is too long for a socket; set XDG_RUNTIME_DIR to a shorter folder"
     )
@@ -20809,15 +20597,6 @@ class ControlServer:
     def __init__(self, path: str, handler: Callable[[bytes], Json]) -> None:
         self.path = path
         slots = self.slots = threading.BoundedSemaphore(MAX_CONTROL_CLIENTS)
-
-        class Channel(socketserver.BaseRequestHandler):
-            def handle(self) -> None:
-                with contextlib.suppress(OSError):  # it hung up or timed out
-                    try:
-                        while (data := read_frame(self.request, CONTROL_SECONDS)) is not None:
-                            write_frame(self.request, handler(data))
-                    except IncompleteFrame as error:
-                        write_frame(self.request, {"ok": False, "error": str(error)})
 
         class Listener(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
             daemon_threads = True
@@ -20831,25 +20610,20 @@ class ControlServer:
                     raise
 
             def verify_request(self, request: Any, client_address: Any) -> bool:
-                return is_trusted_peer(request)
+                return slots.acquire(blocking=False)
 
-            def process_request(self, request: Any, client_address: Any) -> None:
-                if not slots.acquire(blocking=False):
-                    self.shutdown_request(request)
-                    return
-                try:
-                    super().process_request(request, client_address)
-                except BaseException:  # no thread was started that would release it
-                    slots.release()
-                    raise
-
-            def process_request_thread(self, request: Any, client_address: Any) -> None:
-                try:
-                    super().process_request_thread(request, client_address)
-                finally:
-                    slots.release()
+            def finish_request(self, request: Any, client_address: Any) -> None:
+                with contextlib.suppress(OSError):  # it hung up or timed out
+                    try:
+                        while (data := read_frame(request, CONTROL_SECONDS)) is not None:
+                            write_frame(request, handler(data))
+                    except IncompleteFrame as error:
+                        write_frame(request, {"ok": False, "error": str(error)})
+                slots.release()
 
             def handle_error(self, request: Any, client_address: Any) -> None:
+                """Also called if no thread could be started; `finish_request` has not returned."""
+                slots.release()
                 logging.getLogger("aiclient-api").exception("a control client failed")
 
         new_path = path + SOCKET_SUFFIX
@@ -20857,17 +20631,10 @@ class ControlServer:
             check_socket(socket_path)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(new_path)
-        old_umask = os.umask(0o177)
-        try:
-            self.server = Listener(new_path, Channel)
-        finally:
-            os.umask(old_umask)
-        try:
-            self.identity = os.stat(new_path).st_ino
-            os.replace(new_path, path)
-        except BaseException:
-            self.server.server_close()
-            raise
+        self.server = Listener(new_path, socketserver.BaseRequestHandler)
+        os.chmod(new_path, 0o600)  # the umask and the folder have kept others away
+        self.identity = os.stat(new_path).st_ino
+        os.replace(new_path, path)
         # It ends with the process: `shutdown` would need a short poll_interval.
         serving = functools.partial(self.server.serve_forever, poll_interval=3600)
         threading.Thread(target=serving, daemon=True).start()
@@ -20877,26 +20644,23 @@ class ControlServer:
         try:
             if os.stat(self.path).st_ino == self.identity:
                 os.unlink(self.path)
-        except FileNotFoundError:
-            pass
+                os.rmdir(os.path.dirname(self.path))
+        except OSError:
+            pass  # a successor's is there, or the folder is not the socket's own
         deadline = time.monotonic() + LINGER_SECONDS
         for _ in range(MAX_CONTROL_CLIENTS):
             self.slots.acquire(timeout=max(0.0, deadline - time.monotonic()))
 
 
-# -- methods: each an async function of (daemon, params) and a line in the table
+# -- methods: each a function of (daemon, params), async if it waits, and a line in the table
 
 
-async def control_status(daemon: Daemon, params: Json) -> Json:
-    return daemon.status()
-
-
-async def control_models(daemon: Daemon, params: Json) -> Json:
+async def list_models(daemon: Daemon, params: Json) -> Json:
     """`{"models": [...]}`, the rows of /v1/models."""
     return {"models": daemon.gateway.rows(await daemon.gateway.catalogues(), False)}
 
 
-async def control_usage(daemon: Daemon, params: Json) -> Json:
+async def report_usage(daemon: Daemon, params: Json) -> Json:
     """As /v1/usage with the same parameters; with `reset`, after emptying it."""
     query = {name: str(value) for name, value in params.items() if name != "reset"}
     if params.get("reset"):
@@ -20904,7 +20668,7 @@ async def control_usage(daemon: Daemon, params: Json) -> Json:
     return await daemon.gateway.report_usage(query)
 
 
-async def control_quota(daemon: Daemon, params: Json) -> Json:
+async def fetch_quotas(daemon: Daemon, params: Json) -> Json:
     """`{"providers": {NAME: Quota.as_json() or {"error": TEXT}}}`, of those that have any.
 
     If a service fails, the error is added to what was last known of it.
@@ -20925,12 +20689,7 @@ async def control_quota(daemon: Daemon, params: Json) -> Json:
     return {"providers": {name: row for name, row in rows if row is not None}}
 
 
-async def control_config_show(daemon: Daemon, params: Json) -> Json:
-    """`{"settings": [{"key", "value", "origin"}]}`, secrets masked."""
-    return {"settings": describe_settings(daemon.config)}
-
-
-async def control_config_set(daemon: Daemon, params: Json) -> Json:
+def apply_setting(daemon: Daemon, params: Json) -> Json:
     """`value` is text, as on the command line; secrets are refused."""
     key, value = need_str(params, "key"), need_str(params, "value")
     if is_secret_setting(key):
@@ -20939,11 +20698,7 @@ async def control_config_set(daemon: Daemon, params: Json) -> Json:
     return daemon.reload()
 
 
-async def control_config_reload(daemon: Daemon, params: Json) -> Json:
-    return daemon.reload()
-
-
-async def switch_provider(daemon: Daemon, params: Json, enabled: str) -> Json:
+def switch_provider(daemon: Daemon, params: Json, enabled: str) -> Json:
     """Saves and applies it; enabling a provider also ends its cool-downs."""
     name = need_str(params, "name")
     change_provider(daemon.paths, daemon.environ, name, enabled)
@@ -20953,15 +20708,7 @@ async def switch_provider(daemon: Daemon, params: Json, enabled: str) -> Json:
     return changes
 
 
-async def control_provider_enable(daemon: Daemon, params: Json) -> Json:
-    return await switch_provider(daemon, params, "true")
-
-
-async def control_provider_disable(daemon: Daemon, params: Json) -> Json:
-    return await switch_provider(daemon, params, "false")
-
-
-async def control_logs_tail(daemon: Daemon, params: Json) -> Json:
+async def tail_log(daemon: Daemon, params: Json) -> Json:
     """`{"lines": [...]}`: the last `lines` of at least `level`."""
     if not daemon.launch.log_file:
         raise ProgramError("the gateway logs to its terminal, not to a file")
@@ -20971,26 +20718,23 @@ async def control_logs_tail(daemon: Daemon, params: Json) -> Json:
     return {"lines": await asyncio.to_thread(load_log_tail, path, lines, level)}
 
 
-async def control_restart(daemon: Daemon, params: Json) -> Json:
-    return await daemon.restart()
-
-
-CONTROL_METHODS: dict[str, Callable[[Daemon, Json], Awaitable[Json]]] = {
-    "config.reload": control_config_reload,
-    "config.set": control_config_set,
-    "config.show": control_config_show,
-    "logs.tail": control_logs_tail,
-    "models": control_models,
-    "provider.disable": control_provider_disable,
-    "provider.enable": control_provider_enable,
-    "quota": control_quota,
-    "restart": control_restart,
-    "status": control_status,
-    "usage": control_usage,
+CONTROL_METHODS: dict[str, Callable[[Daemon, Json], Json | Awaitable[Json]]] = {
+    "config.reload": lambda daemon, _: daemon.reload(),
+    "config.set": apply_setting,
+    "config.show": lambda daemon, _: {"settings": describe_settings(daemon.config)},  # masked
+    "logs.tail": tail_log,
+    "models": list_models,
+    "provider.disable": functools.partial(switch_provider, enabled="false"),
+    "provider.enable": functools.partial(switch_provider, enabled="true"),
+    "quota": fetch_quotas,
+    "restart": lambda daemon, _: daemon.restart(),
+    "status": lambda daemon, _: daemon.status(),
+    "usage": report_usage,
 }
 
 
-async def answer_control(daemon: Daemon, data: bytes) -> Json:
+async def run_control_method(daemon: Daemon, data: bytes) -> Json:
+    """The response to one request."""
     try:
         message = load_object(data)
         method = message.get("method") if message is not None else None
@@ -20998,14 +20742,14 @@ async def answer_control(daemon: Daemon, data: bytes) -> Json:
             raise ProgramError('a message is like {"method":"status","params":{}}')
         if method not in CONTROL_METHODS:
             raise ProgramError(f"no such method; there are: {', '.join(CONTROL_METHODS)}")
-        result = await CONTROL_METHODS[method](daemon, dict_field(message, "params"))
-    except ApiError as error:
-        return {"ok": False, "error": error.text()}
+        result = CONTROL_METHODS[method](daemon, dict_field(message, "params"))
+        return {"ok": True, "data": result if isinstance(result, dict) else await result}
     except ProgramError as error:
         return {"ok": False, "error": str(error)}
+    except ApiError as error:
+        return {"ok": False, "error": error.text()}
     except Exception:  # noqa: BLE001 - silence would be taken for a gateway that is starting
         return {"ok": False, "error": internal_error("a control request failed").text()}
-    return {"ok": True, "data": result}
 
 
 def open_control(daemon: Daemon, path: str) -> ControlServer:
@@ -21013,7 +20757,7 @@ def open_control(daemon: Daemon, path: str) -> ControlServer:
     loop = asyncio.get_running_loop()
 
     def handle(data: bytes) -> Json:
-        future = asyncio.run_coroutine_threadsafe(answer_control(daemon, data), loop)
+        future = asyncio.run_coroutine_threadsafe(run_control_method(daemon, data), loop)
         try:
             return future.result(CONTROL_WORK_SECONDS)
         except TimeoutError:
@@ -21040,32 +20784,27 @@ def ask_daemon(
     """The `data` of the running daemon's response; raises NotRunning and ProgramError."""
     if fcntl is None:
         raise ProgramError("this needs a Unix socket, which this system has not")
+    problem = "the gateway is just starting or stopping; try again in a moment"
     for _ in range(2):  # a daemon that is being replaced may drop one request
         pid, path = read_pid_file(paths.pid_file)
         if not path:
             break
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
-            try:
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
                 peer.settimeout(CONTROL_SECONDS)
                 peer.connect(path)
-                if not is_trusted_peer(peer):
-                    raise ProgramError(f"{path}: another user answers there")
                 write_frame(peer, {"method": method, "params": params or {}})
                 data = read_frame(peer, seconds)
-            except (OSError, IncompleteFrame) as error:
-                if not is_locked(paths.pid_file):
-                    raise not_running() from None
-                who = f"the gateway (process {pid})" if pid else "the gateway"
-                reason = getattr(error, "strerror", None) or str(error)
-                raise ProgramError(f"{who} does not answer now: {reason}") from None
+        except (OSError, IncompleteFrame) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            problem = f"the gateway (process {pid}) does not answer now: {reason}"
+            break
         if data is not None:
             response = load_object(data) or {}
             if response.get("ok") is not True:
                 raise ProgramError(str(response.get("error")))
             return dict_field(response, "data")
-    if not is_locked(paths.pid_file):
-        raise not_running()
-    raise ProgramError("the gateway is just starting or stopping; try again in a moment")
+    raise ProgramError(problem) if is_locked(paths.pid_file) else not_running()
 
 
 # ---- 20. Command line --------------------------------------------------------------------------
@@ -21647,11 +21386,9 @@ def start_detached(launch: Launch, paths: Paths) -> None:
         raise ProgramError(f"{log}: the log cannot be written: {error.strerror}") from None
     assert log_file is not None
     offset = log_file.size
-    reader, launch.report = os.pipe()
-    fork_daemon(launch, paths, log_file.handle)
+    status = start_process(launch, paths, log_file.handle, detach=True)
     for fd in launch.descriptors():
         os.close(fd)
-    status = read_report(reader, START_SECONDS)
     if status is None or "error" in status:
         timeout = f"it exited, or timed out after {START_SECONDS:g} s, without a message"
         reason = status["error"] if status else timeout
@@ -21815,7 +21552,7 @@ def run_account_command(
 def read_secret(prompt: str) -> str:
     """From standard input: typed without echo, or piped."""
     try:
-        text = getpass.getpass(prompt) if is_terminal(sys.stdin) else sys.stdin.readline()
+        text = getpass.getpass(prompt) if sys.stdin.isatty() else sys.stdin.readline()
     except (EOFError, UnicodeDecodeError):
         raise SignInFailed("no token was given") from None
     return bare_token(text)
@@ -21866,8 +21603,12 @@ def cmd_auth_kiro(app: App) -> None:
     if token and not token.startswith("ksk_"):
         raise SignInFailed("that is not a Kiro API key: they begin with ksk_")
     method = options.method or ("organisation" if is_organisation else "")
-    settings = KiroSignIn(method, options.start_url or "", options.region or "", token)
-    tell(run_account_command(app, lambda context: sign_in_kiro(context, options.name, settings)))
+    organisation = (options.start_url or "", options.region or "")
+    tell(
+        run_account_command(
+            app, lambda c: sign_in_kiro(c, options.name, method, *organisation, token)
+        )
+    )
 
 
 @verb(

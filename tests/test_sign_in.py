@@ -508,11 +508,10 @@ def test_what_is_changed_in_the_configuration_meanwhile_stays(tmp_path: Path) ->
 
     async def meanwhile() -> None:
         client = gw.HttpClient(gw.NetworkConfig(), gw.Ticker())
-        desk = gw.SignInContext(gw.load_config(paths, {}, {}), paths, client, gw.Console())
-        desk.check_provider("work", "copilot", {})
-        assert file.read_text() == "# mine\n"
-        gw.change_config(paths, {}, "server.port", "8080")
-        desk.add_provider("work", "copilot", {})
+        context = gw.SignInContext(gw.load_config(paths, {}, {}), paths, client, gw.Console())
+        with context.adding_provider("work", "copilot", {}):
+            assert file.read_text() == "# mine\n"
+            gw.change_config(paths, {}, "server.port", "8080")
         client.close()
 
     asyncio.run(meanwhile())
@@ -623,7 +622,7 @@ def test_names_that_cannot_be_signed_in(make: Make) -> None:
     wrong = [
         (["copilot", "--name", "kiro"], "type is kiro, not copilot"),
         (["copilot", "--name", "echo"], "type is echo, not copilot"),
-        (["kiro", "--name", "copilot"], "type is copilot, not kiro"),
+        (["kiro", "--name", "copilot", "--method", "google"], "type is copilot, not kiro"),
         (["copilot", "--name", "../x"], "a name is letters"),
         (["copilot", "--github-host", "example.com"], "TENANT.ghe.com"),
         (["copilot", "--github-host", "https://ghe.com"], "TENANT.ghe.com"),
