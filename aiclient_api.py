@@ -2532,6 +2532,7 @@ class Refusal:
 
 if TYPE_CHECKING:
     Block = Text | Image | Document | Thinking | ToolCall | ToolResult | Refusal
+    PartReader = Callable[[Json, str], list[Block]]  # (a part, its path in the request)
 
 
 @dataclass(slots=True)
@@ -2683,6 +2684,14 @@ class Usage:
     def prompt(self) -> int:
         """All input tokens, as OpenAI counts them."""
         return self.input + self.cache_read + self.cache_write
+
+    @prompt.setter
+    def prompt(self, tokens: int) -> None:
+        self.input = max(0, tokens - self.cache_read - self.cache_write)
+
+    @property
+    def total(self) -> int:
+        return self.prompt + self.output
 
 
 # Events.  A response is  MessageStart (BlockStart BlockDelta* BlockStop | UsageUpdate)*
@@ -3151,35 +3160,32 @@ def output_instruction(output: OutputFormat) -> str:
 
 
 # Magic numbers, in base64: clients send wrong media types.
-IMAGE_SIGNATURES = (
-    ("iVBORw0KGgo", "image/png"),
-    ("/9j/", "image/jpeg"),
-    ("R0lGOD", "image/gif"),
-    ("UklGR", "image/webp"),
-)
-IMAGE_TYPES = tuple(kind for _, kind in IMAGE_SIGNATURES)
+IMAGE_SIGNATURES = {
+    "iVBORw0KGgo": "image/png",
+    "/9j/": "image/jpeg",
+    "R0lGOD": "image/gif",
+    "UklGR": "image/webp",
+}
 DATA_URL = re.compile(r"data:([\w.+/-]{0,100})(?:;[\w=.+-]{1,300}){0,8}?(;base64)?,", re.ASCII)
 
 
 def image_type(data: str, declared: str, path: str) -> str:
-    for prefix, kind in IMAGE_SIGNATURES:
+    for prefix, kind in IMAGE_SIGNATURES.items():
         if data.startswith(prefix):
             return kind
     declared = "image/jpeg" if declared == "image/jpg" else declared
-    if declared in IMAGE_TYPES:
-        return declared
-    raise UnsupportedFeature(
-        f"{path}: images must be PNG, JPEG, GIF or WebP, not {declared or 'of unknown type'!r}.",
-        param=path,
-    )
+    if declared not in IMAGE_SIGNATURES.values():
+        shown = declared or "of unknown type"
+        raise UnsupportedFeature(
+            f"{path}: images must be PNG, JPEG, GIF or WebP, not {shown!r}.", param=path
+        )
+    return declared
 
 
-def bare_base64(data: str) -> str:
-    """Base64 without line breaks: some programs wrap it."""
+def base64_image(data: str, declared: str, path: str) -> Image:
     if any(blank in data[:200] for blank in "\n\r "):
-        for blank in "\n\r\t ":
-            data = data.replace(blank, "")
-    return data
+        data = "".join(data.split())  # some programs wrap it
+    return Image(image_type(data, declared, path), data, path=path)
 
 
 def read_data_url(url: str, path: str) -> tuple[str, str]:
@@ -3198,9 +3204,8 @@ def read_data_url(url: str, path: str) -> tuple[str, str]:
 def read_image_url(url: str, path: str) -> Image:
     """An image from a data URL or an https URL; the gateway never fetches it."""
     if url.startswith("data:"):
-        declared, data = read_data_url(url, path)
-        data = bare_base64(data)
-        return Image(image_type(data, declared, path), data, path=path)
+        media_type, data = read_data_url(url, path)
+        return base64_image(data, media_type, path)
     if url.startswith("https://"):
         return Image(url=url, path=path)
     raise UnsupportedFeature(f"{path}: must be a data URL or an https URL.", param=path)
@@ -3285,13 +3290,6 @@ def estimate_bytes(text: bytes, prices: bytes = CLAUDE_PRICES) -> float:
 
 def estimate_text(text: str, prices: bytes = CLAUDE_PRICES) -> float:
     return estimate_bytes(text.encode("utf-8", "replace"), prices)
-
-
-def estimate_quoted(text: bytes, string_count: int) -> float:
-    """Approximate tokens of `string_count` JSON strings, given without quotes, joined by blanks."""
-    if b"\\" in text:
-        text = json_decoder.decode(f'"{text.decode()}"').encode("utf-8", "replace")
-    return estimate_bytes(text) - (string_count - 1) * CLAUDE_PRICES[32] / 64
 
 
 def png_size(data: str) -> tuple[int, int] | None:
@@ -3593,8 +3591,8 @@ def allowed_names(choice: Json, path: str) -> set[str]:
 # endpoint, seen in 2026-07), so one table reads them all, for every dialect.
 
 
-def read_text_part(part: Json, path: str) -> list[Block]:
-    return [Text(need_str(part, "text", path))]
+def text_reader(key: str, prefix: str = "") -> PartReader:
+    return lambda part, path: [Text(prefix + need_str(part, key, path))]
 
 
 def read_image_url_part(part: Json, path: str) -> list[Block]:
@@ -3612,17 +3610,16 @@ def read_image_url_part(part: Json, path: str) -> list[Block]:
 
 def read_image_part(part: Json, path: str) -> list[Block]:
     source = dict_field(part, "source", path)
-    kind = source.get("type")
-    if kind == "base64":
-        data = need_str(source, "data", f"{path}.source")
-        media_type = str_field(source, "media_type", f"{path}.source") or ""
-        if data.startswith("data:"):  # a data URL in place of bare base64
-            media_type, data = read_data_url(data, f"{path}.source.data")
-        data = bare_base64(data)
-        return [Image(image_type(data, media_type, path), data, path=path)]
-    if kind == "url":
-        return [read_image_url(need_str(source, "url", f"{path}.source"), f"{path}.source.url")]
-    raise UnsupportedFeature(f"{path}.source: must be base64 or an https url.", param=path)
+    source_path = f"{path}.source"
+    if source.get("type") == "url":
+        return [read_image_url(need_str(source, "url", source_path), f"{source_path}.url")]
+    if source.get("type") != "base64":
+        raise UnsupportedFeature(f"{source_path}: must be base64 or an https url.", param=path)
+    data = need_str(source, "data", source_path)
+    media_type = str_field(source, "media_type", source_path) or ""
+    if data.startswith("data:"):  # a data URL in place of bare base64
+        media_type, data = read_data_url(data, f"{source_path}.data")
+    return [base64_image(data, media_type, path)]
 
 
 def read_file_part(part: Json, path: str) -> list[Block]:
@@ -3689,15 +3686,6 @@ def read_thinking_part(part: Json, path: str) -> list[Block]:
     return [Thinking(text, signature, str_field(part, "data", path) or "")]
 
 
-def read_refusal_part(part: Json, path: str) -> list[Block]:
-    return [Refusal(need_str(part, "refusal", path))]
-
-
-def read_tool_reference_part(part: Json, path: str) -> list[Block]:
-    """A tool found by a search: all tools are always sent anyway."""
-    return [Text("Tool available: " + need_str(part, "tool_name", path))]
-
-
 def read_server_tool_part(part: Json, path: str) -> list[Block]:
     """A server-side tool's block as one text line: other vendors cannot verify the original."""
     if part.get("type") == "server_tool_use":
@@ -3712,24 +3700,18 @@ def read_server_tool_part(part: Json, path: str) -> list[Block]:
     return [Text("[" + "\n".join(filter(None, lines)) + "]")]
 
 
-def read_compaction_part(part: Json, path: str) -> list[Block]:
-    """A summary of earlier turns: only its text can be carried to another vendor."""
-    return [Text(need_str(part, "content", path))]
-
-
-def skip_part(part: Json, path: str) -> list[Block]:
-    return []
-
-
 def refuse_part(part: Json, path: str) -> list[Block]:
     raise UnsupportedFeature(f"{path}.type: {part['type']} is not supported here.", param=path)
 
 
-PART_READERS: dict[str, Callable[[Json, str], list[Block]]] = {
-    "compaction": read_compaction_part,
+# All tools are always sent, also those that a client's search has yet to find.
+read_tool_reference_part = text_reader("tool_name", "Tool available: ")
+read_text_part = text_reader("text")
+PART_READERS: dict[str, PartReader] = {
+    "compaction": text_reader("content"),  # a summary of earlier turns
     "container_upload": refuse_part,
     "document": read_document_part,
-    "fallback": skip_part,
+    "fallback": lambda *_: [],
     "file": read_file_part,
     "image": read_image_part,
     "image_url": read_image_url_part,
@@ -3739,7 +3721,7 @@ PART_READERS: dict[str, Callable[[Json, str], list[Block]]] = {
     "input_text": read_text_part,
     "output_text": read_text_part,
     "redacted_thinking": read_thinking_part,
-    "refusal": read_refusal_part,
+    "refusal": lambda part, path: [Refusal(need_str(part, "refusal", path))],
     "search_result": read_search_result_part,
     "server_tool_use": read_server_tool_part,
     "text": read_text_part,
@@ -3750,7 +3732,7 @@ PART_READERS: dict[str, Callable[[Json, str], list[Block]]] = {
 }
 
 
-def part_reader(part: Json) -> Callable[[Json, str], list[Block]] | None:
+def part_reader(part: Json) -> PartReader | None:
     kind = str_or_empty(part, "type")
     return read_server_tool_part if kind.endswith("_tool_result") else PART_READERS.get(kind)
 
@@ -3790,59 +3772,35 @@ def plain_text(blocks: Iterable[Block]) -> str:
 
 
 # Anthropic's client-side tools, which come without a schema (formats seen in 2026-09).
-
-EDITOR_SCHEMA: Json = {
-    "type": "object",
-    "properties": {
-        "command": {"type": "string", "enum": ["view", "create", "str_replace", "insert"]},
-        "path": {"type": "string"},
-        "file_text": {"type": "string"},
-        "old_str": {"type": "string"},
-        "new_str": {"type": "string"},
-        "insert_line": {"type": "integer"},
-        "insert_text": {"type": "string"},
-        "view_range": {"type": "array", "items": {"type": "integer"}},
-    },
-    "required": ["command", "path"],
+STRING, INTEGER = {"type": "string"}, {"type": "integer"}
+INTEGERS = {"type": "array", "items": INTEGER}
+EDITING: Json = {
+    **dict.fromkeys(("path", "file_text", "old_str", "new_str"), STRING),
+    "insert_line": INTEGER,
+    "insert_text": STRING,
 }
-CLIENT_TOOL_SCHEMAS: dict[str, Json] = {
-    "bash": {
-        "type": "object",
-        "properties": {"command": {"type": "string"}, "restart": {"type": "boolean"}},
-    },
-    "text_editor": EDITOR_SCHEMA,
-    "memory": {
-        "type": "object",
-        "properties": {
-            "command": {"type": "string"},
-            "path": {"type": "string"},
-            "file_text": {"type": "string"},
-            "old_str": {"type": "string"},
-            "new_str": {"type": "string"},
-            "insert_line": {"type": "integer"},
-            "insert_text": {"type": "string"},
-            "old_path": {"type": "string"},
-            "new_path": {"type": "string"},
-        },
-        "required": ["command"],
-    },
-    "computer": {
-        "type": "object",
-        "properties": {
-            "action": {"type": "string"},
-            "coordinate": {"type": "array", "items": {"type": "integer"}},
-            "text": {"type": "string"},
-        },
-        "required": ["action"],
-    },
+EDITOR_COMMAND = {**STRING, "enum": ["view", "create", "str_replace", "insert"]}
+#: family of tools -> (required properties, all properties)
+CLIENT_TOOLS: dict[str, tuple[list[str], Json]] = {
+    "bash": ([], {"command": STRING, "restart": {"type": "boolean"}}),
+    "text_editor": (
+        ["command", "path"],
+        {"command": EDITOR_COMMAND, **EDITING, "view_range": INTEGERS},
+    ),
+    "memory": (
+        ["command"],
+        {"command": STRING, **EDITING, "old_path": STRING, "new_path": STRING},
+    ),
+    "computer": (["action"], {"action": STRING, "coordinate": INTEGERS, "text": STRING}),
 }
 
 
 def client_tool_schema(kind: str) -> Json | None:
     """The schema of `bash_20250124` and the like; None for server-side tools."""
-    for family, schema in CLIENT_TOOL_SCHEMAS.items():
+    for family, (required, properties) in CLIENT_TOOLS.items():
         if kind.startswith(family + "_2"):
-            return schema
+            schema = {"type": "object", "properties": properties}
+            return {**schema, "required": required} if required else schema
     return None
 
 
@@ -3869,7 +3827,7 @@ def tool_names(body: Json, path: str = "") -> list[str]:
     return names
 
 
-# Usage, in each vendor's shape.  A missing figure keeps its value from an earlier frame.
+# Usage, in each vendor's shape.
 
 
 def read_figure(
@@ -3892,11 +3850,6 @@ def get_int(obj: Json, key: str, default: int) -> int:
     """The non-negative integer at `key`, or `default`."""
     value = obj.get(key)
     return value if isinstance(value, int) and read_figure(value, 0) is not None else default
-
-
-def get_float(obj: Json, key: str, maximum: float) -> float:
-    """The number at `key` between 0 and `maximum`; 0 for anything else."""
-    return read_figure(obj.get(key), 0, maximum) or 0.0
 
 
 def get_dict(obj: Json, key: str) -> Json:
@@ -3927,13 +3880,12 @@ def inline_refs(schema: Json, tool_count: int = MAX_TOOLS) -> Any:
             return [inline(item, ancestors, depth + 1) for item in value]
         if not isinstance(value, dict):
             return value
-        name = value.get("$ref")
-        if not isinstance(name, str):  # a property may have that name
-            return {key: inline(item, ancestors, depth + 1) for key, item in value.items()}
-        siblings = {
-            key: inline(item, ancestors, depth + 1) for key, item in value.items() if key != "$ref"
-        }
-        name = name.rpartition("/")[2]
+        siblings = dict(value)
+        is_reference = isinstance(value.get("$ref"), str)  # a property may have that name
+        name = siblings.pop("$ref").rpartition("/")[2] if is_reference else ""
+        siblings = {key: inline(item, ancestors, depth + 1) for key, item in siblings.items()}
+        if not is_reference:
+            return siblings
         definition = get_dict(definitions, name)
         if name in ancestors or not definition or bytes_left < 0 or depth > MAX_JSON_DEPTH:
             return {"type": "object", **siblings}
@@ -3965,34 +3917,32 @@ def read_copilot_usage(frame: Json, usage: Usage) -> None:
         usage.cache_write = counts.get("cache_write", usage.cache_write)
 
 
-def read_chat_usage(frame: Json, usage: Usage) -> bool:
-    """Updates `usage` from OpenAI's `usage` in a frame; False if it has none."""
-    counts = get_dict(frame, "usage")
-    if not counts:
-        return False
-    prompt_details = get_dict(counts, "prompt_tokens_details")
-    usage.cache_read = get_int(prompt_details, "cached_tokens", usage.cache_read)
-    usage.cache_write = get_int(prompt_details, "cache_write_tokens", usage.cache_write)
-    prompt = get_int(counts, "prompt_tokens", usage.prompt)
-    usage.input = max(0, prompt - usage.cache_read - usage.cache_write)
-    usage.output = get_int(counts, "completion_tokens", usage.output)
-    completion_details = get_dict(counts, "completion_tokens_details")
-    usage.reasoning = get_int(completion_details, "reasoning_tokens", usage.reasoning)
-    usage.source = "reported"
-    read_copilot_usage(frame, usage)
-    return True
+# A usage table maps the paths of a dialect's usage object, in its order, to the fields of Usage.
 
 
-def read_messages_usage(counts: Json, usage: Usage) -> None:
-    if not counts:
-        return
-    usage.input = get_int(counts, "input_tokens", usage.input)
-    usage.cache_read = get_int(counts, "cache_read_input_tokens", usage.cache_read)
-    usage.cache_write = get_int(counts, "cache_creation_input_tokens", usage.cache_write)
-    usage.output = get_int(counts, "output_tokens", usage.output)
-    output_details = get_dict(counts, "output_tokens_details")
-    usage.reasoning = get_int(output_details, "thinking_tokens", usage.reasoning)
-    usage.source = "reported"
+def read_usage(holder: Json, table: dict[str, str], usage: Usage) -> bool:
+    """Updates `usage` from the usage in a frame; False if it has none.
+
+    A missing figure keeps its value from an earlier frame.
+    """
+    counts = get_dict(holder, "usage")
+    for path, name in reversed(table.items()):  # the prompt after the caches that it includes
+        group, _, key = path.rpartition(".")
+        figure = get_int(get_dict(counts, group) if group else counts, key, -1)
+        if figure >= 0 and name != "total":
+            setattr(usage, name, figure)
+    usage.source = "reported" if counts else usage.source
+    read_copilot_usage(holder, usage)
+    return bool(counts)
+
+
+def write_usage(usage: Usage, table: dict[str, str]) -> Json:
+    counts: Json = {}
+    for path, name in table.items():
+        group, _, key = path.rpartition(".")
+        holder = counts.setdefault(group, {}) if group else counts
+        holder[key] = getattr(usage, name)
+    return counts
 
 
 def finalize_usage(usage: Usage, context: ResponseContext, output_estimate: float) -> Usage:
@@ -4009,66 +3959,66 @@ def finalize_usage(usage: Usage, context: ResponseContext, output_estimate: floa
     return replace(usage, input=estimate_request(context.asked), output=output, source="estimated")
 
 
-# Errors inside a stream, in any vendor's shape.
-
+INVALID = "invalid_request_error"
+#: an error's kind -> OpenAI's type and code, Anthropic's type
+ERROR_NAMES: dict[str, tuple[str, str | None, str]] = {
+    "invalid_request": (INVALID, None, INVALID),
+    "context_too_long": (INVALID, "context_length_exceeded", INVALID),
+    "invalid_key": (INVALID, "invalid_api_key", "authentication_error"),
+    "forbidden": (INVALID, "forbidden", "permission_error"),
+    "model_not_found": (INVALID, "model_not_found", "not_found_error"),
+    "unknown_url": (INVALID, "unknown_url", "not_found_error"),
+    "not_stored": (INVALID, "not_found", "not_found_error"),
+    "upgrade_refused": (INVALID, "websocket_not_supported", INVALID),
+    "method_not_allowed": (INVALID, "method_not_allowed", INVALID),
+    "request_timeout": (INVALID, "request_timeout", "timeout_error"),
+    "body_too_large": (INVALID, "request_too_large", "request_too_large"),
+    "unsupported_media_type": (INVALID, "unsupported_media_type", INVALID),
+    "unsupported_encoding": (INVALID, "unsupported_content_encoding", INVALID),
+    "rate_limited": ("requests", "rate_limit_exceeded", "rate_limit_error"),
+    "quota_exceeded": ("insufficient_quota", "insufficient_quota", "rate_limit_error"),
+    "limit_reached": ("insufficient_quota", "insufficient_quota", "rate_limit_error"),
+    "upstream_error": ("server_error", "upstream_error", "api_error"),
+    "not_signed_in": ("server_error", "provider_not_authenticated", "api_error"),
+    "overloaded": ("server_error", "server_is_overloaded", "overloaded_error"),
+    "upstream_timeout": ("server_error", "upstream_timeout", "timeout_error"),
+    "internal": ("server_error", "internal_error", "api_error"),
+}
+#: codes and types of errors inside a stream, of any vendor
 STREAM_ERRORS: dict[str, type[ApiError]] = {
-    "overloaded_error": Overloaded,
-    "server_is_overloaded": Overloaded,
-    "model_overloaded": Overloaded,
-    "rate_limit_error": RateLimited,
-    "rate_limit_exceeded": RateLimited,
-    "rate_limited": RateLimited,
-    "insufficient_quota": QuotaExceeded,
-    "quota_exceeded": QuotaExceeded,
+    **dict.fromkeys(("overloaded_error", "server_is_overloaded", "model_overloaded"), Overloaded),
+    **dict.fromkeys(("rate_limit_error", "rate_limit_exceeded", "rate_limited"), RateLimited),
+    **dict.fromkeys(("insufficient_quota", "quota_exceeded"), QuotaExceeded),
+    **dict.fromkeys((INVALID, "invalid_prompt", "content_filter"), InvalidRequest),
     "timeout_error": UpstreamTimeout,
-    "invalid_request_error": InvalidRequest,
-    "invalid_prompt": InvalidRequest,
-    "content_filter": InvalidRequest,
 }
 
 
 def read_stream_error(value: Any) -> ApiError:
     """The error in an error frame: an object with message, type and code, or a string."""
     error = value if isinstance(value, dict) else {"message": value}
-    message = error.get("message")
-    text = redact(message, MAX_REFUSAL_TEXT) if isinstance(message, str) else ""
-    text = text or "no reason given"
-    if error.get("code") == "context_length_exceeded":
+    text = redact(str_or_empty(error, "message"), MAX_REFUSAL_TEXT) or "no reason given"
+    code = str_or_empty(error, "code")
+    if code == "context_length_exceeded":
         return ContextTooLong()
-    for key in (error.get("code"), error.get("type")):
-        if isinstance(key, str) and key.partition(":")[0] in STREAM_ERRORS:
-            code = "invalid_prompt" if key == "invalid_prompt" else None
-            return STREAM_ERRORS[key.partition(":")[0]](text, code=code)
-    policy = "cyber_policy" if error.get("code") == "cyber_policy" else None
+    for key in (code, str_or_empty(error, "type")):
+        error_type = STREAM_ERRORS.get(key.partition(":")[0])
+        if error_type:
+            return error_type(text, code=key if key == "invalid_prompt" else None)
+    policy = code if code == "cyber_policy" else None
     return UpstreamError(f"The upstream failed while it answered: {text}", code=policy)
 
 
 # 8.2 OpenAI chat completions
 
-OPENAI_ERRORS: dict[str, tuple[str, str | None]] = {
-    "invalid_request": ("invalid_request_error", None),
-    "context_too_long": ("invalid_request_error", "context_length_exceeded"),
-    "invalid_key": ("invalid_request_error", "invalid_api_key"),
-    "forbidden": ("invalid_request_error", "forbidden"),
-    "model_not_found": ("invalid_request_error", "model_not_found"),
-    "unknown_url": ("invalid_request_error", "unknown_url"),
-    "not_stored": ("invalid_request_error", "not_found"),
-    "upgrade_refused": ("invalid_request_error", "websocket_not_supported"),
-    "method_not_allowed": ("invalid_request_error", "method_not_allowed"),
-    "request_timeout": ("invalid_request_error", "request_timeout"),
-    "body_too_large": ("invalid_request_error", "request_too_large"),
-    "unsupported_media_type": ("invalid_request_error", "unsupported_media_type"),
-    "unsupported_encoding": ("invalid_request_error", "unsupported_content_encoding"),
-    "rate_limited": ("requests", "rate_limit_exceeded"),
-    "quota_exceeded": ("insufficient_quota", "insufficient_quota"),
-    "limit_reached": ("insufficient_quota", "insufficient_quota"),
-    "upstream_error": ("server_error", "upstream_error"),
-    "not_signed_in": ("server_error", "provider_not_authenticated"),
-    "overloaded": ("server_error", "server_is_overloaded"),
-    "upstream_timeout": ("server_error", "upstream_timeout"),
-    "internal": ("server_error", "internal_error"),
+CHAT_USAGE = {
+    "prompt_tokens": "prompt",
+    "completion_tokens": "output",
+    "total_tokens": "total",
+    "prompt_tokens_details.cached_tokens": "cache_read",
+    "prompt_tokens_details.cache_write_tokens": "cache_write",
+    "completion_tokens_details.reasoning_tokens": "reasoning",
 }
-
 CHAT_FINISHES = {
     "stop": "end", "length": "length", "tool_calls": "tool", "function_call": "tool",
     "content_filter": "filter",
@@ -4086,7 +4036,7 @@ FOREIGN_SIGNATURES = ("gw1.", "litellm_encrypted_reasoning:")
 
 def write_openai_error(error: ApiError, conversation: str = "messages") -> Json:
     """`conversation` is the name of the field that holds the conversation."""
-    error_type, code = OPENAI_ERRORS[error.kind]
+    error_type, code, _ = ERROR_NAMES[error.kind]
     code = error.code or code
     param = conversation if isinstance(error, ContextTooLong) else error.param
     return {"message": error.text(), "type": error_type, "param": param, "code": code}
@@ -4539,7 +4489,7 @@ class ChatReader:
         for choice in choices:
             if isinstance(choice, dict):
                 self.read_choice(choice, events)
-        read_chat_usage(frame, self.usage)
+        read_usage(frame, CHAT_USAGE, self.usage)
         return events
 
     def read_choice(self, choice: Json, events: list[Event]) -> None:
@@ -4746,22 +4696,9 @@ class ChatWriter:
         if self.context.include_usage:
             usage_chunk = self.chunk({})
             usage_chunk["choices"] = []
-            usage_chunk["usage"] = write_chat_usage(self.usage)
+            usage_chunk["usage"] = write_usage(self.usage, CHAT_USAGE)
             frames.append(usage_chunk)
         return frames
-
-
-def write_chat_usage(usage: Usage) -> Json:
-    return {
-        "prompt_tokens": usage.prompt,
-        "completion_tokens": usage.output,
-        "total_tokens": usage.prompt + usage.output,
-        "prompt_tokens_details": {
-            "cached_tokens": usage.cache_read,
-            "cache_write_tokens": usage.cache_write,
-        },
-        "completion_tokens_details": {"reasoning_tokens": usage.reasoning},
-    }
 
 
 # Added by Azure and Copilot: random padding and content-filter results.  Clients echo a message
@@ -4836,7 +4773,7 @@ class ChatRelay:
             raise read_stream_error(frame["error"])
         if frame.get("type") == "[DONE]":
             return self.end()
-        if read_chat_usage(frame, self.usage):
+        if read_usage(frame, CHAT_USAGE, self.usage):
             self.usage_frame = frame["usage"]
         for key in ("usage", "copilot_usage", *VENDOR_CHAT_FIELDS):
             frame.pop(key, None)
@@ -4971,9 +4908,8 @@ class ChatRelay:
             choice = {"index": index, "delta": {}, "logprobs": None, "finish_reason": finish_reason}
             frames.append({**base, "choices": [choice]})
         if self.context.include_usage:
-            usage = self.usage_frame or write_chat_usage(
-                finalize_usage(self.usage, self.context, self.said)
-            )
+            finalized = finalize_usage(self.usage, self.context, self.said)
+            usage = self.usage_frame or write_usage(finalized, CHAT_USAGE)
             frames.append({**base, "choices": [], "usage": usage})
         return frames
 
@@ -5109,28 +5045,12 @@ class ChatDialect:
 
 # 8.3 Anthropic messages
 
-ANTHROPIC_ERRORS = {
-    "invalid_request": "invalid_request_error",
-    "context_too_long": "invalid_request_error",
-    "invalid_key": "authentication_error",
-    "forbidden": "permission_error",
-    "model_not_found": "not_found_error",
-    "unknown_url": "not_found_error",
-    "not_stored": "not_found_error",
-    "upgrade_refused": "invalid_request_error",
-    "method_not_allowed": "invalid_request_error",
-    "request_timeout": "timeout_error",
-    "body_too_large": "request_too_large",
-    "unsupported_media_type": "invalid_request_error",
-    "unsupported_encoding": "invalid_request_error",
-    "rate_limited": "rate_limit_error",
-    "quota_exceeded": "rate_limit_error",
-    "limit_reached": "rate_limit_error",
-    "upstream_error": "api_error",
-    "not_signed_in": "api_error",
-    "overloaded": "overloaded_error",
-    "upstream_timeout": "timeout_error",
-    "internal": "api_error",
+MESSAGES_USAGE = {
+    "input_tokens": "input",
+    "cache_creation_input_tokens": "cache_write",
+    "cache_read_input_tokens": "cache_read",
+    "output_tokens": "output",
+    "output_tokens_details.thinking_tokens": "reasoning",
 }
 MESSAGES_FINISHES = {
     "end_turn": "end", "stop_sequence": "stop", "tool_use": "tool", "max_tokens": "length",
@@ -5465,7 +5385,7 @@ class MessagesReader:
             return [BlockStop()]
         if kind == "message_start":
             message = get_dict(frame, "message")
-            read_messages_usage(get_dict(message, "usage"), self.usage)
+            read_usage(message, MESSAGES_USAGE, self.usage)
             return [MessageStart(str(message.get("id") or ""), str(message.get("model") or ""))]
         if kind == "message_delta":
             self.read_finish(frame)
@@ -5476,8 +5396,7 @@ class MessagesReader:
         return []
 
     def read_finish(self, frame: Json) -> None:
-        read_messages_usage(get_dict(frame, "usage"), self.usage)
-        read_copilot_usage(frame, self.usage)
+        read_usage(frame, MESSAGES_USAGE, self.usage)
         delta = get_dict(frame, "delta")
         reason = delta.get("stop_reason")
         if isinstance(reason, str) and reason:
@@ -5526,14 +5445,9 @@ class MessagesReader:
 
 
 def write_messages_usage(usage: Usage) -> Json:
-    counts: Json = {
-        "input_tokens": usage.input,
-        "cache_creation_input_tokens": usage.cache_write,
-        "cache_read_input_tokens": usage.cache_read,
-        "output_tokens": usage.output,
-    }
-    if usage.reasoning:
-        counts["output_tokens_details"] = {"thinking_tokens": usage.reasoning}
+    counts = write_usage(usage, MESSAGES_USAGE)
+    if not usage.reasoning:
+        del counts["output_tokens_details"]
     return counts
 
 
@@ -5757,8 +5671,8 @@ class MessagesRelay:
 
     def repair_start(self, message: Json) -> Json:
         """Sets the client's model name and a non-zero input count."""
+        read_usage(message, MESSAGES_USAGE, self.usage)
         usage = dict(get_dict(message, "usage"))
-        read_messages_usage(usage, self.usage)
         usage["output_tokens"] = self.usage.output
         usage["input_tokens"] = self.usage.input
         if not self.usage.prompt:
@@ -5779,9 +5693,8 @@ class MessagesRelay:
             self.has_stop_reason = True
             if self.has_tool_call and delta["stop_reason"] == "end_turn":
                 delta["stop_reason"] = "tool_use"
+        read_usage(frame, MESSAGES_USAGE, self.usage)
         usage = dict(get_dict(frame, "usage"))
-        read_messages_usage(usage, self.usage)
-        read_copilot_usage(frame, self.usage)
         usage["output_tokens"] = self.usage.output
         frame["usage"] = usage
         frame["delta"] = delta
@@ -5961,7 +5874,7 @@ class MessagesDialect:
         return write_sse(frame, frame["type"])
 
     def error_body(self, error: ApiError, request_id: str) -> Json:
-        payload = {"type": ANTHROPIC_ERRORS[error.kind], "message": error.text()}
+        payload = {"type": ERROR_NAMES[error.kind][2], "message": error.text()}
         return {"type": "error", "error": payload, "request_id": request_id}
 
     def error_status(self, error: ApiError) -> int:
@@ -6541,20 +6454,14 @@ def write_reasoning_item(text: str, signature: str) -> Json | None:
     return {"type": "reasoning", "summary": summary, "encrypted_content": carried["enc"]}
 
 
-def read_responses_usage(response: Json, usage: Usage) -> None:
-    reported = get_dict(response, "usage")
-    if not reported:
-        return
-    input_details = get_dict(reported, "input_tokens_details")
-    usage.cache_read = get_int(input_details, "cached_tokens", usage.cache_read)
-    usage.cache_write = get_int(input_details, "cache_write_tokens", usage.cache_write)
-    prompt = get_int(reported, "input_tokens", usage.prompt)
-    usage.input = max(0, prompt - usage.cache_read - usage.cache_write)
-    usage.output = get_int(reported, "output_tokens", usage.output)
-    output_details = get_dict(reported, "output_tokens_details")
-    usage.reasoning = get_int(output_details, "reasoning_tokens", usage.reasoning)
-    usage.source = "reported"
-    read_copilot_usage(response, usage)
+RESPONSES_USAGE = {
+    "input_tokens": "prompt",
+    "input_tokens_details.cached_tokens": "cache_read",
+    "input_tokens_details.cache_write_tokens": "cache_write",
+    "output_tokens": "output",
+    "output_tokens_details.reasoning_tokens": "reasoning",
+    "total_tokens": "total",
+}
 
 
 def read_incomplete(response: Json) -> str:
@@ -6751,7 +6658,7 @@ class ResponsesReader:
                 kind = "response.incomplete"  # a truncated call must not be run
             events += item.events
             item.events = []
-        read_responses_usage(response, self.usage)
+        read_usage(response, RESPONSES_USAGE, self.usage)
         read_copilot_usage(frame, self.usage)
         if self.usage.source:
             events.append(UsageUpdate(self.usage))
@@ -6764,19 +6671,6 @@ class ResponsesReader:
     def end(self) -> list[Event]:
         """Nothing: a response without its terminal frame is incomplete."""
         return []
-
-
-def write_responses_usage(usage: Usage) -> Json:
-    return {
-        "input_tokens": usage.prompt,
-        "input_tokens_details": {
-            "cached_tokens": usage.cache_read,
-            "cache_write_tokens": usage.cache_write,
-        },
-        "output_tokens": usage.output,
-        "output_tokens_details": {"reasoning_tokens": usage.reasoning},
-        "total_tokens": usage.prompt + usage.output,
-    }
 
 
 def write_response(context: ResponseContext, status: str, output: list[Json]) -> Json:
@@ -7012,7 +6906,7 @@ class ResponsesWriter:
             reason = None
         status = "incomplete" if reason else "completed"
         response = write_response(self.context, status, self.output)
-        response["usage"] = write_responses_usage(self.usage)
+        response["usage"] = write_usage(self.usage, RESPONSES_USAGE)
         if reason:
             response["incomplete_details"] = {"reason": reason}
         return [*frames, {"type": f"response.{status}", "response": response}]
@@ -7074,7 +6968,7 @@ class ResponsesRelay:
             frame["response"] = response = get_dict(frame, "response")
             if "id" not in response:
                 raise UpstreamError(OFF_PROTOCOL)
-            read_responses_usage(response, self.usage)
+            read_usage(response, RESPONSES_USAGE, self.usage)
             read_copilot_usage(frame, self.usage)
             self.finished = True
         return [*leading_frames, frame]
@@ -8272,7 +8166,8 @@ class KiroReader:
         self.thinking, self.signature = [], []
 
     def on_context_usage(self, payload: Json, events: list[Event]) -> None:
-        self.context_used = get_float(payload, "contextUsagePercentage", 1000) or self.context_used
+        percentage = read_figure(payload.get("contextUsagePercentage"), 0, 1000)
+        self.context_used = percentage or self.context_used
         events.append(self.usage_update())
 
     def usage_update(self) -> UsageUpdate:
@@ -8282,7 +8177,8 @@ class KiroReader:
 
     def on_metering(self, payload: Json, events: list[Event]) -> None:
         """The cost of this response in credits; several events add up."""
-        self.usage.nano_credits += round(get_float(payload, "usage", MAX_FIGURE / 1e9) * 1e9)
+        amount = read_figure(payload.get("usage"), 0, MAX_FIGURE / 1e9)
+        self.usage.nano_credits += round((amount or 0.0) * 1e9)
         self.usage.credits_source = "reported"
         events.append(self.usage_update())
 
@@ -8427,10 +8323,9 @@ class Converter:
     def write(self, events: list[Event]) -> list[Json]:
         frames = []
         for event in events:
-            if self.finished:
-                break
             for passed in self.cutter.take(event) if self.cutter else (event,):
-                frames.extend(self.write_event(passed))
+                if not self.finished:
+                    frames += self.write_event(passed)
         return frames
 
     def write_event(self, event: Event) -> list[Json]:
@@ -8462,16 +8357,6 @@ PLAIN_JSON_TEXT = re.compile(
 )
 
 
-def is_utf8(data: bytes) -> bool:
-    if data.isascii():
-        return True
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
 class Template(NamedTuple):
     """The bytes around the text that all text deltas of one block share, in and out.
 
@@ -8501,21 +8386,17 @@ class Template(NamedTuple):
         texts = blocks[len(before) : len(blocks) - len(after)].split(after + before)
         # The blank between texts makes an escape that is split across two of them invalid.
         joined = b" ".join(texts)
-        if not PLAIN_JSON_TEXT.fullmatch(joined) or b"" in texts or not is_utf8(joined):
+        if not PLAIN_JSON_TEXT.fullmatch(joined) or b"" in texts:
             return None
-        estimated_tokens = estimate_quoted(joined, len(texts))
-        return out_before + (out_after + out_before).join(texts) + out_after, estimated_tokens
-
-
-def first_events(blocks: bytes, limit: int) -> tuple[bytes, bytes]:
-    """(the first `limit` events, the remaining ones)."""
-    end = 0
-    for _ in range(limit):
-        boundary = blocks.find(b"\n\n", end)
-        if boundary < 0:
-            return blocks, b""
-        end = boundary + 2
-    return blocks[:end], blocks[end:]
+        try:
+            text = joined.decode()
+        except UnicodeDecodeError:
+            return None
+        if "\\" in text:
+            text = json_decoder.decode(f'"{text}"')
+        blank_tokens = (len(texts) - 1) * CLAUDE_PRICES[32] / 64
+        output = out_before + (out_after + out_before).join(texts) + out_after
+        return output, estimate_text(text) - blank_tokens
 
 
 class StreamTranslator:
@@ -8539,25 +8420,31 @@ class StreamTranslator:
         self.stream = stream
         self.request_id = request_id
         self.framing = upstream.framing()
-        same_dialect = upstream is client and not context.cut
-        native = same_dialect and not context.legacy_functions and not context.rewritten
-        self.relay: Relay = (
-            client.relay(context)
-            if native
-            else Converter(upstream.reader(context), client.writer(context), context)
-        )
-        self.frames: list[Json] = []
+        self.relay: Relay
+        if upstream is not client or context.cut or context.legacy_functions or context.rewritten:
+            self.relay = Converter(upstream.reader(context), client.writer(context), context)
+        else:
+            self.relay = client.relay(context)
+        self.tail = client.tail if stream else b""
+        self.frames: list[Json] = []  # without `stream`
         self.collected_bytes = 0  # upstream bytes that `frames` were parsed from
         #: matching deltas need no parsing; nothing else may change the response meanwhile
         self.template: Template | None = None
         self.may_copy = stream and not context.cut
         self.last_frame: Json | None = None  # what the last frame became, if that was one frame
-        #: a byte was sent, so an error can only be a frame; `frame_sent`: a frame was sent
-        self.begun = False
-        self.frame_sent = False
-        self.over = False
+        self.output: list[bytes] = []  # not yet returned
+        self.begun = False  #: a byte was sent, so an error can only be a frame
+        self.frame_count = 0  # frames sent
         self.error: ApiError | None = None
-        self.next_number = 0  # of the next frame, if frames are numbered
+
+    @property
+    def over(self) -> bool:
+        return self.error is not None or self.relay.finished
+
+    @property
+    def ended(self) -> bool:
+        """Whether the upstream finished: it did not fail and was not cut short here."""
+        return self.relay.finished and self.error is None and not self.context.cut
 
     @property
     def usage(self) -> Usage:
@@ -8566,13 +8453,7 @@ class StreamTranslator:
             return usage
         return finalize_usage(usage, self.context, self.relay.said)
 
-    @property
-    def ended(self) -> bool:
-        """Whether the upstream finished: it did not fail and was not cut short here."""
-        return self.over and self.error is None and not self.context.cut
-
     def feed(self, data: bytes) -> bytes:
-        written: list[bytes] = []
         try:
             self.collected_bytes += 0 if self.stream else len(data)
             if self.collected_bytes > MAX_COLLECTED_BYTES:
@@ -8582,107 +8463,95 @@ class StreamTranslator:
             while blocks and not self.over:
                 copied = self.template.copy(blocks) if self.template else None
                 if copied:
-                    written.append(copied[0])
+                    self.output.append(copied[0])
                     self.relay.said += copied[1]
                     break
                 # Parses a few, retries with the template they gave, then parses twice as many.
                 self.template = None
-                parsed, blocks = first_events(blocks, step)
+                parts = blocks.split(b"\n\n", step)
+                remaining = parts[step] if len(parts) > step else b""
+                self.feed_events(blocks[: len(blocks) - len(remaining)])
+                blocks = remaining
                 step *= 2
-                written.append(self.feed_events(parsed))
         except ApiError as error:
-            written.append(self.fail(error))
-        return b"".join(written)
+            self.fail(error)
+        return self.take_output()
 
-    def feed_events(self, blocks: bytes) -> bytes:
+    def feed_events(self, blocks: bytes) -> None:
         frames = self.framing.frames(blocks)
-        if not frames:
-            return b""
-        text = self.upstream.plain_text(frames[-1]) if self.may_copy else None
-        written = self.pass_on(frames)
-        if (
-            text
-            and not self.over
-            and self.last_frame
-            and self.client.plain_text(self.last_frame) == text
-        ):
+        text = self.upstream.plain_text(frames[-1]) if frames and self.may_copy else None
+        self.pass_on(frames)
+        frame = self.last_frame
+        if text and frame and not self.over and self.client.plain_text(frame) == text:
             block = blocks[:-2].rpartition(b"\n\n")[2] + b"\n\n"
-            self.template = Template.learn(block, self.client.encode(self.last_frame), text)
-        return written
+            self.template = Template.learn(block, self.client.encode(frame), text)
 
     def feed_buffered(self, data: bytes) -> bytes:
         """The client's bytes for a non-streaming upstream response."""
-        payload = load_object(data)
-        if payload is None:
-            return self.fail(UpstreamError("The upstream's answer is not JSON."))
         try:
+            payload = load_object(data)
+            if payload is None:
+                raise UpstreamError("The upstream's answer is not JSON.")
             if payload.get("error"):
                 raise read_stream_error(payload["error"])
-            return self.pass_on(self.upstream.expand(payload)) + self.end()
+            self.pass_on(self.upstream.expand(payload))
         except ApiError as error:
-            return self.fail(error)
-
-    def pass_on(self, frames: list[Json]) -> bytes:
-        """Runs frames through the relay; output from before an error is still sent."""
-        written: list[bytes] = []
-        try:
-            for frame in frames:
-                if self.relay.finished:
-                    break  # nothing may follow the end
-                repaired = self.relay.repair(frame)
-                self.last_frame = repaired[0] if len(repaired) == 1 else None
-                written += self.write(repaired)
-        except ApiError as error:
-            written.append(self.fail(error))
-        if self.relay.finished and not self.over:
-            self.over = True
-            written.append(self.client.tail if self.stream else b"")
-        return b"".join(written)
-
-    def write(self, frames: list[Json]) -> list[bytes]:
-        if frames and self.stream:
-            self.begun = self.frame_sent = True
-            if self.client.is_numbered:
-                frames = [self.number_frame(frame) for frame in frames]
-            return [self.client.encode(frame) for frame in frames]
-        self.frames += frames
-        return []
-
-    def number_frame(self, frame: Json) -> Json:
-        """Numbers are assigned here, as pings and errors come in between."""
-        frame["sequence_number"] = self.next_number
-        self.next_number += 1
-        return frame
-
-    def ping(self) -> bytes:
-        frame = self.client.alive(self.context) if self.frame_sent else None
-        return b"".join(self.write([frame])) if frame else self.client.ping(self.frame_sent)
+            self.fail(error)
+        return self.take_output() + self.end()
 
     def end(self, error: ApiError | None = None) -> bytes:
-        if self.over:
-            return b""
-        if error is not None:
-            return self.fail(error)
-        written = b""
         try:
-            written = self.pass_on(self.framing.last_frames())
-            if self.over:
-                return written
-            final = b"".join(self.write(self.relay.end()))
+            if error and not self.over:
+                raise error
+            if not self.over:
+                self.pass_on(self.framing.last_frames())
+            if not self.over:
+                self.send(self.relay.end())
+                self.output.append(self.tail)
         except ApiError as failure:
-            return written + self.fail(failure)
-        self.over = True
-        return written + final + (self.client.tail if self.stream else b"")
+            self.fail(failure)
+        return self.take_output()
 
-    def fail(self, error: ApiError) -> bytes:
+    def pass_on(self, frames: list[Json]) -> None:
+        for frame in frames:
+            if self.relay.finished:
+                break  # nothing may follow the end
+            repaired = self.relay.repair(frame)
+            self.last_frame = repaired[0] if len(repaired) == 1 else None
+            self.send(repaired)
+            if self.relay.finished:
+                self.output.append(self.tail)
+
+    def send(self, frames: list[Json]) -> None:
+        """Numbers are assigned here, as pings and errors come in between."""
+        if not self.stream:
+            self.frames += frames
+            return
+        for frame in frames:
+            self.begun = True
+            if self.client.is_numbered:
+                frame["sequence_number"] = self.frame_count
+            self.frame_count += 1
+            self.output.append(self.client.encode(frame))
+
+    def take_output(self) -> bytes:
+        output, self.output = self.output, []
+        return b"".join(output)
+
+    def ping(self) -> bytes:
+        frame = self.client.alive(self.context) if self.frame_count else None
+        if frame is None:
+            return self.client.ping(self.frame_count > 0)
+        self.send([frame])
+        return self.take_output()
+
+    def fail(self, error: ApiError) -> None:
         """Ends the response: with a frame if a byte was sent, otherwise only in `self.error`."""
-        self.over = True
         error.message = hide(error.message[:MAX_ERROR_TEXT], self.context.secrets())
         self.error = error
-        if not self.begun:
-            return b""
-        frames = self.client.error_frames(error, self.request_id, self.context, self.frame_sent)
-        return b"".join(self.write(frames))
+        if self.begun:
+            has_frames = self.frame_count > 0
+            self.send(self.client.error_frames(error, self.request_id, self.context, has_frames))
 
     def whole(self) -> Json:
         """The non-streaming response; raises the error that ended it."""
