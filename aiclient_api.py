@@ -116,7 +116,6 @@ from collections.abc import (
     Awaitable,
     Callable,
     Collection,
-    Container,
     Coroutine,
     Iterable,
     Iterator,
@@ -2629,7 +2628,7 @@ class Conversation:
 
     def settle(self) -> None:
         """Normalizes the turns for all vendors; raises InvalidRequest if there are none."""
-        normalized = distinct_calls(normalize_turns(self.turns))
+        normalized = normalize_turns(self.turns)
         if not normalized and not self.system:
             raise self.refuse_empty()
         if normalized != self.turns:
@@ -2756,21 +2755,17 @@ if TYPE_CHECKING:
 
 OFF_PROTOCOL = "The upstream's answer does not follow its own protocol."
 
-# (state, event) -> state; any other pair is a protocol error.
-EVENT_STATES: dict[tuple[str, str], str] = {
-    ("new", "MessageStart"): "open",
-    ("new", "UsageUpdate"): "new",
-    ("open", "BlockStart"): "block",
-    ("open", "UsageUpdate"): "open",
-    ("open", "MessageStop"): "over",
-    ("block", "BlockDelta"): "block",
-    ("block", "UsageUpdate"): "block",
-    ("block", "BlockStop"): "open",
-    ("new", "StreamError"): "over",
-    ("open", "StreamError"): "over",
-    ("block", "StreamError"): "over",
-}
-
+# state -> event -> state; any other event is a protocol error.
+EVENT_STATES: dict[str, dict[str, str]] = {
+    "new": {"MessageStart": "open", "UsageUpdate": "new", "StreamError": "over"},
+    "open": {
+        "BlockStart": "block", "UsageUpdate": "open", "MessageStop": "over", "StreamError": "over",
+    },
+    "block": {
+        "BlockDelta": "block", "UsageUpdate": "block", "BlockStop": "open", "StreamError": "over",
+    },
+    "over": {},
+}  # fmt: skip
 
 LINE_BREAKS = "\r\n\t"
 RUNAWAY = re.compile(f"[{LINE_BREAKS}]{{{MAX_BLANK_RUN + 1}}}")
@@ -2799,7 +2794,7 @@ class Checker:
 
     def check(self, event: Event) -> Event:
         """`event`, with the finish reason corrected after a tool call; raises UpstreamError."""
-        state = EVENT_STATES.get((self.state, type(event).__name__))
+        state = EVENT_STATES[self.state].get(type(event).__name__)
         if state is None:
             raise UpstreamError(OFF_PROTOCOL)
         self.state = state
@@ -2883,19 +2878,17 @@ def wire_id(call_id: str) -> str:
 def fits_strict(schema: Any) -> bool:
     """Whether OpenAI accepts a strict schema: closed objects with all properties required."""
     if isinstance(schema, list):
-        return all(fits_strict(item) for item in schema)
+        return all(map(fits_strict, schema))
     if not isinstance(schema, dict):
         return True
     properties = schema.get("properties", {} if schema.get("type") == "object" else None)
-    if isinstance(properties, dict):
-        required = schema.get("required")
-        required = required if isinstance(required, list) else []
-        if schema.get("additionalProperties") is not False:
-            return False
-        if set(properties) - {name for name in required if isinstance(name, str)}:
-            return False
-        return all(fits_strict(item) for item in properties.values())
-    return all(fits_strict(item) for item in schema.values() if isinstance(item, (dict, list)))
+    if not isinstance(properties, dict):
+        return all(map(fits_strict, schema.values()))
+    required = schema.get("required")
+    required = required if isinstance(required, list) else []
+    is_closed = schema.get("additionalProperties") is False
+    has_optional = properties.keys() - {name for name in required if isinstance(name, str)}
+    return is_closed and not has_optional and all(map(fits_strict, properties.values()))
 
 
 INTERRUPTED = "[no result: call interrupted]"
@@ -2922,54 +2915,6 @@ def merge_turns(turns: list[Turn]) -> list[Turn]:
     return merged
 
 
-def drop_results(turn: Turn, ids: Container[str] = ()) -> Turn:
-    """Drops the results of `ids`; other results become plain content."""
-    blocks: list[Block] = []
-    for block in turn.blocks:
-        if not isinstance(block, ToolResult):
-            blocks.append(block)
-        elif block.id not in ids:
-            blocks.append(Text(f"[tool output for unknown call {block.id}]"))
-            blocks.extend(block.blocks)
-    return Turn(turn.role, blocks)
-
-
-def normalize_turns(turns: list[Turn]) -> list[Turn]:
-    """Turns in the order that every vendor demands.
-
-    Each assistant turn with calls is followed by one user turn that begins with their results, in
-    the order of the calls; missing results are filled in, as vendors otherwise reject the request.
-    """
-    merged = merge_turns(turns)
-    normalized: list[Turn] = []
-    index = 0
-    while index < len(merged):
-        turn = merged[index]
-        index += 1
-        if turn.role != "assistant":
-            normalized.append(drop_results(turn))
-            continue
-        normalized.append(turn)
-        calls = dict.fromkeys(block.id for block in turn.blocks if isinstance(block, ToolCall))
-        if not calls:
-            continue
-        reply_end = index
-        while reply_end < len(merged) and merged[reply_end].role != "assistant":
-            reply_end += 1
-        reply = merged[index:reply_end]
-        index = reply_end
-        results: dict[str, list[Block]] = {call_id: [] for call_id in calls}
-        for block in (block for reply_turn in reply for block in reply_turn.blocks):
-            if isinstance(block, ToolResult) and block.id in results:
-                results[block.id].append(block)
-        ordered: list[Block] = []
-        for call_id, call_results in results.items():
-            ordered += call_results or [ToolResult(call_id, [Text(INTERRUPTED)], True)]
-        normalized.append(Turn("user", ordered))
-        normalized.extend(drop_results(reply_turn, results) for reply_turn in reply)
-    return merge_turns(normalized)
-
-
 class CallIds:
     """The call ids of one conversation; repeated ones get a numeric suffix."""
 
@@ -2987,46 +2932,48 @@ class CallIds:
         return unique_id
 
 
-def distinct_calls(turns: list[Turn]) -> list[Turn]:
-    """Gives each call a unique valid id; merges a turn's equal calls, and results of one call."""
+def normalize_turns(turns: list[Turn]) -> list[Turn]:
+    """Turns in the order that every vendor demands.
+
+    Each assistant turn with calls is followed by one user turn that begins with their results, in
+    the order of the calls; missing results are filled in, as vendors otherwise reject the request.
+    Each call has a unique valid id; a turn's equal calls are merged, and so are results of one
+    call.  Results of unknown calls become plain content.
+    """
+    normalized: list[Turn] = []
     call_ids = CallIds()
-    distinct: list[Turn] = []
-    ids: dict[str, deque[str]] = {}  # of the last turn: the client's id -> our ids, in order
-    for turn in turns:
-        if turn.role != "assistant":
-            distinct.append(renumber_results(turn, ids))
-            ids = {}
-            continue
-        seen: set[tuple[str, str, str]] = set()
+    results: list[Block] = []  # of the last assistant turn's calls
+    #: the client's call id -> (our id, index in `results`) of each result still to come
+    missing: defaultdict[str, deque[tuple[str, int]]] = defaultdict(deque)
+    last_results: dict[str, ToolResult] = {}  # by the client's call id
+    for turn in merge_turns(turns):
         blocks: list[Block] = []
-        ids = defaultdict(deque)
+        normalized.append(Turn(turn.role, blocks))
+        if turn.role == "assistant":
+            results, missing, last_results = [], defaultdict(deque), {}
+            normalized.append(Turn("user", results))
+        seen: set[tuple[str, str, str]] = set()
         for block in turn.blocks:
-            if not isinstance(block, ToolCall):
-                blocks.append(block)
-            elif (call_key := (block.id, block.name, block.arguments)) not in seen:
+            if isinstance(block, ToolCall) and turn.role == "assistant":
+                call_key = (block.id, block.name, block.arguments)
+                if call_key in seen:
+                    continue
                 seen.add(call_key)
-                ids[block.id].append(call_ids.add(wire_id(block.id)))
-                blocks.append(ToolCall(ids[block.id][-1], block.name, block.arguments))
-        distinct.append(Turn(turn.role, blocks))
-    return distinct
-
-
-def renumber_results(turn: Turn, ids: dict[str, deque[str]]) -> Turn:
-    """`turn` with its results under the calls' new ids, one result for each call."""
-    results: dict[str, ToolResult] = {}  # by the client's id, the last one
-    blocks: list[Block] = []
-    for block in turn.blocks:
-        if not isinstance(block, ToolResult) or block.id not in ids:
-            blocks.append(block)
-        elif ids[block.id]:
-            result = ToolResult(ids[block.id].popleft(), [*block.blocks], block.is_error)
-            results[block.id] = result
-            blocks.append(result)
-        else:
-            results[block.id].blocks.extend(block.blocks)
-    missing = (call_id for unanswered in ids.values() for call_id in unanswered)
-    interrupted = [ToolResult(call_id, [Text(INTERRUPTED)], True) for call_id in missing]
-    return Turn(turn.role, [*interrupted, *blocks])
+                call_id = call_ids.add(wire_id(block.id))
+                missing[block.id].append((call_id, len(results)))
+                results.append(ToolResult(call_id, [Text(INTERRUPTED)], True))
+                blocks.append(replace(block, id=call_id))
+            elif not isinstance(block, ToolResult) or turn.role == "assistant":
+                blocks.append(block)
+            elif missing.get(block.id):
+                call_id, index = missing[block.id].popleft()
+                result = replace(block, id=call_id, blocks=[*block.blocks])
+                last_results[block.id] = results[index] = result
+            elif block.id in last_results:
+                last_results[block.id].blocks.extend(block.blocks)
+            else:
+                blocks += [Text(f"[tool output for unknown call {block.id}]"), *block.blocks]
+    return merge_turns(normalized)
 
 
 def downgrade_system_turns(turns: list[Turn]) -> list[Turn]:
@@ -3034,11 +2981,9 @@ def downgrade_system_turns(turns: list[Turn]) -> list[Turn]:
     downgraded = []
     for turn in turns:
         if turn.role == "system":
-            texts = [block.text for block in turn.blocks if isinstance(block, Text)]
-            reminders: list[Block] = [Text(as_reminder(text)) for text in texts]
-            downgraded.append(Turn("user", reminders))
-        else:
-            downgraded.append(turn)
+            texts = (block.text for block in turn.blocks if isinstance(block, Text))
+            turn = Turn("user", [Text(as_reminder(text)) for text in texts])
+        downgraded.append(turn)
     return merge_turns(downgraded)
 
 
@@ -3094,11 +3039,8 @@ def parse_arguments(text: str) -> Json:
 
 def whole_arguments(text: str) -> str:
     """A call's arguments as the JSON text of an object, unchanged if they are one."""
-    return text.strip() if is_complete_object(text) else dump_json(parse_arguments(text)).decode()
-
-
-def is_complete_object(text: str) -> bool:
-    return text.rstrip().endswith("}") and load_object(text) is not None
+    is_object = load_object(text) is not None
+    return text.strip() if is_object else dump_json(parse_arguments(text)).decode()
 
 
 def object_schema(schema: Any, path: str) -> Json:
@@ -3283,30 +3225,21 @@ def sum_bytes(data: bytes) -> int:
     return sum(zlib.adler32(view[start : start + 256]) & 0xFFFF for start in starts) - len(starts)
 
 
-def estimate_bytes(text: bytes, prices: bytes = CLAUDE_PRICES) -> float:
-    """Approximate tokens of UTF-8 `text`: a sum over its bytes, so additive under concatenation."""
-    return sum_bytes(text.translate(prices)) / 64
-
-
 def estimate_text(text: str, prices: bytes = CLAUDE_PRICES) -> float:
-    return estimate_bytes(text.encode("utf-8", "replace"), prices)
-
-
-def png_size(data: str) -> tuple[int, int] | None:
-    """(width, height) of a base64 PNG."""
-    try:
-        header = base64.b64decode(data[:44], validate=True)
-    except ValueError:
-        return None
-    if len(header) < 24 or header[12:16] != b"IHDR":
-        return None
-    return int.from_bytes(header[16:20], "big"), int.from_bytes(header[20:24], "big")
+    """Approximate tokens: a sum over UTF-8 bytes, so additive under concatenation."""
+    return sum_bytes(text.encode("utf-8", "replace").translate(prices)) / 64
 
 
 def estimate_image(data: str) -> float:
     """Tokens of a base64 image: width * height / 750, at most 1600 (Anthropic's rule)."""
-    size = png_size(data)
-    return min(1600.0, size[0] * size[1] / 750) if size else 1500.0
+    try:
+        header = base64.b64decode(data[:44], validate=True)
+    except ValueError:
+        header = b""
+    if len(header) < 24 or header[12:16] != b"IHDR":  # not a PNG
+        return 1500.0
+    width, height = int.from_bytes(header[16:20], "big"), int.from_bytes(header[20:24], "big")
+    return min(1600.0, width * height / 750)
 
 
 IMAGE_KEYS = ("data", "url", "image_url", "file_data")
@@ -7456,7 +7389,7 @@ def textify_unsupported_parts(draft: KiroDraft) -> bool:
 
 def dedupe_call_ids(draft: KiroDraft) -> bool:
     """A call id occurs once per conversation; the same call twice in a turn is one call."""
-    distinct = distinct_calls(draft.turns)
+    distinct = normalize_turns(draft.turns)
     changed = distinct != draft.turns
     draft.turns = distinct
     return changed
@@ -8925,7 +8858,8 @@ def read_raw_part(part: Any) -> list[Any]:
         return []
     kind = part.get("type")
     if kind == "tool_use":
-        return [RawCall(str(part.get("id")), str(part.get("name")), "", part)]
+        arguments = dump_text(part.get("input"))
+        return [RawCall(str(part.get("id")), str(part.get("name")), arguments, part)]
     if kind == "tool_result":
         content = part.get("content")
         items = [text_part(content)] if isinstance(content, str) else content or ()
@@ -8942,7 +8876,10 @@ def write_raw_block(block: Any) -> Json:
         name = wire_name(block.name)
         return {**block.raw, "id": wire_id(block.id), "name": name}
     if isinstance(block, RawResult):
-        return {**block.raw, "tool_use_id": wire_id(block.id)}
+        raw_result = {**block.raw, "tool_use_id": wire_id(block.id)}
+        if block.blocks != read_raw_part(block.raw)[0].blocks:  # merged with another result
+            raw_result["content"] = [write_raw_block(part) for part in block.blocks]
+        return raw_result
     if isinstance(block, RawPart):
         return block.raw
     if isinstance(block, ToolResult):
