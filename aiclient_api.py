@@ -2529,9 +2529,7 @@ class Refusal:
     text: str
 
 
-if TYPE_CHECKING:
-    Block = Text | Image | Document | Thinking | ToolCall | ToolResult | Refusal
-    PartReader = Callable[[Json, str], list[Block]]  # (a part, its path in the request)
+Block = Text | Image | Document | Thinking | ToolCall | ToolResult | Refusal
 
 
 @dataclass(slots=True)
@@ -2605,11 +2603,8 @@ class Conversation:
     def refuse_prefill(self) -> None:
         """Raises UnsupportedFeature if the model is to continue the last turn."""
         if self.prefilled:
-            param = self.turns_field
-            raise UnsupportedFeature(
-                f"{param}: the last message must be the user's; this model takes no prefill.",
-                param=param,
-            )
+            problem = "the last message must be the user's; this model takes no prefill."
+            raise UnsupportedFeature(f"{self.turns_field}: {problem}", param=self.turns_field)
 
     def refuse_empty(self) -> InvalidRequest:
         param = self.turns_field
@@ -2748,10 +2743,7 @@ class StreamError:
     error: ApiError
 
 
-if TYPE_CHECKING:
-    Event = (
-        MessageStart | BlockStart | BlockDelta | BlockStop | UsageUpdate | MessageStop | StreamError
-    )
+Event = MessageStart | BlockStart | BlockDelta | BlockStop | UsageUpdate | MessageStop | StreamError
 
 OFF_PROTOCOL = "The upstream's answer does not follow its own protocol."
 
@@ -2949,12 +2941,13 @@ def normalize_turns(turns: list[Turn]) -> list[Turn]:
     for turn in merge_turns(turns):
         blocks: list[Block] = []
         normalized.append(Turn(turn.role, blocks))
-        if turn.role == "assistant":
+        is_assistant = turn.role == "assistant"
+        if is_assistant:
             results, missing, last_results = [], defaultdict(deque), {}
             normalized.append(Turn("user", results))
         seen: set[tuple[str, str, str]] = set()
         for block in turn.blocks:
-            if isinstance(block, ToolCall) and turn.role == "assistant":
+            if isinstance(block, ToolCall) and is_assistant:
                 call_key = (block.id, block.name, block.arguments)
                 if call_key in seen:
                     continue
@@ -2963,7 +2956,7 @@ def normalize_turns(turns: list[Turn]) -> list[Turn]:
                 missing[block.id].append((call_id, len(results)))
                 results.append(ToolResult(call_id, [Text(INTERRUPTED)], True))
                 blocks.append(replace(block, id=call_id))
-            elif not isinstance(block, ToolResult) or turn.role == "assistant":
+            elif is_assistant or not isinstance(block, ToolResult):
                 blocks.append(block)
             elif missing.get(block.id):
                 call_id, index = missing[block.id].popleft()
@@ -2989,6 +2982,11 @@ def downgrade_system_turns(turns: list[Turn]) -> list[Turn]:
 
 def as_reminder(text: str) -> str:
     return f"<system-reminder>\n{text}\n</system-reminder>"
+
+
+def is_reminder(text: str) -> bool:
+    """Whether a coding agent, not a person, put the text into a user turn."""
+    return text.lstrip().startswith("<system-reminder>")
 
 
 SCHEMA_UNIONS = ("allOf", "anyOf", "oneOf")
@@ -3020,12 +3018,10 @@ def wire_names(names: Iterable[str]) -> dict[str, str]:
     """wire name -> the client's, for a native body; raises InvalidRequest on a collision."""
     table: dict[str, str] = {}
     for name in names:
-        wire = wire_name(name)
-        if table.setdefault(wire, name) != name:
-            raise InvalidRequest(
-                f"tools: {table[wire]!r} and {name!r} become the same name upstream; rename one.",
-                param="tools",
-            )
+        other = table.setdefault(wire_name(name), name)
+        if other != name:
+            problem = f"{other!r} and {name!r} become the same name upstream; rename one."
+            raise InvalidRequest(f"tools: {problem}", param="tools")
     return table
 
 
@@ -3047,21 +3043,19 @@ def object_schema(schema: Any, path: str) -> Json:
     """A tool's JSON Schema with `type` and `properties`, as every vendor requires."""
     if schema is None:
         return {"type": "object", "properties": {}}
-    completed = dict(need_dict(schema, path))
+    completed = {**need_dict(schema, path), "type": "object"}
     completed.pop("$schema", None)
-    completed["type"] = "object"
     completed.setdefault("properties", {})
     return completed
 
 
 def clamp_effort(effort: str, supported: Iterable[str]) -> str | None:
     """The supported effort nearest to `effort`, lower ones first; None if there is none."""
-    ranks = sorted(EFFORTS.index(name) for name in supported if name in EFFORTS)
+    ranks = [EFFORTS.index(name) for name in supported if name in EFFORTS]
     if not ranks:
         return None
-    target = EFFORTS.index(effort)
-    not_above = [rank for rank in ranks if rank <= target]
-    return EFFORTS[not_above[-1] if not_above else ranks[0]]
+    not_above = [rank for rank in ranks if rank <= EFFORTS.index(effort)]
+    return EFFORTS[max(not_above) if not_above else min(ranks)]
 
 
 EFFORT_BUDGETS = {
@@ -3071,7 +3065,9 @@ EFFORT_BUDGETS = {
 
 
 def effort_of_budget(budget: int) -> str:
-    return "low" if budget <= 4096 else "medium" if budget <= 16_384 else "high"
+    if budget <= 4096:
+        return "low"
+    return "medium" if budget <= 16_384 else "high"
 
 
 def clamp_budget(budget: int, limits: tuple[int, int] | None, max_tokens: int) -> int | None:
@@ -3248,14 +3244,15 @@ IMAGE_KEYS = ("data", "url", "image_url", "file_data")
 def estimate_value(value: Any, prices: bytes = CLAUDE_PRICES, key_tokens: float = 1.5) -> float:
     """Tokens of any part of a request body; base64 images count by their size."""
     total = 0.0
+    texts: list[str] = []
     pending: list[tuple[str, Any]] = [("", value)]
     while pending:
         key, item = pending.pop()
         if isinstance(item, str):
-            if len(item) > 256 and key in IMAGE_KEYS:
-                total += estimate_image(item.partition(",")[2] if item[:5] == "data:" else item)
+            if len(item) <= 256 or key not in IMAGE_KEYS:
+                texts.append(item)
             else:
-                total += estimate_text(item, prices)
+                total += estimate_image(item.partition(",")[2] if item[:5] == "data:" else item)
         elif isinstance(item, dict):
             total += key_tokens * len(item)
             pending += item.items()
@@ -3263,7 +3260,7 @@ def estimate_value(value: Any, prices: bytes = CLAUDE_PRICES, key_tokens: float 
             pending += [(key, child) for child in item]
         else:
             total += 1
-    return total
+    return total + estimate_text("".join(texts), prices)
 
 
 def estimate_request(body: Json) -> int:
@@ -3314,46 +3311,41 @@ class ResponseContext:
     include_usage: bool = False
     names: dict[str, str] = field(default_factory=dict)  #: upstream tool name -> the client's
     legacy_functions: bool = False  #: respond in the `function_call` shape of 2023
-    #: the client's own dialect, but not all of its tools: the response is converted, not relayed
-    rewritten: bool = False
+    rewritten: bool = (
+        False  #: converted even to its own dialect, as some tools are not the client's
+    )
     hide_thinking: bool = False  #: the client wants thinking blocks without their text
-    #: stop sequences enforced here because the upstream has no field for them
-    cut: list[str] = field(default_factory=list)
+    cut: list[str] = field(default_factory=list)  #: stop sequences that are enforced here
     many: bool = False  #: n > 1: choices must not be merged
-    #: the client's request body; tokens are estimated from it if the upstream reports none
-    asked: Json = field(default_factory=dict)
+    asked: Json = field(default_factory=dict)  #: the client's request body, for estimates
     #: called with (call ids, reasoning text, signature) that the client's dialect cannot carry
     keep: Callable[[list[str], str, str], None] | None = None
-    #: the offered tools, by the client's names
-    tools: dict[str, Tool] = field(default_factory=dict)
+    tools: dict[str, Tool] = field(default_factory=dict)  #: the offered ones, by the client's names
     provider: str = ""  #: name of the upstream's provider
     #: upstream model id -> context window (0 = unknown), for an upstream that reports a percentage
     window: Callable[[str], int] | None = None
     tagged_thinking: bool = False  #: the upstream was asked in the prompt to think between tags
-    #: the tokens and keys in use, which no error message may show
-    secrets: Callable[[], Iterable[str]] = tuple
+    secrets: Callable[[], Iterable[str]] = tuple  #: tokens that no error message may show
 
 
 class Framing(Protocol):
-    """Upstream bytes in, server-sent events out: the one form in which frames are parsed."""
+    """Upstream bytes in, server-sent events out: the one form in which frames are parsed.
 
-    def complete(self, data: bytes) -> bytes:
-        """The events that `data` completes, unparsed; buffers the rest.  Raises UpstreamError."""
+    `complete` returns the events that `data` completes, unparsed; `frames` parses them, and one
+    that cannot be parsed becomes an error frame and ends the list.  `last_frames` returns what was
+    buffered until EOF.  All raise UpstreamError, the last also if the stream was cut off.
+    """
 
-    def frames(self, blocks: bytes) -> list[Json]:
-        """Parses events; one that cannot be parsed becomes an error frame and ends the list."""
-
-    def last_frames(self) -> list[Json]:
-        """Returns what was buffered until EOF; raises UpstreamError if the stream was cut off."""
+    def complete(self, data: bytes) -> bytes: ...
+    def frames(self, blocks: bytes) -> list[Json]: ...
+    def last_frames(self) -> list[Json]: ...
 
 
 class Reader(Protocol):
-    """Frames of a dialect in, events out."""
+    """Frames of a dialect in, events out; `end` returns those held back until EOF."""
 
     def read(self, frame: Json) -> list[Event]: ...
-
-    def end(self) -> list[Event]:
-        """Events held back until the upstream ended."""
+    def end(self) -> list[Event]: ...
 
 
 class Writer(Protocol):
@@ -3363,80 +3355,76 @@ class Writer(Protocol):
 
 
 class Relay(Protocol):
-    """Native frames in, native frames out: repaired, and read for their usage."""
+    """Native frames in, native frames out: repaired, and read for their usage.
+
+    `repair` raises ApiError if the frame is an error; `end` returns the frames that close the
+    response, and raises UpstreamError if it was incomplete.
+    """
 
     usage: Usage
     said: float  #: estimated output tokens so far
 
     @property
     def finished(self) -> bool: ...
-
-    def repair(self, frame: Json) -> list[Json]:
-        """The frames that replace one frame; raises ApiError if it is an error."""
-
-    def end(self) -> list[Json]:
-        """The frames that close the response; raises UpstreamError if it was incomplete."""
+    def repair(self, frame: Json) -> list[Json]: ...
+    def end(self) -> list[Json]: ...
 
 
 class UpstreamDialect(Protocol):
-    """The half of a dialect that writes requests to an upstream and reads its responses."""
+    """The half of a dialect that writes requests to an upstream and reads its responses.
+
+    `write_request` returns the body of a streaming request; `expand`, the frames equivalent to a
+    non-streaming response; `plain_text`, the text of a frame that is a text delta and nothing else.
+    """
 
     name: str
 
-    def write_request(self, chat: Conversation, model: Model) -> Json:
-        """The body of a streaming request to `model`; raises InvalidRequest."""
-
-    def framing(self) -> Framing: ...
-
+    def write_request(self, chat: Conversation, model: Model) -> Json: ...
     def reader(self, context: ResponseContext) -> Reader: ...
-
-    def expand(self, response: Json) -> list[Json]:
-        """The frames equivalent to a non-streaming response."""
-
-    def plain_text(self, frame: Json) -> str | None:
-        """The text of a frame that is a text delta and nothing else."""
+    def expand(self, response: Json) -> list[Json]: ...
+    def plain_text(self, frame: Json) -> str | None: ...
+    def framing(self) -> Framing:
+        return SseReader()
 
 
 class Dialect(UpstreamDialect, Protocol):
-    """One wire format, both ways.  Dialects never see each other."""
+    """One wire format, both ways.  Dialects never see each other.
 
-    tail: bytes  #: ends every stream
-    is_numbered: bool  #: its frames carry a `sequence_number`
+    `request_info` and `read_request` raise InvalidRequest; `aggregate` returns the non-streaming
+    response equivalent to a finished stream of frames.
+    """
+
     id_prefix: str  #: prefix of its response ids
+    tail: bytes = b""  #: ends every stream
+    is_numbered: bool = False  #: its frames carry a `sequence_number`
 
-    def request_info(self, body: Json) -> RequestInfo:
-        """The facts routing needs; raises InvalidRequest."""
-
-    def read_request(self, body: Json) -> Conversation:
-        """Raises InvalidRequest for what cannot be converted."""
-
+    def request_info(self, body: Json) -> RequestInfo: ...
+    def read_request(self, body: Json) -> Conversation: ...
     def has_image(self, body: Json) -> bool: ...
-
     def writer(self, context: ResponseContext) -> Writer: ...
-
     def relay(self, context: ResponseContext) -> Relay: ...
-
-    def aggregate(self, frames: list[Json]) -> Json:
-        """The non-streaming response equivalent to a finished stream of frames."""
-
-    def encode(self, frame: Json) -> bytes: ...
-
-    def error_body(self, error: ApiError, request_id: str) -> Json:
-        """The body of an error response, or the frame that ends a stream."""
-
-    def error_status(self, error: ApiError) -> int:
-        """The status that this dialect's clients expect for `error`."""
-
+    def aggregate(self, frames: list[Json]) -> Json: ...
+    def error_body(self, error: ApiError, request_id: str) -> Json: ...
     def error_frames(
         self, error: ApiError, request_id: str, context: ResponseContext, begun: bool
     ) -> list[Json]:
         """The frames that end a stream with an error; `begun`: others were sent before."""
+        return [self.error_body(error, request_id)]
+
+    def error_status(self, error: ApiError) -> int:
+        return error.status
+
+    def encode(self, frame: Json) -> bytes:
+        """One event on the wire; Anthropic's clients discard events without an `event:` line."""
+        return write_sse(frame, frame["type"])
 
     def ping(self, begun: bool) -> bytes:
         """A keep-alive in the form that its clients accept."""
+        return SSE_COMMENT_PING
 
     def alive(self, context: ResponseContext) -> Json | None:
         """A frame that serves as keep-alive, if its clients do not accept a ping."""
+        return None
 
 
 def dump_text(value: Any) -> str:
@@ -3456,18 +3444,12 @@ def text_of(content: Any) -> str:
     return "\n".join(text for text in parts if isinstance(text, str))
 
 
-def is_reminder(text: str) -> bool:
-    """Whether a coding agent, not a person, put the text into a user turn."""
-    return text.lstrip().startswith("<system-reminder>")
-
-
 def message_list(body: Json) -> list[Json]:
     """Raises InvalidRequest unless `messages` is a non-empty list of objects."""
-    if "messages" not in body:
-        raise InvalidRequest("messages: is required.", param="messages")
     messages: list[Json] = list_field(body, "messages")
     if not messages:
-        raise InvalidRequest("messages: must not be empty.", param="messages")
+        problem = "must not be empty" if "messages" in body else "is required"
+        raise InvalidRequest(f"messages: {problem}.", param="messages")
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
             raise wrong_type(f"messages.{index}", "an object")
@@ -3476,10 +3458,8 @@ def message_list(body: Json) -> list[Json]:
 
 def opening_words(system: Any, messages: list[Json]) -> str:
     """System prompt and first user message: the same in every request of one conversation."""
-    first_content = next(
-        (message.get("content") for message in messages if message.get("role") == "user"), ""
-    )
-    return text_of(system) + "\0" + text_of(first_content)
+    users = (message for message in messages if message.get("role") == "user")
+    return text_of(system) + "\0" + text_of(next(users, {}).get("content"))
 
 
 CHOICE_MODES = ("auto", "none", "required")  # OpenAI's string forms, in both of its dialects
@@ -3522,6 +3502,9 @@ def allowed_names(choice: Json, path: str) -> set[str]:
 
 # Content parts.  Clients mix the vendors' shapes (Cursor and Zed send Anthropic's to OpenAI's
 # endpoint, seen in 2026-07), so one table reads them all, for every dialect.
+
+
+PartReader = Callable[[Json, str], list[Block]]  # (a part, its path in the request)
 
 
 def text_reader(key: str, prefix: str = "") -> PartReader:
@@ -3637,32 +3620,21 @@ def refuse_part(part: Json, path: str) -> list[Block]:
     raise UnsupportedFeature(f"{path}.type: {part['type']} is not supported here.", param=path)
 
 
+read_text_part = text_reader("text")
 # All tools are always sent, also those that a client's search has yet to find.
 read_tool_reference_part = text_reader("tool_name", "Tool available: ")
-read_text_part = text_reader("text")
 PART_READERS: dict[str, PartReader] = {
+    "text": read_text_part, "input_text": read_text_part, "output_text": read_text_part,
     "compaction": text_reader("content"),  # a summary of earlier turns
-    "container_upload": refuse_part,
-    "document": read_document_part,
-    "fallback": lambda *_: [],
-    "file": read_file_part,
-    "image": read_image_part,
-    "image_url": read_image_url_part,
-    "input_audio": refuse_part,
-    "input_file": read_file_part,
-    "input_image": read_image_url_part,
-    "input_text": read_text_part,
-    "output_text": read_text_part,
-    "redacted_thinking": read_thinking_part,
     "refusal": lambda part, path: [Refusal(need_str(part, "refusal", path))],
-    "search_result": read_search_result_part,
-    "server_tool_use": read_server_tool_part,
-    "text": read_text_part,
-    "thinking": read_thinking_part,
-    "tool_reference": read_tool_reference_part,
-    "tool_result": read_tool_result_part,
-    "tool_use": read_tool_use_part,
-}
+    "thinking": read_thinking_part, "redacted_thinking": read_thinking_part,
+    "image": read_image_part, "image_url": read_image_url_part, "input_image": read_image_url_part,
+    "document": read_document_part, "file": read_file_part, "input_file": read_file_part,
+    "tool_use": read_tool_use_part, "tool_result": read_tool_result_part,
+    "tool_reference": read_tool_reference_part, "server_tool_use": read_server_tool_part,
+    "search_result": read_search_result_part, "fallback": lambda *_: [],
+    "container_upload": refuse_part, "input_audio": refuse_part,
+}  # fmt: skip
 
 
 def part_reader(part: Json) -> PartReader | None:
@@ -3684,19 +3656,15 @@ def read_parts(content: Any, path: str) -> list[Block]:
         raise wrong_type(path, "a string or a list of parts")
     blocks: list[Block] = []
     for index, item in enumerate(content):
-        item_path = f"{path}.{index}"
         if isinstance(item, str):
             blocks.append(Text(item))
             continue
+        item_path = f"{path}.{index}"
         part = need_dict(item, item_path)
         reader = part_reader(part)
-        if reader is None:
-            if not isinstance(part.get("text"), str):
-                raise InvalidRequest(
-                    f"{item_path}.type: is not a known part type.", param=item_path
-                )
-            reader = read_text_part
-        blocks.extend(reader(part, item_path))
+        if reader is None and not isinstance(part.get("text"), str):
+            raise InvalidRequest(f"{item_path}.type: is not a known part type.", param=item_path)
+        blocks += (reader or read_text_part)(part, item_path)
     return blocks
 
 
@@ -3760,19 +3728,14 @@ def tool_names(body: Json, path: str = "") -> list[str]:
     return names
 
 
-# Usage, in each vendor's shape.
-
-
-def read_figure(
-    value: Any, minimum: float = -MAX_FIGURE, maximum: float = MAX_FIGURE
-) -> float | None:
-    """An upstream's number if it is one from `minimum` to `maximum`; None for anything else.
+def read_figure(value: Any, low: float = -MAX_FIGURE, high: float = MAX_FIGURE) -> float | None:
+    """An upstream's number if it is one from `low` to `high`; None for anything else.
 
     All numbers from upstreams are read here: NaN, infinity or 10**400 would raise in int() or
     round(), or give an absurd date.
     """
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if is_number and minimum <= value <= maximum else None
+    return float(value) if is_number and low <= value <= high else None
 
 
 def positive_int(value: Any) -> int | None:
@@ -3783,6 +3746,11 @@ def get_int(obj: Json, key: str, default: int) -> int:
     """The non-negative integer at `key`, or `default`."""
     value = obj.get(key)
     return value if isinstance(value, int) and read_figure(value, 0) is not None else default
+
+
+def get_float(obj: Json, key: str, high: float) -> float:
+    """The number at `key` from 0 to `high`; 0 for anything else."""
+    return read_figure(obj.get(key), 0, high) or 0.0
 
 
 def get_dict(obj: Json, key: str) -> Json:
@@ -3834,23 +3802,19 @@ def read_copilot_usage(frame: Json, usage: Usage) -> None:
     1e9 nano-AIU = 1 AI credit = 0.01 USD (seen in gh-aw-firewall, 2026-08).
     """
     billing = get_dict(frame, "copilot_usage")
-    if not billing:
-        return
     if "total_nano_aiu" in billing:
         usage.nano_credits = get_int(billing, "total_nano_aiu", usage.nano_credits)
         usage.credits_source = "reported"
-    rows = billing.get("token_details")
-    counts: dict[str, int] = {}
-    for row in rows if isinstance(rows, list) else ():
-        if isinstance(row, dict) and isinstance(row.get("token_type"), str):
-            counts[row["token_type"]] = get_int(row, "token_count", 0)
+    details = billing.get("token_details")
+    rows = [row for row in details if isinstance(row, dict)] if isinstance(details, list) else []
+    counts = {str(row.get("token_type")): get_int(row, "token_count", 0) for row in rows}
     if "input" in counts:
         usage.input = counts["input"]
         usage.cache_read = counts.get("cache_read", usage.cache_read)
         usage.cache_write = counts.get("cache_write", usage.cache_write)
 
 
-# A usage table maps the paths of a dialect's usage object, in its order, to the fields of Usage.
+# Usage: a dialect's table maps the paths of its usage object, in order, to the fields of Usage.
 
 
 def read_usage(holder: Json, table: dict[str, str], usage: Usage) -> bool:
@@ -3859,13 +3823,15 @@ def read_usage(holder: Json, table: dict[str, str], usage: Usage) -> bool:
     A missing figure keeps its value from an earlier frame.
     """
     counts = get_dict(holder, "usage")
-    for path, name in reversed(table.items()):  # the prompt after the caches that it includes
-        group, _, key = path.rpartition(".")
-        figure = get_int(get_dict(counts, group) if group else counts, key, -1)
-        if figure >= 0 and name != "total":
-            setattr(usage, name, figure)
-    usage.source = "reported" if counts else usage.source
-    read_copilot_usage(holder, usage)
+    if counts:
+        usage.source = "reported"
+        for path, name in reversed(table.items()):  # the prompt after the caches that it includes
+            group, _, key = path.rpartition(".")
+            figure = get_int(get_dict(counts, group) if group else counts, key, -1)
+            if figure >= 0 and name != "total":
+                setattr(usage, name, figure)
+    if "copilot_usage" in holder:
+        read_copilot_usage(holder, usage)
     return bool(counts)
 
 
@@ -4847,11 +4813,13 @@ class ChatRelay:
         return frames
 
 
-class ChatDialect:
+class ChatDialect(Dialect):
     name = "chat"
     tail = SSE_DONE
-    is_numbered = False
     id_prefix = "chatcmpl-"
+    reader = ChatReader
+    writer = ChatWriter
+    relay = ChatRelay
 
     def request_info(self, body: Json) -> RequestInfo:
         messages = message_list(body)
@@ -4883,18 +4851,6 @@ class ChatDialect:
             if isinstance(message.get("content"), list)
             for part in message["content"]
         )
-
-    def framing(self) -> Framing:
-        return SseReader()
-
-    def reader(self, context: ResponseContext) -> Reader:
-        return ChatReader(context)
-
-    def writer(self, context: ResponseContext) -> Writer:
-        return ChatWriter(context)
-
-    def relay(self, context: ResponseContext) -> Relay:
-        return ChatRelay(context)
 
     def aggregate(self, frames: list[Json]) -> Json:
         response: Json = {"id": "", "object": "chat.completion", "created": 0, "model": ""}
@@ -4960,20 +4916,6 @@ class ChatDialect:
 
     def error_body(self, error: ApiError, request_id: str) -> Json:
         return {"error": write_openai_error(error)}
-
-    def error_status(self, error: ApiError) -> int:
-        return error.status
-
-    def error_frames(
-        self, error: ApiError, request_id: str, context: ResponseContext, begun: bool
-    ) -> list[Json]:
-        return [self.error_body(error, request_id)]
-
-    def alive(self, context: ResponseContext) -> Json | None:
-        return None
-
-    def ping(self, begun: bool) -> bytes:
-        return SSE_COMMENT_PING
 
 
 # 8.3 Anthropic messages
@@ -5303,7 +5245,7 @@ class MessagesRequestWriter:
 
 
 class MessagesReader:
-    def __init__(self) -> None:
+    def __init__(self, context: ResponseContext) -> None:
         self.usage = Usage()
         self.message_stop: MessageStop | None = None
 
@@ -5718,11 +5660,12 @@ def expand_block(index: int, block: Json) -> list[Json]:
     ]
 
 
-class MessagesDialect:
+class MessagesDialect(Dialect):
     name = "messages"
-    tail = b""
-    is_numbered = False
     id_prefix = "msg_"
+    reader = MessagesReader
+    writer = MessagesWriter
+    relay = MessagesRelay
 
     def request_info(self, body: Json) -> RequestInfo:
         messages = message_list(body)
@@ -5765,18 +5708,6 @@ class MessagesDialect:
     def has_image(self, body: Json) -> bool:
         return any(has_image_block(message.get("content")) for message in body["messages"])
 
-    def framing(self) -> Framing:
-        return SseReader()
-
-    def reader(self, context: ResponseContext) -> Reader:
-        return MessagesReader()
-
-    def writer(self, context: ResponseContext) -> Writer:
-        return MessagesWriter(context)
-
-    def relay(self, context: ResponseContext) -> Relay:
-        return MessagesRelay(context)
-
     def aggregate(self, frames: list[Json]) -> Json:
         aggregate = MessagesAggregator()
         for frame in frames:
@@ -5802,10 +5733,6 @@ class MessagesDialect:
             return None
         return delta["text"] if isinstance(delta["text"], str) else None
 
-    def encode(self, frame: Json) -> bytes:
-        """One event on the wire; clients discard events without an `event:` line."""
-        return write_sse(frame, frame["type"])
-
     def error_body(self, error: ApiError, request_id: str) -> Json:
         payload = {"type": ERROR_NAMES[error.kind][2], "message": error.text()}
         return {"type": "error", "error": payload, "request_id": request_id}
@@ -5813,14 +5740,6 @@ class MessagesDialect:
     def error_status(self, error: ApiError) -> int:
         """The error's own status, but 529 for an overload, as Anthropic's."""
         return 529 if isinstance(error, Overloaded) else error.status
-
-    def error_frames(
-        self, error: ApiError, request_id: str, context: ResponseContext, begun: bool
-    ) -> list[Json]:
-        return [self.error_body(error, request_id)]
-
-    def alive(self, context: ResponseContext) -> Json | None:
-        return None
 
     def ping(self, begun: bool) -> bytes:
         """`ping` inside a message, a comment before it."""
@@ -7028,11 +6947,13 @@ def expand_part(position: Json, part: Json) -> list[Json]:
     ]
 
 
-class ResponsesDialect:
+class ResponsesDialect(Dialect):
     name = "responses"
-    tail = b""
     is_numbered = True
     id_prefix = "resp_"
+    reader = ResponsesReader
+    writer = ResponsesWriter
+    relay = ResponsesRelay
 
     def request_info(self, body: Json) -> RequestInfo:
         refuse_state(body)
@@ -7070,18 +6991,6 @@ class ResponsesDialect:
             for part in item[key]
         )
 
-    def framing(self) -> Framing:
-        return SseReader()
-
-    def reader(self, context: ResponseContext) -> Reader:
-        return ResponsesReader(context)
-
-    def writer(self, context: ResponseContext) -> Writer:
-        return ResponsesWriter(context)
-
-    def relay(self, context: ResponseContext) -> Relay:
-        return ResponsesRelay(context)
-
     def aggregate(self, frames: list[Json]) -> Json:
         response: Json = frames[-1]["response"]
         return response
@@ -7107,9 +7016,6 @@ class ResponsesDialect:
     def plain_text(self, frame: Json) -> str | None:
         """None: frames are numbered, so no two share a template."""
         return None
-
-    def encode(self, frame: Json) -> bytes:
-        return write_sse(frame, frame["type"])
 
     def error_body(self, error: ApiError, request_id: str) -> Json:
         """As for chat, but a missing sign-in is a client error, so that it is not retried."""
@@ -7143,9 +7049,6 @@ class ResponsesDialect:
         }
         failed = {"type": "response.failed", "response": response}
         return [failed] if begun else [created, failed]
-
-    def ping(self, begun: bool) -> bytes:
-        return SSE_COMMENT_PING
 
     def alive(self, context: ResponseContext) -> Json | None:
         """`response.in_progress` again: Codex does not count comments as activity."""
@@ -8099,8 +8002,7 @@ class KiroReader:
         self.thinking, self.signature = [], []
 
     def on_context_usage(self, payload: Json, events: list[Event]) -> None:
-        percentage = read_figure(payload.get("contextUsagePercentage"), 0, 1000)
-        self.context_used = percentage or self.context_used
+        self.context_used = get_float(payload, "contextUsagePercentage", 1000) or self.context_used
         events.append(self.usage_update())
 
     def usage_update(self) -> UsageUpdate:
@@ -8110,8 +8012,7 @@ class KiroReader:
 
     def on_metering(self, payload: Json, events: list[Event]) -> None:
         """The cost of this response in credits; several events add up."""
-        amount = read_figure(payload.get("usage"), 0, MAX_FIGURE / 1e9)
-        self.usage.nano_credits += round((amount or 0.0) * 1e9)
+        self.usage.nano_credits += round(get_float(payload, "usage", MAX_FIGURE / 1e9) * 1e9)
         self.usage.credits_source = "reported"
         events.append(self.usage_update())
 
@@ -8197,17 +8098,15 @@ class KiroReader:
 KIRO_WORDS = {"assistantResponseEvent", "codeEvent", "reasoningContentEvent", "toolUseEvent"}
 
 
-class KiroDialect:
+class KiroDialect(UpstreamDialect):
     name = "kiro"
+    reader = KiroReader
 
     def write_request(self, chat: Conversation, model: Model) -> Json:
         return KiroRequestWriter(chat, model).write()
 
     def framing(self) -> Framing:
         return EventStreamFraming()
-
-    def reader(self, context: ResponseContext) -> Reader:
-        return KiroReader(context)
 
     def expand(self, response: Json) -> list[Json]:
         """Kiro always streams: a JSON object is an error."""
@@ -8433,11 +8332,12 @@ class StreamTranslator:
         return self.take_output() + self.end()
 
     def end(self, error: ApiError | None = None) -> bytes:
+        if self.over:
+            return b""
         try:
-            if error and not self.over:
+            if error:
                 raise error
-            if not self.over:
-                self.pass_on(self.framing.last_frames())
+            self.pass_on(self.framing.last_frames())
             if not self.over:
                 self.send(self.relay.end())
                 self.output.append(self.tail)
