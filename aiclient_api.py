@@ -3184,11 +3184,10 @@ BYTE_PRICES: tuple[tuple[bytes, int, int, int], ...] = (
 def build_price_table(tokenizer: int) -> bytes:
     """One column of BYTE_PRICES, indexed by byte."""
     table = bytearray(256)
+    table[:32] = bytes([64]) * 32  # most control characters are tokens of their own
     for characters, *prices in BYTE_PRICES:
         for byte in characters:
             table[byte] = prices[tokenizer]
-    for byte in range(32):
-        table[byte] = table[byte] or 64  # control characters are tokens of their own
     return bytes(table)
 
 
