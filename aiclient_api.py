@@ -3813,7 +3813,31 @@ def read_copilot_usage(frame: Json, usage: Usage) -> None:
         usage.cache_write = counts.get("cache_write", usage.cache_write)
 
 
-# Usage: a dialect's table maps the paths of its usage object, in order, to the fields of Usage.
+# Usage: the paths of a dialect's usage object, in order -> the fields of Usage.
+
+CHAT_USAGE = {
+    "prompt_tokens": "prompt",
+    "completion_tokens": "output",
+    "total_tokens": "total",
+    "prompt_tokens_details.cached_tokens": "cache_read",
+    "prompt_tokens_details.cache_write_tokens": "cache_write",
+    "completion_tokens_details.reasoning_tokens": "reasoning",
+}
+MESSAGES_USAGE = {
+    "input_tokens": "input",
+    "cache_creation_input_tokens": "cache_write",
+    "cache_read_input_tokens": "cache_read",
+    "output_tokens": "output",
+    "output_tokens_details.thinking_tokens": "reasoning",
+}
+RESPONSES_USAGE = {
+    "input_tokens": "prompt",
+    "input_tokens_details.cached_tokens": "cache_read",
+    "input_tokens_details.cache_write_tokens": "cache_write",
+    "output_tokens": "output",
+    "output_tokens_details.reasoning_tokens": "reasoning",
+    "total_tokens": "total",
+}
 
 
 def read_usage(holder: Json, table: dict[str, str], usage: Usage) -> bool:
@@ -3909,14 +3933,6 @@ def read_stream_error(value: Any) -> ApiError:
 
 # 8.2 OpenAI chat completions
 
-CHAT_USAGE = {
-    "prompt_tokens": "prompt",
-    "completion_tokens": "output",
-    "total_tokens": "total",
-    "prompt_tokens_details.cached_tokens": "cache_read",
-    "prompt_tokens_details.cache_write_tokens": "cache_write",
-    "completion_tokens_details.reasoning_tokens": "reasoning",
-}
 CHAT_FINISHES = {
     "stop": "end", "length": "length", "tool_calls": "tool", "function_call": "tool",
     "content_filter": "filter",
@@ -4919,13 +4935,6 @@ class ChatDialect(Dialect):
 
 # 8.3 Anthropic messages
 
-MESSAGES_USAGE = {
-    "input_tokens": "input",
-    "cache_creation_input_tokens": "cache_write",
-    "cache_read_input_tokens": "cache_read",
-    "output_tokens": "output",
-    "output_tokens_details.thinking_tokens": "reasoning",
-}
 MESSAGES_FINISHES = {
     "end_turn": "end", "stop_sequence": "stop", "tool_use": "tool", "max_tokens": "length",
     "model_context_window_exceeded": "context", "refusal": "filter", "pause_turn": "pause",
@@ -6303,16 +6312,6 @@ def write_reasoning_item(text: str, signature: str) -> Json | None:
         return None
     summary = [{"type": "summary_text", "text": text}] if text else []
     return {"type": "reasoning", "summary": summary, "encrypted_content": carried["enc"]}
-
-
-RESPONSES_USAGE = {
-    "input_tokens": "prompt",
-    "input_tokens_details.cached_tokens": "cache_read",
-    "input_tokens_details.cache_write_tokens": "cache_write",
-    "output_tokens": "output",
-    "output_tokens_details.reasoning_tokens": "reasoning",
-    "total_tokens": "total",
-}
 
 
 def read_incomplete(response: Json) -> str:
