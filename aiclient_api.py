@@ -2326,8 +2326,7 @@ class Refusal:
     text: str
 
 
-if TYPE_CHECKING:
-    Block = Text | Image | Document | Thinking | ToolCall | ToolResult | Refusal
+Block = Text | Image | Document | Thinking | ToolCall | ToolResult | Refusal
 
 
 @dataclass(slots=True)
@@ -2401,11 +2400,8 @@ class Conversation:
     def refuse_prefill(self) -> None:
         """Raises UnsupportedFeature if the model is to continue the last turn."""
         if self.prefilled:
-            param = self.turns_field
-            raise UnsupportedFeature(
-                f"{param}: the last message must be the user's; this model takes no prefill.",
-                param=param,
-            )
+            problem = "the last message must be the user's; this model takes no prefill."
+            raise UnsupportedFeature(f"{self.turns_field}: {problem}", param=self.turns_field)
 
     def refuse_empty(self) -> InvalidRequest:
         param = self.turns_field
@@ -2424,7 +2420,7 @@ class Conversation:
 
     def settle(self) -> None:
         """Normalizes the turns for all vendors; raises InvalidRequest if there are none."""
-        normalized = distinct_calls(normalize_turns(self.turns))
+        normalized = normalize_turns(self.turns)
         if not normalized and not self.system:
             raise self.refuse_empty()
         if normalized != self.turns:
@@ -2479,6 +2475,14 @@ class Usage:
     def prompt(self) -> int:
         """All input tokens, as OpenAI counts them."""
         return self.input + self.cache_read + self.cache_write
+
+    @prompt.setter
+    def prompt(self, tokens: int) -> None:
+        self.input = max(0, tokens - self.cache_read - self.cache_write)
+
+    @property
+    def total(self) -> int:
+        return self.prompt + self.output
 
 
 # Events.  A response is  MessageStart (BlockStart BlockDelta* BlockStop | UsageUpdate)*
@@ -2536,28 +2540,21 @@ class StreamError:
     error: ApiError
 
 
-if TYPE_CHECKING:
-    Event = (
-        MessageStart | BlockStart | BlockDelta | BlockStop | UsageUpdate | MessageStop | StreamError
-    )
+Event = MessageStart | BlockStart | BlockDelta | BlockStop | UsageUpdate | MessageStop | StreamError
 
 OFF_PROTOCOL = "The upstream's answer does not follow its own protocol."
 
-# (state, event) -> state; any other pair is a protocol error.
-EVENT_STATES: dict[tuple[str, str], str] = {
-    ("new", "MessageStart"): "open",
-    ("new", "UsageUpdate"): "new",
-    ("open", "BlockStart"): "block",
-    ("open", "UsageUpdate"): "open",
-    ("open", "MessageStop"): "over",
-    ("block", "BlockDelta"): "block",
-    ("block", "UsageUpdate"): "block",
-    ("block", "BlockStop"): "open",
-    ("new", "StreamError"): "over",
-    ("open", "StreamError"): "over",
-    ("block", "StreamError"): "over",
-}
-
+# state -> event -> state; any other event is a protocol error.
+EVENT_STATES: dict[str, dict[str, str]] = {
+    "new": {"MessageStart": "open", "UsageUpdate": "new", "StreamError": "over"},
+    "open": {
+        "BlockStart": "block", "UsageUpdate": "open", "MessageStop": "over", "StreamError": "over",
+    },
+    "block": {
+        "BlockDelta": "block", "UsageUpdate": "block", "BlockStop": "open", "StreamError": "over",
+    },
+    "over": {},
+}  # fmt: skip
 
 LINE_BREAKS = "\r\n\t"
 RUNAWAY = re.compile(f"[{LINE_BREAKS}]{{{MAX_BLANK_RUN + 1}}}")
@@ -2586,7 +2583,7 @@ class Checker:
 
     def check(self, event: Event) -> Event:
         """`event`, with the finish reason corrected after a tool call; raises UpstreamError."""
-        state = EVENT_STATES.get((self.state, type(event).__name__))
+        state = EVENT_STATES[self.state].get(type(event).__name__)
         if state is None:
             raise UpstreamError(OFF_PROTOCOL)
         self.state = state
@@ -2670,19 +2667,17 @@ def wire_id(call_id: str) -> str:
 def fits_strict(schema: Any) -> bool:
     """Whether OpenAI accepts a strict schema: closed objects with all properties required."""
     if isinstance(schema, list):
-        return all(fits_strict(item) for item in schema)
+        return all(map(fits_strict, schema))
     if not isinstance(schema, dict):
         return True
     properties = schema.get("properties", {} if schema.get("type") == "object" else None)
-    if isinstance(properties, dict):
-        required = schema.get("required")
-        required = required if isinstance(required, list) else []
-        if schema.get("additionalProperties") is not False:
-            return False
-        if set(properties) - {name for name in required if isinstance(name, str)}:
-            return False
-        return all(fits_strict(item) for item in properties.values())
-    return all(fits_strict(item) for item in schema.values() if isinstance(item, (dict, list)))
+    if not isinstance(properties, dict):
+        return all(map(fits_strict, schema.values()))
+    required = schema.get("required")
+    required = required if isinstance(required, list) else []
+    is_closed = schema.get("additionalProperties") is False
+    has_optional = properties.keys() - {name for name in required if isinstance(name, str)}
+    return is_closed and not has_optional and all(map(fits_strict, properties.values()))
 
 
 INTERRUPTED = "[no result: call interrupted]"
@@ -2709,54 +2704,6 @@ def merge_turns(turns: list[Turn]) -> list[Turn]:
     return merged
 
 
-def drop_results(turn: Turn, ids: Container[str] = ()) -> Turn:
-    """Drops the results of `ids`; other results become plain content."""
-    blocks: list[Block] = []
-    for block in turn.blocks:
-        if not isinstance(block, ToolResult):
-            blocks.append(block)
-        elif block.id not in ids:
-            blocks.append(Text(f"[tool output for unknown call {block.id}]"))
-            blocks.extend(block.blocks)
-    return Turn(turn.role, blocks)
-
-
-def normalize_turns(turns: list[Turn]) -> list[Turn]:
-    """Turns in the order that every vendor demands.
-
-    Each assistant turn with calls is followed by one user turn that begins with their results, in
-    the order of the calls; missing results are filled in, as vendors otherwise reject the request.
-    """
-    merged = merge_turns(turns)
-    normalized: list[Turn] = []
-    index = 0
-    while index < len(merged):
-        turn = merged[index]
-        index += 1
-        if turn.role != "assistant":
-            normalized.append(drop_results(turn))
-            continue
-        normalized.append(turn)
-        calls = dict.fromkeys(block.id for block in turn.blocks if isinstance(block, ToolCall))
-        if not calls:
-            continue
-        reply_end = index
-        while reply_end < len(merged) and merged[reply_end].role != "assistant":
-            reply_end += 1
-        reply = merged[index:reply_end]
-        index = reply_end
-        results: dict[str, list[Block]] = {call_id: [] for call_id in calls}
-        for block in (block for reply_turn in reply for block in reply_turn.blocks):
-            if isinstance(block, ToolResult) and block.id in results:
-                results[block.id].append(block)
-        ordered: list[Block] = []
-        for call_id, call_results in results.items():
-            ordered += call_results or [ToolResult(call_id, [Text(INTERRUPTED)], True)]
-        normalized.append(Turn("user", ordered))
-        normalized.extend(drop_results(reply_turn, results) for reply_turn in reply)
-    return merge_turns(normalized)
-
-
 class CallIds:
     """The call ids of one conversation; repeated ones get a numeric suffix."""
 
@@ -2774,46 +2721,49 @@ class CallIds:
         return unique_id
 
 
-def distinct_calls(turns: list[Turn]) -> list[Turn]:
-    """Gives each call a unique valid id; merges a turn's equal calls, and results of one call."""
+def normalize_turns(turns: list[Turn]) -> list[Turn]:
+    """Turns in the order that every vendor demands.
+
+    Each assistant turn with calls is followed by one user turn that begins with their results, in
+    the order of the calls; missing results are filled in, as vendors otherwise reject the request.
+    Each call has a unique valid id; a turn's equal calls are merged, and so are results of one
+    call.  Results of unknown calls become plain content.
+    """
+    normalized: list[Turn] = []
     call_ids = CallIds()
-    distinct: list[Turn] = []
-    ids: dict[str, deque[str]] = {}  # of the last turn: the client's id -> our ids, in order
-    for turn in turns:
-        if turn.role != "assistant":
-            distinct.append(renumber_results(turn, ids))
-            ids = {}
-            continue
-        seen: set[tuple[str, str, str]] = set()
+    results: list[Block] = []  # of the last assistant turn's calls
+    #: the client's call id -> (our id, index in `results`) of each result still to come
+    missing: defaultdict[str, deque[tuple[str, int]]] = defaultdict(deque)
+    last_results: dict[str, ToolResult] = {}  # by the client's call id
+    for turn in merge_turns(turns):
         blocks: list[Block] = []
-        ids = defaultdict(deque)
+        normalized.append(Turn(turn.role, blocks))
+        is_assistant = turn.role == "assistant"
+        if is_assistant:
+            results, missing, last_results = [], defaultdict(deque), {}
+            normalized.append(Turn("user", results))
+        seen: set[tuple[str, str, str]] = set()
         for block in turn.blocks:
-            if not isinstance(block, ToolCall):
-                blocks.append(block)
-            elif (call_key := (block.id, block.name, block.arguments)) not in seen:
+            if isinstance(block, ToolCall) and is_assistant:
+                call_key = (block.id, block.name, block.arguments)
+                if call_key in seen:
+                    continue
                 seen.add(call_key)
-                ids[block.id].append(call_ids.add(wire_id(block.id)))
-                blocks.append(ToolCall(ids[block.id][-1], block.name, block.arguments))
-        distinct.append(Turn(turn.role, blocks))
-    return distinct
-
-
-def renumber_results(turn: Turn, ids: dict[str, deque[str]]) -> Turn:
-    """`turn` with its results under the calls' new ids, one result for each call."""
-    results: dict[str, ToolResult] = {}  # by the client's id, the last one
-    blocks: list[Block] = []
-    for block in turn.blocks:
-        if not isinstance(block, ToolResult) or block.id not in ids:
-            blocks.append(block)
-        elif ids[block.id]:
-            result = ToolResult(ids[block.id].popleft(), [*block.blocks], block.is_error)
-            results[block.id] = result
-            blocks.append(result)
-        else:
-            results[block.id].blocks.extend(block.blocks)
-    missing = (call_id for unanswered in ids.values() for call_id in unanswered)
-    interrupted = [ToolResult(call_id, [Text(INTERRUPTED)], True) for call_id in missing]
-    return Turn(turn.role, [*interrupted, *blocks])
+                call_id = call_ids.add(wire_id(block.id))
+                missing[block.id].append((call_id, len(results)))
+                results.append(ToolResult(call_id, [Text(INTERRUPTED)], True))
+                blocks.append(replace(block, id=call_id))
+            elif is_assistant or not isinstance(block, ToolResult):
+                blocks.append(block)
+            elif missing.get(block.id):
+                call_id, index = missing[block.id].popleft()
+                result = replace(block, id=call_id, blocks=[*block.blocks])
+                last_results[block.id] = results[index] = result
+            elif block.id in last_results:
+                last_results[block.id].blocks.extend(block.blocks)
+            else:
+                blocks += [Text(f"[tool output for unknown call {block.id}]"), *block.blocks]
+    return merge_turns(normalized)
 
 
 def downgrade_system_turns(turns: list[Turn]) -> list[Turn]:
@@ -2821,16 +2771,19 @@ def downgrade_system_turns(turns: list[Turn]) -> list[Turn]:
     downgraded = []
     for turn in turns:
         if turn.role == "system":
-            texts = [block.text for block in turn.blocks if isinstance(block, Text)]
-            reminders: list[Block] = [Text(as_reminder(text)) for text in texts]
-            downgraded.append(Turn("user", reminders))
-        else:
-            downgraded.append(turn)
+            texts = (block.text for block in turn.blocks if isinstance(block, Text))
+            turn = Turn("user", [Text(as_reminder(text)) for text in texts])
+        downgraded.append(turn)
     return merge_turns(downgraded)
 
 
 def as_reminder(text: str) -> str:
     return f"<system-reminder>\n{text}\n</system-reminder>"
+
+
+def is_reminder(text: str) -> bool:
+    """Whether a coding agent, not a person, put the text into a user turn."""
+    return text.lstrip().startswith("<system-reminder>")
 
 
 SCHEMA_UNIONS = ("allOf", "anyOf", "oneOf")
@@ -2862,12 +2815,10 @@ def wire_names(names: Iterable[str]) -> dict[str, str]:
     """wire name -> the client's, for a native body; raises InvalidRequest on a collision."""
     table: dict[str, str] = {}
     for name in names:
-        wire = wire_name(name)
-        if table.setdefault(wire, name) != name:
-            raise InvalidRequest(
-                f"tools: {table[wire]!r} and {name!r} become the same name upstream; rename one.",
-                param="tools",
-            )
+        other = table.setdefault(wire_name(name), name)
+        if other != name:
+            problem = f"{other!r} and {name!r} become the same name upstream; rename one."
+            raise InvalidRequest(f"tools: {problem}", param="tools")
     return table
 
 
@@ -2881,32 +2832,27 @@ def parse_arguments(text: str) -> Json:
 
 def whole_arguments(text: str) -> str:
     """A call's arguments as the JSON text of an object, unchanged if they are one."""
-    return text.strip() if is_complete_object(text) else dump_json(parse_arguments(text)).decode()
-
-
-def is_complete_object(text: str) -> bool:
-    return text.rstrip().endswith("}") and load_object(text) is not None
+    is_object = load_object(text) is not None
+    return text.strip() if is_object else dump_json(parse_arguments(text)).decode()
 
 
 def object_schema(schema: Any, path: str) -> Json:
     """A tool's JSON Schema with `type` and `properties`, as every vendor requires."""
     if schema is None:
         return {"type": "object", "properties": {}}
-    completed = dict(need_dict(schema, path))
+    completed = {**need_dict(schema, path), "type": "object"}
     completed.pop("$schema", None)
-    completed["type"] = "object"
     completed.setdefault("properties", {})
     return completed
 
 
 def clamp_effort(effort: str, supported: Iterable[str]) -> str | None:
     """The supported effort nearest to `effort`, lower ones first; None if there is none."""
-    ranks = sorted(EFFORTS.index(name) for name in supported if name in EFFORTS)
+    ranks = [EFFORTS.index(name) for name in supported if name in EFFORTS]
     if not ranks:
         return None
-    target = EFFORTS.index(effort)
-    not_above = [rank for rank in ranks if rank <= target]
-    return EFFORTS[not_above[-1] if not_above else ranks[0]]
+    not_above = [rank for rank in ranks if rank <= EFFORTS.index(effort)]
+    return EFFORTS[max(not_above) if not_above else min(ranks)]
 
 
 EFFORT_BUDGETS = {
@@ -2916,7 +2862,9 @@ EFFORT_BUDGETS = {
 
 
 def effort_of_budget(budget: int) -> str:
-    return "low" if budget <= 4096 else "medium" if budget <= 16_384 else "high"
+    if budget <= 4096:
+        return "low"
+    return "medium" if budget <= 16_384 else "high"
 
 
 def clamp_budget(budget: int, limits: tuple[int, int] | None, max_tokens: int) -> int | None:
@@ -2947,35 +2895,32 @@ def output_instruction(output: OutputFormat) -> str:
 
 
 # Magic numbers, in base64: clients send wrong media types.
-IMAGE_SIGNATURES = (
-    ("iVBORw0KGgo", "image/png"),
-    ("/9j/", "image/jpeg"),
-    ("R0lGOD", "image/gif"),
-    ("UklGR", "image/webp"),
-)
-IMAGE_TYPES = tuple(kind for _, kind in IMAGE_SIGNATURES)
+IMAGE_SIGNATURES = {
+    "iVBORw0KGgo": "image/png",
+    "/9j/": "image/jpeg",
+    "R0lGOD": "image/gif",
+    "UklGR": "image/webp",
+}
 DATA_URL = re.compile(r"data:([\w.+/-]{0,100})(?:;[\w=.+-]{1,300}){0,8}?(;base64)?,", re.ASCII)
 
 
 def image_type(data: str, declared: str, path: str) -> str:
-    for prefix, kind in IMAGE_SIGNATURES:
+    for prefix, kind in IMAGE_SIGNATURES.items():
         if data.startswith(prefix):
             return kind
     declared = "image/jpeg" if declared == "image/jpg" else declared
-    if declared in IMAGE_TYPES:
-        return declared
-    raise UnsupportedFeature(
-        f"{path}: images must be PNG, JPEG, GIF or WebP, not {declared or 'of unknown type'!r}.",
-        param=path,
-    )
+    if declared not in IMAGE_SIGNATURES.values():
+        shown = declared or "of unknown type"
+        raise UnsupportedFeature(
+            f"{path}: images must be PNG, JPEG, GIF or WebP, not {shown!r}.", param=path
+        )
+    return declared
 
 
-def bare_base64(data: str) -> str:
-    """Base64 without line breaks: some programs wrap it."""
+def base64_image(data: str, declared: str, path: str) -> Image:
     if any(blank in data[:200] for blank in "\n\r "):
-        for blank in "\n\r\t ":
-            data = data.replace(blank, "")
-    return data
+        data = "".join(data.split())  # some programs wrap it
+    return Image(image_type(data, declared, path), data, path=path)
 
 
 def read_data_url(url: str, path: str) -> tuple[str, str]:
@@ -2994,9 +2939,8 @@ def read_data_url(url: str, path: str) -> tuple[str, str]:
 def read_image_url(url: str, path: str) -> Image:
     """An image from a data URL or an https URL; the gateway never fetches it."""
     if url.startswith("data:"):
-        declared, data = read_data_url(url, path)
-        data = bare_base64(data)
-        return Image(image_type(data, declared, path), data, path=path)
+        media_type, data = read_data_url(url, path)
+        return base64_image(data, media_type, path)
     if url.startswith("https://"):
         return Image(url=url, path=path)
     raise UnsupportedFeature(f"{path}: must be a data URL or an https URL.", param=path)
@@ -3037,11 +2981,10 @@ BYTE_PRICES: tuple[tuple[bytes, int, int, int], ...] = (
 def build_price_table(tokenizer: int) -> bytes:
     """One column of BYTE_PRICES, indexed by byte."""
     table = bytearray(256)
+    table[:32] = bytes([64]) * 32  # most control characters are tokens of their own
     for characters, *prices in BYTE_PRICES:
         for byte in characters:
             table[byte] = prices[tokenizer]
-    for byte in range(32):
-        table[byte] = table[byte] or 64  # control characters are tokens of their own
     return bytes(table)
 
 
@@ -3074,37 +3017,21 @@ def sum_bytes(data: bytes) -> int:
     return sum(zlib.adler32(view[start : start + 256]) & 0xFFFF for start in starts) - len(starts)
 
 
-def estimate_bytes(text: bytes, prices: bytes = CLAUDE_PRICES) -> float:
-    """Approximate tokens of UTF-8 `text`: a sum over its bytes, so additive under concatenation."""
-    return sum_bytes(text.translate(prices)) / 64
-
-
 def estimate_text(text: str, prices: bytes = CLAUDE_PRICES) -> float:
-    return estimate_bytes(text.encode("utf-8", "replace"), prices)
-
-
-def estimate_quoted(text: bytes, string_count: int) -> float:
-    """Approximate tokens of `string_count` JSON strings, given without quotes, joined by blanks."""
-    if b"\\" in text:
-        text = json_decoder.decode(f'"{text.decode()}"').encode("utf-8", "replace")
-    return estimate_bytes(text) - (string_count - 1) * CLAUDE_PRICES[32] / 64
-
-
-def png_size(data: str) -> tuple[int, int] | None:
-    """(width, height) of a base64 PNG."""
-    try:
-        header = base64.b64decode(data[:44], validate=True)
-    except ValueError:
-        return None
-    if len(header) < 24 or header[12:16] != b"IHDR":
-        return None
-    return int.from_bytes(header[16:20], "big"), int.from_bytes(header[20:24], "big")
+    """Approximate tokens: a sum over UTF-8 bytes, so additive under concatenation."""
+    return sum_bytes(text.encode("utf-8", "replace").translate(prices)) / 64
 
 
 def estimate_image(data: str) -> float:
     """Tokens of a base64 image: width * height / 750, at most 1600 (Anthropic's rule)."""
-    size = png_size(data)
-    return min(1600.0, size[0] * size[1] / 750) if size else 1500.0
+    try:
+        header = base64.b64decode(data[:44], validate=True)
+    except ValueError:
+        header = b""
+    if len(header) < 24 or header[12:16] != b"IHDR":  # not a PNG
+        return 1500.0
+    width, height = int.from_bytes(header[16:20], "big"), int.from_bytes(header[20:24], "big")
+    return min(1600.0, width * height / 750)
 
 
 IMAGE_KEYS = ("data", "url", "image_url", "file_data")
@@ -3113,14 +3040,15 @@ IMAGE_KEYS = ("data", "url", "image_url", "file_data")
 def estimate_value(value: Any, prices: bytes = CLAUDE_PRICES, key_tokens: float = 1.5) -> float:
     """Tokens of any part of a request body; base64 images count by their size."""
     total = 0.0
+    texts: list[str] = []
     pending: list[tuple[str, Any]] = [("", value)]
     while pending:
         key, item = pending.pop()
         if isinstance(item, str):
-            if len(item) > 256 and key in IMAGE_KEYS:
-                total += estimate_image(item.partition(",")[2] if item[:5] == "data:" else item)
+            if len(item) <= 256 or key not in IMAGE_KEYS:
+                texts.append(item)
             else:
-                total += estimate_text(item, prices)
+                total += estimate_image(item.partition(",")[2] if item[:5] == "data:" else item)
         elif isinstance(item, dict):
             total += key_tokens * len(item)
             pending += item.items()
@@ -3128,7 +3056,7 @@ def estimate_value(value: Any, prices: bytes = CLAUDE_PRICES, key_tokens: float 
             pending += [(key, child) for child in item]
         else:
             total += 1
-    return total
+    return total + estimate_text("".join(texts), prices)
 
 
 def estimate_request(body: Json) -> int:
@@ -3179,46 +3107,41 @@ class ResponseContext:
     include_usage: bool = False
     names: dict[str, str] = field(default_factory=dict)  #: upstream tool name -> the client's
     legacy_functions: bool = False  #: respond in the `function_call` shape of 2023
-    #: the client's own dialect, but not all of its tools: the response is converted, not relayed
-    rewritten: bool = False
+    rewritten: bool = (
+        False  #: converted even to its own dialect, as some tools are not the client's
+    )
     hide_thinking: bool = False  #: the client wants thinking blocks without their text
-    #: stop sequences enforced here because the upstream has no field for them
-    cut: list[str] = field(default_factory=list)
+    cut: list[str] = field(default_factory=list)  #: stop sequences that are enforced here
     many: bool = False  #: n > 1: choices must not be merged
-    #: the client's request body; tokens are estimated from it if the upstream reports none
-    asked: Json = field(default_factory=dict)
+    asked: Json = field(default_factory=dict)  #: the client's request body, for estimates
     #: called with (call ids, reasoning text, signature) that the client's dialect cannot carry
     keep: Callable[[list[str], str, str], None] | None = None
-    #: the offered tools, by the client's names
-    tools: dict[str, Tool] = field(default_factory=dict)
+    tools: dict[str, Tool] = field(default_factory=dict)  #: the offered ones, by the client's names
     provider: str = ""  #: name of the upstream's provider
     #: upstream model id -> context window (0 = unknown), for an upstream that reports a percentage
     window: Callable[[str], int] | None = None
     tagged_thinking: bool = False  #: the upstream was asked in the prompt to think between tags
-    #: the tokens and keys in use, which no error message may show
-    secrets: Callable[[], Iterable[str]] = tuple
+    secrets: Callable[[], Iterable[str]] = tuple  #: tokens that no error message may show
 
 
 class Framing(Protocol):
-    """Upstream bytes in, server-sent events out: the one form in which frames are parsed."""
+    """Upstream bytes in, server-sent events out: the one form in which frames are parsed.
 
-    def complete(self, data: bytes) -> bytes:
-        """The events that `data` completes, unparsed; buffers the rest.  Raises UpstreamError."""
+    `complete` returns the events that `data` completes, unparsed; `frames` parses them, and one
+    that cannot be parsed becomes an error frame and ends the list.  `last_frames` returns what was
+    buffered until EOF.  All raise UpstreamError, the last also if the stream was cut off.
+    """
 
-    def frames(self, blocks: bytes) -> list[Json]:
-        """Parses events; one that cannot be parsed becomes an error frame and ends the list."""
-
-    def last_frames(self) -> list[Json]:
-        """Returns what was buffered until EOF; raises UpstreamError if the stream was cut off."""
+    def complete(self, data: bytes) -> bytes: ...
+    def frames(self, blocks: bytes) -> list[Json]: ...
+    def last_frames(self) -> list[Json]: ...
 
 
 class Reader(Protocol):
-    """Frames of a dialect in, events out."""
+    """Frames of a dialect in, events out; `end` returns those held back until EOF."""
 
     def read(self, frame: Json) -> list[Event]: ...
-
-    def end(self) -> list[Event]:
-        """Events held back until the upstream ended."""
+    def end(self) -> list[Event]: ...
 
 
 class Writer(Protocol):
@@ -3228,80 +3151,76 @@ class Writer(Protocol):
 
 
 class Relay(Protocol):
-    """Native frames in, native frames out: repaired, and read for their usage."""
+    """Native frames in, native frames out: repaired, and read for their usage.
+
+    `repair` raises ApiError if the frame is an error; `end` returns the frames that close the
+    response, and raises UpstreamError if it was incomplete.
+    """
 
     usage: Usage
     said: float  #: estimated output tokens so far
 
     @property
     def finished(self) -> bool: ...
-
-    def repair(self, frame: Json) -> list[Json]:
-        """The frames that replace one frame; raises ApiError if it is an error."""
-
-    def end(self) -> list[Json]:
-        """The frames that close the response; raises UpstreamError if it was incomplete."""
+    def repair(self, frame: Json) -> list[Json]: ...
+    def end(self) -> list[Json]: ...
 
 
 class UpstreamDialect(Protocol):
-    """The half of a dialect that writes requests to an upstream and reads its responses."""
+    """The half of a dialect that writes requests to an upstream and reads its responses.
+
+    `write_request` returns the body of a streaming request; `expand`, the frames equivalent to a
+    non-streaming response; `plain_text`, the text of a frame that is a text delta and nothing else.
+    """
 
     name: str
 
-    def write_request(self, chat: Conversation, model: Model) -> Json:
-        """The body of a streaming request to `model`; raises InvalidRequest."""
-
-    def framing(self) -> Framing: ...
-
+    def write_request(self, chat: Conversation, model: Model) -> Json: ...
     def reader(self, context: ResponseContext) -> Reader: ...
-
-    def expand(self, response: Json) -> list[Json]:
-        """The frames equivalent to a non-streaming response."""
-
-    def plain_text(self, frame: Json) -> str | None:
-        """The text of a frame that is a text delta and nothing else."""
+    def expand(self, response: Json) -> list[Json]: ...
+    def plain_text(self, frame: Json) -> str | None: ...
+    def framing(self) -> Framing:
+        return SseReader()
 
 
 class Dialect(UpstreamDialect, Protocol):
-    """One wire format, both ways.  Dialects never see each other."""
+    """One wire format, both ways.  Dialects never see each other.
 
-    tail: bytes  #: ends every stream
-    is_numbered: bool  #: its frames carry a `sequence_number`
+    `request_info` and `read_request` raise InvalidRequest; `aggregate` returns the non-streaming
+    response equivalent to a finished stream of frames.
+    """
+
     id_prefix: str  #: prefix of its response ids
+    tail: bytes = b""  #: ends every stream
+    is_numbered: bool = False  #: its frames carry a `sequence_number`
 
-    def request_info(self, body: Json) -> RequestInfo:
-        """The facts routing needs; raises InvalidRequest."""
-
-    def read_request(self, body: Json) -> Conversation:
-        """Raises InvalidRequest for what cannot be converted."""
-
+    def request_info(self, body: Json) -> RequestInfo: ...
+    def read_request(self, body: Json) -> Conversation: ...
     def has_image(self, body: Json) -> bool: ...
-
     def writer(self, context: ResponseContext) -> Writer: ...
-
     def relay(self, context: ResponseContext) -> Relay: ...
-
-    def aggregate(self, frames: list[Json]) -> Json:
-        """The non-streaming response equivalent to a finished stream of frames."""
-
-    def encode(self, frame: Json) -> bytes: ...
-
-    def error_body(self, error: ApiError, request_id: str) -> Json:
-        """The body of an error response, or the frame that ends a stream."""
-
-    def error_status(self, error: ApiError) -> int:
-        """The status that this dialect's clients expect for `error`."""
-
+    def aggregate(self, frames: list[Json]) -> Json: ...
+    def error_body(self, error: ApiError, request_id: str) -> Json: ...
     def error_frames(
         self, error: ApiError, request_id: str, context: ResponseContext, begun: bool
     ) -> list[Json]:
         """The frames that end a stream with an error; `begun`: others were sent before."""
+        return [self.error_body(error, request_id)]
+
+    def error_status(self, error: ApiError) -> int:
+        return error.status
+
+    def encode(self, frame: Json) -> bytes:
+        """One event on the wire; Anthropic's clients discard events without an `event:` line."""
+        return write_sse(frame, frame["type"])
 
     def ping(self, begun: bool) -> bytes:
         """A keep-alive in the form that its clients accept."""
+        return SSE_COMMENT_PING
 
     def alive(self, context: ResponseContext) -> Json | None:
         """A frame that serves as keep-alive, if its clients do not accept a ping."""
+        return None
 
 
 def dump_text(value: Any) -> str:
@@ -3321,18 +3240,12 @@ def text_of(content: Any) -> str:
     return "\n".join(text for text in parts if isinstance(text, str))
 
 
-def is_reminder(text: str) -> bool:
-    """Whether a coding agent, not a person, put the text into a user turn."""
-    return text.lstrip().startswith("<system-reminder>")
-
-
 def message_list(body: Json) -> list[Json]:
     """Raises InvalidRequest unless `messages` is a non-empty list of objects."""
-    if "messages" not in body:
-        raise InvalidRequest("messages: is required.", param="messages")
     messages: list[Json] = list_field(body, "messages")
     if not messages:
-        raise InvalidRequest("messages: must not be empty.", param="messages")
+        problem = "must not be empty" if "messages" in body else "is required"
+        raise InvalidRequest(f"messages: {problem}.", param="messages")
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
             raise wrong_type(f"messages.{index}", "an object")
@@ -3341,10 +3254,8 @@ def message_list(body: Json) -> list[Json]:
 
 def opening_words(system: Any, messages: list[Json]) -> str:
     """System prompt and first user message: the same in every request of one conversation."""
-    first_content = next(
-        (message.get("content") for message in messages if message.get("role") == "user"), ""
-    )
-    return text_of(system) + "\0" + text_of(first_content)
+    users = (message for message in messages if message.get("role") == "user")
+    return text_of(system) + "\0" + text_of(next(users, {}).get("content"))
 
 
 CHOICE_MODES = ("auto", "none", "required")  # OpenAI's string forms, in both of its dialects
@@ -3389,8 +3300,11 @@ def allowed_names(choice: Json, path: str) -> set[str]:
 # endpoint, seen in 2026-07), so one table reads them all, for every dialect.
 
 
-def read_text_part(part: Json, path: str) -> list[Block]:
-    return [Text(need_str(part, "text", path))]
+PartReader = Callable[[Json, str], list[Block]]  # (a part, its path in the request)
+
+
+def text_reader(key: str, prefix: str = "") -> PartReader:
+    return lambda part, path: [Text(prefix + need_str(part, key, path))]
 
 
 def read_image_url_part(part: Json, path: str) -> list[Block]:
@@ -3408,17 +3322,16 @@ def read_image_url_part(part: Json, path: str) -> list[Block]:
 
 def read_image_part(part: Json, path: str) -> list[Block]:
     source = dict_field(part, "source", path)
-    kind = source.get("type")
-    if kind == "base64":
-        data = need_str(source, "data", f"{path}.source")
-        media_type = str_field(source, "media_type", f"{path}.source") or ""
-        if data.startswith("data:"):  # a data URL in place of bare base64
-            media_type, data = read_data_url(data, f"{path}.source.data")
-        data = bare_base64(data)
-        return [Image(image_type(data, media_type, path), data, path=path)]
-    if kind == "url":
-        return [read_image_url(need_str(source, "url", f"{path}.source"), f"{path}.source.url")]
-    raise UnsupportedFeature(f"{path}.source: must be base64 or an https url.", param=path)
+    source_path = f"{path}.source"
+    if source.get("type") == "url":
+        return [read_image_url(need_str(source, "url", source_path), f"{source_path}.url")]
+    if source.get("type") != "base64":
+        raise UnsupportedFeature(f"{source_path}: must be base64 or an https url.", param=path)
+    data = need_str(source, "data", source_path)
+    media_type = str_field(source, "media_type", source_path) or ""
+    if data.startswith("data:"):  # a data URL in place of bare base64
+        media_type, data = read_data_url(data, f"{source_path}.data")
+    return [base64_image(data, media_type, path)]
 
 
 def read_file_part(part: Json, path: str) -> list[Block]:
@@ -3485,15 +3398,6 @@ def read_thinking_part(part: Json, path: str) -> list[Block]:
     return [Thinking(text, signature, str_field(part, "data", path) or "")]
 
 
-def read_refusal_part(part: Json, path: str) -> list[Block]:
-    return [Refusal(need_str(part, "refusal", path))]
-
-
-def read_tool_reference_part(part: Json, path: str) -> list[Block]:
-    """A tool found by a search: all tools are always sent anyway."""
-    return [Text("Tool available: " + need_str(part, "tool_name", path))]
-
-
 def read_server_tool_part(part: Json, path: str) -> list[Block]:
     """A server-side tool's block as one text line: other vendors cannot verify the original."""
     if part.get("type") == "server_tool_use":
@@ -3508,45 +3412,28 @@ def read_server_tool_part(part: Json, path: str) -> list[Block]:
     return [Text("[" + "\n".join(filter(None, lines)) + "]")]
 
 
-def read_compaction_part(part: Json, path: str) -> list[Block]:
-    """A summary of earlier turns: only its text can be carried to another vendor."""
-    return [Text(need_str(part, "content", path))]
-
-
-def skip_part(part: Json, path: str) -> list[Block]:
-    return []
-
-
 def refuse_part(part: Json, path: str) -> list[Block]:
     raise UnsupportedFeature(f"{path}.type: {part['type']} is not supported here.", param=path)
 
 
-PART_READERS: dict[str, Callable[[Json, str], list[Block]]] = {
-    "compaction": read_compaction_part,
-    "container_upload": refuse_part,
-    "document": read_document_part,
-    "fallback": skip_part,
-    "file": read_file_part,
-    "image": read_image_part,
-    "image_url": read_image_url_part,
-    "input_audio": refuse_part,
-    "input_file": read_file_part,
-    "input_image": read_image_url_part,
-    "input_text": read_text_part,
-    "output_text": read_text_part,
-    "redacted_thinking": read_thinking_part,
-    "refusal": read_refusal_part,
-    "search_result": read_search_result_part,
-    "server_tool_use": read_server_tool_part,
-    "text": read_text_part,
-    "thinking": read_thinking_part,
-    "tool_reference": read_tool_reference_part,
-    "tool_result": read_tool_result_part,
-    "tool_use": read_tool_use_part,
-}
+read_text_part = text_reader("text")
+# All tools are always sent, also those that a client's search has yet to find.
+read_tool_reference_part = text_reader("tool_name", "Tool available: ")
+PART_READERS: dict[str, PartReader] = {
+    "text": read_text_part, "input_text": read_text_part, "output_text": read_text_part,
+    "compaction": text_reader("content"),  # a summary of earlier turns
+    "refusal": lambda part, path: [Refusal(need_str(part, "refusal", path))],
+    "thinking": read_thinking_part, "redacted_thinking": read_thinking_part,
+    "image": read_image_part, "image_url": read_image_url_part, "input_image": read_image_url_part,
+    "document": read_document_part, "file": read_file_part, "input_file": read_file_part,
+    "tool_use": read_tool_use_part, "tool_result": read_tool_result_part,
+    "tool_reference": read_tool_reference_part, "server_tool_use": read_server_tool_part,
+    "search_result": read_search_result_part, "fallback": lambda *_: [],
+    "container_upload": refuse_part, "input_audio": refuse_part,
+}  # fmt: skip
 
 
-def part_reader(part: Json) -> Callable[[Json, str], list[Block]] | None:
+def part_reader(part: Json) -> PartReader | None:
     kind = str_or_empty(part, "type")
     return read_server_tool_part if kind.endswith("_tool_result") else PART_READERS.get(kind)
 
@@ -3565,19 +3452,15 @@ def read_parts(content: Any, path: str) -> list[Block]:
         raise wrong_type(path, "a string or a list of parts")
     blocks: list[Block] = []
     for index, item in enumerate(content):
-        item_path = f"{path}.{index}"
         if isinstance(item, str):
             blocks.append(Text(item))
             continue
+        item_path = f"{path}.{index}"
         part = need_dict(item, item_path)
         reader = part_reader(part)
-        if reader is None:
-            if not isinstance(part.get("text"), str):
-                raise InvalidRequest(
-                    f"{item_path}.type: is not a known part type.", param=item_path
-                )
-            reader = read_text_part
-        blocks.extend(reader(part, item_path))
+        if reader is None and not isinstance(part.get("text"), str):
+            raise InvalidRequest(f"{item_path}.type: is not a known part type.", param=item_path)
+        blocks += (reader or read_text_part)(part, item_path)
     return blocks
 
 
@@ -3586,59 +3469,35 @@ def plain_text(blocks: Iterable[Block]) -> str:
 
 
 # Anthropic's client-side tools, which come without a schema (formats seen in 2026-09).
-
-EDITOR_SCHEMA: Json = {
-    "type": "object",
-    "properties": {
-        "command": {"type": "string", "enum": ["view", "create", "str_replace", "insert"]},
-        "path": {"type": "string"},
-        "file_text": {"type": "string"},
-        "old_str": {"type": "string"},
-        "new_str": {"type": "string"},
-        "insert_line": {"type": "integer"},
-        "insert_text": {"type": "string"},
-        "view_range": {"type": "array", "items": {"type": "integer"}},
-    },
-    "required": ["command", "path"],
+STRING, INTEGER = {"type": "string"}, {"type": "integer"}
+INTEGERS = {"type": "array", "items": INTEGER}
+EDITING: Json = {
+    **dict.fromkeys(("path", "file_text", "old_str", "new_str"), STRING),
+    "insert_line": INTEGER,
+    "insert_text": STRING,
 }
-CLIENT_TOOL_SCHEMAS: dict[str, Json] = {
-    "bash": {
-        "type": "object",
-        "properties": {"command": {"type": "string"}, "restart": {"type": "boolean"}},
-    },
-    "text_editor": EDITOR_SCHEMA,
-    "memory": {
-        "type": "object",
-        "properties": {
-            "command": {"type": "string"},
-            "path": {"type": "string"},
-            "file_text": {"type": "string"},
-            "old_str": {"type": "string"},
-            "new_str": {"type": "string"},
-            "insert_line": {"type": "integer"},
-            "insert_text": {"type": "string"},
-            "old_path": {"type": "string"},
-            "new_path": {"type": "string"},
-        },
-        "required": ["command"],
-    },
-    "computer": {
-        "type": "object",
-        "properties": {
-            "action": {"type": "string"},
-            "coordinate": {"type": "array", "items": {"type": "integer"}},
-            "text": {"type": "string"},
-        },
-        "required": ["action"],
-    },
+EDITOR_COMMAND = {**STRING, "enum": ["view", "create", "str_replace", "insert"]}
+#: family of tools -> (required properties, all properties)
+CLIENT_TOOLS: dict[str, tuple[list[str], Json]] = {
+    "bash": ([], {"command": STRING, "restart": {"type": "boolean"}}),
+    "text_editor": (
+        ["command", "path"],
+        {"command": EDITOR_COMMAND, **EDITING, "view_range": INTEGERS},
+    ),
+    "memory": (
+        ["command"],
+        {"command": STRING, **EDITING, "old_path": STRING, "new_path": STRING},
+    ),
+    "computer": (["action"], {"action": STRING, "coordinate": INTEGERS, "text": STRING}),
 }
 
 
 def client_tool_schema(kind: str) -> Json | None:
     """The schema of `bash_20250124` and the like; None for server-side tools."""
-    for family, schema in CLIENT_TOOL_SCHEMAS.items():
+    for family, (required, properties) in CLIENT_TOOLS.items():
         if kind.startswith(family + "_2"):
-            return schema
+            schema = {"type": "object", "properties": properties}
+            return {**schema, "required": required} if required else schema
     return None
 
 
@@ -3665,19 +3524,14 @@ def tool_names(body: Json, path: str = "") -> list[str]:
     return names
 
 
-# Usage, in each vendor's shape.  A missing figure keeps its value from an earlier frame.
-
-
-def read_figure(
-    value: Any, minimum: float = -MAX_FIGURE, maximum: float = MAX_FIGURE
-) -> float | None:
-    """An upstream's number if it is one from `minimum` to `maximum`; None for anything else.
+def read_figure(value: Any, low: float = -MAX_FIGURE, high: float = MAX_FIGURE) -> float | None:
+    """An upstream's number if it is one from `low` to `high`; None for anything else.
 
     All numbers from upstreams are read here: NaN, infinity or 10**400 would raise in int() or
     round(), or give an absurd date.
     """
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if is_number and minimum <= value <= maximum else None
+    return float(value) if is_number and low <= value <= high else None
 
 
 def positive_int(value: Any) -> int | None:
@@ -3690,9 +3544,9 @@ def get_int(obj: Json, key: str, default: int) -> int:
     return value if isinstance(value, int) and read_figure(value, 0) is not None else default
 
 
-def get_float(obj: Json, key: str, maximum: float) -> float:
-    """The number at `key` between 0 and `maximum`; 0 for anything else."""
-    return read_figure(obj.get(key), 0, maximum) or 0.0
+def get_float(obj: Json, key: str, high: float) -> float:
+    """The number at `key` from 0 to `high`; 0 for anything else."""
+    return read_figure(obj.get(key), 0, high) or 0.0
 
 
 def get_dict(obj: Json, key: str) -> Json:
@@ -3723,13 +3577,12 @@ def inline_refs(schema: Json, tool_count: int = MAX_TOOLS) -> Any:
             return [inline(item, ancestors, depth + 1) for item in value]
         if not isinstance(value, dict):
             return value
-        name = value.get("$ref")
-        if not isinstance(name, str):  # a property may have that name
-            return {key: inline(item, ancestors, depth + 1) for key, item in value.items()}
-        siblings = {
-            key: inline(item, ancestors, depth + 1) for key, item in value.items() if key != "$ref"
-        }
-        name = name.rpartition("/")[2]
+        siblings = dict(value)
+        is_reference = isinstance(value.get("$ref"), str)  # a property may have that name
+        name = siblings.pop("$ref").rpartition("/")[2] if is_reference else ""
+        siblings = {key: inline(item, ancestors, depth + 1) for key, item in siblings.items()}
+        if not is_reference:
+            return siblings
         definition = get_dict(definitions, name)
         if name in ancestors or not definition or bytes_left < 0 or depth > MAX_JSON_DEPTH:
             return {"type": "object", **siblings}
@@ -3745,50 +3598,70 @@ def read_copilot_usage(frame: Json, usage: Usage) -> None:
     1e9 nano-AIU = 1 AI credit = 0.01 USD (seen in gh-aw-firewall, 2026-08).
     """
     billing = get_dict(frame, "copilot_usage")
-    if not billing:
-        return
     if "total_nano_aiu" in billing:
         usage.nano_credits = get_int(billing, "total_nano_aiu", usage.nano_credits)
         usage.credits_source = "reported"
-    rows = billing.get("token_details")
-    counts: dict[str, int] = {}
-    for row in rows if isinstance(rows, list) else ():
-        if isinstance(row, dict) and isinstance(row.get("token_type"), str):
-            counts[row["token_type"]] = get_int(row, "token_count", 0)
+    details = billing.get("token_details")
+    rows = [row for row in details if isinstance(row, dict)] if isinstance(details, list) else []
+    counts = {str(row.get("token_type")): get_int(row, "token_count", 0) for row in rows}
     if "input" in counts:
         usage.input = counts["input"]
         usage.cache_read = counts.get("cache_read", usage.cache_read)
         usage.cache_write = counts.get("cache_write", usage.cache_write)
 
 
-def read_chat_usage(frame: Json, usage: Usage) -> bool:
-    """Updates `usage` from OpenAI's `usage` in a frame; False if it has none."""
-    counts = get_dict(frame, "usage")
-    if not counts:
-        return False
-    prompt_details = get_dict(counts, "prompt_tokens_details")
-    usage.cache_read = get_int(prompt_details, "cached_tokens", usage.cache_read)
-    usage.cache_write = get_int(prompt_details, "cache_write_tokens", usage.cache_write)
-    prompt = get_int(counts, "prompt_tokens", usage.prompt)
-    usage.input = max(0, prompt - usage.cache_read - usage.cache_write)
-    usage.output = get_int(counts, "completion_tokens", usage.output)
-    completion_details = get_dict(counts, "completion_tokens_details")
-    usage.reasoning = get_int(completion_details, "reasoning_tokens", usage.reasoning)
-    usage.source = "reported"
-    read_copilot_usage(frame, usage)
-    return True
+# Usage: the paths of a dialect's usage object, in order -> the fields of Usage.
+
+CHAT_USAGE = {
+    "prompt_tokens": "prompt",
+    "completion_tokens": "output",
+    "total_tokens": "total",
+    "prompt_tokens_details.cached_tokens": "cache_read",
+    "prompt_tokens_details.cache_write_tokens": "cache_write",
+    "completion_tokens_details.reasoning_tokens": "reasoning",
+}
+MESSAGES_USAGE = {
+    "input_tokens": "input",
+    "cache_creation_input_tokens": "cache_write",
+    "cache_read_input_tokens": "cache_read",
+    "output_tokens": "output",
+    "output_tokens_details.thinking_tokens": "reasoning",
+}
+RESPONSES_USAGE = {
+    "input_tokens": "prompt",
+    "input_tokens_details.cached_tokens": "cache_read",
+    "input_tokens_details.cache_write_tokens": "cache_write",
+    "output_tokens": "output",
+    "output_tokens_details.reasoning_tokens": "reasoning",
+    "total_tokens": "total",
+}
 
 
-def read_messages_usage(counts: Json, usage: Usage) -> None:
-    if not counts:
-        return
-    usage.input = get_int(counts, "input_tokens", usage.input)
-    usage.cache_read = get_int(counts, "cache_read_input_tokens", usage.cache_read)
-    usage.cache_write = get_int(counts, "cache_creation_input_tokens", usage.cache_write)
-    usage.output = get_int(counts, "output_tokens", usage.output)
-    output_details = get_dict(counts, "output_tokens_details")
-    usage.reasoning = get_int(output_details, "thinking_tokens", usage.reasoning)
-    usage.source = "reported"
+def read_usage(holder: Json, table: dict[str, str], usage: Usage) -> bool:
+    """Updates `usage` from the usage in a frame; False if it has none.
+
+    A missing figure keeps its value from an earlier frame.
+    """
+    counts = get_dict(holder, "usage")
+    if counts:
+        usage.source = "reported"
+        for path, name in reversed(table.items()):  # the prompt after the caches that it includes
+            group, _, key = path.rpartition(".")
+            figure = get_int(get_dict(counts, group) if group else counts, key, -1)
+            if figure >= 0 and name != "total":
+                setattr(usage, name, figure)
+    if "copilot_usage" in holder:
+        read_copilot_usage(holder, usage)
+    return bool(counts)
+
+
+def write_usage(usage: Usage, table: dict[str, str]) -> Json:
+    counts: Json = {}
+    for path, name in table.items():
+        group, _, key = path.rpartition(".")
+        holder = counts.setdefault(group, {}) if group else counts
+        holder[key] = getattr(usage, name)
+    return counts
 
 
 def finalize_usage(usage: Usage, context: ResponseContext, output_estimate: float) -> Usage:
@@ -3805,65 +3678,57 @@ def finalize_usage(usage: Usage, context: ResponseContext, output_estimate: floa
     return replace(usage, input=estimate_request(context.asked), output=output, source="estimated")
 
 
-# Errors inside a stream, in any vendor's shape.
-
+INVALID = "invalid_request_error"
+#: an error's kind -> OpenAI's type and code, Anthropic's type
+ERROR_NAMES: dict[str, tuple[str, str | None, str]] = {
+    "invalid_request": (INVALID, None, INVALID),
+    "context_too_long": (INVALID, "context_length_exceeded", INVALID),
+    "invalid_key": (INVALID, "invalid_api_key", "authentication_error"),
+    "forbidden": (INVALID, "forbidden", "permission_error"),
+    "model_not_found": (INVALID, "model_not_found", "not_found_error"),
+    "unknown_url": (INVALID, "unknown_url", "not_found_error"),
+    "not_stored": (INVALID, "not_found", "not_found_error"),
+    "upgrade_refused": (INVALID, "websocket_not_supported", INVALID),
+    "method_not_allowed": (INVALID, "method_not_allowed", INVALID),
+    "request_timeout": (INVALID, "request_timeout", "timeout_error"),
+    "body_too_large": (INVALID, "request_too_large", "request_too_large"),
+    "unsupported_media_type": (INVALID, "unsupported_media_type", INVALID),
+    "unsupported_encoding": (INVALID, "unsupported_content_encoding", INVALID),
+    "rate_limited": ("requests", "rate_limit_exceeded", "rate_limit_error"),
+    "quota_exceeded": ("insufficient_quota", "insufficient_quota", "rate_limit_error"),
+    "limit_reached": ("insufficient_quota", "insufficient_quota", "rate_limit_error"),
+    "upstream_error": ("server_error", "upstream_error", "api_error"),
+    "not_signed_in": ("server_error", "provider_not_authenticated", "api_error"),
+    "overloaded": ("server_error", "server_is_overloaded", "overloaded_error"),
+    "upstream_timeout": ("server_error", "upstream_timeout", "timeout_error"),
+    "internal": ("server_error", "internal_error", "api_error"),
+}
+#: codes and types of errors inside a stream, of any vendor
 STREAM_ERRORS: dict[str, type[ApiError]] = {
-    "overloaded_error": Overloaded,
-    "server_is_overloaded": Overloaded,
-    "model_overloaded": Overloaded,
-    "rate_limit_error": RateLimited,
-    "rate_limit_exceeded": RateLimited,
-    "rate_limited": RateLimited,
-    "insufficient_quota": QuotaExceeded,
-    "quota_exceeded": QuotaExceeded,
+    **dict.fromkeys(("overloaded_error", "server_is_overloaded", "model_overloaded"), Overloaded),
+    **dict.fromkeys(("rate_limit_error", "rate_limit_exceeded", "rate_limited"), RateLimited),
+    **dict.fromkeys(("insufficient_quota", "quota_exceeded"), QuotaExceeded),
+    **dict.fromkeys((INVALID, "invalid_prompt", "content_filter"), InvalidRequest),
     "timeout_error": UpstreamTimeout,
-    "invalid_request_error": InvalidRequest,
-    "invalid_prompt": InvalidRequest,
-    "content_filter": InvalidRequest,
 }
 
 
 def read_stream_error(value: Any) -> ApiError:
     """The error in an error frame: an object with message, type and code, or a string."""
     error = value if isinstance(value, dict) else {"message": value}
-    message = error.get("message")
-    text = redact(message, MAX_REFUSAL_TEXT) if isinstance(message, str) else ""
-    text = text or "no reason given"
-    if error.get("code") == "context_length_exceeded":
+    text = redact(str_or_empty(error, "message"), MAX_REFUSAL_TEXT) or "no reason given"
+    code = str_or_empty(error, "code")
+    if code == "context_length_exceeded":
         return ContextTooLong()
-    for key in (error.get("code"), error.get("type")):
-        if isinstance(key, str) and key.partition(":")[0] in STREAM_ERRORS:
-            code = "invalid_prompt" if key == "invalid_prompt" else None
-            return STREAM_ERRORS[key.partition(":")[0]](text, code=code)
-    policy = "cyber_policy" if error.get("code") == "cyber_policy" else None
+    for key in (code, str_or_empty(error, "type")):
+        error_type = STREAM_ERRORS.get(key.partition(":")[0])
+        if error_type:
+            return error_type(text, code=key if key == "invalid_prompt" else None)
+    policy = code if code == "cyber_policy" else None
     return UpstreamError(f"The upstream failed while it answered: {text}", code=policy)
 
 
 # 8.2 OpenAI chat completions
-
-OPENAI_ERRORS: dict[str, tuple[str, str | None]] = {
-    "invalid_request": ("invalid_request_error", None),
-    "context_too_long": ("invalid_request_error", "context_length_exceeded"),
-    "invalid_key": ("invalid_request_error", "invalid_api_key"),
-    "forbidden": ("invalid_request_error", "forbidden"),
-    "model_not_found": ("invalid_request_error", "model_not_found"),
-    "unknown_url": ("invalid_request_error", "unknown_url"),
-    "not_stored": ("invalid_request_error", "not_found"),
-    "upgrade_refused": ("invalid_request_error", "websocket_not_supported"),
-    "method_not_allowed": ("invalid_request_error", "method_not_allowed"),
-    "request_timeout": ("invalid_request_error", "request_timeout"),
-    "body_too_large": ("invalid_request_error", "request_too_large"),
-    "unsupported_media_type": ("invalid_request_error", "unsupported_media_type"),
-    "unsupported_encoding": ("invalid_request_error", "unsupported_content_encoding"),
-    "rate_limited": ("requests", "rate_limit_exceeded"),
-    "quota_exceeded": ("insufficient_quota", "insufficient_quota"),
-    "limit_reached": ("insufficient_quota", "insufficient_quota"),
-    "upstream_error": ("server_error", "upstream_error"),
-    "not_signed_in": ("server_error", "provider_not_authenticated"),
-    "overloaded": ("server_error", "server_is_overloaded"),
-    "upstream_timeout": ("server_error", "upstream_timeout"),
-    "internal": ("server_error", "internal_error"),
-}
 
 CHAT_FINISHES = {
     "stop": "end", "length": "length", "tool_calls": "tool", "function_call": "tool",
@@ -3882,7 +3747,7 @@ FOREIGN_SIGNATURES = ("gw1.", "litellm_encrypted_reasoning:")
 
 def write_openai_error(error: ApiError, conversation: str = "messages") -> Json:
     """`conversation` is the name of the field that holds the conversation."""
-    error_type, code = OPENAI_ERRORS[error.kind]
+    error_type, code, _ = ERROR_NAMES[error.kind]
     code = error.code or code
     param = conversation if isinstance(error, ContextTooLong) else error.param
     return {"message": error.text(), "type": error_type, "param": param, "code": code}
@@ -4335,7 +4200,7 @@ class ChatReader:
         for choice in choices:
             if isinstance(choice, dict):
                 self.read_choice(choice, events)
-        read_chat_usage(frame, self.usage)
+        read_usage(frame, CHAT_USAGE, self.usage)
         return events
 
     def read_choice(self, choice: Json, events: list[Event]) -> None:
@@ -4542,22 +4407,9 @@ class ChatWriter:
         if self.context.include_usage:
             usage_chunk = self.chunk({})
             usage_chunk["choices"] = []
-            usage_chunk["usage"] = write_chat_usage(self.usage)
+            usage_chunk["usage"] = write_usage(self.usage, CHAT_USAGE)
             frames.append(usage_chunk)
         return frames
-
-
-def write_chat_usage(usage: Usage) -> Json:
-    return {
-        "prompt_tokens": usage.prompt,
-        "completion_tokens": usage.output,
-        "total_tokens": usage.prompt + usage.output,
-        "prompt_tokens_details": {
-            "cached_tokens": usage.cache_read,
-            "cache_write_tokens": usage.cache_write,
-        },
-        "completion_tokens_details": {"reasoning_tokens": usage.reasoning},
-    }
 
 
 # Added by Azure and Copilot: random padding and content-filter results.  Clients echo a message
@@ -4632,7 +4484,7 @@ class ChatRelay:
             raise read_stream_error(frame["error"])
         if frame.get("type") == "[DONE]":
             return self.end()
-        if read_chat_usage(frame, self.usage):
+        if read_usage(frame, CHAT_USAGE, self.usage):
             self.usage_frame = frame["usage"]
         for key in ("usage", "copilot_usage", *VENDOR_CHAT_FIELDS):
             frame.pop(key, None)
@@ -4767,18 +4619,19 @@ class ChatRelay:
             choice = {"index": index, "delta": {}, "logprobs": None, "finish_reason": finish_reason}
             frames.append({**base, "choices": [choice]})
         if self.context.include_usage:
-            usage = self.usage_frame or write_chat_usage(
-                finalize_usage(self.usage, self.context, self.said)
-            )
+            finalized = finalize_usage(self.usage, self.context, self.said)
+            usage = self.usage_frame or write_usage(finalized, CHAT_USAGE)
             frames.append({**base, "choices": [], "usage": usage})
         return frames
 
 
-class ChatDialect:
+class ChatDialect(Dialect):
     name = "chat"
     tail = SSE_DONE
-    is_numbered = False
     id_prefix = "chatcmpl-"
+    reader = ChatReader
+    writer = ChatWriter
+    relay = ChatRelay
 
     def request_info(self, body: Json) -> RequestInfo:
         messages = message_list(body)
@@ -4810,18 +4663,6 @@ class ChatDialect:
             if isinstance(message.get("content"), list)
             for part in message["content"]
         )
-
-    def framing(self) -> Framing:
-        return SseReader()
-
-    def reader(self, context: ResponseContext) -> Reader:
-        return ChatReader(context)
-
-    def writer(self, context: ResponseContext) -> Writer:
-        return ChatWriter(context)
-
-    def relay(self, context: ResponseContext) -> Relay:
-        return ChatRelay(context)
 
     def aggregate(self, frames: list[Json]) -> Json:
         response: Json = {"id": "", "object": "chat.completion", "created": 0, "model": ""}
@@ -4888,46 +4729,9 @@ class ChatDialect:
     def error_body(self, error: ApiError, request_id: str) -> Json:
         return {"error": write_openai_error(error)}
 
-    def error_status(self, error: ApiError) -> int:
-        return error.status
-
-    def error_frames(
-        self, error: ApiError, request_id: str, context: ResponseContext, begun: bool
-    ) -> list[Json]:
-        return [self.error_body(error, request_id)]
-
-    def alive(self, context: ResponseContext) -> Json | None:
-        return None
-
-    def ping(self, begun: bool) -> bytes:
-        return SSE_COMMENT_PING
-
 
 # 8.3 Anthropic messages
 
-ANTHROPIC_ERRORS = {
-    "invalid_request": "invalid_request_error",
-    "context_too_long": "invalid_request_error",
-    "invalid_key": "authentication_error",
-    "forbidden": "permission_error",
-    "model_not_found": "not_found_error",
-    "unknown_url": "not_found_error",
-    "not_stored": "not_found_error",
-    "upgrade_refused": "invalid_request_error",
-    "method_not_allowed": "invalid_request_error",
-    "request_timeout": "timeout_error",
-    "body_too_large": "request_too_large",
-    "unsupported_media_type": "invalid_request_error",
-    "unsupported_encoding": "invalid_request_error",
-    "rate_limited": "rate_limit_error",
-    "quota_exceeded": "rate_limit_error",
-    "limit_reached": "rate_limit_error",
-    "upstream_error": "api_error",
-    "not_signed_in": "api_error",
-    "overloaded": "overloaded_error",
-    "upstream_timeout": "timeout_error",
-    "internal": "api_error",
-}
 MESSAGES_FINISHES = {
     "end_turn": "end", "stop_sequence": "stop", "tool_use": "tool", "max_tokens": "length",
     "model_context_window_exceeded": "context", "refusal": "filter", "pause_turn": "pause",
@@ -5246,7 +5050,7 @@ class MessagesRequestWriter:
 
 
 class MessagesReader:
-    def __init__(self) -> None:
+    def __init__(self, context: ResponseContext) -> None:
         self.usage = Usage()
         self.message_stop: MessageStop | None = None
 
@@ -5261,7 +5065,7 @@ class MessagesReader:
             return [BlockStop()]
         if kind == "message_start":
             message = get_dict(frame, "message")
-            read_messages_usage(get_dict(message, "usage"), self.usage)
+            read_usage(message, MESSAGES_USAGE, self.usage)
             return [MessageStart(str(message.get("id") or ""), str(message.get("model") or ""))]
         if kind == "message_delta":
             self.read_finish(frame)
@@ -5272,8 +5076,7 @@ class MessagesReader:
         return []
 
     def read_finish(self, frame: Json) -> None:
-        read_messages_usage(get_dict(frame, "usage"), self.usage)
-        read_copilot_usage(frame, self.usage)
+        read_usage(frame, MESSAGES_USAGE, self.usage)
         delta = get_dict(frame, "delta")
         reason = delta.get("stop_reason")
         if isinstance(reason, str) and reason:
@@ -5322,14 +5125,9 @@ class MessagesReader:
 
 
 def write_messages_usage(usage: Usage) -> Json:
-    counts: Json = {
-        "input_tokens": usage.input,
-        "cache_creation_input_tokens": usage.cache_write,
-        "cache_read_input_tokens": usage.cache_read,
-        "output_tokens": usage.output,
-    }
-    if usage.reasoning:
-        counts["output_tokens_details"] = {"thinking_tokens": usage.reasoning}
+    counts = write_usage(usage, MESSAGES_USAGE)
+    if not usage.reasoning:
+        del counts["output_tokens_details"]
     return counts
 
 
@@ -5553,8 +5351,8 @@ class MessagesRelay:
 
     def repair_start(self, message: Json) -> Json:
         """Sets the client's model name and a non-zero input count."""
+        read_usage(message, MESSAGES_USAGE, self.usage)
         usage = dict(get_dict(message, "usage"))
-        read_messages_usage(usage, self.usage)
         usage["output_tokens"] = self.usage.output
         usage["input_tokens"] = self.usage.input
         if not self.usage.prompt:
@@ -5575,9 +5373,8 @@ class MessagesRelay:
             self.has_stop_reason = True
             if self.has_tool_call and delta["stop_reason"] == "end_turn":
                 delta["stop_reason"] = "tool_use"
+        read_usage(frame, MESSAGES_USAGE, self.usage)
         usage = dict(get_dict(frame, "usage"))
-        read_messages_usage(usage, self.usage)
-        read_copilot_usage(frame, self.usage)
         usage["output_tokens"] = self.usage.output
         frame["usage"] = usage
         frame["delta"] = delta
@@ -5668,11 +5465,12 @@ def expand_block(index: int, block: Json) -> list[Json]:
     ]
 
 
-class MessagesDialect:
+class MessagesDialect(Dialect):
     name = "messages"
-    tail = b""
-    is_numbered = False
     id_prefix = "msg_"
+    reader = MessagesReader
+    writer = MessagesWriter
+    relay = MessagesRelay
 
     def request_info(self, body: Json) -> RequestInfo:
         messages = message_list(body)
@@ -5715,18 +5513,6 @@ class MessagesDialect:
     def has_image(self, body: Json) -> bool:
         return any(has_image_block(message.get("content")) for message in body["messages"])
 
-    def framing(self) -> Framing:
-        return SseReader()
-
-    def reader(self, context: ResponseContext) -> Reader:
-        return MessagesReader()
-
-    def writer(self, context: ResponseContext) -> Writer:
-        return MessagesWriter(context)
-
-    def relay(self, context: ResponseContext) -> Relay:
-        return MessagesRelay(context)
-
     def aggregate(self, frames: list[Json]) -> Json:
         aggregate = MessagesAggregator()
         for frame in frames:
@@ -5752,25 +5538,13 @@ class MessagesDialect:
             return None
         return delta["text"] if isinstance(delta["text"], str) else None
 
-    def encode(self, frame: Json) -> bytes:
-        """One event on the wire; clients discard events without an `event:` line."""
-        return write_sse(frame, frame["type"])
-
     def error_body(self, error: ApiError, request_id: str) -> Json:
-        payload = {"type": ANTHROPIC_ERRORS[error.kind], "message": error.text()}
+        payload = {"type": ERROR_NAMES[error.kind][2], "message": error.text()}
         return {"type": "error", "error": payload, "request_id": request_id}
 
     def error_status(self, error: ApiError) -> int:
         """The error's own status, but 529 for an overload, as Anthropic's."""
         return 529 if isinstance(error, Overloaded) else error.status
-
-    def error_frames(
-        self, error: ApiError, request_id: str, context: ResponseContext, begun: bool
-    ) -> list[Json]:
-        return [self.error_body(error, request_id)]
-
-    def alive(self, context: ResponseContext) -> Json | None:
-        return None
 
     def ping(self, begun: bool) -> bytes:
         """`ping` inside a message, a comment before it."""
@@ -6337,22 +6111,6 @@ def write_reasoning_item(text: str, signature: str) -> Json | None:
     return {"type": "reasoning", "summary": summary, "encrypted_content": carried["enc"]}
 
 
-def read_responses_usage(response: Json, usage: Usage) -> None:
-    reported = get_dict(response, "usage")
-    if not reported:
-        return
-    input_details = get_dict(reported, "input_tokens_details")
-    usage.cache_read = get_int(input_details, "cached_tokens", usage.cache_read)
-    usage.cache_write = get_int(input_details, "cache_write_tokens", usage.cache_write)
-    prompt = get_int(reported, "input_tokens", usage.prompt)
-    usage.input = max(0, prompt - usage.cache_read - usage.cache_write)
-    usage.output = get_int(reported, "output_tokens", usage.output)
-    output_details = get_dict(reported, "output_tokens_details")
-    usage.reasoning = get_int(output_details, "reasoning_tokens", usage.reasoning)
-    usage.source = "reported"
-    read_copilot_usage(response, usage)
-
-
 def read_incomplete(response: Json) -> str:
     reason = get_dict(response, "incomplete_details").get("reason")
     return "filter" if reason == "content_filter" else "length"
@@ -6547,7 +6305,7 @@ class ResponsesReader:
                 kind = "response.incomplete"  # a truncated call must not be run
             events += item.events
             item.events = []
-        read_responses_usage(response, self.usage)
+        read_usage(response, RESPONSES_USAGE, self.usage)
         read_copilot_usage(frame, self.usage)
         if self.usage.source:
             events.append(UsageUpdate(self.usage))
@@ -6560,19 +6318,6 @@ class ResponsesReader:
     def end(self) -> list[Event]:
         """Nothing: a response without its terminal frame is incomplete."""
         return []
-
-
-def write_responses_usage(usage: Usage) -> Json:
-    return {
-        "input_tokens": usage.prompt,
-        "input_tokens_details": {
-            "cached_tokens": usage.cache_read,
-            "cache_write_tokens": usage.cache_write,
-        },
-        "output_tokens": usage.output,
-        "output_tokens_details": {"reasoning_tokens": usage.reasoning},
-        "total_tokens": usage.prompt + usage.output,
-    }
 
 
 def write_response(context: ResponseContext, status: str, output: list[Json]) -> Json:
@@ -6808,7 +6553,7 @@ class ResponsesWriter:
             reason = None
         status = "incomplete" if reason else "completed"
         response = write_response(self.context, status, self.output)
-        response["usage"] = write_responses_usage(self.usage)
+        response["usage"] = write_usage(self.usage, RESPONSES_USAGE)
         if reason:
             response["incomplete_details"] = {"reason": reason}
         return [*frames, {"type": f"response.{status}", "response": response}]
@@ -6870,7 +6615,7 @@ class ResponsesRelay:
             frame["response"] = response = get_dict(frame, "response")
             if "id" not in response:
                 raise UpstreamError(OFF_PROTOCOL)
-            read_responses_usage(response, self.usage)
+            read_usage(response, RESPONSES_USAGE, self.usage)
             read_copilot_usage(frame, self.usage)
             self.finished = True
         return [*leading_frames, frame]
@@ -6997,11 +6742,13 @@ def expand_part(position: Json, part: Json) -> list[Json]:
     ]
 
 
-class ResponsesDialect:
+class ResponsesDialect(Dialect):
     name = "responses"
-    tail = b""
     is_numbered = True
     id_prefix = "resp_"
+    reader = ResponsesReader
+    writer = ResponsesWriter
+    relay = ResponsesRelay
 
     def request_info(self, body: Json) -> RequestInfo:
         refuse_state(body)
@@ -7039,18 +6786,6 @@ class ResponsesDialect:
             for part in item[key]
         )
 
-    def framing(self) -> Framing:
-        return SseReader()
-
-    def reader(self, context: ResponseContext) -> Reader:
-        return ResponsesReader(context)
-
-    def writer(self, context: ResponseContext) -> Writer:
-        return ResponsesWriter(context)
-
-    def relay(self, context: ResponseContext) -> Relay:
-        return ResponsesRelay(context)
-
     def aggregate(self, frames: list[Json]) -> Json:
         response: Json = frames[-1]["response"]
         return response
@@ -7076,9 +6811,6 @@ class ResponsesDialect:
     def plain_text(self, frame: Json) -> str | None:
         """None: frames are numbered, so no two share a template."""
         return None
-
-    def encode(self, frame: Json) -> bytes:
-        return write_sse(frame, frame["type"])
 
     def error_body(self, error: ApiError, request_id: str) -> Json:
         """As for chat, but a missing sign-in is a client error, so that it is not retried."""
@@ -7112,9 +6844,6 @@ class ResponsesDialect:
         }
         failed = {"type": "response.failed", "response": response}
         return [failed] if begun else [created, failed]
-
-    def ping(self, begun: bool) -> bytes:
-        return SSE_COMMENT_PING
 
     def alive(self, context: ResponseContext) -> Json | None:
         """`response.in_progress` again: Codex does not count comments as activity."""
@@ -7358,7 +7087,7 @@ def textify_unsupported_parts(draft: KiroDraft) -> bool:
 
 def dedupe_call_ids(draft: KiroDraft) -> bool:
     """A call id occurs once per conversation; the same call twice in a turn is one call."""
-    distinct = distinct_calls(draft.turns)
+    distinct = normalize_turns(draft.turns)
     changed = distinct != draft.turns
     draft.turns = distinct
     return changed
@@ -8164,17 +7893,15 @@ class KiroReader:
 KIRO_WORDS = {"assistantResponseEvent", "codeEvent", "reasoningContentEvent", "toolUseEvent"}
 
 
-class KiroDialect:
+class KiroDialect(UpstreamDialect):
     name = "kiro"
+    reader = KiroReader
 
     def write_request(self, chat: Conversation, model: Model) -> Json:
         return KiroRequestWriter(chat, model).write()
 
     def framing(self) -> Framing:
         return EventStreamFraming()
-
-    def reader(self, context: ResponseContext) -> Reader:
-        return KiroReader(context)
 
     def expand(self, response: Json) -> list[Json]:
         """Kiro always streams: a JSON object is an error."""
@@ -8223,10 +7950,9 @@ class Converter:
     def write(self, events: list[Event]) -> list[Json]:
         frames = []
         for event in events:
-            if self.finished:
-                break
             for passed in self.cutter.take(event) if self.cutter else (event,):
-                frames.extend(self.write_event(passed))
+                if not self.finished:
+                    frames += self.write_event(passed)
         return frames
 
     def write_event(self, event: Event) -> list[Json]:
@@ -8258,16 +7984,6 @@ PLAIN_JSON_TEXT = re.compile(
 )
 
 
-def is_utf8(data: bytes) -> bool:
-    if data.isascii():
-        return True
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
 class Template(NamedTuple):
     """The bytes around the text that all text deltas of one block share, in and out.
 
@@ -8297,21 +8013,17 @@ class Template(NamedTuple):
         texts = blocks[len(before) : len(blocks) - len(after)].split(after + before)
         # The blank between texts makes an escape that is split across two of them invalid.
         joined = b" ".join(texts)
-        if not PLAIN_JSON_TEXT.fullmatch(joined) or b"" in texts or not is_utf8(joined):
+        if not PLAIN_JSON_TEXT.fullmatch(joined) or b"" in texts:
             return None
-        estimated_tokens = estimate_quoted(joined, len(texts))
-        return out_before + (out_after + out_before).join(texts) + out_after, estimated_tokens
-
-
-def first_events(blocks: bytes, limit: int) -> tuple[bytes, bytes]:
-    """(the first `limit` events, the remaining ones)."""
-    end = 0
-    for _ in range(limit):
-        boundary = blocks.find(b"\n\n", end)
-        if boundary < 0:
-            return blocks, b""
-        end = boundary + 2
-    return blocks[:end], blocks[end:]
+        try:
+            text = joined.decode()
+        except UnicodeDecodeError:
+            return None
+        if "\\" in text:
+            text = json_decoder.decode(f'"{text}"')
+        blank_tokens = (len(texts) - 1) * CLAUDE_PRICES[32] / 64
+        output = out_before + (out_after + out_before).join(texts) + out_after
+        return output, estimate_text(text) - blank_tokens
 
 
 class StreamTranslator:
@@ -8335,25 +8047,31 @@ class StreamTranslator:
         self.stream = stream
         self.request_id = request_id
         self.framing = upstream.framing()
-        same_dialect = upstream is client and not context.cut
-        native = same_dialect and not context.legacy_functions and not context.rewritten
-        self.relay: Relay = (
-            client.relay(context)
-            if native
-            else Converter(upstream.reader(context), client.writer(context), context)
-        )
-        self.frames: list[Json] = []
+        self.relay: Relay
+        if upstream is not client or context.cut or context.legacy_functions or context.rewritten:
+            self.relay = Converter(upstream.reader(context), client.writer(context), context)
+        else:
+            self.relay = client.relay(context)
+        self.tail = client.tail if stream else b""
+        self.frames: list[Json] = []  # without `stream`
         self.collected_bytes = 0  # upstream bytes that `frames` were parsed from
         #: matching deltas need no parsing; nothing else may change the response meanwhile
         self.template: Template | None = None
         self.may_copy = stream and not context.cut
         self.last_frame: Json | None = None  # what the last frame became, if that was one frame
-        #: a byte was sent, so an error can only be a frame; `frame_sent`: a frame was sent
-        self.begun = False
-        self.frame_sent = False
-        self.over = False
+        self.output: list[bytes] = []  # not yet returned
+        self.begun = False  #: a byte was sent, so an error can only be a frame
+        self.frame_count = 0  # frames sent
         self.error: ApiError | None = None
-        self.next_number = 0  # of the next frame, if frames are numbered
+
+    @property
+    def over(self) -> bool:
+        return self.error is not None or self.relay.finished
+
+    @property
+    def ended(self) -> bool:
+        """Whether the upstream finished: it did not fail and was not cut short here."""
+        return self.relay.finished and self.error is None and not self.context.cut
 
     @property
     def usage(self) -> Usage:
@@ -8362,13 +8080,7 @@ class StreamTranslator:
             return usage
         return finalize_usage(usage, self.context, self.relay.said)
 
-    @property
-    def ended(self) -> bool:
-        """Whether the upstream finished: it did not fail and was not cut short here."""
-        return self.over and self.error is None and not self.context.cut
-
     def feed(self, data: bytes) -> bytes:
-        written: list[bytes] = []
         try:
             self.collected_bytes += 0 if self.stream else len(data)
             if self.collected_bytes > MAX_COLLECTED_BYTES:
@@ -8378,107 +8090,96 @@ class StreamTranslator:
             while blocks and not self.over:
                 copied = self.template.copy(blocks) if self.template else None
                 if copied:
-                    written.append(copied[0])
+                    self.output.append(copied[0])
                     self.relay.said += copied[1]
                     break
                 # Parses a few, retries with the template they gave, then parses twice as many.
                 self.template = None
-                parsed, blocks = first_events(blocks, step)
+                parts = blocks.split(b"\n\n", step)
+                remaining = parts[step] if len(parts) > step else b""
+                self.feed_events(blocks[: len(blocks) - len(remaining)])
+                blocks = remaining
                 step *= 2
-                written.append(self.feed_events(parsed))
         except ApiError as error:
-            written.append(self.fail(error))
-        return b"".join(written)
+            self.fail(error)
+        return self.take_output()
 
-    def feed_events(self, blocks: bytes) -> bytes:
+    def feed_events(self, blocks: bytes) -> None:
         frames = self.framing.frames(blocks)
-        if not frames:
-            return b""
-        text = self.upstream.plain_text(frames[-1]) if self.may_copy else None
-        written = self.pass_on(frames)
-        if (
-            text
-            and not self.over
-            and self.last_frame
-            and self.client.plain_text(self.last_frame) == text
-        ):
+        text = self.upstream.plain_text(frames[-1]) if frames and self.may_copy else None
+        self.pass_on(frames)
+        frame = self.last_frame
+        if text and frame and not self.over and self.client.plain_text(frame) == text:
             block = blocks[:-2].rpartition(b"\n\n")[2] + b"\n\n"
-            self.template = Template.learn(block, self.client.encode(self.last_frame), text)
-        return written
+            self.template = Template.learn(block, self.client.encode(frame), text)
 
     def feed_buffered(self, data: bytes) -> bytes:
         """The client's bytes for a non-streaming upstream response."""
-        payload = load_object(data)
-        if payload is None:
-            return self.fail(UpstreamError("The upstream's answer is not JSON."))
         try:
+            payload = load_object(data)
+            if payload is None:
+                raise UpstreamError("The upstream's answer is not JSON.")
             if payload.get("error"):
                 raise read_stream_error(payload["error"])
-            return self.pass_on(self.upstream.expand(payload)) + self.end()
+            self.pass_on(self.upstream.expand(payload))
         except ApiError as error:
-            return self.fail(error)
-
-    def pass_on(self, frames: list[Json]) -> bytes:
-        """Runs frames through the relay; output from before an error is still sent."""
-        written: list[bytes] = []
-        try:
-            for frame in frames:
-                if self.relay.finished:
-                    break  # nothing may follow the end
-                repaired = self.relay.repair(frame)
-                self.last_frame = repaired[0] if len(repaired) == 1 else None
-                written += self.write(repaired)
-        except ApiError as error:
-            written.append(self.fail(error))
-        if self.relay.finished and not self.over:
-            self.over = True
-            written.append(self.client.tail if self.stream else b"")
-        return b"".join(written)
-
-    def write(self, frames: list[Json]) -> list[bytes]:
-        if frames and self.stream:
-            self.begun = self.frame_sent = True
-            if self.client.is_numbered:
-                frames = [self.number_frame(frame) for frame in frames]
-            return [self.client.encode(frame) for frame in frames]
-        self.frames += frames
-        return []
-
-    def number_frame(self, frame: Json) -> Json:
-        """Numbers are assigned here, as pings and errors come in between."""
-        frame["sequence_number"] = self.next_number
-        self.next_number += 1
-        return frame
-
-    def ping(self) -> bytes:
-        frame = self.client.alive(self.context) if self.frame_sent else None
-        return b"".join(self.write([frame])) if frame else self.client.ping(self.frame_sent)
+            self.fail(error)
+        return self.take_output() + self.end()
 
     def end(self, error: ApiError | None = None) -> bytes:
         if self.over:
             return b""
-        if error is not None:
-            return self.fail(error)
-        written = b""
         try:
-            written = self.pass_on(self.framing.last_frames())
-            if self.over:
-                return written
-            final = b"".join(self.write(self.relay.end()))
+            if error:
+                raise error
+            self.pass_on(self.framing.last_frames())
+            if not self.over:
+                self.send(self.relay.end())
+                self.output.append(self.tail)
         except ApiError as failure:
-            return written + self.fail(failure)
-        self.over = True
-        return written + final + (self.client.tail if self.stream else b"")
+            self.fail(failure)
+        return self.take_output()
 
-    def fail(self, error: ApiError) -> bytes:
+    def pass_on(self, frames: list[Json]) -> None:
+        for frame in frames:
+            if self.relay.finished:
+                break  # nothing may follow the end
+            repaired = self.relay.repair(frame)
+            self.last_frame = repaired[0] if len(repaired) == 1 else None
+            self.send(repaired)
+            if self.relay.finished:
+                self.output.append(self.tail)
+
+    def send(self, frames: list[Json]) -> None:
+        """Numbers are assigned here, as pings and errors come in between."""
+        if not self.stream:
+            self.frames += frames
+            return
+        for frame in frames:
+            self.begun = True
+            if self.client.is_numbered:
+                frame["sequence_number"] = self.frame_count
+            self.frame_count += 1
+            self.output.append(self.client.encode(frame))
+
+    def take_output(self) -> bytes:
+        output, self.output = self.output, []
+        return b"".join(output)
+
+    def ping(self) -> bytes:
+        frame = self.client.alive(self.context) if self.frame_count else None
+        if frame is None:
+            return self.client.ping(self.frame_count > 0)
+        self.send([frame])
+        return self.take_output()
+
+    def fail(self, error: ApiError) -> None:
         """Ends the response: with a frame if a byte was sent, otherwise only in `self.error`."""
-        self.over = True
         error.message = hide(error.message[:MAX_ERROR_TEXT], self.context.secrets())
         self.error = error
-        if not self.begun:
-            return b""
-        frames = self.client.error_frames(error, self.request_id, self.context, self.frame_sent)
-        return b"".join(self.write(frames))
+        if self.begun:
+            has_frames = self.frame_count > 0
+            self.send(self.client.error_frames(error, self.request_id, self.context, has_frames))
 
     def whole(self) -> Json:
         """The non-streaming response; raises the error that ended it."""
@@ -8831,7 +8532,8 @@ def read_raw_part(part: Any) -> list[Any]:
         return []
     kind = part.get("type")
     if kind == "tool_use":
-        return [RawCall(str(part.get("id")), str(part.get("name")), "", part)]
+        arguments = dump_text(part.get("input"))
+        return [RawCall(str(part.get("id")), str(part.get("name")), arguments, part)]
     if kind == "tool_result":
         content = part.get("content")
         items = [text_part(content)] if isinstance(content, str) else content or ()
@@ -8848,7 +8550,10 @@ def write_raw_block(block: Any) -> Json:
         name = wire_name(block.name)
         return {**block.raw, "id": wire_id(block.id), "name": name}
     if isinstance(block, RawResult):
-        return {**block.raw, "tool_use_id": wire_id(block.id)}
+        raw_result = {**block.raw, "tool_use_id": wire_id(block.id)}
+        if block.blocks != read_raw_part(block.raw)[0].blocks:  # merged with another result
+            raw_result["content"] = [write_raw_block(part) for part in block.blocks]
+        return raw_result
     if isinstance(block, RawPart):
         return block.raw
     if isinstance(block, ToolResult):

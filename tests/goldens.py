@@ -135,6 +135,15 @@ KIRO_PAIR_IDS = [f"{case.name}-to-{caller}" for case, caller in KIRO_PAIRS]
 VECTORS = read_vectors()
 
 
+def pass_on(flow: StreamTranslator, frames: list[Any]) -> bytes:
+    """What parsed frames become, without a template."""
+    try:
+        flow.pass_on(frames)
+    except ApiError as error:
+        flow.fail(error)
+    return flow.take_output()
+
+
 def play(flow: StreamTranslator, reads: Iterable[bytes]) -> bytes:
     """Everything the caller gets when the upstream's reads are these and then it ends."""
     sent = b"".join(flow.feed(data) for data in reads)

@@ -44,19 +44,19 @@ from aiclient_api import (
     clamp_effort,
     downgrade_system_turns,
     effort_of_budget,
+    estimate_image,
     estimate_request,
     estimate_text,
     image_type,
-    is_complete_object,
     merge_turns,
     normalize_turns,
     object_schema,
     parse_arguments,
     plain_schema,
-    png_size,
     read_data_url,
     read_image_url,
     split_stops,
+    whole_arguments,
     wire_id,
     wire_name,
     wire_names,
@@ -377,7 +377,7 @@ def results_of(turns: list[Turn]) -> dict[str, list[str]]:
             asked = set(calls_of([item]))
         for block in item.blocks:
             if isinstance(block, ToolResult) and block.id in asked:
-                words = words_of([Turn("user", [block])])
+                words = [b.text for b in block.blocks if isinstance(b, Text) and "word" in b.text]
                 found[block.id] = found.get(block.id, []) + words
     return {key: words for key, words in found.items() if words}
 
@@ -421,7 +421,8 @@ def test_all_results_of_one_call_are_kept_in_order_and_in_place() -> None:
         turn("assistant", call("1"), call("2")),
         turn(
             "user",
-            *(result("1", "old"), result("1", "old"), result("1", "new"), result("2", "b")),
+            ToolResult("1", [Text("old"), Text("old"), Text("new")]),
+            result("2", "b"),
             "meanwhile",
         ),
         turn("system", "s"),
@@ -436,7 +437,23 @@ def test_a_call_id_used_twice_has_a_result_each() -> None:
         turn("assistant", call("1")),
         turn("user", result("1", "second")),
     ]
-    assert normalize_turns(copy.deepcopy(turns)) == turns
+    assert normalize_turns(copy.deepcopy(turns)) == [
+        *turns[:2],
+        turn("assistant", call("1_2")),
+        turn("user", result("1_2", "second")),
+    ]
+
+
+def test_equal_calls_of_a_turn_are_one_and_others_of_that_id_have_a_result_each() -> None:
+    calls = [call("1"), call("1"), ToolCall("1", "g", "{}"), call("2")]
+    replies = [result("2", "c"), result("1", "a"), result("1", "b"), result("1", "more")]
+    assert normalize_turns([turn("assistant", *calls), turn("user", *replies)]) == [
+        turn("assistant", call("1"), ToolCall("1_2", "g", "{}"), call("2")),
+        turn("user", result("1", "a"), ToolResult("1_2", [Text("b"), Text("more")]), replies[0]),
+    ]
+    assert normalize_turns([turn("assistant", *calls), turn("user", *replies[:2])])[1:] == [
+        turn("user", result("1", "a"), missing("1_2"), replies[0])
+    ]
 
 
 def test_merging_leaves_the_given_turns_alone() -> None:
@@ -524,7 +541,7 @@ def test_arguments_become_an_object(text: str, value: Any) -> None:
 )
 def test_streamed_arguments_are_complete_or_not(text: str, complete: bool) -> None:
     """A brace inside a string is none."""
-    assert is_complete_object(text) is complete
+    assert (whole_arguments(text) == text.strip()) is complete
 
 
 @pytest.mark.parametrize(
@@ -715,7 +732,7 @@ def test_an_estimate_grows_with_what_is_asked() -> None:
 
 def test_an_image_is_estimated_by_its_size_not_by_its_bytes() -> None:
     """formats.md 1.8: width * height / 750, at most 1600."""
-    assert png_size(PNG) == (2, 3)
+    assert estimate_image(PNG) == 2 * 3 / 750
     data = PNG + "A" * 500_000
     part = {"type": "image", "source": {"type": "base64", "data": data}}
     assert estimate_request({"messages": [{"role": "user", "content": [part]}]}) < 60

@@ -25,6 +25,7 @@ from goldens import (
     has_finished,
     make_flow,
     one_by_one,
+    pass_on,
     play,
     split_events,
     write_frames,
@@ -1096,7 +1097,7 @@ def slow_twin(upstream: str, caller: str, data: bytes) -> tuple[bytes, StreamTra
     """What a flow sends when every frame is read and mended by itself."""
     flow, reader = make_flow(upstream, caller), SseReader()
     frames = reader.frames(reader.complete(data))
-    sent = b"".join(flow.pass_on([frame]) for frame in frames if not flow.over)
+    sent = b"".join(pass_on(flow, [frame]) for frame in frames if not flow.over)
     return sent + flow.end(), flow
 
 
@@ -1428,7 +1429,7 @@ def test_eight_times_the_answer_costs_some_eight_times_as_much(
         opening, repeated = GROWING[case]
         frames = [*chat_pieces(len(opening), *opening)[:-1], *chat_pieces(count, *repeated)]
         flow = make_flow("chat", caller, stream=stream)
-        return lambda: [flow.pass_on([copy.deepcopy(frame)]) for frame in frames] + [flow.end()]
+        return lambda: [pass_on(flow, [copy.deepcopy(frame)]) for frame in frames] + [flow.end()]
 
     assert growth(work, 250) < 24  # 64 where all that came is looked at with each piece
 
@@ -1457,7 +1458,7 @@ def test_a_runaway_ends_the_answer_of_every_upstream(upstream: str) -> None:
     }
     for caller in DIALECTS:
         flow = make_flow(upstream, caller)
-        flow.pass_on(copy.deepcopy([*opening[upstream], *[pieces[upstream]] * 4]))
+        pass_on(flow, copy.deepcopy([*opening[upstream], *[pieces[upstream]] * 4]))
         assert flow.error is None
-        flow.pass_on(copy.deepcopy([pieces[upstream]] * 2))
+        pass_on(flow, copy.deepcopy([pieces[upstream]] * 2))
         assert flow.error and "stuck" in flow.error.message

@@ -25,6 +25,7 @@ from goldens import (
     kiro_window,
     make_flow,
     one_by_one,
+    pass_on,
     play,
     split_events,
     write_events,
@@ -1361,7 +1362,7 @@ def slow_twin(caller: str, messages: list[bytes], **changes: Any) -> tuple[bytes
     sent = b""
     for frame_ in framing.frames(framing.complete(b"".join(messages))):
         if not flow.over:
-            sent += flow.pass_on([frame_])
+            sent += pass_on(flow, [frame_])
     assert flow.template is None
     return sent + flow.end(), flow
 

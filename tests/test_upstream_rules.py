@@ -517,6 +517,17 @@ CONVERSATIONS: dict[str, list[Json]] = {
 }  # fmt: skip
 
 
+def test_a_call_of_a_native_body_has_one_result() -> None:
+    """Anthropic refuses a second one, and a call id that was used before."""
+    marked = result("c1", "old", cache_control={"type": "ephemeral"})
+    asked = [user("a"), assistant(tool_use("c1")), user([marked, result("c1", "new")])]
+    again = [assistant(tool_use("c1")), user([text("so"), result("c1")])]
+    settled = messages(messages=[*asked, *again])["messages"]
+    assert settled[2]["content"] == [{**marked, "content": [text("old"), text("new")]}]
+    assert settled[3]["content"] == [tool_use("c1_2")]
+    assert settled[4]["content"] == [result("c1_2"), text("so")]
+
+
 @pytest.mark.parametrize("model", [SONNET, OPUS])
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_a_conversation_is_settled_until_copilot_takes_it(name: str, model: str) -> None:
