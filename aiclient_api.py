@@ -4053,13 +4053,14 @@ def get_dicts(obj: Json, key: str) -> list[Json]:
 
 
 JSON_TOKEN = re.compile(r'[][{}"]|\\.?', re.DOTALL)
+CallKey = tuple[int, int] | str  # identifies a call within a response
 
 
 @dataclass(slots=True)
 class StreamedCall:
     """A tool call being streamed; no fragment is scanned twice."""
 
-    key: tuple[int, int] | str
+    key: CallKey
     id: str = ""
     name: str = ""
     pieces: list[str] = field(default_factory=list)  #: the arguments, as received
@@ -4072,13 +4073,6 @@ class StreamedCall:
     in_string: bool = False
     pending_escape: str = ""  #: a trailing backslash of the last piece
     is_object: bool | None = None  #: None until the outermost bracket has closed
-
-    def unsent(self) -> str:
-        """What to pass on now; a short run of leading blanks is held back: it may be all."""
-        if self.is_blank and len(self.pieces) <= MAX_BLANK_RUN:
-            return ""
-        start, self.sent_count = self.sent_count, len(self.pieces)
-        return "".join(self.pieces[start:])
 
     def is_whole(self) -> bool:
         """Whether the arguments are a complete JSON object."""
@@ -4113,7 +4107,7 @@ class BlockAssembler:
         self.events: list[Event] = []
         self.kind = ""  # of the live block
         self.call: StreamedCall | None = None  # the live one
-        self.calls: dict[tuple[int, int] | str, StreamedCall] = {}
+        self.calls: dict[CallKey, StreamedCall] = {}
         self.unopened: deque[StreamedCall] = deque()  # calls whose name is known
         self.waiting: list[tuple[str, str]] = []  # (kind, text) received inside a call
         self.thinking: list[str] = []  # text of the live thinking block
@@ -4126,26 +4120,23 @@ class BlockAssembler:
 
     def add_text(self, kind: str, text: str) -> None:
         """Adds to a block of `kind`, now or once the live call is complete."""
-        if self.call is not None and not self.call.is_whole():
-            self.waiting.append((kind, text))
-        elif kind == "redacted":
+        if self.call is not None:
+            if not self.call.is_whole():
+                self.waiting.append((kind, text))
+                return
+            self.close()
+            self.release_text()
+        if kind == "redacted":
             self.close()
             self.events += [BlockStart(kind, raw={"data": self.prefix + text}), BlockStop()]
-        else:
-            if self.kind != kind:
-                self.open(kind)
-            if kind == "thinking":
-                self.thinking.append(text)
-            self.events.append(BlockDelta("text", text))
+            return
+        if self.kind != kind:
+            self.open(kind)
+        if kind == "thinking":
+            self.thinking.append(text)
+        self.events.append(BlockDelta("text", text))
 
-    def add_call(
-        self,
-        key: tuple[int, int] | str,
-        call_id: str,
-        name: str,
-        arguments: str,
-        is_last: bool = False,
-    ) -> None:
+    def add_call(self, key: CallKey, call_id: str, name: str, text: str, is_last: bool) -> None:
         """Adds a fragment; repeated ids and names are ignored, and so are repeats of a call."""
         call = self.calls.get(key) or self.calls.setdefault(key, StreamedCall(key))
         if call.closed:
@@ -4154,9 +4145,9 @@ class BlockAssembler:
         if name and not call.name:
             call.name = name
             self.unopened.append(call)
-        if arguments:
-            call.pieces.append(arguments)
-            call.is_blank = call.is_blank and arguments.isspace()
+        if text:
+            call.pieces.append(text)
+            call.is_blank = call.is_blank and text.isspace()
         call.complete = call.complete or is_last
         self.advance(call)
 
@@ -4179,8 +4170,12 @@ class BlockAssembler:
             self.add_text(kind, text)
 
     def send_arguments(self, call: StreamedCall) -> None:
-        text = call.unsent()
-        if text:
+        """A short run of leading blanks is held back: it may be all."""
+        if call.sent_count < len(call.pieces) and not (
+            call.is_blank and len(call.pieces) <= MAX_BLANK_RUN
+        ):
+            text = "".join(call.pieces[call.sent_count :])
+            call.sent_count = len(call.pieces)
             self.events.append(BlockDelta("arguments", text))
 
     def open(self, kind: str, call: StreamedCall | None = None) -> None:
@@ -4605,8 +4600,8 @@ class ChatReader:
     def read_choice(self, choice: Json) -> None:
         """Copilot's Claude spreads one response over several choices (seen in 2026-08)."""
         delta = get_dict(choice, "delta") or get_dict(choice, "message")
-        for key in REASONING_FIELDS:
-            text = delta.get(key)
+        for name in REASONING_FIELDS:
+            text = delta.get(name)
             if text and isinstance(text, str):
                 self.reasoning.append(text)
                 self.blocks.add_text("thinking", text)
@@ -4614,8 +4609,8 @@ class ChatReader:
         if isinstance(delta.get("reasoning_opaque"), str):
             self.opaque = delta["reasoning_opaque"]
             self.blocks.signature = [self.opaque] if self.opaque else []
-        for key, kind in (("content", "text"), ("refusal", "refusal")):
-            text = delta.get(key)
+        for name, kind in (("content", "text"), ("refusal", "refusal")):
+            text = delta.get(name)
             if text and isinstance(text, str):
                 self.blocks.add_text(kind, text)
         fragments = get_dicts(delta, "tool_calls")
@@ -4626,12 +4621,10 @@ class ChatReader:
             arguments = function.get("arguments")
             if isinstance(arguments, dict):
                 arguments = dump_text(arguments)
-            self.blocks.add_call(
-                call_key(choice, fragment, position),
-                str_or_empty(fragment, "id"),
-                str_or_empty(function, "name"),
-                arguments if isinstance(arguments, str) else "",
-            )
+            arguments = arguments if isinstance(arguments, str) else ""
+            call_id, name = str_or_empty(fragment, "id"), str_or_empty(function, "name")
+            key = call_key(choice, fragment, position)
+            self.blocks.add_call(key, call_id, name, arguments, is_last=False)
         finish_reason = str_or_empty(choice, "finish_reason")
         if finish_reason and self.finish_reason != "tool_calls":
             self.finish_reason = finish_reason
@@ -4741,14 +4734,12 @@ class ChatWriter:
 
 
 def write_chat_usage(usage: Usage) -> Json:
+    caches = {"cached_tokens": usage.cache_read, "cache_write_tokens": usage.cache_write}
     return {
         "prompt_tokens": usage.prompt,
         "completion_tokens": usage.output,
         "total_tokens": usage.prompt + usage.output,
-        "prompt_tokens_details": {
-            "cached_tokens": usage.cache_read,
-            "cache_write_tokens": usage.cache_write,
-        },
+        "prompt_tokens_details": caches,
         "completion_tokens_details": {"reasoning_tokens": usage.reasoning},
     }
 
@@ -4839,7 +4830,7 @@ class ChatRelay:
         choices = [repaired for choice in choices if (repaired := self.repair_choice(choice))]
         if not choices:
             return []
-        if not self.context.many:
+        if len(choices) > 1 and not self.context.many:
             merger = DeltaMerger()
             for other in choices[1:]:
                 merger.add(choices[0]["delta"], other["delta"])
@@ -4994,18 +4985,11 @@ class ChatDialect:
         return response
 
     def expand(self, response: Json) -> list[Json]:
-        base = {key: value for key, value in response.items() if key not in ("choices", "usage")}
-        base["object"] = "chat.completion.chunk"
-        choices = []
-        for choice in get_dicts(response, "choices"):
-            extra = {key: value for key, value in choice.items() if key != "message"}
-            choices.append({**extra, "delta": get_dict(choice, "message")})
-        frames: list[Json] = [{**base, "choices": choices}]
-        if response.get("usage"):
-            billing = response.get("copilot_usage")
-            usage = {"usage": response["usage"], "copilot_usage": billing}
-            frames.append({**base, "choices": [], **usage})
-        return frames
+        choices = [
+            {"delta" if key == "message" else key: value for key, value in choice.items()}
+            for choice in get_dicts(response, "choices")
+        ]
+        return [{**response, "choices": choices}]
 
     def plain_text(self, frame: Json) -> str | None:
         choices = frame.get("choices")
@@ -7440,9 +7424,11 @@ def keep_own_thinking_turns(draft: KiroDraft) -> None:
     for turn in draft.turns:
         blocks: list[Block] = []
         for block in turn.blocks:
-            signature = (block.signature or block.redacted) if isinstance(block, Thinking) else None
-            if signature is None or (signature.startswith(prefix) and signature != prefix):
-                blocks.append(block)
+            if isinstance(block, Thinking):
+                signature = block.signature or block.redacted
+                if signature == prefix or not signature.startswith(prefix):
+                    continue
+            blocks.append(block)
         if not all(isinstance(block, Thinking) for block in blocks):
             kept.append(Turn(turn.role, blocks))  # a turn of nothing but thinking counts as empty
     draft.turns = merge_turns(kept)
@@ -7733,58 +7719,46 @@ def write_kiro_request(chat: Conversation, model: Model) -> Json:
             specification = {**entry, "inputSchema": {"json": tool.schema}}
             context["tools"].append({"toolSpecification": specification})
     state: Json = {"chatTriggerType": "MANUAL", "agentTaskType": "vibe"}
-    if history:
-        state["history"] = history
-    state["currentMessage"] = current
-    body: Json = {"conversationState": state}
-    if draft.extra:
-        body["additionalModelRequestFields"] = draft.extra
-    return body
+    state = {**kiro_object(state, history=history), "currentMessage": current}
+    return kiro_object({"conversationState": state}, additionalModelRequestFields=draft.extra)
+
+
+def kiro_object(required: Json, **optional: Any) -> Json:
+    """Empty lists and objects are left out, as Kiro refuses them."""
+    return {**required, **{key: value for key, value in optional.items() if value}}
 
 
 def write_kiro_user(blocks: list[Block], model: Model) -> Json:
-    """Empty lists and objects are left out, as Kiro refuses them."""
-    images: list[Json] = []
-    documents: list[Json] = []
-    results: list[Json] = []
+    documents = [block for block in blocks if isinstance(block, Document)]
+    results = []
     for block in blocks:
-        if isinstance(block, Image):
-            images.append(write_kiro_image(block, model))
-        elif isinstance(block, Document):
-            documents.append(write_kiro_document(block, len(documents) + 1))
-        elif isinstance(block, ToolResult):
+        if isinstance(block, ToolResult):
             status = "error" if block.is_error else "success"
             content = [{"text": plain_text(block.blocks) or "(no output)"}]
             results.append({"toolUseId": block.id, "status": status, "content": content})
-    message: Json = {"content": plain_text(blocks), "modelId": model.id}
-    if images:
-        message["images"] = images
-    if documents:
-        message["documents"] = documents
-    if results:
-        message["userInputMessageContext"] = {"toolResults": results}
+    message = kiro_object(
+        {"content": plain_text(blocks), "modelId": model.id},
+        images=[write_kiro_image(block, model) for block in blocks if isinstance(block, Image)],
+        documents=[write_kiro_document(*row) for row in enumerate(documents, 1)],
+        userInputMessageContext={"toolResults": results} if results else None,
+    )
     return {"userInputMessage": message}
 
 
 def write_kiro_assistant(blocks: list[Block], chat: Conversation, model: Model) -> Json:
-    calls: list[Json] = []
-    reasoning: Json | None = None
+    calls, reasoning = [], None
     for block in blocks:
         if isinstance(block, ToolCall):
             name, arguments = chat.wire_name(block.name), parse_arguments(block.arguments)
             calls.append({"toolUseId": block.id, "name": name, "input": arguments})
         elif isinstance(block, Thinking):
-            prefix = kiro_mark(model.provider)
-            signature = (block.signature or block.redacted).removeprefix(prefix)
+            signature = (block.signature or block.redacted).removeprefix(kiro_mark(model.provider))
             placeholder = KIRO_HIDDEN_THINKING if model.vendor == "OpenAI" else ""
             reasoning = write_kiro_thinking(block.text or placeholder, signature)
             if block.redacted:
                 reasoning = {"redactedContent": signature}
-    message: Json = {"content": plain_text(blocks)}
-    if calls:
-        message["toolUses"] = calls
-    if reasoning:
-        message["reasoningContent"] = reasoning
+    content = {"content": plain_text(blocks)}
+    message = kiro_object(content, toolUses=calls, reasoningContent=reasoning)
     return {"assistantResponseMessage": message}
 
 
@@ -7803,7 +7777,7 @@ def write_kiro_image(image: Image, model: Model) -> Json:
     return {"format": image.media_type.partition("/")[2], "source": {"bytes": image.data}}
 
 
-def write_kiro_document(document: Document, number: int) -> Json:
+def write_kiro_document(number: int, document: Document) -> Json:
     """As the vendor's SDK describes it (1.0.45; not seen on the wire)."""
     kind = KIRO_DOCUMENTS.get(document.media_type)
     if kind is None:
@@ -7836,7 +7810,8 @@ class ThinkingTags:
 
     OPENING = "<thinking>"
     CLOSING = "</thinking>"
-    QUOTES = ("'", '"', "`", "\\")
+    #: the closing tag, or what the next characters may make one
+    END = re.compile(r"(?<!['\"`\\])</thinking>(\n\n|\n?\Z)")
 
     def __init__(self) -> None:
         self.kind = ""  # "" at the beginning, then thinking or text
@@ -7860,36 +7835,24 @@ class ThinkingTags:
                 return self.flush()
             self.kind, self.leading_space = "thinking", []
             self.held = stripped.removeprefix(self.OPENING).removeprefix("\n")
-        return self.take_thinking()
-
-    def take_thinking(self) -> list[tuple[str, str]]:
-        held, start, safe_end = self.held, 0, -1
-        while safe_end < 0 and (start := held.find(self.CLOSING, start)) >= 0:
-            end = start + len(self.CLOSING)
-            following = held[end : end + 2]
-            if (held[start - 1] if start else self.previous) in self.QUOTES:
-                start = end
-            elif following == "\n\n":
-                self.kind, self.held = "text", ""
-                parts = (("thinking", held[:start]), ("text", held[end + 2 :]))
-                return [(kind, text) for kind, text in parts if text]
-            elif "\n\n".startswith(following):
-                safe_end = start  # the next characters decide
-            else:
-                start = end
-        if safe_end < 0:
-            safe_end = len(held) - StopCutter.overlap(held, self.CLOSING)
-        thinking, self.held = held[:safe_end], held[safe_end:]
+        text, start = self.previous + self.held, len(self.previous)
+        match = self.END.search(text, start)
+        if match and match[1] == "\n\n":
+            self.kind, self.held = "text", ""
+            parts = (("thinking", text[start : match.start()]), ("text", text[match.end() :]))
+            return [(kind, part) for kind, part in parts if part]
+        end = match.start() if match else len(text) - StopCutter.overlap(text, self.CLOSING)
+        thinking, self.held = text[start:end], text[end:]
         self.previous = thinking[-1:] or self.previous
         return [("thinking", thinking)] if thinking else []
 
     def flush(self) -> list[tuple[str, str]]:
-        held, self.held, self.leading_space = "".join([*self.leading_space, self.held]), "", []
-        kind, self.kind = self.kind or "text", "text"
-        is_bare_tag = (
+        kind, held = self.kind or "text", "".join([*self.leading_space, self.held])
+        self.kind, self.held, self.leading_space = "text", "", []
+        is_tag = (
             held.startswith(self.CLOSING) if kind == "thinking" else held.strip() == self.OPENING
         )
-        return [(kind, held)] if held and not is_bare_tag else []
+        return [(kind, held)] if held and not is_tag else []
 
 
 class KiroReader:
@@ -7910,7 +7873,7 @@ class KiroReader:
     def read(self, frame: Json) -> list[Event]:
         """Unknown names are ignored: `followupPromptEvent` has `content` of another kind."""
         for name, value in frame.items():
-            handler = KIRO_HANDLERS.get(name)
+            handler = self.HANDLERS.get(name)
             if handler is not None and not self.ended:
                 handler(self, value if isinstance(value, dict) else {})
         return self.blocks.take()
@@ -8042,24 +8005,18 @@ class KiroReader:
             stop_reason = "context"
         blocks.events.append(MessageStop(stop_reason))
 
+    HANDLERS: ClassVar[dict[str, Callable[[KiroReader, Json], None]]] = {
+        "assistantResponseEvent": on_text, "codeEvent": on_text,
+        "reasoningContentEvent": on_reasoning, "toolUseEvent": on_call,
+        "contextUsageEvent": on_context_usage, "meteringEvent": on_metering,
+        "metadataEvent": on_metadata, "usageEvent": on_metadata, "metricsEvent": on_metadata,
+        "modelTemporarilyUnavailableEvent": on_overload, "modelUnavailableEvent": on_overload,
+        "invalidStateEvent": on_error, "error": on_error,
+    }  # fmt: skip
+
 
 # Events that carry content of the response itself.
 KIRO_WORDS = {"assistantResponseEvent", "codeEvent", "reasoningContentEvent", "toolUseEvent"}
-KIRO_HANDLERS: dict[str, Callable[[KiroReader, Json], None]] = {
-    "assistantResponseEvent": KiroReader.on_text,
-    "codeEvent": KiroReader.on_text,
-    "reasoningContentEvent": KiroReader.on_reasoning,
-    "toolUseEvent": KiroReader.on_call,
-    "contextUsageEvent": KiroReader.on_context_usage,
-    "meteringEvent": KiroReader.on_metering,
-    "metadataEvent": KiroReader.on_metadata,
-    "usageEvent": KiroReader.on_metadata,
-    "metricsEvent": KiroReader.on_metadata,
-    "invalidStateEvent": KiroReader.on_error,
-    "modelTemporarilyUnavailableEvent": KiroReader.on_overload,
-    "modelUnavailableEvent": KiroReader.on_overload,
-    "error": KiroReader.on_error,
-}
 
 
 class KiroDialect:
