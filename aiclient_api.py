@@ -125,7 +125,7 @@ from collections.abc import (
 )
 from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from types import UnionType
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TextIO, TypeVar
 
 
 def lazy_module(name: str) -> Any:
@@ -3730,6 +3730,177 @@ def read_stream_error(value: Any) -> ApiError:
 
 # 8.2 OpenAI chat completions
 
+
+def get_dicts(obj: Json, key: str) -> list[Json]:
+    """The objects in the list at `key`; an empty list for anything else."""
+    value = obj.get(key)
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+JSON_TOKEN = re.compile(r'[][{}"]|\\.?', re.DOTALL)
+CallKey = tuple[int, int] | str  # identifies a call within a response
+
+
+@dataclass(slots=True)
+class StreamedCall:
+    """A tool call being streamed; no fragment is scanned twice."""
+
+    key: CallKey
+    id: str = ""
+    name: str = ""
+    pieces: list[str] = field(default_factory=list)  #: the arguments, as received
+    is_blank: bool = True
+    complete: bool = False  #: its last fragment was received
+    closed: bool = False
+    sent_count: int = 0  #: number of pieces passed on
+    scanned_count: int = 0  #: number of pieces seen by `is_whole`
+    depth: int = 0  #: of open brackets in what was scanned
+    in_string: bool = False
+    pending_escape: str = ""  #: a trailing backslash of the last piece
+    is_object: bool | None = None  #: None until the outermost bracket has closed
+
+    def is_whole(self) -> bool:
+        """Whether the arguments are a complete JSON object."""
+        while self.scanned_count < len(self.pieces):
+            piece = self.pieces[self.scanned_count]
+            self.scanned_count += 1
+            if self.is_object is not None:
+                self.is_object = self.is_object and not piece.strip()
+                continue
+            token = ""
+            for token in JSON_TOKEN.findall(self.pending_escape + piece):
+                if token == '"':
+                    self.in_string = not self.in_string
+                elif not self.in_string and len(token) == 1:
+                    self.depth += 1 if token in "[{" else -1
+            self.pending_escape = token if token == "\\" else ""
+            if self.depth <= 0 and not self.in_string and piece.rstrip().endswith("}"):
+                scanned = "".join(self.pieces[: self.scanned_count])
+                self.is_object = load_object(scanned) is not None
+        return self.is_object is True
+
+
+class BlockAssembler:
+    """Interleaved calls, text and thinking -> events, in which blocks never overlap.
+
+    One block is live; what arrives inside a live call waits until that call is complete: other
+    calls first, then text.
+    """
+
+    def __init__(self, signature_prefix: str) -> None:
+        self.prefix = signature_prefix
+        self.events: list[Event] = []
+        self.kind = ""  # of the live block
+        self.call: StreamedCall | None = None  # the live one
+        self.calls: dict[CallKey, StreamedCall] = {}
+        self.unopened: deque[StreamedCall] = deque()  # calls whose name is known
+        self.waiting: list[tuple[str, str]] = []  # (kind, text) received inside a call
+        self.thinking: list[str] = []  # text of the live thinking block
+        self.signature: list[str] = []  # of the live thinking block or the next one
+        self.signed_thinking = ("", "")  # the last thinking text that has a signature, and that
+
+    def take(self) -> list[Event]:
+        events, self.events = self.events, []
+        return events
+
+    def add_text(self, kind: str, text: str) -> None:
+        """Adds to a block of `kind`, now or once the live call is complete."""
+        if self.call is not None:
+            if not self.call.is_whole():
+                self.waiting.append((kind, text))
+                return
+            self.close()
+            self.release_text()
+        if kind == "redacted":
+            self.close()
+            self.events += [BlockStart(kind, raw={"data": self.prefix + text}), BlockStop()]
+            return
+        if self.kind != kind:
+            self.open(kind)
+        if kind == "thinking":
+            self.thinking.append(text)
+        self.events.append(BlockDelta("text", text))
+
+    def add_call(self, key: CallKey, call_id: str, name: str, text: str, is_last: bool) -> None:
+        """Adds a fragment; repeated ids and names are ignored, and so are repeats of a call."""
+        call = self.calls.get(key) or self.calls.setdefault(key, StreamedCall(key))
+        if call.closed:
+            return
+        call.id = call.id or call_id
+        if name and not call.name:
+            call.name = name
+            self.unopened.append(call)
+        if text:
+            call.pieces.append(text)
+            call.is_blank = call.is_blank and text.isspace()
+        if call is self.call and not is_last:
+            self.send_arguments(call)
+            return
+        call.complete = call.complete or is_last
+        self.advance(call)
+
+    def advance(self, latest: StreamedCall) -> None:
+        """Passes on what is ready of calls and text; `latest` is the call that grew last."""
+        while self.call is not None or self.unopened:
+            live = self.call
+            if live is None:
+                self.open("tool", self.unopened.popleft())
+                continue
+            self.send_arguments(live)
+            if not (live.complete or (latest is not live and live.is_whole())):
+                return
+            self.close()
+        self.release_text()
+
+    def release_text(self) -> None:
+        waiting, self.waiting = self.waiting, []
+        for kind, text in waiting:
+            self.add_text(kind, text)
+
+    def send_arguments(self, call: StreamedCall) -> None:
+        """A short run of leading blanks is held back: it may be all."""
+        if call.sent_count < len(call.pieces) and not (
+            call.is_blank and len(call.pieces) <= MAX_BLANK_RUN
+        ):
+            text = "".join(call.pieces[call.sent_count :])
+            call.sent_count = len(call.pieces)
+            self.events.append(BlockDelta("arguments", text))
+
+    def open(self, kind: str, call: StreamedCall | None = None) -> None:
+        self.close()
+        self.kind, self.call = kind, call
+        if call is None:
+            self.events.append(BlockStart(kind))
+            return
+        call.id = call.id or f"call_{short_hash(f'{call.name}{call.key}', 16)}"
+        self.events.append(BlockStart(kind, call.id, call.name))
+
+    def close(self) -> None:
+        if not self.kind:
+            return
+        if self.call is not None:
+            self.send_arguments(self.call)
+            self.call.closed = True
+        elif self.kind == "thinking":
+            if self.signature:
+                signature = "".join(self.signature)
+                self.events.append(BlockDelta("signature", self.prefix + signature))
+                self.signed_thinking = "".join(self.thinking), signature
+            self.thinking, self.signature = [], []
+        self.events.append(BlockStop())
+        self.kind, self.call = "", None
+
+    def end(self) -> None:
+        """Sends what is left: complete calls, then text."""
+        self.close()
+        for call in self.calls.values():
+            if call.name and call.complete and not call.closed:
+                self.open("tool", call)
+                self.close()
+        self.release_text()
+        self.close()
+
+
 CHAT_FINISHES = {
     "stop": "end", "length": "length", "tool_calls": "tool", "function_call": "tool",
     "content_filter": "filter",
@@ -3743,6 +3914,15 @@ REASONING_FIELDS = ("reasoning_text", "reasoning_content", "reasoning", "cot_sum
 # Prefix of a chat upstream's signature while an Anthropic client carries it.
 CHAT_ENVELOPE = "gw1.c."
 FOREIGN_SIGNATURES = ("gw1.", "litellm_encrypted_reasoning:")
+# What a conversion reads, leaves out silently or refuses; other fields are reported as dropped.
+CHAT_FIELDS = (
+    "model", "messages", "tools", "functions", "tool_choice", "function_call",
+    "parallel_tool_calls", "web_search_options", "max_tokens", "max_completion_tokens",
+    "temperature", "top_p", "top_k", "stop", "n", "verbosity", "reasoning_effort", "reasoning",
+    "thinking", "response_format", "prompt_cache_key", "safety_identifier", "user",
+    "modalities", "stream", "stream_options", "logit_bias", "audio", "logprobs", "top_logprobs",
+    "metadata", "store", "service_tier", "prompt_cache_retention", "prompt_cache_options",
+)  # fmt: skip
 
 
 def write_openai_error(error: ApiError, conversation: str = "messages") -> Json:
@@ -3753,16 +3933,25 @@ def write_openai_error(error: ApiError, conversation: str = "messages") -> Json:
     return {"message": error.text(), "type": error_type, "param": param, "code": code}
 
 
+def read_json_schema(entry: Json, path: str) -> OutputFormat:
+    """OpenAI's `json_schema` output format, in both of its dialects."""
+    return OutputFormat(
+        dict_field(entry, "schema", path),
+        str_field(entry, "name", path) or "structured_output",
+        bool_field(entry, "strict", path),
+        str_field(entry, "description", path) or "",
+    )
+
+
 class ChatRequestReader:
     def __init__(self, body: Json) -> None:
         self.body = body
         self.chat = Conversation()
         #: call id -> results still to come, in order; matches results that have no id
-        self.pending_results: OrderedDict[str, int] = OrderedDict()
-        names = [
-            message.get("name") for message in message_list(body) if message.get("role") == "user"
-        ]
-        self.is_multi_user = len({name for name in names if isinstance(name, str)}) > 1
+        self.pending_results: Counter[str] = Counter()
+        users = [m for m in message_list(body) if m.get("role") == "user"]
+        names = {m["name"] for m in users if isinstance(m.get("name"), str)}
+        self.is_multi_user = len(names) > 1
 
     def read(self) -> Conversation:
         self.refuse_lossy()
@@ -3779,52 +3968,45 @@ class ChatRequestReader:
         body = self.body
         if (int_field(body, "n") or 1) > 1:
             raise UnsupportedFeature("n: only one choice is offered on this model.", param="n")
-        for key in ("logit_bias", "audio"):
+        for key in ("logit_bias", "audio", "logprobs", "top_logprobs"):
             if body.get(key):
-                raise UnsupportedFeature(f"{key}: is not supported on this model.", param=key)
-        if body.get("logprobs") or body.get("top_logprobs"):
-            raise UnsupportedFeature("logprobs: is not supported on this model.", param="logprobs")
+                param = key.removeprefix("top_")
+                raise UnsupportedFeature(f"{param}: is not supported on this model.", param=param)
         if "audio" in list_field(body, "modalities"):
             raise UnsupportedFeature("modalities: audio is not supported.", param="modalities")
-        self.chat.verbosity = str_field(body, "verbosity")
-        for key in ("frequency_penalty", "presence_penalty", "seed", "prediction"):
-            if body.get(key):
-                self.chat.dropped.append(key)
+        self.chat.dropped += [key for key in body if key not in CHAT_FIELDS and body[key]]
 
     def read_message(self, message: Json, path: str) -> None:
-        role = read_role(message, CHAT_ROLES, path)
-        content = message.get("content")
+        chat, role = self.chat, read_role(message, CHAT_ROLES, path)
+        if role == "assistant":
+            chat.turns.append(Turn(role, self.read_assistant(message, path)))
+            return
+        blocks = read_parts(message.get("content"), f"{path}.content")
         if role in ("system", "developer"):
-            blocks = read_parts(content, f"{path}.content")
             texts = [block for block in blocks if isinstance(block, Text)]
-            if self.chat.turns:
-                self.chat.turns.append(Turn("system", [*texts]))
+            if chat.turns:
+                chat.turns.append(Turn("system", [*texts]))
             else:
-                self.chat.system.extend(texts)
-        elif role == "user":
-            blocks = read_parts(content, f"{path}.content")
+                chat.system.extend(texts)
+            return
+        if role == "user":
             name = str_field(message, "name", path)
             if self.is_multi_user and name and blocks and isinstance(blocks[0], Text):
                 blocks[0] = Text(f"{name}: {blocks[0].text}")
-            self.chat.turns.append(Turn("user", blocks))
-        elif role == "assistant":
-            self.chat.turns.append(Turn("assistant", self.read_assistant(message, path)))
         else:
-            call_id = str_field(message, "tool_call_id", path) or next(
-                iter(self.pending_results), ""
-            )
-            if self.pending_results.get(call_id, 0) > 1:
-                self.pending_results[call_id] -= 1
-            else:
-                self.pending_results.pop(call_id, None)
-            result = ToolResult(call_id, read_parts(content, f"{path}.content"))
-            self.chat.turns.append(Turn("user", [result]))
+            call_id = str_field(message, "tool_call_id", path)
+            call_id = call_id or next(iter(self.pending_results), "")
+            self.pending_results[call_id] -= 1
+            if self.pending_results[call_id] <= 0:
+                del self.pending_results[call_id]
+            blocks = [ToolResult(call_id, blocks)]
+        chat.turns.append(Turn("user", blocks))
 
     def read_assistant(self, message: Json, path: str) -> list[Block]:
         blocks: list[Block] = []
         for key in REASONING_FIELDS:
             if isinstance(message.get(key), str):
-                opaque = str_field(message, "reasoning_opaque", path) or ""
+                opaque = str_field(message, "reasoning_opaque", path)
                 blocks.append(Thinking(message[key], CHAT_ENVELOPE + opaque if opaque else ""))
                 break
         blocks.extend(read_parts(message.get("content"), f"{path}.content"))
@@ -3835,20 +4017,17 @@ class ChatRequestReader:
         if message.get("function_call"):
             calls = [*calls, {"function": message["function_call"]}]
         for index, item in enumerate(calls):
-            blocks.append(self.read_call(item, f"{path}.tool_calls.{index}"))
-        for block in blocks:
-            if isinstance(block, ToolCall):
-                self.pending_results[block.id] = self.pending_results.get(block.id, 0) + 1
+            call_path = f"{path}.tool_calls.{index}"
+            call = need_dict(item, call_path)
+            function = function_of(call, call_path)
+            arguments = function.get("arguments", function.get("input", ""))
+            if not isinstance(arguments, str):
+                arguments = dump_text(arguments if arguments is not None else {})
+            call_id = str_field(call, "id", call_path) or "call_" + short_hash(call_path, 16)
+            name = need_str(function, "name", f"{call_path}.function")
+            blocks.append(ToolCall(call_id, name, arguments))
+        self.pending_results.update(block.id for block in blocks if isinstance(block, ToolCall))
         return blocks
-
-    def read_call(self, item: Any, path: str) -> ToolCall:
-        call = need_dict(item, path)
-        function = function_of(call, path)
-        arguments = function.get("arguments", function.get("input", ""))
-        if not isinstance(arguments, str):
-            arguments = dump_text(arguments if arguments is not None else {})
-        call_id = str_field(call, "id", path) or "call_" + short_hash(path, 16)
-        return ToolCall(call_id, need_str(function, "name", f"{path}.function"), arguments)
 
     def read_tools(self) -> None:
         body, chat = self.body, self.chat
@@ -3863,18 +4042,14 @@ class ChatRequestReader:
             name = need_str(function, "name", f"{path}.function")
             schema = function.get("parameters", function.get("input_schema"))
             if "custom" in tool:
-                schema = {
-                    "type": "object",
-                    "properties": {"input": {"type": "string"}},
-                    "required": ["input"],
-                }
+                properties = {"input": {"type": "string"}}
+                schema = {"type": "object", "properties": properties, "required": ["input"]}
             description = str_field(function, "description", path) or ""
             strict = bool_field(function, "strict", path)
             schema = object_schema(schema, f"{path}.function.parameters")
             chat.tools.append(Tool(name, description, schema, strict))
         self.read_choice()
         drop_hosted(server_tools, len(chat.tools), "", chat.dropped)
-        chat.parallel = bool_field(body, "parallel_tool_calls")
 
     def read_choice(self) -> None:
         chat, body = self.chat, self.body
@@ -3896,6 +4071,7 @@ class ChatRequestReader:
 
     def read_settings(self) -> None:
         body, chat = self.body, self.chat
+        chat.parallel = bool_field(body, "parallel_tool_calls")
         chat.model = need_str(body, "model")
         chat.max_tokens = int_field(body, "max_completion_tokens")
         if chat.max_tokens is None:
@@ -3904,285 +4080,174 @@ class ChatRequestReader:
         chat.top_p = number_field(body, "top_p")
         chat.top_k = int_field(body, "top_k")
         chat.stop = read_stops(body, "stop")
-        chat.effort = self.read_effort()
-        chat.thinking_budget = int_field(dict_field(body, "thinking"), "budget_tokens", "thinking")
-        chat.output = self.read_output()
+        chat.verbosity = str_field(body, "verbosity")
+        thinking, reasoning = dict_field(body, "thinking"), dict_field(body, "reasoning")
+        chat.thinking_budget = int_field(thinking, "budget_tokens", "thinking")
+        chat.effort = word_field(body, "reasoning_effort", EFFORTS)
+        if chat.effort is None:
+            chat.effort = word_field(reasoning, "effort", EFFORTS, "reasoning")
+        if thinking.get("type") == "disabled":
+            chat.effort = "none"
+        path = "response_format"
+        output = dict_field(body, path)
+        kind = word_field(output, "type", ("text", "json_object", "json_schema"), path)
+        if kind == "json_object":
+            chat.output = OutputFormat(None)
+        elif kind == "json_schema":
+            entry = dict_field(output, "json_schema", path)
+            chat.output = read_json_schema(entry, f"{path}.json_schema")
         for key in ("prompt_cache_key", "safety_identifier", "user"):
             chat.session = chat.session or str_field(body, key) or ""
 
-    def read_effort(self) -> str | None:
-        effort = word_field(self.body, "reasoning_effort", EFFORTS)
-        if effort is None:
-            effort = word_field(dict_field(self.body, "reasoning"), "effort", EFFORTS, "reasoning")
-        is_disabled = dict_field(self.body, "thinking").get("type") == "disabled"
-        return "none" if is_disabled else effort
 
-    def read_output(self) -> OutputFormat | None:
-        response_format = dict_field(self.body, "response_format")
-        kind = word_field(
-            response_format, "type", ("text", "json_object", "json_schema"), "response_format"
-        )
-        if kind in (None, "text"):
-            return None
-        if kind == "json_object":
-            return OutputFormat(None)
-        path = "response_format.json_schema"
-        entry = dict_field(response_format, "json_schema", "response_format")
-        return OutputFormat(
-            dict_field(entry, "schema", path),
-            str_field(entry, "name", path) or "structured_output",
-            bool_field(entry, "strict", path),
-            str_field(entry, "description", path) or "",
-        )
+def write_chat_request(chat: Conversation, model: Model) -> Json:
+    chat.refuse_prefill()
+    messages: list[Json] = []
+    if chat.system:
+        messages.append({"role": "system", "content": plain_text(chat.system)})
+    for turn in chat.turns:
+        if turn.role == "system":
+            messages.append({"role": "system", "content": plain_text(turn.blocks)})
+        elif turn.role == "assistant":
+            messages.append(write_chat_assistant(turn.blocks, chat))
+        else:
+            messages.extend(write_chat_user(turn.blocks, model))
+    body: Json = {"model": model.id, "messages": messages}
+    if chat.tools:
+        body["tools"] = [write_chat_tool(tool, chat) for tool in chat.tools]
+        if chat.choice and chat.choice.mode == "named":
+            function = {"name": chat.wire_name(chat.choice.name)}
+            body["tool_choice"] = {"type": "function", "function": function}
+        elif chat.choice:
+            body["tool_choice"] = chat.choice.mode
+        if chat.parallel is not None:
+            body["parallel_tool_calls"] = chat.parallel
+    effort = chat.effort
+    if effort is None and chat.thinking_budget:
+        effort = effort_of_budget(chat.thinking_budget)
+    settings = {
+        "max_tokens": chat.max_tokens,
+        "temperature": chat.temperature,
+        "top_p": chat.top_p,
+        "stop": chat.stop or None,
+        "reasoning_effort": clamp_effort(effort, model.efforts) if effort else None,
+        "verbosity": chat.verbosity,
+        "response_format": write_response_format(chat.output) if chat.output else None,
+        "prompt_cache_key": short_hash(chat.session, 32) if chat.session else None,
+    }
+    body.update({key: value for key, value in settings.items() if value is not None})
+    if chat.top_k is not None:
+        chat.dropped.append("top_k")
+    body["stream"] = True
+    body["stream_options"] = {"include_usage": True}
+    return body
 
 
-def write_chat_image(image: Image) -> Json:
-    url = image.url or f"data:{image.media_type};base64,{image.data}"
-    image_url = {"url": url, "detail": image.detail} if image.detail else {"url": url}
-    return {"type": "image_url", "image_url": image_url}
+def write_chat_assistant(blocks: list[Block], chat: Conversation) -> Json:
+    message: Json = {"role": "assistant", "content": plain_text(blocks) or None}
+    calls = []
+    for block in blocks:
+        if isinstance(block, Thinking):
+            opaque = block.signature or block.redacted
+            if opaque.startswith(CHAT_ENVELOPE):
+                message.update({"reasoning_text": block.text} if block.text else {})
+                message["reasoning_opaque"] = opaque.removeprefix(CHAT_ENVELOPE)
+        elif isinstance(block, ToolCall):
+            arguments = block.arguments.strip() or "{}"
+            function = {"name": chat.wire_name(block.name), "arguments": arguments}
+            calls.append({"id": wire_id(block.id), "type": "function", "function": function})
+    if calls:
+        message["tool_calls"] = calls
+    elif message["content"] is None:
+        message["content"] = "(no content)"
+    return message
 
 
-def write_chat_document(document: Document, model: Model) -> Json:
-    """Raises UnsupportedFeature if the model takes no files."""
-    if document.text:
-        heading = f"[{document.title}]\n" if document.title else ""
-        return {"type": "text", "text": heading + document.text}
+def write_chat_user(blocks: list[Block], model: Model) -> list[Json]:
+    """Tool messages first, then one user message with other blocks and the results' images."""
+    parts: list[Json] = []
+    results = [block for block in blocks if isinstance(block, ToolResult)]
+    messages = [write_chat_result(result, model, parts) for result in results]
+    own_parts = [block for block in blocks if isinstance(block, (Text, Refusal, Image, Document))]
+    parts += [write_chat_part(block, model) for block in own_parts]
+    if len(parts) == 1 and parts[0]["type"] == "text":
+        messages.append({"role": "user", "content": parts[0]["text"]})
+    elif parts:
+        messages.append({"role": "user", "content": parts})
+    return messages
+
+
+def write_chat_part(block: Text | Refusal | Image | Document, model: Model) -> Json:
+    """Raises UnsupportedFeature for a file if the model takes none."""
+    if isinstance(block, Image):
+        image_url = {"url": block.url or f"data:{block.media_type};base64,{block.data}"}
+        if block.detail:
+            image_url["detail"] = block.detail
+        return {"type": "image_url", "image_url": image_url}
+    if isinstance(block, (Text, Refusal)):
+        return {"type": "text", "text": block.text}
+    if block.text:
+        heading = f"[{block.title}]\n" if block.title else ""
+        return {"type": "text", "text": heading + block.text}
     if not model.files:
         raise UnsupportedFeature(
-            f"{document.path}: {model.id} does not take PDF documents.", param=document.path
+            f"{block.path}: {model.id} does not take PDF documents.", param=block.path
         )
-    filename = document.title or "document.pdf"
-    data = f"data:{document.media_type};base64,{document.data}"
-    return {"type": "file", "file": {"filename": filename, "file_data": data}}
+    data = f"data:{block.media_type};base64,{block.data}"
+    return {"type": "file", "file": {"filename": block.title or "document.pdf", "file_data": data}}
 
 
-class ChatRequestWriter:
-    def __init__(self, chat: Conversation, model: Model) -> None:
-        self.chat = chat
-        self.model = model
-
-    def write(self) -> Json:
-        chat = self.chat
-        chat.refuse_prefill()
-        body: Json = {"model": self.model.id, "messages": self.write_messages()}
-        if chat.tools:
-            body["tools"] = [self.write_tool(tool) for tool in chat.tools]
-            if chat.choice:
-                body["tool_choice"] = self.write_choice(chat.choice)
-            if chat.parallel is not None:
-                body["parallel_tool_calls"] = chat.parallel
-        settings = {
-            "max_tokens": chat.max_tokens,
-            "temperature": chat.temperature,
-            "top_p": chat.top_p,
-            "stop": chat.stop or None,
-            "reasoning_effort": self.write_effort(),
-            "verbosity": chat.verbosity,
-            "response_format": self.write_output(),
-            "prompt_cache_key": short_hash(chat.session, 32) if chat.session else None,
-        }
-        body.update({key: value for key, value in settings.items() if value is not None})
-        if chat.top_k is not None:
-            chat.dropped.append("top_k")
-        body["stream"] = True
-        body["stream_options"] = {"include_usage": True}
-        return body
-
-    def write_messages(self) -> list[Json]:
-        messages: list[Json] = []
-        if self.chat.system:
-            messages.append({"role": "system", "content": plain_text(self.chat.system)})
-        for turn in self.chat.turns:
-            if turn.role == "system":
-                messages.append({"role": "system", "content": plain_text(turn.blocks)})
-            elif turn.role == "assistant":
-                messages.append(self.write_assistant(turn.blocks))
+def write_chat_result(result: ToolResult, model: Model, user_parts: list[Json]) -> Json:
+    """A tool message; its images go into `user_parts`, as tool messages take none."""
+    text = plain_text(result.blocks)
+    attachments: list[Json] = []
+    for block in result.blocks:
+        if isinstance(block, (Image, Document)):
+            part = write_chat_part(block, model)
+            if part["type"] == "text":
+                text = f"{text}\n\n{part['text']}".strip()
             else:
-                messages.extend(self.write_user(turn.blocks))
-        return messages
-
-    def write_assistant(self, blocks: list[Block]) -> Json:
-        message: Json = {"role": "assistant", "content": plain_text(blocks) or None}
-        for block in blocks:
-            opaque = block.signature or block.redacted if isinstance(block, Thinking) else ""
-            if opaque.startswith(CHAT_ENVELOPE) and isinstance(block, Thinking):
-                if block.text:
-                    message["reasoning_text"] = block.text
-                message["reasoning_opaque"] = opaque.removeprefix(CHAT_ENVELOPE)
-        calls = [block for block in blocks if isinstance(block, ToolCall)]
-        if calls:
-            message["tool_calls"] = [
-                {
-                    "id": wire_id(call.id),
-                    "type": "function",
-                    "function": {
-                        "name": self.chat.wire_name(call.name),
-                        "arguments": call.arguments.strip() or "{}",
-                    },
-                }
-                for call in calls
-            ]
-        elif message["content"] is None:
-            message["content"] = "(no content)"
-        return message
-
-    def write_user(self, blocks: list[Block]) -> list[Json]:
-        """Tool messages first, then one user message with other blocks and the results' images."""
-        parts: list[Json] = []
-        results = [block for block in blocks if isinstance(block, ToolResult)]
-        messages = [self.write_result(result, parts) for result in results]
-        for block in blocks:
-            if isinstance(block, (Text, Refusal)):
-                parts.append({"type": "text", "text": block.text})
-            elif isinstance(block, Image):
-                parts.append(write_chat_image(block))
-            elif isinstance(block, Document):
-                parts.append(write_chat_document(block, self.model))
-        if len(parts) == 1 and parts[0]["type"] == "text":
-            messages.append({"role": "user", "content": parts[0]["text"]})
-        elif parts:
-            messages.append({"role": "user", "content": parts})
-        return messages
-
-    def write_result(self, result: ToolResult, user_parts: list[Json]) -> Json:
-        """A tool message; its images go into `user_parts`, as tool messages take none."""
-        text = plain_text(result.blocks)
-        attachments: list[Json] = []
-        for block in result.blocks:
-            if isinstance(block, Image):
-                attachments.append(write_chat_image(block))
-            elif isinstance(block, Document):
-                part = write_chat_document(block, self.model)
-                if part["type"] == "text":
-                    text = f"{text}\n\n{part['text']}".strip()
-                else:
-                    attachments.append(part)
-        call_id = wire_id(result.id)
-        if attachments:
-            label = "Image" if attachments[0]["type"] == "image_url" else "File"
-            user_parts.append({"type": "text", "text": f"{label} from tool call {call_id}:"})
-            user_parts.extend(attachments)
-            text = text or f"[{label.lower()} in next message]"
-        if result.is_error and not text.startswith("Error"):
-            text = f"Error: {text}"
-        return {"role": "tool", "tool_call_id": call_id, "content": text or "(no output)"}
-
-    def write_tool(self, tool: Tool) -> Json:
-        function: Json = {"name": self.chat.wire_name(tool.name)}
-        if tool.description:
-            function["description"] = tool.description
-        function["parameters"] = plain_schema(tool)
-        if tool.strict is not None:
-            function["strict"] = tool.strict
-        return {"type": "function", "function": function}
-
-    def write_choice(self, choice: ToolChoice) -> Any:
-        if choice.mode == "named":
-            return {"type": "function", "function": {"name": self.chat.wire_name(choice.name)}}
-        return choice.mode
-
-    def write_effort(self) -> str | None:
-        effort = self.chat.effort
-        if effort is None and self.chat.thinking_budget:
-            effort = effort_of_budget(self.chat.thinking_budget)
-        return clamp_effort(effort, self.model.efforts) if effort else None
-
-    def write_output(self) -> Json | None:
-        output = self.chat.output
-        if output is None:
-            return None
-        if output.schema is None:
-            return {"type": "json_object"}
-        entry: Json = {"name": output.name, "schema": output.schema}
-        if output.description:
-            entry["description"] = output.description
-        entry["strict"] = fits_strict(output.schema) if output.strict is None else output.strict
-        return {"type": "json_schema", "json_schema": entry}
+                attachments.append(part)
+    call_id = wire_id(result.id)
+    if attachments:
+        label = "Image" if attachments[0]["type"] == "image_url" else "File"
+        user_parts.append({"type": "text", "text": f"{label} from tool call {call_id}:"})
+        user_parts.extend(attachments)
+        text = text or f"[{label.lower()} in next message]"
+    if result.is_error and not text.startswith("Error"):
+        text = f"Error: {text}"
+    return {"role": "tool", "tool_call_id": call_id, "content": text or "(no output)"}
 
 
-JSON_TOKEN = re.compile(r'[][{}"]|\\.?', re.DOTALL)
+def write_chat_tool(tool: Tool, chat: Conversation) -> Json:
+    function: Json = {"name": chat.wire_name(tool.name)}
+    if tool.description:
+        function["description"] = tool.description
+    function["parameters"] = plain_schema(tool)
+    if tool.strict is not None:
+        function["strict"] = tool.strict
+    return {"type": "function", "function": function}
 
 
-class ObjectScanner:
-    """Detects when streamed text has become a complete JSON object; reads each piece once."""
-
-    def __init__(self) -> None:
-        self.depth = 0
-        self.in_string = False
-        self.pending_escape = ""  # a trailing backslash of the last piece
-        self.pieces: list[str] = []
-        self.is_complete: bool | None = None  # None until the outermost object has closed
-
-    def feed(self, piece: str) -> None:
-        if self.is_complete is not None:
-            self.is_complete = self.is_complete and not piece.strip()
-            return
-        self.pieces.append(piece)
-        token = ""
-        for token in JSON_TOKEN.findall(self.pending_escape + piece):
-            if token == '"':
-                self.in_string = not self.in_string
-            elif not self.in_string and len(token) == 1:
-                self.depth += 1 if token in "[{" else -1
-        self.pending_escape = token if token == "\\" else ""
-        if self.depth <= 0 and not self.in_string and piece.rstrip().endswith("}"):
-            self.is_complete = load_object("".join(self.pieces)) is not None
-
-
-@dataclass(slots=True)
-class StreamedCall:
-    """A tool call being streamed; no fragment is scanned twice."""
-
-    id: str = ""
-    name: str = ""
-    pieces: list[str] = field(default_factory=list)  #: the arguments, as received
-    is_blank: bool = True
-    sent_count: int = 0  #: number of pieces passed on
-    scanned_count: int = 0  #: number of pieces `scanner` has seen
-    scanner: ObjectScanner = field(default_factory=ObjectScanner)
-    complete: bool = False  #: its last fragment was received
-    closed: bool = False
-
-    @property
-    def arguments(self) -> str:
-        return "".join(self.pieces)
-
-    def add(self, piece: str) -> None:
-        if piece:
-            self.pieces.append(piece)
-            self.is_blank = self.is_blank and piece.isspace()
-
-    def unsent(self) -> str:
-        """What to pass on now; a short run of leading blanks is held back: it may be all."""
-        if self.is_blank and len(self.pieces) <= MAX_BLANK_RUN:
-            return ""
-        start, self.sent_count = self.sent_count, len(self.pieces)
-        return "".join(self.pieces[start:])
-
-    def is_whole(self) -> bool:
-        start, self.scanned_count = self.scanned_count, len(self.pieces)
-        for piece in self.pieces[start:]:
-            self.scanner.feed(piece)
-        return self.scanner.is_complete is True
+def write_response_format(output: OutputFormat) -> Json:
+    if output.schema is None:
+        return {"type": "json_object"}
+    entry: Json = {"name": output.name, "schema": output.schema}
+    if output.description:
+        entry["description"] = output.description
+    entry["strict"] = fits_strict(output.schema) if output.strict is None else output.strict
+    return {"type": "json_schema", "json_schema": entry}
 
 
 class ChatReader:
-    """Chat chunks -> events.
-
-    Chunks may interleave calls and text; events may not.  One block is live; deltas for others are
-    buffered until it is complete.
-    """
+    """Chat chunks -> events; chunks may interleave calls and text."""
 
     def __init__(self, context: ResponseContext) -> None:
         self.context = context
+        self.blocks = BlockAssembler(CHAT_ENVELOPE)
         self.usage = Usage()
-        self.live = ""  # kind of the open block
-        self.live_call: StreamedCall | None = None
-        self.calls: dict[tuple[int, int], StreamedCall] = {}
-        self.deferred_texts: list[tuple[str, str]] = []  # (kind, text) received inside a call
         self.reasoning: list[str] = []
         self.opaque = ""
-        self.unsent_opaque = ""  # the same, until it is passed on
         self.finish_reason = ""
         self.started = False
 
@@ -4191,210 +4256,137 @@ class ChatReader:
             return [StreamError(read_stream_error(frame["error"]))]
         if frame.get("type") == "[DONE]":
             return self.end()
-        events: list[Event] = []
-        choices = frame.get("choices")
-        choices = choices if isinstance(choices, list) else []
+        choices = get_dicts(frame, "choices")
         if not self.started and (choices or frame.get("usage")):
             self.started = True
-            events.append(MessageStart(str(frame.get("id") or ""), str(frame.get("model") or "")))
+            start = MessageStart(str(frame.get("id") or ""), str(frame.get("model") or ""))
+            self.blocks.events.append(start)
         for choice in choices:
-            if isinstance(choice, dict):
-                self.read_choice(choice, events)
+            self.read_choice(choice)
         read_usage(frame, CHAT_USAGE, self.usage)
-        return events
+        return self.blocks.take()
 
-    def read_choice(self, choice: Json, events: list[Event]) -> None:
+    def read_choice(self, choice: Json) -> None:
         """Copilot's Claude spreads one response over several choices (seen in 2026-08)."""
         delta = get_dict(choice, "delta") or get_dict(choice, "message")
-        for key in REASONING_FIELDS:
-            if isinstance(delta.get(key), str) and delta[key]:
-                self.reasoning.append(delta[key])
-                self.add("thinking", delta[key], events)
+        for name in REASONING_FIELDS:
+            text = delta.get(name)
+            if text and isinstance(text, str):
+                self.reasoning.append(text)
+                self.blocks.add_text("thinking", text)
                 break
         if isinstance(delta.get("reasoning_opaque"), str):
-            self.unsent_opaque = self.opaque = delta["reasoning_opaque"]
-        if isinstance(delta.get("content"), str) and delta["content"]:
-            self.add("text", delta["content"], events)
-        if isinstance(delta.get("refusal"), str) and delta["refusal"]:
-            self.add("refusal", delta["refusal"], events)
-        choice_index = choice.get("index")
-        fragments = delta.get("tool_calls")
+            self.opaque = delta["reasoning_opaque"]
+            self.blocks.signature = [self.opaque] if self.opaque else []
+        for name, kind in (("content", "text"), ("refusal", "refusal")):
+            text = delta.get(name)
+            if text and isinstance(text, str):
+                self.blocks.add_text(kind, text)
+        fragments = get_dicts(delta, "tool_calls")
         if get_dict(delta, "function_call"):
             fragments = [{"function": delta["function_call"]}]
-        for position, fragment in enumerate(fragments if isinstance(fragments, list) else ()):
-            if isinstance(fragment, dict):
-                call_index = fragment.get("index")
-                call_key = (choice_index if isinstance(choice_index, int) else 0, position)
-                if isinstance(call_index, int):
-                    call_key = (call_key[0], call_index)
-                self.read_fragment(call_key, fragment, events)
-        finish_reason = choice.get("finish_reason")
-        if isinstance(finish_reason, str) and finish_reason and self.finish_reason != "tool_calls":
+        for position, fragment in enumerate(fragments):
+            function = get_dict(fragment, "function")
+            arguments = function.get("arguments")
+            if isinstance(arguments, dict):
+                arguments = dump_text(arguments)
+            arguments = arguments if isinstance(arguments, str) else ""
+            call_id, name = str_or_empty(fragment, "id"), str_or_empty(function, "name")
+            key = call_key(choice, fragment, position)
+            self.blocks.add_call(key, call_id, name, arguments, is_last=False)
+        finish_reason = str_or_empty(choice, "finish_reason")
+        if finish_reason and self.finish_reason != "tool_calls":
             self.finish_reason = finish_reason
 
-    def read_fragment(self, call_key: tuple[int, int], fragment: Json, events: list[Event]) -> None:
-        """One fragment of one call; repeated ids and names are ignored."""
-        call = self.calls.get(call_key) or self.calls.setdefault(call_key, StreamedCall())
-        function = get_dict(fragment, "function")
-        if isinstance(fragment.get("id"), str) and not call.id:
-            call.id = fragment["id"]
-        if isinstance(function.get("name"), str) and not call.name:
-            call.name = function["name"]
-        arguments = function.get("arguments")
-        if isinstance(arguments, dict):
-            arguments = dump_text(arguments)
-        if isinstance(arguments, str):
-            call.add(arguments)
-        live_call = self.live_call
-        if live_call is None or (live_call is not call and live_call.is_whole()):
-            if call.name and not call.closed:
-                self.open_call(call_key, events)
-        elif live_call is call:
-            self.send_arguments(call, events)
-
-    def open_call(self, call_key: tuple[int, int], events: list[Event]) -> None:
-        self.close(events)
-        call = self.calls[call_key]
-        call.id = call.id or f"call_{short_hash(f'{call.name}{call_key}', 16)}"
-        self.live, self.live_call = "tool", call
-        events.append(BlockStart("tool", call.id, call.name))
-        self.send_arguments(call, events)
-
-    @staticmethod
-    def send_arguments(call: StreamedCall, events: list[Event]) -> None:
-        text = call.unsent()
-        if text:
-            events.append(BlockDelta("arguments", text))
-
-    def add(self, kind: str, text: str, events: list[Event]) -> None:
-        """Adds text to a block of `kind`, now or once the live call is complete."""
-        if self.live_call is not None:
-            if not self.live_call.is_whole():
-                self.deferred_texts.append((kind, text))
-                return
-            self.close(events)
-        if self.live != kind:
-            self.close(events)
-            self.live = kind
-            events.append(BlockStart(kind))
-        events.append(BlockDelta("text", text))
-
-    def close(self, events: list[Event]) -> None:
-        if not self.live:
-            return
-        if self.live == "thinking" and self.unsent_opaque:
-            events.append(BlockDelta("signature", CHAT_ENVELOPE + self.unsent_opaque))
-            self.unsent_opaque = ""
-        if self.live_call is not None:
-            self.live_call.closed = True
-        events.append(BlockStop())
-        self.live, self.live_call = "", None
-
     def end(self) -> list[Event]:
-        events: list[Event] = []
+        blocks, calls = self.blocks, self.blocks.calls.values()
         if not self.finish_reason or not self.started:
-            return events
-        self.close(events)
-        for call_key, call in self.calls.items():
-            if not call.closed and call.name:
-                self.open_call(call_key, events)
-                self.close(events)
-        deferred_texts, self.deferred_texts = self.deferred_texts, []
-        for kind, text in deferred_texts:
-            self.add(kind, text, events)
-        self.close(events)
-        if self.calls and self.opaque and self.context.keep:
-            reasoning = "".join(self.reasoning)
-            self.context.keep([call.id for call in self.calls.values()], reasoning, self.opaque)
-        if self.unsent_opaque:
-            # The signature came after the thinking block, or without one.
-            events += [
-                BlockStart("redacted", raw={"data": CHAT_ENVELOPE + self.unsent_opaque}),
-                BlockStop(),
-            ]
+            return []
+        for call in calls:
+            call.complete = True
+        blocks.end()
+        if calls and self.opaque and self.context.keep:
+            self.context.keep([call.id for call in calls], "".join(self.reasoning), self.opaque)
+        if blocks.signature:  # it came after the thinking block, or without one
+            blocks.add_text("redacted", "".join(blocks.signature))
+            blocks.signature = []
         if self.usage.source:
-            events.append(UsageUpdate(self.usage))
-        stop_reason = "tool" if self.calls else CHAT_FINISHES.get(self.finish_reason, "")
-        if self.finish_reason == "length":
+            blocks.events.append(UsageUpdate(self.usage))
+        finish_reason, self.finish_reason = self.finish_reason, ""
+        stop_reason = "tool" if calls else CHAT_FINISHES.get(finish_reason, "")
+        if finish_reason == "length":
             stop_reason = "length"
-        if stop_reason:
-            events.append(MessageStop(stop_reason))
-        else:
-            events.append(
-                StreamError(UpstreamError(f"The upstream ended with {self.finish_reason!r}."))
-            )
-        self.finish_reason = ""
-        return events
+        error = UpstreamError(f"The upstream ended with {finish_reason!r}.")
+        blocks.events.append(MessageStop(stop_reason) if stop_reason else StreamError(error))
+        return blocks.take()
+
+
+def call_key(choice: Json, fragment: Json, position: int) -> tuple[int, int]:
+    """(index of the choice, index of the call in it); either may be missing."""
+    choice_index, call_index = choice.get("index"), fragment.get("index")
+    return (
+        choice_index if isinstance(choice_index, int) else 0,
+        call_index if isinstance(call_index, int) else position,
+    )
+
+
+def chunk_base(context: ResponseContext, chunk_id: str, created: int) -> Json:
+    """The fields that all chunks of a response share."""
+    chunk_type = "chat.completion.chunk"
+    return {"id": chunk_id, "object": chunk_type, "created": created, "model": context.model}
+
+
+CHAT_DELTAS = {"text": "content", "thinking": "reasoning_content", "refusal": "refusal"}
 
 
 class ChatWriter:
     def __init__(self, context: ResponseContext) -> None:
         self.context = context
         self.usage = Usage()
+        self.base = chunk_base(context, context.id, context.created)
         self.call_index = -1
         self.block_kind = ""
         self.has_empty_call = False
 
     def chunk(self, delta: Json, finish_reason: str | None = None) -> Json:
-        return {
-            "id": self.context.id,
-            "object": "chat.completion.chunk",
-            "created": self.context.created,
-            "model": self.context.model,
-            "choices": [
-                {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-            ],
-        }
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        return {**self.base, "choices": [choice]}
 
     def write(self, event: Event) -> list[Json]:
         if isinstance(event, BlockDelta):
-            return self.write_delta(event)
+            delta = self.write_delta(event)
+            return [self.chunk(delta)] if delta else []
         if isinstance(event, MessageStart):
             return [self.chunk({"role": "assistant", "content": ""})]
         if isinstance(event, BlockStart):
             self.block_kind = event.kind
-            if event.kind != "tool":
-                return []
-            self.call_index += 1
-            self.has_empty_call = True
-            return [self.write_call(event)]
-        if isinstance(event, BlockStop):
-            if self.block_kind == "tool" and self.has_empty_call:
-                return [self.chunk(self.arguments_delta("{}"))]
-            return []
-        if isinstance(event, UsageUpdate):
-            self.usage = event.usage
-            return []
-        if isinstance(event, MessageStop):
-            return self.write_finish(event)
-        raise event.error
-
-    def write_delta(self, event: BlockDelta) -> list[Json]:
-        """Signatures and citations have no place in this dialect."""
-        if self.block_kind == "tool":
-            if event.part != "arguments" or not event.text:
-                return []
+            self.has_empty_call = event.kind == "tool"
+            if self.has_empty_call:
+                self.call_index += 1
+                function = {"name": event.name, "arguments": ""}
+                return [self.chunk(self.call_delta(function, id=event.id, type="function"))]
+        elif isinstance(event, BlockStop) and self.has_empty_call:
             self.has_empty_call = False
-            return [self.chunk(self.arguments_delta(event.text))]
-        if event.part != "text" or self.block_kind not in ("text", "thinking", "refusal"):
-            return []
-        if self.block_kind == "thinking":
-            return [self.chunk({"reasoning_content": event.text})]
-        key = "content" if self.block_kind == "text" else "refusal"
-        return [self.chunk({key: event.text})]
+            return [self.chunk(self.call_delta({"arguments": "{}"}))]
+        elif isinstance(event, UsageUpdate):
+            self.usage = event.usage
+        elif isinstance(event, MessageStop):
+            return self.write_finish(event)
+        return []
 
-    def write_call(self, event: BlockStart) -> Json:
-        """The first fragment of a call, the only one with id, type and name."""
-        function = {"name": event.name, "arguments": ""}
-        if self.context.legacy_functions:
-            return self.chunk({"function_call": function})
-        call = {"index": self.call_index, "id": event.id, "type": "function", "function": function}
-        return self.chunk({"tool_calls": [call]})
+    def write_delta(self, event: BlockDelta) -> Json:
+        """Signatures and citations have no place in this dialect."""
+        if self.block_kind == "tool" and event.part == "arguments" and event.text:
+            self.has_empty_call = False
+            return self.call_delta({"arguments": event.text})
+        key = CHAT_DELTAS.get(self.block_kind)
+        return {key: event.text} if key and event.part == "text" else {}
 
-    def arguments_delta(self, text: str) -> Json:
+    def call_delta(self, function: Json, **first_fields: str) -> Json:
+        """A fragment of the open call; only the first one has id, type and name."""
         if self.context.legacy_functions:
-            return {"function_call": {"arguments": text}}
-        return {"tool_calls": [{"index": self.call_index, "function": {"arguments": text}}]}
+            return {"function_call": function}
+        return {"tool_calls": [{"index": self.call_index, **first_fields, "function": function}]}
 
     def write_finish(self, event: MessageStop) -> list[Json]:
         finish_reason = CHAT_FINISH_WORDS[event.reason]
@@ -4405,10 +4397,8 @@ class ChatWriter:
         if event.reason == "filter" and isinstance(explanation, str) and explanation:
             frames.insert(0, self.chunk({"refusal": explanation}))
         if self.context.include_usage:
-            usage_chunk = self.chunk({})
-            usage_chunk["choices"] = []
-            usage_chunk["usage"] = write_usage(self.usage, CHAT_USAGE)
-            frames.append(usage_chunk)
+            usage = write_usage(self.usage, CHAT_USAGE)
+            frames.append({**self.chunk({}), "choices": [], "usage": usage})
         return frames
 
 
@@ -4466,8 +4456,7 @@ class ChatRelay:
         self.usage = Usage()
         self.said = 0.0
         self.finished = False
-        self.id = ""
-        self.created = 0
+        self.base: Json = {}  # the fields that all chunks share, from the first one
         self.started = False
         self.finish_reasons: dict[int, str] = {}  # per choice
         self.call_indexes: dict[tuple[int, int], int] = {}
@@ -4488,113 +4477,82 @@ class ChatRelay:
             self.usage_frame = frame["usage"]
         for key in ("usage", "copilot_usage", *VENDOR_CHAT_FIELDS):
             frame.pop(key, None)
-        raw_choices = frame.get("choices")
-        choices = (
-            [choice for choice in raw_choices if isinstance(choice, dict)]
-            if isinstance(raw_choices, list)
-            else []
-        )
+        choices = get_dicts(frame, "choices")
         if not choices:
             return []  # prompt filter results, copilot_references, the usage chunk
-        self.id = self.id or str(frame.get("id") or self.context.id)
-        self.created = self.created or positive_int(frame.get("created")) or self.context.created
-        frame.update(
-            id=self.id,
-            object="chat.completion.chunk",
-            created=self.created,
-            model=self.context.model,
-        )
-        frame["choices"] = [
-            repaired for choice in choices if (repaired := self.repair_choice(choice))
-        ]
-        if not frame["choices"]:
+        if not self.base:
+            chunk_id = str(frame.get("id") or self.context.id)
+            created = positive_int(frame.get("created")) or self.context.created
+            self.base = chunk_base(self.context, chunk_id, created)
+        frame.update(self.base)
+        choices = [repaired for choice in choices if (repaired := self.repair_choice(choice))]
+        if not choices:
             return []
-        if not self.context.many:
-            first_choice, *others = frame["choices"]
+        if len(choices) > 1 and not self.context.many:
             merger = DeltaMerger()
-            for other in others:
-                merger.add(first_choice["delta"], other["delta"])
+            for other in choices[1:]:
+                merger.add(choices[0]["delta"], other["delta"])
             merger.join()
-            frame["choices"] = [first_choice]
-        opening = [] if self.started else [self.role_chunk(frame)]
-        self.started = True
-        return [*filter(None, opening), frame]
-
-    def role_chunk(self, frame: Json) -> Json:
-        """The chunk that must come first, if the upstream's first one has no role."""
-        if any("role" in choice["delta"] for choice in frame["choices"]):
-            return {}
-        delta = {"role": "assistant", "content": ""}
-        choices = [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}]
-        return {**frame, "choices": choices}
+            choices = choices[:1]
+        frame["choices"] = choices
+        is_first, self.started = not self.started, True
+        if not is_first or any("role" in choice["delta"] for choice in choices):
+            return [frame]
+        role = {"role": "assistant", "content": ""}
+        opening = {"index": 0, "delta": role, "logprobs": None, "finish_reason": None}
+        return [{**frame, "choices": [opening]}, frame]
 
     def repair_choice(self, choice: Json) -> Json | None:
         """One choice as strict clients expect it; None if nothing is left of it."""
-        raw_index = choice.get("index")
-        index = raw_index if isinstance(raw_index, int) else 0
-        output_index = index if self.context.many else 0
-        delta = {
-            key: value
-            for key, value in get_dict(choice, "delta").items()
-            if key not in VENDOR_CHAT_FIELDS
-        }
-        finish_reason = choice.get("finish_reason")
-        if (
-            isinstance(finish_reason, str)
-            and finish_reason
-            and self.finish_reasons.get(output_index) != "tool_calls"
-        ):
-            self.finish_reasons[output_index] = finish_reason
+        index = choice.get("index")
+        index = index if isinstance(index, int) and self.context.many else 0
+        choice = {key: value for key, value in choice.items() if key not in VENDOR_CHAT_FIELDS}
+        raw_delta = get_dict(choice, "delta")
+        delta = {key: raw_delta[key] for key in raw_delta if key not in VENDOR_CHAT_FIELDS}
+        finish_reason = str_or_empty(choice, "finish_reason")
+        if finish_reason and self.finish_reasons.get(index) != "tool_calls":
+            self.finish_reasons[index] = finish_reason
         if isinstance(delta.get("reasoning_text"), str):
             # Copilot's name for it; clients read `reasoning_content`.
             delta.setdefault("reasoning_content", delta["reasoning_text"])
             self.reasoning.append(delta["reasoning_text"])
         if isinstance(delta.get("reasoning_opaque"), str):
             self.opaque = delta["reasoning_opaque"]
-        calls = delta.pop("tool_calls", None)
-        if isinstance(calls, list):
-            fragments = [
-                self.repair_call(index, position, call)
-                for position, call in enumerate(calls)
-                if isinstance(call, dict)
+        if isinstance(delta.pop("tool_calls", None), list):
+            calls = enumerate(get_dicts(raw_delta, "tool_calls"))
+            delta["tool_calls"] = [
+                self.repair_call(call, call_key(choice, call, position)) for position, call in calls
             ]
-            delta["tool_calls"] = fragments
         if isinstance(delta.get("content"), str):
             self.said += estimate_text(delta["content"])
         if finish_reason and not any(value for key, value in delta.items() if key != "role"):
             return None
         if self.started:
             delta.pop("role", None)
-        extra = {key: value for key, value in choice.items() if key not in VENDOR_CHAT_FIELDS}
-        return {**extra, "index": output_index, "delta": delta, "finish_reason": None}
+        return {**choice, "index": index, "delta": delta, "finish_reason": None}
 
-    def repair_call(self, choice_index: int, position: int, call: Json) -> Json:
+    def repair_call(self, call: Json, key: tuple[int, int]) -> Json:
         """A fragment with a dense index; id, type and name only in the first one of each call."""
-        upstream_index = call.get("index")
-        call_key = (choice_index, upstream_index if isinstance(upstream_index, int) else position)
         function = get_dict(call, "function")
-        fragment: Json = {"arguments": function.get("arguments") or ""}
-        if isinstance(fragment["arguments"], dict):
-            fragment["arguments"] = dump_text(fragment["arguments"])
-        is_new = call_key not in self.call_indexes
-        call_index = self.call_indexes.setdefault(call_key, len(self.call_indexes))
-        self.guards[call_index].check(str(fragment["arguments"]))
-        if not is_new:
-            return {"index": call_index, "function": fragment}
+        arguments = function.get("arguments") or ""
+        if isinstance(arguments, dict):
+            arguments = dump_text(arguments)
+        is_first = key not in self.call_indexes
+        index = self.call_indexes.setdefault(key, len(self.call_indexes))
+        self.guards[index].check(str(arguments))
+        if not is_first:
+            return {"index": index, "function": {"arguments": arguments}}
         name = str(function.get("name") or "")
-        fragment = {"name": self.context.names.get(name, name), **fragment}
-        call_id = call.get("id") or f"call_{short_hash(f'{self.context.id}{call_key}', 16)}"
+        call_id = call.get("id") or f"call_{short_hash(f'{self.context.id}{key}', 16)}"
         self.call_ids.append(str(call_id))
-        first_fragment = {
-            "index": call_index,
+        first_fields = {
+            "index": index,
             "id": call_id,
             "type": "function",
-            "function": fragment,
+            "function": {"name": self.context.names.get(name, name), "arguments": arguments},
         }
-        return {
-            **{key: value for key, value in call.items() if key not in first_fragment},
-            **first_fragment,
-        }
+        extra = {key: value for key, value in call.items() if key not in first_fields}
+        return {**extra, **first_fields}
 
     def end(self) -> list[Json]:
         if self.finished:
@@ -4605,23 +4563,17 @@ class ChatRelay:
         if self.opaque and self.context.keep:
             self.context.keep(self.call_ids, "".join(self.reasoning), self.opaque)
         frames = []
-        base = {
-            "id": self.id,
-            "object": "chat.completion.chunk",
-            "created": self.created,
-            "model": self.context.model,
-        }
         for index, finish_reason in sorted(self.finish_reasons.items()):
             if finish_reason not in CHAT_FINISHES:
                 raise UpstreamError(f"The upstream ended with {finish_reason!r}.")
             if self.call_indexes and finish_reason == "stop":
                 finish_reason = "tool_calls"
             choice = {"index": index, "delta": {}, "logprobs": None, "finish_reason": finish_reason}
-            frames.append({**base, "choices": [choice]})
+            frames.append({**self.base, "choices": [choice]})
         if self.context.include_usage:
-            finalized = finalize_usage(self.usage, self.context, self.said)
-            usage = self.usage_frame or write_usage(finalized, CHAT_USAGE)
-            frames.append({**base, "choices": [], "usage": usage})
+            usage = finalize_usage(self.usage, self.context, self.said)
+            usage_fields = self.usage_frame or write_usage(usage, CHAT_USAGE)
+            frames.append({**self.base, "choices": [], "usage": usage_fields})
         return frames
 
 
@@ -4629,16 +4581,19 @@ class ChatDialect(Dialect):
     name = "chat"
     tail = SSE_DONE
     id_prefix = "chatcmpl-"
+    write_request = staticmethod(write_chat_request)
+    framing = SseReader
     reader = ChatReader
     writer = ChatWriter
     relay = ChatRelay
+    encode = staticmethod(write_sse)
 
     def request_info(self, body: Json) -> RequestInfo:
         messages = message_list(body)
         last_role = messages[-1].get("role")
-        session = body.get("prompt_cache_key") or body.get("user") or ""
-        system = next(
-            (message.get("content") for message in messages if message.get("role") == "system"), ""
+        session = body.get("prompt_cache_key") or body.get("user")
+        systems = (
+            message.get("content") for message in messages if message.get("role") == "system"
         )
         stream_options = dict_field(body, "stream_options")
         return RequestInfo(
@@ -4647,22 +4602,15 @@ class ChatDialect(Dialect):
             include_usage=bool_field(stream_options, "include_usage", "stream_options") or False,
             initiator="agent" if last_role in ("tool", "function", "assistant") else "user",
             session=session if isinstance(session, str) else "",
-            opening=opening_words(system, messages),
+            opening=opening_words(next(systems, ""), messages),
         )
 
     def read_request(self, body: Json) -> Conversation:
         return ChatRequestReader(body).read()
 
-    def write_request(self, chat: Conversation, model: Model) -> Json:
-        return ChatRequestWriter(chat, model).write()
-
     def has_image(self, body: Json) -> bool:
-        return any(
-            isinstance(part, dict) and part.get("type") == "image_url"
-            for message in body["messages"]
-            if isinstance(message.get("content"), list)
-            for part in message["content"]
-        )
+        parts = (part for message in body["messages"] for part in get_dicts(message, "content"))
+        return any(part.get("type") == "image_url" for part in parts)
 
     def aggregate(self, frames: list[Json]) -> Json:
         response: Json = {"id": "", "object": "chat.completion", "created": 0, "model": ""}
@@ -4685,9 +4633,8 @@ class ChatDialect(Dialect):
             message = choice["message"]
             for call in message.get("tool_calls", ()):
                 call.pop("index", None)
-            message["content"] = message.get("content") or None
-            if not (message["content"] or "tool_calls" in message or "function_call" in message):
-                message["content"] = ""
+            has_calls = "tool_calls" in message or "function_call" in message
+            message["content"] = message.get("content") or (None if has_calls else "")
             message.setdefault("refusal", None)
             choice.setdefault("logprobs", None)
         response["choices"] = [choices[index] for index in sorted(choices)]
@@ -4695,21 +4642,11 @@ class ChatDialect(Dialect):
         return response
 
     def expand(self, response: Json) -> list[Json]:
-        base = {key: value for key, value in response.items() if key not in ("choices", "usage")}
-        base["object"] = "chat.completion.chunk"
-        choices = []
-        for choice in response.get("choices") or ():
-            if isinstance(choice, dict):
-                extra = {key: value for key, value in choice.items() if key != "message"}
-                choices.append({**extra, "delta": get_dict(choice, "message")})
-        frames: list[Json] = [{**base, "choices": choices}]
-        if response.get("usage"):
-            usage_fields = {
-                "usage": response["usage"],
-                "copilot_usage": response.get("copilot_usage"),
-            }
-            frames.append({**base, "choices": [], **usage_fields})
-        return frames
+        choices = [
+            {"delta" if key == "message" else key: value for key, value in choice.items()}
+            for choice in get_dicts(response, "choices")
+        ]
+        return [{**response, "choices": choices}]
 
     def plain_text(self, frame: Json) -> str | None:
         choices = frame.get("choices")
@@ -4722,9 +4659,6 @@ class ChatDialect(Dialect):
         if not isinstance(delta, dict) or list(delta) != ["content"] or choice.get("logprobs"):
             return None
         return delta["content"] if isinstance(delta["content"], str) else None
-
-    def encode(self, frame: Json) -> bytes:
-        return write_sse(frame)
 
     def error_body(self, error: ApiError, request_id: str) -> Json:
         return {"error": write_openai_error(error)}
@@ -6885,113 +6819,52 @@ class KiroFault(NamedTuple):
 
 
 KIRO_FAULTS = (
-    KiroFault(
-        r"CONTENT_LENGTH_EXCEEDS|ContentLengthExceeded|PROMPT_TOO_LONG|[Ii]nput is too long",
-        ContextTooLong,
-        "",
-    ),
-    KiroFault(
-        r"SUSPENDED|AccountSuspended|temporarily (?:is )?suspended",
-        Forbidden,
-        "Kiro has suspended this account",
-        "rest",
-        hint="Only Kiro's support can lift that; nothing is tried again by itself.",
-    ),
-    KiroFault(
-        r"MONTHLY_REQUEST_COUNT|OVERAGE_REQUEST_LIMIT|reached the limit",
-        QuotaExceeded,
-        "The Kiro credits of this month are used up",
-        "rest",
-        hint="They come back with the next billing period.",
-    ),
-    KiroFault(
-        r"CONVERSATION_LIMIT_EXCEEDED",
-        QuotaExceeded,
-        "Kiro's limit for one conversation is reached",
-        hint="Begin a new conversation.",
-    ),
-    KiroFault(
-        r"DAILY_REQUEST_COUNT",
-        QuotaExceeded,
-        "Kiro's limit for one day is reached",
-        "rest",
-    ),
-    KiroFault(
-        r"60-minute credit limit",
-        RateLimited,
-        "Kiro's limit for one hour is reached",
-        "rest",
-    ),
-    KiroFault(
-        (
-            r"INSUFFICIENT_MODEL_CAPACITY|MODEL_TEMPORARILY_UNAVAILABLE|unexpectedly high load"
-            r"|[mM]odel(?:Temporarily)?Unavailable"
-        ),
-        Overloaded,
-        "This model is overloaded at Kiro",
-        "pause",
-    ),
-    KiroFault(
-        r"THINKING_SIGNATURE_INVALID",
-        InvalidRequest,
-        "Kiro does not accept the signature of earlier thinking",
-        "forget",
-    ),
-    KiroFault(
-        r"INVALID_MODEL_ID",
-        ModelNotFound,
-        "Kiro does not offer this model to this account",
-        "relist",
-        hint="Plan, region and organisation decide; GET /v1/models lists what there is.",
-    ),
-    KiroFault(
-        r"profileArn is required|Invalid profileArn",
-        NotSignedIn,
-        "Kiro wants another profile",
-        "reroute",
-    ),
-    KiroFault(
-        r"bearer token included in the request is invalid|ExpiredToken",
-        NotSignedIn,
-        "Kiro does not accept the access token",
-        "refresh",
-    ),
-    KiroFault(
-        r"Invalid token|User is not authorized",
-        Forbidden,
-        "Kiro does not allow this with the account's profile and region",
-        "reroute",
-    ),
-    KiroFault(
-        r"IMAGE_[A-Z]+|DOCUMENT_[A-Z]+",
-        InvalidRequest,
-        "Kiro refused an image or document",
-    ),
-    KiroFault(
-        r"Improperly formed|REQUEST_BODY_INVALID|TOOL_[A-Z]+|Validation",
-        InvalidRequest,
-        "Kiro refused the conversation's form",
-    ),
-    KiroFault(
-        r"UnknownOperation|[Uu]nknown operation",
-        UpstreamError,
-        "This Kiro host does not know the request",
-        "reroute",
-    ),
+    KiroFault(r"CONTENT_LENGTH_EXCEEDS|ContentLengthExceeded|PROMPT_TOO_LONG|[Ii]nput is too long",
+        ContextTooLong, ""),
+    KiroFault(r"SUSPENDED|AccountSuspended|temporarily (?:is )?suspended",
+        Forbidden, "Kiro has suspended this account", "rest",
+        "Only Kiro's support can lift that; nothing is tried again by itself."),
+    KiroFault(r"MONTHLY_REQUEST_COUNT|OVERAGE_REQUEST_LIMIT|reached the limit",
+        QuotaExceeded, "The Kiro credits of this month are used up", "rest",
+        "They come back with the next billing period."),
+    KiroFault(r"CONVERSATION_LIMIT_EXCEEDED",
+        QuotaExceeded, "Kiro's limit for one conversation is reached",
+        hint="Begin a new conversation."),
+    KiroFault(r"DAILY_REQUEST_COUNT",
+        QuotaExceeded, "Kiro's limit for one day is reached", "rest"),
+    KiroFault(r"60-minute credit limit",
+        RateLimited, "Kiro's limit for one hour is reached", "rest"),
+    KiroFault(r"INSUFFICIENT_MODEL_CAPACITY|MODEL_TEMPORARILY_UNAVAILABLE|unexpectedly high load"
+        r"|[mM]odel(?:Temporarily)?Unavailable",
+        Overloaded, "This model is overloaded at Kiro", "pause"),
+    KiroFault(r"THINKING_SIGNATURE_INVALID",
+        InvalidRequest, "Kiro does not accept the signature of earlier thinking", "forget"),
+    KiroFault(r"INVALID_MODEL_ID",
+        ModelNotFound, "Kiro does not offer this model to this account", "relist",
+        "Plan, region and organisation decide; GET /v1/models lists what there is."),
+    KiroFault(r"profileArn is required|Invalid profileArn",
+        NotSignedIn, "Kiro wants another profile", "reroute"),
+    KiroFault(r"bearer token included in the request is invalid|ExpiredToken",
+        NotSignedIn, "Kiro does not accept the access token", "refresh"),
+    KiroFault(r"Invalid token|User is not authorized",
+        Forbidden, "Kiro does not allow this with the account's profile and region", "reroute"),
+    KiroFault(r"IMAGE_[A-Z]+|DOCUMENT_[A-Z]+",
+        InvalidRequest, "Kiro refused an image or document"),
+    KiroFault(r"Improperly formed|REQUEST_BODY_INVALID|TOOL_[A-Z]+|Validation",
+        InvalidRequest, "Kiro refused the conversation's form"),
+    KiroFault(r"UnknownOperation|[Uu]nknown operation",
+        UpstreamError, "This Kiro host does not know the request", "reroute"),
     KiroFault(r"Throttling|[Tt]oo many requests", RateLimited, "Kiro's rate limit", "pause"),
     KiroFault(r"ServiceUnavailable", Overloaded, "Kiro is busy", "reroute"),
     KiroFault(r"AccessDenied", Forbidden, "Kiro does not allow this"),
-)
-
-
-KIRO_PATTERNS = [(fault, re.compile(fault.pattern)) for fault in KIRO_FAULTS]
+)  # fmt: skip
 LASTING_ACTIONS = ("rest", "pause", "refresh")  # they affect more than one request
 
 
 def find_kiro_fault(text: str, sentences: bool = False) -> KiroFault | None:
     """The first fault found in `text`; with `sentences` one word gives no lasting remedy."""
-    for fault, pattern in KIRO_PATTERNS:
-        match = pattern.search(text)
+    for fault in KIRO_FAULTS:
+        match = re.search(fault.pattern, text)
         if match and (" " in match[0] or not sentences or fault.action not in LASTING_ACTIONS):
             return fault
     return None
@@ -7001,9 +6874,8 @@ def classify_kiro_message(code: str, reason: str, message: str) -> RetryDecision
     """Classifies a refusal by Kiro's error text, in an error response or inside a stream."""
     code_fault = find_kiro_fault(f"{code} {reason}")
     # The refusal of one request may quote the client's own names, such as a tool's.
-    message_fault = find_kiro_fault(
-        message, code_fault is not None and code_fault.error is InvalidRequest
-    )
+    is_form_refused = code_fault is not None and code_fault.error is InvalidRequest
+    message_fault = find_kiro_fault(message, is_form_refused)
     faults = [fault for fault in (code_fault, message_fault) if fault is not None]
     if not faults:
         return None
@@ -7019,16 +6891,15 @@ def read_kiro_words(payload: Json) -> tuple[str, str, str]:
     """(code, reason, message) of an error object, whichever names its members have; redacted."""
     error = get_dict(payload, "Output") or payload
     code = next((error[key] for key in ("code", "__type") if isinstance(error.get(key), str)), "")
-    reason = error.get("reason")
     keys = ("message", "Message", "errorMessage", "error")
     message = next((error[key] for key in keys if isinstance(error.get(key), str)), "")
     code = redact(code.rpartition("#")[2].partition(":")[0], MAX_CODE_TEXT)
-    reason = redact(reason, MAX_CODE_TEXT) if isinstance(reason, str) else ""
+    reason = redact(str_or_empty(error, "reason"), MAX_CODE_TEXT)
     return code, reason, redact(message, MAX_REFUSAL_TEXT)
 
 
-# The request.  Each rule is a function that adapts any conversation to what the service takes and
-# returns whether it changed anything; those that did are logged when the service refuses.
+# The request.  Each rule adapts any conversation to what the service takes; the rules that changed
+# something are logged when the service refuses.
 
 KIRO_DESCRIPTION_BYTES = 9216  # of a tool; its own CLI cuts at 10,240
 KIRO_NO_TEXT = "(see the attachment)"  # a turn without text or results needs some
@@ -7043,6 +6914,8 @@ KIRO_REFUSED_KEYWORDS = (
     "minLength", "minProperties", "minimum", "multipleOf", "pattern", "patternProperties",
     "propertyNames", "then", "unevaluatedItems", "unevaluatedProperties", "uniqueItems",
 )  # fmt: skip
+# Keywords whose value is no schema, though it may be an object or a list.
+PLAIN_KEYWORDS = ("enum", "const", "default", "examples", "type", "title", "description")
 # GPT hides its reasoning and sends this in its place, with a signature (opencodex, 2026-08).
 KIRO_HIDDEN_THINKING = "..."
 KIRO_DOCUMENTS = {
@@ -7053,6 +6926,8 @@ KIRO_DOCUMENTS = {
 
 @dataclass(slots=True)
 class KiroDraft:
+    """A request in the making; rules replace blocks, turns and tools, and change none in place."""
+
     chat: Conversation
     model: Model
     turns: list[Turn]
@@ -7061,119 +6936,102 @@ class KiroDraft:
     notes: list[str] = field(default_factory=list)  #: text after the last turn's
     extra: Json = field(default_factory=dict)  #: additionalModelRequestFields
 
-
-def inline_system_turns(draft: KiroDraft) -> bool:
-    """Turns a system message in mid-conversation into marked user text."""
-    if all(turn.role != "system" for turn in draft.turns):
-        return False
-    draft.turns = downgrade_system_turns(draft.turns)
-    return True
+    def apply(self, rule: Callable[[KiroDraft], None]) -> bool:
+        """Applies a rule and returns whether it changed anything."""
+        before = [*self.turns], [*self.tools], [*self.preface], [*self.notes], {**self.extra}
+        rule(self)
+        return before != (self.turns, self.tools, self.preface, self.notes, self.extra)
 
 
-def textify_unsupported_parts(draft: KiroDraft) -> bool:
+def inline_system_turns(draft: KiroDraft) -> None:
+    """Turns a system message in mid-conversation into marked user text.
+
+    That may bring together turns that answer the same call.
+    """
+    draft.turns = normalize_turns(downgrade_system_turns(draft.turns))
+
+
+def textify_unsupported_parts(draft: KiroDraft) -> None:
     """Replaces what an assistant turn cannot hold with text."""
-    changed = False
-    for turn in draft.turns:
+    for position, turn in enumerate(draft.turns):
         if turn.role != "assistant":
             continue
-        for index, block in enumerate(turn.blocks):
+        blocks = [*turn.blocks]
+        for index, block in enumerate(blocks):
             if isinstance(block, ToolResult):
-                turn.blocks[index] = Text(plain_text(block.blocks) or "(no output)")
+                blocks[index] = Text(plain_text(block.blocks) or "(no output)")
             elif isinstance(block, (Image, Document)):
-                turn.blocks[index] = Text(f"({type(block).__name__.lower()})")
-            changed = changed or turn.blocks[index] is not block
-    return changed
+                blocks[index] = Text(f"({type(block).__name__.lower()})")
+        draft.turns[position] = Turn(turn.role, blocks)
 
 
-def dedupe_call_ids(draft: KiroDraft) -> bool:
-    """A call id occurs once per conversation; the same call twice in a turn is one call."""
-    distinct = normalize_turns(draft.turns)
-    changed = distinct != draft.turns
-    draft.turns = distinct
-    return changed
+def keep_own_thinking_turns(draft: KiroDraft) -> None:
+    """Drops thinking that this account did not sign: Kiro would refuse it."""
+    prefix = kiro_mark(draft.model.provider)
+    kept: list[Turn] = []
+    for turn in draft.turns:
+        blocks: list[Block] = []
+        for block in turn.blocks:
+            if isinstance(block, Thinking):
+                signature = block.signature or block.redacted
+                if signature == prefix or not signature.startswith(prefix):
+                    continue
+            blocks.append(block)
+        if not all(isinstance(block, Thinking) for block in blocks):
+            kept.append(Turn(turn.role, blocks))  # a turn of nothing but thinking counts as empty
+    draft.turns = merge_turns(kept)
 
 
-def ensure_first_turn_is_user(draft: KiroDraft) -> bool:
-    if draft.turns and draft.turns[0].role == "user":
-        return False
-    draft.turns.insert(0, Turn("user", [Text(KIRO_FIRST_TURN)]))
-    return True
+def ensure_first_turn_is_user(draft: KiroDraft) -> None:
+    if not draft.turns or draft.turns[0].role != "user":
+        draft.turns.insert(0, Turn("user", [Text(KIRO_FIRST_TURN)]))
 
 
-def ensure_last_turn_is_user(draft: KiroDraft) -> bool:
-    """The last turn must be the user's: a prefilled response becomes history."""
+def ensure_last_turn_is_user(draft: KiroDraft) -> None:
+    """A prefilled response becomes history."""
     last = draft.turns[-1]
     if last.role == "user":
-        return False
+        return
     if plain_text(last.blocks).strip() == "{" and len(last.blocks) == 1:
         draft.turns.pop()  # a prefill that asks for JSON, which is asked for in the prompt here
         draft.notes.append("Reply with one JSON object and nothing else.")
     else:
         draft.turns.append(Turn("user", [Text(KIRO_GO_ON)]))
-    return True
 
 
-def lift_media(draft: KiroDraft) -> bool:
+def lift_media(draft: KiroDraft) -> None:
     """Moves images and files out of tool results into their turn: results hold only text."""
-    changed = False
     for index, turn in enumerate(draft.turns):
+        blocks: list[Block] = []
         media: list[Block] = []
         image_count = sum(isinstance(block, Image) for block in turn.blocks)
-        blocks: list[Block] = []
         for block in turn.blocks:
             if isinstance(block, ToolResult):
-                parts: list[Block] = []
-                for part in block.blocks:
-                    if isinstance(part, (Image, Document)):
-                        media.append(part)
-                        is_image = isinstance(part, Image)
-                        image_count += is_image
-                        part = Text(
-                            f"[image {image_count} below]" if is_image else "[document below]"
-                        )
-                    parts.append(part)
+                parts = [*block.blocks]
+                for position, part in enumerate(parts):
+                    if isinstance(part, Image):
+                        image_count += 1
+                        parts[position] = Text(f"[image {image_count} below]")
+                    elif isinstance(part, Document):
+                        parts[position] = Text("[document below]")
+                    else:
+                        continue
+                    media.append(part)
                 block = ToolResult(block.id, parts, block.is_error)
             blocks.append(block)
         if media:
             draft.turns[index] = Turn(turn.role, [*blocks, *media])
-            changed = True
-    return changed
 
 
-def keep_own_thinking_turns(draft: KiroDraft) -> bool:
-    """Drops thinking that is unsigned or another vendor's: Kiro would refuse it."""
-    prefix, changed = kiro_mark(draft.model.provider), False
-    for turn in draft.turns:
-        own_blocks = [block for block in turn.blocks if not is_foreign_kiro_thinking(block, prefix)]
-        if all(isinstance(block, Thinking) for block in own_blocks):
-            own_blocks = []  # a turn of nothing but thinking counts as empty
-        changed = changed or len(own_blocks) < len(turn.blocks)
-        turn.blocks = own_blocks
-    draft.turns = merge_turns(draft.turns)
-    return changed
-
-
-def is_foreign_kiro_thinking(block: Block, prefix: str) -> bool:
-    """Whether a block is thinking that this Kiro account did not sign."""
-    if not isinstance(block, Thinking):
-        return False
-    signature = block.signature or block.redacted
-    return not (signature.startswith(prefix) and len(signature) > len(prefix))
-
-
-def fill_empty_turns(draft: KiroDraft) -> bool:
+def fill_empty_turns(draft: KiroDraft) -> None:
     """A user turn with neither text nor results gets a placeholder, even beside an image."""
-    changed = False
-    for turn in draft.turns:
-        if turn.role == "user" and not any(
-            isinstance(block, (Text, ToolResult)) for block in turn.blocks
-        ):
-            turn.blocks.append(Text(KIRO_NO_TEXT))
-            changed = True
-    return changed
+    for index, turn in enumerate(draft.turns):
+        has_content = any(isinstance(block, (Text, ToolResult)) for block in turn.blocks)
+        if turn.role == "user" and not has_content:
+            draft.turns[index] = Turn("user", [*turn.blocks, Text(KIRO_NO_TEXT)])
 
 
-def inline_tool_choice(draft: KiroDraft) -> bool:
+def inline_tool_choice(draft: KiroDraft) -> None:
     """Kiro has no `tool_choice`: "none" drops the tools, other modes are put into the prompt."""
     choice, chat = draft.chat.choice, draft.chat
     if choice and choice.mode == "none":
@@ -7182,57 +7040,44 @@ def inline_tool_choice(draft: KiroDraft) -> bool:
         draft.notes.append(f"Answer with a call of the tool {chat.wire_name(choice.name)}.")
     elif choice and choice.mode == "required" and draft.tools:
         draft.notes.append("Answer with a call of one of the tools.")
-    is_sequential = chat.parallel is False and bool(draft.tools)
-    if is_sequential:
+    if chat.parallel is False and draft.tools:
         draft.notes.append("Call at most one tool at a time.")
-    return is_sequential or bool(choice and choice.mode != "auto")
 
 
-def declare_called_tools(draft: KiroDraft) -> bool:
+def declare_called_tools(draft: KiroDraft) -> None:
     """Declares every tool that was ever called, whatever the client offers now."""
     declared = {tool.name for tool in draft.tools}
     calls = [block for turn in draft.turns for block in turn.blocks if isinstance(block, ToolCall)]
     missing = dict.fromkeys(call.name for call in calls if call.name not in declared)
-    stubs = [Tool(name, "Tool", {"type": "object", "properties": {}}) for name in missing]
-    draft.tools = [*draft.tools, *stubs]
-    return bool(stubs)
+    draft.tools += [Tool(name, "Tool", {"type": "object", "properties": {}}) for name in missing]
 
 
-def rename_tools(draft: KiroDraft) -> bool:
+def rename_tools(draft: KiroDraft) -> None:
     """At most 64 letters, digits, `_` and `-`; responses get the client's names back."""
     by_name: dict[str, Tool] = {}  # if two tools share a name, the first wins
     for tool in draft.tools:
         name = draft.chat.wire_name(tool.name)
-        by_name.setdefault(name, Tool(name, tool.description, tool.schema))
-    renamed = [*by_name] != [tool.name for tool in draft.tools]
+        by_name.setdefault(name, replace(tool, name=name))
     draft.tools = [*by_name.values()]
-    return renamed
 
 
-def adapt_descriptions(draft: KiroDraft) -> bool:
+def adapt_descriptions(draft: KiroDraft) -> None:
     """Every tool needs a short description; a longer one moves into the system prompt."""
-    changed = False
-    for tool in draft.tools:
-        if not tool.description.strip():
-            tool.description = tool.name
-            changed = True
-        encoded = tool.description.encode("utf-8", "replace")
+    for index, tool in enumerate(draft.tools):
+        description = tool.description if tool.description.strip() else tool.name
+        encoded = description.encode("utf-8", "replace")
         if len(encoded) > KIRO_DESCRIPTION_BYTES:
-            draft.preface.append(f'<tool name="{tool.name}">\n{tool.description}\n</tool>')
+            draft.preface.append(f'<tool name="{tool.name}">\n{description}\n</tool>')
             pointer = f'\n[All of it stands in the system prompt, under tool name="{tool.name}".]'
             beginning = encoded[: KIRO_DESCRIPTION_BYTES - len(pointer)].decode("utf-8", "ignore")
-            tool.description = beginning + pointer
-            changed = True
-    return changed
+            description = beginning + pointer
+        draft.tools[index] = replace(tool, description=description)
 
 
-def adapt_kiro_schemas(draft: KiroDraft) -> bool:
-    changed = False
-    for tool in draft.tools:
+def adapt_kiro_schemas(draft: KiroDraft) -> None:
+    for index, tool in enumerate(draft.tools):
         schema = adapt_kiro_schema(tool.schema, len(draft.tools))
-        changed = changed or schema != tool.schema
-        tool.schema = schema
-    return changed
+        draft.tools[index] = replace(tool, schema=schema)
 
 
 def adapt_kiro_schema(schema: Json, tool_count: int = 1) -> Json:
@@ -7263,26 +7108,24 @@ def strip_schema(schema: Any) -> Any:
         return {} if isinstance(schema, bool) else schema
     stripped: Json = {}
     for keyword, value in schema.items():
-        if keyword == "properties" and isinstance(value, dict):
-            stripped[keyword] = {name: strip_schema(item) for name, item in value.items()}
+        if keyword == "properties":
+            properties = get_dict(schema, keyword)
+            stripped[keyword] = {name: strip_schema(item) for name, item in properties.items()}
         elif keyword == "required":
             names = value if isinstance(value, list) else []
             names = [name for name in names if isinstance(name, str)]
             stripped.update({keyword: names} if names else {})
-        elif keyword == "properties":
-            stripped[keyword] = {}
-        elif keyword in ("enum", "const", "default", "examples", "type", "title", "description"):
+        elif keyword in PLAIN_KEYWORDS:
             stripped[keyword] = value
         elif keyword not in KIRO_REFUSED_KEYWORDS and not keyword.startswith("$"):
             stripped[keyword] = strip_schema(value) if isinstance(value, (dict, list)) else value
     return stripped
 
 
-def inline_output_format(draft: KiroDraft) -> bool:
+def inline_output_format(draft: KiroDraft) -> None:
     """Puts structured output into the prompt: Kiro has no field for it."""
     if draft.chat.output:
         draft.preface.append(output_instruction(draft.chat.output))
-    return draft.chat.output is not None
 
 
 def kiro_fields(model: Model) -> Json:
@@ -7296,23 +7139,23 @@ def kiro_efforts(schema: Json) -> list[str]:
     return [item for item in efforts if isinstance(item, str)] if isinstance(efforts, list) else []
 
 
-def request_thinking(draft: KiroDraft) -> bool:
+def request_thinking(draft: KiroDraft) -> None:
     """Asks for thinking in the model's own fields, or in the prompt if it has none.
 
     In the prompt, `enabled` works with all of the older models, `adaptive` does not
     (CLIProxyAPI#3331, 2026-05).
     """
-    chat, model_fields = draft.chat, kiro_fields(draft.model)
+    chat, model, model_fields = draft.chat, draft.model, kiro_fields(draft.model)
     budget = chat.thinking_budget
     if chat.effort is None and budget is None:
-        return False
+        return
     effort = chat.effort or effort_of_budget(budget or 0)
     if "reasoning" in model_fields:
         level = clamp_effort(effort, kiro_efforts(model_fields["reasoning"]))
         draft.extra.update({"reasoning": {"effort": level}} if level else {})
     elif "thinking" in model_fields or "output_config" in model_fields:
         add_thinking_fields(draft, model_fields, effort)
-    elif is_claude(draft.model) and effort != "none":
+    elif effort != "none" and (model.vendor == "Anthropic" or model.id == "auto"):
         low, high = KIRO_TAG_BUDGETS
         tokens = min(max(budget or EFFORT_BUDGETS[effort], low), high)
         tags = "<thinking_mode>enabled</thinking_mode>"
@@ -7322,8 +7165,6 @@ def request_thinking(draft: KiroDraft) -> bool:
         chat.tagged_thinking = True
     elif effort != "none":
         chat.dropped.append("thinking")
-        return False
-    return True
 
 
 def add_thinking_fields(draft: KiroDraft, model_fields: Json, effort: str) -> None:
@@ -7340,12 +7181,7 @@ def add_thinking_fields(draft: KiroDraft, model_fields: Json, effort: str) -> No
         draft.extra["output_config"] = {"effort": level}
 
 
-def is_claude(model: Model) -> bool:
-    """Whether a model is Anthropic's; `auto` mostly is."""
-    return model.vendor == "Anthropic" or model.id == "auto"
-
-
-def pass_settings(draft: KiroDraft) -> bool:
+def pass_settings(draft: KiroDraft) -> None:
     """`max_tokens`, if the model has a field for it; the other settings have none."""
     chat, limits = draft.chat, get_dict(kiro_fields(draft.model), "max_tokens")
     if chat.max_tokens and limits:
@@ -7354,13 +7190,11 @@ def pass_settings(draft: KiroDraft) -> bool:
             draft.extra["max_tokens"] = min(max(chat.max_tokens, low), high)
     if chat.max_tokens and draft.extra.get("max_tokens", math.inf) > chat.max_tokens:
         chat.dropped.append("max_tokens")
-    for name in ("temperature", "top_p", "top_k"):
-        if getattr(chat, name) is not None:
-            chat.dropped.append(name)
-    return "max_tokens" in draft.extra
+    sampling = ("temperature", "top_p", "top_k")
+    chat.dropped += [name for name in sampling if getattr(chat, name) is not None]
 
 
-def place_preface(draft: KiroDraft) -> bool:
+def place_preface(draft: KiroDraft) -> None:
     """Prepends the system prompt to the first turn, as Kiro has no field for it.
 
     That beats a pair of turns of its own: the beginning stays the same for the cache, and no
@@ -7370,23 +7204,39 @@ def place_preface(draft: KiroDraft) -> bool:
     if preface:
         draft.turns[0] = Turn("user", [Text(preface), *draft.turns[0].blocks])
     if draft.notes:
-        note: Block = Text(as_reminder("\n".join(draft.notes)))
-        last = draft.turns[-1]
-        draft.turns[-1] = Turn("user", [*last.blocks, note])
-    return bool(preface or draft.notes)
+        note = Text(as_reminder("\n".join(draft.notes)))
+        draft.turns[-1] = Turn("user", [*draft.turns[-1].blocks, note])
 
 
-def check_context_window(draft: KiroDraft) -> bool:
+KIRO_RULES: tuple[Callable[[KiroDraft], None], ...] = (
+    inline_system_turns, textify_unsupported_parts, keep_own_thinking_turns,
+    ensure_first_turn_is_user, ensure_last_turn_is_user, lift_media, fill_empty_turns,
+    inline_tool_choice, declare_called_tools, rename_tools, adapt_descriptions,
+    adapt_kiro_schemas, inline_output_format, request_thinking, pass_settings, place_preface,
+)  # fmt: skip
+
+
+def check_context_window(draft: KiroDraft) -> None:
     """Refuses a conversation far above the model's window with an error that clients know.
 
     Kiro answers some with just "Improperly formed request", and clients that are not told cannot
     compact.  The estimate may be off by a third, hence the margin.
     """
     window = draft.model.max_prompt
+    if not window:
+        return
+    texts = []
+    for block in (block for turn in draft.turns for block in turn.blocks):
+        if isinstance(block, (Text, Refusal)):
+            texts.append(block.text)
+        elif isinstance(block, ToolCall):
+            texts.append(block.arguments)
+        elif isinstance(block, ToolResult):
+            texts.append(plain_text(block.blocks))
     for shorten in (str, collapse_runs):  # the second pass is expensive, and rare
-        tokens = sum(estimate_text(shorten(text)) for text in draft_texts(draft))
-        if not window or tokens <= 1.5 * window:
-            return False
+        tokens = sum(estimate_text(shorten(text)) for text in texts)
+        if tokens <= 1.5 * window:
+            return
     raise ContextTooLong(int(tokens), window)
 
 
@@ -7395,145 +7245,69 @@ def collapse_runs(text: str) -> str:
     return re.sub(r"(.)\1{7,}", lambda run: run[0][: len(run[0]) // 8], text, flags=re.DOTALL)
 
 
-def draft_texts(draft: KiroDraft) -> Iterator[str]:
-    for turn in draft.turns:
-        for block in turn.blocks:
-            if isinstance(block, (Text, Refusal)):
-                yield block.text
-            elif isinstance(block, ToolCall):
-                yield block.arguments
-            elif isinstance(block, ToolResult):
-                yield plain_text(block.blocks)
+def write_kiro_request(chat: Conversation, model: Model) -> Json:
+    """Kiro's conversation state; the provider adds ids, `origin` and `profileArn`."""
+    turns, preface = [*chat.turns], [block.text for block in chat.system]
+    if not any(turn.blocks for turn in turns):
+        turns, preface = [Turn("user", [*chat.system])], []
+    draft = KiroDraft(chat, model, turns, [*chat.tools], preface)
+    chat.touched += [rule.__name__ for rule in KIRO_RULES if draft.apply(rule)]
+    check_context_window(draft)
+    *history, current = [
+        write_kiro_assistant(turn.blocks, chat, model)
+        if turn.role == "assistant"
+        else write_kiro_user(turn.blocks, model)
+        for turn in draft.turns
+    ]
+    if draft.tools:
+        context = current["userInputMessage"].setdefault("userInputMessageContext", {})
+        context["tools"] = []
+        for tool in draft.tools:
+            entry = {"name": tool.name, "description": tool.description}
+            specification = {**entry, "inputSchema": {"json": tool.schema}}
+            context["tools"].append({"toolSpecification": specification})
+    state: Json = {"chatTriggerType": "MANUAL", "agentTaskType": "vibe"}
+    state = {**kiro_object(state, history=history), "currentMessage": current}
+    return kiro_object({"conversationState": state}, additionalModelRequestFields=draft.extra)
 
 
-KIRO_RULES: tuple[Callable[[KiroDraft], bool], ...] = (
-    inline_system_turns, textify_unsupported_parts, keep_own_thinking_turns, dedupe_call_ids,
-    ensure_first_turn_is_user, ensure_last_turn_is_user, lift_media, fill_empty_turns,
-    inline_tool_choice, declare_called_tools, rename_tools, adapt_descriptions,
-    adapt_kiro_schemas, inline_output_format, request_thinking, pass_settings, place_preface,
-    check_context_window,
-)  # fmt: skip
+def kiro_object(required: Json, **optional: Any) -> Json:
+    """Empty lists and objects are left out, as Kiro refuses them."""
+    return {**required, **{key: value for key, value in optional.items() if value}}
 
 
-class KiroRequestWriter:
-    """Writes Kiro's conversation state; the provider adds ids, `origin` and `profileArn`."""
+def write_kiro_user(blocks: list[Block], model: Model) -> Json:
+    documents = [block for block in blocks if isinstance(block, Document)]
+    results = []
+    for block in blocks:
+        if isinstance(block, ToolResult):
+            status = "error" if block.is_error else "success"
+            content = [{"text": plain_text(block.blocks) or "(no output)"}]
+            results.append({"toolUseId": block.id, "status": status, "content": content})
+    message = kiro_object(
+        {"content": plain_text(blocks), "modelId": model.id},
+        images=[write_kiro_image(block, model) for block in blocks if isinstance(block, Image)],
+        documents=[write_kiro_document(*row) for row in enumerate(documents, 1)],
+        userInputMessageContext={"toolResults": results} if results else None,
+    )
+    return {"userInputMessage": message}
 
-    def __init__(self, chat: Conversation, model: Model) -> None:
-        self.model = model
-        self.draft = KiroDraft(
-            chat,
-            model,
-            turns=[Turn(turn.role, [*turn.blocks]) for turn in chat.turns],
-            tools=[*chat.tools],
-            preface=[block.text for block in chat.system],
-        )
 
-    def write(self) -> Json:
-        draft, chat = self.draft, self.draft.chat
-        if not any(turn.blocks for turn in draft.turns):
-            draft.turns, draft.preface = [Turn("user", [*chat.system])], []
-        chat.touched += [rule.__name__ for rule in KIRO_RULES if rule(draft)]
-        *history, current = [self.write_turn(turn) for turn in draft.turns]
-        if draft.tools:
-            context = current["userInputMessage"].setdefault("userInputMessageContext", {})
-            context["tools"] = [self.write_tool(tool) for tool in draft.tools]
-        state: Json = {"chatTriggerType": "MANUAL", "agentTaskType": "vibe"}
-        if history:
-            state["history"] = history
-        state["currentMessage"] = current
-        body: Json = {"conversationState": state}
-        if draft.extra:
-            body["additionalModelRequestFields"] = draft.extra
-        return body
-
-    def write_turn(self, turn: Turn) -> Json:
-        """One entry of the history; empty lists and objects are left out, as Kiro refuses them."""
-        if turn.role == "assistant":
-            return {"assistantResponseMessage": self.write_assistant(turn.blocks)}
-        message: Json = {"content": plain_text(turn.blocks), "modelId": self.model.id}
-        images = [self.write_image(block) for block in turn.blocks if isinstance(block, Image)]
-        if images:
-            message["images"] = images
-        documents = [block for block in turn.blocks if isinstance(block, Document)]
-        if documents:
-            message["documents"] = [
-                self.write_document(index, document) for index, document in enumerate(documents)
-            ]
-        results = [
-            self.write_result(block) for block in turn.blocks if isinstance(block, ToolResult)
-        ]
-        if results:
-            message["userInputMessageContext"] = {"toolResults": results}
-        return {"userInputMessage": message}
-
-    def write_assistant(self, blocks: list[Block]) -> Json:
-        message: Json = {"content": plain_text(blocks)}
-        calls = [
-            {
-                "toolUseId": block.id,
-                "name": self.draft.chat.wire_name(block.name),
-                "input": parse_arguments(block.arguments),
-            }
-            for block in blocks
-            if isinstance(block, ToolCall)
-        ]
-        if calls:
-            message["toolUses"] = calls
-        for block in blocks:
-            if isinstance(block, Thinking):
-                prefix = kiro_mark(self.model.provider)
-                signature = (block.signature or block.redacted).removeprefix(prefix)
-                placeholder = KIRO_HIDDEN_THINKING if self.model.vendor == "OpenAI" else ""
-                message["reasoningContent"] = (
-                    {"redactedContent": signature}
-                    if block.redacted
-                    else write_kiro_thinking(block.text or placeholder, signature)
-                )
-        return message
-
-    def write_image(self, image: Image) -> Json:
-        input_types = self.model.raw.get("supportedInputTypes")
-        if isinstance(input_types, list) and input_types and "IMAGE" not in input_types:
-            raise UnsupportedFeature(
-                f"{image.path}: {self.model.id} takes no images.", param=image.path
-            )
-        if image.url:
-            raise UnsupportedFeature(
-                f"{image.path}: Kiro takes images only as base64 data; nothing is fetched here.",
-                param=image.path,
-            )
-        return {"format": image.media_type.partition("/")[2], "source": {"bytes": image.data}}
-
-    @staticmethod
-    def write_document(index: int, document: Document) -> Json:
-        """As the vendor's SDK describes it (1.0.45; not seen on the wire)."""
-        kind = KIRO_DOCUMENTS.get(document.media_type)
-        if kind is None:
-            raise UnsupportedFeature(
-                f"{document.path}: Kiro takes no {document.media_type or 'such'} files.",
-                param=document.path,
-            )
-        data = document.data or base64.b64encode(document.text.encode("utf-8", "replace")).decode()
-        name = re.sub(r"[^A-Za-z0-9 ()\[\]-]+", "-", document.title).strip("-")[:200]
-        return {"name": name or f"document-{index + 1}", "format": kind, "source": {"bytes": data}}
-
-    @staticmethod
-    def write_result(result: ToolResult) -> Json:
-        return {
-            "toolUseId": result.id,
-            "status": "error" if result.is_error else "success",
-            "content": [{"text": plain_text(result.blocks) or "(no output)"}],
-        }
-
-    @staticmethod
-    def write_tool(tool: Tool) -> Json:
-        return {
-            "toolSpecification": {
-                "name": tool.name,
-                "description": tool.description,
-                "inputSchema": {"json": tool.schema},
-            }
-        }
+def write_kiro_assistant(blocks: list[Block], chat: Conversation, model: Model) -> Json:
+    calls, reasoning = [], None
+    for block in blocks:
+        if isinstance(block, ToolCall):
+            name, arguments = chat.wire_name(block.name), parse_arguments(block.arguments)
+            calls.append({"toolUseId": block.id, "name": name, "input": arguments})
+        elif isinstance(block, Thinking):
+            signature = (block.signature or block.redacted).removeprefix(kiro_mark(model.provider))
+            placeholder = KIRO_HIDDEN_THINKING if model.vendor == "OpenAI" else ""
+            reasoning = write_kiro_thinking(block.text or placeholder, signature)
+            if block.redacted:
+                reasoning = {"redactedContent": signature}
+    content = {"content": plain_text(blocks)}
+    message = kiro_object(content, toolUses=calls, reasoningContent=reasoning)
+    return {"assistantResponseMessage": message}
 
 
 def write_kiro_thinking(text: str, signature: str) -> Json:
@@ -7541,20 +7315,38 @@ def write_kiro_thinking(text: str, signature: str) -> Json:
     return {"reasoningText": {"text": text, "signature": signature}}
 
 
+def write_kiro_image(image: Image, model: Model) -> Json:
+    input_types = model.raw.get("supportedInputTypes")
+    refusal = "Kiro takes images only as base64 data; nothing is fetched here." if image.url else ""
+    if isinstance(input_types, list) and input_types and "IMAGE" not in input_types:
+        refusal = f"{model.id} takes no images."
+    if refusal:
+        raise UnsupportedFeature(f"{image.path}: {refusal}", param=image.path)
+    return {"format": image.media_type.partition("/")[2], "source": {"bytes": image.data}}
+
+
+def write_kiro_document(number: int, document: Document) -> Json:
+    """As the vendor's SDK describes it (1.0.45; not seen on the wire)."""
+    kind = KIRO_DOCUMENTS.get(document.media_type)
+    if kind is None:
+        raise UnsupportedFeature(
+            f"{document.path}: Kiro takes no {document.media_type or 'such'} files.",
+            param=document.path,
+        )
+    data = document.data or base64.b64encode(document.text.encode("utf-8", "replace")).decode()
+    name = re.sub(r"[^A-Za-z0-9 ()\[\]-]+", "-", document.title).strip("-")[:200]
+    return {"name": name or f"document-{number}", "format": kind, "source": {"bytes": data}}
+
+
 # The response.
 
 KIRO_FINISHES = {
-    "END_TURN": "end",
-    "STOP_SEQUENCE": "stop",
+    "END_TURN": "end", "STOP_SEQUENCE": "stop", "MAX_TOKENS": "length", "PAUSE_TURN": "pause",
     "TOOL_USE": "end",  # a completed call takes precedence
-    "MAX_TOKENS": "length",
-    "MODEL_CONTEXT_WINDOW_EXCEEDED": "context",
-    "CONTENT_FILTERED": "filter",
-    "GUARDRAIL_INTERVENED": "filter",
-    "PAUSE_TURN": "pause",
-    "MALFORMED_TOOL_USE": "length",
+    "MODEL_CONTEXT_WINDOW_EXCEEDED": "context", "CONTENT_FILTERED": "filter",
+    "GUARDRAIL_INTERVENED": "filter", "MALFORMED_TOOL_USE": "length",
     "MALFORMED_MODEL_OUTPUT": "length",
-}
+}  # fmt: skip
 
 
 class ThinkingTags:
@@ -7566,7 +7358,8 @@ class ThinkingTags:
 
     OPENING = "<thinking>"
     CLOSING = "</thinking>"
-    QUOTES = ("'", '"', "`", "\\")
+    #: the closing tag, or what the next characters may make one
+    END = re.compile(r"(?<!['\"`\\])</thinking>(\n\n|\n?\Z)")
 
     def __init__(self) -> None:
         self.kind = ""  # "" at the beginning, then thinking or text
@@ -7590,228 +7383,108 @@ class ThinkingTags:
                 return self.flush()
             self.kind, self.leading_space = "thinking", []
             self.held = stripped.removeprefix(self.OPENING).removeprefix("\n")
-        return self.take_thinking()
-
-    def take_thinking(self) -> list[tuple[str, str]]:
-        held, start, safe_end = self.held, 0, -1
-        while safe_end < 0 and (start := held.find(self.CLOSING, start)) >= 0:
-            end = start + len(self.CLOSING)
-            following = held[end : end + 2]
-            if (held[start - 1] if start else self.previous) in self.QUOTES:
-                start = end
-            elif following == "\n\n":
-                self.kind, self.held = "text", ""
-                parts = (("thinking", held[:start]), ("text", held[end + 2 :]))
-                return [(kind, text) for kind, text in parts if text]
-            elif "\n\n".startswith(following):
-                safe_end = start  # the next characters decide
-            else:
-                start = end
-        if safe_end < 0:
-            safe_end = len(held) - StopCutter.overlap(held, self.CLOSING)
-        thinking, self.held = held[:safe_end], held[safe_end:]
+        text, start = self.previous + self.held, len(self.previous)
+        match = self.END.search(text, start)
+        if match and match[1] == "\n\n":
+            self.kind, self.held = "text", ""
+            parts = (("thinking", text[start : match.start()]), ("text", text[match.end() :]))
+            return [(kind, part) for kind, part in parts if part]
+        end = match.start() if match else len(text) - StopCutter.overlap(text, self.CLOSING)
+        thinking, self.held = text[start:end], text[end:]
         self.previous = thinking[-1:] or self.previous
         return [("thinking", thinking)] if thinking else []
 
     def flush(self) -> list[tuple[str, str]]:
-        held, self.held, self.leading_space = "".join([*self.leading_space, self.held]), "", []
-        kind, self.kind = self.kind or "text", "text"
-        if kind == "thinking" and held.startswith(self.CLOSING):
-            return []
-        if kind == "text" and held.strip() == self.OPENING:
-            return []
-        return [(kind, held)] if held else []
+        kind, held = self.kind or "text", "".join([*self.leading_space, self.held])
+        self.kind, self.held, self.leading_space = "text", "", []
+        is_tag = (
+            held.startswith(self.CLOSING) if kind == "thinking" else held.strip() == self.OPENING
+        )
+        return [(kind, held)] if held and not is_tag else []
 
 
 class KiroReader:
-    """Kiro's events -> events.
-
-    Dispatches on the event's name, never on its content.  Calls come in fragments and may
-    interleave with text; one block is live, the others are buffered until it is complete.
-    """
+    """Kiro's events -> events.  Dispatches on the event's name, never on its content."""
 
     def __init__(self, context: ResponseContext) -> None:
         self.context = context
-        self.signature_prefix = kiro_mark(context.provider)
+        self.blocks = BlockAssembler(kiro_mark(context.provider))
         self.tags = ThinkingTags() if context.tagged_thinking else None
         self.usage = Usage()
         self.model = ""  # as the response names it: "auto" is resolved to another model
         self.context_used = 0.0  # percentage of the context that is used
         self.hidden: list[str] = []  # placeholder for hidden thinking, until real text follows
-        self.live = ""  # kind of the open block
-        self.live_call: StreamedCall | None = None
-        self.calls: dict[str, StreamedCall] = {}
-        self.unopened: deque[StreamedCall] = deque()  # calls whose name is known
-        self.queued: list[tuple[str, str]] = []  # (kind, text) received inside a call
-        self.thinking: list[str] = []
-        self.signature: list[str] = []  # of the latest thinking, streamed or hidden
-        self.signed_thinking = ("", "")  # the last thinking text, with its signature
         self.reason = ""
         self.started = False
         self.ended = False
-        self.truncated = False  # a call is incomplete
-        self.handlers: dict[str, Callable[[Json, list[Event]], None]] = {
-            "assistantResponseEvent": self.on_text,
-            "codeEvent": self.on_text,
-            "reasoningContentEvent": self.on_reasoning,
-            "toolUseEvent": self.on_call,
-            "contextUsageEvent": self.on_context_usage,
-            "meteringEvent": self.on_metering,
-            "metadataEvent": self.on_metadata,
-            "usageEvent": self.on_metadata,
-            "metricsEvent": self.on_metadata,
-            "invalidStateEvent": self.on_error,
-            "modelTemporarilyUnavailableEvent": self.on_overload,
-            "modelUnavailableEvent": self.on_overload,
-            "error": self.on_error,
-        }
 
     def read(self, frame: Json) -> list[Event]:
         """Unknown names are ignored: `followupPromptEvent` has `content` of another kind."""
-        events: list[Event] = []
         for name, value in frame.items():
-            handler = self.handlers.get(name)
+            handler = self.HANDLERS.get(name)
             if handler is not None and not self.ended:
-                handler(value if isinstance(value, dict) else {}, events)
-        return events
+                handler(self, value if isinstance(value, dict) else {})
+        return self.blocks.take()
 
-    def start(self, events: list[Event]) -> None:
+    def start(self) -> None:
         if not self.started:
             self.started = True
-            events.append(MessageStart("", self.model))
+            self.blocks.events.append(MessageStart("", self.model))
 
-    def on_text(self, payload: Json, events: list[Event]) -> None:
-        if isinstance(payload.get("modelId"), str):
-            self.model = payload["modelId"]
-        text = payload.get("content")
-        if not isinstance(text, str) or not text:
-            return
-        self.start(events)
-        for kind, piece in self.tags.take(text) if self.tags else (("text", text),):
-            self.add(kind, piece, events)
+    def on_text(self, payload: Json) -> None:
+        self.model = str_or_empty(payload, "modelId") or self.model
+        text = str_or_empty(payload, "content")
+        if text:
+            self.start()
+            for kind, piece in self.tags.take(text) if self.tags else (("text", text),):
+                self.blocks.add_text(kind, piece)
 
-    def on_reasoning(self, payload: Json, events: list[Event]) -> None:
+    def flush_tags(self) -> None:
+        for kind, text in self.tags.flush() if self.tags else ():
+            self.blocks.add_text(kind, text)
+
+    def on_reasoning(self, payload: Json) -> None:
         """A thinking delta, or its signature, which may come in pieces and late."""
-        self.start(events)
-        redacted = payload.get("redactedContent")
-        if isinstance(redacted, str) and redacted:
-            self.add("redacted", redacted, events)
-        text = payload.get("text")
-        if isinstance(text, str) and text:
+        self.start()
+        redacted, text = str_or_empty(payload, "redactedContent"), str_or_empty(payload, "text")
+        if redacted:
+            self.blocks.add_text("redacted", redacted)
+        if text:
             self.hidden.append(text)
-            if text != KIRO_HIDDEN_THINKING or self.thinking:
-                self.add("thinking", "".join(self.hidden), events)
+            if text != KIRO_HIDDEN_THINKING or self.blocks.thinking:
+                self.blocks.add_text("thinking", "".join(self.hidden))
                 self.hidden = []
         if isinstance(payload.get("signature"), str):
-            self.signature.append(payload["signature"])
+            self.blocks.signature.append(payload["signature"])
 
-    def on_call(self, payload: Json, events: list[Event]) -> None:
-        self.start(events)
-        call_id = payload.get("toolUseId")
-        if not isinstance(call_id, str) or not call_id:
-            call_id = self.infer_call_id(payload)
-        call = self.calls.get(call_id) or self.calls.setdefault(call_id, StreamedCall(call_id))
-        if call.closed:
-            return  # a repeat
-        if not call.name and str_or_empty(payload, "name"):
-            call.name = payload["name"]
-            self.unopened.append(call)
+    def on_call(self, payload: Json) -> None:
+        self.start()
+        call_id, name = str_or_empty(payload, "toolUseId"), str_or_empty(payload, "name")
+        if not call_id:  # the open call's, or a new one
+            call_id = f"tooluse_{short_hash(f'{self.context.id} {len(self.blocks.calls)}', 22)}"
+            last_call = next(reversed(self.blocks.calls.values()), None)
+            if last_call is not None and not last_call.complete:
+                has_its_name = payload.get("name") in (None, last_call.name)
+                call_id = last_call.id if has_its_name else call_id
         piece = payload.get("input")
-        call.add(dump_text(piece) if isinstance(piece, dict) and piece else "")
-        call.add(piece if isinstance(piece, str) else "")
-        call.complete = call.complete or payload.get("stop") is True
-        self.advance(call, events)
+        if isinstance(piece, dict):
+            piece = dump_text(piece) if piece else ""
+        if name:
+            self.flush_tags()
+        arguments = piece if isinstance(piece, str) else ""
+        self.blocks.add_call(call_id, call_id, name, arguments, payload.get("stop") is True)
 
-    def infer_call_id(self, payload: Json) -> str:
-        """The call id for a fragment without one: the open call's, or a new one."""
-        last_call = next(reversed(self.calls.values()), None)
-        if (
-            last_call is not None
-            and not last_call.complete
-            and payload.get("name") in (None, last_call.name)
-        ):
-            return last_call.id
-        return "tooluse_" + short_hash(f"{self.context.id} {len(self.calls)}", 22)
-
-    def advance(self, latest: StreamedCall, events: list[Event]) -> None:
-        """Passes on what is ready of calls and text; `latest` is the call that grew last."""
-        while True:
-            live = self.live_call
-            if live is not None:
-                ChatReader.send_arguments(live, events)
-                superseded = latest is not live and live.is_whole()
-                if not (live.complete or superseded):
-                    return
-                self.close(events)
-            elif self.unopened:
-                self.open_call(self.unopened.popleft(), events)
-            else:
-                break
-        queued, self.queued = self.queued, []
-        for kind, text in queued:
-            self.add(kind, text, events)
-
-    def open_call(self, call: StreamedCall, events: list[Event]) -> None:
-        for kind, text in self.tags.flush() if self.tags else ():
-            self.add(kind, text, events)
-        self.close(events)
-        self.live, self.live_call = "tool", call
-        events.append(BlockStart("tool", call.id, call.name))
-
-    def add(self, kind: str, text: str, events: list[Event]) -> None:
-        """Adds text to a block of `kind`, now or once the live call is complete."""
-        if self.live_call is not None:
-            if not self.live_call.is_whole():
-                self.queued.append((kind, text))
-                return
-            self.close(events)
-        if kind == "redacted":
-            self.close(events)
-            events += [BlockStart(kind, raw={"data": self.signature_prefix + text}), BlockStop()]
-            return
-        if self.live != kind:
-            self.close(events)
-            self.live = kind
-            events.append(BlockStart(kind))
-        if kind == "thinking":
-            self.thinking.append(text)
-        events.append(BlockDelta("text", text))
-
-    def close(self, events: list[Event]) -> None:
-        if not self.live:
-            return
-        call = self.live_call
-        if self.live == "thinking":
-            self.add_signature(events)
-        elif call is not None:
-            call.closed = True
-            self.truncated = self.truncated or not (call.is_blank or call.is_whole())
-        events.append(BlockStop())
-        self.live, self.live_call = "", None
-
-    def add_signature(self, events: list[Event]) -> None:
-        if self.signature:
-            signature = "".join(self.signature)
-            events.append(BlockDelta("signature", self.signature_prefix + signature))
-            self.signed_thinking = "".join(self.thinking), signature
-        self.thinking, self.signature = [], []
-
-    def on_context_usage(self, payload: Json, events: list[Event]) -> None:
+    def on_context_usage(self, payload: Json) -> None:
         self.context_used = get_float(payload, "contextUsagePercentage", 1000) or self.context_used
-        events.append(self.usage_update())
+        self.report_usage()
 
-    def usage_update(self) -> UsageUpdate:
-        window = self.context.window(self.model) if self.context.window else 0
-        self.usage.context = int(self.context_used / 100 * window)
-        return UsageUpdate(replace(self.usage))
-
-    def on_metering(self, payload: Json, events: list[Event]) -> None:
+    def on_metering(self, payload: Json) -> None:
         """The cost of this response in credits; several events add up."""
         self.usage.nano_credits += round(get_float(payload, "usage", MAX_FIGURE / 1e9) * 1e9)
         self.usage.credits_source = "reported"
-        events.append(self.usage_update())
+        self.report_usage()
 
-    def on_metadata(self, payload: Json, events: list[Event]) -> None:
+    def on_metadata(self, payload: Json) -> None:
         if isinstance(payload.get("stopReason"), str):
             self.reason = payload["stopReason"]
         counts = get_dict(payload, "tokenUsage") or payload
@@ -7823,70 +7496,71 @@ class KiroReader:
         usage.output = get_int(counts, "outputTokens", usage.output)
         if usage.input or usage.cache_read or usage.cache_write:
             usage.source = "reported"
-        events.append(self.usage_update())
+        self.report_usage()
 
-    def on_error(self, payload: Json, events: list[Event]) -> None:
+    def report_usage(self) -> None:
+        window = self.context.window(self.model) if self.context.window else 0
+        self.usage.context = int(self.context_used / 100 * window)
+        self.blocks.events.append(UsageUpdate(replace(self.usage)))
+
+    def on_error(self, payload: Json) -> None:
         """An error in mid-stream; content sent before it still counts."""
         code, reason, message = read_kiro_words(payload)
         decision = classify_kiro_message(code, reason, message)
         if decision and isinstance(decision.error, ContextTooLong) and self.started:
             self.reason = "MODEL_CONTEXT_WINDOW_EXCEEDED"
-            events += self.end()
+            self.finish()
             return
         detail = message or code or "no reason given"
         failure = UpstreamError(f"Kiro failed while it answered: {detail}")
-        events.append(StreamError(decision.error if decision else failure))
+        self.blocks.events.append(StreamError(decision.error if decision else failure))
 
-    def on_overload(self, payload: Json, events: list[Event]) -> None:
-        events.append(StreamError(Overloaded("This model is overloaded at Kiro.")))
+    def on_overload(self, payload: Json) -> None:
+        self.blocks.events.append(StreamError(Overloaded("This model is overloaded at Kiro.")))
 
     def end(self) -> list[Event]:
-        """Only EOF marks the end; truncated calls are dropped: the client must not run them."""
-        events: list[Event] = []
-        if self.ended:
-            return events
+        """Only EOF marks the end."""
+        if not self.ended:
+            self.finish()
+        return self.blocks.take()
+
+    def finish(self) -> None:
+        """Truncated calls are dropped: the client must not run them."""
         self.ended = True
-        self.start(events)
-        for kind, text in self.tags.flush() if self.tags else ():
-            self.add(kind, text, events)
-        for call in self.calls.values():
-            call.complete = call.complete or call.is_whole()
-            self.truncated = self.truncated or not (call.complete and call.name)
-        if self.live_call is not None:
-            ChatReader.send_arguments(self.live_call, events)
-            self.close(events)
-        for call in self.calls.values():
-            if not call.closed and call.complete and call.name:
-                self.open_call(call, events)
-                ChatReader.send_arguments(call, events)
-                self.close(events)
-        queued, self.queued = self.queued, []
-        for kind, text in queued:
-            self.add(kind, text, events)
-        self.close(events)
-        if self.signature:  # a signature without any thinking text
-            self.thinking = self.hidden
-            events.append(BlockStart("thinking"))
-            self.add_signature(events)
-            events.append(BlockStop())
-        self.keep_signature()
-        events += [self.usage_update(), MessageStop(self.finish_reason())]
-        return events
+        self.start()
+        self.flush_tags()
+        blocks, calls = self.blocks, self.blocks.calls.values()
+        is_truncated = False
+        for call in calls:
+            is_whole = call.is_whole()
+            call.complete = call.complete or is_whole
+            is_truncated |= not (call.complete and call.name and (call.is_blank or is_whole))
+        blocks.end()
+        if blocks.signature:  # a signature without any thinking text
+            blocks.thinking = self.hidden
+            blocks.open("thinking")
+            blocks.close()
+        call_ids = [call.id for call in calls if call.closed]
+        if call_ids and blocks.signed_thinking[1] and self.context.keep:
+            self.context.keep(call_ids, *blocks.signed_thinking)
+        self.report_usage()
+        stop_reason = KIRO_FINISHES.get(self.reason, "end")
+        if is_truncated:
+            stop_reason = "length"
+        elif call_ids:
+            stop_reason = "tool"
+        elif not self.reason and self.context_used >= 100:
+            stop_reason = "context"
+        blocks.events.append(MessageStop(stop_reason))
 
-    def keep_signature(self) -> None:
-        """Has the provider keep a signature for clients whose dialect cannot carry it."""
-        calls = [call.id for call in self.calls.values() if call.closed]
-        if calls and self.signed_thinking[1] and self.context.keep:
-            self.context.keep(calls, *self.signed_thinking)
-
-    def finish_reason(self) -> str:
-        if self.truncated:
-            return "length"
-        if any(call.closed for call in self.calls.values()):
-            return "tool"
-        if not self.reason and self.context_used >= 100:
-            return "context"
-        return KIRO_FINISHES.get(self.reason, "end")
+    HANDLERS: ClassVar[dict[str, Callable[[KiroReader, Json], None]]] = {
+        "assistantResponseEvent": on_text, "codeEvent": on_text,
+        "reasoningContentEvent": on_reasoning, "toolUseEvent": on_call,
+        "contextUsageEvent": on_context_usage, "meteringEvent": on_metering,
+        "metadataEvent": on_metadata, "usageEvent": on_metadata, "metricsEvent": on_metadata,
+        "modelTemporarilyUnavailableEvent": on_overload, "modelUnavailableEvent": on_overload,
+        "invalidStateEvent": on_error, "error": on_error,
+    }  # fmt: skip
 
 
 # Events that carry content of the response itself.
@@ -7895,24 +7569,18 @@ KIRO_WORDS = {"assistantResponseEvent", "codeEvent", "reasoningContentEvent", "t
 
 class KiroDialect(UpstreamDialect):
     name = "kiro"
+    framing = EventStreamFraming
     reader = KiroReader
-
-    def write_request(self, chat: Conversation, model: Model) -> Json:
-        return KiroRequestWriter(chat, model).write()
-
-    def framing(self) -> Framing:
-        return EventStreamFraming()
+    write_request = staticmethod(write_kiro_request)
 
     def expand(self, response: Json) -> list[Json]:
         """Kiro always streams: a JSON object is an error."""
         return [{"error": response}]
 
     def plain_text(self, frame: Json) -> str | None:
-        payload = frame.get("assistantResponseEvent")
-        if not isinstance(payload, dict) or not payload.keys() <= {"content", "modelId"}:
-            return None
-        text = payload.get("content")
-        return text if isinstance(text, str) else None
+        payload = get_dict(frame, "assistantResponseEvent")
+        is_plain = payload.keys() <= {"content", "modelId"}
+        return str_or_empty(payload, "content") or None if is_plain else None
 
 
 KIRO = KiroDialect()

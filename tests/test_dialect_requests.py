@@ -419,6 +419,15 @@ def test_unknown_fields_are_dropped_by_name_and_silent_ones_in_silence() -> None
     assert "top_k" in chat.dropped
 
 
+def test_unknown_fields_of_a_chat_body_are_dropped_by_name() -> None:
+    """As in the other dialects; what asks for nothing is not named."""
+    more = {"seed": 1, "speed": "fast", "enable_thinking": False, "metadata": {"a": "b"}}
+    assert CHAT.read_request({"model": "m", "messages": [user("a")], **more}).dropped == [
+        "seed",
+        "speed",
+    ]
+
+
 def test_a_closed_schema_for_the_answer_is_strict() -> None:
     """1.2."""
     for closed in (True, False):

@@ -366,16 +366,18 @@ def test_text_after_a_call_opens_a_block_of_its_own() -> None:
 
 
 def test_text_between_the_fragments_of_a_call_is_kept() -> None:
-    """Words may not fall into the call's block, nor be lost."""
+    """It comes after the call, and before later text."""
     frames = [
         chunk(fragment(0, '{"a"', id="a", name="f")),
         chunk({"content": "wait"}),
         chunk(fragment(0, ":1}")),
+        chunk({"content": " and see"}),
         chunk({}, "tool_calls"),
     ]
-    content = whole_answer("chat", "messages", frames)["content"]
-    assert {"type": "text", "text": "wait"} in content
-    assert {"type": "tool_use", "id": "a", "name": "f", "input": {"a": 1}} in content
+    assert whole_answer("chat", "messages", frames)["content"] == [
+        {"type": "tool_use", "id": "a", "name": "f", "input": {"a": 1}},
+        {"type": "text", "text": "wait and see"},
+    ]
 
 
 def test_thinking_between_the_fragments_of_a_call_is_kept() -> None:

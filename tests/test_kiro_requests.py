@@ -51,7 +51,7 @@ from aiclient_api import (
 )
 
 Json = dict[str, Any]
-Rule = Callable[[KiroDraft], bool]
+Rule = Callable[[KiroDraft], None]
 
 PNG = "iVBORw0KGgo="
 JPEG = base64.b64encode(b"\xff\xd8\xff\xe0EXAMPLE").decode()
@@ -284,7 +284,7 @@ def plain_draft() -> KiroDraft:
 def test_a_rule_leaves_a_conversation_alone_that_does_not_need_it(rule: Rule) -> None:
     """And says so."""
     draft = plain_draft()
-    assert rule(draft) is False
+    assert draft.apply(rule) is False
     assert draft == plain_draft()
 
 
@@ -329,15 +329,14 @@ def test_a_rule_that_changes_something_is_named(name: str) -> None:
 
 
 def test_every_rule_is_tried_by_a_conversation_that_needs_it() -> None:
-    """The readers have told calls apart before, and the check of the size changes nothing."""
-    untried = [rule.__name__ for rule in KIRO_RULES if rule.__name__ not in TOUCHING]
-    assert untried == ["dedupe_call_ids", "check_context_window"]
+    """And none is tried that is no rule."""
+    assert {*TOUCHING} == {rule.__name__ for rule in KIRO_RULES}
 
 
 def test_a_system_turn_becomes_marked_user_text() -> None:
     """4.6 rule 1; its neighbours are joined with it."""
     draft = draft_of(said("user", "a"), said("system", "R"), said("user", "b"))
-    assert gw.inline_system_turns(draft)
+    assert draft.apply(gw.inline_system_turns)
     reminder = "<system-reminder>\nR\n</system-reminder>"
     assert draft.turns == [said("user", "a", reminder, "b")]
 
@@ -355,7 +354,7 @@ FOREIGN_THOUGHTS = [
 def test_a_thought_of_another_maker_is_left_out(thought: gw.Thinking) -> None:
     """Trap 22."""
     draft = draft_of(said("user", "a"), said("assistant", thought, "T"), said("user", "b"))
-    assert gw.keep_own_thinking_turns(draft)
+    assert draft.apply(gw.keep_own_thinking_turns)
     assert draft.turns == [said("user", "a"), said("assistant", "T"), said("user", "b")]
 
 
@@ -363,43 +362,14 @@ def test_a_turn_of_nothing_but_foreign_thoughts_goes_and_its_neighbours_join() -
     """4.6 rules 3 and 7."""
     thought = gw.Thinking("x", "EqQBEXAMPLE")
     draft = draft_of(said("user", "a"), said("assistant", thought), said("user", "b"))
-    assert gw.keep_own_thinking_turns(draft)
+    assert draft.apply(gw.keep_own_thinking_turns)
     assert draft.turns == [said("user", "a", "b")]
-
-
-def test_an_id_used_again_in_a_later_turn_is_another_one() -> None:
-    """4.6 rule 4: both sides are rewritten."""
-    draft = draft_of(
-        said("user", "q"),
-        said("assistant", call("t1")),
-        said("user", answer("t1", "first")),
-        said("assistant", call("t1")),
-        said("user", answer("t1", "second")),
-    )
-    assert gw.dedupe_call_ids(draft)
-    assert draft.turns[1:] == [
-        said("assistant", call("t1")),
-        said("user", answer("t1", "first")),
-        said("assistant", call("t1_2")),
-        said("user", answer("t1_2", "second")),
-    ]
-
-
-def test_a_call_said_twice_in_one_turn_is_one_call() -> None:
-    """4.6 rule 4, TOOL_DUPLICATE."""
-    draft = draft_of(
-        said("user", "q"),
-        said("assistant", call("t1"), call("t1")),
-        said("user", answer("t1", "one")),
-    )
-    assert gw.dedupe_call_ids(draft)
-    assert draft.turns[1:] == [said("assistant", call("t1")), said("user", answer("t1", "one"))]
 
 
 def test_the_first_turn_is_made_the_users() -> None:
     """4.6 rule 5."""
     draft = draft_of(said("assistant", "T"), said("user", "b"))
-    assert gw.ensure_first_turn_is_user(draft)
+    assert draft.apply(gw.ensure_first_turn_is_user)
     assert [turn.role for turn in draft.turns] == ["user", "assistant", "user"]
     assert isinstance(draft.turns[0].blocks[0], gw.Text)
 
@@ -407,14 +377,14 @@ def test_the_first_turn_is_made_the_users() -> None:
 def test_an_answer_begun_by_the_caller_becomes_history() -> None:
     """4.6 rule 6."""
     draft = draft_of(said("user", "a"), said("assistant", "It is"))
-    assert gw.ensure_last_turn_is_user(draft)
+    assert draft.apply(gw.ensure_last_turn_is_user)
     assert draft.turns == [said("user", "a"), said("assistant", "It is"), said("user", "Continue")]
 
 
 def test_a_bare_brace_to_begin_with_is_a_wish_for_json() -> None:
     """4.6 rule 6: the brace itself goes."""
     draft = draft_of(said("user", "a"), said("assistant", "{"))
-    assert gw.ensure_last_turn_is_user(draft)
+    assert draft.apply(gw.ensure_last_turn_is_user)
     assert draft.turns == [said("user", "a")]
     assert "JSON" in " ".join(draft.notes)
 
@@ -423,7 +393,7 @@ def test_media_in_a_result_move_to_its_turn() -> None:
     """4.8: results hold text only, and a note stays behind."""
     image = gw.Image("image/png", PNG)
     draft = draft_of(said("user", answer("t1", "seen", image), answer("t2", image)))
-    assert gw.lift_media(draft)
+    assert draft.apply(gw.lift_media)
     first, second, *lifted = draft.turns[0].blocks
     assert isinstance(first, gw.ToolResult) and isinstance(second, gw.ToolResult)
     assert lifted == [image, image]
@@ -435,7 +405,7 @@ def test_a_turn_of_an_image_alone_gets_words() -> None:
     """4.6 rule 7: else REQUEST_BODY_INVALID."""
     image = gw.Image("image/png", PNG)
     draft = draft_of(said("user", image))
-    assert gw.fill_empty_turns(draft)
+    assert draft.apply(gw.fill_empty_turns)
     assert gw.plain_text(draft.turns[0].blocks).strip()
     assert image in draft.turns[0].blocks
 
@@ -451,7 +421,7 @@ def test_a_turn_of_an_image_alone_gets_words() -> None:
 def test_a_tool_choice_is_said_in_words(choice: gw.ToolChoice, names: list[str], note: str) -> None:
     """4.7: there is no field for it."""
     draft = draft_of(said("user", "a"), tools=[declared(), declared("g")], choice=choice)
-    assert gw.inline_tool_choice(draft)
+    assert draft.apply(gw.inline_tool_choice)
     assert [tool.name for tool in draft.tools] == names
     assert note in " ".join(draft.notes) and bool(draft.notes) == bool(note)
 
@@ -459,14 +429,14 @@ def test_a_tool_choice_is_said_in_words(choice: gw.ToolChoice, names: list[str],
 def test_one_call_at_a_time_is_said_in_words_where_there_are_tools() -> None:
     """4.7: there is no switch."""
     draft = draft_of(said("user", "a"), tools=[declared()], parallel=False)
-    assert gw.inline_tool_choice(draft)
+    assert draft.apply(gw.inline_tool_choice)
     assert "one tool" in " ".join(draft.notes)
 
 
 def test_without_tools_one_call_at_a_time_changes_nothing() -> None:
     """So the rule says."""
     draft = draft_of(said("user", "a"), parallel=False)
-    assert gw.inline_tool_choice(draft) is False
+    assert draft.apply(gw.inline_tool_choice) is False
     assert draft.notes == []
 
 
@@ -478,7 +448,7 @@ def test_every_tool_called_in_history_is_declared() -> None:
         said("user", answer("t1"), answer("t2"), answer("t3")),
         tools=[declared("h")],
     )
-    assert gw.declare_called_tools(draft)
+    assert draft.apply(gw.declare_called_tools)
     assert [tool.name for tool in draft.tools] == ["h", "f", "g"]
     assert draft.tools[1] == gw.Tool("f", "Tool", EMPTY_SCHEMA)
 
@@ -495,7 +465,7 @@ def test_every_tool_called_in_history_is_declared() -> None:
 def test_a_tool_has_a_name_that_kiro_takes(name: str, wire: str) -> None:
     """4.7."""
     draft = draft_of(said("user", "a"), tools=[declared(name)])
-    assert gw.rename_tools(draft) is (name != wire)
+    assert draft.apply(gw.rename_tools) is (name != wire)
     assert draft.tools[0].name == wire
     assert draft.chat.tools[0].name == name
 
@@ -504,7 +474,7 @@ def test_a_tool_has_a_name_that_kiro_takes(name: str, wire: str) -> None:
 def test_a_tool_without_a_description_is_described_by_its_name(description: str) -> None:
     """4.7."""
     draft = draft_of(said("user", "a"), tools=[declared("f", description)])
-    assert gw.adapt_descriptions(draft)
+    assert draft.apply(gw.adapt_descriptions)
     assert draft.tools[0].description == "f" and draft.preface == []
 
 
@@ -515,7 +485,7 @@ def test_a_long_description_is_cut_between_characters_and_kept_whole_elsewhere(
     """4.7: at most 10,240 bytes, and nothing is lost."""
     whole = letter * 12_000
     draft = draft_of(said("user", "a"), tools=[declared("f", whole)])
-    assert gw.adapt_descriptions(draft)
+    assert draft.apply(gw.adapt_descriptions)
     kept = draft.tools[0].description
     assert len(kept.encode("utf-8", "replace")) <= 10_240
     assert kept.startswith(letter.encode("utf-8", "replace").decode() * 100)
@@ -525,14 +495,14 @@ def test_a_long_description_is_cut_between_characters_and_kept_whole_elsewhere(
 def test_a_description_of_the_longest_size_stays() -> None:
     """The limit counts bytes."""
     draft = draft_of(said("user", "a"), tools=[declared("f", "x" * gw.KIRO_DESCRIPTION_BYTES)])
-    assert gw.adapt_descriptions(draft) is False
+    assert draft.apply(gw.adapt_descriptions) is False
 
 
 def test_structured_output_is_asked_for_in_words() -> None:
     """The schema is in them."""
     schema = {"type": "object", "properties": {"answer": {"type": "string"}}}
     draft = draft_of(said("user", "a"), output=gw.OutputFormat(schema))
-    assert gw.inline_output_format(draft)
+    assert draft.apply(gw.inline_output_format)
     assert json.dumps(schema, separators=(",", ":")) in draft.preface[-1]
 
 
@@ -540,7 +510,7 @@ def test_preface_and_notes_stand_around_the_words() -> None:
     """4.10 (ii): the first words get the system prompt, the last ones the notes."""
     draft = draft_of(said("user", "a"), said("assistant", "b"), said("user", "c"))
     draft.preface, draft.notes = ["S1", "S2\n"], ["N1", "N2"]
-    assert gw.place_preface(draft)
+    assert draft.apply(gw.place_preface)
     note = "<system-reminder>\nN1\nN2\n</system-reminder>"
     assert draft.turns == [
         said("user", "S1\n\nS2", "a"),
@@ -571,13 +541,12 @@ def test_results_and_arguments_count_for_the_size(rows: list[Turn]) -> None:
 
 def test_a_conversation_near_the_window_is_left_to_kiro() -> None:
     """The estimate may be wrong by a third; and an unknown window is no limit."""
-    assert gw.check_context_window(draft_of(said("user", "a " * 400_000))) is False
-    assert gw.check_context_window(draft_of(said("user", "x" * 400_000))) is False, (
-        "a long run is few tokens"
-    )
+    gw.check_context_window(draft_of(said("user", "a " * 400_000)))
+    gw.check_context_window(draft_of(said("user", "x" * 400_000)))  # a long run is few tokens
     draft = draft_of(said("user", "a " * 1_000_000), model="claude-sonnet-4")
-    assert draft.model.max_prompt is None and gw.check_context_window(draft) is False
-    assert gw.check_context_window(draft_of(said("user", "a " * 1_000_000), model=OPUS)) is False
+    assert draft.model.max_prompt is None
+    gw.check_context_window(draft)
+    gw.check_context_window(draft_of(said("user", "a " * 1_000_000), model=OPUS))
 
 
 # ---- schemas -------------------------------------------------------------------------------------
