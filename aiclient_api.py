@@ -10310,13 +10310,12 @@ def unwrap_error(value: Any, depth: int = 3) -> tuple[str, str]:
         return unwrap_error(nested, depth - 1) if nested else (value, "")
     if not isinstance(value, dict):
         return "", ""
-    code = value.get("code") or value.get("type") or ""
-    for key in ("error", "message", "error_details"):
-        if value.get(key):
-            message, nested_code = unwrap_error(value[key], depth)
-            code = nested_code or code
-            return message, code.partition(":")[0] if isinstance(code, str) else ""
-    return "", code if isinstance(code, str) else ""
+    message, code = "", value.get("code") or value.get("type")
+    key = next((key for key in ("error", "message", "error_details") if value.get(key)), "")
+    if key:
+        message, nested_code = unwrap_error(value[key], depth)
+        code = nested_code or code
+    return message, code.partition(":")[0] if isinstance(code, str) else ""
 
 
 def read_error_answer(status: int, data: bytes) -> tuple[str, str]:
