@@ -10433,11 +10433,10 @@ def request_note(headers: Headers, service: str, name: str) -> str:
 
 
 COPILOT_400 = (
-    Fault(r"prompt token count of (\d{1,15}) exceeds the limit of (\d{1,15})\b", ContextTooLong),
-    Fault(r"prompt is too long: (\d{1,15}) tokens > (\d{1,15}) maximum", ContextTooLong),
-    Fault(r"^400 (?:context_length_exceeded|model_max_prompt_tokens_exceeded):", ContextTooLong),
-    Fault(r"(?i)prompt is too long|too large for model context window|context length",
-          ContextTooLong),
+    Fault(r"(?:prompt token count of|prompt is too long:) (\d{1,15}) "
+          r"(?:exceeds the limit of|tokens >) (\d{1,15})\b", ContextTooLong),
+    Fault(r"(?i)^400 (?:context_length|model_max_prompt_tokens)_exceeded:|prompt is too long"
+          r"|too large for model context window|context length", ContextTooLong),
     Fault(r"^400 model_not_supported:|(?i:requested model is not supported)", ModelNotFound,
           "Copilot does not offer {model} to this account.", "relist",
           "It may need to be enabled at github.com/settings/copilot.", "model"),
@@ -10836,6 +10835,11 @@ def read_copilot_quota(body: Json) -> Quota:
 # Copilot's successful responses report the quota in header fields (seen in VS Code, gh-aw-firewall
 # and Floway, 2026-08): `x-quota-snapshot-BUCKET: ent=1500&ov=0.0&ovPerm=true&rem=80.7&rst=...`.
 SNAPSHOT_PREFIX, WINDOW_PREFIX = "x-quota-snapshot-", "x-usage-ratelimit-"
+SNAPSHOT_KEYS = {
+    "ent": "entitlement", "rem": "percent_remaining", "totRem": "quota_remaining",
+    "ov": "overage_count", "ovPerm": "overage_permitted", "rst": "reset_date",
+}  # fmt: skip
+SNAPSHOT_FIGURES = tuple(SNAPSHOT_KEYS.values())[:4]
 
 
 def quota_fields(headers: Headers) -> dict[str, str]:
@@ -10844,27 +10848,17 @@ def quota_fields(headers: Headers) -> dict[str, str]:
 
 
 def read_snapshot(text: str) -> Json | None:
-    """A quota field as a row for `read_allowance`; None if it has another format.
-
-    `ent`: limit (-1 = none), `rem`: percentage left, `totRem`: amount left, `ov`: overage.
-    """
+    """A quota field as a row for `read_allowance`; None if it has another format."""
     try:
-        values = dict(urllib.parse.parse_qsl(text, keep_blank_values=True, max_num_fields=20))
+        pairs = urllib.parse.parse_qsl(text, keep_blank_values=True, max_num_fields=20)
     except ValueError:
         return None
-    keys = ("ent", "rem", "totRem", "ov")
-    figures = {key: parse_number(values[key]) for key in keys if key in values}
-    limit, remaining = figures.get("ent"), figures.get("totRem")
-    if None in figures.values() or "rem" not in figures or limit is None or limit < -1:
+    row = {SNAPSHOT_KEYS[key]: value for key, value in pairs if key in SNAPSHOT_KEYS}
+    figures = {key: parse_number(row[key]) for key in SNAPSHOT_FIGURES if key in row}
+    limit, remaining = figures.get("entitlement"), figures.get("quota_remaining")
+    if None in figures.values() or "percent_remaining" not in row or limit is None or limit < -1:
         return None
-    return {
-        "entitlement": limit,
-        "percent_remaining": figures["rem"],
-        "quota_remaining": None if remaining is None or remaining < 0 else remaining,
-        "overage_count": figures.get("ov"),
-        "overage_permitted": values.get("ovPerm"),
-        "reset_date": values.get("rst"),
-    }
+    return {**row, "quota_remaining": None} if remaining is not None and remaining < 0 else row
 
 
 def take_snapshots(known: Quota | None, headers: dict[str, str], now: float) -> Quota:
@@ -10896,8 +10890,8 @@ def take_snapshots(known: Quota | None, headers: dict[str, str], now: float) -> 
             allowance.overage_limit = previous.overage_limit
         if previous is not None or len(allowances) < MAX_ALLOWANCES:
             allowances[name] = allowance
-    resets_at = plan_resets_at or known.resets_at
-    return Quota(known.account, known.plan, list(allowances.values()), resets_at, now)
+    rows, resets_at = list(allowances.values()), plan_resets_at or known.resets_at
+    return Quota(known.account, known.plan, rows, resets_at, as_of=now)
 
 
 # Warnings: users want one before it is too late, and only once.
@@ -11030,10 +11024,8 @@ def read_time(value: Any) -> float:
             moment = dt.datetime.fromisoformat(value)
         except ValueError:
             return 0.0
-        if moment.tzinfo is None:
-            moment = moment.replace(tzinfo=dt.timezone.utc)
-        value = moment.timestamp()
-        return read_figure(value, 0, MAX_UNIX_SECONDS) or 0.0
+        moment = moment if moment.tzinfo else moment.replace(tzinfo=dt.timezone.utc)
+        return read_figure(moment.timestamp(), 0, MAX_UNIX_SECONDS) or 0.0
     timestamp = read_figure(value, 0, MAX_UNIX_SECONDS * 1000) or 0.0
     return timestamp if timestamp < MAX_UNIX_SECONDS else timestamp / 1000
 
@@ -11116,11 +11108,10 @@ def is_own_endpoint(credentials: Json) -> bool:
 def kiro_refresh(login: KiroLogin, config: KiroConfig) -> tuple[str, dict[str, str], bytes]:
     """(URL, headers, body) of the request that refreshes a sign-in, by its kind."""
     headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
+    grant = {"grant_type": "refresh_token", "client_id": login.client_id}
+    grant["refresh_token"] = login.refresh
     if login.kind == "external_idp":
-        form = {"grant_type": "refresh_token", "client_id": login.client_id}
-        form["refresh_token"] = login.refresh
-        if login.scope:
-            form["scope"] = login.scope
+        form = {**grant, "scope": login.scope} if login.scope else grant
         headers["Content-Type"] = "application/x-www-form-urlencoded"
         return login.token_url, headers, urllib.parse.urlencode(form).encode()
     headers["Content-Type"] = "application/json"
@@ -11129,13 +11120,9 @@ def kiro_refresh(login: KiroLogin, config: KiroConfig) -> tuple[str, dict[str, s
         headers["User-Agent"] = f"KiroIDE-{config.kiro_version}-{login.machine_id}"
         url = (config.auth_url or KIRO_AUTH_URL).rstrip("/") + "/refreshToken"
         return url, headers, dump_json({"refreshToken": login.refresh})
-    body = {
-        "clientId": login.client_id,
-        "clientSecret": login.client_secret,
-        "refreshToken": login.refresh,
-        "grantType": "refresh_token",
-    }
+    grant["client_secret"] = login.client_secret
     base = config.oidc_url or KIRO_OIDC_URL.format(region=login.sso_region)
+    body = {camel(name): value for name, value in grant.items()}
     return base.rstrip("/") + "/token", headers, dump_json(body)
 
 
@@ -11223,7 +11210,41 @@ def kiro_controls(login: KiroLogin, config: KiroConfig) -> list[str]:
     return [KIRO_MANAGEMENT_URL.format(region=region), KIRO_Q_URL.format(region=region)]
 
 
-def kiro_identity(login: KiroLogin) -> dict[str, str]:
+# What the vendor's CLI and IDE send: for a call, and for the model list, profiles and limits.
+# Very long histories are refused unless the headers name an IDE version (pi, 2026-08).
+RUST_AGENT = (
+    "aws-sdk-rust/1.3.15 ua/2.1 api/codewhispererstreaming/0.1.17975 os/{os} lang/rust/1.92.0"
+)
+NODE_AGENT = "ua/2.1 os/{system} lang/js md/nodejs#22.22.0"
+KIRO_HEADERS = {
+    "cli": {
+        "x-amzn-codewhisperer-optout": "true",  # no training on this user's code
+        "Content-Type": "application/x-amz-json-1.0",
+        "Accept": "*/*",
+        "X-Amz-Target": "AmazonCodeWhispererStreamingService.GenerateAssistantResponse",
+        "User-Agent": RUST_AGENT + " md/appVersion-2.14.2 m/F app/AmazonQ-For-CLI",
+        "x-amz-user-agent": RUST_AGENT + " m/F app/AmazonQ-For-CLI",
+    },
+    "ide": {
+        "x-amzn-codewhisperer-optout": "true",
+        "Content-Type": "application/json",
+        "Accept": "application/vnd.amazon.eventstream",
+        "x-amzn-kiro-agent-mode": "vibe",
+        "x-amz-user-agent": "aws-sdk-js/1.0.34 {client}",
+        "User-Agent": f"aws-sdk-js/1.0.34 {NODE_AGENT}"
+        " api/codewhispererstreaming#1.0.34 m/E {client}",
+    },
+    "control": {
+        "Accept": "application/json",
+        "x-amz-user-agent": "aws-sdk-js/1.0.0 {client}",
+        "User-Agent": f"aws-sdk-js/1.0.0 {NODE_AGENT}"
+        " api/codewhispererruntime#1.0.0 m/N,E {client}",
+    },
+}
+
+
+def kiro_headers(login: KiroLogin, shape: str, version: str, system: str) -> dict[str, str]:
+    """The headers of a request in one of the KIRO_HEADERS shapes."""
     headers = {"Authorization": f"Bearer {login.access}", "Accept-Encoding": "identity"}
     if login.kind == "api_key":
         headers["tokentype"] = "API_KEY"
@@ -11231,49 +11252,12 @@ def kiro_identity(login: KiroLogin) -> dict[str, str]:
         headers["TokenType"] = "EXTERNAL_IDP"
     if login.internal:
         headers["redirect-for-internal"] = "true"
-    return headers
-
-
-def kiro_call_headers(
-    login: KiroLogin, endpoint: KiroEndpoint, version: str, system: str
-) -> dict[str, str]:
-    """Very long histories are refused unless the headers name an IDE version (pi, 2026-08)."""
-    headers = kiro_identity(login)
-    headers["x-amzn-codewhisperer-optout"] = "true"  # no training on this user's code
-    if endpoint.shape == "cli":
-        agent = "aws-sdk-rust/1.3.15 ua/2.1 api/codewhispererstreaming/0.1.17975"
-        agent += f" os/{system.partition('#')[0]} lang/rust/1.92.0"
-        return {
-            **headers,
-            "Content-Type": "application/x-amz-json-1.0",
-            "Accept": "*/*",
-            "X-Amz-Target": "AmazonCodeWhispererStreamingService.GenerateAssistantResponse",
-            "User-Agent": f"{agent} md/appVersion-2.14.2 m/F app/AmazonQ-For-CLI",
-            "x-amz-user-agent": f"{agent} m/F app/AmazonQ-For-CLI",
-        }
-    headers["Content-Type"] = "application/json"
-    headers["Accept"] = "application/vnd.amazon.eventstream"
-    headers["x-amzn-kiro-agent-mode"] = "vibe"
-    return {**headers, **kiro_agents(login, version, system, "1.0.34", "streaming", "E")}
-
-
-def kiro_agents(
-    login: KiroLogin, version: str, system: str, sdk: str, api: str, features: str
-) -> dict[str, str]:
-    """The two agent headers of the Kiro IDE."""
-    client = f"KiroIDE-{version}-{login.machine_id}"
-    return {
-        "x-amz-user-agent": f"aws-sdk-js/{sdk} {client}",
-        "User-Agent": (
-            f"aws-sdk-js/{sdk} ua/2.1 os/{system} lang/js md/nodejs#22.22.0"
-            f" api/codewhisperer{api}#{sdk} m/{features} {client}"
-        ),
+    facts = {
+        "client": f"KiroIDE-{version}-{login.machine_id}",
+        "os": system.partition("#")[0],
+        "system": system,
     }
-
-
-def kiro_control_headers(login: KiroLogin, version: str, system: str) -> dict[str, str]:
-    agents = kiro_agents(login, version, system, "1.0.0", "runtime", "N,E")
-    return {**kiro_identity(login), "Accept": "application/json", **agents}
+    return headers | {name: text.format(**facts) for name, text in KIRO_HEADERS[shape].items()}
 
 
 def place_kiro_call(body: Json, endpoint: KiroEndpoint, conversation_id: str, run_id: str) -> Json:
@@ -11340,14 +11324,11 @@ KIRO_VENDORS = {
 # The models of 2026-08 (id, input window, output limit), if the list cannot be fetched.
 KIRO_KNOWN_MODELS: tuple[tuple[str, int, int | None], ...] = (
     ("auto", 200_000, None),  # nominal: it routes to several models
-    ("claude-sonnet-4.6", 1_000_000, 64_000),
-    ("claude-sonnet-4.5", 200_000, 64_000),
-    ("claude-sonnet-4", 200_000, 64_000),
-    ("claude-opus-4.8", 1_000_000, 128_000),
-    ("claude-opus-4.6", 1_000_000, 64_000),
-    ("claude-opus-4.5", 200_000, 64_000),
+    ("claude-sonnet-4.6", 1_000_000, 64_000), ("claude-sonnet-4.5", 200_000, 64_000),
+    ("claude-sonnet-4", 200_000, 64_000), ("claude-opus-4.8", 1_000_000, 128_000),
+    ("claude-opus-4.6", 1_000_000, 64_000), ("claude-opus-4.5", 200_000, 64_000),
     ("claude-haiku-4.5", 200_000, 64_000),
-)
+)  # fmt: skip
 
 
 def read_kiro_model(entry: Json, provider: str) -> Model | None:
@@ -11466,16 +11447,15 @@ KIRO_STATUS_FAULTS = (
 )
 
 
-def classify_kiro_payload(
-    status: int, headers: Headers, payload: Json, now: float
-) -> RetryDecision:
-    """Classifies an error object, first by its message, then by status; `now` is Unix time."""
+def classify_kiro_error(status: int, headers: Headers, data: bytes, now: float) -> RetryDecision:
+    """Classifies an error response, first by its message, then by status; `now` is Unix time."""
+    text = data.decode("utf-8", "replace").strip()
+    payload = load_object(text) or {"message": read_error_answer(status, data)[0]}
     code, reason, message = read_kiro_words(payload)
     code = headers.get("x-amzn-errortype", "").partition(":")[0] or code
     decision = classify_kiro_message(code, reason, message)
-    if decision is None or (
-        status == 401 and isinstance(decision.error, Forbidden) and decision.action != "rest"
-    ):
+    is_token_refused = status == 401 and decision and isinstance(decision.error, Forbidden)
+    if decision is None or (is_token_refused and decision.action != "rest"):
         decision = classify(KIRO_STATUS_FAULTS, status, "", message)
     with_wait(decision, read_wait(headers, message, now), "pause", "wait", "rest")
     if isinstance(decision.error, QuotaExceeded):
@@ -11483,12 +11463,6 @@ def classify_kiro_payload(
     decision.account_wide = isinstance(decision.error, (QuotaExceeded, RateLimited))
     decision.error.message += request_note(headers, "Kiro", "x-amzn-requestid")
     return decision
-
-
-def classify_kiro_error(status: int, headers: Headers, data: bytes, now: float) -> RetryDecision:
-    text = data.decode("utf-8", "replace").strip()
-    payload = load_object(text) or {"message": read_error_answer(status, data)[0]}
-    return classify_kiro_payload(status, headers, payload, now)
 
 
 # 9.6 signing in: device codes, the browser's redirect, other programs' files
@@ -11703,8 +11677,8 @@ def with_tokens(body: Json, changes: Json) -> Json:
     for name in ("access_token", "refresh_token", "profile_arn", "expires_at"):
         key = name if name in body else camel(name)
         if name in changes and (key in body or name != "profile_arn"):
-            value = changes[name]
-            merged[key] = write_time(value, body.get(key)) if name == "expires_at" else value
+            value, old = changes[name], body.get(key)
+            merged[key] = write_time(value, old) if name == "expires_at" else value
     return merged
 
 
@@ -17274,7 +17248,7 @@ class KiroProvider:
         self, login: KiroLogin, method: str, bases: list[str], path: str, body: bytes = b""
     ) -> Json | RetryDecision:
         """A response of the control plane: each host in turn, with both spellings of the path."""
-        headers = kiro_control_headers(login, self.config.kiro_version, self.system)
+        headers = kiro_headers(login, "control", self.config.kiro_version, self.system)
         headers["amz-sdk-request"] = "attempt=1; max=1"
         if body:
             headers["Content-Type"] = "application/json"
@@ -17407,8 +17381,8 @@ class KiroAttempt(Attempt):
     async def send(self) -> UpstreamResponse:
         endpoint, provider = self.endpoints[0], self.provider
         body = place_kiro_call(self.call.body, endpoint, self.conversation, self.run_id)
-        static_headers = kiro_call_headers(
-            self.login, endpoint, provider.config.kiro_version, provider.system
+        static_headers = kiro_headers(
+            self.login, endpoint.shape, provider.config.kiro_version, provider.system
         )
 
         def headers() -> dict[str, str]:
@@ -17478,7 +17452,7 @@ class KiroAttempt(Attempt):
     @staticmethod
     def classify_frame(frame: Json) -> RetryDecision:
         error = get_dict(frame, "error") or get_dict(frame, "invalidStateEvent")
-        return classify_kiro_payload(500, Headers(), error, time.time())
+        return classify_kiro_error(500, Headers(), dump_json(error), time.time())
 
     def explain(self, decision: RetryDecision) -> RetryDecision:
         """Explains why a conversation's form was refused: the rules that changed it, its size."""

@@ -568,7 +568,7 @@ SYSTEM = "linux#6.8.0"
 def call_headers(read: gw.KiroLogin, shape: str) -> dict[str, str]:
     """The headers of a model call, in lower case, with those that change with every attempt."""
     way = gw.KiroEndpoint("https://host.example", shape, "")
-    headers = gw.kiro_call_headers(read, way, "1.1.14", SYSTEM)
+    headers = gw.kiro_headers(read, way.shape, "1.1.14", SYSTEM)
     lowered = {name.lower(): value for name, value in headers.items()}
     assert len(lowered) == len(headers)
     return lowered
@@ -632,7 +632,7 @@ def test_the_cli_says_what_the_cli_says() -> None:
 def test_some_kinds_are_marked_on_every_call(method: str) -> None:
     """Trap 18: also on those of the control plane."""
     read = login(method)
-    control = gw.kiro_control_headers(read, "1.1.14", SYSTEM)
+    control = gw.kiro_headers(read, "control", "1.1.14", SYSTEM)
     for headers in (
         call_headers(read, "ide"),
         call_headers(read, "cli"),
@@ -647,14 +647,14 @@ def test_staff_is_redirected() -> None:
     """4.2."""
     read = login("idc", provider="Internal")
     assert call_headers(read, "ide")["redirect-for-internal"] == "true"
-    assert gw.kiro_control_headers(read, "1", SYSTEM)["redirect-for-internal"] == "true"
+    assert gw.kiro_headers(read, "control", "1", SYSTEM)["redirect-for-internal"] == "true"
 
 
 @EVERY_KIND
 def test_the_control_plane_is_asked_as_the_ide_asks_it(method: str) -> None:
     """6.1."""
     read = login(method)
-    headers = gw.kiro_control_headers(read, "1.1.14", SYSTEM)
+    headers = gw.kiro_headers(read, "control", "1.1.14", SYSTEM)
     notes, machines = notes_of({k.lower(): v for k, v in headers.items()}, "control")
     assert notes == [] and machines == {read.machine_id}
     assert headers["Authorization"] == f"Bearer {read.access}"
