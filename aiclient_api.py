@@ -10330,15 +10330,12 @@ def read_error_answer(status: int, data: bytes) -> tuple[str, str]:
     return redact(text, MAX_REFUSAL_TEXT), ""
 
 
-# RFC 9110 section 10.2.3 does not allow fractions; services send them.
-PLAIN_SECONDS = re.compile(r"[0-9]{1,19}(?:\.[0-9]{1,9})?")
-
-
 def parse_retry_after(value: str | None, now: float) -> float | None:
     """Seconds in a Retry-After field: a number or an HTTP date; `now` is Unix time."""
     if value is None:
         return None
-    if PLAIN_SECONDS.fullmatch(value):
+    # RFC 9110 section 10.2.3 does not allow fractions; services send them.
+    if re.fullmatch(r"[0-9]{1,19}(?:\.[0-9]{1,9})?", value):
         return min(float(value), MAX_RESET_SECONDS)
     try:
         retry_at = email.utils.parsedate_to_datetime(value[:100]).timestamp()
@@ -10424,12 +10421,10 @@ def with_wait(decision: RetryDecision, wait_s: float | None, *actions: str) -> R
     return decision
 
 
-SUPPORT_ID = re.compile(r"[\w:.-]{1,100}", re.ASCII)
-
-
 def request_note(headers: Headers, service: str, name: str) -> str:
     request_id = headers.get(name, "")
-    return f" ({service} request {request_id})" if SUPPORT_ID.fullmatch(request_id) else ""
+    is_plain = re.fullmatch(r"[A-Za-z0-9_:.-]{1,100}", request_id)
+    return f" ({service} request {request_id})" if is_plain else ""
 
 
 COPILOT_400 = (
@@ -10474,7 +10469,6 @@ COPILOT_FAULTS = (
           "wait"),
     Fault(r"", UpstreamError, "Copilot answered with status {status}: {message}{tail}"),
 )  # fmt: skip
-ACCOUNT_LIMITS = re.compile("(?:user_global|user_weekly|integration)_rate_limited")
 
 
 def classify_400(
@@ -10505,7 +10499,8 @@ def classify_copilot_error(
         # A third-party agent needs a sign-in of its own.
         return RetryDecision(Forbidden(f"Copilot wants another authorization: {message}.{tail}"))
     decision = classify(COPILOT_FAULTS, status, code, message, model=model.id, tail=tail)
-    decision.account_wide = status == 429 and bool(ACCOUNT_LIMITS.fullmatch(code))
+    account_limits = r"(?:user_global|user_weekly|integration)_rate_limited"
+    decision.account_wide = status == 429 and re.fullmatch(account_limits, code) is not None
     return with_wait(decision, read_wait(headers, message, now), "pause", "rest")
 
 
@@ -10612,6 +10607,23 @@ def classify_exchange_error(
     return RetryDecision(error, "wait" if notice_id == "server_error" else "")
 
 
+def camel(name: str) -> str:
+    """`refresh_token` -> `refreshToken`."""
+    first, *following = name.split("_")
+    return first + "".join(word.capitalize() for word in following)
+
+
+def either(body: Json, name: str) -> Any:
+    """The value at `name`, in snake_case as GitHub spells it or in camelCase as AWS does."""
+    return body.get(name, body.get(camel(name)))
+
+
+def get_token(body: Json, name: str) -> str:
+    """The text at `name`, in either spelling, if it fits into a header; otherwise ""."""
+    value = either(body, name)
+    return value if isinstance(value, str) and TARGET.fullmatch(value) else ""
+
+
 @dataclass(slots=True)
 class CopilotToken:
     token: str = field(repr=False)
@@ -10644,8 +10656,8 @@ def copilot_api_url(body: Json, config: CopilotConfig, default: str) -> str:
 
 def read_token_answer(body: Json, config: CopilotConfig, now: float) -> CopilotToken:
     """Parses a token response; only `token` is required.  Raises UpstreamError."""
-    token = body.get("token")
-    if not isinstance(token, str) or not TARGET.fullmatch(token):
+    token = get_token(body, "token")
+    if not token:
         raise UpstreamError("GitHub's token answer holds no token that can be used.")
     named_life = positive_int(body.get("refresh_in")) or COPILOT_DEFAULT_LIFE_SECONDS
     lifetime = min(named_life, MAX_TOKEN_SECONDS)
@@ -10748,7 +10760,6 @@ class Quota:
         return row
 
 
-DECIMAL = re.compile(r"-?[0-9]{1,12}(?:\.[0-9]{1,20})?")
 #: "premium_models" is another name for the same allowance (VS Code, 2026-08)
 ALLOWANCE_NAMES = {"premium_models": "premium_interactions"}
 ALLOWANCE_UNITS = {"chat": "messages", "completions": "completions"}
@@ -10757,7 +10768,7 @@ ALLOWANCE_UNITS = {"chat": "messages", "completions": "completions"}
 def parse_number(value: Any) -> float | None:
     """Like `read_figure`, but also accepts a number in a string."""
     if isinstance(value, str):
-        return float(value) if DECIMAL.fullmatch(value) else None
+        return float(value) if re.fullmatch(r"-?[0-9]{1,12}(?:\.[0-9]{1,20})?", value) else None
     return read_figure(value)
 
 
@@ -10776,18 +10787,11 @@ def read_allowance(name: str, row: Json, by_tokens: bool | None = None) -> Allow
     if name == "premium_interactions" and by_tokens is not None:
         # GitHub counts credits since June 2026, premium requests still in some contracts.
         unit = "credits" if by_tokens else "premium requests"
-    allowance = Allowance(
-        name,
-        None,
-        limit,
-        None,
-        unit,
-        percent_left,
-        max(0.0, read_time(row.get("quota_reset_at") or row.get("reset_date"))),
-        read_flag(row.get("overage_permitted")),
-        parse_number(row.get("overage_count")),
-        parse_number(row.get("overage_entitlement")),
-    )
+    allowance = Allowance(name, None, limit, None, unit, percent_left)
+    allowance.resets_at = max(0.0, read_time(row.get("quota_reset_at") or row.get("reset_date")))
+    allowance.overage_permitted = read_flag(row.get("overage_permitted"))
+    allowance.overage_used = parse_number(row.get("overage_count"))
+    allowance.overage_limit = parse_number(row.get("overage_entitlement"))
     if row.get("unlimited") is True or limit == -1:
         allowance.limit, allowance.percent_left = math.inf, None
         return allowance
@@ -10920,18 +10924,17 @@ def plain_day(moment: float) -> str:
 
 def quota_warning(provider: str, allowance: Allowance, resets_at: float) -> str:
     """`copilot: 81 % of premium_interactions used, 285 of 1,500 credits left, resets on DAY`."""
-    unit = f" {allowance.unit}" if allowance.unit else ""
+    name, unit = allowance.name, f" {allowance.unit}" if allowance.unit else ""
     limit = f" of {plain_figure(allowance.limit)}" if allowance.limit else ""
-    day = plain_day(allowance.resets_at or resets_at)
+    day, left = plain_day(allowance.resets_at or resets_at), ""
     reset = f", resets on {day}" if day else ""
     if reached_percent(allowance) >= 100:
         left = f", nothing left{limit}{unit}" if limit else ""
         billing = "; what goes beyond it is billed" if allowance.overage_permitted else ""
-        return f"{provider}: {allowance.name}: used up{left}{reset}{billing}"
-    percent, left = int(allowance.percent_used or 0), ""
+        return f"{provider}: {name}: used up{left}{reset}{billing}"
     if allowance.remaining is not None:
         left = f", {plain_figure(allowance.remaining)}{limit}{unit} left"
-    return f"{provider}: {percent} % of {allowance.name} used{left}{reset}"
+    return f"{provider}: {int(allowance.percent_used or 0)} % of {name} used{left}{reset}"
 
 
 def quota_warnings(provider: str, quota: Quota | None, now: float) -> list[str]:
@@ -11004,17 +11007,6 @@ class KiroLogin:
     token_url: str = ""  #: of an external identity provider
     scope: str = ""  #: likewise
     internal: bool = False  #: AWS staff
-
-
-def camel(name: str) -> str:
-    """`refresh_token` -> `refreshToken`."""
-    first, *following = name.split("_")
-    return first + "".join(word.capitalize() for word in following)
-
-
-def either(body: Json, name: str) -> Any:
-    """The value at `name`, in snake_case as GitHub spells it or in camelCase as AWS does."""
-    return body.get(name, body.get(camel(name)))
 
 
 def read_time(value: Any) -> float:
@@ -11128,15 +11120,16 @@ def kiro_refresh(login: KiroLogin, config: KiroConfig) -> tuple[str, dict[str, s
 
 def read_refresh_answer(body: Json, now: float) -> Json:
     """Changes to the token file; a new refresh token invalidates the old.  Raises UpstreamError."""
-    access, lifetime = either(body, "access_token"), read_figure(either(body, "expires_in"), 0)
-    if not isinstance(access, str) or not TARGET.fullmatch(access):
+    changes: Json = {"access_token": get_token(body, "access_token")}
+    if not changes["access_token"]:
         raise UpstreamError("The answer to Kiro's token refresh holds no token that can be used.")
-    lifetime = min(lifetime or KIRO_TOKEN_SECONDS, MAX_TOKEN_SECONDS)
-    changes: Json = {"access_token": access, "expires_at": int(now + lifetime)}
-    for name, pattern in (("refresh_token", TARGET), ("profile_arn", KIRO_ARN)):
-        value = either(body, name)
-        if isinstance(value, str) and pattern.fullmatch(value):
-            changes[name] = value
+    lifetime = read_figure(either(body, "expires_in"), 0) or KIRO_TOKEN_SECONDS
+    changes["expires_at"] = int(now + min(lifetime, MAX_TOKEN_SECONDS))
+    refresh, arn = get_token(body, "refresh_token"), get_token(body, "profile_arn")
+    if refresh:
+        changes["refresh_token"] = refresh
+    if KIRO_ARN.fullmatch(arn):
+        changes["profile_arn"] = arn
     return changes
 
 
@@ -11357,7 +11350,7 @@ def read_kiro_model(entry: Json, provider: str) -> Model | None:
 
 def read_kiro_models(entries: Iterable[Any], provider: str) -> dict[str, Model]:
     models = (read_kiro_model(entry, provider) for entry in entries if isinstance(entry, dict))
-    return {model.id: model for model in models if model is not None}
+    return {model.id: model for model in filter(None, models)}
 
 
 def known_kiro_models(provider: str) -> dict[str, Model]:
@@ -11371,23 +11364,15 @@ def known_kiro_models(provider: str) -> dict[str, Model]:
     return models
 
 
-def kiro_credit_row(body: Json) -> Json:
-    """The credits in GetUsageLimits: an item of a list, or a single object in older responses."""
-    rows = body.get("usageBreakdownList") or [body.get("usageBreakdown")]
-    rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-    credit_rows = [row for row in rows if row.get("resourceType") == "CREDIT"]
-    return next(iter(credit_rows or rows), {})
-
-
 def kiro_figure(row: Json, name: str) -> float | None:
-    keys = (f"{name}WithPrecision", name)
-    return read_figure(next((row[key] for key in keys if row.get(key) is not None), None), 0)
+    precise = row.get(f"{name}WithPrecision")
+    return read_figure(row.get(name) if precise is None else precise, 0)
 
 
 def kiro_credit_parts(row: Json, now: float) -> list[AllowancePart]:
     """The plan's own credits, an active trial's and those of bonuses that have not expired."""
-    entries = [("plan", row, 0.0)]
     trial, bonuses = get_dict(row, "freeTrialInfo"), row.get("bonuses")
+    entries = [("plan", row, 0.0)]
     if trial.get("freeTrialStatus") == "ACTIVE":
         entries.append(("free trial", trial, read_time(trial.get("freeTrialExpiry"))))
     for bonus in bonuses[:MAX_ALLOWANCES] if isinstance(bonuses, list) else ():
@@ -11397,17 +11382,20 @@ def kiro_credit_parts(row: Json, now: float) -> list[AllowancePart]:
                 entries.append((name_of_key(bonus, "displayName") or "bonus", bonus, ends_at))
     parts = []
     for name, entry, ends_at in entries:
-        used, limit = kiro_figure(entry, "currentUsage"), kiro_figure(entry, "usageLimit")
-        parts.append(AllowancePart(name, used or 0.0, limit or 0.0, ends_at))
+        used, limit = (kiro_figure(entry, key) or 0.0 for key in ("currentUsage", "usageLimit"))
+        parts.append(AllowancePart(name, used, limit, ends_at))
     return parts
 
 
 def read_kiro_quota(body: Json, now: float) -> Quota:
-    """All credits are one allowance: they are spent from whichever part has some left.
+    """GetUsageLimits; the account is its e-mail address, "" unless that was requested.
 
-    The account is its e-mail address, "" unless that was requested.
+    All credits are one allowance: they are spent from whichever part has some left.
     """
-    row = kiro_credit_row(body)
+    rows = body.get("usageBreakdownList") or [body.get("usageBreakdown")]  # older responses
+    rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    credit_rows = [row for row in rows if row.get("resourceType") == "CREDIT"]
+    row: Json = next(iter(credit_rows or rows), {})
     parts = kiro_credit_parts(row, now)
     used, limit = float(sum(part.used for part in parts)), float(sum(part.limit for part in parts))
     overage = get_dict(body, "overageConfiguration").get("overageStatus")
@@ -11486,19 +11474,15 @@ class DeviceCode:
 def read_device_code(body: Json, service: str) -> DeviceCode:
     """Parses a device authorization response; raises SignInFailed."""
 
-    def text(name: str) -> str:
-        value = either(body, name)
-        return value if isinstance(value, str) and TARGET.fullmatch(value) else ""
-
     def seconds(name: str, default: float) -> float:
         value = parse_number(either(body, name))  # strings in a form
         return default if value is None or not 1 <= value <= 86400 else value
 
     device = DeviceCode(
-        text("device_code"),
-        text("user_code"),
-        text("verification_uri"),
-        text("verification_uri_complete"),
+        get_token(body, "device_code"),
+        get_token(body, "user_code"),
+        get_token(body, "verification_uri"),
+        get_token(body, "verification_uri_complete"),
         seconds("expires_in", DEVICE_LIFE_SECONDS),
         seconds("interval", DEVICE_INTERVAL_SECONDS),
     )
@@ -11650,14 +11634,10 @@ def read_kiro_import(body: Json, registration: Json, profile: Json, kind: str = 
     credentials["sign_in_expires_at"] = int(read_time(client_ends))
     credentials.setdefault("profile_arn", get_str(profile, "arn"))
     method = credentials.get("provider") or kind or get_str(body, "authMethod")
-    credentials["auth_method"] = method
-    credentials["auth_method"] = kiro_kind(credentials)
-    scopes = either(body, "scopes")
-    if credentials["auth_method"] == "social":  # the token file names the identity provider
-        spelling = re.sub(r"[_-]", "", method.lower())
-        is_social = spelling in ("google", "github")
-        credentials["auth_method"] = spelling if is_social else KIRO_KINDS.get(spelling, "social")
-    elif credentials["auth_method"] == "external_idp" and isinstance(scopes, list):
+    kind, scopes = kiro_kind({**credentials, "auth_method": method}), either(body, "scopes")
+    is_named = kind == "social" and method.lower() in ("google", "github")
+    credentials["auth_method"] = method.lower() if is_named else kind
+    if kind == "external_idp" and isinstance(scopes, list):
         credentials["scope"] = " ".join(scope for scope in scopes if isinstance(scope, str))
     credentials = {name: value for name, value in credentials.items() if value}
     return {**credentials, "machine_id": read_kiro_login(credentials).machine_id}
