@@ -10415,7 +10415,7 @@ def classify(
 
 
 def with_wait(decision: RetryDecision, wait_s: float | None, *actions: str) -> RetryDecision:
-    """The decision with the wait that the service asks for, if it is one of these actions."""
+    """The decision with the wait that the service asks for, where its action is one of these."""
     if wait_s is not None and decision.action in actions:
         decision.wait_s = decision.error.retry_after = wait_s
     return decision
@@ -10440,7 +10440,7 @@ COPILOT_400 = (
           "{model} is not served in a dialect this gateway speaks yet.", "reroute", "", "model"),
     Fault(r"^400 [^:]*: \Z", InvalidRequest,
           "The upstream refused the request without a reason.", "again"),
-    # Replayed reasoning was refused.
+    # Usually replayed reasoning.
     Fault(r"^400 invalid_request_body:|(?i:signature|different conversation|encrypted[ _]content"
           r"|does not belong to this connection)", InvalidRequest, "{message}", "forget"),
     Fault(r"(?i)copilot-vision-request", InvalidRequest, "{message}", "",
@@ -10496,7 +10496,7 @@ def classify_copilot_error(
         return classify_400(message, code, model, sent, rejections)
     tail = request_note(headers, "GitHub", "x-github-request-id")
     if status in (401, 403, 421) and b'"authorize_url"' in data:
-        # A third-party agent needs a sign-in of its own.
+        # for a third-party agent
         return RetryDecision(Forbidden(f"Copilot wants another authorization: {message}.{tail}"))
     decision = classify(COPILOT_FAULTS, status, code, message, model=model.id, tail=tail)
     account_limits = r"(?:user_global|user_weekly|integration)_rate_limited"
@@ -10505,7 +10505,7 @@ def classify_copilot_error(
 
 
 BETA_REFUSED = re.compile(r"Unexpected value\(s\) (.{1,500}?) for the `?anthropic-beta`? header")
-# At the beginning of a message: further behind may stand the caller's own words.
+# At the beginning of a message only: the rest may quote the client.
 REFUSAL_OPENING = r"(?:(?:invalid_\w{1,40}|messages\.\d{1,9}): )?"
 EFFORT_REFUSED = re.compile(
     REFUSAL_OPENING + r"(?:Un(?:supported|known|recognized) [\w ]{1,40}: )?"
@@ -10843,7 +10843,6 @@ SNAPSHOT_KEYS = {
     "ent": "entitlement", "rem": "percent_remaining", "totRem": "quota_remaining",
     "ov": "overage_count", "ovPerm": "overage_permitted", "rst": "reset_date",
 }  # fmt: skip
-SNAPSHOT_FIGURES = tuple(SNAPSHOT_KEYS.values())[:4]
 
 
 def quota_fields(headers: Headers) -> dict[str, str]:
@@ -10858,7 +10857,8 @@ def read_snapshot(text: str) -> Json | None:
     except ValueError:
         return None
     row = {SNAPSHOT_KEYS[key]: value for key, value in pairs if key in SNAPSHOT_KEYS}
-    figures = {key: parse_number(row[key]) for key in SNAPSHOT_FIGURES if key in row}
+    others = ("overage_permitted", "reset_date")
+    figures = {key: parse_number(value) for key, value in row.items() if key not in others}
     limit, remaining = figures.get("entitlement"), figures.get("quota_remaining")
     if None in figures.values() or "percent_remaining" not in row or limit is None or limit < -1:
         return None
@@ -11191,7 +11191,8 @@ def kiro_endpoints(login: KiroLogin, config: KiroConfig) -> list[KiroEndpoint]:
         own = arn or (KIRO_SOCIAL_ARN if login.kind == "social" else "")
         endpoints = [(runtime, "ide", own), (q, "ide", own), (old, "ide", own)]
     base = config.api_url.rstrip("/")
-    return list(dict.fromkeys(KiroEndpoint(base or url, *way) for url, *way in endpoints))
+    unique = dict.fromkeys(KiroEndpoint(base or url, shape, key) for url, shape, key in endpoints)
+    return list(unique)
 
 
 def kiro_controls(login: KiroLogin, config: KiroConfig) -> list[str]:
@@ -17517,9 +17518,9 @@ class KiroAttempt(Attempt):
     async def check_spent_credits(self, decision: RetryDecision) -> None:
         """Re-examines a rate limit that lasts: spent credits look the same."""
         limits = await self.limits() if isinstance(decision.error, RateLimited) else None
-        credits_ = limits.allowances[0] if limits and limits.allowances else None
-        if limits and credits_ and credits_.is_used_up and not credits_.overage_permitted:
-            message = f"The Kiro credits are used up: {credits_.used:g} of {credits_.limit:g}."
+        row = limits.allowances[0] if limits and limits.allowances else None
+        if limits and row and row.is_used_up and not row.overage_permitted:
+            message = f"The Kiro credits are used up: {row.used:g} of {row.limit:g}."
             decision.error, decision.action = QuotaExceeded(message), "rest"
             self.add_reset_hint(decision, limits)
 
