@@ -10715,8 +10715,9 @@ class Allowance:
         return min(max(percent, 0.0), MAX_PERCENT_USED)
 
     @property
-    def is_used_up(self) -> bool:
-        return bool(self.limit and self.used is not None and self.used >= self.limit)
+    def is_spent(self) -> bool:
+        """Whether nothing is left, and use beyond the limit is not allowed."""
+        return bool(self.limit and (self.used or 0.0) >= self.limit and not self.overage_permitted)
 
     def as_json(self, resets_at: float) -> Json:
         """`{"name", "used", "limit", ...}`; `resets_at` is the plan's."""
@@ -17519,7 +17520,7 @@ class KiroAttempt(Attempt):
         """Re-examines a rate limit that lasts: spent credits look the same."""
         limits = await self.limits() if isinstance(decision.error, RateLimited) else None
         row = limits.allowances[0] if limits and limits.allowances else None
-        if limits and row and row.is_used_up and not row.overage_permitted:
+        if limits and row and row.is_spent:
             message = f"The Kiro credits are used up: {row.used:g} of {row.limit:g}."
             decision.error, decision.action = QuotaExceeded(message), "rest"
             self.add_reset_hint(decision, limits)
@@ -17538,7 +17539,9 @@ class KiroAttempt(Attempt):
             decision.account_wide = True
             if isinstance(decision.error, QuotaExceeded):
                 limits = await self.limits()
-                if limits is not None and any(row.is_used_up for row in limits.allowances):
+                if limits is not None and any(
+                    row.limit and (row.used or 0.0) >= row.limit for row in limits.allowances
+                ):
                     self.add_reset_hint(decision, limits)
         raise decision.error
 

@@ -960,7 +960,7 @@ def test_limits_are_the_plan_a_trial_and_bonuses() -> None:
     assert quota.plan == "KIRO PRO" and quota.resets_at == NOW + 12 * 86400
     assert read.used == pytest.approx(125.37 + 50.2 + 0.0)
     assert read.limit == 1000 + 500 + 100
-    assert read.overage_permitted is False and not read.is_used_up
+    assert read.overage_permitted is False and not read.is_spent
 
 
 def test_what_is_over_does_not_count() -> None:
@@ -986,7 +986,7 @@ def test_limits_come_in_older_forms_too() -> None:
     quota = gw.read_kiro_quota({"usageBreakdown": row, "nextDateReset": reset}, NOW)
     [read] = quota.allowances
     assert (read.used, read.limit, quota.resets_at) == (50, 50, AUGUST)
-    assert read.is_used_up and quota.plan == ""
+    assert read.is_spent and quota.plan == ""
 
 
 def test_a_precise_figure_that_is_null_is_replaced_by_the_plain_one() -> None:
@@ -1019,8 +1019,7 @@ def test_an_account_that_may_go_over_is_never_spent() -> None:
         spend(body, row)
         body["overageConfiguration"]["overageStatus"] = "ENABLED"
 
-    assert limits(spend).is_used_up and not limits(spend).overage_permitted
-    assert limits(allow).overage_permitted
+    assert limits(spend).is_spent and not limits(allow).is_spent
 
 
 @pytest.mark.parametrize(
