@@ -9413,13 +9413,12 @@ def unwrap_error(value: Any, depth: int = 3) -> tuple[str, str]:
         return unwrap_error(nested, depth - 1) if nested else (value, "")
     if not isinstance(value, dict):
         return "", ""
-    code = value.get("code") or value.get("type") or ""
-    for key in ("error", "message", "error_details"):
-        if value.get(key):
-            message, nested_code = unwrap_error(value[key], depth)
-            code = nested_code or code
-            return message, code.partition(":")[0] if isinstance(code, str) else ""
-    return "", code if isinstance(code, str) else ""
+    message, code = "", value.get("code") or value.get("type")
+    key = next((key for key in ("error", "message", "error_details") if value.get(key)), "")
+    if key:
+        message, nested_code = unwrap_error(value[key], depth)
+        code = nested_code or code
+    return message, code.partition(":")[0] if isinstance(code, str) else ""
 
 
 def read_error_answer(status: int, data: bytes) -> tuple[str, str]:
@@ -9434,15 +9433,12 @@ def read_error_answer(status: int, data: bytes) -> tuple[str, str]:
     return redact(text, MAX_REFUSAL_TEXT), ""
 
 
-# RFC 9110 section 10.2.3 does not allow fractions; services send them.
-PLAIN_SECONDS = re.compile(r"[0-9]{1,19}(?:\.[0-9]{1,9})?")
-
-
 def parse_retry_after(value: str | None, now: float) -> float | None:
     """Seconds in a Retry-After field: a number or an HTTP date; `now` is Unix time."""
     if value is None:
         return None
-    if PLAIN_SECONDS.fullmatch(value):
+    # RFC 9110 section 10.2.3 does not allow fractions; services send them.
+    if re.fullmatch(r"[0-9]{1,19}(?:\.[0-9]{1,9})?", value):
         return min(float(value), MAX_RESET_SECONDS)
     try:
         retry_at = email.utils.parsedate_to_datetime(value[:100]).timestamp()
@@ -9467,36 +9463,152 @@ RESET_WORDS = re.compile(
 )
 
 
-def read_wait_words(message: str, now: float) -> float | None:
-    """Seconds to wait according to an error message (its times are UTC); None if it names none."""
-    wait_match = WAIT_WORDS.search(message)
+def read_wait(headers: Headers, message: str, now: float) -> float | None:
+    """Seconds to wait: as in the Retry-After field, else as in the message (its times are UTC)."""
+    retry_after = parse_retry_after(headers.get("retry-after"), now)
+    if retry_after is not None:
+        return retry_after
+    wait_match, reset_match = WAIT_WORDS.search(message), RESET_WORDS.search(message)
     if wait_match:
         parts = WAIT_PART.findall(wait_match[1])
         wait_s = sum(float(amount) * WAIT_UNITS[unit.lower()] for amount, unit in parts)
-        return min(wait_s, MAX_RESET_SECONDS)
-    reset_match = RESET_WORDS.search(message)
-    if reset_match is None:
+    elif reset_match:
+        day, time_of_day = reset_match.groups("00:00")
+        try:
+            wait_s = dt.datetime.fromisoformat(f"{day}T{time_of_day}+00:00").timestamp() - now
+        except ValueError:
+            return None
+    else:
         return None
-    try:
-        resets_at = dt.datetime.fromisoformat(f"{reset_match[1]}T{reset_match[2] or '00:00'}+00:00")
-    except ValueError:
-        return None
-    return min(max(0.0, resets_at.timestamp() - now), MAX_RESET_SECONDS)
+    return min(max(0.0, wait_s), MAX_RESET_SECONDS)
 
 
-def read_wait(headers: Headers, message: str, now: float) -> float | None:
-    retry_after = parse_retry_after(headers.get("retry-after"), now)
-    return read_wait_words(message, now) if retry_after is None else retry_after
+class Fault(NamedTuple):
+    """A kind of error response, as a row of a table in which the first row that fits counts."""
+
+    pattern: str  #: searched in "429 code: message"; groups are the counts of a ContextTooLong
+    error: type[ApiError]
+    text: str = ""  #: a template, see `classify`
+    action: str = ""
+    hint: str = ""
+    param: str | None = None
 
 
-TOKEN_COUNTS = (
-    re.compile(r"prompt token count of (\d{1,15}) exceeds the limit of (\d{1,15})\b"),
-    re.compile(r"prompt is too long: (\d{1,15}) tokens > (\d{1,15}) maximum"),
-)
-TOO_LONG = ("context_length_exceeded", "model_max_prompt_tokens_exceeded")
-TOO_LONG_WORDS = ("prompt is too long", "too large for model context window", "context length")
+def classify(
+    faults: Iterable[Fault], status: int, code: str, message: str, **facts: str
+) -> RetryDecision:
+    """Classifies an error response; the last row of each table fits everything.
+
+    The texts may name the `facts`, {status}, {message}, {reason} and {detail}: ": message." or ".".
+    """
+    subject = f"{status} {code}: {message}"
+    fault, match = next(
+        (fault, match) for fault in faults if (match := re.search(fault.pattern, subject))
+    )
+    if fault.error is ContextTooLong:
+        return RetryDecision(ContextTooLong(*map(int, match.groups())))
+    text = fault.text.format(
+        status=status,
+        message=message,
+        reason=message or code or "no reason given",
+        detail=f": {message.strip(' .')}." if message else ".",
+        **facts,
+    )
+    return RetryDecision(fault.error(text, hint=fault.hint, param=fault.param), fault.action)
+
+
+def with_wait(decision: RetryDecision, wait_s: float | None, *actions: str) -> RetryDecision:
+    """The decision with the wait that the service asks for, where its action is one of these."""
+    if wait_s is not None and decision.action in actions:
+        decision.wait_s = decision.error.retry_after = wait_s
+    return decision
+
+
+def request_note(headers: Headers, service: str, name: str) -> str:
+    request_id = headers.get(name, "")
+    is_plain = re.fullmatch(r"[A-Za-z0-9_:.-]{1,100}", request_id)
+    return f" ({service} request {request_id})" if is_plain else ""
+
+
+COPILOT_400 = (
+    Fault(r"(?:prompt token count of|prompt is too long:) (\d{1,15}) "
+          r"(?:exceeds the limit of|tokens >) (\d{1,15})\b", ContextTooLong),
+    Fault(r"(?i)^400 (?:context_length|model_max_prompt_tokens)_exceeded:|prompt is too long"
+          r"|too large for model context window|context length", ContextTooLong),
+    Fault(r"^400 model_not_supported:|(?i:requested model is not supported)", ModelNotFound,
+          "Copilot does not offer {model} to this account.", "relist",
+          "It may need to be enabled at github.com/settings/copilot.", "model"),
+    Fault(r"(?i)^400 (?:unsupported_api_for_model:|[^:]*: (?:The requested )?model "
+          r'"?[\w.:/-]{1,200}"? is not accessible via the /)', InvalidRequest,
+          "{model} is not served in a dialect this gateway speaks yet.", "reroute", "", "model"),
+    Fault(r"^400 [^:]*: \Z", InvalidRequest,
+          "The upstream refused the request without a reason.", "again"),
+    # Usually replayed reasoning.
+    Fault(r"^400 invalid_request_body:|(?i:signature|different conversation|encrypted[ _]content"
+          r"|does not belong to this connection)", InvalidRequest, "{message}", "forget"),
+    Fault(r"(?i)copilot-vision-request", InvalidRequest, "{message}", "",
+          "Images may be switched off by your organisation's editor preview features policy."),
+    Fault(r"", InvalidRequest, "{message}"),
+)  # fmt: skip
+COPILOT_FAULTS = (
+    Fault(r"(?s)^(?:401|403|421) .*Personal Access Token", NotSignedIn,
+          "Copilot refused the token: {message}."),
+    Fault(r"^401 ", NotSignedIn, "Copilot refused the token.{tail}", "refresh"),
+    Fault(r"^(?:403|421) [^:]*: \Z", Forbidden,
+          "Copilot does not allow this: {status}{tail}.", "refresh"),
+    Fault(r"^(?:403|421) ", Forbidden, "Copilot does not allow this: {message}{tail}.", "refresh"),
+    # Only the model cools down: on older plans the models without a price still work (facts, 8.4).
+    Fault(r"^402 ", QuotaExceeded, "Your Copilot quota is used up: {reason}.{tail}", "rest"),
+    Fault(r"^404 ", ModelNotFound, "Copilot does not serve {model}.", "",
+          "Its policy may need to be accepted at github.com/settings/copilot."),
+    Fault(r"^413 ", BodyTooLarge, "The request is larger than Copilot takes."),
+    Fault(r"^422 ", InvalidRequest, "Refused by the upstream's content filter: {message}"),
+    Fault(r"^429 ", RateLimited, "Copilot's rate limit: {reason}.{tail}", "pause"),
+    Fault(r"^466 ", UpstreamError, "Copilot refused this client's version: {message}", "",
+          "Update aiclient-api: its editor version is too old for GitHub."),
+    Fault(r"^(?:503|529) ", Overloaded, "Copilot is busy.{tail}", "pause"),
+    Fault(r"^(?:408|504) ", UpstreamTimeout, "Copilot timed out.{tail}", "again"),
+    Fault(r"^(?:499|[5-9]..) ", UpstreamError, "Copilot failed with status {status}.{tail}",
+          "wait"),
+    Fault(r"", UpstreamError, "Copilot answered with status {status}: {message}{tail}"),
+)  # fmt: skip
+
+
+def classify_400(
+    message: str, code: str, model: Model, sent: Json, rejections: Rejections
+) -> RetryDecision:
+    """A 400 of the model service; `rejections` are those applied when `sent` was written."""
+    decision = classify(COPILOT_400, 400, code, message, model=model.id)
+    if type(decision.error) is InvalidRequest and decision.action in ("", "forget"):
+        decision.rejections = read_rejections(message, code, sent, rejections)
+        decision.action = "repair" if decision.rejections else decision.action
+    return decision
+
+
+def classify_copilot_error(
+    status: int,
+    headers: Headers,
+    data: bytes,
+    model: Model,
+    sent: Json,
+    rejections: Rejections,
+    now: float,
+) -> RetryDecision:
+    message, code = read_error_answer(status, data)
+    if status == 400:
+        return classify_400(message, code, model, sent, rejections)
+    tail = request_note(headers, "GitHub", "x-github-request-id")
+    if status in (401, 403, 421) and b'"authorize_url"' in data:
+        # for a third-party agent
+        return RetryDecision(Forbidden(f"Copilot wants another authorization: {message}.{tail}"))
+    decision = classify(COPILOT_FAULTS, status, code, message, model=model.id, tail=tail)
+    account_limits = r"(?:user_global|user_weekly|integration)_rate_limited"
+    decision.account_wide = status == 429 and re.fullmatch(account_limits, code) is not None
+    return with_wait(decision, read_wait(headers, message, now), "pause", "rest")
+
+
 BETA_REFUSED = re.compile(r"Unexpected value\(s\) (.{1,500}?) for the `?anthropic-beta`? header")
-# At the beginning of a message: further behind may stand the caller's own words.
+# At the beginning of a message only: the rest may quote the client.
 REFUSAL_OPENING = r"(?:(?:invalid_\w{1,40}|messages\.\d{1,9}): )?"
 EFFORT_REFUSED = re.compile(
     REFUSAL_OPENING + r"(?:Un(?:supported|known|recognized) [\w ]{1,40}: )?"
@@ -9507,9 +9619,6 @@ SYSTEM_REFUSED = re.compile(
     REFUSAL_OPENING + r"""(?:Unexpected role "system"|role 'system' is not supported)"""
 )
 EXTRA_FIELD = re.compile(r"(?<![^\s,;])([\w.-]{1,300}): Extra inputs are not permitted")
-NOT_SERVED = re.compile(
-    r'(?:The requested )?model "?[\w.:/-]{1,200}"? is not accessible via the /', re.IGNORECASE
-)
 # Losing one of these would change what the client asked for: at the top level of a body, in an
 # object of a type that has it, and in any other object.
 BODY_KEYS = frozenset((
@@ -9517,16 +9626,12 @@ BODY_KEYS = frozenset((
     "response_format", "stream", "system", "tool_choice", "tools",
 ))  # fmt: skip
 TYPED_KEYS: dict[str, tuple[str, ...]] = {
-    "text": ("text", "format"),
-    "thinking": ("thinking", "signature"),
-    "redacted_thinking": ("data",),
-    "tool_use": ("id", "name", "input"),
-    "tool_result": ("tool_use_id", "content", "is_error"),
-    "image": ("source",),
-    "document": ("source",),
-    "custom": ("name", "description", "input_schema"),
+    "text": ("text", "format"), "thinking": ("thinking", "signature"),
+    "redacted_thinking": ("data",), "tool_use": ("id", "name", "input"),
+    "tool_result": ("tool_use_id", "content", "is_error"), "image": ("source",),
+    "document": ("source",), "custom": ("name", "description", "input_schema"),
     "function": ("name", "description", "parameters", "arguments", "function"),
-}
+}  # fmt: skip
 NESTED_KEYS = frozenset(key for keys in TYPED_KEYS.values() for key in keys) | frozenset((
     "arguments", "budget_tokens", "call_id", "encrypted_content", "file", "format", "image_url",
     "json_schema", "media_type", "output", "role", "schema", "summary", "tool_call_id",
@@ -9536,60 +9641,13 @@ NESTED_KEYS = frozenset(key for keys in TYPED_KEYS.values() for key in keys) | f
 CLIENT_DATA = frozenset(("input_schema", "parameters", "arguments", "input", "schema"))
 
 
-# How a refusal of replayed reasoning is worded.
-STALE_REASONING = (
-    "signature",
-    "different conversation",
-    "does not belong to this connection",
-    "encrypted content",
-    "encrypted_content",
-)
-
-
-def classify_400(
-    message: str, code: str, model: Model, sent: Json, rejections: Rejections
-) -> RetryDecision:
-    """A 400 of the model service; `rejections` are those applied when `sent` was written."""
-    text = message.lower()
-    for pattern in TOKEN_COUNTS:
-        match = pattern.search(message)
-        if match:
-            return RetryDecision(ContextTooLong(int(match[1]), int(match[2])))
-    if code in TOO_LONG or any(phrase in text for phrase in TOO_LONG_WORDS):
-        return RetryDecision(ContextTooLong())
-    if code == "model_not_supported" or "requested model is not supported" in text:
-        error = ModelNotFound(
-            f"Copilot does not offer {model.id} to this account.",
-            hint="It may need to be enabled at github.com/settings/copilot.",
-            param="model",
-        )
-        return RetryDecision(error, "relist")
-    if code == "unsupported_api_for_model" or NOT_SERVED.match(message):
-        error_text = f"{model.id} is not served in a dialect this gateway speaks yet."
-        return RetryDecision(InvalidRequest(error_text, param="model"), "reroute")
-    refusal = InvalidRequest(message or "The upstream refused the request without a reason.")
-    if not message:
-        return RetryDecision(refusal, "again")
+def read_rejections(
+    message: str, code: str, sent: Json, known: Rejections
+) -> list[tuple[str, str]]:
+    """What a refusal teaches, as (kind, name): only of what `sent` has, and not what is known."""
     if EXTRA_FIELD.search(message):  # the rest may quote the client
-        known_paths = rejections.get("field", ())
-        new_rejections = [
-            ("field", path) for path in rejected_paths(message) if path not in known_paths
-        ]
-    else:
-        new_rejections = read_rejections(message, code, sent)
-    if new_rejections:
-        return RetryDecision(refusal, "repair", rejections=new_rejections)
-    if code == "invalid_request_body" or any(phrase in text for phrase in STALE_REASONING):
-        return RetryDecision(refusal, "forget")
-    if "copilot-vision-request" in text:
-        refusal.hint = (
-            "Images may be switched off by your organisation's editor preview features policy."
-        )
-    return RetryDecision(refusal)
-
-
-def read_rejections(message: str, code: str, sent: Json) -> list[tuple[str, str]]:
-    """What a refusal teaches, as (kind, name): only of what `sent` has."""
+        known_paths = known.get("field", ())
+        return [("field", path) for path in rejected_paths(message) if path not in known_paths]
     if THINKING_REFUSED.match(message) and get_dict(sent, "thinking").get("type") == "enabled":
         return [("thinking", "enabled")]
     if code == "invalid_reasoning_effort" or EFFORT_REFUSED.match(message):
@@ -9608,91 +9666,12 @@ def rejected_paths(message: str) -> list[str]:
     paths = []
     for match in EXTRA_FIELD.finditer(message):
         steps = ["*" if step.isdecimal() else step for step in match[1].split(".")]
-        if may_strip(steps):
+        *parents, last = steps
+        needed = TYPED_KEYS.get(parents[-1], NESTED_KEYS) if parents else BODY_KEYS
+        is_client_data = len(steps) > MAX_REJECTION_STEPS or CLIENT_DATA & set(parents[1:])
+        if last not in needed and not is_client_data:
             paths.append(".".join(steps))
     return paths
-
-
-def may_strip(steps: list[str]) -> bool:
-    *parents, last = steps
-    if not parents:
-        return last not in BODY_KEYS
-    if len(steps) > MAX_REJECTION_STEPS or CLIENT_DATA & set(parents[1:]):
-        return False
-    return last not in TYPED_KEYS.get(parents[-1], NESTED_KEYS)
-
-
-ACCOUNT_LIMITS = (
-    "user_global_rate_limited",
-    "user_weekly_rate_limited",
-    "integration_rate_limited",
-)
-SUPPORT_ID = re.compile(r"[\w:.-]{1,100}", re.ASCII)
-
-
-def classify_copilot_error(
-    status: int,
-    headers: Headers,
-    data: bytes,
-    model: Model,
-    sent: Json,
-    rejections: Rejections,
-    now: float,
-) -> RetryDecision:
-    message, code = read_error_answer(status, data)
-    request_id = headers.get("x-github-request-id", "")
-    tail = f" (GitHub request {request_id})" if SUPPORT_ID.fullmatch(request_id) else ""
-    wait_s = read_wait(headers, message, now)
-    if status == 400:
-        return classify_400(message, code, model, sent, rejections)
-    if status in (401, 403, 421):
-        if b'"authorize_url"' in data:  # a third-party agent needs a sign-in of its own
-            return RetryDecision(
-                Forbidden(f"Copilot wants another authorization: {message}.{tail}")
-            )
-        return classify_identity_error(status, message, tail)
-    if status == 402:
-        # Only the model cools down: on older plans the models without a price still work (facts,
-        # 8.4).
-        error_text = f"Your Copilot quota is used up: {message or code}.{tail}"
-        return RetryDecision(QuotaExceeded(error_text, retry_after=wait_s), "rest", wait_s)
-    if status == 404:
-        hint = "Its policy may need to be accepted at github.com/settings/copilot."
-        return RetryDecision(ModelNotFound(f"Copilot does not serve {model.id}.", hint=hint))
-    if status == 413:
-        return RetryDecision(BodyTooLarge("The request is larger than Copilot takes."))
-    if status == 422:
-        return RetryDecision(InvalidRequest(f"Refused by the upstream's content filter: {message}"))
-    if status == 429:
-        error = RateLimited(
-            f"Copilot's rate limit: {message or code or 'no reason given'}.{tail}",
-            retry_after=wait_s,
-        )
-        return RetryDecision(error, "pause", wait_s, code in ACCOUNT_LIMITS)
-    if status == 466:
-        hint = "Update aiclient-api: its editor version is too old for GitHub."
-        return RetryDecision(
-            UpstreamError(f"Copilot refused this client's version: {message}", hint=hint)
-        )
-    if status in (503, 529):
-        return RetryDecision(
-            Overloaded(f"Copilot is busy.{tail}", retry_after=wait_s), "pause", wait_s
-        )
-    if status in (408, 504):
-        return RetryDecision(UpstreamTimeout(f"Copilot timed out.{tail}"), "again")
-    if status >= 500 or status == 499:
-        return RetryDecision(UpstreamError(f"Copilot failed with status {status}.{tail}"), "wait")
-    return RetryDecision(UpstreamError(f"Copilot answered with status {status}: {message}{tail}"))
-
-
-def classify_identity_error(status: int, message: str, tail: str) -> RetryDecision:
-    """A 401, 403 or 421 of the model service: usually an expired token, or one for another host."""
-    if "Personal Access Token" in message:
-        return RetryDecision(NotSignedIn(f"Copilot refused the token: {message}."))
-    if status == 401:
-        return RetryDecision(NotSignedIn(f"Copilot refused the token.{tail}"), "refresh")
-    error = Forbidden(f"Copilot does not allow this: {message or status}{tail}.")
-    return RetryDecision(error, "refresh")
 
 
 FINAL_NOTICES = {
@@ -9703,54 +9682,57 @@ FINAL_NOTICES = {
     "access_revoked": "access was revoked",
     "programmatic_token_generation": "GitHub has blocked automated use by this account",
 }
+EXCHANGE_FAULTS = (
+    Fault(r"^401 ", NotSignedIn, "GitHub does not know the token any more."),
+    Fault(r"^403 ", RateLimited, "GitHub's rate limit for token exchanges.", "wait"),
+    Fault(r"^404 ", NotSignedIn, "GitHub does not exchange this token for one of Copilot."),
+    Fault(r"^(?:429|[5-9]..) ", Overloaded, "GitHub's token exchange failed, status {status}.",
+          "wait"),
+    Fault(r"", UpstreamError, "GitHub's token exchange answered with status {status}."),
+)  # fmt: skip
 
 
 def classify_exchange_error(
     status: int, headers: Headers, data: bytes, now: float
 ) -> RetryDecision:
     """Classifies a failed token exchange: `wait` if it is temporary."""
-    message, _ = read_error_answer(status, data)
-    body = load_object(data) or {}
-    envelope = get_dict(body, "error_details")
-    wait_s = parse_retry_after(headers.get("retry-after"), now)
-    if status == 401:
-        return RetryDecision(NotSignedIn("GitHub does not know the token any more."))
-    if status == 403 and "rate limit" in message.lower():
-        error: ApiError = RateLimited(
-            "GitHub's rate limit for token exchanges.", retry_after=wait_s
-        )
-        return RetryDecision(error, "wait", wait_s)
-    if status == 403:
-        notice_id = envelope.get("notification_id")
-        detail = envelope.get("message")
-        reason = FINAL_NOTICES.get(str(notice_id)) or (
-            detail if isinstance(detail, str) else message
-        )
-        url = envelope.get("url")
-        hint = ""
-        if isinstance(url, str) and url.startswith(f"{GITHUB_URL}/"):
-            hint = f"See {redact(url, 300)}"
-        error = NotEntitled(
-            f"GitHub refuses Copilot: {redact(reason, 300) or 'no reason'}.",
-            hint=hint or "GitHub decides this: see https://github.com/settings/copilot.",
-        )
-        return RetryDecision(error, "wait" if notice_id == "server_error" else "")
-    if status == 404:
-        return RetryDecision(NotSignedIn("GitHub does not exchange this token for one of Copilot."))
-    if status == 429 or status >= 500:
-        error = Overloaded(f"GitHub's token exchange failed, status {status}.", retry_after=wait_s)
-        return RetryDecision(error, "wait", wait_s)
-    return RetryDecision(UpstreamError(f"GitHub's token exchange answered with status {status}."))
+    message, code = read_error_answer(status, data)
+    if status != 403 or "rate limit" in message.lower():
+        wait_s = parse_retry_after(headers.get("retry-after"), now)
+        return with_wait(classify(EXCHANGE_FAULTS, status, code, message), wait_s, "wait")
+    envelope = get_dict(load_object(data) or {}, "error_details")
+    notice_id, detail, url = (envelope.get(k) for k in ("notification_id", "message", "url"))
+    reason = FINAL_NOTICES.get(str(notice_id)) or (detail if isinstance(detail, str) else message)
+    hint = "GitHub decides this: see https://github.com/settings/copilot."
+    if isinstance(url, str) and url.startswith(f"{GITHUB_URL}/"):
+        hint = f"See {redact(url, 300)}"
+    error = NotEntitled(f"GitHub refuses Copilot: {redact(reason, 300) or 'no reason'}.", hint=hint)
+    return RetryDecision(error, "wait" if notice_id == "server_error" else "")
+
+
+def camel(name: str) -> str:
+    """`refresh_token` -> `refreshToken`."""
+    first, *following = name.split("_")
+    return first + "".join(word.capitalize() for word in following)
+
+
+def either(body: Json, name: str) -> Any:
+    """The value at `name`, in snake_case as GitHub spells it or in camelCase as AWS does."""
+    return body.get(name, body.get(camel(name)))
+
+
+def get_token(body: Json, name: str) -> str:
+    """The text at `name`, in either spelling, if it fits into a header; otherwise ""."""
+    value = either(body, name)
+    return value if isinstance(value, str) and TARGET.fullmatch(value) else ""
 
 
 @dataclass(slots=True)
 class CopilotToken:
     token: str = field(repr=False)
     api_url: str
-    #: Unix seconds
-    expires_at: float
-    #: seconds from now until it should be refreshed
-    refresh_in: float
+    expires_at: float  #: Unix seconds
+    refresh_in: float  #: seconds from now until it should be refreshed
 
     @property
     def margin_s(self) -> float:
@@ -9758,44 +9740,40 @@ class CopilotToken:
         return min(COPILOT_REFRESH_MARGIN_SECONDS, COPILOT_REFRESH_MARGIN_SHARE * self.refresh_in)
 
 
-def copilot_host(config: CopilotConfig) -> str:
-    """The base URL if no response names one: the tenant's, or that of the account type."""
-    host = urllib.parse.urlsplit(config.github_api_url).hostname or ""
-    if host.endswith(".ghe.com"):
-        return f"https://copilot-api.{host.removeprefix('api.')}"
-    return COPILOT_HOSTS[config.account_type]
+def copilot_api_url(body: Json, config: CopilotConfig, default: str) -> str:
+    """As configured, as named by `endpoints.api`, the tenant's, or `default`.
 
-
-def named_host(body: Json, config: CopilotConfig) -> str:
-    """From the configuration or `endpoints.api`, or ""; UpstreamError for a host not Copilot's."""
-    api_url = get_dict(body, "endpoints").get("api")
-    if config.api_url or not isinstance(api_url, str) or not api_url:
+    Raises UpstreamError for a host that is not Copilot's.
+    """
+    named_url = get_dict(body, "endpoints").get("api")
+    if config.api_url:
         return config.api_url.rstrip("/")
-    if not allowed_api_host(api_url, config):
-        raise UpstreamError("GitHub's answer names a host that is not Copilot's.")
-    return api_url.rstrip("/")
+    if isinstance(named_url, str) and named_url:
+        if not allowed_api_host(named_url, config):
+            raise UpstreamError("GitHub's answer names a host that is not Copilot's.")
+        return named_url.rstrip("/")
+    host = urllib.parse.urlsplit(config.github_api_url).hostname or ""
+    is_tenant = host.endswith(".ghe.com")
+    return f"https://copilot-api.{host.removeprefix('api.')}" if is_tenant else default
 
 
 def read_token_answer(body: Json, config: CopilotConfig, now: float) -> CopilotToken:
     """Parses a token response; only `token` is required.  Raises UpstreamError."""
-    token = body.get("token")
-    if not isinstance(token, str) or not TARGET.fullmatch(token):
+    token = get_token(body, "token")
+    if not token:
         raise UpstreamError("GitHub's token answer holds no token that can be used.")
-    lifetime = min(
-        positive_int(body.get("refresh_in")) or COPILOT_DEFAULT_LIFE_SECONDS, MAX_TOKEN_SECONDS
-    )
+    named_life = positive_int(body.get("refresh_in")) or COPILOT_DEFAULT_LIFE_SECONDS
+    lifetime = min(named_life, MAX_TOKEN_SECONDS)
     # As in VS Code: the response's `expires_at` is of little use if the local clock is wrong.
-    url = named_host(body, config) or copilot_host(config)
-    return CopilotToken(token, url, now + lifetime + COPILOT_REFRESH_EARLY_SECONDS, lifetime)
+    expires_at = now + lifetime + COPILOT_REFRESH_EARLY_SECONDS
+    url = copilot_api_url(body, config, COPILOT_HOSTS[config.account_type])
+    return CopilotToken(token, url, expires_at, lifetime)
 
 
 def direct_token(github_token: str, user: Json, config: CopilotConfig, now: float) -> CopilotToken:
     """`user`, GitHub's account response, names an organisation's host; raises UpstreamError."""
-    tenant = copilot_host(config)
-    default_url = COPILOT_ANY_HOST if tenant in COPILOT_HOSTS.values() else tenant
-    url = named_host(user, config) or default_url
-    lifetime = COPILOT_DIRECT_SECONDS
-    return CopilotToken(github_token, url, now + lifetime, lifetime)
+    url = copilot_api_url(user, config, COPILOT_ANY_HOST)
+    return CopilotToken(github_token, url, now + COPILOT_DIRECT_SECONDS, COPILOT_DIRECT_SECONDS)
 
 
 class AllowancePart(NamedTuple):
@@ -9804,8 +9782,7 @@ class AllowancePart(NamedTuple):
     name: str
     used: float
     limit: float
-    #: Unix seconds when it ends; 0 = never, or unknown
-    ends_at: float
+    ends_at: float  #: Unix seconds; 0 = never, or unknown
 
     def as_json(self) -> Json:
         return {**self._asdict(), "ends_at": self.ends_at or None}
@@ -9819,18 +9796,13 @@ class Allowance:
     used: float | None
     limit: float | None
     remaining: float | None
-    #: the counted unit, in the plural; "" = unknown
-    unit: str = ""
-    #: as reported by the service
-    percent_left: float | None = None
-    #: Unix seconds; 0 = unknown, or the plan's date
-    resets_at: float = 0.0
-    #: whether use beyond the limit is allowed, at extra cost
-    overage_permitted: bool | None = None
+    unit: str = ""  #: the counted unit, in the plural; "" = unknown
+    percent_left: float | None = None  #: as reported by the service
+    resets_at: float = 0.0  #: Unix seconds; 0 = unknown, or the plan's date
+    overage_permitted: bool | None = None  #: whether use beyond the limit is allowed, and billed
     overage_used: float | None = None
     overage_limit: float | None = None
-    #: the components, if there are several
-    parts: list[AllowancePart] = field(default_factory=list)
+    parts: list[AllowancePart] = field(default_factory=list)  #: the components, if several
 
     @property
     def percent_used(self) -> float | None:
@@ -9845,15 +9817,20 @@ class Allowance:
             return None
         return min(max(percent, 0.0), MAX_PERCENT_USED)
 
+    @property
+    def is_spent(self) -> bool:
+        """Whether nothing is left, and use beyond the limit is not allowed."""
+        return bool(self.limit and (self.used or 0.0) >= self.limit and not self.overage_permitted)
+
     def as_json(self, resets_at: float) -> Json:
         """`{"name", "used", "limit", ...}`; `resets_at` is the plan's."""
-        percent = self.percent_used
+        percent, is_unlimited = self.percent_used, self.limit == math.inf
         row: Json = {
             "name": self.name,
             "used": self.used,
-            "limit": None if self.limit == math.inf else self.limit,
+            "limit": None if is_unlimited else self.limit,
             "remaining": self.remaining,
-            "unlimited": self.limit == math.inf,
+            "unlimited": is_unlimited,
             "unit": self.unit or None,
             "percent_used": None if percent is None else round(percent, 2),
             "resets_at": self.resets_at or resets_at or None,
@@ -9871,24 +9848,22 @@ class Quota:
     account: str
     plan: str
     allowances: list[Allowance]
-    #: Unix seconds; 0 = unknown
-    resets_at: float
-    #: Unix seconds when the service reported it; 0 = unknown
-    as_of: float = 0.0
+    resets_at: float  #: Unix seconds; 0 = unknown
+    as_of: float = 0.0  #: Unix seconds when the service reported it; 0 = unknown
 
     def as_json(self) -> Json:
         """`{"account", "plan", "resets_at", "allowances": [{"name", "used", ...}], "as_of"}`."""
-        timestamp = {"as_of": round(self.as_of, 3)} if self.as_of else {}
-        return {
+        row: Json = {
             "account": self.account or None,
             "plan": self.plan or None,
             "resets_at": self.resets_at or None,
             "allowances": [allowance.as_json(self.resets_at) for allowance in self.allowances],
-            **timestamp,
         }
+        if self.as_of:
+            row["as_of"] = round(self.as_of, 3)
+        return row
 
 
-DECIMAL = re.compile(r"-?[0-9]{1,12}(?:\.[0-9]{1,20})?")
 #: "premium_models" is another name for the same allowance (VS Code, 2026-08)
 ALLOWANCE_NAMES = {"premium_models": "premium_interactions"}
 ALLOWANCE_UNITS = {"chat": "messages", "completions": "completions"}
@@ -9897,7 +9872,7 @@ ALLOWANCE_UNITS = {"chat": "messages", "completions": "completions"}
 def parse_number(value: Any) -> float | None:
     """Like `read_figure`, but also accepts a number in a string."""
     if isinstance(value, str):
-        return float(value) if DECIMAL.fullmatch(value) else None
+        return float(value) if re.fullmatch(r"-?[0-9]{1,12}(?:\.[0-9]{1,20})?", value) else None
     return read_figure(value)
 
 
@@ -9905,44 +9880,33 @@ def read_flag(value: Any) -> bool | None:
     return {"true": True, "false": False}.get(str(value).lower())
 
 
-def allowance_unit(name: str, by_tokens: bool | None) -> str:
-    """What GitHub counts: credits since June 2026, premium requests still in some contracts."""
-    if name != "premium_interactions" or by_tokens is None:
-        return ALLOWANCE_UNITS.get(name, "")
-    return "credits" if by_tokens else "premium requests"
-
-
 def read_allowance(name: str, row: Json, by_tokens: bool | None = None) -> Allowance | None:
     """None if it does not apply.  `by_tokens` is the account's `token_based_billing`."""
-    limit = parse_number(row.get("entitlement"))
+    limit, percent_left = (parse_number(row.get(k)) for k in ("entitlement", "percent_remaining"))
+    exact, remaining = (parse_number(row.get(k)) for k in ("quota_remaining", "remaining"))
+    credits_used = parse_number(row.get("credits_used"))
     own_billing = read_flag(row.get("token_based_billing"))
-    allowance = Allowance(
-        name,
-        None,
-        limit,
-        None,
-        unit=allowance_unit(name, by_tokens if own_billing is None else own_billing),
-        percent_left=parse_number(row.get("percent_remaining")),
-        resets_at=max(0.0, read_time(row.get("quota_reset_at") or row.get("reset_date"))),
-        overage_permitted=read_flag(row.get("overage_permitted")),
-        overage_used=parse_number(row.get("overage_count")),
-        overage_limit=parse_number(row.get("overage_entitlement")),
-    )
+    by_tokens = by_tokens if own_billing is None else own_billing
+    unit = ALLOWANCE_UNITS.get(name, "")
+    if name == "premium_interactions" and by_tokens is not None:
+        # GitHub counts credits since June 2026, premium requests still in some contracts.
+        unit = "credits" if by_tokens else "premium requests"
+    allowance = Allowance(name, None, limit, None, unit, percent_left)
+    allowance.resets_at = max(0.0, read_time(row.get("quota_reset_at") or row.get("reset_date")))
+    allowance.overage_permitted = read_flag(row.get("overage_permitted"))
+    allowance.overage_used = parse_number(row.get("overage_count"))
+    allowance.overage_limit = parse_number(row.get("overage_entitlement"))
     if row.get("unlimited") is True or limit == -1:
         allowance.limit, allowance.percent_left = math.inf, None
         return allowance
     if limit is not None and limit <= 0:  # an empty bucket does not apply: it is not "used up"
         return None
-    keys = ("quota_remaining", "remaining")
-    remaining = next(
-        filter(lambda value: value is not None, (parse_number(row.get(key)) for key in keys)), None
-    )
-    credits_used = parse_number(row.get("credits_used"))
-    if remaining is None and limit and allowance.percent_left is not None:
-        remaining = limit * allowance.percent_left / 100
-    if remaining is None and limit and credits_used is not None:
+    remaining = remaining if exact is None else exact
+    if remaining is None and limit and percent_left is not None:
+        remaining = limit * percent_left / 100
+    elif remaining is None and limit and credits_used is not None:
         remaining = limit - credits_used
-    is_unknown = remaining is None and allowance.percent_left is None
+    is_unknown = remaining is None and percent_left is None
     if limit is None and (is_unknown or row.get("has_quota") is False):
         return None
     if remaining is not None:
@@ -9955,116 +9919,87 @@ def read_copilot_quota(body: Json) -> Quota:
     """GitHub's `copilot_internal/user`; older free plans have a format of their own."""
     snapshots = [*get_dict(body, "quota_snapshots").items()][:MAX_ALLOWANCES]
     rows = {name: row for name, row in snapshots if isinstance(row, dict)}
-    monthly, remaining = get_dict(body, "monthly_quotas"), get_dict(body, "limited_user_quotas")
     if not rows:
-        names = [*dict.fromkeys([*monthly, *remaining])][:MAX_ALLOWANCES]
+        monthly, remaining = get_dict(body, "monthly_quotas"), get_dict(body, "limited_user_quotas")
         rows = {
             name: {"entitlement": monthly.get(name), "remaining": remaining.get(name)}
-            for name in names
+            for name in [*dict.fromkeys([*monthly, *remaining])][:MAX_ALLOWANCES]
         }
-    by_tokens = read_flag(body.get("token_based_billing"))
     named_rows = {
         ALLOWANCE_NAMES.get(name, name)[:MAX_NAME_CHARS]: row for name, row in rows.items()
     }
-    allowances = (read_allowance(name, row, by_tokens) for name, row in named_rows.items())
+    by_tokens = read_flag(body.get("token_based_billing"))
+    allowances = [read_allowance(name, row, by_tokens) for name, row in named_rows.items()]
     date_keys = ("quota_reset_date_utc", "quota_reset_date", "limited_user_reset_date")
     is_free = "free_limited" in get_str(body, "access_type_sku")  # whatever `copilot_plan` says
     return Quota(
-        account=name_of_key(body, "login"),
-        plan="free" if is_free else name_of_key(body, "copilot_plan"),
-        allowances=[allowance for allowance in allowances if allowance is not None],
-        resets_at=next(filter(None, (read_time(body.get(key)) for key in date_keys)), 0.0),
+        name_of_key(body, "login"),
+        "free" if is_free else name_of_key(body, "copilot_plan"),
+        [allowance for allowance in allowances if allowance is not None],
+        next(filter(None, (read_time(body.get(key)) for key in date_keys)), 0.0),
     )
 
 
 # Copilot's successful responses report the quota in header fields (seen in VS Code, gh-aw-firewall
 # and Floway, 2026-08): `x-quota-snapshot-BUCKET: ent=1500&ov=0.0&ovPerm=true&rem=80.7&rst=...`.
-
 SNAPSHOT_PREFIX, WINDOW_PREFIX = "x-quota-snapshot-", "x-usage-ratelimit-"
-QUOTA_PREFIXES = (SNAPSHOT_PREFIX, WINDOW_PREFIX)
+SNAPSHOT_KEYS = {
+    "ent": "entitlement", "rem": "percent_remaining", "totRem": "quota_remaining",
+    "ov": "overage_count", "ovPerm": "overage_permitted", "rst": "reset_date",
+}  # fmt: skip
 
 
 def quota_fields(headers: Headers) -> dict[str, str]:
-    return {name: text for name, text in headers.items() if name.startswith(QUOTA_PREFIXES)}
+    prefixes = (SNAPSHOT_PREFIX, WINDOW_PREFIX)
+    return {name: text for name, text in headers.items() if name.startswith(prefixes)}
 
 
-def read_snapshot(name: str, text: str) -> Allowance | None:
-    """One quota field; None if it does not apply.  Raises ValueError for another format.
-
-    `ent`: limit (-1 = none), `rem`: percentage left, `totRem`: amount left, `ov`: overage.
-    """
-    values = dict(urllib.parse.parse_qsl(text, keep_blank_values=True, max_num_fields=20))
-    figures = {
-        key: parse_number(values[key]) for key in ("ent", "rem", "totRem", "ov") if key in values
-    }
-    limit, remaining = figures.get("ent"), figures.get("totRem")
-    if None in figures.values() or "rem" not in figures or limit is None or limit < -1:
-        raise ValueError(f"{name}: not a quota snapshot")
-    row = {
-        "entitlement": limit,
-        "percent_remaining": figures["rem"],
-        "quota_remaining": None if remaining is None or remaining < 0 else remaining,
-        "overage_count": figures.get("ov"),
-        "overage_permitted": values.get("ovPerm"),
-        "reset_date": values.get("rst"),
-    }
-    return read_allowance(name, row)
-
-
-def read_snapshots(headers: dict[str, str]) -> dict[str, Allowance | None]:
-    """The allowances by name; None: does not apply.  Malformed fields are ignored."""
-    allowances = {}
-    for key, text in headers.items():
-        name = key.removeprefix(SNAPSHOT_PREFIX).removeprefix(WINDOW_PREFIX)
-        name = ALLOWANCE_NAMES.get(name, name)
-        try:
-            allowances[name] = read_snapshot(name, text)
-        except ValueError:
-            continue  # the other fields are still valid
-    return allowances
-
-
-def merge_snapshots(
-    known: Quota | None, snapshots: dict[str, Allowance | None], resets_at: float, now: float
-) -> Quota:
-    """The updated quota: missing fields leave known values alone; `resets_at` 0 = unknown."""
-    allowances = {allowance.name: allowance for allowance in known.allowances} if known else {}
-    for name, allowance in snapshots.items():
-        previous = allowances.get(name)
-        if allowance is None:
-            allowances.pop(name, None)
-            continue
-        if previous is not None:
-            allowance.unit = allowance.unit or previous.unit
-            allowance.resets_at = allowance.resets_at or (
-                previous.resets_at if previous.resets_at > now else 0.0
-            )
-            allowance.overage_limit = previous.overage_limit
-        if previous is not None or len(allowances) < MAX_ALLOWANCES:
-            allowances[name] = allowance
-    return Quota(
-        account=known.account if known else "",
-        plan=known.plan if known else "",
-        allowances=list(allowances.values()),
-        resets_at=resets_at or (known.resets_at if known else 0.0),
-        as_of=now,
-    )
+def read_snapshot(text: str) -> Json | None:
+    """A quota field as a row for `read_allowance`; None if it has another format."""
+    try:
+        pairs = urllib.parse.parse_qsl(text, keep_blank_values=True, max_num_fields=20)
+    except ValueError:
+        return None
+    row = {SNAPSHOT_KEYS[key]: value for key, value in pairs if key in SNAPSHOT_KEYS}
+    others = ("overage_permitted", "reset_date")
+    figures = {key: parse_number(value) for key, value in row.items() if key not in others}
+    limit, remaining = figures.get("entitlement"), figures.get("quota_remaining")
+    if None in figures.values() or "percent_remaining" not in row or limit is None or limit < -1:
+        return None
+    return {**row, "quota_remaining": None} if remaining is not None and remaining < 0 else row
 
 
 def take_snapshots(known: Quota | None, headers: dict[str, str], now: float) -> Quota:
-    """The plan's reset date comes from its own buckets, not from a rolling window."""
-    snapshots = read_snapshots(headers)
-    plan_allowances = [
-        allowance
-        for name, allowance in snapshots.items()
-        if allowance and WINDOW_PREFIX + name not in headers
-    ]
-    return merge_snapshots(
-        known,
-        snapshots,
-        max((allowance.resets_at for allowance in plan_allowances), default=0.0),
-        now,
-    )
+    """The quota updated from header fields: missing and malformed ones leave known values alone.
+
+    The plan's reset date comes from its own buckets, not from a rolling window.
+    """
+    known = known or Quota("", "", [], 0.0)
+    snapshots: dict[str, Allowance | None] = {}
+    for key, text in headers.items():
+        name = key.removeprefix(SNAPSHOT_PREFIX).removeprefix(WINDOW_PREFIX)
+        name = ALLOWANCE_NAMES.get(name, name)
+        row = read_snapshot(text)
+        if row is not None:
+            snapshots[name] = read_allowance(name, row)
+    allowances = {allowance.name: allowance for allowance in known.allowances}
+    plan_resets_at = 0.0
+    for name, allowance in snapshots.items():
+        previous = allowances.get(name)
+        if allowance is None:  # it does not apply
+            allowances.pop(name, None)
+            continue
+        if WINDOW_PREFIX + name not in headers:
+            plan_resets_at = max(plan_resets_at, allowance.resets_at)
+        if previous is not None:
+            previous_resets_at = previous.resets_at if previous.resets_at > now else 0.0
+            allowance.unit = allowance.unit or previous.unit
+            allowance.resets_at = allowance.resets_at or previous_resets_at
+            allowance.overage_limit = previous.overage_limit
+        if previous is not None or len(allowances) < MAX_ALLOWANCES:
+            allowances[name] = allowance
+    rows, resets_at = list(allowances.values()), plan_resets_at or known.resets_at
+    return Quota(known.account, known.plan, rows, resets_at, as_of=now)
 
 
 # Warnings: users want one before it is too late, and only once.
@@ -10072,11 +10007,8 @@ def take_snapshots(known: Quota | None, headers: dict[str, str], now: float) -> 
 
 def reached_percent(allowance: Allowance) -> float:
     """The highest warning threshold reached, 100 if the allowance is used up; otherwise 0."""
-    percent = allowance.percent_used or 0.0
-    return max(
-        (threshold for threshold in (*QUOTA_WARNING_PERCENTS, 100.0) if percent >= threshold),
-        default=0.0,
-    )
+    percent, thresholds = allowance.percent_used or 0.0, (*QUOTA_WARNING_PERCENTS, 100.0)
+    return max((threshold for threshold in thresholds if percent >= threshold), default=0.0)
 
 
 def plain_figure(value: float) -> str:
@@ -10096,72 +10028,58 @@ def plain_day(moment: float) -> str:
 
 def quota_warning(provider: str, allowance: Allowance, resets_at: float) -> str:
     """`copilot: 81 % of premium_interactions used, 285 of 1,500 credits left, resets on DAY`."""
-    unit = f" {allowance.unit}" if allowance.unit else ""
+    name, unit = allowance.name, f" {allowance.unit}" if allowance.unit else ""
     limit = f" of {plain_figure(allowance.limit)}" if allowance.limit else ""
-    day = plain_day(allowance.resets_at or resets_at)
+    day, left = plain_day(allowance.resets_at or resets_at), ""
     reset = f", resets on {day}" if day else ""
     if reached_percent(allowance) >= 100:
         left = f", nothing left{limit}{unit}" if limit else ""
         billing = "; what goes beyond it is billed" if allowance.overage_permitted else ""
-        return f"{provider}: {allowance.name}: used up{left}{reset}{billing}"
-    left = (
-        ""
-        if allowance.remaining is None
-        else f", {plain_figure(allowance.remaining)}{limit}{unit} left"
-    )
-    return f"{provider}: {int(allowance.percent_used or 0)} % of {allowance.name} used{left}{reset}"
+        return f"{provider}: {name}: used up{left}{reset}{billing}"
+    if allowance.remaining is not None:
+        left = f", {plain_figure(allowance.remaining)}{limit}{unit} left"
+    return f"{provider}: {int(allowance.percent_used or 0)} % of {name} used{left}{reset}"
 
 
 def quota_warnings(provider: str, quota: Quota | None, now: float) -> list[str]:
     """Warnings for a provider's plan; none for a period that has ended since."""
     if quota is None:
         return []
-
-    def period_ended(allowance: Allowance) -> bool:
-        return quota.as_of < (allowance.resets_at or quota.resets_at) <= now
-
-    allowances = (
-        allowance
-        for allowance in quota.allowances
-        if reached_percent(allowance) and not period_ended(allowance)
-    )
-    return [quota_warning(provider, allowance, quota.resets_at) for allowance in allowances]
+    return [
+        quota_warning(provider, row, quota.resets_at)
+        for row in quota.allowances
+        if reached_percent(row) and not quota.as_of < (row.resets_at or quota.resets_at) <= now
+    ]
 
 
 class QuotaAlarm:
-    """Reports each threshold of each allowance once per period."""
+    """Reports each threshold of each allowance once per period.
+
+    A period is over once its date has passed and a later one is named; without a known date,
+    falling below a threshold makes it reportable again.
+    """
 
     def __init__(self) -> None:
-        #: allowance -> (the highest threshold reported, end of its period in Unix seconds, 0 =
-        #: unknown)
-        self.told: dict[str, tuple[float, float]] = {}
+        #: allowance -> (highest threshold reported, end of its period in Unix seconds; 0 = unknown)
+        self.reported: dict[str, tuple[float, float]] = {}
 
     def news(self, quota: Quota, now: float) -> list[Allowance]:
-        return [
-            allowance
-            for allowance in quota.allowances
-            if self.must_report(allowance, quota.resets_at, now)
-        ]
-
-    def must_report(self, allowance: Allowance, resets_at: float, now: float) -> bool:
-        """Whether this must be reported, and records that it was.
-
-        A period is over once its date has passed and a later one is named; without a known date,
-        falling below a threshold makes it reportable again.
-        """
-        reached, resets_at = reached_percent(allowance), allowance.resets_at or resets_at
-        reported, ends_at = self.told.get(allowance.name, (0.0, 0.0))
-        if ends_at and now >= ends_at and (resets_at > ends_at or not resets_at):
-            reported = 0.0
-        elif not ends_at:
-            reported = min(reported, reached)
-        if reached > reported:
-            self.told[allowance.name] = reached, resets_at
-        elif not reported:
-            self.told.pop(allowance.name, None)
-        elif not ends_at:
-            self.told[allowance.name] = reported, resets_at
-        return reached > reported
+        """What must be reported now, and from then on counts as reported."""
+        news = []
+        for row in quota.allowances:
+            reached, resets_at = reached_percent(row), row.resets_at or quota.resets_at
+            reported, ends_at = self.reported.get(row.name, (0.0, 0.0))
+            if not ends_at:
+                reported = min(reported, reached)
+            elif now >= ends_at and (resets_at > ends_at or not resets_at):
+                reported = 0.0
+            if reached > reported:
+                news.append(row)
+            if not (reached or reported):
+                self.reported.pop(row.name, None)
+            elif reached > reported or not ends_at:
+                self.reported[row.name] = max(reached, reported), resets_at
+        return news
 
 
 # 9.5 Kiro: sign-ins, hosts, models, limits
@@ -10174,7 +10092,6 @@ KIRO_KINDS = {
     "externalidp": "external_idp", "github": "social", "google": "social", "idc": "idc",
     "internal": "idc", "social": "social",
 }  # fmt: skip
-KIRO_CLIENTS = ("builder_id", "idc")  # refreshed at AWS with their registered client
 KIRO_REGIONS = ("us-east-1", "eu-central-1")  # only these have model hosts
 
 
@@ -10182,30 +10099,37 @@ KIRO_REGIONS = ("us-east-1", "eu-central-1")  # only these have model hosts
 class KiroLogin:
     """One sign-in, as stored in its token file.  `repr` shows no secrets."""
 
-    #: builder_id, idc, social, external_idp or api_key
-    kind: str
+    kind: str  #: builder_id, idc, social, external_idp or api_key
     access: str = field(repr=False)
     refresh: str = field(default="", repr=False)
     client_id: str = ""
     client_secret: str = field(default="", repr=False)
-    #: the region of the sign-in, not of the models
-    sso_region: str = "us-east-1"
+    sso_region: str = "us-east-1"  #: the region of the sign-in, not of the models
     arn: str = ""
-    #: Unix seconds; an API key never expires
-    expires_at: float = math.inf
-    #: 64 hex digits, constant for the life of the sign-in
-    machine_id: str = ""
-    #: for an external identity provider
-    token_url: str = ""
-    scope: str = ""
-    #: AWS staff
-    internal: bool = False
+    expires_at: float = math.inf  #: Unix seconds; an API key never expires
+    machine_id: str = ""  #: 64 hex digits, constant for the life of the sign-in
+    token_url: str = ""  #: of an external identity provider
+    scope: str = ""  #: likewise
+    internal: bool = False  #: AWS staff
+
+
+def read_time(value: Any) -> float:
+    """Unix seconds from seconds, milliseconds or ISO 8601 (UTC by default); otherwise 0."""
+    if isinstance(value, str):
+        try:
+            moment = dt.datetime.fromisoformat(value)
+        except ValueError:
+            return 0.0
+        moment = moment if moment.tzinfo else moment.replace(tzinfo=dt.timezone.utc)
+        return read_figure(moment.timestamp(), 0, MAX_UNIX_SECONDS) or 0.0
+    timestamp = read_figure(value, 0, MAX_UNIX_SECONDS * 1000) or 0.0
+    return timestamp if timestamp < MAX_UNIX_SECONDS else timestamp / 1000
 
 
 def read_kiro_login(credentials: Json) -> KiroLogin:
     """The sign-in in a token file; the ValueError it raises says what is wrong."""
-    access, refresh = get_str(credentials, "access_token"), get_str(credentials, "refresh_token")
-    kind = kiro_kind(credentials)
+    texts = defaultdict(str, ((key, get_str(credentials, key)) for key in credentials))
+    access, refresh, kind = texts["access_token"], texts["refresh_token"], kiro_kind(credentials)
     if kind == "api_key":
         refresh = ""
         if not access:
@@ -10217,31 +10141,30 @@ def read_kiro_login(credentials: Json) -> KiroLogin:
             raise ValueError(f"its {name} is cut short: it was copied from a display")
         if value and not TARGET.fullmatch(value):
             raise ValueError(f"its {name} holds characters no token has")
-    region = get_str(credentials, "idc_region") or get_str(credentials, "region") or "us-east-1"
+    region = texts["idc_region"] or texts["region"] or "us-east-1"
     if not AWS_REGION.fullmatch(region):
         raise ValueError("its idc_region is not a region")
+    if kind in ("builder_id", "idc") and not (texts["client_id"] and texts["client_secret"]):
+        raise ValueError("it holds no client_id and client_secret, which its refresh needs")
+    if kind == "external_idp" and not is_own_endpoint(credentials):
+        raise ValueError("its token_endpoint is not an https URL at the host of its issuer_url")
+    if texts["profile_arn"] and not KIRO_ARN.fullmatch(texts["profile_arn"]):
+        raise ValueError("its profile_arn is not one")
     seed = f"KiroAPIKey/{access}" if kind == "api_key" else f"KotlinNativeAPI/{refresh}"
-    login = KiroLogin(
+    return KiroLogin(
         kind,
         access,
         refresh,
-        client_id=get_str(credentials, "client_id"),
-        client_secret=get_str(credentials, "client_secret"),
-        sso_region=region,
-        arn=get_str(credentials, "profile_arn"),
-        expires_at=math.inf if kind == "api_key" else read_time(credentials.get("expires_at")),
-        machine_id=kiro_machine_id(get_str(credentials, "machine_id")) or short_hash(seed, 64),
-        token_url=get_str(credentials, "token_endpoint"),
-        scope=get_str(credentials, "scope"),
-        internal=get_str(credentials, "provider") == "Internal",
+        texts["client_id"],
+        texts["client_secret"],
+        region,
+        texts["profile_arn"],
+        math.inf if kind == "api_key" else read_time(credentials.get("expires_at")),
+        kiro_machine_id(texts["machine_id"]) or short_hash(seed, 64),
+        texts["token_endpoint"],
+        texts["scope"],
+        texts["provider"] == "Internal",
     )
-    if kind in KIRO_CLIENTS and not (login.client_id and login.client_secret):
-        raise ValueError("it holds no client_id and client_secret, which its refresh needs")
-    if kind == "external_idp" and not is_own_endpoint(login.token_url, credentials):
-        raise ValueError("its token_endpoint is not an https URL at the host of its issuer_url")
-    if login.arn and not KIRO_ARN.fullmatch(login.arn):
-        raise ValueError("its profile_arn is not one")
-    return login
 
 
 def kiro_machine_id(text: str) -> str:
@@ -10253,13 +10176,10 @@ def kiro_machine_id(text: str) -> str:
 
 def kiro_kind(credentials: Json) -> str:
     """The kind of sign-in: as the file states it, otherwise inferred from its fields."""
-    method = get_str(credentials, "auth_method").lower().replace("_", "").replace("-", "")
-    kind = KIRO_KINDS.get(method, "")
-    is_builder = get_str(credentials, "start_url").rstrip("/") in ("", KIRO_BUILDER_START_URL)
-    if kind == "idc" and (
-        get_str(credentials, "provider") == "BuilderId"
-        or (is_builder and get_str(credentials, "start_url"))
-    ):
+    spelling = re.sub(r"[_-]", "", get_str(credentials, "auth_method").lower())
+    kind, start_url = KIRO_KINDS.get(spelling, ""), get_str(credentials, "start_url")
+    is_builder = start_url.rstrip("/") == KIRO_BUILDER_START_URL
+    if kind == "idc" and (is_builder or get_str(credentials, "provider") == "BuilderId"):
         return "builder_id"
     if kind:
         return kind
@@ -10268,41 +10188,26 @@ def kiro_kind(credentials: Json) -> str:
     if get_str(credentials, "token_endpoint"):
         return "external_idp"
     if get_str(credentials, "client_id"):
-        return "builder_id" if is_builder else "idc"
+        return "builder_id" if is_builder or not start_url.rstrip("/") else "idc"
     return "social"
 
 
-def is_own_endpoint(url: str, credentials: Json) -> bool:
-    """Whether the refresh token may be sent to this URL: https, at the issuer's host."""
-    issuer = get_str(credentials, "issuer_url")
+def is_own_endpoint(credentials: Json) -> bool:
+    """Whether the refresh token may be sent to `token_endpoint`: https, at the issuer's host."""
+    url, issuer = get_str(credentials, "token_endpoint"), get_str(credentials, "issuer_url")
     if check_url(url) or (issuer and check_url(issuer)):
         return False
     host = urllib.parse.urlsplit(url).hostname
     return not issuer or urllib.parse.urlsplit(issuer).hostname == host
 
 
-def read_time(value: Any) -> float:
-    """Unix seconds from seconds, milliseconds or ISO 8601 (UTC by default); otherwise 0."""
-    if isinstance(value, str):
-        try:
-            moment = dt.datetime.fromisoformat(value)
-        except ValueError:
-            return 0.0
-        if moment.tzinfo is None:
-            moment = moment.replace(tzinfo=dt.timezone.utc)
-        return read_figure(moment.timestamp(), 0, MAX_UNIX_SECONDS) or 0.0
-    timestamp = read_figure(value, 0, MAX_UNIX_SECONDS * 1000) or 0.0
-    return timestamp if timestamp < MAX_UNIX_SECONDS else timestamp / 1000
-
-
 def kiro_refresh(login: KiroLogin, config: KiroConfig) -> tuple[str, dict[str, str], bytes]:
     """(URL, headers, body) of the request that refreshes a sign-in, by its kind."""
     headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
+    grant = {"grant_type": "refresh_token", "client_id": login.client_id}
+    grant["refresh_token"] = login.refresh
     if login.kind == "external_idp":
-        form = {"grant_type": "refresh_token", "client_id": login.client_id}
-        form["refresh_token"] = login.refresh
-        if login.scope:
-            form["scope"] = login.scope
+        form = {**grant, "scope": login.scope} if login.scope else grant
         headers["Content-Type"] = "application/x-www-form-urlencoded"
         return login.token_url, headers, urllib.parse.urlencode(form).encode()
     headers["Content-Type"] = "application/json"
@@ -10311,53 +10216,40 @@ def kiro_refresh(login: KiroLogin, config: KiroConfig) -> tuple[str, dict[str, s
         headers["User-Agent"] = f"KiroIDE-{config.kiro_version}-{login.machine_id}"
         url = (config.auth_url or KIRO_AUTH_URL).rstrip("/") + "/refreshToken"
         return url, headers, dump_json({"refreshToken": login.refresh})
-    body = {
-        "clientId": login.client_id,
-        "clientSecret": login.client_secret,
-        "refreshToken": login.refresh,
-        "grantType": "refresh_token",
-    }
+    grant["client_secret"] = login.client_secret
     base = config.oidc_url or KIRO_OIDC_URL.format(region=login.sso_region)
+    body = {camel(name): value for name, value in grant.items()}
     return base.rstrip("/") + "/token", headers, dump_json(body)
 
 
 def read_refresh_answer(body: Json, now: float) -> Json:
     """Changes to the token file; a new refresh token invalidates the old.  Raises UpstreamError."""
-
-    def get_value(camel: str, snake: str) -> Any:
-        return body.get(camel, body.get(snake))
-
-    access, refresh = (
-        get_value("accessToken", "access_token"),
-        get_value("refreshToken", "refresh_token"),
-    )
-    if not isinstance(access, str) or not TARGET.fullmatch(access):
+    changes: Json = {"access_token": get_token(body, "access_token")}
+    if not changes["access_token"]:
         raise UpstreamError("The answer to Kiro's token refresh holds no token that can be used.")
-    lifetime = read_figure(get_value("expiresIn", "expires_in"), 0) or KIRO_TOKEN_SECONDS
-    changes: Json = {
-        "access_token": access,
-        "expires_at": int(now + min(lifetime, MAX_TOKEN_SECONDS)),
-    }
-    if isinstance(refresh, str) and TARGET.fullmatch(refresh):
+    lifetime = read_figure(either(body, "expires_in"), 0) or KIRO_TOKEN_SECONDS
+    changes["expires_at"] = int(now + min(lifetime, MAX_TOKEN_SECONDS))
+    refresh, arn = get_token(body, "refresh_token"), get_token(body, "profile_arn")
+    if refresh:
         changes["refresh_token"] = refresh
-    arn = body.get("profileArn")
-    if isinstance(arn, str) and KIRO_ARN.fullmatch(arn):
+    if KIRO_ARN.fullmatch(arn):
         changes["profile_arn"] = arn
     return changes
+
+
+REFRESH_FAULTS = (
+    Fault(r"^40[013] ", NotSignedIn, "Kiro's sign-in has ended: {message}.", "refresh"),
+    Fault(r"^(?:408|429|[5-9]..) ", Overloaded, "Kiro's token refresh failed, status {status}.",
+          "wait"),
+    Fault(r"", UpstreamError, "Kiro's token refresh answered with status {status}."),
+)  # fmt: skip
 
 
 def classify_kiro_refresh(status: int, headers: Headers, data: bytes, now: float) -> RetryDecision:
     """Classifies a failed refresh: `wait` if it is temporary, `refresh` if the token is dead."""
     message, code = read_error_answer(status, data)
-    wait_s = parse_retry_after(headers.get("retry-after"), now)
-    if status in (400, 401, 403):
-        reason = message or code or f"status {status}"
-        error = NotSignedIn(f"Kiro's sign-in has ended: {reason}.")
-        return RetryDecision(error, "refresh")
-    if status in (408, 429) or status >= 500:
-        error_text = f"Kiro's token refresh failed, status {status}."
-        return RetryDecision(Overloaded(error_text, retry_after=wait_s), "wait", wait_s)
-    return RetryDecision(UpstreamError(f"Kiro's token refresh answered with status {status}."))
+    decision = classify(REFRESH_FAULTS, status, code, message or code or f"status {status}")
+    return with_wait(decision, parse_retry_after(headers.get("retry-after"), now), "wait")
 
 
 def kiro_region(login: KiroLogin, config: KiroConfig) -> str:
@@ -10381,7 +10273,6 @@ class KiroEndpoint(NamedTuple):
 # What each of the vendor's clients sends: the path, and the origin it names in the body.
 KIRO_PATHS = {"ide": "/generateAssistantResponse", "cli": "/"}
 KIRO_ORIGINS = {"ide": "AI_EDITOR", "cli": "KIRO_CLI"}
-KIRO_TARGET = "AmazonCodeWhispererStreamingService.GenerateAssistantResponse"
 
 
 def kiro_endpoints(login: KiroLogin, config: KiroConfig) -> list[KiroEndpoint]:
@@ -10390,10 +10281,9 @@ def kiro_endpoints(login: KiroLogin, config: KiroConfig) -> list[KiroEndpoint]:
     Sources disagree on which host wants which profile from which kind of sign-in (KRS #161, OCX
     #993, 9R #1868); all may be right at some time, so each is tried and the one that works is kept.
     """
-    region = kiro_region(login, config)
+    region, arn = kiro_region(login, config), login.arn
     runtime, q = KIRO_RUNTIME_URL.format(region=region), KIRO_Q_URL.format(region=region)
     old = KIRO_OLD_URL if region == "us-east-1" else q
-    arn = login.arn
     if login.kind == "api_key":
         endpoints = [(runtime, "cli", ""), (old, "ide", ""), (q, "ide", "")]
     elif login.kind == "builder_id":
@@ -10405,9 +10295,8 @@ def kiro_endpoints(login: KiroLogin, config: KiroConfig) -> list[KiroEndpoint]:
         own = arn or (KIRO_SOCIAL_ARN if login.kind == "social" else "")
         endpoints = [(runtime, "ide", own), (q, "ide", own), (old, "ide", own)]
     base = config.api_url.rstrip("/")
-    return list(
-        dict.fromkeys(KiroEndpoint(base or url, shape, arn) for url, shape, arn in endpoints)
-    )
+    unique = dict.fromkeys(KiroEndpoint(base or url, shape, key) for url, shape, key in endpoints)
+    return list(unique)
 
 
 def kiro_controls(login: KiroLogin, config: KiroConfig) -> list[str]:
@@ -10419,7 +10308,41 @@ def kiro_controls(login: KiroLogin, config: KiroConfig) -> list[str]:
     return [KIRO_MANAGEMENT_URL.format(region=region), KIRO_Q_URL.format(region=region)]
 
 
-def kiro_identity(login: KiroLogin) -> dict[str, str]:
+# What the vendor's CLI and IDE send: for a call, and for the model list, profiles and limits.
+# Very long histories are refused unless the headers name an IDE version (pi, 2026-08).
+RUST_AGENT = (
+    "aws-sdk-rust/1.3.15 ua/2.1 api/codewhispererstreaming/0.1.17975 os/{os} lang/rust/1.92.0"
+)
+NODE_AGENT = "ua/2.1 os/{system} lang/js md/nodejs#22.22.0"
+KIRO_HEADERS = {
+    "cli": {
+        "x-amzn-codewhisperer-optout": "true",  # no training on this user's code
+        "Content-Type": "application/x-amz-json-1.0",
+        "Accept": "*/*",
+        "X-Amz-Target": "AmazonCodeWhispererStreamingService.GenerateAssistantResponse",
+        "User-Agent": RUST_AGENT + " md/appVersion-2.14.2 m/F app/AmazonQ-For-CLI",
+        "x-amz-user-agent": RUST_AGENT + " m/F app/AmazonQ-For-CLI",
+    },
+    "ide": {
+        "x-amzn-codewhisperer-optout": "true",
+        "Content-Type": "application/json",
+        "Accept": "application/vnd.amazon.eventstream",
+        "x-amzn-kiro-agent-mode": "vibe",
+        "x-amz-user-agent": "aws-sdk-js/1.0.34 {client}",
+        "User-Agent": f"aws-sdk-js/1.0.34 {NODE_AGENT}"
+        " api/codewhispererstreaming#1.0.34 m/E {client}",
+    },
+    "control": {
+        "Accept": "application/json",
+        "x-amz-user-agent": "aws-sdk-js/1.0.0 {client}",
+        "User-Agent": f"aws-sdk-js/1.0.0 {NODE_AGENT}"
+        " api/codewhispererruntime#1.0.0 m/N,E {client}",
+    },
+}
+
+
+def kiro_headers(login: KiroLogin, shape: str, version: str, system: str) -> dict[str, str]:
+    """The headers of a request in one of the KIRO_HEADERS shapes."""
     headers = {"Authorization": f"Bearer {login.access}", "Accept-Encoding": "identity"}
     if login.kind == "api_key":
         headers["tokentype"] = "API_KEY"
@@ -10427,56 +10350,19 @@ def kiro_identity(login: KiroLogin) -> dict[str, str]:
         headers["TokenType"] = "EXTERNAL_IDP"
     if login.internal:
         headers["redirect-for-internal"] = "true"
-    return headers
-
-
-def kiro_call_headers(
-    login: KiroLogin, endpoint: KiroEndpoint, version: str, system: str
-) -> dict[str, str]:
-    """Very long histories are refused unless the headers name an IDE version (pi, 2026-08)."""
-    headers = kiro_identity(login)
-    headers["x-amzn-codewhisperer-optout"] = "true"  # no training on this user's code
-    if endpoint.shape == "cli":
-        agent = "aws-sdk-rust/1.3.15 ua/2.1 api/codewhispererstreaming/0.1.17975"
-        agent += f" os/{system.partition('#')[0]} lang/rust/1.92.0"
-        headers["Content-Type"] = "application/x-amz-json-1.0"
-        headers["Accept"] = "*/*"
-        headers["X-Amz-Target"] = KIRO_TARGET
-        headers["User-Agent"] = f"{agent} md/appVersion-2.14.2 m/F app/AmazonQ-For-CLI"
-        headers["x-amz-user-agent"] = f"{agent} m/F app/AmazonQ-For-CLI"
-        return headers
-    client = f"KiroIDE-{version}-{login.machine_id}"
-    headers["Content-Type"] = "application/json"
-    headers["Accept"] = "application/vnd.amazon.eventstream"
-    headers["x-amzn-kiro-agent-mode"] = "vibe"
-    headers["x-amz-user-agent"] = f"aws-sdk-js/1.0.34 {client}"
-    headers["User-Agent"] = (
-        f"aws-sdk-js/1.0.34 ua/2.1 os/{system} lang/js md/nodejs#22.22.0"
-        f" api/codewhispererstreaming#1.0.34 m/E {client}"
-    )
-    return headers
-
-
-def kiro_control_headers(login: KiroLogin, version: str, system: str) -> dict[str, str]:
-    client = f"KiroIDE-{version}-{login.machine_id}"
-    return {
-        **kiro_identity(login),
-        "Accept": "application/json",
-        "x-amz-user-agent": f"aws-sdk-js/1.0.0 {client}",
-        "User-Agent": (
-            f"aws-sdk-js/1.0.0 ua/2.1 os/{system} lang/js md/nodejs#22.22.0"
-            f" api/codewhispererruntime#1.0.0 m/N,E {client}"
-        ),
+    facts = {
+        "client": f"KiroIDE-{version}-{login.machine_id}",
+        "os": system.partition("#")[0],
+        "system": system,
     }
+    return headers | {name: text.format(**facts) for name, text in KIRO_HEADERS[shape].items()}
 
 
 def place_kiro_call(body: Json, endpoint: KiroEndpoint, conversation_id: str, run_id: str) -> Json:
-    origin = KIRO_ORIGINS[endpoint.shape]
-
     def with_origin(turn: Json) -> Json:
-        if "userInputMessage" not in turn:
-            return turn
-        return {"userInputMessage": {**turn["userInputMessage"], "origin": origin}}
+        message = turn.get("userInputMessage")
+        origin = KIRO_ORIGINS[endpoint.shape]
+        return turn if message is None else {"userInputMessage": {**message, "origin": origin}}
 
     state = body["conversationState"]
     new_state = {**state, "conversationId": conversation_id, "agentContinuationId": run_id}
@@ -10511,12 +10397,8 @@ def strip_kiro_thinking(body: Json) -> bool:
 
 def kiro_shape(body: Json) -> str:
     """The structure of a conversation without its content, for the log: roles, lengths, tools."""
-    turns = [
-        *body["conversationState"].get("history", ()),
-        body["conversationState"]["currentMessage"],
-    ]
-    summaries = []
-    for turn in turns:
+    state, summaries = body["conversationState"], []
+    for turn in [*state.get("history", ()), state["currentMessage"]][-60:]:
         user_message = turn.get("userInputMessage")
         message = user_message or turn["assistantResponseMessage"]
         context = get_dict(message, "userInputMessageContext")
@@ -10529,7 +10411,7 @@ def kiro_shape(body: Json) -> str:
         }
         counters = "".join(f"{letter}{total}" for letter, total in counts.items() if total)
         summaries.append(f"{'u' if user_message else 'a'}{len(message['content'])}{counters}")
-    return " ".join(summaries[-60:])
+    return " ".join(summaries)
 
 
 UUID_TEXT = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
@@ -10537,31 +10419,24 @@ KIRO_VENDORS = {
     "auto": "Kiro", "claude": "Anthropic", "deepseek": "DeepSeek", "glm": "Zhipu AI",
     "gpt": "OpenAI", "minimax": "MiniMax", "qwen3": "Alibaba",
 }  # fmt: skip
-KIRO_AUTO_WINDOW = 200_000  # nominal: "auto" routes to several models
 # The models of 2026-08 (id, input window, output limit), if the list cannot be fetched.
 KIRO_KNOWN_MODELS: tuple[tuple[str, int, int | None], ...] = (
-    ("auto", KIRO_AUTO_WINDOW, None),
-    ("claude-sonnet-4.6", 1_000_000, 64_000),
-    ("claude-sonnet-4.5", 200_000, 64_000),
-    ("claude-sonnet-4", 200_000, 64_000),
-    ("claude-opus-4.8", 1_000_000, 128_000),
-    ("claude-opus-4.6", 1_000_000, 64_000),
-    ("claude-opus-4.5", 200_000, 64_000),
+    ("auto", 200_000, None),  # nominal: it routes to several models
+    ("claude-sonnet-4.6", 1_000_000, 64_000), ("claude-sonnet-4.5", 200_000, 64_000),
+    ("claude-sonnet-4", 200_000, 64_000), ("claude-opus-4.8", 1_000_000, 128_000),
+    ("claude-opus-4.6", 1_000_000, 64_000), ("claude-opus-4.5", 200_000, 64_000),
     ("claude-haiku-4.5", 200_000, 64_000),
-)
+)  # fmt: skip
 
 
 def read_kiro_model(entry: Json, provider: str) -> Model | None:
     """One entry of the model list; every member but the id may be missing."""
-    model_id = entry.get("modelId")
+    model_id, limits = entry.get("modelId"), get_dict(entry, "tokenLimits")
     if not isinstance(model_id, str) or not MODEL_ID.fullmatch(model_id):
         return None
-    limits = get_dict(entry, "tokenLimits")
     window = positive_int(limits.get("maxInputTokens"))
     properties = get_dict(get_dict(entry, "additionalModelRequestFieldsSchema"), "properties")
-    efforts = kiro_efforts(
-        get_dict(properties, "reasoning") or get_dict(properties, "output_config")
-    )
+    reasoning = get_dict(properties, "reasoning") or get_dict(properties, "output_config")
     return Model(
         id=model_id,
         provider=provider,
@@ -10571,7 +10446,7 @@ def read_kiro_model(entry: Json, provider: str) -> Model | None:
         max_output=positive_int(limits.get("maxOutputTokens")),
         max_prompt=window,
         context=window,
-        efforts=tuple(effort for effort in efforts if effort in EFFORTS),
+        efforts=tuple(effort for effort in kiro_efforts(reasoning) if effort in EFFORTS),
         adaptive="thinking" in properties,
         stops=0,
         raw=entry,
@@ -10580,7 +10455,7 @@ def read_kiro_model(entry: Json, provider: str) -> Model | None:
 
 def read_kiro_models(entries: Iterable[Any], provider: str) -> dict[str, Model]:
     models = (read_kiro_model(entry, provider) for entry in entries if isinstance(entry, dict))
-    return {model.id: model for model in models if model is not None}
+    return {model.id: model for model in filter(None, models)}
 
 
 def known_kiro_models(provider: str) -> dict[str, Model]:
@@ -10594,97 +10469,75 @@ def known_kiro_models(provider: str) -> dict[str, Model]:
     return models
 
 
-@dataclass(slots=True)
-class KiroLimits:
-    plan: str
-    used: float
-    limit: float
-    #: Unix seconds; 0 = unknown
-    resets_at: float
-    #: whether use beyond the limit is allowed, at extra cost
-    overage: bool
-    #: the account's e-mail address; "" unless requested
-    user: str = ""
-
-    @property
-    def spent(self) -> bool:
-        return self.limit > 0 and self.used >= self.limit and not self.overage
-
-
-def kiro_credit_row(body: Json) -> Json:
-    """The credits in GetUsageLimits: an item of a list, or a single object in older responses."""
-    rows = body.get("usageBreakdownList") or [body.get("usageBreakdown")]
-    rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-    return next(
-        (row for row in rows if row.get("resourceType") == "CREDIT"), rows[0] if rows else {}
-    )
-
-
 def kiro_figure(row: Json, name: str) -> float | None:
-    keys = (f"{name}WithPrecision", name)
-    return read_figure(next((row[key] for key in keys if row.get(key) is not None), None), 0)
+    precise = row.get(f"{name}WithPrecision")
+    return read_figure(row.get(name) if precise is None else precise, 0)
 
 
 def kiro_credit_parts(row: Json, now: float) -> list[AllowancePart]:
-    def part(name: str, entry: Json, ends_at: float) -> AllowancePart:
-        used, limit = kiro_figure(entry, "currentUsage"), kiro_figure(entry, "usageLimit")
-        return AllowancePart(name, used or 0.0, limit or 0.0, ends_at)
-
-    parts = [part("plan", row, 0.0)]
-    trial = get_dict(row, "freeTrialInfo")
+    """The plan's own credits, an active trial's and those of bonuses that have not expired."""
+    trial, bonuses = get_dict(row, "freeTrialInfo"), row.get("bonuses")
+    entries = [("plan", row, 0.0)]
     if trial.get("freeTrialStatus") == "ACTIVE":
-        parts.append(part("free trial", trial, read_time(trial.get("freeTrialExpiry"))))
-    bonuses = row.get("bonuses")
+        entries.append(("free trial", trial, read_time(trial.get("freeTrialExpiry"))))
     for bonus in bonuses[:MAX_ALLOWANCES] if isinstance(bonuses, list) else ():
         if isinstance(bonus, dict) and bonus.get("status", "ACTIVE") == "ACTIVE":
             ends_at = read_time(bonus.get("expiresAt"))
-            name = name_of_key(bonus, "displayName") or "bonus"
-            parts += [part(name, bonus, ends_at)] if not ends_at or ends_at > now else []
+            if not ends_at or ends_at > now:
+                entries.append((name_of_key(bonus, "displayName") or "bonus", bonus, ends_at))
+    parts = []
+    for name, entry, ends_at in entries:
+        used, limit = (kiro_figure(entry, key) or 0.0 for key in ("currentUsage", "usageLimit"))
+        parts.append(AllowancePart(name, used, limit, ends_at))
     return parts
 
 
-def read_kiro_limits(body: Json, now: float) -> KiroLimits:
-    row = kiro_credit_row(body)
-    parts = kiro_credit_parts(row, now)
-    overage = get_dict(body, "overageConfiguration").get("overageStatus") == "ENABLED"
-    reset = row.get("nextDateReset") or body.get("nextDateReset")
-    return KiroLimits(
-        plan=name_of_key(get_dict(body, "subscriptionInfo"), "subscriptionTitle"),
-        used=float(sum(part.used for part in parts)),
-        limit=float(sum(part.limit for part in parts)),
-        resets_at=read_time(reset),
-        overage=overage,
-        user=name_of_key(get_dict(body, "userInfo"), "email"),
-    )
-
-
 def read_kiro_quota(body: Json, now: float) -> Quota:
-    """All credits are one allowance: they are spent from whichever part has some left."""
-    limits, row = read_kiro_limits(body, now), kiro_credit_row(body)
+    """GetUsageLimits; the account is its e-mail address, "" unless that was requested.
+
+    All credits are one allowance: they are spent from whichever part has some left.
+    """
+    rows = body.get("usageBreakdownList") or [body.get("usageBreakdown")]  # older responses
+    rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    credit_rows = [row for row in rows if row.get("resourceType") == "CREDIT"]
+    row: Json = next(iter(credit_rows or rows), {})
     parts = kiro_credit_parts(row, now)
-    status = get_dict(body, "overageConfiguration").get("overageStatus")
+    used, limit = float(sum(part.used for part in parts)), float(sum(part.limit for part in parts))
+    overage = get_dict(body, "overageConfiguration").get("overageStatus")
     allowance = Allowance(
         "credits",
-        limits.used,
-        limits.limit or None,
-        max(0.0, limits.limit - limits.used) if limits.limit else None,
+        used,
+        limit or None,
+        max(0.0, limit - used) if limit else None,
         unit="credits",
-        overage_permitted=limits.overage if isinstance(status, str) else None,
+        overage_permitted=overage == "ENABLED" if isinstance(overage, str) else None,
         overage_used=kiro_figure(row, "currentOverages"),
         overage_limit=kiro_figure(row, "overageCap"),
         parts=parts if len(parts) > 1 else [],
     )
-    allowances = [allowance] if limits.used or limits.limit else []
-    return Quota("", limits.plan, allowances, limits.resets_at, as_of=now)
+    return Quota(
+        name_of_key(get_dict(body, "userInfo"), "email"),
+        name_of_key(get_dict(body, "subscriptionInfo"), "subscriptionTitle"),
+        [allowance] if used or limit else [],
+        read_time(row.get("nextDateReset") or body.get("nextDateReset")),
+        as_of=now,
+    )
 
 
-def apply_kiro_wait(decision: RetryDecision, wait_s: float | None) -> None:
-    """Adds to a decision how long it lasts, if known, and whether it concerns the whole account."""
-    if wait_s is not None and decision.action in ("pause", "wait", "rest"):
-        decision.wait_s = wait_s
-        if not isinstance(decision.error, QuotaExceeded):
-            decision.error.retry_after = wait_s
-    decision.account_wide = isinstance(decision.error, (QuotaExceeded, RateLimited))
+KIRO_STATUS_FAULTS = (
+    Fault(r"^401 ", NotSignedIn, "Kiro does not accept the token{detail}", "refresh"),
+    Fault(r"^402 ", QuotaExceeded, "The Kiro credits are used up{detail}", "rest"),
+    Fault(r"^(?:403|423) ", Forbidden, "Kiro does not allow this{detail}", "reroute"),
+    Fault(r"^40[45] ", UpstreamError, "Kiro answered with status {status}{detail}", "reroute"),
+    Fault(r"^413 ", BodyTooLarge, "The request is larger than Kiro takes."),
+    Fault(r"^429 ", RateLimited, "Kiro's rate limit{detail}", "pause"),
+    Fault(r"^(?:502|503|529) ", Overloaded, "Kiro is busy, status {status}{detail}", "reroute"),
+    Fault(r"^(?:408|504) ", UpstreamTimeout, "Kiro timed out{detail}", "again"),
+    Fault(r"^524 ", UpstreamTimeout, "Kiro timed out{detail}"),  # after minutes: no retry
+    Fault(r"^[5-9]..", UpstreamError, "Kiro failed with status {status}{detail}", "wait"),
+    Fault(r"^200 ", UpstreamError, "Kiro answered without a stream{detail}", "again"),
+    Fault(r"", InvalidRequest, "Kiro refused the request, status {status}{detail}"),
+)
 
 
 def classify_kiro_error(status: int, headers: Headers, data: bytes, now: float) -> RetryDecision:
@@ -10693,44 +10546,16 @@ def classify_kiro_error(status: int, headers: Headers, data: bytes, now: float) 
     payload = load_object(text) or {"message": read_error_answer(status, data)[0]}
     code, reason, message = read_kiro_words(payload)
     code = headers.get("x-amzn-errortype", "").partition(":")[0] or code
-    wait_s = read_wait(headers, message, now)
-    decision = classify_kiro_message(code, reason, message) or classify_kiro_status(status, message)
-    if status == 401 and isinstance(decision.error, Forbidden) and decision.action != "rest":
-        decision = classify_kiro_status(status, message)
-    apply_kiro_wait(decision, wait_s)
-    request_id = headers.get("x-amzn-requestid", "")
-    if SUPPORT_ID.fullmatch(request_id):
-        decision.error.message += f" (Kiro request {request_id})"
+    decision = classify_kiro_message(code, reason, message)
+    is_token_refused = status == 401 and decision and isinstance(decision.error, Forbidden)
+    if decision is None or (is_token_refused and decision.action != "rest"):
+        decision = classify(KIRO_STATUS_FAULTS, status, "", message)
+    with_wait(decision, read_wait(headers, message, now), "pause", "wait", "rest")
+    if isinstance(decision.error, QuotaExceeded):
+        decision.error.retry_after = None  # spent credits do not come back in seconds
+    decision.account_wide = isinstance(decision.error, (QuotaExceeded, RateLimited))
+    decision.error.message += request_note(headers, "Kiro", "x-amzn-requestid")
     return decision
-
-
-def classify_kiro_status(status: int, message: str) -> RetryDecision:
-    detail = f": {message.strip(' .')}." if message else "."
-    if status == 401:
-        return RetryDecision(NotSignedIn(f"Kiro does not accept the token{detail}"), "refresh")
-    if status == 402:
-        return RetryDecision(QuotaExceeded(f"The Kiro credits are used up{detail}"), "rest")
-    if status in (403, 423):
-        return RetryDecision(Forbidden(f"Kiro does not allow this{detail}"), "reroute")
-    if status in (404, 405):
-        return RetryDecision(
-            UpstreamError(f"Kiro answered with status {status}{detail}"), "reroute"
-        )
-    if status == 413:
-        return RetryDecision(BodyTooLarge("The request is larger than Kiro takes."))
-    if status == 429:
-        return RetryDecision(RateLimited(f"Kiro's rate limit{detail}"), "pause")
-    if status in (502, 503, 529):
-        return RetryDecision(Overloaded(f"Kiro is busy, status {status}{detail}"), "reroute")
-    if status in (408, 504, 524):  # 524 comes after minutes: no retry
-        return RetryDecision(
-            UpstreamTimeout(f"Kiro timed out{detail}"), "again" if status != 524 else ""
-        )
-    if status >= 500:
-        return RetryDecision(UpstreamError(f"Kiro failed with status {status}{detail}"), "wait")
-    if status == 200:
-        return RetryDecision(UpstreamError(f"Kiro answered without a stream{detail}"), "again")
-    return RetryDecision(InvalidRequest(f"Kiro refused the request, status {status}{detail}"))
 
 
 # 9.6 signing in: device codes, the browser's redirect, other programs' files
@@ -10746,71 +10571,44 @@ class DeviceCode:
     code: str = field(repr=False)
     user_code: str
     url: str
-    #: the same with the code in it; "" = none
-    url_complete: str
-    #: seconds
-    expires_in: float
-    interval: float
-
-
-def camel(name: str) -> str:
-    """`refresh_token` -> `refreshToken`."""
-    first, *following = name.split("_")
-    return first + "".join(word.capitalize() for word in following)
-
-
-def either(body: Json, name: str) -> Any:
-    """The value at `name`, in snake_case as GitHub spells it or in camelCase as AWS does."""
-    return body.get(name, body.get(camel(name)))
+    url_complete: str  #: the same with the code in it; "" = none
+    expires_in: float  #: seconds
+    interval: float  #: seconds
 
 
 def read_device_code(body: Json, service: str) -> DeviceCode:
     """Parses a device authorization response; raises SignInFailed."""
-    texts = {}
-    for name in ("device_code", "user_code", "verification_uri", "verification_uri_complete"):
-        value = either(body, name)
-        texts[name] = value if isinstance(value, str) and TARGET.fullmatch(value) else ""
-    url = texts["verification_uri"]
-    if not texts["device_code"] or not texts["user_code"] or check_url(url):
-        raise SignInFailed(f"{service}'s answer holds no code to type")
 
     def seconds(name: str, default: float) -> float:
         value = parse_number(either(body, name))  # strings in a form
         return default if value is None or not 1 <= value <= 86400 else value
 
-    return DeviceCode(
-        texts["device_code"],
-        texts["user_code"],
-        url,
-        texts["verification_uri_complete"],
+    device = DeviceCode(
+        get_token(body, "device_code"),
+        get_token(body, "user_code"),
+        get_token(body, "verification_uri"),
+        get_token(body, "verification_uri_complete"),
         seconds("expires_in", DEVICE_LIFE_SECONDS),
         seconds("interval", DEVICE_INTERVAL_SECONDS),
     )
+    if not device.code or not device.user_code or check_url(device.url):
+        raise SignInFailed(f"{service}'s answer holds no code to type")
+    return device
 
 
 # The states of a poll: RFC 8628 section 3.5, plus GitHub's alternative name and AWS's exceptions.
 POLL_STATES = {
-    "accessdenied": "denied",
-    "authorizationpending": "pending",
-    "expiredtoken": "expired",
-    "slowdown": "slow_down",
-    "tokenexpired": "expired",
-}
+    "accessdenied": "denied", "authorizationpending": "pending", "expiredtoken": "expired",
+    "slowdown": "slow_down", "tokenexpired": "expired",
+}  # fmt: skip
 
 
 class Poll(NamedTuple):
     """The result of one poll for the token."""
 
-    #: done, pending, slow_down, expired, denied, unreachable or failed
-    state: str
+    state: str  #: done, pending, slow_down, expired, denied, unreachable or failed
     body: Json
-    #: why it failed, as shown to the user
-    words: str = ""
-
-
-def error_name(headers: Headers, body: Json) -> str:
-    name = body.get("error") or body.get("__type") or headers.get("x-amzn-errortype") or ""
-    return str(name).rpartition("#")[2].partition(":")[0]
+    words: str = ""  #: why it failed, as shown to the user
 
 
 def load_answer(data: bytes) -> Json | None:
@@ -10826,7 +10624,8 @@ def classify_poll(status: int, headers: Headers, data: bytes) -> Poll:
     body = load_answer(data) or {}
     if status == 200 and isinstance(either(body, "access_token"), str):
         return Poll("done", body)
-    name = error_name(headers, body)
+    error = body.get("error") or body.get("__type") or headers.get("x-amzn-errortype") or ""
+    name = str(error).rpartition("#")[2].partition(":")[0]
     state = POLL_STATES.get(name.replace("_", "").lower().removesuffix("exception"))
     if state:
         return Poll(state, body)
@@ -10857,10 +10656,8 @@ CALLBACK_PATHS = ("/oauth/callback", "/signin/callback")
 
 class Callback(NamedTuple):
     code: str
-    #: google, github, builderid, awsidc, ...
-    option: str
-    #: where to continue a sign-in that is not the portal's own
-    issuer_url: str = ""
+    option: str  #: google, github, builderid, awsidc, ...
+    issuer_url: str = ""  #: where to continue a sign-in that is not the portal's own
     region: str = ""
     path: str = CALLBACK_PATHS[0]
 
@@ -10874,18 +10671,17 @@ def read_callback(url: str, state: str, option: str) -> Callback:
     if re.fullmatch(r"[\w.~-]{8,}", url):
         return Callback(url, option)  # just the code; it needs the verifier to be of use
     parts = urllib.parse.urlsplit(url)
-    query = dict(urllib.parse.parse_qsl(parts.query))
-    if not hmac.compare_digest(query.get("state", "").encode(), state.encode()):
+    query = defaultdict(str, urllib.parse.parse_qsl(parts.query))
+    if not hmac.compare_digest(query["state"].encode(), state.encode()):
         raise ValueError("it does not belong to this sign-in")
-    if query.get("error"):
-        message = query.get("error_description") or query["error"]
+    if query["error"]:
+        message = query["error_description"] or query["error"]
         raise SignInFailed(f"the sign-in page says: {redact(message, 300)}")
     option = query.get("login_option", option)
-    if option in ("google", "github") and not query.get("code"):
+    if option in ("google", "github") and not query["code"]:
         raise ValueError("it holds no code")
     path = parts.path if parts.path in CALLBACK_PATHS else CALLBACK_PATHS[0]
-    issuer, region = query.get("issuer_url", ""), query.get("idc_region", "")
-    return Callback(query.get("code", ""), option, issuer, region, path)
+    return Callback(query["code"], option, query["issuer_url"], query["idc_region"], path)
 
 
 def plain_host(text: str) -> str:
@@ -10905,12 +10701,6 @@ def bare_token(text: str) -> str:
     if token.endswith("..."):
         raise SignInFailed("the token is cut short: it was copied from a display")
     return token
-
-
-def kiro_method(text: str) -> str:
-    """The `auth_method` for the spelling in `text`; "" if it is unknown."""
-    spelling = text.lower().replace("_", "").replace("-", "")
-    return spelling if spelling in ("google", "github") else KIRO_KINDS.get(spelling, "")
 
 
 def read_plugin_logins(body: Json) -> list[tuple[str, str, str]]:
@@ -10945,48 +10735,35 @@ def read_kiro_import(body: Json, registration: Json, profile: Json, kind: str = 
         raise ValueError("it holds no refresh token")
     credentials["idc_region"] = get_str(body, "region") or get_str(registration, "region")
     credentials["expires_at"] = int(read_time(either(body, "expires_at")))
-    client_expires_at = either(registration, "client_secret_expires_at") or registration.get(
-        "expiresAt"
-    )
-    credentials["sign_in_expires_at"] = int(read_time(client_expires_at))
+    client_ends = either(registration, "client_secret_expires_at") or registration.get("expiresAt")
+    credentials["sign_in_expires_at"] = int(read_time(client_ends))
     credentials.setdefault("profile_arn", get_str(profile, "arn"))
     method = credentials.get("provider") or kind or get_str(body, "authMethod")
-    credentials["auth_method"] = method
-    resolved_kind = kiro_kind(credentials)
-    credentials["auth_method"] = (
-        (kiro_method(method) or resolved_kind) if resolved_kind == "social" else resolved_kind
-    )
-    scopes = either(body, "scopes")
-    if resolved_kind == "external_idp" and isinstance(scopes, list):
+    kind, scopes = kiro_kind({**credentials, "auth_method": method}), either(body, "scopes")
+    is_named = kind == "social" and method.lower() in ("google", "github")
+    credentials["auth_method"] = method.lower() if is_named else kind
+    if kind == "external_idp" and isinstance(scopes, list):
         credentials["scope"] = " ".join(scope for scope in scopes if isinstance(scope, str))
     credentials = {name: value for name, value in credentials.items() if value}
-    login = read_kiro_login(credentials)
-    credentials["machine_id"] = login.machine_id
-    return credentials
+    return {**credentials, "machine_id": read_kiro_login(credentials).machine_id}
 
 
 def is_newer(shared: Json, credentials: Json) -> bool:
     """Whether another program has refreshed or replaced a sign-in since our copy."""
-    own, other = (
-        (content.get("access_token"), content.get("refresh_token"))
-        for content in (credentials, shared)
-    )
-    return own != other and read_time(shared.get("expires_at")) >= read_time(
-        credentials.get("expires_at")
-    )
+    keys = ("access_token", "refresh_token")
+    has_changed = any(shared.get(key) != credentials.get(key) for key in keys)
+    own_end = read_time(credentials.get("expires_at"))
+    return has_changed and read_time(shared.get("expires_at")) >= own_end
 
 
 def with_tokens(body: Json, changes: Json) -> Json:
     """Another program's sign-in with refreshed tokens, in its spelling; the rest is unchanged."""
     merged = dict(body)
-    for name in ("access_token", "refresh_token", "profile_arn"):
-        if name in changes:
-            key = name if name in body else camel(name)
-            if key in body or name != "profile_arn":
-                merged[key] = changes[name]
-    key = "expires_at" if "expires_at" in body else "expiresAt"
-    if "expires_at" in changes:
-        merged[key] = write_time(changes["expires_at"], body.get(key))
+    for name in ("access_token", "refresh_token", "profile_arn", "expires_at"):
+        key = name if name in body else camel(name)
+        if name in changes and (key in body or name != "profile_arn"):
+            value, old = changes[name], body.get(key)
+            merged[key] = write_time(value, old) if name == "expires_at" else value
     return merged
 
 
@@ -15863,7 +15640,8 @@ class CopilotProvider:
             token = renewed
         body = load_object(data)
         if status in (401, 403, 421):
-            raise classify_identity_error(status, read_error_answer(status, data)[0], "").error
+            message = read_error_answer(status, data)[0]
+            raise classify(COPILOT_FAULTS, status, "", message, tail="").error
         if status != 200 or body is None:
             raise UpstreamError(f"Copilot's model list came with status {status}.")
         return read_copilot_models(body, self.name)
@@ -16427,7 +16205,7 @@ class KiroProvider:
         self, login: KiroLogin, method: str, bases: list[str], path: str, body: bytes = b""
     ) -> Json | RetryDecision:
         """A response of the control plane: each host in turn, with both spellings of the path."""
-        headers = kiro_control_headers(login, self.config.kiro_version, self.system)
+        headers = kiro_headers(login, "control", self.config.kiro_version, self.system)
         headers["amz-sdk-request"] = "attempt=1; max=1"
         if body:
             headers["Content-Type"] = "application/json"
@@ -16497,13 +16275,12 @@ class KiroProvider:
             raise UpstreamError("Kiro's model list is empty.")
         return models
 
-    async def limits(self, with_user: bool = False) -> KiroLimits:
+    async def limits(self, with_user: bool = False) -> Quota:
         query = {"origin": KIRO_ORIGINS["ide"], "resourceType": "AGENTIC_REQUEST"}
         if with_user:
             query["isEmailRequired"] = "true"
-        body, now = await self.control("/getUsageLimits", query), time.time()
-        self.quota_watch.learn(read_kiro_quota(body, now))
-        return read_kiro_limits(body, now)
+        body = await self.control("/getUsageLimits", query)
+        return self.quota_watch.learn(read_kiro_quota(body, time.time()))
 
     def user(self) -> str:
         return self.account.file.user
@@ -16516,8 +16293,7 @@ class KiroProvider:
         return account_status(self)
 
     async def quota(self) -> Quota | None:
-        await self.limits()
-        return self.quota_watch.known
+        return await self.limits()
 
     def known_quota(self) -> Quota | None:
         return self.quota_watch.known
@@ -16562,8 +16338,8 @@ class KiroAttempt(Attempt):
     async def send(self) -> UpstreamResponse:
         endpoint, provider = self.endpoints[0], self.provider
         body = place_kiro_call(self.call.body, endpoint, self.conversation, self.run_id)
-        static_headers = kiro_call_headers(
-            self.login, endpoint, provider.config.kiro_version, provider.system
+        static_headers = kiro_headers(
+            self.login, endpoint.shape, provider.config.kiro_version, provider.system
         )
 
         def headers() -> dict[str, str]:
@@ -16633,12 +16409,7 @@ class KiroAttempt(Attempt):
     @staticmethod
     def classify_frame(frame: Json) -> RetryDecision:
         error = get_dict(frame, "error") or get_dict(frame, "invalidStateEvent")
-        code, reason, message = read_kiro_words(error)
-        decision = classify_kiro_message(code, reason, message) or classify_kiro_status(
-            500, message
-        )
-        apply_kiro_wait(decision, read_wait_words(message, time.time()))
-        return decision
+        return classify_kiro_error(500, Headers(), dump_json(error), time.time())
 
     def explain(self, decision: RetryDecision) -> RetryDecision:
         """Explains why a conversation's form was refused: the rules that changed it, its size."""
@@ -16713,7 +16484,7 @@ class KiroAttempt(Attempt):
             raise decision.error
         self.endpoints = endpoints
 
-    async def limits(self) -> KiroLimits | None:
+    async def limits(self) -> Quota | None:
         try:
             return await self.provider.limits()
         except ApiError as error:
@@ -16723,13 +16494,14 @@ class KiroAttempt(Attempt):
     async def check_spent_credits(self, decision: RetryDecision) -> None:
         """Re-examines a rate limit that lasts: spent credits look the same."""
         limits = await self.limits() if isinstance(decision.error, RateLimited) else None
-        if limits is not None and limits.spent:
-            message = f"The Kiro credits are used up: {limits.used:g} of {limits.limit:g}."
+        row = limits.allowances[0] if limits and limits.allowances else None
+        if limits and row and row.is_spent:
+            message = f"The Kiro credits are used up: {row.used:g} of {row.limit:g}."
             decision.error, decision.action = QuotaExceeded(message), "rest"
             self.add_reset_hint(decision, limits)
 
     @staticmethod
-    def add_reset_hint(decision: RetryDecision, limits: KiroLimits) -> None:
+    def add_reset_hint(decision: RetryDecision, limits: Quota) -> None:
         left_s = limits.resets_at - time.time()
         if left_s > 0:
             decision.resets_in = left_s
@@ -16742,7 +16514,9 @@ class KiroAttempt(Attempt):
             decision.account_wide = True
             if isinstance(decision.error, QuotaExceeded):
                 limits = await self.limits()
-                if limits is not None and 0 < limits.limit <= limits.used:
+                if limits is not None and any(
+                    row.limit and (row.used or 0.0) >= row.limit for row in limits.allowances
+                ):
                     self.add_reset_hint(decision, limits)
         raise decision.error
 
@@ -17270,10 +17044,12 @@ async def check_kiro(context: SignInContext, name: str, config: KiroConfig) -> s
         if isinstance(error, NotSignedIn) and not isinstance(error, NotEntitled):
             raise
         return f"Signed in to Kiro.  It could not be checked: {error.text()}"
-    provider.account.file.save({"user": limits.user, "plan": limits.plan})
-    who = f" as {limits.user}" if limits.user else ""
+    provider.account.file.save({"user": limits.account, "plan": limits.plan})
+    who = f" as {limits.account}" if limits.account else ""
     plan = f", plan {limits.plan}" if limits.plan else ""
-    credit_text = f", {limits.used:g} of {limits.limit:g} credits used" if limits.limit else ""
+    credit_text = "".join(
+        f", {row.used:g} of {row.limit:g} credits used" for row in limits.allowances if row.limit
+    )
     return f"Signed in to Kiro{who}{plan}{credit_text}"
 
 

@@ -12,7 +12,6 @@ import json
 import math
 import re
 import urllib.parse
-from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -569,7 +568,7 @@ SYSTEM = "linux#6.8.0"
 def call_headers(read: gw.KiroLogin, shape: str) -> dict[str, str]:
     """The headers of a model call, in lower case, with those that change with every attempt."""
     way = gw.KiroEndpoint("https://host.example", shape, "")
-    headers = gw.kiro_call_headers(read, way, "1.1.14", SYSTEM)
+    headers = gw.kiro_headers(read, way.shape, "1.1.14", SYSTEM)
     lowered = {name.lower(): value for name, value in headers.items()}
     assert len(lowered) == len(headers)
     return lowered
@@ -633,7 +632,7 @@ def test_the_cli_says_what_the_cli_says() -> None:
 def test_some_kinds_are_marked_on_every_call(method: str) -> None:
     """Trap 18: also on those of the control plane."""
     read = login(method)
-    control = gw.kiro_control_headers(read, "1.1.14", SYSTEM)
+    control = gw.kiro_headers(read, "control", "1.1.14", SYSTEM)
     for headers in (
         call_headers(read, "ide"),
         call_headers(read, "cli"),
@@ -648,14 +647,14 @@ def test_staff_is_redirected() -> None:
     """4.2."""
     read = login("idc", provider="Internal")
     assert call_headers(read, "ide")["redirect-for-internal"] == "true"
-    assert gw.kiro_control_headers(read, "1", SYSTEM)["redirect-for-internal"] == "true"
+    assert gw.kiro_headers(read, "control", "1", SYSTEM)["redirect-for-internal"] == "true"
 
 
 @EVERY_KIND
 def test_the_control_plane_is_asked_as_the_ide_asks_it(method: str) -> None:
     """6.1."""
     read = login(method)
-    headers = gw.kiro_control_headers(read, "1.1.14", SYSTEM)
+    headers = gw.kiro_headers(read, "control", "1.1.14", SYSTEM)
     notes, machines = notes_of({k.lower(): v for k, v in headers.items()}, "control")
     assert notes == [] and machines == {read.machine_id}
     assert headers["Authorization"] == f"Bearer {read.access}"
@@ -941,21 +940,27 @@ def test_the_built_in_list_is_marked_as_a_guess() -> None:
 # ---- limits --------------------------------------------------------------------------------------
 
 
-def limits(change: Any = None) -> gw.KiroLimits:
-    """The limits of a paying account, after a change to the answer's only row."""
+def credits_of(body: Json) -> gw.Allowance:
+    """The only allowance that there is."""
+    [row] = gw.read_kiro_quota(body, NOW).allowances
+    return row
+
+
+def limits(change: Any = None) -> gw.Allowance:
+    """The credits of a paying account, after a change to the answer's only row."""
     body = default_usage(NOW)
     if change:
         change(body, body["usageBreakdownList"][0])
-    return gw.read_kiro_limits(body, NOW)
+    return credits_of(body)
 
 
 def test_limits_are_the_plan_a_trial_and_bonuses() -> None:
     """7.1."""
-    read = limits()
-    assert read.plan == "KIRO PRO" and read.resets_at == NOW + 12 * 86400
+    quota, read = gw.read_kiro_quota(default_usage(NOW), NOW), limits()
+    assert quota.plan == "KIRO PRO" and quota.resets_at == NOW + 12 * 86400
     assert read.used == pytest.approx(125.37 + 50.2 + 0.0)
     assert read.limit == 1000 + 500 + 100
-    assert not read.overage and not read.spent
+    assert read.overage_permitted is False and not read.is_spent
 
 
 def test_what_is_over_does_not_count() -> None:
@@ -978,9 +983,10 @@ def test_limits_come_in_older_forms_too() -> None:
     """7.1: a single object; whole numbers; dates in words; the reset beside the row."""
     row = {"resourceType": "CREDIT", "currentUsage": 50, "usageLimit": 50}
     reset = "2026-08-01T12:00:00Z"
-    read = gw.read_kiro_limits({"usageBreakdown": row, "nextDateReset": reset}, NOW)
-    assert (read.used, read.limit, read.resets_at) == (50, 50, AUGUST)
-    assert read.spent and read.plan == ""
+    quota = gw.read_kiro_quota({"usageBreakdown": row, "nextDateReset": reset}, NOW)
+    [read] = quota.allowances
+    assert (read.used, read.limit, quota.resets_at) == (50, 50, AUGUST)
+    assert read.is_spent and quota.plan == ""
 
 
 def test_a_precise_figure_that_is_null_is_replaced_by_the_plain_one() -> None:
@@ -1013,7 +1019,7 @@ def test_an_account_that_may_go_over_is_never_spent() -> None:
         spend(body, row)
         body["overageConfiguration"]["overageStatus"] = "ENABLED"
 
-    assert limits(spend).spent and not limits(allow).spent
+    assert limits(spend).is_spent and not limits(allow).is_spent
 
 
 @pytest.mark.parametrize(
@@ -1032,10 +1038,7 @@ def test_an_account_that_may_go_over_is_never_spent() -> None:
 )
 def test_odd_limits_are_none(body: Json) -> None:
     """And an account of which nothing is known is not spent."""
-    read = gw.read_kiro_limits(body, NOW)
-    numbers = {"used": 0, "limit": 0, "resets_at": 0}
-    assert asdict(read) == {"plan": "", "user": "", "overage": False, **numbers}
-    assert not read.spent
+    assert gw.read_kiro_quota(body, NOW) == gw.Quota("", "", [], 0.0, NOW)
 
 
 # ---- refusals ------------------------------------------------------------------------------------
@@ -1364,7 +1367,7 @@ def test_an_exception_of_unknown_words_is_left_to_the_status() -> None:
 @pytest.mark.parametrize("status", range(200, 600))
 def test_every_status_has_a_verdict(status: int) -> None:
     """Nothing falls through, and no wording is left empty."""
-    verdict = gw.classify_kiro_status(status, "")
+    verdict = gw.classify_kiro_error(status, gw.Headers(), b"", NOW)
     assert verdict.error.text().endswith(".") and "  " not in verdict.error.text()
 
 
@@ -1372,7 +1375,7 @@ def test_reading_changes_no_answer() -> None:
     """What was read may be kept: the model's own entry is."""
     usage, models, answer = default_usage(NOW), default_models(), {**NEW, "profileArn": ARN}
     before = copy.deepcopy((usage, models, answer))
-    gw.read_kiro_limits(usage, NOW)
+    gw.read_kiro_quota(usage, NOW)
     gw.read_kiro_models(models, "kiro")
     gw.read_refresh_answer(answer, NOW)
     assert (usage, models, answer) == before

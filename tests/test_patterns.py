@@ -34,6 +34,8 @@ def compiled_patterns() -> Iterator[tuple[str, re.Pattern[Any]]]:
         name, value = waiting.pop()
         if isinstance(value, re.Pattern):
             yield name, value
+        elif isinstance(value, (gw.Fault, gw.KiroFault)):
+            yield name, re.compile(value.pattern)
         elif isinstance(value, (list, tuple, dict)) and id(value) not in seen:
             seen.add(id(value))
             rows = value.values() if isinstance(value, dict) else value
@@ -41,7 +43,6 @@ def compiled_patterns() -> Iterator[tuple[str, re.Pattern[Any]]]:
         elif isinstance(value, type) and value.__module__ == gw.__name__ and id(value) not in seen:
             seen.add(id(value))
             waiting += [(key, row) for key, row in vars(value).items()]
-    yield from (("KIRO_FAULTS", re.compile(fault.pattern)) for fault in gw.KIRO_FAULTS)
 
 
 def searches() -> list[tuple[str, str, re.Pattern[Any]]]:

@@ -469,7 +469,7 @@ def test_a_new_account_begins_anew_also_when_a_look_finds_it() -> None:
         watch.ask, watch.soon_s = ask, 0.0
         watch.learn(plan_at(99))
         watch.forget()
-        assert watch.known is None and watch.alarm.told == {}
+        assert watch.known is None and watch.alarm.reported == {}
         watch.used()
         await service.hear()
         assert watch.known is not None

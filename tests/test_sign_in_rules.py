@@ -326,10 +326,13 @@ def test_whose_sign_in_is_newer() -> None:
     ("text", "method"),
     [("Google", "google"), ("Github", "github"), ("social", "social"), ("IdC", "idc"),
      ("BuilderId", "builder_id"), ("builder-id", "builder_id"), ("external_idp", "external_idp"),
-     ("x", ""), ("", "")],
+     ("x", "builder_id"), ("", "builder_id")],
 )  # fmt: skip
 def test_the_names_of_methods(text: str, method: str) -> None:
-    assert gw.kiro_method(text) == method
+    body = {"refreshToken": "aorEXAMPLE", "authMethod": text, **CLIENT}
+    if method == "external_idp":
+        body["tokenEndpoint"] = "https://idp.example/token"
+    assert gw.read_kiro_import(body, {}, {})["auth_method"] == method
 
 
 # ---- tokens that are used themselves -------------------------------------------------------------

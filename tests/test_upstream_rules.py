@@ -1552,7 +1552,7 @@ def test_the_name_of_a_stray_field_teaches_nothing_but_itself(message: str) -> N
 def test_words_of_the_caller_in_a_refusal_teach_nothing(why: str) -> None:
     turns = [{"role": "system", "content": "s"}]
     sent = {"thinking": {"type": "enabled"}, "reasoning_effort": "high", "messages": turns}
-    assert gw.read_rejections(why, "invalid_request_body", sent) == []
+    assert gw.read_rejections(why, "invalid_request_body", sent, {}) == []
 
 
 def test_only_what_was_sent_can_be_refused() -> None:
