@@ -11921,8 +11921,8 @@ class Router:
     def candidates(self, name: str, header: str | None) -> list[Route]:
         """The routes for a name, tried in order: several only if an alias has a list.
 
-        A provider that was not named is "": `place` finds it.  Raises InvalidRequest if this is not
-        a model name, ModelNotFound if an alias leads to disabled providers only.
+        A provider that was not named is "".  Raises InvalidRequest if this is not a model name,
+        ModelNotFound if an alias leads to disabled providers only.
         """
         if not MODEL_NAME.fullmatch(name):
             raise InvalidRequest("model: is not a model name.", param="model")
@@ -11930,7 +11930,12 @@ class Router:
         if explicit_route:
             return [explicit_route]
         if header:
-            return [Route(self.check_provider(header), name, True)]
+            if header not in self.enabled:
+                available = ", ".join(self.enabled)
+                raise InvalidRequest(
+                    f"X-Provider: no provider of that name; there are: {available}."
+                )
+            return [Route(header, name, True)]
         if name not in self.aliases:
             return [Route("", name, False)]
         targets = self.aliases[name]
@@ -11948,28 +11953,26 @@ class Router:
         prefix, slash, model = name.partition("/")
         return Route(prefix, model, True) if slash and model and prefix in providers else None
 
-    def place(self, route: Route, catalogues: dict[str, dict[str, Model]]) -> Route:
-        """Adds the provider: the named one, the only one with the model, or the default."""
-        if route.provider:
-            return route
-        name = route.model
-        owners = [
-            provider for provider in self.enabled if name in catalogues.get(provider, ())
-        ] or [
-            provider for provider in self.enabled if find_model(name, catalogues.get(provider, {}))
-        ]
-        if len(owners) == 1:
-            return Route(owners[0], name, False)
-        if self.default not in self.enabled:
-            raise self.not_found(name, catalogues)
-        return Route(self.default, name, False)
+    def resolve(
+        self, route: Route, catalogues: dict[str, dict[str, Model]]
+    ) -> tuple[Route, Model | None]:
+        """Adds the provider: the named one, the only one with the model, or the default.
 
-    def check_provider(self, name: str) -> str:
-        """`name` itself; raises InvalidRequest unless it is an enabled provider."""
-        if name not in self.enabled:
-            available = ", ".join(self.enabled)
-            raise InvalidRequest(f"X-Provider: no provider of that name; there are: {available}.")
-        return name
+        And the model, None if its catalogue does not list it.  Raises ModelNotFound.
+        """
+        name, provider = route.model, route.provider
+        owners: dict[str, Model] = {}
+        if not provider:
+            lists = {owner: catalogues.get(owner, {}) for owner in self.enabled}
+            owners = {owner: models[name] for owner, models in lists.items() if name in models}
+            if not owners:
+                found = {owner: find_model(name, models) for owner, models in lists.items()}
+                owners = {owner: model for owner, model in found.items() if model}
+            provider = next(iter(owners)) if len(owners) == 1 else self.default
+            if provider not in self.enabled:
+                raise self.not_found(name, catalogues)
+        model = owners.get(provider) or find_model(name, catalogues.get(provider, {}))
+        return Route(provider, name, route.explicit), model
 
     def not_found(self, name: str, catalogues: dict[str, dict[str, Model]]) -> ModelNotFound:
         model_ids = [model for models in catalogues.values() for model in models]
@@ -11982,36 +11985,32 @@ class Router:
         return ModelNotFound(f"The model {name!r} does not exist here.", hint=hint, param="model")
 
 
-# Errors that are not the request's fault, so that another model may still serve it.
-PASSED_OVER = (
-    "forbidden", "limit_reached", "model_not_found", "not_signed_in", "overloaded",
-    "quota_exceeded", "rate_limited", "upstream_error", "upstream_timeout",
-)  # fmt: skip
+# Kinds of errors that are not the request's fault, so that another model may still serve it; the
+# lower its rank, the more useful is an error to the client if all of them fail.
+FALLBACK_RANKS = {
+    "overloaded": 1, "rate_limited": 1, "upstream_error": 1, "upstream_timeout": 1,
+    "limit_reached": 2, "quota_exceeded": 2, "forbidden": 3, "not_signed_in": 3,
+    "model_not_found": 4,
+}  # fmt: skip
 
 
 def may_fall_back(error: ApiError) -> bool:
     """Whether to fall back to the next candidate after an error before the first byte."""
     if isinstance(error, (RequestRepeated, WrongDialect)):
         return isinstance(error, WrongDialect)
-    return error.kind in PASSED_OVER
-
-
-def usefulness(error: ApiError) -> tuple[int, float]:
-    """Sort key, most useful error first: before all, one that says when to retry."""
-    wait_s = error.retry_after
-    if error.retry is not False and wait_s is not None and wait_s <= MAX_RETRY_AFTER_SECONDS:
-        return 0, wait_s
-    order = (
-        ("overloaded", "rate_limited", "upstream_error", "upstream_timeout"),
-        ("limit_reached", "quota_exceeded"),
-        ("forbidden", "not_signed_in"),
-    )
-    ranks = {kind: rank for rank, kinds in enumerate(order, 1) for kind in kinds}
-    return ranks.get(error.kind, len(order) + 1), 0.0
+    return error.kind in FALLBACK_RANKS
 
 
 def summarize_errors(failures: list[tuple[str, ApiError]]) -> ApiError:
-    best = min((error for _, error in failures), key=usefulness)
+    """The most useful error, before all one that says when to retry."""
+
+    def rank(error: ApiError) -> tuple[int, float]:
+        wait_s = error.retry_after
+        if error.retry is not False and wait_s is not None and wait_s <= MAX_RETRY_AFTER_SECONDS:
+            return 0, wait_s
+        return FALLBACK_RANKS.get(error.kind, 5), 0.0
+
+    best = min((error for _, error in failures), key=rank)
     attempts = ", ".join(f"{name} ({error.kind})" for name, error in failures)
     return best.anew(f"{best.hint} All of these were tried: {attempts}.".strip(), best.retry_after)
 
@@ -12433,6 +12432,8 @@ class Metric(NamedTuple):
     help: str
     #: the upper bounds of a histogram's buckets, in seconds
     buckets: tuple[float, ...] = ()
+    #: the field of `Daemon.status` that holds its current value
+    status: str = ""
 
     @property
     def full_name(self) -> str:
@@ -12446,29 +12447,20 @@ class Metric(NamedTuple):
         return "counter" if self.name.endswith("_total") else "gauge"
 
 
+def gauge(name: str, status: str, text: str) -> Metric:
+    return Metric(name, "", text, status=status)
+
+
 METRICS = (
-    Metric(
-        "http_requests_total",
-        "route method status",
-        "HTTP requests that have ended; status 499: the caller went away before its answer.",
-    ),
-    Metric("http_connections", "", "Connections of callers that are open."),
-    Metric("http_requests_in_flight", "", "HTTP requests whose answer is not out yet."),
-    Metric(
-        "answers_total",
-        "provider model dialect status",
-        "Requests that reached a provider, by the dialect they were asked in; status 499: the "
-        "caller went away.",
-    ),
-    Metric(
-        "answer_errors_total",
-        "provider kind",
-        "Answers that ended in an error, by its kind; not those that the caller gave up.",
-    ),
+    Metric("http_requests_total", "route method status", "HTTP requests; 499: the client left."),
+    gauge("http_connections", "connections", "Open connections of clients."),
+    gauge("http_requests_in_flight", "requests_in_flight", "HTTP requests without a response yet."),
+    Metric("answers_total", "provider model dialect status", "Requests that reached a provider."),
+    Metric("answer_errors_total", "provider kind", "Failed responses, without cancelled ones."),
     Metric(
         "answer_duration_seconds",
         "provider model",
-        "From the request to the last byte of its answer, of good answers only.",
+        "From the request to the last byte of its response, if that was successful.",
         ANSWER_SECONDS_BUCKETS,
     ),
     Metric(
@@ -12477,63 +12469,35 @@ METRICS = (
         "From the request to the upstream's first byte.",
         FIRST_BYTE_SECONDS_BUCKETS,
     ),
+    Metric("tokens_total", "provider model type", "Tokens by type; types do not overlap."),
+    Metric("reasoning_tokens_total", "provider model", "Part of the tokens of type output."),
     Metric(
-        "tokens_total",
-        "provider model type",
-        "Tokens; the types input, cache_read, cache_write and output do not overlap.",
+        "credits_total", "provider model", "Credits, billed or derived; in the provider's unit."
     ),
-    Metric(
-        "reasoning_tokens_total",
-        "provider model",
-        "Tokens of reasoning, which tokens_total counts among the output already.",
-    ),
-    Metric(
-        "credits_total",
-        "provider model",
-        "Credits, billed by the provider or worked out from its prices; in a unit of its own.",
-    ),
-    Metric(
-        "upstream_refusals_total",
-        "provider kind",
-        "Attempts that the upstream refused or did not answer, also where a later one went well.",
-    ),
+    Metric("upstream_refusals_total", "provider kind", "Failed attempts, retried ones included."),
     Metric("upstream_retries_total", "provider", "Attempts after the first one of a request."),
-    Metric(
-        "provider_ready",
-        "provider",
-        "1 where a provider can be asked, 0 where it rests, fails or is not signed in.",
-    ),
-    Metric(
-        "cool_down_seconds",
-        "provider model",
-        "For how long a model still rests, 0: not at all; the model * is the whole provider.",
-    ),
-    Metric("usage_rows_waiting", "", "Answers that are not in the usage database yet."),
-    Metric(
-        "usage_rows_lost_total",
-        "",
-        "Answers that the usage database could not keep one by one; their sums are in it.",
-    ),
-    Metric("log_lines_dropped_total", "", "Log lines that could not be written."),
+    Metric("provider_ready", "provider", "0 while it cools down, fails or is not signed in."),
+    Metric("cool_down_seconds", "provider model", "Cool-down left; model *: the whole provider."),
+    gauge("usage_rows_waiting", "usage_rows_waiting", "Rows not in the usage database yet."),
+    gauge("usage_rows_lost_total", "usage_rows_lost", "Rows dropped as it could not be written."),
+    gauge("log_lines_dropped_total", "log_lines_dropped", "Log lines that could not be written."),
     Metric("build_info", "version python", "1, with the versions as labels."),
-    Metric("process_start_time_seconds", "", "When the process started, in Unix seconds."),
-    Metric("process_cpu_seconds_total", "", "Processor time used, in user and system mode."),
-    Metric("process_resident_memory_bytes", "", "Memory in use."),
-    Metric("process_open_fds", "", "Open files and sockets."),
+    gauge("process_start_time_seconds", "started_at", "Start of the process in Unix seconds."),
+    gauge("process_cpu_seconds_total", "cpu_s", "CPU time used, in user and system mode."),
+    gauge("process_resident_memory_bytes", "memory_bytes", "Resident memory in bytes."),
+    gauge("process_open_fds", "open_files", "Open files and sockets."),
 )
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"  # Prometheus's text format
 HTTP_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
-def escape_label(value: object) -> str:
-    return str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-
-
 def write_labels(names: list[str], values: Labels) -> str:
     """`provider="copilot",model="gpt-4.1"`."""
-    return ",".join(
-        f'{name}="{escape_label(value)}"' for name, value in zip(names, values, strict=True)
+    escaped = (
+        str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        for value in values
     )
+    return ",".join(f'{name}="{value}"' for name, value in zip(names, escaped, strict=True))
 
 
 def write_samples(name: str, names: list[str], series: Series) -> Iterator[str]:
@@ -12570,36 +12534,20 @@ class Histogram:
             yield f"{name}_count{{{labels}}} {total}"
 
 
-#: fields of `Daemon.status` -> metrics
-STATUS_METRICS = {
-    "connections": "http_connections",
-    "requests_in_flight": "http_requests_in_flight",
-    "usage_rows_waiting": "usage_rows_waiting",
-    "usage_rows_lost": "usage_rows_lost_total",
-    "log_lines_dropped": "log_lines_dropped_total",
-    "started_at": "process_start_time_seconds",
-    "cpu_s": "process_cpu_seconds_total",
-    "memory_bytes": "process_resident_memory_bytes",
-    "open_files": "process_open_fds",
-}
-
-
 def read_status(status: Json) -> dict[str, Series]:
     """The current values in a `Daemon.status` as series of METRICS; unknown ones are left out."""
+    values = {metric.name: status.get(metric.status) for metric in METRICS if metric.status}
     series: dict[str, Series] = {
-        metric: {(): status[name]}
-        for name, metric in STATUS_METRICS.items()
-        if status.get(name) is not None
+        name: {(): value} for name, value in values.items() if value is not None
     }
     python = ".".join(map(str, sys.version_info[:3]))
     series["build_info"] = {(status["version"], python): 1}
-    ready: Series = {}
-    cooldowns: Series = {}
+    ready, cooldowns = series["provider_ready"], series["cool_down_seconds"] = {}, {}
     for row in status["providers"]:
         by_model = {"*": 0, **row["cool_downs"]}
         ready[row["name"],] = int(row["health"] in ("ready", "resting") and not by_model["*"])
         cooldowns.update({(row["name"], model): seconds for model, seconds in by_model.items()})
-    return {**series, "provider_ready": ready, "cool_down_seconds": cooldowns}
+    return series
 
 
 class Metrics:
@@ -19537,11 +19485,11 @@ class Gateway:
     def resolve_name(self, name: str, catalogues: dict[str, dict[str, Model]]) -> Model | None:
         """The model for a name; for an alias, its first candidate that exists; otherwise None."""
         try:
-            routes = [self.router.place(r, catalogues) for r in self.router.candidates(name, None)]
+            candidates = self.router.candidates(name, None)
+            resolved = [self.router.resolve(route, catalogues) for route in candidates]
         except ApiError:
             return None
-        for route in routes:
-            model = find_model(route.model, catalogues.get(route.provider, {}))
+        for route, model in resolved:
             is_alias = route.explicit and name in self.router.aliases
             if model is None and is_alias and route.provider in catalogues:
                 model = self.providers[route.provider].guess(route.model)  # it will be tried
@@ -19674,16 +19622,16 @@ class Gateway:
     async def find_model(self, request: Request, name: str, route: Route) -> tuple[Provider, Model]:
         """The provider and the model that a route of a name leads to; raises ModelNotFound."""
         catalogues: dict[str, dict[str, Model]] = {}
+        model = None
         if not route.provider:
             catalogues = await self.catalogues()
-            route = self.router.place(route, catalogues)
+            route, model = self.router.resolve(route, catalogues)
         provider = self.providers[route.provider]
-        model = None
         try:
             with advising(provider):
-                model = find_model(route.model, await provider.models())
-                if model is None:
-                    model = find_model(route.model, await provider.models(refresh=True))
+                for refresh in (False, True):
+                    if model is None:
+                        model = find_model(route.model, await provider.models(refresh=refresh))
         except (UpstreamError, UpstreamTimeout) as error:
             if not route.explicit:
                 raise
