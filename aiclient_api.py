@@ -14360,48 +14360,21 @@ class ServerProtocol(StreamProtocol):
 # 14.1 files
 
 
-@dataclass(slots=True)
 class Paths:
     """Where files live, by the XDG Base Directory specification."""
 
-    config_dir: str
-    state_dir: str
-
-    @property
-    def config_file(self) -> str:
-        return os.path.join(self.config_dir, "config.toml")
-
-    @property
-    def machine_file(self) -> str:
-        return os.path.join(self.state_dir, "machine.json")
-
-    @property
-    def notices_file(self) -> str:
-        """What this user has been shown already."""
-        return os.path.join(self.state_dir, "notices.json")
-
-    @property
-    def pid_file(self) -> str:
-        """The daemon's lock: its process id, then the path of its control socket."""
-        return os.path.join(self.state_dir, "daemon.pid")
-
-    @property
-    def log_file(self) -> str:
-        return os.path.join(self.state_dir, "daemon.log")
-
-    @property
-    def socket_file(self) -> str:
-        """The control socket, unless its path is too long."""
-        return os.path.join(self.state_dir, "daemon.sock")
-
-    @property
-    def usage_file(self) -> str:
-        return os.path.join(self.state_dir, "usage.db")
-
-    @property
-    def bytecode_dir(self) -> str:
-        """This file, compiled: a script would otherwise be compiled at every start."""
-        return os.path.join(self.state_dir, "bytecode")
+    def __init__(self, config_dir: str, state_dir: str) -> None:
+        self.config_dir = config_dir
+        self.state_dir = state_dir
+        self.config_file = os.path.join(config_dir, "config.toml")
+        state = functools.partial(os.path.join, state_dir)
+        self.machine_file = state("machine.json")
+        self.notices_file = state("notices.json")  #: what this user has been shown already
+        self.pid_file = state("daemon.pid")  #: the lock: process id, then path of the socket
+        self.socket_file = state("daemon.sock")  #: unless its path is too long
+        self.log_file = state("daemon.log")
+        self.usage_file = state("usage.db")
+        self.bytecode_dir = state("bytecode")  #: a script would be compiled at every start
 
     def token_file(self, provider: str) -> str:
         return os.path.join(self.config_dir, provider, "token.json")
@@ -14530,11 +14503,6 @@ def program_words(argv0: str) -> str:
     return f"python3 {argv0}" if is_file else "aiclient-api"
 
 
-def sign_in_command(kind: str, name: str) -> str:
-    name_option = "" if name == kind else f" --name {name}"
-    return f"{program_words(sys.argv[0])} auth {kind}{name_option}"
-
-
 def make_private_dir(path: str) -> None:
     """Mode 0700; raises OSError, also if others could write to it."""
     os.makedirs(path, mode=0o700, exist_ok=True)
@@ -14631,26 +14599,16 @@ def save_private_json(path: str, value: Json) -> None:
     replace_file(path, dump_json(value) + b"\n")
 
 
-def open_private(path: str) -> int:
-    """Makes a file that others can read private; raises OSError, also for a symbolic link."""
-    fd = open_trusted(path, "O_RDONLY", "O_NOFOLLOW")
-    try:
-        if restrict_to_owner(fd):
-            log_event("warning", "token_file_was_readable", path=path)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
 class Damaged(ProgramError):
     """One of our files cannot be parsed."""
 
 
 def load_private_json(path: str) -> Json | None:
-    """None if there is no file; raises ProgramError."""
+    """None if there is no file; raises ProgramError.  Others may not read it from now on."""
     try:
-        with os.fdopen(open_private(path), "rb") as file:
+        with os.fdopen(open_trusted(path, "O_RDONLY", "O_NOFOLLOW"), "rb") as file:
+            if restrict_to_owner(file.fileno()):
+                log_event("warning", "token_file_was_readable", path=path)
             value = load_object(file.read(MIB))
     except FileNotFoundError:
         return None
@@ -14663,12 +14621,11 @@ def load_private_json(path: str) -> Json | None:
     return value
 
 
-def quarantine(path: str, reason: str = "damaged") -> str:
-    """Renames a file instead of overwriting it; returns the new path."""
-    new_path = f"{path}.{reason}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+def quarantine(path: str) -> None:
+    """Renames a damaged file instead of overwriting it."""
+    new_path = f"{path}.damaged-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
     os.replace(path, new_path)
-    log_event("warning", f"{reason}_file_kept", path=new_path)
-    return new_path
+    log_event("warning", "damaged_file_kept", path=new_path)
 
 
 def lock_file(path: str) -> int | None:
@@ -14700,35 +14657,26 @@ class FileLock:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.fd = -1
+        self.fd: int | None = None
 
     async def __aenter__(self) -> FileLock:
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + LOCK_SECONDS
-        while not self.try_lock():
-            if loop.time() > deadline:
-                raise Overloaded(f"Another process holds {self.path} and does not let go.")
-            await asyncio.sleep(LOCK_POLL_SECONDS)
+        deadline = time.monotonic() + LOCK_SECONDS
+        try:
+            make_private_dir(os.path.dirname(self.path))
+            while fcntl is not None and self.fd is None:
+                self.fd = lock_file(self.path)
+                if self.fd is None and time.monotonic() > deadline:
+                    raise Overloaded(f"Another process holds {self.path} and does not let go.")
+                if self.fd is None:
+                    await asyncio.sleep(LOCK_POLL_SECONDS)
+        except OSError as error:
+            log_event("warning", "no_lock", path=self.path, reason=error.strerror)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self.fd >= 0:
+        if self.fd is not None:
             os.close(self.fd)
-            self.fd = -1
-
-    def try_lock(self) -> bool:
-        """True also if locking is impossible."""
-        if fcntl is None:
-            return True
-        try:
-            make_private_dir(os.path.dirname(self.path))
-            fd = lock_file(self.path)
-        except OSError as error:
-            log_event("warning", "no_lock", path=self.path, reason=error.strerror)
-            return True
-        if fd is not None:
-            self.fd = fd
-        return fd is not None
+            self.fd = None
 
 
 class TokenFile:
@@ -14736,21 +14684,20 @@ class TokenFile:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.last_identity: tuple[int, int, int] | None = None
+        #: inode, time and size of the file as last seen
+        self.last_identity: tuple[int, ...] | None = None
         #: whose it is, as of the last read
         self.user = ""
         #: changes not written yet: they must not be lost, as a rotated token is issued only once
         self.unsaved: Json = {}
         self.retry_save_at = 0.0
-        #: the cache of `peek`: result, identity of the file, monotonic expiry
-        self.cached: Json | ProgramError | None = None
-        self.cached_identity: tuple[int, int, int] | None = None
-        self.cached_until = 0.0
+        #: of `peek`: (identity of the file, monotonic expiry, result)
+        self.peeked: tuple[Any, float, Json | ProgramError | None] = (None, 0.0, None)
 
     def lock(self) -> FileLock:
         return FileLock(os.path.join(os.path.dirname(self.path), "token.lock"))
 
-    def identity(self) -> tuple[int, int, int] | None:
+    def identity(self) -> tuple[int, ...] | None:
         """Tells this file from its replacement; None if there is no file."""
         try:
             status = os.stat(self.path, follow_symlinks=False)
@@ -14764,8 +14711,8 @@ class TokenFile:
         if self.last_identity != previous:
             self.unsaved = {}  # a newer file wins
             return True
-        if self.unsaved and time.monotonic() >= self.retry_save_at:
-            self.save({})
+        if time.monotonic() >= self.retry_save_at:
+            self.flush()
         return False
 
     def is_refused(self) -> bool:
@@ -14785,15 +14732,16 @@ class TokenFile:
     def peek(self) -> Json | None:
         """`load` for frequent read-only use: cached for TOKEN_LOOK_SECONDS."""
         now, identity = time.monotonic(), self.identity()
-        if now >= self.cached_until or identity != self.cached_identity:
-            self.cached_identity, self.cached_until = identity, now + TOKEN_LOOK_SECONDS
+        seen, expires_at, content = self.peeked
+        if now >= expires_at or identity != seen:
             try:
-                self.cached = self.load()
+                content = self.load()
             except ProgramError as error:
-                self.cached = error
-        if isinstance(self.cached, ProgramError):
-            raise self.cached.with_traceback(None)
-        return None if self.cached is None else dict(self.cached)
+                content = error
+            self.peeked = identity, now + TOKEN_LOOK_SECONDS, content
+        if isinstance(content, ProgramError):
+            raise content.with_traceback(None)
+        return None if content is None else dict(content)
 
     def need(self, provider: str, service: str, *, peeks: bool = False) -> Json:
         try:
@@ -14811,11 +14759,7 @@ class TokenFile:
             self.unsaved = {}  # revoked meanwhile
             return
         try:
-            try:
-                content = load_private_json(self.path) or {}
-            except Damaged:
-                quarantine(self.path)
-                content = {}
+            content = self.load_or_quarantine()
             merged = {k: v for k, v in {**content, **self.unsaved}.items() if v is not None}
             save_private_json(self.path, merged)
         except (OSError, ProgramError) as error:  # a file that cannot be trusted is left alone
@@ -14831,157 +14775,26 @@ class TokenFile:
             self.save({})
 
     def replace(self, content: Json) -> None:
+        with contextlib.suppress(ProgramError):  # a link, or unreadable: only its name is reused
+            self.load_or_quarantine()
+        save_private_json(self.path, content)
+
+    def load_or_quarantine(self) -> Json:
         try:
-            load_private_json(self.path)
+            return load_private_json(self.path) or {}
         except Damaged:
             quarantine(self.path)
-        except ProgramError:
-            pass  # a link, or not ours to read: only its name is reused
-        save_private_json(self.path, content)
+            return {}
 
     def remove(self) -> list[str]:
         """Deletes the sign-in and damaged ones kept aside; returns their paths; raises OSError."""
         folder = os.path.dirname(self.path)
-        removed = []
-        for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
-            if name == "token.json" or name.startswith(("token.json.damaged-", ".new-")):
-                os.unlink(os.path.join(folder, name))
-                removed.append(os.path.join(folder, name))
-        return removed
-
-
-def read_json_file(path: str) -> Json | None:
-    """The object in another program's file, None where that holds none; raises OSError."""
-    with os.fdopen(open_plain(path, "O_RDONLY"), "rb") as file:
-        return load_object(file.read(MIB))
-
-
-class SharedLogin:
-    """A Kiro sign-in shared with another program; a refresh token can be used by only one of us.
-
-    So it is read before a refresh, and the result is merged back.  `source`, from our token file:
-    {"program": "kiro-ide", "path": "..."}, with the "key" of its row if the path is a database's.
-    """
-
-    def __init__(self, source: Json) -> None:
-        self.path = get_str(source, "path")
-        self.key = get_str(source, "key")
-
-    def read(self) -> Json | None:
-        """As our token file's content; None if it is gone or unusable."""
-        try:
-            if self.key:
-                return read_cli_login(self.path, self.key)
-            return read_ide_login(self.path)
-        except (OSError, ValueError, sqlite3.Error) as error:
-            log_event("info", "shared_login_unusable", path=self.path, reason=error)
-            return None
-
-    def write(self, changes: Json, used_token: str) -> None:
-        """Stores refreshed tokens if `used_token` is still in place; a failure is logged."""
-        try:
-            if self.key:
-                self.write_row(changes, used_token)
-            else:
-                self.write_file(changes, used_token)
-        except (OSError, ValueError, sqlite3.Error) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            log_event("warning", "shared_login_not_updated", path=self.path, reason=reason)
-
-    def write_file(self, changes: Json, used_token: str) -> None:
-        """Follows a symbolic link; the mode of the folder is left alone."""
-        path = os.path.realpath(self.path)
-        body = read_json_file(path) or {}
-        if either(body, "refresh_token") == used_token:
-            replace_file(path, json.dumps(with_tokens(body, changes), indent=2).encode())
-
-    def write_row(self, changes: Json, used_token: str) -> None:
-        with contextlib.closing(open_database(self.path, "rw")) as database:
-            database.execute("BEGIN IMMEDIATE")
-            body = read_row(database, "auth_kv", self.key)
-            if either(body, "refresh_token") == used_token:
-                text = dump_json(with_tokens(body, changes)).decode()
-                database.execute("UPDATE auth_kv SET value = ? WHERE key = ?", (text, self.key))
-            database.execute("COMMIT")
-
-
-def open_database(path: str, mode: str) -> sqlite3.Connection:
-    """Another program's database, which must exist; raises sqlite3.Error and OSError."""
-    os.close(open_plain(path, "O_RDONLY"))
-    url = f"file:{urllib.parse.quote(os.path.realpath(path))}?mode={mode}"
-    return sqlite3.connect(url, uri=True, timeout=5, isolation_level=None)
-
-
-def read_row(database: sqlite3.Connection, table: str, key: str) -> Json:
-    row = database.execute(f"SELECT value FROM {table} WHERE key = ?", (key,)).fetchone()
-    return load_object(row[0]) or {} if row and isinstance(row[0], (str, bytes)) else {}
-
-
-def read_some_json(path: str) -> Json:
-    """As `read_json_file`, {} where there is none."""
-    try:
-        return read_json_file(path) or {}
-    except OSError:
-        return {}
-
-
-def read_ide_login(path: str) -> Json:
-    """Our token file's content for the Kiro IDE's; raises OSError and ValueError."""
-    body = read_json_file(path)
-    if body is None:
-        raise ValueError("it is not a JSON object")
-    folder = os.path.dirname(path)
-    registration: Json = {}
-    name = get_str(body, "clientIdHash")
-    if re.fullmatch(r"[0-9a-f]{40}", name):
-        registration = read_some_json(os.path.join(folder, f"{name}.json"))
-    if not registration and get_str(body, "authMethod").lower() == "idc":
-        registration = newest_registration(folder)
-    profile = {} if either(body, "profile_arn") else read_some_json(ide_profile_path())
-    return read_kiro_import(body, registration, profile)
-
-
-def newest_registration(folder: str) -> Json:
-    """The client registration beside an IDE file that does not name it."""
-    candidates = [read_some_json(entry.path) for entry in os.scandir(folder) if entry.is_file()]
-    candidates = [body for body in candidates if body.get("clientId") and body.get("clientSecret")]
-    return max(candidates, key=lambda body: read_time(body.get("expiresAt")), default={})
-
-
-def ide_profile_path() -> str:
-    base = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
-    base = "~/Library/Application Support" if sys.platform == "darwin" else base
-    return os.path.expanduser(f"{base}/Kiro/User/globalStorage/kiro.kiroagent/profile.json")
-
-
-# Row of a sign-in -> its kind, best first; "odic" is the actual spelling.
-CLI_ROWS = {
-    "kirocli:social:token": "social",
-    "kirocli:external-idp:token": "external_idp",
-    "kirocli:odic:token": "idc",
-    "kirocli:oidc:token": "idc",
-    "codewhisperer:odic:token": "idc",
-}
-
-
-def read_cli_login(path: str, key: str) -> Json:
-    """Our token file's content for a row of kiro-cli or Amazon Q.
-
-    Where there is no start URL a sign-in is Builder ID's.  Raises OSError, ValueError and
-    sqlite3.Error.
-    """
-    with contextlib.closing(open_database(path, "ro")) as database:
-        body = read_row(database, "auth_kv", key)
-        registration_key = key.rpartition(":")[0] + ":device-registration"
-        registration = read_row(database, "auth_kv", registration_key)
-        try:
-            profile = read_row(database, "state", "api.codewhisperer.profile")
-        except sqlite3.OperationalError:  # older versions have no such table
-            profile = {}
-    kind = CLI_ROWS[key]
-    if kind == "idc" and get_str(body, "start_url") in ("", KIRO_BUILDER_START_URL):
-        kind = "builder_id"
-    return read_kiro_import(body, registration, profile, kind)
+        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+        ours = ("token.json.damaged-", ".new-")
+        paths = [os.path.join(folder, n) for n in names if n == "token.json" or n.startswith(ours)]
+        for path in paths:
+            os.unlink(path)
+        return paths
 
 
 def load_machine(paths: Paths) -> tuple[str, str]:
@@ -15025,25 +14838,18 @@ def open_log(path: str) -> TextIO:
 
 
 def read_log_tail(file: TextIO, path: str, lines: int, level: str) -> list[str]:
-    """The last lines of a log: `file`, read to its end, then rotated files as far as needed."""
-    lines = min(max(lines, 0), MAX_LOG_LINES)
-    log_filter = LogFilter(level)
-    tail = [line for line in file.read().splitlines() if log_filter.takes(line)]
-    for index in range(1, LOG_FILES):
-        if len(tail) >= lines:
-            break
-        try:
-            with open_log(f"{path}.{index}") as rotated:
-                log_filter = LogFilter(level)
-                tail = [
-                    line for line in rotated.read().splitlines() if log_filter.takes(line)
-                ] + tail
-        except OSError:
-            break
-    tail = tail[-lines:] if lines else []
+    """The last lines of a log: of rotated files, then of `file`, read to its end."""
+    tail: deque[str] = deque(maxlen=min(max(lines, 0), MAX_LOG_LINES))
+    with contextlib.ExitStack() as stack:
+        files = [file]
+        for index in range(1, LOG_FILES):
+            with contextlib.suppress(OSError):
+                files.insert(0, stack.enter_context(open_log(f"{path}.{index}")))
+        for log in files:
+            tail.extend(filter(LogFilter(level).takes, log.read().splitlines()))
     while tail and sum(map(len, tail)) > MAX_CONTROL_BYTES // 2:
-        tail = tail[len(tail) // 2 :]
-    return tail
+        tail = deque(list(tail)[len(tail) // 2 :])
+    return list(tail)
 
 
 def load_log_tail(path: str, lines: int, level: str) -> list[str]:
@@ -18182,6 +17988,145 @@ async def wait_for_callback(
 
 
 # 16.3 sign-ins of other programs on this machine
+
+
+def sign_in_command(kind: str, name: str) -> str:
+    name_option = "" if name == kind else f" --name {name}"
+    return f"{program_words(sys.argv[0])} auth {kind}{name_option}"
+
+
+def read_json_file(path: str) -> Json | None:
+    """The object in another program's file, None where that holds none; raises OSError."""
+    with os.fdopen(open_plain(path, "O_RDONLY"), "rb") as file:
+        return load_object(file.read(MIB))
+
+
+class SharedLogin:
+    """A Kiro sign-in shared with another program; a refresh token can be used by only one of us.
+
+    So it is read before a refresh, and the result is merged back.  `source`, from our token file:
+    {"program": "kiro-ide", "path": "..."}, with the "key" of its row if the path is a database's.
+    """
+
+    def __init__(self, source: Json) -> None:
+        self.path = get_str(source, "path")
+        self.key = get_str(source, "key")
+
+    def read(self) -> Json | None:
+        """As our token file's content; None if it is gone or unusable."""
+        try:
+            if self.key:
+                return read_cli_login(self.path, self.key)
+            return read_ide_login(self.path)
+        except (OSError, ValueError, sqlite3.Error) as error:
+            log_event("info", "shared_login_unusable", path=self.path, reason=error)
+            return None
+
+    def write(self, changes: Json, used_token: str) -> None:
+        """Stores refreshed tokens if `used_token` is still in place; a failure is logged."""
+        try:
+            if self.key:
+                self.write_row(changes, used_token)
+            else:
+                self.write_file(changes, used_token)
+        except (OSError, ValueError, sqlite3.Error) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            log_event("warning", "shared_login_not_updated", path=self.path, reason=reason)
+
+    def write_file(self, changes: Json, used_token: str) -> None:
+        """Follows a symbolic link; the mode of the folder is left alone."""
+        path = os.path.realpath(self.path)
+        body = read_json_file(path) or {}
+        if either(body, "refresh_token") == used_token:
+            replace_file(path, json.dumps(with_tokens(body, changes), indent=2).encode())
+
+    def write_row(self, changes: Json, used_token: str) -> None:
+        with contextlib.closing(open_database(self.path, "rw")) as database:
+            database.execute("BEGIN IMMEDIATE")
+            body = read_row(database, "auth_kv", self.key)
+            if either(body, "refresh_token") == used_token:
+                text = dump_json(with_tokens(body, changes)).decode()
+                database.execute("UPDATE auth_kv SET value = ? WHERE key = ?", (text, self.key))
+            database.execute("COMMIT")
+
+
+def open_database(path: str, mode: str) -> sqlite3.Connection:
+    """Another program's database, which must exist; raises sqlite3.Error and OSError."""
+    os.close(open_plain(path, "O_RDONLY"))
+    url = f"file:{urllib.parse.quote(os.path.realpath(path))}?mode={mode}"
+    return sqlite3.connect(url, uri=True, timeout=5, isolation_level=None)
+
+
+def read_row(database: sqlite3.Connection, table: str, key: str) -> Json:
+    row = database.execute(f"SELECT value FROM {table} WHERE key = ?", (key,)).fetchone()
+    return load_object(row[0]) or {} if row and isinstance(row[0], (str, bytes)) else {}
+
+
+def read_some_json(path: str) -> Json:
+    """As `read_json_file`, {} where there is none."""
+    try:
+        return read_json_file(path) or {}
+    except OSError:
+        return {}
+
+
+def read_ide_login(path: str) -> Json:
+    """Our token file's content for the Kiro IDE's; raises OSError and ValueError."""
+    body = read_json_file(path)
+    if body is None:
+        raise ValueError("it is not a JSON object")
+    folder = os.path.dirname(path)
+    registration: Json = {}
+    name = get_str(body, "clientIdHash")
+    if re.fullmatch(r"[0-9a-f]{40}", name):
+        registration = read_some_json(os.path.join(folder, f"{name}.json"))
+    if not registration and get_str(body, "authMethod").lower() == "idc":
+        registration = newest_registration(folder)
+    profile = {} if either(body, "profile_arn") else read_some_json(ide_profile_path())
+    return read_kiro_import(body, registration, profile)
+
+
+def newest_registration(folder: str) -> Json:
+    """The client registration beside an IDE file that does not name it."""
+    candidates = [read_some_json(entry.path) for entry in os.scandir(folder) if entry.is_file()]
+    candidates = [body for body in candidates if body.get("clientId") and body.get("clientSecret")]
+    return max(candidates, key=lambda body: read_time(body.get("expiresAt")), default={})
+
+
+def ide_profile_path() -> str:
+    base = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    base = "~/Library/Application Support" if sys.platform == "darwin" else base
+    return os.path.expanduser(f"{base}/Kiro/User/globalStorage/kiro.kiroagent/profile.json")
+
+
+# Row of a sign-in -> its kind, best first; "odic" is the actual spelling.
+CLI_ROWS = {
+    "kirocli:social:token": "social",
+    "kirocli:external-idp:token": "external_idp",
+    "kirocli:odic:token": "idc",
+    "kirocli:oidc:token": "idc",
+    "codewhisperer:odic:token": "idc",
+}
+
+
+def read_cli_login(path: str, key: str) -> Json:
+    """Our token file's content for a row of kiro-cli or Amazon Q.
+
+    Where there is no start URL a sign-in is Builder ID's.  Raises OSError, ValueError and
+    sqlite3.Error.
+    """
+    with contextlib.closing(open_database(path, "ro")) as database:
+        body = read_row(database, "auth_kv", key)
+        registration_key = key.rpartition(":")[0] + ":device-registration"
+        registration = read_row(database, "auth_kv", registration_key)
+        try:
+            profile = read_row(database, "state", "api.codewhisperer.profile")
+        except sqlite3.OperationalError:  # older versions have no such table
+            profile = {}
+    kind = CLI_ROWS[key]
+    if kind == "idc" and get_str(body, "start_url") in ("", KIRO_BUILDER_START_URL):
+        kind = "builder_id"
+    return read_kiro_import(body, registration, profile, kind)
 
 
 @dataclass(slots=True)
