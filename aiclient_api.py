@@ -12256,26 +12256,24 @@ class UsageQuery:
 def read_usage_query(parameters: dict[str, str], now: float) -> UsageQuery:
     query = UsageQuery()
     for name, text in parameters.items():
-        message = ""
+        wanted = ""
         if name == "since":
             query.since = read_since(text, now)
         elif name == "by":
             query.by = text
-            if text not in USAGE_GROUPS:
-                message = f"must be one of {', '.join(USAGE_GROUPS)}."
-        elif name == "recent":
-            if re.fullmatch(r"\d{1,6}", text, re.ASCII) and int(text) <= MAX_RECENT_ANSWERS:
-                query.recent = int(text)
-            else:
-                message = f"must be a number from 0 to {MAX_RECENT_ANSWERS}."
+            wanted = "" if text in USAGE_GROUPS else f"one of {', '.join(USAGE_GROUPS)}"
         elif name == "cache":
             query.cache = text == "1"
-            if text not in ("0", "1"):
-                message = "must be 0 or 1."
+            wanted = "" if text in ("0", "1") else "0 or 1"
+        elif name != "recent":
+            message = f"{name[:100]}: is not a parameter; there are since, by, recent and cache."
+            raise InvalidRequest(message, param=name[:100])
+        elif re.fullmatch(r"\d{1,6}", text, re.ASCII) and int(text) <= MAX_RECENT_ANSWERS:
+            query.recent = int(text)
         else:
-            message = "is not a parameter; there are since, by, recent and cache."
-        if message:
-            raise InvalidRequest(f"{name[:100]}: {message}", param=name[:100])
+            wanted = f"a number from 0 to {MAX_RECENT_ANSWERS}"
+        if wanted:
+            raise InvalidRequest(f"{name}: must be {wanted}.", param=name)
     return query
 
 
@@ -12285,16 +12283,15 @@ def read_usage_query(parameters: dict[str, str], now: float) -> UsageQuery:
 class Cap(NamedTuple):
     period: str
     unit: str
-
-    def used(self, tokens: int, nano_credits: int) -> float:
-        return float(tokens) if self.unit == "tokens" else nano_credits / 1e9
+    #: index in a tally
+    figure: int
 
 
 CAPS = {
-    "daily_credits": Cap("day", "credits"),
-    "monthly_credits": Cap("month", "credits"),
-    "daily_tokens": Cap("day", "tokens"),
-    "monthly_tokens": Cap("month", "tokens"),
+    "daily_credits": Cap("day", "credits", 1),
+    "monthly_credits": Cap("month", "credits", 1),
+    "daily_tokens": Cap("day", "tokens", 0),
+    "monthly_tokens": Cap("month", "tokens", 0),
 }
 
 
@@ -12351,20 +12348,20 @@ class Spending:
     def rows(self, limits: LimitsConfig, now: float) -> Iterator[Json]:
         """The rows of `/v1/usage`'s limits: one for each configured cap."""
         day = local_day(now)
-        for scope, caps in (("providers", limits.providers), ("labels", limits.labels)):
-            for name, config in caps.items():
-                for setting, cap in CAPS.items():
-                    key = (day if cap.period == "day" else day[:7], scope, name)
-                    limit = getattr(config, setting)
-                    if limit:
-                        yield {
-                            "name": f"{scope}.{name}.{setting}",
-                            "used": cap.used(*self.tallies.get(key, (0, 0))),
-                            "limit": limit,
-                            "unit": cap.unit,
-                            "period": cap.period,
-                            "resets_at": period_end(cap.period, now),
-                        }
+        for scope, configs in (("providers", limits.providers), ("labels", limits.labels)):
+            for name, setting in ((name, setting) for name in configs for setting in CAPS):
+                limit, cap = getattr(configs[name], setting), CAPS[setting]
+                if limit:
+                    period = day if cap.period == "day" else day[:7]
+                    figure = self.tallies.get((period, scope, name), (0, 0))[cap.figure]
+                    yield {
+                        "name": f"{scope}.{name}.{setting}",
+                        "used": figure / 1e9 if cap.unit == "credits" else float(figure),
+                        "limit": limit,
+                        "unit": cap.unit,
+                        "period": cap.period,
+                        "resets_at": period_end(cap.period, now),
+                    }
 
     def check(self, limits: LimitsConfig, provider: str, label: str, now: float) -> None:
         """Raises LimitReached if a cap of the provider or of the label is used up."""
@@ -12373,12 +12370,13 @@ class Spending:
             labels={k: v for k, v in limits.labels.items() if k == label},
         )
         for row in self.rows(own, now):
-            used, limit, unit, period = row["used"], row["limit"], row["unit"], row["period"]
+            used, limit, ends_at = row["used"], row["limit"], row["resets_at"]
             if used >= limit:
-                key, ends_at = f"limits.{row['name']}", row["resets_at"]
+                key = f"limits.{row['name']}"
                 raise LimitReached(
-                    f"Your own limit {key} is reached: {used:,.10g} of {limit:,.10g} {unit}.",
-                    hint=f"A new {period} begins {format_minute(ends_at)}; or raise it: "
+                    f"Your own limit {key} is reached: {used:,.10g} of {limit:,.10g} "
+                    f"{row['unit']}.",
+                    hint=f"A new {row['period']} begins {format_minute(ends_at)}; or raise it: "
                     f"aiclient-api config set {key} N",
                     retry_after=ends_at - now,
                 )
@@ -12430,10 +12428,10 @@ class Metric(NamedTuple):
     #: label names, separated by spaces
     labels: str
     help: str
-    #: the upper bounds of a histogram's buckets, in seconds
-    buckets: tuple[float, ...] = ()
     #: the field of `Daemon.status` that holds its current value
     status: str = ""
+    #: the upper bounds of a histogram's buckets, in seconds
+    buckets: tuple[float, ...] = ()
 
     @property
     def full_name(self) -> str:
@@ -12447,27 +12445,19 @@ class Metric(NamedTuple):
         return "counter" if self.name.endswith("_total") else "gauge"
 
 
-def gauge(name: str, status: str, text: str) -> Metric:
-    return Metric(name, "", text, status=status)
-
-
 METRICS = (
     Metric("http_requests_total", "route method status", "HTTP requests; 499: the client left."),
-    gauge("http_connections", "connections", "Open connections of clients."),
-    gauge("http_requests_in_flight", "requests_in_flight", "HTTP requests without a response yet."),
+    Metric("http_connections", "", "Open connections of clients.", "connections"),
+    Metric("http_requests_in_flight", "", "Requests without a response yet.", "requests_in_flight"),
     Metric("answers_total", "provider model dialect status", "Requests that reached a provider."),
     Metric("answer_errors_total", "provider kind", "Failed responses, without cancelled ones."),
     Metric(
-        "answer_duration_seconds",
-        "provider model",
-        "From the request to the last byte of its response, if that was successful.",
-        ANSWER_SECONDS_BUCKETS,
+        "answer_duration_seconds", "provider model", "Until the last byte of a good response.",
+        buckets=ANSWER_SECONDS_BUCKETS,
     ),
     Metric(
-        "answer_first_byte_seconds",
-        "provider model",
-        "From the request to the upstream's first byte.",
-        FIRST_BYTE_SECONDS_BUCKETS,
+        "answer_first_byte_seconds", "provider model", "Until the upstream's first byte.",
+        buckets=FIRST_BYTE_SECONDS_BUCKETS,
     ),
     Metric("tokens_total", "provider model type", "Tokens by type; types do not overlap."),
     Metric("reasoning_tokens_total", "provider model", "Part of the tokens of type output."),
@@ -12478,15 +12468,15 @@ METRICS = (
     Metric("upstream_retries_total", "provider", "Attempts after the first one of a request."),
     Metric("provider_ready", "provider", "0 while it cools down, fails or is not signed in."),
     Metric("cool_down_seconds", "provider model", "Cool-down left; model *: the whole provider."),
-    gauge("usage_rows_waiting", "usage_rows_waiting", "Rows not in the usage database yet."),
-    gauge("usage_rows_lost_total", "usage_rows_lost", "Rows dropped as it could not be written."),
-    gauge("log_lines_dropped_total", "log_lines_dropped", "Log lines that could not be written."),
+    Metric("usage_rows_waiting", "", "Rows not in the usage database yet.", "usage_rows_waiting"),
+    Metric("usage_rows_lost_total", "", "Rows that were never written.", "usage_rows_lost"),
+    Metric("log_lines_dropped_total", "", "Log lines that were not written.", "log_lines_dropped"),
     Metric("build_info", "version python", "1, with the versions as labels."),
-    gauge("process_start_time_seconds", "started_at", "Start of the process in Unix seconds."),
-    gauge("process_cpu_seconds_total", "cpu_s", "CPU time used, in user and system mode."),
-    gauge("process_resident_memory_bytes", "memory_bytes", "Resident memory in bytes."),
-    gauge("process_open_fds", "open_files", "Open files and sockets."),
-)
+    Metric("process_start_time_seconds", "", "Start of the process in Unix seconds.", "started_at"),
+    Metric("process_cpu_seconds_total", "", "CPU time used, in user and system mode.", "cpu_s"),
+    Metric("process_resident_memory_bytes", "", "Resident memory in bytes.", "memory_bytes"),
+    Metric("process_open_fds", "", "Open files and sockets.", "open_files"),
+)  # fmt: skip
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"  # Prometheus's text format
 HTTP_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
@@ -12649,7 +12639,11 @@ CACHE_HINTS = {
         ("assistant", "reasoning", "function_call", "custom_tool_call", "other"), ANSWER_HINT
     ),
 }
-KIRO_HINT = f"{CACHE_HINTS['user']} (Kiro's first message holds the system prompt)"
+
+
+def cache_hint(part: str, block: str) -> str:
+    kiro_note = " (Kiro's first message holds the system prompt)"
+    return CACHE_HINTS[part] + (kiro_note if block == "history[0] (user)" else "")
 
 
 def bare_block(value: Any) -> Any:
@@ -12755,48 +12749,17 @@ def read_prompt(dialect: str, body: Json, salt: bytes) -> Prompt:
 
 
 @dataclass(slots=True)
-class CacheMiss:
-    conversation: str
-    #: the first block that differs from the call before
-    block: str
-    hint: str
-    #: tokens billed in full again, approximately
-    lost: int
-    #: no such miss was logged for this conversation recently
-    is_news: bool = False
-
-
-@dataclass(slots=True)
 class TrackedConversation:
-    conversation: str
-    provider: str
-    model: str
-    label: str
+    #: its row of `/v1/usage?cache=1`, but for what is derived from the misses
+    row: Json
+    #: the last one
     prompt: Prompt
-    #: Unix seconds: the last request, and the start of its response
-    at: float = 0.0
+    #: Unix seconds of the start of the last response
     answered_at: float = 0.0
     #: tokens of the last prompt that should be cached
     cached: int = 0
-    calls: int = 0
-    input_tokens: int = 0
-    cache_read: int = 0
-    lost: int = 0
-    #: part of a prompt -> (the last miss there, their number, when one was last logged)
-    misses: dict[str, tuple[CacheMiss, int, float]] = field(default_factory=dict)
-
-    def update(self, prompt: Prompt, record: UsageRecord, reports_writes: bool) -> None:
-        """`reports_writes`: the service reports what it writes to the cache."""
-        usage = record.usage
-        first_byte_s = record.duration_s if record.first_byte_s is None else record.first_byte_s
-        self.cached = usage.cache_read + usage.cache_write
-        if not self.cached and not reports_writes:
-            self.cached = usage.prompt  # a guess: all of it
-        self.prompt = prompt
-        self.at, self.answered_at = record.at, record.at + first_byte_s
-        self.calls += 1
-        self.input_tokens += usage.prompt
-        self.cache_read += usage.cache_read
+    #: part of a prompt -> [the last block that broke the cache there, how often, last logged at]
+    misses: dict[str, list[Any]] = field(default_factory=dict)
 
     def find_change(self, prompt: Prompt) -> int | None:
         """The first block that differs in the next prompt, None if that continues this one.
@@ -12808,29 +12771,33 @@ class TrackedConversation:
         is_turn = at is not None and at > prompt.parts.index("settings")
         return None if is_turn and len(prompt.hashes) < len(self.prompt.hashes) else at
 
-    def add_miss(self, part: str, miss: CacheMiss, now: float) -> None:
-        _, times, logged_at = self.misses.get(part, (miss, 0, -math.inf))
-        miss.is_news = now - logged_at >= CACHE_QUIET_SECONDS
-        self.misses[part] = miss, times + 1, now if miss.is_news else logged_at
-        self.lost += miss.lost
+    def find_miss(
+        self, prompt: Prompt, record: UsageRecord, has_figures: bool
+    ) -> tuple[str, str, int] | None:
+        """(part, block, tokens billed in full again, approximately) of the next request."""
+        at = self.find_change(prompt)
+        expires_at = self.row["last_at"] + CACHE_LIFE_SECONDS
+        if at is None or not self.answered_at <= record.at <= expires_at:
+            return None
+        cached = min(self.cached, record.usage.prompt)
+        lost = cached - record.usage.cache_read
+        if not has_figures:
+            shares = (self.cached * self.prompt.share(at), record.usage.prompt * prompt.share(at))
+            lost = int(min(shares))
+        if lost <= max(MIN_CACHED_TOKENS, cached * CACHE_SLACK_SHARE):
+            return None
+        # A section that has become shorter is the old prompt's.
+        there = min(prompt, self.prompt, key=lambda p: PROMPT_SECTIONS.get(p.parts[at], 3))
+        return there.parts[at], there.name(at), lost
 
     def as_json(self, has_figures: bool) -> Json:
-        """A row of `/v1/usage?cache=1`; no ratio if the service reports no cache figures."""
-        ratio = self.cache_read / self.input_tokens if has_figures and self.input_tokens else None
-        miss, times, _ = max(self.misses.values(), key=lambda m: m[1], default=(None, 0, 0.0))
-        return {
-            "conversation": self.conversation,
-            "provider": self.provider,
-            "model": self.model,
-            "label": self.label,
-            "calls": self.calls,
-            "hit_ratio": None if ratio is None else round(ratio, 4),
-            "input_tokens": self.input_tokens,
-            "cache_read_tokens": self.cache_read,
-            "lost_tokens": self.lost,
-            "last_at": self.at,
-            "changed": miss and {"block": miss.block, "times": times, "hint": miss.hint},
-        }
+        """No ratio if the service reports no cache figures."""
+        ratio = self.row["cache_read_tokens"] / self.row["input_tokens"] if has_figures else None
+        changed = None
+        if self.misses:
+            part, (block, times, _) = max(self.misses.items(), key=lambda item: item[1][1])
+            changed = {"block": block, "times": times, "hint": cache_hint(part, block)}
+        return {**self.row, "hit_ratio": ratio and round(ratio, 4), "changed": changed}
 
 
 class CacheGuard:
@@ -12838,58 +12805,57 @@ class CacheGuard:
 
     def __init__(self, salt: bytes) -> None:
         self.salt = salt
-        #: (session or label, opening words, provider, model); least recently used first
-        self.watched: dict[tuple[str, ...], TrackedConversation] = {}
+        #: (conversation, provider, model); least recently used first
+        self.watched: dict[tuple[str, str, str], TrackedConversation] = {}
         #: (provider, model) of services that report cache reads -> whether they report writes too
         self.reporting: dict[tuple[str, str], bool] = {}
 
     def record(
         self, record: UsageRecord, session: str, opening: str, prompt: Prompt
-    ) -> CacheMiss | None:
-        """Compares with the call before; `opening` tells conversations of one session apart."""
-        has_figures = self.has_figures(record)
-        key = (f"session {session}" if session else record.label, opening)
-        name = f"{hash_block(key, self.salt)[0] >> 32:08x}"
-        full_key = (name, record.provider, record.model)
-        conversation = self.watched.pop(full_key, None)
-        miss = None
-        if conversation is None:
-            conversation = TrackedConversation(name, *full_key[1:], record.label, prompt)
-        else:
-            miss = self.compare(conversation, prompt, record, has_figures)
-        self.watched[full_key] = conversation
-        reports_writes = has_figures and self.reporting[full_key[1:]]
-        conversation.update(prompt, record, reports_writes)
-        self.forget(record.at)
-        return miss
+    ) -> Json | None:
+        """Compares with the call before; returns what to log of a miss that is news.
 
-    @staticmethod
-    def compare(
-        conversation: TrackedConversation, prompt: Prompt, record: UsageRecord, has_figures: bool
-    ) -> CacheMiss | None:
-        at = conversation.find_change(prompt)
-        expires_at = conversation.at + CACHE_LIFE_SECONDS
-        if at is None or not conversation.answered_at <= record.at <= expires_at:
+        A conversation is known by its session, otherwise by its client, and its first message.
+        """
+        usage, pair = record.usage, (record.provider, record.model)
+        has_figures = self.has_figures(record)
+        source = f"session {session}" if session else record.label
+        name = f"{hash_block((source, opening), self.salt)[0] >> 32:08x}"
+        tracked = self.watched.pop((name, *pair), None)
+        miss = tracked and tracked.find_miss(prompt, record, has_figures)
+        if tracked is None:
+            row: Json = {"conversation": name, "provider": pair[0], "model": pair[1]}
+            row |= {"label": record.label, "calls": 0, "hit_ratio": None, "input_tokens": 0}
+            row |= {"cache_read_tokens": 0, "lost_tokens": 0, "last_at": 0.0}
+            tracked = TrackedConversation(row, prompt)
+        self.watched[name, *pair] = tracked
+        row = tracked.row
+        row["calls"] += 1
+        row["input_tokens"] += usage.prompt
+        row["cache_read_tokens"] += usage.cache_read
+        row["last_at"] = record.at
+        tracked.prompt = prompt
+        first_byte_s = record.duration_s if record.first_byte_s is None else record.first_byte_s
+        tracked.answered_at = record.at + first_byte_s
+        tracked.cached = usage.cache_read + usage.cache_write
+        if not tracked.cached and not (has_figures and self.reporting[pair]):
+            tracked.cached = usage.prompt  # a guess: all of it
+        self.forget(record.at)
+        if not miss:
             return None
-        cached = min(conversation.cached, record.usage.prompt)
-        lost = cached - record.usage.cache_read
-        if not has_figures:
-            old_share = conversation.cached * conversation.prompt.share(at)
-            lost = int(min(old_share, record.usage.prompt * prompt.share(at)))
-        if lost <= max(MIN_CACHED_TOKENS, cached * CACHE_SLACK_SHARE):
-            return None
-        # A section that has become shorter is the old prompt's.
-        there = min(prompt, conversation.prompt, key=lambda p: PROMPT_SECTIONS.get(p.parts[at], 3))
-        part, block = there.parts[at], there.name(at)
-        hint = KIRO_HINT if block == "history[0] (user)" else CACHE_HINTS[part]
-        miss = CacheMiss(conversation.conversation, block, hint, lost)
-        conversation.add_miss(part, miss, record.at)
-        return miss
+        part, block, lost = miss
+        row["lost_tokens"] += lost
+        _, times, logged_at = tracked.misses.get(part, (block, 0, -math.inf))
+        is_news = record.at - logged_at >= CACHE_QUIET_SECONDS
+        tracked.misses[part] = [block, times + 1, record.at if is_news else logged_at]
+        details = {name: row[name] for name in ("provider", "model", "conversation")}
+        details |= {"block": block, "tokens": lost, "hint": cache_hint(part, block)}
+        return details if is_news else None
 
     def forget(self, now: float) -> None:
         while self.watched:
             oldest = next(iter(self.watched))
-            is_old = now - self.watched[oldest].at > CACHE_WATCH_SECONDS
+            is_old = now - self.watched[oldest].row["last_at"] > CACHE_WATCH_SECONDS
             if not is_old and len(self.watched) <= MAX_WATCHED:
                 return
             del self.watched[oldest]
@@ -12900,17 +12866,19 @@ class CacheGuard:
         if usage.source != "reported":
             return False
         if usage.cache_read or usage.cache_write:
-            reports_writes = self.reporting.pop(pair, False) or usage.cache_write > 0
-            self.reporting[pair] = reports_writes
-            while len(self.reporting) > MAX_WATCHED:
+            self.reporting[pair] = self.reporting.pop(pair, False) or usage.cache_write > 0
+            if len(self.reporting) > MAX_WATCHED:
                 del self.reporting[next(iter(self.reporting))]
         return pair in self.reporting
 
     def report(self, now: float) -> list[Json]:
         """The rows of `/v1/usage?cache=1`, latest first."""
         self.forget(now)
-        latest = sorted(self.watched.values(), key=lambda row: row.at, reverse=True)
-        return [row.as_json((row.provider, row.model) in self.reporting) for row in latest]
+        rows = [
+            tracked.as_json((provider, model) in self.reporting)
+            for (_, provider, model), tracked in self.watched.items()
+        ]
+        return sorted(rows, key=lambda row: row["last_at"], reverse=True)
 
 
 # ==== the I/O line ==============================================================================
@@ -14988,23 +14956,26 @@ class UsageStore:
 
     # -- trouble
 
-    def do(self, work: Callable[[sqlite3.Connection], Any], *, writes: bool = True) -> bool:
-        """Runs `work` in a transaction, twice if the database can be rescued in between."""
+    def do(self, work: Callable[[sqlite3.Connection], Result], mode: str = "") -> Result | None:
+        """The result of `work` in a transaction, tried twice if the database can be rescued.
+
+        None if it cannot.  With the mode DEFERRED it waits for no other process, and only reads.
+        """
         for is_last in (False, True):
             try:
                 connection = self.open()
-                with transaction(connection, "IMMEDIATE" if writes else "DEFERRED"):
-                    work(connection)
+                with transaction(connection, mode or "IMMEDIATE"):
+                    result = work(connection)
             except (sqlite3.Error, OSError) as error:
                 if is_last or not self.rescue(error):
                     self.log_problem(error)
-                    return False
+                    return None
             else:
                 break
-        if self.trouble and (writes or not self.pending):
+        if self.trouble and not (mode and self.pending):
             log_event("info", "usage_written_again", path=self.path)
             self.trouble = ""
-        return True
+        return result
 
     def rescue(self, error: sqlite3.Error | OSError) -> bool:
         """Makes room in a full database, renames a damaged one; whether to retry."""
@@ -15012,21 +14983,22 @@ class UsageStore:
         is_foreign = code == sqlite3.SQLITE_ERROR and OTHER_TABLES.search(str(error))
         try:
             if code == sqlite3.SQLITE_FULL and self.connection is not None:
-                log_event("warning", "usage_database_full", path=self.path)
-                with transaction(self.connection):
-                    self.merge_half(self.connection)
-                return True
+                (pages,) = self.connection.execute("PRAGMA page_count").fetchone()
+                if pages * 4 > self.max_pages * 3:  # otherwise it is the disk that is full
+                    log_event("warning", "usage_database_full", path=self.path)
+                    with transaction(self.connection):
+                        self.merge_half(self.connection)
+                    return True
             self.close()
-            if code not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) and not is_foreign:
-                return False
-            log_event("error", "usage_database_unusable", path=self.path, reason=error)
-            for path in (self.path, f"{self.path}-wal", f"{self.path}-shm"):
-                if os.path.lexists(path):
-                    quarantine(path)
+            if is_foreign or code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+                log_event("error", "usage_database_unusable", path=self.path, reason=error)
+                for path in (self.path, f"{self.path}-wal", f"{self.path}-shm"):
+                    if os.path.lexists(path):
+                        quarantine(path)
+                return True
         except (sqlite3.Error, OSError) as rescue_error:
             self.log_problem(rescue_error)
-            return False
-        return True
+        return False
 
     def log_problem(self, error: Exception) -> None:
         reason = getattr(error, "strerror", None) or str(error)
@@ -15045,28 +15017,27 @@ class UsageStore:
         surplus = max(0, len(self.pending) - MAX_WAITING_ANSWERS)
         self.lost += surplus
         del self.pending[:surplus]
-        spending: list[Any] | None = None
-        seen: tuple[int, float] | None = None
 
-        def work(connection: sqlite3.Connection) -> None:
-            nonlocal spending, seen
+        def work(connection: sqlite3.Connection) -> tuple[tuple[int, float], list[Any] | None]:
             connection.executemany(INSERT_REQUEST, self.pending)
             self.prune(connection)
             # The version changes with what other connections write.
             seen = (connection.execute("PRAGMA data_version").fetchone()[0], month)
-            spending = None
-            if month and seen != self.spending_seen:
-                spending = connection.execute(
-                    f"SELECT {DAY_SQL}, provider, label, "
-                    "CAST(total(input_tokens + output_tokens) AS INTEGER), "
-                    "CAST(total(nano_credits) AS INTEGER) "
-                    "FROM requests WHERE spent AND at >= ? GROUP BY 1, 2, 3",
-                    (month,),
-                ).fetchall()
+            if not month or seen == self.spending_seen:
+                return seen, None
+            rows = connection.execute(
+                f"SELECT {DAY_SQL}, provider, label, "
+                "CAST(total(input_tokens + output_tokens) AS INTEGER), "
+                "CAST(total(nano_credits) AS INTEGER) "
+                "FROM requests WHERE spent AND at >= ? GROUP BY 1, 2, 3",
+                (month,),
+            )
+            return seen, rows.fetchall()
 
-        if not self.do(work):
+        result = self.do(work)
+        if result is None:
             return None
-        self.pending, self.spending_seen = [], seen
+        self.pending, (self.spending_seen, spending) = [], result
         return spending
 
     def prune(self, connection: sqlite3.Connection) -> None:
@@ -15110,14 +15081,15 @@ class UsageStore:
     def reset(self) -> bool:
         """Deletes all but what caps need; False if that failed and nothing was deleted."""
 
-        def work(connection: sqlite3.Connection) -> None:
+        def work(connection: sqlite3.Connection) -> bool:
             connection.executemany(INSERT_REQUEST, self.pending)
             connection.execute("DELETE FROM requests WHERE NOT spent")
             sql = "UPDATE requests SET account = '', model = ?, shown = 0"
             connection.execute(sql, (OTHER,))
             self.merge(connection, "id > ?", 0)
+            return True
 
-        is_done = self.do(work)
+        is_done = bool(self.do(work))
         if is_done:
             self.pending = []
         return is_done
@@ -15128,16 +15100,11 @@ class UsageStore:
         """The response of `/v1/usage`, without what only a running gateway knows."""
         since = query.since or 0.0
         names = USAGE_GROUPS.get(query.by, ())
-        models: list[tuple[Any, ...]] = []
-        groups: list[tuple[Any, ...]] = []
-        recent: list[Json] = []
-        first: float | None = None
 
-        def work(connection: sqlite3.Connection) -> None:
-            nonlocal models, groups, recent, first
+        def work(connection: sqlite3.Connection) -> tuple[Any, ...]:
             models = self.read_totals(connection, ("provider", "model"), since)
             groups = self.read_totals(connection, names, since) if names else []
-            sql = "SELECT min(at) FROM requests WHERE shown AND at >= ?"
+            sql = "SELECT CAST(min(at) AS INTEGER) FROM requests WHERE shown AND at >= ?"
             (first,) = connection.execute(sql, (since,)).fetchone()
             rows = connection.execute(
                 f"SELECT {', '.join(USAGE_COLUMNS)} FROM requests "
@@ -15145,10 +15112,10 @@ class UsageStore:
                 (since, query.recent),
             )
             recent = [request_row(dict(zip(USAGE_COLUMNS, row, strict=True))) for row in rows]
+            return models, first, groups, recent
 
-        self.do(work, writes=False)
-        report = usage_report(models)
-        report |= {"since": None if first is None else int(first), "until": int(now)}
+        models, first, groups, recent = self.do(work, "DEFERRED") or ([], None, [], [])
+        report = {**usage_report(models), "since": first, "until": int(now)}
         if query.by:
             report["by"] = query.by
             report["rows"] = [
@@ -15236,20 +15203,11 @@ class Ledger:
         else:
             loop.call_soon(lambda: record_prompt(hash_prompt()))
 
-    def record_prompt(self, record: UsageRecord, request_info: RequestInfo, prompt: Prompt) -> None:
-        opening = request_info.opening.partition("\0")[2]  # without the system prompt
-        miss = self.cache.record(record, request_info.session, opening, prompt)
-        if miss is not None and miss.is_news:
-            log_event(
-                "warning",
-                "cache_miss",
-                provider=record.provider,
-                model=record.model,
-                conversation=miss.conversation,
-                block=miss.block,
-                tokens=miss.lost,
-                hint=miss.hint,
-            )
+    def record_prompt(self, record: UsageRecord, info: RequestInfo, prompt: Prompt) -> None:
+        opening = info.opening.partition("\0")[2]  # without the system prompt
+        miss = self.cache.record(record, info.session, opening, prompt)
+        if miss is not None:
+            log_event("warning", "cache_miss", **miss)
 
     def tick(self, now: float) -> None:
         if now >= self.due_at and self.writing is None:
