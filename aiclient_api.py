@@ -12758,8 +12758,8 @@ class TrackedConversation:
     answered_at: float = 0.0
     #: tokens of the last prompt that should be cached
     cached: int = 0
-    #: part of a prompt -> [the last block that broke the cache there, how often, last logged at]
-    misses: dict[str, list[Any]] = field(default_factory=dict)
+    #: part of a prompt -> (the last block that broke the cache there, how often, last logged at)
+    misses: dict[str, tuple[str, int, float]] = field(default_factory=dict)
 
     def find_change(self, prompt: Prompt) -> int | None:
         """The first block that differs in the next prompt, None if that continues this one.
@@ -12790,6 +12790,31 @@ class TrackedConversation:
         there = min(prompt, self.prompt, key=lambda p: PROMPT_SECTIONS.get(p.parts[at], 3))
         return there.parts[at], there.name(at), lost
 
+    def update(self, prompt: Prompt, record: UsageRecord, reports_writes: bool) -> None:
+        """`reports_writes`: the service reports what it writes to the cache."""
+        usage, row = record.usage, self.row
+        row["calls"] += 1
+        row["input_tokens"] += usage.prompt
+        row["cache_read_tokens"] += usage.cache_read
+        row["last_at"] = record.at
+        first_byte_s = record.duration_s if record.first_byte_s is None else record.first_byte_s
+        self.answered_at = record.at + first_byte_s
+        self.prompt = prompt
+        self.cached = usage.cache_read + usage.cache_write
+        if not self.cached and not reports_writes:
+            self.cached = usage.prompt  # a guess: all of it
+
+    def add_miss(self, part: str, block: str, lost: int) -> Json | None:
+        """What to log of a miss, None if it was logged recently."""
+        now = self.row["last_at"]
+        self.row["lost_tokens"] += lost
+        _, times, logged_at = self.misses.get(part, (block, 0, -math.inf))
+        is_news = now - logged_at >= CACHE_QUIET_SECONDS
+        self.misses[part] = block, times + 1, now if is_news else logged_at
+        names = {name: self.row[name] for name in ("provider", "model", "conversation")}
+        details = {**names, "block": block, "tokens": lost, "hint": cache_hint(part, block)}
+        return details if is_news else None
+
     def as_json(self, has_figures: bool) -> Json:
         """No ratio if the service reports no cache figures."""
         ratio = self.row["cache_read_tokens"] / self.row["input_tokens"] if has_figures else None
@@ -12817,40 +12842,21 @@ class CacheGuard:
 
         A conversation is known by its session, otherwise by its client, and its first message.
         """
-        usage, pair = record.usage, (record.provider, record.model)
-        has_figures = self.has_figures(record)
+        pair, has_figures = (record.provider, record.model), self.has_figures(record)
         source = f"session {session}" if session else record.label
         name = f"{hash_block((source, opening), self.salt)[0] >> 32:08x}"
-        tracked = self.watched.pop((name, *pair), None)
-        miss = tracked and tracked.find_miss(prompt, record, has_figures)
+        tracked, miss = self.watched.pop((name, *pair), None), None
         if tracked is None:
             row: Json = {"conversation": name, "provider": pair[0], "model": pair[1]}
             row |= {"label": record.label, "calls": 0, "hit_ratio": None, "input_tokens": 0}
             row |= {"cache_read_tokens": 0, "lost_tokens": 0, "last_at": 0.0}
             tracked = TrackedConversation(row, prompt)
+        else:
+            miss = tracked.find_miss(prompt, record, has_figures)
         self.watched[name, *pair] = tracked
-        row = tracked.row
-        row["calls"] += 1
-        row["input_tokens"] += usage.prompt
-        row["cache_read_tokens"] += usage.cache_read
-        row["last_at"] = record.at
-        tracked.prompt = prompt
-        first_byte_s = record.duration_s if record.first_byte_s is None else record.first_byte_s
-        tracked.answered_at = record.at + first_byte_s
-        tracked.cached = usage.cache_read + usage.cache_write
-        if not tracked.cached and not (has_figures and self.reporting[pair]):
-            tracked.cached = usage.prompt  # a guess: all of it
+        tracked.update(prompt, record, has_figures and self.reporting[pair])
         self.forget(record.at)
-        if not miss:
-            return None
-        part, block, lost = miss
-        row["lost_tokens"] += lost
-        _, times, logged_at = tracked.misses.get(part, (block, 0, -math.inf))
-        is_news = record.at - logged_at >= CACHE_QUIET_SECONDS
-        tracked.misses[part] = [block, times + 1, record.at if is_news else logged_at]
-        details = {name: row[name] for name in ("provider", "model", "conversation")}
-        details |= {"block": block, "tokens": lost, "hint": cache_hint(part, block)}
-        return details if is_news else None
+        return tracked.add_miss(*miss) if miss else None
 
     def forget(self, now: float) -> None:
         while self.watched:
