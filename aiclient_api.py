@@ -359,7 +359,6 @@ CACHE_LIFE_SECONDS = 300.0  # Anthropic: 5 min since the last use; OpenAI: 5 to 
 MIN_CACHED_TOKENS = 1024  # no shorter prompt is cached (Anthropic, OpenAI; some models want more)
 CACHE_SLACK_SHARE = 0.1  # of a cached prompt: less than this uncached is its end, not a miss
 CACHE_QUIET_SECONDS = 600.0  # between equal log lines about one conversation
-CACHE_WATCH_SECONDS = 3600.0  # the longest cache lifetime on offer
 MAX_WATCHED = 200  # conversations
 MAX_WATCHED_BLOCKS = 2000  # per prompt, 20 bytes each; later ones are not compared
 CACHE_INLINE_BYTES = 128 * KIB  # hashed inline in 0.4 ms; larger requests go to a thread
@@ -12845,7 +12844,8 @@ class CacheGuard:
         pair, has_figures = (record.provider, record.model), self.has_figures(record)
         source = f"session {session}" if session else record.label
         name = f"{hash_block((source, opening), self.salt)[0] >> 32:08x}"
-        tracked, miss = self.watched.pop((name, *pair), None), None
+        key = (name, *pair)
+        tracked, miss = self.watched.pop(key, None), None
         if tracked is None:
             row: Json = {"conversation": name, "provider": pair[0], "model": pair[1]}
             row |= {"label": record.label, "calls": 0, "hit_ratio": None, "input_tokens": 0}
@@ -12853,18 +12853,11 @@ class CacheGuard:
             tracked = TrackedConversation(row, prompt)
         else:
             miss = tracked.find_miss(prompt, record, has_figures)
-        self.watched[name, *pair] = tracked
+        self.watched[key] = tracked
+        if len(self.watched) > MAX_WATCHED:
+            del self.watched[next(iter(self.watched))]
         tracked.update(prompt, record, has_figures and self.reporting[pair])
-        self.forget(record.at)
         return tracked.add_miss(*miss) if miss else None
-
-    def forget(self, now: float) -> None:
-        while self.watched:
-            oldest = next(iter(self.watched))
-            is_old = now - self.watched[oldest].row["last_at"] > CACHE_WATCH_SECONDS
-            if not is_old and len(self.watched) <= MAX_WATCHED:
-                return
-            del self.watched[oldest]
 
     def has_figures(self, record: UsageRecord) -> bool:
         """Whether the record's cache figures are real rather than merely absent."""
@@ -12877,13 +12870,9 @@ class CacheGuard:
                 del self.reporting[next(iter(self.reporting))]
         return pair in self.reporting
 
-    def report(self, now: float) -> list[Json]:
+    def report(self) -> list[Json]:
         """The rows of `/v1/usage?cache=1`, latest first."""
-        self.forget(now)
-        rows = [
-            tracked.as_json((provider, model) in self.reporting)
-            for (_, provider, model), tracked in self.watched.items()
-        ]
+        rows = [row.as_json(key[1:] in self.reporting) for key, row in self.watched.items()]
         return sorted(rows, key=lambda row: row["last_at"], reverse=True)
 
 
@@ -14834,14 +14823,158 @@ def load_log_tail(path: str, lines: int, level: str) -> list[str]:
         raise ProgramError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-# 14.2 usage
+# 14.2 sign-ins that other programs keep
+
+
+def sign_in_command(kind: str, name: str) -> str:
+    name_option = "" if name == kind else f" --name {name}"
+    return f"{program_words(sys.argv[0])} auth {kind}{name_option}"
+
+
+def read_json_file(path: str) -> Json | None:
+    """The object in another program's file, None where that holds none; raises OSError."""
+    with os.fdopen(open_plain(path, "O_RDONLY"), "rb") as file:
+        return load_object(file.read(MIB))
+
+
+class SharedLogin:
+    """A Kiro sign-in shared with another program; a refresh token can be used by only one of us.
+
+    So it is read before a refresh, and the result is merged back.  `source`, from our token file:
+    {"program": "kiro-ide", "path": "..."}, with the "key" of its row if the path is a database's.
+    """
+
+    def __init__(self, source: Json) -> None:
+        self.path = get_str(source, "path")
+        self.key = get_str(source, "key")
+
+    def read(self) -> Json | None:
+        """As our token file's content; None if it is gone or unusable."""
+        try:
+            if self.key:
+                return read_cli_login(self.path, self.key)
+            return read_ide_login(self.path)
+        except (OSError, ValueError, sqlite3.Error) as error:
+            log_event("info", "shared_login_unusable", path=self.path, reason=error)
+            return None
+
+    def write(self, changes: Json, used_token: str) -> None:
+        """Stores refreshed tokens if `used_token` is still in place; a failure is logged."""
+        try:
+            if self.key:
+                self.write_row(changes, used_token)
+            else:
+                self.write_file(changes, used_token)
+        except (OSError, ValueError, sqlite3.Error) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            log_event("warning", "shared_login_not_updated", path=self.path, reason=reason)
+
+    def write_file(self, changes: Json, used_token: str) -> None:
+        """Follows a symbolic link; the mode of the folder is left alone."""
+        path = os.path.realpath(self.path)
+        body = read_json_file(path) or {}
+        if either(body, "refresh_token") == used_token:
+            replace_file(path, json.dumps(with_tokens(body, changes), indent=2).encode())
+
+    def write_row(self, changes: Json, used_token: str) -> None:
+        with contextlib.closing(open_database(self.path, "rw")) as database:
+            database.execute("BEGIN IMMEDIATE")
+            body = read_row(database, "auth_kv", self.key)
+            if either(body, "refresh_token") == used_token:
+                text = dump_json(with_tokens(body, changes)).decode()
+                database.execute("UPDATE auth_kv SET value = ? WHERE key = ?", (text, self.key))
+            database.execute("COMMIT")
+
+
+def open_database(path: str, mode: str) -> sqlite3.Connection:
+    """Another program's database, which must exist; raises sqlite3.Error and OSError."""
+    os.close(open_plain(path, "O_RDONLY"))
+    url = f"file:{urllib.parse.quote(os.path.realpath(path))}?mode={mode}"
+    return sqlite3.connect(url, uri=True, timeout=5, isolation_level=None)
+
+
+def read_row(database: sqlite3.Connection, table: str, key: str) -> Json:
+    row = database.execute(f"SELECT value FROM {table} WHERE key = ?", (key,)).fetchone()
+    return load_object(row[0]) or {} if row and isinstance(row[0], (str, bytes)) else {}
+
+
+def read_some_json(path: str) -> Json:
+    """As `read_json_file`, {} where there is none."""
+    try:
+        return read_json_file(path) or {}
+    except OSError:
+        return {}
+
+
+def read_ide_login(path: str) -> Json:
+    """Our token file's content for the Kiro IDE's; raises OSError and ValueError."""
+    body = read_json_file(path)
+    if body is None:
+        raise ValueError("it is not a JSON object")
+    folder = os.path.dirname(path)
+    registration: Json = {}
+    name = get_str(body, "clientIdHash")
+    if re.fullmatch(r"[0-9a-f]{40}", name):
+        registration = read_some_json(os.path.join(folder, f"{name}.json"))
+    if not registration and get_str(body, "authMethod").lower() == "idc":
+        registration = newest_registration(folder)
+    profile = {} if either(body, "profile_arn") else read_some_json(ide_profile_path())
+    return read_kiro_import(body, registration, profile)
+
+
+def newest_registration(folder: str) -> Json:
+    """The client registration beside an IDE file that does not name it."""
+    candidates = [read_some_json(entry.path) for entry in os.scandir(folder) if entry.is_file()]
+    candidates = [body for body in candidates if body.get("clientId") and body.get("clientSecret")]
+    return max(candidates, key=lambda body: read_time(body.get("expiresAt")), default={})
+
+
+def ide_profile_path() -> str:
+    base = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    base = "~/Library/Application Support" if sys.platform == "darwin" else base
+    return os.path.expanduser(f"{base}/Kiro/User/globalStorage/kiro.kiroagent/profile.json")
+
+
+# Row of a sign-in -> its kind, best first; "odic" is the actual spelling.
+CLI_ROWS = {
+    "kirocli:social:token": "social",
+    "kirocli:external-idp:token": "external_idp",
+    "kirocli:odic:token": "idc",
+    "kirocli:oidc:token": "idc",
+    "codewhisperer:odic:token": "idc",
+}
+
+
+def read_cli_login(path: str, key: str) -> Json:
+    """Our token file's content for a row of kiro-cli or Amazon Q.
+
+    Where there is no start URL a sign-in is Builder ID's.  Raises OSError, ValueError and
+    sqlite3.Error.
+    """
+    with contextlib.closing(open_database(path, "ro")) as database:
+        body = read_row(database, "auth_kv", key)
+        registration_key = key.rpartition(":")[0] + ":device-registration"
+        registration = read_row(database, "auth_kv", registration_key)
+        try:
+            profile = read_row(database, "state", "api.codewhisperer.profile")
+        except sqlite3.OperationalError:  # older versions have no such table
+            profile = {}
+    kind = CLI_ROWS[key]
+    if kind == "idc" and get_str(body, "start_url") in ("", KIRO_BUILDER_START_URL):
+        kind = "builder_id"
+    return read_kiro_import(body, registration, profile, kind)
+
+
+# 14.3 usage
 
 USAGE_VERSION = 2
-USAGE_COLUMNS = ("at", *USAGE_NAMES, "shown", "spent", *USAGE_DETAILS, *USAGE_FIGURES)
+USAGE_KEYS = (*USAGE_NAMES, "shown", "spent")
+USAGE_COLUMNS = ("at", *USAGE_KEYS, *USAGE_DETAILS, *USAGE_FIGURES)
+USAGE_SUM_COLUMNS = ("at", *USAGE_KEYS, *USAGE_FIGURES)
 USAGE_SCHEMA = f"""
     -- a request, or the sum of a day's: shown in reports, spent as the caps see it
     CREATE TABLE requests (
-        id INTEGER PRIMARY KEY, at, {", ".join((*USAGE_NAMES, "shown", "spent", *USAGE_DETAILS))},
+        id INTEGER PRIMARY KEY, at, {", ".join((*USAGE_KEYS, *USAGE_DETAILS))},
         {", ".join(f"{name} DEFAULT 0" for name in USAGE_FIGURES)}
     );
     CREATE INDEX requests_at ON requests (at);
@@ -14849,7 +14982,7 @@ USAGE_SCHEMA = f"""
 """
 # From version 1: its sums by quarters of an hour, and by day what caps look at.
 USAGE_MIGRATION = f"""
-    INSERT INTO requests ({", ".join(("at", *USAGE_NAMES, "shown", "spent", *USAGE_FIGURES))})
+    INSERT INTO requests ({", ".join(USAGE_SUM_COLUMNS)})
         SELECT slot * 900, {", ".join(USAGE_NAMES)}, 1, 0, requests, errors, cancelled,
             input + cache_read + cache_write, cache_read, cache_write, output, reasoning,
             nano_credits, reported, derived, estimated, credits_reported, credits_derived,
@@ -14875,9 +15008,9 @@ OTHER_TABLES = re.compile(r"no such (?:table|column)|has no column|already exist
 
 
 @contextlib.contextmanager
-def transaction(connection: sqlite3.Connection, kind: str = "IMMEDIATE") -> Iterator[None]:
+def transaction(connection: sqlite3.Connection, mode: str = "IMMEDIATE") -> Iterator[None]:
     """All or nothing; IMMEDIATE takes the write lock at the start."""
-    connection.execute(f"BEGIN {kind}")
+    connection.execute(f"BEGIN {mode}")
     try:
         yield
         connection.execute("COMMIT")
@@ -14962,15 +15095,17 @@ class UsageStore:
 
     # -- trouble
 
-    def do(self, work: Callable[[sqlite3.Connection], Result], mode: str = "") -> Result | None:
-        """The result of `work` in a transaction, tried twice if the database can be rescued.
+    def do(
+        self, work: Callable[[sqlite3.Connection], Result], mode: str = "IMMEDIATE"
+    ) -> Result | None:
+        """The result of `work` in a transaction; None if that failed and no rescue helped.
 
-        None if it cannot.  With the mode DEFERRED it waits for no other process, and only reads.
+        With the mode DEFERRED it only reads, and waits for no other process.
         """
         for is_last in (False, True):
             try:
                 connection = self.open()
-                with transaction(connection, mode or "IMMEDIATE"):
+                with transaction(connection, mode):
                     result = work(connection)
             except (sqlite3.Error, OSError) as error:
                 if is_last or not self.rescue(error):
@@ -14978,7 +15113,7 @@ class UsageStore:
                     return None
             else:
                 break
-        if self.trouble and not (mode and self.pending):
+        if self.trouble and (mode == "IMMEDIATE" or not self.pending):
             log_event("info", "usage_written_again", path=self.path)
             self.trouble = ""
         return result
@@ -15043,7 +15178,8 @@ class UsageStore:
         result = self.do(work)
         if result is None:
             return None
-        self.pending, (self.spending_seen, spending) = [], result
+        self.pending = []
+        self.spending_seen, spending = result
         return spending
 
     def prune(self, connection: sqlite3.Connection) -> None:
@@ -15059,30 +15195,27 @@ class UsageStore:
         self.merge(connection, "at < ? AND status IS NOT NULL", single)
 
     def merge_half(self, connection: sqlite3.Connection) -> None:
-        """Makes room: of the older half of the rows neither model nor label are kept."""
-        sql = (
-            "SELECT id FROM requests ORDER BY id LIMIT 1 OFFSET (SELECT count(*) / 2 FROM requests)"
-        )
-        for (middle,) in connection.execute(sql).fetchall():
-            self.merge(connection, "id <= ?", middle, names=f"'{OTHER}', '{OTHER}'")
+        """Makes room: the models of the older half of the rows are not kept."""
+        (count,) = connection.execute("SELECT count(*) FROM requests").fetchone()
+        sql = "SELECT id FROM requests ORDER BY id LIMIT 1 OFFSET ?"
+        for (middle,) in connection.execute(sql, (count // 2,)).fetchall():
+            self.merge(connection, "id <= ?", middle, model=f"'{OTHER}'")
 
     @staticmethod
     def merge(
-        connection: sqlite3.Connection, condition: str, value: float, names: str = "model, label"
+        connection: sqlite3.Connection, condition: str, value: float, model: str = "model"
     ) -> None:
         """Replaces the rows that meet a condition by one for each day and name."""
-        keys = f"provider, account, {names}, shown, spent"
-        columns = ("at", *USAGE_NAMES, "shown", "spent", *USAGE_FIGURES)
+        keys = ", ".join(USAGE_KEYS).replace("model", model)
         rows = connection.execute(
             f"SELECT min(at), {keys}, {USAGE_TOTALS} FROM requests WHERE {condition} "
             f"GROUP BY {DAY_SQL}, {keys}",
             (value,),
         ).fetchall()
         connection.execute(f"DELETE FROM requests WHERE {condition}", (value,))
-        connection.executemany(
-            f"INSERT INTO requests ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})",
-            rows,
-        )
+        placeholders = ", ".join("?" * len(USAGE_SUM_COLUMNS))
+        sql = f"INSERT INTO requests ({', '.join(USAGE_SUM_COLUMNS)}) VALUES ({placeholders})"
+        connection.executemany(sql, rows)
 
     def reset(self) -> bool:
         """Deletes all but what caps need; False if that failed and nothing was deleted."""
@@ -15272,7 +15405,7 @@ class Ledger:
         report: Json = await loop.run_in_executor(self.thread, self.store.report, query, now)
         report["limits"] = list(self.spending.rows(limits, now))
         if query.cache:
-            report["cache"] = {"conversations": self.cache.report(now)}
+            report["cache"] = {"conversations": self.cache.report()}
         return report
 
     async def reset(self) -> None:
@@ -17952,145 +18085,6 @@ async def wait_for_callback(
 
 
 # 16.3 sign-ins of other programs on this machine
-
-
-def sign_in_command(kind: str, name: str) -> str:
-    name_option = "" if name == kind else f" --name {name}"
-    return f"{program_words(sys.argv[0])} auth {kind}{name_option}"
-
-
-def read_json_file(path: str) -> Json | None:
-    """The object in another program's file, None where that holds none; raises OSError."""
-    with os.fdopen(open_plain(path, "O_RDONLY"), "rb") as file:
-        return load_object(file.read(MIB))
-
-
-class SharedLogin:
-    """A Kiro sign-in shared with another program; a refresh token can be used by only one of us.
-
-    So it is read before a refresh, and the result is merged back.  `source`, from our token file:
-    {"program": "kiro-ide", "path": "..."}, with the "key" of its row if the path is a database's.
-    """
-
-    def __init__(self, source: Json) -> None:
-        self.path = get_str(source, "path")
-        self.key = get_str(source, "key")
-
-    def read(self) -> Json | None:
-        """As our token file's content; None if it is gone or unusable."""
-        try:
-            if self.key:
-                return read_cli_login(self.path, self.key)
-            return read_ide_login(self.path)
-        except (OSError, ValueError, sqlite3.Error) as error:
-            log_event("info", "shared_login_unusable", path=self.path, reason=error)
-            return None
-
-    def write(self, changes: Json, used_token: str) -> None:
-        """Stores refreshed tokens if `used_token` is still in place; a failure is logged."""
-        try:
-            if self.key:
-                self.write_row(changes, used_token)
-            else:
-                self.write_file(changes, used_token)
-        except (OSError, ValueError, sqlite3.Error) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            log_event("warning", "shared_login_not_updated", path=self.path, reason=reason)
-
-    def write_file(self, changes: Json, used_token: str) -> None:
-        """Follows a symbolic link; the mode of the folder is left alone."""
-        path = os.path.realpath(self.path)
-        body = read_json_file(path) or {}
-        if either(body, "refresh_token") == used_token:
-            replace_file(path, json.dumps(with_tokens(body, changes), indent=2).encode())
-
-    def write_row(self, changes: Json, used_token: str) -> None:
-        with contextlib.closing(open_database(self.path, "rw")) as database:
-            database.execute("BEGIN IMMEDIATE")
-            body = read_row(database, "auth_kv", self.key)
-            if either(body, "refresh_token") == used_token:
-                text = dump_json(with_tokens(body, changes)).decode()
-                database.execute("UPDATE auth_kv SET value = ? WHERE key = ?", (text, self.key))
-            database.execute("COMMIT")
-
-
-def open_database(path: str, mode: str) -> sqlite3.Connection:
-    """Another program's database, which must exist; raises sqlite3.Error and OSError."""
-    os.close(open_plain(path, "O_RDONLY"))
-    url = f"file:{urllib.parse.quote(os.path.realpath(path))}?mode={mode}"
-    return sqlite3.connect(url, uri=True, timeout=5, isolation_level=None)
-
-
-def read_row(database: sqlite3.Connection, table: str, key: str) -> Json:
-    row = database.execute(f"SELECT value FROM {table} WHERE key = ?", (key,)).fetchone()
-    return load_object(row[0]) or {} if row and isinstance(row[0], (str, bytes)) else {}
-
-
-def read_some_json(path: str) -> Json:
-    """As `read_json_file`, {} where there is none."""
-    try:
-        return read_json_file(path) or {}
-    except OSError:
-        return {}
-
-
-def read_ide_login(path: str) -> Json:
-    """Our token file's content for the Kiro IDE's; raises OSError and ValueError."""
-    body = read_json_file(path)
-    if body is None:
-        raise ValueError("it is not a JSON object")
-    folder = os.path.dirname(path)
-    registration: Json = {}
-    name = get_str(body, "clientIdHash")
-    if re.fullmatch(r"[0-9a-f]{40}", name):
-        registration = read_some_json(os.path.join(folder, f"{name}.json"))
-    if not registration and get_str(body, "authMethod").lower() == "idc":
-        registration = newest_registration(folder)
-    profile = {} if either(body, "profile_arn") else read_some_json(ide_profile_path())
-    return read_kiro_import(body, registration, profile)
-
-
-def newest_registration(folder: str) -> Json:
-    """The client registration beside an IDE file that does not name it."""
-    candidates = [read_some_json(entry.path) for entry in os.scandir(folder) if entry.is_file()]
-    candidates = [body for body in candidates if body.get("clientId") and body.get("clientSecret")]
-    return max(candidates, key=lambda body: read_time(body.get("expiresAt")), default={})
-
-
-def ide_profile_path() -> str:
-    base = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
-    base = "~/Library/Application Support" if sys.platform == "darwin" else base
-    return os.path.expanduser(f"{base}/Kiro/User/globalStorage/kiro.kiroagent/profile.json")
-
-
-# Row of a sign-in -> its kind, best first; "odic" is the actual spelling.
-CLI_ROWS = {
-    "kirocli:social:token": "social",
-    "kirocli:external-idp:token": "external_idp",
-    "kirocli:odic:token": "idc",
-    "kirocli:oidc:token": "idc",
-    "codewhisperer:odic:token": "idc",
-}
-
-
-def read_cli_login(path: str, key: str) -> Json:
-    """Our token file's content for a row of kiro-cli or Amazon Q.
-
-    Where there is no start URL a sign-in is Builder ID's.  Raises OSError, ValueError and
-    sqlite3.Error.
-    """
-    with contextlib.closing(open_database(path, "ro")) as database:
-        body = read_row(database, "auth_kv", key)
-        registration_key = key.rpartition(":")[0] + ":device-registration"
-        registration = read_row(database, "auth_kv", registration_key)
-        try:
-            profile = read_row(database, "state", "api.codewhisperer.profile")
-        except sqlite3.OperationalError:  # older versions have no such table
-            profile = {}
-    kind = CLI_ROWS[key]
-    if kind == "idc" and get_str(body, "start_url") in ("", KIRO_BUILDER_START_URL):
-        kind = "builder_id"
-    return read_kiro_import(body, registration, profile, kind)
 
 
 @dataclass(slots=True)

@@ -446,10 +446,11 @@ def test_the_totals_of_version_1_are_kept(store: gw.UsageStore, path: str) -> No
 def test_the_file_is_bounded_and_counting_goes_on(path: str) -> None:
     with closing(gw.UsageStore(path, max_pages=40)) as small:
         for number in range(60):
-            small.write([answer(label=f"{number}-{n}") for n in range(50)])
+            small.write([answer(model=f"{number}-{n}") for n in range(50)], MONTH)
         assert os.path.getsize(path) <= 40 * 4096
         assert small.trouble == ""
         assert report(small)["total"]["request_count"] == 3000  # rows were joined, none was lost
+        assert [row["label"] for row in report(small, by="label")["rows"]] == ["l"]
 
 
 def test_the_thread_that_writes_is_there_before_it_is_needed(path: str) -> None:
