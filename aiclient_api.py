@@ -343,7 +343,6 @@ CACHE_LIFE_SECONDS = 300.0  # Anthropic: 5 min since the last use; OpenAI: 5 to 
 MIN_CACHED_TOKENS = 1024  # no shorter prompt is cached (Anthropic, OpenAI; some models want more)
 CACHE_SLACK_SHARE = 0.1  # of a cached prompt: less than this uncached is its end, not a miss
 CACHE_QUIET_SECONDS = 600.0  # between equal log lines about one conversation
-CACHE_WATCH_SECONDS = 3600.0  # the longest cache lifetime on offer
 MAX_WATCHED = 200  # conversations
 MAX_WATCHED_BLOCKS = 2000  # per prompt, 20 bytes each; later ones are not compared
 CACHE_INLINE_BYTES = 128 * KIB  # hashed inline in 0.4 ms; larger requests go to a thread
@@ -412,18 +411,12 @@ MAX_SOCKET_PATH_BYTES = 103  # macOS: 104 with the final NUL; Linux: 108
 # Usage.
 USAGE_WRITE_SECONDS = 0.4  # between writes: under a second with a tick and the write itself
 USAGE_BUSY_SECONDS = 5.0  # that a write waits for another process's lock
-USAGE_LOCKED_SECONDS = 60.0  # a database that stays locked for this long is quarantined
 USAGE_PRUNE_SECONDS = 3600.0
-SLOT_SECONDS = 900  # totals are kept per quarter of an hour: the grid of all time zones
-MAX_ANSWER_ROWS = 50_000  # single requests, 9 MB
-MAX_SUM_ROWS = 200_000  # years of one person's totals, 40 MB
-PRUNE_SUM_ROWS = 20_000  # written between two counts of the table
-MAX_SUM_DAYS = 800
-MAX_SPENT_DAYS = 62  # caps look back a month
-MAX_USAGE_PAGES = 24_576  # of 4 KiB: 96 MiB, whatever the row limits above allow
-MAX_WAITING_ANSWERS = 5_000  # held in memory without a database; totals are all kept
+MAX_SINGLE_DAYS = 62  # single requests, 115 bytes each, then sums by day; caps look back a month
+MAX_USAGE_DAYS = 800
+MAX_USAGE_PAGES = 24_576  # of 4 KiB: 96 MiB, more than 800,000 requests
+MAX_WAITING_ANSWERS = 20_000  # held in memory while the database cannot be written, 30 MB
 MAX_RECENT_ANSWERS = 1_000  # per query
-MAX_WAITING_SUMS = 20_000  # totals in memory, 20 MB; beyond them names are merged
 # Distinct client-supplied names per day: nobody uses 200 user agents or 200 models.
 MAX_LABELS = 200
 MAX_MODELS = 200
@@ -10807,8 +10800,8 @@ class Router:
     def candidates(self, name: str, header: str | None) -> list[Route]:
         """The routes for a name, tried in order: several only if an alias has a list.
 
-        A provider that was not named is "": `place` finds it.  Raises InvalidRequest if this is not
-        a model name, ModelNotFound if an alias leads to disabled providers only.
+        A provider that was not named is "".  Raises InvalidRequest if this is not a model name,
+        ModelNotFound if an alias leads to disabled providers only.
         """
         if not MODEL_NAME.fullmatch(name):
             raise InvalidRequest("model: is not a model name.", param="model")
@@ -10816,7 +10809,12 @@ class Router:
         if explicit_route:
             return [explicit_route]
         if header:
-            return [Route(self.check_provider(header), name, True)]
+            if header not in self.enabled:
+                available = ", ".join(self.enabled)
+                raise InvalidRequest(
+                    f"X-Provider: no provider of that name; there are: {available}."
+                )
+            return [Route(header, name, True)]
         if name not in self.aliases:
             return [Route("", name, False)]
         targets = self.aliases[name]
@@ -10834,28 +10832,26 @@ class Router:
         prefix, slash, model = name.partition("/")
         return Route(prefix, model, True) if slash and model and prefix in providers else None
 
-    def place(self, route: Route, catalogues: dict[str, dict[str, Model]]) -> Route:
-        """Adds the provider: the named one, the only one with the model, or the default."""
-        if route.provider:
-            return route
-        name = route.model
-        owners = [
-            provider for provider in self.enabled if name in catalogues.get(provider, ())
-        ] or [
-            provider for provider in self.enabled if find_model(name, catalogues.get(provider, {}))
-        ]
-        if len(owners) == 1:
-            return Route(owners[0], name, False)
-        if self.default not in self.enabled:
-            raise self.not_found(name, catalogues)
-        return Route(self.default, name, False)
+    def resolve(
+        self, route: Route, catalogues: dict[str, dict[str, Model]]
+    ) -> tuple[Route, Model | None]:
+        """Adds the provider: the named one, the only one with the model, or the default.
 
-    def check_provider(self, name: str) -> str:
-        """`name` itself; raises InvalidRequest unless it is an enabled provider."""
-        if name not in self.enabled:
-            available = ", ".join(self.enabled)
-            raise InvalidRequest(f"X-Provider: no provider of that name; there are: {available}.")
-        return name
+        And the model, None if its catalogue does not list it.  Raises ModelNotFound.
+        """
+        name, provider = route.model, route.provider
+        owners: dict[str, Model] = {}
+        if not provider:
+            lists = {owner: catalogues.get(owner, {}) for owner in self.enabled}
+            owners = {owner: models[name] for owner, models in lists.items() if name in models}
+            if not owners:
+                found = {owner: find_model(name, models) for owner, models in lists.items()}
+                owners = {owner: model for owner, model in found.items() if model}
+            provider = next(iter(owners)) if len(owners) == 1 else self.default
+            if provider not in self.enabled:
+                raise self.not_found(name, catalogues)
+        model = owners.get(provider) or find_model(name, catalogues.get(provider, {}))
+        return Route(provider, name, route.explicit), model
 
     def not_found(self, name: str, catalogues: dict[str, dict[str, Model]]) -> ModelNotFound:
         model_ids = [model for models in catalogues.values() for model in models]
@@ -10868,36 +10864,32 @@ class Router:
         return ModelNotFound(f"The model {name!r} does not exist here.", hint=hint, param="model")
 
 
-# Errors that are not the request's fault, so that another model may still serve it.
-PASSED_OVER = (
-    "forbidden", "limit_reached", "model_not_found", "not_signed_in", "overloaded",
-    "quota_exceeded", "rate_limited", "upstream_error", "upstream_timeout",
-)  # fmt: skip
+# Kinds of errors that are not the request's fault, so that another model may still serve it; the
+# lower its rank, the more useful is an error to the client if all of them fail.
+FALLBACK_RANKS = {
+    "overloaded": 1, "rate_limited": 1, "upstream_error": 1, "upstream_timeout": 1,
+    "limit_reached": 2, "quota_exceeded": 2, "forbidden": 3, "not_signed_in": 3,
+    "model_not_found": 4,
+}  # fmt: skip
 
 
 def may_fall_back(error: ApiError) -> bool:
     """Whether to fall back to the next candidate after an error before the first byte."""
     if isinstance(error, (RequestRepeated, WrongDialect)):
         return isinstance(error, WrongDialect)
-    return error.kind in PASSED_OVER
-
-
-def usefulness(error: ApiError) -> tuple[int, float]:
-    """Sort key, most useful error first: before all, one that says when to retry."""
-    wait_s = error.retry_after
-    if error.retry is not False and wait_s is not None and wait_s <= MAX_RETRY_AFTER_SECONDS:
-        return 0, wait_s
-    order = (
-        ("overloaded", "rate_limited", "upstream_error", "upstream_timeout"),
-        ("limit_reached", "quota_exceeded"),
-        ("forbidden", "not_signed_in"),
-    )
-    ranks = {kind: rank for rank, kinds in enumerate(order, 1) for kind in kinds}
-    return ranks.get(error.kind, len(order) + 1), 0.0
+    return error.kind in FALLBACK_RANKS
 
 
 def summarize_errors(failures: list[tuple[str, ApiError]]) -> ApiError:
-    best = min((error for _, error in failures), key=usefulness)
+    """The most useful error, before all one that says when to retry."""
+
+    def rank(error: ApiError) -> tuple[int, float]:
+        wait_s = error.retry_after
+        if error.retry is not False and wait_s is not None and wait_s <= MAX_RETRY_AFTER_SECONDS:
+            return 0, wait_s
+        return FALLBACK_RANKS.get(error.kind, 5), 0.0
+
+    best = min((error for _, error in failures), key=rank)
     attempts = ", ".join(f"{name} ({error.kind})" for name, error in failures)
     return best.anew(f"{best.hint} All of these were tried: {attempts}.".strip(), best.retry_after)
 
@@ -10926,6 +10918,20 @@ class RateLimiter:
 
 # 10.2 usage: what responses cost
 
+# The columns of the usage database are named like the fields of `/v1/usage`.
+USAGE_NAMES = ("provider", "account", "model", "label")
+USAGE_DETAILS = ("dialect", "streamed", "status", "kind")  # NULL in the sum of several requests
+USAGE_TOKENS = (
+    "input_tokens", "cache_read_tokens", "cache_write_tokens", "output_tokens", "reasoning_tokens",
+)  # fmt: skip
+USAGE_COUNTS = ("request_count", "error_count", "cancelled_count", *USAGE_TOKENS)
+USAGE_SOURCES = ("reported", "derived", "estimated")
+# What adds up; times in milliseconds.
+USAGE_FIGURES = (
+    *USAGE_COUNTS, "nano_credits", *USAGE_SOURCES, *(f"credits_{name}" for name in USAGE_SOURCES),
+    "duration_ms", "first_byte_count", "first_byte_ms",
+)  # fmt: skip
+
 
 @dataclass(slots=True)
 class UsageRecord:
@@ -10953,36 +10959,78 @@ class UsageRecord:
     #: False for a response made on this machine: it does not count towards limits
     costs: bool = True
 
-    def as_json(self) -> Json:
-        """The row of `/v1/usage?recent=N`; `input_tokens` includes both caches."""
-        usage = self.usage
-        first_byte = self.first_byte_s
-        return {
-            "at": round(self.at, 3),
-            "provider": self.provider,
-            "account": self.account or None,
-            "model": self.model,
-            "label": self.label,
-            "dialect": self.dialect,
-            "streamed": self.streamed,
-            "status": self.status,
-            "kind": self.kind,
-            "duration_ms": round(self.duration_s * 1000),
-            "first_byte_ms": None if first_byte is None else round(first_byte * 1000),
+    def normalize(self) -> None:
+        """Makes it fit for the database: names bounded and printable, figures in range."""
+        for name in (*USAGE_NAMES, "dialect", "kind"):
+            setattr(self, name, one_line(getattr(self, name)[:MAX_NAME_CHARS]))
+        figures = ("input", "cache_read", "cache_write", "output", "reasoning", "nano_credits")
+        for name in figures:
+            figure = getattr(self.usage, name)
+            if not 0 <= figure <= MAX_FIGURE:
+                self.usage = replace(self.usage, **{name: min(max(figure, 0), MAX_FIGURE)})
+
+    def row(self) -> Json:
+        """A row of the usage database; `input_tokens` includes both caches."""
+        usage, first_byte_s = self.usage, self.first_byte_s
+        row: Json = dict.fromkeys(USAGE_FIGURES, 0)
+        row |= {name: getattr(self, name) for name in (*USAGE_NAMES, *USAGE_DETAILS)}
+        row |= {
+            "at": self.at,
+            "shown": 1,
+            "spent": int(self.costs),
+            "request_count": 1,
+            "error_count": int(self.kind not in ("", "cancelled")),
+            "cancelled_count": int(self.kind == "cancelled"),
             "input_tokens": usage.prompt,
             "cache_read_tokens": usage.cache_read,
             "cache_write_tokens": usage.cache_write,
             "output_tokens": usage.output,
             "reasoning_tokens": usage.reasoning,
-            "credits": usage.nano_credits / 1e9,
-            "input_source": usage.source or None,
-            "output_source": usage.output_source or None,
-            "credits_source": usage.credits_source or None,
+            "nano_credits": usage.nano_credits,
+            "duration_ms": round(self.duration_s * 1000),
+            "first_byte_count": int(first_byte_s is not None),
+            "first_byte_ms": round((first_byte_s or 0.0) * 1000),
         }
+        if usage.source:
+            row[usage.source] = 1
+        if usage.credits_source:
+            row[f"credits_{usage.credits_source}"] = 1
+        return row
 
 
-RECORD_NAMES = ("provider", "account", "model", "label", "dialect", "kind")
-USAGE_FIGURES = ("input", "cache_read", "cache_write", "output", "reasoning", "nano_credits")
+def request_row(row: Json) -> Json:
+    """A row of the usage database as one of `/v1/usage?recent=N`."""
+    source = next((name for name in USAGE_SOURCES if row[name]), None)
+    return {
+        "at": round(row["at"], 3),
+        **{name: row[name] for name in (*USAGE_NAMES, *USAGE_DETAILS)},
+        "account": row["account"] or None,
+        "streamed": bool(row["streamed"]),
+        "duration_ms": row["duration_ms"],
+        "first_byte_ms": row["first_byte_ms"] if row["first_byte_count"] else None,
+        **{name: row[name] for name in USAGE_TOKENS},
+        "credits": row["nano_credits"] / 1e9,
+        "input_source": source,
+        "output_source": source if source in (None, "reported") else "estimated",
+        "credits_source": next((n for n in USAGE_SOURCES if row[f"credits_{n}"]), None),
+    }
+
+
+def total_row(figures: Iterable[int]) -> Json:
+    """Sums in the order of USAGE_FIGURES as a row of `/v1/usage`; times are means."""
+    row = dict(zip(USAGE_FIGURES, figures, strict=True))
+    first_bytes = row["first_byte_count"]
+    return {
+        **{name: row[name] for name in USAGE_COUNTS},
+        "total_tokens": row["input_tokens"] + row["output_tokens"],
+        "token_sources": {name: row[name] for name in USAGE_SOURCES if row[name]},
+        "credits": row["nano_credits"] / 1e9,
+        "credit_sources": {n: row[f"credits_{n}"] for n in USAGE_SOURCES if row[f"credits_{n}"]},
+        "duration_ms": round(row["duration_ms"] / max(row["request_count"], 1)),
+        "first_byte_ms": round(row["first_byte_ms"] / first_bytes) if first_bytes else None,
+    }
+
+
 USER_AGENT = re.compile(r"([A-Za-z][\w.+-]{0,39})(?:/([A-Za-z]{1,20})\b)?", re.ASCII)
 
 
@@ -11017,102 +11065,9 @@ class NameTable:
         return name
 
 
-def normalize_usage_record(record: UsageRecord) -> None:
-    for name in RECORD_NAMES:
-        setattr(record, name, one_line(getattr(record, name)[:MAX_NAME_CHARS]))
-    original = {name: getattr(record.usage, name) for name in USAGE_FIGURES}
-    figures = {name: min(max(figure, 0), MAX_FIGURE) for name, figure in original.items()}
-    if figures != original:
-        record.usage = replace(record.usage, **figures)
-
-
-def is_storable(record: UsageRecord) -> bool:
-    figures = [getattr(record.usage, name) for name in USAGE_FIGURES]
-    times = (record.at, record.duration_s, record.first_byte_s or 0.0)
-    names = [getattr(record, name) for name in RECORD_NAMES]
-    return (
-        all(isinstance(figure, int) and 0 <= figure <= MAX_FIGURE for figure in figures)
-        and all(0 <= moment <= MAX_UNIX_SECONDS for moment in times)
-        and not any(HALF_CHARACTER.search(name) for name in names)
-    )
-
-
-# The figures of a sum: the columns of the database, in the order of `Totals.figures`.
-SUM_FIELDS = (
-    "requests", "errors", "cancelled", "input", "cache_read", "cache_write", "output",
-    "reasoning", "nano_credits", "reported", "derived", "estimated", "credits_reported",
-    "credits_derived", "credits_estimated", "duration_ms", "first_bytes", "first_byte_ms",
-)  # fmt: skip
-# The columns by which sums can be grouped.
-SUM_KEYS = ("provider", "account", "model", "label")
-
-
-class Totals:
-    __slots__ = ("figures",)
-
-    def __init__(self, figures: Iterable[int] = ()) -> None:
-        self.figures = list(figures) or [0] * len(SUM_FIELDS)
-
-    def add(self, figures: Iterable[int]) -> None:
-        self.figures = list(map(int.__add__, self.figures, figures))
-
-    def as_json(self) -> Json:
-        """The row of `/v1/usage`; `input_tokens` includes both caches, times are means."""
-        row = dict(zip(SUM_FIELDS, self.figures, strict=True))
-        prompt = row["input"] + row["cache_read"] + row["cache_write"]
-        sources = ("reported", "derived", "estimated")
-        first_bytes = row["first_bytes"]
-        return {
-            "request_count": row["requests"],
-            "error_count": row["errors"],
-            "cancelled_count": row["cancelled"],
-            "input_tokens": prompt,
-            "cache_read_tokens": row["cache_read"],
-            "cache_write_tokens": row["cache_write"],
-            "output_tokens": row["output"],
-            "reasoning_tokens": row["reasoning"],
-            "total_tokens": prompt + row["output"],
-            "token_sources": {name: row[name] for name in sources if row[name]},
-            "credits": row["nano_credits"] / 1e9,
-            "credit_sources": {
-                name: row[f"credits_{name}"] for name in sources if row[f"credits_{name}"]
-            },
-            "duration_ms": round(row["duration_ms"] / row["requests"]) if row["requests"] else 0,
-            "first_byte_ms": round(row["first_byte_ms"] / first_bytes) if first_bytes else None,
-        }
-
-
-def usage_figures(record: UsageRecord) -> tuple[int, ...]:
-    """A record's figures in the order of SUM_FIELDS."""
-    usage, source, credits_source = record.usage, record.usage.source, record.usage.credits_source
-    cancelled = record.kind == "cancelled"
-    first_byte = record.first_byte_s
-    return (
-        1,
-        int(bool(record.kind) and not cancelled),
-        int(cancelled),
-        usage.input,
-        usage.cache_read,
-        usage.cache_write,
-        usage.output,
-        usage.reasoning,
-        usage.nano_credits,
-        int(source == "reported"),
-        int(source == "derived"),
-        int(source == "estimated"),
-        int(credits_source == "reported"),
-        int(credits_source == "derived"),
-        int(credits_source == "estimated"),
-        round(record.duration_s * 1000),
-        int(first_byte is not None),
-        round((first_byte or 0.0) * 1000),
-    )
-
-
-@functools.lru_cache(maxsize=64)
-def local_day(slot: int) -> str:
-    """The day of a slot in the local time zone: 2026-11-22."""
-    return dt.date.fromtimestamp(slot * SLOT_SECONDS).isoformat()
+def local_day(moment: float) -> str:
+    """The day in the local time zone: 2026-11-22."""
+    return dt.date.fromtimestamp(moment).isoformat()
 
 
 # ?by= -> (the columns to group by, which are also their names in a row)
@@ -11122,8 +11077,6 @@ USAGE_GROUPS: dict[str, tuple[str, ...]] = {
     "provider": ("provider",),
     "label": ("label", "provider"),
 }
-# group key -> sums
-Sums = dict[tuple[Any, ...], Totals]
 
 SINCE = re.compile(r"(\d{1,6})([mhdw])", re.ASCII)
 SINCE_UNITS = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
@@ -11140,9 +11093,7 @@ def read_since(text: str, now: float) -> float:
     if re.fullmatch(r"\d{9,11}(\.\d{1,9})?", text, re.ASCII):
         return float(text)
     try:
-        if text == "today":
-            text = dt.date.fromtimestamp(now).isoformat()
-        return dt.datetime.fromisoformat(text).timestamp()
+        return dt.datetime.fromisoformat(local_day(now) if text == "today" else text).timestamp()
     except (ValueError, OverflowError, OSError):
         raise InvalidRequest(
             "since: is not a time.",
@@ -11151,30 +11102,22 @@ def read_since(text: str, now: float) -> float:
         ) from None
 
 
-def usage_report(models: Sums) -> Json:
-    """`{"providers": {NAME: {..., "models": {ID: {...}}}}, "total": {...}}`, sorted by name."""
-    total = Totals()
-    providers: dict[str, tuple[Totals, Json]] = {}
-    for (provider, model), row in sorted(models.items()):
-        provider_total, by_model = providers.setdefault(provider, (Totals(), {}))
-        by_model[model] = row.as_json()
-        provider_total.add(row.figures)
-        total.add(row.figures)
-    rows = {
-        name: {**totals.as_json(), "models": by_model}
-        for name, (totals, by_model) in providers.items()
-    }
-    total_row = total.as_json()
-    del total_row["credits"]  # each provider has its own unit
-    return {"providers": rows, "total": total_row}
+def usage_report(rows: Iterable[tuple[Any, ...]]) -> Json:
+    """`{"providers": {NAME: {..., "models": {ID: {...}}}}, "total": {...}}`.
 
-
-def usage_rows(by: str, groups: Sums) -> list[Json]:
-    names = USAGE_GROUPS[by]
-    return [
-        {**dict(zip(names, key, strict=True)), **row.as_json()}
-        for key, row in sorted(groups.items())
-    ]
+    From sorted rows of (provider, model, *figures).
+    """
+    models: dict[str, Json] = {}
+    zeros = [0] * len(USAGE_FIGURES)
+    totals: dict[str | None, list[int]] = {None: zeros}
+    for provider, model, *figures in rows:
+        models.setdefault(provider, {})[model] = total_row(figures)
+        for key in (provider, None):
+            totals[key] = list(map(int.__add__, totals.get(key, zeros), figures))
+    total = total_row(totals[None])
+    del total["credits"]  # each provider has its own unit
+    providers = {name: {**total_row(totals[name]), "models": models[name]} for name in models}
+    return {"providers": providers, "total": total}
 
 
 @dataclass(slots=True)
@@ -11192,39 +11135,49 @@ class UsageQuery:
 def read_usage_query(parameters: dict[str, str], now: float) -> UsageQuery:
     query = UsageQuery()
     for name, text in parameters.items():
+        wanted = ""
         if name == "since":
             query.since = read_since(text, now)
         elif name == "by":
-            if text not in USAGE_GROUPS:
-                raise InvalidRequest(f"by: must be one of {', '.join(USAGE_GROUPS)}.", param="by")
             query.by = text
-        elif name == "recent":
-            if not re.fullmatch(r"\d{1,6}", text, re.ASCII) or int(text) > MAX_RECENT_ANSWERS:
-                message = f"recent: must be a number from 0 to {MAX_RECENT_ANSWERS}."
-                raise InvalidRequest(message, param="recent")
-            query.recent = int(text)
+            wanted = "" if text in USAGE_GROUPS else f"one of {', '.join(USAGE_GROUPS)}"
         elif name == "cache":
-            if text not in ("0", "1"):
-                raise InvalidRequest("cache: must be 0 or 1.", param="cache")
             query.cache = text == "1"
+            wanted = "" if text in ("0", "1") else "0 or 1"
+        elif name != "recent":
+            message = f"{name[:100]}: is not a parameter; there are since, by, recent and cache."
+            raise InvalidRequest(message, param=name[:100])
+        elif re.fullmatch(r"\d{1,6}", text, re.ASCII) and int(text) <= MAX_RECENT_ANSWERS:
+            query.recent = int(text)
         else:
-            known_names = "since, by, recent and cache"
-            name = name[:100]
-            raise InvalidRequest(
-                f"{name}: is not a parameter; there are {known_names}.", param=name
-            )
+            wanted = f"a number from 0 to {MAX_RECENT_ANSWERS}"
+        if wanted:
+            raise InvalidRequest(f"{name}: must be {wanted}.", param=name)
     return query
 
 
 # 10.3 limits: what may be spent
 
-# setting -> (period, unit, index in a tally)
+
+class Cap(NamedTuple):
+    period: str
+    unit: str
+    #: index in a tally
+    figure: int
+
+
 CAPS = {
-    "daily_credits": ("day", "credits", 1),
-    "monthly_credits": ("month", "credits", 1),
-    "daily_tokens": ("day", "tokens", 0),
-    "monthly_tokens": ("month", "tokens", 0),
+    "daily_credits": Cap("day", "credits", 1),
+    "monthly_credits": Cap("month", "credits", 1),
+    "daily_tokens": Cap("day", "tokens", 0),
+    "monthly_tokens": Cap("month", "tokens", 0),
 }
+
+
+def month_start(now: float) -> float:
+    """Local midnight, in Unix seconds."""
+    first = dt.date.fromtimestamp(now).replace(day=1)
+    return dt.datetime.combine(first, dt.time()).timestamp()
 
 
 def period_end(period: str, now: float) -> float:
@@ -11235,20 +11188,11 @@ def period_end(period: str, now: float) -> float:
     return dt.datetime.combine(end, dt.time()).timestamp()
 
 
-def active_caps(limits: LimitsConfig) -> Iterator[tuple[str, str, str, float]]:
-    """(providers or labels, name, setting, limit) of every configured cap."""
-    for scope, caps in (("providers", limits.providers), ("labels", limits.labels)):
-        for name, cap in caps.items():
-            for setting in CAPS:
-                if getattr(cap, setting):
-                    yield scope, name, setting, getattr(cap, setting)
-
-
 class Spending:
     """This month's spending by day, provider and label, to compare the caps with.
 
-    Other processes write to the same database: rows read from it replace these tallies, except for
-    what was added here since the last write began.
+    Where other processes have written to the same database, rows read from it replace these
+    tallies, except for what was added here since the last write began.
     """
 
     def __init__(self) -> None:
@@ -11259,9 +11203,8 @@ class Spending:
 
     def add(self, record: UsageRecord) -> None:
         usage = record.usage
-        day = local_day(int(record.at) // SLOT_SECONDS)
         tokens = usage.prompt + usage.output
-        row = (day, record.provider, record.label, tokens, usage.nano_credits)
+        row = (local_day(record.at), record.provider, record.label, tokens, usage.nano_credits)
         self.unwritten.append(row)
         self.count(*row)
 
@@ -11281,43 +11224,41 @@ class Spending:
         for row in (*rows, *self.unwritten):
             self.count(*row)
 
-    def used(self, scope: str, name: str, setting: str, now: float) -> float:
-        """The spending so far in a cap's period, in its unit."""
-        period, unit, index = CAPS[setting]
-        day = local_day(int(now) // SLOT_SECONDS)
-        key = (day if period == "day" else day[:7], scope, name)
-        figure = self.tallies.get(key, (0, 0))[index]
-        return figure / 1e9 if unit == "credits" else float(figure)
+    def rows(self, limits: LimitsConfig, now: float) -> Iterator[Json]:
+        """The rows of `/v1/usage`'s limits: one for each configured cap."""
+        day = local_day(now)
+        for scope, configs in (("providers", limits.providers), ("labels", limits.labels)):
+            for name, setting in ((name, setting) for name in configs for setting in CAPS):
+                limit, cap = getattr(configs[name], setting), CAPS[setting]
+                if limit:
+                    period = day if cap.period == "day" else day[:7]
+                    figure = self.tallies.get((period, scope, name), (0, 0))[cap.figure]
+                    yield {
+                        "name": f"{scope}.{name}.{setting}",
+                        "used": figure / 1e9 if cap.unit == "credits" else float(figure),
+                        "limit": limit,
+                        "unit": cap.unit,
+                        "period": cap.period,
+                        "resets_at": period_end(cap.period, now),
+                    }
 
     def check(self, limits: LimitsConfig, provider: str, label: str, now: float) -> None:
         """Raises LimitReached if a cap of the provider or of the label is used up."""
-        scope_names = {"providers": provider, "labels": label}
-        for scope, name, setting, limit in active_caps(limits):
-            used = self.used(scope, name, setting, now) if scope_names[scope] == name else 0.0
+        own = LimitsConfig(
+            providers={k: v for k, v in limits.providers.items() if k == provider},
+            labels={k: v for k, v in limits.labels.items() if k == label},
+        )
+        for row in self.rows(own, now):
+            used, limit, ends_at = row["used"], row["limit"], row["resets_at"]
             if used >= limit:
-                period, unit, _ = CAPS[setting]
-                ends_at = period_end(period, now)
-                key = f"limits.{scope}.{name}.{setting}"
+                key = f"limits.{row['name']}"
                 raise LimitReached(
-                    f"Your own limit {key} is reached: {used:,.10g} of {limit:,.10g} {unit}.",
-                    hint=f"A new {period} begins {format_minute(ends_at)}; or raise it: "
+                    f"Your own limit {key} is reached: {used:,.10g} of {limit:,.10g} "
+                    f"{row['unit']}.",
+                    hint=f"A new {row['period']} begins {format_minute(ends_at)}; or raise it: "
                     f"aiclient-api config set {key} N",
                     retry_after=ends_at - now,
                 )
-
-    def report(self, limits: LimitsConfig, now: float) -> list[Json]:
-        """`[{"name", "used", "limit", "unit", "period", "resets_at"}]` of all caps."""
-        return [
-            {
-                "name": f"{scope}.{name}.{setting}",
-                "used": self.used(scope, name, setting, now),
-                "limit": limit,
-                "unit": CAPS[setting][1],
-                "period": CAPS[setting][0],
-                "resets_at": period_end(CAPS[setting][0], now),
-            }
-            for scope, name, setting, limit in active_caps(limits)
-        ]
 
 
 def format_minute(moment: float) -> str:
@@ -11366,6 +11307,8 @@ class Metric(NamedTuple):
     #: label names, separated by spaces
     labels: str
     help: str
+    #: the field of `Daemon.status` that holds its current value
+    status: str = ""
     #: the upper bounds of a histogram's buckets, in seconds
     buckets: tuple[float, ...] = ()
 
@@ -11382,93 +11325,48 @@ class Metric(NamedTuple):
 
 
 METRICS = (
+    Metric("http_requests_total", "route method status", "HTTP requests; 499: the client left."),
+    Metric("http_connections", "", "Open connections of clients.", "connections"),
+    Metric("http_requests_in_flight", "", "Requests without a response yet.", "requests_in_flight"),
+    Metric("answers_total", "provider model dialect status", "Requests that reached a provider."),
+    Metric("answer_errors_total", "provider kind", "Failed responses, without cancelled ones."),
     Metric(
-        "http_requests_total",
-        "route method status",
-        "HTTP requests that have ended; status 499: the caller went away before its answer.",
-    ),
-    Metric("http_connections", "", "Connections of callers that are open."),
-    Metric("http_requests_in_flight", "", "HTTP requests whose answer is not out yet."),
-    Metric(
-        "answers_total",
-        "provider model dialect status",
-        "Requests that reached a provider, by the dialect they were asked in; status 499: the "
-        "caller went away.",
+        "answer_duration_seconds", "provider model", "Until the last byte of a good response.",
+        buckets=ANSWER_SECONDS_BUCKETS,
     ),
     Metric(
-        "answer_errors_total",
-        "provider kind",
-        "Answers that ended in an error, by its kind; not those that the caller gave up.",
+        "answer_first_byte_seconds", "provider model", "Until the upstream's first byte.",
+        buckets=FIRST_BYTE_SECONDS_BUCKETS,
     ),
+    Metric("tokens_total", "provider model type", "Tokens by type; types do not overlap."),
+    Metric("reasoning_tokens_total", "provider model", "Part of the tokens of type output."),
     Metric(
-        "answer_duration_seconds",
-        "provider model",
-        "From the request to the last byte of its answer, of good answers only.",
-        ANSWER_SECONDS_BUCKETS,
+        "credits_total", "provider model", "Credits, billed or derived; in the provider's unit."
     ),
-    Metric(
-        "answer_first_byte_seconds",
-        "provider model",
-        "From the request to the upstream's first byte.",
-        FIRST_BYTE_SECONDS_BUCKETS,
-    ),
-    Metric(
-        "tokens_total",
-        "provider model type",
-        "Tokens; the types input, cache_read, cache_write and output do not overlap.",
-    ),
-    Metric(
-        "reasoning_tokens_total",
-        "provider model",
-        "Tokens of reasoning, which tokens_total counts among the output already.",
-    ),
-    Metric(
-        "credits_total",
-        "provider model",
-        "Credits, billed by the provider or worked out from its prices; in a unit of its own.",
-    ),
-    Metric(
-        "upstream_refusals_total",
-        "provider kind",
-        "Attempts that the upstream refused or did not answer, also where a later one went well.",
-    ),
+    Metric("upstream_refusals_total", "provider kind", "Failed attempts, retried ones included."),
     Metric("upstream_retries_total", "provider", "Attempts after the first one of a request."),
-    Metric(
-        "provider_ready",
-        "provider",
-        "1 where a provider can be asked, 0 where it rests, fails or is not signed in.",
-    ),
-    Metric(
-        "cool_down_seconds",
-        "provider model",
-        "For how long a model still rests, 0: not at all; the model * is the whole provider.",
-    ),
-    Metric("usage_rows_waiting", "", "Answers that are not in the usage database yet."),
-    Metric(
-        "usage_rows_lost_total",
-        "",
-        "Answers that the usage database could not keep one by one; their sums are in it.",
-    ),
-    Metric("log_lines_dropped_total", "", "Log lines that could not be written."),
+    Metric("provider_ready", "provider", "0 while it cools down, fails or is not signed in."),
+    Metric("cool_down_seconds", "provider model", "Cool-down left; model *: the whole provider."),
+    Metric("usage_rows_waiting", "", "Rows not in the usage database yet.", "usage_rows_waiting"),
+    Metric("usage_rows_lost_total", "", "Rows that were never written.", "usage_rows_lost"),
+    Metric("log_lines_dropped_total", "", "Log lines that were not written.", "log_lines_dropped"),
     Metric("build_info", "version python", "1, with the versions as labels."),
-    Metric("process_start_time_seconds", "", "When the process started, in Unix seconds."),
-    Metric("process_cpu_seconds_total", "", "Processor time used, in user and system mode."),
-    Metric("process_resident_memory_bytes", "", "Memory in use."),
-    Metric("process_open_fds", "", "Open files and sockets."),
-)
+    Metric("process_start_time_seconds", "", "Start of the process in Unix seconds.", "started_at"),
+    Metric("process_cpu_seconds_total", "", "CPU time used, in user and system mode.", "cpu_s"),
+    Metric("process_resident_memory_bytes", "", "Resident memory in bytes.", "memory_bytes"),
+    Metric("process_open_fds", "", "Open files and sockets.", "open_files"),
+)  # fmt: skip
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"  # Prometheus's text format
 HTTP_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
-def escape_label(value: object) -> str:
-    return str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-
-
 def write_labels(names: list[str], values: Labels) -> str:
     """`provider="copilot",model="gpt-4.1"`."""
-    return ",".join(
-        f'{name}="{escape_label(value)}"' for name, value in zip(names, values, strict=True)
+    escaped = (
+        str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        for value in values
     )
+    return ",".join(f'{name}="{value}"' for name, value in zip(names, escaped, strict=True))
 
 
 def write_samples(name: str, names: list[str], series: Series) -> Iterator[str]:
@@ -11505,36 +11403,20 @@ class Histogram:
             yield f"{name}_count{{{labels}}} {total}"
 
 
-#: fields of `Daemon.status` -> metrics
-STATUS_METRICS = {
-    "connections": "http_connections",
-    "requests_in_flight": "http_requests_in_flight",
-    "usage_rows_waiting": "usage_rows_waiting",
-    "usage_rows_lost": "usage_rows_lost_total",
-    "log_lines_dropped": "log_lines_dropped_total",
-    "started_at": "process_start_time_seconds",
-    "cpu_s": "process_cpu_seconds_total",
-    "memory_bytes": "process_resident_memory_bytes",
-    "open_files": "process_open_fds",
-}
-
-
 def read_status(status: Json) -> dict[str, Series]:
     """The current values in a `Daemon.status` as series of METRICS; unknown ones are left out."""
+    values = {metric.name: status.get(metric.status) for metric in METRICS if metric.status}
     series: dict[str, Series] = {
-        metric: {(): status[name]}
-        for name, metric in STATUS_METRICS.items()
-        if status.get(name) is not None
+        name: {(): value} for name, value in values.items() if value is not None
     }
     python = ".".join(map(str, sys.version_info[:3]))
     series["build_info"] = {(status["version"], python): 1}
-    ready: Series = {}
-    cooldowns: Series = {}
+    ready, cooldowns = series["provider_ready"], series["cool_down_seconds"] = {}, {}
     for row in status["providers"]:
         by_model = {"*": 0, **row["cool_downs"]}
         ready[row["name"],] = int(row["health"] in ("ready", "resting") and not by_model["*"])
         cooldowns.update({(row["name"], model): seconds for model, seconds in by_model.items()})
-    return {**series, "provider_ready": ready, "cool_down_seconds": cooldowns}
+    return series
 
 
 class Metrics:
@@ -11617,13 +11499,30 @@ PROMPT_SETTINGS = (
     "tool_choice", "thinking", "reasoning", "reasoning_effort", "output_config",
     "response_format", "text", "additionalModelRequestFields",
 )  # fmt: skip
-SYSTEM_ROLES = ("system", "developer")
-TURN_ROLES = (
-    *SYSTEM_ROLES, "user", "assistant", "tool", "function", "reasoning", "function_call",
-    "function_call_output", "custom_tool_call", "custom_tool_call_output",
-)  # fmt: skip
-# Any other role a client sends is not shown: it could be anything.
-SHOWN_ROLES = {role: role for role in TURN_ROLES}
+PROMPT_SECTIONS = {"tools": 0, "system": 1, "settings": 2}  # before the turns
+SYSTEM_HINT = "a date, a time or an id in the system prompt?"
+RESULT_HINT = "an old tool result was cut or written anew?"
+ANSWER_HINT = "an old answer came back changed: its thinking dropped, a call written anew?"
+# Part of a prompt, or role of a turn -> what may have changed there.  A client's other roles are
+# not shown: they could be anything.
+CACHE_HINTS = {
+    "tools": "the tools come in another order, or one of them differs?",
+    "system": SYSTEM_HINT,
+    "developer": SYSTEM_HINT,
+    "settings": "thinking, effort, tool choice or the output format differs from the call before?",
+    "user": "an old message came back with another date, id or reminder in it?",
+    **dict.fromkeys(
+        ("tool", "function", "function_call_output", "custom_tool_call_output"), RESULT_HINT
+    ),
+    **dict.fromkeys(
+        ("assistant", "reasoning", "function_call", "custom_tool_call", "other"), ANSWER_HINT
+    ),
+}
+
+
+def cache_hint(part: str, block: str) -> str:
+    kiro_note = " (Kiro's first message holds the system prompt)"
+    return CACHE_HINTS[part] + (kiro_note if block == "history[0] (user)" else "")
 
 
 def bare_block(value: Any) -> Any:
@@ -11667,263 +11566,142 @@ def kiro_sections(body: Json) -> tuple[list[Any], list[Any]]:
     turns: list[Any] = []
     for item in [*as_list(state.get("history")), state.get("currentMessage")]:
         entry = item if isinstance(item, dict) else {}
-        user_message = get_dict(entry, "userInputMessage")
-        if not user_message:
+        message = get_dict(entry, "userInputMessage")
+        if not message:
             turns.append({"role": "assistant", **get_dict(entry, "assistantResponseMessage")})
             continue
-        context = get_dict(user_message, "userInputMessageContext")
+        context = get_dict(message, "userInputMessageContext")
         tools = as_list(context.get("tools")) or tools
-        user_content = {
-            key: user_message[key]
-            for key in ("content", "images", "documents")
-            if key in user_message
-        }
-        turns.append({"role": "user", **user_content, "results": context.get("toolResults")})
+        content = {key: message.get(key) for key in ("content", "images", "documents")}
+        turns.append({"role": "user", **content, "results": context.get("toolResults")})
     return tools, turns
 
 
-@dataclass(slots=True)
-class Prompt:
-    """The structure of a prompt as hashes of its blocks; none of its text."""
+class Prompt(NamedTuple):
+    """The structure of a prompt, by blocks; none of its text."""
 
-    #: of each block: tools, system prompt, turns
     hashes: array[int]
-    #: size of each block in bytes
+    #: in bytes
     sizes: array[int]
-    tools: int
-    system: int
-    #: the dialect's names: `system` or `instructions`; `messages`, `input` or `history`
-    system_name: str
-    turns_name: str
-    #: one for each turn
-    roles: list[str]
-    #: index of the first block of the conversation, after tools and the entire system prompt
-    start: int
-    #: hashes of the first and last block of the conversation; 0 if it is empty
-    first: int
-    last: int
-    #: hashes of the settings that affect the cache
-    settings: dict[str, int]
+    #: a key of CACHE_HINTS for each block
+    parts: list[str]
+    #: the dialect's names of the system prompt and of the turns
+    names: tuple[str, str]
 
     def share(self, at: int) -> float:
         """The share of the prompt from block `at` on, by bytes."""
         return sum(self.sizes[at:]) / (sum(self.sizes) or 1)
 
-    def part(self, at: int) -> str:
-        """The kind of block `at`: tools, system, or a turn's role."""
-        turn = at - self.tools - self.system
-        return self.roles[turn] if turn >= 0 else "tools" if at < self.tools else "system"
-
     def name(self, at: int) -> str:
-        """`tools[3]`, `system[0]`, `messages[4] (user)`."""
-        turn = at - self.tools - self.system
-        if turn >= 0:
-            return f"{self.turns_name}[{turn}] ({self.roles[turn]})"
-        if at < self.tools:
-            return f"tools[{at}]"
-        return f"{self.system_name}[{at - self.tools}]"
+        """`tools[3]`, `system[0]`, `settings`, `messages[4] (user)`."""
+        part, turns_at = self.parts[at], self.parts.index("settings") + 1
+        if at >= turns_at:
+            return f"{self.names[1]}[{at - turns_at}] ({part})"
+        if part == "system":
+            return f"{self.names[0]}[{at - self.parts.index(part)}]"
+        return "settings" if part == "settings" else f"tools[{at}]"
 
 
 def read_prompt(dialect: str, body: Json, salt: bytes) -> Prompt:
     """The prompt in a body of an upstream dialect; takes 3 ms per megabyte."""
     turns_name = {"responses": "input", "kiro": "history"}.get(dialect, "messages")
+    system_name = "instructions" if dialect == "responses" else "system"
     if dialect == "kiro":
         tools, turns = kiro_sections(body)
     else:
         tools, turns = as_list(body.get("tools")), as_list(body.get(turns_name))
-    system_name = "instructions" if dialect == "responses" else "system"
     system = as_list(body.get(system_name)) if dialect in ("messages", "responses") else []
-    turns = turns[: max(0, MAX_WATCHED_BLOCKS - len(tools) - len(system))]
-    roles = []
+    parts = ["tools"] * len(tools) + ["system"] * len(system) + ["settings"]
+    turns = turns[: max(0, MAX_WATCHED_BLOCKS - len(parts))]
     for turn in turns:
         entry = turn if isinstance(turn, dict) else {"role": "user"}
-        roles.append(SHOWN_ROLES.get(str(entry.get("role") or entry.get("type")), "other"))
-    first_turn = next((at for at, role in enumerate(roles) if role not in SYSTEM_ROLES), len(roles))
-    start = len(tools) + len(system) + first_turn
-    hashed_blocks = [hash_block(block, salt) for block in (*tools, *system, *turns)]
-    hashes = array("Q", [block_hash for block_hash, _ in hashed_blocks])
+        role = str(entry.get("role") or entry.get("type"))
+        parts.append(sys.intern(role) if role in CACHE_HINTS else "other")
+    settings = [body.get(key) for key in PROMPT_SETTINGS]
+    blocks = [hash_block(block, salt) for block in (*tools, *system, settings, *turns)]
     return Prompt(
-        hashes,
-        array("I", [size for _, size in hashed_blocks]),
-        len(tools),
-        len(system),
-        system_name,
-        turns_name,
-        roles,
-        start,
-        *((hashes[start], hashes[-1]) if len(hashes) > start else (0, 0)),
-        {key: hash_block(body[key], salt)[0] for key in PROMPT_SETTINGS if key in body},
+        array("Q", [block_hash for block_hash, _ in blocks]),
+        array("I", [size for _, size in blocks]),
+        parts,
+        (system_name, turns_name),
     )
-
-
-class Difference(NamedTuple):
-    """`how`: changed, moved, inserted, removed; "" if the prompt only continues or ends earlier."""
-
-    at: int
-    how: str = ""
-    name: str = ""
-    part: str = ""
-
-
-NOWHERE = Difference(0)
-
-
-def compare_prompts(old: Prompt, new: Prompt) -> Difference:
-    length = min(len(old.hashes), len(new.hashes))
-    if old.hashes[:length] == new.hashes[:length]:
-        return Difference(length)
-    pairs = enumerate(zip(old.hashes, new.hashes, strict=False))
-    at = next(at for at, (old_hash, new_hash) in pairs if old_hash != new_hash)
-    is_gone = old.hashes[at] not in new.hashes[at:]
-    is_old = new.hashes[at] in old.hashes[at:]
-    how = ("removed" if is_gone else "moved") if is_old else ("changed" if is_gone else "inserted")
-    prompt = old if how == "removed" else new
-    return Difference(at, how, prompt.name(at), prompt.part(at))
-
-
-# What happened to the cache in a request -> what that means.
-CACHE_VERDICTS = {
-    "hit": "read from the cache",
-    "first": "nothing to compare with",
-    "uncached": "the call before left nothing to read: Claude caches only what is marked",
-    "changed": "a block differs from the call before",
-    "shortened": "the client dropped or summed up older messages",
-    "expired": "longer than the cache lives without a request",
-    "model": "each model has a cache of its own",
-    "overlapping": "asked before the call before was answered",
-    "unexplained": "the prompt began as before, yet the service did not read it from its cache",
-    "unreported": "the service tells no figures of its cache",
-}
-
-
-def cache_hint(decision: str, difference: Difference) -> str:
-    if decision != "changed":
-        return CACHE_VERDICTS[decision]
-    part, how = difference.part, difference.how
-    if part == "tools":
-        return {
-            "moved": "the tools come in another order?",
-            "changed": "a tool's description or schema differs?",
-        }.get(how, "the list of tools differs?")
-    if part in SYSTEM_ROLES:
-        return "a date, a time or an id in the system prompt?"
-    if part in ("tool", "function", "function_call_output", "custom_tool_call_output"):
-        return "an old tool result was cut or written anew?"
-    if part == "user":
-        kiro_note = " (Kiro's first message holds the system prompt)"
-        return "an old message came back with another date, id or reminder in it?" + (
-            kiro_note if difference.name == "history[0] (user)" else ""
-        )
-    if part == "setting":
-        return "this setting differs from the call before"
-    return "an old answer came back changed: its thinking dropped, a call written anew?"
-
-
-@dataclass(slots=True)
-class CacheFinding:
-    #: a key of CACHE_VERDICTS
-    decision: str
-    #: the changed block, if any
-    found: Difference = NOWHERE
-    #: tokens billed in full again, approximately
-    lost: int = 0
-    hint: str = ""
-    conversation: str = ""
-    #: no similar finding was reported for this conversation recently
-    is_news: bool = False
 
 
 @dataclass(slots=True)
 class TrackedConversation:
-    conversation: str
-    #: conversations are matched within a pool: a hash of the session, otherwise of the label
-    pool: int
-    #: (provider, model)
-    owner: tuple[str, str]
-    label: str
+    #: its row of `/v1/usage?cache=1`, but for what is derived from the misses
+    row: Json
+    #: the last one
     prompt: Prompt
-    #: Unix seconds: the last request, and the start of its response
-    at: float = 0.0
+    #: Unix seconds of the start of the last response
     answered_at: float = 0.0
-    #: tokens of the last prompt that should be cached (a guess if no figures were reported)
+    #: tokens of the last prompt that should be cached
     cached: int = 0
-    is_guess: bool = True
-    calls: int = 0
-    input_tokens: int = 0
-    cache_read: int = 0
-    lost: int = 0
-    decision: str = ""
-    #: kind of break -> (the last one, their number, when one was last reported)
-    breaks: dict[str, tuple[CacheFinding, int, float]] = field(default_factory=dict)
+    #: part of a prompt -> (the last block that broke the cache there, how often, last logged at)
+    misses: dict[str, tuple[str, int, float]] = field(default_factory=dict)
 
-    def shared(self, turns: set[int]) -> int:
-        return len(turns.intersection(self.prompt.hashes[self.prompt.start :]))
+    def find_change(self, prompt: Prompt) -> int | None:
+        """The first block that differs in the next prompt, None if that continues this one.
 
-    def may_continue(self, first: int, turns: set[int]) -> bool:
-        """Whether a prompt with these turns, starting with `first`, may continue this one."""
-        prompt = self.prompt
-        if prompt.first == first:
-            return True
-        return prompt.last in turns and self.shared(turns) * 2 >= len(prompt.hashes) - prompt.start
+        A client that drops or sums up its older messages knows what it does.
+        """
+        pairs = enumerate(zip(self.prompt.hashes, prompt.hashes, strict=False))
+        at = next((at for at, (old_hash, new_hash) in pairs if old_hash != new_hash), None)
+        is_turn = at is not None and at > prompt.parts.index("settings")
+        return None if is_turn and len(prompt.hashes) < len(self.prompt.hashes) else at
 
-    def classify_break(self, difference: Difference, prompt: Prompt) -> str:
-        """The decision for a prompt that does not continue this one: changed or shortened."""
-        in_turns = difference.at >= max(self.prompt.start, prompt.start)
-        is_shorter = len(prompt.roles) < len(self.prompt.roles) or difference.how == "removed"
-        return "shortened" if not difference.how or (in_turns and is_shorter) else "changed"
+    def find_miss(
+        self, prompt: Prompt, record: UsageRecord, has_figures: bool
+    ) -> tuple[str, str, int] | None:
+        """(part, block, tokens billed in full again, approximately) of the next request."""
+        at = self.find_change(prompt)
+        expires_at = self.row["last_at"] + CACHE_LIFE_SECONDS
+        if at is None or not self.answered_at <= record.at <= expires_at:
+            return None
+        cached = min(self.cached, record.usage.prompt)
+        lost = cached - record.usage.cache_read
+        if not has_figures:
+            shares = (self.cached * self.prompt.share(at), record.usage.prompt * prompt.share(at))
+            lost = int(min(shares))
+        if lost <= max(MIN_CACHED_TOKENS, cached * CACHE_SLACK_SHARE):
+            return None
+        # A section that has become shorter is the old prompt's.
+        there = min(prompt, self.prompt, key=lambda p: PROMPT_SECTIONS.get(p.parts[at], 3))
+        return there.parts[at], there.name(at), lost
 
-    def changed_setting(self, prompt: Prompt) -> str:
-        """The name of the first setting that differs in `prompt`, or ""."""
-        old, new = self.prompt.settings, prompt.settings
-        return next((key for key in PROMPT_SETTINGS if old.get(key) != new.get(key)), "")
-
-    def update(
-        self, prompt: Prompt, record: UsageRecord, finding: CacheFinding, reports_writes: bool
-    ) -> None:
+    def update(self, prompt: Prompt, record: UsageRecord, reports_writes: bool) -> None:
         """`reports_writes`: the service reports what it writes to the cache."""
+        usage, row = record.usage, self.row
+        row["calls"] += 1
+        row["input_tokens"] += usage.prompt
+        row["cache_read_tokens"] += usage.cache_read
+        row["last_at"] = record.at
         first_byte_s = record.duration_s if record.first_byte_s is None else record.first_byte_s
-        cached_tokens = record.usage.cache_read + record.usage.cache_write
-        self.is_guess = not cached_tokens and not reports_writes
-        self.cached = record.usage.prompt if self.is_guess else cached_tokens
+        self.answered_at = record.at + first_byte_s
         self.prompt = prompt
-        self.at, self.answered_at = record.at, record.at + first_byte_s
-        self.calls += 1
-        self.input_tokens += record.usage.prompt
-        self.cache_read += record.usage.cache_read
-        self.decision = finding.decision
-        if not finding.lost:
-            return
-        self.lost += finding.lost
-        kind = f"{finding.decision} {finding.found.part} {finding.found.how}"
-        _, occurrences, reported_at = self.breaks.pop(kind, (finding, 0, -math.inf))
-        finding.is_news = record.at - reported_at >= CACHE_QUIET_SECONDS
-        self.breaks[kind] = finding, occurrences + 1, record.at if finding.is_news else reported_at
+        self.cached = usage.cache_read + usage.cache_write
+        if not self.cached and not reports_writes:
+            self.cached = usage.prompt  # a guess: all of it
+
+    def add_miss(self, part: str, block: str, lost: int) -> Json | None:
+        """What to log of a miss, None if it was logged recently."""
+        now = self.row["last_at"]
+        self.row["lost_tokens"] += lost
+        _, times, logged_at = self.misses.get(part, (block, 0, -math.inf))
+        is_news = now - logged_at >= CACHE_QUIET_SECONDS
+        self.misses[part] = block, times + 1, now if is_news else logged_at
+        names = {name: self.row[name] for name in ("provider", "model", "conversation")}
+        details = {**names, "block": block, "tokens": lost, "hint": cache_hint(part, block)}
+        return details if is_news else None
 
     def as_json(self, has_figures: bool) -> Json:
-        """A row of `/v1/usage?cache=1`; no ratio if the service reports no cache figures."""
-        changes = [entry for entry in self.breaks.values() if entry[0].decision == "changed"]
-        finding, occurrences, _ = max(changes, key=lambda entry: entry[1], default=(None, 0, 0.0))
-        ratio = self.cache_read / self.input_tokens if has_figures and self.input_tokens else None
-        return {
-            "conversation": self.conversation,
-            "provider": self.owner[0],
-            "model": self.owner[1],
-            "label": self.label,
-            "calls": self.calls,
-            "hit_ratio": None if ratio is None else round(ratio, 4),
-            "input_tokens": self.input_tokens,
-            "cache_read_tokens": self.cache_read,
-            "lost_tokens": self.lost,
-            "last_at": self.at,
-            "last": self.decision,
-            "changed": finding
-            and {
-                "block": finding.found.name,
-                "how": finding.found.how,
-                "times": occurrences,
-                "hint": finding.hint,
-            },
-        }
+        """No ratio if the service reports no cache figures."""
+        ratio = self.row["cache_read_tokens"] / self.row["input_tokens"] if has_figures else None
+        changed = None
+        if self.misses:
+            part, (block, times, _) = max(self.misses.items(), key=lambda item: item[1][1])
+            changed = {"block": block, "times": times, "hint": cache_hint(part, block)}
+        return {**self.row, "hit_ratio": ratio and round(ratio, 4), "changed": changed}
 
 
 class CacheGuard:
@@ -11931,41 +11709,35 @@ class CacheGuard:
 
     def __init__(self, salt: bytes) -> None:
         self.salt = salt
-        #: least recently used first
-        self.watched: dict[int, TrackedConversation] = {}
-        self.last_key = 0
+        #: (conversation, provider, model); least recently used first
+        self.watched: dict[tuple[str, str, str], TrackedConversation] = {}
         #: (provider, model) of services that report cache reads -> whether they report writes too
-        self.telling: dict[tuple[str, str], bool] = {}
+        self.reporting: dict[tuple[str, str], bool] = {}
 
-    def clear(self) -> None:
-        self.watched.clear()
+    def record(
+        self, record: UsageRecord, session: str, opening: str, prompt: Prompt
+    ) -> Json | None:
+        """Compares with the call before; returns what to log of a miss that is news.
 
-    def record(self, record: UsageRecord, session: str, prompt: Prompt) -> CacheFinding:
-        self.forget(record.at)
-        pool = hash_block([session, "" if session else record.label], self.salt)[0]
-        key, conversation = self.find(record, pool, prompt)
-        has_figures = self.has_figures(record)
-        finding = self.classify(conversation, prompt, record, has_figures)
-        owner = record.provider, record.model
-        if conversation is None or conversation.owner != owner:
-            self.last_key += 1
-            key = self.last_key
-            name = f"{hash_block([pool, prompt.first], self.salt)[0] >> 32:08x}"
-            conversation = TrackedConversation(name, pool, owner, record.label, prompt)
-        self.watched.pop(key, None)
-        self.watched[key] = conversation
-        conversation.update(prompt, record, finding, has_figures and self.telling[owner])
-        finding.conversation = conversation.conversation
-        self.forget(record.at)
-        return finding
-
-    def forget(self, now: float) -> None:
-        while self.watched:
-            oldest = next(iter(self.watched))
-            is_old = now - self.watched[oldest].at > CACHE_WATCH_SECONDS
-            if not is_old and len(self.watched) <= MAX_WATCHED:
-                return
-            del self.watched[oldest]
+        A conversation is known by its session, otherwise by its client, and its first message.
+        """
+        pair, has_figures = (record.provider, record.model), self.has_figures(record)
+        source = f"session {session}" if session else record.label
+        name = f"{hash_block((source, opening), self.salt)[0] >> 32:08x}"
+        key = (name, *pair)
+        tracked, miss = self.watched.pop(key, None), None
+        if tracked is None:
+            row: Json = {"conversation": name, "provider": pair[0], "model": pair[1]}
+            row |= {"label": record.label, "calls": 0, "hit_ratio": None, "input_tokens": 0}
+            row |= {"cache_read_tokens": 0, "lost_tokens": 0, "last_at": 0.0}
+            tracked = TrackedConversation(row, prompt)
+        else:
+            miss = tracked.find_miss(prompt, record, has_figures)
+        self.watched[key] = tracked
+        if len(self.watched) > MAX_WATCHED:
+            del self.watched[next(iter(self.watched))]
+        tracked.update(prompt, record, has_figures and self.reporting[pair])
+        return tracked.add_miss(*miss) if miss else None
 
     def has_figures(self, record: UsageRecord) -> bool:
         """Whether the record's cache figures are real rather than merely absent."""
@@ -11973,83 +11745,15 @@ class CacheGuard:
         if usage.source != "reported":
             return False
         if usage.cache_read or usage.cache_write:
-            reports_writes = self.telling.pop(pair, False) or usage.cache_write > 0
-            self.telling[pair] = reports_writes
-            while len(self.telling) > MAX_WATCHED:
-                del self.telling[next(iter(self.telling))]
-        return pair in self.telling
+            self.reporting[pair] = self.reporting.pop(pair, False) or usage.cache_write > 0
+            if len(self.reporting) > MAX_WATCHED:
+                del self.reporting[next(iter(self.reporting))]
+        return pair in self.reporting
 
-    def find(
-        self, record: UsageRecord, pool: int, prompt: Prompt
-    ) -> tuple[int, TrackedConversation | None]:
-        """Matched by turns: a date in the system prompt must not start a new conversation."""
-        turns = set(prompt.hashes[prompt.start :])
-        matches = [
-            (key, conversation)
-            for key, conversation in self.watched.items()
-            if conversation.pool == pool and conversation.may_continue(prompt.first, turns)
-        ]
-        if not matches:
-            return 0, None
-        owner = record.provider, record.model
-
-        def likeness(match: tuple[int, TrackedConversation]) -> tuple[bool, int, float]:
-            conversation = match[1]
-            return conversation.owner == owner, conversation.shared(turns), conversation.at
-
-        return matches[0] if len(matches) == 1 else max(matches, key=likeness)
-
-    def classify(
-        self,
-        conversation: TrackedConversation | None,
-        prompt: Prompt,
-        record: UsageRecord,
-        has_figures: bool,
-    ) -> CacheFinding:
-        if conversation is None:
-            return CacheFinding("first")
-        difference = compare_prompts(conversation.prompt, prompt)
-        continues = difference.at == len(conversation.prompt.hashes)
-        is_other_model = conversation.owner != (record.provider, record.model)
-        if is_other_model and difference.at < conversation.prompt.start:
-            return CacheFinding("first")  # another task, with other instructions
-        cached_tokens = min(conversation.cached, record.usage.prompt)
-        if cached_tokens < MIN_CACHED_TOKENS:
-            return CacheFinding("uncached")
-        lost = cached_tokens - record.usage.cache_read
-        if not has_figures:
-            at = 0 if is_other_model else difference.at
-            shares = (
-                conversation.cached * conversation.prompt.share(at),
-                record.usage.prompt * prompt.share(at),
-            )
-            lost = int(min(shares))
-        is_guessed_hit = continues and conversation.is_guess and record.usage.cache_read > 0
-        if is_guessed_hit or lost <= max(MIN_CACHED_TOKENS, cached_tokens * CACHE_SLACK_SHARE):
-            return CacheFinding("hit" if has_figures else "unreported")
-        if record.at < conversation.answered_at:
-            return CacheFinding("overlapping")
-        decision = "unexplained" if continues else conversation.classify_break(difference, prompt)
-        setting = conversation.changed_setting(prompt) if continues else ""
-        if is_other_model:
-            decision = "model"
-        elif record.at - conversation.at > CACHE_LIFE_SECONDS:
-            decision = "expired"
-        elif setting:
-            decision, difference = (
-                "changed",
-                Difference(difference.at, "changed", setting, "setting"),
-            )
-        cause = difference if decision == "changed" else NOWHERE
-        return CacheFinding(decision, cause, lost, cache_hint(decision, cause))
-
-    def report(self, now: float) -> list[Json]:
+    def report(self) -> list[Json]:
         """The rows of `/v1/usage?cache=1`, latest first."""
-        self.forget(now)
-        latest = sorted(
-            self.watched.values(), key=lambda conversation: conversation.at, reverse=True
-        )
-        return [conversation.as_json(conversation.owner in self.telling) for conversation in latest]
+        rows = [row.as_json(key[1:] in self.reporting) for key, row in self.watched.items()]
+        return sorted(rows, key=lambda row: row["last_at"], reverse=True)
 
 
 # ==== the I/O line ==============================================================================
@@ -13371,48 +13075,21 @@ class Server:
 # 14.1 files
 
 
-@dataclass(slots=True)
 class Paths:
     """Where files live, by the XDG Base Directory specification."""
 
-    config_dir: str
-    state_dir: str
-
-    @property
-    def config_file(self) -> str:
-        return os.path.join(self.config_dir, "config.toml")
-
-    @property
-    def machine_file(self) -> str:
-        return os.path.join(self.state_dir, "machine.json")
-
-    @property
-    def notices_file(self) -> str:
-        """What this user has been shown already."""
-        return os.path.join(self.state_dir, "notices.json")
-
-    @property
-    def pid_file(self) -> str:
-        """The daemon's lock: its process id, then the path of its control socket."""
-        return os.path.join(self.state_dir, "daemon.pid")
-
-    @property
-    def log_file(self) -> str:
-        return os.path.join(self.state_dir, "daemon.log")
-
-    @property
-    def socket_file(self) -> str:
-        """The control socket, unless its path is too long."""
-        return os.path.join(self.state_dir, "daemon.sock")
-
-    @property
-    def usage_file(self) -> str:
-        return os.path.join(self.state_dir, "usage.db")
-
-    @property
-    def bytecode_dir(self) -> str:
-        """This file, compiled: a script would otherwise be compiled at every start."""
-        return os.path.join(self.state_dir, "bytecode")
+    def __init__(self, config_dir: str, state_dir: str) -> None:
+        self.config_dir = config_dir
+        self.state_dir = state_dir
+        self.config_file = os.path.join(config_dir, "config.toml")
+        state = functools.partial(os.path.join, state_dir)
+        self.machine_file = state("machine.json")
+        self.notices_file = state("notices.json")  #: what this user has been shown already
+        self.pid_file = state("daemon.pid")  #: the lock: process id, then path of the socket
+        self.socket_file = state("daemon.sock")  #: unless its path is too long
+        self.log_file = state("daemon.log")
+        self.usage_file = state("usage.db")
+        self.bytecode_dir = state("bytecode")  #: a script would be compiled at every start
 
     def token_file(self, provider: str) -> str:
         return os.path.join(self.config_dir, provider, "token.json")
@@ -13541,11 +13218,6 @@ def program_words(argv0: str) -> str:
     return f"python3 {argv0}" if is_file else "aiclient-api"
 
 
-def sign_in_command(kind: str, name: str) -> str:
-    name_option = "" if name == kind else f" --name {name}"
-    return f"{program_words(sys.argv[0])} auth {kind}{name_option}"
-
-
 def make_private_dir(path: str) -> None:
     """Mode 0700; raises OSError, also if others could write to it."""
     os.makedirs(path, mode=0o700, exist_ok=True)
@@ -13642,26 +13314,16 @@ def save_private_json(path: str, value: Json) -> None:
     replace_file(path, dump_json(value) + b"\n")
 
 
-def open_private(path: str) -> int:
-    """Makes a file that others can read private; raises OSError, also for a symbolic link."""
-    fd = open_trusted(path, "O_RDONLY", "O_NOFOLLOW")
-    try:
-        if restrict_to_owner(fd):
-            log_event("warning", "token_file_was_readable", path=path)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
 class Damaged(ProgramError):
     """One of our files cannot be parsed."""
 
 
 def load_private_json(path: str) -> Json | None:
-    """None if there is no file; raises ProgramError."""
+    """None if there is no file; raises ProgramError.  Others may not read it from now on."""
     try:
-        with os.fdopen(open_private(path), "rb") as file:
+        with os.fdopen(open_trusted(path, "O_RDONLY", "O_NOFOLLOW"), "rb") as file:
+            if restrict_to_owner(file.fileno()):
+                log_event("warning", "token_file_was_readable", path=path)
             value = load_object(file.read(MIB))
     except FileNotFoundError:
         return None
@@ -13674,12 +13336,11 @@ def load_private_json(path: str) -> Json | None:
     return value
 
 
-def quarantine(path: str, reason: str = "damaged") -> str:
-    """Renames a file instead of overwriting it; returns the new path."""
-    new_path = f"{path}.{reason}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+def quarantine(path: str) -> None:
+    """Renames a damaged file instead of overwriting it."""
+    new_path = f"{path}.damaged-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
     os.replace(path, new_path)
-    log_event("warning", f"{reason}_file_kept", path=new_path)
-    return new_path
+    log_event("warning", "damaged_file_kept", path=new_path)
 
 
 def lock_file(path: str) -> int | None:
@@ -13711,35 +13372,26 @@ class FileLock:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.fd = -1
+        self.fd: int | None = None
 
     async def __aenter__(self) -> FileLock:
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + LOCK_SECONDS
-        while not self.try_lock():
-            if loop.time() > deadline:
-                raise Overloaded(f"Another process holds {self.path} and does not let go.")
-            await asyncio.sleep(LOCK_POLL_SECONDS)
+        deadline = time.monotonic() + LOCK_SECONDS
+        try:
+            make_private_dir(os.path.dirname(self.path))
+            while fcntl is not None and self.fd is None:
+                self.fd = lock_file(self.path)
+                if self.fd is None and time.monotonic() > deadline:
+                    raise Overloaded(f"Another process holds {self.path} and does not let go.")
+                if self.fd is None:
+                    await asyncio.sleep(LOCK_POLL_SECONDS)
+        except OSError as error:
+            log_event("warning", "no_lock", path=self.path, reason=error.strerror)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self.fd >= 0:
+        if self.fd is not None:
             os.close(self.fd)
-            self.fd = -1
-
-    def try_lock(self) -> bool:
-        """True also if locking is impossible."""
-        if fcntl is None:
-            return True
-        try:
-            make_private_dir(os.path.dirname(self.path))
-            fd = lock_file(self.path)
-        except OSError as error:
-            log_event("warning", "no_lock", path=self.path, reason=error.strerror)
-            return True
-        if fd is not None:
-            self.fd = fd
-        return fd is not None
+            self.fd = None
 
 
 class TokenFile:
@@ -13747,21 +13399,20 @@ class TokenFile:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.last_identity: tuple[int, int, int] | None = None
+        #: inode, time and size of the file as last seen
+        self.last_identity: tuple[int, ...] | None = None
         #: whose it is, as of the last read
         self.user = ""
         #: changes not written yet: they must not be lost, as a rotated token is issued only once
         self.unsaved: Json = {}
         self.retry_save_at = 0.0
-        #: the cache of `peek`: result, identity of the file, monotonic expiry
-        self.cached: Json | ProgramError | None = None
-        self.cached_identity: tuple[int, int, int] | None = None
-        self.cached_until = 0.0
+        #: of `peek`: (identity of the file, monotonic expiry, result)
+        self.peeked: tuple[Any, float, Json | ProgramError | None] = (None, 0.0, None)
 
     def lock(self) -> FileLock:
         return FileLock(os.path.join(os.path.dirname(self.path), "token.lock"))
 
-    def identity(self) -> tuple[int, int, int] | None:
+    def identity(self) -> tuple[int, ...] | None:
         """Tells this file from its replacement; None if there is no file."""
         try:
             status = os.stat(self.path, follow_symlinks=False)
@@ -13775,8 +13426,8 @@ class TokenFile:
         if self.last_identity != previous:
             self.unsaved = {}  # a newer file wins
             return True
-        if self.unsaved and time.monotonic() >= self.retry_save_at:
-            self.save({})
+        if time.monotonic() >= self.retry_save_at:
+            self.flush()
         return False
 
     def is_refused(self) -> bool:
@@ -13796,15 +13447,16 @@ class TokenFile:
     def peek(self) -> Json | None:
         """`load` for frequent read-only use: cached for TOKEN_LOOK_SECONDS."""
         now, identity = time.monotonic(), self.identity()
-        if now >= self.cached_until or identity != self.cached_identity:
-            self.cached_identity, self.cached_until = identity, now + TOKEN_LOOK_SECONDS
+        seen, expires_at, content = self.peeked
+        if now >= expires_at or identity != seen:
             try:
-                self.cached = self.load()
+                content = self.load()
             except ProgramError as error:
-                self.cached = error
-        if isinstance(self.cached, ProgramError):
-            raise self.cached.with_traceback(None)
-        return None if self.cached is None else dict(self.cached)
+                content = error
+            self.peeked = identity, now + TOKEN_LOOK_SECONDS, content
+        if isinstance(content, ProgramError):
+            raise content.with_traceback(None)
+        return None if content is None else dict(content)
 
     def need(self, provider: str, service: str, *, peeks: bool = False) -> Json:
         try:
@@ -13822,11 +13474,7 @@ class TokenFile:
             self.unsaved = {}  # revoked meanwhile
             return
         try:
-            try:
-                content = load_private_json(self.path) or {}
-            except Damaged:
-                quarantine(self.path)
-                content = {}
+            content = self.load_or_quarantine()
             merged = {k: v for k, v in {**content, **self.unsaved}.items() if v is not None}
             save_private_json(self.path, merged)
         except (OSError, ProgramError) as error:  # a file that cannot be trusted is left alone
@@ -13842,23 +13490,97 @@ class TokenFile:
             self.save({})
 
     def replace(self, content: Json) -> None:
+        with contextlib.suppress(ProgramError):  # a link, or unreadable: only its name is reused
+            self.load_or_quarantine()
+        save_private_json(self.path, content)
+
+    def load_or_quarantine(self) -> Json:
         try:
-            load_private_json(self.path)
+            return load_private_json(self.path) or {}
         except Damaged:
             quarantine(self.path)
-        except ProgramError:
-            pass  # a link, or not ours to read: only its name is reused
-        save_private_json(self.path, content)
+            return {}
 
     def remove(self) -> list[str]:
         """Deletes the sign-in and damaged ones kept aside; returns their paths; raises OSError."""
         folder = os.path.dirname(self.path)
-        removed = []
-        for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
-            if name == "token.json" or name.startswith(("token.json.damaged-", ".new-")):
-                os.unlink(os.path.join(folder, name))
-                removed.append(os.path.join(folder, name))
-        return removed
+        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+        ours = ("token.json.damaged-", ".new-")
+        paths = [os.path.join(folder, n) for n in names if n == "token.json" or n.startswith(ours)]
+        for path in paths:
+            os.unlink(path)
+        return paths
+
+
+def load_machine(paths: Paths) -> tuple[str, str]:
+    """(machine id, device id): random, made once, or per process if they cannot be saved."""
+    try:
+        saved = load_private_json(paths.machine_file) or {}
+        machine, device = saved.get("machine_id"), saved.get("device_id")
+        if isinstance(machine, str) and isinstance(device, str):
+            return machine, device
+    except ProgramError as error:
+        log_event("warning", "machine_file_unusable", reason=error)
+    machine, device = os.urandom(32).hex(), format_uuid(os.urandom(16).hex())
+    try:
+        save_private_json(paths.machine_file, {"machine_id": machine, "device_id": device})
+    except OSError as error:
+        log_event("warning", "machine_file_not_saved", reason=error.strerror)
+    return machine, device
+
+
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+LOG_LINE = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+Z ([A-Z]+) ")
+
+
+class LogFilter:
+    """Selects log lines of a level or above; continuation lines go with the line before."""
+
+    def __init__(self, level: str) -> None:
+        self.levels = LEVELS[LEVELS.index(level.upper()) :]
+        self.accepting = True
+
+    def takes(self, line: str) -> bool:
+        line_match = LOG_LINE.match(line)
+        if line_match:
+            self.accepting = line_match[1] in self.levels or line_match[1] not in LEVELS
+        return self.accepting
+
+
+def open_log(path: str) -> TextIO:
+    """A log file, to be read; raises OSError."""
+    return os.fdopen(open_plain(path, "O_RDONLY"), encoding="utf-8", errors="replace")
+
+
+def read_log_tail(file: TextIO, path: str, lines: int, level: str) -> list[str]:
+    """The last lines of a log: of rotated files, then of `file`, read to its end."""
+    tail: deque[str] = deque(maxlen=min(max(lines, 0), MAX_LOG_LINES))
+    with contextlib.ExitStack() as stack:
+        files = [file]
+        for index in range(1, LOG_FILES):
+            with contextlib.suppress(OSError):
+                files.insert(0, stack.enter_context(open_log(f"{path}.{index}")))
+        for log in files:
+            tail.extend(filter(LogFilter(level).takes, log.read().splitlines()))
+    while tail and sum(map(len, tail)) > MAX_CONTROL_BYTES // 2:
+        tail = deque(list(tail)[len(tail) // 2 :])
+    return list(tail)
+
+
+def load_log_tail(path: str, lines: int, level: str) -> list[str]:
+    try:
+        with open_log(path) as file:
+            return read_log_tail(file, path, lines, level)
+    except OSError as error:
+        raise ProgramError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+# 14.2 sign-ins that other programs keep
+
+
+def sign_in_command(kind: str, name: str) -> str:
+    name_option = "" if name == kind else f" --name {name}"
+    return f"{program_words(sys.argv[0])} auth {kind}{name_option}"
 
 
 def read_json_file(path: str) -> Json | None:
@@ -13995,182 +13717,87 @@ def read_cli_login(path: str, key: str) -> Json:
     return read_kiro_import(body, registration, profile, kind)
 
 
-def load_machine(paths: Paths) -> tuple[str, str]:
-    """(machine id, device id): random, made once, or per process if they cannot be saved."""
-    try:
-        saved = load_private_json(paths.machine_file) or {}
-        machine, device = saved.get("machine_id"), saved.get("device_id")
-        if isinstance(machine, str) and isinstance(device, str):
-            return machine, device
-    except ProgramError as error:
-        log_event("warning", "machine_file_unusable", reason=error)
-    machine, device = os.urandom(32).hex(), format_uuid(os.urandom(16).hex())
-    try:
-        save_private_json(paths.machine_file, {"machine_id": machine, "device_id": device})
-    except OSError as error:
-        log_event("warning", "machine_file_not_saved", reason=error.strerror)
-    return machine, device
+# 14.3 usage
 
-
-LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
-LOG_LINE = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+Z ([A-Z]+) ")
-
-
-class LogFilter:
-    """Selects log lines of a level or above; continuation lines go with the line before."""
-
-    def __init__(self, level: str) -> None:
-        self.levels = LEVELS[LEVELS.index(level.upper()) :]
-        self.accepting = True
-
-    def takes(self, line: str) -> bool:
-        line_match = LOG_LINE.match(line)
-        if line_match:
-            self.accepting = line_match[1] in self.levels or line_match[1] not in LEVELS
-        return self.accepting
-
-
-def open_log(path: str) -> TextIO:
-    """A log file, to be read; raises OSError."""
-    return os.fdopen(open_plain(path, "O_RDONLY"), encoding="utf-8", errors="replace")
-
-
-def read_log_tail(file: TextIO, path: str, lines: int, level: str) -> list[str]:
-    """The last lines of a log: `file`, read to its end, then rotated files as far as needed."""
-    lines = min(max(lines, 0), MAX_LOG_LINES)
-    log_filter = LogFilter(level)
-    tail = [line for line in file.read().splitlines() if log_filter.takes(line)]
-    for index in range(1, LOG_FILES):
-        if len(tail) >= lines:
-            break
-        try:
-            with open_log(f"{path}.{index}") as rotated:
-                log_filter = LogFilter(level)
-                tail = [
-                    line for line in rotated.read().splitlines() if log_filter.takes(line)
-                ] + tail
-        except OSError:
-            break
-    tail = tail[-lines:] if lines else []
-    while tail and sum(map(len, tail)) > MAX_CONTROL_BYTES // 2:
-        tail = tail[len(tail) // 2 :]
-    return tail
-
-
-def load_log_tail(path: str, lines: int, level: str) -> list[str]:
-    try:
-        with open_log(path) as file:
-            return read_log_tail(file, path, lines, level)
-    except OSError as error:
-        raise ProgramError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-# 14.2 usage
-
-USAGE_VERSION = 1
-ANSWER_COLUMNS = (
-    "at", "provider", "account", "model", "label", "dialect", "streamed", "status", "kind",
-    "duration_s", "first_byte_s", "input", "cache_read", "cache_write", "output", "reasoning",
-    "nano_credits", "source", "credits_source",
-)  # fmt: skip
+USAGE_VERSION = 2
+USAGE_KEYS = (*USAGE_NAMES, "shown", "spent")
+USAGE_COLUMNS = ("at", *USAGE_KEYS, *USAGE_DETAILS, *USAGE_FIGURES)
+USAGE_SUM_COLUMNS = ("at", *USAGE_KEYS, *USAGE_FIGURES)
 USAGE_SCHEMA = f"""
-    -- what was asked lately, one by one
-    CREATE TABLE answers (id INTEGER PRIMARY KEY, {", ".join(ANSWER_COLUMNS)});
-    -- sums by slots of SLOT_SECONDS since 1970
-    CREATE TABLE sums (
-        slot INTEGER, {", ".join(SUM_KEYS)}, {", ".join(SUM_FIELDS)},
-        PRIMARY KEY (slot, {", ".join(SUM_KEYS)})
-    ) WITHOUT ROWID;
-    -- what caps look at: a reset of the usage does not lift them
-    CREATE TABLE spent (
-        day, provider, label, tokens, nano_credits, PRIMARY KEY (day, provider, label)
-    ) WITHOUT ROWID;
+    -- a request, or the sum of a day's: shown in reports, spent as the caps see it
+    CREATE TABLE requests (
+        id INTEGER PRIMARY KEY, at, {", ".join((*USAGE_KEYS, *USAGE_DETAILS))},
+        {", ".join(f"{name} DEFAULT 0" for name in USAGE_FIGURES)}
+    );
+    CREATE INDEX requests_at ON requests (at);
     PRAGMA user_version = {USAGE_VERSION}
 """
-
-
-def insert_sql(table: str, columns: Iterable[str], summed: Iterable[str] = ()) -> str:
-    """Columns in `summed` are added up if the key exists."""
-    names = tuple(columns)
-    placeholders = ", ".join("?" * len(names))
-    assignments = ", ".join(f"{name} = {name} + excluded.{name}" for name in summed)
-    upsert = f" ON CONFLICT DO UPDATE SET {assignments}" if assignments else ""
-    return f"INSERT INTO {table} ({', '.join(names)}) VALUES ({placeholders}){upsert}"
-
-
-INSERT_ANSWER = insert_sql("answers", ANSWER_COLUMNS)
-ADD_SUMS = insert_sql("sums", ("slot", *SUM_KEYS, *SUM_FIELDS), SUM_FIELDS)
-ADD_SPENT = insert_sql(
-    "spent", ("day", "provider", "label", "tokens", "nano_credits"), ("tokens", "nano_credits")
+# From version 1: its sums by quarters of an hour, and by day what caps look at.
+USAGE_MIGRATION = f"""
+    INSERT INTO requests ({", ".join(USAGE_SUM_COLUMNS)})
+        SELECT slot * 900, {", ".join(USAGE_NAMES)}, 1, 0, requests, errors, cancelled,
+            input + cache_read + cache_write, cache_read, cache_write, output, reasoning,
+            nano_credits, reported, derived, estimated, credits_reported, credits_derived,
+            credits_estimated, duration_ms, first_bytes, first_byte_ms
+        FROM sums;
+    INSERT INTO requests (at, provider, label, shown, spent, input_tokens, nano_credits)
+        SELECT CAST(strftime('%s', day, 'utc') AS INTEGER), provider, label, 0, 1, tokens,
+            nano_credits
+        FROM spent;
+    DROP TABLE answers;
+    DROP TABLE sums;
+    DROP TABLE spent
+"""
+INSERT_REQUEST = (
+    f"INSERT INTO requests ({', '.join(USAGE_COLUMNS)}) "
+    f"VALUES ({', '.join(f':{name}' for name in USAGE_COLUMNS)})"
 )
-DAY_SLOTS = 86400 // SLOT_SECONDS
 # `total` adds numbers of any size; `sum` fails beyond 2**63.
-SUMMED = ", ".join(f"CAST(total({name}) AS INTEGER)" for name in SUM_FIELDS)
-# Column to group by -> SQL.
-GROUP_SQL = {
-    "day": f"strftime('%Y-%m-%d', slot * {SLOT_SECONDS}, 'unixepoch', 'localtime')",
-    **{name: name for name in SUM_KEYS},
-}
-
-
-def usage_row(record: UsageRecord) -> tuple[Any, ...]:
-    usage = record.usage
-    return tuple(
-        getattr(record if hasattr(record, name) else usage, name) for name in ANSWER_COLUMNS
-    )
-
-
-def read_usage_row(row: tuple[Any, ...]) -> UsageRecord:
-    values = dict(zip(ANSWER_COLUMNS, row, strict=True))
-    usage = Usage(
-        **{item.name: values.pop(item.name) for item in fields(Usage) if item.name in values}
-    )
-    return UsageRecord(**{**values, "streamed": bool(values["streamed"]), "usage": usage})
-
-
+USAGE_TOTALS = ", ".join(f"CAST(total({name}) AS INTEGER)" for name in USAGE_FIGURES)
+DAY_SQL = "date(at, 'unixepoch', 'localtime')"
 # How SQLite reports an unexpected schema.
 OTHER_TABLES = re.compile(r"no such (?:table|column)|has no column|already exists")
 
 
-class NewerDatabase(Exception):
-    """The database was made by a later version of this program: it is left alone."""
+@contextlib.contextmanager
+def transaction(connection: sqlite3.Connection, mode: str = "IMMEDIATE") -> Iterator[None]:
+    """All or nothing; IMMEDIATE takes the write lock at the start."""
+    connection.execute(f"BEGIN {mode}")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
 
 
 class UsageStore:
     """The usage database.  Several processes may share one; each writes in batches.
 
-    What cannot be written now stays in memory, is included in every report, and is retried: no
-    request ever waits for it.  To be used by one thread at a time.
+    What cannot be written now stays in memory, the latest MAX_WAITING_ANSWERS rows of it, and is
+    retried: no request ever waits for it.  To be used by one thread at a time.
     """
 
     def __init__(
-        self,
-        path: str,
-        busy_s: float = USAGE_BUSY_SECONDS,
-        locked_s: float = USAGE_LOCKED_SECONDS,
-        max_pages: int = MAX_USAGE_PAGES,
+        self, path: str, busy_s: float = USAGE_BUSY_SECONDS, max_pages: int = MAX_USAGE_PAGES
     ) -> None:
         self.path = path
         self.busy_s = busy_s
-        self.locked_s = locked_s
         self.max_pages = max_pages
         self.connection: sqlite3.Connection | None = None
-        #: of the open file: another process may set it aside
+        #: device and inode of the open file: another process may set it aside
         self.identity: tuple[int, int] | None = None
-        #: not written yet
-        self.answers: list[UsageRecord] = []
-        self.sums: Sums = {}
-        self.spent: dict[tuple[str, str, str], list[int]] = {}
-        #: rows of single responses that were dropped; their sums never are
+        #: rows that are not written yet
+        self.pending: list[Json] = []
+        #: rows that were dropped
         self.lost = 0
-        #: the last problem logged, so that it is logged once
+        #: the last problem of a write, so that it is logged once
         self.trouble = ""
         #: monotonic
-        self.locked_since: float | None = None
-        self.pruned_at = float("-inf")
-        self.unpruned = 0
-
-    # -- opening
+        self.prune_at = 0.0
+        #: (version of the database, month) that spending was last read or written at
+        self.spending_seen: tuple[int, float] | None = None
 
     def open(self) -> sqlite3.Connection:
         """The database, created if need be; raises sqlite3.Error and OSError."""
@@ -14180,18 +13807,10 @@ class UsageStore:
         make_private_dir(os.path.dirname(self.path))
         # SQLite gives its -wal and -shm files the same mode.
         os.close(open_trusted(self.path, "O_RDWR", "O_CREAT", "O_NOFOLLOW"))
-        connection = sqlite3.connect(
+        connection = self.connection = sqlite3.connect(
             self.path, timeout=self.busy_s, isolation_level=None, check_same_thread=False
         )
-        try:
-            self.prepare(connection)
-        except BaseException:
-            connection.close()
-            raise
-        self.connection, self.identity = connection, self.find_identity()
-        return connection
-
-    def prepare(self, connection: sqlite3.Connection) -> None:
+        self.identity, self.spending_seen = self.find_identity(), None
         for pragma in (
             "journal_mode = WAL",
             "synchronous = NORMAL",
@@ -14199,12 +13818,20 @@ class UsageStore:
             f"journal_size_limit = {4 * MIB}",
         ):
             connection.execute(f"PRAGMA {pragma}")
-        with transaction(connection):
-            (version,) = connection.execute("PRAGMA user_version").fetchone()
-            if version > USAGE_VERSION:
-                raise NewerDatabase(f"it was made by a later version ({version})")
-            for statement in USAGE_SCHEMA.split(";") if version < USAGE_VERSION else ():
-                connection.execute(statement)
+        if self.find_version(connection) < USAGE_VERSION:
+            with transaction(connection):
+                version = self.find_version(connection)
+                script = f"{USAGE_SCHEMA}; {USAGE_MIGRATION}" if version == 1 else USAGE_SCHEMA
+                for statement in script.split(";") if version < USAGE_VERSION else ():
+                    connection.execute(statement)
+        return connection
+
+    @staticmethod
+    def find_version(connection: sqlite3.Connection) -> int:
+        version: int = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version > USAGE_VERSION:
+            raise sqlite3.NotSupportedError(f"it was made by a later version ({version})")
+        return version
 
     def find_identity(self) -> tuple[int, int] | None:
         try:
@@ -14220,263 +13847,189 @@ class UsageStore:
 
     # -- trouble
 
-    def recover(self, error: sqlite3.Error | OSError | NewerDatabase) -> bool:
-        """Whether to retry at once after `error`; logs what is wrong, once."""
-        code = getattr(error, "sqlite_errorcode", None)
-        primary_code = None if code is None else code & 0xFF
-        if primary_code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            now = time.monotonic()
-            self.locked_since = now if self.locked_since is None else self.locked_since
-            if now - self.locked_since < self.locked_s:
-                return self.log_problem(error)
-            return self.quarantine("locked", error)
-        is_foreign = primary_code == sqlite3.SQLITE_ERROR and OTHER_TABLES.search(str(error))
-        if primary_code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or is_foreign:
-            return self.quarantine("damaged", error)
-        if primary_code == sqlite3.SQLITE_FULL and self.delete_half():
-            return True
-        self.close()
-        return self.log_problem(error)
+    def do(
+        self, work: Callable[[sqlite3.Connection], Result], mode: str = "IMMEDIATE"
+    ) -> Result | None:
+        """The result of `work` in a transaction; None if that failed and no rescue helped.
 
-    def log_problem(self, error: Exception) -> bool:
-        """Logs a problem, once; returns False, as nothing has been done about it."""
+        With the mode DEFERRED it only reads, and waits for no other process.
+        """
+        for is_last in (False, True):
+            try:
+                connection = self.open()
+                with transaction(connection, mode):
+                    result = work(connection)
+            except (sqlite3.Error, OSError) as error:
+                if is_last or not self.rescue(error):
+                    self.log_problem(error)
+                    return None
+            else:
+                break
+        if self.trouble and (mode == "IMMEDIATE" or not self.pending):
+            log_event("info", "usage_written_again", path=self.path)
+            self.trouble = ""
+        return result
+
+    def rescue(self, error: sqlite3.Error | OSError) -> bool:
+        """Makes room in a full database, renames a damaged one; whether to retry."""
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        is_foreign = code == sqlite3.SQLITE_ERROR and OTHER_TABLES.search(str(error))
+        try:
+            if code == sqlite3.SQLITE_FULL and self.connection is not None:
+                (pages,) = self.connection.execute("PRAGMA page_count").fetchone()
+                if pages * 4 > self.max_pages * 3:  # otherwise it is the disk that is full
+                    log_event("warning", "usage_database_full", path=self.path)
+                    with transaction(self.connection):
+                        self.merge_half(self.connection)
+                    return True
+            self.close()
+            if is_foreign or code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+                log_event("error", "usage_database_unusable", path=self.path, reason=error)
+                for path in (self.path, f"{self.path}-wal", f"{self.path}-shm"):
+                    if os.path.lexists(path):
+                        quarantine(path)
+                return True
+        except (sqlite3.Error, OSError) as rescue_error:
+            self.log_problem(rescue_error)
+        return False
+
+    def log_problem(self, error: Exception) -> None:
         reason = getattr(error, "strerror", None) or str(error)
         if reason != self.trouble:
             self.trouble = reason
             log_event("warning", "usage_not_written", path=self.path, reason=reason)
-        return False
-
-    def quarantine(self, reason: str, error: Exception) -> bool:
-        """Renames an unusable database so that a new one is created; whether it is gone."""
-        log_event("error", "usage_database_unusable", path=self.path, reason=error)
-        self.locked_since = None
-        self.close()
-        try:
-            for suffix in ("", "-wal", "-shm"):
-                if os.path.lexists(self.path + suffix):
-                    quarantine(self.path + suffix, reason)
-        except OSError as rename_error:
-            return self.log_problem(rename_error)
-        return True
-
-    def delete_half(self) -> bool:
-        """Deletes or folds half of the rows, to reuse their space; False if the disk is full."""
-        if self.connection is None:
-            return False
-        log_event("warning", "usage_database_full", path=self.path)
-        try:
-            with transaction(self.connection):
-                for table, column in (("answers", "id"), ("sums", "slot")):
-                    sql = f"SELECT count(*) / 2 FROM {table}"
-                    (half,) = self.connection.execute(sql).fetchone()
-                    if table == "sums" and self.aggregate(self.connection, half):
-                        continue
-                    self.connection.execute(
-                        f"DELETE FROM {table} WHERE {column} <= "
-                        f"(SELECT {column} FROM {table} ORDER BY {column} LIMIT 1 OFFSET ?)",
-                        (half,),
-                    )
-        except sqlite3.Error:
-            return False
-        return True
-
-    def do(self, work: Callable[[sqlite3.Connection], Any]) -> bool:
-        for _ in range(2):
-            try:
-                connection = self.open()
-                with transaction(connection):
-                    work(connection)
-            except (sqlite3.Error, OSError, NewerDatabase) as error:
-                if not self.recover(error):
-                    return False
-            else:
-                if self.trouble:
-                    log_event("info", "usage_written_again", path=self.path)
-                self.trouble, self.locked_since = "", None
-                return True
-        return False
 
     # -- writing
 
-    def take(self, records: list[UsageRecord]) -> None:
-        """Queues records; drops those that no database can hold."""
-        received, records = records, list(filter(is_storable, records))
-        if len(records) < len(received):
-            log_event("error", "usage_rows_dropped", rows=len(received) - len(records))
-        for record in records:
-            slot = int(record.at) // SLOT_SECONDS
-            key = (slot, *(getattr(record, name) for name in SUM_KEYS))
-            if key not in self.sums and len(self.sums) >= MAX_WAITING_SUMS:
-                key = (slot, record.provider, record.account, OTHER, OTHER)
-            self.sums.setdefault(key, Totals()).add(usage_figures(record))
-            if not record.costs:
-                continue
-            amounts = self.spent.setdefault(
-                (local_day(slot), record.provider, record.label), [0, 0]
-            )
-            amounts[0] += record.usage.prompt + record.usage.output
-            amounts[1] += record.usage.nano_credits
-        self.answers += records
-        if len(self.answers) > MAX_WAITING_ANSWERS:
-            self.lost += len(self.answers) - MAX_WAITING_ANSWERS
-            del self.answers[:-MAX_WAITING_ANSWERS]
+    def write(self, records: list[UsageRecord], month: float = 0.0) -> list[Any] | None:
+        """Returns (day, provider, label, tokens, nano-credits) of all spent since `month`.
 
-    def write(self, records: list[UsageRecord], month: str = "") -> list[tuple[Any, ...]] | None:
-        """Returns what was spent from the day `month` on; None on failure, or if that is ""."""
-        self.take(records)
-        spent: list[tuple[Any, ...]] = []
+        None if that is 0, if writing failed, or if nobody else has written since the last time.
+        """
+        self.pending += [record.row() for record in records]
+        surplus = max(0, len(self.pending) - MAX_WAITING_ANSWERS)
+        self.lost += surplus
+        del self.pending[:surplus]
 
-        def work(connection: sqlite3.Connection) -> None:
-            connection.executemany(INSERT_ANSWER, map(usage_row, self.answers))
-            rows = ((*key, *total.figures) for key, total in self.sums.items())
-            connection.executemany(ADD_SUMS, rows)
-            self.unpruned += len(self.sums)
-            rows = ((*key, *figures) for key, figures in self.spent.items())
-            connection.executemany(ADD_SPENT, rows)
+        def work(connection: sqlite3.Connection) -> tuple[tuple[int, float], list[Any] | None]:
+            connection.executemany(INSERT_REQUEST, self.pending)
             self.prune(connection)
-            if month:
-                sql = "SELECT * FROM spent WHERE day >= ?"
-                spent[:] = connection.execute(sql, (month,)).fetchall()
+            # The version changes with what other connections write.
+            seen = (connection.execute("PRAGMA data_version").fetchone()[0], month)
+            if not month or seen == self.spending_seen:
+                return seen, None
+            rows = connection.execute(
+                f"SELECT {DAY_SQL}, provider, label, "
+                "CAST(total(input_tokens + output_tokens) AS INTEGER), "
+                "CAST(total(nano_credits) AS INTEGER) "
+                "FROM requests WHERE spent AND at >= ? GROUP BY 1, 2, 3",
+                (month,),
+            )
+            return seen, rows.fetchall()
 
-        if not self.do(work):
+        result = self.do(work)
+        if result is None:
             return None
-        self.answers, self.sums, self.spent = [], {}, {}
-        return spent if month else None
+        self.pending = []
+        self.spending_seen, spending = result
+        return spending
 
     def prune(self, connection: sqlite3.Connection) -> None:
-        connection.execute(
-            "DELETE FROM answers WHERE id <= (SELECT max(id) FROM answers) - ?", (MAX_ANSWER_ROWS,)
-        )
-        now = time.monotonic()
-        if now - self.pruned_at < USAGE_PRUNE_SECONDS and self.unpruned < PRUNE_SUM_ROWS:
+        """Deletes what is too old, and merges what is old by day."""
+        if time.monotonic() < self.prune_at:
             return
-        self.pruned_at, self.unpruned = now, 0
-        slot = int(time.time()) // SLOT_SECONDS
-        oldest = slot - MAX_SUM_DAYS * 86400 // SLOT_SECONDS
-        connection.execute("DELETE FROM sums WHERE slot < ?", (oldest,))
-        self.aggregate(connection, MAX_SUM_ROWS)
-        day = local_day(slot - MAX_SPENT_DAYS * 86400 // SLOT_SECONDS)
-        connection.execute("DELETE FROM spent WHERE day < ?", (day,))
+        self.prune_at = time.monotonic() + USAGE_PRUNE_SECONDS
+        today = dt.datetime.combine(dt.date.today(), dt.time()).timestamp()
+        oldest = today - MAX_USAGE_DAYS * 86400
+        connection.execute("DELETE FROM requests WHERE at < ?", (oldest,))
+        single = today - MAX_SINGLE_DAYS * 86400
+        connection.execute("DELETE FROM requests WHERE at < ? AND NOT shown", (single,))
+        self.merge(connection, "at < ? AND status IS NOT NULL", single)
+
+    def merge_half(self, connection: sqlite3.Connection) -> None:
+        """Makes room: the models of the older half of the rows are not kept."""
+        (count,) = connection.execute("SELECT count(*) FROM requests").fetchone()
+        sql = "SELECT id FROM requests ORDER BY id LIMIT 1 OFFSET ?"
+        for (middle,) in connection.execute(sql, (count // 2,)).fetchall():
+            self.merge(connection, "id <= ?", middle, model=f"'{OTHER}'")
 
     @staticmethod
-    def aggregate(connection: sqlite3.Connection, max_rows: int) -> bool:
-        """Merges rows into "other" if they exceed `max_rows`; whether there were any to merge.
-
-        Only days with more than their share lose rows, the smallest ones: a client that makes up
-        names today costs no other day anything.
-        """
-        named_filter = f"model != '{OTHER}' OR label != '{OTHER}'"
-        sql = f"SELECT slot / {DAY_SLOTS}, count(*) FROM sums WHERE {named_filter} GROUP BY 1"
-        days = connection.execute(sql).fetchall()
-        if sum(rows for _, rows in days) <= max_rows:
-            return False
-        day_limit = max_rows // len(days)
-        for day in (day for day, rows in days if rows > day_limit):
-            span = (day * DAY_SLOTS, (day + 1) * DAY_SLOTS)
-            connection.execute(
-                f"CREATE TEMP TABLE small AS SELECT * FROM sums WHERE slot >= ? AND slot < ? "
-                f"AND ({named_filter}) ORDER BY requests DESC LIMIT -1 OFFSET ?",
-                (*span, day_limit // 2),
-            )
-            keys = ", ".join(("slot", *SUM_KEYS))
-            connection.execute(f"DELETE FROM sums WHERE ({keys}) IN (SELECT {keys} FROM small)")
-            rows = connection.execute(
-                f"SELECT slot, provider, account, '{OTHER}', '{OTHER}', {SUMMED} FROM small "
-                "GROUP BY slot, provider, account"
-            )
-            connection.executemany(ADD_SUMS, rows.fetchall())
-            connection.execute("DROP TABLE small")
-        return True
+    def merge(
+        connection: sqlite3.Connection, condition: str, value: float, model: str = "model"
+    ) -> None:
+        """Replaces the rows that meet a condition by one for each day and name."""
+        keys = ", ".join(USAGE_KEYS).replace("model", model)
+        rows = connection.execute(
+            f"SELECT min(at), {keys}, {USAGE_TOTALS} FROM requests WHERE {condition} "
+            f"GROUP BY {DAY_SQL}, {keys}",
+            (value,),
+        ).fetchall()
+        connection.execute(f"DELETE FROM requests WHERE {condition}", (value,))
+        placeholders = ", ".join("?" * len(USAGE_SUM_COLUMNS))
+        sql = f"INSERT INTO requests ({', '.join(USAGE_SUM_COLUMNS)}) VALUES ({placeholders})"
+        connection.executemany(sql, rows)
 
     def reset(self) -> bool:
         """Deletes all but what caps need; False if that failed and nothing was deleted."""
 
-        def work(connection: sqlite3.Connection) -> None:
-            connection.execute("DELETE FROM answers")
-            connection.execute("DELETE FROM sums")
+        def work(connection: sqlite3.Connection) -> bool:
+            connection.executemany(INSERT_REQUEST, self.pending)
+            connection.execute("DELETE FROM requests WHERE NOT spent")
+            sql = "UPDATE requests SET account = '', model = ?, shown = 0"
+            connection.execute(sql, (OTHER,))
+            self.merge(connection, "id > ?", 0)
+            return True
 
-        is_done = self.do(work)
+        is_done = bool(self.do(work))
         if is_done:
-            self.answers, self.sums = [], {}
+            self.pending = []
         return is_done
 
     # -- reading
 
     def report(self, query: UsageQuery, now: float) -> Json:
         """The response of `/v1/usage`, without what only a running gateway knows."""
-        first_slot = 0 if query.since is None else int(query.since) // SLOT_SECONDS
-        data: Json = {}
+        since = query.since or 0.0
+        names = USAGE_GROUPS.get(query.by, ())
 
-        def work(connection: sqlite3.Connection) -> None:
-            data["models"] = self.read_totals(connection, ("provider", "model"), first_slot)
-            if query.by:
-                names = USAGE_GROUPS[query.by]
-                data["groups"] = self.read_totals(connection, names, first_slot)
-            sql = "SELECT min(slot) FROM sums WHERE slot >= ?"
-            data["slot"] = connection.execute(sql, (first_slot,)).fetchone()[0]
-            data["recent"] = self.read_recent(connection, query)
+        def work(connection: sqlite3.Connection) -> tuple[Any, ...]:
+            models = self.read_totals(connection, ("provider", "model"), since)
+            groups = self.read_totals(connection, names, since) if names else []
+            sql = "SELECT CAST(min(at) AS INTEGER) FROM requests WHERE shown AND at >= ?"
+            (first,) = connection.execute(sql, (since,)).fetchone()
+            rows = connection.execute(
+                f"SELECT {', '.join(USAGE_COLUMNS)} FROM requests "
+                "WHERE shown AND status IS NOT NULL AND at >= ? ORDER BY id DESC LIMIT ?",
+                (since, query.recent),
+            )
+            recent = [request_row(dict(zip(USAGE_COLUMNS, row, strict=True))) for row in rows]
+            return models, first, groups, recent
 
-        if not self.do(work):
-            data = {"models": {}, "groups": {}, "slot": None, "recent": []}
-            self.add_unwritten(data["models"], ("provider", "model"), first_slot)
-            if query.by:
-                self.add_unwritten(data["groups"], USAGE_GROUPS[query.by], first_slot)
-        slots = [slot for slot, *_ in self.sums] + [data["slot"] or math.inf]
-        first_second = min(slots) * SLOT_SECONDS
-        report = usage_report(data["models"])
-        report["since"] = (
-            None if first_second == math.inf else int(max(first_second, first_slot * SLOT_SECONDS))
-        )
-        report["until"] = int(now)
+        models, first, groups, recent = self.do(work, "DEFERRED") or ([], None, [], [])
+        report = {**usage_report(models), "since": first, "until": int(now)}
         if query.by:
-            report |= {"by": query.by, "rows": usage_rows(query.by, data["groups"])}
+            report["by"] = query.by
+            report["rows"] = [
+                {**dict(zip(names, row, strict=False)), **total_row(row[len(names) :])}
+                for row in groups
+            ]
         if query.recent:
-            rows = [*reversed(self.answers), *data["recent"]]
-            recent = [row for row in rows if query.since is None or row.at >= query.since]
-            report["recent"] = [answer.as_json() for answer in recent[: query.recent]]
+            report["recent"] = recent
         if self.trouble:
             report["trouble"] = f"{self.path}: {self.trouble}"
         return report
 
-    def read_totals(
-        self, connection: sqlite3.Connection, names: tuple[str, ...], first_slot: int
-    ) -> Sums:
-        columns = ", ".join(GROUP_SQL[name] for name in names)
-        rows = connection.execute(
-            f"SELECT {columns}, {SUMMED} FROM sums WHERE slot >= ? GROUP BY {columns}",
-            (first_slot,),
-        )
-        groups: Sums = {row[: len(names)]: Totals(row[len(names) :]) for row in rows}
-        self.add_unwritten(groups, names, first_slot)
-        return groups
-
-    def add_unwritten(self, groups: Sums, names: tuple[str, ...], first_slot: int) -> None:
-        for key, total in self.sums.items():
-            if key[0] >= first_slot:
-                row = dict(zip(("slot", *SUM_KEYS), key, strict=True))
-                row["day"] = local_day(key[0])
-                group = tuple(row[name] for name in names)
-                groups.setdefault(group, Totals()).add(total.figures)
-
     @staticmethod
-    def read_recent(connection: sqlite3.Connection, query: UsageQuery) -> list[UsageRecord]:
-        columns = ", ".join(ANSWER_COLUMNS)
-        sql = f"SELECT {columns} FROM answers WHERE at >= ? ORDER BY id DESC LIMIT ?"
-        rows = connection.execute(sql, (query.since or 0.0, query.recent))
-        return [read_usage_row(row) for row in rows]
-
-
-@contextlib.contextmanager
-def transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    """All or nothing; takes the write lock at the start."""
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        connection.execute("COMMIT")
-    except BaseException:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
-        raise
+    def read_totals(
+        connection: sqlite3.Connection, names: tuple[str, ...], since: float
+    ) -> list[tuple[Any, ...]]:
+        """Rows of (names, then USAGE_FIGURES), sorted by name."""
+        keys = ", ".join(DAY_SQL if name == "day" else name for name in names)
+        return connection.execute(
+            f"SELECT {keys}, {USAGE_TOTALS} FROM requests WHERE shown AND at >= ? "
+            f"GROUP BY {keys} ORDER BY {keys}",
+            (since,),
+        ).fetchall()
 
 
 class Ledger:
@@ -14494,7 +14047,7 @@ class Ledger:
         self.labels = NameTable(MAX_LABELS)
         self.models = NameTable(MAX_MODELS)
         self.spending = Spending()
-        #: set if there are caps: spending is read from the database, now and after each write
+        #: set if there are caps: spending is read from the database, now and as it changes
         self.spending_read: asyncio.Future[None] | None = None
         self.guard = RepeatGuard()
         self.metrics = Metrics()
@@ -14505,14 +14058,13 @@ class Ledger:
     def label(self, user_agent: str, limits: LimitsConfig) -> str:
         """`client_label`, limited to MAX_LABELS a day; one that has a cap is always kept."""
         label = client_label(user_agent)
-        today = local_day(int(time.time()) // SLOT_SECONDS)
-        return label if label in limits.labels else self.labels.known(label, today)
+        return label if label in limits.labels else self.labels.known(label, local_day(time.time()))
 
     def record(self, record: UsageRecord) -> None:
         """Counts a response; it is in the database within USAGE_WRITE_SECONDS and a tick."""
-        normalize_usage_record(record)
+        record.normalize()
         name = f"{record.provider}/{record.model}"
-        if self.models.known(name, local_day(int(record.at) // SLOT_SECONDS)) != name:
+        if self.models.known(name, local_day(record.at)) != name:
             record.model = OTHER
         self.pending.append(record)
         if record.costs:
@@ -14523,7 +14075,7 @@ class Ledger:
             self.ticker.add(self.tick)
 
     def count_waiting(self) -> int:
-        return len(self.pending) + len(self.store.answers)
+        return len(self.pending) + len(self.store.pending)
 
     def watch_cache(
         self, record: UsageRecord, request_info: RequestInfo, dialect: str, body: Json
@@ -14533,7 +14085,7 @@ class Ledger:
             return
         loop = asyncio.get_running_loop()
         hash_prompt = functools.partial(read_prompt, dialect, body, self.cache.salt)
-        record_prompt = functools.partial(self.record_prompt, record, request_info.session)
+        record_prompt = functools.partial(self.record_prompt, record, request_info)
         if request_info.size > CACHE_INLINE_BYTES:
             hashing = loop.run_in_executor(None, hash_prompt)
             hashing.add_done_callback(
@@ -14542,21 +14094,11 @@ class Ledger:
         else:
             loop.call_soon(lambda: record_prompt(hash_prompt()))
 
-    def record_prompt(self, record: UsageRecord, session: str, prompt: Prompt) -> None:
-        finding = self.cache.record(record, session, prompt)
-        if finding.is_news:
-            log_event(
-                "warning" if finding.found.name else "info",
-                "cache_miss",
-                provider=record.provider,
-                model=record.model,
-                conversation=finding.conversation,
-                why=finding.decision,
-                block=finding.found.name or "none",
-                how=finding.found.how or "none",
-                tokens=finding.lost,
-                hint=finding.hint,
-            )
+    def record_prompt(self, record: UsageRecord, info: RequestInfo, prompt: Prompt) -> None:
+        opening = info.opening.partition("\0")[2]  # without the system prompt
+        miss = self.cache.record(record, info.session, opening, prompt)
+        if miss is not None:
+            log_event("warning", "cache_miss", **miss)
 
     def tick(self, now: float) -> None:
         if now >= self.due_at and self.writing is None:
@@ -14565,7 +14107,7 @@ class Ledger:
     def begin_write(self) -> asyncio.Future[Any]:
         batch, self.pending = self.pending, []
         self.spending.begin_write()
-        month = time.strftime("%Y-%m-01") if self.spending_read else ""
+        month = month_start(time.time()) if self.spending_read else 0.0
         loop = asyncio.get_running_loop()
         self.writing = loop.run_in_executor(self.thread, self.store.write, batch, month)
         self.writing.add_done_callback(self.end_write)
@@ -14576,7 +14118,7 @@ class Ledger:
         if future.result() is not None:
             self.spending.replace(future.result())
         self.due_at = math.inf
-        if self.pending or self.store.sums:
+        if self.pending or self.store.pending:
             self.due_at = asyncio.get_running_loop().time() + USAGE_WRITE_SECONDS
         else:
             self.ticker.discard(self.tick)
@@ -14585,7 +14127,7 @@ class Ledger:
         """Writes all there is; `reads`: even nothing, to learn what other processes have spent."""
         while self.writing is not None:
             await asyncio.wait((self.writing,))
-        if reads or self.pending or self.store.sums:
+        if reads or self.pending or self.store.pending:
             await asyncio.wait((self.begin_write(),))
 
     # -- asking
@@ -14613,9 +14155,9 @@ class Ledger:
         loop = asyncio.get_running_loop()
         now = time.time()
         report: Json = await loop.run_in_executor(self.thread, self.store.report, query, now)
-        report["limits"] = self.spending.report(limits, now)
+        report["limits"] = list(self.spending.rows(limits, now))
         if query.cache:
-            report["cache"] = {"conversations": self.cache.report(now)}
+            report["cache"] = {"conversations": self.cache.report()}
         return report
 
     async def reset(self) -> None:
@@ -14624,7 +14166,7 @@ class Ledger:
         loop = asyncio.get_running_loop()
         if not await loop.run_in_executor(self.thread, self.store.reset):
             raise Overloaded(f"The usage database could not be emptied: {self.store.trouble}.")
-        self.cache.clear()
+        self.cache.watched.clear()
 
     async def close(self) -> None:
         await self.flush()
@@ -18530,11 +18072,11 @@ class Gateway:
     def resolve_name(self, name: str, catalogues: dict[str, dict[str, Model]]) -> Model | None:
         """The model for a name; for an alias, its first candidate that exists; otherwise None."""
         try:
-            routes = [self.router.place(r, catalogues) for r in self.router.candidates(name, None)]
+            candidates = self.router.candidates(name, None)
+            resolved = [self.router.resolve(route, catalogues) for route in candidates]
         except ApiError:
             return None
-        for route in routes:
-            model = find_model(route.model, catalogues.get(route.provider, {}))
+        for route, model in resolved:
             is_alias = route.explicit and name in self.router.aliases
             if model is None and is_alias and route.provider in catalogues:
                 model = self.providers[route.provider].guess(route.model)  # it will be tried
@@ -18658,16 +18200,16 @@ class Gateway:
     async def find_model(self, request: Request, name: str, route: Route) -> tuple[Provider, Model]:
         """The provider and the model that a route of a name leads to; raises ModelNotFound."""
         catalogues: dict[str, dict[str, Model]] = {}
+        model = None
         if not route.provider:
             catalogues = await self.catalogues()
-            route = self.router.place(route, catalogues)
+            route, model = self.router.resolve(route, catalogues)
         provider = self.providers[route.provider]
-        model = None
         try:
             with advising(provider):
-                model = find_model(route.model, await provider.models())
-                if model is None:
-                    model = find_model(route.model, await provider.models(refresh=True))
+                for refresh in (False, True):
+                    if model is None:
+                        model = find_model(route.model, await provider.models(refresh=refresh))
         except (UpstreamError, UpstreamTimeout) as error:
             if not route.explicit:
                 raise
@@ -20154,7 +19696,7 @@ def format_cost(row: Json, *sources: str) -> str:
 
 
 # Rows of `/v1/usage`, after the columns that they are grouped by.
-USAGE_COLUMNS: Columns = {
+REPORT_COLUMNS: Columns = {
     "REQUESTS": "request_count",
     "ERRORS": "error_count",
     "INPUT": lambda row: approximate(format_number(row["input_tokens"]), *row["token_sources"]),
@@ -20206,7 +19748,7 @@ def print_usage(report: Json) -> None:
         return lambda row: str(row.get(name, ""))
 
     columns: Columns = {name.upper(): format_group(name) for name in names}
-    columns |= USAGE_COLUMNS
+    columns |= REPORT_COLUMNS
     columns["TOKENS"] = lambda row: format_bar(row["total_tokens"] / most) if most else ""
     print_table(columns, rows, ("FIRST BYTE", "TIME", "ERRORS", "TOKENS", "CACHED"))
     if report["since"]:
@@ -20245,24 +19787,16 @@ CACHE_COLUMNS: Columns = {
     "INPUT": "input_tokens",
     "CACHED": "cache_read_tokens",
     "LOST": "lost_tokens",
-    "LAST": "last",
 }
 
 
 def print_cache(report: Json) -> None:
-    conversations = report["cache"]["conversations"]
-    print_table(CACHE_COLUMNS, conversations)
-    for row in conversations:
+    print_table(CACHE_COLUMNS, report["cache"]["conversations"])
+    for row in report["cache"]["conversations"]:
         if row["changed"]:
             changed = row["changed"]
             times = "once" if changed["times"] == 1 else f"{changed['times']} times"
-            where = f"{row['conversation']}: {changed['block']} {changed['how']} {times}"
-            tell(f"{where}: {changed['hint']}")
-    for decision, meaning in CACHE_VERDICTS.items():
-        if decision not in ("hit", "changed") and any(
-            row["last"] == decision for row in conversations
-        ):
-            tell(f"{decision}: {meaning}")
+            tell(f"{row['conversation']}: {changed['block']} changed {times}: {changed['hint']}")
 
 
 def format_share(percent: float | None) -> str:

@@ -30,7 +30,7 @@ def router(default: str = "copilot", enabled: tuple[str, ...] = tuple(CATALOGUES
 def placed(name: str, header: str | None = None) -> list[gw.Route]:
     """The routes of a name, each with its provider."""
     routes = router()
-    return [routes.place(route, CATALOGUES) for route in routes.candidates(name, header)]
+    return [routes.resolve(route, CATALOGUES)[0] for route in routes.candidates(name, header)]
 
 
 @pytest.mark.parametrize(
@@ -100,13 +100,22 @@ def test_a_header_must_name_an_enabled_provider() -> None:
 
 def test_a_name_nobody_has_is_answered_with_the_nearest_when_there_is_no_default() -> None:
     with pytest.raises(gw.ModelNotFound) as caught:
-        router("copilot", ("work", "echo")).place(gw.Route("", "own-1.6", False), CATALOGUES)
+        router("copilot", ("work", "echo")).resolve(gw.Route("", "own-1.6", False), CATALOGUES)
     assert "own-1.5" in caught.value.hint
 
 
 def test_a_provider_that_could_not_list_its_models_is_still_the_default() -> None:
-    route = router().place(gw.Route("", "gpt-4o", False), {"echo": CATALOGUES["echo"]})
-    assert (route.provider, route.explicit) == ("copilot", False)
+    route, model = router().resolve(gw.Route("", "gpt-4o", False), {"echo": CATALOGUES["echo"]})
+    assert (route.provider, route.explicit, model) == ("copilot", False, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("shared", "copilot/shared"), ("OWN-1-5", "work/own-1.5"), ("gpt-4.2", "")],
+)
+def test_a_name_is_resolved_to_the_model_of_its_provider(name: str, found: str) -> None:
+    _, model = router().resolve(gw.Route("", name, False), CATALOGUES)
+    assert (f"{model.provider}/{model.id}" if model else "") == found
 
 
 # ---- which error moves a request on, and which is told when all fail -----------------------------

@@ -31,6 +31,7 @@ Json = dict[str, Any]
 CHAT = "/v1/chat/completions"
 MESSAGES = "/v1/messages"
 NOON = dt.datetime(2026, 11, 22, 12, 0).timestamp()
+MONTH = dt.datetime(2026, 11, 1).timestamp()
 
 
 def answer(number: int = 1, at: float = NOON, **more: Any) -> gw.UsageRecord:
@@ -186,7 +187,7 @@ def test_a_label_has_caps_of_its_own() -> None:
     spending.check(capped, "a", "desk", NOON)
     with pytest.raises(gw.LimitReached, match=r"limits\.labels\.ci\.daily_tokens"):
         spending.check(capped, "b", "ci", NOON)
-    rows = spending.report(capped, NOON)
+    rows = list(spending.rows(capped, NOON))
     assert [(row["name"], row["used"], row["limit"]) for row in rows] == [
         ("labels.ci.daily_tokens", 11, 11)
     ]
@@ -198,9 +199,11 @@ def test_what_others_have_spent_counts_and_nothing_counts_twice() -> None:
     spending.begin_write()
     spending.add(answer())  # while that was written
     spending.replace([("2026-11-22", "p", "l", 111, 70)])  # with a hundred of another process
-    assert spending.used("providers", "p", "daily_tokens", NOON) == 122
-    assert spending.used("labels", "l", "monthly_tokens", NOON) == 122
-    assert spending.used("providers", "p", "daily_credits", NOON) == pytest.approx(77e-9)
+    capped = limits(daily_tokens=1000, daily_credits=1000)
+    capped.labels["l"] = gw.CapConfig(monthly_tokens=1000)
+    used = {row["name"]: row["used"] for row in spending.rows(capped, NOON)}
+    assert used["providers.p.daily_tokens"] == used["labels.l.monthly_tokens"] == 122
+    assert used["providers.p.daily_credits"] == pytest.approx(77e-9)
 
 
 def test_the_same_request_again_and_again_is_noticed() -> None:
@@ -276,9 +279,16 @@ def test_answers_come_back_as_they_were_the_newest_first(store: gw.UsageStore) -
         answer(2, NOON - 4, account="octocat"),
         answer(3, NOON - 3),
     ]
-    store.write(rows[:2])
-    store.take(rows[2:])  # not written yet, and shown all the same
-    assert report(store, recent="10")["recent"] == [row.as_json() for row in reversed(rows)]
+    store.write(rows)
+    found = report(store, recent="10")["recent"]
+    assert found == [gw.request_row(row.row()) for row in reversed(rows)]
+    assert found[2] == {
+        "at": NOON - 5, "provider": "p", "account": None, "model": "m", "label": "l",
+        "dialect": "chat", "streamed": False, "status": 499, "kind": "cancelled",
+        "duration_ms": 1500, "first_byte_ms": 250, "input_tokens": 6, "cache_read_tokens": 2,
+        "cache_write_tokens": 3, "output_tokens": 5, "reasoning_tokens": 1, "credits": 7e-9,
+        "input_source": "reported", "output_source": "reported", "credits_source": "reported",
+    }  # fmt: skip
     assert len(report(store, recent="2")["recent"]) == 2
     assert [row["at"] for row in report(store, recent="9", since=str(int(NOON) - 4))["recent"]] == [
         NOON - 3,
@@ -317,20 +327,22 @@ def test_the_files_are_their_owners_alone(store: gw.UsageStore, path: str) -> No
 
 
 def test_a_reset_forgets_all_but_what_caps_look_at(store: gw.UsageStore) -> None:
-    store.write([answer(1)])
-    store.take([answer(2)])
+    store.write([answer(1, account="octocat", model="secret-plan"), answer(9, costs=False)])
+    store.write([answer(2)])
     assert store.reset()
-    assert report(store, recent="5")["recent"] == []
-    assert report(store)["total"]["request_count"] == 0
-    spent = store.write([answer(3)], "2026-11-01")
-    assert spent == [("2026-11-22", "p", "l", 66, 42)]
+    found = report(store, recent="5", by="day")
+    assert found["recent"] == found["rows"] == [] and found["since"] is None
+    assert found["total"]["request_count"] == 0
+    assert store.write([answer(3)], MONTH) == [("2026-11-22", "p", "l", 66, 42)]
+    hidden = "SELECT account, model, status FROM requests WHERE NOT shown"
+    assert store.open().execute(hidden).fetchall() == [("", "other", None)]
 
 
 def test_a_reset_that_fails_forgets_nothing(store: gw.UsageStore, path: str) -> None:
     store.write([answer(1)])
-    store.take([answer(2)])
     with closing(sqlite3.connect(path, isolation_level=None)) as holder:
         holder.execute("BEGIN EXCLUSIVE")
+        store.write([answer(2)])
         assert not store.reset()
         holder.execute("ROLLBACK")
     store.write([])
@@ -338,51 +350,107 @@ def test_a_reset_that_fails_forgets_nothing(store: gw.UsageStore, path: str) -> 
 
 
 def test_what_costs_nothing_is_no_spending(store: gw.UsageStore) -> None:
-    assert store.write([answer(1, costs=False)], "2026-11-01") == []
+    assert store.write([answer(1, costs=False)], MONTH) == []
     assert report(store)["total"]["request_count"] == 1
 
 
-def test_rows_are_bounded_and_their_sums_are_not_lost(store: gw.UsageStore) -> None:
-    many = gw.MAX_ANSWER_ROWS + 500
-    for _ in range(0, many, 4000):
-        store.write([answer()] * 4000)
-    written = -(-many // 4000) * 4000
-    assert store.connection is not None
-    (kept,) = store.connection.execute("SELECT count(*) FROM answers").fetchone()
-    assert kept == gw.MAX_ANSWER_ROWS
-    assert report(store)["total"]["request_count"] == written
+def test_spending_is_read_again_where_another_process_has_written(
+    store: gw.UsageStore, path: str
+) -> None:
+    assert store.write([answer(1)], MONTH) == [("2026-11-22", "p", "l", 11, 7)]
+    assert store.write([answer(1)], MONTH) is None  # nothing but what the caller knows
+    with closing(gw.UsageStore(path)) as other:
+        other.write([answer(1)])
+    assert store.write([answer(1)], MONTH) == [("2026-11-22", "p", "l", 44, 28)]
+    assert store.write([], NOON + 1) == []  # a new month
+
+
+def test_old_requests_become_sums_of_their_day(store: gw.UsageStore) -> None:
+    now = time.time()
+    old = now - (gw.MAX_SINGLE_DAYS + 3) * 86400
+    rows = [
+        answer(number, old - day * 86400, model=f"m{number % 2}", kind="x" * (number % 3))
+        for day in range(20)
+        for number in range(1, 13)
+    ]
+    store.prune_at = math.inf
+    store.write([*rows, answer(at=now), answer(at=now - (gw.MAX_USAGE_DAYS + 3) * 86400)])
+    before = report(store, now, since="1000d", by="day")
+    store.prune_at = 0.0
+    store.write([])
+    (kept,) = store.open().execute("SELECT count(*) FROM requests").fetchone()
+    after = report(store, now, since=f"{gw.MAX_USAGE_DAYS}d", by="day", recent="9")
+    assert kept == 20 * 2 + 1 and len(after["recent"]) == 1
+    assert after["rows"] == before["rows"][1:]
+    assert after["total"]["request_count"] == before["total"]["request_count"] - 1 == 241
+
+
+def test_a_month_of_a_long_history_is_reported_in_no_time(store: gw.UsageStore) -> None:
+    store.prune_at = math.inf
+    connection = store.open()
+    columns = ", ".join(gw.USAGE_COLUMNS)
+    store.write([answer(at=0.0)])
+    values = columns.replace("at", f"{NOON} - (40000 - i) * 864", 1)
+    connection.execute(
+        f"WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 40000) "
+        f"INSERT INTO requests ({columns}) SELECT {values} FROM n, (SELECT * FROM requests)"
+    )
+    plan = str(
+        connection.execute("EXPLAIN QUERY PLAN SELECT * FROM requests WHERE at >= 1").fetchall()
+    )
+    assert "requests_at" in plan
+    started = time.perf_counter()
+    assert report(store, since="30d")["total"]["request_count"] == 3001
+    assert time.perf_counter() - started < 0.5
+
+
+VERSION_1 = """
+CREATE TABLE answers (id INTEGER PRIMARY KEY, at, provider);
+CREATE TABLE sums (
+    slot INTEGER, provider, account, model, label, requests, errors, cancelled, input, cache_read,
+    cache_write, output, reasoning, nano_credits, reported, derived, estimated, credits_reported,
+    credits_derived, credits_estimated, duration_ms, first_bytes, first_byte_ms,
+    PRIMARY KEY (slot, provider, account, model, label)
+) WITHOUT ROWID;
+CREATE TABLE spent (
+    day, provider, label, tokens, nano_credits, PRIMARY KEY (day, provider, label)
+) WITHOUT ROWID;
+PRAGMA user_version = 1;
+INSERT INTO answers VALUES (1, 1795350000.0, 'p');
+INSERT INTO spent VALUES ('2026-11-22', 'p', 'l', 111, 70);
+INSERT INTO sums VALUES (
+    1994833, 'p', 'a', 'm', 'l', 10, 2, 1, 100, 20, 3, 50, 5, 7000000000, 8, 1, 0, 9, 0, 0, 5000,
+    4, 800
+);
+"""
+
+
+def test_the_totals_of_version_1_are_kept(store: gw.UsageStore, path: str) -> None:
+    os.makedirs(os.path.dirname(path), mode=0o700)
+    with closing(sqlite3.connect(path)) as old:
+        old.executescript(VERSION_1)
+    os.chmod(path, 0o600)
+    assert store.write([], MONTH) == [("2026-11-22", "p", "l", 111, 70)]
+    found = report(store, by="day", recent="9")
+    assert found["recent"] == [] and found["since"] == 1994833 * 900
+    [row] = found["rows"]
+    assert row == {
+        "day": gw.local_day(1994833 * 900), "provider": "p", "request_count": 10, "error_count": 2,
+        "cancelled_count": 1, "input_tokens": 123, "cache_read_tokens": 20, "cache_write_tokens": 3,
+        "output_tokens": 50, "reasoning_tokens": 5, "total_tokens": 173,
+        "token_sources": {"reported": 8, "derived": 1}, "credits": 7.0,
+        "credit_sources": {"reported": 9}, "duration_ms": 500, "first_byte_ms": 200,
+    }  # fmt: skip
 
 
 def test_the_file_is_bounded_and_counting_goes_on(path: str) -> None:
     with closing(gw.UsageStore(path, max_pages=40)) as small:
         for number in range(60):
-            assert small.write([answer(label=f"{number}-{n}") for n in range(50)], "2026-11")
+            small.write([answer(model=f"{number}-{n}") for n in range(50)], MONTH)
         assert os.path.getsize(path) <= 40 * 4096
         assert small.trouble == ""
         assert report(small)["total"]["request_count"] == 3000  # rows were joined, none was lost
-
-
-def days_of(store: gw.UsageStore, now: float) -> list[str]:
-    """The days of which a store knows something."""
-    return [row["day"] for row in report(store, now, by="day")["rows"]]
-
-
-def test_a_fat_day_costs_no_other_day_anything(store: gw.UsageStore) -> None:
-    now = time.time() - 3600
-    store.write([answer(at=now - 86400 * day, model=f"m{n}") for day in range(365) for n in "ab"])
-    fat, slot = gw.MAX_SUM_ROWS + 50_000, int(now) // gw.SLOT_SECONDS
-    numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < ?)"
-    figures = ", 0" * (len(gw.SUM_FIELDS) - 1)
-    sql = f"INSERT INTO sums {numbers} SELECT ?, 'p', '', 'made-up-' || i, 'l', 1{figures} FROM n"
-    connection = store.open()
-    connection.execute(sql, (fat, slot))
-    store.pruned_at = float("-inf")
-    store.write([])
-    (rows,) = connection.execute("SELECT count(*) FROM sums").fetchone()
-    found = report(store, now, by="model")
-    assert rows <= gw.MAX_SUM_ROWS
-    assert (len(days_of(store, now)), found["total"]["request_count"]) == (365, 365 * 2 + fat)
-    assert {"ma", "mb", "other"} <= {row["model"] for row in found["rows"]}
+        assert [row["label"] for row in report(small, by="label")["rows"]] == ["l"]
 
 
 def test_the_thread_that_writes_is_there_before_it_is_needed(path: str) -> None:
@@ -392,24 +460,14 @@ def test_the_thread_that_writes_is_there_before_it_is_needed(path: str) -> None:
     ledger.thread.shutdown()
 
 
-def test_a_full_file_joins_rows_of_its_fattest_day_first(path: str) -> None:
+def test_a_full_file_joins_rows_and_keeps_their_days(path: str) -> None:
     with closing(gw.UsageStore(path, max_pages=60)) as small:
         small.write([answer(at=NOON - 86400 * day) for day in range(30)])
         for number in range(60):
             small.write([answer(model=f"{number}-{n}") for n in range(50)])
-        assert (small.trouble, small.sums) == ("", {})
+        assert (small.trouble, small.pending) == ("", [])
         assert os.path.getsize(path) <= 60 * 4096
-        assert len(days_of(small, NOON)) == 30
-
-
-def test_a_row_that_no_database_can_hold_is_dropped_alone(
-    store: gw.UsageStore, caplog: pytest.LogCaptureFixture
-) -> None:
-    bad = [answer(model="half \ud83d"), answer(at=math.nan), answer(2**63), answer(-(2**70))]
-    assert store.write([answer(), bad[0], bad[1]], "2026-11-01") is not None
-    assert store.write([bad[2], answer(), bad[3]], "2026-11-01") is not None
-    assert report(store)["total"]["request_count"] == 2
-    assert [record.message for record in caplog.records] == ["usage_rows_dropped rows=2"] * 2
+        assert len(report(small, by="day")["rows"]) == 30
 
 
 def ledger_rows(path: str, answers: list[gw.UsageRecord]) -> Json:
@@ -441,37 +499,26 @@ def test_a_day_tells_a_bounded_number_of_models_apart_and_the_next_begins_anew(p
     assert (len(told), told["other"], told["late"]) == (gw.MAX_MODELS + 2, 50, 1)
 
 
-def test_while_nothing_can_be_written_sums_are_exact_and_rows_bounded(
-    store: gw.UsageStore, path: str
+def test_while_nothing_can_be_written_rows_wait_in_a_bounded_number(
+    store: gw.UsageStore, path: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     store.write([answer()])
     with closing(sqlite3.connect(path, isolation_level=None)) as holder:
         holder.execute("BEGIN EXCLUSIVE")
         for _ in range(3):
-            assert store.write([answer()] * gw.MAX_WAITING_ANSWERS) is None
+            assert store.write([answer()] * (gw.MAX_WAITING_ANSWERS // 2)) is None
         assert store.trouble == "database is locked"
-        assert len(store.answers) == gw.MAX_WAITING_ANSWERS
-        found = report(store, recent="3")
-        assert found["total"]["request_count"] == 3 * gw.MAX_WAITING_ANSWERS
-        assert len(found["recent"]) == 3 and "locked" in found["trouble"]
+        assert len(store.pending) == gw.MAX_WAITING_ANSWERS
+        found = report(store)
+        assert found["total"]["request_count"] == 1 and "locked" in found["trouble"]
         holder.execute("ROLLBACK")
     store.write([])
     found = report(store)
-    assert found["total"]["request_count"] == 3 * gw.MAX_WAITING_ANSWERS + 1
+    assert found["total"]["request_count"] == gw.MAX_WAITING_ANSWERS + 1
+    assert store.lost == gw.MAX_WAITING_ANSWERS // 2
     assert "trouble" not in found
-
-
-def test_a_database_that_stays_locked_is_set_aside(path: str) -> None:
-    with closing(gw.UsageStore(path)) as first:
-        first.write([answer()])
-    with (
-        closing(gw.UsageStore(path, busy_s=0.01, locked_s=0.0)) as store,
-        closing(sqlite3.connect(path, isolation_level=None)) as holder,
-    ):
-        holder.execute("BEGIN EXCLUSIVE")
-        assert store.write([answer(2)], "2026-11-01") == [("2026-11-22", "p", "l", 22, 14)]
-        assert len(list(Path(path).parent.glob("usage.db.locked-*"))) == 1
-        assert report(store)["total"]["request_count"] == 1
+    events = [record.message.split()[0] for record in caplog.records]
+    assert events == ["usage_not_written"]
 
 
 def damage(path: str, how: str) -> None:
@@ -488,7 +535,7 @@ def damage(path: str, how: str) -> None:
     if how == "other tables":
         os.unlink(path)
         with closing(sqlite3.connect(path)) as other:
-            other.execute("CREATE TABLE answers (x)")
+            other.execute("CREATE TABLE requests (x)")
             other.execute(f"PRAGMA user_version = {gw.USAGE_VERSION}")
 
 
@@ -513,8 +560,7 @@ def test_the_database_of_a_later_version_is_left_alone(store: gw.UsageStore, pat
         later.execute("PRAGMA user_version = 99")
     before = Path(path).read_bytes()
     assert store.write([answer()]) is None
-    found = report(store)
-    assert found["total"]["request_count"] == 1 and "later version" in found["trouble"]
+    assert "later version" in report(store)["trouble"] and len(store.pending) == 1
     store.close()
     assert Path(path).stat().st_size == len(before)
     with closing(sqlite3.connect(path)) as later:
@@ -526,7 +572,7 @@ def test_a_planted_link_is_not_followed(store: gw.UsageStore, path: str, tmp_pat
     os.makedirs(os.path.dirname(path))
     os.symlink(tmp_path / "elsewhere", path)
     store.write([answer()])
-    assert report(store)["total"]["request_count"] == 1
+    assert "trouble" in report(store) and len(store.pending) == 1
     assert not (tmp_path / "elsewhere").exists()
 
 
@@ -543,8 +589,9 @@ for batch in range(100):
                   gw.Usage(n, output=1, source="reported"))
         for n in range(20)
     ]
-    waiting.append(store.write(rows, "2000-01-01") is None)
-while store.sums:
+    store.write(rows)
+    waiting.append(bool(store.pending))
+while store.pending:
     store.write([])
 store.close()
 print(sum(waiting))
@@ -567,7 +614,7 @@ def test_two_processes_over_one_database_lose_nothing(path: str) -> None:
             assert row["request_count"] == 2000
             assert row["input_tokens"] == 100 * sum(range(20))
         assert store.connection is not None
-        (count,) = store.connection.execute("SELECT count(*) FROM answers").fetchone()
+        (count,) = store.connection.execute("SELECT count(*) FROM requests").fetchone()
         assert count == 4000
 
 
@@ -944,7 +991,7 @@ def test_ten_thousand_requests_add_up_to_what_the_upstream_said() -> None:
         assert total["token_sources"] == total["credit_sources"] == {"reported": workers * each}
         with closing(sqlite3.connect(gateway.state_folder / "usage.db")) as database:
             (rows, nano) = database.execute(
-                "SELECT count(*), sum(nano_credits) FROM answers"
+                "SELECT count(*), sum(nano_credits) FROM requests"
             ).fetchone()
         assert (rows, nano) == (workers * each, told["nano"])
 
@@ -979,7 +1026,5 @@ def test_kill_9_in_the_middle_of_load_loses_no_more_than_a_second() -> None:
             thread.join(10)
         safe = sum(moment < killed_at - 1.0 for moment in done)
         with closing(sqlite3.connect(gateway.state_folder / "usage.db")) as database:
-            (rows,) = database.execute("SELECT count(*) FROM answers").fetchone()
-            (sums,) = database.execute("SELECT sum(requests) FROM sums").fetchone()
+            (rows,) = database.execute("SELECT count(*) FROM requests").fetchone()
         assert 100 < safe <= rows <= len(done) + len(threads)
-        assert rows == sums
