@@ -5110,59 +5110,53 @@ class ChatDialect:
 # 8.3 Anthropic messages
 
 ANTHROPIC_ERRORS = {
-    "invalid_request": "invalid_request_error",
-    "context_too_long": "invalid_request_error",
-    "invalid_key": "authentication_error",
-    "forbidden": "permission_error",
-    "model_not_found": "not_found_error",
-    "unknown_url": "not_found_error",
-    "not_stored": "not_found_error",
-    "upgrade_refused": "invalid_request_error",
-    "method_not_allowed": "invalid_request_error",
-    "request_timeout": "timeout_error",
-    "body_too_large": "request_too_large",
-    "unsupported_media_type": "invalid_request_error",
-    "unsupported_encoding": "invalid_request_error",
-    "rate_limited": "rate_limit_error",
-    "quota_exceeded": "rate_limit_error",
-    "limit_reached": "rate_limit_error",
-    "upstream_error": "api_error",
-    "not_signed_in": "api_error",
-    "overloaded": "overloaded_error",
-    "upstream_timeout": "timeout_error",
-    "internal": "api_error",
-}
+    "invalid_request": "invalid_request_error", "context_too_long": "invalid_request_error",
+    "invalid_key": "authentication_error", "forbidden": "permission_error",
+    "model_not_found": "not_found_error", "unknown_url": "not_found_error",
+    "not_stored": "not_found_error", "upgrade_refused": "invalid_request_error",
+    "method_not_allowed": "invalid_request_error", "request_timeout": "timeout_error",
+    "body_too_large": "request_too_large", "unsupported_media_type": "invalid_request_error",
+    "unsupported_encoding": "invalid_request_error", "rate_limited": "rate_limit_error",
+    "quota_exceeded": "rate_limit_error", "limit_reached": "rate_limit_error",
+    "upstream_error": "api_error", "not_signed_in": "api_error", "overloaded": "overloaded_error",
+    "upstream_timeout": "timeout_error", "internal": "api_error",
+}  # fmt: skip
 MESSAGES_FINISHES = {
     "end_turn": "end", "stop_sequence": "stop", "tool_use": "tool", "max_tokens": "length",
-    "model_context_window_exceeded": "context", "refusal": "filter", "pause_turn": "pause",
-    "compaction": "pause",
+    "model_context_window_exceeded": "context", "refusal": "filter", "compaction": "pause",
+    "pause_turn": "pause",
 }  # fmt: skip
-MESSAGES_FINISH_WORDS = {
-    "end": "end_turn", "stop": "stop_sequence", "tool": "tool_use", "length": "max_tokens",
-    "context": "model_context_window_exceeded", "filter": "refusal", "pause": "pause_turn",
-}  # fmt: skip
-# Fields that mean nothing to another vendor; dropping them does not change the response.
-MESSAGES_SILENT = ("cache_control", "diagnostics", "fallbacks", "inference_geo", "metadata")
-MESSAGES_KNOWN = (
+MESSAGES_FINISH_WORDS = {reason: word for word, reason in MESSAGES_FINISHES.items()}
+# A tool choice's type -> our mode, and back.
+MESSAGES_CHOICES = {"auto": "auto", "any": "required", "none": "none", "tool": "named"}
+MESSAGES_CHOICE_WORDS = {mode: word for word, mode in MESSAGES_CHOICES.items()}
+# Request fields that are converted, and those without meaning to another vendor; others are
+# reported as dropped.
+MESSAGES_FIELDS = (
     "max_tokens", "messages", "model", "output_config", "output_format", "stop_sequences",
     "stream", "system", "temperature", "thinking", "tool_choice", "tools", "top_k", "top_p",
+    "cache_control", "diagnostics", "fallbacks", "inference_geo", "metadata",
 )  # fmt: skip
-# A tool choice's type -> our mode.
-MESSAGES_CHOICES = {"auto": "auto", "any": "required", "none": "none", "tool": "named"}
-BILLING_HEADER = "x-anthropic-billing-header:"
 
 
 def is_billing_header(block: Any) -> bool:
     """Claude Code's first system block: it changes per request and defeats every prompt cache."""
     text = block.get("text") if isinstance(block, dict) else None
-    return isinstance(text, str) and text.startswith(BILLING_HEADER)
+    return isinstance(text, str) and text.startswith("x-anthropic-billing-header:")
+
+
+def without_billing_header(system: Any) -> Any:
+    if not isinstance(system, list):
+        return system
+    return [block for block in system if not is_billing_header(block)]
 
 
 SESSION_SUFFIX = re.compile(r"_session_([0-9a-fA-F-]{8,64})\Z")
 
 
-def session_of_user_id(user_id: Any) -> str:
+def read_messages_session(body: Json) -> str:
     """The session in Claude Code's `metadata.user_id`: JSON today, underscore-joined before."""
+    user_id = dict_field(body, "metadata").get("user_id")
     if not isinstance(user_id, str):
         return ""
     session = (load_object(user_id[:MAX_USER_ID_CHARS]) or {}).get("session_id")
@@ -5172,100 +5166,71 @@ def session_of_user_id(user_id: Any) -> str:
     return match[1] if match else user_id
 
 
-class MessagesRequestReader:
-    def __init__(self, body: Json) -> None:
-        self.body = body
-        self.chat = Conversation()
+def read_messages_request(body: Json) -> Conversation:
+    chat = Conversation(model=need_str(body, "model"))
+    for key in ("mcp_servers", "container"):
+        if body.get(key):
+            raise UnsupportedFeature(f"{key}: nothing runs on this side.", param=key)
+    system = read_parts(without_billing_header(body.get("system")), "system")
+    chat.system = [block for block in system if isinstance(block, Text) and block.text.strip()]
+    for index, message in enumerate(message_list(body)):
+        role = read_role(message, MESSAGES_ROLES, f"messages.{index}")
+        blocks = read_parts(message.get("content"), f"messages.{index}.content")
+        chat.turns.append(Turn(role, blocks))
+    chat.settle()
+    chat.prefilled = bool(chat.turns) and chat.turns[-1].role == "assistant"
+    read_messages_tools(body, chat)
+    chat.max_tokens = int_field(body, "max_tokens")
+    if chat.max_tokens is not None and chat.max_tokens < 1:
+        raise UnsupportedFeature("max_tokens: must be at least 1.", param="max_tokens")
+    chat.temperature = number_field(body, "temperature")
+    chat.top_p = number_field(body, "top_p")
+    chat.top_k = int_field(body, "top_k")
+    chat.stop = read_stops(body, "stop_sequences")
+    chat.session = read_messages_session(body)
+    thinking, output_config = dict_field(body, "thinking"), dict_field(body, "output_config")
+    chat.effort = word_field(output_config, "effort", EFFORTS, "output_config")
+    budget_tokens = int_field(thinking, "budget_tokens", "thinking") or 0
+    if thinking.get("type") == "disabled":
+        chat.effort = "none"
+    elif thinking.get("type") == "enabled" and budget_tokens > 0:
+        chat.thinking_budget = budget_tokens
+        chat.effort = chat.effort or effort_of_budget(budget_tokens)
+    output_format = output_config.get("format") or body.get("output_format")
+    if output_format is not None:
+        entry = need_dict(output_format, "output_config.format")
+        chat.output = OutputFormat(dict_field(entry, "schema", "output_config.format"))
+    chat.dropped += [key for key in body if key not in MESSAGES_FIELDS and body[key] is not None]
+    chat.name_tools()
+    return chat
 
-    def read(self) -> Conversation:
-        body, chat = self.body, self.chat
-        chat.model = need_str(body, "model")
-        for key in ("mcp_servers", "container"):
-            if body.get(key):
-                raise UnsupportedFeature(f"{key}: nothing runs on this side.", param=key)
-        chat.system = self.read_system()
-        for index, message in enumerate(message_list(body)):
-            role = read_role(message, MESSAGES_ROLES, f"messages.{index}")
-            blocks = read_parts(message.get("content"), f"messages.{index}.content")
-            chat.turns.append(Turn(role, blocks))
-        chat.settle()
-        chat.prefilled = bool(chat.turns) and chat.turns[-1].role == "assistant"
-        self.read_tools()
-        self.read_settings()
-        chat.name_tools()
-        return chat
 
-    def read_system(self) -> list[Text]:
-        system = self.body.get("system")
-        if isinstance(system, list):
-            system = [block for block in system if not is_billing_header(block)]
-        blocks = read_parts(system, "system")
-        return [block for block in blocks if isinstance(block, Text) and block.text.strip()]
-
-    def read_tools(self) -> None:
-        body, chat = self.body, self.chat
-        choice = dict_field(body, "tool_choice")
-        choice_type = word_field(choice, "type", MESSAGES_CHOICES, "tool_choice")
-        forced_name = str_field(choice, "name", "tool_choice") or ""
-        server_tools = []
-        for index, item in enumerate(list_field(body, "tools")):
-            path = f"tools.{index}"
-            tool = need_dict(item, path)
-            tool_type = str_field(tool, "type", path) or "custom"
-            name = str_field(tool, "name", path) or tool_type
-            schema = tool.get("input_schema")
-            if tool_type != "custom":
-                schema = client_tool_schema(tool_type)
-                if schema is None:
-                    server_tools.append(name)
-                    continue
-            description = str_field(tool, "description", path) or ""
-            strict = bool_field(tool, "strict", path)
-            schema = object_schema(schema, f"{path}.input_schema")
-            chat.tools.append(Tool(name, description, schema, strict))
-        drop_hosted(server_tools, len(chat.tools), forced_name, chat.dropped)
-        if choice_type is not None:
-            if choice_type == "tool":
-                need_str(choice, "name", "tool_choice")
-            chat.choice = ToolChoice(MESSAGES_CHOICES[choice_type], forced_name)
-        if bool_field(choice, "disable_parallel_tool_use", "tool_choice"):
-            chat.parallel = False
-
-    def read_settings(self) -> None:
-        body, chat = self.body, self.chat
-        chat.max_tokens = int_field(body, "max_tokens")
-        if chat.max_tokens is not None and chat.max_tokens < 1:
-            raise UnsupportedFeature("max_tokens: must be at least 1.", param="max_tokens")
-        chat.temperature = number_field(body, "temperature")
-        chat.top_p = number_field(body, "top_p")
-        chat.top_k = int_field(body, "top_k")
-        chat.stop = read_stops(body, "stop_sequences")
-        chat.session = session_of_user_id(dict_field(body, "metadata").get("user_id"))
-        self.read_thinking()
-        output_config = dict_field(body, "output_config")
-        output_format = output_config.get("format") or body.get("output_format")
-        if output_format is not None:
-            entry = need_dict(output_format, "output_config.format")
-            chat.output = OutputFormat(dict_field(entry, "schema", "output_config.format"))
-        chat.dropped += [
-            key
-            for key in body
-            if key not in MESSAGES_KNOWN and key not in MESSAGES_SILENT and body[key] is not None
-        ]
-
-    def read_thinking(self) -> None:
-        thinking = dict_field(self.body, "thinking")
-        thinking_type = thinking.get("type")
-        output_config = dict_field(self.body, "output_config")
-        effort = word_field(output_config, "effort", EFFORTS, "output_config")
-        budget_tokens = int_field(thinking, "budget_tokens", "thinking")
-        if thinking_type == "disabled":
-            self.chat.effort = "none"
-        elif thinking_type == "enabled" and budget_tokens is not None and budget_tokens > 0:
-            self.chat.thinking_budget = budget_tokens
-            self.chat.effort = effort or effort_of_budget(budget_tokens)
-        else:
-            self.chat.effort = effort
+def read_messages_tools(body: Json, chat: Conversation) -> None:
+    choice = dict_field(body, "tool_choice")
+    choice_type = word_field(choice, "type", MESSAGES_CHOICES, "tool_choice")
+    forced_name = str_field(choice, "name", "tool_choice") or ""
+    server_tools = []
+    for index, item in enumerate(list_field(body, "tools")):
+        path = f"tools.{index}"
+        tool = need_dict(item, path)
+        tool_type = str_field(tool, "type", path) or "custom"
+        name = str_field(tool, "name", path) or tool_type
+        is_custom = tool_type == "custom"
+        schema = tool.get("input_schema") if is_custom else client_tool_schema(tool_type)
+        if schema is None and not is_custom:
+            server_tools.append(name)
+            continue
+        description = str_field(tool, "description", path) or ""
+        strict = bool_field(tool, "strict", path)
+        schema = object_schema(schema, f"{path}.input_schema")
+        chat.tools.append(Tool(name, description, schema, strict))
+    drop_hosted(server_tools, len(chat.tools), forced_name, chat.dropped)
+    if choice_type == "tool":
+        need_str(choice, "name", "tool_choice")
+    if choice_type is not None:
+        chat.choice = ToolChoice(MESSAGES_CHOICES[choice_type], forced_name)
+    if bool_field(choice, "disable_parallel_tool_use", "tool_choice"):
+        chat.parallel = False
 
 
 def is_forced(choice: Json) -> bool:
@@ -5310,9 +5275,8 @@ def is_multi_turn(body: Json) -> bool:
 
     Only then does caching pay: a cache write costs a quarter more than plain input.
     """
-    return bool(body.get("tools")) or any(
-        message["role"] == "assistant" for message in body["messages"]
-    )
+    roles = (message["role"] for message in body["messages"])
+    return bool(body.get("tools")) or "assistant" in roles
 
 
 def add_cache_breakpoints(body: Json) -> None:
@@ -5325,132 +5289,102 @@ def add_cache_breakpoints(body: Json) -> None:
         return
     prefix = body.get("system") or body.get("tools") or []
     turns = [message["content"] for message in body["messages"] if message["role"] == "user"]
-    for blocks in (prefix, *turns[-2:]):
-        if blocks:
-            blocks[-1]["cache_control"] = {"type": "ephemeral"}
+    for blocks in filter(None, (prefix, *turns[-2:])):
+        blocks[-1]["cache_control"] = {"type": "ephemeral"}
 
 
-class MessagesRequestWriter:
-    def __init__(self, chat: Conversation, model: Model) -> None:
-        self.chat = chat
-        self.model = model
-
-    def write(self) -> Json:
-        chat, model = self.chat, self.model
-        limit = model.max_output or DEFAULT_MAX_TOKENS
-        body: Json = {
-            "model": model.id,
-            "max_tokens": min(chat.max_tokens or min(limit, DEFAULT_MAX_TOKENS), limit),
-            "messages": self.write_messages(),
-        }
-        system = [{"type": "text", "text": block.text} for block in chat.system]
-        if chat.output:
-            system.append({"type": "text", "text": output_instruction(chat.output)})
-        if system:
-            body["system"] = system
-        stops = [stop for stop in chat.stop if stop.strip()]
-        if stops:
-            body["stop_sequences"] = stops
-        if chat.tools:
-            body["tools"] = [self.write_tool(tool) for tool in chat.tools]
-            choice = self.write_choice()
-            if choice:
-                body["tool_choice"] = choice
-        if chat.session:
-            body["metadata"] = {"user_id": short_hash(chat.session, 32)}
-        body.update(write_thinking(chat.effort, chat.thinking_budget, model, body))
-        if "enabled" not in (body.get("thinking") or {}).values() and not model.adaptive:
-            self.write_sampling(body)
-        body["stream"] = True
-        return body
-
-    def write_sampling(self, body: Json) -> None:
-        """Temperature or top_p: Claude takes one of them, and neither with thinking."""
-        chat = self.chat
+def write_messages_request(chat: Conversation, model: Model) -> Json:
+    messages = []
+    for turn in downgrade_system_turns(chat.turns):
+        content = write_messages_blocks(turn.blocks, chat)
+        if content:
+            messages.append({"role": turn.role, "content": content})
+    if not messages:
+        raise chat.refuse_empty()
+    limit = model.max_output or DEFAULT_MAX_TOKENS
+    max_tokens = min(chat.max_tokens or min(limit, DEFAULT_MAX_TOKENS), limit)
+    body: Json = {"model": model.id, "max_tokens": max_tokens, "messages": messages}
+    system = [block.text for block in chat.system]
+    system += [output_instruction(chat.output)] if chat.output else []
+    if system:
+        body["system"] = [{"type": "text", "text": text} for text in system]
+    stops = [stop for stop in chat.stop if stop.strip()]
+    if stops:
+        body["stop_sequences"] = stops
+    if chat.tools:
+        body["tools"] = [write_messages_tool(tool, chat) for tool in chat.tools]
+        if chat.choice or chat.parallel is False:
+            body["tool_choice"] = write_messages_choice(chat)
+    if chat.session:
+        body["metadata"] = {"user_id": short_hash(chat.session, 32)}
+    body.update(write_thinking(chat.effort, chat.thinking_budget, model, body))
+    # Claude takes temperature or top_p, and neither with thinking.
+    if "budget_tokens" not in body.get("thinking", {}) and not model.adaptive:
         if chat.temperature is not None:
             body["temperature"] = min(chat.temperature, 1)
         elif chat.top_p is not None:
             body["top_p"] = chat.top_p
         if chat.top_k is not None:
             body["top_k"] = chat.top_k
+    body["stream"] = True
+    return body
 
-    def write_messages(self) -> list[Json]:
-        messages = []
-        for turn in downgrade_system_turns(self.chat.turns):
-            content = [part for block in turn.blocks if (part := self.write_block(block))]
-            if content:
-                messages.append({"role": turn.role, "content": content})
-        if not messages:
-            raise self.chat.refuse_empty()
-        return messages
 
-    def write_block(self, block: Block) -> Json | None:
-        """None for thinking that Anthropic would not recognize as its own."""
-        if isinstance(block, (Text, Refusal)):
-            return {"type": "text", "text": block.text}
-        if isinstance(block, Image):
-            source = {"type": "base64", "media_type": block.media_type, "data": block.data}
-            if block.url:
-                source = {"type": "url", "url": block.url}
-            return {"type": "image", "source": source}
-        if isinstance(block, Document):
-            return self.write_document(block)
-        if isinstance(block, ToolCall):
-            arguments = parse_arguments(block.arguments)
-            name = self.chat.wire_name(block.name)
-            return {"type": "tool_use", "id": wire_id(block.id), "name": name, "input": arguments}
-        if isinstance(block, ToolResult):
-            result: Json = {"type": "tool_result", "tool_use_id": wire_id(block.id)}
-            content = [part for item in block.blocks if (part := self.write_block(item))]
-            if len(content) == 1 and content[0]["type"] == "text":
-                result["content"] = content[0]["text"]
-            elif content:
-                result["content"] = content
-            if block.is_error:
-                result["is_error"] = True
-            return result
-        return self.write_thinking_block(block)
+def write_messages_blocks(blocks: list[Block], chat: Conversation) -> list[Json]:
+    return [part for block in blocks if (part := write_messages_block(block, chat))]
 
-    @staticmethod
-    def write_document(document: Document) -> Json:
-        source = {"type": "base64", "media_type": document.media_type, "data": document.data}
-        if document.text:
-            source = {"type": "text", "media_type": "text/plain", "data": document.text}
-        block: Json = {"type": "document", "source": source}
-        if document.title:
-            block["title"] = document.title
-        return block
 
-    @staticmethod
-    def write_thinking_block(block: Thinking) -> Json | None:
-        """None unless Anthropic signed it."""
-        if block.redacted and not block.redacted.startswith(FOREIGN_SIGNATURES):
-            return {"type": "redacted_thinking", "data": block.redacted}
-        if block.signature and not block.signature.startswith(FOREIGN_SIGNATURES):
-            return {"type": "thinking", "thinking": block.text, "signature": block.signature}
-        return None
+def write_messages_block(block: Block, chat: Conversation) -> Json | None:
+    """None for thinking that Anthropic did not sign."""
+    if isinstance(block, (Text, Refusal)):
+        return {"type": "text", "text": block.text}
+    if isinstance(block, Image):
+        source = {"type": "base64", "media_type": block.media_type, "data": block.data}
+        if block.url:
+            source = {"type": "url", "url": block.url}
+        return {"type": "image", "source": source}
+    if isinstance(block, Document):
+        source = {"type": "base64", "media_type": block.media_type, "data": block.data}
+        if block.text:
+            source = {"type": "text", "media_type": "text/plain", "data": block.text}
+        title = {"title": block.title} if block.title else {}
+        return {"type": "document", "source": source, **title}
+    if isinstance(block, ToolCall):
+        call = {"id": wire_id(block.id), "name": chat.wire_name(block.name)}
+        return {"type": "tool_use", **call, "input": parse_arguments(block.arguments)}
+    if isinstance(block, ToolResult):
+        result: Json = {"type": "tool_result", "tool_use_id": wire_id(block.id)}
+        content = write_messages_blocks(block.blocks, chat)
+        if content:
+            is_text = len(content) == 1 and content[0]["type"] == "text"
+            result["content"] = content[0]["text"] if is_text else content
+        if block.is_error:
+            result["is_error"] = True
+        return result
+    if block.redacted and not block.redacted.startswith(FOREIGN_SIGNATURES):
+        return {"type": "redacted_thinking", "data": block.redacted}
+    if block.signature and not block.signature.startswith(FOREIGN_SIGNATURES):
+        return {"type": "thinking", "thinking": block.text, "signature": block.signature}
+    return None
 
-    def write_tool(self, tool: Tool) -> Json:
-        entry: Json = {"name": self.chat.wire_name(tool.name)}
-        if tool.description:
-            entry["description"] = tool.description
-        entry["input_schema"] = plain_schema(tool)
-        return entry
 
-    def write_choice(self) -> Json:
-        chat = self.chat
-        mode = chat.choice.mode if chat.choice else "auto"
-        choice_types = {"auto": "auto", "none": "none", "required": "any", "named": "tool"}
-        choice: Json = {"type": choice_types[mode]}
-        if chat.choice and mode == "named":
-            choice["name"] = chat.wire_name(chat.choice.name)
-        if chat.parallel is False and mode != "none":
-            choice["disable_parallel_tool_use"] = True
-        return choice if chat.choice or chat.parallel is False else {}
+def write_messages_tool(tool: Tool, chat: Conversation) -> Json:
+    description = {"description": tool.description} if tool.description else {}
+    return {"name": chat.wire_name(tool.name), **description, "input_schema": plain_schema(tool)}
+
+
+def write_messages_choice(chat: Conversation) -> Json:
+    asked = chat.choice or ToolChoice("auto")
+    choice: Json = {"type": MESSAGES_CHOICE_WORDS[asked.mode]}
+    if asked.mode == "named":
+        choice["name"] = chat.wire_name(asked.name)
+    if chat.parallel is False and asked.mode != "none":
+        choice["disable_parallel_tool_use"] = True
+    return choice
 
 
 class MessagesReader:
-    def __init__(self) -> None:
+    def __init__(self, context: ResponseContext) -> None:
         self.usage = Usage()
         self.message_stop: MessageStop | None = None
 
@@ -5458,7 +5392,7 @@ class MessagesReader:
         """Unknown types are ignored."""
         kind = frame.get("type")
         if kind == "content_block_delta":
-            return self.read_delta(get_dict(frame, "delta"))
+            return [self.read_delta(get_dict(frame, "delta"))]
         if kind == "content_block_start":
             return self.read_block(get_dict(frame, "content_block"))
         if kind == "content_block_stop":
@@ -5467,62 +5401,54 @@ class MessagesReader:
             message = get_dict(frame, "message")
             read_messages_usage(get_dict(message, "usage"), self.usage)
             return [MessageStart(str(message.get("id") or ""), str(message.get("model") or ""))]
-        if kind == "message_delta":
-            self.read_finish(frame)
-        elif kind == "message_stop":
+        if kind == "message_stop":
             return self.end()
-        elif kind == "error" or "error" in frame:
+        if kind == "error" or "error" in frame:
             return [StreamError(read_stream_error(frame.get("error")))]
+        if kind == "message_delta":
+            read_messages_usage(get_dict(frame, "usage"), self.usage)
+            read_copilot_usage(frame, self.usage)
+            delta = get_dict(frame, "delta")
+            reason = str_or_empty(delta, "stop_reason")
+            if reason:
+                stop_text = delta.get("stop_sequence")
+                self.message_stop = MessageStop(
+                    MESSAGES_FINISHES.get(reason, "end"),
+                    stop_text if isinstance(stop_text, str) else None,
+                    get_dict(delta, "stop_details") or None,
+                )
         return []
-
-    def read_finish(self, frame: Json) -> None:
-        read_messages_usage(get_dict(frame, "usage"), self.usage)
-        read_copilot_usage(frame, self.usage)
-        delta = get_dict(frame, "delta")
-        reason = delta.get("stop_reason")
-        if isinstance(reason, str) and reason:
-            stop_text = delta.get("stop_sequence")
-            self.message_stop = MessageStop(
-                MESSAGES_FINISHES.get(reason, "end"),
-                stop_text if isinstance(stop_text, str) else None,
-                get_dict(delta, "stop_details") or None,
-            )
 
     @staticmethod
     def read_block(block: Json) -> list[Event]:
-        kind = block.get("type")
+        kind = str_or_empty(block, "type")
         if kind in ("text", "thinking"):
-            text = block.get(str(kind))
-            events: list[Event] = [BlockStart(str(kind))]
-            if isinstance(text, str) and text:
-                events.append(BlockDelta("text", text))
-            return events
+            text = str_or_empty(block, kind)
+            return [BlockStart(kind), *([BlockDelta("text", text)] if text else [])]
         if kind == "tool_use":
-            events = [BlockStart("tool", str(block.get("id") or ""), str(block.get("name") or ""))]
-            if block.get("input"):
-                events.append(BlockDelta("arguments", dump_text(block["input"])))
-            return events
+            start = BlockStart("tool", str(block.get("id") or ""), str(block.get("name") or ""))
+            text = dump_text(block["input"]) if block.get("input") else ""
+            return [start, *([BlockDelta("arguments", text)] if text else [])]
         return [BlockStart("redacted" if kind == "redacted_thinking" else "opaque", raw=block)]
 
     @staticmethod
-    def read_delta(delta: Json) -> list[Event]:
+    def read_delta(delta: Json) -> Event:
         kind = delta.get("type")
         if kind == "text_delta":
-            return [BlockDelta("text", str(delta.get("text") or ""))]
+            return BlockDelta("text", str(delta.get("text") or ""))
         if kind == "input_json_delta":
-            return [BlockDelta("arguments", str(delta.get("partial_json") or ""))]
+            return BlockDelta("arguments", str(delta.get("partial_json") or ""))
         if kind == "thinking_delta":
-            return [BlockDelta("text", str(delta.get("thinking") or ""))]
+            return BlockDelta("text", str(delta.get("thinking") or ""))
         if kind == "signature_delta":
-            return [BlockDelta("signature", str(delta.get("signature") or ""))]
-        return [BlockDelta("citation", "", delta)]
+            return BlockDelta("signature", str(delta.get("signature") or ""))
+        return BlockDelta("citation", "", delta)
 
     def end(self) -> list[Event]:
-        if self.message_stop is None:
-            return []
         message_stop, self.message_stop = self.message_stop, None
-        usage_events: list[Event] = [UsageUpdate(self.usage)] if self.usage.source else []
-        return [*usage_events, message_stop]
+        if message_stop is None:
+            return []
+        return [UsageUpdate(self.usage), message_stop] if self.usage.source else [message_stop]
 
 
 def write_messages_usage(usage: Usage) -> Json:
@@ -5537,11 +5463,10 @@ def write_messages_usage(usage: Usage) -> Json:
     return counts
 
 
-BLOCK_STARTS: dict[str, Json] = {
-    "text": {"type": "text", "text": ""},
-    "refusal": {"type": "text", "text": ""},
-    "thinking": {"type": "thinking", "thinking": "", "signature": ""},
-}
+EMPTY_MESSAGE: Json = {
+    "type": "message", "role": "assistant", "content": [], "stop_reason": None,
+    "stop_sequence": None,
+}  # fmt: skip
 
 
 def wants_thinking(body: Json) -> bool:
@@ -5573,78 +5498,58 @@ class MessagesWriter:
         response (Claude Code, 2026-11).  After calls it is sent, as its vendor wants it back.
         """
         frames = self.write_event(event)
+        is_start = isinstance(event, BlockStart)
         if self.held_frames is None:
-            is_late = (
-                self.block_index > 0 and isinstance(event, BlockStart) and event.kind == "thinking"
-            )
-            if is_late:
-                self.held_frames = frames
-            return [] if is_late else frames
+            if not is_start or self.block_kind != "thinking" or self.block_index == 0:
+                return frames
+            self.held_frames = frames
+            return []
         if isinstance(event, MessageStop) and event.reason != "tool":
             return frames
         held_frames = self.held_frames
         held_frames += frames
         has_text = isinstance(event, BlockDelta) and event.part != "signature"
-        if has_text or isinstance(event, (BlockStart, MessageStop)):
-            self.held_frames = None
-            return held_frames
-        return []
+        if not (has_text or is_start or isinstance(event, MessageStop)):
+            return []
+        self.held_frames = None
+        return held_frames
 
     def write_event(self, event: Event) -> list[Json]:
-        if isinstance(event, BlockStart) and event.kind == "redacted" and not self.shows_encrypted:
-            self.block_kind = "unseen"
-            return []
-        if self.block_kind == "unseen":
-            self.block_kind = "" if isinstance(event, BlockStop) else "unseen"
+        if isinstance(event, BlockStart):
+            self.block_kind = event.kind
+        if self.block_kind == "redacted" and not self.shows_encrypted:
+            self.block_kind = "" if isinstance(event, BlockStop) else "redacted"
             return []
         if isinstance(event, BlockDelta):
             delta = self.write_delta(event)
-            if delta is None:
-                return []
-            return [{"type": "content_block_delta", "index": self.block_index, "delta": delta}]
-        if isinstance(event, MessageStart):
-            return [self.write_start()]
+            return [self.block_frame("delta", delta=delta)] if delta else []
         if isinstance(event, BlockStart):
             self.block_index += 1
-            self.block_kind = event.kind
             self.has_refusal = self.has_refusal or event.kind == "refusal"
-            block = self.write_block(event)
-            return [
-                {"type": "content_block_start", "index": self.block_index, "content_block": block}
-            ]
+            return [self.block_frame("start", content_block=self.write_block(event))]
         if isinstance(event, BlockStop):
-            return [{"type": "content_block_stop", "index": self.block_index}]
+            return [self.block_frame("stop")]
+        if isinstance(event, MessageStart):
+            # Input tokens are estimated here; otherwise clients show the context as empty.
+            usage = write_messages_usage(Usage(input=estimate_request(self.context.asked)))
+            head = {"id": self.context.id, **EMPTY_MESSAGE, "model": self.context.model}
+            return [{"type": "message_start", "message": {**head, "usage": usage}}]
         if isinstance(event, UsageUpdate):
             self.usage = event.usage
-            return []
-        if isinstance(event, MessageStop):
-            return self.write_finish(event)
-        raise event.error
+        return self.write_finish(event) if isinstance(event, MessageStop) else []
 
-    def write_start(self) -> Json:
-        """Input tokens are estimated here; otherwise clients show the context as empty."""
-        usage = Usage(input=estimate_request(self.context.asked))
-        message: Json = {
-            "id": self.context.id,
-            "type": "message",
-            "role": "assistant",
-            "model": self.context.model,
-            "content": [],
-            "stop_reason": None,
-            "stop_sequence": None,
-            "usage": write_messages_usage(usage),
-        }
-        return {"type": "message_start", "message": message}
+    def block_frame(self, step: str, **members: Any) -> Json:
+        return {"type": f"content_block_{step}", "index": self.block_index, **members}
 
     @staticmethod
     def write_block(event: BlockStart) -> Json:
         if event.kind == "tool":
             return {"type": "tool_use", "id": event.id, "name": event.name, "input": {}}
+        if event.kind == "thinking":
+            return {"type": "thinking", "thinking": "", "signature": ""}
         if event.kind == "redacted":
             return {"type": "redacted_thinking", "data": (event.raw or {}).get("data", "")}
-        if event.kind == "opaque":
-            return event.raw or {"type": "text", "text": ""}
-        return dict(BLOCK_STARTS[event.kind])
+        return event.raw or {"type": "text", "text": ""}
 
     def write_delta(self, event: BlockDelta) -> Json | None:
         if event.part == "arguments":
@@ -5653,17 +5558,16 @@ class MessagesWriter:
             return {"type": "signature_delta", "signature": event.text}
         if event.part == "citation":
             return event.raw
-        if self.block_kind == "thinking":
-            if self.context.hide_thinking:
-                return None
-            return {"type": "thinking_delta", "thinking": event.text}
-        return {"type": "text_delta", "text": event.text}
+        if self.block_kind != "thinking":
+            return {"type": "text_delta", "text": event.text}
+        is_hidden = self.context.hide_thinking
+        return None if is_hidden else {"type": "thinking_delta", "thinking": event.text}
 
     def write_finish(self, event: MessageStop) -> list[Json]:
         reason = "filter" if self.has_refusal and event.reason == "end" else event.reason
-        stop_reason = MESSAGES_FINISH_WORDS[reason]
         if reason == "stop" and event.stop_text is None:
-            stop_reason = "end_turn"
+            reason = "end"
+        stop_reason = MESSAGES_FINISH_WORDS[reason]
         delta: Json = {"stop_reason": stop_reason, "stop_sequence": event.stop_text}
         if event.details:
             delta["stop_details"] = event.details
@@ -5674,19 +5578,11 @@ class MessagesWriter:
         ]
 
 
-MESSAGES_EVENTS = (
-    "message_start", "content_block_start", "content_block_delta", "content_block_stop",
-    "message_delta", "message_stop", "ping",
-)  # fmt: skip
-
-
-EMPTY_MESSAGE: Json = {
-    "type": "message",
-    "role": "assistant",
-    "content": [],
-    "stop_reason": None,
-    "stop_sequence": None,
-}
+# Frame type -> the member without which it means nothing.
+BLOCK_FRAMES = {
+    "content_block_start": "content_block", "content_block_delta": "delta",
+    "content_block_stop": "index",
+}  # fmt: skip
 
 
 class MessagesRelay:
@@ -5705,55 +5601,26 @@ class MessagesRelay:
         self.guard = RunawayGuard()  # of the open block
 
     def repair(self, frame: Json) -> list[Json]:
-        kind = frame.get("type")
+        kind = str(frame.get("type"))
         if self.finished:
             return []
         if kind == "error" or "error" in frame:
             raise read_stream_error(frame.get("error"))
-        # AI SDK clients fail on unknown event types, so those are dropped.
-        if kind not in MESSAGES_EVENTS or (not self.started and kind == "ping"):
-            return []
-        if kind == "message_start":
+        if kind in BLOCK_FRAMES and self.started:
+            self.repair_block(kind, frame)
+        elif kind == "message_start":
             self.started = True
             frame["message"] = self.repair_start(get_dict(frame, "message"))
-        elif not self.started:
-            raise UpstreamError(OFF_PROTOCOL)
-        elif str(kind).startswith("content_block_"):
-            self.check_block(str(kind), frame)
-            self.repair_block(get_dict(frame, "content_block"))
-            self.read_delta(get_dict(frame, "delta"))
-        elif kind == "message_delta":
-            self.repair_finish(frame)
-        elif kind == "message_stop":
-            if not self.has_stop_reason or self.in_block:
-                raise UpstreamError(BROKEN_OFF)
-            self.finished = True
+        elif kind in BLOCK_FRAMES or kind in ("message_delta", "message_stop"):
+            if not self.started:
+                raise UpstreamError(OFF_PROTOCOL)
+            if kind == "message_stop":
+                self.end()
+            else:
+                self.repair_finish(frame)
+        elif kind != "ping" or not self.started:
+            return []  # AI SDK clients fail on unknown event types
         return [frame]
-
-    def read_delta(self, delta: Json) -> None:
-        """Estimates the tokens of a delta, in case the upstream reports none."""
-        arguments = str(delta.get("partial_json") or "")
-        if arguments:
-            self.guard.check(arguments)
-        self.said += estimate_text(str(delta.get("text") or delta.get("thinking") or arguments))
-
-    def check_block(self, kind: str, frame: Json) -> None:
-        """Block indexes must be dense and blocks must not overlap, or clients lose text or fail."""
-        is_start = kind == "content_block_start"
-        if is_start:
-            self.block_count += 1
-        required_field = {
-            "content_block_start": "content_block",
-            "content_block_delta": "delta",
-        }.get(kind)
-        if (
-            is_start is self.in_block
-            or frame.get("index") != self.block_count - 1
-            or isinstance(frame["index"], bool)
-            or (required_field and not get_dict(frame, required_field))
-        ):
-            raise UpstreamError(OFF_PROTOCOL)
-        self.in_block = kind != "content_block_stop"
 
     def repair_start(self, message: Json) -> Json:
         """Sets the client's model name and a non-zero input count."""
@@ -5765,26 +5632,41 @@ class MessagesRelay:
             usage["input_tokens"] = estimate_request(self.context.asked)
         return {**EMPTY_MESSAGE, **message, "model": self.context.model, "usage": usage}
 
-    def repair_block(self, block: Json) -> None:
-        if block.get("type") == "tool_use":
+    def repair_block(self, kind: str, frame: Json) -> None:
+        """Checks that indexes are dense and blocks do not overlap, or clients lose text or fail.
+
+        The tokens of deltas are estimated, in case the upstream reports none.
+        """
+        is_start, is_stop = kind == "content_block_start", kind == "content_block_stop"
+        self.block_count += is_start
+        index, content = frame.get("index"), get_dict(frame, BLOCK_FRAMES[kind])
+        is_misplaced = index != self.block_count - 1 or isinstance(index, bool)
+        if is_start is self.in_block or is_misplaced or not (content or is_stop):
+            raise UpstreamError(OFF_PROTOCOL)
+        self.in_block = not is_stop
+        if is_start and content.get("type") == "tool_use":
             self.has_tool_call = True
             self.guard = RunawayGuard()
-            name = block.get("name")
+            name = content.get("name")
             if isinstance(name, str):
-                block["name"] = self.context.names.get(name, name)
+                content["name"] = self.context.names.get(name, name)
+        elif not is_start:
+            arguments = str(content.get("partial_json") or "")
+            if arguments:
+                self.guard.check(arguments)
+            text = content.get("text") or content.get("thinking") or arguments
+            self.said += estimate_text(str(text))
 
     def repair_finish(self, frame: Json) -> None:
-        delta = get_dict(frame, "delta")
+        frame["delta"] = delta = get_dict(frame, "delta")
         if delta.get("stop_reason"):
             self.has_stop_reason = True
             if self.has_tool_call and delta["stop_reason"] == "end_turn":
                 delta["stop_reason"] = "tool_use"
-        usage = dict(get_dict(frame, "usage"))
+        frame["usage"] = usage = dict(get_dict(frame, "usage"))
         read_messages_usage(usage, self.usage)
         read_copilot_usage(frame, self.usage)
         usage["output_tokens"] = self.usage.output
-        frame["usage"] = usage
-        frame["delta"] = delta
         if "context_management" not in self.context.asked:
             frame.pop("context_management", None)  # langchain fails on it unless it asked
 
@@ -5797,58 +5679,36 @@ class MessagesRelay:
         return [{"type": "message_stop"}]
 
 
-class MessagesAggregator:
-    def __init__(self) -> None:
-        self.message: Json = {}
-        #: (block, key) -> its text in pieces; `input` is JSON
-        self.texts: defaultdict[tuple[int, str], list[str]] = defaultdict(list)
-
-    def take(self, frame: Json) -> None:
-        kind = frame["type"]
+def aggregate_messages(frames: list[Json]) -> Json:
+    message: Json = {}
+    #: (block, key) -> its text in pieces
+    texts: defaultdict[tuple[int, str], list[str]] = defaultdict(list)
+    for frame in frames:
+        kind, delta = frame["type"], get_dict(frame, "delta")
         if kind == "message_start":
-            self.message = dict(get_dict(frame, "message"))
-            self.message["content"] = []
+            message = {**get_dict(frame, "message"), "content": []}
         elif kind == "content_block_start":
-            self.message["content"].append(dict(get_dict(frame, "content_block")))
-        elif kind == "content_block_delta":
-            self.apply_delta(frame["index"], get_dict(frame, "delta"))
-        elif kind == "message_delta":
-            extra = {
-                key: value for key, value in frame.items() if key not in ("type", "delta", "usage")
-            }
-            self.message.update({**extra, **get_dict(frame, "delta")})
-            counts = {key: value for key, value in frame["usage"].items() if value is not None}
-            self.message["usage"] = {**self.message["usage"], **counts}
-
-    def apply_delta(self, index: int, delta: Json) -> None:
-        block = self.message["content"][index]
-        kind = delta.get("type")
-        if kind == "input_json_delta":
-            self.texts[index, "input"].append(str(delta.get("partial_json") or ""))
-        elif kind == "citations_delta":
-            citations = block.get("citations")
-            block["citations"] = citations if isinstance(citations, list) else []
+            message["content"].append(dict(get_dict(frame, "content_block")))
+        elif kind == "content_block_delta" and delta.get("type") == "citations_delta":
+            block = message["content"][frame["index"]]
+            if not isinstance(block.get("citations"), list):
+                block["citations"] = []
             block["citations"].append(delta.get("citation"))
-        else:
+        elif kind == "content_block_delta":
             for key, value in delta.items():
                 if key != "type" and isinstance(value, str):
-                    self.texts[index, key].append(value)
-
-    def whole(self) -> Json:
-        for (index, key), pieces in self.texts.items():
-            block, text = self.message["content"][index], "".join(pieces)
-            if key == "input":
-                block.update({key: parse_arguments(text)} if text else {})
-            else:
-                block[key] = str_or_empty(block, key) + text
-        return self.message
-
-
-DELTA_TYPES = {
-    "text": "text_delta",
-    "thinking": "thinking_delta",
-    "signature": "signature_delta",
-}
+                    texts[frame["index"], key].append(value)
+        elif kind == "message_delta":
+            extra = {key: frame[key] for key in frame if key not in ("type", "delta", "usage")}
+            counts = {key: count for key, count in frame["usage"].items() if count is not None}
+            message.update({**extra, **delta, "usage": {**message["usage"], **counts}})
+    for (index, key), pieces in texts.items():
+        block, text = message["content"][index], "".join(pieces)
+        if key != "partial_json":
+            block[key] = str_or_empty(block, key) + text
+        elif text:
+            block["input"] = parse_arguments(text)
+    return message
 
 
 def expand_block(index: int, block: Json) -> list[Json]:
@@ -5860,16 +5720,39 @@ def expand_block(index: int, block: Json) -> list[Json]:
         text = dump_text(block.get("input") or {})
         deltas.append({"type": "input_json_delta", "partial_json": text})
     elif block.get("type") in ("text", "thinking"):
-        for key, kind in DELTA_TYPES.items():
+        for key in ("text", "thinking", "signature"):
             if isinstance(block.get(key), str):
                 start[key] = ""
-                deltas.append({"type": kind, key: block[key]})
-    base = {"index": index}
+                deltas.append({"type": f"{key}_delta", key: block[key]})
     return [
-        {"type": "content_block_start", **base, "content_block": start},
-        *({"type": "content_block_delta", **base, "delta": delta} for delta in deltas),
-        {"type": "content_block_stop", **base},
+        {"type": "content_block_start", "index": index, "content_block": start},
+        *({"type": "content_block_delta", "index": index, "delta": delta} for delta in deltas),
+        {"type": "content_block_stop", "index": index},
     ]
+
+
+def messages_initiator(messages: list[Json]) -> str:
+    """`agent` if the last turn is a tool result or the model's own, not a person's."""
+    last_message = next((m for m in reversed(messages) if m.get("role") != "system"), messages[-1])
+    if last_message.get("role") == "assistant":
+        return "agent"
+    content = last_message.get("content")
+    parts = (
+        [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+    )
+    if all(part.get("type") != "tool_result" for part in parts):
+        return "user"
+    texts = [part.get("text") for part in parts if part.get("type") == "text"]
+    has_user_text = any(isinstance(text, str) and not is_reminder(text) for text in texts)
+    return "user" if has_user_text else "agent"
+
+
+def has_image_block(content: Any) -> bool:
+    return isinstance(content, list) and any(
+        isinstance(part, dict)
+        and (part.get("type") == "image" or has_image_block(part.get("content")))
+        for part in content
+    )
 
 
 class MessagesDialect:
@@ -5877,6 +5760,13 @@ class MessagesDialect:
     tail = b""
     is_numbered = False
     id_prefix = "msg_"
+    framing = SseReader
+    reader = MessagesReader
+    writer = MessagesWriter
+    relay = MessagesRelay
+    read_request = staticmethod(read_messages_request)
+    write_request = staticmethod(write_messages_request)
+    aggregate = staticmethod(aggregate_messages)
 
     def request_info(self, body: Json) -> RequestInfo:
         messages = message_list(body)
@@ -5884,68 +5774,23 @@ class MessagesDialect:
             model=need_str(body, "model"),
             stream=take_bool(body, "stream"),
             include_usage=True,
-            initiator=self.initiator(messages),
-            session=session_of_user_id(dict_field(body, "metadata").get("user_id")),
-            opening=opening_words(
-                [b for b in body["system"] if not is_billing_header(b)]
-                if isinstance(body.get("system"), list)
-                else body.get("system"),
-                messages,
-            ),
+            initiator=messages_initiator(messages),
+            session=read_messages_session(body),
+            opening=opening_words(without_billing_header(body.get("system")), messages),
         )
-
-    @staticmethod
-    def initiator(messages: list[Json]) -> str:
-        """`agent` if the last turn is a tool result or the model's own, not a person's."""
-        last_message = next(
-            (m for m in reversed(messages) if m.get("role") != "system"), messages[-1]
-        )
-        if last_message.get("role") == "assistant":
-            return "agent"
-        content = last_message.get("content")
-        parts = [p for p in content if isinstance(p, dict)] if isinstance(content, list) else []
-        if not any(part.get("type") == "tool_result" for part in parts):
-            return "user"
-        texts = [part.get("text") for part in parts if part.get("type") == "text"]
-        has_user_text = any(isinstance(text, str) and not is_reminder(text) for text in texts)
-        return "user" if has_user_text else "agent"
-
-    def read_request(self, body: Json) -> Conversation:
-        return MessagesRequestReader(body).read()
-
-    def write_request(self, chat: Conversation, model: Model) -> Json:
-        return MessagesRequestWriter(chat, model).write()
 
     def has_image(self, body: Json) -> bool:
         return any(has_image_block(message.get("content")) for message in body["messages"])
 
-    def framing(self) -> Framing:
-        return SseReader()
-
-    def reader(self, context: ResponseContext) -> Reader:
-        return MessagesReader()
-
-    def writer(self, context: ResponseContext) -> Writer:
-        return MessagesWriter(context)
-
-    def relay(self, context: ResponseContext) -> Relay:
-        return MessagesRelay(context)
-
-    def aggregate(self, frames: list[Json]) -> Json:
-        aggregate = MessagesAggregator()
-        for frame in frames:
-            aggregate.take(frame)
-        return aggregate.whole()
-
     def expand(self, response: Json) -> list[Json]:
-        usage = get_dict(response, "usage")
         opening = {**response, "content": [], "stop_reason": None, "stop_sequence": None}
         frames: list[Json] = [{"type": "message_start", "message": opening}]
         content = response.get("content")
         for index, block in enumerate(content if isinstance(content, list) else ()):
             frames += expand_block(index, block if isinstance(block, dict) else {})
         delta = {key: response.get(key) for key in ("stop_reason", "stop_sequence")}
-        last: Json = {"type": "message_delta", "delta": delta, "usage": dict(usage)}
+        usage = dict(get_dict(response, "usage"))
+        last: Json = {"type": "message_delta", "delta": delta, "usage": usage}
         if "copilot_usage" in response:
             last["copilot_usage"] = response["copilot_usage"]
         return [*frames, last, {"type": "message_stop"}]
@@ -5979,16 +5824,6 @@ class MessagesDialect:
     def ping(self, begun: bool) -> bytes:
         """`ping` inside a message, a comment before it."""
         return b'event: ping\ndata: {"type":"ping"}\n\n' if begun else SSE_COMMENT_PING
-
-
-def has_image_block(content: Any) -> bool:
-    if not isinstance(content, list):
-        return False
-    return any(
-        isinstance(part, dict)
-        and (part.get("type") == "image" or has_image_block(part.get("content")))
-        for part in content
-    )
 
 
 # 8.4 OpenAI responses
