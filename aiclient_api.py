@@ -5532,8 +5532,9 @@ class MessagesWriter:
         if isinstance(event, MessageStart):
             # Input tokens are estimated here; otherwise clients show the context as empty.
             usage = write_messages_usage(Usage(input=estimate_request(self.context.asked)))
-            head = {"id": self.context.id, **EMPTY_MESSAGE, "model": self.context.model}
-            return [{"type": "message_start", "message": {**head, "usage": usage}}]
+            message = {"id": self.context.id, "type": "message", "role": "assistant"}
+            message |= {"model": self.context.model, **EMPTY_MESSAGE, "usage": usage}
+            return [{"type": "message_start", "message": message}]
         if isinstance(event, UsageUpdate):
             self.usage = event.usage
         return self.write_finish(event) if isinstance(event, MessageStop) else []
@@ -5833,30 +5834,22 @@ class MessagesDialect:
 CARRIED_THINKING = "gw1.a."
 RESPONSES_ENVELOPE = "gw1.r."
 
-RESPONSES_KNOWN = (
+# Dropped without a report: nothing would be missed.
+RESPONSES_SILENT = ("client_metadata", "safety_identifier", "service_tier", "truncation", "user")
+# Request fields that are converted or silent; others are reported as dropped.
+RESPONSES_FIELDS = (
     "background", "conversation", "include", "input", "instructions", "max_output_tokens",
     "metadata", "model", "parallel_tool_calls", "previous_response_id", "prompt",
     "prompt_cache_key", "reasoning", "store", "stream", "stream_options", "temperature", "text",
-    "tool_choice", "tools", "top_p",
+    "tool_choice", "tools", "top_p", *RESPONSES_SILENT,
 )  # fmt: skip
-# Dropped without a report: nothing would be missed.
-RESPONSES_SILENT = ("client_metadata", "safety_identifier", "service_tier", "truncation", "user")
 # Request fields that the response repeats, and their defaults.
 RESPONSES_ECHOED: Json = {
-    "instructions": None,
-    "max_output_tokens": None,
-    "metadata": {},
-    "parallel_tool_calls": True,
-    "previous_response_id": None,
-    "reasoning": {"effort": None, "summary": None},
-    "temperature": 1.0,
-    "text": {"format": {"type": "text"}},
-    "tool_choice": "auto",
-    "tools": [],
-    "top_p": 1.0,
-    "truncation": "disabled",
-    "user": None,
-}
+    "instructions": None, "max_output_tokens": None, "metadata": {}, "parallel_tool_calls": True,
+    "previous_response_id": None, "reasoning": {"effort": None, "summary": None},
+    "temperature": 1.0, "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [],
+    "top_p": 1.0, "truncation": "disabled", "user": None,
+}  # fmt: skip
 
 
 def pack(prefix: str, value: Json) -> str:
@@ -5890,11 +5883,9 @@ def refuse_state(body: Json) -> None:
 
 def searches_tools(body: Json) -> bool:
     """Whether the client offers a client-side tool search, which Copilot does not know."""
+    search = {"type": "tool_search", "execution": "client"}
     return any(
-        isinstance(tool, dict)
-        and tool.get("type") == "tool_search"
-        and tool.get("execution") == "client"
-        for tool in all_tools(body)
+        isinstance(tool, dict) and search.items() <= tool.items() for tool in all_tools(body)
     )
 
 
@@ -5926,8 +5917,7 @@ def input_items(body: Json) -> list[Json]:
     if not items:
         raise InvalidRequest("input: must not be empty.", param="input")
     for index, item in enumerate(items):
-        if not isinstance(item, dict):
-            raise wrong_type(f"input.{index}", "an object")
+        need_dict(item, f"input.{index}")
     return items
 
 
@@ -5939,11 +5929,9 @@ CUSTOM_SCHEMA: Json = {
 }
 # Client-side tools defined by the vendor: item type of a call in the history -> tool name.
 CLIENT_CALLS = {
-    "local_shell_call": "local_shell",
-    "shell_call": "shell",
-    "apply_patch_call": "apply_patch",
+    "local_shell_call": "local_shell", "shell_call": "shell", "apply_patch_call": "apply_patch",
     "computer_call": "computer",
-}
+}  # fmt: skip
 # Calls of server-side tools: their results are kept as text, if they have any.
 HOSTED_ITEMS = (
     "code_interpreter_call", "file_search_call", "image_generation_call",
@@ -5953,15 +5941,13 @@ HOSTED_ITEMS = (
 
 
 def hosted_words(item: Json) -> str:
-    outputs = [item.get("output"), item.get("results"), item.get("outputs")]
-    parts = [
-        part for output in outputs for part in (output if isinstance(output, list) else [output])
-    ]
-    texts = [
-        part if isinstance(part, str) else part.get("text") or part.get("logs")
-        for part in parts
-        if isinstance(part, (str, dict))
-    ]
+    texts: list[Any] = []
+    for key in ("output", "results", "outputs"):
+        output = item.get(key)
+        for part in output if isinstance(output, list) else [output]:
+            if isinstance(part, dict):
+                part = part.get("text") or part.get("logs")
+            texts.append(part)
     return "\n".join(text for text in texts if isinstance(text, str) and text)
 
 
@@ -5977,9 +5963,6 @@ class AssistantTurn:
     content: list[Block] = field(default_factory=list)
     calls: list[Block] = field(default_factory=list)  #: calls, and thinking between them
     results: list[Block] = field(default_factory=list)  #: results of the calls
-
-    def turns(self) -> list[Turn]:
-        return [Turn("assistant", [*self.content, *self.calls]), Turn("user", self.results)]
 
 
 class ResponsesRequestReader:
@@ -6008,7 +5991,10 @@ class ResponsesRequestReader:
         for index, item in enumerate(items):
             self.read_item(item, f"input.{index}")
         for turn in self.turns:
-            chat.turns += turn.turns() if isinstance(turn, AssistantTurn) else [turn]
+            if isinstance(turn, AssistantTurn):
+                chat.turns.append(Turn("assistant", [*turn.content, *turn.calls]))
+                turn = Turn("user", turn.results)
+            chat.turns.append(turn)
         chat.settle()
         self.read_tools(body, "")
         chat.tools = [*self.tools.values()]
@@ -6021,15 +6007,21 @@ class ResponsesRequestReader:
         kind = item_kind(item)
         if kind == "message":
             self.read_message(item, path)
-        elif kind in ("function_call", "custom_tool_call", "tool_search_call"):
-            self.add_call(self.read_call(item, kind, path))
-        elif kind in CLIENT_CALLS:
-            arguments = dump_text(item.get("action") or item.get("operation") or {})
-            self.add_call(ToolCall(need_str(item, "call_id", path), CLIENT_CALLS[kind], arguments))
+        elif kind in ("function_call", "custom_tool_call", "tool_search_call", *CLIENT_CALLS):
+            call = self.read_call(item, kind, path)
+            self.turn_by_call_id[call.id] = turn = self.open_turn()
+            turn.calls.append(call)
+            if call.id in self.answered:
+                self.awaiting_results[call.id] = turn
         elif kind.endswith("_output"):
             self.read_output(item, kind, path)
         elif kind == "reasoning":
-            self.read_reasoning(item)
+            # Only thinking that was packed here for another upstream; the rest is not for it.
+            carried = unpack(CARRIED_THINKING, get_str(item, "encrypted_content"))
+            if carried is not None:
+                values = [str_or_empty(carried, key) for key in ("thinking", "signature", "data")]
+                turn = self.open_turn()
+                (turn.calls or turn.content).append(Thinking(*values))
         elif kind == "additional_tools":
             self.read_tools(item, path)
         elif kind in HOSTED_ITEMS:
@@ -6050,16 +6042,15 @@ class ResponsesRequestReader:
     def read_message(self, item: Json, path: str) -> None:
         role = read_role(item, RESPONSES_ROLES, path)
         blocks = read_parts(item.get("content"), f"{path}.content")
-        if role in ("system", "developer"):
-            texts = [block for block in blocks if isinstance(block, Text)]
-            if self.turns:
-                self.turns.append(Turn("system", [*texts]))
-            else:
-                self.chat.system.extend(texts)
-        elif role == "assistant":
+        texts = [block for block in blocks if isinstance(block, Text)]
+        if role == "assistant":
             self.add_content(blocks)
-        else:
+        elif role == "user":
             self.turns.append(Turn("user", blocks))
+        elif self.turns:
+            self.turns.append(Turn("system", [*texts]))
+        else:
+            self.chat.system.extend(texts)
 
     def open_turn(self) -> AssistantTurn:
         turn = self.turns[-1] if self.turns else None
@@ -6073,15 +6064,12 @@ class ResponsesRequestReader:
         turn = next(iter(self.awaiting_results.values()), None) or self.open_turn()
         turn.content.extend(blocks)
 
-    def add_call(self, call: ToolCall) -> None:
-        self.turn_by_call_id[call.id] = turn = self.open_turn()
-        turn.calls.append(call)
-        if call.id in self.answered:
-            self.awaiting_results[call.id] = turn
-
     @staticmethod
     def read_call(item: Json, kind: str, path: str) -> ToolCall:
         call_id = need_str(item, "call_id", path)
+        if kind in CLIENT_CALLS:
+            action = item.get("action") or item.get("operation") or {}
+            return ToolCall(call_id, CLIENT_CALLS[kind], dump_text(action))
         if kind == "tool_search_call":
             return ToolCall(call_id, "tool_search", dump_text(item.get("arguments") or {}))
         name = flat_name(str_field(item, "namespace", path) or "", need_str(item, "name", path))
@@ -6111,17 +6099,6 @@ class ResponsesRequestReader:
             self.turn_by_call_id[call_id].results.append(result)
         else:
             self.turns.append(Turn("user", [result]))
-
-    def read_reasoning(self, item: Json) -> None:
-        """Only thinking that we packed for another upstream; the rest is not for it."""
-        carried = unpack(CARRIED_THINKING, get_str(item, "encrypted_content"))
-        if carried is not None:
-            values = [carried.get(key) for key in ("thinking", "signature", "data")]
-            thinking, signature, data = (
-                value if isinstance(value, str) else "" for value in values
-            )
-            turn = self.open_turn()
-            (turn.calls or turn.content).append(Thinking(thinking, signature, data))
 
     def read_tools(self, holder: Json, path: str, namespace: str = "") -> list[str]:
         """The names of the tools of the request, a namespace or a search result."""
@@ -6153,45 +6130,40 @@ class ResponsesRequestReader:
             return []
         flat = flat_name(namespace, name)
         existing = self.tools.get(flat)
-        if existing is not None and existing.namespace != namespace:
+        if existing is None:
+            strict = bool_field(tool, "strict", path)
+            self.tools[flat] = Tool(flat, description, schema, strict, kind, namespace)
+        elif existing.namespace != namespace:
             raise InvalidRequest(
                 f"{path}: {name!r} of {namespace or 'no namespace'!r} and of "
                 f"{existing.namespace or 'no namespace'!r} become one name; rename one.",
                 param="tools",
             )
-        if existing is None:
-            strict = bool_field(tool, "strict", path)
-            self.tools[flat] = Tool(flat, description, schema, strict, kind, namespace)
         return [flat]
 
     def read_choice(self) -> None:
         chat, choice = self.chat, self.body.get("tool_choice")
-        forced_kind = ""
+        path = "tool_choice"
+        kind = "" if not isinstance(choice, dict) else str_field(choice, "type", path) or "function"
         if not isinstance(choice, dict):
-            mode = word_field(self.body, "tool_choice", CHOICE_MODES)
+            mode = word_field(self.body, path, CHOICE_MODES)
             chat.choice = ToolChoice(mode) if mode else None
-        else:
-            kind = str_field(choice, "type", "tool_choice") or "function"
-            if kind == "allowed_tools":
-                names = allowed_names(choice, "tool_choice")
-                chat.tools = [
-                    tool
-                    for tool in chat.tools
-                    if {tool.name, tool.name.removeprefix(flat_name(tool.namespace, ""))} & names
-                ]
-                mode = word_field(choice, "mode", ("auto", "required"), "tool_choice")
-                chat.choice = ToolChoice(mode or "auto")
-            elif kind in ("function", "custom"):
-                namespace = str_field(choice, "namespace", "tool_choice") or ""
-                name = flat_name(namespace, need_str(choice, "name", "tool_choice"))
-                chat.choice = ToolChoice("named", name)
-            else:
-                forced_kind = kind
-        drop_hosted(chat.hosted, len(chat.tools), forced_kind, chat.dropped)
-        if forced_kind:
-            raise UnsupportedFeature(
-                f"{forced_kind} is not available on this model.", param="tools"
+        elif kind == "allowed_tools":
+            names = allowed_names(choice, path)
+            chat.tools = [
+                tool
+                for tool in chat.tools
+                if {tool.name, tool.name.removeprefix(flat_name(tool.namespace, ""))} & names
+            ]
+            chat.choice = ToolChoice(
+                word_field(choice, "mode", ("auto", "required"), path) or "auto"
             )
+        elif kind in ("function", "custom"):
+            namespace = str_field(choice, "namespace", path) or ""
+            chat.choice = ToolChoice("named", flat_name(namespace, need_str(choice, "name", path)))
+        else:
+            raise UnsupportedFeature(f"{kind} is not available on this model.", param="tools")
+        drop_hosted(chat.hosted, len(chat.tools), "", chat.dropped)
 
     def read_settings(self) -> None:
         body, chat = self.body, self.chat
@@ -6201,8 +6173,9 @@ class ResponsesRequestReader:
         chat.parallel = bool_field(body, "parallel_tool_calls")
         chat.session = str_field(body, "prompt_cache_key") or ""
         chat.effort = word_field(dict_field(body, "reasoning"), "effort", EFFORTS, "reasoning")
-        chat.verbosity = str_field(dict_field(body, "text"), "verbosity", "text")
-        text_format = dict_field(dict_field(body, "text"), "format", "text")
+        text = dict_field(body, "text")
+        chat.verbosity = str_field(text, "verbosity", "text")
+        text_format = dict_field(text, "format", "text")
         if text_format.get("type") == "json_object":
             chat.output = OutputFormat(None)
         elif text_format.get("type") == "json_schema":
@@ -6214,157 +6187,141 @@ class ResponsesRequestReader:
             )
         if body.get("truncation") == "auto":
             chat.dropped.append("truncation")
-        known_keys = (*RESPONSES_KNOWN, *RESPONSES_SILENT)
-        chat.dropped += [key for key in body if key not in known_keys and body[key] is not None]
+        chat.dropped += [
+            key for key in body if key not in RESPONSES_FIELDS and body[key] is not None
+        ]
 
 
-def write_input_part(block: Block) -> Json | None:
+def write_responses_request(chat: Conversation, model: Model) -> Json:
+    """The body of a streaming request; nothing is stored, so reasoning travels encrypted."""
+    chat.refuse_prefill()
+    items = write_input_items(chat)
+    body: Json = {"model": model.id, "input": items}
+    if chat.system and items:
+        body["instructions"] = plain_text(chat.system)
+    elif chat.system:
+        items.append({"role": "developer", "content": plain_text(chat.system)})
+    if not items:
+        raise chat.refuse_empty()
+    if chat.tools:
+        body["tools"] = [write_responses_tool(tool, chat) for tool in chat.tools]
+        if chat.choice and chat.choice.mode == "named":
+            name = chat.wire_name(chat.choice.name)
+            body["tool_choice"] = {"type": "function", "name": name}
+        elif chat.choice:
+            body["tool_choice"] = chat.choice.mode
+        if chat.parallel is not None:
+            body["parallel_tool_calls"] = chat.parallel
+    effort = chat.effort
+    if not effort and chat.thinking_budget:
+        effort = effort_of_budget(chat.thinking_budget)
+    level = clamp_effort(effort, model.efforts) if effort else None
+    text = {"format": write_text_format(chat.output), "verbosity": chat.verbosity}
+    settings = {
+        "max_output_tokens": max(chat.max_tokens, 16) if chat.max_tokens else None,
+        "temperature": chat.temperature,
+        "top_p": chat.top_p,
+        "reasoning": {"effort": level, "summary": "auto"} if level else None,
+        "text": {key: value for key, value in text.items() if value is not None} or None,
+        "prompt_cache_key": short_hash(chat.session, 32) if chat.session else None,
+    }
+    body.update({key: value for key, value in settings.items() if value is not None})
+    if chat.top_k is not None:
+        chat.dropped.append("top_k")
+    body.update(store=False, include=["reasoning.encrypted_content"], stream=True)
+    return body
+
+
+def write_input_items(chat: Conversation) -> list[Json]:
+    items: list[Json] = []
+    for turn in chat.turns:
+        if turn.role == "system":
+            items.append({"role": "developer", "content": plain_text(turn.blocks)})
+        elif turn.role == "assistant":
+            written = [write_assistant_item(block, chat) for block in turn.blocks]
+            items += [item for item in written if item]
+        else:
+            parts: list[Json] = []
+            for block in turn.blocks:
+                if isinstance(block, ToolResult):
+                    items.append(write_output_item(block, parts))
+                else:
+                    parts += write_input_parts(block)
+            if parts:
+                items.append({"type": "message", "role": "user", "content": parts})
+    return items
+
+
+def write_assistant_item(block: Block, chat: Conversation) -> Json | None:
+    """None for images and documents, and for another vendor's thinking."""
+    if isinstance(block, Thinking):
+        return write_reasoning_item(block.text, block.signature or block.redacted)
+    if isinstance(block, ToolCall):
+        return {
+            "type": "function_call",
+            "call_id": wire_id(block.id),
+            "name": chat.wire_name(block.name),
+            "arguments": whole_arguments(block.arguments),
+        }
+    if isinstance(block, Text):
+        part: Json = {"type": "output_text", "text": block.text, "annotations": []}
+    elif isinstance(block, Refusal):
+        part = {"type": "refusal", "refusal": block.text}
+    else:
+        return None
+    return {"type": "message", "role": "assistant", "content": [part]}
+
+
+def write_input_parts(block: Block) -> list[Json]:
+    """The part for one block of a user turn; none for what users do not send."""
     if isinstance(block, (Text, Refusal)):
-        return {"type": "input_text", "text": block.text}
+        return [{"type": "input_text", "text": block.text}]
     if isinstance(block, Image):
         url = block.url or f"data:{block.media_type};base64,{block.data}"
-        return {"type": "input_image", "image_url": url, "detail": block.detail or "auto"}
-    if isinstance(block, Document):
-        if block.text:
-            heading = f"[{block.title}]\n" if block.title else ""
-            return {"type": "input_text", "text": heading + block.text}
-        data = f"data:{block.media_type};base64,{block.data}"
-        name = block.title or "document.pdf"
-        return {"type": "input_file", "filename": name, "file_data": data}
-    return None
+        return [{"type": "input_image", "image_url": url, "detail": block.detail or "auto"}]
+    if not isinstance(block, Document):
+        return []
+    if block.text:
+        heading = f"[{block.title}]\n" if block.title else ""
+        return [{"type": "input_text", "text": heading + block.text}]
+    data = f"data:{block.media_type};base64,{block.data}"
+    return [{"type": "input_file", "filename": block.title or "document.pdf", "file_data": data}]
 
 
-class ResponsesRequestWriter:
-    def __init__(self, chat: Conversation, model: Model) -> None:
-        self.chat = chat
-        self.model = model
+def write_output_item(result: ToolResult, next_parts: list[Json]) -> Json:
+    """A tool's output; its images move to the next message, as Copilot takes only text."""
+    text = plain_text(result.blocks)
+    media: list[Json] = []
+    for block in result.blocks:
+        if not isinstance(block, (Text, Refusal)):
+            media += write_input_parts(block)
+    call_id = wire_id(result.id)
+    if media:
+        next_parts += [{"type": "input_text", "text": f"From tool call {call_id}:"}, *media]
+        text = text or "[in the next message]"
+    if result.is_error and not text.startswith("Error"):
+        text = f"Error: {text}"
+    text = text if text.strip() else "(no output)"
+    return {"type": "function_call_output", "call_id": call_id, "output": text}
 
-    def write(self) -> Json:
-        """The body of a streaming request; nothing is stored, so reasoning travels encrypted."""
-        chat = self.chat
-        chat.refuse_prefill()
-        items = self.write_input()
-        body: Json = {"model": self.model.id, "input": items}
-        if chat.system and items:
-            body["instructions"] = plain_text(chat.system)
-        elif chat.system:
-            items.append({"role": "developer", "content": plain_text(chat.system)})
-        if not items:
-            raise chat.refuse_empty()
-        if chat.tools:
-            body["tools"] = [self.write_tool(tool) for tool in chat.tools]
-            if chat.choice:
-                body["tool_choice"] = self.write_choice(chat.choice)
-            if chat.parallel is not None:
-                body["parallel_tool_calls"] = chat.parallel
-        effort = chat.effort or (
-            effort_of_budget(chat.thinking_budget) if chat.thinking_budget else None
-        )
-        level = clamp_effort(effort, self.model.efforts) if effort else None
-        settings = {
-            "max_output_tokens": max(chat.max_tokens, 16) if chat.max_tokens else None,
-            "temperature": chat.temperature,
-            "top_p": chat.top_p,
-            "reasoning": {"effort": level, "summary": "auto"} if level else None,
-            "text": self.write_text(),
-            "prompt_cache_key": short_hash(chat.session, 32) if chat.session else None,
-        }
-        body.update({key: value for key, value in settings.items() if value is not None})
-        if chat.top_k is not None:
-            chat.dropped.append("top_k")
-        body.update(store=False, include=["reasoning.encrypted_content"], stream=True)
-        return body
 
-    def write_input(self) -> list[Json]:
-        items: list[Json] = []
-        for turn in self.chat.turns:
-            if turn.role == "system":
-                items.append({"role": "developer", "content": plain_text(turn.blocks)})
-            elif turn.role == "assistant":
-                items += [
-                    item for block in turn.blocks if (item := self.write_assistant_block(block))
-                ]
-            else:
-                items += self.write_user(turn.blocks)
-        return items
+def write_responses_tool(tool: Tool, chat: Conversation) -> Json:
+    entry: Json = {"type": "function", "name": chat.wire_name(tool.name)}
+    if tool.description:
+        entry["description"] = tool.description
+    return {**entry, "parameters": plain_schema(tool), "strict": bool(tool.strict)}
 
-    def write_assistant_block(self, block: Block) -> Json | None:
-        if isinstance(block, Text):
-            part: Json = {"type": "output_text", "text": block.text, "annotations": []}
-            return {"type": "message", "role": "assistant", "content": [part]}
-        if isinstance(block, Refusal):
-            part = {"type": "refusal", "refusal": block.text}
-            return {"type": "message", "role": "assistant", "content": [part]}
-        if isinstance(block, ToolCall):
-            return {
-                "type": "function_call",
-                "call_id": wire_id(block.id),
-                "name": self.chat.wire_name(block.name),
-                "arguments": whole_arguments(block.arguments),
-            }
-        if isinstance(block, Thinking):
-            return write_reasoning_item(block.text, block.signature or block.redacted)
+
+def write_text_format(output: OutputFormat | None) -> Json | None:
+    if output is None:
         return None
-
-    def write_user(self, blocks: list[Block]) -> list[Json]:
-        items: list[Json] = []
-        parts: list[Json] = []
-        for block in blocks:
-            if isinstance(block, ToolResult):
-                items.append(self.write_result(block, parts))
-            else:
-                part = write_input_part(block)
-                parts += [part] if part else []
-        return [*items, {"type": "message", "role": "user", "content": parts}] if parts else items
-
-    def write_result(self, result: ToolResult, next_parts: list[Json]) -> Json:
-        """A tool's output; its images move to the next message, as Copilot takes only text."""
-        text = plain_text(result.blocks)
-        media = [
-            part
-            for block in result.blocks
-            if not isinstance(block, (Text, Refusal)) and (part := write_input_part(block))
-        ]
-        call_id = wire_id(result.id)
-        if media:
-            next_parts.append({"type": "input_text", "text": f"From tool call {call_id}:"})
-            next_parts += media
-            text = text or "[in the next message]"
-        if result.is_error and not text.startswith("Error"):
-            text = f"Error: {text}"
-        text = text if text.strip() else "(no output)"
-        return {"type": "function_call_output", "call_id": call_id, "output": text}
-
-    def write_tool(self, tool: Tool) -> Json:
-        entry: Json = {"type": "function", "name": self.chat.wire_name(tool.name)}
-        if tool.description:
-            entry["description"] = tool.description
-        entry["parameters"] = plain_schema(tool)
-        entry["strict"] = bool(tool.strict)
-        return entry
-
-    def write_choice(self, choice: ToolChoice) -> Any:
-        if choice.mode == "named":
-            return {"type": "function", "name": self.chat.wire_name(choice.name)}
-        return choice.mode
-
-    def write_text(self) -> Json | None:
-        options = {"format": self.write_output(), "verbosity": self.chat.verbosity}
-        return {key: value for key, value in options.items() if value is not None} or None
-
-    def write_output(self) -> Json | None:
-        output = self.chat.output
-        if output is None:
-            return None
-        if output.schema is None:
-            return {"type": "json_object"}
-        text_format: Json = {"type": "json_schema", "name": output.name, "schema": output.schema}
-        if output.description:
-            text_format["description"] = output.description
-        text_format["strict"] = (
-            fits_strict(output.schema) if output.strict is None else output.strict
-        )
-        return text_format
+    if output.schema is None:
+        return {"type": "json_object"}
+    text_format: Json = {"type": "json_schema", "name": output.name, "schema": output.schema}
+    if output.description:
+        text_format["description"] = output.description
+    strict = fits_strict(output.schema) if output.strict is None else output.strict
+    return {**text_format, "strict": strict}
 
 
 def write_reasoning_item(text: str, signature: str) -> Json | None:
@@ -6392,21 +6349,27 @@ def read_responses_usage(response: Json, usage: Usage) -> None:
     read_copilot_usage(response, usage)
 
 
-def read_incomplete(response: Json) -> str:
-    reason = get_dict(response, "incomplete_details").get("reason")
-    return "filter" if reason == "content_filter" else "length"
+RESPONSES_FAILURES = ("response.failed", "response.cancelled", "error")
+RESPONSES_ENDS = ("response.completed", "response.incomplete", *RESPONSES_FAILURES)
 
 
-RESPONSES_ENDS = (
-    "response.completed", "response.incomplete", "response.failed", "response.cancelled",
-    "error",
-)  # fmt: skip
-
-
-def read_responses_error(frame: Json) -> ApiError:
+def responses_failure(frame: Json) -> ApiError | None:
     """The error in a terminal frame: the response's, or the frame's own, nested or flat."""
+    kind = frame.get("type")
+    if kind not in RESPONSES_FAILURES and (kind or "error" not in frame):
+        return None
     response = get_dict(frame, "response")
     return read_stream_error(response.get("error") or frame.get("error") or frame)
+
+
+# Type of a delta -> kind of the block that it extends.
+ITEM_DELTAS = {
+    "response.output_text.delta": "text",
+    "response.refusal.delta": "refusal",
+    "response.reasoning_summary_text.delta": "thinking",
+    "response.reasoning_text.delta": "thinking",
+    "response.function_call_arguments.delta": "tool",
+}
 
 
 @dataclass(slots=True)
@@ -6414,9 +6377,11 @@ class OutputItem:
     """An output item being streamed; its events wait until the items before it are complete."""
 
     kind: str = ""
+    call_id: str = ""
+    signature: str = ""  #: its encrypted reasoning, packed
     events: list[Event] = field(default_factory=list)
     open_block: str = ""  #: kind of the open block
-    pieces: list[str] = field(default_factory=list)  #: its text so far
+    pieces: list[str] = field(default_factory=list)  #: the text of the item so far
     part_count: int = 0  #: number of complete content parts
     has_text: bool = False  #: the open part has text
     done: bool = False
@@ -6424,6 +6389,97 @@ class OutputItem:
     @property
     def text(self) -> str:
         return "".join(self.pieces)
+
+    def read(self, kind: str, frame: Json) -> None:
+        if self.done:
+            return
+        if kind in ITEM_DELTAS:
+            if kind != "response.function_call_arguments.delta" or self.open_block:
+                self.add(ITEM_DELTAS[kind], str_or_empty(frame, "delta"))
+        elif kind == "response.output_item.added":
+            self.open(get_dict(frame, "item"))
+        elif kind == "response.output_item.done":
+            self.close(get_dict(frame, "item"))
+        elif kind == "response.reasoning_summary_part.added" and self.pieces:
+            self.add("thinking", "\n\n")
+        elif kind == "response.content_part.done":
+            self.end_part(get_dict(frame, "part"))
+        elif kind == "response.custom_tool_call_input.delta":
+            self.pieces.append(str_or_empty(frame, "delta"))
+
+    def open(self, payload: Json) -> None:
+        self.kind = str(payload.get("type") or "")
+        if self.kind in ("function_call", "custom_tool_call") and payload.get("name"):
+            self.open_block = "tool"
+            self.call_id = str(payload.get("call_id") or payload.get("id") or "")
+            name = flat_name(get_str(payload, "namespace"), str(payload["name"]))
+            self.events.append(BlockStart("tool", self.call_id, name))
+
+    def add(self, block_kind: str, text: str) -> None:
+        if not text:
+            return
+        if self.open_block != block_kind:
+            self.end_text()
+            self.open_block = block_kind
+            self.events.append(BlockStart(block_kind))
+        self.has_text = True
+        self.pieces.append(text)
+        self.events.append(BlockDelta("arguments" if block_kind == "tool" else "text", text))
+
+    def end_text(self) -> None:
+        """Closes an open text block; calls and thinking end with their item."""
+        if self.open_block in ("text", "refusal"):
+            self.events.append(BlockStop())
+            self.open_block = ""
+
+    def end_part(self, part: Json) -> None:
+        """Ends a content part; text that came only with it is added."""
+        if not self.has_text:
+            self.add("text", str_or_empty(part, "text"))
+            self.add("refusal", str_or_empty(part, "refusal"))
+        self.end_text()
+        self.part_count += 1
+        self.has_text = False
+
+    def close(self, payload: Json) -> None:
+        """Ends the item; content that came only with it is added."""
+        if not self.kind:
+            self.open(payload)
+        if self.kind == "message":
+            content = payload.get("content")
+            parts = content if isinstance(content, list) else []
+            for part in parts[self.part_count :]:
+                self.end_part(part if isinstance(part, dict) else {})
+        elif self.kind == "function_call" and self.open_block and not self.pieces:
+            self.add("tool", str_or_empty(payload, "arguments"))
+        elif self.kind == "custom_tool_call" and self.open_block:
+            call_input = str_or_empty(payload, "input") or self.text
+            self.add("tool", dump_text({"input": call_input}))
+        elif self.kind == "reasoning":
+            self.close_reasoning(payload)
+        if self.open_block:
+            self.events.append(BlockStop())
+        self.open_block, self.done = "", True
+
+    def close_reasoning(self, payload: Json) -> None:
+        """Only now is the encrypted form of reasoning reliable."""
+        if not self.pieces:
+            summary = payload.get("summary") or payload.get("content")
+            summary = summary if isinstance(summary, list) else []
+            texts = [part.get("text") for part in summary if isinstance(part, dict)]
+            self.add("thinking", "\n\n".join(text for text in texts if isinstance(text, str)))
+        encrypted = payload.get("encrypted_content")
+        if not isinstance(encrypted, str) or not encrypted:
+            return
+        self.signature = pack(RESPONSES_ENVELOPE, {"id": payload.get("id"), "enc": encrypted})
+        if self.open_block == "thinking":
+            self.events.append(BlockDelta("signature", self.signature))
+        else:
+            self.events += [BlockStart("redacted", raw={"data": self.signature}), BlockStop()]
+
+    def take(self) -> list[Event]:
+        events, self.events = self.events, []
+        return events
 
 
 class ResponsesReader:
@@ -6433,185 +6489,67 @@ class ResponsesReader:
         self.items: dict[int, OutputItem] = {}
         self.current_index = 0  # index of the item whose events are passed on
         self.started = False
-        self.calls: list[str] = []
-        self.thinking = ("", "")  # the last thinking text, and its signature
 
     def read(self, frame: Json) -> list[Event]:
-        kind = str(frame.get("type") or "")
-        if kind in RESPONSES_ENDS or (not kind and "error" in frame):
+        failure = responses_failure(frame)
+        if failure:
+            return [StreamError(failure)]
+        kind, index = str(frame.get("type") or ""), frame.get("output_index")
+        if kind in RESPONSES_ENDS:
             return self.read_end(kind, frame)
-        events: list[Event] = []
         if kind == "response.created":
-            response = get_dict(frame, "response")
-            self.start(response, events)
-        elif isinstance(frame.get("output_index"), int):
-            self.start({}, events)
-            item = self.items.setdefault(frame["output_index"], OutputItem())
-            self.read_item_frame(kind, frame, item)
-            self.flush(events)
-        return events
-
-    def start(self, response: Json, events: list[Event]) -> None:
-        if not self.started:
-            self.started = True
-            events.append(
-                MessageStart(str(response.get("id") or ""), str(response.get("model") or ""))
-            )
-
-    def read_item_frame(self, kind: str, frame: Json, item: OutputItem) -> None:
-        if item.done:
-            return
-        if kind == "response.output_item.added":
-            self.open_item(get_dict(frame, "item"), item)
-        elif kind == "response.output_item.done":
-            self.close_item(get_dict(frame, "item"), item)
-        elif kind in ("response.output_text.delta", "response.refusal.delta"):
-            block_kind = "text" if "output_text" in kind else "refusal"
-            self.add_text(item, block_kind, frame.get("delta"))
-        elif kind in ("response.reasoning_summary_text.delta", "response.reasoning_text.delta"):
-            self.add_text(item, "thinking", frame.get("delta"))
-        elif kind == "response.reasoning_summary_part.added" and item.pieces:
-            self.add_text(item, "thinking", "\n\n")
-        elif kind == "response.content_part.done":
-            self.end_part(get_dict(frame, "part"), item)
-        elif kind == "response.custom_tool_call_input.delta":
-            item.pieces.append(str_or_empty(frame, "delta"))
-        elif kind == "response.function_call_arguments.delta" and item.open_block:
-            self.add_text(item, "tool", frame.get("delta"))
-
-    @staticmethod
-    def add_text(item: OutputItem, block_kind: str, text: Any) -> None:
-        if not isinstance(text, str) or not text:
-            return
-        if item.open_block != block_kind:
-            ResponsesReader.end_block(item)
-            item.open_block = block_kind
-            item.events.append(BlockStart(block_kind))
-        item.has_text = True
-        item.pieces.append(text)
-        item.events.append(BlockDelta("arguments" if block_kind == "tool" else "text", text))
-
-    def end_part(self, part: Json, item: OutputItem) -> None:
-        """Ends a content part; text that came only with it is added."""
-        if not item.has_text:
-            self.add_text(item, "text", part.get("text"))
-            self.add_text(item, "refusal", part.get("refusal"))
-        self.end_block(item)
-        item.part_count += 1
-        item.has_text = False
-
-    @staticmethod
-    def end_block(item: OutputItem) -> None:
-        """Closes an open text block; calls and thinking end with their item."""
-        if item.open_block in ("text", "refusal"):
-            item.events.append(BlockStop())
-            item.open_block = ""
-
-    def open_item(self, payload: Json, item: OutputItem) -> None:
-        item.kind = str(payload.get("type") or "")
-        if item.kind in ("function_call", "custom_tool_call") and payload.get("name"):
-            item.open_block = "tool"
-            name = flat_name(get_str(payload, "namespace"), str(payload.get("name") or ""))
-            call_id = str(payload.get("call_id") or payload.get("id") or "")
-            self.calls.append(call_id)
-            item.events.append(BlockStart("tool", call_id, name))
-
-    def close_item(self, payload: Json, item: OutputItem) -> None:
-        """Ends an item; content that came only with it is added."""
-        if not item.kind:
-            self.open_item(payload, item)
-        if item.kind == "message":
-            content = payload.get("content")
-            parts = content if isinstance(content, list) else []
-            for part in parts[item.part_count :]:
-                self.end_part(part if isinstance(part, dict) else {}, item)
-        elif item.kind == "function_call" and item.open_block and not item.pieces:
-            self.add_text(item, "tool", payload.get("arguments"))
-        elif item.kind == "custom_tool_call" and item.open_block:
-            value = payload.get("input")
-            call_input = value if isinstance(value, str) and value else item.text
-            self.add_text(item, "tool", dump_text({"input": call_input}))
-        elif item.kind == "reasoning":
-            self.close_reasoning(payload, item)
-        self.end_block(item)
-        if item.open_block:
-            item.events.append(BlockStop())
-        item.open_block, item.done = "", True
-
-    def close_reasoning(self, payload: Json, item: OutputItem) -> None:
-        """Ends a reasoning item: only now is its encrypted form reliable."""
-        if not item.pieces:
-            summary = payload.get("summary") or payload.get("content")
-            summary = summary if isinstance(summary, list) else []
-            texts = [part.get("text") for part in summary if isinstance(part, dict)]
-            self.add_text(
-                item, "thinking", "\n\n".join(text for text in texts if isinstance(text, str))
-            )
-        encrypted = payload.get("encrypted_content")
-        if not isinstance(encrypted, str) or not encrypted:
-            return
-        signature = pack(RESPONSES_ENVELOPE, {"id": payload.get("id"), "enc": encrypted})
-        self.thinking = (item.text, signature)
-        if item.open_block == "thinking":
-            item.events.append(BlockDelta("signature", signature))
-        else:
-            item.events += [BlockStart("redacted", raw={"data": signature}), BlockStop()]
-
-    def flush(self, events: list[Event]) -> None:
+            return self.start(get_dict(frame, "response"))
+        if not isinstance(index, int):
+            return []
+        events = self.start({})
+        item = self.items.get(index) or self.items.setdefault(index, OutputItem())
+        item.read(kind, frame)
         while self.current_index in self.items:
             item = self.items[self.current_index]
-            events += item.events
-            item.events = []
+            events += item.take()
             if not item.done:
-                return
+                break
             self.current_index += 1
+        return events
+
+    def start(self, response: Json) -> list[Event]:
+        if self.started:
+            return []
+        self.started = True
+        return [MessageStart(str(response.get("id") or ""), str(response.get("model") or ""))]
 
     def read_end(self, kind: str, frame: Json) -> list[Event]:
         """The terminal frame: items that were never streamed, usage, finish."""
-        if kind in ("response.failed", "response.cancelled", "error", ""):
-            return [StreamError(read_responses_error(frame))]
         response = get_dict(frame, "response")
-        events: list[Event] = []
-        self.start(response, events)
+        events = self.start(response)
         output = response.get("output")
         for index, payload in enumerate(output if isinstance(output, list) else ()):
             item = self.items.setdefault(index, OutputItem())
             if not item.done and isinstance(payload, dict):
-                self.close_item(payload, item)
-        for index in sorted(self.items):
-            item = self.items[index]
+                item.close(payload)
+        for _, item in sorted(self.items.items()):
             if not item.done:
-                self.close_item({"type": item.kind}, item)
+                item.close({"type": item.kind})
             if item.kind == "function_call" and item.pieces and load_object(item.text) is None:
                 kind = "response.incomplete"  # a truncated call must not be run
-            events += item.events
-            item.events = []
+            events += item.take()
         read_responses_usage(response, self.usage)
         read_copilot_usage(frame, self.usage)
         if self.usage.source:
             events.append(UsageUpdate(self.usage))
-        if self.calls and self.thinking[1] and self.context.keep:
-            self.context.keep(self.calls, *self.thinking)
-        incomplete = kind == "response.incomplete"
-        events.append(MessageStop(read_incomplete(response) if incomplete else "end"))
-        return events
+        calls = [item.call_id for item in self.items.values() if item.call_id]
+        encrypted_items = [item for item in self.items.values() if item.signature]
+        if calls and encrypted_items and self.context.keep:
+            self.context.keep(calls, encrypted_items[-1].text, encrypted_items[-1].signature)
+        reason = "end"
+        if kind == "response.incomplete":
+            details = get_dict(response, "incomplete_details")
+            reason = "filter" if details.get("reason") == "content_filter" else "length"
+        return [*events, MessageStop(reason)]
 
     def end(self) -> list[Event]:
         """Nothing: a response without its terminal frame is incomplete."""
         return []
-
-
-def write_responses_usage(usage: Usage) -> Json:
-    return {
-        "input_tokens": usage.prompt,
-        "input_tokens_details": {
-            "cached_tokens": usage.cache_read,
-            "cache_write_tokens": usage.cache_write,
-        },
-        "output_tokens": usage.output,
-        "output_tokens_details": {"reasoning_tokens": usage.reasoning},
-        "total_tokens": usage.prompt + usage.output,
-    }
 
 
 def write_response(context: ResponseContext, status: str, output: list[Json]) -> Json:
@@ -6627,19 +6565,44 @@ def write_response(context: ResponseContext, status: str, output: list[Json]) ->
         "store": False,
         "usage": None,
     }
-    requested = {key: context.asked.get(key) for key in RESPONSES_ECHOED}
     for key, default in RESPONSES_ECHOED.items():
-        response[key] = default if requested[key] is None else requested[key]
+        value = context.asked.get(key)
+        response[key] = default if value is None else value
     return response
+
+
+def started_frame(context: ResponseContext, step: str = "created") -> Json:
+    return {"type": f"response.{step}", "response": write_response(context, "in_progress", [])}
+
+
+ITEM_PREFIXES = {
+    "custom_tool_call": "ctc_", "function_call": "fc_", "message": "msg_", "reasoning": "rs_",
+    "tool_search_call": "tsc_", "web_search_call": "ws_",
+}  # fmt: skip
+
+
+def output_item_id(context: ResponseContext, index: int, kind: str) -> str:
+    return ITEM_PREFIXES.get(kind, "item_") + short_hash(f"{context.id} {index}", 24)
 
 
 def unwrap_input(arguments: str) -> str:
     """Unwraps a custom tool's input from its JSON object; other text is returned unchanged."""
     payload = load_object(arguments)
-    if payload is not None and len(payload) == 1:
-        (value,) = payload.values()
-        return value if isinstance(value, str) else arguments
-    return arguments
+    values = [*payload.values()] if payload else []
+    return values[0] if len(values) == 1 and isinstance(values[0], str) else arguments
+
+
+# Kind of a block -> type of its item; calls have several.
+BLOCK_ITEMS = {
+    "text": "message", "refusal": "message", "thinking": "reasoning", "redacted": "reasoning",
+}  # fmt: skip
+# Kind of a tool -> type of its calls.
+CALL_TYPES = {
+    "function": "function_call", "custom": "custom_tool_call", "tool_search": "tool_search_call",
+}  # fmt: skip
+INCOMPLETE_REASONS = {
+    "length": "max_output_tokens", "context": "max_output_tokens", "filter": "content_filter",
+}  # fmt: skip
 
 
 class ResponsesWriter:
@@ -6654,148 +6617,115 @@ class ResponsesWriter:
         self.pieces: list[str] = []
         self.signature: list[str] = []
 
-    @property
-    def text(self) -> str:
-        return "".join(self.pieces)
-
     def write(self, event: Event) -> list[Json]:
         if isinstance(event, BlockDelta):
-            return self.write_block_delta(event)
+            return self.write_delta(event)
         if isinstance(event, MessageStart):
-            response = write_response(self.context, "in_progress", [])
-            return [
-                {"type": "response.created", "response": response},
-                {"type": "response.in_progress", "response": response},
-            ]
+            created = started_frame(self.context)
+            return [created, {**created, "type": "response.in_progress"}]
         if isinstance(event, BlockStart):
-            return self.write_block_start(event)
-        if isinstance(event, BlockStop):
-            return self.write_block_stop()
+            self.kind, self.pieces, self.signature = event.kind, [], []
+            return self.open_item(event) if event.kind != "opaque" else []
+        if isinstance(event, BlockStop) and self.kind != "opaque":
+            frames = self.close_item("".join(self.pieces))
+            frames.append(self.item_frame("done"))
+            self.output.append(self.item)
+            return frames
         if isinstance(event, UsageUpdate):
             self.usage = event.usage
-            return []
-        if isinstance(event, MessageStop):
-            return self.write_message_stop(event)
-        raise event.error
+        return self.write_stop(event) if isinstance(event, MessageStop) else []
 
     def frame(self, kind: str, **members: Any) -> Json:
         position = {"item_id": self.item["id"], "output_index": len(self.output)}
         return {"type": f"response.{kind}", **position, **members}
 
-    def item_frame(self, kind: str) -> Json:
-        index = len(self.output)
-        return {"type": f"response.output_item.{kind}", "output_index": index, "item": self.item}
+    def item_frame(self, step: str) -> Json:
+        """The item as it is now; it may still grow."""
+        position = {"type": f"response.output_item.{step}", "output_index": len(self.output)}
+        return {**position, "item": dict(self.item)}
 
-    def new_id(self, prefix: str) -> str:
-        return prefix + short_hash(f"{self.context.id} {len(self.output)}", 24)
-
-    def write_block_start(self, event: BlockStart) -> list[Json]:
-        self.kind, self.pieces, self.signature = event.kind, [], []
-        if event.kind in ("text", "refusal"):
-            self.item = {
-                "id": self.new_id("msg_"),
-                "type": "message",
-                "role": "assistant",
-                "status": "in_progress",
-                "content": [],
-            }
-            part = self.frame("content_part.added", content_index=0, part=self.part())
-            return [self.item_added(), part]
-        if event.kind in ("thinking", "redacted"):
-            self.item = {"id": self.new_id("rs_"), "type": "reasoning", "summary": []}
-            if event.kind == "redacted":
-                self.signature = [str((event.raw or {}).get("data") or "")]
-            return [self.item_added()]
-        if event.kind == "tool":
-            self.item = self.new_call(event)
-            return [self.item_added()]
-        return []  # a block that only another dialect knows
-
-    def item_added(self) -> Json:
-        """`output_item.added` with a snapshot of the item, which will still grow."""
-        return {**self.item_frame("added"), "item": dict(self.item)}
-
-    def new_call(self, event: BlockStart) -> Json:
+    def open_item(self, event: BlockStart) -> list[Json]:
         tool = self.context.tools.get(event.name)
-        kind = tool.kind if tool else "function"
+        kind = BLOCK_ITEMS.get(self.kind) or CALL_TYPES[tool.kind if tool else "function"]
+        item_id = output_item_id(self.context, len(self.output), kind)
+        self.item = item = dict[str, Any](id=item_id, type=kind)
+        if kind == "message":
+            item |= {"role": "assistant", "status": "in_progress", "content": []}
+            part = self.frame("content_part.added", content_index=0, part=self.part(""))
+            return [self.item_frame("added"), part]
+        if kind == "reasoning":
+            item["summary"] = []
+            self.signature = [str((event.raw or {}).get("data") or "")]
+            return [self.item_frame("added")]
         state = {"call_id": event.id, "status": "in_progress"}
-        if kind == "tool_search":
-            identity = {
-                "id": self.new_id("tsc_"),
-                "type": "tool_search_call",
-                "execution": "client",
-            }
-            return {**identity, **state, "arguments": {}}
-        name = event.name
+        if kind == "tool_search_call":
+            item |= {"execution": "client", **state, "arguments": {}}
+            return [self.item_frame("added")]
+        item |= {**state, "name": event.name}
+        item["input" if kind == "custom_tool_call" else "arguments"] = ""
         if tool and tool.namespace:
-            name = name.removeprefix(flat_name(tool.namespace, ""))
-        if kind == "custom":
-            identity = {"id": self.new_id("ctc_"), "type": "custom_tool_call"}
-            item: Json = {**identity, **state, "name": name, "input": ""}
-        else:
-            identity = {"id": self.new_id("fc_"), "type": "function_call"}
-            item = {**identity, **state, "name": name, "arguments": ""}
-        return {**item, "namespace": tool.namespace} if tool and tool.namespace else item
+            item["name"] = event.name.removeprefix(flat_name(tool.namespace, ""))
+            item["namespace"] = tool.namespace
+        return [self.item_frame("added")]
 
-    def part(self) -> Json:
+    def part(self, text: str) -> Json:
         if self.kind == "refusal":
-            return {"type": "refusal", "refusal": self.text}
-        return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": []}
+            return {"type": "refusal", "refusal": text}
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
-    def write_block_delta(self, event: BlockDelta) -> list[Json]:
+    def write_delta(self, event: BlockDelta) -> list[Json]:
+        text = event.text
         if event.part == "signature":
-            self.signature.append(event.text)
-            return []
-        if event.part == "citation" or self.kind == "opaque" or not event.text:
+            self.signature.append(text)
+        if event.part in ("signature", "citation") or self.kind == "opaque" or not text:
             return []
         is_first = not self.pieces
-        self.pieces.append(event.text)
+        self.pieces.append(text)
         if self.kind == "text":
-            members = {"content_index": 0, "delta": event.text, "logprobs": []}
-            return [self.frame("output_text.delta", **members)]
+            return [self.frame("output_text.delta", content_index=0, delta=text, logprobs=[])]
         if self.kind == "refusal":
-            return [self.frame("refusal.delta", content_index=0, delta=event.text)]
-        if self.kind == "thinking":
-            if self.context.hide_thinking:
-                return []
-            part = {"type": "summary_text", "text": ""}
-            part_added = [self.frame("reasoning_summary_part.added", summary_index=0, part=part)]
-            members = {"summary_index": 0, "delta": event.text}
-            return [
-                *(part_added if is_first else ()),
-                self.frame("reasoning_summary_text.delta", **members),
-            ]
+            return [self.frame("refusal.delta", content_index=0, delta=text)]
         if self.item["type"] == "function_call":
-            return [self.frame("function_call_arguments.delta", delta=event.text)]
-        return []
-
-    def write_block_stop(self) -> list[Json]:
-        closers = {
-            "text": self.close_message,
-            "refusal": self.close_message,
-            "thinking": self.close_reasoning,
-            "redacted": self.close_reasoning,
-            "tool": self.close_call,
-        }
-        if self.kind not in closers:
+            return [self.frame("function_call_arguments.delta", delta=text)]
+        if self.kind != "thinking" or self.context.hide_thinking:
             return []
-        frames = closers[self.kind]()
-        frames.append(self.item_frame("done"))
-        self.output.append(self.item)
+        frames = [self.frame("reasoning_summary_text.delta", summary_index=0, delta=text)]
+        if is_first:
+            part = {"type": "summary_text", "text": ""}
+            frames.insert(0, self.frame("reasoning_summary_part.added", summary_index=0, part=part))
         return frames
 
-    def close_message(self) -> list[Json]:
-        part, text = self.part(), self.text
-        if self.kind == "refusal":
-            text_done = self.frame("refusal.done", content_index=0, refusal=text)
+    def close_item(self, text: str) -> list[Json]:
+        kind = self.item["type"]
+        if kind == "reasoning":
+            return self.close_reasoning(text)
+        frames: list[Json] = []
+        if kind == "message":
+            part = self.part(text)
+            done = self.frame("output_text.done", content_index=0, text=text, logprobs=[])
+            if self.kind == "refusal":
+                done = self.frame("refusal.done", content_index=0, refusal=text)
+            frames = [done, self.frame("content_part.done", content_index=0, part=part)]
+            self.item["content"] = [part]
+        elif kind == "tool_search_call":
+            self.item["arguments"] = parse_arguments(text)
+        elif kind == "custom_tool_call":
+            self.item["input"] = text = unwrap_input(text)
+            frames = [
+                self.frame("custom_tool_call_input.delta", delta=text),
+                self.frame("custom_tool_call_input.done", input=text),
+            ]
         else:
-            text_done = self.frame("output_text.done", content_index=0, text=text, logprobs=[])
-        self.item = {**self.item, "status": "completed", "content": [part]}
-        return [text_done, self.frame("content_part.done", content_index=0, part=part)]
+            self.item["arguments"] = arguments = text or "{}"
+            members = {"name": self.item["name"], "arguments": arguments}
+            frames = [self.frame("function_call_arguments.done", **members)]
+            if not text:
+                frames.insert(0, self.frame("function_call_arguments.delta", delta=arguments))
+        self.item["status"] = "completed"
+        return frames
 
-    def close_reasoning(self) -> list[Json]:
+    def close_reasoning(self, text: str) -> list[Json]:
         frames = []
-        text, signature = self.text, "".join(self.signature)
         if text and not self.context.hide_thinking:
             part = {"type": "summary_text", "text": text}
             frames = [
@@ -6803,60 +6733,36 @@ class ResponsesWriter:
                 self.frame("reasoning_summary_part.done", summary_index=0, part=part),
             ]
             self.item["summary"] = [part]
+        signature = "".join(self.signature)
         if signature:
-            carried_thinking = {"thinking": text, "signature": signature}
+            carried = {"thinking": text, "signature": signature}
             if self.kind == "redacted":
-                carried_thinking = {"data": signature}
-            self.item["encrypted_content"] = pack(CARRIED_THINKING, carried_thinking)
+                carried = {"data": signature}
+            self.item["encrypted_content"] = pack(CARRIED_THINKING, carried)
         return frames
 
-    def close_call(self) -> list[Json]:
-        kind = self.item["type"]
-        if kind == "tool_search_call":
-            self.item = {**self.item, "arguments": parse_arguments(self.text)}
-            frames = []
-        elif kind == "custom_tool_call":
-            text = unwrap_input(self.text)
-            self.item = {**self.item, "input": text}
-            frames = [
-                self.frame("custom_tool_call_input.delta", delta=text),
-                self.frame("custom_tool_call_input.done", input=text),
-            ]
-        else:
-            text = self.text or "{}"
-            self.item = {**self.item, "arguments": text}
-            name = self.item["name"]
-            frames = [self.frame("function_call_arguments.done", name=name, arguments=text)]
-            if not self.pieces:
-                frames.insert(0, self.frame("function_call_arguments.delta", delta=text))
-        self.item = {**self.item, "status": "completed"}
-        return frames
-
-    def write_message_stop(self, event: MessageStop) -> list[Json]:
-        reasons = {
-            "length": "max_output_tokens",
-            "context": "max_output_tokens",
-            "filter": "content_filter",
-        }
-        reason = reasons.get(event.reason)
+    def write_stop(self, event: MessageStop) -> list[Json]:
+        reason = INCOMPLETE_REASONS.get(event.reason)
         frames: list[Json] = []
-        explanation = (event.details or {}).get("explanation")
-        if event.reason == "filter" and isinstance(explanation, str) and explanation:
+        explanation = str_or_empty(event.details or {}, "explanation")
+        if event.reason == "filter" and explanation:
             steps = (BlockStart("refusal"), BlockDelta("text", explanation), BlockStop())
             frames = [frame for step in steps for frame in self.write(step)]
             reason = None
         status = "incomplete" if reason else "completed"
         response = write_response(self.context, status, self.output)
-        response["usage"] = write_responses_usage(self.usage)
-        if reason:
-            response["incomplete_details"] = {"reason": reason}
+        response["incomplete_details"] = {"reason": reason} if reason else None
+        response["usage"] = {
+            "input_tokens": self.usage.prompt,
+            "input_tokens_details": {
+                "cached_tokens": self.usage.cache_read,
+                "cache_write_tokens": self.usage.cache_write,
+            },
+            "output_tokens": self.usage.output,
+            "output_tokens_details": {"reasoning_tokens": self.usage.reasoning},
+            "total_tokens": self.usage.prompt + self.usage.output,
+        }
         return [*frames, {"type": f"response.{status}", "response": response}]
-
-
-ITEM_PREFIXES = {
-    "custom_tool_call": "ctc_", "function_call": "fc_", "message": "msg_", "reasoning": "rs_",
-    "tool_search_call": "tsc_", "web_search_call": "ws_",
-}  # fmt: skip
 
 
 class ResponsesRelay:
@@ -6873,7 +6779,6 @@ class ResponsesRelay:
         self.finished = False
         self.item_ids: dict[int, str] = {}
         self.summary_streamed: set[int] = set()  # reasoning items
-        self.encrypted_content: dict[int, str] = {}  # only its last event is reliable
         self.done_items: dict[int, Json] = {}  # complete items
         self.guards: defaultdict[int, RunawayGuard] = defaultdict(RunawayGuard)  # per item
         self.started = False
@@ -6882,34 +6787,34 @@ class ResponsesRelay:
         kind = str(frame.get("type") or "")
         if self.finished:
             return []
-        if kind in ("response.failed", "response.cancelled", "error") or (
-            not kind and "error" in frame
-        ):
-            raise read_responses_error(frame)
+        failure = responses_failure(frame)
+        if failure:
+            raise failure
         if not kind.startswith("response."):
             return []
         frame.pop("copilot_quota_snapshots", None)
-        leading_frames = [] if self.started or kind == "response.created" else self.created_frames()
+        needs_start = not self.started and kind != "response.created"
+        leading_frames = [started_frame(self.context)] if needs_start else []
         self.started = True
-        index = frame.get("output_index")
-        if isinstance(index, int):
-            self.repair_item(index, frame)
-        delta = frame.get("delta")
+        index, delta = frame.get("output_index"), frame.get("delta")
         if isinstance(delta, str):
             self.said += estimate_text(delta)
-            if kind == "response.function_call_arguments.delta" and isinstance(index, int):
+        if isinstance(index, int):
+            self.repair_item(index, frame)
+            if kind == "response.function_call_arguments.delta" and isinstance(delta, str):
                 self.guards[index].check(delta)
-        if kind == "response.reasoning_summary_part.added" and isinstance(index, int):
-            self.summary_streamed.add(index)
-        elif kind == "response.output_item.done" and isinstance(index, int):
-            leading_frames += self.late_summary(index, get_dict(frame, "item"))
-        if isinstance(frame.get("response"), dict):
-            frame["response"] = self.repair_response(frame["response"], kind in RESPONSES_ENDS)
-        if kind in RESPONSES_ENDS:
-            frame["response"] = response = get_dict(frame, "response")
-            if "id" not in response:
-                raise UpstreamError(OFF_PROTOCOL)
-            read_responses_usage(response, self.usage)
+            elif kind == "response.reasoning_summary_part.added":
+                self.summary_streamed.add(index)
+            elif kind == "response.output_item.done":
+                leading_frames += self.late_summary(index, get_dict(frame, "item"))
+        response = frame.get("response")
+        is_end = kind in RESPONSES_ENDS
+        if isinstance(response, dict):
+            self.repair_response(response, is_end)
+        elif is_end:
+            raise UpstreamError(OFF_PROTOCOL)
+        if is_end:
+            read_responses_usage(frame["response"], self.usage)
             read_copilot_usage(frame, self.usage)
             self.finished = True
         return [*leading_frames, frame]
@@ -6917,7 +6822,7 @@ class ResponsesRelay:
     def late_summary(self, index: int, item: Json) -> list[Json]:
         """The deltas of a summary that came only with its finished item."""
         summary = item.get("summary")
-        if item.get("type") != "reasoning" or index in self.summary_streamed or not summary:
+        if item.get("type") != "reasoning" or index in self.summary_streamed:
             return []
         frames: list[Json] = []
         for part_index, part in enumerate(summary if isinstance(summary, list) else ()):
@@ -6935,24 +6840,16 @@ class ResponsesRelay:
                 frames.append({"type": f"response.reasoning_summary_{step}", **position, **members})
         return frames
 
-    def created_frames(self) -> list[Json]:
-        response = write_response(self.context, "in_progress", [])
-        return [{"type": "response.created", "response": response}]
-
     def stable_id(self, index: int, kind: str) -> str:
-        prefix = ITEM_PREFIXES.get(kind, "item_")
-        item_id = prefix + short_hash(f"{self.context.id} {index}", 24)
-        return self.item_ids.setdefault(index, item_id)
+        return self.item_ids.setdefault(index, output_item_id(self.context, index, kind))
 
     def repair_item(self, index: int, frame: Json) -> None:
         item = frame.get("item")
         if isinstance(item, dict):
             item["id"] = self.stable_id(index, str(item.get("type")))
             self.rename(item)
-            encrypted = get_str(item, "encrypted_content")
             if frame["type"] == "response.output_item.done":
                 self.done_items[index] = item
-                self.encrypted_content.update({index: encrypted} if encrypted else {})
         elif "item_id" in frame:
             frame["item_id"] = self.stable_id(index, "")
         self.rename(frame)
@@ -6964,27 +6861,24 @@ class ResponsesRelay:
             if isinstance(name, str):
                 holder[key] = self.context.names.get(name, name)
 
-    def repair_response(self, response: Json, is_last: bool) -> Json:
-        response.update(
-            id=self.context.id, model=self.context.model, created_at=self.context.created
-        )
+    def repair_response(self, response: Json, is_last: bool) -> None:
+        context = self.context
+        response.update(id=context.id, model=context.model, created_at=context.created)
         response.setdefault("store", False)
         for key in ("metadata", "user"):  # Copilot does not take them
-            if self.context.asked.get(key) is not None:
-                response[key] = self.context.asked[key]
+            if context.asked.get(key) is not None:
+                response[key] = context.asked[key]
         response.pop("output_text", None)
         output = response.get("output")
         if is_last and not output:  # its items may have been streamed before
-            response["output"] = output = [
-                self.done_items[index] for index in sorted(self.done_items)
-            ]
+            response["output"] = output = [item for _, item in sorted(self.done_items.items())]
         for index, item in enumerate(output if isinstance(output, list) else ()):
             if isinstance(item, dict):
                 item["id"] = self.stable_id(index, str(item.get("type")))
                 self.rename(item)
-                if index in self.encrypted_content:
-                    item["encrypted_content"] = self.encrypted_content[index]
-        return response
+                # Only the last event of an item has its encrypted content right.
+                encrypted = get_str(self.done_items.get(index, {}), "encrypted_content")
+                item.update({"encrypted_content": encrypted} if encrypted else {})
 
     def end(self) -> list[Json]:
         if not self.finished:
@@ -7016,18 +6910,16 @@ def expand_item(index: int, item: Json) -> list[Json]:
                 {"type": f"response.{kind}.delta", **position, "delta": item[key]},
                 {"type": f"response.{kind}.done", **position, **name, key: item[key]},
             ]
-    head = {"output_index": index}
     return [
-        {"type": "response.output_item.added", **head, "item": opened_item},
+        {"type": "response.output_item.added", "output_index": index, "item": opened_item},
         *deltas,
-        {"type": "response.output_item.done", **head, "item": dict(item)},
+        {"type": "response.output_item.done", "output_index": index, "item": dict(item)},
     ]
 
 
 def expand_part(position: Json, part: Json) -> list[Json]:
     key, kind = ("refusal", "refusal") if part.get("type") == "refusal" else ("text", "output_text")
-    text = part.get(key)
-    text = text if isinstance(text, str) else ""
+    text = str_or_empty(part, key)
     return [
         {"type": "response.content_part.added", **position, "part": {**part, key: ""}},
         {"type": f"response.{kind}.delta", **position, "delta": text},
@@ -7041,32 +6933,30 @@ class ResponsesDialect:
     tail = b""
     is_numbered = True
     id_prefix = "resp_"
+    framing = SseReader
+    reader = ResponsesReader
+    writer = ResponsesWriter
+    relay = ResponsesRelay
+    write_request = staticmethod(write_responses_request)
 
     def request_info(self, body: Json) -> RequestInfo:
         refuse_state(body)
         items = input_items(body)
-        session = body.get("prompt_cache_key") or body.get("user") or ""
-        last_item = next(
-            (item for item in reversed(items) if item.get("role") not in ("system", "developer")),
-            items[-1],
-        )
-        system_content = [
-            item.get("content") for item in items if item.get("role") in ("system", "developer")
-        ][:1]
+        session = body.get("prompt_cache_key") or body.get("user")
+        turns = [item for item in items if item.get("role") not in ("system", "developer")]
+        prompts = [item for item in items if item.get("role") in ("system", "developer")]
+        system = body.get("instructions") or (prompts[0].get("content") if prompts else "")
         return RequestInfo(
             model=need_str(body, "model"),
             stream=take_bool(body, "stream"),
             include_usage=True,
-            initiator="user" if last_item.get("role") == "user" else "agent",
+            initiator="user" if turns and turns[-1].get("role") == "user" else "agent",
             session=session if isinstance(session, str) else "",
-            opening=opening_words(body.get("instructions") or (system_content or [""])[0], items),
+            opening=opening_words(system, items),
         )
 
     def read_request(self, body: Json) -> Conversation:
         return ResponsesRequestReader(body).read()
-
-    def write_request(self, chat: Conversation, model: Model) -> Json:
-        return ResponsesRequestWriter(chat, model).write()
 
     def has_image(self, body: Json) -> bool:
         items = body["input"] if isinstance(body["input"], list) else []
@@ -7078,39 +6968,21 @@ class ResponsesDialect:
             for part in item[key]
         )
 
-    def framing(self) -> Framing:
-        return SseReader()
-
-    def reader(self, context: ResponseContext) -> Reader:
-        return ResponsesReader(context)
-
-    def writer(self, context: ResponseContext) -> Writer:
-        return ResponsesWriter(context)
-
-    def relay(self, context: ResponseContext) -> Relay:
-        return ResponsesRelay(context)
-
     def aggregate(self, frames: list[Json]) -> Json:
         response: Json = frames[-1]["response"]
         return response
 
     def expand(self, response: Json) -> list[Json]:
         output = response.get("output")
-        frames: list[Json] = [
-            {
-                "type": "response.created",
-                "response": {**response, "status": "in_progress", "output": []},
-            }
-        ]
         if not isinstance(output, list):
             raise UpstreamError("The upstream's answer holds no output.")
+        created = {**response, "status": "in_progress", "output": []}
+        frames: list[Json] = [{"type": "response.created", "response": created}]
         for index, item in enumerate(output):
             frames += expand_item(index, item if isinstance(item, dict) else {})
-        status = response.get("status")
-        other_ends = ("incomplete", "failed", "cancelled")
-        kind = f"response.{status if status in other_ends else 'completed'}"
-        frames.append({"type": kind, "response": response})
-        return frames
+        kind = f"response.{response.get('status')}"
+        kind = kind if kind in RESPONSES_ENDS else "response.completed"
+        return [*frames, {"type": kind, "response": response}]
 
     def plain_text(self, frame: Json) -> str | None:
         """None: frames are numbered, so no two share a template."""
@@ -7140,25 +7012,20 @@ class ResponsesDialect:
     ) -> list[Json]:
         """`response.failed`, after `response.created` if nothing was sent before."""
         payload = write_openai_error(error, "input")
-        response = write_response(context, "failed", [])
         code = payload["code"] or payload["type"]
-        generic_codes = {"upstream_error", "upstream_timeout", "internal_error"}
-        code = "server_error" if code in generic_codes else code  # the codes that its clients know
+        if code in ("upstream_error", "upstream_timeout", "internal_error"):
+            code = "server_error"  # the one its clients know
+        response = write_response(context, "failed", [])
         response["error"] = {"code": code, "message": payload["message"]}
-        created = {
-            "type": "response.created",
-            "response": write_response(context, "in_progress", []),
-        }
         failed = {"type": "response.failed", "response": response}
-        return [failed] if begun else [created, failed]
+        return [failed] if begun else [started_frame(context), failed]
 
     def ping(self, begun: bool) -> bytes:
         return SSE_COMMENT_PING
 
     def alive(self, context: ResponseContext) -> Json | None:
         """`response.in_progress` again: Codex does not count comments as activity."""
-        response = write_response(context, "in_progress", [])
-        return {"type": "response.in_progress", "response": response}
+        return started_frame(context, "in_progress")
 
 
 CHAT = ChatDialect()
