@@ -5109,17 +5109,15 @@ class ChatDialect:
 
 # 8.3 Anthropic messages
 
+# Kinds of errors -> Anthropic's types; other kinds are an invalid_request_error.
 ANTHROPIC_ERRORS = {
-    "invalid_request": "invalid_request_error", "context_too_long": "invalid_request_error",
     "invalid_key": "authentication_error", "forbidden": "permission_error",
     "model_not_found": "not_found_error", "unknown_url": "not_found_error",
-    "not_stored": "not_found_error", "upgrade_refused": "invalid_request_error",
-    "method_not_allowed": "invalid_request_error", "request_timeout": "timeout_error",
-    "body_too_large": "request_too_large", "unsupported_media_type": "invalid_request_error",
-    "unsupported_encoding": "invalid_request_error", "rate_limited": "rate_limit_error",
-    "quota_exceeded": "rate_limit_error", "limit_reached": "rate_limit_error",
-    "upstream_error": "api_error", "not_signed_in": "api_error", "overloaded": "overloaded_error",
-    "upstream_timeout": "timeout_error", "internal": "api_error",
+    "not_stored": "not_found_error", "body_too_large": "request_too_large",
+    "request_timeout": "timeout_error", "upstream_timeout": "timeout_error",
+    "rate_limited": "rate_limit_error", "quota_exceeded": "rate_limit_error",
+    "limit_reached": "rate_limit_error", "overloaded": "overloaded_error",
+    "upstream_error": "api_error", "not_signed_in": "api_error", "internal": "api_error",
 }  # fmt: skip
 MESSAGES_FINISHES = {
     "end_turn": "end", "stop_sequence": "stop", "tool_use": "tool", "max_tokens": "length",
@@ -5312,9 +5310,7 @@ def write_messages_request(chat: Conversation, model: Model) -> Json:
     if stops:
         body["stop_sequences"] = stops
     if chat.tools:
-        body["tools"] = [write_messages_tool(tool, chat) for tool in chat.tools]
-        if chat.choice or chat.parallel is False:
-            body["tool_choice"] = write_messages_choice(chat)
+        body.update(write_messages_tools(chat))
     if chat.session:
         body["metadata"] = {"user_id": short_hash(chat.session, 32)}
     body.update(write_thinking(chat.effort, chat.thinking_budget, model, body))
@@ -5368,19 +5364,28 @@ def write_messages_block(block: Block, chat: Conversation) -> Json | None:
     return None
 
 
-def write_messages_tool(tool: Tool, chat: Conversation) -> Json:
-    description = {"description": tool.description} if tool.description else {}
-    return {"name": chat.wire_name(tool.name), **description, "input_schema": plain_schema(tool)}
-
-
-def write_messages_choice(chat: Conversation) -> Json:
-    asked = chat.choice or ToolChoice("auto")
-    choice: Json = {"type": MESSAGES_CHOICE_WORDS[asked.mode]}
-    if asked.mode == "named":
-        choice["name"] = chat.wire_name(asked.name)
-    if chat.parallel is False and asked.mode != "none":
+def write_messages_tools(chat: Conversation) -> Json:
+    tools = []
+    for tool in chat.tools:
+        description = {"description": tool.description} if tool.description else {}
+        schema = plain_schema(tool)
+        tools.append({"name": chat.wire_name(tool.name), **description, "input_schema": schema})
+    if not chat.choice and chat.parallel is not False:
+        return {"tools": tools}
+    wanted = chat.choice or ToolChoice("auto")
+    choice: Json = {"type": MESSAGES_CHOICE_WORDS[wanted.mode]}
+    if wanted.mode == "named":
+        choice["name"] = chat.wire_name(wanted.name)
+    if chat.parallel is False and wanted.mode != "none":
         choice["disable_parallel_tool_use"] = True
-    return choice
+    return {"tools": tools, "tool_choice": choice}
+
+
+# Type of a delta -> (what it extends in our events, the member with its text).
+MESSAGES_DELTAS = {
+    "text_delta": ("text", "text"), "signature_delta": ("signature", "signature"),
+    "thinking_delta": ("text", "thinking"), "input_json_delta": ("arguments", "partial_json"),
+}  # fmt: skip
 
 
 class MessagesReader:
@@ -5392,7 +5397,11 @@ class MessagesReader:
         """Unknown types are ignored."""
         kind = frame.get("type")
         if kind == "content_block_delta":
-            return [self.read_delta(get_dict(frame, "delta"))]
+            delta = get_dict(frame, "delta")
+            part, key = MESSAGES_DELTAS.get(str_or_empty(delta, "type"), ("citation", ""))
+            is_citation = part == "citation"
+            text = "" if is_citation else str(delta.get(key) or "")
+            return [BlockDelta(part, text, delta if is_citation else None)]
         if kind == "content_block_start":
             return self.read_block(get_dict(frame, "content_block"))
         if kind == "content_block_stop":
@@ -5411,12 +5420,10 @@ class MessagesReader:
             delta = get_dict(frame, "delta")
             reason = str_or_empty(delta, "stop_reason")
             if reason:
-                stop_text = delta.get("stop_sequence")
-                self.message_stop = MessageStop(
-                    MESSAGES_FINISHES.get(reason, "end"),
-                    stop_text if isinstance(stop_text, str) else None,
-                    get_dict(delta, "stop_details") or None,
-                )
+                stop_text = str_or_empty(delta, "stop_sequence") or None
+                details = get_dict(delta, "stop_details") or None
+                finish = MESSAGES_FINISHES.get(reason, "end")
+                self.message_stop = MessageStop(finish, stop_text, details)
         return []
 
     @staticmethod
@@ -5431,19 +5438,6 @@ class MessagesReader:
             return [start, *([BlockDelta("arguments", text)] if text else [])]
         return [BlockStart("redacted" if kind == "redacted_thinking" else "opaque", raw=block)]
 
-    @staticmethod
-    def read_delta(delta: Json) -> Event:
-        kind = delta.get("type")
-        if kind == "text_delta":
-            return BlockDelta("text", str(delta.get("text") or ""))
-        if kind == "input_json_delta":
-            return BlockDelta("arguments", str(delta.get("partial_json") or ""))
-        if kind == "thinking_delta":
-            return BlockDelta("text", str(delta.get("thinking") or ""))
-        if kind == "signature_delta":
-            return BlockDelta("signature", str(delta.get("signature") or ""))
-        return BlockDelta("citation", "", delta)
-
     def end(self) -> list[Event]:
         message_stop, self.message_stop = self.message_stop, None
         if message_stop is None:
@@ -5452,12 +5446,8 @@ class MessagesReader:
 
 
 def write_messages_usage(usage: Usage) -> Json:
-    counts: Json = {
-        "input_tokens": usage.input,
-        "cache_creation_input_tokens": usage.cache_write,
-        "cache_read_input_tokens": usage.cache_read,
-        "output_tokens": usage.output,
-    }
+    counts: Json = {"input_tokens": usage.input, "cache_creation_input_tokens": usage.cache_write}
+    counts |= {"cache_read_input_tokens": usage.cache_read, "output_tokens": usage.output}
     if usage.reasoning:
         counts["output_tokens_details"] = {"thinking_tokens": usage.reasoning}
     return counts
@@ -5469,16 +5459,11 @@ EMPTY_MESSAGE: Json = {
 }  # fmt: skip
 
 
-def wants_thinking(body: Json) -> bool:
-    """Whether the client expects thinking; otherwise `content[0].text` must be text."""
-    return get_str(get_dict(body, "thinking"), "type") not in ("", "disabled")
-
-
 class MessagesWriter:
     """Events -> Anthropic stream events.
 
-    Encrypted reasoning is sent only to clients that asked for thinking; for the others the gateway
-    keeps it, keyed by the calls that follow it.
+    Encrypted reasoning is sent only to clients that asked for thinking: others take `content[0]`
+    for the text.  For them the gateway keeps it, keyed by the calls that follow it.
     """
 
     def __init__(self, context: ResponseContext) -> None:
@@ -5487,7 +5472,8 @@ class MessagesWriter:
         self.block_index = -1
         self.block_kind = ""
         self.has_refusal = False
-        self.shows_encrypted = wants_thinking(context.asked)
+        thinking = get_str(get_dict(context.asked, "thinking"), "type")
+        self.shows_encrypted = thinking not in ("", "disabled")
         #: frames of a late thinking block that has no text yet; None if there is none
         self.held_frames: list[Json] | None = None
 
@@ -5532,7 +5518,7 @@ class MessagesWriter:
         if isinstance(event, MessageStart):
             # Input tokens are estimated here; otherwise clients show the context as empty.
             usage = write_messages_usage(Usage(input=estimate_request(self.context.asked)))
-            message = {"id": self.context.id, "type": "message", "role": "assistant"}
+            message: Json = {"id": self.context.id, "type": "message", "role": "assistant"}
             message |= {"model": self.context.model, **EMPTY_MESSAGE, "usage": usage}
             return [{"type": "message_start", "message": message}]
         if isinstance(event, UsageUpdate):
@@ -5573,10 +5559,7 @@ class MessagesWriter:
         if event.details:
             delta["stop_details"] = event.details
         usage = write_messages_usage(self.usage)
-        return [
-            {"type": "message_delta", "delta": delta, "usage": usage},
-            {"type": "message_stop"},
-        ]
+        return [{"type": "message_delta", "delta": delta, "usage": usage}, {"type": "message_stop"}]
 
 
 # Frame type -> the member without which it means nothing.
@@ -5584,6 +5567,7 @@ BLOCK_FRAMES = {
     "content_block_start": "content_block", "content_block_delta": "delta",
     "content_block_stop": "index",
 }  # fmt: skip
+MESSAGES_EVENTS = (*BLOCK_FRAMES, "message_start", "message_delta", "message_stop", "ping")
 
 
 class MessagesRelay:
@@ -5607,20 +5591,20 @@ class MessagesRelay:
             return []
         if kind == "error" or "error" in frame:
             raise read_stream_error(frame.get("error"))
-        if kind in BLOCK_FRAMES and self.started:
-            self.repair_block(kind, frame)
-        elif kind == "message_start":
+        # AI SDK clients fail on unknown event types, so those are dropped.
+        if kind not in MESSAGES_EVENTS or (kind == "ping" and not self.started):
+            return []
+        if kind == "message_start":
             self.started = True
             frame["message"] = self.repair_start(get_dict(frame, "message"))
-        elif kind in BLOCK_FRAMES or kind in ("message_delta", "message_stop"):
-            if not self.started:
-                raise UpstreamError(OFF_PROTOCOL)
-            if kind == "message_stop":
-                self.end()
-            else:
-                self.repair_finish(frame)
-        elif kind != "ping" or not self.started:
-            return []  # AI SDK clients fail on unknown event types
+        elif not self.started:
+            raise UpstreamError(OFF_PROTOCOL)
+        elif kind in BLOCK_FRAMES:
+            self.repair_block(kind, frame)
+        elif kind == "message_delta":
+            self.repair_finish(frame)
+        elif kind == "message_stop":
+            self.end()
         return [frame]
 
     def repair_start(self, message: Json) -> Json:
@@ -5748,11 +5732,14 @@ def messages_initiator(messages: list[Json]) -> str:
     return "user" if has_user_text else "agent"
 
 
-def has_image_block(content: Any) -> bool:
+def has_image(content: Any) -> bool:
+    """Whether messages, items or parts hold an image, at any depth."""
     return isinstance(content, list) and any(
-        isinstance(part, dict)
-        and (part.get("type") == "image" or has_image_block(part.get("content")))
+        part.get("type") in ("image", "input_image")
+        or has_image(part.get("content"))
+        or has_image(part.get("output"))
         for part in content
+        if isinstance(part, dict)
     )
 
 
@@ -5781,7 +5768,7 @@ class MessagesDialect:
         )
 
     def has_image(self, body: Json) -> bool:
-        return any(has_image_block(message.get("content")) for message in body["messages"])
+        return has_image(body["messages"])
 
     def expand(self, response: Json) -> list[Json]:
         opening = {**response, "content": [], "stop_reason": None, "stop_sequence": None}
@@ -5807,7 +5794,8 @@ class MessagesDialect:
         return write_sse(frame, frame["type"])
 
     def error_body(self, error: ApiError, request_id: str) -> Json:
-        payload = {"type": ANTHROPIC_ERRORS[error.kind], "message": error.text()}
+        error_type = ANTHROPIC_ERRORS.get(error.kind, "invalid_request_error")
+        payload = {"type": error_type, "message": error.text()}
         return {"type": "error", "error": payload, "request_id": request_id}
 
     def error_status(self, error: ApiError) -> int:
@@ -5871,11 +5859,8 @@ def refuse_state(body: Json) -> None:
     """Raises InvalidRequest for fields that need stored responses."""
     for key in ("previous_response_id", "conversation"):
         if body.get(key):
-            raise InvalidRequest(
-                f"{key}: answers are not stored here; send the whole conversation as `input`.",
-                param=key,
-                code="previous_response_not_found",
-            )
+            text = f"{key}: answers are not stored here; send the whole conversation as `input`."
+            raise InvalidRequest(text, param=key, code="previous_response_not_found")
     for key in ("background", "prompt"):
         if body.get(key):
             raise UnsupportedFeature(f"{key}: is not supported here.", param=key)
@@ -6029,15 +6014,11 @@ class ResponsesRequestReader:
             self.add_content([Text(f"[{kind.removesuffix('_call')}: {text}]")] if text else [])
             self.chat.dropped += [] if text else [f"input.{kind}"]
         elif kind == "item_reference":
-            raise InvalidRequest(
-                f"{path}: items are not stored here; send the item itself.",
-                param=path,
-                code="invalid_item_reference",
-            )
+            text = f"{path}: items are not stored here; send the item itself."
+            raise InvalidRequest(text, param=path, code="invalid_item_reference")
         else:
-            raise UnsupportedFeature(
-                f"{path}.type: {kind[:100]!r} is not supported on this model.", param=f"{path}.type"
-            )
+            text = f"{path}.type: {kind[:100]!r} is not supported on this model."
+            raise UnsupportedFeature(text, param=f"{path}.type")
 
     def read_message(self, item: Json, path: str) -> None:
         role = read_role(item, RESPONSES_ROLES, path)
@@ -6257,12 +6238,8 @@ def write_assistant_item(block: Block, chat: Conversation) -> Json | None:
     if isinstance(block, Thinking):
         return write_reasoning_item(block.text, block.signature or block.redacted)
     if isinstance(block, ToolCall):
-        return {
-            "type": "function_call",
-            "call_id": wire_id(block.id),
-            "name": chat.wire_name(block.name),
-            "arguments": whole_arguments(block.arguments),
-        }
+        call = {"call_id": wire_id(block.id), "name": chat.wire_name(block.name)}
+        return {"type": "function_call", **call, "arguments": whole_arguments(block.arguments)}
     if isinstance(block, Text):
         part: Json = {"type": "output_text", "text": block.text, "annotations": []}
     elif isinstance(block, Refusal):
@@ -6333,20 +6310,19 @@ def write_reasoning_item(text: str, signature: str) -> Json | None:
     return {"type": "reasoning", "summary": summary, "encrypted_content": carried["enc"]}
 
 
+# Counts by their names here -> by chat's names; the details have the same ones.
+RESPONSES_USAGE = {
+    "input_tokens": "prompt_tokens", "input_tokens_details": "prompt_tokens_details",
+    "output_tokens": "completion_tokens", "output_tokens_details": "completion_tokens_details",
+    "total_tokens": "total_tokens",
+}  # fmt: skip
+
+
 def read_responses_usage(response: Json, usage: Usage) -> None:
-    reported = get_dict(response, "usage")
-    if not reported:
-        return
-    input_details = get_dict(reported, "input_tokens_details")
-    usage.cache_read = get_int(input_details, "cached_tokens", usage.cache_read)
-    usage.cache_write = get_int(input_details, "cache_write_tokens", usage.cache_write)
-    prompt = get_int(reported, "input_tokens", usage.prompt)
-    usage.input = max(0, prompt - usage.cache_read - usage.cache_write)
-    usage.output = get_int(reported, "output_tokens", usage.output)
-    output_details = get_dict(reported, "output_tokens_details")
-    usage.reasoning = get_int(output_details, "reasoning_tokens", usage.reasoning)
-    usage.source = "reported"
-    read_copilot_usage(response, usage)
+    counts = get_dict(response, "usage")
+    if counts:
+        chat_counts = {key: counts.get(name) for name, key in RESPONSES_USAGE.items()}
+        read_chat_usage({**response, "usage": chat_counts}, usage)
 
 
 RESPONSES_FAILURES = ("response.failed", "response.cancelled", "error")
@@ -6364,12 +6340,10 @@ def responses_failure(frame: Json) -> ApiError | None:
 
 # Type of a delta -> kind of the block that it extends.
 ITEM_DELTAS = {
-    "response.output_text.delta": "text",
-    "response.refusal.delta": "refusal",
-    "response.reasoning_summary_text.delta": "thinking",
-    "response.reasoning_text.delta": "thinking",
+    "response.output_text.delta": "text", "response.reasoning_text.delta": "thinking",
+    "response.refusal.delta": "refusal", "response.reasoning_summary_text.delta": "thinking",
     "response.function_call_arguments.delta": "tool",
-}
+}  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -6495,15 +6469,17 @@ class ResponsesReader:
         if failure:
             return [StreamError(failure)]
         kind, index = str(frame.get("type") or ""), frame.get("output_index")
+        events: list[Event] = []
+        is_start = kind in ("response.created", *RESPONSES_ENDS) or isinstance(index, int)
+        if is_start and not self.started:
+            self.started = True
+            head = get_dict(frame, "response")
+            events.append(MessageStart(str(head.get("id") or ""), str(head.get("model") or "")))
         if kind in RESPONSES_ENDS:
-            return self.read_end(kind, frame)
-        if kind == "response.created":
-            return self.start(get_dict(frame, "response"))
-        if not isinstance(index, int):
-            return []
-        events = self.start({})
-        item = self.items.get(index) or self.items.setdefault(index, OutputItem())
-        item.read(kind, frame)
+            return events + self.read_end(kind, frame)
+        if isinstance(index, int):
+            item = self.items.get(index) or self.items.setdefault(index, OutputItem())
+            item.read(kind, frame)
         while self.current_index in self.items:
             item = self.items[self.current_index]
             events += item.take()
@@ -6512,16 +6488,10 @@ class ResponsesReader:
             self.current_index += 1
         return events
 
-    def start(self, response: Json) -> list[Event]:
-        if self.started:
-            return []
-        self.started = True
-        return [MessageStart(str(response.get("id") or ""), str(response.get("model") or ""))]
-
     def read_end(self, kind: str, frame: Json) -> list[Event]:
         """The terminal frame: items that were never streamed, usage, finish."""
+        events: list[Event] = []
         response = get_dict(frame, "response")
-        events = self.start(response)
         output = response.get("output")
         for index, payload in enumerate(output if isinstance(output, list) else ()):
             item = self.items.setdefault(index, OutputItem())
@@ -6553,22 +6523,12 @@ class ResponsesReader:
 
 
 def write_response(context: ResponseContext, status: str, output: list[Json]) -> Json:
-    response: Json = {
-        "id": context.id,
-        "object": "response",
-        "created_at": context.created,
-        "status": status,
-        "error": None,
-        "incomplete_details": None,
-        "model": context.model,
-        "output": output,
-        "store": False,
-        "usage": None,
-    }
-    for key, default in RESPONSES_ECHOED.items():
-        value = context.asked.get(key)
-        response[key] = default if value is None else value
-    return response
+    response: Json = {"id": context.id, "object": "response", "created_at": context.created}
+    response |= {"status": status, "error": None, "incomplete_details": None}
+    response |= {"model": context.model, "output": output, "store": False, "usage": None}
+    asked = context.asked
+    echoed = {key: asked[key] for key in RESPONSES_ECHOED if asked.get(key) is not None}
+    return {**response, **RESPONSES_ECHOED, **echoed}
 
 
 def started_frame(context: ResponseContext, step: str = "created") -> Json:
@@ -6592,17 +6552,42 @@ def unwrap_input(arguments: str) -> str:
     return values[0] if len(values) == 1 and isinstance(values[0], str) else arguments
 
 
-# Kind of a block -> type of its item; calls have several.
-BLOCK_ITEMS = {
+# Kind of a block, or of the tool that is called -> type of its item.
+ITEM_TYPES = {
     "text": "message", "refusal": "message", "thinking": "reasoning", "redacted": "reasoning",
-}  # fmt: skip
-# Kind of a tool -> type of its calls.
-CALL_TYPES = {
     "function": "function_call", "custom": "custom_tool_call", "tool_search": "tool_search_call",
 }  # fmt: skip
 INCOMPLETE_REASONS = {
     "length": "max_output_tokens", "context": "max_output_tokens", "filter": "content_filter",
 }  # fmt: skip
+# Kind of a block with text -> (names of its part's frames and of its text's, the member with the
+# part's index, the empty part).
+TEXT_PARTS: dict[str, tuple[str, str, str, Json]] = {
+    "text": (
+        "content_part", "output_text", "content_index",
+        {"type": "output_text", "text": "", "annotations": [], "logprobs": []},
+    ),
+    "refusal": ("content_part", "refusal", "content_index", {"type": "refusal", "refusal": ""}),
+    "thinking": (
+        "reasoning_summary_part", "reasoning_summary_text", "summary_index",
+        {"type": "summary_text", "text": ""},
+    ),
+}  # fmt: skip
+
+
+def expand_part(kind: str, position: Json, index: int, part: Json) -> list[Json]:
+    """The four frames of one part: it is added, its text comes and is done, it is done."""
+    part_name, text_name, index_key, _ = TEXT_PARTS[kind]
+    key = "refusal" if kind == "refusal" else "text"
+    text = str_or_empty(part, key)
+    logprobs: Json = {"logprobs": []} if kind == "text" else {}
+    frames: list[Json] = [
+        {"type": f"response.{part_name}.added", "part": {**part, key: ""}},
+        {"type": f"response.{text_name}.delta", "delta": text, **logprobs},
+        {"type": f"response.{text_name}.done", key: text, **logprobs},
+        {"type": f"response.{part_name}.done", "part": part},
+    ]
+    return [{"type": frame["type"], **position, index_key: index, **frame} for frame in frames]
 
 
 class ResponsesWriter:
@@ -6635,9 +6620,17 @@ class ResponsesWriter:
             self.usage = event.usage
         return self.write_stop(event) if isinstance(event, MessageStop) else []
 
+    @property
+    def position(self) -> Json:
+        return {"item_id": self.item["id"], "output_index": len(self.output)}
+
     def frame(self, kind: str, **members: Any) -> Json:
-        position = {"item_id": self.item["id"], "output_index": len(self.output)}
-        return {"type": f"response.{kind}", **position, **members}
+        return {"type": f"response.{kind}", **self.position, **members}
+
+    def part_frames(self, text: str) -> list[Json]:
+        part = dict(TEXT_PARTS[self.kind][3])
+        part["refusal" if self.kind == "refusal" else "text"] = text
+        return expand_part(self.kind, self.position, 0, part)
 
     def item_frame(self, step: str) -> Json:
         """The item as it is now; it may still grow."""
@@ -6646,13 +6639,13 @@ class ResponsesWriter:
 
     def open_item(self, event: BlockStart) -> list[Json]:
         tool = self.context.tools.get(event.name)
-        kind = BLOCK_ITEMS.get(self.kind) or CALL_TYPES[tool.kind if tool else "function"]
+        tool_kind = tool.kind if tool else "function"
+        kind = ITEM_TYPES[tool_kind if event.kind == "tool" else event.kind]
         item_id = output_item_id(self.context, len(self.output), kind)
         self.item = item = dict[str, Any](id=item_id, type=kind)
         if kind == "message":
             item |= {"role": "assistant", "status": "in_progress", "content": []}
-            part = self.frame("content_part.added", content_index=0, part=self.part(""))
-            return [self.item_frame("added"), part]
+            return [self.item_frame("added"), self.part_frames("")[0]]
         if kind == "reasoning":
             item["summary"] = []
             self.signature = [str((event.raw or {}).get("data") or "")]
@@ -6667,11 +6660,6 @@ class ResponsesWriter:
             item["name"] = event.name.removeprefix(flat_name(tool.namespace, ""))
             item["namespace"] = tool.namespace
         return [self.item_frame("added")]
-
-    def part(self, text: str) -> Json:
-        if self.kind == "refusal":
-            return {"type": "refusal", "refusal": text}
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
     def write_delta(self, event: BlockDelta) -> list[Json]:
         text = event.text
@@ -6689,11 +6677,8 @@ class ResponsesWriter:
             return [self.frame("function_call_arguments.delta", delta=text)]
         if self.kind != "thinking" or self.context.hide_thinking:
             return []
-        frames = [self.frame("reasoning_summary_text.delta", summary_index=0, delta=text)]
-        if is_first:
-            part = {"type": "summary_text", "text": ""}
-            frames.insert(0, self.frame("reasoning_summary_part.added", summary_index=0, part=part))
-        return frames
+        delta = self.frame("reasoning_summary_text.delta", summary_index=0, delta=text)
+        return [self.part_frames("")[0], delta] if is_first else [delta]
 
     def close_item(self, text: str) -> list[Json]:
         kind = self.item["type"]
@@ -6701,38 +6686,28 @@ class ResponsesWriter:
             return self.close_reasoning(text)
         frames: list[Json] = []
         if kind == "message":
-            part = self.part(text)
-            done = self.frame("output_text.done", content_index=0, text=text, logprobs=[])
-            if self.kind == "refusal":
-                done = self.frame("refusal.done", content_index=0, refusal=text)
-            frames = [done, self.frame("content_part.done", content_index=0, part=part)]
-            self.item["content"] = [part]
+            frames = self.part_frames(text)[2:]
+            self.item["content"] = [frames[-1]["part"]]
         elif kind == "tool_search_call":
             self.item["arguments"] = parse_arguments(text)
         elif kind == "custom_tool_call":
-            self.item["input"] = text = unwrap_input(text)
-            frames = [
-                self.frame("custom_tool_call_input.delta", delta=text),
-                self.frame("custom_tool_call_input.done", input=text),
-            ]
+            self.item["input"] = value = unwrap_input(text)
+            delta = self.frame("custom_tool_call_input.delta", delta=value)
+            frames = [delta, self.frame("custom_tool_call_input.done", input=value)]
         else:
-            self.item["arguments"] = arguments = text or "{}"
-            members = {"name": self.item["name"], "arguments": arguments}
-            frames = [self.frame("function_call_arguments.done", **members)]
+            self.item["arguments"] = value = text or "{}"
             if not text:
-                frames.insert(0, self.frame("function_call_arguments.delta", delta=arguments))
+                frames = [self.frame("function_call_arguments.delta", delta=value)]
+            members = {"name": self.item["name"], "arguments": value}
+            frames.append(self.frame("function_call_arguments.done", **members))
         self.item["status"] = "completed"
         return frames
 
     def close_reasoning(self, text: str) -> list[Json]:
-        frames = []
-        if text and not self.context.hide_thinking:
-            part = {"type": "summary_text", "text": text}
-            frames = [
-                self.frame("reasoning_summary_text.done", summary_index=0, text=text),
-                self.frame("reasoning_summary_part.done", summary_index=0, part=part),
-            ]
-            self.item["summary"] = [part]
+        frames: list[Json] = []
+        if text and self.kind == "thinking" and not self.context.hide_thinking:
+            frames = self.part_frames(text)[2:]
+            self.item["summary"] = [frames[-1]["part"]]
         signature = "".join(self.signature)
         if signature:
             carried = {"thinking": text, "signature": signature}
@@ -6752,16 +6727,8 @@ class ResponsesWriter:
         status = "incomplete" if reason else "completed"
         response = write_response(self.context, status, self.output)
         response["incomplete_details"] = {"reason": reason} if reason else None
-        response["usage"] = {
-            "input_tokens": self.usage.prompt,
-            "input_tokens_details": {
-                "cached_tokens": self.usage.cache_read,
-                "cache_write_tokens": self.usage.cache_write,
-            },
-            "output_tokens": self.usage.output,
-            "output_tokens_details": {"reasoning_tokens": self.usage.reasoning},
-            "total_tokens": self.usage.prompt + self.usage.output,
-        }
+        counts = write_chat_usage(self.usage)
+        response["usage"] = {name: counts[key] for name, key in RESPONSES_USAGE.items()}
         return [*frames, {"type": f"response.{status}", "response": response}]
 
 
@@ -6808,15 +6775,14 @@ class ResponsesRelay:
             elif kind == "response.output_item.done":
                 leading_frames += self.late_summary(index, get_dict(frame, "item"))
         response = frame.get("response")
-        is_end = kind in RESPONSES_ENDS
+        self.finished = kind in RESPONSES_ENDS
         if isinstance(response, dict):
-            self.repair_response(response, is_end)
-        elif is_end:
+            self.repair_response(response)
+            if self.finished:
+                read_responses_usage(response, self.usage)
+                read_copilot_usage(frame, self.usage)
+        elif self.finished:
             raise UpstreamError(OFF_PROTOCOL)
-        if is_end:
-            read_responses_usage(frame["response"], self.usage)
-            read_copilot_usage(frame, self.usage)
-            self.finished = True
         return [*leading_frames, frame]
 
     def late_summary(self, index: int, item: Json) -> list[Json]:
@@ -6825,23 +6791,16 @@ class ResponsesRelay:
         if item.get("type") != "reasoning" or index in self.summary_streamed:
             return []
         frames: list[Json] = []
+        position = {"item_id": item["id"], "output_index": index}
         for part_index, part in enumerate(summary if isinstance(summary, list) else ()):
-            text = part.get("text") if isinstance(part, dict) else None
-            if not isinstance(text, str):
-                continue
-            position = {"item_id": item["id"], "output_index": index, "summary_index": part_index}
-            steps = (
-                ("part.added", {"part": {"type": "summary_text", "text": ""}}),
-                ("text.delta", {"delta": text}),
-                ("text.done", {"text": text}),
-                ("part.done", {"part": part}),
-            )
-            for step, members in steps:
-                frames.append({"type": f"response.reasoning_summary_{step}", **position, **members})
+            if isinstance(part, dict) and isinstance(part.get("text"), str):
+                frames += expand_part("thinking", position, part_index, part)
         return frames
 
     def stable_id(self, index: int, kind: str) -> str:
-        return self.item_ids.setdefault(index, output_item_id(self.context, index, kind))
+        if index not in self.item_ids:
+            self.item_ids[index] = output_item_id(self.context, index, kind)
+        return self.item_ids[index]
 
     def repair_item(self, index: int, frame: Json) -> None:
         item = frame.get("item")
@@ -6861,7 +6820,7 @@ class ResponsesRelay:
             if isinstance(name, str):
                 holder[key] = self.context.names.get(name, name)
 
-    def repair_response(self, response: Json, is_last: bool) -> None:
+    def repair_response(self, response: Json) -> None:
         context = self.context
         response.update(id=context.id, model=context.model, created_at=context.created)
         response.setdefault("store", False)
@@ -6870,7 +6829,7 @@ class ResponsesRelay:
                 response[key] = context.asked[key]
         response.pop("output_text", None)
         output = response.get("output")
-        if is_last and not output:  # its items may have been streamed before
+        if self.finished and not output:  # its items may have been streamed before
             response["output"] = output = [item for _, item in sorted(self.done_items.items())]
         for index, item in enumerate(output if isinstance(output, list) else ()):
             if isinstance(item, dict):
@@ -6896,35 +6855,22 @@ def expand_item(index: int, item: Json) -> list[Json]:
         opened_item["content"] = []
         for part_index, part in enumerate(content if isinstance(content, list) else ()):
             if isinstance(part, dict):
-                deltas += expand_part({**position, "content_index": part_index}, part)
+                part_kind = "refusal" if part.get("type") == "refusal" else "text"
+                deltas += expand_part(part_kind, position, part_index, part)
     elif item.get("type") == "reasoning":
         opened_item = {"id": item.get("id"), "type": "reasoning", "summary": []}
-    for key, kind in (
-        ("arguments", "function_call_arguments"),
-        ("input", "custom_tool_call_input"),
-    ):
+    for kind, key in (("function_call", "arguments"), ("custom_tool_call", "input")):
         if isinstance(item.get(key), str):
             opened_item[key] = ""
             name = {"name": item.get("name")} if key == "arguments" else {}
             deltas += [
-                {"type": f"response.{kind}.delta", **position, "delta": item[key]},
-                {"type": f"response.{kind}.done", **position, **name, key: item[key]},
+                {"type": f"response.{kind}_{key}.delta", **position, "delta": item[key]},
+                {"type": f"response.{kind}_{key}.done", **position, **name, key: item[key]},
             ]
     return [
         {"type": "response.output_item.added", "output_index": index, "item": opened_item},
         *deltas,
         {"type": "response.output_item.done", "output_index": index, "item": dict(item)},
-    ]
-
-
-def expand_part(position: Json, part: Json) -> list[Json]:
-    key, kind = ("refusal", "refusal") if part.get("type") == "refusal" else ("text", "output_text")
-    text = str_or_empty(part, key)
-    return [
-        {"type": "response.content_part.added", **position, "part": {**part, key: ""}},
-        {"type": f"response.{kind}.delta", **position, "delta": text},
-        {"type": f"response.{kind}.done", **position, key: text},
-        {"type": "response.content_part.done", **position, "part": part},
     ]
 
 
@@ -6959,14 +6905,7 @@ class ResponsesDialect:
         return ResponsesRequestReader(body).read()
 
     def has_image(self, body: Json) -> bool:
-        items = body["input"] if isinstance(body["input"], list) else []
-        return any(
-            isinstance(part, dict) and part.get("type") == "input_image"
-            for item in items
-            for key in ("content", "output")
-            if isinstance(item.get(key), list)
-            for part in item[key]
-        )
+        return has_image(body["input"])
 
     def aggregate(self, frames: list[Json]) -> Json:
         response: Json = frames[-1]["response"]
