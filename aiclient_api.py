@@ -5474,8 +5474,7 @@ class MessagesWriter:
         self.has_refusal = False
         thinking = get_str(get_dict(context.asked, "thinking"), "type")
         self.shows_encrypted = thinking not in ("", "disabled")
-        #: frames of a late thinking block that has no text yet; None if there is none
-        self.held_frames: list[Json] | None = None
+        self.held_frames: list[Json] = []  # of a late thinking block that has no text yet
 
     def write(self, event: Event) -> list[Json]:
         """The frames for one event.
@@ -5485,20 +5484,18 @@ class MessagesWriter:
         """
         frames = self.write_event(event)
         is_start = isinstance(event, BlockStart)
-        if self.held_frames is None:
-            if not is_start or self.block_kind != "thinking" or self.block_index == 0:
-                return frames
-            self.held_frames = frames
-            return []
+        if not self.held_frames:
+            is_late = is_start and self.block_kind == "thinking" and self.block_index > 0
+            self.held_frames = frames if is_late else []
+            return [] if is_late else frames
         if isinstance(event, MessageStop) and event.reason != "tool":
             return frames
-        held_frames = self.held_frames
-        held_frames += frames
+        self.held_frames += frames
         has_text = isinstance(event, BlockDelta) and event.part != "signature"
         if not (has_text or is_start or isinstance(event, MessageStop)):
             return []
-        self.held_frames = None
-        return held_frames
+        frames, self.held_frames = self.held_frames, []
+        return frames
 
     def write_event(self, event: Event) -> list[Json]:
         if isinstance(event, BlockStart):
@@ -5722,9 +5719,7 @@ def messages_initiator(messages: list[Json]) -> str:
     if last_message.get("role") == "assistant":
         return "agent"
     content = last_message.get("content")
-    parts = (
-        [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
-    )
+    parts = [p for p in content if isinstance(p, dict)] if isinstance(content, list) else []
     if all(part.get("type") != "tool_result" for part in parts):
         return "user"
     texts = [part.get("text") for part in parts if part.get("type") == "text"]
@@ -6136,9 +6131,8 @@ class ResponsesRequestReader:
                 for tool in chat.tools
                 if {tool.name, tool.name.removeprefix(flat_name(tool.namespace, ""))} & names
             ]
-            chat.choice = ToolChoice(
-                word_field(choice, "mode", ("auto", "required"), path) or "auto"
-            )
+            mode = word_field(choice, "mode", ("auto", "required"), path)
+            chat.choice = ToolChoice(mode or "auto")
         elif kind in ("function", "custom"):
             namespace = str_field(choice, "namespace", path) or ""
             chat.choice = ToolChoice("named", flat_name(namespace, need_str(choice, "name", path)))
@@ -6522,17 +6516,15 @@ class ResponsesReader:
         return []
 
 
-def write_response(context: ResponseContext, status: str, output: list[Json]) -> Json:
+def response_frame(context: ResponseContext, step: str, **members: Any) -> Json:
+    """`response.created`, `response.completed` and so on; `members` are those of the response."""
     response: Json = {"id": context.id, "object": "response", "created_at": context.created}
-    response |= {"status": status, "error": None, "incomplete_details": None}
-    response |= {"model": context.model, "output": output, "store": False, "usage": None}
+    response |= {"status": "in_progress" if step == "created" else step, "error": None}
+    response |= {"incomplete_details": None, "model": context.model, "output": []}
+    response |= {"store": False, "usage": None, **RESPONSES_ECHOED}
     asked = context.asked
     echoed = {key: asked[key] for key in RESPONSES_ECHOED if asked.get(key) is not None}
-    return {**response, **RESPONSES_ECHOED, **echoed}
-
-
-def started_frame(context: ResponseContext, step: str = "created") -> Json:
-    return {"type": f"response.{step}", "response": write_response(context, "in_progress", [])}
+    return {"type": f"response.{step}", "response": {**response, **echoed, **members}}
 
 
 ITEM_PREFIXES = {
@@ -6580,7 +6572,7 @@ def expand_part(kind: str, position: Json, index: int, part: Json) -> list[Json]
     part_name, text_name, index_key, _ = TEXT_PARTS[kind]
     key = "refusal" if kind == "refusal" else "text"
     text = str_or_empty(part, key)
-    logprobs: Json = {"logprobs": []} if kind == "text" else {}
+    logprobs = {"logprobs": part["logprobs"]} if "logprobs" in part else {}
     frames: list[Json] = [
         {"type": f"response.{part_name}.added", "part": {**part, key: ""}},
         {"type": f"response.{text_name}.delta", "delta": text, **logprobs},
@@ -6606,7 +6598,7 @@ class ResponsesWriter:
         if isinstance(event, BlockDelta):
             return self.write_delta(event)
         if isinstance(event, MessageStart):
-            created = started_frame(self.context)
+            created = response_frame(self.context, "created")
             return [created, {**created, "type": "response.in_progress"}]
         if isinstance(event, BlockStart):
             self.kind, self.pieces, self.signature = event.kind, [], []
@@ -6724,12 +6716,13 @@ class ResponsesWriter:
             steps = (BlockStart("refusal"), BlockDelta("text", explanation), BlockStop())
             frames = [frame for step in steps for frame in self.write(step)]
             reason = None
-        status = "incomplete" if reason else "completed"
-        response = write_response(self.context, status, self.output)
-        response["incomplete_details"] = {"reason": reason} if reason else None
         counts = write_chat_usage(self.usage)
-        response["usage"] = {name: counts[key] for name, key in RESPONSES_USAGE.items()}
-        return [*frames, {"type": f"response.{status}", "response": response}]
+        usage = {name: counts[key] for name, key in RESPONSES_USAGE.items()}
+        members: Json = {"output": self.output, "usage": usage}
+        if reason is None:
+            return [*frames, response_frame(self.context, "completed", **members)]
+        members["incomplete_details"] = {"reason": reason}
+        return [*frames, response_frame(self.context, "incomplete", **members)]
 
 
 class ResponsesRelay:
@@ -6761,7 +6754,7 @@ class ResponsesRelay:
             return []
         frame.pop("copilot_quota_snapshots", None)
         needs_start = not self.started and kind != "response.created"
-        leading_frames = [started_frame(self.context)] if needs_start else []
+        leading_frames = [response_frame(self.context, "created")] if needs_start else []
         self.started = True
         index, delta = frame.get("output_index"), frame.get("delta")
         if isinstance(delta, str):
@@ -6954,17 +6947,16 @@ class ResponsesDialect:
         code = payload["code"] or payload["type"]
         if code in ("upstream_error", "upstream_timeout", "internal_error"):
             code = "server_error"  # the one its clients know
-        response = write_response(context, "failed", [])
-        response["error"] = {"code": code, "message": payload["message"]}
-        failed = {"type": "response.failed", "response": response}
-        return [failed] if begun else [started_frame(context), failed]
+        failure = {"code": code, "message": payload["message"]}
+        failed = response_frame(context, "failed", error=failure)
+        return [failed] if begun else [response_frame(context, "created"), failed]
 
     def ping(self, begun: bool) -> bytes:
         return SSE_COMMENT_PING
 
     def alive(self, context: ResponseContext) -> Json | None:
         """`response.in_progress` again: Codex does not count comments as activity."""
-        return started_frame(context, "in_progress")
+        return response_frame(context, "in_progress")
 
 
 CHAT = ChatDialect()
