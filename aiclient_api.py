@@ -4661,35 +4661,40 @@ class ChatDialect(Dialect):
 
 MESSAGES_FINISHES = {
     "end_turn": "end", "stop_sequence": "stop", "tool_use": "tool", "max_tokens": "length",
-    "model_context_window_exceeded": "context", "refusal": "filter", "pause_turn": "pause",
-    "compaction": "pause",
+    "model_context_window_exceeded": "context", "refusal": "filter", "compaction": "pause",
+    "pause_turn": "pause",
 }  # fmt: skip
-MESSAGES_FINISH_WORDS = {
-    "end": "end_turn", "stop": "stop_sequence", "tool": "tool_use", "length": "max_tokens",
-    "context": "model_context_window_exceeded", "filter": "refusal", "pause": "pause_turn",
-}  # fmt: skip
-# Fields that mean nothing to another vendor; dropping them does not change the response.
-MESSAGES_SILENT = ("cache_control", "diagnostics", "fallbacks", "inference_geo", "metadata")
-MESSAGES_KNOWN = (
+MESSAGES_FINISH_WORDS = {reason: word for word, reason in MESSAGES_FINISHES.items()}
+# A tool choice's type -> our mode, and back.
+MESSAGES_CHOICES = {"auto": "auto", "any": "required", "none": "none", "tool": "named"}
+MESSAGES_CHOICE_WORDS = {mode: word for word, mode in MESSAGES_CHOICES.items()}
+# Request fields that are converted, and those without meaning to another vendor; others are
+# reported as dropped.
+MESSAGES_FIELDS = (
     "max_tokens", "messages", "model", "output_config", "output_format", "stop_sequences",
     "stream", "system", "temperature", "thinking", "tool_choice", "tools", "top_k", "top_p",
+    "cache_control", "diagnostics", "fallbacks", "inference_geo", "metadata",
 )  # fmt: skip
-# A tool choice's type -> our mode.
-MESSAGES_CHOICES = {"auto": "auto", "any": "required", "none": "none", "tool": "named"}
-BILLING_HEADER = "x-anthropic-billing-header:"
 
 
 def is_billing_header(block: Any) -> bool:
     """Claude Code's first system block: it changes per request and defeats every prompt cache."""
     text = block.get("text") if isinstance(block, dict) else None
-    return isinstance(text, str) and text.startswith(BILLING_HEADER)
+    return isinstance(text, str) and text.startswith("x-anthropic-billing-header:")
+
+
+def without_billing_header(system: Any) -> Any:
+    if not isinstance(system, list):
+        return system
+    return [block for block in system if not is_billing_header(block)]
 
 
 SESSION_SUFFIX = re.compile(r"_session_([0-9a-fA-F-]{8,64})\Z")
 
 
-def session_of_user_id(user_id: Any) -> str:
+def read_messages_session(body: Json) -> str:
     """The session in Claude Code's `metadata.user_id`: JSON today, underscore-joined before."""
+    user_id = dict_field(body, "metadata").get("user_id")
     if not isinstance(user_id, str):
         return ""
     session = (load_object(user_id[:MAX_USER_ID_CHARS]) or {}).get("session_id")
@@ -4699,100 +4704,71 @@ def session_of_user_id(user_id: Any) -> str:
     return match[1] if match else user_id
 
 
-class MessagesRequestReader:
-    def __init__(self, body: Json) -> None:
-        self.body = body
-        self.chat = Conversation()
+def read_messages_request(body: Json) -> Conversation:
+    chat = Conversation(model=need_str(body, "model"))
+    for key in ("mcp_servers", "container"):
+        if body.get(key):
+            raise UnsupportedFeature(f"{key}: nothing runs on this side.", param=key)
+    system = read_parts(without_billing_header(body.get("system")), "system")
+    chat.system = [block for block in system if isinstance(block, Text) and block.text.strip()]
+    for index, message in enumerate(message_list(body)):
+        role = read_role(message, MESSAGES_ROLES, f"messages.{index}")
+        blocks = read_parts(message.get("content"), f"messages.{index}.content")
+        chat.turns.append(Turn(role, blocks))
+    chat.settle()
+    chat.prefilled = bool(chat.turns) and chat.turns[-1].role == "assistant"
+    read_messages_tools(body, chat)
+    chat.max_tokens = int_field(body, "max_tokens")
+    if chat.max_tokens is not None and chat.max_tokens < 1:
+        raise UnsupportedFeature("max_tokens: must be at least 1.", param="max_tokens")
+    chat.temperature = number_field(body, "temperature")
+    chat.top_p = number_field(body, "top_p")
+    chat.top_k = int_field(body, "top_k")
+    chat.stop = read_stops(body, "stop_sequences")
+    chat.session = read_messages_session(body)
+    thinking, output_config = dict_field(body, "thinking"), dict_field(body, "output_config")
+    chat.effort = word_field(output_config, "effort", EFFORTS, "output_config")
+    budget_tokens = int_field(thinking, "budget_tokens", "thinking") or 0
+    if thinking.get("type") == "disabled":
+        chat.effort = "none"
+    elif thinking.get("type") == "enabled" and budget_tokens > 0:
+        chat.thinking_budget = budget_tokens
+        chat.effort = chat.effort or effort_of_budget(budget_tokens)
+    output_format = output_config.get("format") or body.get("output_format")
+    if output_format is not None:
+        entry = need_dict(output_format, "output_config.format")
+        chat.output = OutputFormat(dict_field(entry, "schema", "output_config.format"))
+    chat.dropped += [key for key in body if key not in MESSAGES_FIELDS and body[key] is not None]
+    chat.name_tools()
+    return chat
 
-    def read(self) -> Conversation:
-        body, chat = self.body, self.chat
-        chat.model = need_str(body, "model")
-        for key in ("mcp_servers", "container"):
-            if body.get(key):
-                raise UnsupportedFeature(f"{key}: nothing runs on this side.", param=key)
-        chat.system = self.read_system()
-        for index, message in enumerate(message_list(body)):
-            role = read_role(message, MESSAGES_ROLES, f"messages.{index}")
-            blocks = read_parts(message.get("content"), f"messages.{index}.content")
-            chat.turns.append(Turn(role, blocks))
-        chat.settle()
-        chat.prefilled = bool(chat.turns) and chat.turns[-1].role == "assistant"
-        self.read_tools()
-        self.read_settings()
-        chat.name_tools()
-        return chat
 
-    def read_system(self) -> list[Text]:
-        system = self.body.get("system")
-        if isinstance(system, list):
-            system = [block for block in system if not is_billing_header(block)]
-        blocks = read_parts(system, "system")
-        return [block for block in blocks if isinstance(block, Text) and block.text.strip()]
-
-    def read_tools(self) -> None:
-        body, chat = self.body, self.chat
-        choice = dict_field(body, "tool_choice")
-        choice_type = word_field(choice, "type", MESSAGES_CHOICES, "tool_choice")
-        forced_name = str_field(choice, "name", "tool_choice") or ""
-        server_tools = []
-        for index, item in enumerate(list_field(body, "tools")):
-            path = f"tools.{index}"
-            tool = need_dict(item, path)
-            tool_type = str_field(tool, "type", path) or "custom"
-            name = str_field(tool, "name", path) or tool_type
-            schema = tool.get("input_schema")
-            if tool_type != "custom":
-                schema = client_tool_schema(tool_type)
-                if schema is None:
-                    server_tools.append(name)
-                    continue
-            description = str_field(tool, "description", path) or ""
-            strict = bool_field(tool, "strict", path)
-            schema = object_schema(schema, f"{path}.input_schema")
-            chat.tools.append(Tool(name, description, schema, strict))
-        drop_hosted(server_tools, len(chat.tools), forced_name, chat.dropped)
-        if choice_type is not None:
-            if choice_type == "tool":
-                need_str(choice, "name", "tool_choice")
-            chat.choice = ToolChoice(MESSAGES_CHOICES[choice_type], forced_name)
-        if bool_field(choice, "disable_parallel_tool_use", "tool_choice"):
-            chat.parallel = False
-
-    def read_settings(self) -> None:
-        body, chat = self.body, self.chat
-        chat.max_tokens = int_field(body, "max_tokens")
-        if chat.max_tokens is not None and chat.max_tokens < 1:
-            raise UnsupportedFeature("max_tokens: must be at least 1.", param="max_tokens")
-        chat.temperature = number_field(body, "temperature")
-        chat.top_p = number_field(body, "top_p")
-        chat.top_k = int_field(body, "top_k")
-        chat.stop = read_stops(body, "stop_sequences")
-        chat.session = session_of_user_id(dict_field(body, "metadata").get("user_id"))
-        self.read_thinking()
-        output_config = dict_field(body, "output_config")
-        output_format = output_config.get("format") or body.get("output_format")
-        if output_format is not None:
-            entry = need_dict(output_format, "output_config.format")
-            chat.output = OutputFormat(dict_field(entry, "schema", "output_config.format"))
-        chat.dropped += [
-            key
-            for key in body
-            if key not in MESSAGES_KNOWN and key not in MESSAGES_SILENT and body[key] is not None
-        ]
-
-    def read_thinking(self) -> None:
-        thinking = dict_field(self.body, "thinking")
-        thinking_type = thinking.get("type")
-        output_config = dict_field(self.body, "output_config")
-        effort = word_field(output_config, "effort", EFFORTS, "output_config")
-        budget_tokens = int_field(thinking, "budget_tokens", "thinking")
-        if thinking_type == "disabled":
-            self.chat.effort = "none"
-        elif thinking_type == "enabled" and budget_tokens is not None and budget_tokens > 0:
-            self.chat.thinking_budget = budget_tokens
-            self.chat.effort = effort or effort_of_budget(budget_tokens)
-        else:
-            self.chat.effort = effort
+def read_messages_tools(body: Json, chat: Conversation) -> None:
+    choice = dict_field(body, "tool_choice")
+    choice_type = word_field(choice, "type", MESSAGES_CHOICES, "tool_choice")
+    forced_name = str_field(choice, "name", "tool_choice") or ""
+    server_tools = []
+    for index, item in enumerate(list_field(body, "tools")):
+        path = f"tools.{index}"
+        tool = need_dict(item, path)
+        tool_type = str_field(tool, "type", path) or "custom"
+        name = str_field(tool, "name", path) or tool_type
+        is_custom = tool_type == "custom"
+        schema = tool.get("input_schema") if is_custom else client_tool_schema(tool_type)
+        if schema is None and not is_custom:
+            server_tools.append(name)
+            continue
+        description = str_field(tool, "description", path) or ""
+        strict = bool_field(tool, "strict", path)
+        schema = object_schema(schema, f"{path}.input_schema")
+        chat.tools.append(Tool(name, description, schema, strict))
+    drop_hosted(server_tools, len(chat.tools), forced_name, chat.dropped)
+    if choice_type == "tool":
+        need_str(choice, "name", "tool_choice")
+    if choice_type is not None:
+        chat.choice = ToolChoice(MESSAGES_CHOICES[choice_type], forced_name)
+    if bool_field(choice, "disable_parallel_tool_use", "tool_choice"):
+        chat.parallel = False
 
 
 def is_forced(choice: Json) -> bool:
@@ -4837,9 +4813,8 @@ def is_multi_turn(body: Json) -> bool:
 
     Only then does caching pay: a cache write costs a quarter more than plain input.
     """
-    return bool(body.get("tools")) or any(
-        message["role"] == "assistant" for message in body["messages"]
-    )
+    roles = (message["role"] for message in body["messages"])
+    return bool(body.get("tools")) or "assistant" in roles
 
 
 def add_cache_breakpoints(body: Json) -> None:
@@ -4852,128 +4827,105 @@ def add_cache_breakpoints(body: Json) -> None:
         return
     prefix = body.get("system") or body.get("tools") or []
     turns = [message["content"] for message in body["messages"] if message["role"] == "user"]
-    for blocks in (prefix, *turns[-2:]):
-        if blocks:
-            blocks[-1]["cache_control"] = {"type": "ephemeral"}
+    for blocks in filter(None, (prefix, *turns[-2:])):
+        blocks[-1]["cache_control"] = {"type": "ephemeral"}
 
 
-class MessagesRequestWriter:
-    def __init__(self, chat: Conversation, model: Model) -> None:
-        self.chat = chat
-        self.model = model
-
-    def write(self) -> Json:
-        chat, model = self.chat, self.model
-        limit = model.max_output or DEFAULT_MAX_TOKENS
-        body: Json = {
-            "model": model.id,
-            "max_tokens": min(chat.max_tokens or min(limit, DEFAULT_MAX_TOKENS), limit),
-            "messages": self.write_messages(),
-        }
-        system = [{"type": "text", "text": block.text} for block in chat.system]
-        if chat.output:
-            system.append({"type": "text", "text": output_instruction(chat.output)})
-        if system:
-            body["system"] = system
-        stops = [stop for stop in chat.stop if stop.strip()]
-        if stops:
-            body["stop_sequences"] = stops
-        if chat.tools:
-            body["tools"] = [self.write_tool(tool) for tool in chat.tools]
-            choice = self.write_choice()
-            if choice:
-                body["tool_choice"] = choice
-        if chat.session:
-            body["metadata"] = {"user_id": short_hash(chat.session, 32)}
-        body.update(write_thinking(chat.effort, chat.thinking_budget, model, body))
-        if "enabled" not in (body.get("thinking") or {}).values() and not model.adaptive:
-            self.write_sampling(body)
-        body["stream"] = True
-        return body
-
-    def write_sampling(self, body: Json) -> None:
-        """Temperature or top_p: Claude takes one of them, and neither with thinking."""
-        chat = self.chat
+def write_messages_request(chat: Conversation, model: Model) -> Json:
+    messages = []
+    for turn in downgrade_system_turns(chat.turns):
+        content = write_messages_blocks(turn.blocks, chat)
+        if content:
+            messages.append({"role": turn.role, "content": content})
+    if not messages:
+        raise chat.refuse_empty()
+    limit = model.max_output or DEFAULT_MAX_TOKENS
+    max_tokens = min(chat.max_tokens or min(limit, DEFAULT_MAX_TOKENS), limit)
+    body: Json = {"model": model.id, "max_tokens": max_tokens, "messages": messages}
+    system = [block.text for block in chat.system]
+    system += [output_instruction(chat.output)] if chat.output else []
+    if system:
+        body["system"] = [{"type": "text", "text": text} for text in system]
+    stops = [stop for stop in chat.stop if stop.strip()]
+    if stops:
+        body["stop_sequences"] = stops
+    if chat.tools:
+        body.update(write_messages_tools(chat))
+    if chat.session:
+        body["metadata"] = {"user_id": short_hash(chat.session, 32)}
+    body.update(write_thinking(chat.effort, chat.thinking_budget, model, body))
+    # Claude takes temperature or top_p, and neither with thinking.
+    if "budget_tokens" not in body.get("thinking", {}) and not model.adaptive:
         if chat.temperature is not None:
             body["temperature"] = min(chat.temperature, 1)
         elif chat.top_p is not None:
             body["top_p"] = chat.top_p
         if chat.top_k is not None:
             body["top_k"] = chat.top_k
+    body["stream"] = True
+    return body
 
-    def write_messages(self) -> list[Json]:
-        messages = []
-        for turn in downgrade_system_turns(self.chat.turns):
-            content = [part for block in turn.blocks if (part := self.write_block(block))]
-            if content:
-                messages.append({"role": turn.role, "content": content})
-        if not messages:
-            raise self.chat.refuse_empty()
-        return messages
 
-    def write_block(self, block: Block) -> Json | None:
-        """None for thinking that Anthropic would not recognize as its own."""
-        if isinstance(block, (Text, Refusal)):
-            return {"type": "text", "text": block.text}
-        if isinstance(block, Image):
-            source = {"type": "base64", "media_type": block.media_type, "data": block.data}
-            if block.url:
-                source = {"type": "url", "url": block.url}
-            return {"type": "image", "source": source}
-        if isinstance(block, Document):
-            return self.write_document(block)
-        if isinstance(block, ToolCall):
-            arguments = parse_arguments(block.arguments)
-            name = self.chat.wire_name(block.name)
-            return {"type": "tool_use", "id": wire_id(block.id), "name": name, "input": arguments}
-        if isinstance(block, ToolResult):
-            result: Json = {"type": "tool_result", "tool_use_id": wire_id(block.id)}
-            content = [part for item in block.blocks if (part := self.write_block(item))]
-            if len(content) == 1 and content[0]["type"] == "text":
-                result["content"] = content[0]["text"]
-            elif content:
-                result["content"] = content
-            if block.is_error:
-                result["is_error"] = True
-            return result
-        return self.write_thinking_block(block)
+def write_messages_blocks(blocks: list[Block], chat: Conversation) -> list[Json]:
+    return [part for block in blocks if (part := write_messages_block(block, chat))]
 
-    @staticmethod
-    def write_document(document: Document) -> Json:
-        source = {"type": "base64", "media_type": document.media_type, "data": document.data}
-        if document.text:
-            source = {"type": "text", "media_type": "text/plain", "data": document.text}
-        block: Json = {"type": "document", "source": source}
-        if document.title:
-            block["title"] = document.title
-        return block
 
-    @staticmethod
-    def write_thinking_block(block: Thinking) -> Json | None:
-        """None unless Anthropic signed it."""
-        if block.redacted and not block.redacted.startswith(FOREIGN_SIGNATURES):
-            return {"type": "redacted_thinking", "data": block.redacted}
-        if block.signature and not block.signature.startswith(FOREIGN_SIGNATURES):
-            return {"type": "thinking", "thinking": block.text, "signature": block.signature}
-        return None
+def write_messages_block(block: Block, chat: Conversation) -> Json | None:
+    """None for thinking that Anthropic did not sign."""
+    if isinstance(block, (Text, Refusal)):
+        return {"type": "text", "text": block.text}
+    if isinstance(block, Image):
+        source = {"type": "base64", "media_type": block.media_type, "data": block.data}
+        if block.url:
+            source = {"type": "url", "url": block.url}
+        return {"type": "image", "source": source}
+    if isinstance(block, Document):
+        source = {"type": "base64", "media_type": block.media_type, "data": block.data}
+        if block.text:
+            source = {"type": "text", "media_type": "text/plain", "data": block.text}
+        title = {"title": block.title} if block.title else {}
+        return {"type": "document", "source": source, **title}
+    if isinstance(block, ToolCall):
+        call = {"id": wire_id(block.id), "name": chat.wire_name(block.name)}
+        return {"type": "tool_use", **call, "input": parse_arguments(block.arguments)}
+    if isinstance(block, ToolResult):
+        result: Json = {"type": "tool_result", "tool_use_id": wire_id(block.id)}
+        content = write_messages_blocks(block.blocks, chat)
+        if content:
+            is_text = len(content) == 1 and content[0]["type"] == "text"
+            result["content"] = content[0]["text"] if is_text else content
+        if block.is_error:
+            result["is_error"] = True
+        return result
+    if block.redacted and not block.redacted.startswith(FOREIGN_SIGNATURES):
+        return {"type": "redacted_thinking", "data": block.redacted}
+    if block.signature and not block.signature.startswith(FOREIGN_SIGNATURES):
+        return {"type": "thinking", "thinking": block.text, "signature": block.signature}
+    return None
 
-    def write_tool(self, tool: Tool) -> Json:
-        entry: Json = {"name": self.chat.wire_name(tool.name)}
-        if tool.description:
-            entry["description"] = tool.description
-        entry["input_schema"] = plain_schema(tool)
-        return entry
 
-    def write_choice(self) -> Json:
-        chat = self.chat
-        mode = chat.choice.mode if chat.choice else "auto"
-        choice_types = {"auto": "auto", "none": "none", "required": "any", "named": "tool"}
-        choice: Json = {"type": choice_types[mode]}
-        if chat.choice and mode == "named":
-            choice["name"] = chat.wire_name(chat.choice.name)
-        if chat.parallel is False and mode != "none":
-            choice["disable_parallel_tool_use"] = True
-        return choice if chat.choice or chat.parallel is False else {}
+def write_messages_tools(chat: Conversation) -> Json:
+    tools = []
+    for tool in chat.tools:
+        description = {"description": tool.description} if tool.description else {}
+        schema = plain_schema(tool)
+        tools.append({"name": chat.wire_name(tool.name), **description, "input_schema": schema})
+    if not chat.choice and chat.parallel is not False:
+        return {"tools": tools}
+    wanted = chat.choice or ToolChoice("auto")
+    choice: Json = {"type": MESSAGES_CHOICE_WORDS[wanted.mode]}
+    if wanted.mode == "named":
+        choice["name"] = chat.wire_name(wanted.name)
+    if chat.parallel is False and wanted.mode != "none":
+        choice["disable_parallel_tool_use"] = True
+    return {"tools": tools, "tool_choice": choice}
+
+
+# Type of a delta -> (what it extends in our events, the member with its text).
+MESSAGES_DELTAS = {
+    "text_delta": ("text", "text"), "signature_delta": ("signature", "signature"),
+    "thinking_delta": ("text", "thinking"), "input_json_delta": ("arguments", "partial_json"),
+}  # fmt: skip
 
 
 class MessagesReader:
@@ -4985,7 +4937,11 @@ class MessagesReader:
         """Unknown types are ignored."""
         kind = frame.get("type")
         if kind == "content_block_delta":
-            return self.read_delta(get_dict(frame, "delta"))
+            delta = get_dict(frame, "delta")
+            part, key = MESSAGES_DELTAS.get(str_or_empty(delta, "type"), ("citation", ""))
+            is_citation = part == "citation"
+            text = "" if is_citation else str(delta.get(key) or "")
+            return [BlockDelta(part, text, delta if is_citation else None)]
         if kind == "content_block_start":
             return self.read_block(get_dict(frame, "content_block"))
         if kind == "content_block_stop":
@@ -4994,61 +4950,38 @@ class MessagesReader:
             message = get_dict(frame, "message")
             read_usage(message, MESSAGES_USAGE, self.usage)
             return [MessageStart(str(message.get("id") or ""), str(message.get("model") or ""))]
-        if kind == "message_delta":
-            self.read_finish(frame)
-        elif kind == "message_stop":
+        if kind == "message_stop":
             return self.end()
-        elif kind == "error" or "error" in frame:
+        if kind == "error" or "error" in frame:
             return [StreamError(read_stream_error(frame.get("error")))]
+        if kind == "message_delta":
+            read_usage(frame, MESSAGES_USAGE, self.usage)
+            delta = get_dict(frame, "delta")
+            reason = str_or_empty(delta, "stop_reason")
+            if reason:
+                stop_text = str_or_empty(delta, "stop_sequence") or None
+                details = get_dict(delta, "stop_details") or None
+                finish = MESSAGES_FINISHES.get(reason, "end")
+                self.message_stop = MessageStop(finish, stop_text, details)
         return []
-
-    def read_finish(self, frame: Json) -> None:
-        read_usage(frame, MESSAGES_USAGE, self.usage)
-        delta = get_dict(frame, "delta")
-        reason = delta.get("stop_reason")
-        if isinstance(reason, str) and reason:
-            stop_text = delta.get("stop_sequence")
-            self.message_stop = MessageStop(
-                MESSAGES_FINISHES.get(reason, "end"),
-                stop_text if isinstance(stop_text, str) else None,
-                get_dict(delta, "stop_details") or None,
-            )
 
     @staticmethod
     def read_block(block: Json) -> list[Event]:
-        kind = block.get("type")
+        kind = str_or_empty(block, "type")
         if kind in ("text", "thinking"):
-            text = block.get(str(kind))
-            events: list[Event] = [BlockStart(str(kind))]
-            if isinstance(text, str) and text:
-                events.append(BlockDelta("text", text))
-            return events
+            text = str_or_empty(block, kind)
+            return [BlockStart(kind), *([BlockDelta("text", text)] if text else [])]
         if kind == "tool_use":
-            events = [BlockStart("tool", str(block.get("id") or ""), str(block.get("name") or ""))]
-            if block.get("input"):
-                events.append(BlockDelta("arguments", dump_text(block["input"])))
-            return events
+            start = BlockStart("tool", str(block.get("id") or ""), str(block.get("name") or ""))
+            text = dump_text(block["input"]) if block.get("input") else ""
+            return [start, *([BlockDelta("arguments", text)] if text else [])]
         return [BlockStart("redacted" if kind == "redacted_thinking" else "opaque", raw=block)]
 
-    @staticmethod
-    def read_delta(delta: Json) -> list[Event]:
-        kind = delta.get("type")
-        if kind == "text_delta":
-            return [BlockDelta("text", str(delta.get("text") or ""))]
-        if kind == "input_json_delta":
-            return [BlockDelta("arguments", str(delta.get("partial_json") or ""))]
-        if kind == "thinking_delta":
-            return [BlockDelta("text", str(delta.get("thinking") or ""))]
-        if kind == "signature_delta":
-            return [BlockDelta("signature", str(delta.get("signature") or ""))]
-        return [BlockDelta("citation", "", delta)]
-
     def end(self) -> list[Event]:
-        if self.message_stop is None:
-            return []
         message_stop, self.message_stop = self.message_stop, None
-        usage_events: list[Event] = [UsageUpdate(self.usage)] if self.usage.source else []
-        return [*usage_events, message_stop]
+        if message_stop is None:
+            return []
+        return [UsageUpdate(self.usage), message_stop] if self.usage.source else [message_stop]
 
 
 def write_messages_usage(usage: Usage) -> Json:
@@ -5058,23 +4991,17 @@ def write_messages_usage(usage: Usage) -> Json:
     return counts
 
 
-BLOCK_STARTS: dict[str, Json] = {
-    "text": {"type": "text", "text": ""},
-    "refusal": {"type": "text", "text": ""},
-    "thinking": {"type": "thinking", "thinking": "", "signature": ""},
-}
-
-
-def wants_thinking(body: Json) -> bool:
-    """Whether the client expects thinking; otherwise `content[0].text` must be text."""
-    return get_str(get_dict(body, "thinking"), "type") not in ("", "disabled")
+EMPTY_MESSAGE: Json = {
+    "type": "message", "role": "assistant", "content": [], "stop_reason": None,
+    "stop_sequence": None,
+}  # fmt: skip
 
 
 class MessagesWriter:
     """Events -> Anthropic stream events.
 
-    Encrypted reasoning is sent only to clients that asked for thinking; for the others the gateway
-    keeps it, keyed by the calls that follow it.
+    Encrypted reasoning is sent only to clients that asked for thinking: others take `content[0]`
+    for the text.  For them the gateway keeps it, keyed by the calls that follow it.
     """
 
     def __init__(self, context: ResponseContext) -> None:
@@ -5083,9 +5010,9 @@ class MessagesWriter:
         self.block_index = -1
         self.block_kind = ""
         self.has_refusal = False
-        self.shows_encrypted = wants_thinking(context.asked)
-        #: frames of a late thinking block that has no text yet; None if there is none
-        self.held_frames: list[Json] | None = None
+        thinking = get_str(get_dict(context.asked, "thinking"), "type")
+        self.shows_encrypted = thinking not in ("", "disabled")
+        self.held_frames: list[Json] = []  # of a late thinking block that has no text yet
 
     def write(self, event: Event) -> list[Json]:
         """The frames for one event.
@@ -5094,78 +5021,57 @@ class MessagesWriter:
         response (Claude Code, 2026-11).  After calls it is sent, as its vendor wants it back.
         """
         frames = self.write_event(event)
-        if self.held_frames is None:
-            is_late = (
-                self.block_index > 0 and isinstance(event, BlockStart) and event.kind == "thinking"
-            )
-            if is_late:
-                self.held_frames = frames
+        is_start = isinstance(event, BlockStart)
+        if not self.held_frames:
+            is_late = is_start and self.block_kind == "thinking" and self.block_index > 0
+            self.held_frames = frames if is_late else []
             return [] if is_late else frames
         if isinstance(event, MessageStop) and event.reason != "tool":
             return frames
-        held_frames = self.held_frames
-        held_frames += frames
+        self.held_frames += frames
         has_text = isinstance(event, BlockDelta) and event.part != "signature"
-        if has_text or isinstance(event, (BlockStart, MessageStop)):
-            self.held_frames = None
-            return held_frames
-        return []
+        if not (has_text or is_start or isinstance(event, MessageStop)):
+            return []
+        frames, self.held_frames = self.held_frames, []
+        return frames
 
     def write_event(self, event: Event) -> list[Json]:
-        if isinstance(event, BlockStart) and event.kind == "redacted" and not self.shows_encrypted:
-            self.block_kind = "unseen"
-            return []
-        if self.block_kind == "unseen":
-            self.block_kind = "" if isinstance(event, BlockStop) else "unseen"
+        if isinstance(event, BlockStart):
+            self.block_kind = event.kind
+        if self.block_kind == "redacted" and not self.shows_encrypted:
+            self.block_kind = "" if isinstance(event, BlockStop) else "redacted"
             return []
         if isinstance(event, BlockDelta):
             delta = self.write_delta(event)
-            if delta is None:
-                return []
-            return [{"type": "content_block_delta", "index": self.block_index, "delta": delta}]
-        if isinstance(event, MessageStart):
-            return [self.write_start()]
+            return [self.block_frame("delta", delta=delta)] if delta else []
         if isinstance(event, BlockStart):
             self.block_index += 1
-            self.block_kind = event.kind
             self.has_refusal = self.has_refusal or event.kind == "refusal"
-            block = self.write_block(event)
-            return [
-                {"type": "content_block_start", "index": self.block_index, "content_block": block}
-            ]
+            return [self.block_frame("start", content_block=self.write_block(event))]
         if isinstance(event, BlockStop):
-            return [{"type": "content_block_stop", "index": self.block_index}]
+            return [self.block_frame("stop")]
+        if isinstance(event, MessageStart):
+            # Input tokens are estimated here; otherwise clients show the context as empty.
+            usage = write_messages_usage(Usage(input=estimate_request(self.context.asked)))
+            message: Json = {"id": self.context.id, "type": "message", "role": "assistant"}
+            message |= {"model": self.context.model, **EMPTY_MESSAGE, "usage": usage}
+            return [{"type": "message_start", "message": message}]
         if isinstance(event, UsageUpdate):
             self.usage = event.usage
-            return []
-        if isinstance(event, MessageStop):
-            return self.write_finish(event)
-        raise event.error
+        return self.write_finish(event) if isinstance(event, MessageStop) else []
 
-    def write_start(self) -> Json:
-        """Input tokens are estimated here; otherwise clients show the context as empty."""
-        usage = Usage(input=estimate_request(self.context.asked))
-        message: Json = {
-            "id": self.context.id,
-            "type": "message",
-            "role": "assistant",
-            "model": self.context.model,
-            "content": [],
-            "stop_reason": None,
-            "stop_sequence": None,
-            "usage": write_messages_usage(usage),
-        }
-        return {"type": "message_start", "message": message}
+    def block_frame(self, step: str, **members: Any) -> Json:
+        return {"type": f"content_block_{step}", "index": self.block_index, **members}
 
     @staticmethod
     def write_block(event: BlockStart) -> Json:
         if event.kind == "tool":
             return {"type": "tool_use", "id": event.id, "name": event.name, "input": {}}
+        if event.kind == "thinking":
+            return {"type": "thinking", "thinking": "", "signature": ""}
         if event.kind == "redacted":
             return {"type": "redacted_thinking", "data": (event.raw or {}).get("data", "")}
-        if event.kind == "opaque":
-            return event.raw or {"type": "text", "text": ""}
-        return dict(BLOCK_STARTS[event.kind])
+        return event.raw or {"type": "text", "text": ""}
 
     def write_delta(self, event: BlockDelta) -> Json | None:
         if event.part == "arguments":
@@ -5174,40 +5080,29 @@ class MessagesWriter:
             return {"type": "signature_delta", "signature": event.text}
         if event.part == "citation":
             return event.raw
-        if self.block_kind == "thinking":
-            if self.context.hide_thinking:
-                return None
-            return {"type": "thinking_delta", "thinking": event.text}
-        return {"type": "text_delta", "text": event.text}
+        if self.block_kind != "thinking":
+            return {"type": "text_delta", "text": event.text}
+        is_hidden = self.context.hide_thinking
+        return None if is_hidden else {"type": "thinking_delta", "thinking": event.text}
 
     def write_finish(self, event: MessageStop) -> list[Json]:
         reason = "filter" if self.has_refusal and event.reason == "end" else event.reason
-        stop_reason = MESSAGES_FINISH_WORDS[reason]
         if reason == "stop" and event.stop_text is None:
-            stop_reason = "end_turn"
+            reason = "end"
+        stop_reason = MESSAGES_FINISH_WORDS[reason]
         delta: Json = {"stop_reason": stop_reason, "stop_sequence": event.stop_text}
         if event.details:
             delta["stop_details"] = event.details
         usage = write_messages_usage(self.usage)
-        return [
-            {"type": "message_delta", "delta": delta, "usage": usage},
-            {"type": "message_stop"},
-        ]
+        return [{"type": "message_delta", "delta": delta, "usage": usage}, {"type": "message_stop"}]
 
 
-MESSAGES_EVENTS = (
-    "message_start", "content_block_start", "content_block_delta", "content_block_stop",
-    "message_delta", "message_stop", "ping",
-)  # fmt: skip
-
-
-EMPTY_MESSAGE: Json = {
-    "type": "message",
-    "role": "assistant",
-    "content": [],
-    "stop_reason": None,
-    "stop_sequence": None,
-}
+# Frame type -> the member without which it means nothing.
+BLOCK_FRAMES = {
+    "content_block_start": "content_block", "content_block_delta": "delta",
+    "content_block_stop": "index",
+}  # fmt: skip
+MESSAGES_EVENTS = (*BLOCK_FRAMES, "message_start", "message_delta", "message_stop", "ping")
 
 
 class MessagesRelay:
@@ -5226,55 +5121,26 @@ class MessagesRelay:
         self.guard = RunawayGuard()  # of the open block
 
     def repair(self, frame: Json) -> list[Json]:
-        kind = frame.get("type")
+        kind = str(frame.get("type"))
         if self.finished:
             return []
         if kind == "error" or "error" in frame:
             raise read_stream_error(frame.get("error"))
         # AI SDK clients fail on unknown event types, so those are dropped.
-        if kind not in MESSAGES_EVENTS or (not self.started and kind == "ping"):
+        if kind not in MESSAGES_EVENTS or (kind == "ping" and not self.started):
             return []
         if kind == "message_start":
             self.started = True
             frame["message"] = self.repair_start(get_dict(frame, "message"))
         elif not self.started:
             raise UpstreamError(OFF_PROTOCOL)
-        elif str(kind).startswith("content_block_"):
-            self.check_block(str(kind), frame)
-            self.repair_block(get_dict(frame, "content_block"))
-            self.read_delta(get_dict(frame, "delta"))
+        elif kind in BLOCK_FRAMES:
+            self.repair_block(kind, frame)
         elif kind == "message_delta":
             self.repair_finish(frame)
         elif kind == "message_stop":
-            if not self.has_stop_reason or self.in_block:
-                raise UpstreamError(BROKEN_OFF)
-            self.finished = True
+            self.end()
         return [frame]
-
-    def read_delta(self, delta: Json) -> None:
-        """Estimates the tokens of a delta, in case the upstream reports none."""
-        arguments = str(delta.get("partial_json") or "")
-        if arguments:
-            self.guard.check(arguments)
-        self.said += estimate_text(str(delta.get("text") or delta.get("thinking") or arguments))
-
-    def check_block(self, kind: str, frame: Json) -> None:
-        """Block indexes must be dense and blocks must not overlap, or clients lose text or fail."""
-        is_start = kind == "content_block_start"
-        if is_start:
-            self.block_count += 1
-        required_field = {
-            "content_block_start": "content_block",
-            "content_block_delta": "delta",
-        }.get(kind)
-        if (
-            is_start is self.in_block
-            or frame.get("index") != self.block_count - 1
-            or isinstance(frame["index"], bool)
-            or (required_field and not get_dict(frame, required_field))
-        ):
-            raise UpstreamError(OFF_PROTOCOL)
-        self.in_block = kind != "content_block_stop"
 
     def repair_start(self, message: Json) -> Json:
         """Sets the client's model name and a non-zero input count."""
@@ -5286,25 +5152,40 @@ class MessagesRelay:
             usage["input_tokens"] = estimate_request(self.context.asked)
         return {**EMPTY_MESSAGE, **message, "model": self.context.model, "usage": usage}
 
-    def repair_block(self, block: Json) -> None:
-        if block.get("type") == "tool_use":
+    def repair_block(self, kind: str, frame: Json) -> None:
+        """Checks that indexes are dense and blocks do not overlap, or clients lose text or fail.
+
+        The tokens of deltas are estimated, in case the upstream reports none.
+        """
+        is_start, is_stop = kind == "content_block_start", kind == "content_block_stop"
+        self.block_count += is_start
+        index, content = frame.get("index"), get_dict(frame, BLOCK_FRAMES[kind])
+        is_misplaced = index != self.block_count - 1 or isinstance(index, bool)
+        if is_start is self.in_block or is_misplaced or not (content or is_stop):
+            raise UpstreamError(OFF_PROTOCOL)
+        self.in_block = not is_stop
+        if is_start and content.get("type") == "tool_use":
             self.has_tool_call = True
             self.guard = RunawayGuard()
-            name = block.get("name")
+            name = content.get("name")
             if isinstance(name, str):
-                block["name"] = self.context.names.get(name, name)
+                content["name"] = self.context.names.get(name, name)
+        elif not is_start:
+            arguments = str(content.get("partial_json") or "")
+            if arguments:
+                self.guard.check(arguments)
+            text = content.get("text") or content.get("thinking") or arguments
+            self.said += estimate_text(str(text))
 
     def repair_finish(self, frame: Json) -> None:
-        delta = get_dict(frame, "delta")
+        frame["delta"] = delta = get_dict(frame, "delta")
         if delta.get("stop_reason"):
             self.has_stop_reason = True
             if self.has_tool_call and delta["stop_reason"] == "end_turn":
                 delta["stop_reason"] = "tool_use"
+        frame["usage"] = usage = dict(get_dict(frame, "usage"))
         read_usage(frame, MESSAGES_USAGE, self.usage)
-        usage = dict(get_dict(frame, "usage"))
         usage["output_tokens"] = self.usage.output
-        frame["usage"] = usage
-        frame["delta"] = delta
         if "context_management" not in self.context.asked:
             frame.pop("context_management", None)  # langchain fails on it unless it asked
 
@@ -5317,58 +5198,36 @@ class MessagesRelay:
         return [{"type": "message_stop"}]
 
 
-class MessagesAggregator:
-    def __init__(self) -> None:
-        self.message: Json = {}
-        #: (block, key) -> its text in pieces; `input` is JSON
-        self.texts: defaultdict[tuple[int, str], list[str]] = defaultdict(list)
-
-    def take(self, frame: Json) -> None:
-        kind = frame["type"]
+def aggregate_messages(frames: list[Json]) -> Json:
+    message: Json = {}
+    #: (block, key) -> its text in pieces
+    texts: defaultdict[tuple[int, str], list[str]] = defaultdict(list)
+    for frame in frames:
+        kind, delta = frame["type"], get_dict(frame, "delta")
         if kind == "message_start":
-            self.message = dict(get_dict(frame, "message"))
-            self.message["content"] = []
+            message = {**get_dict(frame, "message"), "content": []}
         elif kind == "content_block_start":
-            self.message["content"].append(dict(get_dict(frame, "content_block")))
-        elif kind == "content_block_delta":
-            self.apply_delta(frame["index"], get_dict(frame, "delta"))
-        elif kind == "message_delta":
-            extra = {
-                key: value for key, value in frame.items() if key not in ("type", "delta", "usage")
-            }
-            self.message.update({**extra, **get_dict(frame, "delta")})
-            counts = {key: value for key, value in frame["usage"].items() if value is not None}
-            self.message["usage"] = {**self.message["usage"], **counts}
-
-    def apply_delta(self, index: int, delta: Json) -> None:
-        block = self.message["content"][index]
-        kind = delta.get("type")
-        if kind == "input_json_delta":
-            self.texts[index, "input"].append(str(delta.get("partial_json") or ""))
-        elif kind == "citations_delta":
-            citations = block.get("citations")
-            block["citations"] = citations if isinstance(citations, list) else []
+            message["content"].append(dict(get_dict(frame, "content_block")))
+        elif kind == "content_block_delta" and delta.get("type") == "citations_delta":
+            block = message["content"][frame["index"]]
+            if not isinstance(block.get("citations"), list):
+                block["citations"] = []
             block["citations"].append(delta.get("citation"))
-        else:
+        elif kind == "content_block_delta":
             for key, value in delta.items():
                 if key != "type" and isinstance(value, str):
-                    self.texts[index, key].append(value)
-
-    def whole(self) -> Json:
-        for (index, key), pieces in self.texts.items():
-            block, text = self.message["content"][index], "".join(pieces)
-            if key == "input":
-                block.update({key: parse_arguments(text)} if text else {})
-            else:
-                block[key] = str_or_empty(block, key) + text
-        return self.message
-
-
-DELTA_TYPES = {
-    "text": "text_delta",
-    "thinking": "thinking_delta",
-    "signature": "signature_delta",
-}
+                    texts[frame["index"], key].append(value)
+        elif kind == "message_delta":
+            extra = {key: frame[key] for key in frame if key not in ("type", "delta", "usage")}
+            counts = {key: count for key, count in frame["usage"].items() if count is not None}
+            message.update({**extra, **delta, "usage": {**message["usage"], **counts}})
+    for (index, key), pieces in texts.items():
+        block, text = message["content"][index], "".join(pieces)
+        if key != "partial_json":
+            block[key] = str_or_empty(block, key) + text
+        elif text:
+            block["input"] = parse_arguments(text)
+    return message
 
 
 def expand_block(index: int, block: Json) -> list[Json]:
@@ -5380,16 +5239,40 @@ def expand_block(index: int, block: Json) -> list[Json]:
         text = dump_text(block.get("input") or {})
         deltas.append({"type": "input_json_delta", "partial_json": text})
     elif block.get("type") in ("text", "thinking"):
-        for key, kind in DELTA_TYPES.items():
+        for key in ("text", "thinking", "signature"):
             if isinstance(block.get(key), str):
                 start[key] = ""
-                deltas.append({"type": kind, key: block[key]})
-    base = {"index": index}
+                deltas.append({"type": f"{key}_delta", key: block[key]})
     return [
-        {"type": "content_block_start", **base, "content_block": start},
-        *({"type": "content_block_delta", **base, "delta": delta} for delta in deltas),
-        {"type": "content_block_stop", **base},
+        {"type": "content_block_start", "index": index, "content_block": start},
+        *({"type": "content_block_delta", "index": index, "delta": delta} for delta in deltas),
+        {"type": "content_block_stop", "index": index},
     ]
+
+
+def messages_initiator(messages: list[Json]) -> str:
+    """`agent` if the last turn is a tool result or the model's own, not a person's."""
+    last_message = next((m for m in reversed(messages) if m.get("role") != "system"), messages[-1])
+    if last_message.get("role") == "assistant":
+        return "agent"
+    content = last_message.get("content")
+    parts = [p for p in content if isinstance(p, dict)] if isinstance(content, list) else []
+    if all(part.get("type") != "tool_result" for part in parts):
+        return "user"
+    texts = [part.get("text") for part in parts if part.get("type") == "text"]
+    has_user_text = any(isinstance(text, str) and not is_reminder(text) for text in texts)
+    return "user" if has_user_text else "agent"
+
+
+def has_image(content: Any) -> bool:
+    """Whether messages, items or parts hold an image, at any depth."""
+    return isinstance(content, list) and any(
+        part.get("type") in ("image", "input_image")
+        or has_image(part.get("content"))
+        or has_image(part.get("output"))
+        for part in content
+        if isinstance(part, dict)
+    )
 
 
 class MessagesDialect(Dialect):
@@ -5398,6 +5281,9 @@ class MessagesDialect(Dialect):
     reader = MessagesReader
     writer = MessagesWriter
     relay = MessagesRelay
+    read_request = staticmethod(read_messages_request)
+    write_request = staticmethod(write_messages_request)
+    aggregate = staticmethod(aggregate_messages)
 
     def request_info(self, body: Json) -> RequestInfo:
         messages = message_list(body)
@@ -5405,56 +5291,23 @@ class MessagesDialect(Dialect):
             model=need_str(body, "model"),
             stream=take_bool(body, "stream"),
             include_usage=True,
-            initiator=self.initiator(messages),
-            session=session_of_user_id(dict_field(body, "metadata").get("user_id")),
-            opening=opening_words(
-                [b for b in body["system"] if not is_billing_header(b)]
-                if isinstance(body.get("system"), list)
-                else body.get("system"),
-                messages,
-            ),
+            initiator=messages_initiator(messages),
+            session=read_messages_session(body),
+            opening=opening_words(without_billing_header(body.get("system")), messages),
         )
-
-    @staticmethod
-    def initiator(messages: list[Json]) -> str:
-        """`agent` if the last turn is a tool result or the model's own, not a person's."""
-        last_message = next(
-            (m for m in reversed(messages) if m.get("role") != "system"), messages[-1]
-        )
-        if last_message.get("role") == "assistant":
-            return "agent"
-        content = last_message.get("content")
-        parts = [p for p in content if isinstance(p, dict)] if isinstance(content, list) else []
-        if not any(part.get("type") == "tool_result" for part in parts):
-            return "user"
-        texts = [part.get("text") for part in parts if part.get("type") == "text"]
-        has_user_text = any(isinstance(text, str) and not is_reminder(text) for text in texts)
-        return "user" if has_user_text else "agent"
-
-    def read_request(self, body: Json) -> Conversation:
-        return MessagesRequestReader(body).read()
-
-    def write_request(self, chat: Conversation, model: Model) -> Json:
-        return MessagesRequestWriter(chat, model).write()
 
     def has_image(self, body: Json) -> bool:
-        return any(has_image_block(message.get("content")) for message in body["messages"])
-
-    def aggregate(self, frames: list[Json]) -> Json:
-        aggregate = MessagesAggregator()
-        for frame in frames:
-            aggregate.take(frame)
-        return aggregate.whole()
+        return has_image(body["messages"])
 
     def expand(self, response: Json) -> list[Json]:
-        usage = get_dict(response, "usage")
         opening = {**response, "content": [], "stop_reason": None, "stop_sequence": None}
         frames: list[Json] = [{"type": "message_start", "message": opening}]
         content = response.get("content")
         for index, block in enumerate(content if isinstance(content, list) else ()):
             frames += expand_block(index, block if isinstance(block, dict) else {})
         delta = {key: response.get(key) for key in ("stop_reason", "stop_sequence")}
-        last: Json = {"type": "message_delta", "delta": delta, "usage": dict(usage)}
+        usage = dict(get_dict(response, "usage"))
+        last: Json = {"type": "message_delta", "delta": delta, "usage": usage}
         if "copilot_usage" in response:
             last["copilot_usage"] = response["copilot_usage"]
         return [*frames, last, {"type": "message_stop"}]
@@ -5478,16 +5331,6 @@ class MessagesDialect(Dialect):
         return b'event: ping\ndata: {"type":"ping"}\n\n' if begun else SSE_COMMENT_PING
 
 
-def has_image_block(content: Any) -> bool:
-    if not isinstance(content, list):
-        return False
-    return any(
-        isinstance(part, dict)
-        and (part.get("type") == "image" or has_image_block(part.get("content")))
-        for part in content
-    )
-
-
 # 8.4 OpenAI responses
 
 # Prefixes of another upstream's thinking carried by a responses client, and of a responses
@@ -5495,30 +5338,22 @@ def has_image_block(content: Any) -> bool:
 CARRIED_THINKING = "gw1.a."
 RESPONSES_ENVELOPE = "gw1.r."
 
-RESPONSES_KNOWN = (
+# Dropped without a report: nothing would be missed.
+RESPONSES_SILENT = ("client_metadata", "safety_identifier", "service_tier", "truncation", "user")
+# Request fields that are converted or silent; others are reported as dropped.
+RESPONSES_FIELDS = (
     "background", "conversation", "include", "input", "instructions", "max_output_tokens",
     "metadata", "model", "parallel_tool_calls", "previous_response_id", "prompt",
     "prompt_cache_key", "reasoning", "store", "stream", "stream_options", "temperature", "text",
-    "tool_choice", "tools", "top_p",
+    "tool_choice", "tools", "top_p", *RESPONSES_SILENT,
 )  # fmt: skip
-# Dropped without a report: nothing would be missed.
-RESPONSES_SILENT = ("client_metadata", "safety_identifier", "service_tier", "truncation", "user")
 # Request fields that the response repeats, and their defaults.
 RESPONSES_ECHOED: Json = {
-    "instructions": None,
-    "max_output_tokens": None,
-    "metadata": {},
-    "parallel_tool_calls": True,
-    "previous_response_id": None,
-    "reasoning": {"effort": None, "summary": None},
-    "temperature": 1.0,
-    "text": {"format": {"type": "text"}},
-    "tool_choice": "auto",
-    "tools": [],
-    "top_p": 1.0,
-    "truncation": "disabled",
-    "user": None,
-}
+    "instructions": None, "max_output_tokens": None, "metadata": {}, "parallel_tool_calls": True,
+    "previous_response_id": None, "reasoning": {"effort": None, "summary": None},
+    "temperature": 1.0, "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [],
+    "top_p": 1.0, "truncation": "disabled", "user": None,
+}  # fmt: skip
 
 
 def pack(prefix: str, value: Json) -> str:
@@ -5540,11 +5375,8 @@ def refuse_state(body: Json) -> None:
     """Raises InvalidRequest for fields that need stored responses."""
     for key in ("previous_response_id", "conversation"):
         if body.get(key):
-            raise InvalidRequest(
-                f"{key}: answers are not stored here; send the whole conversation as `input`.",
-                param=key,
-                code="previous_response_not_found",
-            )
+            text = f"{key}: answers are not stored here; send the whole conversation as `input`."
+            raise InvalidRequest(text, param=key, code="previous_response_not_found")
     for key in ("background", "prompt"):
         if body.get(key):
             raise UnsupportedFeature(f"{key}: is not supported here.", param=key)
@@ -5552,11 +5384,9 @@ def refuse_state(body: Json) -> None:
 
 def searches_tools(body: Json) -> bool:
     """Whether the client offers a client-side tool search, which Copilot does not know."""
+    search = {"type": "tool_search", "execution": "client"}
     return any(
-        isinstance(tool, dict)
-        and tool.get("type") == "tool_search"
-        and tool.get("execution") == "client"
-        for tool in all_tools(body)
+        isinstance(tool, dict) and search.items() <= tool.items() for tool in all_tools(body)
     )
 
 
@@ -5588,8 +5418,7 @@ def input_items(body: Json) -> list[Json]:
     if not items:
         raise InvalidRequest("input: must not be empty.", param="input")
     for index, item in enumerate(items):
-        if not isinstance(item, dict):
-            raise wrong_type(f"input.{index}", "an object")
+        need_dict(item, f"input.{index}")
     return items
 
 
@@ -5601,11 +5430,9 @@ CUSTOM_SCHEMA: Json = {
 }
 # Client-side tools defined by the vendor: item type of a call in the history -> tool name.
 CLIENT_CALLS = {
-    "local_shell_call": "local_shell",
-    "shell_call": "shell",
-    "apply_patch_call": "apply_patch",
+    "local_shell_call": "local_shell", "shell_call": "shell", "apply_patch_call": "apply_patch",
     "computer_call": "computer",
-}
+}  # fmt: skip
 # Calls of server-side tools: their results are kept as text, if they have any.
 HOSTED_ITEMS = (
     "code_interpreter_call", "file_search_call", "image_generation_call",
@@ -5615,15 +5442,13 @@ HOSTED_ITEMS = (
 
 
 def hosted_words(item: Json) -> str:
-    outputs = [item.get("output"), item.get("results"), item.get("outputs")]
-    parts = [
-        part for output in outputs for part in (output if isinstance(output, list) else [output])
-    ]
-    texts = [
-        part if isinstance(part, str) else part.get("text") or part.get("logs")
-        for part in parts
-        if isinstance(part, (str, dict))
-    ]
+    texts: list[Any] = []
+    for key in ("output", "results", "outputs"):
+        output = item.get(key)
+        for part in output if isinstance(output, list) else [output]:
+            if isinstance(part, dict):
+                part = part.get("text") or part.get("logs")
+            texts.append(part)
     return "\n".join(text for text in texts if isinstance(text, str) and text)
 
 
@@ -5639,9 +5464,6 @@ class AssistantTurn:
     content: list[Block] = field(default_factory=list)
     calls: list[Block] = field(default_factory=list)  #: calls, and thinking between them
     results: list[Block] = field(default_factory=list)  #: results of the calls
-
-    def turns(self) -> list[Turn]:
-        return [Turn("assistant", [*self.content, *self.calls]), Turn("user", self.results)]
 
 
 class ResponsesRequestReader:
@@ -5670,7 +5492,10 @@ class ResponsesRequestReader:
         for index, item in enumerate(items):
             self.read_item(item, f"input.{index}")
         for turn in self.turns:
-            chat.turns += turn.turns() if isinstance(turn, AssistantTurn) else [turn]
+            if isinstance(turn, AssistantTurn):
+                chat.turns.append(Turn("assistant", [*turn.content, *turn.calls]))
+                turn = Turn("user", turn.results)
+            chat.turns.append(turn)
         chat.settle()
         self.read_tools(body, "")
         chat.tools = [*self.tools.values()]
@@ -5683,15 +5508,21 @@ class ResponsesRequestReader:
         kind = item_kind(item)
         if kind == "message":
             self.read_message(item, path)
-        elif kind in ("function_call", "custom_tool_call", "tool_search_call"):
-            self.add_call(self.read_call(item, kind, path))
-        elif kind in CLIENT_CALLS:
-            arguments = dump_text(item.get("action") or item.get("operation") or {})
-            self.add_call(ToolCall(need_str(item, "call_id", path), CLIENT_CALLS[kind], arguments))
+        elif kind in ("function_call", "custom_tool_call", "tool_search_call", *CLIENT_CALLS):
+            call = self.read_call(item, kind, path)
+            self.turn_by_call_id[call.id] = turn = self.open_turn()
+            turn.calls.append(call)
+            if call.id in self.answered:
+                self.awaiting_results[call.id] = turn
         elif kind.endswith("_output"):
             self.read_output(item, kind, path)
         elif kind == "reasoning":
-            self.read_reasoning(item)
+            # Only thinking that was packed here for another upstream; the rest is not for it.
+            carried = unpack(CARRIED_THINKING, get_str(item, "encrypted_content"))
+            if carried is not None:
+                values = [str_or_empty(carried, key) for key in ("thinking", "signature", "data")]
+                turn = self.open_turn()
+                (turn.calls or turn.content).append(Thinking(*values))
         elif kind == "additional_tools":
             self.read_tools(item, path)
         elif kind in HOSTED_ITEMS:
@@ -5699,29 +5530,24 @@ class ResponsesRequestReader:
             self.add_content([Text(f"[{kind.removesuffix('_call')}: {text}]")] if text else [])
             self.chat.dropped += [] if text else [f"input.{kind}"]
         elif kind == "item_reference":
-            raise InvalidRequest(
-                f"{path}: items are not stored here; send the item itself.",
-                param=path,
-                code="invalid_item_reference",
-            )
+            text = f"{path}: items are not stored here; send the item itself."
+            raise InvalidRequest(text, param=path, code="invalid_item_reference")
         else:
-            raise UnsupportedFeature(
-                f"{path}.type: {kind[:100]!r} is not supported on this model.", param=f"{path}.type"
-            )
+            text = f"{path}.type: {kind[:100]!r} is not supported on this model."
+            raise UnsupportedFeature(text, param=f"{path}.type")
 
     def read_message(self, item: Json, path: str) -> None:
         role = read_role(item, RESPONSES_ROLES, path)
         blocks = read_parts(item.get("content"), f"{path}.content")
-        if role in ("system", "developer"):
-            texts = [block for block in blocks if isinstance(block, Text)]
-            if self.turns:
-                self.turns.append(Turn("system", [*texts]))
-            else:
-                self.chat.system.extend(texts)
-        elif role == "assistant":
+        texts = [block for block in blocks if isinstance(block, Text)]
+        if role == "assistant":
             self.add_content(blocks)
-        else:
+        elif role == "user":
             self.turns.append(Turn("user", blocks))
+        elif self.turns:
+            self.turns.append(Turn("system", [*texts]))
+        else:
+            self.chat.system.extend(texts)
 
     def open_turn(self) -> AssistantTurn:
         turn = self.turns[-1] if self.turns else None
@@ -5735,15 +5561,12 @@ class ResponsesRequestReader:
         turn = next(iter(self.awaiting_results.values()), None) or self.open_turn()
         turn.content.extend(blocks)
 
-    def add_call(self, call: ToolCall) -> None:
-        self.turn_by_call_id[call.id] = turn = self.open_turn()
-        turn.calls.append(call)
-        if call.id in self.answered:
-            self.awaiting_results[call.id] = turn
-
     @staticmethod
     def read_call(item: Json, kind: str, path: str) -> ToolCall:
         call_id = need_str(item, "call_id", path)
+        if kind in CLIENT_CALLS:
+            action = item.get("action") or item.get("operation") or {}
+            return ToolCall(call_id, CLIENT_CALLS[kind], dump_text(action))
         if kind == "tool_search_call":
             return ToolCall(call_id, "tool_search", dump_text(item.get("arguments") or {}))
         name = flat_name(str_field(item, "namespace", path) or "", need_str(item, "name", path))
@@ -5773,17 +5596,6 @@ class ResponsesRequestReader:
             self.turn_by_call_id[call_id].results.append(result)
         else:
             self.turns.append(Turn("user", [result]))
-
-    def read_reasoning(self, item: Json) -> None:
-        """Only thinking that we packed for another upstream; the rest is not for it."""
-        carried = unpack(CARRIED_THINKING, get_str(item, "encrypted_content"))
-        if carried is not None:
-            values = [carried.get(key) for key in ("thinking", "signature", "data")]
-            thinking, signature, data = (
-                value if isinstance(value, str) else "" for value in values
-            )
-            turn = self.open_turn()
-            (turn.calls or turn.content).append(Thinking(thinking, signature, data))
 
     def read_tools(self, holder: Json, path: str, namespace: str = "") -> list[str]:
         """The names of the tools of the request, a namespace or a search result."""
@@ -5815,45 +5627,39 @@ class ResponsesRequestReader:
             return []
         flat = flat_name(namespace, name)
         existing = self.tools.get(flat)
-        if existing is not None and existing.namespace != namespace:
+        if existing is None:
+            strict = bool_field(tool, "strict", path)
+            self.tools[flat] = Tool(flat, description, schema, strict, kind, namespace)
+        elif existing.namespace != namespace:
             raise InvalidRequest(
                 f"{path}: {name!r} of {namespace or 'no namespace'!r} and of "
                 f"{existing.namespace or 'no namespace'!r} become one name; rename one.",
                 param="tools",
             )
-        if existing is None:
-            strict = bool_field(tool, "strict", path)
-            self.tools[flat] = Tool(flat, description, schema, strict, kind, namespace)
         return [flat]
 
     def read_choice(self) -> None:
         chat, choice = self.chat, self.body.get("tool_choice")
-        forced_kind = ""
+        path = "tool_choice"
+        kind = "" if not isinstance(choice, dict) else str_field(choice, "type", path) or "function"
         if not isinstance(choice, dict):
-            mode = word_field(self.body, "tool_choice", CHOICE_MODES)
+            mode = word_field(self.body, path, CHOICE_MODES)
             chat.choice = ToolChoice(mode) if mode else None
+        elif kind == "allowed_tools":
+            names = allowed_names(choice, path)
+            chat.tools = [
+                tool
+                for tool in chat.tools
+                if {tool.name, tool.name.removeprefix(flat_name(tool.namespace, ""))} & names
+            ]
+            mode = word_field(choice, "mode", ("auto", "required"), path)
+            chat.choice = ToolChoice(mode or "auto")
+        elif kind in ("function", "custom"):
+            namespace = str_field(choice, "namespace", path) or ""
+            chat.choice = ToolChoice("named", flat_name(namespace, need_str(choice, "name", path)))
         else:
-            kind = str_field(choice, "type", "tool_choice") or "function"
-            if kind == "allowed_tools":
-                names = allowed_names(choice, "tool_choice")
-                chat.tools = [
-                    tool
-                    for tool in chat.tools
-                    if {tool.name, tool.name.removeprefix(flat_name(tool.namespace, ""))} & names
-                ]
-                mode = word_field(choice, "mode", ("auto", "required"), "tool_choice")
-                chat.choice = ToolChoice(mode or "auto")
-            elif kind in ("function", "custom"):
-                namespace = str_field(choice, "namespace", "tool_choice") or ""
-                name = flat_name(namespace, need_str(choice, "name", "tool_choice"))
-                chat.choice = ToolChoice("named", name)
-            else:
-                forced_kind = kind
-        drop_hosted(chat.hosted, len(chat.tools), forced_kind, chat.dropped)
-        if forced_kind:
-            raise UnsupportedFeature(
-                f"{forced_kind} is not available on this model.", param="tools"
-            )
+            raise UnsupportedFeature(f"{kind} is not available on this model.", param="tools")
+        drop_hosted(chat.hosted, len(chat.tools), "", chat.dropped)
 
     def read_settings(self) -> None:
         body, chat = self.body, self.chat
@@ -5863,8 +5669,9 @@ class ResponsesRequestReader:
         chat.parallel = bool_field(body, "parallel_tool_calls")
         chat.session = str_field(body, "prompt_cache_key") or ""
         chat.effort = word_field(dict_field(body, "reasoning"), "effort", EFFORTS, "reasoning")
-        chat.verbosity = str_field(dict_field(body, "text"), "verbosity", "text")
-        text_format = dict_field(dict_field(body, "text"), "format", "text")
+        text = dict_field(body, "text")
+        chat.verbosity = str_field(text, "verbosity", "text")
+        text_format = dict_field(text, "format", "text")
         if text_format.get("type") == "json_object":
             chat.output = OutputFormat(None)
         elif text_format.get("type") == "json_schema":
@@ -5876,157 +5683,137 @@ class ResponsesRequestReader:
             )
         if body.get("truncation") == "auto":
             chat.dropped.append("truncation")
-        known_keys = (*RESPONSES_KNOWN, *RESPONSES_SILENT)
-        chat.dropped += [key for key in body if key not in known_keys and body[key] is not None]
+        chat.dropped += [
+            key for key in body if key not in RESPONSES_FIELDS and body[key] is not None
+        ]
 
 
-def write_input_part(block: Block) -> Json | None:
+def write_responses_request(chat: Conversation, model: Model) -> Json:
+    """The body of a streaming request; nothing is stored, so reasoning travels encrypted."""
+    chat.refuse_prefill()
+    items = write_input_items(chat)
+    body: Json = {"model": model.id, "input": items}
+    if chat.system and items:
+        body["instructions"] = plain_text(chat.system)
+    elif chat.system:
+        items.append({"role": "developer", "content": plain_text(chat.system)})
+    if not items:
+        raise chat.refuse_empty()
+    if chat.tools:
+        body["tools"] = [write_responses_tool(tool, chat) for tool in chat.tools]
+        if chat.choice and chat.choice.mode == "named":
+            name = chat.wire_name(chat.choice.name)
+            body["tool_choice"] = {"type": "function", "name": name}
+        elif chat.choice:
+            body["tool_choice"] = chat.choice.mode
+        if chat.parallel is not None:
+            body["parallel_tool_calls"] = chat.parallel
+    effort = chat.effort
+    if not effort and chat.thinking_budget:
+        effort = effort_of_budget(chat.thinking_budget)
+    level = clamp_effort(effort, model.efforts) if effort else None
+    text = {"format": write_text_format(chat.output), "verbosity": chat.verbosity}
+    settings = {
+        "max_output_tokens": max(chat.max_tokens, 16) if chat.max_tokens else None,
+        "temperature": chat.temperature,
+        "top_p": chat.top_p,
+        "reasoning": {"effort": level, "summary": "auto"} if level else None,
+        "text": {key: value for key, value in text.items() if value is not None} or None,
+        "prompt_cache_key": short_hash(chat.session, 32) if chat.session else None,
+    }
+    body.update({key: value for key, value in settings.items() if value is not None})
+    if chat.top_k is not None:
+        chat.dropped.append("top_k")
+    body.update(store=False, include=["reasoning.encrypted_content"], stream=True)
+    return body
+
+
+def write_input_items(chat: Conversation) -> list[Json]:
+    items: list[Json] = []
+    for turn in chat.turns:
+        if turn.role == "system":
+            items.append({"role": "developer", "content": plain_text(turn.blocks)})
+        elif turn.role == "assistant":
+            written = [write_assistant_item(block, chat) for block in turn.blocks]
+            items += [item for item in written if item]
+        else:
+            parts: list[Json] = []
+            for block in turn.blocks:
+                if isinstance(block, ToolResult):
+                    items.append(write_output_item(block, parts))
+                else:
+                    parts += write_input_parts(block)
+            if parts:
+                items.append({"type": "message", "role": "user", "content": parts})
+    return items
+
+
+def write_assistant_item(block: Block, chat: Conversation) -> Json | None:
+    """None for images and documents, and for another vendor's thinking."""
+    if isinstance(block, Thinking):
+        return write_reasoning_item(block.text, block.signature or block.redacted)
+    if isinstance(block, ToolCall):
+        call = {"call_id": wire_id(block.id), "name": chat.wire_name(block.name)}
+        return {"type": "function_call", **call, "arguments": whole_arguments(block.arguments)}
+    if isinstance(block, Text):
+        part: Json = {"type": "output_text", "text": block.text, "annotations": []}
+    elif isinstance(block, Refusal):
+        part = {"type": "refusal", "refusal": block.text}
+    else:
+        return None
+    return {"type": "message", "role": "assistant", "content": [part]}
+
+
+def write_input_parts(block: Block) -> list[Json]:
+    """The part for one block of a user turn; none for what users do not send."""
     if isinstance(block, (Text, Refusal)):
-        return {"type": "input_text", "text": block.text}
+        return [{"type": "input_text", "text": block.text}]
     if isinstance(block, Image):
         url = block.url or f"data:{block.media_type};base64,{block.data}"
-        return {"type": "input_image", "image_url": url, "detail": block.detail or "auto"}
-    if isinstance(block, Document):
-        if block.text:
-            heading = f"[{block.title}]\n" if block.title else ""
-            return {"type": "input_text", "text": heading + block.text}
-        data = f"data:{block.media_type};base64,{block.data}"
-        name = block.title or "document.pdf"
-        return {"type": "input_file", "filename": name, "file_data": data}
-    return None
+        return [{"type": "input_image", "image_url": url, "detail": block.detail or "auto"}]
+    if not isinstance(block, Document):
+        return []
+    if block.text:
+        heading = f"[{block.title}]\n" if block.title else ""
+        return [{"type": "input_text", "text": heading + block.text}]
+    data = f"data:{block.media_type};base64,{block.data}"
+    return [{"type": "input_file", "filename": block.title or "document.pdf", "file_data": data}]
 
 
-class ResponsesRequestWriter:
-    def __init__(self, chat: Conversation, model: Model) -> None:
-        self.chat = chat
-        self.model = model
+def write_output_item(result: ToolResult, next_parts: list[Json]) -> Json:
+    """A tool's output; its images move to the next message, as Copilot takes only text."""
+    text = plain_text(result.blocks)
+    media: list[Json] = []
+    for block in result.blocks:
+        if not isinstance(block, (Text, Refusal)):
+            media += write_input_parts(block)
+    call_id = wire_id(result.id)
+    if media:
+        next_parts += [{"type": "input_text", "text": f"From tool call {call_id}:"}, *media]
+        text = text or "[in the next message]"
+    if result.is_error and not text.startswith("Error"):
+        text = f"Error: {text}"
+    text = text if text.strip() else "(no output)"
+    return {"type": "function_call_output", "call_id": call_id, "output": text}
 
-    def write(self) -> Json:
-        """The body of a streaming request; nothing is stored, so reasoning travels encrypted."""
-        chat = self.chat
-        chat.refuse_prefill()
-        items = self.write_input()
-        body: Json = {"model": self.model.id, "input": items}
-        if chat.system and items:
-            body["instructions"] = plain_text(chat.system)
-        elif chat.system:
-            items.append({"role": "developer", "content": plain_text(chat.system)})
-        if not items:
-            raise chat.refuse_empty()
-        if chat.tools:
-            body["tools"] = [self.write_tool(tool) for tool in chat.tools]
-            if chat.choice:
-                body["tool_choice"] = self.write_choice(chat.choice)
-            if chat.parallel is not None:
-                body["parallel_tool_calls"] = chat.parallel
-        effort = chat.effort or (
-            effort_of_budget(chat.thinking_budget) if chat.thinking_budget else None
-        )
-        level = clamp_effort(effort, self.model.efforts) if effort else None
-        settings = {
-            "max_output_tokens": max(chat.max_tokens, 16) if chat.max_tokens else None,
-            "temperature": chat.temperature,
-            "top_p": chat.top_p,
-            "reasoning": {"effort": level, "summary": "auto"} if level else None,
-            "text": self.write_text(),
-            "prompt_cache_key": short_hash(chat.session, 32) if chat.session else None,
-        }
-        body.update({key: value for key, value in settings.items() if value is not None})
-        if chat.top_k is not None:
-            chat.dropped.append("top_k")
-        body.update(store=False, include=["reasoning.encrypted_content"], stream=True)
-        return body
 
-    def write_input(self) -> list[Json]:
-        items: list[Json] = []
-        for turn in self.chat.turns:
-            if turn.role == "system":
-                items.append({"role": "developer", "content": plain_text(turn.blocks)})
-            elif turn.role == "assistant":
-                items += [
-                    item for block in turn.blocks if (item := self.write_assistant_block(block))
-                ]
-            else:
-                items += self.write_user(turn.blocks)
-        return items
+def write_responses_tool(tool: Tool, chat: Conversation) -> Json:
+    entry: Json = {"type": "function", "name": chat.wire_name(tool.name)}
+    if tool.description:
+        entry["description"] = tool.description
+    return {**entry, "parameters": plain_schema(tool), "strict": bool(tool.strict)}
 
-    def write_assistant_block(self, block: Block) -> Json | None:
-        if isinstance(block, Text):
-            part: Json = {"type": "output_text", "text": block.text, "annotations": []}
-            return {"type": "message", "role": "assistant", "content": [part]}
-        if isinstance(block, Refusal):
-            part = {"type": "refusal", "refusal": block.text}
-            return {"type": "message", "role": "assistant", "content": [part]}
-        if isinstance(block, ToolCall):
-            return {
-                "type": "function_call",
-                "call_id": wire_id(block.id),
-                "name": self.chat.wire_name(block.name),
-                "arguments": whole_arguments(block.arguments),
-            }
-        if isinstance(block, Thinking):
-            return write_reasoning_item(block.text, block.signature or block.redacted)
+
+def write_text_format(output: OutputFormat | None) -> Json | None:
+    if output is None:
         return None
-
-    def write_user(self, blocks: list[Block]) -> list[Json]:
-        items: list[Json] = []
-        parts: list[Json] = []
-        for block in blocks:
-            if isinstance(block, ToolResult):
-                items.append(self.write_result(block, parts))
-            else:
-                part = write_input_part(block)
-                parts += [part] if part else []
-        return [*items, {"type": "message", "role": "user", "content": parts}] if parts else items
-
-    def write_result(self, result: ToolResult, next_parts: list[Json]) -> Json:
-        """A tool's output; its images move to the next message, as Copilot takes only text."""
-        text = plain_text(result.blocks)
-        media = [
-            part
-            for block in result.blocks
-            if not isinstance(block, (Text, Refusal)) and (part := write_input_part(block))
-        ]
-        call_id = wire_id(result.id)
-        if media:
-            next_parts.append({"type": "input_text", "text": f"From tool call {call_id}:"})
-            next_parts += media
-            text = text or "[in the next message]"
-        if result.is_error and not text.startswith("Error"):
-            text = f"Error: {text}"
-        text = text if text.strip() else "(no output)"
-        return {"type": "function_call_output", "call_id": call_id, "output": text}
-
-    def write_tool(self, tool: Tool) -> Json:
-        entry: Json = {"type": "function", "name": self.chat.wire_name(tool.name)}
-        if tool.description:
-            entry["description"] = tool.description
-        entry["parameters"] = plain_schema(tool)
-        entry["strict"] = bool(tool.strict)
-        return entry
-
-    def write_choice(self, choice: ToolChoice) -> Any:
-        if choice.mode == "named":
-            return {"type": "function", "name": self.chat.wire_name(choice.name)}
-        return choice.mode
-
-    def write_text(self) -> Json | None:
-        options = {"format": self.write_output(), "verbosity": self.chat.verbosity}
-        return {key: value for key, value in options.items() if value is not None} or None
-
-    def write_output(self) -> Json | None:
-        output = self.chat.output
-        if output is None:
-            return None
-        if output.schema is None:
-            return {"type": "json_object"}
-        text_format: Json = {"type": "json_schema", "name": output.name, "schema": output.schema}
-        if output.description:
-            text_format["description"] = output.description
-        text_format["strict"] = (
-            fits_strict(output.schema) if output.strict is None else output.strict
-        )
-        return text_format
+    if output.schema is None:
+        return {"type": "json_object"}
+    text_format: Json = {"type": "json_schema", "name": output.name, "schema": output.schema}
+    if output.description:
+        text_format["description"] = output.description
+    strict = fits_strict(output.schema) if output.strict is None else output.strict
+    return {**text_format, "strict": strict}
 
 
 def write_reasoning_item(text: str, signature: str) -> Json | None:
@@ -6038,21 +5825,25 @@ def write_reasoning_item(text: str, signature: str) -> Json | None:
     return {"type": "reasoning", "summary": summary, "encrypted_content": carried["enc"]}
 
 
-def read_incomplete(response: Json) -> str:
-    reason = get_dict(response, "incomplete_details").get("reason")
-    return "filter" if reason == "content_filter" else "length"
+RESPONSES_FAILURES = ("response.failed", "response.cancelled", "error")
+RESPONSES_ENDS = ("response.completed", "response.incomplete", *RESPONSES_FAILURES)
 
 
-RESPONSES_ENDS = (
-    "response.completed", "response.incomplete", "response.failed", "response.cancelled",
-    "error",
-)  # fmt: skip
-
-
-def read_responses_error(frame: Json) -> ApiError:
+def responses_failure(frame: Json) -> ApiError | None:
     """The error in a terminal frame: the response's, or the frame's own, nested or flat."""
+    kind = frame.get("type")
+    if kind not in RESPONSES_FAILURES and (kind or "error" not in frame):
+        return None
     response = get_dict(frame, "response")
     return read_stream_error(response.get("error") or frame.get("error") or frame)
+
+
+# Type of a delta -> kind of the block that it extends.
+ITEM_DELTAS = {
+    "response.output_text.delta": "text", "response.reasoning_text.delta": "thinking",
+    "response.refusal.delta": "refusal", "response.reasoning_summary_text.delta": "thinking",
+    "response.function_call_arguments.delta": "tool",
+}  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -6060,9 +5851,11 @@ class OutputItem:
     """An output item being streamed; its events wait until the items before it are complete."""
 
     kind: str = ""
+    call_id: str = ""
+    signature: str = ""  #: its encrypted reasoning, packed
     events: list[Event] = field(default_factory=list)
     open_block: str = ""  #: kind of the open block
-    pieces: list[str] = field(default_factory=list)  #: its text so far
+    pieces: list[str] = field(default_factory=list)  #: the text of the item so far
     part_count: int = 0  #: number of complete content parts
     has_text: bool = False  #: the open part has text
     done: bool = False
@@ -6070,6 +5863,97 @@ class OutputItem:
     @property
     def text(self) -> str:
         return "".join(self.pieces)
+
+    def read(self, kind: str, frame: Json) -> None:
+        if self.done:
+            return
+        if kind in ITEM_DELTAS:
+            if kind != "response.function_call_arguments.delta" or self.open_block:
+                self.add(ITEM_DELTAS[kind], str_or_empty(frame, "delta"))
+        elif kind == "response.output_item.added":
+            self.open(get_dict(frame, "item"))
+        elif kind == "response.output_item.done":
+            self.close(get_dict(frame, "item"))
+        elif kind == "response.reasoning_summary_part.added" and self.pieces:
+            self.add("thinking", "\n\n")
+        elif kind == "response.content_part.done":
+            self.end_part(get_dict(frame, "part"))
+        elif kind == "response.custom_tool_call_input.delta":
+            self.pieces.append(str_or_empty(frame, "delta"))
+
+    def open(self, payload: Json) -> None:
+        self.kind = str(payload.get("type") or "")
+        if self.kind in ("function_call", "custom_tool_call") and payload.get("name"):
+            self.open_block = "tool"
+            self.call_id = str(payload.get("call_id") or payload.get("id") or "")
+            name = flat_name(get_str(payload, "namespace"), str(payload["name"]))
+            self.events.append(BlockStart("tool", self.call_id, name))
+
+    def add(self, block_kind: str, text: str) -> None:
+        if not text:
+            return
+        if self.open_block != block_kind:
+            self.end_text()
+            self.open_block = block_kind
+            self.events.append(BlockStart(block_kind))
+        self.has_text = True
+        self.pieces.append(text)
+        self.events.append(BlockDelta("arguments" if block_kind == "tool" else "text", text))
+
+    def end_text(self) -> None:
+        """Closes an open text block; calls and thinking end with their item."""
+        if self.open_block in ("text", "refusal"):
+            self.events.append(BlockStop())
+            self.open_block = ""
+
+    def end_part(self, part: Json) -> None:
+        """Ends a content part; text that came only with it is added."""
+        if not self.has_text:
+            self.add("text", str_or_empty(part, "text"))
+            self.add("refusal", str_or_empty(part, "refusal"))
+        self.end_text()
+        self.part_count += 1
+        self.has_text = False
+
+    def close(self, payload: Json) -> None:
+        """Ends the item; content that came only with it is added."""
+        if not self.kind:
+            self.open(payload)
+        if self.kind == "message":
+            content = payload.get("content")
+            parts = content if isinstance(content, list) else []
+            for part in parts[self.part_count :]:
+                self.end_part(part if isinstance(part, dict) else {})
+        elif self.kind == "function_call" and self.open_block and not self.pieces:
+            self.add("tool", str_or_empty(payload, "arguments"))
+        elif self.kind == "custom_tool_call" and self.open_block:
+            call_input = str_or_empty(payload, "input") or self.text
+            self.add("tool", dump_text({"input": call_input}))
+        elif self.kind == "reasoning":
+            self.close_reasoning(payload)
+        if self.open_block:
+            self.events.append(BlockStop())
+        self.open_block, self.done = "", True
+
+    def close_reasoning(self, payload: Json) -> None:
+        """Only now is the encrypted form of reasoning reliable."""
+        if not self.pieces:
+            summary = payload.get("summary") or payload.get("content")
+            summary = summary if isinstance(summary, list) else []
+            texts = [part.get("text") for part in summary if isinstance(part, dict)]
+            self.add("thinking", "\n\n".join(text for text in texts if isinstance(text, str)))
+        encrypted = payload.get("encrypted_content")
+        if not isinstance(encrypted, str) or not encrypted:
+            return
+        self.signature = pack(RESPONSES_ENVELOPE, {"id": payload.get("id"), "enc": encrypted})
+        if self.open_block == "thinking":
+            self.events.append(BlockDelta("signature", self.signature))
+        else:
+            self.events += [BlockStart("redacted", raw={"data": self.signature}), BlockStop()]
+
+    def take(self) -> list[Event]:
+        events, self.events = self.events, []
+        return events
 
 
 class ResponsesReader:
@@ -6079,200 +5963,129 @@ class ResponsesReader:
         self.items: dict[int, OutputItem] = {}
         self.current_index = 0  # index of the item whose events are passed on
         self.started = False
-        self.calls: list[str] = []
-        self.thinking = ("", "")  # the last thinking text, and its signature
 
     def read(self, frame: Json) -> list[Event]:
-        kind = str(frame.get("type") or "")
-        if kind in RESPONSES_ENDS or (not kind and "error" in frame):
-            return self.read_end(kind, frame)
+        failure = responses_failure(frame)
+        if failure:
+            return [StreamError(failure)]
+        kind, index = str(frame.get("type") or ""), frame.get("output_index")
         events: list[Event] = []
-        if kind == "response.created":
-            response = get_dict(frame, "response")
-            self.start(response, events)
-        elif isinstance(frame.get("output_index"), int):
-            self.start({}, events)
-            item = self.items.setdefault(frame["output_index"], OutputItem())
-            self.read_item_frame(kind, frame, item)
-            self.flush(events)
-        return events
-
-    def start(self, response: Json, events: list[Event]) -> None:
-        if not self.started:
+        is_start = kind in ("response.created", *RESPONSES_ENDS) or isinstance(index, int)
+        if is_start and not self.started:
             self.started = True
-            events.append(
-                MessageStart(str(response.get("id") or ""), str(response.get("model") or ""))
-            )
-
-    def read_item_frame(self, kind: str, frame: Json, item: OutputItem) -> None:
-        if item.done:
-            return
-        if kind == "response.output_item.added":
-            self.open_item(get_dict(frame, "item"), item)
-        elif kind == "response.output_item.done":
-            self.close_item(get_dict(frame, "item"), item)
-        elif kind in ("response.output_text.delta", "response.refusal.delta"):
-            block_kind = "text" if "output_text" in kind else "refusal"
-            self.add_text(item, block_kind, frame.get("delta"))
-        elif kind in ("response.reasoning_summary_text.delta", "response.reasoning_text.delta"):
-            self.add_text(item, "thinking", frame.get("delta"))
-        elif kind == "response.reasoning_summary_part.added" and item.pieces:
-            self.add_text(item, "thinking", "\n\n")
-        elif kind == "response.content_part.done":
-            self.end_part(get_dict(frame, "part"), item)
-        elif kind == "response.custom_tool_call_input.delta":
-            item.pieces.append(str_or_empty(frame, "delta"))
-        elif kind == "response.function_call_arguments.delta" and item.open_block:
-            self.add_text(item, "tool", frame.get("delta"))
-
-    @staticmethod
-    def add_text(item: OutputItem, block_kind: str, text: Any) -> None:
-        if not isinstance(text, str) or not text:
-            return
-        if item.open_block != block_kind:
-            ResponsesReader.end_block(item)
-            item.open_block = block_kind
-            item.events.append(BlockStart(block_kind))
-        item.has_text = True
-        item.pieces.append(text)
-        item.events.append(BlockDelta("arguments" if block_kind == "tool" else "text", text))
-
-    def end_part(self, part: Json, item: OutputItem) -> None:
-        """Ends a content part; text that came only with it is added."""
-        if not item.has_text:
-            self.add_text(item, "text", part.get("text"))
-            self.add_text(item, "refusal", part.get("refusal"))
-        self.end_block(item)
-        item.part_count += 1
-        item.has_text = False
-
-    @staticmethod
-    def end_block(item: OutputItem) -> None:
-        """Closes an open text block; calls and thinking end with their item."""
-        if item.open_block in ("text", "refusal"):
-            item.events.append(BlockStop())
-            item.open_block = ""
-
-    def open_item(self, payload: Json, item: OutputItem) -> None:
-        item.kind = str(payload.get("type") or "")
-        if item.kind in ("function_call", "custom_tool_call") and payload.get("name"):
-            item.open_block = "tool"
-            name = flat_name(get_str(payload, "namespace"), str(payload.get("name") or ""))
-            call_id = str(payload.get("call_id") or payload.get("id") or "")
-            self.calls.append(call_id)
-            item.events.append(BlockStart("tool", call_id, name))
-
-    def close_item(self, payload: Json, item: OutputItem) -> None:
-        """Ends an item; content that came only with it is added."""
-        if not item.kind:
-            self.open_item(payload, item)
-        if item.kind == "message":
-            content = payload.get("content")
-            parts = content if isinstance(content, list) else []
-            for part in parts[item.part_count :]:
-                self.end_part(part if isinstance(part, dict) else {}, item)
-        elif item.kind == "function_call" and item.open_block and not item.pieces:
-            self.add_text(item, "tool", payload.get("arguments"))
-        elif item.kind == "custom_tool_call" and item.open_block:
-            value = payload.get("input")
-            call_input = value if isinstance(value, str) and value else item.text
-            self.add_text(item, "tool", dump_text({"input": call_input}))
-        elif item.kind == "reasoning":
-            self.close_reasoning(payload, item)
-        self.end_block(item)
-        if item.open_block:
-            item.events.append(BlockStop())
-        item.open_block, item.done = "", True
-
-    def close_reasoning(self, payload: Json, item: OutputItem) -> None:
-        """Ends a reasoning item: only now is its encrypted form reliable."""
-        if not item.pieces:
-            summary = payload.get("summary") or payload.get("content")
-            summary = summary if isinstance(summary, list) else []
-            texts = [part.get("text") for part in summary if isinstance(part, dict)]
-            self.add_text(
-                item, "thinking", "\n\n".join(text for text in texts if isinstance(text, str))
-            )
-        encrypted = payload.get("encrypted_content")
-        if not isinstance(encrypted, str) or not encrypted:
-            return
-        signature = pack(RESPONSES_ENVELOPE, {"id": payload.get("id"), "enc": encrypted})
-        self.thinking = (item.text, signature)
-        if item.open_block == "thinking":
-            item.events.append(BlockDelta("signature", signature))
-        else:
-            item.events += [BlockStart("redacted", raw={"data": signature}), BlockStop()]
-
-    def flush(self, events: list[Event]) -> None:
+            head = get_dict(frame, "response")
+            events.append(MessageStart(str(head.get("id") or ""), str(head.get("model") or "")))
+        if kind in RESPONSES_ENDS:
+            return events + self.read_end(kind, frame)
+        if isinstance(index, int):
+            item = self.items.get(index) or self.items.setdefault(index, OutputItem())
+            item.read(kind, frame)
         while self.current_index in self.items:
             item = self.items[self.current_index]
-            events += item.events
-            item.events = []
+            events += item.take()
             if not item.done:
-                return
+                break
             self.current_index += 1
+        return events
 
     def read_end(self, kind: str, frame: Json) -> list[Event]:
         """The terminal frame: items that were never streamed, usage, finish."""
-        if kind in ("response.failed", "response.cancelled", "error", ""):
-            return [StreamError(read_responses_error(frame))]
-        response = get_dict(frame, "response")
         events: list[Event] = []
-        self.start(response, events)
+        response = get_dict(frame, "response")
         output = response.get("output")
         for index, payload in enumerate(output if isinstance(output, list) else ()):
             item = self.items.setdefault(index, OutputItem())
             if not item.done and isinstance(payload, dict):
-                self.close_item(payload, item)
-        for index in sorted(self.items):
-            item = self.items[index]
+                item.close(payload)
+        for _, item in sorted(self.items.items()):
             if not item.done:
-                self.close_item({"type": item.kind}, item)
+                item.close({"type": item.kind})
             if item.kind == "function_call" and item.pieces and load_object(item.text) is None:
                 kind = "response.incomplete"  # a truncated call must not be run
-            events += item.events
-            item.events = []
+            events += item.take()
         read_usage(response, RESPONSES_USAGE, self.usage)
         read_copilot_usage(frame, self.usage)
         if self.usage.source:
             events.append(UsageUpdate(self.usage))
-        if self.calls and self.thinking[1] and self.context.keep:
-            self.context.keep(self.calls, *self.thinking)
-        incomplete = kind == "response.incomplete"
-        events.append(MessageStop(read_incomplete(response) if incomplete else "end"))
-        return events
+        calls = [item.call_id for item in self.items.values() if item.call_id]
+        encrypted_items = [item for item in self.items.values() if item.signature]
+        if calls and encrypted_items and self.context.keep:
+            self.context.keep(calls, encrypted_items[-1].text, encrypted_items[-1].signature)
+        reason = "end"
+        if kind == "response.incomplete":
+            details = get_dict(response, "incomplete_details")
+            reason = "filter" if details.get("reason") == "content_filter" else "length"
+        return [*events, MessageStop(reason)]
 
     def end(self) -> list[Event]:
         """Nothing: a response without its terminal frame is incomplete."""
         return []
 
 
-def write_response(context: ResponseContext, status: str, output: list[Json]) -> Json:
-    response: Json = {
-        "id": context.id,
-        "object": "response",
-        "created_at": context.created,
-        "status": status,
-        "error": None,
-        "incomplete_details": None,
-        "model": context.model,
-        "output": output,
-        "store": False,
-        "usage": None,
-    }
-    requested = {key: context.asked.get(key) for key in RESPONSES_ECHOED}
-    for key, default in RESPONSES_ECHOED.items():
-        response[key] = default if requested[key] is None else requested[key]
-    return response
+def response_frame(context: ResponseContext, step: str, **members: Any) -> Json:
+    """`response.created`, `response.completed` and so on; `members` are those of the response."""
+    response: Json = {"id": context.id, "object": "response", "created_at": context.created}
+    response |= {"status": "in_progress" if step == "created" else step, "error": None}
+    response |= {"incomplete_details": None, "model": context.model, "output": []}
+    response |= {"store": False, "usage": None, **RESPONSES_ECHOED}
+    asked = context.asked
+    echoed = {key: asked[key] for key in RESPONSES_ECHOED if asked.get(key) is not None}
+    return {"type": f"response.{step}", "response": {**response, **echoed, **members}}
+
+
+ITEM_PREFIXES = {
+    "custom_tool_call": "ctc_", "function_call": "fc_", "message": "msg_", "reasoning": "rs_",
+    "tool_search_call": "tsc_", "web_search_call": "ws_",
+}  # fmt: skip
+
+
+def output_item_id(context: ResponseContext, index: int, kind: str) -> str:
+    return ITEM_PREFIXES.get(kind, "item_") + short_hash(f"{context.id} {index}", 24)
 
 
 def unwrap_input(arguments: str) -> str:
     """Unwraps a custom tool's input from its JSON object; other text is returned unchanged."""
     payload = load_object(arguments)
-    if payload is not None and len(payload) == 1:
-        (value,) = payload.values()
-        return value if isinstance(value, str) else arguments
-    return arguments
+    values = [*payload.values()] if payload else []
+    return values[0] if len(values) == 1 and isinstance(values[0], str) else arguments
+
+
+# Kind of a block, or of the tool that is called -> type of its item.
+ITEM_TYPES = {
+    "text": "message", "refusal": "message", "thinking": "reasoning", "redacted": "reasoning",
+    "function": "function_call", "custom": "custom_tool_call", "tool_search": "tool_search_call",
+}  # fmt: skip
+INCOMPLETE_REASONS = {
+    "length": "max_output_tokens", "context": "max_output_tokens", "filter": "content_filter",
+}  # fmt: skip
+# Kind of a block with text -> (names of its part's frames and of its text's, the member with the
+# part's index, the empty part).
+TEXT_PARTS: dict[str, tuple[str, str, str, Json]] = {
+    "text": (
+        "content_part", "output_text", "content_index",
+        {"type": "output_text", "text": "", "annotations": [], "logprobs": []},
+    ),
+    "refusal": ("content_part", "refusal", "content_index", {"type": "refusal", "refusal": ""}),
+    "thinking": (
+        "reasoning_summary_part", "reasoning_summary_text", "summary_index",
+        {"type": "summary_text", "text": ""},
+    ),
+}  # fmt: skip
+
+
+def expand_part(kind: str, position: Json, index: int, part: Json) -> list[Json]:
+    """The four frames of one part: it is added, its text comes and is done, it is done."""
+    part_name, text_name, index_key, _ = TEXT_PARTS[kind]
+    key = "refusal" if kind == "refusal" else "text"
+    text = str_or_empty(part, key)
+    logprobs = {"logprobs": part["logprobs"]} if "logprobs" in part else {}
+    frames: list[Json] = [
+        {"type": f"response.{part_name}.added", "part": {**part, key: ""}},
+        {"type": f"response.{text_name}.delta", "delta": text, **logprobs},
+        {"type": f"response.{text_name}.done", key: text, **logprobs},
+        {"type": f"response.{part_name}.done", "part": part},
+    ]
+    return [{"type": frame["type"], **position, index_key: index, **frame} for frame in frames]
 
 
 class ResponsesWriter:
@@ -6287,209 +6100,133 @@ class ResponsesWriter:
         self.pieces: list[str] = []
         self.signature: list[str] = []
 
-    @property
-    def text(self) -> str:
-        return "".join(self.pieces)
-
     def write(self, event: Event) -> list[Json]:
         if isinstance(event, BlockDelta):
-            return self.write_block_delta(event)
+            return self.write_delta(event)
         if isinstance(event, MessageStart):
-            response = write_response(self.context, "in_progress", [])
-            return [
-                {"type": "response.created", "response": response},
-                {"type": "response.in_progress", "response": response},
-            ]
+            created = response_frame(self.context, "created")
+            return [created, {**created, "type": "response.in_progress"}]
         if isinstance(event, BlockStart):
-            return self.write_block_start(event)
-        if isinstance(event, BlockStop):
-            return self.write_block_stop()
+            self.kind, self.pieces, self.signature = event.kind, [], []
+            return self.open_item(event) if event.kind != "opaque" else []
+        if isinstance(event, BlockStop) and self.kind != "opaque":
+            frames = self.close_item("".join(self.pieces))
+            frames.append(self.item_frame("done"))
+            self.output.append(self.item)
+            return frames
         if isinstance(event, UsageUpdate):
             self.usage = event.usage
-            return []
-        if isinstance(event, MessageStop):
-            return self.write_message_stop(event)
-        raise event.error
+        return self.write_stop(event) if isinstance(event, MessageStop) else []
+
+    @property
+    def position(self) -> Json:
+        return {"item_id": self.item["id"], "output_index": len(self.output)}
 
     def frame(self, kind: str, **members: Any) -> Json:
-        position = {"item_id": self.item["id"], "output_index": len(self.output)}
-        return {"type": f"response.{kind}", **position, **members}
+        return {"type": f"response.{kind}", **self.position, **members}
 
-    def item_frame(self, kind: str) -> Json:
-        index = len(self.output)
-        return {"type": f"response.output_item.{kind}", "output_index": index, "item": self.item}
+    def part_frames(self, text: str) -> list[Json]:
+        part = dict(TEXT_PARTS[self.kind][3])
+        part["refusal" if self.kind == "refusal" else "text"] = text
+        return expand_part(self.kind, self.position, 0, part)
 
-    def new_id(self, prefix: str) -> str:
-        return prefix + short_hash(f"{self.context.id} {len(self.output)}", 24)
+    def item_frame(self, step: str) -> Json:
+        """The item as it is now; it may still grow."""
+        position = {"type": f"response.output_item.{step}", "output_index": len(self.output)}
+        return {**position, "item": dict(self.item)}
 
-    def write_block_start(self, event: BlockStart) -> list[Json]:
-        self.kind, self.pieces, self.signature = event.kind, [], []
-        if event.kind in ("text", "refusal"):
-            self.item = {
-                "id": self.new_id("msg_"),
-                "type": "message",
-                "role": "assistant",
-                "status": "in_progress",
-                "content": [],
-            }
-            part = self.frame("content_part.added", content_index=0, part=self.part())
-            return [self.item_added(), part]
-        if event.kind in ("thinking", "redacted"):
-            self.item = {"id": self.new_id("rs_"), "type": "reasoning", "summary": []}
-            if event.kind == "redacted":
-                self.signature = [str((event.raw or {}).get("data") or "")]
-            return [self.item_added()]
-        if event.kind == "tool":
-            self.item = self.new_call(event)
-            return [self.item_added()]
-        return []  # a block that only another dialect knows
-
-    def item_added(self) -> Json:
-        """`output_item.added` with a snapshot of the item, which will still grow."""
-        return {**self.item_frame("added"), "item": dict(self.item)}
-
-    def new_call(self, event: BlockStart) -> Json:
+    def open_item(self, event: BlockStart) -> list[Json]:
         tool = self.context.tools.get(event.name)
-        kind = tool.kind if tool else "function"
+        tool_kind = tool.kind if tool else "function"
+        kind = ITEM_TYPES[tool_kind if event.kind == "tool" else event.kind]
+        item_id = output_item_id(self.context, len(self.output), kind)
+        self.item = item = dict[str, Any](id=item_id, type=kind)
+        if kind == "message":
+            item |= {"role": "assistant", "status": "in_progress", "content": []}
+            return [self.item_frame("added"), self.part_frames("")[0]]
+        if kind == "reasoning":
+            item["summary"] = []
+            self.signature = [str((event.raw or {}).get("data") or "")]
+            return [self.item_frame("added")]
         state = {"call_id": event.id, "status": "in_progress"}
-        if kind == "tool_search":
-            identity = {
-                "id": self.new_id("tsc_"),
-                "type": "tool_search_call",
-                "execution": "client",
-            }
-            return {**identity, **state, "arguments": {}}
-        name = event.name
+        if kind == "tool_search_call":
+            item |= {"execution": "client", **state, "arguments": {}}
+            return [self.item_frame("added")]
+        item |= {**state, "name": event.name}
+        item["input" if kind == "custom_tool_call" else "arguments"] = ""
         if tool and tool.namespace:
-            name = name.removeprefix(flat_name(tool.namespace, ""))
-        if kind == "custom":
-            identity = {"id": self.new_id("ctc_"), "type": "custom_tool_call"}
-            item: Json = {**identity, **state, "name": name, "input": ""}
-        else:
-            identity = {"id": self.new_id("fc_"), "type": "function_call"}
-            item = {**identity, **state, "name": name, "arguments": ""}
-        return {**item, "namespace": tool.namespace} if tool and tool.namespace else item
+            item["name"] = event.name.removeprefix(flat_name(tool.namespace, ""))
+            item["namespace"] = tool.namespace
+        return [self.item_frame("added")]
 
-    def part(self) -> Json:
-        if self.kind == "refusal":
-            return {"type": "refusal", "refusal": self.text}
-        return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": []}
-
-    def write_block_delta(self, event: BlockDelta) -> list[Json]:
+    def write_delta(self, event: BlockDelta) -> list[Json]:
+        text = event.text
         if event.part == "signature":
-            self.signature.append(event.text)
-            return []
-        if event.part == "citation" or self.kind == "opaque" or not event.text:
+            self.signature.append(text)
+        if event.part in ("signature", "citation") or self.kind == "opaque" or not text:
             return []
         is_first = not self.pieces
-        self.pieces.append(event.text)
+        self.pieces.append(text)
         if self.kind == "text":
-            members = {"content_index": 0, "delta": event.text, "logprobs": []}
-            return [self.frame("output_text.delta", **members)]
+            return [self.frame("output_text.delta", content_index=0, delta=text, logprobs=[])]
         if self.kind == "refusal":
-            return [self.frame("refusal.delta", content_index=0, delta=event.text)]
-        if self.kind == "thinking":
-            if self.context.hide_thinking:
-                return []
-            part = {"type": "summary_text", "text": ""}
-            part_added = [self.frame("reasoning_summary_part.added", summary_index=0, part=part)]
-            members = {"summary_index": 0, "delta": event.text}
-            return [
-                *(part_added if is_first else ()),
-                self.frame("reasoning_summary_text.delta", **members),
-            ]
+            return [self.frame("refusal.delta", content_index=0, delta=text)]
         if self.item["type"] == "function_call":
-            return [self.frame("function_call_arguments.delta", delta=event.text)]
-        return []
-
-    def write_block_stop(self) -> list[Json]:
-        closers = {
-            "text": self.close_message,
-            "refusal": self.close_message,
-            "thinking": self.close_reasoning,
-            "redacted": self.close_reasoning,
-            "tool": self.close_call,
-        }
-        if self.kind not in closers:
+            return [self.frame("function_call_arguments.delta", delta=text)]
+        if self.kind != "thinking" or self.context.hide_thinking:
             return []
-        frames = closers[self.kind]()
-        frames.append(self.item_frame("done"))
-        self.output.append(self.item)
-        return frames
+        delta = self.frame("reasoning_summary_text.delta", summary_index=0, delta=text)
+        return [self.part_frames("")[0], delta] if is_first else [delta]
 
-    def close_message(self) -> list[Json]:
-        part, text = self.part(), self.text
-        if self.kind == "refusal":
-            text_done = self.frame("refusal.done", content_index=0, refusal=text)
-        else:
-            text_done = self.frame("output_text.done", content_index=0, text=text, logprobs=[])
-        self.item = {**self.item, "status": "completed", "content": [part]}
-        return [text_done, self.frame("content_part.done", content_index=0, part=part)]
-
-    def close_reasoning(self) -> list[Json]:
-        frames = []
-        text, signature = self.text, "".join(self.signature)
-        if text and not self.context.hide_thinking:
-            part = {"type": "summary_text", "text": text}
-            frames = [
-                self.frame("reasoning_summary_text.done", summary_index=0, text=text),
-                self.frame("reasoning_summary_part.done", summary_index=0, part=part),
-            ]
-            self.item["summary"] = [part]
-        if signature:
-            carried_thinking = {"thinking": text, "signature": signature}
-            if self.kind == "redacted":
-                carried_thinking = {"data": signature}
-            self.item["encrypted_content"] = pack(CARRIED_THINKING, carried_thinking)
-        return frames
-
-    def close_call(self) -> list[Json]:
+    def close_item(self, text: str) -> list[Json]:
         kind = self.item["type"]
-        if kind == "tool_search_call":
-            self.item = {**self.item, "arguments": parse_arguments(self.text)}
-            frames = []
+        if kind == "reasoning":
+            return self.close_reasoning(text)
+        frames: list[Json] = []
+        if kind == "message":
+            frames = self.part_frames(text)[2:]
+            self.item["content"] = [frames[-1]["part"]]
+        elif kind == "tool_search_call":
+            self.item["arguments"] = parse_arguments(text)
         elif kind == "custom_tool_call":
-            text = unwrap_input(self.text)
-            self.item = {**self.item, "input": text}
-            frames = [
-                self.frame("custom_tool_call_input.delta", delta=text),
-                self.frame("custom_tool_call_input.done", input=text),
-            ]
+            self.item["input"] = value = unwrap_input(text)
+            delta = self.frame("custom_tool_call_input.delta", delta=value)
+            frames = [delta, self.frame("custom_tool_call_input.done", input=value)]
         else:
-            text = self.text or "{}"
-            self.item = {**self.item, "arguments": text}
-            name = self.item["name"]
-            frames = [self.frame("function_call_arguments.done", name=name, arguments=text)]
-            if not self.pieces:
-                frames.insert(0, self.frame("function_call_arguments.delta", delta=text))
-        self.item = {**self.item, "status": "completed"}
+            self.item["arguments"] = value = text or "{}"
+            if not text:
+                frames = [self.frame("function_call_arguments.delta", delta=value)]
+            members = {"name": self.item["name"], "arguments": value}
+            frames.append(self.frame("function_call_arguments.done", **members))
+        self.item["status"] = "completed"
         return frames
 
-    def write_message_stop(self, event: MessageStop) -> list[Json]:
-        reasons = {
-            "length": "max_output_tokens",
-            "context": "max_output_tokens",
-            "filter": "content_filter",
-        }
-        reason = reasons.get(event.reason)
+    def close_reasoning(self, text: str) -> list[Json]:
         frames: list[Json] = []
-        explanation = (event.details or {}).get("explanation")
-        if event.reason == "filter" and isinstance(explanation, str) and explanation:
+        if text and self.kind == "thinking" and not self.context.hide_thinking:
+            frames = self.part_frames(text)[2:]
+            self.item["summary"] = [frames[-1]["part"]]
+        signature = "".join(self.signature)
+        if signature:
+            carried = {"thinking": text, "signature": signature}
+            if self.kind == "redacted":
+                carried = {"data": signature}
+            self.item["encrypted_content"] = pack(CARRIED_THINKING, carried)
+        return frames
+
+    def write_stop(self, event: MessageStop) -> list[Json]:
+        reason = INCOMPLETE_REASONS.get(event.reason)
+        frames: list[Json] = []
+        explanation = str_or_empty(event.details or {}, "explanation")
+        if event.reason == "filter" and explanation:
             steps = (BlockStart("refusal"), BlockDelta("text", explanation), BlockStop())
             frames = [frame for step in steps for frame in self.write(step)]
             reason = None
-        status = "incomplete" if reason else "completed"
-        response = write_response(self.context, status, self.output)
-        response["usage"] = write_usage(self.usage, RESPONSES_USAGE)
-        if reason:
-            response["incomplete_details"] = {"reason": reason}
-        return [*frames, {"type": f"response.{status}", "response": response}]
-
-
-ITEM_PREFIXES = {
-    "custom_tool_call": "ctc_", "function_call": "fc_", "message": "msg_", "reasoning": "rs_",
-    "tool_search_call": "tsc_", "web_search_call": "ws_",
-}  # fmt: skip
+        members: Json = {"output": self.output, "usage": write_usage(self.usage, RESPONSES_USAGE)}
+        if reason is None:
+            return [*frames, response_frame(self.context, "completed", **members)]
+        members["incomplete_details"] = {"reason": reason}
+        return [*frames, response_frame(self.context, "incomplete", **members)]
 
 
 class ResponsesRelay:
@@ -6506,7 +6243,6 @@ class ResponsesRelay:
         self.finished = False
         self.item_ids: dict[int, str] = {}
         self.summary_streamed: set[int] = set()  # reasoning items
-        self.encrypted_content: dict[int, str] = {}  # only its last event is reliable
         self.done_items: dict[int, Json] = {}  # complete items
         self.guards: defaultdict[int, RunawayGuard] = defaultdict(RunawayGuard)  # per item
         self.started = False
@@ -6515,77 +6251,61 @@ class ResponsesRelay:
         kind = str(frame.get("type") or "")
         if self.finished:
             return []
-        if kind in ("response.failed", "response.cancelled", "error") or (
-            not kind and "error" in frame
-        ):
-            raise read_responses_error(frame)
+        failure = responses_failure(frame)
+        if failure:
+            raise failure
         if not kind.startswith("response."):
             return []
         frame.pop("copilot_quota_snapshots", None)
-        leading_frames = [] if self.started or kind == "response.created" else self.created_frames()
+        needs_start = not self.started and kind != "response.created"
+        leading_frames = [response_frame(self.context, "created")] if needs_start else []
         self.started = True
-        index = frame.get("output_index")
-        if isinstance(index, int):
-            self.repair_item(index, frame)
-        delta = frame.get("delta")
+        index, delta = frame.get("output_index"), frame.get("delta")
         if isinstance(delta, str):
             self.said += estimate_text(delta)
-            if kind == "response.function_call_arguments.delta" and isinstance(index, int):
+        if isinstance(index, int):
+            self.repair_item(index, frame)
+            if kind == "response.function_call_arguments.delta" and isinstance(delta, str):
                 self.guards[index].check(delta)
-        if kind == "response.reasoning_summary_part.added" and isinstance(index, int):
-            self.summary_streamed.add(index)
-        elif kind == "response.output_item.done" and isinstance(index, int):
-            leading_frames += self.late_summary(index, get_dict(frame, "item"))
-        if isinstance(frame.get("response"), dict):
-            frame["response"] = self.repair_response(frame["response"], kind in RESPONSES_ENDS)
-        if kind in RESPONSES_ENDS:
-            frame["response"] = response = get_dict(frame, "response")
-            if "id" not in response:
-                raise UpstreamError(OFF_PROTOCOL)
-            read_usage(response, RESPONSES_USAGE, self.usage)
-            read_copilot_usage(frame, self.usage)
-            self.finished = True
+            elif kind == "response.reasoning_summary_part.added":
+                self.summary_streamed.add(index)
+            elif kind == "response.output_item.done":
+                leading_frames += self.late_summary(index, get_dict(frame, "item"))
+        response = frame.get("response")
+        self.finished = kind in RESPONSES_ENDS
+        if isinstance(response, dict):
+            self.repair_response(response)
+            if self.finished:
+                read_usage(response, RESPONSES_USAGE, self.usage)
+                read_copilot_usage(frame, self.usage)
+        elif self.finished:
+            raise UpstreamError(OFF_PROTOCOL)
         return [*leading_frames, frame]
 
     def late_summary(self, index: int, item: Json) -> list[Json]:
         """The deltas of a summary that came only with its finished item."""
         summary = item.get("summary")
-        if item.get("type") != "reasoning" or index in self.summary_streamed or not summary:
+        if item.get("type") != "reasoning" or index in self.summary_streamed:
             return []
         frames: list[Json] = []
+        position = {"item_id": item["id"], "output_index": index}
         for part_index, part in enumerate(summary if isinstance(summary, list) else ()):
-            text = part.get("text") if isinstance(part, dict) else None
-            if not isinstance(text, str):
-                continue
-            position = {"item_id": item["id"], "output_index": index, "summary_index": part_index}
-            steps = (
-                ("part.added", {"part": {"type": "summary_text", "text": ""}}),
-                ("text.delta", {"delta": text}),
-                ("text.done", {"text": text}),
-                ("part.done", {"part": part}),
-            )
-            for step, members in steps:
-                frames.append({"type": f"response.reasoning_summary_{step}", **position, **members})
+            if isinstance(part, dict) and isinstance(part.get("text"), str):
+                frames += expand_part("thinking", position, part_index, part)
         return frames
 
-    def created_frames(self) -> list[Json]:
-        response = write_response(self.context, "in_progress", [])
-        return [{"type": "response.created", "response": response}]
-
     def stable_id(self, index: int, kind: str) -> str:
-        prefix = ITEM_PREFIXES.get(kind, "item_")
-        item_id = prefix + short_hash(f"{self.context.id} {index}", 24)
-        return self.item_ids.setdefault(index, item_id)
+        if index not in self.item_ids:
+            self.item_ids[index] = output_item_id(self.context, index, kind)
+        return self.item_ids[index]
 
     def repair_item(self, index: int, frame: Json) -> None:
         item = frame.get("item")
         if isinstance(item, dict):
             item["id"] = self.stable_id(index, str(item.get("type")))
             self.rename(item)
-            encrypted = get_str(item, "encrypted_content")
             if frame["type"] == "response.output_item.done":
                 self.done_items[index] = item
-                self.encrypted_content.update({index: encrypted} if encrypted else {})
         elif "item_id" in frame:
             frame["item_id"] = self.stable_id(index, "")
         self.rename(frame)
@@ -6597,27 +6317,24 @@ class ResponsesRelay:
             if isinstance(name, str):
                 holder[key] = self.context.names.get(name, name)
 
-    def repair_response(self, response: Json, is_last: bool) -> Json:
-        response.update(
-            id=self.context.id, model=self.context.model, created_at=self.context.created
-        )
+    def repair_response(self, response: Json) -> None:
+        context = self.context
+        response.update(id=context.id, model=context.model, created_at=context.created)
         response.setdefault("store", False)
         for key in ("metadata", "user"):  # Copilot does not take them
-            if self.context.asked.get(key) is not None:
-                response[key] = self.context.asked[key]
+            if context.asked.get(key) is not None:
+                response[key] = context.asked[key]
         response.pop("output_text", None)
         output = response.get("output")
-        if is_last and not output:  # its items may have been streamed before
-            response["output"] = output = [
-                self.done_items[index] for index in sorted(self.done_items)
-            ]
+        if self.finished and not output:  # its items may have been streamed before
+            response["output"] = output = [item for _, item in sorted(self.done_items.items())]
         for index, item in enumerate(output if isinstance(output, list) else ()):
             if isinstance(item, dict):
                 item["id"] = self.stable_id(index, str(item.get("type")))
                 self.rename(item)
-                if index in self.encrypted_content:
-                    item["encrypted_content"] = self.encrypted_content[index]
-        return response
+                # Only the last event of an item has its encrypted content right.
+                encrypted = get_str(self.done_items.get(index, {}), "encrypted_content")
+                item.update({"encrypted_content": encrypted} if encrypted else {})
 
     def end(self) -> list[Json]:
         if not self.finished:
@@ -6635,37 +6352,22 @@ def expand_item(index: int, item: Json) -> list[Json]:
         opened_item["content"] = []
         for part_index, part in enumerate(content if isinstance(content, list) else ()):
             if isinstance(part, dict):
-                deltas += expand_part({**position, "content_index": part_index}, part)
+                part_kind = "refusal" if part.get("type") == "refusal" else "text"
+                deltas += expand_part(part_kind, position, part_index, part)
     elif item.get("type") == "reasoning":
         opened_item = {"id": item.get("id"), "type": "reasoning", "summary": []}
-    for key, kind in (
-        ("arguments", "function_call_arguments"),
-        ("input", "custom_tool_call_input"),
-    ):
+    for kind, key in (("function_call", "arguments"), ("custom_tool_call", "input")):
         if isinstance(item.get(key), str):
             opened_item[key] = ""
             name = {"name": item.get("name")} if key == "arguments" else {}
             deltas += [
-                {"type": f"response.{kind}.delta", **position, "delta": item[key]},
-                {"type": f"response.{kind}.done", **position, **name, key: item[key]},
+                {"type": f"response.{kind}_{key}.delta", **position, "delta": item[key]},
+                {"type": f"response.{kind}_{key}.done", **position, **name, key: item[key]},
             ]
-    head = {"output_index": index}
     return [
-        {"type": "response.output_item.added", **head, "item": opened_item},
+        {"type": "response.output_item.added", "output_index": index, "item": opened_item},
         *deltas,
-        {"type": "response.output_item.done", **head, "item": dict(item)},
-    ]
-
-
-def expand_part(position: Json, part: Json) -> list[Json]:
-    key, kind = ("refusal", "refusal") if part.get("type") == "refusal" else ("text", "output_text")
-    text = part.get(key)
-    text = text if isinstance(text, str) else ""
-    return [
-        {"type": "response.content_part.added", **position, "part": {**part, key: ""}},
-        {"type": f"response.{kind}.delta", **position, "delta": text},
-        {"type": f"response.{kind}.done", **position, key: text},
-        {"type": "response.content_part.done", **position, "part": part},
+        {"type": "response.output_item.done", "output_index": index, "item": dict(item)},
     ]
 
 
@@ -6676,42 +6378,29 @@ class ResponsesDialect(Dialect):
     reader = ResponsesReader
     writer = ResponsesWriter
     relay = ResponsesRelay
+    write_request = staticmethod(write_responses_request)
 
     def request_info(self, body: Json) -> RequestInfo:
         refuse_state(body)
         items = input_items(body)
-        session = body.get("prompt_cache_key") or body.get("user") or ""
-        last_item = next(
-            (item for item in reversed(items) if item.get("role") not in ("system", "developer")),
-            items[-1],
-        )
-        system_content = [
-            item.get("content") for item in items if item.get("role") in ("system", "developer")
-        ][:1]
+        session = body.get("prompt_cache_key") or body.get("user")
+        turns = [item for item in items if item.get("role") not in ("system", "developer")]
+        prompts = [item for item in items if item.get("role") in ("system", "developer")]
+        system = body.get("instructions") or (prompts[0].get("content") if prompts else "")
         return RequestInfo(
             model=need_str(body, "model"),
             stream=take_bool(body, "stream"),
             include_usage=True,
-            initiator="user" if last_item.get("role") == "user" else "agent",
+            initiator="user" if turns and turns[-1].get("role") == "user" else "agent",
             session=session if isinstance(session, str) else "",
-            opening=opening_words(body.get("instructions") or (system_content or [""])[0], items),
+            opening=opening_words(system, items),
         )
 
     def read_request(self, body: Json) -> Conversation:
         return ResponsesRequestReader(body).read()
 
-    def write_request(self, chat: Conversation, model: Model) -> Json:
-        return ResponsesRequestWriter(chat, model).write()
-
     def has_image(self, body: Json) -> bool:
-        items = body["input"] if isinstance(body["input"], list) else []
-        return any(
-            isinstance(part, dict) and part.get("type") == "input_image"
-            for item in items
-            for key in ("content", "output")
-            if isinstance(item.get(key), list)
-            for part in item[key]
-        )
+        return has_image(body["input"])
 
     def aggregate(self, frames: list[Json]) -> Json:
         response: Json = frames[-1]["response"]
@@ -6719,21 +6408,15 @@ class ResponsesDialect(Dialect):
 
     def expand(self, response: Json) -> list[Json]:
         output = response.get("output")
-        frames: list[Json] = [
-            {
-                "type": "response.created",
-                "response": {**response, "status": "in_progress", "output": []},
-            }
-        ]
         if not isinstance(output, list):
             raise UpstreamError("The upstream's answer holds no output.")
+        created = {**response, "status": "in_progress", "output": []}
+        frames: list[Json] = [{"type": "response.created", "response": created}]
         for index, item in enumerate(output):
             frames += expand_item(index, item if isinstance(item, dict) else {})
-        status = response.get("status")
-        other_ends = ("incomplete", "failed", "cancelled")
-        kind = f"response.{status if status in other_ends else 'completed'}"
-        frames.append({"type": kind, "response": response})
-        return frames
+        kind = f"response.{response.get('status')}"
+        kind = kind if kind in RESPONSES_ENDS else "response.completed"
+        return [*frames, {"type": kind, "response": response}]
 
     def plain_text(self, frame: Json) -> str | None:
         """None: frames are numbered, so no two share a template."""
@@ -6760,22 +6443,16 @@ class ResponsesDialect(Dialect):
     ) -> list[Json]:
         """`response.failed`, after `response.created` if nothing was sent before."""
         payload = write_openai_error(error, "input")
-        response = write_response(context, "failed", [])
         code = payload["code"] or payload["type"]
-        generic_codes = {"upstream_error", "upstream_timeout", "internal_error"}
-        code = "server_error" if code in generic_codes else code  # the codes that its clients know
-        response["error"] = {"code": code, "message": payload["message"]}
-        created = {
-            "type": "response.created",
-            "response": write_response(context, "in_progress", []),
-        }
-        failed = {"type": "response.failed", "response": response}
-        return [failed] if begun else [created, failed]
+        if code in ("upstream_error", "upstream_timeout", "internal_error"):
+            code = "server_error"  # the one its clients know
+        failure = {"code": code, "message": payload["message"]}
+        failed = response_frame(context, "failed", error=failure)
+        return [failed] if begun else [response_frame(context, "created"), failed]
 
     def alive(self, context: ResponseContext) -> Json | None:
         """`response.in_progress` again: Codex does not count comments as activity."""
-        response = write_response(context, "in_progress", [])
-        return {"type": "response.in_progress", "response": response}
+        return response_frame(context, "in_progress")
 
 
 CHAT = ChatDialect()
