@@ -839,10 +839,10 @@ def test_a_model_that_vanishes_from_the_list_is_kept(tmp_path: Path) -> None:
         provider = gw.CopilotProvider("c", config, paths, client, ("m", "d"))
         first = set(await provider.models())
         fake.model_list[:] = [{"id": "new-1", "name": "New"}]
-        provider.catalogue.expire()
+        provider.catalogue.fetched_at = float("-inf")
         second = set(await provider.models())
         fake.models_answers.append(Answer(500, {}, b"oops"))
-        provider.catalogue.expire()
+        provider.catalogue.fetched_at = float("-inf")
         assert set(await provider.models()) == second
         provider.close()
         client.close()

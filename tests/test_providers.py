@@ -11,11 +11,11 @@ import aiclient_api as gw
 
 def test_a_sign_in_that_fails_for_days_is_still_left_alone_for_minutes() -> None:
     async def fail() -> list[int]:
-        backoff, waits = gw.Backoff(), []
-        now = asyncio.get_running_loop().time()
+        breaker = gw.Breaker(first_s=1.0, longest_s=gw.SIGN_IN_RETRY_MAX_SECONDS)
+        waits = []
         for _ in range(2000):
-            backoff.failed(gw.Overloaded("busy"), "secret")
-            waits.append(round(backoff.retry_at - now))
+            waits.append(round(breaker.open("secret", gw.Overloaded("busy"))))
+            breaker.cooldowns["secret"].until = asyncio.get_running_loop().time()  # it is over
         return waits
 
     waits = asyncio.run(fail())
@@ -25,10 +25,10 @@ def test_a_sign_in_that_fails_for_days_is_still_left_alone_for_minutes() -> None
 
 def test_models_that_clients_make_up_rest_in_a_bounded_table() -> None:
     async def refuse() -> list[str]:
-        rests = gw.Cooldowns("p")
-        rests.rest("", gw.RateLimited("all"), 60)
+        rests = gw.Breaker("p")
+        rests.open("", gw.RateLimited("all"), 60)
         for number in range(gw.MAX_COOLDOWNS * 3):
-            rests.rest(f"made-up-{number}", gw.RateLimited("busy"), 60)
+            rests.open(f"made-up-{number}", gw.RateLimited("busy"), 60)
         return [row["model"] for row in rests.rows()]
 
     models = asyncio.run(refuse())
