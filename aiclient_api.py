@@ -15904,83 +15904,6 @@ class Call:
     sent: Json | None = None
 
 
-class Provider:
-    """One account of one upstream service.  It never sees the client's dialect."""
-
-    #: answers on this machine, at no cost
-    local = False
-    #: the command to type after a NotSignedIn
-    sign_in = ""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    async def models(self, refresh: bool = False) -> dict[str, Model]:
-        """The catalogue by id, cached while fresh; raises ApiError."""
-        raise NotImplementedError
-
-    def listed(self) -> dict[str, Model] | None:
-        """The catalogue, if it is cached and fresh."""
-        raise NotImplementedError
-
-    def guess(self, model_id: str) -> Model | None:
-        """A model that the catalogue does not list but that may still exist."""
-        return None
-
-    async def open(self, call: Call) -> BodyStream:
-        """A successful upstream response; retries are the provider's.  Raises ApiError."""
-        raise NotImplementedError
-
-    async def embed(self, body: Json, model: Model) -> tuple[Json, Usage]:
-        """Embeddings in OpenAI's form, and their usage.  Raises ApiError."""
-        raise UnsupportedFeature(f"{model.id} makes no embeddings.", param="model")
-
-    def store_reasoning(self, calls: list[str], text: str, opaque: str) -> None:
-        """Remembers reasoning that the client's dialect cannot carry."""
-
-    def user(self) -> str:
-        """The account's name at the service; "" if unknown."""
-        return ""
-
-    def secrets(self) -> tuple[str, ...]:
-        """The tokens in use: no log line and no error message may show them."""
-        return ()
-
-    def status(self) -> Json:
-        """The current state, without asking the service.
-
-        `{"health": "ready" | "resting" | "failing" | "not signed in", "reason": TEXT,
-        "token_expires_at": Unix seconds, "cool_downs": {MODEL, or "*" for all: seconds},
-        "rests": Breaker.rows()}`
-        """
-        return {
-            "health": "ready",
-            "reason": "",
-            "token_expires_at": None,
-            "cool_downs": {},
-            "rests": [],
-        }
-
-    async def quota(self) -> Quota | None:
-        """Asks the service what is left of the plan; None if there is none.  Raises ApiError."""
-        return None
-
-    def known_quota(self) -> Quota | None:
-        """The last known quota, without asking the service."""
-        return None
-
-    def refused(self, model_id: str, error: ApiError) -> None:
-        """A refusal came inside a 200 response: starts a cool-down."""
-
-    def clear_cooldowns(self) -> None: ...
-
-    async def settle(self) -> None:
-        """Waits for what must not be interrupted."""
-
-    def close(self) -> None:
-        """Stops what runs in the background."""
-
-
 # 15.1 what providers share
 
 
@@ -15991,16 +15914,6 @@ async def run_step(step: Callable[..., Result], *arguments: Any) -> Result:
     if time.monotonic() - started_at > LONG_STEP_SECONDS:
         await asyncio.sleep(GIVE_WAY_SECONDS)
     return result
-
-
-@contextlib.contextmanager
-def advising(provider: Provider) -> Iterator[None]:
-    """Adds to a NotSignedIn what to type."""
-    try:
-        yield
-    except NotSignedIn as error:
-        error.hint = error.hint or f"To sign in, type: {provider.sign_in}"
-        raise
 
 
 class Catalogue:
@@ -16139,14 +16052,8 @@ class Breaker:
         recovers_at = now + resets_in if resets_in else 0.0
         self.cooldowns[key] = Cooldown(error, until, recovers_at, length_s)
         if self.provider:
-            log_event(
-                "info",
-                "resting",
-                provider=self.provider,
-                model=key or "*",
-                kind=error.kind,
-                seconds=math.ceil(length_s),
-            )
+            facts = {"provider": self.provider, "model": key or "*", "kind": error.kind}
+            log_event("info", "resting", **facts, seconds=math.ceil(length_s))
         return length_s
 
     def check(self, key: str) -> None:
@@ -16236,9 +16143,10 @@ class QuotaWatch:
         quota.as_of = time.time()
         self.known = quota
         for row in self.alarm.news(quota, quota.as_of):
+            event = "quota_used_up" if reached_percent(row) >= 100 else "quota_low"
             log_event(
                 "warning",
-                "quota_used_up" if reached_percent(row) >= 100 else "quota_low",
+                event,
                 provider=self.provider,
                 allowance=row.name,
                 percent=int(row.percent_used or 0),
@@ -16288,6 +16196,109 @@ class QuotaWatch:
             log_event("debug", "quota_unknown", provider=self.provider, reason=error)
 
 
+class Provider:
+    """One account of one upstream service.  It never sees the client's dialect."""
+
+    #: answers on this machine, at no cost
+    local = False
+    #: the command to type after a NotSignedIn
+    sign_in = ""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.quota_watch = QuotaWatch(name, self.quota)
+        self.forget_account()
+
+    def forget_account(self) -> None:
+        """Starts anew, also if another account has signed in."""
+        self.catalogue = Catalogue(self.name, self.fetch_models)
+        self.breaker = Breaker(self.name)
+        self.reasoning = ReasoningMemory()
+        self.quota_watch.forget()
+
+    async def models(self, refresh: bool = False) -> dict[str, Model]:
+        """The catalogue by id, cached while fresh; raises ApiError."""
+        return await self.catalogue.get(refresh)
+
+    def listed(self) -> dict[str, Model] | None:
+        """The catalogue, if it is cached and fresh."""
+        return self.catalogue.listed()
+
+    async def fetch_models(self) -> dict[str, Model]:
+        raise NotImplementedError
+
+    def guess(self, model_id: str) -> Model | None:
+        """A model that the catalogue does not list but that may still exist."""
+        return None
+
+    async def open(self, call: Call) -> BodyStream:
+        """A successful upstream response; retries are the provider's.  Raises ApiError."""
+        raise NotImplementedError
+
+    async def embed(self, body: Json, model: Model) -> tuple[Json, Usage]:
+        """Embeddings in OpenAI's form, and their usage.  Raises ApiError."""
+        raise UnsupportedFeature(f"{model.id} makes no embeddings.", param="model")
+
+    def store_reasoning(self, calls: list[str], text: str, opaque: str) -> None:
+        """Remembers reasoning that the client's dialect cannot carry."""
+        self.reasoning.keep(calls, text, opaque)
+
+    def user(self) -> str:
+        """The account's name at the service; "" if unknown."""
+        return ""
+
+    def secrets(self) -> tuple[str, ...]:
+        """The tokens in use: no log line and no error message may show them."""
+        return ()
+
+    def status(self) -> Json:
+        """The current state, without asking the service.
+
+        `{"health": "ready" | "resting" | "failing" | "not signed in", "reason": TEXT,
+        "token_expires_at": Unix seconds, "cool_downs": {MODEL, or "*" for all: seconds},
+        "rests": Breaker.rows()}`
+        """
+        cooldowns = self.breaker.rows()
+        return {
+            "health": "resting" if cooldowns else "ready",
+            "reason": "",
+            "token_expires_at": None,
+            "cool_downs": {row["model"]: row["seconds"] for row in cooldowns},
+            "rests": cooldowns,
+        }
+
+    async def quota(self) -> Quota | None:
+        """Asks the service what is left of the plan; None if there is none.  Raises ApiError."""
+        return None
+
+    def known_quota(self) -> Quota | None:
+        """The last known quota, without asking the service."""
+        return self.quota_watch.known
+
+    def refused(self, model_id: str, error: ApiError) -> None:
+        """A refusal came inside a 200 response: starts a cool-down."""
+
+    def clear_cooldowns(self) -> None:
+        self.breaker.cooldowns.clear()
+
+    async def settle(self) -> None:
+        """Waits for what must not be interrupted."""
+
+    def close(self) -> None:
+        """Stops what runs in the background."""
+        self.quota_watch.close()
+
+
+@contextlib.contextmanager
+def advising(provider: Provider) -> Iterator[None]:
+    """Adds to a NotSignedIn what to type."""
+    try:
+        yield
+    except NotSignedIn as error:
+        error.hint = error.hint or f"To sign in, type: {provider.sign_in}"
+        raise
+
+
 Token = TypeVar("Token", CopilotToken, KiroLogin)
 
 
@@ -16296,11 +16307,21 @@ class Account(Generic[Token]):
 
     #: seconds between renewals of tokens that were refused
     renewal_gap_s = 0.0
+    #: seconds before its expiry from which the token in use is too old for a new request
+    margin_s = 0.0
+    #: the attribute of a token that is sent
+    secret_name = ""
 
     def __init__(
-        self, name: str, paths: Paths, client: HttpClient, on_change: Callable[[], None]
+        self,
+        name: str,
+        config: Any,
+        paths: Paths,
+        client: HttpClient,
+        on_change: Callable[[], None],
     ) -> None:
         self.name = name
+        self.config = config
         self.file = TokenFile(paths.token_file(name))
         self.client = client
         #: called when another account has signed in
@@ -16312,7 +16333,11 @@ class Account(Generic[Token]):
         self.renewed_at = -math.inf
         #: sign-in endpoints watch for storms, and a dead sign-in is never tried again
         self.breaker = Breaker(first_s=1.0, longest_s=SIGN_IN_RETRY_MAX_SECONDS)
+        #: what a new token is obtained with, as of the last `load`; "" if none can be
+        self.refresh_secret = ""
         self.tasks: set[asyncio.Task[Any]] = set()
+        #: since the last refresh in the background
+        self.used = False
 
     def load(self, *, peeks: bool = False) -> Token | None:
         """The token in the file, if it holds one that can be used; raises NotSignedIn."""
@@ -16322,20 +16347,12 @@ class Account(Generic[Token]):
         """The token in the file, or the newer one of a program that shares the sign-in."""
         return self.load()
 
-    def secret(self, token: Token) -> str:
-        raise NotImplementedError
-
-    def margin_s(self, token: Token) -> float:
-        """Seconds before its expiry from which a token is too old for a new request."""
-        raise NotImplementedError
-
-    def refresh_secret(self, saved: Token | None) -> str:
-        """What a new token is obtained with; "" if none can be."""
-        raise NotImplementedError
-
     async def exchange(self, saved: Token | None) -> Token:
         """Obtains a new token and saves it.  Raises NotSignedIn if the sign-in is dead."""
         raise NotImplementedError
+
+    def secret(self, token: Token | None) -> str:
+        return getattr(token, self.secret_name, "")
 
     def current(self, margin_s: float | None = None) -> Token | None:
         """The token in use, until `margin_s` before its expiry or the token file changes."""
@@ -16349,9 +16366,8 @@ class Account(Generic[Token]):
         token = self.cached
         if token is None or not self.secret(token):
             return None
-        margin_s = self.margin_s(token) if margin_s is None else margin_s
         left_s = min(token.expires_at - time.time(), self.stale_at - time.monotonic())
-        return token if left_s > margin_s else None
+        return token if left_s > (self.margin_s if margin_s is None else margin_s) else None
 
     def use(self, token: Token) -> Token:
         self.cached = token
@@ -16363,6 +16379,7 @@ class Account(Generic[Token]):
 
     async def get(self) -> Token:
         """A token that will last; concurrent calls share one refresh.  Raises ApiError."""
+        self.used = True
         token = self.current()
         if token is None:
             token = await self.finish(self.obtain())
@@ -16377,33 +16394,29 @@ class Account(Generic[Token]):
         """Runs `work` to its end even if we are cancelled: a rotated token is issued only once."""
         task = asyncio.ensure_future(work)
         self.tasks.add(task)
-        task.add_done_callback(self.forget)
+        task.add_done_callback(self.tasks.discard)
+        # Retrieves the exception: it was for the tasks that still wait.
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return await asyncio.shield(task)
-
-    def forget(self, task: asyncio.Task[Any]) -> None:
-        """Marks the exception as retrieved: it was for the tasks that still wait."""
-        self.tasks.discard(task)
-        if not task.cancelled():
-            task.exception()
 
     async def obtain(
         self, refused: Token | None = None, margin_s: float | None = None
     ) -> Token | None:
         async with self.lock:
             current = self.current(margin_s)
-            if current is not None and not self.is_same(current, refused):
+            if current is not None and self.secret(current) != self.secret(refused):
                 return current  # another task was quicker
             async with self.file.lock():
                 previous = refused or self.cached
                 saved = await self.latest()
-                if saved is not None and not self.is_same(saved, previous):
+                if saved is not None and self.secret(saved) != self.secret(previous):
                     self.use(saved)
                     current = self.current(0.0 if refused else margin_s)
                     if current is not None:
                         return current  # another program was quicker
                 if refused is not None:
                     gap_s = time.monotonic() - self.renewed_at
-                    if not self.refresh_secret(saved) or gap_s < self.renewal_gap_s:
+                    if not self.refresh_secret or gap_s < self.renewal_gap_s:
                         return None
                     self.renewed_at = time.monotonic()
                     self.cached = None
@@ -16415,11 +16428,8 @@ class Account(Generic[Token]):
                         raise
                     return current  # still valid for some minutes
 
-    def is_same(self, token: Token, other: Token | None) -> bool:
-        return other is not None and self.secret(token) == self.secret(other)
-
     async def refresh(self, saved: Token | None) -> Token:
-        secret = self.refresh_secret(saved)
+        secret = self.refresh_secret
         self.breaker.check(secret)
         try:
             token = await self.exchange(saved)
@@ -16443,27 +16453,17 @@ class Account(Generic[Token]):
 class AccountProvider(Provider, Generic[Token]):
     """A provider that needs a sign-in."""
 
-    account: Account[Token]
+    account_class: ClassVar[type[Account[Any]]]
+    attempt_class: ClassVar[type[Attempt[Any]]]
 
-    def __init__(self, name: str, kind: str, client: HttpClient) -> None:
+    def __init__(self, name: str, config: Any, paths: Paths, client: HttpClient) -> None:
         super().__init__(name)
-        self.sign_in = sign_in_command(kind, name)
+        self.sign_in = sign_in_command(config.type, name)
+        self.config = config
         self.client = client
-        self.quota_watch = QuotaWatch(name, self.quota)
-        self.forget_account()
-
-    def forget_account(self) -> None:
-        """Starts anew: another account has signed in."""
-        self.catalogue = Catalogue(self.name, self.fetch_models)
-        self.breaker = Breaker(self.name)
-        self.reasoning = ReasoningMemory()
-        self.quota_watch.forget()
-
-    async def fetch_models(self) -> dict[str, Model]:
-        raise NotImplementedError
-
-    def attempt(self, call: Call, token: Token) -> Attempt[Token]:
-        raise NotImplementedError
+        self.account: Account[Token] = self.account_class(
+            name, config, paths, client, self.forget_account
+        )
 
     async def token(self) -> Token:
         return await self.account.get()
@@ -16482,7 +16482,7 @@ class AccountProvider(Provider, Generic[Token]):
 
     async def open(self, call: Call) -> BodyStream:
         with self.breaker.passing(call.model.id):
-            return await self.attempt(call, await self.token()).run()
+            return await self.attempt_class(self, call, await self.token()).run()
 
     def cool_down(self, model_id: str, decision: RetryDecision) -> None:
         """After a final refusal: starts a cool-down if only time helps."""
@@ -16491,11 +16491,10 @@ class AccountProvider(Provider, Generic[Token]):
             return
         if isinstance(error, Overloaded) and not requested_s:
             return  # it may have room for the very next request
-        resets_in = decision.resets_in or requested_s
         wait_s = requested_s or (COOL_DOWN_SECONDS if decision.action == "rest" else None)
         wait_s = min(wait_s, COOL_DOWN_SECONDS) if wait_s else None
         key = "" if decision.account_wide else model_id
-        length_s = self.breaker.open(key, error, wait_s, resets_in)
+        length_s = self.breaker.open(key, error, wait_s, decision.resets_in or requested_s)
         if not error.retry_after and isinstance(error, RateLimited):
             error.retry_after = length_s
 
@@ -16503,51 +16502,30 @@ class AccountProvider(Provider, Generic[Token]):
         """An error inside a 200 response names no time."""
         self.cool_down(model_id, RetryDecision(error, "pause"))
 
-    def clear_cooldowns(self) -> None:
-        self.breaker.cooldowns.clear()
-
-    async def models(self, refresh: bool = False) -> dict[str, Model]:
-        return await self.catalogue.get(refresh)
-
-    def listed(self) -> dict[str, Model] | None:
-        return self.catalogue.listed()
-
-    def store_reasoning(self, calls: list[str], text: str, opaque: str) -> None:
-        self.reasoning.keep(calls, text, opaque)
-
     def user(self) -> str:
         return self.account.file.user
 
     def status(self) -> Json:
-        account, cooldowns = self.account, self.breaker.rows()
-        health, reason = "resting" if cooldowns else "ready", ""
+        status, account = super().status(), self.account
         try:
             with advising(self):
                 account.load(peeks=True)
         except NotSignedIn as error:
-            health, reason = "not signed in", error.text()
+            status |= {"health": "not signed in", "reason": error.text()}
         else:
             for failure in account.breaker.cooldowns.values():
-                health, reason = "failing", failure.error.text()
-        expires_at = account.cached.expires_at if account.cached is not None else math.inf
-        return {
-            "health": health,
-            "reason": reason,
-            "token_expires_at": None if expires_at == math.inf else expires_at,
-            "cool_downs": {row["model"]: row["seconds"] for row in cooldowns},
-            "rests": cooldowns,
-        }
-
-    def known_quota(self) -> Quota | None:
-        return self.quota_watch.known
+                status |= {"health": "failing", "reason": failure.error.text()}
+        if account.cached is not None and account.cached.expires_at != math.inf:
+            status["token_expires_at"] = account.cached.expires_at
+        return status
 
     async def settle(self) -> None:
         if self.account.tasks:
             await asyncio.wait(self.account.tasks)
 
     def close(self) -> None:
+        super().close()
         self.account.close()
-        self.quota_watch.close()
 
 
 #: action of a RetryDecision -> how often it is taken, and the method that prepares the resend
@@ -16559,6 +16537,8 @@ class Attempt(Generic[Token]):
 
     remedies: ClassVar[Remedies]
     max_count = math.inf
+    #: the action if a host could not be reached
+    unreachable_action = "wait"
 
     def __init__(self, provider: AccountProvider[Token], call: Call, token: Token) -> None:
         self.provider: AccountProvider[Token] = provider
@@ -16575,41 +16555,44 @@ class Attempt(Generic[Token]):
         """What a refusal means; None if the response can be passed on."""
         raise NotImplementedError
 
-    def classify_failure(self, error: UpstreamError) -> RetryDecision:
-        """No response came; only a request that was never sent is safe to send again."""
-        return RetryDecision(error, "wait" if isinstance(error, Unreachable) else "")
-
     async def give_up(self, decision: RetryDecision) -> None:
         """Completes a decision whose error is final."""
 
+    @staticmethod
+    def set_reset(decision: RetryDecision, resets_at: float) -> None:
+        """Tells when spent credits come back; `resets_at` in Unix seconds."""
+        left_s = resets_at - time.time()
+        if left_s > 0:
+            decision.resets_in = left_s
+            decision.error.hint = f"They come back on {plain_day(resets_at)}."
+
     async def run(self) -> UpstreamResponse:
+        call, window = self.call, self.call.model.max_prompt
         while True:
             self.count += 1
-            self.call.attempts = self.count
+            call.attempts = self.count
             try:
                 response = await self.send()
-            except UpstreamError as error:
-                decision: RetryDecision | None = self.classify_failure(error)
-            else:
                 decision = await self.classify(response)
-                if decision is None:
-                    return response
-            assert decision is not None
-            decision.error = self.with_token_counts(decision.error)
-            self.call.refusals.append(decision.error.kind)
-            log_event(
-                "info",
-                "upstream_refused",
-                provider=self.provider.name,
-                model=self.call.model.id,
-                kind=decision.error.kind,
-                action=decision.action or "none",
-                attempt=self.count,
-            )
+            except UpstreamError as lost:
+                # Only a request that was never sent is safe to send again.
+                action = self.unreachable_action if isinstance(lost, Unreachable) else ""
+                decision = RetryDecision(lost, action)
+            if decision is None:
+                return response
+            error = decision.error
+            if isinstance(error, ContextTooLong) and not error.is_counted and window:
+                # Clients look for the numbers: tokens, and their limit.
+                tokens = max(int(estimate_value(call.body)), window + 1)
+                error = decision.error = ContextTooLong(tokens, window)
+            call.refusals.append(error.kind)
+            facts = {"provider": self.provider.name, "model": call.model.id, "kind": error.kind}
+            action = decision.action or "none"
+            log_event("info", "upstream_refused", **facts, action=action, attempt=self.count)
             try:
                 await self.repair(decision)
             except ApiError:
-                self.provider.cool_down(self.call.model.id, decision)
+                self.provider.cool_down(call.model.id, decision)
                 raise
 
     async def repair(self, decision: RetryDecision) -> None:
@@ -16633,13 +16616,6 @@ class Attempt(Generic[Token]):
             raise decision.error
         await asyncio.sleep(wait_s)
 
-    def with_token_counts(self, error: ApiError) -> ApiError:
-        """Adds to a full context the numbers that clients look for: tokens, and their limit."""
-        window = self.call.model.max_prompt
-        if not isinstance(error, ContextTooLong) or error.is_counted or not window:
-            return error
-        return ContextTooLong(max(int(estimate_value(self.call.body)), window + 1), window)
-
     @staticmethod
     async def read_error_body(response: UpstreamResponse) -> bytes:
         """The body of an error response; b"" if it breaks off: the status must do then."""
@@ -16650,11 +16626,6 @@ class Attempt(Generic[Token]):
             return b""
         finally:
             response.close(ended=False)
-
-
-def reset_hint(resets_at: float) -> str:
-    """The hint for spent credits; `resets_at` in Unix seconds."""
-    return f"They come back on {plain_day(resets_at)}."
 
 
 # 15.2 Echo
@@ -16749,26 +16720,18 @@ class EchoProvider(Provider):
 
     local = True
 
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.catalogue = {
-            "echo": Model(
-                id="echo",
-                provider=name,
-                name="Echo (answers locally)",
-                vendor="aiclient-api",
-                max_output=1_000_000,
-                max_prompt=1_000_000,
-                context=1_000_000,
-                files=True,
-            )
-        }
-
-    def listed(self) -> dict[str, Model]:
-        return self.catalogue
-
-    async def models(self, refresh: bool = False) -> dict[str, Model]:
-        return self.catalogue
+    async def fetch_models(self) -> dict[str, Model]:
+        model = Model(
+            id="echo",
+            provider=self.name,
+            name="Echo (answers locally)",
+            vendor="aiclient-api",
+            max_output=1_000_000,
+            max_prompt=1_000_000,
+            context=1_000_000,
+            files=True,
+        )
+        return {model.id: model}
 
     async def open(self, call: Call) -> BodyStream:
         conversation = CHAT.read_request(call.body)
@@ -16838,22 +16801,10 @@ def saved_token(token: CopilotToken) -> Json:
 class CopilotAccount(Account[CopilotToken]):
     """A GitHub sign-in and the short-lived Copilot token that it is exchanged for."""
 
+    config: CopilotConfig
     renewal_gap_s = FORCED_RENEWAL_GAP_SECONDS
-
-    def __init__(
-        self,
-        name: str,
-        config: CopilotConfig,
-        paths: Paths,
-        client: HttpClient,
-        on_change: Callable[[], None],
-    ) -> None:
-        super().__init__(name, paths, client, on_change)
-        self.config = config
-        self.github_token = ""
-        #: whether a token was asked for since the last refresh in the background
-        self.used = False
-        self.refresher: asyncio.Task[None] | None = None
+    secret_name = "token"
+    refresher: asyncio.Task[None] | None = None
 
     def load(self, *, peeks: bool = False) -> CopilotToken | None:
         """Reads the sign-in; the token is that of an earlier run or of another process."""
@@ -16862,10 +16813,10 @@ class CopilotAccount(Account[CopilotToken]):
             github_token = bare_token(get_str(content, "github_token"))
         except SignInFailed:
             raise NotSignedIn(f"{self.file.path} holds no github_token.") from None
-        if github_token != self.github_token:
-            if self.github_token:
+        if github_token != self.refresh_secret:
+            if self.refresh_secret:
                 self.on_change()
-            self.github_token, self.cached = github_token, None
+            self.refresh_secret, self.cached = github_token, None
         token, url = content.get("copilot_token"), content.get("api_url")
         if not isinstance(token, str) or not isinstance(url, str):
             return None
@@ -16877,18 +16828,9 @@ class CopilotAccount(Account[CopilotToken]):
         lifetime_s = positive_int(content.get("refresh_in")) or COPILOT_DEFAULT_LIFE_SECONDS
         return CopilotToken(token, url, expires_at, lifetime_s)
 
-    def secret(self, token: CopilotToken) -> str:
-        return token.token
-
-    def margin_s(self, token: CopilotToken) -> float:
-        return token.margin_s
-
-    def refresh_secret(self, saved: CopilotToken | None) -> str:
-        return self.github_token
-
     async def exchange(self, saved: CopilotToken | None) -> CopilotToken:
         try:
-            token = await obtain_copilot_token(self.client, self.config, self.github_token)
+            token = await obtain_copilot_token(self.client, self.config, self.refresh_secret)
         except NotSignedIn:
             self.cached = None
             self.file.save({"copilot_token": None})
@@ -16897,13 +16839,10 @@ class CopilotAccount(Account[CopilotToken]):
         log_event("info", "token_refreshed", provider=self.name, host=split_url(token.api_url)[1])
         return token
 
-    async def get(self) -> CopilotToken:
-        self.used = True
-        return await super().get()
-
     def use(self, token: CopilotToken) -> CopilotToken:
         if self.refresher is None or self.refresher.done():
             self.refresher = asyncio.get_running_loop().create_task(self.refresh_in_background())
+        self.margin_s = token.margin_s
         return super().use(token)
 
     async def refresh_in_background(self) -> None:
@@ -16926,20 +16865,131 @@ class CopilotAccount(Account[CopilotToken]):
             self.refresher.cancel()
 
 
-class CopilotProvider(AccountProvider[CopilotToken]):
-    account: CopilotAccount
+class CopilotAttempt(Attempt[CopilotToken]):
+    provider: CopilotProvider
+    max_count = MAX_ATTEMPTS
 
-    def __init__(
-        self,
-        name: str,
-        config: CopilotConfig,
-        paths: Paths,
-        client: HttpClient,
-        machine: tuple[str, str],
-    ) -> None:
-        self.account = CopilotAccount(name, config, paths, client, self.forget_account)
-        super().__init__(name, "copilot", client)
-        self.machine = machine
+    def __init__(self, provider: CopilotProvider, call: Call, token: CopilotToken) -> None:
+        super().__init__(provider, call, token)
+        self.without_reasoning = False
+        request_info = call.request_info
+        self.interaction = hash_uuid(request_info.session or call.model.id + request_info.opening)
+        self.initial_dropped = list(call.dropped)
+        self.rejections: Rejections = {}
+
+    def body(self) -> Json:
+        provider, call = self.provider, self.call
+        model = call.model
+        self.rejections = provider.learned.rejections(model.id, call.dialect, time.monotonic())
+        draft = sanitize_body(call.dialect, call.body, model, self.rejections, model.streaming)
+        if self.without_reasoning:
+            strip_reasoning(draft.body)
+        elif call.dialect == "responses":
+            provider.reasoning.attach_items(draft.body)
+        elif call.dialect == "chat" and not is_openai(model):
+            provider.reasoning.attach(draft.body)
+        call.dropped[:] = list(dict.fromkeys([*self.initial_dropped, *draft.dropped]))
+        return draft.body
+
+    async def send(self) -> UpstreamResponse:
+        self.call.sent = body = await run_step(self.body)
+        url = self.token.api_url + DIALECT_PATHS[self.call.dialect]
+        data = await run_step(dump_json, body)
+        return await self.provider.client.open("POST", url, lambda: self.headers(body), data)
+
+    def headers(self, body: Json) -> dict[str, str]:
+        call = self.call
+        headers = self.provider.headers(self.token, "conversation-agent")
+        headers["Content-Type"] = "application/json"
+        headers["Accept"] = "text/event-stream" if body["stream"] else "application/json"
+        headers["X-Interaction-Id"] = self.interaction
+        headers["X-Initiator"] = call.request_info.initiator if self.count == 1 else "agent"
+        if DIALECTS[call.dialect].has_image(body):
+            headers["Copilot-Vision-Request"] = "true"
+        if call.dialect == "messages":
+            headers["anthropic-version"] = "2023-06-01"
+            betas = messages_betas(body, call.betas, self.rejections.get("beta", ()), call.model)
+            if betas:
+                headers["anthropic-beta"] = betas
+        own_names = {name.lower() for name in headers}
+        model_headers = call.model.headers.items()
+        return headers | {name: v for name, v in model_headers if name not in own_names}
+
+    async def classify(self, response: UpstreamResponse) -> RetryDecision | None:
+        provider, call = self.provider, self.call
+        if response.status == 200:
+            provider.quota_watch.update_from_headers(response.headers)
+            return None
+        data = await self.read_error_body(response)
+        refusal = (response.status, response.headers, data)
+        decision = classify_copilot_error(
+            *refusal, call.model, call.sent or {}, self.rejections, time.time()
+        )
+        now = time.monotonic()
+        provider.learned.learn(call.model.id, call.dialect, decision.rejections, now)
+        provider.quota_watch.on_error(decision.error)
+        return decision
+
+    async def give_up(self, decision: RetryDecision) -> None:
+        if decision.action == "refresh" and isinstance(decision.error, NotSignedIn):
+            message = "Copilot refuses a token it has just given."  # signing in would not help
+            decision.error = Overloaded(message, retry_after=FORCED_RENEWAL_GAP_SECONDS)
+        elif decision.action == "rest" and decision.wait_s is None:
+            watch = self.provider.quota_watch
+            if time.monotonic() - watch.polled_at >= QUOTA_AGAIN_SECONDS:
+                await watch.poll()
+            if watch.known and any(row.remaining == 0 for row in watch.known.allowances):
+                self.set_reset(decision, watch.known.resets_at)
+
+    # -- what is done before it is sent again
+
+    async def renew(self, decision: RetryDecision) -> None:
+        renewed = await self.provider.account.renew(self.token)
+        if renewed is None:
+            await self.give_up(decision)
+            raise decision.error
+        self.token = renewed
+
+    async def resend(self, decision: RetryDecision) -> None:
+        """The body will leave out what has just been learned."""
+
+    async def forget_reasoning(self, decision: RetryDecision) -> None:
+        if not strip_reasoning(self.body()):
+            raise decision.error
+        self.without_reasoning = True
+
+    async def await_list(self, decision: RetryDecision) -> None:
+        if self.call.model.guessed:
+            raise decision.error
+        await asyncio.sleep(UNSUPPORTED_MODEL_WAITS[self.count - 1])
+
+    async def change_dialect(self, decision: RetryDecision) -> None:
+        model = self.call.model
+        others = tuple(dialect for dialect in model.dialects if dialect != self.call.dialect)
+        if not others:  # then nothing would be left to ask it in
+            raise decision.error
+        model.dialects = others
+        raise WrongDialect(decision.error.message, param="model")
+
+    remedies: ClassVar[Remedies] = {
+        "wait": (MAX_ATTEMPTS, Attempt.pause),
+        "again": (1, Attempt.pause),
+        "refresh": (1, renew),
+        "repair": (MAX_ATTEMPTS, resend),
+        "forget": (1, forget_reasoning),
+        "relist": (MAX_ATTEMPTS, await_list),
+        "reroute": (1, change_dialect),
+    }
+
+
+class CopilotProvider(AccountProvider[CopilotToken]):
+    config: CopilotConfig
+    account_class = CopilotAccount
+    attempt_class = CopilotAttempt
+
+    def __init__(self, name: str, config: CopilotConfig, paths: Paths, client: HttpClient) -> None:
+        super().__init__(name, config, paths, client)
+        self.machine = load_machine(paths)
         self.session_id = f"{format_uuid(os.urandom(16).hex())}{int(time.time() * 1000)}"
         self.identity: dict[str, str] = {}
         self.identity_token = ""
@@ -16949,14 +16999,12 @@ class CopilotProvider(AccountProvider[CopilotToken]):
         self.learned = RejectionMemory()
 
     def secrets(self) -> tuple[str, ...]:
-        account = self.account
-        return (account.github_token, account.cached.token if account.cached else "")
+        return (self.account.refresh_secret, self.account.secret(self.account.cached))
 
     def headers(self, token: CopilotToken, intent: str) -> dict[str, str]:
         if token.token != self.identity_token:
-            machine, device = self.machine
             authorization = copilot_authorization(token.token, split_url(token.api_url)[1])
-            self.identity = copilot_identity(authorization, self.session_id, machine, device)
+            self.identity = copilot_identity(authorization, self.session_id, *self.machine)
             self.identity_token = token.token
         request_id = format_uuid(os.urandom(16).hex())
         return {
@@ -17042,10 +17090,9 @@ class CopilotProvider(AccountProvider[CopilotToken]):
         return decision
 
     async def quota(self) -> Quota | None:
-        account = self.account
-        account.load()
+        self.account.load()
         status, headers, data = await ask_github(
-            self.client, account.config, "/copilot_internal/user", account.github_token
+            self.client, self.config, "/copilot_internal/user", self.account.refresh_secret
         )
         if status != 200:
             raise classify_exchange_error(status, headers, data, time.time()).error
@@ -17053,137 +17100,6 @@ class CopilotProvider(AccountProvider[CopilotToken]):
         if body is None:
             raise UpstreamError("GitHub's answer about the account is not JSON.")
         return self.quota_watch.update(read_copilot_quota(body))
-
-    async def ask_reset(self, decision: RetryDecision) -> None:
-        """Adds when the credits come back, if GitHub says so."""
-        watch = self.quota_watch
-        if time.monotonic() - watch.polled_at >= QUOTA_AGAIN_SECONDS:
-            await watch.poll()
-        quota = watch.known
-        if quota is None or all(row.remaining != 0 for row in quota.allowances):
-            return
-        left_s = quota.resets_at - time.time()
-        if left_s > 0:
-            decision.resets_in = left_s
-            decision.error.hint = reset_hint(quota.resets_at)
-
-    def attempt(self, call: Call, token: CopilotToken) -> CopilotAttempt:
-        return CopilotAttempt(self, call, token)
-
-
-class CopilotAttempt(Attempt[CopilotToken]):
-    provider: CopilotProvider
-    max_count = MAX_ATTEMPTS
-
-    def __init__(self, provider: CopilotProvider, call: Call, token: CopilotToken) -> None:
-        super().__init__(provider, call, token)
-        self.without_reasoning = False
-        request_info = call.request_info
-        self.interaction = hash_uuid(request_info.session or call.model.id + request_info.opening)
-        self.initial_dropped = list(call.dropped)
-        self.rejections: Rejections = {}
-
-    def body(self) -> Json:
-        provider, call = self.provider, self.call
-        model = call.model
-        self.rejections = provider.learned.rejections(model.id, call.dialect, time.monotonic())
-        draft = sanitize_body(call.dialect, call.body, model, self.rejections, model.streaming)
-        if self.without_reasoning:
-            strip_reasoning(draft.body)
-        elif call.dialect == "responses":
-            provider.reasoning.attach_items(draft.body)
-        elif call.dialect == "chat" and not is_openai(model):
-            provider.reasoning.attach(draft.body)
-        call.dropped[:] = list(dict.fromkeys([*self.initial_dropped, *draft.dropped]))
-        return draft.body
-
-    async def send(self) -> UpstreamResponse:
-        self.call.sent = body = await run_step(self.body)
-        url = self.token.api_url + DIALECT_PATHS[self.call.dialect]
-        data = await run_step(dump_json, body)
-        return await self.provider.client.open("POST", url, lambda: self.headers(body), data)
-
-    def headers(self, body: Json) -> dict[str, str]:
-        call = self.call
-        headers = self.provider.headers(self.token, "conversation-agent")
-        headers["Content-Type"] = "application/json"
-        headers["Accept"] = "text/event-stream" if body["stream"] else "application/json"
-        headers["X-Interaction-Id"] = self.interaction
-        headers["X-Initiator"] = call.request_info.initiator if self.count == 1 else "agent"
-        if DIALECTS[call.dialect].has_image(body):
-            headers["Copilot-Vision-Request"] = "true"
-        if call.dialect == "messages":
-            headers["anthropic-version"] = "2023-06-01"
-            betas = messages_betas(body, call.betas, self.rejections.get("beta", ()), call.model)
-            if betas:
-                headers["anthropic-beta"] = betas
-        own_names = {name.lower() for name in headers}
-        model_headers = call.model.headers.items()
-        return headers | {name: v for name, v in model_headers if name not in own_names}
-
-    async def classify(self, response: UpstreamResponse) -> RetryDecision | None:
-        provider, call = self.provider, self.call
-        if response.status == 200:
-            provider.quota_watch.update_from_headers(response.headers)
-            return None
-        data = await self.read_error_body(response)
-        refusal = (response.status, response.headers, data)
-        decision = classify_copilot_error(
-            *refusal, call.model, call.sent or {}, self.rejections, time.time()
-        )
-        now = time.monotonic()
-        provider.learned.learn(call.model.id, call.dialect, decision.rejections, now)
-        provider.quota_watch.on_error(decision.error)
-        return decision
-
-    async def give_up(self, decision: RetryDecision) -> None:
-        if decision.action == "refresh" and self.taken["refresh"] > 1:
-            if isinstance(decision.error, NotSignedIn):  # signing in would not help
-                message = "Copilot refuses a token it has just given."
-                decision.error = Overloaded(message, retry_after=FORCED_RENEWAL_GAP_SECONDS)
-        elif decision.action == "rest" and decision.wait_s is None:
-            await self.provider.ask_reset(decision)
-
-    # -- what is done before it is sent again
-
-    async def renew(self, decision: RetryDecision) -> None:
-        renewed = await self.provider.account.renew(self.token)
-        if renewed is None:
-            self.taken["refresh"] += 1
-            await self.give_up(decision)
-            raise decision.error
-        self.token = renewed
-
-    async def resend(self, decision: RetryDecision) -> None:
-        """The body will leave out what has just been learned."""
-
-    async def forget_reasoning(self, decision: RetryDecision) -> None:
-        if not strip_reasoning(self.body()):
-            raise decision.error
-        self.without_reasoning = True
-
-    async def await_list(self, decision: RetryDecision) -> None:
-        if self.call.model.guessed:
-            raise decision.error
-        await asyncio.sleep(UNSUPPORTED_MODEL_WAITS[self.count - 1])
-
-    async def change_dialect(self, decision: RetryDecision) -> None:
-        model = self.call.model
-        others = tuple(dialect for dialect in model.dialects if dialect != self.call.dialect)
-        if not others:  # then nothing would be left to ask it in
-            raise decision.error
-        model.dialects = others
-        raise WrongDialect(decision.error.message, param="model")
-
-    remedies: ClassVar[Remedies] = {
-        "wait": (MAX_ATTEMPTS, Attempt.pause),
-        "again": (1, Attempt.pause),
-        "refresh": (1, renew),
-        "repair": (MAX_ATTEMPTS, resend),
-        "forget": (1, forget_reasoning),
-        "relist": (MAX_ATTEMPTS, await_list),
-        "reroute": (1, change_dialect),
-    }
 
 
 # 15.4 Kiro
@@ -17200,27 +17116,14 @@ def system_tag() -> str:
 class KiroAccount(Account[KiroLogin]):
     """A Kiro sign-in: tokens that are refreshed here and maybe by other programs."""
 
+    config: KiroConfig
     renewal_gap_s = KIRO_FORCED_GAP_SECONDS
-
-    def __init__(
-        self,
-        name: str,
-        config: KiroConfig,
-        paths: Paths,
-        client: HttpClient,
-        on_change: Callable[[], None],
-    ) -> None:
-        super().__init__(name, paths, client, on_change)
-        self.config = config
-        self.machine_id = ""  # other programs do not keep it in the file
-
-    def load_file(self, *, peeks: bool = False) -> Json:
-        return self.file.need(self.name, "Kiro", peeks=peeks)
+    margin_s = KIRO_REFRESH_MARGIN_SECONDS
+    secret_name = "access"
+    machine_id = ""  # other programs do not keep it in the file
 
     def load(self, *, peeks: bool = False) -> KiroLogin:
-        return self.read(self.load_file(peeks=peeks))
-
-    def read(self, content: Json) -> KiroLogin:
+        content = self.file.need(self.name, "Kiro", peeks=peeks)
         try:
             login = read_kiro_login(content)
         except ValueError as error:
@@ -17230,30 +17133,20 @@ class KiroAccount(Account[KiroLogin]):
         if saved_id and self.machine_id and saved_id != self.machine_id:
             self.on_change()
         login.machine_id = self.machine_id = saved_id or self.machine_id or login.machine_id
+        self.refresh_secret = login.refresh
         return login
 
     async def latest(self) -> KiroLogin:
-        content = self.load_file()
+        content = self.file.need(self.name, "Kiro")
         source = get_dict(content, "source")
         if source:
             shared = await asyncio.to_thread(SharedLogin(source).read)
             if shared is not None and is_newer(shared, content):
                 if shared["auth_method"] != content.get("auth_method"):
                     self.on_change()
-                changes = {**shared, "machine_id": self.machine_id or None, "refused": None}
-                self.file.save(changes)
-                content = {**content, **changes}
-        return self.read(content)
-
-    def secret(self, token: KiroLogin) -> str:
-        return token.access
-
-    def margin_s(self, token: KiroLogin) -> float:
-        return KIRO_REFRESH_MARGIN_SECONDS
-
-    def refresh_secret(self, saved: KiroLogin | None) -> str:
-        """ "" for an API key."""
-        return saved.refresh if saved is not None else ""
+                machine_id = self.machine_id or None
+                self.file.save({**shared, "machine_id": machine_id, "refused": None})
+        return self.load()
 
     async def exchange(self, saved: KiroLogin | None) -> KiroLogin:
         assert saved is not None
@@ -17295,7 +17188,7 @@ class KiroAccount(Account[KiroLogin]):
     async def save(self, changes: Json, login: KiroLogin) -> KiroLogin:
         """Saves changes of the token file, also for a program that shares the sign-in."""
         self.file.save({**changes, "machine_id": login.machine_id})
-        source = get_dict(self.load_file(), "source")
+        source = get_dict(self.file.need(self.name, "Kiro"), "source")
         if source:
             await asyncio.to_thread(SharedLogin(source).write, changes, login.refresh)
         return replace(
@@ -17307,168 +17200,6 @@ class KiroAccount(Account[KiroLogin]):
         )
 
 
-class KiroProvider(AccountProvider[KiroLogin]):
-    """Kiro, once Amazon Q Developer, once CodeWhisperer."""
-
-    account: KiroAccount
-
-    def __init__(self, name: str, config: KiroConfig, paths: Paths, client: HttpClient) -> None:
-        self.config = config
-        self.account = KiroAccount(name, config, paths, client, self.forget_account)
-        self.system = system_tag()
-        super().__init__(name, "kiro", client)
-
-    def forget_account(self) -> None:
-        super().forget_account()
-        self.catalogue.built_in = known_kiro_models(self.name)
-        self.profiles_fetched = False
-        #: lists an organisation's profiles, of which one must be configured
-        self.profile_error: NotEntitled | None = None
-        #: the endpoint that worked last
-        self.winner: KiroEndpoint | None = None
-
-    def secrets(self) -> tuple[str, ...]:
-        login = self.account.cached
-        return (login.access, login.refresh, login.client_secret) if login else ()
-
-    def guess(self, model_id: str) -> Model | None:
-        """Any exact name is tried, listed or not."""
-        model = read_kiro_model({"modelId": model_spellings(model_id)[-1]}, self.name)
-        if model is not None:
-            model.guessed = True
-        return model
-
-    async def token(self) -> KiroLogin:
-        """An organisation's sign-in needs its profile, which is looked up once."""
-        login = await self.account.get()
-        if login.arn or login.kind not in ("idc", "external_idp"):
-            return login
-        profiles = {} if self.profiles_fetched else await self.find_profiles(login)
-        if len(profiles) > 1:
-            choices = ", ".join(f"{arn} ({name})" for arn, name in profiles.items())
-            self.profile_error = NotEntitled(
-                "This Kiro sign-in has several profiles.",
-                hint=f"Set profile_arn in [providers.{self.name}] to one of: {choices}.",
-            )
-        if self.profile_error is not None:
-            raise self.profile_error
-        for arn in profiles:
-            return self.account.use(await self.account.save({"profile_arn": arn}, login))
-        return login
-
-    async def find_profiles(self, login: KiroLogin) -> dict[str, str]:
-        """ARN -> name of the organisation's profiles, in both regions that have any."""
-        profiles: dict[str, str] = {}
-        self.profiles_fetched = True
-        bases = kiro_controls(login, self.config)
-        if not (self.config.management_url or self.config.api_url):
-            bases = [KIRO_MANAGEMENT_URL.format(region=region) for region in KIRO_REGIONS]
-        query = dump_json({"maxResults": KIRO_PROFILES})
-        for base in bases:
-            body = await self.ask_control(login, "POST", [base], "/ListAvailableProfiles", query)
-            if isinstance(body, RetryDecision):
-                error = body.error
-                log_event("info", "profiles_unavailable", provider=self.name, reason=error)
-                if isinstance(error, (UpstreamError, UpstreamTimeout, Overloaded)):
-                    self.profiles_fetched = False  # it may be found the next time
-                continue
-            rows = body.get("profiles")
-            for row in rows[:KIRO_PROFILES] if isinstance(rows, list) else ():
-                arn = row.get("arn") if isinstance(row, dict) else None
-                if isinstance(arn, str) and KIRO_ARN.fullmatch(arn):
-                    profiles[arn] = name_of_key(row, "profileName") or "unnamed"
-        return profiles
-
-    async def ask_control(
-        self, login: KiroLogin, method: str, bases: list[str], path: str, body: bytes = b""
-    ) -> Json | RetryDecision:
-        """A response of the control plane: each host in turn, with both spellings of the path."""
-        headers = kiro_control_headers(login, self.config.kiro_version, self.system)
-        headers["amz-sdk-request"] = "attempt=1; max=1"
-        if body:
-            headers["Content-Type"] = "application/json"
-        decision = RetryDecision(UpstreamError("Kiro has no host for this."))
-        for base in bases:
-            for spelling in (path, kebab_path(path)):
-                headers["amz-sdk-invocation-id"] = format_uuid(os.urandom(16).hex())
-                try:
-                    status, response_headers, data = await self.client.fetch(
-                        method, base + spelling, headers, KIRO_CONTROL_SECONDS, body
-                    )
-                except (UpstreamError, UpstreamTimeout) as error:
-                    decision = RetryDecision(error, "wait")
-                    break
-                payload = load_object(data)
-                if status == 200 and payload is not None:
-                    return payload
-                decision = classify_kiro_error(status, response_headers, data, time.time())
-                if status not in (404, 405):
-                    break
-            if decision.action in ("", "refresh", "rest"):
-                break  # another host would say the same
-        return decision
-
-    async def ask_resource(
-        self, login: KiroLogin, path: str, query: dict[str, str], with_profile: bool
-    ) -> Json | RetryDecision:
-        arn = login.arn or kiro_endpoints(login, self.config)[0].arn
-        parameters = {**query, "profileArn": arn} if with_profile and arn else query
-        url = f"{path}?{urllib.parse.urlencode(parameters)}"
-        return await self.ask_control(login, "GET", kiro_controls(login, self.config), url)
-
-    async def control(self, path: str, query: dict[str, str]) -> Json:
-        """A resource of the account; some sign-ins may not name a profile.  Raises ApiError."""
-        result = await self.ask(self.ask_resource, path, query, True)
-        if (
-            isinstance(result, RetryDecision)
-            and result.action != "rest"
-            and isinstance(result.error, (NotSignedIn, Forbidden))
-        ):
-            result = await self.ask(self.ask_resource, path, query, False)
-        if isinstance(result, RetryDecision):
-            raise result.error
-        return result
-
-    async def fetch_models(self) -> dict[str, Model]:
-        await self.token()
-        entries: list[Any] = []
-        query = {"origin": KIRO_ORIGINS["ide"], "maxResults": "50"}
-        for _ in range(KIRO_MODEL_PAGES):
-            try:
-                body = await self.control("/ListAvailableModels", query)
-            except NotSignedIn as error:  # the hosts of the models may still accept it
-                raise UpstreamError(f"Kiro refused its model list: {error.message}") from None
-            rows = body.get("models")
-            entries += rows[: MAX_LISTED_MODELS - len(entries)] if isinstance(rows, list) else []
-            next_token = body.get("nextToken")
-            if not isinstance(next_token, str) or not TARGET.fullmatch(next_token):
-                break
-            query["nextToken"] = next_token
-        models = read_kiro_models(entries, self.name)
-        if not models:
-            raise UpstreamError("Kiro's model list is empty.")
-        return models
-
-    async def limits(self, with_user: bool = False) -> KiroLimits:
-        query = {"origin": KIRO_ORIGINS["ide"], "resourceType": "AGENTIC_REQUEST"}
-        if with_user:
-            query["isEmailRequired"] = "true"
-        body, now = await self.control("/getUsageLimits", query), time.time()
-        self.quota_watch.update(read_kiro_quota(body, now))
-        return read_kiro_limits(body, now)
-
-    async def quota(self) -> Quota | None:
-        await self.limits()
-        return self.quota_watch.known
-
-    def attempt(self, call: Call, token: KiroLogin) -> KiroAttempt:
-        return KiroAttempt(self, call, token)
-
-    def refused(self, model_id: str, error: ApiError) -> None:
-        if isinstance(error, RateLimited):  # a spent quota may be one conversation's
-            self.cool_down(model_id, RetryDecision(error, "pause", account_wide=True))
-
-
 def kebab_path(path: str) -> str:
     """`/getUsageLimits?a=b` -> `/Get-Usage-Limits?a=b`, as some hosts spell it (pi, 2026-08)."""
     name, separator, query = path[1:].partition("?")
@@ -17477,13 +17208,13 @@ def kebab_path(path: str) -> str:
 
 
 class KiroAttempt(Attempt[KiroLogin]):
-    """`endpoints`: the endpoints left to try, the one that worked last first."""
-
     provider: KiroProvider
+    unreachable_action = "reroute"
 
     def __init__(self, provider: KiroProvider, call: Call, token: KiroLogin) -> None:
         super().__init__(provider, call, token)
         endpoints = kiro_endpoints(token, provider.config)
+        #: those left to try, the one that worked last first
         self.endpoints = sorted(endpoints, key=lambda endpoint: endpoint != provider.winner)
         session = UUID_TEXT.search(call.request_info.session)
         key = call.request_info.session or call.model.id + call.request_info.opening
@@ -17495,7 +17226,7 @@ class KiroAttempt(Attempt[KiroLogin]):
         endpoint, provider = self.endpoints[0], self.provider
         body = place_kiro_call(self.call.body, endpoint, self.conversation, self.run_id)
         static_headers = kiro_call_headers(
-            self.token, endpoint, provider.config.kiro_version, provider.system
+            self.token, endpoint, provider.config.kiro_version, system_tag()
         )
         static_headers["amz-sdk-request"] = "attempt=1; max=3"
 
@@ -17504,10 +17235,6 @@ class KiroAttempt(Attempt[KiroLogin]):
 
         url = endpoint.url + KIRO_PATHS[endpoint.shape]
         return await provider.client.open("POST", url, headers, dump_json(body))
-
-    def classify_failure(self, error: UpstreamError) -> RetryDecision:
-        """Another host may be reachable; what was sent is not sent again."""
-        return RetryDecision(error, "reroute" if isinstance(error, Unreachable) else "")
 
     async def classify(self, response: UpstreamResponse) -> RetryDecision | None:
         """A 200 means nothing yet, so the first event is awaited."""
@@ -17619,10 +17346,7 @@ class KiroAttempt(Attempt[KiroLogin]):
             decision.error, decision.action = QuotaExceeded(message), "rest"
         elif is_rate_limit or not 0 < limits.limit <= limits.used:
             return
-        left_s = limits.resets_at - time.time()
-        if left_s > 0:
-            decision.resets_in = left_s
-            decision.error.hint = reset_hint(limits.resets_at)
+        self.set_reset(decision, limits.resets_at)
 
     # -- what is done before it is sent again
 
@@ -17659,6 +17383,162 @@ class KiroAttempt(Attempt[KiroLogin]):
     }
 
 
+class KiroProvider(AccountProvider[KiroLogin]):
+    """Kiro, once Amazon Q Developer, once CodeWhisperer."""
+
+    config: KiroConfig
+    account: KiroAccount
+    account_class = KiroAccount
+    attempt_class = KiroAttempt
+
+    def forget_account(self) -> None:
+        super().forget_account()
+        self.catalogue.built_in = known_kiro_models(self.name)
+        self.profiles_fetched = False
+        #: lists an organisation's profiles, of which one must be configured
+        self.profile_error: NotEntitled | None = None
+        #: the endpoint that worked last
+        self.winner: KiroEndpoint | None = None
+
+    def secrets(self) -> tuple[str, ...]:
+        login = self.account.cached
+        return (login.access, login.refresh, login.client_secret) if login else ()
+
+    def guess(self, model_id: str) -> Model | None:
+        """Any exact name is tried, listed or not."""
+        model = read_kiro_model({"modelId": model_spellings(model_id)[-1]}, self.name)
+        if model is not None:
+            model.guessed = True
+        return model
+
+    async def token(self) -> KiroLogin:
+        """An organisation's sign-in needs its profile, which is looked up once."""
+        login = await self.account.get()
+        if login.arn or login.kind not in ("idc", "external_idp"):
+            return login
+        profiles = {} if self.profiles_fetched else await self.find_profiles(login)
+        if len(profiles) > 1:
+            choices = ", ".join(f"{arn} ({name})" for arn, name in profiles.items())
+            self.profile_error = NotEntitled(
+                "This Kiro sign-in has several profiles.",
+                hint=f"Set profile_arn in [providers.{self.name}] to one of: {choices}.",
+            )
+        if self.profile_error is not None:
+            raise self.profile_error
+        for arn in profiles:
+            return self.account.use(await self.account.save({"profile_arn": arn}, login))
+        return login
+
+    async def find_profiles(self, login: KiroLogin) -> dict[str, str]:
+        """ARN -> name of the organisation's profiles, in both regions that have any."""
+        profiles: dict[str, str] = {}
+        self.profiles_fetched = True
+        bases = kiro_controls(login, self.config)
+        if not (self.config.management_url or self.config.api_url):
+            bases = [KIRO_MANAGEMENT_URL.format(region=region) for region in KIRO_REGIONS]
+        query = dump_json({"maxResults": KIRO_PROFILES})
+        for base in bases:
+            body = await self.ask_control(login, "POST", [base], "/ListAvailableProfiles", query)
+            if isinstance(body, RetryDecision):
+                error = body.error
+                log_event("info", "profiles_unavailable", provider=self.name, reason=error)
+                if isinstance(error, (UpstreamError, UpstreamTimeout, Overloaded)):
+                    self.profiles_fetched = False  # it may be found the next time
+                continue
+            rows = body.get("profiles")
+            for row in rows[:KIRO_PROFILES] if isinstance(rows, list) else ():
+                arn = row.get("arn") if isinstance(row, dict) else None
+                if isinstance(arn, str) and KIRO_ARN.fullmatch(arn):
+                    profiles[arn] = name_of_key(row, "profileName") or "unnamed"
+        return profiles
+
+    async def ask_control(
+        self, login: KiroLogin, method: str, bases: list[str], path: str, body: bytes = b""
+    ) -> Json | RetryDecision:
+        """A response of the control plane: each host in turn, with both spellings of the path."""
+        headers = kiro_control_headers(login, self.config.kiro_version, system_tag())
+        headers["amz-sdk-request"] = "attempt=1; max=1"
+        if body:
+            headers["Content-Type"] = "application/json"
+        decision = RetryDecision(UpstreamError("Kiro has no host for this."))
+        for base in bases:
+            for spelling in (path, kebab_path(path)):
+                headers["amz-sdk-invocation-id"] = format_uuid(os.urandom(16).hex())
+                try:
+                    status, response_headers, data = await self.client.fetch(
+                        method, base + spelling, headers, KIRO_CONTROL_SECONDS, body
+                    )
+                except (UpstreamError, UpstreamTimeout) as error:
+                    decision = RetryDecision(error, "wait")
+                    break
+                payload = load_object(data)
+                if status == 200 and payload is not None:
+                    return payload
+                decision = classify_kiro_error(status, response_headers, data, time.time())
+                if status not in (404, 405):
+                    break
+            if decision.action in ("", "refresh", "rest"):
+                break  # another host would say the same
+        return decision
+
+    async def ask_resource(
+        self, login: KiroLogin, path: str, query: dict[str, str], with_profile: bool
+    ) -> Json | RetryDecision:
+        arn = login.arn or kiro_endpoints(login, self.config)[0].arn
+        parameters = {**query, "profileArn": arn} if with_profile and arn else query
+        url = f"{path}?{urllib.parse.urlencode(parameters)}"
+        return await self.ask_control(login, "GET", kiro_controls(login, self.config), url)
+
+    async def control(self, path: str, query: dict[str, str]) -> Json:
+        """A resource of the account; some sign-ins may not name a profile.  Raises ApiError."""
+        result = await self.ask(self.ask_resource, path, query, True)
+        if (
+            isinstance(result, RetryDecision)
+            and result.action != "rest"
+            and isinstance(result.error, (NotSignedIn, Forbidden))
+        ):
+            result = await self.ask(self.ask_resource, path, query, False)
+        if isinstance(result, RetryDecision):
+            raise result.error
+        return result
+
+    async def fetch_models(self) -> dict[str, Model]:
+        await self.token()
+        entries: list[Any] = []
+        query = {"origin": KIRO_ORIGINS["ide"], "maxResults": "50"}
+        for _ in range(KIRO_MODEL_PAGES):
+            try:
+                body = await self.control("/ListAvailableModels", query)
+            except NotSignedIn as error:  # the hosts of the models may still accept it
+                raise UpstreamError(f"Kiro refused its model list: {error.message}") from None
+            rows = body.get("models")
+            entries += rows[: MAX_LISTED_MODELS - len(entries)] if isinstance(rows, list) else []
+            next_token = body.get("nextToken")
+            if not isinstance(next_token, str) or not TARGET.fullmatch(next_token):
+                break
+            query["nextToken"] = next_token
+        models = read_kiro_models(entries, self.name)
+        if not models:
+            raise UpstreamError("Kiro's model list is empty.")
+        return models
+
+    async def limits(self, with_user: bool = False) -> KiroLimits:
+        query = {"origin": KIRO_ORIGINS["ide"], "resourceType": "AGENTIC_REQUEST"}
+        if with_user:
+            query["isEmailRequired"] = "true"
+        body, now = await self.control("/getUsageLimits", query), time.time()
+        self.quota_watch.update(read_kiro_quota(body, now))
+        return read_kiro_limits(body, now)
+
+    async def quota(self) -> Quota | None:
+        await self.limits()
+        return self.quota_watch.known
+
+    def refused(self, model_id: str, error: ApiError) -> None:
+        if isinstance(error, RateLimited):  # a spent quota may be one conversation's
+            self.cool_down(model_id, RetryDecision(error, "pause", account_wide=True))
+
+
 # 15.5 all providers
 
 
@@ -17666,7 +17546,6 @@ def make_providers(
     config: Config, paths: Paths, client: HttpClient, reusable: dict[str, Provider]
 ) -> dict[str, Provider]:
     """The enabled providers by name, in the order of the configuration; `reusable` ones stay."""
-    machine: tuple[str, str] | None = None
     providers: dict[str, Provider] = {}
     for name, entry in config.providers.items():
         if not entry.enabled:
@@ -17674,8 +17553,7 @@ def make_providers(
         if name in reusable:
             providers[name] = reusable[name]
         elif isinstance(entry, CopilotConfig):
-            machine = machine or load_machine(paths)
-            providers[name] = CopilotProvider(name, entry, paths, client, machine)
+            providers[name] = CopilotProvider(name, entry, paths, client)
         elif isinstance(entry, KiroConfig):
             providers[name] = KiroProvider(name, entry, paths, client)
         else:
