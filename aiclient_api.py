@@ -15892,16 +15892,14 @@ class Call:
     dialect: str
     body: Json
     request_info: RequestInfo
-    #: the client's anthropic-beta header
-    betas: str = ""
+    betas: str = ""  #: the client's anthropic-beta header
     #: names of what was left out; the provider adds to them
     dropped: list[str] = field(default_factory=list)
     touched: list[str] = field(default_factory=list)
     #: how often it was sent, and the kinds of errors received; the provider adds to them
     attempts: int = 0
     refusals: list[str] = field(default_factory=list)
-    #: the body last sent, if the provider's rules made one of their own
-    sent: Json | None = None
+    sent: Json | None = None  #: the body last sent, if the provider's rules made one of their own
 
 
 # 15.1 what providers share
@@ -15928,11 +15926,9 @@ class Catalogue:
         self.built_in: dict[str, Model] = {}
         self.lock = asyncio.Lock()
         self.models: dict[str, Model] = {}
-        #: model -> monotonic time it was last listed
-        self.listed_at: dict[str, float] = {}
+        self.listed_at: dict[str, float] = {}  #: model -> monotonic time it was last listed
         self.fetched_at = -math.inf
-        #: when an unknown name last forced a refresh
-        self.missed_at = -math.inf
+        self.missed_at = -math.inf  #: when an unknown name last forced a refresh
 
     def listed(self) -> dict[str, Model] | None:
         is_fresh = time.monotonic() - self.fetched_at < MODELS_FRESH_SECONDS
@@ -15981,22 +15977,14 @@ class Catalogue:
 @dataclass(slots=True, eq=False)
 class Cooldown:
     error: ApiError
-    #: monotonic; after it one request probes
-    until: float
-    #: monotonic time of recovery, as announced by the service; 0 = unknown
-    recovers_at: float
+    until: float  #: monotonic; after it one request probes
+    recovers_at: float  #: monotonic time of recovery, as announced by the service; 0 = unknown
     length_s: float
     #: a probe is in flight: success ends this cool-down, a refusal starts another
     probing: bool = False
 
     def blocks(self, now: float) -> bool:
         return now < self.until or self.probing
-
-    def as_error(self, now: float) -> ApiError:
-        wait_s = None
-        if self.error.retry_after is not None:
-            wait_s = max(self.recovers_at - now, self.until - now, PAUSE_SECONDS[0])
-        return self.error.anew(self.error.hint, wait_s)
 
 
 class Breaker:
@@ -16010,12 +15998,11 @@ class Breaker:
         self,
         provider: str = "",
         first_s: float = COOLDOWN_SECONDS,
-        longest_s: float = COOL_DOWN_SECONDS,
+        max_s: float = COOL_DOWN_SECONDS,
     ) -> None:
-        #: for the log; "" logs nothing
-        self.provider = provider
+        self.provider = provider  #: for the log; "" logs nothing
         self.first_s = first_s
-        self.longest_s = longest_s
+        self.max_s = max_s
         self.cooldowns: dict[str, Cooldown] = {}
 
     def find(self, key: str, now: float) -> Cooldown | None:
@@ -16023,7 +16010,7 @@ class Breaker:
         cooldown = self.cooldowns.get(key)
         if cooldown is None or cooldown.blocks(now):
             return cooldown
-        if now < max(cooldown.until + self.longest_s, cooldown.recovers_at):
+        if now < max(cooldown.until + self.max_s, cooldown.recovers_at):
             return cooldown
         del self.cooldowns[key]
         return None
@@ -16033,7 +16020,7 @@ class Breaker:
     ) -> float:
         """Starts a cool-down; returns its seconds.
 
-        Without `wait_s` it doubles each time, up to `longest_s`.  `resets_in`: seconds to the
+        Without `wait_s` it doubles each time, up to `max_s`.  `resets_in`: seconds to the
         expected recovery, if known.
         """
         now = time.monotonic()
@@ -16042,7 +16029,7 @@ class Breaker:
             wait_s = previous.length_s if previous is not None else self.first_s
             if previous is not None and previous.until <= now:
                 wait_s *= 2
-            wait_s = min(wait_s, self.longest_s)
+            wait_s = min(wait_s, self.max_s)
         length_s = max(wait_s, 1.0)
         until = max(now + length_s, previous.until if previous is not None else 0.0)
         resets_in = error.retry_after if resets_in is None else resets_in
@@ -16061,7 +16048,10 @@ class Breaker:
         now = time.monotonic()
         for cooldown in (self.find(key, now), self.find("", now)):
             if cooldown is not None and cooldown.blocks(now):
-                raise cooldown.as_error(now)
+                error, wait_s = cooldown.error, None
+                if error.retry_after is not None:
+                    wait_s = max(cooldown.recovers_at - now, cooldown.until - now, PAUSE_SECONDS[0])
+                raise error.anew(error.hint, wait_s)
 
     @contextlib.contextmanager
     def passing(self, key: str) -> Iterator[None]:
@@ -16090,16 +16080,14 @@ class Breaker:
         return [
             {
                 "model": key or "*",
-                "seconds": max(0, math.ceil(cooldown.until - now)),
-                "kind": cooldown.error.kind,
-                "reason": cooldown.error.text(),
-                "passes_at": int(wall_offset + cooldown.recovers_at)
-                if cooldown.recovers_at
-                else None,
-                "probing": cooldown.probing,
+                "seconds": max(0, math.ceil(item.until - now)),
+                "kind": item.error.kind,
+                "reason": item.error.text(),
+                "passes_at": int(wall_offset + item.recovers_at) if item.recovers_at else None,
+                "probing": item.probing,
             }
-            for key, cooldown in self.cooldowns.items()
-            if cooldown.blocks(now)
+            for key, item in self.cooldowns.items()
+            if item.blocks(now)
         ]
 
 
@@ -16108,8 +16096,7 @@ class QuotaWatch:
 
     def __init__(self, provider: str, ask: Callable[[], Awaitable[Quota | None]]) -> None:
         self.provider = provider
-        #: asks the service, and passes the result to `update`
-        self.ask = ask
+        self.ask = ask  #: asks the service, and passes the result to `update`
         self.soon_s = QUOTA_SOON_SECONDS
         #: sleeps until the monotonic time `poll_at`, 0 once it polls
         self.task: asyncio.Task[None] | None = None
@@ -16119,12 +16106,10 @@ class QuotaWatch:
     def forget(self) -> None:
         self.known: Quota | None = None
         self.alarm = QuotaAlarm()
-        #: the quota headers of the last response that had any
-        self.fields: dict[str, str] = {}
+        self.fields: dict[str, str] = {}  #: the quota headers of the last response that had any
         #: whether a poll has succeeded: only then plan and units are known
         self.is_complete = False
-        #: monotonic time of the last poll, even a failed one
-        self.polled_at = -math.inf
+        self.polled_at = -math.inf  #: monotonic time of the last poll, even a failed one
         self.close()
 
     def close(self) -> None:
@@ -16199,10 +16184,8 @@ class QuotaWatch:
 class Provider:
     """One account of one upstream service.  It never sees the client's dialect."""
 
-    #: answers on this machine, at no cost
-    local = False
-    #: the command to type after a NotSignedIn
-    sign_in = ""
+    local = False  #: answers on this machine, at no cost
+    sign_in = ""  #: the command to type after a NotSignedIn
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -16305,39 +16288,27 @@ Token = TypeVar("Token", CopilotToken, KiroLogin)
 class Account(Generic[Token]):
     """A sign-in: its token file, which other programs may change, and the token in use."""
 
-    #: seconds between renewals of tokens that were refused
-    renewal_gap_s = 0.0
+    renewal_gap_s = 0.0  #: seconds between renewals of tokens that were refused
     #: seconds before its expiry from which the token in use is too old for a new request
     margin_s = 0.0
-    #: the attribute of a token that is sent
-    secret_name = ""
+    secret_name = ""  #: the attribute of a token that is sent
 
-    def __init__(
-        self,
-        name: str,
-        config: Any,
-        paths: Paths,
-        client: HttpClient,
-        on_change: Callable[[], None],
-    ) -> None:
-        self.name = name
-        self.config = config
-        self.file = TokenFile(paths.token_file(name))
-        self.client = client
-        #: called when another account has signed in
-        self.on_change = on_change
+    def __init__(self, provider: AccountProvider[Token], paths: Paths) -> None:
+        self.name: str = provider.name
+        self.config: Any = provider.config
+        self.client = provider.client
+        self.on_change = provider.forget_account  #: called when another account has signed in
+        self.file = TokenFile(paths.token_file(provider.name))
         self.lock = asyncio.Lock()
         self.cached: Token | None = None
-        #: monotonic: a wall clock set back must not make a token immortal
-        self.stale_at = 0.0
+        self.stale_at = 0.0  #: monotonic: a wall clock set back must not make a token immortal
         self.renewed_at = -math.inf
         #: sign-in endpoints watch for storms, and a dead sign-in is never tried again
-        self.breaker = Breaker(first_s=1.0, longest_s=SIGN_IN_RETRY_MAX_SECONDS)
+        self.breaker = Breaker(first_s=1.0, max_s=SIGN_IN_RETRY_MAX_SECONDS)
         #: what a new token is obtained with, as of the last `load`; "" if none can be
         self.refresh_secret = ""
         self.tasks: set[asyncio.Task[Any]] = set()
-        #: since the last refresh in the background
-        self.used = False
+        self.used = False  #: since the last refresh in the background
 
     def load(self, *, peeks: bool = False) -> Token | None:
         """The token in the file, if it holds one that can be used; raises NotSignedIn."""
@@ -16461,9 +16432,7 @@ class AccountProvider(Provider, Generic[Token]):
         self.sign_in = sign_in_command(config.type, name)
         self.config = config
         self.client = client
-        self.account: Account[Token] = self.account_class(
-            name, config, paths, client, self.forget_account
-        )
+        self.account: Account[Token] = self.account_class(self, paths)
 
     async def token(self) -> Token:
         return await self.account.get()
@@ -16537,8 +16506,7 @@ class Attempt(Generic[Token]):
 
     remedies: ClassVar[Remedies]
     max_count = math.inf
-    #: the action if a host could not be reached
-    unreachable_action = "wait"
+    unreachable_action = "wait"  #: the action if a host could not be reached
 
     def __init__(self, provider: AccountProvider[Token], call: Call, token: Token) -> None:
         self.provider: AccountProvider[Token] = provider
@@ -16804,6 +16772,7 @@ class CopilotAccount(Account[CopilotToken]):
     config: CopilotConfig
     renewal_gap_s = FORCED_RENEWAL_GAP_SECONDS
     secret_name = "token"
+    #: runs from the first token on
     refresher: asyncio.Task[None] | None = None
 
     def load(self, *, peeks: bool = False) -> CopilotToken | None:
@@ -16855,9 +16824,8 @@ class CopilotAccount(Account[CopilotToken]):
             self.used = False
             try:
                 await self.obtain(margin_s=math.inf)
-            except ApiError as error:
-                log_event("debug", "background_refresh_ended", provider=self.name, reason=error)
-                return
+            except ApiError:
+                return  # `refresh` has logged it, or the sign-in is gone
 
     def close(self) -> None:
         super().close()
@@ -16921,10 +16889,9 @@ class CopilotAttempt(Attempt[CopilotToken]):
             provider.quota_watch.update_from_headers(response.headers)
             return None
         data = await self.read_error_body(response)
-        refusal = (response.status, response.headers, data)
-        decision = classify_copilot_error(
-            *refusal, call.model, call.sent or {}, self.rejections, time.time()
-        )
+        refusal, sent = (response.status, response.headers, data), call.sent or {}
+        rejections = self.rejections
+        decision = classify_copilot_error(*refusal, call.model, sent, rejections, time.time())
         now = time.monotonic()
         provider.learned.learn(call.model.id, call.dialect, decision.rejections, now)
         provider.quota_watch.on_error(decision.error)
@@ -17228,10 +17195,14 @@ class KiroAttempt(Attempt[KiroLogin]):
         static_headers = kiro_call_headers(
             self.token, endpoint, provider.config.kiro_version, system_tag()
         )
-        static_headers["amz-sdk-request"] = "attempt=1; max=3"
 
         def headers() -> dict[str, str]:
-            return {**static_headers, "amz-sdk-invocation-id": format_uuid(os.urandom(16).hex())}
+            invocation = format_uuid(os.urandom(16).hex())
+            return {
+                **static_headers,
+                "amz-sdk-invocation-id": invocation,
+                "amz-sdk-request": "attempt=1; max=3",
+            }
 
         url = endpoint.url + KIRO_PATHS[endpoint.shape]
         return await provider.client.open("POST", url, headers, dump_json(body))
@@ -17301,14 +17272,9 @@ class KiroAttempt(Attempt[KiroLogin]):
         call = self.call
         tokens = int(estimate_value(call.body))
         window = call.model.max_prompt
-        log_event(
-            "warning",
-            "conversation_refused",
-            provider=self.provider.name,
-            model=call.model.id,
-            rules=",".join(call.touched) or "none",
-            tokens=tokens,
-        )
+        rules = ",".join(call.touched) or "none"
+        facts = {"provider": self.provider.name, "model": call.model.id, "rules": rules}
+        log_event("warning", "conversation_refused", **facts, tokens=tokens)
         log_event("debug", "conversation_form", form=kiro_shape(call.body))
         if window and tokens > 0.9 * window:
             return RetryDecision(ContextTooLong(tokens, window))
@@ -17397,8 +17363,7 @@ class KiroProvider(AccountProvider[KiroLogin]):
         self.profiles_fetched = False
         #: lists an organisation's profiles, of which one must be configured
         self.profile_error: NotEntitled | None = None
-        #: the endpoint that worked last
-        self.winner: KiroEndpoint | None = None
+        self.winner: KiroEndpoint | None = None  #: the endpoint that worked last
 
     def secrets(self) -> tuple[str, ...]:
         login = self.account.cached
@@ -17482,25 +17447,24 @@ class KiroProvider(AccountProvider[KiroLogin]):
         return decision
 
     async def ask_resource(
-        self, login: KiroLogin, path: str, query: dict[str, str], with_profile: bool
+        self, login: KiroLogin, path: str, query: dict[str, str]
     ) -> Json | RetryDecision:
-        arn = login.arn or kiro_endpoints(login, self.config)[0].arn
-        parameters = {**query, "profileArn": arn} if with_profile and arn else query
-        url = f"{path}?{urllib.parse.urlencode(parameters)}"
+        url = f"{path}?{urllib.parse.urlencode(query)}"
         return await self.ask_control(login, "GET", kiro_controls(login, self.config), url)
 
     async def control(self, path: str, query: dict[str, str]) -> Json:
         """A resource of the account; some sign-ins may not name a profile.  Raises ApiError."""
-        result = await self.ask(self.ask_resource, path, query, True)
-        if (
-            isinstance(result, RetryDecision)
-            and result.action != "rest"
-            and isinstance(result.error, (NotSignedIn, Forbidden))
-        ):
-            result = await self.ask(self.ask_resource, path, query, False)
-        if isinstance(result, RetryDecision):
-            raise result.error
-        return result
+        login = await self.token()
+        own_arn = login.arn or kiro_endpoints(login, self.config)[0].arn
+        for arn in dict.fromkeys((own_arn, "")):
+            parameters = {**query, "profileArn": arn} if arn else query
+            result = await self.ask(self.ask_resource, path, parameters)
+            if not isinstance(result, RetryDecision):
+                return result
+            error = result.error
+            if result.action == "rest" or not isinstance(error, (NotSignedIn, Forbidden)):
+                break
+        raise error
 
     async def fetch_models(self) -> dict[str, Model]:
         await self.token()

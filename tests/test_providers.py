@@ -11,7 +11,7 @@ import aiclient_api as gw
 
 def test_a_sign_in_that_fails_for_days_is_still_left_alone_for_minutes() -> None:
     async def fail() -> list[int]:
-        breaker = gw.Breaker(first_s=1.0, longest_s=gw.SIGN_IN_RETRY_MAX_SECONDS)
+        breaker = gw.Breaker(first_s=1.0, max_s=gw.SIGN_IN_RETRY_MAX_SECONDS)
         waits = []
         for _ in range(2000):
             waits.append(round(breaker.open("secret", gw.Overloaded("busy"))))
