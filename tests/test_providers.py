@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from pathlib import Path
 
 import pytest
 
@@ -45,3 +47,61 @@ def test_a_list_that_no_code_can_read_is_an_error_of_its_provider_alone() -> Non
 
     with pytest.raises(gw.ApiError, match="log"):
         asyncio.run(ask())
+
+
+def test_a_built_in_list_stands_in_for_a_minute_but_not_for_a_sign_in() -> None:
+    error: gw.ApiError = gw.Overloaded("busy")
+
+    async def fetch() -> dict[str, gw.Model]:
+        raise error
+
+    async def ask() -> float:
+        catalogue = gw.Catalogue("p", fetch)
+        catalogue.built_in = {"m": gw.Model(id="m", provider="p")}
+        assert set(await catalogue.get()) == {"m"} == set(catalogue.listed() or ())
+        return catalogue.fetched_at + gw.MODELS_FRESH_SECONDS - time.monotonic()
+
+    assert 0 < asyncio.run(ask()) <= gw.MODELS_RETRY_SECONDS
+    error = gw.NotSignedIn("gone")
+    with pytest.raises(gw.NotSignedIn):
+        asyncio.run(ask())
+
+
+class SlowAccount(gw.CopilotAccount):
+    """An account whose service answers when it is told to."""
+
+    exchanges = 0
+    may_answer: asyncio.Event
+
+    async def exchange(self, saved: gw.CopilotToken | None) -> gw.CopilotToken:
+        """A new token."""
+        self.exchanges += 1
+        await self.may_answer.wait()
+        token = f"token-{self.exchanges}"
+        return gw.CopilotToken(token, gw.COPILOT_ANY_HOST, time.time() + 1500, 1200)
+
+
+def test_one_refresh_serves_all_and_outlives_the_request_that_began_it(tmp_path: Path) -> None:
+    async def story() -> None:
+        paths = gw.Paths(str(tmp_path), str(tmp_path))
+        gw.save_private_json(paths.token_file("c"), {"github_token": "gho_" + "a" * 36})
+        client = gw.HttpClient(gw.NetworkConfig(), gw.Ticker())
+        account = SlowAccount(gw.CopilotProvider("c", gw.CopilotConfig(), paths, client), paths)
+        account.may_answer = asyncio.Event()
+        first, second = (asyncio.ensure_future(account.get()) for _ in range(2))
+        while not account.exchanges:
+            await asyncio.sleep(0)
+        first.cancel()
+        await asyncio.sleep(0)
+        account.may_answer.set()
+        token = await second
+        assert (first.cancelled(), token.token, account.exchanges) == (True, "token-1", 1)
+        renewed = await account.renew(token)
+        assert renewed is not None and renewed.token == "token-2"
+        assert await account.renew(token) is renewed  # another task was quicker
+        assert await account.renew(renewed) is None  # no storm of exchanges
+        assert account.exchanges == 2
+        account.close()
+        client.close()
+
+    asyncio.run(story())
