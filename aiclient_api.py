@@ -15964,12 +15964,8 @@ class Catalogue:
                 raise reason from None
             return
         self.fetched_at = time.monotonic()
-        oldest = self.fetched_at - MODELS_KEPT_SECONDS
-        retained = {
-            model_id: model
-            for model_id, model in self.models.items()
-            if self.listed_at.get(model_id, -math.inf) > oldest
-        }
+        oldest, listed_at = self.fetched_at - MODELS_KEPT_SECONDS, self.listed_at
+        retained = {k: v for k, v in self.models.items() if listed_at.get(k, -math.inf) > oldest}
         self.listed_at |= dict.fromkeys(fetched, self.fetched_at)
         self.models = {**retained, **fetched}
 
@@ -16146,9 +16142,7 @@ class QuotaWatch:
         quota_headers = quota_fields(headers)
         if not quota_headers or not self.is_complete:
             self.poll_soon()
-        changed = {
-            name: value for name, value in quota_headers.items() if self.fields.get(name) != value
-        }
+        changed = {k: v for k, v in quota_headers.items() if self.fields.get(k) != v}
         if changed:
             self.fields = quota_headers
             self.store(take_snapshots(self.known, changed, time.time()))
@@ -16373,6 +16367,7 @@ class Account(Generic[Token]):
     async def obtain(
         self, refused: Token | None = None, margin_s: float | None = None
     ) -> Token | None:
+        """The token in use, of another program, or a new one; None as with `renew`."""
         async with self.lock:
             current = self.current(margin_s)
             if current is not None and self.secret(current) != self.secret(refused):
@@ -16400,6 +16395,7 @@ class Account(Generic[Token]):
                     return current  # still valid for some minutes
 
     async def refresh(self, saved: Token | None) -> Token:
+        """A new token, unless the service has just refused this sign-in.  Raises ApiError."""
         secret = self.refresh_secret
         self.breaker.check(secret)
         try:
