@@ -125,7 +125,7 @@ from collections.abc import (
 )
 from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from types import UnionType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, TextIO, TypeVar
 
 
 def lazy_module(name: str) -> Any:
@@ -13863,76 +13863,14 @@ class Call:
     dialect: str
     body: Json
     request_info: RequestInfo
-    #: the client's anthropic-beta header
-    betas: str = ""
+    betas: str = ""  #: the client's anthropic-beta header
     #: names of what was left out; the provider adds to them
     dropped: list[str] = field(default_factory=list)
     touched: list[str] = field(default_factory=list)
     #: how often it was sent, and the kinds of errors received; the provider adds to them
     attempts: int = 0
     refusals: list[str] = field(default_factory=list)
-    #: the body last sent, if the provider's rules made one of their own
-    sent: Json | None = None
-
-
-class Provider(Protocol):
-    """One account of one upstream service.  It never sees the client's dialect."""
-
-    name: str
-    #: the command to type after a NotSignedIn
-    sign_in: str
-    #: answers on this machine, at no cost
-    local: bool
-
-    def models(self, refresh: bool = False) -> Awaitable[dict[str, Model]]:
-        """The catalogue by id, cached while fresh; raises ApiError."""
-
-    def listed(self) -> dict[str, Model] | None:
-        """The catalogue, if it is cached and fresh."""
-
-    def guess(self, model_id: str) -> Model | None:
-        """A model that the catalogue does not list but that may still exist."""
-
-    def open(self, call: Call) -> Awaitable[BodyStream]:
-        """A successful upstream response; retries are the provider's.  Raises ApiError."""
-
-    def embed(self, body: Json, model: Model) -> Awaitable[tuple[Json, Usage]]:
-        """Embeddings in OpenAI's form, and their usage.  Raises ApiError."""
-
-    def store_reasoning(self, calls: list[str], text: str, opaque: str) -> None:
-        """Remembers reasoning that the client's dialect cannot carry."""
-
-    def user(self) -> str:
-        """The account's name at the service; "" if unknown."""
-
-    def secrets(self) -> tuple[str, ...]:
-        """The tokens in use: no log line and no error message may show them."""
-
-    def status(self) -> Json:
-        """The current state, without asking the service.
-
-        `{"health": "ready" | "resting" | "failing" | "not signed in", "reason": TEXT,
-        "token_expires_at": Unix seconds, "cool_downs": {MODEL, or "*" for all: seconds},
-        "rests": Cooldowns.rows()}`
-        """
-
-    def quota(self) -> Awaitable[Quota | None]:
-        """Asks the service what is left of the plan; None if there is none.  Raises ApiError."""
-
-    def known_quota(self) -> Quota | None:
-        """The last known quota, None if there is none.  Asks nobody."""
-
-    def refused(self, model_id: str, error: ApiError) -> None:
-        """A refusal came inside a 200 response: starts a cool-down."""
-
-    def wake(self) -> None:
-        """Ends every cool-down."""
-
-    def settle(self) -> Awaitable[None]:
-        """Waits for what must not be interrupted."""
-
-    def close(self) -> None:
-        """Stops what runs in the background."""
+    sent: Json | None = None  #: the body last sent, if the provider's rules made one of their own
 
 
 # 15.1 what providers share
@@ -13940,12 +13878,363 @@ class Provider(Protocol):
 
 async def run_step(step: Callable[..., Result], *arguments: Any) -> Result:
     """The result of a step that computes; after a long one, others have their turn first."""
-    loop = asyncio.get_running_loop()
-    started_at = loop.time()
+    started_at = time.monotonic()
     result = step(*arguments)
-    if loop.time() - started_at > LONG_STEP_SECONDS:
+    if time.monotonic() - started_at > LONG_STEP_SECONDS:
         await asyncio.sleep(GIVE_WAY_SECONDS)
     return result
+
+
+class Catalogue:
+    """A provider's models: fetched when needed, cached while fresh; a stale list beats none.
+
+    `built_in` models stand in for a list that could never be had, for MODELS_RETRY_SECONDS.
+    """
+
+    def __init__(self, provider: str, fetch: Callable[[], Awaitable[dict[str, Model]]]) -> None:
+        self.provider = provider
+        self.fetch = fetch
+        self.built_in: dict[str, Model] = {}
+        self.lock = asyncio.Lock()
+        self.models: dict[str, Model] = {}
+        self.listed_at: dict[str, float] = {}  #: model -> monotonic time it was last listed
+        self.fetched_at = -math.inf
+        self.missed_at = -math.inf  #: when an unknown name last forced a refresh
+
+    def listed(self) -> dict[str, Model] | None:
+        is_fresh = time.monotonic() - self.fetched_at < MODELS_FRESH_SECONDS
+        return self.models if is_fresh else None
+
+    async def get(self, refresh: bool = False) -> dict[str, Model]:
+        """Raises ApiError if there never was a list."""
+        now = time.monotonic()
+        if refresh and now - self.missed_at >= MODELS_MISS_SECONDS:
+            self.missed_at, self.fetched_at = now, -math.inf
+        if self.listed() is None:
+            async with self.lock:
+                if self.listed() is None:  # another task may have been quicker
+                    await self.update()
+        return self.models
+
+    async def update(self) -> None:
+        """Keeps models missing from the new list for a while: even entitled ones may be missing."""
+        try:
+            fetched = await self.fetch()
+        except Exception as error:  # noqa: BLE001 - the others' models are listed all the same
+            is_api_error = isinstance(error, ApiError)
+            reason = error if is_api_error else internal_error("a model list could not be read")
+            now = time.monotonic()
+            if self.models:
+                log_event("warning", "models_not_refreshed", provider=self.provider, reason=reason)
+                self.fetched_at = now
+            elif self.built_in and not isinstance(reason, NotSignedIn):
+                log_event("warning", "models_unavailable", provider=self.provider, reason=reason)
+                self.models = self.built_in
+                self.fetched_at = now - MODELS_FRESH_SECONDS + MODELS_RETRY_SECONDS
+            else:
+                raise reason from None
+            return
+        self.fetched_at = time.monotonic()
+        oldest, listed_at = self.fetched_at - MODELS_KEPT_SECONDS, self.listed_at
+        retained = {k: v for k, v in self.models.items() if listed_at.get(k, -math.inf) > oldest}
+        self.listed_at |= dict.fromkeys(fetched, self.fetched_at)
+        self.models = {**retained, **fetched}
+
+
+@dataclass(slots=True, eq=False)
+class Cooldown:
+    error: ApiError
+    until: float  #: monotonic; after it one request probes
+    recovers_at: float  #: monotonic time of recovery, as announced by the service; 0 = unknown
+    length_s: float
+    #: a probe is in flight: success ends this cool-down, a refusal starts another
+    probing: bool = False
+
+    def blocks(self, now: float) -> bool:
+        return now < self.until or self.probing
+
+
+class Breaker:
+    """One circuit breaker per key: a model, "" for the whole account, or a sign-in's secret.
+
+    Clients' retries would make matters worse.  After a cool-down one request probes (half-open);
+    the others fail until it has finished.
+    """
+
+    def __init__(
+        self,
+        provider: str = "",
+        first_s: float = COOLDOWN_SECONDS,
+        max_s: float = COOL_DOWN_SECONDS,
+    ) -> None:
+        self.provider = provider  #: for the log; "" logs nothing
+        self.first_s = first_s
+        self.max_s = max_s
+        self.cooldowns: dict[str, Cooldown] = {}
+
+    def find(self, key: str, now: float) -> Cooldown | None:
+        """The cool-down of `key`; one that ended long ago is forgotten."""
+        cooldown = self.cooldowns.get(key)
+        if cooldown is None or cooldown.blocks(now):
+            return cooldown
+        if now < max(cooldown.until + self.max_s, cooldown.recovers_at):
+            return cooldown
+        del self.cooldowns[key]
+        return None
+
+    def open(
+        self, key: str, error: ApiError, wait_s: float | None = None, resets_in: float | None = None
+    ) -> float:
+        """Starts a cool-down; returns its seconds.
+
+        Without `wait_s` it doubles each time, up to `max_s`.  `resets_in`: seconds to the
+        expected recovery, if known.
+        """
+        now = time.monotonic()
+        previous = self.find(key, now)
+        if not wait_s:
+            wait_s = previous.length_s if previous is not None else self.first_s
+            if previous is not None and previous.until <= now:
+                wait_s *= 2
+            wait_s = min(wait_s, self.max_s)
+        length_s = max(wait_s, 1.0)
+        until = max(now + length_s, previous.until if previous is not None else 0.0)
+        resets_in = error.retry_after if resets_in is None else resets_in
+        self.cooldowns.pop(key, None)
+        if len(self.cooldowns) >= MAX_COOLDOWNS:
+            del self.cooldowns[next(filter(None, self.cooldowns))]  # the oldest one of a model
+        recovers_at = now + resets_in if resets_in else 0.0
+        self.cooldowns[key] = Cooldown(error, until, recovers_at, length_s)
+        if self.provider:
+            facts = {"provider": self.provider, "model": key or "*", "kind": error.kind}
+            log_event("info", "resting", **facts, seconds=math.ceil(length_s))
+        return length_s
+
+    def check(self, key: str) -> None:
+        """Raises the error that started a cool-down of `key`, or of the whole account."""
+        now = time.monotonic()
+        for cooldown in (self.find(key, now), self.find("", now)):
+            if cooldown is not None and cooldown.blocks(now):
+                error, wait_s = cooldown.error, None
+                if error.retry_after is not None:
+                    wait_s = max(cooldown.recovers_at - now, cooldown.until - now, PAUSE_SECONDS[0])
+                raise error.anew(error.hint, wait_s)
+
+    @contextlib.contextmanager
+    def passing(self, key: str) -> Iterator[None]:
+        """Around one request: raises during a cool-down; success ends one."""
+        self.check(key)
+        probed = [self.cooldowns[k] for k in (key, "") if k in self.cooldowns]
+        for cooldown in probed:
+            cooldown.probing = True
+        try:
+            yield
+        finally:
+            for cooldown in probed:
+                cooldown.probing = False
+        for ended in [k for k, cooldown in self.cooldowns.items() if cooldown in probed]:
+            del self.cooldowns[ended]
+            log_event("info", "rest_ended", provider=self.provider, model=ended or "*")
+
+    def rows(self) -> list[Json]:
+        """`[{"model": ID or "*", "seconds", "kind", "reason", "passes_at", "probing"}]`.
+
+        `seconds` to the next probe, 0 during one; `passes_at`: Unix seconds of the expected
+        recovery, None if unknown.
+        """
+        now = time.monotonic()
+        wall_offset = time.time() - now
+        return [
+            {
+                "model": key or "*",
+                "seconds": max(0, math.ceil(item.until - now)),
+                "kind": item.error.kind,
+                "reason": item.error.text(),
+                "passes_at": int(wall_offset + item.recovers_at) if item.recovers_at else None,
+                "probing": item.probing,
+            }
+            for key, item in self.cooldowns.items()
+            if item.blocks(now)
+        ]
+
+
+class QuotaWatch:
+    """Polls in the background while the provider is used; warns when little is left."""
+
+    def __init__(self, provider: str, ask: Callable[[], Awaitable[Quota | None]]) -> None:
+        self.provider = provider
+        self.ask = ask  #: asks the service, and passes the result to `update`
+        self.soon_s = QUOTA_SOON_SECONDS
+        #: sleeps until the monotonic time `poll_at`, 0 once it polls
+        self.task: asyncio.Task[None] | None = None
+        self.poll_at = 0.0
+        self.forget()
+
+    def forget(self) -> None:
+        self.known: Quota | None = None
+        self.alarm = QuotaAlarm()
+        self.fields: dict[str, str] = {}  #: the quota headers of the last response that had any
+        #: whether a poll has succeeded: only then plan and units are known
+        self.is_complete = False
+        self.polled_at = -math.inf  #: monotonic time of the last poll, even a failed one
+        self.close()
+
+    def close(self) -> None:
+        # A poll that finds a new sign-in calls `forget`, and may go on.
+        if self.task is not None and self.task is not asyncio.current_task():
+            self.task.cancel()
+            self.task = None
+
+    def update(self, quota: Quota) -> Quota:
+        self.is_complete = True
+        self.polled_at = time.monotonic()
+        self.close()
+        return self.store(quota)
+
+    def store(self, quota: Quota) -> Quota:
+        quota.as_of = time.time()
+        self.known = quota
+        for row in self.alarm.news(quota, quota.as_of):
+            event = "quota_used_up" if reached_percent(row) >= 100 else "quota_low"
+            log_event(
+                "warning",
+                event,
+                provider=self.provider,
+                allowance=row.name,
+                percent=int(row.percent_used or 0),
+                left="unknown" if row.remaining is None else f"{row.remaining:g}",
+                unit=row.unit or "unknown",
+                resets=plain_day(row.resets_at or quota.resets_at) or "unknown",
+            )
+        return quota
+
+    def update_from_headers(self, headers: Headers) -> None:
+        """Reads the headers of a good response; plans a poll if they say too little."""
+        quota_headers = quota_fields(headers)
+        if not quota_headers or not self.is_complete:
+            self.poll_soon()
+        changed = {k: v for k, v in quota_headers.items() if self.fields.get(k) != v}
+        if changed:
+            self.fields = quota_headers
+            self.store(take_snapshots(self.known, changed, time.time()))
+        elif quota_headers and self.known is not None:
+            self.known.as_of = time.time()
+
+    def on_error(self, error: ApiError) -> None:
+        if isinstance(error, QuotaExceeded):
+            self.poll_soon(QUOTA_AGAIN_SECONDS)
+
+    def poll_soon(self, gap_s: float = QUOTA_LOOK_SECONDS) -> None:
+        """Plans a poll `gap_s` after the last one, unless an earlier one is planned."""
+        poll_at = max(time.monotonic() + self.soon_s, self.polled_at + gap_s)
+        if self.task is not None and not self.task.done() and self.poll_at <= poll_at:
+            return
+        self.close()
+        self.poll_at = poll_at
+        self.task = asyncio.get_running_loop().create_task(self.poll_later())
+
+    async def poll_later(self) -> None:
+        await asyncio.sleep(self.poll_at - time.monotonic())
+        self.poll_at = 0.0
+        await self.poll()
+
+    async def poll(self) -> None:
+        self.polled_at = time.monotonic()
+        try:
+            await self.ask()
+        except ApiError as error:
+            log_event("debug", "quota_unknown", provider=self.provider, reason=error)
+
+
+class Provider:
+    """One account of one upstream service.  It never sees the client's dialect."""
+
+    local = False  #: answers on this machine, at no cost
+    sign_in = ""  #: the command to type after a NotSignedIn
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.quota_watch = QuotaWatch(name, self.quota)
+        self.forget_account()
+
+    def forget_account(self) -> None:
+        """Starts anew, also if another account has signed in."""
+        self.catalogue = Catalogue(self.name, self.fetch_models)
+        self.breaker = Breaker(self.name)
+        self.reasoning = ReasoningMemory()
+        self.quota_watch.forget()
+
+    async def models(self, refresh: bool = False) -> dict[str, Model]:
+        """The catalogue by id, cached while fresh; raises ApiError."""
+        return await self.catalogue.get(refresh)
+
+    def listed(self) -> dict[str, Model] | None:
+        """The catalogue, if it is cached and fresh."""
+        return self.catalogue.listed()
+
+    async def fetch_models(self) -> dict[str, Model]:
+        raise NotImplementedError
+
+    def guess(self, model_id: str) -> Model | None:
+        """A model that the catalogue does not list but that may still exist."""
+        return None
+
+    async def open(self, call: Call) -> BodyStream:
+        """A successful upstream response; retries are the provider's.  Raises ApiError."""
+        raise NotImplementedError
+
+    async def embed(self, body: Json, model: Model) -> tuple[Json, Usage]:
+        """Embeddings in OpenAI's form, and their usage.  Raises ApiError."""
+        raise UnsupportedFeature(f"{model.id} makes no embeddings.", param="model")
+
+    def store_reasoning(self, calls: list[str], text: str, opaque: str) -> None:
+        """Remembers reasoning that the client's dialect cannot carry."""
+        self.reasoning.keep(calls, text, opaque)
+
+    def user(self) -> str:
+        """The account's name at the service; "" if unknown."""
+        return ""
+
+    def secrets(self) -> tuple[str, ...]:
+        """The tokens in use: no log line and no error message may show them."""
+        return ()
+
+    def status(self) -> Json:
+        """The current state, without asking the service.
+
+        `{"health": "ready" | "resting" | "failing" | "not signed in", "reason": TEXT,
+        "token_expires_at": Unix seconds, "cool_downs": {MODEL, or "*" for all: seconds},
+        "rests": Breaker.rows()}`
+        """
+        cooldowns = self.breaker.rows()
+        return {
+            "health": "resting" if cooldowns else "ready",
+            "reason": "",
+            "token_expires_at": None,
+            "cool_downs": {row["model"]: row["seconds"] for row in cooldowns},
+            "rests": cooldowns,
+        }
+
+    async def quota(self) -> Quota | None:
+        """Asks the service what is left of the plan; None if there is none.  Raises ApiError."""
+        return None
+
+    def known_quota(self) -> Quota | None:
+        """The last known quota, without asking the service."""
+        return self.quota_watch.known
+
+    def refused(self, model_id: str, error: ApiError) -> None:
+        """A refusal came inside a 200 response: starts a cool-down."""
+
+    def clear_cooldowns(self) -> None:
+        self.breaker.cooldowns.clear()
+
+    async def settle(self) -> None:
+        """Waits for what must not be interrupted."""
+
+    def close(self) -> None:
+        """Stops what runs in the background."""
+        self.quota_watch.close()
 
 
 @contextlib.contextmanager
@@ -13958,265 +14247,241 @@ def advising(provider: Provider) -> Iterator[None]:
         raise
 
 
-class Catalogue:
-    """A provider's models: fetched when needed, cached while fresh; a stale list beats none."""
+Token = TypeVar("Token", CopilotToken, KiroLogin)
 
-    def __init__(self, provider: str, fetch: Callable[[], Awaitable[dict[str, Model]]]) -> None:
-        self.provider = provider
-        self.fetch = fetch
+
+class Account(Generic[Token]):
+    """A sign-in: its token file, which other programs may change, and the token in use."""
+
+    renewal_gap_s = 0.0  #: seconds between renewals of tokens that were refused
+    #: seconds before its expiry from which the token in use is too old for a new request
+    margin_s = 0.0
+    secret_name = ""  #: the attribute of a token that is sent
+
+    def __init__(self, provider: AccountProvider[Token], paths: Paths) -> None:
+        self.name: str = provider.name
+        self.config: Any = provider.config
+        self.client = provider.client
+        self.on_change = provider.forget_account  #: called when another account has signed in
+        self.file = TokenFile(paths.token_file(provider.name))
         self.lock = asyncio.Lock()
-        self.models: dict[str, Model] = {}
-        #: model -> monotonic time it was last listed
-        self.listed_at: dict[str, float] = {}
-        self.fetched_at = float("-inf")
-        #: when an unknown name last forced a refresh
-        self.missed_at = float("-inf")
+        self.cached: Token | None = None
+        self.stale_at = 0.0  #: monotonic: a wall clock set back must not make a token immortal
+        self.renewed_at = -math.inf
+        #: sign-in endpoints watch for storms, and a dead sign-in is never tried again
+        self.breaker = Breaker(first_s=1.0, max_s=SIGN_IN_RETRY_MAX_SECONDS)
+        #: what a new token is obtained with, as of the last `load`; "" if none can be
+        self.refresh_secret = ""
+        self.tasks: set[asyncio.Task[Any]] = set()
+        self.used = False  #: since the last refresh in the background
 
-    def listed(self) -> dict[str, Model] | None:
-        age_s = asyncio.get_running_loop().time() - self.fetched_at
-        return self.models if age_s < MODELS_FRESH_SECONDS else None
+    def load(self, *, peeks: bool = False) -> Token | None:
+        """The token in the file, if it holds one that can be used; raises NotSignedIn."""
+        raise NotImplementedError
 
-    def expire(self) -> None:
-        self.fetched_at = float("-inf")
+    async def latest(self) -> Token | None:
+        """The token in the file, or the newer one of a program that shares the sign-in."""
+        return self.load()
 
-    async def get(self, refresh: bool = False) -> dict[str, Model]:
-        """Raises ApiError if there never was a list."""
-        now = asyncio.get_running_loop().time()
-        if refresh and now - self.missed_at >= MODELS_MISS_SECONDS:
-            self.missed_at = now
-            self.expire()
-        listed = self.listed()
-        if listed is not None:
-            return listed
+    async def exchange(self, saved: Token | None) -> Token:
+        """Obtains a new token and saves it.  Raises NotSignedIn if the sign-in is dead."""
+        raise NotImplementedError
+
+    def secret(self, token: Token | None) -> str:
+        return getattr(token, self.secret_name, "")
+
+    def current(self, margin_s: float | None = None) -> Token | None:
+        """The token in use, until `margin_s` before its expiry or the token file changes."""
+        if self.file.changed():
+            self.cached = None
+            if not self.file.is_refused():
+                self.breaker.cooldowns.clear()
+            saved = self.load()
+            if saved is not None:
+                self.use(saved)
+        token = self.cached
+        if token is None or not self.secret(token):
+            return None
+        left_s = min(token.expires_at - time.time(), self.stale_at - time.monotonic())
+        return token if left_s > (self.margin_s if margin_s is None else margin_s) else None
+
+    def use(self, token: Token) -> Token:
+        self.cached = token
+        left_s = token.expires_at - time.time()
+        if left_s < math.inf:
+            left_s = min(left_s, MAX_TOKEN_SECONDS)
+        self.stale_at = time.monotonic() + left_s
+        return token
+
+    async def get(self) -> Token:
+        """A token that will last; concurrent calls share one refresh.  Raises ApiError."""
+        self.used = True
+        token = self.current()
+        if token is None:
+            token = await self.finish(self.obtain())
+        assert token is not None
+        return token
+
+    async def renew(self, refused: Token) -> Token | None:
+        """A token other than `refused`; None if one was obtained only a moment ago."""
+        return await self.finish(self.obtain(refused))
+
+    async def finish(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Runs `work` to its end even if we are cancelled: a rotated token is issued only once."""
+        task = asyncio.ensure_future(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        # Retrieves the exception: it was for the tasks that still wait.
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return await asyncio.shield(task)
+
+    async def obtain(
+        self, refused: Token | None = None, margin_s: float | None = None
+    ) -> Token | None:
+        """The token in use, of another program, or a new one; None as with `renew`."""
         async with self.lock:
-            listed = self.listed()  # another task may have been quicker
-            if listed is not None:
-                return listed
-            try:
-                self.merge(await self.fetch())
-            except Exception as error:  # noqa: BLE001 - the others' models are listed all the same
-                is_api_error = isinstance(error, ApiError)
-                reason = error if is_api_error else internal_error("a model list could not be read")
-                if not self.models:
-                    raise reason from None
-                log_event("warning", "models_not_refreshed", provider=self.provider, reason=reason)
-                self.fetched_at = now
-        return self.models
+            current = self.current(margin_s)
+            if current is not None and self.secret(current) != self.secret(refused):
+                return current  # another task was quicker
+            async with self.file.lock():
+                previous = refused or self.cached
+                saved = await self.latest()
+                if saved is not None and self.secret(saved) != self.secret(previous):
+                    self.use(saved)
+                    current = self.current(0.0 if refused else margin_s)
+                    if current is not None:
+                        return current  # another program was quicker
+                if refused is not None:
+                    gap_s = time.monotonic() - self.renewed_at
+                    if not self.refresh_secret or gap_s < self.renewal_gap_s:
+                        return None
+                    self.renewed_at = time.monotonic()
+                    self.cached = None
+                try:
+                    return await self.refresh(saved)
+                except ApiError:
+                    current = self.current(0.0)
+                    if current is None:
+                        raise
+                    return current  # still valid for some minutes
 
-    def merge(self, fetched: dict[str, Model]) -> None:
-        """Keeps models missing from the new list for a while: even entitled ones may be missing."""
-        now = asyncio.get_running_loop().time()
-        for model_id in fetched:
-            self.listed_at[model_id] = now
-        retained = {
-            model_id: model
-            for model_id, model in self.models.items()
-            if now - self.listed_at.get(model_id, float("-inf")) < MODELS_KEPT_SECONDS
-        }
-        self.models = {**retained, **fetched}
-        self.fetched_at = now
+    async def refresh(self, saved: Token | None) -> Token:
+        """A new token, unless the service has just refused this sign-in.  Raises ApiError."""
+        secret = self.refresh_secret
+        self.breaker.check(secret)
+        try:
+            token = await self.exchange(saved)
+        except ApiError as error:
+            wait_s = min(error.retry_after or 0.0, SIGN_IN_RETRY_AFTER_SECONDS)
+            if isinstance(error, NotSignedIn):
+                is_final = not isinstance(error, NotEntitled)
+                wait_s = math.inf if is_final else max(wait_s, SIGN_IN_RETRY_MAX_SECONDS)
+                self.file.save({"refused": error.message})
+            self.breaker.open(secret, error, wait_s)
+            log_event("warning", "token_refresh_failed", provider=self.name, reason=error)
+            raise
+        self.breaker.cooldowns.clear()
+        return self.use(token)
 
-    def use_fallback(self, models: dict[str, Model]) -> None:
-        """Uses a built-in list for MODELS_RETRY_SECONDS when the service's cannot be had."""
-        self.models = models
-        now = asyncio.get_running_loop().time()
-        self.fetched_at = now - MODELS_FRESH_SECONDS + MODELS_RETRY_SECONDS
-
-
-@dataclass(slots=True, eq=False)
-class Cooldown:
-    """A cool-down of a model, or of the account: why, and until when."""
-
-    error: ApiError
-    #: monotonic; after it one request probes
-    until: float
-    #: monotonic time of recovery, as announced by the service; 0 = unknown
-    recovers_at: float
-    length_s: float
-    #: a probe is in flight: success ends this cool-down, a refusal starts another
-    probing: bool = False
-
-    def is_over(self, now: float) -> bool:
-        return now >= max(self.until + COOL_DOWN_SECONDS, self.recovers_at) and not self.probing
-
-    def as_error(self, now: float) -> ApiError:
-        wait_s = None
-        if self.error.retry_after is not None:
-            wait_s = max(max(self.recovers_at, self.until) - now, PAUSE_SECONDS[0])
-        return self.error.anew(self.error.hint, wait_s)
+    def close(self) -> None:
+        """Lets a refresh go on."""
+        self.file.flush()
 
 
-class Cooldowns:
-    """One circuit breaker per model: clients' retries would make matters worse.
+class AccountProvider(Provider, Generic[Token]):
+    """A provider that needs a sign-in."""
 
-    After a cool-down one request probes (half-open); the others fail until it has finished.
-    """
+    account_class: ClassVar[type[Account[Any]]]
+    attempt_class: ClassVar[type[Attempt[Any]]]
 
-    def __init__(self, provider: str = "") -> None:
-        self.provider = provider
-        #: by model, "" for the whole account
-        self.resting: dict[str, Cooldown] = {}
+    def __init__(self, name: str, config: Any, paths: Paths, client: HttpClient) -> None:
+        super().__init__(name)
+        self.sign_in = sign_in_command(config.type, name)
+        self.config = config
+        self.client = client
+        self.account: Account[Token] = self.account_class(self, paths)
 
-    def rest(
-        self, model_id: str, error: ApiError, wait_s: float | None, resets_in: float | None = None
-    ) -> float:
-        """Starts a cool-down of a model ("" = the account); returns its seconds.
+    async def token(self) -> Token:
+        return await self.account.get()
 
-        At most COOL_DOWN_SECONDS, then one request probes.  Without `wait_s` it doubles each time.
-        `resets_in`: seconds to the expected recovery, if known.
-        """
-        now = asyncio.get_running_loop().time()
-        previous = self.resting.get(model_id)
-        if previous is not None and previous.is_over(now):
-            previous = None
-        if not wait_s:
-            has_ended = previous is not None and previous.until <= now
-            previous_s = previous.length_s if previous is not None else COOLDOWN_SECONDS
-            wait_s = 2 * previous_s if has_ended else previous_s
-        length_s = min(max(wait_s, 1.0), COOL_DOWN_SECONDS)
-        ends_at = max(now + length_s, previous.until if previous is not None else 0.0)
-        resets_in = error.retry_after if resets_in is None else resets_in
-        recovers_at = now + resets_in if resets_in else 0.0
-        self.resting.pop(model_id, None)
-        if len(self.resting) >= MAX_COOLDOWNS:
-            del self.resting[next(filter(None, self.resting))]  # the oldest one of a model
-        self.resting[model_id] = Cooldown(error, ends_at, recovers_at, length_s)
-        log_event(
-            "info",
-            "resting",
-            provider=self.provider,
-            model=model_id or "*",
-            kind=error.kind,
-            seconds=math.ceil(length_s),
-        )
-        return length_s
+    async def ask(
+        self, send: Callable[..., Awaitable[Json | RetryDecision]], *arguments: Any
+    ) -> Json | RetryDecision:
+        """The result of `send(token, *arguments)`; a token that is refused is renewed once."""
+        token = await self.token()
+        result = await send(token, *arguments)
+        if isinstance(result, RetryDecision) and result.action == "refresh":
+            renewed = await self.account.renew(token)
+            if renewed is not None:
+                return await send(renewed, *arguments)
+        return result
 
-    def refused(self, model_id: str, decision: RetryDecision) -> None:
+    async def open(self, call: Call) -> BodyStream:
+        with self.breaker.passing(call.model.id):
+            return await self.attempt_class(self, call, await self.token()).run()
+
+    def cool_down(self, model_id: str, decision: RetryDecision) -> None:
         """After a final refusal: starts a cool-down if only time helps."""
         error, requested_s = decision.error, decision.wait_s
         if decision.action not in ("pause", "rest") and (requested_s or 0.0) <= MAX_WAIT_SECONDS:
             return
         if isinstance(error, Overloaded) and not requested_s:
             return  # it may have room for the very next request
-        resets_in = decision.resets_in or requested_s
         wait_s = requested_s or (COOL_DOWN_SECONDS if decision.action == "rest" else None)
-        length_s = self.rest("" if decision.account_wide else model_id, error, wait_s, resets_in)
+        wait_s = min(wait_s, COOL_DOWN_SECONDS) if wait_s else None
+        key = "" if decision.account_wide else model_id
+        length_s = self.breaker.open(key, error, wait_s, decision.resets_in or requested_s)
         if not error.retry_after and isinstance(error, RateLimited):
             error.retry_after = length_s
 
-    def check(self, model_id: str) -> None:
-        now = asyncio.get_running_loop().time()
-        for key in (model_id, ""):
-            cooldown = self.resting.get(key)
-            if cooldown is not None and cooldown.is_over(now):
-                del self.resting[key]
-            elif cooldown is not None and (now < cooldown.until or cooldown.probing):
-                raise cooldown.as_error(now)
+    def refused(self, model_id: str, error: ApiError) -> None:
+        """An error inside a 200 response names no time."""
+        self.cool_down(model_id, RetryDecision(error, "pause"))
 
-    @contextlib.contextmanager
-    def passing(self, model_id: str) -> Iterator[None]:
-        """Around one request: raises during a cool-down; success ends one."""
-        self.check(model_id)
-        probed = [self.resting[key] for key in (model_id, "") if key in self.resting]
-        for cooldown in probed:
-            cooldown.probing = True
+    def user(self) -> str:
+        return self.account.file.user
+
+    def status(self) -> Json:
+        status, account = super().status(), self.account
         try:
-            yield
-        finally:
-            for cooldown in probed:
-                cooldown.probing = False
-        for key in [key for key, cooldown in self.resting.items() if cooldown in probed]:
-            del self.resting[key]
-            log_event("info", "rest_ended", provider=self.provider, model=key or "*")
+            with advising(self):
+                account.load(peeks=True)
+        except NotSignedIn as error:
+            status |= {"health": "not signed in", "reason": error.text()}
+        else:
+            for failure in account.breaker.cooldowns.values():
+                status |= {"health": "failing", "reason": failure.error.text()}
+        if account.cached is not None and account.cached.expires_at != math.inf:
+            status["token_expires_at"] = account.cached.expires_at
+        return status
 
-    def clear(self) -> None:
-        self.resting.clear()
+    async def settle(self) -> None:
+        if self.account.tasks:
+            await asyncio.wait(self.account.tasks)
 
-    def rows(self) -> list[Json]:
-        """`[{"model": ID or "*", "seconds", "kind", "reason", "passes_at", "probing"}]`.
-
-        `seconds` to the next probe, 0 during one; `recovers_at`: Unix seconds of the expected
-        recovery, None if unknown.
-        """
-        now, wall = asyncio.get_running_loop().time(), time.time()
-        return [
-            {
-                "model": key or "*",
-                "seconds": max(0, math.ceil(cooldown.until - now)),
-                "kind": cooldown.error.kind,
-                "reason": cooldown.error.text(),
-                "passes_at": int(wall + cooldown.recovers_at - now)
-                if cooldown.recovers_at
-                else None,
-                "probing": cooldown.probing,
-            }
-            for key, cooldown in self.resting.items()
-            if now < cooldown.until or cooldown.probing
-        ]
+    def close(self) -> None:
+        super().close()
+        self.account.close()
 
 
-class Backoff:
-    """Sign-in endpoints watch for storms: retries after 1, 2, 4 ... s, never with a dead token."""
-
-    def __init__(self) -> None:
-        self.wait_s = 0.0
-        self.retry_at = 0.0
-        self.secret = ""
-        self.error: ApiError | None = None
-
-    def failed(self, error: ApiError, secret: str) -> None:
-        is_refused = isinstance(error, NotSignedIn)
-        doubled_s = max(1.0, 2 * self.wait_s) if secret == self.secret else 1.0
-        self.wait_s = min(doubled_s, SIGN_IN_RETRY_MAX_SECONDS)
-        requested_s = min(error.retry_after or 0.0, SIGN_IN_RETRY_AFTER_SECONDS)
-        wait_s = max(SIGN_IN_RETRY_MAX_SECONDS if is_refused else self.wait_s, requested_s)
-        if is_refused and not isinstance(error, NotEntitled):
-            wait_s = math.inf
-        self.retry_at = asyncio.get_running_loop().time() + wait_s
-        self.secret, self.error = secret, error
-
-    def succeeded(self) -> None:
-        self.wait_s, self.error = 0.0, None
-
-    def reason(self, secret: str) -> ApiError | None:
-        now = asyncio.get_running_loop().time()
-        return self.error if now < self.retry_at and secret == self.secret else None
+#: action of a RetryDecision -> how often it is taken, and the method that prepares the resend
+Remedies = dict[str, tuple[float, Callable[[Any, RetryDecision], Awaitable[None]]]]
 
 
-def account_status(provider: CopilotProvider | KiroProvider) -> Json:
-    account = provider.account
-    cooldowns = provider.cooldowns.rows()
-    health, reason = "resting" if cooldowns else "ready", ""
-    try:
-        with advising(provider):
-            account.load(peeks=True)
-    except NotSignedIn as error:
-        health, reason = "not signed in", error.text()
-    else:
-        if account.backoff.error is not None:
-            health, reason = "failing", account.backoff.error.text()
-    expires_at = account.cached.expires_at if account.cached is not None else math.inf
-    return {
-        "health": health,
-        "reason": reason,
-        "token_expires_at": None if expires_at == math.inf else expires_at,
-        "cool_downs": {row["model"]: row["seconds"] for row in cooldowns},
-        "rests": cooldowns,
-    }
+class Attempt(Generic[Token]):
+    """One call, sent until it succeeds or no remedy is left."""
 
+    remedies: ClassVar[Remedies]
+    max_count = math.inf
+    unreachable_action = "wait"  #: the action if a host could not be reached
 
-def reset_hint(resets_at: float) -> str:
-    """The hint for spent credits; `resets_at` in Unix seconds."""
-    return f"They come back on {plain_day(resets_at)}."
-
-
-class Attempt:
-    def __init__(self, provider: str, call: Call, cooldowns: Cooldowns) -> None:
-        self.provider_name = provider
+    def __init__(self, provider: AccountProvider[Token], call: Call, token: Token) -> None:
+        self.provider: AccountProvider[Token] = provider
         self.call = call
-        self.cooldowns = cooldowns
+        self.token: Token = token
         self.count = 0
-        self.tried: set[str] = set()
+        #: how often each action was taken; a pause counts as a wait
+        self.taken: Counter[str] = Counter()
 
     async def send(self) -> UpstreamResponse:
         raise NotImplementedError
@@ -14225,50 +14490,66 @@ class Attempt:
         """What a refusal means; None if the response can be passed on."""
         raise NotImplementedError
 
-    async def repair(self, decision: RetryDecision) -> None:
-        """Applies the decision's action, or raises its error."""
-        raise NotImplementedError
+    async def give_up(self, decision: RetryDecision) -> None:
+        """Completes a decision whose error is final."""
 
-    def classify_failure(self, error: UpstreamError) -> RetryDecision:
-        """No response came; only a request that was never sent is safe to send again."""
-        return RetryDecision(error, "wait" if isinstance(error, Unreachable) else "")
+    @staticmethod
+    def set_reset(decision: RetryDecision, resets_at: float) -> None:
+        """Tells when spent credits come back; `resets_at` in Unix seconds."""
+        left_s = resets_at - time.time()
+        if left_s > 0:
+            decision.resets_in = left_s
+            decision.error.hint = f"They come back on {plain_day(resets_at)}."
 
     async def run(self) -> UpstreamResponse:
+        call, window = self.call, self.call.model.max_prompt
         while True:
             self.count += 1
-            self.call.attempts = self.count
+            call.attempts = self.count
             try:
                 response = await self.send()
-            except UpstreamError as error:
-                decision: RetryDecision | None = self.classify_failure(error)
-            else:
                 decision = await self.classify(response)
-                if decision is None:
-                    return response
-            assert decision is not None
-            decision.error = self.with_token_counts(decision.error)
-            self.call.refusals.append(decision.error.kind)
-            log_event(
-                "info",
-                "upstream_refused",
-                provider=self.provider_name,
-                model=self.call.model.id,
-                kind=decision.error.kind,
-                action=decision.action or "none",
-                attempt=self.count,
-            )
+            except UpstreamError as lost:
+                # Only a request that was never sent is safe to send again.
+                action = self.unreachable_action if isinstance(lost, Unreachable) else ""
+                decision = RetryDecision(lost, action)
+            if decision is None:
+                return response
+            error = decision.error
+            if isinstance(error, ContextTooLong) and not error.is_counted and window:
+                # Clients look for the numbers: tokens, and their limit.
+                tokens = max(int(estimate_value(call.body)), window + 1)
+                error = decision.error = ContextTooLong(tokens, window)
+            call.refusals.append(error.kind)
+            facts = {"provider": self.provider.name, "model": call.model.id, "kind": error.kind}
+            action = decision.action or "none"
+            log_event("info", "upstream_refused", **facts, action=action, attempt=self.count)
             try:
                 await self.repair(decision)
             except ApiError:
-                self.cooldowns.refused(self.call.model.id, decision)
+                self.provider.cool_down(call.model.id, decision)
                 raise
 
-    def with_token_counts(self, error: ApiError) -> ApiError:
-        """Adds to a full context the numbers that clients look for: tokens, and their limit."""
-        window = self.call.model.max_prompt
-        if not isinstance(error, ContextTooLong) or error.is_counted or not window:
-            return error
-        return ContextTooLong(max(int(estimate_value(self.call.body)), window + 1), window)
+    async def repair(self, decision: RetryDecision) -> None:
+        """Takes the decision's action, or raises its error."""
+        action = "wait" if decision.action == "pause" else decision.action
+        self.taken[action] += 1
+        limit, remedy = self.remedies.get(action, (0, Attempt.pause))
+        if self.count >= self.max_count or self.taken[action] > limit:
+            await self.give_up(decision)
+            raise decision.error
+        await remedy(self, decision)
+
+    async def pause(self, decision: RetryDecision) -> None:
+        wait_s = decision.wait_s
+        if wait_s is None:
+            is_pause = decision.action == "pause"
+            steps = PAUSE_SECONDS if is_pause else BACKOFF_SECONDS
+            step = self.taken["wait" if is_pause else decision.action]
+            wait_s = steps[min(step, len(steps)) - 1] * (1 + os.urandom(1)[0] / 1024)
+        if wait_s > MAX_WAIT_SECONDS:
+            raise decision.error
+        await asyncio.sleep(wait_s)
 
     @staticmethod
     async def read_error_body(response: UpstreamResponse) -> bytes:
@@ -14280,119 +14561,6 @@ class Attempt:
             return b""
         finally:
             response.close(ended=False)
-
-    async def pause(self, decision: RetryDecision, step: int) -> None:
-        wait_s = decision.wait_s
-        if wait_s is None:
-            steps = PAUSE_SECONDS if decision.action == "pause" else BACKOFF_SECONDS
-            wait_s = steps[min(step, len(steps)) - 1] * (1 + os.urandom(1)[0] / 1024)
-        if wait_s > MAX_WAIT_SECONDS:
-            raise decision.error
-        await asyncio.sleep(wait_s)
-
-
-class QuotaWatch:
-    """Polled in the background while the provider is used; warns when little is left."""
-
-    def __init__(self, provider: str, ask: Callable[[], Awaitable[Quota | None]]) -> None:
-        self.provider = provider
-        #: asks the service, and passes the result to `learn`
-        self.ask = ask
-        self.soon_s = QUOTA_SOON_SECONDS
-        self.gap_s = QUOTA_LOOK_SECONDS
-        self.again_s = QUOTA_AGAIN_SECONDS
-        self.timer: asyncio.TimerHandle | None = None
-        self.looking: asyncio.Task[None] | None = None
-        self.forget()
-
-    def forget(self) -> None:
-        self.known: Quota | None = None
-        self.alarm = QuotaAlarm()
-        #: the quota headers of the last response that had any
-        self.fields: dict[str, str] = {}
-        #: whether a poll has succeeded: only then plan and units are known
-        self.is_complete = False
-        #: monotonic time of the last poll, even a failed one
-        self.looked_at = float("-inf")
-        self.close()
-
-    def close(self) -> None:
-        if self.timer is not None:
-            self.timer.cancel()
-            self.timer = None
-        # A poll that finds a new sign-in calls `forget`, and may go on.
-        if self.looking is not None and self.looking is not asyncio.current_task():
-            self.looking.cancel()
-
-    def learn(self, quota: Quota) -> Quota:
-        self.is_complete = True
-        self.looked_at = asyncio.get_running_loop().time()
-        if self.timer is not None:
-            self.timer.cancel()
-            self.timer = None
-        return self.keep(quota)
-
-    def keep(self, quota: Quota) -> Quota:
-        quota.as_of = time.time()
-        self.known = quota
-        for row in self.alarm.news(quota, quota.as_of):
-            log_event(
-                "warning",
-                "quota_used_up" if reached_percent(row) >= 100 else "quota_low",
-                provider=self.provider,
-                allowance=row.name,
-                percent=int(row.percent_used or 0),
-                left="unknown" if row.remaining is None else f"{row.remaining:g}",
-                unit=row.unit or "unknown",
-                resets=plain_day(row.resets_at or quota.resets_at) or "unknown",
-            )
-        return quota
-
-    def harvest(self, headers: Headers) -> None:
-        """Reads the headers of a good response; plans a poll if they say too little."""
-        quota_headers = quota_fields(headers)
-        if not quota_headers or not self.is_complete:
-            self.used()
-        changed = {
-            name: value for name, value in quota_headers.items() if self.fields.get(name) != value
-        }
-        if changed:
-            self.fields = quota_headers
-            self.keep(take_snapshots(self.known, changed, time.time()))
-        elif quota_headers and self.known is not None:
-            self.known.as_of = time.time()
-
-    def used(self) -> None:
-        """After a request: polls soon, but not often."""
-        if self.timer is None:
-            now = asyncio.get_running_loop().time()
-            self.plan(max(now + self.soon_s, self.looked_at + self.gap_s))
-
-    def heed(self, error: ApiError) -> None:
-        """After an error: polls soon if the credits are said to be spent."""
-        if isinstance(error, QuotaExceeded):
-            now = asyncio.get_running_loop().time()
-            self.plan(max(now + self.soon_s, self.looked_at + self.again_s))
-
-    def plan(self, poll_at: float) -> None:
-        """Plans a poll at the monotonic time `poll_at`, unless an earlier one is planned."""
-        if self.timer is not None:
-            if self.timer.when() <= poll_at:
-                return
-            self.timer.cancel()
-        self.timer = asyncio.get_running_loop().call_at(poll_at, self.start)
-
-    def start(self) -> None:
-        self.timer = None
-        if self.looking is None or self.looking.done():
-            self.looking = asyncio.get_running_loop().create_task(self.poll())
-
-    async def poll(self) -> None:
-        self.looked_at = asyncio.get_running_loop().time()
-        try:
-            await self.ask()
-        except ApiError as error:
-            log_event("debug", "quota_unknown", provider=self.provider, reason=error)
 
 
 # 15.2 Echo
@@ -14416,48 +14584,32 @@ def sample_value(schema: Any) -> Any:
     return samples.get(kind, "echo") if isinstance(kind, str) else "echo"
 
 
-def last_blocks(conversation: Conversation) -> list[Block]:
-    """The last turn that is not the system's: Claude Code adds system text after the prompt."""
-    return next((t.blocks for t in reversed(conversation.turns) if t.role != "system"), [])
-
-
-def echo_call(conversation: Conversation) -> ToolCall | None:
-    text = plain_text(last_blocks(conversation))
-    if not conversation.tools or ECHO_CALL_WORDS not in text.lower():
-        return None
-    tool = conversation.tools[0]
-    call_id = "call_" + short_hash(text + tool.name, 16)
-    return ToolCall(call_id, tool.name, dump_text(sample_value(tool.schema)))
-
-
-def echo_text(conversation: Conversation) -> str:
-    blocks = last_blocks(conversation)
-    results = [block for block in blocks if isinstance(block, ToolResult)]
-    outputs = [f"The tool said: {plain_text(result.blocks)}" for result in results]
-    images = [
-        block for turn in conversation.turns for block in turn.blocks if isinstance(block, Image)
-    ]
-    text = "\n\n".join([*outputs, *filter(None, [plain_text(blocks)])])
-    return f"{ECHO_LABEL}{text}" + (f" (images seen: {len(images)})" if images else "")
-
-
 def echo_events(conversation: Conversation, prompt_tokens: int) -> Iterator[Event]:
+    """Repeats the last turn that is not the system's: Claude Code adds system text after it."""
+    turns = conversation.turns
+    blocks = next((turn.blocks for turn in reversed(turns) if turn.role != "system"), [])
+    prompt = plain_text(blocks)
+    calls_tool = bool(conversation.tools) and ECHO_CALL_WORDS in prompt.lower()
     yield MessageStart()
-    call = echo_call(conversation)
-    text = call.arguments if call else echo_text(conversation)
-    if call:
-        yield BlockStart("tool", call.id, call.name)
+    if calls_tool:
+        tool = conversation.tools[0]
+        text = dump_text(sample_value(tool.schema))
+        yield BlockStart("tool", "call_" + short_hash(prompt + tool.name, 16), tool.name)
         yield BlockDelta("arguments", text)
     else:
+        results = [block for block in blocks if isinstance(block, ToolResult)]
+        parts = [f"The tool said: {plain_text(result.blocks)}" for result in results]
+        images = sum(isinstance(block, Image) for turn in turns for block in turn.blocks)
+        text = ECHO_LABEL + "\n\n".join([*parts, prompt] if prompt else parts)
+        text += f" (images seen: {images})" if images else ""
         step = max(8, len(text) // 400)
         yield BlockStart("text")
         for start in range(0, len(text), step):
             yield BlockDelta("text", text[start : start + step])
     yield BlockStop()
-    yield UsageUpdate(
-        Usage(prompt_tokens, output=max(1, int(estimate_text(text))), source="reported")
-    )
-    yield MessageStop("tool" if call else "end")
+    output = max(1, int(estimate_text(text)))
+    yield UsageUpdate(Usage(prompt_tokens, output=output, source="reported"))
+    yield MessageStop("tool" if calls_tool else "end")
 
 
 class LocalResponse:
@@ -14466,17 +14618,17 @@ class LocalResponse:
         self.error: ApiError | None = None
         self.resumed = asyncio.Event()
         self.resumed.set()
-        self.stopped = False
 
     async def first(self) -> bytes:
         return next(self.pieces, b"")
 
     async def relay(self, sink: Callable[[bytes], None]) -> None:
-        for piece in self.pieces:
+        while True:
             await self.resumed.wait()
             if self.error:
                 raise self.error
-            if self.stopped:
+            piece = next(self.pieces, b"")
+            if not piece:
                 return
             sink(piece)
             await asyncio.sleep(0)
@@ -14492,51 +14644,37 @@ class LocalResponse:
         self.resumed.set()
 
     def stop(self) -> None:
-        self.stopped = True
+        self.pieces = iter(())
         self.resumed.set()
 
     def close(self, ended: bool) -> None: ...
 
 
-class EchoProvider:
+class EchoProvider(Provider):
     """Answers locally; speaks OpenAI chat, so that every other dialect is really converted."""
 
     local = True
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.sign_in = ""
-        self.catalogue = {
-            "echo": Model(
-                id="echo",
-                provider=name,
-                name="Echo (answers locally)",
-                vendor="aiclient-api",
-                max_output=1_000_000,
-                max_prompt=1_000_000,
-                context=1_000_000,
-                files=True,
-            )
-        }
-
-    async def models(self, refresh: bool = False) -> dict[str, Model]:
-        return self.catalogue
-
-    def listed(self) -> dict[str, Model] | None:
-        return self.catalogue
-
-    def guess(self, model_id: str) -> Model | None:
-        return None
+    async def fetch_models(self) -> dict[str, Model]:
+        model = Model(
+            id="echo",
+            provider=self.name,
+            name="Echo (answers locally)",
+            vendor="aiclient-api",
+            max_output=1_000_000,
+            max_prompt=1_000_000,
+            context=1_000_000,
+            files=True,
+        )
+        return {model.id: model}
 
     async def open(self, call: Call) -> BodyStream:
         conversation = CHAT.read_request(call.body)
         if not conversation.turns:
             raise InvalidRequest("messages: there is nothing to echo.", param="messages")
         events = echo_events(conversation, estimate_request(call.body))
-        context = ResponseContext(
-            CHAT.id_prefix + os.urandom(12).hex(), int(time.time()), "echo", True
-        )
-        writer = CHAT.writer(context)
+        response_id = CHAT.id_prefix + os.urandom(12).hex()
+        writer = CHAT.writer(ResponseContext(response_id, int(time.time()), "echo", True))
 
         def pieces() -> Iterator[bytes]:
             for event in events:
@@ -14546,204 +14684,11 @@ class EchoProvider:
 
         return LocalResponse(pieces())
 
-    async def embed(self, body: Json, model: Model) -> tuple[Json, Usage]:
-        raise UnsupportedFeature(f"{model.id} makes no embeddings.", param="model")
-
-    def store_reasoning(self, calls: list[str], text: str, opaque: str) -> None: ...
-
-    def user(self) -> str:
-        return ""
-
-    def secrets(self) -> tuple[str, ...]:
-        return ()
-
     def status(self) -> Json:
-        return {
-            "health": "ready",
-            "reason": "answers locally, needs no account",
-            "token_expires_at": None,
-            "cool_downs": {},
-            "rests": [],
-        }
-
-    async def quota(self) -> Quota | None:
-        return None
-
-    def known_quota(self) -> Quota | None:
-        return None
-
-    def refused(self, model_id: str, error: ApiError) -> None: ...
-
-    def wake(self) -> None: ...
-
-    async def settle(self) -> None: ...
-
-    def close(self) -> None: ...
+        return {**super().status(), "reason": "answers locally, needs no account"}
 
 
 # 15.3 Copilot
-
-
-class CopilotAccount:
-    """A GitHub sign-in and the short-lived Copilot token that it is exchanged for."""
-
-    def __init__(
-        self,
-        name: str,
-        config: CopilotConfig,
-        paths: Paths,
-        client: HttpClient,
-        on_change: Callable[[], None],
-    ) -> None:
-        self.name = name
-        self.config = config
-        self.file = TokenFile(paths.token_file(name))
-        self.client = client
-        #: called when another account has signed in
-        self.on_change = on_change
-        self.lock = asyncio.Lock()
-        self.github_token = ""
-        self.cached: CopilotToken | None = None
-        #: monotonic: a wall clock set back must not make a token immortal
-        self.stale_at = 0.0
-        self.forced_at = float("-inf")
-        self.used = False
-        self.backoff = Backoff()
-        self.refresher: asyncio.Task[None] | None = None
-
-    def load(self, *, peeks: bool = False) -> Json:
-        """Raises NotSignedIn."""
-        content = self.file.need(self.name, "Copilot", peeks=peeks)
-        try:
-            content["github_token"] = bare_token(get_str(content, "github_token"))
-        except SignInFailed:
-            raise NotSignedIn(f"{self.file.path} holds no github_token.") from None
-        if content["github_token"] != self.github_token:
-            if self.github_token:
-                self.on_change()
-            self.github_token, self.cached = content["github_token"], None
-        return content
-
-    def current(self) -> CopilotToken | None:
-        """The token in use, until it expires or the token file changes."""
-        if self.file.changed():
-            self.cached = None
-            if not self.file.is_refused():
-                self.backoff.succeeded()
-            self.use_saved()
-        return self.cached if self.is_fresh(self.cached) else None
-
-    def is_fresh(self, token: CopilotToken | None, margin_s: float | None = None) -> bool:
-        """Whether `token` is valid for `margin_s` more seconds, by both clocks."""
-        if token is None:
-            return False
-        margin_s = token.margin_s if margin_s is None else margin_s
-        now = asyncio.get_running_loop().time()
-        return token.expires_at - time.time() > margin_s and self.stale_at - now > margin_s
-
-    async def token(self) -> CopilotToken:
-        """A token that will last; concurrent calls share one exchange.  Raises ApiError."""
-        self.used = True
-        current = self.current()
-        if current is not None:
-            return current
-        async with self.lock, self.file.lock():
-            return self.current() or await self.exchange()
-
-    async def renew(self, refused: CopilotToken) -> CopilotToken | None:
-        """A token other than `refused`; None if one was forced only a moment ago."""
-        async with self.lock, self.file.lock():
-            current = self.current()
-            if current is not None and current.token != refused.token:
-                return current  # another task was quicker
-            now = asyncio.get_running_loop().time()
-            if now - self.forced_at < FORCED_RENEWAL_GAP_SECONDS:
-                return None
-            self.forced_at = now
-            self.cached = None
-            return await self.exchange()
-
-    def use_saved(self) -> None:
-        """Uses the Copilot token of an earlier run or of another process: saves an exchange."""
-        saved = self.load()
-        token, url = saved.get("copilot_token"), saved.get("api_url")
-        if not isinstance(token, str) or not isinstance(url, str):
-            return
-        expires_at = read_time(saved.get("expires_at"))
-        left_s = expires_at - time.time()
-        if self.config.api_url and url != self.config.api_url.rstrip("/"):
-            return
-        if not self.config.api_url and not allowed_api_host(url, self.config):
-            return
-        if 0 < left_s <= MAX_TOKEN_SECONDS and not (self.cached and self.cached.token == token):
-            lifetime_s = positive_int(saved.get("refresh_in")) or COPILOT_DEFAULT_LIFE_SECONDS
-            self.use(CopilotToken(token, url, expires_at, lifetime_s))
-
-    def use(self, token: CopilotToken) -> None:
-        self.cached = token
-        loop = asyncio.get_running_loop()
-        self.stale_at = loop.time() + token.expires_at - time.time()
-        self.backoff.succeeded()
-        if self.refresher is None or self.refresher.done():
-            self.refresher = loop.create_task(self.refresh_in_background())
-
-    async def exchange(self) -> CopilotToken:
-        """Asks GitHub for a token; if that fails, an old one that is still valid is kept."""
-        saved = self.load()
-        github_token = saved["github_token"]
-        backoff_error = self.backoff.reason(github_token)
-        if backoff_error is not None:
-            if self.is_fresh(self.cached, 0) and self.cached:
-                return self.cached
-            raise backoff_error
-        try:
-            token = await obtain_copilot_token(self.client, self.config, github_token)
-        except ApiError as error:
-            self.backoff.failed(error, github_token)
-            if isinstance(error, NotSignedIn):
-                self.cached = None
-                if saved.get("refused") != error.message:
-                    self.file.save({"refused": error.message, "copilot_token": None})
-                raise
-            if self.is_fresh(self.cached, 0) and self.cached:
-                log_event("warning", "token_refresh_failed", provider=self.name, reason=error)
-                return self.cached
-            raise
-        self.use(token)
-        self.file.save(saved_token(token))
-        log_event("info", "token_refreshed", provider=self.name, host=split_url(token.api_url)[1])
-        return token
-
-    async def refresh_in_background(self) -> None:
-        """Renews the token shortly before it is due, while it is in use."""
-        while self.cached is not None:
-            loop = asyncio.get_running_loop()
-            due_s = self.stale_at - loop.time() - 2 * COPILOT_REFRESH_EARLY_SECONDS
-            await asyncio.sleep(max(due_s, COPILOT_REFRESH_EARLY_SECONDS))
-            if not self.used:
-                return  # the next request will ask
-            self.used = False
-            try:
-                async with self.lock, self.file.lock():
-                    await self.exchange()
-            except ApiError as error:
-                log_event("warning", "token_refresh_failed", provider=self.name, reason=error)
-                return
-
-    def close(self) -> None:
-        self.file.flush()
-        if self.refresher is not None:
-            self.refresher.cancel()
-
-
-def saved_token(token: CopilotToken) -> Json:
-    return {
-        "copilot_token": token.token,
-        "expires_at": int(token.expires_at),
-        "refresh_in": int(token.refresh_in),
-        "api_url": token.api_url,
-        "refused": None,
-    }
 
 
 async def ask_github(
@@ -14758,11 +14703,15 @@ async def obtain_copilot_token(
     client: HttpClient, config: CopilotConfig, github_token: str
 ) -> CopilotToken:
     """Raises NotSignedIn, NotEntitled, temporary errors; DIRECT_TOKENS may be used as they are."""
-    status, headers, data = await ask_github(
-        client, config, "/copilot_internal/v2/token", github_token
-    )
+    path = "/copilot_internal/v2/token"
+    status, headers, data = await ask_github(client, config, path, github_token)
     if status == 404 and github_token.startswith(DIRECT_TOKENS):
-        return await obtain_direct_token(client, config, github_token)
+        path = "/copilot_internal/user"
+        status, headers, data = await ask_github(client, config, path, github_token)
+        if status == 401:
+            raise classify_exchange_error(status, headers, data, time.time()).error
+        user = load_object(data) if status == 200 else None  # a fine-grained token may not ask this
+        return direct_token(github_token, user or {}, config, time.time())
     if status != 200:
         decision = classify_exchange_error(status, headers, data, time.time())
         if isinstance(decision.error, NotSignedIn) and decision.action == "wait":
@@ -14774,219 +14723,99 @@ async def obtain_copilot_token(
     return read_token_answer(body, config, time.time())
 
 
-async def obtain_direct_token(
-    client: HttpClient, config: CopilotConfig, github_token: str
-) -> CopilotToken:
-    status, headers, data = await ask_github(client, config, "/copilot_internal/user", github_token)
-    if status == 401:
-        raise classify_exchange_error(status, headers, data, time.time()).error
-    user = load_object(data) if status == 200 else None  # a fine-grained token may not ask this
-    return direct_token(github_token, user or {}, config, time.time())
+def saved_token(token: CopilotToken) -> Json:
+    return {
+        "copilot_token": token.token,
+        "expires_at": int(token.expires_at),
+        "refresh_in": int(token.refresh_in),
+        "api_url": token.api_url,
+        "refused": None,
+    }
 
 
-class CopilotProvider:
-    local = False
+class CopilotAccount(Account[CopilotToken]):
+    """A GitHub sign-in and the short-lived Copilot token that it is exchanged for."""
 
-    def __init__(
-        self,
-        name: str,
-        config: CopilotConfig,
-        paths: Paths,
-        client: HttpClient,
-        machine: tuple[str, str],
-    ) -> None:
-        self.name = name
-        self.sign_in = sign_in_command("copilot", name)
-        self.client = client
-        self.account = CopilotAccount(name, config, paths, client, self.forget_account)
-        self.machine = machine
-        self.session_id = f"{format_uuid(os.urandom(16).hex())}{int(time.time() * 1000)}"
-        self.identity: dict[str, str] = {}
-        self.identity_token = ""
-        self.quota_watch = QuotaWatch(name, self.quota)
-        self.forget_account()
+    config: CopilotConfig
+    renewal_gap_s = FORCED_RENEWAL_GAP_SECONDS
+    secret_name = "token"
+    #: runs from the first token on
+    refresher: asyncio.Task[None] | None = None
 
-    def forget_account(self) -> None:
-        self.learned = RejectionMemory()
-        self.reasoning = ReasoningMemory()
-        self.catalogue = Catalogue(self.name, self.fetch_models)
-        self.quota_watch.forget()
-        self.cooldowns = Cooldowns(self.name)
+    def load(self, *, peeks: bool = False) -> CopilotToken | None:
+        """Reads the sign-in; the token is that of an earlier run or of another process."""
+        content = self.file.need(self.name, "Copilot", peeks=peeks)
+        try:
+            github_token = bare_token(get_str(content, "github_token"))
+        except SignInFailed:
+            raise NotSignedIn(f"{self.file.path} holds no github_token.") from None
+        if github_token != self.refresh_secret:
+            if self.refresh_secret:
+                self.on_change()
+            self.refresh_secret, self.cached = github_token, None
+        token, url = content.get("copilot_token"), content.get("api_url")
+        if not isinstance(token, str) or not isinstance(url, str):
+            return None
+        own_url = self.config.api_url.rstrip("/")
+        is_allowed = url == own_url if own_url else allowed_api_host(url, self.config)
+        expires_at = read_time(content.get("expires_at"))
+        if not is_allowed or not 0 < expires_at - time.time() <= MAX_TOKEN_SECONDS:
+            return None
+        lifetime_s = positive_int(content.get("refresh_in")) or COPILOT_DEFAULT_LIFE_SECONDS
+        return CopilotToken(token, url, expires_at, lifetime_s)
 
-    async def settle(self) -> None:
-        """A token exchange may be interrupted: the next one brings another token."""
+    async def exchange(self, saved: CopilotToken | None) -> CopilotToken:
+        try:
+            token = await obtain_copilot_token(self.client, self.config, self.refresh_secret)
+        except NotSignedIn:
+            self.cached = None
+            self.file.save({"copilot_token": None})
+            raise
+        self.file.save(saved_token(token))
+        log_event("info", "token_refreshed", provider=self.name, host=split_url(token.api_url)[1])
+        return token
+
+    def use(self, token: CopilotToken) -> CopilotToken:
+        if self.refresher is None or self.refresher.done():
+            self.refresher = asyncio.get_running_loop().create_task(self.refresh_in_background())
+        self.margin_s = token.margin_s
+        return super().use(token)
+
+    async def refresh_in_background(self) -> None:
+        """Renews the token shortly before it is due, while it is in use."""
+        while self.cached is not None:
+            due_s = self.stale_at - time.monotonic() - 2 * COPILOT_REFRESH_EARLY_SECONDS
+            await asyncio.sleep(max(due_s, COPILOT_REFRESH_EARLY_SECONDS))
+            if not self.used:
+                return  # the next request will ask
+            self.used = False
+            try:
+                await self.obtain(margin_s=math.inf)
+            except ApiError:
+                return  # `refresh` has logged it, or the sign-in is gone
 
     def close(self) -> None:
-        self.account.close()
-        self.quota_watch.close()
-
-    def store_reasoning(self, calls: list[str], text: str, opaque: str) -> None:
-        self.reasoning.keep(calls, text, opaque)
-
-    def headers(self, token: CopilotToken, intent: str) -> dict[str, str]:
-        if token.token != self.identity_token:
-            machine, device = self.machine
-            authorization = copilot_authorization(token.token, split_url(token.api_url)[1])
-            self.identity = copilot_identity(authorization, self.session_id, machine, device)
-            self.identity_token = token.token
-        request_id = format_uuid(os.urandom(16).hex())
-        return {
-            **self.identity,
-            "OpenAI-Intent": intent,
-            "X-Interaction-Type": intent,
-            "X-Request-Id": request_id,
-            "X-Agent-Task-Id": request_id,
-        }
-
-    def listed(self) -> dict[str, Model] | None:
-        return self.catalogue.listed()
-
-    async def models(self, refresh: bool = False) -> dict[str, Model]:
-        return await self.catalogue.get(refresh)
-
-    async def fetch_models(self) -> dict[str, Model]:
-        token = await self.account.token()
-        status, data = 0, b""
-        for _ in range(2):
-            headers = {**self.headers(token, "model-access"), "Accept": "application/json"}
-            url = token.api_url + "/models"
-            status, _, data = await self.client.fetch("GET", url, headers, MODELS_SECONDS)
-            if status not in (401, 403, 421):
-                break
-            renewed = await self.account.renew(token)
-            if renewed is None:
-                break
-            token = renewed
-        body = load_object(data)
-        if status in (401, 403, 421):
-            message = read_error_answer(status, data)[0]
-            raise classify(COPILOT_FAULTS, status, "", message, tail="").error
-        if status != 200 or body is None:
-            raise UpstreamError(f"Copilot's model list came with status {status}.")
-        return read_copilot_models(body, self.name)
-
-    async def embed(self, body: Json, model: Model) -> tuple[Json, Usage]:
-        with self.cooldowns.passing(model.id):
-            return await self.embed_all(body, model)
-
-    async def embed_all(self, body: Json, model: Model) -> tuple[Json, Usage]:
-        texts, is_packed = read_embeddings(body)
-        options = {key: body[key] for key in ("dimensions",) if body.get(key) is not None}
-        rows: list[Json] = []
-        usage = Usage(source="reported")
-        for start in range(0, len(texts), MAX_EMBEDDED):
-            request = {"model": model.id, "input": texts[start : start + MAX_EMBEDDED], **options}
-            response = await self.ask("/embeddings", request, model)
-            entries = response.get("data")
-            batch = (
-                [row for row in entries if isinstance(row, dict)] if type(entries) is list else []
-            )
-            if len(batch) != len(request["input"]):
-                raise UpstreamError("Copilot's embeddings are not as many as the texts.")
-            rows += sorted(batch, key=lambda row: get_int(row, "index", 0))
-            usage.input += get_int(get_dict(response, "usage"), "prompt_tokens", 0)
-        return write_embeddings(rows, usage, is_packed), usage
-
-    async def ask(self, path: str, body: Json, model: Model) -> Json:
-        """A small non-streaming request; a stale token is renewed once."""
-        token = await self.account.token()
-        for step in range(MAX_ATTEMPTS):
-            headers = self.headers(token, "conversation-other")
-            headers.update({"Content-Type": "application/json", "Accept": "application/json"})
-            status, response_headers, data = await self.client.fetch(
-                "POST", token.api_url + path, headers, EMBEDDINGS_SECONDS, dump_json(body)
-            )
-            payload = load_object(data, MAX_EMBEDDING_MARKS)
-            if status == 200 and payload is not None:
-                return payload
-            if status == 200:
-                raise UpstreamError("Copilot's embeddings are not JSON.")
-            decision = classify_copilot_error(
-                status, response_headers, data, model, body, {}, time.time()
-            )
-            self.quota_watch.heed(decision.error)
-            renewed = await self.account.renew(token) if decision.action == "refresh" else None
-            wait_s = BACKOFF_SECONDS[0] if decision.wait_s is None else decision.wait_s
-            is_transient = (
-                decision.action in ("wait", "again", "pause") and wait_s <= MAX_WAIT_SECONDS
-            )
-            if step + 1 == MAX_ATTEMPTS or not (renewed or is_transient):
-                break
-            token = renewed or token
-            await asyncio.sleep(0 if renewed else wait_s)
-        self.cooldowns.refused(model.id, decision)
-        raise decision.error
-
-    def user(self) -> str:
-        return self.account.file.user
-
-    def secrets(self) -> tuple[str, ...]:
-        account = self.account
-        return (account.github_token, account.cached.token if account.cached else "")
-
-    def status(self) -> Json:
-        return account_status(self)
-
-    async def quota(self) -> Quota | None:
-        account = self.account
-        status, headers, data = await ask_github(
-            self.client, account.config, "/copilot_internal/user", account.load()["github_token"]
-        )
-        if status != 200:
-            raise classify_exchange_error(status, headers, data, time.time()).error
-        body = load_object(data)
-        if body is None:
-            raise UpstreamError("GitHub's answer about the account is not JSON.")
-        return self.quota_watch.learn(read_copilot_quota(body))
-
-    def known_quota(self) -> Quota | None:
-        return self.quota_watch.known
-
-    def wake(self) -> None:
-        self.cooldowns.clear()
-
-    def guess(self, model_id: str) -> Model | None:
-        """Any exact name is tried, listed or not."""
-        return guess_copilot_model(model_id, self.name)
-
-    async def open(self, call: Call) -> BodyStream:
-        with self.cooldowns.passing(call.model.id):
-            return await CopilotAttempt(self, call, await self.account.token()).run()
-
-    def refused(self, model_id: str, error: ApiError) -> None:
-        """An error inside a 200 response names no time."""
-        self.cooldowns.refused(model_id, RetryDecision(error, "pause"))
-
-    async def ask_reset(self, decision: RetryDecision) -> None:
-        watch = self.quota_watch
-        if asyncio.get_running_loop().time() - watch.looked_at >= watch.again_s:
-            await watch.poll()
-        quota = watch.known
-        if quota is None or all(row.remaining != 0 for row in quota.allowances):
-            return
-        left_s = quota.resets_at - time.time()
-        if left_s > 0:
-            decision.resets_in = left_s
-            decision.error.hint = reset_hint(quota.resets_at)
+        super().close()
+        if self.refresher is not None:
+            self.refresher.cancel()
 
 
-class CopilotAttempt(Attempt):
+class CopilotAttempt(Attempt[CopilotToken]):
+    provider: CopilotProvider
+    max_count = MAX_ATTEMPTS
+
     def __init__(self, provider: CopilotProvider, call: Call, token: CopilotToken) -> None:
-        super().__init__(provider.name, call, provider.cooldowns)
-        self.provider = provider
-        self.token = token
+        super().__init__(provider, call, token)
         self.without_reasoning = False
-        self.interaction = hash_uuid(
-            call.request_info.session or call.model.id + call.request_info.opening
-        )
+        request_info = call.request_info
+        self.interaction = hash_uuid(request_info.session or call.model.id + request_info.opening)
         self.initial_dropped = list(call.dropped)
         self.rejections: Rejections = {}
 
     def body(self) -> Json:
         provider, call = self.provider, self.call
         model = call.model
-        now = asyncio.get_running_loop().time()
-        self.rejections = provider.learned.rejections(model.id, call.dialect, now)
+        self.rejections = provider.learned.rejections(model.id, call.dialect, time.monotonic())
         draft = sanitize_body(call.dialect, call.body, model, self.rejections, model.streaming)
         if self.without_reasoning:
             strip_reasoning(draft.body)
@@ -14998,19 +14827,14 @@ class CopilotAttempt(Attempt):
         return draft.body
 
     async def send(self) -> UpstreamResponse:
-        """One attempt."""
         self.call.sent = body = await run_step(self.body)
         url = self.token.api_url + DIALECT_PATHS[self.call.dialect]
-
-        def headers() -> dict[str, str]:
-            return self.headers(body)
-
         data = await run_step(dump_json, body)
-        return await self.provider.client.open("POST", url, headers, data)
+        return await self.provider.client.open("POST", url, lambda: self.headers(body), data)
 
     def headers(self, body: Json) -> dict[str, str]:
-        provider, call = self.provider, self.call
-        headers = provider.headers(self.token, "conversation-agent")
+        call = self.call
+        headers = self.provider.headers(self.token, "conversation-agent")
         headers["Content-Type"] = "application/json"
         headers["Accept"] = "text/event-stream" if body["stream"] else "application/json"
         headers["X-Interaction-Id"] = self.interaction
@@ -15023,68 +14847,194 @@ class CopilotAttempt(Attempt):
             if betas:
                 headers["anthropic-beta"] = betas
         own_names = {name.lower() for name in headers}
-        model_headers = {
-            name: value for name, value in call.model.headers.items() if name not in own_names
-        }
-        return headers | model_headers
+        model_headers = call.model.headers.items()
+        return headers | {name: v for name, v in model_headers if name not in own_names}
 
     async def classify(self, response: UpstreamResponse) -> RetryDecision | None:
+        provider, call = self.provider, self.call
         if response.status == 200:
-            self.provider.quota_watch.harvest(response.headers)
+            provider.quota_watch.update_from_headers(response.headers)
             return None
         data = await self.read_error_body(response)
-        call = self.call
-        refusal = (response.status, response.headers, data)
-        decision = classify_copilot_error(
-            *refusal, call.model, call.sent or {}, self.rejections, time.time()
-        )
-        now = asyncio.get_running_loop().time()
-        self.provider.learned.learn(call.model.id, call.dialect, decision.rejections, now)
-        self.provider.quota_watch.heed(decision.error)
+        refusal, sent = (response.status, response.headers, data), call.sent or {}
+        rejections = self.rejections
+        decision = classify_copilot_error(*refusal, call.model, sent, rejections, time.time())
+        now = time.monotonic()
+        provider.learned.learn(call.model.id, call.dialect, decision.rejections, now)
+        provider.quota_watch.on_error(decision.error)
         return decision
 
-    @staticmethod
-    def error_after_renewal(error: ApiError) -> ApiError:
-        """The error after a token was renewed only a moment ago: signing in would not help."""
-        if not isinstance(error, NotSignedIn):
-            return error
-        wait_s = FORCED_RENEWAL_GAP_SECONDS
-        return Overloaded("Copilot refuses a token it has just given.", retry_after=wait_s)
+    async def give_up(self, decision: RetryDecision) -> None:
+        if decision.action == "refresh" and isinstance(decision.error, NotSignedIn):
+            message = "Copilot refuses a token it has just given."  # signing in would not help
+            decision.error = Overloaded(message, retry_after=FORCED_RENEWAL_GAP_SECONDS)
+        elif decision.action == "rest" and decision.wait_s is None:
+            watch = self.provider.quota_watch
+            if time.monotonic() - watch.polled_at >= QUOTA_AGAIN_SECONDS:
+                await watch.poll()
+            if watch.known and any(row.remaining == 0 for row in watch.known.allowances):
+                self.set_reset(decision, watch.known.resets_at)
 
-    async def repair(self, decision: RetryDecision) -> None:
-        action = decision.action
-        if action == "refresh" and action in self.tried:
-            raise self.error_after_renewal(decision.error)
-        if action == "rest" and decision.wait_s is None:
-            await self.provider.ask_reset(decision)
-        already_tried = action in self.tried and action not in ("wait", "pause", "repair", "relist")
-        if action in ("", "rest") or already_tried or self.count >= MAX_ATTEMPTS:
+    # -- what is done before it is sent again
+
+    async def renew(self, decision: RetryDecision) -> None:
+        renewed = await self.provider.account.renew(self.token)
+        if renewed is None:
+            await self.give_up(decision)
             raise decision.error
-        self.tried.add(action)
-        if action == "refresh":
-            renewed = await self.provider.account.renew(self.token)
-            if renewed is None:
-                raise self.error_after_renewal(decision.error)
-            self.token = renewed
-        elif action == "forget":
-            if not strip_reasoning(self.call.body if self.without_reasoning else self.body()):
-                raise decision.error
-            self.without_reasoning = True
-        elif action == "relist":
-            if self.call.model.guessed:
-                raise decision.error
-            await asyncio.sleep(UNSUPPORTED_MODEL_WAITS[self.count - 1])
-        elif action == "reroute":
-            model = self.call.model
-            other_dialects = tuple(
-                dialect for dialect in model.dialects if dialect != self.call.dialect
-            )
-            if not other_dialects:  # then nothing would be left to ask it in
-                raise decision.error
-            model.dialects = other_dialects
-            raise WrongDialect(decision.error.message, param="model")
-        elif action in ("wait", "again", "pause"):
-            await self.pause(decision, self.count)
+        self.token = renewed
+
+    async def resend(self, decision: RetryDecision) -> None:
+        """The body will leave out what has just been learned."""
+
+    async def forget_reasoning(self, decision: RetryDecision) -> None:
+        if not strip_reasoning(self.body()):
+            raise decision.error
+        self.without_reasoning = True
+
+    async def await_list(self, decision: RetryDecision) -> None:
+        if self.call.model.guessed:
+            raise decision.error
+        await asyncio.sleep(UNSUPPORTED_MODEL_WAITS[self.count - 1])
+
+    async def change_dialect(self, decision: RetryDecision) -> None:
+        model = self.call.model
+        others = tuple(dialect for dialect in model.dialects if dialect != self.call.dialect)
+        if not others:  # then nothing would be left to ask it in
+            raise decision.error
+        model.dialects = others
+        raise WrongDialect(decision.error.message, param="model")
+
+    remedies: ClassVar[Remedies] = {
+        "wait": (MAX_ATTEMPTS, Attempt.pause),
+        "again": (1, Attempt.pause),
+        "refresh": (1, renew),
+        "repair": (MAX_ATTEMPTS, resend),
+        "forget": (1, forget_reasoning),
+        "relist": (MAX_ATTEMPTS, await_list),
+        "reroute": (1, change_dialect),
+    }
+
+
+class CopilotProvider(AccountProvider[CopilotToken]):
+    config: CopilotConfig
+    account_class = CopilotAccount
+    attempt_class = CopilotAttempt
+
+    def __init__(self, name: str, config: CopilotConfig, paths: Paths, client: HttpClient) -> None:
+        super().__init__(name, config, paths, client)
+        self.machine = load_machine(paths)
+        self.session_id = f"{format_uuid(os.urandom(16).hex())}{int(time.time() * 1000)}"
+        self.identity: dict[str, str] = {}
+        self.identity_token = ""
+
+    def forget_account(self) -> None:
+        super().forget_account()
+        self.learned = RejectionMemory()
+
+    def secrets(self) -> tuple[str, ...]:
+        return (self.account.refresh_secret, self.account.secret(self.account.cached))
+
+    def headers(self, token: CopilotToken, intent: str) -> dict[str, str]:
+        if token.token != self.identity_token:
+            authorization = copilot_authorization(token.token, split_url(token.api_url)[1])
+            self.identity = copilot_identity(authorization, self.session_id, *self.machine)
+            self.identity_token = token.token
+        request_id = format_uuid(os.urandom(16).hex())
+        return {
+            **self.identity,
+            "OpenAI-Intent": intent,
+            "X-Interaction-Type": intent,
+            "X-Request-Id": request_id,
+            "X-Agent-Task-Id": request_id,
+        }
+
+    def guess(self, model_id: str) -> Model | None:
+        """Any exact name is tried, listed or not."""
+        return guess_copilot_model(model_id, self.name)
+
+    async def fetch_models(self) -> dict[str, Model]:
+        body = await self.ask(self.ask_models)
+        if isinstance(body, RetryDecision):
+            raise body.error
+        return read_copilot_models(body, self.name)
+
+    async def ask_models(self, token: CopilotToken) -> Json | RetryDecision:
+        headers = {**self.headers(token, "model-access"), "Accept": "application/json"}
+        url = token.api_url + "/models"
+        status, _, data = await self.client.fetch("GET", url, headers, MODELS_SECONDS)
+        if status in (401, 403, 421):
+            message, _ = read_error_answer(status, data)
+            return classify(COPILOT_FAULTS, status, "", message, tail="")
+        body = load_object(data) if status == 200 else None
+        if body is None:
+            return RetryDecision(UpstreamError(f"Copilot's model list came with status {status}."))
+        return body
+
+    async def embed(self, body: Json, model: Model) -> tuple[Json, Usage]:
+        texts, is_packed = read_embeddings(body)
+        options = {key: body[key] for key in ("dimensions",) if body.get(key) is not None}
+        rows: list[Json] = []
+        usage = Usage(source="reported")
+        with self.breaker.passing(model.id):
+            for start in range(0, len(texts), MAX_EMBEDDED):
+                batch = texts[start : start + MAX_EMBEDDED]
+                response = await self.embed_batch(
+                    {"model": model.id, "input": batch, **options}, model
+                )
+                entries = response.get("data")
+                entries = entries if type(entries) is list else []
+                entries = [entry for entry in entries if isinstance(entry, dict)]
+                if len(entries) != len(batch):
+                    raise UpstreamError("Copilot's embeddings are not as many as the texts.")
+                rows += sorted(entries, key=lambda entry: get_int(entry, "index", 0))
+                usage.input += get_int(get_dict(response, "usage"), "prompt_tokens", 0)
+        return write_embeddings(rows, usage, is_packed), usage
+
+    async def embed_batch(self, body: Json, model: Model) -> Json:
+        step = 0
+        while True:
+            step += 1
+            result = await self.ask(self.ask_embeddings, body, model)
+            if not isinstance(result, RetryDecision):
+                return result
+            wait_s = BACKOFF_SECONDS[0] if result.wait_s is None else result.wait_s
+            is_transient = result.action in ("wait", "again", "pause")
+            if step == MAX_ATTEMPTS or not is_transient or wait_s > MAX_WAIT_SECONDS:
+                self.cool_down(model.id, result)
+                raise result.error
+            await asyncio.sleep(wait_s)
+
+    async def ask_embeddings(
+        self, token: CopilotToken, body: Json, model: Model
+    ) -> Json | RetryDecision:
+        headers = self.headers(token, "conversation-other")
+        headers.update({"Content-Type": "application/json", "Accept": "application/json"})
+        status, response_headers, data = await self.client.fetch(
+            "POST", token.api_url + "/embeddings", headers, EMBEDDINGS_SECONDS, dump_json(body)
+        )
+        if status == 200:
+            payload = load_object(data, MAX_EMBEDDING_MARKS)
+            if payload is None:
+                raise UpstreamError("Copilot's embeddings are not JSON.")
+            return payload
+        decision = classify_copilot_error(
+            status, response_headers, data, model, body, {}, time.time()
+        )
+        self.quota_watch.on_error(decision.error)
+        return decision
+
+    async def quota(self) -> Quota | None:
+        self.account.load()
+        status, headers, data = await ask_github(
+            self.client, self.config, "/copilot_internal/user", self.account.refresh_secret
+        )
+        if status != 200:
+            raise classify_exchange_error(status, headers, data, time.time()).error
+        body = load_object(data)
+        if body is None:
+            raise UpstreamError("GitHub's answer about the account is not JSON.")
+        return self.quota_watch.update(read_copilot_quota(body))
 
 
 # 15.4 Kiro
@@ -15098,43 +15048,17 @@ def system_tag() -> str:
     return "win32#10.0.22631"
 
 
-Login = TypeVar("Login", bound="KiroLogin | None")
+class KiroAccount(Account[KiroLogin]):
+    """A Kiro sign-in: tokens that are refreshed here and maybe by other programs."""
 
-
-class KiroAccount:
-    """A Kiro sign-in: a token file, whose tokens are refreshed here and maybe by other programs."""
-
-    def __init__(
-        self,
-        name: str,
-        config: KiroConfig,
-        paths: Paths,
-        client: HttpClient,
-        on_change: Callable[[], None],
-    ) -> None:
-        self.name = name
-        self.config = config
-        self.file = TokenFile(paths.token_file(name))
-        self.client = client
-        #: called when another account has signed in
-        self.on_change = on_change
-        self.lock = asyncio.Lock()
-        self.cached: KiroLogin | None = None
-        #: monotonic: a wall clock set back must not make a token immortal
-        self.stale_at = 0.0
-        self.backoff = Backoff()
-        self.forced_at = float("-inf")
-        self.machine_id = ""  # other programs do not keep it in the file
-        self.tasks: set[asyncio.Task[Any]] = set()
+    config: KiroConfig
+    renewal_gap_s = KIRO_FORCED_GAP_SECONDS
+    margin_s = KIRO_REFRESH_MARGIN_SECONDS
+    secret_name = "access"
+    machine_id = ""  # other programs do not keep it in the file
 
     def load(self, *, peeks: bool = False) -> KiroLogin:
-        """Raises NotSignedIn."""
-        return self.read(self.load_file(peeks=peeks))
-
-    def load_file(self, *, peeks: bool = False) -> Json:
-        return self.file.need(self.name, "Kiro", peeks=peeks)
-
-    def read(self, content: Json) -> KiroLogin:
+        content = self.file.need(self.name, "Kiro", peeks=peeks)
         try:
             login = read_kiro_login(content)
         except ValueError as error:
@@ -15144,129 +15068,35 @@ class KiroAccount:
         if saved_id and self.machine_id and saved_id != self.machine_id:
             self.on_change()
         login.machine_id = self.machine_id = saved_id or self.machine_id or login.machine_id
+        self.refresh_secret = login.refresh
         return login
 
     async def latest(self) -> KiroLogin:
-        """The sign-in on disk, or the newer one of the program that it is shared with."""
-        content = self.load_file()
+        content = self.file.need(self.name, "Kiro")
         source = get_dict(content, "source")
         if source:
             shared = await asyncio.to_thread(SharedLogin(source).read)
             if shared is not None and is_newer(shared, content):
                 if shared["auth_method"] != content.get("auth_method"):
                     self.on_change()
-                changes = {**shared, "machine_id": self.machine_id or None, "refused": None}
-                self.file.save(changes)
-                content = {**content, **changes}
-        return self.read(content)
+                machine_id = self.machine_id or None
+                self.file.save({**shared, "machine_id": machine_id, "refused": None})
+        return self.load()
 
-    @staticmethod
-    def is_valid_for(login: KiroLogin, margin_s: float) -> bool:
-        return bool(login.access) and login.expires_at - time.time() > margin_s
-
-    def current(self) -> KiroLogin | None:
-        """The sign-in in use, until it expires or the token file changes."""
-        if self.file.changed():
-            self.cached = None
-            if not self.file.is_refused():
-                self.backoff.succeeded()
-        now = asyncio.get_running_loop().time()
-        margin_s = KIRO_REFRESH_MARGIN_SECONDS
-        if (
-            self.cached
-            and self.is_valid_for(self.cached, margin_s)
-            and self.stale_at - now > margin_s
-        ):
-            return self.cached
-        return None
-
-    def use(self, login: KiroLogin) -> KiroLogin:
-        self.cached = login
-        left_s = login.expires_at - time.time()
-        if login.kind != "api_key":
-            left_s = min(left_s, MAX_TOKEN_SECONDS)
-        self.stale_at = asyncio.get_running_loop().time() + left_s
-        return login
-
-    async def login(self) -> KiroLogin:
-        """A sign-in that will last; concurrent calls share one refresh.  Raises ApiError."""
-        current = self.current()
-        return current if current is not None else await self.finish(self.load_or_refresh())
-
-    async def finish(self, work: Coroutine[Any, Any, Login]) -> Login:
-        """Runs `work` to its end even if we are cancelled: a rotated token is issued only once."""
-        task = asyncio.ensure_future(work)
-        self.tasks.add(task)
-        task.add_done_callback(self.forget)
-        return await asyncio.shield(task)
-
-    def forget(self, task: asyncio.Task[Any]) -> None:
-        """Marks the exception as retrieved: it was for the tasks that still wait."""
-        self.tasks.discard(task)
-        if not task.cancelled():
-            task.exception()
-
-    async def load_or_refresh(self) -> KiroLogin:
-        async with self.lock:
-            current = self.current()
-            if current is not None:
-                return current
-            saved = self.load()
-            if self.is_valid_for(saved, KIRO_REFRESH_MARGIN_SECONDS) and self.cached is None:
-                return self.use(saved)
-            async with self.file.lock():
-                saved = await self.latest()
-                is_new = self.cached is None or saved.access != self.cached.access
-                if self.is_valid_for(saved, KIRO_REFRESH_MARGIN_SECONDS) and is_new:
-                    return self.use(saved)  # another process was quicker
-                try:
-                    return await self.refresh(saved)
-                except ApiError as error:
-                    if not self.is_valid_for(saved, 0):
-                        raise
-                    log_event("warning", "token_refresh_failed", provider=self.name, reason=error)
-                    return saved  # still valid for some minutes
-
-    async def renew(self, refused: KiroLogin) -> KiroLogin | None:
-        return await self.finish(self.replace(refused))
-
-    async def replace(self, refused: KiroLogin) -> KiroLogin | None:
-        async with self.lock:
-            current = self.current()
-            if current is not None and current.access != refused.access:
-                return current  # another task was quicker
-            async with self.file.lock():
-                saved = await self.latest()
-                if saved.access != refused.access and self.is_valid_for(saved, 0):
-                    return self.use(saved)  # another program was quicker
-                now = asyncio.get_running_loop().time()
-                if saved.kind == "api_key" or now - self.forced_at < KIRO_FORCED_GAP_SECONDS:
-                    return None
-                self.forced_at = now
-                return await self.refresh(saved)
-
-    async def refresh(self, saved: KiroLogin) -> KiroLogin:
-        """Fetches new tokens and saves them before they are used."""
-        backoff_error = self.backoff.reason(saved.refresh)
-        if backoff_error is not None:
-            raise backoff_error
+    async def exchange(self, saved: KiroLogin | None) -> KiroLogin:
+        assert saved is not None
         try:
             changes = await self.ask(saved)
-        except NotSignedIn as error:
-            login = await self.reread(saved)
-            if login is None:
-                self.backoff.failed(error, saved.refresh)
-                self.file.save({"refused": error.message})
+        except NotSignedIn:
+            shared = await self.reread(saved)
+            if shared is None:
                 raise
-            if self.is_valid_for(login, KIRO_REFRESH_MARGIN_SECONDS):
-                return self.use(login)
-            saved, changes = login, await self.ask(login)
-        except ApiError as error:
-            self.backoff.failed(error, saved.refresh)
-            raise
-        self.backoff.succeeded()
+            self.use(shared)
+            if self.current() is not None:
+                return shared
+            saved, changes = shared, await self.ask(shared)
         log_event("info", "token_refreshed", provider=self.name, kind=saved.kind)
-        return self.use(await self.save({**changes, "refused": None}, saved))
+        return await self.save({**changes, "refused": None}, saved)
 
     async def ask(self, login: KiroLogin) -> Json:
         """One refresh; raises NotSignedIn if the refresh token is dead."""
@@ -15291,263 +15121,36 @@ class KiroAccount:
         return None
 
     async def save(self, changes: Json, login: KiroLogin) -> KiroLogin:
+        """Saves changes of the token file, also for a program that shares the sign-in."""
         self.file.save({**changes, "machine_id": login.machine_id})
-        source = get_dict(self.load_file(), "source")
+        source = get_dict(self.file.need(self.name, "Kiro"), "source")
         if source:
             await asyncio.to_thread(SharedLogin(source).write, changes, login.refresh)
-        field_names = {
-            "access_token": "access",
-            "refresh_token": "refresh",
-            "profile_arn": "arn",
-            "expires_at": "expires_at",
-        }
-        updated = replace(
-            login, **{field_names[k]: v for k, v in changes.items() if k in field_names}
+        return replace(
+            login,
+            access=changes.get("access_token", login.access),
+            refresh=changes.get("refresh_token", login.refresh),
+            expires_at=changes.get("expires_at", login.expires_at),
+            arn=self.config.profile_arn or changes.get("profile_arn", login.arn),
         )
-        updated.arn = self.config.profile_arn or updated.arn
-        return updated
-
-
-class KiroProvider:
-    """Kiro, once Amazon Q Developer, once CodeWhisperer."""
-
-    local = False
-
-    def __init__(self, name: str, config: KiroConfig, paths: Paths, client: HttpClient) -> None:
-        self.name = name
-        self.sign_in = sign_in_command("kiro", name)
-        self.config = config
-        self.client = client
-        self.account = KiroAccount(name, config, paths, client, self.forget_account)
-        self.system = system_tag()
-        self.quota_watch = QuotaWatch(name, self.quota)
-        self.forget_account()
-
-    def forget_account(self) -> None:
-        self.catalogue = Catalogue(self.name, self.fetch_models)
-        self.cooldowns = Cooldowns(self.name)
-        self.reasoning = ReasoningMemory()
-        self.quota_watch.forget()
-        self.profiles_fetched = False
-        #: lists an organisation's profiles, of which one must be configured
-        self.profile_error: NotEntitled | None = None
-        #: the endpoint that worked last
-        self.winner: KiroEndpoint | None = None
-
-    async def settle(self) -> None:
-        """Waits for a refresh: its rotated token is issued only once."""
-        if self.account.tasks:
-            await asyncio.wait(self.account.tasks)
-
-    def close(self) -> None:
-        """Lets a refresh go on."""
-        self.account.file.flush()
-        self.quota_watch.close()
-
-    async def embed(self, body: Json, model: Model) -> tuple[Json, Usage]:
-        raise UnsupportedFeature(f"{model.id} makes no embeddings.", param="model")
-
-    def store_reasoning(self, calls: list[str], text: str, opaque: str) -> None:
-        self.reasoning.keep(calls, text, opaque)
-
-    def listed(self) -> dict[str, Model] | None:
-        return self.catalogue.listed()
-
-    async def models(self, refresh: bool = False) -> dict[str, Model]:
-        """The catalogue; a built-in one, marked as such, if the service's cannot be had."""
-        try:
-            return await self.catalogue.get(refresh)
-        except NotSignedIn:
-            raise
-        except ApiError as error:
-            log_event("warning", "models_unavailable", provider=self.name, reason=error)
-            self.catalogue.use_fallback(known_kiro_models(self.name))
-            return self.catalogue.models
-
-    def guess(self, model_id: str) -> Model | None:
-        """Any exact name is tried, listed or not."""
-        model = read_kiro_model({"modelId": model_spellings(model_id)[-1]}, self.name)
-        if model is not None:
-            model.guessed = True
-        return model
-
-    async def login(self) -> KiroLogin:
-        """An organisation's sign-in needs its profile, which is looked up once."""
-        login = await self.account.login()
-        if login.arn or login.kind not in ("idc", "external_idp"):
-            return login
-        profiles = {} if self.profiles_fetched else await self.find_profiles(login)
-        if len(profiles) > 1:
-            self.profile_error = NotEntitled(
-                "This Kiro sign-in has several profiles.",
-                hint="Set profile_arn in [providers."
-                + self.name
-                + "] to one of: "
-                + ", ".join(f"{arn} ({name})" for arn, name in profiles.items())
-                + ".",
-            )
-        if self.profile_error is not None:
-            raise self.profile_error
-        for arn in profiles:
-            return self.account.use(await self.account.save({"profile_arn": arn}, login))
-        return login
-
-    async def find_profiles(self, login: KiroLogin) -> dict[str, str]:
-        """ARN -> name of the organisation's profiles, in both regions that have any."""
-        profiles: dict[str, str] = {}
-        self.profiles_fetched = True
-        bases = kiro_controls(login, self.config)
-        if not (self.config.management_url or self.config.api_url):
-            bases = [KIRO_MANAGEMENT_URL.format(region=region) for region in KIRO_REGIONS]
-        for base in bases:
-            body = await self.ask_control(
-                login,
-                "POST",
-                [base],
-                "/ListAvailableProfiles",
-                dump_json({"maxResults": KIRO_PROFILES}),
-            )
-            if isinstance(body, RetryDecision):
-                error = body.error
-                log_event("info", "profiles_unavailable", provider=self.name, reason=error)
-                if isinstance(error, (UpstreamError, UpstreamTimeout, Overloaded)):
-                    self.profiles_fetched = False  # it may be found the next time
-                continue
-            rows = body.get("profiles")
-            for row in rows[:KIRO_PROFILES] if isinstance(rows, list) else ():
-                arn = row.get("arn") if isinstance(row, dict) else None
-                if isinstance(arn, str) and KIRO_ARN.fullmatch(arn):
-                    profiles[arn] = name_of_key(row, "profileName") or "unnamed"
-        return profiles
-
-    async def ask_control(
-        self, login: KiroLogin, method: str, bases: list[str], path: str, body: bytes = b""
-    ) -> Json | RetryDecision:
-        """A response of the control plane: each host in turn, with both spellings of the path."""
-        headers = kiro_headers(login, "control", self.config.kiro_version, self.system)
-        headers["amz-sdk-request"] = "attempt=1; max=1"
-        if body:
-            headers["Content-Type"] = "application/json"
-        decision = RetryDecision(UpstreamError("Kiro has no host for this."))
-        for base in bases:
-            for spelling in (path, kebab_path(path)):
-                headers["amz-sdk-invocation-id"] = format_uuid(os.urandom(16).hex())
-                try:
-                    status, response_headers, data = await self.client.fetch(
-                        method, base + spelling, headers, KIRO_CONTROL_SECONDS, body
-                    )
-                except (UpstreamError, UpstreamTimeout) as error:
-                    decision = RetryDecision(error, "wait")
-                    break
-                payload = load_object(data)
-                if status == 200 and payload is not None:
-                    return payload
-                decision = classify_kiro_error(status, response_headers, data, time.time())
-                if status not in (404, 405):
-                    break
-            if decision.action in ("", "refresh", "rest"):
-                break  # another host would say the same
-        return decision
-
-    async def control(self, path: str, query: dict[str, str]) -> Json:
-        """Renews a stale token once; some sign-ins may not name a profile.  Raises ApiError."""
-        login = await self.login()
-        own_arn = login.arn or kiro_endpoints(login, self.config)[0].arn
-        decision = RetryDecision(UpstreamError("Kiro was not asked."))
-        for arn in dict.fromkeys((own_arn, "")):
-            parameters = {**query, "profileArn": arn} if arn else query
-            url = f"{path}?{urllib.parse.urlencode(parameters)}"
-            for _ in range(2):
-                result = await self.ask_control(
-                    login, "GET", kiro_controls(login, self.config), url
-                )
-                if not isinstance(result, RetryDecision):
-                    return result
-                decision = result
-                renewed = await self.account.renew(login) if result.action == "refresh" else None
-                if renewed is None:
-                    break
-                login = renewed
-            if decision.action == "rest" or not isinstance(
-                decision.error, (NotSignedIn, Forbidden)
-            ):
-                break
-        raise decision.error
-
-    async def fetch_models(self) -> dict[str, Model]:
-        await self.login()
-        entries: list[Any] = []
-        query = {"origin": KIRO_ORIGINS["ide"], "maxResults": "50"}
-        for _ in range(KIRO_MODEL_PAGES):
-            try:
-                body = await self.control("/ListAvailableModels", query)
-            except NotSignedIn as error:  # the hosts of the models may still accept it
-                raise UpstreamError(f"Kiro refused its model list: {error.message}") from None
-            rows = body.get("models")
-            entries += rows[: MAX_LISTED_MODELS - len(entries)] if isinstance(rows, list) else []
-            next_token = body.get("nextToken")
-            if not isinstance(next_token, str) or not TARGET.fullmatch(next_token):
-                break
-            query["nextToken"] = next_token
-        models = read_kiro_models(entries, self.name)
-        if not models:
-            raise UpstreamError("Kiro's model list is empty.")
-        return models
-
-    async def limits(self, with_user: bool = False) -> Quota:
-        query = {"origin": KIRO_ORIGINS["ide"], "resourceType": "AGENTIC_REQUEST"}
-        if with_user:
-            query["isEmailRequired"] = "true"
-        body = await self.control("/getUsageLimits", query)
-        return self.quota_watch.learn(read_kiro_quota(body, time.time()))
-
-    def user(self) -> str:
-        return self.account.file.user
-
-    def secrets(self) -> tuple[str, ...]:
-        login = self.account.cached
-        return (login.access, login.refresh, login.client_secret) if login else ()
-
-    def status(self) -> Json:
-        return account_status(self)
-
-    async def quota(self) -> Quota | None:
-        return await self.limits()
-
-    def known_quota(self) -> Quota | None:
-        return self.quota_watch.known
-
-    def wake(self) -> None:
-        self.cooldowns.clear()
-
-    async def open(self, call: Call) -> BodyStream:
-        with self.cooldowns.passing(call.model.id):
-            return await KiroAttempt(self, call, await self.login()).run()
-
-    def refused(self, model_id: str, error: ApiError) -> None:
-        """An error inside a 200 response names no time."""
-        if isinstance(error, RateLimited):  # a spent quota may be one conversation's
-            self.cooldowns.refused(model_id, RetryDecision(error, "pause", account_wide=True))
 
 
 def kebab_path(path: str) -> str:
     """`/getUsageLimits?a=b` -> `/Get-Usage-Limits?a=b`, as some hosts spell it (pi, 2026-08)."""
     name, separator, query = path[1:].partition("?")
-    return (
-        "/" + re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name[:1].upper() + name[1:]) + separator + query
-    )
+    kebab = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name[:1].upper() + name[1:])
+    return f"/{kebab}{separator}{query}"
 
 
-class KiroAttempt(Attempt):
-    """`endpoints`: the endpoints left to try, the one that worked last first."""
+class KiroAttempt(Attempt[KiroLogin]):
+    provider: KiroProvider
+    unreachable_action = "reroute"
 
-    def __init__(self, provider: KiroProvider, call: Call, login: KiroLogin) -> None:
-        super().__init__(provider.name, call, provider.cooldowns)
-        self.provider = provider
-        self.login = login
-        endpoints = kiro_endpoints(login, provider.config)
+    def __init__(self, provider: KiroProvider, call: Call, token: KiroLogin) -> None:
+        super().__init__(provider, call, token)
+        endpoints = kiro_endpoints(token, provider.config)
+        #: those left to try, the one that worked last first
         self.endpoints = sorted(endpoints, key=lambda endpoint: endpoint != provider.winner)
-        self.waits = 0
         session = UUID_TEXT.search(call.request_info.session)
         key = call.request_info.session or call.model.id + call.request_info.opening
         self.conversation = session[0].lower() if session else hash_uuid(key)
@@ -15558,7 +15161,7 @@ class KiroAttempt(Attempt):
         endpoint, provider = self.endpoints[0], self.provider
         body = place_kiro_call(self.call.body, endpoint, self.conversation, self.run_id)
         static_headers = kiro_headers(
-            self.login, endpoint.shape, provider.config.kiro_version, provider.system
+            self.token, endpoint.shape, provider.config.kiro_version, system_tag()
         )
 
         def headers() -> dict[str, str]:
@@ -15572,10 +15175,6 @@ class KiroAttempt(Attempt):
         url = endpoint.url + KIRO_PATHS[endpoint.shape]
         return await provider.client.open("POST", url, headers, dump_json(body))
 
-    def classify_failure(self, error: UpstreamError) -> RetryDecision:
-        """Another host may be reachable; what was sent is not sent again."""
-        return RetryDecision(error, "reroute" if isinstance(error, Unreachable) else "")
-
     async def classify(self, response: UpstreamResponse) -> RetryDecision | None:
         """A 200 means nothing yet, so the first event is awaited."""
         content_type = response.headers.get("content-type", "").lower()
@@ -15587,13 +15186,13 @@ class KiroAttempt(Attempt):
                 raise
             if decision is None:
                 self.provider.winner = self.endpoints[0]
-                self.provider.quota_watch.used()
+                self.provider.quota_watch.poll_soon()
                 return None
             response.close(ended=False)
         else:
             data = await self.read_error_body(response)
             decision = classify_kiro_error(response.status, response.headers, data, time.time())
-        self.provider.quota_watch.heed(decision.error)
+        self.provider.quota_watch.on_error(decision.error)
         return self.explain(decision)
 
     async def peek(self, response: UpstreamResponse) -> RetryDecision | None:
@@ -15620,7 +15219,7 @@ class KiroAttempt(Attempt):
                 framing.last_frames()
         except UpstreamError as error:
             return RetryDecision(error, "again")
-        if data or "empty" in self.tried:
+        if data or self.taken["empty"]:
             response.put_back(b"".join(chunks))
             return None  # it goes on, or is empty twice: so be it
         return RetryDecision(UpstreamError("Kiro answered nothing."), "empty")
@@ -15637,14 +15236,9 @@ class KiroAttempt(Attempt):
         call = self.call
         tokens = int(estimate_value(call.body))
         window = call.model.max_prompt
-        log_event(
-            "warning",
-            "conversation_refused",
-            provider=self.provider.name,
-            model=call.model.id,
-            rules=",".join(call.touched) or "none",
-            tokens=tokens,
-        )
+        rules = ",".join(call.touched) or "none"
+        facts = {"provider": self.provider.name, "model": call.model.id, "rules": rules}
+        log_event("warning", "conversation_refused", **facts, tokens=tokens)
         log_event("debug", "conversation_form", form=kiro_shape(call.body))
         if window and tokens > 0.9 * window:
             return RetryDecision(ContextTooLong(tokens, window))
@@ -15654,90 +15248,224 @@ class KiroAttempt(Attempt):
             decision.error.hint = f"{tools} tools are offered; fewer may help."
         return decision
 
-    def action_for(self, decision: RetryDecision) -> str:
-        """The decision's action; a busy host is waited for if there is no other one."""
-        has_other_host = any(endpoint.url != self.endpoints[0].url for endpoint in self.endpoints)
-        is_transient = isinstance(decision.error, (Overloaded, Unreachable))
-        return (
-            "wait"
-            if decision.action == "reroute" and is_transient and not has_other_host
-            else decision.action
-        )
-
     async def repair(self, decision: RetryDecision) -> None:
-        action = self.action_for(decision)
-        already_tried = action in self.tried
-        self.tried.add(action)
-        if action == "refresh" and not already_tried:
-            renewed = await self.provider.account.renew(self.login)
-            if renewed is not None:
-                if renewed.arn != self.login.arn:  # the refresh has named the profile
-                    self.endpoints = kiro_endpoints(renewed, self.provider.config)
-                self.login = renewed
-                return
-        if action in ("refresh", "reroute"):
-            self.drop_endpoint(decision)
-        elif action == "forget":
-            if already_tried or not strip_kiro_thinking(self.call.body):
-                raise decision.error
-        elif action in ("again", "empty"):
-            if already_tried:
-                raise decision.error
-            await self.pause(decision, 1)
-        elif action in ("wait", "pause"):
-            self.waits += 1
-            if self.waits >= MAX_ATTEMPTS:
-                await self.check_spent_credits(decision)
-                raise decision.error
-            await self.pause(decision, self.waits)
-        else:
-            await self.give_up(decision)
+        """A busy host is waited for if there is no other one."""
+        hosts = {endpoint.url for endpoint in self.endpoints}
+        is_busy = isinstance(decision.error, (Overloaded, Unreachable))
+        if decision.action == "reroute" and is_busy and len(hosts) == 1:
+            decision.action = "wait"
+        await super().repair(decision)
 
-    def drop_endpoint(self, decision: RetryDecision) -> None:
-        """A token may still be valid for another host or profile; raises if no endpoint is left."""
-        failed = self.endpoints[0]
-        endpoints = self.endpoints[1:]
+    async def give_up(self, decision: RetryDecision) -> None:
+        """Looks up when spent credits come back: a rate limit that lasts looks the same."""
+        error, provider = decision.error, self.provider
+        if decision.action == "relist":
+            provider.catalogue.fetched_at = -math.inf
+        is_rate_limit = decision.action in ("wait", "pause") and isinstance(error, RateLimited)
+        is_spent = decision.action == "rest" and isinstance(error, QuotaExceeded)
+        decision.account_wide |= decision.action == "rest"
+        if not (is_rate_limit or is_spent):
+            return
+        try:
+            limits = await provider.limits()
+        except ApiError as reason:
+            log_event("info", "limits_unavailable", provider=provider.name, reason=reason)
+            return
+        rows = limits.allowances
+        if is_rate_limit and rows and rows[0].is_spent:
+            message = f"The Kiro credits are used up: {rows[0].used:g} of {rows[0].limit:g}."
+            decision.error, decision.action = QuotaExceeded(message), "rest"
+        elif is_rate_limit or not any(r.limit and (r.used or 0.0) >= r.limit for r in rows):
+            return
+        self.set_reset(decision, limits.resets_at)
+
+    # -- what is done before it is sent again
+
+    async def renew(self, decision: RetryDecision) -> None:
+        renewed = None
+        if self.taken["refresh"] == 1:
+            renewed = await self.provider.account.renew(self.token)
+        if renewed is None:  # the token may still be valid for another host or profile
+            await self.next_endpoint(decision)
+            return
+        if renewed.arn != self.token.arn:  # the refresh has named the profile
+            self.endpoints = kiro_endpoints(renewed, self.provider.config)
+        self.token = renewed
+
+    async def next_endpoint(self, decision: RetryDecision) -> None:
+        failed, *endpoints = self.endpoints
         if isinstance(decision.error, (Overloaded, Unreachable)):
             endpoints = [endpoint for endpoint in endpoints if endpoint.url != failed.url]
         if not endpoints:
             raise decision.error
         self.endpoints = endpoints
 
-    async def limits(self) -> Quota | None:
-        try:
-            return await self.provider.limits()
-        except ApiError as error:
-            log_event("info", "limits_unavailable", provider=self.provider.name, reason=error)
-            return None
+    async def forget_thinking(self, decision: RetryDecision) -> None:
+        if not strip_kiro_thinking(self.call.body):
+            raise decision.error
 
-    async def check_spent_credits(self, decision: RetryDecision) -> None:
-        """Re-examines a rate limit that lasts: spent credits look the same."""
-        limits = await self.limits() if isinstance(decision.error, RateLimited) else None
-        row = limits.allowances[0] if limits and limits.allowances else None
-        if limits and row and row.is_spent:
-            message = f"The Kiro credits are used up: {row.used:g} of {row.limit:g}."
-            decision.error, decision.action = QuotaExceeded(message), "rest"
-            self.add_reset_hint(decision, limits)
+    remedies: ClassVar[Remedies] = {
+        "wait": (MAX_ATTEMPTS - 1, Attempt.pause),
+        "again": (1, Attempt.pause),
+        "empty": (1, Attempt.pause),
+        "refresh": (math.inf, renew),  # as long as there are endpoints
+        "reroute": (math.inf, next_endpoint),
+        "forget": (1, forget_thinking),
+    }
 
-    @staticmethod
-    def add_reset_hint(decision: RetryDecision, limits: Quota) -> None:
-        left_s = limits.resets_at - time.time()
-        if left_s > 0:
-            decision.resets_in = left_s
-            decision.error.hint = reset_hint(limits.resets_at)
 
-    async def give_up(self, decision: RetryDecision) -> None:
-        if decision.action == "relist":
-            self.provider.catalogue.expire()
-        elif decision.action == "rest":
-            decision.account_wide = True
-            if isinstance(decision.error, QuotaExceeded):
-                limits = await self.limits()
-                if limits is not None and any(
-                    row.limit and (row.used or 0.0) >= row.limit for row in limits.allowances
-                ):
-                    self.add_reset_hint(decision, limits)
-        raise decision.error
+class KiroProvider(AccountProvider[KiroLogin]):
+    """Kiro, once Amazon Q Developer, once CodeWhisperer."""
+
+    config: KiroConfig
+    account: KiroAccount
+    account_class = KiroAccount
+    attempt_class = KiroAttempt
+
+    def forget_account(self) -> None:
+        super().forget_account()
+        self.catalogue.built_in = known_kiro_models(self.name)
+        self.profiles_fetched = False
+        #: lists an organisation's profiles, of which one must be configured
+        self.profile_error: NotEntitled | None = None
+        self.winner: KiroEndpoint | None = None  #: the endpoint that worked last
+
+    def secrets(self) -> tuple[str, ...]:
+        login = self.account.cached
+        return (login.access, login.refresh, login.client_secret) if login else ()
+
+    def guess(self, model_id: str) -> Model | None:
+        """Any exact name is tried, listed or not."""
+        model = read_kiro_model({"modelId": model_spellings(model_id)[-1]}, self.name)
+        if model is not None:
+            model.guessed = True
+        return model
+
+    async def token(self) -> KiroLogin:
+        """An organisation's sign-in needs its profile, which is looked up once."""
+        login = await self.account.get()
+        if login.arn or login.kind not in ("idc", "external_idp"):
+            return login
+        profiles = {} if self.profiles_fetched else await self.find_profiles(login)
+        if len(profiles) > 1:
+            choices = ", ".join(f"{arn} ({name})" for arn, name in profiles.items())
+            self.profile_error = NotEntitled(
+                "This Kiro sign-in has several profiles.",
+                hint=f"Set profile_arn in [providers.{self.name}] to one of: {choices}.",
+            )
+        if self.profile_error is not None:
+            raise self.profile_error
+        for arn in profiles:
+            return self.account.use(await self.account.save({"profile_arn": arn}, login))
+        return login
+
+    async def find_profiles(self, login: KiroLogin) -> dict[str, str]:
+        """ARN -> name of the organisation's profiles, in both regions that have any."""
+        profiles: dict[str, str] = {}
+        self.profiles_fetched = True
+        bases = kiro_controls(login, self.config)
+        if not (self.config.management_url or self.config.api_url):
+            bases = [KIRO_MANAGEMENT_URL.format(region=region) for region in KIRO_REGIONS]
+        query = dump_json({"maxResults": KIRO_PROFILES})
+        for base in bases:
+            body = await self.ask_control(login, "POST", [base], "/ListAvailableProfiles", query)
+            if isinstance(body, RetryDecision):
+                error = body.error
+                log_event("info", "profiles_unavailable", provider=self.name, reason=error)
+                if isinstance(error, (UpstreamError, UpstreamTimeout, Overloaded)):
+                    self.profiles_fetched = False  # it may be found the next time
+                continue
+            rows = body.get("profiles")
+            for row in rows[:KIRO_PROFILES] if isinstance(rows, list) else ():
+                arn = row.get("arn") if isinstance(row, dict) else None
+                if isinstance(arn, str) and KIRO_ARN.fullmatch(arn):
+                    profiles[arn] = name_of_key(row, "profileName") or "unnamed"
+        return profiles
+
+    async def ask_control(
+        self, login: KiroLogin, method: str, bases: list[str], path: str, body: bytes = b""
+    ) -> Json | RetryDecision:
+        """A response of the control plane: each host in turn, with both spellings of the path."""
+        headers = kiro_headers(login, "control", self.config.kiro_version, system_tag())
+        headers["amz-sdk-request"] = "attempt=1; max=1"
+        if body:
+            headers["Content-Type"] = "application/json"
+        decision = RetryDecision(UpstreamError("Kiro has no host for this."))
+        for base in bases:
+            for spelling in (path, kebab_path(path)):
+                headers["amz-sdk-invocation-id"] = format_uuid(os.urandom(16).hex())
+                try:
+                    status, response_headers, data = await self.client.fetch(
+                        method, base + spelling, headers, KIRO_CONTROL_SECONDS, body
+                    )
+                except (UpstreamError, UpstreamTimeout) as error:
+                    decision = RetryDecision(error, "wait")
+                    break
+                payload = load_object(data)
+                if status == 200 and payload is not None:
+                    return payload
+                decision = classify_kiro_error(status, response_headers, data, time.time())
+                if status not in (404, 405):
+                    break
+            if decision.action in ("", "refresh", "rest"):
+                break  # another host would say the same
+        return decision
+
+    async def ask_resource(
+        self, login: KiroLogin, path: str, query: dict[str, str]
+    ) -> Json | RetryDecision:
+        url = f"{path}?{urllib.parse.urlencode(query)}"
+        return await self.ask_control(login, "GET", kiro_controls(login, self.config), url)
+
+    async def control(self, path: str, query: dict[str, str]) -> Json:
+        """A resource of the account; some sign-ins may not name a profile.  Raises ApiError."""
+        login = await self.token()
+        own_arn = login.arn or kiro_endpoints(login, self.config)[0].arn
+        for arn in dict.fromkeys((own_arn, "")):
+            parameters = {**query, "profileArn": arn} if arn else query
+            result = await self.ask(self.ask_resource, path, parameters)
+            if not isinstance(result, RetryDecision):
+                return result
+            error = result.error
+            if result.action == "rest" or not isinstance(error, (NotSignedIn, Forbidden)):
+                break
+        raise error
+
+    async def fetch_models(self) -> dict[str, Model]:
+        await self.token()
+        entries: list[Any] = []
+        query = {"origin": KIRO_ORIGINS["ide"], "maxResults": "50"}
+        for _ in range(KIRO_MODEL_PAGES):
+            try:
+                body = await self.control("/ListAvailableModels", query)
+            except NotSignedIn as error:  # the hosts of the models may still accept it
+                raise UpstreamError(f"Kiro refused its model list: {error.message}") from None
+            rows = body.get("models")
+            entries += rows[: MAX_LISTED_MODELS - len(entries)] if isinstance(rows, list) else []
+            next_token = body.get("nextToken")
+            if not isinstance(next_token, str) or not TARGET.fullmatch(next_token):
+                break
+            query["nextToken"] = next_token
+        models = read_kiro_models(entries, self.name)
+        if not models:
+            raise UpstreamError("Kiro's model list is empty.")
+        return models
+
+    async def limits(self, with_user: bool = False) -> Quota:
+        query = {"origin": KIRO_ORIGINS["ide"], "resourceType": "AGENTIC_REQUEST"}
+        if with_user:
+            query["isEmailRequired"] = "true"
+        quota = read_kiro_quota(await self.control("/getUsageLimits", query), time.time())
+        self.quota_watch.update(replace(quota, account=""))  # whose it is, is shown nowhere else
+        return quota
+
+    async def quota(self) -> Quota | None:
+        await self.limits()
+        return self.quota_watch.known
+
+    def refused(self, model_id: str, error: ApiError) -> None:
+        if isinstance(error, RateLimited):  # a spent quota may be one conversation's
+            self.cool_down(model_id, RetryDecision(error, "pause", account_wide=True))
 
 
 # 15.5 all providers
@@ -15747,7 +15475,6 @@ def make_providers(
     config: Config, paths: Paths, client: HttpClient, reusable: dict[str, Provider]
 ) -> dict[str, Provider]:
     """The enabled providers by name, in the order of the configuration; `reusable` ones stay."""
-    machine: tuple[str, str] | None = None
     providers: dict[str, Provider] = {}
     for name, entry in config.providers.items():
         if not entry.enabled:
@@ -15755,8 +15482,7 @@ def make_providers(
         if name in reusable:
             providers[name] = reusable[name]
         elif isinstance(entry, CopilotConfig):
-            machine = machine or load_machine(paths)
-            providers[name] = CopilotProvider(name, entry, paths, client, machine)
+            providers[name] = CopilotProvider(name, entry, paths, client)
         elif isinstance(entry, KiroConfig):
             providers[name] = KiroProvider(name, entry, paths, client)
         else:
@@ -16250,7 +15976,7 @@ async def check_kiro(context: SignInContext, name: str, config: KiroConfig) -> s
     """
     provider = KiroProvider(name, config, context.paths, context.client)
     try:
-        login = await provider.account.login()
+        login = await provider.account.get()
         if login.kind == "idc" and not login.arn:
             profiles = await provider.find_profiles(login)
             arn = next(iter(profiles)) if len(profiles) == 1 else ""
@@ -19072,7 +18798,7 @@ def switch_provider(daemon: Daemon, params: Json, enabled: str) -> Json:
     change_provider(daemon.paths, daemon.environ, name, enabled)
     changes = daemon.reload()
     if name in daemon.gateway.providers:
-        daemon.gateway.providers[name].wake()
+        daemon.gateway.providers[name].clear_cooldowns()
     return changes
 
 

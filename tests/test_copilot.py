@@ -836,13 +836,13 @@ def test_a_model_that_vanishes_from_the_list_is_kept(tmp_path: Path) -> None:
         gw.save_private_json(paths.token_file("c"), {"github_token": fake.github_token})
         client = gw.HttpClient(gw.NetworkConfig(), gw.Ticker())
         config = gw.CopilotConfig(github_api_url=fake.url)
-        provider = gw.CopilotProvider("c", config, paths, client, ("m", "d"))
+        provider = gw.CopilotProvider("c", config, paths, client)
         first = set(await provider.models())
         fake.model_list[:] = [{"id": "new-1", "name": "New"}]
-        provider.catalogue.expire()
+        provider.catalogue.fetched_at = float("-inf")
         second = set(await provider.models())
         fake.models_answers.append(Answer(500, {}, b"oops"))
-        provider.catalogue.expire()
+        provider.catalogue.fetched_at = float("-inf")
         assert set(await provider.models()) == second
         provider.close()
         client.close()

@@ -426,26 +426,26 @@ def test_a_request_that_finds_nothing_out_leaves_it_to_the_next(trio: Trio) -> N
     assert len(trio.copilot.calls) == 3
 
 
-def story(steps: Callable[[gw.Cooldowns], None]) -> None:
+def story(steps: Callable[[gw.Breaker], None]) -> None:
     """Plays with cool-downs where there is a clock."""
 
     async def play() -> None:
-        steps(gw.Cooldowns())
+        steps(gw.Breaker())
 
     asyncio.run(play())
 
 
-def end_rest(rests: gw.Cooldowns, model: str = "m", ago: float = 0.0) -> None:
+def end_rest(rests: gw.Breaker, model: str = "m", ago: float = 0.0) -> None:
     """Lets a rest have ended."""
-    rest = rests.resting[model]
+    rest = rests.cooldowns[model]
     rest.until = asyncio.get_running_loop().time() - ago
 
 
 def test_a_rest_without_a_time_grows_with_each_refusal_up_to_a_minute() -> None:
-    def steps(rests: gw.Cooldowns) -> None:
+    def steps(rests: gw.Breaker) -> None:
         lengths = []
         for _ in range(6):
-            lengths.append(rests.rest("m", gw.RateLimited("no"), None))
+            lengths.append(rests.open("m", gw.RateLimited("no"), None))
             end_rest(rests)
         assert lengths == [4, 8, 16, 32, 60, 60]
 
@@ -453,32 +453,32 @@ def test_a_rest_without_a_time_grows_with_each_refusal_up_to_a_minute() -> None:
 
 
 def test_refusals_at_the_same_time_do_not_make_a_rest_grow() -> None:
-    def steps(rests: gw.Cooldowns) -> None:
-        assert [rests.rest("m", gw.RateLimited("no"), None) for _ in range(5)] == [4] * 5
-        assert rests.rest("m", gw.RateLimited("no"), 30.0) == 30
-        rests.rest("m", gw.RateLimited("no"), 2.0)
+    def steps(rests: gw.Breaker) -> None:
+        assert [rests.open("m", gw.RateLimited("no"), None) for _ in range(5)] == [4] * 5
+        assert rests.open("m", gw.RateLimited("no"), 30.0) == 30
+        rests.open("m", gw.RateLimited("no"), 2.0)
         assert rests.rows()[0]["seconds"] == 30  # the longer one counts
 
     story(steps)
 
 
 def test_a_good_answer_lets_the_next_rest_begin_small() -> None:
-    def steps(rests: gw.Cooldowns) -> None:
+    def steps(rests: gw.Breaker) -> None:
         for _ in range(4):
-            rests.rest("m", gw.RateLimited("no"), None)
+            rests.open("m", gw.RateLimited("no"), None)
             end_rest(rests)
         with rests.passing("m"):
             assert rests.rows()[0]["probing"]
         assert rests.rows() == []
-        assert rests.rest("m", gw.RateLimited("no"), None) == 4
+        assert rests.open("m", gw.RateLimited("no"), None) == 4
 
     story(steps)
 
 
 def test_a_request_of_before_the_rest_does_not_end_it() -> None:
-    def steps(rests: gw.Cooldowns) -> None:
+    def steps(rests: gw.Breaker) -> None:
         with rests.passing("m"):
-            rests.rest("m", gw.RateLimited("no"), 30.0)
+            rests.open("m", gw.RateLimited("no"), 30.0)
         with pytest.raises(gw.RateLimited):
             rests.check("m")
 
@@ -486,24 +486,24 @@ def test_a_request_of_before_the_rest_does_not_end_it() -> None:
 
 
 def test_one_request_finds_out_for_its_model_and_the_account() -> None:
-    def steps(rests: gw.Cooldowns) -> None:
+    def steps(rests: gw.Breaker) -> None:
         for model in ("m", ""):
-            rests.rest(model, gw.RateLimited("no"), 30.0)
+            rests.open(model, gw.RateLimited("no"), 30.0)
             end_rest(rests, model)
         with rests.passing("m"), pytest.raises(gw.RateLimited), rests.passing("other"):
             pass
-        assert rests.resting == {}
+        assert rests.cooldowns == {}
 
     story(steps)
 
 
 def test_what_has_ended_long_ago_needs_nobody_to_find_out() -> None:
-    def steps(rests: gw.Cooldowns) -> None:
-        rests.rest("m", gw.RateLimited("no"), 30.0)
+    def steps(rests: gw.Breaker) -> None:
+        rests.open("m", gw.RateLimited("no"), 30.0)
         end_rest(rests, ago=gw.COOL_DOWN_SECONDS)
         with rests.passing("m"), rests.passing("m"):
             assert rests.rows() == []
-        rests.rest("m", gw.RateLimited("no", retry_after=7200.0), 60.0)
+        rests.open("m", gw.RateLimited("no", retry_after=7200.0), 60.0)
         end_rest(rests, ago=gw.COOL_DOWN_SECONDS)  # but this one ought to last for two hours
         with rests.passing("m"), pytest.raises(gw.RateLimited), rests.passing("m"):
             pass
@@ -512,12 +512,12 @@ def test_what_has_ended_long_ago_needs_nobody_to_find_out() -> None:
 
 
 def test_a_rest_is_told_with_the_time_that_is_left_of_it() -> None:
-    def steps(rests: gw.Cooldowns) -> None:
-        rests.rest("m", gw.RateLimited("no", retry_after=7200.0), 7200.0)
+    def steps(rests: gw.Breaker) -> None:
+        rests.open("m", gw.RateLimited("no", retry_after=7200.0), 7200.0)
         with pytest.raises(gw.RateLimited) as caught:
             rests.check("m")
         assert caught.value.retry_after == pytest.approx(7200, abs=5)
-        rests.rest("n", gw.QuotaExceeded("none left"), 60.0, 7200.0)
+        rests.open("n", gw.QuotaExceeded("none left"), 60.0, 7200.0)
         with pytest.raises(gw.QuotaExceeded) as spent:
             rests.check("n")
         assert spent.value.retry_after is None  # no program should wait for that

@@ -381,19 +381,21 @@ class Service:
         self.asked.set()
         if self.error is not None:
             raise self.error
-        return self.watch.learn(plan_at(50))
+        return self.watch.update(plan_at(50))
 
     async def hear(self) -> None:
         """Waits for a question and its answer."""
         await asyncio.wait_for(self.asked.wait(), 20)
-        assert self.watch.looking is not None
-        await asyncio.wait((self.watch.looking,), timeout=20)
+        assert self.watch.task is not None
+        await asyncio.wait((self.watch.task,), timeout=20)
         self.asked.clear()
 
     def planned_s(self) -> float | None:
         """Seconds until the next look; None where none is planned."""
-        timer = self.watch.timer
-        return None if timer is None else timer.when() - asyncio.get_running_loop().time()
+        watch = self.watch
+        if watch.task is None or watch.task.done():
+            return None
+        return watch.poll_at - asyncio.get_running_loop().time()
 
 
 def test_a_first_use_is_followed_by_a_look_and_more_use_by_few() -> None:
@@ -403,11 +405,11 @@ def test_a_first_use_is_followed_by_a_look_and_more_use_by_few() -> None:
         assert service.planned_s() is None  # nobody asks for what nobody uses
         watch.soon_s = 0.0
         for _ in range(100):
-            watch.used()
+            watch.poll_soon()
         await service.hear()
         assert (service.count, watch.known and watch.known.plan) == (1, "pro")
         assert service.planned_s() is None
-        watch.used()
+        watch.poll_soon()
         left = service.planned_s()
         assert left is not None and left > gw.QUOTA_LOOK_SECONDS - 30
         watch.close()
@@ -420,14 +422,14 @@ def test_spent_credits_are_looked_at_at_once_but_not_all_the_time() -> None:
     async def story() -> None:
         service = Service()
         watch = service.watch
-        watch.used()
-        watch.heed(gw.RateLimited("slowly"))
+        watch.poll_soon()
+        watch.on_error(gw.RateLimited("slowly"))
         left = service.planned_s()
         assert left is not None and left > 1
-        watch.heed(gw.QuotaExceeded("no more"))
+        watch.on_error(gw.QuotaExceeded("no more"))
         await service.hear()
-        watch.used()
-        watch.heed(gw.QuotaExceeded("no more"))
+        watch.poll_soon()
+        watch.on_error(gw.QuotaExceeded("no more"))
         left = service.planned_s()
         assert left is not None and gw.QUOTA_AGAIN_SECONDS - 30 < left <= gw.QUOTA_AGAIN_SECONDS
         assert service.count == 1
@@ -440,13 +442,13 @@ def test_a_look_in_vain_is_quiet_and_forgets_nothing(caplog: pytest.LogCaptureFi
     async def story() -> None:
         service = Service(gw.Overloaded("not now"))
         watch = service.watch
-        watch.learn(plan_at(50))
-        watch.looked_at = float("-inf")
+        watch.update(plan_at(50))
+        watch.polled_at = float("-inf")
         watch.soon_s = 0.0
-        watch.used()
+        watch.poll_soon()
         await service.hear()
         assert watch.known and service.planned_s() is None
-        watch.used()
+        watch.poll_soon()
         left = service.planned_s()
         assert left is not None and left > 60  # nor is it asked the faster
         watch.close()
@@ -467,10 +469,10 @@ def test_a_new_account_begins_anew_also_when_a_look_finds_it() -> None:
             return await service.ask()
 
         watch.ask, watch.soon_s = ask, 0.0
-        watch.learn(plan_at(99))
+        watch.update(plan_at(99))
         watch.forget()
         assert watch.known is None and watch.alarm.reported == {}
-        watch.used()
+        watch.poll_soon()
         await service.hear()
         assert watch.known is not None
 
@@ -480,16 +482,16 @@ def test_a_new_account_begins_anew_also_when_a_look_finds_it() -> None:
 def test_fields_that_did_not_change_are_not_read_again(caplog: pytest.LogCaptureFixture) -> None:
     async def story() -> None:
         watch = Service().watch
-        watch.learn(gw.read_copilot_quota(default_user()))
+        watch.update(gw.read_copilot_quota(default_user()))
         low = {**QUOTA_HEADERS, PREMIUM: "ent=1500&rem=4.0&totRem=60"}
-        watch.harvest(gw.Headers(low))
+        watch.update_from_headers(gw.Headers(low))
         first = watch.known
-        assert first and watch.timer is None  # the fields are enough
+        assert first and watch.task is None  # the fields are enough
         first.as_of = 1.0
-        watch.harvest(gw.Headers({"date": "now", **low}))
+        watch.update_from_headers(gw.Headers({"date": "now", **low}))
         assert watch.known is first and first.as_of > 1.0
-        watch.harvest(gw.Headers({"date": "now"}))
-        assert watch.known is first and watch.timer is not None  # an older service
+        watch.update_from_headers(gw.Headers({"date": "now"}))
+        assert watch.known is first and watch.task is not None  # an older service
         watch.close()
 
     with caplog.at_level("DEBUG", "aiclient-api"):
@@ -501,8 +503,8 @@ def test_fields_that_did_not_change_are_not_read_again(caplog: pytest.LogCapture
 def test_an_answer_without_a_full_one_before_asks_for_plan_and_unit() -> None:
     async def story() -> None:
         watch = Service().watch
-        watch.harvest(gw.Headers(QUOTA_HEADERS))
-        assert watch.known and watch.known.plan == "" and watch.timer is not None
+        watch.update_from_headers(gw.Headers(QUOTA_HEADERS))
+        assert watch.known and watch.known.plan == "" and watch.task is not None
         watch.close()
 
     asyncio.run(story())

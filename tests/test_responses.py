@@ -1466,8 +1466,8 @@ def test_a_rate_limit_of_hours_is_one_that_codex_stops_at(
     wait_s: float | None, stops: bool
 ) -> None:
     async def told() -> gw.ApiError:
-        rests = gw.Cooldowns()
-        rests.rest("m", gw.RateLimited("slow down", retry_after=wait_s), 42.0)
+        rests = gw.Breaker()
+        rests.open("m", gw.RateLimited("slow down", retry_after=wait_s), 42.0)
         with pytest.raises(gw.RateLimited) as second:
             rests.check("m")
         return second.value
