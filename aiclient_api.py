@@ -16499,11 +16499,15 @@ def split_path(path: str) -> tuple[str, str]:
     return path, ""
 
 
-def interrupted_status(error: BaseException) -> int:
-    """The status to count for a request whose handler was interrupted; 499 is nginx's."""
-    if isinstance(error, WireError):
-        return error.status
-    return 499 if isinstance(error, (asyncio.CancelledError, ConnectionError)) else 500
+def failure_status(failure: BaseException | None) -> tuple[int, str]:
+    """(status, kind) to record; 499 is nginx's: the client has gone away."""
+    if isinstance(failure, ApiError):
+        return failure.status, failure.kind
+    if isinstance(failure, WireError):
+        return failure.status, ""
+    if isinstance(failure, (asyncio.CancelledError, ConnectionError)):
+        return 499, "cancelled"
+    return (200, "") if failure is None else (500, ApiError.kind)
 
 
 JSON_TYPE = re.compile(r"application/(?:[!#$&^_.+a-z0-9-]+\+)?json")
@@ -17183,7 +17187,7 @@ class Gateway:
         try:
             response = await self.respond(request)
         except BaseException as error:
-            self.count_request(request, interrupted_status(error))
+            self.count_request(request, failure_status(error)[0])
             raise
         response.headers.update(self.id_headers(request.id))
         stream = response.stream
@@ -17374,13 +17378,7 @@ class Gateway:
     ) -> None:
         """Records a completion, successful or not; `first_byte_at` is monotonic."""
         duration_s = asyncio.get_running_loop().time() - request.begun_at
-        status, kind = 200, ""
-        if isinstance(failure, ApiError):
-            status, kind = failure.status, failure.kind
-        elif isinstance(failure, (asyncio.CancelledError, ConnectionError)):
-            status, kind = 499, "cancelled"
-        elif failure is not None:
-            status, kind = 500, ApiError.kind
+        status, kind = failure_status(failure)
         price = None if usage.credits_source else price_nano_credits(model, usage)
         if price is not None:
             source = "derived" if usage.source == "reported" else "estimated"
@@ -17405,13 +17403,6 @@ class Gateway:
     def label(self, request: Request) -> str:
         user_agent = request.headers.get("user-agent", "")
         return request.key_name or self.ledger.label(user_agent, self.config.limits)
-
-    async def check_limits(
-        self, request: Request, provider: Provider, body_hash: int | None
-    ) -> None:
-        """Raises LimitReached; `body_hash` is None if the request was counted before."""
-        label = self.label(request)
-        await self.ledger.check(self.config.limits, provider.name, label, body_hash)
 
     async def post_count_tokens(self, request: Request) -> Response:
         """Estimated locally, without an upstream call: Claude Code asks in bursts."""
@@ -17572,13 +17563,22 @@ class Gateway:
             try:
                 provider, model = await self.find_model(request, name, route)
                 if not provider.local:  # a local provider costs nothing
-                    uncounted, body_hash = body_hash, None
-                    await self.check_limits(request, provider, uncounted)
+                    label = self.label(request)
+                    uncounted, body_hash = body_hash, None  # counted once, even if refused
+                    await self.ledger.check(self.config.limits, provider.name, label, uncounted)
                 response = await ask(provider, model)
             except ApiError as error:
                 if len(routes) == 1 or not may_fall_back(error):
                     raise
-                self.log_fallback(request, name, route, error)
+                log_event(
+                    "info",
+                    "passed_over",
+                    id=request.id,
+                    alias=name,
+                    candidate=route,
+                    kind=error.kind,
+                    reason=error.message[:300],
+                )
                 failures.append((str(route), error))
                 request.cancel_on_hangup(True, patient=True)
                 continue
@@ -17587,18 +17587,6 @@ class Gateway:
                 response.headers["x-aiclient-passed-over"] = fallbacks
             return response
         raise summarize_errors(failures)
-
-    @staticmethod
-    def log_fallback(request: Request, name: str, route: Route, error: ApiError) -> None:
-        log_event(
-            "info",
-            "passed_over",
-            id=request.id,
-            alias=name,
-            candidate=route,
-            kind=error.kind,
-            reason=error.message[:300],
-        )
 
     async def find_model(self, request: Request, name: str, route: Route) -> tuple[Provider, Model]:
         """The provider and the model that a route of a name leads to; raises ModelNotFound."""
@@ -17660,12 +17648,14 @@ class Gateway:
 
         async def attempt(provider: Provider, model: Model) -> Response:
             hold_s = HOLD_STATUS_SECONDS if len(routes) == 1 else max(0.0, hold_deadline - now())
-            arguments = (request, client_dialect, body, request_info, provider, model, hold_s)
+            exchange = functools.partial(
+                self.exchange, request, client_dialect, body, request_info, provider, model, hold_s
+            )
             try:
-                return await self.exchange(*arguments)
+                return await exchange()
             except WrongDialect:
                 # The provider has just ruled that dialect out; another one is tried, once.
-                return await self.exchange(*arguments)
+                return await exchange()
 
         return await self.first_response(request, request_info.model, routes, body_hash, attempt)
 
@@ -17841,16 +17831,15 @@ class Exchange:
         """Returns the client's first bytes, or all of them if the upstream does not stream."""
         with advising(self.provider):
             self.source = await self.provider.open(self.call)
-        first = await self.source.first()
+        piece = await self.source.first()
         self.first_byte_at = asyncio.get_running_loop().time()
-        if first.lstrip()[:1] == b"{":
-            return await self.open_buffered(first)
-        data = self.translator.feed(first)
-        while not data and not self.translator.over:
+        if piece.lstrip()[:1] == b"{":
+            return await self.open_buffered(piece)
+        translator = self.translator
+        data = translator.feed(piece)
+        while not translator.over and not (data and translator.stream):
             piece = await self.source.first()
-            data = self.translator.feed(piece) if piece else self.translator.end()
-        if not self.translator.stream:
-            await self.drain()
+            data += translator.feed(piece) if piece else translator.end()
         return data
 
     async def open_buffered(self, first: bytes) -> bytes:
@@ -17862,15 +17851,6 @@ class Exchange:
             if len(body) > MAX_FRAME_BYTES:
                 raise UpstreamError("The upstream's answer is too large.")
         return self.translator.feed_buffered(bytes(body))
-
-    async def drain(self) -> None:
-        assert self.source is not None
-        while not self.translator.over:
-            piece = await self.source.first()
-            if piece:
-                self.translator.feed(piece)
-            else:
-                self.translator.end()
 
     async def run_buffered(self) -> Response:
         try:
@@ -17948,11 +17928,9 @@ class Exchange:
         self.request.cancel_on_hangup(False)
         if self.source is not None:
             self.source.close(self.translator.ended)
-        if not self.recorded:
-            self.recorded = True
-            self.record(failure)
-
-    def record(self, failure: BaseException | None) -> None:
+        if self.recorded:
+            return
+        self.recorded = True
         call, ledger = self.call, self.gateway.ledger
         ledger.metrics.count_attempts(self.provider.name, call.attempts, call.refusals)
         if isinstance(failure, WrongDialect):
@@ -17962,9 +17940,8 @@ class Exchange:
         translator = self.translator
         usage = translator.usage
         if not usage.source and failure is not None and not isinstance(failure, ApiError):
-            usage = finalize_usage(
-                usage, translator.context, translator.relay.said
-            )  # a client that left pays, too
+            # A client that left pays, too.
+            usage = finalize_usage(usage, translator.context, translator.relay.said)
         self.gateway.record(
             self.request,
             self.provider,

@@ -526,16 +526,16 @@ def test_a_rest_is_told_with_the_time_that_is_left_of_it() -> None:
     story(steps)
 
 
-def test_rests_are_told_to_people() -> None:
+def test_cool_downs_are_shown_to_people() -> None:
     row = {
         "model": GPT, "seconds": 12, "reason": "Copilot's rate limit: no.", "probing": False,
         "passes_at": None,
     }  # fmt: skip
-    assert gw.format_cooldown(row) == f"{GPT} rests for 12 s: Copilot's rate limit: no."
+    assert gw.format_cooldown(row) == f"{GPT}, 12 s: Copilot's rate limit: no."
     row |= {"model": "*", "probing": True, "passes_at": time.time() + 7290}
     assert gw.format_cooldown(row) == (
-        "all models rest while one request tries: Copilot's rate limit: no."
-        " It ought to pass in 2 h 1 min."
+        "all models, one request is probing: Copilot's rate limit: no."
+        " Expected to recover in 2 h 1 min."
     )
 
 
@@ -559,7 +559,7 @@ def test_enabling_an_enabled_provider_ends_its_rests() -> None:
         assert list(row["cool_downs"]) == ["*"]
         assert row["health"] == "resting"
         said = typed(machine, ["status"])
-        assert "copilot: all models rest for " in said
+        assert "copilot: all models, " in said
         assert "It ought to pass in 2 d 2 h." in said
         assert machine.run("provider", "enable", "copilot").status == 0
         (row,) = (row for row in machine.status()["providers"] if row["name"] == "copilot")
