@@ -560,7 +560,7 @@ def test_enabling_an_enabled_provider_ends_its_rests() -> None:
         assert row["health"] == "resting"
         said = typed(machine, ["status"])
         assert "copilot: all models, " in said
-        assert "It ought to pass in 2 d 2 h." in said
+        assert "Expected to recover in 2 d 2 h." in said
         assert machine.run("provider", "enable", "copilot").status == 0
         (row,) = (row for row in machine.status()["providers"] if row["name"] == "copilot")
         assert (row["cool_downs"], row["rests"], row["health"]) == ({}, [], "ready")
