@@ -16689,9 +16689,9 @@ PAGE_BODY = """\
   <button id="forget" type="button" hidden>Forget key</button>
 </header>
 <p id="notice" role="status"></p>
-<noscript>This page needs JavaScript; the verbs status, usage and quota tell the same.</noscript>
+<noscript>This page needs JavaScript; the verbs status, usage and quota show the same.</noscript>
 <form id="ask" class="card" hidden>
-  <h3>This gateway asks for its key</h3>
+  <h3>This gateway needs its key</h3>
   <p class="soft">It is the api_key of its configuration.  This tab keeps it until it is closed,
     and sends it to this gateway only.</p>
   <p><label for="key">Key</label></p>
@@ -16730,11 +16730,11 @@ PAGE_BODY = """\
   <div class="card" tabindex="0" role="region" aria-label="Recent requests">
     <table>
       <caption class="unseen">The last 50 requests, the newest first</caption>
-      <thead><tr><th>Time<th>Model<th>Result<th>Asked by<th>Dialect<th>Took<th>First byte<th>Input
+      <thead><tr><th>Time<th>Model<th>Result<th>Client<th>Dialect<th>Duration<th>First byte<th>Input
         <th>Cached<th>Output<th>Credits</thead>
       <tbody id="recent"></tbody>
     </table>
-    <p class="soft">~ marks what was derived or estimated.  What was said is never kept.</p>
+    <p class="soft">~ marks derived or estimated figures.  Prompts and responses are never stored.</p>
   </div>
 </main>
 """
@@ -16745,7 +16745,7 @@ const EVERY_MS = 5000, PATIENCE_MS = 10000, PLOT_HEIGHT = 158, COLOURS = 6, KEPT
 const $ = id => document.getElementById(id);
 const SVG = $("mark").namespaceURI;
 
-// -- elements: whatever the gateway tells becomes text, never markup
+// -- elements: what the gateway sends becomes text, never markup
 
 function fill(node, fields, inside) {
   for (const [name, value] of Object.entries(fields)) node.setAttribute(name, value);
@@ -16852,7 +16852,7 @@ function tiles(status, total, days) {
   const cached = total.input_tokens ? total.cache_read_tokens / total.input_tokens : null;
   const others = status.requests_in_flight - 1;  // one of them is this page's own question
   return Object.entries({
-    "Up for": span(status.uptime_s), Connections: whole(status.connections),
+    Uptime: span(status.uptime_s), Connections: whole(status.connections),
     "In flight": whole(others), Memory: memory,
     [`Requests, ${days} d`]: short(total.request_count),
     [`Failed, ${days} d`]: short(total.error_count),
@@ -16880,11 +16880,11 @@ const cap = one => meter(one.name, one.limit ? one.used / one.limit : 1,
 function provider(one, quota, colour) {
   const level = {ready: "good", resting: "warn", disabled: "soft"}[one.health] ?? "bad";
   const left = one.token_expires_at && Math.max(0, one.token_expires_at - Date.now() / 1000);
-  const facts = [one.type, one.account, one.plan, left && `token good for ${span(left)}`];
+  const facts = [one.type, one.account, one.plan, left && `token expires in ${span(left)}`];
   const reasons = new Map((one.rests ?? []).map(({model, reason}) => [model, `: ${reason}`]));
   const rests = Object.entries(one.cool_downs).map(([model, seconds]) => {
-    const name = model === "*" ? "every model" : model;
-    return `${name} rests for ${span(seconds)}${reasons.get(model) ?? ""}`;
+    const name = model === "*" ? "all models" : model;
+    return `${name}, ${span(seconds)}${reasons.get(model) ?? ""}`;
   });
   const trouble = quota.error ? [`quota: ${quota.error}`] : [];
   return make("article", {class: "card"},
@@ -16994,9 +16994,9 @@ function askForKey(words) {
 
 function tell(error) {
   const gone = error instanceof Gone;
-  const words = gone ? "The gateway does not answer" : `This cannot be shown: ${error.message}`;
+  const words = gone ? "The gateway does not respond" : `This cannot be shown: ${error.message}`;
   const of = heard ? ` The figures are of ${clock(heard)}.` : "";
-  $("notice").textContent = `${words}; asked again every ${EVERY_MS / 1000} seconds.${of}`;
+  $("notice").textContent = `${words}; retrying every ${EVERY_MS / 1000} seconds.${of}`;
   $("figures").classList.add("gone");
 }
 

@@ -433,14 +433,14 @@ def test_every_part_is_drawn(browser: Browser, stage: Stage) -> None:
         assert page.text("#version").startswith("9.8.7, serving at 127.0.0.1:")
         tiles = dict(zip(page.texts("#tiles dt"), page.texts("#tiles dd")))
         assert tiles == {
-            "Up for": "1 d 2 h", "Connections": "5", "In flight": "2", "Memory": "61 MiB",
+            "Uptime": "1 d 2 h", "Connections": "5", "In flight": "2", "Memory": "61 MiB",
             "Requests, 30 d": "42", "Failed, 30 d": "4", "Tokens, 30 d": "12.6K",
             "From cache": "25%",
         }  # fmt: skip
         assert page.texts("#warnings li") == ["copilot: 82 percent are used", "usage.db: is full"]
         copilot, kiro, work = page.texts("#providers article")
-        for words in ("resting", "octocat", "pro", "token good for 25 min", "82% used", "99% used",
-                      "gpt-5 rests for 44 s: Its rate limit", "every model rests for 7 s\n",
+        for words in ("resting", "octocat", "pro", "token expires in 25 min", "82% used", "99% used",
+                      "gpt-5, 44 s: Its rate limit", "all models, 7 s\n",
                       "unlimited", "3 beyond it", "as of ",
                       "54 of 300 left, resets "):  # fmt: skip
             assert words in copilot
@@ -591,7 +591,7 @@ def test_a_gateway_that_is_gone_is_told_and_comes_back(browser: Browser, stage: 
         page.go(stage.url)
         page.wait(SHOWN)
         stage.gone = True
-        page.wait("document.querySelector('#notice').innerText.includes('does not answer')")
+        page.wait("document.querySelector('#notice').innerText.includes('does not respond')")
         assert "figures are of" in page.text("#notice")
         assert page.evaluate("document.querySelector('main').className") == "gone"
         assert "octocat" in page.text("#providers")
@@ -663,7 +663,7 @@ def test_the_page_asks_for_the_key(browser: Browser, locked: Gateway) -> None:
     with browser.open_page() as page:
         page.go(locked.url + "/")
         page.wait(asking)
-        assert "asks for its key" in page.text("#ask") and page.text("#wrong") == ""
+        assert "needs its key" in page.text("#ask") and page.text("#wrong") == ""
         assert page.evaluate("document.activeElement.id") == "key"
         assert "echo" not in page.text("body")
         page.type("a wrong one")
