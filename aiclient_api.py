@@ -487,16 +487,6 @@ KIRO_VERSION = "1.1.14"  # of the IDE, seen in 2026-09; older ones were never re
 
 # ---- 2. Errors ---------------------------------------------------------------------------------
 #
-#   ProgramError   a command failed: WrongUsage, ConfigError, SignInFailed (CodeExpired), NotRunning
-#   ApiError       the error response to a client, in its own dialect:
-#     400 InvalidRequest (UnsupportedFeature, WrongDialect, ContextTooLong)   401 InvalidKey
-#     403 Forbidden   404 ModelNotFound, UnknownUrl, NotStored   405 MethodNotAllowed
-#     408 RequestTimeout   413 BodyTooLarge   415 UnsupportedMediaType, UnsupportedEncoding
-#     426 UpgradeRefused   429 RateLimited, QuotaExceeded, LimitReached (RequestRepeated)
-#     502 UpstreamError (Unreachable)   503 NotSignedIn (NotEntitled), Overloaded, Busy
-#     504 UpstreamTimeout
-#   WireError      a peer violated HTTP: never shown to a client as it is
-#
 # `str(error)` is always safe to show: it never holds a token, key, prompt or completion.
 
 
@@ -767,16 +757,12 @@ def load_json(data: bytes | str) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
+JSON_WHITESPACE = " \t\n\r"
+JSON_MARKS = b"[{,:"
 # Matches at every quote, an unterminated string up to the end, so that the search is linear.
 JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
-JSON_OPENING = re.compile(r'[ \t\n\r]*+\{[ \t\n\r]*+(?:(")|\}[ \t\n\r]*+\Z)')
-JSON_COLON = re.compile(r"[ \t\n\r]*+:[ \t\n\r]*+")
+TOO_MANY_VALUES = f"The body holds more than {MAX_JSON_MARKS} values."
 EMBEDDED_JSON = re.compile(r"\s*+[{\[]")
-JSON_NEXT = re.compile(r'[ \t\n\r]*+(?:,[ \t\n\r]*+(")|\}[ \t\n\r]*+\Z)')
-
-
-def count_marks(data: bytes) -> int:
-    return len(data) - len(data.translate(None, b"[{,:"))
 
 
 def count_values(data: bytes, limit: int = MAX_JSON_MARKS) -> int:
@@ -784,94 +770,80 @@ def count_values(data: bytes, limit: int = MAX_JSON_MARKS) -> int:
 
     Every string but one follows a mark, so no more than that many strings need to be cut out.
     """
-    return count_marks(JSON_STRING.sub(b"", data, limit + 1))
+    outside = JSON_STRING.sub(b"", data, limit + 1)
+    return len(outside) - len(outside.translate(None, JSON_MARKS))
 
 
-def has_too_many_values(data: bytes, limit: int = MAX_JSON_MARKS) -> bool:
+def has_too_many_values(data: bytes | str, limit: int = MAX_JSON_MARKS) -> bool:
     """Whether `count_values` is over `limit`, with less work for most JSON."""
-    return len(data) > limit and count_marks(data) > limit and count_values(data, limit) > limit
+    if len(data) <= limit:
+        return False
+    raw = data.encode("utf-8", "replace") if isinstance(data, str) else data
+    return len(raw) - len(raw.translate(None, JSON_MARKS)) > limit < count_values(raw, limit)
 
 
-def embedded_json_texts(body: Json) -> Iterator[str]:
-    """The strings of a body that are parsed as JSON themselves: the arguments of calls."""
-    pending = list(body.values())
-    while pending:
-        item = pending.pop()
-        if isinstance(item, list):
-            pending += item
-        elif isinstance(item, dict):
-            pending += item.values()
-            for text in (item.get("arguments"), item.get("input")):
-                if isinstance(text, str) and EMBEDDED_JSON.match(text):
-                    yield text
-
-
-def scan_object(text: str) -> Json | None:
-    """The JSON object in `text`, or None; refuses duplicate keys: parsers read them differently."""
-    result: Json = {}
-    try:
-        match = JSON_OPENING.match(text)
-        while match is not None and match[1]:
-            key, end = json_decoder.parse_string(text, match.end())
-            if key in result:
-                raise InvalidRequest("The body has a key twice at its top level.")
-            if len(result) == MAX_JSON_KEYS:
-                raise InvalidRequest(f"The body has more than {MAX_JSON_KEYS} keys.")
-            colon = JSON_COLON.match(text, end)
-            if colon is None:
-                return None
-            result[key], end = json_decoder.scan_once(text, colon.end())
-            match = JSON_NEXT.match(text, end)
-    except (ValueError, StopIteration, RecursionError):
-        return None
-    return None if match is None else result
-
-
-def exceeds_depth(value: Any, limit: int) -> bool:
-    containers = [value]
-    for _ in range(limit):
-        rows = [item.values() if isinstance(item, dict) else item for item in containers]
-        containers = [item for row in rows for item in row if isinstance(item, (dict, list))]
-        if not containers:
-            return False
-    return True
+def check_values(body: Json, is_long: bool) -> None:
+    """Limits the depth, and the values in strings that are parsed as JSON: arguments of calls."""
+    level: list[Any] = [body]
+    embedded: list[str] = []
+    for _ in range(MAX_JSON_DEPTH):
+        rows = [item.values() if isinstance(item, dict) else item for item in level]
+        level = [item for row in rows for item in row if isinstance(item, (dict, list))]
+        if not level:
+            break
+        for item in level if is_long else ():
+            texts = (item.get("arguments"), item.get("input")) if isinstance(item, dict) else ()
+            embedded += [t for t in texts if isinstance(t, str) and EMBEDDED_JSON.match(t)]
+    else:
+        raise InvalidRequest(f"The body is nested deeper than {MAX_JSON_DEPTH} levels.")
+    if sum(map(len, embedded)) <= MAX_JSON_MARKS:
+        return
+    counts = [count_values(text.encode("utf-8", "replace")) for text in embedded]
+    if sum(counts) > MAX_JSON_MARKS:
+        raise BodyTooLarge(TOO_MANY_VALUES)
 
 
 def load_body(data: bytes) -> Json:
-    """A request's body, one JSON object; raises InvalidRequest and BodyTooLarge."""
-    too_large = BodyTooLarge(f"The body holds more than {MAX_JSON_MARKS} values.")
-    is_long = len(data) > MAX_JSON_MARKS
-    is_dense = is_long and count_marks(data) > MAX_JSON_MARKS
-    if is_dense and count_values(data) > MAX_JSON_MARKS:
-        raise too_large
+    """A request's body, one JSON object; raises InvalidRequest and BodyTooLarge.
+
+    A duplicate key at its top level is refused: parsers disagree on which one counts.
+    """
+    if has_too_many_values(data):
+        raise BodyTooLarge(TOO_MANY_VALUES)
     try:
         text = data.decode()
-        body = scan_object(text)
-        if body is None:
-            load_json(text)  # raises a better error
+        start = len(text) - len(text.lstrip(JSON_WHITESPACE))
+        if not text.startswith("{", start):
+            load_json(text)
             raise InvalidRequest("The body must be a JSON object.")
+        # The standard library's parser in Python for this object, its scanner in C for the values.
+        pairs, end = json_decoder.parse_object(
+            (text, start + 1), True, json_decoder.scan_once, None, list
+        )
+        if text[end:].strip(JSON_WHITESPACE):
+            raise json.JSONDecodeError("Extra data", text, end)
     except UnicodeDecodeError:
         raise InvalidRequest("The body is not UTF-8.") from None
+    except RecursionError:
+        raise InvalidRequest("The body is nested too deeply.") from None
     except ValueError as error:
         raise InvalidRequest(f"The body is not valid JSON: {redact(str(error), 200)}.") from None
-    if exceeds_depth(body, MAX_JSON_DEPTH):
-        raise InvalidRequest(f"The body is nested deeper than {MAX_JSON_DEPTH} levels.")
-    if is_dense or (is_long and b"\\u00" in data):  # marks may hide in strings, and in escapes
-        remaining = MAX_JSON_MARKS
-        for text in embedded_json_texts(body):
-            remaining -= count_values(text.encode("utf-8", "replace"))
-            if remaining < 0:
-                raise too_large
+    body = dict(pairs)
+    if len(pairs) > MAX_JSON_KEYS:
+        raise InvalidRequest(f"The body has more than {MAX_JSON_KEYS} keys.")
+    if len(body) < len(pairs):
+        raise InvalidRequest("The body has a key twice at its top level.")
+    is_long = len(data) > MAX_JSON_MARKS
+    if is_long or data.count(b"{") + data.count(b"[") > MAX_JSON_DEPTH:
+        check_values(body, is_long)
     return body
 
 
 def load_object(data: bytes | str, max_marks: int = MAX_JSON_MARKS) -> Json | None:
     """The JSON object in untrusted `data`, or None, also if it has too many values."""
+    if has_too_many_values(data, max_marks):
+        return None
     try:
-        if len(data) > max_marks:
-            raw = data.encode("utf-8", "replace") if isinstance(data, str) else data
-            if has_too_many_values(raw, max_marks):
-                return None
         value = load_json(data)
     except ValueError:
         return None
@@ -1031,12 +1003,12 @@ def hide(text: str, known_secrets: Iterable[str]) -> str:
 # ---- 4. Configuration --------------------------------------------------------------------------
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
-TYPE_NAMES = {
-    "str": "a string",
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "list[str]": "a list of strings",
+SETTING_TYPES: dict[str, tuple[Any, str]] = {
+    "str": (str, "a string"),
+    "int": (int, "a whole number"),
+    "float": (int | float, "a number"),
+    "bool": (bool, "true or false"),
+    "list[str]": (list, "a list of strings"),
 }
 # These settings become part of a host name or a header.
 AWS_REGION = re.compile(r"[a-z]{2}(?:-[a-z]+)+-[0-9]", re.ASCII)
@@ -1139,19 +1111,6 @@ def check_text(value: str) -> str:
     if any(ord(char) < 32 or ord(char) == 127 for char in value):
         return "must not hold control characters"
     return "must not hold bytes that are no text" if HALF_CHARACTER.search(value) else ""
-
-
-def check_setting(item: Field[Any], value: Any) -> str:
-    kind = str(item.type)
-    types: dict[str, Any] = {
-        "str": str, "int": int, "float": int | float, "bool": bool, "list[str]": list
-    }  # fmt: skip
-    has_type = isinstance(value, types[kind]) and (kind == "bool" or not isinstance(value, bool))
-    if not has_type or (isinstance(value, list) and not all(isinstance(i, str) for i in value)):
-        return f"must be {TYPE_NAMES[kind]}"
-    check: Check | None = item.metadata.get("check")
-    problem = check(value) if check else ""
-    return problem or (check_text(value) if kind == "str" else "")
 
 
 @dataclass(slots=True)
@@ -1274,8 +1233,14 @@ class Config:
     origins: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
 
-def dotted(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key
+# Tables whose keys are names of the user's own: their form, and how an error describes it.
+NAMED_TABLES: dict[str, tuple[re.Pattern[str], str]] = {
+    "providers": (PROVIDER_NAME, "letters, digits, '-' and '_'"),
+    "limits.providers": (LABEL, "letters, digits and . _ + -"),
+    "limits.labels": (LABEL, "letters, digits and . _ + -"),
+    "api_keys": (LABEL, "letters, digits and . _ + -"),
+    "models": (re.compile(".*", re.DOTALL), "any text"),
+}
 
 
 class ConfigReader:
@@ -1291,49 +1256,68 @@ class ConfigReader:
     def unknown_key(self, key: str, name: str, known_keys: Iterable[str]) -> ConfigError:
         known_keys = sorted(known_keys)
         matches = nearest(name, known_keys, 1)
-        suggestion = (
-            f"did you mean {matches[0]!r}?" if matches else "known here: " + ", ".join(known_keys)
-        )
-        return self.error(key, f"is not a known key; {suggestion}")
+        valid = f"did you mean {matches[0]!r}?" if matches else "valid: " + ", ".join(known_keys)
+        return self.error(key, f"is not a known key; {valid}")
 
     def read_config(self, table: Json) -> Config:
         config = Config(origins=self.origins)
         self.fill(config, table, "")
-        if config.default_provider not in config.providers:
-            available = ", ".join(config.providers)
-            raise self.error("default_provider", f"no such provider; there are: {available}")
-        for name in config.limits.providers.keys() - config.providers.keys():
-            available = ", ".join(config.providers)
-            raise self.error(
-                f"limits.providers.{name}", f"no such provider; there are: {available}"
-            )
+        providers = {f"limits.providers.{name}": name for name in config.limits.providers}
+        for key, name in {"default_provider": config.default_provider, **providers}.items():
+            if name not in config.providers:
+                available = ", ".join(config.providers)
+                raise self.error(key, f"no such provider; there are: {available}")
+        names = {secret: name for name, secret in config.api_keys.items()}
+        for name, secret in config.api_keys.items():
+            if names[secret] != name:
+                raise self.error(f"api_keys.{name}", "is the key of another name as well")
         return config
 
     def fill(self, target: Any, table: Json, path: str) -> None:
-        named_tables: dict[str, Callable[[Json, str], object]] = {
-            "providers": self.read_providers,
-            "models": self.read_aliases,
-            "api_keys": self.read_api_keys,
-            "limits.providers": self.read_caps,
-            "limits.labels": self.read_caps,
-        }
         settings = {item.name: item for item in fields(target) if item.name != "origins"}
         for name, value in table.items():
-            key = dotted(path, name)
+            key = join_path(path, name)
             if name not in settings:
                 raise self.unknown_key(key, name, settings)
-            if key in named_tables:
-                value = named_tables[key](self.require_table(value, key), key)
-            elif is_dataclass(getattr(target, name)):
-                self.fill(getattr(target, name), self.require_table(value, key), key)
-                continue
+            current = getattr(target, name)
+            if key in NAMED_TABLES:
+                pattern, form = NAMED_TABLES[key]
+                for entry_name, entry in self.require_table(value, key).items():
+                    if not pattern.fullmatch(entry_name):
+                        raise self.error(f"{key}.{entry_name}", f"a name is {form}")
+                    current[entry_name] = self.read_entry(key, entry_name, entry)
+            elif is_dataclass(current):
+                self.fill(current, self.require_table(value, key), key)
             else:
-                value = self.read_value(key, settings[name], value)
+                setattr(target, name, self.read_value(key, settings[name], value))
                 self.origins[key] = "file"
-            setattr(target, name, value)
+
+    def read_entry(self, path: str, name: str, value: Any) -> Any:
+        """One entry of a table in NAMED_TABLES; built-in providers are overwritten as a whole."""
+        key = f"{path}.{name}"
+        if path in ("models", "api_keys"):
+            self.origins[key] = "file"
+            return self.read_alias(name, value) if path == "models" else self.read_key(key, value)
+        table = self.require_table(value, key)
+        entry: Any = CapConfig()
+        if path == "providers":
+            kind = table.get("type", name)
+            if not isinstance(kind, str) or kind not in PROVIDER_CONFIGS:
+                supported = ", ".join(sorted(PROVIDER_CONFIGS))
+                raise self.error(f"{key}.type", f"must be one of {supported}")
+            entry = PROVIDER_CONFIGS[kind]()
+        self.fill(entry, table, key)
+        return entry
 
     def read_value(self, key: str, item: Field[Any], value: Any) -> Any:
-        problem = check_setting(item, value)
+        kind, type_name = SETTING_TYPES[str(item.type)]
+        is_valid = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+        if not is_valid or (kind is list and not all(isinstance(entry, str) for entry in value)):
+            raise self.error(key, f"must be {type_name}")
+        check: Check | None = item.metadata.get("check")
+        problem = check(value) if check else ""
+        if not problem and kind is str:
+            problem = check_text(value)
         if problem:
             raise self.error(key, problem)
         return float(value) if item.type == "float" else value
@@ -1343,65 +1327,28 @@ class ConfigReader:
             raise self.error(key, "must be a table")
         return value
 
-    def read_providers(self, table: Json, _path: str) -> dict[str, ProviderConfig]:
-        """`[providers.*]`; built-in ones that the file omits keep their defaults."""
-        providers = default_providers()
-        for name, value in table.items():
-            key = f"providers.{name}"
-            if not PROVIDER_NAME.fullmatch(name):
-                raise self.error(key, "a name is letters, digits, '-' and '_'")
-            provider_table = self.require_table(value, key)
-            default = providers[name].type if name in providers else name
-            kind = provider_table.get("type", default)
-            if not isinstance(kind, str) or kind not in PROVIDER_CONFIGS:
-                supported = ", ".join(sorted(PROVIDER_CONFIGS))
-                raise self.error(f"{key}.type", f"must be one of {supported}")
-            providers[name] = PROVIDER_CONFIGS[kind]()
-            self.fill(providers[name], provider_table, key)
-        return providers
+    def read_alias(self, alias: str, value: Any) -> Any:
+        """alias = "provider/model", or a list of them, tried in order."""
+        key = f'models."{alias}"'
+        form = 'must be like "copilot/gpt-4.1"'
+        rows: dict[str, Any] = {key: value}
+        if isinstance(value, list):
+            rows = {f"{key}[{index}]": name for index, name in enumerate(value)}
+        else:
+            form += ", or a list of such names"
+        if not rows:
+            raise self.error(key, "must name at least one model")
+        for row_key, name in rows.items():
+            if not isinstance(name, str) or not MODEL_NAME.fullmatch(name) or name.endswith("/"):
+                raise self.error(row_key, form)
+        return value
 
-    def read_aliases(self, table: Json, _path: str) -> dict[str, str | list[str]]:
-        """`[models]`: alias = "provider/model", or a list of them, tried in order."""
-        for alias, target in table.items():
-            key = f'models."{alias}"'
-            if isinstance(target, list):
-                if not target:
-                    raise self.error(key, "must name at least one model")
-                for index, name in enumerate(target):
-                    self.check_model_name(f"{key}[{index}]", name, 'must be like "copilot/gpt-4.1"')
-            else:
-                requirement = 'must be like "copilot/gpt-4.1", or a list of such names'
-                self.check_model_name(key, target, requirement)
-            self.origins[f"models.{alias}"] = "file"
-        return dict(table)
-
-    def check_model_name(self, key: str, name: Any, requirement: str) -> None:
-        if not isinstance(name, str) or not MODEL_NAME.fullmatch(name) or name.endswith("/"):
-            raise self.error(key, requirement)
-
-    def read_api_keys(self, table: Json, _path: str) -> dict[str, str]:
-        for name, secret in table.items():
-            key = f"api_keys.{name}"
-            if not LABEL.fullmatch(name):
-                raise self.error(key, "a name is letters, digits and . _ + -")
-            if not isinstance(secret, str) or not secret.strip():
-                raise self.error(key, "must be a key that is not empty")
-            if check_text(secret):
-                raise self.error(key, check_text(secret))
-            if list(table.values()).count(secret) > 1:
-                raise self.error(key, "is the key of another name as well")
-            self.origins[key] = "file"
-        return dict(table)
-
-    def read_caps(self, table: Json, path: str) -> dict[str, CapConfig]:
-        caps = {}
-        for name, cap_table in table.items():
-            key = f"{path}.{name}"
-            if not LABEL.fullmatch(name):
-                raise self.error(key, "a name is letters, digits and . _ + -")
-            caps[name] = CapConfig()
-            self.fill(caps[name], self.require_table(cap_table, key), key)
-        return caps
+    def read_key(self, key: str, secret: Any) -> Any:
+        if not isinstance(secret, str) or not secret.strip():
+            raise self.error(key, "must be a key that is not empty")
+        if check_text(secret):
+            raise self.error(key, check_text(secret))
+        return secret
 
 
 def read_config_text(text: str, source: str) -> Config:
@@ -1423,15 +1370,13 @@ def iter_settings(target: Any, path: str = "") -> Iterator[tuple[str, Any, Field
     """Every scalar setting below `target`: (dotted key, owner, field)."""
     for item in fields(target):
         value = getattr(target, item.name)
-        key = dotted(path, item.name)
-        if is_dataclass(value):
-            yield from iter_settings(value, key)
-        elif isinstance(value, dict):
-            for name, entry in value.items():
-                if is_dataclass(entry):
-                    yield from iter_settings(entry, f"{key}.{name}")
-        elif str(item.type) in TYPE_NAMES and item.name != "type":
+        key = join_path(path, item.name)
+        if str(item.type) in SETTING_TYPES and item.name != "type":
             yield key, target, item
+        tables = value if isinstance(value, dict) else {"": value}
+        for name, table in tables.items():
+            if is_dataclass(table):
+                yield from iter_settings(table, join_path(key, name) if name else key)
 
 
 def parse_setting(text: str, kind: str) -> Any:
@@ -1441,11 +1386,9 @@ def parse_setting(text: str, kind: str) -> Any:
         return booleans.get(text.strip().lower(), text)
     if kind == "list[str]":
         return [item.strip() for item in text.split(",") if item.strip()]
-    if kind in ("int", "float"):
-        try:
+    with contextlib.suppress(ValueError):
+        if kind in ("int", "float"):
             return int(text) if kind == "int" else float(text)
-        except ValueError:
-            return text
     return text
 
 
@@ -1613,8 +1556,8 @@ def setting_kind(config: Config, key: str, value: str) -> str:
     path = split_setting_key(key)
     if path[0] == "models" and "," in value:  # no model name has a comma
         return "list[str]"
-    is_cap = path[:2] in (("limits", "providers"), ("limits", "labels")) and len(path) == 4
-    settings = iter_settings(CapConfig()) if is_cap else iter_settings(config)
+    is_cap = path[0] == "limits" and len(path) == 4
+    settings = iter_settings(CapConfig() if is_cap else config)
     target = path[-1] if is_cap else key
     return next((str(item.type) for name, _, item in settings if name == target), "str")
 
@@ -5830,7 +5773,7 @@ def unpack(prefix: str, text: str) -> Json | None:
         return None
     try:
         data = base64.urlsafe_b64decode(text.removeprefix(prefix))
-        return load_object(data) if count_values(data) <= MAX_PACKED_MARKS else None
+        return load_object(data, MAX_PACKED_MARKS)
     except ValueError:
         return None
 
