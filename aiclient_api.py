@@ -1672,13 +1672,12 @@ def parse_target(method: str, target: str) -> tuple[str, str, str]:
     """(path, query, host) of a request target; host is "" unless it is in absolute-form."""
     if target == "*" and method == "OPTIONS":
         return "*", "", ""
-    host = ""
     absolute = None if target.startswith("/") else ABSOLUTE_FORM.fullmatch(target)
-    if absolute:
-        host, target = absolute.groups()
-    if not (absolute or target.startswith("/")) or not TARGET.fullmatch(target) or "#" in target:
+    host, origin_form = absolute.groups() if absolute else ("", target)
+    is_valid = TARGET.fullmatch(target) and "#" not in target
+    if not is_valid or not (absolute or target.startswith("/")):
         raise WireError("malformed request target")
-    path, _, query = target.partition("?")
+    path, _, query = origin_form.partition("?")
     if "%" in path:
         path = urllib.parse.unquote(path, errors="replace")
     return path or "/", query, host
@@ -1729,37 +1728,37 @@ def parse_length(headers: Headers) -> int | None:
 
 
 class Body:
-    """An incoming body: `end` is called when the connection ended, `rest` holds excess bytes."""
+    """An incoming body; `excess` holds the bytes received after its end."""
 
     def __init__(self, length: int = 0) -> None:
-        self.done = False
-        self.rest = b""
-        self.left = length  # payload bytes announced but not received
+        self.is_complete = False
+        self.excess = b""
+        self.remaining = length  # payload bytes announced but not received
 
     def feed(self, data: bytes) -> bytes:
         """The payload in `data`; raises WireError."""
         return data
 
-    def end(self) -> None:
-        if not self.done:
+    def on_eof(self) -> None:
+        if not self.is_complete:
             raise WireError("the connection ended inside a message body")
 
 
 class UntilCloseBody(Body):
-    def end(self) -> None:
-        self.done = True
+    def on_eof(self) -> None:
+        self.is_complete = True
 
 
 class LengthBody(Body):
     def __init__(self, length: int) -> None:
         super().__init__(length)
-        self.done = length == 0
+        self.is_complete = length == 0
 
     def feed(self, data: bytes) -> bytes:
-        self.rest += data[self.left :]
-        payload = data[: self.left]
-        self.left -= len(payload)
-        self.done = self.left == 0
+        self.excess += data[self.remaining :]
+        payload = data[: self.remaining]
+        self.remaining -= len(payload)
+        self.is_complete = self.remaining == 0
         return payload
 
 
@@ -1769,34 +1768,30 @@ class ChunkedBody(Body):
     def __init__(self) -> None:
         super().__init__()
         self.buffer = b""
-        self.expected = "size"  #: the next part: size, data, crlf or trailers
+        self.expected = "size"  #: the next part: size, data or trailers
 
     def feed(self, data: bytes) -> bytes:
         data = self.buffer + data
         payload: list[bytes] = []
         offset = 0
-        while not self.done:
+        while not self.is_complete:
             if self.expected == "size":
                 line = CHUNK_LINE.match(data, offset, offset + MAX_CHUNK_LINE_BYTES)
                 if line is None:
-                    self.check_size(data[offset : offset + MAX_CHUNK_LINE_BYTES + 1])
+                    self.check_partial_size(data[offset : offset + MAX_CHUNK_LINE_BYTES + 1])
                     break
-                offset, self.left = line.end(), int(line[1], 16)
-                end = offset + self.left
-                if self.left and data[end : end + 2] == b"\r\n":  # a complete chunk, as usual
+                offset, self.remaining = line.end(), int(line[1], 16)
+                end = offset + self.remaining
+                if self.remaining and data[end : end + 2] == b"\r\n":  # a complete chunk, as usual
                     payload.append(data[offset:end])
-                    offset, self.left = end + 2, 0
+                    offset, self.remaining = end + 2, 0
                 else:
-                    self.expected = "data" if self.left else "trailers"
+                    self.expected = "data" if self.remaining else "trailers"
             elif self.expected == "data":
-                fragment = data[offset : offset + self.left]
+                fragment = data[offset : offset + self.remaining]
                 payload.append(fragment)
                 offset += len(fragment)
-                self.left -= len(fragment)
-                if self.left:
-                    break
-                self.expected = "crlf"
-            elif self.expected == "crlf":
+                self.remaining -= len(fragment)
                 line_end = data[offset : offset + 2]
                 if not b"\r\n".startswith(line_end):
                     raise WireError("chunk data is not followed by CRLF")
@@ -1809,14 +1804,14 @@ class ChunkedBody(Body):
                 if not size:
                     break
                 offset += size
-                self.done = True
-        if self.done:
-            self.rest += data[offset:]
-        self.buffer = b"" if self.done else data[offset:]
+                self.is_complete = True
+        if self.is_complete:
+            self.excess += data[offset:]
+        self.buffer = b"" if self.is_complete else data[offset:]
         return b"".join(payload)
 
     @staticmethod
-    def check_size(line: bytes) -> None:
+    def check_partial_size(line: bytes) -> None:
         """Raises WireError if `line` cannot become a chunk size line."""
         if b"\n" in line[:MAX_CHUNK_LINE_BYTES]:
             raise WireError("malformed chunk size line")
@@ -1857,16 +1852,16 @@ def request_body(head: RequestHead) -> Body:
 
 
 def response_body(head: ResponseHead, method: str) -> Body:
-    """As RFC 9112 section 6.3 says."""
+    """RFC 9112 section 6.3; raises WireError."""
     if method == "HEAD" or head.status in NO_BODY_STATUSES or head.status < 200:
         return LengthBody(0)
     coding = head.headers.get("transfer-encoding")
-    if coding is not None:
-        if coding.lower() != "chunked" or "content-length" in head.headers:
-            raise WireError("unusable framing of the answer")
-        return ChunkedBody()
     length = parse_length(head.headers)
-    return UntilCloseBody() if length is None else LengthBody(length)
+    if coding is None:
+        return UntilCloseBody() if length is None else LengthBody(length)
+    if coding.lower() != "chunked" or length is not None:
+        raise WireError("ambiguous or unsupported body framing")
+    return ChunkedBody()
 
 
 def write_head(first_line: str, headers: Iterable[tuple[str, str]]) -> bytes:
@@ -1882,11 +1877,9 @@ def write_head(first_line: str, headers: Iterable[tuple[str, str]]) -> bytes:
 
 @functools.cache
 def status_line(status: int) -> str:
-    try:
-        reason = http.HTTPStatus(status).phrase
-    except ValueError:
-        reason = "Overloaded" if status == 529 else "Unknown"  # 529: Anthropic's
-    return f"HTTP/1.1 {status} {reason}"
+    reasons = {item.value: item.phrase for item in http.HTTPStatus}
+    reasons[529] = "Overloaded"  # Anthropic's
+    return f"HTTP/1.1 {status} {reasons.get(status, 'Unknown')}"
 
 
 def prefers_html(accept: str) -> bool:
@@ -1915,23 +1908,19 @@ class Inflater:
         # RFC 1952 section 2.2
         self.members_left = MAX_GZIP_MEMBERS if wbits == GZIP_WBITS else 0
 
-    @property
-    def done(self) -> bool:
-        return self.decompressor.eof
-
     def feed(self, data: bytes, limit: int) -> bytes:
         """The decoded data, at most `limit` + 1 bytes."""
         decoded = bytearray()
         while data and len(decoded) <= limit:
             if self.decompressor.eof:
                 if not self.members_left:
-                    raise WireError("there are bytes behind the compressed ones")
+                    raise WireError("data after the end of the compressed body")
                 self.members_left -= 1
                 self.decompressor = zlib.decompressobj(self.wbits)
             try:
                 decoded += self.decompressor.decompress(data, limit + 1 - len(decoded))
             except zlib.error as error:
-                raise WireError("its compression is malformed") from error
+                raise WireError("corrupt compressed data") from error
             data = self.decompressor.unused_data
         return bytes(decoded)
 
@@ -1947,7 +1936,7 @@ def inflate(data: bytes, coding: str, limit: int) -> bytes:
                 decoded += inflater.feed(data[offset : offset + READ_BYTES], limit - len(decoded))
                 if len(decoded) > limit:
                     raise BodyTooLarge(f"The decoded body is larger than {limit // MIB} MiB.")
-            if inflater.done:
+            if inflater.decompressor.eof:
                 return bytes(decoded)
     raise InvalidRequest(f"The body is not valid {coding}.")
 
@@ -2136,12 +2125,11 @@ class EventStreamFraming:
         offset = 0
         try:
             while len(data) - offset >= PRELUDE.size:
-                size, headers_size = self.read_prelude(data, offset)
-                self.bytes_needed = size
-                if offset + size > len(data):
+                self.bytes_needed, message = self.read_message(data, offset)
+                if message is None:
                     break
-                messages.append(self.read_message(data[offset : offset + size], headers_size))
-                offset += size
+                messages.append(message)
+                offset += self.bytes_needed
                 self.bytes_needed = PRELUDE.size
         except WireError as error:
             self.error = str(error)
@@ -2150,22 +2138,23 @@ class EventStreamFraming:
         return messages
 
     @staticmethod
-    def read_prelude(data: bytes, offset: int) -> tuple[int, int]:
-        total, headers_size, checksum = PRELUDE.unpack_from(data, offset)
+    def read_message(data: bytes, offset: int) -> tuple[int, EventMessage | None]:
+        """The size of the message at `offset`, and the message if it is complete."""
+        size, headers_size, checksum = PRELUDE.unpack_from(data, offset)
         if zlib.crc32(data[offset : offset + 8]) != checksum:
-            raise WireError("the checksum of an event's prelude is wrong")
-        if not MESSAGE_OVERHEAD <= total <= MAX_EVENT_MESSAGE_BYTES:
+            raise WireError("an event has a wrong prelude checksum")
+        if not MESSAGE_OVERHEAD <= size <= MAX_EVENT_MESSAGE_BYTES:
             raise WireError("an event has an impossible length")
-        if headers_size > total - MESSAGE_OVERHEAD or headers_size > MAX_EVENT_HEADERS_BYTES:
+        if headers_size > size - MESSAGE_OVERHEAD or headers_size > MAX_EVENT_HEADERS_BYTES:
             raise WireError("an event's headers are too long")
-        return total, headers_size
-
-    def read_message(self, message: bytes, headers_size: int) -> EventMessage:
+        message = data[offset : offset + size]
+        if len(message) < size:
+            return size, None
         if zlib.crc32(message[:-4]) != int.from_bytes(message[-4:], "big"):
-            raise WireError("the checksum of an event is wrong")
+            raise WireError("an event has a wrong checksum")
         payload_start = PRELUDE.size + headers_size
         headers = parse_event_headers(message[PRELUDE.size : payload_start])
-        return headers, message[payload_start:-4]
+        return size, (headers, message[payload_start:-4])
 
     def write(self, headers: dict[str, str], payload: bytes) -> bytes:
         kind = headers.get(":message-type", "event")

@@ -344,7 +344,7 @@ def test_the_body_of_a_response(
     """RFC 9112 section 6.3, as a client."""
     body = response_body(parse_response_head(response(*lines, first=first)), method)
     assert type(body) is kind
-    assert body.done == (method == "HEAD" or "204" in first or "304" in first)
+    assert body.is_complete == (method == "HEAD" or "204" in first or "304" in first)
 
 
 @pytest.mark.parametrize(
@@ -385,14 +385,14 @@ def test_a_chunked_body_arrives_whole_byte_by_byte_and_with_a_tail(
     for tail in (b"", b"GET / HTTP/1.1\r\n"):
         body = ChunkedBody()
         assert body.feed(data + tail) == payload
-        assert body.done and body.rest == tail
-        body.end()
+        assert body.is_complete and body.excess == tail
+        body.on_eof()
     body = ChunkedBody()
     pieces = []
     for at in range(len(data)):
-        assert not body.done
+        assert not body.is_complete
         pieces.append(body.feed(data[at : at + 1]))
-    assert b"".join(pieces) == payload and body.done and body.rest == b""
+    assert b"".join(pieces) == payload and body.is_complete and body.excess == b""
 
 
 @pytest.mark.parametrize(("data", "payload"), CHUNKED)
@@ -402,7 +402,7 @@ def test_a_chunked_body_cut_anywhere_is_not_complete(data: bytes, payload: bytes
         body = ChunkedBody()
         assert payload.startswith(body.feed(data[:cut]))
         with pytest.raises(WireError):
-            body.end()
+            body.on_eof()
 
 
 def test_a_chunked_body_in_random_reads_arrives_whole() -> None:
@@ -417,7 +417,7 @@ def test_a_chunked_body_in_random_reads_arrives_whole() -> None:
             size = rng.randint(1, 30)
             payload += body.feed(data[at : at + size])
             at += size
-        assert payload == b"".join(parts) and body.done
+        assert payload == b"".join(parts) and body.is_complete
 
 
 @pytest.mark.parametrize(
@@ -467,9 +467,9 @@ def test_a_doubtful_chunk_is_refused(data: bytes) -> None:
 def test_a_body_of_known_length_takes_no_more() -> None:
     """What is behind it is the next message."""
     body = LengthBody(5)
-    assert body.feed(b"he") == b"he" and body.left == 3 and not body.done
-    assert body.feed(b"lloGET") == b"llo" and body.done
-    assert body.rest == b"GET" and body.feed(b" /") == b"" and body.rest == b"GET /"
+    assert body.feed(b"he") == b"he" and body.remaining == 3 and not body.is_complete
+    assert body.feed(b"lloGET") == b"llo" and body.is_complete
+    assert body.excess == b"GET" and body.feed(b" /") == b"" and body.excess == b"GET /"
 
 
 def test_a_body_of_known_length_cut_short_is_an_error() -> None:
@@ -477,16 +477,16 @@ def test_a_body_of_known_length_cut_short_is_an_error() -> None:
     body = LengthBody(5)
     body.feed(b"hell")
     with pytest.raises(WireError):
-        body.end()
-    assert LengthBody(0).done
+        body.on_eof()
+    assert LengthBody(0).is_complete
 
 
 def test_the_end_of_the_connection_ends_the_last_kind_of_body() -> None:
     """HTTP/1.0 upstreams and proxies."""
     body = UntilCloseBody()
-    assert body.feed(b"abc") == b"abc" and not body.done
-    body.end()
-    assert body.done
+    assert body.feed(b"abc") == b"abc" and not body.is_complete
+    body.on_eof()
+    assert body.is_complete
 
 
 # ---- writing -----------------------------------------------------------------------------------
