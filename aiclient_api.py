@@ -695,7 +695,7 @@ class WireError(Exception):
         self.status = status
 
 
-BROKEN_OFF = "The upstream's answer broke off."
+BROKEN_OFF = "The upstream's response broke off."
 
 
 # ---- 3. Small tools ----------------------------------------------------------------------------
@@ -2107,7 +2107,7 @@ class EventStreamFraming:
         had_failed = bool(self.error)
         events = [self.write(headers, payload) for headers, payload in self.read_messages(data)]
         if self.error and not had_failed:
-            message = f"The upstream's answer is malformed: {self.error}."
+            message = f"The upstream's response is malformed: {self.error}."
             events.append(write_sse({"error": {"code": "WireError", "message": message}}))
         return b"".join(events)
 
@@ -13046,12 +13046,12 @@ class StreamProtocol(ProtocolBase):
         self.buffer = bytearray()
         self.sink: Callable[[bytes], None] | None = None
         #: the peer has sent EOF; the connection is lost, with its error
-        self.finished = False
+        self.at_eof = False
         self.lost = False
         self.error: Exception | None = None
         #: something was received since this was last set to False
         self.has_received = False
-        self.reading_held = False
+        self.is_held = False
         self.reading_paused = False
         self.writing_paused = False
         self.waiter: asyncio.Future[None] | None = None
@@ -13059,10 +13059,10 @@ class StreamProtocol(ProtocolBase):
         self.tunnel: StreamProtocol | None = None
 
     @property
-    def ended(self) -> bool:
-        return self.finished or self.lost
+    def is_disconnected(self) -> bool:
+        return self.at_eof or self.lost
 
-    # As asyncio calls it
+    # Called by asyncio
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -13080,34 +13080,33 @@ class StreamProtocol(ProtocolBase):
         self.buffer += data
         if len(self.buffer) > STREAM_BUFFER_BYTES:
             self.update_reading()
-        self.wake()
+        self.notify()
 
     def eof_received(self) -> bool:
         """True keeps the connection open for writing, which TLS cannot."""
-        self.finished = True
-        self.wake()
+        self.at_eof = True
+        self.notify()
         return self.transport.get_extra_info("sslcontext") is None
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.lost, self.error = True, exc
-        self.wake()
+        self.notify()
 
     def pause_writing(self, paused: bool = True) -> None:
         self.writing_paused = paused
-        self.wake()
+        self.notify()
 
     def resume_writing(self) -> None:
         self.pause_writing(False)
 
     # For the task that owns the connection
 
-    def wake(self) -> None:
-        """Called after each change: bytes in the buffer, an end, the flow of writing."""
+    def notify(self) -> None:
+        """Called after each change: bytes in the buffer, a disconnect, the flow of writing."""
         if self.waiter is not None and not self.waiter.done():
             self.waiter.set_result(None)
 
-    def changed(self) -> asyncio.Future[None]:
-        """Done at the next `wake`."""
+    def next_change(self) -> asyncio.Future[None]:
         self.waiter = asyncio.get_running_loop().create_future()
         return self.waiter
 
@@ -13117,12 +13116,28 @@ class StreamProtocol(ProtocolBase):
             self.update_reading()
         size = len(self.buffer)
         while len(self.buffer) == size:
-            if self.ended:
+            if self.is_disconnected:
                 raise self.error or EOFError
-            await self.changed()
+            await self.next_change()
 
-    def take(self) -> bytes:
-        """All that was received and not taken yet."""
+    async def receive_head(self) -> bytes:
+        """A message head; raises WireError, and as `receive`, also for an incomplete head."""
+        buffer, scanned = self.buffer, 0
+        while (end := head_end(buffer, scanned)) < 0 and len(buffer) <= MAX_HEAD_BYTES:
+            self.check_partial_head(scanned)
+            scanned = len(buffer)
+            await self.receive()
+        if not 0 < end <= MAX_HEAD_BYTES:
+            raise WireError("head too long", 431)
+        head = bytes(buffer[:end])
+        del buffer[:end]
+        return head
+
+    def check_partial_head(self, scanned: int) -> None:
+        """Raises WireError as soon as an incomplete head is invalid."""
+
+    def read_buffer(self) -> bytes:
+        """Empties the buffer."""
         data = bytes(self.buffer)
         self.buffer.clear()
         if self.reading_paused:
@@ -13131,19 +13146,19 @@ class StreamProtocol(ProtocolBase):
 
     async def drain(self) -> None:
         while self.writing_paused and not self.lost:
-            await self.changed()
+            await self.next_change()
 
     async def wait_closed(self) -> None:
         while not self.lost:
-            await self.changed()
+            await self.next_change()
 
     def hold(self, held: bool) -> None:
         """Pauses or resumes reading."""
-        self.reading_held = held
+        self.is_held = held
         self.update_reading()
 
     def update_reading(self) -> None:
-        self.reading_paused = self.reading_held or len(self.buffer) > STREAM_BUFFER_BYTES
+        self.reading_paused = self.is_held or len(self.buffer) > STREAM_BUFFER_BYTES
         if self.reading_paused:
             self.transport.pause_reading()
         else:
@@ -13240,83 +13255,81 @@ class UpstreamResponse:
         self.client = client
         self.connection = connection
         self.body = body
-        self.reusable = head.minor == 1 and not head.headers.has_token("connection", "close")
+        self.keep_alive = head.minor == 1 and not head.headers.has_token("connection", "close")
         coding = head.headers.get("content-encoding", "identity").lower()
         # All requests ask for identity, but a middlebox may compress all the same.
         wbits = {"gzip": GZIP_WBITS, "x-gzip": GZIP_WBITS, "deflate": ZLIB_WBITS}.get(coding)
         self.inflater = Inflater(wbits) if wbits else None
         self.error: ApiError | None = None
         if wbits is None and coding != "identity":
-            self.error = UpstreamError("The upstream's answer has a coding that nobody asked for.")
-        self.done = body.done or self.error is not None
+            self.error = UpstreamError("The upstream's response has an unrequested coding.")
+        #: no more is delivered: the body is complete, or was stopped
+        self.finished = body.is_complete or self.error is not None
         self.returned = b""  # by `put_back`
-        self.silent_since = asyncio.get_running_loop().time()
-        self.drop_timer: asyncio.TimerHandle | None = None
+        self.last_received_at = asyncio.get_running_loop().time()
+        self.linger_timer: asyncio.TimerHandle | None = None
         client.ticker.add(self.watch)
 
     def watch(self, now: float) -> None:
         limit_s = self.client.network.stream_idle_seconds
         if self.connection.has_received or self.connection.reading_paused:
             self.connection.has_received = False
-            self.silent_since = now
-        elif now - self.silent_since > limit_s:
+            self.last_received_at = now
+        elif now - self.last_received_at > limit_s:
             self.fail(UpstreamTimeout(f"The upstream was silent for {limit_s:g} s."))
 
     def decode(self, data: bytes, sink: Callable[[bytes], None]) -> None:
-        """Passes the payload in `data` to `sink`; the end of the body, or an error, ends it."""
+        """Passes the payload in `data` to `sink`."""
         try:
             payload = self.body.feed(data)
             if self.inflater is not None:
                 payload = self.inflater.feed(payload, MAX_INFLATED_BYTES)
                 if len(payload) > MAX_INFLATED_BYTES:
-                    raise WireError("it is compressed beyond all measure")
+                    raise WireError("excessive compression ratio")
             if payload:
                 sink(payload)
         except WireError as error:
-            self.fail(UpstreamError(f"The upstream's answer is malformed: {error}."))
+            self.fail(UpstreamError(f"The upstream's response is malformed: {error}."))
         except Exception:  # noqa: BLE001 - the sink's fault; asyncio would drop the connection
             self.fail(internal_error("a response could not be processed"))
-        if self.body.done:
-            self.complete()
+        if self.body.is_complete:
+            self.finish()
 
-    def on_eof(self) -> None:
-        self.reusable = False
+    async def wait(self) -> None:
+        """Waits until something is received, or the body has ended."""
+        if not self.connection.is_disconnected:
+            await self.connection.next_change()
+            return
         with contextlib.suppress(WireError):
-            self.body.end()
-        self.complete(self.connection.ended_cleanly())
+            self.body.on_eof()
+        self.finish(self.connection.closed_cleanly())
 
-    def complete(self, cleanly: bool = True) -> None:
+    def finish(self, cleanly: bool = True) -> None:
         """The body has ended: all of it, also of a compressed one, must be there."""
-        if cleanly and self.body.done and (self.inflater is None or self.inflater.done):
+        is_inflated = self.inflater is None or self.inflater.decompressor.eof
+        if cleanly and self.body.is_complete and is_inflated:
             self.stop()
         else:
             self.fail(UpstreamError(BROKEN_OFF))
 
     def fail(self, error: ApiError) -> None:
-        if not self.done:
+        if not self.finished:
             self.error = error
             self.stop()
 
     def stop(self) -> None:
-        self.done = True
+        self.finished = True
         self.connection.sink = None
-        self.connection.wake()
+        self.connection.notify()
 
     def hold(self, paused: bool) -> None:
         self.connection.hold(paused)
 
-    async def wait(self) -> None:
-        """Until something is received, or the body has ended."""
-        if self.connection.ended:
-            self.on_eof()
-        else:
-            await self.connection.changed()
-
     async def first(self) -> bytes:
         payload, self.returned = bytearray(self.returned), b""
-        while not payload and not self.done:
+        while not payload and not self.finished:
             if self.connection.buffer:
-                self.decode(self.connection.take(), payload.extend)
+                self.decode(self.connection.read_buffer(), payload.extend)
             else:
                 await self.wait()
         if self.error and not payload:
@@ -13332,17 +13345,17 @@ class UpstreamResponse:
         while data := await self.first():
             body += data
             if len(body) > limit:
-                raise UpstreamError(f"The upstream's answer is larger than {limit // KIB} KiB.")
+                raise UpstreamError(f"The upstream's response is larger than {limit // KIB} KiB.")
         return bytes(body)
 
     async def relay(self, sink: Callable[[bytes], None]) -> None:
         connection = self.connection
         if self.returned:
             sink(self.returned)
-        if not self.done:
+        if not self.finished:
             connection.sink = functools.partial(self.decode, sink=sink)
-            connection.sink(connection.take())
-        while not self.done:
+            connection.sink(connection.read_buffer())
+        while not self.finished:
             await self.wait()
         if self.error:
             raise self.error
@@ -13350,69 +13363,66 @@ class UpstreamResponse:
     def close(self, ended: bool) -> None:
         self.client.ticker.discard(self.watch)
         connection = self.connection
-        connection.sink = self.on_tail
+        connection.sink = self.read_tail
         connection.hold(False)
-        is_reusable = self.reusable and not self.error and not connection.ended
-        if not is_reusable or not (ended or self.body.done):
-            self.drop()
+        is_reusable = self.keep_alive and not self.error and not connection.is_disconnected
+        if not is_reusable or not (ended or self.body.is_complete):
+            self.release()
             return
-        if not self.body.done:
+        if not self.body.is_complete:
             # The last chunk is often a packet of its own, and a new TLS connection is expensive.
-            self.drop_timer = asyncio.get_running_loop().call_later(LINGER_SECONDS, self.drop)
-        self.on_tail(connection.take())
+            loop = asyncio.get_running_loop()
+            self.linger_timer = loop.call_later(LINGER_SECONDS, self.release)
+        self.read_tail(connection.read_buffer())
 
-    def on_tail(self, data: bytes) -> None:
+    def read_tail(self, data: bytes) -> None:
         """Returns the connection to the pool at the end of the body, if nothing follows it."""
         try:
             self.body.feed(data)
         except WireError:
-            self.drop()
-            return
-        if self.body.rest:
-            self.drop()
-        elif self.body.done:
             self.release()
-            self.client.pool.give_back(self.connection, asyncio.get_running_loop().time())
+        else:
+            if self.body.is_complete:
+                self.release(reusable=not self.body.excess)
 
-    def release(self) -> None:
-        if self.drop_timer is not None:
-            self.drop_timer.cancel()
+    def release(self, reusable: bool = False) -> None:
+        if self.linger_timer is not None:
+            self.linger_timer.cancel()
         self.connection.sink = None
-
-    def drop(self) -> None:
-        self.release()
-        self.connection.transport.abort()
+        if reusable:
+            self.client.pool.release(self.connection, asyncio.get_running_loop().time())
+        else:
+            self.connection.transport.abort()
 
 
 class PooledConnection(StreamProtocol):
     def __init__(self, origin: Origin) -> None:
         super().__init__()
         self.origin = origin
-        #: responses it has carried
-        self.used = 0
+        self.is_reused = False
         self.idle_since = 0.0
 
     def is_dead(self, now: float) -> bool:
         # Whatever an idle peer sends, it is not a response.
-        if self.ended or self.buffer or self.transport.is_closing():
+        if self.is_disconnected or self.buffer or self.transport.is_closing():
             return True
-        is_old = now - self.idle_since > POOL_IDLE_SECONDS
-        return is_old or is_readable(self.transport.get_extra_info("socket"))
+        is_expired = now - self.idle_since > POOL_IDLE_SECONDS
+        return is_expired or is_readable(self.transport.get_extra_info("socket"))
 
-    def ended_cleanly(self) -> bool:
-        """Whether the peer ended it on purpose: over TLS with a close_notify (RFC 9112, 9.8)."""
+    def closed_cleanly(self) -> bool:
+        """Whether the peer closed it on purpose: over TLS with a close_notify (RFC 9112, 9.8)."""
         tls = self.transport.get_extra_info("ssl_object")
         try:
-            return self.finished if tls is None else tls.read(1) == b""
+            return self.at_eof if tls is None else tls.read(1) == b""
         except ssl.SSLError as error:
             return isinstance(error, ssl.SSLZeroReturnError)
 
     def left_unread(self, error: Exception, message: bytes, sent_at: float) -> bool:
-        """Whether the peer, which then ended the connection, cannot have read `message`.
+        """Whether the peer, which then closed the connection, cannot have read `message`.
 
         Only then may a POST be sent again (RFC 9110 section 9.2.2).  A peer that closes normally
         acknowledges what it has read.  A reset acknowledges nothing: an immediate one means that
-        the connection had already ended at the peer.
+        the peer had already closed the connection.
         """
         if isinstance(error, EOFError):
             unsent = count_unsent(self.transport.get_extra_info("socket"))
@@ -13424,12 +13434,12 @@ SAFE_METHODS = ("GET", "HEAD")  # RFC 9110 section 9.2.1
 
 
 class Pool:
-    """Idle connections by origin.  `take` and `give_back` never wait and never open anything."""
+    """Idle connections by origin.  No method waits or opens anything."""
 
     def __init__(self) -> None:
         self.idle: dict[Origin, list[PooledConnection]] = {}
 
-    def take(self, origin: Origin, now: float) -> PooledConnection | None:
+    def acquire(self, origin: Origin, now: float) -> PooledConnection | None:
         """The most recently used connection, so that the others can expire."""
         stack = self.idle.get(origin, [])
         while stack:
@@ -13439,16 +13449,16 @@ class Pool:
             connection.transport.abort()
         return None
 
-    def give_back(self, connection: PooledConnection, now: float) -> None:
-        connection.used += 1
+    def release(self, connection: PooledConnection, now: float) -> None:
+        connection.is_reused = True
         connection.idle_since = now
         stack = self.idle.setdefault(connection.origin, [])
         stack.append(connection)
         if len(stack) > POOL_IDLE_PER_HOST:
             stack.pop(0).transport.abort()
 
-    def watch(self, now: float) -> None:
-        """Drops those that have expired: with `math.inf` all."""
+    def close_expired(self, now: float) -> None:
+        """With `math.inf` all."""
         for origin, stack in list(self.idle.items()):
             for connection in [c for c in stack if c.is_dead(now)]:
                 stack.remove(connection)
@@ -13465,23 +13475,21 @@ class HttpClient:
         self.ticker = ticker
         self.pool = Pool()
         self.plan = functools.lru_cache(maxsize=MAX_PLANNED_URLS)(self.plan_url)
-        #: wall clock minus monotonic clock
         self.clock_offset = time.time() - time.monotonic()
         ticker.add(self.watch)
 
     def close(self) -> None:
         self.ticker.discard(self.watch)
-        self.pool.watch(math.inf)
+        self.pool.close_expired(math.inf)
 
     def watch(self, now: float) -> None:
         """Drops expired connections, and all after a sleep (Linux's monotonic clock stops then)."""
-        self.pool.watch(now)
         offset = time.time() - time.monotonic()
         jumped_s = offset - self.clock_offset
         if abs(jumped_s) > CLOCK_JUMP_SECONDS:
             log_event("info", "clock_jumped", seconds=round(jumped_s))
-            self.clock_offset = offset
-            self.pool.watch(math.inf)
+            self.clock_offset, now = offset, math.inf
+        self.pool.close_expired(now)
 
     @functools.cached_property
     def tls_context(self) -> ssl.SSLContext:
@@ -13516,20 +13524,16 @@ class HttpClient:
         """
         origin, host, path = self.plan(url)
         length_header = [("Content-Length", str(len(body)))] if body or method == "POST" else []
-
-        def message() -> bytes:
-            all_headers = [("Host", host), *headers().items(), *length_header]
-            return write_head(f"{method} {path} HTTP/1.1", all_headers) + body
-
         limit_s = first_byte_s or self.network.first_byte_seconds
-        pooled = self.pool.take(origin, asyncio.get_running_loop().time())
-        connection = pooled or await self.connect(origin)
-        response = await self.exchange(connection, method, message(), limit_s)
-        if response is None:
-            connection = await self.connect(origin)
-            response = await self.exchange(connection, method, message(), limit_s)
-        assert response is not None  # a fresh connection is not stale
-        return response
+        connection = self.pool.acquire(origin, asyncio.get_running_loop().time())
+        while True:
+            connection = connection or await self.connect(origin)
+            all_headers = [("Host", host), *headers().items(), *length_header]
+            message = write_head(f"{method} {path} HTTP/1.1", all_headers) + body
+            response = await self.exchange(connection, method, message, limit_s)
+            if response is not None:
+                return response
+            connection = None
 
     async def exchange(
         self, connection: PooledConnection, method: str, message: bytes, limit_s: float
@@ -13546,16 +13550,18 @@ class HttpClient:
             response = UpstreamResponse(self, connection, head, response_body(head, method))
             return response
         except TimeoutError:
-            raise UpstreamTimeout(f"{host} did not answer within {limit_s:g} s.") from None
+            raise UpstreamTimeout(f"{host} did not respond within {limit_s:g} s.") from None
         except (EOFError, OSError) as error:
-            may_be_stale = connection.used and not connection.has_received
+            may_be_stale = connection.is_reused and not connection.has_received
             was_unread = method in SAFE_METHODS or connection.left_unread(error, message, sent_at)
             if may_be_stale and was_unread:
                 return None
-            stage = "inside an answer" if connection.has_received else "without an answer"
+            stage = (
+                "in the middle of a response" if connection.has_received else "without a response"
+            )
             raise UpstreamError(f"{host} closed the connection {stage}.") from None
         except WireError as error:
-            raise UpstreamError(f"{host} sent a malformed answer: {error}.") from None
+            raise UpstreamError(f"{host} sent a malformed response: {error}.") from None
         finally:
             if response is None:
                 connection.transport.abort()
@@ -13563,18 +13569,10 @@ class HttpClient:
     @staticmethod
     async def read_head(connection: PooledConnection) -> ResponseHead:
         """The final head; raises WireError, EOFError, also within a head, and OSError."""
-        buffer = connection.buffer
         for _ in range(MAX_INTERIM_HEADS):
-            scanned = 0
-            while (end := head_end(buffer, scanned)) < 0 and len(buffer) <= MAX_HEAD_BYTES:
-                scanned = len(buffer)
-                await connection.receive()
-            if not 0 < end <= MAX_HEAD_BYTES:
-                raise WireError("head too long")
-            head = parse_response_head(bytes(buffer[:end]))
-            del buffer[:end]
+            head = parse_response_head(await connection.receive_head())
             if head.status == 101:
-                raise WireError("it switched protocols")
+                raise WireError("unexpected 101 Switching Protocols")
             if head.status >= 200:
                 return head
         raise WireError("too many interim responses")
@@ -13598,7 +13596,7 @@ class HttpClient:
             reason = error.strerror or type(error).__name__ if isinstance(error, OSError) else "EOF"
             raise Unreachable(f"No connection to {target}: {reason}.") from None
         except WireError as error:
-            raise Unreachable(f"The proxy's answer is malformed: {error}.") from None
+            raise Unreachable(f"The proxy sent a malformed response: {error}.") from None
 
     async def connect_directly(self, origin: Origin) -> PooledConnection:
         loop = asyncio.get_running_loop()
@@ -13663,7 +13661,7 @@ class HttpClient:
                     response.close(ended=False)
         except TimeoutError:
             host = split_url(url)[1]
-            raise UpstreamTimeout(f"{host} did not answer within {limit_s:g} s.") from None
+            raise UpstreamTimeout(f"{host} did not respond within {limit_s:g} s.") from None
 
 
 # ---- 13. HTTP server ---------------------------------------------------------------------------
@@ -13684,7 +13682,7 @@ class Request(RequestHead):
     """Its body is read only when a handler asks for it."""
 
     #: bytes counted in the server's budget until the request is answered
-    held_bytes = 0
+    reserved_bytes = 0
     #: set by the outermost layer; `begun_at` is monotonic
     id = ""
     begun_at = 0.0
@@ -13714,27 +13712,27 @@ class Request(RequestHead):
         data = await self.connection.read_body(self, limit)
         if coding != "identity":
             data = inflate(data, coding.removeprefix("x-"), limit)
-            self.hold(len(data))
+            self.reserve(len(data))
         return data
 
-    def hold(self, size: int) -> None:
-        """Counts `size` bytes of it, in total; raises Busy if all bodies are too large together.
+    def reserve(self, size: int) -> None:
+        """Counts the body as `size` bytes; raises Busy if all bodies together are too large.
 
-        What has come is counted, not what may come; a body that is alone is never refused.
+        Only received bytes count, and a body that is alone is never refused.
         """
         server = self.connection.server
-        others = server.body_bytes - self.held_bytes
-        if size > self.held_bytes and others and others + size > MAX_BODIES_BYTES:
-            raise Busy("The requests in hand take all the memory that there is.", retry_after=1)
-        self.held_bytes = max(self.held_bytes, size)
-        server.body_bytes = others + self.held_bytes
+        others = server.body_bytes - self.reserved_bytes
+        if size > self.reserved_bytes and others and others + size > MAX_BODIES_BYTES:
+            raise Busy("The requests in progress use all memory for bodies.", retry_after=1)
+        self.reserved_bytes = max(self.reserved_bytes, size)
+        server.body_bytes = others + self.reserved_bytes
 
     def cancel_on_hangup(self, watching: bool, patient: bool = False) -> None:
         """A half-close counts as a disconnect unless `patient`, for responses that cost nothing."""
         connection = self.connection
         connection.hangup_target = connection.task if watching else None
         connection.allows_half_close = patient
-        connection.wake()
+        connection.notify()
 
 
 class ResponseWriter:
@@ -13790,7 +13788,7 @@ class ServerConnection(StreamProtocol):
         self.unsent = 0
         self.closing = False
         #: idle, head, body or busy: what the deadline is for
-        self.await_phase("head", server.config.head_seconds)
+        self.start_phase("head", server.config.head_seconds)
 
     # As asyncio and the ticker call it
 
@@ -13801,11 +13799,11 @@ class ServerConnection(StreamProtocol):
             self.peer = address[0]
         self.server.accept(self)
 
-    def wake(self) -> None:
+    def notify(self) -> None:
         """A client that has half-closed may still be reading."""
-        super().wake()
+        super().notify()
         target = self.hangup_target
-        if target is not None and (self.lost or (self.finished and not self.allows_half_close)):
+        if target is not None and (self.lost or (self.at_eof and not self.allows_half_close)):
             self.hangup_target = None
             target.cancel()
 
@@ -13814,7 +13812,7 @@ class ServerConnection(StreamProtocol):
         if self.writer is not None and self.writer.on_flow is not None:
             self.writer.on_flow(paused)
 
-    def await_phase(self, phase: str, seconds: float) -> None:
+    def start_phase(self, phase: str, seconds: float) -> None:
         """Starts a phase whose deadline later bytes do not extend."""
         self.phase = phase
         self.due_at = asyncio.get_running_loop().time() + seconds
@@ -13853,7 +13851,7 @@ class ServerConnection(StreamProtocol):
         except (EOFError, OSError):
             pass  # the client has disconnected
         except asyncio.CancelledError:
-            if not self.ended:
+            if not self.is_disconnected:
                 await self.give_up(Overloaded("The gateway is stopping."))
         except Exception:  # noqa: BLE001 - the last resort: a bug must not take the server down
             await self.give_up(internal_error("connection failed"))
@@ -13866,34 +13864,24 @@ class ServerConnection(StreamProtocol):
         buffer, config = self.buffer, self.server.config
         if not buffer:
             if self.phase != "head":  # a new connection's deadline runs since it was accepted
-                self.await_phase("idle", config.idle_seconds)
+                self.start_phase("idle", config.idle_seconds)
             await self.receive()
-        self.await_phase("head", config.head_seconds)
-        scanned = empty_lines = 0
-        while True:
-            while buffer.startswith(b"\r\n") and empty_lines < MAX_EMPTY_LINES:
-                del buffer[:2]
-                empty_lines += 1
-            end = head_end(buffer, scanned)
-            if end >= 0:
+        self.start_phase("head", config.head_seconds)
+        for _ in range(MAX_EMPTY_LINES):
+            while not buffer or buffer == b"\r":
+                await self.receive()
+            if not buffer.startswith(b"\r\n"):
                 break
-            self.check_partial_head(scanned)
-            scanned = len(buffer)
-            await self.receive()
+            del buffer[:2]
+        head = parse_request_head(await self.receive_head())
         self.phase = "busy"
-        if end > MAX_HEAD_BYTES:
-            raise WireError("request head too long", 431)
-        data = bytes(buffer[:end])
-        del buffer[:end]
-        return parse_request_head(data)
+        return head
 
     def check_partial_head(self, scanned: int) -> None:
         data = self.buffer
-        if len(data) > MAX_HEAD_BYTES:
-            raise WireError("request head too long", 431)
         if b"\n" not in data and len(data) > MAX_REQUEST_LINE_BYTES:
             raise WireError("request line too long", 414)
-        if data and data[0] <= 32 and data != b"\r":
+        if data and data[0] <= 32:
             raise WireError("malformed request line")
         if re.search(rb"\r[^\n]|\0", data[max(0, scanned - 1) :]):
             raise WireError("bare CR or NUL in the head")
@@ -13901,22 +13889,27 @@ class ServerConnection(StreamProtocol):
     async def read_body(self, request: Request, limit: int) -> bytes:
         """The body, still encoded; raises Busy, BodyTooLarge and WireError."""
         body, collected = request.body, bytearray()
-        if body.done:
+        if body.is_complete:
             return b""
-        if "expect" in request.headers and request.minor and not self.buffer and body.left <= limit:
+        if (
+            "expect" in request.headers
+            and request.minor
+            and not self.buffer
+            and body.remaining <= limit
+        ):
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self.await_phase("body", self.server.config.body_seconds)
+        self.start_phase("body", self.server.config.body_seconds)
         try:
-            while not body.done:
-                collected += body.feed(self.take())
-                if len(collected) + body.left > limit:
+            while not body.is_complete:
+                collected += body.feed(self.read_buffer())
+                if len(collected) + body.remaining > limit:
                     raise BodyTooLarge(f"The body is larger than {limit // MIB} MiB.")
-                request.hold(len(collected))
-                if not body.done:
+                request.reserve(len(collected))
+                if not body.is_complete:
                     await self.receive()
         finally:
             self.phase = "busy"
-        self.buffer += body.rest
+        self.buffer += body.excess
         return bytes(collected)
 
     async def handle_request(self, head: RequestHead) -> None:
@@ -13926,18 +13919,17 @@ class ServerConnection(StreamProtocol):
             raise WireError("unknown expectation", 417)
         try:
             response = await self.server.handler(request)
-            if not body.done:  # what has arrived of an unread body is discarded
-                body.feed(self.take())
-                self.buffer += body.rest
-            wants_close = head.headers.has_token("connection", "close")
-            if head.minor == 0:
-                wants_close = not head.headers.has_token("connection", "keep-alive") or wants_close
-            self.closing |= self.server.closing or not body.done or wants_close
+            if not body.is_complete:  # what has arrived of an unread body is discarded
+                body.feed(self.read_buffer())
+                self.buffer += body.excess
+            keep_alive = head.minor > 0 or head.headers.has_token("connection", "keep-alive")
+            wants_close = not keep_alive or head.headers.has_token("connection", "close")
+            self.closing |= self.server.closing or not body.is_complete or wants_close
             await self.respond(request, response)
         finally:
             self.hangup_target = None
-            self.server.body_bytes -= request.held_bytes
-        if not body.done:
+            self.server.body_bytes -= request.reserved_bytes
+        if not body.is_complete:
             await self.linger()
         self.request, self.response_started = None, False
 
@@ -13993,7 +13985,7 @@ class ServerConnection(StreamProtocol):
             async with asyncio.timeout(LINGER_SECONDS):
                 self.transport.write_eof()
                 while True:
-                    self.take()
+                    self.read_buffer()
                     await self.receive()
 
 
@@ -14001,45 +13993,29 @@ class ServerConnection(StreamProtocol):
 NOT_OF_THIS_MACHINE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
-def open_listener(family: int, kind: int, protocol: int, address: Any) -> socket.socket:
-    listener = socket.socket(family, kind, protocol)
-    try:
-        if os.name == "posix":  # elsewhere it would let two gateways listen
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        listener.bind(address)
-        listener.listen(LISTEN_BACKLOG)
-    except BaseException:
-        listener.close()
-        raise
-    return listener
-
-
 def open_listeners(host: str, port: int) -> list[socket.socket]:
     """Every address of `host` that this machine has, at least one; port 0: any.  Raises OSError."""
     flags = socket.AI_PASSIVE
     addresses = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=flags)
     listeners: list[socket.socket] = []
-    skipped = None
-    try:
-        for family, kind, protocol, _, address in dict.fromkeys(addresses):
-            try:
-                local_address = (address[0], port, *address[2:])
-                listeners.append(open_listener(family, kind, protocol, local_address))
-            except OSError as error:
-                if error.errno not in NOT_OF_THIS_MACHINE:
-                    raise
-                skipped = error
-            else:
-                port = listeners[-1].getsockname()[1]
-        if not listeners and skipped is not None:
-            raise skipped
-    except BaseException:
-        for listener in listeners:
-            listener.close()
-        raise
-    return listeners
+    failure = OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
+    for family, _, _, _, address in dict.fromkeys(addresses):
+        try:
+            local_address = (address[0], port, *address[2:])
+            listener = socket.create_server(local_address, family=family, backlog=LISTEN_BACKLOG)
+        except OSError as error:
+            failure = OSError(error.errno, os.strerror(error.errno or 0))
+            if error.errno not in NOT_OF_THIS_MACHINE:
+                break
+        else:
+            listeners.append(listener)
+            port = listener.getsockname()[1]
+    else:
+        if listeners:
+            return listeners
+    for listener in listeners:
+        listener.close()
+    raise failure
 
 
 class Server:
@@ -14084,14 +14060,15 @@ class Server:
             self.rejecting.add(task)
             task.add_done_callback(self.rejecting.discard)
             return
+
+        def forget(_task: asyncio.Task[None]) -> None:
+            self.connections.discard(connection)
+            self.ticker.discard(connection.watch)
+
         self.connections.add(connection)
         self.ticker.add(connection.watch)
         connection.task = loop.create_task(connection.serve())
-        connection.task.add_done_callback(lambda _: self.forget(connection))
-
-    def forget(self, connection: ServerConnection) -> None:
-        self.connections.discard(connection)
-        self.ticker.discard(connection.watch)
+        connection.task.add_done_callback(forget)
 
     def stop_accepting(self) -> None:
         """Closes the listening sockets; another process that has inherited them keeps them open."""
@@ -18429,7 +18406,7 @@ class Shield:
             raise Forbidden("Cross-site requests of browsers are refused.")
         # Pages may send other content types, or none, without a CORS preflight.
         media_type = headers.get("content-type", "").partition(";")[0].strip(" \t").lower()
-        is_empty = request.body.done and not media_type
+        is_empty = request.body.is_complete and not media_type
         has_body = request.method in ("POST", "PUT", "PATCH") and not is_empty
         if has_body and not JSON_TYPE.fullmatch(media_type):
             raise UnsupportedMediaType(

@@ -82,7 +82,7 @@ MEANINGS: dict[str, tuple[Json, Any]] = {
 V2 = VECTORS["V2"]
 HELLO: tuple[Json, Any] = MEANINGS["V2"]
 ALL = b"".join(VECTORS.values())
-SAID = "The upstream's answer is malformed"
+SAID = "The upstream's response is malformed"
 
 
 def meaning(found: EventMessage, like: Any) -> tuple[Json, Any]:
