@@ -124,7 +124,6 @@ from collections.abc import (
     Mapping,
 )
 from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
-from types import UnionType
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol, TextIO, TypeVar
 
 
@@ -229,7 +228,6 @@ MAX_INTERIM_HEADS = 16  # before a response; servers send one or two, 100 and 10
 MAX_FIELDS = 128  # hyper and Envoy: 100
 MAX_CHUNK_LINE_BYTES = 8 * KIB
 MAX_TRAILER_BYTES = 8 * KIB
-MAX_GZIP_MEMBERS = 64  # after the first one of a compressed body; clients send one
 # Per read of 64 KiB: text compresses 10 to 50 times, bombs 1,000 times.
 MAX_INFLATED_BYTES = 4 * MIB
 # Anthropic's API takes 32 MB.  Counting and parsing text made only of escapes blocks for 9 ms per
@@ -724,10 +722,6 @@ def dump_json(value: Any) -> bytes:
         return repaired.encode()
 
 
-def refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
 def bounded_int(text: str) -> int:
     """For `json.loads`: one of thousands of digits costs more than it can mean."""
     if len(text) > MAX_INTEGER_DIGITS:
@@ -736,16 +730,16 @@ def bounded_int(text: str) -> int:
 
 
 def finite_float(text: str) -> float:
-    """For `json.loads`, which would read 1e999 as Infinity."""
+    """For `json.loads`, which would read NaN, and 1e999 as Infinity."""
     value = float(text)
-    if value in (float("inf"), float("-inf")):
-        raise ValueError("a number is too large")
+    if not math.isfinite(value):
+        raise ValueError("a number is too large or not a number")
     return value
 
 
 # Shared, as making one per call costs as much as parsing a small body.
 json_decoder: Any = json.JSONDecoder(
-    parse_constant=refuse_constant, parse_float=finite_float, parse_int=bounded_int
+    parse_constant=finite_float, parse_float=finite_float, parse_int=bounded_int
 )
 
 
@@ -859,17 +853,18 @@ def wrong_type(path: str, expected: str) -> InvalidRequest:
     return InvalidRequest(f"{path}: must be {expected}.", param=path)
 
 
-def typed_field(obj: Json, key: str, path: str, kind: type | UnionType, expected: str) -> Any:
+def typed_field(
+    obj: Json, key: str, path: str, kind: type[Result] | tuple[type[Result], ...], expected: str
+) -> Result | None:
     """The value at `key`, None if absent or null; like all below raises InvalidRequest."""
-    value = obj.get(key)
+    value: Result | None = obj.get(key)
     if value is None or (isinstance(value, kind) and (kind is bool or not isinstance(value, bool))):
         return value
     raise wrong_type(join_path(path, key), expected)
 
 
 def str_field(obj: Json, key: str, path: str = "") -> str | None:
-    value: str | None = typed_field(obj, key, path, str, "a string")
-    return value
+    return typed_field(obj, key, path, str, "a string")
 
 
 def word_field(obj: Json, key: str, choices: Iterable[str], path: str = "") -> str | None:
@@ -881,20 +876,18 @@ def word_field(obj: Json, key: str, choices: Iterable[str], path: str = "") -> s
 
 def int_field(obj: Json, key: str, path: str = "") -> int | None:
     """The integer at `key`; 2.0 counts as one."""
-    value = typed_field(obj, key, path, int | float, "an integer")
+    value = typed_field(obj, key, path, (int, float), "an integer")
     if isinstance(value, float) and not value.is_integer():
         raise wrong_type(join_path(path, key), "an integer")
     return None if value is None else int(value)
 
 
 def number_field(obj: Json, key: str, path: str = "") -> float | None:
-    value: float | None = typed_field(obj, key, path, int | float, "a number")
-    return value
+    return typed_field(obj, key, path, (int, float), "a number")
 
 
 def bool_field(obj: Json, key: str, path: str = "") -> bool | None:
-    value: bool | None = typed_field(obj, key, path, bool, "true or false")
-    return value
+    return typed_field(obj, key, path, bool, "true or false")
 
 
 def list_field(obj: Json, key: str, path: str = "") -> list[Any]:
@@ -1899,45 +1892,28 @@ LAST_CHUNK = b"0\r\n\r\n"
 GZIP_WBITS, ZLIB_WBITS, RAW_WBITS = 31, 47, -15
 
 
-class Inflater:
-    """Incremental gzip or deflate decoder; raises WireError for malformed data."""
-
-    def __init__(self, wbits: int) -> None:
-        self.wbits = wbits
-        self.decompressor = zlib.decompressobj(wbits)
-        # RFC 1952 section 2.2
-        self.members_left = MAX_GZIP_MEMBERS if wbits == GZIP_WBITS else 0
-
-    def feed(self, data: bytes, limit: int) -> bytes:
-        """The decoded data, at most `limit` + 1 bytes."""
-        decoded = bytearray()
-        while data and len(decoded) <= limit:
-            if self.decompressor.eof:
-                if not self.members_left:
-                    raise WireError("data after the end of the compressed body")
-                self.members_left -= 1
-                self.decompressor = zlib.decompressobj(self.wbits)
-            try:
-                decoded += self.decompressor.decompress(data, limit + 1 - len(decoded))
-            except zlib.error as error:
-                raise WireError("corrupt compressed data") from error
-            data = self.decompressor.unused_data
-        return bytes(decoded)
+def decompress(decompressor: zlib._Decompress, data: bytes, limit: int) -> bytes:
+    """The next decoded data, at most `limit` + 1 bytes; raises WireError for malformed data."""
+    try:
+        decoded = decompressor.decompress(data, limit + 1)
+    except zlib.error as error:
+        raise WireError("corrupt compressed data") from error
+    if decompressor.unused_data:
+        raise WireError("data after the end of the compressed body")
+    return decoded
 
 
 def inflate(data: bytes, coding: str, limit: int) -> bytes:
     """A decoded gzip or deflate body; raises ApiError if it is oversized, truncated or corrupt."""
     # Some clients send raw deflate.
     for wbits in (ZLIB_WBITS, RAW_WBITS) if coding == "deflate" else (GZIP_WBITS,):
-        inflater, decoded = Inflater(wbits), bytearray()
+        decompressor = zlib.decompressobj(wbits)
         with contextlib.suppress(WireError):
-            # In pieces, as each gzip member copies what follows.
-            for offset in range(0, len(data), READ_BYTES):
-                decoded += inflater.feed(data[offset : offset + READ_BYTES], limit - len(decoded))
-                if len(decoded) > limit:
-                    raise BodyTooLarge(f"The decoded body is larger than {limit // MIB} MiB.")
-            if inflater.decompressor.eof:
-                return bytes(decoded)
+            decoded = decompress(decompressor, data, limit)
+            if len(decoded) > limit:
+                raise BodyTooLarge(f"The decoded body is larger than {limit // MIB} MiB.")
+            if decompressor.eof:
+                return decoded
     raise InvalidRequest(f"The body is not valid {coding}.")
 
 
@@ -13220,28 +13196,21 @@ def is_readable(connection: socket.socket) -> bool:
 
 
 class BodyStream(Protocol):
-    """The incoming body of a response."""
+    """The incoming body of a response.
 
-    def first(self) -> Awaitable[bytes]:
-        """The bytes received so far, or else the next ones; b"" once the body has ended."""
+    `first` returns the bytes received so far, or else the next ones; b"" once the body has ended.
+    `relay` passes all further bytes to `sink`; it returns at the end of the body or after `stop`,
+    and raises ApiError, also one given to `fail`.  `hold` pauses or resumes reading.
+    `close` returns the connection to the pool if the body was read to its end, otherwise drops it;
+    `ended`: the response is complete, so that only the end of the body can be missing.
+    """
 
-    def relay(self, sink: Callable[[bytes], None]) -> Awaitable[None]:
-        """Passes all further bytes to `sink`; returns at the end of the body, raises ApiError."""
-
-    def hold(self, paused: bool) -> None:
-        """Pauses or resumes reading from the upstream."""
-
-    def fail(self, error: ApiError) -> None:
-        """Makes `relay` raise `error`."""
-
-    def stop(self) -> None:
-        """Makes `relay` return before the end of the body."""
-
-    def close(self, ended: bool) -> None:
-        """Returns the connection to the pool if the body was read to its end, otherwise drops it.
-
-        `ended`: the response is complete, so that only the end of the body can be missing.
-        """
+    def first(self) -> Awaitable[bytes]: ...
+    def relay(self, sink: Callable[[bytes], None]) -> Awaitable[None]: ...
+    def hold(self, paused: bool) -> None: ...
+    def fail(self, error: ApiError) -> None: ...
+    def stop(self) -> None: ...
+    def close(self, ended: bool) -> None: ...
 
 
 class UpstreamResponse:
@@ -13259,7 +13228,7 @@ class UpstreamResponse:
         coding = head.headers.get("content-encoding", "identity").lower()
         # All requests ask for identity, but a middlebox may compress all the same.
         wbits = {"gzip": GZIP_WBITS, "x-gzip": GZIP_WBITS, "deflate": ZLIB_WBITS}.get(coding)
-        self.inflater = Inflater(wbits) if wbits else None
+        self.decompressor = zlib.decompressobj(wbits) if wbits else None
         self.error: ApiError | None = None
         if wbits is None and coding != "identity":
             self.error = UpstreamError("The upstream's response has an unrequested coding.")
@@ -13282,8 +13251,8 @@ class UpstreamResponse:
         """Passes the payload in `data` to `sink`."""
         try:
             payload = self.body.feed(data)
-            if self.inflater is not None:
-                payload = self.inflater.feed(payload, MAX_INFLATED_BYTES)
+            if self.decompressor is not None:
+                payload = decompress(self.decompressor, payload, MAX_INFLATED_BYTES)
                 if len(payload) > MAX_INFLATED_BYTES:
                     raise WireError("excessive compression ratio")
             if payload:
@@ -13306,8 +13275,8 @@ class UpstreamResponse:
 
     def finish(self, cleanly: bool = True) -> None:
         """The body has ended: all of it, also of a compressed one, must be there."""
-        is_inflated = self.inflater is None or self.inflater.decompressor.eof
-        if cleanly and self.body.is_complete and is_inflated:
+        is_decoded = self.decompressor is None or self.decompressor.eof
+        if cleanly and self.body.is_complete and is_decoded:
             self.stop()
         else:
             self.fail(UpstreamError(BROKEN_OFF))

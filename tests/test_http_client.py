@@ -369,8 +369,8 @@ def test_a_packed_answer_that_is_torn_is_an_error(packed: bytes) -> None:
 
 @pytest.mark.parametrize(
     "behind",
-    [b"x", bytes(100_000), gzip.compress(b"x") + b"x", gzip.compress(b"") * 100],
-    ids=["a byte", "zeros", "a member and a byte", "too many members"],
+    [b"x", bytes(100_000), gzip.compress(b"x")],
+    ids=["a byte", "zeros", "another member"],
 )
 def test_bytes_behind_the_end_of_a_packed_answer_are_an_error(behind: bytes) -> None:
     packed = gzip.compress(b"words") + behind

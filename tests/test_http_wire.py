@@ -547,32 +547,16 @@ def test_a_torn_or_foreign_body_is_a_400(coding: str, data: bytes) -> None:
         inflate(data, coding, 1000)
 
 
-def test_what_stands_behind_a_compressed_body_is_refused() -> None:
-    """Two readers would disagree on it."""
-    with pytest.raises(InvalidRequest):
-        inflate(gzip.compress(b"{}", mtime=0) + b"junk", "gzip", 1000)
-
-
-def test_a_gzip_body_of_several_members_is_one_body() -> None:
-    """RFC 1952 section 2.2: members follow one another; `cat a.gz b.gz` is a gzip file."""
-    assert (
-        inflate(gzip.compress(b'{"a":', mtime=0) + gzip.compress(b"1}", mtime=0), "gzip", 1000)
-        == b'{"a":1}'
-    )
-
-
-@pytest.mark.parametrize(
-    "second", [b"\x1f\x8b", gzip.compress(b"1}", mtime=0)[:-1], zlib.compress(b"1}")]
-)
-def test_a_torn_or_foreign_second_member_is_a_400(second: bytes) -> None:
-    """Half of a body is none."""
+@pytest.mark.parametrize("tail", [b"junk", b"\x1f\x8b", gzip.compress(b"1}"), zlib.compress(b"1}")])
+def test_what_follows_a_compressed_body_is_refused(tail: bytes) -> None:
+    """Two readers would disagree on it; no client sends several gzip members."""
     with pytest.raises(InvalidRequest, match="not valid gzip"):
-        inflate(gzip.compress(b'{"a":', mtime=0) + second, "gzip", 1000)
+        inflate(gzip.compress(b"{}", mtime=0) + tail, "gzip", 1000)
 
 
-def test_a_bomb_of_many_members_is_refused() -> None:
-    """The limit is for all members together, and what just fits does fit."""
-    member = gzip.compress(bytes(600))
-    assert inflate(member + member, "gzip", 1200) == bytes(1200)
+def test_a_decoded_body_may_be_as_large_as_the_limit() -> None:
+    """One byte more is refused."""
+    packed = gzip.compress(bytes(1200))
+    assert inflate(packed, "gzip", 1200) == bytes(1200)
     with pytest.raises(BodyTooLarge):
-        inflate(member + member, "gzip", 1199)
+        inflate(packed, "gzip", 1199)
