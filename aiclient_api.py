@@ -1385,37 +1385,34 @@ def parse_setting(text: str, kind: str) -> Any:
     return text
 
 
+def override_setting(config: Config, source: str, origin: str, key: str, text: str) -> None:
+    """`text` is the value of the variable or flag `origin`."""
+    owner, item = next((owner, item) for name, owner, item in iter_settings(config) if name == key)
+    value = parse_setting(text, str(item.type))
+    setattr(owner, item.name, ConfigReader(source).read_value(origin, item, value))
+    config.origins[key] = origin
+
+
 def apply_environment(config: Config, environ: dict[str, str]) -> None:
     """`AICLIENT_API_SERVER_PORT=8080` overrides `server.port`; short forms: HOST, PORT, KEY."""
-    settings = {
-        key.upper().replace(".", "_").replace("-", "_"): (key, owner, item)
-        for key, owner, item in iter_settings(config)
-    }
+    keys = [key for key, _, _ in iter_settings(config)]
+    names = {key.upper().replace(".", "_").replace("-", "_"): key for key in keys}
     for variable, text in sorted(environ.items()):
-        if not variable.startswith(ENV_PREFIX):
-            continue
-        key = variable[len(ENV_PREFIX) :]
-        key = ENV_SHORT.get(key, key)
-        reader = ConfigReader("environment")
-        if key not in settings:
-            raise reader.unknown_key(variable, key, settings)
-        dotted_key, owner, item = settings[key]
-        value = parse_setting(text, str(item.type))
-        setattr(owner, item.name, reader.read_value(variable, item, value))
-        config.origins[dotted_key] = variable
+        if variable.startswith(ENV_PREFIX):
+            name = variable.removeprefix(ENV_PREFIX)
+            name = ENV_SHORT.get(name, name)
+            if name not in names:
+                raise ConfigReader("environment").unknown_key(variable, name, names)
+            override_setting(config, "environment", variable, names[name], text)
 
 
 def apply_flags(config: Config, flags: dict[str, str | None]) -> None:
     """None means not given; unknown keys are ignored: another version's process may pass them."""
-    settings = {key: (owner, item) for key, owner, item in iter_settings(config)}
-    reader = ConfigReader("command line")
-    for key, text in flags.items():
-        if text is not None and key in settings:
-            owner, item = settings[key]
-            flag = "--" + item.name.replace("_", "-")
-            value = parse_setting(text, str(item.type))
-            setattr(owner, item.name, reader.read_value(flag, item, value))
-            config.origins[key] = flag
+    for key in [key for key, _, _ in iter_settings(config)]:
+        text = flags.get(key)
+        if text is not None:
+            flag = "--" + key.rpartition(".")[2].replace("_", "-")
+            override_setting(config, "command line", flag, key, text)
 
 
 def check_exposure(config: Config) -> None:
@@ -1429,11 +1426,8 @@ def check_exposure(config: Config) -> None:
 
 
 # They never leave the process: not in responses, in tables or over the control channel.
-SECRET_SETTINGS = ("api_key", "network.proxy")
-
-
 def is_secret_setting(key: str) -> bool:
-    return key in SECRET_SETTINGS or key.startswith("api_keys.")
+    return key in ("api_key", "network.proxy") or key.startswith("api_keys.")
 
 
 def effective_settings(config: Config) -> Iterator[tuple[str, Any]]:
@@ -1645,7 +1639,6 @@ def parse_headers(lines: list[str]) -> Headers:
     if len(lines) > MAX_FIELDS:
         raise WireError(f"more than {MAX_FIELDS} header fields", 431)
     headers = Headers()
-    repeated = set()
     for line in lines:
         name, colon, value = line.partition(":")
         # Also refuses white space before the colon, and obsolete line folding.
@@ -1654,10 +1647,9 @@ def parse_headers(lines: list[str]) -> Headers:
         name = name.lower()
         value = value.strip(" \t")
         if name in headers:
-            repeated.add(name)
+            headers.repeated |= {name}
             value = f"{headers[name]}, {value}"
         headers[name] = value
-    headers.repeated = frozenset(repeated)
     return headers
 
 
@@ -1721,38 +1713,28 @@ def parse_length(headers: Headers) -> int | None:
 
 
 class Body:
-    """An incoming body; `excess` holds the bytes received after its end."""
+    """An incoming body of `length` bytes, by default all up to the end of the connection."""
 
-    def __init__(self, length: int = 0) -> None:
-        self.is_complete = False
-        self.excess = b""
-        self.remaining = length  # payload bytes announced but not received
+    def __init__(self, length: int | None = None) -> None:
+        self.until_close = length is None
+        self.remaining = length or 0  # payload bytes announced but not received
+        self.is_complete = length == 0
+        self.excess = b""  # received after the end of the body
 
     def feed(self, data: bytes) -> bytes:
         """The payload in `data`; raises WireError."""
-        return data
-
-    def on_eof(self) -> None:
-        if not self.is_complete:
-            raise WireError("the connection ended inside a message body")
-
-
-class UntilCloseBody(Body):
-    def on_eof(self) -> None:
-        self.is_complete = True
-
-
-class LengthBody(Body):
-    def __init__(self, length: int) -> None:
-        super().__init__(length)
-        self.is_complete = length == 0
-
-    def feed(self, data: bytes) -> bytes:
+        if self.until_close:
+            return data
         self.excess += data[self.remaining :]
         payload = data[: self.remaining]
         self.remaining -= len(payload)
         self.is_complete = self.remaining == 0
         return payload
+
+    def on_eof(self) -> None:
+        self.is_complete |= self.until_close
+        if not self.is_complete:
+            raise WireError("the connection ended inside a message body")
 
 
 class ChunkedBody(Body):
@@ -1760,6 +1742,7 @@ class ChunkedBody(Body):
 
     def __init__(self) -> None:
         super().__init__()
+        self.until_close = False
         self.buffer = b""
         self.expected = "size"  #: the next part: size, data or trailers
 
@@ -1832,7 +1815,7 @@ def request_body(head: RequestHead) -> Body:
     length = parse_length(headers)
     coding = headers.get("transfer-encoding")
     if coding is None:
-        return LengthBody(length or 0)
+        return Body(length or 0)
     if length is not None:
         raise WireError("both Content-Length and Transfer-Encoding")
     if head.minor == 0:
@@ -1847,11 +1830,11 @@ def request_body(head: RequestHead) -> Body:
 def response_body(head: ResponseHead, method: str) -> Body:
     """RFC 9112 section 6.3; raises WireError."""
     if method == "HEAD" or head.status in NO_BODY_STATUSES or head.status < 200:
-        return LengthBody(0)
+        return Body(0)
     coding = head.headers.get("transfer-encoding")
     length = parse_length(head.headers)
     if coding is None:
-        return UntilCloseBody() if length is None else LengthBody(length)
+        return Body(length)
     if coding.lower() != "chunked" or length is not None:
         raise WireError("ambiguous or unsupported body framing")
     return ChunkedBody()

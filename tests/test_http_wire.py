@@ -18,8 +18,6 @@ from aiclient_api import (
     BodyTooLarge,
     ChunkedBody,
     InvalidRequest,
-    LengthBody,
-    UntilCloseBody,
     WireError,
     head_end,
     inflate,
@@ -328,22 +326,23 @@ def test_chunked_in_http_1_0_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "first", "lines", "kind"),
+    ("method", "first", "lines", "kind", "length"),
     [
-        ("HEAD", "HTTP/1.1 200 OK", ["Content-Length: 5"], LengthBody),
-        ("GET", "HTTP/1.1 204 X", ["Content-Length: 5"], LengthBody),
-        ("GET", "HTTP/1.1 304 X", [], LengthBody),
-        ("POST", "HTTP/1.1 200 OK", ["Transfer-Encoding: chunked"], ChunkedBody),
-        ("POST", "HTTP/1.1 200 OK", ["Content-Length: 5"], LengthBody),
-        ("POST", "HTTP/1.1 200 OK", [], UntilCloseBody),
+        ("HEAD", "HTTP/1.1 200 OK", ["Content-Length: 5"], Body, 0),
+        ("GET", "HTTP/1.1 204 X", ["Content-Length: 5"], Body, 0),
+        ("GET", "HTTP/1.1 304 X", [], Body, 0),
+        ("POST", "HTTP/1.1 200 OK", ["Transfer-Encoding: chunked"], ChunkedBody, 0),
+        ("POST", "HTTP/1.1 200 OK", ["Content-Length: 5"], Body, 5),
+        ("POST", "HTTP/1.1 200 OK", [], Body, None),
     ],
 )
 def test_the_body_of_a_response(
-    method: str, first: str, lines: list[str], kind: type[Body]
+    method: str, first: str, lines: list[str], kind: type[Body], length: int | None
 ) -> None:
     """RFC 9112 section 6.3, as a client."""
     body = response_body(parse_response_head(response(*lines, first=first)), method)
-    assert type(body) is kind
+    assert type(body) is kind and body.remaining == (length or 0)
+    assert body.until_close == (length is None)
     assert body.is_complete == (method == "HEAD" or "204" in first or "304" in first)
 
 
@@ -466,7 +465,7 @@ def test_a_doubtful_chunk_is_refused(data: bytes) -> None:
 
 def test_a_body_of_known_length_takes_no_more() -> None:
     """What is behind it is the next message."""
-    body = LengthBody(5)
+    body = Body(5)
     assert body.feed(b"he") == b"he" and body.remaining == 3 and not body.is_complete
     assert body.feed(b"lloGET") == b"llo" and body.is_complete
     assert body.excess == b"GET" and body.feed(b" /") == b"" and body.excess == b"GET /"
@@ -474,16 +473,16 @@ def test_a_body_of_known_length_takes_no_more() -> None:
 
 def test_a_body_of_known_length_cut_short_is_an_error() -> None:
     """And an empty one is complete at once."""
-    body = LengthBody(5)
+    body = Body(5)
     body.feed(b"hell")
     with pytest.raises(WireError):
         body.on_eof()
-    assert LengthBody(0).is_complete
+    assert Body(0).is_complete
 
 
 def test_the_end_of_the_connection_ends_the_last_kind_of_body() -> None:
     """HTTP/1.0 upstreams and proxies."""
-    body = UntilCloseBody()
+    body = Body()
     assert body.feed(b"abc") == b"abc" and not body.is_complete
     body.on_eof()
     assert body.is_complete
