@@ -573,7 +573,7 @@ class InvalidRequest(ApiError, status=400):
 
 
 class UnsupportedFeature(InvalidRequest):
-    """A field asks for what this model or gateway could only ignore."""
+    """A field requests something that this model or gateway could only ignore."""
 
 
 class WrongDialect(InvalidRequest):
@@ -635,11 +635,11 @@ class QuotaExceeded(ApiError, status=429, retry=False):
 
 
 class LimitReached(ApiError, status=429, retry=False):
-    """A limit of the user's own in `[limits]`; nothing is sent upstream."""
+    """A limit configured in `[limits]`; nothing is sent upstream."""
 
 
 class RequestRepeated(LimitReached):
-    """The same request too often: no fallback to another provider either."""
+    """Too many identical requests: no fallback to another provider either."""
 
 
 class UpstreamError(ApiError, status=502): ...
@@ -693,7 +693,7 @@ class WireError(Exception):
         self.status = status
 
 
-BROKEN_OFF = "The upstream's response broke off."
+BROKEN_OFF = "The upstream's response ended prematurely."
 
 
 # ---- 3. Small tools ----------------------------------------------------------------------------
@@ -704,9 +704,8 @@ json_encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow
 def dump_json(value: Any) -> bytes:
     """Compact UTF-8 JSON, key order kept: prompt caches depend on stable bytes.
 
-    JavaScript clients cut emoji in half; vendors refuse the lone surrogate that is left (seen in
-    2026-09), and a conversation that holds one would be stuck for ever: it becomes U+FFFD, or
-    "?" where nothing can be meant by so many.
+    JavaScript clients split surrogate pairs; vendors refuse lone surrogates (seen in 2026-09), and
+    a conversation that has one would be stuck.  Each becomes U+FFFD, or "?" if there are too many.
     """
     try:
         text = json_encoder.encode(value)
@@ -723,14 +722,14 @@ def dump_json(value: Any) -> bytes:
 
 
 def bounded_int(text: str) -> int:
-    """For `json.loads`: one of thousands of digits costs more than it can mean."""
+    """For `json.loads`: thousands of digits would take quadratic time."""
     if len(text) > MAX_INTEGER_DIGITS:
         raise ValueError("a number is too large")
     return int(text)
 
 
 def finite_float(text: str) -> float:
-    """For `json.loads`, which would read NaN, and 1e999 as Infinity."""
+    """For `json.loads`, which would accept NaN, and 1e999 as Infinity."""
     value = float(text)
     if not math.isfinite(value):
         raise ValueError("a number is too large or not a number")
@@ -826,7 +825,7 @@ def load_body(data: bytes) -> Json:
     if len(pairs) > MAX_JSON_KEYS:
         raise InvalidRequest(f"The body has more than {MAX_JSON_KEYS} keys.")
     if len(body) < len(pairs):
-        raise InvalidRequest("The body has a key twice at its top level.")
+        raise InvalidRequest("The body has a duplicate key at its top level.")
     is_long = len(data) > MAX_JSON_MARKS
     if is_long or data.count(b"{") + data.count(b"[") > MAX_JSON_DEPTH:
         check_values(body, is_long)
@@ -918,8 +917,8 @@ def get_str(obj: Json, key: str) -> str:
     return value.strip() if isinstance(value, str) else ""
 
 
-# What controls a terminal or is invisible there: controls, bidi marks, line separators, Unicode's
-# Default_Ignorable_Code_Point (DerivedCoreProperties); and lone surrogates: they have no encoding.
+# Controls a terminal or is invisible there: controls, bidi marks, line separators, Unicode's
+# Default_Ignorable_Code_Point (DerivedCoreProperties); and lone surrogates, which UTF-8 lacks.
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 UNSEEN = re.compile(
     "[\x00-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
@@ -929,19 +928,19 @@ UNSEEN = re.compile(
 
 
 def one_line(text: str) -> str:
-    """Untrusted `text` on one line: white space becomes spaces, the rest of UNSEEN is dropped."""
+    """Untrusted `text` on one line: white space becomes spaces, other UNSEEN is dropped."""
     if text.isascii() and text.isprintable():
         return text
     return UNSEEN.sub(lambda match: " " if match[0].isspace() else "", text)
 
 
 def name_of_key(obj: Json, key: str) -> str:
-    """The name at `key`, cut; "" for anything else: for what services call things."""
+    """The name at `key`, truncated; "" for any other type."""
     return get_str(obj, key)[:MAX_NAME_CHARS]
 
 
 def str_or_empty(obj: Json, key: str) -> str:
-    """The string at `key` as it is; "" for any other type."""
+    """The string at `key`, unstripped; "" for any other type."""
     value = obj.get(key)
     return value if isinstance(value, str) else ""
 
@@ -968,7 +967,7 @@ SECRET_MARKS = (
     "ksk_", "eyj", "sk-",
 )  # fmt: skip
 SECRET_PREFIX_CHARS = 12  # characters by which a known secret is recognised
-MIN_SECRET_CHARS = 6  # a shorter one may stand in any text
+MIN_SECRET_CHARS = 6  # a shorter one may occur in any text
 SECRET_MARGIN_CHARS = 64  # characters; more than any pattern's shortest match
 
 
@@ -998,7 +997,7 @@ def hide(text: str, known_secrets: Iterable[str]) -> str:
 LOG_LEVELS = ("debug", "info", "warning", "error")
 SETTING_TYPES: dict[str, tuple[Any, str]] = {
     "str": (str, "a string"),
-    "int": (int, "a whole number"),
+    "int": (int, "an integer"),
     "float": (int | float, "a number"),
     "bool": (bool, "true or false"),
     "list[str]": (list, "a list of strings"),
@@ -1063,7 +1062,7 @@ def check_url(value: str) -> str:
 
 
 def check_proxy(value: str) -> str:
-    """The problem, or "".  Never repeats the value: it may hold a password."""
+    """Never repeats the value: it may contain a password."""
     try:
         parts = urllib.parse.urlsplit(value)
         is_valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
@@ -1072,7 +1071,7 @@ def check_proxy(value: str) -> str:
     return "" if is_valid else "must be like http://[user:password@]host:port"
 
 
-# What may be wrong with a value of the right type: the problem, or "".
+# Returns the problem with a value of the right type, or "".
 Check = Callable[[Any], str]
 
 
@@ -1102,8 +1101,8 @@ def url(default: str = "") -> Any:
 
 def check_text(value: str) -> str:
     if any(ord(char) < 32 or ord(char) == 127 for char in value):
-        return "must not hold control characters"
-    return "must not hold bytes that are no text" if HALF_CHARACTER.search(value) else ""
+        return "must not contain control characters"
+    return "must be valid UTF-8" if HALF_CHARACTER.search(value) else ""
 
 
 @dataclass(slots=True)
@@ -1124,7 +1123,7 @@ class ServerConfig:
 
 @dataclass(slots=True)
 class NetworkConfig:
-    #: "" = HTTPS_PROXY, NO_PROXY; may hold a password
+    #: "" = HTTPS_PROXY, NO_PROXY; may contain a password
     proxy: str = setting("", lambda value: check_proxy(value) if value else "", is_secret=True)
     ca_file: str = ""  #: an additional PEM bundle
     connect_seconds: float = seconds(10.0)
@@ -1210,7 +1209,7 @@ def default_providers() -> dict[str, ProviderConfig]:
 class Config:
     """The checked configuration.  `repr` shows no secret."""
 
-    #: for what the endpoint does not decide
+    #: where the endpoint does not determine it
     default_format: str = setting("openai", one_of("openai", "anthropic"))
     default_provider: str = "copilot"
     api_key: str = field(default="", repr=False)  #: "" = no key required
@@ -1263,7 +1262,7 @@ class ConfigReader:
         names = {secret: name for name, secret in config.api_keys.items()}
         for name, secret in config.api_keys.items():
             if names[secret] != name:
-                raise self.error(f"api_keys.{name}", "is the key of another name as well")
+                raise self.error(f"api_keys.{name}", "has the same value as another key")
         return config
 
     def fill(self, target: Any, table: Json, path: str) -> None:
@@ -1678,13 +1677,13 @@ def parse_request_head(data: bytes) -> RequestHead:
     method, target, version = parts
     if version not in ("HTTP/1.1", "HTTP/1.0"):
         if re.fullmatch(r"HTTP/[0-9]\.[0-9]", version):
-            raise WireError("this server speaks HTTP/1.1", 505)
+            raise WireError("only HTTP/1.1 and HTTP/1.0 are supported", 505)
         raise WireError("malformed request line")
     minor = int(version[-1])
     path, query, host = parse_target(method, target)
     headers = parse_headers(lines[1:])
     if "host" in headers.repeated or ("host" not in headers and minor):
-        raise WireError("exactly one Host field is needed")
+        raise WireError("exactly one Host field is required")
     if "host" in headers and not split_host(headers["host"]):
         raise WireError("malformed Host field")
     if host:
@@ -1922,7 +1921,7 @@ class SseReader:
             self.after_cr = data.endswith(b"\r")
             data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         if not self.buffer and data.endswith(b"\n\n"):
-            return data  # nothing is torn, as usual
+            return data  # no event is split, as usual
         searched = max(0, len(self.buffer) - 1)
         self.buffer += data
         end = self.buffer.rfind(b"\n\n", searched) + 2
@@ -1931,7 +1930,7 @@ class SseReader:
             del self.buffer[:end]
             return blocks
         if len(self.buffer) > MAX_FRAME_BYTES:
-            raise UpstreamError("The upstream sent an endless event.")
+            raise UpstreamError("The upstream sent an event that is too large.")
         return b""
 
     def frames(self, blocks: bytes) -> list[Json]:
@@ -12800,11 +12799,11 @@ class CacheGuard:
 # ---- 11. Ticker --------------------------------------------------------------------------------
 
 
-PLAIN_WORD = re.compile(r"[!#-<>-~]+")
+UNQUOTED_VALUE = re.compile(r"[!#-<>-~]+")
 
 
 def log_event(level: str, event: str, **details: object) -> None:
-    """Logs one line: `event key=value ...`.  Never content, never a secret."""
+    """Logs one line: `event key=value ...`.  Never pass content or a secret."""
     logger = logging.getLogger("aiclient-api")
     level_number = getattr(logging, level.upper())
     if not logger.isEnabledFor(level_number):
@@ -12812,7 +12811,7 @@ def log_event(level: str, event: str, **details: object) -> None:
     parts = [event]
     for key, value in details.items():
         text = str(value)
-        parts.append(f"{key}={text if PLAIN_WORD.fullmatch(text) else json.dumps(text)}")
+        parts.append(f"{key}={text if UNQUOTED_VALUE.fullmatch(text) else json.dumps(text)}")
     logger.log(level_number, redact(" ".join(parts), MAX_LOG_LINE))
 
 
@@ -12856,11 +12855,11 @@ def make_private(fd: int, path: str, subject: str) -> None:
 
 
 def check_link(path: str) -> None:
-    """Raises PermissionError where a link that another user has made is at `path`."""
+    """Raises PermissionError if `path` is a symbolic link that another user created."""
     if not hasattr(os, "getuid") or not os.path.islink(path):
         return
     if os.lstat(path).st_uid not in (os.getuid(), 0):
-        raise PermissionError(errno.EPERM, f"{path} is a link that another user has made")
+        raise PermissionError(errno.EPERM, f"{path} is a symbolic link created by another user")
 
 
 class LogFile:
@@ -12942,7 +12941,7 @@ def start_log(level: str, path: str = "", is_stderr: bool = False) -> LogFile | 
 
 
 def hide_in_log(secrets: Callable[[], Iterable[str]]) -> None:
-    """Keeps what `secrets` returns out of every line from now on."""
+    """Masks what `secrets` returns, called for each line."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler.formatter, LogFormatter):
             handler.formatter.secrets = secrets
@@ -12953,9 +12952,9 @@ def set_log_level(level: str) -> None:
 
 
 def internal_error(event: str) -> ApiError:
-    """The client's error for the current exception, a bug; the log gets the traceback."""
+    """The error response to an unexpected exception; logs the traceback."""
     logging.getLogger("aiclient-api").exception(event)
-    return ApiError("The gateway failed; its log says how.")
+    return ApiError("Internal error; see the log of the gateway.")
 
 
 class Ticker:
@@ -12982,9 +12981,9 @@ class Ticker:
         for watcher in list(self.watchers):
             try:
                 watcher(now)
-            except Exception:  # noqa: BLE001 - one bug must not end every deadline
+            except Exception:  # noqa: BLE001 - one bug must not disable every deadline
                 self.watchers.discard(watcher)
-                logging.getLogger("aiclient-api").exception("a deadline failed")
+                logging.getLogger("aiclient-api").exception("a ticker callback failed")
         self.timer = loop.call_later(TICK_SECONDS, self.tick) if self.watchers else None
 
 
@@ -13159,7 +13158,7 @@ def environment_proxy(scheme: str, host: str) -> str:
 
 
 def count_unsent(connection: socket.socket) -> int:
-    """Bytes that the peer's kernel has not acknowledged; 0 if the system cannot tell."""
+    """Bytes that the peer has not acknowledged; 0 if the system does not report them."""
     if fcntl is None or termios is None:
         return 0
     try:
@@ -13569,7 +13568,7 @@ class HttpClient:
         proxy = urllib.parse.urlsplit(origin.proxy)
         if proxy.scheme not in ("http", "https") or not proxy.hostname:
             raise Unreachable(
-                "The proxy's URL cannot be used.", hint="Only http:// and https:// proxies work."
+                "The proxy's URL is invalid.", hint="Only http:// and https:// proxies work."
             )
         target = f"{format_host(origin.host)}:{origin.port}"
         headers = [("Host", target)]
@@ -13631,14 +13630,14 @@ class Response:
 
 
 class Request(RequestHead):
-    """Its body is read only when a handler asks for it."""
+    """A request; its body is read only on demand."""
 
-    #: bytes counted in the server's budget until the request is answered
+    #: its share of `Server.body_bytes`
     reserved_bytes = 0
     #: set by the outermost layer; `begun_at` is monotonic
     id = ""
     begun_at = 0.0
-    #: of its API key; "" if it has none
+    #: the label of its API key, or ""
     key_name = ""
     #: its usage, once known
     answer: UsageRecord | None = None
@@ -13680,7 +13679,7 @@ class Request(RequestHead):
         server.body_bytes = others + self.reserved_bytes
 
     def cancel_on_hangup(self, watching: bool, patient: bool = False) -> None:
-        """A half-close counts as a disconnect unless `patient`, for responses that cost nothing."""
+        """A half-close counts as a disconnect, unless `patient`: a local response costs nothing."""
         connection = self.connection
         connection.hangup_target = connection.task if watching else None
         connection.allows_half_close = patient
@@ -13735,7 +13734,7 @@ class ServerConnection(StreamProtocol):
         #: the request in progress, and whether its response head has gone out: there is only one
         self.request: Request | None = None
         self.response_started = False
-        #: when the client last took some of the pending bytes, and how many were pending then
+        #: when the client last accepted pending bytes, and how many were pending then
         self.progress_at = 0.0
         self.unsent = 0
         self.closing = False
@@ -13779,7 +13778,7 @@ class ServerConnection(StreamProtocol):
             self.transport.close()
 
     def is_stalled(self, now: float) -> bool:
-        """Whether the client has taken none of the pending bytes for WRITE_STALL_SECONDS."""
+        """Whether the client has accepted no pending byte for WRITE_STALL_SECONDS."""
         pending = self.transport.get_write_buffer_size()
         if pending:
             pending += count_unsent(self.transport.get_extra_info("socket"))
@@ -13942,7 +13941,7 @@ class ServerConnection(StreamProtocol):
 
 
 # What bind() raises for an address that this machine lacks, as asyncio treats it.
-NOT_OF_THIS_MACHINE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+UNAVAILABLE_ADDRESS_ERRORS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
 def open_listeners(host: str, port: int) -> list[socket.socket]:
@@ -13957,7 +13956,7 @@ def open_listeners(host: str, port: int) -> list[socket.socket]:
             listener = socket.create_server(local_address, family=family, backlog=LISTEN_BACKLOG)
         except OSError as error:
             failure = OSError(error.errno, os.strerror(error.errno or 0))
-            if error.errno not in NOT_OF_THIS_MACHINE:
+            if error.errno not in UNAVAILABLE_ADDRESS_ERRORS:
                 break
         else:
             listeners.append(listener)
@@ -13971,7 +13970,7 @@ def open_listeners(host: str, port: int) -> list[socket.socket]:
 
 
 class Server:
-    """Accepts connections and passes requests to one handler.  It never hears of AI."""
+    """Accepts connections and passes requests to one handler.  It knows nothing of AI."""
 
     def __init__(
         self,
@@ -14048,7 +14047,7 @@ class Server:
             await asyncio.sleep(TICK_SECONDS)
 
     async def drain(self, seconds: float) -> None:
-        """Stops accepting, lets responses finish for `seconds`, then ends the rest.
+        """Stops accepting, lets responses finish for `seconds`, then ends the others.
 
         Streams that have begun end with an error, other requests get an error response, and clients
         that do not read are aborted.

@@ -306,7 +306,7 @@ def test_a_cut_stream_is_told_from_a_clean_end() -> None:
         if cut in borders:
             assert framing.last_frames() == []
             continue
-        with pytest.raises(UpstreamError, match="broke off"):
+        with pytest.raises(UpstreamError, match="ended prematurely"):
             framing.last_frames()
 
 
