@@ -1225,14 +1225,8 @@ class Config:
     origins: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
 
-# Tables whose keys are names of the user's own: their form, and how an error describes it.
-NAMED_TABLES: dict[str, tuple[re.Pattern[str], str]] = {
-    "providers": (PROVIDER_NAME, "letters, digits, '-' and '_'"),
-    "limits.providers": (LABEL, "letters, digits and . _ + -"),
-    "limits.labels": (LABEL, "letters, digits and . _ + -"),
-    "api_keys": (LABEL, "letters, digits and . _ + -"),
-    "models": (re.compile(".*", re.DOTALL), "any text"),
-}
+# Tables whose keys are names chosen by the user.
+NAMED_TABLES = ("providers", "models", "api_keys", "limits.providers", "limits.labels")
 
 
 class ConfigReader:
@@ -1273,10 +1267,7 @@ class ConfigReader:
                 raise self.unknown_key(key, name, settings)
             current = getattr(target, name)
             if key in NAMED_TABLES:
-                pattern, form = NAMED_TABLES[key]
                 for entry_name, entry in self.require_table(value, key).items():
-                    if not pattern.fullmatch(entry_name):
-                        raise self.error(f"{key}.{entry_name}", f"a name is {form}")
                     current[entry_name] = self.read_entry(key, entry_name, entry)
             elif is_dataclass(current):
                 self.fill(current, self.require_table(value, key), key)
@@ -1285,11 +1276,20 @@ class ConfigReader:
                 self.origins[key] = "file"
 
     def read_entry(self, path: str, name: str, value: Any) -> Any:
-        """One entry of a table in NAMED_TABLES; built-in providers are overwritten as a whole."""
+        """One entry of a table in NAMED_TABLES; a built-in provider is replaced."""
         key = f"{path}.{name}"
-        if path in ("models", "api_keys"):
+        pattern, marks = (PROVIDER_NAME, "- _") if path == "providers" else (LABEL, ". _ + -")
+        if path == "models":
+            return self.read_alias(name, value)
+        if not pattern.fullmatch(name):
+            raise self.error(key, f"a name is letters, digits and {marks}")
+        if path == "api_keys":
+            if not isinstance(value, str) or not value.strip():
+                raise self.error(key, "must be a key that is not empty")
+            if check_text(value):
+                raise self.error(key, check_text(value))
             self.origins[key] = "file"
-            return self.read_alias(name, value) if path == "models" else self.read_key(key, value)
+            return value
         table = self.require_table(value, key)
         entry: Any = CapConfig()
         if path == "providers":
@@ -1321,8 +1321,7 @@ class ConfigReader:
 
     def read_alias(self, alias: str, value: Any) -> Any:
         """alias = "provider/model", or a list of them, tried in order."""
-        key = f'models."{alias}"'
-        form = 'must be like "copilot/gpt-4.1"'
+        key, form = f'models."{alias}"', 'must be like "copilot/gpt-4.1"'
         rows: dict[str, Any] = {key: value}
         if isinstance(value, list):
             rows = {f"{key}[{index}]": name for index, name in enumerate(value)}
@@ -1333,14 +1332,8 @@ class ConfigReader:
         for row_key, name in rows.items():
             if not isinstance(name, str) or not MODEL_NAME.fullmatch(name) or name.endswith("/"):
                 raise self.error(row_key, form)
+        self.origins[f"models.{alias}"] = "file"
         return value
-
-    def read_key(self, key: str, secret: Any) -> Any:
-        if not isinstance(secret, str) or not secret.strip():
-            raise self.error(key, "must be a key that is not empty")
-        if check_text(secret):
-            raise self.error(key, check_text(secret))
-        return secret
 
 
 def read_config_text(text: str, source: str) -> Config:
@@ -1434,10 +1427,9 @@ def effective_settings(config: Config) -> Iterator[tuple[str, Any]]:
         yield key, getattr(owner, item.name)
     for name, entry in config.providers.items():
         yield f"providers.{name}.type", entry.type
-    for alias, target in config.models.items():
-        yield f"models.{alias}", target
-    for name, secret in config.api_keys.items():
-        yield f"api_keys.{name}", secret
+    for table in ("models", "api_keys"):
+        for name, value in getattr(config, table).items():
+            yield f"{table}.{name}", value
 
 
 def describe_settings(config: Config) -> list[Json]:
@@ -12885,7 +12877,8 @@ class LogFile:
         # O_NONBLOCK: without waiting for a FIFO's reader.
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
         fd = os.open(self.path, flags, 0o600)
-        self.close()
+        if self.handle >= 0:
+            os.close(self.handle)
         self.handle = fd
         if self.is_stderr:
             os.dup2(fd, 2)
@@ -12893,11 +12886,6 @@ class LogFile:
         self.size = status.st_size
         self.identity = status.st_dev, status.st_ino
         make_private(fd, self.path, "log")
-
-    def close(self) -> None:
-        if self.handle >= 0:
-            os.close(self.handle)
-        self.handle = -1
 
     def write(self, text: str) -> None:
         """Appends `text`, complete lines, in one write."""
@@ -12909,20 +12897,18 @@ class LogFile:
             self.dropped += text.count("\n")
 
     def reopen_or_rotate(self, more_bytes: int) -> None:
-        """`daemon.log` -> `daemon.log.1` -> `daemon.log.2`, whose old content is lost."""
-        try:
+        """Rotates `daemon.log` -> `daemon.log.1` -> `daemon.log.2`, which is overwritten."""
+        with contextlib.suppress(FileNotFoundError):
             status = os.stat(self.path)
-        except FileNotFoundError:
-            self.open()
-            return
-        if (status.st_dev, status.st_ino) != self.identity:
-            self.open()  # moved away, or rotated by the process that takes over
-        elif status.st_size and status.st_size + more_bytes > self.max_bytes:
-            for index in range(LOG_FILES - 1, 0, -1):
-                older = self.path if index == 1 else f"{self.path}.{index - 1}"
-                if os.path.exists(older):
-                    os.replace(older, f"{self.path}.{index}")
-            self.open()
+            # Otherwise it was moved away, or rotated by the process that takes over.
+            if (status.st_dev, status.st_ino) == self.identity:
+                if not status.st_size or status.st_size + more_bytes <= self.max_bytes:
+                    return
+                for index in range(LOG_FILES - 1, 0, -1):
+                    older = self.path if index == 1 else f"{self.path}.{index - 1}"
+                    if os.path.exists(older):
+                        os.replace(older, f"{self.path}.{index}")
+        self.open()
 
 
 def start_log(level: str, path: str = "", is_stderr: bool = False) -> LogFile | None:
@@ -13507,9 +13493,7 @@ class HttpClient:
             was_unread = method in SAFE_METHODS or connection.left_unread(error, message, sent_at)
             if may_be_stale and was_unread:
                 return None
-            stage = (
-                "in the middle of a response" if connection.has_received else "without a response"
-            )
+            stage = "mid-response" if connection.has_received else "without a response"
             raise UpstreamError(f"{host} closed the connection {stage}.") from None
         except WireError as error:
             raise UpstreamError(f"{host} sent a malformed response: {error}.") from None
@@ -13695,9 +13679,9 @@ class ResponseWriter:
         self.chunked = chunked
         self.last_at = asyncio.get_running_loop().time()
         #: called when the client's reading lags (True: pause the source) or has caught up (False)
-        self.on_flow: Callable[[bool], None] | None = None
+        self.on_flow: Callable[[bool], None] = lambda _paused: None
         #: called when the server has to stop
-        self.on_stop: Callable[[], None] | None = None
+        self.on_stop: Callable[[], None] = lambda: None
 
     def write(self, data: bytes) -> None:
         if data:
@@ -13717,7 +13701,7 @@ class ResponseWriter:
 @functools.lru_cache(maxsize=1)
 def http_date(second: int) -> str:
     """A Date field (RFC 9110 section 6.6.1), formatted once a second."""
-    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second))
+    return email.utils.formatdate(second, usegmt=True)
 
 
 class ServerConnection(StreamProtocol):
@@ -13741,7 +13725,7 @@ class ServerConnection(StreamProtocol):
         #: idle, head, body or busy: what the deadline is for
         self.start_phase("head", server.config.head_seconds)
 
-    # As asyncio and the ticker call it
+    # Called by asyncio and the ticker
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -13760,7 +13744,7 @@ class ServerConnection(StreamProtocol):
 
     def pause_writing(self, paused: bool = True) -> None:
         super().pause_writing(paused)
-        if self.writer is not None and self.writer.on_flow is not None:
+        if self.writer is not None:
             self.writer.on_flow(paused)
 
     def start_phase(self, phase: str, seconds: float) -> None:
@@ -13787,8 +13771,6 @@ class ServerConnection(StreamProtocol):
         self.unsent = pending
         return now - self.progress_at > WRITE_STALL_SECONDS
 
-    # Its requests
-
     async def serve(self) -> None:
         try:
             while not (self.closing or self.server.draining or self.transport.is_closing()):
@@ -13798,14 +13780,14 @@ class ServerConnection(StreamProtocol):
         except WireError as error:
             refusal = InvalidRequest(f"Malformed HTTP: {error}.")
             refusal.status = error.status
-            await self.give_up(refusal)
+            await self.close_with_error(refusal)
         except (EOFError, OSError):
             pass  # the client has disconnected
         except asyncio.CancelledError:
             if not self.is_disconnected:
-                await self.give_up(Overloaded("The gateway is stopping."))
+                await self.close_with_error(Overloaded("The gateway is stopping."))
         except Exception:  # noqa: BLE001 - the last resort: a bug must not take the server down
-            await self.give_up(internal_error("connection failed"))
+            await self.close_with_error(internal_error("connection failed"))
         finally:
             self.transport.close()
         await self.wait_closed()  # a slow client may still be receiving
@@ -13887,7 +13869,7 @@ class ServerConnection(StreamProtocol):
     async def respond(self, request: Request, response: Response) -> None:
         is_bodyless = request.method == "HEAD" or response.status in NO_BODY_STATUSES
         if response.stream is None or is_bodyless:
-            self.send_whole(response, is_bodyless)
+            self.send_buffered(response, is_bodyless)
         else:
             chunked = request.minor > 0
             self.closing |= not chunked
@@ -13898,7 +13880,7 @@ class ServerConnection(StreamProtocol):
             self.writer = None
         await self.drain()
 
-    def send_whole(self, response: Response, is_bodyless: bool = False) -> None:
+    def send_buffered(self, response: Response, is_bodyless: bool = False) -> None:
         self.response_started = True
         has_length = response.status not in NO_BODY_STATUSES
         framing = [("Content-Length", str(len(response.body)))] if has_length else []
@@ -13906,20 +13888,20 @@ class ServerConnection(StreamProtocol):
         self.transport.write(self.encode_head(response, framing) + body)
 
     def encode_head(self, response: Response, framing: list[tuple[str, str]]) -> bytes:
-        common = [("Date", http_date(int(time.time()))), ("Content-Type", response.content_type)]
+        headers = [("Date", http_date(int(time.time()))), ("Content-Type", response.content_type)]
+        headers += [*response.headers.items(), *framing]
         if self.closing:
-            framing.append(("Connection", "close"))
+            headers.append(("Connection", "close"))
         elif self.request is not None and self.request.minor == 0:
-            framing.append(("Connection", "keep-alive"))
-        headers = [*common, *response.headers.items(), *framing]
+            headers.append(("Connection", "keep-alive"))
         return write_head(status_line(response.status), headers)
 
     def send_error(self, error: ApiError) -> None:
         self.phase = "busy"
         self.closing = True
-        self.send_whole(self.server.write_error(error, self.request))
+        self.send_buffered(self.server.write_error(error, self.request))
 
-    async def give_up(self, error: ApiError) -> None:
+    async def close_with_error(self, error: ApiError) -> None:
         """Sends an error response, or aborts if a response has begun."""
         if self.response_started:
             self.transport.abort()  # an unfinished body must not look complete
@@ -14007,7 +13989,7 @@ class Server:
         loop = asyncio.get_running_loop()
         if self.draining or len(self.connections) >= self.config.max_connections:
             busy = Busy("Too many connections.", retry_after=1)
-            task = loop.create_task(connection.give_up(busy))
+            task = loop.create_task(connection.close_with_error(busy))
             self.rejecting.add(task)
             task.add_done_callback(self.rejecting.discard)
             return
@@ -14059,7 +14041,7 @@ class Server:
                 connection.transport.close()
         await self.wait_for_connections(seconds)
         for connection in self.connections:
-            if connection.writer is not None and connection.writer.on_stop is not None:
+            if connection.writer is not None:
                 connection.writer.on_stop()
         connections = list(self.connections)
         await self.wait_for_connections(LINGER_SECONDS)

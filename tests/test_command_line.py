@@ -504,7 +504,7 @@ def test_a_log_file_is_rotated_and_three_are_kept(tmp_path: Path) -> None:
     log = gw.LogFile(str(path), max_bytes=1000)
     for number in range(100):
         log.write(f"line {number:03d} {'x' * 40}\n")
-    log.close()
+    os.close(log.handle)
     files = [path, tmp_path / "x.log.1", tmp_path / "x.log.2"]
     assert sorted(tmp_path.iterdir()) == sorted(files)
     assert all(
@@ -523,7 +523,7 @@ def test_two_writers_of_one_log_rotate_it_once(tmp_path: Path) -> None:
     text = "".join((tmp_path / name).read_text() for name in os.listdir(tmp_path))
     assert sorted(re.findall(r"line (\d\d)", text)) == [f"{n:02d}" for n in range(60)]
     for log in logs:
-        log.close()
+        os.close(log.handle)
 
 
 def test_a_running_gateway_rotates_its_log(machine: Machine) -> None:
