@@ -577,7 +577,7 @@ class UnsupportedFeature(InvalidRequest):
 
 
 class WrongDialect(InvalidRequest):
-    """The model does not support the requested dialect, whatever the catalogue says."""
+    """The model does not support the requested dialect, whatever the catalogue lists."""
 
 
 class ContextTooLong(InvalidRequest, kind="context_too_long"):
@@ -702,7 +702,7 @@ json_encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow
 
 
 def dump_json(value: Any) -> bytes:
-    """Compact UTF-8 JSON, key order kept: prompt caches depend on stable bytes.
+    """Compact UTF-8 JSON in key order: prompt caches depend on stable bytes.
 
     JavaScript clients split surrogate pairs; vendors refuse lone surrogates (seen in 2026-09), and
     a conversation that has one would be stuck.  Each becomes U+FFFD, or "?" if there are too many.
@@ -772,7 +772,8 @@ def has_too_many_values(data: bytes | str, limit: int = MAX_JSON_MARKS) -> bool:
     if len(data) <= limit:
         return False
     raw = data.encode("utf-8", "replace") if isinstance(data, str) else data
-    return len(raw) - len(raw.translate(None, JSON_MARKS)) > limit < count_values(raw, limit)
+    marks = len(raw) - len(raw.translate(None, JSON_MARKS))
+    return marks > limit and count_values(raw, limit) > limit
 
 
 def check_values(body: Json, is_long: bool) -> None:
@@ -1201,10 +1202,6 @@ PROVIDER_CONFIGS: dict[str, type[ProviderConfig]] = {
 }
 
 
-def default_providers() -> dict[str, ProviderConfig]:
-    return {name: config_class() for name, config_class in PROVIDER_CONFIGS.items()}
-
-
 @dataclass(slots=True)
 class Config:
     """The checked configuration.  `repr` shows no secret."""
@@ -1216,7 +1213,9 @@ class Config:
     api_keys: dict[str, str] = field(default_factory=dict, repr=False)  #: usage label -> key
     server: ServerConfig = field(default_factory=ServerConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
-    providers: dict[str, ProviderConfig] = field(default_factory=default_providers)
+    providers: dict[str, ProviderConfig] = field(
+        default_factory=lambda: {name: default() for name, default in PROVIDER_CONFIGS.items()}
+    )
     #: alias -> provider/model, or several, tried in order
     models: dict[str, str | list[str]] = field(default_factory=dict)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
@@ -1417,7 +1416,7 @@ def check_exposure(config: Config) -> None:
         )
 
 
-# They never leave the process: not in responses, in tables or over the control channel.
+# Secrets never leave the process: not in responses, in tables or over the control channel.
 def is_secret_setting(key: str) -> bool:
     return key in ("api_key", "network.proxy") or key.startswith("api_keys.")
 
@@ -2006,7 +2005,7 @@ def write_sse(frame: Json, name: str = "") -> bytes:
 EventMessage = tuple[dict[str, str], bytes]  # text headers and payload, checksums verified
 
 PRELUDE = struct.Struct(">III")  # total length, headers length, CRC-32 of these two
-MESSAGE_OVERHEAD = 16  # the prelude and the CRC-32 of the whole
+MESSAGE_OVERHEAD = 16  # the prelude and the CRC-32 of the message
 # By header type: booleans (their value is the type), integers, a timestamp and a UUID.
 HEADER_SIZES = {0: 0, 1: 0, 2: 1, 3: 2, 4: 4, 5: 8, 8: 8, 9: 16}
 BYTES_HEADER, TEXT_HEADER = 6, 7  # both begin with two bytes of length
@@ -2027,7 +2026,7 @@ def parse_event_headers(block: bytes) -> dict[str, str]:
         if size is None:
             size, start = int.from_bytes(block[start : start + 2], "big"), start + 2
         if start + size > end:
-            raise WireError("an event's headers are cut short")
+            raise WireError("an event's headers are truncated")
         if kind == TEXT_HEADER:
             name = block[offset + 1 : name_end].decode("utf-8", "replace")
             headers[name] = block[start : start + size].decode("utf-8", "replace")
@@ -2054,9 +2053,10 @@ class EventStreamFraming:
         self.error = ""
 
     def complete(self, data: bytes) -> bytes:
-        had_failed = bool(self.error)
+        if self.error:
+            return b""
         events = [self.write(headers, payload) for headers, payload in self.read_messages(data)]
-        if self.error and not had_failed:
+        if self.error:
             message = f"The upstream's response is malformed: {self.error}."
             events.append(write_sse({"error": {"code": "WireError", "message": message}}))
         return b"".join(events)
@@ -12814,7 +12814,7 @@ class LogFormatter:
     """
 
     def __init__(self) -> None:
-        #: the tokens and keys in use, whatever they look like
+        #: returns the tokens and keys in use, whatever their form
         self.secrets: Callable[[], Iterable[str]] = tuple
 
     def format(self, record: logging.LogRecord) -> str:
@@ -12858,7 +12858,7 @@ class LogFile:
     """A log file for a StreamHandler: rotated by size, reopened after it was moved away.
 
     A line that cannot be written is dropped and counted: a full disk must not stop the gateway.
-    With `is_stderr` standard error goes to the same file, so that Python's own messages are kept.
+    With `is_stderr` standard error goes to the same file, which catches Python's own messages.
     """
 
     def __init__(
@@ -12872,7 +12872,7 @@ class LogFile:
         self.open()
 
     def open(self) -> None:
-        """Opens the file at `path`; raises OSError, and keeps the old one then."""
+        """Opens the file at `path`; raises OSError, with the old file still open."""
         check_link(self.path)
         # O_NONBLOCK: without waiting for a FIFO's reader.
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
@@ -13096,9 +13096,9 @@ class StreamProtocol(ProtocolBase):
         while not self.lost:
             await self.next_change()
 
-    def hold(self, held: bool) -> None:
+    def hold(self, paused: bool) -> None:
         """Pauses or resumes reading."""
-        self.is_held = held
+        self.is_held = paused
         self.update_reading()
 
     def update_reading(self) -> None:
@@ -13191,6 +13191,7 @@ class UpstreamResponse:
         self.headers = head.headers
         self.client = client
         self.connection = connection
+        self.hold = connection.hold
         self.body = body
         self.keep_alive = head.minor == 1 and not head.headers.has_token("connection", "close")
         coding = head.headers.get("content-encoding", "identity").lower()
@@ -13258,9 +13259,6 @@ class UpstreamResponse:
         self.finished = True
         self.connection.sink = None
         self.connection.notify()
-
-    def hold(self, paused: bool) -> None:
-        self.connection.hold(paused)
 
     async def first(self) -> bytes:
         payload, self.returned = bytearray(self.returned), b""
@@ -13824,12 +13822,8 @@ class ServerConnection(StreamProtocol):
         body, collected = request.body, bytearray()
         if body.is_complete:
             return b""
-        if (
-            "expect" in request.headers
-            and request.minor
-            and not self.buffer
-            and body.remaining <= limit
-        ):
+        expects_continue = "expect" in request.headers and request.minor > 0
+        if expects_continue and not self.buffer and body.remaining <= limit:
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.start_phase("body", self.server.config.body_seconds)
         try:
@@ -13902,7 +13896,7 @@ class ServerConnection(StreamProtocol):
         self.send_buffered(self.server.write_error(error, self.request))
 
     async def close_with_error(self, error: ApiError) -> None:
-        """Sends an error response, or aborts if a response has begun."""
+        """Sends an error response, or aborts if a response has started."""
         if self.response_started:
             self.transport.abort()  # an unfinished body must not look complete
             return
@@ -13922,7 +13916,7 @@ class ServerConnection(StreamProtocol):
                     await self.receive()
 
 
-# What bind() raises for an address that this machine lacks, as asyncio treats it.
+# What bind() raises for an address that this machine does not have; asyncio skips these, too.
 UNAVAILABLE_ADDRESS_ERRORS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
@@ -13967,7 +13961,6 @@ class Server:
         self.write_error = write_error
         self.connections: set[ServerConnection] = set()
         self.body_bytes = 0  #: in memory, of all requests
-        self.rejecting: set[asyncio.Task[None]] = set()
         #: every response is the last one of its connection
         self.closing = False
         self.draining = False
@@ -13989,9 +13982,7 @@ class Server:
         loop = asyncio.get_running_loop()
         if self.draining or len(self.connections) >= self.config.max_connections:
             busy = Busy("Too many connections.", retry_after=1)
-            task = loop.create_task(connection.close_with_error(busy))
-            self.rejecting.add(task)
-            task.add_done_callback(self.rejecting.discard)
+            connection.task = loop.create_task(connection.close_with_error(busy))
             return
 
         def forget(_task: asyncio.Task[None]) -> None:
@@ -14013,7 +14004,7 @@ class Server:
     async def retire(self, seconds: float) -> None:
         """Stops accepting while another process listens on the same sockets: nothing is refused.
 
-        Requests still on their way on open connections are answered; the response closes them.
+        Requests in transit on open connections get a response, which closes the connection.
         asyncio drops a connection that it has accepted but not yet set up when its server closes
         (Server._attach, seen in 3.11): so the sockets are unregistered, and closed a tick later.
         """
@@ -14031,7 +14022,7 @@ class Server:
     async def drain(self, seconds: float) -> None:
         """Stops accepting, lets responses finish for `seconds`, then ends the others.
 
-        Streams that have begun end with an error, other requests get an error response, and clients
+        Started streams end with an error, other requests get an error response, and clients
         that do not read are aborted.
         """
         self.draining = True
