@@ -1500,9 +1500,8 @@ def set_toml(text: str, path: tuple[str, ...], value: Any) -> str:
             table = parse_toml_path(match["header"])
         elif match and (*table, *parse_toml_path(match["key"] + "=0")) == path:
             begin = match.start("value")
-            lines[index] = (
-                line[:begin] + write_toml(value) + line[begin:][len(match["value"].rstrip()) :]
-            )
+            end = begin + len(match["value"].rstrip())
+            lines[index] = line[:begin] + write_toml(value) + line[end:]
             return "\n".join(lines)
         if table == path[:-1] and line.strip() and not line.lstrip().startswith("#"):
             table_end = index + 1
@@ -1555,7 +1554,7 @@ def change_setting(text: str, source: str, key: str, value: str) -> str:
     with contextlib.suppress(tomllib.TOMLDecodeError):
         if tomllib.loads(edited) == expected:
             return edited
-    raise reader.error(key, f"this file's form is unusual; set it by hand: {write_toml(parsed)}")
+    raise reader.error(key, f"cannot be set in a file of this form; edit it: {write_toml(parsed)}")
 
 
 # ---- 5. HTTP wire ------------------------------------------------------------------------------
