@@ -124,7 +124,6 @@ from collections.abc import (
     Mapping,
 )
 from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
-from types import UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, TextIO, TypeVar
 
 
@@ -229,7 +228,6 @@ MAX_INTERIM_HEADS = 16  # before a response; servers send one or two, 100 and 10
 MAX_FIELDS = 128  # hyper and Envoy: 100
 MAX_CHUNK_LINE_BYTES = 8 * KIB
 MAX_TRAILER_BYTES = 8 * KIB
-MAX_GZIP_MEMBERS = 64  # after the first one of a compressed body; clients send one
 # Per read of 64 KiB: text compresses 10 to 50 times, bombs 1,000 times.
 MAX_INFLATED_BYTES = 4 * MIB
 # Anthropic's API takes 32 MB.  Counting and parsing text made only of escapes blocks for 9 ms per
@@ -480,16 +478,6 @@ KIRO_VERSION = "1.1.14"  # of the IDE, seen in 2026-09; older ones were never re
 
 # ---- 2. Errors ---------------------------------------------------------------------------------
 #
-#   ProgramError   a command failed: WrongUsage, ConfigError, SignInFailed (CodeExpired), NotRunning
-#   ApiError       the error response to a client, in its own dialect:
-#     400 InvalidRequest (UnsupportedFeature, WrongDialect, ContextTooLong)   401 InvalidKey
-#     403 Forbidden   404 ModelNotFound, UnknownUrl, NotStored   405 MethodNotAllowed
-#     408 RequestTimeout   413 BodyTooLarge   415 UnsupportedMediaType, UnsupportedEncoding
-#     426 UpgradeRefused   429 RateLimited, QuotaExceeded, LimitReached (RequestRepeated)
-#     502 UpstreamError (Unreachable)   503 NotSignedIn (NotEntitled), Overloaded, Busy
-#     504 UpstreamTimeout
-#   WireError      a peer violated HTTP: never shown to a client as it is
-#
 # `str(error)` is always safe to show: it never holds a token, key, prompt or completion.
 
 
@@ -578,11 +566,11 @@ class InvalidRequest(ApiError, status=400):
 
 
 class UnsupportedFeature(InvalidRequest):
-    """A field asks for what this model or gateway could only ignore."""
+    """A field requests something that this model or gateway could only ignore."""
 
 
 class WrongDialect(InvalidRequest):
-    """The model does not support the requested dialect, whatever the catalogue says."""
+    """The model does not support the requested dialect, whatever the catalogue lists."""
 
 
 class ContextTooLong(InvalidRequest, kind="context_too_long"):
@@ -640,11 +628,11 @@ class QuotaExceeded(ApiError, status=429, retry=False):
 
 
 class LimitReached(ApiError, status=429, retry=False):
-    """A limit of the user's own in `[limits]`; nothing is sent upstream."""
+    """A limit configured in `[limits]`; nothing is sent upstream."""
 
 
 class RequestRepeated(LimitReached):
-    """The same request too often: no fallback to another provider either."""
+    """Too many identical requests: no fallback to another provider either."""
 
 
 class UpstreamError(ApiError, status=502): ...
@@ -698,7 +686,7 @@ class WireError(Exception):
         self.status = status
 
 
-BROKEN_OFF = "The upstream's answer broke off."
+BROKEN_OFF = "The upstream's response ended prematurely."
 
 
 # ---- 3. Small tools ----------------------------------------------------------------------------
@@ -707,11 +695,10 @@ json_encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow
 
 
 def dump_json(value: Any) -> bytes:
-    """Compact UTF-8 JSON, key order kept: prompt caches depend on stable bytes.
+    """Compact UTF-8 JSON in key order: prompt caches depend on stable bytes.
 
-    JavaScript clients cut emoji in half; vendors refuse the lone surrogate that is left (seen in
-    2026-09), and a conversation that holds one would be stuck for ever: it becomes U+FFFD, or
-    "?" where nothing can be meant by so many.
+    JavaScript clients split surrogate pairs; vendors refuse lone surrogates (seen in 2026-09), and
+    a conversation that has one would be stuck.  Each becomes U+FFFD, or "?" if there are too many.
     """
     try:
         text = json_encoder.encode(value)
@@ -727,28 +714,24 @@ def dump_json(value: Any) -> bytes:
         return repaired.encode()
 
 
-def refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
 def bounded_int(text: str) -> int:
-    """For `json.loads`: one of thousands of digits costs more than it can mean."""
+    """For `json.loads`: thousands of digits would take quadratic time."""
     if len(text) > MAX_INTEGER_DIGITS:
         raise ValueError("a number is too large")
     return int(text)
 
 
 def finite_float(text: str) -> float:
-    """For `json.loads`, which would read 1e999 as Infinity."""
+    """For `json.loads`, which would accept NaN, and 1e999 as Infinity."""
     value = float(text)
-    if value in (float("inf"), float("-inf")):
-        raise ValueError("a number is too large")
+    if not math.isfinite(value):
+        raise ValueError("a number is too large or not a number")
     return value
 
 
 # Shared, as making one per call costs as much as parsing a small body.
 json_decoder: Any = json.JSONDecoder(
-    parse_constant=refuse_constant, parse_float=finite_float, parse_int=bounded_int
+    parse_constant=finite_float, parse_float=finite_float, parse_int=bounded_int
 )
 
 
@@ -760,16 +743,12 @@ def load_json(data: bytes | str) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
+JSON_WHITESPACE = " \t\n\r"
+JSON_MARKS = b"[{,:"
 # Matches at every quote, an unterminated string up to the end, so that the search is linear.
 JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
-JSON_OPENING = re.compile(r'[ \t\n\r]*+\{[ \t\n\r]*+(?:(")|\}[ \t\n\r]*+\Z)')
-JSON_COLON = re.compile(r"[ \t\n\r]*+:[ \t\n\r]*+")
+TOO_MANY_VALUES = f"The body holds more than {MAX_JSON_MARKS} values."
 EMBEDDED_JSON = re.compile(r"\s*+[{\[]")
-JSON_NEXT = re.compile(r'[ \t\n\r]*+(?:,[ \t\n\r]*+(")|\}[ \t\n\r]*+\Z)')
-
-
-def count_marks(data: bytes) -> int:
-    return len(data) - len(data.translate(None, b"[{,:"))
 
 
 def count_values(data: bytes, limit: int = MAX_JSON_MARKS) -> int:
@@ -777,94 +756,81 @@ def count_values(data: bytes, limit: int = MAX_JSON_MARKS) -> int:
 
     Every string but one follows a mark, so no more than that many strings need to be cut out.
     """
-    return count_marks(JSON_STRING.sub(b"", data, limit + 1))
+    outside = JSON_STRING.sub(b"", data, limit + 1)
+    return len(outside) - len(outside.translate(None, JSON_MARKS))
 
 
-def has_too_many_values(data: bytes, limit: int = MAX_JSON_MARKS) -> bool:
+def has_too_many_values(data: bytes | str, limit: int = MAX_JSON_MARKS) -> bool:
     """Whether `count_values` is over `limit`, with less work for most JSON."""
-    return len(data) > limit and count_marks(data) > limit and count_values(data, limit) > limit
+    if len(data) <= limit:
+        return False
+    raw = data.encode("utf-8", "replace") if isinstance(data, str) else data
+    marks = len(raw) - len(raw.translate(None, JSON_MARKS))
+    return marks > limit and count_values(raw, limit) > limit
 
 
-def embedded_json_texts(body: Json) -> Iterator[str]:
-    """The strings of a body that are parsed as JSON themselves: the arguments of calls."""
-    pending = list(body.values())
-    while pending:
-        item = pending.pop()
-        if isinstance(item, list):
-            pending += item
-        elif isinstance(item, dict):
-            pending += item.values()
-            for text in (item.get("arguments"), item.get("input")):
-                if isinstance(text, str) and EMBEDDED_JSON.match(text):
-                    yield text
-
-
-def scan_object(text: str) -> Json | None:
-    """The JSON object in `text`, or None; refuses duplicate keys: parsers read them differently."""
-    result: Json = {}
-    try:
-        match = JSON_OPENING.match(text)
-        while match is not None and match[1]:
-            key, end = json_decoder.parse_string(text, match.end())
-            if key in result:
-                raise InvalidRequest("The body has a key twice at its top level.")
-            if len(result) == MAX_JSON_KEYS:
-                raise InvalidRequest(f"The body has more than {MAX_JSON_KEYS} keys.")
-            colon = JSON_COLON.match(text, end)
-            if colon is None:
-                return None
-            result[key], end = json_decoder.scan_once(text, colon.end())
-            match = JSON_NEXT.match(text, end)
-    except (ValueError, StopIteration, RecursionError):
-        return None
-    return None if match is None else result
-
-
-def exceeds_depth(value: Any, limit: int) -> bool:
-    containers = [value]
-    for _ in range(limit):
-        rows = [item.values() if isinstance(item, dict) else item for item in containers]
-        containers = [item for row in rows for item in row if isinstance(item, (dict, list))]
-        if not containers:
-            return False
-    return True
+def check_values(body: Json, is_long: bool) -> None:
+    """Limits the depth, and the values in strings that are parsed as JSON: arguments of calls."""
+    level: list[Any] = [body]
+    embedded: list[str] = []
+    for _ in range(MAX_JSON_DEPTH):
+        rows = [item.values() if isinstance(item, dict) else item for item in level]
+        level = [item for row in rows for item in row if isinstance(item, (dict, list))]
+        if not level:
+            break
+        for item in level if is_long else ():
+            texts = (item.get("arguments"), item.get("input")) if isinstance(item, dict) else ()
+            embedded += [t for t in texts if isinstance(t, str) and EMBEDDED_JSON.match(t)]
+    else:
+        raise InvalidRequest(f"The body is nested deeper than {MAX_JSON_DEPTH} levels.")
+    if sum(map(len, embedded)) <= MAX_JSON_MARKS:
+        return
+    counts = [count_values(text.encode("utf-8", "replace")) for text in embedded]
+    if sum(counts) > MAX_JSON_MARKS:
+        raise BodyTooLarge(TOO_MANY_VALUES)
 
 
 def load_body(data: bytes) -> Json:
-    """A request's body, one JSON object; raises InvalidRequest and BodyTooLarge."""
-    too_large = BodyTooLarge(f"The body holds more than {MAX_JSON_MARKS} values.")
-    is_long = len(data) > MAX_JSON_MARKS
-    is_dense = is_long and count_marks(data) > MAX_JSON_MARKS
-    if is_dense and count_values(data) > MAX_JSON_MARKS:
-        raise too_large
+    """A request's body, one JSON object; raises InvalidRequest and BodyTooLarge.
+
+    A duplicate key at its top level is refused: parsers disagree on which one counts.
+    """
+    if has_too_many_values(data):
+        raise BodyTooLarge(TOO_MANY_VALUES)
     try:
         text = data.decode()
-        body = scan_object(text)
-        if body is None:
-            load_json(text)  # raises a better error
+        start = len(text) - len(text.lstrip(JSON_WHITESPACE))
+        if not text.startswith("{", start):
+            load_json(text)
             raise InvalidRequest("The body must be a JSON object.")
+        # The standard library's parser in Python for this object, its scanner in C for the values.
+        pairs, end = json_decoder.parse_object(
+            (text, start + 1), True, json_decoder.scan_once, None, list
+        )
+        if text[end:].strip(JSON_WHITESPACE):
+            raise json.JSONDecodeError("Extra data", text, end)
     except UnicodeDecodeError:
         raise InvalidRequest("The body is not UTF-8.") from None
+    except RecursionError:
+        raise InvalidRequest("The body is nested too deeply.") from None
     except ValueError as error:
         raise InvalidRequest(f"The body is not valid JSON: {redact(str(error), 200)}.") from None
-    if exceeds_depth(body, MAX_JSON_DEPTH):
-        raise InvalidRequest(f"The body is nested deeper than {MAX_JSON_DEPTH} levels.")
-    if is_dense or (is_long and b"\\u00" in data):  # marks may hide in strings, and in escapes
-        remaining = MAX_JSON_MARKS
-        for text in embedded_json_texts(body):
-            remaining -= count_values(text.encode("utf-8", "replace"))
-            if remaining < 0:
-                raise too_large
+    body = dict(pairs)
+    if len(pairs) > MAX_JSON_KEYS:
+        raise InvalidRequest(f"The body has more than {MAX_JSON_KEYS} keys.")
+    if len(body) < len(pairs):
+        raise InvalidRequest("The body has a duplicate key at its top level.")
+    is_long = len(data) > MAX_JSON_MARKS
+    if is_long or data.count(b"{") + data.count(b"[") > MAX_JSON_DEPTH:
+        check_values(body, is_long)
     return body
 
 
 def load_object(data: bytes | str, max_marks: int = MAX_JSON_MARKS) -> Json | None:
     """The JSON object in untrusted `data`, or None, also if it has too many values."""
+    if has_too_many_values(data, max_marks):
+        return None
     try:
-        if len(data) > max_marks:
-            raw = data.encode("utf-8", "replace") if isinstance(data, str) else data
-            if has_too_many_values(raw, max_marks):
-                return None
         value = load_json(data)
     except ValueError:
         return None
@@ -880,17 +846,18 @@ def wrong_type(path: str, expected: str) -> InvalidRequest:
     return InvalidRequest(f"{path}: must be {expected}.", param=path)
 
 
-def typed_field(obj: Json, key: str, path: str, kind: type | UnionType, expected: str) -> Any:
+def typed_field(
+    obj: Json, key: str, path: str, kind: type[Result] | tuple[type[Result], ...], expected: str
+) -> Result | None:
     """The value at `key`, None if absent or null; like all below raises InvalidRequest."""
-    value = obj.get(key)
+    value: Result | None = obj.get(key)
     if value is None or (isinstance(value, kind) and (kind is bool or not isinstance(value, bool))):
         return value
     raise wrong_type(join_path(path, key), expected)
 
 
 def str_field(obj: Json, key: str, path: str = "") -> str | None:
-    value: str | None = typed_field(obj, key, path, str, "a string")
-    return value
+    return typed_field(obj, key, path, str, "a string")
 
 
 def word_field(obj: Json, key: str, choices: Iterable[str], path: str = "") -> str | None:
@@ -902,20 +869,18 @@ def word_field(obj: Json, key: str, choices: Iterable[str], path: str = "") -> s
 
 def int_field(obj: Json, key: str, path: str = "") -> int | None:
     """The integer at `key`; 2.0 counts as one."""
-    value = typed_field(obj, key, path, int | float, "an integer")
+    value = typed_field(obj, key, path, (int, float), "an integer")
     if isinstance(value, float) and not value.is_integer():
         raise wrong_type(join_path(path, key), "an integer")
     return None if value is None else int(value)
 
 
 def number_field(obj: Json, key: str, path: str = "") -> float | None:
-    value: float | None = typed_field(obj, key, path, int | float, "a number")
-    return value
+    return typed_field(obj, key, path, (int, float), "a number")
 
 
 def bool_field(obj: Json, key: str, path: str = "") -> bool | None:
-    value: bool | None = typed_field(obj, key, path, bool, "true or false")
-    return value
+    return typed_field(obj, key, path, bool, "true or false")
 
 
 def list_field(obj: Json, key: str, path: str = "") -> list[Any]:
@@ -946,8 +911,8 @@ def get_str(obj: Json, key: str) -> str:
     return value.strip() if isinstance(value, str) else ""
 
 
-# What controls a terminal or is invisible there: controls, bidi marks, line separators, Unicode's
-# Default_Ignorable_Code_Point (DerivedCoreProperties); and lone surrogates: they have no encoding.
+# Controls a terminal or is invisible there: controls, bidi marks, line separators, Unicode's
+# Default_Ignorable_Code_Point (DerivedCoreProperties); and lone surrogates, which UTF-8 lacks.
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 UNSEEN = re.compile(
     "[\x00-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
@@ -957,19 +922,19 @@ UNSEEN = re.compile(
 
 
 def one_line(text: str) -> str:
-    """Untrusted `text` on one line: white space becomes spaces, the rest of UNSEEN is dropped."""
+    """Untrusted `text` on one line: white space becomes spaces, other UNSEEN is dropped."""
     if text.isascii() and text.isprintable():
         return text
     return UNSEEN.sub(lambda match: " " if match[0].isspace() else "", text)
 
 
 def name_of_key(obj: Json, key: str) -> str:
-    """The name at `key`, cut; "" for anything else: for what services call things."""
+    """The name at `key`, truncated; "" for any other type."""
     return get_str(obj, key)[:MAX_NAME_CHARS]
 
 
 def str_or_empty(obj: Json, key: str) -> str:
-    """The string at `key` as it is; "" for any other type."""
+    """The string at `key`, unstripped; "" for any other type."""
     value = obj.get(key)
     return value if isinstance(value, str) else ""
 
@@ -996,7 +961,7 @@ SECRET_MARKS = (
     "ksk_", "eyj", "sk-",
 )  # fmt: skip
 SECRET_PREFIX_CHARS = 12  # characters by which a known secret is recognised
-MIN_SECRET_CHARS = 6  # a shorter one may stand in any text
+MIN_SECRET_CHARS = 6  # a shorter one may occur in any text
 SECRET_MARGIN_CHARS = 64  # characters; more than any pattern's shortest match
 
 
@@ -1024,12 +989,12 @@ def hide(text: str, known_secrets: Iterable[str]) -> str:
 # ---- 4. Configuration --------------------------------------------------------------------------
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
-TYPE_NAMES = {
-    "str": "a string",
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "list[str]": "a list of strings",
+SETTING_TYPES: dict[str, tuple[Any, str]] = {
+    "str": (str, "a string"),
+    "int": (int, "an integer"),
+    "float": (int | float, "a number"),
+    "bool": (bool, "true or false"),
+    "list[str]": (list, "a list of strings"),
 }
 # These settings become part of a host name or a header.
 AWS_REGION = re.compile(r"[a-z]{2}(?:-[a-z]+)+-[0-9]", re.ASCII)
@@ -1091,7 +1056,7 @@ def check_url(value: str) -> str:
 
 
 def check_proxy(value: str) -> str:
-    """The problem, or "".  Never repeats the value: it may hold a password."""
+    """Never repeats the value: it may contain a password."""
     try:
         parts = urllib.parse.urlsplit(value)
         is_valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
@@ -1100,7 +1065,7 @@ def check_proxy(value: str) -> str:
     return "" if is_valid else "must be like http://[user:password@]host:port"
 
 
-# What may be wrong with a value of the right type: the problem, or "".
+# Returns the problem with a value of the right type, or "".
 Check = Callable[[Any], str]
 
 
@@ -1130,21 +1095,8 @@ def url(default: str = "") -> Any:
 
 def check_text(value: str) -> str:
     if any(ord(char) < 32 or ord(char) == 127 for char in value):
-        return "must not hold control characters"
-    return "must not hold bytes that are no text" if HALF_CHARACTER.search(value) else ""
-
-
-def check_setting(item: Field[Any], value: Any) -> str:
-    kind = str(item.type)
-    types: dict[str, Any] = {
-        "str": str, "int": int, "float": int | float, "bool": bool, "list[str]": list
-    }  # fmt: skip
-    has_type = isinstance(value, types[kind]) and (kind == "bool" or not isinstance(value, bool))
-    if not has_type or (isinstance(value, list) and not all(isinstance(i, str) for i in value)):
-        return f"must be {TYPE_NAMES[kind]}"
-    check: Check | None = item.metadata.get("check")
-    problem = check(value) if check else ""
-    return problem or (check_text(value) if kind == "str" else "")
+        return "must not contain control characters"
+    return "must be valid UTF-8" if HALF_CHARACTER.search(value) else ""
 
 
 @dataclass(slots=True)
@@ -1165,7 +1117,7 @@ class ServerConfig:
 
 @dataclass(slots=True)
 class NetworkConfig:
-    #: "" = HTTPS_PROXY, NO_PROXY; may hold a password
+    #: "" = HTTPS_PROXY, NO_PROXY; may contain a password
     proxy: str = setting("", lambda value: check_proxy(value) if value else "", is_secret=True)
     ca_file: str = ""  #: an additional PEM bundle
     connect_seconds: float = seconds(10.0)
@@ -1243,22 +1195,20 @@ PROVIDER_CONFIGS: dict[str, type[ProviderConfig]] = {
 }
 
 
-def default_providers() -> dict[str, ProviderConfig]:
-    return {name: config_class() for name, config_class in PROVIDER_CONFIGS.items()}
-
-
 @dataclass(slots=True)
 class Config:
     """The checked configuration.  `repr` shows no secret."""
 
-    #: for what the endpoint does not decide
+    #: where the endpoint does not determine it
     default_format: str = setting("openai", one_of("openai", "anthropic"))
     default_provider: str = "copilot"
     api_key: str = field(default="", repr=False)  #: "" = no key required
     api_keys: dict[str, str] = field(default_factory=dict, repr=False)  #: usage label -> key
     server: ServerConfig = field(default_factory=ServerConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
-    providers: dict[str, ProviderConfig] = field(default_factory=default_providers)
+    providers: dict[str, ProviderConfig] = field(
+        default_factory=lambda: {name: default() for name, default in PROVIDER_CONFIGS.items()}
+    )
     #: alias -> provider/model, or several, tried in order
     models: dict[str, str | list[str]] = field(default_factory=dict)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
@@ -1267,8 +1217,8 @@ class Config:
     origins: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
 
-def dotted(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key
+# Tables whose keys are names chosen by the user.
+NAMED_TABLES = ("providers", "models", "api_keys", "limits.providers", "limits.labels")
 
 
 class ConfigReader:
@@ -1284,49 +1234,74 @@ class ConfigReader:
     def unknown_key(self, key: str, name: str, known_keys: Iterable[str]) -> ConfigError:
         known_keys = sorted(known_keys)
         matches = nearest(name, known_keys, 1)
-        suggestion = (
-            f"did you mean {matches[0]!r}?" if matches else "known here: " + ", ".join(known_keys)
-        )
-        return self.error(key, f"is not a known key; {suggestion}")
+        valid = f"did you mean {matches[0]!r}?" if matches else "valid: " + ", ".join(known_keys)
+        return self.error(key, f"is not a known key; {valid}")
 
     def read_config(self, table: Json) -> Config:
         config = Config(origins=self.origins)
         self.fill(config, table, "")
-        if config.default_provider not in config.providers:
-            available = ", ".join(config.providers)
-            raise self.error("default_provider", f"no such provider; there are: {available}")
-        for name in config.limits.providers.keys() - config.providers.keys():
-            available = ", ".join(config.providers)
-            raise self.error(
-                f"limits.providers.{name}", f"no such provider; there are: {available}"
-            )
+        providers = {f"limits.providers.{name}": name for name in config.limits.providers}
+        for key, name in {"default_provider": config.default_provider, **providers}.items():
+            if name not in config.providers:
+                available = ", ".join(config.providers)
+                raise self.error(key, f"no such provider; there are: {available}")
+        names = {secret: name for name, secret in config.api_keys.items()}
+        for name, secret in config.api_keys.items():
+            if names[secret] != name:
+                raise self.error(f"api_keys.{name}", "has the same value as another key")
         return config
 
     def fill(self, target: Any, table: Json, path: str) -> None:
-        named_tables: dict[str, Callable[[Json, str], object]] = {
-            "providers": self.read_providers,
-            "models": self.read_aliases,
-            "api_keys": self.read_api_keys,
-            "limits.providers": self.read_caps,
-            "limits.labels": self.read_caps,
-        }
         settings = {item.name: item for item in fields(target) if item.name != "origins"}
         for name, value in table.items():
-            key = dotted(path, name)
+            key = join_path(path, name)
             if name not in settings:
                 raise self.unknown_key(key, name, settings)
-            if key in named_tables:
-                value = named_tables[key](self.require_table(value, key), key)
-            elif is_dataclass(getattr(target, name)):
-                self.fill(getattr(target, name), self.require_table(value, key), key)
-                continue
+            current = getattr(target, name)
+            if key in NAMED_TABLES:
+                for entry_name, entry in self.require_table(value, key).items():
+                    current[entry_name] = self.read_entry(key, entry_name, entry)
+            elif is_dataclass(current):
+                self.fill(current, self.require_table(value, key), key)
             else:
-                value = self.read_value(key, settings[name], value)
+                setattr(target, name, self.read_value(key, settings[name], value))
                 self.origins[key] = "file"
-            setattr(target, name, value)
+
+    def read_entry(self, path: str, name: str, value: Any) -> Any:
+        """One entry of a table in NAMED_TABLES; a built-in provider is replaced."""
+        key = f"{path}.{name}"
+        pattern, marks = (PROVIDER_NAME, "- _") if path == "providers" else (LABEL, ". _ + -")
+        if path == "models":
+            return self.read_alias(name, value)
+        if not pattern.fullmatch(name):
+            raise self.error(key, f"a name is letters, digits and {marks}")
+        if path == "api_keys":
+            if not isinstance(value, str) or not value.strip():
+                raise self.error(key, "must be a key that is not empty")
+            if check_text(value):
+                raise self.error(key, check_text(value))
+            self.origins[key] = "file"
+            return value
+        table = self.require_table(value, key)
+        entry: Any = CapConfig()
+        if path == "providers":
+            kind = table.get("type", name)
+            if not isinstance(kind, str) or kind not in PROVIDER_CONFIGS:
+                supported = ", ".join(sorted(PROVIDER_CONFIGS))
+                raise self.error(f"{key}.type", f"must be one of {supported}")
+            entry = PROVIDER_CONFIGS[kind]()
+        self.fill(entry, table, key)
+        return entry
 
     def read_value(self, key: str, item: Field[Any], value: Any) -> Any:
-        problem = check_setting(item, value)
+        kind, type_name = SETTING_TYPES[str(item.type)]
+        is_valid = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+        if not is_valid or (kind is list and not all(isinstance(entry, str) for entry in value)):
+            raise self.error(key, f"must be {type_name}")
+        check: Check | None = item.metadata.get("check")
+        problem = check(value) if check else ""
+        if not problem and kind is str:
+            problem = check_text(value)
         if problem:
             raise self.error(key, problem)
         return float(value) if item.type == "float" else value
@@ -1336,65 +1311,21 @@ class ConfigReader:
             raise self.error(key, "must be a table")
         return value
 
-    def read_providers(self, table: Json, _path: str) -> dict[str, ProviderConfig]:
-        """`[providers.*]`; built-in ones that the file omits keep their defaults."""
-        providers = default_providers()
-        for name, value in table.items():
-            key = f"providers.{name}"
-            if not PROVIDER_NAME.fullmatch(name):
-                raise self.error(key, "a name is letters, digits, '-' and '_'")
-            provider_table = self.require_table(value, key)
-            default = providers[name].type if name in providers else name
-            kind = provider_table.get("type", default)
-            if not isinstance(kind, str) or kind not in PROVIDER_CONFIGS:
-                supported = ", ".join(sorted(PROVIDER_CONFIGS))
-                raise self.error(f"{key}.type", f"must be one of {supported}")
-            providers[name] = PROVIDER_CONFIGS[kind]()
-            self.fill(providers[name], provider_table, key)
-        return providers
-
-    def read_aliases(self, table: Json, _path: str) -> dict[str, str | list[str]]:
-        """`[models]`: alias = "provider/model", or a list of them, tried in order."""
-        for alias, target in table.items():
-            key = f'models."{alias}"'
-            if isinstance(target, list):
-                if not target:
-                    raise self.error(key, "must name at least one model")
-                for index, name in enumerate(target):
-                    self.check_model_name(f"{key}[{index}]", name, 'must be like "copilot/gpt-4.1"')
-            else:
-                requirement = 'must be like "copilot/gpt-4.1", or a list of such names'
-                self.check_model_name(key, target, requirement)
-            self.origins[f"models.{alias}"] = "file"
-        return dict(table)
-
-    def check_model_name(self, key: str, name: Any, requirement: str) -> None:
-        if not isinstance(name, str) or not MODEL_NAME.fullmatch(name) or name.endswith("/"):
-            raise self.error(key, requirement)
-
-    def read_api_keys(self, table: Json, _path: str) -> dict[str, str]:
-        for name, secret in table.items():
-            key = f"api_keys.{name}"
-            if not LABEL.fullmatch(name):
-                raise self.error(key, "a name is letters, digits and . _ + -")
-            if not isinstance(secret, str) or not secret.strip():
-                raise self.error(key, "must be a key that is not empty")
-            if check_text(secret):
-                raise self.error(key, check_text(secret))
-            if list(table.values()).count(secret) > 1:
-                raise self.error(key, "is the key of another name as well")
-            self.origins[key] = "file"
-        return dict(table)
-
-    def read_caps(self, table: Json, path: str) -> dict[str, CapConfig]:
-        caps = {}
-        for name, cap_table in table.items():
-            key = f"{path}.{name}"
-            if not LABEL.fullmatch(name):
-                raise self.error(key, "a name is letters, digits and . _ + -")
-            caps[name] = CapConfig()
-            self.fill(caps[name], self.require_table(cap_table, key), key)
-        return caps
+    def read_alias(self, alias: str, value: Any) -> Any:
+        """alias = "provider/model", or a list of them, tried in order."""
+        key, form = f'models."{alias}"', 'must be like "copilot/gpt-4.1"'
+        rows: dict[str, Any] = {key: value}
+        if isinstance(value, list):
+            rows = {f"{key}[{index}]": name for index, name in enumerate(value)}
+        else:
+            form += ", or a list of such names"
+        if not rows:
+            raise self.error(key, "must name at least one model")
+        for row_key, name in rows.items():
+            if not isinstance(name, str) or not MODEL_NAME.fullmatch(name) or name.endswith("/"):
+                raise self.error(row_key, form)
+        self.origins[f"models.{alias}"] = "file"
+        return value
 
 
 def read_config_text(text: str, source: str) -> Config:
@@ -1416,15 +1347,13 @@ def iter_settings(target: Any, path: str = "") -> Iterator[tuple[str, Any, Field
     """Every scalar setting below `target`: (dotted key, owner, field)."""
     for item in fields(target):
         value = getattr(target, item.name)
-        key = dotted(path, item.name)
-        if is_dataclass(value):
-            yield from iter_settings(value, key)
-        elif isinstance(value, dict):
-            for name, entry in value.items():
-                if is_dataclass(entry):
-                    yield from iter_settings(entry, f"{key}.{name}")
-        elif str(item.type) in TYPE_NAMES and item.name != "type":
+        key = join_path(path, item.name)
+        if str(item.type) in SETTING_TYPES and item.name != "type":
             yield key, target, item
+        tables = value if isinstance(value, dict) else {"": value}
+        for name, table in tables.items():
+            if is_dataclass(table):
+                yield from iter_settings(table, join_path(key, name) if name else key)
 
 
 def parse_setting(text: str, kind: str) -> Any:
@@ -1434,45 +1363,40 @@ def parse_setting(text: str, kind: str) -> Any:
         return booleans.get(text.strip().lower(), text)
     if kind == "list[str]":
         return [item.strip() for item in text.split(",") if item.strip()]
-    if kind in ("int", "float"):
-        try:
+    with contextlib.suppress(ValueError):
+        if kind in ("int", "float"):
             return int(text) if kind == "int" else float(text)
-        except ValueError:
-            return text
     return text
+
+
+def override_setting(config: Config, source: str, origin: str, key: str, text: str) -> None:
+    """`text` is the value of the variable or flag `origin`."""
+    owner, item = next((owner, item) for name, owner, item in iter_settings(config) if name == key)
+    value = parse_setting(text, str(item.type))
+    setattr(owner, item.name, ConfigReader(source).read_value(origin, item, value))
+    config.origins[key] = origin
 
 
 def apply_environment(config: Config, environ: dict[str, str]) -> None:
     """`AICLIENT_API_SERVER_PORT=8080` overrides `server.port`; short forms: HOST, PORT, KEY."""
-    settings = {
-        key.upper().replace(".", "_").replace("-", "_"): (key, owner, item)
-        for key, owner, item in iter_settings(config)
-    }
+    keys = [key for key, _, _ in iter_settings(config)]
+    names = {key.upper().replace(".", "_").replace("-", "_"): key for key in keys}
     for variable, text in sorted(environ.items()):
-        if not variable.startswith(ENV_PREFIX):
-            continue
-        key = variable[len(ENV_PREFIX) :]
-        key = ENV_SHORT.get(key, key)
-        reader = ConfigReader("environment")
-        if key not in settings:
-            raise reader.unknown_key(variable, key, settings)
-        dotted_key, owner, item = settings[key]
-        value = parse_setting(text, str(item.type))
-        setattr(owner, item.name, reader.read_value(variable, item, value))
-        config.origins[dotted_key] = variable
+        if variable.startswith(ENV_PREFIX):
+            name = variable.removeprefix(ENV_PREFIX)
+            name = ENV_SHORT.get(name, name)
+            if name not in names:
+                raise ConfigReader("environment").unknown_key(variable, name, names)
+            override_setting(config, "environment", variable, names[name], text)
 
 
 def apply_flags(config: Config, flags: dict[str, str | None]) -> None:
     """None means not given; unknown keys are ignored: another version's process may pass them."""
-    settings = {key: (owner, item) for key, owner, item in iter_settings(config)}
-    reader = ConfigReader("command line")
-    for key, text in flags.items():
-        if text is not None and key in settings:
-            owner, item = settings[key]
-            flag = "--" + item.name.replace("_", "-")
-            value = parse_setting(text, str(item.type))
-            setattr(owner, item.name, reader.read_value(flag, item, value))
-            config.origins[key] = flag
+    for key in [key for key, _, _ in iter_settings(config)]:
+        text = flags.get(key)
+        if text is not None:
+            flag = "--" + key.rpartition(".")[2].replace("_", "-")
+            override_setting(config, "command line", flag, key, text)
 
 
 def check_exposure(config: Config) -> None:
@@ -1485,12 +1409,9 @@ def check_exposure(config: Config) -> None:
         )
 
 
-# They never leave the process: not in responses, in tables or over the control channel.
-SECRET_SETTINGS = ("api_key", "network.proxy")
-
-
+# Secrets never leave the process: not in responses, in tables or over the control channel.
 def is_secret_setting(key: str) -> bool:
-    return key in SECRET_SETTINGS or key.startswith("api_keys.")
+    return key in ("api_key", "network.proxy") or key.startswith("api_keys.")
 
 
 def effective_settings(config: Config) -> Iterator[tuple[str, Any]]:
@@ -1498,10 +1419,9 @@ def effective_settings(config: Config) -> Iterator[tuple[str, Any]]:
         yield key, getattr(owner, item.name)
     for name, entry in config.providers.items():
         yield f"providers.{name}.type", entry.type
-    for alias, target in config.models.items():
-        yield f"models.{alias}", target
-    for name, secret in config.api_keys.items():
-        yield f"api_keys.{name}", secret
+    for table in ("models", "api_keys"):
+        for name, value in getattr(config, table).items():
+            yield f"{table}.{name}", value
 
 
 def describe_settings(config: Config) -> list[Json]:
@@ -1573,9 +1493,8 @@ def set_toml(text: str, path: tuple[str, ...], value: Any) -> str:
             table = parse_toml_path(match["header"])
         elif match and (*table, *parse_toml_path(match["key"] + "=0")) == path:
             begin = match.start("value")
-            lines[index] = (
-                line[:begin] + write_toml(value) + line[begin:][len(match["value"].rstrip()) :]
-            )
+            end = begin + len(match["value"].rstrip())
+            lines[index] = line[:begin] + write_toml(value) + line[end:]
             return "\n".join(lines)
         if table == path[:-1] and line.strip() and not line.lstrip().startswith("#"):
             table_end = index + 1
@@ -1606,8 +1525,8 @@ def setting_kind(config: Config, key: str, value: str) -> str:
     path = split_setting_key(key)
     if path[0] == "models" and "," in value:  # no model name has a comma
         return "list[str]"
-    is_cap = path[:2] in (("limits", "providers"), ("limits", "labels")) and len(path) == 4
-    settings = iter_settings(CapConfig()) if is_cap else iter_settings(config)
+    is_cap = path[0] == "limits" and len(path) == 4
+    settings = iter_settings(CapConfig() if is_cap else config)
     target = path[-1] if is_cap else key
     return next((str(item.type) for name, _, item in settings if name == target), "str")
 
@@ -1628,7 +1547,7 @@ def change_setting(text: str, source: str, key: str, value: str) -> str:
     with contextlib.suppress(tomllib.TOMLDecodeError):
         if tomllib.loads(edited) == expected:
             return edited
-    raise reader.error(key, f"this file's form is unusual; set it by hand: {write_toml(parsed)}")
+    raise reader.error(key, f"cannot be set in a file of this form; edit it: {write_toml(parsed)}")
 
 
 # ---- 5. HTTP wire ------------------------------------------------------------------------------
@@ -1702,7 +1621,6 @@ def parse_headers(lines: list[str]) -> Headers:
     if len(lines) > MAX_FIELDS:
         raise WireError(f"more than {MAX_FIELDS} header fields", 431)
     headers = Headers()
-    repeated = set()
     for line in lines:
         name, colon, value = line.partition(":")
         # Also refuses white space before the colon, and obsolete line folding.
@@ -1711,10 +1629,9 @@ def parse_headers(lines: list[str]) -> Headers:
         name = name.lower()
         value = value.strip(" \t")
         if name in headers:
-            repeated.add(name)
+            headers.repeated |= {name}
             value = f"{headers[name]}, {value}"
         headers[name] = value
-    headers.repeated = frozenset(repeated)
     return headers
 
 
@@ -1722,13 +1639,12 @@ def parse_target(method: str, target: str) -> tuple[str, str, str]:
     """(path, query, host) of a request target; host is "" unless it is in absolute-form."""
     if target == "*" and method == "OPTIONS":
         return "*", "", ""
-    host = ""
     absolute = None if target.startswith("/") else ABSOLUTE_FORM.fullmatch(target)
-    if absolute:
-        host, target = absolute.groups()
-    if not (absolute or target.startswith("/")) or not TARGET.fullmatch(target) or "#" in target:
+    host, origin_form = absolute.groups() if absolute else ("", target)
+    is_valid = TARGET.fullmatch(target) and "#" not in target
+    if not is_valid or not (absolute or target.startswith("/")):
         raise WireError("malformed request target")
-    path, _, query = target.partition("?")
+    path, _, query = origin_form.partition("?")
     if "%" in path:
         path = urllib.parse.unquote(path, errors="replace")
     return path or "/", query, host
@@ -1744,13 +1660,13 @@ def parse_request_head(data: bytes) -> RequestHead:
     method, target, version = parts
     if version not in ("HTTP/1.1", "HTTP/1.0"):
         if re.fullmatch(r"HTTP/[0-9]\.[0-9]", version):
-            raise WireError("this server speaks HTTP/1.1", 505)
+            raise WireError("only HTTP/1.1 and HTTP/1.0 are supported", 505)
         raise WireError("malformed request line")
     minor = int(version[-1])
     path, query, host = parse_target(method, target)
     headers = parse_headers(lines[1:])
     if "host" in headers.repeated or ("host" not in headers and minor):
-        raise WireError("exactly one Host field is needed")
+        raise WireError("exactly one Host field is required")
     if "host" in headers and not split_host(headers["host"]):
         raise WireError("malformed Host field")
     if host:
@@ -1779,38 +1695,28 @@ def parse_length(headers: Headers) -> int | None:
 
 
 class Body:
-    """An incoming body: `end` is called when the connection ended, `rest` holds excess bytes."""
+    """An incoming body of `length` bytes, by default all up to the end of the connection."""
 
-    def __init__(self, length: int = 0) -> None:
-        self.done = False
-        self.rest = b""
-        self.left = length  # payload bytes announced but not received
+    def __init__(self, length: int | None = None) -> None:
+        self.until_close = length is None
+        self.remaining = length or 0  # payload bytes announced but not received
+        self.is_complete = length == 0
+        self.excess = b""  # received after the end of the body
 
     def feed(self, data: bytes) -> bytes:
         """The payload in `data`; raises WireError."""
-        return data
-
-    def end(self) -> None:
-        if not self.done:
-            raise WireError("the connection ended inside a message body")
-
-
-class UntilCloseBody(Body):
-    def end(self) -> None:
-        self.done = True
-
-
-class LengthBody(Body):
-    def __init__(self, length: int) -> None:
-        super().__init__(length)
-        self.done = length == 0
-
-    def feed(self, data: bytes) -> bytes:
-        self.rest += data[self.left :]
-        payload = data[: self.left]
-        self.left -= len(payload)
-        self.done = self.left == 0
+        if self.until_close:
+            return data
+        self.excess += data[self.remaining :]
+        payload = data[: self.remaining]
+        self.remaining -= len(payload)
+        self.is_complete = self.remaining == 0
         return payload
+
+    def on_eof(self) -> None:
+        self.is_complete |= self.until_close
+        if not self.is_complete:
+            raise WireError("the connection ended inside a message body")
 
 
 class ChunkedBody(Body):
@@ -1818,35 +1724,32 @@ class ChunkedBody(Body):
 
     def __init__(self) -> None:
         super().__init__()
+        self.until_close = False
         self.buffer = b""
-        self.expected = "size"  #: the next part: size, data, crlf or trailers
+        self.expected = "size"  #: the next part: size, data or trailers
 
     def feed(self, data: bytes) -> bytes:
         data = self.buffer + data
         payload: list[bytes] = []
         offset = 0
-        while not self.done:
+        while not self.is_complete:
             if self.expected == "size":
                 line = CHUNK_LINE.match(data, offset, offset + MAX_CHUNK_LINE_BYTES)
                 if line is None:
-                    self.check_size(data[offset : offset + MAX_CHUNK_LINE_BYTES + 1])
+                    self.check_partial_size(data[offset : offset + MAX_CHUNK_LINE_BYTES + 1])
                     break
-                offset, self.left = line.end(), int(line[1], 16)
-                end = offset + self.left
-                if self.left and data[end : end + 2] == b"\r\n":  # a complete chunk, as usual
+                offset, self.remaining = line.end(), int(line[1], 16)
+                end = offset + self.remaining
+                if self.remaining and data[end : end + 2] == b"\r\n":  # a complete chunk, as usual
                     payload.append(data[offset:end])
-                    offset, self.left = end + 2, 0
+                    offset, self.remaining = end + 2, 0
                 else:
-                    self.expected = "data" if self.left else "trailers"
+                    self.expected = "data" if self.remaining else "trailers"
             elif self.expected == "data":
-                fragment = data[offset : offset + self.left]
+                fragment = data[offset : offset + self.remaining]
                 payload.append(fragment)
                 offset += len(fragment)
-                self.left -= len(fragment)
-                if self.left:
-                    break
-                self.expected = "crlf"
-            elif self.expected == "crlf":
+                self.remaining -= len(fragment)
                 line_end = data[offset : offset + 2]
                 if not b"\r\n".startswith(line_end):
                     raise WireError("chunk data is not followed by CRLF")
@@ -1859,14 +1762,14 @@ class ChunkedBody(Body):
                 if not size:
                     break
                 offset += size
-                self.done = True
-        if self.done:
-            self.rest += data[offset:]
-        self.buffer = b"" if self.done else data[offset:]
+                self.is_complete = True
+        if self.is_complete:
+            self.excess += data[offset:]
+        self.buffer = b"" if self.is_complete else data[offset:]
         return b"".join(payload)
 
     @staticmethod
-    def check_size(line: bytes) -> None:
+    def check_partial_size(line: bytes) -> None:
         """Raises WireError if `line` cannot become a chunk size line."""
         if b"\n" in line[:MAX_CHUNK_LINE_BYTES]:
             raise WireError("malformed chunk size line")
@@ -1894,7 +1797,7 @@ def request_body(head: RequestHead) -> Body:
     length = parse_length(headers)
     coding = headers.get("transfer-encoding")
     if coding is None:
-        return LengthBody(length or 0)
+        return Body(length or 0)
     if length is not None:
         raise WireError("both Content-Length and Transfer-Encoding")
     if head.minor == 0:
@@ -1907,16 +1810,16 @@ def request_body(head: RequestHead) -> Body:
 
 
 def response_body(head: ResponseHead, method: str) -> Body:
-    """As RFC 9112 section 6.3 says."""
+    """RFC 9112 section 6.3; raises WireError."""
     if method == "HEAD" or head.status in NO_BODY_STATUSES or head.status < 200:
-        return LengthBody(0)
+        return Body(0)
     coding = head.headers.get("transfer-encoding")
-    if coding is not None:
-        if coding.lower() != "chunked" or "content-length" in head.headers:
-            raise WireError("unusable framing of the answer")
-        return ChunkedBody()
     length = parse_length(head.headers)
-    return UntilCloseBody() if length is None else LengthBody(length)
+    if coding is None:
+        return Body(length)
+    if coding.lower() != "chunked" or length is not None:
+        raise WireError("ambiguous or unsupported body framing")
+    return ChunkedBody()
 
 
 def write_head(first_line: str, headers: Iterable[tuple[str, str]]) -> bytes:
@@ -1932,11 +1835,9 @@ def write_head(first_line: str, headers: Iterable[tuple[str, str]]) -> bytes:
 
 @functools.cache
 def status_line(status: int) -> str:
-    try:
-        reason = http.HTTPStatus(status).phrase
-    except ValueError:
-        reason = "Overloaded" if status == 529 else "Unknown"  # 529: Anthropic's
-    return f"HTTP/1.1 {status} {reason}"
+    reasons = {item.value: item.phrase for item in http.HTTPStatus}
+    reasons[529] = "Overloaded"  # Anthropic's
+    return f"HTTP/1.1 {status} {reasons.get(status, 'Unknown')}"
 
 
 def prefers_html(accept: str) -> bool:
@@ -1956,49 +1857,28 @@ LAST_CHUNK = b"0\r\n\r\n"
 GZIP_WBITS, ZLIB_WBITS, RAW_WBITS = 31, 47, -15
 
 
-class Inflater:
-    """Incremental gzip or deflate decoder; raises WireError for malformed data."""
-
-    def __init__(self, wbits: int) -> None:
-        self.wbits = wbits
-        self.decompressor = zlib.decompressobj(wbits)
-        # RFC 1952 section 2.2
-        self.members_left = MAX_GZIP_MEMBERS if wbits == GZIP_WBITS else 0
-
-    @property
-    def done(self) -> bool:
-        return self.decompressor.eof
-
-    def feed(self, data: bytes, limit: int) -> bytes:
-        """The decoded data, at most `limit` + 1 bytes."""
-        decoded = bytearray()
-        while data and len(decoded) <= limit:
-            if self.decompressor.eof:
-                if not self.members_left:
-                    raise WireError("there are bytes behind the compressed ones")
-                self.members_left -= 1
-                self.decompressor = zlib.decompressobj(self.wbits)
-            try:
-                decoded += self.decompressor.decompress(data, limit + 1 - len(decoded))
-            except zlib.error as error:
-                raise WireError("its compression is malformed") from error
-            data = self.decompressor.unused_data
-        return bytes(decoded)
+def decompress(decompressor: zlib._Decompress, data: bytes, limit: int) -> bytes:
+    """The next decoded data, at most `limit` + 1 bytes; raises WireError for malformed data."""
+    try:
+        decoded = decompressor.decompress(data, limit + 1)
+    except zlib.error as error:
+        raise WireError("corrupt compressed data") from error
+    if decompressor.unused_data:
+        raise WireError("data after the end of the compressed body")
+    return decoded
 
 
 def inflate(data: bytes, coding: str, limit: int) -> bytes:
     """A decoded gzip or deflate body; raises ApiError if it is oversized, truncated or corrupt."""
     # Some clients send raw deflate.
     for wbits in (ZLIB_WBITS, RAW_WBITS) if coding == "deflate" else (GZIP_WBITS,):
-        inflater, decoded = Inflater(wbits), bytearray()
+        decompressor = zlib.decompressobj(wbits)
         with contextlib.suppress(WireError):
-            # In pieces, as each gzip member copies what follows.
-            for offset in range(0, len(data), READ_BYTES):
-                decoded += inflater.feed(data[offset : offset + READ_BYTES], limit - len(decoded))
-                if len(decoded) > limit:
-                    raise BodyTooLarge(f"The decoded body is larger than {limit // MIB} MiB.")
-            if inflater.done:
-                return bytes(decoded)
+            decoded = decompress(decompressor, data, limit)
+            if len(decoded) > limit:
+                raise BodyTooLarge(f"The decoded body is larger than {limit // MIB} MiB.")
+            if decompressor.eof:
+                return decoded
     raise InvalidRequest(f"The body is not valid {coding}.")
 
 
@@ -2024,7 +1904,7 @@ class SseReader:
             self.after_cr = data.endswith(b"\r")
             data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         if not self.buffer and data.endswith(b"\n\n"):
-            return data  # nothing is torn, as usual
+            return data  # no event is split, as usual
         searched = max(0, len(self.buffer) - 1)
         self.buffer += data
         end = self.buffer.rfind(b"\n\n", searched) + 2
@@ -2033,7 +1913,7 @@ class SseReader:
             del self.buffer[:end]
             return blocks
         if len(self.buffer) > MAX_FRAME_BYTES:
-            raise UpstreamError("The upstream sent an endless event.")
+            raise UpstreamError("The upstream sent an event that is too large.")
         return b""
 
     def frames(self, blocks: bytes) -> list[Json]:
@@ -2117,7 +1997,7 @@ def write_sse(frame: Json, name: str = "") -> bytes:
 EventMessage = tuple[dict[str, str], bytes]  # text headers and payload, checksums verified
 
 PRELUDE = struct.Struct(">III")  # total length, headers length, CRC-32 of these two
-MESSAGE_OVERHEAD = 16  # the prelude and the CRC-32 of the whole
+MESSAGE_OVERHEAD = 16  # the prelude and the CRC-32 of the message
 # By header type: booleans (their value is the type), integers, a timestamp and a UUID.
 HEADER_SIZES = {0: 0, 1: 0, 2: 1, 3: 2, 4: 4, 5: 8, 8: 8, 9: 16}
 BYTES_HEADER, TEXT_HEADER = 6, 7  # both begin with two bytes of length
@@ -2138,7 +2018,7 @@ def parse_event_headers(block: bytes) -> dict[str, str]:
         if size is None:
             size, start = int.from_bytes(block[start : start + 2], "big"), start + 2
         if start + size > end:
-            raise WireError("an event's headers are cut short")
+            raise WireError("an event's headers are truncated")
         if kind == TEXT_HEADER:
             name = block[offset + 1 : name_end].decode("utf-8", "replace")
             headers[name] = block[start : start + size].decode("utf-8", "replace")
@@ -2165,10 +2045,11 @@ class EventStreamFraming:
         self.error = ""
 
     def complete(self, data: bytes) -> bytes:
-        had_failed = bool(self.error)
+        if self.error:
+            return b""
         events = [self.write(headers, payload) for headers, payload in self.read_messages(data)]
-        if self.error and not had_failed:
-            message = f"The upstream's answer is malformed: {self.error}."
+        if self.error:
+            message = f"The upstream's response is malformed: {self.error}."
             events.append(write_sse({"error": {"code": "WireError", "message": message}}))
         return b"".join(events)
 
@@ -2186,12 +2067,11 @@ class EventStreamFraming:
         offset = 0
         try:
             while len(data) - offset >= PRELUDE.size:
-                size, headers_size = self.read_prelude(data, offset)
-                self.bytes_needed = size
-                if offset + size > len(data):
+                self.bytes_needed, message = self.read_message(data, offset)
+                if message is None:
                     break
-                messages.append(self.read_message(data[offset : offset + size], headers_size))
-                offset += size
+                messages.append(message)
+                offset += self.bytes_needed
                 self.bytes_needed = PRELUDE.size
         except WireError as error:
             self.error = str(error)
@@ -2200,22 +2080,23 @@ class EventStreamFraming:
         return messages
 
     @staticmethod
-    def read_prelude(data: bytes, offset: int) -> tuple[int, int]:
-        total, headers_size, checksum = PRELUDE.unpack_from(data, offset)
+    def read_message(data: bytes, offset: int) -> tuple[int, EventMessage | None]:
+        """The size of the message at `offset`, and the message if it is complete."""
+        size, headers_size, checksum = PRELUDE.unpack_from(data, offset)
         if zlib.crc32(data[offset : offset + 8]) != checksum:
-            raise WireError("the checksum of an event's prelude is wrong")
-        if not MESSAGE_OVERHEAD <= total <= MAX_EVENT_MESSAGE_BYTES:
+            raise WireError("an event has a wrong prelude checksum")
+        if not MESSAGE_OVERHEAD <= size <= MAX_EVENT_MESSAGE_BYTES:
             raise WireError("an event has an impossible length")
-        if headers_size > total - MESSAGE_OVERHEAD or headers_size > MAX_EVENT_HEADERS_BYTES:
+        if headers_size > size - MESSAGE_OVERHEAD or headers_size > MAX_EVENT_HEADERS_BYTES:
             raise WireError("an event's headers are too long")
-        return total, headers_size
-
-    def read_message(self, message: bytes, headers_size: int) -> EventMessage:
+        message = data[offset : offset + size]
+        if len(message) < size:
+            return size, None
         if zlib.crc32(message[:-4]) != int.from_bytes(message[-4:], "big"):
-            raise WireError("the checksum of an event is wrong")
+            raise WireError("an event has a wrong checksum")
         payload_start = PRELUDE.size + headers_size
         headers = parse_event_headers(message[PRELUDE.size : payload_start])
-        return headers, message[payload_start:-4]
+        return size, (headers, message[payload_start:-4])
 
     def write(self, headers: dict[str, str], payload: bytes) -> bytes:
         kind = headers.get(":message-type", "event")
@@ -5366,7 +5247,7 @@ def unpack(prefix: str, text: str) -> Json | None:
         return None
     try:
         data = base64.urlsafe_b64decode(text.removeprefix(prefix))
-        return load_object(data) if count_values(data) <= MAX_PACKED_MARKS else None
+        return load_object(data, MAX_PACKED_MARKS)
     except ValueError:
         return None
 
@@ -11440,11 +11321,11 @@ class CacheGuard:
 # ---- 11. Ticker --------------------------------------------------------------------------------
 
 
-PLAIN_WORD = re.compile(r"[!#-<>-~]+")
+UNQUOTED_VALUE = re.compile(r"[!#-<>-~]+")
 
 
 def log_event(level: str, event: str, **details: object) -> None:
-    """Logs one line: `event key=value ...`.  Never content, never a secret."""
+    """Logs one line: `event key=value ...`.  Never pass content or a secret."""
     logger = logging.getLogger("aiclient-api")
     level_number = getattr(logging, level.upper())
     if not logger.isEnabledFor(level_number):
@@ -11452,7 +11333,7 @@ def log_event(level: str, event: str, **details: object) -> None:
     parts = [event]
     for key, value in details.items():
         text = str(value)
-        parts.append(f"{key}={text if PLAIN_WORD.fullmatch(text) else json.dumps(text)}")
+        parts.append(f"{key}={text if UNQUOTED_VALUE.fullmatch(text) else json.dumps(text)}")
     logger.log(level_number, redact(" ".join(parts), MAX_LOG_LINE))
 
 
@@ -11463,7 +11344,7 @@ class LogFormatter:
     """
 
     def __init__(self) -> None:
-        #: the tokens and keys in use, whatever they look like
+        #: returns the tokens and keys in use, whatever their form
         self.secrets: Callable[[], Iterable[str]] = tuple
 
     def format(self, record: logging.LogRecord) -> str:
@@ -11496,18 +11377,18 @@ def make_private(fd: int, path: str, subject: str) -> None:
 
 
 def check_link(path: str) -> None:
-    """Raises PermissionError where a link that another user has made is at `path`."""
+    """Raises PermissionError if `path` is a symbolic link that another user created."""
     if not hasattr(os, "getuid") or not os.path.islink(path):
         return
     if os.lstat(path).st_uid not in (os.getuid(), 0):
-        raise PermissionError(errno.EPERM, f"{path} is a link that another user has made")
+        raise PermissionError(errno.EPERM, f"{path} is a symbolic link created by another user")
 
 
 class LogFile:
     """A log file for a StreamHandler: rotated by size, reopened after it was moved away.
 
     A line that cannot be written is dropped and counted: a full disk must not stop the gateway.
-    With `is_stderr` standard error goes to the same file, so that Python's own messages are kept.
+    With `is_stderr` standard error goes to the same file, which catches Python's own messages.
     """
 
     def __init__(
@@ -11521,12 +11402,13 @@ class LogFile:
         self.open()
 
     def open(self) -> None:
-        """Opens the file at `path`; raises OSError, and keeps the old one then."""
+        """Opens the file at `path`; raises OSError, with the old file still open."""
         check_link(self.path)
         # O_NONBLOCK: without waiting for a FIFO's reader.
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
         fd = os.open(self.path, flags, 0o600)
-        self.close()
+        if self.handle >= 0:
+            os.close(self.handle)
         self.handle = fd
         if self.is_stderr:
             os.dup2(fd, 2)
@@ -11534,11 +11416,6 @@ class LogFile:
         self.size = status.st_size
         self.identity = status.st_dev, status.st_ino
         make_private(fd, self.path, "log")
-
-    def close(self) -> None:
-        if self.handle >= 0:
-            os.close(self.handle)
-        self.handle = -1
 
     def write(self, text: str) -> None:
         """Appends `text`, complete lines, in one write."""
@@ -11550,20 +11427,18 @@ class LogFile:
             self.dropped += text.count("\n")
 
     def reopen_or_rotate(self, more_bytes: int) -> None:
-        """`daemon.log` -> `daemon.log.1` -> `daemon.log.2`, whose old content is lost."""
-        try:
+        """Rotates `daemon.log` -> `daemon.log.1` -> `daemon.log.2`, which is overwritten."""
+        with contextlib.suppress(FileNotFoundError):
             status = os.stat(self.path)
-        except FileNotFoundError:
-            self.open()
-            return
-        if (status.st_dev, status.st_ino) != self.identity:
-            self.open()  # moved away, or rotated by the process that takes over
-        elif status.st_size and status.st_size + more_bytes > self.max_bytes:
-            for index in range(LOG_FILES - 1, 0, -1):
-                older = self.path if index == 1 else f"{self.path}.{index - 1}"
-                if os.path.exists(older):
-                    os.replace(older, f"{self.path}.{index}")
-            self.open()
+            # Otherwise it was moved away, or rotated by the process that takes over.
+            if (status.st_dev, status.st_ino) == self.identity:
+                if not status.st_size or status.st_size + more_bytes <= self.max_bytes:
+                    return
+                for index in range(LOG_FILES - 1, 0, -1):
+                    older = self.path if index == 1 else f"{self.path}.{index - 1}"
+                    if os.path.exists(older):
+                        os.replace(older, f"{self.path}.{index}")
+        self.open()
 
 
 def start_log(level: str, path: str = "", is_stderr: bool = False) -> LogFile | None:
@@ -11582,7 +11457,7 @@ def start_log(level: str, path: str = "", is_stderr: bool = False) -> LogFile | 
 
 
 def hide_in_log(secrets: Callable[[], Iterable[str]]) -> None:
-    """Keeps what `secrets` returns out of every line from now on."""
+    """Masks what `secrets` returns, called for each line."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler.formatter, LogFormatter):
             handler.formatter.secrets = secrets
@@ -11593,9 +11468,9 @@ def set_log_level(level: str) -> None:
 
 
 def internal_error(event: str) -> ApiError:
-    """The client's error for the current exception, a bug; the log gets the traceback."""
+    """The error response to an unexpected exception; logs the traceback."""
     logging.getLogger("aiclient-api").exception(event)
-    return ApiError("The gateway failed; its log says how.")
+    return ApiError("Internal error; see the log of the gateway.")
 
 
 class Ticker:
@@ -11622,9 +11497,9 @@ class Ticker:
         for watcher in list(self.watchers):
             try:
                 watcher(now)
-            except Exception:  # noqa: BLE001 - one bug must not end every deadline
+            except Exception:  # noqa: BLE001 - one bug must not disable every deadline
                 self.watchers.discard(watcher)
-                logging.getLogger("aiclient-api").exception("a deadline failed")
+                logging.getLogger("aiclient-api").exception("a ticker callback failed")
         self.timer = loop.call_later(TICK_SECONDS, self.tick) if self.watchers else None
 
 
@@ -11645,12 +11520,12 @@ class StreamProtocol(ProtocolBase):
         self.buffer = bytearray()
         self.sink: Callable[[bytes], None] | None = None
         #: the peer has sent EOF; the connection is lost, with its error
-        self.finished = False
+        self.at_eof = False
         self.lost = False
         self.error: Exception | None = None
         #: something was received since this was last set to False
         self.has_received = False
-        self.reading_held = False
+        self.is_held = False
         self.reading_paused = False
         self.writing_paused = False
         self.waiter: asyncio.Future[None] | None = None
@@ -11658,10 +11533,10 @@ class StreamProtocol(ProtocolBase):
         self.tunnel: StreamProtocol | None = None
 
     @property
-    def ended(self) -> bool:
-        return self.finished or self.lost
+    def is_disconnected(self) -> bool:
+        return self.at_eof or self.lost
 
-    # As asyncio calls it
+    # Called by asyncio
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -11679,34 +11554,33 @@ class StreamProtocol(ProtocolBase):
         self.buffer += data
         if len(self.buffer) > STREAM_BUFFER_BYTES:
             self.update_reading()
-        self.wake()
+        self.notify()
 
     def eof_received(self) -> bool:
         """True keeps the connection open for writing, which TLS cannot."""
-        self.finished = True
-        self.wake()
+        self.at_eof = True
+        self.notify()
         return self.transport.get_extra_info("sslcontext") is None
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.lost, self.error = True, exc
-        self.wake()
+        self.notify()
 
     def pause_writing(self, paused: bool = True) -> None:
         self.writing_paused = paused
-        self.wake()
+        self.notify()
 
     def resume_writing(self) -> None:
         self.pause_writing(False)
 
     # For the task that owns the connection
 
-    def wake(self) -> None:
-        """Called after each change: bytes in the buffer, an end, the flow of writing."""
+    def notify(self) -> None:
+        """Called after each change: bytes in the buffer, a disconnect, the flow of writing."""
         if self.waiter is not None and not self.waiter.done():
             self.waiter.set_result(None)
 
-    def changed(self) -> asyncio.Future[None]:
-        """Done at the next `wake`."""
+    def next_change(self) -> asyncio.Future[None]:
         self.waiter = asyncio.get_running_loop().create_future()
         return self.waiter
 
@@ -11716,12 +11590,28 @@ class StreamProtocol(ProtocolBase):
             self.update_reading()
         size = len(self.buffer)
         while len(self.buffer) == size:
-            if self.ended:
+            if self.is_disconnected:
                 raise self.error or EOFError
-            await self.changed()
+            await self.next_change()
 
-    def take(self) -> bytes:
-        """All that was received and not taken yet."""
+    async def receive_head(self) -> bytes:
+        """A message head; raises WireError, and as `receive`, also for an incomplete head."""
+        buffer, scanned = self.buffer, 0
+        while (end := head_end(buffer, scanned)) < 0 and len(buffer) <= MAX_HEAD_BYTES:
+            self.check_partial_head(scanned)
+            scanned = len(buffer)
+            await self.receive()
+        if not 0 < end <= MAX_HEAD_BYTES:
+            raise WireError("head too long", 431)
+        head = bytes(buffer[:end])
+        del buffer[:end]
+        return head
+
+    def check_partial_head(self, scanned: int) -> None:
+        """Raises WireError as soon as an incomplete head is invalid."""
+
+    def read_buffer(self) -> bytes:
+        """Empties the buffer."""
         data = bytes(self.buffer)
         self.buffer.clear()
         if self.reading_paused:
@@ -11730,19 +11620,19 @@ class StreamProtocol(ProtocolBase):
 
     async def drain(self) -> None:
         while self.writing_paused and not self.lost:
-            await self.changed()
+            await self.next_change()
 
     async def wait_closed(self) -> None:
         while not self.lost:
-            await self.changed()
+            await self.next_change()
 
-    def hold(self, held: bool) -> None:
+    def hold(self, paused: bool) -> None:
         """Pauses or resumes reading."""
-        self.reading_held = held
+        self.is_held = paused
         self.update_reading()
 
     def update_reading(self) -> None:
-        self.reading_paused = self.reading_held or len(self.buffer) > STREAM_BUFFER_BYTES
+        self.reading_paused = self.is_held or len(self.buffer) > STREAM_BUFFER_BYTES
         if self.reading_paused:
             self.transport.pause_reading()
         else:
@@ -11784,7 +11674,7 @@ def environment_proxy(scheme: str, host: str) -> str:
 
 
 def count_unsent(connection: socket.socket) -> int:
-    """Bytes that the peer's kernel has not acknowledged; 0 if the system cannot tell."""
+    """Bytes that the peer has not acknowledged; 0 if the system does not report them."""
     if fcntl is None or termios is None:
         return 0
     try:
@@ -11804,28 +11694,21 @@ def is_readable(connection: socket.socket) -> bool:
 
 
 class BodyStream(Protocol):
-    """The incoming body of a response."""
+    """The incoming body of a response.
 
-    def first(self) -> Awaitable[bytes]:
-        """The bytes received so far, or else the next ones; b"" once the body has ended."""
+    `first` returns the bytes received so far, or else the next ones; b"" once the body has ended.
+    `relay` passes all further bytes to `sink`; it returns at the end of the body or after `stop`,
+    and raises ApiError, also one given to `fail`.  `hold` pauses or resumes reading.
+    `close` returns the connection to the pool if the body was read to its end, otherwise drops it;
+    `ended`: the response is complete, so that only the end of the body can be missing.
+    """
 
-    def relay(self, sink: Callable[[bytes], None]) -> Awaitable[None]:
-        """Passes all further bytes to `sink`; returns at the end of the body, raises ApiError."""
-
-    def hold(self, paused: bool) -> None:
-        """Pauses or resumes reading from the upstream."""
-
-    def fail(self, error: ApiError) -> None:
-        """Makes `relay` raise `error`."""
-
-    def stop(self) -> None:
-        """Makes `relay` return before the end of the body."""
-
-    def close(self, ended: bool) -> None:
-        """Returns the connection to the pool if the body was read to its end, otherwise drops it.
-
-        `ended`: the response is complete, so that only the end of the body can be missing.
-        """
+    def first(self) -> Awaitable[bytes]: ...
+    def relay(self, sink: Callable[[bytes], None]) -> Awaitable[None]: ...
+    def hold(self, paused: bool) -> None: ...
+    def fail(self, error: ApiError) -> None: ...
+    def stop(self) -> None: ...
+    def close(self, ended: bool) -> None: ...
 
 
 class UpstreamResponse:
@@ -11838,84 +11721,80 @@ class UpstreamResponse:
         self.headers = head.headers
         self.client = client
         self.connection = connection
+        self.hold = connection.hold
         self.body = body
-        self.reusable = head.minor == 1 and not head.headers.has_token("connection", "close")
+        self.keep_alive = head.minor == 1 and not head.headers.has_token("connection", "close")
         coding = head.headers.get("content-encoding", "identity").lower()
         # All requests ask for identity, but a middlebox may compress all the same.
         wbits = {"gzip": GZIP_WBITS, "x-gzip": GZIP_WBITS, "deflate": ZLIB_WBITS}.get(coding)
-        self.inflater = Inflater(wbits) if wbits else None
+        self.decompressor = zlib.decompressobj(wbits) if wbits else None
         self.error: ApiError | None = None
         if wbits is None and coding != "identity":
-            self.error = UpstreamError("The upstream's answer has a coding that nobody asked for.")
-        self.done = body.done or self.error is not None
+            self.error = UpstreamError("The upstream's response has an unrequested coding.")
+        #: no more is delivered: the body is complete, or was stopped
+        self.finished = body.is_complete or self.error is not None
         self.returned = b""  # by `put_back`
-        self.silent_since = asyncio.get_running_loop().time()
-        self.drop_timer: asyncio.TimerHandle | None = None
+        self.last_received_at = asyncio.get_running_loop().time()
+        self.linger_timer: asyncio.TimerHandle | None = None
         client.ticker.add(self.watch)
 
     def watch(self, now: float) -> None:
         limit_s = self.client.network.stream_idle_seconds
         if self.connection.has_received or self.connection.reading_paused:
             self.connection.has_received = False
-            self.silent_since = now
-        elif now - self.silent_since > limit_s:
+            self.last_received_at = now
+        elif now - self.last_received_at > limit_s:
             self.fail(UpstreamTimeout(f"The upstream was silent for {limit_s:g} s."))
 
     def decode(self, data: bytes, sink: Callable[[bytes], None]) -> None:
-        """Passes the payload in `data` to `sink`; the end of the body, or an error, ends it."""
+        """Passes the payload in `data` to `sink`."""
         try:
             payload = self.body.feed(data)
-            if self.inflater is not None:
-                payload = self.inflater.feed(payload, MAX_INFLATED_BYTES)
+            if self.decompressor is not None:
+                payload = decompress(self.decompressor, payload, MAX_INFLATED_BYTES)
                 if len(payload) > MAX_INFLATED_BYTES:
-                    raise WireError("it is compressed beyond all measure")
+                    raise WireError("excessive compression ratio")
             if payload:
                 sink(payload)
         except WireError as error:
-            self.fail(UpstreamError(f"The upstream's answer is malformed: {error}."))
+            self.fail(UpstreamError(f"The upstream's response is malformed: {error}."))
         except Exception:  # noqa: BLE001 - the sink's fault; asyncio would drop the connection
             self.fail(internal_error("a response could not be processed"))
-        if self.body.done:
-            self.complete()
+        if self.body.is_complete:
+            self.finish()
 
-    def on_eof(self) -> None:
-        self.reusable = False
+    async def wait(self) -> None:
+        """Waits until something is received, or the body has ended."""
+        if not self.connection.is_disconnected:
+            await self.connection.next_change()
+            return
         with contextlib.suppress(WireError):
-            self.body.end()
-        self.complete(self.connection.ended_cleanly())
+            self.body.on_eof()
+        self.finish(self.connection.closed_cleanly())
 
-    def complete(self, cleanly: bool = True) -> None:
+    def finish(self, cleanly: bool = True) -> None:
         """The body has ended: all of it, also of a compressed one, must be there."""
-        if cleanly and self.body.done and (self.inflater is None or self.inflater.done):
+        is_decoded = self.decompressor is None or self.decompressor.eof
+        if cleanly and self.body.is_complete and is_decoded:
             self.stop()
         else:
             self.fail(UpstreamError(BROKEN_OFF))
 
     def fail(self, error: ApiError) -> None:
-        if not self.done:
+        if not self.finished:
             self.error = error
             self.stop()
 
     def stop(self) -> None:
-        self.done = True
+        self.finished = True
         self.connection.sink = None
-        self.connection.wake()
-
-    def hold(self, paused: bool) -> None:
-        self.connection.hold(paused)
-
-    async def wait(self) -> None:
-        """Until something is received, or the body has ended."""
-        if self.connection.ended:
-            self.on_eof()
-        else:
-            await self.connection.changed()
+        self.connection.notify()
 
     async def first(self) -> bytes:
         payload, self.returned = bytearray(self.returned), b""
-        while not payload and not self.done:
+        while not payload and not self.finished:
             if self.connection.buffer:
-                self.decode(self.connection.take(), payload.extend)
+                self.decode(self.connection.read_buffer(), payload.extend)
             else:
                 await self.wait()
         if self.error and not payload:
@@ -11931,17 +11810,17 @@ class UpstreamResponse:
         while data := await self.first():
             body += data
             if len(body) > limit:
-                raise UpstreamError(f"The upstream's answer is larger than {limit // KIB} KiB.")
+                raise UpstreamError(f"The upstream's response is larger than {limit // KIB} KiB.")
         return bytes(body)
 
     async def relay(self, sink: Callable[[bytes], None]) -> None:
         connection = self.connection
         if self.returned:
             sink(self.returned)
-        if not self.done:
+        if not self.finished:
             connection.sink = functools.partial(self.decode, sink=sink)
-            connection.sink(connection.take())
-        while not self.done:
+            connection.sink(connection.read_buffer())
+        while not self.finished:
             await self.wait()
         if self.error:
             raise self.error
@@ -11949,69 +11828,66 @@ class UpstreamResponse:
     def close(self, ended: bool) -> None:
         self.client.ticker.discard(self.watch)
         connection = self.connection
-        connection.sink = self.on_tail
+        connection.sink = self.read_tail
         connection.hold(False)
-        is_reusable = self.reusable and not self.error and not connection.ended
-        if not is_reusable or not (ended or self.body.done):
-            self.drop()
+        is_reusable = self.keep_alive and not self.error and not connection.is_disconnected
+        if not is_reusable or not (ended or self.body.is_complete):
+            self.release()
             return
-        if not self.body.done:
+        if not self.body.is_complete:
             # The last chunk is often a packet of its own, and a new TLS connection is expensive.
-            self.drop_timer = asyncio.get_running_loop().call_later(LINGER_SECONDS, self.drop)
-        self.on_tail(connection.take())
+            loop = asyncio.get_running_loop()
+            self.linger_timer = loop.call_later(LINGER_SECONDS, self.release)
+        self.read_tail(connection.read_buffer())
 
-    def on_tail(self, data: bytes) -> None:
+    def read_tail(self, data: bytes) -> None:
         """Returns the connection to the pool at the end of the body, if nothing follows it."""
         try:
             self.body.feed(data)
         except WireError:
-            self.drop()
-            return
-        if self.body.rest:
-            self.drop()
-        elif self.body.done:
             self.release()
-            self.client.pool.give_back(self.connection, asyncio.get_running_loop().time())
+        else:
+            if self.body.is_complete:
+                self.release(reusable=not self.body.excess)
 
-    def release(self) -> None:
-        if self.drop_timer is not None:
-            self.drop_timer.cancel()
+    def release(self, reusable: bool = False) -> None:
+        if self.linger_timer is not None:
+            self.linger_timer.cancel()
         self.connection.sink = None
-
-    def drop(self) -> None:
-        self.release()
-        self.connection.transport.abort()
+        if reusable:
+            self.client.pool.release(self.connection, asyncio.get_running_loop().time())
+        else:
+            self.connection.transport.abort()
 
 
 class PooledConnection(StreamProtocol):
     def __init__(self, origin: Origin) -> None:
         super().__init__()
         self.origin = origin
-        #: responses it has carried
-        self.used = 0
+        self.is_reused = False
         self.idle_since = 0.0
 
     def is_dead(self, now: float) -> bool:
         # Whatever an idle peer sends, it is not a response.
-        if self.ended or self.buffer or self.transport.is_closing():
+        if self.is_disconnected or self.buffer or self.transport.is_closing():
             return True
-        is_old = now - self.idle_since > POOL_IDLE_SECONDS
-        return is_old or is_readable(self.transport.get_extra_info("socket"))
+        is_expired = now - self.idle_since > POOL_IDLE_SECONDS
+        return is_expired or is_readable(self.transport.get_extra_info("socket"))
 
-    def ended_cleanly(self) -> bool:
-        """Whether the peer ended it on purpose: over TLS with a close_notify (RFC 9112, 9.8)."""
+    def closed_cleanly(self) -> bool:
+        """Whether the peer closed it on purpose: over TLS with a close_notify (RFC 9112, 9.8)."""
         tls = self.transport.get_extra_info("ssl_object")
         try:
-            return self.finished if tls is None else tls.read(1) == b""
+            return self.at_eof if tls is None else tls.read(1) == b""
         except ssl.SSLError as error:
             return isinstance(error, ssl.SSLZeroReturnError)
 
     def left_unread(self, error: Exception, message: bytes, sent_at: float) -> bool:
-        """Whether the peer, which then ended the connection, cannot have read `message`.
+        """Whether the peer, which then closed the connection, cannot have read `message`.
 
         Only then may a POST be sent again (RFC 9110 section 9.2.2).  A peer that closes normally
         acknowledges what it has read.  A reset acknowledges nothing: an immediate one means that
-        the connection had already ended at the peer.
+        the peer had already closed the connection.
         """
         if isinstance(error, EOFError):
             unsent = count_unsent(self.transport.get_extra_info("socket"))
@@ -12023,12 +11899,12 @@ SAFE_METHODS = ("GET", "HEAD")  # RFC 9110 section 9.2.1
 
 
 class Pool:
-    """Idle connections by origin.  `take` and `give_back` never wait and never open anything."""
+    """Idle connections by origin.  No method waits or opens anything."""
 
     def __init__(self) -> None:
         self.idle: dict[Origin, list[PooledConnection]] = {}
 
-    def take(self, origin: Origin, now: float) -> PooledConnection | None:
+    def acquire(self, origin: Origin, now: float) -> PooledConnection | None:
         """The most recently used connection, so that the others can expire."""
         stack = self.idle.get(origin, [])
         while stack:
@@ -12038,16 +11914,16 @@ class Pool:
             connection.transport.abort()
         return None
 
-    def give_back(self, connection: PooledConnection, now: float) -> None:
-        connection.used += 1
+    def release(self, connection: PooledConnection, now: float) -> None:
+        connection.is_reused = True
         connection.idle_since = now
         stack = self.idle.setdefault(connection.origin, [])
         stack.append(connection)
         if len(stack) > POOL_IDLE_PER_HOST:
             stack.pop(0).transport.abort()
 
-    def watch(self, now: float) -> None:
-        """Drops those that have expired: with `math.inf` all."""
+    def close_expired(self, now: float) -> None:
+        """With `math.inf` all."""
         for origin, stack in list(self.idle.items()):
             for connection in [c for c in stack if c.is_dead(now)]:
                 stack.remove(connection)
@@ -12064,23 +11940,21 @@ class HttpClient:
         self.ticker = ticker
         self.pool = Pool()
         self.plan = functools.lru_cache(maxsize=MAX_PLANNED_URLS)(self.plan_url)
-        #: wall clock minus monotonic clock
         self.clock_offset = time.time() - time.monotonic()
         ticker.add(self.watch)
 
     def close(self) -> None:
         self.ticker.discard(self.watch)
-        self.pool.watch(math.inf)
+        self.pool.close_expired(math.inf)
 
     def watch(self, now: float) -> None:
         """Drops expired connections, and all after a sleep (Linux's monotonic clock stops then)."""
-        self.pool.watch(now)
         offset = time.time() - time.monotonic()
         jumped_s = offset - self.clock_offset
         if abs(jumped_s) > CLOCK_JUMP_SECONDS:
             log_event("info", "clock_jumped", seconds=round(jumped_s))
-            self.clock_offset = offset
-            self.pool.watch(math.inf)
+            self.clock_offset, now = offset, math.inf
+        self.pool.close_expired(now)
 
     @functools.cached_property
     def tls_context(self) -> ssl.SSLContext:
@@ -12115,20 +11989,16 @@ class HttpClient:
         """
         origin, host, path = self.plan(url)
         length_header = [("Content-Length", str(len(body)))] if body or method == "POST" else []
-
-        def message() -> bytes:
-            all_headers = [("Host", host), *headers().items(), *length_header]
-            return write_head(f"{method} {path} HTTP/1.1", all_headers) + body
-
         limit_s = first_byte_s or self.network.first_byte_seconds
-        pooled = self.pool.take(origin, asyncio.get_running_loop().time())
-        connection = pooled or await self.connect(origin)
-        response = await self.exchange(connection, method, message(), limit_s)
-        if response is None:
-            connection = await self.connect(origin)
-            response = await self.exchange(connection, method, message(), limit_s)
-        assert response is not None  # a fresh connection is not stale
-        return response
+        connection = self.pool.acquire(origin, asyncio.get_running_loop().time())
+        while True:
+            connection = connection or await self.connect(origin)
+            all_headers = [("Host", host), *headers().items(), *length_header]
+            message = write_head(f"{method} {path} HTTP/1.1", all_headers) + body
+            response = await self.exchange(connection, method, message, limit_s)
+            if response is not None:
+                return response
+            connection = None
 
     async def exchange(
         self, connection: PooledConnection, method: str, message: bytes, limit_s: float
@@ -12145,16 +12015,16 @@ class HttpClient:
             response = UpstreamResponse(self, connection, head, response_body(head, method))
             return response
         except TimeoutError:
-            raise UpstreamTimeout(f"{host} did not answer within {limit_s:g} s.") from None
+            raise UpstreamTimeout(f"{host} did not respond within {limit_s:g} s.") from None
         except (EOFError, OSError) as error:
-            may_be_stale = connection.used and not connection.has_received
+            may_be_stale = connection.is_reused and not connection.has_received
             was_unread = method in SAFE_METHODS or connection.left_unread(error, message, sent_at)
             if may_be_stale and was_unread:
                 return None
-            stage = "inside an answer" if connection.has_received else "without an answer"
+            stage = "mid-response" if connection.has_received else "without a response"
             raise UpstreamError(f"{host} closed the connection {stage}.") from None
         except WireError as error:
-            raise UpstreamError(f"{host} sent a malformed answer: {error}.") from None
+            raise UpstreamError(f"{host} sent a malformed response: {error}.") from None
         finally:
             if response is None:
                 connection.transport.abort()
@@ -12162,18 +12032,10 @@ class HttpClient:
     @staticmethod
     async def read_head(connection: PooledConnection) -> ResponseHead:
         """The final head; raises WireError, EOFError, also within a head, and OSError."""
-        buffer = connection.buffer
         for _ in range(MAX_INTERIM_HEADS):
-            scanned = 0
-            while (end := head_end(buffer, scanned)) < 0 and len(buffer) <= MAX_HEAD_BYTES:
-                scanned = len(buffer)
-                await connection.receive()
-            if not 0 < end <= MAX_HEAD_BYTES:
-                raise WireError("head too long")
-            head = parse_response_head(bytes(buffer[:end]))
-            del buffer[:end]
+            head = parse_response_head(await connection.receive_head())
             if head.status == 101:
-                raise WireError("it switched protocols")
+                raise WireError("unexpected 101 Switching Protocols")
             if head.status >= 200:
                 return head
         raise WireError("too many interim responses")
@@ -12197,7 +12059,7 @@ class HttpClient:
             reason = error.strerror or type(error).__name__ if isinstance(error, OSError) else "EOF"
             raise Unreachable(f"No connection to {target}: {reason}.") from None
         except WireError as error:
-            raise Unreachable(f"The proxy's answer is malformed: {error}.") from None
+            raise Unreachable(f"The proxy sent a malformed response: {error}.") from None
 
     async def connect_directly(self, origin: Origin) -> PooledConnection:
         loop = asyncio.get_running_loop()
@@ -12218,7 +12080,7 @@ class HttpClient:
         proxy = urllib.parse.urlsplit(origin.proxy)
         if proxy.scheme not in ("http", "https") or not proxy.hostname:
             raise Unreachable(
-                "The proxy's URL cannot be used.", hint="Only http:// and https:// proxies work."
+                "The proxy's URL is invalid.", hint="Only http:// and https:// proxies work."
             )
         target = f"{format_host(origin.host)}:{origin.port}"
         headers = [("Host", target)]
@@ -12262,7 +12124,7 @@ class HttpClient:
                     response.close(ended=False)
         except TimeoutError:
             host = split_url(url)[1]
-            raise UpstreamTimeout(f"{host} did not answer within {limit_s:g} s.") from None
+            raise UpstreamTimeout(f"{host} did not respond within {limit_s:g} s.") from None
 
 
 # ---- 13. HTTP server ---------------------------------------------------------------------------
@@ -12280,14 +12142,14 @@ class Response:
 
 
 class Request(RequestHead):
-    """Its body is read only when a handler asks for it."""
+    """A request; its body is read only on demand."""
 
-    #: bytes counted in the server's budget until the request is answered
-    held_bytes = 0
+    #: its share of `Server.body_bytes`
+    reserved_bytes = 0
     #: set by the outermost layer; `begun_at` is monotonic
     id = ""
     begun_at = 0.0
-    #: of its API key; "" if it has none
+    #: the label of its API key, or ""
     key_name = ""
     #: its usage, once known
     answer: UsageRecord | None = None
@@ -12313,27 +12175,27 @@ class Request(RequestHead):
         data = await self.connection.read_body(self, limit)
         if coding != "identity":
             data = inflate(data, coding.removeprefix("x-"), limit)
-            self.hold(len(data))
+            self.reserve(len(data))
         return data
 
-    def hold(self, size: int) -> None:
-        """Counts `size` bytes of it, in total; raises Busy if all bodies are too large together.
+    def reserve(self, size: int) -> None:
+        """Counts the body as `size` bytes; raises Busy if all bodies together are too large.
 
-        What has come is counted, not what may come; a body that is alone is never refused.
+        Only received bytes count, and a body that is alone is never refused.
         """
         server = self.connection.server
-        others = server.body_bytes - self.held_bytes
-        if size > self.held_bytes and others and others + size > MAX_BODIES_BYTES:
-            raise Busy("The requests in hand take all the memory that there is.", retry_after=1)
-        self.held_bytes = max(self.held_bytes, size)
-        server.body_bytes = others + self.held_bytes
+        others = server.body_bytes - self.reserved_bytes
+        if size > self.reserved_bytes and others and others + size > MAX_BODIES_BYTES:
+            raise Busy("The requests in progress use all memory for bodies.", retry_after=1)
+        self.reserved_bytes = max(self.reserved_bytes, size)
+        server.body_bytes = others + self.reserved_bytes
 
     def cancel_on_hangup(self, watching: bool, patient: bool = False) -> None:
-        """A half-close counts as a disconnect unless `patient`, for responses that cost nothing."""
+        """A half-close counts as a disconnect, unless `patient`: a local response costs nothing."""
         connection = self.connection
         connection.hangup_target = connection.task if watching else None
         connection.allows_half_close = patient
-        connection.wake()
+        connection.notify()
 
 
 class ResponseWriter:
@@ -12345,9 +12207,9 @@ class ResponseWriter:
         self.chunked = chunked
         self.last_at = asyncio.get_running_loop().time()
         #: called when the client's reading lags (True: pause the source) or has caught up (False)
-        self.on_flow: Callable[[bool], None] | None = None
+        self.on_flow: Callable[[bool], None] = lambda _paused: None
         #: called when the server has to stop
-        self.on_stop: Callable[[], None] | None = None
+        self.on_stop: Callable[[], None] = lambda: None
 
     def write(self, data: bytes) -> None:
         if data:
@@ -12367,7 +12229,7 @@ class ResponseWriter:
 @functools.lru_cache(maxsize=1)
 def http_date(second: int) -> str:
     """A Date field (RFC 9110 section 6.6.1), formatted once a second."""
-    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second))
+    return email.utils.formatdate(second, usegmt=True)
 
 
 class ServerConnection(StreamProtocol):
@@ -12384,14 +12246,14 @@ class ServerConnection(StreamProtocol):
         #: the request in progress, and whether its response head has gone out: there is only one
         self.request: Request | None = None
         self.response_started = False
-        #: when the client last took some of the pending bytes, and how many were pending then
+        #: when the client last accepted pending bytes, and how many were pending then
         self.progress_at = 0.0
         self.unsent = 0
         self.closing = False
         #: idle, head, body or busy: what the deadline is for
-        self.await_phase("head", server.config.head_seconds)
+        self.start_phase("head", server.config.head_seconds)
 
-    # As asyncio and the ticker call it
+    # Called by asyncio and the ticker
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -12400,20 +12262,20 @@ class ServerConnection(StreamProtocol):
             self.peer = address[0]
         self.server.accept(self)
 
-    def wake(self) -> None:
+    def notify(self) -> None:
         """A client that has half-closed may still be reading."""
-        super().wake()
+        super().notify()
         target = self.hangup_target
-        if target is not None and (self.lost or (self.finished and not self.allows_half_close)):
+        if target is not None and (self.lost or (self.at_eof and not self.allows_half_close)):
             self.hangup_target = None
             target.cancel()
 
     def pause_writing(self, paused: bool = True) -> None:
         super().pause_writing(paused)
-        if self.writer is not None and self.writer.on_flow is not None:
+        if self.writer is not None:
             self.writer.on_flow(paused)
 
-    def await_phase(self, phase: str, seconds: float) -> None:
+    def start_phase(self, phase: str, seconds: float) -> None:
         """Starts a phase whose deadline later bytes do not extend."""
         self.phase = phase
         self.due_at = asyncio.get_running_loop().time() + seconds
@@ -12428,7 +12290,7 @@ class ServerConnection(StreamProtocol):
             self.transport.close()
 
     def is_stalled(self, now: float) -> bool:
-        """Whether the client has taken none of the pending bytes for WRITE_STALL_SECONDS."""
+        """Whether the client has accepted no pending byte for WRITE_STALL_SECONDS."""
         pending = self.transport.get_write_buffer_size()
         if pending:
             pending += count_unsent(self.transport.get_extra_info("socket"))
@@ -12436,8 +12298,6 @@ class ServerConnection(StreamProtocol):
             self.progress_at = now
         self.unsent = pending
         return now - self.progress_at > WRITE_STALL_SECONDS
-
-    # Its requests
 
     async def serve(self) -> None:
         try:
@@ -12448,14 +12308,14 @@ class ServerConnection(StreamProtocol):
         except WireError as error:
             refusal = InvalidRequest(f"Malformed HTTP: {error}.")
             refusal.status = error.status
-            await self.give_up(refusal)
+            await self.close_with_error(refusal)
         except (EOFError, OSError):
             pass  # the client has disconnected
         except asyncio.CancelledError:
-            if not self.ended:
-                await self.give_up(Overloaded("The gateway is stopping."))
+            if not self.is_disconnected:
+                await self.close_with_error(Overloaded("The gateway is stopping."))
         except Exception:  # noqa: BLE001 - the last resort: a bug must not take the server down
-            await self.give_up(internal_error("connection failed"))
+            await self.close_with_error(internal_error("connection failed"))
         finally:
             self.transport.close()
         await self.wait_closed()  # a slow client may still be receiving
@@ -12465,34 +12325,24 @@ class ServerConnection(StreamProtocol):
         buffer, config = self.buffer, self.server.config
         if not buffer:
             if self.phase != "head":  # a new connection's deadline runs since it was accepted
-                self.await_phase("idle", config.idle_seconds)
+                self.start_phase("idle", config.idle_seconds)
             await self.receive()
-        self.await_phase("head", config.head_seconds)
-        scanned = empty_lines = 0
-        while True:
-            while buffer.startswith(b"\r\n") and empty_lines < MAX_EMPTY_LINES:
-                del buffer[:2]
-                empty_lines += 1
-            end = head_end(buffer, scanned)
-            if end >= 0:
+        self.start_phase("head", config.head_seconds)
+        for _ in range(MAX_EMPTY_LINES):
+            while not buffer or buffer == b"\r":
+                await self.receive()
+            if not buffer.startswith(b"\r\n"):
                 break
-            self.check_partial_head(scanned)
-            scanned = len(buffer)
-            await self.receive()
+            del buffer[:2]
+        head = parse_request_head(await self.receive_head())
         self.phase = "busy"
-        if end > MAX_HEAD_BYTES:
-            raise WireError("request head too long", 431)
-        data = bytes(buffer[:end])
-        del buffer[:end]
-        return parse_request_head(data)
+        return head
 
     def check_partial_head(self, scanned: int) -> None:
         data = self.buffer
-        if len(data) > MAX_HEAD_BYTES:
-            raise WireError("request head too long", 431)
         if b"\n" not in data and len(data) > MAX_REQUEST_LINE_BYTES:
             raise WireError("request line too long", 414)
-        if data and data[0] <= 32 and data != b"\r":
+        if data and data[0] <= 32:
             raise WireError("malformed request line")
         if re.search(rb"\r[^\n]|\0", data[max(0, scanned - 1) :]):
             raise WireError("bare CR or NUL in the head")
@@ -12500,22 +12350,23 @@ class ServerConnection(StreamProtocol):
     async def read_body(self, request: Request, limit: int) -> bytes:
         """The body, still encoded; raises Busy, BodyTooLarge and WireError."""
         body, collected = request.body, bytearray()
-        if body.done:
+        if body.is_complete:
             return b""
-        if "expect" in request.headers and request.minor and not self.buffer and body.left <= limit:
+        expects_continue = "expect" in request.headers and request.minor > 0
+        if expects_continue and not self.buffer and body.remaining <= limit:
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self.await_phase("body", self.server.config.body_seconds)
+        self.start_phase("body", self.server.config.body_seconds)
         try:
-            while not body.done:
-                collected += body.feed(self.take())
-                if len(collected) + body.left > limit:
+            while not body.is_complete:
+                collected += body.feed(self.read_buffer())
+                if len(collected) + body.remaining > limit:
                     raise BodyTooLarge(f"The body is larger than {limit // MIB} MiB.")
-                request.hold(len(collected))
-                if not body.done:
+                request.reserve(len(collected))
+                if not body.is_complete:
                     await self.receive()
         finally:
             self.phase = "busy"
-        self.buffer += body.rest
+        self.buffer += body.excess
         return bytes(collected)
 
     async def handle_request(self, head: RequestHead) -> None:
@@ -12525,25 +12376,24 @@ class ServerConnection(StreamProtocol):
             raise WireError("unknown expectation", 417)
         try:
             response = await self.server.handler(request)
-            if not body.done:  # what has arrived of an unread body is discarded
-                body.feed(self.take())
-                self.buffer += body.rest
-            wants_close = head.headers.has_token("connection", "close")
-            if head.minor == 0:
-                wants_close = not head.headers.has_token("connection", "keep-alive") or wants_close
-            self.closing |= self.server.closing or not body.done or wants_close
+            if not body.is_complete:  # what has arrived of an unread body is discarded
+                body.feed(self.read_buffer())
+                self.buffer += body.excess
+            keep_alive = head.minor > 0 or head.headers.has_token("connection", "keep-alive")
+            wants_close = not keep_alive or head.headers.has_token("connection", "close")
+            self.closing |= self.server.closing or not body.is_complete or wants_close
             await self.respond(request, response)
         finally:
             self.hangup_target = None
-            self.server.body_bytes -= request.held_bytes
-        if not body.done:
+            self.server.body_bytes -= request.reserved_bytes
+        if not body.is_complete:
             await self.linger()
         self.request, self.response_started = None, False
 
     async def respond(self, request: Request, response: Response) -> None:
         is_bodyless = request.method == "HEAD" or response.status in NO_BODY_STATUSES
         if response.stream is None or is_bodyless:
-            self.send_whole(response, is_bodyless)
+            self.send_buffered(response, is_bodyless)
         else:
             chunked = request.minor > 0
             self.closing |= not chunked
@@ -12554,7 +12404,7 @@ class ServerConnection(StreamProtocol):
             self.writer = None
         await self.drain()
 
-    def send_whole(self, response: Response, is_bodyless: bool = False) -> None:
+    def send_buffered(self, response: Response, is_bodyless: bool = False) -> None:
         self.response_started = True
         has_length = response.status not in NO_BODY_STATUSES
         framing = [("Content-Length", str(len(response.body)))] if has_length else []
@@ -12562,21 +12412,21 @@ class ServerConnection(StreamProtocol):
         self.transport.write(self.encode_head(response, framing) + body)
 
     def encode_head(self, response: Response, framing: list[tuple[str, str]]) -> bytes:
-        common = [("Date", http_date(int(time.time()))), ("Content-Type", response.content_type)]
+        headers = [("Date", http_date(int(time.time()))), ("Content-Type", response.content_type)]
+        headers += [*response.headers.items(), *framing]
         if self.closing:
-            framing.append(("Connection", "close"))
+            headers.append(("Connection", "close"))
         elif self.request is not None and self.request.minor == 0:
-            framing.append(("Connection", "keep-alive"))
-        headers = [*common, *response.headers.items(), *framing]
+            headers.append(("Connection", "keep-alive"))
         return write_head(status_line(response.status), headers)
 
     def send_error(self, error: ApiError) -> None:
         self.phase = "busy"
         self.closing = True
-        self.send_whole(self.server.write_error(error, self.request))
+        self.send_buffered(self.server.write_error(error, self.request))
 
-    async def give_up(self, error: ApiError) -> None:
-        """Sends an error response, or aborts if a response has begun."""
+    async def close_with_error(self, error: ApiError) -> None:
+        """Sends an error response, or aborts if a response has started."""
         if self.response_started:
             self.transport.abort()  # an unfinished body must not look complete
             return
@@ -12592,27 +12442,12 @@ class ServerConnection(StreamProtocol):
             async with asyncio.timeout(LINGER_SECONDS):
                 self.transport.write_eof()
                 while True:
-                    self.take()
+                    self.read_buffer()
                     await self.receive()
 
 
-# What bind() raises for an address that this machine lacks, as asyncio treats it.
-NOT_OF_THIS_MACHINE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
-
-
-def open_listener(family: int, kind: int, protocol: int, address: Any) -> socket.socket:
-    listener = socket.socket(family, kind, protocol)
-    try:
-        if os.name == "posix":  # elsewhere it would let two gateways listen
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        listener.bind(address)
-        listener.listen(LISTEN_BACKLOG)
-    except BaseException:
-        listener.close()
-        raise
-    return listener
+# What bind() raises for an address that this machine does not have; asyncio skips these, too.
+UNAVAILABLE_ADDRESS_ERRORS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
 def open_listeners(host: str, port: int) -> list[socket.socket]:
@@ -12620,29 +12455,28 @@ def open_listeners(host: str, port: int) -> list[socket.socket]:
     flags = socket.AI_PASSIVE
     addresses = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=flags)
     listeners: list[socket.socket] = []
-    skipped = None
-    try:
-        for family, kind, protocol, _, address in dict.fromkeys(addresses):
-            try:
-                local_address = (address[0], port, *address[2:])
-                listeners.append(open_listener(family, kind, protocol, local_address))
-            except OSError as error:
-                if error.errno not in NOT_OF_THIS_MACHINE:
-                    raise
-                skipped = error
-            else:
-                port = listeners[-1].getsockname()[1]
-        if not listeners and skipped is not None:
-            raise skipped
-    except BaseException:
-        for listener in listeners:
-            listener.close()
-        raise
-    return listeners
+    failure = OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
+    for family, _, _, _, address in dict.fromkeys(addresses):
+        try:
+            local_address = (address[0], port, *address[2:])
+            listener = socket.create_server(local_address, family=family, backlog=LISTEN_BACKLOG)
+        except OSError as error:
+            failure = OSError(error.errno, os.strerror(error.errno or 0))
+            if error.errno not in UNAVAILABLE_ADDRESS_ERRORS:
+                break
+        else:
+            listeners.append(listener)
+            port = listener.getsockname()[1]
+    else:
+        if listeners:
+            return listeners
+    for listener in listeners:
+        listener.close()
+    raise failure
 
 
 class Server:
-    """Accepts connections and passes requests to one handler.  It never hears of AI."""
+    """Accepts connections and passes requests to one handler.  It knows nothing of AI."""
 
     def __init__(
         self,
@@ -12657,7 +12491,6 @@ class Server:
         self.write_error = write_error
         self.connections: set[ServerConnection] = set()
         self.body_bytes = 0  #: in memory, of all requests
-        self.rejecting: set[asyncio.Task[None]] = set()
         #: every response is the last one of its connection
         self.closing = False
         self.draining = False
@@ -12679,18 +12512,17 @@ class Server:
         loop = asyncio.get_running_loop()
         if self.draining or len(self.connections) >= self.config.max_connections:
             busy = Busy("Too many connections.", retry_after=1)
-            task = loop.create_task(connection.give_up(busy))
-            self.rejecting.add(task)
-            task.add_done_callback(self.rejecting.discard)
+            connection.task = loop.create_task(connection.close_with_error(busy))
             return
+
+        def forget(_task: asyncio.Task[None]) -> None:
+            self.connections.discard(connection)
+            self.ticker.discard(connection.watch)
+
         self.connections.add(connection)
         self.ticker.add(connection.watch)
         connection.task = loop.create_task(connection.serve())
-        connection.task.add_done_callback(lambda _: self.forget(connection))
-
-    def forget(self, connection: ServerConnection) -> None:
-        self.connections.discard(connection)
-        self.ticker.discard(connection.watch)
+        connection.task.add_done_callback(forget)
 
     def stop_accepting(self) -> None:
         """Closes the listening sockets; another process that has inherited them keeps them open."""
@@ -12702,7 +12534,7 @@ class Server:
     async def retire(self, seconds: float) -> None:
         """Stops accepting while another process listens on the same sockets: nothing is refused.
 
-        Requests still on their way on open connections are answered; the response closes them.
+        Requests in transit on open connections get a response, which closes the connection.
         asyncio drops a connection that it has accepted but not yet set up when its server closes
         (Server._attach, seen in 3.11): so the sockets are unregistered, and closed a tick later.
         """
@@ -12718,9 +12550,9 @@ class Server:
             await asyncio.sleep(TICK_SECONDS)
 
     async def drain(self, seconds: float) -> None:
-        """Stops accepting, lets responses finish for `seconds`, then ends the rest.
+        """Stops accepting, lets responses finish for `seconds`, then ends the others.
 
-        Streams that have begun end with an error, other requests get an error response, and clients
+        Started streams end with an error, other requests get an error response, and clients
         that do not read are aborted.
         """
         self.draining = True
@@ -12730,7 +12562,7 @@ class Server:
                 connection.transport.close()
         await self.wait_for_connections(seconds)
         for connection in self.connections:
-            if connection.writer is not None and connection.writer.on_stop is not None:
+            if connection.writer is not None:
                 connection.writer.on_stop()
         connections = list(self.connections)
         await self.wait_for_connections(LINGER_SECONDS)
@@ -16541,7 +16373,7 @@ class Shield:
             raise Forbidden("Cross-site requests of browsers are refused.")
         # Pages may send other content types, or none, without a CORS preflight.
         media_type = headers.get("content-type", "").partition(";")[0].strip(" \t").lower()
-        is_empty = request.body.done and not media_type
+        is_empty = request.body.is_complete and not media_type
         has_body = request.method in ("POST", "PUT", "PATCH") and not is_empty
         if has_body and not JSON_TYPE.fullmatch(media_type):
             raise UnsupportedMediaType(
@@ -16734,7 +16566,7 @@ PAGE_BODY = """\
         <th>Cached<th>Output<th>Credits</thead>
       <tbody id="recent"></tbody>
     </table>
-    <p class="soft">~ marks derived or estimated figures.  Prompts and responses are never stored.</p>
+    <p class="soft">~: derived or estimated.  Prompts and responses are never stored.</p>
   </div>
 </main>
 """

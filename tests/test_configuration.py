@@ -135,9 +135,9 @@ def test_an_unknown_key_like_none_is_told_what_there_is() -> None:
 @pytest.mark.parametrize(
     ("text", "key", "words"),
     [
-        ("[server]\nport = '9090'", "server.port", "must be a whole number"),
-        ("[server]\nport = 90.5", "server.port", "must be a whole number"),
-        ("[server]\nport = true", "server.port", "must be a whole number"),
+        ("[server]\nport = '9090'", "server.port", "must be an integer"),
+        ("[server]\nport = 90.5", "server.port", "must be an integer"),
+        ("[server]\nport = true", "server.port", "must be an integer"),
         ("[server]\nport = 65536", "server.port", "must be between 0 and 65535"),
         ("[server]\nport = -1", "server.port", "must be between 0 and 65535"),
         ("[server]\nhead_seconds = nan", "server.head_seconds", "must be between"),
@@ -147,7 +147,7 @@ def test_an_unknown_key_like_none_is_told_what_there_is() -> None:
         ("[server]\nallowed_hosts = 'a'", "server.allowed_hosts", "must be a list of strings"),
         ("[server]\nallowed_hosts = [1]", "server.allowed_hosts", "must be a list of strings"),
         ("[server]\nhost = 1", "server.host", "must be a string"),
-        ('[server]\nhost = "a\\nb"', "server.host", "must not hold control characters"),
+        ('[server]\nhost = "a\\nb"', "server.host", "must not contain control characters"),
         ("server = 1", "server", "must be a table"),
         ("providers = 1", "providers", "must be a table"),
         ("models = []", "models", "must be a table"),
@@ -171,7 +171,7 @@ def test_an_unknown_key_like_none_is_told_what_there_is() -> None:
         (
             "[limits.labels.x]\ndaily_tokens = 1.5",
             "limits.labels.x.daily_tokens",
-            "must be a whole number",
+            "must be an integer",
         ),
         (
             "[limits.labels.x]\nmonthly_credits = -1",
@@ -182,7 +182,7 @@ def test_an_unknown_key_like_none_is_told_what_there_is() -> None:
         ("[api_keys]\na = 1", "api_keys.a", "must be a key"),
         ("[api_keys]\na = ' '", "api_keys.a", "must be a key"),
         ('[api_keys]\n"a b" = "x"', "api_keys.a b", "a name is letters"),
-        ("[api_keys]\na = 'x'\nb = 'x'", "api_keys.a", "is the key of another name"),
+        ("[api_keys]\na = 'x'\nb = 'x'", "api_keys.a", "has the same value as another key"),
     ],
 )
 def test_a_wrong_value_is_told_by_its_key(text: str, key: str, words: str) -> None:
@@ -326,9 +326,9 @@ def test_a_switch_in_the_environment_has_six_words(text: str, expected: bool) ->
 @pytest.mark.parametrize(
     ("variable", "value", "words"),
     [
-        ("SERVER_PORT", "x", "must be a whole number"),
+        ("SERVER_PORT", "x", "must be an integer"),
         ("SERVER_PORT", "70000", "must be between 0 and 65535"),
-        ("PORT", "", "must be a whole number"),
+        ("PORT", "", "must be an integer"),
         ("SERVER_HEAD_SECONDS", "nan", "must be between"),
         ("PROVIDERS_ECHO_ENABLED", "maybe", "must be true or false"),
         ("LOGGING_LEVEL", "loud", "must be one of"),
@@ -347,7 +347,7 @@ def test_a_wrong_variable_is_told_by_its_name(variable: str, value: str, words: 
 
 def test_a_wrong_flag_is_told_by_its_name() -> None:
     """The same form, with `command line` for the file."""
-    with pytest.raises(ConfigError, match=r"^command line: --port: must be a whole number$"):
+    with pytest.raises(ConfigError, match=r"^command line: --port: must be an integer$"):
         apply_flags(Config(), {"server.port": "x"})
 
 

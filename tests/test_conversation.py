@@ -126,7 +126,7 @@ def test_an_end_before_the_finish_is_an_error(state: str) -> None:
     if state == "over":
         checker.end()
     else:
-        with pytest.raises(UpstreamError, match="broke off"):
+        with pytest.raises(UpstreamError, match="ended prematurely"):
             checker.end()
 
 

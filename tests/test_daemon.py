@@ -724,7 +724,7 @@ def test_a_link_that_another_user_has_made_is_not_followed(machine: Machine, nam
     machine.run("stop")
     before = (machine.folder / "victim").read_text()
     os.lchown(folder / name, 12345, 12345)
-    assert "link that another user" in machine.run("start", "--port", "0").failure()
+    assert "symbolic link created by another user" in machine.run("start", "--port", "0").failure()
     assert (machine.folder / "victim").read_text() == before
 
 

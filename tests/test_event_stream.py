@@ -82,7 +82,7 @@ MEANINGS: dict[str, tuple[Json, Any]] = {
 V2 = VECTORS["V2"]
 HELLO: tuple[Json, Any] = MEANINGS["V2"]
 ALL = b"".join(VECTORS.values())
-SAID = "The upstream's answer is malformed"
+SAID = "The upstream's response is malformed"
 
 
 def meaning(found: EventMessage, like: Any) -> tuple[Json, Any]:
@@ -306,7 +306,7 @@ def test_a_cut_stream_is_told_from_a_clean_end() -> None:
         if cut in borders:
             assert framing.last_frames() == []
             continue
-        with pytest.raises(UpstreamError, match="broke off"):
+        with pytest.raises(UpstreamError, match="ended prematurely"):
             framing.last_frames()
 
 

@@ -62,7 +62,7 @@ def test_a_bug_is_told_as_internal_and_leaves_a_traceback(
 ) -> None:
     provider = FaultyProvider(pieces)
     reply = asyncio.run(ask(provider, path, str(tmp_path / "usage.db")))
-    assert reply.complete and "The gateway failed" in reply.text
+    assert reply.complete and "Internal error" in reply.text
     assert reply.status == (200 if pieces else 500)
     assert "[DONE]" not in reply.text and "message_stop" not in reply.text
     assert "KeyError: 'content'" in caplog.text

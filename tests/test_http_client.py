@@ -369,8 +369,8 @@ def test_a_packed_answer_that_is_torn_is_an_error(packed: bytes) -> None:
 
 @pytest.mark.parametrize(
     "behind",
-    [b"x", bytes(100_000), gzip.compress(b"x") + b"x", gzip.compress(b"") * 100],
-    ids=["a byte", "zeros", "a member and a byte", "too many members"],
+    [b"x", bytes(100_000), gzip.compress(b"x")],
+    ids=["a byte", "zeros", "another member"],
 )
 def test_bytes_behind_the_end_of_a_packed_answer_are_an_error(behind: bytes) -> None:
     packed = gzip.compress(b"words") + behind
@@ -410,7 +410,7 @@ def test_what_follows_an_answer_is_not_kept_and_ends_the_connection() -> None:
             assert await answer.read(9) == b"ok"
             answer.close(ended=True)
             await answer.connection.wait_closed()
-            return len(answer.body.rest) + len(answer.connection.buffer)
+            return len(answer.body.excess) + len(answer.connection.buffer)
 
     assert run(story()) < 1 << 20
 
@@ -423,7 +423,7 @@ def test_a_coding_that_cannot_be_read_is_an_error_that_does_not_hide_the_status(
         head = f"HTTP/1.1 429 X\r\nContent-Encoding: {coding}\r\nContent-Length: 2\r\n\r\nok"
         async with serving(answering(head.encode())) as server, using() as client:
             answer = await client.open("GET", server.url, nothing)
-            with pytest.raises(gw.UpstreamError, match="coding that nobody asked for"):
+            with pytest.raises(gw.UpstreamError, match="unrequested coding"):
                 await answer.read(9)
             answer.close(ended=False)
             return answer.status
@@ -582,7 +582,7 @@ def test_a_post_that_was_worked_on_before_a_reset_is_not_sent_again() -> None:
                 peer.reset()
             await peer.send(OK)
 
-    with pytest.raises(gw.UpstreamError, match="without an answer"):
+    with pytest.raises(gw.UpstreamError, match="without a response"):
         run(count(script, 2))
 
 
@@ -591,7 +591,7 @@ async def pooled(client: gw.HttpClient, url: str, ours: socket.socket) -> gw.Poo
     loop = asyncio.get_running_loop()
     origin = client.plan(url)[0]
     _, connection = await loop.create_connection(lambda: gw.PooledConnection(origin), sock=ours)
-    client.pool.give_back(connection, loop.time())
+    client.pool.release(connection, loop.time())
     return connection
 
 
@@ -623,7 +623,7 @@ def test_a_connection_whose_end_the_loop_has_not_seen_yet_is_not_used(last: byte
             idle = await pooled(client, "http://127.0.0.1/", ours)
             theirs.send(last)
             theirs.close()
-            return client.pool.take(idle.origin, asyncio.get_running_loop().time())
+            return client.pool.acquire(idle.origin, asyncio.get_running_loop().time())
 
     assert run(story()) is None
 
@@ -691,7 +691,7 @@ def test_a_connection_that_the_peer_has_closed_meanwhile_is_not_tried() -> None:
         async with serving(answering(OK)) as server, using() as client:
             await whole(client, server.url)
             while server.tasks or not all(
-                c.ended for stack in client.pool.idle.values() for c in stack
+                c.is_disconnected for stack in client.pool.idle.values() for c in stack
             ):
                 await asyncio.sleep(0.01)
             await whole(client, server.url)
@@ -706,7 +706,7 @@ def test_an_old_connection_is_closed_and_not_used() -> None:
             await whole(client, server.url)
             (idle,) = next(iter(client.pool.idle.values()))
             idle.idle_since -= gw.POOL_IDLE_SECONDS + 1
-            client.pool.watch(asyncio.get_running_loop().time())
+            client.pool.close_expired(asyncio.get_running_loop().time())
             await whole(client, server.url)
             return server.connections, len(server.requests)
 
@@ -928,7 +928,7 @@ def test_a_bug_in_a_sink_is_no_fault_of_the_upstreams_and_leaves_a_traceback(
             finally:
                 answer.close(ended=False)
 
-    with pytest.raises(gw.ApiError, match="The gateway failed") as caught:
+    with pytest.raises(gw.ApiError, match="Internal error") as caught:
         run(story())
     assert (caught.value.status, caught.value.kind) == (500, "internal")
     assert "KeyError: 'content'" in caplog.text

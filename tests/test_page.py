@@ -439,7 +439,8 @@ def test_every_part_is_drawn(browser: Browser, stage: Stage) -> None:
         }  # fmt: skip
         assert page.texts("#warnings li") == ["copilot: 82 percent are used", "usage.db: is full"]
         copilot, kiro, work = page.texts("#providers article")
-        for words in ("resting", "octocat", "pro", "token expires in 25 min", "82% used", "99% used",
+        for words in ("resting", "octocat", "pro", "token expires in 25 min", "82% used",
+                      "99% used",
                       "gpt-5, 44 s: Its rate limit", "all models, 7 s\n",
                       "unlimited", "3 beyond it", "as of ",
                       "54 of 300 left, resets "):  # fmt: skip
