@@ -5335,7 +5335,7 @@ class MessagesDialect(Dialect):
 
 # Prefixes of another upstream's thinking carried by a responses client, and of a responses
 # upstream's reasoning carried by other clients.
-CARRIED_THINKING = "gw1.a."
+THINKING_ENVELOPE = "gw1.a."
 RESPONSES_ENVELOPE = "gw1.r."
 
 # Dropped without a report: nothing would be missed.
@@ -5518,7 +5518,7 @@ class ResponsesRequestReader:
             self.read_output(item, kind, path)
         elif kind == "reasoning":
             # Only thinking that was packed here for another upstream; the rest is not for it.
-            carried = unpack(CARRIED_THINKING, get_str(item, "encrypted_content"))
+            carried = unpack(THINKING_ENVELOPE, get_str(item, "encrypted_content"))
             if carried is not None:
                 values = [str_or_empty(carried, key) for key in ("thinking", "signature", "data")]
                 turn = self.open_turn()
@@ -6058,25 +6058,26 @@ ITEM_TYPES = {
 INCOMPLETE_REASONS = {
     "length": "max_output_tokens", "context": "max_output_tokens", "filter": "content_filter",
 }  # fmt: skip
-# Kind of a block with text -> (names of its part's frames and of its text's, the member with the
-# part's index, the empty part).
-TEXT_PARTS: dict[str, tuple[str, str, str, Json]] = {
-    "text": (
-        "content_part", "output_text", "content_index",
-        {"type": "output_text", "text": "", "annotations": [], "logprobs": []},
-    ),
-    "refusal": ("content_part", "refusal", "content_index", {"type": "refusal", "refusal": ""}),
-    "thinking": (
-        "reasoning_summary_part", "reasoning_summary_text", "summary_index",
-        {"type": "summary_text", "text": ""},
-    ),
-}  # fmt: skip
+# Type of a part -> (names of the part's frames and of its text's, keys of its index and its text).
+PART_FRAMES = {
+    "output_text": ("content_part", "output_text", "content_index", "text"),
+    "refusal": ("content_part", "refusal", "content_index", "refusal"),
+    "summary_text": ("reasoning_summary_part", "reasoning_summary_text", "summary_index", "text"),
+}
 
 
-def expand_part(kind: str, position: Json, index: int, part: Json) -> list[Json]:
+def write_text_part(block_kind: str, text: str) -> Json:
+    if block_kind == "refusal":
+        return {"type": "refusal", "refusal": text}
+    if block_kind == "thinking":
+        return {"type": "summary_text", "text": text}
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def expand_part(position: Json, index: int, part: Json) -> list[Json]:
     """The four frames of one part: it is added, its text comes and is done, it is done."""
-    part_name, text_name, index_key, _ = TEXT_PARTS[kind]
-    key = "refusal" if kind == "refusal" else "text"
+    names = PART_FRAMES.get(str(part.get("type")), PART_FRAMES["output_text"])
+    part_name, text_name, index_key, key = names
     text = str_or_empty(part, key)
     logprobs = {"logprobs": part["logprobs"]} if "logprobs" in part else {}
     frames: list[Json] = [
@@ -6088,17 +6089,49 @@ def expand_part(kind: str, position: Json, index: int, part: Json) -> list[Json]
     return [{"type": frame["type"], **position, index_key: index, **frame} for frame in frames]
 
 
+def expand_item(index: int, item: Json) -> list[Json]:
+    """The frames of one item: clients read text and arguments from deltas only."""
+    position = {"item_id": item.get("id"), "output_index": index}
+    opened_item = {**item, "status": "in_progress"}
+    frames: list[Json] = []
+    if item.get("type") == "message":
+        opened_item["content"] = []
+        for part_index, part in enumerate(get_dicts(item, "content")):
+            frames += expand_part(position, part_index, part)
+    elif item.get("type") == "reasoning":
+        opened_item = {"id": item.get("id"), "type": "reasoning", "summary": []}
+        for part_index, part in enumerate(get_dicts(item, "summary")):
+            frames += expand_part(position, part_index, {**part, "type": "summary_text"})
+    for kind, key in (("function_call", "arguments"), ("custom_tool_call", "input")):
+        if isinstance(item.get(key), str):
+            opened_item[key] = ""
+            name = {"name": item.get("name")} if key == "arguments" else {}
+            frames += [
+                {"type": f"response.{kind}_{key}.delta", **position, "delta": item[key]},
+                {"type": f"response.{kind}_{key}.done", **position, **name, key: item[key]},
+            ]
+    return [
+        {"type": "response.output_item.added", "output_index": index, "item": opened_item},
+        *frames,
+        {"type": "response.output_item.done", "output_index": index, "item": dict(item)},
+    ]
+
+
 class ResponsesWriter:
-    """Events -> responses stream events.  `StreamTranslator` adds their sequence numbers."""
+    """Events -> responses stream events.  `StreamTranslator` adds their sequence numbers.
+
+    The frames of an item are those of `expand_item`, its delta in any number of pieces.
+    """
 
     def __init__(self, context: ResponseContext) -> None:
         self.context = context
         self.usage = Usage()
-        self.output: list[Json] = []
+        self.output: list[Json] = []  # complete items
         self.item: Json = {}
         self.kind = ""  # of the open block
         self.pieces: list[str] = []
         self.signature: list[str] = []
+        self.sent_count = 0  # how many frames of the item need not be sent when it is complete
 
     def write(self, event: Event) -> list[Json]:
         if isinstance(event, BlockDelta):
@@ -6110,30 +6143,13 @@ class ResponsesWriter:
             self.kind, self.pieces, self.signature = event.kind, [], []
             return self.open_item(event) if event.kind != "opaque" else []
         if isinstance(event, BlockStop) and self.kind != "opaque":
-            frames = self.close_item("".join(self.pieces))
-            frames.append(self.item_frame("done"))
+            self.complete_item("".join(self.pieces))
+            frames = expand_item(len(self.output), self.item)[self.sent_count :]
             self.output.append(self.item)
             return frames
         if isinstance(event, UsageUpdate):
             self.usage = event.usage
         return self.write_stop(event) if isinstance(event, MessageStop) else []
-
-    @property
-    def position(self) -> Json:
-        return {"item_id": self.item["id"], "output_index": len(self.output)}
-
-    def frame(self, kind: str, **members: Any) -> Json:
-        return {"type": f"response.{kind}", **self.position, **members}
-
-    def part_frames(self, text: str) -> list[Json]:
-        part = dict(TEXT_PARTS[self.kind][3])
-        part["refusal" if self.kind == "refusal" else "text"] = text
-        return expand_part(self.kind, self.position, 0, part)
-
-    def item_frame(self, step: str) -> Json:
-        """The item as it is now; it may still grow."""
-        position = {"type": f"response.output_item.{step}", "output_index": len(self.output)}
-        return {**position, "item": dict(self.item)}
 
     def open_item(self, event: BlockStart) -> list[Json]:
         tool = self.context.tools.get(event.name)
@@ -6141,23 +6157,28 @@ class ResponsesWriter:
         kind = ITEM_TYPES[tool_kind if event.kind == "tool" else event.kind]
         item_id = output_item_id(self.context, len(self.output), kind)
         self.item = item = dict[str, Any](id=item_id, type=kind)
+        self.sent_count = 1
         if kind == "message":
-            item |= {"role": "assistant", "status": "in_progress", "content": []}
-            return [self.item_frame("added"), self.part_frames("")[0]]
+            content = [write_text_part(self.kind, "")]
+            item |= {"role": "assistant", "status": "in_progress", "content": content}
+            self.sent_count = 3  # its part, and a delta even if there is no text
+            return expand_item(len(self.output), item)[:2]
         if kind == "reasoning":
             item["summary"] = []
             self.signature = [str((event.raw or {}).get("data") or "")]
-            return [self.item_frame("added")]
-        state = {"call_id": event.id, "status": "in_progress"}
-        if kind == "tool_search_call":
-            item |= {"execution": "client", **state, "arguments": {}}
-            return [self.item_frame("added")]
-        item |= {**state, "name": event.name}
-        item["input" if kind == "custom_tool_call" else "arguments"] = ""
-        if tool and tool.namespace:
-            item["name"] = event.name.removeprefix(flat_name(tool.namespace, ""))
-            item["namespace"] = tool.namespace
-        return [self.item_frame("added")]
+        elif kind == "tool_search_call":
+            item |= {"execution": "client", "call_id": event.id, "status": "", "arguments": {}}
+        else:
+            item |= {"call_id": event.id, "status": "", "name": event.name}
+            item["input" if kind == "custom_tool_call" else "arguments"] = ""
+            if tool and tool.namespace:
+                item["name"] = event.name.removeprefix(flat_name(tool.namespace, ""))
+                item["namespace"] = tool.namespace
+        return expand_item(len(self.output), item)[:1]
+
+    def frame(self, kind: str, **members: Any) -> Json:
+        position = {"item_id": self.item["id"], "output_index": len(self.output)}
+        return {"type": f"response.{kind}", **position, **members}
 
     def write_delta(self, event: BlockDelta) -> list[Json]:
         text = event.text
@@ -6165,54 +6186,44 @@ class ResponsesWriter:
             self.signature.append(text)
         if event.part in ("signature", "citation") or self.kind == "opaque" or not text:
             return []
-        is_first = not self.pieces
         self.pieces.append(text)
         if self.kind == "text":
             return [self.frame("output_text.delta", content_index=0, delta=text, logprobs=[])]
         if self.kind == "refusal":
             return [self.frame("refusal.delta", content_index=0, delta=text)]
         if self.item["type"] == "function_call":
+            self.sent_count = 2
             return [self.frame("function_call_arguments.delta", delta=text)]
         if self.kind != "thinking" or self.context.hide_thinking:
             return []
-        delta = self.frame("reasoning_summary_text.delta", summary_index=0, delta=text)
-        return [self.part_frames("")[0], delta] if is_first else [delta]
+        frames = [self.frame("reasoning_summary_text.delta", summary_index=0, delta=text)]
+        if self.sent_count == 1:
+            self.sent_count = 3
+            part = write_text_part("thinking", "")
+            frames.insert(0, self.frame("reasoning_summary_part.added", summary_index=0, part=part))
+        return frames
 
-    def close_item(self, text: str) -> list[Json]:
-        kind = self.item["type"]
+    def complete_item(self, text: str) -> None:
+        item, kind = self.item, self.item["type"]
         if kind == "reasoning":
-            return self.close_reasoning(text)
-        frames: list[Json] = []
-        if kind == "message":
-            frames = self.part_frames(text)[2:]
-            self.item["content"] = [frames[-1]["part"]]
-        elif kind == "tool_search_call":
-            self.item["arguments"] = parse_arguments(text)
-        elif kind == "custom_tool_call":
-            self.item["input"] = value = unwrap_input(text)
-            delta = self.frame("custom_tool_call_input.delta", delta=value)
-            frames = [delta, self.frame("custom_tool_call_input.done", input=value)]
-        else:
-            self.item["arguments"] = value = text or "{}"
-            if not text:
-                frames = [self.frame("function_call_arguments.delta", delta=value)]
-            members = {"name": self.item["name"], "arguments": value}
-            frames.append(self.frame("function_call_arguments.done", **members))
-        self.item["status"] = "completed"
-        return frames
-
-    def close_reasoning(self, text: str) -> list[Json]:
-        frames: list[Json] = []
-        if text and self.kind == "thinking" and not self.context.hide_thinking:
-            frames = self.part_frames(text)[2:]
-            self.item["summary"] = [frames[-1]["part"]]
-        signature = "".join(self.signature)
-        if signature:
-            carried = {"thinking": text, "signature": signature}
+            if self.sent_count > 1:
+                item["summary"] = [write_text_part("thinking", text)]
+            signature = "".join(self.signature)
+            thinking = {"thinking": text, "signature": signature}
             if self.kind == "redacted":
-                carried = {"data": signature}
-            self.item["encrypted_content"] = pack(CARRIED_THINKING, carried)
-        return frames
+                thinking = {"data": signature}
+            if signature:
+                item["encrypted_content"] = pack(THINKING_ENVELOPE, thinking)
+            return
+        item["status"] = "completed"
+        if kind == "message":
+            item["content"] = [write_text_part(self.kind, text)]
+        elif kind == "tool_search_call":
+            item["arguments"] = parse_arguments(text)
+        elif kind == "custom_tool_call":
+            item["input"] = unwrap_input(text)
+        else:
+            item["arguments"] = text or "{}"
 
     def write_stop(self, event: MessageStop) -> list[Json]:
         reason = INCOMPLETE_REASONS.get(event.reason)
@@ -6223,10 +6234,10 @@ class ResponsesWriter:
             frames = [frame for step in steps for frame in self.write(step)]
             reason = None
         members: Json = {"output": self.output, "usage": write_usage(self.usage, RESPONSES_USAGE)}
-        if reason is None:
-            return [*frames, response_frame(self.context, "completed", **members)]
-        members["incomplete_details"] = {"reason": reason}
-        return [*frames, response_frame(self.context, "incomplete", **members)]
+        if reason:
+            members["incomplete_details"] = {"reason": reason}
+        step = "incomplete" if reason else "completed"
+        return [*frames, response_frame(self.context, step, **members)]
 
 
 class ResponsesRelay:
@@ -6258,21 +6269,14 @@ class ResponsesRelay:
             return []
         frame.pop("copilot_quota_snapshots", None)
         needs_start = not self.started and kind != "response.created"
-        leading_frames = [response_frame(self.context, "created")] if needs_start else []
+        frames = [response_frame(self.context, "created")] if needs_start else []
         self.started = True
-        index, delta = frame.get("output_index"), frame.get("delta")
-        if isinstance(delta, str):
-            self.said += estimate_text(delta)
-        if isinstance(index, int):
-            self.repair_item(index, frame)
-            if kind == "response.function_call_arguments.delta" and isinstance(delta, str):
-                self.guards[index].check(delta)
-            elif kind == "response.reasoning_summary_part.added":
-                self.summary_streamed.add(index)
-            elif kind == "response.output_item.done":
-                leading_frames += self.late_summary(index, get_dict(frame, "item"))
-        response = frame.get("response")
+        if isinstance(frame.get("delta"), str):
+            self.said += estimate_text(frame["delta"])
+        if isinstance(frame.get("output_index"), int):
+            frames += self.repair_item_frame(kind, frame["output_index"], frame)
         self.finished = kind in RESPONSES_ENDS
+        response = frame.get("response")
         if isinstance(response, dict):
             self.repair_response(response)
             if self.finished:
@@ -6280,38 +6284,37 @@ class ResponsesRelay:
                 read_copilot_usage(frame, self.usage)
         elif self.finished:
             raise UpstreamError(OFF_PROTOCOL)
-        return [*leading_frames, frame]
+        return [*frames, frame]
 
-    def late_summary(self, index: int, item: Json) -> list[Json]:
-        """The deltas of a summary that came only with its finished item."""
-        summary = item.get("summary")
-        if item.get("type") != "reasoning" or index in self.summary_streamed:
-            return []
-        frames: list[Json] = []
-        position = {"item_id": item["id"], "output_index": index}
-        for part_index, part in enumerate(summary if isinstance(summary, list) else ()):
-            if isinstance(part, dict) and isinstance(part.get("text"), str):
-                frames += expand_part("thinking", position, part_index, part)
-        return frames
+    def repair_item_frame(self, kind: str, index: int, frame: Json) -> list[Json]:
+        """Repairs ids and names; returns the deltas of a summary that came only with its item."""
+        item = frame.get("item")
+        if isinstance(item, dict):
+            self.repair_item(index, item)
+        elif "item_id" in frame:
+            frame["item_id"] = self.stable_id(index, "")
+        self.restore_names(frame)
+        if kind == "response.function_call_arguments.delta":
+            self.guards[index].check(str_or_empty(frame, "delta"))
+        elif kind == "response.reasoning_summary_part.added":
+            self.summary_streamed.add(index)
+        elif kind == "response.output_item.done" and isinstance(item, dict):
+            self.done_items[index] = item
+            if item.get("type") == "reasoning" and index not in self.summary_streamed:
+                return expand_item(index, item)[1:-1]
+        return []
+
+    def repair_item(self, index: int, item: Json) -> None:
+        item["id"] = self.stable_id(index, str(item.get("type")))
+        self.restore_names(item)
 
     def stable_id(self, index: int, kind: str) -> str:
         if index not in self.item_ids:
             self.item_ids[index] = output_item_id(self.context, index, kind)
         return self.item_ids[index]
 
-    def repair_item(self, index: int, frame: Json) -> None:
-        item = frame.get("item")
-        if isinstance(item, dict):
-            item["id"] = self.stable_id(index, str(item.get("type")))
-            self.rename(item)
-            if frame["type"] == "response.output_item.done":
-                self.done_items[index] = item
-        elif "item_id" in frame:
-            frame["item_id"] = self.stable_id(index, "")
-        self.rename(frame)
-
-    def rename(self, holder: Json) -> None:
-        """Restores the client's tool names."""
+    def restore_names(self, holder: Json) -> None:
+        """Replaces upstream tool names with the client's."""
         for key in ("name", "namespace"):
             name = holder.get(key)
             if isinstance(name, str):
@@ -6330,8 +6333,7 @@ class ResponsesRelay:
             response["output"] = output = [item for _, item in sorted(self.done_items.items())]
         for index, item in enumerate(output if isinstance(output, list) else ()):
             if isinstance(item, dict):
-                item["id"] = self.stable_id(index, str(item.get("type")))
-                self.rename(item)
+                self.repair_item(index, item)
                 # Only the last event of an item has its encrypted content right.
                 encrypted = get_str(self.done_items.get(index, {}), "encrypted_content")
                 item.update({"encrypted_content": encrypted} if encrypted else {})
@@ -6340,35 +6342,6 @@ class ResponsesRelay:
         if not self.finished:
             raise UpstreamError(BROKEN_OFF)
         return []
-
-
-def expand_item(index: int, item: Json) -> list[Json]:
-    """The frames of one item: clients read text and arguments from deltas only."""
-    position = {"output_index": index, "item_id": item.get("id")}
-    opened_item = {**item, "status": "in_progress"}
-    deltas: list[Json] = []
-    if item.get("type") == "message":
-        content = item.get("content")
-        opened_item["content"] = []
-        for part_index, part in enumerate(content if isinstance(content, list) else ()):
-            if isinstance(part, dict):
-                part_kind = "refusal" if part.get("type") == "refusal" else "text"
-                deltas += expand_part(part_kind, position, part_index, part)
-    elif item.get("type") == "reasoning":
-        opened_item = {"id": item.get("id"), "type": "reasoning", "summary": []}
-    for kind, key in (("function_call", "arguments"), ("custom_tool_call", "input")):
-        if isinstance(item.get(key), str):
-            opened_item[key] = ""
-            name = {"name": item.get("name")} if key == "arguments" else {}
-            deltas += [
-                {"type": f"response.{kind}_{key}.delta", **position, "delta": item[key]},
-                {"type": f"response.{kind}_{key}.done", **position, **name, key: item[key]},
-            ]
-    return [
-        {"type": "response.output_item.added", "output_index": index, "item": opened_item},
-        *deltas,
-        {"type": "response.output_item.done", "output_index": index, "item": dict(item)},
-    ]
 
 
 class ResponsesDialect(Dialect):
