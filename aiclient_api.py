@@ -5333,8 +5333,8 @@ class MessagesDialect(Dialect):
 
 # 8.4 OpenAI responses
 
-# Prefixes of another upstream's thinking carried by a responses client, and of a responses
-# upstream's reasoning carried by other clients.
+# Prefixes of opaque text: another upstream's thinking that a responses client sends back, and a
+# responses upstream's reasoning that a client of another dialect sends back.
 THINKING_ENVELOPE = "gw1.a."
 RESPONSES_ENVELOPE = "gw1.r."
 
@@ -5375,7 +5375,7 @@ def refuse_state(body: Json) -> None:
     """Raises InvalidRequest for fields that need stored responses."""
     for key in ("previous_response_id", "conversation"):
         if body.get(key):
-            text = f"{key}: answers are not stored here; send the whole conversation as `input`."
+            text = f"{key}: responses are not stored here; send the whole conversation as `input`."
             raise InvalidRequest(text, param=key, code="previous_response_not_found")
     for key in ("background", "prompt"):
         if body.get(key):
@@ -5384,10 +5384,8 @@ def refuse_state(body: Json) -> None:
 
 def searches_tools(body: Json) -> bool:
     """Whether the client offers a client-side tool search, which Copilot does not know."""
-    search = {"type": "tool_search", "execution": "client"}
-    return any(
-        isinstance(tool, dict) and search.items() <= tool.items() for tool in all_tools(body)
-    )
+    search = {"type": "tool_search", "execution": "client"}.items()
+    return any(isinstance(tool, dict) and search <= tool.items() for tool in all_tools(body))
 
 
 def all_tools(body: Json) -> list[Any]:
@@ -5423,11 +5421,9 @@ def input_items(body: Json) -> list[Json]:
 
 
 CUSTOM_SCHEMA: Json = {
-    "type": "object",
-    "properties": {"input": {"type": "string"}},
-    "required": ["input"],
+    "type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"],
     "additionalProperties": False,
-}
+}  # fmt: skip
 # Client-side tools defined by the vendor: item type of a call in the history -> tool name.
 CLIENT_CALLS = {
     "local_shell_call": "local_shell", "shell_call": "shell", "apply_patch_call": "apply_patch",
@@ -5456,14 +5452,12 @@ def flat_name(namespace: str, name: str) -> str:
     return f"{namespace}__{name}" if namespace else name
 
 
-@dataclass(slots=True)
-class AssistantTurn:
+class AssistantTurn(NamedTuple):
     """An assistant turn being assembled from items in any order."""
 
-    #: text and thinking: before the calls, whose results must directly follow them
-    content: list[Block] = field(default_factory=list)
-    calls: list[Block] = field(default_factory=list)  #: calls, and thinking between them
-    results: list[Block] = field(default_factory=list)  #: results of the calls
+    content: list[Block]  #: text and thinking before the calls, whose results must follow them
+    calls: list[Block]  #: calls, and thinking between them
+    results: list[Block]
 
 
 class ResponsesRequestReader:
@@ -5473,9 +5467,9 @@ class ResponsesRequestReader:
         self.turns: list[Turn | AssistantTurn] = []
         self.tools: dict[str, Tool] = {}  # by their names in the Conversation
         self.turn_by_call_id: dict[str, AssistantTurn] = {}
-        self.answered: set[str] = set()  # calls that have a result somewhere
-        #: those of them whose result is still to come
-        self.awaiting_results: OrderedDict[str, AssistantTurn] = OrderedDict()
+        self.ids_with_output: set[str] = set()  # of calls whose output is among the items
+        #: those of them whose output is still to come
+        self.awaiting_output: OrderedDict[str, AssistantTurn] = OrderedDict()
 
     def read(self) -> Conversation:
         body, chat = self.body, self.chat
@@ -5484,7 +5478,7 @@ class ResponsesRequestReader:
         if instructions:
             chat.system.append(Text(instructions))
         items = input_items(body)
-        self.answered = {
+        self.ids_with_output = {
             need_str(item, "call_id", f"input.{index}")
             for index, item in enumerate(items)
             if item_kind(item).endswith("_output")
@@ -5512,15 +5506,15 @@ class ResponsesRequestReader:
             call = self.read_call(item, kind, path)
             self.turn_by_call_id[call.id] = turn = self.open_turn()
             turn.calls.append(call)
-            if call.id in self.answered:
-                self.awaiting_results[call.id] = turn
+            if call.id in self.ids_with_output:
+                self.awaiting_output[call.id] = turn
         elif kind.endswith("_output"):
             self.read_output(item, kind, path)
         elif kind == "reasoning":
-            # Only thinking that was packed here for another upstream; the rest is not for it.
-            carried = unpack(THINKING_ENVELOPE, get_str(item, "encrypted_content"))
-            if carried is not None:
-                values = [str_or_empty(carried, key) for key in ("thinking", "signature", "data")]
+            # Only thinking that was packed here: the responses API's own is for its models alone.
+            thinking = unpack(THINKING_ENVELOPE, get_str(item, "encrypted_content"))
+            if thinking is not None:
+                values = [str_or_empty(thinking, key) for key in ("thinking", "signature", "data")]
                 turn = self.open_turn()
                 (turn.calls or turn.content).append(Thinking(*values))
         elif kind == "additional_tools":
@@ -5539,26 +5533,27 @@ class ResponsesRequestReader:
     def read_message(self, item: Json, path: str) -> None:
         role = read_role(item, RESPONSES_ROLES, path)
         blocks = read_parts(item.get("content"), f"{path}.content")
-        texts = [block for block in blocks if isinstance(block, Text)]
         if role == "assistant":
             self.add_content(blocks)
         elif role == "user":
             self.turns.append(Turn("user", blocks))
-        elif self.turns:
-            self.turns.append(Turn("system", [*texts]))
         else:
-            self.chat.system.extend(texts)
+            texts = [block for block in blocks if isinstance(block, Text)]
+            if self.turns:
+                self.turns.append(Turn("system", [*texts]))
+            else:
+                self.chat.system.extend(texts)
 
     def open_turn(self) -> AssistantTurn:
         turn = self.turns[-1] if self.turns else None
         if not isinstance(turn, AssistantTurn) or turn.results:
-            turn = AssistantTurn()
+            turn = AssistantTurn([], [], [])
             self.turns.append(turn)
         return turn
 
     def add_content(self, blocks: list[Block]) -> None:
-        """Adds assistant text to the turn whose calls await results, if there is one."""
-        turn = next(iter(self.awaiting_results.values()), None) or self.open_turn()
+        """Adds assistant text to the turn whose calls await their output, if there is one."""
+        turn = next(iter(self.awaiting_output.values()), None) or self.open_turn()
         turn.content.extend(blocks)
 
     @staticmethod
@@ -5579,26 +5574,23 @@ class ResponsesRequestReader:
 
     def read_output(self, item: Json, kind: str, path: str) -> None:
         call_id = need_str(item, "call_id", path)
+        output = item.get("output")
         if kind == "tool_search_output":
-            names = ", ".join(self.read_tools(item, path)) or "none"
-            blocks: list[Block] = [Text(f"Tools available now: {names}")]
-        else:
-            output = item.get("output")
-            if isinstance(output, dict) and output.get("type") == "computer_screenshot":
-                output = [{**output, "type": "input_image"}]
-            parts = output if isinstance(output, list) else []
-            if isinstance(output, dict) or not all(is_known_part(part) for part in parts):
-                output = dump_text(output)  # a shell's object, or parts of an unknown type
-            blocks = read_parts(output, f"{path}.output")
-        result = ToolResult(call_id, blocks)
-        self.awaiting_results.pop(call_id, None)
-        if call_id in self.turn_by_call_id:  # right after its call, wherever the result came
+            output = f"Tools available now: {', '.join(self.read_tools(item, path)) or 'none'}"
+        elif isinstance(output, dict) and output.get("type") == "computer_screenshot":
+            output = [{**output, "type": "input_image"}]
+        parts = output if isinstance(output, list) else []
+        if isinstance(output, dict) or not all(map(is_known_part, parts)):
+            output = dump_text(output)  # a shell's object, or parts of an unknown type
+        result = ToolResult(call_id, read_parts(output, f"{path}.output"))
+        self.awaiting_output.pop(call_id, None)
+        if call_id in self.turn_by_call_id:  # right after its call, wherever the output came
             self.turn_by_call_id[call_id].results.append(result)
         else:
             self.turns.append(Turn("user", [result]))
 
     def read_tools(self, holder: Json, path: str, namespace: str = "") -> list[str]:
-        """The names of the tools of the request, a namespace or a search result."""
+        """The flat names of the tools of the request, a namespace or a search result."""
         names: list[str] = []
         for index, item in enumerate(list_field(holder, "tools", path)):
             item_path = f"{join_path(path, 'tools')}.{index}"
@@ -5606,7 +5598,6 @@ class ResponsesRequestReader:
         return names
 
     def read_tool(self, tool: Json, path: str, namespace: str) -> list[str]:
-        """The names in one entry; server-side tools are collected in `hosted`."""
         kind = need_str(tool, "type", path)
         if kind == "namespace":
             return self.read_tools(tool, path, need_str(tool, "name", path))
@@ -5626,22 +5617,17 @@ class ResponsesRequestReader:
             self.chat.hosted.append(kind)
             return []
         flat = flat_name(namespace, name)
-        existing = self.tools.get(flat)
-        if existing is None:
+        if flat not in self.tools:
             strict = bool_field(tool, "strict", path)
             self.tools[flat] = Tool(flat, description, schema, strict, kind, namespace)
-        elif existing.namespace != namespace:
-            raise InvalidRequest(
-                f"{path}: {name!r} of {namespace or 'no namespace'!r} and of "
-                f"{existing.namespace or 'no namespace'!r} become one name; rename one.",
-                param="tools",
-            )
+        elif self.tools[flat].namespace != namespace:
+            text = f"{path}: two tools become {flat!r} when joined to their namespaces; rename one."
+            raise InvalidRequest(text, param="tools")
         return [flat]
 
     def read_choice(self) -> None:
-        chat, choice = self.chat, self.body.get("tool_choice")
-        path = "tool_choice"
-        kind = "" if not isinstance(choice, dict) else str_field(choice, "type", path) or "function"
+        chat, choice, path = self.chat, self.body.get("tool_choice"), "tool_choice"
+        kind = (str_field(choice, "type", path) or "function") if isinstance(choice, dict) else ""
         if not isinstance(choice, dict):
             mode = word_field(self.body, path, CHOICE_MODES)
             chat.choice = ToolChoice(mode) if mode else None
@@ -5675,14 +5661,8 @@ class ResponsesRequestReader:
         if text_format.get("type") == "json_object":
             chat.output = OutputFormat(None)
         elif text_format.get("type") == "json_schema":
-            chat.output = OutputFormat(
-                dict_field(text_format, "schema", "text.format"),
-                str_field(text_format, "name", "text.format") or "structured_output",
-                bool_field(text_format, "strict", "text.format"),
-                str_field(text_format, "description", "text.format") or "",
-            )
-        if body.get("truncation") == "auto":
-            chat.dropped.append("truncation")
+            chat.output = read_json_schema(text_format, "text.format")
+        chat.dropped += ["truncation"] if body.get("truncation") == "auto" else []
         chat.dropped += [
             key for key in body if key not in RESPONSES_FIELDS and body[key] is not None
         ]
@@ -5712,13 +5692,19 @@ def write_responses_request(chat: Conversation, model: Model) -> Json:
     if not effort and chat.thinking_budget:
         effort = effort_of_budget(chat.thinking_budget)
     level = clamp_effort(effort, model.efforts) if effort else None
-    text = {"format": write_text_format(chat.output), "verbosity": chat.verbosity}
+    text: Json = {}
+    if chat.output:
+        text_format = write_response_format(chat.output)
+        json_schema = text_format.pop("json_schema", {})
+        text["format"] = {**text_format, **json_schema}
+    if chat.verbosity is not None:
+        text["verbosity"] = chat.verbosity
     settings = {
         "max_output_tokens": max(chat.max_tokens, 16) if chat.max_tokens else None,
         "temperature": chat.temperature,
         "top_p": chat.top_p,
         "reasoning": {"effort": level, "summary": "auto"} if level else None,
-        "text": {key: value for key, value in text.items() if value is not None} or None,
+        "text": text or None,
         "prompt_cache_key": short_hash(chat.session, 32) if chat.session else None,
     }
     body.update({key: value for key, value in settings.items() if value is not None})
@@ -5783,10 +5769,8 @@ def write_input_parts(block: Block) -> list[Json]:
 def write_output_item(result: ToolResult, next_parts: list[Json]) -> Json:
     """A tool's output; its images move to the next message, as Copilot takes only text."""
     text = plain_text(result.blocks)
-    media: list[Json] = []
-    for block in result.blocks:
-        if not isinstance(block, (Text, Refusal)):
-            media += write_input_parts(block)
+    blocks = [block for block in result.blocks if not isinstance(block, (Text, Refusal))]
+    media = [part for block in blocks for part in write_input_parts(block)]
     call_id = wire_id(result.id)
     if media:
         next_parts += [{"type": "input_text", "text": f"From tool call {call_id}:"}, *media]
@@ -5802,18 +5786,6 @@ def write_responses_tool(tool: Tool, chat: Conversation) -> Json:
     if tool.description:
         entry["description"] = tool.description
     return {**entry, "parameters": plain_schema(tool), "strict": bool(tool.strict)}
-
-
-def write_text_format(output: OutputFormat | None) -> Json | None:
-    if output is None:
-        return None
-    if output.schema is None:
-        return {"type": "json_object"}
-    text_format: Json = {"type": "json_schema", "name": output.name, "schema": output.schema}
-    if output.description:
-        text_format["description"] = output.description
-    strict = fits_strict(output.schema) if output.strict is None else output.strict
-    return {**text_format, "strict": strict}
 
 
 def write_reasoning_item(text: str, signature: str) -> Json | None:
@@ -5858,18 +5830,17 @@ class OutputItem:
     pieces: list[str] = field(default_factory=list)  #: the text of the item so far
     part_count: int = 0  #: number of complete content parts
     has_text: bool = False  #: the open part has text
-    done: bool = False
+    complete: bool = False
 
     @property
     def text(self) -> str:
         return "".join(self.pieces)
 
     def read(self, kind: str, frame: Json) -> None:
-        if self.done:
+        if self.complete:
             return
         if kind in ITEM_DELTAS:
-            if kind != "response.function_call_arguments.delta" or self.open_block:
-                self.add(ITEM_DELTAS[kind], str_or_empty(frame, "delta"))
+            self.add(ITEM_DELTAS[kind], str_or_empty(frame, "delta"))
         elif kind == "response.output_item.added":
             self.open(get_dict(frame, "item"))
         elif kind == "response.output_item.done":
@@ -5890,7 +5861,8 @@ class OutputItem:
             self.events.append(BlockStart("tool", self.call_id, name))
 
     def add(self, block_kind: str, text: str) -> None:
-        if not text:
+        """Adds text to a block, opened if need be; a call is opened by its name alone."""
+        if not text or (block_kind == "tool" and not self.open_block):
             return
         if self.open_block != block_kind:
             self.end_text()
@@ -5924,26 +5896,25 @@ class OutputItem:
             parts = content if isinstance(content, list) else []
             for part in parts[self.part_count :]:
                 self.end_part(part if isinstance(part, dict) else {})
-        elif self.kind == "function_call" and self.open_block and not self.pieces:
+        elif self.kind == "function_call" and not self.pieces:
             self.add("tool", str_or_empty(payload, "arguments"))
-        elif self.kind == "custom_tool_call" and self.open_block:
+        elif self.kind == "custom_tool_call":
             call_input = str_or_empty(payload, "input") or self.text
             self.add("tool", dump_text({"input": call_input}))
         elif self.kind == "reasoning":
             self.close_reasoning(payload)
         if self.open_block:
             self.events.append(BlockStop())
-        self.open_block, self.done = "", True
+        self.open_block, self.complete = "", True
 
     def close_reasoning(self, payload: Json) -> None:
         """Only now is the encrypted form of reasoning reliable."""
         if not self.pieces:
-            summary = payload.get("summary") or payload.get("content")
-            summary = summary if isinstance(summary, list) else []
-            texts = [part.get("text") for part in summary if isinstance(part, dict)]
-            self.add("thinking", "\n\n".join(text for text in texts if isinstance(text, str)))
-        encrypted = payload.get("encrypted_content")
-        if not isinstance(encrypted, str) or not encrypted:
+            parts = get_dicts(payload, "summary") or get_dicts(payload, "content")
+            texts = [str_or_empty(part, "text") for part in parts]
+            self.add("thinking", "\n\n".join(filter(None, texts)))
+        encrypted = str_or_empty(payload, "encrypted_content")
+        if not encrypted:
             return
         self.signature = pack(RESPONSES_ENVELOPE, {"id": payload.get("id"), "enc": encrypted})
         if self.open_block == "thinking":
@@ -5951,16 +5922,12 @@ class OutputItem:
         else:
             self.events += [BlockStart("redacted", raw={"data": self.signature}), BlockStop()]
 
-    def take(self) -> list[Event]:
-        events, self.events = self.events, []
-        return events
-
 
 class ResponsesReader:
     def __init__(self, context: ResponseContext) -> None:
         self.context = context
         self.usage = Usage()
-        self.items: dict[int, OutputItem] = {}
+        self.items: defaultdict[int, OutputItem] = defaultdict(OutputItem)
         self.current_index = 0  # index of the item whose events are passed on
         self.started = False
 
@@ -5978,12 +5945,12 @@ class ResponsesReader:
         if kind in RESPONSES_ENDS:
             return events + self.read_end(kind, frame)
         if isinstance(index, int):
-            item = self.items.get(index) or self.items.setdefault(index, OutputItem())
-            item.read(kind, frame)
+            self.items[index].read(kind, frame)
         while self.current_index in self.items:
             item = self.items[self.current_index]
-            events += item.take()
-            if not item.done:
+            events += item.events
+            item.events.clear()
+            if not item.complete:
                 break
             self.current_index += 1
         return events
@@ -5994,21 +5961,22 @@ class ResponsesReader:
         response = get_dict(frame, "response")
         output = response.get("output")
         for index, payload in enumerate(output if isinstance(output, list) else ()):
-            item = self.items.setdefault(index, OutputItem())
-            if not item.done and isinstance(payload, dict):
+            item = self.items[index]
+            if not item.complete and isinstance(payload, dict):
                 item.close(payload)
-        for _, item in sorted(self.items.items()):
-            if not item.done:
+        items = [item for _, item in sorted(self.items.items())]
+        for item in items:
+            if not item.complete:
                 item.close({"type": item.kind})
             if item.kind == "function_call" and item.pieces and load_object(item.text) is None:
                 kind = "response.incomplete"  # a truncated call must not be run
-            events += item.take()
+            events += item.events
         read_usage(response, RESPONSES_USAGE, self.usage)
         read_copilot_usage(frame, self.usage)
         if self.usage.source:
             events.append(UsageUpdate(self.usage))
-        calls = [item.call_id for item in self.items.values() if item.call_id]
-        encrypted_items = [item for item in self.items.values() if item.signature]
+        calls = [item.call_id for item in items if item.call_id]
+        encrypted_items = [item for item in items if item.signature]
         if calls and encrypted_items and self.context.keep:
             self.context.keep(calls, encrypted_items[-1].text, encrypted_items[-1].signature)
         reason = "end"
@@ -6382,7 +6350,7 @@ class ResponsesDialect(Dialect):
     def expand(self, response: Json) -> list[Json]:
         output = response.get("output")
         if not isinstance(output, list):
-            raise UpstreamError("The upstream's answer holds no output.")
+            raise UpstreamError("The upstream's response has no output.")
         created = {**response, "status": "in_progress", "output": []}
         frames: list[Json] = [{"type": "response.created", "response": created}]
         for index, item in enumerate(output):
