@@ -4659,17 +4659,17 @@ class ChatDialect(Dialect):
 
 # 8.3 Anthropic messages
 
-MESSAGES_FINISHES = {
+# Anthropic's word -> ours, and back.
+FROM_STOP_REASON = {
     "end_turn": "end", "stop_sequence": "stop", "tool_use": "tool", "max_tokens": "length",
     "model_context_window_exceeded": "context", "refusal": "filter", "compaction": "pause",
     "pause_turn": "pause",
 }  # fmt: skip
-MESSAGES_FINISH_WORDS = {reason: word for word, reason in MESSAGES_FINISHES.items()}
-# A tool choice's type -> our mode, and back.
-MESSAGES_CHOICES = {"auto": "auto", "any": "required", "none": "none", "tool": "named"}
-MESSAGES_CHOICE_WORDS = {mode: word for word, mode in MESSAGES_CHOICES.items()}
-# Request fields that are converted, and those without meaning to another vendor; others are
-# reported as dropped.
+TO_STOP_REASON = {ours: word for word, ours in FROM_STOP_REASON.items()}
+FROM_TOOL_CHOICE = {"auto": "auto", "any": "required", "none": "none", "tool": "named"}
+TO_TOOL_CHOICE = {ours: word for word, ours in FROM_TOOL_CHOICE.items()}
+# Request fields that are converted or mean nothing to other vendors; others are reported as
+# dropped.
 MESSAGES_FIELDS = (
     "max_tokens", "messages", "model", "output_config", "output_format", "stop_sequences",
     "stream", "system", "temperature", "thinking", "tool_choice", "tools", "top_k", "top_p",
@@ -4708,7 +4708,7 @@ def read_messages_request(body: Json) -> Conversation:
     chat = Conversation(model=need_str(body, "model"))
     for key in ("mcp_servers", "container"):
         if body.get(key):
-            raise UnsupportedFeature(f"{key}: nothing runs on this side.", param=key)
+            raise UnsupportedFeature(f"{key}: is not available on this model.", param=key)
     system = read_parts(without_billing_header(body.get("system")), "system")
     chat.system = [block for block in system if isinstance(block, Text) and block.text.strip()]
     for index, message in enumerate(message_list(body)):
@@ -4744,29 +4744,28 @@ def read_messages_request(body: Json) -> Conversation:
 
 
 def read_messages_tools(body: Json, chat: Conversation) -> None:
-    choice = dict_field(body, "tool_choice")
-    choice_type = word_field(choice, "type", MESSAGES_CHOICES, "tool_choice")
-    forced_name = str_field(choice, "name", "tool_choice") or ""
     server_tools = []
     for index, item in enumerate(list_field(body, "tools")):
         path = f"tools.{index}"
         tool = need_dict(item, path)
-        tool_type = str_field(tool, "type", path) or "custom"
-        name = str_field(tool, "name", path) or tool_type
-        is_custom = tool_type == "custom"
-        schema = tool.get("input_schema") if is_custom else client_tool_schema(tool_type)
-        if schema is None and not is_custom:
+        kind = str_field(tool, "type", path) or "custom"
+        name = str_field(tool, "name", path) or kind
+        schema = tool.get("input_schema") if kind == "custom" else client_tool_schema(kind)
+        if schema is None and kind != "custom":
             server_tools.append(name)
             continue
         description = str_field(tool, "description", path) or ""
         strict = bool_field(tool, "strict", path)
         schema = object_schema(schema, f"{path}.input_schema")
         chat.tools.append(Tool(name, description, schema, strict))
-    drop_hosted(server_tools, len(chat.tools), forced_name, chat.dropped)
-    if choice_type == "tool":
+    choice = dict_field(body, "tool_choice")
+    mode = word_field(choice, "type", FROM_TOOL_CHOICE, "tool_choice")
+    name = str_field(choice, "name", "tool_choice") or ""
+    drop_hosted(server_tools, len(chat.tools), name, chat.dropped)
+    if mode == "tool":
         need_str(choice, "name", "tool_choice")
-    if choice_type is not None:
-        chat.choice = ToolChoice(MESSAGES_CHOICES[choice_type], forced_name)
+    if mode is not None:
+        chat.choice = ToolChoice(FROM_TOOL_CHOICE[mode], name)
     if bool_field(choice, "disable_parallel_tool_use", "tool_choice"):
         chat.parallel = False
 
@@ -4874,13 +4873,11 @@ def write_messages_block(block: Block, chat: Conversation) -> Json | None:
     """None for thinking that Anthropic did not sign."""
     if isinstance(block, (Text, Refusal)):
         return {"type": "text", "text": block.text}
-    if isinstance(block, Image):
+    if isinstance(block, (Image, Document)):
         source = {"type": "base64", "media_type": block.media_type, "data": block.data}
-        if block.url:
-            source = {"type": "url", "url": block.url}
-        return {"type": "image", "source": source}
-    if isinstance(block, Document):
-        source = {"type": "base64", "media_type": block.media_type, "data": block.data}
+        if isinstance(block, Image):
+            source = {"type": "url", "url": block.url} if block.url else source
+            return {"type": "image", "source": source}
         if block.text:
             source = {"type": "text", "media_type": "text/plain", "data": block.text}
         title = {"title": block.title} if block.title else {}
@@ -4894,9 +4891,7 @@ def write_messages_block(block: Block, chat: Conversation) -> Json | None:
         if content:
             is_text = len(content) == 1 and content[0]["type"] == "text"
             result["content"] = content[0]["text"] if is_text else content
-        if block.is_error:
-            result["is_error"] = True
-        return result
+        return {**result, "is_error": True} if block.is_error else result
     if block.redacted and not block.redacted.startswith(FOREIGN_SIGNATURES):
         return {"type": "redacted_thinking", "data": block.redacted}
     if block.signature and not block.signature.startswith(FOREIGN_SIGNATURES):
@@ -4912,16 +4907,16 @@ def write_messages_tools(chat: Conversation) -> Json:
         tools.append({"name": chat.wire_name(tool.name), **description, "input_schema": schema})
     if not chat.choice and chat.parallel is not False:
         return {"tools": tools}
-    wanted = chat.choice or ToolChoice("auto")
-    choice: Json = {"type": MESSAGES_CHOICE_WORDS[wanted.mode]}
-    if wanted.mode == "named":
-        choice["name"] = chat.wire_name(wanted.name)
-    if chat.parallel is False and wanted.mode != "none":
+    mode = chat.choice.mode if chat.choice else "auto"
+    choice: Json = {"type": TO_TOOL_CHOICE[mode]}
+    if chat.choice and mode == "named":
+        choice["name"] = chat.wire_name(chat.choice.name)
+    if chat.parallel is False and mode != "none":
         choice["disable_parallel_tool_use"] = True
     return {"tools": tools, "tool_choice": choice}
 
 
-# Type of a delta -> (what it extends in our events, the member with its text).
+# Type of a delta -> (the part of our BlockDelta, the key of its text).
 MESSAGES_DELTAS = {
     "text_delta": ("text", "text"), "signature_delta": ("signature", "signature"),
     "thinking_delta": ("text", "thinking"), "input_json_delta": ("arguments", "partial_json"),
@@ -4936,12 +4931,12 @@ class MessagesReader:
     def read(self, frame: Json) -> list[Event]:
         """Unknown types are ignored."""
         kind = frame.get("type")
+        delta = get_dict(frame, "delta")
         if kind == "content_block_delta":
-            delta = get_dict(frame, "delta")
             part, key = MESSAGES_DELTAS.get(str_or_empty(delta, "type"), ("citation", ""))
-            is_citation = part == "citation"
-            text = "" if is_citation else str(delta.get(key) or "")
-            return [BlockDelta(part, text, delta if is_citation else None)]
+            if part == "citation":
+                return [BlockDelta(part, "", delta)]
+            return [BlockDelta(part, str(delta.get(key) or ""))]
         if kind == "content_block_start":
             return self.read_block(get_dict(frame, "content_block"))
         if kind == "content_block_stop":
@@ -4956,13 +4951,12 @@ class MessagesReader:
             return [StreamError(read_stream_error(frame.get("error")))]
         if kind == "message_delta":
             read_usage(frame, MESSAGES_USAGE, self.usage)
-            delta = get_dict(frame, "delta")
-            reason = str_or_empty(delta, "stop_reason")
-            if reason:
+            stop_reason = str_or_empty(delta, "stop_reason")
+            if stop_reason:
+                reason = FROM_STOP_REASON.get(stop_reason, "end")
                 stop_text = str_or_empty(delta, "stop_sequence") or None
                 details = get_dict(delta, "stop_details") or None
-                finish = MESSAGES_FINISHES.get(reason, "end")
-                self.message_stop = MessageStop(finish, stop_text, details)
+                self.message_stop = MessageStop(reason, stop_text, details)
         return []
 
     @staticmethod
@@ -5000,8 +4994,8 @@ EMPTY_MESSAGE: Json = {
 class MessagesWriter:
     """Events -> Anthropic stream events.
 
-    Encrypted reasoning is sent only to clients that asked for thinking: others take `content[0]`
-    for the text.  For them the gateway keeps it, keyed by the calls that follow it.
+    Encrypted reasoning is sent only to clients that enabled thinking: others take `content[0]` for
+    the text.  For them the gateway stores it, keyed by the calls that follow it.
     """
 
     def __init__(self, context: ResponseContext) -> None:
@@ -5047,7 +5041,14 @@ class MessagesWriter:
         if isinstance(event, BlockStart):
             self.block_index += 1
             self.has_refusal = self.has_refusal or event.kind == "refusal"
-            return [self.block_frame("start", content_block=self.write_block(event))]
+            block: Json = event.raw or {"type": "text", "text": ""}
+            if event.kind == "tool":
+                block = {"type": "tool_use", "id": event.id, "name": event.name, "input": {}}
+            elif event.kind == "thinking":
+                block = {"type": "thinking", "thinking": "", "signature": ""}
+            elif event.kind == "redacted":
+                block = {"type": "redacted_thinking", "data": block.get("data", "")}
+            return [self.block_frame("start", content_block=block)]
         if isinstance(event, BlockStop):
             return [self.block_frame("stop")]
         if isinstance(event, MessageStart):
@@ -5062,16 +5063,6 @@ class MessagesWriter:
 
     def block_frame(self, step: str, **members: Any) -> Json:
         return {"type": f"content_block_{step}", "index": self.block_index, **members}
-
-    @staticmethod
-    def write_block(event: BlockStart) -> Json:
-        if event.kind == "tool":
-            return {"type": "tool_use", "id": event.id, "name": event.name, "input": {}}
-        if event.kind == "thinking":
-            return {"type": "thinking", "thinking": "", "signature": ""}
-        if event.kind == "redacted":
-            return {"type": "redacted_thinking", "data": (event.raw or {}).get("data", "")}
-        return event.raw or {"type": "text", "text": ""}
 
     def write_delta(self, event: BlockDelta) -> Json | None:
         if event.part == "arguments":
@@ -5089,8 +5080,7 @@ class MessagesWriter:
         reason = "filter" if self.has_refusal and event.reason == "end" else event.reason
         if reason == "stop" and event.stop_text is None:
             reason = "end"
-        stop_reason = MESSAGES_FINISH_WORDS[reason]
-        delta: Json = {"stop_reason": stop_reason, "stop_sequence": event.stop_text}
+        delta: Json = {"stop_reason": TO_STOP_REASON[reason], "stop_sequence": event.stop_text}
         if event.details:
             delta["stop_details"] = event.details
         usage = write_messages_usage(self.usage)
@@ -5131,26 +5121,30 @@ class MessagesRelay:
             return []
         if kind == "message_start":
             self.started = True
-            frame["message"] = self.repair_start(get_dict(frame, "message"))
+            message = get_dict(frame, "message")
+            read_usage(message, MESSAGES_USAGE, self.usage)
+            usage = {**get_dict(message, "usage"), "output_tokens": self.usage.output}
+            usage["input_tokens"] = self.usage.input
+            if not self.usage.prompt:  # clients would show the context as empty
+                usage["input_tokens"] = estimate_request(self.context.asked)
+            message = {**EMPTY_MESSAGE, **message, "model": self.context.model, "usage": usage}
+            frame["message"] = message
         elif not self.started:
             raise UpstreamError(OFF_PROTOCOL)
         elif kind in BLOCK_FRAMES:
             self.repair_block(kind, frame)
         elif kind == "message_delta":
-            self.repair_finish(frame)
+            frame["delta"] = delta = get_dict(frame, "delta")
+            self.has_stop_reason = self.has_stop_reason or bool(delta.get("stop_reason"))
+            if self.has_tool_call and delta.get("stop_reason") == "end_turn":
+                delta["stop_reason"] = "tool_use"
+            read_usage(frame, MESSAGES_USAGE, self.usage)
+            frame["usage"] = {**get_dict(frame, "usage"), "output_tokens": self.usage.output}
+            if "context_management" not in self.context.asked:
+                frame.pop("context_management", None)  # langchain fails on it unless requested
         elif kind == "message_stop":
             self.end()
         return [frame]
-
-    def repair_start(self, message: Json) -> Json:
-        """Sets the client's model name and a non-zero input count."""
-        read_usage(message, MESSAGES_USAGE, self.usage)
-        usage = dict(get_dict(message, "usage"))
-        usage["output_tokens"] = self.usage.output
-        usage["input_tokens"] = self.usage.input
-        if not self.usage.prompt:
-            usage["input_tokens"] = estimate_request(self.context.asked)
-        return {**EMPTY_MESSAGE, **message, "model": self.context.model, "usage": usage}
 
     def repair_block(self, kind: str, frame: Json) -> None:
         """Checks that indexes are dense and blocks do not overlap, or clients lose text or fail.
@@ -5176,18 +5170,6 @@ class MessagesRelay:
                 self.guard.check(arguments)
             text = content.get("text") or content.get("thinking") or arguments
             self.said += estimate_text(str(text))
-
-    def repair_finish(self, frame: Json) -> None:
-        frame["delta"] = delta = get_dict(frame, "delta")
-        if delta.get("stop_reason"):
-            self.has_stop_reason = True
-            if self.has_tool_call and delta["stop_reason"] == "end_turn":
-                delta["stop_reason"] = "tool_use"
-        frame["usage"] = usage = dict(get_dict(frame, "usage"))
-        read_usage(frame, MESSAGES_USAGE, self.usage)
-        usage["output_tokens"] = self.usage.output
-        if "context_management" not in self.context.asked:
-            frame.pop("context_management", None)  # langchain fails on it unless it asked
 
     def end(self) -> list[Json]:
         if self.finished:
@@ -5232,8 +5214,7 @@ def aggregate_messages(frames: list[Json]) -> Json:
 
 def expand_block(index: int, block: Json) -> list[Json]:
     """The frames of one block: clients read text and tool input from deltas only."""
-    deltas: list[Json] = []
-    start = dict(block)
+    start, deltas = dict(block), []
     if block.get("type") == "tool_use":
         start["input"] = {}
         text = dump_text(block.get("input") or {})
@@ -5255,13 +5236,10 @@ def messages_initiator(messages: list[Json]) -> str:
     last_message = next((m for m in reversed(messages) if m.get("role") != "system"), messages[-1])
     if last_message.get("role") == "assistant":
         return "agent"
-    content = last_message.get("content")
-    parts = [p for p in content if isinstance(p, dict)] if isinstance(content, list) else []
-    if all(part.get("type") != "tool_result" for part in parts):
-        return "user"
-    texts = [part.get("text") for part in parts if part.get("type") == "text"]
-    has_user_text = any(isinstance(text, str) and not is_reminder(text) for text in texts)
-    return "user" if has_user_text else "agent"
+    parts = get_dicts(last_message, "content")
+    texts = [str_or_empty(part, "text") for part in parts if part.get("type") == "text"]
+    has_result = any(part.get("type") == "tool_result" for part in parts)
+    return "agent" if has_result and all(map(is_reminder, texts)) else "user"
 
 
 def has_image(content: Any) -> bool:
@@ -5302,9 +5280,8 @@ class MessagesDialect(Dialect):
     def expand(self, response: Json) -> list[Json]:
         opening = {**response, "content": [], "stop_reason": None, "stop_sequence": None}
         frames: list[Json] = [{"type": "message_start", "message": opening}]
-        content = response.get("content")
-        for index, block in enumerate(content if isinstance(content, list) else ()):
-            frames += expand_block(index, block if isinstance(block, dict) else {})
+        for index, block in enumerate(get_dicts(response, "content")):
+            frames += expand_block(index, block)
         delta = {key: response.get(key) for key in ("stop_reason", "stop_sequence")}
         usage = dict(get_dict(response, "usage"))
         last: Json = {"type": "message_delta", "delta": delta, "usage": usage}
