@@ -5087,12 +5087,8 @@ class MessagesWriter:
         return [{"type": "message_delta", "delta": delta, "usage": usage}, {"type": "message_stop"}]
 
 
-# Frame type -> the member without which it means nothing.
-BLOCK_FRAMES = {
-    "content_block_start": "content_block", "content_block_delta": "delta",
-    "content_block_stop": "index",
-}  # fmt: skip
-MESSAGES_EVENTS = (*BLOCK_FRAMES, "message_start", "message_delta", "message_stop", "ping")
+BLOCK_EVENTS = ("content_block_start", "content_block_delta", "content_block_stop")
+MESSAGES_EVENTS = (*BLOCK_EVENTS, "message_start", "message_delta", "message_stop", "ping")
 
 
 class MessagesRelay:
@@ -5131,7 +5127,7 @@ class MessagesRelay:
             frame["message"] = message
         elif not self.started:
             raise UpstreamError(OFF_PROTOCOL)
-        elif kind in BLOCK_FRAMES:
+        elif kind in BLOCK_EVENTS:
             self.repair_block(kind, frame)
         elif kind == "message_delta":
             frame["delta"] = delta = get_dict(frame, "delta")
@@ -5153,7 +5149,10 @@ class MessagesRelay:
         """
         is_start, is_stop = kind == "content_block_start", kind == "content_block_stop"
         self.block_count += is_start
-        index, content = frame.get("index"), get_dict(frame, BLOCK_FRAMES[kind])
+        index, content = (
+            frame.get("index"),
+            get_dict(frame, "content_block" if is_start else "delta"),
+        )
         is_misplaced = index != self.block_count - 1 or isinstance(index, bool)
         if is_start is self.in_block or is_misplaced or not (content or is_stop):
             raise UpstreamError(OFF_PROTOCOL)
@@ -5212,25 +5211,6 @@ def aggregate_messages(frames: list[Json]) -> Json:
     return message
 
 
-def expand_block(index: int, block: Json) -> list[Json]:
-    """The frames of one block: clients read text and tool input from deltas only."""
-    start, deltas = dict(block), []
-    if block.get("type") == "tool_use":
-        start["input"] = {}
-        text = dump_text(block.get("input") or {})
-        deltas.append({"type": "input_json_delta", "partial_json": text})
-    elif block.get("type") in ("text", "thinking"):
-        for key in ("text", "thinking", "signature"):
-            if isinstance(block.get(key), str):
-                start[key] = ""
-                deltas.append({"type": f"{key}_delta", key: block[key]})
-    return [
-        {"type": "content_block_start", "index": index, "content_block": start},
-        *({"type": "content_block_delta", "index": index, "delta": delta} for delta in deltas),
-        {"type": "content_block_stop", "index": index},
-    ]
-
-
 def messages_initiator(messages: list[Json]) -> str:
     """`agent` if the last turn is a tool result or the model's own, not a person's."""
     last_message = next((m for m in reversed(messages) if m.get("role") != "system"), messages[-1])
@@ -5278,10 +5258,25 @@ class MessagesDialect(Dialect):
         return has_image(body["messages"])
 
     def expand(self, response: Json) -> list[Json]:
-        opening = {**response, "content": [], "stop_reason": None, "stop_sequence": None}
-        frames: list[Json] = [{"type": "message_start", "message": opening}]
+        """Text and tool input come as deltas: clients do not read them from the first frame."""
+        message = {**response, "content": [], "stop_reason": None, "stop_sequence": None}
+        frames: list[Json] = [{"type": "message_start", "message": message}]
         for index, block in enumerate(get_dicts(response, "content")):
-            frames += expand_block(index, block)
+            start, deltas = dict(block), []
+            if block.get("type") == "tool_use":
+                start["input"] = {}
+                text = dump_text(block.get("input") or {})
+                deltas = [{"type": "input_json_delta", "partial_json": text}]
+            elif block.get("type") in ("text", "thinking"):
+                for key in ("text", "thinking", "signature"):
+                    if isinstance(block.get(key), str):
+                        start[key] = ""
+                        deltas.append({"type": f"{key}_delta", key: block[key]})
+            frames.append({"type": "content_block_start", "index": index, "content_block": start})
+            frames += [
+                {"type": "content_block_delta", "index": index, "delta": delta} for delta in deltas
+            ]
+            frames.append({"type": "content_block_stop", "index": index})
         delta = {key: response.get(key) for key in ("stop_reason", "stop_sequence")}
         usage = dict(get_dict(response, "usage"))
         last: Json = {"type": "message_delta", "delta": delta, "usage": usage}
@@ -5404,7 +5399,7 @@ CUSTOM_SCHEMA: Json = {
 # Client-side tools defined by the vendor: item type of a call in the history -> tool name.
 CLIENT_CALLS = {
     "local_shell_call": "local_shell", "shell_call": "shell", "apply_patch_call": "apply_patch",
-    "computer_call": "computer",
+    "computer_call": "computer", "tool_search_call": "tool_search",
 }  # fmt: skip
 # Calls of server-side tools: their results are kept as text, if they have any.
 HOSTED_ITEMS = (
@@ -5479,7 +5474,7 @@ class ResponsesRequestReader:
         kind = item_kind(item)
         if kind == "message":
             self.read_message(item, path)
-        elif kind in ("function_call", "custom_tool_call", "tool_search_call", *CLIENT_CALLS):
+        elif kind in ("function_call", "custom_tool_call", *CLIENT_CALLS):
             call = self.read_call(item, kind, path)
             self.turn_by_call_id[call.id] = turn = self.open_turn()
             turn.calls.append(call)
@@ -5537,10 +5532,8 @@ class ResponsesRequestReader:
     def read_call(item: Json, kind: str, path: str) -> ToolCall:
         call_id = need_str(item, "call_id", path)
         if kind in CLIENT_CALLS:
-            action = item.get("action") or item.get("operation") or {}
-            return ToolCall(call_id, CLIENT_CALLS[kind], dump_text(action))
-        if kind == "tool_search_call":
-            return ToolCall(call_id, "tool_search", dump_text(item.get("arguments") or {}))
+            key = next((key for key in ("action", "operation", "arguments") if item.get(key)), "")
+            return ToolCall(call_id, CLIENT_CALLS[kind], dump_text(item.get(key) or {}))
         name = flat_name(str_field(item, "namespace", path) or "", need_str(item, "name", path))
         if kind == "custom_tool_call":
             return ToolCall(call_id, name, dump_text({"input": need_str(item, "input", path)}))
@@ -5718,12 +5711,11 @@ def write_assistant_item(block: Block, chat: Conversation) -> Json | None:
     if isinstance(block, ToolCall):
         call = {"call_id": wire_id(block.id), "name": chat.wire_name(block.name)}
         return {"type": "function_call", **call, "arguments": whole_arguments(block.arguments)}
-    if isinstance(block, Text):
-        part: Json = {"type": "output_text", "text": block.text, "annotations": []}
-    elif isinstance(block, Refusal):
-        part = {"type": "refusal", "refusal": block.text}
-    else:
+    if not isinstance(block, (Text, Refusal)):
         return None
+    part: Json = {"type": "output_text", "text": block.text, "annotations": []}
+    if isinstance(block, Refusal):
+        part = {"type": "refusal", "refusal": block.text}
     return {"type": "message", "role": "assistant", "content": [part]}
 
 
@@ -5814,8 +5806,6 @@ class OutputItem:
         return "".join(self.pieces)
 
     def read(self, kind: str, frame: Json) -> None:
-        if self.complete:
-            return
         if kind in ITEM_DELTAS:
             self.add(ITEM_DELTAS[kind], str_or_empty(frame, "delta"))
         elif kind == "response.output_item.added":
@@ -5921,7 +5911,7 @@ class ResponsesReader:
             events.append(MessageStart(str(head.get("id") or ""), str(head.get("model") or "")))
         if kind in RESPONSES_ENDS:
             return events + self.read_end(kind, frame)
-        if isinstance(index, int):
+        if isinstance(index, int) and not self.items[index].complete:
             self.items[index].read(kind, frame)
         while self.current_index in self.items:
             item = self.items[self.current_index]
@@ -5936,15 +5926,11 @@ class ResponsesReader:
         """The terminal frame: items that were never streamed, usage, finish."""
         events: list[Event] = []
         response = get_dict(frame, "response")
-        output = response.get("output")
-        for index, payload in enumerate(output if isinstance(output, list) else ()):
+        payloads = dict(enumerate(get_dicts(response, "output")))
+        for index in sorted(self.items.keys() | payloads):
             item = self.items[index]
-            if not item.complete and isinstance(payload, dict):
-                item.close(payload)
-        items = [item for _, item in sorted(self.items.items())]
-        for item in items:
             if not item.complete:
-                item.close({"type": item.kind})
+                item.close(payloads.get(index) or {"type": item.kind})
             if item.kind == "function_call" and item.pieces and load_object(item.text) is None:
                 kind = "response.incomplete"  # a truncated call must not be run
             events += item.events
@@ -5952,6 +5938,7 @@ class ResponsesReader:
         read_copilot_usage(frame, self.usage)
         if self.usage.source:
             events.append(UsageUpdate(self.usage))
+        items = self.items.values()
         calls = [item.call_id for item in items if item.call_id]
         encrypted_items = [item for item in items if item.signature]
         if calls and encrypted_items and self.context.keep:
@@ -6235,10 +6222,9 @@ class ResponsesRelay:
         """Repairs ids and names; returns the deltas of a summary that came only with its item."""
         item = frame.get("item")
         if isinstance(item, dict):
-            self.repair_item(index, item)
+            self.rename(item, "id", index)
         elif "item_id" in frame:
-            frame["item_id"] = self.stable_id(index, "")
-        self.restore_names(frame)
+            self.rename(frame, "item_id", index)
         if kind == "response.function_call_arguments.delta":
             self.guards[index].check(str_or_empty(frame, "delta"))
         elif kind == "response.reasoning_summary_part.added":
@@ -6249,17 +6235,12 @@ class ResponsesRelay:
                 return expand_item(index, item)[1:-1]
         return []
 
-    def repair_item(self, index: int, item: Json) -> None:
-        item["id"] = self.stable_id(index, str(item.get("type")))
-        self.restore_names(item)
-
-    def stable_id(self, index: int, kind: str) -> str:
+    def rename(self, holder: Json, id_key: str, index: int) -> None:
+        """Sets the stable id of the item at `index`, and the client's tool names."""
         if index not in self.item_ids:
+            kind = str(holder.get("type")) if id_key == "id" else ""
             self.item_ids[index] = output_item_id(self.context, index, kind)
-        return self.item_ids[index]
-
-    def restore_names(self, holder: Json) -> None:
-        """Replaces upstream tool names with the client's."""
+        holder[id_key] = self.item_ids[index]
         for key in ("name", "namespace"):
             name = holder.get(key)
             if isinstance(name, str):
@@ -6278,7 +6259,7 @@ class ResponsesRelay:
             response["output"] = output = [item for _, item in sorted(self.done_items.items())]
         for index, item in enumerate(output if isinstance(output, list) else ()):
             if isinstance(item, dict):
-                self.repair_item(index, item)
+                self.rename(item, "id", index)
                 # Only the last event of an item has its encrypted content right.
                 encrypted = get_str(self.done_items.get(index, {}), "encrypted_content")
                 item.update({"encrypted_content": encrypted} if encrypted else {})
