@@ -4671,14 +4671,14 @@ TO_TOOL_CHOICE = {ours: word for word, ours in FROM_TOOL_CHOICE.items()}
 # Request fields that are converted or mean nothing to other vendors; others are reported as
 # dropped.
 MESSAGES_FIELDS = (
-    "max_tokens", "messages", "model", "output_config", "output_format", "stop_sequences",
-    "stream", "system", "temperature", "thinking", "tool_choice", "tools", "top_k", "top_p",
-    "cache_control", "diagnostics", "fallbacks", "inference_geo", "metadata",
+    "cache_control", "diagnostics", "fallbacks", "inference_geo", "max_tokens", "messages",
+    "metadata", "model", "output_config", "output_format", "stop_sequences", "stream", "system",
+    "temperature", "thinking", "tool_choice", "tools", "top_k", "top_p",
 )  # fmt: skip
 
 
 def is_billing_header(block: Any) -> bool:
-    """Claude Code's first system block: it changes per request and defeats every prompt cache."""
+    """Whether it is Claude Code's, which changes per request and so defeats prompt caching."""
     text = block.get("text") if isinstance(block, dict) else None
     return isinstance(text, str) and text.startswith("x-anthropic-billing-header:")
 
@@ -4789,7 +4789,7 @@ def needs_signed_turn(messages: list[Json]) -> bool:
 
 
 def write_thinking(effort: str | None, budget: int | None, model: Model, body: Json) -> Json:
-    """`thinking` and `output_config` as the model takes them; `body` is otherwise complete."""
+    """`thinking` and `output_config` as the model accepts them; `body` is otherwise complete."""
     if effort is None and budget is None:
         return {}
     if effort == "none":
@@ -4802,8 +4802,8 @@ def write_thinking(effort: str | None, budget: int | None, model: Model, body: J
         return {**settings, "output_config": {"effort": level}} if level else settings
     if model.budget is None or needs_signed_turn(body["messages"]):
         return {}
-    wanted_budget = budget or EFFORT_BUDGETS[effort or "high"]
-    tokens = clamp_budget(wanted_budget, model.budget, body["max_tokens"])
+    budget = budget or EFFORT_BUDGETS[effort or "high"]
+    tokens = clamp_budget(budget, model.budget, body["max_tokens"])
     return {"thinking": {"type": "enabled", "budget_tokens": tokens}} if tokens else {}
 
 
@@ -4853,7 +4853,7 @@ def write_messages_request(chat: Conversation, model: Model) -> Json:
     if chat.session:
         body["metadata"] = {"user_id": short_hash(chat.session, 32)}
     body.update(write_thinking(chat.effort, chat.thinking_budget, model, body))
-    # Claude takes temperature or top_p, and neither with thinking.
+    # Claude accepts temperature or top_p, and neither with thinking.
     if "budget_tokens" not in body.get("thinking", {}) and not model.adaptive:
         if chat.temperature is not None:
             body["temperature"] = min(chat.temperature, 1)
@@ -4916,11 +4916,13 @@ def write_messages_tools(chat: Conversation) -> Json:
     return {"tools": tools, "tool_choice": choice}
 
 
-# Type of a delta -> (the part of our BlockDelta, the key of its text).
-MESSAGES_DELTAS = {
-    "text_delta": ("text", "text"), "signature_delta": ("signature", "signature"),
-    "thinking_delta": ("text", "thinking"), "input_json_delta": ("arguments", "partial_json"),
+# What a delta extends -> (its type, the key of its text), and back; thinking is a block's text.
+TO_DELTA = {
+    "text": ("text_delta", "text"), "arguments": ("input_json_delta", "partial_json"),
+    "thinking": ("thinking_delta", "thinking"), "signature": ("signature_delta", "signature"),
 }  # fmt: skip
+FROM_DELTA = {kind: (part, key) for part, (kind, key) in TO_DELTA.items()}
+FROM_DELTA["thinking_delta"] = ("text", "thinking")
 
 
 class MessagesReader:
@@ -4933,7 +4935,7 @@ class MessagesReader:
         kind = frame.get("type")
         delta = get_dict(frame, "delta")
         if kind == "content_block_delta":
-            part, key = MESSAGES_DELTAS.get(str_or_empty(delta, "type"), ("citation", ""))
+            part, key = FROM_DELTA.get(str_or_empty(delta, "type"), ("citation", ""))
             if part == "citation":
                 return [BlockDelta(part, "", delta)]
             return [BlockDelta(part, str(delta.get(key) or ""))]
@@ -5054,9 +5056,8 @@ class MessagesWriter:
         if isinstance(event, MessageStart):
             # Input tokens are estimated here; otherwise clients show the context as empty.
             usage = write_messages_usage(Usage(input=estimate_request(self.context.asked)))
-            message: Json = {"id": self.context.id, "type": "message", "role": "assistant"}
-            message |= {"model": self.context.model, **EMPTY_MESSAGE, "usage": usage}
-            return [{"type": "message_start", "message": message}]
+            message = {"id": self.context.id, **EMPTY_MESSAGE, "model": self.context.model}
+            return [{"type": "message_start", "message": {**message, "usage": usage}}]
         if isinstance(event, UsageUpdate):
             self.usage = event.usage
         return self.write_finish(event) if isinstance(event, MessageStop) else []
@@ -5065,16 +5066,14 @@ class MessagesWriter:
         return {"type": f"content_block_{step}", "index": self.block_index, **members}
 
     def write_delta(self, event: BlockDelta) -> Json | None:
-        if event.part == "arguments":
-            return {"type": "input_json_delta", "partial_json": event.text}
-        if event.part == "signature":
-            return {"type": "signature_delta", "signature": event.text}
-        if event.part == "citation":
+        part = event.part
+        if part == "citation":
             return event.raw
-        if self.block_kind != "thinking":
-            return {"type": "text_delta", "text": event.text}
-        is_hidden = self.context.hide_thinking
-        return None if is_hidden else {"type": "thinking_delta", "thinking": event.text}
+        if part == "text" and self.block_kind == "thinking":
+            part = "thinking"
+        kind, key = TO_DELTA[part]
+        is_hidden = part == "thinking" and self.context.hide_thinking
+        return None if is_hidden else {"type": kind, key: event.text}
 
     def write_finish(self, event: MessageStop) -> list[Json]:
         reason = "filter" if self.has_refusal and event.reason == "end" else event.reason
@@ -5212,7 +5211,7 @@ def aggregate_messages(frames: list[Json]) -> Json:
 
 
 def messages_initiator(messages: list[Json]) -> str:
-    """`agent` if the last turn is a tool result or the model's own, not a person's."""
+    """`user` if a person wrote in the last turn; `agent` for tool results and prefills."""
     last_message = next((m for m in reversed(messages) if m.get("role") != "system"), messages[-1])
     if last_message.get("role") == "assistant":
         return "agent"
@@ -5295,7 +5294,7 @@ class MessagesDialect(Dialect):
         return {"type": "error", "error": payload, "request_id": request_id}
 
     def error_status(self, error: ApiError) -> int:
-        """The error's own status, but 529 for an overload, as Anthropic's."""
+        """529 for an overload, as in Anthropic's API."""
         return 529 if isinstance(error, Overloaded) else error.status
 
     def ping(self, begun: bool) -> bytes:
@@ -5310,16 +5309,16 @@ class MessagesDialect(Dialect):
 THINKING_ENVELOPE = "gw1.a."
 RESPONSES_ENVELOPE = "gw1.r."
 
-# Dropped without a report: nothing would be missed.
+# Dropped silently: the response does not depend on them.
 RESPONSES_SILENT = ("client_metadata", "safety_identifier", "service_tier", "truncation", "user")
-# Request fields that are converted or silent; others are reported as dropped.
+# Request fields that are converted or silently dropped; others are reported as dropped.
 RESPONSES_FIELDS = (
     "background", "conversation", "include", "input", "instructions", "max_output_tokens",
     "metadata", "model", "parallel_tool_calls", "previous_response_id", "prompt",
     "prompt_cache_key", "reasoning", "store", "stream", "stream_options", "temperature", "text",
     "tool_choice", "tools", "top_p", *RESPONSES_SILENT,
 )  # fmt: skip
-# Request fields that the response repeats, and their defaults.
+# Request fields that the response echoes, and their defaults.
 RESPONSES_ECHOED: Json = {
     "instructions": None, "max_output_tokens": None, "metadata": {}, "parallel_tool_calls": True,
     "previous_response_id": None, "reasoning": {"effort": None, "summary": None},
@@ -5382,11 +5381,10 @@ def input_items(body: Json) -> list[Json]:
     value = body.get("input")
     if isinstance(value, str):
         return [{"type": "message", "role": "user", "content": value}]
-    if value is None:
-        raise InvalidRequest("input: is required.", param="input")
     items: list[Json] = list_field(body, "input")
     if not items:
-        raise InvalidRequest("input: must not be empty.", param="input")
+        problem = "is required" if value is None else "must not be empty"
+        raise InvalidRequest(f"input: {problem}.", param="input")
     for index, item in enumerate(items):
         need_dict(item, f"input.{index}")
     return items
@@ -5401,11 +5399,10 @@ CLIENT_CALLS = {
     "local_shell_call": "local_shell", "shell_call": "shell", "apply_patch_call": "apply_patch",
     "computer_call": "computer", "tool_search_call": "tool_search",
 }  # fmt: skip
-# Calls of server-side tools: their results are kept as text, if they have any.
+# Calls of server-side tools: their results, if any, are converted to text.
 HOSTED_ITEMS = (
-    "code_interpreter_call", "file_search_call", "image_generation_call",
-    "mcp_approval_request", "mcp_approval_response", "mcp_call", "mcp_list_tools",
-    "web_search_call",
+    "code_interpreter_call", "file_search_call", "image_generation_call", "mcp_approval_request",
+    "mcp_approval_response", "mcp_call", "mcp_list_tools", "web_search_call",
 )  # fmt: skip
 
 
@@ -5705,7 +5702,7 @@ def write_input_items(chat: Conversation) -> list[Json]:
 
 
 def write_assistant_item(block: Block, chat: Conversation) -> Json | None:
-    """None for images and documents, and for another vendor's thinking."""
+    """None for images, documents and another vendor's thinking."""
     if isinstance(block, Thinking):
         return write_reasoning_item(block.text, block.signature or block.redacted)
     if isinstance(block, ToolCall):
@@ -5720,7 +5717,7 @@ def write_assistant_item(block: Block, chat: Conversation) -> Json | None:
 
 
 def write_input_parts(block: Block) -> list[Json]:
-    """The part for one block of a user turn; none for what users do not send."""
+    """The parts for one block of a user turn; none for what only an assistant sends."""
     if isinstance(block, (Text, Refusal)):
         return [{"type": "input_text", "text": block.text}]
     if isinstance(block, Image):
@@ -5736,7 +5733,7 @@ def write_input_parts(block: Block) -> list[Json]:
 
 
 def write_output_item(result: ToolResult, next_parts: list[Json]) -> Json:
-    """A tool's output; its images move to the next message, as Copilot takes only text."""
+    """A tool's output; its images move to the next message, as Copilot accepts only text."""
     text = plain_text(result.blocks)
     blocks = [block for block in result.blocks if not isinstance(block, (Text, Refusal))]
     media = [part for block in blocks for part in write_input_parts(block)]
@@ -5798,7 +5795,6 @@ class OutputItem:
     open_block: str = ""  #: kind of the open block
     pieces: list[str] = field(default_factory=list)  #: the text of the item so far
     part_count: int = 0  #: number of complete content parts
-    has_text: bool = False  #: the open part has text
     complete: bool = False
 
     @property
@@ -5835,7 +5831,6 @@ class OutputItem:
             self.end_text()
             self.open_block = block_kind
             self.events.append(BlockStart(block_kind))
-        self.has_text = True
         self.pieces.append(text)
         self.events.append(BlockDelta("arguments" if block_kind == "tool" else "text", text))
 
@@ -5847,12 +5842,11 @@ class OutputItem:
 
     def end_part(self, part: Json) -> None:
         """Ends a content part; text that came only with it is added."""
-        if not self.has_text:
+        if not self.open_block:
             self.add("text", str_or_empty(part, "text"))
             self.add("refusal", str_or_empty(part, "refusal"))
         self.end_text()
         self.part_count += 1
-        self.has_text = False
 
     def close(self, payload: Json) -> None:
         """Ends the item; content that came only with it is added."""
@@ -5875,7 +5869,7 @@ class OutputItem:
         self.open_block, self.complete = "", True
 
     def close_reasoning(self, payload: Json) -> None:
-        """Only now is the encrypted form of reasoning reliable."""
+        """Encrypted reasoning is reliable only in the last frame of its item."""
         if not self.pieces:
             parts = get_dicts(payload, "summary") or get_dicts(payload, "content")
             texts = [str_or_empty(part, "text") for part in parts]
@@ -6260,7 +6254,7 @@ class ResponsesRelay:
         for index, item in enumerate(output if isinstance(output, list) else ()):
             if isinstance(item, dict):
                 self.rename(item, "id", index)
-                # Only the last event of an item has its encrypted content right.
+                # Encrypted content is reliable only in the last frame of its item.
                 encrypted = get_str(self.done_items.get(index, {}), "encrypted_content")
                 item.update({"encrypted_content": encrypted} if encrypted else {})
 
@@ -6334,7 +6328,7 @@ class ResponsesDialect(Dialect):
         return {"error": payload}
 
     def error_status(self, error: ApiError) -> int:
-        """The error's own status, but 400 if not signed in: Codex retries a 5xx up to 30 times."""
+        """400 if not signed in: Codex retries a 5xx up to 30 times."""
         return 400 if isinstance(error, NotSignedIn) else error.status
 
     def error_frames(
@@ -6344,7 +6338,7 @@ class ResponsesDialect(Dialect):
         payload = write_openai_error(error, "input")
         code = payload["code"] or payload["type"]
         if code in ("upstream_error", "upstream_timeout", "internal_error"):
-            code = "server_error"  # the one its clients know
+            code = "server_error"  # the only one that its clients know
         failure = {"code": code, "message": payload["message"]}
         failed = response_frame(context, "failed", error=failure)
         return [failed] if begun else [response_frame(context, "created"), failed]
