@@ -4921,8 +4921,9 @@ TO_DELTA = {
     "text": ("text_delta", "text"), "arguments": ("input_json_delta", "partial_json"),
     "thinking": ("thinking_delta", "thinking"), "signature": ("signature_delta", "signature"),
 }  # fmt: skip
-FROM_DELTA = {kind: (part, key) for part, (kind, key) in TO_DELTA.items()}
-FROM_DELTA["thinking_delta"] = ("text", "thinking")
+FROM_DELTA = {
+    kind: ("text" if part == "thinking" else part, key) for part, (kind, key) in TO_DELTA.items()
+}
 
 
 class MessagesReader:
@@ -5490,8 +5491,10 @@ class ResponsesRequestReader:
             self.read_tools(item, path)
         elif kind in HOSTED_ITEMS:
             text = hosted_words(item)
-            self.add_content([Text(f"[{kind.removesuffix('_call')}: {text}]")] if text else [])
-            self.chat.dropped += [] if text else [f"input.{kind}"]
+            if text:
+                self.add_content([Text(f"[{kind.removesuffix('_call')}: {text}]")])
+            else:
+                self.chat.dropped.append(f"input.{kind}")
         elif kind == "item_reference":
             text = f"{path}: items are not stored here; send the item itself."
             raise InvalidRequest(text, param=path, code="invalid_item_reference")
@@ -5743,8 +5746,8 @@ def write_output_item(result: ToolResult, next_parts: list[Json]) -> Json:
         text = text or "[in the next message]"
     if result.is_error and not text.startswith("Error"):
         text = f"Error: {text}"
-    text = text if text.strip() else "(no output)"
-    return {"type": "function_call_output", "call_id": call_id, "output": text}
+    output = text if text.strip() else "(no output)"
+    return {"type": "function_call_output", "call_id": call_id, "output": output}
 
 
 def write_responses_tool(tool: Tool, chat: Conversation) -> Json:
@@ -5756,11 +5759,10 @@ def write_responses_tool(tool: Tool, chat: Conversation) -> Json:
 
 def write_reasoning_item(text: str, signature: str) -> Json | None:
     """Reasoning from a responses upstream, as an item; None for another vendor's thinking."""
-    carried = unpack(RESPONSES_ENVELOPE, signature)
-    if carried is None or not get_str(carried, "enc"):
-        return None
+    encrypted = get_str(unpack(RESPONSES_ENVELOPE, signature) or {}, "enc")
     summary = [{"type": "summary_text", "text": text}] if text else []
-    return {"type": "reasoning", "summary": summary, "encrypted_content": carried["enc"]}
+    item = {"type": "reasoning", "summary": summary, "encrypted_content": encrypted}
+    return item if encrypted else None
 
 
 RESPONSES_FAILURES = ("response.failed", "response.cancelled", "error")
@@ -6278,8 +6280,8 @@ class ResponsesDialect(Dialect):
         items = input_items(body)
         session = body.get("prompt_cache_key") or body.get("user")
         turns = [item for item in items if item.get("role") not in ("system", "developer")]
-        prompts = [item for item in items if item.get("role") in ("system", "developer")]
-        system = body.get("instructions") or (prompts[0].get("content") if prompts else "")
+        prompts = (item for item in items if item.get("role") in ("system", "developer"))
+        system = body.get("instructions") or next(prompts, {}).get("content")
         return RequestInfo(
             model=need_str(body, "model"),
             stream=take_bool(body, "stream"),
