@@ -4540,26 +4540,26 @@ class ChatDialect(Dialect):
 
 # 8.3 Anthropic messages
 
-MESSAGES_FINISHES = {
+# Anthropic's word -> ours, and back.
+FROM_STOP_REASON = {
     "end_turn": "end", "stop_sequence": "stop", "tool_use": "tool", "max_tokens": "length",
     "model_context_window_exceeded": "context", "refusal": "filter", "compaction": "pause",
     "pause_turn": "pause",
 }  # fmt: skip
-MESSAGES_FINISH_WORDS = {reason: word for word, reason in MESSAGES_FINISHES.items()}
-# A tool choice's type -> our mode, and back.
-MESSAGES_CHOICES = {"auto": "auto", "any": "required", "none": "none", "tool": "named"}
-MESSAGES_CHOICE_WORDS = {mode: word for word, mode in MESSAGES_CHOICES.items()}
-# Request fields that are converted, and those without meaning to another vendor; others are
-# reported as dropped.
+TO_STOP_REASON = {ours: word for word, ours in FROM_STOP_REASON.items()}
+FROM_TOOL_CHOICE = {"auto": "auto", "any": "required", "none": "none", "tool": "named"}
+TO_TOOL_CHOICE = {ours: word for word, ours in FROM_TOOL_CHOICE.items()}
+# Request fields that are converted or mean nothing to other vendors; others are reported as
+# dropped.
 MESSAGES_FIELDS = (
-    "max_tokens", "messages", "model", "output_config", "output_format", "stop_sequences",
-    "stream", "system", "temperature", "thinking", "tool_choice", "tools", "top_k", "top_p",
-    "cache_control", "diagnostics", "fallbacks", "inference_geo", "metadata",
+    "cache_control", "diagnostics", "fallbacks", "inference_geo", "max_tokens", "messages",
+    "metadata", "model", "output_config", "output_format", "stop_sequences", "stream", "system",
+    "temperature", "thinking", "tool_choice", "tools", "top_k", "top_p",
 )  # fmt: skip
 
 
 def is_billing_header(block: Any) -> bool:
-    """Claude Code's first system block: it changes per request and defeats every prompt cache."""
+    """Whether it is Claude Code's, which changes per request and so defeats prompt caching."""
     text = block.get("text") if isinstance(block, dict) else None
     return isinstance(text, str) and text.startswith("x-anthropic-billing-header:")
 
@@ -4589,7 +4589,7 @@ def read_messages_request(body: Json) -> Conversation:
     chat = Conversation(model=need_str(body, "model"))
     for key in ("mcp_servers", "container"):
         if body.get(key):
-            raise UnsupportedFeature(f"{key}: nothing runs on this side.", param=key)
+            raise UnsupportedFeature(f"{key}: is not available on this model.", param=key)
     system = read_parts(without_billing_header(body.get("system")), "system")
     chat.system = [block for block in system if isinstance(block, Text) and block.text.strip()]
     for index, message in enumerate(message_list(body)):
@@ -4625,29 +4625,28 @@ def read_messages_request(body: Json) -> Conversation:
 
 
 def read_messages_tools(body: Json, chat: Conversation) -> None:
-    choice = dict_field(body, "tool_choice")
-    choice_type = word_field(choice, "type", MESSAGES_CHOICES, "tool_choice")
-    forced_name = str_field(choice, "name", "tool_choice") or ""
     server_tools = []
     for index, item in enumerate(list_field(body, "tools")):
         path = f"tools.{index}"
         tool = need_dict(item, path)
-        tool_type = str_field(tool, "type", path) or "custom"
-        name = str_field(tool, "name", path) or tool_type
-        is_custom = tool_type == "custom"
-        schema = tool.get("input_schema") if is_custom else client_tool_schema(tool_type)
-        if schema is None and not is_custom:
+        kind = str_field(tool, "type", path) or "custom"
+        name = str_field(tool, "name", path) or kind
+        schema = tool.get("input_schema") if kind == "custom" else client_tool_schema(kind)
+        if schema is None and kind != "custom":
             server_tools.append(name)
             continue
         description = str_field(tool, "description", path) or ""
         strict = bool_field(tool, "strict", path)
         schema = object_schema(schema, f"{path}.input_schema")
         chat.tools.append(Tool(name, description, schema, strict))
-    drop_hosted(server_tools, len(chat.tools), forced_name, chat.dropped)
-    if choice_type == "tool":
+    choice = dict_field(body, "tool_choice")
+    mode = word_field(choice, "type", FROM_TOOL_CHOICE, "tool_choice")
+    name = str_field(choice, "name", "tool_choice") or ""
+    drop_hosted(server_tools, len(chat.tools), name, chat.dropped)
+    if mode == "tool":
         need_str(choice, "name", "tool_choice")
-    if choice_type is not None:
-        chat.choice = ToolChoice(MESSAGES_CHOICES[choice_type], forced_name)
+    if mode is not None:
+        chat.choice = ToolChoice(FROM_TOOL_CHOICE[mode], name)
     if bool_field(choice, "disable_parallel_tool_use", "tool_choice"):
         chat.parallel = False
 
@@ -4671,7 +4670,7 @@ def needs_signed_turn(messages: list[Json]) -> bool:
 
 
 def write_thinking(effort: str | None, budget: int | None, model: Model, body: Json) -> Json:
-    """`thinking` and `output_config` as the model takes them; `body` is otherwise complete."""
+    """`thinking` and `output_config` as the model accepts them; `body` is otherwise complete."""
     if effort is None and budget is None:
         return {}
     if effort == "none":
@@ -4684,8 +4683,8 @@ def write_thinking(effort: str | None, budget: int | None, model: Model, body: J
         return {**settings, "output_config": {"effort": level}} if level else settings
     if model.budget is None or needs_signed_turn(body["messages"]):
         return {}
-    wanted_budget = budget or EFFORT_BUDGETS[effort or "high"]
-    tokens = clamp_budget(wanted_budget, model.budget, body["max_tokens"])
+    budget = budget or EFFORT_BUDGETS[effort or "high"]
+    tokens = clamp_budget(budget, model.budget, body["max_tokens"])
     return {"thinking": {"type": "enabled", "budget_tokens": tokens}} if tokens else {}
 
 
@@ -4735,7 +4734,7 @@ def write_messages_request(chat: Conversation, model: Model) -> Json:
     if chat.session:
         body["metadata"] = {"user_id": short_hash(chat.session, 32)}
     body.update(write_thinking(chat.effort, chat.thinking_budget, model, body))
-    # Claude takes temperature or top_p, and neither with thinking.
+    # Claude accepts temperature or top_p, and neither with thinking.
     if "budget_tokens" not in body.get("thinking", {}) and not model.adaptive:
         if chat.temperature is not None:
             body["temperature"] = min(chat.temperature, 1)
@@ -4755,13 +4754,11 @@ def write_messages_block(block: Block, chat: Conversation) -> Json | None:
     """None for thinking that Anthropic did not sign."""
     if isinstance(block, (Text, Refusal)):
         return {"type": "text", "text": block.text}
-    if isinstance(block, Image):
+    if isinstance(block, (Image, Document)):
         source = {"type": "base64", "media_type": block.media_type, "data": block.data}
-        if block.url:
-            source = {"type": "url", "url": block.url}
-        return {"type": "image", "source": source}
-    if isinstance(block, Document):
-        source = {"type": "base64", "media_type": block.media_type, "data": block.data}
+        if isinstance(block, Image):
+            source = {"type": "url", "url": block.url} if block.url else source
+            return {"type": "image", "source": source}
         if block.text:
             source = {"type": "text", "media_type": "text/plain", "data": block.text}
         title = {"title": block.title} if block.title else {}
@@ -4775,9 +4772,7 @@ def write_messages_block(block: Block, chat: Conversation) -> Json | None:
         if content:
             is_text = len(content) == 1 and content[0]["type"] == "text"
             result["content"] = content[0]["text"] if is_text else content
-        if block.is_error:
-            result["is_error"] = True
-        return result
+        return {**result, "is_error": True} if block.is_error else result
     if block.redacted and not block.redacted.startswith(FOREIGN_SIGNATURES):
         return {"type": "redacted_thinking", "data": block.redacted}
     if block.signature and not block.signature.startswith(FOREIGN_SIGNATURES):
@@ -4793,20 +4788,23 @@ def write_messages_tools(chat: Conversation) -> Json:
         tools.append({"name": chat.wire_name(tool.name), **description, "input_schema": schema})
     if not chat.choice and chat.parallel is not False:
         return {"tools": tools}
-    wanted = chat.choice or ToolChoice("auto")
-    choice: Json = {"type": MESSAGES_CHOICE_WORDS[wanted.mode]}
-    if wanted.mode == "named":
-        choice["name"] = chat.wire_name(wanted.name)
-    if chat.parallel is False and wanted.mode != "none":
+    mode = chat.choice.mode if chat.choice else "auto"
+    choice: Json = {"type": TO_TOOL_CHOICE[mode]}
+    if chat.choice and mode == "named":
+        choice["name"] = chat.wire_name(chat.choice.name)
+    if chat.parallel is False and mode != "none":
         choice["disable_parallel_tool_use"] = True
     return {"tools": tools, "tool_choice": choice}
 
 
-# Type of a delta -> (what it extends in our events, the member with its text).
-MESSAGES_DELTAS = {
-    "text_delta": ("text", "text"), "signature_delta": ("signature", "signature"),
-    "thinking_delta": ("text", "thinking"), "input_json_delta": ("arguments", "partial_json"),
+# What a delta extends -> (its type, the key of its text), and back; thinking is a block's text.
+TO_DELTA = {
+    "text": ("text_delta", "text"), "arguments": ("input_json_delta", "partial_json"),
+    "thinking": ("thinking_delta", "thinking"), "signature": ("signature_delta", "signature"),
 }  # fmt: skip
+FROM_DELTA = {
+    kind: ("text" if part == "thinking" else part, key) for part, (kind, key) in TO_DELTA.items()
+}
 
 
 class MessagesReader:
@@ -4817,12 +4815,12 @@ class MessagesReader:
     def read(self, frame: Json) -> list[Event]:
         """Unknown types are ignored."""
         kind = frame.get("type")
+        delta = get_dict(frame, "delta")
         if kind == "content_block_delta":
-            delta = get_dict(frame, "delta")
-            part, key = MESSAGES_DELTAS.get(str_or_empty(delta, "type"), ("citation", ""))
-            is_citation = part == "citation"
-            text = "" if is_citation else str(delta.get(key) or "")
-            return [BlockDelta(part, text, delta if is_citation else None)]
+            part, key = FROM_DELTA.get(str_or_empty(delta, "type"), ("citation", ""))
+            if part == "citation":
+                return [BlockDelta(part, "", delta)]
+            return [BlockDelta(part, str(delta.get(key) or ""))]
         if kind == "content_block_start":
             return self.read_block(get_dict(frame, "content_block"))
         if kind == "content_block_stop":
@@ -4837,13 +4835,12 @@ class MessagesReader:
             return [StreamError(read_stream_error(frame.get("error")))]
         if kind == "message_delta":
             read_usage(frame, MESSAGES_USAGE, self.usage)
-            delta = get_dict(frame, "delta")
-            reason = str_or_empty(delta, "stop_reason")
-            if reason:
+            stop_reason = str_or_empty(delta, "stop_reason")
+            if stop_reason:
+                reason = FROM_STOP_REASON.get(stop_reason, "end")
                 stop_text = str_or_empty(delta, "stop_sequence") or None
                 details = get_dict(delta, "stop_details") or None
-                finish = MESSAGES_FINISHES.get(reason, "end")
-                self.message_stop = MessageStop(finish, stop_text, details)
+                self.message_stop = MessageStop(reason, stop_text, details)
         return []
 
     @staticmethod
@@ -4881,8 +4878,8 @@ EMPTY_MESSAGE: Json = {
 class MessagesWriter:
     """Events -> Anthropic stream events.
 
-    Encrypted reasoning is sent only to clients that asked for thinking: others take `content[0]`
-    for the text.  For them the gateway keeps it, keyed by the calls that follow it.
+    Encrypted reasoning is sent only to clients that enabled thinking: others take `content[0]` for
+    the text.  For them the gateway stores it, keyed by the calls that follow it.
     """
 
     def __init__(self, context: ResponseContext) -> None:
@@ -4928,15 +4925,21 @@ class MessagesWriter:
         if isinstance(event, BlockStart):
             self.block_index += 1
             self.has_refusal = self.has_refusal or event.kind == "refusal"
-            return [self.block_frame("start", content_block=self.write_block(event))]
+            block: Json = event.raw or {"type": "text", "text": ""}
+            if event.kind == "tool":
+                block = {"type": "tool_use", "id": event.id, "name": event.name, "input": {}}
+            elif event.kind == "thinking":
+                block = {"type": "thinking", "thinking": "", "signature": ""}
+            elif event.kind == "redacted":
+                block = {"type": "redacted_thinking", "data": block.get("data", "")}
+            return [self.block_frame("start", content_block=block)]
         if isinstance(event, BlockStop):
             return [self.block_frame("stop")]
         if isinstance(event, MessageStart):
             # Input tokens are estimated here; otherwise clients show the context as empty.
             usage = write_messages_usage(Usage(input=estimate_request(self.context.asked)))
-            message: Json = {"id": self.context.id, "type": "message", "role": "assistant"}
-            message |= {"model": self.context.model, **EMPTY_MESSAGE, "usage": usage}
-            return [{"type": "message_start", "message": message}]
+            message = {"id": self.context.id, **EMPTY_MESSAGE, "model": self.context.model}
+            return [{"type": "message_start", "message": {**message, "usage": usage}}]
         if isinstance(event, UsageUpdate):
             self.usage = event.usage
         return self.write_finish(event) if isinstance(event, MessageStop) else []
@@ -4944,46 +4947,29 @@ class MessagesWriter:
     def block_frame(self, step: str, **members: Any) -> Json:
         return {"type": f"content_block_{step}", "index": self.block_index, **members}
 
-    @staticmethod
-    def write_block(event: BlockStart) -> Json:
-        if event.kind == "tool":
-            return {"type": "tool_use", "id": event.id, "name": event.name, "input": {}}
-        if event.kind == "thinking":
-            return {"type": "thinking", "thinking": "", "signature": ""}
-        if event.kind == "redacted":
-            return {"type": "redacted_thinking", "data": (event.raw or {}).get("data", "")}
-        return event.raw or {"type": "text", "text": ""}
-
     def write_delta(self, event: BlockDelta) -> Json | None:
-        if event.part == "arguments":
-            return {"type": "input_json_delta", "partial_json": event.text}
-        if event.part == "signature":
-            return {"type": "signature_delta", "signature": event.text}
-        if event.part == "citation":
+        part = event.part
+        if part == "citation":
             return event.raw
-        if self.block_kind != "thinking":
-            return {"type": "text_delta", "text": event.text}
-        is_hidden = self.context.hide_thinking
-        return None if is_hidden else {"type": "thinking_delta", "thinking": event.text}
+        if part == "text" and self.block_kind == "thinking":
+            part = "thinking"
+        kind, key = TO_DELTA[part]
+        is_hidden = part == "thinking" and self.context.hide_thinking
+        return None if is_hidden else {"type": kind, key: event.text}
 
     def write_finish(self, event: MessageStop) -> list[Json]:
         reason = "filter" if self.has_refusal and event.reason == "end" else event.reason
         if reason == "stop" and event.stop_text is None:
             reason = "end"
-        stop_reason = MESSAGES_FINISH_WORDS[reason]
-        delta: Json = {"stop_reason": stop_reason, "stop_sequence": event.stop_text}
+        delta: Json = {"stop_reason": TO_STOP_REASON[reason], "stop_sequence": event.stop_text}
         if event.details:
             delta["stop_details"] = event.details
         usage = write_messages_usage(self.usage)
         return [{"type": "message_delta", "delta": delta, "usage": usage}, {"type": "message_stop"}]
 
 
-# Frame type -> the member without which it means nothing.
-BLOCK_FRAMES = {
-    "content_block_start": "content_block", "content_block_delta": "delta",
-    "content_block_stop": "index",
-}  # fmt: skip
-MESSAGES_EVENTS = (*BLOCK_FRAMES, "message_start", "message_delta", "message_stop", "ping")
+BLOCK_EVENTS = ("content_block_start", "content_block_delta", "content_block_stop")
+MESSAGES_EVENTS = (*BLOCK_EVENTS, "message_start", "message_delta", "message_stop", "ping")
 
 
 class MessagesRelay:
@@ -5012,26 +4998,30 @@ class MessagesRelay:
             return []
         if kind == "message_start":
             self.started = True
-            frame["message"] = self.repair_start(get_dict(frame, "message"))
+            message = get_dict(frame, "message")
+            read_usage(message, MESSAGES_USAGE, self.usage)
+            usage = {**get_dict(message, "usage"), "output_tokens": self.usage.output}
+            usage["input_tokens"] = self.usage.input
+            if not self.usage.prompt:  # clients would show the context as empty
+                usage["input_tokens"] = estimate_request(self.context.asked)
+            message = {**EMPTY_MESSAGE, **message, "model": self.context.model, "usage": usage}
+            frame["message"] = message
         elif not self.started:
             raise UpstreamError(OFF_PROTOCOL)
-        elif kind in BLOCK_FRAMES:
+        elif kind in BLOCK_EVENTS:
             self.repair_block(kind, frame)
         elif kind == "message_delta":
-            self.repair_finish(frame)
+            frame["delta"] = delta = get_dict(frame, "delta")
+            self.has_stop_reason = self.has_stop_reason or bool(delta.get("stop_reason"))
+            if self.has_tool_call and delta.get("stop_reason") == "end_turn":
+                delta["stop_reason"] = "tool_use"
+            read_usage(frame, MESSAGES_USAGE, self.usage)
+            frame["usage"] = {**get_dict(frame, "usage"), "output_tokens": self.usage.output}
+            if "context_management" not in self.context.asked:
+                frame.pop("context_management", None)  # langchain fails on it unless requested
         elif kind == "message_stop":
             self.end()
         return [frame]
-
-    def repair_start(self, message: Json) -> Json:
-        """Sets the client's model name and a non-zero input count."""
-        read_usage(message, MESSAGES_USAGE, self.usage)
-        usage = dict(get_dict(message, "usage"))
-        usage["output_tokens"] = self.usage.output
-        usage["input_tokens"] = self.usage.input
-        if not self.usage.prompt:
-            usage["input_tokens"] = estimate_request(self.context.asked)
-        return {**EMPTY_MESSAGE, **message, "model": self.context.model, "usage": usage}
 
     def repair_block(self, kind: str, frame: Json) -> None:
         """Checks that indexes are dense and blocks do not overlap, or clients lose text or fail.
@@ -5040,7 +5030,10 @@ class MessagesRelay:
         """
         is_start, is_stop = kind == "content_block_start", kind == "content_block_stop"
         self.block_count += is_start
-        index, content = frame.get("index"), get_dict(frame, BLOCK_FRAMES[kind])
+        index, content = (
+            frame.get("index"),
+            get_dict(frame, "content_block" if is_start else "delta"),
+        )
         is_misplaced = index != self.block_count - 1 or isinstance(index, bool)
         if is_start is self.in_block or is_misplaced or not (content or is_stop):
             raise UpstreamError(OFF_PROTOCOL)
@@ -5057,18 +5050,6 @@ class MessagesRelay:
                 self.guard.check(arguments)
             text = content.get("text") or content.get("thinking") or arguments
             self.said += estimate_text(str(text))
-
-    def repair_finish(self, frame: Json) -> None:
-        frame["delta"] = delta = get_dict(frame, "delta")
-        if delta.get("stop_reason"):
-            self.has_stop_reason = True
-            if self.has_tool_call and delta["stop_reason"] == "end_turn":
-                delta["stop_reason"] = "tool_use"
-        frame["usage"] = usage = dict(get_dict(frame, "usage"))
-        read_usage(frame, MESSAGES_USAGE, self.usage)
-        usage["output_tokens"] = self.usage.output
-        if "context_management" not in self.context.asked:
-            frame.pop("context_management", None)  # langchain fails on it unless it asked
 
     def end(self) -> list[Json]:
         if self.finished:
@@ -5111,38 +5092,15 @@ def aggregate_messages(frames: list[Json]) -> Json:
     return message
 
 
-def expand_block(index: int, block: Json) -> list[Json]:
-    """The frames of one block: clients read text and tool input from deltas only."""
-    deltas: list[Json] = []
-    start = dict(block)
-    if block.get("type") == "tool_use":
-        start["input"] = {}
-        text = dump_text(block.get("input") or {})
-        deltas.append({"type": "input_json_delta", "partial_json": text})
-    elif block.get("type") in ("text", "thinking"):
-        for key in ("text", "thinking", "signature"):
-            if isinstance(block.get(key), str):
-                start[key] = ""
-                deltas.append({"type": f"{key}_delta", key: block[key]})
-    return [
-        {"type": "content_block_start", "index": index, "content_block": start},
-        *({"type": "content_block_delta", "index": index, "delta": delta} for delta in deltas),
-        {"type": "content_block_stop", "index": index},
-    ]
-
-
 def messages_initiator(messages: list[Json]) -> str:
-    """`agent` if the last turn is a tool result or the model's own, not a person's."""
+    """`user` if a person wrote in the last turn; `agent` for tool results and prefills."""
     last_message = next((m for m in reversed(messages) if m.get("role") != "system"), messages[-1])
     if last_message.get("role") == "assistant":
         return "agent"
-    content = last_message.get("content")
-    parts = [p for p in content if isinstance(p, dict)] if isinstance(content, list) else []
-    if all(part.get("type") != "tool_result" for part in parts):
-        return "user"
-    texts = [part.get("text") for part in parts if part.get("type") == "text"]
-    has_user_text = any(isinstance(text, str) and not is_reminder(text) for text in texts)
-    return "user" if has_user_text else "agent"
+    parts = get_dicts(last_message, "content")
+    texts = [str_or_empty(part, "text") for part in parts if part.get("type") == "text"]
+    has_result = any(part.get("type") == "tool_result" for part in parts)
+    return "agent" if has_result and all(map(is_reminder, texts)) else "user"
 
 
 def has_image(content: Any) -> bool:
@@ -5181,11 +5139,25 @@ class MessagesDialect(Dialect):
         return has_image(body["messages"])
 
     def expand(self, response: Json) -> list[Json]:
-        opening = {**response, "content": [], "stop_reason": None, "stop_sequence": None}
-        frames: list[Json] = [{"type": "message_start", "message": opening}]
-        content = response.get("content")
-        for index, block in enumerate(content if isinstance(content, list) else ()):
-            frames += expand_block(index, block if isinstance(block, dict) else {})
+        """Text and tool input come as deltas: clients do not read them from the first frame."""
+        message = {**response, "content": [], "stop_reason": None, "stop_sequence": None}
+        frames: list[Json] = [{"type": "message_start", "message": message}]
+        for index, block in enumerate(get_dicts(response, "content")):
+            start, deltas = dict(block), []
+            if block.get("type") == "tool_use":
+                start["input"] = {}
+                text = dump_text(block.get("input") or {})
+                deltas = [{"type": "input_json_delta", "partial_json": text}]
+            elif block.get("type") in ("text", "thinking"):
+                for key in ("text", "thinking", "signature"):
+                    if isinstance(block.get(key), str):
+                        start[key] = ""
+                        deltas.append({"type": f"{key}_delta", key: block[key]})
+            frames.append({"type": "content_block_start", "index": index, "content_block": start})
+            frames += [
+                {"type": "content_block_delta", "index": index, "delta": delta} for delta in deltas
+            ]
+            frames.append({"type": "content_block_stop", "index": index})
         delta = {key: response.get(key) for key in ("stop_reason", "stop_sequence")}
         usage = dict(get_dict(response, "usage"))
         last: Json = {"type": "message_delta", "delta": delta, "usage": usage}
@@ -5204,7 +5176,7 @@ class MessagesDialect(Dialect):
         return {"type": "error", "error": payload, "request_id": request_id}
 
     def error_status(self, error: ApiError) -> int:
-        """The error's own status, but 529 for an overload, as Anthropic's."""
+        """529 for an overload, as in Anthropic's API."""
         return 529 if isinstance(error, Overloaded) else error.status
 
     def ping(self, begun: bool) -> bytes:
@@ -5214,21 +5186,21 @@ class MessagesDialect(Dialect):
 
 # 8.4 OpenAI responses
 
-# Prefixes of another upstream's thinking carried by a responses client, and of a responses
-# upstream's reasoning carried by other clients.
-CARRIED_THINKING = "gw1.a."
+# Prefixes of opaque text: another upstream's thinking that a responses client sends back, and a
+# responses upstream's reasoning that a client of another dialect sends back.
+THINKING_ENVELOPE = "gw1.a."
 RESPONSES_ENVELOPE = "gw1.r."
 
-# Dropped without a report: nothing would be missed.
+# Dropped silently: the response does not depend on them.
 RESPONSES_SILENT = ("client_metadata", "safety_identifier", "service_tier", "truncation", "user")
-# Request fields that are converted or silent; others are reported as dropped.
+# Request fields that are converted or silently dropped; others are reported as dropped.
 RESPONSES_FIELDS = (
     "background", "conversation", "include", "input", "instructions", "max_output_tokens",
     "metadata", "model", "parallel_tool_calls", "previous_response_id", "prompt",
     "prompt_cache_key", "reasoning", "store", "stream", "stream_options", "temperature", "text",
     "tool_choice", "tools", "top_p", *RESPONSES_SILENT,
 )  # fmt: skip
-# Request fields that the response repeats, and their defaults.
+# Request fields that the response echoes, and their defaults.
 RESPONSES_ECHOED: Json = {
     "instructions": None, "max_output_tokens": None, "metadata": {}, "parallel_tool_calls": True,
     "previous_response_id": None, "reasoning": {"effort": None, "summary": None},
@@ -5256,7 +5228,7 @@ def refuse_state(body: Json) -> None:
     """Raises InvalidRequest for fields that need stored responses."""
     for key in ("previous_response_id", "conversation"):
         if body.get(key):
-            text = f"{key}: answers are not stored here; send the whole conversation as `input`."
+            text = f"{key}: responses are not stored here; send the whole conversation as `input`."
             raise InvalidRequest(text, param=key, code="previous_response_not_found")
     for key in ("background", "prompt"):
         if body.get(key):
@@ -5265,10 +5237,8 @@ def refuse_state(body: Json) -> None:
 
 def searches_tools(body: Json) -> bool:
     """Whether the client offers a client-side tool search, which Copilot does not know."""
-    search = {"type": "tool_search", "execution": "client"}
-    return any(
-        isinstance(tool, dict) and search.items() <= tool.items() for tool in all_tools(body)
-    )
+    search = {"type": "tool_search", "execution": "client"}.items()
+    return any(isinstance(tool, dict) and search <= tool.items() for tool in all_tools(body))
 
 
 def all_tools(body: Json) -> list[Any]:
@@ -5293,32 +5263,28 @@ def input_items(body: Json) -> list[Json]:
     value = body.get("input")
     if isinstance(value, str):
         return [{"type": "message", "role": "user", "content": value}]
-    if value is None:
-        raise InvalidRequest("input: is required.", param="input")
     items: list[Json] = list_field(body, "input")
     if not items:
-        raise InvalidRequest("input: must not be empty.", param="input")
+        problem = "is required" if value is None else "must not be empty"
+        raise InvalidRequest(f"input: {problem}.", param="input")
     for index, item in enumerate(items):
         need_dict(item, f"input.{index}")
     return items
 
 
 CUSTOM_SCHEMA: Json = {
-    "type": "object",
-    "properties": {"input": {"type": "string"}},
-    "required": ["input"],
+    "type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"],
     "additionalProperties": False,
-}
+}  # fmt: skip
 # Client-side tools defined by the vendor: item type of a call in the history -> tool name.
 CLIENT_CALLS = {
     "local_shell_call": "local_shell", "shell_call": "shell", "apply_patch_call": "apply_patch",
-    "computer_call": "computer",
+    "computer_call": "computer", "tool_search_call": "tool_search",
 }  # fmt: skip
-# Calls of server-side tools: their results are kept as text, if they have any.
+# Calls of server-side tools: their results, if any, are converted to text.
 HOSTED_ITEMS = (
-    "code_interpreter_call", "file_search_call", "image_generation_call",
-    "mcp_approval_request", "mcp_approval_response", "mcp_call", "mcp_list_tools",
-    "web_search_call",
+    "code_interpreter_call", "file_search_call", "image_generation_call", "mcp_approval_request",
+    "mcp_approval_response", "mcp_call", "mcp_list_tools", "web_search_call",
 )  # fmt: skip
 
 
@@ -5337,14 +5303,12 @@ def flat_name(namespace: str, name: str) -> str:
     return f"{namespace}__{name}" if namespace else name
 
 
-@dataclass(slots=True)
-class AssistantTurn:
+class AssistantTurn(NamedTuple):
     """An assistant turn being assembled from items in any order."""
 
-    #: text and thinking: before the calls, whose results must directly follow them
-    content: list[Block] = field(default_factory=list)
-    calls: list[Block] = field(default_factory=list)  #: calls, and thinking between them
-    results: list[Block] = field(default_factory=list)  #: results of the calls
+    content: list[Block]  #: text and thinking before the calls, whose results must follow them
+    calls: list[Block]  #: calls, and thinking between them
+    results: list[Block]
 
 
 class ResponsesRequestReader:
@@ -5354,9 +5318,9 @@ class ResponsesRequestReader:
         self.turns: list[Turn | AssistantTurn] = []
         self.tools: dict[str, Tool] = {}  # by their names in the Conversation
         self.turn_by_call_id: dict[str, AssistantTurn] = {}
-        self.answered: set[str] = set()  # calls that have a result somewhere
-        #: those of them whose result is still to come
-        self.awaiting_results: OrderedDict[str, AssistantTurn] = OrderedDict()
+        self.ids_with_output: set[str] = set()  # of calls whose output is among the items
+        #: those of them whose output is still to come
+        self.awaiting_output: OrderedDict[str, AssistantTurn] = OrderedDict()
 
     def read(self) -> Conversation:
         body, chat = self.body, self.chat
@@ -5365,7 +5329,7 @@ class ResponsesRequestReader:
         if instructions:
             chat.system.append(Text(instructions))
         items = input_items(body)
-        self.answered = {
+        self.ids_with_output = {
             need_str(item, "call_id", f"input.{index}")
             for index, item in enumerate(items)
             if item_kind(item).endswith("_output")
@@ -5389,27 +5353,29 @@ class ResponsesRequestReader:
         kind = item_kind(item)
         if kind == "message":
             self.read_message(item, path)
-        elif kind in ("function_call", "custom_tool_call", "tool_search_call", *CLIENT_CALLS):
+        elif kind in ("function_call", "custom_tool_call", *CLIENT_CALLS):
             call = self.read_call(item, kind, path)
             self.turn_by_call_id[call.id] = turn = self.open_turn()
             turn.calls.append(call)
-            if call.id in self.answered:
-                self.awaiting_results[call.id] = turn
+            if call.id in self.ids_with_output:
+                self.awaiting_output[call.id] = turn
         elif kind.endswith("_output"):
             self.read_output(item, kind, path)
         elif kind == "reasoning":
-            # Only thinking that was packed here for another upstream; the rest is not for it.
-            carried = unpack(CARRIED_THINKING, get_str(item, "encrypted_content"))
-            if carried is not None:
-                values = [str_or_empty(carried, key) for key in ("thinking", "signature", "data")]
+            # Only thinking that was packed here: the responses API's own is for its models alone.
+            thinking = unpack(THINKING_ENVELOPE, get_str(item, "encrypted_content"))
+            if thinking is not None:
+                values = [str_or_empty(thinking, key) for key in ("thinking", "signature", "data")]
                 turn = self.open_turn()
                 (turn.calls or turn.content).append(Thinking(*values))
         elif kind == "additional_tools":
             self.read_tools(item, path)
         elif kind in HOSTED_ITEMS:
             text = hosted_words(item)
-            self.add_content([Text(f"[{kind.removesuffix('_call')}: {text}]")] if text else [])
-            self.chat.dropped += [] if text else [f"input.{kind}"]
+            if text:
+                self.add_content([Text(f"[{kind.removesuffix('_call')}: {text}]")])
+            else:
+                self.chat.dropped.append(f"input.{kind}")
         elif kind == "item_reference":
             text = f"{path}: items are not stored here; send the item itself."
             raise InvalidRequest(text, param=path, code="invalid_item_reference")
@@ -5420,36 +5386,35 @@ class ResponsesRequestReader:
     def read_message(self, item: Json, path: str) -> None:
         role = read_role(item, RESPONSES_ROLES, path)
         blocks = read_parts(item.get("content"), f"{path}.content")
-        texts = [block for block in blocks if isinstance(block, Text)]
         if role == "assistant":
             self.add_content(blocks)
         elif role == "user":
             self.turns.append(Turn("user", blocks))
-        elif self.turns:
-            self.turns.append(Turn("system", [*texts]))
         else:
-            self.chat.system.extend(texts)
+            texts = [block for block in blocks if isinstance(block, Text)]
+            if self.turns:
+                self.turns.append(Turn("system", [*texts]))
+            else:
+                self.chat.system.extend(texts)
 
     def open_turn(self) -> AssistantTurn:
         turn = self.turns[-1] if self.turns else None
         if not isinstance(turn, AssistantTurn) or turn.results:
-            turn = AssistantTurn()
+            turn = AssistantTurn([], [], [])
             self.turns.append(turn)
         return turn
 
     def add_content(self, blocks: list[Block]) -> None:
-        """Adds assistant text to the turn whose calls await results, if there is one."""
-        turn = next(iter(self.awaiting_results.values()), None) or self.open_turn()
+        """Adds assistant text to the turn whose calls await their output, if there is one."""
+        turn = next(iter(self.awaiting_output.values()), None) or self.open_turn()
         turn.content.extend(blocks)
 
     @staticmethod
     def read_call(item: Json, kind: str, path: str) -> ToolCall:
         call_id = need_str(item, "call_id", path)
         if kind in CLIENT_CALLS:
-            action = item.get("action") or item.get("operation") or {}
-            return ToolCall(call_id, CLIENT_CALLS[kind], dump_text(action))
-        if kind == "tool_search_call":
-            return ToolCall(call_id, "tool_search", dump_text(item.get("arguments") or {}))
+            key = next((key for key in ("action", "operation", "arguments") if item.get(key)), "")
+            return ToolCall(call_id, CLIENT_CALLS[kind], dump_text(item.get(key) or {}))
         name = flat_name(str_field(item, "namespace", path) or "", need_str(item, "name", path))
         if kind == "custom_tool_call":
             return ToolCall(call_id, name, dump_text({"input": need_str(item, "input", path)}))
@@ -5460,26 +5425,23 @@ class ResponsesRequestReader:
 
     def read_output(self, item: Json, kind: str, path: str) -> None:
         call_id = need_str(item, "call_id", path)
+        output = item.get("output")
         if kind == "tool_search_output":
-            names = ", ".join(self.read_tools(item, path)) or "none"
-            blocks: list[Block] = [Text(f"Tools available now: {names}")]
-        else:
-            output = item.get("output")
-            if isinstance(output, dict) and output.get("type") == "computer_screenshot":
-                output = [{**output, "type": "input_image"}]
-            parts = output if isinstance(output, list) else []
-            if isinstance(output, dict) or not all(is_known_part(part) for part in parts):
-                output = dump_text(output)  # a shell's object, or parts of an unknown type
-            blocks = read_parts(output, f"{path}.output")
-        result = ToolResult(call_id, blocks)
-        self.awaiting_results.pop(call_id, None)
-        if call_id in self.turn_by_call_id:  # right after its call, wherever the result came
+            output = f"Tools available now: {', '.join(self.read_tools(item, path)) or 'none'}"
+        elif isinstance(output, dict) and output.get("type") == "computer_screenshot":
+            output = [{**output, "type": "input_image"}]
+        parts = output if isinstance(output, list) else []
+        if isinstance(output, dict) or not all(map(is_known_part, parts)):
+            output = dump_text(output)  # a shell's object, or parts of an unknown type
+        result = ToolResult(call_id, read_parts(output, f"{path}.output"))
+        self.awaiting_output.pop(call_id, None)
+        if call_id in self.turn_by_call_id:  # right after its call, wherever the output came
             self.turn_by_call_id[call_id].results.append(result)
         else:
             self.turns.append(Turn("user", [result]))
 
     def read_tools(self, holder: Json, path: str, namespace: str = "") -> list[str]:
-        """The names of the tools of the request, a namespace or a search result."""
+        """The flat names of the tools of the request, a namespace or a search result."""
         names: list[str] = []
         for index, item in enumerate(list_field(holder, "tools", path)):
             item_path = f"{join_path(path, 'tools')}.{index}"
@@ -5487,7 +5449,6 @@ class ResponsesRequestReader:
         return names
 
     def read_tool(self, tool: Json, path: str, namespace: str) -> list[str]:
-        """The names in one entry; server-side tools are collected in `hosted`."""
         kind = need_str(tool, "type", path)
         if kind == "namespace":
             return self.read_tools(tool, path, need_str(tool, "name", path))
@@ -5507,22 +5468,17 @@ class ResponsesRequestReader:
             self.chat.hosted.append(kind)
             return []
         flat = flat_name(namespace, name)
-        existing = self.tools.get(flat)
-        if existing is None:
+        if flat not in self.tools:
             strict = bool_field(tool, "strict", path)
             self.tools[flat] = Tool(flat, description, schema, strict, kind, namespace)
-        elif existing.namespace != namespace:
-            raise InvalidRequest(
-                f"{path}: {name!r} of {namespace or 'no namespace'!r} and of "
-                f"{existing.namespace or 'no namespace'!r} become one name; rename one.",
-                param="tools",
-            )
+        elif self.tools[flat].namespace != namespace:
+            text = f"{path}: two tools become {flat!r} when joined to their namespaces; rename one."
+            raise InvalidRequest(text, param="tools")
         return [flat]
 
     def read_choice(self) -> None:
-        chat, choice = self.chat, self.body.get("tool_choice")
-        path = "tool_choice"
-        kind = "" if not isinstance(choice, dict) else str_field(choice, "type", path) or "function"
+        chat, choice, path = self.chat, self.body.get("tool_choice"), "tool_choice"
+        kind = (str_field(choice, "type", path) or "function") if isinstance(choice, dict) else ""
         if not isinstance(choice, dict):
             mode = word_field(self.body, path, CHOICE_MODES)
             chat.choice = ToolChoice(mode) if mode else None
@@ -5556,14 +5512,8 @@ class ResponsesRequestReader:
         if text_format.get("type") == "json_object":
             chat.output = OutputFormat(None)
         elif text_format.get("type") == "json_schema":
-            chat.output = OutputFormat(
-                dict_field(text_format, "schema", "text.format"),
-                str_field(text_format, "name", "text.format") or "structured_output",
-                bool_field(text_format, "strict", "text.format"),
-                str_field(text_format, "description", "text.format") or "",
-            )
-        if body.get("truncation") == "auto":
-            chat.dropped.append("truncation")
+            chat.output = read_json_schema(text_format, "text.format")
+        chat.dropped += ["truncation"] if body.get("truncation") == "auto" else []
         chat.dropped += [
             key for key in body if key not in RESPONSES_FIELDS and body[key] is not None
         ]
@@ -5593,13 +5543,19 @@ def write_responses_request(chat: Conversation, model: Model) -> Json:
     if not effort and chat.thinking_budget:
         effort = effort_of_budget(chat.thinking_budget)
     level = clamp_effort(effort, model.efforts) if effort else None
-    text = {"format": write_text_format(chat.output), "verbosity": chat.verbosity}
+    text: Json = {}
+    if chat.output:
+        text_format = write_response_format(chat.output)
+        json_schema = text_format.pop("json_schema", {})
+        text["format"] = {**text_format, **json_schema}
+    if chat.verbosity is not None:
+        text["verbosity"] = chat.verbosity
     settings = {
         "max_output_tokens": max(chat.max_tokens, 16) if chat.max_tokens else None,
         "temperature": chat.temperature,
         "top_p": chat.top_p,
         "reasoning": {"effort": level, "summary": "auto"} if level else None,
-        "text": {key: value for key, value in text.items() if value is not None} or None,
+        "text": text or None,
         "prompt_cache_key": short_hash(chat.session, 32) if chat.session else None,
     }
     body.update({key: value for key, value in settings.items() if value is not None})
@@ -5630,23 +5586,22 @@ def write_input_items(chat: Conversation) -> list[Json]:
 
 
 def write_assistant_item(block: Block, chat: Conversation) -> Json | None:
-    """None for images and documents, and for another vendor's thinking."""
+    """None for images, documents and another vendor's thinking."""
     if isinstance(block, Thinking):
         return write_reasoning_item(block.text, block.signature or block.redacted)
     if isinstance(block, ToolCall):
         call = {"call_id": wire_id(block.id), "name": chat.wire_name(block.name)}
         return {"type": "function_call", **call, "arguments": whole_arguments(block.arguments)}
-    if isinstance(block, Text):
-        part: Json = {"type": "output_text", "text": block.text, "annotations": []}
-    elif isinstance(block, Refusal):
-        part = {"type": "refusal", "refusal": block.text}
-    else:
+    if not isinstance(block, (Text, Refusal)):
         return None
+    part: Json = {"type": "output_text", "text": block.text, "annotations": []}
+    if isinstance(block, Refusal):
+        part = {"type": "refusal", "refusal": block.text}
     return {"type": "message", "role": "assistant", "content": [part]}
 
 
 def write_input_parts(block: Block) -> list[Json]:
-    """The part for one block of a user turn; none for what users do not send."""
+    """The parts for one block of a user turn; none for what only an assistant sends."""
     if isinstance(block, (Text, Refusal)):
         return [{"type": "input_text", "text": block.text}]
     if isinstance(block, Image):
@@ -5662,20 +5617,18 @@ def write_input_parts(block: Block) -> list[Json]:
 
 
 def write_output_item(result: ToolResult, next_parts: list[Json]) -> Json:
-    """A tool's output; its images move to the next message, as Copilot takes only text."""
+    """A tool's output; its images move to the next message, as Copilot accepts only text."""
     text = plain_text(result.blocks)
-    media: list[Json] = []
-    for block in result.blocks:
-        if not isinstance(block, (Text, Refusal)):
-            media += write_input_parts(block)
+    blocks = [block for block in result.blocks if not isinstance(block, (Text, Refusal))]
+    media = [part for block in blocks for part in write_input_parts(block)]
     call_id = wire_id(result.id)
     if media:
         next_parts += [{"type": "input_text", "text": f"From tool call {call_id}:"}, *media]
         text = text or "[in the next message]"
     if result.is_error and not text.startswith("Error"):
         text = f"Error: {text}"
-    text = text if text.strip() else "(no output)"
-    return {"type": "function_call_output", "call_id": call_id, "output": text}
+    output = text if text.strip() else "(no output)"
+    return {"type": "function_call_output", "call_id": call_id, "output": output}
 
 
 def write_responses_tool(tool: Tool, chat: Conversation) -> Json:
@@ -5685,25 +5638,12 @@ def write_responses_tool(tool: Tool, chat: Conversation) -> Json:
     return {**entry, "parameters": plain_schema(tool), "strict": bool(tool.strict)}
 
 
-def write_text_format(output: OutputFormat | None) -> Json | None:
-    if output is None:
-        return None
-    if output.schema is None:
-        return {"type": "json_object"}
-    text_format: Json = {"type": "json_schema", "name": output.name, "schema": output.schema}
-    if output.description:
-        text_format["description"] = output.description
-    strict = fits_strict(output.schema) if output.strict is None else output.strict
-    return {**text_format, "strict": strict}
-
-
 def write_reasoning_item(text: str, signature: str) -> Json | None:
     """Reasoning from a responses upstream, as an item; None for another vendor's thinking."""
-    carried = unpack(RESPONSES_ENVELOPE, signature)
-    if carried is None or not get_str(carried, "enc"):
-        return None
+    encrypted = get_str(unpack(RESPONSES_ENVELOPE, signature) or {}, "enc")
     summary = [{"type": "summary_text", "text": text}] if text else []
-    return {"type": "reasoning", "summary": summary, "encrypted_content": carried["enc"]}
+    item = {"type": "reasoning", "summary": summary, "encrypted_content": encrypted}
+    return item if encrypted else None
 
 
 RESPONSES_FAILURES = ("response.failed", "response.cancelled", "error")
@@ -5738,19 +5678,15 @@ class OutputItem:
     open_block: str = ""  #: kind of the open block
     pieces: list[str] = field(default_factory=list)  #: the text of the item so far
     part_count: int = 0  #: number of complete content parts
-    has_text: bool = False  #: the open part has text
-    done: bool = False
+    complete: bool = False
 
     @property
     def text(self) -> str:
         return "".join(self.pieces)
 
     def read(self, kind: str, frame: Json) -> None:
-        if self.done:
-            return
         if kind in ITEM_DELTAS:
-            if kind != "response.function_call_arguments.delta" or self.open_block:
-                self.add(ITEM_DELTAS[kind], str_or_empty(frame, "delta"))
+            self.add(ITEM_DELTAS[kind], str_or_empty(frame, "delta"))
         elif kind == "response.output_item.added":
             self.open(get_dict(frame, "item"))
         elif kind == "response.output_item.done":
@@ -5771,13 +5707,13 @@ class OutputItem:
             self.events.append(BlockStart("tool", self.call_id, name))
 
     def add(self, block_kind: str, text: str) -> None:
-        if not text:
+        """Adds text to a block, opened if need be; a call is opened by its name alone."""
+        if not text or (block_kind == "tool" and not self.open_block):
             return
         if self.open_block != block_kind:
             self.end_text()
             self.open_block = block_kind
             self.events.append(BlockStart(block_kind))
-        self.has_text = True
         self.pieces.append(text)
         self.events.append(BlockDelta("arguments" if block_kind == "tool" else "text", text))
 
@@ -5789,12 +5725,11 @@ class OutputItem:
 
     def end_part(self, part: Json) -> None:
         """Ends a content part; text that came only with it is added."""
-        if not self.has_text:
+        if not self.open_block:
             self.add("text", str_or_empty(part, "text"))
             self.add("refusal", str_or_empty(part, "refusal"))
         self.end_text()
         self.part_count += 1
-        self.has_text = False
 
     def close(self, payload: Json) -> None:
         """Ends the item; content that came only with it is added."""
@@ -5805,26 +5740,25 @@ class OutputItem:
             parts = content if isinstance(content, list) else []
             for part in parts[self.part_count :]:
                 self.end_part(part if isinstance(part, dict) else {})
-        elif self.kind == "function_call" and self.open_block and not self.pieces:
+        elif self.kind == "function_call" and not self.pieces:
             self.add("tool", str_or_empty(payload, "arguments"))
-        elif self.kind == "custom_tool_call" and self.open_block:
+        elif self.kind == "custom_tool_call":
             call_input = str_or_empty(payload, "input") or self.text
             self.add("tool", dump_text({"input": call_input}))
         elif self.kind == "reasoning":
             self.close_reasoning(payload)
         if self.open_block:
             self.events.append(BlockStop())
-        self.open_block, self.done = "", True
+        self.open_block, self.complete = "", True
 
     def close_reasoning(self, payload: Json) -> None:
-        """Only now is the encrypted form of reasoning reliable."""
+        """Encrypted reasoning is reliable only in the last frame of its item."""
         if not self.pieces:
-            summary = payload.get("summary") or payload.get("content")
-            summary = summary if isinstance(summary, list) else []
-            texts = [part.get("text") for part in summary if isinstance(part, dict)]
-            self.add("thinking", "\n\n".join(text for text in texts if isinstance(text, str)))
-        encrypted = payload.get("encrypted_content")
-        if not isinstance(encrypted, str) or not encrypted:
+            parts = get_dicts(payload, "summary") or get_dicts(payload, "content")
+            texts = [str_or_empty(part, "text") for part in parts]
+            self.add("thinking", "\n\n".join(filter(None, texts)))
+        encrypted = str_or_empty(payload, "encrypted_content")
+        if not encrypted:
             return
         self.signature = pack(RESPONSES_ENVELOPE, {"id": payload.get("id"), "enc": encrypted})
         if self.open_block == "thinking":
@@ -5832,16 +5766,12 @@ class OutputItem:
         else:
             self.events += [BlockStart("redacted", raw={"data": self.signature}), BlockStop()]
 
-    def take(self) -> list[Event]:
-        events, self.events = self.events, []
-        return events
-
 
 class ResponsesReader:
     def __init__(self, context: ResponseContext) -> None:
         self.context = context
         self.usage = Usage()
-        self.items: dict[int, OutputItem] = {}
+        self.items: defaultdict[int, OutputItem] = defaultdict(OutputItem)
         self.current_index = 0  # index of the item whose events are passed on
         self.started = False
 
@@ -5858,13 +5788,13 @@ class ResponsesReader:
             events.append(MessageStart(str(head.get("id") or ""), str(head.get("model") or "")))
         if kind in RESPONSES_ENDS:
             return events + self.read_end(kind, frame)
-        if isinstance(index, int):
-            item = self.items.get(index) or self.items.setdefault(index, OutputItem())
-            item.read(kind, frame)
+        if isinstance(index, int) and not self.items[index].complete:
+            self.items[index].read(kind, frame)
         while self.current_index in self.items:
             item = self.items[self.current_index]
-            events += item.take()
-            if not item.done:
+            events += item.events
+            item.events.clear()
+            if not item.complete:
                 break
             self.current_index += 1
         return events
@@ -5873,23 +5803,21 @@ class ResponsesReader:
         """The terminal frame: items that were never streamed, usage, finish."""
         events: list[Event] = []
         response = get_dict(frame, "response")
-        output = response.get("output")
-        for index, payload in enumerate(output if isinstance(output, list) else ()):
-            item = self.items.setdefault(index, OutputItem())
-            if not item.done and isinstance(payload, dict):
-                item.close(payload)
-        for _, item in sorted(self.items.items()):
-            if not item.done:
-                item.close({"type": item.kind})
+        payloads = dict(enumerate(get_dicts(response, "output")))
+        for index in sorted(self.items.keys() | payloads):
+            item = self.items[index]
+            if not item.complete:
+                item.close(payloads.get(index) or {"type": item.kind})
             if item.kind == "function_call" and item.pieces and load_object(item.text) is None:
                 kind = "response.incomplete"  # a truncated call must not be run
-            events += item.take()
+            events += item.events
         read_usage(response, RESPONSES_USAGE, self.usage)
         read_copilot_usage(frame, self.usage)
         if self.usage.source:
             events.append(UsageUpdate(self.usage))
-        calls = [item.call_id for item in self.items.values() if item.call_id]
-        encrypted_items = [item for item in self.items.values() if item.signature]
+        items = self.items.values()
+        calls = [item.call_id for item in items if item.call_id]
+        encrypted_items = [item for item in items if item.signature]
         if calls and encrypted_items and self.context.keep:
             self.context.keep(calls, encrypted_items[-1].text, encrypted_items[-1].signature)
         reason = "end"
@@ -5939,25 +5867,26 @@ ITEM_TYPES = {
 INCOMPLETE_REASONS = {
     "length": "max_output_tokens", "context": "max_output_tokens", "filter": "content_filter",
 }  # fmt: skip
-# Kind of a block with text -> (names of its part's frames and of its text's, the member with the
-# part's index, the empty part).
-TEXT_PARTS: dict[str, tuple[str, str, str, Json]] = {
-    "text": (
-        "content_part", "output_text", "content_index",
-        {"type": "output_text", "text": "", "annotations": [], "logprobs": []},
-    ),
-    "refusal": ("content_part", "refusal", "content_index", {"type": "refusal", "refusal": ""}),
-    "thinking": (
-        "reasoning_summary_part", "reasoning_summary_text", "summary_index",
-        {"type": "summary_text", "text": ""},
-    ),
-}  # fmt: skip
+# Type of a part -> (names of the part's frames and of its text's, keys of its index and its text).
+PART_FRAMES = {
+    "output_text": ("content_part", "output_text", "content_index", "text"),
+    "refusal": ("content_part", "refusal", "content_index", "refusal"),
+    "summary_text": ("reasoning_summary_part", "reasoning_summary_text", "summary_index", "text"),
+}
 
 
-def expand_part(kind: str, position: Json, index: int, part: Json) -> list[Json]:
+def write_text_part(block_kind: str, text: str) -> Json:
+    if block_kind == "refusal":
+        return {"type": "refusal", "refusal": text}
+    if block_kind == "thinking":
+        return {"type": "summary_text", "text": text}
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def expand_part(position: Json, index: int, part: Json) -> list[Json]:
     """The four frames of one part: it is added, its text comes and is done, it is done."""
-    part_name, text_name, index_key, _ = TEXT_PARTS[kind]
-    key = "refusal" if kind == "refusal" else "text"
+    names = PART_FRAMES.get(str(part.get("type")), PART_FRAMES["output_text"])
+    part_name, text_name, index_key, key = names
     text = str_or_empty(part, key)
     logprobs = {"logprobs": part["logprobs"]} if "logprobs" in part else {}
     frames: list[Json] = [
@@ -5969,17 +5898,49 @@ def expand_part(kind: str, position: Json, index: int, part: Json) -> list[Json]
     return [{"type": frame["type"], **position, index_key: index, **frame} for frame in frames]
 
 
+def expand_item(index: int, item: Json) -> list[Json]:
+    """The frames of one item: clients read text and arguments from deltas only."""
+    position = {"item_id": item.get("id"), "output_index": index}
+    opened_item = {**item, "status": "in_progress"}
+    frames: list[Json] = []
+    if item.get("type") == "message":
+        opened_item["content"] = []
+        for part_index, part in enumerate(get_dicts(item, "content")):
+            frames += expand_part(position, part_index, part)
+    elif item.get("type") == "reasoning":
+        opened_item = {"id": item.get("id"), "type": "reasoning", "summary": []}
+        for part_index, part in enumerate(get_dicts(item, "summary")):
+            frames += expand_part(position, part_index, {**part, "type": "summary_text"})
+    for kind, key in (("function_call", "arguments"), ("custom_tool_call", "input")):
+        if isinstance(item.get(key), str):
+            opened_item[key] = ""
+            name = {"name": item.get("name")} if key == "arguments" else {}
+            frames += [
+                {"type": f"response.{kind}_{key}.delta", **position, "delta": item[key]},
+                {"type": f"response.{kind}_{key}.done", **position, **name, key: item[key]},
+            ]
+    return [
+        {"type": "response.output_item.added", "output_index": index, "item": opened_item},
+        *frames,
+        {"type": "response.output_item.done", "output_index": index, "item": dict(item)},
+    ]
+
+
 class ResponsesWriter:
-    """Events -> responses stream events.  `StreamTranslator` adds their sequence numbers."""
+    """Events -> responses stream events.  `StreamTranslator` adds their sequence numbers.
+
+    The frames of an item are those of `expand_item`, its delta in any number of pieces.
+    """
 
     def __init__(self, context: ResponseContext) -> None:
         self.context = context
         self.usage = Usage()
-        self.output: list[Json] = []
+        self.output: list[Json] = []  # complete items
         self.item: Json = {}
         self.kind = ""  # of the open block
         self.pieces: list[str] = []
         self.signature: list[str] = []
+        self.sent_count = 0  # how many frames of the item need not be sent when it is complete
 
     def write(self, event: Event) -> list[Json]:
         if isinstance(event, BlockDelta):
@@ -5991,30 +5952,13 @@ class ResponsesWriter:
             self.kind, self.pieces, self.signature = event.kind, [], []
             return self.open_item(event) if event.kind != "opaque" else []
         if isinstance(event, BlockStop) and self.kind != "opaque":
-            frames = self.close_item("".join(self.pieces))
-            frames.append(self.item_frame("done"))
+            self.complete_item("".join(self.pieces))
+            frames = expand_item(len(self.output), self.item)[self.sent_count :]
             self.output.append(self.item)
             return frames
         if isinstance(event, UsageUpdate):
             self.usage = event.usage
         return self.write_stop(event) if isinstance(event, MessageStop) else []
-
-    @property
-    def position(self) -> Json:
-        return {"item_id": self.item["id"], "output_index": len(self.output)}
-
-    def frame(self, kind: str, **members: Any) -> Json:
-        return {"type": f"response.{kind}", **self.position, **members}
-
-    def part_frames(self, text: str) -> list[Json]:
-        part = dict(TEXT_PARTS[self.kind][3])
-        part["refusal" if self.kind == "refusal" else "text"] = text
-        return expand_part(self.kind, self.position, 0, part)
-
-    def item_frame(self, step: str) -> Json:
-        """The item as it is now; it may still grow."""
-        position = {"type": f"response.output_item.{step}", "output_index": len(self.output)}
-        return {**position, "item": dict(self.item)}
 
     def open_item(self, event: BlockStart) -> list[Json]:
         tool = self.context.tools.get(event.name)
@@ -6022,23 +5966,28 @@ class ResponsesWriter:
         kind = ITEM_TYPES[tool_kind if event.kind == "tool" else event.kind]
         item_id = output_item_id(self.context, len(self.output), kind)
         self.item = item = dict[str, Any](id=item_id, type=kind)
+        self.sent_count = 1
         if kind == "message":
-            item |= {"role": "assistant", "status": "in_progress", "content": []}
-            return [self.item_frame("added"), self.part_frames("")[0]]
+            content = [write_text_part(self.kind, "")]
+            item |= {"role": "assistant", "status": "in_progress", "content": content}
+            self.sent_count = 3  # its part, and a delta even if there is no text
+            return expand_item(len(self.output), item)[:2]
         if kind == "reasoning":
             item["summary"] = []
             self.signature = [str((event.raw or {}).get("data") or "")]
-            return [self.item_frame("added")]
-        state = {"call_id": event.id, "status": "in_progress"}
-        if kind == "tool_search_call":
-            item |= {"execution": "client", **state, "arguments": {}}
-            return [self.item_frame("added")]
-        item |= {**state, "name": event.name}
-        item["input" if kind == "custom_tool_call" else "arguments"] = ""
-        if tool and tool.namespace:
-            item["name"] = event.name.removeprefix(flat_name(tool.namespace, ""))
-            item["namespace"] = tool.namespace
-        return [self.item_frame("added")]
+        elif kind == "tool_search_call":
+            item |= {"execution": "client", "call_id": event.id, "status": "", "arguments": {}}
+        else:
+            item |= {"call_id": event.id, "status": "", "name": event.name}
+            item["input" if kind == "custom_tool_call" else "arguments"] = ""
+            if tool and tool.namespace:
+                item["name"] = event.name.removeprefix(flat_name(tool.namespace, ""))
+                item["namespace"] = tool.namespace
+        return expand_item(len(self.output), item)[:1]
+
+    def frame(self, kind: str, **members: Any) -> Json:
+        position = {"item_id": self.item["id"], "output_index": len(self.output)}
+        return {"type": f"response.{kind}", **position, **members}
 
     def write_delta(self, event: BlockDelta) -> list[Json]:
         text = event.text
@@ -6046,54 +5995,44 @@ class ResponsesWriter:
             self.signature.append(text)
         if event.part in ("signature", "citation") or self.kind == "opaque" or not text:
             return []
-        is_first = not self.pieces
         self.pieces.append(text)
         if self.kind == "text":
             return [self.frame("output_text.delta", content_index=0, delta=text, logprobs=[])]
         if self.kind == "refusal":
             return [self.frame("refusal.delta", content_index=0, delta=text)]
         if self.item["type"] == "function_call":
+            self.sent_count = 2
             return [self.frame("function_call_arguments.delta", delta=text)]
         if self.kind != "thinking" or self.context.hide_thinking:
             return []
-        delta = self.frame("reasoning_summary_text.delta", summary_index=0, delta=text)
-        return [self.part_frames("")[0], delta] if is_first else [delta]
+        frames = [self.frame("reasoning_summary_text.delta", summary_index=0, delta=text)]
+        if self.sent_count == 1:
+            self.sent_count = 3
+            part = write_text_part("thinking", "")
+            frames.insert(0, self.frame("reasoning_summary_part.added", summary_index=0, part=part))
+        return frames
 
-    def close_item(self, text: str) -> list[Json]:
-        kind = self.item["type"]
+    def complete_item(self, text: str) -> None:
+        item, kind = self.item, self.item["type"]
         if kind == "reasoning":
-            return self.close_reasoning(text)
-        frames: list[Json] = []
-        if kind == "message":
-            frames = self.part_frames(text)[2:]
-            self.item["content"] = [frames[-1]["part"]]
-        elif kind == "tool_search_call":
-            self.item["arguments"] = parse_arguments(text)
-        elif kind == "custom_tool_call":
-            self.item["input"] = value = unwrap_input(text)
-            delta = self.frame("custom_tool_call_input.delta", delta=value)
-            frames = [delta, self.frame("custom_tool_call_input.done", input=value)]
-        else:
-            self.item["arguments"] = value = text or "{}"
-            if not text:
-                frames = [self.frame("function_call_arguments.delta", delta=value)]
-            members = {"name": self.item["name"], "arguments": value}
-            frames.append(self.frame("function_call_arguments.done", **members))
-        self.item["status"] = "completed"
-        return frames
-
-    def close_reasoning(self, text: str) -> list[Json]:
-        frames: list[Json] = []
-        if text and self.kind == "thinking" and not self.context.hide_thinking:
-            frames = self.part_frames(text)[2:]
-            self.item["summary"] = [frames[-1]["part"]]
-        signature = "".join(self.signature)
-        if signature:
-            carried = {"thinking": text, "signature": signature}
+            if self.sent_count > 1:
+                item["summary"] = [write_text_part("thinking", text)]
+            signature = "".join(self.signature)
+            thinking = {"thinking": text, "signature": signature}
             if self.kind == "redacted":
-                carried = {"data": signature}
-            self.item["encrypted_content"] = pack(CARRIED_THINKING, carried)
-        return frames
+                thinking = {"data": signature}
+            if signature:
+                item["encrypted_content"] = pack(THINKING_ENVELOPE, thinking)
+            return
+        item["status"] = "completed"
+        if kind == "message":
+            item["content"] = [write_text_part(self.kind, text)]
+        elif kind == "tool_search_call":
+            item["arguments"] = parse_arguments(text)
+        elif kind == "custom_tool_call":
+            item["input"] = unwrap_input(text)
+        else:
+            item["arguments"] = text or "{}"
 
     def write_stop(self, event: MessageStop) -> list[Json]:
         reason = INCOMPLETE_REASONS.get(event.reason)
@@ -6104,10 +6043,10 @@ class ResponsesWriter:
             frames = [frame for step in steps for frame in self.write(step)]
             reason = None
         members: Json = {"output": self.output, "usage": write_usage(self.usage, RESPONSES_USAGE)}
-        if reason is None:
-            return [*frames, response_frame(self.context, "completed", **members)]
-        members["incomplete_details"] = {"reason": reason}
-        return [*frames, response_frame(self.context, "incomplete", **members)]
+        if reason:
+            members["incomplete_details"] = {"reason": reason}
+        step = "incomplete" if reason else "completed"
+        return [*frames, response_frame(self.context, step, **members)]
 
 
 class ResponsesRelay:
@@ -6139,21 +6078,14 @@ class ResponsesRelay:
             return []
         frame.pop("copilot_quota_snapshots", None)
         needs_start = not self.started and kind != "response.created"
-        leading_frames = [response_frame(self.context, "created")] if needs_start else []
+        frames = [response_frame(self.context, "created")] if needs_start else []
         self.started = True
-        index, delta = frame.get("output_index"), frame.get("delta")
-        if isinstance(delta, str):
-            self.said += estimate_text(delta)
-        if isinstance(index, int):
-            self.repair_item(index, frame)
-            if kind == "response.function_call_arguments.delta" and isinstance(delta, str):
-                self.guards[index].check(delta)
-            elif kind == "response.reasoning_summary_part.added":
-                self.summary_streamed.add(index)
-            elif kind == "response.output_item.done":
-                leading_frames += self.late_summary(index, get_dict(frame, "item"))
-        response = frame.get("response")
+        if isinstance(frame.get("delta"), str):
+            self.said += estimate_text(frame["delta"])
+        if isinstance(frame.get("output_index"), int):
+            frames += self.repair_item_frame(kind, frame["output_index"], frame)
         self.finished = kind in RESPONSES_ENDS
+        response = frame.get("response")
         if isinstance(response, dict):
             self.repair_response(response)
             if self.finished:
@@ -6161,38 +6093,31 @@ class ResponsesRelay:
                 read_copilot_usage(frame, self.usage)
         elif self.finished:
             raise UpstreamError(OFF_PROTOCOL)
-        return [*leading_frames, frame]
+        return [*frames, frame]
 
-    def late_summary(self, index: int, item: Json) -> list[Json]:
-        """The deltas of a summary that came only with its finished item."""
-        summary = item.get("summary")
-        if item.get("type") != "reasoning" or index in self.summary_streamed:
-            return []
-        frames: list[Json] = []
-        position = {"item_id": item["id"], "output_index": index}
-        for part_index, part in enumerate(summary if isinstance(summary, list) else ()):
-            if isinstance(part, dict) and isinstance(part.get("text"), str):
-                frames += expand_part("thinking", position, part_index, part)
-        return frames
-
-    def stable_id(self, index: int, kind: str) -> str:
-        if index not in self.item_ids:
-            self.item_ids[index] = output_item_id(self.context, index, kind)
-        return self.item_ids[index]
-
-    def repair_item(self, index: int, frame: Json) -> None:
+    def repair_item_frame(self, kind: str, index: int, frame: Json) -> list[Json]:
+        """Repairs ids and names; returns the deltas of a summary that came only with its item."""
         item = frame.get("item")
         if isinstance(item, dict):
-            item["id"] = self.stable_id(index, str(item.get("type")))
-            self.rename(item)
-            if frame["type"] == "response.output_item.done":
-                self.done_items[index] = item
+            self.rename(item, "id", index)
         elif "item_id" in frame:
-            frame["item_id"] = self.stable_id(index, "")
-        self.rename(frame)
+            self.rename(frame, "item_id", index)
+        if kind == "response.function_call_arguments.delta":
+            self.guards[index].check(str_or_empty(frame, "delta"))
+        elif kind == "response.reasoning_summary_part.added":
+            self.summary_streamed.add(index)
+        elif kind == "response.output_item.done" and isinstance(item, dict):
+            self.done_items[index] = item
+            if item.get("type") == "reasoning" and index not in self.summary_streamed:
+                return expand_item(index, item)[1:-1]
+        return []
 
-    def rename(self, holder: Json) -> None:
-        """Restores the client's tool names."""
+    def rename(self, holder: Json, id_key: str, index: int) -> None:
+        """Sets the stable id of the item at `index`, and the client's tool names."""
+        if index not in self.item_ids:
+            kind = str(holder.get("type")) if id_key == "id" else ""
+            self.item_ids[index] = output_item_id(self.context, index, kind)
+        holder[id_key] = self.item_ids[index]
         for key in ("name", "namespace"):
             name = holder.get(key)
             if isinstance(name, str):
@@ -6211,9 +6136,8 @@ class ResponsesRelay:
             response["output"] = output = [item for _, item in sorted(self.done_items.items())]
         for index, item in enumerate(output if isinstance(output, list) else ()):
             if isinstance(item, dict):
-                item["id"] = self.stable_id(index, str(item.get("type")))
-                self.rename(item)
-                # Only the last event of an item has its encrypted content right.
+                self.rename(item, "id", index)
+                # Encrypted content is reliable only in the last frame of its item.
                 encrypted = get_str(self.done_items.get(index, {}), "encrypted_content")
                 item.update({"encrypted_content": encrypted} if encrypted else {})
 
@@ -6221,35 +6145,6 @@ class ResponsesRelay:
         if not self.finished:
             raise UpstreamError(BROKEN_OFF)
         return []
-
-
-def expand_item(index: int, item: Json) -> list[Json]:
-    """The frames of one item: clients read text and arguments from deltas only."""
-    position = {"output_index": index, "item_id": item.get("id")}
-    opened_item = {**item, "status": "in_progress"}
-    deltas: list[Json] = []
-    if item.get("type") == "message":
-        content = item.get("content")
-        opened_item["content"] = []
-        for part_index, part in enumerate(content if isinstance(content, list) else ()):
-            if isinstance(part, dict):
-                part_kind = "refusal" if part.get("type") == "refusal" else "text"
-                deltas += expand_part(part_kind, position, part_index, part)
-    elif item.get("type") == "reasoning":
-        opened_item = {"id": item.get("id"), "type": "reasoning", "summary": []}
-    for kind, key in (("function_call", "arguments"), ("custom_tool_call", "input")):
-        if isinstance(item.get(key), str):
-            opened_item[key] = ""
-            name = {"name": item.get("name")} if key == "arguments" else {}
-            deltas += [
-                {"type": f"response.{kind}_{key}.delta", **position, "delta": item[key]},
-                {"type": f"response.{kind}_{key}.done", **position, **name, key: item[key]},
-            ]
-    return [
-        {"type": "response.output_item.added", "output_index": index, "item": opened_item},
-        *deltas,
-        {"type": "response.output_item.done", "output_index": index, "item": dict(item)},
-    ]
 
 
 class ResponsesDialect(Dialect):
@@ -6266,8 +6161,8 @@ class ResponsesDialect(Dialect):
         items = input_items(body)
         session = body.get("prompt_cache_key") or body.get("user")
         turns = [item for item in items if item.get("role") not in ("system", "developer")]
-        prompts = [item for item in items if item.get("role") in ("system", "developer")]
-        system = body.get("instructions") or (prompts[0].get("content") if prompts else "")
+        prompts = (item for item in items if item.get("role") in ("system", "developer"))
+        system = body.get("instructions") or next(prompts, {}).get("content")
         return RequestInfo(
             model=need_str(body, "model"),
             stream=take_bool(body, "stream"),
@@ -6290,7 +6185,7 @@ class ResponsesDialect(Dialect):
     def expand(self, response: Json) -> list[Json]:
         output = response.get("output")
         if not isinstance(output, list):
-            raise UpstreamError("The upstream's answer holds no output.")
+            raise UpstreamError("The upstream's response has no output.")
         created = {**response, "status": "in_progress", "output": []}
         frames: list[Json] = [{"type": "response.created", "response": created}]
         for index, item in enumerate(output):
@@ -6316,7 +6211,7 @@ class ResponsesDialect(Dialect):
         return {"error": payload}
 
     def error_status(self, error: ApiError) -> int:
-        """The error's own status, but 400 if not signed in: Codex retries a 5xx up to 30 times."""
+        """400 if not signed in: Codex retries a 5xx up to 30 times."""
         return 400 if isinstance(error, NotSignedIn) else error.status
 
     def error_frames(
@@ -6326,7 +6221,7 @@ class ResponsesDialect(Dialect):
         payload = write_openai_error(error, "input")
         code = payload["code"] or payload["type"]
         if code in ("upstream_error", "upstream_timeout", "internal_error"):
-            code = "server_error"  # the one its clients know
+            code = "server_error"  # the only one that its clients know
         failure = {"code": code, "message": payload["message"]}
         failed = response_frame(context, "failed", error=failure)
         return [failed] if begun else [response_frame(context, "created"), failed]
