@@ -14034,7 +14034,7 @@ class Breaker:
                 cooldown.probing = False
         for ended in [k for k, cooldown in self.cooldowns.items() if cooldown in probed]:
             del self.cooldowns[ended]
-            log_event("info", "rest_ended", provider=self.provider, model=ended or "*")
+            log_event("info", "cooldown_ended", provider=self.provider, model=ended or "*")
 
     def rows(self) -> list[Json]:
         """`[{"model": ID or "*", "seconds", "kind", "reason", "passes_at", "probing"}]`.
@@ -17592,7 +17592,7 @@ class Gateway:
     def log_fallback(request: Request, name: str, route: Route, error: ApiError) -> None:
         log_event(
             "info",
-            "passed_over",
+            "fallback",
             id=request.id,
             alias=name,
             candidate=route,
@@ -18325,7 +18325,7 @@ def write_report(fd: int, report: Json) -> bool:
     try:
         os.write(fd, dump_message(report))
     except BrokenPipeError:
-        log_event("error", "nobody_waits_for_the_start")
+        log_event("error", "parent_gone")
         return False
     return True
 
@@ -18339,7 +18339,7 @@ def notify_manager(state: str) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             sender.sendto(state.encode(), re.sub(r"^@", "\0", address))
     except OSError as error:
-        log_event("warning", "service_manager_not_told", reason=error.strerror)
+        log_event("warning", "sd_notify_failed", reason=error.strerror)
 
 
 def raise_descriptor_limit() -> None:
@@ -18473,7 +18473,9 @@ class Daemon:
         elif loop.time() > self.full_until:
             self.full_until = loop.time() + FULL_SECONDS
             connection_count = len(self.server.connections)
-            log_event("error", "no_more_files", reason=error.strerror, connections=connection_count)
+            log_event(
+                "error", "too_many_open_files", reason=error.strerror, connections=connection_count
+            )
 
     # -- reload
 
