@@ -690,6 +690,17 @@ class RetryDecision:
     rejections: list[tuple[str, str]] = field(default_factory=list)  #: for the action repair
 
 
+class Fault(NamedTuple):
+    """A kind of refusal, as a row of a table in which the first row that matches counts."""
+
+    pattern: str  #: searched in "429 code: message"; groups are the counts of a ContextTooLong
+    error: type[ApiError]
+    text: str = ""  #: a template, see `classify`
+    action: str = ""
+    hint: str = ""
+    param: str | None = None
+
+
 class WireError(Exception):
     """A peer violated HTTP; `status` is a server's response to it."""
 
@@ -6474,64 +6485,51 @@ def kiro_mark(provider: str) -> str:
     return f"gw1.k.{short_hash(provider, 6)}."
 
 
-# What Kiro's refusals mean, first match wins: its error text before the status, as a status says
-# little.  The pattern is searched in "code reason: message".
-
-
-class KiroFault(NamedTuple):
-    """One kind of refusal: the error for the client, and the remedy to try before that."""
-
-    pattern: str
-    error: type[ApiError]
-    text: str
-    action: str = ""
-    hint: str = ""
-
-
+# Searched in "code reason: message", before any look at the status, which says little.
 KIRO_FAULTS = (
-    KiroFault(r"CONTENT_LENGTH_EXCEEDS|ContentLengthExceeded|PROMPT_TOO_LONG|[Ii]nput is too long",
-        ContextTooLong, ""),
-    KiroFault(r"SUSPENDED|AccountSuspended|temporarily (?:is )?suspended",
+    Fault(r"CONTENT_LENGTH_EXCEEDS|ContentLengthExceeded|PROMPT_TOO_LONG|[Ii]nput is too long",
+        ContextTooLong),
+    Fault(r"SUSPENDED|AccountSuspended|temporarily (?:is )?suspended",
         Forbidden, "Kiro has suspended this account", "rest",
         "Only Kiro's support can lift that; nothing is tried again by itself."),
-    KiroFault(r"MONTHLY_REQUEST_COUNT|OVERAGE_REQUEST_LIMIT|reached the limit",
+    Fault(r"MONTHLY_REQUEST_COUNT|OVERAGE_REQUEST_LIMIT|reached the limit",
         QuotaExceeded, "The Kiro credits of this month are used up", "rest",
         "They come back with the next billing period."),
-    KiroFault(r"CONVERSATION_LIMIT_EXCEEDED",
+    Fault(r"CONVERSATION_LIMIT_EXCEEDED",
         QuotaExceeded, "Kiro's limit for one conversation is reached",
         hint="Begin a new conversation."),
-    KiroFault(r"DAILY_REQUEST_COUNT",
+    Fault(r"DAILY_REQUEST_COUNT",
         QuotaExceeded, "Kiro's limit for one day is reached", "rest"),
-    KiroFault(r"60-minute credit limit",
+    Fault(r"60-minute credit limit",
         RateLimited, "Kiro's limit for one hour is reached", "rest"),
-    KiroFault(r"INSUFFICIENT_MODEL_CAPACITY|MODEL_TEMPORARILY_UNAVAILABLE|unexpectedly high load"
+    Fault(r"INSUFFICIENT_MODEL_CAPACITY|MODEL_TEMPORARILY_UNAVAILABLE|unexpectedly high load"
         r"|[mM]odel(?:Temporarily)?Unavailable",
         Overloaded, "This model is overloaded at Kiro", "pause"),
-    KiroFault(r"THINKING_SIGNATURE_INVALID",
+    Fault(r"THINKING_SIGNATURE_INVALID",
         InvalidRequest, "Kiro does not accept the signature of earlier thinking", "forget"),
-    KiroFault(r"INVALID_MODEL_ID",
+    Fault(r"INVALID_MODEL_ID",
         ModelNotFound, "Kiro does not offer this model to this account", "relist",
         "Plan, region and organisation decide; GET /v1/models lists what there is."),
-    KiroFault(r"profileArn is required|Invalid profileArn",
+    Fault(r"profileArn is required|Invalid profileArn",
         NotSignedIn, "Kiro wants another profile", "reroute"),
-    KiroFault(r"bearer token included in the request is invalid|ExpiredToken",
+    Fault(r"bearer token included in the request is invalid|ExpiredToken",
         NotSignedIn, "Kiro does not accept the access token", "refresh"),
-    KiroFault(r"Invalid token|User is not authorized",
+    Fault(r"Invalid token|User is not authorized",
         Forbidden, "Kiro does not allow this with the account's profile and region", "reroute"),
-    KiroFault(r"IMAGE_[A-Z]+|DOCUMENT_[A-Z]+",
+    Fault(r"IMAGE_[A-Z]+|DOCUMENT_[A-Z]+",
         InvalidRequest, "Kiro refused an image or document"),
-    KiroFault(r"Improperly formed|REQUEST_BODY_INVALID|TOOL_[A-Z]+|Validation",
+    Fault(r"Improperly formed|REQUEST_BODY_INVALID|TOOL_[A-Z]+|Validation",
         InvalidRequest, "Kiro refused the conversation's form"),
-    KiroFault(r"UnknownOperation|[Uu]nknown operation",
+    Fault(r"UnknownOperation|[Uu]nknown operation",
         UpstreamError, "This Kiro host does not know the request", "reroute"),
-    KiroFault(r"Throttling|[Tt]oo many requests", RateLimited, "Kiro's rate limit", "pause"),
-    KiroFault(r"ServiceUnavailable", Overloaded, "Kiro is busy", "reroute"),
-    KiroFault(r"AccessDenied", Forbidden, "Kiro does not allow this"),
+    Fault(r"Throttling|[Tt]oo many requests", RateLimited, "Kiro's rate limit", "pause"),
+    Fault(r"ServiceUnavailable", Overloaded, "Kiro is busy", "reroute"),
+    Fault(r"AccessDenied", Forbidden, "Kiro does not allow this"),
 )  # fmt: skip
 LASTING_ACTIONS = ("rest", "pause", "refresh")  # they affect more than one request
 
 
-def find_kiro_fault(text: str, sentences: bool = False) -> KiroFault | None:
+def find_kiro_fault(text: str, sentences: bool = False) -> Fault | None:
     """The first fault found in `text`; with `sentences` one word gives no lasting remedy."""
     for fault in KIRO_FAULTS:
         match = re.search(fault.pattern, text)
@@ -9103,6 +9101,19 @@ def read_error_answer(status: int, data: bytes) -> tuple[str, str]:
     return redact(text, MAX_REFUSAL_TEXT), ""
 
 
+def read_time(value: Any) -> float:
+    """Unix seconds from seconds, milliseconds or ISO 8601 (UTC by default); otherwise 0."""
+    if isinstance(value, str):
+        try:
+            moment = dt.datetime.fromisoformat(value)
+        except ValueError:
+            return 0.0
+        moment = moment if moment.tzinfo else moment.replace(tzinfo=dt.timezone.utc)
+        return read_figure(moment.timestamp(), 0, MAX_UNIX_SECONDS) or 0.0
+    timestamp = read_figure(value, 0, MAX_UNIX_SECONDS * 1000) or 0.0
+    return timestamp if timestamp < MAX_UNIX_SECONDS else timestamp / 1000
+
+
 def parse_retry_after(value: str | None, now: float) -> float | None:
     """Seconds in a Retry-After field: a number or an HTTP date; `now` is Unix time."""
     if value is None:
@@ -9118,7 +9129,7 @@ def parse_retry_after(value: str | None, now: float) -> float | None:
 
 
 # "Please try again in 51 hours" (github/copilot-cli#2769), "resets in 2 hours and 5 minutes".
-WAIT_WORDS = re.compile(
+WAIT_TEXT = re.compile(
     r"(?:again|resets?|available)\s+(?:in|after)\s+(?:about\s+)?"
     r"((?:\d+(?:\.\d+)?\s*(?:s|secs?|seconds?|m|mins?|minutes?|h|hrs?|hours?|d|days?)\b[\s,and]*)+)",
     re.IGNORECASE,
@@ -9126,7 +9137,7 @@ WAIT_WORDS = re.compile(
 WAIT_PART = re.compile(r"(?<!\d)(\d+(?:\.\d+)?)\s*([smhd])", re.IGNORECASE)
 WAIT_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 # As in "resets at 2026-12-01T00:00:00Z" and "try again after 2026-12-01".
-RESET_WORDS = re.compile(
+RESET_TEXT = re.compile(
     r"(?:again|resets?|available)\s+(?:at|on|after)\s+"
     r"(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d(?::\d\d)?))?",
     re.IGNORECASE,
@@ -9134,34 +9145,19 @@ RESET_WORDS = re.compile(
 
 
 def read_wait(headers: Headers, message: str, now: float) -> float | None:
-    """Seconds to wait: as in the Retry-After field, else as in the message (its times are UTC)."""
+    """Seconds to wait, from the Retry-After field or the message, whose times are in UTC."""
     retry_after = parse_retry_after(headers.get("retry-after"), now)
     if retry_after is not None:
         return retry_after
-    wait_match, reset_match = WAIT_WORDS.search(message), RESET_WORDS.search(message)
+    wait_match, reset_match = WAIT_TEXT.search(message), RESET_TEXT.search(message)
     if wait_match:
         parts = WAIT_PART.findall(wait_match[1])
         wait_s = sum(float(amount) * WAIT_UNITS[unit.lower()] for amount, unit in parts)
-    elif reset_match:
-        day, time_of_day = reset_match.groups("00:00")
-        try:
-            wait_s = dt.datetime.fromisoformat(f"{day}T{time_of_day}+00:00").timestamp() - now
-        except ValueError:
-            return None
+    elif reset_match and (reset_at := read_time("T".join(reset_match.groups("00:00")))):
+        wait_s = reset_at - now
     else:
         return None
     return min(max(0.0, wait_s), MAX_RESET_SECONDS)
-
-
-class Fault(NamedTuple):
-    """A kind of error response, as a row of a table in which the first row that fits counts."""
-
-    pattern: str  #: searched in "429 code: message"; groups are the counts of a ContextTooLong
-    error: type[ApiError]
-    text: str = ""  #: a template, see `classify`
-    action: str = ""
-    hint: str = ""
-    param: str | None = None
 
 
 def classify(
@@ -9200,26 +9196,6 @@ def request_note(headers: Headers, service: str, name: str) -> str:
     return f" ({service} request {request_id})" if is_plain else ""
 
 
-COPILOT_400 = (
-    Fault(r"(?:prompt token count of|prompt is too long:) (\d{1,15}) "
-          r"(?:exceeds the limit of|tokens >) (\d{1,15})\b", ContextTooLong),
-    Fault(r"(?i)^400 (?:context_length|model_max_prompt_tokens)_exceeded:|prompt is too long"
-          r"|too large for model context window|context length", ContextTooLong),
-    Fault(r"^400 model_not_supported:|(?i:requested model is not supported)", ModelNotFound,
-          "Copilot does not offer {model} to this account.", "relist",
-          "It may need to be enabled at github.com/settings/copilot.", "model"),
-    Fault(r"(?i)^400 (?:unsupported_api_for_model:|[^:]*: (?:The requested )?model "
-          r'"?[\w.:/-]{1,200}"? is not accessible via the /)', InvalidRequest,
-          "{model} is not served in a dialect this gateway speaks yet.", "reroute", "", "model"),
-    Fault(r"^400 [^:]*: \Z", InvalidRequest,
-          "The upstream refused the request without a reason.", "again"),
-    # Usually replayed reasoning.
-    Fault(r"^400 invalid_request_body:|(?i:signature|different conversation|encrypted[ _]content"
-          r"|does not belong to this connection)", InvalidRequest, "{message}", "forget"),
-    Fault(r"(?i)copilot-vision-request", InvalidRequest, "{message}", "",
-          "Images may be switched off by your organisation's editor preview features policy."),
-    Fault(r"", InvalidRequest, "{message}"),
-)  # fmt: skip
 COPILOT_FAULTS = (
     Fault(r"(?s)^(?:401|403|421) .*Personal Access Token", NotSignedIn,
           "Copilot refused the token: {message}."),
@@ -9240,19 +9216,26 @@ COPILOT_FAULTS = (
     Fault(r"^(?:408|504) ", UpstreamTimeout, "Copilot timed out.{tail}", "again"),
     Fault(r"^(?:499|[5-9]..) ", UpstreamError, "Copilot failed with status {status}.{tail}",
           "wait"),
-    Fault(r"", UpstreamError, "Copilot answered with status {status}: {message}{tail}"),
+    Fault(r"^(?!400 )", UpstreamError, "Copilot responded with status {status}: {message}{tail}"),
+    Fault(r"(?:prompt token count of|prompt is too long:) (\d{1,15}) "
+          r"(?:exceeds the limit of|tokens >) (\d{1,15})\b", ContextTooLong),
+    Fault(r"(?i)^400 (?:context_length|model_max_prompt_tokens)_exceeded:|prompt is too long"
+          r"|too large for model context window|context length", ContextTooLong),
+    Fault(r"^400 model_not_supported:|(?i:requested model is not supported)", ModelNotFound,
+          "Copilot does not offer {model} to this account.", "relist",
+          "It may need to be enabled at github.com/settings/copilot.", "model"),
+    Fault(r"(?i)^400 (?:unsupported_api_for_model:|[^:]*: (?:The requested )?model "
+          r'"?[\w.:/-]{1,200}"? is not accessible via the /)', InvalidRequest,
+          "{model} is not served in a dialect this gateway speaks yet.", "reroute", "", "model"),
+    Fault(r"^400 [^:]*: \Z", InvalidRequest,
+          "The upstream refused the request without a reason.", "again"),
+    # Usually replayed reasoning.
+    Fault(r"^400 invalid_request_body:|(?i:signature|different conversation|encrypted[ _]content"
+          r"|does not belong to this connection)", InvalidRequest, "{message}", "forget"),
+    Fault(r"(?i)copilot-vision-request", InvalidRequest, "{message}", "",
+          "Images may be switched off by your organisation's editor preview features policy."),
+    Fault(r"", InvalidRequest, "{message}"),
 )  # fmt: skip
-
-
-def classify_400(
-    message: str, code: str, model: Model, sent: Json, rejections: Rejections
-) -> RetryDecision:
-    """A 400 of the model service; `rejections` are those applied when `sent` was written."""
-    decision = classify(COPILOT_400, 400, code, message, model=model.id)
-    if type(decision.error) is InvalidRequest and decision.action in ("", "forget"):
-        decision.rejections = read_rejections(message, code, sent, rejections)
-        decision.action = "repair" if decision.rejections else decision.action
-    return decision
 
 
 def classify_copilot_error(
@@ -9264,14 +9247,16 @@ def classify_copilot_error(
     rejections: Rejections,
     now: float,
 ) -> RetryDecision:
+    """Classifies a response of the model service; `rejections` were applied to `sent`."""
     message, code = read_error_answer(status, data)
-    if status == 400:
-        return classify_400(message, code, model, sent, rejections)
     tail = request_note(headers, "GitHub", "x-github-request-id")
-    if status in (401, 403, 421) and b'"authorize_url"' in data:
-        # for a third-party agent
+    if status in (401, 403, 421) and b'"authorize_url"' in data:  # for a third-party agent
         return RetryDecision(Forbidden(f"Copilot wants another authorization: {message}.{tail}"))
     decision = classify(COPILOT_FAULTS, status, code, message, model=model.id, tail=tail)
+    is_plain_400 = status == 400 and type(decision.error) is InvalidRequest
+    if is_plain_400 and decision.action in ("", "forget"):
+        decision.rejections = read_rejections(message, code, sent, rejections)
+        decision.action = "repair" if decision.rejections else decision.action
     account_limits = r"(?:user_global|user_weekly|integration)_rate_limited"
     decision.account_wide = status == 429 and re.fullmatch(account_limits, code) is not None
     return with_wait(decision, read_wait(headers, message, now), "pause", "rest")
@@ -9446,18 +9431,6 @@ def direct_token(github_token: str, user: Json, config: CopilotConfig, now: floa
     return CopilotToken(github_token, url, now + COPILOT_DIRECT_SECONDS, COPILOT_DIRECT_SECONDS)
 
 
-class AllowancePart(NamedTuple):
-    """One component of an allowance: the plan's own, a trial, a bonus."""
-
-    name: str
-    used: float
-    limit: float
-    ends_at: float  #: Unix seconds; 0 = never, or unknown
-
-    def as_json(self) -> Json:
-        return {**self._asdict(), "ends_at": self.ends_at or None}
-
-
 @dataclass(slots=True)
 class Allowance:
     """The limit and use of one kind of request; None = unknown, `limit` inf = unlimited."""
@@ -9472,20 +9445,18 @@ class Allowance:
     overage_permitted: bool | None = None  #: whether use beyond the limit is allowed, and billed
     overage_used: float | None = None
     overage_limit: float | None = None
-    parts: list[AllowancePart] = field(default_factory=list)  #: the components, if several
+    #: if there are several, such as a trial: `{"name", "used", "limit", "ends_at"}`
+    parts: list[Json] = field(default_factory=list)
 
     @property
     def percent_used(self) -> float | None:
         """None if unlimited or unknown; may exceed 100.  A limit of 0 is never used up."""
-        if self.limit == math.inf:
-            return None
+        percent_left = self.percent_left
         if self.used is not None and self.limit:
-            percent = 100 * self.used / self.limit
-        elif self.percent_left is not None:
-            percent = 100 - self.percent_left
-        else:
+            percent_left = 100 - 100 * self.used / self.limit
+        if self.limit == math.inf or percent_left is None:
             return None
-        return min(max(percent, 0.0), MAX_PERCENT_USED)
+        return min(max(100 - percent_left, 0.0), MAX_PERCENT_USED)
 
     @property
     def is_spent(self) -> bool:
@@ -9508,9 +9479,7 @@ class Allowance:
             "overage_used": self.overage_used,
             "overage_limit": self.overage_limit,
         }
-        if self.parts:
-            row["parts"] = [part.as_json() for part in self.parts]
-        return row
+        return {**row, "parts": self.parts} if self.parts else row
 
 
 @dataclass(slots=True)
@@ -9529,9 +9498,7 @@ class Quota:
             "resets_at": self.resets_at or None,
             "allowances": [allowance.as_json(self.resets_at) for allowance in self.allowances],
         }
-        if self.as_of:
-            row["as_of"] = round(self.as_of, 3)
-        return row
+        return {**row, "as_of": round(self.as_of, 3)} if self.as_of else row
 
 
 #: "premium_models" is another name for the same allowance (VS Code, 2026-08)
@@ -9552,37 +9519,44 @@ def read_flag(value: Any) -> bool | None:
 
 def read_allowance(name: str, row: Json, by_tokens: bool | None = None) -> Allowance | None:
     """None if it does not apply.  `by_tokens` is the account's `token_based_billing`."""
-    limit, percent_left = (parse_number(row.get(k)) for k in ("entitlement", "percent_remaining"))
-    exact, remaining = (parse_number(row.get(k)) for k in ("quota_remaining", "remaining"))
-    credits_used = parse_number(row.get("credits_used"))
+
+    def number(key: str) -> float | None:
+        return parse_number(row.get(key))
+
+    limit, percent_left = number("entitlement"), number("percent_remaining")
+    remaining = number("quota_remaining")
+    if remaining is None:
+        remaining = number("remaining")
+    if row.get("unlimited") is True or limit == -1:
+        limit, percent_left, remaining = math.inf, None, None
+    elif limit is None:
+        is_unknown = remaining is None and percent_left is None
+        if is_unknown or row.get("has_quota") is False:
+            return None
+    elif limit <= 0:  # an empty bucket is not "used up"
+        return None
+    elif remaining is None and percent_left is not None:
+        remaining = limit * percent_left / 100
+    elif remaining is None and (credits_used := number("credits_used")) is not None:
+        remaining = limit - credits_used
     own_billing = read_flag(row.get("token_based_billing"))
     by_tokens = by_tokens if own_billing is None else own_billing
     unit = ALLOWANCE_UNITS.get(name, "")
     if name == "premium_interactions" and by_tokens is not None:
         # GitHub counts credits since June 2026, premium requests still in some contracts.
         unit = "credits" if by_tokens else "premium requests"
-    allowance = Allowance(name, None, limit, None, unit, percent_left)
-    allowance.resets_at = max(0.0, read_time(row.get("quota_reset_at") or row.get("reset_date")))
-    allowance.overage_permitted = read_flag(row.get("overage_permitted"))
-    allowance.overage_used = parse_number(row.get("overage_count"))
-    allowance.overage_limit = parse_number(row.get("overage_entitlement"))
-    if row.get("unlimited") is True or limit == -1:
-        allowance.limit, allowance.percent_left = math.inf, None
-        return allowance
-    if limit is not None and limit <= 0:  # an empty bucket does not apply: it is not "used up"
-        return None
-    remaining = remaining if exact is None else exact
-    if remaining is None and limit and percent_left is not None:
-        remaining = limit * percent_left / 100
-    elif remaining is None and limit and credits_used is not None:
-        remaining = limit - credits_used
-    is_unknown = remaining is None and percent_left is None
-    if limit is None and (is_unknown or row.get("has_quota") is False):
-        return None
-    if remaining is not None:
-        allowance.used = None if limit is None else max(0.0, limit - remaining)
-        allowance.remaining = max(0.0, remaining)
-    return allowance
+    return Allowance(
+        name,
+        None if remaining is None or limit is None else max(0.0, limit - remaining),
+        limit,
+        None if remaining is None else max(0.0, remaining),
+        unit,
+        percent_left,
+        max(0.0, read_time(row.get("quota_reset_at") or row.get("reset_date"))),
+        read_flag(row.get("overage_permitted")),
+        number("overage_count"),
+        number("overage_entitlement"),
+    )
 
 
 def read_copilot_quota(body: Json) -> Quota:
@@ -9595,17 +9569,17 @@ def read_copilot_quota(body: Json) -> Quota:
             name: {"entitlement": monthly.get(name), "remaining": remaining.get(name)}
             for name in [*dict.fromkeys([*monthly, *remaining])][:MAX_ALLOWANCES]
         }
-    named_rows = {
-        ALLOWANCE_NAMES.get(name, name)[:MAX_NAME_CHARS]: row for name, row in rows.items()
-    }
     by_tokens = read_flag(body.get("token_based_billing"))
-    allowances = [read_allowance(name, row, by_tokens) for name, row in named_rows.items()]
+    allowances = {}
+    for key, row in rows.items():
+        name = ALLOWANCE_NAMES.get(key, key)[:MAX_NAME_CHARS]
+        allowances[name] = read_allowance(name, row, by_tokens)
     date_keys = ("quota_reset_date_utc", "quota_reset_date", "limited_user_reset_date")
-    is_free = "free_limited" in get_str(body, "access_type_sku")  # whatever `copilot_plan` says
+    is_free = "free_limited" in get_str(body, "access_type_sku")  # whatever `copilot_plan` is
     return Quota(
         name_of_key(body, "login"),
         "free" if is_free else name_of_key(body, "copilot_plan"),
-        [allowance for allowance in allowances if allowance is not None],
+        [allowance for allowance in allowances.values() if allowance is not None],
         next(filter(None, (read_time(body.get(key)) for key in date_keys)), 0.0),
     )
 
@@ -9645,17 +9619,14 @@ def take_snapshots(known: Quota | None, headers: dict[str, str], now: float) -> 
     The plan's reset date comes from its own buckets, not from a rolling window.
     """
     known = known or Quota("", "", [], 0.0)
-    snapshots: dict[str, Allowance | None] = {}
-    for key, text in headers.items():
-        name = key.removeprefix(SNAPSHOT_PREFIX).removeprefix(WINDOW_PREFIX)
-        name = ALLOWANCE_NAMES.get(name, name)
-        row = read_snapshot(text)
-        if row is not None:
-            snapshots[name] = read_allowance(name, row)
     allowances = {allowance.name: allowance for allowance in known.allowances}
     plan_resets_at = 0.0
-    for name, allowance in snapshots.items():
-        previous = allowances.get(name)
+    for key, text in headers.items():
+        name = key.removeprefix(SNAPSHOT_PREFIX).removeprefix(WINDOW_PREFIX)
+        name, row = ALLOWANCE_NAMES.get(name, name), read_snapshot(text)
+        if row is None:
+            continue
+        allowance, previous = read_allowance(name, row), allowances.get(name)
         if allowance is None:  # it does not apply
             allowances.pop(name, None)
             continue
@@ -9781,19 +9752,6 @@ class KiroLogin:
     token_url: str = ""  #: of an external identity provider
     scope: str = ""  #: likewise
     internal: bool = False  #: AWS staff
-
-
-def read_time(value: Any) -> float:
-    """Unix seconds from seconds, milliseconds or ISO 8601 (UTC by default); otherwise 0."""
-    if isinstance(value, str):
-        try:
-            moment = dt.datetime.fromisoformat(value)
-        except ValueError:
-            return 0.0
-        moment = moment if moment.tzinfo else moment.replace(tzinfo=dt.timezone.utc)
-        return read_figure(moment.timestamp(), 0, MAX_UNIX_SECONDS) or 0.0
-    timestamp = read_figure(value, 0, MAX_UNIX_SECONDS * 1000) or 0.0
-    return timestamp if timestamp < MAX_UNIX_SECONDS else timestamp / 1000
 
 
 def read_kiro_login(credentials: Json) -> KiroLogin:
@@ -10144,7 +10102,7 @@ def kiro_figure(row: Json, name: str) -> float | None:
     return read_figure(row.get(name) if precise is None else precise, 0)
 
 
-def kiro_credit_parts(row: Json, now: float) -> list[AllowancePart]:
+def kiro_credit_parts(row: Json, now: float) -> list[Json]:
     """The plan's own credits, an active trial's and those of bonuses that have not expired."""
     trial, bonuses = get_dict(row, "freeTrialInfo"), row.get("bonuses")
     entries = [("plan", row, 0.0)]
@@ -10155,11 +10113,15 @@ def kiro_credit_parts(row: Json, now: float) -> list[AllowancePart]:
             ends_at = read_time(bonus.get("expiresAt"))
             if not ends_at or ends_at > now:
                 entries.append((name_of_key(bonus, "displayName") or "bonus", bonus, ends_at))
-    parts = []
-    for name, entry, ends_at in entries:
-        used, limit = (kiro_figure(entry, key) or 0.0 for key in ("currentUsage", "usageLimit"))
-        parts.append(AllowancePart(name, used, limit, ends_at))
-    return parts
+    return [
+        {
+            "name": name,
+            "used": kiro_figure(entry, "currentUsage") or 0.0,
+            "limit": kiro_figure(entry, "usageLimit") or 0.0,
+            "ends_at": ends_at or None,
+        }
+        for name, entry, ends_at in entries
+    ]
 
 
 def read_kiro_quota(body: Json, now: float) -> Quota:
@@ -10172,7 +10134,7 @@ def read_kiro_quota(body: Json, now: float) -> Quota:
     credit_rows = [row for row in rows if row.get("resourceType") == "CREDIT"]
     row: Json = next(iter(credit_rows or rows), {})
     parts = kiro_credit_parts(row, now)
-    used, limit = float(sum(part.used for part in parts)), float(sum(part.limit for part in parts))
+    used, limit = (float(sum(part[key] for part in parts)) for key in ("used", "limit"))
     overage = get_dict(body, "overageConfiguration").get("overageStatus")
     allowance = Allowance(
         "credits",
