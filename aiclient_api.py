@@ -10411,14 +10411,12 @@ def write_time(seconds: float, example: Any) -> Any:
 # 10.1 routing
 
 
-@dataclass(slots=True)
-class Route:
-    """The target of a model name: a provider ("" = unknown yet), the name without its prefix."""
+class Route(NamedTuple):
+    """The target of a model name."""
 
-    provider: str
-    model: str
-    #: the provider was named by the client, not chosen here
-    explicit: bool
+    provider: str  #: "" = not known yet
+    model: str  #: without the provider's prefix
+    explicit: bool  #: the client named the provider
 
     def __str__(self) -> str:
         return f"{self.provider}/{self.model}" if self.provider else self.model
@@ -10447,15 +10445,11 @@ class Router:
         explicit_route = self.split(name, self.enabled)
         if explicit_route:
             return [explicit_route]
-        if header:
-            if header not in self.enabled:
-                available = ", ".join(self.enabled)
-                raise InvalidRequest(
-                    f"X-Provider: no provider of that name; there are: {available}."
-                )
-            return [Route(header, name, True)]
-        if name not in self.aliases:
-            return [Route("", name, False)]
+        if header and header not in self.enabled:
+            available = ", ".join(self.enabled)
+            raise InvalidRequest(f"X-Provider: no provider of that name; there are: {available}.")
+        if header or name not in self.aliases:
+            return [Route(header or "", name, bool(header))]
         targets = self.aliases[name]
         usable = [target for target in targets if not self.split(target, self.disabled)]
         if not usable:
@@ -10484,22 +10478,18 @@ class Router:
             lists = {owner: catalogues.get(owner, {}) for owner in self.enabled}
             owners = {owner: models[name] for owner, models in lists.items() if name in models}
             if not owners:
-                found = {owner: find_model(name, models) for owner, models in lists.items()}
-                owners = {owner: model for owner, model in found.items() if model}
+                found = ((owner, find_model(name, models)) for owner, models in lists.items())
+                owners = {owner: model for owner, model in found if model}
             provider = next(iter(owners)) if len(owners) == 1 else self.default
             if provider not in self.enabled:
                 raise self.not_found(name, catalogues)
         model = owners.get(provider) or find_model(name, catalogues.get(provider, {}))
-        return Route(provider, name, route.explicit), model
+        return route._replace(provider=provider), model
 
     def not_found(self, name: str, catalogues: dict[str, dict[str, Model]]) -> ModelNotFound:
         model_ids = [model for models in catalogues.values() for model in models]
-        suggestions = nearest(model_spellings(name)[-1], model_ids)
-        hint = (
-            "Nearest: " + ", ".join(suggestions) + "."
-            if suggestions
-            else "GET /v1/models lists them."
-        )
+        suggestions = ", ".join(nearest(model_spellings(name)[-1], model_ids))
+        hint = f"Nearest: {suggestions}." if suggestions else "GET /v1/models lists them."
         return ModelNotFound(f"The model {name!r} does not exist here.", hint=hint, param="model")
 
 
@@ -10574,29 +10564,21 @@ USAGE_FIGURES = (
 
 @dataclass(slots=True)
 class UsageRecord:
-    """The usage record of one request that reached a provider.  Never content."""
+    """What one request that reached a provider has used.  Never content."""
 
-    #: Unix seconds of the request
-    at: float
+    at: float  #: Unix seconds of the request
     provider: str
-    #: the user name at the service, "" if unknown
-    account: str
-    #: the upstream's model id
-    model: str
-    #: the client: the name of its key, otherwise the family of its user agent
-    label: str
-    #: the client's: chat, messages, responses or embeddings
-    dialect: str
+    account: str  #: the user name at the service, "" if unknown
+    model: str  #: the upstream's model id
+    label: str  #: the client: the name of its key, otherwise the family of its user agent
+    dialect: str  #: the client's: chat, messages, responses or embeddings
     streamed: bool
     usage: Usage
-    #: HTTP; for a broken stream the status of its error; 499: the client disconnected
-    status: int = 200
-    #: "" = success, otherwise the error's kind, or "cancelled"
-    kind: str = ""
+    status: int = 200  #: HTTP; of a broken stream, its error's; 499: the client disconnected
+    kind: str = ""  #: "" = success, otherwise the error's kind, or "cancelled"
     duration_s: float = 0.0
     first_byte_s: float | None = None
-    #: False for a response made on this machine: it does not count towards limits
-    costs: bool = True
+    costs: bool = True  #: False if no upstream was involved: it does not count towards limits
 
     def normalize(self) -> None:
         """Makes it fit for the database: names bounded and printable, figures in range."""
@@ -10630,11 +10612,8 @@ class UsageRecord:
             "first_byte_count": int(first_byte_s is not None),
             "first_byte_ms": round((first_byte_s or 0.0) * 1000),
         }
-        if usage.source:
-            row[usage.source] = 1
-        if usage.credits_source:
-            row[f"credits_{usage.credits_source}"] = 1
-        return row
+        sources = {usage.source, f"credits_{usage.credits_source}"}
+        return row | {name: 1 for name in sources if name in row}
 
 
 def request_row(row: Json) -> Json:
@@ -10651,7 +10630,7 @@ def request_row(row: Json) -> Json:
         "credits": row["nano_credits"] / 1e9,
         "input_source": source,
         "output_source": source if source in (None, "reported") else "estimated",
-        "credits_source": next((n for n in USAGE_SOURCES if row[f"credits_{n}"]), None),
+        "credits_source": next((name for name in USAGE_SOURCES if row[f"credits_{name}"]), None),
     }
 
 
@@ -10677,9 +10656,7 @@ USER_AGENT = re.compile(r"([A-Za-z][\w.+-]{0,39})(?:/([A-Za-z]{1,20})\b)?", re.A
 def client_label(user_agent: str) -> str:
     """`claude-cli/2.1 (external)` -> claude-cli; SDKs: `OpenAI/Python 2.1` -> openai-python."""
     match = USER_AGENT.match(user_agent)
-    if match is None:
-        return "unknown"
-    return "-".join(filter(None, match.groups())).lower()
+    return "-".join(filter(None, match.groups())).lower() if match else "unknown"
 
 
 OTHER = "other"  # replaces names beyond the limit
@@ -10711,11 +10688,9 @@ def local_day(moment: float) -> str:
 
 # ?by= -> (the columns to group by, which are also their names in a row)
 USAGE_GROUPS: dict[str, tuple[str, ...]] = {
-    "day": ("day", "provider"),
-    "model": ("model", "provider"),
-    "provider": ("provider",),
+    "day": ("day", "provider"), "model": ("model", "provider"), "provider": ("provider",),
     "label": ("label", "provider"),
-}
+}  # fmt: skip
 
 SINCE = re.compile(r"(\d{1,6})([mhdw])", re.ASCII)
 SINCE_UNITS = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
@@ -10761,56 +10736,46 @@ def usage_report(rows: Iterable[tuple[Any, ...]]) -> Json:
 
 @dataclass(slots=True)
 class UsageQuery:
-    #: Unix seconds; None = all
-    since: float | None = None
-    #: a key of USAGE_GROUPS, or ""
-    by: str = ""
-    #: how many single records to list, newest first
-    recent: int = 0
-    #: whether to report the prompt caches, by conversation
-    cache: bool = False
+    since: float | None = None  #: Unix seconds; None = all
+    by: str = ""  #: a key of USAGE_GROUPS, or ""
+    recent: int = 0  #: how many single records to list, newest first
+    cache: bool = False  #: whether to report the prompt caches, by conversation
 
 
 def read_usage_query(parameters: dict[str, str], now: float) -> UsageQuery:
+    """Raises InvalidRequest."""
     query = UsageQuery()
+    expected = {
+        "by": f"one of {', '.join(USAGE_GROUPS)}",
+        "recent": f"a number from 0 to {MAX_RECENT_ANSWERS}",
+        "cache": "0 or 1",
+    }
     for name, text in parameters.items():
-        wanted = ""
+        number = int(text) if re.fullmatch(r"[0-9]{1,6}", text) else -1
         if name == "since":
             query.since = read_since(text, now)
-        elif name == "by":
+        elif name == "by" and text in USAGE_GROUPS:
             query.by = text
-            wanted = "" if text in USAGE_GROUPS else f"one of {', '.join(USAGE_GROUPS)}"
-        elif name == "cache":
+        elif name == "recent" and 0 <= number <= MAX_RECENT_ANSWERS:
+            query.recent = number
+        elif name == "cache" and text in ("0", "1"):
             query.cache = text == "1"
-            wanted = "" if text in ("0", "1") else "0 or 1"
-        elif name != "recent":
+        elif name in expected:
+            raise InvalidRequest(f"{name}: must be {expected[name]}.", param=name)
+        else:
             message = f"{name[:100]}: is not a parameter; there are since, by, recent and cache."
             raise InvalidRequest(message, param=name[:100])
-        elif re.fullmatch(r"\d{1,6}", text, re.ASCII) and int(text) <= MAX_RECENT_ANSWERS:
-            query.recent = int(text)
-        else:
-            wanted = f"a number from 0 to {MAX_RECENT_ANSWERS}"
-        if wanted:
-            raise InvalidRequest(f"{name}: must be {wanted}.", param=name)
     return query
 
 
 # 10.3 limits: what may be spent
 
 
-class Cap(NamedTuple):
-    period: str
-    unit: str
-    #: index in a tally
-    figure: int
-
-
+# setting -> (period, unit)
 CAPS = {
-    "daily_credits": Cap("day", "credits", 1),
-    "monthly_credits": Cap("month", "credits", 1),
-    "daily_tokens": Cap("day", "tokens", 0),
-    "monthly_tokens": Cap("month", "tokens", 0),
-}
+    "daily_credits": ("day", "credits"), "monthly_credits": ("month", "credits"),
+    "daily_tokens": ("day", "tokens"), "monthly_tokens": ("month", "tokens"),
+}  # fmt: skip
 
 
 def month_start(now: float) -> float:
@@ -10866,20 +10831,25 @@ class Spending:
     def rows(self, limits: LimitsConfig, now: float) -> Iterator[Json]:
         """The rows of `/v1/usage`'s limits: one for each configured cap."""
         day = local_day(now)
-        for scope, configs in (("providers", limits.providers), ("labels", limits.labels)):
-            for name, setting in ((name, setting) for name in configs for setting in CAPS):
-                limit, cap = getattr(configs[name], setting), CAPS[setting]
-                if limit:
-                    period = day if cap.period == "day" else day[:7]
-                    figure = self.tallies.get((period, scope, name), (0, 0))[cap.figure]
-                    yield {
-                        "name": f"{scope}.{name}.{setting}",
-                        "used": figure / 1e9 if cap.unit == "credits" else float(figure),
-                        "limit": limit,
-                        "unit": cap.unit,
-                        "period": cap.period,
-                        "resets_at": period_end(cap.period, now),
-                    }
+        settings = [
+            (scope, name, config, setting)
+            for scope, configs in (("providers", limits.providers), ("labels", limits.labels))
+            for name, config in configs.items()
+            for setting in CAPS
+        ]
+        for scope, name, config, setting in settings:
+            limit, (period, unit) = getattr(config, setting), CAPS[setting]
+            if limit:
+                key = (day if period == "day" else day[:7], scope, name)
+                tokens, nano_credits = self.tallies.get(key, (0, 0))
+                yield {
+                    "name": f"{scope}.{name}.{setting}",
+                    "used": nano_credits / 1e9 if unit == "credits" else float(tokens),
+                    "limit": limit,
+                    "unit": unit,
+                    "period": period,
+                    "resets_at": period_end(period, now),
+                }
 
     def check(self, limits: LimitsConfig, provider: str, label: str, now: float) -> None:
         """Raises LimitReached if a cap of the provider or of the label is used up."""
@@ -10938,18 +10908,20 @@ Labels = tuple[Any, ...]  # label values, in the order of the label names
 Series = dict[Labels, float]
 
 
+# The upper bounds of a histogram's buckets.
+METRIC_BUCKETS = {
+    "answer_duration_seconds": ANSWER_SECONDS_BUCKETS,
+    "answer_first_byte_seconds": FIRST_BYTE_SECONDS_BUCKETS,
+}
+
+
 class Metric(NamedTuple):
     """One metric of GET /metrics; its type follows from its name by Prometheus's conventions."""
 
-    #: without this program's prefix
-    name: str
-    #: label names, separated by spaces
-    labels: str
+    name: str  #: without this program's prefix
+    labels: str  #: label names, separated by spaces
     help: str
-    #: the field of `Daemon.status` that holds its current value
-    status: str = ""
-    #: the upper bounds of a histogram's buckets, in seconds
-    buckets: tuple[float, ...] = ()
+    status: str = ""  #: the field of `Daemon.status` that holds its current value
 
     @property
     def full_name(self) -> str:
@@ -10958,7 +10930,7 @@ class Metric(NamedTuple):
 
     @property
     def kind(self) -> str:
-        if self.buckets:
+        if self.name in METRIC_BUCKETS:
             return "histogram"
         return "counter" if self.name.endswith("_total") else "gauge"
 
@@ -10969,19 +10941,11 @@ METRICS = (
     Metric("http_requests_in_flight", "", "Requests without a response yet.", "requests_in_flight"),
     Metric("answers_total", "provider model dialect status", "Requests that reached a provider."),
     Metric("answer_errors_total", "provider kind", "Failed responses, without cancelled ones."),
-    Metric(
-        "answer_duration_seconds", "provider model", "Until the last byte of a good response.",
-        buckets=ANSWER_SECONDS_BUCKETS,
-    ),
-    Metric(
-        "answer_first_byte_seconds", "provider model", "Until the upstream's first byte.",
-        buckets=FIRST_BYTE_SECONDS_BUCKETS,
-    ),
+    Metric("answer_duration_seconds", "provider model", "Until a good response's last byte."),
+    Metric("answer_first_byte_seconds", "provider model", "Until the upstream's first byte."),
     Metric("tokens_total", "provider model type", "Tokens by type; types do not overlap."),
     Metric("reasoning_tokens_total", "provider model", "Part of the tokens of type output."),
-    Metric(
-        "credits_total", "provider model", "Credits, billed or derived; in the provider's unit."
-    ),
+    Metric("credits_total", "provider model", "Credits in the provider's unit; some are derived."),
     Metric("upstream_refusals_total", "provider kind", "Failed attempts, retried ones included."),
     Metric("upstream_retries_total", "provider", "Attempts after the first one of a request."),
     Metric("provider_ready", "provider", "0 while it cools down, fails or is not signed in."),
@@ -10994,52 +10958,29 @@ METRICS = (
     Metric("process_cpu_seconds_total", "", "CPU time used, in user and system mode.", "cpu_s"),
     Metric("process_resident_memory_bytes", "", "Resident memory in bytes.", "memory_bytes"),
     Metric("process_open_fds", "", "Open files and sockets.", "open_files"),
-)  # fmt: skip
+)
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"  # Prometheus's text format
 HTTP_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
-def write_labels(names: list[str], values: Labels) -> str:
-    """`provider="copilot",model="gpt-4.1"`."""
-    escaped = (
-        str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-        for value in values
-    )
-    return ",".join(f'{name}="{value}"' for name, value in zip(names, escaped, strict=True))
-
-
-def write_samples(name: str, names: list[str], series: Series) -> Iterator[str]:
+def write_samples(metric: Metric, series: dict[Labels, Any]) -> Iterator[str]:
+    """The lines of a metric; for a histogram, of the count of each bucket and then the sum."""
+    name, names, bounds = metric.full_name, metric.labels.split(), METRIC_BUCKETS.get(metric.name)
     for values, value in sorted(series.items()):
-        labels = write_labels(names, values)
-        yield f"{name}{{{labels}}} {value}" if labels else f"{name} {value}"
-
-
-class Histogram:
-    """Observations by labels: a count per bucket, and their sum."""
-
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self.bounds = bounds
-        #: labels -> the count of each bucket, the count above the last bound, the sum
-        self.rows: dict[Labels, list[float]] = {}
-
-    def add(self, labels: Labels, value: float) -> None:
-        """Counts one observation; a bucket includes its upper bound."""
-        row = self.rows.get(labels)
-        if row is None:
-            row = self.rows[labels] = [0] * (len(self.bounds) + 1) + [0.0]
-        row[bisect_left(self.bounds, value)] += 1
-        row[-1] += value
-
-    def write(self, name: str, names: list[str]) -> Iterator[str]:
-        bounds = [f"{bound:g}" for bound in self.bounds] + ["+Inf"]
-        for values, row in sorted(self.rows.items()):
-            labels = write_labels(names, values)
-            total: float = 0
-            for bound, bucket_count in zip(bounds, row[:-1], strict=True):
-                total += bucket_count
-                yield f'{name}_bucket{{{labels},le="{bound}"}} {total}'
-            yield f"{name}_sum{{{labels}}} {row[-1]}"
-            yield f"{name}_count{{{labels}}} {total}"
+        escaped = (
+            str(text).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+            for text in values
+        )
+        labels = ",".join(f'{key}="{text}"' for key, text in zip(names, escaped, strict=True))
+        if bounds is None:
+            yield f"{name}{{{labels}}} {value}" if labels else f"{name} {value}"
+            continue
+        total = 0
+        for bound, count in zip([*(f"{b:g}" for b in bounds), "+Inf"], value[:-1], strict=True):
+            total += count
+            yield f'{name}_bucket{{{labels},le="{bound}"}} {total}'
+        yield f"{name}_sum{{{labels}}} {value[-1]}"
+        yield f"{name}_count{{{labels}}} {total}"
 
 
 def read_status(status: Json) -> dict[str, Series]:
@@ -11062,63 +11003,63 @@ class Metrics:
     """Counters and histograms since the start, in memory; METRICS describes them."""
 
     def __init__(self) -> None:
-        self.counts: dict[str, Series] = {
+        #: for a histogram the count of each bucket, the count above the last bound, the sum
+        self.series: dict[str, dict[Labels, Any]] = {
             metric.name: defaultdict(int) for metric in METRICS if metric.kind == "counter"
         }
-        self.histograms = {
-            metric.name: Histogram(metric.buckets) for metric in METRICS if metric.buckets
-        }
+        for name, bounds in METRIC_BUCKETS.items():
+            self.series[name] = defaultdict(([0] * (len(bounds) + 2)).copy)
         #: the PROVIDER/MODEL names that have their own series
         self.models = NameTable(MAX_METRIC_SERIES)
 
     def count_request(self, route: str, method: str, status: int) -> None:
         method = method if method in HTTP_METHODS else "other"
-        self.counts["http_requests_total"][route, method, status] += 1
+        self.series["http_requests_total"][route, method, status] += 1
 
     def count_attempts(self, provider: str, attempts: int, refusals: list[str]) -> None:
-        self.counts["upstream_retries_total"][provider,] += max(0, attempts - 1)
+        self.series["upstream_retries_total"][provider,] += max(0, attempts - 1)
         for kind in refusals:
-            self.counts["upstream_refusals_total"][provider, kind] += 1
+            self.series["upstream_refusals_total"][provider, kind] += 1
 
     def observe(self, record: UsageRecord) -> None:
         """Counts one record, in some 2 microseconds."""
-        provider, usage, kind = record.provider, record.usage, record.kind
-        model = self.model_label(record)
-        counts, key = self.counts, (provider, model)
-        counts["answers_total"][provider, model, record.dialect, record.status] += 1
-        tokens = counts["tokens_total"]
+        provider, model, usage = record.provider, record.model, record.usage
+        name, series = f"{provider}/{model}", self.series
+        # Clients can name any model: unknown names get no series of their own.
+        is_unknown = record.kind == "model_not_found" and name not in self.models.names
+        if is_unknown or self.models.known(name) != name:
+            model = OTHER
+        key = (provider, model)
+        series["answers_total"][provider, model, record.dialect, record.status] += 1
+        tokens = series["tokens_total"]
         tokens[provider, model, "input"] += usage.input
         tokens[provider, model, "cache_read"] += usage.cache_read
         tokens[provider, model, "cache_write"] += usage.cache_write
         tokens[provider, model, "output"] += usage.output
-        counts["reasoning_tokens_total"][key] += usage.reasoning
-        counts["credits_total"][key] += usage.nano_credits / 1e9
-        if not kind:
-            self.histograms["answer_duration_seconds"].add(key, record.duration_s)
-        elif kind != "cancelled":
-            counts["answer_errors_total"][provider, kind] += 1
+        series["reasoning_tokens_total"][key] += usage.reasoning
+        series["credits_total"][key] += usage.nano_credits / 1e9
+        if not record.kind:
+            self.add_seconds("answer_duration_seconds", key, record.duration_s)
+        elif record.kind != "cancelled":
+            series["answer_errors_total"][provider, record.kind] += 1
         if record.first_byte_s is not None:
-            self.histograms["answer_first_byte_seconds"].add(key, record.first_byte_s)
+            self.add_seconds("answer_first_byte_seconds", key, record.first_byte_s)
 
-    def model_label(self, record: UsageRecord) -> str:
-        """OTHER once there are too many, and for unknown names: clients can name any model."""
-        name = f"{record.provider}/{record.model}"
-        if record.kind == "model_not_found" and name not in self.models.names:
-            return OTHER
-        return record.model if self.models.known(name) == name else OTHER
+    def add_seconds(self, name: str, labels: Labels, seconds: float) -> None:
+        """Counts one observation; a bucket includes its upper bound."""
+        row = self.series[name][labels]
+        row[bisect_left(METRIC_BUCKETS[name], seconds)] += 1
+        row[-1] += seconds
 
     def render(self, measured: dict[str, Series]) -> str:
         """Everything in the text format 0.0.4; `measured` holds the values read at scrape time."""
         lines = []
         for metric in METRICS:
-            name, names = metric.full_name, metric.labels.split()
-            if metric.buckets:
-                samples = list(self.histograms[metric.name].write(name, names))
-            else:
-                series = measured.get(metric.name) or self.counts.get(metric.name, {})
-                samples = list(write_samples(name, names, series))
-            if samples:
-                lines += [f"# HELP {name} {metric.help}", f"# TYPE {name} {metric.kind}", *samples]
+            name = metric.full_name
+            series = measured.get(metric.name) or self.series.get(metric.name, {})
+            if series:
+                lines += [f"# HELP {name} {metric.help}", f"# TYPE {name} {metric.kind}"]
+                lines += write_samples(metric, series)
         return "\n".join(lines) + "\n"
 
 
@@ -11139,23 +11080,26 @@ PROMPT_SETTINGS = (
     "response_format", "text", "additionalModelRequestFields",
 )  # fmt: skip
 PROMPT_SECTIONS = {"tools": 0, "system": 1, "settings": 2}  # before the turns
-SYSTEM_HINT = "a date, a time or an id in the system prompt?"
-RESULT_HINT = "an old tool result was cut or written anew?"
-ANSWER_HINT = "an old answer came back changed: its thinking dropped, a call written anew?"
 # Part of a prompt, or role of a turn -> what may have changed there.  A client's other roles are
 # not shown: they could be anything.
+SYSTEM_HINT = "a date, a time or an id in the system prompt?"
+RESULT_HINT = "an old tool result was cut or rewritten?"
+RESPONSE_HINT = "an old response came back changed: its thinking dropped, a call rewritten?"
 CACHE_HINTS = {
     "tools": "the tools come in another order, or one of them differs?",
     "system": SYSTEM_HINT,
     "developer": SYSTEM_HINT,
-    "settings": "thinking, effort, tool choice or the output format differs from the call before?",
+    "settings": "thinking, effort, tool choice or the output format differs from the last request?",
     "user": "an old message came back with another date, id or reminder in it?",
-    **dict.fromkeys(
-        ("tool", "function", "function_call_output", "custom_tool_call_output"), RESULT_HINT
-    ),
-    **dict.fromkeys(
-        ("assistant", "reasoning", "function_call", "custom_tool_call", "other"), ANSWER_HINT
-    ),
+    "tool": RESULT_HINT,
+    "function": RESULT_HINT,
+    "function_call_output": RESULT_HINT,
+    "custom_tool_call_output": RESULT_HINT,
+    "assistant": RESPONSE_HINT,
+    "reasoning": RESPONSE_HINT,
+    "function_call": RESPONSE_HINT,
+    "custom_tool_call": RESPONSE_HINT,
+    "other": RESPONSE_HINT,
 }
 
 
@@ -11164,20 +11108,20 @@ def cache_hint(part: str, block: str) -> str:
     return CACHE_HINTS[part] + (kiro_note if block == "history[0] (user)" else "")
 
 
-def bare_block(value: Any) -> Any:
+def normalize_block(value: Any) -> Any:
     """A block as a cache sees it: without breakpoints, its keys sorted, lone text unwrapped.
 
     Nested values keep their key order: a call's arguments are shown to the model as text.
     """
     if isinstance(value, list):
-        blocks = [bare_block(item) for item in value]
+        blocks = [normalize_block(item) for item in value]
         return blocks[0] if len(blocks) == 1 and isinstance(blocks[0], str) else blocks
     if not isinstance(value, dict):
         return value
     if "text" in value and value.keys() - CACHE_BREAKPOINT_KEYS == LONE_TEXT:
         return value["text"]
     return [
-        (key, bare_block(item) if key == "content" else item)
+        (key, normalize_block(item) if key == "content" else item)
         for key, item in sorted(value.items())
         if key not in CACHE_BREAKPOINT_KEYS
     ]
@@ -11189,7 +11133,7 @@ def hash_block(block: Any, salt: bytes) -> tuple[int, int]:
     Equal values have equal bytes in marshal's version 0, which has no references between objects;
     it takes a third of the time of JSON (measured in 2026-11).
     """
-    data = marshal.dumps(bare_block(block), 0)
+    data = marshal.dumps(normalize_block(block), 0)
     return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=salt).digest(), "big"), len(data)
 
 
@@ -11198,8 +11142,8 @@ def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value] if value else []
 
 
-def kiro_sections(body: Json) -> tuple[list[Any], list[Any]]:
-    """(tools, turns) of a conversation state, without what depends on endpoint and account."""
+def kiro_sections(body: Json) -> Json:
+    """The tools and history of a conversation state, without what depends on the account."""
     state = get_dict(body, "conversationState")
     tools: list[Any] = []
     turns: list[Any] = []
@@ -11213,19 +11157,16 @@ def kiro_sections(body: Json) -> tuple[list[Any], list[Any]]:
         tools = as_list(context.get("tools")) or tools
         content = {key: message.get(key) for key in ("content", "images", "documents")}
         turns.append({"role": "user", **content, "results": context.get("toolResults")})
-    return tools, turns
+    return {"tools": tools, "history": turns}
 
 
 class Prompt(NamedTuple):
     """The structure of a prompt, by blocks; none of its text."""
 
     hashes: array[int]
-    #: in bytes
-    sizes: array[int]
-    #: a key of CACHE_HINTS for each block
-    parts: list[str]
-    #: the dialect's names of the system prompt and of the turns
-    names: tuple[str, str]
+    sizes: array[int]  #: in bytes
+    parts: list[str]  #: a key of CACHE_HINTS for each block
+    names: tuple[str, str]  #: the dialect's names of the system prompt and of the turns
 
     def share(self, at: int) -> float:
         """The share of the prompt from block `at` on, by bytes."""
@@ -11246,9 +11187,8 @@ def read_prompt(dialect: str, body: Json, salt: bytes) -> Prompt:
     turns_name = {"responses": "input", "kiro": "history"}.get(dialect, "messages")
     system_name = "instructions" if dialect == "responses" else "system"
     if dialect == "kiro":
-        tools, turns = kiro_sections(body)
-    else:
-        tools, turns = as_list(body.get("tools")), as_list(body.get(turns_name))
+        body = {**body, **kiro_sections(body)}
+    tools, turns = as_list(body.get("tools")), as_list(body.get(turns_name))
     system = as_list(body.get(system_name)) if dialect in ("messages", "responses") else []
     parts = ["tools"] * len(tools) + ["system"] * len(system) + ["settings"]
     turns = turns[: max(0, MAX_WATCHED_BLOCKS - len(parts))]
@@ -11258,55 +11198,46 @@ def read_prompt(dialect: str, body: Json, salt: bytes) -> Prompt:
         parts.append(sys.intern(role) if role in CACHE_HINTS else "other")
     settings = [body.get(key) for key in PROMPT_SETTINGS]
     blocks = [hash_block(block, salt) for block in (*tools, *system, settings, *turns)]
-    return Prompt(
-        array("Q", [block_hash for block_hash, _ in blocks]),
-        array("I", [size for _, size in blocks]),
-        parts,
-        (system_name, turns_name),
-    )
+    hashes, sizes = zip(*blocks, strict=True)
+    return Prompt(array("Q", hashes), array("I", sizes), parts, (system_name, turns_name))
 
 
 @dataclass(slots=True)
 class TrackedConversation:
-    #: its row of `/v1/usage?cache=1`, but for what is derived from the misses
-    row: Json
-    #: the last one
-    prompt: Prompt
-    #: Unix seconds of the start of the last response
-    answered_at: float = 0.0
-    #: tokens of the last prompt that should be cached
-    cached: int = 0
+    row: Json  #: of `/v1/usage?cache=1`, without what is derived from the misses
+    prompt: Prompt  #: the last one
+    responded_at: float = 0.0  #: Unix seconds of the start of the last response
+    cached: int = 0  #: tokens of the last prompt that should be cached
     #: part of a prompt -> (the last block that broke the cache there, how often, last logged at)
     misses: dict[str, tuple[str, int, float]] = field(default_factory=dict)
 
-    def find_change(self, prompt: Prompt) -> int | None:
-        """The first block that differs in the next prompt, None if that continues this one.
-
-        A client that drops or sums up its older messages knows what it does.
-        """
+    def compare(self, prompt: Prompt, record: UsageRecord, has_figures: bool) -> Json | None:
+        """Counts a cache miss of the next request; returns its details if they are news."""
         pairs = enumerate(zip(self.prompt.hashes, prompt.hashes, strict=False))
         at = next((at for at, (old_hash, new_hash) in pairs if old_hash != new_hash), None)
-        is_turn = at is not None and at > prompt.parts.index("settings")
-        return None if is_turn and len(prompt.hashes) < len(self.prompt.hashes) else at
-
-    def find_miss(
-        self, prompt: Prompt, record: UsageRecord, has_figures: bool
-    ) -> tuple[str, str, int] | None:
-        """(part, block, tokens billed in full again, approximately) of the next request."""
-        at = self.find_change(prompt)
         expires_at = self.row["last_at"] + CACHE_LIFE_SECONDS
-        if at is None or not self.answered_at <= record.at <= expires_at:
+        if at is None or not self.responded_at <= record.at <= expires_at:
             return None
-        cached = min(self.cached, record.usage.prompt)
+        # A client that drops or summarizes its older messages does so on purpose.
+        if at > prompt.parts.index("settings") and len(prompt.hashes) < len(self.prompt.hashes):
+            return None
+        tokens = record.usage.prompt
+        cached = min(self.cached, tokens)
         lost = cached - record.usage.cache_read
         if not has_figures:
-            shares = (self.cached * self.prompt.share(at), record.usage.prompt * prompt.share(at))
-            lost = int(min(shares))
+            lost = int(min(self.cached * self.prompt.share(at), tokens * prompt.share(at)))
         if lost <= max(MIN_CACHED_TOKENS, cached * CACHE_SLACK_SHARE):
             return None
+        self.row["lost_tokens"] += lost
         # A section that has become shorter is the old prompt's.
-        there = min(prompt, self.prompt, key=lambda p: PROMPT_SECTIONS.get(p.parts[at], 3))
-        return there.parts[at], there.name(at), lost
+        owner = min(prompt, self.prompt, key=lambda p: PROMPT_SECTIONS.get(p.parts[at], 3))
+        part, block = owner.parts[at], owner.name(at)
+        _, times, logged_at = self.misses.get(part, ("", 0, -math.inf))
+        is_news = record.at - logged_at >= CACHE_QUIET_SECONDS
+        self.misses[part] = block, times + 1, record.at if is_news else logged_at
+        names = {name: self.row[name] for name in ("provider", "model", "conversation")}
+        details = {**names, "block": block, "tokens": lost, "hint": cache_hint(part, block)}
+        return details if is_news else None
 
     def update(self, prompt: Prompt, record: UsageRecord, reports_writes: bool) -> None:
         """`reports_writes`: the service reports what it writes to the cache."""
@@ -11316,22 +11247,11 @@ class TrackedConversation:
         row["cache_read_tokens"] += usage.cache_read
         row["last_at"] = record.at
         first_byte_s = record.duration_s if record.first_byte_s is None else record.first_byte_s
-        self.answered_at = record.at + first_byte_s
+        self.responded_at = record.at + first_byte_s
         self.prompt = prompt
         self.cached = usage.cache_read + usage.cache_write
         if not self.cached and not reports_writes:
             self.cached = usage.prompt  # a guess: all of it
-
-    def add_miss(self, part: str, block: str, lost: int) -> Json | None:
-        """What to log of a miss, None if it was logged recently."""
-        now = self.row["last_at"]
-        self.row["lost_tokens"] += lost
-        _, times, logged_at = self.misses.get(part, (block, 0, -math.inf))
-        is_news = now - logged_at >= CACHE_QUIET_SECONDS
-        self.misses[part] = block, times + 1, now if is_news else logged_at
-        names = {name: self.row[name] for name in ("provider", "model", "conversation")}
-        details = {**names, "block": block, "tokens": lost, "hint": cache_hint(part, block)}
-        return details if is_news else None
 
     def as_json(self, has_figures: bool) -> Json:
         """No ratio if the service reports no cache figures."""
@@ -11356,27 +11276,26 @@ class CacheGuard:
     def record(
         self, record: UsageRecord, session: str, opening: str, prompt: Prompt
     ) -> Json | None:
-        """Compares with the call before; returns what to log of a miss that is news.
+        """Compares with the previous request; returns the details of a miss that is news.
 
         A conversation is known by its session, otherwise by its client, and its first message.
         """
         pair, has_figures = (record.provider, record.model), self.has_figures(record)
         source = f"session {session}" if session else record.label
         name = f"{hash_block((source, opening), self.salt)[0] >> 32:08x}"
-        key = (name, *pair)
-        tracked, miss = self.watched.pop(key, None), None
-        if tracked is None:
+        tracked, miss = self.watched.pop((name, *pair), None), None
+        if tracked is not None:
+            miss = tracked.compare(prompt, record, has_figures)
+        else:
             row: Json = {"conversation": name, "provider": pair[0], "model": pair[1]}
             row |= {"label": record.label, "calls": 0, "hit_ratio": None, "input_tokens": 0}
             row |= {"cache_read_tokens": 0, "lost_tokens": 0, "last_at": 0.0}
             tracked = TrackedConversation(row, prompt)
-        else:
-            miss = tracked.find_miss(prompt, record, has_figures)
-        self.watched[key] = tracked
+        self.watched[name, *pair] = tracked
         if len(self.watched) > MAX_WATCHED:
             del self.watched[next(iter(self.watched))]
         tracked.update(prompt, record, has_figures and self.reporting[pair])
-        return tracked.add_miss(*miss) if miss else None
+        return miss
 
     def has_figures(self, record: UsageRecord) -> bool:
         """Whether the record's cache figures are real rather than merely absent."""
