@@ -9207,7 +9207,7 @@ COPILOT_FAULTS = (
     Fault(r"^402 ", QuotaExceeded, "Your Copilot quota is used up: {reason}.{tail}", "rest"),
     Fault(r"^404 ", ModelNotFound, "Copilot does not serve {model}.", "",
           "Its policy may need to be accepted at github.com/settings/copilot."),
-    Fault(r"^413 ", BodyTooLarge, "The request is larger than Copilot takes."),
+    Fault(r"^413 ", BodyTooLarge, "The request is too large for Copilot."),
     Fault(r"^422 ", InvalidRequest, "Refused by the upstream's content filter: {message}"),
     Fault(r"^429 ", RateLimited, "Copilot's rate limit: {reason}.{tail}", "pause"),
     Fault(r"^466 ", UpstreamError, "Copilot refused this client's version: {message}", "",
@@ -9338,12 +9338,12 @@ FINAL_NOTICES = {
     "programmatic_token_generation": "GitHub has blocked automated use by this account",
 }
 EXCHANGE_FAULTS = (
-    Fault(r"^401 ", NotSignedIn, "GitHub does not know the token any more."),
+    Fault(r"^401 ", NotSignedIn, "GitHub no longer accepts the token."),
     Fault(r"^403 ", RateLimited, "GitHub's rate limit for token exchanges.", "wait"),
-    Fault(r"^404 ", NotSignedIn, "GitHub does not exchange this token for one of Copilot."),
+    Fault(r"^404 ", NotSignedIn, "GitHub does not exchange this token for a Copilot token."),
     Fault(r"^(?:429|[5-9]..) ", Overloaded, "GitHub's token exchange failed, status {status}.",
           "wait"),
-    Fault(r"", UpstreamError, "GitHub's token exchange answered with status {status}."),
+    Fault(r"", UpstreamError, "GitHub's token exchange responded with status {status}."),
 )  # fmt: skip
 
 
@@ -9405,7 +9405,7 @@ def copilot_api_url(body: Json, config: CopilotConfig, default: str) -> str:
         return config.api_url.rstrip("/")
     if isinstance(named_url, str) and named_url:
         if not allowed_api_host(named_url, config):
-            raise UpstreamError("GitHub's answer names a host that is not Copilot's.")
+            raise UpstreamError("GitHub's response names a host that is not Copilot's.")
         return named_url.rstrip("/")
     host = urllib.parse.urlsplit(config.github_api_url).hostname or ""
     is_tenant = host.endswith(".ghe.com")
@@ -9416,7 +9416,7 @@ def read_token_answer(body: Json, config: CopilotConfig, now: float) -> CopilotT
     """Parses a token response; only `token` is required.  Raises UpstreamError."""
     token = get_token(body, "token")
     if not token:
-        raise UpstreamError("GitHub's token answer holds no token that can be used.")
+        raise UpstreamError("GitHub's token response contains no usable token.")
     named_life = positive_int(body.get("refresh_in")) or COPILOT_DEFAULT_LIFE_SECONDS
     lifetime = min(named_life, MAX_TOKEN_SECONDS)
     # As in VS Code: the response's `expires_at` is of little use if the local clock is wrong.
@@ -9675,7 +9675,7 @@ def quota_warning(provider: str, allowance: Allowance, resets_at: float) -> str:
     reset = f", resets on {day}" if day else ""
     if reached_percent(allowance) >= 100:
         left = f", nothing left{limit}{unit}" if limit else ""
-        billing = "; what goes beyond it is billed" if allowance.overage_permitted else ""
+        billing = "; further use is billed" if allowance.overage_permitted else ""
         return f"{provider}: {name}: used up{left}{reset}{billing}"
     if allowance.remaining is not None:
         left = f", {plain_figure(allowance.remaining)}{limit}{unit} left"
@@ -9755,29 +9755,29 @@ class KiroLogin:
 
 
 def read_kiro_login(credentials: Json) -> KiroLogin:
-    """The sign-in in a token file; the ValueError it raises says what is wrong."""
+    """The sign-in in a token file; the ValueError it raises tells what is wrong."""
     texts = defaultdict(str, ((key, get_str(credentials, key)) for key in credentials))
-    access, refresh, kind = texts["access_token"], texts["refresh_token"], kiro_kind(credentials)
-    if kind == "api_key":
-        refresh = ""
-        if not access:
-            raise ValueError("it holds no access_token with the API key")
-    elif not refresh:
-        raise ValueError("it holds no refresh_token")
-    for name, value in (("access_token", access), ("refresh_token", refresh)):
-        if value.endswith("..."):
-            raise ValueError(f"its {name} is cut short: it was copied from a display")
-        if value and not TARGET.fullmatch(value):
-            raise ValueError(f"its {name} holds characters no token has")
+    kind, access, arn = kiro_kind(credentials), texts["access_token"], texts["profile_arn"]
+    refresh = "" if kind == "api_key" else texts["refresh_token"]
     region = texts["idc_region"] or texts["region"] or "us-east-1"
-    if not AWS_REGION.fullmatch(region):
-        raise ValueError("its idc_region is not a region")
-    if kind in ("builder_id", "idc") and not (texts["client_id"] and texts["client_secret"]):
-        raise ValueError("it holds no client_id and client_secret, which its refresh needs")
-    if kind == "external_idp" and not is_own_endpoint(credentials):
-        raise ValueError("its token_endpoint is not an https URL at the host of its issuer_url")
-    if texts["profile_arn"] and not KIRO_ARN.fullmatch(texts["profile_arn"]):
-        raise ValueError("its profile_arn is not one")
+    has_client = texts["client_id"] and texts["client_secret"]
+    lacks_client = kind in ("builder_id", "idc") and not has_client
+    is_foreign = kind == "external_idp" and not is_own_endpoint(credentials)
+    problems = (
+        (kind == "api_key" and not access, "it has no access_token, which is the API key"),
+        (kind != "api_key" and not refresh, "it has no refresh_token"),
+        (access.endswith("..."), "its access_token is truncated: copy all of it"),
+        (refresh.endswith("..."), "its refresh_token is truncated: copy all of it"),
+        (access and not TARGET.fullmatch(access), "its access_token has invalid characters"),
+        (refresh and not TARGET.fullmatch(refresh), "its refresh_token has invalid characters"),
+        (not AWS_REGION.fullmatch(region), "its idc_region is not a region"),
+        (lacks_client, "it has no client_id and client_secret, which its refresh needs"),
+        (is_foreign, "its token_endpoint is not an https URL at the host of its issuer_url"),
+        (arn and not KIRO_ARN.fullmatch(arn), "its profile_arn is not an ARN"),
+    )
+    for is_wrong, problem in problems:
+        if is_wrong:
+            raise ValueError(problem)
     seed = f"KiroAPIKey/{access}" if kind == "api_key" else f"KotlinNativeAPI/{refresh}"
     return KiroLogin(
         kind,
@@ -9786,7 +9786,7 @@ def read_kiro_login(credentials: Json) -> KiroLogin:
         texts["client_id"],
         texts["client_secret"],
         region,
-        texts["profile_arn"],
+        arn,
         math.inf if kind == "api_key" else read_time(credentials.get("expires_at")),
         kiro_machine_id(texts["machine_id"]) or short_hash(seed, 64),
         texts["token_endpoint"],
@@ -9854,7 +9854,7 @@ def read_refresh_answer(body: Json, now: float) -> Json:
     """Changes to the token file; a new refresh token invalidates the old.  Raises UpstreamError."""
     changes: Json = {"access_token": get_token(body, "access_token")}
     if not changes["access_token"]:
-        raise UpstreamError("The answer to Kiro's token refresh holds no token that can be used.")
+        raise UpstreamError("Kiro's token refresh response contains no usable token.")
     lifetime = read_figure(either(body, "expires_in"), 0) or KIRO_TOKEN_SECONDS
     changes["expires_at"] = int(now + min(lifetime, MAX_TOKEN_SECONDS))
     refresh, arn = get_token(body, "refresh_token"), get_token(body, "profile_arn")
@@ -9866,10 +9866,10 @@ def read_refresh_answer(body: Json, now: float) -> Json:
 
 
 REFRESH_FAULTS = (
-    Fault(r"^40[013] ", NotSignedIn, "Kiro's sign-in has ended: {message}.", "refresh"),
+    Fault(r"^40[013] ", NotSignedIn, "Kiro's sign-in is no longer valid: {message}.", "refresh"),
     Fault(r"^(?:408|429|[5-9]..) ", Overloaded, "Kiro's token refresh failed, status {status}.",
           "wait"),
-    Fault(r"", UpstreamError, "Kiro's token refresh answered with status {status}."),
+    Fault(r"", UpstreamError, "Kiro's token refresh responded with status {status}."),
 )  # fmt: skip
 
 
@@ -9987,20 +9987,19 @@ def kiro_headers(login: KiroLogin, shape: str, version: str, system: str) -> dic
 
 
 def place_kiro_call(body: Json, endpoint: KiroEndpoint, conversation_id: str, run_id: str) -> Json:
+    """The body with its ids, and with the endpoint's profile and origin."""
+    ids = {"conversationId": conversation_id, "agentContinuationId": run_id}
+    state, origin = {**body["conversationState"], **ids}, KIRO_ORIGINS[endpoint.shape]
+
     def with_origin(turn: Json) -> Json:
         message = turn.get("userInputMessage")
-        origin = KIRO_ORIGINS[endpoint.shape]
         return turn if message is None else {"userInputMessage": {**message, "origin": origin}}
 
-    state = body["conversationState"]
-    new_state = {**state, "conversationId": conversation_id, "agentContinuationId": run_id}
     if "history" in state:
-        new_state["history"] = [with_origin(turn) for turn in state["history"]]
-    new_state["currentMessage"] = with_origin(state["currentMessage"])
-    request = {**body, "conversationState": new_state}
-    if endpoint.arn:
-        request["profileArn"] = endpoint.arn
-    return request
+        state["history"] = [with_origin(turn) for turn in state["history"]]
+    state["currentMessage"] = with_origin(state["currentMessage"])
+    profile = {"profileArn": endpoint.arn} if endpoint.arn else {}
+    return {**body, "conversationState": state, **profile}
 
 
 def assistant_messages(body: Json) -> list[Json]:
@@ -10087,14 +10086,13 @@ def read_kiro_models(entries: Iterable[Any], provider: str) -> dict[str, Model]:
 
 
 def known_kiro_models(provider: str) -> dict[str, Model]:
+    limits = ("maxInputTokens", "maxOutputTokens")
     entries = (
-        {"modelId": name, "tokenLimits": {"maxInputTokens": window, "maxOutputTokens": max_output}}
-        for name, window, max_output in KIRO_KNOWN_MODELS
+        {"modelId": name, "tokenLimits": dict(zip(limits, figures, strict=True))}
+        for name, *figures in KIRO_KNOWN_MODELS
     )
     models = read_kiro_models(entries, provider)
-    for model in models.values():
-        model.guessed = True
-    return models
+    return {name: replace(model, guessed=True) for name, model in models.items()}
 
 
 def kiro_figure(row: Json, name: str) -> float | None:
@@ -10160,14 +10158,14 @@ KIRO_STATUS_FAULTS = (
     Fault(r"^401 ", NotSignedIn, "Kiro does not accept the token{detail}", "refresh"),
     Fault(r"^402 ", QuotaExceeded, "The Kiro credits are used up{detail}", "rest"),
     Fault(r"^(?:403|423) ", Forbidden, "Kiro does not allow this{detail}", "reroute"),
-    Fault(r"^40[45] ", UpstreamError, "Kiro answered with status {status}{detail}", "reroute"),
-    Fault(r"^413 ", BodyTooLarge, "The request is larger than Kiro takes."),
+    Fault(r"^40[45] ", UpstreamError, "Kiro responded with status {status}{detail}", "reroute"),
+    Fault(r"^413 ", BodyTooLarge, "The request is too large for Kiro."),
     Fault(r"^429 ", RateLimited, "Kiro's rate limit{detail}", "pause"),
     Fault(r"^(?:502|503|529) ", Overloaded, "Kiro is busy, status {status}{detail}", "reroute"),
     Fault(r"^(?:408|504) ", UpstreamTimeout, "Kiro timed out{detail}", "again"),
     Fault(r"^524 ", UpstreamTimeout, "Kiro timed out{detail}"),  # after minutes: no retry
     Fault(r"^[5-9]..", UpstreamError, "Kiro failed with status {status}{detail}", "wait"),
-    Fault(r"^200 ", UpstreamError, "Kiro answered without a stream{detail}", "again"),
+    Fault(r"^200 ", UpstreamError, "Kiro responded without a stream{detail}", "again"),
     Fault(r"", InvalidRequest, "Kiro refused the request, status {status}{detail}"),
 )
 
@@ -10224,7 +10222,7 @@ def read_device_code(body: Json, service: str) -> DeviceCode:
         seconds("interval", DEVICE_INTERVAL_SECONDS),
     )
     if not device.code or not device.user_code or check_url(device.url):
-        raise SignInFailed(f"{service}'s answer holds no code to type")
+        raise SignInFailed(f"{service}'s response contains no code to type")
     return device
 
 
@@ -10311,7 +10309,7 @@ def read_callback(url: str, state: str, option: str) -> Callback:
         raise SignInFailed(f"the sign-in page says: {redact(message, 300)}")
     option = query.get("login_option", option)
     if option in ("google", "github") and not query["code"]:
-        raise ValueError("it holds no code")
+        raise ValueError("it contains no code")
     path = parts.path if parts.path in CALLBACK_PATHS else CALLBACK_PATHS[0]
     return Callback(query["code"], option, query["issuer_url"], query["idc_region"], path)
 
@@ -10321,7 +10319,7 @@ def plain_host(text: str) -> str:
     host = re.sub(r"^[a-z]+://", "", text.strip().lower()).partition("/")[0]
     if host == "github.com" or re.fullmatch(r"[a-z0-9-]+\.ghe\.com", host):
         return host
-    raise WrongUsage(f"--github-host {text}: Copilot signs in at github.com or at TENANT.ghe.com")
+    raise WrongUsage(f"--github-host {text}: must be github.com or TENANT.ghe.com")
 
 
 def bare_token(text: str) -> str:
@@ -10329,9 +10327,9 @@ def bare_token(text: str) -> str:
     surrounding = "\"' \t\r\n"
     token = re.sub(r"^(?i:bearer|token)(?:\s+|$)", "", text.strip(surrounding)).strip(surrounding)
     if not token or not TARGET.fullmatch(token):
-        raise SignInFailed("there is no token in what was given: paste it alone, on one line")
+        raise SignInFailed("the input contains no token: paste the token alone, on one line")
     if token.endswith("..."):
-        raise SignInFailed("the token is cut short: it was copied from a display")
+        raise SignInFailed("the token is truncated: copy all of it")
     return token
 
 
@@ -10364,7 +10362,7 @@ def read_kiro_import(body: Json, registration: Json, profile: Json, kind: str = 
         if isinstance(value, str) and value.strip():
             credentials[name] = value.strip()
     if not credentials.get("refresh_token"):
-        raise ValueError("it holds no refresh token")
+        raise ValueError("it has no refresh token")
     credentials["idc_region"] = get_str(body, "region") or get_str(registration, "region")
     credentials["expires_at"] = int(read_time(either(body, "expires_at")))
     client_ends = either(registration, "client_secret_expires_at") or registration.get("expiresAt")
@@ -10389,22 +10387,19 @@ def is_newer(shared: Json, credentials: Json) -> bool:
 
 
 def with_tokens(body: Json, changes: Json) -> Json:
-    """Another program's sign-in with refreshed tokens, in its spelling; the rest is unchanged."""
+    """Another program's sign-in with refreshed tokens, in its spelling and its format of times."""
     merged = dict(body)
     for name in ("access_token", "refresh_token", "profile_arn", "expires_at"):
         key = name if name in body else camel(name)
-        if name in changes and (key in body or name != "profile_arn"):
-            value, old = changes[name], body.get(key)
-            merged[key] = write_time(value, old) if name == "expires_at" else value
+        if name not in changes or (name == "profile_arn" and key not in body):
+            continue
+        merged[key], old = changes[name], body.get(key)
+        if name == "expires_at" and isinstance(old, (int, float)) and not isinstance(old, bool):
+            merged[key] = int(changes[name] * (1000 if old >= 1e10 else 1))
+        elif name == "expires_at":
+            moment = dt.datetime.fromtimestamp(changes[name], dt.timezone.utc)
+            merged[key] = moment.strftime("%Y-%m-%dT%H:%M:%S.000Z")
     return merged
-
-
-def write_time(seconds: float, example: Any) -> Any:
-    """Unix seconds in the format of `example`: ISO 8601, or a number of seconds or milliseconds."""
-    if isinstance(example, (int, float)) and not isinstance(example, bool):
-        return int(seconds * 1000) if example >= 1e10 else int(seconds)
-    moment = dt.datetime.fromtimestamp(seconds, dt.timezone.utc)
-    return moment.strftime("%Y-%m-%dT%H:%M:%S.000Z")
 
 
 # ---- 10. Routing -------------------------------------------------------------------------------
@@ -10441,13 +10436,13 @@ class Router:
         ModelNotFound if an alias leads to disabled providers only.
         """
         if not MODEL_NAME.fullmatch(name):
-            raise InvalidRequest("model: is not a model name.", param="model")
+            raise InvalidRequest("model: must be a model name.", param="model")
         explicit_route = self.split(name, self.enabled)
         if explicit_route:
             return [explicit_route]
         if header and header not in self.enabled:
             available = ", ".join(self.enabled)
-            raise InvalidRequest(f"X-Provider: no provider of that name; there are: {available}.")
+            raise InvalidRequest(f"X-Provider: must be one of {available}.")
         if header or name not in self.aliases:
             return [Route(header or "", name, bool(header))]
         targets = self.aliases[name]
@@ -10504,9 +10499,8 @@ FALLBACK_RANKS = {
 
 def may_fall_back(error: ApiError) -> bool:
     """Whether to fall back to the next candidate after an error before the first byte."""
-    if isinstance(error, (RequestRepeated, WrongDialect)):
-        return isinstance(error, WrongDialect)
-    return error.kind in FALLBACK_RANKS
+    is_temporary = error.kind in FALLBACK_RANKS and not isinstance(error, RequestRepeated)
+    return is_temporary or isinstance(error, WrongDialect)
 
 
 def summarize_errors(failures: list[tuple[str, ApiError]]) -> ApiError:
@@ -10710,7 +10704,7 @@ def read_since(text: str, now: float) -> float:
         return dt.datetime.fromisoformat(local_day(now) if text == "today" else text).timestamp()
     except (ValueError, OverflowError, OSError):
         raise InvalidRequest(
-            "since: is not a time.",
+            "since: must be a time.",
             hint="Write it like 7d, 24h, today, 2026-11-01 or Unix seconds.",
             param="since",
         ) from None
@@ -10763,7 +10757,7 @@ def read_usage_query(parameters: dict[str, str], now: float) -> UsageQuery:
         elif name in expected:
             raise InvalidRequest(f"{name}: must be {expected[name]}.", param=name)
         else:
-            message = f"{name[:100]}: is not a parameter; there are since, by, recent and cache."
+            message = f"{name[:100]}: unknown parameter; known are since, by, recent and cache."
             raise InvalidRequest(message, param=name[:100])
     return query
 
@@ -10786,9 +10780,10 @@ def month_start(now: float) -> float:
 
 def period_end(period: str, now: float) -> float:
     """When the day or month of `now` ends in the local time zone; Unix seconds."""
-    end = dt.date.fromtimestamp(now) + dt.timedelta(1)
-    while period == "month" and end.day > 1:
-        end += dt.timedelta(1)
+    today = dt.date.fromtimestamp(now)
+    end = today + dt.timedelta(1)
+    if period == "month":
+        end = (today.replace(day=1) + dt.timedelta(31)).replace(day=1)
     return dt.datetime.combine(end, dt.time()).timestamp()
 
 
@@ -10895,9 +10890,9 @@ class RepeatGuard:
         self.seen[request_hash] = started_at, min(repeats + 1, limit)
         if repeats >= limit:
             raise RequestRepeated(
-                f"The very same request came {limit} times within {seconds:g} seconds: "
+                f"The same request was sent {limit} times within {seconds:g} seconds: "
                 "is a program caught in a loop?",
-                hint="If that is meant, raise limits.runaway_requests, or set it to 0.",
+                hint="If that is intended, raise limits.runaway_requests, or set it to 0.",
                 retry_after=started_at + seconds - now,
             )
 
@@ -11080,32 +11075,28 @@ PROMPT_SETTINGS = (
     "response_format", "text", "additionalModelRequestFields",
 )  # fmt: skip
 PROMPT_SECTIONS = {"tools": 0, "system": 1, "settings": 2}  # before the turns
-# Part of a prompt, or role of a turn -> what may have changed there.  A client's other roles are
-# not shown: they could be anything.
+# Roles of a turn that are shown; a client's other ones could be anything.
+TURN_ROLES = frozenset((
+    "system", "developer", "user", "assistant", "reasoning", "tool", "function", "function_call",
+    "function_call_output", "custom_tool_call", "custom_tool_call_output",
+))  # fmt: skip
 SYSTEM_HINT = "a date, a time or an id in the system prompt?"
-RESULT_HINT = "an old tool result was cut or rewritten?"
-RESPONSE_HINT = "an old response came back changed: its thinking dropped, a call rewritten?"
+# Part of a prompt -> what may have changed there.
 CACHE_HINTS = {
     "tools": "the tools come in another order, or one of them differs?",
+    "settings": "thinking, effort, tool choice or the output format differs from the last request?",
     "system": SYSTEM_HINT,
     "developer": SYSTEM_HINT,
-    "settings": "thinking, effort, tool choice or the output format differs from the last request?",
-    "user": "an old message came back with another date, id or reminder in it?",
-    "tool": RESULT_HINT,
-    "function": RESULT_HINT,
-    "function_call_output": RESULT_HINT,
-    "custom_tool_call_output": RESULT_HINT,
-    "assistant": RESPONSE_HINT,
-    "reasoning": RESPONSE_HINT,
-    "function_call": RESPONSE_HINT,
-    "custom_tool_call": RESPONSE_HINT,
-    "other": RESPONSE_HINT,
 }
+TURN_HINT = (
+    "an old message came back changed: another date, id or reminder in it, its thinking dropped, "
+    "a call rewritten, a tool result cut?"
+)
 
 
 def cache_hint(part: str, block: str) -> str:
     kiro_note = " (Kiro's first message holds the system prompt)"
-    return CACHE_HINTS[part] + (kiro_note if block == "history[0] (user)" else "")
+    return CACHE_HINTS.get(part, TURN_HINT) + (kiro_note if block == "history[0] (user)" else "")
 
 
 def normalize_block(value: Any) -> Any:
@@ -11165,7 +11156,7 @@ class Prompt(NamedTuple):
 
     hashes: array[int]
     sizes: array[int]  #: in bytes
-    parts: list[str]  #: a key of CACHE_HINTS for each block
+    parts: list[str]  #: of each block: tools, system, settings, or the role of a turn
     names: tuple[str, str]  #: the dialect's names of the system prompt and of the turns
 
     def share(self, at: int) -> float:
@@ -11195,7 +11186,7 @@ def read_prompt(dialect: str, body: Json, salt: bytes) -> Prompt:
     for turn in turns:
         entry = turn if isinstance(turn, dict) else {"role": "user"}
         role = str(entry.get("role") or entry.get("type"))
-        parts.append(sys.intern(role) if role in CACHE_HINTS else "other")
+        parts.append(sys.intern(role) if role in TURN_ROLES else "other")
     settings = [body.get(key) for key in PROMPT_SETTINGS]
     blocks = [hash_block(block, salt) for block in (*tools, *system, settings, *turns)]
     hashes, sizes = zip(*blocks, strict=True)
