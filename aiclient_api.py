@@ -9263,7 +9263,7 @@ def classify_copilot_error(
 
 
 BETA_REFUSED = re.compile(r"Unexpected value\(s\) (.{1,500}?) for the `?anthropic-beta`? header")
-# At the beginning of a message only: the rest may quote the client.
+# Matched at the start of a message only: what follows may quote the client.
 REFUSAL_OPENING = r"(?:(?:invalid_\w{1,40}|messages\.\d{1,9}): )?"
 EFFORT_REFUSED = re.compile(
     REFUSAL_OPENING + r"(?:Un(?:supported|known|recognized) [\w ]{1,40}: )?"
@@ -9299,8 +9299,8 @@ CLIENT_DATA = frozenset(("input_schema", "parameters", "arguments", "input", "sc
 def read_rejections(
     message: str, code: str, sent: Json, known: Rejections
 ) -> list[tuple[str, str]]:
-    """What a refusal teaches, as (kind, name): only of what `sent` has, and not what is known."""
-    if EXTRA_FIELD.search(message):  # the rest may quote the client
+    """What a refusal rejects, as (kind, name): only what `sent` has, without what is known."""
+    if EXTRA_FIELD.search(message):
         known_paths = known.get("field", ())
         return [("field", path) for path in rejected_paths(message) if path not in known_paths]
     if THINKING_REFUSED.match(message) and get_dict(sent, "thinking").get("type") == "enabled":
@@ -9518,7 +9518,7 @@ def read_flag(value: Any) -> bool | None:
 
 
 def read_allowance(name: str, row: Json, by_tokens: bool | None = None) -> Allowance | None:
-    """None if it does not apply.  `by_tokens` is the account's `token_based_billing`."""
+    """None if the account has no such allowance.  `by_tokens`: its `token_based_billing`."""
 
     def number(key: str) -> float | None:
         return parse_number(row.get(key))
@@ -9627,7 +9627,7 @@ def take_snapshots(known: Quota | None, headers: dict[str, str], now: float) -> 
         if row is None:
             continue
         allowance, previous = read_allowance(name, row), allowances.get(name)
-        if allowance is None:  # it does not apply
+        if allowance is None:  # no longer part of the plan
             allowances.pop(name, None)
             continue
         if WINDOW_PREFIX + name not in headers:
@@ -9641,9 +9641,6 @@ def take_snapshots(known: Quota | None, headers: dict[str, str], now: float) -> 
             allowances[name] = allowance
     rows, resets_at = list(allowances.values()), plan_resets_at or known.resets_at
     return Quota(known.account, known.plan, rows, resets_at, as_of=now)
-
-
-# Warnings: users want one before it is too late, and only once.
 
 
 def reached_percent(allowance: Allowance) -> float:
@@ -9705,7 +9702,7 @@ class QuotaAlarm:
         self.reported: dict[str, tuple[float, float]] = {}
 
     def news(self, quota: Quota, now: float) -> list[Allowance]:
-        """What must be reported now, and from then on counts as reported."""
+        """The allowances to report now; they count as reported from then on."""
         news = []
         for row in quota.allowances:
             reached, resets_at = reached_percent(row), row.resets_at or quota.resets_at
@@ -9857,10 +9854,9 @@ def read_refresh_answer(body: Json, now: float) -> Json:
         raise UpstreamError("Kiro's token refresh response contains no usable token.")
     lifetime = read_figure(either(body, "expires_in"), 0) or KIRO_TOKEN_SECONDS
     changes["expires_at"] = int(now + min(lifetime, MAX_TOKEN_SECONDS))
-    refresh, arn = get_token(body, "refresh_token"), get_token(body, "profile_arn")
-    if refresh:
+    if refresh := get_token(body, "refresh_token"):
         changes["refresh_token"] = refresh
-    if KIRO_ARN.fullmatch(arn):
+    if KIRO_ARN.fullmatch(arn := get_token(body, "profile_arn")):
         changes["profile_arn"] = arn
     return changes
 
@@ -9912,15 +9908,15 @@ def kiro_endpoints(login: KiroLogin, config: KiroConfig) -> list[KiroEndpoint]:
     region, arn = kiro_region(login, config), login.arn
     runtime, q = KIRO_RUNTIME_URL.format(region=region), KIRO_Q_URL.format(region=region)
     old = KIRO_OLD_URL if region == "us-east-1" else q
+    built_in_arns = {"builder_id": KIRO_BUILDER_ARN, "social": KIRO_SOCIAL_ARN}
+    own = arn or built_in_arns.get(login.kind, "")
     if login.kind == "api_key":
         endpoints = [(runtime, "cli", ""), (old, "ide", ""), (q, "ide", "")]
     elif login.kind == "builder_id":
-        own = arn or KIRO_BUILDER_ARN
         endpoints = [(runtime, "ide", own), (runtime, "cli", ""), (q, "ide", ""), (old, "ide", "")]
     elif login.kind == "idc":
         endpoints = [(runtime, "ide", arn), (q, "ide", arn), (q, "ide", ""), (old, "ide", arn)]
     else:
-        own = arn or (KIRO_SOCIAL_ARN if login.kind == "social" else "")
         endpoints = [(runtime, "ide", own), (q, "ide", own), (old, "ide", own)]
     base = config.api_url.rstrip("/")
     unique = dict.fromkeys(KiroEndpoint(base or url, shape, key) for url, shape, key in endpoints)
@@ -9933,7 +9929,7 @@ def kiro_controls(login: KiroLogin, config: KiroConfig) -> list[str]:
     if configured_url:
         return [configured_url.rstrip("/")]
     region = kiro_region(login, config)
-    return [KIRO_MANAGEMENT_URL.format(region=region), KIRO_Q_URL.format(region=region)]
+    return [url.format(region=region) for url in (KIRO_MANAGEMENT_URL, KIRO_Q_URL)]
 
 
 # What the vendor's CLI and IDE send: for a call, and for the model list, profiles and limits.
@@ -9978,12 +9974,11 @@ def kiro_headers(login: KiroLogin, shape: str, version: str, system: str) -> dic
         headers["TokenType"] = "EXTERNAL_IDP"
     if login.internal:
         headers["redirect-for-internal"] = "true"
-    facts = {
-        "client": f"KiroIDE-{version}-{login.machine_id}",
-        "os": system.partition("#")[0],
-        "system": system,
+    client, os_name = f"KiroIDE-{version}-{login.machine_id}", system.partition("#")[0]
+    return headers | {
+        name: text.format(client=client, os=os_name, system=system)
+        for name, text in KIRO_HEADERS[shape].items()
     }
-    return headers | {name: text.format(**facts) for name, text in KIRO_HEADERS[shape].items()}
 
 
 def place_kiro_call(body: Json, endpoint: KiroEndpoint, conversation_id: str, run_id: str) -> Json:
@@ -10029,13 +10024,9 @@ def kiro_shape(body: Json) -> str:
         user_message = turn.get("userInputMessage")
         message = user_message or turn["assistantResponseMessage"]
         context = get_dict(message, "userInputMessageContext")
-        counts = {
-            "r": len(context.get("toolResults", ())),
-            "t": len(context.get("tools", ())),
-            "c": len(message.get("toolUses", ())),
-            "i": len(message.get("images", ())),
-            "k": int("reasoningContent" in message),
-        }
+        lists = (("r", context, "toolResults"), ("t", context, "tools"), ("c", message, "toolUses"))
+        counts = {letter: len(owner.get(key, ())) for letter, owner, key in lists}
+        counts |= {"i": len(message.get("images", ())), "k": int("reasoningContent" in message)}
         counters = "".join(f"{letter}{total}" for letter, total in counts.items() if total)
         summaries.append(f"{'u' if user_message else 'a'}{len(message['content'])}{counters}")
     return " ".join(summaries)
@@ -10196,7 +10187,7 @@ def classify_kiro_error(status: int, headers: Headers, data: bytes, now: float) 
 
 @dataclass(slots=True)
 class DeviceCode:
-    """What the user has to type where, and until when (RFC 8628 section 3.2)."""
+    """The code to type, the page to type it into, and its lifetime (RFC 8628 section 3.2)."""
 
     code: str = field(repr=False)
     user_code: str
@@ -10610,24 +10601,6 @@ class UsageRecord:
         return row | {name: 1 for name in sources if name in row}
 
 
-def request_row(row: Json) -> Json:
-    """A row of the usage database as one of `/v1/usage?recent=N`."""
-    source = next((name for name in USAGE_SOURCES if row[name]), None)
-    return {
-        "at": round(row["at"], 3),
-        **{name: row[name] for name in (*USAGE_NAMES, *USAGE_DETAILS)},
-        "account": row["account"] or None,
-        "streamed": bool(row["streamed"]),
-        "duration_ms": row["duration_ms"],
-        "first_byte_ms": row["first_byte_ms"] if row["first_byte_count"] else None,
-        **{name: row[name] for name in USAGE_TOKENS},
-        "credits": row["nano_credits"] / 1e9,
-        "input_source": source,
-        "output_source": source if source in (None, "reported") else "estimated",
-        "credits_source": next((name for name in USAGE_SOURCES if row[f"credits_{name}"]), None),
-    }
-
-
 def total_row(figures: Iterable[int]) -> Json:
     """Sums in the order of USAGE_FIGURES as a row of `/v1/usage`; times are means."""
     row = dict(zip(USAGE_FIGURES, figures, strict=True))
@@ -10640,6 +10613,22 @@ def total_row(figures: Iterable[int]) -> Json:
         "credit_sources": {n: row[f"credits_{n}"] for n in USAGE_SOURCES if row[f"credits_{n}"]},
         "duration_ms": round(row["duration_ms"] / max(row["request_count"], 1)),
         "first_byte_ms": round(row["first_byte_ms"] / first_bytes) if first_bytes else None,
+    }
+
+
+def request_row(row: Json) -> Json:
+    """A row of the usage database as one of `/v1/usage?recent=N`."""
+    total = total_row(row[name] for name in USAGE_FIGURES)
+    source = next(iter(total["token_sources"]), None)
+    return {
+        "at": round(row["at"], 3),
+        **{name: row[name] for name in (*USAGE_NAMES, *USAGE_DETAILS)},
+        "account": row["account"] or None,
+        "streamed": bool(row["streamed"]),
+        **{n: total[n] for n in ("duration_ms", "first_byte_ms", *USAGE_TOKENS, "credits")},
+        "input_source": source,
+        "output_source": source if source in (None, "reported") else "estimated",
+        "credits_source": next(iter(total["credit_sources"]), None),
     }
 
 
@@ -10871,7 +10860,7 @@ def format_minute(moment: float) -> str:
 
 
 class RepeatGuard:
-    """Detects a client that sends the same request again and again."""
+    """Detects a client that repeats one request."""
 
     def __init__(self) -> None:
         #: hash of a request -> (monotonic time of the first, how many since)
