@@ -9071,7 +9071,7 @@ class ReasoningMemory:
                     message["reasoning_text"] = text
 
 
-# 9.4 what error responses mean
+# 9.4 error responses, tokens, quotas
 
 
 def unwrap_error(value: Any, depth: int = 3) -> tuple[str, str]:
@@ -10530,7 +10530,7 @@ class RateLimiter:
         return 0.0
 
 
-# 10.2 usage: what responses cost
+# 10.2 usage
 
 # The columns of the usage database are named like the fields of `/v1/usage`.
 USAGE_NAMES = ("provider", "account", "model", "label")
@@ -10751,7 +10751,7 @@ def read_usage_query(parameters: dict[str, str], now: float) -> UsageQuery:
     return query
 
 
-# 10.3 limits: what may be spent
+# 10.3 the user's own limits
 
 
 # setting -> (period, unit)

@@ -426,6 +426,7 @@ def test_spent_credits_are_looked_at_at_once_but_not_all_the_time() -> None:
         watch.on_error(gw.RateLimited("slowly"))
         left = service.planned_s()
         assert left is not None and left > 1
+        watch.soon_s = 0.05
         watch.on_error(gw.QuotaExceeded("no more"))
         await service.hear()
         watch.poll_soon()
