@@ -9656,12 +9656,9 @@ def plain_figure(value: float) -> str:
 
 def plain_day(moment: float) -> str:
     """The day in UTC; "" if there is none, and for a date beyond the calendar's range."""
-    if not moment:
+    if not 0 < moment < MAX_UNIX_SECONDS:
         return ""
-    try:
-        return dt.datetime.fromtimestamp(moment, dt.timezone.utc).date().isoformat()
-    except (ValueError, OverflowError, OSError):
-        return ""
+    return dt.datetime.fromtimestamp(moment, dt.timezone.utc).date().isoformat()
 
 
 def quota_warning(provider: str, allowance: Allowance, resets_at: float) -> str:
@@ -11083,11 +11080,6 @@ TURN_HINT = (
 )
 
 
-def cache_hint(part: str, block: str) -> str:
-    kiro_note = " (Kiro's first message holds the system prompt)"
-    return CACHE_HINTS.get(part, TURN_HINT) + (kiro_note if block == "history[0] (user)" else "")
-
-
 def normalize_block(value: Any) -> Any:
     """A block as a cache sees it: without breakpoints, its keys sorted, lone text unwrapped.
 
@@ -11188,8 +11180,9 @@ class TrackedConversation:
     prompt: Prompt  #: the last one
     responded_at: float = 0.0  #: Unix seconds of the start of the last response
     cached: int = 0  #: tokens of the last prompt that should be cached
-    #: part of a prompt -> (the last block that broke the cache there, how often, last logged at)
-    misses: dict[str, tuple[str, int, float]] = field(default_factory=dict)
+    #: part of a prompt -> `changed` of the row: the last block that broke the cache there
+    misses: dict[str, Json] = field(default_factory=dict)
+    logged_at: dict[str, float] = field(default_factory=dict)  #: part of a prompt -> Unix seconds
 
     def compare(self, prompt: Prompt, record: UsageRecord, has_figures: bool) -> Json | None:
         """Counts a cache miss of the next request; returns its details if they are news."""
@@ -11212,12 +11205,16 @@ class TrackedConversation:
         # A section that has become shorter is the old prompt's.
         owner = min(prompt, self.prompt, key=lambda p: PROMPT_SECTIONS.get(p.parts[at], 3))
         part, block = owner.parts[at], owner.name(at)
-        _, times, logged_at = self.misses.get(part, ("", 0, -math.inf))
-        is_news = record.at - logged_at >= CACHE_QUIET_SECONDS
-        self.misses[part] = block, times + 1, record.at if is_news else logged_at
+        hint = CACHE_HINTS.get(part, TURN_HINT)
+        if block == "history[0] (user)":
+            hint += " (Kiro's first message includes the system prompt)"
+        times = self.misses[part]["times"] + 1 if part in self.misses else 1
+        self.misses[part] = {"block": block, "times": times, "hint": hint}
+        if record.at - self.logged_at.get(part, -math.inf) < CACHE_QUIET_SECONDS:
+            return None
+        self.logged_at[part] = record.at
         names = {name: self.row[name] for name in ("provider", "model", "conversation")}
-        details = {**names, "block": block, "tokens": lost, "hint": cache_hint(part, block)}
-        return details if is_news else None
+        return {**names, "block": block, "tokens": lost, "hint": hint}
 
     def update(self, prompt: Prompt, record: UsageRecord, reports_writes: bool) -> None:
         """`reports_writes`: the service reports what it writes to the cache."""
@@ -11236,10 +11233,7 @@ class TrackedConversation:
     def as_json(self, has_figures: bool) -> Json:
         """No ratio if the service reports no cache figures."""
         ratio = self.row["cache_read_tokens"] / self.row["input_tokens"] if has_figures else None
-        changed = None
-        if self.misses:
-            part, (block, times, _) = max(self.misses.items(), key=lambda item: item[1][1])
-            changed = {"block": block, "times": times, "hint": cache_hint(part, block)}
+        changed = max(self.misses.values(), key=lambda miss: miss["times"], default=None)
         return {**self.row, "hit_ratio": ratio and round(ratio, 4), "changed": changed}
 
 
