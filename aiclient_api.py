@@ -10436,11 +10436,9 @@ class Router:
         targets = self.aliases[name]
         usable = [target for target in targets if not self.split(target, self.disabled)]
         if not usable:
-            raise ModelNotFound(
-                f"The alias {name!r} leads to disabled providers only: {', '.join(targets)}.",
-                hint="The verb `provider enable NAME` enables one.",
-                param="model",
-            )
+            message = f"The alias {name!r} has only disabled providers: {', '.join(targets)}."
+            hint = "The verb `provider enable NAME` enables one."
+            raise ModelNotFound(message, hint=hint, param="model")
         return [self.split(target, self.enabled) or Route("", target, False) for target in usable]
 
     @staticmethod
@@ -10689,11 +10687,8 @@ def read_since(text: str, now: float) -> float:
     try:
         return dt.datetime.fromisoformat(local_day(now) if text == "today" else text).timestamp()
     except (ValueError, OverflowError, OSError):
-        raise InvalidRequest(
-            "since: must be a time.",
-            hint="Write it like 7d, 24h, today, 2026-11-01 or Unix seconds.",
-            param="since",
-        ) from None
+        hint = "Write it like 7d, 24h, today, 2026-11-01 or Unix seconds."
+        raise InvalidRequest("since: must be a time.", hint=hint, param="since") from None
 
 
 def usage_report(rows: Iterable[tuple[Any, ...]]) -> Json:
@@ -10834,21 +10829,15 @@ class Spending:
 
     def check(self, limits: LimitsConfig, provider: str, label: str, now: float) -> None:
         """Raises LimitReached if a cap of the provider or of the label is used up."""
-        own = LimitsConfig(
-            providers={k: v for k, v in limits.providers.items() if k == provider},
-            labels={k: v for k, v in limits.labels.items() if k == label},
-        )
-        for row in self.rows(own, now):
-            used, limit, ends_at = row["used"], row["limit"], row["resets_at"]
-            if used >= limit:
+        own = (f"providers.{provider}", f"labels.{label}")
+        for row in self.rows(limits, now):
+            used, limit, unit, ends_at = row["used"], row["limit"], row["unit"], row["resets_at"]
+            if used >= limit and row["name"].rpartition(".")[0] in own:
                 key = f"limits.{row['name']}"
-                raise LimitReached(
-                    f"Your own limit {key} is reached: {used:,.10g} of {limit:,.10g} "
-                    f"{row['unit']}.",
-                    hint=f"A new {row['period']} begins {format_minute(ends_at)}; or raise it: "
-                    f"aiclient-api config set {key} N",
-                    retry_after=ends_at - now,
-                )
+                message = f"Your own limit {key} is reached: {used:,.10g} of {limit:,.10g} {unit}."
+                hint = f"A new {row['period']} begins {format_minute(ends_at)}; or raise it: "
+                hint += f"aiclient-api config set {key} N"
+                raise LimitReached(message, hint=hint, retry_after=ends_at - now)
 
 
 def format_minute(moment: float) -> str:
@@ -10875,12 +10864,10 @@ class RepeatGuard:
             del self.seen[next(iter(self.seen))]  # the least recently seen
         self.seen[request_hash] = started_at, min(repeats + 1, limit)
         if repeats >= limit:
-            raise RequestRepeated(
-                f"The same request was sent {limit} times within {seconds:g} seconds: "
-                "is a program caught in a loop?",
-                hint="If that is intended, raise limits.runaway_requests, or set it to 0.",
-                retry_after=started_at + seconds - now,
-            )
+            message = f"The same request was sent {limit} times within {seconds:g} seconds: "
+            message += "is a program caught in a loop?"
+            hint = "If that is intended, raise limits.runaway_requests, or set it to 0."
+            raise RequestRepeated(message, hint=hint, retry_after=started_at + seconds - now)
 
 
 # 10.4 metrics
