@@ -678,6 +678,17 @@ class RetryDecision:
     rejections: list[tuple[str, str]] = field(default_factory=list)  #: for the action repair
 
 
+class Fault(NamedTuple):
+    """A kind of refusal, as a row of a table in which the first row that matches counts."""
+
+    pattern: str  #: searched in "429 code: message"; groups are the counts of a ContextTooLong
+    error: type[ApiError]
+    text: str = ""  #: a template, see `classify`
+    action: str = ""
+    hint: str = ""
+    param: str | None = None
+
+
 class WireError(Exception):
     """A peer violated HTTP; `status` is a server's response to it."""
 
@@ -6250,64 +6261,51 @@ def kiro_mark(provider: str) -> str:
     return f"gw1.k.{short_hash(provider, 6)}."
 
 
-# What Kiro's refusals mean, first match wins: its error text before the status, as a status says
-# little.  The pattern is searched in "code reason: message".
-
-
-class KiroFault(NamedTuple):
-    """One kind of refusal: the error for the client, and the remedy to try before that."""
-
-    pattern: str
-    error: type[ApiError]
-    text: str
-    action: str = ""
-    hint: str = ""
-
-
+# Searched in "code reason: message", before any look at the status, which says little.
 KIRO_FAULTS = (
-    KiroFault(r"CONTENT_LENGTH_EXCEEDS|ContentLengthExceeded|PROMPT_TOO_LONG|[Ii]nput is too long",
-        ContextTooLong, ""),
-    KiroFault(r"SUSPENDED|AccountSuspended|temporarily (?:is )?suspended",
+    Fault(r"CONTENT_LENGTH_EXCEEDS|ContentLengthExceeded|PROMPT_TOO_LONG|[Ii]nput is too long",
+        ContextTooLong),
+    Fault(r"SUSPENDED|AccountSuspended|temporarily (?:is )?suspended",
         Forbidden, "Kiro has suspended this account", "rest",
         "Only Kiro's support can lift that; nothing is tried again by itself."),
-    KiroFault(r"MONTHLY_REQUEST_COUNT|OVERAGE_REQUEST_LIMIT|reached the limit",
+    Fault(r"MONTHLY_REQUEST_COUNT|OVERAGE_REQUEST_LIMIT|reached the limit",
         QuotaExceeded, "The Kiro credits of this month are used up", "rest",
         "They come back with the next billing period."),
-    KiroFault(r"CONVERSATION_LIMIT_EXCEEDED",
+    Fault(r"CONVERSATION_LIMIT_EXCEEDED",
         QuotaExceeded, "Kiro's limit for one conversation is reached",
         hint="Begin a new conversation."),
-    KiroFault(r"DAILY_REQUEST_COUNT",
+    Fault(r"DAILY_REQUEST_COUNT",
         QuotaExceeded, "Kiro's limit for one day is reached", "rest"),
-    KiroFault(r"60-minute credit limit",
+    Fault(r"60-minute credit limit",
         RateLimited, "Kiro's limit for one hour is reached", "rest"),
-    KiroFault(r"INSUFFICIENT_MODEL_CAPACITY|MODEL_TEMPORARILY_UNAVAILABLE|unexpectedly high load"
+    Fault(r"INSUFFICIENT_MODEL_CAPACITY|MODEL_TEMPORARILY_UNAVAILABLE|unexpectedly high load"
         r"|[mM]odel(?:Temporarily)?Unavailable",
         Overloaded, "This model is overloaded at Kiro", "pause"),
-    KiroFault(r"THINKING_SIGNATURE_INVALID",
+    Fault(r"THINKING_SIGNATURE_INVALID",
         InvalidRequest, "Kiro does not accept the signature of earlier thinking", "forget"),
-    KiroFault(r"INVALID_MODEL_ID",
+    Fault(r"INVALID_MODEL_ID",
         ModelNotFound, "Kiro does not offer this model to this account", "relist",
         "Plan, region and organisation decide; GET /v1/models lists what there is."),
-    KiroFault(r"profileArn is required|Invalid profileArn",
+    Fault(r"profileArn is required|Invalid profileArn",
         NotSignedIn, "Kiro wants another profile", "reroute"),
-    KiroFault(r"bearer token included in the request is invalid|ExpiredToken",
+    Fault(r"bearer token included in the request is invalid|ExpiredToken",
         NotSignedIn, "Kiro does not accept the access token", "refresh"),
-    KiroFault(r"Invalid token|User is not authorized",
+    Fault(r"Invalid token|User is not authorized",
         Forbidden, "Kiro does not allow this with the account's profile and region", "reroute"),
-    KiroFault(r"IMAGE_[A-Z]+|DOCUMENT_[A-Z]+",
+    Fault(r"IMAGE_[A-Z]+|DOCUMENT_[A-Z]+",
         InvalidRequest, "Kiro refused an image or document"),
-    KiroFault(r"Improperly formed|REQUEST_BODY_INVALID|TOOL_[A-Z]+|Validation",
+    Fault(r"Improperly formed|REQUEST_BODY_INVALID|TOOL_[A-Z]+|Validation",
         InvalidRequest, "Kiro refused the conversation's form"),
-    KiroFault(r"UnknownOperation|[Uu]nknown operation",
+    Fault(r"UnknownOperation|[Uu]nknown operation",
         UpstreamError, "This Kiro host does not know the request", "reroute"),
-    KiroFault(r"Throttling|[Tt]oo many requests", RateLimited, "Kiro's rate limit", "pause"),
-    KiroFault(r"ServiceUnavailable", Overloaded, "Kiro is busy", "reroute"),
-    KiroFault(r"AccessDenied", Forbidden, "Kiro does not allow this"),
+    Fault(r"Throttling|[Tt]oo many requests", RateLimited, "Kiro's rate limit", "pause"),
+    Fault(r"ServiceUnavailable", Overloaded, "Kiro is busy", "reroute"),
+    Fault(r"AccessDenied", Forbidden, "Kiro does not allow this"),
 )  # fmt: skip
 LASTING_ACTIONS = ("rest", "pause", "refresh")  # they affect more than one request
 
 
-def find_kiro_fault(text: str, sentences: bool = False) -> KiroFault | None:
+def find_kiro_fault(text: str, sentences: bool = False) -> Fault | None:
     """The first fault found in `text`; with `sentences` one word gives no lasting remedy."""
     for fault in KIRO_FAULTS:
         match = re.search(fault.pattern, text)
@@ -8849,7 +8847,7 @@ class ReasoningMemory:
                     message["reasoning_text"] = text
 
 
-# 9.4 what error responses mean
+# 9.4 error responses, tokens, quotas
 
 
 def unwrap_error(value: Any, depth: int = 3) -> tuple[str, str]:
@@ -8879,6 +8877,19 @@ def read_error_answer(status: int, data: bytes) -> tuple[str, str]:
     return redact(text, MAX_REFUSAL_TEXT), ""
 
 
+def read_time(value: Any) -> float:
+    """Unix seconds from seconds, milliseconds or ISO 8601 (UTC by default); otherwise 0."""
+    if isinstance(value, str):
+        try:
+            moment = dt.datetime.fromisoformat(value)
+        except ValueError:
+            return 0.0
+        moment = moment if moment.tzinfo else moment.replace(tzinfo=dt.timezone.utc)
+        return read_figure(moment.timestamp(), 0, MAX_UNIX_SECONDS) or 0.0
+    timestamp = read_figure(value, 0, MAX_UNIX_SECONDS * 1000) or 0.0
+    return timestamp if timestamp < MAX_UNIX_SECONDS else timestamp / 1000
+
+
 def parse_retry_after(value: str | None, now: float) -> float | None:
     """Seconds in a Retry-After field: a number or an HTTP date; `now` is Unix time."""
     if value is None:
@@ -8894,7 +8905,7 @@ def parse_retry_after(value: str | None, now: float) -> float | None:
 
 
 # "Please try again in 51 hours" (github/copilot-cli#2769), "resets in 2 hours and 5 minutes".
-WAIT_WORDS = re.compile(
+WAIT_TEXT = re.compile(
     r"(?:again|resets?|available)\s+(?:in|after)\s+(?:about\s+)?"
     r"((?:\d+(?:\.\d+)?\s*(?:s|secs?|seconds?|m|mins?|minutes?|h|hrs?|hours?|d|days?)\b[\s,and]*)+)",
     re.IGNORECASE,
@@ -8902,7 +8913,7 @@ WAIT_WORDS = re.compile(
 WAIT_PART = re.compile(r"(?<!\d)(\d+(?:\.\d+)?)\s*([smhd])", re.IGNORECASE)
 WAIT_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 # As in "resets at 2026-12-01T00:00:00Z" and "try again after 2026-12-01".
-RESET_WORDS = re.compile(
+RESET_TEXT = re.compile(
     r"(?:again|resets?|available)\s+(?:at|on|after)\s+"
     r"(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d(?::\d\d)?))?",
     re.IGNORECASE,
@@ -8910,34 +8921,19 @@ RESET_WORDS = re.compile(
 
 
 def read_wait(headers: Headers, message: str, now: float) -> float | None:
-    """Seconds to wait: as in the Retry-After field, else as in the message (its times are UTC)."""
+    """Seconds to wait, from the Retry-After field or the message, whose times are in UTC."""
     retry_after = parse_retry_after(headers.get("retry-after"), now)
     if retry_after is not None:
         return retry_after
-    wait_match, reset_match = WAIT_WORDS.search(message), RESET_WORDS.search(message)
+    wait_match, reset_match = WAIT_TEXT.search(message), RESET_TEXT.search(message)
     if wait_match:
         parts = WAIT_PART.findall(wait_match[1])
         wait_s = sum(float(amount) * WAIT_UNITS[unit.lower()] for amount, unit in parts)
-    elif reset_match:
-        day, time_of_day = reset_match.groups("00:00")
-        try:
-            wait_s = dt.datetime.fromisoformat(f"{day}T{time_of_day}+00:00").timestamp() - now
-        except ValueError:
-            return None
+    elif reset_match and (reset_at := read_time("T".join(reset_match.groups("00:00")))):
+        wait_s = reset_at - now
     else:
         return None
     return min(max(0.0, wait_s), MAX_RESET_SECONDS)
-
-
-class Fault(NamedTuple):
-    """A kind of error response, as a row of a table in which the first row that fits counts."""
-
-    pattern: str  #: searched in "429 code: message"; groups are the counts of a ContextTooLong
-    error: type[ApiError]
-    text: str = ""  #: a template, see `classify`
-    action: str = ""
-    hint: str = ""
-    param: str | None = None
 
 
 def classify(
@@ -8976,7 +8972,27 @@ def request_note(headers: Headers, service: str, name: str) -> str:
     return f" ({service} request {request_id})" if is_plain else ""
 
 
-COPILOT_400 = (
+COPILOT_FAULTS = (
+    Fault(r"(?s)^(?:401|403|421) .*Personal Access Token", NotSignedIn,
+          "Copilot refused the token: {message}."),
+    Fault(r"^401 ", NotSignedIn, "Copilot refused the token.{tail}", "refresh"),
+    Fault(r"^(?:403|421) [^:]*: \Z", Forbidden,
+          "Copilot does not allow this: {status}{tail}.", "refresh"),
+    Fault(r"^(?:403|421) ", Forbidden, "Copilot does not allow this: {message}{tail}.", "refresh"),
+    # Only the model cools down: on older plans the models without a price still work (facts, 8.4).
+    Fault(r"^402 ", QuotaExceeded, "Your Copilot quota is used up: {reason}.{tail}", "rest"),
+    Fault(r"^404 ", ModelNotFound, "Copilot does not serve {model}.", "",
+          "Its policy may need to be accepted at github.com/settings/copilot."),
+    Fault(r"^413 ", BodyTooLarge, "The request is too large for Copilot."),
+    Fault(r"^422 ", InvalidRequest, "Refused by the upstream's content filter: {message}"),
+    Fault(r"^429 ", RateLimited, "Copilot's rate limit: {reason}.{tail}", "pause"),
+    Fault(r"^466 ", UpstreamError, "Copilot refused this client's version: {message}", "",
+          "Update aiclient-api: its editor version is too old for GitHub."),
+    Fault(r"^(?:503|529) ", Overloaded, "Copilot is busy.{tail}", "pause"),
+    Fault(r"^(?:408|504) ", UpstreamTimeout, "Copilot timed out.{tail}", "again"),
+    Fault(r"^(?:499|[5-9]..) ", UpstreamError, "Copilot failed with status {status}.{tail}",
+          "wait"),
+    Fault(r"^(?!400 )", UpstreamError, "Copilot responded with status {status}: {message}{tail}"),
     Fault(r"(?:prompt token count of|prompt is too long:) (\d{1,15}) "
           r"(?:exceeds the limit of|tokens >) (\d{1,15})\b", ContextTooLong),
     Fault(r"(?i)^400 (?:context_length|model_max_prompt_tokens)_exceeded:|prompt is too long"
@@ -8996,39 +9012,6 @@ COPILOT_400 = (
           "Images may be switched off by your organisation's editor preview features policy."),
     Fault(r"", InvalidRequest, "{message}"),
 )  # fmt: skip
-COPILOT_FAULTS = (
-    Fault(r"(?s)^(?:401|403|421) .*Personal Access Token", NotSignedIn,
-          "Copilot refused the token: {message}."),
-    Fault(r"^401 ", NotSignedIn, "Copilot refused the token.{tail}", "refresh"),
-    Fault(r"^(?:403|421) [^:]*: \Z", Forbidden,
-          "Copilot does not allow this: {status}{tail}.", "refresh"),
-    Fault(r"^(?:403|421) ", Forbidden, "Copilot does not allow this: {message}{tail}.", "refresh"),
-    # Only the model cools down: on older plans the models without a price still work (facts, 8.4).
-    Fault(r"^402 ", QuotaExceeded, "Your Copilot quota is used up: {reason}.{tail}", "rest"),
-    Fault(r"^404 ", ModelNotFound, "Copilot does not serve {model}.", "",
-          "Its policy may need to be accepted at github.com/settings/copilot."),
-    Fault(r"^413 ", BodyTooLarge, "The request is larger than Copilot takes."),
-    Fault(r"^422 ", InvalidRequest, "Refused by the upstream's content filter: {message}"),
-    Fault(r"^429 ", RateLimited, "Copilot's rate limit: {reason}.{tail}", "pause"),
-    Fault(r"^466 ", UpstreamError, "Copilot refused this client's version: {message}", "",
-          "Update aiclient-api: its editor version is too old for GitHub."),
-    Fault(r"^(?:503|529) ", Overloaded, "Copilot is busy.{tail}", "pause"),
-    Fault(r"^(?:408|504) ", UpstreamTimeout, "Copilot timed out.{tail}", "again"),
-    Fault(r"^(?:499|[5-9]..) ", UpstreamError, "Copilot failed with status {status}.{tail}",
-          "wait"),
-    Fault(r"", UpstreamError, "Copilot answered with status {status}: {message}{tail}"),
-)  # fmt: skip
-
-
-def classify_400(
-    message: str, code: str, model: Model, sent: Json, rejections: Rejections
-) -> RetryDecision:
-    """A 400 of the model service; `rejections` are those applied when `sent` was written."""
-    decision = classify(COPILOT_400, 400, code, message, model=model.id)
-    if type(decision.error) is InvalidRequest and decision.action in ("", "forget"):
-        decision.rejections = read_rejections(message, code, sent, rejections)
-        decision.action = "repair" if decision.rejections else decision.action
-    return decision
 
 
 def classify_copilot_error(
@@ -9040,21 +9023,23 @@ def classify_copilot_error(
     rejections: Rejections,
     now: float,
 ) -> RetryDecision:
+    """Classifies a response of the model service; `rejections` were applied to `sent`."""
     message, code = read_error_answer(status, data)
-    if status == 400:
-        return classify_400(message, code, model, sent, rejections)
     tail = request_note(headers, "GitHub", "x-github-request-id")
-    if status in (401, 403, 421) and b'"authorize_url"' in data:
-        # for a third-party agent
+    if status in (401, 403, 421) and b'"authorize_url"' in data:  # for a third-party agent
         return RetryDecision(Forbidden(f"Copilot wants another authorization: {message}.{tail}"))
     decision = classify(COPILOT_FAULTS, status, code, message, model=model.id, tail=tail)
+    is_plain_400 = status == 400 and type(decision.error) is InvalidRequest
+    if is_plain_400 and decision.action in ("", "forget"):
+        decision.rejections = read_rejections(message, code, sent, rejections)
+        decision.action = "repair" if decision.rejections else decision.action
     account_limits = r"(?:user_global|user_weekly|integration)_rate_limited"
     decision.account_wide = status == 429 and re.fullmatch(account_limits, code) is not None
     return with_wait(decision, read_wait(headers, message, now), "pause", "rest")
 
 
 BETA_REFUSED = re.compile(r"Unexpected value\(s\) (.{1,500}?) for the `?anthropic-beta`? header")
-# At the beginning of a message only: the rest may quote the client.
+# Matched at the start of a message only: what follows may quote the client.
 REFUSAL_OPENING = r"(?:(?:invalid_\w{1,40}|messages\.\d{1,9}): )?"
 EFFORT_REFUSED = re.compile(
     REFUSAL_OPENING + r"(?:Un(?:supported|known|recognized) [\w ]{1,40}: )?"
@@ -9090,8 +9075,8 @@ CLIENT_DATA = frozenset(("input_schema", "parameters", "arguments", "input", "sc
 def read_rejections(
     message: str, code: str, sent: Json, known: Rejections
 ) -> list[tuple[str, str]]:
-    """What a refusal teaches, as (kind, name): only of what `sent` has, and not what is known."""
-    if EXTRA_FIELD.search(message):  # the rest may quote the client
+    """What a refusal rejects, as (kind, name): only what `sent` has, without what is known."""
+    if EXTRA_FIELD.search(message):
         known_paths = known.get("field", ())
         return [("field", path) for path in rejected_paths(message) if path not in known_paths]
     if THINKING_REFUSED.match(message) and get_dict(sent, "thinking").get("type") == "enabled":
@@ -9129,12 +9114,12 @@ FINAL_NOTICES = {
     "programmatic_token_generation": "GitHub has blocked automated use by this account",
 }
 EXCHANGE_FAULTS = (
-    Fault(r"^401 ", NotSignedIn, "GitHub does not know the token any more."),
+    Fault(r"^401 ", NotSignedIn, "GitHub no longer accepts the token."),
     Fault(r"^403 ", RateLimited, "GitHub's rate limit for token exchanges.", "wait"),
-    Fault(r"^404 ", NotSignedIn, "GitHub does not exchange this token for one of Copilot."),
+    Fault(r"^404 ", NotSignedIn, "GitHub does not exchange this token for a Copilot token."),
     Fault(r"^(?:429|[5-9]..) ", Overloaded, "GitHub's token exchange failed, status {status}.",
           "wait"),
-    Fault(r"", UpstreamError, "GitHub's token exchange answered with status {status}."),
+    Fault(r"", UpstreamError, "GitHub's token exchange responded with status {status}."),
 )  # fmt: skip
 
 
@@ -9196,7 +9181,7 @@ def copilot_api_url(body: Json, config: CopilotConfig, default: str) -> str:
         return config.api_url.rstrip("/")
     if isinstance(named_url, str) and named_url:
         if not allowed_api_host(named_url, config):
-            raise UpstreamError("GitHub's answer names a host that is not Copilot's.")
+            raise UpstreamError("GitHub's response names a host that is not Copilot's.")
         return named_url.rstrip("/")
     host = urllib.parse.urlsplit(config.github_api_url).hostname or ""
     is_tenant = host.endswith(".ghe.com")
@@ -9207,7 +9192,7 @@ def read_token_answer(body: Json, config: CopilotConfig, now: float) -> CopilotT
     """Parses a token response; only `token` is required.  Raises UpstreamError."""
     token = get_token(body, "token")
     if not token:
-        raise UpstreamError("GitHub's token answer holds no token that can be used.")
+        raise UpstreamError("GitHub's token response contains no usable token.")
     named_life = positive_int(body.get("refresh_in")) or COPILOT_DEFAULT_LIFE_SECONDS
     lifetime = min(named_life, MAX_TOKEN_SECONDS)
     # As in VS Code: the response's `expires_at` is of little use if the local clock is wrong.
@@ -9220,18 +9205,6 @@ def direct_token(github_token: str, user: Json, config: CopilotConfig, now: floa
     """`user`, GitHub's account response, names an organisation's host; raises UpstreamError."""
     url = copilot_api_url(user, config, COPILOT_ANY_HOST)
     return CopilotToken(github_token, url, now + COPILOT_DIRECT_SECONDS, COPILOT_DIRECT_SECONDS)
-
-
-class AllowancePart(NamedTuple):
-    """One component of an allowance: the plan's own, a trial, a bonus."""
-
-    name: str
-    used: float
-    limit: float
-    ends_at: float  #: Unix seconds; 0 = never, or unknown
-
-    def as_json(self) -> Json:
-        return {**self._asdict(), "ends_at": self.ends_at or None}
 
 
 @dataclass(slots=True)
@@ -9248,20 +9221,18 @@ class Allowance:
     overage_permitted: bool | None = None  #: whether use beyond the limit is allowed, and billed
     overage_used: float | None = None
     overage_limit: float | None = None
-    parts: list[AllowancePart] = field(default_factory=list)  #: the components, if several
+    #: if there are several, such as a trial: `{"name", "used", "limit", "ends_at"}`
+    parts: list[Json] = field(default_factory=list)
 
     @property
     def percent_used(self) -> float | None:
         """None if unlimited or unknown; may exceed 100.  A limit of 0 is never used up."""
-        if self.limit == math.inf:
-            return None
+        percent_left = self.percent_left
         if self.used is not None and self.limit:
-            percent = 100 * self.used / self.limit
-        elif self.percent_left is not None:
-            percent = 100 - self.percent_left
-        else:
+            percent_left = 100 - 100 * self.used / self.limit
+        if self.limit == math.inf or percent_left is None:
             return None
-        return min(max(percent, 0.0), MAX_PERCENT_USED)
+        return min(max(100 - percent_left, 0.0), MAX_PERCENT_USED)
 
     @property
     def is_spent(self) -> bool:
@@ -9284,9 +9255,7 @@ class Allowance:
             "overage_used": self.overage_used,
             "overage_limit": self.overage_limit,
         }
-        if self.parts:
-            row["parts"] = [part.as_json() for part in self.parts]
-        return row
+        return {**row, "parts": self.parts} if self.parts else row
 
 
 @dataclass(slots=True)
@@ -9305,9 +9274,7 @@ class Quota:
             "resets_at": self.resets_at or None,
             "allowances": [allowance.as_json(self.resets_at) for allowance in self.allowances],
         }
-        if self.as_of:
-            row["as_of"] = round(self.as_of, 3)
-        return row
+        return {**row, "as_of": round(self.as_of, 3)} if self.as_of else row
 
 
 #: "premium_models" is another name for the same allowance (VS Code, 2026-08)
@@ -9327,38 +9294,45 @@ def read_flag(value: Any) -> bool | None:
 
 
 def read_allowance(name: str, row: Json, by_tokens: bool | None = None) -> Allowance | None:
-    """None if it does not apply.  `by_tokens` is the account's `token_based_billing`."""
-    limit, percent_left = (parse_number(row.get(k)) for k in ("entitlement", "percent_remaining"))
-    exact, remaining = (parse_number(row.get(k)) for k in ("quota_remaining", "remaining"))
-    credits_used = parse_number(row.get("credits_used"))
+    """None if the account has no such allowance.  `by_tokens`: its `token_based_billing`."""
+
+    def number(key: str) -> float | None:
+        return parse_number(row.get(key))
+
+    limit, percent_left = number("entitlement"), number("percent_remaining")
+    remaining = number("quota_remaining")
+    if remaining is None:
+        remaining = number("remaining")
+    if row.get("unlimited") is True or limit == -1:
+        limit, percent_left, remaining = math.inf, None, None
+    elif limit is None:
+        is_unknown = remaining is None and percent_left is None
+        if is_unknown or row.get("has_quota") is False:
+            return None
+    elif limit <= 0:  # an empty bucket is not "used up"
+        return None
+    elif remaining is None and percent_left is not None:
+        remaining = limit * percent_left / 100
+    elif remaining is None and (credits_used := number("credits_used")) is not None:
+        remaining = limit - credits_used
     own_billing = read_flag(row.get("token_based_billing"))
     by_tokens = by_tokens if own_billing is None else own_billing
     unit = ALLOWANCE_UNITS.get(name, "")
     if name == "premium_interactions" and by_tokens is not None:
         # GitHub counts credits since June 2026, premium requests still in some contracts.
         unit = "credits" if by_tokens else "premium requests"
-    allowance = Allowance(name, None, limit, None, unit, percent_left)
-    allowance.resets_at = max(0.0, read_time(row.get("quota_reset_at") or row.get("reset_date")))
-    allowance.overage_permitted = read_flag(row.get("overage_permitted"))
-    allowance.overage_used = parse_number(row.get("overage_count"))
-    allowance.overage_limit = parse_number(row.get("overage_entitlement"))
-    if row.get("unlimited") is True or limit == -1:
-        allowance.limit, allowance.percent_left = math.inf, None
-        return allowance
-    if limit is not None and limit <= 0:  # an empty bucket does not apply: it is not "used up"
-        return None
-    remaining = remaining if exact is None else exact
-    if remaining is None and limit and percent_left is not None:
-        remaining = limit * percent_left / 100
-    elif remaining is None and limit and credits_used is not None:
-        remaining = limit - credits_used
-    is_unknown = remaining is None and percent_left is None
-    if limit is None and (is_unknown or row.get("has_quota") is False):
-        return None
-    if remaining is not None:
-        allowance.used = None if limit is None else max(0.0, limit - remaining)
-        allowance.remaining = max(0.0, remaining)
-    return allowance
+    return Allowance(
+        name,
+        None if remaining is None or limit is None else max(0.0, limit - remaining),
+        limit,
+        None if remaining is None else max(0.0, remaining),
+        unit,
+        percent_left,
+        max(0.0, read_time(row.get("quota_reset_at") or row.get("reset_date"))),
+        read_flag(row.get("overage_permitted")),
+        number("overage_count"),
+        number("overage_entitlement"),
+    )
 
 
 def read_copilot_quota(body: Json) -> Quota:
@@ -9371,17 +9345,17 @@ def read_copilot_quota(body: Json) -> Quota:
             name: {"entitlement": monthly.get(name), "remaining": remaining.get(name)}
             for name in [*dict.fromkeys([*monthly, *remaining])][:MAX_ALLOWANCES]
         }
-    named_rows = {
-        ALLOWANCE_NAMES.get(name, name)[:MAX_NAME_CHARS]: row for name, row in rows.items()
-    }
     by_tokens = read_flag(body.get("token_based_billing"))
-    allowances = [read_allowance(name, row, by_tokens) for name, row in named_rows.items()]
+    allowances = {}
+    for key, row in rows.items():
+        name = ALLOWANCE_NAMES.get(key, key)[:MAX_NAME_CHARS]
+        allowances[name] = read_allowance(name, row, by_tokens)
     date_keys = ("quota_reset_date_utc", "quota_reset_date", "limited_user_reset_date")
-    is_free = "free_limited" in get_str(body, "access_type_sku")  # whatever `copilot_plan` says
+    is_free = "free_limited" in get_str(body, "access_type_sku")  # whatever `copilot_plan` is
     return Quota(
         name_of_key(body, "login"),
         "free" if is_free else name_of_key(body, "copilot_plan"),
-        [allowance for allowance in allowances if allowance is not None],
+        [allowance for allowance in allowances.values() if allowance is not None],
         next(filter(None, (read_time(body.get(key)) for key in date_keys)), 0.0),
     )
 
@@ -9421,18 +9395,15 @@ def take_snapshots(known: Quota | None, headers: dict[str, str], now: float) -> 
     The plan's reset date comes from its own buckets, not from a rolling window.
     """
     known = known or Quota("", "", [], 0.0)
-    snapshots: dict[str, Allowance | None] = {}
-    for key, text in headers.items():
-        name = key.removeprefix(SNAPSHOT_PREFIX).removeprefix(WINDOW_PREFIX)
-        name = ALLOWANCE_NAMES.get(name, name)
-        row = read_snapshot(text)
-        if row is not None:
-            snapshots[name] = read_allowance(name, row)
     allowances = {allowance.name: allowance for allowance in known.allowances}
     plan_resets_at = 0.0
-    for name, allowance in snapshots.items():
-        previous = allowances.get(name)
-        if allowance is None:  # it does not apply
+    for key, text in headers.items():
+        name = key.removeprefix(SNAPSHOT_PREFIX).removeprefix(WINDOW_PREFIX)
+        name, row = ALLOWANCE_NAMES.get(name, name), read_snapshot(text)
+        if row is None:
+            continue
+        allowance, previous = read_allowance(name, row), allowances.get(name)
+        if allowance is None:  # no longer part of the plan
             allowances.pop(name, None)
             continue
         if WINDOW_PREFIX + name not in headers:
@@ -9448,9 +9419,6 @@ def take_snapshots(known: Quota | None, headers: dict[str, str], now: float) -> 
     return Quota(known.account, known.plan, rows, resets_at, as_of=now)
 
 
-# Warnings: users want one before it is too late, and only once.
-
-
 def reached_percent(allowance: Allowance) -> float:
     """The highest warning threshold reached, 100 if the allowance is used up; otherwise 0."""
     percent, thresholds = allowance.percent_used or 0.0, (*QUOTA_WARNING_PERCENTS, 100.0)
@@ -9464,12 +9432,9 @@ def plain_figure(value: float) -> str:
 
 def plain_day(moment: float) -> str:
     """The day in UTC; "" if there is none, and for a date beyond the calendar's range."""
-    if not moment:
+    if not 0 < moment < MAX_UNIX_SECONDS:
         return ""
-    try:
-        return dt.datetime.fromtimestamp(moment, dt.timezone.utc).date().isoformat()
-    except (ValueError, OverflowError, OSError):
-        return ""
+    return dt.datetime.fromtimestamp(moment, dt.timezone.utc).date().isoformat()
 
 
 def quota_warning(provider: str, allowance: Allowance, resets_at: float) -> str:
@@ -9480,7 +9445,7 @@ def quota_warning(provider: str, allowance: Allowance, resets_at: float) -> str:
     reset = f", resets on {day}" if day else ""
     if reached_percent(allowance) >= 100:
         left = f", nothing left{limit}{unit}" if limit else ""
-        billing = "; what goes beyond it is billed" if allowance.overage_permitted else ""
+        billing = "; further use is billed" if allowance.overage_permitted else ""
         return f"{provider}: {name}: used up{left}{reset}{billing}"
     if allowance.remaining is not None:
         left = f", {plain_figure(allowance.remaining)}{limit}{unit} left"
@@ -9510,7 +9475,7 @@ class QuotaAlarm:
         self.reported: dict[str, tuple[float, float]] = {}
 
     def news(self, quota: Quota, now: float) -> list[Allowance]:
-        """What must be reported now, and from then on counts as reported."""
+        """The allowances to report now; they count as reported from then on."""
         news = []
         for row in quota.allowances:
             reached, resets_at = reached_percent(row), row.resets_at or quota.resets_at
@@ -9559,43 +9524,30 @@ class KiroLogin:
     internal: bool = False  #: AWS staff
 
 
-def read_time(value: Any) -> float:
-    """Unix seconds from seconds, milliseconds or ISO 8601 (UTC by default); otherwise 0."""
-    if isinstance(value, str):
-        try:
-            moment = dt.datetime.fromisoformat(value)
-        except ValueError:
-            return 0.0
-        moment = moment if moment.tzinfo else moment.replace(tzinfo=dt.timezone.utc)
-        return read_figure(moment.timestamp(), 0, MAX_UNIX_SECONDS) or 0.0
-    timestamp = read_figure(value, 0, MAX_UNIX_SECONDS * 1000) or 0.0
-    return timestamp if timestamp < MAX_UNIX_SECONDS else timestamp / 1000
-
-
 def read_kiro_login(credentials: Json) -> KiroLogin:
-    """The sign-in in a token file; the ValueError it raises says what is wrong."""
+    """The sign-in in a token file; the ValueError it raises tells what is wrong."""
     texts = defaultdict(str, ((key, get_str(credentials, key)) for key in credentials))
-    access, refresh, kind = texts["access_token"], texts["refresh_token"], kiro_kind(credentials)
-    if kind == "api_key":
-        refresh = ""
-        if not access:
-            raise ValueError("it holds no access_token with the API key")
-    elif not refresh:
-        raise ValueError("it holds no refresh_token")
-    for name, value in (("access_token", access), ("refresh_token", refresh)):
-        if value.endswith("..."):
-            raise ValueError(f"its {name} is cut short: it was copied from a display")
-        if value and not TARGET.fullmatch(value):
-            raise ValueError(f"its {name} holds characters no token has")
+    kind, access, arn = kiro_kind(credentials), texts["access_token"], texts["profile_arn"]
+    refresh = "" if kind == "api_key" else texts["refresh_token"]
     region = texts["idc_region"] or texts["region"] or "us-east-1"
-    if not AWS_REGION.fullmatch(region):
-        raise ValueError("its idc_region is not a region")
-    if kind in ("builder_id", "idc") and not (texts["client_id"] and texts["client_secret"]):
-        raise ValueError("it holds no client_id and client_secret, which its refresh needs")
-    if kind == "external_idp" and not is_own_endpoint(credentials):
-        raise ValueError("its token_endpoint is not an https URL at the host of its issuer_url")
-    if texts["profile_arn"] and not KIRO_ARN.fullmatch(texts["profile_arn"]):
-        raise ValueError("its profile_arn is not one")
+    has_client = texts["client_id"] and texts["client_secret"]
+    lacks_client = kind in ("builder_id", "idc") and not has_client
+    is_foreign = kind == "external_idp" and not is_own_endpoint(credentials)
+    problems = (
+        (kind == "api_key" and not access, "it has no access_token, which is the API key"),
+        (kind != "api_key" and not refresh, "it has no refresh_token"),
+        (access.endswith("..."), "its access_token is truncated: copy all of it"),
+        (refresh.endswith("..."), "its refresh_token is truncated: copy all of it"),
+        (access and not TARGET.fullmatch(access), "its access_token has invalid characters"),
+        (refresh and not TARGET.fullmatch(refresh), "its refresh_token has invalid characters"),
+        (not AWS_REGION.fullmatch(region), "its idc_region is not a region"),
+        (lacks_client, "it has no client_id and client_secret, which its refresh needs"),
+        (is_foreign, "its token_endpoint is not an https URL at the host of its issuer_url"),
+        (arn and not KIRO_ARN.fullmatch(arn), "its profile_arn is not an ARN"),
+    )
+    for is_wrong, problem in problems:
+        if is_wrong:
+            raise ValueError(problem)
     seed = f"KiroAPIKey/{access}" if kind == "api_key" else f"KotlinNativeAPI/{refresh}"
     return KiroLogin(
         kind,
@@ -9604,7 +9556,7 @@ def read_kiro_login(credentials: Json) -> KiroLogin:
         texts["client_id"],
         texts["client_secret"],
         region,
-        texts["profile_arn"],
+        arn,
         math.inf if kind == "api_key" else read_time(credentials.get("expires_at")),
         kiro_machine_id(texts["machine_id"]) or short_hash(seed, 64),
         texts["token_endpoint"],
@@ -9672,22 +9624,21 @@ def read_refresh_answer(body: Json, now: float) -> Json:
     """Changes to the token file; a new refresh token invalidates the old.  Raises UpstreamError."""
     changes: Json = {"access_token": get_token(body, "access_token")}
     if not changes["access_token"]:
-        raise UpstreamError("The answer to Kiro's token refresh holds no token that can be used.")
+        raise UpstreamError("Kiro's token refresh response contains no usable token.")
     lifetime = read_figure(either(body, "expires_in"), 0) or KIRO_TOKEN_SECONDS
     changes["expires_at"] = int(now + min(lifetime, MAX_TOKEN_SECONDS))
-    refresh, arn = get_token(body, "refresh_token"), get_token(body, "profile_arn")
-    if refresh:
+    if refresh := get_token(body, "refresh_token"):
         changes["refresh_token"] = refresh
-    if KIRO_ARN.fullmatch(arn):
+    if KIRO_ARN.fullmatch(arn := get_token(body, "profile_arn")):
         changes["profile_arn"] = arn
     return changes
 
 
 REFRESH_FAULTS = (
-    Fault(r"^40[013] ", NotSignedIn, "Kiro's sign-in has ended: {message}.", "refresh"),
+    Fault(r"^40[013] ", NotSignedIn, "Kiro's sign-in is no longer valid: {message}.", "refresh"),
     Fault(r"^(?:408|429|[5-9]..) ", Overloaded, "Kiro's token refresh failed, status {status}.",
           "wait"),
-    Fault(r"", UpstreamError, "Kiro's token refresh answered with status {status}."),
+    Fault(r"", UpstreamError, "Kiro's token refresh responded with status {status}."),
 )  # fmt: skip
 
 
@@ -9730,15 +9681,15 @@ def kiro_endpoints(login: KiroLogin, config: KiroConfig) -> list[KiroEndpoint]:
     region, arn = kiro_region(login, config), login.arn
     runtime, q = KIRO_RUNTIME_URL.format(region=region), KIRO_Q_URL.format(region=region)
     old = KIRO_OLD_URL if region == "us-east-1" else q
+    built_in_arns = {"builder_id": KIRO_BUILDER_ARN, "social": KIRO_SOCIAL_ARN}
+    own = arn or built_in_arns.get(login.kind, "")
     if login.kind == "api_key":
         endpoints = [(runtime, "cli", ""), (old, "ide", ""), (q, "ide", "")]
     elif login.kind == "builder_id":
-        own = arn or KIRO_BUILDER_ARN
         endpoints = [(runtime, "ide", own), (runtime, "cli", ""), (q, "ide", ""), (old, "ide", "")]
     elif login.kind == "idc":
         endpoints = [(runtime, "ide", arn), (q, "ide", arn), (q, "ide", ""), (old, "ide", arn)]
     else:
-        own = arn or (KIRO_SOCIAL_ARN if login.kind == "social" else "")
         endpoints = [(runtime, "ide", own), (q, "ide", own), (old, "ide", own)]
     base = config.api_url.rstrip("/")
     unique = dict.fromkeys(KiroEndpoint(base or url, shape, key) for url, shape, key in endpoints)
@@ -9751,7 +9702,7 @@ def kiro_controls(login: KiroLogin, config: KiroConfig) -> list[str]:
     if configured_url:
         return [configured_url.rstrip("/")]
     region = kiro_region(login, config)
-    return [KIRO_MANAGEMENT_URL.format(region=region), KIRO_Q_URL.format(region=region)]
+    return [url.format(region=region) for url in (KIRO_MANAGEMENT_URL, KIRO_Q_URL)]
 
 
 # What the vendor's CLI and IDE send: for a call, and for the model list, profiles and limits.
@@ -9796,29 +9747,27 @@ def kiro_headers(login: KiroLogin, shape: str, version: str, system: str) -> dic
         headers["TokenType"] = "EXTERNAL_IDP"
     if login.internal:
         headers["redirect-for-internal"] = "true"
-    facts = {
-        "client": f"KiroIDE-{version}-{login.machine_id}",
-        "os": system.partition("#")[0],
-        "system": system,
+    client, os_name = f"KiroIDE-{version}-{login.machine_id}", system.partition("#")[0]
+    return headers | {
+        name: text.format(client=client, os=os_name, system=system)
+        for name, text in KIRO_HEADERS[shape].items()
     }
-    return headers | {name: text.format(**facts) for name, text in KIRO_HEADERS[shape].items()}
 
 
 def place_kiro_call(body: Json, endpoint: KiroEndpoint, conversation_id: str, run_id: str) -> Json:
+    """The body with its ids, and with the endpoint's profile and origin."""
+    ids = {"conversationId": conversation_id, "agentContinuationId": run_id}
+    state, origin = {**body["conversationState"], **ids}, KIRO_ORIGINS[endpoint.shape]
+
     def with_origin(turn: Json) -> Json:
         message = turn.get("userInputMessage")
-        origin = KIRO_ORIGINS[endpoint.shape]
         return turn if message is None else {"userInputMessage": {**message, "origin": origin}}
 
-    state = body["conversationState"]
-    new_state = {**state, "conversationId": conversation_id, "agentContinuationId": run_id}
     if "history" in state:
-        new_state["history"] = [with_origin(turn) for turn in state["history"]]
-    new_state["currentMessage"] = with_origin(state["currentMessage"])
-    request = {**body, "conversationState": new_state}
-    if endpoint.arn:
-        request["profileArn"] = endpoint.arn
-    return request
+        state["history"] = [with_origin(turn) for turn in state["history"]]
+    state["currentMessage"] = with_origin(state["currentMessage"])
+    profile = {"profileArn": endpoint.arn} if endpoint.arn else {}
+    return {**body, "conversationState": state, **profile}
 
 
 def assistant_messages(body: Json) -> list[Json]:
@@ -9848,13 +9797,9 @@ def kiro_shape(body: Json) -> str:
         user_message = turn.get("userInputMessage")
         message = user_message or turn["assistantResponseMessage"]
         context = get_dict(message, "userInputMessageContext")
-        counts = {
-            "r": len(context.get("toolResults", ())),
-            "t": len(context.get("tools", ())),
-            "c": len(message.get("toolUses", ())),
-            "i": len(message.get("images", ())),
-            "k": int("reasoningContent" in message),
-        }
+        lists = (("r", context, "toolResults"), ("t", context, "tools"), ("c", message, "toolUses"))
+        counts = {letter: len(owner.get(key, ())) for letter, owner, key in lists}
+        counts |= {"i": len(message.get("images", ())), "k": int("reasoningContent" in message)}
         counters = "".join(f"{letter}{total}" for letter, total in counts.items() if total)
         summaries.append(f"{'u' if user_message else 'a'}{len(message['content'])}{counters}")
     return " ".join(summaries)
@@ -9905,14 +9850,13 @@ def read_kiro_models(entries: Iterable[Any], provider: str) -> dict[str, Model]:
 
 
 def known_kiro_models(provider: str) -> dict[str, Model]:
+    limits = ("maxInputTokens", "maxOutputTokens")
     entries = (
-        {"modelId": name, "tokenLimits": {"maxInputTokens": window, "maxOutputTokens": max_output}}
-        for name, window, max_output in KIRO_KNOWN_MODELS
+        {"modelId": name, "tokenLimits": dict(zip(limits, figures, strict=True))}
+        for name, *figures in KIRO_KNOWN_MODELS
     )
     models = read_kiro_models(entries, provider)
-    for model in models.values():
-        model.guessed = True
-    return models
+    return {name: replace(model, guessed=True) for name, model in models.items()}
 
 
 def kiro_figure(row: Json, name: str) -> float | None:
@@ -9920,7 +9864,7 @@ def kiro_figure(row: Json, name: str) -> float | None:
     return read_figure(row.get(name) if precise is None else precise, 0)
 
 
-def kiro_credit_parts(row: Json, now: float) -> list[AllowancePart]:
+def kiro_credit_parts(row: Json, now: float) -> list[Json]:
     """The plan's own credits, an active trial's and those of bonuses that have not expired."""
     trial, bonuses = get_dict(row, "freeTrialInfo"), row.get("bonuses")
     entries = [("plan", row, 0.0)]
@@ -9931,11 +9875,15 @@ def kiro_credit_parts(row: Json, now: float) -> list[AllowancePart]:
             ends_at = read_time(bonus.get("expiresAt"))
             if not ends_at or ends_at > now:
                 entries.append((name_of_key(bonus, "displayName") or "bonus", bonus, ends_at))
-    parts = []
-    for name, entry, ends_at in entries:
-        used, limit = (kiro_figure(entry, key) or 0.0 for key in ("currentUsage", "usageLimit"))
-        parts.append(AllowancePart(name, used, limit, ends_at))
-    return parts
+    return [
+        {
+            "name": name,
+            "used": kiro_figure(entry, "currentUsage") or 0.0,
+            "limit": kiro_figure(entry, "usageLimit") or 0.0,
+            "ends_at": ends_at or None,
+        }
+        for name, entry, ends_at in entries
+    ]
 
 
 def read_kiro_quota(body: Json, now: float) -> Quota:
@@ -9948,7 +9896,7 @@ def read_kiro_quota(body: Json, now: float) -> Quota:
     credit_rows = [row for row in rows if row.get("resourceType") == "CREDIT"]
     row: Json = next(iter(credit_rows or rows), {})
     parts = kiro_credit_parts(row, now)
-    used, limit = float(sum(part.used for part in parts)), float(sum(part.limit for part in parts))
+    used, limit = (float(sum(part[key] for part in parts)) for key in ("used", "limit"))
     overage = get_dict(body, "overageConfiguration").get("overageStatus")
     allowance = Allowance(
         "credits",
@@ -9974,14 +9922,14 @@ KIRO_STATUS_FAULTS = (
     Fault(r"^401 ", NotSignedIn, "Kiro does not accept the token{detail}", "refresh"),
     Fault(r"^402 ", QuotaExceeded, "The Kiro credits are used up{detail}", "rest"),
     Fault(r"^(?:403|423) ", Forbidden, "Kiro does not allow this{detail}", "reroute"),
-    Fault(r"^40[45] ", UpstreamError, "Kiro answered with status {status}{detail}", "reroute"),
-    Fault(r"^413 ", BodyTooLarge, "The request is larger than Kiro takes."),
+    Fault(r"^40[45] ", UpstreamError, "Kiro responded with status {status}{detail}", "reroute"),
+    Fault(r"^413 ", BodyTooLarge, "The request is too large for Kiro."),
     Fault(r"^429 ", RateLimited, "Kiro's rate limit{detail}", "pause"),
     Fault(r"^(?:502|503|529) ", Overloaded, "Kiro is busy, status {status}{detail}", "reroute"),
     Fault(r"^(?:408|504) ", UpstreamTimeout, "Kiro timed out{detail}", "again"),
     Fault(r"^524 ", UpstreamTimeout, "Kiro timed out{detail}"),  # after minutes: no retry
     Fault(r"^[5-9]..", UpstreamError, "Kiro failed with status {status}{detail}", "wait"),
-    Fault(r"^200 ", UpstreamError, "Kiro answered without a stream{detail}", "again"),
+    Fault(r"^200 ", UpstreamError, "Kiro responded without a stream{detail}", "again"),
     Fault(r"", InvalidRequest, "Kiro refused the request, status {status}{detail}"),
 )
 
@@ -10012,7 +9960,7 @@ def classify_kiro_error(status: int, headers: Headers, data: bytes, now: float) 
 
 @dataclass(slots=True)
 class DeviceCode:
-    """What the user has to type where, and until when (RFC 8628 section 3.2)."""
+    """The code to type, the page to type it into, and its lifetime (RFC 8628 section 3.2)."""
 
     code: str = field(repr=False)
     user_code: str
@@ -10038,7 +9986,7 @@ def read_device_code(body: Json, service: str) -> DeviceCode:
         seconds("interval", DEVICE_INTERVAL_SECONDS),
     )
     if not device.code or not device.user_code or check_url(device.url):
-        raise SignInFailed(f"{service}'s answer holds no code to type")
+        raise SignInFailed(f"{service}'s response contains no code to type")
     return device
 
 
@@ -10125,7 +10073,7 @@ def read_callback(url: str, state: str, option: str) -> Callback:
         raise SignInFailed(f"the sign-in page says: {redact(message, 300)}")
     option = query.get("login_option", option)
     if option in ("google", "github") and not query["code"]:
-        raise ValueError("it holds no code")
+        raise ValueError("it contains no code")
     path = parts.path if parts.path in CALLBACK_PATHS else CALLBACK_PATHS[0]
     return Callback(query["code"], option, query["issuer_url"], query["idc_region"], path)
 
@@ -10135,7 +10083,7 @@ def plain_host(text: str) -> str:
     host = re.sub(r"^[a-z]+://", "", text.strip().lower()).partition("/")[0]
     if host == "github.com" or re.fullmatch(r"[a-z0-9-]+\.ghe\.com", host):
         return host
-    raise WrongUsage(f"--github-host {text}: Copilot signs in at github.com or at TENANT.ghe.com")
+    raise WrongUsage(f"--github-host {text}: must be github.com or TENANT.ghe.com")
 
 
 def bare_token(text: str) -> str:
@@ -10143,9 +10091,9 @@ def bare_token(text: str) -> str:
     surrounding = "\"' \t\r\n"
     token = re.sub(r"^(?i:bearer|token)(?:\s+|$)", "", text.strip(surrounding)).strip(surrounding)
     if not token or not TARGET.fullmatch(token):
-        raise SignInFailed("there is no token in what was given: paste it alone, on one line")
+        raise SignInFailed("the input contains no token: paste the token alone, on one line")
     if token.endswith("..."):
-        raise SignInFailed("the token is cut short: it was copied from a display")
+        raise SignInFailed("the token is truncated: copy all of it")
     return token
 
 
@@ -10178,7 +10126,7 @@ def read_kiro_import(body: Json, registration: Json, profile: Json, kind: str = 
         if isinstance(value, str) and value.strip():
             credentials[name] = value.strip()
     if not credentials.get("refresh_token"):
-        raise ValueError("it holds no refresh token")
+        raise ValueError("it has no refresh token")
     credentials["idc_region"] = get_str(body, "region") or get_str(registration, "region")
     credentials["expires_at"] = int(read_time(either(body, "expires_at")))
     client_ends = either(registration, "client_secret_expires_at") or registration.get("expiresAt")
@@ -10203,36 +10151,31 @@ def is_newer(shared: Json, credentials: Json) -> bool:
 
 
 def with_tokens(body: Json, changes: Json) -> Json:
-    """Another program's sign-in with refreshed tokens, in its spelling; the rest is unchanged."""
+    """Another program's sign-in with refreshed tokens, in its spelling and its format of times."""
     merged = dict(body)
     for name in ("access_token", "refresh_token", "profile_arn", "expires_at"):
         key = name if name in body else camel(name)
-        if name in changes and (key in body or name != "profile_arn"):
-            value, old = changes[name], body.get(key)
-            merged[key] = write_time(value, old) if name == "expires_at" else value
+        if name not in changes or (name == "profile_arn" and key not in body):
+            continue
+        merged[key], old = changes[name], body.get(key)
+        if name == "expires_at" and isinstance(old, (int, float)) and not isinstance(old, bool):
+            merged[key] = int(changes[name] * (1000 if old >= 1e10 else 1))
+        elif name == "expires_at":
+            moment = dt.datetime.fromtimestamp(changes[name], dt.timezone.utc)
+            merged[key] = moment.strftime("%Y-%m-%dT%H:%M:%S.000Z")
     return merged
-
-
-def write_time(seconds: float, example: Any) -> Any:
-    """Unix seconds in the format of `example`: ISO 8601, or a number of seconds or milliseconds."""
-    if isinstance(example, (int, float)) and not isinstance(example, bool):
-        return int(seconds * 1000) if example >= 1e10 else int(seconds)
-    moment = dt.datetime.fromtimestamp(seconds, dt.timezone.utc)
-    return moment.strftime("%Y-%m-%dT%H:%M:%S.000Z")
 
 
 # ---- 10. Routing -------------------------------------------------------------------------------
 # 10.1 routing
 
 
-@dataclass(slots=True)
-class Route:
-    """The target of a model name: a provider ("" = unknown yet), the name without its prefix."""
+class Route(NamedTuple):
+    """The target of a model name."""
 
-    provider: str
-    model: str
-    #: the provider was named by the client, not chosen here
-    explicit: bool
+    provider: str  #: "" = not known yet
+    model: str  #: without the provider's prefix
+    explicit: bool  #: the client named the provider
 
     def __str__(self) -> str:
         return f"{self.provider}/{self.model}" if self.provider else self.model
@@ -10257,27 +10200,21 @@ class Router:
         ModelNotFound if an alias leads to disabled providers only.
         """
         if not MODEL_NAME.fullmatch(name):
-            raise InvalidRequest("model: is not a model name.", param="model")
+            raise InvalidRequest("model: must be a model name.", param="model")
         explicit_route = self.split(name, self.enabled)
         if explicit_route:
             return [explicit_route]
-        if header:
-            if header not in self.enabled:
-                available = ", ".join(self.enabled)
-                raise InvalidRequest(
-                    f"X-Provider: no provider of that name; there are: {available}."
-                )
-            return [Route(header, name, True)]
-        if name not in self.aliases:
-            return [Route("", name, False)]
+        if header and header not in self.enabled:
+            available = ", ".join(self.enabled)
+            raise InvalidRequest(f"X-Provider: must be one of {available}.")
+        if header or name not in self.aliases:
+            return [Route(header or "", name, bool(header))]
         targets = self.aliases[name]
         usable = [target for target in targets if not self.split(target, self.disabled)]
         if not usable:
-            raise ModelNotFound(
-                f"The alias {name!r} leads to disabled providers only: {', '.join(targets)}.",
-                hint="The verb `provider enable NAME` enables one.",
-                param="model",
-            )
+            message = f"The alias {name!r} has only disabled providers: {', '.join(targets)}."
+            hint = "The verb `provider enable NAME` enables one."
+            raise ModelNotFound(message, hint=hint, param="model")
         return [self.split(target, self.enabled) or Route("", target, False) for target in usable]
 
     @staticmethod
@@ -10298,22 +10235,18 @@ class Router:
             lists = {owner: catalogues.get(owner, {}) for owner in self.enabled}
             owners = {owner: models[name] for owner, models in lists.items() if name in models}
             if not owners:
-                found = {owner: find_model(name, models) for owner, models in lists.items()}
-                owners = {owner: model for owner, model in found.items() if model}
+                found = ((owner, find_model(name, models)) for owner, models in lists.items())
+                owners = {owner: model for owner, model in found if model}
             provider = next(iter(owners)) if len(owners) == 1 else self.default
             if provider not in self.enabled:
                 raise self.not_found(name, catalogues)
         model = owners.get(provider) or find_model(name, catalogues.get(provider, {}))
-        return Route(provider, name, route.explicit), model
+        return route._replace(provider=provider), model
 
     def not_found(self, name: str, catalogues: dict[str, dict[str, Model]]) -> ModelNotFound:
         model_ids = [model for models in catalogues.values() for model in models]
-        suggestions = nearest(model_spellings(name)[-1], model_ids)
-        hint = (
-            "Nearest: " + ", ".join(suggestions) + "."
-            if suggestions
-            else "GET /v1/models lists them."
-        )
+        suggestions = ", ".join(nearest(model_spellings(name)[-1], model_ids))
+        hint = f"Nearest: {suggestions}." if suggestions else "GET /v1/models lists them."
         return ModelNotFound(f"The model {name!r} does not exist here.", hint=hint, param="model")
 
 
@@ -10328,9 +10261,8 @@ FALLBACK_RANKS = {
 
 def may_fall_back(error: ApiError) -> bool:
     """Whether to fall back to the next candidate after an error before the first byte."""
-    if isinstance(error, (RequestRepeated, WrongDialect)):
-        return isinstance(error, WrongDialect)
-    return error.kind in FALLBACK_RANKS
+    is_temporary = error.kind in FALLBACK_RANKS and not isinstance(error, RequestRepeated)
+    return is_temporary or isinstance(error, WrongDialect)
 
 
 def summarize_errors(failures: list[tuple[str, ApiError]]) -> ApiError:
@@ -10369,7 +10301,7 @@ class RateLimiter:
         return 0.0
 
 
-# 10.2 usage: what responses cost
+# 10.2 usage
 
 # The columns of the usage database are named like the fields of `/v1/usage`.
 USAGE_NAMES = ("provider", "account", "model", "label")
@@ -10388,29 +10320,21 @@ USAGE_FIGURES = (
 
 @dataclass(slots=True)
 class UsageRecord:
-    """The usage record of one request that reached a provider.  Never content."""
+    """What one request that reached a provider has used.  Never content."""
 
-    #: Unix seconds of the request
-    at: float
+    at: float  #: Unix seconds of the request
     provider: str
-    #: the user name at the service, "" if unknown
-    account: str
-    #: the upstream's model id
-    model: str
-    #: the client: the name of its key, otherwise the family of its user agent
-    label: str
-    #: the client's: chat, messages, responses or embeddings
-    dialect: str
+    account: str  #: the user name at the service, "" if unknown
+    model: str  #: the upstream's model id
+    label: str  #: the client: the name of its key, otherwise the family of its user agent
+    dialect: str  #: the client's: chat, messages, responses or embeddings
     streamed: bool
     usage: Usage
-    #: HTTP; for a broken stream the status of its error; 499: the client disconnected
-    status: int = 200
-    #: "" = success, otherwise the error's kind, or "cancelled"
-    kind: str = ""
+    status: int = 200  #: HTTP; of a broken stream, its error's; 499: the client disconnected
+    kind: str = ""  #: "" = success, otherwise the error's kind, or "cancelled"
     duration_s: float = 0.0
     first_byte_s: float | None = None
-    #: False for a response made on this machine: it does not count towards limits
-    costs: bool = True
+    costs: bool = True  #: False if no upstream was involved: it does not count towards limits
 
     def normalize(self) -> None:
         """Makes it fit for the database: names bounded and printable, figures in range."""
@@ -10444,29 +10368,8 @@ class UsageRecord:
             "first_byte_count": int(first_byte_s is not None),
             "first_byte_ms": round((first_byte_s or 0.0) * 1000),
         }
-        if usage.source:
-            row[usage.source] = 1
-        if usage.credits_source:
-            row[f"credits_{usage.credits_source}"] = 1
-        return row
-
-
-def request_row(row: Json) -> Json:
-    """A row of the usage database as one of `/v1/usage?recent=N`."""
-    source = next((name for name in USAGE_SOURCES if row[name]), None)
-    return {
-        "at": round(row["at"], 3),
-        **{name: row[name] for name in (*USAGE_NAMES, *USAGE_DETAILS)},
-        "account": row["account"] or None,
-        "streamed": bool(row["streamed"]),
-        "duration_ms": row["duration_ms"],
-        "first_byte_ms": row["first_byte_ms"] if row["first_byte_count"] else None,
-        **{name: row[name] for name in USAGE_TOKENS},
-        "credits": row["nano_credits"] / 1e9,
-        "input_source": source,
-        "output_source": source if source in (None, "reported") else "estimated",
-        "credits_source": next((n for n in USAGE_SOURCES if row[f"credits_{n}"]), None),
-    }
+        sources = {usage.source, f"credits_{usage.credits_source}"}
+        return row | {name: 1 for name in sources if name in row}
 
 
 def total_row(figures: Iterable[int]) -> Json:
@@ -10484,6 +10387,22 @@ def total_row(figures: Iterable[int]) -> Json:
     }
 
 
+def request_row(row: Json) -> Json:
+    """A row of the usage database as one of `/v1/usage?recent=N`."""
+    total = total_row(row[name] for name in USAGE_FIGURES)
+    source = next(iter(total["token_sources"]), None)
+    return {
+        "at": round(row["at"], 3),
+        **{name: row[name] for name in (*USAGE_NAMES, *USAGE_DETAILS)},
+        "account": row["account"] or None,
+        "streamed": bool(row["streamed"]),
+        **{n: total[n] for n in ("duration_ms", "first_byte_ms", *USAGE_TOKENS, "credits")},
+        "input_source": source,
+        "output_source": source if source in (None, "reported") else "estimated",
+        "credits_source": next(iter(total["credit_sources"]), None),
+    }
+
+
 USER_AGENT = re.compile(r"([A-Za-z][\w.+-]{0,39})(?:/([A-Za-z]{1,20})\b)?", re.ASCII)
 
 
@@ -10491,9 +10410,7 @@ USER_AGENT = re.compile(r"([A-Za-z][\w.+-]{0,39})(?:/([A-Za-z]{1,20})\b)?", re.A
 def client_label(user_agent: str) -> str:
     """`claude-cli/2.1 (external)` -> claude-cli; SDKs: `OpenAI/Python 2.1` -> openai-python."""
     match = USER_AGENT.match(user_agent)
-    if match is None:
-        return "unknown"
-    return "-".join(filter(None, match.groups())).lower()
+    return "-".join(filter(None, match.groups())).lower() if match else "unknown"
 
 
 OTHER = "other"  # replaces names beyond the limit
@@ -10525,11 +10442,9 @@ def local_day(moment: float) -> str:
 
 # ?by= -> (the columns to group by, which are also their names in a row)
 USAGE_GROUPS: dict[str, tuple[str, ...]] = {
-    "day": ("day", "provider"),
-    "model": ("model", "provider"),
-    "provider": ("provider",),
+    "day": ("day", "provider"), "model": ("model", "provider"), "provider": ("provider",),
     "label": ("label", "provider"),
-}
+}  # fmt: skip
 
 SINCE = re.compile(r"(\d{1,6})([mhdw])", re.ASCII)
 SINCE_UNITS = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
@@ -10548,11 +10463,8 @@ def read_since(text: str, now: float) -> float:
     try:
         return dt.datetime.fromisoformat(local_day(now) if text == "today" else text).timestamp()
     except (ValueError, OverflowError, OSError):
-        raise InvalidRequest(
-            "since: is not a time.",
-            hint="Write it like 7d, 24h, today, 2026-11-01 or Unix seconds.",
-            param="since",
-        ) from None
+        hint = "Write it like 7d, 24h, today, 2026-11-01 or Unix seconds."
+        raise InvalidRequest("since: must be a time.", hint=hint, param="since") from None
 
 
 def usage_report(rows: Iterable[tuple[Any, ...]]) -> Json:
@@ -10575,56 +10487,46 @@ def usage_report(rows: Iterable[tuple[Any, ...]]) -> Json:
 
 @dataclass(slots=True)
 class UsageQuery:
-    #: Unix seconds; None = all
-    since: float | None = None
-    #: a key of USAGE_GROUPS, or ""
-    by: str = ""
-    #: how many single records to list, newest first
-    recent: int = 0
-    #: whether to report the prompt caches, by conversation
-    cache: bool = False
+    since: float | None = None  #: Unix seconds; None = all
+    by: str = ""  #: a key of USAGE_GROUPS, or ""
+    recent: int = 0  #: how many single records to list, newest first
+    cache: bool = False  #: whether to report the prompt caches, by conversation
 
 
 def read_usage_query(parameters: dict[str, str], now: float) -> UsageQuery:
+    """Raises InvalidRequest."""
     query = UsageQuery()
+    expected = {
+        "by": f"one of {', '.join(USAGE_GROUPS)}",
+        "recent": f"a number from 0 to {MAX_RECENT_ANSWERS}",
+        "cache": "0 or 1",
+    }
     for name, text in parameters.items():
-        wanted = ""
+        number = int(text) if re.fullmatch(r"[0-9]{1,6}", text) else -1
         if name == "since":
             query.since = read_since(text, now)
-        elif name == "by":
+        elif name == "by" and text in USAGE_GROUPS:
             query.by = text
-            wanted = "" if text in USAGE_GROUPS else f"one of {', '.join(USAGE_GROUPS)}"
-        elif name == "cache":
+        elif name == "recent" and 0 <= number <= MAX_RECENT_ANSWERS:
+            query.recent = number
+        elif name == "cache" and text in ("0", "1"):
             query.cache = text == "1"
-            wanted = "" if text in ("0", "1") else "0 or 1"
-        elif name != "recent":
-            message = f"{name[:100]}: is not a parameter; there are since, by, recent and cache."
-            raise InvalidRequest(message, param=name[:100])
-        elif re.fullmatch(r"\d{1,6}", text, re.ASCII) and int(text) <= MAX_RECENT_ANSWERS:
-            query.recent = int(text)
+        elif name in expected:
+            raise InvalidRequest(f"{name}: must be {expected[name]}.", param=name)
         else:
-            wanted = f"a number from 0 to {MAX_RECENT_ANSWERS}"
-        if wanted:
-            raise InvalidRequest(f"{name}: must be {wanted}.", param=name)
+            message = f"{name[:100]}: unknown parameter; known are since, by, recent and cache."
+            raise InvalidRequest(message, param=name[:100])
     return query
 
 
-# 10.3 limits: what may be spent
+# 10.3 the user's own limits
 
 
-class Cap(NamedTuple):
-    period: str
-    unit: str
-    #: index in a tally
-    figure: int
-
-
+# setting -> (period, unit)
 CAPS = {
-    "daily_credits": Cap("day", "credits", 1),
-    "monthly_credits": Cap("month", "credits", 1),
-    "daily_tokens": Cap("day", "tokens", 0),
-    "monthly_tokens": Cap("month", "tokens", 0),
-}
+    "daily_credits": ("day", "credits"), "monthly_credits": ("month", "credits"),
+    "daily_tokens": ("day", "tokens"), "monthly_tokens": ("month", "tokens"),
+}  # fmt: skip
 
 
 def month_start(now: float) -> float:
@@ -10635,9 +10537,10 @@ def month_start(now: float) -> float:
 
 def period_end(period: str, now: float) -> float:
     """When the day or month of `now` ends in the local time zone; Unix seconds."""
-    end = dt.date.fromtimestamp(now) + dt.timedelta(1)
-    while period == "month" and end.day > 1:
-        end += dt.timedelta(1)
+    today = dt.date.fromtimestamp(now)
+    end = today + dt.timedelta(1)
+    if period == "month":
+        end = (today.replace(day=1) + dt.timedelta(31)).replace(day=1)
     return dt.datetime.combine(end, dt.time()).timestamp()
 
 
@@ -10680,38 +10583,37 @@ class Spending:
     def rows(self, limits: LimitsConfig, now: float) -> Iterator[Json]:
         """The rows of `/v1/usage`'s limits: one for each configured cap."""
         day = local_day(now)
-        for scope, configs in (("providers", limits.providers), ("labels", limits.labels)):
-            for name, setting in ((name, setting) for name in configs for setting in CAPS):
-                limit, cap = getattr(configs[name], setting), CAPS[setting]
-                if limit:
-                    period = day if cap.period == "day" else day[:7]
-                    figure = self.tallies.get((period, scope, name), (0, 0))[cap.figure]
-                    yield {
-                        "name": f"{scope}.{name}.{setting}",
-                        "used": figure / 1e9 if cap.unit == "credits" else float(figure),
-                        "limit": limit,
-                        "unit": cap.unit,
-                        "period": cap.period,
-                        "resets_at": period_end(cap.period, now),
-                    }
+        settings = [
+            (scope, name, config, setting)
+            for scope, configs in (("providers", limits.providers), ("labels", limits.labels))
+            for name, config in configs.items()
+            for setting in CAPS
+        ]
+        for scope, name, config, setting in settings:
+            limit, (period, unit) = getattr(config, setting), CAPS[setting]
+            if limit:
+                key = (day if period == "day" else day[:7], scope, name)
+                tokens, nano_credits = self.tallies.get(key, (0, 0))
+                yield {
+                    "name": f"{scope}.{name}.{setting}",
+                    "used": nano_credits / 1e9 if unit == "credits" else float(tokens),
+                    "limit": limit,
+                    "unit": unit,
+                    "period": period,
+                    "resets_at": period_end(period, now),
+                }
 
     def check(self, limits: LimitsConfig, provider: str, label: str, now: float) -> None:
         """Raises LimitReached if a cap of the provider or of the label is used up."""
-        own = LimitsConfig(
-            providers={k: v for k, v in limits.providers.items() if k == provider},
-            labels={k: v for k, v in limits.labels.items() if k == label},
-        )
-        for row in self.rows(own, now):
-            used, limit, ends_at = row["used"], row["limit"], row["resets_at"]
-            if used >= limit:
+        own = (f"providers.{provider}", f"labels.{label}")
+        for row in self.rows(limits, now):
+            used, limit, unit, ends_at = row["used"], row["limit"], row["unit"], row["resets_at"]
+            if used >= limit and row["name"].rpartition(".")[0] in own:
                 key = f"limits.{row['name']}"
-                raise LimitReached(
-                    f"Your own limit {key} is reached: {used:,.10g} of {limit:,.10g} "
-                    f"{row['unit']}.",
-                    hint=f"A new {row['period']} begins {format_minute(ends_at)}; or raise it: "
-                    f"aiclient-api config set {key} N",
-                    retry_after=ends_at - now,
-                )
+                message = f"Your own limit {key} is reached: {used:,.10g} of {limit:,.10g} {unit}."
+                hint = f"A new {row['period']} begins {format_minute(ends_at)}; or raise it: "
+                hint += f"aiclient-api config set {key} N"
+                raise LimitReached(message, hint=hint, retry_after=ends_at - now)
 
 
 def format_minute(moment: float) -> str:
@@ -10720,7 +10622,7 @@ def format_minute(moment: float) -> str:
 
 
 class RepeatGuard:
-    """Detects a client that sends the same request again and again."""
+    """Detects a client that repeats one request."""
 
     def __init__(self) -> None:
         #: hash of a request -> (monotonic time of the first, how many since)
@@ -10738,12 +10640,10 @@ class RepeatGuard:
             del self.seen[next(iter(self.seen))]  # the least recently seen
         self.seen[request_hash] = started_at, min(repeats + 1, limit)
         if repeats >= limit:
-            raise RequestRepeated(
-                f"The very same request came {limit} times within {seconds:g} seconds: "
-                "is a program caught in a loop?",
-                hint="If that is meant, raise limits.runaway_requests, or set it to 0.",
-                retry_after=started_at + seconds - now,
-            )
+            message = f"The same request was sent {limit} times within {seconds:g} seconds: "
+            message += "is a program caught in a loop?"
+            hint = "If that is intended, raise limits.runaway_requests, or set it to 0."
+            raise RequestRepeated(message, hint=hint, retry_after=started_at + seconds - now)
 
 
 # 10.4 metrics
@@ -10752,18 +10652,20 @@ Labels = tuple[Any, ...]  # label values, in the order of the label names
 Series = dict[Labels, float]
 
 
+# The upper bounds of a histogram's buckets.
+METRIC_BUCKETS = {
+    "answer_duration_seconds": ANSWER_SECONDS_BUCKETS,
+    "answer_first_byte_seconds": FIRST_BYTE_SECONDS_BUCKETS,
+}
+
+
 class Metric(NamedTuple):
     """One metric of GET /metrics; its type follows from its name by Prometheus's conventions."""
 
-    #: without this program's prefix
-    name: str
-    #: label names, separated by spaces
-    labels: str
+    name: str  #: without this program's prefix
+    labels: str  #: label names, separated by spaces
     help: str
-    #: the field of `Daemon.status` that holds its current value
-    status: str = ""
-    #: the upper bounds of a histogram's buckets, in seconds
-    buckets: tuple[float, ...] = ()
+    status: str = ""  #: the field of `Daemon.status` that holds its current value
 
     @property
     def full_name(self) -> str:
@@ -10772,7 +10674,7 @@ class Metric(NamedTuple):
 
     @property
     def kind(self) -> str:
-        if self.buckets:
+        if self.name in METRIC_BUCKETS:
             return "histogram"
         return "counter" if self.name.endswith("_total") else "gauge"
 
@@ -10783,19 +10685,11 @@ METRICS = (
     Metric("http_requests_in_flight", "", "Requests without a response yet.", "requests_in_flight"),
     Metric("answers_total", "provider model dialect status", "Requests that reached a provider."),
     Metric("answer_errors_total", "provider kind", "Failed responses, without cancelled ones."),
-    Metric(
-        "answer_duration_seconds", "provider model", "Until the last byte of a good response.",
-        buckets=ANSWER_SECONDS_BUCKETS,
-    ),
-    Metric(
-        "answer_first_byte_seconds", "provider model", "Until the upstream's first byte.",
-        buckets=FIRST_BYTE_SECONDS_BUCKETS,
-    ),
+    Metric("answer_duration_seconds", "provider model", "Until a good response's last byte."),
+    Metric("answer_first_byte_seconds", "provider model", "Until the upstream's first byte."),
     Metric("tokens_total", "provider model type", "Tokens by type; types do not overlap."),
     Metric("reasoning_tokens_total", "provider model", "Part of the tokens of type output."),
-    Metric(
-        "credits_total", "provider model", "Credits, billed or derived; in the provider's unit."
-    ),
+    Metric("credits_total", "provider model", "Credits in the provider's unit; some are derived."),
     Metric("upstream_refusals_total", "provider kind", "Failed attempts, retried ones included."),
     Metric("upstream_retries_total", "provider", "Attempts after the first one of a request."),
     Metric("provider_ready", "provider", "0 while it cools down, fails or is not signed in."),
@@ -10808,52 +10702,29 @@ METRICS = (
     Metric("process_cpu_seconds_total", "", "CPU time used, in user and system mode.", "cpu_s"),
     Metric("process_resident_memory_bytes", "", "Resident memory in bytes.", "memory_bytes"),
     Metric("process_open_fds", "", "Open files and sockets.", "open_files"),
-)  # fmt: skip
+)
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"  # Prometheus's text format
 HTTP_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
-def write_labels(names: list[str], values: Labels) -> str:
-    """`provider="copilot",model="gpt-4.1"`."""
-    escaped = (
-        str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-        for value in values
-    )
-    return ",".join(f'{name}="{value}"' for name, value in zip(names, escaped, strict=True))
-
-
-def write_samples(name: str, names: list[str], series: Series) -> Iterator[str]:
+def write_samples(metric: Metric, series: dict[Labels, Any]) -> Iterator[str]:
+    """The lines of a metric; for a histogram, of the count of each bucket and then the sum."""
+    name, names, bounds = metric.full_name, metric.labels.split(), METRIC_BUCKETS.get(metric.name)
     for values, value in sorted(series.items()):
-        labels = write_labels(names, values)
-        yield f"{name}{{{labels}}} {value}" if labels else f"{name} {value}"
-
-
-class Histogram:
-    """Observations by labels: a count per bucket, and their sum."""
-
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self.bounds = bounds
-        #: labels -> the count of each bucket, the count above the last bound, the sum
-        self.rows: dict[Labels, list[float]] = {}
-
-    def add(self, labels: Labels, value: float) -> None:
-        """Counts one observation; a bucket includes its upper bound."""
-        row = self.rows.get(labels)
-        if row is None:
-            row = self.rows[labels] = [0] * (len(self.bounds) + 1) + [0.0]
-        row[bisect_left(self.bounds, value)] += 1
-        row[-1] += value
-
-    def write(self, name: str, names: list[str]) -> Iterator[str]:
-        bounds = [f"{bound:g}" for bound in self.bounds] + ["+Inf"]
-        for values, row in sorted(self.rows.items()):
-            labels = write_labels(names, values)
-            total: float = 0
-            for bound, bucket_count in zip(bounds, row[:-1], strict=True):
-                total += bucket_count
-                yield f'{name}_bucket{{{labels},le="{bound}"}} {total}'
-            yield f"{name}_sum{{{labels}}} {row[-1]}"
-            yield f"{name}_count{{{labels}}} {total}"
+        escaped = (
+            str(text).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+            for text in values
+        )
+        labels = ",".join(f'{key}="{text}"' for key, text in zip(names, escaped, strict=True))
+        if bounds is None:
+            yield f"{name}{{{labels}}} {value}" if labels else f"{name} {value}"
+            continue
+        total = 0
+        for bound, count in zip([*(f"{b:g}" for b in bounds), "+Inf"], value[:-1], strict=True):
+            total += count
+            yield f'{name}_bucket{{{labels},le="{bound}"}} {total}'
+        yield f"{name}_sum{{{labels}}} {value[-1]}"
+        yield f"{name}_count{{{labels}}} {total}"
 
 
 def read_status(status: Json) -> dict[str, Series]:
@@ -10876,63 +10747,63 @@ class Metrics:
     """Counters and histograms since the start, in memory; METRICS describes them."""
 
     def __init__(self) -> None:
-        self.counts: dict[str, Series] = {
+        #: for a histogram the count of each bucket, the count above the last bound, the sum
+        self.series: dict[str, dict[Labels, Any]] = {
             metric.name: defaultdict(int) for metric in METRICS if metric.kind == "counter"
         }
-        self.histograms = {
-            metric.name: Histogram(metric.buckets) for metric in METRICS if metric.buckets
-        }
+        for name, bounds in METRIC_BUCKETS.items():
+            self.series[name] = defaultdict(([0] * (len(bounds) + 2)).copy)
         #: the PROVIDER/MODEL names that have their own series
         self.models = NameTable(MAX_METRIC_SERIES)
 
     def count_request(self, route: str, method: str, status: int) -> None:
         method = method if method in HTTP_METHODS else "other"
-        self.counts["http_requests_total"][route, method, status] += 1
+        self.series["http_requests_total"][route, method, status] += 1
 
     def count_attempts(self, provider: str, attempts: int, refusals: list[str]) -> None:
-        self.counts["upstream_retries_total"][provider,] += max(0, attempts - 1)
+        self.series["upstream_retries_total"][provider,] += max(0, attempts - 1)
         for kind in refusals:
-            self.counts["upstream_refusals_total"][provider, kind] += 1
+            self.series["upstream_refusals_total"][provider, kind] += 1
 
     def observe(self, record: UsageRecord) -> None:
         """Counts one record, in some 2 microseconds."""
-        provider, usage, kind = record.provider, record.usage, record.kind
-        model = self.model_label(record)
-        counts, key = self.counts, (provider, model)
-        counts["answers_total"][provider, model, record.dialect, record.status] += 1
-        tokens = counts["tokens_total"]
+        provider, model, usage = record.provider, record.model, record.usage
+        name, series = f"{provider}/{model}", self.series
+        # Clients can name any model: unknown names get no series of their own.
+        is_unknown = record.kind == "model_not_found" and name not in self.models.names
+        if is_unknown or self.models.known(name) != name:
+            model = OTHER
+        key = (provider, model)
+        series["answers_total"][provider, model, record.dialect, record.status] += 1
+        tokens = series["tokens_total"]
         tokens[provider, model, "input"] += usage.input
         tokens[provider, model, "cache_read"] += usage.cache_read
         tokens[provider, model, "cache_write"] += usage.cache_write
         tokens[provider, model, "output"] += usage.output
-        counts["reasoning_tokens_total"][key] += usage.reasoning
-        counts["credits_total"][key] += usage.nano_credits / 1e9
-        if not kind:
-            self.histograms["answer_duration_seconds"].add(key, record.duration_s)
-        elif kind != "cancelled":
-            counts["answer_errors_total"][provider, kind] += 1
+        series["reasoning_tokens_total"][key] += usage.reasoning
+        series["credits_total"][key] += usage.nano_credits / 1e9
+        if not record.kind:
+            self.add_seconds("answer_duration_seconds", key, record.duration_s)
+        elif record.kind != "cancelled":
+            series["answer_errors_total"][provider, record.kind] += 1
         if record.first_byte_s is not None:
-            self.histograms["answer_first_byte_seconds"].add(key, record.first_byte_s)
+            self.add_seconds("answer_first_byte_seconds", key, record.first_byte_s)
 
-    def model_label(self, record: UsageRecord) -> str:
-        """OTHER once there are too many, and for unknown names: clients can name any model."""
-        name = f"{record.provider}/{record.model}"
-        if record.kind == "model_not_found" and name not in self.models.names:
-            return OTHER
-        return record.model if self.models.known(name) == name else OTHER
+    def add_seconds(self, name: str, labels: Labels, seconds: float) -> None:
+        """Counts one observation; a bucket includes its upper bound."""
+        row = self.series[name][labels]
+        row[bisect_left(METRIC_BUCKETS[name], seconds)] += 1
+        row[-1] += seconds
 
     def render(self, measured: dict[str, Series]) -> str:
         """Everything in the text format 0.0.4; `measured` holds the values read at scrape time."""
         lines = []
         for metric in METRICS:
-            name, names = metric.full_name, metric.labels.split()
-            if metric.buckets:
-                samples = list(self.histograms[metric.name].write(name, names))
-            else:
-                series = measured.get(metric.name) or self.counts.get(metric.name, {})
-                samples = list(write_samples(name, names, series))
-            if samples:
-                lines += [f"# HELP {name} {metric.help}", f"# TYPE {name} {metric.kind}", *samples]
+            name = metric.full_name
+            series = measured.get(metric.name) or self.series.get(metric.name, {})
+            if series:
+                lines += [f"# HELP {name} {metric.help}", f"# TYPE {name} {metric.kind}"]
+                lines += write_samples(metric, series)
         return "\n".join(lines) + "\n"
 
 
@@ -10953,45 +10824,39 @@ PROMPT_SETTINGS = (
     "response_format", "text", "additionalModelRequestFields",
 )  # fmt: skip
 PROMPT_SECTIONS = {"tools": 0, "system": 1, "settings": 2}  # before the turns
+# Roles of a turn that are shown; a client's other ones could be anything.
+TURN_ROLES = frozenset((
+    "system", "developer", "user", "assistant", "reasoning", "tool", "function", "function_call",
+    "function_call_output", "custom_tool_call", "custom_tool_call_output",
+))  # fmt: skip
 SYSTEM_HINT = "a date, a time or an id in the system prompt?"
-RESULT_HINT = "an old tool result was cut or written anew?"
-ANSWER_HINT = "an old answer came back changed: its thinking dropped, a call written anew?"
-# Part of a prompt, or role of a turn -> what may have changed there.  A client's other roles are
-# not shown: they could be anything.
+# Part of a prompt -> what may have changed there.
 CACHE_HINTS = {
     "tools": "the tools come in another order, or one of them differs?",
+    "settings": "thinking, effort, tool choice or the output format differs from the last request?",
     "system": SYSTEM_HINT,
     "developer": SYSTEM_HINT,
-    "settings": "thinking, effort, tool choice or the output format differs from the call before?",
-    "user": "an old message came back with another date, id or reminder in it?",
-    **dict.fromkeys(
-        ("tool", "function", "function_call_output", "custom_tool_call_output"), RESULT_HINT
-    ),
-    **dict.fromkeys(
-        ("assistant", "reasoning", "function_call", "custom_tool_call", "other"), ANSWER_HINT
-    ),
 }
+TURN_HINT = (
+    "an old message came back changed: another date, id or reminder in it, its thinking dropped, "
+    "a call rewritten, a tool result cut?"
+)
 
 
-def cache_hint(part: str, block: str) -> str:
-    kiro_note = " (Kiro's first message holds the system prompt)"
-    return CACHE_HINTS[part] + (kiro_note if block == "history[0] (user)" else "")
-
-
-def bare_block(value: Any) -> Any:
+def normalize_block(value: Any) -> Any:
     """A block as a cache sees it: without breakpoints, its keys sorted, lone text unwrapped.
 
     Nested values keep their key order: a call's arguments are shown to the model as text.
     """
     if isinstance(value, list):
-        blocks = [bare_block(item) for item in value]
+        blocks = [normalize_block(item) for item in value]
         return blocks[0] if len(blocks) == 1 and isinstance(blocks[0], str) else blocks
     if not isinstance(value, dict):
         return value
     if "text" in value and value.keys() - CACHE_BREAKPOINT_KEYS == LONE_TEXT:
         return value["text"]
     return [
-        (key, bare_block(item) if key == "content" else item)
+        (key, normalize_block(item) if key == "content" else item)
         for key, item in sorted(value.items())
         if key not in CACHE_BREAKPOINT_KEYS
     ]
@@ -11003,7 +10868,7 @@ def hash_block(block: Any, salt: bytes) -> tuple[int, int]:
     Equal values have equal bytes in marshal's version 0, which has no references between objects;
     it takes a third of the time of JSON (measured in 2026-11).
     """
-    data = marshal.dumps(bare_block(block), 0)
+    data = marshal.dumps(normalize_block(block), 0)
     return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=salt).digest(), "big"), len(data)
 
 
@@ -11012,8 +10877,8 @@ def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value] if value else []
 
 
-def kiro_sections(body: Json) -> tuple[list[Any], list[Any]]:
-    """(tools, turns) of a conversation state, without what depends on endpoint and account."""
+def kiro_sections(body: Json) -> Json:
+    """The tools and history of a conversation state, without what depends on the account."""
     state = get_dict(body, "conversationState")
     tools: list[Any] = []
     turns: list[Any] = []
@@ -11027,19 +10892,16 @@ def kiro_sections(body: Json) -> tuple[list[Any], list[Any]]:
         tools = as_list(context.get("tools")) or tools
         content = {key: message.get(key) for key in ("content", "images", "documents")}
         turns.append({"role": "user", **content, "results": context.get("toolResults")})
-    return tools, turns
+    return {"tools": tools, "history": turns}
 
 
 class Prompt(NamedTuple):
     """The structure of a prompt, by blocks; none of its text."""
 
     hashes: array[int]
-    #: in bytes
-    sizes: array[int]
-    #: a key of CACHE_HINTS for each block
-    parts: list[str]
-    #: the dialect's names of the system prompt and of the turns
-    names: tuple[str, str]
+    sizes: array[int]  #: in bytes
+    parts: list[str]  #: of each block: tools, system, settings, or the role of a turn
+    names: tuple[str, str]  #: the dialect's names of the system prompt and of the turns
 
     def share(self, at: int) -> float:
         """The share of the prompt from block `at` on, by bytes."""
@@ -11060,67 +10922,62 @@ def read_prompt(dialect: str, body: Json, salt: bytes) -> Prompt:
     turns_name = {"responses": "input", "kiro": "history"}.get(dialect, "messages")
     system_name = "instructions" if dialect == "responses" else "system"
     if dialect == "kiro":
-        tools, turns = kiro_sections(body)
-    else:
-        tools, turns = as_list(body.get("tools")), as_list(body.get(turns_name))
+        body = {**body, **kiro_sections(body)}
+    tools, turns = as_list(body.get("tools")), as_list(body.get(turns_name))
     system = as_list(body.get(system_name)) if dialect in ("messages", "responses") else []
     parts = ["tools"] * len(tools) + ["system"] * len(system) + ["settings"]
     turns = turns[: max(0, MAX_WATCHED_BLOCKS - len(parts))]
     for turn in turns:
         entry = turn if isinstance(turn, dict) else {"role": "user"}
         role = str(entry.get("role") or entry.get("type"))
-        parts.append(sys.intern(role) if role in CACHE_HINTS else "other")
+        parts.append(sys.intern(role) if role in TURN_ROLES else "other")
     settings = [body.get(key) for key in PROMPT_SETTINGS]
     blocks = [hash_block(block, salt) for block in (*tools, *system, settings, *turns)]
-    return Prompt(
-        array("Q", [block_hash for block_hash, _ in blocks]),
-        array("I", [size for _, size in blocks]),
-        parts,
-        (system_name, turns_name),
-    )
+    hashes, sizes = zip(*blocks, strict=True)
+    return Prompt(array("Q", hashes), array("I", sizes), parts, (system_name, turns_name))
 
 
 @dataclass(slots=True)
 class TrackedConversation:
-    #: its row of `/v1/usage?cache=1`, but for what is derived from the misses
-    row: Json
-    #: the last one
-    prompt: Prompt
-    #: Unix seconds of the start of the last response
-    answered_at: float = 0.0
-    #: tokens of the last prompt that should be cached
-    cached: int = 0
-    #: part of a prompt -> (the last block that broke the cache there, how often, last logged at)
-    misses: dict[str, tuple[str, int, float]] = field(default_factory=dict)
+    row: Json  #: of `/v1/usage?cache=1`, without what is derived from the misses
+    prompt: Prompt  #: the last one
+    responded_at: float = 0.0  #: Unix seconds of the start of the last response
+    cached: int = 0  #: tokens of the last prompt that should be cached
+    #: part of a prompt -> `changed` of the row: the last block that broke the cache there
+    misses: dict[str, Json] = field(default_factory=dict)
+    logged_at: dict[str, float] = field(default_factory=dict)  #: part of a prompt -> Unix seconds
 
-    def find_change(self, prompt: Prompt) -> int | None:
-        """The first block that differs in the next prompt, None if that continues this one.
-
-        A client that drops or sums up its older messages knows what it does.
-        """
+    def compare(self, prompt: Prompt, record: UsageRecord, has_figures: bool) -> Json | None:
+        """Counts a cache miss of the next request; returns its details if they are news."""
         pairs = enumerate(zip(self.prompt.hashes, prompt.hashes, strict=False))
         at = next((at for at, (old_hash, new_hash) in pairs if old_hash != new_hash), None)
-        is_turn = at is not None and at > prompt.parts.index("settings")
-        return None if is_turn and len(prompt.hashes) < len(self.prompt.hashes) else at
-
-    def find_miss(
-        self, prompt: Prompt, record: UsageRecord, has_figures: bool
-    ) -> tuple[str, str, int] | None:
-        """(part, block, tokens billed in full again, approximately) of the next request."""
-        at = self.find_change(prompt)
         expires_at = self.row["last_at"] + CACHE_LIFE_SECONDS
-        if at is None or not self.answered_at <= record.at <= expires_at:
+        if at is None or not self.responded_at <= record.at <= expires_at:
             return None
-        cached = min(self.cached, record.usage.prompt)
+        # A client that drops or summarizes its older messages does so on purpose.
+        if at > prompt.parts.index("settings") and len(prompt.hashes) < len(self.prompt.hashes):
+            return None
+        tokens = record.usage.prompt
+        cached = min(self.cached, tokens)
         lost = cached - record.usage.cache_read
         if not has_figures:
-            shares = (self.cached * self.prompt.share(at), record.usage.prompt * prompt.share(at))
-            lost = int(min(shares))
+            lost = int(min(self.cached * self.prompt.share(at), tokens * prompt.share(at)))
         if lost <= max(MIN_CACHED_TOKENS, cached * CACHE_SLACK_SHARE):
             return None
+        self.row["lost_tokens"] += lost
         # A section that has become shorter is the old prompt's.
-        there = min(prompt, self.prompt, key=lambda p: PROMPT_SECTIONS.get(p.parts[at], 3))
-        return there.parts[at], there.name(at), lost
+        owner = min(prompt, self.prompt, key=lambda p: PROMPT_SECTIONS.get(p.parts[at], 3))
+        part, block = owner.parts[at], owner.name(at)
+        hint = CACHE_HINTS.get(part, TURN_HINT)
+        if block == "history[0] (user)":
+            hint += " (Kiro's first message includes the system prompt)"
+        times = self.misses[part]["times"] + 1 if part in self.misses else 1
+        self.misses[part] = {"block": block, "times": times, "hint": hint}
+        if record.at - self.logged_at.get(part, -math.inf) < CACHE_QUIET_SECONDS:
+            return None
+        self.logged_at[part] = record.at
+        names = {name: self.row[name] for name in ("provider", "model", "conversation")}
+        return {**names, "block": block, "tokens": lost, "hint": hint}
 
     def update(self, prompt: Prompt, record: UsageRecord, reports_writes: bool) -> None:
         """`reports_writes`: the service reports what it writes to the cache."""
@@ -11130,30 +10987,16 @@ class TrackedConversation:
         row["cache_read_tokens"] += usage.cache_read
         row["last_at"] = record.at
         first_byte_s = record.duration_s if record.first_byte_s is None else record.first_byte_s
-        self.answered_at = record.at + first_byte_s
+        self.responded_at = record.at + first_byte_s
         self.prompt = prompt
         self.cached = usage.cache_read + usage.cache_write
         if not self.cached and not reports_writes:
             self.cached = usage.prompt  # a guess: all of it
 
-    def add_miss(self, part: str, block: str, lost: int) -> Json | None:
-        """What to log of a miss, None if it was logged recently."""
-        now = self.row["last_at"]
-        self.row["lost_tokens"] += lost
-        _, times, logged_at = self.misses.get(part, (block, 0, -math.inf))
-        is_news = now - logged_at >= CACHE_QUIET_SECONDS
-        self.misses[part] = block, times + 1, now if is_news else logged_at
-        names = {name: self.row[name] for name in ("provider", "model", "conversation")}
-        details = {**names, "block": block, "tokens": lost, "hint": cache_hint(part, block)}
-        return details if is_news else None
-
     def as_json(self, has_figures: bool) -> Json:
         """No ratio if the service reports no cache figures."""
         ratio = self.row["cache_read_tokens"] / self.row["input_tokens"] if has_figures else None
-        changed = None
-        if self.misses:
-            part, (block, times, _) = max(self.misses.items(), key=lambda item: item[1][1])
-            changed = {"block": block, "times": times, "hint": cache_hint(part, block)}
+        changed = max(self.misses.values(), key=lambda miss: miss["times"], default=None)
         return {**self.row, "hit_ratio": ratio and round(ratio, 4), "changed": changed}
 
 
@@ -11170,27 +11013,26 @@ class CacheGuard:
     def record(
         self, record: UsageRecord, session: str, opening: str, prompt: Prompt
     ) -> Json | None:
-        """Compares with the call before; returns what to log of a miss that is news.
+        """Compares with the previous request; returns the details of a miss that is news.
 
         A conversation is known by its session, otherwise by its client, and its first message.
         """
         pair, has_figures = (record.provider, record.model), self.has_figures(record)
         source = f"session {session}" if session else record.label
         name = f"{hash_block((source, opening), self.salt)[0] >> 32:08x}"
-        key = (name, *pair)
-        tracked, miss = self.watched.pop(key, None), None
-        if tracked is None:
+        tracked, miss = self.watched.pop((name, *pair), None), None
+        if tracked is not None:
+            miss = tracked.compare(prompt, record, has_figures)
+        else:
             row: Json = {"conversation": name, "provider": pair[0], "model": pair[1]}
             row |= {"label": record.label, "calls": 0, "hit_ratio": None, "input_tokens": 0}
             row |= {"cache_read_tokens": 0, "lost_tokens": 0, "last_at": 0.0}
             tracked = TrackedConversation(row, prompt)
-        else:
-            miss = tracked.find_miss(prompt, record, has_figures)
-        self.watched[key] = tracked
+        self.watched[name, *pair] = tracked
         if len(self.watched) > MAX_WATCHED:
             del self.watched[next(iter(self.watched))]
         tracked.update(prompt, record, has_figures and self.reporting[pair])
-        return tracked.add_miss(*miss) if miss else None
+        return miss
 
     def has_figures(self, record: UsageRecord) -> bool:
         """Whether the record's cache figures are real rather than merely absent."""
@@ -13761,7 +13603,7 @@ class Breaker:
                 cooldown.probing = False
         for ended in [k for k, cooldown in self.cooldowns.items() if cooldown in probed]:
             del self.cooldowns[ended]
-            log_event("info", "rest_ended", provider=self.provider, model=ended or "*")
+            log_event("info", "cooldown_ended", provider=self.provider, model=ended or "*")
 
     def rows(self) -> list[Json]:
         """`[{"model": ID or "*", "seconds", "kind", "reason", "passes_at", "probing"}]`.
@@ -17299,7 +17141,7 @@ class Gateway:
                     raise
                 log_event(
                     "info",
-                    "passed_over",
+                    "fallback",
                     id=request.id,
                     alias=name,
                     candidate=route,
@@ -18029,7 +17871,7 @@ def write_report(fd: int, report: Json) -> bool:
     try:
         os.write(fd, dump_message(report))
     except BrokenPipeError:
-        log_event("error", "nobody_waits_for_the_start")
+        log_event("error", "parent_gone")
         return False
     return True
 
@@ -18043,7 +17885,7 @@ def notify_manager(state: str) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             sender.sendto(state.encode(), re.sub(r"^@", "\0", address))
     except OSError as error:
-        log_event("warning", "service_manager_not_told", reason=error.strerror)
+        log_event("warning", "sd_notify_failed", reason=error.strerror)
 
 
 def raise_descriptor_limit() -> None:
@@ -18177,7 +18019,9 @@ class Daemon:
         elif loop.time() > self.full_until:
             self.full_until = loop.time() + FULL_SECONDS
             connection_count = len(self.server.connections)
-            log_event("error", "no_more_files", reason=error.strerror, connections=connection_count)
+            log_event(
+                "error", "too_many_open_files", reason=error.strerror, connections=connection_count
+            )
 
     # -- reload
 

@@ -650,12 +650,12 @@ def test_more_clients_than_files_are_told_once_and_served_later(machine: Machine
     assert machine.run("start", "--port", "0", preexec_fn=few_files).status == 0
     status = machine.status()
     clients = [connect(status) for _ in range(80)]
-    wait_until(lambda: "no_more_files" in machine.log())
+    wait_until(lambda: "too_many_open_files" in machine.log())
     for client in clients:
         client.close()
     wait_until(lambda: machine.run("status").status == 0)
     assert "[echo] hi" in fetch(status, CHAT, echo("hi")).text
-    assert machine.log().count("no_more_files") == 1 and "Traceback" not in machine.log()
+    assert machine.log().count("too_many_open_files") == 1 and "Traceback" not in machine.log()
 
 
 # ---- what others could have written --------------------------------------------------------------

@@ -24,13 +24,14 @@ from aiclient_api import (
     ApiError,
     Conversation,
     Dialect,
+    Headers,
     InvalidRequest,
     Model,
     Rejections,
     UnsupportedFeature,
     adapt_kiro_schema,
     adapt_schema,
-    classify_400,
+    classify_copilot_error,
     dump_json,
     sanitize_body,
 )
@@ -900,12 +901,13 @@ def test_a_field_that_was_refused_once_is_left_out_from_then_on() -> None:
     message = "tools.0.custom.cache_control: Extra inputs are not permitted"
     sent = a_to_a(body)
     assert "cache_control" in sent["tools"][0]
-    verdict = classify_400(message, "", CLAUDE, sent, {})
+    refusal = (400, Headers(), json.dumps({"error": {"message": message}}).encode(), CLAUDE)
+    verdict = classify_copilot_error(*refusal, sent, {}, 0.0)
     assert verdict.action == "repair"
     lessons = {kind: [name] for kind, name in verdict.rejections}
     sent = a_to_a(body, lessons=lessons)
     assert "cache_control" not in sent["tools"][0]
-    assert classify_400(message, "", CLAUDE, sent, lessons).action != "repair"
+    assert classify_copilot_error(*refusal, sent, lessons, 0.0).action != "repair"
 
 
 def test_eager_input_streaming_is_never_sent() -> None:

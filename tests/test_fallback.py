@@ -627,7 +627,7 @@ def test_the_next_of_a_list_answers_where_the_first_cannot(
     assert reply.headers["x-aiclient-passed-over"] == f"{who}/{model[who]} {kind}"
     assert (len(fakes[who].calls), len(fakes[other].calls)) == (len(refusals), 1)
     request = reply.headers["x-request-id"]
-    line = f"passed_over id={request} alias={alias} candidate={who}/{model[who]}"
+    line = f"fallback id={request} alias={alias} candidate={who}/{model[who]}"
     assert until(lambda: f"{line} kind={kind} reason=" in trio.gateway.log())
 
 

@@ -126,8 +126,8 @@ def test_a_file_with_a_refresh_token_alone_is_importable() -> None:
         (kept(refresh_token=None), "refresh_token"),
         (kept(refresh_token=""), "refresh_token"),
         (kept(refresh_token=5), "refresh_token"),
-        (kept(refresh_token="aorEXAMPLE..."), "cut short"),
-        (kept(access_token="aoaEXAMPLE..."), "cut short"),
+        (kept(refresh_token="aorEXAMPLE..."), "truncated"),
+        (kept(access_token="aoaEXAMPLE..."), "truncated"),
         (kept(refresh_token="aorEXAMPLE\u2026"), "characters"),
         (kept(access_token="aoaEXAMPLE\r\nx: y"), "characters"),
         (kept("api_key", access_token=None), "API key"),
@@ -383,7 +383,7 @@ def test_a_life_that_is_none_is_an_hour(life: Any) -> None:
     [{}, {"accessToken": None}, {"accessToken": 5}, {"accessToken": ""}, {"accessToken": "a\nb"}],
 )
 def test_a_refresh_without_a_token_is_an_error(answer: Json) -> None:
-    with pytest.raises(gw.UpstreamError, match="no token"):
+    with pytest.raises(gw.UpstreamError, match="no usable token"):
         gw.read_refresh_answer({**answer, "refreshToken": REFRESH}, NOW)
 
 
@@ -409,7 +409,7 @@ def test_a_dead_refresh_token_needs_a_sign_in(status: int, body: Json) -> None:
     """1.6, permanent failures; what to type is said by whoever knows the provider's name."""
     verdict = refused_refresh(status, body)
     assert type(verdict.error) is gw.NotSignedIn and verdict.action == "refresh"
-    assert "sign-in has ended" in verdict.error.message
+    assert "no longer valid" in verdict.error.message
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])

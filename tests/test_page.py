@@ -604,11 +604,11 @@ def test_a_gateway_that_is_gone_is_told_and_comes_back(browser: Browser, stage: 
 @needs_chromium
 def test_a_refusal_is_told_in_its_own_words(browser: Browser, stage: Stage) -> None:
     """Those of the gateway's error."""
-    stage.usage = lambda: {"error": {"message": "since: is not a time."}}
+    stage.usage = lambda: {"error": {"message": "since: must be a time."}}
     stage.code = 400
     with browser.open_page() as page:
         page.go(stage.url)
-        page.wait("document.querySelector('#notice').innerText.includes('is not a time')")
+        page.wait("document.querySelector('#notice').innerText.includes('must be a time')")
         assert page.evaluate("document.querySelector('#figures').hidden") is True
 
 

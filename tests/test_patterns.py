@@ -34,7 +34,7 @@ def compiled_patterns() -> Iterator[tuple[str, re.Pattern[Any]]]:
         name, value = waiting.pop()
         if isinstance(value, re.Pattern):
             yield name, value
-        elif isinstance(value, (gw.Fault, gw.KiroFault)):
+        elif isinstance(value, gw.Fault):
             yield name, re.compile(value.pattern)
         elif isinstance(value, (list, tuple, dict)) and id(value) not in seen:
             seen.add(id(value))

@@ -344,7 +344,7 @@ def test_warnings_are_sentences_for_people() -> None:
     assert of(99.9).startswith("work: 99 % of premium used, 1.5 of 1,500 credits left")
     empty = "work: premium: used up, nothing left of 1,500 credits, resets on 2026-12-01"
     assert of(100) == empty
-    assert of(100, overage_permitted=True) == empty + "; what goes beyond it is billed"
+    assert of(100, overage_permitted=True) == empty + "; further use is billed"
     bare = {"limit": None, "used": None, "remaining": None, "percent_left": 4.0, "unit": ""}
     assert of(0, **bare) == "work: 96 % of premium used, resets on 2026-12-01"
 
@@ -426,6 +426,7 @@ def test_spent_credits_are_looked_at_at_once_but_not_all_the_time() -> None:
         watch.on_error(gw.RateLimited("slowly"))
         left = service.planned_s()
         assert left is not None and left > 1
+        watch.soon_s = 0.05
         watch.on_error(gw.QuotaExceeded("no more"))
         await service.hear()
         watch.poll_soon()
@@ -615,7 +616,7 @@ def test_a_refusal_for_want_of_credits_asks_what_is_left(home: Home) -> None:
     assert all(line.startswith("quota_used_up provider=") for line in home.warned())
     copilot, kiro = sorted(home.warnings())
     assert copilot.startswith("copilot: premium_interactions: used up, nothing left of 1,500 cred")
-    assert copilot.endswith("; what goes beyond it is billed")
+    assert copilot.endswith("; further use is billed")
     assert kiro.startswith("kiro: credits: used up, nothing left of 1,600 credits, resets on ")
     assert home.known()["kiro"]["allowances"][0]["percent_used"] == 100
     home.copilot.queue(no_quota())

@@ -420,7 +420,7 @@ def test_a_sign_in_that_copilot_refuses_is_not_kept(make: Make) -> None:
 
     at_once(
         lambda: refused(403, dump(envelope), "no Copilot.* github-copilot/signup|signup", False),
-        lambda: refused(401, dump({"message": "Bad credentials"}), "does not know", False),
+        lambda: refused(401, dump({"message": "Bad credentials"}), "no longer accepts", False),
         lambda: refused(404, dump({"message": "Not Found"}), "does not exchange", False),
         lambda: refused(502, HTML, "could not be checked now", True),
         lambda: refused(
@@ -1082,7 +1082,7 @@ def test_import_of_several_users_and_hosts(make: Make) -> None:
     done = home.run("auth", "import", "--yes")
     assert (done.status, done.out) == (0, SIGNED_IN), done
     assert "revoked at 127.0.0.1" in done.err
-    assert "GitHub does not know the token" in done.err
+    assert "GitHub no longer accepts the token" in done.err
     assert home.token()["github_token"] == token
     home.fakes[0].violations.clear()  # the token of nobody
 

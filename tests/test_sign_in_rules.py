@@ -63,7 +63,7 @@ def test_times_that_make_no_sense_are_the_usual_ones(odd: Any) -> None:
     ],
 )  # fmt: skip
 def test_a_device_code_that_cannot_be_shown(change: Json) -> None:
-    with pytest.raises(gw.SignInFailed, match="GitHub's answer"):
+    with pytest.raises(gw.SignInFailed, match="GitHub's response"):
         gw.read_device_code({**GITHUB_CODE, **change}, "GitHub")
 
 

@@ -1458,7 +1458,10 @@ def test_a_field_that_was_refused_once_is_left_out_from_then_on(path: str) -> No
     asked = scrub("messages", SONNET, lessons, **copy.deepcopy(fields))
     assert asked.body == scrub("messages", SONNET, **copy.deepcopy(left)).body
     assert asked.dropped
-    again = gw.classify_400(refusal_of(path), "", MODELS[SONNET], asked.body, lessons)
+    body = anthropic(refusal_of(path))
+    again = gw.classify_copilot_error(
+        400, gw.Headers(), body, MODELS[SONNET], asked.body, lessons, NOW
+    )
     assert (again.action, again.rejections) == ("", [])
 
 
