@@ -3898,7 +3898,7 @@ CHAT_FINISHES = {
     "stop": "end", "length": "length", "tool_calls": "tool", "function_call": "tool",
     "content_filter": "filter",
 }  # fmt: skip
-CHAT_FINISH_WORDS = {
+CHAT_FINISH_REASONS = {
     "end": "stop", "stop": "stop", "tool": "tool_calls", "length": "length",
     "context": "length", "filter": "content_filter", "pause": "stop",
 }  # fmt: skip
@@ -3907,7 +3907,7 @@ REASONING_FIELDS = ("reasoning_text", "reasoning_content", "reasoning", "cot_sum
 # Prefix of a chat upstream's signature while an Anthropic client carries it.
 CHAT_ENVELOPE = "gw1.c."
 FOREIGN_SIGNATURES = ("gw1.", "litellm_encrypted_reasoning:")
-# What a conversion reads, leaves out silently or refuses; other fields are reported as dropped.
+# What a conversion reads, ignores or refuses; other fields are reported as dropped.
 CHAT_FIELDS = (
     "model", "messages", "tools", "functions", "tool_choice", "function_call",
     "parallel_tool_calls", "web_search_options", "max_tokens", "max_completion_tokens",
@@ -3921,176 +3921,160 @@ CHAT_FIELDS = (
 def write_openai_error(error: ApiError, conversation: str = "messages") -> Json:
     """`conversation` is the name of the field that holds the conversation."""
     error_type, code, _ = ERROR_NAMES[error.kind]
-    code = error.code or code
     param = conversation if isinstance(error, ContextTooLong) else error.param
-    return {"message": error.text(), "type": error_type, "param": param, "code": code}
+    return {"message": error.text(), "type": error_type, "param": param, "code": error.code or code}
 
 
-def read_json_schema(entry: Json, path: str) -> OutputFormat:
-    """OpenAI's `json_schema` output format, in both of its dialects."""
-    return OutputFormat(
-        dict_field(entry, "schema", path),
-        str_field(entry, "name", path) or "structured_output",
-        bool_field(entry, "strict", path),
-        str_field(entry, "description", path) or "",
-    )
+def get_reasoning(holder: Json) -> str:
+    for key in REASONING_FIELDS:
+        text = holder.get(key)
+        if text and isinstance(text, str):
+            return text
+    return ""
 
 
-class ChatRequestReader:
-    def __init__(self, body: Json) -> None:
-        self.body = body
-        self.chat = Conversation()
-        #: call id -> results still to come, in order; matches results that have no id
-        self.pending_results: Counter[str] = Counter()
-        users = [m for m in message_list(body) if m.get("role") == "user"]
-        names = {m["name"] for m in users if isinstance(m.get("name"), str)}
-        self.is_multi_user = len(names) > 1
+def read_chat_request(body: Json) -> Conversation:
+    """Raises UnsupportedFeature for what a converted response cannot express."""
+    if (int_field(body, "n") or 1) > 1:
+        raise UnsupportedFeature("n: this model supports only one choice.", param="n")
+    for key in ("logit_bias", "audio", "logprobs", "top_logprobs"):
+        if body.get(key):
+            param = key.removeprefix("top_")
+            raise UnsupportedFeature(f"{param}: is not supported on this model.", param=param)
+    if "audio" in list_field(body, "modalities"):
+        raise UnsupportedFeature("modalities: audio is not supported.", param="modalities")
+    chat = Conversation(model=need_str(body, "model"))
+    chat.dropped += [key for key in body if key not in CHAT_FIELDS and body[key]]
+    read_chat_messages(body, chat)
+    chat.settle()
+    read_chat_tools(body, chat)
+    read_chat_settings(body, chat)
+    chat.name_tools()
+    return chat
 
-    def read(self) -> Conversation:
-        self.refuse_lossy()
-        for index, message in enumerate(message_list(self.body)):
-            self.read_message(message, f"messages.{index}")
-        self.chat.settle()
-        self.read_tools()
-        self.read_settings()
-        self.chat.name_tools()
-        return self.chat
 
-    def refuse_lossy(self) -> None:
-        """Raises UnsupportedFeature for what a converted response cannot express."""
-        body = self.body
-        if (int_field(body, "n") or 1) > 1:
-            raise UnsupportedFeature("n: only one choice is offered on this model.", param="n")
-        for key in ("logit_bias", "audio", "logprobs", "top_logprobs"):
-            if body.get(key):
-                param = key.removeprefix("top_")
-                raise UnsupportedFeature(f"{param}: is not supported on this model.", param=param)
-        if "audio" in list_field(body, "modalities"):
-            raise UnsupportedFeature("modalities: audio is not supported.", param="modalities")
-        self.chat.dropped += [key for key in body if key not in CHAT_FIELDS and body[key]]
-
-    def read_message(self, message: Json, path: str) -> None:
-        chat, role = self.chat, read_role(message, CHAT_ROLES, path)
-        if role == "assistant":
-            chat.turns.append(Turn(role, self.read_assistant(message, path)))
-            return
+def read_chat_messages(body: Json, chat: Conversation) -> None:
+    messages = message_list(body)
+    user_names = {str_or_empty(item, "name") for item in messages if item.get("role") == "user"}
+    is_multi_user = len(user_names - {""}) > 1
+    awaited: Counter[str] = Counter()  # call id -> results still to come, in order of the calls
+    for index, message in enumerate(messages):
+        path = f"messages.{index}"
+        role = read_role(message, CHAT_ROLES, path)
         blocks = read_parts(message.get("content"), f"{path}.content")
-        if role in ("system", "developer"):
+        if role == "assistant":
+            blocks = read_chat_assistant(message, blocks, path)
+            awaited.update(block.id for block in blocks if isinstance(block, ToolCall))
+        elif role in ("system", "developer"):
             texts = [block for block in blocks if isinstance(block, Text)]
-            if chat.turns:
-                chat.turns.append(Turn("system", [*texts]))
-            else:
-                chat.system.extend(texts)
-            return
-        if role == "user":
-            name = str_field(message, "name", path)
-            if self.is_multi_user and name and blocks and isinstance(blocks[0], Text):
-                blocks[0] = Text(f"{name}: {blocks[0].text}")
-        else:
-            call_id = str_field(message, "tool_call_id", path)
-            call_id = call_id or next(iter(self.pending_results), "")
-            self.pending_results[call_id] -= 1
-            if self.pending_results[call_id] <= 0:
-                del self.pending_results[call_id]
-            blocks = [ToolResult(call_id, blocks)]
-        chat.turns.append(Turn("user", blocks))
-
-    def read_assistant(self, message: Json, path: str) -> list[Block]:
-        blocks: list[Block] = []
-        for key in REASONING_FIELDS:
-            if isinstance(message.get(key), str):
-                opaque = str_field(message, "reasoning_opaque", path)
-                blocks.append(Thinking(message[key], CHAT_ENVELOPE + opaque if opaque else ""))
-                break
-        blocks.extend(read_parts(message.get("content"), f"{path}.content"))
-        refusal = str_field(message, "refusal", path)
-        if refusal:
-            blocks.append(Refusal(refusal))
-        calls = list_field(message, "tool_calls", path)
-        if message.get("function_call"):
-            calls = [*calls, {"function": message["function_call"]}]
-        for index, item in enumerate(calls):
-            call_path = f"{path}.tool_calls.{index}"
-            call = need_dict(item, call_path)
-            function = function_of(call, call_path)
-            arguments = function.get("arguments", function.get("input", ""))
-            if not isinstance(arguments, str):
-                arguments = dump_text(arguments if arguments is not None else {})
-            call_id = str_field(call, "id", call_path) or "call_" + short_hash(call_path, 16)
-            name = need_str(function, "name", f"{call_path}.function")
-            blocks.append(ToolCall(call_id, name, arguments))
-        self.pending_results.update(block.id for block in blocks if isinstance(block, ToolCall))
-        return blocks
-
-    def read_tools(self) -> None:
-        body, chat = self.body, self.chat
-        server_tools = ["web_search"] if body.get("web_search_options") is not None else []
-        for index, item in enumerate([*list_field(body, "tools"), *list_field(body, "functions")]):
-            path = f"tools.{index}"
-            tool = need_dict(item, path)
-            function = function_of(tool, path)
-            if "name" not in function and isinstance(tool.get("type"), str):
-                server_tools.append(tool["type"])
+            if not chat.turns:
+                chat.system += texts
                 continue
-            name = need_str(function, "name", f"{path}.function")
-            schema = function.get("parameters", function.get("input_schema"))
-            if "custom" in tool:
-                properties = {"input": {"type": "string"}}
-                schema = {"type": "object", "properties": properties, "required": ["input"]}
-            description = str_field(function, "description", path) or ""
-            strict = bool_field(function, "strict", path)
-            schema = object_schema(schema, f"{path}.function.parameters")
-            chat.tools.append(Tool(name, description, schema, strict))
-        self.read_choice()
-        drop_hosted(server_tools, len(chat.tools), "", chat.dropped)
+            role, blocks = "system", [*texts]
+        elif role == "user":
+            name = str_field(message, "name", path)
+            if is_multi_user and name and blocks and isinstance(blocks[0], Text):
+                blocks[0] = Text(f"{name}: {blocks[0].text}")
+        else:  # a tool's result; the 2023 `function` role has no id
+            call_id = str_field(message, "tool_call_id", path) or next(iter(awaited), "")
+            awaited[call_id] -= 1
+            if awaited[call_id] <= 0:
+                del awaited[call_id]
+            role, blocks = "user", [ToolResult(call_id, blocks)]
+        chat.turns.append(Turn(role, blocks))
 
-    def read_choice(self) -> None:
-        chat, body = self.chat, self.body
-        key = "tool_choice" if "tool_choice" in body else "function_call"
-        choice = body.get(key)
-        if not isinstance(choice, dict):
-            mode = word_field(body, key, CHOICE_MODES)
-            chat.choice = ToolChoice(mode) if mode else None
-        elif choice.get("type") == "allowed_tools":
-            path = f"{key}.allowed_tools"
-            allowed = dict_field(choice, "allowed_tools", key)
-            names = allowed_names(allowed, path)
-            chat.tools = [tool for tool in chat.tools if tool.name in names]
-            mode = word_field(allowed, "mode", ("auto", "required"), path)
-            chat.choice = ToolChoice(mode or "auto")
-        else:
-            name = need_str(function_of(choice, key), "name", f"{key}.function")
-            chat.choice = ToolChoice("named", name)
 
-    def read_settings(self) -> None:
-        body, chat = self.body, self.chat
-        chat.parallel = bool_field(body, "parallel_tool_calls")
-        chat.model = need_str(body, "model")
-        chat.max_tokens = int_field(body, "max_completion_tokens")
-        if chat.max_tokens is None:
-            chat.max_tokens = int_field(body, "max_tokens")
-        chat.temperature = number_field(body, "temperature")
-        chat.top_p = number_field(body, "top_p")
-        chat.top_k = int_field(body, "top_k")
-        chat.stop = read_stops(body, "stop")
-        chat.verbosity = str_field(body, "verbosity")
-        thinking, reasoning = dict_field(body, "thinking"), dict_field(body, "reasoning")
-        chat.thinking_budget = int_field(thinking, "budget_tokens", "thinking")
-        chat.effort = word_field(body, "reasoning_effort", EFFORTS)
-        if chat.effort is None:
-            chat.effort = word_field(reasoning, "effort", EFFORTS, "reasoning")
-        if thinking.get("type") == "disabled":
-            chat.effort = "none"
-        path = "response_format"
-        output = dict_field(body, path)
-        kind = word_field(output, "type", ("text", "json_object", "json_schema"), path)
-        if kind == "json_object":
-            chat.output = OutputFormat(None)
-        elif kind == "json_schema":
-            entry = dict_field(output, "json_schema", path)
-            chat.output = read_json_schema(entry, f"{path}.json_schema")
-        for key in ("prompt_cache_key", "safety_identifier", "user"):
-            chat.session = chat.session or str_field(body, key) or ""
+def read_chat_assistant(message: Json, content: list[Block], path: str) -> list[Block]:
+    """`content` with the message's reasoning before it, its refusal and calls after it."""
+    blocks = content
+    reasoning, opaque = get_reasoning(message), str_field(message, "reasoning_opaque", path)
+    if reasoning or opaque:
+        blocks = [Thinking(reasoning, CHAT_ENVELOPE + opaque if opaque else ""), *content]
+    refusal = str_field(message, "refusal", path)
+    if refusal:
+        blocks.append(Refusal(refusal))
+    calls = list_field(message, "tool_calls", path)
+    if message.get("function_call"):
+        calls = [*calls, {"function": message["function_call"]}]
+    for index, item in enumerate(calls):
+        call_path = f"{path}.tool_calls.{index}"
+        call = need_dict(item, call_path)
+        function = function_of(call, call_path)
+        arguments = function.get("arguments", function.get("input", ""))
+        if not isinstance(arguments, str):
+            arguments = dump_text(arguments if arguments is not None else {})
+        call_id = str_field(call, "id", call_path) or "call_" + short_hash(call_path, 16)
+        name = need_str(function, "name", f"{call_path}.function")
+        blocks.append(ToolCall(call_id, name, arguments))
+    return blocks
+
+
+def read_chat_tools(body: Json, chat: Conversation) -> None:
+    server_tools = ["web_search"] if body.get("web_search_options") is not None else []
+    for index, item in enumerate([*list_field(body, "tools"), *list_field(body, "functions")]):
+        path = f"tools.{index}"
+        tool = need_dict(item, path)
+        function = function_of(tool, path)
+        if "name" not in function and isinstance(tool.get("type"), str):
+            server_tools.append(tool["type"])
+            continue
+        name = need_str(function, "name", f"{path}.function")
+        schema = function.get("parameters", function.get("input_schema"))
+        if "custom" in tool:
+            schema = {"type": "object", "properties": {"input": STRING}, "required": ["input"]}
+        description = str_field(function, "description", path) or ""
+        strict = bool_field(function, "strict", path)
+        schema = object_schema(schema, f"{path}.function.parameters")
+        chat.tools.append(Tool(name, description, schema, strict))
+    key = "tool_choice" if "tool_choice" in body else "function_call"
+    choice = body.get(key)
+    if not isinstance(choice, dict):
+        mode = word_field(body, key, CHOICE_MODES)
+        chat.choice = ToolChoice(mode) if mode else None
+    elif choice.get("type") == "allowed_tools":
+        path = f"{key}.allowed_tools"
+        allowed = dict_field(choice, "allowed_tools", key)
+        names = allowed_names(allowed, path)
+        chat.tools = [tool for tool in chat.tools if tool.name in names]
+        chat.choice = ToolChoice(word_field(allowed, "mode", ("auto", "required"), path) or "auto")
+    else:
+        name = need_str(function_of(choice, key), "name", f"{key}.function")
+        chat.choice = ToolChoice("named", name)
+    drop_hosted(server_tools, len(chat.tools), "", chat.dropped)
+
+
+def read_chat_settings(body: Json, chat: Conversation) -> None:
+    chat.parallel = bool_field(body, "parallel_tool_calls")
+    chat.max_tokens = int_field(body, "max_completion_tokens")
+    if chat.max_tokens is None:
+        chat.max_tokens = int_field(body, "max_tokens")
+    chat.temperature = number_field(body, "temperature")
+    chat.top_p = number_field(body, "top_p")
+    chat.top_k = int_field(body, "top_k")
+    chat.stop = read_stops(body, "stop")
+    chat.verbosity = str_field(body, "verbosity")
+    thinking, reasoning = dict_field(body, "thinking"), dict_field(body, "reasoning")
+    chat.thinking_budget = int_field(thinking, "budget_tokens", "thinking")
+    chat.effort = word_field(body, "reasoning_effort", EFFORTS)
+    if chat.effort is None:
+        chat.effort = word_field(reasoning, "effort", EFFORTS, "reasoning")
+    if thinking.get("type") == "disabled":
+        chat.effort = "none"
+    path = "response_format"
+    output = dict_field(body, path)
+    kind = word_field(output, "type", ("text", "json_object", "json_schema"), path)
+    if kind == "json_object":
+        chat.output = OutputFormat(None)
+    elif kind == "json_schema":
+        entry, path = dict_field(output, kind, path), f"{path}.{kind}"
+        chat.output = OutputFormat(
+            dict_field(entry, "schema", path),
+            str_field(entry, "name", path) or "structured_output",
+            bool_field(entry, "strict", path),
+            str_field(entry, "description", path) or "",
+        )
+    for key in ("prompt_cache_key", "safety_identifier", "user"):
+        chat.session = chat.session or str_field(body, key) or ""
 
 
 def write_chat_request(chat: Conversation, model: Model) -> Json:
@@ -4106,8 +4090,13 @@ def write_chat_request(chat: Conversation, model: Model) -> Json:
         else:
             messages.extend(write_chat_user(turn.blocks, model))
     body: Json = {"model": model.id, "messages": messages}
+    for tool in chat.tools:
+        function: Json = {"name": chat.wire_name(tool.name)}
+        function.update({"description": tool.description} if tool.description else {})
+        function["parameters"] = plain_schema(tool)
+        function.update({} if tool.strict is None else {"strict": tool.strict})
+        body.setdefault("tools", []).append({"type": "function", "function": function})
     if chat.tools:
-        body["tools"] = [write_chat_tool(tool, chat) for tool in chat.tools]
         if chat.choice and chat.choice.mode == "named":
             function = {"name": chat.wire_name(chat.choice.name)}
             body["tool_choice"] = {"type": "function", "function": function}
@@ -4212,16 +4201,6 @@ def write_chat_result(result: ToolResult, model: Model, user_parts: list[Json]) 
     return {"role": "tool", "tool_call_id": call_id, "content": text or "(no output)"}
 
 
-def write_chat_tool(tool: Tool, chat: Conversation) -> Json:
-    function: Json = {"name": chat.wire_name(tool.name)}
-    if tool.description:
-        function["description"] = tool.description
-    function["parameters"] = plain_schema(tool)
-    if tool.strict is not None:
-        function["strict"] = tool.strict
-    return {"type": "function", "function": function}
-
-
 def write_response_format(output: OutputFormat) -> Json:
     if output.schema is None:
         return {"type": "json_object"}
@@ -4262,12 +4241,10 @@ class ChatReader:
     def read_choice(self, choice: Json) -> None:
         """Copilot's Claude spreads one response over several choices (seen in 2026-08)."""
         delta = get_dict(choice, "delta") or get_dict(choice, "message")
-        for name in REASONING_FIELDS:
-            text = delta.get(name)
-            if text and isinstance(text, str):
-                self.reasoning.append(text)
-                self.blocks.add_text("thinking", text)
-                break
+        reasoning = get_reasoning(delta)
+        if reasoning:
+            self.reasoning.append(reasoning)
+            self.blocks.add_text("thinking", reasoning)
         if isinstance(delta.get("reasoning_opaque"), str):
             self.opaque = delta["reasoning_opaque"]
             self.blocks.signature = [self.opaque] if self.opaque else []
@@ -4283,7 +4260,8 @@ class ChatReader:
             arguments = function.get("arguments")
             if isinstance(arguments, dict):
                 arguments = dump_text(arguments)
-            arguments = arguments if isinstance(arguments, str) else ""
+            elif not isinstance(arguments, str):
+                arguments = ""
             call_id, name = str_or_empty(fragment, "id"), str_or_empty(function, "name")
             key = call_key(choice, fragment, position)
             self.blocks.add_call(key, call_id, name, arguments, is_last=False)
@@ -4306,9 +4284,9 @@ class ChatReader:
         if self.usage.source:
             blocks.events.append(UsageUpdate(self.usage))
         finish_reason, self.finish_reason = self.finish_reason, ""
-        stop_reason = "tool" if calls else CHAT_FINISHES.get(finish_reason, "")
-        if finish_reason == "length":
-            stop_reason = "length"
+        stop_reason = CHAT_FINISHES.get(finish_reason, "")
+        if calls and stop_reason != "length":
+            stop_reason = "tool"
         error = UpstreamError(f"The upstream ended with {finish_reason!r}.")
         blocks.events.append(MessageStop(stop_reason) if stop_reason else StreamError(error))
         return blocks.take()
@@ -4329,10 +4307,14 @@ def chunk_base(context: ResponseContext, chunk_id: str, created: int) -> Json:
     return {"id": chunk_id, "object": chunk_type, "created": created, "model": context.model}
 
 
-CHAT_DELTAS = {"text": "content", "thinking": "reasoning_content", "refusal": "refusal"}
+def chunk_choice(delta: Json, finish_reason: str | None = None, index: int = 0) -> Json:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
 
 
 class ChatWriter:
+    #: block kind -> field of the delta
+    FIELDS: ClassVar = {"text": "content", "thinking": "reasoning_content", "refusal": "refusal"}
+
     def __init__(self, context: ResponseContext) -> None:
         self.context = context
         self.usage = Usage()
@@ -4341,39 +4323,32 @@ class ChatWriter:
         self.block_kind = ""
         self.has_empty_call = False
 
-    def chunk(self, delta: Json, finish_reason: str | None = None) -> Json:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return {**self.base, "choices": [choice]}
-
     def write(self, event: Event) -> list[Json]:
+        """Signatures and citations cannot be expressed in this dialect."""
+        delta: Json = {}
         if isinstance(event, BlockDelta):
-            delta = self.write_delta(event)
-            return [self.chunk(delta)] if delta else []
-        if isinstance(event, MessageStart):
-            return [self.chunk({"role": "assistant", "content": ""})]
-        if isinstance(event, BlockStart):
+            if self.block_kind == "tool" and event.part == "arguments" and event.text:
+                self.has_empty_call = False
+                delta = self.call_delta({"arguments": event.text})
+            elif self.block_kind in self.FIELDS and event.part == "text":
+                delta = {self.FIELDS[self.block_kind]: event.text}
+        elif isinstance(event, MessageStart):
+            delta = {"role": "assistant", "content": ""}
+        elif isinstance(event, BlockStart):
             self.block_kind = event.kind
             self.has_empty_call = event.kind == "tool"
             if self.has_empty_call:
                 self.call_index += 1
                 function = {"name": event.name, "arguments": ""}
-                return [self.chunk(self.call_delta(function, id=event.id, type="function"))]
+                delta = self.call_delta(function, id=event.id, type="function")
         elif isinstance(event, BlockStop) and self.has_empty_call:
             self.has_empty_call = False
-            return [self.chunk(self.call_delta({"arguments": "{}"}))]
+            delta = self.call_delta({"arguments": "{}"})
         elif isinstance(event, UsageUpdate):
             self.usage = event.usage
         elif isinstance(event, MessageStop):
-            return self.write_finish(event)
-        return []
-
-    def write_delta(self, event: BlockDelta) -> Json:
-        """Signatures and citations have no place in this dialect."""
-        if self.block_kind == "tool" and event.part == "arguments" and event.text:
-            self.has_empty_call = False
-            return self.call_delta({"arguments": event.text})
-        key = CHAT_DELTAS.get(self.block_kind)
-        return {key: event.text} if key and event.part == "text" else {}
+            return self.write_stop(event)
+        return [{**self.base, "choices": [chunk_choice(delta)]}] if delta else []
 
     def call_delta(self, function: Json, **first_fields: str) -> Json:
         """A fragment of the open call; only the first one has id, type and name."""
@@ -4381,17 +4356,18 @@ class ChatWriter:
             return {"function_call": function}
         return {"tool_calls": [{"index": self.call_index, **first_fields, "function": function}]}
 
-    def write_finish(self, event: MessageStop) -> list[Json]:
-        finish_reason = CHAT_FINISH_WORDS[event.reason]
+    def write_stop(self, event: MessageStop) -> list[Json]:
+        finish_reason = CHAT_FINISH_REASONS[event.reason]
         if finish_reason == "tool_calls" and self.context.legacy_functions:
             finish_reason = "function_call"
-        frames = [self.chunk({}, finish_reason)]
+        choices = [chunk_choice({}, finish_reason)]
         explanation = (event.details or {}).get("explanation")
         if event.reason == "filter" and isinstance(explanation, str) and explanation:
-            frames.insert(0, self.chunk({"refusal": explanation}))
+            choices.insert(0, chunk_choice({"refusal": explanation}))
+        frames: list[Json] = [{**self.base, "choices": [choice]} for choice in choices]
         if self.context.include_usage:
             usage = write_usage(self.usage, CHAT_USAGE)
-            frames.append({**self.chunk({}), "choices": [], "usage": usage})
+            frames.append({**self.base, "choices": [], "usage": usage})
         return frames
 
 
@@ -4399,40 +4375,38 @@ class ChatWriter:
 # with all its fields, and the upstream would refuse these.
 VENDOR_CHAT_FIELDS = (
     "content_filter_offsets", "content_filter_results", "copilot_annotations", "obfuscation",
-    "padding", "prompt_filter_results",
+    "padding", "prompt_filter_results", "copilot_usage",
 )  # fmt: skip
 
 
-class DeltaMerger:
-    """Merges deltas: lists and strings (joined at the end) grow, calls by index, others are set."""
+def drop_vendor_fields(holder: Json) -> None:
+    for key in VENDOR_CHAT_FIELDS:
+        holder.pop(key, None)
 
-    def __init__(self) -> None:
-        #: (identity of the holder, key) -> (holder, pieces)
-        self.texts: dict[tuple[int, str], tuple[Json, list[str]]] = {}
 
-    def add(self, message: Json, delta: Json) -> None:
+def merge_deltas(deltas: Iterable[Json]) -> Json:
+    """Joins strings and lists, merges calls by index; of other values the last one counts."""
+    columns: defaultdict[str, list[Any]] = defaultdict(list)
+    for delta in deltas:
         for key, value in delta.items():
-            current = message.get(key)
-            if key == "tool_calls":
-                calls = message.setdefault("tool_calls", [])
-                for fragment in value:
-                    while len(calls) <= fragment["index"]:
-                        calls.append({})
-                    self.add(calls[fragment["index"]], fragment)
-            elif key in ("role", "index", "type", "id"):
-                message[key] = value
-            elif isinstance(value, str) and isinstance(current, str):
-                self.texts.setdefault((id(message), key), (message, [current]))[1].append(value)
-            elif isinstance(value, dict) and isinstance(current, dict):
-                self.add(current, value)
-            elif isinstance(value, list) and isinstance(current, list):
-                current += value
-            elif value is not None or key not in message:
-                message[key] = value
-
-    def join(self) -> None:
-        for (_, key), (owner, pieces) in self.texts.items():
-            owner[key] = "".join(pieces)
+            columns[key] += [] if value is None else [value]
+    merged: Json = {}
+    for key, values in columns.items():
+        kinds = set(map(type, values))
+        if key == "tool_calls":
+            fragments: defaultdict[int, list[Json]] = defaultdict(list)
+            for fragment in (item for value in values for item in value):
+                fragments[fragment["index"]].append(fragment)
+            merged[key] = [merge_deltas(fragments[index]) for index in sorted(fragments)]
+        elif kinds == {str} and key not in ("role", "type", "id"):
+            merged[key] = "".join(values)
+        elif kinds == {dict}:
+            merged[key] = merge_deltas(values)
+        elif kinds == {list}:
+            merged[key] = [item for value in values for item in value]
+        else:
+            merged[key] = values[-1] if values else None
+    return merged
 
 
 class ChatRelay:
@@ -4468,8 +4442,6 @@ class ChatRelay:
             return self.end()
         if read_usage(frame, CHAT_USAGE, self.usage):
             self.usage_frame = frame["usage"]
-        for key in ("usage", "copilot_usage", *VENDOR_CHAT_FIELDS):
-            frame.pop(key, None)
         choices = get_dicts(frame, "choices")
         if not choices:
             return []  # prompt filter results, copilot_references, the usage chunk
@@ -4477,31 +4449,28 @@ class ChatRelay:
             chunk_id = str(frame.get("id") or self.context.id)
             created = positive_int(frame.get("created")) or self.context.created
             self.base = chunk_base(self.context, chunk_id, created)
-        frame.update(self.base)
         choices = [repaired for choice in choices if (repaired := self.repair_choice(choice))]
         if not choices:
             return []
         if len(choices) > 1 and not self.context.many:
-            merger = DeltaMerger()
-            for other in choices[1:]:
-                merger.add(choices[0]["delta"], other["delta"])
-            merger.join()
-            choices = choices[:1]
-        frame["choices"] = choices
+            choices[0]["delta"] = merge_deltas(choice["delta"] for choice in choices)
+            del choices[1:]
+        frame.update(self.base, choices=choices)
+        frame.pop("usage", None)
+        drop_vendor_fields(frame)
         is_first, self.started = not self.started, True
         if not is_first or any("role" in choice["delta"] for choice in choices):
             return [frame]
-        role = {"role": "assistant", "content": ""}
-        opening = {"index": 0, "delta": role, "logprobs": None, "finish_reason": None}
+        opening = chunk_choice({"role": "assistant", "content": ""})
         return [{**frame, "choices": [opening]}, frame]
 
     def repair_choice(self, choice: Json) -> Json | None:
         """One choice as strict clients expect it; None if nothing is left of it."""
         index = choice.get("index")
         index = index if isinstance(index, int) and self.context.many else 0
-        choice = {key: value for key, value in choice.items() if key not in VENDOR_CHAT_FIELDS}
-        raw_delta = get_dict(choice, "delta")
-        delta = {key: raw_delta[key] for key in raw_delta if key not in VENDOR_CHAT_FIELDS}
+        delta = get_dict(choice, "delta")
+        drop_vendor_fields(choice)
+        drop_vendor_fields(delta)
         finish_reason = str_or_empty(choice, "finish_reason")
         if finish_reason and self.finish_reasons.get(index) != "tool_calls":
             self.finish_reasons[index] = finish_reason
@@ -4511,11 +4480,14 @@ class ChatRelay:
             self.reasoning.append(delta["reasoning_text"])
         if isinstance(delta.get("reasoning_opaque"), str):
             self.opaque = delta["reasoning_opaque"]
-        if isinstance(delta.pop("tool_calls", None), list):
-            calls = enumerate(get_dicts(raw_delta, "tool_calls"))
+        if isinstance(delta.get("tool_calls"), list):
+            fragments = enumerate(get_dicts(delta, "tool_calls"))
             delta["tool_calls"] = [
-                self.repair_call(call, call_key(choice, call, position)) for position, call in calls
+                self.repair_call(fragment, call_key(choice, fragment, position))
+                for position, fragment in fragments
             ]
+        else:
+            delta.pop("tool_calls", None)
         if isinstance(delta.get("content"), str):
             self.said += estimate_text(delta["content"])
         if finish_reason and not any(value for key, value in delta.items() if key != "role"):
@@ -4538,12 +4510,8 @@ class ChatRelay:
         name = str(function.get("name") or "")
         call_id = call.get("id") or f"call_{short_hash(f'{self.context.id}{key}', 16)}"
         self.call_ids.append(str(call_id))
-        first_fields = {
-            "index": index,
-            "id": call_id,
-            "type": "function",
-            "function": {"name": self.context.names.get(name, name), "arguments": arguments},
-        }
+        function = {"name": self.context.names.get(name, name), "arguments": arguments}
+        first_fields = {"index": index, "id": call_id, "type": "function", "function": function}
         extra = {key: value for key, value in call.items() if key not in first_fields}
         return {**extra, **first_fields}
 
@@ -4561,8 +4529,7 @@ class ChatRelay:
                 raise UpstreamError(f"The upstream ended with {finish_reason!r}.")
             if self.call_indexes and finish_reason == "stop":
                 finish_reason = "tool_calls"
-            choice = {"index": index, "delta": {}, "logprobs": None, "finish_reason": finish_reason}
-            frames.append({**self.base, "choices": [choice]})
+            frames.append({**self.base, "choices": [chunk_choice({}, finish_reason, index)]})
         if self.context.include_usage:
             usage = finalize_usage(self.usage, self.context, self.said)
             usage_fields = self.usage_frame or write_usage(usage, CHAT_USAGE)
@@ -4574,6 +4541,7 @@ class ChatDialect(Dialect):
     name = "chat"
     tail = SSE_DONE
     id_prefix = "chatcmpl-"
+    read_request = staticmethod(read_chat_request)
     write_request = staticmethod(write_chat_request)
     framing = SseReader
     reader = ChatReader
@@ -4585,21 +4553,16 @@ class ChatDialect(Dialect):
         messages = message_list(body)
         last_role = messages[-1].get("role")
         session = body.get("prompt_cache_key") or body.get("user")
-        systems = (
-            message.get("content") for message in messages if message.get("role") == "system"
-        )
-        stream_options = dict_field(body, "stream_options")
+        systems = (item.get("content") for item in messages if item.get("role") == "system")
+        options = dict_field(body, "stream_options")
         return RequestInfo(
             model=need_str(body, "model"),
             stream=take_bool(body, "stream"),
-            include_usage=bool_field(stream_options, "include_usage", "stream_options") or False,
+            include_usage=bool_field(options, "include_usage", "stream_options") or False,
             initiator="agent" if last_role in ("tool", "function", "assistant") else "user",
             session=session if isinstance(session, str) else "",
             opening=opening_words(next(systems, ""), messages),
         )
-
-    def read_request(self, body: Json) -> Conversation:
-        return ChatRequestReader(body).read()
 
     def has_image(self, body: Json) -> bool:
         parts = (part for message in body["messages"] for part in get_dicts(message, "content"))
@@ -4607,30 +4570,26 @@ class ChatDialect(Dialect):
 
     def aggregate(self, frames: list[Json]) -> Json:
         response: Json = {"id": "", "object": "chat.completion", "created": 0, "model": ""}
-        choices: dict[int, Json] = {}
-        merger = DeltaMerger()
         usage = None
+        chunks: defaultdict[int, list[Json]] = defaultdict(list)  # per choice
         for frame in frames:
             usage = frame.get("usage") or usage
             extra = {key: value for key, value in frame.items() if key not in ("choices", "usage")}
             response.update({**extra, "object": "chat.completion"})
-            for chunk_choice in frame["choices"]:
-                index = chunk_choice["index"]
-                choice = choices.setdefault(index, {"index": index, "message": {}})
-                merger.add(choice["message"], chunk_choice["delta"])
-                choice["finish_reason"] = chunk_choice.get("finish_reason")
-                if chunk_choice.get("logprobs"):
-                    merger.add(choice.setdefault("logprobs", {}), chunk_choice["logprobs"])
-        merger.join()
-        for choice in choices.values():
-            message = choice["message"]
+            for choice in frame["choices"]:
+                chunks[choice["index"]].append(choice)
+        response["choices"] = []
+        for index, choices in sorted(chunks.items()):
+            message = merge_deltas(choice["delta"] for choice in choices)
             for call in message.get("tool_calls", ()):
                 call.pop("index", None)
             has_calls = "tool_calls" in message or "function_call" in message
             message["content"] = message.get("content") or (None if has_calls else "")
             message.setdefault("refusal", None)
-            choice.setdefault("logprobs", None)
-        response["choices"] = [choices[index] for index in sorted(choices)]
+            finish_reason = choices[-1].get("finish_reason")
+            choice = {"index": index, "message": message, "finish_reason": finish_reason}
+            logprobs = [choice["logprobs"] for choice in choices if choice.get("logprobs")]
+            response["choices"].append({**choice, "logprobs": merge_deltas(logprobs) or None})
         response["usage"] = usage
         return response
 
@@ -4642,16 +4601,14 @@ class ChatDialect(Dialect):
         return [{**response, "choices": choices}]
 
     def plain_text(self, frame: Json) -> str | None:
-        choices = frame.get("choices")
-        if not isinstance(choices, list) or len(choices) != 1 or frame.get("usage"):
+        choices = get_dicts(frame, "choices")
+        if len(choices) != 1 or len(frame["choices"]) != 1 or frame.get("usage"):
             return None
-        choice = choices[0]
-        if not isinstance(choice, dict) or choice.get("finish_reason") or choice.get("index"):
+        choice, delta = choices[0], get_dict(choices[0], "delta")
+        if any(choice.get(key) for key in ("finish_reason", "index", "logprobs")):
             return None
-        delta = choice.get("delta")
-        if not isinstance(delta, dict) or list(delta) != ["content"] or choice.get("logprobs"):
-            return None
-        return delta["content"] if isinstance(delta["content"], str) else None
+        text = delta.get("content") if len(delta) == 1 else None
+        return text if isinstance(text, str) else None
 
     def error_body(self, error: ApiError, request_id: str) -> Json:
         return {"error": write_openai_error(error)}
