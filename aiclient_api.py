@@ -2264,6 +2264,15 @@ SSE_COMMENT_PING = b": ping\n\n"
 # The request (Conversation) and the response (events), in a form that loses nothing of any dialect.
 
 
+def invalid(param: str, problem: str) -> InvalidRequest:
+    """`param` is the path of a request's field, as in `messages.3.content`."""
+    return InvalidRequest(f"{param}: {problem}", param=param)
+
+
+def unsupported(param: str, problem: str) -> UnsupportedFeature:
+    return UnsupportedFeature(f"{param}: {problem}", param=param)
+
+
 @dataclass(slots=True)
 class Text:
     text: str
@@ -2393,17 +2402,16 @@ class Conversation:
     def refuse_prefill(self) -> None:
         """Raises UnsupportedFeature if the model is to continue the last turn."""
         if self.prefilled:
-            problem = "the last message must be the user's; this model takes no prefill."
-            raise UnsupportedFeature(f"{self.turns_field}: {problem}", param=self.turns_field)
+            problem = "the last message must be the user's; this model supports no prefill."
+            raise unsupported(self.turns_field, problem)
 
     def refuse_empty(self) -> InvalidRequest:
-        param = self.turns_field
-        return InvalidRequest(f"{param}: the conversation says nothing.", param=param)
+        return invalid(self.turns_field, "the conversation is empty.")
 
     def name_tools(self) -> None:
         """Sets `names` for declared tools and for those only called in earlier turns."""
         if any(not tool.name for tool in self.tools):
-            raise InvalidRequest("tools: a tool has no name.", param="tools")
+            raise invalid("tools", "a tool has no name.")
         blocks = (block for turn in self.turns for block in turn.blocks)
         called_names = [block.name for block in blocks if isinstance(block, ToolCall)]
         self.names = wire_table([*(tool.name for tool in self.tools), *called_names])
@@ -2535,19 +2543,17 @@ class StreamError:
 
 Event = MessageStart | BlockStart | BlockDelta | BlockStop | UsageUpdate | MessageStop | StreamError
 
-OFF_PROTOCOL = "The upstream's answer does not follow its own protocol."
+OFF_PROTOCOL = "The upstream's response violates its own protocol."
 
-# state -> event -> state; any other event is a protocol error.
-EVENT_STATES: dict[str, dict[str, str]] = {
-    "new": {"MessageStart": "open", "UsageUpdate": "new", "StreamError": "over"},
-    "open": {
-        "BlockStart": "block", "UsageUpdate": "open", "MessageStop": "over", "StreamError": "over",
-    },
-    "block": {
-        "BlockDelta": "block", "UsageUpdate": "block", "BlockStop": "open", "StreamError": "over",
-    },
-    "over": {},
-}  # fmt: skip
+# (state, event) -> state; any other event is a protocol error.
+EVENT_STATES: dict[tuple[str, type], str] = {
+    ("new", MessageStart): "open",
+    ("open", BlockStart): "block",
+    ("block", BlockDelta): "block",
+    ("block", BlockStop): "open",
+    ("open", MessageStop): "complete",
+    **{(state, UsageUpdate): state for state in ("new", "open", "block")},
+}
 
 LINE_BREAKS = "\r\n\t"
 RUNAWAY = re.compile(f"[{LINE_BREAKS}]{{{MAX_BLANK_RUN + 1}}}")
@@ -2564,37 +2570,6 @@ class RunawayGuard:
         if RUNAWAY.search(text):
             raise UpstreamError("The model got stuck inside a tool call.")
         self.tail = text[len(text.rstrip(LINE_BREAKS)) :]
-
-
-class Checker:
-    """Enforces EVENT_STATES on every reader, so that writers can rely on it."""
-
-    def __init__(self) -> None:
-        self.state = "new"
-        self.tool_called = False
-        self.guard = RunawayGuard()
-
-    def check(self, event: Event) -> Event:
-        """`event`, with the finish reason corrected after a tool call; raises UpstreamError."""
-        state = EVENT_STATES[self.state].get(type(event).__name__)
-        if state is None:
-            raise UpstreamError(OFF_PROTOCOL)
-        self.state = state
-        if isinstance(event, BlockDelta):
-            if event.part == "arguments":
-                self.guard.check(event.text)
-        elif isinstance(event, BlockStart) and event.kind == "tool":
-            self.tool_called = True
-            self.guard = RunawayGuard()
-        # Copilot and others say "stop" after a tool call (seen in 2026-08).
-        if isinstance(event, MessageStop) and self.tool_called and event.reason in ("end", "stop"):
-            return MessageStop("tool")
-        return event
-
-    def end(self) -> None:
-        """Called when the upstream's stream ends; raises UpstreamError if it is incomplete."""
-        if self.state != "over":
-            raise UpstreamError(BROKEN_OFF)
 
 
 class StopCutter:
@@ -2785,9 +2760,7 @@ SCHEMA_UNIONS = ("allOf", "anyOf", "oneOf")
 def plain_schema(tool: Tool) -> Json:
     """For vendors that need top-level properties; raises UnsupportedFeature for bare unions."""
     if not tool.schema.get("properties") and any(union in tool.schema for union in SCHEMA_UNIONS):
-        raise UnsupportedFeature(
-            f"tools: the schema of {tool.name!r} must have properties at its top.", param="tools"
-        )
+        raise unsupported("tools", f"the schema of {tool.name!r} must have top-level properties.")
     return tool.schema
 
 
@@ -2811,7 +2784,7 @@ def wire_names(names: Iterable[str]) -> dict[str, str]:
         other = table.setdefault(wire_name(name), name)
         if other != name:
             problem = f"{other!r} and {name!r} become the same name upstream; rename one."
-            raise InvalidRequest(f"tools: {problem}", param="tools")
+            raise invalid("tools", problem)
     return table
 
 
@@ -2825,8 +2798,9 @@ def parse_arguments(text: str) -> Json:
 
 def whole_arguments(text: str) -> str:
     """A call's arguments as the JSON text of an object, unchanged if they are one."""
-    is_object = load_object(text) is not None
-    return text.strip() if is_object else dump_json(parse_arguments(text)).decode()
+    if load_object(text) is not None:
+        return text.strip()
+    return dump_json(parse_arguments(text)).decode()
 
 
 def object_schema(schema: Any, path: str) -> Json:
@@ -2849,15 +2823,12 @@ def clamp_effort(effort: str, supported: Iterable[str]) -> str | None:
 
 
 EFFORT_BUDGETS = {
-    "minimal": 1024, "low": 4096, "medium": 10_000, "high": 24_000, "xhigh": 31_999,
-    "max": 31_999,
+    "minimal": 1024, "low": 4096, "medium": 10_000, "high": 24_000, "xhigh": 31_999, "max": 31_999,
 }  # fmt: skip
 
 
 def effort_of_budget(budget: int) -> str:
-    if budget <= 4096:
-        return "low"
-    return "medium" if budget <= 16_384 else "high"
+    return ("low", "medium", "high")[bisect_left((4096, 16_384), budget)]
 
 
 def clamp_budget(budget: int, limits: tuple[int, int] | None, max_tokens: int) -> int | None:
@@ -2880,20 +2851,16 @@ def split_stops(stops: list[str], dialect: str, model: Model) -> tuple[list[str]
 def output_instruction(output: OutputFormat) -> str:
     if output.schema is None:
         return "Reply with one JSON object and nothing else: no prose, no code fence."
-    schema = dump_json(output.schema).decode()
     return (
         "Reply with one JSON value that is valid against this JSON Schema, and nothing else: "
-        f"no prose, no code fence.\n{schema}"
+        f"no prose, no code fence.\n{dump_json(output.schema).decode()}"
     )
 
 
 # Magic numbers, in base64: clients send wrong media types.
 IMAGE_SIGNATURES = {
-    "iVBORw0KGgo": "image/png",
-    "/9j/": "image/jpeg",
-    "R0lGOD": "image/gif",
-    "UklGR": "image/webp",
-}
+    "iVBORw0KGgo": "image/png", "/9j/": "image/jpeg", "R0lGOD": "image/gif", "UklGR": "image/webp",
+}  # fmt: skip
 DATA_URL = re.compile(r"data:([\w.+/-]{0,100})(?:;[\w=.+-]{1,300}){0,8}?(;base64)?,", re.ASCII)
 
 
@@ -2904,9 +2871,7 @@ def image_type(data: str, declared: str, path: str) -> str:
     declared = "image/jpeg" if declared == "image/jpg" else declared
     if declared not in IMAGE_SIGNATURES.values():
         shown = declared or "of unknown type"
-        raise UnsupportedFeature(
-            f"{path}: images must be PNG, JPEG, GIF or WebP, not {shown!r}.", param=path
-        )
+        raise unsupported(path, f"images must be PNG, JPEG, GIF or WebP, not {shown!r}.")
     return declared
 
 
@@ -2920,11 +2885,11 @@ def read_data_url(url: str, path: str) -> tuple[str, str]:
     """(media type, base64 data)"""
     match = DATA_URL.match(url)
     if match is None:
-        raise InvalidRequest(f"{path}: is not a valid data URL.", param=path)
+        raise invalid(path, "is not a valid data URL.")
     data = url[match.end() :]
     if not match[2]:
         if data.count("%") > MAX_URL_ESCAPES:
-            raise InvalidRequest(f"{path}: so long a data URL must be base64.", param=path)
+            raise invalid(path, "a data URL this long must be base64.")
         data = base64.b64encode(urllib.parse.unquote_to_bytes(data)).decode()
     return match[1].lower(), data
 
@@ -2936,7 +2901,7 @@ def read_image_url(url: str, path: str) -> Image:
         return base64_image(data, media_type, path)
     if url.startswith("https://"):
         return Image(url=url, path=path)
-    raise UnsupportedFeature(f"{path}: must be a data URL or an https URL.", param=path)
+    raise unsupported(path, "must be a data URL or an https URL.")
 
 
 # Cost of a UTF-8 byte in 1/64 token: for Claude up to 4.6, Claude from 4.7 on, OpenAI.  A character
@@ -2945,17 +2910,10 @@ def read_image_url(url: str, path: str) -> Image:
 # public reconstruction of Claude's counts, then raised by 5 %: a client that compacts too late
 # fails.  Digits are set between prose (1 token a digit) and ids (1/3).
 BYTE_PRICES: tuple[tuple[bytes, int, int, int], ...] = (
-    (b"aiotcpsvbfym", 11, 18, 13),
-    (b"erlnwgdukh", 17, 23, 11),
-    (b"jqxz", 99, 138, 78),
-    (b"ABCDEFGHILMNOPRSTU", 26, 63, 18),
-    (b"JKQVWXYZ", 103, 126, 84),
-    (b"0123456789", 47, 47, 47),
-    (b" \r", 10, 8, 8),
-    (b"\t\n", 82, 73, 65),
-    (b'"#=;`*{}', 21, 33, 22),
-    (b"()[]\\|.:'-/_,", 54, 62, 35),
-    (b"!$%&+<>?@^~", 66, 69, 58),
+    (b"aiotcpsvbfym", 11, 18, 13), (b"erlnwgdukh", 17, 23, 11), (b"jqxz", 99, 138, 78),
+    (b"ABCDEFGHILMNOPRSTU", 26, 63, 18), (b"JKQVWXYZ", 103, 126, 84), (b"0123456789", 47, 47, 47),
+    (b" \r", 10, 8, 8), (b"\t\n", 82, 73, 65), (b'"#=;`*{}', 21, 33, 22),
+    (b"()[]\\|.:'-/_,", 54, 62, 35), (b"!$%&+<>?@^~", 66, 69, 58),
     (bytes(range(0xC2, 0xC3)), 44, 36, 44),  # signs of Latin-1
     (bytes(range(0xC3, 0xCA)), 151, 160, 86),  # accented Latin
     (bytes(range(0xCA, 0xD0)), 52, 52, 26),  # Greek, modifiers
@@ -2968,7 +2926,7 @@ BYTE_PRICES: tuple[tuple[bytes, int, int, int], ...] = (
     (bytes(range(0xEA, 0xEE)), 90, 90, 47),  # Hangul
     (bytes(range(0xEE, 0xF0)), 99, 109, 31),  # full-width forms
     (bytes(range(0xF0, 0xF5)), 210, 190, 145),  # emoji
-)
+)  # fmt: skip
 
 
 def build_price_table(tokenizer: int) -> bytes:
@@ -2995,8 +2953,7 @@ def claude_version(model_id: str) -> tuple[int, int] | None:
 def byte_prices(model: str) -> bytes:
     """The byte prices of a model's tokenizer; those of Claude up to 4.6 if it is unknown."""
     name = model.rpartition("/")[2].lower()
-    version = claude_version(name)
-    if version and version >= (4, 7):
+    if (claude_version(name) or (0, 0)) >= (4, 7):
         return NEW_CLAUDE_PRICES
     return OPENAI_PRICES if OPENAI_MODEL.search(name) else CLAUDE_PRICES
 
@@ -3060,11 +3017,10 @@ def estimate_request(body: Json) -> int:
     """
     prices = byte_prices(str(body.get("model") or ""))
     is_claude_like = prices is not OPENAI_PRICES
-    total = 3.0
-    for key in ("system", "instructions", "messages", "input"):
-        total += estimate_value(body.get(key), prices) if key in body else 0
     turns = body.get("messages") or body.get("input")
-    total += 4 * len(turns) if isinstance(turns, list) else 4
+    total = 3.0 + (4 * len(turns) if isinstance(turns, list) else 4)
+    for key in ("system", "instructions", "messages", "input"):
+        total += estimate_value(body[key], prices) if key in body else 0
     for key in ("tools", "functions"):
         if body.get(key):
             total += estimate_value(body[key], prices, 4.5 if is_claude_like else 1.5)
@@ -3100,10 +3056,8 @@ class ResponseContext:
     include_usage: bool = False
     names: dict[str, str] = field(default_factory=dict)  #: upstream tool name -> the client's
     legacy_functions: bool = False  #: respond in the `function_call` shape of 2023
-    rewritten: bool = (
-        False  #: converted even to its own dialect, as some tools are not the client's
-    )
-    hide_thinking: bool = False  #: the client wants thinking blocks without their text
+    rewritten: bool = False  #: converted even to its own dialect: some tools are not the client's
+    hide_thinking: bool = False  #: send thinking blocks without their text
     cut: list[str] = field(default_factory=list)  #: stop sequences that are enforced here
     many: bool = False  #: n > 1: choices must not be merged
     asked: Json = field(default_factory=dict)  #: the client's request body, for estimates
@@ -3113,7 +3067,7 @@ class ResponseContext:
     provider: str = ""  #: name of the upstream's provider
     #: upstream model id -> context window (0 = unknown), for an upstream that reports a percentage
     window: Callable[[str], int] | None = None
-    tagged_thinking: bool = False  #: the upstream was asked in the prompt to think between tags
+    tagged_thinking: bool = False  #: the prompt demands that thinking is put between tags
     secrets: Callable[[], Iterable[str]] = tuple  #: tokens that no error message may show
 
 
@@ -3233,15 +3187,17 @@ def text_of(content: Any) -> str:
     return "\n".join(text for text in parts if isinstance(text, str))
 
 
+def need_dicts(items: Iterable[Any], path: str) -> Iterator[tuple[str, Json]]:
+    """(path, object) for each item; raises InvalidRequest for an item of another type."""
+    for index, item in enumerate(items):
+        yield f"{path}.{index}", need_dict(item, f"{path}.{index}")
+
+
 def message_list(body: Json) -> list[Json]:
     """Raises InvalidRequest unless `messages` is a non-empty list of objects."""
-    messages: list[Json] = list_field(body, "messages")
+    messages = [item for _, item in need_dicts(list_field(body, "messages"), "messages")]
     if not messages:
-        problem = "must not be empty" if "messages" in body else "is required"
-        raise InvalidRequest(f"messages: {problem}.", param="messages")
-    for index, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise wrong_type(f"messages.{index}", "an object")
+        raise invalid("messages", "must not be empty." if "messages" in body else "is required.")
     return messages
 
 
@@ -3269,9 +3225,7 @@ def read_stops(body: Json, key: str) -> list[str]:
         if not isinstance(stop, str):
             raise wrong_type(f"{key}.{index}", "a string")
     if sum(map(len, stops)) > MAX_STOP_CHARACTERS:
-        raise InvalidRequest(
-            f"{key}: the stop strings have more than {MAX_STOP_CHARACTERS} characters.", param=key
-        )
+        raise invalid(key, f"must not exceed {MAX_STOP_CHARACTERS} characters in total.")
     return [stop for stop in stops if stop]
 
 
@@ -3281,12 +3235,10 @@ def function_of(entry: Json, path: str) -> Json:
 
 
 def allowed_names(choice: Json, path: str) -> set[str]:
-    names = set()
-    for index, item in enumerate(list_field(choice, "tools", path)):
-        item_path = f"{path}.tools.{index}"
-        entry = function_of(need_dict(item, item_path), item_path)
-        names.add(str_field(entry, "name", item_path) or "")  # a server-side tool has none
-    return names
+    """The names in an `allowed_tools` choice; a server-side tool has none."""
+    items = need_dicts(list_field(choice, "tools", path), f"{path}.tools")
+    entries = [(function_of(item, item_path), item_path) for item_path, item in items]
+    return {str_field(entry, "name", item_path) or "" for entry, item_path in entries}
 
 
 # Content parts.  Clients mix the vendors' shapes (Cursor and Zed send Anthropic's to OpenAI's
@@ -3302,24 +3254,24 @@ def text_reader(key: str, prefix: str = "") -> PartReader:
 
 def read_image_url_part(part: Json, path: str) -> list[Block]:
     value = part.get("image_url")
-    url = need_str(value, "url", f"{path}.image_url") if isinstance(value, dict) else value
+    url_path = f"{path}.image_url"
+    url = need_str(value, "url", url_path) if isinstance(value, dict) else value
     if not isinstance(url, str):
         if part.get("file_id"):
-            raise UnsupportedFeature(f"{path}.file_id: files are not stored here.", param=path)
-        raise wrong_type(f"{path}.image_url", "an object with a url")
-    image = read_image_url(url, f"{path}.image_url")
+            raise unsupported(f"{path}.file_id", "the gateway stores no files.")
+        raise wrong_type(url_path, "an object with a url")
+    image = read_image_url(url, url_path)
     detail = (value if isinstance(value, dict) else part).get("detail")
     image.detail = detail if detail in ("low", "high") else ""
     return [image]
 
 
 def read_image_part(part: Json, path: str) -> list[Block]:
-    source = dict_field(part, "source", path)
-    source_path = f"{path}.source"
+    source, source_path = dict_field(part, "source", path), f"{path}.source"
     if source.get("type") == "url":
         return [read_image_url(need_str(source, "url", source_path), f"{source_path}.url")]
     if source.get("type") != "base64":
-        raise UnsupportedFeature(f"{source_path}: must be base64 or an https url.", param=path)
+        raise unsupported(source_path, "must be base64 or an https url.")
     data = need_str(source, "data", source_path)
     media_type = str_field(source, "media_type", source_path) or ""
     if data.startswith("data:"):  # a data URL in place of bare base64
@@ -3332,9 +3284,7 @@ def read_file_part(part: Json, path: str) -> list[Block]:
     data = str_field(entry, "file_data", path)
     title = str_field(entry, "filename", path) or ""
     if not data:
-        raise UnsupportedFeature(
-            f"{path}: files must come as file_data; nothing is stored or fetched here.", param=path
-        )
+        raise unsupported(path, "files must be sent as file_data; the gateway fetches none.")
     if not data.startswith("data:"):
         data = "data:application/pdf;base64," + data
     media_type, payload = read_data_url(data, path)
@@ -3342,31 +3292,26 @@ def read_file_part(part: Json, path: str) -> list[Block]:
         try:
             text = base64.b64decode(payload, validate=True).decode("utf-8", "replace")
         except ValueError:
-            raise InvalidRequest(f"{path}: is not valid base64.", param=path) from None
+            raise invalid(path, "is not valid base64.") from None
         return [Document(media_type, text=text, title=title, path=path)]
     if media_type != "application/pdf":
-        raise UnsupportedFeature(f"{path}: files must be PDF or text.", param=path)
+        raise unsupported(path, "files must be PDF or text.")
     return [Document(media_type, payload, title=title, path=path)]
 
 
 def read_document_part(part: Json, path: str) -> list[Block]:
-    source = dict_field(part, "source", path)
-    title = str_field(part, "title", path) or ""
-    kind = source.get("type")
-    if kind == "base64":
-        data = need_str(source, "data", f"{path}.source")
-        media_type = str_field(source, "media_type", path) or "application/pdf"
-        return [Document(media_type, data, title=title, path=path)]
-    if kind == "text":
-        text = need_str(source, "data", f"{path}.source")
-        return [Document("text/plain", text=text, title=title, path=path)]
+    source, source_path = dict_field(part, "source", path), f"{path}.source"
+    title, kind = str_field(part, "title", path) or "", source.get("type")
     if kind == "content":
-        blocks = read_parts(source.get("content"), f"{path}.source.content")
+        blocks = read_parts(source.get("content"), f"{source_path}.content")
         return [Text(f"[{title}]"), *blocks] if title else blocks
-    raise UnsupportedFeature(
-        f"{path}.source: must be base64, text or content; nothing is stored or fetched here.",
-        param=path,
-    )
+    if kind not in ("base64", "text"):
+        raise unsupported(source_path, "must be base64, text or content; the gateway fetches none.")
+    data = need_str(source, "data", source_path)
+    if kind == "text":
+        return [Document("text/plain", text=data, title=title, path=path)]
+    media_type = str_field(source, "media_type", path) or "application/pdf"
+    return [Document(media_type, data, title=title, path=path)]
 
 
 def read_search_result_part(part: Json, path: str) -> list[Block]:
@@ -3386,19 +3331,15 @@ def read_tool_result_part(part: Json, path: str) -> list[Block]:
 
 
 def read_thinking_part(part: Json, path: str) -> list[Block]:
-    text = str_field(part, "thinking", path) or ""
-    signature = str_field(part, "signature", path) or ""
-    return [Thinking(text, signature, str_field(part, "data", path) or "")]
+    return [Thinking(*(str_field(part, key, path) or "" for key in THINKING_FIELDS))]
 
 
 def read_server_tool_part(part: Json, path: str) -> list[Block]:
     """A server-side tool's block as one text line: other vendors cannot verify the original."""
     if part.get("type") == "server_tool_use":
         return [Text(f"[{part.get('name')}: {dump_text(part.get('input'))}]")]
-    content = part.get("content")
-    entries = content if isinstance(content, list) else [content]
-    lines = []
-    for entry in entries:
+    content, lines = part.get("content"), []
+    for entry in content if isinstance(content, list) else [content]:
         if isinstance(entry, dict):
             values = (entry.get(key) for key in ("title", "url", "text", "error_code", "tool_name"))
             lines.append(" ".join(value for value in values if isinstance(value, str)))
@@ -3409,6 +3350,7 @@ def refuse_part(part: Json, path: str) -> list[Block]:
     raise UnsupportedFeature(f"{path}.type: {part['type']} is not supported here.", param=path)
 
 
+THINKING_FIELDS = ("thinking", "signature", "data")
 read_text_part = text_reader("text")
 # All tools are always sent, also those that a client's search has yet to find.
 read_tool_reference_part = text_reader("tool_name", "Tool available: ")
@@ -3444,16 +3386,15 @@ def read_parts(content: Any, path: str) -> list[Block]:
     if not isinstance(content, list):
         raise wrong_type(path, "a string or a list of parts")
     blocks: list[Block] = []
-    for index, item in enumerate(content):
-        if isinstance(item, str):
-            blocks.append(Text(item))
+    for index, part in enumerate(content):
+        if isinstance(part, str):
+            blocks.append(Text(part))
             continue
-        item_path = f"{path}.{index}"
-        part = need_dict(item, item_path)
-        reader = part_reader(part)
+        part_path = f"{path}.{index}"
+        reader = part_reader(need_dict(part, part_path))
         if reader is None and not isinstance(part.get("text"), str):
-            raise InvalidRequest(f"{item_path}.type: is not a known part type.", param=item_path)
-        blocks += (reader or read_text_part)(part, item_path)
+            raise InvalidRequest(f"{part_path}.type: is not a known part type.", param=part_path)
+        blocks += (reader or read_text_part)(part, part_path)
     return blocks
 
 
@@ -3465,22 +3406,17 @@ def plain_text(blocks: Iterable[Block]) -> str:
 STRING, INTEGER = {"type": "string"}, {"type": "integer"}
 INTEGERS = {"type": "array", "items": INTEGER}
 EDITING: Json = {
-    **dict.fromkeys(("path", "file_text", "old_str", "new_str"), STRING),
-    "insert_line": INTEGER,
-    "insert_text": STRING,
-}
+    "path": STRING, "file_text": STRING, "old_str": STRING, "new_str": STRING,
+    "insert_line": INTEGER, "insert_text": STRING,
+}  # fmt: skip
 EDITOR_COMMAND = {**STRING, "enum": ["view", "create", "str_replace", "insert"]}
+EDITOR: Json = {"command": EDITOR_COMMAND, **EDITING, "view_range": INTEGERS}
+MEMORY: Json = {"command": STRING, **EDITING, "old_path": STRING, "new_path": STRING}
 #: family of tools -> (required properties, all properties)
 CLIENT_TOOLS: dict[str, tuple[list[str], Json]] = {
     "bash": ([], {"command": STRING, "restart": {"type": "boolean"}}),
-    "text_editor": (
-        ["command", "path"],
-        {"command": EDITOR_COMMAND, **EDITING, "view_range": INTEGERS},
-    ),
-    "memory": (
-        ["command"],
-        {"command": STRING, **EDITING, "old_path": STRING, "new_path": STRING},
-    ),
+    "text_editor": (["command", "path"], EDITOR),
+    "memory": (["command"], MEMORY),
     "computer": (["action"], {"action": STRING, "coordinate": INTEGERS, "text": STRING}),
 }
 
@@ -3506,14 +3442,12 @@ def drop_hosted(
 
 def tool_names(body: Json, path: str = "") -> list[str]:
     names = []
-    for index, item in enumerate(list_field(body, "tools", path)):
-        item_path = f"{join_path(path, 'tools')}.{index}"
-        entry = function_of(need_dict(item, item_path), item_path)
+    for item_path, item in need_dicts(list_field(body, "tools", path), join_path(path, "tools")):
+        entry = function_of(item, item_path)
         if entry.get("type") == "namespace":
             names += tool_names(entry, item_path)
         name = str_field(entry, "name", item_path)
-        if name is not None:
-            names.append(name)
+        names += [] if name is None else [name]
     return names
 
 
@@ -3546,6 +3480,12 @@ def get_dict(obj: Json, key: str) -> Json:
     """The object at `key`, or an empty one."""
     value = obj.get(key)
     return value if isinstance(value, dict) else {}
+
+
+def get_dicts(obj: Json, key: str) -> list[Json]:
+    """The objects in the list at `key`; an empty list for anything else."""
+    value = obj.get(key)
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 def inline_refs(schema: Json, tool_count: int = MAX_TOOLS) -> Any:
@@ -3594,8 +3534,7 @@ def read_copilot_usage(frame: Json, usage: Usage) -> None:
     if "total_nano_aiu" in billing:
         usage.nano_credits = get_int(billing, "total_nano_aiu", usage.nano_credits)
         usage.credits_source = "reported"
-    details = billing.get("token_details")
-    rows = [row for row in details if isinstance(row, dict)] if isinstance(details, list) else []
+    rows = get_dicts(billing, "token_details")
     counts = {str(row.get("token_type")): get_int(row, "token_count", 0) for row in rows}
     if "input" in counts:
         usage.input = counts["input"]
@@ -3606,28 +3545,21 @@ def read_copilot_usage(frame: Json, usage: Usage) -> None:
 # Usage: the paths of a dialect's usage object, in order -> the fields of Usage.
 
 CHAT_USAGE = {
-    "prompt_tokens": "prompt",
-    "completion_tokens": "output",
-    "total_tokens": "total",
+    "prompt_tokens": "prompt", "completion_tokens": "output", "total_tokens": "total",
     "prompt_tokens_details.cached_tokens": "cache_read",
     "prompt_tokens_details.cache_write_tokens": "cache_write",
     "completion_tokens_details.reasoning_tokens": "reasoning",
-}
+}  # fmt: skip
 MESSAGES_USAGE = {
-    "input_tokens": "input",
-    "cache_creation_input_tokens": "cache_write",
-    "cache_read_input_tokens": "cache_read",
-    "output_tokens": "output",
+    "input_tokens": "input", "cache_creation_input_tokens": "cache_write",
+    "cache_read_input_tokens": "cache_read", "output_tokens": "output",
     "output_tokens_details.thinking_tokens": "reasoning",
-}
+}  # fmt: skip
 RESPONSES_USAGE = {
-    "input_tokens": "prompt",
-    "input_tokens_details.cached_tokens": "cache_read",
-    "input_tokens_details.cache_write_tokens": "cache_write",
-    "output_tokens": "output",
-    "output_tokens_details.reasoning_tokens": "reasoning",
-    "total_tokens": "total",
-}
+    "input_tokens": "prompt", "input_tokens_details.cached_tokens": "cache_read",
+    "input_tokens_details.cache_write_tokens": "cache_write", "output_tokens": "output",
+    "output_tokens_details.reasoning_tokens": "reasoning", "total_tokens": "total",
+}  # fmt: skip
 
 
 def read_usage(holder: Json, table: dict[str, str], usage: Usage) -> bool:
@@ -3718,16 +3650,10 @@ def read_stream_error(value: Any) -> ApiError:
         if error_type:
             return error_type(text, code=key if key == "invalid_prompt" else None)
     policy = code if code == "cyber_policy" else None
-    return UpstreamError(f"The upstream failed while it answered: {text}", code=policy)
+    return UpstreamError(f"The upstream failed during the response: {text}", code=policy)
 
 
 # 8.2 OpenAI chat completions
-
-
-def get_dicts(obj: Json, key: str) -> list[Json]:
-    """The objects in the list at `key`; an empty list for anything else."""
-    value = obj.get(key)
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 JSON_TOKEN = re.compile(r'[][{}"]|\\.?', re.DOTALL)
@@ -7214,7 +7140,7 @@ KIRO = KiroDialect()
 UPSTREAM_DIALECTS: dict[str, UpstreamDialect] = {**DIALECTS, KIRO.name: KIRO}
 
 
-# 8.6 the flow of one answer
+# 8.6 translating one response
 
 
 class Converter:
@@ -7224,22 +7150,24 @@ class Converter:
         self.reader = reader
         self.writer = writer
         self.context = context
-        self.checker = Checker()
         self.cutter = StopCutter(context.cut) if context.cut else None
+        self.state = "new"  # of EVENT_STATES
+        self.guard = RunawayGuard()  # of the open call
         self.usage = Usage()
         self.said = 0.0
         self.call_count = 0
 
     @property
     def finished(self) -> bool:
-        return self.checker.state == "over"
+        return self.state == "complete"
 
     def repair(self, frame: Json) -> list[Json]:
         return self.write(self.reader.read(frame))
 
     def end(self) -> list[Json]:
         frames = [] if self.finished else self.write(self.reader.end())
-        self.checker.end()
+        if not self.finished:
+            raise UpstreamError(BROKEN_OFF)
         return frames
 
     def write(self, events: list[Event]) -> list[Json]:
@@ -7251,24 +7179,34 @@ class Converter:
         return frames
 
     def write_event(self, event: Event) -> list[Json]:
-        """Checks one event; usage that was not reported is estimated before the finish."""
+        """Enforces EVENT_STATES, so that writers can rely on it; completes calls and usage."""
         if isinstance(event, StreamError):
             raise event.error
-        event = self.checker.check(event)
+        state = EVENT_STATES.get((self.state, type(event)))
+        if state is None:
+            raise UpstreamError(OFF_PROTOCOL)
+        self.state = state
         if isinstance(event, BlockDelta):
+            if event.part == "arguments":
+                self.guard.check(event.text)
             if event.part != "signature":
                 self.said += estimate_text(event.text)
         elif isinstance(event, BlockStart) and event.kind == "tool":
             if not event.name:
                 raise UpstreamError(OFF_PROTOCOL)
-            event.name = self.context.names.get(event.name, event.name)
+            self.guard = RunawayGuard()
             self.call_count += 1
+            event.name = self.context.names.get(event.name, event.name)
             event.id = event.id or "call_" + short_hash(f"{self.context.id} {self.call_count}", 24)
         elif isinstance(event, UsageUpdate):
             self.usage = event.usage
-        elif isinstance(event, MessageStop) and self.usage.source != "reported":
-            self.usage = finalize_usage(self.usage, self.context, self.said)
-            return [*self.writer.write(UsageUpdate(self.usage)), *self.writer.write(event)]
+        elif isinstance(event, MessageStop):
+            # Copilot and others report "stop" after a tool call (seen in 2026-08).
+            if self.call_count and event.reason in ("end", "stop"):
+                event = MessageStop("tool")
+            if self.usage.source != "reported":
+                self.usage = finalize_usage(self.usage, self.context, self.said)
+                return [*self.writer.write(UsageUpdate(self.usage)), *self.writer.write(event)]
         return self.writer.write(event)
 
 
@@ -7325,7 +7263,8 @@ class StreamTranslator:
     """One response in transit: upstream bytes in, client bytes out.
 
     Without `stream` frames are collected, and `whole` returns the response at the end.  An error
-    before the first byte is kept in `error`, so that it can become a status; later it is a frame.
+    before the first byte is only stored in `error`, so that it can become a status; later it is
+    also sent as a frame.
     """
 
     def __init__(
@@ -7347,7 +7286,6 @@ class StreamTranslator:
             self.relay = Converter(upstream.reader(context), client.writer(context), context)
         else:
             self.relay = client.relay(context)
-        self.tail = client.tail if stream else b""
         self.frames: list[Json] = []  # without `stream`
         self.collected_bytes = 0  # upstream bytes that `frames` were parsed from
         #: matching deltas need no parsing; nothing else may change the response meanwhile
@@ -7379,7 +7317,7 @@ class StreamTranslator:
         try:
             self.collected_bytes += 0 if self.stream else len(data)
             if self.collected_bytes > MAX_COLLECTED_BYTES:
-                raise UpstreamError("The upstream's answer is too large.")
+                raise UpstreamError("The upstream's response is too large.")
             blocks = self.framing.complete(data)
             step = FIRST_PARSED_EVENTS if self.may_copy else len(blocks)
             while blocks and not self.over:
@@ -7389,7 +7327,6 @@ class StreamTranslator:
                     self.relay.said += copied[1]
                     break
                 # Parses a few, retries with the template they gave, then parses twice as many.
-                self.template = None
                 parts = blocks.split(b"\n\n", step)
                 remaining = parts[step] if len(parts) > step else b""
                 self.feed_events(blocks[: len(blocks) - len(remaining)])
@@ -7400,6 +7337,8 @@ class StreamTranslator:
         return self.take_output()
 
     def feed_events(self, blocks: bytes) -> None:
+        """Parses and relays complete events; the last one may give a new template."""
+        self.template = None
         frames = self.framing.frames(blocks)
         text = self.upstream.plain_text(frames[-1]) if frames and self.may_copy else None
         self.pass_on(frames)
@@ -7413,7 +7352,7 @@ class StreamTranslator:
         try:
             payload = load_object(data)
             if payload is None:
-                raise UpstreamError("The upstream's answer is not JSON.")
+                raise UpstreamError("The upstream's response is not JSON.")
             if payload.get("error"):
                 raise read_stream_error(payload["error"])
             self.pass_on(self.upstream.expand(payload))
@@ -7430,7 +7369,6 @@ class StreamTranslator:
             self.pass_on(self.framing.last_frames())
             if not self.over:
                 self.send(self.relay.end())
-                self.output.append(self.tail)
         except ApiError as failure:
             self.fail(failure)
         return self.take_output()
@@ -7442,8 +7380,6 @@ class StreamTranslator:
             repaired = self.relay.repair(frame)
             self.last_frame = repaired[0] if len(repaired) == 1 else None
             self.send(repaired)
-            if self.relay.finished:
-                self.output.append(self.tail)
 
     def send(self, frames: list[Json]) -> None:
         """Numbers are assigned here, as pings and errors come in between."""
@@ -7456,6 +7392,8 @@ class StreamTranslator:
                 frame["sequence_number"] = self.frame_count
             self.frame_count += 1
             self.output.append(self.client.encode(frame))
+        if self.relay.finished and self.error is None:
+            self.output.append(self.client.tail)
 
     def take_output(self) -> bytes:
         output, self.output = self.output, []
