@@ -2545,14 +2545,14 @@ Event = MessageStart | BlockStart | BlockDelta | BlockStop | UsageUpdate | Messa
 
 OFF_PROTOCOL = "The upstream's response violates its own protocol."
 
-# (state, event) -> state; any other event is a protocol error.
-EVENT_STATES: dict[tuple[str, type], str] = {
-    ("new", MessageStart): "open",
-    ("open", BlockStart): "block",
-    ("block", BlockDelta): "block",
-    ("block", BlockStop): "open",
-    ("open", MessageStop): "complete",
-    **{(state, UsageUpdate): state for state in ("new", "open", "block")},
+# event -> state -> state; any other event is a protocol error.
+EVENT_STATES: dict[type, dict[str, str]] = {
+    MessageStart: {"new": "open"},
+    BlockStart: {"open": "block"},
+    BlockDelta: {"block": "block"},
+    BlockStop: {"block": "open"},
+    UsageUpdate: {"new": "new", "open": "open", "block": "block"},
+    MessageStop: {"open": "complete"},
 }
 
 LINE_BREAKS = "\r\n\t"
@@ -3193,12 +3193,16 @@ def need_dicts(items: Iterable[Any], path: str) -> Iterator[tuple[str, Json]]:
         yield f"{path}.{index}", need_dict(item, f"{path}.{index}")
 
 
+def object_list(body: Json, key: str) -> list[Json]:
+    """Raises InvalidRequest unless the value at `key` is a non-empty list of objects."""
+    objects = [item for _, item in need_dicts(list_field(body, key), key)]
+    if not objects:
+        raise invalid(key, "is required." if body.get(key) is None else "must not be empty.")
+    return objects
+
+
 def message_list(body: Json) -> list[Json]:
-    """Raises InvalidRequest unless `messages` is a non-empty list of objects."""
-    messages = [item for _, item in need_dicts(list_field(body, "messages"), "messages")]
-    if not messages:
-        raise invalid("messages", "must not be empty." if "messages" in body else "is required.")
-    return messages
+    return object_list(body, "messages")
 
 
 def opening_words(system: Any, messages: list[Json]) -> str:
@@ -3656,13 +3660,15 @@ def read_stream_error(value: Any) -> ApiError:
 # 8.2 OpenAI chat completions
 
 
-JSON_TOKEN = re.compile(r'[][{}"]|\\.?', re.DOTALL)
 CallKey = tuple[int, int] | str  # identifies a call within a response
+MAX_FAILED_PARSES = (
+    8  # of one call's growing arguments; then only the end of the stream completes it
+)
 
 
 @dataclass(slots=True)
 class StreamedCall:
-    """A tool call being streamed; no fragment is scanned twice."""
+    """A tool call being streamed."""
 
     key: CallKey
     id: str = ""
@@ -3672,31 +3678,21 @@ class StreamedCall:
     complete: bool = False  #: its last fragment was received
     closed: bool = False
     sent_count: int = 0  #: number of pieces passed on
-    scanned_count: int = 0  #: number of pieces seen by `is_whole`
-    depth: int = 0  #: of open brackets in what was scanned
-    in_string: bool = False
-    pending_escape: str = ""  #: a trailing backslash of the last piece
-    is_object: bool | None = None  #: None until the outermost bracket has closed
+    parsed_count: int = 0  #: number of pieces when they were last parsed
+    is_object: bool = False  #: whether these were a JSON object
+    failed_parses: int = 0
 
     def is_whole(self) -> bool:
         """Whether the arguments are a complete JSON object."""
-        while self.scanned_count < len(self.pieces):
-            piece = self.pieces[self.scanned_count]
-            self.scanned_count += 1
-            if self.is_object is not None:
-                self.is_object = self.is_object and not piece.strip()
-                continue
-            token = ""
-            for token in JSON_TOKEN.findall(self.pending_escape + piece):
-                if token == '"':
-                    self.in_string = not self.in_string
-                elif not self.in_string and len(token) == 1:
-                    self.depth += 1 if token in "[{" else -1
-            self.pending_escape = token if token == "\\" else ""
-            if self.depth <= 0 and not self.in_string and piece.rstrip().endswith("}"):
-                scanned = "".join(self.pieces[: self.scanned_count])
-                self.is_object = load_object(scanned) is not None
-        return self.is_object is True
+        if self.parsed_count != len(self.pieces):
+            self.parsed_count = len(self.pieces)
+            self.is_object = load_object("".join(self.pieces)) is not None
+            self.failed_parses += not self.is_object
+        return self.is_object
+
+    def can_close(self) -> bool:
+        """Whether no more can follow; with a bound on the work, as `is_whole` parses everything."""
+        return self.complete or (self.failed_parses < MAX_FAILED_PARSES and self.is_whole())
 
 
 class BlockAssembler:
@@ -3725,7 +3721,7 @@ class BlockAssembler:
     def add_text(self, kind: str, text: str) -> None:
         """Adds to a block of `kind`, now or once the live call is complete."""
         if self.call is not None:
-            if not self.call.is_whole():
+            if not self.call.can_close():
                 self.waiting.append((kind, text))
                 return
             self.close()
@@ -3766,7 +3762,7 @@ class BlockAssembler:
                 self.open("tool", self.unopened.popleft())
                 continue
             self.send_arguments(live)
-            if not (live.complete or (latest is not live and live.is_whole())):
+            if not (live.complete or (latest is not live and live.can_close())):
                 return
             self.close()
         self.release_text()
@@ -4098,9 +4094,7 @@ def write_chat_part(block: Text | Refusal | Image | Document, model: Model) -> J
         heading = f"[{block.title}]\n" if block.title else ""
         return {"type": "text", "text": heading + block.text}
     if not model.files:
-        raise UnsupportedFeature(
-            f"{block.path}: {model.id} does not take PDF documents.", param=block.path
-        )
+        raise unsupported(block.path, f"{model.id} does not support PDF documents.")
     data = f"data:{block.media_type};base64,{block.data}"
     return {"type": "file", "file": {"filename": block.title or "document.pdf", "file_data": data}}
 
@@ -4528,13 +4522,11 @@ class ChatDialect(Dialect):
 
     def plain_text(self, frame: Json) -> str | None:
         choices = get_dicts(frame, "choices")
-        if len(choices) != 1 or len(frame["choices"]) != 1 or frame.get("usage"):
+        delta = get_dict(choices[0], "delta") if len(choices) == 1 else {}
+        if list(delta) != ["content"] or len(frame["choices"]) != 1 or frame.get("usage"):
             return None
-        choice, delta = choices[0], get_dict(choices[0], "delta")
-        if any(choice.get(key) for key in ("finish_reason", "index", "logprobs")):
-            return None
-        text = delta.get("content") if len(delta) == 1 else None
-        return text if isinstance(text, str) else None
+        has_more = any(choices[0].get(key) for key in ("finish_reason", "index", "logprobs"))
+        return delta["content"] if isinstance(delta["content"], str) and not has_more else None
 
     def error_body(self, error: ApiError, request_id: str) -> Json:
         return {"error": write_openai_error(error)}
@@ -5295,14 +5287,7 @@ def input_items(body: Json) -> list[Json]:
     value = body.get("input")
     if isinstance(value, str):
         return [{"type": "message", "role": "user", "content": value}]
-    if value is None:
-        raise InvalidRequest("input: is required.", param="input")
-    items: list[Json] = list_field(body, "input")
-    if not items:
-        raise InvalidRequest("input: must not be empty.", param="input")
-    for index, item in enumerate(items):
-        need_dict(item, f"input.{index}")
-    return items
+    return object_list(body, "input")
 
 
 CUSTOM_SCHEMA: Json = {
@@ -7174,7 +7159,7 @@ class Converter:
         frames = []
         for event in events:
             for passed in self.cutter.take(event) if self.cutter else (event,):
-                if not self.finished:
+                if self.state != "complete":
                     frames += self.write_event(passed)
         return frames
 
@@ -7182,7 +7167,7 @@ class Converter:
         """Enforces EVENT_STATES, so that writers can rely on it; completes calls and usage."""
         if isinstance(event, StreamError):
             raise event.error
-        state = EVENT_STATES.get((self.state, type(event)))
+        state = EVENT_STATES[type(event)].get(self.state)
         if state is None:
             raise UpstreamError(OFF_PROTOCOL)
         self.state = state
@@ -7259,6 +7244,7 @@ class Template(NamedTuple):
         return output, estimate_text(text) - blank_tokens
 
 
+@dataclass(slots=True)
 class StreamTranslator:
     """One response in transit: upstream bytes in, client bytes out.
 
@@ -7267,35 +7253,32 @@ class StreamTranslator:
     also sent as a frame.
     """
 
-    def __init__(
-        self,
-        upstream: UpstreamDialect,
-        client: Dialect,
-        context: ResponseContext,
-        stream: bool,
-        request_id: str,
-    ) -> None:
-        self.client = client
-        self.upstream = upstream
-        self.context = context
-        self.stream = stream
-        self.request_id = request_id
+    upstream: UpstreamDialect
+    client: Dialect
+    context: ResponseContext
+    stream: bool
+    request_id: str
+    framing: Framing = field(init=False)
+    relay: Relay = field(init=False)
+    may_copy: bool = field(init=False)  #: text deltas, without parsing each
+    frames: list[Json] = field(default_factory=list)  #: without `stream`
+    collected_bytes: int = 0  #: upstream bytes that `frames` were parsed from
+    #: matching deltas need no parsing; nothing else may change the response meanwhile
+    template: Template | None = None
+    last_frame: Json | None = None  #: what the last frame became, if that was one frame
+    output: list[bytes] = field(default_factory=list)  #: not yet returned
+    begun: bool = False  #: a byte was sent, so an error can only be a frame
+    frame_count: int = 0  #: frames sent
+    error: ApiError | None = None
+
+    def __post_init__(self) -> None:
+        upstream, client, context = self.upstream, self.client, self.context
         self.framing = upstream.framing()
-        self.relay: Relay
+        self.may_copy = self.stream and not context.cut
         if upstream is not client or context.cut or context.legacy_functions or context.rewritten:
             self.relay = Converter(upstream.reader(context), client.writer(context), context)
         else:
             self.relay = client.relay(context)
-        self.frames: list[Json] = []  # without `stream`
-        self.collected_bytes = 0  # upstream bytes that `frames` were parsed from
-        #: matching deltas need no parsing; nothing else may change the response meanwhile
-        self.template: Template | None = None
-        self.may_copy = stream and not context.cut
-        self.last_frame: Json | None = None  # what the last frame became, if that was one frame
-        self.output: list[bytes] = []  # not yet returned
-        self.begun = False  #: a byte was sent, so an error can only be a frame
-        self.frame_count = 0  # frames sent
-        self.error: ApiError | None = None
 
     @property
     def over(self) -> bool:
