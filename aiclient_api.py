@@ -2443,8 +2443,8 @@ class Model:
     efforts: tuple[str, ...] = ()
     adaptive: bool = False
     budget: tuple[int, int] | None = None  #: (min, max) thinking tokens
-    stops: int | None = None  #: how many stop strings it takes; None = no known limit
-    files: bool = False  #: takes PDF parts in the chat dialect
+    stops: int | None = None  #: how many stop strings it accepts; None = no known limit
+    files: bool = False  #: accepts PDF parts in the chat dialect
     streaming: bool = True
     listed: bool = True  #: in model lists by default
     headers: dict[str, str] = field(default_factory=dict)  #: to send upstream with this model
@@ -2572,14 +2572,14 @@ class RunawayGuard:
         self.tail = text[len(text.rstrip(LINE_BREAKS)) :]
 
 
+@dataclass(slots=True)
 class StopCutter:
     """Applies stop strings for upstreams without that field; a possible beginning is held back."""
 
-    def __init__(self, stops: list[str]) -> None:
-        self.stops = stops
-        self.held_text = ""
-        self.in_text = False
-        self.stopped = False
+    stops: list[str]
+    held_text: str = ""
+    in_text: bool = False
+    stopped: bool = False
 
     def take(self, event: Event) -> list[Event]:
         if self.stopped:
@@ -2622,13 +2622,13 @@ NON_NAME_CHARS = re.compile(r"[^A-Za-z0-9_-]")
 
 
 def wire_name(name: str) -> str:
-    """A tool name that every vendor takes; deterministic, so that history needs no state."""
+    """A tool name that every vendor accepts; deterministic, so history needs no state."""
     cleaned = NON_NAME_CHARS.sub("_", name)
     return cleaned if len(cleaned) <= 64 else f"{cleaned[:55]}_{short_hash(name, 8)}"
 
 
 def wire_id(call_id: str) -> str:
-    """A call id that every vendor takes; deterministic, so that calls and results still match."""
+    """A call id that every vendor accepts; deterministic, so that calls and results still match."""
     return call_id if WIRE_NAME.fullmatch(call_id) else "call_" + short_hash(call_id, 24)
 
 
@@ -2789,7 +2789,7 @@ def wire_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def parse_arguments(text: str) -> Json:
-    """A call's arguments as an object; other text is kept under `_raw`."""
+    """A call's arguments as an object; text that is none becomes the value of `_raw`."""
     if not text.strip():
         return {}
     value = load_object(text)
@@ -2832,7 +2832,7 @@ def effort_of_budget(budget: int) -> str:
 
 
 def clamp_budget(budget: int, limits: tuple[int, int] | None, max_tokens: int) -> int | None:
-    """A thinking budget that the model takes; None if there is no room for thinking."""
+    """A thinking budget that the model accepts; None if there is no room for thinking."""
     low, high = limits or (MIN_THINKING_BUDGET, max_tokens)
     budget = min(max(budget, low, MIN_THINKING_BUDGET), high, max_tokens - 1)
     return budget if budget >= max(low, MIN_THINKING_BUDGET) else None
@@ -3072,11 +3072,11 @@ class ResponseContext:
 
 
 class Framing(Protocol):
-    """Upstream bytes in, server-sent events out: the one form in which frames are parsed.
+    """Upstream bytes -> server-sent events -> frames.  All methods raise UpstreamError.
 
     `complete` returns the events that `data` completes, unparsed; `frames` parses them, and one
-    that cannot be parsed becomes an error frame and ends the list.  `last_frames` returns what was
-    buffered until EOF.  All raise UpstreamError, the last also if the stream was cut off.
+    that cannot be parsed becomes an error frame and ends the list.  `last_frames`, called at EOF,
+    returns what was buffered, and raises also if the stream was cut off.
     """
 
     def complete(self, data: bytes) -> bytes: ...
@@ -3117,7 +3117,7 @@ class UpstreamDialect(Protocol):
     """The half of a dialect that writes requests to an upstream and reads its responses.
 
     `write_request` returns the body of a streaming request; `expand`, the frames equivalent to a
-    non-streaming response; `plain_text`, the text of a frame that is a text delta and nothing else.
+    non-streaming response; `plain_text`, the text of a frame that is only a text delta.
     """
 
     name: str
@@ -3262,7 +3262,7 @@ def read_image_url_part(part: Json, path: str) -> list[Block]:
     url = need_str(value, "url", url_path) if isinstance(value, dict) else value
     if not isinstance(url, str):
         if part.get("file_id"):
-            raise unsupported(f"{path}.file_id", "the gateway stores no files.")
+            raise UnsupportedFeature(f"{path}.file_id: the gateway stores no files.", param=path)
         raise wrong_type(url_path, "an object with a url")
     image = read_image_url(url, url_path)
     detail = (value if isinstance(value, dict) else part).get("detail")
@@ -3275,7 +3275,7 @@ def read_image_part(part: Json, path: str) -> list[Block]:
     if source.get("type") == "url":
         return [read_image_url(need_str(source, "url", source_path), f"{source_path}.url")]
     if source.get("type") != "base64":
-        raise unsupported(source_path, "must be base64 or an https url.")
+        raise UnsupportedFeature(f"{source_path}: must be base64 or an https url.", param=path)
     data = need_str(source, "data", source_path)
     media_type = str_field(source, "media_type", source_path) or ""
     if data.startswith("data:"):  # a data URL in place of bare base64
@@ -3310,7 +3310,8 @@ def read_document_part(part: Json, path: str) -> list[Block]:
         blocks = read_parts(source.get("content"), f"{source_path}.content")
         return [Text(f"[{title}]"), *blocks] if title else blocks
     if kind not in ("base64", "text"):
-        raise unsupported(source_path, "must be base64, text or content; the gateway fetches none.")
+        problem = "must be base64, text or content; the gateway fetches none."
+        raise UnsupportedFeature(f"{source_path}: {problem}", param=path)
     data = need_str(source, "data", source_path)
     if kind == "text":
         return [Document("text/plain", text=data, title=title, path=path)]
@@ -3335,7 +3336,8 @@ def read_tool_result_part(part: Json, path: str) -> list[Block]:
 
 
 def read_thinking_part(part: Json, path: str) -> list[Block]:
-    return [Thinking(*(str_field(part, key, path) or "" for key in THINKING_FIELDS))]
+    values = (str_field(part, key, path) or "" for key in ("thinking", "signature", "data"))
+    return [Thinking(*values)]
 
 
 def read_server_tool_part(part: Json, path: str) -> list[Block]:
@@ -3354,7 +3356,6 @@ def refuse_part(part: Json, path: str) -> list[Block]:
     raise UnsupportedFeature(f"{path}.type: {part['type']} is not supported here.", param=path)
 
 
-THINKING_FIELDS = ("thinking", "signature", "data")
 read_text_part = text_reader("text")
 # All tools are always sent, also those that a client's search has yet to find.
 read_tool_reference_part = text_reader("tool_name", "Tool available: ")
@@ -3434,11 +3435,9 @@ def client_tool_schema(kind: str) -> Json | None:
     return None
 
 
-def drop_hosted(
-    server_tools: list[str], tool_count: int, forced_name: str, dropped: list[str]
-) -> None:
+def drop_hosted(names: list[str], tool_count: int, forced_name: str, dropped: list[str]) -> None:
     """Drops server-side tools; raises UnsupportedFeature if one is forced or no other is left."""
-    for name in server_tools:
+    for name in names:
         if name == forced_name or not tool_count:
             raise UnsupportedFeature(f"{name} is not available on this model.", param="tools")
         dropped.append(f"tools.{name}")
@@ -3661,9 +3660,7 @@ def read_stream_error(value: Any) -> ApiError:
 
 
 CallKey = tuple[int, int] | str  # identifies a call within a response
-MAX_FAILED_PARSES = (
-    8  # of one call's growing arguments; then only the end of the stream completes it
-)
+MAX_FAILED_PARSES = 8  # of one call's growing arguments; bounds the work
 
 
 @dataclass(slots=True)
@@ -3691,10 +3688,11 @@ class StreamedCall:
         return self.is_object
 
     def can_close(self) -> bool:
-        """Whether no more can follow; with a bound on the work, as `is_whole` parses everything."""
+        """Whether no arguments follow; after too many parses only `complete` tells."""
         return self.complete or (self.failed_parses < MAX_FAILED_PARSES and self.is_whole())
 
 
+@dataclass(slots=True)
 class BlockAssembler:
     """Interleaved calls, text and thinking -> events, in which blocks never overlap.
 
@@ -3702,17 +3700,16 @@ class BlockAssembler:
     calls first, then text.
     """
 
-    def __init__(self, signature_prefix: str) -> None:
-        self.prefix = signature_prefix
-        self.events: list[Event] = []
-        self.kind = ""  # of the live block
-        self.call: StreamedCall | None = None  # the live one
-        self.calls: dict[CallKey, StreamedCall] = {}
-        self.unopened: deque[StreamedCall] = deque()  # calls whose name is known
-        self.waiting: list[tuple[str, str]] = []  # (kind, text) received inside a call
-        self.thinking: list[str] = []  # text of the live thinking block
-        self.signature: list[str] = []  # of the live thinking block or the next one
-        self.signed_thinking = ("", "")  # the last thinking text that has a signature, and that
+    signature_prefix: str
+    events: list[Event] = field(default_factory=list)
+    kind: str = ""  #: of the live block
+    call: StreamedCall | None = None  #: the live one
+    calls: dict[CallKey, StreamedCall] = field(default_factory=dict)
+    unopened: deque[StreamedCall] = field(default_factory=deque)  #: calls whose name is known
+    waiting: list[tuple[str, str]] = field(default_factory=list)  #: (kind, text) inside a call
+    thinking: list[str] = field(default_factory=list)  #: text of the live thinking block
+    signature: list[str] = field(default_factory=list)  #: of the live thinking block or the next
+    signed_thinking: tuple[str, str] = ("", "")  #: the last signed text, and its signature
 
     def take(self) -> list[Event]:
         events, self.events = self.events, []
@@ -3728,7 +3725,10 @@ class BlockAssembler:
             self.release_text()
         if kind == "redacted":
             self.close()
-            self.events += [BlockStart(kind, raw={"data": self.prefix + text}), BlockStop()]
+            self.events += [
+                BlockStart(kind, raw={"data": self.signature_prefix + text}),
+                BlockStop(),
+            ]
             return
         if self.kind != kind:
             self.open(kind)
@@ -3799,7 +3799,7 @@ class BlockAssembler:
         elif self.kind == "thinking":
             if self.signature:
                 signature = "".join(self.signature)
-                self.events.append(BlockDelta("signature", self.prefix + signature))
+                self.events.append(BlockDelta("signature", self.signature_prefix + signature))
                 self.signed_thinking = "".join(self.thinking), signature
             self.thinking, self.signature = [], []
         self.events.append(BlockStop())
@@ -3816,7 +3816,7 @@ class BlockAssembler:
         self.close()
 
 
-CHAT_FINISHES = {
+CHAT_STOP_REASONS = {
     "stop": "end", "length": "length", "tool_calls": "tool", "function_call": "tool",
     "content_filter": "filter",
 }  # fmt: skip
@@ -3858,7 +3858,7 @@ def get_reasoning(holder: Json) -> str:
 def read_chat_request(body: Json) -> Conversation:
     """Raises UnsupportedFeature for what a converted response cannot express."""
     if (int_field(body, "n") or 1) > 1:
-        raise UnsupportedFeature("n: this model supports only one choice.", param="n")
+        raise UnsupportedFeature("n: only one choice is offered on this model.", param="n")
     for key in ("logit_bias", "audio", "logprobs", "top_logprobs"):
         if body.get(key):
             param = key.removeprefix("top_")
@@ -3918,9 +3918,7 @@ def read_chat_assistant(message: Json, content: list[Block], path: str) -> list[
     calls = list_field(message, "tool_calls", path)
     if message.get("function_call"):
         calls = [*calls, {"function": message["function_call"]}]
-    for index, item in enumerate(calls):
-        call_path = f"{path}.tool_calls.{index}"
-        call = need_dict(item, call_path)
+    for call_path, call in need_dicts(calls, f"{path}.tool_calls"):
         function = function_of(call, call_path)
         arguments = function.get("arguments", function.get("input", ""))
         if not isinstance(arguments, str):
@@ -3933,9 +3931,8 @@ def read_chat_assistant(message: Json, content: list[Block], path: str) -> list[
 
 def read_chat_tools(body: Json, chat: Conversation) -> None:
     server_tools = ["web_search"] if body.get("web_search_options") is not None else []
-    for index, item in enumerate([*list_field(body, "tools"), *list_field(body, "functions")]):
-        path = f"tools.{index}"
-        tool = need_dict(item, path)
+    tools = [*list_field(body, "tools"), *list_field(body, "functions")]
+    for path, tool in need_dicts(tools, "tools"):
         function = function_of(tool, path)
         if "name" not in function and isinstance(tool.get("type"), str):
             server_tools.append(tool["type"])
@@ -3999,6 +3996,10 @@ def read_chat_settings(body: Json, chat: Conversation) -> None:
         chat.session = chat.session or str_field(body, key) or ""
 
 
+def without_nulls(obj: Json) -> Json:
+    return {key: value for key, value in obj.items() if value is not None}
+
+
 def write_chat_request(chat: Conversation, model: Model) -> Json:
     chat.refuse_prefill()
     messages: list[Json] = []
@@ -4011,25 +4012,20 @@ def write_chat_request(chat: Conversation, model: Model) -> Json:
             messages.append(write_chat_assistant(turn.blocks, chat))
         else:
             messages.extend(write_chat_user(turn.blocks, model))
-    body: Json = {"model": model.id, "messages": messages}
-    for tool in chat.tools:
-        function: Json = {"name": chat.wire_name(tool.name)}
-        function.update({"description": tool.description} if tool.description else {})
-        function["parameters"] = plain_schema(tool)
-        function.update({} if tool.strict is None else {"strict": tool.strict})
-        body.setdefault("tools", []).append({"type": "function", "function": function})
-    if chat.tools:
-        if chat.choice and chat.choice.mode == "named":
-            function = {"name": chat.wire_name(chat.choice.name)}
-            body["tool_choice"] = {"type": "function", "function": function}
-        elif chat.choice:
-            body["tool_choice"] = chat.choice.mode
-        if chat.parallel is not None:
-            body["parallel_tool_calls"] = chat.parallel
+    choice: str | Json | None = chat.choice.mode if chat.choice else None
+    if chat.choice and chat.choice.mode == "named":
+        choice = {"type": "function", "function": {"name": chat.wire_name(chat.choice.name)}}
     effort = chat.effort
     if effort is None and chat.thinking_budget:
         effort = effort_of_budget(chat.thinking_budget)
-    settings = {
+    if chat.top_k is not None:
+        chat.dropped.append("top_k")
+    body = {
+        "model": model.id,
+        "messages": messages,
+        "tools": [write_chat_tool(tool, chat) for tool in chat.tools] or None,
+        "tool_choice": choice if chat.tools else None,
+        "parallel_tool_calls": chat.parallel if chat.tools else None,
         "max_tokens": chat.max_tokens,
         "temperature": chat.temperature,
         "top_p": chat.top_p,
@@ -4038,13 +4034,25 @@ def write_chat_request(chat: Conversation, model: Model) -> Json:
         "verbosity": chat.verbosity,
         "response_format": write_response_format(chat.output) if chat.output else None,
         "prompt_cache_key": short_hash(chat.session, 32) if chat.session else None,
+        "stream": True,
+        "stream_options": {"include_usage": True},
     }
-    body.update({key: value for key, value in settings.items() if value is not None})
-    if chat.top_k is not None:
-        chat.dropped.append("top_k")
-    body["stream"] = True
-    body["stream_options"] = {"include_usage": True}
-    return body
+    return without_nulls(body)
+
+
+def write_chat_tool(tool: Tool, chat: Conversation) -> Json:
+    function: Json = {"name": chat.wire_name(tool.name), "description": tool.description or None}
+    function.update(parameters=plain_schema(tool), strict=tool.strict)
+    return {"type": "function", "function": without_nulls(function)}
+
+
+def write_response_format(output: OutputFormat) -> Json:
+    if output.schema is None:
+        return {"type": "json_object"}
+    strict = fits_strict(output.schema) if output.strict is None else output.strict
+    entry: Json = {"name": output.name, "schema": output.schema}
+    entry.update(description=output.description or None, strict=strict)
+    return {"type": "json_schema", "json_schema": without_nulls(entry)}
 
 
 def write_chat_assistant(blocks: list[Block], chat: Conversation) -> Json:
@@ -4082,11 +4090,10 @@ def write_chat_user(blocks: list[Block], model: Model) -> list[Json]:
 
 
 def write_chat_part(block: Text | Refusal | Image | Document, model: Model) -> Json:
-    """Raises UnsupportedFeature for a file if the model takes none."""
+    """Raises UnsupportedFeature for a PDF if the model does not support it."""
     if isinstance(block, Image):
-        image_url = {"url": block.url or f"data:{block.media_type};base64,{block.data}"}
-        if block.detail:
-            image_url["detail"] = block.detail
+        url = block.url or f"data:{block.media_type};base64,{block.data}"
+        image_url = without_nulls({"url": url, "detail": block.detail or None})
         return {"type": "image_url", "image_url": image_url}
     if isinstance(block, (Text, Refusal)):
         return {"type": "text", "text": block.text}
@@ -4100,7 +4107,7 @@ def write_chat_part(block: Text | Refusal | Image | Document, model: Model) -> J
 
 
 def write_chat_result(result: ToolResult, model: Model, user_parts: list[Json]) -> Json:
-    """A tool message; its images go into `user_parts`, as tool messages take none."""
+    """A tool message; its images go into `user_parts`, as tool messages accept none."""
     text = plain_text(result.blocks)
     attachments: list[Json] = []
     for block in result.blocks:
@@ -4121,27 +4128,17 @@ def write_chat_result(result: ToolResult, model: Model, user_parts: list[Json]) 
     return {"role": "tool", "tool_call_id": call_id, "content": text or "(no output)"}
 
 
-def write_response_format(output: OutputFormat) -> Json:
-    if output.schema is None:
-        return {"type": "json_object"}
-    entry: Json = {"name": output.name, "schema": output.schema}
-    if output.description:
-        entry["description"] = output.description
-    entry["strict"] = fits_strict(output.schema) if output.strict is None else output.strict
-    return {"type": "json_schema", "json_schema": entry}
-
-
+@dataclass(slots=True)
 class ChatReader:
     """Chat chunks -> events; chunks may interleave calls and text."""
 
-    def __init__(self, context: ResponseContext) -> None:
-        self.context = context
-        self.blocks = BlockAssembler(CHAT_ENVELOPE)
-        self.usage = Usage()
-        self.reasoning: list[str] = []
-        self.opaque = ""
-        self.finish_reason = ""
-        self.started = False
+    context: ResponseContext
+    blocks: BlockAssembler = field(default_factory=lambda: BlockAssembler(CHAT_ENVELOPE))
+    usage: Usage = field(default_factory=Usage)
+    reasoning: list[str] = field(default_factory=list)
+    opaque: str = ""
+    finish_reason: str = ""
+    started: bool = False
 
     def read(self, frame: Json) -> list[Event]:
         if frame.get("error"):
@@ -4204,7 +4201,7 @@ class ChatReader:
         if self.usage.source:
             blocks.events.append(UsageUpdate(self.usage))
         finish_reason, self.finish_reason = self.finish_reason, ""
-        stop_reason = CHAT_FINISHES.get(finish_reason, "")
+        stop_reason = CHAT_STOP_REASONS.get(finish_reason, "")
         if calls and stop_reason != "length":
             stop_reason = "tool"
         error = UpstreamError(f"The upstream ended with {finish_reason!r}.")
@@ -4329,6 +4326,7 @@ def merge_deltas(deltas: Iterable[Json]) -> Json:
     return merged
 
 
+@dataclass(slots=True)
 class ChatRelay:
     """Native chat chunks, repaired.
 
@@ -4338,20 +4336,19 @@ class ChatRelay:
     and in its place.
     """
 
-    def __init__(self, context: ResponseContext) -> None:
-        self.context = context
-        self.usage = Usage()
-        self.said = 0.0
-        self.finished = False
-        self.base: Json = {}  # the fields that all chunks share, from the first one
-        self.started = False
-        self.finish_reasons: dict[int, str] = {}  # per choice
-        self.call_indexes: dict[tuple[int, int], int] = {}
-        self.usage_frame: Json | None = None
-        self.guards: defaultdict[int, RunawayGuard] = defaultdict(RunawayGuard)  # per call
-        self.call_ids: list[str] = []
-        self.reasoning: list[str] = []
-        self.opaque = ""
+    context: ResponseContext
+    usage: Usage = field(default_factory=Usage)
+    said: float = 0.0
+    finished: bool = False
+    base: Json = field(default_factory=dict)  #: the fields that all chunks share
+    started: bool = False
+    finish_reasons: dict[int, str] = field(default_factory=dict)  #: per choice
+    call_indexes: dict[tuple[int, int], int] = field(default_factory=dict)
+    call_ids: list[str] = field(default_factory=list)
+    guards: list[RunawayGuard] = field(default_factory=list)  #: per call
+    usage_frame: Json | None = None
+    reasoning: list[str] = field(default_factory=list)
+    opaque: str = ""
 
     def repair(self, frame: Json) -> list[Json]:
         if self.finished:
@@ -4422,8 +4419,10 @@ class ChatRelay:
         arguments = function.get("arguments") or ""
         if isinstance(arguments, dict):
             arguments = dump_text(arguments)
-        is_first = key not in self.call_indexes
-        index = self.call_indexes.setdefault(key, len(self.call_indexes))
+        index = self.call_indexes.setdefault(key, len(self.guards))
+        is_first = index == len(self.guards)
+        if is_first:
+            self.guards.append(RunawayGuard())
         self.guards[index].check(str(arguments))
         if not is_first:
             return {"index": index, "function": {"arguments": arguments}}
@@ -4445,7 +4444,7 @@ class ChatRelay:
             self.context.keep(self.call_ids, "".join(self.reasoning), self.opaque)
         frames = []
         for index, finish_reason in sorted(self.finish_reasons.items()):
-            if finish_reason not in CHAT_FINISHES:
+            if finish_reason not in CHAT_STOP_REASONS:
                 raise UpstreamError(f"The upstream ended with {finish_reason!r}.")
             if self.call_indexes and finish_reason == "stop":
                 finish_reason = "tool_calls"
@@ -7128,19 +7127,19 @@ UPSTREAM_DIALECTS: dict[str, UpstreamDialect] = {**DIALECTS, KIRO.name: KIRO}
 # 8.6 translating one response
 
 
+@dataclass(slots=True)
 class Converter:
     """A Relay between two dialects: frames -> events -> checks and filters -> frames."""
 
-    def __init__(self, reader: Reader, writer: Writer, context: ResponseContext) -> None:
-        self.reader = reader
-        self.writer = writer
-        self.context = context
-        self.cutter = StopCutter(context.cut) if context.cut else None
-        self.state = "new"  # of EVENT_STATES
-        self.guard = RunawayGuard()  # of the open call
-        self.usage = Usage()
-        self.said = 0.0
-        self.call_count = 0
+    reader: Reader
+    writer: Writer
+    context: ResponseContext
+    cutter: StopCutter | None = None
+    state: str = "new"  #: of EVENT_STATES
+    guard: RunawayGuard = field(default_factory=RunawayGuard)  #: of the open call
+    usage: Usage = field(default_factory=Usage)
+    said: float = 0.0
+    call_count: int = 0
 
     @property
     def finished(self) -> bool:
@@ -7158,9 +7157,9 @@ class Converter:
     def write(self, events: list[Event]) -> list[Json]:
         frames = []
         for event in events:
-            for passed in self.cutter.take(event) if self.cutter else (event,):
+            for item in self.cutter.take(event) if self.cutter else (event,):
                 if self.state != "complete":
-                    frames += self.write_event(passed)
+                    frames += self.write_event(item)
         return frames
 
     def write_event(self, event: Event) -> list[Json]:
@@ -7215,7 +7214,7 @@ class Template(NamedTuple):
     out_after: bytes
 
     @classmethod
-    def learn(cls, block: bytes, output: bytes, text: str) -> Template | None:
+    def build(cls, block: bytes, output: bytes, text: str) -> Template | None:
         """The template of a delta and of its output; None if it is ambiguous."""
         quoted = dump_json(text)
         parts, out_parts = block.split(quoted), output.split(quoted)
@@ -7276,7 +7275,9 @@ class StreamTranslator:
         self.framing = upstream.framing()
         self.may_copy = self.stream and not context.cut
         if upstream is not client or context.cut or context.legacy_functions or context.rewritten:
-            self.relay = Converter(upstream.reader(context), client.writer(context), context)
+            cutter = StopCutter(context.cut) if context.cut else None
+            reader, writer = upstream.reader(context), client.writer(context)
+            self.relay = Converter(reader, writer, context, cutter)
         else:
             self.relay = client.relay(context)
 
@@ -7324,11 +7325,11 @@ class StreamTranslator:
         self.template = None
         frames = self.framing.frames(blocks)
         text = self.upstream.plain_text(frames[-1]) if frames and self.may_copy else None
-        self.pass_on(frames)
+        self.relay_frames(frames)
         frame = self.last_frame
         if text and frame and not self.over and self.client.plain_text(frame) == text:
             block = blocks[:-2].rpartition(b"\n\n")[2] + b"\n\n"
-            self.template = Template.learn(block, self.client.encode(frame), text)
+            self.template = Template.build(block, self.client.encode(frame), text)
 
     def feed_buffered(self, data: bytes) -> bytes:
         """The client's bytes for a non-streaming upstream response."""
@@ -7338,7 +7339,7 @@ class StreamTranslator:
                 raise UpstreamError("The upstream's response is not JSON.")
             if payload.get("error"):
                 raise read_stream_error(payload["error"])
-            self.pass_on(self.upstream.expand(payload))
+            self.relay_frames(self.upstream.expand(payload))
         except ApiError as error:
             self.fail(error)
         return self.take_output() + self.end()
@@ -7349,14 +7350,14 @@ class StreamTranslator:
         try:
             if error:
                 raise error
-            self.pass_on(self.framing.last_frames())
+            self.relay_frames(self.framing.last_frames())
             if not self.over:
                 self.send(self.relay.end())
         except ApiError as failure:
             self.fail(failure)
         return self.take_output()
 
-    def pass_on(self, frames: list[Json]) -> None:
+    def relay_frames(self, frames: list[Json]) -> None:
         for frame in frames:
             if self.relay.finished:
                 break  # nothing may follow the end
