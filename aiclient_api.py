@@ -2156,6 +2156,15 @@ SSE_COMMENT_PING = b": ping\n\n"
 # The request (Conversation) and the response (events), in a form that loses nothing of any dialect.
 
 
+def invalid(param: str, problem: str) -> InvalidRequest:
+    """`param` is the path of a request's field, as in `messages.3.content`."""
+    return InvalidRequest(f"{param}: {problem}", param=param)
+
+
+def unsupported(param: str, problem: str) -> UnsupportedFeature:
+    return UnsupportedFeature(f"{param}: {problem}", param=param)
+
+
 @dataclass(slots=True)
 class Text:
     text: str
@@ -2285,17 +2294,16 @@ class Conversation:
     def refuse_prefill(self) -> None:
         """Raises UnsupportedFeature if the model is to continue the last turn."""
         if self.prefilled:
-            problem = "the last message must be the user's; this model takes no prefill."
-            raise UnsupportedFeature(f"{self.turns_field}: {problem}", param=self.turns_field)
+            problem = "the last message must be the user's; this model supports no prefill."
+            raise unsupported(self.turns_field, problem)
 
     def refuse_empty(self) -> InvalidRequest:
-        param = self.turns_field
-        return InvalidRequest(f"{param}: the conversation says nothing.", param=param)
+        return invalid(self.turns_field, "the conversation is empty.")
 
     def name_tools(self) -> None:
         """Sets `names` for declared tools and for those only called in earlier turns."""
         if any(not tool.name for tool in self.tools):
-            raise InvalidRequest("tools: a tool has no name.", param="tools")
+            raise invalid("tools", "a tool has no name.")
         blocks = (block for turn in self.turns for block in turn.blocks)
         called_names = [block.name for block in blocks if isinstance(block, ToolCall)]
         self.names = wire_table([*(tool.name for tool in self.tools), *called_names])
@@ -2327,8 +2335,8 @@ class Model:
     efforts: tuple[str, ...] = ()
     adaptive: bool = False
     budget: tuple[int, int] | None = None  #: (min, max) thinking tokens
-    stops: int | None = None  #: how many stop strings it takes; None = no known limit
-    files: bool = False  #: takes PDF parts in the chat dialect
+    stops: int | None = None  #: how many stop strings it accepts; None = no known limit
+    files: bool = False  #: accepts PDF parts in the chat dialect
     streaming: bool = True
     listed: bool = True  #: in model lists by default
     headers: dict[str, str] = field(default_factory=dict)  #: to send upstream with this model
@@ -2427,19 +2435,17 @@ class StreamError:
 
 Event = MessageStart | BlockStart | BlockDelta | BlockStop | UsageUpdate | MessageStop | StreamError
 
-OFF_PROTOCOL = "The upstream's answer does not follow its own protocol."
+OFF_PROTOCOL = "The upstream's response violates its own protocol."
 
-# state -> event -> state; any other event is a protocol error.
-EVENT_STATES: dict[str, dict[str, str]] = {
-    "new": {"MessageStart": "open", "UsageUpdate": "new", "StreamError": "over"},
-    "open": {
-        "BlockStart": "block", "UsageUpdate": "open", "MessageStop": "over", "StreamError": "over",
-    },
-    "block": {
-        "BlockDelta": "block", "UsageUpdate": "block", "BlockStop": "open", "StreamError": "over",
-    },
-    "over": {},
-}  # fmt: skip
+# event -> state -> state; any other event is a protocol error.
+EVENT_STATES: dict[type, dict[str, str]] = {
+    MessageStart: {"new": "open"},
+    BlockStart: {"open": "block"},
+    BlockDelta: {"block": "block"},
+    BlockStop: {"block": "open"},
+    UsageUpdate: {"new": "new", "open": "open", "block": "block"},
+    MessageStop: {"open": "complete"},
+}
 
 LINE_BREAKS = "\r\n\t"
 RUNAWAY = re.compile(f"[{LINE_BREAKS}]{{{MAX_BLANK_RUN + 1}}}")
@@ -2458,45 +2464,14 @@ class RunawayGuard:
         self.tail = text[len(text.rstrip(LINE_BREAKS)) :]
 
 
-class Checker:
-    """Enforces EVENT_STATES on every reader, so that writers can rely on it."""
-
-    def __init__(self) -> None:
-        self.state = "new"
-        self.tool_called = False
-        self.guard = RunawayGuard()
-
-    def check(self, event: Event) -> Event:
-        """`event`, with the finish reason corrected after a tool call; raises UpstreamError."""
-        state = EVENT_STATES[self.state].get(type(event).__name__)
-        if state is None:
-            raise UpstreamError(OFF_PROTOCOL)
-        self.state = state
-        if isinstance(event, BlockDelta):
-            if event.part == "arguments":
-                self.guard.check(event.text)
-        elif isinstance(event, BlockStart) and event.kind == "tool":
-            self.tool_called = True
-            self.guard = RunawayGuard()
-        # Copilot and others say "stop" after a tool call (seen in 2026-08).
-        if isinstance(event, MessageStop) and self.tool_called and event.reason in ("end", "stop"):
-            return MessageStop("tool")
-        return event
-
-    def end(self) -> None:
-        """Called when the upstream's stream ends; raises UpstreamError if it is incomplete."""
-        if self.state != "over":
-            raise UpstreamError(BROKEN_OFF)
-
-
+@dataclass(slots=True)
 class StopCutter:
     """Applies stop strings for upstreams without that field; a possible beginning is held back."""
 
-    def __init__(self, stops: list[str]) -> None:
-        self.stops = stops
-        self.held_text = ""
-        self.in_text = False
-        self.stopped = False
+    stops: list[str]
+    held_text: str = ""
+    in_text: bool = False
+    stopped: bool = False
 
     def take(self, event: Event) -> list[Event]:
         if self.stopped:
@@ -2539,13 +2514,13 @@ NON_NAME_CHARS = re.compile(r"[^A-Za-z0-9_-]")
 
 
 def wire_name(name: str) -> str:
-    """A tool name that every vendor takes; deterministic, so that history needs no state."""
+    """A tool name that every vendor accepts; deterministic, so history needs no state."""
     cleaned = NON_NAME_CHARS.sub("_", name)
     return cleaned if len(cleaned) <= 64 else f"{cleaned[:55]}_{short_hash(name, 8)}"
 
 
 def wire_id(call_id: str) -> str:
-    """A call id that every vendor takes; deterministic, so that calls and results still match."""
+    """A call id that every vendor accepts; deterministic, so that calls and results still match."""
     return call_id if WIRE_NAME.fullmatch(call_id) else "call_" + short_hash(call_id, 24)
 
 
@@ -2677,9 +2652,7 @@ SCHEMA_UNIONS = ("allOf", "anyOf", "oneOf")
 def plain_schema(tool: Tool) -> Json:
     """For vendors that need top-level properties; raises UnsupportedFeature for bare unions."""
     if not tool.schema.get("properties") and any(union in tool.schema for union in SCHEMA_UNIONS):
-        raise UnsupportedFeature(
-            f"tools: the schema of {tool.name!r} must have properties at its top.", param="tools"
-        )
+        raise unsupported("tools", f"the schema of {tool.name!r} must have top-level properties.")
     return tool.schema
 
 
@@ -2703,12 +2676,12 @@ def wire_names(names: Iterable[str]) -> dict[str, str]:
         other = table.setdefault(wire_name(name), name)
         if other != name:
             problem = f"{other!r} and {name!r} become the same name upstream; rename one."
-            raise InvalidRequest(f"tools: {problem}", param="tools")
+            raise invalid("tools", problem)
     return table
 
 
 def parse_arguments(text: str) -> Json:
-    """A call's arguments as an object; other text is kept under `_raw`."""
+    """A call's arguments as an object; text that is none becomes the value of `_raw`."""
     if not text.strip():
         return {}
     value = load_object(text)
@@ -2717,8 +2690,9 @@ def parse_arguments(text: str) -> Json:
 
 def whole_arguments(text: str) -> str:
     """A call's arguments as the JSON text of an object, unchanged if they are one."""
-    is_object = load_object(text) is not None
-    return text.strip() if is_object else dump_json(parse_arguments(text)).decode()
+    if load_object(text) is not None:
+        return text.strip()
+    return dump_json(parse_arguments(text)).decode()
 
 
 def object_schema(schema: Any, path: str) -> Json:
@@ -2741,19 +2715,16 @@ def clamp_effort(effort: str, supported: Iterable[str]) -> str | None:
 
 
 EFFORT_BUDGETS = {
-    "minimal": 1024, "low": 4096, "medium": 10_000, "high": 24_000, "xhigh": 31_999,
-    "max": 31_999,
+    "minimal": 1024, "low": 4096, "medium": 10_000, "high": 24_000, "xhigh": 31_999, "max": 31_999,
 }  # fmt: skip
 
 
 def effort_of_budget(budget: int) -> str:
-    if budget <= 4096:
-        return "low"
-    return "medium" if budget <= 16_384 else "high"
+    return ("low", "medium", "high")[bisect_left((4096, 16_384), budget)]
 
 
 def clamp_budget(budget: int, limits: tuple[int, int] | None, max_tokens: int) -> int | None:
-    """A thinking budget that the model takes; None if there is no room for thinking."""
+    """A thinking budget that the model accepts; None if there is no room for thinking."""
     low, high = limits or (MIN_THINKING_BUDGET, max_tokens)
     budget = min(max(budget, low, MIN_THINKING_BUDGET), high, max_tokens - 1)
     return budget if budget >= max(low, MIN_THINKING_BUDGET) else None
@@ -2772,20 +2743,16 @@ def split_stops(stops: list[str], dialect: str, model: Model) -> tuple[list[str]
 def output_instruction(output: OutputFormat) -> str:
     if output.schema is None:
         return "Reply with one JSON object and nothing else: no prose, no code fence."
-    schema = dump_json(output.schema).decode()
     return (
         "Reply with one JSON value that is valid against this JSON Schema, and nothing else: "
-        f"no prose, no code fence.\n{schema}"
+        f"no prose, no code fence.\n{dump_json(output.schema).decode()}"
     )
 
 
 # Magic numbers, in base64: clients send wrong media types.
 IMAGE_SIGNATURES = {
-    "iVBORw0KGgo": "image/png",
-    "/9j/": "image/jpeg",
-    "R0lGOD": "image/gif",
-    "UklGR": "image/webp",
-}
+    "iVBORw0KGgo": "image/png", "/9j/": "image/jpeg", "R0lGOD": "image/gif", "UklGR": "image/webp",
+}  # fmt: skip
 DATA_URL = re.compile(r"data:([\w.+/-]{0,100})(?:;[\w=.+-]{1,300}){0,8}?(;base64)?,", re.ASCII)
 
 
@@ -2796,9 +2763,7 @@ def image_type(data: str, declared: str, path: str) -> str:
     declared = "image/jpeg" if declared == "image/jpg" else declared
     if declared not in IMAGE_SIGNATURES.values():
         shown = declared or "of unknown type"
-        raise UnsupportedFeature(
-            f"{path}: images must be PNG, JPEG, GIF or WebP, not {shown!r}.", param=path
-        )
+        raise unsupported(path, f"images must be PNG, JPEG, GIF or WebP, not {shown!r}.")
     return declared
 
 
@@ -2812,11 +2777,11 @@ def read_data_url(url: str, path: str) -> tuple[str, str]:
     """(media type, base64 data)"""
     match = DATA_URL.match(url)
     if match is None:
-        raise InvalidRequest(f"{path}: is not a valid data URL.", param=path)
+        raise invalid(path, "is not a valid data URL.")
     data = url[match.end() :]
     if not match[2]:
         if data.count("%") > MAX_URL_ESCAPES:
-            raise InvalidRequest(f"{path}: so long a data URL must be base64.", param=path)
+            raise invalid(path, "a data URL this long must be base64.")
         data = base64.b64encode(urllib.parse.unquote_to_bytes(data)).decode()
     return match[1].lower(), data
 
@@ -2828,7 +2793,7 @@ def read_image_url(url: str, path: str) -> Image:
         return base64_image(data, media_type, path)
     if url.startswith("https://"):
         return Image(url=url, path=path)
-    raise UnsupportedFeature(f"{path}: must be a data URL or an https URL.", param=path)
+    raise unsupported(path, "must be a data URL or an https URL.")
 
 
 # Cost of a UTF-8 byte in 1/64 token: for Claude up to 4.6, Claude from 4.7 on, OpenAI.  A character
@@ -2837,17 +2802,10 @@ def read_image_url(url: str, path: str) -> Image:
 # public reconstruction of Claude's counts, then raised by 5 %: a client that compacts too late
 # fails.  Digits are set between prose (1 token a digit) and ids (1/3).
 BYTE_PRICES: tuple[tuple[bytes, int, int, int], ...] = (
-    (b"aiotcpsvbfym", 11, 18, 13),
-    (b"erlnwgdukh", 17, 23, 11),
-    (b"jqxz", 99, 138, 78),
-    (b"ABCDEFGHILMNOPRSTU", 26, 63, 18),
-    (b"JKQVWXYZ", 103, 126, 84),
-    (b"0123456789", 47, 47, 47),
-    (b" \r", 10, 8, 8),
-    (b"\t\n", 82, 73, 65),
-    (b'"#=;`*{}', 21, 33, 22),
-    (b"()[]\\|.:'-/_,", 54, 62, 35),
-    (b"!$%&+<>?@^~", 66, 69, 58),
+    (b"aiotcpsvbfym", 11, 18, 13), (b"erlnwgdukh", 17, 23, 11), (b"jqxz", 99, 138, 78),
+    (b"ABCDEFGHILMNOPRSTU", 26, 63, 18), (b"JKQVWXYZ", 103, 126, 84), (b"0123456789", 47, 47, 47),
+    (b" \r", 10, 8, 8), (b"\t\n", 82, 73, 65), (b'"#=;`*{}', 21, 33, 22),
+    (b"()[]\\|.:'-/_,", 54, 62, 35), (b"!$%&+<>?@^~", 66, 69, 58),
     (bytes(range(0xC2, 0xC3)), 44, 36, 44),  # signs of Latin-1
     (bytes(range(0xC3, 0xCA)), 151, 160, 86),  # accented Latin
     (bytes(range(0xCA, 0xD0)), 52, 52, 26),  # Greek, modifiers
@@ -2860,7 +2818,7 @@ BYTE_PRICES: tuple[tuple[bytes, int, int, int], ...] = (
     (bytes(range(0xEA, 0xEE)), 90, 90, 47),  # Hangul
     (bytes(range(0xEE, 0xF0)), 99, 109, 31),  # full-width forms
     (bytes(range(0xF0, 0xF5)), 210, 190, 145),  # emoji
-)
+)  # fmt: skip
 
 
 def build_price_table(tokenizer: int) -> bytes:
@@ -2887,8 +2845,7 @@ def claude_version(model_id: str) -> tuple[int, int] | None:
 def byte_prices(model: str) -> bytes:
     """The byte prices of a model's tokenizer; those of Claude up to 4.6 if it is unknown."""
     name = model.rpartition("/")[2].lower()
-    version = claude_version(name)
-    if version and version >= (4, 7):
+    if (claude_version(name) or (0, 0)) >= (4, 7):
         return NEW_CLAUDE_PRICES
     return OPENAI_PRICES if OPENAI_MODEL.search(name) else CLAUDE_PRICES
 
@@ -2952,11 +2909,10 @@ def estimate_request(body: Json) -> int:
     """
     prices = byte_prices(str(body.get("model") or ""))
     is_claude_like = prices is not OPENAI_PRICES
-    total = 3.0
-    for key in ("system", "instructions", "messages", "input"):
-        total += estimate_value(body.get(key), prices) if key in body else 0
     turns = body.get("messages") or body.get("input")
-    total += 4 * len(turns) if isinstance(turns, list) else 4
+    total = 3.0 + (4 * len(turns) if isinstance(turns, list) else 4)
+    for key in ("system", "instructions", "messages", "input"):
+        total += estimate_value(body[key], prices) if key in body else 0
     for key in ("tools", "functions"):
         if body.get(key):
             total += estimate_value(body[key], prices, 4.5 if is_claude_like else 1.5)
@@ -2992,10 +2948,8 @@ class ResponseContext:
     include_usage: bool = False
     names: dict[str, str] = field(default_factory=dict)  #: upstream tool name -> the client's
     legacy_functions: bool = False  #: respond in the `function_call` shape of 2023
-    rewritten: bool = (
-        False  #: converted even to its own dialect, as some tools are not the client's
-    )
-    hide_thinking: bool = False  #: the client wants thinking blocks without their text
+    rewritten: bool = False  #: converted even to its own dialect: some tools are not the client's
+    hide_thinking: bool = False  #: send thinking blocks without their text
     cut: list[str] = field(default_factory=list)  #: stop sequences that are enforced here
     many: bool = False  #: n > 1: choices must not be merged
     asked: Json = field(default_factory=dict)  #: the client's request body, for estimates
@@ -3005,16 +2959,16 @@ class ResponseContext:
     provider: str = ""  #: name of the upstream's provider
     #: upstream model id -> context window (0 = unknown), for an upstream that reports a percentage
     window: Callable[[str], int] | None = None
-    tagged_thinking: bool = False  #: the upstream was asked in the prompt to think between tags
+    tagged_thinking: bool = False  #: the prompt demands that thinking is put between tags
     secrets: Callable[[], Iterable[str]] = tuple  #: tokens that no error message may show
 
 
 class Framing(Protocol):
-    """Upstream bytes in, server-sent events out: the one form in which frames are parsed.
+    """Upstream bytes -> server-sent events -> frames.  All methods raise UpstreamError.
 
     `complete` returns the events that `data` completes, unparsed; `frames` parses them, and one
-    that cannot be parsed becomes an error frame and ends the list.  `last_frames` returns what was
-    buffered until EOF.  All raise UpstreamError, the last also if the stream was cut off.
+    that cannot be parsed becomes an error frame and ends the list.  `last_frames`, called at EOF,
+    returns what was buffered, and raises also if the stream was cut off.
     """
 
     def complete(self, data: bytes) -> bytes: ...
@@ -3055,7 +3009,7 @@ class UpstreamDialect(Protocol):
     """The half of a dialect that writes requests to an upstream and reads its responses.
 
     `write_request` returns the body of a streaming request; `expand`, the frames equivalent to a
-    non-streaming response; `plain_text`, the text of a frame that is a text delta and nothing else.
+    non-streaming response; `plain_text`, the text of a frame that is only a text delta.
     """
 
     name: str
@@ -3125,16 +3079,22 @@ def text_of(content: Any) -> str:
     return "\n".join(text for text in parts if isinstance(text, str))
 
 
+def need_dicts(items: Iterable[Any], path: str) -> Iterator[tuple[str, Json]]:
+    """(path, object) for each item; raises InvalidRequest for an item of another type."""
+    for index, item in enumerate(items):
+        yield f"{path}.{index}", need_dict(item, f"{path}.{index}")
+
+
+def object_list(body: Json, key: str) -> list[Json]:
+    """Raises InvalidRequest unless the value at `key` is a non-empty list of objects."""
+    objects = [item for _, item in need_dicts(list_field(body, key), key)]
+    if not objects:
+        raise invalid(key, "is required." if body.get(key) is None else "must not be empty.")
+    return objects
+
+
 def message_list(body: Json) -> list[Json]:
-    """Raises InvalidRequest unless `messages` is a non-empty list of objects."""
-    messages: list[Json] = list_field(body, "messages")
-    if not messages:
-        problem = "must not be empty" if "messages" in body else "is required"
-        raise InvalidRequest(f"messages: {problem}.", param="messages")
-    for index, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise wrong_type(f"messages.{index}", "an object")
-    return messages
+    return object_list(body, "messages")
 
 
 def opening_words(system: Any, messages: list[Json]) -> str:
@@ -3161,9 +3121,7 @@ def read_stops(body: Json, key: str) -> list[str]:
         if not isinstance(stop, str):
             raise wrong_type(f"{key}.{index}", "a string")
     if sum(map(len, stops)) > MAX_STOP_CHARACTERS:
-        raise InvalidRequest(
-            f"{key}: the stop strings have more than {MAX_STOP_CHARACTERS} characters.", param=key
-        )
+        raise invalid(key, f"must not exceed {MAX_STOP_CHARACTERS} characters in total.")
     return [stop for stop in stops if stop]
 
 
@@ -3173,12 +3131,10 @@ def function_of(entry: Json, path: str) -> Json:
 
 
 def allowed_names(choice: Json, path: str) -> set[str]:
-    names = set()
-    for index, item in enumerate(list_field(choice, "tools", path)):
-        item_path = f"{path}.tools.{index}"
-        entry = function_of(need_dict(item, item_path), item_path)
-        names.add(str_field(entry, "name", item_path) or "")  # a server-side tool has none
-    return names
+    """The names in an `allowed_tools` choice; a server-side tool has none."""
+    items = need_dicts(list_field(choice, "tools", path), f"{path}.tools")
+    entries = [(function_of(item, item_path), item_path) for item_path, item in items]
+    return {str_field(entry, "name", item_path) or "" for entry, item_path in entries}
 
 
 # Content parts.  Clients mix the vendors' shapes (Cursor and Zed send Anthropic's to OpenAI's
@@ -3194,20 +3150,20 @@ def text_reader(key: str, prefix: str = "") -> PartReader:
 
 def read_image_url_part(part: Json, path: str) -> list[Block]:
     value = part.get("image_url")
-    url = need_str(value, "url", f"{path}.image_url") if isinstance(value, dict) else value
+    url_path = f"{path}.image_url"
+    url = need_str(value, "url", url_path) if isinstance(value, dict) else value
     if not isinstance(url, str):
         if part.get("file_id"):
-            raise UnsupportedFeature(f"{path}.file_id: files are not stored here.", param=path)
-        raise wrong_type(f"{path}.image_url", "an object with a url")
-    image = read_image_url(url, f"{path}.image_url")
+            raise UnsupportedFeature(f"{path}.file_id: the gateway stores no files.", param=path)
+        raise wrong_type(url_path, "an object with a url")
+    image = read_image_url(url, url_path)
     detail = (value if isinstance(value, dict) else part).get("detail")
     image.detail = detail if detail in ("low", "high") else ""
     return [image]
 
 
 def read_image_part(part: Json, path: str) -> list[Block]:
-    source = dict_field(part, "source", path)
-    source_path = f"{path}.source"
+    source, source_path = dict_field(part, "source", path), f"{path}.source"
     if source.get("type") == "url":
         return [read_image_url(need_str(source, "url", source_path), f"{source_path}.url")]
     if source.get("type") != "base64":
@@ -3224,9 +3180,7 @@ def read_file_part(part: Json, path: str) -> list[Block]:
     data = str_field(entry, "file_data", path)
     title = str_field(entry, "filename", path) or ""
     if not data:
-        raise UnsupportedFeature(
-            f"{path}: files must come as file_data; nothing is stored or fetched here.", param=path
-        )
+        raise unsupported(path, "files must be sent as file_data; the gateway fetches none.")
     if not data.startswith("data:"):
         data = "data:application/pdf;base64," + data
     media_type, payload = read_data_url(data, path)
@@ -3234,31 +3188,27 @@ def read_file_part(part: Json, path: str) -> list[Block]:
         try:
             text = base64.b64decode(payload, validate=True).decode("utf-8", "replace")
         except ValueError:
-            raise InvalidRequest(f"{path}: is not valid base64.", param=path) from None
+            raise invalid(path, "is not valid base64.") from None
         return [Document(media_type, text=text, title=title, path=path)]
     if media_type != "application/pdf":
-        raise UnsupportedFeature(f"{path}: files must be PDF or text.", param=path)
+        raise unsupported(path, "files must be PDF or text.")
     return [Document(media_type, payload, title=title, path=path)]
 
 
 def read_document_part(part: Json, path: str) -> list[Block]:
-    source = dict_field(part, "source", path)
-    title = str_field(part, "title", path) or ""
-    kind = source.get("type")
-    if kind == "base64":
-        data = need_str(source, "data", f"{path}.source")
-        media_type = str_field(source, "media_type", path) or "application/pdf"
-        return [Document(media_type, data, title=title, path=path)]
-    if kind == "text":
-        text = need_str(source, "data", f"{path}.source")
-        return [Document("text/plain", text=text, title=title, path=path)]
+    source, source_path = dict_field(part, "source", path), f"{path}.source"
+    title, kind = str_field(part, "title", path) or "", source.get("type")
     if kind == "content":
-        blocks = read_parts(source.get("content"), f"{path}.source.content")
+        blocks = read_parts(source.get("content"), f"{source_path}.content")
         return [Text(f"[{title}]"), *blocks] if title else blocks
-    raise UnsupportedFeature(
-        f"{path}.source: must be base64, text or content; nothing is stored or fetched here.",
-        param=path,
-    )
+    if kind not in ("base64", "text"):
+        problem = "must be base64, text or content; the gateway fetches none."
+        raise UnsupportedFeature(f"{source_path}: {problem}", param=path)
+    data = need_str(source, "data", source_path)
+    if kind == "text":
+        return [Document("text/plain", text=data, title=title, path=path)]
+    media_type = str_field(source, "media_type", path) or "application/pdf"
+    return [Document(media_type, data, title=title, path=path)]
 
 
 def read_search_result_part(part: Json, path: str) -> list[Block]:
@@ -3278,19 +3228,16 @@ def read_tool_result_part(part: Json, path: str) -> list[Block]:
 
 
 def read_thinking_part(part: Json, path: str) -> list[Block]:
-    text = str_field(part, "thinking", path) or ""
-    signature = str_field(part, "signature", path) or ""
-    return [Thinking(text, signature, str_field(part, "data", path) or "")]
+    values = (str_field(part, key, path) or "" for key in ("thinking", "signature", "data"))
+    return [Thinking(*values)]
 
 
 def read_server_tool_part(part: Json, path: str) -> list[Block]:
     """A server-side tool's block as one text line: other vendors cannot verify the original."""
     if part.get("type") == "server_tool_use":
         return [Text(f"[{part.get('name')}: {dump_text(part.get('input'))}]")]
-    content = part.get("content")
-    entries = content if isinstance(content, list) else [content]
-    lines = []
-    for entry in entries:
+    content, lines = part.get("content"), []
+    for entry in content if isinstance(content, list) else [content]:
         if isinstance(entry, dict):
             values = (entry.get(key) for key in ("title", "url", "text", "error_code", "tool_name"))
             lines.append(" ".join(value for value in values if isinstance(value, str)))
@@ -3336,16 +3283,15 @@ def read_parts(content: Any, path: str) -> list[Block]:
     if not isinstance(content, list):
         raise wrong_type(path, "a string or a list of parts")
     blocks: list[Block] = []
-    for index, item in enumerate(content):
-        if isinstance(item, str):
-            blocks.append(Text(item))
+    for index, part in enumerate(content):
+        if isinstance(part, str):
+            blocks.append(Text(part))
             continue
-        item_path = f"{path}.{index}"
-        part = need_dict(item, item_path)
-        reader = part_reader(part)
+        part_path = f"{path}.{index}"
+        reader = part_reader(need_dict(part, part_path))
         if reader is None and not isinstance(part.get("text"), str):
-            raise InvalidRequest(f"{item_path}.type: is not a known part type.", param=item_path)
-        blocks += (reader or read_text_part)(part, item_path)
+            raise InvalidRequest(f"{part_path}.type: is not a known part type.", param=part_path)
+        blocks += (reader or read_text_part)(part, part_path)
     return blocks
 
 
@@ -3357,22 +3303,17 @@ def plain_text(blocks: Iterable[Block]) -> str:
 STRING, INTEGER = {"type": "string"}, {"type": "integer"}
 INTEGERS = {"type": "array", "items": INTEGER}
 EDITING: Json = {
-    **dict.fromkeys(("path", "file_text", "old_str", "new_str"), STRING),
-    "insert_line": INTEGER,
-    "insert_text": STRING,
-}
+    "path": STRING, "file_text": STRING, "old_str": STRING, "new_str": STRING,
+    "insert_line": INTEGER, "insert_text": STRING,
+}  # fmt: skip
 EDITOR_COMMAND = {**STRING, "enum": ["view", "create", "str_replace", "insert"]}
+EDITOR: Json = {"command": EDITOR_COMMAND, **EDITING, "view_range": INTEGERS}
+MEMORY: Json = {"command": STRING, **EDITING, "old_path": STRING, "new_path": STRING}
 #: family of tools -> (required properties, all properties)
 CLIENT_TOOLS: dict[str, tuple[list[str], Json]] = {
     "bash": ([], {"command": STRING, "restart": {"type": "boolean"}}),
-    "text_editor": (
-        ["command", "path"],
-        {"command": EDITOR_COMMAND, **EDITING, "view_range": INTEGERS},
-    ),
-    "memory": (
-        ["command"],
-        {"command": STRING, **EDITING, "old_path": STRING, "new_path": STRING},
-    ),
+    "text_editor": (["command", "path"], EDITOR),
+    "memory": (["command"], MEMORY),
     "computer": (["action"], {"action": STRING, "coordinate": INTEGERS, "text": STRING}),
 }
 
@@ -3386,11 +3327,9 @@ def client_tool_schema(kind: str) -> Json | None:
     return None
 
 
-def drop_hosted(
-    server_tools: list[str], tool_count: int, forced_name: str, dropped: list[str]
-) -> None:
+def drop_hosted(names: list[str], tool_count: int, forced_name: str, dropped: list[str]) -> None:
     """Drops server-side tools; raises UnsupportedFeature if one is forced or no other is left."""
-    for name in server_tools:
+    for name in names:
         if name == forced_name or not tool_count:
             raise UnsupportedFeature(f"{name} is not available on this model.", param="tools")
         dropped.append(f"tools.{name}")
@@ -3398,14 +3337,12 @@ def drop_hosted(
 
 def tool_names(body: Json, path: str = "") -> list[str]:
     names = []
-    for index, item in enumerate(list_field(body, "tools", path)):
-        item_path = f"{join_path(path, 'tools')}.{index}"
-        entry = function_of(need_dict(item, item_path), item_path)
+    for item_path, item in need_dicts(list_field(body, "tools", path), join_path(path, "tools")):
+        entry = function_of(item, item_path)
         if entry.get("type") == "namespace":
             names += tool_names(entry, item_path)
         name = str_field(entry, "name", item_path)
-        if name is not None:
-            names.append(name)
+        names += [] if name is None else [name]
     return names
 
 
@@ -3438,6 +3375,12 @@ def get_dict(obj: Json, key: str) -> Json:
     """The object at `key`, or an empty one."""
     value = obj.get(key)
     return value if isinstance(value, dict) else {}
+
+
+def get_dicts(obj: Json, key: str) -> list[Json]:
+    """The objects in the list at `key`; an empty list for anything else."""
+    value = obj.get(key)
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 def inline_refs(schema: Json, tool_count: int = MAX_TOOLS) -> Any:
@@ -3486,8 +3429,7 @@ def read_copilot_usage(frame: Json, usage: Usage) -> None:
     if "total_nano_aiu" in billing:
         usage.nano_credits = get_int(billing, "total_nano_aiu", usage.nano_credits)
         usage.credits_source = "reported"
-    details = billing.get("token_details")
-    rows = [row for row in details if isinstance(row, dict)] if isinstance(details, list) else []
+    rows = get_dicts(billing, "token_details")
     counts = {str(row.get("token_type")): get_int(row, "token_count", 0) for row in rows}
     if "input" in counts:
         usage.input = counts["input"]
@@ -3498,28 +3440,21 @@ def read_copilot_usage(frame: Json, usage: Usage) -> None:
 # Usage: the paths of a dialect's usage object, in order -> the fields of Usage.
 
 CHAT_USAGE = {
-    "prompt_tokens": "prompt",
-    "completion_tokens": "output",
-    "total_tokens": "total",
+    "prompt_tokens": "prompt", "completion_tokens": "output", "total_tokens": "total",
     "prompt_tokens_details.cached_tokens": "cache_read",
     "prompt_tokens_details.cache_write_tokens": "cache_write",
     "completion_tokens_details.reasoning_tokens": "reasoning",
-}
+}  # fmt: skip
 MESSAGES_USAGE = {
-    "input_tokens": "input",
-    "cache_creation_input_tokens": "cache_write",
-    "cache_read_input_tokens": "cache_read",
-    "output_tokens": "output",
+    "input_tokens": "input", "cache_creation_input_tokens": "cache_write",
+    "cache_read_input_tokens": "cache_read", "output_tokens": "output",
     "output_tokens_details.thinking_tokens": "reasoning",
-}
+}  # fmt: skip
 RESPONSES_USAGE = {
-    "input_tokens": "prompt",
-    "input_tokens_details.cached_tokens": "cache_read",
-    "input_tokens_details.cache_write_tokens": "cache_write",
-    "output_tokens": "output",
-    "output_tokens_details.reasoning_tokens": "reasoning",
-    "total_tokens": "total",
-}
+    "input_tokens": "prompt", "input_tokens_details.cached_tokens": "cache_read",
+    "input_tokens_details.cache_write_tokens": "cache_write", "output_tokens": "output",
+    "output_tokens_details.reasoning_tokens": "reasoning", "total_tokens": "total",
+}  # fmt: skip
 
 
 def read_usage(holder: Json, table: dict[str, str], usage: Usage) -> bool:
@@ -3610,25 +3545,19 @@ def read_stream_error(value: Any) -> ApiError:
         if error_type:
             return error_type(text, code=key if key == "invalid_prompt" else None)
     policy = code if code == "cyber_policy" else None
-    return UpstreamError(f"The upstream failed while it answered: {text}", code=policy)
+    return UpstreamError(f"The upstream failed during the response: {text}", code=policy)
 
 
 # 8.2 OpenAI chat completions
 
 
-def get_dicts(obj: Json, key: str) -> list[Json]:
-    """The objects in the list at `key`; an empty list for anything else."""
-    value = obj.get(key)
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
-
-
-JSON_TOKEN = re.compile(r'[][{}"]|\\.?', re.DOTALL)
 CallKey = tuple[int, int] | str  # identifies a call within a response
+MAX_FAILED_PARSES = 8  # of one call's growing arguments; bounds the work
 
 
 @dataclass(slots=True)
 class StreamedCall:
-    """A tool call being streamed; no fragment is scanned twice."""
+    """A tool call being streamed."""
 
     key: CallKey
     id: str = ""
@@ -3638,33 +3567,24 @@ class StreamedCall:
     complete: bool = False  #: its last fragment was received
     closed: bool = False
     sent_count: int = 0  #: number of pieces passed on
-    scanned_count: int = 0  #: number of pieces seen by `is_whole`
-    depth: int = 0  #: of open brackets in what was scanned
-    in_string: bool = False
-    pending_escape: str = ""  #: a trailing backslash of the last piece
-    is_object: bool | None = None  #: None until the outermost bracket has closed
+    parsed_count: int = 0  #: number of pieces when they were last parsed
+    is_object: bool = False  #: whether these were a JSON object
+    failed_parses: int = 0
 
     def is_whole(self) -> bool:
         """Whether the arguments are a complete JSON object."""
-        while self.scanned_count < len(self.pieces):
-            piece = self.pieces[self.scanned_count]
-            self.scanned_count += 1
-            if self.is_object is not None:
-                self.is_object = self.is_object and not piece.strip()
-                continue
-            token = ""
-            for token in JSON_TOKEN.findall(self.pending_escape + piece):
-                if token == '"':
-                    self.in_string = not self.in_string
-                elif not self.in_string and len(token) == 1:
-                    self.depth += 1 if token in "[{" else -1
-            self.pending_escape = token if token == "\\" else ""
-            if self.depth <= 0 and not self.in_string and piece.rstrip().endswith("}"):
-                scanned = "".join(self.pieces[: self.scanned_count])
-                self.is_object = load_object(scanned) is not None
-        return self.is_object is True
+        if self.parsed_count != len(self.pieces):
+            self.parsed_count = len(self.pieces)
+            self.is_object = load_object("".join(self.pieces)) is not None
+            self.failed_parses += not self.is_object
+        return self.is_object
+
+    def can_close(self) -> bool:
+        """Whether no arguments follow; after too many parses only `complete` tells."""
+        return self.complete or (self.failed_parses < MAX_FAILED_PARSES and self.is_whole())
 
 
+@dataclass(slots=True)
 class BlockAssembler:
     """Interleaved calls, text and thinking -> events, in which blocks never overlap.
 
@@ -3672,17 +3592,16 @@ class BlockAssembler:
     calls first, then text.
     """
 
-    def __init__(self, signature_prefix: str) -> None:
-        self.prefix = signature_prefix
-        self.events: list[Event] = []
-        self.kind = ""  # of the live block
-        self.call: StreamedCall | None = None  # the live one
-        self.calls: dict[CallKey, StreamedCall] = {}
-        self.unopened: deque[StreamedCall] = deque()  # calls whose name is known
-        self.waiting: list[tuple[str, str]] = []  # (kind, text) received inside a call
-        self.thinking: list[str] = []  # text of the live thinking block
-        self.signature: list[str] = []  # of the live thinking block or the next one
-        self.signed_thinking = ("", "")  # the last thinking text that has a signature, and that
+    signature_prefix: str
+    events: list[Event] = field(default_factory=list)
+    kind: str = ""  #: of the live block
+    call: StreamedCall | None = None  #: the live one
+    calls: dict[CallKey, StreamedCall] = field(default_factory=dict)
+    unopened: deque[StreamedCall] = field(default_factory=deque)  #: calls whose name is known
+    waiting: list[tuple[str, str]] = field(default_factory=list)  #: (kind, text) inside a call
+    thinking: list[str] = field(default_factory=list)  #: text of the live thinking block
+    signature: list[str] = field(default_factory=list)  #: of the live thinking block or the next
+    signed_thinking: tuple[str, str] = ("", "")  #: the last signed text, and its signature
 
     def take(self) -> list[Event]:
         events, self.events = self.events, []
@@ -3691,14 +3610,17 @@ class BlockAssembler:
     def add_text(self, kind: str, text: str) -> None:
         """Adds to a block of `kind`, now or once the live call is complete."""
         if self.call is not None:
-            if not self.call.is_whole():
+            if not self.call.can_close():
                 self.waiting.append((kind, text))
                 return
             self.close()
             self.release_text()
         if kind == "redacted":
             self.close()
-            self.events += [BlockStart(kind, raw={"data": self.prefix + text}), BlockStop()]
+            self.events += [
+                BlockStart(kind, raw={"data": self.signature_prefix + text}),
+                BlockStop(),
+            ]
             return
         if self.kind != kind:
             self.open(kind)
@@ -3732,7 +3654,7 @@ class BlockAssembler:
                 self.open("tool", self.unopened.popleft())
                 continue
             self.send_arguments(live)
-            if not (live.complete or (latest is not live and live.is_whole())):
+            if not (live.complete or (latest is not live and live.can_close())):
                 return
             self.close()
         self.release_text()
@@ -3769,7 +3691,7 @@ class BlockAssembler:
         elif self.kind == "thinking":
             if self.signature:
                 signature = "".join(self.signature)
-                self.events.append(BlockDelta("signature", self.prefix + signature))
+                self.events.append(BlockDelta("signature", self.signature_prefix + signature))
                 self.signed_thinking = "".join(self.thinking), signature
             self.thinking, self.signature = [], []
         self.events.append(BlockStop())
@@ -3786,11 +3708,11 @@ class BlockAssembler:
         self.close()
 
 
-CHAT_FINISHES = {
+CHAT_STOP_REASONS = {
     "stop": "end", "length": "length", "tool_calls": "tool", "function_call": "tool",
     "content_filter": "filter",
 }  # fmt: skip
-CHAT_FINISH_WORDS = {
+CHAT_FINISH_REASONS = {
     "end": "stop", "stop": "stop", "tool": "tool_calls", "length": "length",
     "context": "length", "filter": "content_filter", "pause": "stop",
 }  # fmt: skip
@@ -3799,7 +3721,7 @@ REASONING_FIELDS = ("reasoning_text", "reasoning_content", "reasoning", "cot_sum
 # Prefix of a chat upstream's signature while an Anthropic client carries it.
 CHAT_ENVELOPE = "gw1.c."
 FOREIGN_SIGNATURES = ("gw1.", "litellm_encrypted_reasoning:")
-# What a conversion reads, leaves out silently or refuses; other fields are reported as dropped.
+# What a conversion reads, ignores or refuses; other fields are reported as dropped.
 CHAT_FIELDS = (
     "model", "messages", "tools", "functions", "tool_choice", "function_call",
     "parallel_tool_calls", "web_search_options", "max_tokens", "max_completion_tokens",
@@ -3813,9 +3735,123 @@ CHAT_FIELDS = (
 def write_openai_error(error: ApiError, conversation: str = "messages") -> Json:
     """`conversation` is the name of the field that holds the conversation."""
     error_type, code, _ = ERROR_NAMES[error.kind]
-    code = error.code or code
     param = conversation if isinstance(error, ContextTooLong) else error.param
-    return {"message": error.text(), "type": error_type, "param": param, "code": code}
+    return {"message": error.text(), "type": error_type, "param": param, "code": error.code or code}
+
+
+def get_reasoning(holder: Json) -> str:
+    for key in REASONING_FIELDS:
+        text = holder.get(key)
+        if text and isinstance(text, str):
+            return text
+    return ""
+
+
+def read_chat_request(body: Json) -> Conversation:
+    """Raises UnsupportedFeature for what a converted response cannot express."""
+    if (int_field(body, "n") or 1) > 1:
+        raise UnsupportedFeature("n: only one choice is offered on this model.", param="n")
+    for key in ("logit_bias", "audio", "logprobs", "top_logprobs"):
+        if body.get(key):
+            param = key.removeprefix("top_")
+            raise UnsupportedFeature(f"{param}: is not supported on this model.", param=param)
+    if "audio" in list_field(body, "modalities"):
+        raise UnsupportedFeature("modalities: audio is not supported.", param="modalities")
+    chat = Conversation(model=need_str(body, "model"))
+    chat.dropped += [key for key in body if key not in CHAT_FIELDS and body[key]]
+    read_chat_messages(body, chat)
+    chat.settle()
+    read_chat_tools(body, chat)
+    read_chat_settings(body, chat)
+    chat.name_tools()
+    return chat
+
+
+def read_chat_messages(body: Json, chat: Conversation) -> None:
+    messages = message_list(body)
+    user_names = {str_or_empty(item, "name") for item in messages if item.get("role") == "user"}
+    is_multi_user = len(user_names - {""}) > 1
+    awaited: Counter[str] = Counter()  # call id -> results still to come, in order of the calls
+    for index, message in enumerate(messages):
+        path = f"messages.{index}"
+        role = read_role(message, CHAT_ROLES, path)
+        blocks = read_parts(message.get("content"), f"{path}.content")
+        if role == "assistant":
+            blocks = read_chat_assistant(message, blocks, path)
+            awaited.update(block.id for block in blocks if isinstance(block, ToolCall))
+        elif role in ("system", "developer"):
+            texts = [block for block in blocks if isinstance(block, Text)]
+            if not chat.turns:
+                chat.system += texts
+                continue
+            role, blocks = "system", [*texts]
+        elif role == "user":
+            name = str_field(message, "name", path)
+            if is_multi_user and name and blocks and isinstance(blocks[0], Text):
+                blocks[0] = Text(f"{name}: {blocks[0].text}")
+        else:  # a tool's result; the 2023 `function` role has no id
+            call_id = str_field(message, "tool_call_id", path) or next(iter(awaited), "")
+            awaited[call_id] -= 1
+            if awaited[call_id] <= 0:
+                del awaited[call_id]
+            role, blocks = "user", [ToolResult(call_id, blocks)]
+        chat.turns.append(Turn(role, blocks))
+
+
+def read_chat_assistant(message: Json, content: list[Block], path: str) -> list[Block]:
+    """`content` with the message's reasoning before it, its refusal and calls after it."""
+    blocks = content
+    reasoning, opaque = get_reasoning(message), str_field(message, "reasoning_opaque", path)
+    if reasoning or opaque:
+        blocks = [Thinking(reasoning, CHAT_ENVELOPE + opaque if opaque else ""), *content]
+    refusal = str_field(message, "refusal", path)
+    if refusal:
+        blocks.append(Refusal(refusal))
+    calls = list_field(message, "tool_calls", path)
+    if message.get("function_call"):
+        calls = [*calls, {"function": message["function_call"]}]
+    for call_path, call in need_dicts(calls, f"{path}.tool_calls"):
+        function = function_of(call, call_path)
+        arguments = function.get("arguments", function.get("input", ""))
+        if not isinstance(arguments, str):
+            arguments = dump_text(arguments if arguments is not None else {})
+        call_id = str_field(call, "id", call_path) or "call_" + short_hash(call_path, 16)
+        name = need_str(function, "name", f"{call_path}.function")
+        blocks.append(ToolCall(call_id, name, arguments))
+    return blocks
+
+
+def read_chat_tools(body: Json, chat: Conversation) -> None:
+    server_tools = ["web_search"] if body.get("web_search_options") is not None else []
+    tools = [*list_field(body, "tools"), *list_field(body, "functions")]
+    for path, tool in need_dicts(tools, "tools"):
+        function = function_of(tool, path)
+        if "name" not in function and isinstance(tool.get("type"), str):
+            server_tools.append(tool["type"])
+            continue
+        name = need_str(function, "name", f"{path}.function")
+        schema = function.get("parameters", function.get("input_schema"))
+        if "custom" in tool:
+            schema = {"type": "object", "properties": {"input": STRING}, "required": ["input"]}
+        description = str_field(function, "description", path) or ""
+        strict = bool_field(function, "strict", path)
+        schema = object_schema(schema, f"{path}.function.parameters")
+        chat.tools.append(Tool(name, description, schema, strict))
+    key = "tool_choice" if "tool_choice" in body else "function_call"
+    choice = body.get(key)
+    if not isinstance(choice, dict):
+        mode = word_field(body, key, CHOICE_MODES)
+        chat.choice = ToolChoice(mode) if mode else None
+    elif choice.get("type") == "allowed_tools":
+        path = f"{key}.allowed_tools"
+        allowed = dict_field(choice, "allowed_tools", key)
+        names = allowed_names(allowed, path)
+        chat.tools = [tool for tool in chat.tools if tool.name in names]
+        chat.choice = ToolChoice(word_field(allowed, "mode", ("auto", "required"), path) or "auto")
+    else:
+        name = need_str(function_of(choice, key), "name", f"{key}.function")
+        chat.choice = ToolChoice("named", name)
+    drop_hosted(server_tools, len(chat.tools), "", chat.dropped)
 
 
 def read_json_schema(entry: Json, path: str) -> OutputFormat:
@@ -3828,161 +3864,36 @@ def read_json_schema(entry: Json, path: str) -> OutputFormat:
     )
 
 
-class ChatRequestReader:
-    def __init__(self, body: Json) -> None:
-        self.body = body
-        self.chat = Conversation()
-        #: call id -> results still to come, in order; matches results that have no id
-        self.pending_results: Counter[str] = Counter()
-        users = [m for m in message_list(body) if m.get("role") == "user"]
-        names = {m["name"] for m in users if isinstance(m.get("name"), str)}
-        self.is_multi_user = len(names) > 1
+def read_chat_settings(body: Json, chat: Conversation) -> None:
+    chat.parallel = bool_field(body, "parallel_tool_calls")
+    chat.max_tokens = int_field(body, "max_completion_tokens")
+    if chat.max_tokens is None:
+        chat.max_tokens = int_field(body, "max_tokens")
+    chat.temperature = number_field(body, "temperature")
+    chat.top_p = number_field(body, "top_p")
+    chat.top_k = int_field(body, "top_k")
+    chat.stop = read_stops(body, "stop")
+    chat.verbosity = str_field(body, "verbosity")
+    thinking, reasoning = dict_field(body, "thinking"), dict_field(body, "reasoning")
+    chat.thinking_budget = int_field(thinking, "budget_tokens", "thinking")
+    chat.effort = word_field(body, "reasoning_effort", EFFORTS)
+    if chat.effort is None:
+        chat.effort = word_field(reasoning, "effort", EFFORTS, "reasoning")
+    if thinking.get("type") == "disabled":
+        chat.effort = "none"
+    path = "response_format"
+    output = dict_field(body, path)
+    kind = word_field(output, "type", ("text", "json_object", "json_schema"), path)
+    if kind == "json_object":
+        chat.output = OutputFormat(None)
+    elif kind == "json_schema":
+        chat.output = read_json_schema(dict_field(output, kind, path), f"{path}.{kind}")
+    for key in ("prompt_cache_key", "safety_identifier", "user"):
+        chat.session = chat.session or str_field(body, key) or ""
 
-    def read(self) -> Conversation:
-        self.refuse_lossy()
-        for index, message in enumerate(message_list(self.body)):
-            self.read_message(message, f"messages.{index}")
-        self.chat.settle()
-        self.read_tools()
-        self.read_settings()
-        self.chat.name_tools()
-        return self.chat
 
-    def refuse_lossy(self) -> None:
-        """Raises UnsupportedFeature for what a converted response cannot express."""
-        body = self.body
-        if (int_field(body, "n") or 1) > 1:
-            raise UnsupportedFeature("n: only one choice is offered on this model.", param="n")
-        for key in ("logit_bias", "audio", "logprobs", "top_logprobs"):
-            if body.get(key):
-                param = key.removeprefix("top_")
-                raise UnsupportedFeature(f"{param}: is not supported on this model.", param=param)
-        if "audio" in list_field(body, "modalities"):
-            raise UnsupportedFeature("modalities: audio is not supported.", param="modalities")
-        self.chat.dropped += [key for key in body if key not in CHAT_FIELDS and body[key]]
-
-    def read_message(self, message: Json, path: str) -> None:
-        chat, role = self.chat, read_role(message, CHAT_ROLES, path)
-        if role == "assistant":
-            chat.turns.append(Turn(role, self.read_assistant(message, path)))
-            return
-        blocks = read_parts(message.get("content"), f"{path}.content")
-        if role in ("system", "developer"):
-            texts = [block for block in blocks if isinstance(block, Text)]
-            if chat.turns:
-                chat.turns.append(Turn("system", [*texts]))
-            else:
-                chat.system.extend(texts)
-            return
-        if role == "user":
-            name = str_field(message, "name", path)
-            if self.is_multi_user and name and blocks and isinstance(blocks[0], Text):
-                blocks[0] = Text(f"{name}: {blocks[0].text}")
-        else:
-            call_id = str_field(message, "tool_call_id", path)
-            call_id = call_id or next(iter(self.pending_results), "")
-            self.pending_results[call_id] -= 1
-            if self.pending_results[call_id] <= 0:
-                del self.pending_results[call_id]
-            blocks = [ToolResult(call_id, blocks)]
-        chat.turns.append(Turn("user", blocks))
-
-    def read_assistant(self, message: Json, path: str) -> list[Block]:
-        blocks: list[Block] = []
-        for key in REASONING_FIELDS:
-            if isinstance(message.get(key), str):
-                opaque = str_field(message, "reasoning_opaque", path)
-                blocks.append(Thinking(message[key], CHAT_ENVELOPE + opaque if opaque else ""))
-                break
-        blocks.extend(read_parts(message.get("content"), f"{path}.content"))
-        refusal = str_field(message, "refusal", path)
-        if refusal:
-            blocks.append(Refusal(refusal))
-        calls = list_field(message, "tool_calls", path)
-        if message.get("function_call"):
-            calls = [*calls, {"function": message["function_call"]}]
-        for index, item in enumerate(calls):
-            call_path = f"{path}.tool_calls.{index}"
-            call = need_dict(item, call_path)
-            function = function_of(call, call_path)
-            arguments = function.get("arguments", function.get("input", ""))
-            if not isinstance(arguments, str):
-                arguments = dump_text(arguments if arguments is not None else {})
-            call_id = str_field(call, "id", call_path) or "call_" + short_hash(call_path, 16)
-            name = need_str(function, "name", f"{call_path}.function")
-            blocks.append(ToolCall(call_id, name, arguments))
-        self.pending_results.update(block.id for block in blocks if isinstance(block, ToolCall))
-        return blocks
-
-    def read_tools(self) -> None:
-        body, chat = self.body, self.chat
-        server_tools = ["web_search"] if body.get("web_search_options") is not None else []
-        for index, item in enumerate([*list_field(body, "tools"), *list_field(body, "functions")]):
-            path = f"tools.{index}"
-            tool = need_dict(item, path)
-            function = function_of(tool, path)
-            if "name" not in function and isinstance(tool.get("type"), str):
-                server_tools.append(tool["type"])
-                continue
-            name = need_str(function, "name", f"{path}.function")
-            schema = function.get("parameters", function.get("input_schema"))
-            if "custom" in tool:
-                properties = {"input": {"type": "string"}}
-                schema = {"type": "object", "properties": properties, "required": ["input"]}
-            description = str_field(function, "description", path) or ""
-            strict = bool_field(function, "strict", path)
-            schema = object_schema(schema, f"{path}.function.parameters")
-            chat.tools.append(Tool(name, description, schema, strict))
-        self.read_choice()
-        drop_hosted(server_tools, len(chat.tools), "", chat.dropped)
-
-    def read_choice(self) -> None:
-        chat, body = self.chat, self.body
-        key = "tool_choice" if "tool_choice" in body else "function_call"
-        choice = body.get(key)
-        if not isinstance(choice, dict):
-            mode = word_field(body, key, CHOICE_MODES)
-            chat.choice = ToolChoice(mode) if mode else None
-        elif choice.get("type") == "allowed_tools":
-            path = f"{key}.allowed_tools"
-            allowed = dict_field(choice, "allowed_tools", key)
-            names = allowed_names(allowed, path)
-            chat.tools = [tool for tool in chat.tools if tool.name in names]
-            mode = word_field(allowed, "mode", ("auto", "required"), path)
-            chat.choice = ToolChoice(mode or "auto")
-        else:
-            name = need_str(function_of(choice, key), "name", f"{key}.function")
-            chat.choice = ToolChoice("named", name)
-
-    def read_settings(self) -> None:
-        body, chat = self.body, self.chat
-        chat.parallel = bool_field(body, "parallel_tool_calls")
-        chat.model = need_str(body, "model")
-        chat.max_tokens = int_field(body, "max_completion_tokens")
-        if chat.max_tokens is None:
-            chat.max_tokens = int_field(body, "max_tokens")
-        chat.temperature = number_field(body, "temperature")
-        chat.top_p = number_field(body, "top_p")
-        chat.top_k = int_field(body, "top_k")
-        chat.stop = read_stops(body, "stop")
-        chat.verbosity = str_field(body, "verbosity")
-        thinking, reasoning = dict_field(body, "thinking"), dict_field(body, "reasoning")
-        chat.thinking_budget = int_field(thinking, "budget_tokens", "thinking")
-        chat.effort = word_field(body, "reasoning_effort", EFFORTS)
-        if chat.effort is None:
-            chat.effort = word_field(reasoning, "effort", EFFORTS, "reasoning")
-        if thinking.get("type") == "disabled":
-            chat.effort = "none"
-        path = "response_format"
-        output = dict_field(body, path)
-        kind = word_field(output, "type", ("text", "json_object", "json_schema"), path)
-        if kind == "json_object":
-            chat.output = OutputFormat(None)
-        elif kind == "json_schema":
-            entry = dict_field(output, "json_schema", path)
-            chat.output = read_json_schema(entry, f"{path}.json_schema")
-        for key in ("prompt_cache_key", "safety_identifier", "user"):
-            chat.session = chat.session or str_field(body, key) or ""
+def without_nulls(obj: Json) -> Json:
+    return {key: value for key, value in obj.items() if value is not None}
 
 
 def write_chat_request(chat: Conversation, model: Model) -> Json:
@@ -3997,20 +3908,20 @@ def write_chat_request(chat: Conversation, model: Model) -> Json:
             messages.append(write_chat_assistant(turn.blocks, chat))
         else:
             messages.extend(write_chat_user(turn.blocks, model))
-    body: Json = {"model": model.id, "messages": messages}
-    if chat.tools:
-        body["tools"] = [write_chat_tool(tool, chat) for tool in chat.tools]
-        if chat.choice and chat.choice.mode == "named":
-            function = {"name": chat.wire_name(chat.choice.name)}
-            body["tool_choice"] = {"type": "function", "function": function}
-        elif chat.choice:
-            body["tool_choice"] = chat.choice.mode
-        if chat.parallel is not None:
-            body["parallel_tool_calls"] = chat.parallel
+    choice: str | Json | None = chat.choice.mode if chat.choice else None
+    if chat.choice and chat.choice.mode == "named":
+        choice = {"type": "function", "function": {"name": chat.wire_name(chat.choice.name)}}
     effort = chat.effort
     if effort is None and chat.thinking_budget:
         effort = effort_of_budget(chat.thinking_budget)
-    settings = {
+    if chat.top_k is not None:
+        chat.dropped.append("top_k")
+    body = {
+        "model": model.id,
+        "messages": messages,
+        "tools": [write_chat_tool(tool, chat) for tool in chat.tools] or None,
+        "tool_choice": choice if chat.tools else None,
+        "parallel_tool_calls": chat.parallel if chat.tools else None,
         "max_tokens": chat.max_tokens,
         "temperature": chat.temperature,
         "top_p": chat.top_p,
@@ -4019,13 +3930,25 @@ def write_chat_request(chat: Conversation, model: Model) -> Json:
         "verbosity": chat.verbosity,
         "response_format": write_response_format(chat.output) if chat.output else None,
         "prompt_cache_key": short_hash(chat.session, 32) if chat.session else None,
+        "stream": True,
+        "stream_options": {"include_usage": True},
     }
-    body.update({key: value for key, value in settings.items() if value is not None})
-    if chat.top_k is not None:
-        chat.dropped.append("top_k")
-    body["stream"] = True
-    body["stream_options"] = {"include_usage": True}
-    return body
+    return without_nulls(body)
+
+
+def write_chat_tool(tool: Tool, chat: Conversation) -> Json:
+    function: Json = {"name": chat.wire_name(tool.name), "description": tool.description or None}
+    function.update(parameters=plain_schema(tool), strict=tool.strict)
+    return {"type": "function", "function": without_nulls(function)}
+
+
+def write_response_format(output: OutputFormat) -> Json:
+    if output.schema is None:
+        return {"type": "json_object"}
+    strict = fits_strict(output.schema) if output.strict is None else output.strict
+    entry: Json = {"name": output.name, "schema": output.schema}
+    entry.update(description=output.description or None, strict=strict)
+    return {"type": "json_schema", "json_schema": without_nulls(entry)}
 
 
 def write_chat_assistant(blocks: list[Block], chat: Conversation) -> Json:
@@ -4063,11 +3986,10 @@ def write_chat_user(blocks: list[Block], model: Model) -> list[Json]:
 
 
 def write_chat_part(block: Text | Refusal | Image | Document, model: Model) -> Json:
-    """Raises UnsupportedFeature for a file if the model takes none."""
+    """Raises UnsupportedFeature for a PDF if the model does not support it."""
     if isinstance(block, Image):
-        image_url = {"url": block.url or f"data:{block.media_type};base64,{block.data}"}
-        if block.detail:
-            image_url["detail"] = block.detail
+        url = block.url or f"data:{block.media_type};base64,{block.data}"
+        image_url = without_nulls({"url": url, "detail": block.detail or None})
         return {"type": "image_url", "image_url": image_url}
     if isinstance(block, (Text, Refusal)):
         return {"type": "text", "text": block.text}
@@ -4075,15 +3997,13 @@ def write_chat_part(block: Text | Refusal | Image | Document, model: Model) -> J
         heading = f"[{block.title}]\n" if block.title else ""
         return {"type": "text", "text": heading + block.text}
     if not model.files:
-        raise UnsupportedFeature(
-            f"{block.path}: {model.id} does not take PDF documents.", param=block.path
-        )
+        raise unsupported(block.path, f"{model.id} does not support PDF documents.")
     data = f"data:{block.media_type};base64,{block.data}"
     return {"type": "file", "file": {"filename": block.title or "document.pdf", "file_data": data}}
 
 
 def write_chat_result(result: ToolResult, model: Model, user_parts: list[Json]) -> Json:
-    """A tool message; its images go into `user_parts`, as tool messages take none."""
+    """A tool message; its images go into `user_parts`, as tool messages accept none."""
     text = plain_text(result.blocks)
     attachments: list[Json] = []
     for block in result.blocks:
@@ -4104,37 +4024,17 @@ def write_chat_result(result: ToolResult, model: Model, user_parts: list[Json]) 
     return {"role": "tool", "tool_call_id": call_id, "content": text or "(no output)"}
 
 
-def write_chat_tool(tool: Tool, chat: Conversation) -> Json:
-    function: Json = {"name": chat.wire_name(tool.name)}
-    if tool.description:
-        function["description"] = tool.description
-    function["parameters"] = plain_schema(tool)
-    if tool.strict is not None:
-        function["strict"] = tool.strict
-    return {"type": "function", "function": function}
-
-
-def write_response_format(output: OutputFormat) -> Json:
-    if output.schema is None:
-        return {"type": "json_object"}
-    entry: Json = {"name": output.name, "schema": output.schema}
-    if output.description:
-        entry["description"] = output.description
-    entry["strict"] = fits_strict(output.schema) if output.strict is None else output.strict
-    return {"type": "json_schema", "json_schema": entry}
-
-
+@dataclass(slots=True)
 class ChatReader:
     """Chat chunks -> events; chunks may interleave calls and text."""
 
-    def __init__(self, context: ResponseContext) -> None:
-        self.context = context
-        self.blocks = BlockAssembler(CHAT_ENVELOPE)
-        self.usage = Usage()
-        self.reasoning: list[str] = []
-        self.opaque = ""
-        self.finish_reason = ""
-        self.started = False
+    context: ResponseContext
+    blocks: BlockAssembler = field(default_factory=lambda: BlockAssembler(CHAT_ENVELOPE))
+    usage: Usage = field(default_factory=Usage)
+    reasoning: list[str] = field(default_factory=list)
+    opaque: str = ""
+    finish_reason: str = ""
+    started: bool = False
 
     def read(self, frame: Json) -> list[Event]:
         if frame.get("error"):
@@ -4154,12 +4054,10 @@ class ChatReader:
     def read_choice(self, choice: Json) -> None:
         """Copilot's Claude spreads one response over several choices (seen in 2026-08)."""
         delta = get_dict(choice, "delta") or get_dict(choice, "message")
-        for name in REASONING_FIELDS:
-            text = delta.get(name)
-            if text and isinstance(text, str):
-                self.reasoning.append(text)
-                self.blocks.add_text("thinking", text)
-                break
+        reasoning = get_reasoning(delta)
+        if reasoning:
+            self.reasoning.append(reasoning)
+            self.blocks.add_text("thinking", reasoning)
         if isinstance(delta.get("reasoning_opaque"), str):
             self.opaque = delta["reasoning_opaque"]
             self.blocks.signature = [self.opaque] if self.opaque else []
@@ -4175,7 +4073,8 @@ class ChatReader:
             arguments = function.get("arguments")
             if isinstance(arguments, dict):
                 arguments = dump_text(arguments)
-            arguments = arguments if isinstance(arguments, str) else ""
+            elif not isinstance(arguments, str):
+                arguments = ""
             call_id, name = str_or_empty(fragment, "id"), str_or_empty(function, "name")
             key = call_key(choice, fragment, position)
             self.blocks.add_call(key, call_id, name, arguments, is_last=False)
@@ -4198,9 +4097,9 @@ class ChatReader:
         if self.usage.source:
             blocks.events.append(UsageUpdate(self.usage))
         finish_reason, self.finish_reason = self.finish_reason, ""
-        stop_reason = "tool" if calls else CHAT_FINISHES.get(finish_reason, "")
-        if finish_reason == "length":
-            stop_reason = "length"
+        stop_reason = CHAT_STOP_REASONS.get(finish_reason, "")
+        if calls and stop_reason != "length":
+            stop_reason = "tool"
         error = UpstreamError(f"The upstream ended with {finish_reason!r}.")
         blocks.events.append(MessageStop(stop_reason) if stop_reason else StreamError(error))
         return blocks.take()
@@ -4221,10 +4120,14 @@ def chunk_base(context: ResponseContext, chunk_id: str, created: int) -> Json:
     return {"id": chunk_id, "object": chunk_type, "created": created, "model": context.model}
 
 
-CHAT_DELTAS = {"text": "content", "thinking": "reasoning_content", "refusal": "refusal"}
+def chunk_choice(delta: Json, finish_reason: str | None = None, index: int = 0) -> Json:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
 
 
 class ChatWriter:
+    #: block kind -> field of the delta
+    FIELDS: ClassVar = {"text": "content", "thinking": "reasoning_content", "refusal": "refusal"}
+
     def __init__(self, context: ResponseContext) -> None:
         self.context = context
         self.usage = Usage()
@@ -4233,39 +4136,32 @@ class ChatWriter:
         self.block_kind = ""
         self.has_empty_call = False
 
-    def chunk(self, delta: Json, finish_reason: str | None = None) -> Json:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return {**self.base, "choices": [choice]}
-
     def write(self, event: Event) -> list[Json]:
+        """Signatures and citations cannot be expressed in this dialect."""
+        delta: Json = {}
         if isinstance(event, BlockDelta):
-            delta = self.write_delta(event)
-            return [self.chunk(delta)] if delta else []
-        if isinstance(event, MessageStart):
-            return [self.chunk({"role": "assistant", "content": ""})]
-        if isinstance(event, BlockStart):
+            if self.block_kind == "tool" and event.part == "arguments" and event.text:
+                self.has_empty_call = False
+                delta = self.call_delta({"arguments": event.text})
+            elif self.block_kind in self.FIELDS and event.part == "text":
+                delta = {self.FIELDS[self.block_kind]: event.text}
+        elif isinstance(event, MessageStart):
+            delta = {"role": "assistant", "content": ""}
+        elif isinstance(event, BlockStart):
             self.block_kind = event.kind
             self.has_empty_call = event.kind == "tool"
             if self.has_empty_call:
                 self.call_index += 1
                 function = {"name": event.name, "arguments": ""}
-                return [self.chunk(self.call_delta(function, id=event.id, type="function"))]
+                delta = self.call_delta(function, id=event.id, type="function")
         elif isinstance(event, BlockStop) and self.has_empty_call:
             self.has_empty_call = False
-            return [self.chunk(self.call_delta({"arguments": "{}"}))]
+            delta = self.call_delta({"arguments": "{}"})
         elif isinstance(event, UsageUpdate):
             self.usage = event.usage
         elif isinstance(event, MessageStop):
-            return self.write_finish(event)
-        return []
-
-    def write_delta(self, event: BlockDelta) -> Json:
-        """Signatures and citations have no place in this dialect."""
-        if self.block_kind == "tool" and event.part == "arguments" and event.text:
-            self.has_empty_call = False
-            return self.call_delta({"arguments": event.text})
-        key = CHAT_DELTAS.get(self.block_kind)
-        return {key: event.text} if key and event.part == "text" else {}
+            return self.write_stop(event)
+        return [{**self.base, "choices": [chunk_choice(delta)]}] if delta else []
 
     def call_delta(self, function: Json, **first_fields: str) -> Json:
         """A fragment of the open call; only the first one has id, type and name."""
@@ -4273,17 +4169,18 @@ class ChatWriter:
             return {"function_call": function}
         return {"tool_calls": [{"index": self.call_index, **first_fields, "function": function}]}
 
-    def write_finish(self, event: MessageStop) -> list[Json]:
-        finish_reason = CHAT_FINISH_WORDS[event.reason]
+    def write_stop(self, event: MessageStop) -> list[Json]:
+        finish_reason = CHAT_FINISH_REASONS[event.reason]
         if finish_reason == "tool_calls" and self.context.legacy_functions:
             finish_reason = "function_call"
-        frames = [self.chunk({}, finish_reason)]
+        choices = [chunk_choice({}, finish_reason)]
         explanation = (event.details or {}).get("explanation")
         if event.reason == "filter" and isinstance(explanation, str) and explanation:
-            frames.insert(0, self.chunk({"refusal": explanation}))
+            choices.insert(0, chunk_choice({"refusal": explanation}))
+        frames: list[Json] = [{**self.base, "choices": [choice]} for choice in choices]
         if self.context.include_usage:
             usage = write_usage(self.usage, CHAT_USAGE)
-            frames.append({**self.chunk({}), "choices": [], "usage": usage})
+            frames.append({**self.base, "choices": [], "usage": usage})
         return frames
 
 
@@ -4291,42 +4188,41 @@ class ChatWriter:
 # with all its fields, and the upstream would refuse these.
 VENDOR_CHAT_FIELDS = (
     "content_filter_offsets", "content_filter_results", "copilot_annotations", "obfuscation",
-    "padding", "prompt_filter_results",
+    "padding", "prompt_filter_results", "copilot_usage",
 )  # fmt: skip
 
 
-class DeltaMerger:
-    """Merges deltas: lists and strings (joined at the end) grow, calls by index, others are set."""
+def drop_vendor_fields(holder: Json) -> None:
+    for key in VENDOR_CHAT_FIELDS:
+        holder.pop(key, None)
 
-    def __init__(self) -> None:
-        #: (identity of the holder, key) -> (holder, pieces)
-        self.texts: dict[tuple[int, str], tuple[Json, list[str]]] = {}
 
-    def add(self, message: Json, delta: Json) -> None:
+def merge_deltas(deltas: Iterable[Json]) -> Json:
+    """Joins strings and lists, merges calls by index; of other values the last one counts."""
+    columns: defaultdict[str, list[Any]] = defaultdict(list)
+    for delta in deltas:
         for key, value in delta.items():
-            current = message.get(key)
-            if key == "tool_calls":
-                calls = message.setdefault("tool_calls", [])
-                for fragment in value:
-                    while len(calls) <= fragment["index"]:
-                        calls.append({})
-                    self.add(calls[fragment["index"]], fragment)
-            elif key in ("role", "index", "type", "id"):
-                message[key] = value
-            elif isinstance(value, str) and isinstance(current, str):
-                self.texts.setdefault((id(message), key), (message, [current]))[1].append(value)
-            elif isinstance(value, dict) and isinstance(current, dict):
-                self.add(current, value)
-            elif isinstance(value, list) and isinstance(current, list):
-                current += value
-            elif value is not None or key not in message:
-                message[key] = value
-
-    def join(self) -> None:
-        for (_, key), (owner, pieces) in self.texts.items():
-            owner[key] = "".join(pieces)
+            columns[key] += [] if value is None else [value]
+    merged: Json = {}
+    for key, values in columns.items():
+        kinds = set(map(type, values))
+        if key == "tool_calls":
+            fragments: defaultdict[int, list[Json]] = defaultdict(list)
+            for fragment in (item for value in values for item in value):
+                fragments[fragment["index"]].append(fragment)
+            merged[key] = [merge_deltas(fragments[index]) for index in sorted(fragments)]
+        elif kinds == {str} and key not in ("role", "type", "id"):
+            merged[key] = "".join(values)
+        elif kinds == {dict}:
+            merged[key] = merge_deltas(values)
+        elif kinds == {list}:
+            merged[key] = [item for value in values for item in value]
+        else:
+            merged[key] = values[-1] if values else None
+    return merged
 
 
+@dataclass(slots=True)
 class ChatRelay:
     """Native chat chunks, repaired.
 
@@ -4336,20 +4232,19 @@ class ChatRelay:
     and in its place.
     """
 
-    def __init__(self, context: ResponseContext) -> None:
-        self.context = context
-        self.usage = Usage()
-        self.said = 0.0
-        self.finished = False
-        self.base: Json = {}  # the fields that all chunks share, from the first one
-        self.started = False
-        self.finish_reasons: dict[int, str] = {}  # per choice
-        self.call_indexes: dict[tuple[int, int], int] = {}
-        self.usage_frame: Json | None = None
-        self.guards: defaultdict[int, RunawayGuard] = defaultdict(RunawayGuard)  # per call
-        self.call_ids: list[str] = []
-        self.reasoning: list[str] = []
-        self.opaque = ""
+    context: ResponseContext
+    usage: Usage = field(default_factory=Usage)
+    said: float = 0.0
+    finished: bool = False
+    base: Json = field(default_factory=dict)  #: the fields that all chunks share
+    started: bool = False
+    finish_reasons: dict[int, str] = field(default_factory=dict)  #: per choice
+    call_indexes: dict[tuple[int, int], int] = field(default_factory=dict)
+    call_ids: list[str] = field(default_factory=list)
+    guards: list[RunawayGuard] = field(default_factory=list)  #: per call
+    usage_frame: Json | None = None
+    reasoning: list[str] = field(default_factory=list)
+    opaque: str = ""
 
     def repair(self, frame: Json) -> list[Json]:
         if self.finished:
@@ -4360,8 +4255,6 @@ class ChatRelay:
             return self.end()
         if read_usage(frame, CHAT_USAGE, self.usage):
             self.usage_frame = frame["usage"]
-        for key in ("usage", "copilot_usage", *VENDOR_CHAT_FIELDS):
-            frame.pop(key, None)
         choices = get_dicts(frame, "choices")
         if not choices:
             return []  # prompt filter results, copilot_references, the usage chunk
@@ -4369,31 +4262,28 @@ class ChatRelay:
             chunk_id = str(frame.get("id") or self.context.id)
             created = positive_int(frame.get("created")) or self.context.created
             self.base = chunk_base(self.context, chunk_id, created)
-        frame.update(self.base)
         choices = [repaired for choice in choices if (repaired := self.repair_choice(choice))]
         if not choices:
             return []
         if len(choices) > 1 and not self.context.many:
-            merger = DeltaMerger()
-            for other in choices[1:]:
-                merger.add(choices[0]["delta"], other["delta"])
-            merger.join()
-            choices = choices[:1]
-        frame["choices"] = choices
+            choices[0]["delta"] = merge_deltas(choice["delta"] for choice in choices)
+            del choices[1:]
+        frame.update(self.base, choices=choices)
+        frame.pop("usage", None)
+        drop_vendor_fields(frame)
         is_first, self.started = not self.started, True
         if not is_first or any("role" in choice["delta"] for choice in choices):
             return [frame]
-        role = {"role": "assistant", "content": ""}
-        opening = {"index": 0, "delta": role, "logprobs": None, "finish_reason": None}
+        opening = chunk_choice({"role": "assistant", "content": ""})
         return [{**frame, "choices": [opening]}, frame]
 
     def repair_choice(self, choice: Json) -> Json | None:
         """One choice as strict clients expect it; None if nothing is left of it."""
         index = choice.get("index")
         index = index if isinstance(index, int) and self.context.many else 0
-        choice = {key: value for key, value in choice.items() if key not in VENDOR_CHAT_FIELDS}
-        raw_delta = get_dict(choice, "delta")
-        delta = {key: raw_delta[key] for key in raw_delta if key not in VENDOR_CHAT_FIELDS}
+        delta = get_dict(choice, "delta")
+        drop_vendor_fields(choice)
+        drop_vendor_fields(delta)
         finish_reason = str_or_empty(choice, "finish_reason")
         if finish_reason and self.finish_reasons.get(index) != "tool_calls":
             self.finish_reasons[index] = finish_reason
@@ -4403,11 +4293,14 @@ class ChatRelay:
             self.reasoning.append(delta["reasoning_text"])
         if isinstance(delta.get("reasoning_opaque"), str):
             self.opaque = delta["reasoning_opaque"]
-        if isinstance(delta.pop("tool_calls", None), list):
-            calls = enumerate(get_dicts(raw_delta, "tool_calls"))
+        if isinstance(delta.get("tool_calls"), list):
+            fragments = enumerate(get_dicts(delta, "tool_calls"))
             delta["tool_calls"] = [
-                self.repair_call(call, call_key(choice, call, position)) for position, call in calls
+                self.repair_call(fragment, call_key(choice, fragment, position))
+                for position, fragment in fragments
             ]
+        else:
+            delta.pop("tool_calls", None)
         if isinstance(delta.get("content"), str):
             self.said += estimate_text(delta["content"])
         if finish_reason and not any(value for key, value in delta.items() if key != "role"):
@@ -4422,20 +4315,18 @@ class ChatRelay:
         arguments = function.get("arguments") or ""
         if isinstance(arguments, dict):
             arguments = dump_text(arguments)
-        is_first = key not in self.call_indexes
-        index = self.call_indexes.setdefault(key, len(self.call_indexes))
+        index = self.call_indexes.setdefault(key, len(self.guards))
+        is_first = index == len(self.guards)
+        if is_first:
+            self.guards.append(RunawayGuard())
         self.guards[index].check(str(arguments))
         if not is_first:
             return {"index": index, "function": {"arguments": arguments}}
         name = str(function.get("name") or "")
         call_id = call.get("id") or f"call_{short_hash(f'{self.context.id}{key}', 16)}"
         self.call_ids.append(str(call_id))
-        first_fields = {
-            "index": index,
-            "id": call_id,
-            "type": "function",
-            "function": {"name": self.context.names.get(name, name), "arguments": arguments},
-        }
+        function = {"name": self.context.names.get(name, name), "arguments": arguments}
+        first_fields = {"index": index, "id": call_id, "type": "function", "function": function}
         extra = {key: value for key, value in call.items() if key not in first_fields}
         return {**extra, **first_fields}
 
@@ -4449,12 +4340,11 @@ class ChatRelay:
             self.context.keep(self.call_ids, "".join(self.reasoning), self.opaque)
         frames = []
         for index, finish_reason in sorted(self.finish_reasons.items()):
-            if finish_reason not in CHAT_FINISHES:
+            if finish_reason not in CHAT_STOP_REASONS:
                 raise UpstreamError(f"The upstream ended with {finish_reason!r}.")
             if self.call_indexes and finish_reason == "stop":
                 finish_reason = "tool_calls"
-            choice = {"index": index, "delta": {}, "logprobs": None, "finish_reason": finish_reason}
-            frames.append({**self.base, "choices": [choice]})
+            frames.append({**self.base, "choices": [chunk_choice({}, finish_reason, index)]})
         if self.context.include_usage:
             usage = finalize_usage(self.usage, self.context, self.said)
             usage_fields = self.usage_frame or write_usage(usage, CHAT_USAGE)
@@ -4466,6 +4356,7 @@ class ChatDialect(Dialect):
     name = "chat"
     tail = SSE_DONE
     id_prefix = "chatcmpl-"
+    read_request = staticmethod(read_chat_request)
     write_request = staticmethod(write_chat_request)
     framing = SseReader
     reader = ChatReader
@@ -4477,21 +4368,16 @@ class ChatDialect(Dialect):
         messages = message_list(body)
         last_role = messages[-1].get("role")
         session = body.get("prompt_cache_key") or body.get("user")
-        systems = (
-            message.get("content") for message in messages if message.get("role") == "system"
-        )
-        stream_options = dict_field(body, "stream_options")
+        systems = (item.get("content") for item in messages if item.get("role") == "system")
+        options = dict_field(body, "stream_options")
         return RequestInfo(
             model=need_str(body, "model"),
             stream=take_bool(body, "stream"),
-            include_usage=bool_field(stream_options, "include_usage", "stream_options") or False,
+            include_usage=bool_field(options, "include_usage", "stream_options") or False,
             initiator="agent" if last_role in ("tool", "function", "assistant") else "user",
             session=session if isinstance(session, str) else "",
             opening=opening_words(next(systems, ""), messages),
         )
-
-    def read_request(self, body: Json) -> Conversation:
-        return ChatRequestReader(body).read()
 
     def has_image(self, body: Json) -> bool:
         parts = (part for message in body["messages"] for part in get_dicts(message, "content"))
@@ -4499,30 +4385,26 @@ class ChatDialect(Dialect):
 
     def aggregate(self, frames: list[Json]) -> Json:
         response: Json = {"id": "", "object": "chat.completion", "created": 0, "model": ""}
-        choices: dict[int, Json] = {}
-        merger = DeltaMerger()
         usage = None
+        chunks: defaultdict[int, list[Json]] = defaultdict(list)  # per choice
         for frame in frames:
             usage = frame.get("usage") or usage
             extra = {key: value for key, value in frame.items() if key not in ("choices", "usage")}
             response.update({**extra, "object": "chat.completion"})
-            for chunk_choice in frame["choices"]:
-                index = chunk_choice["index"]
-                choice = choices.setdefault(index, {"index": index, "message": {}})
-                merger.add(choice["message"], chunk_choice["delta"])
-                choice["finish_reason"] = chunk_choice.get("finish_reason")
-                if chunk_choice.get("logprobs"):
-                    merger.add(choice.setdefault("logprobs", {}), chunk_choice["logprobs"])
-        merger.join()
-        for choice in choices.values():
-            message = choice["message"]
+            for choice in frame["choices"]:
+                chunks[choice["index"]].append(choice)
+        response["choices"] = []
+        for index, choices in sorted(chunks.items()):
+            message = merge_deltas(choice["delta"] for choice in choices)
             for call in message.get("tool_calls", ()):
                 call.pop("index", None)
             has_calls = "tool_calls" in message or "function_call" in message
             message["content"] = message.get("content") or (None if has_calls else "")
             message.setdefault("refusal", None)
-            choice.setdefault("logprobs", None)
-        response["choices"] = [choices[index] for index in sorted(choices)]
+            finish_reason = choices[-1].get("finish_reason")
+            choice = {"index": index, "message": message, "finish_reason": finish_reason}
+            logprobs = [choice["logprobs"] for choice in choices if choice.get("logprobs")]
+            response["choices"].append({**choice, "logprobs": merge_deltas(logprobs) or None})
         response["usage"] = usage
         return response
 
@@ -4534,16 +4416,12 @@ class ChatDialect(Dialect):
         return [{**response, "choices": choices}]
 
     def plain_text(self, frame: Json) -> str | None:
-        choices = frame.get("choices")
-        if not isinstance(choices, list) or len(choices) != 1 or frame.get("usage"):
+        choices = get_dicts(frame, "choices")
+        delta = get_dict(choices[0], "delta") if len(choices) == 1 else {}
+        if list(delta) != ["content"] or len(frame["choices"]) != 1 or frame.get("usage"):
             return None
-        choice = choices[0]
-        if not isinstance(choice, dict) or choice.get("finish_reason") or choice.get("index"):
-            return None
-        delta = choice.get("delta")
-        if not isinstance(delta, dict) or list(delta) != ["content"] or choice.get("logprobs"):
-            return None
-        return delta["content"] if isinstance(delta["content"], str) else None
+        has_more = any(choices[0].get(key) for key in ("finish_reason", "index", "logprobs"))
+        return delta["content"] if isinstance(delta["content"], str) and not has_more else None
 
     def error_body(self, error: ApiError, request_id: str) -> Json:
         return {"error": write_openai_error(error)}
@@ -5274,13 +5152,7 @@ def input_items(body: Json) -> list[Json]:
     value = body.get("input")
     if isinstance(value, str):
         return [{"type": "message", "role": "user", "content": value}]
-    items: list[Json] = list_field(body, "input")
-    if not items:
-        problem = "is required" if value is None else "must not be empty"
-        raise InvalidRequest(f"input: {problem}.", param="input")
-    for index, item in enumerate(items):
-        need_dict(item, f"input.{index}")
-    return items
+    return object_list(body, "input")
 
 
 CUSTOM_SCHEMA: Json = {
@@ -7031,61 +6903,73 @@ KIRO = KiroDialect()
 UPSTREAM_DIALECTS: dict[str, UpstreamDialect] = {**DIALECTS, KIRO.name: KIRO}
 
 
-# 8.6 the flow of one answer
+# 8.6 translating one response
 
 
+@dataclass(slots=True)
 class Converter:
     """A Relay between two dialects: frames -> events -> checks and filters -> frames."""
 
-    def __init__(self, reader: Reader, writer: Writer, context: ResponseContext) -> None:
-        self.reader = reader
-        self.writer = writer
-        self.context = context
-        self.checker = Checker()
-        self.cutter = StopCutter(context.cut) if context.cut else None
-        self.usage = Usage()
-        self.said = 0.0
-        self.call_count = 0
+    reader: Reader
+    writer: Writer
+    context: ResponseContext
+    cutter: StopCutter | None = None
+    state: str = "new"  #: of EVENT_STATES
+    guard: RunawayGuard = field(default_factory=RunawayGuard)  #: of the open call
+    usage: Usage = field(default_factory=Usage)
+    said: float = 0.0
+    call_count: int = 0
 
     @property
     def finished(self) -> bool:
-        return self.checker.state == "over"
+        return self.state == "complete"
 
     def repair(self, frame: Json) -> list[Json]:
         return self.write(self.reader.read(frame))
 
     def end(self) -> list[Json]:
         frames = [] if self.finished else self.write(self.reader.end())
-        self.checker.end()
+        if not self.finished:
+            raise UpstreamError(BROKEN_OFF)
         return frames
 
     def write(self, events: list[Event]) -> list[Json]:
         frames = []
         for event in events:
-            for passed in self.cutter.take(event) if self.cutter else (event,):
-                if not self.finished:
-                    frames += self.write_event(passed)
+            for item in self.cutter.take(event) if self.cutter else (event,):
+                if self.state != "complete":
+                    frames += self.write_event(item)
         return frames
 
     def write_event(self, event: Event) -> list[Json]:
-        """Checks one event; usage that was not reported is estimated before the finish."""
+        """Enforces EVENT_STATES, so that writers can rely on it; completes calls and usage."""
         if isinstance(event, StreamError):
             raise event.error
-        event = self.checker.check(event)
+        state = EVENT_STATES[type(event)].get(self.state)
+        if state is None:
+            raise UpstreamError(OFF_PROTOCOL)
+        self.state = state
         if isinstance(event, BlockDelta):
+            if event.part == "arguments":
+                self.guard.check(event.text)
             if event.part != "signature":
                 self.said += estimate_text(event.text)
         elif isinstance(event, BlockStart) and event.kind == "tool":
             if not event.name:
                 raise UpstreamError(OFF_PROTOCOL)
-            event.name = self.context.names.get(event.name, event.name)
+            self.guard = RunawayGuard()
             self.call_count += 1
+            event.name = self.context.names.get(event.name, event.name)
             event.id = event.id or "call_" + short_hash(f"{self.context.id} {self.call_count}", 24)
         elif isinstance(event, UsageUpdate):
             self.usage = event.usage
-        elif isinstance(event, MessageStop) and self.usage.source != "reported":
-            self.usage = finalize_usage(self.usage, self.context, self.said)
-            return [*self.writer.write(UsageUpdate(self.usage)), *self.writer.write(event)]
+        elif isinstance(event, MessageStop):
+            # Copilot and others report "stop" after a tool call (seen in 2026-08).
+            if self.call_count and event.reason in ("end", "stop"):
+                event = MessageStop("tool")
+            if self.usage.source != "reported":
+                self.usage = finalize_usage(self.usage, self.context, self.said)
+                return [*self.writer.write(UsageUpdate(self.usage)), *self.writer.write(event)]
         return self.writer.write(event)
 
 
@@ -7109,7 +6993,7 @@ class Template(NamedTuple):
     out_after: bytes
 
     @classmethod
-    def learn(cls, block: bytes, output: bytes, text: str) -> Template | None:
+    def build(cls, block: bytes, output: bytes, text: str) -> Template | None:
         """The template of a delta and of its output; None if it is ambiguous."""
         quoted = dump_json(text)
         parts, out_parts = block.split(quoted), output.split(quoted)
@@ -7138,43 +7022,43 @@ class Template(NamedTuple):
         return output, estimate_text(text) - blank_tokens
 
 
+@dataclass(slots=True)
 class StreamTranslator:
     """One response in transit: upstream bytes in, client bytes out.
 
     Without `stream` frames are collected, and `whole` returns the response at the end.  An error
-    before the first byte is kept in `error`, so that it can become a status; later it is a frame.
+    before the first byte is only stored in `error`, so that it can become a status; later it is
+    also sent as a frame.
     """
 
-    def __init__(
-        self,
-        upstream: UpstreamDialect,
-        client: Dialect,
-        context: ResponseContext,
-        stream: bool,
-        request_id: str,
-    ) -> None:
-        self.client = client
-        self.upstream = upstream
-        self.context = context
-        self.stream = stream
-        self.request_id = request_id
+    upstream: UpstreamDialect
+    client: Dialect
+    context: ResponseContext
+    stream: bool
+    request_id: str
+    framing: Framing = field(init=False)
+    relay: Relay = field(init=False)
+    may_copy: bool = field(init=False)  #: text deltas, without parsing each
+    frames: list[Json] = field(default_factory=list)  #: without `stream`
+    collected_bytes: int = 0  #: upstream bytes that `frames` were parsed from
+    #: matching deltas need no parsing; nothing else may change the response meanwhile
+    template: Template | None = None
+    last_frame: Json | None = None  #: what the last frame became, if that was one frame
+    output: list[bytes] = field(default_factory=list)  #: not yet returned
+    begun: bool = False  #: a byte was sent, so an error can only be a frame
+    frame_count: int = 0  #: frames sent
+    error: ApiError | None = None
+
+    def __post_init__(self) -> None:
+        upstream, client, context = self.upstream, self.client, self.context
         self.framing = upstream.framing()
-        self.relay: Relay
+        self.may_copy = self.stream and not context.cut
         if upstream is not client or context.cut or context.legacy_functions or context.rewritten:
-            self.relay = Converter(upstream.reader(context), client.writer(context), context)
+            cutter = StopCutter(context.cut) if context.cut else None
+            reader, writer = upstream.reader(context), client.writer(context)
+            self.relay = Converter(reader, writer, context, cutter)
         else:
             self.relay = client.relay(context)
-        self.tail = client.tail if stream else b""
-        self.frames: list[Json] = []  # without `stream`
-        self.collected_bytes = 0  # upstream bytes that `frames` were parsed from
-        #: matching deltas need no parsing; nothing else may change the response meanwhile
-        self.template: Template | None = None
-        self.may_copy = stream and not context.cut
-        self.last_frame: Json | None = None  # what the last frame became, if that was one frame
-        self.output: list[bytes] = []  # not yet returned
-        self.begun = False  #: a byte was sent, so an error can only be a frame
-        self.frame_count = 0  # frames sent
-        self.error: ApiError | None = None
 
     @property
     def over(self) -> bool:
@@ -7196,7 +7080,7 @@ class StreamTranslator:
         try:
             self.collected_bytes += 0 if self.stream else len(data)
             if self.collected_bytes > MAX_COLLECTED_BYTES:
-                raise UpstreamError("The upstream's answer is too large.")
+                raise UpstreamError("The upstream's response is too large.")
             blocks = self.framing.complete(data)
             step = FIRST_PARSED_EVENTS if self.may_copy else len(blocks)
             while blocks and not self.over:
@@ -7206,7 +7090,6 @@ class StreamTranslator:
                     self.relay.said += copied[1]
                     break
                 # Parses a few, retries with the template they gave, then parses twice as many.
-                self.template = None
                 parts = blocks.split(b"\n\n", step)
                 remaining = parts[step] if len(parts) > step else b""
                 self.feed_events(blocks[: len(blocks) - len(remaining)])
@@ -7217,23 +7100,25 @@ class StreamTranslator:
         return self.take_output()
 
     def feed_events(self, blocks: bytes) -> None:
+        """Parses and relays complete events; the last one may give a new template."""
+        self.template = None
         frames = self.framing.frames(blocks)
         text = self.upstream.plain_text(frames[-1]) if frames and self.may_copy else None
-        self.pass_on(frames)
+        self.relay_frames(frames)
         frame = self.last_frame
         if text and frame and not self.over and self.client.plain_text(frame) == text:
             block = blocks[:-2].rpartition(b"\n\n")[2] + b"\n\n"
-            self.template = Template.learn(block, self.client.encode(frame), text)
+            self.template = Template.build(block, self.client.encode(frame), text)
 
     def feed_buffered(self, data: bytes) -> bytes:
         """The client's bytes for a non-streaming upstream response."""
         try:
             payload = load_object(data)
             if payload is None:
-                raise UpstreamError("The upstream's answer is not JSON.")
+                raise UpstreamError("The upstream's response is not JSON.")
             if payload.get("error"):
                 raise read_stream_error(payload["error"])
-            self.pass_on(self.upstream.expand(payload))
+            self.relay_frames(self.upstream.expand(payload))
         except ApiError as error:
             self.fail(error)
         return self.take_output() + self.end()
@@ -7244,23 +7129,20 @@ class StreamTranslator:
         try:
             if error:
                 raise error
-            self.pass_on(self.framing.last_frames())
+            self.relay_frames(self.framing.last_frames())
             if not self.over:
                 self.send(self.relay.end())
-                self.output.append(self.tail)
         except ApiError as failure:
             self.fail(failure)
         return self.take_output()
 
-    def pass_on(self, frames: list[Json]) -> None:
+    def relay_frames(self, frames: list[Json]) -> None:
         for frame in frames:
             if self.relay.finished:
                 break  # nothing may follow the end
             repaired = self.relay.repair(frame)
             self.last_frame = repaired[0] if len(repaired) == 1 else None
             self.send(repaired)
-            if self.relay.finished:
-                self.output.append(self.tail)
 
     def send(self, frames: list[Json]) -> None:
         """Numbers are assigned here, as pings and errors come in between."""
@@ -7273,6 +7155,8 @@ class StreamTranslator:
                 frame["sequence_number"] = self.frame_count
             self.frame_count += 1
             self.output.append(self.client.encode(frame))
+        if self.relay.finished and self.error is None:
+            self.output.append(self.client.tail)
 
     def take_output(self) -> bytes:
         output, self.output = self.output, []

@@ -138,7 +138,7 @@ VECTORS = read_vectors()
 def pass_on(flow: StreamTranslator, frames: list[Any]) -> bytes:
     """What parsed frames become, without a template."""
     try:
-        flow.pass_on(frames)
+        flow.relay_frames(frames)
     except ApiError as error:
         flow.fail(error)
     return flow.take_output()

@@ -19,7 +19,7 @@ from aiclient_api import (
     BlockStart,
     BlockStop,
     CallIds,
-    Checker,
+    Converter,
     Image,
     InvalidRequest,
     MessageStart,
@@ -27,6 +27,7 @@ from aiclient_api import (
     Model,
     Overloaded,
     Refusal,
+    ResponseContext,
     RunawayGuard,
     StopCutter,
     StreamError,
@@ -66,7 +67,7 @@ from aiclient_api import (
 SEED = 20261122
 Blocks = list[Any]
 
-# ---- the checker -------------------------------------------------------------------------------
+# ---- the grammar of events ---------------------------------------------------------------------
 
 EVENTS: dict[str, Any] = {
     "MessageStart": MessageStart(),
@@ -75,63 +76,77 @@ EVENTS: dict[str, Any] = {
     "BlockStop": BlockStop(),
     "UsageUpdate": UsageUpdate(Usage()),
     "MessageStop": MessageStop("end"),
-    "StreamError": StreamError(Overloaded("busy")),
 }
-# A way into each state, and which events it allows: design.md section 2, formats.md 6.3.
+# A way into each state, and which events it allows.
 WAYS: dict[str, list[str]] = {
     "new": [],
     "open": ["MessageStart"],
     "block": ["MessageStart", "BlockStart"],
-    "over": ["MessageStart", "MessageStop"],
+    "complete": ["MessageStart", "MessageStop"],
 }
 ALLOWED: dict[str, dict[str, str]] = {
-    "new": {"MessageStart": "open", "UsageUpdate": "new", "StreamError": "over"},
-    "open": {
-        "BlockStart": "block",
-        "UsageUpdate": "open",
-        "MessageStop": "over",
-        "StreamError": "over",
-    },
-    "block": {
-        "BlockDelta": "block",
-        "UsageUpdate": "block",
-        "BlockStop": "open",
-        "StreamError": "over",
-    },
-    "over": {},
+    "new": {"MessageStart": "open", "UsageUpdate": "new"},
+    "open": {"BlockStart": "block", "UsageUpdate": "open", "MessageStop": "complete"},
+    "block": {"BlockDelta": "block", "UsageUpdate": "block", "BlockStop": "open"},
+    "complete": {},
 }
+
+
+class Ends:
+    """Both ends of a converter: reads no frames, records the events that it is to write."""
+
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+
+    def read(self, frame: Any) -> list[Any]:
+        return []
+
+    def end(self) -> list[Any]:
+        return []
+
+    def write(self, event: Any) -> list[Any]:
+        self.events.append(event)
+        return []
+
+
+def converted(events: list[Any]) -> tuple[Converter, list[Any]]:
+    """A converter that was given `events`, and the list of those that it passes on."""
+    ends = Ends()
+    converter = Converter(ends, ends, ResponseContext("id", 0, "m"))
+    for event in events:
+        converter.write_event(event)
+    return converter, ends.events
 
 
 @pytest.mark.parametrize(("state", "event"), list(itertools.product(WAYS, EVENTS)))
 def test_every_event_in_every_state_is_allowed_or_an_error(state: str, event: str) -> None:
     """The full product."""
-    checker = Checker()
-    for step in WAYS[state]:
-        checker.check(EVENTS[step])
-    assert checker.state == state
+    converter, passed = converted([EVENTS[step] for step in WAYS[state]])
+    assert converter.state == state
     if event in ALLOWED[state]:
-        assert checker.check(EVENTS[event]) is EVENTS[event]
-        assert checker.state == ALLOWED[state][event]
+        converter.write_event(EVENTS[event])
+        assert passed[-1] is EVENTS[event]
+        assert converter.state == ALLOWED[state][event]
     else:
         with pytest.raises(UpstreamError):
-            checker.check(EVENTS[event])
+            converter.write_event(EVENTS[event])
 
 
 @pytest.mark.parametrize("state", WAYS)
 def test_an_end_before_the_finish_is_an_error(state: str) -> None:
     """A truncated upstream is never a silent finish."""
-    checker = Checker()
-    for step in WAYS[state]:
-        checker.check(EVENTS[step])
-    if state == "over":
-        checker.end()
+    converter, _ = converted([EVENTS[step] for step in WAYS[state]])
+    if state == "complete":
+        assert converter.end() == []
     else:
         with pytest.raises(UpstreamError, match="ended prematurely"):
-            checker.end()
+            converter.end()
+    with pytest.raises(Overloaded):
+        converter.write_event(StreamError(Overloaded("busy")))
 
 
 @pytest.mark.parametrize(
-    ("said", "reason"),
+    ("reported", "reason"),
     [
         ("end", "tool"),
         ("stop", "tool"),
@@ -140,20 +155,17 @@ def test_an_end_before_the_finish_is_an_error(state: str) -> None:
         ("filter", "filter"),
     ],
 )
-def test_a_call_makes_the_reason_tool(said: str, reason: str) -> None:
-    """formats.md 4.1: any call in the answer, unless a limit ended it."""
-    checker = Checker()
-    for event in (MessageStart(), BlockStart("tool", "a", "f"), BlockStop()):
-        checker.check(event)
-    finished = checker.check(MessageStop(said))
-    assert isinstance(finished, MessageStop) and finished.reason == reason
+def test_a_call_makes_the_reason_tool(reported: str, reason: str) -> None:
+    """Any call in the response, unless a limit ended it."""
+    call = [MessageStart(), BlockStart("tool", "a", "f"), BlockStop()]
+    _, passed = converted([*call, MessageStop(reported)])
+    assert isinstance(passed[-1], MessageStop) and passed[-1].reason == reason
 
 
 def test_a_stop_without_a_call_stays() -> None:
     """With the string that was found."""
-    checker = Checker()
-    checker.check(MessageStart())
-    assert checker.check(MessageStop("stop", "END")) == MessageStop("stop", "END")
+    _, passed = converted([MessageStart(), MessageStop("stop", "END")])
+    assert passed[-1] == MessageStop("stop", "END")
 
 
 # ---- stop strings ------------------------------------------------------------------------------
@@ -166,9 +178,7 @@ def cut(stops: list[str], parts: list[str], end: bool = True) -> tuple[str, str 
     if end:
         events += [BlockStop(), MessageStop("end")]
     kept = [item for event in events for item in cutter.take(event)]
-    checker = Checker()
-    for event in [MessageStart(), *kept]:
-        checker.check(event)
+    converted([MessageStart(), *kept])
     finish = [event for event in kept if isinstance(event, MessageStop)]
     text = "".join(event.text for event in kept if isinstance(event, BlockDelta))
     return text, finish[0].stop_text if finish else None
@@ -784,15 +794,11 @@ def test_a_runaway_is_noticed_however_it_is_cut_and_spaces_do_not_count() -> Non
 
 
 def test_a_runaway_is_of_one_call() -> None:
-    checker = Checker()
-    checker.check(MessageStart())
-    for _ in range(3):
-        checker.check(BlockStart("tool"))
-        checker.check(BlockDelta("arguments", "\n" * 20))
-        checker.check(BlockStop())
-    checker.check(BlockStart("tool"))
-    with pytest.raises(UpstreamError):
-        checker.check(BlockDelta("arguments", "\n" * 21))
+    start = BlockStart("tool", "a", "f")
+    call = [start, BlockDelta("arguments", "\n" * 20), BlockStop()]
+    converter, _ = converted([MessageStart(), *call * 3, start])
+    with pytest.raises(UpstreamError, match="stuck"):
+        converter.write_event(BlockDelta("arguments", "\n" * 21))
 
 
 def test_a_long_stop_string_is_as_cheap_as_a_short_one() -> None:

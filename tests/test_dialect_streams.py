@@ -1,4 +1,4 @@
-"""Section 8, answers: readers, writers, relays, and the flow of one answer."""
+"""Section 8, answers: readers, writers, relays, and translating one response."""
 
 from __future__ import annotations
 
