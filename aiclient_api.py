@@ -167,13 +167,11 @@ if TYPE_CHECKING:
     import shutil
     import signal
     import socket
-    import socketserver
     import sqlite3
     import ssl
     import subprocess
     import tempfile
     import termios
-    import threading
     import time
     import tomllib
     import urllib.parse
@@ -192,8 +190,8 @@ else:
     for name in (
         "argparse", "asyncio", "base64", "csv", "difflib", "fcntl", "getpass", "hashlib", "hmac",
         "http", "ipaddress", "plistlib", "resource", "select", "shlex", "shutil", "signal",
-        "socket", "socketserver", "sqlite3", "ssl", "subprocess", "tempfile", "termios",
-        "threading", "time", "tomllib",
+        "socket", "sqlite3", "ssl", "subprocess", "tempfile", "termios", "time",
+        "tomllib",
     ):  # fmt: skip
         globals()[name] = lazy_module(name)
 
@@ -205,8 +203,8 @@ def run_in_loop(work: Coroutine[Any, Any, Result]) -> Result:
     """`asyncio.run`, with no module left lazy: until 3.13 that is not thread-safe (gh-114763)."""
     for module in (
         base64, concurrent.futures, difflib, dt, email.utils, fcntl, hashlib, hmac, http, ipaddress,
-        logging, resource, select, shlex, shutil, signal, socket, socketserver, sqlite3, ssl,
-        subprocess, tempfile, termios, threading, time, tomllib, urllib.parse, urllib.request,
+        logging, resource, select, shlex, shutil, signal, socket, sqlite3, ssl,
+        subprocess, tempfile, termios, time, tomllib, urllib.parse, urllib.request,
     ):  # fmt: skip
         dir(module)
     return asyncio.run(work)
@@ -404,7 +402,6 @@ DEFAULT_LOG_LINES = 50
 MAX_CONTROL_BYTES = MIB
 CONTROL_SECONDS = 5.0  # to read or to write one frame
 CONTROL_WORK_SECONDS = 90.0  # model lists and quotas are fetched from upstream
-CONTROL_ACCEPT_SECONDS = 0.5  # before accepting again after too many open files
 MAX_CONTROL_CLIENTS = 16
 MAX_SOCKET_PATH_BYTES = 103  # macOS: 104 with the final NUL; Linux: 108
 
@@ -18622,37 +18619,16 @@ class Daemon:
 #
 # A Unix socket; each message is a 4-byte big-endian length and then JSON.  A request is
 # {"method": "status", "params": {}}, a response {"ok": true, "data": {...}} or
-# {"ok": false, "error": "..."}.  Threads of socketserver carry the bytes, one for each client; all
-# the work is done by the event loop, which is reached only by `run_coroutine_threadsafe`.
-# Secrets never travel over it.
+# {"ok": false, "error": "..."}.  Secrets never travel over it.
 
 # A socket is created under a name with this suffix and renamed once it listens: there is no moment
 # without one, even if it replaces another.
 SOCKET_SUFFIX = ".new"
 
 
-class IncompleteFrame(Exception):
-    """The peer has sent too large a message, or something that is not a frame."""
-
-
-def read_frame(peer: socket.socket, seconds: float) -> bytes | None:
-    """The next message, None at EOF; raises IncompleteFrame, and OSError on a timeout."""
-    deadline = time.monotonic() + seconds
-    head = receive_exactly(peer, 4, deadline)
-    if len(head) < 4:
-        return None
-    size = int.from_bytes(head, "big")
-    if size > MAX_CONTROL_BYTES:
-        raise IncompleteFrame(f"a message may have {MAX_CONTROL_BYTES} bytes, not {size}")
-    data = receive_exactly(peer, size, deadline)
-    return data if len(data) == size else None
-
-
-def write_frame(peer: socket.socket, message: Json) -> None:
-    """Sends one message; raises OSError when the peer does not take it in time."""
+def encode_frame(message: Json) -> bytes:
     data = dump_message(message)
-    peer.settimeout(CONTROL_SECONDS)
-    peer.sendall(len(data).to_bytes(4, "big") + data)
+    return len(data).to_bytes(4, "big") + data
 
 
 def check_socket(path: str) -> None:
@@ -18686,64 +18662,67 @@ def choose_socket_path(paths: Paths, environ: dict[str, str]) -> str:
 
 
 class ControlServer:
-    """Serves the control socket in threads; `handler` turns a request's bytes into the response."""
+    """Serves the control socket with one task for each client."""
 
-    def __init__(self, path: str, handler: Callable[[bytes], Json]) -> None:
+    def __init__(self, daemon: Daemon, path: str) -> None:
+        self.daemon = daemon
         self.path = path
-        slots = self.slots = threading.BoundedSemaphore(MAX_CONTROL_CLIENTS)
+        self.clients: set[asyncio.Task[Any]] = set()
 
-        class Listener(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
-            daemon_threads = True
-            request_queue_size = 4 * MAX_CONTROL_CLIENTS
-
-            def get_request(self) -> tuple[Any, Any]:
-                try:
-                    return super().get_request()
-                except OSError:  # still pending, and the socket still ready: do not spin
-                    time.sleep(CONTROL_ACCEPT_SECONDS)
-                    raise
-
-            def verify_request(self, request: Any, client_address: Any) -> bool:
-                return slots.acquire(blocking=False)
-
-            def finish_request(self, request: Any, client_address: Any) -> None:
-                with contextlib.suppress(OSError):  # it hung up or timed out
-                    try:
-                        while (data := read_frame(request, CONTROL_SECONDS)) is not None:
-                            write_frame(request, handler(data))
-                    except IncompleteFrame as error:
-                        write_frame(request, {"ok": False, "error": str(error)})
-                slots.release()
-
-            def handle_error(self, request: Any, client_address: Any) -> None:
-                """Also called if no thread could be started; `finish_request` has not returned."""
-                slots.release()
-                logging.getLogger("aiclient-api").exception("a control client failed")
-
-        new_path = path + SOCKET_SUFFIX
-        for socket_path in (path, new_path):
-            check_socket(socket_path)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(new_path)
-        self.server = Listener(new_path, socketserver.BaseRequestHandler)
-        os.chmod(new_path, 0o600)  # the umask and the folder have kept others away
-        self.identity = os.stat(new_path).st_ino
-        os.replace(new_path, path)
-        # It ends with the process: `shutdown` would need a short poll_interval.
-        serving = functools.partial(self.server.serve_forever, poll_interval=3600)
-        threading.Thread(target=serving, daemon=True).start()
-
-    def close(self) -> None:
-        """Unlinks the socket, unless it is a successor's, and lets responses go out (blocks)."""
+    async def listen(self) -> None:
+        """Raises ProgramError."""
+        new_path = self.path + SOCKET_SUFFIX
         try:
-            if os.stat(self.path).st_ino == self.identity:
+            check_socket(self.path)
+            check_socket(new_path)  # a stale one is replaced
+            self.server = await asyncio.start_unix_server(self.serve, new_path)
+            os.chmod(new_path, 0o600)  # the umask and the folder have kept others away
+            self.inode = os.stat(new_path).st_ino
+            os.replace(new_path, self.path)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise ProgramError(f"{self.path}: cannot be created: {reason}") from None
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if len(self.clients) < MAX_CONTROL_CLIENTS:
+            task = asyncio.current_task()
+            assert task is not None
+            self.clients.add(task)
+            with contextlib.suppress(EOFError, OSError):  # it hung up or timed out
+                await self.serve_client(reader, writer)
+            self.clients.discard(task)
+        writer.close()
+
+    async def serve_client(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """Raises EOFError or OSError in the end, unless a message is too large."""
+        writer.transport.set_write_buffer_limits(0)  # `drain` waits until all has been sent
+        size = 0
+        while size <= MAX_CONTROL_BYTES:
+            async with asyncio.timeout(CONTROL_SECONDS):
+                size = int.from_bytes(await reader.readexactly(4), "big")
+                data = await reader.readexactly(size) if size <= MAX_CONTROL_BYTES else b""
+            if size <= MAX_CONTROL_BYTES:
+                response = await run_control_method(self.daemon, data)
+            else:
+                problem = f"a message may have {MAX_CONTROL_BYTES} bytes, not {size}"
+                response = {"ok": False, "error": problem}
+            writer.write(encode_frame(response))
+            async with asyncio.timeout(CONTROL_SECONDS):
+                await writer.drain()
+
+    async def close(self) -> None:
+        """Unlinks the socket, unless it is a successor's, and lets responses go out."""
+        self.server.close()
+        try:
+            if os.stat(self.path).st_ino == self.inode:
                 os.unlink(self.path)
                 os.rmdir(os.path.dirname(self.path))
         except OSError:
             pass  # a successor's is there, or the folder is not the socket's own
-        deadline = time.monotonic() + LINGER_SECONDS
-        for _ in range(MAX_CONTROL_CLIENTS):
-            self.slots.acquire(timeout=max(0.0, deadline - time.monotonic()))
+        if self.clients:
+            await asyncio.wait(self.clients, timeout=LINGER_SECONDS)
 
 
 # -- methods: each a function of (daemon, params), async if it waits, and a line in the table
@@ -18784,7 +18763,7 @@ async def fetch_quotas(daemon: Daemon, params: Json) -> Json:
 
 
 def apply_setting(daemon: Daemon, params: Json) -> Json:
-    """`value` is text, as on the command line; secrets are refused."""
+    """`value` is text, as on the command line; secrets are rejected."""
     key, value = need_str(params, "key"), need_str(params, "value")
     if is_secret_setting(key):
         raise ProgramError(f"{key}: secrets do not travel here; set it in the file, then reload")
@@ -18836,32 +18815,18 @@ async def run_control_method(daemon: Daemon, data: bytes) -> Json:
             raise ProgramError('a message is like {"method":"status","params":{}}')
         if method not in CONTROL_METHODS:
             raise ProgramError(f"no such method; there are: {', '.join(CONTROL_METHODS)}")
-        result = CONTROL_METHODS[method](daemon, dict_field(message, "params"))
-        return {"ok": True, "data": result if isinstance(result, dict) else await result}
+        async with asyncio.timeout(CONTROL_WORK_SECONDS):
+            result = CONTROL_METHODS[method](daemon, dict_field(message, "params"))
+            return {"ok": True, "data": result if isinstance(result, dict) else await result}
+    except TimeoutError:
+        problem = f"timed out after {CONTROL_WORK_SECONDS:g} s"
     except ProgramError as error:
-        return {"ok": False, "error": str(error)}
+        problem = str(error)
     except ApiError as error:
-        return {"ok": False, "error": error.text()}
+        problem = error.text()
     except Exception:  # noqa: BLE001 - silence would be taken for a gateway that is starting
-        return {"ok": False, "error": internal_error("a control request failed").text()}
-
-
-def open_control(daemon: Daemon, path: str) -> ControlServer:
-    """Raises ProgramError."""
-    loop = asyncio.get_running_loop()
-
-    def handle(data: bytes) -> Json:
-        future = asyncio.run_coroutine_threadsafe(run_control_method(daemon, data), loop)
-        try:
-            return future.result(CONTROL_WORK_SECONDS)
-        except TimeoutError:
-            future.cancel()
-            return {"ok": False, "error": "that took too long"}
-
-    try:
-        return ControlServer(path, handle)
-    except OSError as error:
-        raise ProgramError(f"{path}: cannot be made: {error.strerror}") from None
+        problem = internal_error("a control request failed").text()
+    return {"ok": False, "error": problem}
 
 
 # -- the client, which needs no event loop
@@ -18877,7 +18842,7 @@ def ask_daemon(
 ) -> Json:
     """The `data` of the running daemon's response; raises NotRunning and ProgramError."""
     if fcntl is None:
-        raise ProgramError("this needs a Unix socket, which this system has not")
+        raise ProgramError("this platform has no Unix sockets, which this command needs")
     problem = "the gateway is just starting or stopping; try again in a moment"
     for _ in range(2):  # a daemon that is being replaced may drop one request
         pid, path = read_pid_file(paths.pid_file)
@@ -18887,13 +18852,15 @@ def ask_daemon(
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
                 peer.settimeout(CONTROL_SECONDS)
                 peer.connect(path)
-                write_frame(peer, {"method": method, "params": params or {}})
-                data = read_frame(peer, seconds)
-        except (OSError, IncompleteFrame) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            problem = f"the gateway (process {pid}) does not answer now: {reason}"
+                peer.sendall(encode_frame({"method": method, "params": params or {}}))
+                deadline = time.monotonic() + seconds
+                size = int.from_bytes(receive_exactly(peer, 4, deadline), "big")
+                data = receive_exactly(peer, size, deadline)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            problem = f"the gateway (process {pid}) does not respond: {reason}"
             break
-        if data is not None:
+        if data and len(data) == size:
             response = load_object(data) or {}
             if response.get("ok") is not True:
                 raise ProgramError(str(response.get("error")))
@@ -19383,11 +19350,12 @@ async def serve(
     await daemon.listen(listeners)
     control = None
     if fcntl is not None:
-        control = open_control(daemon, choose_socket_path(paths, daemon.environ))
+        control = ControlServer(daemon, choose_socket_path(paths, daemon.environ))
+        await control.listen()
         try:
             write_pid_file(launch.lock, control.path)
         except OSError as error:
-            control.close()
+            await control.close()
             raise ProgramError(f"{paths.pid_file}: cannot be written: {error.strerror}") from None
     notify_manager(f"READY=1\nMAINPID={os.getpid()}")
     log_event("info", "listening", port=daemon.port, version=__version__)
@@ -19395,7 +19363,7 @@ async def serve(
         daemon.stop()
     await daemon.run()
     if control is not None:
-        await asyncio.to_thread(control.close)
+        await control.close()
     return 0
 
 

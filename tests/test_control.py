@@ -188,31 +188,6 @@ def test_requests_are_served_while_the_channel_is_hammered(running: Machine) -> 
     assert asked and all(asked)
 
 
-def ask_path(path: Path) -> Any:
-    """The answer of whoever serves the socket at `path`; EOFError where it hangs up."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
-        peer.settimeout(30)
-        peer.connect(str(path))
-        try:
-            send_frame(peer, {"method": "status"})
-            return read_frame(peer)
-        except (BrokenPipeError, ConnectionResetError):
-            raise EOFError from None
-
-
-def test_clients_that_no_thread_could_be_started_for_take_no_room(tmp_path: Path) -> None:
-    server = gw.ControlServer(str(tmp_path / "control"), lambda _: {"ok": True})
-    threading.stack_size(1 << 47)  # more than there are addresses: no thread can be started
-    try:
-        for _ in range(gw.MAX_CONTROL_CLIENTS + 1):
-            with pytest.raises(EOFError):
-                ask_path(tmp_path / "control")
-    finally:
-        threading.stack_size(0)
-    assert ask_path(tmp_path / "control") == {"ok": True}
-    server.close()
-
-
 def few_files() -> None:
     """No process may have more than 50 files open."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (50, 50))

@@ -327,7 +327,7 @@ def test_a_frozen_gateway_is_told_and_ended(machine: Machine) -> None:
     asked = [machine.popen(*words.split()) for words in verbs]
     for process in asked:
         said = process.communicate(timeout=30)[1]
-        assert process.returncode == 1 and "does not answer now" in said, said
+        assert process.returncode == 1 and "does not respond" in said, said
     assert machine.run("stop").status == 0 and not is_alive(pid)
 
 
