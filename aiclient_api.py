@@ -123,7 +123,7 @@ from collections.abc import (
     Iterator,
     Mapping,
 )
-from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
+from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass, replace
 from types import UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, TextIO, TypeVar
 
@@ -12824,6 +12824,15 @@ def check_folder(folder: str) -> None:
     check_parents(folder)
 
 
+@contextlib.contextmanager
+def os_error_as(problem: str, error_class: type[ProgramError] = ProgramError) -> Iterator[None]:
+    """Raises `error_class` for an OSError: the problem, and the system's reason."""
+    try:
+        yield
+    except OSError as error:
+        raise error_class(f"{problem}: {error.strerror or error}") from None
+
+
 def open_flags(*names: str) -> int:
     """Flags for `os.open`; those that Windows lacks are 0."""
     return sum(getattr(os, name, 0) for name in names)
@@ -18019,13 +18028,11 @@ def take_lock(path: str) -> int | None:
     """The lock's descriptor, -1 without fcntl, None if it is taken; raises ProgramError."""
     deadline = time.monotonic() + LOOK_SECONDS  # an `is_locked` elsewhere holds it for a moment
     while fcntl is not None:
-        try:
+        with os_error_as(f"{path}: cannot be used as the lock"):
             fd = lock_file(path)
             if fd is not None:
                 os.ftruncate(fd, 0)  # the last daemon's pid must not be taken for ours
                 return fd
-        except OSError as error:
-            raise ProgramError(f"{path}: cannot be used as the lock: {error.strerror}") from None
         if time.monotonic() > deadline:
             return None
         time.sleep(POLL_SECONDS)
@@ -18036,18 +18043,17 @@ def is_locked(path: str) -> bool:
     """Whether a daemon is alive; raises ProgramError if the file cannot be trusted."""
     if fcntl is None:
         return False
-    try:
-        fd = open_trusted(path, "O_RDONLY", "O_NOFOLLOW")
+    with os_error_as(f"{path}: cannot be used as the lock"):
         try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        finally:
-            os.close(fd)
-    except BlockingIOError:
-        return True
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError as error:
-        raise ProgramError(f"{path}: cannot be used as the lock: {error.strerror}") from None
+            fd = open_trusted(path, "O_RDONLY", "O_NOFOLLOW")
+            try:
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            finally:
+                os.close(fd)
+        except BlockingIOError:
+            return True
+        except (FileNotFoundError, NotADirectoryError):
+            pass
     return False
 
 
@@ -18056,13 +18062,12 @@ def read_pid_file(path: str) -> tuple[int, str]:
 
     Raises ProgramError if the file cannot be trusted.
     """
-    try:
-        with os.fdopen(open_trusted(path, "O_RDONLY", "O_NOFOLLOW"), "rb") as file:
-            pid_text, _, socket_path = os.fsdecode(file.read(8 * KIB)).partition("\n")
-    except (FileNotFoundError, NotADirectoryError):
-        return 0, ""
-    except OSError as error:
-        raise ProgramError(f"{path}: cannot be read: {error.strerror}") from None
+    with os_error_as(f"{path}: cannot be read"):
+        try:
+            with os.fdopen(open_trusted(path, "O_RDONLY", "O_NOFOLLOW"), "rb") as file:
+                pid_text, _, socket_path = os.fsdecode(file.read(8 * KIB)).partition("\n")
+        except (FileNotFoundError, NotADirectoryError):
+            return 0, ""
     pid = int(pid_text) if re.fullmatch(r"[0-9]{1,10}", pid_text) else 0
     is_complete = pid > 1 and pid != os.getpid() and socket_path.endswith("\n")
     return (pid, socket_path[:-1]) if is_complete else (0, "")
@@ -18119,11 +18124,9 @@ def launch_listeners(launch: Launch, config: Config) -> list[socket.socket]:
         if not is_same_address and not launch.activated:
             os.close(fd)  # a port that is not served must not look open
             continue
-        try:
+        with os_error_as(f"descriptor {fd} is no socket"):
             os.set_inheritable(fd, False)
             listeners.append(socket.socket(fileno=fd))
-        except OSError as error:
-            raise ProgramError(f"descriptor {fd} is no socket: {error.strerror}") from None
         if listeners[-1].family not in (socket.AF_INET, socket.AF_INET6):
             raise ProgramError(f"descriptor {fd} is no TCP socket")
     if launch.activated:
@@ -18176,13 +18179,12 @@ sys.stdout.buffer.write(marshal.dumps(code))
 
 
 def system_message(error: OSError) -> str:
-    """What the system refused at a place where nothing else can be done about it."""
     where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
     return f"{where}the system refused: {error.strerror or error}"
 
 
 def dump_message(message: Json) -> bytes:
-    """JSON between processes of this program; names of files may hold bytes that are no text."""
+    """JSON between processes of this program; file names that are not UTF-8 survive it."""
     return json.dumps(message).encode()
 
 
@@ -18213,12 +18215,6 @@ def compile_program(source: bytes) -> bytes:
     return result.stdout
 
 
-def hash_bytecode(source: bytes, bytecode: bytes) -> bytes:
-    """Ties bytecode to its source, and to the Python that compiled it."""
-    python = importlib.util.MAGIC_NUMBER + os.fsencode(program_file())
-    return hashlib.sha256(python + source + bytecode).digest()
-
-
 def load_bytecode(paths: Paths) -> bytes:
     """This file as it is now, compiled; raises ProgramError and OSError.
 
@@ -18227,10 +18223,11 @@ def load_bytecode(paths: Paths) -> bytes:
     """
     path = os.path.join(paths.bytecode_dir, f"aiclient_api.{sys.implementation.cache_tag}.pyc")
     source = read_program()
+    origin = importlib.util.MAGIC_NUMBER + os.fsencode(program_file()) + source
     try:
         with os.fdopen(open_trusted(path, "O_RDONLY", "O_NOFOLLOW"), "rb") as file:
             digest, bytecode = file.read(hashlib.sha256().digest_size), file.read()
-        if digest == hash_bytecode(source, bytecode):
+        if digest == hashlib.sha256(origin + bytecode).digest():
             return bytecode
     except FileNotFoundError:
         pass  # the first start
@@ -18241,7 +18238,7 @@ def load_bytecode(paths: Paths) -> bytes:
         make_private_dir(paths.bytecode_dir)
         if os.path.isdir(path):
             quarantine(path)
-        replace_file(path, hash_bytecode(source, bytecode) + bytecode)
+        replace_file(path, hashlib.sha256(origin + bytecode).digest() + bytecode)
     except OSError as error:
         log_event("warning", "bytecode_not_saved", path=path, reason=error.strerror)
     return bytecode
@@ -18251,12 +18248,12 @@ def read_launch() -> Launch:
     """Reads standard input to its end; then it and standard output lead to /dev/null."""
     with os.fdopen(os.dup(0), "rb") as file:
         values = json.loads(file.read())
-    names = [item.name for item in fields(Launch)]  # another version may have others
-    launch = Launch(**{name: values[name] for name in names if name in values})
+    names = {item.name for item in fields(Launch)}  # another version may have others
+    launch = Launch(**{name: value for name, value in values.items() if name in names})
     sys.argv[:] = [launch.program]
     devnull = os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1):
-        os.dup2(devnull, fd)
+    os.dup2(devnull, 0)
+    os.dup2(devnull, 1)
     os.close(devnull)
     for fd in launch.descriptors():
         os.set_inheritable(fd, False)
@@ -18294,7 +18291,7 @@ def start_process(
         with writer:
             launch = replace(launch, report=writer.fileno())
             child = subprocess.Popen(
-                [*launch_command(bytecode), *(["detach"] if detach else [])],
+                launch_command(bytecode) + ["detach"] * detach,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
@@ -18303,14 +18300,12 @@ def start_process(
                 cwd="/",
             )
         assert child.stdin is not None
-        values = {item.name: getattr(launch, item.name) for item in fields(launch)}
         with contextlib.suppress(BrokenPipeError), child.stdin:  # it has exited: no report comes
-            child.stdin.write(bytecode + dump_message(values))
-        deadline = time.monotonic() + START_SECONDS
-        try:
+            child.stdin.write(bytecode + dump_message(asdict(launch)))
+        report = None
+        with contextlib.suppress(OSError):
+            deadline = time.monotonic() + START_SECONDS
             report = load_object(receive_exactly(reader, MAX_CONTROL_BYTES, deadline))
-        except OSError:
-            report = None
     if report is None or "error" in report:
         child.kill()
         child.wait()
@@ -18318,11 +18313,11 @@ def start_process(
 
 
 def write_report(fd: int, report: Json) -> bool:
-    """False if nobody reads: the process that waits for the start has gone."""
+    """False if the process that waits for the start has gone."""
     try:
         os.write(fd, dump_message(report))
     except BrokenPipeError:
-        log_event("error", "nobody_waits_for_the_start")
+        log_event("error", "parent_gone")
         return False
     return True
 
@@ -18336,7 +18331,7 @@ def notify_manager(state: str) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             sender.sendto(state.encode(), re.sub(r"^@", "\0", address))
     except OSError as error:
-        log_event("warning", "service_manager_not_told", reason=error.strerror)
+        log_event("warning", "sd_notify_failed", reason=error.strerror)
 
 
 def raise_descriptor_limit() -> None:
@@ -18349,23 +18344,18 @@ def raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
 
 
-def count_memory() -> int | None:
-    """Resident bytes; None without /proc."""
+def process_usage() -> dict[str, int | None]:
+    """Resident bytes and descriptors of this process; None without /proc."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            pages = int(file.read().split()[1])
+        open_files = len(os.listdir("/proc/self/fd")) - 1  # less the one used to list them
     except OSError:
-        return None
+        return {"memory_bytes": None, "open_files": None}
+    return {"memory_bytes": pages * os.sysconf("SC_PAGE_SIZE"), "open_files": open_files}
 
 
-def count_open_files() -> int | None:
-    try:
-        return len(os.listdir("/proc/self/fd")) - 1  # less the one used to list them
-    except OSError:
-        return None
-
-
-# 18.4 what runs
+# 18.4 the daemon
 
 
 class Daemon:
@@ -18411,14 +18401,16 @@ class Daemon:
     async def run(self) -> None:
         """Serves until a signal or a successor ends it; then lets requests in flight finish."""
         loop = asyncio.get_running_loop()
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(signum, self.stop)
-        if sys.stderr.isatty():
-            loop.add_signal_handler(signal.SIGHUP, self.stop)  # the terminal is gone
-        else:
-            loop.add_signal_handler(signal.SIGHUP, self.reload_at_signal)
-        loop.add_signal_handler(signal.SIGUSR1, self.reopen_log)
         loop.set_exception_handler(self.report_error)
+        handlers = {
+            signal.SIGTERM: self.stop,
+            signal.SIGINT: self.stop,
+            # With a terminal: it has been closed.
+            signal.SIGHUP: self.stop if sys.stderr.isatty() else self.reload_at_signal,
+            signal.SIGUSR1: self.reopen_log,
+        }
+        for signum, handler in handlers.items():
+            loop.add_signal_handler(signum, handler)
         await self.ending.wait()
         log_event("info", "stopping", connections=len(self.server.connections))
         if self.state == "replaced":
@@ -18469,8 +18461,10 @@ class Daemon:
             loop.default_exception_handler(context)
         elif loop.time() > self.full_until:
             self.full_until = loop.time() + FULL_SECONDS
-            connection_count = len(self.server.connections)
-            log_event("error", "no_more_files", reason=error.strerror, connections=connection_count)
+            connections = len(self.server.connections)
+            log_event(
+                "error", "too_many_open_files", reason=error.strerror, connections=connections
+            )
 
     # -- reload
 
@@ -18478,30 +18472,21 @@ class Daemon:
         """Applies the configuration file; on ConfigError the old one stays in effect.
 
         `{"changed": [KEY], "needs_restart": [KEY]}`.  Requests in flight finish with what they
-        started with; a provider whose table is the same is kept, with its tokens and models.
+        started with; a provider whose table is the same is reused, with its tokens and models.
         """
         new = load_config(self.paths, self.environ, self.launch.flags)
         changed = changed_settings(self.config, new)
-        pinned = [k for k in ("server.host", "server.port") if k in changed]
+        pinned = [key for key in ("server.host", "server.port") if key in changed]
         new.server.host, new.server.port = self.config.server.host, self.config.server.port
         check_exposure(new)
         old, self.config = self.config, new
-        self.replace_gateway(old)
-        set_log_level(new.logging.level)
-        log_event("info", "configuration_reloaded", changed=",".join(changed) or "none")
-        if pinned and not self.launch.activated:
-            log_event("warning", "restart_needed", keys=",".join(pinned))
-        return {"changed": changed, "needs_restart": [] if self.launch.activated else pinned}
-
-    def replace_gateway(self, old: Config) -> None:
-        """Sends new requests to a new gateway, and retires what that does not use."""
-        providers, client, new = self.gateway.providers, self.client, self.config
-        reused = {}
-        if old.network == new.network:
-            kept = [name for name in providers if old.providers[name] == new.providers.get(name)]
-            reused = {name: providers[name] for name in kept}
-        else:
+        providers, client = self.gateway.providers, self.client
+        reused: dict[str, Provider] = {}
+        if old.network != new.network:
             self.client = HttpClient(new.network, self.ticker)
+        else:
+            same = [name for name in providers if old.providers[name] == new.providers.get(name)]
+            reused = {name: providers[name] for name in same}
         self.gateway = self.make_gateway(reused)
         self.server.config = new.server
         self.server.handler = self.gateway.handle
@@ -18511,6 +18496,13 @@ class Daemon:
             [provider for name, provider in providers.items() if name not in reused],
             None if client is self.client else client,
         )
+        set_log_level(new.logging.level)
+        log_event("info", "configuration_reloaded", changed=",".join(changed) or "none")
+        if self.launch.activated:
+            pinned = []
+        elif pinned:
+            log_event("warning", "restart_needed", keys=",".join(pinned))
+        return {"changed": changed, "needs_restart": pinned}
 
     def retire(
         self, requests: set[Request], providers: list[Provider], client: HttpClient | None
@@ -18542,13 +18534,11 @@ class Daemon:
         if self.state != "serving":
             raise ProgramError(f"the gateway is {self.state} already")
         if not self.launch.detached and "NOTIFY_SOCKET" not in os.environ:
-            raise ProgramError(
-                "the gateway runs in the foreground: restart it where it was started"
-            )
+            raise ProgramError("it runs in the foreground: restart it where it was started")
         self.state = "restarting"
         try:
             report = await asyncio.to_thread(start_process, self.launch, self.paths)
-            report = report or {"error": "the new process ended without a word; see the log"}
+            report = report or {"error": "it exited or timed out without a report; see the log"}
         except (OSError, ProgramError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             report = {"error": f"no new process could be started: {reason}"}
@@ -18558,9 +18548,9 @@ class Daemon:
             if "pid" in report:
                 os.kill(report["pid"], signal.SIGTERM)  # our child: its pid is not reused
             self.end()
-            raise ProgramError("the gateway was told to stop meanwhile")
+            raise ProgramError("the gateway was stopped during the restart")
         if "error" in report:
-            raise ProgramError(f"the old gateway goes on: {report['error']}")
+            raise ProgramError(f"restart failed, the old process keeps serving: {report['error']}")
         self.state = "replaced"
         os.close(self.launch.lock)  # the successor holds it now
         log_event("info", "replaced", by=report.get("pid"))
@@ -18581,9 +18571,8 @@ class Daemon:
             "uptime_s": int(now - self.started_at),
             "connections": len(self.server.connections),
             "requests_in_flight": self.server.count_busy(),
-            "memory_bytes": count_memory(),
             "cpu_s": round(time.process_time(), 3),
-            "open_files": count_open_files(),
+            **process_usage(),
             "needs_key": bool(config.api_key or config.api_keys),
             "detached": self.launch.detached,
             "config_file": self.paths.config_file,
@@ -18650,12 +18639,10 @@ def choose_socket_path(paths: Paths, environ: dict[str, str]) -> str:
         return paths.socket_file
     for base in (environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir()):
         if os.path.isabs(base) and os.path.isdir(base) and fits(f"{base}/aiclient-api-XXXXXXXX/s"):
-            try:
+            with os_error_as(f"{base}: cannot be used"):
                 folder = tempfile.mkdtemp(prefix="aiclient-api-", dir=base)
                 check_folder(folder)  # its parents, too
-            except OSError as error:
-                raise ProgramError(f"{base}: cannot be used: {error.strerror}") from None
-            return os.path.join(folder, "s")
+                return os.path.join(folder, "s")
     raise ProgramError(
         f"{paths.socket_file}: is too long for a socket; set XDG_RUNTIME_DIR to a shorter folder"
     )
@@ -18672,16 +18659,13 @@ class ControlServer:
     async def listen(self) -> None:
         """Raises ProgramError."""
         new_path = self.path + SOCKET_SUFFIX
-        try:
+        with os_error_as(f"{self.path}: cannot be created"):
             check_socket(self.path)
             check_socket(new_path)  # a stale one is replaced
             self.server = await asyncio.start_unix_server(self.serve, new_path)
             os.chmod(new_path, 0o600)  # the umask and the folder have kept others away
             self.inode = os.stat(new_path).st_ino
             os.replace(new_path, self.path)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise ProgramError(f"{self.path}: cannot be created: {reason}") from None
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(self.clients) < MAX_CONTROL_CLIENTS:

@@ -205,7 +205,7 @@ def test_a_gateway_without_descriptors_waits_for_some_and_does_not_spin() -> Non
         assert machine.run("start", "--port", "0", preexec_fn=few_files).status == 0
         status = machine.status()
         clients = [held.enter_context(connect(status)) for _ in range(60)]
-        wait_until(lambda: "no_more_files" in machine.log())
+        wait_until(lambda: "too_many_open_files" in machine.log())
         peers = [held.enter_context(machine.control()) for _ in range(2)]
         before = cpu_s(status["pid"])
         peers[0].settimeout(1)

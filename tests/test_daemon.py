@@ -539,7 +539,7 @@ def test_a_restart_that_fails_leaves_the_old_one(machine: Machine) -> None:
     machine.config.mkdir(parents=True, exist_ok=True)
     machine.config_file.write_text("[server]\nprot = 1\n")
     said = machine.run("restart").failure()
-    assert "the old gateway goes on" in said and "server.prot" in said
+    assert "the old process keeps serving" in said and "server.prot" in said
     assert machine.status()["pid"] == status["pid"]
     assert machine.processes() == [status["pid"]]
     machine.config_file.write_text("")
@@ -564,7 +564,7 @@ def test_a_stop_during_a_restart_ends_both(machine: Machine) -> None:
     wait_until(lambda: machine.ask("status")["data"]["state"] == "restarting")
     os.kill(old["pid"], signal.SIGTERM)
     _, err = restart.communicate(timeout=30)
-    assert restart.returncode == 1 and "told to stop" in err
+    assert restart.returncode == 1 and "stopped during the restart" in err
     wait_until(lambda: machine.processes() == [])
     assert machine.run("status").failure(3)
 
@@ -650,12 +650,12 @@ def test_more_clients_than_files_are_told_once_and_served_later(machine: Machine
     assert machine.run("start", "--port", "0", preexec_fn=few_files).status == 0
     status = machine.status()
     clients = [connect(status) for _ in range(80)]
-    wait_until(lambda: "no_more_files" in machine.log())
+    wait_until(lambda: "too_many_open_files" in machine.log())
     for client in clients:
         client.close()
     wait_until(lambda: machine.run("status").status == 0)
     assert "[echo] hi" in fetch(status, CHAT, echo("hi")).text
-    assert machine.log().count("no_more_files") == 1 and "Traceback" not in machine.log()
+    assert machine.log().count("too_many_open_files") == 1 and "Traceback" not in machine.log()
 
 
 # ---- what others could have written --------------------------------------------------------------

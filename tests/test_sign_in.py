@@ -556,7 +556,9 @@ def test_copilot_on_a_terminal(make: Make) -> None:
         terminal.expect(question)
         terminal.press(b"\x03")
         assert terminal.end(10) == 130
-        assert re.search(r"aiclient-api: stopped\s*$", terminal.shown)
+        assert re.search(
+            r"aiclient-api: sign-in cancelled; nothing was changed\s*$", terminal.shown
+        )
         assert not home.file().exists()
 
     def typed_token() -> None:
