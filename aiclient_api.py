@@ -15547,32 +15547,32 @@ class Console:
         with contextlib.suppress(AttributeError, OSError):  # without job control
             # A background job that reads from its terminal would be stopped.
             self.interactive &= os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
-        self.line_open = False
+        self.has_status = False
         self.status_at = float("-inf")
         self.pending_input = b""
 
     def say(self, *lines: str) -> None:
         """Control characters, which could steer a terminal, are removed."""
-        self.close_line()
+        self.clear_status()
         print("\n".join(map(one_line, lines)), file=sys.stderr, flush=True)
 
     def status(self, text: str) -> None:
         """A line that the next one replaces; without a terminal, at most one a minute."""
         if sys.stderr.isatty():
-            self.line_open = True
+            self.has_status = True
             visible_text = one_line(text)[: shutil.get_terminal_size().columns - 1]
             print(f"\r\x1b[K{visible_text}", end="", file=sys.stderr, flush=True)
         elif time.monotonic() - self.status_at >= 60:
             self.status_at = time.monotonic()
             self.say(text)
 
-    def close_line(self) -> None:
-        if self.line_open:
-            self.line_open = False
+    def clear_status(self) -> None:
+        if self.has_status:
+            self.has_status = False
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
-    async def line(self) -> str:
-        """The next line typed; raises EOFError.  Other tasks keep running, and Ctrl-C works."""
+    async def read_line(self) -> str:
+        """Raises EOFError.  Other tasks keep running, and Ctrl-C works."""
         while b"\n" not in self.pending_input:
             data = await self.read_some()
             if not data and not self.pending_input:
@@ -15596,26 +15596,26 @@ class Console:
             loop.remove_reader(fd)
 
     async def ask(self, question: str, default: str = "") -> str:
-        """Raises SignInFailed if nobody can answer."""
+        """Raises SignInFailed without a terminal."""
         if not self.interactive:
             raise SignInFailed(f"this needs a terminal to ask: {question}")
-        self.close_line()
+        self.clear_status()
         prompt = f"{question} [{default}] " if default else f"{question} "
         print(one_line(prompt), end="", file=sys.stderr, flush=True)
         try:
-            return await self.line() or default
+            return await self.read_line() or default
         except EOFError:
-            raise SignInFailed("the input ended before an answer") from None
+            raise SignInFailed("the input ended before a reply") from None
 
     async def confirm(self, question: str, default: bool = True) -> bool:
         hint = "Y/n" if default else "y/N"
-        answers = {"y/n": default, "y": True, "yes": True, "n": False, "no": False}
-        while (answer := answers.get((await self.ask(question, hint)).lower())) is None:
+        choices = {"y/n": default, "y": True, "yes": True, "n": False, "no": False}
+        while (choice := choices.get((await self.ask(question, hint)).lower())) is None:
             self.say("Please answer y or n.")
-        return answer
+        return choice
 
     async def choose(self, question: str, options: dict[str, str]) -> str:
-        """The name of the option that is chosen by its name or number."""
+        """The name of an option, which is chosen by its name or number."""
         self.say(question)
         choices = dict(zip(options, options, strict=True))
         for number, (name, label) in enumerate(options.items(), 1):
@@ -15669,6 +15669,19 @@ def with_provider(where: str, name: str, kind: str, settings: dict[str, str], te
     return text
 
 
+class DeviceFlow(NamedTuple):
+    """Where a device code is issued, and where it is redeemed for a token (RFC 8628)."""
+
+    service: str
+    code_url: str
+    code_request: Json
+    token_url: str
+    token_request: Json  #: without the code
+    code_key: str  #: in `token_request`
+    headers: dict[str, str]
+    hint: str = ""  #: what to do if no code is issued
+
+
 @dataclass(slots=True)
 class SignInContext:
     """What every sign-in needs."""
@@ -15691,7 +15704,7 @@ class SignInContext:
         if config is not None and config.type != kind:
             raise WrongUsage(f"--name {name}: that provider's type is {config.type}, not {kind}")
         if config is not None and not config.enabled:
-            self.console.say(f"Provider {name!r} is disabled; nobody will use this sign-in.", "")
+            self.console.say(f"Provider {name!r} is disabled: it will not be used.", "")
         edit = functools.partial(with_provider, path, name, kind, settings)
         is_new = config is None or any(getattr(config, k) != v for k, v in settings.items())
         if is_new:
@@ -15710,30 +15723,27 @@ class SignInContext:
     def check_disk(self, name: str) -> None:
         """Raises SignInFailed if a sign-in could not be saved: better before than after."""
         path = self.paths.token_file(name)
-        try:
+        with os_error_as(f"{path}: cannot be written", SignInFailed):
             make_private_dir(os.path.dirname(path))
             with tempfile.TemporaryFile(dir=os.path.dirname(path)) as file:
                 file.write(bytes(64 * KIB))
                 file.flush()
-        except OSError as error:
-            raise SignInFailed(f"{path}: cannot be written: {error.strerror}") from None
 
     async def save(self, name: str, content: Json) -> None:
         """Saves a sign-in; if that fails, lets the user fix the cause and retry."""
         file = TokenFile(self.paths.token_file(name))
         while True:
             try:
-                async with file.lock():
-                    file.replace(content)
+                with os_error_as(f"{file.path}: cannot be written"):
+                    async with file.lock():
+                        file.replace(content)
                 return
-            except (OSError, ProgramError) as error:
-                reason = getattr(error, "strerror", None) or str(error)
-                problem = f"{file.path}: cannot be written: {reason}"
-            if not self.console.interactive:
-                raise SignInFailed(problem)
-            self.console.say(problem)
+            except ProgramError as error:
+                if not self.console.interactive:
+                    raise
+                self.console.say(str(error))
             if not await self.console.confirm("Try again?"):
-                raise SignInFailed("the sign-in was not kept")
+                raise SignInFailed("the sign-in was not saved")
 
     def show_terms(self, kind: str) -> None:
         """Shows the vendor's terms, once, before the first sign-in."""
@@ -15753,10 +15763,10 @@ class SignInContext:
         except OSError as error:
             log_event("warning", "notices_not_saved", reason=error.strerror)
 
-    async def ask(
-        self, url: str, headers: dict[str, str], body: Json, service: str
+    async def post(
+        self, service: str, url: str, headers: dict[str, str], body: Json
     ) -> tuple[int, Headers, bytes]:
-        """(status, headers, body) of one POST; raises SignInFailed if there is no response."""
+        """(status, headers, body) of a response; raises SignInFailed if there is none."""
         headers = {
             "Accept": "application/json",
             "Accept-Encoding": "identity",
@@ -15768,37 +15778,38 @@ class SignInContext:
         except ApiError as error:
             raise SignInFailed(f"{service} cannot be reached: {error.text()}") from None
 
-    async def need(
-        self, url: str, headers: dict[str, str], body: Json, service: str, problem: str
+    async def fetch_json(
+        self, service: str, url: str, headers: dict[str, str], body: Json, problem: str
     ) -> Json:
-        """As `ask`, but raises SignInFailed unless an object without an error comes back."""
-        status, response_headers, data = await self.ask(url, headers, body, service)
+        """As `post`; raises SignInFailed unless an object without an error comes back."""
+        status, response_headers, data = await self.post(service, url, headers, body)
         payload = load_answer(data)
         if status != 200 or payload is None or "error" in payload:
             reason = classify_poll(status, response_headers, data).words or f"status {status}"
             raise SignInFailed(f"{service} {problem}: {reason}")
         return payload
 
-    async def device_flow(
-        self,
-        service: str,
-        get_code: Callable[[], Awaitable[Json]],
-        poll: Callable[[str], Awaitable[tuple[int, Headers, bytes]]],
-    ) -> Json:
-        """The response to the poll after a code was entered (RFC 8628); raises SignInFailed.
+    async def run_device_flow(self, flow: DeviceFlow) -> Json:
+        """The token response after the user has entered a code; raises SignInFailed.
 
         If the code expires, the user may get a new one.
         """
+        say = self.console.say
         while True:
-            device = read_device_code(await get_code(), service)
-            say = self.console.say
+            try:
+                payload = await self.fetch_json(
+                    flow.service, flow.code_url, flow.headers, flow.code_request, "issued no code"
+                )
+            except SignInFailed as error:
+                raise SignInFailed(f"{error}{flow.hint}") from None
+            device = read_device_code(payload, flow.service)
             say(f"Open    {device.url}", f"and type    {device.user_code}", "")
             if device.url_complete:
                 say(f"or open    {device.url_complete}    and compare the code", "")
             if self.browser and open_browser(device.url_complete or device.url):
                 say("A browser should open by itself; any other, on any machine, will do.", "")
             try:
-                return await self.await_device(device, service, poll)
+                return await self.poll_for_token(flow, device)
             except CodeExpired as error:
                 if not self.console.interactive:
                     raise
@@ -15806,46 +15817,40 @@ class SignInContext:
                 if not await self.console.confirm("Get a new one?"):
                     raise
 
-    async def await_device(
-        self,
-        device: DeviceCode,
-        service: str,
-        poll: Callable[[str], Awaitable[tuple[int, Headers, bytes]]],
-    ) -> Json:
+    async def poll_for_token(self, flow: DeviceFlow, device: DeviceCode) -> Json:
+        service, body = flow.service, {**flow.token_request, flow.code_key: device.code}
         now = asyncio.get_running_loop().time
         ends_at = now() + device.expires_in
         interval_s, trouble = device.interval + DEVICE_EXTRA_SECONDS, ""
         while True:
             poll_at = min(now() + interval_s, ends_at)
             while (delay_s := poll_at - now()) > 0:
-                left = int(ends_at - now())
-                clock = f"{left // 60}:{left % 60:02d}"
-                self.console.status(f"Waiting for you: {clock} left, Ctrl-C ends it{trouble}")
+                minutes, seconds = divmod(int(ends_at - now()), 60)
+                left = f"{minutes}:{seconds:02d} left"
+                self.console.status(f"Waiting for you: {left}, Ctrl-C cancels{trouble}")
                 await asyncio.sleep(min(delay_s, 1.0))
             if now() >= ends_at:
                 raise CodeExpired("the code has expired")
             try:
-                outcome = classify_poll(*await poll(device.code))
+                poll = classify_poll(*await self.post(service, flow.token_url, flow.headers, body))
             except SignInFailed as error:
-                outcome = Poll("unreachable", {}, str(error))
-            trouble = ""
-            if outcome.state == "done":
-                self.console.close_line()
-                return outcome.body
-            if outcome.state == "unreachable":
-                trouble = f" ({outcome.words}; trying again)"
-            elif outcome.state == "slow_down":
-                asked_s = parse_number(outcome.body.get("interval"))
-                if asked_s is None or not 0 <= asked_s < 3600:
+                poll = Poll("unreachable", {}, str(error))
+            trouble = f" ({poll.words}; trying again)" if poll.state == "unreachable" else ""
+            if poll.state == "done":
+                self.console.clear_status()
+                return poll.body
+            if poll.state == "slow_down":
+                new_interval_s = parse_number(poll.body.get("interval"))
+                if new_interval_s is None or not 0 <= new_interval_s < 3600:
                     interval_s += DEVICE_SLOWER_SECONDS
                 else:
-                    interval_s = max(interval_s, asked_s + DEVICE_EXTRA_SECONDS)
-            elif outcome.state == "expired":
+                    interval_s = max(interval_s, new_interval_s + DEVICE_EXTRA_SECONDS)
+            elif poll.state == "expired":
                 raise CodeExpired("the code has expired")
-            elif outcome.state == "denied":
+            elif poll.state == "denied":
                 raise SignInFailed(f"the sign-in was cancelled at {service}")
-            elif outcome.state == "failed":
-                raise SignInFailed(f"{service} refuses the sign-in: {outcome.words}")
+            elif poll.state == "failed":
+                raise SignInFailed(f"{service} refuses the sign-in: {poll.words}")
 
 
 # 16.1 Copilot
@@ -15854,7 +15859,7 @@ class SignInContext:
 async def sign_in_copilot(
     context: SignInContext, name: str, host: str = "", token: str = ""
 ) -> str:
-    """Signs in at `host` ("" = as configured); returns who it is, for the user.
+    """Signs in at `host` ("" = as configured); returns a message for the user.
 
     `token`: "" = GitHub's device flow.  It is saved unless Copilot refuses it.
     """
@@ -15862,34 +15867,28 @@ async def sign_in_copilot(
     if host:
         settings = {"github_url": f"https://{host}", "github_api_url": f"https://api.{host}"}
     with context.adding_provider(name, "copilot", settings) as config:
-        token = token or await ask_github_token(context, config)
+        if not token:
+            base = config.github_url.rstrip("/")
+            flow = DeviceFlow(
+                service="GitHub",
+                code_url=base + "/login/device/code",
+                code_request={"client_id": COPILOT_CLIENT_ID, "scope": COPILOT_SCOPE},
+                token_url=base + "/login/oauth/access_token",
+                token_request={"client_id": COPILOT_CLIENT_ID, "grant_type": DEVICE_GRANT},
+                code_key="device_code",
+                headers={"User-Agent": COPILOT_USER_AGENT},
+            )
+            payload = await context.run_device_flow(flow)
+            token = bare_token(str(payload["access_token"]))
         content, message = await check_copilot(context, config, token)
         await context.save(name, content)
     return message
 
 
-async def ask_github_token(context: SignInContext, config: CopilotConfig) -> str:
-    base = config.github_url.rstrip("/")
-    host = split_url(base)[1]
-    headers = {"User-Agent": COPILOT_USER_AGENT}
-
-    async def get_code() -> Json:
-        params = {"client_id": COPILOT_CLIENT_ID, "scope": COPILOT_SCOPE}
-        url = base + "/login/device/code"
-        return await context.need(url, headers, params, host, "gives no code")
-
-    async def poll(code: str) -> tuple[int, Headers, bytes]:
-        grant = {"client_id": COPILOT_CLIENT_ID, "device_code": code, "grant_type": DEVICE_GRANT}
-        return await context.ask(base + "/login/oauth/access_token", headers, grant, "GitHub")
-
-    payload = await context.device_flow("GitHub", get_code, poll)
-    return bare_token(str(payload["access_token"]))
-
-
 async def check_copilot(
     context: SignInContext, config: CopilotConfig, token: str
 ) -> tuple[Json, str]:
-    """(token file content, whose it is for the user); raises NotSignedIn if it is refused."""
+    """(token file content, message for the user); raises NotSignedIn if it is refused."""
     content: Json = {"type": "copilot", "github_token": token}
     trouble = ""
     try:
@@ -15897,7 +15896,7 @@ async def check_copilot(
     except NotSignedIn:
         raise
     except ApiError as error:
-        trouble = f".  It could not be checked now, and is tried at the first request: {error}"
+        trouble = f".  It could not be checked now; the first request will try it: {error}"
     try:
         for path in ("/user", "/copilot_internal/user"):
             status, _, data = await ask_github(context.client, config, path, token)
@@ -15905,7 +15904,7 @@ async def check_copilot(
             content["login"] = content.get("login") or get_str(user, "login")
             content["plan"] = get_str(user, "copilot_plan")
     except ApiError as error:
-        trouble = trouble or f".  GitHub did not say who this is: {error}"
+        trouble = trouble or f".  The account could not be read: {error}"
     content = {key: value for key, value in content.items() if value not in ("", None)}
     who = f"{content.get('login', '(unknown)')} at {split_url(config.github_url)[1]}"
     plan = f", plan {content['plan']}" if "plan" in content else ""
@@ -15923,16 +15922,16 @@ async def sign_in_kiro(
     region: str = "",
     token: str = "",
 ) -> str:
-    """Returns who is signed in, for the user.  Raises SignInFailed.
+    """Returns a message for the user; raises SignInFailed.
 
-    `method`: of KIRO_METHODS, "" to be asked.  `start_url` and `region` are an organisation's;
-    `token` is an API key, instead of all that.
+    `method`: of KIRO_METHODS, "" = ask.  `start_url` and `region` are an organisation's; `token` is
+    an API key, which needs none of these.
     """
     console = context.console
     method = method or ("organisation" if start_url else "")
     check_organisation(start_url or KIRO_BUILDER_START_URL, region or "us-east-1")
     if not (method or token or console.interactive):
-        raise WrongUsage(f"there is no terminal to ask on: say --method {'|'.join(KIRO_METHODS)}")
+        raise WrongUsage(f"there is no terminal to ask on: use --method {'|'.join(KIRO_METHODS)}")
     with context.adding_provider(name, "kiro", {}) as config:
         if not (token or method):
             method = await console.choose("How do you sign in to Kiro?", KIRO_METHODS)
@@ -15951,7 +15950,7 @@ async def sign_in_kiro(
         try:
             content["machine_id"] = read_kiro_login(content).machine_id
         except ValueError as error:
-            raise SignInFailed(f"Kiro's answer cannot be used: {error}") from None
+            raise SignInFailed(f"Kiro's response is unusable: {error}") from None
         return await save_kiro_sign_in(context, name, config, content)
 
 
@@ -15963,7 +15962,7 @@ async def save_kiro_sign_in(
     try:
         previous = file.load()
     except ProgramError:
-        previous = None  # kept aside, or only a link
+        previous = None  # damaged, or a symbolic link
     await context.save(name, content)
     try:
         return await check_kiro(context, name, config)
@@ -15976,7 +15975,7 @@ async def save_kiro_sign_in(
 
 
 async def check_kiro(context: SignInContext, name: str, config: KiroConfig) -> str:
-    """Chooses the profile of a new sign-in; returns whose it is, for the user.
+    """Chooses the profile of a new sign-in; returns a message for the user.
 
     Raises NotSignedIn if it is unusable.
     """
@@ -16017,10 +16016,6 @@ async def sign_in_at_aws(
     """AWS's device flow: token file content without its type.  Raises SignInFailed."""
     check_organisation(start_url, region)
     base = (config.oidc_url or KIRO_OIDC_URL.format(region=region)).rstrip("/")
-
-    async def post(path: str, body: Json) -> Json:
-        return await context.need(base + path, {}, body, "AWS", "refuses the sign-in")
-
     registration = {
         "clientName": KIRO_CLIENT_NAME,
         "clientType": "public",
@@ -16028,20 +16023,21 @@ async def sign_in_at_aws(
         "grantTypes": [DEVICE_GRANT, "refresh_token"],
         "issuerUrl": start_url,
     }
-    client = await post("/client/register", registration)
+    client = await context.fetch_json(
+        "AWS", base + "/client/register", {}, registration, "refuses the sign-in"
+    )
     credentials = {name: get_str(client, name) for name in ("clientId", "clientSecret")}
-
-    async def get_code() -> Json:
-        try:
-            return await post("/device_authorization", {**credentials, "startUrl": start_url})
-        except SignInFailed as error:
-            raise SignInFailed(f"{error}; are the start URL and the region right?") from None
-
-    async def poll(code: str) -> tuple[int, Headers, bytes]:
-        grant = {**credentials, "grantType": DEVICE_GRANT, "deviceCode": code}
-        return await context.ask(base + "/token", {}, grant, "AWS")
-
-    payload = await context.device_flow("AWS", get_code, poll)
+    flow = DeviceFlow(
+        service="AWS",
+        code_url=base + "/device_authorization",
+        code_request={**credentials, "startUrl": start_url},
+        token_url=base + "/token",
+        token_request={**credentials, "grantType": DEVICE_GRANT},
+        code_key="deviceCode",
+        headers={},
+        hint="; are the start URL and the region right?",
+    )
+    payload = await context.run_device_flow(flow)
     is_builder = start_url.rstrip("/") == KIRO_BUILDER_START_URL
     return {
         "auth_method": "builder_id" if is_builder else "idc",
@@ -16060,46 +16056,43 @@ async def sign_in_by_portal(context: SignInContext, config: KiroConfig, method: 
     machine_id = os.urandom(32).hex()
     listener = CallbackListener(context.client.ticker, state, method)
     await listener.listen()
-    try:
-        url = portal_url(state, verifier, listener.port)
-        context.console.say(f"Open    {url}", "")
-        if context.browser and open_browser(url):
-            context.console.say("A browser should open by itself.", "")
-        context.console.say(
-            "Where that browser cannot reach this machine, it will end at an address that begins",
-            f"with http://localhost:{listener.port}/ and shows an error: copy that whole address "
-            "and paste it here.",
-            "",
-        )
-        callback = await listener.wait(context.console)
-    finally:
-        await listener.close()
+    url = portal_url(state, verifier, listener.port)
+    context.console.say(f"Open    {url}", "")
+    if context.browser and open_browser(url):
+        context.console.say("A browser should open by itself.", "")
+    context.console.say(
+        "Where that browser cannot reach this machine, it will end at an address that begins",
+        f"with http://localhost:{listener.port}/ and shows an error: copy that whole address "
+        "and paste it here.",
+        "",
+    )
+    callback = await listener.wait(context.console)
     if callback.option not in ("google", "github"):
         if callback.option not in ("builderid", "awsidc", "internal") or not callback.issuer_url:
             raise SignInFailed(
                 f"a sign-in by {callback.option} has to be imported: type auth import"
             )
-        return await sign_in_at_aws(
-            context, config, callback.issuer_url, callback.region or "us-east-1"
-        )
+        region = callback.region or "us-east-1"
+        return await sign_in_at_aws(context, config, callback.issuer_url, region)
     redirect = f"http://localhost:{listener.port}{callback.path}"
-    params = {
+    body = {
         "code": callback.code,
         "code_verifier": verifier,
         "redirect_uri": f"{redirect}?login_option={callback.option}",
     }
-    base = (config.auth_url or KIRO_AUTH_URL).rstrip("/")
-    headers = {"User-Agent": f"KiroIDE-{config.kiro_version}-{machine_id}"}
-    headers["Accept"] = "application/json, text/plain, */*"
-    url = base + "/oauth/token"
-    body = await context.need(url, headers, params, "Kiro", "refuses the sign-in")
-    changes = read_refresh_answer(body, time.time())
-    return {"auth_method": callback.option, "machine_id": machine_id, **changes}
+    headers = {
+        "User-Agent": f"KiroIDE-{config.kiro_version}-{machine_id}",
+        "Accept": "application/json, text/plain, */*",
+    }
+    url = (config.auth_url or KIRO_AUTH_URL).rstrip("/") + "/oauth/token"
+    payload = await context.fetch_json("Kiro", url, headers, body, "refuses the sign-in")
+    tokens = read_refresh_answer(payload, time.time())
+    return {"auth_method": callback.option, "machine_id": machine_id, **tokens}
 
 
 CALLBACK_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>aiclient-api</title>
 <style>body{{font:1.1em system-ui;margin:20vh auto;max-width:30em;color-scheme:light dark}}</style>
-<h1>{title}</h1><p>{words}</p></html>"""
+<h1>{title}</h1><p>{text}</p></html>"""
 
 
 class CallbackListener:
@@ -16114,38 +16107,35 @@ class CallbackListener:
         self.port = KIRO_PORTAL_PORTS[0]
 
     async def listen(self) -> None:
-        """On the first free port of those the portal knows, if there is one."""
+        """Takes the first free one of the ports that the portal redirects to, if any is free."""
         for port in KIRO_PORTAL_PORTS:
             with contextlib.suppress(OSError):
-                await self.open("127.0.0.1", port)
+                for host in ("127.0.0.1", "::1"):  # localhost may be either
+                    config = ServerConfig(host=host, port=port, max_connections=16)
+                    server = Server(config, self.ticker, self.handle, self.write_error)
+                    await server.listen(open_listeners(host, port))
+                    self.servers.append(server)
+            if self.servers:
                 self.port = port
-                with contextlib.suppress(OSError):  # localhost may be this one
-                    await self.open("::1", port)
                 return
-
-    async def open(self, host: str, port: int) -> None:
-        config = ServerConfig(host=host, port=port, max_connections=16)
-        server = Server(config, self.ticker, self.handle, self.write_error)
-        await server.listen(open_listeners(host, port))
-        self.servers.append(server)
 
     async def handle(self, request: Request) -> Response:
         if request.headers.get("host") not in (f"localhost:{self.port}", f"127.0.0.1:{self.port}"):
-            return self.page(421, "Not here", "This address is not served.")
+            return self.page(421, "Not found", "This address is not served.")
         if request.path not in CALLBACK_PATHS or request.method != "GET":
-            return self.page(404, "Not here", "This is only the way back from a sign-in.")
+            return self.page(404, "Not found", "Only the redirect of a sign-in is expected here.")
         if self.callback.done():
-            return self.page(410, "Done already", "You can close this window.")
+            return self.page(410, "Already done", "You can close this window.")
         try:
             self.accept(f"{request.path}?{request.query}")
         except ValueError:
-            return self.page(400, "Not this sign-in", "Start it again from the terminal.")
+            return self.page(400, "Another sign-in", "Start it again from the terminal.")
         if self.callback.exception():
-            return self.page(200, "Not signed in", "The terminal tells why.")
-        return self.page(200, "That was it", "Close this window and go back to the terminal.")
+            return self.page(200, "Not signed in", "The terminal shows why.")
+        return self.page(200, "Almost done", "Close this window and go back to the terminal.")
 
     def write_error(self, error: ApiError, request: Request | None = None) -> Response:
-        return self.page(error.status, "Not here", "This request cannot be answered.")
+        return self.page(error.status, "Error", "This request cannot be served.")
 
     @staticmethod
     def page(status: int, title: str, text: str) -> Response:
@@ -16156,11 +16146,11 @@ class CallbackListener:
             "Referrer-Policy": "no-referrer",
             "Connection": "close",
         }
-        body = CALLBACK_PAGE.format(title=title, words=text).encode()
+        body = CALLBACK_PAGE.format(title=title, text=text).encode()
         return Response(status, body, headers, content_type="text/html; charset=utf-8")
 
     def accept(self, text: str) -> None:
-        """Takes what came back, from the browser or pasted; raises ValueError if it is not it."""
+        """Parses what was redirected or pasted; raises ValueError if it belongs elsewhere."""
         if self.callback.done():
             return  # the other way was quicker
         try:
@@ -16169,29 +16159,26 @@ class CallbackListener:
             self.callback.set_exception(error)
 
     async def read_pasted(self, console: Console) -> None:
-        with contextlib.suppress(EOFError):  # the browser may still come
+        with contextlib.suppress(EOFError):  # the redirect may still come
             while not self.callback.done():
-                text = await console.line()
+                text = await console.read_line()
                 try:
                     self.accept(text)
                 except ValueError as error:
-                    console.say(f"That is not it: {error}.  Paste the whole address.")
+                    console.say(f"This does not fit: {error}.  Paste the whole address.")
 
     async def wait(self, console: Console) -> Callback:
-        """Raises SignInFailed."""
+        """Waits for the redirect or its pasted URL, then closes; raises SignInFailed."""
         pasting = asyncio.ensure_future(self.read_pasted(console))
         try:
             return await asyncio.wait_for(self.callback, CALLBACK_SECONDS)
         except TimeoutError:
             minutes = CALLBACK_SECONDS / 60
-            raise SignInFailed(f"nobody came back within {minutes:g} minutes") from None
+            raise SignInFailed(f"the browser did not return within {minutes:g} minutes") from None
         finally:
             pasting.cancel()
-
-    async def close(self) -> None:
-        """Stops listening; the last page is still sent."""
-        for server in self.servers:
-            await server.drain(LINGER_SECONDS)
+            for server in self.servers:  # the last page is still sent
+                await server.drain(LINGER_SECONDS)
 
 
 # 16.3 sign-ins of other programs on this machine
@@ -16201,13 +16188,10 @@ class CallbackListener:
 class FoundLogin:
     """A sign-in of another program."""
 
-    #: whose it is, for the user
-    program: str
+    program: str  #: as shown to the user
     path: str
-    #: of our token file
-    content: Json = field(repr=False)
-    #: GitHub's; "" for Kiro
-    host: str = ""
+    content: Json = field(repr=False)  #: of our token file
+    host: str = ""  #: GitHub's; "" for Kiro
 
     @property
     def kind(self) -> str:
@@ -16215,7 +16199,7 @@ class FoundLogin:
 
     @property
     def account(self) -> str:
-        """What is known of it, for the user."""
+        """As shown to the user."""
         if self.host:
             return f"{self.content['login'] or 'an account'} at {self.host}"
         method, start_url = self.content["auth_method"], self.content.get("start_url")
@@ -16251,72 +16235,69 @@ def find_environment_login() -> list[FoundLogin]:
 
 
 def find_gh_login() -> list[FoundLogin]:
+    command = ["gh", "auth", "token"]
     try:
-        result = subprocess.run(
-            ["gh", "auth", "token"], capture_output=True, timeout=10, check=True, text=True
-        )
+        result = subprocess.run(command, capture_output=True, timeout=10, check=True, text=True)
         return [copilot_login("GitHub CLI", "gh auth token", bare_token(result.stdout))]
     except (OSError, subprocess.SubprocessError, SignInFailed):
         return []
 
 
-def find_kiro_login(
-    program: str, source: str, path: str = "", keys: Iterable[str] = ("",)
-) -> list[FoundLogin]:
-    """A sign-in of one of Kiro's own programs, which keeps using it.
-
-    `keys`: the rows of a database where it may be, best first; "" for the IDE's file.
-    """
-    for key in keys:
-        try:
-            content = read_cli_login(path, key) if key else read_ide_login(path)
-        except (OSError, ValueError, sqlite3.Error):
-            continue  # it has another one, or none
-        content["source"] = {"program": source, **({"key": key} if key else {}), "path": path}
-        return [FoundLogin(program, path, content)]
-    return []
-
-
-def find_cli_login(program: str, folder: str, path: str = "") -> list[FoundLogin]:
+def cli_database(program: str) -> str:
     base = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
     if sys.platform == "darwin":
         base = "~/Library/Application Support"
     elif sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA") or "~"
-    path = path or os.path.expanduser(os.path.join(base, folder, "data.sqlite3"))
-    return find_kiro_login(program, folder, path, CLI_ROWS)
+    return os.path.join(base, program, "data.sqlite3")
 
 
-# Values of `auth import --from`, and where they look.
+def find_kiro_login(
+    program: str, label: str, path: str, keys: Iterable[str] = CLI_ROWS
+) -> list[FoundLogin]:
+    """A sign-in of one of Kiro's own programs, which keeps using it.
+
+    `keys`: rows of the database at `path`, best first; "" if it is the IDE's file.
+    """
+    path = os.path.expanduser(path)
+    for key in keys:
+        source = {"program": program, **({"key": key} if key else {}), "path": path}
+        content = SharedLogin(source).read()
+        if content is not None:
+            return [FoundLogin(label, path, {**content, "source": source})]
+    return []
+
+
+# The values of `auth import --from`.
 IMPORTS: dict[str, Callable[[], list[FoundLogin]]] = {
     "copilot-plugin": find_plugin_logins,
     "environment": find_environment_login,
     "gh": find_gh_login,
     "kiro-ide": lambda: find_kiro_login(
-        "the Kiro IDE", "kiro-ide", os.path.expanduser("~/.aws/sso/cache/kiro-auth-token.json")
+        "kiro-ide", "the Kiro IDE", "~/.aws/sso/cache/kiro-auth-token.json", [""]
     ),
-    "kiro-cli": lambda: find_cli_login(
-        "kiro-cli", "kiro-cli", os.environ.get("KIROCLI_DB_PATH", "")
+    "kiro-cli": lambda: find_kiro_login(
+        "kiro-cli", "kiro-cli", os.environ.get("KIROCLI_DB_PATH") or cli_database("kiro-cli")
     ),
-    "amazon-q": lambda: find_cli_login("Amazon Q", "amazon-q"),
+    "amazon-q": lambda: find_kiro_login("amazon-q", "Amazon Q", cli_database("amazon-q")),
 }
 ONLY_ON_REQUEST = ("gh",)  # its tokens can do more than Copilot
 
 
 def find_logins(origins: Iterable[str] = ()) -> list[FoundLogin]:
-    """From `origins`, or from all that may be searched without being asked for."""
+    """`origins`: of IMPORTS; none = all but ONLY_ON_REQUEST."""
     origins = origins or [name for name in IMPORTS if name not in ONLY_ON_REQUEST]
     return [login for name in origins for login in IMPORTS[name]()]
 
 
 def target_name(config: Config, login: FoundLogin) -> str:
-    """The provider that a sign-in would be for: the first of its type, and of its host."""
+    """The first provider of the sign-in's type and host, or the name for a new one."""
     for name, entry in config.providers.items():
         if isinstance(entry, CopilotConfig) and split_url(entry.github_url)[1] != login.host:
             continue
         if entry.type == login.kind:
             return name
-    return f"{login.kind}-{login.host.partition('.')[0]}"
+    return f"{login.kind}-{login.host.partition('.')[0]}" if login.host else login.kind
 
 
 async def import_logins(
@@ -16324,52 +16305,50 @@ async def import_logins(
 ) -> list[str]:
     """Imports what the user agrees to, or with `assume_yes` what replaces nothing.
 
-    `name`: the provider's, "" for a matching one.  Raises SignInFailed if nothing was imported.
+    `name`: the provider's, "" for a matching one.  Returns messages for the user.  Raises
+    SignInFailed if nothing was imported.
     """
-    results: list[str] = []
+    say = context.console.say
+    messages: list[str] = []
     failures = 0
-    used_targets: set[str] = set()
-    context.console.say("Found on this machine:")
+    targets: set[str] = set()
+    say("Found on this machine:")
     for login in logins:
-        context.console.say(f"  {login.kind}: {login.account} ({login.program}, {login.path})")
+        say(f"  {login.kind}: {login.account} ({login.program}, {login.path})")
     for login in logins:
         target = name or target_name(context.config, login)
-        if target in used_targets:
+        if target in targets:
             continue
-        is_there = os.path.lexists(context.paths.token_file(target))
+        is_signed_in = os.path.lexists(context.paths.token_file(target))
         if not assume_yes:
             context.show_terms(login.kind)
-            instead = " instead of its present sign-in" if is_there else ""
+            instead = " instead of its present sign-in" if is_signed_in else ""
             question = f"Use {login.account} of {login.program} as provider {target!r}{instead}?"
-            if not await context.console.confirm(question, not is_there):
+            if not await context.console.confirm(question, not is_signed_in):
                 continue
-        elif is_there and not name:
-            context.console.say(
-                f"Provider {target!r} is signed in already; --name {target} replaces."
-            )
+        elif is_signed_in and not name:
+            say(f"Provider {target!r} is signed in already; --name {target} replaces it.")
             continue
         try:
-            results.append(await import_login(context, login, target))
-            used_targets.add(target)
+            messages.append(await import_login(context, login, target))
+            targets.add(target)
         except SignInFailed as error:
             failures += 1
-            context.console.say(f"{login.account} of {login.program}: {error}")
-    if failures and not results:
+            say(f"{login.account} of {login.program}: {error}")
+    if failures and not messages:
         raise SignInFailed("nothing was imported")
-    return results
+    return messages
 
 
 async def import_login(context: SignInContext, login: FoundLogin, name: str) -> str:
     if login.host:
         entry = context.config.providers.get(name) or CopilotConfig()
-        known = isinstance(entry, CopilotConfig) and split_url(entry.github_url)[1] == login.host
-        host = "" if known else login.host
+        fits = isinstance(entry, CopilotConfig) and split_url(entry.github_url)[1] == login.host
+        host = "" if fits else login.host
         return await sign_in_copilot(context, name, host, login.content["github_token"])
     with context.adding_provider(name, "kiro", {}) as config:
         message = await save_kiro_sign_in(context, name, config, login.content)
-    return (
-        f"{message}.  It stays shared with {login.program}: what is refreshed here goes back there."
-    )
+    return f"{message}.  It stays shared with {login.program}: refreshed tokens are written back."
 
 
 # 16.4 accounts
@@ -16413,32 +16392,34 @@ def account_rows(config: Config, paths: Paths) -> list[Json]:
 
 
 async def revoke_login(context: SignInContext, name: str) -> str:
-    """Returns what is left to do, for the user.  Raises WrongUsage and ProgramError."""
+    """Removes a sign-in; returns what is left to do, for the user.
+
+    Raises WrongUsage and ProgramError.
+    """
     file = TokenFile(context.paths.token_file(name))
     folder = os.path.dirname(file.path)
+    nothing = f"{name}: there is no sign-in to remove"
     if not (PROVIDER_NAME.fullmatch(name) and os.path.isdir(folder)):
         names = [row["name"] for row in account_rows(context.config, context.paths)]
         if name in names:
-            raise ProgramError(f"{name}: there is no sign-in to remove")
+            raise ProgramError(nothing)
         similar = nearest(name, names, 1) or names
         raise WrongUsage(f"{name}: no such provider; did you mean {similar[0]}?")
     kind = "copilot"
-    with contextlib.suppress(ProgramError):  # removed whatever it is
+    with contextlib.suppress(ProgramError):  # a damaged file is removed as well
         content = load_private_json(file.path) or {}
         if get_str(content, "type") == "kiro":
             kind = get_str(content, "auth_method") or kiro_kind(content)
-    try:
+    with os_error_as(f"{file.path}: cannot be removed"):
         async with file.lock() as lock:
             removed = file.remove()
             with contextlib.suppress(OSError):  # a folder with other files in it stays
                 os.unlink(lock.path)
                 os.rmdir(folder)
-    except OSError as error:
-        raise ProgramError(f"{file.path}: cannot be removed: {error.strerror}") from None
     if not removed:
-        raise ProgramError(f"{name}: there is no sign-in to remove")
+        raise ProgramError(nothing)
     return (
-        f"Removed {', '.join(removed)}.  A running gateway does not use it any more.  "
+        f"Removed {', '.join(removed)}.  A running gateway stops using it.  "
         f"To end it at the vendor as well: {REVOKE_AT.get(kind, REVOKE_AT['social'])}"
     )
 
@@ -16451,7 +16432,7 @@ async def offer_sign_in(context: SignInContext) -> None:
     if logins:
         origins = ", ".join(sorted({f"{login.kind} of {login.program}" for login in logins}))
         options = {"import": f"use what is on this machine: {origins}", **options}
-    options["later"] = "not now; only the model `echo` will answer"
+    options["later"] = "not now; only the model `echo` will work"
     try:
         choice = await context.console.choose("There is no account yet.", options)
         if choice == "import":
@@ -16462,7 +16443,7 @@ async def offer_sign_in(context: SignInContext) -> None:
         elif choice == "kiro":
             say(await sign_in_kiro(context, "kiro"))
     except ProgramError as error:
-        say(f"{error}.  The gateway starts without.")
+        say(f"{error}.  The gateway starts without an account.")
     say()
 
 
