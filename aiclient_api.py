@@ -83,7 +83,6 @@ Files read and written
     $XDG_STATE_HOME/aiclient-api/bytecode/               compiled copy of this file
     $XDG_CONFIG_HOME/systemd/user/aiclient-api.service, or on macOS
         ~/Library/LaunchAgents/aiclient-api.plist        written by `service install` only
-    $XDG_STATE_HOME/aiclient-api/notices.json            read, written: terms already shown
     by `auth import` only: ~/.config/github-copilot, ~/.aws/sso/cache, the databases of kiro-cli
         and Amazon Q; an imported Kiro sign-in is refreshed at its source as well
 """
@@ -12758,7 +12757,6 @@ class Paths:
         self.config_file = os.path.join(config_dir, "config.toml")
         state = functools.partial(os.path.join, state_dir)
         self.machine_file = state("machine.json")
-        self.notices_file = state("notices.json")  #: what this user has been shown already
         self.pid_file = state("daemon.pid")  #: the lock: process id, then path of the socket
         self.socket_file = state("daemon.sock")  #: unless its path is too long
         self.log_file = state("daemon.log")
@@ -15547,29 +15545,11 @@ class Console:
         with contextlib.suppress(AttributeError, OSError):  # without job control
             # A background job that reads from its terminal would be stopped.
             self.interactive &= os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
-        self.has_status = False
-        self.status_at = float("-inf")
         self.pending_input = b""
 
     def say(self, *lines: str) -> None:
         """Control characters, which could steer a terminal, are removed."""
-        self.clear_status()
         print("\n".join(map(one_line, lines)), file=sys.stderr, flush=True)
-
-    def status(self, text: str) -> None:
-        """A line that the next one replaces; without a terminal, at most one a minute."""
-        if sys.stderr.isatty():
-            self.has_status = True
-            visible_text = one_line(text)[: shutil.get_terminal_size().columns - 1]
-            print(f"\r\x1b[K{visible_text}", end="", file=sys.stderr, flush=True)
-        elif time.monotonic() - self.status_at >= 60:
-            self.status_at = time.monotonic()
-            self.say(text)
-
-    def clear_status(self) -> None:
-        if self.has_status:
-            self.has_status = False
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
     async def read_line(self) -> str:
         """Raises EOFError.  Other tasks keep running, and Ctrl-C works."""
@@ -15599,7 +15579,6 @@ class Console:
         """Raises SignInFailed without a terminal."""
         if not self.interactive:
             raise SignInFailed(f"this needs a terminal to ask: {question}")
-        self.clear_status()
         prompt = f"{question} [{default}] " if default else f"{question} "
         print(one_line(prompt), end="", file=sys.stderr, flush=True)
         try:
@@ -15647,25 +15626,17 @@ def open_browser(url: str) -> bool:
     return True
 
 
-def with_provider(where: str, name: str, kind: str, settings: dict[str, str], text: str) -> str:
+def with_provider(where: str, name: str, settings: dict[str, str], text: str) -> str:
     """Adds what `[providers.NAME]` lacks; raises ConfigError if the file says otherwise."""
-    entries = {"type": kind, **settings}
     table = get_dict(get_dict(tomllib.loads(text), "providers"), name)
-    for key, value in entries.items():
+    for key, value in settings.items():
         if key not in table:
-            text = set_toml(text, ("providers", name, key), value)
+            text = change_setting(text, where, f"providers.{name}.{key}", value)
         elif table[key] != value:
             raise ConfigError(
                 f"{where}: providers.{name}.{key}: is {table[key]!r}, not {value!r}; "
                 "change it there, or take another --name"
             )
-    try:
-        read_config_text(text, where)
-    except ConfigError:
-        lines = ", ".join(f'{key} = "{value}"' for key, value in entries.items())
-        raise ConfigError(
-            f"{where}: its form is unusual; put {lines} into [providers.{name}] by hand"
-        ) from None
     return text
 
 
@@ -15691,6 +15662,7 @@ class SignInContext:
     client: HttpClient
     console: Console
     browser: bool = True
+    terms_shown: set[str] = field(default_factory=set)
 
     @contextlib.contextmanager
     def adding_provider(self, name: str, kind: str, settings: dict[str, Any]) -> Iterator[Any]:
@@ -15705,12 +15677,12 @@ class SignInContext:
             raise WrongUsage(f"--name {name}: that provider's type is {config.type}, not {kind}")
         if config is not None and not config.enabled:
             self.console.say(f"Provider {name!r} is disabled: it will not be used.", "")
-        edit = functools.partial(with_provider, path, name, kind, settings)
+        edit = functools.partial(with_provider, path, name, {"type": kind, **settings})
         is_new = config is None or any(getattr(config, k) != v for k, v in settings.items())
         if is_new:
             edit(load_config_text(path))
         self.check_disk(name)
-        self.show_terms(kind)
+        self.show_terms(kind, name)
         try:
             yield replace(config or PROVIDER_CONFIGS[kind](), **settings)
         except ApiError as error:
@@ -15730,38 +15702,17 @@ class SignInContext:
                 file.flush()
 
     async def save(self, name: str, content: Json) -> None:
-        """Saves a sign-in; if that fails, lets the user fix the cause and retry."""
+        """Raises SignInFailed."""
         file = TokenFile(self.paths.token_file(name))
-        while True:
-            try:
-                with os_error_as(f"{file.path}: cannot be written"):
-                    async with file.lock():
-                        file.replace(content)
-                return
-            except ProgramError as error:
-                if not self.console.interactive:
-                    raise
-                self.console.say(str(error))
-            if not await self.console.confirm("Try again?"):
-                raise SignInFailed("the sign-in was not saved")
+        with os_error_as(f"{file.path}: cannot be written", SignInFailed):
+            async with file.lock():
+                file.replace(content)
 
-    def show_terms(self, kind: str) -> None:
-        """Shows the vendor's terms, once, before the first sign-in."""
-        path = self.paths.notices_file
-        try:
-            notices = load_private_json(path) or {}
-        except ProgramError as error:
-            log_event("warning", "notices_unusable", reason=error)
-            notices = {}
-        shown = notices.get("terms")
-        shown = shown if isinstance(shown, list) else []
-        if kind in shown:
-            return
-        self.console.say(*TERMS[kind].splitlines(), "")
-        try:
-            save_private_json(path, {**notices, "terms": [*shown, kind]})
-        except OSError as error:
-            log_event("warning", "notices_not_saved", reason=error.strerror)
+    def show_terms(self, kind: str, name: str) -> None:
+        """Shows the vendor's terms before the first sign-in of a provider."""
+        if kind not in self.terms_shown and not os.path.lexists(self.paths.token_file(name)):
+            self.terms_shown.add(kind)
+            self.console.say(*TERMS[kind].splitlines(), "")
 
     async def post(
         self, service: str, url: str, headers: dict[str, str], body: Json
@@ -15820,25 +15771,23 @@ class SignInContext:
     async def poll_for_token(self, flow: DeviceFlow, device: DeviceCode) -> Json:
         service, body = flow.service, {**flow.token_request, flow.code_key: device.code}
         now = asyncio.get_running_loop().time
-        ends_at = now() + device.expires_in
+        expires_at = now() + device.expires_in
         interval_s, trouble = device.interval + DEVICE_EXTRA_SECONDS, ""
+        minutes = device.expires_in / 60
+        self.console.say(f"Waiting for you; the code expires in {minutes:.0f} min, Ctrl-C cancels")
         while True:
-            poll_at = min(now() + interval_s, ends_at)
-            while (delay_s := poll_at - now()) > 0:
-                minutes, seconds = divmod(int(ends_at - now()), 60)
-                left = f"{minutes}:{seconds:02d} left"
-                self.console.status(f"Waiting for you: {left}, Ctrl-C cancels{trouble}")
-                await asyncio.sleep(min(delay_s, 1.0))
-            if now() >= ends_at:
+            await asyncio.sleep(min(interval_s, expires_at - now()))
+            if now() >= expires_at:
                 raise CodeExpired("the code has expired")
             try:
                 poll = classify_poll(*await self.post(service, flow.token_url, flow.headers, body))
             except SignInFailed as error:
                 poll = Poll("unreachable", {}, str(error))
-            trouble = f" ({poll.words}; trying again)" if poll.state == "unreachable" else ""
             if poll.state == "done":
-                self.console.clear_status()
                 return poll.body
+            if poll.state == "unreachable" and poll.words != trouble:
+                trouble = poll.words
+                self.console.say(f"{trouble}; trying again")
             if poll.state == "slow_down":
                 new_interval_s = parse_number(poll.body.get("interval"))
                 if new_interval_s is None or not 0 <= new_interval_s < 3600:
@@ -16227,20 +16176,20 @@ def find_plugin_logins() -> list[FoundLogin]:
     return list(logins.values())
 
 
-def find_environment_login() -> list[FoundLogin]:
-    """The variable that the Copilot CLI reads first."""
-    token = os.environ.get("COPILOT_GITHUB_TOKEN", "").strip()
-    is_usable = token and TARGET.fullmatch(token)
-    return [copilot_login("the environment", "COPILOT_GITHUB_TOKEN", token)] if is_usable else []
+def find_token(program: str, path: str, text: str) -> list[FoundLogin]:
+    try:
+        return [copilot_login(program, path, bare_token(text))]
+    except SignInFailed:
+        return []
 
 
 def find_gh_login() -> list[FoundLogin]:
     command = ["gh", "auth", "token"]
     try:
         result = subprocess.run(command, capture_output=True, timeout=10, check=True, text=True)
-        return [copilot_login("GitHub CLI", "gh auth token", bare_token(result.stdout))]
-    except (OSError, subprocess.SubprocessError, SignInFailed):
+    except (OSError, subprocess.SubprocessError):
         return []
+    return find_token("GitHub CLI", "gh auth token", result.stdout)
 
 
 def cli_database(program: str) -> str:
@@ -16271,7 +16220,9 @@ def find_kiro_login(
 # The values of `auth import --from`.
 IMPORTS: dict[str, Callable[[], list[FoundLogin]]] = {
     "copilot-plugin": find_plugin_logins,
-    "environment": find_environment_login,
+    "environment": lambda: find_token(  # the variable that the Copilot CLI reads first
+        "the environment", "COPILOT_GITHUB_TOKEN", os.environ.get("COPILOT_GITHUB_TOKEN", "")
+    ),
     "gh": find_gh_login,
     "kiro-ide": lambda: find_kiro_login(
         "kiro-ide", "the Kiro IDE", "~/.aws/sso/cache/kiro-auth-token.json", [""]
@@ -16321,7 +16272,7 @@ async def import_logins(
             continue
         is_signed_in = os.path.lexists(context.paths.token_file(target))
         if not assume_yes:
-            context.show_terms(login.kind)
+            context.show_terms(login.kind, target)
             instead = " instead of its present sign-in" if is_signed_in else ""
             question = f"Use {login.account} of {login.program} as provider {target!r}{instead}?"
             if not await context.console.confirm(question, not is_signed_in):
@@ -17983,20 +17934,15 @@ class Launch:
 
     #: from the command line; the key may be among them: never in argv or in a file
     flags: dict[str, str | None] = field(default_factory=dict, repr=False)
-    #: argv[0], for hints on what to type
-    program: str = "aiclient-api"
-    #: "" = standard error
-    log_file: str = ""
+    program: str = "aiclient-api"  #: argv[0], for hints on what to type
+    log_file: str = ""  #: "" = standard error
     detached: bool = False
-    #: as configured when the sockets were opened
-    host: str = ""
+    host: str = ""  #: as configured when the sockets were opened
     port: int = 0
-    #: a service manager opened the sockets: they are kept whatever the configuration says
-    activated: bool = False
-    #: descriptors: the listening sockets, the lock, a socket for the first report
-    listeners: list[int] = field(default_factory=list)
-    lock: int = -1
-    report: int = -1
+    activated: bool = False  #: a service manager opened the sockets: they are always used
+    listeners: list[int] = field(default_factory=list)  #: descriptors of listening sockets
+    lock: int = -1  #: descriptor
+    report: int = -1  #: descriptor of a socket for the first report
 
     def descriptors(self) -> list[int]:
         return [fd for fd in (*self.listeners, self.lock, self.report) if fd >= 0]
@@ -18063,26 +18009,14 @@ def write_pid_file(lock: int, socket_path: str) -> None:
 
 
 def signal_daemon(path: str, pid: int, signum: int) -> None:
-    """Signals the process that the file names, if it is a live daemon's; raises ProgramError.
-
-    A pidfd, opened before the lock is checked, never reaches another process with the same pid.
-    """
-    pidfd = -1
+    """Signals the process that the file names, if it is a live daemon's; raises ProgramError."""
     try:
-        pidfd = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else -1
-        if not is_locked(path) or read_pid_file(path)[0] != pid:
-            return
-        if pidfd >= 0:
-            signal.pidfd_send_signal(pidfd, signum)
-        else:
+        if is_locked(path) and read_pid_file(path)[0] == pid:
             os.kill(pid, signum)
     except ProcessLookupError:
         pass  # it has exited by itself
     except PermissionError:
         raise ProgramError(f"process {pid} belongs to another user") from None
-    finally:
-        if pidfd >= 0:
-            os.close(pidfd)
 
 
 # 18.2 the port
@@ -18362,8 +18296,7 @@ class Daemon:
         )
         self.started_at = time.time()
         self.port = 0
-        #: each closes what a reload has replaced
-        self.retiring: set[asyncio.Task[None]] = set()
+        self.retiring: set[asyncio.Task[None]] = set()  #: each closes what a reload has replaced
         #: serving, restarting, replaced (a successor has taken over) or stopping
         self.state = "serving"
         self.ending = asyncio.Event()
@@ -18748,11 +18681,11 @@ def switch_provider(daemon: Daemon, params: Json, enabled: str) -> Json:
 
 async def tail_log(daemon: Daemon, params: Json) -> Json:
     """`{"lines": [...]}`: the last `lines` of at least `level`."""
-    if not daemon.launch.log_file:
+    path = daemon.launch.log_file
+    if not path:
         raise ProgramError("the gateway logs to its terminal, not to a file")
     lines = int_field(params, "lines") or DEFAULT_LOG_LINES
     level = word_field(params, "level", LOG_LEVELS) or "debug"
-    path = daemon.launch.log_file
     return {"lines": await asyncio.to_thread(load_log_tail, path, lines, level)}
 
 

@@ -532,7 +532,7 @@ def test_copilot_on_a_terminal(make: Make) -> None:
         home = make("copilot")
         copilot_of(home).device_answers.append(state("expired_token"))
         terminal = home.terminal("auth", "copilot")
-        terminal.expect(r"Waiting for you: 14:5\d left, Ctrl-C cancels")
+        terminal.expect("Waiting for you; the code expires in 15 min, Ctrl-C cancels")
         terminal.expect("Sorry, the code has expired")
         terminal.answer(r"Get a new one\? \[Y/n\]", "perhaps")
         terminal.answer(r"Please answer y or n\.\s+Get a new one\? \[Y/n\]", "")

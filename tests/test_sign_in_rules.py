@@ -303,9 +303,9 @@ def test_an_import_that_fits_no_provider_names_a_new_one() -> None:
     }
     for name, login in logins.items():
         assert gw.PROVIDER_NAME.fullmatch(name) and gw.target_name(echo_only, login) == name
-    others = {"work": gw.CopilotConfig(), "mine": gw.KiroConfig()}
-    assert gw.target_name(gw.Config(providers={**others}), logins["kiro"]) == "mine"
-    assert gw.target_name(gw.Config(providers={**others}), logins["copilot-acme"]) == "copilot-acme"
+    others = gw.Config(providers={"work": gw.CopilotConfig(), "mine": gw.KiroConfig()})
+    assert gw.target_name(others, logins["kiro"]) == "mine"
+    assert gw.target_name(others, logins["copilot-acme"]) == "copilot-acme"
 
 
 def test_refreshed_tokens_go_back_in_the_files_own_words() -> None:
