@@ -18180,18 +18180,6 @@ def launch_command(bytecode: bytes) -> list[str]:
     return [sys.executable, "-I", "-c", LAUNCHER, program_file(), str(len(bytecode))]
 
 
-def receive_exactly(peer: socket.socket, size: int, deadline: float) -> bytes:
-    """`size` bytes, fewer at EOF; raises OSError after the monotonic `deadline`."""
-    data = bytearray()
-    while len(data) < size:
-        peer.settimeout(max(0.001, deadline - time.monotonic()))
-        piece = peer.recv(min(size - len(data), RECV_BYTES))
-        if not piece:
-            break
-        data += piece
-    return bytes(data)
-
-
 def start_process(
     launch: Launch, paths: Paths, stderr: int | None = None, *, detach: bool = False
 ) -> Json | None:
@@ -18218,9 +18206,9 @@ def start_process(
         with contextlib.suppress(BrokenPipeError), child.stdin:  # it has exited: no report comes
             child.stdin.write(bytecode + dump_message(asdict(launch)))
         report = None
-        with contextlib.suppress(OSError):
-            deadline = time.monotonic() + START_SECONDS
-            report = load_object(receive_exactly(reader, MAX_CONTROL_BYTES, deadline))
+        reader.settimeout(START_SECONDS)
+        with contextlib.suppress(OSError), reader.makefile("rb") as stream:
+            report = load_object(stream.read(MAX_CONTROL_BYTES))
     if report is None or "error" in report:
         child.kill()
         child.wait()
@@ -18582,33 +18570,30 @@ class ControlServer:
             os.replace(new_path, self.path)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if len(self.clients) < MAX_CONTROL_CLIENTS:
-            task = asyncio.current_task()
-            assert task is not None
-            self.clients.add(task)
-            with contextlib.suppress(EOFError, OSError):  # it hung up or timed out
-                await self.serve_client(reader, writer)
-            self.clients.discard(task)
-        writer.close()
-
-    async def serve_client(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        """Raises EOFError or OSError in the end, unless a message is too large."""
+        """Responds to a client's messages until it closes, is too slow or sends too much."""
+        task = asyncio.current_task()
+        assert task is not None
+        if len(self.clients) >= MAX_CONTROL_CLIENTS:
+            writer.close()
+            return
+        self.clients.add(task)
         writer.transport.set_write_buffer_limits(0)  # `drain` waits until all has been sent
         size = 0
-        while size <= MAX_CONTROL_BYTES:
-            async with asyncio.timeout(CONTROL_SECONDS):
-                size = int.from_bytes(await reader.readexactly(4), "big")
-                data = await reader.readexactly(size) if size <= MAX_CONTROL_BYTES else b""
-            if size <= MAX_CONTROL_BYTES:
-                response = await run_control_method(self.daemon, data)
-            else:
-                problem = f"a message may have {MAX_CONTROL_BYTES} bytes, not {size}"
-                response = {"ok": False, "error": problem}
-            writer.write(encode_frame(response))
-            async with asyncio.timeout(CONTROL_SECONDS):
-                await writer.drain()
+        with contextlib.suppress(EOFError, OSError):
+            while size <= MAX_CONTROL_BYTES:
+                async with asyncio.timeout(CONTROL_SECONDS):
+                    size = int.from_bytes(await reader.readexactly(4), "big")
+                    data = await reader.readexactly(size) if size <= MAX_CONTROL_BYTES else b""
+                if size <= MAX_CONTROL_BYTES:
+                    response = await run_control_method(self.daemon, data)
+                else:
+                    problem = f"a message may have {MAX_CONTROL_BYTES} bytes, not {size}"
+                    response = {"ok": False, "error": problem}
+                writer.write(encode_frame(response))
+                async with asyncio.timeout(CONTROL_SECONDS):
+                    await writer.drain()
+        self.clients.discard(task)
+        writer.close()
 
     async def close(self) -> None:
         """Unlinks the socket, unless it is a successor's, and lets responses go out."""
@@ -18747,13 +18732,13 @@ def ask_daemon(
         if not path:
             break
         try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
+            with socket.socket(socket.AF_UNIX) as peer, peer.makefile("rb") as stream:
                 peer.settimeout(CONTROL_SECONDS)
                 peer.connect(path)
                 peer.sendall(encode_frame({"method": method, "params": params or {}}))
-                deadline = time.monotonic() + seconds
-                size = int.from_bytes(receive_exactly(peer, 4, deadline), "big")
-                data = receive_exactly(peer, size, deadline)
+                peer.settimeout(seconds)
+                size = int.from_bytes(stream.read(4), "big")
+                data = stream.read(size)
         except OSError as error:
             reason = error.strerror or str(error)
             problem = f"the gateway (process {pid}) does not respond: {reason}"
@@ -19314,7 +19299,8 @@ def ask_health(url: str) -> bool:
     try:
         with socket.create_connection((host, parts.port), HEALTH_SECONDS) as peer:
             peer.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-            return receive_exactly(peer, 12, time.monotonic() + HEALTH_SECONDS).endswith(b" 200")
+            with peer.makefile("rb") as stream:
+                return stream.read(12).endswith(b" 200")
     except OSError:
         return False
 
