@@ -18069,22 +18069,17 @@ def open_port(host: str, port: int) -> list[socket.socket]:
 
 # A background process runs bytecode: compiling this file takes half a second, and 30 MiB that are
 # never given back.  Its parent reads the file and passes the bytecode of exactly what was read, so
-# what runs is what `--version` hashes.  The Launch follows: the flags of `start`, the key among
-# them, are not in the arguments, which every user can list.
+# what runs is what `--version` hashes.  Before it comes the Launch, on one line: the flags of
+# `start`, the key among them, are not in the arguments, which every user can list.
 LAUNCHER = """\
 import marshal, os, sys, types
-file, size = sys.argv[1], int(sys.argv[2])
-if "detach" in sys.argv[3:] and os.fork():
+if "detach" in sys.argv and os.fork():
     os._exit(0)
-data = bytearray()
-while len(data) < size:
-    data += os.read(0, size - len(data)) or sys.exit("the program did not arrive")
-code = marshal.loads(data)
-del data
+launch = sys.stdin.buffer.readline()
 module = sys.modules["aiclient_api"] = types.ModuleType("aiclient_api")
-module.__file__ = file
-exec(code, module.__dict__)
-sys.exit(module.main_detached())
+module.__file__ = sys.argv[1]
+exec(marshal.loads(sys.stdin.buffer.read()), module.__dict__)
+sys.exit(module.main_detached(launch))
 """
 COMPILER = """\
 import marshal, sys
@@ -18159,10 +18154,9 @@ def load_bytecode(paths: Paths) -> bytes:
     return bytecode
 
 
-def read_launch() -> Launch:
-    """Reads standard input to its end; then it and standard output lead to /dev/null."""
-    with os.fdopen(os.dup(0), "rb") as file:
-        values = json.loads(file.read())
+def read_launch(data: bytes) -> Launch:
+    """From JSON.  Standard input and output lead to /dev/null from now on."""
+    values = json.loads(data)
     names = {item.name for item in fields(Launch)}  # another version may have others
     launch = Launch(**{name: value for name, value in values.items() if name in names})
     sys.argv[:] = [launch.program]
@@ -18173,11 +18167,6 @@ def read_launch() -> Launch:
     for fd in launch.descriptors():
         os.set_inheritable(fd, False)
     return launch
-
-
-def launch_command(bytecode: bytes) -> list[str]:
-    """The process reads `bytecode` and then its Launch from standard input."""
-    return [sys.executable, "-I", "-c", LAUNCHER, program_file(), str(len(bytecode))]
 
 
 def start_process(
@@ -18193,8 +18182,9 @@ def start_process(
     with reader:
         with writer:
             launch = replace(launch, report=writer.fileno())
+            command = [sys.executable, "-I", "-c", LAUNCHER, program_file()]
             child = subprocess.Popen(
-                launch_command(bytecode) + ["detach"] * detach,
+                command + ["detach"] * detach,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
@@ -18204,7 +18194,7 @@ def start_process(
             )
         assert child.stdin is not None
         with contextlib.suppress(BrokenPipeError), child.stdin:  # it has exited: no report comes
-            child.stdin.write(bytecode + dump_message(asdict(launch)))
+            child.stdin.write(dump_message(asdict(launch)) + b"\n" + bytecode)
         report = None
         reader.settimeout(START_SECONDS)
         with contextlib.suppress(OSError), reader.makefile("rb") as stream:
@@ -19250,9 +19240,9 @@ async def serve(
     return 0
 
 
-def main_detached() -> int:
+def main_detached(launch_json: bytes) -> int:
     """The entry point of a background process, named in LAUNCHER; returns the exit status."""
-    launch = read_launch()
+    launch = read_launch(launch_json)
     report_fd, launch.report = launch.report, -1
 
     def report(status: Json) -> bool:

@@ -197,7 +197,7 @@ def test_a_python_that_cannot_run_is_told_with_the_last_lines_of_the_log(machine
     machine.state.mkdir(parents=True)
     copied = machine.folder / "gateway.py"
     text = PROGRAM.read_text("utf-8")
-    copied.write_text(text.replace("def main_detached() -> int:", "def main_detached_() -> int:"))
+    copied.write_text(text.replace("def main_detached(", "def main_detached_("))
     done = Done(
         subprocess.run(
             [sys.executable, str(copied), "start", "--port", "0"],
@@ -578,12 +578,12 @@ def test_a_successor_ignores_what_it_does_not_know_and_does_without_the_rest(
     reader, writer = os.pipe()
     launch = {"flags": {"server.port": "0", "server.colour": "red"}, "report": writer, "hue": 1}
     with subprocess.Popen(
-        gw.launch_command(bytecode), env=machine.env, pass_fds=[writer],
-        stdin=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, "-I", "-c", gw.LAUNCHER, gw.program_file()],
+        env=machine.env, pass_fds=[writer], stdin=subprocess.PIPE, stderr=subprocess.PIPE,
     ) as process, os.fdopen(reader, "rb") as report:  # fmt: skip
         os.close(writer)
         assert process.stdin is not None and process.stderr is not None
-        process.stdin.write(bytecode + json.dumps(launch).encode())
+        process.stdin.write(json.dumps(launch).encode() + b"\n" + bytecode)
         process.stdin.close()
         status = json.loads(report.read())
         process.terminate()
