@@ -83,7 +83,6 @@ Files read and written
     $XDG_STATE_HOME/aiclient-api/bytecode/               compiled copy of this file
     $XDG_CONFIG_HOME/systemd/user/aiclient-api.service, or on macOS
         ~/Library/LaunchAgents/aiclient-api.plist        written by `service install` only
-    $XDG_STATE_HOME/aiclient-api/notices.json            read, written: terms already shown
     by `auth import` only: ~/.config/github-copilot, ~/.aws/sso/cache, the databases of kiro-cli
         and Amazon Q; an imported Kiro sign-in is refreshed at its source as well
 """
@@ -123,7 +122,7 @@ from collections.abc import (
     Iterator,
     Mapping,
 )
-from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
+from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, TextIO, TypeVar
 
 
@@ -12214,7 +12213,6 @@ class Paths:
         self.config_file = os.path.join(config_dir, "config.toml")
         state = functools.partial(os.path.join, state_dir)
         self.machine_file = state("machine.json")
-        self.notices_file = state("notices.json")  #: what this user has been shown already
         self.pid_file = state("daemon.pid")  #: the lock: process id, then path of the socket
         self.socket_file = state("daemon.sock")  #: unless its path is too long
         self.log_file = state("daemon.log")
@@ -12278,6 +12276,15 @@ def check_folder(folder: str) -> None:
     """`check_owner` and `check_parents` of a folder; raises OSError."""
     check_owner(folder, os.stat(folder))
     check_parents(folder)
+
+
+@contextlib.contextmanager
+def os_error_as(problem: str, error_class: type[ProgramError] = ProgramError) -> Iterator[None]:
+    """Raises `error_class` for an OSError: the problem, and the system's reason."""
+    try:
+        yield
+    except OSError as error:
+        raise error_class(f"{problem}: {error.strerror or error}") from None
 
 
 def open_flags(*names: str) -> int:
@@ -14994,32 +15001,14 @@ class Console:
         with contextlib.suppress(AttributeError, OSError):  # without job control
             # A background job that reads from its terminal would be stopped.
             self.interactive &= os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
-        self.line_open = False
-        self.status_at = float("-inf")
         self.pending_input = b""
 
     def say(self, *lines: str) -> None:
         """Control characters, which could steer a terminal, are removed."""
-        self.close_line()
         print("\n".join(map(one_line, lines)), file=sys.stderr, flush=True)
 
-    def status(self, text: str) -> None:
-        """A line that the next one replaces; without a terminal, at most one a minute."""
-        if sys.stderr.isatty():
-            self.line_open = True
-            visible_text = one_line(text)[: shutil.get_terminal_size().columns - 1]
-            print(f"\r\x1b[K{visible_text}", end="", file=sys.stderr, flush=True)
-        elif time.monotonic() - self.status_at >= 60:
-            self.status_at = time.monotonic()
-            self.say(text)
-
-    def close_line(self) -> None:
-        if self.line_open:
-            self.line_open = False
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-    async def line(self) -> str:
-        """The next line typed; raises EOFError.  Other tasks keep running, and Ctrl-C works."""
+    async def read_line(self) -> str:
+        """Raises EOFError.  Other tasks keep running, and Ctrl-C works."""
         while b"\n" not in self.pending_input:
             data = await self.read_some()
             if not data and not self.pending_input:
@@ -15043,26 +15032,25 @@ class Console:
             loop.remove_reader(fd)
 
     async def ask(self, question: str, default: str = "") -> str:
-        """Raises SignInFailed if nobody can answer."""
+        """Raises SignInFailed without a terminal."""
         if not self.interactive:
             raise SignInFailed(f"this needs a terminal to ask: {question}")
-        self.close_line()
         prompt = f"{question} [{default}] " if default else f"{question} "
         print(one_line(prompt), end="", file=sys.stderr, flush=True)
         try:
-            return await self.line() or default
+            return await self.read_line() or default
         except EOFError:
-            raise SignInFailed("the input ended before an answer") from None
+            raise SignInFailed("the input ended before a reply") from None
 
     async def confirm(self, question: str, default: bool = True) -> bool:
         hint = "Y/n" if default else "y/N"
-        answers = {"y/n": default, "y": True, "yes": True, "n": False, "no": False}
-        while (answer := answers.get((await self.ask(question, hint)).lower())) is None:
+        choices = {"y/n": default, "y": True, "yes": True, "n": False, "no": False}
+        while (choice := choices.get((await self.ask(question, hint)).lower())) is None:
             self.say("Please answer y or n.")
-        return answer
+        return choice
 
     async def choose(self, question: str, options: dict[str, str]) -> str:
-        """The name of the option that is chosen by its name or number."""
+        """The name of an option, which is chosen by its name or number."""
         self.say(question)
         choices = dict(zip(options, options, strict=True))
         for number, (name, label) in enumerate(options.items(), 1):
@@ -15094,26 +15082,31 @@ def open_browser(url: str) -> bool:
     return True
 
 
-def with_provider(where: str, name: str, kind: str, settings: dict[str, str], text: str) -> str:
+def with_provider(where: str, name: str, settings: dict[str, str], text: str) -> str:
     """Adds what `[providers.NAME]` lacks; raises ConfigError if the file says otherwise."""
-    entries = {"type": kind, **settings}
     table = get_dict(get_dict(tomllib.loads(text), "providers"), name)
-    for key, value in entries.items():
+    for key, value in settings.items():
         if key not in table:
-            text = set_toml(text, ("providers", name, key), value)
+            text = change_setting(text, where, f"providers.{name}.{key}", value)
         elif table[key] != value:
             raise ConfigError(
                 f"{where}: providers.{name}.{key}: is {table[key]!r}, not {value!r}; "
                 "change it there, or take another --name"
             )
-    try:
-        read_config_text(text, where)
-    except ConfigError:
-        lines = ", ".join(f'{key} = "{value}"' for key, value in entries.items())
-        raise ConfigError(
-            f"{where}: its form is unusual; put {lines} into [providers.{name}] by hand"
-        ) from None
     return text
+
+
+class DeviceFlow(NamedTuple):
+    """Where a device code is issued, and where it is redeemed for a token (RFC 8628)."""
+
+    service: str
+    code_url: str
+    code_request: Json
+    token_url: str
+    token_request: Json  #: without the code
+    code_key: str  #: in `token_request`
+    headers: dict[str, str]
+    hint: str = ""  #: what to do if no code is issued
 
 
 @dataclass(slots=True)
@@ -15125,6 +15118,7 @@ class SignInContext:
     client: HttpClient
     console: Console
     browser: bool = True
+    terms_shown: set[str] = field(default_factory=set)
 
     @contextlib.contextmanager
     def adding_provider(self, name: str, kind: str, settings: dict[str, Any]) -> Iterator[Any]:
@@ -15138,13 +15132,13 @@ class SignInContext:
         if config is not None and config.type != kind:
             raise WrongUsage(f"--name {name}: that provider's type is {config.type}, not {kind}")
         if config is not None and not config.enabled:
-            self.console.say(f"Provider {name!r} is disabled; nobody will use this sign-in.", "")
-        edit = functools.partial(with_provider, path, name, kind, settings)
+            self.console.say(f"Provider {name!r} is disabled: it will not be used.", "")
+        edit = functools.partial(with_provider, path, name, {"type": kind, **settings})
         is_new = config is None or any(getattr(config, k) != v for k, v in settings.items())
         if is_new:
             edit(load_config_text(path))
         self.check_disk(name)
-        self.show_terms(kind)
+        self.show_terms(kind, name)
         try:
             yield replace(config or PROVIDER_CONFIGS[kind](), **settings)
         except ApiError as error:
@@ -15157,53 +15151,29 @@ class SignInContext:
     def check_disk(self, name: str) -> None:
         """Raises SignInFailed if a sign-in could not be saved: better before than after."""
         path = self.paths.token_file(name)
-        try:
+        with os_error_as(f"{path}: cannot be written", SignInFailed):
             make_private_dir(os.path.dirname(path))
             with tempfile.TemporaryFile(dir=os.path.dirname(path)) as file:
                 file.write(bytes(64 * KIB))
                 file.flush()
-        except OSError as error:
-            raise SignInFailed(f"{path}: cannot be written: {error.strerror}") from None
 
     async def save(self, name: str, content: Json) -> None:
-        """Saves a sign-in; if that fails, lets the user fix the cause and retry."""
+        """Raises SignInFailed."""
         file = TokenFile(self.paths.token_file(name))
-        while True:
-            try:
-                async with file.lock():
-                    file.replace(content)
-                return
-            except (OSError, ProgramError) as error:
-                reason = getattr(error, "strerror", None) or str(error)
-                problem = f"{file.path}: cannot be written: {reason}"
-            if not self.console.interactive:
-                raise SignInFailed(problem)
-            self.console.say(problem)
-            if not await self.console.confirm("Try again?"):
-                raise SignInFailed("the sign-in was not kept")
+        with os_error_as(f"{file.path}: cannot be written", SignInFailed):
+            async with file.lock():
+                file.replace(content)
 
-    def show_terms(self, kind: str) -> None:
-        """Shows the vendor's terms, once, before the first sign-in."""
-        path = self.paths.notices_file
-        try:
-            notices = load_private_json(path) or {}
-        except ProgramError as error:
-            log_event("warning", "notices_unusable", reason=error)
-            notices = {}
-        shown = notices.get("terms")
-        shown = shown if isinstance(shown, list) else []
-        if kind in shown:
-            return
-        self.console.say(*TERMS[kind].splitlines(), "")
-        try:
-            save_private_json(path, {**notices, "terms": [*shown, kind]})
-        except OSError as error:
-            log_event("warning", "notices_not_saved", reason=error.strerror)
+    def show_terms(self, kind: str, name: str) -> None:
+        """Shows the vendor's terms before the first sign-in of a provider."""
+        if kind not in self.terms_shown and not os.path.lexists(self.paths.token_file(name)):
+            self.terms_shown.add(kind)
+            self.console.say(*TERMS[kind].splitlines(), "")
 
-    async def ask(
-        self, url: str, headers: dict[str, str], body: Json, service: str
+    async def post(
+        self, service: str, url: str, headers: dict[str, str], body: Json
     ) -> tuple[int, Headers, bytes]:
-        """(status, headers, body) of one POST; raises SignInFailed if there is no response."""
+        """(status, headers, body) of a response; raises SignInFailed if there is none."""
         headers = {
             "Accept": "application/json",
             "Accept-Encoding": "identity",
@@ -15215,37 +15185,38 @@ class SignInContext:
         except ApiError as error:
             raise SignInFailed(f"{service} cannot be reached: {error.text()}") from None
 
-    async def need(
-        self, url: str, headers: dict[str, str], body: Json, service: str, problem: str
+    async def fetch_json(
+        self, service: str, url: str, headers: dict[str, str], body: Json, problem: str
     ) -> Json:
-        """As `ask`, but raises SignInFailed unless an object without an error comes back."""
-        status, response_headers, data = await self.ask(url, headers, body, service)
+        """As `post`; raises SignInFailed unless an object without an error comes back."""
+        status, response_headers, data = await self.post(service, url, headers, body)
         payload = load_answer(data)
         if status != 200 or payload is None or "error" in payload:
             reason = classify_poll(status, response_headers, data).words or f"status {status}"
             raise SignInFailed(f"{service} {problem}: {reason}")
         return payload
 
-    async def device_flow(
-        self,
-        service: str,
-        get_code: Callable[[], Awaitable[Json]],
-        poll: Callable[[str], Awaitable[tuple[int, Headers, bytes]]],
-    ) -> Json:
-        """The response to the poll after a code was entered (RFC 8628); raises SignInFailed.
+    async def run_device_flow(self, flow: DeviceFlow) -> Json:
+        """The token response after the user has entered a code; raises SignInFailed.
 
         If the code expires, the user may get a new one.
         """
+        say = self.console.say
         while True:
-            device = read_device_code(await get_code(), service)
-            say = self.console.say
+            try:
+                payload = await self.fetch_json(
+                    flow.service, flow.code_url, flow.headers, flow.code_request, "issued no code"
+                )
+            except SignInFailed as error:
+                raise SignInFailed(f"{error}{flow.hint}") from None
+            device = read_device_code(payload, flow.service)
             say(f"Open    {device.url}", f"and type    {device.user_code}", "")
             if device.url_complete:
                 say(f"or open    {device.url_complete}    and compare the code", "")
             if self.browser and open_browser(device.url_complete or device.url):
                 say("A browser should open by itself; any other, on any machine, will do.", "")
             try:
-                return await self.await_device(device, service, poll)
+                return await self.poll_for_token(flow, device)
             except CodeExpired as error:
                 if not self.console.interactive:
                     raise
@@ -15253,46 +15224,38 @@ class SignInContext:
                 if not await self.console.confirm("Get a new one?"):
                     raise
 
-    async def await_device(
-        self,
-        device: DeviceCode,
-        service: str,
-        poll: Callable[[str], Awaitable[tuple[int, Headers, bytes]]],
-    ) -> Json:
+    async def poll_for_token(self, flow: DeviceFlow, device: DeviceCode) -> Json:
+        service, body = flow.service, {**flow.token_request, flow.code_key: device.code}
         now = asyncio.get_running_loop().time
-        ends_at = now() + device.expires_in
+        expires_at = now() + device.expires_in
         interval_s, trouble = device.interval + DEVICE_EXTRA_SECONDS, ""
+        minutes = device.expires_in / 60
+        self.console.say(f"Waiting for you; the code expires in {minutes:.0f} min, Ctrl-C cancels")
         while True:
-            poll_at = min(now() + interval_s, ends_at)
-            while (delay_s := poll_at - now()) > 0:
-                left = int(ends_at - now())
-                clock = f"{left // 60}:{left % 60:02d}"
-                self.console.status(f"Waiting for you: {clock} left, Ctrl-C ends it{trouble}")
-                await asyncio.sleep(min(delay_s, 1.0))
-            if now() >= ends_at:
+            await asyncio.sleep(min(interval_s, expires_at - now()))
+            if now() >= expires_at:
                 raise CodeExpired("the code has expired")
             try:
-                outcome = classify_poll(*await poll(device.code))
+                poll = classify_poll(*await self.post(service, flow.token_url, flow.headers, body))
             except SignInFailed as error:
-                outcome = Poll("unreachable", {}, str(error))
-            trouble = ""
-            if outcome.state == "done":
-                self.console.close_line()
-                return outcome.body
-            if outcome.state == "unreachable":
-                trouble = f" ({outcome.words}; trying again)"
-            elif outcome.state == "slow_down":
-                asked_s = parse_number(outcome.body.get("interval"))
-                if asked_s is None or not 0 <= asked_s < 3600:
+                poll = Poll("unreachable", {}, str(error))
+            if poll.state == "done":
+                return poll.body
+            if poll.state == "unreachable" and poll.words != trouble:
+                trouble = poll.words
+                self.console.say(f"{trouble}; trying again")
+            if poll.state == "slow_down":
+                new_interval_s = parse_number(poll.body.get("interval"))
+                if new_interval_s is None or not 0 <= new_interval_s < 3600:
                     interval_s += DEVICE_SLOWER_SECONDS
                 else:
-                    interval_s = max(interval_s, asked_s + DEVICE_EXTRA_SECONDS)
-            elif outcome.state == "expired":
+                    interval_s = max(interval_s, new_interval_s + DEVICE_EXTRA_SECONDS)
+            elif poll.state == "expired":
                 raise CodeExpired("the code has expired")
-            elif outcome.state == "denied":
+            elif poll.state == "denied":
                 raise SignInFailed(f"the sign-in was cancelled at {service}")
-            elif outcome.state == "failed":
-                raise SignInFailed(f"{service} refuses the sign-in: {outcome.words}")
+            elif poll.state == "failed":
+                raise SignInFailed(f"{service} refuses the sign-in: {poll.words}")
 
 
 # 16.1 Copilot
@@ -15301,7 +15264,7 @@ class SignInContext:
 async def sign_in_copilot(
     context: SignInContext, name: str, host: str = "", token: str = ""
 ) -> str:
-    """Signs in at `host` ("" = as configured); returns who it is, for the user.
+    """Signs in at `host` ("" = as configured); returns a message for the user.
 
     `token`: "" = GitHub's device flow.  It is saved unless Copilot refuses it.
     """
@@ -15309,34 +15272,28 @@ async def sign_in_copilot(
     if host:
         settings = {"github_url": f"https://{host}", "github_api_url": f"https://api.{host}"}
     with context.adding_provider(name, "copilot", settings) as config:
-        token = token or await ask_github_token(context, config)
+        if not token:
+            base = config.github_url.rstrip("/")
+            flow = DeviceFlow(
+                service="GitHub",
+                code_url=base + "/login/device/code",
+                code_request={"client_id": COPILOT_CLIENT_ID, "scope": COPILOT_SCOPE},
+                token_url=base + "/login/oauth/access_token",
+                token_request={"client_id": COPILOT_CLIENT_ID, "grant_type": DEVICE_GRANT},
+                code_key="device_code",
+                headers={"User-Agent": COPILOT_USER_AGENT},
+            )
+            payload = await context.run_device_flow(flow)
+            token = bare_token(str(payload["access_token"]))
         content, message = await check_copilot(context, config, token)
         await context.save(name, content)
     return message
 
 
-async def ask_github_token(context: SignInContext, config: CopilotConfig) -> str:
-    base = config.github_url.rstrip("/")
-    host = split_url(base)[1]
-    headers = {"User-Agent": COPILOT_USER_AGENT}
-
-    async def get_code() -> Json:
-        params = {"client_id": COPILOT_CLIENT_ID, "scope": COPILOT_SCOPE}
-        url = base + "/login/device/code"
-        return await context.need(url, headers, params, host, "gives no code")
-
-    async def poll(code: str) -> tuple[int, Headers, bytes]:
-        grant = {"client_id": COPILOT_CLIENT_ID, "device_code": code, "grant_type": DEVICE_GRANT}
-        return await context.ask(base + "/login/oauth/access_token", headers, grant, "GitHub")
-
-    payload = await context.device_flow("GitHub", get_code, poll)
-    return bare_token(str(payload["access_token"]))
-
-
 async def check_copilot(
     context: SignInContext, config: CopilotConfig, token: str
 ) -> tuple[Json, str]:
-    """(token file content, whose it is for the user); raises NotSignedIn if it is refused."""
+    """(token file content, message for the user); raises NotSignedIn if it is refused."""
     content: Json = {"type": "copilot", "github_token": token}
     trouble = ""
     try:
@@ -15344,7 +15301,7 @@ async def check_copilot(
     except NotSignedIn:
         raise
     except ApiError as error:
-        trouble = f".  It could not be checked now, and is tried at the first request: {error}"
+        trouble = f".  It could not be checked now; the first request will try it: {error}"
     try:
         for path in ("/user", "/copilot_internal/user"):
             status, _, data = await ask_github(context.client, config, path, token)
@@ -15352,7 +15309,7 @@ async def check_copilot(
             content["login"] = content.get("login") or get_str(user, "login")
             content["plan"] = get_str(user, "copilot_plan")
     except ApiError as error:
-        trouble = trouble or f".  GitHub did not say who this is: {error}"
+        trouble = trouble or f".  The account could not be read: {error}"
     content = {key: value for key, value in content.items() if value not in ("", None)}
     who = f"{content.get('login', '(unknown)')} at {split_url(config.github_url)[1]}"
     plan = f", plan {content['plan']}" if "plan" in content else ""
@@ -15370,16 +15327,16 @@ async def sign_in_kiro(
     region: str = "",
     token: str = "",
 ) -> str:
-    """Returns who is signed in, for the user.  Raises SignInFailed.
+    """Returns a message for the user; raises SignInFailed.
 
-    `method`: of KIRO_METHODS, "" to be asked.  `start_url` and `region` are an organisation's;
-    `token` is an API key, instead of all that.
+    `method`: of KIRO_METHODS, "" = ask.  `start_url` and `region` are an organisation's; `token` is
+    an API key, which needs none of these.
     """
     console = context.console
     method = method or ("organisation" if start_url else "")
     check_organisation(start_url or KIRO_BUILDER_START_URL, region or "us-east-1")
     if not (method or token or console.interactive):
-        raise WrongUsage(f"there is no terminal to ask on: say --method {'|'.join(KIRO_METHODS)}")
+        raise WrongUsage(f"there is no terminal to ask on: use --method {'|'.join(KIRO_METHODS)}")
     with context.adding_provider(name, "kiro", {}) as config:
         if not (token or method):
             method = await console.choose("How do you sign in to Kiro?", KIRO_METHODS)
@@ -15398,7 +15355,7 @@ async def sign_in_kiro(
         try:
             content["machine_id"] = read_kiro_login(content).machine_id
         except ValueError as error:
-            raise SignInFailed(f"Kiro's answer cannot be used: {error}") from None
+            raise SignInFailed(f"Kiro's response is unusable: {error}") from None
         return await save_kiro_sign_in(context, name, config, content)
 
 
@@ -15410,7 +15367,7 @@ async def save_kiro_sign_in(
     try:
         previous = file.load()
     except ProgramError:
-        previous = None  # kept aside, or only a link
+        previous = None  # damaged, or a symbolic link
     await context.save(name, content)
     try:
         return await check_kiro(context, name, config)
@@ -15423,7 +15380,7 @@ async def save_kiro_sign_in(
 
 
 async def check_kiro(context: SignInContext, name: str, config: KiroConfig) -> str:
-    """Chooses the profile of a new sign-in; returns whose it is, for the user.
+    """Chooses the profile of a new sign-in; returns a message for the user.
 
     Raises NotSignedIn if it is unusable.
     """
@@ -15464,10 +15421,6 @@ async def sign_in_at_aws(
     """AWS's device flow: token file content without its type.  Raises SignInFailed."""
     check_organisation(start_url, region)
     base = (config.oidc_url or KIRO_OIDC_URL.format(region=region)).rstrip("/")
-
-    async def post(path: str, body: Json) -> Json:
-        return await context.need(base + path, {}, body, "AWS", "refuses the sign-in")
-
     registration = {
         "clientName": KIRO_CLIENT_NAME,
         "clientType": "public",
@@ -15475,20 +15428,21 @@ async def sign_in_at_aws(
         "grantTypes": [DEVICE_GRANT, "refresh_token"],
         "issuerUrl": start_url,
     }
-    client = await post("/client/register", registration)
+    client = await context.fetch_json(
+        "AWS", base + "/client/register", {}, registration, "refuses the sign-in"
+    )
     credentials = {name: get_str(client, name) for name in ("clientId", "clientSecret")}
-
-    async def get_code() -> Json:
-        try:
-            return await post("/device_authorization", {**credentials, "startUrl": start_url})
-        except SignInFailed as error:
-            raise SignInFailed(f"{error}; are the start URL and the region right?") from None
-
-    async def poll(code: str) -> tuple[int, Headers, bytes]:
-        grant = {**credentials, "grantType": DEVICE_GRANT, "deviceCode": code}
-        return await context.ask(base + "/token", {}, grant, "AWS")
-
-    payload = await context.device_flow("AWS", get_code, poll)
+    flow = DeviceFlow(
+        service="AWS",
+        code_url=base + "/device_authorization",
+        code_request={**credentials, "startUrl": start_url},
+        token_url=base + "/token",
+        token_request={**credentials, "grantType": DEVICE_GRANT},
+        code_key="deviceCode",
+        headers={},
+        hint="; are the start URL and the region right?",
+    )
+    payload = await context.run_device_flow(flow)
     is_builder = start_url.rstrip("/") == KIRO_BUILDER_START_URL
     return {
         "auth_method": "builder_id" if is_builder else "idc",
@@ -15507,46 +15461,43 @@ async def sign_in_by_portal(context: SignInContext, config: KiroConfig, method: 
     machine_id = os.urandom(32).hex()
     listener = CallbackListener(context.client.ticker, state, method)
     await listener.listen()
-    try:
-        url = portal_url(state, verifier, listener.port)
-        context.console.say(f"Open    {url}", "")
-        if context.browser and open_browser(url):
-            context.console.say("A browser should open by itself.", "")
-        context.console.say(
-            "Where that browser cannot reach this machine, it will end at an address that begins",
-            f"with http://localhost:{listener.port}/ and shows an error: copy that whole address "
-            "and paste it here.",
-            "",
-        )
-        callback = await listener.wait(context.console)
-    finally:
-        await listener.close()
+    url = portal_url(state, verifier, listener.port)
+    context.console.say(f"Open    {url}", "")
+    if context.browser and open_browser(url):
+        context.console.say("A browser should open by itself.", "")
+    context.console.say(
+        "Where that browser cannot reach this machine, it will end at an address that begins",
+        f"with http://localhost:{listener.port}/ and shows an error: copy that whole address "
+        "and paste it here.",
+        "",
+    )
+    callback = await listener.wait(context.console)
     if callback.option not in ("google", "github"):
         if callback.option not in ("builderid", "awsidc", "internal") or not callback.issuer_url:
             raise SignInFailed(
                 f"a sign-in by {callback.option} has to be imported: type auth import"
             )
-        return await sign_in_at_aws(
-            context, config, callback.issuer_url, callback.region or "us-east-1"
-        )
+        region = callback.region or "us-east-1"
+        return await sign_in_at_aws(context, config, callback.issuer_url, region)
     redirect = f"http://localhost:{listener.port}{callback.path}"
-    params = {
+    body = {
         "code": callback.code,
         "code_verifier": verifier,
         "redirect_uri": f"{redirect}?login_option={callback.option}",
     }
-    base = (config.auth_url or KIRO_AUTH_URL).rstrip("/")
-    headers = {"User-Agent": f"KiroIDE-{config.kiro_version}-{machine_id}"}
-    headers["Accept"] = "application/json, text/plain, */*"
-    url = base + "/oauth/token"
-    body = await context.need(url, headers, params, "Kiro", "refuses the sign-in")
-    changes = read_refresh_answer(body, time.time())
-    return {"auth_method": callback.option, "machine_id": machine_id, **changes}
+    headers = {
+        "User-Agent": f"KiroIDE-{config.kiro_version}-{machine_id}",
+        "Accept": "application/json, text/plain, */*",
+    }
+    url = (config.auth_url or KIRO_AUTH_URL).rstrip("/") + "/oauth/token"
+    payload = await context.fetch_json("Kiro", url, headers, body, "refuses the sign-in")
+    tokens = read_refresh_answer(payload, time.time())
+    return {"auth_method": callback.option, "machine_id": machine_id, **tokens}
 
 
 CALLBACK_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>aiclient-api</title>
 <style>body{{font:1.1em system-ui;margin:20vh auto;max-width:30em;color-scheme:light dark}}</style>
-<h1>{title}</h1><p>{words}</p></html>"""
+<h1>{title}</h1><p>{text}</p></html>"""
 
 
 class CallbackListener:
@@ -15561,38 +15512,35 @@ class CallbackListener:
         self.port = KIRO_PORTAL_PORTS[0]
 
     async def listen(self) -> None:
-        """On the first free port of those the portal knows, if there is one."""
+        """Takes the first free one of the ports that the portal redirects to, if any is free."""
         for port in KIRO_PORTAL_PORTS:
             with contextlib.suppress(OSError):
-                await self.open("127.0.0.1", port)
+                for host in ("127.0.0.1", "::1"):  # localhost may be either
+                    config = ServerConfig(host=host, port=port, max_connections=16)
+                    server = Server(config, self.ticker, self.handle, self.write_error)
+                    await server.listen(open_listeners(host, port))
+                    self.servers.append(server)
+            if self.servers:
                 self.port = port
-                with contextlib.suppress(OSError):  # localhost may be this one
-                    await self.open("::1", port)
                 return
-
-    async def open(self, host: str, port: int) -> None:
-        config = ServerConfig(host=host, port=port, max_connections=16)
-        server = Server(config, self.ticker, self.handle, self.write_error)
-        await server.listen(open_listeners(host, port))
-        self.servers.append(server)
 
     async def handle(self, request: Request) -> Response:
         if request.headers.get("host") not in (f"localhost:{self.port}", f"127.0.0.1:{self.port}"):
-            return self.page(421, "Not here", "This address is not served.")
+            return self.page(421, "Not found", "This address is not served.")
         if request.path not in CALLBACK_PATHS or request.method != "GET":
-            return self.page(404, "Not here", "This is only the way back from a sign-in.")
+            return self.page(404, "Not found", "Only the redirect of a sign-in is expected here.")
         if self.callback.done():
-            return self.page(410, "Done already", "You can close this window.")
+            return self.page(410, "Already done", "You can close this window.")
         try:
             self.accept(f"{request.path}?{request.query}")
         except ValueError:
-            return self.page(400, "Not this sign-in", "Start it again from the terminal.")
+            return self.page(400, "Another sign-in", "Start it again from the terminal.")
         if self.callback.exception():
-            return self.page(200, "Not signed in", "The terminal tells why.")
-        return self.page(200, "That was it", "Close this window and go back to the terminal.")
+            return self.page(200, "Not signed in", "The terminal shows why.")
+        return self.page(200, "Almost done", "Close this window and go back to the terminal.")
 
     def write_error(self, error: ApiError, request: Request | None = None) -> Response:
-        return self.page(error.status, "Not here", "This request cannot be answered.")
+        return self.page(error.status, "Error", "This request cannot be served.")
 
     @staticmethod
     def page(status: int, title: str, text: str) -> Response:
@@ -15603,11 +15551,11 @@ class CallbackListener:
             "Referrer-Policy": "no-referrer",
             "Connection": "close",
         }
-        body = CALLBACK_PAGE.format(title=title, words=text).encode()
+        body = CALLBACK_PAGE.format(title=title, text=text).encode()
         return Response(status, body, headers, content_type="text/html; charset=utf-8")
 
     def accept(self, text: str) -> None:
-        """Takes what came back, from the browser or pasted; raises ValueError if it is not it."""
+        """Parses what was redirected or pasted; raises ValueError if it belongs elsewhere."""
         if self.callback.done():
             return  # the other way was quicker
         try:
@@ -15616,29 +15564,26 @@ class CallbackListener:
             self.callback.set_exception(error)
 
     async def read_pasted(self, console: Console) -> None:
-        with contextlib.suppress(EOFError):  # the browser may still come
+        with contextlib.suppress(EOFError):  # the redirect may still come
             while not self.callback.done():
-                text = await console.line()
+                text = await console.read_line()
                 try:
                     self.accept(text)
                 except ValueError as error:
-                    console.say(f"That is not it: {error}.  Paste the whole address.")
+                    console.say(f"This does not fit: {error}.  Paste the whole address.")
 
     async def wait(self, console: Console) -> Callback:
-        """Raises SignInFailed."""
+        """Waits for the redirect or its pasted URL, then closes; raises SignInFailed."""
         pasting = asyncio.ensure_future(self.read_pasted(console))
         try:
             return await asyncio.wait_for(self.callback, CALLBACK_SECONDS)
         except TimeoutError:
             minutes = CALLBACK_SECONDS / 60
-            raise SignInFailed(f"nobody came back within {minutes:g} minutes") from None
+            raise SignInFailed(f"the browser did not return within {minutes:g} minutes") from None
         finally:
             pasting.cancel()
-
-    async def close(self) -> None:
-        """Stops listening; the last page is still sent."""
-        for server in self.servers:
-            await server.drain(LINGER_SECONDS)
+            for server in self.servers:  # the last page is still sent
+                await server.drain(LINGER_SECONDS)
 
 
 # 16.3 sign-ins of other programs on this machine
@@ -15648,13 +15593,10 @@ class CallbackListener:
 class FoundLogin:
     """A sign-in of another program."""
 
-    #: whose it is, for the user
-    program: str
+    program: str  #: as shown to the user
     path: str
-    #: of our token file
-    content: Json = field(repr=False)
-    #: GitHub's; "" for Kiro
-    host: str = ""
+    content: Json = field(repr=False)  #: of our token file
+    host: str = ""  #: GitHub's; "" for Kiro
 
     @property
     def kind(self) -> str:
@@ -15662,7 +15604,7 @@ class FoundLogin:
 
     @property
     def account(self) -> str:
-        """What is known of it, for the user."""
+        """As shown to the user."""
         if self.host:
             return f"{self.content['login'] or 'an account'} at {self.host}"
         method, start_url = self.content["auth_method"], self.content.get("start_url")
@@ -15690,80 +15632,79 @@ def find_plugin_logins() -> list[FoundLogin]:
     return list(logins.values())
 
 
-def find_environment_login() -> list[FoundLogin]:
-    """The variable that the Copilot CLI reads first."""
-    token = os.environ.get("COPILOT_GITHUB_TOKEN", "").strip()
-    is_usable = token and TARGET.fullmatch(token)
-    return [copilot_login("the environment", "COPILOT_GITHUB_TOKEN", token)] if is_usable else []
-
-
-def find_gh_login() -> list[FoundLogin]:
+def find_token(program: str, path: str, text: str) -> list[FoundLogin]:
     try:
-        result = subprocess.run(
-            ["gh", "auth", "token"], capture_output=True, timeout=10, check=True, text=True
-        )
-        return [copilot_login("GitHub CLI", "gh auth token", bare_token(result.stdout))]
-    except (OSError, subprocess.SubprocessError, SignInFailed):
+        return [copilot_login(program, path, bare_token(text))]
+    except SignInFailed:
         return []
 
 
-def find_kiro_login(
-    program: str, source: str, path: str = "", keys: Iterable[str] = ("",)
-) -> list[FoundLogin]:
-    """A sign-in of one of Kiro's own programs, which keeps using it.
-
-    `keys`: the rows of a database where it may be, best first; "" for the IDE's file.
-    """
-    for key in keys:
-        try:
-            content = read_cli_login(path, key) if key else read_ide_login(path)
-        except (OSError, ValueError, sqlite3.Error):
-            continue  # it has another one, or none
-        content["source"] = {"program": source, **({"key": key} if key else {}), "path": path}
-        return [FoundLogin(program, path, content)]
-    return []
+def find_gh_login() -> list[FoundLogin]:
+    command = ["gh", "auth", "token"]
+    try:
+        result = subprocess.run(command, capture_output=True, timeout=10, check=True, text=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return find_token("GitHub CLI", "gh auth token", result.stdout)
 
 
-def find_cli_login(program: str, folder: str, path: str = "") -> list[FoundLogin]:
+def cli_database(program: str) -> str:
     base = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
     if sys.platform == "darwin":
         base = "~/Library/Application Support"
     elif sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA") or "~"
-    path = path or os.path.expanduser(os.path.join(base, folder, "data.sqlite3"))
-    return find_kiro_login(program, folder, path, CLI_ROWS)
+    return os.path.join(base, program, "data.sqlite3")
 
 
-# Values of `auth import --from`, and where they look.
+def find_kiro_login(
+    program: str, label: str, path: str, keys: Iterable[str] = CLI_ROWS
+) -> list[FoundLogin]:
+    """A sign-in of one of Kiro's own programs, which keeps using it.
+
+    `keys`: rows of the database at `path`, best first; "" if it is the IDE's file.
+    """
+    path = os.path.expanduser(path)
+    for key in keys:
+        source = {"program": program, **({"key": key} if key else {}), "path": path}
+        content = SharedLogin(source).read()
+        if content is not None:
+            return [FoundLogin(label, path, {**content, "source": source})]
+    return []
+
+
+# The values of `auth import --from`.
 IMPORTS: dict[str, Callable[[], list[FoundLogin]]] = {
     "copilot-plugin": find_plugin_logins,
-    "environment": find_environment_login,
+    "environment": lambda: find_token(  # the variable that the Copilot CLI reads first
+        "the environment", "COPILOT_GITHUB_TOKEN", os.environ.get("COPILOT_GITHUB_TOKEN", "")
+    ),
     "gh": find_gh_login,
     "kiro-ide": lambda: find_kiro_login(
-        "the Kiro IDE", "kiro-ide", os.path.expanduser("~/.aws/sso/cache/kiro-auth-token.json")
+        "kiro-ide", "the Kiro IDE", "~/.aws/sso/cache/kiro-auth-token.json", [""]
     ),
-    "kiro-cli": lambda: find_cli_login(
-        "kiro-cli", "kiro-cli", os.environ.get("KIROCLI_DB_PATH", "")
+    "kiro-cli": lambda: find_kiro_login(
+        "kiro-cli", "kiro-cli", os.environ.get("KIROCLI_DB_PATH") or cli_database("kiro-cli")
     ),
-    "amazon-q": lambda: find_cli_login("Amazon Q", "amazon-q"),
+    "amazon-q": lambda: find_kiro_login("amazon-q", "Amazon Q", cli_database("amazon-q")),
 }
 ONLY_ON_REQUEST = ("gh",)  # its tokens can do more than Copilot
 
 
 def find_logins(origins: Iterable[str] = ()) -> list[FoundLogin]:
-    """From `origins`, or from all that may be searched without being asked for."""
+    """`origins`: of IMPORTS; none = all but ONLY_ON_REQUEST."""
     origins = origins or [name for name in IMPORTS if name not in ONLY_ON_REQUEST]
     return [login for name in origins for login in IMPORTS[name]()]
 
 
 def target_name(config: Config, login: FoundLogin) -> str:
-    """The provider that a sign-in would be for: the first of its type, and of its host."""
+    """The first provider of the sign-in's type and host, or the name for a new one."""
     for name, entry in config.providers.items():
         if isinstance(entry, CopilotConfig) and split_url(entry.github_url)[1] != login.host:
             continue
         if entry.type == login.kind:
             return name
-    return f"{login.kind}-{login.host.partition('.')[0]}"
+    return f"{login.kind}-{login.host.partition('.')[0]}" if login.host else login.kind
 
 
 async def import_logins(
@@ -15771,52 +15712,50 @@ async def import_logins(
 ) -> list[str]:
     """Imports what the user agrees to, or with `assume_yes` what replaces nothing.
 
-    `name`: the provider's, "" for a matching one.  Raises SignInFailed if nothing was imported.
+    `name`: the provider's, "" for a matching one.  Returns messages for the user.  Raises
+    SignInFailed if nothing was imported.
     """
-    results: list[str] = []
+    say = context.console.say
+    messages: list[str] = []
     failures = 0
-    used_targets: set[str] = set()
-    context.console.say("Found on this machine:")
+    targets: set[str] = set()
+    say("Found on this machine:")
     for login in logins:
-        context.console.say(f"  {login.kind}: {login.account} ({login.program}, {login.path})")
+        say(f"  {login.kind}: {login.account} ({login.program}, {login.path})")
     for login in logins:
         target = name or target_name(context.config, login)
-        if target in used_targets:
+        if target in targets:
             continue
-        is_there = os.path.lexists(context.paths.token_file(target))
+        is_signed_in = os.path.lexists(context.paths.token_file(target))
         if not assume_yes:
-            context.show_terms(login.kind)
-            instead = " instead of its present sign-in" if is_there else ""
+            context.show_terms(login.kind, target)
+            instead = " instead of its present sign-in" if is_signed_in else ""
             question = f"Use {login.account} of {login.program} as provider {target!r}{instead}?"
-            if not await context.console.confirm(question, not is_there):
+            if not await context.console.confirm(question, not is_signed_in):
                 continue
-        elif is_there and not name:
-            context.console.say(
-                f"Provider {target!r} is signed in already; --name {target} replaces."
-            )
+        elif is_signed_in and not name:
+            say(f"Provider {target!r} is signed in already; --name {target} replaces it.")
             continue
         try:
-            results.append(await import_login(context, login, target))
-            used_targets.add(target)
+            messages.append(await import_login(context, login, target))
+            targets.add(target)
         except SignInFailed as error:
             failures += 1
-            context.console.say(f"{login.account} of {login.program}: {error}")
-    if failures and not results:
+            say(f"{login.account} of {login.program}: {error}")
+    if failures and not messages:
         raise SignInFailed("nothing was imported")
-    return results
+    return messages
 
 
 async def import_login(context: SignInContext, login: FoundLogin, name: str) -> str:
     if login.host:
         entry = context.config.providers.get(name) or CopilotConfig()
-        known = isinstance(entry, CopilotConfig) and split_url(entry.github_url)[1] == login.host
-        host = "" if known else login.host
+        fits = isinstance(entry, CopilotConfig) and split_url(entry.github_url)[1] == login.host
+        host = "" if fits else login.host
         return await sign_in_copilot(context, name, host, login.content["github_token"])
     with context.adding_provider(name, "kiro", {}) as config:
         message = await save_kiro_sign_in(context, name, config, login.content)
-    return (
-        f"{message}.  It stays shared with {login.program}: what is refreshed here goes back there."
-    )
+    return f"{message}.  It stays shared with {login.program}: refreshed tokens are written back."
 
 
 # 16.4 accounts
@@ -15860,32 +15799,34 @@ def account_rows(config: Config, paths: Paths) -> list[Json]:
 
 
 async def revoke_login(context: SignInContext, name: str) -> str:
-    """Returns what is left to do, for the user.  Raises WrongUsage and ProgramError."""
+    """Removes a sign-in; returns what is left to do, for the user.
+
+    Raises WrongUsage and ProgramError.
+    """
     file = TokenFile(context.paths.token_file(name))
     folder = os.path.dirname(file.path)
+    nothing = f"{name}: there is no sign-in to remove"
     if not (PROVIDER_NAME.fullmatch(name) and os.path.isdir(folder)):
         names = [row["name"] for row in account_rows(context.config, context.paths)]
         if name in names:
-            raise ProgramError(f"{name}: there is no sign-in to remove")
+            raise ProgramError(nothing)
         similar = nearest(name, names, 1) or names
         raise WrongUsage(f"{name}: no such provider; did you mean {similar[0]}?")
     kind = "copilot"
-    with contextlib.suppress(ProgramError):  # removed whatever it is
+    with contextlib.suppress(ProgramError):  # a damaged file is removed as well
         content = load_private_json(file.path) or {}
         if get_str(content, "type") == "kiro":
             kind = get_str(content, "auth_method") or kiro_kind(content)
-    try:
+    with os_error_as(f"{file.path}: cannot be removed"):
         async with file.lock() as lock:
             removed = file.remove()
             with contextlib.suppress(OSError):  # a folder with other files in it stays
                 os.unlink(lock.path)
                 os.rmdir(folder)
-    except OSError as error:
-        raise ProgramError(f"{file.path}: cannot be removed: {error.strerror}") from None
     if not removed:
-        raise ProgramError(f"{name}: there is no sign-in to remove")
+        raise ProgramError(nothing)
     return (
-        f"Removed {', '.join(removed)}.  A running gateway does not use it any more.  "
+        f"Removed {', '.join(removed)}.  A running gateway stops using it.  "
         f"To end it at the vendor as well: {REVOKE_AT.get(kind, REVOKE_AT['social'])}"
     )
 
@@ -15898,7 +15839,7 @@ async def offer_sign_in(context: SignInContext) -> None:
     if logins:
         origins = ", ".join(sorted({f"{login.kind} of {login.program}" for login in logins}))
         options = {"import": f"use what is on this machine: {origins}", **options}
-    options["later"] = "not now; only the model `echo` will answer"
+    options["later"] = "not now; only the model `echo` will work"
     try:
         choice = await context.console.choose("There is no account yet.", options)
         if choice == "import":
@@ -15909,7 +15850,7 @@ async def offer_sign_in(context: SignInContext) -> None:
         elif choice == "kiro":
             say(await sign_in_kiro(context, "kiro"))
     except ProgramError as error:
-        say(f"{error}.  The gateway starts without.")
+        say(f"{error}.  The gateway starts without an account.")
     say()
 
 
@@ -17426,20 +17367,15 @@ class Launch:
 
     #: from the command line; the key may be among them: never in argv or in a file
     flags: dict[str, str | None] = field(default_factory=dict, repr=False)
-    #: argv[0], for hints on what to type
-    program: str = "aiclient-api"
-    #: "" = standard error
-    log_file: str = ""
+    program: str = "aiclient-api"  #: argv[0], for hints on what to type
+    log_file: str = ""  #: "" = standard error
     detached: bool = False
-    #: as configured when the sockets were opened
-    host: str = ""
+    host: str = ""  #: as configured when the sockets were opened
     port: int = 0
-    #: a service manager opened the sockets: they are kept whatever the configuration says
-    activated: bool = False
-    #: descriptors: the listening sockets, the lock, a socket for the first report
-    listeners: list[int] = field(default_factory=list)
-    lock: int = -1
-    report: int = -1
+    activated: bool = False  #: a service manager opened the sockets: they are always used
+    listeners: list[int] = field(default_factory=list)  #: descriptors of listening sockets
+    lock: int = -1  #: descriptor
+    report: int = -1  #: descriptor of a socket for the first report
 
     def descriptors(self) -> list[int]:
         return [fd for fd in (*self.listeners, self.lock, self.report) if fd >= 0]
@@ -17452,13 +17388,11 @@ def take_lock(path: str) -> int | None:
     """The lock's descriptor, -1 without fcntl, None if it is taken; raises ProgramError."""
     deadline = time.monotonic() + LOOK_SECONDS  # an `is_locked` elsewhere holds it for a moment
     while fcntl is not None:
-        try:
+        with os_error_as(f"{path}: cannot be used as the lock"):
             fd = lock_file(path)
             if fd is not None:
                 os.ftruncate(fd, 0)  # the last daemon's pid must not be taken for ours
                 return fd
-        except OSError as error:
-            raise ProgramError(f"{path}: cannot be used as the lock: {error.strerror}") from None
         if time.monotonic() > deadline:
             return None
         time.sleep(POLL_SECONDS)
@@ -17469,18 +17403,17 @@ def is_locked(path: str) -> bool:
     """Whether a daemon is alive; raises ProgramError if the file cannot be trusted."""
     if fcntl is None:
         return False
-    try:
-        fd = open_trusted(path, "O_RDONLY", "O_NOFOLLOW")
+    with os_error_as(f"{path}: cannot be used as the lock"):
         try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        finally:
-            os.close(fd)
-    except BlockingIOError:
-        return True
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError as error:
-        raise ProgramError(f"{path}: cannot be used as the lock: {error.strerror}") from None
+            fd = open_trusted(path, "O_RDONLY", "O_NOFOLLOW")
+            try:
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            finally:
+                os.close(fd)
+        except BlockingIOError:
+            return True
+        except (FileNotFoundError, NotADirectoryError):
+            pass
     return False
 
 
@@ -17489,13 +17422,12 @@ def read_pid_file(path: str) -> tuple[int, str]:
 
     Raises ProgramError if the file cannot be trusted.
     """
-    try:
-        with os.fdopen(open_trusted(path, "O_RDONLY", "O_NOFOLLOW"), "rb") as file:
-            pid_text, _, socket_path = os.fsdecode(file.read(8 * KIB)).partition("\n")
-    except (FileNotFoundError, NotADirectoryError):
-        return 0, ""
-    except OSError as error:
-        raise ProgramError(f"{path}: cannot be read: {error.strerror}") from None
+    with os_error_as(f"{path}: cannot be read"):
+        try:
+            with os.fdopen(open_trusted(path, "O_RDONLY", "O_NOFOLLOW"), "rb") as file:
+                pid_text, _, socket_path = os.fsdecode(file.read(8 * KIB)).partition("\n")
+        except (FileNotFoundError, NotADirectoryError):
+            return 0, ""
     pid = int(pid_text) if re.fullmatch(r"[0-9]{1,10}", pid_text) else 0
     is_complete = pid > 1 and pid != os.getpid() and socket_path.endswith("\n")
     return (pid, socket_path[:-1]) if is_complete else (0, "")
@@ -17510,26 +17442,14 @@ def write_pid_file(lock: int, socket_path: str) -> None:
 
 
 def signal_daemon(path: str, pid: int, signum: int) -> None:
-    """Signals the process that the file names, if it is a live daemon's; raises ProgramError.
-
-    A pidfd, opened before the lock is checked, never reaches another process with the same pid.
-    """
-    pidfd = -1
+    """Signals the process that the file names, if it is a live daemon's; raises ProgramError."""
     try:
-        pidfd = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else -1
-        if not is_locked(path) or read_pid_file(path)[0] != pid:
-            return
-        if pidfd >= 0:
-            signal.pidfd_send_signal(pidfd, signum)
-        else:
+        if is_locked(path) and read_pid_file(path)[0] == pid:
             os.kill(pid, signum)
     except ProcessLookupError:
         pass  # it has exited by itself
     except PermissionError:
         raise ProgramError(f"process {pid} belongs to another user") from None
-    finally:
-        if pidfd >= 0:
-            os.close(pidfd)
 
 
 # 18.2 the port
@@ -17552,11 +17472,9 @@ def launch_listeners(launch: Launch, config: Config) -> list[socket.socket]:
         if not is_same_address and not launch.activated:
             os.close(fd)  # a port that is not served must not look open
             continue
-        try:
+        with os_error_as(f"descriptor {fd} is no socket"):
             os.set_inheritable(fd, False)
             listeners.append(socket.socket(fileno=fd))
-        except OSError as error:
-            raise ProgramError(f"descriptor {fd} is no socket: {error.strerror}") from None
         if listeners[-1].family not in (socket.AF_INET, socket.AF_INET6):
             raise ProgramError(f"descriptor {fd} is no TCP socket")
     if launch.activated:
@@ -17584,22 +17502,17 @@ def open_port(host: str, port: int) -> list[socket.socket]:
 
 # A background process runs bytecode: compiling this file takes half a second, and 30 MiB that are
 # never given back.  Its parent reads the file and passes the bytecode of exactly what was read, so
-# what runs is what `--version` hashes.  The Launch follows: the flags of `start`, the key among
-# them, are not in the arguments, which every user can list.
+# what runs is what `--version` hashes.  Before it comes the Launch, on one line: the flags of
+# `start`, the key among them, are not in the arguments, which every user can list.
 LAUNCHER = """\
 import marshal, os, sys, types
-file, size = sys.argv[1], int(sys.argv[2])
-if "detach" in sys.argv[3:] and os.fork():
+if "detach" in sys.argv and os.fork():
     os._exit(0)
-data = bytearray()
-while len(data) < size:
-    data += os.read(0, size - len(data)) or sys.exit("the program did not arrive")
-code = marshal.loads(data)
-del data
+launch = sys.stdin.buffer.readline()
 module = sys.modules["aiclient_api"] = types.ModuleType("aiclient_api")
-module.__file__ = file
-exec(code, module.__dict__)
-sys.exit(module.main_detached())
+module.__file__ = sys.argv[1]
+exec(marshal.loads(sys.stdin.buffer.read()), module.__dict__)
+sys.exit(module.main_detached(launch))
 """
 COMPILER = """\
 import marshal, sys
@@ -17609,13 +17522,12 @@ sys.stdout.buffer.write(marshal.dumps(code))
 
 
 def system_message(error: OSError) -> str:
-    """What the system refused at a place where nothing else can be done about it."""
     where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
     return f"{where}the system refused: {error.strerror or error}"
 
 
 def dump_message(message: Json) -> bytes:
-    """JSON between processes of this program; names of files may hold bytes that are no text."""
+    """JSON between processes of this program; file names that are not UTF-8 survive it."""
     return json.dumps(message).encode()
 
 
@@ -17646,12 +17558,6 @@ def compile_program(source: bytes) -> bytes:
     return result.stdout
 
 
-def hash_bytecode(source: bytes, bytecode: bytes) -> bytes:
-    """Ties bytecode to its source, and to the Python that compiled it."""
-    python = importlib.util.MAGIC_NUMBER + os.fsencode(program_file())
-    return hashlib.sha256(python + source + bytecode).digest()
-
-
 def load_bytecode(paths: Paths) -> bytes:
     """This file as it is now, compiled; raises ProgramError and OSError.
 
@@ -17660,10 +17566,11 @@ def load_bytecode(paths: Paths) -> bytes:
     """
     path = os.path.join(paths.bytecode_dir, f"aiclient_api.{sys.implementation.cache_tag}.pyc")
     source = read_program()
+    origin = importlib.util.MAGIC_NUMBER + os.fsencode(program_file()) + source
     try:
         with os.fdopen(open_trusted(path, "O_RDONLY", "O_NOFOLLOW"), "rb") as file:
             digest, bytecode = file.read(hashlib.sha256().digest_size), file.read()
-        if digest == hash_bytecode(source, bytecode):
+        if digest == hashlib.sha256(origin + bytecode).digest():
             return bytecode
     except FileNotFoundError:
         pass  # the first start
@@ -17674,43 +17581,25 @@ def load_bytecode(paths: Paths) -> bytes:
         make_private_dir(paths.bytecode_dir)
         if os.path.isdir(path):
             quarantine(path)
-        replace_file(path, hash_bytecode(source, bytecode) + bytecode)
+        replace_file(path, hashlib.sha256(origin + bytecode).digest() + bytecode)
     except OSError as error:
         log_event("warning", "bytecode_not_saved", path=path, reason=error.strerror)
     return bytecode
 
 
-def read_launch() -> Launch:
-    """Reads standard input to its end; then it and standard output lead to /dev/null."""
-    with os.fdopen(os.dup(0), "rb") as file:
-        values = json.loads(file.read())
-    names = [item.name for item in fields(Launch)]  # another version may have others
-    launch = Launch(**{name: values[name] for name in names if name in values})
+def read_launch(data: bytes) -> Launch:
+    """From JSON.  Standard input and output lead to /dev/null from now on."""
+    values = json.loads(data)
+    names = {item.name for item in fields(Launch)}  # another version may have others
+    launch = Launch(**{name: value for name, value in values.items() if name in names})
     sys.argv[:] = [launch.program]
     devnull = os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1):
-        os.dup2(devnull, fd)
+    os.dup2(devnull, 0)
+    os.dup2(devnull, 1)
     os.close(devnull)
     for fd in launch.descriptors():
         os.set_inheritable(fd, False)
     return launch
-
-
-def launch_command(bytecode: bytes) -> list[str]:
-    """The process reads `bytecode` and then its Launch from standard input."""
-    return [sys.executable, "-I", "-c", LAUNCHER, program_file(), str(len(bytecode))]
-
-
-def receive_exactly(peer: socket.socket, size: int, deadline: float) -> bytes:
-    """`size` bytes, fewer at EOF; raises OSError after the monotonic `deadline`."""
-    data = bytearray()
-    while len(data) < size:
-        peer.settimeout(max(0.001, deadline - time.monotonic()))
-        piece = peer.recv(min(size - len(data), RECV_BYTES))
-        if not piece:
-            break
-        data += piece
-    return bytes(data)
 
 
 def start_process(
@@ -17726,8 +17615,9 @@ def start_process(
     with reader:
         with writer:
             launch = replace(launch, report=writer.fileno())
+            command = [sys.executable, "-I", "-c", LAUNCHER, program_file()]
             child = subprocess.Popen(
-                [*launch_command(bytecode), *(["detach"] if detach else [])],
+                command + ["detach"] * detach,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
@@ -17736,14 +17626,12 @@ def start_process(
                 cwd="/",
             )
         assert child.stdin is not None
-        values = {item.name: getattr(launch, item.name) for item in fields(launch)}
         with contextlib.suppress(BrokenPipeError), child.stdin:  # it has exited: no report comes
-            child.stdin.write(bytecode + dump_message(values))
-        deadline = time.monotonic() + START_SECONDS
-        try:
-            report = load_object(receive_exactly(reader, MAX_CONTROL_BYTES, deadline))
-        except OSError:
-            report = None
+            child.stdin.write(dump_message(asdict(launch)) + b"\n" + bytecode)
+        report = None
+        reader.settimeout(START_SECONDS)
+        with contextlib.suppress(OSError), reader.makefile("rb") as stream:
+            report = load_object(stream.read(MAX_CONTROL_BYTES))
     if report is None or "error" in report:
         child.kill()
         child.wait()
@@ -17751,7 +17639,7 @@ def start_process(
 
 
 def write_report(fd: int, report: Json) -> bool:
-    """False if nobody reads: the process that waits for the start has gone."""
+    """False if the process that waits for the start has gone."""
     try:
         os.write(fd, dump_message(report))
     except BrokenPipeError:
@@ -17782,23 +17670,18 @@ def raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
 
 
-def count_memory() -> int | None:
-    """Resident bytes; None without /proc."""
+def process_usage() -> dict[str, int | None]:
+    """Resident bytes and descriptors of this process; None without /proc."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            pages = int(file.read().split()[1])
+        open_files = len(os.listdir("/proc/self/fd")) - 1  # less the one used to list them
     except OSError:
-        return None
+        return {"memory_bytes": None, "open_files": None}
+    return {"memory_bytes": pages * os.sysconf("SC_PAGE_SIZE"), "open_files": open_files}
 
 
-def count_open_files() -> int | None:
-    try:
-        return len(os.listdir("/proc/self/fd")) - 1  # less the one used to list them
-    except OSError:
-        return None
-
-
-# 18.4 what runs
+# 18.4 the daemon
 
 
 class Daemon:
@@ -17824,8 +17707,7 @@ class Daemon:
         )
         self.started_at = time.time()
         self.port = 0
-        #: each closes what a reload has replaced
-        self.retiring: set[asyncio.Task[None]] = set()
+        self.retiring: set[asyncio.Task[None]] = set()  #: each closes what a reload has replaced
         #: serving, restarting, replaced (a successor has taken over) or stopping
         self.state = "serving"
         self.ending = asyncio.Event()
@@ -17844,14 +17726,16 @@ class Daemon:
     async def run(self) -> None:
         """Serves until a signal or a successor ends it; then lets requests in flight finish."""
         loop = asyncio.get_running_loop()
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(signum, self.stop)
-        if sys.stderr.isatty():
-            loop.add_signal_handler(signal.SIGHUP, self.stop)  # the terminal is gone
-        else:
-            loop.add_signal_handler(signal.SIGHUP, self.reload_at_signal)
-        loop.add_signal_handler(signal.SIGUSR1, self.reopen_log)
         loop.set_exception_handler(self.report_error)
+        handlers = {
+            signal.SIGTERM: self.stop,
+            signal.SIGINT: self.stop,
+            # With a terminal: it has been closed.
+            signal.SIGHUP: self.stop if sys.stderr.isatty() else self.reload_at_signal,
+            signal.SIGUSR1: self.reopen_log,
+        }
+        for signum, handler in handlers.items():
+            loop.add_signal_handler(signum, handler)
         await self.ending.wait()
         log_event("info", "stopping", connections=len(self.server.connections))
         if self.state == "replaced":
@@ -17902,9 +17786,9 @@ class Daemon:
             loop.default_exception_handler(context)
         elif loop.time() > self.full_until:
             self.full_until = loop.time() + FULL_SECONDS
-            connection_count = len(self.server.connections)
+            connections = len(self.server.connections)
             log_event(
-                "error", "too_many_open_files", reason=error.strerror, connections=connection_count
+                "error", "too_many_open_files", reason=error.strerror, connections=connections
             )
 
     # -- reload
@@ -17913,30 +17797,21 @@ class Daemon:
         """Applies the configuration file; on ConfigError the old one stays in effect.
 
         `{"changed": [KEY], "needs_restart": [KEY]}`.  Requests in flight finish with what they
-        started with; a provider whose table is the same is kept, with its tokens and models.
+        started with; a provider whose table is the same is reused, with its tokens and models.
         """
         new = load_config(self.paths, self.environ, self.launch.flags)
         changed = changed_settings(self.config, new)
-        pinned = [k for k in ("server.host", "server.port") if k in changed]
+        pinned = [key for key in ("server.host", "server.port") if key in changed]
         new.server.host, new.server.port = self.config.server.host, self.config.server.port
         check_exposure(new)
         old, self.config = self.config, new
-        self.replace_gateway(old)
-        set_log_level(new.logging.level)
-        log_event("info", "configuration_reloaded", changed=",".join(changed) or "none")
-        if pinned and not self.launch.activated:
-            log_event("warning", "restart_needed", keys=",".join(pinned))
-        return {"changed": changed, "needs_restart": [] if self.launch.activated else pinned}
-
-    def replace_gateway(self, old: Config) -> None:
-        """Sends new requests to a new gateway, and retires what that does not use."""
-        providers, client, new = self.gateway.providers, self.client, self.config
-        reused = {}
-        if old.network == new.network:
-            kept = [name for name in providers if old.providers[name] == new.providers.get(name)]
-            reused = {name: providers[name] for name in kept}
-        else:
+        providers, client = self.gateway.providers, self.client
+        reused: dict[str, Provider] = {}
+        if old.network != new.network:
             self.client = HttpClient(new.network, self.ticker)
+        else:
+            same = [name for name in providers if old.providers[name] == new.providers.get(name)]
+            reused = {name: providers[name] for name in same}
         self.gateway = self.make_gateway(reused)
         self.server.config = new.server
         self.server.handler = self.gateway.handle
@@ -17946,6 +17821,13 @@ class Daemon:
             [provider for name, provider in providers.items() if name not in reused],
             None if client is self.client else client,
         )
+        set_log_level(new.logging.level)
+        log_event("info", "configuration_reloaded", changed=",".join(changed) or "none")
+        if self.launch.activated:
+            pinned = []
+        elif pinned:
+            log_event("warning", "restart_needed", keys=",".join(pinned))
+        return {"changed": changed, "needs_restart": pinned}
 
     def retire(
         self, requests: set[Request], providers: list[Provider], client: HttpClient | None
@@ -17977,13 +17859,11 @@ class Daemon:
         if self.state != "serving":
             raise ProgramError(f"the gateway is {self.state} already")
         if not self.launch.detached and "NOTIFY_SOCKET" not in os.environ:
-            raise ProgramError(
-                "the gateway runs in the foreground: restart it where it was started"
-            )
+            raise ProgramError("it runs in the foreground: restart it where it was started")
         self.state = "restarting"
         try:
             report = await asyncio.to_thread(start_process, self.launch, self.paths)
-            report = report or {"error": "the new process ended without a word; see the log"}
+            report = report or {"error": "it exited or timed out without a report; see the log"}
         except (OSError, ProgramError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             report = {"error": f"no new process could be started: {reason}"}
@@ -17993,9 +17873,9 @@ class Daemon:
             if "pid" in report:
                 os.kill(report["pid"], signal.SIGTERM)  # our child: its pid is not reused
             self.end()
-            raise ProgramError("the gateway was told to stop meanwhile")
+            raise ProgramError("the gateway was stopped during the restart")
         if "error" in report:
-            raise ProgramError(f"the old gateway goes on: {report['error']}")
+            raise ProgramError(f"restart failed, the old process keeps serving: {report['error']}")
         self.state = "replaced"
         os.close(self.launch.lock)  # the successor holds it now
         log_event("info", "replaced", by=report.get("pid"))
@@ -18016,9 +17896,8 @@ class Daemon:
             "uptime_s": int(now - self.started_at),
             "connections": len(self.server.connections),
             "requests_in_flight": self.server.count_busy(),
-            "memory_bytes": count_memory(),
             "cpu_s": round(time.process_time(), 3),
-            "open_files": count_open_files(),
+            **process_usage(),
             "needs_key": bool(config.api_key or config.api_keys),
             "detached": self.launch.detached,
             "config_file": self.paths.config_file,
@@ -18055,36 +17934,38 @@ class Daemon:
 # A Unix socket; each message is a 4-byte big-endian length and then JSON.  A request is
 # {"method": "status", "params": {}}, a response {"ok": true, "data": {...}} or
 # {"ok": false, "error": "..."}.  Threads of socketserver carry the bytes, one for each client; all
-# the work is done by the event loop, which is reached only by `run_coroutine_threadsafe`.
-# Secrets never travel over it.
+# the work is done by the event loop.  Secrets never travel over it.
 
 # A socket is created under a name with this suffix and renamed once it listens: there is no moment
 # without one, even if it replaces another.
 SOCKET_SUFFIX = ".new"
 
 
-class IncompleteFrame(Exception):
-    """The peer has sent too large a message, or something that is not a frame."""
-
-
-def read_frame(peer: socket.socket, seconds: float) -> bytes | None:
-    """The next message, None at EOF; raises IncompleteFrame, and OSError on a timeout."""
-    deadline = time.monotonic() + seconds
-    head = receive_exactly(peer, 4, deadline)
-    if len(head) < 4:
-        return None
-    size = int.from_bytes(head, "big")
-    if size > MAX_CONTROL_BYTES:
-        raise IncompleteFrame(f"a message may have {MAX_CONTROL_BYTES} bytes, not {size}")
-    data = receive_exactly(peer, size, deadline)
-    return data if len(data) == size else None
-
-
 def write_frame(peer: socket.socket, message: Json) -> None:
-    """Sends one message; raises OSError when the peer does not take it in time."""
+    """Sends one message; raises OSError if the peer does not accept it in time."""
     data = dump_message(message)
     peer.settimeout(CONTROL_SECONDS)
     peer.sendall(len(data).to_bytes(4, "big") + data)
+
+
+def read_frame(peer: socket.socket) -> bytes | None:
+    """The next message, None at EOF; raises OSError on a timeout, ProgramError if it is too large.
+
+    The deadline is for the whole message, so that a slow client cannot keep its thread for long.
+    """
+    deadline, data, size = time.monotonic() + CONTROL_SECONDS, b"", 4
+    while len(data) < size:
+        peer.settimeout(max(0.001, deadline - time.monotonic()))
+        piece = peer.recv(min(size - len(data), RECV_BYTES))
+        if not piece:
+            return None
+        data += piece
+        if size == len(data) == 4:
+            size += int.from_bytes(data, "big")
+            if size - 4 > MAX_CONTROL_BYTES:
+                problem = f"a message may have {MAX_CONTROL_BYTES} bytes, not {size - 4}"
+                raise ProgramError(problem)
+    return data[4:]
 
 
 def check_socket(path: str) -> None:
@@ -18106,12 +17987,10 @@ def choose_socket_path(paths: Paths, environ: dict[str, str]) -> str:
         return paths.socket_file
     for base in (environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir()):
         if os.path.isabs(base) and os.path.isdir(base) and fits(f"{base}/aiclient-api-XXXXXXXX/s"):
-            try:
+            with os_error_as(f"{base}: cannot be used"):
                 folder = tempfile.mkdtemp(prefix="aiclient-api-", dir=base)
                 check_folder(folder)  # its parents, too
-            except OSError as error:
-                raise ProgramError(f"{base}: cannot be used: {error.strerror}") from None
-            return os.path.join(folder, "s")
+                return os.path.join(folder, "s")
     raise ProgramError(
         f"{paths.socket_file}: is too long for a socket; set XDG_RUNTIME_DIR to a shorter folder"
     )
@@ -18141,9 +18020,9 @@ class ControlServer:
             def finish_request(self, request: Any, client_address: Any) -> None:
                 with contextlib.suppress(OSError):  # it hung up or timed out
                     try:
-                        while (data := read_frame(request, CONTROL_SECONDS)) is not None:
+                        while (data := read_frame(request)) is not None:
                             write_frame(request, handler(data))
-                    except IncompleteFrame as error:
+                    except ProgramError as error:
                         write_frame(request, {"ok": False, "error": str(error)})
                 slots.release()
 
@@ -18153,22 +18032,23 @@ class ControlServer:
                 logging.getLogger("aiclient-api").exception("a control client failed")
 
         new_path = path + SOCKET_SUFFIX
-        for socket_path in (path, new_path):
-            check_socket(socket_path)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(new_path)
-        self.server = Listener(new_path, socketserver.BaseRequestHandler)
-        os.chmod(new_path, 0o600)  # the umask and the folder have kept others away
-        self.identity = os.stat(new_path).st_ino
-        os.replace(new_path, path)
+        with os_error_as(f"{path}: cannot be created"):
+            check_socket(path)
+            check_socket(new_path)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(new_path)
+            server = Listener(new_path, socketserver.BaseRequestHandler)
+            os.chmod(new_path, 0o600)  # the umask and the folder have kept others away
+            self.inode = os.stat(new_path).st_ino
+            os.replace(new_path, path)
         # It ends with the process: `shutdown` would need a short poll_interval.
-        serving = functools.partial(self.server.serve_forever, poll_interval=3600)
+        serving = functools.partial(server.serve_forever, poll_interval=3600)
         threading.Thread(target=serving, daemon=True).start()
 
     def close(self) -> None:
         """Unlinks the socket, unless it is a successor's, and lets responses go out (blocks)."""
         try:
-            if os.stat(self.path).st_ino == self.identity:
+            if os.stat(self.path).st_ino == self.inode:
                 os.unlink(self.path)
                 os.rmdir(os.path.dirname(self.path))
         except OSError:
@@ -18216,7 +18096,7 @@ async def fetch_quotas(daemon: Daemon, params: Json) -> Json:
 
 
 def apply_setting(daemon: Daemon, params: Json) -> Json:
-    """`value` is text, as on the command line; secrets are refused."""
+    """`value` is text, as on the command line; secrets are rejected."""
     key, value = need_str(params, "key"), need_str(params, "value")
     if is_secret_setting(key):
         raise ProgramError(f"{key}: secrets do not travel here; set it in the file, then reload")
@@ -18236,11 +18116,11 @@ def switch_provider(daemon: Daemon, params: Json, enabled: str) -> Json:
 
 async def tail_log(daemon: Daemon, params: Json) -> Json:
     """`{"lines": [...]}`: the last `lines` of at least `level`."""
-    if not daemon.launch.log_file:
+    path = daemon.launch.log_file
+    if not path:
         raise ProgramError("the gateway logs to its terminal, not to a file")
     lines = int_field(params, "lines") or DEFAULT_LOG_LINES
     level = word_field(params, "level", LOG_LEVELS) or "debug"
-    path = daemon.launch.log_file
     return {"lines": await asyncio.to_thread(load_log_tail, path, lines, level)}
 
 
@@ -18268,32 +18148,28 @@ async def run_control_method(daemon: Daemon, data: bytes) -> Json:
             raise ProgramError('a message is like {"method":"status","params":{}}')
         if method not in CONTROL_METHODS:
             raise ProgramError(f"no such method; there are: {', '.join(CONTROL_METHODS)}")
-        result = CONTROL_METHODS[method](daemon, dict_field(message, "params"))
-        return {"ok": True, "data": result if isinstance(result, dict) else await result}
+        async with asyncio.timeout(CONTROL_WORK_SECONDS):
+            result = CONTROL_METHODS[method](daemon, dict_field(message, "params"))
+            return {"ok": True, "data": result if isinstance(result, dict) else await result}
+    except TimeoutError:
+        problem = f"timed out after {CONTROL_WORK_SECONDS:g} s"
     except ProgramError as error:
-        return {"ok": False, "error": str(error)}
+        problem = str(error)
     except ApiError as error:
-        return {"ok": False, "error": error.text()}
+        problem = error.text()
     except Exception:  # noqa: BLE001 - silence would be taken for a gateway that is starting
-        return {"ok": False, "error": internal_error("a control request failed").text()}
+        problem = internal_error("a control request failed").text()
+    return {"ok": False, "error": problem}
 
 
 def open_control(daemon: Daemon, path: str) -> ControlServer:
-    """Raises ProgramError."""
+    """The loop does all the work; the threads of socketserver carry the bytes to it and back."""
     loop = asyncio.get_running_loop()
 
     def handle(data: bytes) -> Json:
-        future = asyncio.run_coroutine_threadsafe(run_control_method(daemon, data), loop)
-        try:
-            return future.result(CONTROL_WORK_SECONDS)
-        except TimeoutError:
-            future.cancel()
-            return {"ok": False, "error": "that took too long"}
+        return asyncio.run_coroutine_threadsafe(run_control_method(daemon, data), loop).result()
 
-    try:
-        return ControlServer(path, handle)
-    except OSError as error:
-        raise ProgramError(f"{path}: cannot be made: {error.strerror}") from None
+    return ControlServer(path, handle)
 
 
 # -- the client, which needs no event loop
@@ -18309,23 +18185,25 @@ def ask_daemon(
 ) -> Json:
     """The `data` of the running daemon's response; raises NotRunning and ProgramError."""
     if fcntl is None:
-        raise ProgramError("this needs a Unix socket, which this system has not")
+        raise ProgramError("this platform has no Unix sockets, which this command needs")
     problem = "the gateway is just starting or stopping; try again in a moment"
     for _ in range(2):  # a daemon that is being replaced may drop one request
         pid, path = read_pid_file(paths.pid_file)
         if not path:
             break
         try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
+            with socket.socket(socket.AF_UNIX) as peer, peer.makefile("rb") as stream:
                 peer.settimeout(CONTROL_SECONDS)
                 peer.connect(path)
                 write_frame(peer, {"method": method, "params": params or {}})
-                data = read_frame(peer, seconds)
-        except (OSError, IncompleteFrame) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            problem = f"the gateway (process {pid}) does not answer now: {reason}"
+                peer.settimeout(seconds)
+                size = int.from_bytes(stream.read(4), "big")
+                data = stream.read(size)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            problem = f"the gateway (process {pid}) does not respond: {reason}"
             break
-        if data is not None:
+        if data and len(data) == size:
             response = load_object(data) or {}
             if response.get("ok") is not True:
                 raise ProgramError(str(response.get("error")))
@@ -18831,9 +18709,9 @@ async def serve(
     return 0
 
 
-def main_detached() -> int:
+def main_detached(launch_json: bytes) -> int:
     """The entry point of a background process, named in LAUNCHER; returns the exit status."""
-    launch = read_launch()
+    launch = read_launch(launch_json)
     report_fd, launch.report = launch.report, -1
 
     def report(status: Json) -> bool:
@@ -18880,7 +18758,8 @@ def ask_health(url: str) -> bool:
     try:
         with socket.create_connection((host, parts.port), HEALTH_SECONDS) as peer:
             peer.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-            return receive_exactly(peer, 12, time.monotonic() + HEALTH_SECONDS).endswith(b" 200")
+            with peer.makefile("rb") as stream:
+                return stream.read(12).endswith(b" 200")
     except OSError:
         return False
 

@@ -197,7 +197,7 @@ def test_a_python_that_cannot_run_is_told_with_the_last_lines_of_the_log(machine
     machine.state.mkdir(parents=True)
     copied = machine.folder / "gateway.py"
     text = PROGRAM.read_text("utf-8")
-    copied.write_text(text.replace("def main_detached() -> int:", "def main_detached_() -> int:"))
+    copied.write_text(text.replace("def main_detached(", "def main_detached_("))
     done = Done(
         subprocess.run(
             [sys.executable, str(copied), "start", "--port", "0"],
@@ -327,7 +327,7 @@ def test_a_frozen_gateway_is_told_and_ended(machine: Machine) -> None:
     asked = [machine.popen(*words.split()) for words in verbs]
     for process in asked:
         said = process.communicate(timeout=30)[1]
-        assert process.returncode == 1 and "does not answer now" in said, said
+        assert process.returncode == 1 and "does not respond" in said, said
     assert machine.run("stop").status == 0 and not is_alive(pid)
 
 
@@ -539,7 +539,7 @@ def test_a_restart_that_fails_leaves_the_old_one(machine: Machine) -> None:
     machine.config.mkdir(parents=True, exist_ok=True)
     machine.config_file.write_text("[server]\nprot = 1\n")
     said = machine.run("restart").failure()
-    assert "the old gateway goes on" in said and "server.prot" in said
+    assert "the old process keeps serving" in said and "server.prot" in said
     assert machine.status()["pid"] == status["pid"]
     assert machine.processes() == [status["pid"]]
     machine.config_file.write_text("")
@@ -564,7 +564,7 @@ def test_a_stop_during_a_restart_ends_both(machine: Machine) -> None:
     wait_until(lambda: machine.ask("status")["data"]["state"] == "restarting")
     os.kill(old["pid"], signal.SIGTERM)
     _, err = restart.communicate(timeout=30)
-    assert restart.returncode == 1 and "told to stop" in err
+    assert restart.returncode == 1 and "stopped during the restart" in err
     wait_until(lambda: machine.processes() == [])
     assert machine.run("status").failure(3)
 
@@ -578,12 +578,12 @@ def test_a_successor_ignores_what_it_does_not_know_and_does_without_the_rest(
     reader, writer = os.pipe()
     launch = {"flags": {"server.port": "0", "server.colour": "red"}, "report": writer, "hue": 1}
     with subprocess.Popen(
-        gw.launch_command(bytecode), env=machine.env, pass_fds=[writer],
-        stdin=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, "-I", "-c", gw.LAUNCHER, gw.program_file()],
+        env=machine.env, pass_fds=[writer], stdin=subprocess.PIPE, stderr=subprocess.PIPE,
     ) as process, os.fdopen(reader, "rb") as report:  # fmt: skip
         os.close(writer)
         assert process.stdin is not None and process.stderr is not None
-        process.stdin.write(bytecode + json.dumps(launch).encode())
+        process.stdin.write(json.dumps(launch).encode() + b"\n" + bytecode)
         process.stdin.close()
         status = json.loads(report.read())
         process.terminate()

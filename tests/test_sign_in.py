@@ -385,7 +385,7 @@ def copilot_that_ends(make: Make) -> list[Callable[[], None]]:
         lambda: fails("cancelled at GitHub", state("access_denied")),
         lambda: fails("is wrong", state("incorrect_device_code", error_description="is wrong")),
         lambda: fails("incorrect_client", state("incorrect_client_credentials")),
-        lambda: fails("gives no code: Not Found", only_client="Ov23li8tweQw6odWQebz"),
+        lambda: fails("issued no code: Not Found", only_client="Ov23li8tweQw6odWQebz"),
     ]
 
 
@@ -532,7 +532,7 @@ def test_copilot_on_a_terminal(make: Make) -> None:
         home = make("copilot")
         copilot_of(home).device_answers.append(state("expired_token"))
         terminal = home.terminal("auth", "copilot")
-        terminal.expect(r"Waiting for you: 14:5\d left, Ctrl-C ends it")
+        terminal.expect("Waiting for you; the code expires in 15 min, Ctrl-C cancels")
         terminal.expect("Sorry, the code has expired")
         terminal.answer(r"Get a new one\? \[Y/n\]", "perhaps")
         terminal.answer(r"Please answer y or n\.\s+Get a new one\? \[Y/n\]", "")
@@ -556,7 +556,9 @@ def test_copilot_on_a_terminal(make: Make) -> None:
         terminal.expect(question)
         terminal.press(b"\x03")
         assert terminal.end(10) == 130
-        assert re.search(r"aiclient-api: stopped\s*$", terminal.shown)
+        assert re.search(
+            r"aiclient-api: sign-in cancelled; nothing was changed\s*$", terminal.shown
+        )
         assert not home.file().exists()
 
     def typed_token() -> None:
@@ -953,9 +955,9 @@ def test_kiro_by_the_portal_on_a_terminal(make: Make) -> None:
         good = fake.visit(url)
         state_ = parse_qs(urlsplit(url).query)["state"][0]
         terminal.type(good.replace(state_, "x" * len(state_)))
-        terminal.expect("That is not it: it does not belong to this sign-in")
+        terminal.expect("This does not fit: it does not belong to this sign-in")
         terminal.type("")
-        terminal.expect("That is not it")
+        terminal.expect("This does not fit")
         terminal.type(f"  {good}  ")
 
     def paste_code(fake: FakeKiro, url: str, port: int, terminal: Terminal) -> None:

@@ -295,6 +295,19 @@ def test_the_editors_files() -> None:
     ]  # fmt: skip
 
 
+def test_an_import_that_fits_no_provider_names_a_new_one() -> None:
+    echo_only = gw.Config(providers={"echo": gw.EchoConfig()})
+    logins = {
+        "kiro": gw.FoundLogin("kiro-cli", "/x", {"type": "kiro"}),
+        "copilot-acme": gw.FoundLogin("gh", "/x", {"type": "copilot"}, "acme.ghe.com"),
+    }
+    for name, login in logins.items():
+        assert gw.PROVIDER_NAME.fullmatch(name) and gw.target_name(echo_only, login) == name
+    others = gw.Config(providers={"work": gw.CopilotConfig(), "mine": gw.KiroConfig()})
+    assert gw.target_name(others, logins["kiro"]) == "mine"
+    assert gw.target_name(others, logins["copilot-acme"]) == "copilot-acme"
+
+
 def test_refreshed_tokens_go_back_in_the_files_own_words() -> None:
     changes = {"access_token": "a2", "refresh_token": "r2", "expires_at": 1785585600,
                "profile_arn": "arn"}  # fmt: skip
