@@ -114,6 +114,7 @@ from array import array
 from bisect import bisect_left
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import (
+    AsyncIterator,
     Awaitable,
     Callable,
     Collection,
@@ -9399,7 +9400,7 @@ def get_token(body: Json, name: str) -> str:
 
 @dataclass(slots=True)
 class CopilotToken:
-    token: str = field(repr=False)
+    access_token: str = field(repr=False)
     api_url: str
     expires_at: float  #: Unix seconds
     refresh_in: float  #: seconds from now until it should be refreshed
@@ -9769,8 +9770,11 @@ KIRO_REGIONS = ("us-east-1", "eu-central-1")  # only these have model hosts
 class KiroLogin:
     """One sign-in, as stored in its token file.  `repr` shows no secrets."""
 
+    #: seconds before expiry from which a token is too old for a new request
+    margin_s: ClassVar[float] = KIRO_REFRESH_MARGIN_SECONDS
+
     kind: str  #: builder_id, idc, social, external_idp or api_key
-    access: str = field(repr=False)
+    access_token: str = field(repr=False)
     refresh: str = field(default="", repr=False)
     client_id: str = ""
     client_secret: str = field(default="", repr=False)
@@ -10013,7 +10017,7 @@ KIRO_HEADERS = {
 
 def kiro_headers(login: KiroLogin, shape: str, version: str, system: str) -> dict[str, str]:
     """The headers of a request in one of the KIRO_HEADERS shapes."""
-    headers = {"Authorization": f"Bearer {login.access}", "Accept-Encoding": "identity"}
+    headers = {"Authorization": f"Bearer {login.access_token}", "Accept-Encoding": "identity"}
     if login.kind == "api_key":
         headers["tokentype"] = "API_KEY"
     elif login.kind == "external_idp":
@@ -12796,29 +12800,25 @@ def check_owner(path: str, status: os.stat_result) -> None:
     if status.st_uid not in (os.getuid(), 0):
         raise PermissionError(errno.EPERM, f"{path} belongs to another user")
     if status.st_mode & 0o022:
-        raise PermissionError(
-            errno.EPERM,
-            f"other users can write to {path}; check that all in it is yours, or move it away, "
-            f"and then run: chmod go-w {shlex.quote(path)}",
-        )
+        hint = "check that all in it is yours, or move it away, and then run: chmod go-w"
+        reason = f"other users can write to {path}; {hint} {shlex.quote(path)}"
+        raise PermissionError(errno.EPERM, reason)
 
 
 def check_parents(target: str) -> None:
-    """Raises PermissionError where a folder above `target` lets everybody replace it.
+    """Raises PermissionError if every user can replace a folder above `target`; also OSError.
 
     (A group may write there: `~/.local` is made so where each user has a group of its own.)
-    Where the path leads through links both the links and what they lead to count.  Raises OSError.
+    Both the path as given and the one with its links resolved are checked.
     """
     for path in (os.path.abspath(target), os.path.realpath(target)):
         while path != os.path.dirname(path):
             path = os.path.dirname(path)
             mode = os.stat(path).st_mode
             if mode & 0o002 and not mode & stat.S_ISVTX and hasattr(os, "getuid"):
-                raise PermissionError(
-                    errno.EPERM,
-                    f"every user can replace what is in {path}; check that {target} is as you left "
-                    f"it, and then run: chmod o-w {shlex.quote(path)}",
-                )
+                hint = f"check that {target} is as you left it, and then run: chmod o-w"
+                reason = f"every user can replace what is in {path}; {hint} {shlex.quote(path)}"
+                raise PermissionError(errno.EPERM, reason)
 
 
 def check_folder(folder: str) -> None:
@@ -12827,15 +12827,10 @@ def check_folder(folder: str) -> None:
     check_parents(folder)
 
 
-def open_flags(*names: str) -> int:
-    """Flags for `os.open`; those that Windows lacks are 0."""
-    return sum(getattr(os, name, 0) for name in names)
-
-
 def open_plain(path: str, *flags: str) -> int:
-    """A descriptor of a plain file: one that is read to an end, and at once.  Raises OSError."""
-    names = ("O_BINARY", "O_CLOEXEC", "O_NONBLOCK", *flags)  # without waiting for a FIFO's writer
-    fd = os.open(path, open_flags(*names), 0o600)
+    """A descriptor of a regular file, without waiting for a FIFO's writer.  Raises OSError."""
+    names = ("O_BINARY", "O_CLOEXEC", "O_NONBLOCK", *flags)
+    fd = os.open(path, sum(getattr(os, name, 0) for name in names), 0o600)  # 0: Windows lacks it
     mode = os.fstat(fd).st_mode
     if stat.S_ISREG(mode):
         return fd
@@ -12846,9 +12841,9 @@ def open_plain(path: str, *flags: str) -> int:
 
 
 def open_trusted(path: str, *flags: str) -> int:
-    """`open_plain` of a file that only this user and root can have written; raises OSError.
+    """`open_plain` for our own files: only this user and root can have written them.
 
-    All our files are opened here.  Symbolic links are followed unless `flags` has O_NOFOLLOW.
+    Symbolic links are followed unless `flags` has O_NOFOLLOW.  Raises OSError.
     """
     check_folder(os.path.dirname(path))
     fd = open_plain(path, *flags)
@@ -12967,23 +12962,22 @@ def change_config(paths: Paths, environ: dict[str, str], key: str, value: str) -
 
 def change_provider(paths: Paths, environ: dict[str, str], name: str, enabled: str) -> None:
     """Sets `enabled`, "true" or "false", of an existing provider; raises ConfigError."""
-    providers = load_config(paths, environ, {}).providers
-    if name not in providers:
-        names = ", ".join(providers)
-        raise ConfigError(
-            f"{paths.config_file}: providers.{name}: there is none; there are: {names}"
-        )
+    names = list(load_config(paths, environ, {}).providers)
+    if name not in names:
+        reason = f"providers.{name}: there is none; there are: {', '.join(names)}"
+        raise ConfigError(f"{paths.config_file}: {reason}")
     change_config(paths, environ, f"providers.{name}.enabled", enabled)
 
 
 def open_state(paths: Paths) -> None:
-    hint = "or set XDG_STATE_HOME to a folder of yours"
+    """Creates the state folder; raises ProgramError."""
     try:
         make_private_dir(paths.state_dir)
         if os.path.isdir(paths.bytecode_dir):
             check_folder(paths.bytecode_dir)
     except OSError as error:
-        raise ProgramError(f"{paths.state_dir}: cannot be used: {error.strerror}; {hint}") from None
+        reason = f"{error.strerror}; or set XDG_STATE_HOME to a folder of yours"
+        raise ProgramError(f"{paths.state_dir}: cannot be used: {reason}") from None
 
 
 def save_private_json(path: str, value: Json) -> None:
@@ -12996,7 +12990,7 @@ class Damaged(ProgramError):
 
 
 def load_private_json(path: str) -> Json | None:
-    """None if there is no file; raises ProgramError.  Others may not read it from now on."""
+    """None if there is no file; takes access away from others.  Raises ProgramError."""
     try:
         with os.fdopen(open_trusted(path, "O_RDONLY", "O_NOFOLLOW"), "rb") as file:
             if restrict_to_owner(file.fileno()):
@@ -13017,17 +13011,29 @@ def quarantine(path: str) -> None:
     """Renames a damaged file instead of overwriting it."""
     new_path = f"{path}.damaged-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
     os.replace(path, new_path)
-    log_event("warning", "damaged_file_kept", path=new_path)
+    log_event("warning", "damaged_file_renamed", path=new_path)
+
+
+def file_identity(path: str) -> tuple[int, ...]:
+    """Device, inode, time and size: changes when a file is replaced.  Empty if there is none."""
+    try:
+        status = os.stat(path, follow_symlinks=False)
+    except OSError:
+        return ()
+    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def lock_file(path: str) -> int | None:
-    """An fd that holds the lock until its last copy is closed; None if taken.  Raises OSError."""
+    """A descriptor that holds the lock until its last copy is closed; None if it is taken.
+
+    Raises OSError.
+    """
     while True:
         fd = open_trusted(path, "O_RDWR", "O_CREAT", "O_NOFOLLOW")
         is_ours = False
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # If it has been removed or replaced meanwhile, the lock is worthless.
+            # A lock on a file that has been removed or replaced meanwhile excludes no one.
             is_ours = os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False))
             if is_ours:
                 return fd
@@ -13040,92 +13046,72 @@ def lock_file(path: str) -> int | None:
                 os.close(fd)
 
 
-class FileLock:
-    """A lock between processes, held by `async with`; the kernel releases it if the holder dies.
-
-    Without flock, or if the file cannot be created, nothing is locked.  Raises Overloaded if
-    another process holds it for LOCK_SECONDS.
-    """
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.fd: int | None = None
-
-    async def __aenter__(self) -> FileLock:
-        deadline = time.monotonic() + LOCK_SECONDS
-        try:
-            make_private_dir(os.path.dirname(self.path))
-            while fcntl is not None and self.fd is None:
-                self.fd = lock_file(self.path)
-                if self.fd is None and time.monotonic() > deadline:
-                    raise Overloaded(f"Another process holds {self.path} and does not let go.")
-                if self.fd is None:
-                    await asyncio.sleep(LOCK_POLL_SECONDS)
-        except OSError as error:
-            log_event("warning", "no_lock", path=self.path, reason=error.strerror)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        if self.fd is not None:
-            os.close(self.fd)
-            self.fd = None
-
-
 class TokenFile:
     """A provider's sign-in on disk; other processes may change it at any time."""
 
     def __init__(self, path: str) -> None:
         self.path = path
-        #: inode, time and size of the file as last seen
-        self.last_identity: tuple[int, ...] | None = None
-        #: whose it is, as of the last read
-        self.user = ""
+        #: `file_identity` as of the last read or write
+        self.identity: tuple[int, ...] = ()
+        #: the account's name and whether the service has refused it, as of the last read
+        self.user, self.refused = "", False
         #: changes not written yet: they must not be lost, as a rotated token is issued only once
         self.unsaved: Json = {}
         self.retry_save_at = 0.0
         #: of `peek`: (identity of the file, monotonic expiry, result)
         self.peeked: tuple[Any, float, Json | ProgramError | None] = (None, 0.0, None)
 
-    def lock(self) -> FileLock:
-        return FileLock(os.path.join(os.path.dirname(self.path), "token.lock"))
+    @contextlib.asynccontextmanager
+    async def lock(self) -> AsyncIterator[str]:
+        """A lock between processes; yields its path.  The kernel releases it if the holder dies.
 
-    def identity(self) -> tuple[int, ...] | None:
-        """Tells this file from its replacement; None if there is no file."""
+        Without flock, or if the file cannot be created, nothing is locked.  Raises Overloaded if
+        another process holds it for LOCK_SECONDS.
+        """
+        path = os.path.join(os.path.dirname(self.path), "token.lock")
+        fd, deadline = None, time.monotonic() + LOCK_SECONDS
         try:
-            status = os.stat(self.path, follow_symlinks=False)
-        except OSError:
-            return None
-        return status.st_ino, status.st_mtime_ns, status.st_size
+            make_private_dir(os.path.dirname(path))
+            while fcntl is not None and (fd := lock_file(path)) is None:
+                if time.monotonic() > deadline:
+                    raise Overloaded(f"Another process has locked {path} for too long.")
+                await asyncio.sleep(LOCK_POLL_SECONDS)
+        except OSError as error:
+            log_event("warning", "no_lock", path=path, reason=error.strerror)
+        try:
+            yield path
+        finally:
+            if fd is not None:
+                os.close(fd)
 
     def changed(self) -> bool:
-        """Whether another process has replaced the file since last asked; retries a failed save."""
-        previous, self.last_identity = self.last_identity, self.identity()
-        if self.last_identity != previous:
+        """Whether another process has replaced the file since the last call.
+
+        If not, a save that failed is retried now and then.
+        """
+        previous, self.identity = self.identity, file_identity(self.path)
+        if self.identity != previous:
             self.unsaved = {}  # a newer file wins
             return True
         if time.monotonic() >= self.retry_save_at:
             self.flush()
         return False
 
-    def is_refused(self) -> bool:
-        try:
-            return bool((self.load() or {}).get("refused"))
-        except ProgramError:
-            return False
-
     def load(self) -> Json | None:
         """None if there is no file; raises ProgramError."""
         content = load_private_json(self.path)
         if content is None:
             return None
+        content |= self.unsaved
         self.user = get_str(content, "user") or get_str(content, "login")
-        return {**content, **self.unsaved}
+        self.refused = bool(content.get("refused"))
+        return content
 
     def peek(self) -> Json | None:
         """`load` for frequent read-only use: cached for TOKEN_LOOK_SECONDS."""
-        now, identity = time.monotonic(), self.identity()
-        seen, expires_at, content = self.peeked
-        if now >= expires_at or identity != seen:
+        now, identity = time.monotonic(), file_identity(self.path)
+        cached_identity, expires_at, content = self.peeked
+        if now >= expires_at or identity != cached_identity:
             try:
                 content = self.load()
             except ProgramError as error:
@@ -13135,9 +13121,10 @@ class TokenFile:
             raise content.with_traceback(None)
         return None if content is None else dict(content)
 
-    def need(self, provider: str, service: str, *, peeks: bool = False) -> Json:
+    def require(self, provider: str, service: str, *, cached: bool = False) -> Json:
+        """`load` or `peek`; raises NotSignedIn."""
         try:
-            content = self.peek() if peeks else self.load()
+            content = self.peek() if cached else self.load()
         except ProgramError as error:
             raise NotSignedIn(f"{error}.") from None
         if content is None:
@@ -13147,20 +13134,19 @@ class TokenFile:
     def save(self, changes: Json) -> None:
         """None removes a key.  What cannot be written is logged, kept in memory, and retried."""
         self.unsaved = {**self.unsaved, **changes}
-        if self.last_identity is not None and self.identity() is None:
+        if self.identity and not file_identity(self.path):
             self.unsaved = {}  # revoked meanwhile
             return
         try:
-            content = self.load_or_quarantine()
-            merged = {k: v for k, v in {**content, **self.unsaved}.items() if v is not None}
-            save_private_json(self.path, merged)
+            content = {**self.load_or_quarantine(), **self.unsaved}
+            save_private_json(self.path, {k: v for k, v in content.items() if v is not None})
         except (OSError, ProgramError) as error:  # a file that cannot be trusted is left alone
             self.retry_save_at = time.monotonic() + SAVE_AGAIN_SECONDS
             reason = getattr(error, "strerror", None) or str(error)
             log_event("error", "token_not_saved", path=self.path, reason=reason)
             return
         self.unsaved = {}
-        self.last_identity = self.identity()
+        self.identity = file_identity(self.path)
 
     def flush(self) -> None:
         if self.unsaved:
@@ -13179,11 +13165,12 @@ class TokenFile:
             return {}
 
     def remove(self) -> list[str]:
-        """Deletes the sign-in and damaged ones kept aside; returns their paths; raises OSError."""
+        """Deletes the sign-in and its damaged copies; returns their paths.  Raises OSError."""
         folder = os.path.dirname(self.path)
         names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-        ours = ("token.json.damaged-", ".new-")
-        paths = [os.path.join(folder, n) for n in names if n == "token.json" or n.startswith(ours)]
+        copies = ("token.json.damaged-", ".new-")
+        names = [name for name in names if name == "token.json" or name.startswith(copies)]
+        paths = [os.path.join(folder, name) for name in names]
         for path in paths:
             os.unlink(path)
         return paths
@@ -13191,8 +13178,9 @@ class TokenFile:
 
 def load_machine(paths: Paths) -> tuple[str, str]:
     """(machine id, device id): random, made once, or per process if they cannot be saved."""
+    path = paths.machine_file
     try:
-        saved = load_private_json(paths.machine_file) or {}
+        saved = load_private_json(path) or {}
         machine, device = saved.get("machine_id"), saved.get("device_id")
         if isinstance(machine, str) and isinstance(device, str):
             return machine, device
@@ -13200,7 +13188,7 @@ def load_machine(paths: Paths) -> tuple[str, str]:
         log_event("warning", "machine_file_unusable", reason=error)
     machine, device = os.urandom(32).hex(), format_uuid(os.urandom(16).hex())
     try:
-        save_private_json(paths.machine_file, {"machine_id": machine, "device_id": device})
+        save_private_json(path, {"machine_id": machine, "device_id": device})
     except OSError as error:
         log_event("warning", "machine_file_not_saved", reason=error.strerror)
     return machine, device
@@ -13225,7 +13213,7 @@ class LogFilter:
 
 
 def open_log(path: str) -> TextIO:
-    """A log file, to be read; raises OSError."""
+    """Raises OSError."""
     return os.fdopen(open_plain(path, "O_RDONLY"), encoding="utf-8", errors="replace")
 
 
@@ -13252,12 +13240,7 @@ def load_log_tail(path: str, lines: int, level: str) -> list[str]:
         raise ProgramError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-# 14.2 sign-ins that other programs keep
-
-
-def sign_in_command(kind: str, name: str) -> str:
-    name_option = "" if name == kind else f" --name {name}"
-    return f"{program_words(sys.argv[0])} auth {kind}{name_option}"
+# 14.2 sign-ins shared with other programs
 
 
 def read_json_file(path: str) -> Json | None:
@@ -13266,53 +13249,44 @@ def read_json_file(path: str) -> Json | None:
         return load_object(file.read(MIB))
 
 
-class SharedLogin:
-    """A Kiro sign-in shared with another program; a refresh token can be used by only one of us.
+def read_shared_login(source: Json) -> Json | None:
+    """The sign-in of another program as our token file's content; None if gone or unusable.
 
-    So it is read before a refresh, and the result is merged back.  `source`, from our token file:
-    {"program": "kiro-ide", "path": "..."}, with the "key" of its row if the path is a database's.
+    A refresh token can be used by only one of us, so it is read before a refresh, and the result is
+    merged back.  `source`, from our token file: {"program": "kiro-ide", "path": "..."}, with the
+    "key" of its row if the path is a database's.
     """
+    path, key = get_str(source, "path"), get_str(source, "key")
+    try:
+        return read_cli_login(path, key) if key else read_ide_login(path)
+    except (OSError, ValueError, sqlite3.Error) as error:
+        log_event("info", "shared_login_unusable", path=path, reason=error)
+        return None
 
-    def __init__(self, source: Json) -> None:
-        self.path = get_str(source, "path")
-        self.key = get_str(source, "key")
 
-    def read(self) -> Json | None:
-        """As our token file's content; None if it is gone or unusable."""
-        try:
-            if self.key:
-                return read_cli_login(self.path, self.key)
-            return read_ide_login(self.path)
-        except (OSError, ValueError, sqlite3.Error) as error:
-            log_event("info", "shared_login_unusable", path=self.path, reason=error)
-            return None
+def write_shared_login(source: Json, changes: Json, used_token: str) -> None:
+    """Stores refreshed tokens if `used_token` is still in place; a failure is logged.
 
-    def write(self, changes: Json, used_token: str) -> None:
-        """Stores refreshed tokens if `used_token` is still in place; a failure is logged."""
-        try:
-            if self.key:
-                self.write_row(changes, used_token)
-            else:
-                self.write_file(changes, used_token)
-        except (OSError, ValueError, sqlite3.Error) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            log_event("warning", "shared_login_not_updated", path=self.path, reason=reason)
-
-    def write_file(self, changes: Json, used_token: str) -> None:
-        """Follows a symbolic link; the mode of the folder is left alone."""
-        path = os.path.realpath(self.path)
-        body = read_json_file(path) or {}
-        if either(body, "refresh_token") == used_token:
-            replace_file(path, json.dumps(with_tokens(body, changes), indent=2).encode())
-
-    def write_row(self, changes: Json, used_token: str) -> None:
-        with contextlib.closing(open_database(self.path, "rw")) as database:
+    A symbolic link is followed, and the mode of the folder left alone.
+    """
+    path, key = get_str(source, "path"), get_str(source, "key")
+    try:
+        if not key:
+            body = read_json_file(path) or {}
+            if either(body, "refresh_token") == used_token:
+                data = json.dumps(with_tokens(body, changes), indent=2).encode()
+                replace_file(os.path.realpath(path), data)
+            return
+        with contextlib.closing(open_database(path, "rw")) as database:
             database.execute("BEGIN IMMEDIATE")
-            body = read_row(database, "auth_kv", self.key)
+            body = read_row(database, "auth_kv", key)
             if either(body, "refresh_token") == used_token:
                 text = dump_json(with_tokens(body, changes)).decode()
-                database.execute("UPDATE auth_kv SET value = ? WHERE key = ?", (text, self.key))
+                database.execute("UPDATE auth_kv SET value = ? WHERE key = ?", (text, key))
             database.execute("COMMIT")
+    except (OSError, ValueError, sqlite3.Error) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        log_event("warning", "shared_login_not_updated", path=path, reason=reason)
 
 
 def open_database(path: str, mode: str) -> sqlite3.Connection:
@@ -13346,22 +13320,16 @@ def read_ide_login(path: str) -> Json:
     if re.fullmatch(r"[0-9a-f]{40}", name):
         registration = read_some_json(os.path.join(folder, f"{name}.json"))
     if not registration and get_str(body, "authMethod").lower() == "idc":
-        registration = newest_registration(folder)
-    profile = {} if either(body, "profile_arn") else read_some_json(ide_profile_path())
+        files = [read_some_json(entry.path) for entry in os.scandir(folder) if entry.is_file()]
+        files = [file for file in files if file.get("clientId") and file.get("clientSecret")]
+        registration = max(files, key=lambda file: read_time(file.get("expiresAt")), default={})
+    profile: Json = {}
+    if not either(body, "profile_arn"):
+        base = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+        base = "~/Library/Application Support" if sys.platform == "darwin" else base
+        profile_path = f"{base}/Kiro/User/globalStorage/kiro.kiroagent/profile.json"
+        profile = read_some_json(os.path.expanduser(profile_path))
     return read_kiro_import(body, registration, profile)
-
-
-def newest_registration(folder: str) -> Json:
-    """The client registration beside an IDE file that does not name it."""
-    candidates = [read_some_json(entry.path) for entry in os.scandir(folder) if entry.is_file()]
-    candidates = [body for body in candidates if body.get("clientId") and body.get("clientSecret")]
-    return max(candidates, key=lambda body: read_time(body.get("expiresAt")), default={})
-
-
-def ide_profile_path() -> str:
-    base = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
-    base = "~/Library/Application Support" if sys.platform == "darwin" else base
-    return os.path.expanduser(f"{base}/Kiro/User/globalStorage/kiro.kiroagent/profile.json")
 
 
 # Row of a sign-in -> its kind, best first; "odic" is the actual spelling.
@@ -13432,21 +13400,14 @@ INSERT_REQUEST = (
 # `total` adds numbers of any size; `sum` fails beyond 2**63.
 USAGE_TOTALS = ", ".join(f"CAST(total({name}) AS INTEGER)" for name in USAGE_FIGURES)
 DAY_SQL = "date(at, 'unixepoch', 'localtime')"
+SELECT_SPENDING = f"""
+    SELECT {DAY_SQL}, provider, label, CAST(total(input_tokens + output_tokens) AS INTEGER),
+        CAST(total(nano_credits) AS INTEGER)
+    FROM requests WHERE spent AND at >= ? GROUP BY 1, 2, 3
+"""
+MIDDLE_ID = "SELECT id FROM requests ORDER BY id LIMIT 1 OFFSET (SELECT count(*) / 2 FROM requests)"
 # How SQLite reports an unexpected schema.
 OTHER_TABLES = re.compile(r"no such (?:table|column)|has no column|already exists")
-
-
-@contextlib.contextmanager
-def transaction(connection: sqlite3.Connection, mode: str = "IMMEDIATE") -> Iterator[None]:
-    """All or nothing; IMMEDIATE takes the write lock at the start."""
-    connection.execute(f"BEGIN {mode}")
-    try:
-        yield
-        connection.execute("COMMIT")
-    except BaseException:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
-        raise
 
 
 class UsageStore:
@@ -13463,22 +13424,18 @@ class UsageStore:
         self.busy_s = busy_s
         self.max_pages = max_pages
         self.connection: sqlite3.Connection | None = None
-        #: device and inode of the open file: another process may set it aside
-        self.identity: tuple[int, int] | None = None
-        #: rows that are not written yet
-        self.pending: list[Json] = []
-        #: rows that were dropped
-        self.lost = 0
-        #: the last problem of a write, so that it is logged once
-        self.trouble = ""
-        #: monotonic
-        self.prune_at = 0.0
-        #: (version of the database, month) that spending was last read or written at
-        self.spending_seen: tuple[int, float] | None = None
+        #: device and inode of the open file: another process may replace it
+        self.identity: tuple[int, ...] = ()
+        self.pending: list[Json] = []  #: rows that are not written yet
+        self.lost = 0  #: number of rows that were dropped
+        self.trouble = ""  #: the last problem of a write, so that it is logged once
+        self.prune_at = 0.0  #: monotonic
+        #: (version of the database, month) as of the last read or write of the spending
+        self.spending_version: tuple[int, float] | None = None
 
     def open(self) -> sqlite3.Connection:
         """The database, created if need be; raises sqlite3.Error and OSError."""
-        if self.connection is not None and self.identity == self.find_identity():
+        if self.connection is not None and self.identity == file_identity(self.path)[:2]:
             return self.connection
         self.close()
         make_private_dir(os.path.dirname(self.path))
@@ -13487,7 +13444,7 @@ class UsageStore:
         connection = self.connection = sqlite3.connect(
             self.path, timeout=self.busy_s, isolation_level=None, check_same_thread=False
         )
-        self.identity, self.spending_seen = self.find_identity(), None
+        self.identity, self.spending_version = file_identity(self.path)[:2], None
         for pragma in (
             "journal_mode = WAL",
             "synchronous = NORMAL",
@@ -13495,60 +13452,52 @@ class UsageStore:
             f"journal_size_limit = {4 * MIB}",
         ):
             connection.execute(f"PRAGMA {pragma}")
-        if self.find_version(connection) < USAGE_VERSION:
-            with transaction(connection):
-                version = self.find_version(connection)
+        if self.read_version(connection) < USAGE_VERSION:
+            connection.execute("BEGIN IMMEDIATE")
+            with connection:
+                version = self.read_version(connection)  # another process may have been quicker
                 script = f"{USAGE_SCHEMA}; {USAGE_MIGRATION}" if version == 1 else USAGE_SCHEMA
                 for statement in script.split(";") if version < USAGE_VERSION else ():
                     connection.execute(statement)
         return connection
 
     @staticmethod
-    def find_version(connection: sqlite3.Connection) -> int:
+    def read_version(connection: sqlite3.Connection) -> int:
         version: int = connection.execute("PRAGMA user_version").fetchone()[0]
         if version > USAGE_VERSION:
             raise sqlite3.NotSupportedError(f"it was made by a later version ({version})")
         return version
-
-    def find_identity(self) -> tuple[int, int] | None:
-        try:
-            status = os.stat(self.path, follow_symlinks=False)
-        except OSError:
-            return None
-        return status.st_dev, status.st_ino
 
     def close(self) -> None:
         if self.connection is not None:
             self.connection.close()
             self.connection = None
 
-    # -- trouble
-
-    def do(
+    def run(
         self, work: Callable[[sqlite3.Connection], Result], mode: str = "IMMEDIATE"
     ) -> Result | None:
         """The result of `work` in a transaction; None if that failed and no rescue helped.
 
         With the mode DEFERRED it only reads, and waits for no other process.
         """
-        for is_last in (False, True):
+        for can_rescue in (True, False):
             try:
                 connection = self.open()
-                with transaction(connection, mode):
+                connection.execute(f"BEGIN {mode}")
+                with connection:  # commits, or rolls back
                     result = work(connection)
+                break
             except (sqlite3.Error, OSError) as error:
-                if is_last or not self.rescue(error):
+                if not (can_rescue and self.rescue(error)):
                     self.log_problem(error)
                     return None
-            else:
-                break
         if self.trouble and (mode == "IMMEDIATE" or not self.pending):
             log_event("info", "usage_written_again", path=self.path)
             self.trouble = ""
         return result
 
     def rescue(self, error: sqlite3.Error | OSError) -> bool:
-        """Makes room in a full database, renames a damaged one; whether to retry."""
+        """Makes room in a full database, renames a damaged one; returns whether to retry."""
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         is_foreign = code == sqlite3.SQLITE_ERROR and OTHER_TABLES.search(str(error))
         try:
@@ -13556,8 +13505,9 @@ class UsageStore:
                 (pages,) = self.connection.execute("PRAGMA page_count").fetchone()
                 if pages * 4 > self.max_pages * 3:  # otherwise it is the disk that is full
                     log_event("warning", "usage_database_full", path=self.path)
-                    with transaction(self.connection):
-                        self.merge_half(self.connection)
+                    self.connection.execute("BEGIN IMMEDIATE")
+                    with self.connection:  # the models of the older half of the rows are dropped
+                        self.merge(self.connection, f"id <= ({MIDDLE_ID})", f"'{OTHER}'")
                     return True
             self.close()
             if is_foreign or code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
@@ -13576,12 +13526,10 @@ class UsageStore:
             self.trouble = reason
             log_event("warning", "usage_not_written", path=self.path, reason=reason)
 
-    # -- writing
-
     def write(self, records: list[UsageRecord], month: float = 0.0) -> list[Any] | None:
         """Returns (day, provider, label, tokens, nano-credits) of all spent since `month`.
 
-        None if that is 0, if writing failed, or if nobody else has written since the last time.
+        None if that is 0, if writing failed, or if no other process has written in the meantime.
         """
         self.pending += [record.row() for record in records]
         surplus = max(0, len(self.pending) - MAX_WAITING_ANSWERS)
@@ -13591,57 +13539,39 @@ class UsageStore:
         def work(connection: sqlite3.Connection) -> tuple[tuple[int, float], list[Any] | None]:
             connection.executemany(INSERT_REQUEST, self.pending)
             self.prune(connection)
-            # The version changes with what other connections write.
-            seen = (connection.execute("PRAGMA data_version").fetchone()[0], month)
-            if not month or seen == self.spending_seen:
-                return seen, None
-            rows = connection.execute(
-                f"SELECT {DAY_SQL}, provider, label, "
-                "CAST(total(input_tokens + output_tokens) AS INTEGER), "
-                "CAST(total(nano_credits) AS INTEGER) "
-                "FROM requests WHERE spent AND at >= ? GROUP BY 1, 2, 3",
-                (month,),
-            )
-            return seen, rows.fetchall()
+            # data_version changes with what other connections write.
+            version = (connection.execute("PRAGMA data_version").fetchone()[0], month)
+            if not month or version == self.spending_version:
+                return version, None
+            return version, connection.execute(SELECT_SPENDING, (month,)).fetchall()
 
-        result = self.do(work)
+        result = self.run(work)
         if result is None:
             return None
         self.pending = []
-        self.spending_seen, spending = result
+        self.spending_version, spending = result
         return spending
 
     def prune(self, connection: sqlite3.Connection) -> None:
-        """Deletes what is too old, and merges what is old by day."""
+        """Deletes rows beyond their retention, and merges older ones by day."""
         if time.monotonic() < self.prune_at:
             return
         self.prune_at = time.monotonic() + USAGE_PRUNE_SECONDS
         today = dt.datetime.combine(dt.date.today(), dt.time()).timestamp()
-        oldest = today - MAX_USAGE_DAYS * 86400
-        connection.execute("DELETE FROM requests WHERE at < ?", (oldest,))
-        single = today - MAX_SINGLE_DAYS * 86400
-        connection.execute("DELETE FROM requests WHERE at < ? AND NOT shown", (single,))
-        self.merge(connection, "at < ? AND status IS NOT NULL", single)
-
-    def merge_half(self, connection: sqlite3.Connection) -> None:
-        """Makes room: the models of the older half of the rows are not kept."""
-        (count,) = connection.execute("SELECT count(*) FROM requests").fetchone()
-        sql = "SELECT id FROM requests ORDER BY id LIMIT 1 OFFSET ?"
-        for (middle,) in connection.execute(sql, (count // 2,)).fetchall():
-            self.merge(connection, "id <= ?", middle, model=f"'{OTHER}'")
+        oldest, single = today - MAX_USAGE_DAYS * 86400, today - MAX_SINGLE_DAYS * 86400
+        sql = "DELETE FROM requests WHERE at < ? AND (at < ? OR NOT shown)"
+        connection.execute(sql, (single, oldest))
+        self.merge(connection, f"at < {single} AND status IS NOT NULL")
 
     @staticmethod
-    def merge(
-        connection: sqlite3.Connection, condition: str, value: float, model: str = "model"
-    ) -> None:
+    def merge(connection: sqlite3.Connection, condition: str, model: str = "model") -> None:
         """Replaces the rows that meet a condition by one for each day and name."""
         keys = ", ".join(USAGE_KEYS).replace("model", model)
         rows = connection.execute(
             f"SELECT min(at), {keys}, {USAGE_TOTALS} FROM requests WHERE {condition} "
-            f"GROUP BY {DAY_SQL}, {keys}",
-            (value,),
+            f"GROUP BY {DAY_SQL}, {keys}"
         ).fetchall()
-        connection.execute(f"DELETE FROM requests WHERE {condition}", (value,))
+        connection.execute(f"DELETE FROM requests WHERE {condition}")
         placeholders = ", ".join("?" * len(USAGE_SUM_COLUMNS))
         sql = f"INSERT INTO requests ({', '.join(USAGE_SUM_COLUMNS)}) VALUES ({placeholders})"
         connection.executemany(sql, rows)
@@ -13654,35 +13584,34 @@ class UsageStore:
             connection.execute("DELETE FROM requests WHERE NOT spent")
             sql = "UPDATE requests SET account = '', model = ?, shown = 0"
             connection.execute(sql, (OTHER,))
-            self.merge(connection, "id > ?", 0)
+            self.merge(connection, "TRUE")
             return True
 
-        is_done = bool(self.do(work))
+        is_done = bool(self.run(work))
         if is_done:
             self.pending = []
         return is_done
-
-    # -- reading
 
     def report(self, query: UsageQuery, now: float) -> Json:
         """The response of `/v1/usage`, without what only a running gateway knows."""
         since = query.since or 0.0
         names = USAGE_GROUPS.get(query.by, ())
+        shown = "FROM requests WHERE shown AND at >= ?"
 
         def work(connection: sqlite3.Connection) -> tuple[Any, ...]:
-            models = self.read_totals(connection, ("provider", "model"), since)
-            groups = self.read_totals(connection, names, since) if names else []
-            sql = "SELECT CAST(min(at) AS INTEGER) FROM requests WHERE shown AND at >= ?"
+            sql = f"SELECT CAST(min(at) AS INTEGER) {shown}"
             (first,) = connection.execute(sql, (since,)).fetchone()
-            rows = connection.execute(
-                f"SELECT {', '.join(USAGE_COLUMNS)} FROM requests "
-                "WHERE shown AND status IS NOT NULL AND at >= ? ORDER BY id DESC LIMIT ?",
-                (since, query.recent),
-            )
+            totals = []
+            for group in (("provider", "model"), names):
+                keys = ", ".join(DAY_SQL if name == "day" else name for name in group)
+                sql = f"SELECT {keys}, {USAGE_TOTALS} {shown} GROUP BY {keys} ORDER BY {keys}"
+                totals.append(connection.execute(sql, (since,)).fetchall() if keys else [])
+            sql = f"SELECT {', '.join(USAGE_COLUMNS)} {shown} AND status IS NOT NULL"
+            rows = connection.execute(f"{sql} ORDER BY id DESC LIMIT ?", (since, query.recent))
             recent = [request_row(dict(zip(USAGE_COLUMNS, row, strict=True))) for row in rows]
-            return models, first, groups, recent
+            return first, *totals, recent
 
-        models, first, groups, recent = self.do(work, "DEFERRED") or ([], None, [], [])
+        first, models, groups, recent = self.run(work, "DEFERRED") or (None, [], [], [])
         report = {**usage_report(models), "since": first, "until": int(now)}
         if query.by:
             report["by"] = query.by
@@ -13696,18 +13625,6 @@ class UsageStore:
             report["trouble"] = f"{self.path}: {self.trouble}"
         return report
 
-    @staticmethod
-    def read_totals(
-        connection: sqlite3.Connection, names: tuple[str, ...], since: float
-    ) -> list[tuple[Any, ...]]:
-        """Rows of (names, then USAGE_FIGURES), sorted by name."""
-        keys = ", ".join(DAY_SQL if name == "day" else name for name in names)
-        return connection.execute(
-            f"SELECT {keys}, {USAGE_TOTALS} FROM requests WHERE shown AND at >= ? "
-            f"GROUP BY {keys} ORDER BY {keys}",
-            (since,),
-        ).fetchall()
-
 
 class Ledger:
     """All that is counted.  Owned by the event loop; its database by a thread of its own."""
@@ -13716,7 +13633,7 @@ class Ledger:
         self.store = UsageStore(path)
         self.ticker = ticker
         self.thread = concurrent.futures.ThreadPoolExecutor(1, "usage")
-        self.thread.submit(int)  # it begins now: when it is needed, there may be none to be had
+        self.thread.submit(int)  # starts it now: later there may be no thread to be had
         self.pending: list[UsageRecord] = []
         self.writing: asyncio.Future[Any] | None = None
         #: monotonic time of the next write
@@ -13730,10 +13647,8 @@ class Ledger:
         self.metrics = Metrics()
         self.cache = CacheGuard(os.urandom(16))
 
-    # -- counting
-
     def label(self, user_agent: str, limits: LimitsConfig) -> str:
-        """`client_label`, limited to MAX_LABELS a day; one that has a cap is always kept."""
+        """`client_label`, limited to MAX_LABELS a day; a label that has a cap always counts."""
         label = client_label(user_agent)
         return label if label in limits.labels else self.labels.known(label, local_day(time.time()))
 
@@ -13762,20 +13677,20 @@ class Ledger:
             return
         loop = asyncio.get_running_loop()
         hash_prompt = functools.partial(read_prompt, dialect, body, self.cache.salt)
-        record_prompt = functools.partial(self.record_prompt, record, request_info)
-        if request_info.size > CACHE_INLINE_BYTES:
-            hashing = loop.run_in_executor(None, hash_prompt)
-            hashing.add_done_callback(
-                lambda future: future.cancelled() or record_prompt(future.result())
-            )
-        else:
-            loop.call_soon(lambda: record_prompt(hash_prompt()))
 
-    def record_prompt(self, record: UsageRecord, info: RequestInfo, prompt: Prompt) -> None:
-        opening = info.opening.partition("\0")[2]  # without the system prompt
-        miss = self.cache.record(record, info.session, opening, prompt)
-        if miss is not None:
-            log_event("warning", "cache_miss", **miss)
+        def record_prompt(hashing: asyncio.Future[Prompt] | None = None) -> None:
+            if hashing is not None and hashing.cancelled():
+                return
+            prompt = hashing.result() if hashing is not None else hash_prompt()
+            opening = request_info.opening.partition("\0")[2]  # without the system prompt
+            miss = self.cache.record(record, request_info.session, opening, prompt)
+            if miss is not None:
+                log_event("warning", "cache_miss", **miss)
+
+        if request_info.size > CACHE_INLINE_BYTES:
+            loop.run_in_executor(None, hash_prompt).add_done_callback(record_prompt)
+        else:
+            loop.call_soon(record_prompt)
 
     def tick(self, now: float) -> None:
         if now >= self.due_at and self.writing is None:
@@ -13786,28 +13701,27 @@ class Ledger:
         self.spending.begin_write()
         month = month_start(time.time()) if self.spending_read else 0.0
         loop = asyncio.get_running_loop()
+
+        def finish(writing: asyncio.Future[Any]) -> None:
+            self.writing = None
+            if writing.result() is not None:
+                self.spending.replace(writing.result())
+            if self.count_waiting():
+                self.due_at = loop.time() + USAGE_WRITE_SECONDS
+            else:
+                self.due_at = math.inf
+                self.ticker.discard(self.tick)
+
         self.writing = loop.run_in_executor(self.thread, self.store.write, batch, month)
-        self.writing.add_done_callback(self.end_write)
+        self.writing.add_done_callback(finish)
         return self.writing
 
-    def end_write(self, future: asyncio.Future[Any]) -> None:
-        self.writing = None
-        if future.result() is not None:
-            self.spending.replace(future.result())
-        self.due_at = math.inf
-        if self.pending or self.store.pending:
-            self.due_at = asyncio.get_running_loop().time() + USAGE_WRITE_SECONDS
-        else:
-            self.ticker.discard(self.tick)
-
-    async def flush(self, reads: bool = False) -> None:
-        """Writes all there is; `reads`: even nothing, to learn what other processes have spent."""
+    async def flush(self, always: bool = False) -> None:
+        """Writes what is pending; with `always` even nothing, to read what others have spent."""
         while self.writing is not None:
             await asyncio.wait((self.writing,))
-        if reads or self.pending or self.store.pending:
+        if always or self.count_waiting():
             await asyncio.wait((self.begin_write(),))
-
-    # -- asking
 
     async def check(
         self, limits: LimitsConfig, provider: str, label: str, request: int | None
@@ -13820,8 +13734,9 @@ class Ledger:
             self.spending.check(limits, provider, label, time.time())
 
     async def read_spending(self) -> None:
+        """Reads it once; later writes keep it current."""
         if self.spending_read is None:
-            self.spending_read = asyncio.ensure_future(self.flush(reads=True))
+            self.spending_read = asyncio.ensure_future(self.flush(always=True))
         if not self.spending_read.done():
             await asyncio.wait((self.spending_read,))
 
@@ -13829,8 +13744,7 @@ class Ledger:
         if limits.providers or limits.labels:
             await self.read_spending()
         await self.flush()
-        loop = asyncio.get_running_loop()
-        now = time.time()
+        loop, now = asyncio.get_running_loop(), time.time()
         report: Json = await loop.run_in_executor(self.thread, self.store.report, query, now)
         report["limits"] = list(self.spending.rows(limits, now))
         if query.cache:
@@ -13864,7 +13778,7 @@ class Call:
     body: Json
     request_info: RequestInfo
     betas: str = ""  #: the client's anthropic-beta header
-    #: names of what was left out; the provider adds to them
+    #: names of omitted and of adapted parts; the provider adds to them
     dropped: list[str] = field(default_factory=list)
     touched: list[str] = field(default_factory=list)
     #: how often it was sent, and the kinds of errors received; the provider adds to them
@@ -13877,7 +13791,7 @@ class Call:
 
 
 async def run_step(step: Callable[..., Result], *arguments: Any) -> Result:
-    """The result of a step that computes; after a long one, others have their turn first."""
+    """The result of a synchronous step; yields to other tasks after a long one."""
     started_at = time.monotonic()
     result = step(*arguments)
     if time.monotonic() - started_at > LONG_STEP_SECONDS:
@@ -13899,17 +13813,20 @@ class Catalogue:
         self.models: dict[str, Model] = {}
         self.listed_at: dict[str, float] = {}  #: model -> monotonic time it was last listed
         self.fetched_at = -math.inf
-        self.missed_at = -math.inf  #: when an unknown name last forced a refresh
+        self.forced_at = -math.inf  #: when `refresh` last had an effect
 
     def listed(self) -> dict[str, Model] | None:
         is_fresh = time.monotonic() - self.fetched_at < MODELS_FRESH_SECONDS
         return self.models if is_fresh else None
 
     async def get(self, refresh: bool = False) -> dict[str, Model]:
-        """Raises ApiError if there never was a list."""
+        """`refresh`, once in MODELS_MISS_SECONDS: the name is unknown.
+
+        Raises ApiError if there never was a list.
+        """
         now = time.monotonic()
-        if refresh and now - self.missed_at >= MODELS_MISS_SECONDS:
-            self.missed_at, self.fetched_at = now, -math.inf
+        if refresh and now - self.forced_at >= MODELS_MISS_SECONDS:
+            self.forced_at, self.fetched_at = now, -math.inf
         if self.listed() is None:
             async with self.lock:
                 if self.listed() is None:  # another task may have been quicker
@@ -13920,15 +13837,15 @@ class Catalogue:
         """Keeps models missing from the new list for a while: even entitled ones may be missing."""
         try:
             fetched = await self.fetch()
-        except Exception as error:  # noqa: BLE001 - the others' models are listed all the same
+        except Exception as error:  # noqa: BLE001 - other providers' models are still listed
             is_api_error = isinstance(error, ApiError)
             reason = error if is_api_error else internal_error("a model list could not be read")
-            now = time.monotonic()
+            now, facts = time.monotonic(), {"provider": self.provider, "reason": reason}
             if self.models:
-                log_event("warning", "models_not_refreshed", provider=self.provider, reason=reason)
+                log_event("warning", "models_not_refreshed", **facts)
                 self.fetched_at = now
             elif self.built_in and not isinstance(reason, NotSignedIn):
-                log_event("warning", "models_unavailable", provider=self.provider, reason=reason)
+                log_event("warning", "models_unavailable", **facts)
                 self.models = self.built_in
                 self.fetched_at = now - MODELS_FRESH_SECONDS + MODELS_RETRY_SECONDS
             else:
@@ -13957,8 +13874,8 @@ class Cooldown:
 class Breaker:
     """One circuit breaker per key: a model, "" for the whole account, or a sign-in's secret.
 
-    Clients' retries would make matters worse.  After a cool-down one request probes (half-open);
-    the others fail until it has finished.
+    After a cool-down one request probes (half-open); the others fail until it has finished:
+    clients' retries would make matters worse.
     """
 
     def __init__(
@@ -13993,9 +13910,9 @@ class Breaker:
         now = time.monotonic()
         previous = self.find(key, now)
         if not wait_s:
-            wait_s = previous.length_s if previous is not None else self.first_s
-            if previous is not None and previous.until <= now:
-                wait_s *= 2
+            wait_s = self.first_s
+            if previous is not None:
+                wait_s = previous.length_s * (2 if previous.until <= now else 1)
             wait_s = min(wait_s, self.max_s)
         length_s = max(wait_s, 1.0)
         until = max(now + length_s, previous.until if previous is not None else 0.0)
@@ -14007,7 +13924,7 @@ class Breaker:
         self.cooldowns[key] = Cooldown(error, until, recovers_at, length_s)
         if self.provider:
             facts = {"provider": self.provider, "model": key or "*", "kind": error.kind}
-            log_event("info", "resting", **facts, seconds=math.ceil(length_s))
+            log_event("info", "cooldown_started", **facts, seconds=math.ceil(length_s))
         return length_s
 
     def check(self, key: str) -> None:
@@ -14034,7 +13951,7 @@ class Breaker:
                 cooldown.probing = False
         for ended in [k for k, cooldown in self.cooldowns.items() if cooldown in probed]:
             del self.cooldowns[ended]
-            log_event("info", "rest_ended", provider=self.provider, model=ended or "*")
+            log_event("info", "cooldown_ended", provider=self.provider, model=ended or "*")
 
     def rows(self) -> list[Json]:
         """`[{"model": ID or "*", "seconds", "kind", "reason", "passes_at", "probing"}]`.
@@ -14061,26 +13978,26 @@ class Breaker:
 class QuotaWatch:
     """Polls in the background while the provider is used; warns when little is left."""
 
-    def __init__(self, provider: str, ask: Callable[[], Awaitable[Quota | None]]) -> None:
+    def __init__(self, provider: str, fetch: Callable[[], Awaitable[Quota | None]]) -> None:
         self.provider = provider
-        self.ask = ask  #: asks the service, and passes the result to `update`
+        self.fetch = fetch  #: asks the service, and passes the result to `update`
         self.soon_s = QUOTA_SOON_SECONDS
         #: sleeps until the monotonic time `poll_at`, 0 once it polls
         self.task: asyncio.Task[None] | None = None
         self.poll_at = 0.0
-        self.forget()
+        self.reset()
 
-    def forget(self) -> None:
-        self.known: Quota | None = None
+    def reset(self) -> None:
+        self.latest: Quota | None = None
         self.alarm = QuotaAlarm()
-        self.fields: dict[str, str] = {}  #: the quota headers of the last response that had any
+        self.headers: dict[str, str] = {}  #: the quota headers of the last response that had any
         #: whether a poll has succeeded: only then plan and units are known
         self.is_complete = False
         self.polled_at = -math.inf  #: monotonic time of the last poll, even a failed one
         self.close()
 
     def close(self) -> None:
-        # A poll that finds a new sign-in calls `forget`, and may go on.
+        # A poll that finds a new sign-in calls `reset`, and may go on.
         if self.task is not None and self.task is not asyncio.current_task():
             self.task.cancel()
             self.task = None
@@ -14089,16 +14006,16 @@ class QuotaWatch:
         self.is_complete = True
         self.polled_at = time.monotonic()
         self.close()
-        return self.store(quota)
+        self.store(quota)
+        return quota
 
-    def store(self, quota: Quota) -> Quota:
+    def store(self, quota: Quota) -> None:
         quota.as_of = time.time()
-        self.known = quota
+        self.latest = quota
         for row in self.alarm.news(quota, quota.as_of):
-            event = "quota_used_up" if reached_percent(row) >= 100 else "quota_low"
             log_event(
                 "warning",
-                event,
+                "quota_used_up" if reached_percent(row) >= 100 else "quota_low",
                 provider=self.provider,
                 allowance=row.name,
                 percent=int(row.percent_used or 0),
@@ -14106,19 +14023,18 @@ class QuotaWatch:
                 unit=row.unit or "unknown",
                 resets=plain_day(row.resets_at or quota.resets_at) or "unknown",
             )
-        return quota
 
     def update_from_headers(self, headers: Headers) -> None:
-        """Reads the headers of a good response; plans a poll if they say too little."""
+        """Reads the headers of a good response; plans a poll if they are not enough."""
         quota_headers = quota_fields(headers)
         if not quota_headers or not self.is_complete:
             self.poll_soon()
-        changed = {k: v for k, v in quota_headers.items() if self.fields.get(k) != v}
+        changed = {k: v for k, v in quota_headers.items() if self.headers.get(k) != v}
         if changed:
-            self.fields = quota_headers
-            self.store(take_snapshots(self.known, changed, time.time()))
-        elif quota_headers and self.known is not None:
-            self.known.as_of = time.time()
+            self.headers = quota_headers
+            self.store(take_snapshots(self.latest, changed, time.time()))
+        elif quota_headers and self.latest is not None:
+            self.latest.as_of = time.time()
 
     def on_error(self, error: ApiError) -> None:
         if isinstance(error, QuotaExceeded):
@@ -14126,22 +14042,21 @@ class QuotaWatch:
 
     def poll_soon(self, gap_s: float = QUOTA_LOOK_SECONDS) -> None:
         """Plans a poll `gap_s` after the last one, unless an earlier one is planned."""
-        poll_at = max(time.monotonic() + self.soon_s, self.polled_at + gap_s)
+        now = time.monotonic()
+        poll_at = max(now + self.soon_s, self.polled_at + gap_s)
         if self.task is not None and not self.task.done() and self.poll_at <= poll_at:
             return
         self.close()
         self.poll_at = poll_at
-        self.task = asyncio.get_running_loop().create_task(self.poll_later())
+        self.task = asyncio.get_running_loop().create_task(self.poll(poll_at - now))
 
-    async def poll_later(self) -> None:
-        await asyncio.sleep(self.poll_at - time.monotonic())
-        self.poll_at = 0.0
-        await self.poll()
-
-    async def poll(self) -> None:
+    async def poll(self, delay_s: float = 0.0) -> None:
+        if delay_s:
+            await asyncio.sleep(delay_s)
+            self.poll_at = 0.0
         self.polled_at = time.monotonic()
         try:
-            await self.ask()
+            await self.fetch()
         except ApiError as error:
             log_event("debug", "quota_unknown", provider=self.provider, reason=error)
 
@@ -14149,7 +14064,7 @@ class QuotaWatch:
 class Provider:
     """One account of one upstream service.  It never sees the client's dialect."""
 
-    local = False  #: answers on this machine, at no cost
+    local = False  #: responds on this machine, at no cost
     sign_in = ""  #: the command to type after a NotSignedIn
 
     def __init__(self, name: str) -> None:
@@ -14158,11 +14073,12 @@ class Provider:
         self.forget_account()
 
     def forget_account(self) -> None:
-        """Starts anew, also if another account has signed in."""
+        """Clears all state of the account, at first and if another account has signed in."""
         self.catalogue = Catalogue(self.name, self.fetch_models)
         self.breaker = Breaker(self.name)
+        #: reasoning that the client's dialect cannot carry
         self.reasoning = ReasoningMemory()
-        self.quota_watch.forget()
+        self.quota_watch.reset()
 
     async def models(self, refresh: bool = False) -> dict[str, Model]:
         """The catalogue by id, cached while fresh; raises ApiError."""
@@ -14186,10 +14102,6 @@ class Provider:
     async def embed(self, body: Json, model: Model) -> tuple[Json, Usage]:
         """Embeddings in OpenAI's form, and their usage.  Raises ApiError."""
         raise UnsupportedFeature(f"{model.id} makes no embeddings.", param="model")
-
-    def store_reasoning(self, calls: list[str], text: str, opaque: str) -> None:
-        """Remembers reasoning that the client's dialect cannot carry."""
-        self.reasoning.keep(calls, text, opaque)
 
     def user(self) -> str:
         """The account's name at the service; "" if unknown."""
@@ -14216,18 +14128,11 @@ class Provider:
         }
 
     async def quota(self) -> Quota | None:
-        """Asks the service what is left of the plan; None if there is none.  Raises ApiError."""
+        """What is left of the plan, from the service; None if there is none.  Raises ApiError."""
         return None
-
-    def known_quota(self) -> Quota | None:
-        """The last known quota, without asking the service."""
-        return self.quota_watch.known
 
     def refused(self, model_id: str, error: ApiError) -> None:
         """A refusal came inside a 200 response: starts a cool-down."""
-
-    def clear_cooldowns(self) -> None:
-        self.breaker.cooldowns.clear()
 
     async def settle(self) -> None:
         """Waits for what must not be interrupted."""
@@ -14239,7 +14144,7 @@ class Provider:
 
 @contextlib.contextmanager
 def advising(provider: Provider) -> Iterator[None]:
-    """Adds to a NotSignedIn what to type."""
+    """Adds the command to type to a NotSignedIn."""
     try:
         yield
     except NotSignedIn as error:
@@ -14254,9 +14159,6 @@ class Account(Generic[Token]):
     """A sign-in: its token file, which other programs may change, and the token in use."""
 
     renewal_gap_s = 0.0  #: seconds between renewals of tokens that were refused
-    #: seconds before its expiry from which the token in use is too old for a new request
-    margin_s = 0.0
-    secret_name = ""  #: the attribute of a token that is sent
 
     def __init__(self, provider: AccountProvider[Token], paths: Paths) -> None:
         self.name: str = provider.name
@@ -14275,7 +14177,7 @@ class Account(Generic[Token]):
         self.tasks: set[asyncio.Task[Any]] = set()
         self.used = False  #: since the last refresh in the background
 
-    def load(self, *, peeks: bool = False) -> Token | None:
+    def load(self, *, cached: bool = False) -> Token | None:
         """The token in the file, if it holds one that can be used; raises NotSignedIn."""
         raise NotImplementedError
 
@@ -14287,23 +14189,20 @@ class Account(Generic[Token]):
         """Obtains a new token and saves it.  Raises NotSignedIn if the sign-in is dead."""
         raise NotImplementedError
 
-    def secret(self, token: Token | None) -> str:
-        return getattr(token, self.secret_name, "")
-
     def current(self, margin_s: float | None = None) -> Token | None:
         """The token in use, until `margin_s` before its expiry or the token file changes."""
         if self.file.changed():
             self.cached = None
-            if not self.file.is_refused():
-                self.breaker.cooldowns.clear()
             saved = self.load()
+            if not self.file.refused:
+                self.breaker.cooldowns.clear()
             if saved is not None:
                 self.use(saved)
         token = self.cached
-        if token is None or not self.secret(token):
+        if token is None or not token.access_token:
             return None
         left_s = min(token.expires_at - time.time(), self.stale_at - time.monotonic())
-        return token if left_s > (self.margin_s if margin_s is None else margin_s) else None
+        return token if left_s > (token.margin_s if margin_s is None else margin_s) else None
 
     def use(self, token: Token) -> Token:
         self.cached = token
@@ -14316,15 +14215,13 @@ class Account(Generic[Token]):
     async def get(self) -> Token:
         """A token that will last; concurrent calls share one refresh.  Raises ApiError."""
         self.used = True
-        token = self.current()
-        if token is None:
-            token = await self.finish(self.obtain())
+        token = self.current() or await self.finish(self.obtain())
         assert token is not None
         return token
 
     async def renew(self, refused: Token) -> Token | None:
         """A token other than `refused`; None if one was obtained only a moment ago."""
-        return await self.finish(self.obtain(refused))
+        return await self.finish(self.obtain(refused.access_token))
 
     async def finish(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Runs `work` to its end even if we are cancelled: a rotated token is issued only once."""
@@ -14335,23 +14232,21 @@ class Account(Generic[Token]):
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return await asyncio.shield(task)
 
-    async def obtain(
-        self, refused: Token | None = None, margin_s: float | None = None
-    ) -> Token | None:
+    async def obtain(self, refused: str = "", margin_s: float | None = None) -> Token | None:
         """The token in use, of another program, or a new one; None as with `renew`."""
         async with self.lock:
             current = self.current(margin_s)
-            if current is not None and self.secret(current) != self.secret(refused):
+            if current is not None and current.access_token != refused:
                 return current  # another task was quicker
             async with self.file.lock():
-                previous = refused or self.cached
+                previous = refused or (self.cached.access_token if self.cached else "")
                 saved = await self.latest()
-                if saved is not None and self.secret(saved) != self.secret(previous):
+                if saved is not None and saved.access_token != previous:
                     self.use(saved)
                     current = self.current(0.0 if refused else margin_s)
                     if current is not None:
                         return current  # another program was quicker
-                if refused is not None:
+                if refused:
                     gap_s = time.monotonic() - self.renewed_at
                     if not self.refresh_secret or gap_s < self.renewal_gap_s:
                         return None
@@ -14384,7 +14279,7 @@ class Account(Generic[Token]):
         return self.use(token)
 
     def close(self) -> None:
-        """Lets a refresh go on."""
+        """A refresh in flight continues."""
         self.file.flush()
 
 
@@ -14396,7 +14291,8 @@ class AccountProvider(Provider, Generic[Token]):
 
     def __init__(self, name: str, config: Any, paths: Paths, client: HttpClient) -> None:
         super().__init__(name)
-        self.sign_in = sign_in_command(config.type, name)
+        name_option = "" if name == config.type else f" --name {name}"
+        self.sign_in = f"{program_words(sys.argv[0])} auth {config.type}{name_option}"
         self.config = config
         self.client = client
         self.account: Account[Token] = self.account_class(self, paths)
@@ -14445,7 +14341,7 @@ class AccountProvider(Provider, Generic[Token]):
         status, account = super().status(), self.account
         try:
             with advising(self):
-                account.load(peeks=True)
+                account.load(cached=True)
         except NotSignedIn as error:
             status |= {"health": "not signed in", "reason": error.text()}
         else:
@@ -14725,7 +14621,7 @@ async def obtain_copilot_token(
 
 def saved_token(token: CopilotToken) -> Json:
     return {
-        "copilot_token": token.token,
+        "copilot_token": token.access_token,
         "expires_at": int(token.expires_at),
         "refresh_in": int(token.refresh_in),
         "api_url": token.api_url,
@@ -14738,13 +14634,12 @@ class CopilotAccount(Account[CopilotToken]):
 
     config: CopilotConfig
     renewal_gap_s = FORCED_RENEWAL_GAP_SECONDS
-    secret_name = "token"
     #: runs from the first token on
     refresher: asyncio.Task[None] | None = None
 
-    def load(self, *, peeks: bool = False) -> CopilotToken | None:
+    def load(self, *, cached: bool = False) -> CopilotToken | None:
         """Reads the sign-in; the token is that of an earlier run or of another process."""
-        content = self.file.need(self.name, "Copilot", peeks=peeks)
+        content = self.file.require(self.name, "Copilot", cached=cached)
         try:
             github_token = bare_token(get_str(content, "github_token"))
         except SignInFailed:
@@ -14778,7 +14673,6 @@ class CopilotAccount(Account[CopilotToken]):
     def use(self, token: CopilotToken) -> CopilotToken:
         if self.refresher is None or self.refresher.done():
             self.refresher = asyncio.get_running_loop().create_task(self.refresh_in_background())
-        self.margin_s = token.margin_s
         return super().use(token)
 
     async def refresh_in_background(self) -> None:
@@ -14872,8 +14766,8 @@ class CopilotAttempt(Attempt[CopilotToken]):
             watch = self.provider.quota_watch
             if time.monotonic() - watch.polled_at >= QUOTA_AGAIN_SECONDS:
                 await watch.poll()
-            if watch.known and any(row.remaining == 0 for row in watch.known.allowances):
-                self.set_reset(decision, watch.known.resets_at)
+            if watch.latest and any(row.remaining == 0 for row in watch.latest.allowances):
+                self.set_reset(decision, watch.latest.resets_at)
 
     # -- what is done before it is sent again
 
@@ -14933,13 +14827,14 @@ class CopilotProvider(AccountProvider[CopilotToken]):
         self.learned = RejectionMemory()
 
     def secrets(self) -> tuple[str, ...]:
-        return (self.account.refresh_secret, self.account.secret(self.account.cached))
+        token = self.account.cached
+        return (self.account.refresh_secret, token.access_token if token else "")
 
     def headers(self, token: CopilotToken, intent: str) -> dict[str, str]:
-        if token.token != self.identity_token:
-            authorization = copilot_authorization(token.token, split_url(token.api_url)[1])
+        if token.access_token != self.identity_token:
+            authorization = copilot_authorization(token.access_token, split_url(token.api_url)[1])
             self.identity = copilot_identity(authorization, self.session_id, *self.machine)
-            self.identity_token = token.token
+            self.identity_token = token.access_token
         request_id = format_uuid(os.urandom(16).hex())
         return {
             **self.identity,
@@ -15053,12 +14948,10 @@ class KiroAccount(Account[KiroLogin]):
 
     config: KiroConfig
     renewal_gap_s = KIRO_FORCED_GAP_SECONDS
-    margin_s = KIRO_REFRESH_MARGIN_SECONDS
-    secret_name = "access"
     machine_id = ""  # other programs do not keep it in the file
 
-    def load(self, *, peeks: bool = False) -> KiroLogin:
-        content = self.file.need(self.name, "Kiro", peeks=peeks)
+    def load(self, *, cached: bool = False) -> KiroLogin:
+        content = self.file.require(self.name, "Kiro", cached=cached)
         try:
             login = read_kiro_login(content)
         except ValueError as error:
@@ -15072,10 +14965,10 @@ class KiroAccount(Account[KiroLogin]):
         return login
 
     async def latest(self) -> KiroLogin:
-        content = self.file.need(self.name, "Kiro")
+        content = self.file.require(self.name, "Kiro")
         source = get_dict(content, "source")
         if source:
-            shared = await asyncio.to_thread(SharedLogin(source).read)
+            shared = await asyncio.to_thread(read_shared_login, source)
             if shared is not None and is_newer(shared, content):
                 if shared["auth_method"] != content.get("auth_method"):
                     self.on_change()
@@ -15116,19 +15009,19 @@ class KiroAccount(Account[KiroLogin]):
         for wait_s in (0.0, 0.5, 1.0):  # the other program may not have written its file yet
             await asyncio.sleep(wait_s)
             saved = await self.latest()
-            if (saved.refresh, saved.access) != (refused.refresh, refused.access):
+            if (saved.refresh, saved.access_token) != (refused.refresh, refused.access_token):
                 return saved
         return None
 
     async def save(self, changes: Json, login: KiroLogin) -> KiroLogin:
         """Saves changes of the token file, also for a program that shares the sign-in."""
         self.file.save({**changes, "machine_id": login.machine_id})
-        source = get_dict(self.file.need(self.name, "Kiro"), "source")
+        source = get_dict(self.file.require(self.name, "Kiro"), "source")
         if source:
-            await asyncio.to_thread(SharedLogin(source).write, changes, login.refresh)
+            await asyncio.to_thread(write_shared_login, source, changes, login.refresh)
         return replace(
             login,
-            access=changes.get("access_token", login.access),
+            access_token=changes.get("access_token", login.access_token),
             refresh=changes.get("refresh_token", login.refresh),
             expires_at=changes.get("expires_at", login.expires_at),
             arn=self.config.profile_arn or changes.get("profile_arn", login.arn),
@@ -15332,7 +15225,7 @@ class KiroProvider(AccountProvider[KiroLogin]):
 
     def secrets(self) -> tuple[str, ...]:
         login = self.account.cached
-        return (login.access, login.refresh, login.client_secret) if login else ()
+        return (login.access_token, login.refresh, login.client_secret) if login else ()
 
     def guess(self, model_id: str) -> Model | None:
         """Any exact name is tried, listed or not."""
@@ -15461,7 +15354,7 @@ class KiroProvider(AccountProvider[KiroLogin]):
 
     async def quota(self) -> Quota | None:
         await self.limits()
-        return self.quota_watch.known
+        return self.quota_watch.latest
 
     def refused(self, model_id: str, error: ApiError) -> None:
         if isinstance(error, RateLimited):  # a spent quota may be one conversation's
@@ -15491,9 +15384,9 @@ def make_providers(
 
 
 def quotas(providers: dict[str, Provider]) -> Json:
-    """`{NAME: Quota.as_json()}` of the known quotas.  Asks nobody."""
-    known = {name: provider.known_quota() for name, provider in providers.items()}
-    return {name: quota.as_json() for name, quota in known.items() if quota is not None}
+    """`{NAME: Quota.as_json()}` of the known quotas, without asking the services."""
+    latest = {name: provider.quota_watch.latest for name, provider in providers.items()}
+    return {name: quota.as_json() for name, quota in latest.items() if quota is not None}
 
 
 # ---- 16. Sign-in -------------------------------------------------------------------------------
@@ -16422,10 +16315,10 @@ async def revoke_login(context: SignInContext, name: str) -> str:
         if get_str(content, "type") == "kiro":
             kind = get_str(content, "auth_method") or kiro_kind(content)
     try:
-        async with file.lock() as lock:
+        async with file.lock() as lock_path:
             removed = file.remove()
             with contextlib.suppress(OSError):  # a folder with other files in it stays
-                os.unlink(lock.path)
+                os.unlink(lock_path)
                 os.rmdir(folder)
     except OSError as error:
         raise ProgramError(f"{file.path}: cannot be removed: {error.strerror}") from None
@@ -17692,7 +17585,7 @@ class Gateway:
             model=request_info.model,
             include_usage=request_info.include_usage or not request_info.stream,
             asked=body,
-            keep=provider.store_reasoning,
+            keep=provider.reasoning.keep,
             provider=provider.name,
             window=window,
             secrets=self.secrets,
@@ -18601,7 +18494,7 @@ class Daemon:
             "warnings": [
                 text
                 for name, provider in providers
-                for text in quota_warnings(name, provider.known_quota(), now)
+                for text in quota_warnings(name, provider.quota_watch.latest, now)
             ],
         }
 
@@ -18773,7 +18666,7 @@ async def fetch_quotas(daemon: Daemon, params: Json) -> Json:
             with advising(provider):
                 quota = await provider.quota()
         except ApiError as error:
-            last_known = provider.known_quota()
+            last_known = provider.quota_watch.latest
             return {**(last_known.as_json() if last_known else {}), "error": error.text()}
         return None if quota is None else quota.as_json()
 
@@ -18798,7 +18691,7 @@ def switch_provider(daemon: Daemon, params: Json, enabled: str) -> Json:
     change_provider(daemon.paths, daemon.environ, name, enabled)
     changes = daemon.reload()
     if name in daemon.gateway.providers:
-        daemon.gateway.providers[name].clear_cooldowns()
+        daemon.gateway.providers[name].breaker.cooldowns.clear()
     return changes
 
 
