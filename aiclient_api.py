@@ -12985,17 +12985,26 @@ def save_private_json(path: str, value: Json) -> None:
     replace_file(path, dump_json(value) + b"\n")
 
 
-class Damaged(ProgramError):
-    """One of our files cannot be parsed."""
+def quarantine(path: str) -> None:
+    """Renames a damaged file instead of overwriting it."""
+    new_path = f"{path}.damaged-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+    os.replace(path, new_path)
+    log_event("warning", "damaged_file_renamed", path=new_path)
 
 
-def load_private_json(path: str) -> Json | None:
-    """None if there is no file; takes access away from others.  Raises ProgramError."""
+def load_private_json(path: str, *, quarantines: bool = False) -> Json | None:
+    """None if there is no file; takes access away from others.  Raises ProgramError.
+
+    `quarantines`: renames a damaged file, and returns None.
+    """
     try:
         with os.fdopen(open_trusted(path, "O_RDONLY", "O_NOFOLLOW"), "rb") as file:
             if restrict_to_owner(file.fileno()):
                 log_event("warning", "token_file_was_readable", path=path)
             value = load_object(file.read(MIB))
+        if value is None and quarantines:
+            quarantine(path)
+            return None
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -13003,15 +13012,8 @@ def load_private_json(path: str) -> Json | None:
         reason = "it is a symbolic link, which is not followed" if is_link else error.strerror
         raise ProgramError(f"{path}: cannot be read: {reason}") from None
     if value is None:
-        raise Damaged(f"{path}: is damaged: it is not a JSON object")
+        raise ProgramError(f"{path}: is damaged: it is not a JSON object")
     return value
-
-
-def quarantine(path: str) -> None:
-    """Renames a damaged file instead of overwriting it."""
-    new_path = f"{path}.damaged-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
-    os.replace(path, new_path)
-    log_event("warning", "damaged_file_renamed", path=new_path)
 
 
 def file_identity(path: str) -> tuple[int, ...]:
@@ -13138,8 +13140,9 @@ class TokenFile:
             self.unsaved = {}  # revoked meanwhile
             return
         try:
-            content = {**self.load_or_quarantine(), **self.unsaved}
-            save_private_json(self.path, {k: v for k, v in content.items() if v is not None})
+            content = load_private_json(self.path, quarantines=True) or {}
+            merged = {k: v for k, v in {**content, **self.unsaved}.items() if v is not None}
+            save_private_json(self.path, merged)
         except (OSError, ProgramError) as error:  # a file that cannot be trusted is left alone
             self.retry_save_at = time.monotonic() + SAVE_AGAIN_SECONDS
             reason = getattr(error, "strerror", None) or str(error)
@@ -13154,15 +13157,8 @@ class TokenFile:
 
     def replace(self, content: Json) -> None:
         with contextlib.suppress(ProgramError):  # a link, or unreadable: only its name is reused
-            self.load_or_quarantine()
+            load_private_json(self.path, quarantines=True)
         save_private_json(self.path, content)
-
-    def load_or_quarantine(self) -> Json:
-        try:
-            return load_private_json(self.path) or {}
-        except Damaged:
-            quarantine(self.path)
-            return {}
 
     def remove(self) -> list[str]:
         """Deletes the sign-in and its damaged copies; returns their paths.  Raises OSError."""
@@ -13176,6 +13172,10 @@ class TokenFile:
         return paths
 
 
+def random_uuid() -> str:
+    return format_uuid(os.urandom(16).hex())
+
+
 def load_machine(paths: Paths) -> tuple[str, str]:
     """(machine id, device id): random, made once, or per process if they cannot be saved."""
     path = paths.machine_file
@@ -13186,7 +13186,7 @@ def load_machine(paths: Paths) -> tuple[str, str]:
             return machine, device
     except ProgramError as error:
         log_event("warning", "machine_file_unusable", reason=error)
-    machine, device = os.urandom(32).hex(), format_uuid(os.urandom(16).hex())
+    machine, device = os.urandom(32).hex(), random_uuid()
     try:
         save_private_json(path, {"machine_id": machine, "device_id": device})
     except OSError as error:
@@ -14463,21 +14463,19 @@ class Attempt(Generic[Token]):
 
 ECHO_LABEL = "[echo] "
 ECHO_CALL_WORDS = "call the tool"
+SAMPLES = {"integer": 1, "number": 1, "boolean": True, "array": [], "null": None}
 
 
 def sample_value(schema: Any) -> Any:
-    if not isinstance(schema, dict):
-        return "echo"
-    if isinstance(schema.get("enum"), list) and schema["enum"]:
-        return schema["enum"][0]
-    kind = schema.get("type")
-    if kind == "object":
-        properties = get_dict(schema, "properties")
-        required = schema.get("required")
-        names = [n for n in required if n in properties] if isinstance(required, list) else []
-        return {name: sample_value(properties[name]) for name in names}
-    samples = {"integer": 1, "number": 1, "boolean": True, "array": [], "null": None}
-    return samples.get(kind, "echo") if isinstance(kind, str) else "echo"
+    """The first of an `enum`, otherwise something of the right type; objects get what they need."""
+    choices = schema.get("enum") if isinstance(schema, dict) else ["echo"]
+    if isinstance(choices, list) and choices:
+        return choices[0]
+    if schema.get("type") == "object":
+        properties, required = get_dict(schema, "properties"), schema.get("required")
+        names = required if isinstance(required, list) else []
+        return {name: sample_value(properties[name]) for name in names if name in properties}
+    return SAMPLES.get(str(schema.get("type")), "echo")
 
 
 def echo_events(conversation: Conversation, prompt_tokens: int) -> Iterator[Event]:
@@ -14495,9 +14493,10 @@ def echo_events(conversation: Conversation, prompt_tokens: int) -> Iterator[Even
     else:
         results = [block for block in blocks if isinstance(block, ToolResult)]
         parts = [f"The tool said: {plain_text(result.blocks)}" for result in results]
+        text = ECHO_LABEL + "\n\n".join(filter(None, [*parts, prompt]))
         images = sum(isinstance(block, Image) for turn in turns for block in turn.blocks)
-        text = ECHO_LABEL + "\n\n".join([*parts, prompt] if prompt else parts)
-        text += f" (images seen: {images})" if images else ""
+        if images:
+            text += f" (images seen: {images})"
         step = max(8, len(text) // 400)
         yield BlockStart("text")
         for start in range(0, len(text), step):
@@ -14509,71 +14508,55 @@ def echo_events(conversation: Conversation, prompt_tokens: int) -> Iterator[Even
 
 
 class LocalResponse:
+    """The BodyStream of a response made on this machine."""
+
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self.pieces = pieces
         self.error: ApiError | None = None
-        self.resumed = asyncio.Event()
-        self.resumed.set()
 
     async def first(self) -> bytes:
         return next(self.pieces, b"")
 
     async def relay(self, sink: Callable[[bytes], None]) -> None:
-        while True:
-            await self.resumed.wait()
-            if self.error:
-                raise self.error
-            piece = next(self.pieces, b"")
-            if not piece:
-                return
+        while piece := next(self.pieces, b""):
             sink(piece)
             await asyncio.sleep(0)
+        if self.error:
+            raise self.error
 
     def hold(self, paused: bool) -> None:
-        if paused:
-            self.resumed.clear()
-        else:
-            self.resumed.set()
+        """Nothing to pause: the response is about as long as its request."""
 
     def fail(self, error: ApiError) -> None:
         self.error = error
-        self.resumed.set()
+        self.stop()
 
     def stop(self) -> None:
         self.pieces = iter(())
-        self.resumed.set()
 
     def close(self, ended: bool) -> None: ...
 
 
 class EchoProvider(Provider):
-    """Answers locally; speaks OpenAI chat, so that every other dialect is really converted."""
+    """Responds locally; speaks OpenAI chat, so that every other dialect is really converted."""
 
     local = True
 
     async def fetch_models(self) -> dict[str, Model]:
-        model = Model(
-            id="echo",
-            provider=self.name,
-            name="Echo (answers locally)",
-            vendor="aiclient-api",
-            max_output=1_000_000,
-            max_prompt=1_000_000,
-            context=1_000_000,
-            files=True,
-        )
+        model = Model("echo", self.name, name="Echo (answers locally)", vendor="aiclient-api")
+        model.max_output = model.max_prompt = model.context = 1_000_000
+        model.files = True
         return {model.id: model}
 
     async def open(self, call: Call) -> BodyStream:
         conversation = CHAT.read_request(call.body)
         if not conversation.turns:
             raise InvalidRequest("messages: there is nothing to echo.", param="messages")
-        events = echo_events(conversation, estimate_request(call.body))
         response_id = CHAT.id_prefix + os.urandom(12).hex()
         writer = CHAT.writer(ResponseContext(response_id, int(time.time()), "echo", True))
 
         def pieces() -> Iterator[bytes]:
-            for event in events:
+            for event in echo_events(conversation, estimate_request(call.body)):
                 for frame in writer.write(event):
                     yield CHAT.encode(frame)
             yield CHAT.tail
@@ -14601,25 +14584,25 @@ async def obtain_copilot_token(
     """Raises NotSignedIn, NotEntitled, temporary errors; DIRECT_TOKENS may be used as they are."""
     path = "/copilot_internal/v2/token"
     status, headers, data = await ask_github(client, config, path, github_token)
-    if status == 404 and github_token.startswith(DIRECT_TOKENS):
+    is_direct = status == 404 and github_token.startswith(DIRECT_TOKENS)
+    if is_direct:
         path = "/copilot_internal/user"
         status, headers, data = await ask_github(client, config, path, github_token)
-        if status == 401:
-            raise classify_exchange_error(status, headers, data, time.time()).error
-        user = load_object(data) if status == 200 else None  # a fine-grained token may not ask this
-        return direct_token(github_token, user or {}, config, time.time())
+    body = load_object(data) if status == 200 else None
+    if is_direct and status != 401:  # a fine-grained token may not ask this
+        return direct_token(github_token, body or {}, config, time.time())
     if status != 200:
         decision = classify_exchange_error(status, headers, data, time.time())
-        if isinstance(decision.error, NotSignedIn) and decision.action == "wait":
+        if isinstance(decision.error, NotSignedIn) and decision.action == "wait" and not is_direct:
             raise Overloaded(decision.error.message)
         raise decision.error
-    body = load_object(data)
     if body is None:
-        raise UpstreamError("GitHub's token answer is not JSON.")
+        raise UpstreamError("GitHub's token response is not JSON.")
     return read_token_answer(body, config, time.time())
 
 
 def saved_token(token: CopilotToken) -> Json:
+    """What the token file holds of it."""
     return {
         "copilot_token": token.access_token,
         "expires_at": int(token.expires_at),
@@ -14760,7 +14743,7 @@ class CopilotAttempt(Attempt[CopilotToken]):
 
     async def give_up(self, decision: RetryDecision) -> None:
         if decision.action == "refresh" and isinstance(decision.error, NotSignedIn):
-            message = "Copilot refuses a token it has just given."  # signing in would not help
+            message = "Copilot refuses the token that it has just issued."  # no new sign-in helps
             decision.error = Overloaded(message, retry_after=FORCED_RENEWAL_GAP_SECONDS)
         elif decision.action == "rest" and decision.wait_s is None:
             watch = self.provider.quota_watch
@@ -14818,7 +14801,7 @@ class CopilotProvider(AccountProvider[CopilotToken]):
     def __init__(self, name: str, config: CopilotConfig, paths: Paths, client: HttpClient) -> None:
         super().__init__(name, config, paths, client)
         self.machine = load_machine(paths)
-        self.session_id = f"{format_uuid(os.urandom(16).hex())}{int(time.time() * 1000)}"
+        self.session_id = f"{random_uuid()}{int(time.time() * 1000)}"
         self.identity: dict[str, str] = {}
         self.identity_token = ""
 
@@ -14835,7 +14818,7 @@ class CopilotProvider(AccountProvider[CopilotToken]):
             authorization = copilot_authorization(token.access_token, split_url(token.api_url)[1])
             self.identity = copilot_identity(authorization, self.session_id, *self.machine)
             self.identity_token = token.access_token
-        request_id = format_uuid(os.urandom(16).hex())
+        request_id = random_uuid()
         return {
             **self.identity,
             "OpenAI-Intent": intent,
@@ -14849,22 +14832,22 @@ class CopilotProvider(AccountProvider[CopilotToken]):
         return guess_copilot_model(model_id, self.name)
 
     async def fetch_models(self) -> dict[str, Model]:
-        body = await self.ask(self.ask_models)
+        async def send(token: CopilotToken) -> Json | RetryDecision:
+            headers = {**self.headers(token, "model-access"), "Accept": "application/json"}
+            url = token.api_url + "/models"
+            status, _, data = await self.client.fetch("GET", url, headers, MODELS_SECONDS)
+            if status in (401, 403, 421):
+                message, _ = read_error_answer(status, data)
+                return classify(COPILOT_FAULTS, status, "", message, tail="")
+            body = load_object(data) if status == 200 else None
+            if body is None:
+                raise UpstreamError(f"Copilot's model list came with status {status}.")
+            return body
+
+        body = await self.ask(send)
         if isinstance(body, RetryDecision):
             raise body.error
         return read_copilot_models(body, self.name)
-
-    async def ask_models(self, token: CopilotToken) -> Json | RetryDecision:
-        headers = {**self.headers(token, "model-access"), "Accept": "application/json"}
-        url = token.api_url + "/models"
-        status, _, data = await self.client.fetch("GET", url, headers, MODELS_SECONDS)
-        if status in (401, 403, 421):
-            message, _ = read_error_answer(status, data)
-            return classify(COPILOT_FAULTS, status, "", message, tail="")
-        body = load_object(data) if status == 200 else None
-        if body is None:
-            return RetryDecision(UpstreamError(f"Copilot's model list came with status {status}."))
-        return body
 
     async def embed(self, body: Json, model: Model) -> tuple[Json, Usage]:
         texts, is_packed = read_embeddings(body)
@@ -14874,61 +14857,53 @@ class CopilotProvider(AccountProvider[CopilotToken]):
         with self.breaker.passing(model.id):
             for start in range(0, len(texts), MAX_EMBEDDED):
                 batch = texts[start : start + MAX_EMBEDDED]
-                response = await self.embed_batch(
-                    {"model": model.id, "input": batch, **options}, model
-                )
-                entries = response.get("data")
-                entries = entries if type(entries) is list else []
-                entries = [entry for entry in entries if isinstance(entry, dict)]
+                request = {"model": model.id, "input": batch, **options}
+                response = await self.embed_batch(request, model)
+                entries = get_dicts(response, "data")
                 if len(entries) != len(batch):
-                    raise UpstreamError("Copilot's embeddings are not as many as the texts.")
+                    raise UpstreamError("Copilot returned fewer or more embeddings than texts.")
                 rows += sorted(entries, key=lambda entry: get_int(entry, "index", 0))
                 usage.input += get_int(get_dict(response, "usage"), "prompt_tokens", 0)
         return write_embeddings(rows, usage, is_packed), usage
 
     async def embed_batch(self, body: Json, model: Model) -> Json:
-        step = 0
+        data = dump_json(body)
+
+        async def send(token: CopilotToken) -> Json | RetryDecision:
+            headers = self.headers(token, "conversation-other")
+            headers |= {"Content-Type": "application/json", "Accept": "application/json"}
+            url = token.api_url + "/embeddings"
+            reply = await self.client.fetch("POST", url, headers, EMBEDDINGS_SECONDS, data)
+            if reply[0] != 200:
+                return classify_copilot_error(*reply, model, body, {}, time.time())
+            payload = load_object(reply[2], MAX_EMBEDDING_MARKS)
+            if payload is None:
+                raise UpstreamError("Copilot's embeddings response is not JSON.")
+            return payload
+
+        count = 0
         while True:
-            step += 1
-            result = await self.ask(self.ask_embeddings, body, model)
+            count += 1
+            result = await self.ask(send)
             if not isinstance(result, RetryDecision):
                 return result
+            self.quota_watch.on_error(result.error)
             wait_s = BACKOFF_SECONDS[0] if result.wait_s is None else result.wait_s
             is_transient = result.action in ("wait", "again", "pause")
-            if step == MAX_ATTEMPTS or not is_transient or wait_s > MAX_WAIT_SECONDS:
+            if count == MAX_ATTEMPTS or not is_transient or wait_s > MAX_WAIT_SECONDS:
                 self.cool_down(model.id, result)
                 raise result.error
             await asyncio.sleep(wait_s)
 
-    async def ask_embeddings(
-        self, token: CopilotToken, body: Json, model: Model
-    ) -> Json | RetryDecision:
-        headers = self.headers(token, "conversation-other")
-        headers.update({"Content-Type": "application/json", "Accept": "application/json"})
-        status, response_headers, data = await self.client.fetch(
-            "POST", token.api_url + "/embeddings", headers, EMBEDDINGS_SECONDS, dump_json(body)
-        )
-        if status == 200:
-            payload = load_object(data, MAX_EMBEDDING_MARKS)
-            if payload is None:
-                raise UpstreamError("Copilot's embeddings are not JSON.")
-            return payload
-        decision = classify_copilot_error(
-            status, response_headers, data, model, body, {}, time.time()
-        )
-        self.quota_watch.on_error(decision.error)
-        return decision
-
     async def quota(self) -> Quota | None:
         self.account.load()
-        status, headers, data = await ask_github(
-            self.client, self.config, "/copilot_internal/user", self.account.refresh_secret
-        )
-        if status != 200:
-            raise classify_exchange_error(status, headers, data, time.time()).error
-        body = load_object(data)
+        path, github_token = "/copilot_internal/user", self.account.refresh_secret
+        reply = await ask_github(self.client, self.config, path, github_token)
+        if reply[0] != 200:
+            raise classify_exchange_error(*reply, time.time()).error
+        body = load_object(reply[2])
         if body is None:
-            raise UpstreamError("GitHub's answer about the account is not JSON.")
+            raise UpstreamError("GitHub's response about the account is not JSON.")
         return self.quota_watch.update(read_copilot_quota(body))
 
 
@@ -14979,39 +14954,33 @@ class KiroAccount(Account[KiroLogin]):
     async def exchange(self, saved: KiroLogin | None) -> KiroLogin:
         assert saved is not None
         try:
-            changes = await self.ask(saved)
+            changes = await self.fetch_token(saved)
         except NotSignedIn:
-            shared = await self.reread(saved)
-            if shared is None:
+            refused = (saved.refresh, saved.access_token)
+            for wait_s in (0.0, 0.5, 1.0):  # another program may be about to write its new token
+                await asyncio.sleep(wait_s)
+                saved = await self.latest()
+                if (saved.refresh, saved.access_token) != refused:
+                    break
+            else:
                 raise
-            self.use(shared)
+            self.use(saved)
             if self.current() is not None:
-                return shared
-            saved, changes = shared, await self.ask(shared)
+                return saved
+            changes = await self.fetch_token(saved)
         log_event("info", "token_refreshed", provider=self.name, kind=saved.kind)
         return await self.save({**changes, "refused": None}, saved)
 
-    async def ask(self, login: KiroLogin) -> Json:
+    async def fetch_token(self, login: KiroLogin) -> Json:
         """One refresh; raises NotSignedIn if the refresh token is dead."""
         url, headers, body = kiro_refresh(login, self.config)
-        status, response_headers, data = await self.client.fetch(
-            "POST", url, headers, KIRO_REFRESH_SECONDS, body
-        )
-        if status != 200:
-            raise classify_kiro_refresh(status, response_headers, data, time.time()).error
-        payload = load_object(data)
+        reply = await self.client.fetch("POST", url, headers, KIRO_REFRESH_SECONDS, body)
+        if reply[0] != 200:
+            raise classify_kiro_refresh(*reply, time.time()).error
+        payload = load_object(reply[2])
         if payload is None:
-            raise UpstreamError("The answer to Kiro's token refresh is not JSON.")
+            raise UpstreamError("Kiro's response to the token refresh is not JSON.")
         return read_refresh_answer(payload, time.time())
-
-    async def reread(self, refused: KiroLogin) -> KiroLogin | None:
-        """The sign-in of another program that has refreshed meanwhile, if any."""
-        for wait_s in (0.0, 0.5, 1.0):  # the other program may not have written its file yet
-            await asyncio.sleep(wait_s)
-            saved = await self.latest()
-            if (saved.refresh, saved.access_token) != (refused.refresh, refused.access_token):
-                return saved
-        return None
 
     async def save(self, changes: Json, login: KiroLogin) -> KiroLogin:
         """Saves changes of the token file, also for a program that shares the sign-in."""
@@ -15028,13 +14997,6 @@ class KiroAccount(Account[KiroLogin]):
         )
 
 
-def kebab_path(path: str) -> str:
-    """`/getUsageLimits?a=b` -> `/Get-Usage-Limits?a=b`, as some hosts spell it (pi, 2026-08)."""
-    name, separator, query = path[1:].partition("?")
-    kebab = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name[:1].upper() + name[1:])
-    return f"/{kebab}{separator}{query}"
-
-
 class KiroAttempt(Attempt[KiroLogin]):
     provider: KiroProvider
     unreachable_action = "reroute"
@@ -15047,23 +15009,18 @@ class KiroAttempt(Attempt[KiroLogin]):
         session = UUID_TEXT.search(call.request_info.session)
         key = call.request_info.session or call.model.id + call.request_info.opening
         self.conversation = session[0].lower() if session else hash_uuid(key)
-        self.run_id = format_uuid(os.urandom(16).hex())
+        self.run_id = random_uuid()
         attach_kiro_thinking(call.body, provider.reasoning)
 
     async def send(self) -> UpstreamResponse:
         endpoint, provider = self.endpoints[0], self.provider
         body = place_kiro_call(self.call.body, endpoint, self.conversation, self.run_id)
-        static_headers = kiro_headers(
-            self.token, endpoint.shape, provider.config.kiro_version, system_tag()
-        )
+        version = provider.config.kiro_version
+        static_headers = kiro_headers(self.token, endpoint.shape, version, system_tag())
 
         def headers() -> dict[str, str]:
-            invocation = format_uuid(os.urandom(16).hex())
-            return {
-                **static_headers,
-                "amz-sdk-invocation-id": invocation,
-                "amz-sdk-request": "attempt=1; max=3",
-            }
+            invocation = {"amz-sdk-invocation-id": random_uuid()}
+            return {**static_headers, **invocation, "amz-sdk-request": "attempt=1; max=3"}
 
         url = endpoint.url + KIRO_PATHS[endpoint.shape]
         return await provider.client.open("POST", url, headers, dump_json(body))
@@ -15102,7 +15059,8 @@ class KiroAttempt(Attempt[KiroLogin]):
                     break
                 for frame in framing.frames(framing.complete(data)):
                     if "error" in frame or "invalidStateEvent" in frame:
-                        return self.classify_frame(frame)
+                        payload = get_dict(frame, "error") or get_dict(frame, "invalidStateEvent")
+                        return classify_kiro_error(500, Headers(), dump_json(payload), time.time())
                     content = get_dict(frame, "assistantResponseEvent").get("content")
                     is_whitespace = isinstance(content, str) and not content.strip()
                     if KIRO_WORDS & frame.keys() and not is_whitespace:
@@ -15114,13 +15072,8 @@ class KiroAttempt(Attempt[KiroLogin]):
             return RetryDecision(error, "again")
         if data or self.taken["empty"]:
             response.put_back(b"".join(chunks))
-            return None  # it goes on, or is empty twice: so be it
-        return RetryDecision(UpstreamError("Kiro answered nothing."), "empty")
-
-    @staticmethod
-    def classify_frame(frame: Json) -> RetryDecision:
-        error = get_dict(frame, "error") or get_dict(frame, "invalidStateEvent")
-        return classify_kiro_error(500, Headers(), dump_json(error), time.time())
+            return None  # it continues, or is empty for the second time
+        return RetryDecision(UpstreamError("Kiro's response is empty."), "empty")
 
     def explain(self, decision: RetryDecision) -> RetryDecision:
         """Explains why a conversation's form was refused: the rules that changed it, its size."""
@@ -15218,9 +15171,8 @@ class KiroProvider(AccountProvider[KiroLogin]):
     def forget_account(self) -> None:
         super().forget_account()
         self.catalogue.built_in = known_kiro_models(self.name)
-        self.profiles_fetched = False
-        #: lists an organisation's profiles, of which one must be configured
-        self.profile_error: NotEntitled | None = None
+        #: of an organisation, by ARN; None until they could be fetched
+        self.profiles: dict[str, str] | None = None
         self.winner: KiroEndpoint | None = None  #: the endpoint that worked last
 
     def secrets(self) -> tuple[str, ...]:
@@ -15235,19 +15187,17 @@ class KiroProvider(AccountProvider[KiroLogin]):
         return model
 
     async def token(self) -> KiroLogin:
-        """An organisation's sign-in needs its profile, which is looked up once."""
+        """An organisation's sign-in needs its profile, which is fetched once."""
         login = await self.account.get()
         if login.arn or login.kind not in ("idc", "external_idp"):
             return login
-        profiles = {} if self.profiles_fetched else await self.find_profiles(login)
+        profiles = await self.find_profiles(login) if self.profiles is None else self.profiles
         if len(profiles) > 1:
             choices = ", ".join(f"{arn} ({name})" for arn, name in profiles.items())
-            self.profile_error = NotEntitled(
+            raise NotEntitled(
                 "This Kiro sign-in has several profiles.",
                 hint=f"Set profile_arn in [providers.{self.name}] to one of: {choices}.",
             )
-        if self.profile_error is not None:
-            raise self.profile_error
         for arn in profiles:
             return self.account.use(await self.account.save({"profile_arn": arn}, login))
         return login
@@ -15255,38 +15205,48 @@ class KiroProvider(AccountProvider[KiroLogin]):
     async def find_profiles(self, login: KiroLogin) -> dict[str, str]:
         """ARN -> name of the organisation's profiles, in both regions that have any."""
         profiles: dict[str, str] = {}
-        self.profiles_fetched = True
+        is_final = True
         bases = kiro_controls(login, self.config)
         if not (self.config.management_url or self.config.api_url):
             bases = [KIRO_MANAGEMENT_URL.format(region=region) for region in KIRO_REGIONS]
-        query = dump_json({"maxResults": KIRO_PROFILES})
+        path, query = "/ListAvailableProfiles", dump_json({"maxResults": KIRO_PROFILES})
         for base in bases:
-            body = await self.ask_control(login, "POST", [base], "/ListAvailableProfiles", query)
+            body = await self.ask_control(login, "POST", path, query, [base])
             if isinstance(body, RetryDecision):
                 error = body.error
                 log_event("info", "profiles_unavailable", provider=self.name, reason=error)
                 if isinstance(error, (UpstreamError, UpstreamTimeout, Overloaded)):
-                    self.profiles_fetched = False  # it may be found the next time
+                    is_final = False
                 continue
-            rows = body.get("profiles")
-            for row in rows[:KIRO_PROFILES] if isinstance(rows, list) else ():
-                arn = row.get("arn") if isinstance(row, dict) else None
+            for row in get_dicts(body, "profiles")[:KIRO_PROFILES]:
+                arn = row.get("arn")
                 if isinstance(arn, str) and KIRO_ARN.fullmatch(arn):
                     profiles[arn] = name_of_key(row, "profileName") or "unnamed"
+        self.profiles = profiles if is_final else None
         return profiles
 
     async def ask_control(
-        self, login: KiroLogin, method: str, bases: list[str], path: str, body: bytes = b""
+        self,
+        login: KiroLogin,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        bases: Iterable[str] | None = None,
     ) -> Json | RetryDecision:
-        """A response of the control plane: each host in turn, with both spellings of the path."""
+        """A response of the control plane: each host in turn, with both spellings of the path.
+
+        `/getUsageLimits?a=b` is `/Get-Usage-Limits?a=b` on some hosts (pi, 2026-08).
+        """
+        name, separator, query = path[1:].partition("?")
+        kebab_name = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name[:1].upper() + name[1:])
         headers = kiro_headers(login, "control", self.config.kiro_version, system_tag())
         headers["amz-sdk-request"] = "attempt=1; max=1"
         if body:
             headers["Content-Type"] = "application/json"
         decision = RetryDecision(UpstreamError("Kiro has no host for this."))
-        for base in bases:
-            for spelling in (path, kebab_path(path)):
-                headers["amz-sdk-invocation-id"] = format_uuid(os.urandom(16).hex())
+        for base in kiro_controls(login, self.config) if bases is None else bases:
+            for spelling in (path, f"/{kebab_name}{separator}{query}"):
+                headers["amz-sdk-invocation-id"] = random_uuid()
                 try:
                     status, response_headers, data = await self.client.fetch(
                         method, base + spelling, headers, KIRO_CONTROL_SECONDS, body
@@ -15301,14 +15261,8 @@ class KiroProvider(AccountProvider[KiroLogin]):
                 if status not in (404, 405):
                     break
             if decision.action in ("", "refresh", "rest"):
-                break  # another host would say the same
+                break  # another host would refuse it, too
         return decision
-
-    async def ask_resource(
-        self, login: KiroLogin, path: str, query: dict[str, str]
-    ) -> Json | RetryDecision:
-        url = f"{path}?{urllib.parse.urlencode(query)}"
-        return await self.ask_control(login, "GET", kiro_controls(login, self.config), url)
 
     async def control(self, path: str, query: dict[str, str]) -> Json:
         """A resource of the account; some sign-ins may not name a profile.  Raises ApiError."""
@@ -15316,7 +15270,8 @@ class KiroProvider(AccountProvider[KiroLogin]):
         own_arn = login.arn or kiro_endpoints(login, self.config)[0].arn
         for arn in dict.fromkeys((own_arn, "")):
             parameters = {**query, "profileArn": arn} if arn else query
-            result = await self.ask(self.ask_resource, path, parameters)
+            url = f"{path}?{urllib.parse.urlencode(parameters)}"
+            result = await self.ask(self.ask_control, "GET", url)
             if not isinstance(result, RetryDecision):
                 return result
             error = result.error
@@ -15370,15 +15325,13 @@ def make_providers(
     """The enabled providers by name, in the order of the configuration; `reusable` ones stay."""
     providers: dict[str, Provider] = {}
     for name, entry in config.providers.items():
-        if not entry.enabled:
-            continue
-        if name in reusable:
+        if entry.enabled and name in reusable:
             providers[name] = reusable[name]
-        elif isinstance(entry, CopilotConfig):
+        elif entry.enabled and isinstance(entry, CopilotConfig):
             providers[name] = CopilotProvider(name, entry, paths, client)
-        elif isinstance(entry, KiroConfig):
+        elif entry.enabled and isinstance(entry, KiroConfig):
             providers[name] = KiroProvider(name, entry, paths, client)
-        else:
+        elif entry.enabled:
             providers[name] = EchoProvider(name)
     return providers
 
