@@ -12760,8 +12760,7 @@ class Paths:
     """Where files live, by the XDG Base Directory specification."""
 
     def __init__(self, config_dir: str, state_dir: str) -> None:
-        self.config_dir = config_dir
-        self.state_dir = state_dir
+        self.config_dir, self.state_dir = config_dir, state_dir
         self.config_file = os.path.join(config_dir, "config.toml")
         state = functools.partial(os.path.join, state_dir)
         self.machine_file = state("machine.json")
@@ -12873,10 +12872,11 @@ def load_config_text(path: str) -> str:
 
 def load_config(paths: Paths, environ: dict[str, str], flags: dict[str, str | None]) -> Config:
     """The environment overrides the file, flags override both; raises ConfigError."""
-    config = read_config_text(load_config_text(paths.config_file), paths.config_file)
+    path = paths.config_file
+    config = read_config_text(load_config_text(path), path)
     if config.api_keys or any(map(is_secret_setting, config.origins)):
-        with os.fdopen(open_trusted(paths.config_file, "O_RDONLY"), "rb") as file:
-            make_private(file.fileno(), paths.config_file, "config_file_with_secrets")
+        with os.fdopen(open_trusted(path, "O_RDONLY"), "rb") as file:
+            make_private(file.fileno(), path, "config_file_with_secrets")
     apply_environment(config, environ)
     apply_flags(config, flags)
     check_exposure(config)
@@ -12917,13 +12917,12 @@ def replace_file(path: str, data: bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
-    if not hasattr(os, "O_DIRECTORY"):
-        return  # Windows has no folder handles
-    folder_fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(folder_fd)
-    finally:
-        os.close(folder_fd)
+    if hasattr(os, "O_DIRECTORY"):  # Windows has no folder handles
+        folder_fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(folder_fd)
+        finally:
+            os.close(folder_fd)
 
 
 def edit_config(paths: Paths, edit: Callable[[str], str]) -> None:
@@ -13410,6 +13409,7 @@ MIDDLE_ID = "SELECT id FROM requests ORDER BY id LIMIT 1 OFFSET (SELECT count(*)
 OTHER_TABLES = re.compile(r"no such (?:table|column)|has no column|already exists")
 
 
+@dataclass(eq=False)
 class UsageStore:
     """The usage database.  Several processes may share one; each writes in batches.
 
@@ -13417,21 +13417,17 @@ class UsageStore:
     retried: no request ever waits for it.  To be used by one thread at a time.
     """
 
-    def __init__(
-        self, path: str, busy_s: float = USAGE_BUSY_SECONDS, max_pages: int = MAX_USAGE_PAGES
-    ) -> None:
-        self.path = path
-        self.busy_s = busy_s
-        self.max_pages = max_pages
-        self.connection: sqlite3.Connection | None = None
-        #: device and inode of the open file: another process may replace it
-        self.identity: tuple[int, ...] = ()
-        self.pending: list[Json] = []  #: rows that are not written yet
-        self.lost = 0  #: number of rows that were dropped
-        self.trouble = ""  #: the last problem of a write, so that it is logged once
-        self.prune_at = 0.0  #: monotonic
-        #: (version of the database, month) as of the last read or write of the spending
-        self.spending_version: tuple[int, float] | None = None
+    path: str
+    busy_s: float = USAGE_BUSY_SECONDS
+    max_pages: int = MAX_USAGE_PAGES
+    connection: sqlite3.Connection | None = None
+    identity: tuple[int, ...] = ()  #: device and inode: another process may replace the file
+    pending: list[Json] = field(default_factory=list)  #: rows that are not written yet
+    lost: int = 0  #: number of rows that were dropped
+    trouble: str = ""  #: the last problem of a write, so that it is logged once
+    prune_at: float = 0.0  #: monotonic
+    #: (version of the database, month) as of the last read or write of the spending
+    spending_version: tuple[int, float] | None = None
 
     def open(self) -> sqlite3.Connection:
         """The database, created if need be; raises sqlite3.Error and OSError."""
@@ -13445,13 +13441,10 @@ class UsageStore:
             self.path, timeout=self.busy_s, isolation_level=None, check_same_thread=False
         )
         self.identity, self.spending_version = file_identity(self.path)[:2], None
-        for pragma in (
-            "journal_mode = WAL",
-            "synchronous = NORMAL",
-            f"max_page_count = {self.max_pages}",
-            f"journal_size_limit = {4 * MIB}",
-        ):
-            connection.execute(f"PRAGMA {pragma}")
+        connection.executescript(
+            "PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; "
+            f"PRAGMA max_page_count = {self.max_pages}; PRAGMA journal_size_limit = {4 * MIB}"
+        )
         if self.read_version(connection) < USAGE_VERSION:
             connection.execute("BEGIN IMMEDIATE")
             with connection:
@@ -13799,21 +13792,19 @@ async def run_step(step: Callable[..., Result], *arguments: Any) -> Result:
     return result
 
 
+@dataclass(eq=False)
 class Catalogue:
-    """A provider's models: fetched when needed, cached while fresh; a stale list beats none.
+    """A provider's models: fetched when needed, cached while fresh; a stale list beats none."""
 
-    `built_in` models stand in for a list that could never be had, for MODELS_RETRY_SECONDS.
-    """
-
-    def __init__(self, provider: str, fetch: Callable[[], Awaitable[dict[str, Model]]]) -> None:
-        self.provider = provider
-        self.fetch = fetch
-        self.built_in: dict[str, Model] = {}
-        self.lock = asyncio.Lock()
-        self.models: dict[str, Model] = {}
-        self.listed_at: dict[str, float] = {}  #: model -> monotonic time it was last listed
-        self.fetched_at = -math.inf
-        self.forced_at = -math.inf  #: when `refresh` last had an effect
+    provider: str
+    fetch: Callable[[], Awaitable[dict[str, Model]]]
+    #: stand in for a list that could never be had, for MODELS_RETRY_SECONDS
+    built_in: dict[str, Model] = field(default_factory=dict)
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    models: dict[str, Model] = field(default_factory=dict)
+    listed_at: dict[str, float] = field(default_factory=dict)  #: monotonic, by model
+    fetched_at: float = -math.inf
+    forced_at: float = -math.inf  #: when `refresh` last had an effect
 
     def listed(self) -> dict[str, Model] | None:
         is_fresh = time.monotonic() - self.fetched_at < MODELS_FRESH_SECONDS
@@ -13871,6 +13862,7 @@ class Cooldown:
         return now < self.until or self.probing
 
 
+@dataclass(eq=False)
 class Breaker:
     """One circuit breaker per key: a model, "" for the whole account, or a sign-in's secret.
 
@@ -13878,16 +13870,10 @@ class Breaker:
     clients' retries would make matters worse.
     """
 
-    def __init__(
-        self,
-        provider: str = "",
-        first_s: float = COOLDOWN_SECONDS,
-        max_s: float = COOL_DOWN_SECONDS,
-    ) -> None:
-        self.provider = provider  #: for the log; "" logs nothing
-        self.first_s = first_s
-        self.max_s = max_s
-        self.cooldowns: dict[str, Cooldown] = {}
+    provider: str = ""  #: for the log; "" logs nothing
+    first_s: float = COOLDOWN_SECONDS
+    max_s: float = COOL_DOWN_SECONDS
+    cooldowns: dict[str, Cooldown] = field(default_factory=dict)
 
     def find(self, key: str, now: float) -> Cooldown | None:
         """The cool-down of `key`; one that ended long ago is forgotten."""
@@ -14161,10 +14147,7 @@ class Account(Generic[Token]):
     renewal_gap_s = 0.0  #: seconds between renewals of tokens that were refused
 
     def __init__(self, provider: AccountProvider[Token], paths: Paths) -> None:
-        self.name: str = provider.name
-        self.config: Any = provider.config
-        self.client = provider.client
-        self.on_change = provider.forget_account  #: called when another account has signed in
+        self.provider: AccountProvider[Token] = provider
         self.file = TokenFile(paths.token_file(provider.name))
         self.lock = asyncio.Lock()
         self.cached: Token | None = None
@@ -14273,7 +14256,7 @@ class Account(Generic[Token]):
                 wait_s = math.inf if is_final else max(wait_s, SIGN_IN_RETRY_MAX_SECONDS)
                 self.file.save({"refused": error.message})
             self.breaker.open(secret, error, wait_s)
-            log_event("warning", "token_refresh_failed", provider=self.name, reason=error)
+            log_event("warning", "token_refresh_failed", provider=self.provider.name, reason=error)
             raise
         self.breaker.cooldowns.clear()
         return self.use(token)
@@ -14361,7 +14344,7 @@ class AccountProvider(Provider, Generic[Token]):
 
 
 #: action of a RetryDecision -> how often it is taken, and the method that prepares the resend
-Remedies = dict[str, tuple[float, Callable[[Any, RetryDecision], Awaitable[None]]]]
+Remedies = dict[str, tuple[float, Callable[[Any, RetryDecision], Awaitable[None]] | None]]
 
 
 class Attempt(Generic[Token]):
@@ -14369,15 +14352,14 @@ class Attempt(Generic[Token]):
 
     remedies: ClassVar[Remedies]
     max_count = math.inf
-    unreachable_action = "wait"  #: the action if a host could not be reached
+    transport_action = "wait"  #: the action if a host could not be reached
 
     def __init__(self, provider: AccountProvider[Token], call: Call, token: Token) -> None:
         self.provider: AccountProvider[Token] = provider
         self.call = call
         self.token: Token = token
         self.count = 0
-        #: how often each action was taken; a pause counts as a wait
-        self.taken: Counter[str] = Counter()
+        self.taken: Counter[str] = Counter()  #: by action; a pause counts as a wait
 
     async def send(self) -> UpstreamResponse:
         raise NotImplementedError
@@ -14405,10 +14387,10 @@ class Attempt(Generic[Token]):
             try:
                 response = await self.send()
                 decision = await self.classify(response)
-            except UpstreamError as lost:
+            except UpstreamError as failure:
                 # Only a request that was never sent is safe to send again.
-                action = self.unreachable_action if isinstance(lost, Unreachable) else ""
-                decision = RetryDecision(lost, action)
+                is_unsent = isinstance(failure, Unreachable)
+                decision = RetryDecision(failure, self.transport_action if is_unsent else "")
             if decision is None:
                 return response
             error = decision.error
@@ -14434,7 +14416,8 @@ class Attempt(Generic[Token]):
         if self.count >= self.max_count or self.taken[action] > limit:
             await self.give_up(decision)
             raise decision.error
-        await remedy(self, decision)
+        if remedy is not None:
+            await remedy(self, decision)
 
     async def pause(self, decision: RetryDecision) -> None:
         wait_s = decision.wait_s
@@ -14507,12 +14490,12 @@ def echo_events(conversation: Conversation, prompt_tokens: int) -> Iterator[Even
     yield MessageStop("tool" if calls_tool else "end")
 
 
+@dataclass
 class LocalResponse:
     """The BodyStream of a response made on this machine."""
 
-    def __init__(self, pieces: Iterator[bytes]) -> None:
-        self.pieces = pieces
-        self.error: ApiError | None = None
+    pieces: Iterator[bytes]
+    error: ApiError | None = None
 
     async def first(self) -> bytes:
         return next(self.pieces, b"")
@@ -14615,27 +14598,27 @@ def saved_token(token: CopilotToken) -> Json:
 class CopilotAccount(Account[CopilotToken]):
     """A GitHub sign-in and the short-lived Copilot token that it is exchanged for."""
 
-    config: CopilotConfig
+    provider: CopilotProvider
     renewal_gap_s = FORCED_RENEWAL_GAP_SECONDS
     #: runs from the first token on
     refresher: asyncio.Task[None] | None = None
 
     def load(self, *, cached: bool = False) -> CopilotToken | None:
         """Reads the sign-in; the token is that of an earlier run or of another process."""
-        content = self.file.require(self.name, "Copilot", cached=cached)
+        content = self.file.require(self.provider.name, "Copilot", cached=cached)
         try:
             github_token = bare_token(get_str(content, "github_token"))
         except SignInFailed:
             raise NotSignedIn(f"{self.file.path} holds no github_token.") from None
         if github_token != self.refresh_secret:
             if self.refresh_secret:
-                self.on_change()
+                self.provider.forget_account()
             self.refresh_secret, self.cached = github_token, None
         token, url = content.get("copilot_token"), content.get("api_url")
         if not isinstance(token, str) or not isinstance(url, str):
             return None
-        own_url = self.config.api_url.rstrip("/")
-        is_allowed = url == own_url if own_url else allowed_api_host(url, self.config)
+        own_url = self.provider.config.api_url.rstrip("/")
+        is_allowed = url == own_url if own_url else allowed_api_host(url, self.provider.config)
         expires_at = read_time(content.get("expires_at"))
         if not is_allowed or not 0 < expires_at - time.time() <= MAX_TOKEN_SECONDS:
             return None
@@ -14644,13 +14627,17 @@ class CopilotAccount(Account[CopilotToken]):
 
     async def exchange(self, saved: CopilotToken | None) -> CopilotToken:
         try:
-            token = await obtain_copilot_token(self.client, self.config, self.refresh_secret)
+            token = await obtain_copilot_token(
+                self.provider.client, self.provider.config, self.refresh_secret
+            )
         except NotSignedIn:
             self.cached = None
             self.file.save({"copilot_token": None})
             raise
         self.file.save(saved_token(token))
-        log_event("info", "token_refreshed", provider=self.name, host=split_url(token.api_url)[1])
+        log_event(
+            "info", "token_refreshed", provider=self.provider.name, host=split_url(token.api_url)[1]
+        )
         return token
 
     def use(self, token: CopilotToken) -> CopilotToken:
@@ -14761,9 +14748,6 @@ class CopilotAttempt(Attempt[CopilotToken]):
             raise decision.error
         self.token = renewed
 
-    async def resend(self, decision: RetryDecision) -> None:
-        """The body will leave out what has just been learned."""
-
     async def forget_reasoning(self, decision: RetryDecision) -> None:
         if not strip_reasoning(self.body()):
             raise decision.error
@@ -14786,7 +14770,7 @@ class CopilotAttempt(Attempt[CopilotToken]):
         "wait": (MAX_ATTEMPTS, Attempt.pause),
         "again": (1, Attempt.pause),
         "refresh": (1, renew),
-        "repair": (MAX_ATTEMPTS, resend),
+        "repair": (MAX_ATTEMPTS, None),  # `body` applies the rejections just learned
         "forget": (1, forget_reasoning),
         "relist": (MAX_ATTEMPTS, await_list),
         "reroute": (1, change_dialect),
@@ -14921,32 +14905,32 @@ def system_tag() -> str:
 class KiroAccount(Account[KiroLogin]):
     """A Kiro sign-in: tokens that are refreshed here and maybe by other programs."""
 
-    config: KiroConfig
+    provider: KiroProvider
     renewal_gap_s = KIRO_FORCED_GAP_SECONDS
     machine_id = ""  # other programs do not keep it in the file
 
     def load(self, *, cached: bool = False) -> KiroLogin:
-        content = self.file.require(self.name, "Kiro", cached=cached)
+        content = self.file.require(self.provider.name, "Kiro", cached=cached)
         try:
             login = read_kiro_login(content)
         except ValueError as error:
             raise NotSignedIn(f"{self.file.path} cannot be used: {error}.") from None
-        login.arn = self.config.profile_arn or login.arn
+        login.arn = self.provider.config.profile_arn or login.arn
         saved_id = kiro_machine_id(get_str(content, "machine_id"))
         if saved_id and self.machine_id and saved_id != self.machine_id:
-            self.on_change()
+            self.provider.forget_account()
         login.machine_id = self.machine_id = saved_id or self.machine_id or login.machine_id
         self.refresh_secret = login.refresh
         return login
 
     async def latest(self) -> KiroLogin:
-        content = self.file.require(self.name, "Kiro")
+        content = self.file.require(self.provider.name, "Kiro")
         source = get_dict(content, "source")
         if source:
             shared = await asyncio.to_thread(read_shared_login, source)
             if shared is not None and is_newer(shared, content):
                 if shared["auth_method"] != content.get("auth_method"):
-                    self.on_change()
+                    self.provider.forget_account()
                 machine_id = self.machine_id or None
                 self.file.save({**shared, "machine_id": machine_id, "refused": None})
         return self.load()
@@ -14968,13 +14952,13 @@ class KiroAccount(Account[KiroLogin]):
             if self.current() is not None:
                 return saved
             changes = await self.fetch_token(saved)
-        log_event("info", "token_refreshed", provider=self.name, kind=saved.kind)
+        log_event("info", "token_refreshed", provider=self.provider.name, kind=saved.kind)
         return await self.save({**changes, "refused": None}, saved)
 
     async def fetch_token(self, login: KiroLogin) -> Json:
         """One refresh; raises NotSignedIn if the refresh token is dead."""
-        url, headers, body = kiro_refresh(login, self.config)
-        reply = await self.client.fetch("POST", url, headers, KIRO_REFRESH_SECONDS, body)
+        url, headers, body = kiro_refresh(login, self.provider.config)
+        reply = await self.provider.client.fetch("POST", url, headers, KIRO_REFRESH_SECONDS, body)
         if reply[0] != 200:
             raise classify_kiro_refresh(*reply, time.time()).error
         payload = load_object(reply[2])
@@ -14985,7 +14969,7 @@ class KiroAccount(Account[KiroLogin]):
     async def save(self, changes: Json, login: KiroLogin) -> KiroLogin:
         """Saves changes of the token file, also for a program that shares the sign-in."""
         self.file.save({**changes, "machine_id": login.machine_id})
-        source = get_dict(self.file.require(self.name, "Kiro"), "source")
+        source = get_dict(self.file.require(self.provider.name, "Kiro"), "source")
         if source:
             await asyncio.to_thread(write_shared_login, source, changes, login.refresh)
         return replace(
@@ -14993,13 +14977,13 @@ class KiroAccount(Account[KiroLogin]):
             access_token=changes.get("access_token", login.access_token),
             refresh=changes.get("refresh_token", login.refresh),
             expires_at=changes.get("expires_at", login.expires_at),
-            arn=self.config.profile_arn or changes.get("profile_arn", login.arn),
+            arn=self.provider.config.profile_arn or changes.get("profile_arn", login.arn),
         )
 
 
 class KiroAttempt(Attempt[KiroLogin]):
     provider: KiroProvider
-    unreachable_action = "reroute"
+    transport_action = "reroute"
 
     def __init__(self, provider: KiroProvider, call: Call, token: KiroLogin) -> None:
         super().__init__(provider, call, token)
