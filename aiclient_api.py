@@ -12807,8 +12807,8 @@ def check_owner(path: str, status: os.stat_result) -> None:
 def check_parents(target: str) -> None:
     """Raises PermissionError if every user can replace a folder above `target`; also OSError.
 
-    (A group may write there: `~/.local` is made so where each user has a group of its own.)
-    Both the path as given and the one with its links resolved are checked.
+    Checks the path as given and with its links resolved.  A group may write there: on systems
+    where each user has a private group, `~/.local` is created like that.
     """
     for path in (os.path.abspath(target), os.path.realpath(target)):
         while path != os.path.dirname(path):
@@ -12902,7 +12902,7 @@ def replace_file(path: str, data: bytes) -> None:
     """Replaces a file atomically and durably, with mode 0600 from the first byte.
 
     A symbolic link planted at `path` is replaced, not followed; anything else that is not a
-    regular file is left alone.  Raises OSError; the old file is then kept.
+    regular file is left alone.  Raises OSError; the old file then remains.
     """
     if os.path.lexists(path) and not os.path.islink(path) and not os.path.isfile(path):
         raise FileExistsError(errno.EEXIST, "something that is not a plain file is in its place")
@@ -12935,18 +12935,18 @@ def edit_config(paths: Paths, edit: Callable[[str], str]) -> None:
             if fcntl is not None:
                 fcntl.flock(folder_fd, fcntl.LOCK_EX)
             text = edit(load_config_text(path))
-            # A symbolic link, as dotfile managers make them, is kept.
+            # Follows a symbolic link: dotfile managers make them.
             replace_file(os.path.realpath(path), text.encode())
         finally:
             os.close(folder_fd)
     except UnicodeEncodeError:
-        raise ConfigError(f"{path}: a setting must not hold bytes that are no text") from None
+        raise ConfigError(f"{path}: a setting must be valid UTF-8") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def change_config(paths: Paths, environ: dict[str, str], key: str, value: str) -> None:
-    """Sets one key and keeps everything else; on ConfigError nothing has changed."""
+    """Sets one key; on ConfigError nothing has changed."""
     path = paths.config_file
 
     def edit(text: str) -> str:
@@ -13078,7 +13078,7 @@ class TokenFile:
                     raise Overloaded(f"Another process has locked {path} for too long.")
                 await asyncio.sleep(LOCK_POLL_SECONDS)
         except OSError as error:
-            log_event("warning", "no_lock", path=path, reason=error.strerror)
+            log_event("warning", "lock_unavailable", path=path, reason=error.strerror)
         try:
             yield path
         finally:
@@ -13121,16 +13121,6 @@ class TokenFile:
         if isinstance(content, ProgramError):
             raise content.with_traceback(None)
         return None if content is None else dict(content)
-
-    def require(self, provider: str, service: str, *, cached: bool = False) -> Json:
-        """`load` or `peek`; raises NotSignedIn."""
-        try:
-            content = self.peek() if cached else self.load()
-        except ProgramError as error:
-            raise NotSignedIn(f"{error}.") from None
-        if content is None:
-            raise NotSignedIn(f"Provider {provider!r} has no {service} sign-in yet.")
-        return content
 
     def save(self, changes: Json) -> None:
         """None removes a key.  What cannot be written is logged, kept in memory, and retried."""
@@ -13243,7 +13233,7 @@ def load_log_tail(path: str, lines: int, level: str) -> list[str]:
 
 
 def read_json_file(path: str) -> Json | None:
-    """The object in another program's file, None where that holds none; raises OSError."""
+    """The object in another program's file, None if it is not one; raises OSError."""
     with os.fdopen(open_plain(path, "O_RDONLY"), "rb") as file:
         return load_object(file.read(MIB))
 
@@ -13301,7 +13291,7 @@ def read_row(database: sqlite3.Connection, table: str, key: str) -> Json:
 
 
 def read_some_json(path: str) -> Json:
-    """As `read_json_file`, {} where there is none."""
+    """`read_json_file` of an optional file: {} if it is missing or unusable."""
     try:
         return read_json_file(path) or {}
     except OSError:
@@ -13333,12 +13323,9 @@ def read_ide_login(path: str) -> Json:
 
 # Row of a sign-in -> its kind, best first; "odic" is the actual spelling.
 CLI_ROWS = {
-    "kirocli:social:token": "social",
-    "kirocli:external-idp:token": "external_idp",
-    "kirocli:odic:token": "idc",
-    "kirocli:oidc:token": "idc",
-    "codewhisperer:odic:token": "idc",
-}
+    "kirocli:social:token": "social", "kirocli:external-idp:token": "external_idp",
+    "kirocli:odic:token": "idc", "kirocli:oidc:token": "idc", "codewhisperer:odic:token": "idc",
+}  # fmt: skip
 
 
 def read_cli_login(path: str, key: str) -> Json:
@@ -13368,34 +13355,23 @@ USAGE_KEYS = (*USAGE_NAMES, "shown", "spent")
 USAGE_COLUMNS = ("at", *USAGE_KEYS, *USAGE_DETAILS, *USAGE_FIGURES)
 USAGE_SUM_COLUMNS = ("at", *USAGE_KEYS, *USAGE_FIGURES)
 USAGE_SCHEMA = f"""
+    BEGIN IMMEDIATE;
     -- a request, or the sum of a day's: shown in reports, spent as the caps see it
-    CREATE TABLE requests (
+    CREATE TABLE IF NOT EXISTS requests (
         id INTEGER PRIMARY KEY, at, {", ".join((*USAGE_KEYS, *USAGE_DETAILS))},
         {", ".join(f"{name} DEFAULT 0" for name in USAGE_FIGURES)}
     );
-    CREATE INDEX requests_at ON requests (at);
-    PRAGMA user_version = {USAGE_VERSION}
+    CREATE INDEX IF NOT EXISTS requests_at ON requests (at);
+    PRAGMA user_version = {USAGE_VERSION};
+    COMMIT
 """
-# From version 1: its sums by quarters of an hour, and by day what caps look at.
-USAGE_MIGRATION = f"""
+INSERT_REQUEST = f"""
+    INSERT INTO requests ({", ".join(USAGE_COLUMNS)}) VALUES (:{", :".join(USAGE_COLUMNS)})
+"""
+INSERT_SUM = f"""
     INSERT INTO requests ({", ".join(USAGE_SUM_COLUMNS)})
-        SELECT slot * 900, {", ".join(USAGE_NAMES)}, 1, 0, requests, errors, cancelled,
-            input + cache_read + cache_write, cache_read, cache_write, output, reasoning,
-            nano_credits, reported, derived, estimated, credits_reported, credits_derived,
-            credits_estimated, duration_ms, first_bytes, first_byte_ms
-        FROM sums;
-    INSERT INTO requests (at, provider, label, shown, spent, input_tokens, nano_credits)
-        SELECT CAST(strftime('%s', day, 'utc') AS INTEGER), provider, label, 0, 1, tokens,
-            nano_credits
-        FROM spent;
-    DROP TABLE answers;
-    DROP TABLE sums;
-    DROP TABLE spent
+    VALUES ({", ".join("?" * len(USAGE_SUM_COLUMNS))})
 """
-INSERT_REQUEST = (
-    f"INSERT INTO requests ({', '.join(USAGE_COLUMNS)}) "
-    f"VALUES ({', '.join(f':{name}' for name in USAGE_COLUMNS)})"
-)
 # `total` adds numbers of any size; `sum` fails beyond 2**63.
 USAGE_TOTALS = ", ".join(f"CAST(total({name}) AS INTEGER)" for name in USAGE_FIGURES)
 DAY_SQL = "date(at, 'unixepoch', 'localtime')"
@@ -13406,7 +13382,7 @@ SELECT_SPENDING = f"""
 """
 MIDDLE_ID = "SELECT id FROM requests ORDER BY id LIMIT 1 OFFSET (SELECT count(*) / 2 FROM requests)"
 # How SQLite reports an unexpected schema.
-OTHER_TABLES = re.compile(r"no such (?:table|column)|has no column|already exists")
+OTHER_TABLES = re.compile(r"no such (?:table|column)|has no column")
 
 
 @dataclass(eq=False)
@@ -13445,21 +13421,12 @@ class UsageStore:
             "PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; "
             f"PRAGMA max_page_count = {self.max_pages}; PRAGMA journal_size_limit = {4 * MIB}"
         )
-        if self.read_version(connection) < USAGE_VERSION:
-            connection.execute("BEGIN IMMEDIATE")
-            with connection:
-                version = self.read_version(connection)  # another process may have been quicker
-                script = f"{USAGE_SCHEMA}; {USAGE_MIGRATION}" if version == 1 else USAGE_SCHEMA
-                for statement in script.split(";") if version < USAGE_VERSION else ():
-                    connection.execute(statement)
-        return connection
-
-    @staticmethod
-    def read_version(connection: sqlite3.Connection) -> int:
-        version: int = connection.execute("PRAGMA user_version").fetchone()[0]
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
         if version > USAGE_VERSION:
             raise sqlite3.NotSupportedError(f"it was made by a later version ({version})")
-        return version
+        if version < USAGE_VERSION:
+            connection.executescript(USAGE_SCHEMA)
+        return connection
 
     def close(self) -> None:
         if self.connection is not None:
@@ -13485,7 +13452,7 @@ class UsageStore:
                     self.log_problem(error)
                     return None
         if self.trouble and (mode == "IMMEDIATE" or not self.pending):
-            log_event("info", "usage_written_again", path=self.path)
+            log_event("info", "usage_writes_resumed", path=self.path)
             self.trouble = ""
         return result
 
@@ -13565,9 +13532,7 @@ class UsageStore:
             f"GROUP BY {DAY_SQL}, {keys}"
         ).fetchall()
         connection.execute(f"DELETE FROM requests WHERE {condition}")
-        placeholders = ", ".join("?" * len(USAGE_SUM_COLUMNS))
-        sql = f"INSERT INTO requests ({', '.join(USAGE_SUM_COLUMNS)}) VALUES ({placeholders})"
-        connection.executemany(sql, rows)
+        connection.executemany(INSERT_SUM, rows)
 
     def reset(self) -> bool:
         """Deletes all but what caps need; False if that failed and nothing was deleted."""
@@ -13575,9 +13540,8 @@ class UsageStore:
         def work(connection: sqlite3.Connection) -> bool:
             connection.executemany(INSERT_REQUEST, self.pending)
             connection.execute("DELETE FROM requests WHERE NOT spent")
-            sql = "UPDATE requests SET account = '', model = ?, shown = 0"
-            connection.execute(sql, (OTHER,))
-            self.merge(connection, "TRUE")
+            connection.execute("UPDATE requests SET account = '', shown = 0")
+            self.merge(connection, "TRUE", f"'{OTHER}'")
             return True
 
         is_done = bool(self.run(work))
@@ -13620,13 +13584,13 @@ class UsageStore:
 
 
 class Ledger:
-    """All that is counted.  Owned by the event loop; its database by a thread of its own."""
+    """Usage and what follows from it.  Owned by the event loop; its database by its own thread."""
 
     def __init__(self, path: str, ticker: Ticker) -> None:
         self.store = UsageStore(path)
         self.ticker = ticker
         self.thread = concurrent.futures.ThreadPoolExecutor(1, "usage")
-        self.thread.submit(int)  # starts it now: later there may be no thread to be had
+        self.thread.submit(int)  # starts the thread now: later the system may refuse one
         self.pending: list[UsageRecord] = []
         self.writing: asyncio.Future[Any] | None = None
         #: monotonic time of the next write
@@ -14044,7 +14008,7 @@ class QuotaWatch:
         try:
             await self.fetch()
         except ApiError as error:
-            log_event("debug", "quota_unknown", provider=self.provider, reason=error)
+            log_event("debug", "quota_poll_failed", provider=self.provider, reason=error)
 
 
 class Provider:
@@ -14144,7 +14108,8 @@ Token = TypeVar("Token", CopilotToken, KiroLogin)
 class Account(Generic[Token]):
     """A sign-in: its token file, which other programs may change, and the token in use."""
 
-    renewal_gap_s = 0.0  #: seconds between renewals of tokens that were refused
+    service: ClassVar[str]
+    renewal_gap_s: ClassVar[float]  #: seconds between renewals of tokens that were refused
 
     def __init__(self, provider: AccountProvider[Token], paths: Paths) -> None:
         self.provider: AccountProvider[Token] = provider
@@ -14163,6 +14128,16 @@ class Account(Generic[Token]):
     def load(self, *, cached: bool = False) -> Token | None:
         """The token in the file, if it holds one that can be used; raises NotSignedIn."""
         raise NotImplementedError
+
+    def read_file(self, *, cached: bool = False) -> Json:
+        try:
+            content = self.file.peek() if cached else self.file.load()
+        except ProgramError as error:
+            raise NotSignedIn(f"{error}.") from None
+        if content is None:
+            name, service = self.provider.name, self.service
+            raise NotSignedIn(f"Provider {name!r} has no {service} sign-in yet.")
+        return content
 
     async def latest(self) -> Token | None:
         """The token in the file, or the newer one of a program that shares the sign-in."""
@@ -14325,11 +14300,10 @@ class AccountProvider(Provider, Generic[Token]):
         try:
             with advising(self):
                 account.load(cached=True)
-        except NotSignedIn as error:
-            status |= {"health": "not signed in", "reason": error.text()}
-        else:
             for failure in account.breaker.cooldowns.values():
                 status |= {"health": "failing", "reason": failure.error.text()}
+        except NotSignedIn as error:
+            status |= {"health": "not signed in", "reason": error.text()}
         if account.cached is not None and account.cached.expires_at != math.inf:
             status["token_expires_at"] = account.cached.expires_at
         return status
@@ -14345,6 +14319,14 @@ class AccountProvider(Provider, Generic[Token]):
 
 #: action of a RetryDecision -> how often it is taken, and the method that prepares the resend
 Remedies = dict[str, tuple[float, Callable[[Any, RetryDecision], Awaitable[None]] | None]]
+
+
+def set_reset(decision: RetryDecision, resets_at: float) -> None:
+    """Notes when spent credits come back; `resets_at` in Unix seconds."""
+    left_s = resets_at - time.time()
+    if left_s > 0:
+        decision.resets_in = left_s
+        decision.error.hint = f"They come back on {plain_day(resets_at)}."
 
 
 class Attempt(Generic[Token]):
@@ -14370,14 +14352,6 @@ class Attempt(Generic[Token]):
 
     async def give_up(self, decision: RetryDecision) -> None:
         """Completes a decision whose error is final."""
-
-    @staticmethod
-    def set_reset(decision: RetryDecision, resets_at: float) -> None:
-        """Tells when spent credits come back; `resets_at` in Unix seconds."""
-        left_s = resets_at - time.time()
-        if left_s > 0:
-            decision.resets_in = left_s
-            decision.error.hint = f"They come back on {plain_day(resets_at)}."
 
     async def run(self) -> UpstreamResponse:
         call, window = self.call, self.call.model.max_prompt
@@ -14432,7 +14406,7 @@ class Attempt(Generic[Token]):
 
     @staticmethod
     async def read_error_body(response: UpstreamResponse) -> bytes:
-        """The body of an error response; b"" if it breaks off: the status must do then."""
+        """The body of an error response; b"" if it breaks off: then only the status counts."""
         try:
             async with asyncio.timeout(ERROR_BODY_SECONDS):
                 return await response.read(MAX_ERROR_BODY_BYTES)
@@ -14599,13 +14573,13 @@ class CopilotAccount(Account[CopilotToken]):
     """A GitHub sign-in and the short-lived Copilot token that it is exchanged for."""
 
     provider: CopilotProvider
+    service = "Copilot"
     renewal_gap_s = FORCED_RENEWAL_GAP_SECONDS
-    #: runs from the first token on
-    refresher: asyncio.Task[None] | None = None
+    refresher: asyncio.Task[None] | None = None  #: runs from the first token on
 
     def load(self, *, cached: bool = False) -> CopilotToken | None:
         """Reads the sign-in; the token is that of an earlier run or of another process."""
-        content = self.file.require(self.provider.name, "Copilot", cached=cached)
+        content = self.read_file(cached=cached)
         try:
             github_token = bare_token(get_str(content, "github_token"))
         except SignInFailed:
@@ -14626,18 +14600,17 @@ class CopilotAccount(Account[CopilotToken]):
         return CopilotToken(token, url, expires_at, lifetime_s)
 
     async def exchange(self, saved: CopilotToken | None) -> CopilotToken:
+        provider = self.provider
+        client, config, github_token = provider.client, provider.config, self.refresh_secret
         try:
-            token = await obtain_copilot_token(
-                self.provider.client, self.provider.config, self.refresh_secret
-            )
+            token = await obtain_copilot_token(client, config, github_token)
         except NotSignedIn:
             self.cached = None
             self.file.save({"copilot_token": None})
             raise
         self.file.save(saved_token(token))
-        log_event(
-            "info", "token_refreshed", provider=self.provider.name, host=split_url(token.api_url)[1]
-        )
+        host = split_url(token.api_url)[1]
+        log_event("info", "token_refreshed", provider=provider.name, host=host)
         return token
 
     def use(self, token: CopilotToken) -> CopilotToken:
@@ -14719,12 +14692,11 @@ class CopilotAttempt(Attempt[CopilotToken]):
         if response.status == 200:
             provider.quota_watch.update_from_headers(response.headers)
             return None
-        data = await self.read_error_body(response)
-        refusal, sent = (response.status, response.headers, data), call.sent or {}
-        rejections = self.rejections
+        refusal = (response.status, response.headers, await self.read_error_body(response))
+        sent, rejections = call.sent or {}, self.rejections
         decision = classify_copilot_error(*refusal, call.model, sent, rejections, time.time())
-        now = time.monotonic()
-        provider.learned.learn(call.model.id, call.dialect, decision.rejections, now)
+        learned = decision.rejections
+        provider.learned.learn(call.model.id, call.dialect, learned, time.monotonic())
         provider.quota_watch.on_error(decision.error)
         return decision
 
@@ -14737,7 +14709,7 @@ class CopilotAttempt(Attempt[CopilotToken]):
             if time.monotonic() - watch.polled_at >= QUOTA_AGAIN_SECONDS:
                 await watch.poll()
             if watch.latest and any(row.remaining == 0 for row in watch.latest.allowances):
-                self.set_reset(decision, watch.latest.resets_at)
+                set_reset(decision, watch.latest.resets_at)
 
     # -- what is done before it is sent again
 
@@ -14906,11 +14878,12 @@ class KiroAccount(Account[KiroLogin]):
     """A Kiro sign-in: tokens that are refreshed here and maybe by other programs."""
 
     provider: KiroProvider
+    service = "Kiro"
     renewal_gap_s = KIRO_FORCED_GAP_SECONDS
-    machine_id = ""  # other programs do not keep it in the file
+    machine_id = ""  #: other programs' files lack it
 
     def load(self, *, cached: bool = False) -> KiroLogin:
-        content = self.file.require(self.provider.name, "Kiro", cached=cached)
+        content = self.read_file(cached=cached)
         try:
             login = read_kiro_login(content)
         except ValueError as error:
@@ -14924,7 +14897,7 @@ class KiroAccount(Account[KiroLogin]):
         return login
 
     async def latest(self) -> KiroLogin:
-        content = self.file.require(self.provider.name, "Kiro")
+        content = self.read_file()
         source = get_dict(content, "source")
         if source:
             shared = await asyncio.to_thread(read_shared_login, source)
@@ -14969,7 +14942,7 @@ class KiroAccount(Account[KiroLogin]):
     async def save(self, changes: Json, login: KiroLogin) -> KiroLogin:
         """Saves changes of the token file, also for a program that shares the sign-in."""
         self.file.save({**changes, "machine_id": login.machine_id})
-        source = get_dict(self.file.require(self.provider.name, "Kiro"), "source")
+        source = get_dict(self.read_file(), "source")
         if source:
             await asyncio.to_thread(write_shared_login, source, changes, login.refresh)
         return replace(
@@ -15012,20 +14985,19 @@ class KiroAttempt(Attempt[KiroLogin]):
     async def classify(self, response: UpstreamResponse) -> RetryDecision | None:
         """A 200 means nothing yet, so the first event is awaited."""
         content_type = response.headers.get("content-type", "").lower()
-        if response.status == 200 and "json" not in content_type and "html" not in content_type:
-            try:
-                decision = await self.peek(response)
-            except BaseException:
-                response.close(ended=False)
-                raise
-            if decision is None:
-                self.provider.winner = self.endpoints[0]
-                self.provider.quota_watch.poll_soon()
-                return None
-            response.close(ended=False)
-        else:
+        if response.status != 200 or "json" in content_type or "html" in content_type:
             data = await self.read_error_body(response)
             decision = classify_kiro_error(response.status, response.headers, data, time.time())
+        else:
+            with contextlib.ExitStack() as stack:
+                stack.callback(response.close, ended=False)
+                found = await self.peek(response)
+                if found is None:
+                    stack.pop_all()
+                    self.provider.winner = self.endpoints[0]
+                    self.provider.quota_watch.poll_soon()
+                    return None
+            decision = found
         self.provider.quota_watch.on_error(decision.error)
         return self.explain(decision)
 
@@ -15063,31 +15035,18 @@ class KiroAttempt(Attempt[KiroLogin]):
         """Explains why a conversation's form was refused: the rules that changed it, its size."""
         if type(decision.error) is not InvalidRequest or decision.action:
             return decision
-        call = self.call
+        call, window = self.call, self.call.model.max_prompt
         tokens = int(estimate_value(call.body))
-        window = call.model.max_prompt
         rules = ",".join(call.touched) or "none"
         facts = {"provider": self.provider.name, "model": call.model.id, "rules": rules}
         log_event("warning", "conversation_refused", **facts, tokens=tokens)
         log_event("debug", "conversation_form", form=kiro_shape(call.body))
         if window and tokens > 0.9 * window:
             return RetryDecision(ContextTooLong(tokens, window))
-        state = call.body["conversationState"]["currentMessage"]["userInputMessage"]
-        tools = len(get_dict(state, "userInputMessageContext").get("tools", ()))
-        if tools > 48:
-            decision.error.hint = f"{tools} tools are offered; fewer may help."
         return decision
 
-    async def repair(self, decision: RetryDecision) -> None:
-        """A busy host is waited for if there is no other one."""
-        hosts = {endpoint.url for endpoint in self.endpoints}
-        is_busy = isinstance(decision.error, (Overloaded, Unreachable))
-        if decision.action == "reroute" and is_busy and len(hosts) == 1:
-            decision.action = "wait"
-        await super().repair(decision)
-
     async def give_up(self, decision: RetryDecision) -> None:
-        """Looks up when spent credits come back: a rate limit that lasts looks the same."""
+        """Finds out when spent credits come back; a lasting rate limit may mean the same."""
         error, provider = decision.error, self.provider
         if decision.action == "relist":
             provider.catalogue.fetched_at = -math.inf
@@ -15107,14 +15066,13 @@ class KiroAttempt(Attempt[KiroLogin]):
             decision.error, decision.action = QuotaExceeded(message), "rest"
         elif is_rate_limit or not any(r.limit and (r.used or 0.0) >= r.limit for r in rows):
             return
-        self.set_reset(decision, limits.resets_at)
+        set_reset(decision, limits.resets_at)
 
     # -- what is done before it is sent again
 
     async def renew(self, decision: RetryDecision) -> None:
-        renewed = None
-        if self.taken["refresh"] == 1:
-            renewed = await self.provider.account.renew(self.token)
+        account = self.provider.account
+        renewed = await account.renew(self.token) if self.taken["refresh"] == 1 else None
         if renewed is None:  # the token may still be valid for another host or profile
             await self.next_endpoint(decision)
             return
@@ -15123,9 +15081,14 @@ class KiroAttempt(Attempt[KiroLogin]):
         self.token = renewed
 
     async def next_endpoint(self, decision: RetryDecision) -> None:
+        """Another host if one is busy; waits for it if there is no other."""
         failed, *endpoints = self.endpoints
         if isinstance(decision.error, (Overloaded, Unreachable)):
             endpoints = [endpoint for endpoint in endpoints if endpoint.url != failed.url]
+            if not endpoints:
+                decision.action = "wait"
+                await self.repair(decision)
+                return
         if not endpoints:
             raise decision.error
         self.endpoints = endpoints
@@ -15145,7 +15108,7 @@ class KiroAttempt(Attempt[KiroLogin]):
 
 
 class KiroProvider(AccountProvider[KiroLogin]):
-    """Kiro, once Amazon Q Developer, once CodeWhisperer."""
+    """Kiro, formerly Amazon Q Developer and CodeWhisperer."""
 
     config: KiroConfig
     account: KiroAccount
@@ -15288,7 +15251,7 @@ class KiroProvider(AccountProvider[KiroLogin]):
         if with_user:
             query["isEmailRequired"] = "true"
         quota = read_kiro_quota(await self.control("/getUsageLimits", query), time.time())
-        self.quota_watch.update(replace(quota, account=""))  # whose it is, is shown nowhere else
+        self.quota_watch.update(replace(quota, account=""))  # only a sign-in shows the user's name
         return quota
 
     async def quota(self) -> Quota | None:
