@@ -13047,20 +13047,19 @@ def lock_file(path: str) -> int | None:
                 os.close(fd)
 
 
+@dataclass(eq=False)
 class TokenFile:
     """A provider's sign-in on disk; other processes may change it at any time."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
-        #: `file_identity` as of the last read or write
-        self.identity: tuple[int, ...] = ()
-        #: the account's name and whether the service has refused it, as of the last read
-        self.user, self.refused = "", False
-        #: changes not written yet: they must not be lost, as a rotated token is issued only once
-        self.unsaved: Json = {}
-        self.retry_save_at = 0.0
-        #: of `peek`: (identity of the file, monotonic expiry, result)
-        self.peeked: tuple[Any, float, Json | ProgramError | None] = (None, 0.0, None)
+    path: str
+    identity: tuple[int, ...] = ()  #: `file_identity` as of the last read or write
+    user: str = ""  #: the account's name, as of the last read
+    refused: bool = False  #: by the service, as of the last read
+    #: changes not written yet: they must not be lost, as a rotated token is issued only once
+    unsaved: Json = field(default_factory=dict)
+    retry_save_at: float = 0.0  #: monotonic
+    #: of `peek`: (identity of the file, monotonic expiry, result)
+    peeked: tuple[Any, float, Json | ProgramError | None] = (None, 0.0, None)
 
     @contextlib.asynccontextmanager
     async def lock(self) -> AsyncIterator[str]:
@@ -14329,19 +14328,19 @@ def set_reset(decision: RetryDecision, resets_at: float) -> None:
         decision.error.hint = f"They come back on {plain_day(resets_at)}."
 
 
+@dataclass(eq=False)
 class Attempt(Generic[Token]):
     """One call, sent until it succeeds or no remedy is left."""
 
     remedies: ClassVar[Remedies]
-    max_count = math.inf
-    transport_action = "wait"  #: the action if a host could not be reached
+    max_count: ClassVar[float] = math.inf
+    transport_action: ClassVar[str] = "wait"  #: the action if a host could not be reached
 
-    def __init__(self, provider: AccountProvider[Token], call: Call, token: Token) -> None:
-        self.provider: AccountProvider[Token] = provider
-        self.call = call
-        self.token: Token = token
-        self.count = 0
-        self.taken: Counter[str] = Counter()  #: by action; a pause counts as a wait
+    provider: AccountProvider[Token]
+    call: Call
+    token: Token
+    count: int = 0
+    taken: Counter[str] = field(default_factory=Counter)  #: by action; a pause counts as a wait
 
     async def send(self) -> UpstreamResponse:
         raise NotImplementedError
@@ -14711,7 +14710,7 @@ class CopilotAttempt(Attempt[CopilotToken]):
             if watch.latest and any(row.remaining == 0 for row in watch.latest.allowances):
                 set_reset(decision, watch.latest.resets_at)
 
-    # -- what is done before it is sent again
+    # -- remedies
 
     async def renew(self, decision: RetryDecision) -> None:
         renewed = await self.provider.account.renew(self.token)
@@ -14733,7 +14732,7 @@ class CopilotAttempt(Attempt[CopilotToken]):
     async def change_dialect(self, decision: RetryDecision) -> None:
         model = self.call.model
         others = tuple(dialect for dialect in model.dialects if dialect != self.call.dialect)
-        if not others:  # then nothing would be left to ask it in
+        if not others:
             raise decision.error
         model.dialects = others
         raise WrongDialect(decision.error.message, param="model")
@@ -15068,7 +15067,7 @@ class KiroAttempt(Attempt[KiroLogin]):
             return
         set_reset(decision, limits.resets_at)
 
-    # -- what is done before it is sent again
+    # -- remedies
 
     async def renew(self, decision: RetryDecision) -> None:
         account = self.provider.account
