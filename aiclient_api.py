@@ -13025,10 +13025,7 @@ def file_identity(path: str) -> tuple[int, ...]:
 
 
 def lock_file(path: str) -> int | None:
-    """A descriptor that holds the lock until its last copy is closed; None if it is taken.
-
-    Raises OSError.
-    """
+    """A descriptor that holds the lock until its last copy is closed; None if it is taken."""
     while True:
         fd = open_trusted(path, "O_RDWR", "O_CREAT", "O_NOFOLLOW")
         is_ours = False
@@ -13065,8 +13062,7 @@ class TokenFile:
     async def lock(self) -> AsyncIterator[str]:
         """A lock between processes; yields its path.  The kernel releases it if the holder dies.
 
-        Without flock, or if the file cannot be created, nothing is locked.  Raises Overloaded if
-        another process holds it for LOCK_SECONDS.
+        Nothing is locked if that is impossible here.  Raises Overloaded after LOCK_SECONDS.
         """
         path = os.path.join(os.path.dirname(self.path), "token.lock")
         fd, deadline = None, time.monotonic() + LOCK_SECONDS
@@ -13085,10 +13081,7 @@ class TokenFile:
                 os.close(fd)
 
     def changed(self) -> bool:
-        """Whether another process has replaced the file since the last call.
-
-        If not, a save that failed is retried now and then.
-        """
+        """Whether another process has replaced the file; if not, a failed save is retried."""
         previous, self.identity = self.identity, file_identity(self.path)
         if self.identity != previous:
             self.unsaved = {}  # a newer file wins
@@ -13774,10 +13767,7 @@ class Catalogue:
         return self.models if is_fresh else None
 
     async def get(self, refresh: bool = False) -> dict[str, Model]:
-        """`refresh`, once in MODELS_MISS_SECONDS: the name is unknown.
-
-        Raises ApiError if there never was a list.
-        """
+        """Raises ApiError if there never was a list.  Refreshes once in MODELS_MISS_SECONDS."""
         now = time.monotonic()
         if refresh and now - self.forced_at >= MODELS_MISS_SECONDS:
             self.forced_at, self.fetched_at = now, -math.inf
@@ -14081,7 +14071,7 @@ class Provider:
         return None
 
     def refused(self, model_id: str, error: ApiError) -> None:
-        """A refusal came inside a 200 response: starts a cool-down."""
+        """Starts a cool-down: an error came inside a 200 response."""
 
     async def settle(self) -> None:
         """Waits for what must not be interrupted."""
@@ -14288,7 +14278,6 @@ class AccountProvider(Provider, Generic[Token]):
             error.retry_after = length_s
 
     def refused(self, model_id: str, error: ApiError) -> None:
-        """An error inside a 200 response names no time."""
         self.cool_down(model_id, RetryDecision(error, "pause"))
 
     def user(self) -> str:
@@ -14463,12 +14452,14 @@ def echo_events(conversation: Conversation, prompt_tokens: int) -> Iterator[Even
     yield MessageStop("tool" if calls_tool else "end")
 
 
-@dataclass
 class LocalResponse:
     """The BodyStream of a response made on this machine."""
 
-    pieces: Iterator[bytes]
-    error: ApiError | None = None
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self.pieces = pieces
+        self.error: ApiError | None = None
+        self.resumed = asyncio.Event()
+        self.resumed.set()
 
     async def first(self) -> bytes:
         return next(self.pieces, b"")
@@ -14477,11 +14468,15 @@ class LocalResponse:
         while piece := next(self.pieces, b""):
             sink(piece)
             await asyncio.sleep(0)
+            await self.resumed.wait()
         if self.error:
             raise self.error
 
     def hold(self, paused: bool) -> None:
-        """Nothing to pause: the response is about as long as its request."""
+        if paused:
+            self.resumed.clear()
+        else:
+            self.resumed.set()
 
     def fail(self, error: ApiError) -> None:
         self.error = error
@@ -14489,6 +14484,7 @@ class LocalResponse:
 
     def stop(self) -> None:
         self.pieces = iter(())
+        self.resumed.set()
 
     def close(self, ended: bool) -> None: ...
 
