@@ -113,6 +113,7 @@ from array import array
 from bisect import bisect_left
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import (
+    AsyncIterator,
     Awaitable,
     Callable,
     Collection,
@@ -9043,7 +9044,7 @@ def get_token(body: Json, name: str) -> str:
 
 @dataclass(slots=True)
 class CopilotToken:
-    token: str = field(repr=False)
+    access_token: str = field(repr=False)
     api_url: str
     expires_at: float  #: Unix seconds
     refresh_in: float  #: seconds from now until it should be refreshed
@@ -9393,8 +9394,11 @@ KIRO_REGIONS = ("us-east-1", "eu-central-1")  # only these have model hosts
 class KiroLogin:
     """One sign-in, as stored in its token file.  `repr` shows no secrets."""
 
+    #: seconds before expiry from which a token is too old for a new request
+    margin_s: ClassVar[float] = KIRO_REFRESH_MARGIN_SECONDS
+
     kind: str  #: builder_id, idc, social, external_idp or api_key
-    access: str = field(repr=False)
+    access_token: str = field(repr=False)
     refresh: str = field(default="", repr=False)
     client_id: str = ""
     client_secret: str = field(default="", repr=False)
@@ -9623,7 +9627,7 @@ KIRO_HEADERS = {
 
 def kiro_headers(login: KiroLogin, shape: str, version: str, system: str) -> dict[str, str]:
     """The headers of a request in one of the KIRO_HEADERS shapes."""
-    headers = {"Authorization": f"Bearer {login.access}", "Accept-Encoding": "identity"}
+    headers = {"Authorization": f"Bearer {login.access_token}", "Accept-Encoding": "identity"}
     if login.kind == "api_key":
         headers["tokentype"] = "API_KEY"
     elif login.kind == "external_idp":
@@ -12208,8 +12212,7 @@ class Paths:
     """Where files live, by the XDG Base Directory specification."""
 
     def __init__(self, config_dir: str, state_dir: str) -> None:
-        self.config_dir = config_dir
-        self.state_dir = state_dir
+        self.config_dir, self.state_dir = config_dir, state_dir
         self.config_file = os.path.join(config_dir, "config.toml")
         state = functools.partial(os.path.join, state_dir)
         self.machine_file = state("machine.json")
@@ -12247,29 +12250,25 @@ def check_owner(path: str, status: os.stat_result) -> None:
     if status.st_uid not in (os.getuid(), 0):
         raise PermissionError(errno.EPERM, f"{path} belongs to another user")
     if status.st_mode & 0o022:
-        raise PermissionError(
-            errno.EPERM,
-            f"other users can write to {path}; check that all in it is yours, or move it away, "
-            f"and then run: chmod go-w {shlex.quote(path)}",
-        )
+        hint = "check that all in it is yours, or move it away, and then run: chmod go-w"
+        reason = f"other users can write to {path}; {hint} {shlex.quote(path)}"
+        raise PermissionError(errno.EPERM, reason)
 
 
 def check_parents(target: str) -> None:
-    """Raises PermissionError where a folder above `target` lets everybody replace it.
+    """Raises PermissionError if every user can replace a folder above `target`; also OSError.
 
-    (A group may write there: `~/.local` is made so where each user has a group of its own.)
-    Where the path leads through links both the links and what they lead to count.  Raises OSError.
+    Checks the path as given and with its links resolved.  A group may write there: on systems
+    where each user has a private group, `~/.local` is created like that.
     """
     for path in (os.path.abspath(target), os.path.realpath(target)):
         while path != os.path.dirname(path):
             path = os.path.dirname(path)
             mode = os.stat(path).st_mode
             if mode & 0o002 and not mode & stat.S_ISVTX and hasattr(os, "getuid"):
-                raise PermissionError(
-                    errno.EPERM,
-                    f"every user can replace what is in {path}; check that {target} is as you left "
-                    f"it, and then run: chmod o-w {shlex.quote(path)}",
-                )
+                hint = f"check that {target} is as you left it, and then run: chmod o-w"
+                reason = f"every user can replace what is in {path}; {hint} {shlex.quote(path)}"
+                raise PermissionError(errno.EPERM, reason)
 
 
 def check_folder(folder: str) -> None:
@@ -12287,15 +12286,10 @@ def os_error_as(problem: str, error_class: type[ProgramError] = ProgramError) ->
         raise error_class(f"{problem}: {error.strerror or error}") from None
 
 
-def open_flags(*names: str) -> int:
-    """Flags for `os.open`; those that Windows lacks are 0."""
-    return sum(getattr(os, name, 0) for name in names)
-
-
 def open_plain(path: str, *flags: str) -> int:
-    """A descriptor of a plain file: one that is read to an end, and at once.  Raises OSError."""
-    names = ("O_BINARY", "O_CLOEXEC", "O_NONBLOCK", *flags)  # without waiting for a FIFO's writer
-    fd = os.open(path, open_flags(*names), 0o600)
+    """A descriptor of a regular file, without waiting for a FIFO's writer.  Raises OSError."""
+    names = ("O_BINARY", "O_CLOEXEC", "O_NONBLOCK", *flags)
+    fd = os.open(path, sum(getattr(os, name, 0) for name in names), 0o600)  # 0: Windows lacks it
     mode = os.fstat(fd).st_mode
     if stat.S_ISREG(mode):
         return fd
@@ -12306,9 +12300,9 @@ def open_plain(path: str, *flags: str) -> int:
 
 
 def open_trusted(path: str, *flags: str) -> int:
-    """`open_plain` of a file that only this user and root can have written; raises OSError.
+    """`open_plain` for our own files: only this user and root can have written them.
 
-    All our files are opened here.  Symbolic links are followed unless `flags` has O_NOFOLLOW.
+    Symbolic links are followed unless `flags` has O_NOFOLLOW.  Raises OSError.
     """
     check_folder(os.path.dirname(path))
     fd = open_plain(path, *flags)
@@ -12338,10 +12332,11 @@ def load_config_text(path: str) -> str:
 
 def load_config(paths: Paths, environ: dict[str, str], flags: dict[str, str | None]) -> Config:
     """The environment overrides the file, flags override both; raises ConfigError."""
-    config = read_config_text(load_config_text(paths.config_file), paths.config_file)
+    path = paths.config_file
+    config = read_config_text(load_config_text(path), path)
     if config.api_keys or any(map(is_secret_setting, config.origins)):
-        with os.fdopen(open_trusted(paths.config_file, "O_RDONLY"), "rb") as file:
-            make_private(file.fileno(), paths.config_file, "config_file_with_secrets")
+        with os.fdopen(open_trusted(path, "O_RDONLY"), "rb") as file:
+            make_private(file.fileno(), path, "config_file_with_secrets")
     apply_environment(config, environ)
     apply_flags(config, flags)
     check_exposure(config)
@@ -12367,7 +12362,7 @@ def replace_file(path: str, data: bytes) -> None:
     """Replaces a file atomically and durably, with mode 0600 from the first byte.
 
     A symbolic link planted at `path` is replaced, not followed; anything else that is not a
-    regular file is left alone.  Raises OSError; the old file is then kept.
+    regular file is left alone.  Raises OSError; the old file then remains.
     """
     if os.path.lexists(path) and not os.path.islink(path) and not os.path.isfile(path):
         raise FileExistsError(errno.EEXIST, "something that is not a plain file is in its place")
@@ -12382,13 +12377,12 @@ def replace_file(path: str, data: bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
-    if not hasattr(os, "O_DIRECTORY"):
-        return  # Windows has no folder handles
-    folder_fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(folder_fd)
-    finally:
-        os.close(folder_fd)
+    if hasattr(os, "O_DIRECTORY"):  # Windows has no folder handles
+        folder_fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(folder_fd)
+        finally:
+            os.close(folder_fd)
 
 
 def edit_config(paths: Paths, edit: Callable[[str], str]) -> None:
@@ -12401,18 +12395,18 @@ def edit_config(paths: Paths, edit: Callable[[str], str]) -> None:
             if fcntl is not None:
                 fcntl.flock(folder_fd, fcntl.LOCK_EX)
             text = edit(load_config_text(path))
-            # A symbolic link, as dotfile managers make them, is kept.
+            # Follows a symbolic link: dotfile managers make them.
             replace_file(os.path.realpath(path), text.encode())
         finally:
             os.close(folder_fd)
     except UnicodeEncodeError:
-        raise ConfigError(f"{path}: a setting must not hold bytes that are no text") from None
+        raise ConfigError(f"{path}: a setting must be valid UTF-8") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def change_config(paths: Paths, environ: dict[str, str], key: str, value: str) -> None:
-    """Sets one key and keeps everything else; on ConfigError nothing has changed."""
+    """Sets one key; on ConfigError nothing has changed."""
     path = paths.config_file
 
     def edit(text: str) -> str:
@@ -12427,23 +12421,22 @@ def change_config(paths: Paths, environ: dict[str, str], key: str, value: str) -
 
 def change_provider(paths: Paths, environ: dict[str, str], name: str, enabled: str) -> None:
     """Sets `enabled`, "true" or "false", of an existing provider; raises ConfigError."""
-    providers = load_config(paths, environ, {}).providers
-    if name not in providers:
-        names = ", ".join(providers)
-        raise ConfigError(
-            f"{paths.config_file}: providers.{name}: there is none; there are: {names}"
-        )
+    names = list(load_config(paths, environ, {}).providers)
+    if name not in names:
+        reason = f"providers.{name}: there is none; there are: {', '.join(names)}"
+        raise ConfigError(f"{paths.config_file}: {reason}")
     change_config(paths, environ, f"providers.{name}.enabled", enabled)
 
 
 def open_state(paths: Paths) -> None:
-    hint = "or set XDG_STATE_HOME to a folder of yours"
+    """Creates the state folder; raises ProgramError."""
     try:
         make_private_dir(paths.state_dir)
         if os.path.isdir(paths.bytecode_dir):
             check_folder(paths.bytecode_dir)
     except OSError as error:
-        raise ProgramError(f"{paths.state_dir}: cannot be used: {error.strerror}; {hint}") from None
+        reason = f"{error.strerror}; or set XDG_STATE_HOME to a folder of yours"
+        raise ProgramError(f"{paths.state_dir}: cannot be used: {reason}") from None
 
 
 def save_private_json(path: str, value: Json) -> None:
@@ -12451,17 +12444,26 @@ def save_private_json(path: str, value: Json) -> None:
     replace_file(path, dump_json(value) + b"\n")
 
 
-class Damaged(ProgramError):
-    """One of our files cannot be parsed."""
+def quarantine(path: str) -> None:
+    """Renames a damaged file instead of overwriting it."""
+    new_path = f"{path}.damaged-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+    os.replace(path, new_path)
+    log_event("warning", "damaged_file_renamed", path=new_path)
 
 
-def load_private_json(path: str) -> Json | None:
-    """None if there is no file; raises ProgramError.  Others may not read it from now on."""
+def load_private_json(path: str, *, quarantines: bool = False) -> Json | None:
+    """None if there is no file; takes access away from others.  Raises ProgramError.
+
+    `quarantines`: renames a damaged file, and returns None.
+    """
     try:
         with os.fdopen(open_trusted(path, "O_RDONLY", "O_NOFOLLOW"), "rb") as file:
             if restrict_to_owner(file.fileno()):
                 log_event("warning", "token_file_was_readable", path=path)
             value = load_object(file.read(MIB))
+        if value is None and quarantines:
+            quarantine(path)
+            return None
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -12469,25 +12471,27 @@ def load_private_json(path: str) -> Json | None:
         reason = "it is a symbolic link, which is not followed" if is_link else error.strerror
         raise ProgramError(f"{path}: cannot be read: {reason}") from None
     if value is None:
-        raise Damaged(f"{path}: is damaged: it is not a JSON object")
+        raise ProgramError(f"{path}: is damaged: it is not a JSON object")
     return value
 
 
-def quarantine(path: str) -> None:
-    """Renames a damaged file instead of overwriting it."""
-    new_path = f"{path}.damaged-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
-    os.replace(path, new_path)
-    log_event("warning", "damaged_file_kept", path=new_path)
+def file_identity(path: str) -> tuple[int, ...]:
+    """Device, inode, time and size: changes when a file is replaced.  Empty if there is none."""
+    try:
+        status = os.stat(path, follow_symlinks=False)
+    except OSError:
+        return ()
+    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def lock_file(path: str) -> int | None:
-    """An fd that holds the lock until its last copy is closed; None if taken.  Raises OSError."""
+    """A descriptor that holds the lock until its last copy is closed; None if it is taken."""
     while True:
         fd = open_trusted(path, "O_RDWR", "O_CREAT", "O_NOFOLLOW")
         is_ours = False
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # If it has been removed or replaced meanwhile, the lock is worthless.
+            # A lock on a file that has been removed or replaced meanwhile excludes no one.
             is_ours = os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False))
             if is_ours:
                 return fd
@@ -12500,92 +12504,67 @@ def lock_file(path: str) -> int | None:
                 os.close(fd)
 
 
-class FileLock:
-    """A lock between processes, held by `async with`; the kernel releases it if the holder dies.
-
-    Without flock, or if the file cannot be created, nothing is locked.  Raises Overloaded if
-    another process holds it for LOCK_SECONDS.
-    """
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.fd: int | None = None
-
-    async def __aenter__(self) -> FileLock:
-        deadline = time.monotonic() + LOCK_SECONDS
-        try:
-            make_private_dir(os.path.dirname(self.path))
-            while fcntl is not None and self.fd is None:
-                self.fd = lock_file(self.path)
-                if self.fd is None and time.monotonic() > deadline:
-                    raise Overloaded(f"Another process holds {self.path} and does not let go.")
-                if self.fd is None:
-                    await asyncio.sleep(LOCK_POLL_SECONDS)
-        except OSError as error:
-            log_event("warning", "no_lock", path=self.path, reason=error.strerror)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        if self.fd is not None:
-            os.close(self.fd)
-            self.fd = None
-
-
+@dataclass(eq=False)
 class TokenFile:
     """A provider's sign-in on disk; other processes may change it at any time."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
-        #: inode, time and size of the file as last seen
-        self.last_identity: tuple[int, ...] | None = None
-        #: whose it is, as of the last read
-        self.user = ""
-        #: changes not written yet: they must not be lost, as a rotated token is issued only once
-        self.unsaved: Json = {}
-        self.retry_save_at = 0.0
-        #: of `peek`: (identity of the file, monotonic expiry, result)
-        self.peeked: tuple[Any, float, Json | ProgramError | None] = (None, 0.0, None)
+    path: str
+    identity: tuple[int, ...] = ()  #: `file_identity` as of the last read or write
+    user: str = ""  #: the account's name, as of the last read
+    refused: bool = False  #: by the service, as of the last read
+    #: changes not written yet: they must not be lost, as a rotated token is issued only once
+    unsaved: Json = field(default_factory=dict)
+    retry_save_at: float = 0.0  #: monotonic
+    #: of `peek`: (identity of the file, monotonic expiry, result)
+    peeked: tuple[Any, float, Json | ProgramError | None] = (None, 0.0, None)
 
-    def lock(self) -> FileLock:
-        return FileLock(os.path.join(os.path.dirname(self.path), "token.lock"))
+    @contextlib.asynccontextmanager
+    async def lock(self) -> AsyncIterator[str]:
+        """A lock between processes; yields its path.  The kernel releases it if the holder dies.
 
-    def identity(self) -> tuple[int, ...] | None:
-        """Tells this file from its replacement; None if there is no file."""
+        Nothing is locked if that is impossible here.  Raises Overloaded after LOCK_SECONDS.
+        """
+        path = os.path.join(os.path.dirname(self.path), "token.lock")
+        fd, deadline = None, time.monotonic() + LOCK_SECONDS
         try:
-            status = os.stat(self.path, follow_symlinks=False)
-        except OSError:
-            return None
-        return status.st_ino, status.st_mtime_ns, status.st_size
+            make_private_dir(os.path.dirname(path))
+            while fcntl is not None and (fd := lock_file(path)) is None:
+                if time.monotonic() > deadline:
+                    raise Overloaded(f"Another process has locked {path} for too long.")
+                await asyncio.sleep(LOCK_POLL_SECONDS)
+        except OSError as error:
+            log_event("warning", "lock_unavailable", path=path, reason=error.strerror)
+        try:
+            yield path
+        finally:
+            if fd is not None:
+                os.close(fd)
 
     def changed(self) -> bool:
-        """Whether another process has replaced the file since last asked; retries a failed save."""
-        previous, self.last_identity = self.last_identity, self.identity()
-        if self.last_identity != previous:
+        """Whether another process has replaced the file; if not, a failed save is retried."""
+        previous, self.identity = self.identity, file_identity(self.path)
+        if self.identity != previous:
             self.unsaved = {}  # a newer file wins
             return True
         if time.monotonic() >= self.retry_save_at:
             self.flush()
         return False
 
-    def is_refused(self) -> bool:
-        try:
-            return bool((self.load() or {}).get("refused"))
-        except ProgramError:
-            return False
-
     def load(self) -> Json | None:
         """None if there is no file; raises ProgramError."""
         content = load_private_json(self.path)
         if content is None:
             return None
+        content |= self.unsaved
         self.user = get_str(content, "user") or get_str(content, "login")
-        return {**content, **self.unsaved}
+        self.refused = bool(content.get("refused"))
+        return content
 
     def peek(self) -> Json | None:
         """`load` for frequent read-only use: cached for TOKEN_LOOK_SECONDS."""
-        now, identity = time.monotonic(), self.identity()
-        seen, expires_at, content = self.peeked
-        if now >= expires_at or identity != seen:
+        now, identity = time.monotonic(), file_identity(self.path)
+        cached_identity, expires_at, content = self.peeked
+        if now >= expires_at or identity != cached_identity:
             try:
                 content = self.load()
             except ProgramError as error:
@@ -12595,23 +12574,14 @@ class TokenFile:
             raise content.with_traceback(None)
         return None if content is None else dict(content)
 
-    def need(self, provider: str, service: str, *, peeks: bool = False) -> Json:
-        try:
-            content = self.peek() if peeks else self.load()
-        except ProgramError as error:
-            raise NotSignedIn(f"{error}.") from None
-        if content is None:
-            raise NotSignedIn(f"Provider {provider!r} has no {service} sign-in yet.")
-        return content
-
     def save(self, changes: Json) -> None:
         """None removes a key.  What cannot be written is logged, kept in memory, and retried."""
         self.unsaved = {**self.unsaved, **changes}
-        if self.last_identity is not None and self.identity() is None:
+        if self.identity and not file_identity(self.path):
             self.unsaved = {}  # revoked meanwhile
             return
         try:
-            content = self.load_or_quarantine()
+            content = load_private_json(self.path, quarantines=True) or {}
             merged = {k: v for k, v in {**content, **self.unsaved}.items() if v is not None}
             save_private_json(self.path, merged)
         except (OSError, ProgramError) as error:  # a file that cannot be trusted is left alone
@@ -12620,7 +12590,7 @@ class TokenFile:
             log_event("error", "token_not_saved", path=self.path, reason=reason)
             return
         self.unsaved = {}
-        self.last_identity = self.identity()
+        self.identity = file_identity(self.path)
 
     def flush(self) -> None:
         if self.unsaved:
@@ -12628,39 +12598,38 @@ class TokenFile:
 
     def replace(self, content: Json) -> None:
         with contextlib.suppress(ProgramError):  # a link, or unreadable: only its name is reused
-            self.load_or_quarantine()
+            load_private_json(self.path, quarantines=True)
         save_private_json(self.path, content)
 
-    def load_or_quarantine(self) -> Json:
-        try:
-            return load_private_json(self.path) or {}
-        except Damaged:
-            quarantine(self.path)
-            return {}
-
     def remove(self) -> list[str]:
-        """Deletes the sign-in and damaged ones kept aside; returns their paths; raises OSError."""
+        """Deletes the sign-in and its damaged copies; returns their paths.  Raises OSError."""
         folder = os.path.dirname(self.path)
         names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-        ours = ("token.json.damaged-", ".new-")
-        paths = [os.path.join(folder, n) for n in names if n == "token.json" or n.startswith(ours)]
+        copies = ("token.json.damaged-", ".new-")
+        names = [name for name in names if name == "token.json" or name.startswith(copies)]
+        paths = [os.path.join(folder, name) for name in names]
         for path in paths:
             os.unlink(path)
         return paths
 
 
+def random_uuid() -> str:
+    return format_uuid(os.urandom(16).hex())
+
+
 def load_machine(paths: Paths) -> tuple[str, str]:
     """(machine id, device id): random, made once, or per process if they cannot be saved."""
+    path = paths.machine_file
     try:
-        saved = load_private_json(paths.machine_file) or {}
+        saved = load_private_json(path) or {}
         machine, device = saved.get("machine_id"), saved.get("device_id")
         if isinstance(machine, str) and isinstance(device, str):
             return machine, device
     except ProgramError as error:
         log_event("warning", "machine_file_unusable", reason=error)
-    machine, device = os.urandom(32).hex(), format_uuid(os.urandom(16).hex())
+    machine, device = os.urandom(32).hex(), random_uuid()
     try:
-        save_private_json(paths.machine_file, {"machine_id": machine, "device_id": device})
+        save_private_json(path, {"machine_id": machine, "device_id": device})
     except OSError as error:
         log_event("warning", "machine_file_not_saved", reason=error.strerror)
     return machine, device
@@ -12685,7 +12654,7 @@ class LogFilter:
 
 
 def open_log(path: str) -> TextIO:
-    """A log file, to be read; raises OSError."""
+    """Raises OSError."""
     return os.fdopen(open_plain(path, "O_RDONLY"), encoding="utf-8", errors="replace")
 
 
@@ -12712,67 +12681,53 @@ def load_log_tail(path: str, lines: int, level: str) -> list[str]:
         raise ProgramError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-# 14.2 sign-ins that other programs keep
-
-
-def sign_in_command(kind: str, name: str) -> str:
-    name_option = "" if name == kind else f" --name {name}"
-    return f"{program_words(sys.argv[0])} auth {kind}{name_option}"
+# 14.2 sign-ins shared with other programs
 
 
 def read_json_file(path: str) -> Json | None:
-    """The object in another program's file, None where that holds none; raises OSError."""
+    """The object in another program's file, None if it is not one; raises OSError."""
     with os.fdopen(open_plain(path, "O_RDONLY"), "rb") as file:
         return load_object(file.read(MIB))
 
 
-class SharedLogin:
-    """A Kiro sign-in shared with another program; a refresh token can be used by only one of us.
+def read_shared_login(source: Json) -> Json | None:
+    """The sign-in of another program as our token file's content; None if gone or unusable.
 
-    So it is read before a refresh, and the result is merged back.  `source`, from our token file:
-    {"program": "kiro-ide", "path": "..."}, with the "key" of its row if the path is a database's.
+    A refresh token can be used by only one of us, so it is read before a refresh, and the result is
+    merged back.  `source`, from our token file: {"program": "kiro-ide", "path": "..."}, with the
+    "key" of its row if the path is a database's.
     """
+    path, key = get_str(source, "path"), get_str(source, "key")
+    try:
+        return read_cli_login(path, key) if key else read_ide_login(path)
+    except (OSError, ValueError, sqlite3.Error) as error:
+        log_event("info", "shared_login_unusable", path=path, reason=error)
+        return None
 
-    def __init__(self, source: Json) -> None:
-        self.path = get_str(source, "path")
-        self.key = get_str(source, "key")
 
-    def read(self) -> Json | None:
-        """As our token file's content; None if it is gone or unusable."""
-        try:
-            if self.key:
-                return read_cli_login(self.path, self.key)
-            return read_ide_login(self.path)
-        except (OSError, ValueError, sqlite3.Error) as error:
-            log_event("info", "shared_login_unusable", path=self.path, reason=error)
-            return None
+def write_shared_login(source: Json, changes: Json, used_token: str) -> None:
+    """Stores refreshed tokens if `used_token` is still in place; a failure is logged.
 
-    def write(self, changes: Json, used_token: str) -> None:
-        """Stores refreshed tokens if `used_token` is still in place; a failure is logged."""
-        try:
-            if self.key:
-                self.write_row(changes, used_token)
-            else:
-                self.write_file(changes, used_token)
-        except (OSError, ValueError, sqlite3.Error) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            log_event("warning", "shared_login_not_updated", path=self.path, reason=reason)
-
-    def write_file(self, changes: Json, used_token: str) -> None:
-        """Follows a symbolic link; the mode of the folder is left alone."""
-        path = os.path.realpath(self.path)
-        body = read_json_file(path) or {}
-        if either(body, "refresh_token") == used_token:
-            replace_file(path, json.dumps(with_tokens(body, changes), indent=2).encode())
-
-    def write_row(self, changes: Json, used_token: str) -> None:
-        with contextlib.closing(open_database(self.path, "rw")) as database:
+    A symbolic link is followed, and the mode of the folder left alone.
+    """
+    path, key = get_str(source, "path"), get_str(source, "key")
+    try:
+        if not key:
+            body = read_json_file(path) or {}
+            if either(body, "refresh_token") == used_token:
+                data = json.dumps(with_tokens(body, changes), indent=2).encode()
+                replace_file(os.path.realpath(path), data)
+            return
+        with contextlib.closing(open_database(path, "rw")) as database:
             database.execute("BEGIN IMMEDIATE")
-            body = read_row(database, "auth_kv", self.key)
+            body = read_row(database, "auth_kv", key)
             if either(body, "refresh_token") == used_token:
                 text = dump_json(with_tokens(body, changes)).decode()
-                database.execute("UPDATE auth_kv SET value = ? WHERE key = ?", (text, self.key))
+                database.execute("UPDATE auth_kv SET value = ? WHERE key = ?", (text, key))
             database.execute("COMMIT")
+    except (OSError, ValueError, sqlite3.Error) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        log_event("warning", "shared_login_not_updated", path=path, reason=reason)
 
 
 def open_database(path: str, mode: str) -> sqlite3.Connection:
@@ -12788,7 +12743,7 @@ def read_row(database: sqlite3.Connection, table: str, key: str) -> Json:
 
 
 def read_some_json(path: str) -> Json:
-    """As `read_json_file`, {} where there is none."""
+    """`read_json_file` of an optional file: {} if it is missing or unusable."""
     try:
         return read_json_file(path) or {}
     except OSError:
@@ -12806,32 +12761,23 @@ def read_ide_login(path: str) -> Json:
     if re.fullmatch(r"[0-9a-f]{40}", name):
         registration = read_some_json(os.path.join(folder, f"{name}.json"))
     if not registration and get_str(body, "authMethod").lower() == "idc":
-        registration = newest_registration(folder)
-    profile = {} if either(body, "profile_arn") else read_some_json(ide_profile_path())
+        files = [read_some_json(entry.path) for entry in os.scandir(folder) if entry.is_file()]
+        files = [file for file in files if file.get("clientId") and file.get("clientSecret")]
+        registration = max(files, key=lambda file: read_time(file.get("expiresAt")), default={})
+    profile: Json = {}
+    if not either(body, "profile_arn"):
+        base = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+        base = "~/Library/Application Support" if sys.platform == "darwin" else base
+        profile_path = f"{base}/Kiro/User/globalStorage/kiro.kiroagent/profile.json"
+        profile = read_some_json(os.path.expanduser(profile_path))
     return read_kiro_import(body, registration, profile)
-
-
-def newest_registration(folder: str) -> Json:
-    """The client registration beside an IDE file that does not name it."""
-    candidates = [read_some_json(entry.path) for entry in os.scandir(folder) if entry.is_file()]
-    candidates = [body for body in candidates if body.get("clientId") and body.get("clientSecret")]
-    return max(candidates, key=lambda body: read_time(body.get("expiresAt")), default={})
-
-
-def ide_profile_path() -> str:
-    base = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
-    base = "~/Library/Application Support" if sys.platform == "darwin" else base
-    return os.path.expanduser(f"{base}/Kiro/User/globalStorage/kiro.kiroagent/profile.json")
 
 
 # Row of a sign-in -> its kind, best first; "odic" is the actual spelling.
 CLI_ROWS = {
-    "kirocli:social:token": "social",
-    "kirocli:external-idp:token": "external_idp",
-    "kirocli:odic:token": "idc",
-    "kirocli:oidc:token": "idc",
-    "codewhisperer:odic:token": "idc",
-}
+    "kirocli:social:token": "social", "kirocli:external-idp:token": "external_idp",
+    "kirocli:odic:token": "idc", "kirocli:oidc:token": "idc", "codewhisperer:odic:token": "idc",
+}  # fmt: skip
 
 
 def read_cli_login(path: str, key: str) -> Json:
@@ -12861,54 +12807,37 @@ USAGE_KEYS = (*USAGE_NAMES, "shown", "spent")
 USAGE_COLUMNS = ("at", *USAGE_KEYS, *USAGE_DETAILS, *USAGE_FIGURES)
 USAGE_SUM_COLUMNS = ("at", *USAGE_KEYS, *USAGE_FIGURES)
 USAGE_SCHEMA = f"""
+    BEGIN IMMEDIATE;
     -- a request, or the sum of a day's: shown in reports, spent as the caps see it
-    CREATE TABLE requests (
+    CREATE TABLE IF NOT EXISTS requests (
         id INTEGER PRIMARY KEY, at, {", ".join((*USAGE_KEYS, *USAGE_DETAILS))},
         {", ".join(f"{name} DEFAULT 0" for name in USAGE_FIGURES)}
     );
-    CREATE INDEX requests_at ON requests (at);
-    PRAGMA user_version = {USAGE_VERSION}
+    CREATE INDEX IF NOT EXISTS requests_at ON requests (at);
+    PRAGMA user_version = {USAGE_VERSION};
+    COMMIT
 """
-# From version 1: its sums by quarters of an hour, and by day what caps look at.
-USAGE_MIGRATION = f"""
+INSERT_REQUEST = f"""
+    INSERT INTO requests ({", ".join(USAGE_COLUMNS)}) VALUES (:{", :".join(USAGE_COLUMNS)})
+"""
+INSERT_SUM = f"""
     INSERT INTO requests ({", ".join(USAGE_SUM_COLUMNS)})
-        SELECT slot * 900, {", ".join(USAGE_NAMES)}, 1, 0, requests, errors, cancelled,
-            input + cache_read + cache_write, cache_read, cache_write, output, reasoning,
-            nano_credits, reported, derived, estimated, credits_reported, credits_derived,
-            credits_estimated, duration_ms, first_bytes, first_byte_ms
-        FROM sums;
-    INSERT INTO requests (at, provider, label, shown, spent, input_tokens, nano_credits)
-        SELECT CAST(strftime('%s', day, 'utc') AS INTEGER), provider, label, 0, 1, tokens,
-            nano_credits
-        FROM spent;
-    DROP TABLE answers;
-    DROP TABLE sums;
-    DROP TABLE spent
+    VALUES ({", ".join("?" * len(USAGE_SUM_COLUMNS))})
 """
-INSERT_REQUEST = (
-    f"INSERT INTO requests ({', '.join(USAGE_COLUMNS)}) "
-    f"VALUES ({', '.join(f':{name}' for name in USAGE_COLUMNS)})"
-)
 # `total` adds numbers of any size; `sum` fails beyond 2**63.
 USAGE_TOTALS = ", ".join(f"CAST(total({name}) AS INTEGER)" for name in USAGE_FIGURES)
 DAY_SQL = "date(at, 'unixepoch', 'localtime')"
+SELECT_SPENDING = f"""
+    SELECT {DAY_SQL}, provider, label, CAST(total(input_tokens + output_tokens) AS INTEGER),
+        CAST(total(nano_credits) AS INTEGER)
+    FROM requests WHERE spent AND at >= ? GROUP BY 1, 2, 3
+"""
+MIDDLE_ID = "SELECT id FROM requests ORDER BY id LIMIT 1 OFFSET (SELECT count(*) / 2 FROM requests)"
 # How SQLite reports an unexpected schema.
-OTHER_TABLES = re.compile(r"no such (?:table|column)|has no column|already exists")
+OTHER_TABLES = re.compile(r"no such (?:table|column)|has no column")
 
 
-@contextlib.contextmanager
-def transaction(connection: sqlite3.Connection, mode: str = "IMMEDIATE") -> Iterator[None]:
-    """All or nothing; IMMEDIATE takes the write lock at the start."""
-    connection.execute(f"BEGIN {mode}")
-    try:
-        yield
-        connection.execute("COMMIT")
-    except BaseException:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
-        raise
-
-
+@dataclass(eq=False)
 class UsageStore:
     """The usage database.  Several processes may share one; each writes in batches.
 
@@ -12916,29 +12845,21 @@ class UsageStore:
     retried: no request ever waits for it.  To be used by one thread at a time.
     """
 
-    def __init__(
-        self, path: str, busy_s: float = USAGE_BUSY_SECONDS, max_pages: int = MAX_USAGE_PAGES
-    ) -> None:
-        self.path = path
-        self.busy_s = busy_s
-        self.max_pages = max_pages
-        self.connection: sqlite3.Connection | None = None
-        #: device and inode of the open file: another process may set it aside
-        self.identity: tuple[int, int] | None = None
-        #: rows that are not written yet
-        self.pending: list[Json] = []
-        #: rows that were dropped
-        self.lost = 0
-        #: the last problem of a write, so that it is logged once
-        self.trouble = ""
-        #: monotonic
-        self.prune_at = 0.0
-        #: (version of the database, month) that spending was last read or written at
-        self.spending_seen: tuple[int, float] | None = None
+    path: str
+    busy_s: float = USAGE_BUSY_SECONDS
+    max_pages: int = MAX_USAGE_PAGES
+    connection: sqlite3.Connection | None = None
+    identity: tuple[int, ...] = ()  #: device and inode: another process may replace the file
+    pending: list[Json] = field(default_factory=list)  #: rows that are not written yet
+    lost: int = 0  #: number of rows that were dropped
+    trouble: str = ""  #: the last problem of a write, so that it is logged once
+    prune_at: float = 0.0  #: monotonic
+    #: (version of the database, month) as of the last read or write of the spending
+    spending_version: tuple[int, float] | None = None
 
     def open(self) -> sqlite3.Connection:
         """The database, created if need be; raises sqlite3.Error and OSError."""
-        if self.connection is not None and self.identity == self.find_identity():
+        if self.connection is not None and self.identity == file_identity(self.path)[:2]:
             return self.connection
         self.close()
         make_private_dir(os.path.dirname(self.path))
@@ -12947,68 +12868,48 @@ class UsageStore:
         connection = self.connection = sqlite3.connect(
             self.path, timeout=self.busy_s, isolation_level=None, check_same_thread=False
         )
-        self.identity, self.spending_seen = self.find_identity(), None
-        for pragma in (
-            "journal_mode = WAL",
-            "synchronous = NORMAL",
-            f"max_page_count = {self.max_pages}",
-            f"journal_size_limit = {4 * MIB}",
-        ):
-            connection.execute(f"PRAGMA {pragma}")
-        if self.find_version(connection) < USAGE_VERSION:
-            with transaction(connection):
-                version = self.find_version(connection)
-                script = f"{USAGE_SCHEMA}; {USAGE_MIGRATION}" if version == 1 else USAGE_SCHEMA
-                for statement in script.split(";") if version < USAGE_VERSION else ():
-                    connection.execute(statement)
-        return connection
-
-    @staticmethod
-    def find_version(connection: sqlite3.Connection) -> int:
-        version: int = connection.execute("PRAGMA user_version").fetchone()[0]
+        self.identity, self.spending_version = file_identity(self.path)[:2], None
+        connection.executescript(
+            "PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; "
+            f"PRAGMA max_page_count = {self.max_pages}; PRAGMA journal_size_limit = {4 * MIB}"
+        )
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
         if version > USAGE_VERSION:
             raise sqlite3.NotSupportedError(f"it was made by a later version ({version})")
-        return version
-
-    def find_identity(self) -> tuple[int, int] | None:
-        try:
-            status = os.stat(self.path, follow_symlinks=False)
-        except OSError:
-            return None
-        return status.st_dev, status.st_ino
+        if version < USAGE_VERSION:
+            connection.executescript(USAGE_SCHEMA)
+        return connection
 
     def close(self) -> None:
         if self.connection is not None:
             self.connection.close()
             self.connection = None
 
-    # -- trouble
-
-    def do(
+    def run(
         self, work: Callable[[sqlite3.Connection], Result], mode: str = "IMMEDIATE"
     ) -> Result | None:
         """The result of `work` in a transaction; None if that failed and no rescue helped.
 
         With the mode DEFERRED it only reads, and waits for no other process.
         """
-        for is_last in (False, True):
+        for can_rescue in (True, False):
             try:
                 connection = self.open()
-                with transaction(connection, mode):
+                connection.execute(f"BEGIN {mode}")
+                with connection:  # commits, or rolls back
                     result = work(connection)
+                break
             except (sqlite3.Error, OSError) as error:
-                if is_last or not self.rescue(error):
+                if not (can_rescue and self.rescue(error)):
                     self.log_problem(error)
                     return None
-            else:
-                break
         if self.trouble and (mode == "IMMEDIATE" or not self.pending):
-            log_event("info", "usage_written_again", path=self.path)
+            log_event("info", "usage_writes_resumed", path=self.path)
             self.trouble = ""
         return result
 
     def rescue(self, error: sqlite3.Error | OSError) -> bool:
-        """Makes room in a full database, renames a damaged one; whether to retry."""
+        """Makes room in a full database, renames a damaged one; returns whether to retry."""
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         is_foreign = code == sqlite3.SQLITE_ERROR and OTHER_TABLES.search(str(error))
         try:
@@ -13016,8 +12917,9 @@ class UsageStore:
                 (pages,) = self.connection.execute("PRAGMA page_count").fetchone()
                 if pages * 4 > self.max_pages * 3:  # otherwise it is the disk that is full
                     log_event("warning", "usage_database_full", path=self.path)
-                    with transaction(self.connection):
-                        self.merge_half(self.connection)
+                    self.connection.execute("BEGIN IMMEDIATE")
+                    with self.connection:  # the models of the older half of the rows are dropped
+                        self.merge(self.connection, f"id <= ({MIDDLE_ID})", f"'{OTHER}'")
                     return True
             self.close()
             if is_foreign or code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
@@ -13036,12 +12938,10 @@ class UsageStore:
             self.trouble = reason
             log_event("warning", "usage_not_written", path=self.path, reason=reason)
 
-    # -- writing
-
     def write(self, records: list[UsageRecord], month: float = 0.0) -> list[Any] | None:
         """Returns (day, provider, label, tokens, nano-credits) of all spent since `month`.
 
-        None if that is 0, if writing failed, or if nobody else has written since the last time.
+        None if that is 0, if writing failed, or if no other process has written in the meantime.
         """
         self.pending += [record.row() for record in records]
         surplus = max(0, len(self.pending) - MAX_WAITING_ANSWERS)
@@ -13051,60 +12951,40 @@ class UsageStore:
         def work(connection: sqlite3.Connection) -> tuple[tuple[int, float], list[Any] | None]:
             connection.executemany(INSERT_REQUEST, self.pending)
             self.prune(connection)
-            # The version changes with what other connections write.
-            seen = (connection.execute("PRAGMA data_version").fetchone()[0], month)
-            if not month or seen == self.spending_seen:
-                return seen, None
-            rows = connection.execute(
-                f"SELECT {DAY_SQL}, provider, label, "
-                "CAST(total(input_tokens + output_tokens) AS INTEGER), "
-                "CAST(total(nano_credits) AS INTEGER) "
-                "FROM requests WHERE spent AND at >= ? GROUP BY 1, 2, 3",
-                (month,),
-            )
-            return seen, rows.fetchall()
+            # data_version changes with what other connections write.
+            version = (connection.execute("PRAGMA data_version").fetchone()[0], month)
+            if not month or version == self.spending_version:
+                return version, None
+            return version, connection.execute(SELECT_SPENDING, (month,)).fetchall()
 
-        result = self.do(work)
+        result = self.run(work)
         if result is None:
             return None
         self.pending = []
-        self.spending_seen, spending = result
+        self.spending_version, spending = result
         return spending
 
     def prune(self, connection: sqlite3.Connection) -> None:
-        """Deletes what is too old, and merges what is old by day."""
+        """Deletes rows beyond their retention, and merges older ones by day."""
         if time.monotonic() < self.prune_at:
             return
         self.prune_at = time.monotonic() + USAGE_PRUNE_SECONDS
         today = dt.datetime.combine(dt.date.today(), dt.time()).timestamp()
-        oldest = today - MAX_USAGE_DAYS * 86400
-        connection.execute("DELETE FROM requests WHERE at < ?", (oldest,))
-        single = today - MAX_SINGLE_DAYS * 86400
-        connection.execute("DELETE FROM requests WHERE at < ? AND NOT shown", (single,))
-        self.merge(connection, "at < ? AND status IS NOT NULL", single)
-
-    def merge_half(self, connection: sqlite3.Connection) -> None:
-        """Makes room: the models of the older half of the rows are not kept."""
-        (count,) = connection.execute("SELECT count(*) FROM requests").fetchone()
-        sql = "SELECT id FROM requests ORDER BY id LIMIT 1 OFFSET ?"
-        for (middle,) in connection.execute(sql, (count // 2,)).fetchall():
-            self.merge(connection, "id <= ?", middle, model=f"'{OTHER}'")
+        oldest, single = today - MAX_USAGE_DAYS * 86400, today - MAX_SINGLE_DAYS * 86400
+        sql = "DELETE FROM requests WHERE at < ? AND (at < ? OR NOT shown)"
+        connection.execute(sql, (single, oldest))
+        self.merge(connection, f"at < {single} AND status IS NOT NULL")
 
     @staticmethod
-    def merge(
-        connection: sqlite3.Connection, condition: str, value: float, model: str = "model"
-    ) -> None:
+    def merge(connection: sqlite3.Connection, condition: str, model: str = "model") -> None:
         """Replaces the rows that meet a condition by one for each day and name."""
         keys = ", ".join(USAGE_KEYS).replace("model", model)
         rows = connection.execute(
             f"SELECT min(at), {keys}, {USAGE_TOTALS} FROM requests WHERE {condition} "
-            f"GROUP BY {DAY_SQL}, {keys}",
-            (value,),
+            f"GROUP BY {DAY_SQL}, {keys}"
         ).fetchall()
-        connection.execute(f"DELETE FROM requests WHERE {condition}", (value,))
-        placeholders = ", ".join("?" * len(USAGE_SUM_COLUMNS))
-        sql = f"INSERT INTO requests ({', '.join(USAGE_SUM_COLUMNS)}) VALUES ({placeholders})"
-        connection.executemany(sql, rows)
+        connection.execute(f"DELETE FROM requests WHERE {condition}")
+        connection.executemany(INSERT_SUM, rows)
 
     def reset(self) -> bool:
         """Deletes all but what caps need; False if that failed and nothing was deleted."""
@@ -13112,37 +12992,35 @@ class UsageStore:
         def work(connection: sqlite3.Connection) -> bool:
             connection.executemany(INSERT_REQUEST, self.pending)
             connection.execute("DELETE FROM requests WHERE NOT spent")
-            sql = "UPDATE requests SET account = '', model = ?, shown = 0"
-            connection.execute(sql, (OTHER,))
-            self.merge(connection, "id > ?", 0)
+            connection.execute("UPDATE requests SET account = '', shown = 0")
+            self.merge(connection, "TRUE", f"'{OTHER}'")
             return True
 
-        is_done = bool(self.do(work))
+        is_done = bool(self.run(work))
         if is_done:
             self.pending = []
         return is_done
-
-    # -- reading
 
     def report(self, query: UsageQuery, now: float) -> Json:
         """The response of `/v1/usage`, without what only a running gateway knows."""
         since = query.since or 0.0
         names = USAGE_GROUPS.get(query.by, ())
+        shown = "FROM requests WHERE shown AND at >= ?"
 
         def work(connection: sqlite3.Connection) -> tuple[Any, ...]:
-            models = self.read_totals(connection, ("provider", "model"), since)
-            groups = self.read_totals(connection, names, since) if names else []
-            sql = "SELECT CAST(min(at) AS INTEGER) FROM requests WHERE shown AND at >= ?"
+            sql = f"SELECT CAST(min(at) AS INTEGER) {shown}"
             (first,) = connection.execute(sql, (since,)).fetchone()
-            rows = connection.execute(
-                f"SELECT {', '.join(USAGE_COLUMNS)} FROM requests "
-                "WHERE shown AND status IS NOT NULL AND at >= ? ORDER BY id DESC LIMIT ?",
-                (since, query.recent),
-            )
+            totals = []
+            for group in (("provider", "model"), names):
+                keys = ", ".join(DAY_SQL if name == "day" else name for name in group)
+                sql = f"SELECT {keys}, {USAGE_TOTALS} {shown} GROUP BY {keys} ORDER BY {keys}"
+                totals.append(connection.execute(sql, (since,)).fetchall() if keys else [])
+            sql = f"SELECT {', '.join(USAGE_COLUMNS)} {shown} AND status IS NOT NULL"
+            rows = connection.execute(f"{sql} ORDER BY id DESC LIMIT ?", (since, query.recent))
             recent = [request_row(dict(zip(USAGE_COLUMNS, row, strict=True))) for row in rows]
-            return models, first, groups, recent
+            return first, *totals, recent
 
-        models, first, groups, recent = self.do(work, "DEFERRED") or ([], None, [], [])
+        first, models, groups, recent = self.run(work, "DEFERRED") or (None, [], [], [])
         report = {**usage_report(models), "since": first, "until": int(now)}
         if query.by:
             report["by"] = query.by
@@ -13156,27 +13034,15 @@ class UsageStore:
             report["trouble"] = f"{self.path}: {self.trouble}"
         return report
 
-    @staticmethod
-    def read_totals(
-        connection: sqlite3.Connection, names: tuple[str, ...], since: float
-    ) -> list[tuple[Any, ...]]:
-        """Rows of (names, then USAGE_FIGURES), sorted by name."""
-        keys = ", ".join(DAY_SQL if name == "day" else name for name in names)
-        return connection.execute(
-            f"SELECT {keys}, {USAGE_TOTALS} FROM requests WHERE shown AND at >= ? "
-            f"GROUP BY {keys} ORDER BY {keys}",
-            (since,),
-        ).fetchall()
-
 
 class Ledger:
-    """All that is counted.  Owned by the event loop; its database by a thread of its own."""
+    """Usage and what follows from it.  Owned by the event loop; its database by its own thread."""
 
     def __init__(self, path: str, ticker: Ticker) -> None:
         self.store = UsageStore(path)
         self.ticker = ticker
         self.thread = concurrent.futures.ThreadPoolExecutor(1, "usage")
-        self.thread.submit(int)  # it begins now: when it is needed, there may be none to be had
+        self.thread.submit(int)  # starts the thread now: later the system may refuse one
         self.pending: list[UsageRecord] = []
         self.writing: asyncio.Future[Any] | None = None
         #: monotonic time of the next write
@@ -13190,10 +13056,8 @@ class Ledger:
         self.metrics = Metrics()
         self.cache = CacheGuard(os.urandom(16))
 
-    # -- counting
-
     def label(self, user_agent: str, limits: LimitsConfig) -> str:
-        """`client_label`, limited to MAX_LABELS a day; one that has a cap is always kept."""
+        """`client_label`, limited to MAX_LABELS a day; a label that has a cap always counts."""
         label = client_label(user_agent)
         return label if label in limits.labels else self.labels.known(label, local_day(time.time()))
 
@@ -13222,20 +13086,20 @@ class Ledger:
             return
         loop = asyncio.get_running_loop()
         hash_prompt = functools.partial(read_prompt, dialect, body, self.cache.salt)
-        record_prompt = functools.partial(self.record_prompt, record, request_info)
-        if request_info.size > CACHE_INLINE_BYTES:
-            hashing = loop.run_in_executor(None, hash_prompt)
-            hashing.add_done_callback(
-                lambda future: future.cancelled() or record_prompt(future.result())
-            )
-        else:
-            loop.call_soon(lambda: record_prompt(hash_prompt()))
 
-    def record_prompt(self, record: UsageRecord, info: RequestInfo, prompt: Prompt) -> None:
-        opening = info.opening.partition("\0")[2]  # without the system prompt
-        miss = self.cache.record(record, info.session, opening, prompt)
-        if miss is not None:
-            log_event("warning", "cache_miss", **miss)
+        def record_prompt(hashing: asyncio.Future[Prompt] | None = None) -> None:
+            if hashing is not None and hashing.cancelled():
+                return
+            prompt = hashing.result() if hashing is not None else hash_prompt()
+            opening = request_info.opening.partition("\0")[2]  # without the system prompt
+            miss = self.cache.record(record, request_info.session, opening, prompt)
+            if miss is not None:
+                log_event("warning", "cache_miss", **miss)
+
+        if request_info.size > CACHE_INLINE_BYTES:
+            loop.run_in_executor(None, hash_prompt).add_done_callback(record_prompt)
+        else:
+            loop.call_soon(record_prompt)
 
     def tick(self, now: float) -> None:
         if now >= self.due_at and self.writing is None:
@@ -13246,28 +13110,27 @@ class Ledger:
         self.spending.begin_write()
         month = month_start(time.time()) if self.spending_read else 0.0
         loop = asyncio.get_running_loop()
+
+        def finish(writing: asyncio.Future[Any]) -> None:
+            self.writing = None
+            if writing.result() is not None:
+                self.spending.replace(writing.result())
+            if self.count_waiting():
+                self.due_at = loop.time() + USAGE_WRITE_SECONDS
+            else:
+                self.due_at = math.inf
+                self.ticker.discard(self.tick)
+
         self.writing = loop.run_in_executor(self.thread, self.store.write, batch, month)
-        self.writing.add_done_callback(self.end_write)
+        self.writing.add_done_callback(finish)
         return self.writing
 
-    def end_write(self, future: asyncio.Future[Any]) -> None:
-        self.writing = None
-        if future.result() is not None:
-            self.spending.replace(future.result())
-        self.due_at = math.inf
-        if self.pending or self.store.pending:
-            self.due_at = asyncio.get_running_loop().time() + USAGE_WRITE_SECONDS
-        else:
-            self.ticker.discard(self.tick)
-
-    async def flush(self, reads: bool = False) -> None:
-        """Writes all there is; `reads`: even nothing, to learn what other processes have spent."""
+    async def flush(self, always: bool = False) -> None:
+        """Writes what is pending; with `always` even nothing, to read what others have spent."""
         while self.writing is not None:
             await asyncio.wait((self.writing,))
-        if reads or self.pending or self.store.pending:
+        if always or self.count_waiting():
             await asyncio.wait((self.begin_write(),))
-
-    # -- asking
 
     async def check(
         self, limits: LimitsConfig, provider: str, label: str, request: int | None
@@ -13280,8 +13143,9 @@ class Ledger:
             self.spending.check(limits, provider, label, time.time())
 
     async def read_spending(self) -> None:
+        """Reads it once; later writes keep it current."""
         if self.spending_read is None:
-            self.spending_read = asyncio.ensure_future(self.flush(reads=True))
+            self.spending_read = asyncio.ensure_future(self.flush(always=True))
         if not self.spending_read.done():
             await asyncio.wait((self.spending_read,))
 
@@ -13289,8 +13153,7 @@ class Ledger:
         if limits.providers or limits.labels:
             await self.read_spending()
         await self.flush()
-        loop = asyncio.get_running_loop()
-        now = time.time()
+        loop, now = asyncio.get_running_loop(), time.time()
         report: Json = await loop.run_in_executor(self.thread, self.store.report, query, now)
         report["limits"] = list(self.spending.rows(limits, now))
         if query.cache:
@@ -13324,7 +13187,7 @@ class Call:
     body: Json
     request_info: RequestInfo
     betas: str = ""  #: the client's anthropic-beta header
-    #: names of what was left out; the provider adds to them
+    #: names of omitted and of adapted parts; the provider adds to them
     dropped: list[str] = field(default_factory=list)
     touched: list[str] = field(default_factory=list)
     #: how often it was sent, and the kinds of errors received; the provider adds to them
@@ -13337,7 +13200,7 @@ class Call:
 
 
 async def run_step(step: Callable[..., Result], *arguments: Any) -> Result:
-    """The result of a step that computes; after a long one, others have their turn first."""
+    """The result of a synchronous step; yields to other tasks after a long one."""
     started_at = time.monotonic()
     result = step(*arguments)
     if time.monotonic() - started_at > LONG_STEP_SECONDS:
@@ -13345,31 +13208,29 @@ async def run_step(step: Callable[..., Result], *arguments: Any) -> Result:
     return result
 
 
+@dataclass(eq=False)
 class Catalogue:
-    """A provider's models: fetched when needed, cached while fresh; a stale list beats none.
+    """A provider's models: fetched when needed, cached while fresh; a stale list beats none."""
 
-    `built_in` models stand in for a list that could never be had, for MODELS_RETRY_SECONDS.
-    """
-
-    def __init__(self, provider: str, fetch: Callable[[], Awaitable[dict[str, Model]]]) -> None:
-        self.provider = provider
-        self.fetch = fetch
-        self.built_in: dict[str, Model] = {}
-        self.lock = asyncio.Lock()
-        self.models: dict[str, Model] = {}
-        self.listed_at: dict[str, float] = {}  #: model -> monotonic time it was last listed
-        self.fetched_at = -math.inf
-        self.missed_at = -math.inf  #: when an unknown name last forced a refresh
+    provider: str
+    fetch: Callable[[], Awaitable[dict[str, Model]]]
+    #: stand in for a list that could never be had, for MODELS_RETRY_SECONDS
+    built_in: dict[str, Model] = field(default_factory=dict)
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    models: dict[str, Model] = field(default_factory=dict)
+    listed_at: dict[str, float] = field(default_factory=dict)  #: monotonic, by model
+    fetched_at: float = -math.inf
+    forced_at: float = -math.inf  #: when `refresh` last had an effect
 
     def listed(self) -> dict[str, Model] | None:
         is_fresh = time.monotonic() - self.fetched_at < MODELS_FRESH_SECONDS
         return self.models if is_fresh else None
 
     async def get(self, refresh: bool = False) -> dict[str, Model]:
-        """Raises ApiError if there never was a list."""
+        """Raises ApiError if there never was a list.  Refreshes once in MODELS_MISS_SECONDS."""
         now = time.monotonic()
-        if refresh and now - self.missed_at >= MODELS_MISS_SECONDS:
-            self.missed_at, self.fetched_at = now, -math.inf
+        if refresh and now - self.forced_at >= MODELS_MISS_SECONDS:
+            self.forced_at, self.fetched_at = now, -math.inf
         if self.listed() is None:
             async with self.lock:
                 if self.listed() is None:  # another task may have been quicker
@@ -13380,15 +13241,15 @@ class Catalogue:
         """Keeps models missing from the new list for a while: even entitled ones may be missing."""
         try:
             fetched = await self.fetch()
-        except Exception as error:  # noqa: BLE001 - the others' models are listed all the same
+        except Exception as error:  # noqa: BLE001 - other providers' models are still listed
             is_api_error = isinstance(error, ApiError)
             reason = error if is_api_error else internal_error("a model list could not be read")
-            now = time.monotonic()
+            now, facts = time.monotonic(), {"provider": self.provider, "reason": reason}
             if self.models:
-                log_event("warning", "models_not_refreshed", provider=self.provider, reason=reason)
+                log_event("warning", "models_not_refreshed", **facts)
                 self.fetched_at = now
             elif self.built_in and not isinstance(reason, NotSignedIn):
-                log_event("warning", "models_unavailable", provider=self.provider, reason=reason)
+                log_event("warning", "models_unavailable", **facts)
                 self.models = self.built_in
                 self.fetched_at = now - MODELS_FRESH_SECONDS + MODELS_RETRY_SECONDS
             else:
@@ -13414,23 +13275,18 @@ class Cooldown:
         return now < self.until or self.probing
 
 
+@dataclass(eq=False)
 class Breaker:
     """One circuit breaker per key: a model, "" for the whole account, or a sign-in's secret.
 
-    Clients' retries would make matters worse.  After a cool-down one request probes (half-open);
-    the others fail until it has finished.
+    After a cool-down one request probes (half-open); the others fail until it has finished:
+    clients' retries would make matters worse.
     """
 
-    def __init__(
-        self,
-        provider: str = "",
-        first_s: float = COOLDOWN_SECONDS,
-        max_s: float = COOL_DOWN_SECONDS,
-    ) -> None:
-        self.provider = provider  #: for the log; "" logs nothing
-        self.first_s = first_s
-        self.max_s = max_s
-        self.cooldowns: dict[str, Cooldown] = {}
+    provider: str = ""  #: for the log; "" logs nothing
+    first_s: float = COOLDOWN_SECONDS
+    max_s: float = COOL_DOWN_SECONDS
+    cooldowns: dict[str, Cooldown] = field(default_factory=dict)
 
     def find(self, key: str, now: float) -> Cooldown | None:
         """The cool-down of `key`; one that ended long ago is forgotten."""
@@ -13453,9 +13309,9 @@ class Breaker:
         now = time.monotonic()
         previous = self.find(key, now)
         if not wait_s:
-            wait_s = previous.length_s if previous is not None else self.first_s
-            if previous is not None and previous.until <= now:
-                wait_s *= 2
+            wait_s = self.first_s
+            if previous is not None:
+                wait_s = previous.length_s * (2 if previous.until <= now else 1)
             wait_s = min(wait_s, self.max_s)
         length_s = max(wait_s, 1.0)
         until = max(now + length_s, previous.until if previous is not None else 0.0)
@@ -13467,7 +13323,7 @@ class Breaker:
         self.cooldowns[key] = Cooldown(error, until, recovers_at, length_s)
         if self.provider:
             facts = {"provider": self.provider, "model": key or "*", "kind": error.kind}
-            log_event("info", "resting", **facts, seconds=math.ceil(length_s))
+            log_event("info", "cooldown_started", **facts, seconds=math.ceil(length_s))
         return length_s
 
     def check(self, key: str) -> None:
@@ -13521,26 +13377,26 @@ class Breaker:
 class QuotaWatch:
     """Polls in the background while the provider is used; warns when little is left."""
 
-    def __init__(self, provider: str, ask: Callable[[], Awaitable[Quota | None]]) -> None:
+    def __init__(self, provider: str, fetch: Callable[[], Awaitable[Quota | None]]) -> None:
         self.provider = provider
-        self.ask = ask  #: asks the service, and passes the result to `update`
+        self.fetch = fetch  #: asks the service, and passes the result to `update`
         self.soon_s = QUOTA_SOON_SECONDS
         #: sleeps until the monotonic time `poll_at`, 0 once it polls
         self.task: asyncio.Task[None] | None = None
         self.poll_at = 0.0
-        self.forget()
+        self.reset()
 
-    def forget(self) -> None:
-        self.known: Quota | None = None
+    def reset(self) -> None:
+        self.latest: Quota | None = None
         self.alarm = QuotaAlarm()
-        self.fields: dict[str, str] = {}  #: the quota headers of the last response that had any
+        self.headers: dict[str, str] = {}  #: the quota headers of the last response that had any
         #: whether a poll has succeeded: only then plan and units are known
         self.is_complete = False
         self.polled_at = -math.inf  #: monotonic time of the last poll, even a failed one
         self.close()
 
     def close(self) -> None:
-        # A poll that finds a new sign-in calls `forget`, and may go on.
+        # A poll that finds a new sign-in calls `reset`, and may go on.
         if self.task is not None and self.task is not asyncio.current_task():
             self.task.cancel()
             self.task = None
@@ -13549,16 +13405,16 @@ class QuotaWatch:
         self.is_complete = True
         self.polled_at = time.monotonic()
         self.close()
-        return self.store(quota)
+        self.store(quota)
+        return quota
 
-    def store(self, quota: Quota) -> Quota:
+    def store(self, quota: Quota) -> None:
         quota.as_of = time.time()
-        self.known = quota
+        self.latest = quota
         for row in self.alarm.news(quota, quota.as_of):
-            event = "quota_used_up" if reached_percent(row) >= 100 else "quota_low"
             log_event(
                 "warning",
-                event,
+                "quota_used_up" if reached_percent(row) >= 100 else "quota_low",
                 provider=self.provider,
                 allowance=row.name,
                 percent=int(row.percent_used or 0),
@@ -13566,19 +13422,18 @@ class QuotaWatch:
                 unit=row.unit or "unknown",
                 resets=plain_day(row.resets_at or quota.resets_at) or "unknown",
             )
-        return quota
 
     def update_from_headers(self, headers: Headers) -> None:
-        """Reads the headers of a good response; plans a poll if they say too little."""
+        """Reads the headers of a good response; plans a poll if they are not enough."""
         quota_headers = quota_fields(headers)
         if not quota_headers or not self.is_complete:
             self.poll_soon()
-        changed = {k: v for k, v in quota_headers.items() if self.fields.get(k) != v}
+        changed = {k: v for k, v in quota_headers.items() if self.headers.get(k) != v}
         if changed:
-            self.fields = quota_headers
-            self.store(take_snapshots(self.known, changed, time.time()))
-        elif quota_headers and self.known is not None:
-            self.known.as_of = time.time()
+            self.headers = quota_headers
+            self.store(take_snapshots(self.latest, changed, time.time()))
+        elif quota_headers and self.latest is not None:
+            self.latest.as_of = time.time()
 
     def on_error(self, error: ApiError) -> None:
         if isinstance(error, QuotaExceeded):
@@ -13586,30 +13441,29 @@ class QuotaWatch:
 
     def poll_soon(self, gap_s: float = QUOTA_LOOK_SECONDS) -> None:
         """Plans a poll `gap_s` after the last one, unless an earlier one is planned."""
-        poll_at = max(time.monotonic() + self.soon_s, self.polled_at + gap_s)
+        now = time.monotonic()
+        poll_at = max(now + self.soon_s, self.polled_at + gap_s)
         if self.task is not None and not self.task.done() and self.poll_at <= poll_at:
             return
         self.close()
         self.poll_at = poll_at
-        self.task = asyncio.get_running_loop().create_task(self.poll_later())
+        self.task = asyncio.get_running_loop().create_task(self.poll(poll_at - now))
 
-    async def poll_later(self) -> None:
-        await asyncio.sleep(self.poll_at - time.monotonic())
-        self.poll_at = 0.0
-        await self.poll()
-
-    async def poll(self) -> None:
+    async def poll(self, delay_s: float = 0.0) -> None:
+        if delay_s:
+            await asyncio.sleep(delay_s)
+            self.poll_at = 0.0
         self.polled_at = time.monotonic()
         try:
-            await self.ask()
+            await self.fetch()
         except ApiError as error:
-            log_event("debug", "quota_unknown", provider=self.provider, reason=error)
+            log_event("debug", "quota_poll_failed", provider=self.provider, reason=error)
 
 
 class Provider:
     """One account of one upstream service.  It never sees the client's dialect."""
 
-    local = False  #: answers on this machine, at no cost
+    local = False  #: responds on this machine, at no cost
     sign_in = ""  #: the command to type after a NotSignedIn
 
     def __init__(self, name: str) -> None:
@@ -13618,11 +13472,12 @@ class Provider:
         self.forget_account()
 
     def forget_account(self) -> None:
-        """Starts anew, also if another account has signed in."""
+        """Clears all state of the account, at first and if another account has signed in."""
         self.catalogue = Catalogue(self.name, self.fetch_models)
         self.breaker = Breaker(self.name)
+        #: reasoning that the client's dialect cannot carry
         self.reasoning = ReasoningMemory()
-        self.quota_watch.forget()
+        self.quota_watch.reset()
 
     async def models(self, refresh: bool = False) -> dict[str, Model]:
         """The catalogue by id, cached while fresh; raises ApiError."""
@@ -13646,10 +13501,6 @@ class Provider:
     async def embed(self, body: Json, model: Model) -> tuple[Json, Usage]:
         """Embeddings in OpenAI's form, and their usage.  Raises ApiError."""
         raise UnsupportedFeature(f"{model.id} makes no embeddings.", param="model")
-
-    def store_reasoning(self, calls: list[str], text: str, opaque: str) -> None:
-        """Remembers reasoning that the client's dialect cannot carry."""
-        self.reasoning.keep(calls, text, opaque)
 
     def user(self) -> str:
         """The account's name at the service; "" if unknown."""
@@ -13676,18 +13527,11 @@ class Provider:
         }
 
     async def quota(self) -> Quota | None:
-        """Asks the service what is left of the plan; None if there is none.  Raises ApiError."""
+        """What is left of the plan, from the service; None if there is none.  Raises ApiError."""
         return None
 
-    def known_quota(self) -> Quota | None:
-        """The last known quota, without asking the service."""
-        return self.quota_watch.known
-
     def refused(self, model_id: str, error: ApiError) -> None:
-        """A refusal came inside a 200 response: starts a cool-down."""
-
-    def clear_cooldowns(self) -> None:
-        self.breaker.cooldowns.clear()
+        """Starts a cool-down: an error came inside a 200 response."""
 
     async def settle(self) -> None:
         """Waits for what must not be interrupted."""
@@ -13699,7 +13543,7 @@ class Provider:
 
 @contextlib.contextmanager
 def advising(provider: Provider) -> Iterator[None]:
-    """Adds to a NotSignedIn what to type."""
+    """Adds the command to type to a NotSignedIn."""
     try:
         yield
     except NotSignedIn as error:
@@ -13713,16 +13557,11 @@ Token = TypeVar("Token", CopilotToken, KiroLogin)
 class Account(Generic[Token]):
     """A sign-in: its token file, which other programs may change, and the token in use."""
 
-    renewal_gap_s = 0.0  #: seconds between renewals of tokens that were refused
-    #: seconds before its expiry from which the token in use is too old for a new request
-    margin_s = 0.0
-    secret_name = ""  #: the attribute of a token that is sent
+    service: ClassVar[str]
+    renewal_gap_s: ClassVar[float]  #: seconds between renewals of tokens that were refused
 
     def __init__(self, provider: AccountProvider[Token], paths: Paths) -> None:
-        self.name: str = provider.name
-        self.config: Any = provider.config
-        self.client = provider.client
-        self.on_change = provider.forget_account  #: called when another account has signed in
+        self.provider: AccountProvider[Token] = provider
         self.file = TokenFile(paths.token_file(provider.name))
         self.lock = asyncio.Lock()
         self.cached: Token | None = None
@@ -13735,9 +13574,19 @@ class Account(Generic[Token]):
         self.tasks: set[asyncio.Task[Any]] = set()
         self.used = False  #: since the last refresh in the background
 
-    def load(self, *, peeks: bool = False) -> Token | None:
+    def load(self, *, cached: bool = False) -> Token | None:
         """The token in the file, if it holds one that can be used; raises NotSignedIn."""
         raise NotImplementedError
+
+    def read_file(self, *, cached: bool = False) -> Json:
+        try:
+            content = self.file.peek() if cached else self.file.load()
+        except ProgramError as error:
+            raise NotSignedIn(f"{error}.") from None
+        if content is None:
+            name, service = self.provider.name, self.service
+            raise NotSignedIn(f"Provider {name!r} has no {service} sign-in yet.")
+        return content
 
     async def latest(self) -> Token | None:
         """The token in the file, or the newer one of a program that shares the sign-in."""
@@ -13747,23 +13596,20 @@ class Account(Generic[Token]):
         """Obtains a new token and saves it.  Raises NotSignedIn if the sign-in is dead."""
         raise NotImplementedError
 
-    def secret(self, token: Token | None) -> str:
-        return getattr(token, self.secret_name, "")
-
     def current(self, margin_s: float | None = None) -> Token | None:
         """The token in use, until `margin_s` before its expiry or the token file changes."""
         if self.file.changed():
             self.cached = None
-            if not self.file.is_refused():
-                self.breaker.cooldowns.clear()
             saved = self.load()
+            if not self.file.refused:
+                self.breaker.cooldowns.clear()
             if saved is not None:
                 self.use(saved)
         token = self.cached
-        if token is None or not self.secret(token):
+        if token is None or not token.access_token:
             return None
         left_s = min(token.expires_at - time.time(), self.stale_at - time.monotonic())
-        return token if left_s > (self.margin_s if margin_s is None else margin_s) else None
+        return token if left_s > (token.margin_s if margin_s is None else margin_s) else None
 
     def use(self, token: Token) -> Token:
         self.cached = token
@@ -13776,15 +13622,13 @@ class Account(Generic[Token]):
     async def get(self) -> Token:
         """A token that will last; concurrent calls share one refresh.  Raises ApiError."""
         self.used = True
-        token = self.current()
-        if token is None:
-            token = await self.finish(self.obtain())
+        token = self.current() or await self.finish(self.obtain())
         assert token is not None
         return token
 
     async def renew(self, refused: Token) -> Token | None:
         """A token other than `refused`; None if one was obtained only a moment ago."""
-        return await self.finish(self.obtain(refused))
+        return await self.finish(self.obtain(refused.access_token))
 
     async def finish(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Runs `work` to its end even if we are cancelled: a rotated token is issued only once."""
@@ -13795,23 +13639,21 @@ class Account(Generic[Token]):
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return await asyncio.shield(task)
 
-    async def obtain(
-        self, refused: Token | None = None, margin_s: float | None = None
-    ) -> Token | None:
+    async def obtain(self, refused: str = "", margin_s: float | None = None) -> Token | None:
         """The token in use, of another program, or a new one; None as with `renew`."""
         async with self.lock:
             current = self.current(margin_s)
-            if current is not None and self.secret(current) != self.secret(refused):
+            if current is not None and current.access_token != refused:
                 return current  # another task was quicker
             async with self.file.lock():
-                previous = refused or self.cached
+                previous = refused or (self.cached.access_token if self.cached else "")
                 saved = await self.latest()
-                if saved is not None and self.secret(saved) != self.secret(previous):
+                if saved is not None and saved.access_token != previous:
                     self.use(saved)
                     current = self.current(0.0 if refused else margin_s)
                     if current is not None:
                         return current  # another program was quicker
-                if refused is not None:
+                if refused:
                     gap_s = time.monotonic() - self.renewed_at
                     if not self.refresh_secret or gap_s < self.renewal_gap_s:
                         return None
@@ -13838,13 +13680,13 @@ class Account(Generic[Token]):
                 wait_s = math.inf if is_final else max(wait_s, SIGN_IN_RETRY_MAX_SECONDS)
                 self.file.save({"refused": error.message})
             self.breaker.open(secret, error, wait_s)
-            log_event("warning", "token_refresh_failed", provider=self.name, reason=error)
+            log_event("warning", "token_refresh_failed", provider=self.provider.name, reason=error)
             raise
         self.breaker.cooldowns.clear()
         return self.use(token)
 
     def close(self) -> None:
-        """Lets a refresh go on."""
+        """A refresh in flight continues."""
         self.file.flush()
 
 
@@ -13856,7 +13698,8 @@ class AccountProvider(Provider, Generic[Token]):
 
     def __init__(self, name: str, config: Any, paths: Paths, client: HttpClient) -> None:
         super().__init__(name)
-        self.sign_in = sign_in_command(config.type, name)
+        name_option = "" if name == config.type else f" --name {name}"
+        self.sign_in = f"{program_words(sys.argv[0])} auth {config.type}{name_option}"
         self.config = config
         self.client = client
         self.account: Account[Token] = self.account_class(self, paths)
@@ -13895,7 +13738,6 @@ class AccountProvider(Provider, Generic[Token]):
             error.retry_after = length_s
 
     def refused(self, model_id: str, error: ApiError) -> None:
-        """An error inside a 200 response names no time."""
         self.cool_down(model_id, RetryDecision(error, "pause"))
 
     def user(self) -> str:
@@ -13905,12 +13747,11 @@ class AccountProvider(Provider, Generic[Token]):
         status, account = super().status(), self.account
         try:
             with advising(self):
-                account.load(peeks=True)
-        except NotSignedIn as error:
-            status |= {"health": "not signed in", "reason": error.text()}
-        else:
+                account.load(cached=True)
             for failure in account.breaker.cooldowns.values():
                 status |= {"health": "failing", "reason": failure.error.text()}
+        except NotSignedIn as error:
+            status |= {"health": "not signed in", "reason": error.text()}
         if account.cached is not None and account.cached.expires_at != math.inf:
             status["token_expires_at"] = account.cached.expires_at
         return status
@@ -13925,23 +13766,30 @@ class AccountProvider(Provider, Generic[Token]):
 
 
 #: action of a RetryDecision -> how often it is taken, and the method that prepares the resend
-Remedies = dict[str, tuple[float, Callable[[Any, RetryDecision], Awaitable[None]]]]
+Remedies = dict[str, tuple[float, Callable[[Any, RetryDecision], Awaitable[None]] | None]]
 
 
+def set_reset(decision: RetryDecision, resets_at: float) -> None:
+    """Notes when spent credits come back; `resets_at` in Unix seconds."""
+    left_s = resets_at - time.time()
+    if left_s > 0:
+        decision.resets_in = left_s
+        decision.error.hint = f"They come back on {plain_day(resets_at)}."
+
+
+@dataclass(eq=False)
 class Attempt(Generic[Token]):
     """One call, sent until it succeeds or no remedy is left."""
 
     remedies: ClassVar[Remedies]
-    max_count = math.inf
-    unreachable_action = "wait"  #: the action if a host could not be reached
+    max_count: ClassVar[float] = math.inf
+    transport_action: ClassVar[str] = "wait"  #: the action if a host could not be reached
 
-    def __init__(self, provider: AccountProvider[Token], call: Call, token: Token) -> None:
-        self.provider: AccountProvider[Token] = provider
-        self.call = call
-        self.token: Token = token
-        self.count = 0
-        #: how often each action was taken; a pause counts as a wait
-        self.taken: Counter[str] = Counter()
+    provider: AccountProvider[Token]
+    call: Call
+    token: Token
+    count: int = 0
+    taken: Counter[str] = field(default_factory=Counter)  #: by action; a pause counts as a wait
 
     async def send(self) -> UpstreamResponse:
         raise NotImplementedError
@@ -13953,14 +13801,6 @@ class Attempt(Generic[Token]):
     async def give_up(self, decision: RetryDecision) -> None:
         """Completes a decision whose error is final."""
 
-    @staticmethod
-    def set_reset(decision: RetryDecision, resets_at: float) -> None:
-        """Tells when spent credits come back; `resets_at` in Unix seconds."""
-        left_s = resets_at - time.time()
-        if left_s > 0:
-            decision.resets_in = left_s
-            decision.error.hint = f"They come back on {plain_day(resets_at)}."
-
     async def run(self) -> UpstreamResponse:
         call, window = self.call, self.call.model.max_prompt
         while True:
@@ -13969,10 +13809,10 @@ class Attempt(Generic[Token]):
             try:
                 response = await self.send()
                 decision = await self.classify(response)
-            except UpstreamError as lost:
+            except UpstreamError as failure:
                 # Only a request that was never sent is safe to send again.
-                action = self.unreachable_action if isinstance(lost, Unreachable) else ""
-                decision = RetryDecision(lost, action)
+                is_unsent = isinstance(failure, Unreachable)
+                decision = RetryDecision(failure, self.transport_action if is_unsent else "")
             if decision is None:
                 return response
             error = decision.error
@@ -13998,7 +13838,8 @@ class Attempt(Generic[Token]):
         if self.count >= self.max_count or self.taken[action] > limit:
             await self.give_up(decision)
             raise decision.error
-        await remedy(self, decision)
+        if remedy is not None:
+            await remedy(self, decision)
 
     async def pause(self, decision: RetryDecision) -> None:
         wait_s = decision.wait_s
@@ -14013,7 +13854,7 @@ class Attempt(Generic[Token]):
 
     @staticmethod
     async def read_error_body(response: UpstreamResponse) -> bytes:
-        """The body of an error response; b"" if it breaks off: the status must do then."""
+        """The body of an error response; b"" if it breaks off: then only the status counts."""
         try:
             async with asyncio.timeout(ERROR_BODY_SECONDS):
                 return await response.read(MAX_ERROR_BODY_BYTES)
@@ -14027,21 +13868,19 @@ class Attempt(Generic[Token]):
 
 ECHO_LABEL = "[echo] "
 ECHO_CALL_WORDS = "call the tool"
+SAMPLES = {"integer": 1, "number": 1, "boolean": True, "array": [], "null": None}
 
 
 def sample_value(schema: Any) -> Any:
-    if not isinstance(schema, dict):
-        return "echo"
-    if isinstance(schema.get("enum"), list) and schema["enum"]:
-        return schema["enum"][0]
-    kind = schema.get("type")
-    if kind == "object":
-        properties = get_dict(schema, "properties")
-        required = schema.get("required")
-        names = [n for n in required if n in properties] if isinstance(required, list) else []
-        return {name: sample_value(properties[name]) for name in names}
-    samples = {"integer": 1, "number": 1, "boolean": True, "array": [], "null": None}
-    return samples.get(kind, "echo") if isinstance(kind, str) else "echo"
+    """The first of an `enum`, otherwise something of the right type; objects get what they need."""
+    choices = schema.get("enum") if isinstance(schema, dict) else ["echo"]
+    if isinstance(choices, list) and choices:
+        return choices[0]
+    if schema.get("type") == "object":
+        properties, required = get_dict(schema, "properties"), schema.get("required")
+        names = required if isinstance(required, list) else []
+        return {name: sample_value(properties[name]) for name in names if name in properties}
+    return SAMPLES.get(str(schema.get("type")), "echo")
 
 
 def echo_events(conversation: Conversation, prompt_tokens: int) -> Iterator[Event]:
@@ -14059,9 +13898,10 @@ def echo_events(conversation: Conversation, prompt_tokens: int) -> Iterator[Even
     else:
         results = [block for block in blocks if isinstance(block, ToolResult)]
         parts = [f"The tool said: {plain_text(result.blocks)}" for result in results]
+        text = ECHO_LABEL + "\n\n".join(filter(None, [*parts, prompt]))
         images = sum(isinstance(block, Image) for turn in turns for block in turn.blocks)
-        text = ECHO_LABEL + "\n\n".join([*parts, prompt] if prompt else parts)
-        text += f" (images seen: {images})" if images else ""
+        if images:
+            text += f" (images seen: {images})"
         step = max(8, len(text) // 400)
         yield BlockStart("text")
         for start in range(0, len(text), step):
@@ -14073,6 +13913,8 @@ def echo_events(conversation: Conversation, prompt_tokens: int) -> Iterator[Even
 
 
 class LocalResponse:
+    """The BodyStream of a response made on this machine."""
+
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self.pieces = pieces
         self.error: ApiError | None = None
@@ -14083,15 +13925,12 @@ class LocalResponse:
         return next(self.pieces, b"")
 
     async def relay(self, sink: Callable[[bytes], None]) -> None:
-        while True:
-            await self.resumed.wait()
-            if self.error:
-                raise self.error
-            piece = next(self.pieces, b"")
-            if not piece:
-                return
+        while piece := next(self.pieces, b""):
             sink(piece)
             await asyncio.sleep(0)
+            await self.resumed.wait()
+        if self.error:
+            raise self.error
 
     def hold(self, paused: bool) -> None:
         if paused:
@@ -14101,7 +13940,7 @@ class LocalResponse:
 
     def fail(self, error: ApiError) -> None:
         self.error = error
-        self.resumed.set()
+        self.stop()
 
     def stop(self) -> None:
         self.pieces = iter(())
@@ -14111,33 +13950,25 @@ class LocalResponse:
 
 
 class EchoProvider(Provider):
-    """Answers locally; speaks OpenAI chat, so that every other dialect is really converted."""
+    """Responds locally; speaks OpenAI chat, so that every other dialect is really converted."""
 
     local = True
 
     async def fetch_models(self) -> dict[str, Model]:
-        model = Model(
-            id="echo",
-            provider=self.name,
-            name="Echo (answers locally)",
-            vendor="aiclient-api",
-            max_output=1_000_000,
-            max_prompt=1_000_000,
-            context=1_000_000,
-            files=True,
-        )
+        model = Model("echo", self.name, name="Echo (answers locally)", vendor="aiclient-api")
+        model.max_output = model.max_prompt = model.context = 1_000_000
+        model.files = True
         return {model.id: model}
 
     async def open(self, call: Call) -> BodyStream:
         conversation = CHAT.read_request(call.body)
         if not conversation.turns:
             raise InvalidRequest("messages: there is nothing to echo.", param="messages")
-        events = echo_events(conversation, estimate_request(call.body))
         response_id = CHAT.id_prefix + os.urandom(12).hex()
         writer = CHAT.writer(ResponseContext(response_id, int(time.time()), "echo", True))
 
         def pieces() -> Iterator[bytes]:
-            for event in events:
+            for event in echo_events(conversation, estimate_request(call.body)):
                 for frame in writer.write(event):
                     yield CHAT.encode(frame)
             yield CHAT.tail
@@ -14165,27 +13996,27 @@ async def obtain_copilot_token(
     """Raises NotSignedIn, NotEntitled, temporary errors; DIRECT_TOKENS may be used as they are."""
     path = "/copilot_internal/v2/token"
     status, headers, data = await ask_github(client, config, path, github_token)
-    if status == 404 and github_token.startswith(DIRECT_TOKENS):
+    is_direct = status == 404 and github_token.startswith(DIRECT_TOKENS)
+    if is_direct:
         path = "/copilot_internal/user"
         status, headers, data = await ask_github(client, config, path, github_token)
-        if status == 401:
-            raise classify_exchange_error(status, headers, data, time.time()).error
-        user = load_object(data) if status == 200 else None  # a fine-grained token may not ask this
-        return direct_token(github_token, user or {}, config, time.time())
+    body = load_object(data) if status == 200 else None
+    if is_direct and status != 401:  # a fine-grained token may not ask this
+        return direct_token(github_token, body or {}, config, time.time())
     if status != 200:
         decision = classify_exchange_error(status, headers, data, time.time())
-        if isinstance(decision.error, NotSignedIn) and decision.action == "wait":
+        if isinstance(decision.error, NotSignedIn) and decision.action == "wait" and not is_direct:
             raise Overloaded(decision.error.message)
         raise decision.error
-    body = load_object(data)
     if body is None:
-        raise UpstreamError("GitHub's token answer is not JSON.")
+        raise UpstreamError("GitHub's token response is not JSON.")
     return read_token_answer(body, config, time.time())
 
 
 def saved_token(token: CopilotToken) -> Json:
+    """What the token file holds of it."""
     return {
-        "copilot_token": token.token,
+        "copilot_token": token.access_token,
         "expires_at": int(token.expires_at),
         "refresh_in": int(token.refresh_in),
         "api_url": token.api_url,
@@ -14196,28 +14027,27 @@ def saved_token(token: CopilotToken) -> Json:
 class CopilotAccount(Account[CopilotToken]):
     """A GitHub sign-in and the short-lived Copilot token that it is exchanged for."""
 
-    config: CopilotConfig
+    provider: CopilotProvider
+    service = "Copilot"
     renewal_gap_s = FORCED_RENEWAL_GAP_SECONDS
-    secret_name = "token"
-    #: runs from the first token on
-    refresher: asyncio.Task[None] | None = None
+    refresher: asyncio.Task[None] | None = None  #: runs from the first token on
 
-    def load(self, *, peeks: bool = False) -> CopilotToken | None:
+    def load(self, *, cached: bool = False) -> CopilotToken | None:
         """Reads the sign-in; the token is that of an earlier run or of another process."""
-        content = self.file.need(self.name, "Copilot", peeks=peeks)
+        content = self.read_file(cached=cached)
         try:
             github_token = bare_token(get_str(content, "github_token"))
         except SignInFailed:
             raise NotSignedIn(f"{self.file.path} holds no github_token.") from None
         if github_token != self.refresh_secret:
             if self.refresh_secret:
-                self.on_change()
+                self.provider.forget_account()
             self.refresh_secret, self.cached = github_token, None
         token, url = content.get("copilot_token"), content.get("api_url")
         if not isinstance(token, str) or not isinstance(url, str):
             return None
-        own_url = self.config.api_url.rstrip("/")
-        is_allowed = url == own_url if own_url else allowed_api_host(url, self.config)
+        own_url = self.provider.config.api_url.rstrip("/")
+        is_allowed = url == own_url if own_url else allowed_api_host(url, self.provider.config)
         expires_at = read_time(content.get("expires_at"))
         if not is_allowed or not 0 < expires_at - time.time() <= MAX_TOKEN_SECONDS:
             return None
@@ -14225,20 +14055,22 @@ class CopilotAccount(Account[CopilotToken]):
         return CopilotToken(token, url, expires_at, lifetime_s)
 
     async def exchange(self, saved: CopilotToken | None) -> CopilotToken:
+        provider = self.provider
+        client, config, github_token = provider.client, provider.config, self.refresh_secret
         try:
-            token = await obtain_copilot_token(self.client, self.config, self.refresh_secret)
+            token = await obtain_copilot_token(client, config, github_token)
         except NotSignedIn:
             self.cached = None
             self.file.save({"copilot_token": None})
             raise
         self.file.save(saved_token(token))
-        log_event("info", "token_refreshed", provider=self.name, host=split_url(token.api_url)[1])
+        host = split_url(token.api_url)[1]
+        log_event("info", "token_refreshed", provider=provider.name, host=host)
         return token
 
     def use(self, token: CopilotToken) -> CopilotToken:
         if self.refresher is None or self.refresher.done():
             self.refresher = asyncio.get_running_loop().create_task(self.refresh_in_background())
-        self.margin_s = token.margin_s
         return super().use(token)
 
     async def refresh_in_background(self) -> None:
@@ -14315,27 +14147,26 @@ class CopilotAttempt(Attempt[CopilotToken]):
         if response.status == 200:
             provider.quota_watch.update_from_headers(response.headers)
             return None
-        data = await self.read_error_body(response)
-        refusal, sent = (response.status, response.headers, data), call.sent or {}
-        rejections = self.rejections
+        refusal = (response.status, response.headers, await self.read_error_body(response))
+        sent, rejections = call.sent or {}, self.rejections
         decision = classify_copilot_error(*refusal, call.model, sent, rejections, time.time())
-        now = time.monotonic()
-        provider.learned.learn(call.model.id, call.dialect, decision.rejections, now)
+        learned = decision.rejections
+        provider.learned.learn(call.model.id, call.dialect, learned, time.monotonic())
         provider.quota_watch.on_error(decision.error)
         return decision
 
     async def give_up(self, decision: RetryDecision) -> None:
         if decision.action == "refresh" and isinstance(decision.error, NotSignedIn):
-            message = "Copilot refuses a token it has just given."  # signing in would not help
+            message = "Copilot refuses the token that it has just issued."  # no new sign-in helps
             decision.error = Overloaded(message, retry_after=FORCED_RENEWAL_GAP_SECONDS)
         elif decision.action == "rest" and decision.wait_s is None:
             watch = self.provider.quota_watch
             if time.monotonic() - watch.polled_at >= QUOTA_AGAIN_SECONDS:
                 await watch.poll()
-            if watch.known and any(row.remaining == 0 for row in watch.known.allowances):
-                self.set_reset(decision, watch.known.resets_at)
+            if watch.latest and any(row.remaining == 0 for row in watch.latest.allowances):
+                set_reset(decision, watch.latest.resets_at)
 
-    # -- what is done before it is sent again
+    # -- remedies
 
     async def renew(self, decision: RetryDecision) -> None:
         renewed = await self.provider.account.renew(self.token)
@@ -14343,9 +14174,6 @@ class CopilotAttempt(Attempt[CopilotToken]):
             await self.give_up(decision)
             raise decision.error
         self.token = renewed
-
-    async def resend(self, decision: RetryDecision) -> None:
-        """The body will leave out what has just been learned."""
 
     async def forget_reasoning(self, decision: RetryDecision) -> None:
         if not strip_reasoning(self.body()):
@@ -14360,7 +14188,7 @@ class CopilotAttempt(Attempt[CopilotToken]):
     async def change_dialect(self, decision: RetryDecision) -> None:
         model = self.call.model
         others = tuple(dialect for dialect in model.dialects if dialect != self.call.dialect)
-        if not others:  # then nothing would be left to ask it in
+        if not others:
             raise decision.error
         model.dialects = others
         raise WrongDialect(decision.error.message, param="model")
@@ -14369,7 +14197,7 @@ class CopilotAttempt(Attempt[CopilotToken]):
         "wait": (MAX_ATTEMPTS, Attempt.pause),
         "again": (1, Attempt.pause),
         "refresh": (1, renew),
-        "repair": (MAX_ATTEMPTS, resend),
+        "repair": (MAX_ATTEMPTS, None),  # `body` applies the rejections just learned
         "forget": (1, forget_reasoning),
         "relist": (MAX_ATTEMPTS, await_list),
         "reroute": (1, change_dialect),
@@ -14384,7 +14212,7 @@ class CopilotProvider(AccountProvider[CopilotToken]):
     def __init__(self, name: str, config: CopilotConfig, paths: Paths, client: HttpClient) -> None:
         super().__init__(name, config, paths, client)
         self.machine = load_machine(paths)
-        self.session_id = f"{format_uuid(os.urandom(16).hex())}{int(time.time() * 1000)}"
+        self.session_id = f"{random_uuid()}{int(time.time() * 1000)}"
         self.identity: dict[str, str] = {}
         self.identity_token = ""
 
@@ -14393,14 +14221,15 @@ class CopilotProvider(AccountProvider[CopilotToken]):
         self.learned = RejectionMemory()
 
     def secrets(self) -> tuple[str, ...]:
-        return (self.account.refresh_secret, self.account.secret(self.account.cached))
+        token = self.account.cached
+        return (self.account.refresh_secret, token.access_token if token else "")
 
     def headers(self, token: CopilotToken, intent: str) -> dict[str, str]:
-        if token.token != self.identity_token:
-            authorization = copilot_authorization(token.token, split_url(token.api_url)[1])
+        if token.access_token != self.identity_token:
+            authorization = copilot_authorization(token.access_token, split_url(token.api_url)[1])
             self.identity = copilot_identity(authorization, self.session_id, *self.machine)
-            self.identity_token = token.token
-        request_id = format_uuid(os.urandom(16).hex())
+            self.identity_token = token.access_token
+        request_id = random_uuid()
         return {
             **self.identity,
             "OpenAI-Intent": intent,
@@ -14414,22 +14243,22 @@ class CopilotProvider(AccountProvider[CopilotToken]):
         return guess_copilot_model(model_id, self.name)
 
     async def fetch_models(self) -> dict[str, Model]:
-        body = await self.ask(self.ask_models)
+        async def send(token: CopilotToken) -> Json | RetryDecision:
+            headers = {**self.headers(token, "model-access"), "Accept": "application/json"}
+            url = token.api_url + "/models"
+            status, _, data = await self.client.fetch("GET", url, headers, MODELS_SECONDS)
+            if status in (401, 403, 421):
+                message, _ = read_error_answer(status, data)
+                return classify(COPILOT_FAULTS, status, "", message, tail="")
+            body = load_object(data) if status == 200 else None
+            if body is None:
+                raise UpstreamError(f"Copilot's model list came with status {status}.")
+            return body
+
+        body = await self.ask(send)
         if isinstance(body, RetryDecision):
             raise body.error
         return read_copilot_models(body, self.name)
-
-    async def ask_models(self, token: CopilotToken) -> Json | RetryDecision:
-        headers = {**self.headers(token, "model-access"), "Accept": "application/json"}
-        url = token.api_url + "/models"
-        status, _, data = await self.client.fetch("GET", url, headers, MODELS_SECONDS)
-        if status in (401, 403, 421):
-            message, _ = read_error_answer(status, data)
-            return classify(COPILOT_FAULTS, status, "", message, tail="")
-        body = load_object(data) if status == 200 else None
-        if body is None:
-            return RetryDecision(UpstreamError(f"Copilot's model list came with status {status}."))
-        return body
 
     async def embed(self, body: Json, model: Model) -> tuple[Json, Usage]:
         texts, is_packed = read_embeddings(body)
@@ -14439,61 +14268,53 @@ class CopilotProvider(AccountProvider[CopilotToken]):
         with self.breaker.passing(model.id):
             for start in range(0, len(texts), MAX_EMBEDDED):
                 batch = texts[start : start + MAX_EMBEDDED]
-                response = await self.embed_batch(
-                    {"model": model.id, "input": batch, **options}, model
-                )
-                entries = response.get("data")
-                entries = entries if type(entries) is list else []
-                entries = [entry for entry in entries if isinstance(entry, dict)]
+                request = {"model": model.id, "input": batch, **options}
+                response = await self.embed_batch(request, model)
+                entries = get_dicts(response, "data")
                 if len(entries) != len(batch):
-                    raise UpstreamError("Copilot's embeddings are not as many as the texts.")
+                    raise UpstreamError("Copilot returned fewer or more embeddings than texts.")
                 rows += sorted(entries, key=lambda entry: get_int(entry, "index", 0))
                 usage.input += get_int(get_dict(response, "usage"), "prompt_tokens", 0)
         return write_embeddings(rows, usage, is_packed), usage
 
     async def embed_batch(self, body: Json, model: Model) -> Json:
-        step = 0
+        data = dump_json(body)
+
+        async def send(token: CopilotToken) -> Json | RetryDecision:
+            headers = self.headers(token, "conversation-other")
+            headers |= {"Content-Type": "application/json", "Accept": "application/json"}
+            url = token.api_url + "/embeddings"
+            reply = await self.client.fetch("POST", url, headers, EMBEDDINGS_SECONDS, data)
+            if reply[0] != 200:
+                return classify_copilot_error(*reply, model, body, {}, time.time())
+            payload = load_object(reply[2], MAX_EMBEDDING_MARKS)
+            if payload is None:
+                raise UpstreamError("Copilot's embeddings response is not JSON.")
+            return payload
+
+        count = 0
         while True:
-            step += 1
-            result = await self.ask(self.ask_embeddings, body, model)
+            count += 1
+            result = await self.ask(send)
             if not isinstance(result, RetryDecision):
                 return result
+            self.quota_watch.on_error(result.error)
             wait_s = BACKOFF_SECONDS[0] if result.wait_s is None else result.wait_s
             is_transient = result.action in ("wait", "again", "pause")
-            if step == MAX_ATTEMPTS or not is_transient or wait_s > MAX_WAIT_SECONDS:
+            if count == MAX_ATTEMPTS or not is_transient or wait_s > MAX_WAIT_SECONDS:
                 self.cool_down(model.id, result)
                 raise result.error
             await asyncio.sleep(wait_s)
 
-    async def ask_embeddings(
-        self, token: CopilotToken, body: Json, model: Model
-    ) -> Json | RetryDecision:
-        headers = self.headers(token, "conversation-other")
-        headers.update({"Content-Type": "application/json", "Accept": "application/json"})
-        status, response_headers, data = await self.client.fetch(
-            "POST", token.api_url + "/embeddings", headers, EMBEDDINGS_SECONDS, dump_json(body)
-        )
-        if status == 200:
-            payload = load_object(data, MAX_EMBEDDING_MARKS)
-            if payload is None:
-                raise UpstreamError("Copilot's embeddings are not JSON.")
-            return payload
-        decision = classify_copilot_error(
-            status, response_headers, data, model, body, {}, time.time()
-        )
-        self.quota_watch.on_error(decision.error)
-        return decision
-
     async def quota(self) -> Quota | None:
         self.account.load()
-        status, headers, data = await ask_github(
-            self.client, self.config, "/copilot_internal/user", self.account.refresh_secret
-        )
-        if status != 200:
-            raise classify_exchange_error(status, headers, data, time.time()).error
-        body = load_object(data)
+        path, github_token = "/copilot_internal/user", self.account.refresh_secret
+        reply = await ask_github(self.client, self.config, path, github_token)
+        if reply[0] != 200:
+            raise classify_exchange_error(*reply, time.time()).error
+        body = load_object(reply[2])
         if body is None:
-            raise UpstreamError("GitHub's answer about the account is not JSON.")
+            raise UpstreamError("GitHub's response about the account is not JSON.")
         return self.quota_watch.update(read_copilot_quota(body))
 
 
@@ -14511,34 +14332,33 @@ def system_tag() -> str:
 class KiroAccount(Account[KiroLogin]):
     """A Kiro sign-in: tokens that are refreshed here and maybe by other programs."""
 
-    config: KiroConfig
+    provider: KiroProvider
+    service = "Kiro"
     renewal_gap_s = KIRO_FORCED_GAP_SECONDS
-    margin_s = KIRO_REFRESH_MARGIN_SECONDS
-    secret_name = "access"
-    machine_id = ""  # other programs do not keep it in the file
+    machine_id = ""  #: other programs' files lack it
 
-    def load(self, *, peeks: bool = False) -> KiroLogin:
-        content = self.file.need(self.name, "Kiro", peeks=peeks)
+    def load(self, *, cached: bool = False) -> KiroLogin:
+        content = self.read_file(cached=cached)
         try:
             login = read_kiro_login(content)
         except ValueError as error:
             raise NotSignedIn(f"{self.file.path} cannot be used: {error}.") from None
-        login.arn = self.config.profile_arn or login.arn
+        login.arn = self.provider.config.profile_arn or login.arn
         saved_id = kiro_machine_id(get_str(content, "machine_id"))
         if saved_id and self.machine_id and saved_id != self.machine_id:
-            self.on_change()
+            self.provider.forget_account()
         login.machine_id = self.machine_id = saved_id or self.machine_id or login.machine_id
         self.refresh_secret = login.refresh
         return login
 
     async def latest(self) -> KiroLogin:
-        content = self.file.need(self.name, "Kiro")
+        content = self.read_file()
         source = get_dict(content, "source")
         if source:
-            shared = await asyncio.to_thread(SharedLogin(source).read)
+            shared = await asyncio.to_thread(read_shared_login, source)
             if shared is not None and is_newer(shared, content):
                 if shared["auth_method"] != content.get("auth_method"):
-                    self.on_change()
+                    self.provider.forget_account()
                 machine_id = self.machine_id or None
                 self.file.save({**shared, "machine_id": machine_id, "refused": None})
         return self.load()
@@ -14546,65 +14366,52 @@ class KiroAccount(Account[KiroLogin]):
     async def exchange(self, saved: KiroLogin | None) -> KiroLogin:
         assert saved is not None
         try:
-            changes = await self.ask(saved)
+            changes = await self.fetch_token(saved)
         except NotSignedIn:
-            shared = await self.reread(saved)
-            if shared is None:
+            refused = (saved.refresh, saved.access_token)
+            for wait_s in (0.0, 0.5, 1.0):  # another program may be about to write its new token
+                await asyncio.sleep(wait_s)
+                saved = await self.latest()
+                if (saved.refresh, saved.access_token) != refused:
+                    break
+            else:
                 raise
-            self.use(shared)
+            self.use(saved)
             if self.current() is not None:
-                return shared
-            saved, changes = shared, await self.ask(shared)
-        log_event("info", "token_refreshed", provider=self.name, kind=saved.kind)
+                return saved
+            changes = await self.fetch_token(saved)
+        log_event("info", "token_refreshed", provider=self.provider.name, kind=saved.kind)
         return await self.save({**changes, "refused": None}, saved)
 
-    async def ask(self, login: KiroLogin) -> Json:
+    async def fetch_token(self, login: KiroLogin) -> Json:
         """One refresh; raises NotSignedIn if the refresh token is dead."""
-        url, headers, body = kiro_refresh(login, self.config)
-        status, response_headers, data = await self.client.fetch(
-            "POST", url, headers, KIRO_REFRESH_SECONDS, body
-        )
-        if status != 200:
-            raise classify_kiro_refresh(status, response_headers, data, time.time()).error
-        payload = load_object(data)
+        url, headers, body = kiro_refresh(login, self.provider.config)
+        reply = await self.provider.client.fetch("POST", url, headers, KIRO_REFRESH_SECONDS, body)
+        if reply[0] != 200:
+            raise classify_kiro_refresh(*reply, time.time()).error
+        payload = load_object(reply[2])
         if payload is None:
-            raise UpstreamError("The answer to Kiro's token refresh is not JSON.")
+            raise UpstreamError("Kiro's response to the token refresh is not JSON.")
         return read_refresh_answer(payload, time.time())
-
-    async def reread(self, refused: KiroLogin) -> KiroLogin | None:
-        """The sign-in of another program that has refreshed meanwhile, if any."""
-        for wait_s in (0.0, 0.5, 1.0):  # the other program may not have written its file yet
-            await asyncio.sleep(wait_s)
-            saved = await self.latest()
-            if (saved.refresh, saved.access) != (refused.refresh, refused.access):
-                return saved
-        return None
 
     async def save(self, changes: Json, login: KiroLogin) -> KiroLogin:
         """Saves changes of the token file, also for a program that shares the sign-in."""
         self.file.save({**changes, "machine_id": login.machine_id})
-        source = get_dict(self.file.need(self.name, "Kiro"), "source")
+        source = get_dict(self.read_file(), "source")
         if source:
-            await asyncio.to_thread(SharedLogin(source).write, changes, login.refresh)
+            await asyncio.to_thread(write_shared_login, source, changes, login.refresh)
         return replace(
             login,
-            access=changes.get("access_token", login.access),
+            access_token=changes.get("access_token", login.access_token),
             refresh=changes.get("refresh_token", login.refresh),
             expires_at=changes.get("expires_at", login.expires_at),
-            arn=self.config.profile_arn or changes.get("profile_arn", login.arn),
+            arn=self.provider.config.profile_arn or changes.get("profile_arn", login.arn),
         )
-
-
-def kebab_path(path: str) -> str:
-    """`/getUsageLimits?a=b` -> `/Get-Usage-Limits?a=b`, as some hosts spell it (pi, 2026-08)."""
-    name, separator, query = path[1:].partition("?")
-    kebab = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name[:1].upper() + name[1:])
-    return f"/{kebab}{separator}{query}"
 
 
 class KiroAttempt(Attempt[KiroLogin]):
     provider: KiroProvider
-    unreachable_action = "reroute"
+    transport_action = "reroute"
 
     def __init__(self, provider: KiroProvider, call: Call, token: KiroLogin) -> None:
         super().__init__(provider, call, token)
@@ -14614,23 +14421,18 @@ class KiroAttempt(Attempt[KiroLogin]):
         session = UUID_TEXT.search(call.request_info.session)
         key = call.request_info.session or call.model.id + call.request_info.opening
         self.conversation = session[0].lower() if session else hash_uuid(key)
-        self.run_id = format_uuid(os.urandom(16).hex())
+        self.run_id = random_uuid()
         attach_kiro_thinking(call.body, provider.reasoning)
 
     async def send(self) -> UpstreamResponse:
         endpoint, provider = self.endpoints[0], self.provider
         body = place_kiro_call(self.call.body, endpoint, self.conversation, self.run_id)
-        static_headers = kiro_headers(
-            self.token, endpoint.shape, provider.config.kiro_version, system_tag()
-        )
+        version = provider.config.kiro_version
+        static_headers = kiro_headers(self.token, endpoint.shape, version, system_tag())
 
         def headers() -> dict[str, str]:
-            invocation = format_uuid(os.urandom(16).hex())
-            return {
-                **static_headers,
-                "amz-sdk-invocation-id": invocation,
-                "amz-sdk-request": "attempt=1; max=3",
-            }
+            invocation = {"amz-sdk-invocation-id": random_uuid()}
+            return {**static_headers, **invocation, "amz-sdk-request": "attempt=1; max=3"}
 
         url = endpoint.url + KIRO_PATHS[endpoint.shape]
         return await provider.client.open("POST", url, headers, dump_json(body))
@@ -14638,20 +14440,19 @@ class KiroAttempt(Attempt[KiroLogin]):
     async def classify(self, response: UpstreamResponse) -> RetryDecision | None:
         """A 200 means nothing yet, so the first event is awaited."""
         content_type = response.headers.get("content-type", "").lower()
-        if response.status == 200 and "json" not in content_type and "html" not in content_type:
-            try:
-                decision = await self.peek(response)
-            except BaseException:
-                response.close(ended=False)
-                raise
-            if decision is None:
-                self.provider.winner = self.endpoints[0]
-                self.provider.quota_watch.poll_soon()
-                return None
-            response.close(ended=False)
-        else:
+        if response.status != 200 or "json" in content_type or "html" in content_type:
             data = await self.read_error_body(response)
             decision = classify_kiro_error(response.status, response.headers, data, time.time())
+        else:
+            with contextlib.ExitStack() as stack:
+                stack.callback(response.close, ended=False)
+                found = await self.peek(response)
+                if found is None:
+                    stack.pop_all()
+                    self.provider.winner = self.endpoints[0]
+                    self.provider.quota_watch.poll_soon()
+                    return None
+            decision = found
         self.provider.quota_watch.on_error(decision.error)
         return self.explain(decision)
 
@@ -14669,7 +14470,8 @@ class KiroAttempt(Attempt[KiroLogin]):
                     break
                 for frame in framing.frames(framing.complete(data)):
                     if "error" in frame or "invalidStateEvent" in frame:
-                        return self.classify_frame(frame)
+                        payload = get_dict(frame, "error") or get_dict(frame, "invalidStateEvent")
+                        return classify_kiro_error(500, Headers(), dump_json(payload), time.time())
                     content = get_dict(frame, "assistantResponseEvent").get("content")
                     is_whitespace = isinstance(content, str) and not content.strip()
                     if KIRO_WORDS & frame.keys() and not is_whitespace:
@@ -14681,43 +14483,25 @@ class KiroAttempt(Attempt[KiroLogin]):
             return RetryDecision(error, "again")
         if data or self.taken["empty"]:
             response.put_back(b"".join(chunks))
-            return None  # it goes on, or is empty twice: so be it
-        return RetryDecision(UpstreamError("Kiro answered nothing."), "empty")
-
-    @staticmethod
-    def classify_frame(frame: Json) -> RetryDecision:
-        error = get_dict(frame, "error") or get_dict(frame, "invalidStateEvent")
-        return classify_kiro_error(500, Headers(), dump_json(error), time.time())
+            return None  # it continues, or is empty for the second time
+        return RetryDecision(UpstreamError("Kiro's response is empty."), "empty")
 
     def explain(self, decision: RetryDecision) -> RetryDecision:
         """Explains why a conversation's form was refused: the rules that changed it, its size."""
         if type(decision.error) is not InvalidRequest or decision.action:
             return decision
-        call = self.call
+        call, window = self.call, self.call.model.max_prompt
         tokens = int(estimate_value(call.body))
-        window = call.model.max_prompt
         rules = ",".join(call.touched) or "none"
         facts = {"provider": self.provider.name, "model": call.model.id, "rules": rules}
         log_event("warning", "conversation_refused", **facts, tokens=tokens)
         log_event("debug", "conversation_form", form=kiro_shape(call.body))
         if window and tokens > 0.9 * window:
             return RetryDecision(ContextTooLong(tokens, window))
-        state = call.body["conversationState"]["currentMessage"]["userInputMessage"]
-        tools = len(get_dict(state, "userInputMessageContext").get("tools", ()))
-        if tools > 48:
-            decision.error.hint = f"{tools} tools are offered; fewer may help."
         return decision
 
-    async def repair(self, decision: RetryDecision) -> None:
-        """A busy host is waited for if there is no other one."""
-        hosts = {endpoint.url for endpoint in self.endpoints}
-        is_busy = isinstance(decision.error, (Overloaded, Unreachable))
-        if decision.action == "reroute" and is_busy and len(hosts) == 1:
-            decision.action = "wait"
-        await super().repair(decision)
-
     async def give_up(self, decision: RetryDecision) -> None:
-        """Looks up when spent credits come back: a rate limit that lasts looks the same."""
+        """Finds out when spent credits come back; a lasting rate limit may mean the same."""
         error, provider = decision.error, self.provider
         if decision.action == "relist":
             provider.catalogue.fetched_at = -math.inf
@@ -14737,14 +14521,13 @@ class KiroAttempt(Attempt[KiroLogin]):
             decision.error, decision.action = QuotaExceeded(message), "rest"
         elif is_rate_limit or not any(r.limit and (r.used or 0.0) >= r.limit for r in rows):
             return
-        self.set_reset(decision, limits.resets_at)
+        set_reset(decision, limits.resets_at)
 
-    # -- what is done before it is sent again
+    # -- remedies
 
     async def renew(self, decision: RetryDecision) -> None:
-        renewed = None
-        if self.taken["refresh"] == 1:
-            renewed = await self.provider.account.renew(self.token)
+        account = self.provider.account
+        renewed = await account.renew(self.token) if self.taken["refresh"] == 1 else None
         if renewed is None:  # the token may still be valid for another host or profile
             await self.next_endpoint(decision)
             return
@@ -14753,9 +14536,14 @@ class KiroAttempt(Attempt[KiroLogin]):
         self.token = renewed
 
     async def next_endpoint(self, decision: RetryDecision) -> None:
+        """Another host if one is busy; waits for it if there is no other."""
         failed, *endpoints = self.endpoints
         if isinstance(decision.error, (Overloaded, Unreachable)):
             endpoints = [endpoint for endpoint in endpoints if endpoint.url != failed.url]
+            if not endpoints:
+                decision.action = "wait"
+                await self.repair(decision)
+                return
         if not endpoints:
             raise decision.error
         self.endpoints = endpoints
@@ -14775,7 +14563,7 @@ class KiroAttempt(Attempt[KiroLogin]):
 
 
 class KiroProvider(AccountProvider[KiroLogin]):
-    """Kiro, once Amazon Q Developer, once CodeWhisperer."""
+    """Kiro, formerly Amazon Q Developer and CodeWhisperer."""
 
     config: KiroConfig
     account: KiroAccount
@@ -14785,14 +14573,13 @@ class KiroProvider(AccountProvider[KiroLogin]):
     def forget_account(self) -> None:
         super().forget_account()
         self.catalogue.built_in = known_kiro_models(self.name)
-        self.profiles_fetched = False
-        #: lists an organisation's profiles, of which one must be configured
-        self.profile_error: NotEntitled | None = None
+        #: of an organisation, by ARN; None until they could be fetched
+        self.profiles: dict[str, str] | None = None
         self.winner: KiroEndpoint | None = None  #: the endpoint that worked last
 
     def secrets(self) -> tuple[str, ...]:
         login = self.account.cached
-        return (login.access, login.refresh, login.client_secret) if login else ()
+        return (login.access_token, login.refresh, login.client_secret) if login else ()
 
     def guess(self, model_id: str) -> Model | None:
         """Any exact name is tried, listed or not."""
@@ -14802,19 +14589,17 @@ class KiroProvider(AccountProvider[KiroLogin]):
         return model
 
     async def token(self) -> KiroLogin:
-        """An organisation's sign-in needs its profile, which is looked up once."""
+        """An organisation's sign-in needs its profile, which is fetched once."""
         login = await self.account.get()
         if login.arn or login.kind not in ("idc", "external_idp"):
             return login
-        profiles = {} if self.profiles_fetched else await self.find_profiles(login)
+        profiles = await self.find_profiles(login) if self.profiles is None else self.profiles
         if len(profiles) > 1:
             choices = ", ".join(f"{arn} ({name})" for arn, name in profiles.items())
-            self.profile_error = NotEntitled(
+            raise NotEntitled(
                 "This Kiro sign-in has several profiles.",
                 hint=f"Set profile_arn in [providers.{self.name}] to one of: {choices}.",
             )
-        if self.profile_error is not None:
-            raise self.profile_error
         for arn in profiles:
             return self.account.use(await self.account.save({"profile_arn": arn}, login))
         return login
@@ -14822,38 +14607,48 @@ class KiroProvider(AccountProvider[KiroLogin]):
     async def find_profiles(self, login: KiroLogin) -> dict[str, str]:
         """ARN -> name of the organisation's profiles, in both regions that have any."""
         profiles: dict[str, str] = {}
-        self.profiles_fetched = True
+        is_final = True
         bases = kiro_controls(login, self.config)
         if not (self.config.management_url or self.config.api_url):
             bases = [KIRO_MANAGEMENT_URL.format(region=region) for region in KIRO_REGIONS]
-        query = dump_json({"maxResults": KIRO_PROFILES})
+        path, query = "/ListAvailableProfiles", dump_json({"maxResults": KIRO_PROFILES})
         for base in bases:
-            body = await self.ask_control(login, "POST", [base], "/ListAvailableProfiles", query)
+            body = await self.ask_control(login, "POST", path, query, [base])
             if isinstance(body, RetryDecision):
                 error = body.error
                 log_event("info", "profiles_unavailable", provider=self.name, reason=error)
                 if isinstance(error, (UpstreamError, UpstreamTimeout, Overloaded)):
-                    self.profiles_fetched = False  # it may be found the next time
+                    is_final = False
                 continue
-            rows = body.get("profiles")
-            for row in rows[:KIRO_PROFILES] if isinstance(rows, list) else ():
-                arn = row.get("arn") if isinstance(row, dict) else None
+            for row in get_dicts(body, "profiles")[:KIRO_PROFILES]:
+                arn = row.get("arn")
                 if isinstance(arn, str) and KIRO_ARN.fullmatch(arn):
                     profiles[arn] = name_of_key(row, "profileName") or "unnamed"
+        self.profiles = profiles if is_final else None
         return profiles
 
     async def ask_control(
-        self, login: KiroLogin, method: str, bases: list[str], path: str, body: bytes = b""
+        self,
+        login: KiroLogin,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        bases: Iterable[str] | None = None,
     ) -> Json | RetryDecision:
-        """A response of the control plane: each host in turn, with both spellings of the path."""
+        """A response of the control plane: each host in turn, with both spellings of the path.
+
+        `/getUsageLimits?a=b` is `/Get-Usage-Limits?a=b` on some hosts (pi, 2026-08).
+        """
+        name, separator, query = path[1:].partition("?")
+        kebab_name = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name[:1].upper() + name[1:])
         headers = kiro_headers(login, "control", self.config.kiro_version, system_tag())
         headers["amz-sdk-request"] = "attempt=1; max=1"
         if body:
             headers["Content-Type"] = "application/json"
         decision = RetryDecision(UpstreamError("Kiro has no host for this."))
-        for base in bases:
-            for spelling in (path, kebab_path(path)):
-                headers["amz-sdk-invocation-id"] = format_uuid(os.urandom(16).hex())
+        for base in kiro_controls(login, self.config) if bases is None else bases:
+            for spelling in (path, f"/{kebab_name}{separator}{query}"):
+                headers["amz-sdk-invocation-id"] = random_uuid()
                 try:
                     status, response_headers, data = await self.client.fetch(
                         method, base + spelling, headers, KIRO_CONTROL_SECONDS, body
@@ -14868,14 +14663,8 @@ class KiroProvider(AccountProvider[KiroLogin]):
                 if status not in (404, 405):
                     break
             if decision.action in ("", "refresh", "rest"):
-                break  # another host would say the same
+                break  # another host would refuse it, too
         return decision
-
-    async def ask_resource(
-        self, login: KiroLogin, path: str, query: dict[str, str]
-    ) -> Json | RetryDecision:
-        url = f"{path}?{urllib.parse.urlencode(query)}"
-        return await self.ask_control(login, "GET", kiro_controls(login, self.config), url)
 
     async def control(self, path: str, query: dict[str, str]) -> Json:
         """A resource of the account; some sign-ins may not name a profile.  Raises ApiError."""
@@ -14883,7 +14672,8 @@ class KiroProvider(AccountProvider[KiroLogin]):
         own_arn = login.arn or kiro_endpoints(login, self.config)[0].arn
         for arn in dict.fromkeys((own_arn, "")):
             parameters = {**query, "profileArn": arn} if arn else query
-            result = await self.ask(self.ask_resource, path, parameters)
+            url = f"{path}?{urllib.parse.urlencode(parameters)}"
+            result = await self.ask(self.ask_control, "GET", url)
             if not isinstance(result, RetryDecision):
                 return result
             error = result.error
@@ -14916,12 +14706,12 @@ class KiroProvider(AccountProvider[KiroLogin]):
         if with_user:
             query["isEmailRequired"] = "true"
         quota = read_kiro_quota(await self.control("/getUsageLimits", query), time.time())
-        self.quota_watch.update(replace(quota, account=""))  # whose it is, is shown nowhere else
+        self.quota_watch.update(replace(quota, account=""))  # only a sign-in shows the user's name
         return quota
 
     async def quota(self) -> Quota | None:
         await self.limits()
-        return self.quota_watch.known
+        return self.quota_watch.latest
 
     def refused(self, model_id: str, error: ApiError) -> None:
         if isinstance(error, RateLimited):  # a spent quota may be one conversation's
@@ -14937,23 +14727,21 @@ def make_providers(
     """The enabled providers by name, in the order of the configuration; `reusable` ones stay."""
     providers: dict[str, Provider] = {}
     for name, entry in config.providers.items():
-        if not entry.enabled:
-            continue
-        if name in reusable:
+        if entry.enabled and name in reusable:
             providers[name] = reusable[name]
-        elif isinstance(entry, CopilotConfig):
+        elif entry.enabled and isinstance(entry, CopilotConfig):
             providers[name] = CopilotProvider(name, entry, paths, client)
-        elif isinstance(entry, KiroConfig):
+        elif entry.enabled and isinstance(entry, KiroConfig):
             providers[name] = KiroProvider(name, entry, paths, client)
-        else:
+        elif entry.enabled:
             providers[name] = EchoProvider(name)
     return providers
 
 
 def quotas(providers: dict[str, Provider]) -> Json:
-    """`{NAME: Quota.as_json()}` of the known quotas.  Asks nobody."""
-    known = {name: provider.known_quota() for name, provider in providers.items()}
-    return {name: quota.as_json() for name, quota in known.items() if quota is not None}
+    """`{NAME: Quota.as_json()}` of the known quotas, without asking the services."""
+    latest = {name: provider.quota_watch.latest for name, provider in providers.items()}
+    return {name: quota.as_json() for name, quota in latest.items() if quota is not None}
 
 
 # ---- 16. Sign-in -------------------------------------------------------------------------------
@@ -15667,7 +15455,7 @@ def find_kiro_login(
     path = os.path.expanduser(path)
     for key in keys:
         source = {"program": program, **({"key": key} if key else {}), "path": path}
-        content = SharedLogin(source).read()
+        content = read_shared_login(source)
         if content is not None:
             return [FoundLogin(label, path, {**content, "source": source})]
     return []
@@ -15818,10 +15606,10 @@ async def revoke_login(context: SignInContext, name: str) -> str:
         if get_str(content, "type") == "kiro":
             kind = get_str(content, "auth_method") or kiro_kind(content)
     with os_error_as(f"{file.path}: cannot be removed"):
-        async with file.lock() as lock:
+        async with file.lock() as lock_path:
             removed = file.remove()
             with contextlib.suppress(OSError):  # a folder with other files in it stays
-                os.unlink(lock.path)
+                os.unlink(lock_path)
                 os.rmdir(folder)
     if not removed:
         raise ProgramError(nothing)
@@ -17076,7 +16864,7 @@ class Gateway:
             model=request_info.model,
             include_usage=request_info.include_usage or not request_info.stream,
             asked=body,
-            keep=provider.store_reasoning,
+            keep=provider.reasoning.keep,
             provider=provider.name,
             window=window,
             secrets=self.secrets,
@@ -17912,7 +17700,7 @@ class Daemon:
             "warnings": [
                 text
                 for name, provider in providers
-                for text in quota_warnings(name, provider.known_quota(), now)
+                for text in quota_warnings(name, provider.quota_watch.latest, now)
             ],
         }
 
@@ -18085,7 +17873,7 @@ async def fetch_quotas(daemon: Daemon, params: Json) -> Json:
             with advising(provider):
                 quota = await provider.quota()
         except ApiError as error:
-            last_known = provider.known_quota()
+            last_known = provider.quota_watch.latest
             return {**(last_known.as_json() if last_known else {}), "error": error.text()}
         return None if quota is None else quota.as_json()
 
@@ -18110,7 +17898,7 @@ def switch_provider(daemon: Daemon, params: Json, enabled: str) -> Json:
     change_provider(daemon.paths, daemon.environ, name, enabled)
     changes = daemon.reload()
     if name in daemon.gateway.providers:
-        daemon.gateway.providers[name].clear_cooldowns()
+        daemon.gateway.providers[name].breaker.cooldowns.clear()
     return changes
 
 

@@ -108,7 +108,7 @@ def test_the_kind_of_a_sign_in_is_read_from_what_is_there(said: Json, kind: str)
 def test_a_token_file_of_every_kind_is_read(method: str) -> None:
     """And only an API key lives for ever."""
     read = login(method)
-    assert read.access == (KEY if method == "api_key" else ACCESS)
+    assert read.access_token == (KEY if method == "api_key" else ACCESS)
     assert read.refresh == ("" if method == "api_key" else REFRESH)
     assert read.expires_at == (math.inf if method == "api_key" else NOW + 3600)
     assert re.fullmatch(r"[0-9a-f]{64}", read.machine_id)
@@ -117,7 +117,7 @@ def test_a_token_file_of_every_kind_is_read(method: str) -> None:
 def test_a_file_with_a_refresh_token_alone_is_importable() -> None:
     """2.1: it is refreshed at once."""
     read = gw.read_kiro_login({"refresh_token": REFRESH})
-    assert (read.kind, read.access, read.expires_at) == ("social", "", 0.0)
+    assert (read.kind, read.access_token, read.expires_at) == ("social", "", 0.0)
 
 
 @pytest.mark.parametrize(
@@ -589,7 +589,7 @@ def test_a_model_call_has_the_headers_of_its_shape(shape: str, method: str) -> N
     notes, machines = notes_of(headers, shape)
     assert notes == []
     assert machines == ({read.machine_id} if shape == "ide" else set())
-    assert headers["authorization"] == f"Bearer {read.access}"
+    assert headers["authorization"] == f"Bearer {read.access_token}"
     assert headers["content-type"] == CONTENT_TYPES[shape]
     assert headers["accept-encoding"] == "identity"
     assert headers["x-amzn-codewhisperer-optout"] == "true"
@@ -657,7 +657,7 @@ def test_the_control_plane_is_asked_as_the_ide_asks_it(method: str) -> None:
     headers = gw.kiro_headers(read, "control", "1.1.14", SYSTEM)
     notes, machines = notes_of({k.lower(): v for k, v in headers.items()}, "control")
     assert notes == [] and machines == {read.machine_id}
-    assert headers["Authorization"] == f"Bearer {read.access}"
+    assert headers["Authorization"] == f"Bearer {read.access_token}"
 
 
 # ---- a call in its place -------------------------------------------------------------------------

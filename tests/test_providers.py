@@ -95,9 +95,9 @@ def test_one_refresh_serves_all_and_outlives_the_request_that_began_it(tmp_path:
         await asyncio.sleep(0)
         account.may_answer.set()
         token = await second
-        assert (first.cancelled(), token.token, account.exchanges) == (True, "token-1", 1)
+        assert (first.cancelled(), token.access_token, account.exchanges) == (True, "token-1", 1)
         renewed = await account.renew(token)
-        assert renewed is not None and renewed.token == "token-2"
+        assert renewed is not None and renewed.access_token == "token-2"
         assert await account.renew(token) is renewed  # another task was quicker
         assert await account.renew(renewed) is None  # no storm of exchanges
         assert account.exchanges == 2

@@ -407,7 +407,7 @@ def test_a_first_use_is_followed_by_a_look_and_more_use_by_few() -> None:
         for _ in range(100):
             watch.poll_soon()
         await service.hear()
-        assert (service.count, watch.known and watch.known.plan) == (1, "pro")
+        assert (service.count, watch.latest and watch.latest.plan) == (1, "pro")
         assert service.planned_s() is None
         watch.poll_soon()
         left = service.planned_s()
@@ -448,7 +448,7 @@ def test_a_look_in_vain_is_quiet_and_forgets_nothing(caplog: pytest.LogCaptureFi
         watch.soon_s = 0.0
         watch.poll_soon()
         await service.hear()
-        assert watch.known and service.planned_s() is None
+        assert watch.latest and service.planned_s() is None
         watch.poll_soon()
         left = service.planned_s()
         assert left is not None and left > 60  # nor is it asked the faster
@@ -465,17 +465,17 @@ def test_a_new_account_begins_anew_also_when_a_look_finds_it() -> None:
         watch = service.watch
 
         async def ask() -> gw.Quota | None:
-            watch.forget()  # as the token file has changed
+            watch.reset()  # as the token file has changed
             await asyncio.sleep(0)
             return await service.ask()
 
-        watch.ask, watch.soon_s = ask, 0.0
+        watch.fetch, watch.soon_s = ask, 0.0
         watch.update(plan_at(99))
-        watch.forget()
-        assert watch.known is None and watch.alarm.reported == {}
+        watch.reset()
+        assert watch.latest is None and watch.alarm.reported == {}
         watch.poll_soon()
         await service.hear()
-        assert watch.known is not None
+        assert watch.latest is not None
 
     asyncio.run(story())
 
@@ -486,13 +486,13 @@ def test_fields_that_did_not_change_are_not_read_again(caplog: pytest.LogCapture
         watch.update(gw.read_copilot_quota(default_user()))
         low = {**QUOTA_HEADERS, PREMIUM: "ent=1500&rem=4.0&totRem=60"}
         watch.update_from_headers(gw.Headers(low))
-        first = watch.known
+        first = watch.latest
         assert first and watch.task is None  # the fields are enough
         first.as_of = 1.0
         watch.update_from_headers(gw.Headers({"date": "now", **low}))
-        assert watch.known is first and first.as_of > 1.0
+        assert watch.latest is first and first.as_of > 1.0
         watch.update_from_headers(gw.Headers({"date": "now"}))
-        assert watch.known is first and watch.task is not None  # an older service
+        assert watch.latest is first and watch.task is not None  # an older service
         watch.close()
 
     with caplog.at_level("DEBUG", "aiclient-api"):
@@ -505,7 +505,7 @@ def test_an_answer_without_a_full_one_before_asks_for_plan_and_unit() -> None:
     async def story() -> None:
         watch = Service().watch
         watch.update_from_headers(gw.Headers(QUOTA_HEADERS))
-        assert watch.known and watch.known.plan == "" and watch.task is not None
+        assert watch.latest and watch.latest.plan == "" and watch.task is not None
         watch.close()
 
     asyncio.run(story())

@@ -404,45 +404,6 @@ def test_a_month_of_a_long_history_is_reported_in_no_time(store: gw.UsageStore) 
     assert time.perf_counter() - started < 0.5
 
 
-VERSION_1 = """
-CREATE TABLE answers (id INTEGER PRIMARY KEY, at, provider);
-CREATE TABLE sums (
-    slot INTEGER, provider, account, model, label, requests, errors, cancelled, input, cache_read,
-    cache_write, output, reasoning, nano_credits, reported, derived, estimated, credits_reported,
-    credits_derived, credits_estimated, duration_ms, first_bytes, first_byte_ms,
-    PRIMARY KEY (slot, provider, account, model, label)
-) WITHOUT ROWID;
-CREATE TABLE spent (
-    day, provider, label, tokens, nano_credits, PRIMARY KEY (day, provider, label)
-) WITHOUT ROWID;
-PRAGMA user_version = 1;
-INSERT INTO answers VALUES (1, 1795350000.0, 'p');
-INSERT INTO spent VALUES ('2026-11-22', 'p', 'l', 111, 70);
-INSERT INTO sums VALUES (
-    1994833, 'p', 'a', 'm', 'l', 10, 2, 1, 100, 20, 3, 50, 5, 7000000000, 8, 1, 0, 9, 0, 0, 5000,
-    4, 800
-);
-"""
-
-
-def test_the_totals_of_version_1_are_kept(store: gw.UsageStore, path: str) -> None:
-    os.makedirs(os.path.dirname(path), mode=0o700)
-    with closing(sqlite3.connect(path)) as old:
-        old.executescript(VERSION_1)
-    os.chmod(path, 0o600)
-    assert store.write([], MONTH) == [("2026-11-22", "p", "l", 111, 70)]
-    found = report(store, by="day", recent="9")
-    assert found["recent"] == [] and found["since"] == 1994833 * 900
-    [row] = found["rows"]
-    assert row == {
-        "day": gw.local_day(1994833 * 900), "provider": "p", "request_count": 10, "error_count": 2,
-        "cancelled_count": 1, "input_tokens": 123, "cache_read_tokens": 20, "cache_write_tokens": 3,
-        "output_tokens": 50, "reasoning_tokens": 5, "total_tokens": 173,
-        "token_sources": {"reported": 8, "derived": 1}, "credits": 7.0,
-        "credit_sources": {"reported": 9}, "duration_ms": 500, "first_byte_ms": 200,
-    }  # fmt: skip
-
-
 def test_the_file_is_bounded_and_counting_goes_on(path: str) -> None:
     with closing(gw.UsageStore(path, max_pages=40)) as small:
         for number in range(60):
