@@ -7899,7 +7899,8 @@ def check_messages(draft: BodyDraft) -> None:
     for path, message in dict_items(draft.body, "messages"):
         need_str(message, "role", path)
         check_content(message.get("content"), f"{path}.content")
-        for call_path, call in dict_items(message, "tool_calls", path):
+        calls = dict_items(message, "tool_calls", path) if "tool_calls" in message else ()
+        for call_path, call in calls:
             str_field(call, "id", call_path)
             need_str(function_of(call, call_path), "name", f"{call_path}.function")
 
@@ -7950,21 +7951,23 @@ def read_native_content(content: Any, path: str) -> list[Any]:
         return [Text(content)]
     blocks: list[Any] = []
     for index, part in enumerate(content or ()):
-        part_path, kind, source = f"{path}.{index}", part["type"], get_dict(part, "source")
+        kind, part_path = part["type"], f"{path}.{index}"
         if kind == "text":
-            blocks += [NativeText(part["text"], part)] if part["text"].strip() else []
+            blocks.append(NativeText(part["text"], part))
         elif kind == "tool_use":
             blocks.append(NativeCall(part["id"], part["name"], dump_text(part.get("input")), part))
         elif kind == "tool_result":
             inner = read_native_content(part.get("content"), f"{part_path}.content")
+            inner = [block for block in inner if not is_blank(block)]
             blocks.append(NativeResult(part["tool_use_id"], inner, part=part))
-        elif kind == "image" and source.get("type") == "base64":
+        elif kind == "image" and get_dict(part, "source").get("type") == "base64":
             # Clients send wrong media types, and the vendor checks.
-            data = need_str(source, "data", f"{part_path}.source")
-            declared = str_field(source, "media_type", f"{part_path}.source") or ""
+            source, source_path = part["source"], f"{part_path}.source"
+            data = need_str(source, "data", source_path)
+            declared = str_field(source, "media_type", source_path) or ""
             source = {**source, "media_type": image_type(data, declared, part_path)}
             blocks.append(NativePart({**part, "source": source}))
-        elif kind == "document" and source.get("type") in ("text", "content"):
+        elif kind == "document" and get_dict(part, "source").get("type") in ("text", "content"):
             blocks += filter(None, map(native_text, read_document_part(part, part_path)))
         elif kind == "tool_reference":
             blocks += filter(None, map(native_text, read_tool_reference_part(part, part_path)))
@@ -7998,7 +8001,7 @@ def write_native_content(blocks: list[Any]) -> str | list[Json]:
         return plain_text(blocks)
     parts = []
     for block in blocks:
-        part = dict(getattr(block, "part", ()))
+        part = dict(block.part) if hasattr(block, "part") else {}
         if isinstance(block, ToolCall):
             part.update(id=wire_id(block.id), name=wire_name(block.name))
         elif isinstance(block, ToolResult):
@@ -8024,13 +8027,15 @@ def normalize_messages(draft: BodyDraft) -> None:
     version = claude_version(draft.model.id) or (0, 0)
     takes_system = version >= (4, 8) and "system" not in draft.rejections
     roles = ["", *(turn.role for turn in turns), "assistant"]
-    adapted = []
-    for index, turn in enumerate(turns):
-        is_allowed = takes_system and roles[index] == "user" and roles[index + 2] == "assistant"
-        adapted += [turn] if is_allowed else downgrade_system_turns([turn])
+    if "system" in roles:
+        for index, turn in enumerate(turns):
+            is_between = roles[index] == "user" and roles[index + 2] == "assistant"
+            if turn.role == "system" and not (takes_system and is_between):
+                texts = (block.text for block in turn.blocks if isinstance(block, Text))
+                turns[index] = Turn("user", [Text(as_reminder(text)) for text in texts])
+        turns = merge_turns(turns)
     draft.body["messages"] = [
-        {"role": turn.role, "content": write_native_content(turn.blocks)}
-        for turn in merge_turns(adapted)
+        {"role": turn.role, "content": write_native_content(turn.blocks)} for turn in turns
     ]
 
 
