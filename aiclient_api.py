@@ -6619,24 +6619,13 @@ def inline_system_turns(draft: KiroDraft) -> None:
     draft.turns = normalize_turns(downgrade_system_turns(draft.turns))
 
 
-def textify_unsupported_parts(draft: KiroDraft) -> None:
-    """Replaces what an assistant turn cannot hold with text."""
-    for position, turn in enumerate(draft.turns):
-        if turn.role != "assistant":
-            continue
-        blocks = [*turn.blocks]
-        for index, block in enumerate(blocks):
-            if isinstance(block, ToolResult):
-                blocks[index] = Text(plain_text(block.blocks) or "(no output)")
-            elif isinstance(block, (Image, Document)):
-                blocks[index] = Text(f"({type(block).__name__.lower()})")
-        draft.turns[position] = Turn(turn.role, blocks)
+def adapt_assistant_turns(draft: KiroDraft) -> None:
+    """Media and results in an assistant turn become text, as it cannot hold them.
 
-
-def keep_own_thinking_turns(draft: KiroDraft) -> None:
-    """Drops thinking that this account did not sign: Kiro would refuse it."""
+    Thinking that this account did not sign is dropped: Kiro would refuse it.
+    """
     prefix = kiro_mark(draft.model.provider)
-    kept: list[Turn] = []
+    turns: list[Turn] = []
     for turn in draft.turns:
         blocks: list[Block] = []
         for block in turn.blocks:
@@ -6644,19 +6633,20 @@ def keep_own_thinking_turns(draft: KiroDraft) -> None:
                 signature = block.signature or block.redacted
                 if signature == prefix or not signature.startswith(prefix):
                     continue
+            elif turn.role == "assistant" and isinstance(block, ToolResult):
+                block = Text(plain_text(block.blocks) or "(no output)")
+            elif turn.role == "assistant" and isinstance(block, (Image, Document)):
+                block = Text(f"({type(block).__name__.lower()})")
             blocks.append(block)
         if not all(isinstance(block, Thinking) for block in blocks):
-            kept.append(Turn(turn.role, blocks))  # a turn of nothing but thinking counts as empty
-    draft.turns = merge_turns(kept)
+            turns.append(Turn(turn.role, blocks))  # a turn of nothing but thinking counts as empty
+    draft.turns = merge_turns(turns)
 
 
-def ensure_first_turn_is_user(draft: KiroDraft) -> None:
+def begin_and_end_with_user(draft: KiroDraft) -> None:
+    """Kiro wants the user's turn first and last; a prefilled response becomes history."""
     if not draft.turns or draft.turns[0].role != "user":
         draft.turns.insert(0, Turn("user", [Text(KIRO_FIRST_TURN)]))
-
-
-def ensure_last_turn_is_user(draft: KiroDraft) -> None:
-    """A prefilled response becomes history."""
     last = draft.turns[-1]
     if last.role == "user":
         return
@@ -6667,8 +6657,11 @@ def ensure_last_turn_is_user(draft: KiroDraft) -> None:
         draft.turns.append(Turn("user", [Text(KIRO_GO_ON)]))
 
 
-def lift_media(draft: KiroDraft) -> None:
-    """Moves images and files out of tool results into their turn: results hold only text."""
+def adapt_user_turns(draft: KiroDraft) -> None:
+    """Moves images and files out of tool results into their turn: results hold only text.
+
+    A user turn with neither text nor results gets a placeholder, even beside an image.
+    """
     for index, turn in enumerate(draft.turns):
         blocks: list[Block] = []
         media: list[Block] = []
@@ -6687,16 +6680,9 @@ def lift_media(draft: KiroDraft) -> None:
                     media.append(part)
                 block = ToolResult(block.id, parts, block.is_error)
             blocks.append(block)
-        if media:
-            draft.turns[index] = Turn(turn.role, [*blocks, *media])
-
-
-def fill_empty_turns(draft: KiroDraft) -> None:
-    """A user turn with neither text nor results gets a placeholder, even beside an image."""
-    for index, turn in enumerate(draft.turns):
-        has_content = any(isinstance(block, (Text, ToolResult)) for block in turn.blocks)
-        if turn.role == "user" and not has_content:
-            draft.turns[index] = Turn("user", [*turn.blocks, Text(KIRO_NO_TEXT)])
+        if turn.role == "user" and not any(isinstance(b, (Text, ToolResult)) for b in blocks):
+            media.append(Text(KIRO_NO_TEXT))
+        draft.turns[index] = Turn(turn.role, [*blocks, *media])
 
 
 def inline_tool_choice(draft: KiroDraft) -> None:
@@ -6712,36 +6698,32 @@ def inline_tool_choice(draft: KiroDraft) -> None:
         draft.notes.append("Call at most one tool at a time.")
 
 
-def declare_called_tools(draft: KiroDraft) -> None:
-    """Declares every tool that was ever called, whatever the client offers now."""
+def adapt_kiro_tools(draft: KiroDraft) -> None:
+    """Declares every tool that was ever called, whatever the client offers now.
+
+    Names are adapted, and responses get the client's names back; of equal names the first counts.
+    Every tool needs a short description; a longer one moves into the system prompt.
+    """
     declared = {tool.name for tool in draft.tools}
     calls = [block for turn in draft.turns for block in turn.blocks if isinstance(block, ToolCall)]
     missing = dict.fromkeys(call.name for call in calls if call.name not in declared)
-    draft.tools += [Tool(name, "Tool", {"type": "object", "properties": {}}) for name in missing]
-
-
-def rename_tools(draft: KiroDraft) -> None:
-    """At most 64 letters, digits, `_` and `-`; responses get the client's names back."""
-    by_name: dict[str, Tool] = {}  # if two tools share a name, the first wins
-    for tool in draft.tools:
-        name = draft.chat.wire_name(tool.name)
-        by_name.setdefault(name, replace(tool, name=name))
-    draft.tools = [*by_name.values()]
-
-
-def adapt_descriptions(draft: KiroDraft) -> None:
-    """Every tool needs a short description; a longer one moves into the system prompt."""
-    for index, tool in enumerate(draft.tools):
-        description = tool.description if tool.description.strip() else tool.name
+    by_name: dict[str, Tool] = {}
+    for tool in (*draft.tools, *(Tool(name, "Tool", EMPTY_SCHEMA) for name in missing)):
+        by_name.setdefault(draft.chat.wire_name(tool.name), tool)
+    draft.tools = []
+    for name, tool in by_name.items():
+        description = tool.description if tool.description.strip() else name
         encoded = description.encode("utf-8", "replace")
         if len(encoded) > KIRO_DESCRIPTION_BYTES:
-            draft.preface.append(f'<tool name="{tool.name}">\n{description}\n</tool>')
-            pointer = f'\n[All of it stands in the system prompt, under tool name="{tool.name}".]'
+            draft.preface.append(f'<tool name="{name}">\n{description}\n</tool>')
+            pointer = f'\n[All of it stands in the system prompt, under tool name="{name}".]'
             beginning = encoded[: KIRO_DESCRIPTION_BYTES - len(pointer)].decode("utf-8", "ignore")
             description = beginning + pointer
-        draft.tools[index] = replace(tool, description=description)
+        schema = adapt_kiro_schema(tool.schema, len(by_name))
+        draft.tools.append(replace(tool, name=name, description=description, schema=schema))
 
 
+EMPTY_SCHEMA: Json = {"type": "object", "properties": {}}
 # Keywords whose value is no schema, though it may be an object or a list.
 DATA_KEYWORDS = (
     "const", "default", "description", "enum", "examples", "required", "title", "type",
@@ -6766,12 +6748,6 @@ def map_schema(schema: Any, adapt: Callable[[Json], Json]) -> Any:
             value = map_schema(value, adapt)
         mapped[keyword] = value
     return adapt(mapped)
-
-
-def adapt_kiro_schemas(draft: KiroDraft) -> None:
-    for index, tool in enumerate(draft.tools):
-        schema = adapt_kiro_schema(tool.schema, len(draft.tools))
-        draft.tools[index] = replace(tool, schema=schema)
 
 
 def adapt_kiro_schema(schema: Json, tool_count: int = 1) -> Json:
@@ -6892,10 +6868,9 @@ def place_preface(draft: KiroDraft) -> None:
 
 
 KIRO_RULES: tuple[Callable[[KiroDraft], None], ...] = (
-    inline_system_turns, textify_unsupported_parts, keep_own_thinking_turns,
-    ensure_first_turn_is_user, ensure_last_turn_is_user, lift_media, fill_empty_turns,
-    inline_tool_choice, declare_called_tools, rename_tools, adapt_descriptions,
-    adapt_kiro_schemas, inline_output_format, request_thinking, pass_settings, place_preface,
+    inline_system_turns, adapt_assistant_turns, begin_and_end_with_user, adapt_user_turns,
+    inline_tool_choice, adapt_kiro_tools, inline_output_format, request_thinking, pass_settings,
+    place_preface,
 )  # fmt: skip
 
 
@@ -8068,9 +8043,6 @@ def parts_of(messages: Iterable[Json]) -> Iterator[Json]:
         content = message.get("content")
         if isinstance(content, list):
             yield from (part for part in content if isinstance(part, dict))
-
-
-EMPTY_SCHEMA: Json = {"type": "object", "properties": {}}
 
 
 # The JSON Schema keywords that Gemini is known to accept; property names are not keywords.
