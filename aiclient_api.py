@@ -6493,13 +6493,13 @@ KIRO_FAULTS = (
         ContextTooLong, ""),
     KiroFault(r"SUSPENDED|AccountSuspended|temporarily (?:is )?suspended",
         Forbidden, "Kiro has suspended this account", "rest",
-        "Only Kiro's support can lift that; nothing is tried again by itself."),
+        "Only Kiro's support can lift the suspension; the gateway does not retry."),
     KiroFault(r"MONTHLY_REQUEST_COUNT|OVERAGE_REQUEST_LIMIT|reached the limit",
         QuotaExceeded, "The Kiro credits of this month are used up", "rest",
-        "They come back with the next billing period."),
+        "They reset with the next billing period."),
     KiroFault(r"CONVERSATION_LIMIT_EXCEEDED",
         QuotaExceeded, "Kiro's limit for one conversation is reached",
-        hint="Begin a new conversation."),
+        hint="Start a new conversation."),
     KiroFault(r"DAILY_REQUEST_COUNT",
         QuotaExceeded, "Kiro's limit for one day is reached", "rest"),
     KiroFault(r"60-minute credit limit",
@@ -6511,9 +6511,9 @@ KIRO_FAULTS = (
         InvalidRequest, "Kiro does not accept the signature of earlier thinking", "forget"),
     KiroFault(r"INVALID_MODEL_ID",
         ModelNotFound, "Kiro does not offer this model to this account", "relist",
-        "Plan, region and organisation decide; GET /v1/models lists what there is."),
+        "It depends on plan, region and organisation; GET /v1/models lists what is available."),
     KiroFault(r"profileArn is required|Invalid profileArn",
-        NotSignedIn, "Kiro wants another profile", "reroute"),
+        NotSignedIn, "Kiro requires a different profile", "reroute"),
     KiroFault(r"bearer token included in the request is invalid|ExpiredToken",
         NotSignedIn, "Kiro does not accept the access token", "refresh"),
     KiroFault(r"Invalid token|User is not authorized",
@@ -6521,9 +6521,9 @@ KIRO_FAULTS = (
     KiroFault(r"IMAGE_[A-Z]+|DOCUMENT_[A-Z]+",
         InvalidRequest, "Kiro refused an image or document"),
     KiroFault(r"Improperly formed|REQUEST_BODY_INVALID|TOOL_[A-Z]+|Validation",
-        InvalidRequest, "Kiro refused the conversation's form"),
+        InvalidRequest, "Kiro refused the format of the conversation"),
     KiroFault(r"UnknownOperation|[Uu]nknown operation",
-        UpstreamError, "This Kiro host does not know the request", "reroute"),
+        UpstreamError, "This Kiro host does not support the request", "reroute"),
     KiroFault(r"Throttling|[Tt]oo many requests", RateLimited, "Kiro's rate limit", "pause"),
     KiroFault(r"ServiceUnavailable", Overloaded, "Kiro is busy", "reroute"),
     KiroFault(r"AccessDenied", Forbidden, "Kiro does not allow this"),
@@ -6560,9 +6560,9 @@ def classify_kiro_message(code: str, reason: str, message: str) -> RetryDecision
 def read_kiro_words(payload: Json) -> tuple[str, str, str]:
     """(code, reason, message) of an error object, whichever names its members have; redacted."""
     error = get_dict(payload, "Output") or payload
-    code = next((error[key] for key in ("code", "__type") if isinstance(error.get(key), str)), "")
+    code = str_or_empty(error, "code") or str_or_empty(error, "__type")
     keys = ("message", "Message", "errorMessage", "error")
-    message = next((error[key] for key in keys if isinstance(error.get(key), str)), "")
+    message = next(filter(None, (str_or_empty(error, key) for key in keys)), "")
     code = redact(code.rpartition("#")[2].partition(":")[0], MAX_CODE_TEXT)
     reason = redact(str_or_empty(error, "reason"), MAX_CODE_TEXT)
     return code, reason, redact(message, MAX_REFUSAL_TEXT)
@@ -6911,12 +6911,7 @@ def write_kiro_request(chat: Conversation, model: Model) -> Json:
     draft = KiroDraft(chat, model, turns, [*chat.tools], preface)
     chat.touched += [rule.__name__ for rule in KIRO_RULES if draft.apply(rule)]
     check_context_window(draft)
-    *history, current = [
-        write_kiro_assistant(turn.blocks, chat, model)
-        if turn.role == "assistant"
-        else write_kiro_user(turn.blocks, model)
-        for turn in draft.turns
-    ]
+    *history, current = [write_kiro_turn(turn, chat, model) for turn in draft.turns]
     if draft.tools:
         context = current["userInputMessage"].setdefault("userInputMessageContext", {})
         context["tools"] = []
@@ -6925,47 +6920,39 @@ def write_kiro_request(chat: Conversation, model: Model) -> Json:
             specification = {**entry, "inputSchema": {"json": tool.schema}}
             context["tools"].append({"toolSpecification": specification})
     state: Json = {"chatTriggerType": "MANUAL", "agentTaskType": "vibe"}
-    state = {**kiro_object(state, history=history), "currentMessage": current}
-    return kiro_object({"conversationState": state}, additionalModelRequestFields=draft.extra)
+    state.update({"history": history} if history else {}, currentMessage=current)
+    fields = {"additionalModelRequestFields": draft.extra} if draft.extra else {}
+    return {"conversationState": state, **fields}
 
 
-def kiro_object(required: Json, **optional: Any) -> Json:
-    """Empty lists and objects are left out, as Kiro refuses them."""
-    return {**required, **{key: value for key, value in optional.items() if value}}
-
-
-def write_kiro_user(blocks: list[Block], model: Model) -> Json:
-    documents = [block for block in blocks if isinstance(block, Document)]
-    results = []
-    for block in blocks:
-        if isinstance(block, ToolResult):
-            status = "error" if block.is_error else "success"
-            content = [{"text": plain_text(block.blocks) or "(no output)"}]
-            results.append({"toolUseId": block.id, "status": status, "content": content})
-    message = kiro_object(
-        {"content": plain_text(blocks), "modelId": model.id},
-        images=[write_kiro_image(block, model) for block in blocks if isinstance(block, Image)],
-        documents=[write_kiro_document(*row) for row in enumerate(documents, 1)],
-        userInputMessageContext={"toolResults": results} if results else None,
-    )
-    return {"userInputMessage": message}
-
-
-def write_kiro_assistant(blocks: list[Block], chat: Conversation, model: Model) -> Json:
-    calls, reasoning = [], None
-    for block in blocks:
-        if isinstance(block, ToolCall):
+def write_kiro_turn(turn: Turn, chat: Conversation, model: Model) -> Json:
+    """A turn's message, without empty lists and objects, as Kiro refuses them."""
+    is_assistant = turn.role == "assistant"
+    message: Json = {"content": plain_text(turn.blocks)}
+    message.update({} if is_assistant else {"modelId": model.id})
+    for block in turn.blocks:
+        if isinstance(block, ToolCall) and is_assistant:
             name, arguments = chat.wire_name(block.name), parse_arguments(block.arguments)
-            calls.append({"toolUseId": block.id, "name": name, "input": arguments})
-        elif isinstance(block, Thinking):
+            call = {"toolUseId": block.id, "name": name, "input": arguments}
+            message.setdefault("toolUses", []).append(call)
+        elif isinstance(block, Thinking) and is_assistant:
             signature = (block.signature or block.redacted).removeprefix(kiro_mark(model.provider))
             placeholder = KIRO_HIDDEN_THINKING if model.vendor == "OpenAI" else ""
             reasoning = write_kiro_thinking(block.text or placeholder, signature)
-            if block.redacted:
-                reasoning = {"redactedContent": signature}
-    content = {"content": plain_text(blocks)}
-    message = kiro_object(content, toolUses=calls, reasoningContent=reasoning)
-    return {"assistantResponseMessage": message}
+            is_hidden = block.redacted != ""
+            message["reasoningContent"] = {"redactedContent": signature} if is_hidden else reasoning
+        elif isinstance(block, ToolResult):
+            content = [{"text": plain_text(block.blocks) or "(no output)"}]
+            status = "error" if block.is_error else "success"
+            result = {"toolUseId": block.id, "status": status, "content": content}
+            context = message.setdefault("userInputMessageContext", {})
+            context.setdefault("toolResults", []).append(result)
+        elif isinstance(block, Image):
+            message.setdefault("images", []).append(write_kiro_image(block, model))
+        elif isinstance(block, Document):
+            documents = message.setdefault("documents", [])
+            documents.append(write_kiro_document(len(documents) + 1, block))
+    return {"assistantResponseMessage" if is_assistant else "userInputMessage": message}
 
 
 def write_kiro_thinking(text: str, signature: str) -> Json:
@@ -6977,7 +6964,7 @@ def write_kiro_image(image: Image, model: Model) -> Json:
     input_types = model.raw.get("supportedInputTypes")
     refusal = "Kiro takes images only as base64 data; nothing is fetched here." if image.url else ""
     if isinstance(input_types, list) and input_types and "IMAGE" not in input_types:
-        refusal = f"{model.id} takes no images."
+        refusal = f"{model.id} does not accept images."
     if refusal:
         raise UnsupportedFeature(f"{image.path}: {refusal}", param=image.path)
     return {"format": image.media_type.partition("/")[2], "source": {"bytes": image.data}}
@@ -6988,7 +6975,7 @@ def write_kiro_document(number: int, document: Document) -> Json:
     kind = KIRO_DOCUMENTS.get(document.media_type)
     if kind is None:
         raise UnsupportedFeature(
-            f"{document.path}: Kiro takes no {document.media_type or 'such'} files.",
+            f"{document.path}: Kiro does not accept {document.media_type or 'such'} files.",
             param=document.path,
         )
     data = document.data or base64.b64encode(document.text.encode("utf-8", "replace")).decode()
@@ -7019,14 +7006,14 @@ class ThinkingTags:
     #: the closing tag, or what the next characters may make one
     END = re.compile(r"(?<!['\"`\\])</thinking>(\n\n|\n?\Z)")
 
-    def __init__(self) -> None:
-        self.kind = ""  # "" at the beginning, then thinking or text
+    def __init__(self, kind: str = "") -> None:
+        self.kind = kind  # "" at the beginning, then thinking or text
         self.leading_space: list[str] = []  # whitespace before the first text
         self.held = ""
         self.previous = ""  # the character before `held`
 
-    def take(self, text: str) -> list[tuple[str, str]]:
-        """(thinking or text, words) for each piece; what could be a tag is held back."""
+    def feed(self, text: str) -> list[tuple[str, str]]:
+        """(thinking or text, piece) for each piece; what could be a tag is held back."""
         if self.kind == "text":
             return [("text", text)]
         if not self.kind and not self.held and text.isspace():
@@ -7067,7 +7054,7 @@ class KiroReader:
     def __init__(self, context: ResponseContext) -> None:
         self.context = context
         self.blocks = BlockAssembler(kiro_mark(context.provider))
-        self.tags = ThinkingTags() if context.tagged_thinking else None
+        self.tags = ThinkingTags("" if context.tagged_thinking else "text")
         self.usage = Usage()
         self.model = ""  # as the response names it: "auto" is resolved to another model
         self.context_used = 0.0  # percentage of the context that is used
@@ -7094,11 +7081,11 @@ class KiroReader:
         text = str_or_empty(payload, "content")
         if text:
             self.start()
-            for kind, piece in self.tags.take(text) if self.tags else (("text", text),):
+            for kind, piece in self.tags.feed(text):
                 self.blocks.add_text(kind, piece)
 
     def flush_tags(self) -> None:
-        for kind, text in self.tags.flush() if self.tags else ():
+        for kind, text in self.tags.flush():
             self.blocks.add_text(kind, text)
 
     def on_reasoning(self, payload: Json) -> None:
@@ -7170,7 +7157,7 @@ class KiroReader:
             self.finish()
             return
         detail = message or code or "no reason given"
-        failure = UpstreamError(f"Kiro failed while it answered: {detail}")
+        failure = UpstreamError(f"Kiro failed during the response: {detail}")
         self.blocks.events.append(StreamError(decision.error if decision else failure))
 
     def on_overload(self, payload: Json) -> None:
@@ -7613,18 +7600,18 @@ def price_nano_credits(model: Model, usage: Usage) -> int | None:
         tier, unit = prices, 1.0
     elif usage.prompt > (positive_int(tier.get("max_prompt_tokens")) or math.inf):
         tier = get_dict(prices, "long_context") or tier
-    names = ("input_price", "cache_read_price", "cache_price", "cache_write_price", "output_price")
-    input_price, read_price, cache_price, write_price, output_price = (
-        read_figure(tier.get(name)) for name in names
-    )
-    if input_price is None:
+    if read_figure(tier.get("input_price")) is None:
         return None
-    read_price = cache_price if read_price is None else read_price
+
+    def price(*names: str) -> float:
+        figures = (read_figure(tier.get(name)) for name in names)
+        return next((figure for figure in figures if figure is not None), 0.0)
+
     total = (
-        usage.input * input_price
-        + usage.cache_read * (input_price if read_price is None else read_price)
-        + usage.cache_write * (input_price if write_price is None else write_price)
-        + usage.output * (output_price or 0.0)
+        usage.input * price("input_price")
+        + usage.cache_read * price("cache_read_price", "cache_price", "input_price")
+        + usage.cache_write * price("cache_write_price", "input_price")
+        + usage.output * price("output_price")
     )
     return round(min(max(total / batch_size * unit, 0.0), MAX_FIGURE))
 
@@ -7678,13 +7665,12 @@ def find_model(name: str, models: dict[str, Model]) -> Model | None:
         return models[name]
     by_lower = {model_id.lower(): model for model_id, model in models.items()}
     families = {model.family: model for model in reversed(models.values()) if model.family}
-    spellings = model_spellings(name)
+    spellings, lowered = model_spellings(name), name.lower()
     known = [t[spelling] for t in (by_lower, families) for spelling in spellings if spelling in t]
-    # An inexact name matches only models this account can use: terms may not be accepted yet.
-    lowered = name.lower()
-    usable = [model for model in known if model.listed or model.id.lower() == lowered]
     if known:
-        return (usable or known)[0]
+        # An inexact name prefers models this account can use: terms may not be accepted yet.
+        usable = (model for model in known if model.listed or model.id.lower() == lowered)
+        return next(usable, known[0])
     base, long_suffix, _ = lowered.partition("[1m]")
     stripped = NAME_EFFORT.sub("", base) + long_suffix
     if stripped == lowered:
@@ -7917,6 +7903,16 @@ class NativeResult(ToolResult):
     part: Json = field(default_factory=dict)
 
 
+#: part type -> the field of its signature
+THINKING_PARTS = {"thinking": "signature", "redacted_thinking": "data"}
+
+
+def is_native_signature(signature: Any) -> bool:
+    """Whether encrypted reasoning is the upstream's own: it refuses all other."""
+    is_text = isinstance(signature, str) and signature != ""
+    return is_text and not signature.startswith(FOREIGN_SIGNATURES)
+
+
 def read_native_content(content: Any, path: str) -> list[Any]:
     """A message's content as blocks, without the parts that Copilot refuses.
 
@@ -7946,7 +7942,7 @@ def read_native_content(content: Any, path: str) -> list[Any]:
             blocks += filter(None, map(native_text, read_document_part(part, part_path)))
         elif kind == "tool_reference":
             blocks += filter(None, map(native_text, read_tool_reference_part(part, part_path)))
-        elif not is_foreign_thinking(part):
+        elif kind not in THINKING_PARTS or is_native_signature(part.get(THINKING_PARTS[kind])):
             blocks.append(NativePart(part))
     return blocks
 
@@ -7960,14 +7956,6 @@ def native_text(block: Block) -> NativeText | None:
     else:
         return None
     return NativeText(text, text_part(text))
-
-
-def is_foreign_thinking(part: Json) -> bool:
-    """Thinking is sent back only with Anthropic's own signature; anything else is a 400."""
-    if part["type"] not in ("thinking", "redacted_thinking"):
-        return False
-    signature = get_str(part, "signature" if part["type"] == "thinking" else "data")
-    return not signature or signature.startswith(FOREIGN_SIGNATURES)
 
 
 def write_native_content(blocks: list[Any]) -> str | list[Json]:
@@ -8185,7 +8173,7 @@ def limit_cache_breakpoints(draft: BodyDraft) -> None:
     breakpoint_parts = []
     for candidate in candidates:
         is_breakpoint = candidate.pop("cache_control", None) is not None
-        if is_breakpoint and candidate.get("type") not in ("thinking", "redacted_thinking"):
+        if is_breakpoint and candidate.get("type") not in THINKING_PARTS:
             breakpoint_parts.append(candidate)
     for candidate in breakpoint_parts[-MAX_CACHE_BREAKPOINTS:]:
         candidate["cache_control"] = {"type": "ephemeral"}
@@ -8389,7 +8377,7 @@ def adapt_chat_tools(draft: BodyDraft) -> None:
     body = draft.body
     count = len(list_field(body, "tools"))
     if count > MAX_TOOLS:
-        problem = f"{count} are too many, Copilot takes {MAX_TOOLS}; switch some off."
+        problem = f"{count} are more than the {MAX_TOOLS} that Copilot accepts; disable some."
         raise UnsupportedFeature(f"tools: {problem}", param="tools")
     tools = []
     for path, tool in dict_items(body, "tools"):
@@ -8534,8 +8522,7 @@ def adapt_item(item: Json, path: str, dropped: list[str]) -> Json | None:
         value = item.get("arguments", "")
         item["arguments"] = whole_arguments(value if isinstance(value, str) else dump_text(value))
     elif kind == "reasoning":
-        encrypted = get_str(item, "encrypted_content")
-        if not encrypted or encrypted.startswith(FOREIGN_SIGNATURES):
+        if not is_native_signature(item.get("encrypted_content")):
             return None
         item["summary"] = item.get("summary") or []
         for key in ("content", "status"):
@@ -8746,8 +8733,7 @@ def strip_reasoning(body: Json) -> bool:
             removed = message.pop(key, None) is not None or removed
         content = message.get("content")
         if isinstance(content, list):
-            kinds = ("thinking", "redacted_thinking")
-            remaining = [part for part in content if part.get("type") not in kinds]
+            remaining = [part for part in content if part.get("type") not in THINKING_PARTS]
             removed = removed or len(remaining) < len(content)
             message["content"] = remaining or [text_part("(thinking)")]
     return removed
@@ -8758,7 +8744,7 @@ def read_embeddings(body: Json) -> tuple[list[str], bool]:
     value = body.get("input")
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        problem = "must be a string or a list of strings; tokens are not taken here."
+        problem = "must be a string or a list of strings; token arrays are not supported."
         raise InvalidRequest(f"input: {problem}", param="input")
     int_field(body, "dimensions")
     return texts, word_field(body, "encoding_format", ("float", "base64")) == "base64"
@@ -8770,7 +8756,7 @@ def write_embeddings(entries: list[Json], usage: Usage, is_packed: bool) -> Json
     for index, entry in enumerate(entries):
         vector = entry.get("embedding")
         if not isinstance(vector, (list, str)):
-            raise UpstreamError("The upstream's answer misses an embedding.")
+            raise UpstreamError("The upstream's response lacks an embedding.")
         if is_packed and isinstance(vector, list):
             try:
                 packed = struct.pack(f"<{len(vector)}f", *vector)
