@@ -6531,25 +6531,24 @@ KIRO_FAULTS = (
 LASTING_ACTIONS = ("rest", "pause", "refresh")  # they affect more than one request
 
 
-def find_kiro_fault(text: str, sentences: bool = False) -> KiroFault | None:
-    """The first fault found in `text`; with `sentences` one word gives no lasting remedy."""
+def find_kiro_faults(text: str, phrases_only: bool = False) -> Iterator[KiroFault]:
+    """The faults found in `text`; with `phrases_only` a single word gives no lasting action."""
     for fault in KIRO_FAULTS:
         match = re.search(fault.pattern, text)
-        if match and (" " in match[0] or not sentences or fault.action not in LASTING_ACTIONS):
-            return fault
-    return None
+        is_exempt = not phrases_only or fault.action not in LASTING_ACTIONS
+        if match and (is_exempt or " " in match[0]):
+            yield fault
 
 
 def classify_kiro_message(code: str, reason: str, message: str) -> RetryDecision | None:
     """Classifies a refusal by Kiro's error text, in an error response or inside a stream."""
-    code_fault = find_kiro_fault(f"{code} {reason}")
+    code_fault = next(find_kiro_faults(f"{code} {reason}"), None)
     # The refusal of one request may quote the client's own names, such as a tool's.
     is_form_refused = code_fault is not None and code_fault.error is InvalidRequest
-    message_fault = find_kiro_fault(message, is_form_refused)
-    faults = [fault for fault in (code_fault, message_fault) if fault is not None]
-    if not faults:
+    message_fault = next(find_kiro_faults(message, is_form_refused), None)
+    fault = min(filter(None, (code_fault, message_fault)), key=KIRO_FAULTS.index, default=None)
+    if fault is None:
         return None
-    fault = min(faults, key=KIRO_FAULTS.index)
     if fault.error is ContextTooLong:
         return RetryDecision(ContextTooLong())
     text = ": ".join(filter(None, [fault.text, message.strip(" .")]))
@@ -6575,7 +6574,7 @@ KIRO_DESCRIPTION_BYTES = 9216  # of a tool; its own CLI cuts at 10,240
 KIRO_NO_TEXT = "(see the attachment)"  # a turn without text or results needs some
 KIRO_FIRST_TURN = "(the conversation goes on)"
 KIRO_GO_ON = "Continue"
-KIRO_TAG_BUDGETS = (1024, 50_000)  # thinking tokens asked for in the prompt
+KIRO_TAG_BUDGETS = (1024, 50_000)  # (min, max) thinking tokens requested in the prompt
 # JSON Schema keywords that Kiro refuses: kiro-gateway and opencodex list more than others, 2026-08.
 KIRO_REFUSED_KEYWORDS = (
     "additionalProperties", "contains", "contentEncoding", "contentMediaType", "definitions",
@@ -6600,8 +6599,8 @@ class KiroDraft:
     model: Model
     turns: list[Turn]
     tools: list[Tool]
-    preface: list[str]  #: text before the first turn's: thinking tags, system prompt, instructions
-    notes: list[str] = field(default_factory=list)  #: text after the last turn's
+    preface: list[str]  #: before the text of the first turn: thinking tags, system prompt
+    notes: list[str] = field(default_factory=list)  #: after the text of the last turn
     extra: Json = field(default_factory=dict)  #: additionalModelRequestFields
 
     def apply(self, rule: Callable[[KiroDraft], None]) -> bool:
@@ -6614,7 +6613,7 @@ class KiroDraft:
 def inline_system_turns(draft: KiroDraft) -> None:
     """Turns a system message in mid-conversation into marked user text.
 
-    That may bring together turns that answer the same call.
+    That may join turns that hold results of the same call.
     """
     draft.turns = normalize_turns(downgrade_system_turns(draft.turns))
 
@@ -6877,8 +6876,8 @@ KIRO_RULES: tuple[Callable[[KiroDraft], None], ...] = (
 def check_context_window(draft: KiroDraft) -> None:
     """Refuses a conversation far above the model's window with an error that clients know.
 
-    Kiro answers some with just "Improperly formed request", and clients that are not told cannot
-    compact.  The estimate may be off by a third, hence the margin.
+    Kiro refuses some with just "Improperly formed request", after which clients do not compact.
+    The estimate may be off by a third, hence the margin.
     """
     window = draft.model.max_prompt
     if not window:
@@ -7009,43 +7008,43 @@ class ThinkingTags:
     def __init__(self, kind: str = "") -> None:
         self.kind = kind  # "" at the beginning, then thinking or text
         self.leading_space: list[str] = []  # whitespace before the first text
-        self.held = ""
-        self.previous = ""  # the character before `held`
+        self.buffer = ""
+        self.previous = ""  # the character before `buffer`
 
     def feed(self, text: str) -> list[tuple[str, str]]:
         """(thinking or text, piece) for each piece; what could be a tag is held back."""
         if self.kind == "text":
             return [("text", text)]
-        if not self.kind and not self.held and text.isspace():
+        if not self.kind and not self.buffer and text.isspace():
             self.leading_space.append(text)
             return []
-        self.held += text
+        self.buffer += text
         if not self.kind:
-            stripped = self.held.lstrip()
+            stripped = self.buffer.lstrip()
             if self.OPENING.startswith(stripped[: len(self.OPENING)]) and len(stripped) < 11:
                 return []  # one more character shows whether a line break follows
             if not stripped.startswith(self.OPENING):
                 return self.flush()
             self.kind, self.leading_space = "thinking", []
-            self.held = stripped.removeprefix(self.OPENING).removeprefix("\n")
-        text, start = self.previous + self.held, len(self.previous)
+            self.buffer = stripped.removeprefix(self.OPENING).removeprefix("\n")
+        text, start = self.previous + self.buffer, len(self.previous)
         match = self.END.search(text, start)
         if match and match[1] == "\n\n":
-            self.kind, self.held = "text", ""
+            self.kind, self.buffer = "text", ""
             parts = (("thinking", text[start : match.start()]), ("text", text[match.end() :]))
             return [(kind, part) for kind, part in parts if part]
         end = match.start() if match else len(text) - StopCutter.overlap(text, self.CLOSING)
-        thinking, self.held = text[start:end], text[end:]
+        thinking, self.buffer = text[start:end], text[end:]
         self.previous = thinking[-1:] or self.previous
         return [("thinking", thinking)] if thinking else []
 
     def flush(self) -> list[tuple[str, str]]:
-        kind, held = self.kind or "text", "".join([*self.leading_space, self.held])
-        self.kind, self.held, self.leading_space = "text", "", []
+        kind, rest = self.kind or "text", "".join([*self.leading_space, self.buffer])
+        self.kind, self.buffer, self.leading_space = "text", "", []
         is_tag = (
-            held.startswith(self.CLOSING) if kind == "thinking" else held.strip() == self.OPENING
+            rest.startswith(self.CLOSING) if kind == "thinking" else rest.strip() == self.OPENING
         )
-        return [(kind, held)] if held and not is_tag else []
+        return [(kind, rest)] if rest and not is_tag else []
 
 
 class KiroReader:
@@ -7061,13 +7060,13 @@ class KiroReader:
         self.hidden: list[str] = []  # placeholder for hidden thinking, until real text follows
         self.reason = ""
         self.started = False
-        self.ended = False
+        self.finished = False
 
     def read(self, frame: Json) -> list[Event]:
         """Unknown names are ignored: `followupPromptEvent` has `content` of another kind."""
         for name, value in frame.items():
             handler = self.HANDLERS.get(name)
-            if handler is not None and not self.ended:
+            if handler is not None and not self.finished:
                 handler(self, value if isinstance(value, dict) else {})
         return self.blocks.take()
 
@@ -7155,23 +7154,23 @@ class KiroReader:
         if decision and isinstance(decision.error, ContextTooLong) and self.started:
             self.reason = "MODEL_CONTEXT_WINDOW_EXCEEDED"
             self.finish()
-            return
-        detail = message or code or "no reason given"
-        failure = UpstreamError(f"Kiro failed during the response: {detail}")
-        self.blocks.events.append(StreamError(decision.error if decision else failure))
+        else:
+            detail = message or code or "no reason given"
+            failure = UpstreamError(f"Kiro failed during the response: {detail}")
+            self.blocks.events.append(StreamError(decision.error if decision else failure))
 
     def on_overload(self, payload: Json) -> None:
         self.blocks.events.append(StreamError(Overloaded("This model is overloaded at Kiro.")))
 
     def end(self) -> list[Event]:
         """Only EOF marks the end."""
-        if not self.ended:
+        if not self.finished:
             self.finish()
         return self.blocks.take()
 
     def finish(self) -> None:
         """Truncated calls are dropped: the client must not run them."""
-        self.ended = True
+        self.finished = True
         self.start()
         self.flush_tags()
         blocks, calls = self.blocks, self.blocks.calls.values()
@@ -7851,37 +7850,8 @@ class BodyDraft:
                 self.body.pop(key, None)
 
 
-STRING_FIELDS = {"text": ("text",), "tool_use": ("id", "name"), "tool_result": ("tool_use_id",)}
-
-
-def check_messages(draft: BodyDraft) -> None:
-    """Refuses what no vendor accepts, so that the other rules can rely on the shapes."""
-    check_content(draft.body.get("system"), "system")
-    for path, message in dict_items(draft.body, "messages"):
-        need_str(message, "role", path)
-        check_content(message.get("content"), f"{path}.content")
-        calls = dict_items(message, "tool_calls", path) if "tool_calls" in message else ()
-        for call_path, call in calls:
-            str_field(call, "id", call_path)
-            need_str(function_of(call, call_path), "name", f"{call_path}.function")
-
-
-def check_content(content: Any, path: str) -> None:
-    if content is None or isinstance(content, str):
-        return
-    if not isinstance(content, list):
-        raise wrong_type(path, "a string or a list of parts")
-    for index, part in enumerate(content):
-        part_path = f"{path}.{index}"
-        kind = need_str(need_dict(part, part_path), "type", part_path)
-        for key in STRING_FIELDS.get(kind, ()):
-            need_str(part, key, part_path)
-        if kind == "tool_result":
-            check_content(part.get("content"), f"{part_path}.content")
-
-
-# Native messages pass through `normalize_turns` as blocks that keep the part they were read from,
-# so that its other fields survive.
+# Native messages pass through `normalize_turns` as blocks that include their original part, so
+# that its other fields survive.
 
 
 class NativePart(NamedTuple):
@@ -7913,6 +7883,15 @@ def is_native_signature(signature: Any) -> bool:
     return is_text and not signature.startswith(FOREIGN_SIGNATURES)
 
 
+def read_native_parts(content: Any, path: str) -> Iterator[tuple[str, Json, str]]:
+    """(path, part, type) for each part of a message's content."""
+    if content is not None and not isinstance(content, list):
+        raise wrong_type(path, "a string or a list of parts")
+    for index, part in enumerate(content or ()):
+        part_path = f"{path}.{index}"
+        yield part_path, part, need_str(need_dict(part, part_path), "type", part_path)
+
+
 def read_native_content(content: Any, path: str) -> list[Any]:
     """A message's content as blocks, without the parts that Copilot refuses.
 
@@ -7921,16 +7900,17 @@ def read_native_content(content: Any, path: str) -> list[Any]:
     if isinstance(content, str):
         return [Text(content)]
     blocks: list[Any] = []
-    for index, part in enumerate(content or ()):
-        kind, part_path = part["type"], f"{path}.{index}"
+    for part_path, part, kind in read_native_parts(content, path):
         if kind == "text":
-            blocks.append(NativeText(part["text"], part))
+            blocks.append(NativeText(need_str(part, "text", part_path), part))
         elif kind == "tool_use":
-            blocks.append(NativeCall(part["id"], part["name"], dump_text(part.get("input")), part))
+            call_id, name = need_str(part, "id", part_path), need_str(part, "name", part_path)
+            blocks.append(NativeCall(call_id, name, dump_text(part.get("input")), part))
         elif kind == "tool_result":
             inner = read_native_content(part.get("content"), f"{part_path}.content")
             inner = [block for block in inner if not is_blank(block)]
-            blocks.append(NativeResult(part["tool_use_id"], inner, part=part))
+            call_id = need_str(part, "tool_use_id", part_path)
+            blocks.append(NativeResult(call_id, inner, part=part))
         elif kind == "image" and get_dict(part, "source").get("type") == "base64":
             # Clients send wrong media types, and the vendor checks.
             source, source_path = part["source"], f"{part_path}.source"
@@ -7938,10 +7918,10 @@ def read_native_content(content: Any, path: str) -> list[Any]:
             declared = str_field(source, "media_type", source_path) or ""
             source = {**source, "media_type": image_type(data, declared, part_path)}
             blocks.append(NativePart({**part, "source": source}))
-        elif kind == "document" and get_dict(part, "source").get("type") in ("text", "content"):
-            blocks += filter(None, map(native_text, read_document_part(part, part_path)))
-        elif kind == "tool_reference":
-            blocks += filter(None, map(native_text, read_tool_reference_part(part, part_path)))
+        elif kind == "tool_reference" or (
+            kind == "document" and get_dict(part, "source").get("type") in ("text", "content")
+        ):
+            blocks += filter(None, map(native_text, PART_READERS[kind](part, part_path)))
         elif kind not in THINKING_PARTS or is_native_signature(part.get(THINKING_PARTS[kind])):
             blocks.append(NativePart(part))
     return blocks
@@ -7949,12 +7929,10 @@ def read_native_content(content: Any, path: str) -> list[Any]:
 
 def native_text(block: Block) -> NativeText | None:
     """A text or text document; None for any other block inside a document."""
-    if isinstance(block, Document):
-        text = f"[{block.title}]\n{block.text}" if block.title else block.text
-    elif isinstance(block, Text):
-        text = block.text
-    else:
+    if not isinstance(block, (Text, Document)):
         return None
+    title = block.title if isinstance(block, Document) else ""
+    text = f"[{title}]\n{block.text}" if title else block.text
     return NativeText(text, text_part(text))
 
 
@@ -7981,12 +7959,11 @@ def normalize_messages(draft: BodyDraft) -> None:
     Claude accepts system messages from version 4.8 on, between a user's and an assistant's
     message or at the end; others become reminders.
     """
-    turns = normalize_turns(
-        [
-            Turn(message["role"], read_native_content(message.get("content"), f"{path}.content"))
-            for path, message in dict_items(draft.body, "messages")
-        ]
-    )
+    turns = []
+    for path, message in dict_items(draft.body, "messages"):
+        blocks = read_native_content(message.get("content"), f"{path}.content")
+        turns.append(Turn(need_str(message, "role", path), blocks))
+    turns = normalize_turns(turns)
     version = claude_version(draft.model.id) or (0, 0)
     takes_system = version >= (4, 8) and "system" not in draft.rejections
     roles = ["", *(turn.role for turn in turns), "assistant"]
@@ -8018,12 +7995,12 @@ def adapt_messages_fields(draft: BodyDraft) -> None:
     limit = model.max_output or DEFAULT_MAX_TOKENS
     max_tokens = int_field(body, "max_tokens")  # 0: only warms the cache
     body["max_tokens"] = limit if max_tokens is None else min(max_tokens, limit)
-    system = body.get("system")
-    if isinstance(system, list):
-        blocks = [dict(block) for block in system if not is_billing_header(block)]
-        body["system"] = [block for block in blocks if str(block.get("text") or "").strip()]
-    if not text_of(body.get("system")).strip():
-        body.pop("system", None)
+    if not isinstance(body.get("system"), str):
+        blocks = [dict(part) for _, part, _ in read_native_parts(body.get("system"), "system")]
+        blocks = [block for block in blocks if str(block.get("text") or "").strip()]
+        body["system"] = [block for block in blocks if not is_billing_header(block)]
+    if not text_of(body["system"]).strip():
+        del body["system"]
 
 
 def parts_of(messages: Iterable[Json]) -> Iterator[Json]:
@@ -8043,11 +8020,8 @@ GOOGLE_KEYWORDS = (
 
 def adapt_schema(schema: Json, google: bool) -> Json:
     """Without `$schema` and `$id`, arrays with items, for Gemini with known keywords only."""
-    adapted: Json
-    if google:
-        adapted = map_schema(inline_refs(schema), adapt_google_subschema)
-    else:
-        adapted = map_schema(schema, adapt_subschema)
+    adapt = adapt_google_subschema if google else adapt_subschema
+    adapted: Json = map_schema(inline_refs(schema) if google else schema, adapt)
     return adapted
 
 
@@ -8218,7 +8192,7 @@ def without_field(value: Any, steps: list[str]) -> Any:
 
 
 MESSAGES_RULES: tuple[Callable[[BodyDraft], None], ...] = (
-    check_messages, adapt_messages_fields, normalize_messages, adapt_messages_tools,
+    adapt_messages_fields, normalize_messages, adapt_messages_tools,
     inline_messages_format, adapt_thinking, end_with_user, limit_cache_breakpoints,
     strip_rejected_fields,
 )  # fmt: skip
@@ -8271,8 +8245,8 @@ def adapt_chat_messages(draft: BodyDraft) -> None:
     model = draft.model
     messages: list[Json] = []
     tool_images: list[Json] = []  # of the tool results since the last other message
-    for message in [*draft.body["messages"], {}]:
-        role = message.get("role")
+    for path, message in dict_items(draft.body, "messages"):
+        role = need_str(message, "role", path)
         if role != "tool" and tool_images:
             messages.append({"role": "user", "content": tool_images})
             tool_images = []
@@ -8285,11 +8259,14 @@ def adapt_chat_messages(draft: BodyDraft) -> None:
         marked = [part for part in (message, *parts_of([message])) if part.get("cache_control")]
         if marked and model.vendor == "Anthropic":
             adapted["copilot_cache_control"] = {"type": "ephemeral"}
-        tool_images += adapt_chat_content(adapted, model)
-        calls = [adapt_chat_call(call) for call in adapted.pop("tool_calls", ())]
+        tool_images += adapt_chat_content(adapted, model, f"{path}.content")
+        adapted.pop("tool_calls", None)
+        calls = [adapt_chat_call(*row) for row in dict_items(message, "tool_calls", path)]
         adapted.update({"tool_calls": calls} if calls else {})
-        if message and (role != "assistant" or adapted.get("content") or calls):
+        if role != "assistant" or adapted.get("content") or calls:
             messages.append(adapted)
+    if tool_images:
+        messages.append({"role": "user", "content": tool_images})
     if not messages:
         raise InvalidRequest("messages: all messages are empty.", param="messages")
     if model.vendor == "Anthropic":
@@ -8297,15 +8274,15 @@ def adapt_chat_messages(draft: BodyDraft) -> None:
     draft.body["messages"] = join_neighbours(messages) if model.vendor == "Google" else messages
 
 
-def adapt_chat_content(message: Json, model: Model) -> list[Json]:
+def adapt_chat_content(message: Json, model: Model, path: str) -> list[Json]:
     """Drops blank parts of a message's content; returns the images of a tool result."""
-    role, content = message.get("role"), message.get("content")
+    role, content = message["role"], message.get("content")
     tool_images: list[Json] = []
-    if isinstance(content, list):
+    if content is not None and not isinstance(content, str):
         parts = [
             {key: value for key, value in part.items() if key != "cache_control"}
-            for part in content
-            if part["type"] != "text" or part["text"].strip()
+            for part_path, part, kind in read_native_parts(content, path)
+            if kind != "text" or need_str(part, "text", part_path).strip()
         ]
         images = [part for part in parts if part["type"] == "image_url"]
         if role == "tool" and images:
@@ -8326,13 +8303,14 @@ def adapt_chat_content(message: Json, model: Model) -> list[Json]:
     return tool_images
 
 
-def adapt_chat_call(call: Json) -> Json:
+def adapt_chat_call(path: str, call: Json) -> Json:
     """A call in the history, with its type and with arguments that are valid JSON text."""
-    function = function_of(call, "tool_calls")
+    function = function_of(call, path)
+    name = wire_name(need_str(function, "name", f"{path}.function"))
     arguments = function.get("arguments", function.get("input"))
     text = arguments if isinstance(arguments, str) else dump_text(arguments or {})
-    function = {"name": wire_name(function["name"]), "arguments": whole_arguments(text)}
-    adapted = {"id": call.get("id"), "index": call.get("index"), "type": "function"}
+    function = {"name": name, "arguments": whole_arguments(text)}
+    adapted = {"id": str_field(call, "id", path), "index": call.get("index"), "type": "function"}
     return present({**adapted, "function": function})
 
 
@@ -8446,7 +8424,7 @@ def inline_response_format(draft: BodyDraft) -> None:
 
 
 CHAT_RULES: tuple[Callable[[BodyDraft], None], ...] = (
-    check_messages, adapt_chat_fields, adapt_chat_messages, adapt_chat_tools,
+    adapt_chat_fields, adapt_chat_messages, adapt_chat_tools,
     adapt_chat_reasoning, inline_response_format, strip_rejected_fields,
 )  # fmt: skip
 RESPONSES_KEYS = (
@@ -8459,7 +8437,7 @@ CALL_ITEMS = ("function_call", "custom_tool_call", "tool_search_call", *CLIENT_C
 
 
 def adapt_responses_fields(draft: BodyDraft) -> None:
-    """Keeps the keys Copilot accepts; nothing is stored, so reasoning has to come encrypted.
+    """Drops keys that Copilot refuses; nothing is stored, so reasoning has to come encrypted.
 
     Tools that Codex declares inside the conversation (seen in 0.169 for GPT-5.6, 2026-11) become
     ordinary ones.
