@@ -6494,36 +6494,32 @@ KIRO_FAULTS = (
     KiroFault(r"SUSPENDED|AccountSuspended|temporarily (?:is )?suspended",
         Forbidden, "Kiro has suspended this account", "rest",
         "Only Kiro's support can lift the suspension; the gateway does not retry."),
-    KiroFault(r"MONTHLY_REQUEST_COUNT|OVERAGE_REQUEST_LIMIT|reached the limit",
-        QuotaExceeded, "The Kiro credits of this month are used up", "rest",
+    KiroFault(r"MONTHLY_REQUEST_COUNT|OVERAGE_REQUEST_LIMIT|reached the limit", QuotaExceeded,
+        "The Kiro credits of this month are used up", "rest",
         "They reset with the next billing period."),
-    KiroFault(r"CONVERSATION_LIMIT_EXCEEDED",
-        QuotaExceeded, "Kiro's limit for one conversation is reached",
-        hint="Start a new conversation."),
-    KiroFault(r"DAILY_REQUEST_COUNT",
-        QuotaExceeded, "Kiro's limit for one day is reached", "rest"),
-    KiroFault(r"60-minute credit limit",
-        RateLimited, "Kiro's limit for one hour is reached", "rest"),
+    KiroFault(r"CONVERSATION_LIMIT_EXCEEDED", QuotaExceeded,
+        "Kiro's limit for one conversation is reached", hint="Start a new conversation."),
+    KiroFault(r"DAILY_REQUEST_COUNT", QuotaExceeded, "Kiro's daily limit is reached", "rest"),
+    KiroFault(r"60-minute credit limit", RateLimited, "Kiro's hourly limit is reached", "rest"),
     KiroFault(r"INSUFFICIENT_MODEL_CAPACITY|MODEL_TEMPORARILY_UNAVAILABLE|unexpectedly high load"
         r"|[mM]odel(?:Temporarily)?Unavailable",
         Overloaded, "This model is overloaded at Kiro", "pause"),
-    KiroFault(r"THINKING_SIGNATURE_INVALID",
-        InvalidRequest, "Kiro does not accept the signature of earlier thinking", "forget"),
-    KiroFault(r"INVALID_MODEL_ID",
-        ModelNotFound, "Kiro does not offer this model to this account", "relist",
+    KiroFault(r"THINKING_SIGNATURE_INVALID", InvalidRequest,
+        "Kiro does not accept the signature of earlier thinking", "forget"),
+    KiroFault(r"INVALID_MODEL_ID", ModelNotFound,
+        "Kiro does not offer this model to this account", "relist",
         "It depends on plan, region and organisation; GET /v1/models lists what is available."),
-    KiroFault(r"profileArn is required|Invalid profileArn",
-        NotSignedIn, "Kiro requires a different profile", "reroute"),
-    KiroFault(r"bearer token included in the request is invalid|ExpiredToken",
-        NotSignedIn, "Kiro does not accept the access token", "refresh"),
-    KiroFault(r"Invalid token|User is not authorized",
-        Forbidden, "Kiro does not allow this with the account's profile and region", "reroute"),
-    KiroFault(r"IMAGE_[A-Z]+|DOCUMENT_[A-Z]+",
-        InvalidRequest, "Kiro refused an image or document"),
-    KiroFault(r"Improperly formed|REQUEST_BODY_INVALID|TOOL_[A-Z]+|Validation",
-        InvalidRequest, "Kiro refused the format of the conversation"),
-    KiroFault(r"UnknownOperation|[Uu]nknown operation",
-        UpstreamError, "This Kiro host does not support the request", "reroute"),
+    KiroFault(r"profileArn is required|Invalid profileArn", NotSignedIn,
+        "Kiro requires a different profile", "reroute"),
+    KiroFault(r"bearer token included in the request is invalid|ExpiredToken", NotSignedIn,
+        "Kiro does not accept the access token", "refresh"),
+    KiroFault(r"Invalid token|User is not authorized", Forbidden,
+        "Kiro does not allow this with the account's profile and region", "reroute"),
+    KiroFault(r"IMAGE_[A-Z]+|DOCUMENT_[A-Z]+", InvalidRequest, "Kiro refused an image or document"),
+    KiroFault(r"Improperly formed|REQUEST_BODY_INVALID|TOOL_[A-Z]+|Validation", InvalidRequest,
+        "Kiro refused the format of the conversation"),
+    KiroFault(r"UnknownOperation|[Uu]nknown operation", UpstreamError,
+        "This Kiro host does not support the request", "reroute"),
     KiroFault(r"Throttling|[Tt]oo many requests", RateLimited, "Kiro's rate limit", "pause"),
     KiroFault(r"ServiceUnavailable", Overloaded, "Kiro is busy", "reroute"),
     KiroFault(r"AccessDenied", Forbidden, "Kiro does not allow this"),
@@ -6684,8 +6680,8 @@ def adapt_user_turns(draft: KiroDraft) -> None:
         draft.turns[index] = Turn(turn.role, [*blocks, *media])
 
 
-def inline_tool_choice(draft: KiroDraft) -> None:
-    """Kiro has no `tool_choice`: "none" drops the tools, other modes are put into the prompt."""
+def inline_settings(draft: KiroDraft) -> None:
+    """Puts settings that Kiro has no field for into the prompt; choice "none" drops the tools."""
     choice, chat = draft.chat.choice, draft.chat
     if choice and choice.mode == "none":
         draft.tools = []
@@ -6695,6 +6691,8 @@ def inline_tool_choice(draft: KiroDraft) -> None:
         draft.notes.append("Answer with a call of one of the tools.")
     if chat.parallel is False and draft.tools:
         draft.notes.append("Call at most one tool at a time.")
+    if chat.output:
+        draft.preface.append(output_instruction(chat.output))
 
 
 def adapt_kiro_tools(draft: KiroDraft) -> None:
@@ -6780,12 +6778,6 @@ def strip_kiro_keywords(schema: Json) -> Json:
     return {**stripped, "required": names} if names else stripped
 
 
-def inline_output_format(draft: KiroDraft) -> None:
-    """Puts structured output into the prompt: Kiro has no field for it."""
-    if draft.chat.output:
-        draft.preface.append(output_instruction(draft.chat.output))
-
-
 def kiro_fields(model: Model) -> Json:
     """The extra request fields a model takes, as its own schema describes them."""
     return get_dict(get_dict(model.raw, "additionalModelRequestFieldsSchema"), "properties")
@@ -6868,8 +6860,7 @@ def place_preface(draft: KiroDraft) -> None:
 
 KIRO_RULES: tuple[Callable[[KiroDraft], None], ...] = (
     inline_system_turns, adapt_assistant_turns, begin_and_end_with_user, adapt_user_turns,
-    inline_tool_choice, adapt_kiro_tools, inline_output_format, request_thinking, pass_settings,
-    place_preface,
+    inline_settings, adapt_kiro_tools, request_thinking, pass_settings, place_preface,
 )  # fmt: skip
 
 
@@ -6884,12 +6875,10 @@ def check_context_window(draft: KiroDraft) -> None:
         return
     texts = []
     for block in (block for turn in draft.turns for block in turn.blocks):
-        if isinstance(block, (Text, Refusal)):
-            texts.append(block.text)
-        elif isinstance(block, ToolCall):
+        if isinstance(block, ToolCall):
             texts.append(block.arguments)
-        elif isinstance(block, ToolResult):
-            texts.append(plain_text(block.blocks))
+        else:
+            texts.append(plain_text(block.blocks if isinstance(block, ToolResult) else [block]))
     for shorten in (str, collapse_runs):  # the second pass is expensive, and rare
         tokens = sum(estimate_text(shorten(text)) for text in texts)
         if tokens <= 1.5 * window:
@@ -7617,15 +7606,11 @@ def price_nano_credits(model: Model, usage: Usage) -> int | None:
 
 def guess_copilot_model(model_id: str, provider: str) -> Model:
     """A model missing from the catalogue, which fluctuates: an exact name is still tried."""
-    claude = model_id.startswith("claude")
-    return Model(
-        id=model_id,
-        provider=provider,
-        dialects=("messages", "chat") if claude else ("chat",),
-        vendor="Anthropic" if claude else "",
-        stops=0 if REASONING_GPT.match(model_id) else None,
-        guessed=True,
-    )
+    is_claude = model_id.startswith("claude")
+    dialects = ("messages", "chat") if is_claude else ("chat",)
+    vendor = "Anthropic" if is_claude else ""
+    stops = 0 if REASONING_GPT.match(model_id) else None
+    return Model(model_id, provider, dialects, vendor=vendor, stops=stops, guessed=True)
 
 
 # How Anthropic's clients ask for a million tokens; Copilot lists separate models for that.
@@ -8209,8 +8194,7 @@ CHAT_OPENAI_ONLY = (
 )  # fmt: skip
 # Clients echo fields of earlier responses; the upstream knows only these.
 CHAT_MESSAGE_KEYS = (
-    "role", "content", "name", "tool_calls", "tool_call_id", "reasoning_text",
-    "reasoning_opaque",
+    "role", "content", "name", "tool_calls", "tool_call_id", "reasoning_text", "reasoning_opaque"
 )  # fmt: skip
 
 

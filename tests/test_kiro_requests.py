@@ -311,13 +311,13 @@ TOUCHING: list[tuple[str, Json]] = [
         a_body(user("a"), assistant([use("t1")]), user([result("t1", [IMAGE])])),
     ),
     ("adapt_user_turns", a_body(user([IMAGE]))),
-    ("inline_tool_choice", a_body(tools=[a_tool()], tool_choice={"type": "any"})),
+    ("inline_settings", a_body(tools=[a_tool()], tool_choice={"type": "any"})),
     ("adapt_kiro_tools", a_body(user("a"), assistant([use("t1")]), user([result("t1")]))),
     ("adapt_kiro_tools", a_body(tools=[a_tool("a.b")])),
     ("adapt_kiro_tools", a_body(tools=[a_tool(description="")])),
     ("adapt_kiro_tools", a_body(tools=[a_tool(schema={**EMPTY_SCHEMA, "required": []})])),
     (
-        "inline_output_format",
+        "inline_settings",
         a_body(output_config={"format": {"type": "json_schema", "schema": {}}}),
     ),
     ("request_thinking", a_body(thinking={"type": "enabled", "budget_tokens": 2000})),
@@ -428,7 +428,7 @@ def test_a_turn_of_an_image_alone_gets_words() -> None:
 def test_a_tool_choice_is_said_in_words(choice: gw.ToolChoice, names: list[str], note: str) -> None:
     """4.7: there is no field for it."""
     draft = draft_of(said("user", "a"), tools=[declared(), declared("g")], choice=choice)
-    assert draft.apply(gw.inline_tool_choice)
+    assert draft.apply(gw.inline_settings)
     assert [tool.name for tool in draft.tools] == names
     assert note in " ".join(draft.notes) and bool(draft.notes) == bool(note)
 
@@ -436,14 +436,14 @@ def test_a_tool_choice_is_said_in_words(choice: gw.ToolChoice, names: list[str],
 def test_one_call_at_a_time_is_said_in_words_where_there_are_tools() -> None:
     """4.7: there is no switch."""
     draft = draft_of(said("user", "a"), tools=[declared()], parallel=False)
-    assert draft.apply(gw.inline_tool_choice)
+    assert draft.apply(gw.inline_settings)
     assert "one tool" in " ".join(draft.notes)
 
 
 def test_without_tools_one_call_at_a_time_changes_nothing() -> None:
     """So the rule says."""
     draft = draft_of(said("user", "a"), parallel=False)
-    assert draft.apply(gw.inline_tool_choice) is False
+    assert draft.apply(gw.inline_settings) is False
     assert draft.notes == []
 
 
@@ -509,7 +509,7 @@ def test_structured_output_is_asked_for_in_words() -> None:
     """The schema is in them."""
     schema = {"type": "object", "properties": {"answer": {"type": "string"}}}
     draft = draft_of(said("user", "a"), output=gw.OutputFormat(schema))
-    assert draft.apply(gw.inline_output_format)
+    assert draft.apply(gw.inline_settings)
     assert json.dumps(schema, separators=(",", ":")) in draft.preface[-1]
 
 
