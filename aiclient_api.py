@@ -6463,7 +6463,7 @@ DIALECTS: dict[str, Dialect] = {d.name: d for d in (CHAT, MESSAGES, RESPONSES)}
 FORMATS: dict[str, Dialect] = {"openai": CHAT, "anthropic": MESSAGES}
 
 
-# 8.5 Kiro, spoken upstream only
+# 8.5 Kiro, for upstreams only
 #
 # Undocumented: the facts are from the vendor's own clients and from public ones, 2025-10 to
 # 2026-10.  A request is a JSON "conversation state", a response always an Amazon event stream.
@@ -6571,6 +6571,11 @@ KIRO_NO_TEXT = "(see the attachment)"  # a turn without text or results needs so
 KIRO_FIRST_TURN = "(the conversation goes on)"
 KIRO_GO_ON = "Continue"
 KIRO_TAG_BUDGETS = (1024, 50_000)  # (min, max) thinking tokens requested in the prompt
+EMPTY_SCHEMA: Json = {"type": "object", "properties": {}}
+# Keywords whose value is no schema, though it may be an object or a list.
+DATA_KEYWORDS = (
+    "const", "default", "description", "enum", "examples", "required", "title", "type",
+)  # fmt: skip
 # JSON Schema keywords that Kiro refuses: kiro-gateway and opencodex list more than others, 2026-08.
 KIRO_REFUSED_KEYWORDS = (
     "additionalProperties", "contains", "contentEncoding", "contentMediaType", "definitions",
@@ -6718,13 +6723,6 @@ def adapt_kiro_tools(draft: KiroDraft) -> None:
             description = beginning + pointer
         schema = adapt_kiro_schema(tool.schema, len(by_name))
         draft.tools.append(replace(tool, name=name, description=description, schema=schema))
-
-
-EMPTY_SCHEMA: Json = {"type": "object", "properties": {}}
-# Keywords whose value is no schema, though it may be an object or a list.
-DATA_KEYWORDS = (
-    "const", "default", "description", "enum", "examples", "required", "title", "type",
-)  # fmt: skip
 
 
 def map_schema(schema: Any, adapt: Callable[[Json], Json]) -> Any:
@@ -6908,16 +6906,20 @@ def write_kiro_request(chat: Conversation, model: Model) -> Json:
             specification = {**entry, "inputSchema": {"json": tool.schema}}
             context["tools"].append({"toolSpecification": specification})
     state: Json = {"chatTriggerType": "MANUAL", "agentTaskType": "vibe"}
-    state.update({"history": history} if history else {}, currentMessage=current)
-    fields = {"additionalModelRequestFields": draft.extra} if draft.extra else {}
-    return {"conversationState": state, **fields}
+    if history:
+        state["history"] = history
+    state["currentMessage"] = current
+    if not draft.extra:
+        return {"conversationState": state}
+    return {"conversationState": state, "additionalModelRequestFields": draft.extra}
 
 
 def write_kiro_turn(turn: Turn, chat: Conversation, model: Model) -> Json:
     """A turn's message, without empty lists and objects, as Kiro refuses them."""
     is_assistant = turn.role == "assistant"
     message: Json = {"content": plain_text(turn.blocks)}
-    message.update({} if is_assistant else {"modelId": model.id})
+    if not is_assistant:
+        message["modelId"] = model.id
     for block in turn.blocks:
         if isinstance(block, ToolCall) and is_assistant:
             name, arguments = chat.wire_name(block.name), parse_arguments(block.arguments)
@@ -6926,9 +6928,9 @@ def write_kiro_turn(turn: Turn, chat: Conversation, model: Model) -> Json:
         elif isinstance(block, Thinking) and is_assistant:
             signature = (block.signature or block.redacted).removeprefix(kiro_mark(model.provider))
             placeholder = KIRO_HIDDEN_THINKING if model.vendor == "OpenAI" else ""
-            reasoning = write_kiro_thinking(block.text or placeholder, signature)
-            is_hidden = block.redacted != ""
-            message["reasoningContent"] = {"redactedContent": signature} if is_hidden else reasoning
+            message["reasoningContent"] = write_kiro_thinking(block.text or placeholder, signature)
+            if block.redacted:
+                message["reasoningContent"] = {"redactedContent": signature}
         elif isinstance(block, ToolResult):
             content = [{"text": plain_text(block.blocks) or "(no output)"}]
             status = "error" if block.is_error else "success"
@@ -7933,7 +7935,8 @@ def write_native_content(blocks: list[Any]) -> str | list[Json]:
         elif isinstance(block, ToolResult):
             content = write_native_content(block.blocks)
             part.update(type="tool_result", tool_use_id=wire_id(block.id), content=content)
-            part.update({"is_error": True} if block.is_error else {})
+            if block.is_error:
+                part["is_error"] = True
         parts.append(part or text_part(block.text))
     return parts
 
@@ -8246,7 +8249,8 @@ def adapt_chat_messages(draft: BodyDraft) -> None:
         tool_images += adapt_chat_content(adapted, model, f"{path}.content")
         adapted.pop("tool_calls", None)
         calls = [adapt_chat_call(*row) for row in dict_items(message, "tool_calls", path)]
-        adapted.update({"tool_calls": calls} if calls else {})
+        if calls:
+            adapted["tool_calls"] = calls
         if role != "assistant" or adapted.get("content") or calls:
             messages.append(adapted)
     if tool_images:
@@ -8371,12 +8375,13 @@ def adapt_chat_reasoning(draft: BodyDraft) -> None:
     effort = body.pop("reasoning_effort", None)
     level = clamp_effort(effort, model.efforts) if effort in EFFORTS else None
     if level:
-        is_refused = level in draft.rejections.get("effort", ())
-        body.update({} if is_refused else {"reasoning_effort": level})
+        if level not in draft.rejections.get("effort", ()):
+            body["reasoning_effort"] = level
     elif model.budget and effort in EFFORTS and effort != "none":
         limit = body.get("max_tokens") or DEFAULT_MAX_TOKENS
         budget = clamp_budget(EFFORT_BUDGETS[effort], model.budget, limit)
-        body.update({"thinking_budget": budget} if budget else {})
+        if budget:
+            body["thinking_budget"] = budget
     is_reasoning = REASONING_GPT.match(model.id) and body.get("reasoning_effort") != "none"
     version = claude_version(model.id)
     if is_reasoning or (version or (0, 0)) >= (4, 7):
@@ -8408,8 +8413,8 @@ def inline_response_format(draft: BodyDraft) -> None:
 
 
 CHAT_RULES: tuple[Callable[[BodyDraft], None], ...] = (
-    adapt_chat_fields, adapt_chat_messages, adapt_chat_tools,
-    adapt_chat_reasoning, inline_response_format, strip_rejected_fields,
+    adapt_chat_fields, adapt_chat_messages, adapt_chat_tools, adapt_chat_reasoning,
+    inline_response_format, strip_rejected_fields,
 )  # fmt: skip
 RESPONSES_KEYS = (
     "context_management", "include", "input", "instructions", "max_output_tokens", "model",
