@@ -7941,6 +7941,23 @@ def write_native_content(blocks: list[Any]) -> str | list[Json]:
     return parts
 
 
+def is_normalized(turns: list[Turn]) -> bool:
+    """Whether `normalize_turns`, which takes far longer, would change nothing."""
+    role = "assistant"
+    call_ids: list[str] = []
+    for turn in turns:
+        if turn.role == role or turn.role not in ("user", "assistant"):
+            return False
+        if not turn.blocks or any(map(is_blank, turn.blocks)):
+            return False
+        result_ids = [b.id for b in turn.blocks[: len(call_ids)] if isinstance(b, ToolResult)]
+        later_blocks = turn.blocks[len(call_ids) :]
+        if result_ids != call_ids or any(isinstance(b, ToolResult) for b in later_blocks):
+            return False
+        role, call_ids = turn.role, [b.id for b in turn.blocks if isinstance(b, ToolCall)]
+    return not call_ids
+
+
 def normalize_messages(draft: BodyDraft) -> None:
     """Makes roles alternate, gives each call its result in the next message, drops empty ones.
 
@@ -7951,7 +7968,8 @@ def normalize_messages(draft: BodyDraft) -> None:
     for path, message in dict_items(draft.body, "messages"):
         blocks = read_native_content(message.get("content"), f"{path}.content")
         turns.append(Turn(need_str(message, "role", path), blocks))
-    turns = normalize_turns(turns)
+    if not is_normalized(turns):
+        turns = normalize_turns(turns)
     version = claude_version(draft.model.id) or (0, 0)
     takes_system = version >= (4, 8) and "system" not in draft.rejections
     roles = ["", *(turn.role for turn in turns), "assistant"]
