@@ -6122,7 +6122,7 @@ DIALECTS: dict[str, Dialect] = {d.name: d for d in (CHAT, MESSAGES, RESPONSES)}
 FORMATS: dict[str, Dialect] = {"openai": CHAT, "anthropic": MESSAGES}
 
 
-# 8.5 Kiro, spoken upstream only
+# 8.5 Kiro, for upstreams only
 #
 # Undocumented: the facts are from the vendor's own clients and from public ones, 2025-10 to
 # 2026-10.  A request is a JSON "conversation state", a response always an Amazon event stream.
@@ -6139,37 +6139,33 @@ KIRO_FAULTS = (
         ContextTooLong),
     Fault(r"SUSPENDED|AccountSuspended|temporarily (?:is )?suspended",
         Forbidden, "Kiro has suspended this account", "rest",
-        "Only Kiro's support can lift that; nothing is tried again by itself."),
-    Fault(r"MONTHLY_REQUEST_COUNT|OVERAGE_REQUEST_LIMIT|reached the limit",
-        QuotaExceeded, "The Kiro credits of this month are used up", "rest",
-        "They come back with the next billing period."),
-    Fault(r"CONVERSATION_LIMIT_EXCEEDED",
-        QuotaExceeded, "Kiro's limit for one conversation is reached",
-        hint="Begin a new conversation."),
-    Fault(r"DAILY_REQUEST_COUNT",
-        QuotaExceeded, "Kiro's limit for one day is reached", "rest"),
-    Fault(r"60-minute credit limit",
-        RateLimited, "Kiro's limit for one hour is reached", "rest"),
+        "Only Kiro's support can lift the suspension; the gateway does not retry."),
+    Fault(r"MONTHLY_REQUEST_COUNT|OVERAGE_REQUEST_LIMIT|reached the limit", QuotaExceeded,
+        "The Kiro credits of this month are used up", "rest",
+        "They reset with the next billing period."),
+    Fault(r"CONVERSATION_LIMIT_EXCEEDED", QuotaExceeded,
+        "Kiro's limit for one conversation is reached", hint="Start a new conversation."),
+    Fault(r"DAILY_REQUEST_COUNT", QuotaExceeded, "Kiro's daily limit is reached", "rest"),
+    Fault(r"60-minute credit limit", RateLimited, "Kiro's hourly limit is reached", "rest"),
     Fault(r"INSUFFICIENT_MODEL_CAPACITY|MODEL_TEMPORARILY_UNAVAILABLE|unexpectedly high load"
         r"|[mM]odel(?:Temporarily)?Unavailable",
         Overloaded, "This model is overloaded at Kiro", "pause"),
-    Fault(r"THINKING_SIGNATURE_INVALID",
-        InvalidRequest, "Kiro does not accept the signature of earlier thinking", "forget"),
-    Fault(r"INVALID_MODEL_ID",
-        ModelNotFound, "Kiro does not offer this model to this account", "relist",
-        "Plan, region and organisation decide; GET /v1/models lists what there is."),
-    Fault(r"profileArn is required|Invalid profileArn",
-        NotSignedIn, "Kiro wants another profile", "reroute"),
-    Fault(r"bearer token included in the request is invalid|ExpiredToken",
-        NotSignedIn, "Kiro does not accept the access token", "refresh"),
-    Fault(r"Invalid token|User is not authorized",
-        Forbidden, "Kiro does not allow this with the account's profile and region", "reroute"),
-    Fault(r"IMAGE_[A-Z]+|DOCUMENT_[A-Z]+",
-        InvalidRequest, "Kiro refused an image or document"),
-    Fault(r"Improperly formed|REQUEST_BODY_INVALID|TOOL_[A-Z]+|Validation",
-        InvalidRequest, "Kiro refused the conversation's form"),
-    Fault(r"UnknownOperation|[Uu]nknown operation",
-        UpstreamError, "This Kiro host does not know the request", "reroute"),
+    Fault(r"THINKING_SIGNATURE_INVALID", InvalidRequest,
+        "Kiro does not accept the signature of earlier thinking", "forget"),
+    Fault(r"INVALID_MODEL_ID", ModelNotFound,
+        "Kiro does not offer this model to this account", "relist",
+        "It depends on plan, region and organisation; GET /v1/models lists what is available."),
+    Fault(r"profileArn is required|Invalid profileArn", NotSignedIn,
+        "Kiro requires a different profile", "reroute"),
+    Fault(r"bearer token included in the request is invalid|ExpiredToken", NotSignedIn,
+        "Kiro does not accept the access token", "refresh"),
+    Fault(r"Invalid token|User is not authorized", Forbidden,
+        "Kiro does not allow this with the account's profile and region", "reroute"),
+    Fault(r"IMAGE_[A-Z]+|DOCUMENT_[A-Z]+", InvalidRequest, "Kiro refused an image or document"),
+    Fault(r"Improperly formed|REQUEST_BODY_INVALID|TOOL_[A-Z]+|Validation", InvalidRequest,
+        "Kiro refused the format of the conversation"),
+    Fault(r"UnknownOperation|[Uu]nknown operation", UpstreamError,
+        "This Kiro host does not support the request", "reroute"),
     Fault(r"Throttling|[Tt]oo many requests", RateLimited, "Kiro's rate limit", "pause"),
     Fault(r"ServiceUnavailable", Overloaded, "Kiro is busy", "reroute"),
     Fault(r"AccessDenied", Forbidden, "Kiro does not allow this"),
@@ -6177,25 +6173,24 @@ KIRO_FAULTS = (
 LASTING_ACTIONS = ("rest", "pause", "refresh")  # they affect more than one request
 
 
-def find_kiro_fault(text: str, sentences: bool = False) -> Fault | None:
-    """The first fault found in `text`; with `sentences` one word gives no lasting remedy."""
+def find_kiro_faults(text: str, phrases_only: bool = False) -> Iterator[Fault]:
+    """The faults found in `text`; with `phrases_only` a single word gives no lasting action."""
     for fault in KIRO_FAULTS:
         match = re.search(fault.pattern, text)
-        if match and (" " in match[0] or not sentences or fault.action not in LASTING_ACTIONS):
-            return fault
-    return None
+        is_exempt = not phrases_only or fault.action not in LASTING_ACTIONS
+        if match and (is_exempt or " " in match[0]):
+            yield fault
 
 
 def classify_kiro_message(code: str, reason: str, message: str) -> RetryDecision | None:
     """Classifies a refusal by Kiro's error text, in an error response or inside a stream."""
-    code_fault = find_kiro_fault(f"{code} {reason}")
+    code_fault = next(find_kiro_faults(f"{code} {reason}"), None)
     # The refusal of one request may quote the client's own names, such as a tool's.
     is_form_refused = code_fault is not None and code_fault.error is InvalidRequest
-    message_fault = find_kiro_fault(message, is_form_refused)
-    faults = [fault for fault in (code_fault, message_fault) if fault is not None]
-    if not faults:
+    message_fault = next(find_kiro_faults(message, is_form_refused), None)
+    fault = min(filter(None, (code_fault, message_fault)), key=KIRO_FAULTS.index, default=None)
+    if fault is None:
         return None
-    fault = min(faults, key=KIRO_FAULTS.index)
     if fault.error is ContextTooLong:
         return RetryDecision(ContextTooLong())
     text = ": ".join(filter(None, [fault.text, message.strip(" .")]))
@@ -6206,9 +6201,9 @@ def classify_kiro_message(code: str, reason: str, message: str) -> RetryDecision
 def read_kiro_words(payload: Json) -> tuple[str, str, str]:
     """(code, reason, message) of an error object, whichever names its members have; redacted."""
     error = get_dict(payload, "Output") or payload
-    code = next((error[key] for key in ("code", "__type") if isinstance(error.get(key), str)), "")
+    code = str_or_empty(error, "code") or str_or_empty(error, "__type")
     keys = ("message", "Message", "errorMessage", "error")
-    message = next((error[key] for key in keys if isinstance(error.get(key), str)), "")
+    message = next(filter(None, (str_or_empty(error, key) for key in keys)), "")
     code = redact(code.rpartition("#")[2].partition(":")[0], MAX_CODE_TEXT)
     reason = redact(str_or_empty(error, "reason"), MAX_CODE_TEXT)
     return code, reason, redact(message, MAX_REFUSAL_TEXT)
@@ -6221,7 +6216,12 @@ KIRO_DESCRIPTION_BYTES = 9216  # of a tool; its own CLI cuts at 10,240
 KIRO_NO_TEXT = "(see the attachment)"  # a turn without text or results needs some
 KIRO_FIRST_TURN = "(the conversation goes on)"
 KIRO_GO_ON = "Continue"
-KIRO_TAG_BUDGETS = (1024, 50_000)  # thinking tokens asked for in the prompt
+KIRO_TAG_BUDGETS = (1024, 50_000)  # (min, max) thinking tokens requested in the prompt
+EMPTY_SCHEMA: Json = {"type": "object", "properties": {}}
+# Keywords whose value is no schema, though it may be an object or a list.
+DATA_KEYWORDS = (
+    "const", "default", "description", "enum", "examples", "required", "title", "type",
+)  # fmt: skip
 # JSON Schema keywords that Kiro refuses: kiro-gateway and opencodex list more than others, 2026-08.
 KIRO_REFUSED_KEYWORDS = (
     "additionalProperties", "contains", "contentEncoding", "contentMediaType", "definitions",
@@ -6230,8 +6230,6 @@ KIRO_REFUSED_KEYWORDS = (
     "minLength", "minProperties", "minimum", "multipleOf", "pattern", "patternProperties",
     "propertyNames", "then", "unevaluatedItems", "unevaluatedProperties", "uniqueItems",
 )  # fmt: skip
-# Keywords whose value is no schema, though it may be an object or a list.
-PLAIN_KEYWORDS = ("enum", "const", "default", "examples", "type", "title", "description")
 # GPT hides its reasoning and sends this in its place, with a signature (opencodex, 2026-08).
 KIRO_HIDDEN_THINKING = "..."
 KIRO_DOCUMENTS = {
@@ -6248,8 +6246,8 @@ class KiroDraft:
     model: Model
     turns: list[Turn]
     tools: list[Tool]
-    preface: list[str]  #: text before the first turn's: thinking tags, system prompt, instructions
-    notes: list[str] = field(default_factory=list)  #: text after the last turn's
+    preface: list[str]  #: before the text of the first turn: thinking tags, system prompt
+    notes: list[str] = field(default_factory=list)  #: after the text of the last turn
     extra: Json = field(default_factory=dict)  #: additionalModelRequestFields
 
     def apply(self, rule: Callable[[KiroDraft], None]) -> bool:
@@ -6262,29 +6260,18 @@ class KiroDraft:
 def inline_system_turns(draft: KiroDraft) -> None:
     """Turns a system message in mid-conversation into marked user text.
 
-    That may bring together turns that answer the same call.
+    That may join turns that hold results of the same call.
     """
     draft.turns = normalize_turns(downgrade_system_turns(draft.turns))
 
 
-def textify_unsupported_parts(draft: KiroDraft) -> None:
-    """Replaces what an assistant turn cannot hold with text."""
-    for position, turn in enumerate(draft.turns):
-        if turn.role != "assistant":
-            continue
-        blocks = [*turn.blocks]
-        for index, block in enumerate(blocks):
-            if isinstance(block, ToolResult):
-                blocks[index] = Text(plain_text(block.blocks) or "(no output)")
-            elif isinstance(block, (Image, Document)):
-                blocks[index] = Text(f"({type(block).__name__.lower()})")
-        draft.turns[position] = Turn(turn.role, blocks)
+def adapt_assistant_turns(draft: KiroDraft) -> None:
+    """Media and results in an assistant turn become text, as it cannot hold them.
 
-
-def keep_own_thinking_turns(draft: KiroDraft) -> None:
-    """Drops thinking that this account did not sign: Kiro would refuse it."""
+    Thinking that this account did not sign is dropped: Kiro would refuse it.
+    """
     prefix = kiro_mark(draft.model.provider)
-    kept: list[Turn] = []
+    turns: list[Turn] = []
     for turn in draft.turns:
         blocks: list[Block] = []
         for block in turn.blocks:
@@ -6292,19 +6279,20 @@ def keep_own_thinking_turns(draft: KiroDraft) -> None:
                 signature = block.signature or block.redacted
                 if signature == prefix or not signature.startswith(prefix):
                     continue
+            elif turn.role == "assistant" and isinstance(block, ToolResult):
+                block = Text(plain_text(block.blocks) or "(no output)")
+            elif turn.role == "assistant" and isinstance(block, (Image, Document)):
+                block = Text(f"({type(block).__name__.lower()})")
             blocks.append(block)
         if not all(isinstance(block, Thinking) for block in blocks):
-            kept.append(Turn(turn.role, blocks))  # a turn of nothing but thinking counts as empty
-    draft.turns = merge_turns(kept)
+            turns.append(Turn(turn.role, blocks))  # a turn of nothing but thinking counts as empty
+    draft.turns = merge_turns(turns)
 
 
-def ensure_first_turn_is_user(draft: KiroDraft) -> None:
+def begin_and_end_with_user(draft: KiroDraft) -> None:
+    """Kiro wants the user's turn first and last; a prefilled response becomes history."""
     if not draft.turns or draft.turns[0].role != "user":
         draft.turns.insert(0, Turn("user", [Text(KIRO_FIRST_TURN)]))
-
-
-def ensure_last_turn_is_user(draft: KiroDraft) -> None:
-    """A prefilled response becomes history."""
     last = draft.turns[-1]
     if last.role == "user":
         return
@@ -6315,8 +6303,11 @@ def ensure_last_turn_is_user(draft: KiroDraft) -> None:
         draft.turns.append(Turn("user", [Text(KIRO_GO_ON)]))
 
 
-def lift_media(draft: KiroDraft) -> None:
-    """Moves images and files out of tool results into their turn: results hold only text."""
+def adapt_user_turns(draft: KiroDraft) -> None:
+    """Moves images and files out of tool results into their turn: results hold only text.
+
+    A user turn with neither text nor results gets a placeholder, even beside an image.
+    """
     for index, turn in enumerate(draft.turns):
         blocks: list[Block] = []
         media: list[Block] = []
@@ -6335,20 +6326,13 @@ def lift_media(draft: KiroDraft) -> None:
                     media.append(part)
                 block = ToolResult(block.id, parts, block.is_error)
             blocks.append(block)
-        if media:
-            draft.turns[index] = Turn(turn.role, [*blocks, *media])
+        if turn.role == "user" and not any(isinstance(b, (Text, ToolResult)) for b in blocks):
+            media.append(Text(KIRO_NO_TEXT))
+        draft.turns[index] = Turn(turn.role, [*blocks, *media])
 
 
-def fill_empty_turns(draft: KiroDraft) -> None:
-    """A user turn with neither text nor results gets a placeholder, even beside an image."""
-    for index, turn in enumerate(draft.turns):
-        has_content = any(isinstance(block, (Text, ToolResult)) for block in turn.blocks)
-        if turn.role == "user" and not has_content:
-            draft.turns[index] = Turn("user", [*turn.blocks, Text(KIRO_NO_TEXT)])
-
-
-def inline_tool_choice(draft: KiroDraft) -> None:
-    """Kiro has no `tool_choice`: "none" drops the tools, other modes are put into the prompt."""
+def inline_settings(draft: KiroDraft) -> None:
+    """Puts settings that Kiro has no field for into the prompt; choice "none" drops the tools."""
     choice, chat = draft.chat.choice, draft.chat
     if choice and choice.mode == "none":
         draft.tools = []
@@ -6358,47 +6342,58 @@ def inline_tool_choice(draft: KiroDraft) -> None:
         draft.notes.append("Answer with a call of one of the tools.")
     if chat.parallel is False and draft.tools:
         draft.notes.append("Call at most one tool at a time.")
+    if chat.output:
+        draft.preface.append(output_instruction(chat.output))
 
 
-def declare_called_tools(draft: KiroDraft) -> None:
-    """Declares every tool that was ever called, whatever the client offers now."""
+def adapt_kiro_tools(draft: KiroDraft) -> None:
+    """Declares every tool that was ever called, whatever the client offers now.
+
+    Names are adapted, and responses get the client's names back; of equal names the first counts.
+    Every tool needs a short description; a longer one moves into the system prompt.
+    """
     declared = {tool.name for tool in draft.tools}
     calls = [block for turn in draft.turns for block in turn.blocks if isinstance(block, ToolCall)]
     missing = dict.fromkeys(call.name for call in calls if call.name not in declared)
-    draft.tools += [Tool(name, "Tool", {"type": "object", "properties": {}}) for name in missing]
-
-
-def rename_tools(draft: KiroDraft) -> None:
-    """At most 64 letters, digits, `_` and `-`; responses get the client's names back."""
-    by_name: dict[str, Tool] = {}  # if two tools share a name, the first wins
-    for tool in draft.tools:
-        name = draft.chat.wire_name(tool.name)
-        by_name.setdefault(name, replace(tool, name=name))
-    draft.tools = [*by_name.values()]
-
-
-def adapt_descriptions(draft: KiroDraft) -> None:
-    """Every tool needs a short description; a longer one moves into the system prompt."""
-    for index, tool in enumerate(draft.tools):
-        description = tool.description if tool.description.strip() else tool.name
+    by_name: dict[str, Tool] = {}
+    for tool in (*draft.tools, *(Tool(name, "Tool", EMPTY_SCHEMA) for name in missing)):
+        by_name.setdefault(draft.chat.wire_name(tool.name), tool)
+    draft.tools = []
+    for name, tool in by_name.items():
+        description = tool.description if tool.description.strip() else name
         encoded = description.encode("utf-8", "replace")
         if len(encoded) > KIRO_DESCRIPTION_BYTES:
-            draft.preface.append(f'<tool name="{tool.name}">\n{description}\n</tool>')
-            pointer = f'\n[All of it stands in the system prompt, under tool name="{tool.name}".]'
+            draft.preface.append(f'<tool name="{name}">\n{description}\n</tool>')
+            pointer = f'\n[All of it stands in the system prompt, under tool name="{name}".]'
             beginning = encoded[: KIRO_DESCRIPTION_BYTES - len(pointer)].decode("utf-8", "ignore")
             description = beginning + pointer
-        draft.tools[index] = replace(tool, description=description)
+        schema = adapt_kiro_schema(tool.schema, len(by_name))
+        draft.tools.append(replace(tool, name=name, description=description, schema=schema))
 
 
-def adapt_kiro_schemas(draft: KiroDraft) -> None:
-    for index, tool in enumerate(draft.tools):
-        schema = adapt_kiro_schema(tool.schema, len(draft.tools))
-        draft.tools[index] = replace(tool, schema=schema)
+def map_schema(schema: Any, adapt: Callable[[Json], Json]) -> Any:
+    """`schema` with `adapt` applied to it and all schemas inside, the innermost first.
+
+    A property may have a keyword's name.  Boolean schemas become open ones.
+    """
+    if isinstance(schema, list):
+        return [map_schema(item, adapt) for item in schema]
+    if not isinstance(schema, dict):
+        return {} if isinstance(schema, bool) else schema
+    mapped: Json = {}
+    for keyword, value in schema.items():
+        if keyword == "properties":
+            properties = get_dict(schema, keyword)
+            value = {name: map_schema(item, adapt) for name, item in properties.items()}
+        elif keyword not in DATA_KEYWORDS and isinstance(value, (dict, list)):
+            value = map_schema(value, adapt)
+        mapped[keyword] = value
+    return adapt(mapped)
 
 
 def adapt_kiro_schema(schema: Json, tool_count: int = 1) -> Json:
     """A tool's schema: an object whose unions at the top are folded into its properties."""
-    adapted: Json = strip_schema(inline_refs(schema, tool_count))
+    adapted: Json = map_schema(inline_refs(schema, tool_count), strip_kiro_keywords)
     properties = dict(get_dict(adapted, "properties"))
     required = list(adapted.get("required", ()))
     for keyword in SCHEMA_UNIONS:
@@ -6416,32 +6411,15 @@ def adapt_kiro_schema(schema: Json, tool_count: int = 1) -> Json:
     return adapted
 
 
-def strip_schema(schema: Any) -> Any:
-    """A schema without the keywords Kiro refuses; a property may have such a name."""
-    if isinstance(schema, list):
-        return [strip_schema(item) for item in schema]
-    if not isinstance(schema, dict):
-        return {} if isinstance(schema, bool) else schema
-    stripped: Json = {}
-    for keyword, value in schema.items():
-        if keyword == "properties":
-            properties = get_dict(schema, keyword)
-            stripped[keyword] = {name: strip_schema(item) for name, item in properties.items()}
-        elif keyword == "required":
-            names = value if isinstance(value, list) else []
-            names = [name for name in names if isinstance(name, str)]
-            stripped.update({keyword: names} if names else {})
-        elif keyword in PLAIN_KEYWORDS:
-            stripped[keyword] = value
-        elif keyword not in KIRO_REFUSED_KEYWORDS and not keyword.startswith("$"):
-            stripped[keyword] = strip_schema(value) if isinstance(value, (dict, list)) else value
-    return stripped
-
-
-def inline_output_format(draft: KiroDraft) -> None:
-    """Puts structured output into the prompt: Kiro has no field for it."""
-    if draft.chat.output:
-        draft.preface.append(output_instruction(draft.chat.output))
+def strip_kiro_keywords(schema: Json) -> Json:
+    stripped = {
+        keyword: value
+        for keyword, value in schema.items()
+        if keyword not in KIRO_REFUSED_KEYWORDS and not keyword.startswith("$")
+    }
+    names = stripped.pop("required", None)
+    names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    return {**stripped, "required": names} if names else stripped
 
 
 def kiro_fields(model: Model) -> Json:
@@ -6525,30 +6503,26 @@ def place_preface(draft: KiroDraft) -> None:
 
 
 KIRO_RULES: tuple[Callable[[KiroDraft], None], ...] = (
-    inline_system_turns, textify_unsupported_parts, keep_own_thinking_turns,
-    ensure_first_turn_is_user, ensure_last_turn_is_user, lift_media, fill_empty_turns,
-    inline_tool_choice, declare_called_tools, rename_tools, adapt_descriptions,
-    adapt_kiro_schemas, inline_output_format, request_thinking, pass_settings, place_preface,
+    inline_system_turns, adapt_assistant_turns, begin_and_end_with_user, adapt_user_turns,
+    inline_settings, adapt_kiro_tools, request_thinking, pass_settings, place_preface,
 )  # fmt: skip
 
 
 def check_context_window(draft: KiroDraft) -> None:
     """Refuses a conversation far above the model's window with an error that clients know.
 
-    Kiro answers some with just "Improperly formed request", and clients that are not told cannot
-    compact.  The estimate may be off by a third, hence the margin.
+    Kiro refuses some with just "Improperly formed request", after which clients do not compact.
+    The estimate may be off by a third, hence the margin.
     """
     window = draft.model.max_prompt
     if not window:
         return
     texts = []
     for block in (block for turn in draft.turns for block in turn.blocks):
-        if isinstance(block, (Text, Refusal)):
-            texts.append(block.text)
-        elif isinstance(block, ToolCall):
+        if isinstance(block, ToolCall):
             texts.append(block.arguments)
-        elif isinstance(block, ToolResult):
-            texts.append(plain_text(block.blocks))
+        else:
+            texts.append(plain_text(block.blocks if isinstance(block, ToolResult) else [block]))
     for shorten in (str, collapse_runs):  # the second pass is expensive, and rare
         tokens = sum(estimate_text(shorten(text)) for text in texts)
         if tokens <= 1.5 * window:
@@ -6569,12 +6543,7 @@ def write_kiro_request(chat: Conversation, model: Model) -> Json:
     draft = KiroDraft(chat, model, turns, [*chat.tools], preface)
     chat.touched += [rule.__name__ for rule in KIRO_RULES if draft.apply(rule)]
     check_context_window(draft)
-    *history, current = [
-        write_kiro_assistant(turn.blocks, chat, model)
-        if turn.role == "assistant"
-        else write_kiro_user(turn.blocks, model)
-        for turn in draft.turns
-    ]
+    *history, current = [write_kiro_turn(turn, chat, model) for turn in draft.turns]
     if draft.tools:
         context = current["userInputMessage"].setdefault("userInputMessageContext", {})
         context["tools"] = []
@@ -6583,47 +6552,43 @@ def write_kiro_request(chat: Conversation, model: Model) -> Json:
             specification = {**entry, "inputSchema": {"json": tool.schema}}
             context["tools"].append({"toolSpecification": specification})
     state: Json = {"chatTriggerType": "MANUAL", "agentTaskType": "vibe"}
-    state = {**kiro_object(state, history=history), "currentMessage": current}
-    return kiro_object({"conversationState": state}, additionalModelRequestFields=draft.extra)
+    if history:
+        state["history"] = history
+    state["currentMessage"] = current
+    if not draft.extra:
+        return {"conversationState": state}
+    return {"conversationState": state, "additionalModelRequestFields": draft.extra}
 
 
-def kiro_object(required: Json, **optional: Any) -> Json:
-    """Empty lists and objects are left out, as Kiro refuses them."""
-    return {**required, **{key: value for key, value in optional.items() if value}}
-
-
-def write_kiro_user(blocks: list[Block], model: Model) -> Json:
-    documents = [block for block in blocks if isinstance(block, Document)]
-    results = []
-    for block in blocks:
-        if isinstance(block, ToolResult):
-            status = "error" if block.is_error else "success"
-            content = [{"text": plain_text(block.blocks) or "(no output)"}]
-            results.append({"toolUseId": block.id, "status": status, "content": content})
-    message = kiro_object(
-        {"content": plain_text(blocks), "modelId": model.id},
-        images=[write_kiro_image(block, model) for block in blocks if isinstance(block, Image)],
-        documents=[write_kiro_document(*row) for row in enumerate(documents, 1)],
-        userInputMessageContext={"toolResults": results} if results else None,
-    )
-    return {"userInputMessage": message}
-
-
-def write_kiro_assistant(blocks: list[Block], chat: Conversation, model: Model) -> Json:
-    calls, reasoning = [], None
-    for block in blocks:
-        if isinstance(block, ToolCall):
+def write_kiro_turn(turn: Turn, chat: Conversation, model: Model) -> Json:
+    """A turn's message, without empty lists and objects, as Kiro refuses them."""
+    is_assistant = turn.role == "assistant"
+    message: Json = {"content": plain_text(turn.blocks)}
+    if not is_assistant:
+        message["modelId"] = model.id
+    for block in turn.blocks:
+        if isinstance(block, ToolCall) and is_assistant:
             name, arguments = chat.wire_name(block.name), parse_arguments(block.arguments)
-            calls.append({"toolUseId": block.id, "name": name, "input": arguments})
-        elif isinstance(block, Thinking):
+            call = {"toolUseId": block.id, "name": name, "input": arguments}
+            message.setdefault("toolUses", []).append(call)
+        elif isinstance(block, Thinking) and is_assistant:
             signature = (block.signature or block.redacted).removeprefix(kiro_mark(model.provider))
             placeholder = KIRO_HIDDEN_THINKING if model.vendor == "OpenAI" else ""
-            reasoning = write_kiro_thinking(block.text or placeholder, signature)
+            message["reasoningContent"] = write_kiro_thinking(block.text or placeholder, signature)
             if block.redacted:
-                reasoning = {"redactedContent": signature}
-    content = {"content": plain_text(blocks)}
-    message = kiro_object(content, toolUses=calls, reasoningContent=reasoning)
-    return {"assistantResponseMessage": message}
+                message["reasoningContent"] = {"redactedContent": signature}
+        elif isinstance(block, ToolResult):
+            content = [{"text": plain_text(block.blocks) or "(no output)"}]
+            status = "error" if block.is_error else "success"
+            result = {"toolUseId": block.id, "status": status, "content": content}
+            context = message.setdefault("userInputMessageContext", {})
+            context.setdefault("toolResults", []).append(result)
+        elif isinstance(block, Image):
+            message.setdefault("images", []).append(write_kiro_image(block, model))
+        elif isinstance(block, Document):
+            documents = message.setdefault("documents", [])
+            documents.append(write_kiro_document(len(documents) + 1, block))
+    return {"assistantResponseMessage" if is_assistant else "userInputMessage": message}
 
 
 def write_kiro_thinking(text: str, signature: str) -> Json:
@@ -6635,7 +6600,7 @@ def write_kiro_image(image: Image, model: Model) -> Json:
     input_types = model.raw.get("supportedInputTypes")
     refusal = "Kiro takes images only as base64 data; nothing is fetched here." if image.url else ""
     if isinstance(input_types, list) and input_types and "IMAGE" not in input_types:
-        refusal = f"{model.id} takes no images."
+        refusal = f"{model.id} does not accept images."
     if refusal:
         raise UnsupportedFeature(f"{image.path}: {refusal}", param=image.path)
     return {"format": image.media_type.partition("/")[2], "source": {"bytes": image.data}}
@@ -6646,7 +6611,7 @@ def write_kiro_document(number: int, document: Document) -> Json:
     kind = KIRO_DOCUMENTS.get(document.media_type)
     if kind is None:
         raise UnsupportedFeature(
-            f"{document.path}: Kiro takes no {document.media_type or 'such'} files.",
+            f"{document.path}: Kiro does not accept {document.media_type or 'such'} files.",
             param=document.path,
         )
     data = document.data or base64.b64encode(document.text.encode("utf-8", "replace")).decode()
@@ -6677,46 +6642,46 @@ class ThinkingTags:
     #: the closing tag, or what the next characters may make one
     END = re.compile(r"(?<!['\"`\\])</thinking>(\n\n|\n?\Z)")
 
-    def __init__(self) -> None:
-        self.kind = ""  # "" at the beginning, then thinking or text
+    def __init__(self, kind: str = "") -> None:
+        self.kind = kind  # "" at the beginning, then thinking or text
         self.leading_space: list[str] = []  # whitespace before the first text
-        self.held = ""
-        self.previous = ""  # the character before `held`
+        self.buffer = ""
+        self.previous = ""  # the character before `buffer`
 
-    def take(self, text: str) -> list[tuple[str, str]]:
-        """(thinking or text, words) for each piece; what could be a tag is held back."""
+    def feed(self, text: str) -> list[tuple[str, str]]:
+        """(thinking or text, piece) for each piece; what could be a tag is held back."""
         if self.kind == "text":
             return [("text", text)]
-        if not self.kind and not self.held and text.isspace():
+        if not self.kind and not self.buffer and text.isspace():
             self.leading_space.append(text)
             return []
-        self.held += text
+        self.buffer += text
         if not self.kind:
-            stripped = self.held.lstrip()
+            stripped = self.buffer.lstrip()
             if self.OPENING.startswith(stripped[: len(self.OPENING)]) and len(stripped) < 11:
                 return []  # one more character shows whether a line break follows
             if not stripped.startswith(self.OPENING):
                 return self.flush()
             self.kind, self.leading_space = "thinking", []
-            self.held = stripped.removeprefix(self.OPENING).removeprefix("\n")
-        text, start = self.previous + self.held, len(self.previous)
+            self.buffer = stripped.removeprefix(self.OPENING).removeprefix("\n")
+        text, start = self.previous + self.buffer, len(self.previous)
         match = self.END.search(text, start)
         if match and match[1] == "\n\n":
-            self.kind, self.held = "text", ""
+            self.kind, self.buffer = "text", ""
             parts = (("thinking", text[start : match.start()]), ("text", text[match.end() :]))
             return [(kind, part) for kind, part in parts if part]
         end = match.start() if match else len(text) - StopCutter.overlap(text, self.CLOSING)
-        thinking, self.held = text[start:end], text[end:]
+        thinking, self.buffer = text[start:end], text[end:]
         self.previous = thinking[-1:] or self.previous
         return [("thinking", thinking)] if thinking else []
 
     def flush(self) -> list[tuple[str, str]]:
-        kind, held = self.kind or "text", "".join([*self.leading_space, self.held])
-        self.kind, self.held, self.leading_space = "text", "", []
+        kind, rest = self.kind or "text", "".join([*self.leading_space, self.buffer])
+        self.kind, self.buffer, self.leading_space = "text", "", []
         is_tag = (
-            held.startswith(self.CLOSING) if kind == "thinking" else held.strip() == self.OPENING
+            rest.startswith(self.CLOSING) if kind == "thinking" else rest.strip() == self.OPENING
         )
-        return [(kind, held)] if held and not is_tag else []
+        return [(kind, rest)] if rest and not is_tag else []
 
 
 class KiroReader:
@@ -6725,20 +6690,20 @@ class KiroReader:
     def __init__(self, context: ResponseContext) -> None:
         self.context = context
         self.blocks = BlockAssembler(kiro_mark(context.provider))
-        self.tags = ThinkingTags() if context.tagged_thinking else None
+        self.tags = ThinkingTags("" if context.tagged_thinking else "text")
         self.usage = Usage()
         self.model = ""  # as the response names it: "auto" is resolved to another model
         self.context_used = 0.0  # percentage of the context that is used
         self.hidden: list[str] = []  # placeholder for hidden thinking, until real text follows
         self.reason = ""
         self.started = False
-        self.ended = False
+        self.finished = False
 
     def read(self, frame: Json) -> list[Event]:
         """Unknown names are ignored: `followupPromptEvent` has `content` of another kind."""
         for name, value in frame.items():
             handler = self.HANDLERS.get(name)
-            if handler is not None and not self.ended:
+            if handler is not None and not self.finished:
                 handler(self, value if isinstance(value, dict) else {})
         return self.blocks.take()
 
@@ -6752,11 +6717,11 @@ class KiroReader:
         text = str_or_empty(payload, "content")
         if text:
             self.start()
-            for kind, piece in self.tags.take(text) if self.tags else (("text", text),):
+            for kind, piece in self.tags.feed(text):
                 self.blocks.add_text(kind, piece)
 
     def flush_tags(self) -> None:
-        for kind, text in self.tags.flush() if self.tags else ():
+        for kind, text in self.tags.flush():
             self.blocks.add_text(kind, text)
 
     def on_reasoning(self, payload: Json) -> None:
@@ -6826,23 +6791,23 @@ class KiroReader:
         if decision and isinstance(decision.error, ContextTooLong) and self.started:
             self.reason = "MODEL_CONTEXT_WINDOW_EXCEEDED"
             self.finish()
-            return
-        detail = message or code or "no reason given"
-        failure = UpstreamError(f"Kiro failed while it answered: {detail}")
-        self.blocks.events.append(StreamError(decision.error if decision else failure))
+        else:
+            detail = message or code or "no reason given"
+            failure = UpstreamError(f"Kiro failed during the response: {detail}")
+            self.blocks.events.append(StreamError(decision.error if decision else failure))
 
     def on_overload(self, payload: Json) -> None:
         self.blocks.events.append(StreamError(Overloaded("This model is overloaded at Kiro.")))
 
     def end(self) -> list[Event]:
         """Only EOF marks the end."""
-        if not self.ended:
+        if not self.finished:
             self.finish()
         return self.blocks.take()
 
     def finish(self) -> None:
         """Truncated calls are dropped: the client must not run them."""
-        self.ended = True
+        self.finished = True
         self.start()
         self.flush_tags()
         blocks, calls = self.blocks, self.blocks.calls.values()
@@ -7283,33 +7248,29 @@ def price_nano_credits(model: Model, usage: Usage) -> int | None:
         tier, unit = prices, 1.0
     elif usage.prompt > (positive_int(tier.get("max_prompt_tokens")) or math.inf):
         tier = get_dict(prices, "long_context") or tier
-    names = ("input_price", "cache_read_price", "cache_price", "cache_write_price", "output_price")
-    input_price, read_price, cache_price, write_price, output_price = (
-        read_figure(tier.get(name)) for name in names
-    )
-    if input_price is None:
+    if read_figure(tier.get("input_price")) is None:
         return None
-    read_price = cache_price if read_price is None else read_price
+
+    def price(*names: str) -> float:
+        figures = (read_figure(tier.get(name)) for name in names)
+        return next((figure for figure in figures if figure is not None), 0.0)
+
     total = (
-        usage.input * input_price
-        + usage.cache_read * (input_price if read_price is None else read_price)
-        + usage.cache_write * (input_price if write_price is None else write_price)
-        + usage.output * (output_price or 0.0)
+        usage.input * price("input_price")
+        + usage.cache_read * price("cache_read_price", "cache_price", "input_price")
+        + usage.cache_write * price("cache_write_price", "input_price")
+        + usage.output * price("output_price")
     )
     return round(min(max(total / batch_size * unit, 0.0), MAX_FIGURE))
 
 
 def guess_copilot_model(model_id: str, provider: str) -> Model:
     """A model missing from the catalogue, which fluctuates: an exact name is still tried."""
-    claude = model_id.startswith("claude")
-    return Model(
-        id=model_id,
-        provider=provider,
-        dialects=("messages", "chat") if claude else ("chat",),
-        vendor="Anthropic" if claude else "",
-        stops=0 if REASONING_GPT.match(model_id) else None,
-        guessed=True,
-    )
+    is_claude = model_id.startswith("claude")
+    dialects = ("messages", "chat") if is_claude else ("chat",)
+    vendor = "Anthropic" if is_claude else ""
+    stops = 0 if REASONING_GPT.match(model_id) else None
+    return Model(model_id, provider, dialects, vendor=vendor, stops=stops, guessed=True)
 
 
 # How Anthropic's clients ask for a million tokens; Copilot lists separate models for that.
@@ -7348,13 +7309,12 @@ def find_model(name: str, models: dict[str, Model]) -> Model | None:
         return models[name]
     by_lower = {model_id.lower(): model for model_id, model in models.items()}
     families = {model.family: model for model in reversed(models.values()) if model.family}
-    spellings = model_spellings(name)
+    spellings, lowered = model_spellings(name), name.lower()
     known = [t[spelling] for t in (by_lower, families) for spelling in spellings if spelling in t]
-    # An inexact name matches only models this account can use: terms may not be accepted yet.
-    lowered = name.lower()
-    usable = [model for model in known if model.listed or model.id.lower() == lowered]
     if known:
-        return (usable or known)[0]
+        # An inexact name prefers models this account can use: terms may not be accepted yet.
+        usable = (model for model in known if model.listed or model.id.lower() == lowered)
+        return next(usable, known[0])
     base, long_suffix, _ = lowered.partition("[1m]")
     stripped = NAME_EFFORT.sub("", base) + long_suffix
     if stripped == lowered:
@@ -7456,12 +7416,22 @@ def messages_betas(body: Json, client_betas: str, refused: Collection[str], mode
     return ",".join(beta for beta in betas if beta not in refused)
 
 
-# 9.3 what is removed from bodies
+# 9.3 request bodies as Copilot accepts them
 
 
-def present(obj: Json) -> Json:
-    """`obj` without the members that are null."""
-    return {key: value for key, value in obj.items() if value is not None}
+def text_part(text: str) -> Json:
+    return {"type": "text", "text": text}
+
+
+def as_parts(content: Any) -> list[Any]:
+    return [text_part(content)] if isinstance(content, str) else [*(content or ())]
+
+
+def dict_items(body: Json, key: str, path: str = "") -> Iterator[tuple[str, Json]]:
+    """(path, item) for each item of a list field; raises InvalidRequest if one is no object."""
+    for index, item in enumerate(list_field(body, key, path)):
+        item_path = f"{join_path(path, key)}.{index}"
+        yield item_path, need_dict(item, item_path)
 
 
 #: kind of rejection -> what one model refuses: "thinking" (a budget), "effort" (levels), "system"
@@ -7481,8 +7451,7 @@ class RejectionMemory:
         if not pairs:
             return
         scope = self.scopes.setdefault((model, dialect), {})
-        for pair in pairs:
-            scope[pair] = now + REJECTION_SECONDS
+        scope.update(dict.fromkeys(pairs, now + REJECTION_SECONDS))
         for table, limit in ((scope, MAX_REJECTIONS), (self.scopes, MAX_REJECTION_SCOPES)):
             while len(table) > limit:
                 del table[next(iter(table))]
@@ -7497,183 +7466,176 @@ class RejectionMemory:
 
 @dataclass(slots=True)
 class BodyDraft:
-    """A body while the rules are applied to it, one after the other."""
+    """A body while the rules are applied; they replace what the client's body shares with it."""
 
     body: Json
     model: Model
     rejections: Rejections
     #: names of the fields left out
-    dropped: list[str]
+    dropped: list[str] = field(default_factory=list)
+
+    def drop(self, keys: Iterable[str], unreported: Container[str] = ()) -> None:
+        """Removes fields, and reports those that had a value."""
+        for key in keys:
+            value = self.body.pop(key, None)
+            is_empty = value is None or value is False or value in ({}, [])
+            if not is_empty and key not in unreported:
+                self.dropped.append(key)
+
+    def set_tools(self, tools: list[Json]) -> None:
+        if tools:
+            self.body["tools"] = tools
+        else:
+            for key in ("tools", "tool_choice", "parallel_tool_calls"):
+                self.body.pop(key, None)
 
 
-class RawPart(NamedTuple):
-    """A native content part that passes through the turn rules unread."""
+# Native messages pass through `normalize_turns` as blocks that include their original part, so
+# that its other fields survive.
 
-    raw: Json
+
+class NativePart(NamedTuple):
+    part: Json
 
 
 @dataclass(slots=True)
-class RawCall(ToolCall):
-    raw: Json = field(default_factory=dict)
+class NativeText(Text):
+    part: Json
 
 
 @dataclass(slots=True)
-class RawResult(ToolResult):
-    raw: Json = field(default_factory=dict)
+class NativeCall(ToolCall):
+    part: Json
 
 
-def read_raw_part(part: Any) -> list[Any]:
-    """A native part as a block that keeps the original JSON; blank text gives no block."""
-    if not isinstance(part, dict):
-        return []
-    kind = part.get("type")
-    if kind == "tool_use":
-        arguments = dump_text(part.get("input"))
-        return [RawCall(str(part.get("id")), str(part.get("name")), arguments, part)]
-    if kind == "tool_result":
-        content = part.get("content")
-        items = [text_part(content)] if isinstance(content, str) else content or ()
-        blocks: list[Any] = [RawPart(item) for item in items if isinstance(item, dict)]
-        return [RawResult(str(part.get("tool_use_id")), blocks, raw=part)]
-    if kind == "text" and not str(part.get("text") or "").strip():
-        return []
-    return [RawPart(part)]
+@dataclass(slots=True)
+class NativeResult(ToolResult):
+    part: Json = field(default_factory=dict)
 
 
-def write_raw_block(block: Any) -> Json:
-    """The reverse of `read_raw_part`, also for blocks that `normalize_turns` added."""
-    if isinstance(block, RawCall):
-        name = wire_name(block.name)
-        return {**block.raw, "id": wire_id(block.id), "name": name}
-    if isinstance(block, RawResult):
-        raw_result = {**block.raw, "tool_use_id": wire_id(block.id)}
-        if block.blocks != read_raw_part(block.raw)[0].blocks:  # merged with another result
-            raw_result["content"] = [write_raw_block(part) for part in block.blocks]
-        return raw_result
-    if isinstance(block, RawPart):
-        return block.raw
-    if isinstance(block, ToolResult):
-        result = {"is_error": True, "content": plain_text(block.blocks)}
-        return {"type": "tool_result", "tool_use_id": wire_id(block.id), **result}
-    return {"type": "text", "text": block.text}
+#: part type -> the field of its signature
+THINKING_PARTS = {"thinking": "signature", "redacted_thinking": "data"}
 
 
-def is_normalized(messages: list[Json]) -> bool:
-    """Whether the conversation is well-formed already and can be sent unchanged."""
-    call_ids: list[str] = []
+def is_native_signature(signature: Any) -> bool:
+    """Whether encrypted reasoning is the upstream's own: it refuses all other."""
+    is_text = isinstance(signature, str) and signature != ""
+    return is_text and not signature.startswith(FOREIGN_SIGNATURES)
+
+
+def read_native_parts(content: Any, path: str) -> Iterator[tuple[str, Json, str]]:
+    """(path, part, type) for each part of a message's content."""
+    if content is not None and not isinstance(content, list):
+        raise wrong_type(path, "a string or a list of parts")
+    for index, part in enumerate(content or ()):
+        part_path = f"{path}.{index}"
+        yield part_path, part, need_str(need_dict(part, part_path), "type", part_path)
+
+
+def read_native_content(content: Any, path: str) -> list[Any]:
+    """A message's content as blocks, without the parts that Copilot refuses.
+
+    Documents of text and tool references become text: only PDFs and text are known to work.
+    """
+    if isinstance(content, str):
+        return [Text(content)]
+    blocks: list[Any] = []
+    for part_path, part, kind in read_native_parts(content, path):
+        if kind == "text":
+            blocks.append(NativeText(need_str(part, "text", part_path), part))
+        elif kind == "tool_use":
+            call_id, name = need_str(part, "id", part_path), need_str(part, "name", part_path)
+            blocks.append(NativeCall(call_id, name, dump_text(part.get("input")), part))
+        elif kind == "tool_result":
+            inner = read_native_content(part.get("content"), f"{part_path}.content")
+            inner = [block for block in inner if not is_blank(block)]
+            call_id = need_str(part, "tool_use_id", part_path)
+            blocks.append(NativeResult(call_id, inner, part=part))
+        elif kind == "image" and get_dict(part, "source").get("type") == "base64":
+            # Clients send wrong media types, and the vendor checks.
+            source, source_path = part["source"], f"{part_path}.source"
+            data = need_str(source, "data", source_path)
+            declared = str_field(source, "media_type", source_path) or ""
+            source = {**source, "media_type": image_type(data, declared, part_path)}
+            blocks.append(NativePart({**part, "source": source}))
+        elif kind == "tool_reference" or (
+            kind == "document" and get_dict(part, "source").get("type") in ("text", "content")
+        ):
+            blocks += filter(None, map(native_text, PART_READERS[kind](part, part_path)))
+        elif kind not in THINKING_PARTS or is_native_signature(part.get(THINKING_PARTS[kind])):
+            blocks.append(NativePart(part))
+    return blocks
+
+
+def native_text(block: Block) -> NativeText | None:
+    """A text or text document; None for any other block inside a document."""
+    if not isinstance(block, (Text, Document)):
+        return None
+    title = block.title if isinstance(block, Document) else ""
+    text = f"[{title}]\n{block.text}" if title else block.text
+    return NativeText(text, text_part(text))
+
+
+def write_native_content(blocks: list[Any]) -> str | list[Json]:
+    """The reverse of `read_native_content`, also for blocks that `normalize_turns` added."""
+    if not blocks or (len(blocks) == 1 and type(blocks[0]) is Text):
+        return plain_text(blocks)
+    parts = []
+    for block in blocks:
+        part = dict(block.part) if hasattr(block, "part") else {}
+        if isinstance(block, ToolCall):
+            part.update(id=wire_id(block.id), name=wire_name(block.name))
+        elif isinstance(block, ToolResult):
+            content = write_native_content(block.blocks)
+            part.update(type="tool_result", tool_use_id=wire_id(block.id), content=content)
+            if block.is_error:
+                part["is_error"] = True
+        parts.append(part or text_part(block.text))
+    return parts
+
+
+def is_normalized(turns: list[Turn]) -> bool:
+    """Whether `normalize_turns`, which takes far longer, would change nothing."""
     role = "assistant"
-    for message in messages:
-        content = message.get("content")
-        parts = [text_part(content)] if isinstance(content, str) else content
-        if message.get("role") == role or message.get("role") not in ("user", "assistant"):
+    call_ids: list[str] = []
+    for turn in turns:
+        if turn.role == role or turn.role not in ("user", "assistant"):
             return False
-        if not parts or not all(isinstance(part, dict) for part in parts):
+        if not turn.blocks or any(map(is_blank, turn.blocks)):
             return False
-        role = message["role"]
-        kinds = [part.get("type") for part in parts]
-        texts = [part.get("text", "") for part in parts if part.get("type") == "text"]
-        if not all(map(str.strip, texts)):
+        result_ids = [b.id for b in turn.blocks[: len(call_ids)] if isinstance(b, ToolResult)]
+        later_blocks = turn.blocks[len(call_ids) :]
+        if result_ids != call_ids or any(isinstance(b, ToolResult) for b in later_blocks):
             return False
-        result_ids = [part.get("tool_use_id") for part in parts[: len(call_ids)]]
-        if result_ids != call_ids or kinds.count("tool_result") != len(call_ids):
-            return False
-        calls = [part for part in parts if part.get("type") == "tool_use"]
-        call_ids = [part.get("id", "") for part in calls]
-        names = [part.get("name", "") for part in calls]
-        if not all(map(WIRE_NAME.fullmatch, (*call_ids, *names))):
-            return False
+        role, call_ids = turn.role, [b.id for b in turn.blocks if isinstance(b, ToolCall)]
     return not call_ids
 
 
 def normalize_messages(draft: BodyDraft) -> None:
-    """Makes roles alternate, gives each call its result in the next message, drops empty ones."""
-    if is_normalized(draft.body["messages"]):
-        return
-    turns = []
-    for message in draft.body["messages"]:
-        content = message.get("content")
-        if isinstance(content, str):
-            blocks: list[Any] = [Text(content)]
-        else:
-            blocks = [block for part in content or () for block in read_raw_part(part)]
-        turns.append(Turn(str(message.get("role")), blocks))
-    # Claude accepts role system inside messages from version 4.8.
-    takes_system = (claude_version(draft.model.id) or (0, 0)) >= (4, 8)
-    downgrade_all = "system" in draft.rejections or not takes_system
-    messages: list[Json] = []
-    draft.body["messages"] = messages
-    for turn in downgrade_native_system(normalize_turns(turns), downgrade_all):
-        first: Any = turn.blocks[0]
-        if len(turn.blocks) == 1 and isinstance(first, Text):
-            messages.append({"role": turn.role, "content": first.text})
-        else:
-            content = [write_raw_block(block) for block in turn.blocks]
-            messages.append({"role": turn.role, "content": content})
+    """Makes roles alternate, gives each call its result in the next message, drops empty ones.
 
-
-def downgrade_native_system(turns: list[Turn], downgrade_all: bool) -> list[Turn]:
-    """Turns system turns into reminders, in place: every one, or those at a position not allowed.
-
-    Allowed only after a user turn, and last or before an assistant turn.
+    Claude accepts system messages from version 4.8 on, between a user's and an assistant's
+    message or at the end; others become reminders.
     """
-    downgraded = []
-    for index, turn in enumerate(turns):
-        previous_role = turns[index - 1].role if index else ""
-        next_role = turns[index + 1].role if index + 1 < len(turns) else "assistant"
-        is_allowed = previous_role == "user" and next_role == "assistant" and not downgrade_all
-        if turn.role != "system" or is_allowed:
-            downgraded.append(turn)
-            continue
-        blocks: list[Any] = turn.blocks
-        texts = [
-            str_or_empty(block.raw, "text") if isinstance(block, RawPart) else block.text
-            for block in blocks
-            if isinstance(block, (RawPart, Text))
-        ]
-        reminders: list[Block] = [Text(as_reminder(text)) for text in texts if text]
-        downgraded.append(Turn("user", reminders))
-    return merge_turns(downgraded)
-
-
-def parts_of(messages: list[Json]) -> Iterator[Json]:
-    for message in messages:
-        content = message.get("content")
-        if isinstance(content, list):
-            yield from (part for part in content if isinstance(part, dict))
-
-
-STRING_FIELDS = {
-    "text": ("text",),
-    "tool_use": ("id", "name"),
-    "tool_result": ("tool_use_id",),
-}
-
-
-def check_messages(draft: BodyDraft) -> None:
-    """Refuses what no vendor accepts, so that the other rules can rely on the shapes."""
-    check_content(draft.body.get("system"), "system")
-    for index, message in enumerate(draft.body["messages"]):
-        path = f"messages.{index}"
-        need_str(message, "role", path)
-        check_content(message.get("content"), f"{path}.content")
-        for call_index, call in enumerate(list_field(message, "tool_calls", path)):
-            where = f"{path}.tool_calls.{call_index}"
-            str_field(need_dict(call, where), "id", where)
-            need_str(function_of(call, where), "name", f"{where}.function")
-
-
-def check_content(content: Any, path: str) -> None:
-    if content is None or isinstance(content, str):
-        return
-    if not isinstance(content, list):
-        raise wrong_type(path, "a string or a list of parts")
-    for index, part in enumerate(content):
-        where = f"{path}.{index}"
-        kind = need_str(need_dict(part, where), "type", where)
-        for key in STRING_FIELDS.get(kind, ()):
-            need_str(part, key, where)
-        if kind == "tool_result":
-            check_content(part.get("content"), f"{where}.content")
+    turns = []
+    for path, message in dict_items(draft.body, "messages"):
+        blocks = read_native_content(message.get("content"), f"{path}.content")
+        turns.append(Turn(need_str(message, "role", path), blocks))
+    if not is_normalized(turns):
+        turns = normalize_turns(turns)
+    version = claude_version(draft.model.id) or (0, 0)
+    takes_system = version >= (4, 8) and "system" not in draft.rejections
+    roles = ["", *(turn.role for turn in turns), "assistant"]
+    if "system" in roles:
+        for index, turn in enumerate(turns):
+            is_between = roles[index] == "user" and roles[index + 2] == "assistant"
+            if turn.role == "system" and not (takes_system and is_between):
+                texts = (block.text for block in turn.blocks if isinstance(block, Text))
+                turns[index] = Turn("user", [Text(as_reminder(text)) for text in texts])
+        turns = merge_turns(turns)
+    draft.body["messages"] = [
+        {"role": turn.role, "content": write_native_content(turn.blocks)} for turn in turns
+    ]
 
 
 MESSAGES_KEYS = (
@@ -7683,104 +7645,32 @@ MESSAGES_KEYS = (
 )  # fmt: skip
 
 
-def drop_keys(draft: BodyDraft, keys: Iterable[str], silent: Container[str] = ()) -> None:
-    """Removes fields, and reports those that had a value."""
-    for key in keys:
-        value = draft.body.pop(key, None)
-        is_empty = value is None or value is False or value in ({}, [])
-        if not is_empty and key not in silent:
-            draft.dropped.append(key)
+def adapt_messages_fields(draft: BodyDraft) -> None:
+    body, model = draft.body, draft.model
+    # Upstream, unknown keys are a 400.  `metadata` holds the user's device ids.
+    draft.drop([key for key in body if key not in MESSAGES_KEYS], ("metadata",))
+    if "1m" in model.id.split("-"):  # the 1m window does not support context edits
+        draft.drop(["context_management"])
+    limit = model.max_output or DEFAULT_MAX_TOKENS
+    max_tokens = int_field(body, "max_tokens")  # 0: only warms the cache
+    body["max_tokens"] = limit if max_tokens is None else min(max_tokens, limit)
+    if not isinstance(body.get("system"), str):
+        blocks = [dict(part) for _, part, _ in read_native_parts(body.get("system"), "system")]
+        blocks = [block for block in blocks if str(block.get("text") or "").strip()]
+        body["system"] = [block for block in blocks if not is_billing_header(block)]
+    if not text_of(body["system"]).strip():
+        del body["system"]
 
 
-def keep_messages_keys(draft: BodyDraft) -> None:
-    """Upstream, unknown keys are a 400.  `metadata` holds the user's device ids."""
-    drop_keys(draft, [key for key in draft.body if key not in MESSAGES_KEYS], ("metadata",))
-
-
-def limit_max_tokens(draft: BodyDraft) -> None:
-    """`max_tokens` is required; it is capped at the model's limit."""
-    limit = draft.model.max_output or DEFAULT_MAX_TOKENS
-    max_tokens = int_field(draft.body, "max_tokens")  # 0: only warms the cache
-    draft.body["max_tokens"] = limit if max_tokens is None else min(max_tokens, limit)
-
-
-def drop_billing_line(draft: BodyDraft) -> None:
-    """Claude Code's billing line changes with every request and defeats the prompt cache."""
-    system = draft.body.get("system")
-    if isinstance(system, list):
-        blocks = [b for b in system if isinstance(b, dict) and not is_billing_header(b)]
-        draft.body["system"] = [b for b in blocks if str(b.get("text") or "").strip()]
-    if not text_of(draft.body.get("system")).strip():
-        draft.body.pop("system", None)
-
-
-def keep_own_thinking(draft: BodyDraft) -> None:
-    """Thinking is sent back only with Anthropic's own signature; anything else is a 400."""
-    for message in draft.body["messages"]:
+def parts_of(messages: Iterable[Json]) -> Iterator[Json]:
+    for message in messages:
         content = message.get("content")
         if isinstance(content, list):
-            message["content"] = [part for part in content if not is_foreign_thinking(part)]
-
-
-def is_foreign_thinking(part: Any) -> bool:
-    if not isinstance(part, dict) or part.get("type") not in ("thinking", "redacted_thinking"):
-        return False
-    signature = part.get("signature") if part["type"] == "thinking" else part.get("data")
-    return (
-        not isinstance(signature, str) or not signature or signature.startswith(FOREIGN_SIGNATURES)
-    )
-
-
-def plain_documents(draft: BodyDraft) -> None:
-    for index, message in enumerate(draft.body["messages"]):
-        simplify_parts(message, f"messages.{index}")
-
-
-def simplify_parts(parent: Json, path: str) -> None:
-    """Text documents and tool references become text: only PDFs and text are known to work."""
-    content = parent.get("content")
-    if not isinstance(content, list):
-        return
-    parts: list[Any] = []
-    for index, part in enumerate(content):
-        where = f"{path}.content.{index}"
-        kind, source = part["type"], get_dict(part, "source")
-        if kind == "tool_result":
-            simplify_parts(part, where)
-        elif kind == "image" and source.get("type") == "base64":
-            # Clients send wrong media types, and the vendor checks.
-            data = need_str(source, "data", f"{where}.source")
-            media_type = str_field(source, "media_type", f"{where}.source") or ""
-            part["source"] = {**source, "media_type": image_type(data, media_type, where)}
-        if kind == "document" and source.get("type") in ("text", "content"):
-            parts += [text_part(block.text) for block in as_texts(part, where)]
-        elif kind == "tool_reference":
-            parts += [text_part(plain_text(read_tool_reference_part(part, where)))]
-        elif kind != "text" or part["text"].strip():
-            parts.append(part)
-    parent["content"] = parts
-
-
-def text_part(text: str) -> Json:
-    return {"type": "text", "text": text}
-
-
-def as_texts(part: Json, path: str) -> list[Text]:
-    texts = []
-    for block in read_document_part(part, path):
-        if isinstance(block, Document):
-            heading = f"[{block.title}]\n" if block.title else ""
-            texts.append(Text(heading + block.text))
-        elif isinstance(block, Text):
-            texts.append(block)
-    return texts
-
-
-EMPTY_SCHEMA: Json = {"type": "object", "properties": {}}
+            yield from (part for part in content if isinstance(part, dict))
 
 
 # The JSON Schema keywords that Gemini is known to accept; property names are not keywords.
-GOOGLE_KNOWN = (
+GOOGLE_KEYWORDS = (
     "anyOf", "description", "enum", "format", "items", "maxItems", "maxLength", "maximum",
     "minItems", "minLength", "minimum", "nullable", "pattern", "properties", "required",
     "title", "type",
@@ -7789,29 +7679,19 @@ GOOGLE_KNOWN = (
 
 def adapt_schema(schema: Json, google: bool) -> Json:
     """Without `$schema` and `$id`, arrays with items, for Gemini with known keywords only."""
-    adapted: Json = adapt_subschema(inline_refs(schema) if google else schema, google)
+    adapt = adapt_google_subschema if google else adapt_subschema
+    adapted: Json = map_schema(inline_refs(schema) if google else schema, adapt)
     return adapted
 
 
-def adapt_subschema(schema: Any, google: bool) -> Any:
-    if isinstance(schema, list):
-        return [adapt_subschema(item, google) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    adapted: Json = {}
-    for key, value in schema.items():
-        if key == "properties" and isinstance(value, dict):
-            adapted[key] = {name: adapt_subschema(item, google) for name, item in value.items()}
-        elif key in ("enum", "const", "default", "examples", "required"):
-            adapted[key] = value
-        elif key not in ("$schema", "$id"):
-            adapted[key] = adapt_subschema(value, google)
-    if adapted.get("type") == "array":
-        adapted.setdefault("items", {})
-    return adapt_google_schema(adapted) if google else adapted
+def adapt_subschema(schema: Json) -> Json:
+    if schema.get("type") == "array":
+        schema.setdefault("items", {})
+    return {key: value for key, value in schema.items() if key not in ("$schema", "$id")}
 
 
-def adapt_google_schema(schema: Json) -> Json:
+def adapt_google_subschema(schema: Json) -> Json:
+    schema = adapt_subschema(schema)
     kinds = schema.get("type")
     if "const" in schema:
         schema.setdefault("enum", [schema["const"]])
@@ -7824,150 +7704,109 @@ def adapt_google_schema(schema: Json) -> Json:
             del schema["type"]
     if schema.get("format") not in ("enum", "date-time"):
         schema.pop("format", None)
-    return {key: value for key, value in schema.items() if key in GOOGLE_KNOWN}
+    return {key: value for key, value in schema.items() if key in GOOGLE_KEYWORDS}
 
 
 TOOL_KEYS = ("name", "description", "input_schema", "cache_control")
+PLACEHOLDER_TOOL = {"name": "none", "description": "Do not call."}  # history with calls needs one
 
 
-def plain_tools(draft: BodyDraft) -> None:
+def adapt_messages_tools(draft: BodyDraft) -> None:
     """Custom tools with the keys every backend accepts; server-side tools are not available."""
     body = draft.body
     choice = dict_field(body, "tool_choice")
     tools, server_tools = [], []
-    for index, item in enumerate(list_field(body, "tools")):
-        tool = need_dict(item, f"tools.{index}")
-        path = f"tools.{index}"
+    for path, tool in dict_items(body, "tools"):
         kind = str_field(tool, "type", path) or "custom"
         name = str_field(tool, "name", path) or kind
-        schema = tool.get("input_schema")
-        if kind != "custom":
-            schema = client_tool_schema(kind)
-            if schema is None:
-                server_tools.append(name)
-                continue
+        schema = tool.get("input_schema") if kind == "custom" else client_tool_schema(kind)
+        if schema is None and kind != "custom":
+            server_tools.append(name)
+            continue
+        schema = adapt_schema(object_schema(schema, f"{path}.input_schema"), google=False)
         adapted = {key: tool[key] for key in TOOL_KEYS if tool.get(key) is not None}
-        adapted["name"] = wire_name(name)
-        adapted["input_schema"] = adapt_schema(object_schema(schema, f"{path}.input_schema"), False)
-        tools.append(adapted)
+        tools.append({**adapted, "name": wire_name(name), "input_schema": schema})
     forced = str_field(choice, "name", "tool_choice") or ""
     drop_hosted(server_tools, len(tools), forced, draft.dropped)
     if not tools and any(part.get("type") == "tool_use" for part in parts_of(body["messages"])):
-        tools = [{"name": "none", "description": "Do not call.", "input_schema": EMPTY_SCHEMA}]
-    if tools:
-        body["tools"] = tools
-        if forced:
-            body["tool_choice"] = {**choice, "name": wire_name(forced)}
-    else:
-        body.pop("tools", None)
-        body.pop("tool_choice", None)
+        tools = [{**PLACEHOLDER_TOOL, "input_schema": EMPTY_SCHEMA}]
+    if forced:
+        body["tool_choice"] = {**choice, "name": wire_name(forced)}
+    draft.set_tools(tools)
 
 
 def inline_messages_format(draft: BodyDraft) -> None:
     """Puts an output JSON schema into the prompt: Vertex backends refuse the field."""
-    body = draft.body
-    settings = dict(dict_field(body, "output_config"))
-    output_format = settings.pop("format", None) or body.get("output_format")
+    body, path = draft.body, "output_config.format"
+    output_format = dict_field(body, "output_config").get("format") or body.get("output_format")
     body.pop("output_format", None)
-    body["output_config"] = settings
-    if not output_format:
-        return
-    schema = dict_field(
-        need_dict(output_format, "output_config.format"), "schema", "output_config.format"
-    )
-    system = body.get("system") or []
-    blocks = [text_part(system)] if isinstance(system, str) else [*system]
-    body["system"] = [*blocks, text_part(output_instruction(OutputFormat(schema)))]
-    draft.dropped.append("output_config.format")
+    if output_format:
+        schema = dict_field(need_dict(output_format, path), "schema", path)
+        instruction = output_instruction(OutputFormat(schema))
+        body["system"] = [*as_parts(body.get("system")), text_part(instruction)]
+        draft.dropped.append(path)
 
 
 def adapt_thinking(draft: BodyDraft) -> None:
+    """`thinking` in the form that the model takes: a budget within its limits, or adaptive."""
     body, model = draft.body, draft.model
-    thinking = dict_field(body, "thinking")
-    settings = dict_field(body, "output_config")
+    thinking, settings = dict_field(body, "thinking"), dict_field(body, "output_config")
     effort = str_field(settings, "effort", "output_config")
-    kind = str_field(thinking, "type", "thinking")
-    adaptive = model.adaptive or "thinking" in draft.rejections
-    if is_forced(body.get("tool_choice") or {}):
-        body.pop("thinking", None)
-        kind = None
-    elif kind == "enabled":
-        adapt_budget(draft, thinking, adaptive)
-    elif kind == "adaptive" and not adaptive:
-        body.pop("thinking")
-        level = effort if effort in EFFORT_BUDGETS else "high"
-        body.update(write_thinking(level, None, model, body) if model.budget else {})
-    elif kind not in ("adaptive", "disabled"):
-        body.pop("thinking", None)
-    if body.get("thinking", {}).get("type") == "disabled" and not adaptive:
-        body.pop("thinking")
-    adapt_effort(draft)
-    adapt_sampling(draft, adaptive)
-
-
-def adapt_budget(draft: BodyDraft, thinking: Json, adaptive: bool) -> None:
-    """A thinking budget within the model's limits; none if there is no room for one."""
-    body, model = draft.body, draft.model
-    budget = int_field(thinking, "budget_tokens", "thinking") or 0
-    body.pop("thinking")
-    if budget <= 0:
-        return
-    if adaptive and (model.budget is None or "thinking" in draft.rejections):
+    is_allowed = not is_forced(body.get("tool_choice") or {})
+    kind = str_field(thinking, "type", "thinking") if is_allowed else None
+    budget_refused = "thinking" in draft.rejections
+    adaptive = model.adaptive or budget_refused
+    body.pop("thinking", None)
+    budget = 0
+    if kind == "enabled":
+        budget = int_field(thinking, "budget_tokens", "thinking") or 0
+    elif kind == "adaptive" and not adaptive and model.budget:
+        budget = EFFORT_BUDGETS.get(effort or "high", EFFORT_BUDGETS["high"])
+        thinking = {"type": "enabled"}
+    if kind in ("adaptive", "disabled") and adaptive:
+        body["thinking"] = thinking
+    elif budget > 0 and adaptive and (model.budget is None or budget_refused):
         body["thinking"] = {"type": "adaptive", "display": thinking.get("display", "summarized")}
-        settings = {"effort": effort_of_budget(budget), **dict_field(body, "output_config")}
-        body["output_config"] = settings
-        return
-    if needs_signed_turn(body["messages"]) or (model.budget is None and not model.guessed):
-        return
-    tokens = clamp_budget(budget, model.budget, body["max_tokens"])
-    if tokens is not None:
-        body["thinking"] = {**thinking, "budget_tokens": tokens}
+        body["output_config"] = {"effort": effort_of_budget(budget), **settings}
+    elif budget > 0 and (model.budget or model.guessed) and not needs_signed_turn(body["messages"]):
+        tokens = clamp_budget(budget, model.budget, body["max_tokens"])
+        if tokens is not None:
+            body["thinking"] = {**thinking, "budget_tokens": tokens}
+    adapt_effort(draft)
+    # No sampling parameters with thinking or on newer models; otherwise only one of the two.
+    thinks = body.get("thinking", {}).get("type") in ("enabled", "adaptive")
+    if thinks or adaptive or (claude_version(model.id) or (0, 0)) >= (4, 7):
+        draft.drop(("temperature", "top_p", "top_k"))
+    elif "temperature" in body:
+        draft.drop(["top_p"])
 
 
 def adapt_effort(draft: BodyDraft) -> None:
-    """`output_config.effort` as the model lists it, or none."""
-    body, model = draft.body, draft.model
-    settings = dict(dict_field(body, "output_config"))
-    effort = settings.pop("effort", None)
-    if isinstance(effort, str) and effort in EFFORTS:
-        listed = model.efforts
-        if get_dict(body, "thinking").get("type") == "disabled":
-            listed = tuple(item for item in listed if item not in ("xhigh", "max"))
-        level = clamp_effort(effort, listed)
-        if level and level not in draft.rejections.get("effort", ()):
-            settings["effort"] = level
-    # No backend knows the rest (task_budget).
-    body["output_config"] = {key: value for key, value in settings.items() if key == "effort"}
-    if not body["output_config"]:
-        body.pop("output_config")
-
-
-def adapt_sampling(draft: BodyDraft, adaptive: bool) -> None:
-    """No sampling parameters with thinking or on newer models; otherwise only one of the two."""
-    body = draft.body
-    version = claude_version(draft.model.id) or (0, 0)
-    thinks = get_dict(body, "thinking").get("type") in ("enabled", "adaptive")
-    if thinks or adaptive or version >= (4, 7):
-        drop_keys(draft, ("temperature", "top_p", "top_k"))
-    elif "temperature" in body and "top_p" in body:
-        drop_keys(draft, ("top_p",))
+    """`output_config.effort` as the model lists it; no backend knows other keys (task_budget)."""
+    body, efforts = draft.body, draft.model.efforts
+    effort = get_dict(body, "output_config").get("effort")
+    body.pop("output_config", None)
+    if body.get("thinking", {}).get("type") == "disabled":
+        efforts = tuple(item for item in efforts if item not in ("xhigh", "max"))
+    level = clamp_effort(effort, efforts) if effort in EFFORTS else None
+    if level and level not in draft.rejections.get("effort", ()):
+        body["output_config"] = {"effort": level}
 
 
 def limit_cache_breakpoints(draft: BodyDraft) -> None:
     """At most four plain cache breakpoints, none on thinking; the last ones are kept."""
     body = draft.body
-    candidates = list(parts_of([{"content": body.get("tools")}, {"content": body.get("system")}]))
+    candidates = [*body.get("tools", ()), *as_parts(body.get("system"))]
     message_parts = list(parts_of(body["messages"]))
     if body.pop("cache_control", None) and message_parts:
         message_parts[-1].setdefault("cache_control", {"type": "ephemeral"})
     for part in message_parts:
-        candidates += [inner for inner in parts_of([part]) if part.get("type") == "tool_result"]
+        candidates += [inner for inner in parts_of([part]) if part["type"] == "tool_result"]
         candidates.append(part)
     breakpoint_parts = []
     for candidate in candidates:
-        if candidate.pop("cache_control", None) is None:
-            continue
-        if candidate.get("type") not in ("thinking", "redacted_thinking"):
+        is_breakpoint = candidate.pop("cache_control", None) is not None
+        if is_breakpoint and candidate.get("type") not in THINKING_PARTS:
             breakpoint_parts.append(candidate)
     for candidate in breakpoint_parts[-MAX_CACHE_BREAKPOINTS:]:
         candidate["cache_control"] = {"type": "ephemeral"}
@@ -7975,84 +7814,61 @@ def limit_cache_breakpoints(draft: BodyDraft) -> None:
 
 def end_with_user(draft: BodyDraft) -> None:
     """A trailing assistant message is refused: asks to continue, like the official client."""
-    if not draft.body["messages"]:
+    messages = draft.body["messages"]
+    if not messages:
         raise InvalidRequest("messages: all messages are empty.", param="messages")
-    last = [message for message in draft.body["messages"] if message["role"] != "system"][-1:]
-    if last and last[0]["role"] == "assistant":
-        draft.body["messages"].append({"role": "user", "content": [text_part("Please continue.")]})
-
-
-def adapt_context_management(draft: BodyDraft) -> None:
-    """Context edits are supported by Claude models without the 1m window only."""
-    if "1m" in draft.model.id.split("-") and draft.body.pop("context_management", None):
-        draft.dropped.append("context_management")
+    roles = [message["role"] for message in messages if message["role"] != "system"]
+    if roles and roles[-1] == "assistant":
+        messages.append({"role": "user", "content": [text_part("Please continue.")]})
 
 
 def strip_rejected_fields(draft: BodyDraft) -> None:
-    paths = draft.rejections.get("field", ())
-    if paths:
-        dropped: dict[str, None] = {}
-        draft.body = without_fields(draft.body, field_tree(paths), dropped)
-        draft.dropped += dropped
+    for path in draft.rejections.get("field", ()):
+        body = without_field(draft.body, path.split("."))
+        if body != draft.body:
+            draft.body = body
+            draft.dropped.append(path)
 
 
-def field_tree(paths: Iterable[str]) -> Json:
-    """Dotted paths as nested objects, `{"a": {"b": "a.b"}}`, so that a body is walked only once."""
-    tree: Json = {}
-    for path in paths:
-        *steps, last = path.split(".")
-        node = tree
-        for step in steps:
-            node = node.setdefault(step, {})
-            if isinstance(node, str):
-                break  # its parent is refused already
-        else:
-            node[last] = path
-    return tree
-
-
-def without_fields(value: Any, tree: Json, dropped: dict[str, None]) -> Any:
-    """`value` without the fields at the leaves of `tree`; their paths are added to `dropped`.
+def without_field(value: Any, steps: list[str]) -> Any:
+    """A copy of `value` without the field at `steps`.
 
     Validators put an object's type into their paths, as in `tools.0.custom.strict`: such a step
     stays at the same object.  A tool without a type is a custom one.
     """
-    if isinstance(value, list) and "*" in tree:
-        return [without_fields(item, tree["*"], dropped) for item in value]
+    step, *rest = steps
+    if isinstance(value, list) and step == "*" and rest:
+        return [without_field(item, rest) for item in value]
     if not isinstance(value, dict):
         return value
-    value, kind = dict(value), value.get("type", "custom")
-    for step, subtree in tree.items():
-        if isinstance(subtree, str):
-            if value.pop(step, None) is not None:
-                dropped[subtree] = None
-        elif step == kind:
-            value = without_fields(value, subtree, dropped)
-        elif step in value:
-            value[step] = without_fields(value[step], subtree, dropped)
-    return value
+    if rest and step == value.get("type", "custom"):
+        return without_field(value, rest)
+    if step not in value:
+        return value
+    if rest:
+        return {**value, step: without_field(value[step], rest)}
+    return {key: item for key, item in value.items() if key != step}
 
 
 MESSAGES_RULES: tuple[Callable[[BodyDraft], None], ...] = (
-    check_messages, keep_messages_keys, limit_max_tokens, drop_billing_line, keep_own_thinking,
-    plain_documents, normalize_messages, plain_tools, inline_messages_format, adapt_thinking,
-    adapt_context_management, end_with_user, limit_cache_breakpoints, strip_rejected_fields,
+    adapt_messages_fields, normalize_messages, adapt_messages_tools,
+    inline_messages_format, adapt_thinking, end_with_user, limit_cache_breakpoints,
+    strip_rejected_fields,
 )  # fmt: skip
 
-CHAT_REFUSED_KEYS = ("service_tier", "store", "metadata", "prompt_cache_options", "moderation")
+CHAT_REFUSED_KEYS = (
+    "cache_control", "chat_template_kwargs", "enable_thinking", "input", "max_output_tokens",
+    "metadata", "moderation", "prompt_cache_options", "reasoning", "service_tier", "store",
+    "thinking", "top_k",
+)  # fmt: skip
 CHAT_OPENAI_ONLY = (
     "logit_bias", "logprobs", "n", "parallel_tool_calls", "prediction", "prompt_cache_key",
     "prompt_cache_retention", "safety_identifier", "seed", "top_logprobs", "user", "verbosity",
     "web_search_options",
 )  # fmt: skip
-CHAT_FOREIGN_KEYS = (
-    "cache_control", "chat_template_kwargs", "enable_thinking", "input", "max_output_tokens",
-    "reasoning", "thinking", "top_k",
-)  # fmt: skip
 # Clients echo fields of earlier responses; the upstream knows only these.
 CHAT_MESSAGE_KEYS = (
-    "role", "content", "name", "tool_calls", "tool_call_id", "reasoning_text",
-    "reasoning_opaque",
+    "role", "content", "name", "tool_calls", "tool_call_id", "reasoning_text", "reasoning_opaque"
 )  # fmt: skip
 
 
@@ -8060,141 +7876,117 @@ def is_openai(model: Model) -> bool:
     return "OpenAI" in model.vendor or (not model.vendor and not model.id.startswith("gemini"))
 
 
-def keep_chat_keys(draft: BodyDraft) -> None:
-    drop_keys(draft, (*CHAT_REFUSED_KEYS, *CHAT_FOREIGN_KEYS))
-    if not is_openai(draft.model):
+def adapt_chat_fields(draft: BodyDraft) -> None:
+    """Drops refused fields, caps the output, and asks for the usage of every stream."""
+    model = draft.model
+    draft.drop(CHAT_REFUSED_KEYS)
+    if not is_openai(model):
         if (int_field(draft.body, "n") or 1) > 1:
             raise UnsupportedFeature("n: only one choice is offered on this model.", param="n")
-        drop_keys(draft, CHAT_OPENAI_ONLY, ("n",))
-    draft.body = present(draft.body)
-
-
-def adapt_chat_limits(draft: BodyDraft) -> None:
-    body, model = draft.body, draft.model
+        draft.drop(CHAT_OPENAI_ONLY, ("n",))
+    body = draft.body = without_nulls(draft.body)
     max_tokens = int_field(body, "max_completion_tokens") or int_field(body, "max_tokens")
-    body.pop("max_tokens", None)
-    body.pop("max_completion_tokens", None)
-    limit = model.max_output
-    if limit:
-        max_tokens = min(max_tokens or limit, limit)
+    for key in ("max_completion_tokens", "max_tokens", "stream_options"):
+        body.pop(key, None)
+    if model.max_output:
+        max_tokens = min(max_tokens or model.max_output, model.max_output)
     if max_tokens:
-        key = "max_completion_tokens" if REASONING_GPT.match(model.id) else "max_tokens"
-        body[key] = max_tokens
-
-
-def adapt_chat_sampling(draft: BodyDraft) -> None:
-    body, model = draft.body, draft.model
-    effort = body.pop("reasoning_effort", None)
-    if isinstance(effort, str) and effort in EFFORTS:
-        level = clamp_effort(effort, model.efforts)
-        if level in draft.rejections.get("effort", ()):
-            return
-        if level:
-            body["reasoning_effort"] = level
-        elif model.budget and effort != "none":
-            limit = body.get("max_tokens") or DEFAULT_MAX_TOKENS
-            budget = clamp_budget(EFFORT_BUDGETS[effort], model.budget, limit)
-            if budget:
-                body["thinking_budget"] = budget
-    is_reasoning = REASONING_GPT.match(model.id) and body.get("reasoning_effort") != "none"
-    version = claude_version(model.id)
-    for key in ("temperature", "top_p"):
-        conflicts = version is not None and key == "top_p" and "temperature" in body
-        if is_reasoning or conflicts or (version or (0, 0)) >= (4, 7):
-            drop_keys(draft, [key])
-    if REASONING_GPT.match(model.id):
-        body.pop("stop", None)  # the gateway cuts instead
-
-
-def adapt_chat_tools(draft: BodyDraft) -> None:
-    body = draft.body
-    tools = list_field(body, "tools")
-    if len(tools) > MAX_TOOLS:
-        raise UnsupportedFeature(
-            f"tools: {len(tools)} are too many, Copilot takes {MAX_TOOLS}; switch some off.",
-            param="tools",
-        )
-    adapted = []
-    for index, item in enumerate(tools):
-        tool = need_dict(item, f"tools.{index}")
-        function = dict_field(tool, "function", f"tools.{index}") or tool
-        name = wire_name(need_str(function, "name", f"tools.{index}.function"))
-        schema = function.get("parameters", function.get("input_schema"))
-        schema = object_schema(schema, f"tools.{index}.function.parameters")
-        schema = adapt_schema(schema, draft.model.vendor == "Google")
-        entry = {"name": name, "description": function.get("description"), "parameters": schema}
-        if isinstance(function.get("strict"), bool) and is_openai(draft.model):
-            entry["strict"] = function["strict"]
-        entry = {key: value for key, value in entry.items() if value}
-        adapted.append({"type": "function", "function": entry})
-    has_calls = any(message.get("tool_calls") for message in body["messages"])
-    if not adapted and has_calls and not is_openai(draft.model):
-        placeholder = {"name": "none", "description": "Do not call.", "parameters": EMPTY_SCHEMA}
-        adapted = [{"type": "function", "function": placeholder}]
-    if not adapted:
-        for key in ("tools", "tool_choice", "parallel_tool_calls"):
-            body.pop(key, None)
-        return
-    body["tools"] = adapted
-    choice = body.get("tool_choice")
-    function = get_dict(choice, "function") if isinstance(choice, dict) else {}
-    if function:
-        chosen_name = wire_name(need_str(function, "name", "tool_choice.function"))
-        body["tool_choice"] = {"type": "function", "function": {"name": chosen_name}}
+        is_reasoning = REASONING_GPT.match(model.id)
+        body["max_completion_tokens" if is_reasoning else "max_tokens"] = max_tokens
+    if body.get("stream"):
+        body["stream_options"] = {"include_usage": True}
+    if not dict_field(body, "prediction").get("content"):
+        body.pop("prediction", None)
 
 
 def adapt_chat_messages(draft: BodyDraft) -> None:
     model = draft.model
     messages: list[Json] = []
-    tool_images: list[Json] = []
-    for message in draft.body["messages"]:
-        role = message["role"]
-        adapted = {key: message[key] for key in CHAT_MESSAGE_KEYS if message.get(key) is not None}
-        if role == "developer" and not REASONING_GPT.match(model.id):
-            adapted["role"] = "system"
+    tool_images: list[Json] = []  # of the tool results since the last other message
+    for path, message in dict_items(draft.body, "messages"):
+        role = need_str(message, "role", path)
         if role != "tool" and tool_images:
             messages.append({"role": "user", "content": tool_images})
             tool_images = []
+        adapted = {key: message[key] for key in CHAT_MESSAGE_KEYS if message.get(key) is not None}
+        if role == "developer" and not REASONING_GPT.match(model.id):
+            adapted["role"] = "system"
         if not adapted.get("content") and isinstance(message.get("refusal"), str):
             adapted["content"] = message["refusal"]
-        if model.vendor == "Anthropic" and has_cache_breakpoint(message):
+        # opencode marks messages and parts
+        marked = [part for part in (message, *parts_of([message])) if part.get("cache_control")]
+        if marked and model.vendor == "Anthropic":
             adapted["copilot_cache_control"] = {"type": "ephemeral"}
-        adapt_chat_content(adapted, model, tool_images)
-        if adapted.get("tool_calls"):
-            adapted["tool_calls"] = [adapt_call(call) for call in adapted["tool_calls"]]
-        else:
-            adapted.pop("tool_calls", None)
-        if role == "assistant" and not adapted.get("content") and "tool_calls" not in adapted:
-            continue
-        messages.append(adapted)
+        tool_images += adapt_chat_content(adapted, model, f"{path}.content")
+        adapted.pop("tool_calls", None)
+        calls = [adapt_chat_call(*row) for row in dict_items(message, "tool_calls", path)]
+        if calls:
+            adapted["tool_calls"] = calls
+        if role != "assistant" or adapted.get("content") or calls:
+            messages.append(adapted)
     if tool_images:
         messages.append({"role": "user", "content": tool_images})
     if not messages:
         raise InvalidRequest("messages: all messages are empty.", param="messages")
-    breakpoint_messages = [message for message in messages if "copilot_cache_control" in message]
-    if model.vendor == "Anthropic" and not breakpoint_messages and is_multi_turn(draft.body):
-        add_chat_cache_breakpoints(messages)
-    for message in breakpoint_messages[:-MAX_CACHE_BREAKPOINTS]:
-        del message["copilot_cache_control"]
+    if model.vendor == "Anthropic":
+        set_chat_cache_breakpoints(messages, is_multi_turn(draft.body))
     draft.body["messages"] = join_neighbours(messages) if model.vendor == "Google" else messages
 
 
-def add_chat_cache_breakpoints(messages: list[Json]) -> None:
-    """Like `add_cache_breakpoints`, on entire messages (as seen in other gateways, 2026-08)."""
-    system_count = next(
-        (index for index, message in enumerate(messages) if message["role"] != "system"),
-        len(messages),
-    )
-    turns = [message for message in messages[system_count:] if message["role"] in ("user", "tool")]
-    for message in (*messages[:system_count][-1:], *turns[-2:]):
-        message["copilot_cache_control"] = {"type": "ephemeral"}
+def adapt_chat_content(message: Json, model: Model, path: str) -> list[Json]:
+    """Drops blank parts of a message's content; returns the images of a tool result."""
+    role, content = message["role"], message.get("content")
+    tool_images: list[Json] = []
+    if content is not None and not isinstance(content, str):
+        parts = [
+            {key: value for key, value in part.items() if key != "cache_control"}
+            for part_path, part, kind in read_native_parts(content, path)
+            if kind != "text" or need_str(part, "text", part_path).strip()
+        ]
+        images = [part for part in parts if part["type"] == "image_url"]
+        if role == "tool" and images:
+            heading = text_part(f"Image from tool call {message.get('tool_call_id')}:")
+            tool_images = [heading, *images]
+            parts = [part for part in parts if part["type"] != "image_url"]
+            parts = parts or [text_part("[image in next message]")]
+        # Claude responds to its own earlier turn again if that is a list (seen in pi, 2026).
+        is_string = role == "tool" or (role == "assistant" and not is_openai(model))
+        content = message["content"] = text_of(parts) if is_string else parts
+    if not (content.strip() if isinstance(content, str) else content):
+        if message.get("tool_calls"):
+            message["content"] = None
+        elif role == "assistant":
+            message.pop("content", None)
+        else:
+            message["content"] = "(no output)" if role == "tool" else "(empty message)"
+    return tool_images
 
 
-def has_cache_breakpoint(message: Json) -> bool:
-    """Whether a message or one of its parts has a cache breakpoint (opencode marks both)."""
-    content = message.get("content")
-    parts = content if isinstance(content, list) else []
-    return any(isinstance(part, dict) and part.get("cache_control") for part in (message, *parts))
+def adapt_chat_call(path: str, call: Json) -> Json:
+    """A call in the history, with its type and with arguments that are valid JSON text."""
+    function = function_of(call, path)
+    name = wire_name(need_str(function, "name", f"{path}.function"))
+    arguments = function.get("arguments", function.get("input"))
+    text = arguments if isinstance(arguments, str) else dump_text(arguments or {})
+    function = {"name": name, "arguments": whole_arguments(text)}
+    adapted = {"id": str_field(call, "id", path), "index": call.get("index"), "type": "function"}
+    return without_nulls({**adapted, "function": function})
+
+
+def set_chat_cache_breakpoints(messages: list[Json], is_multi_turn: bool) -> None:
+    """At most four cache breakpoints; if the client set none, like `add_cache_breakpoints`.
+
+    They are set on entire messages (as seen in other gateways, 2026-08).
+    """
+    marked = [message for message in messages if "copilot_cache_control" in message]
+    for message in marked[:-MAX_CACHE_BREAKPOINTS]:
+        del message["copilot_cache_control"]
+    if not marked and is_multi_turn:
+        roles = [message["role"] for message in messages]
+        system_count = next((i for i, role in enumerate(roles) if role != "system"), len(roles))
+        turns = [message for message in messages if message["role"] in ("user", "tool")]
+        for message in (*messages[:system_count][-1:], *turns[-2:]):
+            message["copilot_cache_control"] = {"type": "ephemeral"}
 
 
 def join_neighbours(messages: list[Json]) -> list[Json]:
@@ -8207,98 +7999,93 @@ def join_neighbours(messages: list[Json]) -> list[Json]:
             groups[-1].append(message)
         else:
             groups.append([message])
-    return [join_messages(group) for group in groups]
+    joined = []
+    for first, *others in groups:
+        if others:
+            contents = [message["content"] for message in (first, *others)]
+            first = {**first, "content": [part for item in contents for part in as_parts(item)]}
+            if all(isinstance(content, str) for content in contents):
+                first["content"] = "\n\n".join(contents)
+        joined.append(first)
+    return joined
 
 
-def join_messages(group: list[Json]) -> Json:
-    if len(group) == 1:
-        return group[0]
-    contents = [message["content"] for message in group]
-    if all(isinstance(content, str) for content in contents):
-        return {**group[0], "content": "\n\n".join(contents)}
-    part_lists = [
-        [text_part(content)] if isinstance(content, str) else content for content in contents
-    ]
-    return {**group[0], "content": [part for parts in part_lists for part in parts]}
+def adapt_chat_tools(draft: BodyDraft) -> None:
+    body = draft.body
+    count = len(list_field(body, "tools"))
+    if count > MAX_TOOLS:
+        problem = f"{count} are more than the {MAX_TOOLS} that Copilot accepts; disable some."
+        raise UnsupportedFeature(f"tools: {problem}", param="tools")
+    tools = []
+    for path, tool in dict_items(body, "tools"):
+        function = dict_field(tool, "function", path) or tool
+        name = wire_name(need_str(function, "name", f"{path}.function"))
+        schema = function.get("parameters", function.get("input_schema"))
+        schema = object_schema(schema, f"{path}.function.parameters")
+        schema = adapt_schema(schema, draft.model.vendor == "Google")
+        entry = {"name": name, "description": function.get("description"), "parameters": schema}
+        entry = {key: value for key, value in entry.items() if value}
+        if function.get("strict") is True and is_openai(draft.model):
+            entry["strict"] = True
+        tools.append({"type": "function", "function": entry})
+    has_calls = any(message.get("tool_calls") for message in body["messages"])
+    if not tools and has_calls and not is_openai(draft.model):
+        placeholder = {**PLACEHOLDER_TOOL, "parameters": EMPTY_SCHEMA}
+        tools = [{"type": "function", "function": placeholder}]
+    choice = body.get("tool_choice")
+    function = get_dict(choice, "function") if isinstance(choice, dict) else {}
+    if function:
+        name = wire_name(need_str(function, "name", "tool_choice.function"))
+        body["tool_choice"] = {"type": "function", "function": {"name": name}}
+    draft.set_tools(tools)
 
 
-def adapt_chat_content(message: Json, model: Model, tool_images: list[Json]) -> None:
-    """Drops blank parts from a message's content; images of a tool result go into `tool_images`."""
-    content = message.get("content")
-    role = message["role"]
-    if isinstance(content, list):
-        parts = [
-            {key: value for key, value in part.items() if key != "cache_control"}
-            for part in content
-        ]
-        parts = [part for part in parts if part.get("type") != "text" or part["text"].strip()]
-        images = [part for part in parts if part.get("type") == "image_url"]
-        if role == "tool" and images:
-            call_id = message.get("tool_call_id")
-            tool_images += [text_part(f"Image from tool call {call_id}:"), *images]
-            parts = [part for part in parts if part.get("type") != "image_url"]
-            parts = parts or [text_part("[image in next message]")]
-        # Claude responds to its own earlier turn again if that is a list (seen in pi, 2026).
-        if role == "tool" or (role == "assistant" and not is_openai(model)):
-            message["content"] = text_of(parts)
-        else:
-            message["content"] = parts
-    if not message.get("content") or not has_content(message["content"]):
-        if message.get("tool_calls"):
-            message["content"] = None
-        elif role != "assistant":
-            message["content"] = "(no output)" if role == "tool" else "(empty message)"
-        else:
-            message.pop("content", None)
-
-
-def has_content(content: Any) -> bool:
-    return bool(content.strip()) if isinstance(content, str) else bool(content)
-
-
-def adapt_call(call: Json) -> Json:
-    """A call in the history, with its type and with arguments that are valid JSON text."""
-    function = function_of(call, "tool_calls")
-    arguments = function.get("arguments", function.get("input"))
-    text = arguments if isinstance(arguments, str) else dump_text(arguments or {})
-    if load_object(text) is None:
-        text = dump_text(parse_arguments(text))
-    adapted_function = {"name": wire_name(function["name"]), "arguments": text}
-    adapted = {"id": call.get("id"), "index": call.get("index"), "type": "function"}
-    return present({**adapted, "function": adapted_function})
+def adapt_chat_reasoning(draft: BodyDraft) -> None:
+    """Effort or a thinking budget as the model takes it, and what is refused beside them."""
+    body, model = draft.body, draft.model
+    effort = body.pop("reasoning_effort", None)
+    level = clamp_effort(effort, model.efforts) if effort in EFFORTS else None
+    if level:
+        if level not in draft.rejections.get("effort", ()):
+            body["reasoning_effort"] = level
+    elif model.budget and effort in EFFORTS and effort != "none":
+        limit = body.get("max_tokens") or DEFAULT_MAX_TOKENS
+        budget = clamp_budget(EFFORT_BUDGETS[effort], model.budget, limit)
+        if budget:
+            body["thinking_budget"] = budget
+    is_reasoning = REASONING_GPT.match(model.id) and body.get("reasoning_effort") != "none"
+    version = claude_version(model.id)
+    if is_reasoning or (version or (0, 0)) >= (4, 7):
+        draft.drop(("temperature", "top_p"))
+    elif version and "temperature" in body:
+        draft.drop(["top_p"])
+    if REASONING_GPT.match(model.id):
+        body.pop("stop", None)  # the gateway cuts instead
 
 
 def inline_response_format(draft: BodyDraft) -> None:
-    response_format = draft.body.get("response_format")
-    if not response_format or is_openai(draft.model):
+    if is_openai(draft.model):
         return
-    draft.body.pop("response_format")
-    entry = get_dict(need_dict(response_format, "response_format"), "json_schema")
-    if response_format.get("type") == "text":
+    response_format = draft.body.pop("response_format", None)
+    if not response_format:
         return
-    schema = entry.get("schema") if response_format.get("type") == "json_schema" else None
-    instruction = output_instruction(OutputFormat(schema if isinstance(schema, dict) else None))
+    kind = need_dict(response_format, "response_format").get("type")
+    if kind == "text":
+        return
+    schema = get_dict(response_format, "json_schema").get("schema")
+    is_schema = kind == "json_schema" and isinstance(schema, dict)
+    instruction = output_instruction(OutputFormat(schema if is_schema else None))
     messages = draft.body["messages"]
-    system = {"role": "system", "content": instruction}
-    if messages[0].get("role") == "system" and isinstance(messages[0].get("content"), str):
-        system["content"] = f"{messages[0]['content']}\n\n{instruction}"
+    if messages[0]["role"] == "system" and isinstance(messages[0]["content"], str):
+        instruction = f"{messages[0]['content']}\n\n{instruction}"
         messages = messages[1:]
-    draft.body["messages"] = [system, *messages]
+    draft.body["messages"] = [{"role": "system", "content": instruction}, *messages]
     draft.dropped.append("response_format")
 
 
-def request_usage(draft: BodyDraft) -> None:
-    """Every stream reports usage, whether the client asked for it or not."""
-    draft.body.pop("stream_options", None)
-    if draft.body.get("stream"):
-        draft.body["stream_options"] = {"include_usage": True}
-    if not dict_field(draft.body, "prediction").get("content"):
-        draft.body.pop("prediction", None)
-
-
 CHAT_RULES: tuple[Callable[[BodyDraft], None], ...] = (
-    check_messages, keep_chat_keys, adapt_chat_limits, adapt_chat_messages, adapt_chat_tools,
-    adapt_chat_sampling, inline_response_format, request_usage, strip_rejected_fields,
+    adapt_chat_fields, adapt_chat_messages, adapt_chat_tools, adapt_chat_reasoning,
+    inline_response_format, strip_rejected_fields,
 )  # fmt: skip
 RESPONSES_KEYS = (
     "context_management", "include", "input", "instructions", "max_output_tokens", "model",
@@ -8306,88 +8093,101 @@ RESPONSES_KEYS = (
     "text", "tool_choice", "tools", "top_p", "truncation",
 )  # fmt: skip
 ENCRYPTED_REASONING = "reasoning.encrypted_content"
-
-
 CALL_ITEMS = ("function_call", "custom_tool_call", "tool_search_call", *CLIENT_CALLS)
 
 
-def check_items(draft: BodyDraft) -> None:
-    """Refuses, with a clearer message, what the responses endpoint would refuse."""
-    refuse_state(draft.body)
-    for index, item in enumerate(input_items(draft.body)):
-        if item_kind(item) == "item_reference":
-            raise InvalidRequest(
-                f"input.{index}: items are not stored here; send the item itself.",
-                param=f"input.{index}",
-                code="invalid_item_reference",
-            )
-        if not item_kind(item):
-            raise InvalidRequest(f"input.{index}.type: is required.", param=f"input.{index}.type")
+def adapt_responses_fields(draft: BodyDraft) -> None:
+    """Drops keys that Copilot refuses; nothing is stored, so reasoning has to come encrypted.
 
-
-def keep_responses_keys(draft: BodyDraft) -> None:
-    """Keeps the keys Copilot accepts; nothing is stored, so reasoning has to come encrypted."""
+    Tools that Codex declares inside the conversation (seen in 0.169 for GPT-5.6, 2026-11) become
+    ordinary ones.
+    """
     body = draft.body
-    silent = (*RESPONSES_SILENT, "metadata", "stream_options")
-    drop_keys(draft, [key for key in body if key not in RESPONSES_KEYS], silent)
+    refuse_state(body)
+    for index, item in enumerate(input_items(body)):
+        path = f"input.{index}"
+        if item_kind(item) == "item_reference":
+            problem = "items are not stored here; send the item itself."
+            code = "invalid_item_reference"
+            raise InvalidRequest(f"{path}: {problem}", param=path, code=code)
+        if not item_kind(item):
+            raise InvalidRequest(f"{path}.type: is required.", param=f"{path}.type")
+    unreported = (*RESPONSES_SILENT, "metadata", "stream_options")
+    draft.drop([key for key in body if key not in RESPONSES_KEYS], unreported)
     body.update(store=False, include=[ENCRYPTED_REASONING])
     cache_key = body.get("prompt_cache_key")
     if isinstance(cache_key, str) and len(cache_key) > 64:
         body["prompt_cache_key"] = short_hash(cache_key, 64)
-
-
-def offer_added_tools(draft: BodyDraft) -> None:
-    """Tools that Codex declares inside the conversation (seen in 0.169 for GPT-5.6, 2026-11)."""
-    body = draft.body
     if isinstance(body["input"], list):
         body["tools"] = all_tools(body)
-        body["input"] = [item for item in body["input"] if item_kind(item) != "additional_tools"]
 
 
 def adapt_items(draft: BodyDraft) -> None:
     """Items without the ids that Copilot issues and then refuses, each call with its output."""
     if not isinstance(draft.body["input"], list):
         return
-    items: list[Json] = []
-    for index, item in enumerate(draft.body["input"]):
-        kind = item_kind(item)
-        encrypted = get_str(item, "encrypted_content")
-        if kind in CALL_ITEMS or kind.endswith("_output"):
-            item["call_id"] = wire_id(need_str(item, "call_id", f"input.{index}"))
-        if kind == "function_call":
-            value = item.get("arguments")
-            text = value if isinstance(value, str) else "" if value is None else dump_text(value)
-            item["arguments"] = whole_arguments(text)
-        if kind == "reasoning" and (not encrypted or encrypted.startswith(FOREIGN_SIGNATURES)):
-            continue
-        if kind in HOSTED_ITEMS:
-            summary = hosted_words(item)
-            draft.dropped += [] if summary else [f"input.{kind}"]
-            item = {"type": "message", "role": "assistant", "content": f"[{kind}: {summary}]"}
-            if not summary:
-                continue
-            kind = "message"
-        item.pop("id", None)
-        if kind == "reasoning":
-            item.pop("content", None)
-            item.pop("status", None)
-            item["summary"] = item.get("summary") or []
-        elif kind == "message" and not adapt_message(item, f"input.{index}.content"):
-            continue  # an empty one would be refused
-        item = present(item)
-        if kind in ("function_call", "custom_tool_call"):
-            item["name"] = wire_name(need_str(item, "name", f"input.{index}"))
-        if isinstance(item.get("namespace"), str):
-            item["namespace"] = wire_name(item["namespace"])
-        items.append(item)
-    normalized = normalize_items(items)
-    if not normalized:
+    adapted = [
+        adapt_item(without_nulls(item), f"input.{index}", draft.dropped)
+        for index, item in enumerate(draft.body["input"])
+    ]
+    items = normalize_items([item for item in adapted if item])
+    if not items:
         raise InvalidRequest("input: the conversation says nothing.", param="input")
     draft.body["input"] = [
         item
-        for item, next_item in zip(normalized, [*normalized[1:], {}])  # noqa: B905 - of one length
+        for item, next_item in zip(items, [*items[1:], {}])  # noqa: B905 - of one length
         if item_kind(item) != "reasoning" or is_model_output(next_item)
     ]
+
+
+def adapt_item(item: Json, path: str, dropped: list[str]) -> Json | None:
+    """An item of `input`; None if Copilot would refuse it or nothing is left of it."""
+    kind = item_kind(item)
+    if kind in HOSTED_ITEMS:
+        summary = hosted_words(item)
+        if not summary:
+            dropped.append(f"input.{kind}")
+            return None
+        return {"type": "message", "role": "assistant", "content": f"[{kind}: {summary}]"}
+    item.pop("id", None)
+    if kind in CALL_ITEMS or kind.endswith("_output"):
+        item["call_id"] = wire_id(need_str(item, "call_id", path))
+    if kind in ("function_call", "custom_tool_call"):
+        item["name"] = wire_name(need_str(item, "name", path))
+    if isinstance(item.get("namespace"), str):
+        item["namespace"] = wire_name(item["namespace"])
+    if kind == "function_call":
+        value = item.get("arguments", "")
+        item["arguments"] = whole_arguments(value if isinstance(value, str) else dump_text(value))
+    elif kind == "reasoning":
+        if not is_native_signature(item.get("encrypted_content")):
+            return None
+        item["summary"] = item.get("summary") or []
+        for key in ("content", "status"):
+            item.pop(key, None)
+    elif kind == "message":
+        return adapt_message(item, f"{path}.content")
+    return None if kind == "additional_tools" else item
+
+
+def adapt_message(item: Json, path: str) -> Json | None:
+    """Drops empty text and fills in the detail of images; None if nothing is left."""
+    content = item.get("content")
+    if isinstance(content, str):
+        return item if content.strip() else None
+    if content is not None and not isinstance(content, list):
+        raise wrong_type(path, "a string or a list of parts")
+    parts = []
+    for part in content or ():
+        if isinstance(part, dict):
+            part = without_nulls(part)
+            if part.get("type") == "input_image" and part.get("detail") not in ("low", "high"):
+                part["detail"] = "auto"
+            text = part.get("text", part.get("refusal"))
+            if isinstance(text, str) and not text.strip():
+                continue
+        parts.append(part)
+    return {**item, "content": parts} if parts else None
 
 
 def is_model_output(item: Json) -> bool:
@@ -8396,132 +8196,88 @@ def is_model_output(item: Json) -> bool:
     return kind in (*CALL_ITEMS, "reasoning") or item.get("role") == "assistant"
 
 
-def adapt_message(item: Json, path: str) -> bool:
-    """Drops empty text and fills in the detail of images; False if nothing is left."""
-    content = item.get("content")
-    if isinstance(content, str):
-        return bool(content.strip())
-    if content is not None and not isinstance(content, list):
-        raise wrong_type(path, "a string or a list of parts")
-    parts = []
-    for part in content or ():
-        if isinstance(part, dict):
-            part = present(part)
-            is_image = part.get("type") == "input_image"
-            if is_image and part.get("detail") not in ("low", "high"):
-                part["detail"] = "auto"
-            text = part.get("text", part.get("refusal"))
-            if isinstance(text, str) and not text.strip():
-                continue
-        parts.append(part)
-    item["content"] = parts
-    return bool(parts)
-
-
 def normalize_items(items: list[Json]) -> list[Json]:
-    """Puts each call's output directly after the calls; a missing output is filled in."""
+    """Puts the outputs of consecutive calls directly after them, as text, then their images.
+
+    A missing output is filled in, and reused call ids are made distinct.
+    """
     outputs: defaultdict[str, deque[Json]] = defaultdict(deque)
-    calls: defaultdict[str, int] = defaultdict(int)
+    calls: Counter[str] = Counter()
     for item in items:
         if item_kind(item).endswith("_output"):
             outputs[item["call_id"]].append(item)
         elif item_kind(item) in CALL_ITEMS:
             calls[item["call_id"]] += 1
+    calls_left, call_ids = calls.copy(), CallIds()
     normalized: list[Json] = []
-    pending: list[Json] = []
-    call_ids = CallIds()
+    pending: list[Json] = []  # outputs of the calls since the last other item
+    images: list[Json] = []
     for item in [*items, {}]:
-        kind = item_kind(item) if item else ""
-        if pending and kind not in (*CALL_ITEMS, "reasoning"):
-            normalized += collect_outputs(pending, outputs, calls, call_ids)
-            pending = []
+        kind = item_kind(item)
+        if kind not in (*CALL_ITEMS, "reasoning"):
+            normalized += pending
+            normalized += [{"type": "message", "role": "user", "content": images}] if images else []
+            pending, images = [], []
         if kind in CALL_ITEMS:
-            pending.append(item)
+            call_id = item["call_id"]
+            calls_left[call_id] -= 1
+            queue = outputs[call_id]
+            # The last call with an id gets all that is left.
+            count = min(1, len(queue)) if calls_left[call_id] else len(queue)
+            call = {**item, "call_id": call_ids.add(call_id)}
+            output, output_images = join_outputs(call, [queue.popleft() for _ in range(count)])
+            normalized.append(call)
+            pending.append(output)
+            images += output_images
         elif kind.endswith("_output"):
-            if item["call_id"] not in calls:
+            if not calls[item["call_id"]]:
                 heading = f"[tool output for unknown call {item['call_id']}]"
                 text = f"{heading}\n{text_of(item.get('output'))}".strip()
-                parts = [{"type": "input_text", "text": text}, *visible_parts(item.get("output"))]
+                parts = [{"type": "input_text", "text": text}, *visible_parts(item)]
                 normalized.append({"type": "message", "role": "user", "content": parts})
-            continue
-        if item:
+        elif item:
             normalized.append(item)
     return normalized
 
 
-def visible_parts(output: Any) -> list[Json]:
-    items = [item for item in output if isinstance(item, dict)] if isinstance(output, list) else []
-    parts = [dict(item) for item in items if item.get("type") not in ("input_text", "output_text")]
-    for item in parts:
-        if item.get("type") == "input_image":
-            item["detail"] = item.get("detail") or "auto"
+def visible_parts(item: Json) -> list[Json]:
+    """The parts of an output that are not text."""
+    output = item.get("output")
+    parts = []
+    for part in output if isinstance(output, list) else ():
+        if isinstance(part, dict) and part.get("type") not in ("input_text", "output_text"):
+            is_image = part.get("type") == "input_image"
+            parts.append({**part, "detail": part.get("detail") or "auto"} if is_image else {**part})
     return parts
 
 
-def tool_output_text(item: Json) -> str:
-    """A tool's output as text; an object is written as JSON."""
-    output = item.get("output")
-    return dump_text(output) if isinstance(output, dict) else text_of(output)
-
-
-def collect_outputs(
-    pending: list[Json],
-    outputs: dict[str, deque[Json]],
-    calls: dict[str, int],
-    call_ids: CallIds,
-) -> list[Json]:
-    """Outputs as text, then a message with their images; reused call ids are made distinct."""
-    output_items: list[Json] = []
-    image_parts: list[Json] = []
-    for call in pending:
-        call_id = call["call_id"]
-        calls[call_id] -= 1
-        queue = outputs[call_id]
-        results = [queue.popleft()] if queue else []
-        if not calls[call_id]:
-            results += queue
-        call["call_id"] = call_ids.add(call_id)
-        images = [part for item in results for part in visible_parts(item.get("output"))]
-        text = "\n\n".join(filter(str.strip, (tool_output_text(item) for item in results)))
-        if images:
-            heading = f"From tool call {call['call_id']}:"
-            image_parts += [{"type": "input_text", "text": heading}, *images]
-        kind = "function_call_output"
-        if item_kind(call) == "custom_tool_call":
-            kind = "custom_tool_call_output"
-        notice = "[in the next message]" if images else "(no output)" if results else INTERRUPTED
-        output_items.append({"type": kind, "call_id": call["call_id"], "output": text or notice})
-    if image_parts:
-        output_items.append({"type": "message", "role": "user", "content": image_parts})
-    return output_items
-
-
-def adapt_responses_choice(choice: Json, server_tools: set[str], path: str) -> Json:
-    adapted = {**choice}
-    name = str_field(choice, "name", path)
-    if name:
-        adapted["name"] = wire_name(name)
-    if "tools" in choice:
-        adapted["tools"] = []
-        for index, item in enumerate(list_field(choice, "tools", path)):
-            where = f"{path}.tools.{index}"
-            tool = need_dict(item, where)
-            if str_field(tool, "type", where) not in server_tools:
-                adapted["tools"].append(adapt_responses_choice(tool, server_tools, where))
-    return adapted
+def join_outputs(call: Json, outputs: list[Json]) -> tuple[Json, list[Json]]:
+    """(a call's output item, message parts with its images)"""
+    call_id = call["call_id"]
+    texts, images = [], []
+    for item in outputs:
+        output = item.get("output")
+        texts.append(dump_text(output) if isinstance(output, dict) else text_of(output))
+        images += visible_parts(item)
+    if images:
+        images = [{"type": "input_text", "text": f"From tool call {call_id}:"}, *images]
+    notice = "[in the next message]" if images else "(no output)" if outputs else INTERRUPTED
+    text = "\n\n".join(filter(str.strip, texts)) or notice
+    is_custom = item_kind(call) == "custom_tool_call"
+    kind = "custom_tool_call_output" if is_custom else "function_call_output"
+    return {"type": kind, "call_id": call_id, "output": text}, images
 
 
 def adapt_responses_tools(draft: BodyDraft) -> None:
     body = draft.body
     tools: list[Json] = []
     server_tools: list[str] = []
-    for index, item in enumerate(list_field(body, "tools")):
-        tool = need_dict(item, f"tools.{index}")
-        kind = need_str(tool, "type", f"tools.{index}")
-        if kind not in ("function", "custom", "namespace"):
+    for path, tool in dict_items(body, "tools"):
+        kind = need_str(tool, "type", path)
+        if kind in ("function", "custom", "namespace"):
+            tools.append(adapt_responses_tool(tool, path))
+        else:
             server_tools.append(kind)
-            continue
-        tools.append(adapt_responses_tool(tool, f"tools.{index}"))
     choice = body.get("tool_choice")
     forced = ""
     if isinstance(choice, dict):
@@ -8531,35 +8287,37 @@ def adapt_responses_tools(draft: BodyDraft) -> None:
     drop_hosted(server_tools, len(tools), forced, draft.dropped)
     if forced:
         raise UnsupportedFeature(f"{forced} is not available on this model.", param="tools")
-    if tools:
-        body["tools"] = tools
-    else:
-        for key in ("tools", "tool_choice", "parallel_tool_calls"):
-            body.pop(key, None)
+    draft.set_tools(tools)
+
+
+def adapt_responses_choice(choice: Json, server_tools: set[str], path: str) -> Json:
+    adapted = {**choice}
+    name = str_field(choice, "name", path)
+    if name:
+        adapted["name"] = wire_name(name)
+    if "tools" in choice:
+        adapted["tools"] = [
+            adapt_responses_choice(tool, server_tools, tool_path)
+            for tool_path, tool in dict_items(choice, "tools", path)
+            if str_field(tool, "type", tool_path) not in server_tools
+        ]
+    return adapted
 
 
 def adapt_responses_tool(tool: Json, path: str) -> Json:
-    tool = present(tool)
-    name = need_str(tool, "name", path)
-    tool.pop("defer_loading", None)
-    tool.pop("output_schema", None)
-    kind = need_str(tool, "type", path)
+    name, kind = need_str(tool, "name", path), need_str(tool, "type", path)
+    adapted = {**without_nulls(tool), "name": wire_name(name)}
+    for key in ("defer_loading", "output_schema"):
+        adapted.pop(key, None)
     if kind == "namespace":
-        tool["name"] = wire_name(name)
-        tool["description"] = str_field(tool, "description", path) or name
-        nested_tools = list_field(tool, "tools", path)
-        tool["tools"] = [
-            adapt_responses_tool(need_dict(item, f"{path}.tools.{index}"), f"{path}.tools.{index}")
-            for index, item in enumerate(nested_tools)
-        ]
-        return tool
-    tool["name"] = wire_name(name)
-    if kind == "function":
+        adapted["description"] = str_field(tool, "description", path) or name
+        nested = dict_items(tool, "tools", path)
+        adapted["tools"] = [adapt_responses_tool(item, item_path) for item_path, item in nested]
+    elif kind == "function":
         schema = object_schema(tool.get("parameters"), f"{path}.parameters")
-        tool["parameters"] = adapt_schema(schema, google=False)
-        if tool.get("strict") is None:
-            tool["strict"] = False
-    return tool
+        adapted["parameters"] = adapt_schema(schema, google=False)
+        adapted.setdefault("strict", False)
+    return adapted
 
 
 def adapt_responses_settings(draft: BodyDraft) -> None:
@@ -8567,54 +8325,35 @@ def adapt_responses_settings(draft: BodyDraft) -> None:
     limit = int_field(body, "max_output_tokens")
     if limit is not None:
         body["max_output_tokens"] = max(16, min(limit, model.max_output or limit))
-    reasoning = dict(dict_field(body, "reasoning"))
+    reasoning = dict_field(body, "reasoning")
     effort = str_field(reasoning, "effort", "reasoning")
+    adapted: Json = {}
     if effort in EFFORTS and model.efforts:
-        reasoning["effort"] = clamp_effort(effort, model.efforts)
-    elif effort is not None:
-        del reasoning["effort"]
-    summaries = {"concise": "auto", "auto": "auto", "detailed": "detailed"}
-    reasoning["summary"] = summaries.get(str(reasoning.get("summary")))
-    if "spark" in model.id:  # has no summaries and refuses the request for one
-        reasoning["summary"] = None
-    body["reasoning"] = {k: reasoning[k] for k in ("effort", "summary") if reasoning.get(k)}
+        adapted["effort"] = clamp_effort(effort, model.efforts)
+    summary = reasoning.get("summary")
+    # Models named "spark" have no summaries and refuse the request for one.
+    if summary in ("auto", "concise", "detailed") and "spark" not in model.id:
+        adapted["summary"] = "detailed" if summary == "detailed" else "auto"
+    body["reasoning"] = without_nulls(adapted) or None
+    if body.get("text") is not None:
+        body["text"] = without_nulls(dict_field(body, "text"))
     if REASONING_GPT.match(model.id):
-        drop_keys(draft, ("temperature", "top_p"))
-    if not body["reasoning"]:
-        del body["reasoning"]
-    draft.body = present(body)
-    if "text" in draft.body:
-        draft.body["text"] = present(dict_field(body, "text"))
+        draft.drop(("temperature", "top_p"))
+    draft.body = without_nulls(body)
 
 
 RESPONSES_RULES: tuple[Callable[[BodyDraft], None], ...] = (
-    check_items, keep_responses_keys, offer_added_tools, adapt_items, adapt_responses_tools,
-    adapt_responses_settings, strip_rejected_fields,
+    adapt_responses_fields, adapt_items, adapt_responses_tools, adapt_responses_settings,
+    strip_rejected_fields,
 )  # fmt: skip
 RULES = {"chat": CHAT_RULES, "messages": MESSAGES_RULES, "responses": RESPONSES_RULES}
-
-
-def copy_parts(items: list[Any]) -> list[Any]:
-    """Copies messages or parts at any depth: rules modify them, a retry needs the originals."""
-    copies = []
-    for item in items:
-        if isinstance(item, dict):
-            item = dict(item)
-            if isinstance(item.get("content"), list):
-                item["content"] = copy_parts(item["content"])
-        copies.append(item)
-    return copies
 
 
 def sanitize_body(
     dialect: str, body: Json, model: Model, rejections: Rejections, streaming: bool
 ) -> BodyDraft:
     """A body as Copilot accepts it; raises InvalidRequest for what cannot be left out."""
-    body_copy = {**body, "model": model.id, "stream": streaming}
-    for key in ("messages", "system", "tools", "input"):
-        if isinstance(body_copy.get(key), list):
-            body_copy[key] = copy_parts(body_copy[key])
-    draft = BodyDraft(body_copy, model, rejections, [])
+    draft = BodyDraft({**body, "model": model.id, "stream": streaming}, model, rejections)
     for rule in RULES[dialect]:
         rule(draft)
     return draft
@@ -8632,8 +8371,7 @@ def strip_reasoning(body: Json) -> bool:
             removed = message.pop(key, None) is not None or removed
         content = message.get("content")
         if isinstance(content, list):
-            kinds = ("thinking", "redacted_thinking")
-            remaining = [part for part in content if part.get("type") not in kinds]
+            remaining = [part for part in content if part.get("type") not in THINKING_PARTS]
             removed = removed or len(remaining) < len(content)
             message["content"] = remaining or [text_part("(thinking)")]
     return removed
@@ -8644,10 +8382,8 @@ def read_embeddings(body: Json) -> tuple[list[str], bool]:
     value = body.get("input")
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise InvalidRequest(
-            "input: must be a string or a list of strings; tokens are not taken here.",
-            param="input",
-        )
+        problem = "must be a string or a list of strings; token arrays are not supported."
+        raise InvalidRequest(f"input: {problem}", param="input")
     int_field(body, "dimensions")
     return texts, word_field(body, "encoding_format", ("float", "base64")) == "base64"
 
@@ -8658,7 +8394,7 @@ def write_embeddings(entries: list[Json], usage: Usage, is_packed: bool) -> Json
     for index, entry in enumerate(entries):
         vector = entry.get("embedding")
         if not isinstance(vector, (list, str)):
-            raise UpstreamError("The upstream's answer misses an embedding.")
+            raise UpstreamError("The upstream's response lacks an embedding.")
         if is_packed and isinstance(vector, list):
             try:
                 packed = struct.pack(f"<{len(vector)}f", *vector)
@@ -8677,58 +8413,59 @@ def with_effort(body: Json, dialect: str, effort: str) -> Json:
     if dialect == "responses":
         reasoning = get_dict(body, "reasoning")
         return {**body, "reasoning": {"summary": "auto", "effort": effort, **reasoning}}
-    if "thinking" in body or get_dict(body, "output_config").get("effort"):
+    settings = get_dict(body, "output_config")
+    if "thinking" in body or settings.get("effort"):
         return body
-    settings = {**get_dict(body, "output_config"), "effort": effort}
-    return {**body, "thinking": {"type": "adaptive"}, "output_config": settings}
+    return {
+        **body,
+        "thinking": {"type": "adaptive"},
+        "output_config": {**settings, "effort": effort},
+    }
 
 
 class ReasoningMemory:
-    """Reasoning signatures of chat models, by tool call: OpenAI clients have no field for them.
+    """Reasoning of the upstream, by tool call: clients of other dialects have no field for it.
 
     Gemini refuses the turn after a tool call whose signature is missing.
     """
 
     def __init__(self, limit: int = REASONING_MEMORY_ENTRIES) -> None:
         self.limit = limit
-        self.kept: dict[str, tuple[str, str]] = {}
+        self.kept: dict[str, tuple[str, str]] = {}  #: call id -> (text, signature)
 
-    def keep(self, calls: Iterable[str], text: str, opaque: str) -> None:
-        for call in calls:
-            self.kept.pop(call, None)
-            self.kept[call] = (text, opaque)
-        for call in list(self.kept)[: max(0, len(self.kept) - self.limit)]:
-            del self.kept[call]
+    def keep(self, call_ids: Iterable[str], text: str, signature: str) -> None:
+        for call_id in call_ids:
+            self.kept.pop(call_id, None)
+            self.kept[call_id] = (text, signature)
+        while len(self.kept) > self.limit:
+            del self.kept[next(iter(self.kept))]
 
     def attach_items(self, body: Json) -> None:
         """Puts reasoning items back before the calls of a responses body that lack them."""
+        if not isinstance(body["input"], list):
+            return
         items: list[Json] = []
-        rows = body["input"] if isinstance(body["input"], list) else []
         has_reasoning = False  # reasoning, in the current model turn
-        for item in rows:
+        for item in body["input"]:
             entry = self.kept.get(str(item.get("call_id")))
             if entry and not has_reasoning and item_kind(item) == "function_call":
                 reasoning = write_reasoning_item(*entry)
                 items += [reasoning] if reasoning else []
                 has_reasoning = reasoning is not None
-            has_reasoning = is_model_output(item) and (
-                has_reasoning or item_kind(item) == "reasoning"
-            )
+            has_reasoning |= item_kind(item) == "reasoning"
+            has_reasoning &= is_model_output(item)
             items.append(item)
-        body["input"] = items or body["input"]
+        body["input"] = items
 
     def attach(self, body: Json) -> None:
         """Puts signatures back into the assistant messages of a chat body that lack them."""
         for message in body["messages"]:
-            calls = message.get("tool_calls")
-            if not calls or message.get("reasoning_opaque"):
-                continue
-            entries = [self.kept[call["id"]] for call in calls if call.get("id") in self.kept]
-            if entries and not entries[-1][1].startswith(RESPONSES_ENVELOPE):
-                text, opaque = entries[-1]
-                message["reasoning_opaque"] = opaque
-                if text:
-                    message["reasoning_text"] = text
+            call_ids = [call.get("id") for call in message.get("tool_calls") or ()]
+            entries = [self.kept[call_id] for call_id in call_ids if call_id in self.kept]
+            text, signature = entries[-1] if entries else ("", RESPONSES_ENVELOPE)
+            if not message.get("reasoning_opaque") and not signature.startswith(RESPONSES_ENVELOPE):
+                message["reasoning_opaque"] = signature
+                message.update({"reasoning_text": text} if text else {})
 
 
 # 9.4 error responses, tokens, quotas

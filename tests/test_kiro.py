@@ -1718,9 +1718,8 @@ def test_a_refused_form_names_the_rules_that_touched_it_and_no_content(make: Mak
     log = pair.gateway.log()
     (line,) = (row for row in log.splitlines() if "conversation_refused" in row)
     for rule in (
-        "ensure_first_turn_is_user",
-        "ensure_last_turn_is_user",
-        "rename_tools",
+        "begin_and_end_with_user",
+        "adapt_kiro_tools",
         "place_preface",
     ):
         assert rule in line

@@ -297,40 +297,47 @@ def test_a_conversation_that_needs_no_rule_names_none() -> None:
 
 
 LONG = "long description " * 1000
-TOUCHING: dict[str, Json] = {
-    "inline_system_turns": a_body(user("a"), {"role": "system", "content": "R"}, user("b")),
-    "keep_own_thinking_turns": a_body(
-        user("a"), assistant([thinking("x", "EqQB"), text("T")]), user("b")
+TOUCHING: list[tuple[str, Json]] = [
+    ("inline_system_turns", a_body(user("a"), {"role": "system", "content": "R"}, user("b"))),
+    (
+        "adapt_assistant_turns",
+        a_body(user("a"), assistant([thinking("x", "EqQB"), text("T")]), user("b")),
     ),
-    "ensure_first_turn_is_user": a_body(assistant("T"), user("b")),
-    "ensure_last_turn_is_user": a_body(user("a"), assistant("T")),
-    "textify_unsupported_parts": a_body(user("a"), assistant([IMAGE]), user("b")),
-    "lift_media": a_body(user("a"), assistant([use("t1")]), user([result("t1", [IMAGE])])),
-    "fill_empty_turns": a_body(user([IMAGE])),
-    "inline_tool_choice": a_body(tools=[a_tool()], tool_choice={"type": "any"}),
-    "declare_called_tools": a_body(user("a"), assistant([use("t1")]), user([result("t1")])),
-    "rename_tools": a_body(tools=[a_tool("a.b")]),
-    "adapt_descriptions": a_body(tools=[a_tool(description="")]),
-    "adapt_kiro_schemas": a_body(tools=[a_tool(schema={**EMPTY_SCHEMA, "required": []})]),
-    "inline_output_format": a_body(output_config={"format": {"type": "json_schema", "schema": {}}}),
-    "request_thinking": a_body(thinking={"type": "enabled", "budget_tokens": 2000}),
-    "pass_settings": a_body(),
-    "place_preface": a_body(system="S"),
-}
+    ("adapt_assistant_turns", a_body(user("a"), assistant([IMAGE]), user("b"))),
+    ("begin_and_end_with_user", a_body(assistant("T"), user("b"))),
+    ("begin_and_end_with_user", a_body(user("a"), assistant("T"))),
+    (
+        "adapt_user_turns",
+        a_body(user("a"), assistant([use("t1")]), user([result("t1", [IMAGE])])),
+    ),
+    ("adapt_user_turns", a_body(user([IMAGE]))),
+    ("inline_settings", a_body(tools=[a_tool()], tool_choice={"type": "any"})),
+    ("adapt_kiro_tools", a_body(user("a"), assistant([use("t1")]), user([result("t1")]))),
+    ("adapt_kiro_tools", a_body(tools=[a_tool("a.b")])),
+    ("adapt_kiro_tools", a_body(tools=[a_tool(description="")])),
+    ("adapt_kiro_tools", a_body(tools=[a_tool(schema={**EMPTY_SCHEMA, "required": []})])),
+    (
+        "inline_settings",
+        a_body(output_config={"format": {"type": "json_schema", "schema": {}}}),
+    ),
+    ("request_thinking", a_body(thinking={"type": "enabled", "budget_tokens": 2000})),
+    ("pass_settings", a_body()),
+    ("place_preface", a_body(system="S")),
+]
 
 
-@pytest.mark.parametrize("name", TOUCHING)
-def test_a_rule_that_changes_something_is_named(name: str) -> None:
+@pytest.mark.parametrize(("name", "body"), TOUCHING)
+def test_a_rule_that_changes_something_is_named(name: str, body: Json) -> None:
     """For the log, when the service refuses the conversation."""
     model = OPUS if name == "pass_settings" else SONNET
-    written, chat = convert(MESSAGES, TOUCHING[name], MODELS[model])
+    written, chat = convert(MESSAGES, body, MODELS[model])
     assert name in chat.touched
     assert faults_of(written, model) == []
 
 
 def test_every_rule_is_tried_by_a_conversation_that_needs_it() -> None:
     """And none is tried that is no rule."""
-    assert {*TOUCHING} == {rule.__name__ for rule in KIRO_RULES}
+    assert {name for name, _ in TOUCHING} == {rule.__name__ for rule in KIRO_RULES}
 
 
 def test_a_system_turn_becomes_marked_user_text() -> None:
@@ -354,7 +361,7 @@ FOREIGN_THOUGHTS = [
 def test_a_thought_of_another_maker_is_left_out(thought: gw.Thinking) -> None:
     """Trap 22."""
     draft = draft_of(said("user", "a"), said("assistant", thought, "T"), said("user", "b"))
-    assert draft.apply(gw.keep_own_thinking_turns)
+    assert draft.apply(gw.adapt_assistant_turns)
     assert draft.turns == [said("user", "a"), said("assistant", "T"), said("user", "b")]
 
 
@@ -362,14 +369,14 @@ def test_a_turn_of_nothing_but_foreign_thoughts_goes_and_its_neighbours_join() -
     """4.6 rules 3 and 7."""
     thought = gw.Thinking("x", "EqQBEXAMPLE")
     draft = draft_of(said("user", "a"), said("assistant", thought), said("user", "b"))
-    assert draft.apply(gw.keep_own_thinking_turns)
+    assert draft.apply(gw.adapt_assistant_turns)
     assert draft.turns == [said("user", "a", "b")]
 
 
 def test_the_first_turn_is_made_the_users() -> None:
     """4.6 rule 5."""
     draft = draft_of(said("assistant", "T"), said("user", "b"))
-    assert draft.apply(gw.ensure_first_turn_is_user)
+    assert draft.apply(gw.begin_and_end_with_user)
     assert [turn.role for turn in draft.turns] == ["user", "assistant", "user"]
     assert isinstance(draft.turns[0].blocks[0], gw.Text)
 
@@ -377,14 +384,14 @@ def test_the_first_turn_is_made_the_users() -> None:
 def test_an_answer_begun_by_the_caller_becomes_history() -> None:
     """4.6 rule 6."""
     draft = draft_of(said("user", "a"), said("assistant", "It is"))
-    assert draft.apply(gw.ensure_last_turn_is_user)
+    assert draft.apply(gw.begin_and_end_with_user)
     assert draft.turns == [said("user", "a"), said("assistant", "It is"), said("user", "Continue")]
 
 
 def test_a_bare_brace_to_begin_with_is_a_wish_for_json() -> None:
     """4.6 rule 6: the brace itself goes."""
     draft = draft_of(said("user", "a"), said("assistant", "{"))
-    assert draft.apply(gw.ensure_last_turn_is_user)
+    assert draft.apply(gw.begin_and_end_with_user)
     assert draft.turns == [said("user", "a")]
     assert "JSON" in " ".join(draft.notes)
 
@@ -393,7 +400,7 @@ def test_media_in_a_result_move_to_its_turn() -> None:
     """4.8: results hold text only, and a note stays behind."""
     image = gw.Image("image/png", PNG)
     draft = draft_of(said("user", answer("t1", "seen", image), answer("t2", image)))
-    assert draft.apply(gw.lift_media)
+    assert draft.apply(gw.adapt_user_turns)
     first, second, *lifted = draft.turns[0].blocks
     assert isinstance(first, gw.ToolResult) and isinstance(second, gw.ToolResult)
     assert lifted == [image, image]
@@ -405,7 +412,7 @@ def test_a_turn_of_an_image_alone_gets_words() -> None:
     """4.6 rule 7: else REQUEST_BODY_INVALID."""
     image = gw.Image("image/png", PNG)
     draft = draft_of(said("user", image))
-    assert draft.apply(gw.fill_empty_turns)
+    assert draft.apply(gw.adapt_user_turns)
     assert gw.plain_text(draft.turns[0].blocks).strip()
     assert image in draft.turns[0].blocks
 
@@ -421,7 +428,7 @@ def test_a_turn_of_an_image_alone_gets_words() -> None:
 def test_a_tool_choice_is_said_in_words(choice: gw.ToolChoice, names: list[str], note: str) -> None:
     """4.7: there is no field for it."""
     draft = draft_of(said("user", "a"), tools=[declared(), declared("g")], choice=choice)
-    assert draft.apply(gw.inline_tool_choice)
+    assert draft.apply(gw.inline_settings)
     assert [tool.name for tool in draft.tools] == names
     assert note in " ".join(draft.notes) and bool(draft.notes) == bool(note)
 
@@ -429,14 +436,14 @@ def test_a_tool_choice_is_said_in_words(choice: gw.ToolChoice, names: list[str],
 def test_one_call_at_a_time_is_said_in_words_where_there_are_tools() -> None:
     """4.7: there is no switch."""
     draft = draft_of(said("user", "a"), tools=[declared()], parallel=False)
-    assert draft.apply(gw.inline_tool_choice)
+    assert draft.apply(gw.inline_settings)
     assert "one tool" in " ".join(draft.notes)
 
 
 def test_without_tools_one_call_at_a_time_changes_nothing() -> None:
     """So the rule says."""
     draft = draft_of(said("user", "a"), parallel=False)
-    assert draft.apply(gw.inline_tool_choice) is False
+    assert draft.apply(gw.inline_settings) is False
     assert draft.notes == []
 
 
@@ -448,7 +455,7 @@ def test_every_tool_called_in_history_is_declared() -> None:
         said("user", answer("t1"), answer("t2"), answer("t3")),
         tools=[declared("h")],
     )
-    assert draft.apply(gw.declare_called_tools)
+    assert draft.apply(gw.adapt_kiro_tools)
     assert [tool.name for tool in draft.tools] == ["h", "f", "g"]
     assert draft.tools[1] == gw.Tool("f", "Tool", EMPTY_SCHEMA)
 
@@ -465,7 +472,7 @@ def test_every_tool_called_in_history_is_declared() -> None:
 def test_a_tool_has_a_name_that_kiro_takes(name: str, wire: str) -> None:
     """4.7."""
     draft = draft_of(said("user", "a"), tools=[declared(name)])
-    assert draft.apply(gw.rename_tools) is (name != wire)
+    assert draft.apply(gw.adapt_kiro_tools) is (name != wire)
     assert draft.tools[0].name == wire
     assert draft.chat.tools[0].name == name
 
@@ -474,7 +481,7 @@ def test_a_tool_has_a_name_that_kiro_takes(name: str, wire: str) -> None:
 def test_a_tool_without_a_description_is_described_by_its_name(description: str) -> None:
     """4.7."""
     draft = draft_of(said("user", "a"), tools=[declared("f", description)])
-    assert draft.apply(gw.adapt_descriptions)
+    assert draft.apply(gw.adapt_kiro_tools)
     assert draft.tools[0].description == "f" and draft.preface == []
 
 
@@ -485,7 +492,7 @@ def test_a_long_description_is_cut_between_characters_and_kept_whole_elsewhere(
     """4.7: at most 10,240 bytes, and nothing is lost."""
     whole = letter * 12_000
     draft = draft_of(said("user", "a"), tools=[declared("f", whole)])
-    assert draft.apply(gw.adapt_descriptions)
+    assert draft.apply(gw.adapt_kiro_tools)
     kept = draft.tools[0].description
     assert len(kept.encode("utf-8", "replace")) <= 10_240
     assert kept.startswith(letter.encode("utf-8", "replace").decode() * 100)
@@ -495,14 +502,14 @@ def test_a_long_description_is_cut_between_characters_and_kept_whole_elsewhere(
 def test_a_description_of_the_longest_size_stays() -> None:
     """The limit counts bytes."""
     draft = draft_of(said("user", "a"), tools=[declared("f", "x" * gw.KIRO_DESCRIPTION_BYTES)])
-    assert draft.apply(gw.adapt_descriptions) is False
+    assert draft.apply(gw.adapt_kiro_tools) is False
 
 
 def test_structured_output_is_asked_for_in_words() -> None:
     """The schema is in them."""
     schema = {"type": "object", "properties": {"answer": {"type": "string"}}}
     draft = draft_of(said("user", "a"), output=gw.OutputFormat(schema))
-    assert draft.apply(gw.inline_output_format)
+    assert draft.apply(gw.inline_settings)
     assert json.dumps(schema, separators=(",", ":")) in draft.preface[-1]
 
 

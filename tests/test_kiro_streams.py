@@ -1095,7 +1095,7 @@ TAGGED: dict[str, tuple[str, str]] = {
 def untagged(pieces: list[str]) -> tuple[str, str]:
     """(thought, text) of an answer in these pieces, and the thought comes first."""
     tags = ThinkingTags()
-    parts = [part for piece in pieces if piece for part in tags.take(piece)] + tags.flush()
+    parts = [part for piece in pieces if piece for part in tags.feed(piece)] + tags.flush()
     assert all(words for _, words in parts)
     kinds = [kind for kind, _ in parts]
     assert kinds == sorted(kinds, reverse=True), "a thought behind the text"
@@ -1154,7 +1154,7 @@ def test_a_tag_split_at_every_offset_reaches_the_caller_whole(caller: str) -> No
 @pytest.mark.parametrize("first", ["H", "Hello", "<b", "<x", "`<", "<think>", "1"])
 def test_text_without_a_tag_is_not_delayed(first: str) -> None:
     """Only what could still become the tag waits."""
-    assert ThinkingTags().take(first) == [("text", first)]
+    assert ThinkingTags().feed(first) == [("text", first)]
     flow = make_flow("kiro", "messages", tagged_thinking=True)
     assert b"text_delta" in flow.feed(text(first))
     assert b"</thinking" in flow.feed(text("</thinking"))
@@ -1163,16 +1163,16 @@ def test_text_without_a_tag_is_not_delayed(first: str) -> None:
 def test_a_thought_between_tags_is_held_back_by_a_tag_at_most() -> None:
     """Its words go on as they come."""
     tags = ThinkingTags()
-    tags.take("<thinking>")
-    sent = "".join(words for _ in range(50) for _, words in tags.take("word "))
+    tags.feed("<thinking>")
+    sent = "".join(words for _ in range(50) for _, words in tags.feed("word "))
     assert len(sent) >= 250 - len("`</thinking>\n\n")
 
 
 def test_the_text_behind_a_tag_goes_on_at_once() -> None:
     """The hold is over when the tag is."""
     tags = ThinkingTags()
-    assert tags.take("<thinking>a</thinking>\n\nb") == [("thinking", "a"), ("text", "b")]
-    assert tags.take("<") == [("text", "<")]
+    assert tags.feed("<thinking>a</thinking>\n\nb") == [("thinking", "a"), ("text", "b")]
+    assert tags.feed("<") == [("text", "<")]
     assert tags.flush() == []
 
 
