@@ -2612,7 +2612,7 @@ def normalize_turns(turns: list[Turn]) -> list[Turn]:
                 call_id = call_ids.add(wire_id(block.id))
                 missing[block.id].append((call_id, len(results)))
                 results.append(ToolResult(call_id, [Text(INTERRUPTED)], True))
-                blocks.append(replace(block, id=call_id))
+                blocks.append(block if block.id == call_id else replace(block, id=call_id))
             elif is_assistant or not isinstance(block, ToolResult):
                 blocks.append(block)
             elif missing.get(block.id):
