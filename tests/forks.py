@@ -18,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -96,6 +97,31 @@ def run(
         data = json.dumps(request).encode()
         socket.send_fds(_server(program), [data], [*files, theirs.fileno()])
     return Fork(int(ours.recv(64)), ours)
+
+
+def complete(
+    program: Path,
+    args: Sequence[str],
+    env: Mapping[str, str],
+    cwd: Path,
+    given: bytes = b"",
+    seconds: float | None = None,
+) -> subprocess.CompletedProcess[bytes]:
+    """Runs the program to its end, `given` on its standard input; raises TimeoutExpired."""
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(3)]
+        files[0].write(given)
+        files[0].seek(0)
+        fork = run(program, args, env, cwd, [file.fileno() for file in files])
+        try:
+            status = fork.wait(seconds)
+        except subprocess.TimeoutExpired:
+            fork.kill()
+            fork.wait()
+            raise
+        for file in files:
+            file.seek(0)
+        return subprocess.CompletedProcess(args, status, files[1].read(), files[2].read())
 
 
 # ---- the server ----------------------------------------------------------------------------------

@@ -459,9 +459,10 @@ def test_a_doubtful_chunk_is_refused(data: bytes) -> None:
     with pytest.raises(WireError):
         ChunkedBody().feed(data)
     body = ChunkedBody()
+    step = len(data) // 1000 + 1
     with pytest.raises(WireError):
-        for at in range(len(data)):
-            body.feed(data[at : at + 1])
+        for at in range(0, len(data), step):
+            body.feed(data[at : at + step])
 
 
 def test_a_body_of_known_length_takes_no_more() -> None:

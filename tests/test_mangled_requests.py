@@ -531,7 +531,7 @@ def mangled(name: str, chance: random.Random) -> Iterator[Json]:
             for key in path:
                 piece = piece[key]
             pieces += [piece] if isinstance(piece, (dict, list)) else []
-    for _ in range(1000):
+    for _ in range(300):
         body = chance.choice(seeds)
         for _ in range(chance.choice((1, 1, 2, 3))):
             body = replaced(body, chance.choice([*places(body)]), chance.choice(pieces))
