@@ -88,11 +88,19 @@ def _server(program: Path) -> socket.socket:
 
 
 def run(
-    program: Path, args: Sequence[str], env: Mapping[str, str], cwd: Path, files: Sequence[int]
+    program: Path,
+    args: Sequence[str],
+    env: Mapping[str, str],
+    cwd: Path,
+    files: Sequence[int],
+    name: Path | None = None,
 ) -> Fork:
-    """Starts the program with `files` as its standard input, output and error."""
+    """Starts the program with `files` as its standard input, output and error.
+
+    It finds `name`, or else its own path, as the first of its arguments.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    request = {"args": [str(program), *args], "env": dict(env), "cwd": str(cwd)}
+    request = {"args": [str(name or program), *args], "env": dict(env), "cwd": str(cwd)}
     with theirs:
         data = json.dumps(request).encode()
         socket.send_fds(_server(program), [data], [*files, theirs.fileno()])
@@ -106,13 +114,14 @@ def complete(
     cwd: Path,
     given: bytes = b"",
     seconds: float | None = None,
+    name: Path | None = None,
 ) -> subprocess.CompletedProcess[bytes]:
     """Runs the program to its end, `given` on its standard input; raises TimeoutExpired."""
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(3)]
         files[0].write(given)
         files[0].seek(0)
-        fork = run(program, args, env, cwd, [file.fileno() for file in files])
+        fork = run(program, args, env, cwd, [file.fileno() for file in files], name)
         try:
             status = fork.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -136,6 +145,7 @@ def serve(program: str, channel: socket.socket) -> Any:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
+    module.__file__ = module.main.__code__.co_filename  # not that of its bytecode
     gc.collect()
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those who wait

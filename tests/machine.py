@@ -17,7 +17,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Union
 
-from support import PROGRAM, Wire, clean_environment, exchange, parse_responses
+import forks
+from support import (
+    PROGRAM,
+    Wire,
+    clean_environment,
+    compiled_program,
+    exchange,
+    parse_responses,
+)
 
 # Verbs run from cached bytecode, as an installed program does: a script is compiled each time.
 BYTECODE = tempfile.mkdtemp(prefix="gw-bytecode-")
@@ -135,6 +143,13 @@ class Machine:
     def run(self, *words: str, typed: str = "", script: bool = False, **more: Any) -> Done:
         """A verb and what it did."""
         env = self.environment(**more.pop("env", {}))
+        if not script and not more:
+            given = typed.encode()
+            found = forks.complete(
+                compiled_program(), words, env, self.folder, given, VERB_SECONDS, name=PROGRAM
+            )
+            out, err = found.stdout.decode(), found.stderr.decode()
+            return Done(subprocess.CompletedProcess(words, found.returncode, out, err))
         done = subprocess.run(
             self.command(*words, script=script), env=env, cwd=self.folder, input=typed,
             capture_output=True, text=True, timeout=VERB_SECONDS, check=False, **more,
