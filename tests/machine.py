@@ -142,8 +142,9 @@ class Machine:
 
     def run(self, *words: str, typed: str = "", script: bool = False, **more: Any) -> Done:
         """A verb and what it did."""
+        forked = not script and not more  # a real process obeys what Python reads from it
         env = self.environment(**more.pop("env", {}))
-        if not script and not more:
+        if forked:
             given = typed.encode()
             found = forks.complete(
                 compiled_program(), words, env, self.folder, given, VERB_SECONDS, name=PROGRAM
