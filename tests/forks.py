@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,9 @@ MODULES = (
     "argparse asyncio base64 concurrent.futures.thread email.utils encodings.idna hashlib hmac "
     "http.client ipaddress logging selectors socketserver sqlite3 ssl tomllib urllib.parse zlib"
 )
+
+NUMBER_BYTES = 12
+ONE_AT_A_TIME = threading.Lock()
 
 # ---- the client ----------------------------------------------------------------------------------
 
@@ -53,7 +57,7 @@ class Fork:
         if self.returncode is None:
             self._status.settimeout(timeout)
             try:
-                self.returncode = int(self._status.recv(64))
+                self.returncode = _receive(self._status)
             except (BlockingIOError, TimeoutError):
                 raise subprocess.TimeoutExpired(str(self.pid), timeout or 0) from None
             self._status.close()
@@ -70,9 +74,13 @@ class Fork:
         self.send_signal(signal.SIGKILL)
 
 
+def _receive(status: socket.socket) -> int:
+    return int(status.recv(NUMBER_BYTES, socket.MSG_WAITALL))
+
+
 @functools.cache
 def _server(program: Path) -> socket.socket:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours, theirs = socket.socketpair()
     with theirs:
         server = subprocess.Popen(
             [sys.executable, __file__, str(program), str(theirs.fileno())],
@@ -99,12 +107,12 @@ def run(
 
     It finds `name`, or else its own path, as the first of its arguments.
     """
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours, theirs = socket.socketpair()
     request = {"args": [str(name or program), *args], "env": dict(env), "cwd": str(cwd)}
-    with theirs:
+    with theirs, ONE_AT_A_TIME:
         data = json.dumps(request).encode()
         socket.send_fds(_server(program), [data], [*files, theirs.fileno()])
-    return Fork(int(ours.recv(64)), ours)
+        return Fork(_receive(ours), ours)
 
 
 def complete(
@@ -163,9 +171,9 @@ def serve(program: str, channel: socket.socket) -> Any:
     pid = os.fork()
     if pid:
         os.closerange(0, status)
-        os.write(status, str(pid).encode())
+        os.write(status, str(pid).rjust(NUMBER_BYTES).encode())
         ended = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        os.write(status, str(ended).encode())
+        os.write(status, str(ended).rjust(NUMBER_BYTES).encode())
         os._exit(0)
     os.close(status)
     for number, descriptor in enumerate(streams):
