@@ -609,7 +609,7 @@ BROKEN_SHAPES: list[tuple[str, Callable[[int], bytes], int]] = [
     ("deep lists", lambda n: b'{"a":[' + (b"[" * 90 + b"]" * 90 + b",") * n + b"1]}", 30_000),
     ("objects", lambda n: b'{"a":[' + b"{}," * n + b"1]}", 5_000_000),
     ("strings", lambda n: b'{"a":[' + b'"",' * n + b"1]}", 5_000_000),
-    ("quotes", lambda n: b'{"a":"' + b'\\",' * n, 8_000_000),
+    ("quotes", lambda n: b'{"a":"' + b'\\",' * n, 4_000_000),
     ("backslashes", lambda n: b'{"a":"' + b"\\" * n, 16_000_000),
     ("blanks", lambda n: b'{"a"' + b" " * n, 16_000_000),
     ("digits", lambda n: b'{"a":' + b"1" * n + b"}", 16_000_000),
