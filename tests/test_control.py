@@ -227,8 +227,7 @@ def cpu_s(pid: int) -> float:
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc")
 def test_a_gateway_without_descriptors_waits_for_some_and_does_not_spin() -> None:
     with Machine() as machine, contextlib.ExitStack() as held:
-        assert machine.run("start", "--port", "0", preexec_fn=few_files).status == 0
-        status = machine.status()
+        status = machine.start(preexec_fn=few_files)
         clients = [held.enter_context(connect(status)) for _ in range(60)]
         wait_until(lambda: "too_many_open_files" in machine.log())
         peers = [held.enter_context(machine.control()) for _ in range(2)]

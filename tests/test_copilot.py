@@ -1253,8 +1253,7 @@ def test_an_answer_without_an_answer_is_an_error(
     assert len(pair.fake.calls) == 1
 
 
-@BOTH
-@STREAMED
+@pytest.mark.parametrize(("path", "stream"), [(CHAT, True), (MESSAGES, False)])
 def test_an_upstream_that_falls_silent_ends_with_an_error(
     hasty: Pair, path: str, stream: bool
 ) -> None:
@@ -1419,6 +1418,10 @@ def test_a_client_that_leaves_while_a_limit_is_waited_for_costs_no_second_call(p
     assert not pair.fake.wait_calls(2, 1)
 
 
+#: for what takes time and happens below the dialects
+RELAYED_OR_CONVERTED = pytest.mark.parametrize(("path", "model"), [(CHAT, GPT), (MESSAGES, GPT)])
+
+
 class Watched(list[bytes]):
     """Pieces of an answer that count how many of them were taken."""
 
@@ -1456,7 +1459,7 @@ def stalled(count: Callable[[], int]) -> int:
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
-@EVERY_BREAK
+@RELAYED_OR_CONVERTED
 def test_a_slow_reader_holds_the_upstream_back(pair: Pair, path: str, model: str) -> None:
     many = enlarged(upstream_pieces(model), 6000)  # 96 MB
     heard(pair.ask(path, "hi", model))
@@ -1474,7 +1477,7 @@ def test_a_slow_reader_holds_the_upstream_back(pair: Pair, path: str, model: str
     assert pair.fake.wait_cancelled(2)
 
 
-@EVERY_BREAK
+@RELAYED_OR_CONVERTED
 def test_a_reader_that_was_slow_gets_every_byte(pair: Pair, path: str, model: str) -> None:
     many = enlarged(upstream_pieces(model), 400)
     pair.fake.queue(Answer(200, {"Content-Type": "text/event-stream"}, many))
@@ -1488,7 +1491,7 @@ def test_a_reader_that_was_slow_gets_every_byte(pair: Pair, path: str, model: st
 # ---- the end -------------------------------------------------------------------------------------
 
 
-@EVERY_BREAK
+@RELAYED_OR_CONVERTED
 def test_a_signal_to_stop_ends_a_stream_legally_after_the_drain_time(path: str, model: str) -> None:
     with (
         FakeCopilot(models()) as fake,

@@ -71,13 +71,11 @@ def test_start_returns_when_the_gateway_answers_and_says_what_to_do_next(machine
 def test_the_daemon_has_left_the_terminal_and_everything_else(machine: Machine) -> None:
     reader, writer = os.pipe()
     try:
-        done = machine.run("start", "--port", "0", pass_fds=[writer])
+        pid = machine.start(pass_fds=[writer])["pid"]
     finally:
         os.close(writer)
-    assert done.status == 0, done
     with os.fdopen(reader, "rb") as left:
         assert left.read() == b""  # nobody holds the other end any more
-    pid = machine.status()["pid"]
     assert os.getsid(pid) not in (os.getsid(0), pid)
     assert os.readlink(f"/proc/{pid}/cwd") == "/"
     assert os.readlink(f"/proc/{pid}/fd/0") == os.devnull
@@ -106,9 +104,10 @@ def test_all_that_it_makes_is_private(machine: Machine) -> None:
     assert not open_to_others
 
 
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&- 2>&-"])
 def test_it_starts_where_standard_streams_are_closed(machine: Machine, closed: str) -> None:
     """Else its sockets would become what others take for their input."""
+    machine.warm()
     line = shlex.join(machine.command("start", "--port", "0"))
     done = subprocess.run(
         ["/bin/sh", "-c", f"{line} {closed}"],
@@ -133,15 +132,15 @@ def test_a_second_start_says_what_runs(machine: Machine) -> None:
     assert machine.processes() == [status["pid"]]
 
 
-def test_twenty_starts_at_once_make_one_daemon(machine: Machine) -> None:
-    Path(machine.config).mkdir(parents=True)
+def test_many_starts_at_once_make_one_daemon(machine: Machine) -> None:
+    machine.config.mkdir(parents=True)
     machine.config_file.write_text("[server]\nport = 0\n")
-    starts = [machine.popen("start") for _ in range(20)]
+    starts = [machine.popen("start") for _ in range(10)]
     said = [start.communicate(timeout=60) for start in starts]
-    assert [start.returncode for start in starts] == [0] * 20, said
+    assert [start.returncode for start in starts] == [0] * 10, said
     (pid,) = machine.processes()
     assert all(f"(process {pid})" in out for out, _ in said), said
-    assert sum("is already running" in out for out, _ in said) == 19
+    assert sum("is already running" in out for out, _ in said) == 9
 
 
 def test_a_busy_port_is_told_with_what_shows_who_has_it(machine: Machine) -> None:
@@ -178,6 +177,7 @@ def test_of_a_host_with_several_addresses_those_of_this_machine_will_do(machine:
 
     said = start("other.test").failure()
     assert "other.test:0: Cannot assign requested address; try --host" in said
+    machine.warm()
     assert start("both.test").status == 0
     port = machine.status()["url"].rpartition(":")[2]
     assert fetch({"url": f"http://127.0.0.1:{port}"}, "/healthz").status == 200
@@ -310,25 +310,18 @@ def test_stop_waits_for_a_stream(machine: Machine) -> None:
     assert not (machine.state / "daemon.sock").exists()
 
 
-def test_stop_insists_in_the_end(machine: Machine) -> None:
-    status = machine.start()
-    os.kill(status["pid"], signal.SIGSTOP)  # it can do nothing any more
-    done = machine.run("stop", env={"AICLIENT_API_SERVER_DRAIN_SECONDS": "0"})
-    assert done.status == 0 and "killing it" in done.err, done
-    assert machine.processes() == []
-
-
 def test_a_frozen_gateway_is_told_and_ended(machine: Machine) -> None:
-    """Each verb soon, where no service is asked."""
+    """Each verb soon, where no service is asked; stop insists in the end."""
     pid = machine.start()["pid"]
-    machine.run("config", "set", "server.drain_seconds", "1")
-    os.kill(pid, signal.SIGSTOP)
+    os.kill(pid, signal.SIGSTOP)  # it can do nothing any more
     verbs = ("status", "config show", "config reload", "provider disable echo")
     asked = [machine.popen(*words.split()) for words in verbs]
     for process in asked:
         said = process.communicate(timeout=30)[1]
         assert process.returncode == 1 and "does not respond" in said, said
-    assert machine.run("stop").status == 0 and not is_alive(pid)
+    done = machine.run("stop", env={"AICLIENT_API_SERVER_DRAIN_SECONDS": "0"})
+    assert done.status == 0 and "killing it" in done.err, done
+    assert not is_alive(pid) and machine.processes() == []
 
 
 def test_a_second_signal_ends_it_at_once(machine: Machine) -> None:
@@ -474,6 +467,7 @@ def test_a_stream_goes_on_with_the_provider_that_a_reload_has_taken_away(machine
 def test_what_needs_a_restart_is_told_and_the_rest_is_applied(machine: Machine) -> None:
     machine.config.mkdir(parents=True)
     machine.config_file.write_text("[server]\nport = 0\n")
+    machine.warm()
     assert machine.run("start").status == 0
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -497,7 +491,7 @@ def test_restarts_under_load_lose_no_request(machine: Machine) -> None:
     status = machine.start("--api-key", "", "--host", "127.0.0.1")
     pids = {status["pid"]}
     with Load(status) as load:
-        for _ in range(4):
+        for _ in range(2):
             load.more()
             done = machine.run("restart")
             assert done.status == 0, done
@@ -505,7 +499,7 @@ def test_restarts_under_load_lose_no_request(machine: Machine) -> None:
             pids.add(machine.status()["pid"])
         load.more()
     assert load.failures == []
-    assert len(pids) == 5
+    assert len(pids) == 3
     wait_until(lambda: len(machine.processes()) == 1)
     assert "Traceback" not in machine.log()
 
@@ -518,7 +512,7 @@ def test_a_stream_ends_in_the_old_process_while_the_new_one_serves(machine: Mach
         assert new["pid"] != old["pid"] and new["url"] == old["url"]
         assert "[echo] hi" in fetch(new, CHAT, echo("hi")).text
         assert is_alive(old["pid"])
-        assert wire.rest().endswith(STREAM_END)
+        assert wire.read_until(b"\r\n0\r\n\r\n").endswith(STREAM_END)
     wait_until(lambda: not is_alive(old["pid"]))
     assert machine.status()["pid"] == new["pid"]  # the old one took nothing along
 
@@ -647,8 +641,7 @@ def few_files() -> None:
 
 
 def test_more_clients_than_files_are_told_once_and_served_later(machine: Machine) -> None:
-    assert machine.run("start", "--port", "0", preexec_fn=few_files).status == 0
-    status = machine.status()
+    status = machine.start(preexec_fn=few_files)
     clients = [connect(status) for _ in range(80)]
     wait_until(lambda: "too_many_open_files" in machine.log())
     for client in clients:
@@ -661,9 +654,14 @@ def test_more_clients_than_files_are_told_once_and_served_later(machine: Machine
 # ---- what others could have written --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", [0o777, 0o770])
 @pytest.mark.parametrize(
-    "which", ["state/aiclient-api", "state/aiclient-api/bytecode", "config/aiclient-api"]
+    ("which", "mode"),
+    [
+        ("state/aiclient-api", 0o777),
+        ("state/aiclient-api", 0o770),
+        ("state/aiclient-api/bytecode", 0o770),
+        ("config/aiclient-api", 0o777),
+    ],
 )
 def test_a_folder_that_others_can_write_to_is_refused(
     machine: Machine, which: str, mode: int
@@ -720,7 +718,7 @@ def test_a_link_that_another_user_has_made_is_not_followed(machine: Machine, nam
     folder.mkdir(parents=True, mode=0o700)
     (machine.folder / "victim").write_text("")
     (folder / name).symlink_to(machine.folder / "victim")
-    machine.run("start", "--port", "0")
+    machine.start()
     machine.run("stop")
     before = (machine.folder / "victim").read_text()
     os.lchown(folder / name, 12345, 12345)
@@ -827,10 +825,6 @@ def test_what_runs_is_the_file_as_it_is(machine: Machine) -> None:
 
 
 def test_a_full_disk_costs_the_bytecode_and_not_the_start(machine: Machine) -> None:
-    machine.start()
-    machine.run("stop")
-    for path in (machine.state / "bytecode").iterdir():
-        path.unlink()
     limit = PROGRAM.stat().st_size // 2  # of a file's size: there is room for all but bytecode
 
     def small_disk() -> None:
@@ -854,11 +848,12 @@ def test_a_state_folder_that_cannot_be_is_told(machine: Machine) -> None:
     assert machine.run("status").failure(3)
 
 
-@pytest.mark.parametrize("odd", ["a\nb", "end\n", "\udcff", " %h$HOME\t\x1b[3m"])
+@pytest.mark.parametrize("odd", [" a\nb %h$HOME\t\x1b[3mend\n", "\udcff"])
 def test_folders_of_any_name_serve_all_verbs(machine: Machine, odd: str) -> None:
     folder = machine.folder / odd
     machine.env |= {"XDG_STATE_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)}
-    assert machine.run("start", "--port", "0").status == 0
+    machine.state = folder / "aiclient-api"
+    machine.start()
     for words in ("status", "logs", "config set logging.level debug", "restart", "service print"):
         done = machine.run(*words.split(), env={"PYTHONIOENCODING": "ascii:strict"})
         assert done.status == 0, (words, done)
@@ -975,13 +970,15 @@ def test_a_start_does_not_wait_for_the_file_to_be_compiled(machine: Machine) -> 
     compiled_s = time.perf_counter() - begun
     machine.start()
     machine.run("stop")
-    times = []
-    for _ in range(2):
+
+    def start_s() -> float:
         begun = time.perf_counter()
         assert machine.run("start", "--port", "0").status == 0
-        times.append(time.perf_counter() - begun)
+        return time.perf_counter() - begun
+
+    if start_s() >= 4 * compiled_s:  # others compute on this machine, too
         machine.run("stop")
-    assert min(times) < 4 * compiled_s
+        assert start_s() < 4 * compiled_s
 
 
 # ---- who else can read what ----------------------------------------------------------------------
@@ -998,6 +995,7 @@ def test_a_key_given_as_a_flag_leaves_the_process_list(
     machine: Machine, words: tuple[str, ...]
 ) -> None:
     key = "sk-in-the-open"
+    machine.warm()
     process = machine.popen("start", *words, "--port=0", "--api-key", key)
     try:
         wait_until(lambda: machine.run("status").status == 0)
@@ -1018,7 +1016,8 @@ def test_a_config_file_with_a_key_and_an_old_log_are_closed_to_others(machine: M
     machine.run("config", "show")
     assert mode(machine.config_file) == 0o644  # there is no secret in it
     machine.config_file.write_text('api_key = "sk-in-the-open"\n')
-    machine.state.mkdir(parents=True, mode=0o700)
+    machine.warm()
+    machine.state.mkdir(parents=True, mode=0o700, exist_ok=True)
     machine.log_file.touch()
     machine.log_file.chmod(0o644)
     done = machine.run("start", "--port", "0")

@@ -29,6 +29,8 @@ from support import (
 MESSAGES = "/v1/messages"
 CHAT = "/v1/chat/completions"
 DIALECTS = pytest.mark.parametrize("path", [MESSAGES, CHAT], ids=["messages", "chat"])
+#: for what takes time and happens below the dialects
+ONE_DIALECT = pytest.mark.parametrize("path", [MESSAGES], ids=["messages"])
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -1000,7 +1002,7 @@ def test_a_compressed_body_may_come_in_chunks(gateway: Gateway) -> None:
     assert "hello there" in said(only(gateway.raw(data)))
 
 
-@DIALECTS
+@ONE_DIALECT
 def test_a_bomb_is_refused_before_it_fills_the_memory(small: Gateway, path: str) -> None:
     bomb = gzip.compress(b" " * (64 * MIB))
     reply = small.request("POST", path, bomb, {"Content-Encoding": "gzip"})
@@ -1753,7 +1755,7 @@ def test_an_error_just_before_a_deadline_is_the_only_answer_and_stops_no_clock()
         assert is_clean(quick)
 
 
-@DIALECTS
+@ONE_DIALECT
 def test_a_byte_now_and_then_does_not_renew_the_deadline_of_a_body(
     small: Gateway, path: str
 ) -> None:
@@ -1872,7 +1874,7 @@ ANNOUNCED = {
 
 
 @pytest.mark.parametrize("name", ANNOUNCED)
-@DIALECTS
+@ONE_DIALECT
 def test_large_bodies_share_a_budget_and_the_next_one_is_told_to_come_again(
     path: str, name: str
 ) -> None:
@@ -1941,7 +1943,7 @@ HUGE_TEXT = "x" * (31 * MIB)
 
 
 @pytest.mark.skipif(not IN_PROC, reason="memory is read from /proc")
-@DIALECTS
+@ONE_DIALECT
 def test_a_reader_that_does_not_read_costs_no_memory(gateway: Gateway, path: str) -> None:
     with gateway.wire(receive_buffer=4096) as wire:
         wire.send(gateway.request_bytes("POST", path, asking(HUGE_TEXT, stream=True)))
@@ -1952,7 +1954,7 @@ def test_a_reader_that_does_not_read_costs_no_memory(gateway: Gateway, path: str
         assert checked(gateway.request("GET", "/healthz")).status == 200
 
 
-@DIALECTS
+@ONE_DIALECT
 def test_readers_that_hang_up_leave_a_healthy_server(gateway: Gateway, path: str) -> None:
     for number in range(4):
         with gateway.wire(receive_buffer=4096) as wire:
@@ -1989,7 +1991,7 @@ def is_refused(gateway: Gateway) -> bool:
     return False
 
 
-@DIALECTS
+@ONE_DIALECT
 def test_at_sigterm_streams_are_finished_and_nobody_new_is_let_in(path: str) -> None:
     with Gateway() as ending, ending.wire() as idle, ending.wire(receive_buffer=4096) as wire:
         idle.send(HEALTH)

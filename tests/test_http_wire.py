@@ -458,9 +458,10 @@ def test_a_doubtful_chunk_is_refused(data: bytes) -> None:
     with pytest.raises(WireError):
         ChunkedBody().feed(data)
     body = ChunkedBody()
+    step = len(data) // 1000 + 1
     with pytest.raises(WireError):
-        for at in range(len(data)):
-            body.feed(data[at : at + 1])
+        for at in range(0, len(data), step):
+            body.feed(data[at : at + step])
 
 
 def test_a_body_of_known_length_takes_no_more() -> None:
@@ -546,7 +547,9 @@ def test_a_torn_or_foreign_body_is_a_400(coding: str, data: bytes) -> None:
         inflate(data, coding, 1000)
 
 
-@pytest.mark.parametrize("tail", [b"junk", b"\x1f\x8b", gzip.compress(b"1}"), zlib.compress(b"1}")])
+@pytest.mark.parametrize(
+    "tail", [b"junk", b"\x1f\x8b", gzip.compress(b"1}", mtime=0), zlib.compress(b"1}")]
+)
 def test_what_follows_a_compressed_body_is_refused(tail: bytes) -> None:
     """Two readers would disagree on it; no client sends several gzip members."""
     with pytest.raises(InvalidRequest, match="not valid gzip"):

@@ -1372,7 +1372,7 @@ def slow_twin(caller: str, messages: list[bytes], **changes: Any) -> tuple[bytes
 def test_reads_of_many_events_mean_what_their_events_mean(caller: str, style: int) -> None:
     """Seeded texts in reads of any size against one event at a time."""
     rng = random.Random(f"{SEED}{caller}{style}")
-    for round_ in range(60):
+    for round_ in range(20):
         messages = random_answer(rng, style, plain=False)
         slow, twin = slow_twin(caller, messages)
         data = b"".join(messages)
@@ -1390,7 +1390,7 @@ def test_reads_of_many_events_mean_what_their_events_mean(caller: str, style: in
 def test_the_quick_way_writes_the_same_bytes(caller: str, tagged: bool) -> None:
     """Where the upstream writes text as the gateway does, the output is equal to the byte."""
     rng = random.Random(f"{SEED}{caller}{tagged}")
-    for round_ in range(60):
+    for round_ in range(30):
         messages = random_answer(rng, 0, plain=True)
         if tagged and rng.random() < 0.7:
             messages = [text("<thinking>hm</thinking>\n\n"), *messages]

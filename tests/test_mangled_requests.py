@@ -531,7 +531,7 @@ def mangled(name: str, chance: random.Random) -> Iterator[Json]:
             for key in path:
                 piece = piece[key]
             pieces += [piece] if isinstance(piece, (dict, list)) else []
-    for _ in range(1000):
+    for _ in range(300):
         body = chance.choice(seeds)
         for _ in range(chance.choice((1, 1, 2, 3))):
             body = replaced(body, chance.choice([*places(body)]), chance.choice(pieces))
@@ -585,9 +585,12 @@ def test_every_seed_is_taken_by_every_upstream(name: str) -> None:
 @pytest.mark.parametrize("spoken", sorted(MODELS))
 @pytest.mark.parametrize("name", sorted(SEEDS))
 def test_a_mangled_request_is_answered_or_refused_with_its_field(name: str, spoken: str) -> None:
+    """Each upstream is sent half of the bodies, each a half of its own."""
     seeds, models = copy.deepcopy(SEEDS[name]), MODELS[spoken]
     refused = 0
-    for number, body in enumerate(mangled(name, random.Random(f"{name} {spoken}"))):
+    coin = random.Random(f"{spoken} {name}")
+    bodies = mangled(name, random.Random(f"{name} {spoken}"))
+    for number, body in enumerate(body for body in bodies if coin.random() < 0.5):
         try:
             exchange(name, spoken, body, models[number % len(models)])
         except gw.ApiError as error:

@@ -12,7 +12,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -570,14 +571,21 @@ class Home:
         )
 
 
-@pytest.fixture
-def home() -> Iterator[Home]:
+@contextmanager
+def new_home() -> Iterator[Home]:
     """A home of one's own, whose services must have seen nothing odd."""
     with ExitStack() as stack:
         made = Home(stack)
         yield made
         assert (made.copilot.violations, made.kiro.violations) == ([], [])
         assert "Traceback" not in made.machine.log()
+
+
+@pytest.fixture
+def home() -> Iterator[Home]:
+    """The same for one test."""
+    with new_home() as made:
+        yield made
 
 
 def no_quota() -> Answer:
@@ -624,8 +632,7 @@ def test_a_refusal_for_want_of_credits_asks_what_is_left(home: Home) -> None:
     assert home.looks() == (1, 1) and len(home.warned()) == 2
 
 
-@needs_fork
-def test_both_are_asked_in_the_background_soon_after_a_first_use(home: Home) -> None:
+def check_a_first_use(home: Home) -> None:
     home.spend_kiro(0.85)
     home.copilot.quota_headers.clear()
     assert (home.ask(GPT), home.ask(SONNET), home.ask(SONNET)) == (200, 200, 200)
@@ -638,8 +645,8 @@ def test_both_are_asked_in_the_background_soon_after_a_first_use(home: Home) -> 
     assert len(home.warnings()) == 1
 
 
-@needs_fork
-def test_a_service_that_does_not_tell_hurts_nothing(home: Home) -> None:
+def check_silent_services(home: Home) -> None:
+    """A service that does not tell hurts nothing."""
     for _ in range(20):
         home.kiro.usage_answers.append(KiroAnswer(500, {}, b"<html>", chunked=False, strict=False))
         home.copilot.user_answers.append(Answer(500, {}, b"Unicorn!", chunked=False, strict=False))
@@ -651,6 +658,16 @@ def test_a_service_that_does_not_tell_hurts_nothing(home: Home) -> None:
     assert home.ask(SONNET) == 429
     wait_until(lambda: home.looks()[0] > 0 and home.looks()[1] > 0)
     assert (home.ask(GPT), home.known(), home.warned()) == (200, {}, [])
+
+
+@needs_fork
+def test_both_are_asked_in_the_background_soon_after_a_first_use() -> None:
+    """And no harm is done where they do not answer: both stories wait side by side."""
+    with new_home() as first, new_home() as second, ThreadPoolExecutor(2) as pool:
+        stories = [pool.submit(check_a_first_use, first)]
+        stories.append(pool.submit(check_silent_services, second))
+        for story in stories:
+            story.result()
 
 
 # ---- the verb ------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import forks
 import pytest
 from fake_kiro import CA_FILE, FakeKiro
 from fakes import Answer, FakeCopilot, dump
@@ -105,10 +106,7 @@ class Home:
     def run(self, *args: str, given: bytes | str = b"", seconds: float = SECONDS) -> Done:
         """One command in a pipe, to its end."""
         data = given.encode() if isinstance(given, str) else given
-        done = subprocess.run(
-            self.command(args), env=self.env, cwd=self.folder, input=data,
-            capture_output=True, timeout=seconds, check=False,
-        )  # fmt: skip
+        done = forks.complete(compiled_program(), args, self.env, self.folder, data, seconds)
         result = Done(done.returncode, done.stdout.decode(), done.stderr.decode())
         self.said += result.said
         assert "Traceback" not in result.err, result
