@@ -240,14 +240,14 @@ MAX_PORT = 65_535
 # Parsing and converting a JSON body blocks all streams: 30 MiB of tiny values took 7 s and
 # gigabytes, so brackets, commas and colons outside strings are counted before parsing.  The most
 # expensive body below this limit, 10,000 pairs of turns to be converted, blocks for 0.3 s.
-MAX_JSON_MARKS = 200_000
+MAX_JSON_VALUES = 200_000
 MAX_URL_ESCAPES = 100_000  # like %41, in a data URL: pictures and files come as base64
-MAX_PACKED_MARKS = 100  # in what a client gives back of ours; it has 10
-MAX_EMBEDDING_MARKS = 1_000_000  # numbers cost less; 256 texts of 3,072 dimensions are fewer
+MAX_PACKED_VALUES = 100  # in what a client gives back of ours; it has 10
+MAX_EMBEDDING_VALUES = 1_000_000  # numbers cost less; 256 texts of 3,072 dimensions are fewer
 MAX_JSON_KEYS = 1000  # at the top level of a body; no API has 100
 MAX_JSON_DEPTH = 100
 MAX_INTEGER_DIGITS = 310  # the largest float has 309; int() and str() take quadratic time
-MAX_HALVES = 10_000  # halves of characters in a body, each 0.2 us; cut emoji are a few
+MAX_LONE_SURROGATES = 10_000  # halves of characters in a body, each 0.2 us; cut emoji are a few
 MAX_ERROR_TEXT = 4000  # characters of an error message
 MAX_REFUSAL_TEXT = 2000  # characters kept of an upstream's message
 MAX_CODE_TEXT = 100  # and of its code
@@ -271,7 +271,7 @@ WRITE_HIGH_WATER_BYTES = 128 * KIB
 
 # After a step this long, a request yields to the others for a moment.
 LONG_STEP_SECONDS = 0.03
-GIVE_WAY_SECONDS = 0.01
+YIELD_SECONDS = 0.01
 TICK_SECONDS = 0.25  # resolution of the clock that all deadlines are checked with
 WRITE_STALL_SECONDS = 60.0  # a client that accepts no byte for this long is gone
 LINGER_SECONDS = 1.0  # lingering close: an RST would discard our response, or spoil the pool
@@ -293,11 +293,11 @@ MAX_ATTEMPTS = 3
 MAX_WAIT_SECONDS = 10.0  # a longer Retry-After is left to the client
 MAX_RETRY_AFTER_SECONDS = 60.0  # anthropic 2.x obeys any value, even days
 # A cool-down must not outlast the upstream's limit: after a minute one request probes.
-COOL_DOWN_SECONDS = 60.0
+MAX_COOLDOWN_SECONDS = 60.0
 MAX_COOLDOWNS = 100  # models per provider; clients may name models that no list has
-COOLDOWN_SECONDS = 4.0  # after a limit without a reset time; doubles while it still holds
+FIRST_COOLDOWN_SECONDS = 4.0  # after a limit without a reset time; doubles while it still holds
 BACKOFF_SECONDS = (0.5, 1.5)
-PAUSE_SECONDS = (2.0, 4.0)  # after a 429 or 503 that names no time
+OVERLOAD_BACKOFF_SECONDS = (2.0, 4.0)  # after a 429 or 503 that names no time
 UNSUPPORTED_MODEL_WAITS = (1.0, 2.0)  # Copilot's catalogue flaps (seen in gh-aw-firewall, 2026-08)
 
 COPILOT_REFRESH_MARGIN_SECONDS = 300.0  # VS Code refreshes when less than 5 minutes are left
@@ -311,7 +311,7 @@ SIGN_IN_RETRY_AFTER_SECONDS = 3600.0  # GitHub's own limits last an hour
 EXCHANGE_SECONDS = 15.0
 MODELS_SECONDS = 30.0
 MODELS_FRESH_SECONDS = 900.0  # VS Code 10 min, opencode 1 h
-MODELS_KEPT_SECONDS = 24 * 3600.0  # an entitled model may be missing from one answer
+MODELS_STALE_SECONDS = 24 * 3600.0  # an entitled model may be missing from one answer
 MODELS_RETRY_SECONDS = 60.0  # after a list that could not be had
 MODELS_MISS_SECONDS = 30.0  # an unknown name may refresh the list, but not more often
 MAX_LISTED_MODELS = 1000  # of one provider, which lists 15 to 40
@@ -351,7 +351,9 @@ KIRO_REFRESH_MARGIN_SECONDS = 300.0  # the vendor's CLI: 1 min; other clients: 2
 KIRO_FORCED_GAP_SECONDS = 10.0  # between refreshes caused by rejected tokens
 KIRO_TOKEN_SECONDS = 3600.0  # lifetime of every token seen
 KIRO_REFRESH_SECONDS = 30.0
-SETTLE_SECONDS = 3.0  # for a pending refresh at shutdown: losing its response may lose the sign-in
+REFRESH_DRAIN_SECONDS = (
+    3.0  # for a pending refresh at shutdown: losing its response may lose the sign-in
+)
 KIRO_CONTROL_SECONDS = 30.0
 KIRO_PEEK_BYTES = 256 * KIB  # of an answer, in which a first word is looked for
 KIRO_MODEL_PAGES = 5  # of a list that never ends
@@ -366,9 +368,9 @@ MAX_PERCENT_USED = 10_000.0  # a plan may be overdrawn; a limit near 0 would giv
 
 # Quotas.  No known client polls them more often than every few minutes.
 QUOTA_WARNING_PERCENTS = (80.0, 95.0)  # used; a warning at each of these and at 100
-QUOTA_SOON_SECONDS = 5.0  # from first use to first poll: a short response is billed by then
-QUOTA_LOOK_SECONDS = 600.0  # between polls while the provider is in use
-QUOTA_AGAIN_SECONDS = 300.0  # between polls caused by "out of credits"
+QUOTA_FIRST_POLL_SECONDS = 5.0  # from first use to first poll: a short response is billed by then
+QUOTA_POLL_SECONDS = 600.0  # between polls while the provider is in use
+QUOTA_RETRY_SECONDS = 300.0  # between polls caused by "out of credits"
 MAX_ALLOWANCES = 32  # quotas kept from header fields; Copilot sends 5
 
 # Signing in (RFC 8628, RFC 8252).
@@ -380,20 +382,20 @@ DEVICE_SLOWER_SECONDS = 5.0  # what slow_down adds: RFC 8628 section 3.5
 CALLBACK_SECONDS = 300.0  # for the browser's redirect; the portal itself waits for 10 minutes
 LOCK_SECONDS = 45.0  # another process's refresh takes KIRO_REFRESH_SECONDS at most
 LOCK_POLL_SECONDS = 0.05
-TOKEN_LOOK_SECONDS = 1.0  # between reads of a token file for display
-SAVE_AGAIN_SECONDS = 30.0  # before a failed write of a token is retried
+TOKEN_CACHE_SECONDS = 1.0  # between reads of a token file for display
+SAVE_RETRY_SECONDS = 30.0  # before a failed write of a token is retried
 CLOCK_JUMP_SECONDS = 30.0  # wall clock against monotonic: beyond this the machine has slept
 
 # The daemon.
 START_SECONDS = 30.0  # until a new process listens; a cold, busy machine needs 5
 HEALTH_SECONDS = 5.0  # for the first response of a gateway that reports it is listening
-INSIST_SECONDS = 5.0  # after the drain; then a daemon that does not stop is killed
+KILL_AFTER_SECONDS = 5.0  # after the drain; then a daemon that does not stop is killed
 POLL_SECONDS = 0.05  # between checks of a lock or a file
-LOOK_SECONDS = 0.3  # probing the daemon's lock holds it for a moment
+LOCK_PROBE_SECONDS = 0.3  # probing the daemon's lock holds it for a moment
 RETIRE_SECONDS = 5.0  # for one more request on a replaced process's connections
 MAX_LOG_BYTES = 10 * MIB
 LOG_FILES = 3  # the current one and two older
-FULL_SECONDS = 60.0  # between log lines about too many open files
+DESCRIPTOR_WARNING_SECONDS = 60.0  # between log lines about too many open files
 MAX_DESCRIPTORS = 65_536  # open files and sockets
 MAX_LOG_LINES = 10_000  # per query
 DEFAULT_LOG_LINES = 50
@@ -413,8 +415,8 @@ USAGE_PRUNE_SECONDS = 3600.0
 MAX_SINGLE_DAYS = 62  # single requests, 115 bytes each, then sums by day; caps look back a month
 MAX_USAGE_DAYS = 800
 MAX_USAGE_PAGES = 24_576  # of 4 KiB: 96 MiB, more than 800,000 requests
-MAX_WAITING_ANSWERS = 20_000  # held in memory while the database cannot be written, 30 MB
-MAX_RECENT_ANSWERS = 1_000  # per query
+MAX_PENDING_REQUESTS = 20_000  # held in memory while the database cannot be written, 30 MB
+MAX_RECENT_REQUESTS = 1_000  # per query
 # Distinct client-supplied names per day: nobody uses 200 user agents or 200 models.
 MAX_LABELS = 200
 MAX_MODELS = 200
@@ -424,7 +426,7 @@ MAX_RUNAWAYS = 1_000  # requests that are remembered by their hash
 
 # GET /metrics.  OpenTelemetry's recommended buckets end at 82 s (GenAI metrics, 2026), but an
 # agent's turn takes 2 to 60 s, long reasoning minutes, and the first byte comes after it.
-ANSWER_SECONDS_BUCKETS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
+COMPLETION_SECONDS_BUCKETS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
 FIRST_BYTE_SECONDS_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 120.0)
 # Pairs of provider and model; later ones share one series for good, as a series must not end.  A
 # provider lists 15 to 40 models; each one used adds 40 lines to a scrape, which take 45 us.
@@ -553,7 +555,7 @@ class ApiError(Exception):
     def text(self) -> str:
         return f"{self.message[:MAX_ERROR_TEXT]} {self.hint}".strip()
 
-    def anew(self, hint: str, retry_after: float | None) -> ApiError:
+    def with_hint(self, hint: str, retry_after: float | None) -> ApiError:
         """A copy with another hint and retry_after: a cached error is raised many times."""
         error = copy.copy(self)
         error.args = self.args
@@ -665,9 +667,9 @@ class RetryDecision:
     """What one refused attempt means: the error for the client, and what to try before that.
 
     `action` is "" (nothing helps), wait (back off), pause (as long as the upstream asks, or longer
-    than a backoff), again (back off, but only once), refresh (the token), relist (the models),
+    than a backoff), retry_once (back off, but only once), refresh (the token), relist (the models),
     reroute (to another dialect or host), repair (the body, by what was rejected), forget (replayed
-    reasoning), rest (cool down).
+    reasoning), cool_down.
     """
 
     error: ApiError
@@ -697,7 +699,7 @@ class WireError(Exception):
         self.status = status
 
 
-BROKEN_OFF = "The upstream's response ended prematurely."
+TRUNCATED_RESPONSE = "The upstream's response ended prematurely."
 
 
 # ---- 3. Small tools ----------------------------------------------------------------------------
@@ -719,7 +721,7 @@ def dump_json(value: Any) -> bytes:
         return text.encode()
     except UnicodeEncodeError:
         replaced = text.encode("utf-8", "replace")
-        if len(text.encode("utf-8", "surrogatepass")) - len(replaced) > 2 * MAX_HALVES:
+        if len(text.encode("utf-8", "surrogatepass")) - len(replaced) > 2 * MAX_LONE_SURROGATES:
             return replaced
         repaired = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
         return repaired.encode()
@@ -755,28 +757,28 @@ def load_json(data: bytes | str) -> Any:
 
 
 JSON_WHITESPACE = " \t\n\r"
-JSON_MARKS = b"[{,:"
+JSON_SEPARATORS = b"[{,:"
 # Matches at every quote, an unterminated string up to the end, so that the search is linear.
 JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
-TOO_MANY_VALUES = f"The body holds more than {MAX_JSON_MARKS} values."
+TOO_MANY_VALUES = f"The body holds more than {MAX_JSON_VALUES} values."
 EMBEDDED_JSON = re.compile(r"\s*+[{\[]")
 
 
-def count_values(data: bytes, limit: int = MAX_JSON_MARKS) -> int:
+def count_values(data: bytes, limit: int = MAX_JSON_VALUES) -> int:
     """How many of `[ { , :` JSON holds outside its strings, or more than `limit`.
 
     Every string but one follows a mark, so no more than that many strings need to be cut out.
     """
     outside = JSON_STRING.sub(b"", data, limit + 1)
-    return len(outside) - len(outside.translate(None, JSON_MARKS))
+    return len(outside) - len(outside.translate(None, JSON_SEPARATORS))
 
 
-def has_too_many_values(data: bytes | str, limit: int = MAX_JSON_MARKS) -> bool:
+def has_too_many_values(data: bytes | str, limit: int = MAX_JSON_VALUES) -> bool:
     """Whether `count_values` is over `limit`, with less work for most JSON."""
     if len(data) <= limit:
         return False
     raw = data.encode("utf-8", "replace") if isinstance(data, str) else data
-    marks = len(raw) - len(raw.translate(None, JSON_MARKS))
+    marks = len(raw) - len(raw.translate(None, JSON_SEPARATORS))
     return marks > limit and count_values(raw, limit) > limit
 
 
@@ -794,10 +796,10 @@ def check_values(body: Json, is_long: bool) -> None:
             embedded += [t for t in texts if isinstance(t, str) and EMBEDDED_JSON.match(t)]
     else:
         raise InvalidRequest(f"The body is nested deeper than {MAX_JSON_DEPTH} levels.")
-    if sum(map(len, embedded)) <= MAX_JSON_MARKS:
+    if sum(map(len, embedded)) <= MAX_JSON_VALUES:
         return
     counts = [count_values(text.encode("utf-8", "replace")) for text in embedded]
-    if sum(counts) > MAX_JSON_MARKS:
+    if sum(counts) > MAX_JSON_VALUES:
         raise BodyTooLarge(TOO_MANY_VALUES)
 
 
@@ -831,15 +833,15 @@ def load_body(data: bytes) -> Json:
         raise InvalidRequest(f"The body has more than {MAX_JSON_KEYS} keys.")
     if len(body) < len(pairs):
         raise InvalidRequest("The body has a duplicate key at its top level.")
-    is_long = len(data) > MAX_JSON_MARKS
+    is_long = len(data) > MAX_JSON_VALUES
     if is_long or data.count(b"{") + data.count(b"[") > MAX_JSON_DEPTH:
         check_values(body, is_long)
     return body
 
 
-def load_object(data: bytes | str, max_marks: int = MAX_JSON_MARKS) -> Json | None:
+def load_object(data: bytes | str, max_values: int = MAX_JSON_VALUES) -> Json | None:
     """The JSON object in untrusted `data`, or None, also if it has too many values."""
-    if has_too_many_values(data, max_marks):
+    if has_too_many_values(data, max_values):
         return None
     try:
         value = load_json(data)
@@ -925,7 +927,7 @@ def get_str(obj: Json, key: str) -> str:
 # Controls a terminal or is invisible there: controls, bidi marks, line separators, Unicode's
 # Default_Ignorable_Code_Point (DerivedCoreProperties); and lone surrogates, which UTF-8 lacks.
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
-UNSEEN = re.compile(
+INVISIBLE_CHARACTERS = re.compile(
     "[\x00-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
     "\u2028-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\ud800-\udfff"
     "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
@@ -936,15 +938,15 @@ def one_line(text: str) -> str:
     """Untrusted `text` on one line: white space becomes spaces, other UNSEEN is dropped."""
     if text.isascii() and text.isprintable():
         return text
-    return UNSEEN.sub(lambda match: " " if match[0].isspace() else "", text)
+    return INVISIBLE_CHARACTERS.sub(lambda match: " " if match[0].isspace() else "", text)
 
 
-def name_of_key(obj: Json, key: str) -> str:
+def get_name(obj: Json, key: str) -> str:
     """The name at `key`, truncated; "" for any other type."""
     return get_str(obj, key)[:MAX_NAME_CHARS]
 
 
-def str_or_empty(obj: Json, key: str) -> str:
+def get_text(obj: Json, key: str) -> str:
     """The string at `key`, unstripped; "" for any other type."""
     value = obj.get(key)
     return value if isinstance(value, str) else ""
@@ -967,7 +969,7 @@ SECRET_PATTERNS = re.compile(
     r"|ao[ar][A-Za-z0-9_.:/+=-]{8,}|ksk_\w{4,}|eyJ[\w-]{4,}(?:\.[\w-]*){0,2}|sk-[\w-]{8,}"
 )
 # In lower case: no pattern matches a text without one of these, and most log lines have none.
-SECRET_MARKS = (
+SECRET_HINTS = (
     "gho_", "ghp_", "ghs_", "ghu_", "ghr_", "github_pat_", "tid=", "bearer", "token", "aoa", "aor",
     "ksk_", "eyj", "sk-",
 )  # fmt: skip
@@ -980,12 +982,12 @@ def redact(text: str, limit: int) -> str:
     """The first `limit` characters with secrets masked, even one that the limit cuts."""
     text = text[: limit + SECRET_MARGIN_CHARS]
     lower = text.lower()
-    if any(mark in lower for mark in SECRET_MARKS):
+    if any(mark in lower for mark in SECRET_HINTS):
         text = SECRET_PATTERNS.sub("[secret]", text)
     return text[:limit]
 
 
-def hide(text: str, known_secrets: Iterable[str]) -> str:
+def mask_secrets(text: str, known_secrets: Iterable[str]) -> str:
     """`text` without any of the `known_secrets`, even if only the beginning of one is left."""
     for secret in known_secrets:
         prefix = secret[:SECRET_PREFIX_CHARS]
@@ -2143,7 +2145,7 @@ class EventStreamFraming:
     def last_frames(self) -> list[Json]:
         """Always empty; raises UpstreamError if a message is truncated."""
         if self.buffer and not self.error:
-            raise UpstreamError(BROKEN_OFF)
+            raise UpstreamError(TRUNCATED_RESPONSE)
         return []
 
 
@@ -2285,7 +2287,7 @@ class Conversation:
     session: str = ""  #: stable id of the conversation, for prompt caches
     prefilled: bool = False  #: prefill: the last turn is the assistant's
     tagged_thinking: bool = False  #: thinking is prompted for, and comes as tags in the text
-    hosted: list[str] = field(default_factory=list)  #: server-side tools
+    server_tools: list[str] = field(default_factory=list)  #: server-side tools
     dropped: list[str] = field(default_factory=list)  #: not convertible; for x-aiclient-dropped
     touched: list[str] = field(default_factory=list)  #: rules that changed it, for the log
     names: dict[str, str] = field(default_factory=dict)  #: client's tool names -> wire names
@@ -2311,13 +2313,13 @@ class Conversation:
     def wire_name(self, name: str) -> str:
         return self.names.get(name) or wire_name(name)
 
-    def settle(self) -> None:
+    def normalize(self) -> None:
         """Normalizes the turns for all vendors; raises InvalidRequest if there are none."""
         normalized = normalize_turns(self.turns)
         if not normalized and not self.system:
             raise self.refuse_empty()
         if normalized != self.turns:
-            self.touched.append("settle_turns")
+            self.touched.append("normalize_turns")
         self.turns = normalized
 
 
@@ -2435,7 +2437,7 @@ class StreamError:
 
 Event = MessageStart | BlockStart | BlockDelta | BlockStop | UsageUpdate | MessageStop | StreamError
 
-OFF_PROTOCOL = "The upstream's response violates its own protocol."
+PROTOCOL_VIOLATION = "The upstream's response violates its own protocol."
 
 # event -> state -> state; any other event is a protocol error.
 EVENT_STATES: dict[type, dict[str, str]] = {
@@ -2649,7 +2651,7 @@ def is_reminder(text: str) -> bool:
 SCHEMA_UNIONS = ("allOf", "anyOf", "oneOf")
 
 
-def plain_schema(tool: Tool) -> Json:
+def require_properties(tool: Tool) -> Json:
     """For vendors that need top-level properties; raises UnsupportedFeature for bare unions."""
     if not tool.schema.get("properties") and any(union in tool.schema for union in SCHEMA_UNIONS):
         raise unsupported("tools", f"the schema of {tool.name!r} must have top-level properties.")
@@ -2688,7 +2690,7 @@ def parse_arguments(text: str) -> Json:
     return {"_raw": text} if value is None else value
 
 
-def whole_arguments(text: str) -> str:
+def complete_arguments(text: str) -> str:
     """A call's arguments as the JSON text of an object, unchanged if they are one."""
     if load_object(text) is not None:
         return text.strip()
@@ -2950,11 +2952,11 @@ class ResponseContext:
     legacy_functions: bool = False  #: respond in the `function_call` shape of 2023
     rewritten: bool = False  #: converted even to its own dialect: some tools are not the client's
     hide_thinking: bool = False  #: send thinking blocks without their text
-    cut: list[str] = field(default_factory=list)  #: stop sequences that are enforced here
-    many: bool = False  #: n > 1: choices must not be merged
-    asked: Json = field(default_factory=dict)  #: the client's request body, for estimates
+    stop_strings: list[str] = field(default_factory=list)  #: stop sequences that are enforced here
+    multiple_choices: bool = False  #: n > 1: choices must not be merged
+    request_body: Json = field(default_factory=dict)  #: the client's request body, for estimates
     #: called with (call ids, reasoning text, signature) that the client's dialect cannot carry
-    keep: Callable[[list[str], str, str], None] | None = None
+    store_reasoning: Callable[[list[str], str, str], None] | None = None
     tools: dict[str, Tool] = field(default_factory=dict)  #: the offered ones, by the client's names
     provider: str = ""  #: name of the upstream's provider
     #: upstream model id -> context window (0 = unknown), for an upstream that reports a percentage
@@ -2997,7 +2999,7 @@ class Relay(Protocol):
     """
 
     usage: Usage
-    said: float  #: estimated output tokens so far
+    output_estimate: float  #: estimated output tokens so far
 
     @property
     def finished(self) -> bool: ...
@@ -3009,7 +3011,7 @@ class UpstreamDialect(Protocol):
     """The half of a dialect that writes requests to an upstream and reads its responses.
 
     `write_request` returns the body of a streaming request; `expand`, the frames equivalent to a
-    non-streaming response; `plain_text`, the text of a frame that is only a text delta.
+    non-streaming response; `join_texts`, the text of a frame that is only a text delta.
     """
 
     name: str
@@ -3017,7 +3019,7 @@ class UpstreamDialect(Protocol):
     def write_request(self, chat: Conversation, model: Model) -> Json: ...
     def reader(self, context: ResponseContext) -> Reader: ...
     def expand(self, response: Json) -> list[Json]: ...
-    def plain_text(self, frame: Json) -> str | None: ...
+    def delta_text(self, frame: Json) -> str | None: ...
     def framing(self) -> Framing:
         return SseReader()
 
@@ -3041,9 +3043,9 @@ class Dialect(UpstreamDialect, Protocol):
     def aggregate(self, frames: list[Json]) -> Json: ...
     def error_body(self, error: ApiError, request_id: str) -> Json: ...
     def error_frames(
-        self, error: ApiError, request_id: str, context: ResponseContext, begun: bool
+        self, error: ApiError, request_id: str, context: ResponseContext, has_output: bool
     ) -> list[Json]:
-        """The frames that end a stream with an error; `begun`: others were sent before."""
+        """The frames that end a stream with an error; `has_output`: others were sent before."""
         return [self.error_body(error, request_id)]
 
     def error_status(self, error: ApiError) -> int:
@@ -3053,11 +3055,11 @@ class Dialect(UpstreamDialect, Protocol):
         """One event on the wire; Anthropic's clients discard events without an `event:` line."""
         return write_sse(frame, frame["type"])
 
-    def ping(self, begun: bool) -> bytes:
+    def ping(self, has_output: bool) -> bytes:
         """A keep-alive in the form that its clients accept."""
         return SSE_COMMENT_PING
 
-    def alive(self, context: ResponseContext) -> Json | None:
+    def keepalive_frame(self, context: ResponseContext) -> Json | None:
         """A frame that serves as keep-alive, if its clients do not accept a ping."""
         return None
 
@@ -3066,7 +3068,7 @@ def dump_text(value: Any) -> str:
     return dump_json(value).decode()
 
 
-def take_bool(body: Json, key: str) -> bool:
+def flag_field(body: Json, key: str) -> bool:
     return bool_field(body, key) or False
 
 
@@ -3097,7 +3099,7 @@ def message_list(body: Json) -> list[Json]:
     return object_list(body, "messages")
 
 
-def opening_words(system: Any, messages: list[Json]) -> str:
+def opening_text(system: Any, messages: list[Json]) -> str:
     """System prompt and first user message: the same in every request of one conversation."""
     users = (message for message in messages if message.get("role") == "user")
     return text_of(system) + "\0" + text_of(next(users, {}).get("content"))
@@ -3266,7 +3268,7 @@ PART_READERS: dict[str, PartReader] = {
 
 
 def part_reader(part: Json) -> PartReader | None:
-    kind = str_or_empty(part, "type")
+    kind = get_text(part, "type")
     return read_server_tool_part if kind.endswith("_tool_result") else PART_READERS.get(kind)
 
 
@@ -3295,7 +3297,7 @@ def read_parts(content: Any, path: str) -> list[Block]:
     return blocks
 
 
-def plain_text(blocks: Iterable[Block]) -> str:
+def join_texts(blocks: Iterable[Block]) -> str:
     return "\n\n".join(block.text for block in blocks if isinstance(block, (Text, Refusal)))
 
 
@@ -3327,7 +3329,9 @@ def client_tool_schema(kind: str) -> Json | None:
     return None
 
 
-def drop_hosted(names: list[str], tool_count: int, forced_name: str, dropped: list[str]) -> None:
+def drop_server_tools(
+    names: list[str], tool_count: int, forced_name: str, dropped: list[str]
+) -> None:
     """Drops server-side tools; raises UnsupportedFeature if one is forced or no other is left."""
     for name in names:
         if name == forced_name or not tool_count:
@@ -3495,7 +3499,9 @@ def finalize_usage(usage: Usage, context: ResponseContext, output_estimate: floa
     output = usage.output or max(1, int(output_estimate))
     if usage.context:
         return replace(usage, input=max(0, usage.context - output), output=output, source="derived")
-    return replace(usage, input=estimate_request(context.asked), output=output, source="estimated")
+    return replace(
+        usage, input=estimate_request(context.request_body), output=output, source="estimated"
+    )
 
 
 INVALID = "invalid_request_error"
@@ -3536,11 +3542,11 @@ STREAM_ERRORS: dict[str, type[ApiError]] = {
 def read_stream_error(value: Any) -> ApiError:
     """The error in an error frame: an object with message, type and code, or a string."""
     error = value if isinstance(value, dict) else {"message": value}
-    text = redact(str_or_empty(error, "message"), MAX_REFUSAL_TEXT) or "no reason given"
-    code = str_or_empty(error, "code")
+    text = redact(get_text(error, "message"), MAX_REFUSAL_TEXT) or "no reason given"
+    code = get_text(error, "code")
     if code == "context_length_exceeded":
         return ContextTooLong()
-    for key in (code, str_or_empty(error, "type")):
+    for key in (code, get_text(error, "type")):
         error_type = STREAM_ERRORS.get(key.partition(":")[0])
         if error_type:
             return error_type(text, code=key if key == "invalid_prompt" else None)
@@ -3571,7 +3577,7 @@ class StreamedCall:
     is_object: bool = False  #: whether these were a JSON object
     failed_parses: int = 0
 
-    def is_whole(self) -> bool:
+    def is_object_complete(self) -> bool:
         """Whether the arguments are a complete JSON object."""
         if self.parsed_count != len(self.pieces):
             self.parsed_count = len(self.pieces)
@@ -3581,7 +3587,9 @@ class StreamedCall:
 
     def can_close(self) -> bool:
         """Whether no arguments follow; after too many parses only `complete` tells."""
-        return self.complete or (self.failed_parses < MAX_FAILED_PARSES and self.is_whole())
+        return self.complete or (
+            self.failed_parses < MAX_FAILED_PARSES and self.is_object_complete()
+        )
 
 
 @dataclass(slots=True)
@@ -3760,7 +3768,7 @@ def read_chat_request(body: Json) -> Conversation:
     chat = Conversation(model=need_str(body, "model"))
     chat.dropped += [key for key in body if key not in CHAT_FIELDS and body[key]]
     read_chat_messages(body, chat)
-    chat.settle()
+    chat.normalize()
     read_chat_tools(body, chat)
     read_chat_settings(body, chat)
     chat.name_tools()
@@ -3769,7 +3777,7 @@ def read_chat_request(body: Json) -> Conversation:
 
 def read_chat_messages(body: Json, chat: Conversation) -> None:
     messages = message_list(body)
-    user_names = {str_or_empty(item, "name") for item in messages if item.get("role") == "user"}
+    user_names = {get_text(item, "name") for item in messages if item.get("role") == "user"}
     is_multi_user = len(user_names - {""}) > 1
     awaited: Counter[str] = Counter()  # call id -> results still to come, in order of the calls
     for index, message in enumerate(messages):
@@ -3851,7 +3859,7 @@ def read_chat_tools(body: Json, chat: Conversation) -> None:
     else:
         name = need_str(function_of(choice, key), "name", f"{key}.function")
         chat.choice = ToolChoice("named", name)
-    drop_hosted(server_tools, len(chat.tools), "", chat.dropped)
+    drop_server_tools(server_tools, len(chat.tools), "", chat.dropped)
 
 
 def read_json_schema(entry: Json, path: str) -> OutputFormat:
@@ -3900,10 +3908,10 @@ def write_chat_request(chat: Conversation, model: Model) -> Json:
     chat.refuse_prefill()
     messages: list[Json] = []
     if chat.system:
-        messages.append({"role": "system", "content": plain_text(chat.system)})
+        messages.append({"role": "system", "content": join_texts(chat.system)})
     for turn in chat.turns:
         if turn.role == "system":
-            messages.append({"role": "system", "content": plain_text(turn.blocks)})
+            messages.append({"role": "system", "content": join_texts(turn.blocks)})
         elif turn.role == "assistant":
             messages.append(write_chat_assistant(turn.blocks, chat))
         else:
@@ -3938,7 +3946,7 @@ def write_chat_request(chat: Conversation, model: Model) -> Json:
 
 def write_chat_tool(tool: Tool, chat: Conversation) -> Json:
     function: Json = {"name": chat.wire_name(tool.name), "description": tool.description or None}
-    function.update(parameters=plain_schema(tool), strict=tool.strict)
+    function.update(parameters=require_properties(tool), strict=tool.strict)
     return {"type": "function", "function": without_nulls(function)}
 
 
@@ -3952,7 +3960,7 @@ def write_response_format(output: OutputFormat) -> Json:
 
 
 def write_chat_assistant(blocks: list[Block], chat: Conversation) -> Json:
-    message: Json = {"role": "assistant", "content": plain_text(blocks) or None}
+    message: Json = {"role": "assistant", "content": join_texts(blocks) or None}
     calls = []
     for block in blocks:
         if isinstance(block, Thinking):
@@ -4004,7 +4012,7 @@ def write_chat_part(block: Text | Refusal | Image | Document, model: Model) -> J
 
 def write_chat_result(result: ToolResult, model: Model, user_parts: list[Json]) -> Json:
     """A tool message; its images go into `user_parts`, as tool messages accept none."""
-    text = plain_text(result.blocks)
+    text = join_texts(result.blocks)
     attachments: list[Json] = []
     for block in result.blocks:
         if isinstance(block, (Image, Document)):
@@ -4075,10 +4083,10 @@ class ChatReader:
                 arguments = dump_text(arguments)
             elif not isinstance(arguments, str):
                 arguments = ""
-            call_id, name = str_or_empty(fragment, "id"), str_or_empty(function, "name")
+            call_id, name = get_text(fragment, "id"), get_text(function, "name")
             key = call_key(choice, fragment, position)
             self.blocks.add_call(key, call_id, name, arguments, is_last=False)
-        finish_reason = str_or_empty(choice, "finish_reason")
+        finish_reason = get_text(choice, "finish_reason")
         if finish_reason and self.finish_reason != "tool_calls":
             self.finish_reason = finish_reason
 
@@ -4089,8 +4097,10 @@ class ChatReader:
         for call in calls:
             call.complete = True
         blocks.end()
-        if calls and self.opaque and self.context.keep:
-            self.context.keep([call.id for call in calls], "".join(self.reasoning), self.opaque)
+        if calls and self.opaque and self.context.store_reasoning:
+            self.context.store_reasoning(
+                [call.id for call in calls], "".join(self.reasoning), self.opaque
+            )
         if blocks.signature:  # it came after the thinking block, or without one
             blocks.add_text("redacted", "".join(blocks.signature))
             blocks.signature = []
@@ -4234,7 +4244,7 @@ class ChatRelay:
 
     context: ResponseContext
     usage: Usage = field(default_factory=Usage)
-    said: float = 0.0
+    output_estimate: float = 0.0
     finished: bool = False
     base: Json = field(default_factory=dict)  #: the fields that all chunks share
     started: bool = False
@@ -4265,7 +4275,7 @@ class ChatRelay:
         choices = [repaired for choice in choices if (repaired := self.repair_choice(choice))]
         if not choices:
             return []
-        if len(choices) > 1 and not self.context.many:
+        if len(choices) > 1 and not self.context.multiple_choices:
             choices[0]["delta"] = merge_deltas(choice["delta"] for choice in choices)
             del choices[1:]
         frame.update(self.base, choices=choices)
@@ -4280,11 +4290,11 @@ class ChatRelay:
     def repair_choice(self, choice: Json) -> Json | None:
         """One choice as strict clients expect it; None if nothing is left of it."""
         index = choice.get("index")
-        index = index if isinstance(index, int) and self.context.many else 0
+        index = index if isinstance(index, int) and self.context.multiple_choices else 0
         delta = get_dict(choice, "delta")
         drop_vendor_fields(choice)
         drop_vendor_fields(delta)
-        finish_reason = str_or_empty(choice, "finish_reason")
+        finish_reason = get_text(choice, "finish_reason")
         if finish_reason and self.finish_reasons.get(index) != "tool_calls":
             self.finish_reasons[index] = finish_reason
         if isinstance(delta.get("reasoning_text"), str):
@@ -4302,7 +4312,7 @@ class ChatRelay:
         else:
             delta.pop("tool_calls", None)
         if isinstance(delta.get("content"), str):
-            self.said += estimate_text(delta["content"])
+            self.output_estimate += estimate_text(delta["content"])
         if finish_reason and not any(value for key, value in delta.items() if key != "role"):
             return None
         if self.started:
@@ -4334,10 +4344,10 @@ class ChatRelay:
         if self.finished:
             return []
         if not self.finish_reasons:
-            raise UpstreamError(BROKEN_OFF)
+            raise UpstreamError(TRUNCATED_RESPONSE)
         self.finished = True
-        if self.opaque and self.context.keep:
-            self.context.keep(self.call_ids, "".join(self.reasoning), self.opaque)
+        if self.opaque and self.context.store_reasoning:
+            self.context.store_reasoning(self.call_ids, "".join(self.reasoning), self.opaque)
         frames = []
         for index, finish_reason in sorted(self.finish_reasons.items()):
             if finish_reason not in CHAT_STOP_REASONS:
@@ -4346,7 +4356,7 @@ class ChatRelay:
                 finish_reason = "tool_calls"
             frames.append({**self.base, "choices": [chunk_choice({}, finish_reason, index)]})
         if self.context.include_usage:
-            usage = finalize_usage(self.usage, self.context, self.said)
+            usage = finalize_usage(self.usage, self.context, self.output_estimate)
             usage_fields = self.usage_frame or write_usage(usage, CHAT_USAGE)
             frames.append({**self.base, "choices": [], "usage": usage_fields})
         return frames
@@ -4372,11 +4382,11 @@ class ChatDialect(Dialect):
         options = dict_field(body, "stream_options")
         return RequestInfo(
             model=need_str(body, "model"),
-            stream=take_bool(body, "stream"),
+            stream=flag_field(body, "stream"),
             include_usage=bool_field(options, "include_usage", "stream_options") or False,
             initiator="agent" if last_role in ("tool", "function", "assistant") else "user",
             session=session if isinstance(session, str) else "",
-            opening=opening_words(next(systems, ""), messages),
+            opening=opening_text(next(systems, ""), messages),
         )
 
     def has_image(self, body: Json) -> bool:
@@ -4415,7 +4425,7 @@ class ChatDialect(Dialect):
         ]
         return [{**response, "choices": choices}]
 
-    def plain_text(self, frame: Json) -> str | None:
+    def delta_text(self, frame: Json) -> str | None:
         choices = get_dicts(frame, "choices")
         delta = get_dict(choices[0], "delta") if len(choices) == 1 else {}
         if list(delta) != ["content"] or len(frame["choices"]) != 1 or frame.get("usage"):
@@ -4485,7 +4495,7 @@ def read_messages_request(body: Json) -> Conversation:
         role = read_role(message, MESSAGES_ROLES, f"messages.{index}")
         blocks = read_parts(message.get("content"), f"messages.{index}.content")
         chat.turns.append(Turn(role, blocks))
-    chat.settle()
+    chat.normalize()
     chat.prefilled = bool(chat.turns) and chat.turns[-1].role == "assistant"
     read_messages_tools(body, chat)
     chat.max_tokens = int_field(body, "max_tokens")
@@ -4531,7 +4541,7 @@ def read_messages_tools(body: Json, chat: Conversation) -> None:
     choice = dict_field(body, "tool_choice")
     mode = word_field(choice, "type", FROM_TOOL_CHOICE, "tool_choice")
     name = str_field(choice, "name", "tool_choice") or ""
-    drop_hosted(server_tools, len(chat.tools), name, chat.dropped)
+    drop_server_tools(server_tools, len(chat.tools), name, chat.dropped)
     if mode == "tool":
         need_str(choice, "name", "tool_choice")
     if mode is not None:
@@ -4673,7 +4683,7 @@ def write_messages_tools(chat: Conversation) -> Json:
     tools = []
     for tool in chat.tools:
         description = {"description": tool.description} if tool.description else {}
-        schema = plain_schema(tool)
+        schema = require_properties(tool)
         tools.append({"name": chat.wire_name(tool.name), **description, "input_schema": schema})
     if not chat.choice and chat.parallel is not False:
         return {"tools": tools}
@@ -4706,7 +4716,7 @@ class MessagesReader:
         kind = frame.get("type")
         delta = get_dict(frame, "delta")
         if kind == "content_block_delta":
-            part, key = FROM_DELTA.get(str_or_empty(delta, "type"), ("citation", ""))
+            part, key = FROM_DELTA.get(get_text(delta, "type"), ("citation", ""))
             if part == "citation":
                 return [BlockDelta(part, "", delta)]
             return [BlockDelta(part, str(delta.get(key) or ""))]
@@ -4724,19 +4734,19 @@ class MessagesReader:
             return [StreamError(read_stream_error(frame.get("error")))]
         if kind == "message_delta":
             read_usage(frame, MESSAGES_USAGE, self.usage)
-            stop_reason = str_or_empty(delta, "stop_reason")
+            stop_reason = get_text(delta, "stop_reason")
             if stop_reason:
                 reason = FROM_STOP_REASON.get(stop_reason, "end")
-                stop_text = str_or_empty(delta, "stop_sequence") or None
+                stop_text = get_text(delta, "stop_sequence") or None
                 details = get_dict(delta, "stop_details") or None
                 self.message_stop = MessageStop(reason, stop_text, details)
         return []
 
     @staticmethod
     def read_block(block: Json) -> list[Event]:
-        kind = str_or_empty(block, "type")
+        kind = get_text(block, "type")
         if kind in ("text", "thinking"):
-            text = str_or_empty(block, kind)
+            text = get_text(block, kind)
             return [BlockStart(kind), *([BlockDelta("text", text)] if text else [])]
         if kind == "tool_use":
             start = BlockStart("tool", str(block.get("id") or ""), str(block.get("name") or ""))
@@ -4777,7 +4787,7 @@ class MessagesWriter:
         self.block_index = -1
         self.block_kind = ""
         self.has_refusal = False
-        thinking = get_str(get_dict(context.asked, "thinking"), "type")
+        thinking = get_str(get_dict(context.request_body, "thinking"), "type")
         self.shows_encrypted = thinking not in ("", "disabled")
         self.held_frames: list[Json] = []  # of a late thinking block that has no text yet
 
@@ -4826,7 +4836,7 @@ class MessagesWriter:
             return [self.block_frame("stop")]
         if isinstance(event, MessageStart):
             # Input tokens are estimated here; otherwise clients show the context as empty.
-            usage = write_messages_usage(Usage(input=estimate_request(self.context.asked)))
+            usage = write_messages_usage(Usage(input=estimate_request(self.context.request_body)))
             message = {"id": self.context.id, **EMPTY_MESSAGE, "model": self.context.model}
             return [{"type": "message_start", "message": {**message, "usage": usage}}]
         if isinstance(event, UsageUpdate):
@@ -4867,7 +4877,7 @@ class MessagesRelay:
     def __init__(self, context: ResponseContext) -> None:
         self.context = context
         self.usage = Usage()
-        self.said = 0.0
+        self.output_estimate = 0.0
         self.finished = False
         self.started = False
         self.has_stop_reason = False
@@ -4892,11 +4902,11 @@ class MessagesRelay:
             usage = {**get_dict(message, "usage"), "output_tokens": self.usage.output}
             usage["input_tokens"] = self.usage.input
             if not self.usage.prompt:  # clients would show the context as empty
-                usage["input_tokens"] = estimate_request(self.context.asked)
+                usage["input_tokens"] = estimate_request(self.context.request_body)
             message = {**EMPTY_MESSAGE, **message, "model": self.context.model, "usage": usage}
             frame["message"] = message
         elif not self.started:
-            raise UpstreamError(OFF_PROTOCOL)
+            raise UpstreamError(PROTOCOL_VIOLATION)
         elif kind in BLOCK_EVENTS:
             self.repair_block(kind, frame)
         elif kind == "message_delta":
@@ -4906,7 +4916,7 @@ class MessagesRelay:
                 delta["stop_reason"] = "tool_use"
             read_usage(frame, MESSAGES_USAGE, self.usage)
             frame["usage"] = {**get_dict(frame, "usage"), "output_tokens": self.usage.output}
-            if "context_management" not in self.context.asked:
+            if "context_management" not in self.context.request_body:
                 frame.pop("context_management", None)  # langchain fails on it unless requested
         elif kind == "message_stop":
             self.end()
@@ -4925,7 +4935,7 @@ class MessagesRelay:
         )
         is_misplaced = index != self.block_count - 1 or isinstance(index, bool)
         if is_start is self.in_block or is_misplaced or not (content or is_stop):
-            raise UpstreamError(OFF_PROTOCOL)
+            raise UpstreamError(PROTOCOL_VIOLATION)
         self.in_block = not is_stop
         if is_start and content.get("type") == "tool_use":
             self.has_tool_call = True
@@ -4938,13 +4948,13 @@ class MessagesRelay:
             if arguments:
                 self.guard.check(arguments)
             text = content.get("text") or content.get("thinking") or arguments
-            self.said += estimate_text(str(text))
+            self.output_estimate += estimate_text(str(text))
 
     def end(self) -> list[Json]:
         if self.finished:
             return []
         if not self.has_stop_reason or self.in_block:
-            raise UpstreamError(BROKEN_OFF)
+            raise UpstreamError(TRUNCATED_RESPONSE)
         self.finished = True
         return [{"type": "message_stop"}]
 
@@ -4975,7 +4985,7 @@ def aggregate_messages(frames: list[Json]) -> Json:
     for (index, key), pieces in texts.items():
         block, text = message["content"][index], "".join(pieces)
         if key != "partial_json":
-            block[key] = str_or_empty(block, key) + text
+            block[key] = get_text(block, key) + text
         elif text:
             block["input"] = parse_arguments(text)
     return message
@@ -4987,7 +4997,7 @@ def messages_initiator(messages: list[Json]) -> str:
     if last_message.get("role") == "assistant":
         return "agent"
     parts = get_dicts(last_message, "content")
-    texts = [str_or_empty(part, "text") for part in parts if part.get("type") == "text"]
+    texts = [get_text(part, "text") for part in parts if part.get("type") == "text"]
     has_result = any(part.get("type") == "tool_result" for part in parts)
     return "agent" if has_result and all(map(is_reminder, texts)) else "user"
 
@@ -5017,11 +5027,11 @@ class MessagesDialect(Dialect):
         messages = message_list(body)
         return RequestInfo(
             model=need_str(body, "model"),
-            stream=take_bool(body, "stream"),
+            stream=flag_field(body, "stream"),
             include_usage=True,
             initiator=messages_initiator(messages),
             session=read_messages_session(body),
-            opening=opening_words(without_billing_header(body.get("system")), messages),
+            opening=opening_text(without_billing_header(body.get("system")), messages),
         )
 
     def has_image(self, body: Json) -> bool:
@@ -5054,7 +5064,7 @@ class MessagesDialect(Dialect):
             last["copilot_usage"] = response["copilot_usage"]
         return [*frames, last, {"type": "message_stop"}]
 
-    def plain_text(self, frame: Json) -> str | None:
+    def delta_text(self, frame: Json) -> str | None:
         delta = frame.get("delta")
         if not isinstance(delta, dict) or list(delta) != ["type", "text"]:
             return None
@@ -5068,9 +5078,9 @@ class MessagesDialect(Dialect):
         """529 for an overload, as in Anthropic's API."""
         return 529 if isinstance(error, Overloaded) else error.status
 
-    def ping(self, begun: bool) -> bytes:
+    def ping(self, has_output: bool) -> bytes:
         """`ping` inside a message, a comment before it."""
-        return b'event: ping\ndata: {"type":"ping"}\n\n' if begun else SSE_COMMENT_PING
+        return b'event: ping\ndata: {"type":"ping"}\n\n' if has_output else SSE_COMMENT_PING
 
 
 # 8.4 OpenAI responses
@@ -5081,13 +5091,19 @@ THINKING_ENVELOPE = "gw1.a."
 RESPONSES_ENVELOPE = "gw1.r."
 
 # Dropped silently: the response does not depend on them.
-RESPONSES_SILENT = ("client_metadata", "safety_identifier", "service_tier", "truncation", "user")
+RESPONSES_UNREPORTED = (
+    "client_metadata",
+    "safety_identifier",
+    "service_tier",
+    "truncation",
+    "user",
+)
 # Request fields that are converted or silently dropped; others are reported as dropped.
 RESPONSES_FIELDS = (
     "background", "conversation", "include", "input", "instructions", "max_output_tokens",
     "metadata", "model", "parallel_tool_calls", "previous_response_id", "prompt",
     "prompt_cache_key", "reasoning", "store", "stream", "stream_options", "temperature", "text",
-    "tool_choice", "tools", "top_p", *RESPONSES_SILENT,
+    "tool_choice", "tools", "top_p", *RESPONSES_UNREPORTED,
 )  # fmt: skip
 # Request fields that the response echoes, and their defaults.
 RESPONSES_ECHOED: Json = {
@@ -5108,7 +5124,7 @@ def unpack(prefix: str, text: str) -> Json | None:
         return None
     try:
         data = base64.urlsafe_b64decode(text.removeprefix(prefix))
-        return load_object(data, MAX_PACKED_MARKS)
+        return load_object(data, MAX_PACKED_VALUES)
     except ValueError:
         return None
 
@@ -5165,13 +5181,13 @@ CLIENT_CALLS = {
     "computer_call": "computer", "tool_search_call": "tool_search",
 }  # fmt: skip
 # Calls of server-side tools: their results, if any, are converted to text.
-HOSTED_ITEMS = (
+SERVER_TOOL_ITEMS = (
     "code_interpreter_call", "file_search_call", "image_generation_call", "mcp_approval_request",
     "mcp_approval_response", "mcp_call", "mcp_list_tools", "web_search_call",
 )  # fmt: skip
 
 
-def hosted_words(item: Json) -> str:
+def server_tool_text(item: Json) -> str:
     texts: list[Any] = []
     for key in ("output", "results", "outputs"):
         output = item.get(key)
@@ -5224,7 +5240,7 @@ class ResponsesRequestReader:
                 chat.turns.append(Turn("assistant", [*turn.content, *turn.calls]))
                 turn = Turn("user", turn.results)
             chat.turns.append(turn)
-        chat.settle()
+        chat.normalize()
         self.read_tools(body, "")
         chat.tools = [*self.tools.values()]
         self.read_choice()
@@ -5248,13 +5264,13 @@ class ResponsesRequestReader:
             # Only thinking that was packed here: the responses API's own is for its models alone.
             thinking = unpack(THINKING_ENVELOPE, get_str(item, "encrypted_content"))
             if thinking is not None:
-                values = [str_or_empty(thinking, key) for key in ("thinking", "signature", "data")]
+                values = [get_text(thinking, key) for key in ("thinking", "signature", "data")]
                 turn = self.open_turn()
                 (turn.calls or turn.content).append(Thinking(*values))
         elif kind == "additional_tools":
             self.read_tools(item, path)
-        elif kind in HOSTED_ITEMS:
-            text = hosted_words(item)
+        elif kind in SERVER_TOOL_ITEMS:
+            text = server_tool_text(item)
             if text:
                 self.add_content([Text(f"[{kind.removesuffix('_call')}: {text}]")])
             else:
@@ -5348,7 +5364,7 @@ class ResponsesRequestReader:
             name = need_str(tool, "name", path)
             schema = object_schema(tool.get("parameters"), f"{path}.parameters")
         else:
-            self.chat.hosted.append(kind)
+            self.chat.server_tools.append(kind)
             return []
         flat = flat_name(namespace, name)
         if flat not in self.tools:
@@ -5379,7 +5395,7 @@ class ResponsesRequestReader:
             chat.choice = ToolChoice("named", flat_name(namespace, need_str(choice, "name", path)))
         else:
             raise UnsupportedFeature(f"{kind} is not available on this model.", param="tools")
-        drop_hosted(chat.hosted, len(chat.tools), "", chat.dropped)
+        drop_server_tools(chat.server_tools, len(chat.tools), "", chat.dropped)
 
     def read_settings(self) -> None:
         body, chat = self.body, self.chat
@@ -5408,9 +5424,9 @@ def write_responses_request(chat: Conversation, model: Model) -> Json:
     items = write_input_items(chat)
     body: Json = {"model": model.id, "input": items}
     if chat.system and items:
-        body["instructions"] = plain_text(chat.system)
+        body["instructions"] = join_texts(chat.system)
     elif chat.system:
-        items.append({"role": "developer", "content": plain_text(chat.system)})
+        items.append({"role": "developer", "content": join_texts(chat.system)})
     if not items:
         raise chat.refuse_empty()
     if chat.tools:
@@ -5452,7 +5468,7 @@ def write_input_items(chat: Conversation) -> list[Json]:
     items: list[Json] = []
     for turn in chat.turns:
         if turn.role == "system":
-            items.append({"role": "developer", "content": plain_text(turn.blocks)})
+            items.append({"role": "developer", "content": join_texts(turn.blocks)})
         elif turn.role == "assistant":
             written = [write_assistant_item(block, chat) for block in turn.blocks]
             items += [item for item in written if item]
@@ -5474,7 +5490,7 @@ def write_assistant_item(block: Block, chat: Conversation) -> Json | None:
         return write_reasoning_item(block.text, block.signature or block.redacted)
     if isinstance(block, ToolCall):
         call = {"call_id": wire_id(block.id), "name": chat.wire_name(block.name)}
-        return {"type": "function_call", **call, "arguments": whole_arguments(block.arguments)}
+        return {"type": "function_call", **call, "arguments": complete_arguments(block.arguments)}
     if not isinstance(block, (Text, Refusal)):
         return None
     part: Json = {"type": "output_text", "text": block.text, "annotations": []}
@@ -5501,7 +5517,7 @@ def write_input_parts(block: Block) -> list[Json]:
 
 def write_output_item(result: ToolResult, next_parts: list[Json]) -> Json:
     """A tool's output; its images move to the next message, as Copilot accepts only text."""
-    text = plain_text(result.blocks)
+    text = join_texts(result.blocks)
     blocks = [block for block in result.blocks if not isinstance(block, (Text, Refusal))]
     media = [part for block in blocks for part in write_input_parts(block)]
     call_id = wire_id(result.id)
@@ -5518,7 +5534,7 @@ def write_responses_tool(tool: Tool, chat: Conversation) -> Json:
     entry: Json = {"type": "function", "name": chat.wire_name(tool.name)}
     if tool.description:
         entry["description"] = tool.description
-    return {**entry, "parameters": plain_schema(tool), "strict": bool(tool.strict)}
+    return {**entry, "parameters": require_properties(tool), "strict": bool(tool.strict)}
 
 
 def write_reasoning_item(text: str, signature: str) -> Json | None:
@@ -5569,7 +5585,7 @@ class OutputItem:
 
     def read(self, kind: str, frame: Json) -> None:
         if kind in ITEM_DELTAS:
-            self.add(ITEM_DELTAS[kind], str_or_empty(frame, "delta"))
+            self.add(ITEM_DELTAS[kind], get_text(frame, "delta"))
         elif kind == "response.output_item.added":
             self.open(get_dict(frame, "item"))
         elif kind == "response.output_item.done":
@@ -5579,7 +5595,7 @@ class OutputItem:
         elif kind == "response.content_part.done":
             self.end_part(get_dict(frame, "part"))
         elif kind == "response.custom_tool_call_input.delta":
-            self.pieces.append(str_or_empty(frame, "delta"))
+            self.pieces.append(get_text(frame, "delta"))
 
     def open(self, payload: Json) -> None:
         self.kind = str(payload.get("type") or "")
@@ -5609,8 +5625,8 @@ class OutputItem:
     def end_part(self, part: Json) -> None:
         """Ends a content part; text that came only with it is added."""
         if not self.open_block:
-            self.add("text", str_or_empty(part, "text"))
-            self.add("refusal", str_or_empty(part, "refusal"))
+            self.add("text", get_text(part, "text"))
+            self.add("refusal", get_text(part, "refusal"))
         self.end_text()
         self.part_count += 1
 
@@ -5624,9 +5640,9 @@ class OutputItem:
             for part in parts[self.part_count :]:
                 self.end_part(part if isinstance(part, dict) else {})
         elif self.kind == "function_call" and not self.pieces:
-            self.add("tool", str_or_empty(payload, "arguments"))
+            self.add("tool", get_text(payload, "arguments"))
         elif self.kind == "custom_tool_call":
-            call_input = str_or_empty(payload, "input") or self.text
+            call_input = get_text(payload, "input") or self.text
             self.add("tool", dump_text({"input": call_input}))
         elif self.kind == "reasoning":
             self.close_reasoning(payload)
@@ -5638,9 +5654,9 @@ class OutputItem:
         """Encrypted reasoning is reliable only in the last frame of its item."""
         if not self.pieces:
             parts = get_dicts(payload, "summary") or get_dicts(payload, "content")
-            texts = [str_or_empty(part, "text") for part in parts]
+            texts = [get_text(part, "text") for part in parts]
             self.add("thinking", "\n\n".join(filter(None, texts)))
-        encrypted = str_or_empty(payload, "encrypted_content")
+        encrypted = get_text(payload, "encrypted_content")
         if not encrypted:
             return
         self.signature = pack(RESPONSES_ENVELOPE, {"id": payload.get("id"), "enc": encrypted})
@@ -5701,8 +5717,10 @@ class ResponsesReader:
         items = self.items.values()
         calls = [item.call_id for item in items if item.call_id]
         encrypted_items = [item for item in items if item.signature]
-        if calls and encrypted_items and self.context.keep:
-            self.context.keep(calls, encrypted_items[-1].text, encrypted_items[-1].signature)
+        if calls and encrypted_items and self.context.store_reasoning:
+            self.context.store_reasoning(
+                calls, encrypted_items[-1].text, encrypted_items[-1].signature
+            )
         reason = "end"
         if kind == "response.incomplete":
             details = get_dict(response, "incomplete_details")
@@ -5720,8 +5738,10 @@ def response_frame(context: ResponseContext, step: str, **members: Any) -> Json:
     response |= {"status": "in_progress" if step == "created" else step, "error": None}
     response |= {"incomplete_details": None, "model": context.model, "output": []}
     response |= {"store": False, "usage": None, **RESPONSES_ECHOED}
-    asked = context.asked
-    echoed = {key: asked[key] for key in RESPONSES_ECHOED if asked.get(key) is not None}
+    request_body = context.request_body
+    echoed = {
+        key: request_body[key] for key in RESPONSES_ECHOED if request_body.get(key) is not None
+    }
     return {"type": f"response.{step}", "response": {**response, **echoed, **members}}
 
 
@@ -5770,7 +5790,7 @@ def expand_part(position: Json, index: int, part: Json) -> list[Json]:
     """The four frames of one part: it is added, its text comes and is done, it is done."""
     names = PART_FRAMES.get(str(part.get("type")), PART_FRAMES["output_text"])
     part_name, text_name, index_key, key = names
-    text = str_or_empty(part, key)
+    text = get_text(part, key)
     logprobs = {"logprobs": part["logprobs"]} if "logprobs" in part else {}
     frames: list[Json] = [
         {"type": f"response.{part_name}.added", "part": {**part, key: ""}},
@@ -5920,7 +5940,7 @@ class ResponsesWriter:
     def write_stop(self, event: MessageStop) -> list[Json]:
         reason = INCOMPLETE_REASONS.get(event.reason)
         frames: list[Json] = []
-        explanation = str_or_empty(event.details or {}, "explanation")
+        explanation = get_text(event.details or {}, "explanation")
         if event.reason == "filter" and explanation:
             steps = (BlockStart("refusal"), BlockDelta("text", explanation), BlockStop())
             frames = [frame for step in steps for frame in self.write(step)]
@@ -5942,7 +5962,7 @@ class ResponsesRelay:
     def __init__(self, context: ResponseContext) -> None:
         self.context = context
         self.usage = Usage()
-        self.said = 0.0
+        self.output_estimate = 0.0
         self.finished = False
         self.item_ids: dict[int, str] = {}
         self.summary_streamed: set[int] = set()  # reasoning items
@@ -5964,7 +5984,7 @@ class ResponsesRelay:
         frames = [response_frame(self.context, "created")] if needs_start else []
         self.started = True
         if isinstance(frame.get("delta"), str):
-            self.said += estimate_text(frame["delta"])
+            self.output_estimate += estimate_text(frame["delta"])
         if isinstance(frame.get("output_index"), int):
             frames += self.repair_item_frame(kind, frame["output_index"], frame)
         self.finished = kind in RESPONSES_ENDS
@@ -5975,7 +5995,7 @@ class ResponsesRelay:
                 read_usage(response, RESPONSES_USAGE, self.usage)
                 read_copilot_usage(frame, self.usage)
         elif self.finished:
-            raise UpstreamError(OFF_PROTOCOL)
+            raise UpstreamError(PROTOCOL_VIOLATION)
         return [*frames, frame]
 
     def repair_item_frame(self, kind: str, index: int, frame: Json) -> list[Json]:
@@ -5986,7 +6006,7 @@ class ResponsesRelay:
         elif "item_id" in frame:
             self.rename(frame, "item_id", index)
         if kind == "response.function_call_arguments.delta":
-            self.guards[index].check(str_or_empty(frame, "delta"))
+            self.guards[index].check(get_text(frame, "delta"))
         elif kind == "response.reasoning_summary_part.added":
             self.summary_streamed.add(index)
         elif kind == "response.output_item.done" and isinstance(item, dict):
@@ -6011,8 +6031,8 @@ class ResponsesRelay:
         response.update(id=context.id, model=context.model, created_at=context.created)
         response.setdefault("store", False)
         for key in ("metadata", "user"):  # Copilot does not take them
-            if context.asked.get(key) is not None:
-                response[key] = context.asked[key]
+            if context.request_body.get(key) is not None:
+                response[key] = context.request_body[key]
         response.pop("output_text", None)
         output = response.get("output")
         if self.finished and not output:  # its items may have been streamed before
@@ -6026,7 +6046,7 @@ class ResponsesRelay:
 
     def end(self) -> list[Json]:
         if not self.finished:
-            raise UpstreamError(BROKEN_OFF)
+            raise UpstreamError(TRUNCATED_RESPONSE)
         return []
 
 
@@ -6048,11 +6068,11 @@ class ResponsesDialect(Dialect):
         system = body.get("instructions") or next(prompts, {}).get("content")
         return RequestInfo(
             model=need_str(body, "model"),
-            stream=take_bool(body, "stream"),
+            stream=flag_field(body, "stream"),
             include_usage=True,
             initiator="user" if turns and turns[-1].get("role") == "user" else "agent",
             session=session if isinstance(session, str) else "",
-            opening=opening_words(system, items),
+            opening=opening_text(system, items),
         )
 
     def read_request(self, body: Json) -> Conversation:
@@ -6077,7 +6097,7 @@ class ResponsesDialect(Dialect):
         kind = kind if kind in RESPONSES_ENDS else "response.completed"
         return [*frames, {"type": kind, "response": response}]
 
-    def plain_text(self, frame: Json) -> str | None:
+    def delta_text(self, frame: Json) -> str | None:
         """None: frames are numbered, so no two share a template."""
         return None
 
@@ -6098,7 +6118,7 @@ class ResponsesDialect(Dialect):
         return 400 if isinstance(error, NotSignedIn) else error.status
 
     def error_frames(
-        self, error: ApiError, request_id: str, context: ResponseContext, begun: bool
+        self, error: ApiError, request_id: str, context: ResponseContext, has_output: bool
     ) -> list[Json]:
         """`response.failed`, after `response.created` if nothing was sent before."""
         payload = write_openai_error(error, "input")
@@ -6107,9 +6127,9 @@ class ResponsesDialect(Dialect):
             code = "server_error"  # the only one that its clients know
         failure = {"code": code, "message": payload["message"]}
         failed = response_frame(context, "failed", error=failure)
-        return [failed] if begun else [response_frame(context, "created"), failed]
+        return [failed] if has_output else [response_frame(context, "created"), failed]
 
-    def alive(self, context: ResponseContext) -> Json | None:
+    def keepalive_frame(self, context: ResponseContext) -> Json | None:
         """`response.in_progress` again: Codex does not count comments as activity."""
         return response_frame(context, "in_progress")
 
@@ -6138,15 +6158,15 @@ KIRO_FAULTS = (
     Fault(r"CONTENT_LENGTH_EXCEEDS|ContentLengthExceeded|PROMPT_TOO_LONG|[Ii]nput is too long",
         ContextTooLong),
     Fault(r"SUSPENDED|AccountSuspended|temporarily (?:is )?suspended",
-        Forbidden, "Kiro has suspended this account", "rest",
+        Forbidden, "Kiro has suspended this account", "cool_down",
         "Only Kiro's support can lift the suspension; the gateway does not retry."),
     Fault(r"MONTHLY_REQUEST_COUNT|OVERAGE_REQUEST_LIMIT|reached the limit", QuotaExceeded,
-        "The Kiro credits of this month are used up", "rest",
+        "The Kiro credits of this month are used up", "cool_down",
         "They reset with the next billing period."),
     Fault(r"CONVERSATION_LIMIT_EXCEEDED", QuotaExceeded,
         "Kiro's limit for one conversation is reached", hint="Start a new conversation."),
-    Fault(r"DAILY_REQUEST_COUNT", QuotaExceeded, "Kiro's daily limit is reached", "rest"),
-    Fault(r"60-minute credit limit", RateLimited, "Kiro's hourly limit is reached", "rest"),
+    Fault(r"DAILY_REQUEST_COUNT", QuotaExceeded, "Kiro's daily limit is reached", "cool_down"),
+    Fault(r"60-minute credit limit", RateLimited, "Kiro's hourly limit is reached", "cool_down"),
     Fault(r"INSUFFICIENT_MODEL_CAPACITY|MODEL_TEMPORARILY_UNAVAILABLE|unexpectedly high load"
         r"|[mM]odel(?:Temporarily)?Unavailable",
         Overloaded, "This model is overloaded at Kiro", "pause"),
@@ -6170,7 +6190,7 @@ KIRO_FAULTS = (
     Fault(r"ServiceUnavailable", Overloaded, "Kiro is busy", "reroute"),
     Fault(r"AccessDenied", Forbidden, "Kiro does not allow this"),
 )  # fmt: skip
-LASTING_ACTIONS = ("rest", "pause", "refresh")  # they affect more than one request
+LASTING_ACTIONS = ("cool_down", "pause", "refresh")  # they affect more than one request
 
 
 def find_kiro_faults(text: str, phrases_only: bool = False) -> Iterator[Fault]:
@@ -6198,14 +6218,14 @@ def classify_kiro_message(code: str, reason: str, message: str) -> RetryDecision
     return RetryDecision(fault.error(f"{text}{suffix}.", hint=fault.hint), fault.action)
 
 
-def read_kiro_words(payload: Json) -> tuple[str, str, str]:
+def read_kiro_error(payload: Json) -> tuple[str, str, str]:
     """(code, reason, message) of an error object, whichever names its members have; redacted."""
     error = get_dict(payload, "Output") or payload
-    code = str_or_empty(error, "code") or str_or_empty(error, "__type")
+    code = get_text(error, "code") or get_text(error, "__type")
     keys = ("message", "Message", "errorMessage", "error")
-    message = next(filter(None, (str_or_empty(error, key) for key in keys)), "")
+    message = next(filter(None, (get_text(error, key) for key in keys)), "")
     code = redact(code.rpartition("#")[2].partition(":")[0], MAX_CODE_TEXT)
-    reason = redact(str_or_empty(error, "reason"), MAX_CODE_TEXT)
+    reason = redact(get_text(error, "reason"), MAX_CODE_TEXT)
     return code, reason, redact(message, MAX_REFUSAL_TEXT)
 
 
@@ -6280,7 +6300,7 @@ def adapt_assistant_turns(draft: KiroDraft) -> None:
                 if signature == prefix or not signature.startswith(prefix):
                     continue
             elif turn.role == "assistant" and isinstance(block, ToolResult):
-                block = Text(plain_text(block.blocks) or "(no output)")
+                block = Text(join_texts(block.blocks) or "(no output)")
             elif turn.role == "assistant" and isinstance(block, (Image, Document)):
                 block = Text(f"({type(block).__name__.lower()})")
             blocks.append(block)
@@ -6296,7 +6316,7 @@ def begin_and_end_with_user(draft: KiroDraft) -> None:
     last = draft.turns[-1]
     if last.role == "user":
         return
-    if plain_text(last.blocks).strip() == "{" and len(last.blocks) == 1:
+    if join_texts(last.blocks).strip() == "{" and len(last.blocks) == 1:
         draft.turns.pop()  # a prefill that asks for JSON, which is asked for in the prompt here
         draft.notes.append("Reply with one JSON object and nothing else.")
     else:
@@ -6488,7 +6508,7 @@ def pass_settings(draft: KiroDraft) -> None:
     chat.dropped += [name for name in sampling if getattr(chat, name) is not None]
 
 
-def place_preface(draft: KiroDraft) -> None:
+def insert_preface(draft: KiroDraft) -> None:
     """Prepends the system prompt to the first turn, as Kiro has no field for it.
 
     That beats a pair of turns of its own: the beginning stays the same for the cache, and no
@@ -6504,7 +6524,7 @@ def place_preface(draft: KiroDraft) -> None:
 
 KIRO_RULES: tuple[Callable[[KiroDraft], None], ...] = (
     inline_system_turns, adapt_assistant_turns, begin_and_end_with_user, adapt_user_turns,
-    inline_settings, adapt_kiro_tools, request_thinking, pass_settings, place_preface,
+    inline_settings, adapt_kiro_tools, request_thinking, pass_settings, insert_preface,
 )  # fmt: skip
 
 
@@ -6522,7 +6542,7 @@ def check_context_window(draft: KiroDraft) -> None:
         if isinstance(block, ToolCall):
             texts.append(block.arguments)
         else:
-            texts.append(plain_text(block.blocks if isinstance(block, ToolResult) else [block]))
+            texts.append(join_texts(block.blocks if isinstance(block, ToolResult) else [block]))
     for shorten in (str, collapse_runs):  # the second pass is expensive, and rare
         tokens = sum(estimate_text(shorten(text)) for text in texts)
         if tokens <= 1.5 * window:
@@ -6563,7 +6583,7 @@ def write_kiro_request(chat: Conversation, model: Model) -> Json:
 def write_kiro_turn(turn: Turn, chat: Conversation, model: Model) -> Json:
     """A turn's message, without empty lists and objects, as Kiro refuses them."""
     is_assistant = turn.role == "assistant"
-    message: Json = {"content": plain_text(turn.blocks)}
+    message: Json = {"content": join_texts(turn.blocks)}
     if not is_assistant:
         message["modelId"] = model.id
     for block in turn.blocks:
@@ -6578,7 +6598,7 @@ def write_kiro_turn(turn: Turn, chat: Conversation, model: Model) -> Json:
             if block.redacted:
                 message["reasoningContent"] = {"redactedContent": signature}
         elif isinstance(block, ToolResult):
-            content = [{"text": plain_text(block.blocks) or "(no output)"}]
+            content = [{"text": join_texts(block.blocks) or "(no output)"}]
             status = "error" if block.is_error else "success"
             result = {"toolUseId": block.id, "status": status, "content": content}
             context = message.setdefault("userInputMessageContext", {})
@@ -6713,8 +6733,8 @@ class KiroReader:
             self.blocks.events.append(MessageStart("", self.model))
 
     def on_text(self, payload: Json) -> None:
-        self.model = str_or_empty(payload, "modelId") or self.model
-        text = str_or_empty(payload, "content")
+        self.model = get_text(payload, "modelId") or self.model
+        text = get_text(payload, "content")
         if text:
             self.start()
             for kind, piece in self.tags.feed(text):
@@ -6727,7 +6747,7 @@ class KiroReader:
     def on_reasoning(self, payload: Json) -> None:
         """A thinking delta, or its signature, which may come in pieces and late."""
         self.start()
-        redacted, text = str_or_empty(payload, "redactedContent"), str_or_empty(payload, "text")
+        redacted, text = get_text(payload, "redactedContent"), get_text(payload, "text")
         if redacted:
             self.blocks.add_text("redacted", redacted)
         if text:
@@ -6740,7 +6760,7 @@ class KiroReader:
 
     def on_call(self, payload: Json) -> None:
         self.start()
-        call_id, name = str_or_empty(payload, "toolUseId"), str_or_empty(payload, "name")
+        call_id, name = get_text(payload, "toolUseId"), get_text(payload, "name")
         if not call_id:  # the open call's, or a new one
             call_id = f"tooluse_{short_hash(f'{self.context.id} {len(self.blocks.calls)}', 22)}"
             last_call = next(reversed(self.blocks.calls.values()), None)
@@ -6786,7 +6806,7 @@ class KiroReader:
 
     def on_error(self, payload: Json) -> None:
         """An error in mid-stream; content sent before it still counts."""
-        code, reason, message = read_kiro_words(payload)
+        code, reason, message = read_kiro_error(payload)
         decision = classify_kiro_message(code, reason, message)
         if decision and isinstance(decision.error, ContextTooLong) and self.started:
             self.reason = "MODEL_CONTEXT_WINDOW_EXCEEDED"
@@ -6813,17 +6833,19 @@ class KiroReader:
         blocks, calls = self.blocks, self.blocks.calls.values()
         is_truncated = False
         for call in calls:
-            is_whole = call.is_whole()
-            call.complete = call.complete or is_whole
-            is_truncated |= not (call.complete and call.name and (call.is_blank or is_whole))
+            is_object_complete = call.is_object_complete()
+            call.complete = call.complete or is_object_complete
+            is_truncated |= not (
+                call.complete and call.name and (call.is_blank or is_object_complete)
+            )
         blocks.end()
         if blocks.signature:  # a signature without any thinking text
             blocks.thinking = self.hidden
             blocks.open("thinking")
             blocks.close()
         call_ids = [call.id for call in calls if call.closed]
-        if call_ids and blocks.signed_thinking[1] and self.context.keep:
-            self.context.keep(call_ids, *blocks.signed_thinking)
+        if call_ids and blocks.signed_thinking[1] and self.context.store_reasoning:
+            self.context.store_reasoning(call_ids, *blocks.signed_thinking)
         self.report_usage()
         stop_reason = KIRO_FINISHES.get(self.reason, "end")
         if is_truncated:
@@ -6845,7 +6867,12 @@ class KiroReader:
 
 
 # Events that carry content of the response itself.
-KIRO_WORDS = {"assistantResponseEvent", "codeEvent", "reasoningContentEvent", "toolUseEvent"}
+KIRO_CONTENT_EVENTS = {
+    "assistantResponseEvent",
+    "codeEvent",
+    "reasoningContentEvent",
+    "toolUseEvent",
+}
 
 
 class KiroDialect(UpstreamDialect):
@@ -6858,10 +6885,10 @@ class KiroDialect(UpstreamDialect):
         """Kiro always streams: a JSON object is an error."""
         return [{"error": response}]
 
-    def plain_text(self, frame: Json) -> str | None:
+    def delta_text(self, frame: Json) -> str | None:
         payload = get_dict(frame, "assistantResponseEvent")
         is_plain = payload.keys() <= {"content", "modelId"}
-        return str_or_empty(payload, "content") or None if is_plain else None
+        return get_text(payload, "content") or None if is_plain else None
 
 
 KIRO = KiroDialect()
@@ -6882,7 +6909,7 @@ class Converter:
     state: str = "new"  #: of EVENT_STATES
     guard: RunawayGuard = field(default_factory=RunawayGuard)  #: of the open call
     usage: Usage = field(default_factory=Usage)
-    said: float = 0.0
+    output_estimate: float = 0.0
     call_count: int = 0
 
     @property
@@ -6895,7 +6922,7 @@ class Converter:
     def end(self) -> list[Json]:
         frames = [] if self.finished else self.write(self.reader.end())
         if not self.finished:
-            raise UpstreamError(BROKEN_OFF)
+            raise UpstreamError(TRUNCATED_RESPONSE)
         return frames
 
     def write(self, events: list[Event]) -> list[Json]:
@@ -6912,16 +6939,16 @@ class Converter:
             raise event.error
         state = EVENT_STATES[type(event)].get(self.state)
         if state is None:
-            raise UpstreamError(OFF_PROTOCOL)
+            raise UpstreamError(PROTOCOL_VIOLATION)
         self.state = state
         if isinstance(event, BlockDelta):
             if event.part == "arguments":
                 self.guard.check(event.text)
             if event.part != "signature":
-                self.said += estimate_text(event.text)
+                self.output_estimate += estimate_text(event.text)
         elif isinstance(event, BlockStart) and event.kind == "tool":
             if not event.name:
-                raise UpstreamError(OFF_PROTOCOL)
+                raise UpstreamError(PROTOCOL_VIOLATION)
             self.guard = RunawayGuard()
             self.call_count += 1
             event.name = self.context.names.get(event.name, event.name)
@@ -6933,14 +6960,14 @@ class Converter:
             if self.call_count and event.reason in ("end", "stop"):
                 event = MessageStop("tool")
             if self.usage.source != "reported":
-                self.usage = finalize_usage(self.usage, self.context, self.said)
+                self.usage = finalize_usage(self.usage, self.context, self.output_estimate)
                 return [*self.writer.write(UsageUpdate(self.usage)), *self.writer.write(event)]
         return self.writer.write(event)
 
 
 # The inside of a JSON string (RFC 8259 section 7), without surrogate escapes: halves of a pair need
 # checking.  Possessive, so that a mismatch is found in linear time.
-PLAIN_JSON_TEXT = re.compile(
+UNESCAPED_TEXT = re.compile(
     rb'(?:[^"\\\x00-\x1f]++|\\["\\/bfnrt]|\\u(?![dD][89a-fA-F])[0-9a-fA-F]{4})*+'
 )
 
@@ -6974,7 +7001,7 @@ class Template(NamedTuple):
         texts = blocks[len(before) : len(blocks) - len(after)].split(after + before)
         # The blank between texts makes an escape that is split across two of them invalid.
         joined = b" ".join(texts)
-        if not PLAIN_JSON_TEXT.fullmatch(joined) or b"" in texts:
+        if not UNESCAPED_TEXT.fullmatch(joined) or b"" in texts:
             return None
         try:
             text = joined.decode()
@@ -6991,9 +7018,9 @@ class Template(NamedTuple):
 class StreamTranslator:
     """One response in transit: upstream bytes in, client bytes out.
 
-    Without `stream` frames are collected, and `whole` returns the response at the end.  An error
-    before the first byte is only stored in `error`, so that it can become a status; later it is
-    also sent as a frame.
+    Without `stream` frames are collected, and `response_body` returns the response at the end.
+    An error before the first byte is only stored in `error`, so that it can become a status; later
+    it is also sent as a frame.
     """
 
     upstream: UpstreamDialect
@@ -7010,36 +7037,41 @@ class StreamTranslator:
     template: Template | None = None
     last_frame: Json | None = None  #: what the last frame became, if that was one frame
     output: list[bytes] = field(default_factory=list)  #: not yet returned
-    begun: bool = False  #: a byte was sent, so an error can only be a frame
+    has_output: bool = False  #: a byte was sent, so an error can only be a frame
     frame_count: int = 0  #: frames sent
     error: ApiError | None = None
 
     def __post_init__(self) -> None:
         upstream, client, context = self.upstream, self.client, self.context
         self.framing = upstream.framing()
-        self.may_copy = self.stream and not context.cut
-        if upstream is not client or context.cut or context.legacy_functions or context.rewritten:
-            cutter = StopCutter(context.cut) if context.cut else None
+        self.may_copy = self.stream and not context.stop_strings
+        if (
+            upstream is not client
+            or context.stop_strings
+            or context.legacy_functions
+            or context.rewritten
+        ):
+            cutter = StopCutter(context.stop_strings) if context.stop_strings else None
             reader, writer = upstream.reader(context), client.writer(context)
             self.relay = Converter(reader, writer, context, cutter)
         else:
             self.relay = client.relay(context)
 
     @property
-    def over(self) -> bool:
+    def is_finished(self) -> bool:
         return self.error is not None or self.relay.finished
 
     @property
-    def ended(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether the upstream finished: it did not fail and was not cut short here."""
-        return self.relay.finished and self.error is None and not self.context.cut
+        return self.relay.finished and self.error is None and not self.context.stop_strings
 
     @property
     def usage(self) -> Usage:
         usage = self.relay.usage
-        if usage.source or not (self.begun or self.frames):
+        if usage.source or not (self.has_output or self.frames):
             return usage
-        return finalize_usage(usage, self.context, self.relay.said)
+        return finalize_usage(usage, self.context, self.relay.output_estimate)
 
     def feed(self, data: bytes) -> bytes:
         try:
@@ -7048,11 +7080,11 @@ class StreamTranslator:
                 raise UpstreamError("The upstream's response is too large.")
             blocks = self.framing.complete(data)
             step = FIRST_PARSED_EVENTS if self.may_copy else len(blocks)
-            while blocks and not self.over:
+            while blocks and not self.is_finished:
                 copied = self.template.copy(blocks) if self.template else None
                 if copied:
                     self.output.append(copied[0])
-                    self.relay.said += copied[1]
+                    self.relay.output_estimate += copied[1]
                     break
                 # Parses a few, retries with the template they gave, then parses twice as many.
                 parts = blocks.split(b"\n\n", step)
@@ -7068,10 +7100,10 @@ class StreamTranslator:
         """Parses and relays complete events; the last one may give a new template."""
         self.template = None
         frames = self.framing.frames(blocks)
-        text = self.upstream.plain_text(frames[-1]) if frames and self.may_copy else None
+        text = self.upstream.delta_text(frames[-1]) if frames and self.may_copy else None
         self.relay_frames(frames)
         frame = self.last_frame
-        if text and frame and not self.over and self.client.plain_text(frame) == text:
+        if text and frame and not self.is_finished and self.client.delta_text(frame) == text:
             block = blocks[:-2].rpartition(b"\n\n")[2] + b"\n\n"
             self.template = Template.build(block, self.client.encode(frame), text)
 
@@ -7089,13 +7121,13 @@ class StreamTranslator:
         return self.take_output() + self.end()
 
     def end(self, error: ApiError | None = None) -> bytes:
-        if self.over:
+        if self.is_finished:
             return b""
         try:
             if error:
                 raise error
             self.relay_frames(self.framing.last_frames())
-            if not self.over:
+            if not self.is_finished:
                 self.send(self.relay.end())
         except ApiError as failure:
             self.fail(failure)
@@ -7115,7 +7147,7 @@ class StreamTranslator:
             self.frames += frames
             return
         for frame in frames:
-            self.begun = True
+            self.has_output = True
             if self.client.is_numbered:
                 frame["sequence_number"] = self.frame_count
             self.frame_count += 1
@@ -7128,7 +7160,7 @@ class StreamTranslator:
         return b"".join(output)
 
     def ping(self) -> bytes:
-        frame = self.client.alive(self.context) if self.frame_count else None
+        frame = self.client.keepalive_frame(self.context) if self.frame_count else None
         if frame is None:
             return self.client.ping(self.frame_count > 0)
         self.send([frame])
@@ -7136,13 +7168,13 @@ class StreamTranslator:
 
     def fail(self, error: ApiError) -> None:
         """Ends the response: with a frame if a byte was sent, otherwise only in `self.error`."""
-        error.message = hide(error.message[:MAX_ERROR_TEXT], self.context.secrets())
+        error.message = mask_secrets(error.message[:MAX_ERROR_TEXT], self.context.secrets())
         self.error = error
-        if self.begun:
+        if self.has_output:
             has_frames = self.frame_count > 0
             self.send(self.client.error_frames(error, self.request_id, self.context, has_frames))
 
-    def whole(self) -> Json:
+    def response_body(self) -> Json:
         """The non-streaming response; raises the error that ended it."""
         if self.error:
             raise self.error
@@ -7199,9 +7231,9 @@ def read_copilot_model(entry: Json, provider: str) -> Model | None:
         provider=provider,
         dialects=tuple(filter(None, dialects)),
         embeds=is_embedding,
-        name=name_of_key(entry, "name") or model_id,
-        family=name_of_key(capabilities, "family").lower(),
-        vendor=name_of_key(entry, "vendor"),
+        name=get_name(entry, "name") or model_id,
+        family=get_name(capabilities, "family").lower(),
+        vendor=get_name(entry, "vendor"),
         max_output=positive_int(limits.get("max_output_tokens")),
         max_prompt=positive_int(limits.get("max_prompt_tokens")),
         context=positive_int(limits.get("max_context_window_tokens")),
@@ -7446,7 +7478,7 @@ class RejectionMemory:
         #: (model, dialect) -> (kind, name) -> when it expires, monotonic
         self.scopes: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
 
-    def learn(self, model: str, dialect: str, pairs: list[tuple[str, str]], now: float) -> None:
+    def add(self, model: str, dialect: str, pairs: list[tuple[str, str]], now: float) -> None:
         """Remembers `(kind, name)` pairs; beyond the limits the oldest are forgotten."""
         if not pairs:
             return
@@ -7579,7 +7611,7 @@ def native_text(block: Block) -> NativeText | None:
 def write_native_content(blocks: list[Any]) -> str | list[Json]:
     """The reverse of `read_native_content`, also for blocks that `normalize_turns` added."""
     if not blocks or (len(blocks) == 1 and type(blocks[0]) is Text):
-        return plain_text(blocks)
+        return join_texts(blocks)
     parts = []
     for block in blocks:
         part = dict(block.part) if hasattr(block, "part") else {}
@@ -7727,7 +7759,7 @@ def adapt_messages_tools(draft: BodyDraft) -> None:
         adapted = {key: tool[key] for key in TOOL_KEYS if tool.get(key) is not None}
         tools.append({**adapted, "name": wire_name(name), "input_schema": schema})
     forced = str_field(choice, "name", "tool_choice") or ""
-    drop_hosted(server_tools, len(tools), forced, draft.dropped)
+    drop_server_tools(server_tools, len(tools), forced, draft.dropped)
     if not tools and any(part.get("type") == "tool_use" for part in parts_of(body["messages"])):
         tools = [{**PLACEHOLDER_TOOL, "input_schema": EMPTY_SCHEMA}]
     if forced:
@@ -7968,7 +8000,7 @@ def adapt_chat_call(path: str, call: Json) -> Json:
     name = wire_name(need_str(function, "name", f"{path}.function"))
     arguments = function.get("arguments", function.get("input"))
     text = arguments if isinstance(arguments, str) else dump_text(arguments or {})
-    function = {"name": name, "arguments": whole_arguments(text)}
+    function = {"name": name, "arguments": complete_arguments(text)}
     adapted = {"id": str_field(call, "id", path), "index": call.get("index"), "type": "function"}
     return without_nulls({**adapted, "function": function})
 
@@ -8112,7 +8144,7 @@ def adapt_responses_fields(draft: BodyDraft) -> None:
             raise InvalidRequest(f"{path}: {problem}", param=path, code=code)
         if not item_kind(item):
             raise InvalidRequest(f"{path}.type: is required.", param=f"{path}.type")
-    unreported = (*RESPONSES_SILENT, "metadata", "stream_options")
+    unreported = (*RESPONSES_UNREPORTED, "metadata", "stream_options")
     draft.drop([key for key in body if key not in RESPONSES_KEYS], unreported)
     body.update(store=False, include=[ENCRYPTED_REASONING])
     cache_key = body.get("prompt_cache_key")
@@ -8143,8 +8175,8 @@ def adapt_items(draft: BodyDraft) -> None:
 def adapt_item(item: Json, path: str, dropped: list[str]) -> Json | None:
     """An item of `input`; None if Copilot would refuse it or nothing is left of it."""
     kind = item_kind(item)
-    if kind in HOSTED_ITEMS:
-        summary = hosted_words(item)
+    if kind in SERVER_TOOL_ITEMS:
+        summary = server_tool_text(item)
         if not summary:
             dropped.append(f"input.{kind}")
             return None
@@ -8158,7 +8190,9 @@ def adapt_item(item: Json, path: str, dropped: list[str]) -> Json | None:
         item["namespace"] = wire_name(item["namespace"])
     if kind == "function_call":
         value = item.get("arguments", "")
-        item["arguments"] = whole_arguments(value if isinstance(value, str) else dump_text(value))
+        item["arguments"] = complete_arguments(
+            value if isinstance(value, str) else dump_text(value)
+        )
     elif kind == "reasoning":
         if not is_native_signature(item.get("encrypted_content")):
             return None
@@ -8284,7 +8318,7 @@ def adapt_responses_tools(draft: BodyDraft) -> None:
         kind = need_str(choice, "type", "tool_choice")
         forced = "" if kind in ("function", "custom", "allowed_tools") else kind
         body["tool_choice"] = adapt_responses_choice(choice, set(server_tools), "tool_choice")
-    drop_hosted(server_tools, len(tools), forced, draft.dropped)
+    drop_server_tools(server_tools, len(tools), forced, draft.dropped)
     if forced:
         raise UnsupportedFeature(f"{forced} is not available on this model.", param="tools")
     draft.set_tools(tools)
@@ -8431,14 +8465,14 @@ class ReasoningMemory:
 
     def __init__(self, limit: int = REASONING_MEMORY_ENTRIES) -> None:
         self.limit = limit
-        self.kept: dict[str, tuple[str, str]] = {}  #: call id -> (text, signature)
+        self.entries: dict[str, tuple[str, str]] = {}  #: call id -> (text, signature)
 
-    def keep(self, call_ids: Iterable[str], text: str, signature: str) -> None:
+    def store(self, call_ids: Iterable[str], text: str, signature: str) -> None:
         for call_id in call_ids:
-            self.kept.pop(call_id, None)
-            self.kept[call_id] = (text, signature)
-        while len(self.kept) > self.limit:
-            del self.kept[next(iter(self.kept))]
+            self.entries.pop(call_id, None)
+            self.entries[call_id] = (text, signature)
+        while len(self.entries) > self.limit:
+            del self.entries[next(iter(self.entries))]
 
     def attach_items(self, body: Json) -> None:
         """Puts reasoning items back before the calls of a responses body that lack them."""
@@ -8447,7 +8481,7 @@ class ReasoningMemory:
         items: list[Json] = []
         has_reasoning = False  # reasoning, in the current model turn
         for item in body["input"]:
-            entry = self.kept.get(str(item.get("call_id")))
+            entry = self.entries.get(str(item.get("call_id")))
             if entry and not has_reasoning and item_kind(item) == "function_call":
                 reasoning = write_reasoning_item(*entry)
                 items += [reasoning] if reasoning else []
@@ -8461,7 +8495,7 @@ class ReasoningMemory:
         """Puts signatures back into the assistant messages of a chat body that lack them."""
         for message in body["messages"]:
             call_ids = [call.get("id") for call in message.get("tool_calls") or ()]
-            entries = [self.kept[call_id] for call_id in call_ids if call_id in self.kept]
+            entries = [self.entries[call_id] for call_id in call_ids if call_id in self.entries]
             text, signature = entries[-1] if entries else ("", RESPONSES_ENVELOPE)
             if not message.get("reasoning_opaque") and not signature.startswith(RESPONSES_ENVELOPE):
                 message["reasoning_opaque"] = signature
@@ -8486,7 +8520,7 @@ def unwrap_error(value: Any, depth: int = 3) -> tuple[str, str]:
     return message, code.partition(":")[0] if isinstance(code, str) else ""
 
 
-def read_error_answer(status: int, data: bytes) -> tuple[str, str]:
+def read_error_response(status: int, data: bytes) -> tuple[str, str]:
     """(message, code) of an error response of any type, redacted, and cut before any search."""
     text = data.decode("utf-8", "replace").strip()
     value = load_object(text) if text.startswith("{") else None
@@ -8601,7 +8635,7 @@ COPILOT_FAULTS = (
           "Copilot does not allow this: {status}{tail}.", "refresh"),
     Fault(r"^(?:403|421) ", Forbidden, "Copilot does not allow this: {message}{tail}.", "refresh"),
     # Only the model cools down: on older plans the models without a price still work (facts, 8.4).
-    Fault(r"^402 ", QuotaExceeded, "Your Copilot quota is used up: {reason}.{tail}", "rest"),
+    Fault(r"^402 ", QuotaExceeded, "Your Copilot quota is used up: {reason}.{tail}", "cool_down"),
     Fault(r"^404 ", ModelNotFound, "Copilot does not serve {model}.", "",
           "Its policy may need to be accepted at github.com/settings/copilot."),
     Fault(r"^413 ", BodyTooLarge, "The request is too large for Copilot."),
@@ -8610,7 +8644,7 @@ COPILOT_FAULTS = (
     Fault(r"^466 ", UpstreamError, "Copilot refused this client's version: {message}", "",
           "Update aiclient-api: its editor version is too old for GitHub."),
     Fault(r"^(?:503|529) ", Overloaded, "Copilot is busy.{tail}", "pause"),
-    Fault(r"^(?:408|504) ", UpstreamTimeout, "Copilot timed out.{tail}", "again"),
+    Fault(r"^(?:408|504) ", UpstreamTimeout, "Copilot timed out.{tail}", "retry_once"),
     Fault(r"^(?:499|[5-9]..) ", UpstreamError, "Copilot failed with status {status}.{tail}",
           "wait"),
     Fault(r"^(?!400 )", UpstreamError, "Copilot responded with status {status}: {message}{tail}"),
@@ -8625,7 +8659,7 @@ COPILOT_FAULTS = (
           r'"?[\w.:/-]{1,200}"? is not accessible via the /)', InvalidRequest,
           "{model} is not served in a dialect this gateway speaks yet.", "reroute", "", "model"),
     Fault(r"^400 [^:]*: \Z", InvalidRequest,
-          "The upstream refused the request without a reason.", "again"),
+          "The upstream refused the request without a reason.", "retry_once"),
     # Usually replayed reasoning.
     Fault(r"^400 invalid_request_body:|(?i:signature|different conversation|encrypted[ _]content"
           r"|does not belong to this connection)", InvalidRequest, "{message}", "forget"),
@@ -8645,7 +8679,7 @@ def classify_copilot_error(
     now: float,
 ) -> RetryDecision:
     """Classifies a response of the model service; `rejections` were applied to `sent`."""
-    message, code = read_error_answer(status, data)
+    message, code = read_error_response(status, data)
     tail = request_note(headers, "GitHub", "x-github-request-id")
     if status in (401, 403, 421) and b'"authorize_url"' in data:  # for a third-party agent
         return RetryDecision(Forbidden(f"Copilot wants another authorization: {message}.{tail}"))
@@ -8656,7 +8690,7 @@ def classify_copilot_error(
         decision.action = "repair" if decision.rejections else decision.action
     account_limits = r"(?:user_global|user_weekly|integration)_rate_limited"
     decision.account_wide = status == 429 and re.fullmatch(account_limits, code) is not None
-    return with_wait(decision, read_wait(headers, message, now), "pause", "rest")
+    return with_wait(decision, read_wait(headers, message, now), "pause", "cool_down")
 
 
 BETA_REFUSED = re.compile(r"Unexpected value\(s\) (.{1,500}?) for the `?anthropic-beta`? header")
@@ -8748,7 +8782,7 @@ def classify_exchange_error(
     status: int, headers: Headers, data: bytes, now: float
 ) -> RetryDecision:
     """Classifies a failed token exchange: `wait` if it is temporary."""
-    message, code = read_error_answer(status, data)
+    message, code = read_error_response(status, data)
     if status != 403 or "rate limit" in message.lower():
         wait_s = parse_retry_after(headers.get("retry-after"), now)
         return with_wait(classify(EXCHANGE_FAULTS, status, code, message), wait_s, "wait")
@@ -8809,7 +8843,7 @@ def copilot_api_url(body: Json, config: CopilotConfig, default: str) -> str:
     return f"https://copilot-api.{host.removeprefix('api.')}" if is_tenant else default
 
 
-def read_token_answer(body: Json, config: CopilotConfig, now: float) -> CopilotToken:
+def read_token_response(body: Json, config: CopilotConfig, now: float) -> CopilotToken:
     """Parses a token response; only `token` is required.  Raises UpstreamError."""
     token = get_token(body, "token")
     if not token:
@@ -8974,8 +9008,8 @@ def read_copilot_quota(body: Json) -> Quota:
     date_keys = ("quota_reset_date_utc", "quota_reset_date", "limited_user_reset_date")
     is_free = "free_limited" in get_str(body, "access_type_sku")  # whatever `copilot_plan` is
     return Quota(
-        name_of_key(body, "login"),
-        "free" if is_free else name_of_key(body, "copilot_plan"),
+        get_name(body, "login"),
+        "free" if is_free else get_name(body, "copilot_plan"),
         [allowance for allowance in allowances.values() if allowance is not None],
         next(filter(None, (read_time(body.get(key)) for key in date_keys)), 0.0),
     )
@@ -9010,7 +9044,7 @@ def read_snapshot(text: str) -> Json | None:
     return {**row, "quota_remaining": None} if remaining is not None and remaining < 0 else row
 
 
-def take_snapshots(known: Quota | None, headers: dict[str, str], now: float) -> Quota:
+def apply_quota_headers(known: Quota | None, headers: dict[str, str], now: float) -> Quota:
     """The quota updated from header fields: missing and malformed ones leave known values alone.
 
     The plan's reset date comes from its own buckets, not from a rolling window.
@@ -9046,12 +9080,12 @@ def reached_percent(allowance: Allowance) -> float:
     return max((threshold for threshold in thresholds if percent >= threshold), default=0.0)
 
 
-def plain_figure(value: float) -> str:
+def format_figure(value: float) -> str:
     """`1,210.4`."""
     return f"{value:,.2f}".rstrip("0").rstrip(".")
 
 
-def plain_day(moment: float) -> str:
+def iso_day(moment: float) -> str:
     """The day in UTC; "" if there is none, and for a date beyond the calendar's range."""
     if not 0 < moment < MAX_UNIX_SECONDS:
         return ""
@@ -9061,15 +9095,15 @@ def plain_day(moment: float) -> str:
 def quota_warning(provider: str, allowance: Allowance, resets_at: float) -> str:
     """`copilot: 81 % of premium_interactions used, 285 of 1,500 credits left, resets on DAY`."""
     name, unit = allowance.name, f" {allowance.unit}" if allowance.unit else ""
-    limit = f" of {plain_figure(allowance.limit)}" if allowance.limit else ""
-    day, left = plain_day(allowance.resets_at or resets_at), ""
+    limit = f" of {format_figure(allowance.limit)}" if allowance.limit else ""
+    day, left = iso_day(allowance.resets_at or resets_at), ""
     reset = f", resets on {day}" if day else ""
     if reached_percent(allowance) >= 100:
         left = f", nothing left{limit}{unit}" if limit else ""
         billing = "; further use is billed" if allowance.overage_permitted else ""
         return f"{provider}: {name}: used up{left}{reset}{billing}"
     if allowance.remaining is not None:
-        left = f", {plain_figure(allowance.remaining)}{limit}{unit} left"
+        left = f", {format_figure(allowance.remaining)}{limit}{unit} left"
     return f"{provider}: {int(allowance.percent_used or 0)} % of {name} used{left}{reset}"
 
 
@@ -9095,9 +9129,9 @@ class QuotaAlarm:
         #: allowance -> (highest threshold reported, end of its period in Unix seconds; 0 = unknown)
         self.reported: dict[str, tuple[float, float]] = {}
 
-    def news(self, quota: Quota, now: float) -> list[Allowance]:
+    def new_warnings(self, quota: Quota, now: float) -> list[Allowance]:
         """The allowances to report now; they count as reported from then on."""
-        news = []
+        new_warnings = []
         for row in quota.allowances:
             reached, resets_at = reached_percent(row), row.resets_at or quota.resets_at
             reported, ends_at = self.reported.get(row.name, (0.0, 0.0))
@@ -9106,12 +9140,12 @@ class QuotaAlarm:
             elif now >= ends_at and (resets_at > ends_at or not resets_at):
                 reported = 0.0
             if reached > reported:
-                news.append(row)
+                new_warnings.append(row)
             if not (reached or reported):
                 self.reported.pop(row.name, None)
             elif reached > reported or not ends_at:
                 self.reported[row.name] = max(reached, reported), resets_at
-        return news
+        return new_warnings
 
 
 # 9.5 Kiro: sign-ins, hosts, models, limits
@@ -9244,7 +9278,7 @@ def kiro_refresh(login: KiroLogin, config: KiroConfig) -> tuple[str, dict[str, s
     return base.rstrip("/") + "/token", headers, dump_json(body)
 
 
-def read_refresh_answer(body: Json, now: float) -> Json:
+def read_refresh_response(body: Json, now: float) -> Json:
     """Changes to the token file; a new refresh token invalidates the old.  Raises UpstreamError."""
     changes: Json = {"access_token": get_token(body, "access_token")}
     if not changes["access_token"]:
@@ -9268,7 +9302,7 @@ REFRESH_FAULTS = (
 
 def classify_kiro_refresh(status: int, headers: Headers, data: bytes, now: float) -> RetryDecision:
     """Classifies a failed refresh: `wait` if it is temporary, `refresh` if the token is dead."""
-    message, code = read_error_answer(status, data)
+    message, code = read_error_response(status, data)
     decision = classify(REFRESH_FAULTS, status, code, message or code or f"status {status}")
     return with_wait(decision, parse_retry_after(headers.get("retry-after"), now), "wait")
 
@@ -9320,7 +9354,7 @@ def kiro_endpoints(login: KiroLogin, config: KiroConfig) -> list[KiroEndpoint]:
     return list(unique)
 
 
-def kiro_controls(login: KiroLogin, config: KiroConfig) -> list[str]:
+def kiro_control_urls(login: KiroLogin, config: KiroConfig) -> list[str]:
     """The hosts of the model list, profiles and limits, best first."""
     configured_url = config.management_url or config.api_url
     if configured_url:
@@ -9378,7 +9412,9 @@ def kiro_headers(login: KiroLogin, shape: str, version: str, system: str) -> dic
     }
 
 
-def place_kiro_call(body: Json, endpoint: KiroEndpoint, conversation_id: str, run_id: str) -> Json:
+def address_kiro_request(
+    body: Json, endpoint: KiroEndpoint, conversation_id: str, run_id: str
+) -> Json:
     """The body with its ids, and with the endpoint's profile and origin."""
     ids = {"conversationId": conversation_id, "agentContinuationId": run_id}
     state, origin = {**body["conversationState"], **ids}, KIRO_ORIGINS[endpoint.shape]
@@ -9403,7 +9439,7 @@ def attach_kiro_thinking(body: Json, memory: ReasoningMemory) -> None:
     """Puts reasoning back before calls whose client had no field for it."""
     for message in assistant_messages(body):
         call_ids = [tool_use["toolUseId"] for tool_use in message.get("toolUses", ())]
-        entries = [memory.kept[call_id] for call_id in call_ids if call_id in memory.kept]
+        entries = [memory.entries[call_id] for call_id in call_ids if call_id in memory.entries]
         if entries and "reasoningContent" not in message:
             message["reasoningContent"] = write_kiro_thinking(*entries[-1])
 
@@ -9414,7 +9450,7 @@ def strip_kiro_thinking(body: Json) -> bool:
     return any(thoughts)
 
 
-def kiro_shape(body: Json) -> str:
+def summarize_kiro_body(body: Json) -> str:
     """The structure of a conversation without its content, for the log: roles, lengths, tools."""
     state, summaries = body["conversationState"], []
     for turn in [*state.get("history", ()), state["currentMessage"]][-60:]:
@@ -9456,7 +9492,7 @@ def read_kiro_model(entry: Json, provider: str) -> Model | None:
         id=model_id,
         provider=provider,
         dialects=(KIRO.name,),
-        name=name_of_key(entry, "modelName") or model_id,
+        name=get_name(entry, "modelName") or model_id,
         vendor=KIRO_VENDORS.get(re.split(r"[-.]", model_id.lower())[0], ""),
         max_output=positive_int(limits.get("maxOutputTokens")),
         max_prompt=window,
@@ -9498,7 +9534,7 @@ def kiro_credit_parts(row: Json, now: float) -> list[Json]:
         if isinstance(bonus, dict) and bonus.get("status", "ACTIVE") == "ACTIVE":
             ends_at = read_time(bonus.get("expiresAt"))
             if not ends_at or ends_at > now:
-                entries.append((name_of_key(bonus, "displayName") or "bonus", bonus, ends_at))
+                entries.append((get_name(bonus, "displayName") or "bonus", bonus, ends_at))
     return [
         {
             "name": name,
@@ -9534,8 +9570,8 @@ def read_kiro_quota(body: Json, now: float) -> Quota:
         parts=parts if len(parts) > 1 else [],
     )
     return Quota(
-        name_of_key(get_dict(body, "userInfo"), "email"),
-        name_of_key(get_dict(body, "subscriptionInfo"), "subscriptionTitle"),
+        get_name(get_dict(body, "userInfo"), "email"),
+        get_name(get_dict(body, "subscriptionInfo"), "subscriptionTitle"),
         [allowance] if used or limit else [],
         read_time(row.get("nextDateReset") or body.get("nextDateReset")),
         as_of=now,
@@ -9544,16 +9580,16 @@ def read_kiro_quota(body: Json, now: float) -> Quota:
 
 KIRO_STATUS_FAULTS = (
     Fault(r"^401 ", NotSignedIn, "Kiro does not accept the token{detail}", "refresh"),
-    Fault(r"^402 ", QuotaExceeded, "The Kiro credits are used up{detail}", "rest"),
+    Fault(r"^402 ", QuotaExceeded, "The Kiro credits are used up{detail}", "cool_down"),
     Fault(r"^(?:403|423) ", Forbidden, "Kiro does not allow this{detail}", "reroute"),
     Fault(r"^40[45] ", UpstreamError, "Kiro responded with status {status}{detail}", "reroute"),
     Fault(r"^413 ", BodyTooLarge, "The request is too large for Kiro."),
     Fault(r"^429 ", RateLimited, "Kiro's rate limit{detail}", "pause"),
     Fault(r"^(?:502|503|529) ", Overloaded, "Kiro is busy, status {status}{detail}", "reroute"),
-    Fault(r"^(?:408|504) ", UpstreamTimeout, "Kiro timed out{detail}", "again"),
+    Fault(r"^(?:408|504) ", UpstreamTimeout, "Kiro timed out{detail}", "retry_once"),
     Fault(r"^524 ", UpstreamTimeout, "Kiro timed out{detail}"),  # after minutes: no retry
     Fault(r"^[5-9]..", UpstreamError, "Kiro failed with status {status}{detail}", "wait"),
-    Fault(r"^200 ", UpstreamError, "Kiro responded without a stream{detail}", "again"),
+    Fault(r"^200 ", UpstreamError, "Kiro responded without a stream{detail}", "retry_once"),
     Fault(r"", InvalidRequest, "Kiro refused the request, status {status}{detail}"),
 )
 
@@ -9561,14 +9597,14 @@ KIRO_STATUS_FAULTS = (
 def classify_kiro_error(status: int, headers: Headers, data: bytes, now: float) -> RetryDecision:
     """Classifies an error response, first by its message, then by status; `now` is Unix time."""
     text = data.decode("utf-8", "replace").strip()
-    payload = load_object(text) or {"message": read_error_answer(status, data)[0]}
-    code, reason, message = read_kiro_words(payload)
+    payload = load_object(text) or {"message": read_error_response(status, data)[0]}
+    code, reason, message = read_kiro_error(payload)
     code = headers.get("x-amzn-errortype", "").partition(":")[0] or code
     decision = classify_kiro_message(code, reason, message)
     is_token_refused = status == 401 and decision and isinstance(decision.error, Forbidden)
-    if decision is None or (is_token_refused and decision.action != "rest"):
+    if decision is None or (is_token_refused and decision.action != "cool_down"):
         decision = classify(KIRO_STATUS_FAULTS, status, "", message)
-    with_wait(decision, read_wait(headers, message, now), "pause", "wait", "rest")
+    with_wait(decision, read_wait(headers, message, now), "pause", "wait", "cool_down")
     if isinstance(decision.error, QuotaExceeded):
         decision.error.retry_after = None  # spent credits do not come back in seconds
     decision.account_wide = isinstance(decision.error, (QuotaExceeded, RateLimited))
@@ -9626,10 +9662,10 @@ class Poll(NamedTuple):
 
     state: str  #: done, pending, slow_down, expired, denied, unreachable or failed
     body: Json
-    words: str = ""  #: why it failed, as shown to the user
+    message: str = ""  #: why it failed, as shown to the user
 
 
-def load_answer(data: bytes) -> Json | None:
+def load_form_or_json(data: bytes) -> Json | None:
     """The object in a sign-in response: JSON, or a form, which is GitHub's default."""
     body = load_object(data)
     if body is None and re.fullmatch(rb"[a-z_]+=[ -~]*", data.strip()):
@@ -9639,7 +9675,7 @@ def load_answer(data: bytes) -> Json | None:
 
 def classify_poll(status: int, headers: Headers, data: bytes) -> Poll:
     """Classifies a poll's response by its content, not its status (GitHub's is always 200)."""
-    body = load_answer(data) or {}
+    body = load_form_or_json(data) or {}
     if status == 200 and isinstance(either(body, "access_token"), str):
         return Poll("done", body)
     error = body.get("error") or body.get("__type") or headers.get("x-amzn-errortype") or ""
@@ -9702,7 +9738,7 @@ def read_callback(url: str, state: str, option: str) -> Callback:
     return Callback(query["code"], option, query["issuer_url"], query["idc_region"], path)
 
 
-def plain_host(text: str) -> str:
+def parse_github_host(text: str) -> str:
     """A GitHub host as typed by a user, normalized; raises WrongUsage for one without Copilot."""
     host = re.sub(r"^[a-z]+://", "", text.strip().lower()).partition("/")[0]
     if host == "github.com" or re.fullmatch(r"[a-z0-9-]+\.ghe\.com", host):
@@ -9710,7 +9746,7 @@ def plain_host(text: str) -> str:
     raise WrongUsage(f"--github-host {text}: must be github.com or TENANT.ghe.com")
 
 
-def bare_token(text: str) -> str:
+def clean_token(text: str) -> str:
     """A pasted token without the quotes, spaces and scheme around it; raises SignInFailed."""
     surrounding = "\"' \t\r\n"
     token = re.sub(r"^(?i:bearer|token)(?:\s+|$)", "", text.strip(surrounding)).strip(surrounding)
@@ -9883,7 +9919,7 @@ FALLBACK_RANKS = {
 }  # fmt: skip
 
 
-def may_fall_back(error: ApiError) -> bool:
+def can_fall_back(error: ApiError) -> bool:
     """Whether to fall back to the next candidate after an error before the first byte."""
     is_temporary = error.kind in FALLBACK_RANKS and not isinstance(error, RequestRepeated)
     return is_temporary or isinstance(error, WrongDialect)
@@ -9900,7 +9936,9 @@ def summarize_errors(failures: list[tuple[str, ApiError]]) -> ApiError:
 
     best = min((error for _, error in failures), key=rank)
     attempts = ", ".join(f"{name} ({error.kind})" for name, error in failures)
-    return best.anew(f"{best.hint} All of these were tried: {attempts}.".strip(), best.retry_after)
+    return best.with_hint(
+        f"{best.hint} All of these were tried: {attempts}.".strip(), best.retry_after
+    )
 
 
 class RateLimiter:
@@ -10048,7 +10086,7 @@ class NameTable:
         self.period = ""
         self.names: set[str] = set()
 
-    def known(self, name: str, period: str = "") -> str:
+    def admit(self, name: str, period: str = "") -> str:
         """`name` itself, or OTHER once its period has too many."""
         if period != self.period:
             self.period = period
@@ -10122,7 +10160,7 @@ def read_usage_query(parameters: dict[str, str], now: float) -> UsageQuery:
     query = UsageQuery()
     expected = {
         "by": f"one of {', '.join(USAGE_GROUPS)}",
-        "recent": f"a number from 0 to {MAX_RECENT_ANSWERS}",
+        "recent": f"a number from 0 to {MAX_RECENT_REQUESTS}",
         "cache": "0 or 1",
     }
     for name, text in parameters.items():
@@ -10131,7 +10169,7 @@ def read_usage_query(parameters: dict[str, str], now: float) -> UsageQuery:
             query.since = read_since(text, now)
         elif name == "by" and text in USAGE_GROUPS:
             query.by = text
-        elif name == "recent" and 0 <= number <= MAX_RECENT_ANSWERS:
+        elif name == "recent" and 0 <= number <= MAX_RECENT_REQUESTS:
             query.recent = number
         elif name == "cache" and text in ("0", "1"):
             query.cache = text == "1"
@@ -10278,7 +10316,7 @@ Series = dict[Labels, float]
 
 # The upper bounds of a histogram's buckets.
 METRIC_BUCKETS = {
-    "answer_duration_seconds": ANSWER_SECONDS_BUCKETS,
+    "answer_duration_seconds": COMPLETION_SECONDS_BUCKETS,
     "answer_first_byte_seconds": FIRST_BYTE_SECONDS_BUCKETS,
 }
 
@@ -10395,7 +10433,7 @@ class Metrics:
         name, series = f"{provider}/{model}", self.series
         # Clients can name any model: unknown names get no series of their own.
         is_unknown = record.kind == "model_not_found" and name not in self.models.names
-        if is_unknown or self.models.known(name) != name:
+        if is_unknown or self.models.admit(name) != name:
             model = OTHER
         key = (provider, model)
         series["answers_total"][provider, model, record.dialect, record.status] += 1
@@ -10652,7 +10690,7 @@ class CacheGuard:
             row |= {"label": record.label, "calls": 0, "hit_ratio": None, "input_tokens": 0}
             row |= {"cache_read_tokens": 0, "lost_tokens": 0, "last_at": 0.0}
             tracked = TrackedConversation(row, prompt)
-        self.watched[name, *pair] = tracked
+        self.watched[(name, *pair)] = tracked
         if len(self.watched) > MAX_WATCHED:
             del self.watched[next(iter(self.watched))]
         tracked.update(prompt, record, has_figures and self.reporting[pair])
@@ -10715,7 +10753,7 @@ class LogFormatter:
         if record.exc_info:
             trace = redact(logging.Formatter().formatException(record.exc_info), MAX_LOG_LINE)
             line += "".join(f"\n  {one_line(row)}" for row in trace.split("\n"))
-        return hide(line, self.secrets())
+        return mask_secrets(line, self.secrets())
 
 
 def restrict_to_owner(fd: int) -> bool:
@@ -10817,7 +10855,7 @@ def start_log(level: str, path: str = "", is_stderr: bool = False) -> LogFile | 
     return file
 
 
-def hide_in_log(secrets: Callable[[], Iterable[str]]) -> None:
+def mask_in_log(secrets: Callable[[], Iterable[str]]) -> None:
     """Masks what `secrets` returns, called for each line."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler.formatter, LogFormatter):
@@ -11057,19 +11095,19 @@ def is_readable(connection: socket.socket) -> bool:
 class BodyStream(Protocol):
     """The incoming body of a response.
 
-    `first` returns the bytes received so far, or else the next ones; b"" once the body has ended.
+    `read_some` returns the bytes received so far, otherwise the next ones; b"" at the end.
     `relay` passes all further bytes to `sink`; it returns at the end of the body or after `stop`,
     and raises ApiError, also one given to `fail`.  `hold` pauses or resumes reading.
     `close` returns the connection to the pool if the body was read to its end, otherwise drops it;
-    `ended`: the response is complete, so that only the end of the body can be missing.
+    `is_complete`: the response is complete, so that only the end of the body can be missing.
     """
 
-    def first(self) -> Awaitable[bytes]: ...
+    def read_some(self) -> Awaitable[bytes]: ...
     def relay(self, sink: Callable[[bytes], None]) -> Awaitable[None]: ...
     def hold(self, paused: bool) -> None: ...
     def fail(self, error: ApiError) -> None: ...
     def stop(self) -> None: ...
-    def close(self, ended: bool) -> None: ...
+    def close(self, is_complete: bool) -> None: ...
 
 
 class UpstreamResponse:
@@ -11094,7 +11132,7 @@ class UpstreamResponse:
             self.error = UpstreamError("The upstream's response has an unrequested coding.")
         #: no more is delivered: the body is complete, or was stopped
         self.finished = body.is_complete or self.error is not None
-        self.returned = b""  # by `put_back`
+        self.returned = b""  # by `push_back`
         self.last_received_at = asyncio.get_running_loop().time()
         self.linger_timer: asyncio.TimerHandle | None = None
         client.ticker.add(self.watch)
@@ -11139,7 +11177,7 @@ class UpstreamResponse:
         if cleanly and self.body.is_complete and is_decoded:
             self.stop()
         else:
-            self.fail(UpstreamError(BROKEN_OFF))
+            self.fail(UpstreamError(TRUNCATED_RESPONSE))
 
     def fail(self, error: ApiError) -> None:
         if not self.finished:
@@ -11151,7 +11189,7 @@ class UpstreamResponse:
         self.connection.sink = None
         self.connection.notify()
 
-    async def first(self) -> bytes:
+    async def read_some(self) -> bytes:
         payload, self.returned = bytearray(self.returned), b""
         while not payload and not self.finished:
             if self.connection.buffer:
@@ -11162,13 +11200,13 @@ class UpstreamResponse:
             raise self.error
         return bytes(payload)
 
-    def put_back(self, data: bytes) -> None:
+    def push_back(self, data: bytes) -> None:
         self.returned = data + self.returned
 
     async def read(self, limit: int) -> bytes:
         """The entire body; raises UpstreamError if it exceeds `limit` bytes."""
         body = bytearray()
-        while data := await self.first():
+        while data := await self.read_some():
             body += data
             if len(body) > limit:
                 raise UpstreamError(f"The upstream's response is larger than {limit // KIB} KiB.")
@@ -11186,13 +11224,13 @@ class UpstreamResponse:
         if self.error:
             raise self.error
 
-    def close(self, ended: bool) -> None:
+    def close(self, is_complete: bool) -> None:
         self.client.ticker.discard(self.watch)
         connection = self.connection
         connection.sink = self.read_tail
         connection.hold(False)
         is_reusable = self.keep_alive and not self.error and not connection.is_disconnected
-        if not is_reusable or not (ended or self.body.is_complete):
+        if not is_reusable or not (is_complete or self.body.is_complete):
             self.release()
             return
         if not self.body.is_complete:
@@ -11482,7 +11520,7 @@ class HttpClient:
                 try:
                     return response.status, response.headers, await response.read(8 * MIB)
                 finally:
-                    response.close(ended=False)
+                    response.close(is_complete=False)
         except TimeoutError:
             host = split_url(url)[1]
             raise UpstreamTimeout(f"{host} did not respond within {limit_s:g} s.") from None
@@ -11507,13 +11545,13 @@ class Request(RequestHead):
 
     #: its share of `Server.body_bytes`
     reserved_bytes = 0
-    #: set by the outermost layer; `begun_at` is monotonic
+    #: set by the outermost layer; `started_at` is monotonic
     id = ""
-    begun_at = 0.0
+    started_at = 0.0
     #: the label of its API key, or ""
     key_name = ""
     #: its usage, once known
-    answer: UsageRecord | None = None
+    usage_record: UsageRecord | None = None
 
     def __init__(self, connection: ServerConnection, head: RequestHead, body: Body) -> None:
         super().__init__(head.method, head.target, head.path, head.query, head.minor, head.headers)
@@ -11551,7 +11589,7 @@ class Request(RequestHead):
         self.reserved_bytes = max(self.reserved_bytes, size)
         server.body_bytes = others + self.reserved_bytes
 
-    def cancel_on_hangup(self, watching: bool, patient: bool = False) -> None:
+    def cancel_on_disconnect(self, watching: bool, patient: bool = False) -> None:
         """A half-close counts as a disconnect, unless `patient`: a local response costs nothing."""
         connection = self.connection
         connection.hangup_target = connection.task if watching else None
@@ -12023,7 +12061,7 @@ def os_error_as(problem: str, error_class: type[ProgramError] = ProgramError) ->
         raise error_class(f"{problem}: {error.strerror or error}") from None
 
 
-def open_plain(path: str, *flags: str) -> int:
+def open_regular(path: str, *flags: str) -> int:
     """A descriptor of a regular file, without waiting for a FIFO's writer.  Raises OSError."""
     names = ("O_BINARY", "O_CLOEXEC", "O_NONBLOCK", *flags)
     fd = os.open(path, sum(getattr(os, name, 0) for name in names), 0o600)  # 0: Windows lacks it
@@ -12037,12 +12075,12 @@ def open_plain(path: str, *flags: str) -> int:
 
 
 def open_trusted(path: str, *flags: str) -> int:
-    """`open_plain` for our own files: only this user and root can have written them.
+    """`open_regular` for our own files: only this user and root can have written them.
 
     Symbolic links are followed unless `flags` has O_NOFOLLOW.  Raises OSError.
     """
     check_folder(os.path.dirname(path))
-    fd = open_plain(path, *flags)
+    fd = open_regular(path, *flags)
     try:
         check_owner(path, os.fstat(fd))
         if os.path.islink(path):
@@ -12080,7 +12118,7 @@ def load_config(paths: Paths, environ: dict[str, str], flags: dict[str, str | No
     return config
 
 
-def program_words(argv0: str) -> str:
+def program_command(argv0: str) -> str:
     """What to type to run this program, for hints."""
     name = os.path.basename(argv0)
     is_file = name.endswith(".py") and name != "__main__.py"
@@ -12306,7 +12344,7 @@ class TokenFile:
                 content = self.load()
             except ProgramError as error:
                 content = error
-            self.peeked = identity, now + TOKEN_LOOK_SECONDS, content
+            self.peeked = identity, now + TOKEN_CACHE_SECONDS, content
         if isinstance(content, ProgramError):
             raise content.with_traceback(None)
         return None if content is None else dict(content)
@@ -12322,7 +12360,7 @@ class TokenFile:
             merged = {k: v for k, v in {**content, **self.unsaved}.items() if v is not None}
             save_private_json(self.path, merged)
         except (OSError, ProgramError) as error:  # a file that cannot be trusted is left alone
-            self.retry_save_at = time.monotonic() + SAVE_AGAIN_SECONDS
+            self.retry_save_at = time.monotonic() + SAVE_RETRY_SECONDS
             reason = getattr(error, "strerror", None) or str(error)
             log_event("error", "token_not_saved", path=self.path, reason=reason)
             return
@@ -12392,7 +12430,7 @@ class LogFilter:
 
 def open_log(path: str) -> TextIO:
     """Raises OSError."""
-    return os.fdopen(open_plain(path, "O_RDONLY"), encoding="utf-8", errors="replace")
+    return os.fdopen(open_regular(path, "O_RDONLY"), encoding="utf-8", errors="replace")
 
 
 def read_log_tail(file: TextIO, path: str, lines: int, level: str) -> list[str]:
@@ -12423,7 +12461,7 @@ def load_log_tail(path: str, lines: int, level: str) -> list[str]:
 
 def read_json_file(path: str) -> Json | None:
     """The object in another program's file, None if it is not one; raises OSError."""
-    with os.fdopen(open_plain(path, "O_RDONLY"), "rb") as file:
+    with os.fdopen(open_regular(path, "O_RDONLY"), "rb") as file:
         return load_object(file.read(MIB))
 
 
@@ -12469,7 +12507,7 @@ def write_shared_login(source: Json, changes: Json, used_token: str) -> None:
 
 def open_database(path: str, mode: str) -> sqlite3.Connection:
     """Another program's database, which must exist; raises sqlite3.Error and OSError."""
-    os.close(open_plain(path, "O_RDONLY"))
+    os.close(open_regular(path, "O_RDONLY"))
     url = f"file:{urllib.parse.quote(os.path.realpath(path))}?mode={mode}"
     return sqlite3.connect(url, uri=True, timeout=5, isolation_level=None)
 
@@ -12681,7 +12719,7 @@ class UsageStore:
         None if that is 0, if writing failed, or if no other process has written in the meantime.
         """
         self.pending += [record.row() for record in records]
-        surplus = max(0, len(self.pending) - MAX_WAITING_ANSWERS)
+        surplus = max(0, len(self.pending) - MAX_PENDING_REQUESTS)
         self.lost += surplus
         del self.pending[:surplus]
 
@@ -12796,13 +12834,13 @@ class Ledger:
     def label(self, user_agent: str, limits: LimitsConfig) -> str:
         """`client_label`, limited to MAX_LABELS a day; a label that has a cap always counts."""
         label = client_label(user_agent)
-        return label if label in limits.labels else self.labels.known(label, local_day(time.time()))
+        return label if label in limits.labels else self.labels.admit(label, local_day(time.time()))
 
     def record(self, record: UsageRecord) -> None:
         """Counts a response; it is in the database within USAGE_WRITE_SECONDS and a tick."""
         record.normalize()
         name = f"{record.provider}/{record.model}"
-        if self.models.known(name, local_day(record.at)) != name:
+        if self.models.admit(name, local_day(record.at)) != name:
             record.model = OTHER
         self.pending.append(record)
         if record.costs:
@@ -12941,7 +12979,7 @@ async def run_step(step: Callable[..., Result], *arguments: Any) -> Result:
     started_at = time.monotonic()
     result = step(*arguments)
     if time.monotonic() - started_at > LONG_STEP_SECONDS:
-        await asyncio.sleep(GIVE_WAY_SECONDS)
+        await asyncio.sleep(YIELD_SECONDS)
     return result
 
 
@@ -12993,7 +13031,7 @@ class Catalogue:
                 raise reason from None
             return
         self.fetched_at = time.monotonic()
-        oldest, listed_at = self.fetched_at - MODELS_KEPT_SECONDS, self.listed_at
+        oldest, listed_at = self.fetched_at - MODELS_STALE_SECONDS, self.listed_at
         retained = {k: v for k, v in self.models.items() if listed_at.get(k, -math.inf) > oldest}
         self.listed_at |= dict.fromkeys(fetched, self.fetched_at)
         self.models = {**retained, **fetched}
@@ -13021,8 +13059,8 @@ class Breaker:
     """
 
     provider: str = ""  #: for the log; "" logs nothing
-    first_s: float = COOLDOWN_SECONDS
-    max_s: float = COOL_DOWN_SECONDS
+    first_s: float = FIRST_COOLDOWN_SECONDS
+    max_s: float = MAX_COOLDOWN_SECONDS
     cooldowns: dict[str, Cooldown] = field(default_factory=dict)
 
     def find(self, key: str, now: float) -> Cooldown | None:
@@ -13070,11 +13108,15 @@ class Breaker:
             if cooldown is not None and cooldown.blocks(now):
                 error, wait_s = cooldown.error, None
                 if error.retry_after is not None:
-                    wait_s = max(cooldown.recovers_at - now, cooldown.until - now, PAUSE_SECONDS[0])
-                raise error.anew(error.hint, wait_s)
+                    wait_s = max(
+                        cooldown.recovers_at - now,
+                        cooldown.until - now,
+                        OVERLOAD_BACKOFF_SECONDS[0],
+                    )
+                raise error.with_hint(error.hint, wait_s)
 
     @contextlib.contextmanager
-    def passing(self, key: str) -> Iterator[None]:
+    def guarded(self, key: str) -> Iterator[None]:
         """Around one request: raises during a cool-down; success ends one."""
         self.check(key)
         probed = [self.cooldowns[k] for k in (key, "") if k in self.cooldowns]
@@ -13085,9 +13127,9 @@ class Breaker:
         finally:
             for cooldown in probed:
                 cooldown.probing = False
-        for ended in [k for k, cooldown in self.cooldowns.items() if cooldown in probed]:
-            del self.cooldowns[ended]
-            log_event("info", "cooldown_ended", provider=self.provider, model=ended or "*")
+        for is_complete in [k for k, cooldown in self.cooldowns.items() if cooldown in probed]:
+            del self.cooldowns[is_complete]
+            log_event("info", "cooldown_ended", provider=self.provider, model=is_complete or "*")
 
     def rows(self) -> list[Json]:
         """`[{"model": ID or "*", "seconds", "kind", "reason", "passes_at", "probing"}]`.
@@ -13117,7 +13159,7 @@ class QuotaWatch:
     def __init__(self, provider: str, fetch: Callable[[], Awaitable[Quota | None]]) -> None:
         self.provider = provider
         self.fetch = fetch  #: asks the service, and passes the result to `update`
-        self.soon_s = QUOTA_SOON_SECONDS
+        self.soon_s = QUOTA_FIRST_POLL_SECONDS
         #: sleeps until the monotonic time `poll_at`, 0 once it polls
         self.task: asyncio.Task[None] | None = None
         self.poll_at = 0.0
@@ -13148,7 +13190,7 @@ class QuotaWatch:
     def store(self, quota: Quota) -> None:
         quota.as_of = time.time()
         self.latest = quota
-        for row in self.alarm.news(quota, quota.as_of):
+        for row in self.alarm.new_warnings(quota, quota.as_of):
             log_event(
                 "warning",
                 "quota_used_up" if reached_percent(row) >= 100 else "quota_low",
@@ -13157,7 +13199,7 @@ class QuotaWatch:
                 percent=int(row.percent_used or 0),
                 left="unknown" if row.remaining is None else f"{row.remaining:g}",
                 unit=row.unit or "unknown",
-                resets=plain_day(row.resets_at or quota.resets_at) or "unknown",
+                resets=iso_day(row.resets_at or quota.resets_at) or "unknown",
             )
 
     def update_from_headers(self, headers: Headers) -> None:
@@ -13168,15 +13210,15 @@ class QuotaWatch:
         changed = {k: v for k, v in quota_headers.items() if self.headers.get(k) != v}
         if changed:
             self.headers = quota_headers
-            self.store(take_snapshots(self.latest, changed, time.time()))
+            self.store(apply_quota_headers(self.latest, changed, time.time()))
         elif quota_headers and self.latest is not None:
             self.latest.as_of = time.time()
 
     def on_error(self, error: ApiError) -> None:
         if isinstance(error, QuotaExceeded):
-            self.poll_soon(QUOTA_AGAIN_SECONDS)
+            self.poll_soon(QUOTA_RETRY_SECONDS)
 
-    def poll_soon(self, gap_s: float = QUOTA_LOOK_SECONDS) -> None:
+    def poll_soon(self, gap_s: float = QUOTA_POLL_SECONDS) -> None:
         """Plans a poll `gap_s` after the last one, unless an earlier one is planned."""
         now = time.monotonic()
         poll_at = max(now + self.soon_s, self.polled_at + gap_s)
@@ -13270,7 +13312,7 @@ class Provider:
     def refused(self, model_id: str, error: ApiError) -> None:
         """Starts a cool-down: an error came inside a 200 response."""
 
-    async def settle(self) -> None:
+    async def wait_closed(self) -> None:
         """Waits for what must not be interrupted."""
 
     def close(self) -> None:
@@ -13436,7 +13478,7 @@ class AccountProvider(Provider, Generic[Token]):
     def __init__(self, name: str, config: Any, paths: Paths, client: HttpClient) -> None:
         super().__init__(name)
         name_option = "" if name == config.type else f" --name {name}"
-        self.sign_in = f"{program_words(sys.argv[0])} auth {config.type}{name_option}"
+        self.sign_in = f"{program_command(sys.argv[0])} auth {config.type}{name_option}"
         self.config = config
         self.client = client
         self.account: Account[Token] = self.account_class(self, paths)
@@ -13457,18 +13499,21 @@ class AccountProvider(Provider, Generic[Token]):
         return result
 
     async def open(self, call: Call) -> BodyStream:
-        with self.breaker.passing(call.model.id):
+        with self.breaker.guarded(call.model.id):
             return await self.attempt_class(self, call, await self.token()).run()
 
     def cool_down(self, model_id: str, decision: RetryDecision) -> None:
         """After a final refusal: starts a cool-down if only time helps."""
         error, requested_s = decision.error, decision.wait_s
-        if decision.action not in ("pause", "rest") and (requested_s or 0.0) <= MAX_WAIT_SECONDS:
+        if (
+            decision.action not in ("pause", "cool_down")
+            and (requested_s or 0.0) <= MAX_WAIT_SECONDS
+        ):
             return
         if isinstance(error, Overloaded) and not requested_s:
             return  # it may have room for the very next request
-        wait_s = requested_s or (COOL_DOWN_SECONDS if decision.action == "rest" else None)
-        wait_s = min(wait_s, COOL_DOWN_SECONDS) if wait_s else None
+        wait_s = requested_s or (MAX_COOLDOWN_SECONDS if decision.action == "cool_down" else None)
+        wait_s = min(wait_s, MAX_COOLDOWN_SECONDS) if wait_s else None
         key = "" if decision.account_wide else model_id
         length_s = self.breaker.open(key, error, wait_s, decision.resets_in or requested_s)
         if not error.retry_after and isinstance(error, RateLimited):
@@ -13493,7 +13538,7 @@ class AccountProvider(Provider, Generic[Token]):
             status["token_expires_at"] = account.cached.expires_at
         return status
 
-    async def settle(self) -> None:
+    async def wait_closed(self) -> None:
         if self.account.tasks:
             await asyncio.wait(self.account.tasks)
 
@@ -13511,7 +13556,7 @@ def set_reset(decision: RetryDecision, resets_at: float) -> None:
     left_s = resets_at - time.time()
     if left_s > 0:
         decision.resets_in = left_s
-        decision.error.hint = f"They come back on {plain_day(resets_at)}."
+        decision.error.hint = f"They come back on {iso_day(resets_at)}."
 
 
 @dataclass(eq=False)
@@ -13582,7 +13627,7 @@ class Attempt(Generic[Token]):
         wait_s = decision.wait_s
         if wait_s is None:
             is_pause = decision.action == "pause"
-            steps = PAUSE_SECONDS if is_pause else BACKOFF_SECONDS
+            steps = OVERLOAD_BACKOFF_SECONDS if is_pause else BACKOFF_SECONDS
             step = self.taken["wait" if is_pause else decision.action]
             wait_s = steps[min(step, len(steps)) - 1] * (1 + os.urandom(1)[0] / 1024)
         if wait_s > MAX_WAIT_SECONDS:
@@ -13598,13 +13643,13 @@ class Attempt(Generic[Token]):
         except (ApiError, TimeoutError):
             return b""
         finally:
-            response.close(ended=False)
+            response.close(is_complete=False)
 
 
 # 15.2 Echo
 
 ECHO_LABEL = "[echo] "
-ECHO_CALL_WORDS = "call the tool"
+ECHO_CALL_TRIGGER = "call the tool"
 SAMPLES = {"integer": 1, "number": 1, "boolean": True, "array": [], "null": None}
 
 
@@ -13624,8 +13669,8 @@ def echo_events(conversation: Conversation, prompt_tokens: int) -> Iterator[Even
     """Repeats the last turn that is not the system's: Claude Code adds system text after it."""
     turns = conversation.turns
     blocks = next((turn.blocks for turn in reversed(turns) if turn.role != "system"), [])
-    prompt = plain_text(blocks)
-    calls_tool = bool(conversation.tools) and ECHO_CALL_WORDS in prompt.lower()
+    prompt = join_texts(blocks)
+    calls_tool = bool(conversation.tools) and ECHO_CALL_TRIGGER in prompt.lower()
     yield MessageStart()
     if calls_tool:
         tool = conversation.tools[0]
@@ -13634,7 +13679,7 @@ def echo_events(conversation: Conversation, prompt_tokens: int) -> Iterator[Even
         yield BlockDelta("arguments", text)
     else:
         results = [block for block in blocks if isinstance(block, ToolResult)]
-        parts = [f"The tool said: {plain_text(result.blocks)}" for result in results]
+        parts = [f"The tool said: {join_texts(result.blocks)}" for result in results]
         text = ECHO_LABEL + "\n\n".join(filter(None, [*parts, prompt]))
         images = sum(isinstance(block, Image) for turn in turns for block in turn.blocks)
         if images:
@@ -13658,7 +13703,7 @@ class LocalResponse:
         self.resumed = asyncio.Event()
         self.resumed.set()
 
-    async def first(self) -> bytes:
+    async def read_some(self) -> bytes:
         return next(self.pieces, b"")
 
     async def relay(self, sink: Callable[[bytes], None]) -> None:
@@ -13683,7 +13728,7 @@ class LocalResponse:
         self.pieces = iter(())
         self.resumed.set()
 
-    def close(self, ended: bool) -> None: ...
+    def close(self, is_complete: bool) -> None: ...
 
 
 class EchoProvider(Provider):
@@ -13747,7 +13792,7 @@ async def obtain_copilot_token(
         raise decision.error
     if body is None:
         raise UpstreamError("GitHub's token response is not JSON.")
-    return read_token_answer(body, config, time.time())
+    return read_token_response(body, config, time.time())
 
 
 def saved_token(token: CopilotToken) -> Json:
@@ -13773,7 +13818,7 @@ class CopilotAccount(Account[CopilotToken]):
         """Reads the sign-in; the token is that of an earlier run or of another process."""
         content = self.read_file(cached=cached)
         try:
-            github_token = bare_token(get_str(content, "github_token"))
+            github_token = clean_token(get_str(content, "github_token"))
         except SignInFailed:
             raise NotSignedIn(f"{self.file.path} holds no github_token.") from None
         if github_token != self.refresh_secret:
@@ -13844,7 +13889,9 @@ class CopilotAttempt(Attempt[CopilotToken]):
     def body(self) -> Json:
         provider, call = self.provider, self.call
         model = call.model
-        self.rejections = provider.learned.rejections(model.id, call.dialect, time.monotonic())
+        self.rejections = provider.rejection_memory.rejections(
+            model.id, call.dialect, time.monotonic()
+        )
         draft = sanitize_body(call.dialect, call.body, model, self.rejections, model.streaming)
         if self.without_reasoning:
             strip_reasoning(draft.body)
@@ -13887,8 +13934,10 @@ class CopilotAttempt(Attempt[CopilotToken]):
         refusal = (response.status, response.headers, await self.read_error_body(response))
         sent, rejections = call.sent or {}, self.rejections
         decision = classify_copilot_error(*refusal, call.model, sent, rejections, time.time())
-        learned = decision.rejections
-        provider.learned.learn(call.model.id, call.dialect, learned, time.monotonic())
+        rejection_memory = decision.rejections
+        provider.rejection_memory.add(
+            call.model.id, call.dialect, rejection_memory, time.monotonic()
+        )
         provider.quota_watch.on_error(decision.error)
         return decision
 
@@ -13896,9 +13945,9 @@ class CopilotAttempt(Attempt[CopilotToken]):
         if decision.action == "refresh" and isinstance(decision.error, NotSignedIn):
             message = "Copilot refuses the token that it has just issued."  # no new sign-in helps
             decision.error = Overloaded(message, retry_after=FORCED_RENEWAL_GAP_SECONDS)
-        elif decision.action == "rest" and decision.wait_s is None:
+        elif decision.action == "cool_down" and decision.wait_s is None:
             watch = self.provider.quota_watch
-            if time.monotonic() - watch.polled_at >= QUOTA_AGAIN_SECONDS:
+            if time.monotonic() - watch.polled_at >= QUOTA_RETRY_SECONDS:
                 await watch.poll()
             if watch.latest and any(row.remaining == 0 for row in watch.latest.allowances):
                 set_reset(decision, watch.latest.resets_at)
@@ -13932,7 +13981,7 @@ class CopilotAttempt(Attempt[CopilotToken]):
 
     remedies: ClassVar[Remedies] = {
         "wait": (MAX_ATTEMPTS, Attempt.pause),
-        "again": (1, Attempt.pause),
+        "retry_once": (1, Attempt.pause),
         "refresh": (1, renew),
         "repair": (MAX_ATTEMPTS, None),  # `body` applies the rejections just learned
         "forget": (1, forget_reasoning),
@@ -13955,7 +14004,7 @@ class CopilotProvider(AccountProvider[CopilotToken]):
 
     def forget_account(self) -> None:
         super().forget_account()
-        self.learned = RejectionMemory()
+        self.rejection_memory = RejectionMemory()
 
     def secrets(self) -> tuple[str, ...]:
         token = self.account.cached
@@ -13985,7 +14034,7 @@ class CopilotProvider(AccountProvider[CopilotToken]):
             url = token.api_url + "/models"
             status, _, data = await self.client.fetch("GET", url, headers, MODELS_SECONDS)
             if status in (401, 403, 421):
-                message, _ = read_error_answer(status, data)
+                message, _ = read_error_response(status, data)
                 return classify(COPILOT_FAULTS, status, "", message, tail="")
             body = load_object(data) if status == 200 else None
             if body is None:
@@ -14002,7 +14051,7 @@ class CopilotProvider(AccountProvider[CopilotToken]):
         options = {key: body[key] for key in ("dimensions",) if body.get(key) is not None}
         rows: list[Json] = []
         usage = Usage(source="reported")
-        with self.breaker.passing(model.id):
+        with self.breaker.guarded(model.id):
             for start in range(0, len(texts), MAX_EMBEDDED):
                 batch = texts[start : start + MAX_EMBEDDED]
                 request = {"model": model.id, "input": batch, **options}
@@ -14024,7 +14073,7 @@ class CopilotProvider(AccountProvider[CopilotToken]):
             reply = await self.client.fetch("POST", url, headers, EMBEDDINGS_SECONDS, data)
             if reply[0] != 200:
                 return classify_copilot_error(*reply, model, body, {}, time.time())
-            payload = load_object(reply[2], MAX_EMBEDDING_MARKS)
+            payload = load_object(reply[2], MAX_EMBEDDING_VALUES)
             if payload is None:
                 raise UpstreamError("Copilot's embeddings response is not JSON.")
             return payload
@@ -14037,7 +14086,7 @@ class CopilotProvider(AccountProvider[CopilotToken]):
                 return result
             self.quota_watch.on_error(result.error)
             wait_s = BACKOFF_SECONDS[0] if result.wait_s is None else result.wait_s
-            is_transient = result.action in ("wait", "again", "pause")
+            is_transient = result.action in ("wait", "retry_once", "pause")
             if count == MAX_ATTEMPTS or not is_transient or wait_s > MAX_WAIT_SECONDS:
                 self.cool_down(model.id, result)
                 raise result.error
@@ -14129,7 +14178,7 @@ class KiroAccount(Account[KiroLogin]):
         payload = load_object(reply[2])
         if payload is None:
             raise UpstreamError("Kiro's response to the token refresh is not JSON.")
-        return read_refresh_answer(payload, time.time())
+        return read_refresh_response(payload, time.time())
 
     async def save(self, changes: Json, login: KiroLogin) -> KiroLogin:
         """Saves changes of the token file, also for a program that shares the sign-in."""
@@ -14163,7 +14212,7 @@ class KiroAttempt(Attempt[KiroLogin]):
 
     async def send(self) -> UpstreamResponse:
         endpoint, provider = self.endpoints[0], self.provider
-        body = place_kiro_call(self.call.body, endpoint, self.conversation, self.run_id)
+        body = address_kiro_request(self.call.body, endpoint, self.conversation, self.run_id)
         version = provider.config.kiro_version
         static_headers = kiro_headers(self.token, endpoint.shape, version, system_tag())
 
@@ -14182,7 +14231,7 @@ class KiroAttempt(Attempt[KiroLogin]):
             decision = classify_kiro_error(response.status, response.headers, data, time.time())
         else:
             with contextlib.ExitStack() as stack:
-                stack.callback(response.close, ended=False)
+                stack.callback(response.close, is_complete=False)
                 found = await self.peek(response)
                 if found is None:
                     stack.pop_all()
@@ -14201,7 +14250,7 @@ class KiroAttempt(Attempt[KiroLogin]):
         """
         framing, chunks = KIRO.framing(), []
         try:
-            while data := await response.first():
+            while data := await response.read_some():
                 chunks.append(data)
                 if sum(map(len, chunks)) > KIRO_PEEK_BYTES:
                     break
@@ -14211,15 +14260,15 @@ class KiroAttempt(Attempt[KiroLogin]):
                         return classify_kiro_error(500, Headers(), dump_json(payload), time.time())
                     content = get_dict(frame, "assistantResponseEvent").get("content")
                     is_whitespace = isinstance(content, str) and not content.strip()
-                    if KIRO_WORDS & frame.keys() and not is_whitespace:
-                        response.put_back(b"".join(chunks))
+                    if KIRO_CONTENT_EVENTS & frame.keys() and not is_whitespace:
+                        response.push_back(b"".join(chunks))
                         return None
             if not data:
                 framing.last_frames()
         except UpstreamError as error:
-            return RetryDecision(error, "again")
+            return RetryDecision(error, "retry_once")
         if data or self.taken["empty"]:
-            response.put_back(b"".join(chunks))
+            response.push_back(b"".join(chunks))
             return None  # it continues, or is empty for the second time
         return RetryDecision(UpstreamError("Kiro's response is empty."), "empty")
 
@@ -14232,7 +14281,7 @@ class KiroAttempt(Attempt[KiroLogin]):
         rules = ",".join(call.touched) or "none"
         facts = {"provider": self.provider.name, "model": call.model.id, "rules": rules}
         log_event("warning", "conversation_refused", **facts, tokens=tokens)
-        log_event("debug", "conversation_form", form=kiro_shape(call.body))
+        log_event("debug", "conversation_form", form=summarize_kiro_body(call.body))
         if window and tokens > 0.9 * window:
             return RetryDecision(ContextTooLong(tokens, window))
         return decision
@@ -14243,8 +14292,8 @@ class KiroAttempt(Attempt[KiroLogin]):
         if decision.action == "relist":
             provider.catalogue.fetched_at = -math.inf
         is_rate_limit = decision.action in ("wait", "pause") and isinstance(error, RateLimited)
-        is_spent = decision.action == "rest" and isinstance(error, QuotaExceeded)
-        decision.account_wide |= decision.action == "rest"
+        is_spent = decision.action == "cool_down" and isinstance(error, QuotaExceeded)
+        decision.account_wide |= decision.action == "cool_down"
         if not (is_rate_limit or is_spent):
             return
         try:
@@ -14255,7 +14304,7 @@ class KiroAttempt(Attempt[KiroLogin]):
         rows = limits.allowances
         if is_rate_limit and rows and rows[0].is_spent:
             message = f"The Kiro credits are used up: {rows[0].used:g} of {rows[0].limit:g}."
-            decision.error, decision.action = QuotaExceeded(message), "rest"
+            decision.error, decision.action = QuotaExceeded(message), "cool_down"
         elif is_rate_limit or not any(r.limit and (r.used or 0.0) >= r.limit for r in rows):
             return
         set_reset(decision, limits.resets_at)
@@ -14291,7 +14340,7 @@ class KiroAttempt(Attempt[KiroLogin]):
 
     remedies: ClassVar[Remedies] = {
         "wait": (MAX_ATTEMPTS - 1, Attempt.pause),
-        "again": (1, Attempt.pause),
+        "retry_once": (1, Attempt.pause),
         "empty": (1, Attempt.pause),
         "refresh": (math.inf, renew),  # as long as there are endpoints
         "reroute": (math.inf, next_endpoint),
@@ -14345,7 +14394,7 @@ class KiroProvider(AccountProvider[KiroLogin]):
         """ARN -> name of the organisation's profiles, in both regions that have any."""
         profiles: dict[str, str] = {}
         is_final = True
-        bases = kiro_controls(login, self.config)
+        bases = kiro_control_urls(login, self.config)
         if not (self.config.management_url or self.config.api_url):
             bases = [KIRO_MANAGEMENT_URL.format(region=region) for region in KIRO_REGIONS]
         path, query = "/ListAvailableProfiles", dump_json({"maxResults": KIRO_PROFILES})
@@ -14360,7 +14409,7 @@ class KiroProvider(AccountProvider[KiroLogin]):
             for row in get_dicts(body, "profiles")[:KIRO_PROFILES]:
                 arn = row.get("arn")
                 if isinstance(arn, str) and KIRO_ARN.fullmatch(arn):
-                    profiles[arn] = name_of_key(row, "profileName") or "unnamed"
+                    profiles[arn] = get_name(row, "profileName") or "unnamed"
         self.profiles = profiles if is_final else None
         return profiles
 
@@ -14383,7 +14432,7 @@ class KiroProvider(AccountProvider[KiroLogin]):
         if body:
             headers["Content-Type"] = "application/json"
         decision = RetryDecision(UpstreamError("Kiro has no host for this."))
-        for base in kiro_controls(login, self.config) if bases is None else bases:
+        for base in kiro_control_urls(login, self.config) if bases is None else bases:
             for spelling in (path, f"/{kebab_name}{separator}{query}"):
                 headers["amz-sdk-invocation-id"] = random_uuid()
                 try:
@@ -14399,7 +14448,7 @@ class KiroProvider(AccountProvider[KiroLogin]):
                 decision = classify_kiro_error(status, response_headers, data, time.time())
                 if status not in (404, 405):
                     break
-            if decision.action in ("", "refresh", "rest"):
+            if decision.action in ("", "refresh", "cool_down"):
                 break  # another host would refuse it, too
         return decision
 
@@ -14414,7 +14463,7 @@ class KiroProvider(AccountProvider[KiroLogin]):
             if not isinstance(result, RetryDecision):
                 return result
             error = result.error
-            if result.action == "rest" or not isinstance(error, (NotSignedIn, Forbidden)):
+            if result.action == "cool_down" or not isinstance(error, (NotSignedIn, Forbidden)):
                 break
         raise error
 
@@ -14715,9 +14764,9 @@ class SignInContext:
     ) -> Json:
         """As `post`; raises SignInFailed unless an object without an error comes back."""
         status, response_headers, data = await self.post(service, url, headers, body)
-        payload = load_answer(data)
+        payload = load_form_or_json(data)
         if status != 200 or payload is None or "error" in payload:
-            reason = classify_poll(status, response_headers, data).words or f"status {status}"
+            reason = classify_poll(status, response_headers, data).message or f"status {status}"
             raise SignInFailed(f"{service} {problem}: {reason}")
         return payload
 
@@ -14766,8 +14815,8 @@ class SignInContext:
                 poll = Poll("unreachable", {}, str(error))
             if poll.state == "done":
                 return poll.body
-            if poll.state == "unreachable" and poll.words != trouble:
-                trouble = poll.words
+            if poll.state == "unreachable" and poll.message != trouble:
+                trouble = poll.message
                 self.console.say(f"{trouble}; trying again")
             if poll.state == "slow_down":
                 new_interval_s = parse_number(poll.body.get("interval"))
@@ -14780,7 +14829,7 @@ class SignInContext:
             elif poll.state == "denied":
                 raise SignInFailed(f"the sign-in was cancelled at {service}")
             elif poll.state == "failed":
-                raise SignInFailed(f"{service} refuses the sign-in: {poll.words}")
+                raise SignInFailed(f"{service} refuses the sign-in: {poll.message}")
 
 
 # 16.1 Copilot
@@ -14809,7 +14858,7 @@ async def sign_in_copilot(
                 headers={"User-Agent": COPILOT_USER_AGENT},
             )
             payload = await context.run_device_flow(flow)
-            token = bare_token(str(payload["access_token"]))
+            token = clean_token(str(payload["access_token"]))
         content, message = await check_copilot(context, config, token)
         await context.save(name, content)
     return message
@@ -14971,7 +15020,7 @@ async def sign_in_at_aws(
     is_builder = start_url.rstrip("/") == KIRO_BUILDER_START_URL
     return {
         "auth_method": "builder_id" if is_builder else "idc",
-        **read_refresh_answer(payload, time.time()),
+        **read_refresh_response(payload, time.time()),
         "client_id": credentials["clientId"],
         "client_secret": credentials["clientSecret"],
         "sign_in_expires_at": int(read_time(client.get("clientSecretExpiresAt"))),
@@ -15016,7 +15065,7 @@ async def sign_in_by_portal(context: SignInContext, config: KiroConfig, method: 
     }
     url = (config.auth_url or KIRO_AUTH_URL).rstrip("/") + "/oauth/token"
     payload = await context.fetch_json("Kiro", url, headers, body, "refuses the sign-in")
-    tokens = read_refresh_answer(payload, time.time())
+    tokens = read_refresh_response(payload, time.time())
     return {"auth_method": callback.option, "machine_id": machine_id, **tokens}
 
 
@@ -15159,7 +15208,7 @@ def find_plugin_logins() -> list[FoundLogin]:
 
 def find_token(program: str, path: str, text: str) -> list[FoundLogin]:
     try:
-        return [copilot_login(program, path, bare_token(text))]
+        return [copilot_login(program, path, clean_token(text))]
     except SignInFailed:
         return []
 
@@ -15213,12 +15262,12 @@ IMPORTS: dict[str, Callable[[], list[FoundLogin]]] = {
     ),
     "amazon-q": lambda: find_kiro_login("amazon-q", "Amazon Q", cli_database("amazon-q")),
 }
-ONLY_ON_REQUEST = ("gh",)  # its tokens can do more than Copilot
+OPT_IN_IMPORTS = ("gh",)  # its tokens can do more than Copilot
 
 
 def find_logins(origins: Iterable[str] = ()) -> list[FoundLogin]:
     """`origins`: of IMPORTS; none = all but ONLY_ON_REQUEST."""
-    origins = origins or [name for name in IMPORTS if name not in ONLY_ON_REQUEST]
+    origins = origins or [name for name in IMPORTS if name not in OPT_IN_IMPORTS]
     return [login for name in origins for login in IMPORTS[name]()]
 
 
@@ -15301,7 +15350,7 @@ def account_row(name: str, entry: CopilotConfig | KiroConfig, file: TokenFile) -
             read_kiro_login(content)  # raises if it is unusable
             row["expires_at"] = int(read_time(content.get("sign_in_expires_at"))) or None
         else:
-            bare_token(get_str(content, "github_token"))
+            clean_token(get_str(content, "github_token"))
     except (ProgramError, ValueError) as error:
         reason = str(error).removeprefix(f"{file.path}: ")
         return {**row, "health": f"unusable: {reason}"}
@@ -16101,7 +16150,7 @@ class Gateway:
     async def handle(self, request: Request) -> Response:
         """Sets the request id; logs and counts the request once its response has been sent."""
         now = asyncio.get_running_loop().time
-        request.begun_at = now()
+        request.started_at = now()
         request.id = "req_" + os.urandom(12).hex()
         try:
             response = await self.respond(request)
@@ -16111,7 +16160,7 @@ class Gateway:
         response.headers.update(self.id_headers(request.id))
         stream = response.stream
         if stream is None:
-            self.log_access(request, response, now() - request.begun_at, "ok")
+            self.log_access(request, response, now() - request.started_at, "ok")
             self.count_request(request, response.status)
             return response
 
@@ -16121,7 +16170,7 @@ class Gateway:
                 await stream(writer)
                 outcome = "ok"
             finally:
-                self.log_access(request, response, now() - request.begun_at, outcome)
+                self.log_access(request, response, now() - request.started_at, outcome)
                 self.count_request(request, response.status)
 
         response.stream = stream_with_log
@@ -16197,8 +16246,8 @@ class Gateway:
         headers, cost = response.headers, dict[str, str]()
         endpoint = self.endpoints.get(split_path(request.path)[0])
         is_quiet = endpoint is not None and endpoint.is_polled and response.status < 400
-        if request.answer is not None:
-            usage = request.answer.usage
+        if request.usage_record is not None:
+            usage = request.usage_record.usage
             cost = {"input": str(usage.prompt), "output": str(usage.output)}
             if usage.credits_source:
                 cost["credits"] = f"{usage.nano_credits / 1e9:.6g}"
@@ -16239,7 +16288,7 @@ class Gateway:
 
     def write_error(self, error: ApiError, request: Request | None = None) -> Response:
         dialect = self.dialect_of(request)
-        error.message = hide(error.message[:MAX_ERROR_TEXT], self.secrets())
+        error.message = mask_secrets(error.message[:MAX_ERROR_TEXT], self.secrets())
         request_id = (request and request.id) or "req_" + os.urandom(12).hex()
         body = dump_json(dialect.error_body(error, request_id))
         # The dialect chooses the status: Codex, for one, retries a 401 or 503 for minutes.
@@ -16296,13 +16345,13 @@ class Gateway:
         first_byte_at: float | None = None,
     ) -> None:
         """Records a completion, successful or not; `first_byte_at` is monotonic."""
-        duration_s = asyncio.get_running_loop().time() - request.begun_at
+        duration_s = asyncio.get_running_loop().time() - request.started_at
         status, kind = failure_status(failure)
         price = None if usage.credits_source else price_nano_credits(model, usage)
         if price is not None:
             source = "derived" if usage.source == "reported" else "estimated"
             usage = replace(usage, nano_credits=price, credits_source=source)
-        request.answer = UsageRecord(
+        request.usage_record = UsageRecord(
             at=time.time() - duration_s,
             provider=provider.name,
             account=provider.user(),
@@ -16314,10 +16363,10 @@ class Gateway:
             status=status,
             kind=kind,
             duration_s=duration_s,
-            first_byte_s=None if first_byte_at is None else first_byte_at - request.begun_at,
+            first_byte_s=None if first_byte_at is None else first_byte_at - request.started_at,
             costs=not provider.local,
         )
-        self.ledger.record(request.answer)
+        self.ledger.record(request.usage_record)
 
     def label(self, request: Request) -> str:
         user_agent = request.headers.get("user-agent", "")
@@ -16442,7 +16491,7 @@ class Gateway:
     async def post_embeddings(self, request: Request) -> Response:
         data = await request.read_body()
         body = await run_step(load_body, data)
-        request.cancel_on_hangup(True)
+        request.cancel_on_disconnect(True)
         name = need_str(body, "model")
         routes = self.router.candidates(name, request.headers.get("x-provider"))
         ask = functools.partial(self.embed, request, body)
@@ -16487,7 +16536,7 @@ class Gateway:
                     await self.ledger.check(self.config.limits, provider.name, label, uncounted)
                 response = await ask(provider, model)
             except ApiError as error:
-                if len(routes) == 1 or not may_fall_back(error):
+                if len(routes) == 1 or not can_fall_back(error):
                     raise
                 log_event(
                     "info",
@@ -16499,7 +16548,7 @@ class Gateway:
                     reason=error.message[:300],
                 )
                 failures.append((str(route), error))
-                request.cancel_on_hangup(True, patient=True)
+                request.cancel_on_disconnect(True, patient=True)
                 continue
             if failures:
                 fallbacks = ", ".join(f"{candidate} {error.kind}" for candidate, error in failures)
@@ -16558,7 +16607,7 @@ class Gateway:
         initiator = request.headers.get("x-initiator", "").lower()
         if initiator in ("user", "agent"):
             request_info.initiator = initiator
-        request.cancel_on_hangup(True, patient=True)
+        request.cancel_on_disconnect(True, patient=True)
         body_hash = hash(data)
         del data  # it may be large, and the response long
         routes = self.router.candidates(request_info.model, request.headers.get("x-provider"))
@@ -16600,8 +16649,8 @@ class Gateway:
             created=int(time.time()),
             model=request_info.model,
             include_usage=request_info.include_usage or not request_info.stream,
-            asked=body,
-            keep=provider.reasoning.keep,
+            request_body=body,
+            store_reasoning=provider.reasoning.store,
             provider=provider.name,
             window=window,
             secrets=self.secrets,
@@ -16654,13 +16703,13 @@ class Gateway:
             body = with_effort(body, upstream_dialect.name, effort) if effort else body
             names = wire_names(tool_names(body))
             context.names = {wire: name for wire, name in names.items() if wire != name}
-            context.many = upstream_dialect is CHAT and (int_field(body, "n") or 1) > 1
+            context.multiple_choices = upstream_dialect is CHAT and (int_field(body, "n") or 1) > 1
             if upstream_dialect is CHAT and model.stops is not None and body.get("stop"):
-                context.cut = read_stops(body, "stop")[model.stops :]
+                context.stop_strings = read_stops(body, "stop")[model.stops :]
             return Call(model, upstream_dialect.name, body, request_info)
         if conversation.effort is None and conversation.thinking_budget is None:
             conversation.effort = effort
-        conversation.stop, context.cut = split_stops(
+        conversation.stop, context.stop_strings = split_stops(
             conversation.stop, upstream_dialect.name, model
         )
         context.names = {wire: name for name, wire in conversation.names.items() if wire != name}
@@ -16713,7 +16762,7 @@ class Exchange:
 
         Once it is returned there is no fallback: its head names the provider and the model.
         """
-        self.request.cancel_on_hangup(True, self.provider.local)
+        self.request.cancel_on_disconnect(True, self.provider.local)
         if not self.translator.stream:
             return await self.run_buffered()
         opening = asyncio.ensure_future(self.open())
@@ -16721,7 +16770,7 @@ class Exchange:
             await asyncio.wait((opening,), timeout=hold_s)
             if opening.done():
                 opening.result()
-                if self.translator.error and not self.translator.begun:
+                if self.translator.error and not self.translator.has_output:
                     raise self.translator.error
         except BaseException as error:
             await self.abandon(opening)
@@ -16750,14 +16799,14 @@ class Exchange:
         """Returns the client's first bytes, or all of them if the upstream does not stream."""
         with advising(self.provider):
             self.source = await self.provider.open(self.call)
-        piece = await self.source.first()
+        piece = await self.source.read_some()
         self.first_byte_at = asyncio.get_running_loop().time()
         if piece.lstrip()[:1] == b"{":
             return await self.open_buffered(piece)
         translator = self.translator
         data = translator.feed(piece)
-        while not translator.over and not (data and translator.stream):
-            piece = await self.source.first()
+        while not translator.is_finished and not (data and translator.stream):
+            piece = await self.source.read_some()
             data += translator.feed(piece) if piece else translator.end()
         return data
 
@@ -16765,7 +16814,7 @@ class Exchange:
         """For an upstream that sends one JSON object instead of a stream."""
         assert self.source is not None
         body = bytearray(first)
-        while piece := await self.source.first():
+        while piece := await self.source.read_some():
             body += piece
             if len(body) > MAX_FRAME_BYTES:
                 raise UpstreamError("The upstream's answer is too large.")
@@ -16774,7 +16823,7 @@ class Exchange:
     async def run_buffered(self) -> Response:
         try:
             await self.open()
-            body = self.translator.whole()
+            body = self.translator.response_body()
         except BaseException as error:
             self.finish(error)
             raise
@@ -16790,7 +16839,7 @@ class Exchange:
         dropped = [name for name in self.call.dropped if TOKEN.fullmatch(name)]
         if dropped:
             headers["x-aiclient-dropped"] = ", ".join(dict.fromkeys(dropped))
-        record = self.request.answer
+        record = self.request.usage_record
         if record is not None and record.usage.credits_source:
             headers["x-aiclient-credits"] = f"{record.usage.nano_credits / 1e9:.9g}"
         return headers
@@ -16801,26 +16850,26 @@ class Exchange:
         failure: BaseException | None = None
 
         def ping(now: float) -> None:
-            if now - writer.last_at >= PING_SECONDS and not translator.over:
+            if now - writer.last_at >= PING_SECONDS and not translator.is_finished:
                 writer.write(translator.ping())
 
         def on_data(data: bytes) -> None:
             writer.write(translator.feed(data))
-            if translator.over and self.source is not None:
+            if translator.is_finished and self.source is not None:
                 self.source.stop()
 
         ticker.add(ping)
-        self.request.cancel_on_hangup(True, self.provider.local)
+        self.request.cancel_on_disconnect(True, self.provider.local)
         try:
             if not opening.done():
-                translator.begun = True  # the head goes out before the upstream's first event
+                translator.has_output = True  # the head goes out before the upstream's first event
                 writer.write(translator.client.ping(False))
             first = await opening
             assert self.source is not None
             writer.on_flow = self.source.hold
             writer.on_stop = self.stop
             writer.write(first)
-            if not translator.over:
+            if not translator.is_finished:
                 await self.source.relay(on_data)
             writer.write(translator.end())
             failure = translator.error
@@ -16844,9 +16893,9 @@ class Exchange:
             self.source.fail(Overloaded("The gateway is stopping."))
 
     def finish(self, failure: BaseException | None) -> None:
-        self.request.cancel_on_hangup(False)
+        self.request.cancel_on_disconnect(False)
         if self.source is not None:
-            self.source.close(self.translator.ended)
+            self.source.close(self.translator.is_complete)
         if self.recorded:
             return
         self.recorded = True
@@ -16860,7 +16909,7 @@ class Exchange:
         usage = translator.usage
         if not usage.source and failure is not None and not isinstance(failure, ApiError):
             # A client that left pays, too.
-            usage = finalize_usage(usage, translator.context, translator.relay.said)
+            usage = finalize_usage(usage, translator.context, translator.relay.output_estimate)
         self.gateway.record(
             self.request,
             self.provider,
@@ -16871,8 +16920,12 @@ class Exchange:
             translator.stream,
             self.first_byte_at,
         )
-        record = self.request.answer
-        if record is not None and not self.provider.local and (failure is None or translator.ended):
+        record = self.request.usage_record
+        if (
+            record is not None
+            and not self.provider.local
+            and (failure is None or translator.is_complete)
+        ):
             body = call.body if call.sent is None else call.sent
             ledger.watch_cache(record, call.request_info, call.dialect, body)
 
@@ -16911,7 +16964,9 @@ class Launch:
 
 def take_lock(path: str) -> int | None:
     """The lock's descriptor, -1 without fcntl, None if it is taken; raises ProgramError."""
-    deadline = time.monotonic() + LOOK_SECONDS  # an `is_locked` elsewhere holds it for a moment
+    deadline = (
+        time.monotonic() + LOCK_PROBE_SECONDS
+    )  # an `is_locked` elsewhere holds it for a moment
     while fcntl is not None:
         with os_error_as(f"{path}: cannot be used as the lock"):
             fd = lock_file(path)
@@ -17064,7 +17119,7 @@ def read_program() -> bytes:
     """This file as it is now; raises ProgramError."""
     path = program_file()
     try:
-        with os.fdopen(open_plain(path, "O_RDONLY"), "rb") as file:
+        with os.fdopen(open_regular(path, "O_RDONLY"), "rb") as file:
             return file.read()
     except NotADirectoryError:
         raise ProgramError(f"{path}: take it out of the archive, to run as a plain file") from None
@@ -17238,7 +17293,7 @@ class Daemon:
         self.ending = asyncio.Event()
         self.stop_requested = False
         #: monotonic: until then a lack of descriptors is not logged again
-        self.full_until = 0.0
+        self.descriptor_quiet_until = 0.0
 
     def make_gateway(self, reused: dict[str, Provider]) -> Gateway:
         providers = make_providers(self.config, self.paths, self.client, reused)
@@ -17269,7 +17324,7 @@ class Daemon:
         self.retire(set(), list(self.gateway.providers.values()), self.client)
         retiring = set(self.retiring)
         await self.ledger.close()
-        await asyncio.wait(retiring, timeout=SETTLE_SECONDS)
+        await asyncio.wait(retiring, timeout=REFRESH_DRAIN_SECONDS)
         for task in retiring:
             task.cancel()
         await asyncio.wait(retiring)
@@ -17309,8 +17364,8 @@ class Daemon:
         error = context.get("exception")
         if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
             loop.default_exception_handler(context)
-        elif loop.time() > self.full_until:
-            self.full_until = loop.time() + FULL_SECONDS
+        elif loop.time() > self.descriptor_quiet_until:
+            self.descriptor_quiet_until = loop.time() + DESCRIPTOR_WARNING_SECONDS
             connections = len(self.server.connections)
             log_event(
                 "error", "too_many_open_files", reason=error.strerror, connections=connections
@@ -17363,7 +17418,7 @@ class Daemon:
             try:
                 while requests := requests & {c.request for c in self.server.connections}:
                     await asyncio.sleep(TICK_SECONDS)
-                await asyncio.gather(*(provider.settle() for provider in providers))
+                await asyncio.gather(*(provider.wait_closed() for provider in providers))
             finally:
                 for provider in providers:
                     provider.close()
@@ -17701,7 +17756,7 @@ def open_control(daemon: Daemon, path: str) -> ControlServer:
 
 
 def not_running() -> NotRunning:
-    start = f"{program_words(sys.argv[0])} start"
+    start = f"{program_command(sys.argv[0])} start"
     return NotRunning(f"the gateway is not running; start it with: {start}")
 
 
@@ -17758,7 +17813,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_number(value: Any) -> str:
-    return "-" if value is None else plain_figure(value)
+    return "-" if value is None else format_figure(value)
 
 
 def format_credits(value: float) -> str:
@@ -17774,7 +17829,7 @@ def format_ms(value: int | None) -> str:
 
 def format_day(moment: float | None) -> str:
     """In UTC; `-` for none."""
-    return plain_day(moment or 0.0) or "-"
+    return iso_day(moment or 0.0) or "-"
 
 
 # Eighths of a character; terminals that cannot show them get `#`.
@@ -17852,7 +17907,7 @@ def print_ready(status: Json) -> None:
     print("""    -d '{"model":"echo","messages":[{"role":"user","content":"hello"}]}'""")
     tell(f"In a browser, {url}/ shows accounts, usage and recent requests.")
     if status["detached"]:
-        tell(f"It logs to {status['log_file']}; stop it with: {program_words(sys.argv[0])} stop")
+        tell(f"It logs to {status['log_file']}; stop it with: {program_command(sys.argv[0])} stop")
     sys.stdout.flush()
 
 
@@ -18122,7 +18177,7 @@ def print_changes(changes: Json) -> None:
     tell("changed: " + (", ".join(changes["changed"]) or "nothing"))
     if changes["needs_restart"]:
         keys = ", ".join(changes["needs_restart"])
-        tell(f"{keys}: takes effect after: {program_words(sys.argv[0])} restart")
+        tell(f"{keys}: takes effect after: {program_command(sys.argv[0])} restart")
 
 
 class App:
@@ -18145,7 +18200,11 @@ class App:
         """A table on a terminal, JSON with --json or in a pipe."""
         if self.options.json or not sys.stdout.isatty():
             text = json.dumps(data, indent=2, ensure_ascii=False)
-            print(UNSEEN.sub(lambda c: c[0] if c[0] == "\n" else json.dumps(c[0])[1:-1], text))
+            print(
+                INVISIBLE_CHARACTERS.sub(
+                    lambda c: c[0] if c[0] == "\n" else json.dumps(c[0])[1:-1], text
+                )
+            )
         else:
             printer(data)
 
@@ -18214,7 +18273,7 @@ async def serve(
         raise ProgramError(f"{where}: the log cannot be written: {error.strerror}") from None
     raise_descriptor_limit()
     daemon = Daemon(launch, paths, config, log_file)
-    hide_in_log(lambda: daemon.gateway.secrets())
+    mask_in_log(lambda: daemon.gateway.secrets())
     await daemon.listen(listeners)
     control = None
     if fcntl is not None:
@@ -18292,7 +18351,7 @@ def ask_health(url: str) -> bool:
 def last_lines(path: str, offset: int) -> tuple[str, ...]:
     """The last lines of a log, from the byte `offset` on."""
     try:
-        with os.fdopen(open_plain(path, "O_RDONLY"), "rb") as file:
+        with os.fdopen(open_regular(path, "O_RDONLY"), "rb") as file:
             file.seek(offset)
             lines = file.read(MIB).decode("utf-8", "replace").splitlines()
     except OSError:
@@ -18408,7 +18467,7 @@ def cmd_stop(app: App) -> None:
         drain_s = app.load_config().server.drain_seconds
     except ConfigError:
         drain_s = ServerConfig().drain_seconds  # a broken configuration must not keep it running
-    deadline = time.monotonic() + drain_s + INSIST_SECONDS
+    deadline = time.monotonic() + drain_s + KILL_AFTER_SECONDS
     signum, signalled = signal.SIGTERM, set()
     while is_locked(path):
         pid, _ = read_pid_file(path)
@@ -18419,7 +18478,7 @@ def cmd_stop(app: App) -> None:
             if signum == signal.SIGKILL or not pid:
                 raise ProgramError(f"the gateway (process {pid or 'unknown'}) did not exit")
             print(f"process {pid} did not exit in time; killing it", file=sys.stderr)
-            signum, deadline = signal.SIGKILL, time.monotonic() + INSIST_SECONDS
+            signum, deadline = signal.SIGKILL, time.monotonic() + KILL_AFTER_SECONDS
         time.sleep(POLL_SECONDS)
     print("stopped")
 
@@ -18477,7 +18536,7 @@ def read_secret(prompt: str) -> str:
         text = getpass.getpass(prompt) if sys.stdin.isatty() else sys.stdin.readline()
     except (EOFError, UnicodeDecodeError):
         raise SignInFailed("no token was given") from None
-    return bare_token(text)
+    return clean_token(text)
 
 
 PROVIDER_ARGUMENT = argument("name", "the provider, as in [providers.NAME]", metavar="NAME")
@@ -18499,7 +18558,7 @@ def cmd_auth_copilot(app: App) -> None:
     A running gateway picks up the sign-in with the next request.
     """
     options = app.options
-    host = plain_host(options.github_host) if options.github_host else ""
+    host = parse_github_host(options.github_host) if options.github_host else ""
     token = read_secret("GitHub token: ") if options.token_stdin else ""
     tell(run_account_command(app, lambda c: sign_in_copilot(c, options.name, host, token)))
 
@@ -18554,7 +18613,7 @@ def cmd_auth_import(app: App) -> None:
     app.load_config()  # a broken configuration is reported before anything is read
     logins = find_logins(options.origins)
     if not logins:
-        searched = ", ".join(options.origins or [n for n in IMPORTS if n not in ONLY_ON_REQUEST])
+        searched = ", ".join(options.origins or [n for n in IMPORTS if n not in OPT_IN_IMPORTS])
         raise ProgramError(f"no sign-in of another program was found; looked at: {searched}")
     name = options.name or ""
     messages = run_account_command(app, lambda c: import_logins(c, logins, name, options.yes))
@@ -18996,14 +19055,16 @@ complete -o default -F _aiclient_api aiclient-api
 """
 
 
-def parser_words(parser: argparse.ArgumentParser, path: str = "") -> Iterator[tuple[str, str, str]]:
+def completion_words(
+    parser: argparse.ArgumentParser, path: str = ""
+) -> Iterator[tuple[str, str, str]]:
     """(path of the verb, word that may follow it, help) for every verb and flag."""
     for action in parser._actions:  # noqa: SLF001 - argparse has no public way
         if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001 - the same
             helps = {a.dest: a.help or "" for a in action._choices_actions}  # noqa: SLF001
             for name, inner in action.choices.items():
                 yield path, name, helps.get(name, "")
-                yield from parser_words(inner, f"{path}{name}/")
+                yield from completion_words(inner, f"{path}{name}/")
         else:
             for flag in action.option_strings:
                 if flag.startswith("--"):
@@ -19048,7 +19109,7 @@ COMPLETIONS = {"bash": write_bash, "fish": write_fish, "zsh": write_zsh}
 )
 def cmd_completion(app: App) -> None:
     """Prints a shell's completion of these verbs and flags."""
-    print(COMPLETIONS[app.options.shell](list(parser_words(make_parser()))), end="")
+    print(COMPLETIONS[app.options.shell](list(completion_words(make_parser()))), end="")
 
 
 # 20.9 the program

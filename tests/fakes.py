@@ -56,7 +56,7 @@ Names = frozenset[str]
 #: How long a connection waits for a test that forgot to set `pause`, or behind `then="hang"`.
 PATIENCE_SECONDS = 30.0
 #: How often a waiting connection looks whether its client is still there.
-LOOK_SECONDS = 0.01
+LOCK_PROBE_SECONDS = 0.01
 #: Older `X-GitHub-Api-Version` values answer 466; the oldest one that clients still used in 2026.
 OLDEST_API_VERSION = "2025-05-01"
 
@@ -2391,7 +2391,7 @@ class Connection:
     def wait(self, event: threading.Event) -> None:
         """Waits for a test, and looks after the client meanwhile."""
         deadline = time.monotonic() + PATIENCE_SECONDS
-        while not event.wait(LOOK_SECONDS):
+        while not event.wait(LOCK_PROBE_SECONDS):
             if self.gone() or self.fake.stopping.is_set():
                 raise ClientLeft
             if time.monotonic() > deadline:

@@ -614,7 +614,7 @@ def check_ending(flow: StreamTranslator, caller: str, sent: bytes) -> str:
     """The grammar's word on what was sent, which must agree with the flow's own."""
     native = caller == "responses" and flow.upstream is flow.client
     outcome = check_responses(sent, native=True) if native else GRAMMARS[caller](sent)
-    assert flow.over
+    assert flow.is_finished
     if outcome == "nothing":
         assert isinstance(flow.error, ApiError), "neither bytes nor an error"
         return "error"

@@ -677,7 +677,7 @@ def test_a_service_is_not_installed_beside_a_running_gateway(running: Machine) -
 
 def completed(*words: str) -> set[str]:
     """What bash offers behind these words."""
-    script = gw.write_bash(list(gw.parser_words(gw.make_parser())))
+    script = gw.write_bash(list(gw.completion_words(gw.make_parser())))
     line = " ".join(f"'{word}'" for word in ("aiclient-api", *words))
     script += f"COMP_WORDS=({line}); COMP_CWORD={len(words)}; _aiclient_api\n"
     script += 'printf "%s\\n" "${COMPREPLY[@]}"\n'

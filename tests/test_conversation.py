@@ -43,6 +43,7 @@ from aiclient_api import (
     UsageUpdate,
     clamp_budget,
     clamp_effort,
+    complete_arguments,
     downgrade_system_turns,
     effort_of_budget,
     estimate_image,
@@ -53,11 +54,10 @@ from aiclient_api import (
     normalize_turns,
     object_schema,
     parse_arguments,
-    plain_schema,
     read_data_url,
     read_image_url,
+    require_properties,
     split_stops,
-    whole_arguments,
     wire_id,
     wire_name,
     wire_names,
@@ -551,7 +551,7 @@ def test_arguments_become_an_object(text: str, value: Any) -> None:
 )
 def test_streamed_arguments_are_complete_or_not(text: str, complete: bool) -> None:
     """A brace inside a string is none."""
-    assert (whole_arguments(text) == text.strip()) is complete
+    assert (complete_arguments(text) == text.strip()) is complete
 
 
 @pytest.mark.parametrize(
@@ -577,7 +577,7 @@ def test_a_union_at_the_top_of_a_schema_is_refused_by_name() -> None:
     """formats.md 2.4."""
     schema = object_schema({"anyOf": [{"type": "object"}]}, "f")
     with pytest.raises(UnsupportedFeature, match="'f'"):
-        plain_schema(Tool("f", "", schema))
+        require_properties(Tool("f", "", schema))
 
 
 @pytest.mark.parametrize(

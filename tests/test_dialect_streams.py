@@ -124,7 +124,7 @@ def whole_answer(upstream: str, caller: str, frames: list[Json], **changes: Any)
     """The caller's answer without streaming."""
     flow = make_flow(upstream, caller, stream=False, **changes)
     assert play(flow, [write_frames(frames, names=upstream == "messages")]) == b""
-    return flow.whole()
+    return flow.response_body()
 
 
 def kinds(frames: list[Json]) -> list[str]:
@@ -195,7 +195,7 @@ def test_a_golden_stream_folds_to_the_whole_answer(case: Case, caller: str) -> N
     for reads in ([case.stream], one_by_one(case.stream)):
         flow = make_flow(case.upstream, caller, stream=False)
         assert play(flow, reads) == b""
-        assert flow.whole() == case.whole(caller)
+        assert flow.response_body() == case.whole(caller)
 
 
 @pytest.mark.parametrize("tail", TAILS, ids=str)
@@ -237,7 +237,7 @@ def test_an_error_from_below_at_any_offset_ends_the_answer(case: Case, caller: s
     for cut in range(0, len(case.stream), 7):
         flow = make_flow(case.upstream, caller)
         sent = flow.feed(case.stream[:cut])
-        over = flow.over
+        over = flow.is_finished
         sent += flow.end(UpstreamError("The connection broke."))
         assert check_ending(flow, caller, sent) == ("complete" if over else "error")
         assert flow.feed(case.stream) == b"" and flow.end() == b""
@@ -303,7 +303,7 @@ def test_no_strange_value_anywhere_in_a_stream_is_more_than_an_error(
         try:
             play(flow, [data, b"data: [DONE]\n\n"])
             if not stream and not flow.error:
-                flow.whole()
+                flow.response_body()
         except ApiError:
             pass
         except Exception as error:  # noqa: BLE001 - each kind is told with its path
@@ -825,7 +825,7 @@ def test_copilots_split_choices_become_one() -> None:
     for caller in CALLERS:
         flow = make_flow("chat", caller, stream=False)
         assert flow.feed_buffered(json.dumps({"id": "x", "choices": choices}).encode()) == b""
-        whole = flow.whole()
+        whole = flow.response_body()
         if caller == "chat":
             assert len(whole["choices"]) == 1
             message = whole["choices"][0]["message"]
@@ -852,8 +852,8 @@ def test_several_choices_that_were_asked_for_stay_apart() -> None:
     ]
     flow = make_flow("chat", "chat", stream=False, many=True)
     play(flow, [write_frames(frames, names=False)])
-    assert [c["message"]["content"] for c in flow.whole()["choices"]] == ["0", "1"]
-    assert [c["finish_reason"] for c in flow.whole()["choices"]] == ["stop", "stop"]
+    assert [c["message"]["content"] for c in flow.response_body()["choices"]] == ["0", "1"]
+    assert [c["finish_reason"] for c in flow.response_body()["choices"]] == ["stop", "stop"]
 
 
 def test_the_usage_chunk_is_hidden_from_who_did_not_ask() -> None:
@@ -936,9 +936,9 @@ def test_a_native_chat_answer_is_over_at_done() -> None:
     frames = [chunk({"content": "x"}), chunk({}, "stop"), usage_chunk(5, 6, total_tokens=11)]
     flow = make_flow("chat", "chat")
     sent = flow.feed(write_frames(frames, names=False))
-    assert not flow.over
+    assert not flow.is_finished
     sent += flow.feed(b"data: [DONE]\n\n")
-    assert flow.over and check_ending(flow, "chat", sent) == "complete"
+    assert flow.is_finished and check_ending(flow, "chat", sent) == "complete"
     torn = make_flow("chat", "chat")
     sent = torn.feed(write_frames(frames[:1], names=False) + b"data: [DONE]\n\n")
     assert check_ending(torn, "chat", sent) == "error"
@@ -1099,7 +1099,7 @@ def slow_twin(upstream: str, caller: str, data: bytes) -> tuple[bytes, StreamTra
     """What a flow sends when every frame is read and mended by itself."""
     flow, reader = make_flow(upstream, caller), SseReader()
     frames = reader.frames(reader.complete(data))
-    sent = b"".join(pass_on(flow, [frame]) for frame in frames if not flow.over)
+    sent = b"".join(pass_on(flow, [frame]) for frame in frames if not flow.is_finished)
     return sent + flow.end(), flow
 
 
@@ -1331,7 +1331,7 @@ def test_a_stop_string_cut_here_ends_the_flow_at_once(upstream: str) -> None:
         frames = [message_start(), *text_block(0, "a END", "b")]
     flow = make_flow(upstream, "messages", cut=["END"])
     sent = flow.feed(write_frames(frames, names=upstream == "messages"))
-    assert flow.over and check_messages(sent) == "complete"
+    assert flow.is_finished and check_messages(sent) == "complete"
 
 
 # ---- whole answers of the upstream -------------------------------------------------------------
@@ -1346,12 +1346,12 @@ def test_an_upstreams_whole_answer_means_what_its_stream_means(
     whole = case.whole(case.upstream)
     flow = make_flow(case.upstream, caller, stream=stream)
     sent = flow.feed_buffered(json.dumps(whole).encode())
-    assert flow.error is None and flow.over
+    assert flow.error is None and flow.is_finished
     if stream:
         assert GRAMMARS[caller](sent) == "complete"
     elif caller == case.upstream:
         expected = {**case.whole(caller), "id": whole["id"]}
-        assert without_gaps(flow.whole()) == without_gaps(expected)
+        assert without_gaps(flow.response_body()) == without_gaps(expected)
 
 
 @pytest.mark.parametrize("caller", CALLERS)
@@ -1387,7 +1387,7 @@ def test_a_stream_that_is_collected_has_a_largest_size_and_one_that_is_passed_on
     for _ in range(70):
         collected.feed(piece)
         passed_on.feed(piece)
-    assert isinstance(collected.error, UpstreamError) and collected.over
+    assert isinstance(collected.error, UpstreamError) and collected.is_finished
     assert passed_on.error is None
 
 

@@ -467,7 +467,7 @@ def test_a_good_answer_lets_the_next_rest_begin_small() -> None:
         for _ in range(4):
             rests.open("m", gw.RateLimited("no"), None)
             end_rest(rests)
-        with rests.passing("m"):
+        with rests.guarded("m"):
             assert rests.rows()[0]["probing"]
         assert rests.rows() == []
         assert rests.open("m", gw.RateLimited("no"), None) == 4
@@ -477,7 +477,7 @@ def test_a_good_answer_lets_the_next_rest_begin_small() -> None:
 
 def test_a_request_of_before_the_rest_does_not_end_it() -> None:
     def steps(rests: gw.Breaker) -> None:
-        with rests.passing("m"):
+        with rests.guarded("m"):
             rests.open("m", gw.RateLimited("no"), 30.0)
         with pytest.raises(gw.RateLimited):
             rests.check("m")
@@ -490,7 +490,7 @@ def test_one_request_finds_out_for_its_model_and_the_account() -> None:
         for model in ("m", ""):
             rests.open(model, gw.RateLimited("no"), 30.0)
             end_rest(rests, model)
-        with rests.passing("m"), pytest.raises(gw.RateLimited), rests.passing("other"):
+        with rests.guarded("m"), pytest.raises(gw.RateLimited), rests.guarded("other"):
             pass
         assert rests.cooldowns == {}
 
@@ -500,12 +500,12 @@ def test_one_request_finds_out_for_its_model_and_the_account() -> None:
 def test_what_has_ended_long_ago_needs_nobody_to_find_out() -> None:
     def steps(rests: gw.Breaker) -> None:
         rests.open("m", gw.RateLimited("no"), 30.0)
-        end_rest(rests, ago=gw.COOL_DOWN_SECONDS)
-        with rests.passing("m"), rests.passing("m"):
+        end_rest(rests, ago=gw.MAX_COOLDOWN_SECONDS)
+        with rests.guarded("m"), rests.guarded("m"):
             assert rests.rows() == []
         rests.open("m", gw.RateLimited("no", retry_after=7200.0), 60.0)
-        end_rest(rests, ago=gw.COOL_DOWN_SECONDS)  # but this one ought to last for two hours
-        with rests.passing("m"), pytest.raises(gw.RateLimited), rests.passing("m"):
+        end_rest(rests, ago=gw.MAX_COOLDOWN_SECONDS)  # but this one ought to last for two hours
+        with rests.guarded("m"), pytest.raises(gw.RateLimited), rests.guarded("m"):
             pass
 
     story(steps)

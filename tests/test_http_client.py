@@ -168,7 +168,7 @@ async def whole(client: gw.HttpClient, url: str, method: str = "GET") -> tuple[i
     try:
         return answer.status, await answer.read(1 << 20)
     finally:
-        answer.close(ended=False)
+        answer.close(is_complete=False)
 
 
 async def ask(script: Script, method: str = "GET", **network: Any) -> tuple[int, bytes]:
@@ -190,7 +190,7 @@ def test_a_request_says_host_length_and_body_once() -> None:
         async with serving(answering(OK)) as server, using() as client:
             url = f"http://127.0.0.1:{server.port}/a/b?c=d"
             answer = await client.open("POST", url, lambda: {"X-One": "1"}, b'{"a":1}')
-            answer.close(ended=False)
+            answer.close(is_complete=False)
             return server.requests[0].replace(b"%d" % server.port, b"PORT")
 
     assert run(story()) == (
@@ -202,7 +202,7 @@ def test_a_request_says_host_length_and_body_once() -> None:
 def test_a_post_without_body_has_a_length_too() -> None:
     async def story() -> bytes:
         async with serving(answering(OK)) as server, using() as client:
-            (await client.open("POST", server.url, nothing)).close(ended=False)
+            (await client.open("POST", server.url, nothing)).close(is_complete=False)
             return server.requests[0]
 
     assert b"\r\nContent-Length: 0\r\n" in run(story())
@@ -253,7 +253,7 @@ def test_headers_are_asked_for_each_sending() -> None:
             for _ in range(2):
                 answer = await client.open("POST", server.url, numbered, b"{}")
                 assert await answer.read(9) == b"ok"
-                answer.close(ended=False)
+                answer.close(is_complete=False)
             return [row for r in server.requests for row in re.findall(rb"X-Number: \d", r)]
 
     assert run(story()) == [b"X-Number: 0", b"X-Number: 1", b"X-Number: 2"]
@@ -390,7 +390,7 @@ def test_a_packed_answer_that_is_a_bomb_is_an_error_and_never_unfolded() -> None
                 await answer.read(1 << 30)
             peak = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
-            answer.close(ended=False)
+            answer.close(is_complete=False)
             return peak
 
     assert run(story()) < 32 << 20
@@ -408,7 +408,7 @@ def test_what_follows_an_answer_is_not_kept_and_ends_the_connection() -> None:
         async with serving(script) as server, using() as client:
             answer = await client.open("GET", server.url, nothing)
             assert await answer.read(9) == b"ok"
-            answer.close(ended=True)
+            answer.close(is_complete=True)
             await answer.connection.wait_closed()
             return len(answer.body.excess) + len(answer.connection.buffer)
 
@@ -425,7 +425,7 @@ def test_a_coding_that_cannot_be_read_is_an_error_that_does_not_hide_the_status(
             answer = await client.open("GET", server.url, nothing)
             with pytest.raises(gw.UpstreamError, match="unrequested coding"):
                 await answer.read(9)
-            answer.close(ended=False)
+            answer.close(is_complete=False)
             return answer.status
 
     assert run(story()) == 429
@@ -451,7 +451,7 @@ def test_a_whole_answer_has_a_largest_size() -> None:
                 with pytest.raises(gw.UpstreamError, match="larger than 2 KiB"):
                     await opened.read(2048)
             finally:
-                opened.close(ended=False)
+                opened.close(is_complete=False)
 
     run(story())
 
@@ -462,7 +462,7 @@ def test_a_redirect_is_returned_not_followed() -> None:
             where = f"HTTP/1.1 307 T\r\nLocation: {other.url}\r\nContent-Length: 0\r\n\r\n"
             async with serving(answering(where.encode())) as server:
                 answer = await client.open("GET", server.url, lambda: {"Authorization": "Bearer x"})
-                answer.close(ended=False)
+                answer.close(is_complete=False)
             return answer.status, answer.headers["location"], other.connections
 
     status, location, followed = run(story())
@@ -481,7 +481,7 @@ async def count(script: Script, times: int = 2, read: bool = True) -> tuple[int,
                 await whole(client, server.url, "POST")
             else:
                 answer = await client.open("POST", server.url, nothing, b"{}")
-                answer.close(ended=False)
+                answer.close(is_complete=False)
         return server.connections, len(server.requests)
 
 
@@ -830,10 +830,10 @@ def test_silence_inside_a_body_is_a_timeout(relayed: bool) -> None:
         async with serving(script) as server, using(stream_idle_seconds=0.1) as client:
             answer = await client.open("GET", server.url, nothing)
             try:
-                assert await answer.first() == b"ok"
-                await (answer.relay(lambda _: None) if relayed else answer.first())
+                assert await answer.read_some() == b"ok"
+                await (answer.relay(lambda _: None) if relayed else answer.read_some())
             finally:
-                answer.close(ended=False)
+                answer.close(is_complete=False)
 
     with pytest.raises(gw.UpstreamTimeout):
         run(story())
@@ -851,7 +851,7 @@ def test_an_answer_that_is_held_back_does_not_time_out() -> None:
 
         async with serving(script) as server, using(stream_idle_seconds=0.1) as client:
             answer = await client.open("GET", server.url, nothing)
-            assert await answer.first() == b"ok"
+            assert await answer.read_some() == b"ok"
             answer.hold(True)
             late = asyncio.get_running_loop().time() + 1
             for tick in range(4):
@@ -860,7 +860,7 @@ def test_an_answer_that_is_held_back_does_not_time_out() -> None:
             answer.hold(False)
             pieces: list[bytes] = []
             await answer.relay(pieces.append)
-            answer.close(ended=False)
+            answer.close(is_complete=False)
             return b"".join(pieces)
 
     assert run(story()) == b"end"
@@ -895,7 +895,7 @@ def test_a_sink_that_cannot_take_more_holds_the_upstream_back_from_its_first_pie
                 await asyncio.sleep(0.005)
             relaying.cancel()
             await asyncio.wait([relaying])
-            answer.close(ended=False)
+            answer.close(is_complete=False)
             return pieces
 
     assert run(story()) == [2]
@@ -926,7 +926,7 @@ def test_a_bug_in_a_sink_is_no_fault_of_the_upstreams_and_leaves_a_traceback(
             try:
                 await answer.relay(sink)
             finally:
-                answer.close(ended=False)
+                answer.close(is_complete=False)
 
     with pytest.raises(gw.ApiError, match="Internal error") as caught:
         run(story())

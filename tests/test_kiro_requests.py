@@ -164,7 +164,7 @@ def on_the_wire(written: Json, shape: str = "ide") -> bytes:
     """The bytes of a call in one of the two shapes."""
     arn = ARN if shape == "ide" else ""
     endpoint = gw.KiroEndpoint("https://runtime.us-east-1.kiro.dev", shape, arn)
-    return gw.dump_json(gw.place_kiro_call(written, endpoint, CONVERSATION, RUN))
+    return gw.dump_json(gw.address_kiro_request(written, endpoint, CONVERSATION, RUN))
 
 
 def faults_of(
@@ -404,8 +404,8 @@ def test_media_in_a_result_move_to_its_turn() -> None:
     first, second, *lifted = draft.turns[0].blocks
     assert isinstance(first, gw.ToolResult) and isinstance(second, gw.ToolResult)
     assert lifted == [image, image]
-    assert [gw.plain_text(r.blocks) != "" for r in (first, second)] == [True, True]
-    assert gw.plain_text(first.blocks).startswith("seen")
+    assert [gw.join_texts(r.blocks) != "" for r in (first, second)] == [True, True]
+    assert gw.join_texts(first.blocks).startswith("seen")
 
 
 def test_a_turn_of_an_image_alone_gets_words() -> None:
@@ -413,7 +413,7 @@ def test_a_turn_of_an_image_alone_gets_words() -> None:
     image = gw.Image("image/png", PNG)
     draft = draft_of(said("user", image))
     assert draft.apply(gw.adapt_user_turns)
-    assert gw.plain_text(draft.turns[0].blocks).strip()
+    assert gw.join_texts(draft.turns[0].blocks).strip()
     assert image in draft.turns[0].blocks
 
 
@@ -517,7 +517,7 @@ def test_preface_and_notes_stand_around_the_words() -> None:
     """4.10 (ii): the first words get the system prompt, the last ones the notes."""
     draft = draft_of(said("user", "a"), said("assistant", "b"), said("user", "c"))
     draft.preface, draft.notes = ["S1", "S2\n"], ["N1", "N2"]
-    assert draft.apply(gw.place_preface)
+    assert draft.apply(gw.insert_preface)
     note = "<system-reminder>\nN1\nN2\n</system-reminder>"
     assert draft.turns == [
         said("user", "S1\n\nS2", "a"),

@@ -350,7 +350,7 @@ NEW = {"accessToken": "aoaEXAMPLEnew", "expiresIn": 1800, "refreshToken": "aorEX
 )
 def test_a_refresh_changes_what_it_names(answer: Json, changes: Json) -> None:
     """1.6: camelCase of AWS and of the desktop service, snake_case of identity providers."""
-    assert gw.read_refresh_answer(answer, NOW) == changes
+    assert gw.read_refresh_response(answer, NOW) == changes
 
 
 @pytest.mark.parametrize("refresh", [None, "", 5, "aorEXAMPLE\n"])
@@ -362,7 +362,7 @@ def test_a_refresh_erases_nothing_it_does_not_name(refresh: Any, arn: Any) -> No
         {**NEW, "refreshToken": refresh, "profileArn": arn},
         {"accessToken": "aoaEXAMPLEnew"},
     ):
-        after = {**before, **gw.read_refresh_answer(answer, NOW)}
+        after = {**before, **gw.read_refresh_response(answer, NOW)}
         assert (after["refresh_token"], after["profile_arn"]) == (REFRESH, ARN)
         assert after["access_token"] == "aoaEXAMPLEnew"
 
@@ -374,7 +374,7 @@ def test_a_refresh_erases_nothing_it_does_not_name(refresh: Any, arn: Any) -> No
 )
 def test_a_life_that_is_none_is_an_hour(life: Any) -> None:
     """1.6: if `expiresIn` is missing assume 3600."""
-    changes = gw.read_refresh_answer({**NEW, "expiresIn": life}, NOW)
+    changes = gw.read_refresh_response({**NEW, "expiresIn": life}, NOW)
     assert changes["expires_at"] == int(NOW) + 3600
 
 
@@ -384,7 +384,7 @@ def test_a_life_that_is_none_is_an_hour(life: Any) -> None:
 )
 def test_a_refresh_without_a_token_is_an_error(answer: Json) -> None:
     with pytest.raises(gw.UpstreamError, match="no usable token"):
-        gw.read_refresh_answer({**answer, "refreshToken": REFRESH}, NOW)
+        gw.read_refresh_response({**answer, "refreshToken": REFRESH}, NOW)
 
 
 def refused_refresh(status: int, body: Any = None, **headers: str) -> gw.RetryDecision:
@@ -461,7 +461,7 @@ def test_the_region_of_the_models(setting: str, arn: str, sso: str, region: str)
     for way in gw.kiro_endpoints(read, config):
         found = find_host(way.url.removeprefix("https://"))
         assert found is not None and found[1] == region and way.shape in found[0]
-    for base in gw.kiro_controls(read, config):
+    for base in gw.kiro_control_urls(read, config):
         found = find_host(base.removeprefix("https://"))
         assert found is not None and found[1] == region and "control" in found[0]
 
@@ -528,7 +528,7 @@ def test_in_europe_every_host_is_there(method: str) -> None:
     hosts = [way.url for way in gw.kiro_endpoints(read, config)]
     assert set(hosts) == {RUNTIME.format(EU), Q.format(EU)}
     assert hosts[0] == RUNTIME.format(EU)
-    assert gw.kiro_controls(read, config) == [MANAGEMENT.format(EU), Q.format(EU)]
+    assert gw.kiro_control_urls(read, config) == [MANAGEMENT.format(EU), Q.format(EU)]
 
 
 @EVERY_KIND
@@ -557,7 +557,7 @@ def test_the_control_plane_has_hosts_of_its_own(
 ) -> None:
     """6.1: `runtime` does not serve it."""
     config = gw.KiroConfig(api_url=api, management_url=management)
-    assert gw.kiro_controls(login(), config) == bases
+    assert gw.kiro_control_urls(login(), config) == bases
 
 
 # ---- headers -------------------------------------------------------------------------------------
@@ -701,7 +701,7 @@ def test_a_call_is_placed_without_changing_what_was_written(
 ) -> None:
     """4.1: the same body goes to the next host in another shape."""
     body = written()
-    placed = gw.place_kiro_call(body, gw.KiroEndpoint("https://h", shape, arn), "C", "R")
+    placed = gw.address_kiro_request(body, gw.KiroEndpoint("https://h", shape, arn), "C", "R")
     assert body == written()
     state = placed["conversationState"]
     assert (state["conversationId"], state["agentContinuationId"]) == ("C", "R")
@@ -720,7 +720,7 @@ def thought(text: str, signature: str) -> Json:
 def test_a_remembered_thought_comes_back_before_its_call() -> None:
     """4.11: for callers whose dialect has no field for it."""
     body, memory = written(), gw.ReasoningMemory()
-    memory.keep(["t1"], "hm", "EXAMPLEsignature")
+    memory.store(["t1"], "hm", "EXAMPLEsignature")
     gw.attach_kiro_thinking(body, memory)
     answer = body["conversationState"]["history"][1]["assistantResponseMessage"]
     assert answer["reasoningContent"] == thought("hm", "EXAMPLEsignature")
@@ -729,7 +729,7 @@ def test_a_remembered_thought_comes_back_before_its_call() -> None:
 def test_a_thought_that_the_caller_sent_is_kept() -> None:
     """It is newer than anybody's memory, and calls of others have none."""
     body, memory = written(), gw.ReasoningMemory()
-    memory.keep(["t1"], "other", "EXAMPLEother")
+    memory.store(["t1"], "other", "EXAMPLEother")
     answer = body["conversationState"]["history"][1]["assistantResponseMessage"]
     answer["reasoningContent"] = thought("hm", "EXAMPLE")
     gw.attach_kiro_thinking(body, memory)
@@ -756,7 +756,7 @@ def test_all_thoughts_are_stripped_at_once() -> None:
 
 def test_the_form_of_a_conversation_tells_none_of_its_words() -> None:
     """8.3: roles and lengths, for the log."""
-    form = gw.kiro_shape(written())
+    form = gw.summarize_kiro_body(written())
     assert form.split() == ["u15i1", "a0c1", "u0r1t1"]
     assert "secret" not in form
 
@@ -765,7 +765,9 @@ def test_the_form_of_a_huge_conversation_is_short() -> None:
     """A log line has an end; the last turns count."""
     body = written()
     body["conversationState"]["history"] *= 2000
-    assert len(gw.kiro_shape(body)) < 2000 and gw.kiro_shape(body).endswith("u0r1t1")
+    assert len(gw.summarize_kiro_body(body)) < 2000 and gw.summarize_kiro_body(body).endswith(
+        "u0r1t1"
+    )
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -1377,5 +1379,5 @@ def test_reading_changes_no_answer() -> None:
     before = copy.deepcopy((usage, models, answer))
     gw.read_kiro_quota(usage, NOW)
     gw.read_kiro_models(models, "kiro")
-    gw.read_refresh_answer(answer, NOW)
+    gw.read_refresh_response(answer, NOW)
     assert (usage, models, answer) == before

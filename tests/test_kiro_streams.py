@@ -155,7 +155,7 @@ def answer(*messages: bytes, caller: str = "messages", **changes: Any) -> Json:
     assert check_ending(flow, caller, play(flow, [data])) == "complete"
     flow = make_flow("kiro", caller, stream=False, **changes)
     assert play(flow, [data]) == b""
-    return flow.whole()
+    return flow.response_body()
 
 
 def blocks(*messages: bytes, **changes: Any) -> list[Json]:
@@ -247,7 +247,7 @@ def test_a_golden_stream_folds_to_the_whole_answer(case: KiroCase, caller: str) 
     for reads in ([case.stream], one_by_one(case.stream)):
         flow = make_flow("kiro", caller, stream=False, **case.context)
         assert play(flow, reads) == b""
-        assert flow.whole() == case.whole(caller)
+        assert flow.response_body() == case.whole(caller)
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
@@ -320,7 +320,7 @@ def test_no_strange_value_anywhere_in_a_stream_is_more_than_an_error(
             try:
                 play(flow, [b"".join(data)])
                 if not stream and not flow.error:
-                    flow.whole()
+                    flow.response_body()
             except ApiError:
                 pass
             except Exception as error:  # noqa: BLE001 - each kind is told with its path
@@ -403,7 +403,7 @@ def test_a_turn_is_the_same_however_it_is_cut(turn: str, caller: str) -> None:
         assert meaning(play(make_flow("kiro", caller), reads)) == expected
         flow = make_flow("kiro", caller, stream=False)
         play(flow, reads)
-        assert flow.whole() == whole
+        assert flow.response_body() == whole
 
 
 def test_the_text_turn_counts_what_it_says() -> None:
@@ -451,7 +451,7 @@ def test_a_failure_in_the_middle_ends_the_stream_with_an_error(
     flow = make_flow("kiro", caller, stream=False)
     assert play(flow, [stream]) == b""
     with pytest.raises(kind):
-        flow.whole()
+        flow.response_body()
 
 
 # ---- stop reasons ------------------------------------------------------------------------------
@@ -915,7 +915,7 @@ def test_the_function_call_shape_of_2023_is_answered_in_kind() -> None:
     """Who sent `functions` gets `function_call`."""
     flow = make_flow("kiro", "chat", stream=False, legacy_functions=True)
     play(flow, [V4, V5, V6, V7])
-    choice = flow.whole()["choices"][0]
+    choice = flow.response_body()["choices"][0]
     function_call = choice["message"]["function_call"]
     assert function_call["name"] == "get_weather"
     assert json.loads(function_call["arguments"]) == {"city": "Paris"}
@@ -1361,7 +1361,7 @@ def slow_twin(caller: str, messages: list[bytes], **changes: Any) -> tuple[bytes
     flow, framing = make_flow("kiro", caller, **changes), EventStreamFraming()
     sent = b""
     for frame_ in framing.frames(framing.complete(b"".join(messages))):
-        if not flow.over:
+        if not flow.is_finished:
             sent += pass_on(flow, [frame_])
     assert flow.template is None
     return sent + flow.end(), flow
@@ -1480,7 +1480,7 @@ def test_a_stop_string_is_found_however_the_answer_is_cut(caller: str) -> None:
     assert len(sent) == 1 and b" of it" not in next(iter(sent))
     flow = make_flow("kiro", caller, cut=["end"])
     flow.feed(data)
-    assert flow.over, "the upstream can be hung up on"
+    assert flow.is_finished, "the upstream can be hung up on"
 
 
 def test_a_stop_string_in_a_thought_or_call_does_not_cut() -> None:
@@ -1708,8 +1708,8 @@ def test_secrets_in_an_errors_words_are_not_shown() -> None:
 
 def test_plain_text_is_told_from_everything_else() -> None:
     """What may be copied without a look at it."""
-    assert KIRO.plain_text({"assistantResponseEvent": {"content": "x"}}) == "x"
-    assert KIRO.plain_text({"assistantResponseEvent": {"modelId": "m", "content": "x"}}) == "x"
+    assert KIRO.delta_text({"assistantResponseEvent": {"content": "x"}}) == "x"
+    assert KIRO.delta_text({"assistantResponseEvent": {"modelId": "m", "content": "x"}}) == "x"
     for odd in (
         {},
         {"codeEvent": {"content": "x"}},
@@ -1720,4 +1720,4 @@ def test_plain_text_is_told_from_everything_else() -> None:
         {"assistantResponseEvent": {"content": "x", "references": []}},
         {"error": {"content": "x"}},
     ):
-        assert KIRO.plain_text(copy.deepcopy(odd)) is None
+        assert KIRO.delta_text(copy.deepcopy(odd)) is None

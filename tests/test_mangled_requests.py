@@ -541,10 +541,10 @@ def mangled(name: str, chance: random.Random) -> Iterator[Json]:
 def send(spoken: str, call: gw.Call, body: Json) -> None:
     """Makes of a call what goes up, with everything that looks at it on the way."""
     model, memory = call.model, gw.ReasoningMemory()
-    memory.keep(["a", "c", "t1"], "thought", gw.pack("gw1.r.", {"enc": "e"}))
+    memory.store(["a", "c", "t1"], "thought", gw.pack("gw1.r.", {"enc": "e"}))
     if spoken == "kiro":
         gw.attach_kiro_thinking(call.body, memory)
-        gw.kiro_shape(call.body)
+        gw.summarize_kiro_body(call.body)
         return
     lessons = {"thinking": ["enabled"], "system": ["turns"]} if body.get("stream") else {}
     scrub = gw.sanitize_body(spoken, call.body, model, lessons, True)
@@ -564,14 +564,14 @@ def exchange(name: str, spoken: str, body: Json, model: gw.Model) -> None:
     """One request and its answer, by the functions that gateway and providers use."""
     asked, upstream = gw.DIALECTS[name], gw.UPSTREAM_DIALECTS[spoken]
     outline = asked.request_info(body)
-    terms = gw.ResponseContext("id", 1, "m", asked=body, include_usage=outline.include_usage)
+    terms = gw.ResponseContext("id", 1, "m", request_body=body, include_usage=outline.include_usage)
     chat = gw.Gateway.read_call(body, asked, upstream, terms)
     call = gw.Gateway.write_call(body, chat, upstream, model, terms, outline)
     flow = gw.StreamTranslator(upstream, asked, terms, outline.stream, "r")
     send(spoken, call, body)
     if spoken in ANSWERS:
         flow.feed_buffered(gw.dump_json(ANSWERS[spoken]))
-        assert outline.stream or flow.whole()
+        assert outline.stream or flow.response_body()
 
 
 @pytest.mark.parametrize("name", sorted(SEEDS))

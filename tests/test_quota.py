@@ -127,7 +127,7 @@ def test_a_free_plan_is_told_by_its_sku_and_may_name_only_what_is_left() -> None
             "quota_snapshots": None, "limited_user_quotas": {"chat": 10, "completions": "x"},
             "limited_user_reset_date": "2026-12-05"}  # fmt: skip
     quota = gw.read_copilot_quota(body)
-    assert quota.plan == "free" and gw.plain_day(quota.resets_at) == "2026-12-05"
+    assert quota.plan == "free" and gw.iso_day(quota.resets_at) == "2026-12-05"
     (row,) = quota.allowances
     assert (row.name, row.limit, row.remaining, row.percent_used) == ("chat", None, 10, None)
 
@@ -143,7 +143,7 @@ def heard(known: gw.Quota | None, **changes: str | None) -> dict[str, gw.Allowan
     fields = {k: v for k, v in {**QUOTA_HEADERS, **named}.items() if v is not None}
     found = gw.quota_fields(gw.Headers({"x-request-id": "1", "x-quota": "ent=1", **fields}))
     assert set(found) == set(fields)
-    return {row.name: row for row in gw.take_snapshots(known, found, NOW).allowances}
+    return {row.name: row for row in gw.apply_quota_headers(known, found, NOW).allowances}
 
 
 def test_the_fields_of_an_answer_are_read() -> None:
@@ -169,7 +169,7 @@ def test_missing_fields_erase_nothing_and_a_bucket_of_nothing_goes() -> None:
     rows = heard(known, premium_interactions=None, chat="ent=0&rem=0.0")
     assert rows["premium_interactions"].remaining == 1210.4
     assert "chat" not in rows
-    quota = gw.take_snapshots(known, {}, NOW)
+    quota = gw.apply_quota_headers(known, {}, NOW)
     assert (quota.plan, quota.account, quota.as_of) == ("individual_pro", "octocat", NOW)
 
 
@@ -197,15 +197,15 @@ def test_two_names_of_one_bucket_are_one() -> None:
 
 def test_names_that_never_end_are_not_all_kept() -> None:
     many = {f"x-quota-snapshot-b{n}": "ent=10&rem=50" for n in range(100)}
-    known = gw.take_snapshots(None, QUOTA_HEADERS, NOW)
-    quota = gw.take_snapshots(known, many, NOW)
+    known = gw.apply_quota_headers(None, QUOTA_HEADERS, NOW)
+    quota = gw.apply_quota_headers(known, many, NOW)
     assert len(quota.allowances) == gw.MAX_ALLOWANCES
     assert quota.allowances[2].name == "premium_interactions"
 
 
 def test_a_rolling_window_has_a_date_of_its_own() -> None:
     later = {"x-usage-ratelimit-weekly": "ent=5000&rem=90.0&rst=2026-12-05T00%3A00%3A00Z"}
-    quota = gw.take_snapshots(None, {**QUOTA_HEADERS, **later}, NOW)
+    quota = gw.apply_quota_headers(None, {**QUOTA_HEADERS, **later}, NOW)
     dates = {row["name"]: row["resets_at"] for row in quota.as_json()["allowances"]}
     assert quota.resets_at == dates["premium_interactions"] == DECEMBER
     assert dates["session"] < DECEMBER < dates["weekly"]
@@ -278,7 +278,7 @@ def plan_at(percent: float, *, resets_at: float = DECEMBER, limit: float | None 
 
 def told(alarm: gw.QuotaAlarm, *percents: float, now: float = NOW, **more: Any) -> list[bool]:
     """Whether each of these figures in turn is news."""
-    return [bool(alarm.news(plan_at(percent, **more), now)) for percent in percents]
+    return [bool(alarm.new_warnings(plan_at(percent, **more), now)) for percent in percents]
 
 
 def test_each_threshold_is_told_once() -> None:
@@ -361,7 +361,7 @@ def test_a_period_that_is_over_warns_of_nothing() -> None:
 
 
 def test_a_day_beyond_the_calendar_is_none() -> None:
-    assert [gw.plain_day(at) for at in (0.0, DECEMBER, 1e18)] == ["", "2026-12-01", ""]
+    assert [gw.iso_day(at) for at in (0.0, DECEMBER, 1e18)] == ["", "2026-12-01", ""]
 
 
 # ---- keeping it up -------------------------------------------------------------------------------
@@ -412,7 +412,7 @@ def test_a_first_use_is_followed_by_a_look_and_more_use_by_few() -> None:
         assert service.planned_s() is None
         watch.poll_soon()
         left = service.planned_s()
-        assert left is not None and left > gw.QUOTA_LOOK_SECONDS - 30
+        assert left is not None and left > gw.QUOTA_POLL_SECONDS - 30
         watch.close()
         assert service.planned_s() is None
 
@@ -433,7 +433,7 @@ def test_spent_credits_are_looked_at_at_once_but_not_all_the_time() -> None:
         watch.poll_soon()
         watch.on_error(gw.QuotaExceeded("no more"))
         left = service.planned_s()
-        assert left is not None and gw.QUOTA_AGAIN_SECONDS - 30 < left <= gw.QUOTA_AGAIN_SECONDS
+        assert left is not None and gw.QUOTA_RETRY_SECONDS - 30 < left <= gw.QUOTA_RETRY_SECONDS
         assert service.count == 1
         watch.close()
 

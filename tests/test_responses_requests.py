@@ -243,7 +243,7 @@ def to_responses(
 def kiro_faults(written: Json, model: str, issued: Issued | None = None) -> list[str]:
     """What Kiro would refuse, or only dislike."""
     endpoint = gw.KiroEndpoint("https://runtime.us-east-1.kiro.dev", "ide", ARN)
-    placed = gw.place_kiro_call(
+    placed = gw.address_kiro_request(
         written,
         endpoint,
         "5d7c2f0e-8f0b-4c39-9a1e-0d1f5b1f6a11",
@@ -2374,7 +2374,7 @@ def test_the_rules_leave_nothing_to_do_for_themselves() -> None:
 def remember(*calls: str, enc: str = "E", words: str = "hm") -> gw.ReasoningMemory:
     """A memory of one thought before these calls."""
     memory = gw.ReasoningMemory()
-    memory.keep(calls, words, gw.pack("gw1.r.", {"id": "rs_1", "enc": enc}))
+    memory.store(calls, words, gw.pack("gw1.r.", {"id": "rs_1", "enc": enc}))
     return memory
 
 
@@ -2424,7 +2424,7 @@ def test_a_thought_behind_words_is_put_between_them_and_the_call() -> None:
 def test_a_signature_of_chat_is_not_put_before_an_item() -> None:
     """4.5: it is of another maker."""
     memory = gw.ReasoningMemory()
-    memory.keep(["c1"], "hm", "OPAQUE")
+    memory.store(["c1"], "hm", "OPAQUE")
     body = {"input": [user("q"), call("c1"), output("c1")]}
     memory.attach_items(body)
     assert body == {"input": [user("q"), call("c1"), output("c1")]}
@@ -2441,8 +2441,8 @@ def test_a_thought_of_a_responses_model_is_not_given_to_a_chat_model() -> None:
 def test_the_oldest_thoughts_are_forgotten_first() -> None:
     memory = gw.ReasoningMemory(limit=2)
     for name in ("c1", "c2", "c1", "c3"):
-        memory.keep([name], "", "o")
-    assert list(memory.kept) == ["c1", "c3"]
+        memory.store([name], "", "o")
+    assert list(memory.entries) == ["c1", "c3"]
 
 
 def test_reasoning_that_is_refused_is_given_up() -> None:

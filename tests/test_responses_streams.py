@@ -336,7 +336,7 @@ def whole_of(upstream: str, frames: list[Json], caller: str = "responses", **cha
     """The caller's whole answer; a responses caller's is its stream's last word too."""
     flow = make_flow(upstream, caller, stream=False, **changes)
     assert play(flow, [wire(upstream, frames)]) == b""
-    whole = flow.whole()
+    whole = flow.response_body()
     said = streamed(upstream, frames, caller, **changes)
     if caller == "responses":
         assert said[-1]["response"] == whole
@@ -447,7 +447,7 @@ def test_a_golden_stream_folds_to_the_whole_answer(case: Case, caller: str) -> N
     for reads in ([case.stream], one_by_one(case.stream)):
         flow = make_flow("responses", caller, stream=False)
         assert play(flow, reads) == b""
-        assert plain_whole(flow.whole()) == case.whole(caller)
+        assert plain_whole(flow.response_body()) == case.whole(caller)
 
 
 @FROM_RESPONSES
@@ -486,7 +486,7 @@ def test_a_responses_caller_is_told_what_an_anthropic_caller_is_told(case: Case)
     """The golden answers of the one are the measure for the other."""
     flow = make_flow(case.upstream, "responses", stream=False, **terms_of(case))
     assert play(flow, [case.stream]) == b""
-    whole = flow.whole()
+    whole = flow.response_body()
     explained = (case.whole("messages").get("stop_details") or {}).get("explanation")
     told = [item for item in items_told(whole) if item != ("refusal", explained)]
     told = [("text", item[1]) if item[0] == "refusal" else item for item in told]
@@ -510,7 +510,7 @@ def test_a_whole_answer_is_the_last_word_of_its_stream(case: Case) -> None:
     whole = make_flow(case.upstream, "responses", stream=False, **terms_of(case))
     assert play(whole, one_by_one(case.stream)) == b""
     sent = play(make_flow(case.upstream, "responses", **terms_of(case)), [case.stream])
-    assert frames_of(sent)[-1]["response"] == whole.whole()
+    assert frames_of(sent)[-1]["response"] == whole.response_body()
 
 
 @TO_RESPONSES
@@ -522,7 +522,7 @@ def test_signs_of_life_anywhere_leave_no_gap_in_the_numbers(case: Case) -> None:
         sent, reads = flow.ping(), random_reads(rng, case.stream)
         for data in reads:
             sent += flow.feed(data)
-            if not flow.over:
+            if not flow.is_finished:
                 sent += flow.ping()
         sent += flow.end()
         assert check_ending(flow, "responses", sent) == "complete"
@@ -561,7 +561,7 @@ def test_an_error_from_below_at_any_offset_ends_the_answer(case: Case) -> None:
     for cut in range(0, len(case.stream), 7):
         flow = make_flow(case.upstream, "responses", **terms_of(case))
         sent = flow.feed(case.stream[:cut])
-        over = flow.over
+        over = flow.is_finished
         sent += flow.end(UpstreamError("The connection broke."))
         assert check_ending(flow, "responses", sent) == ("complete" if over else "error")
         assert flow.feed(case.stream) == b"" and flow.end() == b""
@@ -660,7 +660,7 @@ def test_case_42_an_upstream_that_breaks_off_is_a_failure(upstream: str) -> None
     whole = make_flow(upstream, "responses", stream=False)
     assert play(whole, [wire(upstream, opened[upstream])]) == b""
     with pytest.raises(UpstreamError):
-        whole.whole()
+        whole.response_body()
 
 
 def test_case_43_thinking_text_and_call_of_a_responses_upstream_become_chat_deltas() -> None:
@@ -733,7 +733,7 @@ def test_case_46_split_choices_are_one_answer() -> None:
     ]
     flow = make_flow("chat", "responses", stream=False)
     assert flow.feed_buffered(json.dumps({"id": "x", "choices": choices}).encode()) == b""
-    assert items_told(flow.whole()) == [("text", "T"), ("call", "c1", "f", {})]
+    assert items_told(flow.response_body()) == [("text", "T"), ("call", "c1", "f", {})]
 
 
 def test_case_47_thinking_text_and_call_of_an_anthropic_upstream() -> None:
@@ -1398,7 +1398,7 @@ def test_a_failure_from_below_before_and_behind_the_first_frame(upstream: str) -
     flow = make_flow(upstream, "responses")
     assert flow.end(error) == b"" and flow.error is error
     flow = make_flow(upstream, "responses")
-    flow.begun = True  # the head went out while the upstream was silent
+    flow.has_output = True  # the head went out while the upstream was silent
     sent = flow.ping() + flow.end(error)
     frames = frames_of(sent)
     assert kinds(frames) == ["created", "failed"]
@@ -1514,7 +1514,7 @@ def test_a_native_whole_answer_is_complete_whatever_its_upstream_leaves_out(left
     frames = [frame for frame in everything() if not LEFT_OUT[left_out](frame["type"])]
     flow = make_flow("responses", "responses", stream=False)
     assert play(flow, [wire("responses", frames)]) == b""
-    assert len(flow.whole()["output"]) == 6
+    assert len(flow.response_body()["output"]) == 6
 
 
 @pytest.mark.parametrize("caller", DIALECTS)
@@ -1527,7 +1527,7 @@ def test_a_terminal_event_without_items_takes_none_away(caller: str, output: Any
     assert play(flow, [wire("responses", frames)]) == b""
     expected = make_flow("responses", caller, stream=False)
     play(expected, [wire("responses", everything())])
-    whole, wanted = flow.whole(), expected.whole()
+    whole, wanted = flow.response_body(), expected.response_body()
     for key in ("output", "content", "choices"):
         assert whole.get(key) == wanted.get(key)
 
@@ -1596,7 +1596,7 @@ def test_events_that_nobody_knows_disturb_nothing(caller: str) -> None:
     mixed = [frames[0], *strangers, *frames[1:]]
     flow = make_flow("responses", caller, stream=False)
     play(flow, [write_frames(mixed, names=False)])
-    assert flow.whole() == expected
+    assert flow.response_body() == expected
 
 
 # ---- native answers ----------------------------------------------------------------------------
@@ -1608,7 +1608,9 @@ def test_a_native_answer_has_the_callers_model_and_our_id(stream: bool) -> None:
     flow = make_flow("responses", "responses", stream=stream)
     sent = play(flow, [wire("responses", everything())])
     heads = (
-        [f["response"] for f in frames_of(sent) if "response" in f] if stream else [flow.whole()]
+        [f["response"] for f in frames_of(sent) if "response" in f]
+        if stream
+        else [flow.response_body()]
     )
     assert {(head["id"], head["model"]) for head in heads} == {("gw-1", "asked")}
 
@@ -1619,7 +1621,7 @@ def test_a_native_answers_tool_names_become_the_callers(stream: bool) -> None:
     names = {"g": "my.tool", "p": "my.patch"}
     flow = make_flow("responses", "responses", stream=stream, names=names)
     sent = play(flow, [wire("responses", everything())])
-    frames = frames_of(sent) if stream else [{"response": flow.whole()}]
+    frames = frames_of(sent) if stream else [{"response": flow.response_body()}]
     output = frames[-1]["response"]["output"]
     assert [item["name"] for item in output if "name" in item] == ["Bash", "my.tool", "my.patch"]
     text = json.dumps(frames)
@@ -1631,7 +1633,7 @@ def test_a_native_answers_words_and_thoughts_are_untouched(stream: bool) -> None
     """Encrypted content, summaries, arguments and inputs pass as they are."""
     flow = make_flow("responses", "responses", stream=stream)
     sent = play(flow, [wire("responses", everything())])
-    whole = frames_of(sent)[-1]["response"] if stream else flow.whole()
+    whole = frames_of(sent)[-1]["response"] if stream else flow.response_body()
     expected = everything()[-1]["response"]["output"]
     assert [{**item, "id": ""} for item in whole["output"]] == [
         {**item, "id": ""} for item in expected
@@ -1661,7 +1663,7 @@ def test_a_native_answer_is_over_at_its_terminal_event() -> None:
     """The connection may stay open: the caller's end does not wait for the upstream's."""
     flow = make_flow("responses", "responses")
     sent = flow.feed(wire("responses", everything()))
-    assert flow.over and check_ending(flow, "responses", sent) == "complete"
+    assert flow.is_finished and check_ending(flow, "responses", sent) == "complete"
 
 
 def test_a_native_answer_tells_one_time() -> None:
@@ -1702,7 +1704,7 @@ def test_an_upstreams_whole_answer_means_what_its_stream_means(case: Case, calle
     flow = make_flow("responses", caller, stream=False)
     assert flow.feed_buffered(data) == b""
     if case.folder.name != "copilot_ids":  # whose bill and other ids stand beside the response
-        assert plain_whole(flow.whole()) == case.whole(caller)
+        assert plain_whole(flow.response_body()) == case.whole(caller)
     flow = make_flow("responses", caller)
     sent = flow.feed_buffered(data)
     assert check_ending(flow, caller, sent) == "complete"
@@ -1757,7 +1759,7 @@ def test_a_stop_string_split_over_deltas_ends_the_answer(upstream: str) -> None:
     for reads in ([data], one_by_one(data)):
         flow = make_flow(upstream, "responses", cut=["STOP"])
         sent = b"".join(flow.feed(read) for read in reads)
-        assert flow.over, "before the upstream has ended"
+        assert flow.is_finished, "before the upstream has ended"
         assert check_responses(sent) == "complete"
         last = frames_of(sent)[-1]
         assert last["type"] == "response.completed"
@@ -1837,7 +1839,7 @@ def strange(flow: StreamTranslator, run: Callable[[], object]) -> str:
     try:
         run()
         if not flow.stream and not flow.error:
-            flow.whole()
+            flow.response_body()
     except ApiError:
         return ""
     except Exception as error:  # noqa: BLE001 - each kind is told with its place
@@ -1855,7 +1857,7 @@ def test_no_strange_value_anywhere_in_a_stream_is_more_than_an_error(
         flow = make_flow("responses", caller, stream=stream)
         fault = strange(flow, functools.partial(play, flow, [data]))
         broken |= {f"{place}: {fault}"} if fault else set()
-        assert flow.over or fault, place
+        assert flow.is_finished or fault, place
     assert not broken, "\n".join(sorted(broken))
 
 
@@ -1882,7 +1884,7 @@ def test_any_events_in_any_order_follow_the_callers_grammar(caller: str) -> None
         some = [copy.deepcopy(rng.choice(frames)) for _ in range(rng.randint(1, 40))]
         flow = make_flow("responses", caller)
         sent = play(flow, [write_frames(some, names=False)])
-        assert flow.over, round_
+        assert flow.is_finished, round_
         if caller == "responses":
             events = frames_of(sent)
             numbers = [frame["sequence_number"] for frame in events]

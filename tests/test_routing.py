@@ -147,7 +147,7 @@ def test_a_name_is_resolved_to_the_model_of_its_provider(name: str, found: str) 
 def test_only_what_is_not_the_request_s_own_fault_moves_it_on(
     error: gw.ApiError, moves: bool
 ) -> None:
-    assert gw.may_fall_back(error) is moves
+    assert gw.can_fall_back(error) is moves
 
 
 USEFUL = [

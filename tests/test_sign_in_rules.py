@@ -107,8 +107,8 @@ def test_a_poll_that_nobody_answered_properly() -> None:
 def test_words_of_a_failed_poll_show_no_secret() -> None:
     said = {"error": "x", "error_description": "token ghu_EXAMPLE0000000000 " + "long " * 200}
     poll = gw.classify_poll(400, NO_HEADERS, data(said))
-    assert "ghu_" not in poll.words
-    assert len(poll.words) <= 300
+    assert "ghu_" not in poll.message
+    assert len(poll.message) <= 300
 
 
 # ---- the way back --------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def test_a_callback_that_tells_a_refusal() -> None:
     ],
 )  # fmt: skip
 def test_a_github_host(typed: str, host: str) -> None:
-    assert gw.plain_host(typed) == host
+    assert gw.parse_github_host(typed) == host
 
 
 @pytest.mark.parametrize(
@@ -202,10 +202,10 @@ def test_a_github_host(typed: str, host: str) -> None:
 )  # fmt: skip
 def test_a_host_without_copilot(typed: str) -> None:
     if typed.strip() != typed:
-        assert gw.plain_host(typed) == typed.strip()
+        assert gw.parse_github_host(typed) == typed.strip()
         return
     with pytest.raises(gw.WrongUsage):
-        gw.plain_host(typed)
+        gw.parse_github_host(typed)
 
 
 @pytest.mark.parametrize(
@@ -217,9 +217,9 @@ def test_a_pasted_token(given: str) -> None:
     token = "ghu_EXAMPLE00000000"
     if given.count("Bearer") > 1:
         with pytest.raises(gw.SignInFailed):
-            gw.bare_token(re.sub(r"T\b", token, given))
+            gw.clean_token(re.sub(r"T\b", token, given))
         return
-    assert gw.bare_token(re.sub(r"T\b", token, given)) == token
+    assert gw.clean_token(re.sub(r"T\b", token, given)) == token
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_a_pasted_token(given: str) -> None:
 )  # fmt: skip
 def test_what_is_no_token(given: str) -> None:
     with pytest.raises(gw.SignInFailed):
-        gw.bare_token(given)
+        gw.clean_token(given)
 
 
 # ---- other programs' files -----------------------------------------------------------------------

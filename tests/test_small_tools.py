@@ -13,19 +13,19 @@ import pytest
 from aiclient_api import (
     MAX_JSON_DEPTH,
     MAX_JSON_KEYS,
-    MAX_JSON_MARKS,
+    MAX_JSON_VALUES,
     BodyTooLarge,
     InvalidRequest,
     bool_field,
     dict_field,
     dump_json,
-    hide,
     int_field,
     join_path,
     list_field,
     load_body,
     load_json,
     load_object,
+    mask_secrets,
     nearest,
     need_dict,
     need_str,
@@ -165,13 +165,13 @@ def test_a_body_may_be_nested_as_deep_as_the_limit_says() -> None:
 def test_a_body_of_tiny_values_is_refused_before_it_is_parsed(tiny: bytes) -> None:
     """Thirty megabytes of them would stop every stream for seconds."""
     with pytest.raises(BodyTooLarge):
-        load_body(b'{"a":[' + tiny * (MAX_JSON_MARKS + 1) + b"1]}")
+        load_body(b'{"a":[' + tiny * (MAX_JSON_VALUES + 1) + b"1]}")
 
 
 @pytest.mark.parametrize("text", ["1,2;[x]{y}:\n", '\\",', "\\\\,", '\\\\\\",:'])
 def test_what_stands_inside_a_string_is_not_counted(text: str) -> None:
     """A table in a prompt is one value, however many commas it has."""
-    table = (text * MAX_JSON_MARKS).replace("\n", "\\n")
+    table = (text * MAX_JSON_VALUES).replace("\n", "\\n")
     assert len(load_body(b'{"a":["%b","x"]}' % table.encode())["a"]) == 2
 
 
@@ -305,9 +305,9 @@ def test_a_secret_in_use_is_hidden_whatever_it_looks_like() -> None:
     """Also where a limit has left only the beginning of it."""
     secret = "correct horse battery staple"
     for cut in (len(secret), 20, 12):
-        shown = hide(f"no {secret[:cut]}, and again {secret[:cut]}", ["", "no", secret])
+        shown = mask_secrets(f"no {secret[:cut]}, and again {secret[:cut]}", ["", "no", secret])
         assert shown == "no [secret], and again [secret]"
-    assert hide("a correct answer", [secret]) == "a correct answer"
+    assert mask_secrets("a correct answer", [secret]) == "a correct answer"
 
 
 def test_what_stands_behind_the_limit_costs_nothing() -> None:

@@ -11,7 +11,7 @@ import pytest
 from aiclient_api import (
     MAX_EVENT_LINES,
     MAX_FRAME_BYTES,
-    MAX_JSON_MARKS,
+    MAX_JSON_VALUES,
     SSE_COMMENT_PING,
     SSE_DONE,
     SseReader,
@@ -156,9 +156,9 @@ def test_an_event_of_too_many_lines_is_refused() -> None:
 
 def test_an_event_of_too_many_values_is_refused() -> None:
     """16 MiB of tiny ones take seconds and gigabytes."""
-    row = b'{"x":[' + b"{}," * MAX_JSON_MARKS + b"1]}"
+    row = b'{"x":[' + b"{}," * MAX_JSON_VALUES + b"1]}"
     assert load_frames([(b"", row)])[0]["type"] == "error"
-    assert load_frames([(b"", b'{"x":"%b"}' % (b"[," * MAX_JSON_MARKS))]) != []
+    assert load_frames([(b"", b'{"x":"%b"}' % (b"[," * MAX_JSON_VALUES))]) != []
 
 
 def test_an_endless_event_is_refused() -> None:

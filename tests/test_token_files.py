@@ -319,7 +319,7 @@ def test_a_full_disk_loses_nothing(make: Make, small_disk: Path) -> None:
         assert home.file("kiro").read_bytes() == before
         assert "token_not_saved" in gateway.log()
         (small_disk / "fill").unlink()
-        # The next attempt comes with a request, SAVE_AGAIN_SECONDS later: the end has to do.
+        # The next attempt comes with a request, SAVE_RETRY_SECONDS later: the end has to do.
     held = home.token("kiro")
     assert held["refresh_token"] in fake.secrets
     assert home.file("kiro").read_bytes() != before, "the token was lost at the end"
@@ -707,7 +707,7 @@ def test_a_refresh_outlives_the_reload_that_replaces_its_provider(make: Make, mo
         pass_time(4 * gw.TICK_SECONDS)  # what nobody uses any more is closed
         gateway.terminate()
         wait_until(lambda: "stopping" in gateway.log())
-        pass_time(gw.SETTLE_SECONDS / 3)
+        pass_time(gw.REFRESH_DRAIN_SECONDS / 3)
         answered.set()
         assert gateway.wait() == 0
     assert home.token("kiro")["refresh_token"] == new["refreshToken"]

@@ -298,7 +298,7 @@ FOREIGN_HOSTS = [
 def test_a_token_answer_that_names_a_foreign_host_is_refused(url: str) -> None:
     body = {"token": "tid=1", "endpoints": {"api": url}}
     with pytest.raises(gw.UpstreamError) as caught:
-        gw.read_token_answer(body, gw.CopilotConfig(), NOW)
+        gw.read_token_response(body, gw.CopilotConfig(), NOW)
     assert "tid=" not in str(caught.value)
 
 
@@ -313,7 +313,7 @@ def test_a_token_answer_that_names_a_foreign_host_is_refused(url: str) -> None:
 )
 def test_a_token_goes_to_the_host_of_its_own_answer(url: str) -> None:
     body = {"token": "tid=1", "endpoints": {"api": url + "/"}}
-    assert gw.read_token_answer(body, gw.CopilotConfig(), NOW).api_url == url
+    assert gw.read_token_response(body, gw.CopilotConfig(), NOW).api_url == url
 
 
 def test_loopback_is_a_copilot_host_only_beside_a_loopback_github() -> None:
@@ -326,9 +326,9 @@ def test_loopback_is_a_copilot_host_only_beside_a_loopback_github() -> None:
 def test_a_configured_host_wins_over_the_answer_and_a_plan_host_fills_in() -> None:
     named = {"token": "t", "endpoints": {"api": "https://api.business.githubcopilot.com"}}
     own = gw.CopilotConfig(api_url="https://gateway.example/")
-    assert gw.read_token_answer(named, own, NOW).api_url == "https://gateway.example"
+    assert gw.read_token_response(named, own, NOW).api_url == "https://gateway.example"
     plan = gw.CopilotConfig(account_type="enterprise")
-    token = gw.read_token_answer({"token": "t", "endpoints": None}, plan, NOW)
+    token = gw.read_token_response({"token": "t", "endpoints": None}, plan, NOW)
     assert token.api_url == "https://api.enterprise.githubcopilot.com"
 
 
@@ -336,7 +336,7 @@ def test_a_configured_host_wins_over_the_answer_and_a_plan_host_fills_in() -> No
     ("said", "life"), [(900, 900), (None, 1500), (0, 1500), (-5, 1500), ("900", 1500), (True, 1500)]
 )
 def test_refresh_in_decides_how_long_a_token_lasts(said: Any, life: int) -> None:
-    token = gw.read_token_answer({"token": "t", "refresh_in": said}, gw.CopilotConfig(), NOW)
+    token = gw.read_token_response({"token": "t", "refresh_in": said}, gw.CopilotConfig(), NOW)
     assert token.refresh_in == life
     assert token.expires_at == NOW + life + 60
 
@@ -344,11 +344,11 @@ def test_refresh_in_decides_how_long_a_token_lasts(said: Any, life: int) -> None
 @pytest.mark.parametrize("token", [None, "", 5, "a\nb", "a\rb", "a\0b", "tid=\N{EURO SIGN}"])
 def test_a_token_that_fits_into_no_header_is_refused(token: Any) -> None:
     with pytest.raises(gw.UpstreamError):
-        gw.read_token_answer({"token": token}, gw.CopilotConfig(), NOW)
+        gw.read_token_response({"token": token}, gw.CopilotConfig(), NOW)
 
 
 def test_a_token_never_shows_itself() -> None:
-    token = gw.read_token_answer({"token": "tid=SECRET"}, gw.CopilotConfig(), NOW)
+    token = gw.read_token_response({"token": "tid=SECRET"}, gw.CopilotConfig(), NOW)
     assert "SECRET" not in repr(token)
 
 
@@ -1128,7 +1128,7 @@ def test_replayed_reasoning_is_stripped_in_either_dialect() -> None:
 
 def test_a_signature_returns_to_its_call_and_to_no_other() -> None:
     memory = gw.ReasoningMemory()
-    memory.keep(["c1", "c2"], "hm", "OPAQUE")
+    memory.store(["c1", "c2"], "hm", "OPAQUE")
     body = {"messages": [user("a"), call_message("c2"), call_message("c3")]}
     memory.attach(body)
     assert body["messages"][1]["reasoning_opaque"] == "OPAQUE"
@@ -1138,7 +1138,7 @@ def test_a_signature_returns_to_its_call_and_to_no_other() -> None:
 
 def test_a_signature_that_the_caller_brought_stays() -> None:
     memory = gw.ReasoningMemory()
-    memory.keep(["c1"], "", "OURS")
+    memory.store(["c1"], "", "OURS")
     body = {"messages": [call_message("c1", reasoning_opaque="THEIRS")]}
     memory.attach(body)
     assert body["messages"][0]["reasoning_opaque"] == "THEIRS"
@@ -1148,8 +1148,8 @@ def test_a_signature_that_the_caller_brought_stays() -> None:
 def test_the_memory_forgets_the_oldest_and_keeps_what_was_said_again() -> None:
     memory = gw.ReasoningMemory(limit=2)
     for call in ("c1", "c2", "c1", "c3"):
-        memory.keep([call], "", f"for {call}")
-    assert set(memory.kept) == {"c1", "c3"}
+        memory.store([call], "", f"for {call}")
+    assert set(memory.entries) == {"c1", "c3"}
 
 
 # ---- what error answers mean ---------------------------------------------------------------------
@@ -1340,10 +1340,10 @@ def test_no_number_of_an_upstream_is_too_wild(wild: Any) -> None:
     month = NOW + gw.MAX_RESET_SECONDS
     assert 0 <= gw.read_time(wild) <= gw.MAX_UNIX_SECONDS
     assert (gw.parse_retry_after(str(wild)[:600], NOW) or 0) <= gw.MAX_RESET_SECONDS
-    token = gw.read_token_answer({"token": "t", "refresh_in": wild}, gw.CopilotConfig(), NOW)
+    token = gw.read_token_response({"token": "t", "refresh_in": wild}, gw.CopilotConfig(), NOW)
     assert NOW < token.expires_at < month
     renewed = {"accessToken": "t", "expiresIn": wild}
-    assert NOW <= gw.read_refresh_answer(renewed, NOW)["expires_at"] < month
+    assert NOW <= gw.read_refresh_response(renewed, NOW)["expires_at"] < month
     row = {"entitlement": wild, "percent_remaining": wild, "reset_date": wild, "remaining": wild}
     plan = {"quota_snapshots": {"chat": {**row, "entitlement": 1e-300}, "completions": row}}
     kiro = {"usageBreakdown": {"currentUsage": wild, "usageLimit": 1}, "nextDateReset": wild}
@@ -1398,10 +1398,10 @@ def test_github_s_request_id_is_named_and_tokens_are_not() -> None:
 def test_an_error_wrapped_into_an_error_is_unwrapped() -> None:
     inner = json.dumps({"error": {"message": "prompt is too long: 5 tokens > 4 maximum"}})
     assert isinstance(judge(400, said(inner)).error, gw.ContextTooLong)
-    assert gw.read_error_answer(400, said("m", "c:suffix")) == ("m", "c")
-    assert gw.read_error_answer(400, b'{"error":"text"}') == ("text", "")
-    assert gw.read_error_answer(400, b'{"code":"c","message":"m"}') == ("m", "c")
-    assert gw.read_error_answer(400, b"\n") == ("", "")
+    assert gw.read_error_response(400, said("m", "c:suffix")) == ("m", "c")
+    assert gw.read_error_response(400, b'{"error":"text"}') == ("text", "")
+    assert gw.read_error_response(400, b'{"code":"c","message":"m"}') == ("m", "c")
+    assert gw.read_error_response(400, b"\n") == ("", "")
 
 
 # ---- what is learned -----------------------------------------------------------------------------
@@ -1570,7 +1570,7 @@ def test_only_what_was_sent_can_be_refused() -> None:
 
 def test_a_lesson_is_for_its_model_and_dialect_and_ends() -> None:
     learned = gw.RejectionMemory()
-    learned.learn(SONNET, "messages", [("field", "context_management")], 100.0)
+    learned.add(SONNET, "messages", [("field", "context_management")], 100.0)
     assert learned.rejections(SONNET, "messages", 101.0) == {"field": ["context_management"]}
     assert not learned.rejections(HAIKU, "messages", 101.0)
     assert not learned.rejections(SONNET, "chat", 101.0)
@@ -1581,11 +1581,11 @@ def test_lessons_are_few() -> None:
     """Whoever makes up fields makes the oldest lessons go, and costs nobody time."""
     learned = gw.RejectionMemory()
     for number in range(1000):
-        learned.learn(SONNET, "messages", [("field", f"messages.*.stray{number}")], 0.0)
-        learned.learn(f"made-up-{number}", "messages", [("field", "x")], 0.0)
-    learned.learn(SONNET, "messages", [("field", "y")], 0.0)
+        learned.add(SONNET, "messages", [("field", f"messages.*.stray{number}")], 0.0)
+        learned.add(f"made-up-{number}", "messages", [("field", "x")], 0.0)
+    learned.add(SONNET, "messages", [("field", "y")], 0.0)
     before = dict(learned.scopes)
-    learned.learn("another", "messages", [], 0.0)  # a refusal that teaches nothing
+    learned.add("another", "messages", [], 0.0)  # a refusal that teaches nothing
     assert learned.scopes == before and len(before) <= gw.MAX_REJECTION_SCOPES
     assert all(len(scope) <= gw.MAX_REJECTIONS for scope in learned.scopes.values())
 

@@ -467,16 +467,16 @@ def test_while_nothing_can_be_written_rows_wait_in_a_bounded_number(
     with closing(sqlite3.connect(path, isolation_level=None)) as holder:
         holder.execute("BEGIN EXCLUSIVE")
         for _ in range(3):
-            assert store.write([answer()] * (gw.MAX_WAITING_ANSWERS // 2)) is None
+            assert store.write([answer()] * (gw.MAX_PENDING_REQUESTS // 2)) is None
         assert store.trouble == "database is locked"
-        assert len(store.pending) == gw.MAX_WAITING_ANSWERS
+        assert len(store.pending) == gw.MAX_PENDING_REQUESTS
         found = report(store)
         assert found["total"]["request_count"] == 1 and "locked" in found["trouble"]
         holder.execute("ROLLBACK")
     store.write([])
     found = report(store)
-    assert found["total"]["request_count"] == gw.MAX_WAITING_ANSWERS + 1
-    assert store.lost == gw.MAX_WAITING_ANSWERS // 2
+    assert found["total"]["request_count"] == gw.MAX_PENDING_REQUESTS + 1
+    assert store.lost == gw.MAX_PENDING_REQUESTS // 2
     assert "trouble" not in found
     events = [record.message.split()[0] for record in caplog.records]
     assert events == ["usage_not_written"]
