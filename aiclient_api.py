@@ -10316,8 +10316,8 @@ Series = dict[Labels, float]
 
 # The upper bounds of a histogram's buckets.
 METRIC_BUCKETS = {
-    "answer_duration_seconds": COMPLETION_SECONDS_BUCKETS,
-    "answer_first_byte_seconds": FIRST_BYTE_SECONDS_BUCKETS,
+    "completion_duration_seconds": COMPLETION_SECONDS_BUCKETS,
+    "completion_first_byte_seconds": FIRST_BYTE_SECONDS_BUCKETS,
 }
 
 
@@ -10345,10 +10345,12 @@ METRICS = (
     Metric("http_requests_total", "route method status", "HTTP requests; 499: the client left."),
     Metric("http_connections", "", "Open connections of clients.", "connections"),
     Metric("http_requests_in_flight", "", "Requests without a response yet.", "requests_in_flight"),
-    Metric("answers_total", "provider model dialect status", "Requests that reached a provider."),
-    Metric("answer_errors_total", "provider kind", "Failed responses, without cancelled ones."),
-    Metric("answer_duration_seconds", "provider model", "Until a good response's last byte."),
-    Metric("answer_first_byte_seconds", "provider model", "Until the upstream's first byte."),
+    Metric(
+        "completions_total", "provider model dialect status", "Requests that reached a provider."
+    ),
+    Metric("completion_errors_total", "provider kind", "Failed responses, without cancelled ones."),
+    Metric("completion_duration_seconds", "provider model", "Until a good response's last byte."),
+    Metric("completion_first_byte_seconds", "provider model", "Until the upstream's first byte."),
     Metric("tokens_total", "provider model type", "Tokens by type; types do not overlap."),
     Metric("reasoning_tokens_total", "provider model", "Part of the tokens of type output."),
     Metric("credits_total", "provider model", "Credits in the provider's unit; some are derived."),
@@ -10399,8 +10401,8 @@ def read_status(status: Json) -> dict[str, Series]:
     series["build_info"] = {(status["version"], python): 1}
     ready, cooldowns = series["provider_ready"], series["cool_down_seconds"] = {}, {}
     for row in status["providers"]:
-        by_model = {"*": 0, **row["cool_downs"]}
-        ready[row["name"],] = int(row["health"] in ("ready", "resting") and not by_model["*"])
+        by_model = {"*": 0, **{item["model"]: item["seconds"] for item in row["cooldowns"]}}
+        ready[row["name"],] = int(row["health"] in ("ready", "cooling down") and not by_model["*"])
         cooldowns.update({(row["name"], model): seconds for model, seconds in by_model.items()})
     return series
 
@@ -10436,7 +10438,7 @@ class Metrics:
         if is_unknown or self.models.admit(name) != name:
             model = OTHER
         key = (provider, model)
-        series["answers_total"][provider, model, record.dialect, record.status] += 1
+        series["completions_total"][provider, model, record.dialect, record.status] += 1
         tokens = series["tokens_total"]
         tokens[provider, model, "input"] += usage.input
         tokens[provider, model, "cache_read"] += usage.cache_read
@@ -10445,11 +10447,11 @@ class Metrics:
         series["reasoning_tokens_total"][key] += usage.reasoning
         series["credits_total"][key] += usage.nano_credits / 1e9
         if not record.kind:
-            self.add_seconds("answer_duration_seconds", key, record.duration_s)
+            self.add_seconds("completion_duration_seconds", key, record.duration_s)
         elif record.kind != "cancelled":
-            series["answer_errors_total"][provider, record.kind] += 1
+            series["completion_errors_total"][provider, record.kind] += 1
         if record.first_byte_s is not None:
-            self.add_seconds("answer_first_byte_seconds", key, record.first_byte_s)
+            self.add_seconds("completion_first_byte_seconds", key, record.first_byte_s)
 
     def add_seconds(self, name: str, labels: Labels, seconds: float) -> None:
         """Counts one observation; a bucket includes its upper bound."""
@@ -11452,7 +11454,7 @@ class HttpClient:
         except ssl.SSLCertVerificationError as error:
             raise Unreachable(
                 f"The certificate of {target} is not trusted: {error.verify_message}.",
-                hint="Behind a company proxy, set network.ca_file to its CA bundle.",
+                hint="If a company proxy inspects TLS, set network.ca_file to its CA bundle.",
             ) from None
         except (OSError, EOFError) as error:
             reason = error.strerror or type(error).__name__ if isinstance(error, OSError) else "EOF"
@@ -13132,9 +13134,9 @@ class Breaker:
             log_event("info", "cooldown_ended", provider=self.provider, model=is_complete or "*")
 
     def rows(self) -> list[Json]:
-        """`[{"model": ID or "*", "seconds", "kind", "reason", "passes_at", "probing"}]`.
+        """`[{"model": ID or "*", "seconds", "kind", "reason", "recovers_at", "probing"}]`.
 
-        `seconds` to the next probe, 0 during one; `passes_at`: Unix seconds of the expected
+        `seconds` to the next probe, 0 during one; `recovers_at`: Unix seconds of the expected
         recovery, None if unknown.
         """
         now = time.monotonic()
@@ -13145,7 +13147,7 @@ class Breaker:
                 "seconds": max(0, math.ceil(item.until - now)),
                 "kind": item.error.kind,
                 "reason": item.error.text(),
-                "passes_at": int(wall_offset + item.recovers_at) if item.recovers_at else None,
+                "recovers_at": int(wall_offset + item.recovers_at) if item.recovers_at else None,
                 "probing": item.probing,
             }
             for key, item in self.cooldowns.items()
@@ -13292,17 +13294,15 @@ class Provider:
     def status(self) -> Json:
         """The current state, without asking the service.
 
-        `{"health": "ready" | "resting" | "failing" | "not signed in", "reason": TEXT,
-        "token_expires_at": Unix seconds, "cool_downs": {MODEL, or "*" for all: seconds},
-        "rests": Breaker.rows()}`
+        `{"health": "ready" | "cooling down" | "failing" | "not signed in", "reason": TEXT,
+        "token_expires_at": Unix seconds, "cooldowns": Breaker.rows()}`
         """
         cooldowns = self.breaker.rows()
         return {
-            "health": "resting" if cooldowns else "ready",
+            "health": "cooling down" if cooldowns else "ready",
             "reason": "",
             "token_expires_at": None,
-            "cool_downs": {row["model"]: row["seconds"] for row in cooldowns},
-            "rests": cooldowns,
+            "cooldowns": cooldowns,
         }
 
     async def quota(self) -> Quota | None:
@@ -13737,7 +13737,7 @@ class EchoProvider(Provider):
     local = True
 
     async def fetch_models(self) -> dict[str, Model]:
-        model = Model("echo", self.name, name="Echo (answers locally)", vendor="aiclient-api")
+        model = Model("echo", self.name, name="Echo (responds locally)", vendor="aiclient-api")
         model.max_output = model.max_prompt = model.context = 1_000_000
         model.files = True
         return {model.id: model}
@@ -13758,7 +13758,7 @@ class EchoProvider(Provider):
         return LocalResponse(pieces())
 
     def status(self) -> Json:
-        return {**super().status(), "reason": "answers locally, needs no account"}
+        return {**super().status(), "reason": "responds locally, needs no account"}
 
 
 # 15.3 Copilot
@@ -15546,7 +15546,7 @@ class Shield:
             "Access-Control-Allow-Origin": origin,
             "Access-Control-Expose-Headers": "request-id, x-request-id, retry-after, "
             "x-aiclient-provider, x-aiclient-model, x-aiclient-dropped, "
-            "x-aiclient-credits, x-aiclient-passed-over",
+            "x-aiclient-credits, x-aiclient-fallback-from",
             "Vary": "Origin",
         }
 
@@ -15846,21 +15846,18 @@ const cap = one => meter(one.name, one.limit ? one.used / one.limit : 1,
   `${short(one.used)} of ${short(one.limit)} ${one.unit}${resets(one.resets_at)}`);
 
 function provider(one, quota, colour) {
-  const level = {ready: "good", resting: "warn", disabled: "soft"}[one.health] ?? "bad";
+  const level = {ready: "good", "cooling down": "warn", disabled: "soft"}[one.health] ?? "bad";
   const left = one.token_expires_at && Math.max(0, one.token_expires_at - Date.now() / 1000);
   const facts = [one.type, one.account, one.plan, left && `token expires in ${span(left)}`];
-  const reasons = new Map((one.rests ?? []).map(({model, reason}) => [model, `: ${reason}`]));
-  const rests = Object.entries(one.cool_downs).map(([model, seconds]) => {
-    const name = model === "*" ? "all models" : model;
-    return `${name}, ${span(seconds)}${reasons.get(model) ?? ""}`;
-  });
+  const cooldowns = (one.cooldowns ?? []).map(({model, seconds, reason}) =>
+    `${model === "*" ? "all models" : model}, ${span(seconds)}: ${reason}`);
   const trouble = quota.error ? [`quota: ${quota.error}`] : [];
   return make("article", {class: "card"},
     make("h3", {}, make("span", {}, make("span", {class: `key ${colour}`}), ` ${one.name}`),
       make("small", {class: level}, one.health)),
     make("p", {class: "soft"}, facts.filter(Boolean).join(", ")),
     one.reason ? make("p", {class: level === "good" ? "soft" : level}, one.reason) : null,
-    ...[...rests, ...trouble].map(words => make("p", {class: "warn"}, words)),
+    ...[...cooldowns, ...trouble].map(words => make("p", {class: "warn"}, words)),
     ...(quota.allowances ?? []).map(allowance),
     quota.as_of ? make("small", {class: "soft"}, `as of ${when(quota.as_of)}`) : null);
 }
@@ -16552,7 +16549,7 @@ class Gateway:
                 continue
             if failures:
                 fallbacks = ", ".join(f"{candidate} {error.kind}" for candidate, error in failures)
-                response.headers["x-aiclient-passed-over"] = fallbacks
+                response.headers["x-aiclient-fallback-from"] = fallbacks
             return response
         raise summarize_errors(failures)
 
@@ -16590,7 +16587,7 @@ class Gateway:
             if name in model.dialects:
                 return UPSTREAM_DIALECTS[name]
         raise WrongDialect(
-            f"{model.id} does not answer conversations.",
+            f"{model.id} is not a chat model.",
             hint="Choose another model; GET /v1/models lists them.",
             param="model",
         )
@@ -16817,7 +16814,7 @@ class Exchange:
         while piece := await self.source.read_some():
             body += piece
             if len(body) > MAX_FRAME_BYTES:
-                raise UpstreamError("The upstream's answer is too large.")
+                raise UpstreamError("The upstream's response is too large.")
         return self.translator.feed_buffered(bytes(body))
 
     async def run_buffered(self) -> Response:
@@ -17852,7 +17849,7 @@ def format_bar(share: float) -> str:
     return BAR_STEPS[8] * full + (BAR_STEPS[eighths] if eighths else "")
 
 
-COLOURS = {"ready": "32", "resting": "33", "failing": "31", "not signed in": "33"}
+COLOURS = {"ready": "32", "cooling down": "33", "failing": "31", "not signed in": "33"}
 STATES = re.compile("|".join(COLOURS))
 
 
@@ -17919,7 +17916,7 @@ def format_expiry(row: Json) -> str:
 STATUS_COLUMNS: Columns = {
     "PROVIDER": "name", "TYPE": "type", "HEALTH": "health", "ACCOUNT": "account", "PLAN": "plan",
     "TOKEN EXPIRES IN": format_expiry,
-    "COOL-DOWN": lambda row: ", ".join(f"{m} {s} s" for m, s in row["cool_downs"].items()),
+    "COOL-DOWN": lambda row: ", ".join(f"{c['model']} {c['seconds']} s" for c in row["cooldowns"]),
 }  # fmt: skip
 
 
@@ -17928,8 +17925,8 @@ def format_cooldown(cooldown: Json) -> str:
     subject = "all models" if cooldown["model"] == "*" else cooldown["model"]
     how_long = "one request is probing" if cooldown["probing"] else f"{cooldown['seconds']} s"
     recovery = ""
-    if cooldown["passes_at"]:
-        left = format_duration(max(0, cooldown["passes_at"] - time.time()))
+    if cooldown["recovers_at"]:
+        left = format_duration(max(0, cooldown["recovers_at"] - time.time()))
         recovery = f" Expected to recover in {left}."
     return f"{subject}, {how_long}: {cooldown['reason']}{recovery}"
 
@@ -17954,7 +17951,7 @@ def print_status(status: Json) -> None:
     for row in status["providers"]:
         if row["health"] != "ready" and row["reason"]:
             tell(f"{row['name']}: {row['reason']}")
-        for cooldown in row["rests"]:
+        for cooldown in row["cooldowns"]:
             tell(f"{row['name']}: {format_cooldown(cooldown)}")
     for text in status["warnings"]:
         tell(f"warning: {text}")

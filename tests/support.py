@@ -301,7 +301,7 @@ class Wire:
         self._by = time.monotonic() + seconds
         reply = self._reader.take_reply(method)
         if reply is None:
-            raise EOFError("the gateway closed the connection without an answer")
+            raise EOFError("the gateway closed the connection without a response")
         return reply
 
     def read_until(self, mark: bytes, seconds: float = REPLY_SECONDS) -> bytes:

@@ -272,7 +272,7 @@ def test_status_tells_how_things_are(running: Machine) -> None:
     }  # fmt: skip
     for row in status["providers"]:
         keys = {"name", "type", "health", "reason", "account", "plan", "token_expires_at"}
-        assert row.keys() >= keys | {"cool_downs"}
+        assert row.keys() >= keys | {"cooldowns"}
     assert "auth copilot" in status["providers"][0]["reason"]
 
 

@@ -423,7 +423,7 @@ class Load:
                 words = f"word{self.answers}"
                 sock.sendall(request_bytes(CHAT, echo(words)))
                 reply = reader.take_reply("POST")
-                assert reply is not None, "closed without an answer"
+                assert reply is not None, "closed without a response"
                 self.check(reply, words)
                 if reply.headers.get("connection", "") == "close":
                     return

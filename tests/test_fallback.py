@@ -112,9 +112,8 @@ class Trio:
         """What `status` says of a provider's rests."""
         rows = self.gateway.control("status")["providers"]
         row: Json = next(row for row in rows if row["name"] == name)
-        assert row["cool_downs"] == {rest["model"]: rest["seconds"] for rest in row["rests"]}
-        assert (row["health"] == "resting") == bool(row["rests"])
-        found: list[Json] = row["rests"]
+        assert (row["health"] == "cooling down") == bool(row["cooldowns"])
+        found: list[Json] = row["cooldowns"]
         return found
 
     def wake(self) -> None:
@@ -209,9 +208,9 @@ def test_what_copilot_limits_rests_for_as_long_as_it_said(
     assert most - 5 <= rest["seconds"] <= most
     assert rest["reason"].startswith(error(first)["message"][:20])
     if passes is None:
-        assert rest["passes_at"] is None
+        assert rest["recovers_at"] is None
     else:
-        assert close_to(rest["passes_at"], time.time() + passes)
+        assert close_to(rest["recovers_at"], time.time() + passes)
     again = trio.ask(MESSAGES, "single", "again")
     assert again.status in (429, 529)
     assert error(again)["message"] == error(first)["message"]
@@ -256,9 +255,9 @@ def test_what_kiro_limits_rests_for_as_long_as_it_said(trio: Trio, name: str) ->
     assert (rest["model"], rest["kind"], rest["probing"]) == (model, kind, False)
     assert most - 5 <= rest["seconds"] <= most
     if passes is None:
-        assert rest["passes_at"] is None
+        assert rest["recovers_at"] is None
     else:
-        assert close_to(rest["passes_at"], time.time() + passes)
+        assert close_to(rest["recovers_at"], time.time() + passes)
     again = trio.ask(CHAT, f"kiro/{SONNET}", "again", stream=True)
     assert (again.status, len(trio.kiro.calls)) == (first.status, 1)
     other = trio.ask(CHAT, "kiro/claude-opus-4.8")
@@ -283,7 +282,7 @@ def test_spent_credits_of_copilot_are_told_with_the_day_they_come_back(trio: Tri
         assert (reply.status, reply.headers["x-should-retry"]) == (429, "false")
         assert f"come back on {day}" in error(reply)["message"]
     (rest,) = trio.cooldowns("copilot")
-    assert close_to(rest["passes_at"], trio.copilot.resets_at)
+    assert close_to(rest["recovers_at"], trio.copilot.resets_at)
     assert rest["seconds"] <= 60
     asked = [seen.path for seen in trio.copilot.requests].count("/copilot_internal/user")
     trio.copilot.queue(copilot_no(402, "You have no quota", "quota_exceeded"))
@@ -311,7 +310,7 @@ def test_spent_credits_of_kiro_are_told_with_the_day_they_come_back(trio: Trio, 
         day = time.strftime("%Y-%m-%d", time.gmtime(resets_at))
         assert f"come back on {day}" in error(reply)["message"]
         (rest,) = trio.cooldowns("kiro")
-        assert close_to(rest["passes_at"], resets_at)
+        assert close_to(rest["recovers_at"], resets_at)
         assert (rest["model"], rest["kind"]) == ("*", "quota_exceeded")
     finally:
         trio.kiro.usage_limits = before
@@ -323,7 +322,7 @@ def test_a_limit_that_names_no_time_makes_the_model_rest_briefly(trio: Trio) -> 
     reply = trio.ask(CHAT, "single")
     assert (reply.status, reply.headers["retry-after"]) == (429, "4")
     (rest,) = trio.cooldowns("copilot")
-    assert (rest["model"], rest["passes_at"]) == (GPT, None)
+    assert (rest["model"], rest["recovers_at"]) == (GPT, None)
     assert 1 <= rest["seconds"] <= 4
 
 
@@ -521,7 +520,7 @@ def test_a_rest_is_told_with_the_time_that_is_left_of_it() -> None:
         with pytest.raises(gw.QuotaExceeded) as spent:
             rests.check("n")
         assert spent.value.retry_after is None  # no program should wait for that
-        assert close_to(rests.rows()[1]["passes_at"], time.time() + 7200)
+        assert close_to(rests.rows()[1]["recovers_at"], time.time() + 7200)
 
     story(steps)
 
@@ -529,10 +528,10 @@ def test_a_rest_is_told_with_the_time_that_is_left_of_it() -> None:
 def test_cool_downs_are_shown_to_people() -> None:
     row = {
         "model": GPT, "seconds": 12, "reason": "Copilot's rate limit: no.", "probing": False,
-        "passes_at": None,
+        "recovers_at": None,
     }  # fmt: skip
     assert gw.format_cooldown(row) == f"{GPT}, 12 s: Copilot's rate limit: no."
-    row |= {"model": "*", "probing": True, "passes_at": time.time() + 7290}
+    row |= {"model": "*", "probing": True, "recovers_at": time.time() + 7290}
     assert gw.format_cooldown(row) == (
         "all models, one request is probing: Copilot's rate limit: no."
         " Expected to recover in 2 h 1 min."
@@ -556,14 +555,14 @@ def test_enabling_an_enabled_provider_ends_its_rests() -> None:
         fake.queue(copilot_no(429, "no", "user_weekly_rate_limited", Retry_After="183600"))
         assert [ask(), ask(), len(fake.calls)] == [429, 429, 1]
         (row,) = (row for row in machine.status()["providers"] if row["name"] == "copilot")
-        assert list(row["cool_downs"]) == ["*"]
-        assert row["health"] == "resting"
+        assert [cooldown["model"] for cooldown in row["cooldowns"]] == ["*"]
+        assert row["health"] == "cooling down"
         said = typed(machine, ["status"])
         assert "copilot: all models, " in said
         assert "Expected to recover in 2 d 2 h." in said
         assert machine.run("provider", "enable", "copilot").status == 0
         (row,) = (row for row in machine.status()["providers"] if row["name"] == "copilot")
-        assert (row["cool_downs"], row["rests"], row["health"]) == ({}, [], "ready")
+        assert (row["cooldowns"], row["health"]) == ([], "ready")
         assert [ask(), len(fake.calls)] == [200, 2]
         assert fake.violations == []
 
@@ -624,7 +623,7 @@ def test_the_next_of_a_list_answers_where_the_first_cannot(
     model = {"copilot": GPT, "kiro": SONNET}
     told = {key: reply.headers.get(f"x-aiclient-{key}") for key in ("provider", "model")}
     assert told == {"provider": other, "model": model[other]}
-    assert reply.headers["x-aiclient-passed-over"] == f"{who}/{model[who]} {kind}"
+    assert reply.headers["x-aiclient-fallback-from"] == f"{who}/{model[who]} {kind}"
     assert (len(fakes[who].calls), len(fakes[other].calls)) == (len(refusals), 1)
     request = reply.headers["x-request-id"]
     line = f"fallback id={request} alias={alias} candidate={who}/{model[who]}"
@@ -652,14 +651,14 @@ def test_who_is_not_there_is_passed_over(trio: Trio, alias: str, passed: str) ->
     reply = trio.ask(CHAT, alias, stream=True)
     assert heard(reply).text
     assert reply.headers["x-aiclient-provider"] == ("copilot" if alias == "unsigned" else "echo")
-    assert reply.headers.get("x-aiclient-passed-over", "") == passed
+    assert reply.headers.get("x-aiclient-fallback-from", "") == passed
 
 
 def test_the_first_of_a_list_answers_where_it_can(trio: Trio) -> None:
     reply = trio.ask(MESSAGES, "both", stream=True)
     assert heard(reply).text
     assert reply.headers["x-aiclient-provider"] == "copilot"
-    assert "x-aiclient-passed-over" not in reply.headers
+    assert "x-aiclient-fallback-from" not in reply.headers
     assert (len(trio.copilot.calls), len(trio.kiro.calls)) == (1, 0)
 
 
@@ -787,7 +786,7 @@ def test_each_attempt_is_counted_once(trio: Trio) -> None:
 def test_embeddings_go_to_the_next_as_well(trio: Trio) -> None:
     reply = trio.gateway.request("POST", "/v1/embeddings", {"model": "vectors", "input": "a"})
     assert (reply.status, reply.headers["x-aiclient-provider"]) == (200, "copilot")
-    assert reply.headers["x-aiclient-passed-over"] == "echo/echo invalid_request"
+    assert reply.headers["x-aiclient-fallback-from"] == "echo/echo invalid_request"
 
 
 def test_a_cap_of_one_s_own_leads_to_the_next(trio: Trio) -> None:
@@ -797,7 +796,7 @@ def test_a_cap_of_one_s_own_leads_to_the_next(trio: Trio) -> None:
         trio.ask(CHAT, "copilot/gpt-4.1")
         reply = trio.ask(CHAT, "both", stream=True)
         assert heard(reply).text
-        assert reply.headers["x-aiclient-passed-over"] == "copilot/gpt-4.1 limit_reached"
+        assert reply.headers["x-aiclient-fallback-from"] == "copilot/gpt-4.1 limit_reached"
         assert len(trio.copilot.calls) <= 1
     finally:
         control("config.set", key="limits.providers.copilot.daily_tokens", value="0")

@@ -1091,22 +1091,29 @@ ROWS: list[Row] = [
     (403, DENIED, "Invalid token", None, gw.Forbidden, "reroute"),
     (403, DENIED, "User is not authorized to make this call.", None, gw.Forbidden, "reroute"),
     # suspension
-    (403, DENIED, SUSPENDED, "TEMPORARILY_SUSPENDED", gw.Forbidden, "rest"),
-    (423, "AccountSuspendedException", "locked", None, gw.Forbidden, "rest"),
-    (403, DENIED, SUSPENDED, None, gw.Forbidden, "rest"),
+    (403, DENIED, SUSPENDED, "TEMPORARILY_SUSPENDED", gw.Forbidden, "cool_down"),
+    (423, "AccountSuspendedException", "locked", None, gw.Forbidden, "cool_down"),
+    (403, DENIED, SUSPENDED, None, gw.Forbidden, "cool_down"),
     # the month's credits
-    (402, QUOTA, "You have reached the limit.", "MONTHLY_REQUEST_COUNT", gw.QuotaExceeded, "rest"),
-    (402, QUOTA, "x", None, gw.QuotaExceeded, "rest"),
-    (402, "", "", None, gw.QuotaExceeded, "rest"),
-    (400, VALIDATION, "x", "MONTHLY_REQUEST_COUNT", gw.QuotaExceeded, "rest"),
-    (429, THROTTLING, "x", "MONTHLY_REQUEST_COUNT", gw.QuotaExceeded, "rest"),
-    (429, THROTTLING, "You have reached the limit.", None, gw.QuotaExceeded, "rest"),
-    (402, QUOTA, "x", "OVERAGE_REQUEST_LIMIT_EXCEEDED", gw.QuotaExceeded, "rest"),
+    (
+        402,
+        QUOTA,
+        "You have reached the limit.",
+        "MONTHLY_REQUEST_COUNT",
+        gw.QuotaExceeded,
+        "cool_down",
+    ),
+    (402, QUOTA, "x", None, gw.QuotaExceeded, "cool_down"),
+    (402, "", "", None, gw.QuotaExceeded, "cool_down"),
+    (400, VALIDATION, "x", "MONTHLY_REQUEST_COUNT", gw.QuotaExceeded, "cool_down"),
+    (429, THROTTLING, "x", "MONTHLY_REQUEST_COUNT", gw.QuotaExceeded, "cool_down"),
+    (429, THROTTLING, "You have reached the limit.", None, gw.QuotaExceeded, "cool_down"),
+    (402, QUOTA, "x", "OVERAGE_REQUEST_LIMIT_EXCEEDED", gw.QuotaExceeded, "cool_down"),
     # rates
     (429, THROTTLING, "Too many requests", None, gw.RateLimited, "pause"),
     (429, "", "", None, gw.RateLimited, "pause"),
-    (429, THROTTLING, "60-minute credit limit exceeded", None, gw.RateLimited, "rest"),
-    (429, THROTTLING, "x", "DAILY_REQUEST_COUNT", gw.QuotaExceeded, "rest"),
+    (429, THROTTLING, "60-minute credit limit exceeded", None, gw.RateLimited, "cool_down"),
+    (429, THROTTLING, "x", "DAILY_REQUEST_COUNT", gw.QuotaExceeded, "cool_down"),
     # the model is overloaded
     (429, THROTTLING, "x", "INSUFFICIENT_MODEL_CAPACITY", gw.Overloaded, "pause"),
     (500, BROKEN, "x", "INSUFFICIENT_MODEL_CAPACITY", gw.Overloaded, "pause"),
@@ -1138,12 +1145,12 @@ ROWS: list[Row] = [
     (404, "UnknownOperationException", "x", None, gw.UpstreamError, "reroute"),
     (400, "UnknownOperationException", "x", None, gw.UpstreamError, "reroute"),
     # passing trouble
-    (408, "", "", None, gw.UpstreamTimeout, "again"),
+    (408, "", "", None, gw.UpstreamTimeout, "retry_once"),
     (500, BROKEN, "x", None, gw.UpstreamError, "wait"),
     (500, "", "", None, gw.UpstreamError, "wait"),
     (502, "", "", None, gw.Overloaded, "reroute"),
     (503, "ServiceUnavailableException", "x", None, gw.Overloaded, "reroute"),
-    (504, "", "", None, gw.UpstreamTimeout, "again"),
+    (504, "", "", None, gw.UpstreamTimeout, "retry_once"),
     (524, "", "", None, gw.UpstreamTimeout, ""),
 ]
 
@@ -1283,7 +1290,7 @@ def test_an_error_with_a_good_status_is_an_error(kind: str) -> None:
     data = json.dumps({kind: "ThrottlingException"}).encode()
     assert isinstance(gw.classify_kiro_error(200, gw.Headers(), data, NOW).error, gw.RateLimited)
     verdict = gw.classify_kiro_error(200, gw.Headers(), b"{}", NOW)
-    assert (type(verdict.error), verdict.action) == (gw.UpstreamError, "again")
+    assert (type(verdict.error), verdict.action) == (gw.UpstreamError, "retry_once")
 
 
 @pytest.mark.parametrize(

@@ -255,7 +255,7 @@ def test_promtool_has_no_complaint() -> None:
 def test_any_label_comes_through_as_it_is(name: str) -> None:
     families = scrape(answer(name, name))
     assert families["aiclient_api_tokens_total"].value(provider=name, model=name, type="input")
-    assert families["aiclient_api_answer_duration_seconds"].value(provider=name, model=name)
+    assert families["aiclient_api_completion_duration_seconds"].value(provider=name, model=name)
 
 
 # ---- what is counted -----------------------------------------------------------------------------
@@ -280,8 +280,8 @@ def test_answers_are_told_apart_by_provider_model_dialect_and_status() -> None:
         answer(status=429, kind="rate_limited"),
         answer(status=499, kind="cancelled"),
     )
-    assert families["aiclient_api_answers_total"].samples == {
-        ("aiclient_api_answers_total", read_labels(labels)): value
+    assert families["aiclient_api_completions_total"].samples == {
+        ("aiclient_api_completions_total", read_labels(labels)): value
         for labels, value in [
             ('provider="copilot",model="gpt-4.1",dialect="chat",status="200"', 2),
             ('provider="kiro",model="claude-sonnet-4.5",dialect="messages",status="200"', 1),
@@ -289,7 +289,7 @@ def test_answers_are_told_apart_by_provider_model_dialect_and_status() -> None:
             ('provider="copilot",model="gpt-4.1",dialect="chat",status="499"', 1),
         ]
     }
-    errors = families["aiclient_api_answer_errors_total"]
+    errors = families["aiclient_api_completion_errors_total"]
     assert errors.value() == errors.value(provider="copilot", kind="rate_limited") == 1
 
 
@@ -315,9 +315,9 @@ def test_a_duration_is_counted_in_every_bucket_that_it_fits(
     seconds: float, bounds: dict[str, int]
 ) -> None:
     families = scrape(answer(duration_s=seconds))
-    counted = {bound: bucket(families, "answer_duration_seconds", bound) for bound in bounds}
+    counted = {bound: bucket(families, "completion_duration_seconds", bound) for bound in bounds}
     assert counted == bounds
-    samples = families["aiclient_api_answer_duration_seconds"].samples
+    samples = families["aiclient_api_completion_duration_seconds"].samples
     sums = [v for (sample, _), v in samples.items() if sample.endswith("_sum")]
     assert sums == [seconds]
 
@@ -328,8 +328,8 @@ def test_only_good_answers_have_a_duration_and_only_begun_ones_a_first_byte() ->
         answer(status=502, kind="upstream_error"),
         answer(status=499, kind="cancelled", first_byte_s=None),
     )
-    assert bucket(families, "answer_duration_seconds", "+Inf") == 1
-    assert bucket(families, "answer_first_byte_seconds", "+Inf") == 2
+    assert bucket(families, "completion_duration_seconds", "+Inf") == 1
+    assert bucket(families, "completion_first_byte_seconds", "+Inf") == 2
 
 
 def test_retries_are_the_attempts_after_the_first() -> None:
@@ -377,8 +377,8 @@ def test_a_name_that_the_upstream_does_not_know_gets_no_series() -> None:
     )
     families = scrape(denied("made-up-1"), denied("made-up-2"), answer("real"), denied("real"))
     assert models_in(families) == {"other", "real"}
-    assert families["aiclient_api_answers_total"].value(model="other", status="404") == 2
-    assert families["aiclient_api_answers_total"].value(model="real", status="404") == 1
+    assert families["aiclient_api_completions_total"].value(model="other", status="404") == 2
+    assert families["aiclient_api_completions_total"].value(model="real", status="404") == 1
 
 
 # ---- a scrape of the real program ----------------------------------------------------------------
@@ -495,35 +495,35 @@ def test_scraped_sums_are_what_the_upstream_has_sent(
         return {**tokens, "credits": pair.count("credits_total", provider="copilot")}
 
     before = counted()
-    answers = pair.count("answers_total", model=model, status="200")
+    answers = pair.count("completions_total", model=model, status="200")
     requests = pair.count("http_requests_total", route=path, status="200")
     for _ in range(3):
         assert pair.ask(path, model, stream=stream) == 200
     after = counted()
     assert {n: after[n] - before[n] for n in after} == pytest.approx(pair.sent())
-    assert pair.count("answers_total", model=model, status="200") - answers == 3
+    assert pair.count("completions_total", model=model, status="200") - answers == 3
     assert pair.count("http_requests_total", route=path, status="200") - requests == 3
-    assert pair.count("answer_duration_seconds", model=model) > 0
-    assert pair.count("answer_first_byte_seconds", model=model) > 0
+    assert pair.count("completion_duration_seconds", model=model) > 0
+    assert pair.count("completion_first_byte_seconds", model=model) > 0
 
 
 def test_an_answer_that_was_refused_is_an_error_of_its_kind(pair: Pair) -> None:
-    before = pair.count("answer_errors_total"), pair.count("upstream_refusals_total")
+    before = pair.count("completion_errors_total"), pair.count("upstream_refusals_total")
     pair.fake.queue(refusal(422, "odd"))
     status = pair.ask()
     assert status >= 400
     families = pair.scrape()
-    errors = families["aiclient_api_answer_errors_total"]
+    errors = families["aiclient_api_completion_errors_total"]
     assert errors.value(provider="copilot") - before[0] == 1
     assert families["aiclient_api_upstream_refusals_total"].value() - before[1] == 1
-    assert families["aiclient_api_answers_total"].value(model=GPT, status=str(status)) >= 1
+    assert families["aiclient_api_completions_total"].value(model=GPT, status=str(status)) >= 1
 
 
 def test_an_attempt_that_a_later_one_mends_is_a_refusal_and_a_retry_but_no_error(
     pair: Pair,
 ) -> None:
     assert pair.ask() == 200
-    names = ("upstream_refusals_total", "upstream_retries_total", "answer_errors_total")
+    names = ("upstream_refusals_total", "upstream_retries_total", "completion_errors_total")
     before = [pair.count(name) for name in names]
     pair.fake.expire_tokens()
     assert pair.ask() == 200
@@ -533,24 +533,24 @@ def test_an_attempt_that_a_later_one_mends_is_a_refusal_and_a_retry_but_no_error
 
 
 def test_a_stream_that_breaks_is_an_error_of_an_answer(pair: Pair) -> None:
-    before, broken = pair.count("answer_errors_total"), {"model": GPT, "status": "502"}
-    counted = pair.count("answers_total", **broken)
+    before, broken = pair.count("completion_errors_total"), {"model": GPT, "status": "502"}
+    counted = pair.count("completions_total", **broken)
     pair.fake.queue(begun(then="reset"))
     assert pair.ask(stream=True) == 200  # its head had gone out
-    assert pair.count("answer_errors_total") - before == 1
-    assert pair.count("answers_total", **broken) == counted + 1
+    assert pair.count("completion_errors_total") - before == 1
+    assert pair.count("completions_total", **broken) == counted + 1
 
 
 def test_an_answer_that_nobody_waits_for_is_counted_as_such_and_is_no_error(pair: Pair) -> None:
-    before, left = pair.count("answer_errors_total"), {"model": GPT, "status": "499"}
-    counted = pair.count("answers_total", **left)
+    before, left = pair.count("completion_errors_total"), {"model": GPT, "status": "499"}
+    counted = pair.count("completions_total", **left)
     pair.fake.queue(begun(then="hang"))
     with pair.send() as wire:
         wire.read_until(b"one")
         wait_until(lambda: pair.count("http_requests_in_flight") == 2)  # this, and the scrape
         assert pair.count("http_connections") >= 2
-    wait_until(lambda: pair.count("answers_total", **left) == counted + 1)
-    assert pair.count("answer_errors_total") == before
+    wait_until(lambda: pair.count("completions_total", **left) == counted + 1)
+    assert pair.count("completion_errors_total") == before
     wait_until(lambda: pair.count("http_requests_in_flight") == 1)
 
 
@@ -597,7 +597,7 @@ def test_names_that_callers_make_up_get_no_series(pair: Pair) -> None:
     pair.fake.violations.clear()  # it has no such models
     text = pair.gateway.request("GET", "/metrics").text
     assert "made" not in text
-    assert read_metrics(text)["aiclient_api_answers_total"].value(model="other") >= 3
+    assert read_metrics(text)["aiclient_api_completions_total"].value(model="other") >= 3
 
 
 def test_the_process_and_the_build_are_described(pair: Pair) -> None:
@@ -662,7 +662,7 @@ def test_a_retry_after_of_any_form_leaves_status_and_metrics_as_they_are(said: s
         assert pair.ask() >= 400
         assert pair.scrape()["aiclient_api_cool_down_seconds"].value() <= 60
         rows = pair.gateway.request("GET", "/v1/status").json()["providers"]
-        (at,) = [rest["passes_at"] for row in rows for rest in row["rests"]]
+        (at,) = [rest["recovers_at"] for row in rows for rest in row["cooldowns"]]
         assert at is None or at - time.time() <= gw.MAX_RESET_SECONDS
 
 
@@ -691,7 +691,7 @@ def test_a_key_is_asked_for_and_neither_a_reload_nor_a_reset_of_usage_undoes_a_c
             assert reply.status == 200
         assert KEY not in reply.text
         families = read_metrics(reply.text)
-        assert families["aiclient_api_answers_total"].value(provider="echo", status="200") == 1
+        assert families["aiclient_api_completions_total"].value(provider="echo", status="200") == 1
         requests = families["aiclient_api_http_requests_total"]
         assert requests.value(route="/metrics", status="401") == 1
         assert requests.value(route=CHAT, status="429") == 1

@@ -208,7 +208,7 @@ def test_the_status_tells_how_things_stand(locked: Gateway) -> None:
     assert status["connections"] >= 1 and status["requests_in_flight"] >= 1
     assert status["url"] == locked.url and status["uptime_s"] >= 0
     [echo] = [row for row in status["providers"] if row["name"] == "echo"]
-    assert echo["type"] == "echo" and echo["health"] == "ready" and echo["cool_downs"] == {}
+    assert echo["type"] == "echo" and echo["health"] == "ready" and echo["cooldowns"] == []
 
 
 def test_the_status_tells_no_path_and_no_process(locked: Gateway) -> None:
@@ -281,14 +281,15 @@ def day_name(days_ago: int = 0) -> str:
 def stage_status() -> Json:
     """What /v1/status tells of three accounts, one of each kind of trouble."""
     row = {"type": "copilot", "account": "octocat", "plan": "pro", "reason": "",
-           "token_expires_at": time.time() + 1500.5, "cool_downs": {}}  # fmt: skip
+           "token_expires_at": time.time() + 1500.5, "cooldowns": []}  # fmt: skip
     return {
         "version": "9.8.7", "url": "http://127.0.0.1:9090", "state": "serving",
         "uptime_s": 93784, "connections": 5, "requests_in_flight": 3,
         "memory_bytes": 61 << 20, "needs_key": False, "warnings": ["copilot: 82 percent are used"],
         "providers": [
-            {**row, "name": "copilot", "health": "resting", "cool_downs": {"gpt-5": 44, "*": 7},
-             "rests": [{"model": "gpt-5", "seconds": 44, "reason": "Its rate limit is reached."}]},
+            {**row, "name": "copilot", "health": "cooling down",
+             "cooldowns": [{"model": "gpt-5", "seconds": 44, "reason": "Its rate limit."},
+                           {"model": "*", "seconds": 7, "reason": "Copilot is busy."}]},
             {**row, "name": "kiro", "type": "kiro", "health": "ready"},
             {**row, "name": "work", "health": "not signed in", "reason": "To sign in, type: x",
              "token_expires_at": None, "account": None, "plan": None},
@@ -439,9 +440,9 @@ def test_every_part_is_drawn(browser: Browser, stage: Stage) -> None:
         }  # fmt: skip
         assert page.texts("#warnings li") == ["copilot: 82 percent are used", "usage.db: is full"]
         copilot, kiro, work = page.texts("#providers article")
-        for words in ("resting", "octocat", "pro", "token expires in 25 min", "82% used",
+        for words in ("cooling down", "octocat", "pro", "token expires in 25 min", "82% used",
                       "99% used",
-                      "gpt-5, 44 s: Its rate limit", "all models, 7 s\n",
+                      "gpt-5, 44 s: Its rate limit", "all models, 7 s: Copilot is busy.",
                       "unlimited", "3 beyond it", "as of ",
                       "54 of 300 left, resets "):  # fmt: skip
             assert words in copilot
@@ -555,8 +556,8 @@ SHAPE = (
     {"providers", "total", "by", "rows", "recent", "quota", "limits", "models", "allowances"}
     | {"name", "used", "limit", "remaining", "unlimited", "unit", "period", "resets_at", "error"}
     | {"day", "provider", *count_row(1, 1), *recent_row(), *stage_status()}
-    | {"cool_downs", "health", "reason", "type", "account", "plan", "token_expires_at"}
-    | {"rests", "model", "seconds", "as_of", "percent_used", "overage_used", "trouble"}
+    | {"cooldowns", "health", "reason", "type", "account", "plan", "token_expires_at"}
+    | {"model", "seconds", "as_of", "percent_used", "overage_used", "trouble"}
 )
 
 

@@ -352,7 +352,7 @@ def copilot_that_waits(make: Make) -> list[Callable[[], None]]:
 
 
 def copilot_by_a_form(make: Make) -> None:
-    """GitHub's answers as a form, which is what it sends where it overlooks the Accept header."""
+    """GitHub's responses as a form, which is what it sends where it overlooks the Accept header."""
     home = make("copilot")
     fake = copilot_of(home)
     form = {"Content-Type": "application/x-www-form-urlencoded; charset=utf-8"}

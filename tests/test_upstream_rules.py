@@ -1241,7 +1241,7 @@ JUDGED: dict[str, tuple[int, bytes, type[gw.ApiError], str]] = {
         400, anthropic('messages.1: Unexpected role "system"'), gw.InvalidRequest, "repair"
     ),
     "400 topic": (400, said("off_topic", "off_topic"), gw.InvalidRequest, ""),
-    "400 empty": (400, b"", gw.InvalidRequest, "again"),
+    "400 empty": (400, b"", gw.InvalidRequest, "retry_once"),
     "401 expired": (401, b"unauthorized: token expired\n", gw.NotSignedIn, "refresh"),
     "401 IDE": (
         401, b"IDE token expired: unauthorized: token expired\n", gw.NotSignedIn, "refresh"
@@ -1252,8 +1252,8 @@ JUDGED: dict[str, tuple[int, bytes, type[gw.ApiError], str]] = {
         b"unauthorized: Personal Access Token does not have Copilot Requests permission\n",
         gw.NotSignedIn, "",
     ),
-    "402": (402, said("You have no quota", "quota_exceeded"), gw.QuotaExceeded, "rest"),
-    "402 overage": (402, said("", "overage_limit_reached"), gw.QuotaExceeded, "rest"),
+    "402": (402, said("You have no quota", "quota_exceeded"), gw.QuotaExceeded, "cool_down"),
+    "402 overage": (402, said("", "overage_limit_reached"), gw.QuotaExceeded, "cool_down"),
     "403 firewall": (403, WAF.encode(), gw.Forbidden, "refresh"),
     "403 HTML": (403, b"<html><body>" + WAF.encode(), gw.Forbidden, "refresh"),
     "403 JSON": (403, said(WAF), gw.Forbidden, "refresh"),
@@ -1261,7 +1261,7 @@ JUDGED: dict[str, tuple[int, bytes, type[gw.ApiError], str]] = {
         403, b"unauthorized: not authorized to use this Copilot feature\n", gw.Forbidden, "refresh"
     ),
     "404": (404, b"404 page not found\n", gw.ModelNotFound, ""),
-    "408": (408, b"", gw.UpstreamTimeout, "again"),
+    "408": (408, b"", gw.UpstreamTimeout, "retry_once"),
     "413": (413, b"Request Entity Too Large\n", gw.BodyTooLarge, ""),
     "413 parse": (413, said("failed to parse request", ""), gw.BodyTooLarge, ""),
     "421": (421, b"Misdirected Request\n", gw.Forbidden, "refresh"),
@@ -1282,7 +1282,7 @@ JUDGED: dict[str, tuple[int, bytes, type[gw.ApiError], str]] = {
     "500": (500, b"<!DOCTYPE html><title>Unicorn!</title>", gw.UpstreamError, "wait"),
     "502": (502, b"bad gateway", gw.UpstreamError, "wait"),
     "503": (503, b"busy", gw.Overloaded, "pause"),
-    "504": (504, b"", gw.UpstreamTimeout, "again"),
+    "504": (504, b"", gw.UpstreamTimeout, "retry_once"),
 }  # fmt: skip
 
 
@@ -1329,7 +1329,9 @@ def test_retry_after_is_read_as_seconds_or_as_a_date(
 ) -> None:
     verdict = judge(status, b"", {"retry-after": value})
     assert verdict.error.retry_after == verdict.wait_s == seconds
-    assert verdict.action == ("rest" if status == 402 else "pause")  # a quota is never waited for
+    assert verdict.action == (
+        "cool_down" if status == 402 else "pause"
+    )  # a quota is never waited for
 
 
 WILD = [math.inf, -math.inf, math.nan, 10**400, -(10**400), 1e300, 1e-300, -5, True, "9" * 5000, []]
