@@ -12993,7 +12993,7 @@ class Catalogue:
     fetch: Callable[[], Awaitable[dict[str, Model]]]
     #: stand in for a list that could never be had, for MODELS_RETRY_SECONDS
     built_in: dict[str, Model] = field(default_factory=dict)
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    lock: asyncio.Lock = field(default_factory=lambda: asyncio.Lock())  # not at import
     models: dict[str, Model] = field(default_factory=dict)
     listed_at: dict[str, float] = field(default_factory=dict)  #: monotonic, by model
     fetched_at: float = -math.inf

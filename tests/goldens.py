@@ -32,7 +32,7 @@ def make_terms(**changes: Any) -> ResponseContext:
     """The terms every golden case is played under."""
     values: Json = {"id": "gw-1", "created": CREATED, "model": "asked", "include_usage": True}
     asked = {"messages": [{"content": "hi"}], "thinking": {"type": "enabled"}}
-    return ResponseContext(**{**values, "asked": asked, **changes})
+    return ResponseContext(**{**values, "request_body": asked, **changes})
 
 
 def make_flow(

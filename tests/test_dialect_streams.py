@@ -482,7 +482,7 @@ def test_who_asked_for_no_thinking_gets_text_first(thinking: object) -> None:
     """As Anthropic's own service does: programs read `content[0].text`."""
     frames = [chunk({"reasoning_opaque": "B=="}), chunk({"content": "x"}), chunk({}, "stop")]
     asked = {"messages": [{"content": "hi"}], "thinking": thinking}
-    content = whole_answer("chat", "messages", frames, asked=asked)["content"]
+    content = whole_answer("chat", "messages", frames, request_body=asked)["content"]
     assert content == [{"type": "text", "text": "x"}]
 
 
@@ -497,7 +497,9 @@ def test_sealed_reasoning_that_is_not_shown_is_remembered_by_its_calls() -> None
         chunk({}, "tool_calls"),
     ]
     asked = {"messages": [{"content": "hi"}]}
-    whole = whole_answer("chat", "messages", frames, asked=asked, keep=lambda *k: kept.append(k))
+    whole = whole_answer(
+        "chat", "messages", frames, request_body=asked, store_reasoning=lambda *k: kept.append(k)
+    )
     assert [block["type"] for block in whole["content"]] == ["thinking", "tool_use", "tool_use"]
     assert kept == [(["a", "b"], "hm", "B==")]
 
@@ -534,7 +536,9 @@ def test_thinking_is_hidden_from_a_caller_who_omits_it() -> None:
 def test_message_start_carries_an_estimate_of_the_input() -> None:
     """formats.md 1.7: zero shows an empty context in Claude Code."""
     asked = {"messages": [{"role": "user", "content": "word " * 500}]}
-    frames = answer("chat", "messages", [chunk({"content": "x"}), chunk({}, "stop")], asked=asked)
+    frames = answer(
+        "chat", "messages", [chunk({"content": "x"}), chunk({}, "stop")], request_body=asked
+    )
     assert frames[0]["message"]["usage"]["input_tokens"] > 400
 
 
@@ -850,7 +854,7 @@ def test_several_choices_that_were_asked_for_stay_apart() -> None:
             ],
         }
     ]
-    flow = make_flow("chat", "chat", stream=False, many=True)
+    flow = make_flow("chat", "chat", stream=False, multiple_choices=True)
     play(flow, [write_frames(frames, names=False)])
     assert [c["message"]["content"] for c in flow.response_body()["choices"]] == ["0", "1"]
     assert [c["finish_reason"] for c in flow.response_body()["choices"]] == ["stop", "stop"]
@@ -896,9 +900,9 @@ def test_context_edits_are_told_only_to_who_asked_for_them() -> None:
         end = message_end("end_turn")
         end[0]["context_management"] = edits
         frames = [message_start(), *text_block(0, "x"), *end]
-        last = answer("messages", "messages", frames, asked=asked)[-2]
+        last = answer("messages", "messages", frames, request_body=asked)[-2]
         assert ("context_management" in last) is asks
-        whole = whole_answer("messages", "messages", frames, asked=asked)
+        whole = whole_answer("messages", "messages", frames, request_body=asked)
         assert whole.get("context_management") == (edits if asks else None)
 
 
@@ -1314,7 +1318,7 @@ def test_a_stop_string_split_over_deltas_ends_the_answer(upstream: str, caller: 
     frames: list[Json] = [*(chunk({"content": p}) for p in pieces), chunk({}, "stop")]
     if upstream == "messages":
         frames = [message_start(), *text_block(0, *pieces), *message_end("end_turn")]
-    whole = whole_answer(upstream, caller, frames, cut=["STOP"])
+    whole = whole_answer(upstream, caller, frames, stop_strings=["STOP"])
     if caller == "messages":
         assert whole["content"] == [{"type": "text", "text": "one "}]
         assert (whole["stop_reason"], whole["stop_sequence"]) == ("stop_sequence", "STOP")
@@ -1329,7 +1333,7 @@ def test_a_stop_string_cut_here_ends_the_flow_at_once(upstream: str) -> None:
     frames: list[Json] = [chunk({"content": "a END"}), chunk({"content": "b"})]
     if upstream == "messages":
         frames = [message_start(), *text_block(0, "a END", "b")]
-    flow = make_flow(upstream, "messages", cut=["END"])
+    flow = make_flow(upstream, "messages", stop_strings=["END"])
     sent = flow.feed(write_frames(frames, names=upstream == "messages"))
     assert flow.is_finished and check_messages(sent) == "complete"
 

@@ -586,7 +586,7 @@ def test_an_output_without_an_input_does_not_make_the_input_zero() -> None:
 def test_what_nobody_counted_is_estimated() -> None:
     """kiro.md 7.2: over the request, and over text, thought and calls of the answer."""
     asked = {"messages": [{"role": "user", "content": "word " * 500}]}
-    source, input_, output = usage_of(text("word " * 100), asked=asked)
+    source, input_, output = usage_of(text("word " * 100), request_body=asked)
     assert source == "estimated" and input_ > 400 and 80 < output < 200
     assert usage_of(text("x"), context(1.5), window=None)[0] == "estimated"
     assert usage_of(text("x"), context(1.5))[0] == "estimated", "nobody knows the window"
@@ -1030,14 +1030,14 @@ def test_a_signature_is_kept_for_callers_who_cannot_carry_it() -> None:
 
     calls = [whole_call("a", "f", "{}"), whole_call("b", "g", "{}")]
     signed = [thought("hm "), thought("so"), thought(signature="Eq"), thought(signature="QB")]
-    played(*signed, *calls, caller="chat", keep=keep)
+    played(*signed, *calls, caller="chat", store_reasoning=keep)
     assert kept == [(["a", "b"], "hm so", "EqQB")]
-    played(*calls, thought("..."), thought(signature=".KTR~~"), caller="chat", keep=keep)
+    played(*calls, thought("..."), thought(signature=".KTR~~"), caller="chat", store_reasoning=keep)
     assert kept.pop() == (["a", "b"], "...", ".KTR~~")
     kept.clear()
-    played(*signed, V2, caller="chat", keep=keep)
-    played(thought("hm"), *calls, caller="chat", keep=keep)
-    played(*signed, V4, V5, caller="chat", keep=keep)
+    played(*signed, V2, caller="chat", store_reasoning=keep)
+    played(thought("hm"), *calls, caller="chat", store_reasoning=keep)
+    played(*signed, V4, V5, caller="chat", store_reasoning=keep)
     assert [row for row in kept if row[0] != ["tooluse_1"]] == []
 
 
@@ -1462,7 +1462,7 @@ def test_broken_text_among_plain_events_never_goes_on(caller: str, broken: str) 
 def test_a_stop_string_split_over_events_ends_the_answer(caller: str) -> None:
     """Kiro has no field for them: they are cut in the gateway."""
     stream = [text("one S"), text("T"), text("OP two"), V10]
-    whole = answer(*stream, caller=caller, cut=["STOP"])
+    whole = answer(*stream, caller=caller, stop_strings=["STOP"])
     if caller == "messages":
         assert whole["content"] == [said("one ")]
         assert (whole["stop_reason"], whole["stop_sequence"]) == ("stop_sequence", "STOP")
@@ -1476,9 +1476,11 @@ def test_a_stop_string_is_found_however_the_answer_is_cut(caller: str) -> None:
     """In long runs too, where text is copied else."""
     messages = [text(f"w{at} ") for at in range(50)] + [text("en"), text("d of it")]
     data = b"".join(messages)
-    sent = {play(make_flow("kiro", caller, cut=["end"]), reads) for reads in ([data], messages)}
+    sent = {
+        play(make_flow("kiro", caller, stop_strings=["end"]), reads) for reads in ([data], messages)
+    }
     assert len(sent) == 1 and b" of it" not in next(iter(sent))
-    flow = make_flow("kiro", caller, cut=["end"])
+    flow = make_flow("kiro", caller, stop_strings=["end"])
     flow.feed(data)
     assert flow.is_finished, "the upstream can be hung up on"
 
@@ -1486,18 +1488,18 @@ def test_a_stop_string_is_found_however_the_answer_is_cut(caller: str) -> None:
 def test_a_stop_string_in_a_thought_or_call_does_not_cut() -> None:
     """Only text is looked at: native thoughts, tagged ones, arguments."""
     stream = [text("<thinking>STOP</thinking>\n\nfine"), whole_call("a", "f", '{"x":"STOP"}')]
-    assert blocks(*stream, cut=["STOP"], tagged_thinking=True) == [
+    assert blocks(*stream, stop_strings=["STOP"], tagged_thinking=True) == [
         thinking("STOP"),
         said("fine"),
         called("a", "f", {"x": "STOP"}),
     ]
-    assert blocks(thought("STOP"), V2, cut=["STOP"])[0] == thinking("STOP")
+    assert blocks(thought("STOP"), V2, stop_strings=["STOP"])[0] == thinking("STOP")
 
 
 def test_what_could_become_a_stop_string_is_given_back() -> None:
     """At the end, and before a call."""
-    assert blocks(text("a S"), cut=["STOP"]) == [said("a S")]
-    assert blocks(text("a S"), V4, V7, cut=["STOP"])[0] == said("a S")
+    assert blocks(text("a S"), stop_strings=["STOP"]) == [said("a S")]
+    assert blocks(text("a S"), V4, V7, stop_strings=["STOP"])[0] == said("a S")
 
 
 # ---- errors ------------------------------------------------------------------------------------

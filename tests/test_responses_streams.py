@@ -1111,7 +1111,7 @@ def test_the_last_thought_of_a_responses_upstream_is_remembered_by_its_calls(
     """Callers without a field for it do not send it back: the words and the signature."""
     kept: list[Any] = []
     frames = [f for f in thoughtful() if not quiet or "summary" not in f["type"]]
-    streamed("responses", frames, caller, keep=lambda *said: kept.append(said))
+    streamed("responses", frames, caller, store_reasoning=lambda *said: kept.append(said))
     ((calls, text, signature),) = kept
     assert calls == ["call_2"]
     assert opened_envelope(signature, "gw1.r.")["enc"] == "gAAAEXAMPLE"
@@ -1313,7 +1313,7 @@ def test_a_response_repeats_what_was_asked() -> None:
         "max_output_tokens": 77,
         "metadata": {"a": "b"},
     }
-    frames = streamed("chat", [chunk({"content": "x"}), chunk({}, "stop")], asked=asked)
+    frames = streamed("chat", [chunk({"content": "x"}), chunk({}, "stop")], request_body=asked)
     for frame in (frames[0], frames[-1]):
         for key in asked.keys() - {"model", "input"}:
             assert frame["response"][key] == asked[key], key
@@ -1757,7 +1757,7 @@ def test_a_stop_string_split_over_deltas_ends_the_answer(upstream: str) -> None:
         ),
     }[upstream]()
     for reads in ([data], one_by_one(data)):
-        flow = make_flow(upstream, "responses", cut=["STOP"])
+        flow = make_flow(upstream, "responses", stop_strings=["STOP"])
         sent = b"".join(flow.feed(read) for read in reads)
         assert flow.is_finished, "before the upstream has ended"
         assert check_responses(sent) == "complete"
@@ -1772,7 +1772,7 @@ def test_a_stop_string_split_over_deltas_ends_the_answer(upstream: str) -> None:
 def test_a_stop_string_of_a_responses_upstream_is_cut(caller: str) -> None:
     """That dialect has no such field."""
     frames = complete(*text_item("one S", "T", "OP two"))
-    whole = whole_of("responses", frames, caller, cut=["STOP"])
+    whole = whole_of("responses", frames, caller, stop_strings=["STOP"])
     if caller == "messages":
         assert whole["content"] == [{"type": "text", "text": "one "}]
         assert (whole["stop_reason"], whole["stop_sequence"]) == ("stop_sequence", "STOP")
@@ -1788,7 +1788,7 @@ def test_a_stop_string_at_the_beginning_leaves_an_empty_message(upstream: str) -
         frames = [*(chunk({"content": word}) for word in words), chunk({}, "stop")]
         if upstream == "messages":
             frames = [message_start(), *text_block(0, *words), *message_end("end_turn")]
-        whole = whole_of(upstream, frames, cut=["STOP"])
+        whole = whole_of(upstream, frames, stop_strings=["STOP"])
         assert "".join(said for _, said in items_told(whole)) == told
 
 
