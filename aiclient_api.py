@@ -434,47 +434,6 @@ MAX_METRIC_SERIES = 200
 
 GITHUB_URL = "https://github.com"
 GITHUB_API_URL = "https://api.github.com"
-COPILOT_HOSTS = {
-    "individual": "https://api.individual.githubcopilot.com",
-    "business": "https://api.business.githubcopilot.com",
-    "enterprise": "https://api.enterprise.githubcopilot.com",
-}
-COPILOT_ANY_HOST = "https://api.githubcopilot.com"
-COPILOT_CLIENT_ID = "Iv1.b507a08c87ecfe98"  # the GitHub App of the editors' plugins
-COPILOT_SCOPE = "read:user"
-# GitHub tokens that Copilot accepts directly (Copilot CLI and SDK, opencode, 2026-08).
-DIRECT_TOKENS = ("gho_", "github_pat_", "ghs_")
-# Where a token may be sent: a token response naming any other host is refused.
-COPILOT_HOST_SUFFIXES = (".githubcopilot.com", ".ghe.com")
-# The four version values are a set from a real editor build (seen in Floway, 2026-09).  When GitHub
-# retires them it responds with 466.
-EDITOR_VERSION = "vscode/1.124.2"
-EDITOR_PLUGIN_VERSION = "copilot-chat/0.52.0"
-COPILOT_USER_AGENT = "GitHubCopilotChat/0.52.0"
-COPILOT_API_VERSION = "2026-06-01"
-GITHUB_API_VERSION = "2025-04-01"
-COPILOT_INTEGRATION_ID = "vscode-chat"
-
-# Kiro moved to hosts of its own in mid-2026; the older ones still work (opencodex, pi, 2026-08).
-KIRO_RUNTIME_URL = "https://runtime.{region}.kiro.dev"
-KIRO_MANAGEMENT_URL = "https://management.{region}.kiro.dev"
-KIRO_Q_URL = "https://q.{region}.amazonaws.com"
-KIRO_OLD_URL = "https://codewhisperer.us-east-1.amazonaws.com"
-KIRO_OIDC_URL = "https://oidc.{region}.amazonaws.com"
-KIRO_AUTH_URL = "https://prod.us-east-1.auth.desktop.kiro.dev"
-KIRO_BUILDER_START_URL = "https://view.awsapps.com/start"
-# Constants of the public IDE, not of an account.
-KIRO_BUILDER_ARN = "arn:aws:codewhisperer:us-east-1:638616132270:profile/AAAACCCCXXXX"
-KIRO_SOCIAL_ARN = "arn:aws:codewhisperer:us-east-1:699475941385:profile/EHGA3GRVQMUK"
-DEVICE_GRANT = "urn:ietf:params:oauth:grant-type:device_code"
-KIRO_PORTAL_URL = "https://app.kiro.dev/signin"
-# The only ports that the portal redirects to.
-KIRO_PORTAL_PORTS = (3128, 4649, 6588, 8008, 9091, 49153, 50153, 51153, 52153, 53153)
-KIRO_CLIENT_NAME = "Kiro IDE"
-KIRO_SCOPES = (
-    "codewhisperer:completions", "codewhisperer:analysis", "codewhisperer:conversations",
-    "codewhisperer:transformations", "codewhisperer:taskassist",
-)  # fmt: skip
 KIRO_VERSION = "1.1.14"  # of the IDE, seen in 2026-09; older ones were never refused
 
 
@@ -7372,6 +7331,25 @@ def implied_effort(name: str, model: Model) -> str | None:
 
 # 9.2 headers
 
+COPILOT_HOSTS = {
+    "individual": "https://api.individual.githubcopilot.com",
+    "business": "https://api.business.githubcopilot.com",
+    "enterprise": "https://api.enterprise.githubcopilot.com",
+}
+COPILOT_ANY_HOST = "https://api.githubcopilot.com"
+# GitHub tokens that Copilot accepts directly (Copilot CLI and SDK, opencode, 2026-08).
+DIRECT_TOKENS = ("gho_", "github_pat_", "ghs_")
+# Where a token may be sent: a token response naming any other host is refused.
+COPILOT_HOST_SUFFIXES = (".githubcopilot.com", ".ghe.com")
+# The four version values are a set from a real editor build (seen in Floway, 2026-09).  When GitHub
+# retires them it responds with 466.
+EDITOR_VERSION = "vscode/1.124.2"
+EDITOR_PLUGIN_VERSION = "copilot-chat/0.52.0"
+COPILOT_USER_AGENT = "GitHubCopilotChat/0.52.0"
+COPILOT_API_VERSION = "2026-06-01"
+GITHUB_API_VERSION = "2025-04-01"
+COPILOT_INTEGRATION_ID = "vscode-chat"
+
 
 EDITOR_HEADERS = {
     "Accept-Encoding": "identity",
@@ -9153,6 +9131,18 @@ class QuotaAlarm:
 # Facts from the vendor's CLI and SDK (A) and from public clients that were run against the service
 # (kiro.rs, opencodex, kiro-gateway, pi), 2026-04 to 2026-10.
 
+# Kiro moved to hosts of its own in mid-2026; the older ones still work (opencodex, pi, 2026-08).
+KIRO_RUNTIME_URL = "https://runtime.{region}.kiro.dev"
+KIRO_MANAGEMENT_URL = "https://management.{region}.kiro.dev"
+KIRO_Q_URL = "https://q.{region}.amazonaws.com"
+KIRO_OLD_URL = "https://codewhisperer.us-east-1.amazonaws.com"
+KIRO_OIDC_URL = "https://oidc.{region}.amazonaws.com"
+KIRO_AUTH_URL = "https://prod.us-east-1.auth.desktop.kiro.dev"
+KIRO_BUILDER_START_URL = "https://view.awsapps.com/start"
+# Constants of the public IDE, not of an account.
+KIRO_BUILDER_ARN = "arn:aws:codewhisperer:us-east-1:638616132270:profile/AAAACCCCXXXX"
+KIRO_SOCIAL_ARN = "arn:aws:codewhisperer:us-east-1:699475941385:profile/EHGA3GRVQMUK"
+
 KIRO_KINDS = {
     "apikey": "api_key", "awsidc": "idc", "builderid": "builder_id", "enterprise": "idc",
     "externalidp": "external_idp", "github": "social", "google": "social", "idc": "idc",
@@ -9616,6 +9606,8 @@ def classify_kiro_error(status: int, headers: Headers, data: bytes, now: float) 
 #
 # Facts from the vendors' clients (VS Code, Amazon Q CLI) and from public clients that were run
 # against the services (kiro.rs, opencodex, 9router, zed), 2025-10 to 2026-10.
+
+KIRO_PORTAL_URL = "https://app.kiro.dev/signin"
 
 
 @dataclass(slots=True)
@@ -14834,6 +14826,10 @@ class SignInContext:
 
 # 16.1 Copilot
 
+COPILOT_CLIENT_ID = "Iv1.b507a08c87ecfe98"  # the GitHub App of the editors' plugins
+COPILOT_SCOPE = "read:user"
+DEVICE_GRANT = "urn:ietf:params:oauth:grant-type:device_code"
+
 
 async def sign_in_copilot(
     context: SignInContext, name: str, host: str = "", token: str = ""
@@ -14891,6 +14887,14 @@ async def check_copilot(
 
 
 # 16.2 Kiro
+
+# The only ports that the portal redirects to.
+KIRO_PORTAL_PORTS = (3128, 4649, 6588, 8008, 9091, 49153, 50153, 51153, 52153, 53153)
+KIRO_CLIENT_NAME = "Kiro IDE"
+KIRO_SCOPES = (
+    "codewhisperer:completions", "codewhisperer:analysis", "codewhisperer:conversations",
+    "codewhisperer:transformations", "codewhisperer:taskassist",
+)  # fmt: skip
 
 
 async def sign_in_kiro(
@@ -15780,7 +15784,7 @@ function chart(title, days, series, shown, labels) {
   const sums = days.map((_, i) => sum(series.map(one => one.values[i])));
   const marks = ticks(Math.max(...sums) || 1), top = marks[marks.length - 1];
   const total = `${shown(sum(sums))} in ${days.length} days`;
-  const said = make("output", {}, total);
+  const caption = make("output", {}, total);
   const plot = draw("svg", {class: "chart", role: "img", "aria-label": `${title}: ${total}`});
   for (const mark of marks) {
     const y = PLOT_HEIGHT * (1 - mark / top);
@@ -15799,8 +15803,8 @@ function chart(title, days, series, shown, labels) {
     const parts = series.filter(({values}) => values[i])
       .map(({name, values}) => `${name} ${shown(values[i])}`);
     const words = `${date(day)}: ${parts.join(", ") || "nothing"}`;
-    group.addEventListener("pointerenter", () => { said.textContent = words; });
-    group.addEventListener("pointerleave", () => { said.textContent = total; });
+    group.addEventListener("pointerenter", () => { caption.textContent = words; });
+    group.addEventListener("pointerleave", () => { caption.textContent = total; });
     plot.append(group);
     if ((days.length - 1 - i) % Math.ceil(days.length / labels) === 0) {
       const {x} = place(0.5, 0);
@@ -15810,7 +15814,7 @@ function chart(title, days, series, shown, labels) {
   const legend = series.map(one =>
     make("span", {}, make("span", {class: `key ${one.colour}`}), ` ${one.name}`));
   return make("figure", {class: "card"},
-    make("figcaption", {}, make("strong", {}, title), ...legend, said), plot);
+    make("figcaption", {}, make("strong", {}, title), ...legend, caption), plot);
 }
 
 // -- the parts of the page, each made of JSON
