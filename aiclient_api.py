@@ -8480,6 +8480,81 @@ class ReasoningMemory:
                 message.update({"reasoning_text": text} if text else {})
 
 
+@dataclass(slots=True)
+class Call:
+    """A request to a provider: a body in a dialect that the model speaks."""
+
+    model: Model
+    dialect: str
+    body: Json
+    request_info: RequestInfo
+    betas: str = ""  #: the client's anthropic-beta header
+    #: names of omitted and of adapted parts; the provider adds to them
+    dropped: list[str] = field(default_factory=list)
+    touched: list[str] = field(default_factory=list)
+    #: how often it was sent, and the kinds of errors received; the provider adds to them
+    attempts: int = 0
+    refusals: list[str] = field(default_factory=list)
+    sent: Json | None = None  #: the body last sent, if the provider's rules made one of their own
+
+
+def read_conversation(
+    body: Json,
+    client_dialect: Dialect,
+    upstream_dialect: UpstreamDialect,
+    context: ResponseContext,
+) -> Conversation | None:
+    """The request in the form of all dialects; None if it is sent in the client's own."""
+    has_functions = "functions" in body and "tools" not in body
+    context.legacy_functions = client_dialect is CHAT and has_functions
+    context.rewritten = client_dialect is RESPONSES and searches_tools(body)
+    if upstream_dialect is client_dialect and not (context.legacy_functions or context.rewritten):
+        return None
+    return client_dialect.read_request(body)
+
+
+def write_call(
+    body: Json,
+    conversation: Conversation | None,
+    upstream_dialect: UpstreamDialect,
+    model: Model,
+    context: ResponseContext,
+    request_info: RequestInfo,
+) -> Call:
+    """The upstream's body: `conversation` written, or without one the client's own body."""
+    effort = implied_effort(request_info.model, model)
+    if conversation is None:
+        body = with_effort(body, upstream_dialect.name, effort) if effort else body
+        names = wire_names(tool_names(body))
+        context.names = {wire: name for wire, name in names.items() if wire != name}
+        context.multiple_choices = upstream_dialect is CHAT and (int_field(body, "n") or 1) > 1
+        if upstream_dialect is CHAT and model.stops is not None and body.get("stop"):
+            context.stop_strings = read_stops(body, "stop")[model.stops :]
+        return Call(model, upstream_dialect.name, body, request_info)
+    if conversation.effort is None and conversation.thinking_budget is None:
+        conversation.effort = effort
+    conversation.stop, context.stop_strings = split_stops(
+        conversation.stop, upstream_dialect.name, model
+    )
+    context.names = {wire: name for name, wire in conversation.names.items() if wire != name}
+    context.tools = {tool.name: tool for tool in conversation.tools}
+    display = get_dict(body, "thinking").get("display")
+    summary = get_dict(body, "reasoning").get("summary")
+    context.hide_thinking = display == "omitted" or summary == "none"
+    upstream_body = upstream_dialect.write_request(conversation, model)
+    if upstream_dialect is MESSAGES:
+        add_cache_breakpoints(upstream_body)
+    context.tagged_thinking = conversation.tagged_thinking
+    return Call(
+        model,
+        upstream_dialect.name,
+        upstream_body,
+        request_info,
+        dropped=conversation.dropped,
+        touched=conversation.touched,
+    )
+
+
 # 9.4 error responses, tokens, quotas
 
 
@@ -12947,24 +13022,6 @@ class Ledger:
 # ---- 15. Providers -----------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
-class Call:
-    """A request to a provider: a body in a dialect that the model speaks."""
-
-    model: Model
-    dialect: str
-    body: Json
-    request_info: RequestInfo
-    betas: str = ""  #: the client's anthropic-beta header
-    #: names of omitted and of adapted parts; the provider adds to them
-    dropped: list[str] = field(default_factory=list)
-    touched: list[str] = field(default_factory=list)
-    #: how often it was sent, and the kinds of errors received; the provider adds to them
-    attempts: int = 0
-    refusals: list[str] = field(default_factory=list)
-    sent: Json | None = None  #: the body last sent, if the provider's rules made one of their own
-
-
 # 15.1 what providers share
 
 
@@ -16657,10 +16714,10 @@ class Gateway:
             secrets=self.secrets,
         )
         conversation = await run_step(
-            self.read_call, body, client_dialect, upstream_dialect, context
+            read_conversation, body, client_dialect, upstream_dialect, context
         )
         call = await run_step(
-            self.write_call, body, conversation, upstream_dialect, model, context, request_info
+            write_call, body, conversation, upstream_dialect, model, context, request_info
         )
         call.betas = request.headers.get("anthropic-beta", "")
         translator = StreamTranslator(
@@ -16668,70 +16725,6 @@ class Gateway:
         )
         exchange = Exchange(self, request, provider, call, translator, client_dialect.name)
         return await exchange.run(hold_s)
-
-    @staticmethod
-    def read_call(
-        body: Json,
-        client_dialect: Dialect,
-        upstream_dialect: UpstreamDialect,
-        context: ResponseContext,
-    ) -> Conversation | None:
-        """The request in the form of all dialects; None where it goes up in the client's own."""
-        context.legacy_functions = (
-            client_dialect is CHAT and "functions" in body and "tools" not in body
-        )
-        context.rewritten = client_dialect is RESPONSES and searches_tools(body)
-        if (
-            upstream_dialect is client_dialect
-            and not context.legacy_functions
-            and not context.rewritten
-        ):
-            return None
-        return client_dialect.read_request(body)
-
-    @staticmethod
-    def write_call(
-        body: Json,
-        conversation: Conversation | None,
-        upstream_dialect: UpstreamDialect,
-        model: Model,
-        context: ResponseContext,
-        request_info: RequestInfo,
-    ) -> Call:
-        """The upstream's body: `conversation` written, or without one the client's own body."""
-        effort = implied_effort(request_info.model, model)
-        if conversation is None:
-            body = with_effort(body, upstream_dialect.name, effort) if effort else body
-            names = wire_names(tool_names(body))
-            context.names = {wire: name for wire, name in names.items() if wire != name}
-            context.multiple_choices = upstream_dialect is CHAT and (int_field(body, "n") or 1) > 1
-            if upstream_dialect is CHAT and model.stops is not None and body.get("stop"):
-                context.stop_strings = read_stops(body, "stop")[model.stops :]
-            return Call(model, upstream_dialect.name, body, request_info)
-        if conversation.effort is None and conversation.thinking_budget is None:
-            conversation.effort = effort
-        conversation.stop, context.stop_strings = split_stops(
-            conversation.stop, upstream_dialect.name, model
-        )
-        context.names = {wire: name for name, wire in conversation.names.items() if wire != name}
-        context.tools = {tool.name: tool for tool in conversation.tools}
-        visibility = (
-            get_dict(body, "thinking").get("display"),
-            get_dict(body, "reasoning").get("summary"),
-        )
-        context.hide_thinking = visibility[0] == "omitted" or visibility[1] == "none"
-        upstream_body = upstream_dialect.write_request(conversation, model)
-        if upstream_dialect is MESSAGES:
-            add_cache_breakpoints(upstream_body)
-        context.tagged_thinking = conversation.tagged_thinking
-        return Call(
-            model,
-            upstream_dialect.name,
-            upstream_body,
-            request_info,
-            dropped=conversation.dropped,
-            touched=conversation.touched,
-        )
 
 
 class Exchange:

@@ -565,8 +565,8 @@ def exchange(name: str, spoken: str, body: Json, model: gw.Model) -> None:
     asked, upstream = gw.DIALECTS[name], gw.UPSTREAM_DIALECTS[spoken]
     outline = asked.request_info(body)
     terms = gw.ResponseContext("id", 1, "m", request_body=body, include_usage=outline.include_usage)
-    chat = gw.Gateway.read_call(body, asked, upstream, terms)
-    call = gw.Gateway.write_call(body, chat, upstream, model, terms, outline)
+    chat = gw.read_conversation(body, asked, upstream, terms)
+    call = gw.write_call(body, chat, upstream, model, terms, outline)
     flow = gw.StreamTranslator(upstream, asked, terms, outline.stream, "r")
     send(spoken, call, body)
     if spoken in ANSWERS:
