@@ -20,10 +20,10 @@ Map
     4  Configuration    TOML tables as dataclasses; editing the file in place, comments kept
     5  HTTP wire        message heads and body framing: bytes in, values out
     6  Stream framing   server-sent events; the Amazon event stream
-    7  Conversation     requests, events, usage, the invariant checker, token estimate
+    7  Conversation     requests, events, usage, stop strings, token estimate
     8  Dialects         the contract; chat; messages; responses; Kiro; translating one response
     9  Upstream rules   the quirks and limits of Copilot and Kiro: the pure half of the providers
-   10  Routing          model names, rate limit; usage, limits, metrics, the cache guard
+   10  Accounting       model names, rate limit; usage, limits, metrics, cache misses
    ==  the I/O line: no socket, file, clock, randomness or await above it
    11  Ticker           the log, one coarse clock for every deadline, connections
    12  HTTP client      connection pool, TLS, proxies, streamed bodies
@@ -31,17 +31,16 @@ Map
    14  State on disk    XDG paths, config file, token files, the usage database
    15  Providers        the contract; Echo; Copilot; Kiro
    16  Sign-in          device codes, the browser's redirect, import; the terminal dialogue
-   17  Gateway          the status page; one request from start to end; layers; the route table
+   17  Gateway          the status page; one request from start to end; the endpoint table
    18  Daemon           the lock, the port, fork, signals, reload, restart without downtime
    19  Control channel  a Unix socket, framed JSON, a table of methods
    20  Command line     a table of verbs, serve() where every object is created, main
 
 One request
 -----------
-    HTTP server -> layers -> route table -> Gateway.converse -> Router -> dialect.read_request
-    -> upstream dialect.write_request -> provider.open -> HTTP client;
-    then upstream bytes -> StreamTranslator.feed (relay, or reader -> events -> checks -> writer)
-    -> client.
+    HTTP server -> Gateway.handle -> endpoint table -> Gateway.converse -> Router
+    -> dialect.read_request -> upstream dialect.write_request -> provider.open -> HTTP client;
+    then upstream bytes -> StreamTranslator.feed (relay, or reader -> events -> writer) -> client.
 
 Glossary
 --------
@@ -52,9 +51,8 @@ Glossary
     Conversation  a request in the form that all dialects are read into and written from
     event         one step of a response, in the form between all dialects
     frame         one event of a stream in its dialect, as decoded JSON
-    way           one of Kiro's endpoints: a host, a request style and a profile
+    endpoint      of Kiro: a host, a request style and a profile
     native        the upstream speaks the client's dialect: frames are relayed, not converted
-    whole         non-streaming
 
 Hosts contacted
 ---------------
@@ -9893,7 +9891,7 @@ def with_tokens(body: Json, changes: Json) -> Json:
     return merged
 
 
-# ---- 10. Routing -------------------------------------------------------------------------------
+# ---- 10. Accounting ----------------------------------------------------------------------------
 # 10.1 routing
 
 
@@ -15028,7 +15026,7 @@ async def check_kiro(context: SignInContext, name: str, config: KiroConfig) -> s
             if len(profiles) > 1 and context.console.interactive:
                 arn = await context.console.choose("Which profile?", profiles)
             if arn:  # otherwise the first request will say what to set
-                await provider.account.save({"profile_arn": arn}, login)
+                provider.account.use(await provider.account.save({"profile_arn": arn}, login))
         limits = await provider.limits(with_user=True)
     except ApiError as error:
         if isinstance(error, NotSignedIn) and not isinstance(error, NotEntitled):

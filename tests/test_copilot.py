@@ -553,7 +553,7 @@ def test_the_list_shows_models_that_can_be_used(pair: Pair) -> None:
 def test_a_model_of_embeddings_holds_no_conversation(pair: Pair) -> None:
     reply = pair.ask(CHAT, "hi", "text-embedding-3-small")
     assert reply.status == 400
-    assert "conversations" in error(reply)["message"]
+    assert "is not a chat model" in error(reply)["message"]
     assert pair.fake.calls == []
 
 

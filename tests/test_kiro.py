@@ -1726,7 +1726,7 @@ def test_a_refused_form_names_the_rules_that_touched_it_and_no_content(make: Mak
     for rule in (
         "begin_and_end_with_user",
         "adapt_kiro_tools",
-        "place_preface",
+        "insert_preface",
     ):
         assert rule in line
     assert "MARK" not in log

@@ -322,7 +322,7 @@ TOUCHING: list[tuple[str, Json]] = [
     ),
     ("request_thinking", a_body(thinking={"type": "enabled", "budget_tokens": 2000})),
     ("pass_settings", a_body()),
-    ("place_preface", a_body(system="S")),
+    ("insert_preface", a_body(system="S")),
 ]
 
 

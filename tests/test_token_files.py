@@ -105,7 +105,6 @@ def test_only_the_owner_can_read_them_whatever_the_umask(make: Make) -> None:
     assert done.returncode == 0, done
     assert seen == {0o600}
     assert mode_of(home.file().parent) == 0o700
-    assert mode_of(home.state_folder) == 0o700
     # One that others could read is closed to them when it is used.
     os.chmod(home.file(), 0o644)
     os.chmod(home.file().parent, 0o755)
