@@ -250,11 +250,11 @@ MAX_ERROR_TEXT = 4000  # characters of an error message
 MAX_REFUSAL_TEXT = 2000  # characters kept of an upstream's message
 MAX_CODE_TEXT = 100  # and of its code
 MAX_LOG_LINE = 16_000  # characters; of a traceback, too
-MAX_ERROR_BODY_BYTES = 64 * KIB  # of an upstream's error answer; the rest is not read
+MAX_ERROR_BODY_BYTES = 64 * KIB  # of an upstream's error response; more is not read
 ERROR_BODY_SECONDS = 5.0  # for all of it, as a byte now and then is no silence
 MAX_COLLECTED_BYTES = 64 * MIB  # of an upstream's stream, for a caller that wants no stream
 FIRST_PARSED_EVENTS = 4  # of a read, before its plain deltas are copied
-# One server-sent event, as images come as one frame, or an answer that is not streamed.
+# One server-sent event, as images come as one frame, or a non-streaming response.
 MAX_FRAME_BYTES = 16 * MIB
 MAX_EVENT_LINES = 100_000  # of one server-sent event: those seen have two
 MAX_EVENT_MESSAGE_BYTES = 25 * MIB  # AWS: payloads up to 24 MiB
@@ -309,7 +309,7 @@ SIGN_IN_RETRY_AFTER_SECONDS = 3600.0  # GitHub's own limits last an hour
 EXCHANGE_SECONDS = 15.0
 MODELS_SECONDS = 30.0
 MODELS_FRESH_SECONDS = 900.0  # VS Code 10 min, opencode 1 h
-MODELS_STALE_SECONDS = 24 * 3600.0  # an entitled model may be missing from one answer
+MODELS_STALE_SECONDS = 24 * 3600.0  # an entitled model may be missing from one list
 MODELS_RETRY_SECONDS = 60.0  # after a list that could not be had
 MODELS_MISS_SECONDS = 30.0  # an unknown name may refresh the list, but not more often
 MAX_LISTED_MODELS = 1000  # of one provider, which lists 15 to 40
@@ -322,7 +322,7 @@ INLINED_VALUE_BYTES = 16  # of them, for a value, besides its texts
 MAX_CACHE_BREAKPOINTS = 4  # Anthropic and Copilot
 MAX_CHAT_STOPS = 4  # OpenAI
 # Of all stop strings of a request together: those that no upstream field takes are looked for in
-# every piece of the answer, and a stop string is a word or a tag.
+# every piece of the response, and a stop string is a word or a tag.
 MAX_STOP_CHARACTERS = 8192
 MAX_EMBEDDED = 256  # texts per request: Copilot takes 512, VS Code sends 256
 EMBEDDINGS_SECONDS = 60.0
@@ -353,7 +353,7 @@ REFRESH_DRAIN_SECONDS = (
     3.0  # for a pending refresh at shutdown: losing its response may lose the sign-in
 )
 KIRO_CONTROL_SECONDS = 30.0
-KIRO_PEEK_BYTES = 256 * KIB  # of an answer, in which a first word is looked for
+KIRO_PEEK_BYTES = 256 * KIB  # of a response, searched for its first text
 KIRO_MODEL_PAGES = 5  # of a list that never ends
 KIRO_PROFILES = 10  # of an organisation, which are named where one must be chosen
 MAX_TOKEN_SECONDS = 24 * 3600.0  # a token that says it lasts longer met a wrong clock
@@ -11699,7 +11699,7 @@ def http_date(second: int) -> str:
 
 
 class ServerConnection(StreamProtocol):
-    """One client: its requests are read one at a time and answered in order."""
+    """One client: its requests are read one at a time and served in order."""
 
     def __init__(self, server: Server) -> None:
         super().__init__()
@@ -13176,9 +13176,9 @@ class Breaker:
         finally:
             for cooldown in probed:
                 cooldown.probing = False
-        for is_complete in [k for k, cooldown in self.cooldowns.items() if cooldown in probed]:
-            del self.cooldowns[is_complete]
-            log_event("info", "cooldown_ended", provider=self.provider, model=is_complete or "*")
+        for name in [k for k, cooldown in self.cooldowns.items() if cooldown in probed]:
+            del self.cooldowns[name]
+            log_event("info", "cooldown_ended", provider=self.provider, model=name or "*")
 
     def rows(self) -> list[Json]:
         """`[{"model": ID or "*", "seconds", "kind", "reason", "recovers_at", "probing"}]`.
@@ -15996,13 +15996,13 @@ async function ask(path) {
   const key = sessionStorage.getItem(KEPT), headers = {};
   // a field holds bytes, and a key may be of any script
   if (key) headers["x-api-key"] = String.fromCharCode(...new TextEncoder().encode(key));
-  const answer = await fetch(path, {
+  const response = await fetch(path, {
     headers, cache: "no-store", credentials: "omit",
     redirect: "error", signal: AbortSignal.timeout(PATIENCE_MS),
   }).catch(() => { throw new Gone(); });
-  const body = await answer.json();
-  if (answer.status === 401) throw new KeyWanted(key ? "That is not the key of this gateway." : "");
-  if (!answer.ok) throw new Error(body.error?.message ?? `status ${answer.status}`);
+  const body = await response.json();
+  if (response.status === 401) throw new KeyWanted(key ? "This is not the gateway's key." : "");
+  if (!response.ok) throw new Error(body.error?.message ?? `status ${response.status}`);
   return body;
 }
 
@@ -18368,7 +18368,7 @@ def start_detached(launch: Launch, paths: Paths) -> None:
         raise ProgramError(f"the gateway did not start: {reason}", *last_lines(log, offset))
     if not ask_health(status["url"]):
         signal_daemon(paths.pid_file, status["pid"], signal.SIGTERM)
-        raise ProgramError(f"{status['url']} does not answer", *last_lines(log, offset))
+        raise ProgramError(f"{status['url']} does not respond", *last_lines(log, offset))
     print_ready(status)
 
 
