@@ -260,7 +260,6 @@ MAX_EVENT_LINES = 100_000  # of one server-sent event: those seen have two
 MAX_EVENT_MESSAGE_BYTES = 25 * MIB  # AWS: payloads up to 24 MiB
 MAX_EVENT_HEADERS_BYTES = 128 * KIB  # AWS; each of them becomes an object
 
-READ_BYTES = MIB
 # Of a connection, received and not yet taken; with more, reading pauses.
 STREAM_BUFFER_BYTES = 64 * KIB
 RECV_BYTES = 64 * KIB  # below the 128 KiB from which malloc uses mmap
@@ -2319,11 +2318,6 @@ class Usage:
     source: str = ""  #: of the input: "", reported, derived (from `context`) or estimated here
 
     @property
-    def output_source(self) -> str:
-        """Like `source`, for output: estimated from the text unless reported."""
-        return self.source if self.source in ("", "reported") else "estimated"
-
-    @property
     def prompt(self) -> int:
         """All input tokens, as OpenAI counts them."""
         return self.input + self.cache_read + self.cache_write
@@ -3044,9 +3038,14 @@ def need_dicts(items: Iterable[Any], path: str) -> Iterator[tuple[str, Json]]:
         yield f"{path}.{index}", need_dict(item, f"{path}.{index}")
 
 
+def dict_items(obj: Json, key: str, path: str = "") -> Iterator[tuple[str, Json]]:
+    """As `need_dicts`, for the list at `key`."""
+    return need_dicts(list_field(obj, key, path), join_path(path, key))
+
+
 def object_list(body: Json, key: str) -> list[Json]:
     """Raises InvalidRequest unless the value at `key` is a non-empty list of objects."""
-    objects = [item for _, item in need_dicts(list_field(body, key), key)]
+    objects = [item for _, item in dict_items(body, key)]
     if not objects:
         raise invalid(key, "is required." if body.get(key) is None else "must not be empty.")
     return objects
@@ -3091,7 +3090,7 @@ def function_of(entry: Json, path: str) -> Json:
 
 def allowed_names(choice: Json, path: str) -> set[str]:
     """The names in an `allowed_tools` choice; a server-side tool has none."""
-    items = need_dicts(list_field(choice, "tools", path), f"{path}.tools")
+    items = dict_items(choice, "tools", path)
     entries = [(function_of(item, item_path), item_path) for item_path, item in items]
     return {str_field(entry, "name", item_path) or "" for entry, item_path in entries}
 
@@ -3298,7 +3297,7 @@ def drop_server_tools(
 
 def tool_names(body: Json, path: str = "") -> list[str]:
     names = []
-    for item_path, item in need_dicts(list_field(body, "tools", path), join_path(path, "tools")):
+    for item_path, item in dict_items(body, "tools", path):
         entry = function_of(item, item_path)
         if entry.get("type") == "namespace":
             names += tool_names(entry, item_path)
@@ -4480,21 +4479,26 @@ def read_messages_request(body: Json) -> Conversation:
     return chat
 
 
-def read_messages_tools(body: Json, chat: Conversation) -> None:
-    server_tools = []
-    for index, item in enumerate(list_field(body, "tools")):
-        path = f"tools.{index}"
-        tool = need_dict(item, path)
+def messages_tools(body: Json, server_tools: list[str]) -> Iterator[tuple[str, Json, str, Json]]:
+    """(path, tool, name, schema) of the tools that run on the client.
+
+    Adds the names of the others to `server_tools`.
+    """
+    for path, tool in dict_items(body, "tools"):
         kind = str_field(tool, "type", path) or "custom"
         name = str_field(tool, "name", path) or kind
         schema = tool.get("input_schema") if kind == "custom" else client_tool_schema(kind)
         if schema is None and kind != "custom":
             server_tools.append(name)
-            continue
+        else:
+            yield path, tool, name, object_schema(schema, f"{path}.input_schema")
+
+
+def read_messages_tools(body: Json, chat: Conversation) -> None:
+    server_tools: list[str] = []
+    for path, tool, name, schema in messages_tools(body, server_tools):
         description = str_field(tool, "description", path) or ""
-        strict = bool_field(tool, "strict", path)
-        schema = object_schema(schema, f"{path}.input_schema")
-        chat.tools.append(Tool(name, description, schema, strict))
+        chat.tools.append(Tool(name, description, schema, bool_field(tool, "strict", path)))
     choice = dict_field(body, "tool_choice")
     mode = word_field(choice, "type", FROM_TOOL_CHOICE, "tool_choice")
     name = str_field(choice, "name", "tool_choice") or ""
@@ -7435,13 +7439,6 @@ def as_parts(content: Any) -> list[Any]:
     return [text_part(content)] if isinstance(content, str) else [*(content or ())]
 
 
-def dict_items(body: Json, key: str, path: str = "") -> Iterator[tuple[str, Json]]:
-    """(path, item) for each item of a list field; raises InvalidRequest if one is no object."""
-    for index, item in enumerate(list_field(body, key, path)):
-        item_path = f"{join_path(path, key)}.{index}"
-        yield item_path, need_dict(item, item_path)
-
-
 #: kind of rejection -> what one model refuses: "thinking" (a budget), "effort" (levels), "system"
 #: (turns), "beta" (names), "field" (dotted paths, `*` for any list index)
 Rejections = Mapping[str, Collection[str]]
@@ -7723,16 +7720,11 @@ def adapt_messages_tools(draft: BodyDraft) -> None:
     """Custom tools with the keys every backend accepts; server-side tools are not available."""
     body = draft.body
     choice = dict_field(body, "tool_choice")
-    tools, server_tools = [], []
-    for path, tool in dict_items(body, "tools"):
-        kind = str_field(tool, "type", path) or "custom"
-        name = str_field(tool, "name", path) or kind
-        schema = tool.get("input_schema") if kind == "custom" else client_tool_schema(kind)
-        if schema is None and kind != "custom":
-            server_tools.append(name)
-            continue
-        schema = adapt_schema(object_schema(schema, f"{path}.input_schema"), google=False)
+    tools: list[Json] = []
+    server_tools: list[str] = []
+    for _, tool, name, schema in messages_tools(body, server_tools):
         adapted = {key: tool[key] for key in TOOL_KEYS if tool.get(key) is not None}
+        schema = adapt_schema(schema, google=False)
         tools.append({**adapted, "name": wire_name(name), "input_schema": schema})
     forced = str_field(choice, "name", "tool_choice") or ""
     drop_server_tools(server_tools, len(tools), forced, draft.dropped)
@@ -11612,7 +11604,7 @@ class Request(RequestHead):
 
     #: its share of `Server.body_bytes`
     reserved_bytes = 0
-    #: set by the outermost layer; `started_at` is monotonic
+    #: set by the handler; `started_at` is monotonic
     id = ""
     started_at = 0.0
     #: the label of its API key, or ""
