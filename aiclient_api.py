@@ -11923,6 +11923,9 @@ def open_listeners(host: str, port: int) -> list[socket.socket]:
             if error.errno not in UNAVAILABLE_ADDRESS_ERRORS:
                 break
         else:
+            # Accepted sockets inherit it; asyncio sets it only where the socket names its protocol.
+            # With Nagle's algorithm a response of several writes waits 40 ms for an ACK.
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             listeners.append(listener)
             port = listener.getsockname()[1]
     else:
