@@ -320,6 +320,8 @@ MAX_INLINED_BYTES = 2 * MIB
 INLINED_VALUE_BYTES = 16  # of them, for a value, besides its texts
 MAX_CACHE_BREAKPOINTS = 4  # Anthropic and Copilot
 MAX_CHAT_STOPS = 4  # OpenAI
+MAX_CALL_ID_LENGTH = 40  # of chat completions, the least of all dialects
+MAX_NATIVE_ID_LENGTH = 64  # of responses and messages
 # Of all stop strings of a request together: those that no upstream field takes are looked for in
 # every piece of the response, and a stop string is a word or a tag.
 MAX_STOP_CHARACTERS = 8192
@@ -2123,9 +2125,14 @@ def unsupported(param: str, problem: str) -> UnsupportedFeature:
     return UnsupportedFeature(f"{param}: {problem}", param=param)
 
 
+# `source` of a block is the client's own part, call or message, for a request that goes up in the
+# client's dialect: what no rule changes is sent as it came.
+
+
 @dataclass(slots=True)
 class Text:
     text: str
+    source: Json | None = field(default=None, compare=False)
 
 
 @dataclass(slots=True)
@@ -2164,6 +2171,7 @@ class ToolCall:
     id: str
     name: str
     arguments: str
+    source: Json | None = field(default=None, compare=False)
 
 
 @dataclass(slots=True)
@@ -2171,6 +2179,7 @@ class ToolResult:
     id: str
     blocks: list[Block]
     is_error: bool = False
+    source: Json | None = field(default=None, compare=False)
 
 
 @dataclass(slots=True)
@@ -2178,7 +2187,14 @@ class Refusal:
     text: str
 
 
-Block = Text | Image | Document | Thinking | ToolCall | ToolResult | Refusal
+@dataclass(slots=True)
+class Native:
+    """A part, item or message that is sent in the client's dialect only, as it came."""
+
+    source: Json
+
+
+Block = Text | Image | Document | Thinking | ToolCall | ToolResult | Refusal | Native
 
 
 @dataclass(slots=True)
@@ -2472,9 +2488,10 @@ def wire_name(name: str) -> str:
     return cleaned if len(cleaned) <= 64 else f"{cleaned[:55]}_{short_hash(name, 8)}"
 
 
-def wire_id(call_id: str) -> str:
+def wire_id(call_id: str, max_length: int = MAX_CALL_ID_LENGTH) -> str:
     """A call id that every vendor accepts; deterministic, so that calls and results still match."""
-    return call_id if WIRE_NAME.fullmatch(call_id) else "call_" + short_hash(call_id, 24)
+    is_valid = WIRE_NAME.fullmatch(call_id) and len(call_id) <= max_length
+    return call_id if is_valid else "call_" + short_hash(call_id, 24)
 
 
 def fits_strict(schema: Any) -> bool:
@@ -2494,6 +2511,7 @@ def fits_strict(schema: Any) -> bool:
 
 
 INTERRUPTED = "[no result: call interrupted]"
+NO_OUTPUT = "(no output)"  # of a tool: vendors refuse an empty result
 
 
 def is_blank(block: Block) -> bool:
@@ -2520,13 +2538,15 @@ def merge_turns(turns: list[Turn]) -> list[Turn]:
 class CallIds:
     """The call ids of one conversation; repeated ones get a numeric suffix."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_length: int = MAX_CALL_ID_LENGTH) -> None:
+        self.max_length = max_length
         self.used_ids: set[str] = set()
         self.last_suffixes: dict[str, int] = {}  # last suffix of each stem
 
     def add(self, call_id: str) -> str:
-        """`call_id`, or if it is taken a new one of at most 64 characters."""
-        unique_id, stem = call_id, call_id[:56]
+        """A valid id: `call_id` or what stands for it, or if that is taken a new one."""
+        unique_id = wire_id(call_id, self.max_length)
+        stem = unique_id[: self.max_length - 8]
         while unique_id in self.used_ids:
             suffix = self.last_suffixes[stem] = self.last_suffixes.get(stem, 1) + 1
             unique_id = f"{stem}_{suffix}"
@@ -2534,7 +2554,7 @@ class CallIds:
         return unique_id
 
 
-def normalize_turns(turns: list[Turn]) -> list[Turn]:
+def normalize_turns(turns: list[Turn], max_id_length: int = MAX_CALL_ID_LENGTH) -> list[Turn]:
     """Turns in the order that every vendor demands.
 
     Each assistant turn with calls is followed by one user turn that begins with their results, in
@@ -2543,40 +2563,63 @@ def normalize_turns(turns: list[Turn]) -> list[Turn]:
     call.  Results of unknown calls become plain content.
     """
     normalized: list[Turn] = []
-    call_ids = CallIds()
+    call_ids = CallIds(max_id_length)
     results: list[Block] = []  # of the last assistant turn's calls
-    #: the client's call id -> (our id, index in `results`) of each result still to come
-    missing: defaultdict[str, deque[tuple[str, int]]] = defaultdict(deque)
+    #: the client's call id -> (our id, its turn's results, index there) of each missing result
+    missing: dict[str, deque[tuple[str, list[Block], int]]] = {}
     last_results: dict[str, ToolResult] = {}  # by the client's call id
     for turn in merge_turns(turns):
         blocks: list[Block] = []
         normalized.append(Turn(turn.role, blocks))
         is_assistant = turn.role == "assistant"
         if is_assistant:
-            results, missing, last_results = [], defaultdict(deque), {}
+            results = []
             normalized.append(Turn("user", results))
         seen: set[tuple[str, str, str]] = set()
+        called_ids: set[str] = set()
         for block in turn.blocks:
             if isinstance(block, ToolCall) and is_assistant:
                 call_key = (block.id, block.name, block.arguments)
                 if call_key in seen:
                     continue
                 seen.add(call_key)
-                call_id = call_ids.add(wire_id(block.id))
-                missing[block.id].append((call_id, len(results)))
+                if block.id not in called_ids:  # used again: results now belong to this turn
+                    called_ids.add(block.id)
+                    missing[block.id] = deque()
+                    last_results.pop(block.id, None)
+                call_id = call_ids.add(block.id)
+                missing[block.id].append((call_id, results, len(results)))
                 results.append(ToolResult(call_id, [Text(INTERRUPTED)], True))
                 blocks.append(block if block.id == call_id else replace(block, id=call_id))
             elif is_assistant or not isinstance(block, ToolResult):
                 blocks.append(block)
             elif missing.get(block.id):
-                call_id, index = missing[block.id].popleft()
-                result = replace(block, id=call_id, blocks=[*block.blocks])
-                last_results[block.id] = results[index] = result
+                call_id, turn_results, index = missing[block.id].popleft()
+                result = ToolResult(call_id, [*block.blocks], block.is_error, block.source)
+                last_results[block.id] = turn_results[index] = result
             elif block.id in last_results:
                 last_results[block.id].blocks.extend(block.blocks)
             else:
                 blocks += [Text(f"[tool output for unknown call {block.id}]"), *block.blocks]
     return merge_turns(normalized)
+
+
+def is_normalized(turns: list[Turn], max_id_length: int = MAX_CALL_ID_LENGTH) -> bool:
+    """Whether `normalize_turns`, which takes far longer, would change nothing."""
+    role = ""
+    used_ids = CallIds(max_id_length)
+    call_ids: list[str] = []
+    for turn in turns:
+        if turn.role == role or not turn.blocks or any(map(is_blank, turn.blocks)):
+            return False
+        result_ids = [b.id for b in turn.blocks[: len(call_ids)] if isinstance(b, ToolResult)]
+        later_blocks = turn.blocks[len(call_ids) :]
+        if result_ids != call_ids or any(isinstance(b, ToolResult) for b in later_blocks):
+            return False
+        role, call_ids = turn.role, [b.id for b in turn.blocks if isinstance(b, ToolCall)]
+        if (call_ids and role != "assistant") or [used_ids.add(i) for i in call_ids] != call_ids:
+            return False
+    return not call_ids
 
 
 def downgrade_system_turns(turns: list[Turn]) -> list[Turn]:
@@ -3985,7 +4028,7 @@ def write_chat_result(result: ToolResult, model: Model, user_parts: list[Json]) 
         text = text or f"[{label.lower()} in next message]"
     if result.is_error and not text.startswith("Error"):
         text = f"Error: {text}"
-    return {"role": "tool", "tool_call_id": call_id, "content": text or "(no output)"}
+    return {"role": "tool", "tool_call_id": call_id, "content": text or NO_OUTPUT}
 
 
 @dataclass(slots=True)
@@ -4633,6 +4676,8 @@ def write_messages_block(block: Block, chat: Conversation) -> Json | None:
             is_text = len(content) == 1 and content[0]["type"] == "text"
             result["content"] = content[0]["text"] if is_text else content
         return {**result, "is_error": True} if block.is_error else result
+    if not isinstance(block, Thinking):
+        return None
     if block.redacted and not block.redacted.startswith(FOREIGN_SIGNATURES):
         return {"type": "redacted_thinking", "data": block.redacted}
     if block.signature and not block.signature.startswith(FOREIGN_SIGNATURES):
@@ -5487,7 +5532,7 @@ def write_output_item(result: ToolResult, next_parts: list[Json]) -> Json:
         text = text or "[in the next message]"
     if result.is_error and not text.startswith("Error"):
         text = f"Error: {text}"
-    output = text if text.strip() else "(no output)"
+    output = text if text.strip() else NO_OUTPUT
     return {"type": "function_call_output", "call_id": call_id, "output": output}
 
 
@@ -6261,7 +6306,7 @@ def adapt_assistant_turns(draft: KiroDraft) -> None:
                 if signature == prefix or not signature.startswith(prefix):
                     continue
             elif turn.role == "assistant" and isinstance(block, ToolResult):
-                block = Text(join_texts(block.blocks) or "(no output)")
+                block = Text(join_texts(block.blocks) or NO_OUTPUT)
             elif turn.role == "assistant" and isinstance(block, (Image, Document)):
                 block = Text(f"({type(block).__name__.lower()})")
             blocks.append(block)
@@ -6559,7 +6604,7 @@ def write_kiro_turn(turn: Turn, chat: Conversation, model: Model) -> Json:
             if block.redacted:
                 message["reasoningContent"] = {"redactedContent": signature}
         elif isinstance(block, ToolResult):
-            content = [{"text": join_texts(block.blocks) or "(no output)"}]
+            content = [{"text": join_texts(block.blocks) or NO_OUTPUT}]
             status = "error" if block.is_error else "success"
             result = {"toolUseId": block.id, "status": status, "content": content}
             context = message.setdefault("userInputMessageContext", {})
@@ -7495,29 +7540,6 @@ class BodyDraft:
                 self.body.pop(key, None)
 
 
-# Native messages pass through `normalize_turns` as blocks that include their original part, so
-# that its other fields survive.
-
-
-class NativePart(NamedTuple):
-    part: Json
-
-
-@dataclass(slots=True)
-class NativeText(Text):
-    part: Json
-
-
-@dataclass(slots=True)
-class NativeCall(ToolCall):
-    part: Json
-
-
-@dataclass(slots=True)
-class NativeResult(ToolResult):
-    part: Json = field(default_factory=dict)
-
-
 #: part type -> the field of its signature
 THINKING_PARTS = {"thinking": "signature", "redacted_thinking": "data"}
 
@@ -7537,83 +7559,66 @@ def read_native_parts(content: Any, path: str) -> Iterator[tuple[str, Json, str]
         yield part_path, part, need_str(need_dict(part, part_path), "type", part_path)
 
 
-def read_native_content(content: Any, path: str) -> list[Any]:
+def read_native_content(content: Any, path: str) -> list[Block]:
     """A message's content as blocks, without the parts that Copilot refuses.
 
     Documents of text and tool references become text: only PDFs and text are known to work.
     """
     if isinstance(content, str):
         return [Text(content)]
-    blocks: list[Any] = []
+    blocks: list[Block] = []
     for part_path, part, kind in read_native_parts(content, path):
         if kind == "text":
-            blocks.append(NativeText(need_str(part, "text", part_path), part))
+            blocks.append(Text(need_str(part, "text", part_path), part))
         elif kind == "tool_use":
             call_id, name = need_str(part, "id", part_path), need_str(part, "name", part_path)
-            blocks.append(NativeCall(call_id, name, dump_text(part.get("input")), part))
+            blocks.append(ToolCall(call_id, name, dump_text(part.get("input")), part))
         elif kind == "tool_result":
             inner = read_native_content(part.get("content"), f"{part_path}.content")
             inner = [block for block in inner if not is_blank(block)]
             call_id = need_str(part, "tool_use_id", part_path)
-            blocks.append(NativeResult(call_id, inner, part=part))
+            blocks.append(ToolResult(call_id, inner, part.get("is_error") is True, part))
         elif kind == "image" and get_dict(part, "source").get("type") == "base64":
             # Clients send wrong media types, and the vendor checks.
             source, source_path = part["source"], f"{part_path}.source"
             data = need_str(source, "data", source_path)
             declared = str_field(source, "media_type", source_path) or ""
             source = {**source, "media_type": image_type(data, declared, part_path)}
-            blocks.append(NativePart({**part, "source": source}))
+            blocks.append(Native({**part, "source": source}))
         elif kind == "tool_reference" or (
             kind == "document" and get_dict(part, "source").get("type") in ("text", "content")
         ):
             blocks += filter(None, map(native_text, PART_READERS[kind](part, part_path)))
         elif kind not in THINKING_PARTS or is_native_signature(part.get(THINKING_PARTS[kind])):
-            blocks.append(NativePart(part))
+            blocks.append(Native(part))
     return blocks
 
 
-def native_text(block: Block) -> NativeText | None:
+def native_text(block: Block) -> Text | None:
     """A text or text document; None for any other block inside a document."""
     if not isinstance(block, (Text, Document)):
         return None
     title = block.title if isinstance(block, Document) else ""
     text = f"[{title}]\n{block.text}" if title else block.text
-    return NativeText(text, text_part(text))
+    return Text(text, text_part(text))
 
 
 def write_native_content(blocks: list[Any]) -> str | list[Json]:
     """The reverse of `read_native_content`, also for blocks that `normalize_turns` added."""
-    if not blocks or (len(blocks) == 1 and type(blocks[0]) is Text):
+    if not blocks or (len(blocks) == 1 and type(blocks[0]) is Text and not blocks[0].source):
         return join_texts(blocks)
     parts = []
     for block in blocks:
-        part = dict(block.part) if hasattr(block, "part") else {}
+        part = dict(block.source or {})
         if isinstance(block, ToolCall):
-            part.update(id=wire_id(block.id), name=wire_name(block.name))
+            part.update(id=block.id, name=wire_name(block.name))
         elif isinstance(block, ToolResult):
             content = write_native_content(block.blocks)
-            part.update(type="tool_result", tool_use_id=wire_id(block.id), content=content)
+            part.update(type="tool_result", tool_use_id=block.id, content=content)
             if block.is_error:
-                part["is_error"] = True
+                part.update(is_error=True, content=content or NO_OUTPUT)
         parts.append(part or text_part(block.text))
     return parts
-
-
-def is_normalized(turns: list[Turn]) -> bool:
-    """Whether `normalize_turns`, which takes far longer, would change nothing."""
-    role = "assistant"
-    call_ids: list[str] = []
-    for turn in turns:
-        if turn.role == role or turn.role not in ("user", "assistant"):
-            return False
-        if not turn.blocks or any(map(is_blank, turn.blocks)):
-            return False
-        result_ids = [b.id for b in turn.blocks[: len(call_ids)] if isinstance(b, ToolResult)]
-        later_blocks = turn.blocks[len(call_ids) :]
-        if result_ids != call_ids or any(isinstance(b, ToolResult) for b in later_blocks):
-            return False
-        role, call_ids = turn.role, [b.id for b in turn.blocks if isinstance(b, ToolCall)]
-    return not call_ids
 
 
 def normalize_messages(draft: BodyDraft) -> None:
@@ -7626,8 +7631,8 @@ def normalize_messages(draft: BodyDraft) -> None:
     for path, message in dict_items(draft.body, "messages"):
         blocks = read_native_content(message.get("content"), f"{path}.content")
         turns.append(Turn(need_str(message, "role", path), blocks))
-    if not is_normalized(turns):
-        turns = normalize_turns(turns)
+    if not is_normalized(turns, MAX_NATIVE_ID_LENGTH):
+        turns = normalize_turns(turns, MAX_NATIVE_ID_LENGTH)
     version = claude_version(draft.model.id) or (0, 0)
     takes_system = version >= (4, 8) and "system" not in draft.rejections
     roles = ["", *(turn.role for turn in turns), "assistant"]
@@ -7900,37 +7905,89 @@ def adapt_chat_fields(draft: BodyDraft) -> None:
 
 
 def adapt_chat_messages(draft: BodyDraft) -> None:
+    """Messages with known fields, calls and results in the order that every vendor demands."""
     model = draft.model
-    messages: list[Json] = []
-    tool_images: list[Json] = []  # of the tool results since the last other message
-    for path, message in dict_items(draft.body, "messages"):
-        role = need_str(message, "role", path)
-        if role != "tool" and tool_images:
-            messages.append({"role": "user", "content": tool_images})
-            tool_images = []
-        adapted = {key: message[key] for key in CHAT_MESSAGE_KEYS if message.get(key) is not None}
-        if role == "developer" and not REASONING_GPT.match(model.id):
-            adapted["role"] = "system"
-        if not adapted.get("content") and isinstance(message.get("refusal"), str):
-            adapted["content"] = message["refusal"]
-        # opencode marks messages and parts
-        marked = [part for part in (message, *parts_of([message])) if part.get("cache_control")]
-        if marked and model.vendor == "Anthropic":
-            adapted["copilot_cache_control"] = {"type": "ephemeral"}
-        tool_images += adapt_chat_content(adapted, model, f"{path}.content")
-        adapted.pop("tool_calls", None)
-        calls = [adapt_chat_call(*row) for row in dict_items(message, "tool_calls", path)]
-        if calls:
-            adapted["tool_calls"] = calls
-        if role != "assistant" or adapted.get("content") or calls:
-            messages.append(adapted)
-    if tool_images:
-        messages.append({"role": "user", "content": tool_images})
+    rows = dict_items(draft.body, "messages")
+    turns = [read_native_message(message, path, model) for path, message in rows]
+    if not is_normalized(turns):
+        turns = normalize_turns(turns)
+    messages = write_native_messages(turns)
     if not messages:
         raise InvalidRequest("messages: all messages are empty.", param="messages")
     if model.vendor == "Anthropic":
         set_chat_cache_breakpoints(messages, is_multi_turn(draft.body))
     draft.body["messages"] = join_neighbours(messages) if model.vendor == "Google" else messages
+
+
+def read_native_message(message: Json, path: str, model: Model) -> Turn:
+    """A chat message as it is, but for its calls or its tool's output; nothing of a blank one."""
+    role = read_role(message, CHAT_ROLES, path)
+    adapted = {key: message[key] for key in CHAT_MESSAGE_KEYS if message.get(key) is not None}
+    if role == "developer" and not REASONING_GPT.match(model.id):
+        adapted["role"] = "system"
+    if not adapted.get("content") and isinstance(message.get("refusal"), str):
+        adapted["content"] = message["refusal"]
+    # opencode marks messages and parts
+    marked = [part for part in (message, *parts_of([message])) if part.get("cache_control")]
+    if marked and model.vendor == "Anthropic":
+        adapted["copilot_cache_control"] = {"type": "ephemeral"}
+    images = adapt_chat_content(adapted, model, f"{path}.content")
+    if role == "tool":
+        call_id = str_field(message, "tool_call_id", path) or ""
+        blocks: list[Block] = [ToolResult(call_id, [Text(adapted["content"])], source=adapted)]
+        return Turn(
+            "user", blocks + ([Native({"role": "user", "content": images})] if images else [])
+        )
+    adapted.pop("tool_calls", None)
+    rows = dict_items(message, "tool_calls", path) if role == "assistant" else ()
+    calls = [read_native_call(*row) for row in rows]
+    has_content = bool(adapted.get("content") or calls)
+    return Turn(role, [Native(adapted), *calls] if has_content else [])
+
+
+def read_native_call(path: str, call: Json) -> ToolCall:
+    """A call in the history, with its type and with arguments that are valid JSON text."""
+    function = function_of(call, path)
+    name = wire_name(need_str(function, "name", f"{path}.function"))
+    value = function.get("arguments", function.get("input"))
+    arguments = complete_arguments(value if isinstance(value, str) else dump_text(value or {}))
+    call_id = str_field(call, "id", path) or "call_" + short_hash(path, 16)
+    source = {"id": call_id, "index": call.get("index"), "type": "function"}
+    source["function"] = {"name": name, "arguments": arguments}
+    return ToolCall(call_id, name, arguments, without_nulls(source))
+
+
+def write_native_messages(turns: list[Turn]) -> list[Json]:
+    """The reverse of `read_native_message`, also for blocks that `normalize_turns` added."""
+    messages: list[Json] = []
+    results = {b.id: b for turn in turns for b in turn.blocks if isinstance(b, ToolResult)}
+    calls: list[ToolCall] = []  # of the last message
+    texts: list[Block] = []  # of a user message
+
+    def flush() -> None:
+        if calls:
+            written = [{**(call.source or {}), "id": call.id} for call in calls]
+            messages[-1] = {**messages[-1], "tool_calls": written}
+        for result in [results[call.id] for call in calls]:
+            message = {**(result.source or {"role": "tool"}), "tool_call_id": result.id}
+            messages.append({**message, "content": join_texts(result.blocks)})
+        if texts:
+            messages.append({"role": "user", "content": join_texts(texts)})
+        calls.clear()
+        texts.clear()
+
+    for turn in turns:
+        flush()
+        for block in turn.blocks:
+            if isinstance(block, ToolCall):
+                calls.append(block)
+            elif isinstance(block, Text):
+                texts.append(block)
+            elif isinstance(block, Native):
+                flush()
+                messages.append(block.source)
+    flush()
+    return messages
 
 
 def adapt_chat_content(message: Json, model: Model, path: str) -> list[Json]:
@@ -7953,24 +8010,15 @@ def adapt_chat_content(message: Json, model: Model, path: str) -> list[Json]:
         is_string = role == "tool" or (role == "assistant" and not is_openai(model))
         content = message["content"] = text_of(parts) if is_string else parts
     if not (content.strip() if isinstance(content, str) else content):
-        if message.get("tool_calls"):
+        if role == "tool":
+            message["content"] = NO_OUTPUT
+        elif role == "user":
+            message["content"] = "(empty message)"
+        elif message.get("tool_calls"):
             message["content"] = None
-        elif role == "assistant":
-            message.pop("content", None)
         else:
-            message["content"] = "(no output)" if role == "tool" else "(empty message)"
+            message.pop("content", None)
     return tool_images
-
-
-def adapt_chat_call(path: str, call: Json) -> Json:
-    """A call in the history, with its type and with arguments that are valid JSON text."""
-    function = function_of(call, path)
-    name = wire_name(need_str(function, "name", f"{path}.function"))
-    arguments = function.get("arguments", function.get("input"))
-    text = arguments if isinstance(arguments, str) else dump_text(arguments or {})
-    function = {"name": name, "arguments": complete_arguments(text)}
-    adapted = {"id": str_field(call, "id", path), "index": call.get("index"), "type": "function"}
-    return without_nulls({**adapted, "function": function})
 
 
 def set_chat_cache_breakpoints(messages: list[Json], is_multi_turn: bool) -> None:
@@ -8126,11 +8174,12 @@ def adapt_items(draft: BodyDraft) -> None:
     """Items without the ids that Copilot issues and then refuses, each call with its output."""
     if not isinstance(draft.body["input"], list):
         return
-    adapted = [
-        adapt_item(without_nulls(item), f"input.{index}", draft.dropped)
-        for index, item in enumerate(draft.body["input"])
-    ]
-    items = normalize_items([item for item in adapted if item])
+    turns = []
+    for index, item in enumerate(draft.body["input"]):
+        adapted = adapt_item(without_nulls(item), f"input.{index}", draft.dropped)
+        if adapted:
+            turns.append(read_native_item(adapted))
+    items = write_native_items(normalize_turns(turns, MAX_NATIVE_ID_LENGTH))
     if not items:
         raise InvalidRequest("input: the conversation says nothing.", param="input")
     draft.body["input"] = [
@@ -8138,6 +8187,69 @@ def adapt_items(draft: BodyDraft) -> None:
         for item, next_item in zip(items, [*items[1:], {}])  # noqa: B905 - of one length
         if item_kind(item) != "reasoning" or is_model_output(next_item)
     ]
+
+
+def read_native_item(item: Json) -> Turn:
+    """An item as it is, but for a tool's output: its text, and other parts, which move."""
+    kind = item_kind(item)
+    if kind in CALL_ITEMS:
+        arguments = item.get("arguments", item.get("input"))
+        text = arguments if isinstance(arguments, str) else dump_text(item)
+        return Turn("assistant", [ToolCall(item["call_id"], get_text(item, "name"), text, item)])
+    if not kind.endswith("_output"):
+        role = "assistant" if kind == "reasoning" else get_text(item, "role")
+        return Turn(role if role in ("user", "assistant") else "system", [Native(item)])
+    output = item.get("output")
+    text = dump_text(output) if isinstance(output, dict) else text_of(output)
+    blocks: list[Block] = [Text(text)] if text.strip() else []
+    for part in get_dicts(item, "output"):
+        if part.get("type") not in ("input_text", "output_text"):
+            is_image = part.get("type") == "input_image"
+            detail = {"detail": part.get("detail") or "auto"} if is_image else {}
+            blocks.append(Native({**part, **detail}))
+    return Turn("user", [ToolResult(item["call_id"], blocks, source=item)])
+
+
+def write_native_items(turns: list[Turn]) -> list[Json]:
+    """The reverse of `read_native_item`: a run of calls, their outputs, a message with images."""
+    items: list[Json] = []
+    results = {b.id: b for turn in turns for b in turn.blocks if isinstance(b, ToolResult)}
+    calls: list[ToolCall] = []  # without their outputs so far
+    parts: list[Json] = []  # of a user message
+
+    def flush() -> None:
+        items.extend(write_native_output(call, results[call.id], parts) for call in calls)
+        calls.clear()
+        if parts:
+            items.append({"type": "message", "role": "user", "content": [*parts]})
+            parts.clear()
+
+    for turn in turns:
+        flush()
+        for block in turn.blocks:
+            source = getattr(block, "source", None) or {}
+            if isinstance(block, ToolCall):
+                items.append({**source, "call_id": block.id})
+                calls.append(block)
+            elif isinstance(block, (Text, Native)) and "role" not in source and turn.role == "user":
+                parts.append(source or {"type": "input_text", "text": join_texts([block])})
+            elif isinstance(block, Native):
+                if item_kind(source) != "reasoning":
+                    flush()
+                items.append(source)
+    flush()
+    return items
+
+
+def write_native_output(call: ToolCall, result: ToolResult, parts: list[Json]) -> Json:
+    """A call's output as text; its images, which an output may not hold, are added to `parts`."""
+    images = [inner.source for inner in result.blocks if isinstance(inner, Native)]
+    if images:
+        parts += [{"type": "input_text", "text": f"From tool call {call.id}:"}, *images]
+    text = join_texts(result.blocks) or ("[in the next message]" if images else NO_OUTPUT)
+    is_custom = item_kind(call.source or {}) == "custom_tool_call"
+    kind = "custom_tool_call_output" if is_custom else "function_call_output"
+    return {"type": kind, "call_id": call.id, "output": text}
 
 
 def adapt_item(item: Json, path: str, dropped: list[str]) -> Json | None:
@@ -8151,7 +8263,7 @@ def adapt_item(item: Json, path: str, dropped: list[str]) -> Json | None:
         return {"type": "message", "role": "assistant", "content": f"[{kind}: {summary}]"}
     item.pop("id", None)
     if kind in CALL_ITEMS or kind.endswith("_output"):
-        item["call_id"] = wire_id(need_str(item, "call_id", path))
+        need_str(item, "call_id", path)
     if kind in ("function_call", "custom_tool_call"):
         item["name"] = wire_name(need_str(item, "name", path))
     if isinstance(item.get("namespace"), str):
@@ -8196,78 +8308,6 @@ def is_model_output(item: Json) -> bool:
     """Whether an item may follow reasoning: it is part of the same model turn."""
     kind = item_kind(item)
     return kind in (*CALL_ITEMS, "reasoning") or item.get("role") == "assistant"
-
-
-def normalize_items(items: list[Json]) -> list[Json]:
-    """Puts the outputs of consecutive calls directly after them, as text, then their images.
-
-    A missing output is filled in, and reused call ids are made distinct.
-    """
-    outputs: defaultdict[str, deque[Json]] = defaultdict(deque)
-    calls: Counter[str] = Counter()
-    for item in items:
-        if item_kind(item).endswith("_output"):
-            outputs[item["call_id"]].append(item)
-        elif item_kind(item) in CALL_ITEMS:
-            calls[item["call_id"]] += 1
-    calls_left, call_ids = calls.copy(), CallIds()
-    normalized: list[Json] = []
-    pending: list[Json] = []  # outputs of the calls since the last other item
-    images: list[Json] = []
-    for item in [*items, {}]:
-        kind = item_kind(item)
-        if kind not in (*CALL_ITEMS, "reasoning"):
-            normalized += pending
-            normalized += [{"type": "message", "role": "user", "content": images}] if images else []
-            pending, images = [], []
-        if kind in CALL_ITEMS:
-            call_id = item["call_id"]
-            calls_left[call_id] -= 1
-            queue = outputs[call_id]
-            # The last call with an id gets all that is left.
-            count = min(1, len(queue)) if calls_left[call_id] else len(queue)
-            call = {**item, "call_id": call_ids.add(call_id)}
-            output, output_images = join_outputs(call, [queue.popleft() for _ in range(count)])
-            normalized.append(call)
-            pending.append(output)
-            images += output_images
-        elif kind.endswith("_output"):
-            if not calls[item["call_id"]]:
-                heading = f"[tool output for unknown call {item['call_id']}]"
-                text = f"{heading}\n{text_of(item.get('output'))}".strip()
-                parts = [{"type": "input_text", "text": text}, *visible_parts(item)]
-                normalized.append({"type": "message", "role": "user", "content": parts})
-        elif item:
-            normalized.append(item)
-    return normalized
-
-
-def visible_parts(item: Json) -> list[Json]:
-    """The parts of an output that are not text."""
-    output = item.get("output")
-    parts = []
-    for part in output if isinstance(output, list) else ():
-        if isinstance(part, dict) and part.get("type") not in ("input_text", "output_text"):
-            is_image = part.get("type") == "input_image"
-            parts.append({**part, "detail": part.get("detail") or "auto"} if is_image else {**part})
-    return parts
-
-
-def join_outputs(call: Json, outputs: list[Json]) -> tuple[Json, list[Json]]:
-    """(a call's output item, message parts with its images)"""
-    call_id = call["call_id"]
-    texts, images = [], []
-    for item in outputs:
-        output = item.get("output")
-        texts.append(dump_text(output) if isinstance(output, dict) else text_of(output))
-        images += visible_parts(item)
-    if images:
-        images = [{"type": "input_text", "text": f"From tool call {call_id}:"}, *images]
-    notice = "[in the next message]" if images else "(no output)" if outputs else INTERRUPTED
-    text = "\n\n".join(filter(str.strip, texts)) or notice
-    is_custom = item_kind(call) == "custom_tool_call"
-    kind = "custom_tool_call_output" if is_custom else "function_call_output"
-    return {"type": kind, "call_id": call_id, "output": text}, images
 
 
 def adapt_responses_tools(draft: BodyDraft) -> None:
@@ -8436,7 +8476,7 @@ class ReasoningMemory:
         self.entries: dict[str, tuple[str, str]] = {}  #: call id -> (text, signature)
 
     def store(self, call_ids: Iterable[str], text: str, signature: str) -> None:
-        for call_id in call_ids:
+        for call_id in map(wire_id, call_ids):
             self.entries.pop(call_id, None)
             self.entries[call_id] = (text, signature)
         while len(self.entries) > self.limit:
@@ -8449,7 +8489,7 @@ class ReasoningMemory:
         items: list[Json] = []
         has_reasoning = False  # reasoning, in the current model turn
         for item in body["input"]:
-            entry = self.entries.get(str(item.get("call_id")))
+            entry = self.entries.get(wire_id(str(item.get("call_id"))))
             if entry and not has_reasoning and item_kind(item) == "function_call":
                 reasoning = write_reasoning_item(*entry)
                 items += [reasoning] if reasoning else []
@@ -8462,7 +8502,7 @@ class ReasoningMemory:
     def attach(self, body: Json) -> None:
         """Puts signatures back into the assistant messages of a chat body that lack them."""
         for message in body["messages"]:
-            call_ids = [call.get("id") for call in message.get("tool_calls") or ()]
+            call_ids = [wire_id(str(call.get("id"))) for call in message.get("tool_calls") or ()]
             entries = [self.entries[call_id] for call_id in call_ids if call_id in self.entries]
             text, signature = entries[-1] if entries else ("", RESPONSES_ENVELOPE)
             if not message.get("reasoning_opaque") and not signature.startswith(RESPONSES_ENVELOPE):
