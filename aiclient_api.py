@@ -2514,6 +2514,12 @@ INTERRUPTED = "[no result: call interrupted]"
 NO_OUTPUT = "(no output)"  # of a tool: vendors refuse an empty result
 
 
+def output_text(text: str, is_error: bool) -> str:
+    """A tool's output, for dialects without a field for errors."""
+    text = text if text.strip() else NO_OUTPUT
+    return f"Error: {text}" if is_error and not text.startswith("Error") else text
+
+
 def is_blank(block: Block) -> bool:
     """Whether a block has no content: vendors reject blank text."""
     if isinstance(block, (Text, Refusal)):
@@ -2678,7 +2684,7 @@ def wire_names(names: Iterable[str]) -> dict[str, str]:
 
 def parse_arguments(text: str) -> Json:
     """A call's arguments as an object; text that is none becomes the value of `_raw`."""
-    if not text.strip():
+    if text.strip() in ("", "null"):
         return {}
     value = load_object(text)
     return {"_raw": text} if value is None else value
@@ -3031,7 +3037,6 @@ class Dialect(UpstreamDialect, Protocol):
 
     def request_info(self, body: Json) -> RequestInfo: ...
     def read_request(self, body: Json) -> Conversation: ...
-    def has_image(self, body: Json) -> bool: ...
     def writer(self, context: ResponseContext) -> Writer: ...
     def relay(self, context: ResponseContext) -> Relay: ...
     def aggregate(self, frames: list[Json]) -> Json: ...
@@ -3102,6 +3107,44 @@ def opening_text(system: Any, messages: list[Json]) -> str:
     """System prompt and first user message: the same in every request of one conversation."""
     users = (message for message in messages if message.get("role") == "user")
     return text_of(system) + "\0" + text_of(next(users, {}).get("content"))
+
+
+def has_content(content: Any) -> bool:
+    """Whether anything is left of a message when blank texts are dropped."""
+    if not isinstance(content, list):
+        return bool(text_of(content).strip())
+    return any(not isinstance(p, dict) or str(p.get("text", "-")).strip() for p in content)
+
+
+def read_initiator(entries: list[Json]) -> str:
+    """`user` if a person wrote the last message or item that goes up, otherwise `agent`.
+
+    What a developer or a coding agent adds to a tool's result is no person's.
+    """
+    for entry in reversed(entries):
+        role, content = entry.get("role"), entry.get("content")
+        if role in ("system", "developer") or (role == "user" and not has_content(content)):
+            continue
+        if role != "user":
+            return "agent"
+        kinds = [get_text(part, "type") for part in get_dicts(entry, "content")]
+        texts = [get_text(part, "text") for part in get_dicts(entry, "content")]
+        is_result = "tool_result" in kinds and all(map(is_reminder, filter(str.strip, texts)))
+        return "agent" if is_result else "user"
+    return "user"
+
+
+IMAGE_PARTS = ("image", "image_url", "input_image", "computer_screenshot")
+
+
+def has_image(value: Any) -> bool:
+    """Whether messages, items or parts hold an image, at any depth and in any vendor's shape."""
+    if isinstance(value, list):
+        return any(map(has_image, value))
+    if not isinstance(value, dict):
+        return False
+    nested = (value.get(key) for key in ("content", "output", "source"))
+    return value.get("type") in IMAGE_PARTS or any(map(has_image, nested))
 
 
 CHOICE_MODES = ("auto", "none", "required")  # OpenAI's string forms, in both of its dialects
@@ -4026,9 +4069,7 @@ def write_chat_result(result: ToolResult, model: Model, user_parts: list[Json]) 
         user_parts.append({"type": "text", "text": f"{label} from tool call {call_id}:"})
         user_parts.extend(attachments)
         text = text or f"[{label.lower()} in next message]"
-    if result.is_error and not text.startswith("Error"):
-        text = f"Error: {text}"
-    return {"role": "tool", "tool_call_id": call_id, "content": text or NO_OUTPUT}
+    return {"role": "tool", "tool_call_id": call_id, "content": output_text(text, result.is_error)}
 
 
 @dataclass(slots=True)
@@ -4375,7 +4416,6 @@ class ChatDialect(Dialect):
 
     def request_info(self, body: Json) -> RequestInfo:
         messages = message_list(body)
-        last_role = messages[-1].get("role")
         session = body.get("prompt_cache_key") or body.get("user")
         systems = (item.get("content") for item in messages if item.get("role") == "system")
         options = dict_field(body, "stream_options")
@@ -4383,14 +4423,10 @@ class ChatDialect(Dialect):
             model=need_str(body, "model"),
             stream=flag_field(body, "stream"),
             include_usage=bool_field(options, "include_usage", "stream_options") or False,
-            initiator="agent" if last_role in ("tool", "function", "assistant") else "user",
+            initiator=read_initiator(messages),
             session=session if isinstance(session, str) else "",
             opening=opening_text(next(systems, ""), messages),
         )
-
-    def has_image(self, body: Json) -> bool:
-        parts = (part for message in body["messages"] for part in get_dicts(message, "content"))
-        return any(part.get("type") == "image_url" for part in parts)
 
     def aggregate(self, frames: list[Json]) -> Json:
         response: Json = {"id": "", "object": "chat.completion", "created": 0, "model": ""}
@@ -4675,7 +4711,9 @@ def write_messages_block(block: Block, chat: Conversation) -> Json | None:
         if content:
             is_text = len(content) == 1 and content[0]["type"] == "text"
             result["content"] = content[0]["text"] if is_text else content
-        return {**result, "is_error": True} if block.is_error else result
+        if block.is_error:
+            result = {"content": NO_OUTPUT, **result, "is_error": True}
+        return result
     if not isinstance(block, Thinking):
         return None
     if block.redacted and not block.redacted.startswith(FOREIGN_SIGNATURES):
@@ -4997,28 +5035,6 @@ def aggregate_messages(frames: list[Json]) -> Json:
     return message
 
 
-def messages_initiator(messages: list[Json]) -> str:
-    """`user` if a person wrote in the last turn; `agent` for tool results and prefills."""
-    last_message = next((m for m in reversed(messages) if m.get("role") != "system"), messages[-1])
-    if last_message.get("role") == "assistant":
-        return "agent"
-    parts = get_dicts(last_message, "content")
-    texts = [get_text(part, "text") for part in parts if part.get("type") == "text"]
-    has_result = any(part.get("type") == "tool_result" for part in parts)
-    return "agent" if has_result and all(map(is_reminder, texts)) else "user"
-
-
-def has_image(content: Any) -> bool:
-    """Whether messages, items or parts hold an image, at any depth."""
-    return isinstance(content, list) and any(
-        part.get("type") in ("image", "input_image")
-        or has_image(part.get("content"))
-        or has_image(part.get("output"))
-        for part in content
-        if isinstance(part, dict)
-    )
-
-
 class MessagesDialect(Dialect):
     name = "messages"
     id_prefix = "msg_"
@@ -5035,13 +5051,10 @@ class MessagesDialect(Dialect):
             model=need_str(body, "model"),
             stream=flag_field(body, "stream"),
             include_usage=True,
-            initiator=messages_initiator(messages),
+            initiator=read_initiator(messages),
             session=read_messages_session(body),
             opening=opening_text(without_billing_header(body.get("system")), messages),
         )
-
-    def has_image(self, body: Json) -> bool:
-        return has_image(body["messages"])
 
     def expand(self, response: Json) -> list[Json]:
         """Text and tool input come as deltas: clients do not read them from the first frame."""
@@ -5530,9 +5543,7 @@ def write_output_item(result: ToolResult, next_parts: list[Json]) -> Json:
     if media:
         next_parts += [{"type": "input_text", "text": f"From tool call {call_id}:"}, *media]
         text = text or "[in the next message]"
-    if result.is_error and not text.startswith("Error"):
-        text = f"Error: {text}"
-    output = text if text.strip() else NO_OUTPUT
+    output = output_text(text, result.is_error)
     return {"type": "function_call_output", "call_id": call_id, "output": output}
 
 
@@ -6069,23 +6080,19 @@ class ResponsesDialect(Dialect):
         refuse_state(body)
         items = input_items(body)
         session = body.get("prompt_cache_key") or body.get("user")
-        turns = [item for item in items if item.get("role") not in ("system", "developer")]
         prompts = (item for item in items if item.get("role") in ("system", "developer"))
         system = body.get("instructions") or next(prompts, {}).get("content")
         return RequestInfo(
             model=need_str(body, "model"),
             stream=flag_field(body, "stream"),
             include_usage=True,
-            initiator="user" if turns and turns[-1].get("role") == "user" else "agent",
+            initiator=read_initiator(items),
             session=session if isinstance(session, str) else "",
             opening=opening_text(system, items),
         )
 
     def read_request(self, body: Json) -> Conversation:
         return ResponsesRequestReader(body).read()
-
-    def has_image(self, body: Json) -> bool:
-        return has_image(body["input"])
 
     def aggregate(self, frames: list[Json]) -> Json:
         response: Json = frames[-1]["response"]
@@ -7559,6 +7566,12 @@ def read_native_parts(content: Any, path: str) -> Iterator[tuple[str, Json, str]
         yield part_path, part, need_str(need_dict(part, part_path), "type", part_path)
 
 
+# Of OpenAI's dialects; some clients send them to Anthropic's endpoint.
+OPENAI_PARTS = (
+    "image_url", "input_image", "file", "input_file", "input_text", "output_text", "refusal",
+)  # fmt: skip
+
+
 def read_native_content(content: Any, path: str) -> list[Block]:
     """A message's content as blocks, without the parts that Copilot refuses.
 
@@ -7589,6 +7602,9 @@ def read_native_content(content: Any, path: str) -> list[Block]:
             kind == "document" and get_dict(part, "source").get("type") in ("text", "content")
         ):
             blocks += filter(None, map(native_text, PART_READERS[kind](part, part_path)))
+        elif kind in OPENAI_PARTS:
+            written = write_messages_blocks(PART_READERS[kind](part, part_path), Conversation())
+            blocks += map(Native, written)
         elif kind not in THINKING_PARTS or is_native_signature(part.get(THINKING_PARTS[kind])):
             blocks.append(Native(part))
     return blocks
@@ -7935,9 +7951,8 @@ def read_native_message(message: Json, path: str, model: Model) -> Turn:
     if role == "tool":
         call_id = str_field(message, "tool_call_id", path) or ""
         blocks: list[Block] = [ToolResult(call_id, [Text(adapted["content"])], source=adapted)]
-        return Turn(
-            "user", blocks + ([Native({"role": "user", "content": images})] if images else [])
-        )
+        blocks += [Native({"role": "user", "content": images})] if images else []
+        return Turn("user", blocks)
     adapted.pop("tool_calls", None)
     rows = dict_items(message, "tool_calls", path) if role == "assistant" else ()
     calls = [read_native_call(*row) for row in rows]
@@ -8012,8 +8027,6 @@ def adapt_chat_content(message: Json, model: Model, path: str) -> list[Json]:
     if not (content.strip() if isinstance(content, str) else content):
         if role == "tool":
             message["content"] = NO_OUTPUT
-        elif role == "user":
-            message["content"] = "(empty message)"
         elif message.get("tool_calls"):
             message["content"] = None
         else:
@@ -8284,6 +8297,9 @@ def adapt_item(item: Json, path: str, dropped: list[str]) -> Json | None:
     return None if kind == "additional_tools" else item
 
 
+RESPONSES_PARTS = ("input_text", "output_text", "refusal", "input_image", "input_file")
+
+
 def adapt_message(item: Json, path: str) -> Json | None:
     """Drops empty text and fills in the detail of images; None if nothing is left."""
     content = item.get("content")
@@ -8291,10 +8307,17 @@ def adapt_message(item: Json, path: str) -> Json | None:
         return item if content.strip() else None
     if content is not None and not isinstance(content, list):
         raise wrong_type(path, "a string or a list of parts")
-    parts = []
-    for part in content or ():
+    parts: list[Json] = []
+    for index, part in enumerate(content or ()):
         if isinstance(part, dict):
             part = without_nulls(part)
+            reader = None if part.get("type") in RESPONSES_PARTS else part_reader(part)
+            if reader or isinstance(part.get("image_url"), dict):  # chat's or Anthropic's
+                for block in (reader or read_image_url_part)(part, f"{path}.{index}"):
+                    is_output = isinstance(block, Text) and item.get("role") == "assistant"
+                    output = {"type": "output_text", "text": join_texts([block])}
+                    parts += [output] if is_output else write_input_parts(block)
+                continue
             if part.get("type") == "input_image" and part.get("detail") not in ("low", "high"):
                 part["detail"] = "auto"
             text = part.get("text", part.get("refusal"))
@@ -8528,6 +8551,18 @@ class Call:
     sent: Json | None = None  #: the body last sent, if the provider's rules made one of their own
 
 
+CHAT_PARTS = ("text", "image_url", "refusal")
+FILE_PARTS = {"file", "document", "input_file"}
+
+
+def foreign_parts(body: Json, dialect: str) -> set[str]:
+    """The types of the parts of a chat body that no chat upstream knows."""
+    if dialect != "chat":
+        return set()
+    kinds = {str(part.get("type")) for part in parts_of(message_list(body))}
+    return kinds.difference(CHAT_PARTS)
+
+
 def read_conversation(
     body: Json,
     client_dialect: Dialect,
@@ -8537,7 +8572,9 @@ def read_conversation(
     """The request in the form of all dialects; None if it is sent in the client's own."""
     has_functions = "functions" in body and "tools" not in body
     context.legacy_functions = client_dialect is CHAT and has_functions
-    context.rewritten = client_dialect is RESPONSES and searches_tools(body)
+    context.rewritten = bool(foreign_parts(body, client_dialect.name)) or (
+        client_dialect is RESPONSES and searches_tools(body)
+    )
     if upstream_dialect is client_dialect and not (context.legacy_functions or context.rewritten):
         return None
     return client_dialect.read_request(body)
@@ -13997,7 +14034,7 @@ class CopilotAttempt(Attempt[CopilotToken]):
         headers["Accept"] = "text/event-stream" if body["stream"] else "application/json"
         headers["X-Interaction-Id"] = self.interaction
         headers["X-Initiator"] = call.request_info.initiator if self.count == 1 else "agent"
-        if DIALECTS[call.dialect].has_image(body):
+        if has_image(body.get("messages", body.get("input"))):
             headers["Copilot-Vision-Request"] = "true"
         if call.dialect == "messages":
             headers["anthropic-version"] = "2023-06-01"
@@ -16686,9 +16723,12 @@ class Gateway:
         return provider, model
 
     @staticmethod
-    def choose_dialect(model: Model, client_dialect: Dialect) -> UpstreamDialect:
+    def choose_dialect(model: Model, client_dialect: Dialect, body: Json) -> UpstreamDialect:
         """The client's own dialect if the model speaks it, otherwise the least lossy one."""
-        for name in DIALECT_ORDER[client_dialect.name]:
+        order = DIALECT_ORDER[client_dialect.name]
+        if not model.files and FILE_PARTS & foreign_parts(body, client_dialect.name):
+            order = (*order[1:], "chat")
+        for name in order:
             if name in model.dialects:
                 return UPSTREAM_DIALECTS[name]
         raise WrongDialect(
@@ -16740,7 +16780,7 @@ class Gateway:
         hold_s: float,
     ) -> Response:
         """One attempt with one model; the status is held back for up to `hold_s`."""
-        upstream_dialect = self.choose_dialect(model, client_dialect)
+        upstream_dialect = self.choose_dialect(model, client_dialect, body)
         response_dialect = self.dialect_of(request)
 
         def window(model_id: str) -> int:

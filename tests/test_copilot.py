@@ -1665,3 +1665,89 @@ def test_marks_of_the_caller_and_of_others_models_stay_as_they_are(pair: Pair) -
     native = {"model": SONNET, "max_tokens": 50, "system": "Be brief.", "messages": turns}
     assert pair.post(MESSAGES, native).status == 200
     assert b"cache_control" not in dump(pair.fake.calls[-1].body)
+
+
+# ---- what a chat client sends in other vendors' shapes -------------------------------------------
+
+PDF = "data:application/pdf;base64,JVBERi0xLjQK"
+TEXT_FILE = "data:text/plain;base64,VEhFIFdPUkRT"
+IMAGE_URL = f"data:image/png;base64,{PNG}"
+FILES: dict[str, Json] = {
+    "file": {"type": "file", "file": {"filename": "a.pdf", "file_data": PDF}},
+    "input_file": {"type": "input_file", "filename": "a.pdf", "file_data": PDF},
+    "document": {
+        "type": "document",
+        "source": {"type": "base64", "media_type": "application/pdf", "data": PDF[28:]},
+    },
+}
+TEXT_FILES: dict[str, Json] = {
+    "file": {"type": "file", "file": {"filename": "a.txt", "file_data": TEXT_FILE}},
+    "document": {"type": "document", "source": {"type": "text", "data": "THE WORDS"}},
+}
+IMAGES: dict[str, Json] = {
+    "image_url": {"type": "image_url", "image_url": {"url": IMAGE_URL}},
+    "input_image": {"type": "input_image", "image_url": IMAGE_URL},
+    "image": {
+        "type": "image",
+        "source": {"type": "base64", "media_type": "image/png", "data": PNG},
+    },
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_pdf_of_a_chat_client_goes_where_it_is_taken(pair: Pair, name: str) -> None:
+    reply = pair.ask(CHAT, [{"type": "text", "text": "read"}, FILES[name]], SONNET)
+    assert reply.status == 200, reply
+    call = pair.fake.calls[-1]
+    assert call.path == MESSAGES
+    assert [part["type"] for part in call.body["messages"][-1]["content"]] == ["text", "document"]
+
+
+@pytest.mark.parametrize("model", [GPT, SONNET, GEMINI])
+@pytest.mark.parametrize("name", TEXT_FILES)
+def test_a_text_file_of_a_chat_client_becomes_text(pair: Pair, name: str, model: str) -> None:
+    reply = pair.ask(CHAT, [{"type": "text", "text": "read"}, TEXT_FILES[name]], model)
+    assert reply.status == 200, reply
+    assert "THE WORDS" in json.dumps(pair.fake.calls[-1].body)
+
+
+@pytest.mark.parametrize("model", [GPT, SONNET])
+@pytest.mark.parametrize("name", IMAGES)
+@BOTH
+def test_an_image_in_any_shape_is_announced(pair: Pair, path: str, name: str, model: str) -> None:
+    reply = pair.ask(path, [{"type": "text", "text": "look"}, IMAGES[name]], model)
+    assert reply.status == 200, reply
+    assert pair.fake.calls[-1].headers["copilot-vision-request"] == "true"
+
+
+@pytest.mark.parametrize("model", [GPT, SONNET])
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "input_audio", "input_audio": {"data": "AA==", "format": "wav"}},
+        {"type": "video_url", "video_url": {"url": "https://example.com/a.mp4"}},
+        {"type": "container_upload", "file_id": "f"},
+        {"type": "file", "file": {"file_id": "file-1"}},
+    ],
+    ids=lambda part: part["type"],
+)
+def test_a_part_that_nobody_takes_is_named(pair: Pair, part: Json, model: str) -> None:
+    reply = pair.ask(CHAT, [{"type": "text", "text": "hear"}, part], model)
+    assert reply.status == 400, reply
+    assert reply.json()["error"]["param"].startswith("messages.0.content.1")
+    assert not pair.fake.calls
+
+
+def test_tool_blocks_of_anthropic_in_a_chat_conversation_are_calls(pair: Pair) -> None:
+    call = {"type": "tool_use", "id": "t1", "name": "look", "input": {"path": "a"}}
+    result = {"type": "tool_result", "tool_use_id": "t1", "content": "RESULT"}
+    rows = [
+        {"role": "user", "content": "look"},
+        {"role": "assistant", "content": [call]},
+        {"role": "user", "content": [result, {"type": "text", "text": "and?"}]},
+    ]
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+    assert pair.post(CHAT, {"model": GPT, "messages": rows, "tools": [tool]}).status == 200
+    sent = pair.fake.calls[-1].body["messages"]
+    assert [message["role"] for message in sent] == ["user", "assistant", "tool", "user"]
+    assert (sent[1]["tool_calls"][0]["id"], sent[2]["content"]) == ("t1", "RESULT")

@@ -33,6 +33,7 @@ from aiclient_api import (
     adapt_schema,
     classify_copilot_error,
     dump_json,
+    has_image,
     sanitize_body,
 )
 
@@ -934,6 +935,8 @@ def test_eager_input_streaming_is_never_sent() -> None:
             ],
             "agent",
         ),
+        ([user("a"), assistant([use("t")]), user([result("t", "r"), text(" ")])], "agent"),
+        ([user("a"), assistant([use("t")]), user([result("t", "r")]), user([text("")])], "agent"),
         ([user("a"), {"role": "system", "content": "s"}], "user"),
         ([user("a"), assistant("b")], "agent"),
     ],
@@ -952,6 +955,9 @@ def test_who_spoke_last_in_chat(last: str, initiator: str) -> None:
     assert (
         CHAT.request_info(c_body(user("a"), {"role": last, "content": "x"})).initiator == initiator
     )
+    blank = user([text("")])  # does not go up
+    rows = [user("a"), {"role": last, "content": "x"}, blank]
+    assert CHAT.request_info(c_body(*rows)).initiator == initiator
 
 
 @pytest.mark.parametrize(
@@ -1055,7 +1061,7 @@ def test_no_strange_value_in_a_body_is_more_than_a_400(dialect: str, body: Json)
                     DIALECTS[dialect].request_info(copy.deepcopy(changed))
                 else:
                     DIALECTS[dialect].request_info(copy.deepcopy(changed))
-                    DIALECTS[dialect].has_image(copy.deepcopy(changed))
+                    has_image(copy.deepcopy([*changed.values()]))
             except ApiError:
                 pass
             except Exception as error:  # noqa: BLE001 - each kind is told with its path

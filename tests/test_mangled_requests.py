@@ -548,7 +548,7 @@ def send(spoken: str, call: gw.Call, body: Json) -> None:
         return
     lessons = {"thinking": ["enabled"], "system": ["turns"]} if body.get("stream") else {}
     scrub = gw.sanitize_body(spoken, call.body, model, lessons, True)
-    gw.DIALECTS[spoken].has_image(scrub.body)
+    gw.has_image([scrub.body.get("messages"), scrub.body.get("input")])
     gw.messages_betas(scrub.body, "", set(), model)
     if spoken == "chat":
         memory.attach(scrub.body)

@@ -2207,3 +2207,24 @@ def test_a_stream_that_breaks_off_is_counted_as_an_error(trio: Trio, model: str)
     now = trio.usage()
     assert now["error_count"] - before["error_count"] == 1
     assert now["request_count"] - before["request_count"] == 1
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}},
+        {"type": "input_image", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}},
+        {
+            "type": "image",
+            "source": {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="},
+        },
+        {"type": "text", "text": "words"},
+    ],
+    ids=["chat", "a mixture", "messages", "text"],
+)
+@NATIVE_OR_NOT
+def test_parts_in_other_vendors_shapes_are_understood(trio: Trio, model: str, part: Json) -> None:
+    """Some clients keep one history for all endpoints."""
+    rows = [user("look"), {"role": "assistant", "content": [{"type": "text", "text": "yes"}]}]
+    rows.append({"role": "user", "content": [{"type": "input_text", "text": "this"}, part]})
+    assert hear(trio.post(RESPONSES, {"model": model, "input": rows})).text

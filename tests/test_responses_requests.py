@@ -2597,8 +2597,9 @@ def test_a_name_finds_a_model_and_may_ask_for_an_effort(
         ([user(), call("c1"), output("c1")], "agent"),
         ([user(), developer("D")], "user"),
         ([user(), call("c1"), output("c1"), developer("D")], "agent"),
-        ([developer("D")], "agent"),
+        ([developer("D")], "user"),
         ([user(), said("T")], "agent"),
+        ([user(), call("c1"), output("c1"), user(" ")], "agent"),
     ],
 )
 def test_who_spoke_last(items: list[Json], initiator: str) -> None:
@@ -2618,7 +2619,7 @@ def test_who_spoke_last(items: list[Json], initiator: str) -> None:
 )
 def test_an_image_is_seen_wherever_it_stands(body: Json, has_image: bool) -> None:
     """It takes a header of its own."""
-    assert RESPONSES.has_image(body) is has_image
+    assert gw.has_image(body["input"]) is has_image
 
 
 @pytest.mark.parametrize(

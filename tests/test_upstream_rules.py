@@ -1659,3 +1659,112 @@ def test_a_refusal_of_copilot_shows_github_s_page_and_no_other() -> None:
 def test_a_rate_limited_exchange_says_when_to_come_back() -> None:
     verdict = gw.classify_exchange_error(403, gw.Headers({"retry-after": "90"}), LIMITED, NOW)
     assert verdict.wait_s == verdict.error.retry_after == 90
+
+
+# ---- chat relayed to chat: ids, calls and results in order --------------------------------------
+
+CHAT_MODELS = ("gpt-4.1", GPT5, HAIKU)  # Gemini demands a signature besides
+
+
+def paired(sent: Json) -> list[tuple[str, str]]:
+    """(call id, its output) of a chat body, in order; asserts what every vendor demands."""
+    rows, pairs = sent["messages"], []
+    for index, message in enumerate(rows):
+        calls = message.get("tool_calls") or []
+        outputs = rows[index + 1 : index + 1 + len(calls)]
+        assert [c["id"] for c in calls] == [o.get("tool_call_id") for o in outputs]
+        pairs += [(output["tool_call_id"], output["content"]) for output in outputs]
+    assert len({call_id for call_id, _ in pairs}) == len(pairs)
+    assert sum(message["role"] == "tool" for message in rows) == len(pairs)
+    return pairs
+
+
+@pytest.mark.parametrize("model", CHAT_MODELS)
+@pytest.mark.parametrize("call", ["functions.f:0", "a" * 41, "call:1", "\u2603", "x.y", "t" * 90])
+def test_ids_of_relayed_calls_are_those_that_copilot_takes(model: str, call: str) -> None:
+    rows = [user("q"), call_message(call, "c2"), tool_message(call, "1"), tool_message("c2", "2")]
+    pairs = paired(chat(model, messages=rows, tools=[function()]))
+    assert [output for _, output in pairs] == ["1", "2"]
+    assert pairs[0][0] != call and pairs[1][0] == "c2"
+    assert pairs == paired(chat(model, messages=rows, tools=[function()]))
+
+
+ODD_CALLS: dict[str, tuple[list[Json], list[str]]] = {
+    "no result": ([call_message("a"), user("on")], [gw.INTERRUPTED]),
+    "one of two": (
+        [call_message("a", "b"), tool_message("b", "2"), user("on")],
+        [gw.INTERRUPTED, "2"],
+    ),
+    "the last message calls": ([call_message("a")], [gw.INTERRUPTED]),
+    "a user between": ([call_message("a"), user("wait"), tool_message("a", "1")], ["1"]),
+    "a system message between": (
+        [call_message("a"), {"role": "system", "content": "S"}, tool_message("a", "1")],
+        ["1"],
+    ),
+    "another order": (
+        [call_message("a", "b"), tool_message("b"), tool_message("a", "1")],
+        ["1", "done"],
+    ),
+    "used twice": (
+        [call_message("a"), tool_message("a", "1"), call_message("a"), tool_message("a", "2")],
+        ["1", "2"],
+    ),
+    "used twice, once without": (
+        [call_message("a"), user("no"), call_message("a"), tool_message("a", "2")],
+        [gw.INTERRUPTED, "2"],
+    ),
+    "two results of one call": (
+        [call_message("a"), tool_message("a", "1"), tool_message("a", "2")],
+        ["1\n\n2"],
+    ),
+    "late": (
+        [call_message("a"), call_message("b"), tool_message("b", "2"), tool_message("a", "1")],
+        ["1", "2"],
+    ),
+}
+
+
+@pytest.mark.parametrize("model", CHAT_MODELS)
+@pytest.mark.parametrize("name", ODD_CALLS)
+def test_relayed_calls_and_results_are_put_in_order(name: str, model: str) -> None:
+    rows, outputs = ODD_CALLS[name]
+    sent = chat(model, messages=[user("q"), *copy.deepcopy(rows)], tools=[function()])
+    assert [output for _, output in paired(sent)] == outputs
+    for words in [row["content"] for row in rows if row["role"] in ("user", "system")]:
+        assert words in json.dumps(sent)
+
+
+@pytest.mark.parametrize("model", CHAT_MODELS)
+def test_a_relayed_result_of_no_call_becomes_words(model: str) -> None:
+    sent = chat(model, messages=[user("q"), tool_message("gone", "42"), user("on")])
+    assert not paired(sent)
+    assert "unknown call gone" in json.dumps(sent) and "42" in json.dumps(sent)
+
+
+@pytest.mark.parametrize("model", CHAT_MODELS)
+@pytest.mark.parametrize("content", ["", " \n", [], [text(" ")]])
+@pytest.mark.parametrize("role", ["system", "developer", "user", "assistant"])
+def test_a_relayed_message_of_nothing_is_left_out(role: str, content: Any, model: str) -> None:
+    sent = chat(model, messages=[{"role": role, "content": content}, user("q")])
+    assert [message["content"] for message in sent["messages"]] == ["q"]
+
+
+@pytest.mark.parametrize("model", CHAT_MODELS)
+def test_a_conversation_in_order_goes_up_as_it_came(model: str) -> None:
+    rows = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "q", "name": "ann"},
+        call_message("a", "b", reasoning_text="hm", reasoning_opaque="GENUINE"),
+        tool_message("a", "1"),
+        tool_message("b", "2"),
+        {"role": "assistant", "content": "done"},
+        user(
+            [
+                text("and"),
+                {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PNG}"}},
+            ]
+        ),
+    ]
+    body = chat(model, messages=copy.deepcopy(rows), tools=[function()])
+    marks = ("copilot_cache_control",)
+    assert [{k: v for k, v in m.items() if k not in marks} for m in body["messages"]] == rows
