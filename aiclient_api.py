@@ -2648,16 +2648,6 @@ def is_reminder(text: str) -> bool:
     return text.lstrip().startswith("<system-reminder>")
 
 
-SCHEMA_UNIONS = ("allOf", "anyOf", "oneOf")
-
-
-def require_properties(tool: Tool) -> Json:
-    """For vendors that need top-level properties; raises UnsupportedFeature for bare unions."""
-    if not tool.schema.get("properties") and any(union in tool.schema for union in SCHEMA_UNIONS):
-        raise unsupported("tools", f"the schema of {tool.name!r} must have top-level properties.")
-    return tool.schema
-
-
 def wire_table(names: Iterable[str]) -> dict[str, str]:
     """The client's names -> unique wire names; valid names stay as they are."""
     table: dict[str, str] = {}
@@ -3432,7 +3422,7 @@ def get_dicts(obj: Json, key: str) -> list[Json]:
 def inline_refs(schema: Json, tool_count: int = MAX_TOOLS) -> Any:
     """A tool's schema with its `$ref`s replaced by the definitions that they name.
 
-    Cycles become an open object, and so does what would grow or go deep without bounds:
+    Cycles become open values, and so does what would grow or go deep without bounds:
     definitions that name one another several times, long ones that many name.  `tool_count`: how
     many schemas share what may be added.
     """
@@ -3458,11 +3448,191 @@ def inline_refs(schema: Json, tool_count: int = MAX_TOOLS) -> Any:
         if not is_reference:
             return siblings
         definition = get_dict(definitions, name)
-        if name in ancestors or not definition or bytes_left < 0 or depth > MAX_JSON_DEPTH:
+        if not definition:
             return {"type": "object", **siblings}
+        if name in ancestors or bytes_left < 0 or depth > MAX_JSON_DEPTH:
+            return {key: definition[key] for key in ("type",) if key in definition} | siblings
         return {**inline(definition, (*ancestors, name), depth + 1), **siblings}
 
     return inline(root, (), 0)
+
+
+EMPTY_SCHEMA: Json = {"type": "object", "properties": {}}
+SCHEMA_UNIONS = ("allOf", "anyOf", "oneOf")
+# Refused at the top by Claude and by GPT, so VS Code removes them (seen in 2026-11).
+CONDITIONS = ("not", "if", "then", "else", "$ref")
+MAX_ALTERNATIVES = 16  # of one property; beyond that any value is allowed
+# Keywords whose value is no schema, though it may be an object or a list.
+DATA_KEYWORDS = (
+    "const", "default", "description", "enum", "examples", "required", "title", "type",
+)  # fmt: skip
+
+
+class SchemaRules(NamedTuple):
+    """What a vendor takes of JSON Schema in the schema of a tool."""
+
+    refused: frozenset[str] = frozenset()
+    keywords: frozenset[str] = frozenset()  #: all that it knows, if that is known
+    has_references: bool = True
+    has_type_lists: bool = True  #: otherwise `nullable`
+
+
+#: vendor of the model, or dialect -> its rules; others have the first
+SCHEMA_RULES = {
+    "": SchemaRules(frozenset(("$schema", "$id"))),
+    # Gemini (seen in 2026-08)
+    "Google": SchemaRules(
+        keywords=frozenset((
+            "anyOf", "description", "enum", "format", "items", "maxItems", "maxLength", "maximum",
+            "minItems", "minLength", "minimum", "nullable", "pattern", "properties", "required",
+            "title", "type",
+        )),
+        has_references=False,
+        has_type_lists=False,
+    ),
+    # kiro-gateway and opencodex list more than others, 2026-08.
+    "kiro": SchemaRules(
+        frozenset((
+            "$anchor", "$comment", "$defs", "$dynamicAnchor", "$dynamicRef", "$id", "$ref",
+            "$schema", "$vocabulary", "additionalProperties", "contains", "contentEncoding",
+            "contentMediaType", "definitions", "dependentRequired", "dependentSchemas", "else",
+            "exclusiveMaximum", "exclusiveMinimum", "format", "if", "maxItems", "maxLength",
+            "maxProperties", "maximum", "minItems", "minLength", "minProperties", "minimum",
+            "multipleOf", "pattern", "patternProperties", "propertyNames", "then",
+            "unevaluatedItems", "unevaluatedProperties", "uniqueItems",
+        )),
+        has_references=False,
+    ),
+}  # fmt: skip
+
+
+def adapt_schema(schema: Json, vendor: str, tool_count: int = MAX_TOOLS) -> Json:
+    """A tool's schema as a vendor takes it: an object without unions at the top.
+
+    What is valid for the original is valid for the result, which may allow more.
+    """
+    rules = SCHEMA_RULES.get(vendor, SCHEMA_RULES[""])
+    if not rules.has_references or not schema.keys().isdisjoint((*SCHEMA_UNIONS, "$ref")):
+        schema = inline_refs(schema, tool_count)
+    adapted: Json = map_schema(fold_unions(schema), functools.partial(adapt_keywords, rules=rules))
+    return {**adapted, "type": "object", "properties": get_dict(adapted, "properties")}
+
+
+def fold_unions(schema: Json) -> Json:
+    """An object's schema with the unions at its top folded into `properties` and `required`."""
+    folded = {k: v for k, v in schema.items() if k not in (*SCHEMA_UNIONS, *CONDITIONS)}
+    properties, required = {**get_dict(schema, "properties")}, required_names(schema)
+    for keyword in SCHEMA_UNIONS:
+        branches = [fold_unions(branch) for branch in get_dicts(schema, keyword)]
+        alternatives: defaultdict[str, list[Json]] = defaultdict(list)
+        for branch in branches:
+            for name, value in get_dict(branch, "properties").items():
+                alternatives[name].append(value if isinstance(value, dict) else {})
+        for name, values in alternatives.items():
+            is_all = keyword == "allOf"
+            value = functools.reduce(merge_schemas, values) if is_all else any_schema(values)
+            known = properties.get(name)
+            properties[name] = merge_schemas(known, value) if isinstance(known, dict) else value
+        counts = Counter(name for branch in branches for name in required_names(branch))
+        needed = 1 if keyword == "allOf" else len(schema[keyword]) if branches else 0
+        required += [name for name in counts if counts[name] == needed or keyword == "allOf"]
+    if properties or "properties" in schema:
+        folded["properties"] = properties
+    return {**folded, "required": list(dict.fromkeys(required))} if required else folded
+
+
+def required_names(schema: Json) -> list[str]:
+    names = schema.get("required")
+    names = names if isinstance(names, list) else []
+    return list(dict.fromkeys(name for name in names if isinstance(name, str)))
+
+
+def merge_schemas(first: Json, second: Json) -> Json:
+    """What is valid for both is valid for the result."""
+    merged = {**second, **first}
+    if "properties" in first and "properties" in second:
+        shared = {**get_dict(second, "properties")}
+        for name, value in get_dict(first, "properties").items():
+            both = isinstance(value, dict) and isinstance(shared.get(name), dict)
+            shared[name] = merge_schemas(value, shared[name]) if both else value
+        merged["properties"] = shared
+        merged.pop("additionalProperties", None)
+    return merged
+
+
+def any_schema(schemas: list[Json]) -> Json:
+    """What is valid for one of them is valid for the result."""
+    kinds = {dump_json(schema.get("type")) for schema in schemas}
+    if all("const" in schema or "enum" in schema for schema in schemas):
+        rows = [s["enum"] if isinstance(s.get("enum"), list) else [s.get("const")] for s in schemas]
+        values = {dump_json(value): value for row in rows for value in row}
+        kind = {"type": schemas[0].get("type")} if len(kinds) == 1 else {}
+        return without_nulls({**kind, "enum": [*values.values()]})
+    unique: list[Json] = []
+    for schema in schemas:
+        if schema not in unique:
+            unique.append(schema)
+        if len(unique) > MAX_ALTERNATIVES:
+            return {}
+    return unique[0] if len(unique) == 1 else {"anyOf": unique}
+
+
+def map_schema(schema: Any, adapt: Callable[[Json], Json]) -> Any:
+    """`schema` with `adapt` applied to it and all schemas inside, the innermost first.
+
+    A property may have a keyword's name.  Boolean schemas become open ones.
+    """
+    if isinstance(schema, list):
+        return [map_schema(item, adapt) for item in schema]
+    if not isinstance(schema, dict):
+        return {} if isinstance(schema, bool) else schema
+    mapped: Json = {}
+    for keyword, value in schema.items():
+        if keyword in ("properties", "$defs", "definitions"):
+            named = get_dict(schema, keyword)
+            value = {name: map_schema(item, adapt) or {} for name, item in named.items()}
+        elif keyword not in DATA_KEYWORDS and isinstance(value, (dict, list)):
+            value = map_schema(value, adapt)
+        if value is not None or keyword in ("const", "default"):
+            mapped[keyword] = value
+    return adapt(mapped)
+
+
+def adapt_keywords(schema: Json, rules: SchemaRules) -> Json:
+    """One schema, whose inner ones are adapted, in the keywords that the vendor takes."""
+    if isinstance(schema.get("items"), list):  # a tuple, in older drafts
+        schema["items"] = {"anyOf": schema["items"]} if schema["items"] else {}
+    elif schema.get("type") == "array":
+        schema.setdefault("items", {})
+    names = required_names(schema)
+    if "properties" in schema or rules.keywords:
+        names = [name for name in names if name in get_dict(schema, "properties")]
+    schema.pop("required", None)
+    schema.update({"required": names} if names else {})
+    parts = get_dicts(schema, "allOf")
+    if parts and (rules.keywords or len(parts) == 1):
+        schema = functools.reduce(merge_schemas, parts, {**schema, "allOf": None})
+        del schema["allOf"]
+    if rules.keywords and "const" in schema:
+        schema.setdefault("enum", [schema["const"]])
+    if rules.keywords and "oneOf" in schema:
+        schema.setdefault("anyOf", schema["oneOf"])
+    kinds = schema.get("type")
+    if isinstance(kinds, list) and not rules.has_type_lists:
+        value_kinds = [kind for kind in kinds if kind != "null"]
+        schema["type"] = value_kinds[0] if value_kinds else "string"
+        if "null" in kinds:
+            schema["nullable"] = True
+        if len(value_kinds) > 1 or "anyOf" in schema:
+            alternatives = [{"type": kind} for kind in value_kinds]
+            schema.setdefault("anyOf", alternatives)
+            del schema["type"]
+        if isinstance(schema.get("enum"), list):
+            schema["enum"] = [value for value in schema["enum"] if value is not None]
+    if rules.keywords and schema.get("format") not in ("enum", "date-time"):
+        schema.pop("format", None)
+    allowed = rules.keywords or schema.keys() - rules.refused
+    return {keyword: value for keyword, value in schema.items() if keyword in allowed}
 
 
 def read_copilot_usage(frame: Json, usage: Usage) -> None:
@@ -3988,7 +4158,7 @@ def write_chat_request(chat: Conversation, model: Model) -> Json:
 
 def write_chat_tool(tool: Tool, chat: Conversation) -> Json:
     function: Json = {"name": chat.wire_name(tool.name), "description": tool.description or None}
-    function.update(parameters=require_properties(tool), strict=tool.strict)
+    function.update(parameters=tool.schema, strict=tool.strict)
     return {"type": "function", "function": without_nulls(function)}
 
 
@@ -4727,7 +4897,7 @@ def write_messages_tools(chat: Conversation) -> Json:
     tools = []
     for tool in chat.tools:
         description = {"description": tool.description} if tool.description else {}
-        schema = require_properties(tool)
+        schema = tool.schema
         tools.append({"name": chat.wire_name(tool.name), **description, "input_schema": schema})
     if not chat.choice and chat.parallel is not False:
         return {"tools": tools}
@@ -5551,7 +5721,7 @@ def write_responses_tool(tool: Tool, chat: Conversation) -> Json:
     entry: Json = {"type": "function", "name": chat.wire_name(tool.name)}
     if tool.description:
         entry["description"] = tool.description
-    return {**entry, "parameters": require_properties(tool), "strict": bool(tool.strict)}
+    return {**entry, "parameters": tool.schema, "strict": bool(tool.strict)}
 
 
 def write_reasoning_item(text: str, signature: str) -> Json | None:
@@ -6250,19 +6420,6 @@ KIRO_NO_TEXT = "(see the attachment)"  # a turn without text or results needs so
 KIRO_FIRST_TURN = "(the conversation goes on)"
 KIRO_GO_ON = "Continue"
 KIRO_TAG_BUDGETS = (1024, 50_000)  # (min, max) thinking tokens requested in the prompt
-EMPTY_SCHEMA: Json = {"type": "object", "properties": {}}
-# Keywords whose value is no schema, though it may be an object or a list.
-DATA_KEYWORDS = (
-    "const", "default", "description", "enum", "examples", "required", "title", "type",
-)  # fmt: skip
-# JSON Schema keywords that Kiro refuses: kiro-gateway and opencodex list more than others, 2026-08.
-KIRO_REFUSED_KEYWORDS = (
-    "additionalProperties", "contains", "contentEncoding", "contentMediaType", "definitions",
-    "dependentRequired", "dependentSchemas", "else", "exclusiveMaximum", "exclusiveMinimum",
-    "format", "if", "maxItems", "maxLength", "maxProperties", "maximum", "minItems",
-    "minLength", "minProperties", "minimum", "multipleOf", "pattern", "patternProperties",
-    "propertyNames", "then", "unevaluatedItems", "unevaluatedProperties", "uniqueItems",
-)  # fmt: skip
 # GPT hides its reasoning and sends this in its place, with a signature (opencodex, 2026-08).
 KIRO_HIDDEN_THINKING = "..."
 KIRO_DOCUMENTS = {
@@ -6400,59 +6557,8 @@ def adapt_kiro_tools(draft: KiroDraft) -> None:
             pointer = f'\n[All of it stands in the system prompt, under tool name="{name}".]'
             beginning = encoded[: KIRO_DESCRIPTION_BYTES - len(pointer)].decode("utf-8", "ignore")
             description = beginning + pointer
-        schema = adapt_kiro_schema(tool.schema, len(by_name))
+        schema = adapt_schema(tool.schema, "kiro", len(by_name))
         draft.tools.append(replace(tool, name=name, description=description, schema=schema))
-
-
-def map_schema(schema: Any, adapt: Callable[[Json], Json]) -> Any:
-    """`schema` with `adapt` applied to it and all schemas inside, the innermost first.
-
-    A property may have a keyword's name.  Boolean schemas become open ones.
-    """
-    if isinstance(schema, list):
-        return [map_schema(item, adapt) for item in schema]
-    if not isinstance(schema, dict):
-        return {} if isinstance(schema, bool) else schema
-    mapped: Json = {}
-    for keyword, value in schema.items():
-        if keyword == "properties":
-            properties = get_dict(schema, keyword)
-            value = {name: map_schema(item, adapt) for name, item in properties.items()}
-        elif keyword not in DATA_KEYWORDS and isinstance(value, (dict, list)):
-            value = map_schema(value, adapt)
-        mapped[keyword] = value
-    return adapt(mapped)
-
-
-def adapt_kiro_schema(schema: Json, tool_count: int = 1) -> Json:
-    """A tool's schema: an object whose unions at the top are folded into its properties."""
-    adapted: Json = map_schema(inline_refs(schema, tool_count), strip_kiro_keywords)
-    properties = dict(get_dict(adapted, "properties"))
-    required = list(adapted.get("required", ()))
-    for keyword in SCHEMA_UNIONS:
-        branches = adapted.pop(keyword, None)
-        for branch in branches if isinstance(branches, list) else ():
-            if not isinstance(branch, dict):
-                continue
-            for name, value in get_dict(branch, "properties").items():
-                properties.setdefault(name, value)
-            if keyword == "allOf":
-                required += branch.get("required", ())
-    adapted.update(type="object", properties=properties)
-    if required:
-        adapted["required"] = list(dict.fromkeys(required))
-    return adapted
-
-
-def strip_kiro_keywords(schema: Json) -> Json:
-    stripped = {
-        keyword: value
-        for keyword, value in schema.items()
-        if keyword not in KIRO_REFUSED_KEYWORDS and not keyword.startswith("$")
-    }
-    names = stripped.pop("required", None)
-    names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
-    return {**stripped, "required": names} if names else stripped
 
 
 def kiro_fields(model: Model) -> Json:
@@ -7695,44 +7801,6 @@ def parts_of(messages: Iterable[Json]) -> Iterator[Json]:
             yield from (part for part in content if isinstance(part, dict))
 
 
-# The JSON Schema keywords that Gemini is known to accept; property names are not keywords.
-GOOGLE_KEYWORDS = (
-    "anyOf", "description", "enum", "format", "items", "maxItems", "maxLength", "maximum",
-    "minItems", "minLength", "minimum", "nullable", "pattern", "properties", "required",
-    "title", "type",
-)  # fmt: skip
-
-
-def adapt_schema(schema: Json, google: bool) -> Json:
-    """Without `$schema` and `$id`, arrays with items, for Gemini with known keywords only."""
-    adapt = adapt_google_subschema if google else adapt_subschema
-    adapted: Json = map_schema(inline_refs(schema) if google else schema, adapt)
-    return adapted
-
-
-def adapt_subschema(schema: Json) -> Json:
-    if schema.get("type") == "array":
-        schema.setdefault("items", {})
-    return {key: value for key, value in schema.items() if key not in ("$schema", "$id")}
-
-
-def adapt_google_subschema(schema: Json) -> Json:
-    schema = adapt_subschema(schema)
-    kinds = schema.get("type")
-    if "const" in schema:
-        schema.setdefault("enum", [schema["const"]])
-    if isinstance(kinds, list):
-        value_kinds = [kind for kind in kinds if kind != "null"]
-        schema["type"] = value_kinds[0] if value_kinds else "string"
-        if "null" in kinds:
-            schema["nullable"] = True
-        if "anyOf" in schema:
-            del schema["type"]
-    if schema.get("format") not in ("enum", "date-time"):
-        schema.pop("format", None)
-    return {key: value for key, value in schema.items() if key in GOOGLE_KEYWORDS}
-
-
 TOOL_KEYS = ("name", "description", "input_schema", "cache_control")
 PLACEHOLDER_TOOL = {"name": "none", "description": "Do not call."}  # history with calls needs one
 
@@ -7745,7 +7813,7 @@ def adapt_messages_tools(draft: BodyDraft) -> None:
     server_tools: list[str] = []
     for _, tool, name, schema in messages_tools(body, server_tools):
         adapted = {key: tool[key] for key in TOOL_KEYS if tool.get(key) is not None}
-        schema = adapt_schema(schema, google=False)
+        schema = adapt_schema(schema, draft.model.vendor)
         tools.append({**adapted, "name": wire_name(name), "input_schema": schema})
     forced = str_field(choice, "name", "tool_choice") or ""
     drop_server_tools(server_tools, len(tools), forced, draft.dropped)
@@ -8083,7 +8151,7 @@ def adapt_chat_tools(draft: BodyDraft) -> None:
         name = wire_name(need_str(function, "name", f"{path}.function"))
         schema = function.get("parameters", function.get("input_schema"))
         schema = object_schema(schema, f"{path}.function.parameters")
-        schema = adapt_schema(schema, draft.model.vendor == "Google")
+        schema = adapt_schema(schema, draft.model.vendor)
         entry = {"name": name, "description": function.get("description"), "parameters": schema}
         entry = {key: value for key, value in entry.items() if value}
         if function.get("strict") is True and is_openai(draft.model):
@@ -8380,7 +8448,7 @@ def adapt_responses_tool(tool: Json, path: str) -> Json:
         adapted["tools"] = [adapt_responses_tool(item, item_path) for item_path, item in nested]
     elif kind == "function":
         schema = object_schema(tool.get("parameters"), f"{path}.parameters")
-        adapted["parameters"] = adapt_schema(schema, google=False)
+        adapted["parameters"] = adapt_schema(schema, "")
         adapted.setdefault("strict", False)
     return adapted
 

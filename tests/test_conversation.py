@@ -33,7 +33,6 @@ from aiclient_api import (
     StreamError,
     Text,
     Thinking,
-    Tool,
     ToolCall,
     ToolResult,
     Turn,
@@ -56,7 +55,6 @@ from aiclient_api import (
     parse_arguments,
     read_data_url,
     read_image_url,
-    require_properties,
     split_stops,
     wire_id,
     wire_name,
@@ -571,13 +569,6 @@ def test_a_schema_gets_what_every_vendor_wants(schema: Any, fitted: Any) -> None
     before = copy.deepcopy(schema)
     assert object_schema(schema, "f") == fitted
     assert schema == before
-
-
-def test_a_union_at_the_top_of_a_schema_is_refused_by_name() -> None:
-    """formats.md 2.4."""
-    schema = object_schema({"anyOf": [{"type": "object"}]}, "f")
-    with pytest.raises(UnsupportedFeature, match="'f'"):
-        require_properties(Tool("f", "", schema))
 
 
 @pytest.mark.parametrize(

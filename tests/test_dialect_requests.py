@@ -29,7 +29,6 @@ from aiclient_api import (
     Model,
     Rejections,
     UnsupportedFeature,
-    adapt_kiro_schema,
     adapt_schema,
     classify_copilot_error,
     dump_json,
@@ -1143,6 +1142,6 @@ def test_inlined_definitions_stay_a_small_multiple_of_their_schema() -> None:
             for at in range(count)
         }
         schema = {"$defs": definitions, "properties": {"p": {"$ref": "d0"}}}
-        for fitted in (adapt_schema(schema, google=True), adapt_kiro_schema(schema)):
+        for fitted in (adapt_schema(schema, "Google"), adapt_schema(schema, "kiro")):
             assert len(dump_json(fitted)) < 20 * len(dump_json(schema))
             assert fitted["properties"]["p"]["properties"]["a"]["properties"]
