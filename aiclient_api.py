@@ -2279,8 +2279,20 @@ class Conversation:
         if any(not tool.name for tool in self.tools):
             raise invalid("tools", "a tool has no name.")
         blocks = (block for turn in self.turns for block in turn.blocks)
-        called_names = [block.name for block in blocks if isinstance(block, ToolCall)]
-        self.names = wire_table([*(tool.name for tool in self.tools), *called_names])
+        called = {block.name: None for block in blocks if isinstance(block, ToolCall)}
+        declared = {tool.name.lower(): tool.name for tool in self.tools}
+        # A called name in another case is the declared tool: Kiro ignores case (seen in 2026-11).
+        others = [name for name in called if name.lower() not in declared]
+        self.names = wire_table([*(tool.name for tool in self.tools), *others])
+        for name in called:
+            self.names.setdefault(name, self.names[declared.get(name.lower(), name)])
+
+    def client_names(self) -> dict[str, str]:
+        """wire name -> the client's, of the tools whose name goes up changed."""
+        first: dict[str, str] = {}
+        for name, wire in self.names.items():
+            first.setdefault(wire, name)
+        return {wire: name for wire, name in first.items() if wire != name}
 
     def wire_name(self, name: str) -> str:
         return self.names.get(name) or wire_name(name)
@@ -2649,14 +2661,14 @@ def is_reminder(text: str) -> bool:
 
 
 def wire_table(names: Iterable[str]) -> dict[str, str]:
-    """The client's names -> unique wire names; valid names stay as they are."""
+    """The client's names -> wire names, unique in any case; valid names stay if they can."""
     table: dict[str, str] = {}
     used: set[str] = set()
     for name in sorted(set(names), key=lambda name: (wire_name(name) != name, name)):
         candidate = wire_name(name)
-        if candidate in used:
+        if candidate.lower() in used:
             candidate = f"{candidate[:55]}_{short_hash(name, 8)}"
-        used.add(candidate)
+        used.add(candidate.lower())
         table[name] = candidate
     return table
 
@@ -2722,13 +2734,20 @@ def clamp_budget(budget: int, limits: tuple[int, int] | None, max_tokens: int) -
     return budget if budget >= max(low, MIN_THINKING_BUDGET) else None
 
 
+STOP_FIELDS = {"chat": "stop", "messages": "stop_sequences"}
+
+
 def split_stops(stops: list[str], dialect: str, model: Model) -> tuple[list[str], list[str]]:
     """(stop strings the upstream takes, stop strings to be applied here)"""
     if dialect in ("responses", "kiro"):
         return [], stops
-    if dialect == "messages":
-        return [s for s in stops if s.strip()], [s for s in stops if not s.strip()]
     limit = MAX_CHAT_STOPS if model.stops is None else model.stops
+    if dialect == "messages" or model.vendor == "Anthropic":  # Claude refuses blank ones
+        blank = [stop for stop in stops if not stop.strip()]
+        stops = [stop for stop in stops if stop.strip()]
+        if dialect == "messages":
+            return stops, blank
+        return stops[:limit], [*blank, *stops[limit:]]
     return stops[:limit], stops[limit:]
 
 
@@ -4146,7 +4165,7 @@ def write_chat_request(chat: Conversation, model: Model) -> Json:
         "temperature": chat.temperature,
         "top_p": chat.top_p,
         "stop": chat.stop or None,
-        "reasoning_effort": clamp_effort(effort, model.efforts) if effort else None,
+        "reasoning_effort": effort,
         "verbosity": chat.verbosity,
         "response_format": write_response_format(chat.output) if chat.output else None,
         "prompt_cache_key": short_hash(chat.session, 32) if chat.session else None,
@@ -4843,14 +4862,9 @@ def write_messages_request(chat: Conversation, model: Model) -> Json:
     if chat.session:
         body["metadata"] = {"user_id": short_hash(chat.session, 32)}
     body.update(write_thinking(chat.effort, chat.thinking_budget, model, body))
-    # Claude accepts temperature or top_p, and neither with thinking.
-    if "budget_tokens" not in body.get("thinking", {}) and not model.adaptive:
-        if chat.temperature is not None:
-            body["temperature"] = min(chat.temperature, 1)
-        elif chat.top_p is not None:
-            body["top_p"] = chat.top_p
-        if chat.top_k is not None:
-            body["top_k"] = chat.top_k
+    if chat.temperature is not None:
+        body["temperature"] = min(chat.temperature, 1)
+    body.update(without_nulls({"top_p": chat.top_p, "top_k": chat.top_k}))
     body["stream"] = True
     return body
 
@@ -8182,6 +8196,8 @@ def adapt_chat_reasoning(draft: BodyDraft) -> None:
         budget = clamp_budget(EFFORT_BUDGETS[effort], model.budget, limit)
         if budget:
             body["thinking_budget"] = budget
+    elif effort is not None and effort != "none":
+        draft.dropped.append("reasoning_effort")
     is_reasoning = REASONING_GPT.match(model.id) and body.get("reasoning_effort") != "none"
     version = claude_version(model.id)
     if is_reasoning or (version or (0, 0)) >= (4, 7):
@@ -8663,15 +8679,20 @@ def write_call(
         names = wire_names(tool_names(body))
         context.names = {wire: name for wire, name in names.items() if wire != name}
         context.multiple_choices = upstream_dialect is CHAT and (int_field(body, "n") or 1) > 1
-        if upstream_dialect is CHAT and model.stops is not None and body.get("stop"):
-            context.stop_strings = read_stops(body, "stop")[model.stops :]
+        key = STOP_FIELDS.get(upstream_dialect.name, "")
+        if body.get(key):
+            stops, context.stop_strings = split_stops(
+                read_stops(body, key), upstream_dialect.name, model
+            )
+            if context.stop_strings:
+                body = {**body, key: stops or None}
         return Call(model, upstream_dialect.name, body, request_info)
     if conversation.effort is None and conversation.thinking_budget is None:
         conversation.effort = effort
     conversation.stop, context.stop_strings = split_stops(
         conversation.stop, upstream_dialect.name, model
     )
-    context.names = {wire: name for name, wire in conversation.names.items() if wire != name}
+    context.names = conversation.client_names()
     context.tools = {tool.name: tool for tool in conversation.tools}
     display = get_dict(body, "thinking").get("display")
     summary = get_dict(body, "reasoning").get("summary")

@@ -256,7 +256,10 @@ def test_thinking_becomes_an_effort_that_is_listed(
     """Case 14 and 5.5."""
     names = {"n": "none", "l": "low", "m": "medium", "h": "high"}
     model = Model("gpt-5", "copilot", efforts=tuple(names[letter] for letter in listed))
-    assert a_to_c(a_body(**asked), model).get("reasoning_effort") == effort
+    sent = sanitize_body("chat", a_to_c(a_body(**asked), model), model, {}, True)
+    assert sent.body.get("reasoning_effort") == effort
+    is_dropped = effort is None and asked.get("output_config", {}).get("effort") == "low"
+    assert ("reasoning_effort" in sent.dropped) is is_dropped
 
 
 def test_a_hosted_tool_beside_others_is_dropped_by_name() -> None:
@@ -803,7 +806,19 @@ def test_sampling_is_left_out_beside_thinking() -> None:
     more = {"temperature": 0.2, "top_p": 0.5, "top_k": 5, "reasoning_effort": "high"}
     written = c_to_a(c_body(**more, max_tokens=30000))
     assert "thinking" in written
-    assert not {"temperature", "top_p", "top_k"} & written.keys()
+    sent = sanitize_body("messages", written, CLAUDE, {}, True)
+    assert not {"temperature", "top_p", "top_k"} & sent.body.keys()
+    assert {"temperature", "top_p", "top_k"} <= set(sent.dropped)
+
+
+@pytest.mark.parametrize("dialect", ["chat", "messages"])
+def test_one_of_temperature_and_top_p_goes_up_and_the_other_is_named(dialect: str) -> None:
+    """1.5: Claude takes one of them."""
+    more = {"temperature": 0.2, "top_p": 0.5}
+    body = c_to_a(c_body(**more)) if dialect == "chat" else a_body(**more)
+    sent = sanitize_body("messages", body, CLAUDE, {}, True)
+    assert sent.body["temperature"] == 0.2 and "top_p" not in sent.body
+    assert sent.dropped == ["top_p"]
 
 
 def test_thinking_is_left_out_where_the_last_calls_have_none() -> None:

@@ -1886,3 +1886,20 @@ def test_parts_in_messages_of_the_wrong_role_do_no_harm(first: int, dialect: Dia
     """Results that an assistant says, calls and thoughts of a user: nobody should, some do."""
     troubles = [trouble_with(seed, dialect, wild=True) for seed in range(first, first + 50)]
     assert list(filter(None, troubles)) == []
+
+
+def test_tools_that_differ_in_case_only_are_told_apart_and_history_finds_its_own() -> None:
+    """Kiro ignores case: a stub for `LOOK` would be a second `look`."""
+    calls = assistant([use("c1", "LOOK"), use("c2", "Run")])
+    body = a_body(user("q"), calls, user([result("c1"), result("c2")]))
+    body["tools"] = [a_tool("look"), a_tool("Save"), a_tool("save")]
+    written, chat = convert(MESSAGES, body, MODELS[SONNET])
+    names = [tool["name"] for tool in tools(written)]
+    assert len({name.lower() for name in names}) == len(names) == 4
+    assert {"look", "Save", "Run"} < set(names)
+    (renamed,) = set(names) - {"look", "Save", "Run"}
+    assert chat.client_names() == {renamed: "save"}
+    uses = [
+        turn.get("assistantResponseMessage", {}).get("toolUses") or () for turn in turns(written)
+    ]
+    assert [use["name"] for row in uses for use in row] == ["look", "Run"]

@@ -1768,3 +1768,39 @@ def test_a_conversation_in_order_goes_up_as_it_came(model: str) -> None:
     body = chat(model, messages=copy.deepcopy(rows), tools=[function()])
     marks = ("copilot_cache_control",)
     assert [{k: v for k, v in m.items() if k not in marks} for m in body["messages"]] == rows
+
+
+# ---- stop strings --------------------------------------------------------------------------------
+
+
+def call_of(dialect: str, model: str, body: Json) -> tuple[gw.Call, gw.ResponseContext]:
+    """A native request as the gateway makes it, before the rules."""
+    own = gw.DIALECTS[dialect]
+    info = own.request_info(body)
+    context = gw.ResponseContext("id", 0, model)
+    return gw.write_call(body, None, own, MODELS[model], context, info), context
+
+
+@pytest.mark.parametrize(
+    ("dialect", "model", "sent", "emulated"),
+    [
+        ("chat", HAIKU, ["a"], [" ", "\n"]),
+        ("messages", HAIKU, ["a"], [" ", "\n"]),
+        ("chat", "gpt-4.1", [" ", "a", "\n"], []),
+    ],
+)
+def test_blank_stop_strings_are_applied_here_for_claude(
+    dialect: str, model: str, sent: list[str], emulated: list[str]
+) -> None:
+    key = gw.STOP_FIELDS[dialect]
+    body = {"model": model, "max_tokens": 9, "messages": [user("q")], key: [" ", "a", "", "\n"]}
+    call, context = call_of(dialect, model, body)
+    stops = gw.sanitize_body(dialect, call.body, MODELS[model], {}, True).body[key]
+    assert ([stop for stop in stops if stop], context.stop_strings) == (sent, emulated)
+
+
+@pytest.mark.parametrize("stop", ["\n", [" "], ["\n", ""]])
+def test_only_blank_stop_strings_leave_nothing_to_send(stop: Any) -> None:
+    call, context = call_of("chat", HAIKU, {"model": HAIKU, "messages": [user("q")], "stop": stop})
+    assert "stop" not in gw.sanitize_body("chat", call.body, MODELS[HAIKU], {}, True).body
+    assert len(context.stop_strings) == 1
