@@ -1899,7 +1899,5 @@ def test_tools_that_differ_in_case_only_are_told_apart_and_history_finds_its_own
     assert {"look", "Save", "Run"} < set(names)
     (renamed,) = set(names) - {"look", "Save", "Run"}
     assert chat.client_names() == {renamed: "save"}
-    uses = [
-        turn.get("assistantResponseMessage", {}).get("toolUses") or () for turn in turns(written)
-    ]
+    uses = [turn.get("toolUses", ()) for turn in turns(written)]
     assert [use["name"] for row in uses for use in row] == ["look", "Run"]
