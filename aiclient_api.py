@@ -534,14 +534,59 @@ class WrongDialect(InvalidRequest):
 
 
 class ContextTooLong(InvalidRequest, kind="context_too_long"):
-    """The prompt does not fit; clients compact when they recognise the vendor's wording."""
+    """The prompt does not fit; clients compact when they recognise their vendor's wording.
+
+    The text is Anthropic's; `openai_text`, OpenAI's, which LiteLLM looks for as well.
+    """
 
     def __init__(self, used: int | None = None, limit: int | None = None) -> None:
         self.is_counted = used is not None and limit is not None
+        text = "prompt is too long for the context window of this model"
+        self.openai_text = (
+            "This model's maximum context length is exceeded by your messages. "
+            "Please reduce their length."
+        )
         if self.is_counted:
-            super().__init__(f"prompt is too long: {used} tokens > {limit} maximum")
-        else:
-            super().__init__("prompt is too long for the context window of this model")
+            text = f"prompt is too long: {used} tokens > {limit} maximum"
+            self.openai_text = (
+                f"This model's maximum context length is {limit} tokens. However, your messages "
+                f"resulted in {used} tokens. Please reduce the length of the messages."
+            )
+        super().__init__(text)
+
+
+# How the services say that the prompt is too long, with the counts and without (seen in 2026-11).
+CONTEXT_COUNTS = (
+    # Anthropic, also with the output that was asked for; Copilot; Gemini and Vertex
+    r"prompt is too long: (?P<used>N) tokens > (?P<limit>N)",
+    r"exceed context limit: (?P<used>N) \+ (?P<output>N) > (?P<limit>N)",
+    r"token count (?:of )?\(?(?P<used>N)\)? exceeds the (?:limit|maximum)[a-z ]* \(?(?P<limit>N)",
+    r"input token count is (?P<used>N) but (?:the )?model only supports up to (?P<limit>N)",
+    # OpenAI, xAI, Moonshot
+    r"(?:context length is|limit of) (?P<limit>N) tokens.{0,60}?(?:in|requested|about) (?P<used>N)",
+    r"maximum prompt length is (?P<limit>N) but the request contains (?P<used>N)",
+    r"token limit: (?P<limit>N) \(requested: (?P<used>N)",
+    # Bedrock
+    r"too many (?:total )?(?:input )?tokens: (?P<used>N) > (?P<limit>N)",
+)
+CONTEXT_PHRASES = re.compile(
+    r"\b(?:context_length_exceeded|model_max_prompt_tokens_exceeded|CONTENT_LENGTH_EXCEEDS\w*"
+    r"|ContentLengthExceeded\w*|PROMPT_TOO_LONG)\b"
+    r"|(?i:\b(?:prompt|input) is too long|too large for model context window|input tokens exceeded"
+    r"|(?:exceed(?:s|ed)?|longer than|larger than) (?:the |this |your )?(?:model(?:'s)? )?"
+    r"(?:maximum )?(?:context (?:length|window|limit)|token limit)|maximum context length is"
+    r"|context (?:length|window) (?:is |was )?exceeded|exceeds the maximum number of tokens)"
+)
+
+
+def read_context_error(text: str) -> ContextTooLong | None:
+    """The error if a refusal says that the prompt is too long, with the counts that it names."""
+    for pattern in CONTEXT_COUNTS:
+        match = re.search(pattern.replace("N", r"[\d,]{1,15}"), text, re.IGNORECASE | re.DOTALL)
+        if match:
+            counts = {k: int(v.replace(",", "") or 0) for k, v in match.groupdict().items()}
+            return ContextTooLong(counts["used"] + counts.get("output", 0), counts["limit"])
+    return ContextTooLong() if CONTEXT_PHRASES.search(text) else None
 
 
 class InvalidKey(ApiError, status=401, retry=False):
@@ -641,7 +686,7 @@ class RetryDecision:
 class Fault(NamedTuple):
     """A kind of refusal, as a row of a table in which the first row that matches counts."""
 
-    pattern: str  #: searched in "429 code: message"; groups are the counts of a ContextTooLong
+    pattern: str  #: searched in "429 code: message"
     error: type[ApiError]
     text: str = ""  #: a template, see `classify`
     action: str = ""
@@ -3775,8 +3820,9 @@ def read_stream_error(value: Any) -> ApiError:
     error = value if isinstance(value, dict) else {"message": value}
     text = redact(get_text(error, "message"), MAX_REFUSAL_TEXT) or "no reason given"
     code = get_text(error, "code")
-    if code == "context_length_exceeded":
-        return ContextTooLong()
+    context_error = read_context_error(f"{code}: {text}")
+    if context_error:
+        return context_error
     for key in (code, get_text(error, "type")):
         error_type = STREAM_ERRORS.get(key.partition(":")[0])
         if error_type:
@@ -3974,8 +4020,10 @@ CHAT_FIELDS = (
 def write_openai_error(error: ApiError, conversation: str = "messages") -> Json:
     """`conversation` is the name of the field that holds the conversation."""
     error_type, code, _ = ERROR_NAMES[error.kind]
-    param = conversation if isinstance(error, ContextTooLong) else error.param
-    return {"message": error.text(), "type": error_type, "param": param, "code": error.code or code}
+    message, param = error.text(), error.param
+    if isinstance(error, ContextTooLong):
+        message, param = error.openai_text, conversation
+    return {"message": message, "type": error_type, "param": param, "code": error.code or code}
 
 
 def get_reasoning(holder: Json) -> str:
@@ -6352,8 +6400,6 @@ def kiro_mark(provider: str) -> str:
 
 # Searched in "code reason: message", before any look at the status, which says little.
 KIRO_FAULTS = (
-    Fault(r"CONTENT_LENGTH_EXCEEDS|ContentLengthExceeded|PROMPT_TOO_LONG|[Ii]nput is too long",
-        ContextTooLong),
     Fault(r"SUSPENDED|AccountSuspended|temporarily (?:is )?suspended",
         Forbidden, "Kiro has suspended this account", "cool_down",
         "Only Kiro's support can lift the suspension; the gateway does not retry."),
@@ -6401,6 +6447,9 @@ def find_kiro_faults(text: str, phrases_only: bool = False) -> Iterator[Fault]:
 
 def classify_kiro_message(code: str, reason: str, message: str) -> RetryDecision | None:
     """Classifies a refusal by Kiro's error text, in an error response or inside a stream."""
+    context_error = read_context_error(f"{code} {reason} {message}")
+    if context_error:
+        return RetryDecision(context_error)
     code_fault = next(find_kiro_faults(f"{code} {reason}"), None)
     # The refusal of one request may quote the client's own names, such as a tool's.
     is_form_refused = code_fault is not None and code_fault.error is InvalidRequest
@@ -6408,8 +6457,6 @@ def classify_kiro_message(code: str, reason: str, message: str) -> RetryDecision
     fault = min(filter(None, (code_fault, message_fault)), key=KIRO_FAULTS.index, default=None)
     if fault is None:
         return None
-    if fault.error is ContextTooLong:
-        return RetryDecision(ContextTooLong())
     text = ": ".join(filter(None, [fault.text, message.strip(" .")]))
     suffix = f" ({reason})" if reason and reason not in message else ""
     return RetryDecision(fault.error(f"{text}{suffix}.", hint=fault.hint), fault.action)
@@ -6942,7 +6989,8 @@ class KiroReader:
         code, reason, message = read_kiro_error(payload)
         decision = classify_kiro_message(code, reason, message)
         if decision and isinstance(decision.error, ContextTooLong) and self.started:
-            self.reason = "MODEL_CONTEXT_WINDOW_EXCEEDED"
+            is_output = code.startswith("ContentLengthExceeded") and "too long" not in message
+            self.reason = "MAX_TOKENS" if is_output else "MODEL_CONTEXT_WINDOW_EXCEEDED"
             self.finish()
         else:
             detail = message or code or "no reason given"
@@ -8808,11 +8856,10 @@ def classify(
     The texts may name the `facts`, {status}, {message}, {reason} and {detail}: ": message." or ".".
     """
     subject = f"{status} {code}: {message}"
-    fault, match = next(
-        (fault, match) for fault in faults if (match := re.search(fault.pattern, subject))
-    )
-    if fault.error is ContextTooLong:
-        return RetryDecision(ContextTooLong(*map(int, match.groups())))
+    context_error = read_context_error(subject) if status in (400, 413) else None
+    if context_error:
+        return RetryDecision(context_error)
+    fault = next(fault for fault in faults if re.search(fault.pattern, subject))
     text = fault.text.format(
         status=status,
         message=message,
@@ -8820,7 +8867,10 @@ def classify(
         detail=f": {message.strip(' .')}." if message else ".",
         **facts,
     )
-    return RetryDecision(fault.error(text, hint=fault.hint, param=fault.param), fault.action)
+    error = fault.error(text, hint=fault.hint, param=fault.param)
+    if fault.text == "{message}":  # it is the upstream's own, and so are its code and field
+        error.code, error.param = code or None, facts.get("param") or None
+    return RetryDecision(error, fault.action)
 
 
 def with_wait(decision: RetryDecision, wait_s: float | None, *actions: str) -> RetryDecision:
@@ -8857,10 +8907,6 @@ COPILOT_FAULTS = (
     Fault(r"^(?:499|[5-9]..) ", UpstreamError, "Copilot failed with status {status}.{tail}",
           "wait"),
     Fault(r"^(?!400 )", UpstreamError, "Copilot responded with status {status}: {message}{tail}"),
-    Fault(r"(?:prompt token count of|prompt is too long:) (\d{1,15}) "
-          r"(?:exceeds the limit of|tokens >) (\d{1,15})\b", ContextTooLong),
-    Fault(r"(?i)^400 (?:context_length|model_max_prompt_tokens)_exceeded:|prompt is too long"
-          r"|too large for model context window|context length", ContextTooLong),
     Fault(r"^400 model_not_supported:|(?i:requested model is not supported)", ModelNotFound,
           "Copilot does not offer {model} to this account.", "relist",
           "It may need to be enabled at github.com/settings/copilot.", "model"),
@@ -8869,9 +8915,14 @@ COPILOT_FAULTS = (
           "{model} is not served in a dialect this gateway speaks yet.", "reroute", "", "model"),
     Fault(r"^400 [^:]*: \Z", InvalidRequest,
           "The upstream refused the request without a reason.", "retry_once"),
-    # Usually replayed reasoning.
-    Fault(r"^400 invalid_request_body:|(?i:signature|different conversation|encrypted[ _]content"
-          r"|does not belong to this connection)", InvalidRequest, "{message}", "forget"),
+    # Usually replayed reasoning, in the words of Anthropic, OpenAI, Gemini and Copilot.
+    Fault(r"^400 (?:invalid_request_body|invalid_encrypted_content):"
+          r"|(?i:(?:invalid|corrupted|missing an?) [`'\"]?(?:thought[ _])?signature\b"
+          r"|\bthought[ _]signature (?:is )?(?:not valid|invalid|missing)"
+          r"|`?thinking`? .{0,60}blocks.{0,60} cannot be modified"
+          r"|encrypted[ _]content\b.{0,80} (?:could not be|cannot be) (?:verified|decrypted|parsed)"
+          r"|(?:bound|belongs?) to a different conversation|does not belong to this connection)",
+          InvalidRequest, "{message}", "forget"),
     Fault(r"(?i)copilot-vision-request", InvalidRequest, "{message}", "",
           "Images may be switched off by your organisation's editor preview features policy."),
     Fault(r"", InvalidRequest, "{message}"),
@@ -8892,7 +8943,9 @@ def classify_copilot_error(
     tail = request_note(headers, "GitHub", "x-github-request-id")
     if status in (401, 403, 421) and b'"authorize_url"' in data:  # for a third-party agent
         return RetryDecision(Forbidden(f"Copilot wants another authorization: {message}.{tail}"))
-    decision = classify(COPILOT_FAULTS, status, code, message, model=model.id, tail=tail)
+    param = get_text(get_dict(load_object(data) or {}, "error"), "param")[:MAX_CODE_TEXT]
+    facts = {"model": model.id, "tail": tail, "param": param}
+    decision = classify(COPILOT_FAULTS, status, code, message, **facts)
     is_plain_400 = status == 400 and type(decision.error) is InvalidRequest
     if is_plain_400 and decision.action in ("", "forget"):
         decision.rejections = read_rejections(message, code, sent, rejections)

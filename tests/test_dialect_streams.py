@@ -770,6 +770,10 @@ def test_error_bodies_have_their_vendors_shape(caller: str) -> None:
         said = {"type": kind, "message": message}
         assert body == {"type": "error", "error": said, "request_id": REQUEST_ID}
     else:
+        message = (
+            "This model's maximum context length is 5 tokens. However, your messages resulted in "
+            "9 tokens. Please reduce the length of the messages."
+        )
         said = {"message": message, "type": kind, "param": "messages"}
         assert body == {"error": {**said, "code": "context_length_exceeded"}}
 
@@ -785,7 +789,9 @@ def test_every_error_has_a_body_in_every_dialect(caller: str) -> None:
     for kind in all_errors(ApiError):
         error = kind() if kind is ContextTooLong else kind("what happened", hint="Do this.")
         body = DIALECTS[caller].error_body(error, REQUEST_ID)
-        assert body["error"]["message"].startswith(str(error))
+        openai_text = getattr(error, "openai_text", str(error))
+        text = str(error) if caller == "messages" else openai_text
+        assert body["error"]["message"].startswith(text)
         assert 400 <= DIALECTS[caller].error_status(error) <= 599
 
 

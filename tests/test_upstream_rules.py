@@ -1804,3 +1804,97 @@ def test_only_blank_stop_strings_leave_nothing_to_send(stop: Any) -> None:
     call, context = call_of("chat", HAIKU, {"model": HAIKU, "messages": [user("q")], "stop": stop})
     assert "stop" not in gw.sanitize_body("chat", call.body, MODELS[HAIKU], {}, True).body
     assert len(context.stop_strings) == 1
+
+
+# ---- refusals in the words of every service ------------------------------------------------------
+
+#: text -> (tokens, limit), as the text names them
+FULL: dict[str, tuple[int, int] | None] = {
+    "prompt is too long: 205000 tokens > 200000 maximum": (205000, 200000),
+    "input length and `max_tokens` exceed context limit: 188240 + 21333 > 200000, decrease input "
+    "length or `max_tokens` and try again": (209573, 200000),
+    "The input token count (1058234) exceeds the maximum number of tokens allowed (1048576).":
+        (1058234, 1048576),
+    "Unable to submit request because the input token count is 1236790 but model only supports up "
+    "to 1048576.": (1236790, 1048576),
+    "This model's maximum context length is 128000 tokens. However, your messages resulted in "
+    "130000 tokens.": (130000, 128000),
+    "This model's maximum context length is 128,000 tokens. However, you requested 140,000 tokens":
+        (140000, 128000),
+    "Input tokens exceed the configured limit of 272000 tokens. Your messages resulted in 300000 "
+    "tokens.": (300000, 272000),
+    "prompt token count of 138898 exceeds the limit of 64000": (138898, 64000),
+    "This model's maximum prompt length is 131072 but the request contains 137197 tokens.":
+        (137197, 131072),
+    "Your request exceeded model token limit: 262144 (requested: 291351)": (291351, 262144),
+    "Your input exceeds the context window of this model.": None,
+    "Input is too long for requested model.": None,
+    "Input Tokens Exceeded: Number of input tokens exceeds maximum length": None,
+}  # fmt: skip
+NOT_FULL = [
+    "tools.0.name: 'context_window' is not a valid name",
+    "max_tokens: 100000 > 64000, which is the maximum allowed number of output tokens",
+    "tools.0.description is too long",
+    "unknown parameter: context_length",
+]
+
+
+@pytest.mark.parametrize("words", FULL)
+@pytest.mark.parametrize("place", ["copilot", "kiro", "copilot stream", "kiro stream"])
+def test_a_full_context_is_known_in_the_words_of_every_service(place: str, words: str) -> None:
+    """Clients compact, or choose another model, only where they recognise their vendor's text."""
+    if place == "copilot":
+        error = judge(400, said(words)).error
+    elif place == "copilot stream":
+        error = gw.read_stream_error({"message": words})
+    else:
+        decision = gw.classify_kiro_message("ValidationException", "", words)
+        assert decision is not None
+        error = decision.error
+    assert isinstance(error, gw.ContextTooLong)
+    anthropic_error = gw.MESSAGES.error_body(error, "r")["error"]
+    assert anthropic_error["type"] == "invalid_request_error"
+    assert anthropic_error["message"].startswith("prompt is too long")
+    for dialect, param in ((gw.CHAT, "messages"), (gw.RESPONSES, "input")):
+        openai_error = dialect.error_body(error, "r")["error"]
+        assert openai_error["code"] == "context_length_exceeded"
+        assert openai_error["param"] == param
+        assert openai_error["message"].startswith("This model's maximum context length is ")
+    counts = FULL[words]
+    if counts:
+        used, limit = counts
+        assert anthropic_error["message"] == f"prompt is too long: {used} tokens > {limit} maximum"
+        assert (
+            f"is {limit} tokens. However, your messages resulted in {used} tokens"
+            in (openai_error["message"])
+        )
+
+
+@pytest.mark.parametrize("words", NOT_FULL)
+def test_other_refusals_are_no_full_context(words: str) -> None:
+    assert not isinstance(judge(400, said(words)).error, gw.ContextTooLong)
+    assert not isinstance(gw.read_stream_error({"message": words}), gw.ContextTooLong)
+
+
+@pytest.mark.parametrize(
+    ("words", "is_reasoning"),
+    [
+        ("messages.1.content.0: Invalid `signature` in `thinking` block", True),
+        ("The encrypted content for item rs_1 could not be verified.", True),
+        ("messages.3: thinking is bound to a different conversation", True),
+        ("Function call is missing a thought_signature in functionCall parts.", True),
+        ("input item ID does not belong to this connection", True),
+        ("`thinking` or `redacted_thinking` blocks in the latest message cannot be modified", True),
+        ("Unknown parameter: 'verify_signature'", False),
+        ("tools.0.function.name 'signature' is reserved", False),
+        ("Unknown parameter: 'encrypted_content'", False),
+    ],
+)
+def test_only_a_refusal_of_reasoning_drops_it(words: str, is_reasoning: bool) -> None:
+    assert (judge(400, said(words)).action == "forget") is is_reasoning
+
+
+def test_the_code_and_the_field_of_a_refusal_are_the_upstreams() -> None:
+    body = {"message": "Invalid 'seed'", "code": "invalid_value", "param": "seed", "type": "x"}
+    error = judge(400, json.dumps({"error": body}).encode()).error
+    assert (error.code, error.param) == ("invalid_value", "seed")
