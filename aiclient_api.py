@@ -7495,12 +7495,20 @@ DASHED_VERSION = re.compile(r"(?<=-)(\d)-(\d{1,2})(?=-|$)")
 NAME_EFFORT = re.compile(r"-(thinking|low|medium|high|xhigh|max)$")
 
 
+# Sellers put a vendor before a name (OpenRouter, LiteLLM, Vertex), and `.0` behind a version.
+SELLER = re.compile(
+    r"(?:~?(?:anthropic|openai|google|x-?ai|moonshotai|deepseek|qwen|minimax|z-ai|amazon|bedrock"
+    r"|vertex_ai|github_copilot)/)+"
+)
+VERSION_ZERO = re.compile(r"(?<=-\d)[.-]0(?=-|$)")
 FAMILY_LAST = re.compile(r"claude-(\d(?:[.-]\d)?)-(sonnet|opus|haiku)$")
 RETIRED_CLAUDE = re.compile(r"claude-(sonnet|opus|haiku)-3(?:\.\d)?")
 
 
 def model_spellings(name: str) -> list[str]:
     """Possible spellings of a model name, best first: as is, undated, with a dotted version.
+
+    `anthropic/claude-opus-4-0` is `claude-opus-4`.
 
     Anthropic clients write `claude-sonnet-4-5-20250929`, Copilot and Kiro list `claude-sonnet-4.5`;
     the date is removed first, or `claude-sonnet-4-20250514` would become version 4.20.
@@ -7510,9 +7518,11 @@ def model_spellings(name: str) -> list[str]:
     if name.endswith("[1m]"):
         name = name[:-4]
         spellings = [spelling + "-1m" for spelling in model_spellings(name)]
-    undated = DATED.sub("", name).removeprefix("kiro-")
-    for spelling in (name, undated, FAMILY_LAST.sub(r"claude-\2-\1", undated)):
+    bare = SELLER.sub("", name, count=1)
+    undated = DATED.sub("", bare).removeprefix("kiro-")
+    for spelling in (name, bare, undated, FAMILY_LAST.sub(r"claude-\2-\1", undated)):
         spellings += [spelling, DASHED_VERSION.sub(r"\1.\2", spelling)]
+    spellings += [VERSION_ZERO.sub("", spelling) for spelling in spellings]
     return list(dict.fromkeys(spellings))
 
 
@@ -10156,7 +10166,8 @@ class Router:
     @staticmethod
     def split(name: str, providers: list[str]) -> Route | None:
         prefix, slash, model = name.partition("/")
-        return Route(prefix, model, True) if slash and model and prefix in providers else None
+        provider = prefix if prefix in providers else prefix.lower()
+        return Route(provider, model, True) if slash and model and provider in providers else None
 
     def resolve(
         self, route: Route, catalogues: dict[str, dict[str, Model]]

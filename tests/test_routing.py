@@ -79,6 +79,7 @@ def test_an_alias_in_a_list_is_a_model_s_own_name() -> None:
 def test_a_header_or_a_prefix_leaves_no_choice() -> None:
     assert list(map(str, placed("list", "work"))) == ["work/list"]
     assert list(map(str, placed("echo/list"))) == ["echo/list"]
+    assert list(map(str, placed("ECHO/list"))) == ["echo/list"]
 
 
 def test_an_alias_of_disabled_providers_says_how_to_enable_one() -> None:
