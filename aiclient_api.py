@@ -5279,6 +5279,8 @@ class MessagesDialect(Dialect):
 
     def request_info(self, body: Json) -> RequestInfo:
         messages = message_list(body)
+        if int_field(body, "max_tokens") is None:
+            raise invalid("max_tokens", "Field required.")  # as Anthropic says it
         return RequestInfo(
             model=need_str(body, "model"),
             stream=flag_field(body, "stream"),
@@ -15729,7 +15731,8 @@ class Endpoint(NamedTuple):
 # Served without /v1 as well.
 BARE_ENDPOINTS = (
     "/v1/chat/completions", "/v1/embeddings", "/v1/messages", "/v1/messages/count_tokens",
-    "/v1/models", "/v1/responses", "/v1/responses/input_tokens", "/v1/status", "/v1/usage",
+    "/v1/models", "/v1/responses", "/v1/responses/compact", "/v1/responses/input_tokens",
+    "/v1/status", "/v1/usage",
 )  # fmt: skip
 SLASHES = re.compile(r"/{2,}")
 
@@ -16421,6 +16424,7 @@ class Gateway:
                 {"POST": responses, "GET": self.refuse_websocket}, is_costly=True
             ),
             "/v1/responses/input_tokens": Endpoint({"POST": self.post_input_tokens}),
+            "/v1/responses/compact": Endpoint({"POST": self.refuse_compact}),
             "/v1/responses/ID": Endpoint(stored),
             "/v1/embeddings": Endpoint({"POST": self.post_embeddings}, is_costly=True),
             "/v1/models": Endpoint({"GET": self.get_models}),
@@ -16684,6 +16688,10 @@ class Gateway:
 
     async def refuse_stored(self, request: Request) -> Response:
         raise NotStored("Responses are not stored by this gateway.", param="response_id")
+
+    async def refuse_compact(self, request: Request) -> Response:
+        hint = "Ask the model for a summary with POST /v1/responses."
+        raise UnsupportedFeature("Compaction is not offered here.", hint=hint)
 
     async def catalogues(self) -> dict[str, dict[str, Model]]:
         """The models of each provider; those whose list is unavailable are logged and left out."""

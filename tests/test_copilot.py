@@ -994,7 +994,10 @@ def test_a_prompt_that_is_too_long_is_said_in_the_caller_s_words(pair: Pair, pat
     pair.fake.queue(refusal(400, why, "model_max_prompt_tokens_exceeded"))
     reply = pair.ask(path, "hi", SONNET)
     assert reply.status == 400
-    assert "prompt is too long: 138898 tokens > 64000 maximum" in error(reply)["message"]
+    text = "prompt is too long: 138898 tokens > 64000 maximum"
+    if path == CHAT:
+        text = "is 64000 tokens. However, your messages resulted in 138898 tokens."
+    assert text in error(reply)["message"]
     if path == CHAT:
         assert error(reply)["code"] == "context_length_exceeded"
 

@@ -2067,3 +2067,26 @@ def test_the_second_sigterm_ends_at_once() -> None:
         wait_until(lambda: is_refused(ending), 5)
         ending.terminate()
         ending.wait(5)
+
+
+# ---- what Anthropic and OpenAI would say ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [{}, {"max_tokens": None}])
+@pytest.mark.parametrize("stream", [False, True])
+def test_messages_without_max_tokens_are_refused_as_anthropic_does(
+    gateway: Gateway, limit: dict[str, Any], stream: bool
+) -> None:
+    body = {**asking("hi", stream=stream), **limit}
+    if not limit:
+        del body["max_tokens"]
+    reply = gateway.request("POST", MESSAGES, body)
+    assert refused(reply, 400, MESSAGES) == "max_tokens: Field required."
+    assert checked(gateway.request("POST", CHAT, body)).status == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/responses/compact", "/responses/compact"])
+def test_compaction_is_refused_by_its_name(gateway: Gateway, path: str) -> None:
+    reply = gateway.request("POST", path, {"model": "echo", "input": "hi"})
+    assert reply.status == 400
+    assert "Compaction" in reply.json()["error"]["message"]

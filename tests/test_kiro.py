@@ -1492,7 +1492,8 @@ def test_what_cannot_be_helped_is_told_after_one_attempt(
     found = check_error(path, reply, status, code)
     assert (len(pair.fake.calls), pair.fake.refreshes) == (1, refreshes)
     if name.startswith(("long", "prompt")):
-        assert "prompt is too long" in found["message"]
+        words = "maximum context length" if path == CHAT else "prompt is too long"
+        assert words in found["message"]
     elif said[1] and said[1] != "x":
         assert said[1].rstrip(".") in found["message"]
     elif said[2]:
