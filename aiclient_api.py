@@ -751,10 +751,14 @@ json_decoder: Any = json.JSONDecoder(
 )
 
 
+BOM = "\ufeff"  # editors on Windows put one before a text
+
+
 def load_json(data: bytes | str) -> Any:
-    """Strict JSON; raises ValueError for anything else, also for excessive nesting."""
+    """Strict JSON, also after a byte order mark (RFC 8259 section 8.1); raises ValueError."""
+    text = data if isinstance(data, str) else data.decode()
     try:
-        return json_decoder.decode(data if isinstance(data, str) else data.decode())
+        return json_decoder.decode(text.removeprefix(BOM))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -814,7 +818,7 @@ def load_body(data: bytes) -> Json:
     if has_too_many_values(data):
         raise BodyTooLarge(TOO_MANY_VALUES)
     try:
-        text = data.decode()
+        text = data.decode().removeprefix(BOM)
         start = len(text) - len(text.lstrip(JSON_WHITESPACE))
         if not text.startswith("{", start):
             load_json(text)
@@ -12389,7 +12393,7 @@ def open_trusted(path: str, *flags: str) -> int:
 def load_config_text(path: str) -> str:
     """The file with its line endings; "" if there is none.  Raises ConfigError."""
     try:
-        with os.fdopen(open_trusted(path, "O_RDONLY"), encoding="utf-8", newline="") as file:
+        with os.fdopen(open_trusted(path, "O_RDONLY"), encoding="utf-8-sig", newline="") as file:
             return file.read()
     except FileNotFoundError:
         return ""

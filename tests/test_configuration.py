@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from aiclient_api import (
     describe_settings,
     is_loopback,
     iter_settings,
+    load_config_text,
     read_config_text,
 )
 
@@ -470,3 +472,11 @@ def test_a_blank_key_is_no_key() -> None:
     config = read('api_key = "  "\n[server]\nhost = "0.0.0.0"')
     with pytest.raises(ConfigError):
         check_exposure(config)
+
+
+def test_a_byte_order_mark_before_the_file_is_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_bytes(b"\xef\xbb\xbf[server]\r\nport = 7777\r\n")
+    text = load_config_text(str(path))
+    assert text == "[server]\r\nport = 7777\r\n"
+    assert read_config_text(text, str(path)).server.port == 7777

@@ -2090,3 +2090,12 @@ def test_compaction_is_refused_by_its_name(gateway: Gateway, path: str) -> None:
     reply = gateway.request("POST", path, {"model": "echo", "input": "hi"})
     assert reply.status == 400
     assert "Compaction" in reply.json()["error"]["message"]
+
+
+BOM = b"\xef\xbb\xbf"
+
+
+@DIALECTS
+def test_a_byte_order_mark_before_a_body_is_skipped(gateway: Gateway, path: str) -> None:
+    line = f"POST {path} HTTP/1.1"
+    assert "hi" in said(only(gateway.raw(sized(BOM + packed("hi"), CLOSE, line=line))))

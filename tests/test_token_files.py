@@ -711,3 +711,11 @@ def test_a_refresh_outlives_the_reload_that_replaces_its_provider(make: Make, mo
         assert gateway.wait() == 0
     assert home.token("kiro")["refresh_token"] == new["refreshToken"]
     fake.violations.clear()  # of tokens that it did not issue itself
+
+
+def test_a_byte_order_mark_before_a_sign_in_is_skipped(make: Make) -> None:
+    home = make("copilot")
+    with gateway_in(home) as gateway:
+        sign_in(home)
+        put(home, "copilot", b"\xef\xbb\xbf" + home.file().read_bytes())
+        assert ask(gateway, GPT)[0] == 200
