@@ -913,7 +913,10 @@ def typed_field(
 
 
 def str_field(obj: Json, key: str, path: str = "") -> str | None:
-    return typed_field(obj, key, path, str, "a string")
+    value = obj.get(key)  # the quick way of `typed_field`: of a large request each string is read
+    if value is None or isinstance(value, str):
+        return value
+    raise wrong_type(join_path(path, key), "a string")
 
 
 def word_field(obj: Json, key: str, choices: Iterable[str], path: str = "") -> str | None:
@@ -954,11 +957,13 @@ def need_dict(value: Any, path: str) -> Json:
 
 
 def need_str(obj: Json, key: str, path: str = "") -> str:
-    value = str_field(obj, key, path)
-    if value is None:
-        param = join_path(path, key)
-        raise InvalidRequest(f"{param}: is required.", param=param)
-    return value
+    value = obj.get(key)
+    if isinstance(value, str):
+        return value
+    if value is not None:
+        raise wrong_type(join_path(path, key), "a string")
+    param = join_path(path, key)
+    raise InvalidRequest(f"{param}: is required.", param=param)
 
 
 def get_str(obj: Json, key: str) -> str:
@@ -2252,6 +2257,9 @@ class ToolCall:
     name: str
     arguments: str
 
+    def key(self) -> tuple[str, str, str]:
+        return self.id, self.name, self.arguments
+
 
 @dataclass(slots=True)
 class ToolResult:
@@ -2586,7 +2594,7 @@ INTERRUPTED = "[no result: call interrupted]"
 def is_blank(block: Block) -> bool:
     """Whether a block has no content: vendors reject blank text."""
     if isinstance(block, (Text, Refusal)):
-        return not block.text.strip()
+        return not block.text or block.text.isspace()
     return isinstance(block, Thinking) and not (block.text or block.signature or block.redacted)
 
 
@@ -2621,6 +2629,30 @@ class CallIds:
         return unique_id
 
 
+def is_normalized(turns: list[Turn]) -> bool:
+    """Whether `normalize_turns`, which takes far longer, would change nothing."""
+    role = ""
+    call_ids: list[str] = []  # of the turn before
+    used_ids: set[str] = set()
+    for turn in turns:
+        if turn.role == role or turn.role not in ("user", "assistant"):
+            return False
+        if not turn.blocks or any(map(is_blank, turn.blocks)):
+            return False
+        result_ids = [b.id for b in turn.blocks[: len(call_ids)] if isinstance(b, ToolResult)]
+        later_blocks = turn.blocks[len(call_ids) :]
+        if result_ids != call_ids or any(isinstance(b, ToolResult) for b in later_blocks):
+            return False
+        role, call_ids = turn.role, [b.id for b in turn.blocks if isinstance(b, ToolCall)]
+        if role == "user" and call_ids:
+            return False
+        for call_id in call_ids:
+            if call_id in used_ids or wire_id(call_id) != call_id:
+                return False
+            used_ids.add(call_id)
+    return not call_ids
+
+
 def normalize_turns(turns: list[Turn]) -> list[Turn]:
     """Turns in the order that every vendor demands.
 
@@ -2629,6 +2661,8 @@ def normalize_turns(turns: list[Turn]) -> list[Turn]:
     Each call has a unique valid id; a turn's equal calls are merged, and so are results of one
     call.  Results of unknown calls become plain content.
     """
+    if is_normalized(turns):
+        return turns
     normalized: list[Turn] = []
     call_ids = CallIds()
     results: list[Block] = []  # of the last assistant turn's calls
@@ -2645,7 +2679,7 @@ def normalize_turns(turns: list[Turn]) -> list[Turn]:
         seen: set[tuple[str, str, str]] = set()
         for block in turn.blocks:
             if isinstance(block, ToolCall) and is_assistant:
-                call_key = (block.id, block.name, block.arguments)
+                call_key = block.key()
                 if call_key in seen:
                     continue
                 seen.add(call_key)
@@ -2668,6 +2702,8 @@ def normalize_turns(turns: list[Turn]) -> list[Turn]:
 
 def downgrade_system_turns(turns: list[Turn]) -> list[Turn]:
     """System turns as user text, marked as Claude Code does it (seen in 2.1.197, 2026-11)."""
+    if all(turn.role != "system" for turn in turns):
+        return turns
     downgraded = []
     for turn in turns:
         if turn.role == "system":
@@ -3122,7 +3158,8 @@ def text_of(content: Any) -> str:
 def need_dicts(items: Iterable[Any], path: str) -> Iterator[tuple[str, Json]]:
     """(path, object) for each item; raises InvalidRequest for an item of another type."""
     for index, item in enumerate(items):
-        yield f"{path}.{index}", need_dict(item, f"{path}.{index}")
+        item_path = f"{path}.{index}"
+        yield item_path, need_dict(item, item_path)
 
 
 def dict_items(obj: Json, key: str, path: str = "") -> Iterator[tuple[str, Json]]:
@@ -6353,8 +6390,10 @@ def adapt_assistant_turns(draft: KiroDraft) -> None:
                 block = Text(f"({type(block).__name__.lower()})")
             blocks.append(block)
         if not all(isinstance(block, Thinking) for block in blocks):
-            turns.append(Turn(turn.role, blocks))  # a turn of nothing but thinking counts as empty
-    draft.turns = merge_turns(turns)
+            # A turn of nothing but thinking counts as empty.
+            turns.append(turn if blocks == turn.blocks else Turn(turn.role, blocks))
+    if turns != draft.turns:
+        draft.turns = merge_turns(turns)
 
 
 def begin_and_end_with_user(draft: KiroDraft) -> None:
@@ -6392,11 +6431,13 @@ def adapt_user_turns(draft: KiroDraft) -> None:
                     else:
                         continue
                     media.append(part)
-                block = ToolResult(block.id, parts, block.is_error)
+                if parts != block.blocks:
+                    block = ToolResult(block.id, parts, block.is_error)
             blocks.append(block)
         if turn.role == "user" and not any(isinstance(b, (Text, ToolResult)) for b in blocks):
             media.append(Text(KIRO_NO_TEXT))
-        draft.turns[index] = Turn(turn.role, [*blocks, *media])
+        blocks += media
+        draft.turns[index] = turn if blocks == turn.blocks else Turn(turn.role, blocks)
 
 
 def inline_settings(draft: KiroDraft) -> None:
@@ -6592,7 +6633,7 @@ def check_context_window(draft: KiroDraft) -> None:
         else:
             texts.append(join_texts(block.blocks if isinstance(block, ToolResult) else [block]))
     for shorten in (str, collapse_runs):  # the second pass is expensive, and rare
-        tokens = sum(estimate_text(shorten(text)) for text in texts)
+        tokens = estimate_text("".join(map(shorten, texts)))
         if tokens <= 1.5 * window:
             return
     raise ContextTooLong(int(tokens), window)
@@ -7599,6 +7640,9 @@ class NativeText(Text):
 class NativeCall(ToolCall):
     part: Json
 
+    def key(self) -> tuple[str, str, str]:
+        return self.id, self.name, dump_text(self.part.get("input"))
+
 
 @dataclass(slots=True)
 class NativeResult(ToolResult):
@@ -7637,7 +7681,7 @@ def read_native_content(content: Any, path: str) -> list[Any]:
             blocks.append(NativeText(need_str(part, "text", part_path), part))
         elif kind == "tool_use":
             call_id, name = need_str(part, "id", part_path), need_str(part, "name", part_path)
-            blocks.append(NativeCall(call_id, name, dump_text(part.get("input")), part))
+            blocks.append(NativeCall(call_id, name, "", part))
         elif kind == "tool_result":
             inner = read_native_content(part.get("content"), f"{part_path}.content")
             inner = [block for block in inner if not is_blank(block)]
@@ -7686,23 +7730,6 @@ def write_native_content(blocks: list[Any]) -> str | list[Json]:
     return parts
 
 
-def is_normalized(turns: list[Turn]) -> bool:
-    """Whether `normalize_turns`, which takes far longer, would change nothing."""
-    role = "assistant"
-    call_ids: list[str] = []
-    for turn in turns:
-        if turn.role == role or turn.role not in ("user", "assistant"):
-            return False
-        if not turn.blocks or any(map(is_blank, turn.blocks)):
-            return False
-        result_ids = [b.id for b in turn.blocks[: len(call_ids)] if isinstance(b, ToolResult)]
-        later_blocks = turn.blocks[len(call_ids) :]
-        if result_ids != call_ids or any(isinstance(b, ToolResult) for b in later_blocks):
-            return False
-        role, call_ids = turn.role, [b.id for b in turn.blocks if isinstance(b, ToolCall)]
-    return not call_ids
-
-
 def normalize_messages(draft: BodyDraft) -> None:
     """Makes roles alternate, gives each call its result in the next message, drops empty ones.
 
@@ -7713,8 +7740,7 @@ def normalize_messages(draft: BodyDraft) -> None:
     for path, message in dict_items(draft.body, "messages"):
         blocks = read_native_content(message.get("content"), f"{path}.content")
         turns.append(Turn(need_str(message, "role", path), blocks))
-    if not is_normalized(turns):
-        turns = normalize_turns(turns)
+    turns = normalize_turns(turns)
     version = claude_version(draft.model.id) or (0, 0)
     takes_system = version >= (4, 8) and "system" not in draft.rejections
     roles = ["", *(turn.role for turn in turns), "assistant"]
