@@ -341,6 +341,8 @@ CACHE_SLACK_SHARE = 0.1  # of a cached prompt: less than this uncached is its en
 CACHE_QUIET_SECONDS = 600.0  # between equal log lines about one conversation
 MAX_WATCHED = 200  # conversations
 MAX_WATCHED_BLOCKS = 2000  # per prompt, 20 bytes each; later ones are not compared
+MAX_CACHED_SCHEMAS = 256  # adapted schemas of tools
+MAX_CACHED_SCHEMA_BYTES = 16 * KIB  # of one, packed
 CACHE_INLINE_BYTES = 256 * KIB  # hashed inline in 0.5 ms; larger requests go to a thread
 DEFAULT_MAX_TOKENS = 32_000  # if the client sends none and the catalogue has no limit
 MIN_THINKING_BUDGET = 1024
@@ -944,11 +946,15 @@ def bool_field(obj: Json, key: str, path: str = "") -> bool | None:
 
 
 def list_field(obj: Json, key: str, path: str = "") -> list[Any]:
-    return typed_field(obj, key, path, list, "a list") or []
+    value = obj.get(key)
+    return value if isinstance(value, list) else typed_field(obj, key, path, list, "a list") or []
 
 
 def dict_field(obj: Json, key: str, path: str = "") -> Json:
-    return typed_field(obj, key, path, dict, "an object") or {}
+    value = obj.get(key)
+    return (
+        value if isinstance(value, dict) else typed_field(obj, key, path, dict, "an object") or {}
+    )
 
 
 def need_dict(value: Any, path: str) -> Json:
@@ -2638,19 +2644,23 @@ def is_normalized(turns: list[Turn]) -> bool:
     for turn in turns:
         if turn.role == role or turn.role not in ("user", "assistant"):
             return False
-        if not turn.blocks or any(map(is_blank, turn.blocks)):
+        if not turn.blocks:
             return False
-        result_ids = [b.id for b in turn.blocks[: len(call_ids)] if isinstance(b, ToolResult)]
-        later_blocks = turn.blocks[len(call_ids) :]
-        if result_ids != call_ids or any(isinstance(b, ToolResult) for b in later_blocks):
-            return False
-        role, call_ids = turn.role, [b.id for b in turn.blocks if isinstance(b, ToolCall)]
-        if role == "user" and call_ids:
-            return False
-        for call_id in call_ids:
-            if call_id in used_ids or wire_id(call_id) != call_id:
+        role, earlier_ids, call_ids, result_count = turn.role, call_ids, [], 0
+        for index, block in enumerate(turn.blocks):
+            if isinstance(block, ToolResult):
+                result_count += 1
+                if index >= len(earlier_ids) or block.id != earlier_ids[index]:
+                    return False
+            elif isinstance(block, ToolCall):
+                if role == "user" or block.id in used_ids or wire_id(block.id) != block.id:
+                    return False
+                used_ids.add(block.id)
+                call_ids.append(block.id)
+            elif is_blank(block):
                 return False
-            used_ids.add(call_id)
+        if result_count < len(earlier_ids):
+            return False
     return not call_ids
 
 
@@ -6477,7 +6487,7 @@ def adapt_kiro_tools(draft: KiroDraft) -> None:
             pointer = f'\n[All of it stands in the system prompt, under tool name="{name}".]'
             beginning = encoded[: KIRO_DESCRIPTION_BYTES - len(pointer)].decode("utf-8", "ignore")
             description = beginning + pointer
-        schema = adapt_kiro_schema(tool.schema, len(by_name))
+        schema = adapt_repeated(adapt_kiro_schema, tool.schema, max(len(by_name), MAX_TOOLS))
         draft.tools.append(replace(tool, name=name, description=description, schema=schema))
 
 
@@ -6499,6 +6509,22 @@ def map_schema(schema: Any, adapt: Callable[[Json], Json]) -> Any:
             value = map_schema(value, adapt)
         mapped[keyword] = value
     return adapt(mapped)
+
+
+def adapt_repeated(adapt: Callable[..., Json], schema: Json, *options: Any) -> Json:
+    """`adapt(schema, *options)`, cached: clients send the same tools with every request.
+
+    The result is shared, so nothing may change it.
+    """
+    packed = marshal.dumps(schema, 0)
+    if len(packed) > MAX_CACHED_SCHEMA_BYTES:
+        return adapt(schema, *options)
+    return adapt_packed_schema(adapt, packed, *options)
+
+
+@functools.lru_cache(maxsize=MAX_CACHED_SCHEMAS)
+def adapt_packed_schema(adapt: Callable[..., Json], packed: bytes, *options: Any) -> Json:
+    return adapt(marshal.loads(packed), *options)
 
 
 def adapt_kiro_schema(schema: Json, tool_count: int = 1) -> Json:
@@ -7838,7 +7864,7 @@ def adapt_messages_tools(draft: BodyDraft) -> None:
     server_tools: list[str] = []
     for _, tool, name, schema in messages_tools(body, server_tools):
         adapted = {key: tool[key] for key in TOOL_KEYS if tool.get(key) is not None}
-        schema = adapt_schema(schema, google=False)
+        schema = adapt_repeated(adapt_schema, schema, False)
         tools.append({**adapted, "name": wire_name(name), "input_schema": schema})
     forced = str_field(choice, "name", "tool_choice") or ""
     drop_server_tools(server_tools, len(tools), forced, draft.dropped)
@@ -7915,7 +7941,8 @@ def limit_cache_breakpoints(draft: BodyDraft) -> None:
     if body.pop("cache_control", None) and message_parts:
         message_parts[-1].setdefault("cache_control", {"type": "ephemeral"})
     for part in message_parts:
-        candidates += [inner for inner in parts_of([part]) if part["type"] == "tool_result"]
+        if part["type"] == "tool_result":
+            candidates += parts_of([part])
         candidates.append(part)
     breakpoint_parts = []
     for candidate in candidates:
@@ -7984,6 +8011,15 @@ CHAT_OPENAI_ONLY = (
 CHAT_MESSAGE_KEYS = (
     "role", "content", "name", "tool_calls", "tool_call_id", "reasoning_text", "reasoning_opaque"
 )  # fmt: skip
+PLAIN_MESSAGE_KEYS = {"role", "content", "name", "tool_call_id"}
+
+
+def is_plain_message(message: Json) -> bool:
+    """Whether it needs no adaptation: most of a long conversation."""
+    content = message.get("content")
+    if not isinstance(content, str) or not content or content.isspace():
+        return False
+    return message.keys() <= PLAIN_MESSAGE_KEYS and None not in message.values()
 
 
 def is_openai(model: Model) -> bool:
@@ -8022,14 +8058,17 @@ def adapt_chat_messages(draft: BodyDraft) -> None:
         if role != "tool" and tool_images:
             messages.append({"role": "user", "content": tool_images})
             tool_images = []
+        if role != "developer" and is_plain_message(message):
+            messages.append({**message})
+            continue
         adapted = {key: message[key] for key in CHAT_MESSAGE_KEYS if message.get(key) is not None}
         if role == "developer" and not REASONING_GPT.match(model.id):
             adapted["role"] = "system"
         if not adapted.get("content") and isinstance(message.get("refusal"), str):
             adapted["content"] = message["refusal"]
         # opencode marks messages and parts
-        marked = [part for part in (message, *parts_of([message])) if part.get("cache_control")]
-        if marked and model.vendor == "Anthropic":
+        marked = (part.get("cache_control") for part in (message, *parts_of([message])))
+        if model.vendor == "Anthropic" and any(marked):
             adapted["copilot_cache_control"] = {"type": "ephemeral"}
         tool_images += adapt_chat_content(adapted, model, f"{path}.content")
         adapted.pop("tool_calls", None)
@@ -8136,7 +8175,7 @@ def adapt_chat_tools(draft: BodyDraft) -> None:
         name = wire_name(need_str(function, "name", f"{path}.function"))
         schema = function.get("parameters", function.get("input_schema"))
         schema = object_schema(schema, f"{path}.function.parameters")
-        schema = adapt_schema(schema, draft.model.vendor == "Google")
+        schema = adapt_repeated(adapt_schema, schema, draft.model.vendor == "Google")
         entry = {"name": name, "description": function.get("description"), "parameters": schema}
         entry = {key: value for key, value in entry.items() if value}
         if function.get("strict") is True and is_openai(draft.model):
@@ -8431,7 +8470,7 @@ def adapt_responses_tool(tool: Json, path: str) -> Json:
         adapted["tools"] = [adapt_responses_tool(item, item_path) for item_path, item in nested]
     elif kind == "function":
         schema = object_schema(tool.get("parameters"), f"{path}.parameters")
-        adapted["parameters"] = adapt_schema(schema, google=False)
+        adapted["parameters"] = adapt_repeated(adapt_schema, schema, False)
         adapted.setdefault("strict", False)
     return adapted
 
